@@ -1,0 +1,82 @@
+# Everything happens in $(VENV): an editable installation, renewed when the C or the project file changes.
+#
+#   make demo     install and run the demonstration          make lint     ruff
+#   make test     install and run the tests, in parallel     make typing   mypy --strict
+#   make dev      install for development, C rebuilt         make bench    benchmarks against bare C
+#   make clean    remove what these made                     make asan     kernel tests, C with AddressSanitizer
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+MYPY_ARGS ?= src tests
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+INSTALL := $(PIP) --no-build-isolation --editable
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.*)
+RUN_TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
+# The program is an ordinary Python, so the sanitizer's run-time library is loaded before it. Signals are left to
+# Python and to the tests; what Python itself never frees is not a leak of ours.
+ASAN_DIR := $(CURDIR)/build/asan
+ASAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:abort_on_error=1 \
+	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=3 PYTHONPATH=$(ASAN_DIR)
+
+.PHONY: demo test dev lint typing bench asan clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/pyuffd demo
+
+test: $(VENV)/.installed-test
+	$(RUN_TESTS) $(PYTEST_ARGS)
+
+dev: $(VENV)/.build-tools
+	$(INSTALL) '.[test,dev]'
+	$(BIN)/python csrc/build_stub.py
+	@touch $(VENV)/.installed-dev $(VENV)/.installed-test $(VENV)/.installed
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typing: $(VENV)/.installed-dev
+	$(BIN)/mypy --strict $(MYPY_ARGS)
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.run
+
+asan: $(VENV)/.installed-test
+	rm -rf $(ASAN_DIR)
+	PYUFFD_SANITIZE=address $(PIP) --no-build-isolation --no-deps --target $(ASAN_DIR) .
+	$(ASAN_ENV) $(BIN)/python -c 'import pyuffd._shim as s; assert "$(ASAN_DIR)" in s.__file__, s.__file__'
+	$(ASAN_ENV) $(RUN_TESTS) tests/kernel $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .tox .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/pyuffd/_shim*.so csrc/*.o
+	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Debian and Ubuntu split ensurepip from Python, and `python3 -m venv` fails half-way without it.
+$(BIN)/python:
+	@$(PYTHON) csrc/build_checks.py
+	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m virtualenv --version >/dev/null 2>&1; then $(PYTHON) -m virtualenv --quiet $(VENV); \
+	else echo "$(PYTHON) cannot make a virtual environment: install python3-venv (apt-get install python3-venv)." >&2; \
+	exit 1; fi
+
+$(VENV)/.build-tools: | $(BIN)/python
+	$(PIP) --upgrade 'setuptools>=77' 'cffi>=1.17' wheel
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.build-tools $(BUILD_INPUTS)
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.build-tools $(BUILD_INPUTS)
+	$(INSTALL) '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(VENV)/.build-tools $(BUILD_INPUTS)
+	$(INSTALL) '.[test,dev]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sched.h>
+#include <time.h>
+
+#include "uffd_fill.h"
+
+/*
+ * While a layout event is unread every filling ioctl says EAGAIN, and goes on
+ * doing so until the thread that caused the event has run again: up to 12 ms on
+ * a busy two-CPU machine (measured).  Yield first, since it may need this CPU.
+ */
+#define YIELDS_BEFORE_SLEEP	64
+#define SLEEP_NS		50000
+
+uint64_t uffd_now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+static int fill_once(const struct uffd_fill *fill, uint64_t at, int64_t *done_ret)
+{
+	uint64_t dst = fill->dst + at;
+	uint64_t left = fill->length - at;
+
+	switch (fill->op) {
+	case UFFD_FILL_COPY:
+		return uffd_shim_copy(fill->fd, dst, fill->src + at, left, fill->mode, done_ret);
+	case UFFD_FILL_ZERO:
+		return uffd_shim_zeropage(fill->fd, dst, left, fill->mode, done_ret);
+	case UFFD_FILL_CONTINUE:
+		return uffd_shim_continue(fill->fd, dst, left, fill->mode, done_ret);
+	case UFFD_FILL_POISON:
+		return uffd_shim_poison(fill->fd, dst, left, fill->mode, done_ret);
+	case UFFD_FILL_MOVE:
+		return uffd_shim_move(fill->fd, dst, fill->src + at, left, fill->mode, done_ret);
+	default:
+		*done_ret = 0;
+		return -EINVAL;
+	}
+}
+
+static void back_off(unsigned int attempt)
+{
+	struct timespec pause = { .tv_nsec = SLEEP_NS };
+
+	if (attempt < YIELDS_BEFORE_SLEEP)
+		sched_yield();
+	else
+		nanosleep(&pause, NULL);
+}
+
+int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_ret)
+{
+	uint64_t at = 0, give_up = 0;
+	unsigned int attempt = 0;
+	int saved_errno = errno;
+	int r = 0;
+
+	*result_ret = (struct uffd_fill_result){ 0 };
+	while (at < fill->length) {
+		int64_t done = 0;
+
+		r = fill_once(fill, at, &done);
+		if (r == 0)
+			done = (int64_t)(fill->length - at);
+		if (r == 0 || (r == -EAGAIN && done > 0)) {
+			at += (uint64_t)done;
+			result_ret->done += (uint64_t)done;
+			attempt = 0;
+			r = 0;
+			continue;
+		}
+		if (r == -EEXIST) {
+			/* Present, but a waiter may still sleep: EEXIST wakes nobody. */
+			uffd_shim_wake(fill->fd, fill->dst + at, fill->page_size);
+			at += fill->page_size;
+			result_ret->already_present += fill->page_size;
+			attempt = 0;
+			r = 0;
+			continue;
+		}
+		if (r != -EAGAIN)
+			break;
+		if (attempt == 0)
+			give_up = uffd_now_ns() + fill->limit_ns;
+		else if (uffd_now_ns() >= give_up)
+			attempt = UINT32_MAX;
+		if (fill->limit_ns == 0 || attempt == UINT32_MAX) {
+			result_ret->deferred = fill->length - at;
+			r = 0;
+			break;
+		}
+		back_off(attempt++);
+	}
+	errno = saved_errno;
+	return r;
+}

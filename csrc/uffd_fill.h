@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Filling ranges correctly: loops over partial results, wakes after EEXIST,
+ * backs off on EAGAIN.  Async-signal-safe.
+ */
+#ifndef UFFD_FILL_H
+#define UFFD_FILL_H
+
+#include <stdint.h>
+
+#include "uffd_shim.h"
+
+enum uffd_fill_op {
+	UFFD_FILL_COPY,
+	UFFD_FILL_ZERO,
+	UFFD_FILL_CONTINUE,
+	UFFD_FILL_POISON,
+	UFFD_FILL_MOVE,
+};
+
+struct uffd_fill {
+	int fd;
+	uint32_t op;		/* enum uffd_fill_op */
+	uint64_t dst;
+	uint64_t src;		/* COPY, MOVE; ZERO of a huge page: where zeros can be read */
+	uint64_t length;
+	uint64_t mode;
+	uint64_t page_size;	/* EEXIST skips this much */
+	uint64_t limit_ns;	/* how long EAGAIN without progress is retried; 0: not at all */
+};
+
+struct uffd_fill_result {
+	uint64_t done;
+	uint64_t already_present;
+	uint64_t deferred;	/* left undone because the layout kept changing */
+};
+
+/*
+ * Fill a range.  Returns 0 when everything is done, present or deferred; else
+ * -errno of the page at dst + done + already_present, with the counts up to it.
+ */
+int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_ret);
+
+uint64_t uffd_now_ns(void);
+
+#endif /* UFFD_FILL_H */

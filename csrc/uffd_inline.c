@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The inline driver: UFFD_FEATURE_SIGBUS turns a fault into a SIGBUS in the
+ * faulting thread, and the handler below resolves it there: no hand-over, and no
+ * question of who holds which lock.
+ *
+ * The handler takes no lock and allocates nothing.  It runs with every signal
+ * blocked, so that no other handler can fault on top of it, and passes each
+ * SIGBUS that is not ours on to the action that was there before.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include "uffd_engine_internal.h"
+
+/* Bits of the page-fault error code, as the CPU pushed it (REG_ERR). */
+#define FAULT_PRESENT		(1u << 0)
+#define FAULT_WRITE		(1u << 1)
+
+/*
+ * The same thread faulting this often on one address, with the page there each
+ * time, is a SIGBUS that we cannot resolve.
+ */
+#define REPEAT_LIMIT		1000
+#define YIELDS_BEFORE_SLEEP	64
+#define SLEEP_NS		50000
+
+struct uffd_table uffd_inline_table = UFFD_TABLE_INIT;
+
+static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
+static unsigned int users;
+static struct sigaction previous;
+/*
+ * What was there before ours the first time.  An action that was put on top of
+ * ours and then got ours on top again (`displaced`) will raise SIGBUS once more
+ * to reach the one below it: that must not go round in a circle.
+ */
+static struct sigaction original;
+static bool displaced;
+
+/* initial-exec: reached without a call that could allocate. */
+static __thread struct {
+	uint64_t address;
+	unsigned int count;
+	bool passed_on;
+} repeated __attribute__((tls_model("initial-exec")));
+
+static void back_off(unsigned int attempt)
+{
+	struct timespec pause = { .tv_nsec = SLEEP_NS };
+
+	if (attempt < YIELDS_BEFORE_SLEEP)
+		sched_yield();
+	else
+		nanosleep(&pause, NULL);
+}
+
+static void die_by_default(const siginfo_t *info)
+{
+	struct sigaction action = { .sa_handler = SIG_DFL };
+
+	sigaction(SIGBUS, &action, NULL);
+	/* A fault comes back by itself; a SIGBUS that was sent must be sent again. */
+	if (info->si_code <= 0)
+		syscall(SYS_tgkill, getpid(), (pid_t)syscall(SYS_gettid), SIGBUS);
+}
+
+/* What the kernel would have done for the action that was installed before ours. */
+static void pass_on(int number, siginfo_t *info, void *context)
+{
+	bool raised_again = info->si_code <= 0 && displaced && repeated.passed_on;
+	struct sigaction action = raised_again ? original : previous;
+	const ucontext_t *interrupted = context;
+	sigset_t mask = interrupted->uc_sigmask;
+
+	repeated.passed_on = true;
+	if (action.sa_handler == SIG_IGN && info->si_code <= 0)
+		return;
+	if (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN) {
+		die_by_default(info);
+		return;
+	}
+	if (action.sa_flags & SA_RESETHAND)
+		previous.sa_handler = SIG_DFL;
+	sigorset(&mask, &mask, &action.sa_mask);
+	if (!(action.sa_flags & SA_NODEFER))
+		sigaddset(&mask, SIGBUS);
+	pthread_sigmask(SIG_SETMASK, &mask, NULL);
+	if (action.sa_flags & SA_SIGINFO)
+		action.sa_sigaction(number, info, context);
+	else
+		action.sa_handler(number);
+}
+
+/* The signal does not say what kind of fault it was: the CPU and the page's state do. */
+static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t error)
+{
+	bool write = error & FAULT_WRITE;
+
+	if ((error & FAULT_PRESENT) && write && (range->mode & UFFDIO_REGISTER_MODE_WP))
+		return UFFD_KIND_WP;
+	if (range->mode & UFFDIO_REGISTER_MODE_MISSING)
+		return UFFD_KIND_MISSING;
+	if (range->mode & UFFDIO_REGISTER_MODE_MINOR)
+		return UFFD_KIND_MINOR;
+	return UFFD_KIND_WP;
+}
+
+/* The page was there for one kind of fault: which other kind can it have been? */
+static bool next_guess(const struct uffd_range *range, uint64_t error, enum uffd_fault_kind *kind)
+{
+	if (*kind == UFFD_KIND_MISSING && (range->mode & UFFDIO_REGISTER_MODE_MINOR)) {
+		*kind = UFFD_KIND_MINOR;
+		return true;
+	}
+	if (*kind != UFFD_KIND_WP && (error & FAULT_WRITE) &&
+	    (range->mode & UFFDIO_REGISTER_MODE_WP)) {
+		*kind = UFFD_KIND_WP;
+		return true;
+	}
+	return false;
+}
+
+/* The rest of the chunk; in this thread there is nobody to hand it to. */
+static void prefetch_now(struct uffd_engine *engine, struct uffd_range *range, uint64_t page,
+			 enum uffd_fault_kind kind)
+{
+	uint64_t at, end, filled;
+	int error = 0;
+
+	prefetch_span(engine, range, page, &at, &end);
+	while (at < end && !error) {
+		at = fill_absent(engine, range, at, end, kind, 0, &error, &filled);
+		count(engine, COUNTER(prefetched_pages), filled >> range->page_shift);
+	}
+}
+
+/* Returns false when the SIGBUS is not ours after all. */
+static bool resolve_inline(struct uffd_engine *engine, struct uffd_range *range,
+			   uint64_t address, uint64_t error)
+{
+	static const uint64_t flags_of[] = {
+		[UFFD_KIND_MISSING] = 0,
+		[UFFD_KIND_WP] = UFFD_PAGEFAULT_FLAG_WP,
+		[UFFD_KIND_MINOR] = UFFD_PAGEFAULT_FLAG_MINOR,
+	};
+	uint64_t page = range->start + ((address - range->start) & ~(range->page_size - 1));
+	enum uffd_fault_kind kind = first_guess(range, error);
+	uint64_t began = uffd_now_ns();
+	unsigned int attempt = 0;
+	enum outcome outcome;
+
+	for (;;) {
+		outcome = resolve_page(engine, range, page, kind);
+		if (outcome == OUTCOME_PRESENT && next_guess(range, error, &kind))
+			continue;
+		if (outcome == OUTCOME_IN_FLIGHT) {
+			back_off(attempt++);
+			/* Who had it may have left what we came for. */
+			kind = first_guess(range, error);
+			continue;
+		}
+		if (outcome != OUTCOME_DEFER)
+			break;
+		count(engine, COUNTER(deferred), 1);
+		if (uffd_now_ns() - began > engine->options.retry_limit_ns) {
+			outcome = apply_on_error(engine, range, page, -EAGAIN,
+						 UFFD_FAILED_RESOLVE);
+			break;
+		}
+		back_off(attempt++);
+		count(engine, COUNTER(retried), 1);
+	}
+	if (outcome == OUTCOME_RESOLVED) {
+		if (engine->options.prefetch && kind != UFFD_KIND_WP)
+			prefetch_now(engine, range, page, kind);
+		note_fault(engine, address,
+			   flags_of[kind] | (error & FAULT_WRITE ? UFFD_PAGEFAULT_FLAG_WRITE : 0),
+			   (uint32_t)syscall(SYS_gettid), began);
+		repeated.count = 0;
+		return true;
+	}
+	if (repeated.address != address)
+		repeated.count = 0;
+	repeated.address = address;
+	return ++repeated.count < REPEAT_LIMIT;
+}
+
+static void on_sigbus(int number, siginfo_t *info, void *context)
+{
+	uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
+	uint64_t error = (uint64_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_ERR];
+	int saved_errno = errno;
+	bool ours = false;
+
+	/* BUS_MCEERR_AR is a poisoned page: content that could not be had. */
+	if (info->si_code == BUS_ADRERR) {
+		unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
+		struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
+
+		if (range)
+			ours = resolve_inline(range->engine, range, address, error);
+		uffd_table_leave(&uffd_inline_table, shard);
+	}
+	if (!ours)
+		pass_on(number, info, context);
+	errno = saved_errno;
+}
+
+static bool is_ours(const struct sigaction *action)
+{
+	return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_sigbus;
+}
+
+static int install(void)
+{
+	struct sigaction action = { .sa_flags = SA_SIGINFO | SA_ONSTACK };
+	struct sigaction old;
+
+	if (sigaction(SIGBUS, NULL, &old))
+		return -errno;
+	if (is_ours(&old))
+		return 0;
+	if (users == 0)
+		original = old;
+	displaced = users > 0;
+	previous = old;
+	action.sa_sigaction = on_sigbus;
+	sigfillset(&action.sa_mask);
+	return sigaction(SIGBUS, &action, NULL) ? -errno : 0;
+}
+
+int uffd_inline_start(struct uffd_engine *engine)
+{
+	int r;
+
+	(void)engine;
+	pthread_mutex_lock(&install_lock);
+	r = install();
+	if (r == 0)
+		users++;
+	pthread_mutex_unlock(&install_lock);
+	return r;
+}
+
+void uffd_inline_stop(struct uffd_engine *engine)
+{
+	struct sigaction current;
+
+	(void)engine;
+	pthread_mutex_lock(&install_lock);
+	/* An action put on top of ours may call it: then it stays, and passes all on. */
+	if (--users == 0 && sigaction(SIGBUS, NULL, &current) == 0 && is_ours(&current))
+		sigaction(SIGBUS, &previous, NULL);
+	pthread_mutex_unlock(&install_lock);
+}
+
+int uffd_inline_is_installed(void)
+{
+	struct sigaction current;
+
+	return sigaction(SIGBUS, NULL, &current) == 0 && is_ours(&current);
+}
+
+int uffd_inline_reinstall(void)
+{
+	int r;
+
+	pthread_mutex_lock(&install_lock);
+	r = install();
+	pthread_mutex_unlock(&install_lock);
+	return r;
+}

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "uffd_table.h"
+
+#define FIRST_CAPACITY 16
+
+/* An array that was replaced by a larger one; the header sits before its data. */
+struct outgrown {
+	struct outgrown *next;
+};
+
+static void lock_table(struct uffd_table *table, sigset_t *old)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, old);
+	pthread_mutex_lock(&table->lock);
+}
+
+static void unlock_table(struct uffd_table *table, const sigset_t *old)
+{
+	pthread_mutex_unlock(&table->lock);
+	pthread_sigmask(SIG_SETMASK, old, NULL);
+}
+
+static void begin_change(struct uffd_table *table)
+{
+	uint64_t sequence = atomic_load_explicit(&table->sequence, memory_order_relaxed);
+
+	atomic_store_explicit(&table->sequence, sequence + 1, memory_order_relaxed);
+	atomic_thread_fence(memory_order_release);
+}
+
+static void end_change(struct uffd_table *table)
+{
+	uint64_t sequence = atomic_load_explicit(&table->sequence, memory_order_relaxed);
+
+	atomic_store_explicit(&table->sequence, sequence + 1, memory_order_release);
+}
+
+void uffd_table_init(struct uffd_table *table)
+{
+	memset(table, 0, sizeof(*table));
+	pthread_mutex_init(&table->lock, NULL);
+}
+
+static void *new_array(size_t capacity)
+{
+	struct outgrown *block = malloc(sizeof(*block) + capacity * sizeof(uint64_t));
+
+	return block ? block + 1 : NULL;
+}
+
+static void retire_array(struct uffd_table *table, void *array)
+{
+	struct outgrown *block;
+
+	if (!array)
+		return;
+	block = (struct outgrown *)array - 1;
+	block->next = table->outgrown;
+	table->outgrown = block;
+}
+
+void uffd_table_deinit(struct uffd_table *table)
+{
+	struct outgrown *block, *next;
+
+	retire_array(table, atomic_load(&table->starts));
+	retire_array(table, atomic_load(&table->ranges));
+	for (block = table->outgrown; block; block = next) {
+		next = block->next;
+		free(block);
+	}
+	pthread_mutex_destroy(&table->lock);
+}
+
+/* How many ranges start at or below the address. */
+static size_t count_at_or_below(const uint64_t *starts, size_t count, uint64_t address)
+{
+	const uint64_t *base = starts;
+
+	while (count > 0) {
+		size_t half = (count + 1) / 2;
+
+		/* Relaxed: a torn view is thrown away by the sequence check. */
+		if (__atomic_load_n(&base[half - 1], __ATOMIC_RELAXED) <= address)
+			base += half;
+		else if (half == 1)
+			break;
+		count -= half;
+	}
+	return (size_t)(base - starts);
+}
+
+struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address)
+{
+	struct uffd_range *range;
+	uint64_t before, after;
+
+	do {
+		struct uffd_range **ranges;
+		uint64_t *starts;
+		size_t count;
+
+		before = atomic_load_explicit(&table->sequence, memory_order_acquire);
+		starts = atomic_load_explicit(&table->starts, memory_order_relaxed);
+		ranges = atomic_load_explicit(&table->ranges, memory_order_relaxed);
+		count = atomic_load_explicit(&table->count, memory_order_relaxed);
+		range = NULL;
+		after = before + 1;
+		if (before & 1) {
+			__builtin_ia32_pause();
+			continue;
+		}
+		count = count ? count_at_or_below(starts, count, address) : 0;
+		if (count)
+			range = __atomic_load_n(&ranges[count - 1], __ATOMIC_RELAXED);
+		atomic_thread_fence(memory_order_acquire);
+		after = atomic_load_explicit(&table->sequence, memory_order_relaxed);
+	} while (before != after);
+	return range && address < range->end ? range : NULL;
+}
+
+static int grow(struct uffd_table *table)
+{
+	size_t count = atomic_load(&table->count);
+	size_t capacity = table->capacity ? 2 * table->capacity : FIRST_CAPACITY;
+	uint64_t *starts = new_array(capacity);
+	struct uffd_range **ranges = new_array(capacity);
+
+	if (!starts || !ranges) {
+		free(starts ? (struct outgrown *)starts - 1 : NULL);
+		free(ranges ? (struct outgrown *)ranges - 1 : NULL);
+		return -ENOMEM;
+	}
+	if (count) {
+		memcpy(starts, atomic_load(&table->starts), count * sizeof(*starts));
+		memcpy(ranges, atomic_load(&table->ranges), count * sizeof(*ranges));
+	}
+	begin_change(table);
+	retire_array(table, atomic_exchange(&table->starts, starts));
+	retire_array(table, atomic_exchange(&table->ranges, ranges));
+	table->capacity = capacity;
+	end_change(table);
+	return 0;
+}
+
+static void shift(struct uffd_table *table, size_t to, size_t from, size_t count)
+{
+	uint64_t *starts = atomic_load(&table->starts);
+	struct uffd_range **ranges = atomic_load(&table->ranges);
+
+	memmove(&starts[to], &starts[from], count * sizeof(*starts));
+	memmove(&ranges[to], &ranges[from], count * sizeof(*ranges));
+}
+
+int uffd_table_insert(struct uffd_table *table, struct uffd_range *range)
+{
+	struct uffd_range **ranges;
+	size_t at, count;
+	sigset_t old;
+	int r = 0;
+
+	lock_table(table, &old);
+	count = atomic_load(&table->count);
+	at = count ? count_at_or_below(atomic_load(&table->starts), count, range->start) : 0;
+	ranges = atomic_load(&table->ranges);
+	if ((at > 0 && ranges[at - 1]->end > range->start) ||
+	    (at < count && ranges[at]->start < range->end))
+		r = -EEXIST;
+	else if (count == table->capacity)
+		r = grow(table);
+	if (r == 0) {
+		begin_change(table);
+		shift(table, at + 1, at, count - at);
+		atomic_load(&table->starts)[at] = range->start;
+		atomic_load(&table->ranges)[at] = range;
+		atomic_store(&table->count, count + 1);
+		end_change(table);
+	}
+	unlock_table(table, &old);
+	return r;
+}
+
+void uffd_table_remove(struct uffd_table *table, struct uffd_range *range)
+{
+	size_t at, count;
+	sigset_t old;
+
+	lock_table(table, &old);
+	count = atomic_load(&table->count);
+	at = count_at_or_below(atomic_load(&table->starts), count, range->start);
+	begin_change(table);
+	shift(table, at - 1, at, count - at);
+	atomic_store(&table->count, count - 1);
+	end_change(table);
+	unlock_table(table, &old);
+
+	atomic_thread_fence(memory_order_seq_cst);
+	for (size_t shard = 0; shard < UFFD_SHARDS; shard++)
+		while (atomic_load(&table->shards[shard].readers))
+			sched_yield();
+}

@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The ordered table of served ranges: binary search without a lock, from any
+ * thread and from a signal handler.
+ *
+ * Writers hold a mutex and bump a sequence count around their change, with all
+ * signals blocked, so that a signal handler never waits for the thread it
+ * interrupted.  A range that was taken out is freed once no reader is inside:
+ * readers count themselves in and out on a cache line per CPU.
+ */
+#ifndef UFFD_TABLE_H
+#define UFFD_TABLE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define UFFD_SHARDS 64
+
+/* What is known of a page, one byte each. */
+enum uffd_page_state {
+	UFFD_PAGE_ABSENT,
+	UFFD_PAGE_IN_FLIGHT,	/* somebody is filling, saving or poisoning it */
+	UFFD_PAGE_CLEAN,	/* present; protected where the range is registered for WP */
+	UFFD_PAGE_DIRTY,	/* present, written to since it was protected */
+	UFFD_PAGE_REMOVED,	/* dropped by its owner: zeros from then on */
+	UFFD_PAGE_POISONED,
+	UFFD_PAGE_SAVED,	/* preserved in the background and unprotected again */
+};
+
+enum uffd_source_kind {
+	UFFD_SOURCE_NONE,	/* nothing to fetch: what the page cache holds is right */
+	UFFD_SOURCE_ZERO,
+	UFFD_SOURCE_MEMORY,
+	UFFD_SOURCE_FILE,
+};
+
+struct uffd_engine;
+
+struct uffd_range {
+	uint64_t start;
+	uint64_t end;
+	uint64_t page_size;
+	uint32_t page_shift;
+	uint32_t source;		/* enum uffd_source_kind */
+	uint64_t mode;			/* UFFDIO_REGISTER_MODE_* */
+	uint64_t ioctls;
+	uint64_t generation;
+	struct uffd_engine *engine;
+
+	uint64_t source_address;	/* content of the first byte, in this process */
+	uint64_t source_length;		/* whole pages that can be read there */
+	uint8_t *tail;			/* the last page, when the source ends inside it */
+	uint64_t source_offset;		/* FILE: of the first byte */
+	uint64_t source_mapped;		/* FILE: bytes of our mapping */
+	int source_fd;			/* FILE: our own descriptor, for its size; else -1 */
+	int source_sealed;		/* FILE: cannot shrink */
+
+	uint64_t local;			/* the same memory mapped here, not registered; 0: none */
+	uint64_t preserve;		/* where old content goes before the first write; 0: none */
+
+	_Atomic uint64_t readahead_at;	/* a fault here is sequential */
+	_Atomic uint32_t readahead_chunks;
+
+	_Atomic uint8_t state[];
+};
+
+struct uffd_table_shard {
+	_Alignas(64) _Atomic long readers;
+};
+
+struct uffd_table {
+	pthread_mutex_t lock;
+	_Atomic uint64_t sequence;
+	_Atomic size_t count;
+	size_t capacity;
+	_Atomic(uint64_t *) starts;
+	_Atomic(struct uffd_range **) ranges;
+	void *outgrown;			/* arrays a reader may still look at */
+	struct uffd_table_shard shards[UFFD_SHARDS];
+};
+
+#define UFFD_TABLE_INIT { .lock = PTHREAD_MUTEX_INITIALIZER }
+
+void uffd_table_init(struct uffd_table *table);
+void uffd_table_deinit(struct uffd_table *table);
+
+/* 0, -EEXIST when the range overlaps one in the table, or -ENOMEM. */
+int uffd_table_insert(struct uffd_table *table, struct uffd_range *range);
+
+/* Take a range out and wait until no reader can hold it; the caller frees it. */
+void uffd_table_remove(struct uffd_table *table, struct uffd_range *range);
+
+/* A reader may use what it finds until it leaves; both return the reader's shard. */
+static inline unsigned int uffd_table_enter(struct uffd_table *table, unsigned int cpu)
+{
+	unsigned int shard = cpu % UFFD_SHARDS;
+
+	atomic_fetch_add(&table->shards[shard].readers, 1);
+	return shard;
+}
+
+static inline void uffd_table_leave(struct uffd_table *table, unsigned int shard)
+{
+	atomic_fetch_sub_explicit(&table->shards[shard].readers, 1, memory_order_release);
+}
+
+/* The range that holds the address, or NULL; between enter and leave. */
+struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address);
+
+#endif /* UFFD_TABLE_H */

@@ -1,0 +1,24 @@
+"""What `Userfaultfd` and `Region` share about being closed under their users (layer L1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class CloseCallbacks:
+    """Mixin: others may ask to be told before the object goes away; handlers stop there."""
+
+    _before_close: list[Callable[[], None]]
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when closing begins, newest first; handlers stop here."""
+        self._before_close.append(callback)
+
+    def forget_on_close(self, callback: Callable[[], None]) -> None:
+        """Take back an `on_close`; unknown callbacks are ignored."""
+        if callback in self._before_close:
+            self._before_close.remove(callback)
+
+    def _run_before_close(self) -> None:
+        while self._before_close:
+            self._before_close.pop()()

@@ -1,0 +1,157 @@
+"""The exceptions (layer L1), and `raise_errno`, the one way from an errno to one of them.
+
+Each class is also the builtin that Python picks for the errno (PEP 3151), so that
+`except FileExistsError` keeps working; `errno` is set, the rest are attributes, and all pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, NoReturn
+
+
+class UffdError(Exception):
+    """Root of everything pyuffd raises on purpose, apart from ValueError for bad arguments."""
+
+
+class UffdOSError(UffdError, OSError):
+    """A system call failed.
+
+    Attributes: `op`, the operation in the manual's words; `start` and `length`, the range in
+    bytes, or None; the data of the subclass; `hint`, what would make it work, or "".
+    """
+
+    op: str
+    start: int | None
+    length: int | None
+    hint: str
+
+    def __init__(
+        self,
+        code: int,
+        op: str,
+        start: int | None = None,
+        length: int | None = None,
+        hint: str = "",
+        **data: Any,
+    ) -> None:
+        """Build the message from the operation, the range and the errno's text."""
+        place = ""
+        if start is not None:
+            place = f" [{start:#x}, +{length:#x})" if length is not None else f" at {start:#x}"
+        text = f"{op}{place}: {os.strerror(code)}"
+        details = ", ".join(
+            f"{key}={value:#x}" if isinstance(value, int) else f"{key}={value}"
+            for key, value in data.items()
+        )
+        if details:
+            text += f" ({details})"
+        if hint:
+            text += f"; {hint}"
+        super().__init__(code, text)
+        self.op = op
+        self.start = start
+        self.length = length
+        self.hint = hint
+        self.data = data
+        for key, value in data.items():
+            setattr(self, key, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the arguments of the constructor."""
+        arguments = (self.errno, self.op, self.start, self.length, self.hint, self.data)
+        return _rebuild, (type(self), *arguments)
+
+
+def _rebuild(
+    cls: type[UffdOSError],
+    code: int,
+    op: str,
+    start: int | None,
+    length: int | None,
+    hint: str,
+    data: dict[str, Any],
+) -> UffdOSError:
+    return cls(code, op, start, length, hint, **data)
+
+
+class UffdPermissionError(UffdOSError, PermissionError):
+    """EPERM or EACCES: opening, or EVENT_FORK without CAP_SYS_PTRACE; `hint` names the knob."""
+
+
+class UnsupportedFeatureError(UffdOSError):
+    """This kernel does not have what was asked: `requested`, `supported`, `missing` as masks."""
+
+    requested: int
+    supported: int
+    missing: int
+
+
+class RangeBusyError(UffdOSError):
+    """EBUSY: the range is registered with another userfaultfd, or a page cannot be moved now."""
+
+
+class PageExistsError(UffdOSError, FileExistsError):
+    """EEXIST: the page is already there.  A waiter may still sleep: wake it, and it is done."""
+
+
+class PartialResolveError(UffdOSError, BlockingIOError):
+    """EAGAIN: only `completed` bytes were done, or the layout is changing; retry the rest."""
+
+    completed: int
+
+
+class LayoutChangedError(UffdOSError, FileNotFoundError):
+    """ENOENT: the range is gone, has moved, or is not registered for this."""
+
+
+class ProcessGoneError(UffdOSError, ProcessLookupError):
+    """ESRCH (ENOSPC before Linux 4.13): the owner's address space is gone; drop the work."""
+
+
+class ClosedError(UffdError, ValueError):
+    """The object was closed, or belongs to the process this one was forked from."""
+
+
+class HandlerError(UffdError, RuntimeError):
+    """A handler or its page source failed; `start` and `length` name the pages, if known."""
+
+    start: int | None
+    length: int | None
+
+    def __init__(self, text: str, start: int | None = None, length: int | None = None) -> None:
+        """Keep the range that could not be resolved beside the text."""
+        super().__init__(text, start, length)
+        self.start = start
+        self.length = length
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+_BY_ERRNO: dict[int, type[UffdOSError]] = {
+    errno.EPERM: UffdPermissionError,
+    errno.EACCES: UffdPermissionError,
+    errno.EBUSY: RangeBusyError,
+    errno.EEXIST: PageExistsError,
+    errno.EAGAIN: PartialResolveError,
+    errno.ENOENT: LayoutChangedError,
+    errno.ESRCH: ProcessGoneError,
+}
+
+
+def raise_errno(
+    op: str,
+    code: int,
+    start: int | None = None,
+    length: int | None = None,
+    *,
+    hint: str = "",
+    **data: Any,
+) -> NoReturn:
+    """Raise the exception that stands for `code`, a positive errno, of operation `op`."""
+    cls = _BY_ERRNO.get(code, UffdOSError)
+    if cls is PartialResolveError:
+        data.setdefault("completed", 0)
+    raise cls(code, op, start, length, hint, **data)

@@ -1,0 +1,78 @@
+"""Page arithmetic and the checks every range passes before it reaches the kernel (layer L1)."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+PAGE_SIZE = 4096
+HUGE_PAGE_2M = 2 << 20
+HUGE_PAGE_1G = 1 << 30
+ADDRESS_LIMIT = 1 << 64
+
+
+@runtime_checkable
+class RangeLike(Protocol):
+    """Anything that has a place and a size in memory; a `Region` is one."""
+
+    @property
+    def start(self) -> int:
+        """First address, in bytes."""
+
+    @property
+    def length(self) -> int:
+        """Size in bytes."""
+
+
+def round_down(value: int, page_size: int) -> int:
+    """Return the page boundary at or below `value`."""
+    return value - value % page_size
+
+
+def round_up(value: int, page_size: int) -> int:
+    """Return the page boundary at or above `value`."""
+    return -(-value // page_size) * page_size
+
+
+def check_page_size(page_size: int) -> int:
+    """Return `page_size` if x-86-64 maps pages of it, else raise ValueError."""
+    if page_size not in (PAGE_SIZE, HUGE_PAGE_2M, HUGE_PAGE_1G):
+        raise ValueError(f"page size {page_size:#x} is none of 0x1000, 0x200000, 0x40000000")
+    return page_size
+
+
+def check_range(
+    start: int, length: int, page_size: int = PAGE_SIZE, *, name: str = "start"
+) -> None:
+    """Raise ValueError unless [start, start + length) is a non-empty, aligned range of memory."""
+    check_aligned(name, start, page_size)
+    if length <= 0:
+        raise ValueError(f"length {length:#x} must be above zero")
+    check_aligned("length", length, page_size)
+    if start + length > ADDRESS_LIMIT:
+        raise ValueError(f"range {start:#x} + {length:#x} crosses the end of the address space")
+
+
+def check_aligned(name: str, value: int, page_size: int) -> None:
+    """Raise ValueError unless `value` is a non-negative multiple of the page size."""
+    if value < 0:
+        raise ValueError(f"{name} {value:#x} is negative")
+    if value >= ADDRESS_LIMIT:
+        raise ValueError(f"{name} {value:#x} does not fit in 64 bits")
+    if value % page_size:
+        raise ValueError(f"{name} {value:#x} is not a multiple of the page size {page_size:#x}")
+
+
+def resolve_range(range_or_start: RangeLike | int, length: int | None) -> tuple[int, int]:
+    """Return (start, length) of a range object, or of two numbers."""
+    if isinstance(range_or_start, int):
+        if length is None:
+            raise ValueError(f"start {range_or_start:#x} needs a length")
+        return range_or_start, length
+    if length is not None:
+        raise ValueError("give a range object, or start and length, not both")
+    return range_or_start.start, range_or_start.length
+
+
+def page_size_of(range_or_start: RangeLike | int) -> int:
+    """Return the page size a range object declares, else the base page size."""
+    return int(getattr(range_or_start, "page_size", PAGE_SIZE))

@@ -1,0 +1,336 @@
+"""What this kernel and this user can do with userfaultfd (layer L2).
+
+`probe` asks the kernel by doing: it opens, shakes hands and registers scratch ranges that are
+never touched.  Nothing is derived from the version.  What the machine has (huge pages, swap,
+limits) is not here but in `pyuffd doctor`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyuffd import _memory, lowlevel
+from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl, PageCategory, RegisterMode
+from pyuffd._errors import UffdOSError
+from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE
+from pyuffd._uffd import SYSCTL
+
+_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+_MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13
+_MFD_HUGETLB_2MB = 0x4 | 21 << 26  # MFD_HUGETLB | MFD_HUGE_2MB; not in every libc's os module
+_SECCOMP_FILTER = "2"
+
+# name: (page size, MAP_* sharing, flags of the memfd behind it or None)
+_MEMORY_TYPES: dict[str, tuple[int, int, int | None]] = {
+    "anon": (PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, None),
+    "shmem": (PAGE_SIZE, mmap.MAP_SHARED, 0),
+    "shmem-private": (PAGE_SIZE, mmap.MAP_PRIVATE, 0),
+    "hugetlb": (HUGE_PAGE_2M, mmap.MAP_SHARED, _MFD_HUGETLB_2MB),
+    "hugetlb-private": (HUGE_PAGE_2M, mmap.MAP_PRIVATE, _MFD_HUGETLB_2MB),
+}
+
+_PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
+_SCAN_ARGUMENT = struct.Struct("=12Q")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSupport:
+    """One way to get a userfaultfd.
+
+    Attributes:
+        works: Whether this process can open one this way now.
+        errno: The kernel's answer, 0 if it works.
+        reason: Why it does not work, "" if it does.
+        command: What root would run to make it work, "" if no command would.
+    """
+
+    works: bool
+    errno: int = 0
+    reason: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterSupport:
+    """What UFFDIO_REGISTER said to a scratch range.
+
+    Attributes:
+        ioctls: The ioctls the range takes; empty if it was refused.
+        errno: The kernel's answer, 0 if it was registered.
+    """
+
+    ioctls: Ioctl
+    errno: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSupport:
+    """What `probe` found.
+
+    Attributes:
+        release: The kernel's name for its version; information only.
+        features: The mask of UFFDIO_API, with bits that have no name here.
+        refused: Features the kernel has but does not grant to this process (EPERM).
+        ioctls: The ioctls of the descriptor itself.
+        opens: "syscall", "device" and "user_mode_only" (the system call with
+            UFFD_USER_MODE_ONLY), each with what it takes.
+        memory: By memory type ("anon", "shmem", "shmem-private", "hugetlb", "hugetlb-private")
+            and register mode, one mode at a time. Hugetlb is asked without needing huge pages.
+        scan_categories: The categories PAGEMAP_SCAN knows; empty where there is no PAGEMAP_SCAN.
+    """
+
+    release: str
+    features: Feature
+    refused: Feature
+    ioctls: Ioctl
+    opens: Mapping[str, OpenSupport]
+    memory: Mapping[str, Mapping[RegisterMode, RegisterSupport]]
+    scan_categories: PageCategory
+
+    @property
+    def usable(self) -> bool:
+        """Whether a userfaultfd can be opened at all."""
+        return any(way.works for way in self.opens.values())
+
+    @property
+    def kernel_faults(self) -> bool:
+        """Whether faults of system calls can be handled too, not only those of user code."""
+        return self.opens["syscall"].works or self.opens["device"].works
+
+    @property
+    def unknown_features(self) -> Feature:
+        """The supported bits that `Feature` has no name for."""
+        return Feature(int(self.features) & ~sum(int(feature) for feature in Feature))
+
+    @property
+    def pagemap_scan(self) -> bool:
+        """Whether /proc/PID/pagemap takes PAGEMAP_SCAN."""
+        return bool(self.scan_categories)
+
+
+def probe() -> KernelSupport:
+    """Find out what this kernel lets this process do with userfaultfd.
+
+    A refusal is an answer, not an exception: where nothing can be opened, `features` is empty,
+    `opens` says what would help and every register mode carries the errno of the system call.
+
+    Returns:
+        What was found; nothing is kept open or mapped.
+
+    Kernel: userfaultfd(2), UFFDIO_API(2const), UFFDIO_REGISTER(2const), ioctl_pagemap_scan(2).
+    GIL: released in every userfaultfd call.  Threads: safe.  Blocks: no.
+
+    Example:
+        >>> from pyuffd import Feature, probe
+        >>> support = probe()
+        >>> support.usable and Feature.SIGBUS in support.features
+        True
+    """
+    opens = _probe_opens()
+    way = next((name for name, open_ in opens.items() if open_.works), None)
+    features, ioctls, refused = Feature(0), Ioctl(0), Feature(0)
+    if way is None:
+        code = opens["syscall"].errno
+        memory = {
+            name: {mode: RegisterSupport(Ioctl(0), code) for mode in RegisterMode}
+            for name in _MEMORY_TYPES
+        }
+    else:
+        with _opened(way) as fd:
+            features_found, ioctls_found = lowlevel.api(fd, 0)
+        features, ioctls = Feature(features_found), Ioctl(ioctls_found)
+        refused = _probe_refused(way, features)
+        memory = _probe_memory(way, features)
+    return KernelSupport(
+        release=os.uname().release,
+        features=features,
+        refused=refused,
+        ioctls=ioctls,
+        opens=opens,
+        memory=memory,
+        scan_categories=_probe_scan(),
+    )
+
+
+def _open(way: str) -> int:
+    match way:
+        case "syscall":
+            return lowlevel.open_syscall(_FLAGS)
+        case "device":
+            return lowlevel.open_device(_FLAGS)
+        case _:
+            return lowlevel.open_syscall(_FLAGS | USER_MODE_ONLY)
+
+
+@contextmanager
+def _opened(way: str) -> Iterator[int]:
+    fd = _open(way)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _probe_opens() -> dict[str, OpenSupport]:
+    codes = {}
+    for way in ("syscall", "device", "user_mode_only"):
+        try:
+            os.close(_open(way))
+            codes[way] = 0
+        except UffdOSError as error:
+            codes[way] = error.errno or errno.EIO
+    # USER_MODE_ONLY needs no privilege, so where it is refused too, it is not for lack of one.
+    privilege_would_do = codes["user_mode_only"] in (0, errno.EINVAL)
+    return {
+        way: OpenSupport(True) if not code else OpenSupport(False, code, *explain(code))
+        for way, code, explain in (
+            ("syscall", codes["syscall"], lambda code: _explain_syscall(code, privilege_would_do)),
+            ("device", codes["device"], _explain_device),
+            ("user_mode_only", codes["user_mode_only"], lambda code: _explain_syscall(code, False)),
+        )
+    }
+
+
+def _explain_syscall(code: int, privilege_would_do: bool) -> tuple[str, str]:
+    """Return why the system call was refused, and the command that would change it."""
+    if code == errno.EPERM and privilege_would_do:
+        return (
+            f"no CAP_SYS_PTRACE, and vm.unprivileged_userfaultfd is {_sysctl()}",
+            "sysctl vm.unprivileged_userfaultfd=1",
+        )
+    if code in (errno.EPERM, errno.EACCES, errno.ENOSYS) and _has_seccomp_filter():
+        return (
+            "a seccomp filter refuses the system call, as those of containers do",
+            "docker run --security-opt seccomp=unconfined",
+        )
+    if code == errno.ENOSYS:
+        return "this kernel is built without CONFIG_USERFAULTFD", ""
+    if code == errno.EINVAL:
+        return "this kernel does not know UFFD_USER_MODE_ONLY (Linux 5.11)", ""
+    if code in (errno.EPERM, errno.EACCES):
+        return "a security module refuses the system call", ""
+    return os.strerror(code), ""
+
+
+def _explain_device(code: int) -> tuple[str, str]:
+    device = lowlevel.DEVICE
+    if code == errno.EACCES:
+        found = os.stat(device)
+        return (
+            f"it is {stat.filemode(found.st_mode)} of uid {found.st_uid}, gid {found.st_gid}",
+            f"chown {os.geteuid()} {device}",
+        )
+    if code == errno.EPERM:
+        return (
+            "the device control group, of a container perhaps, refuses it",
+            f"docker run --device {device}",
+        )
+    if code == errno.ENOENT:
+        minor = _misc_minor("userfaultfd")
+        if minor is None:
+            return "this kernel has none (Linux 6.1)", ""
+        return "the kernel has it, but it has no node", f"mknod -m 600 {device} c 10 {minor}"
+    return os.strerror(code), ""
+
+
+def _sysctl() -> str:
+    try:
+        return SYSCTL.read_text().strip()
+    except OSError:
+        return "not there"
+
+
+def _has_seccomp_filter() -> bool:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "Seccomp":
+            return value.strip() == _SECCOMP_FILTER
+    return False
+
+
+def _misc_minor(name: str) -> int | None:
+    try:
+        lines = Path("/proc/misc").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        minor, _, device = line.strip().partition(" ")
+        if device == name:
+            return int(minor)
+    return None
+
+
+def _probe_refused(way: str, features: Feature) -> Feature:
+    """Return the supported features that the handshake refuses with EPERM."""
+    refused = 0
+    for bit in range(int(features).bit_length()):
+        if not int(features) >> bit & 1:
+            continue
+        with _opened(way) as fd:
+            try:
+                lowlevel.api(fd, 1 << bit)
+            except UffdOSError as error:
+                if error.errno == errno.EPERM:
+                    refused |= 1 << bit
+    return Feature(refused)
+
+
+def _probe_memory(way: str, features: Feature) -> dict[str, dict[RegisterMode, RegisterSupport]]:
+    memory: dict[str, dict[RegisterMode, RegisterSupport]] = {name: {} for name in _MEMORY_TYPES}
+    for mode in RegisterMode:
+        with _opened(way) as fd:
+            # The only mode that has to be asked for in the handshake.
+            lowlevel.api(fd, features & Feature.RWP if mode == RegisterMode.RWP else 0)
+            for name in _MEMORY_TYPES:
+                memory[name][mode] = _register_scratch(fd, name, mode)
+    return memory
+
+
+def _register_scratch(fd: int, memory: str, mode: RegisterMode) -> RegisterSupport:
+    length, sharing, memfd_flags = _MEMORY_TYPES[memory]
+    memfd = -1
+    try:
+        if memfd_flags is not None:
+            memfd = _memory.memfd_create("pyuffd-probe", os.MFD_CLOEXEC | memfd_flags)
+            os.ftruncate(memfd, length)
+        prot = mmap.PROT_READ | mmap.PROT_WRITE
+        # Without a reservation hugetlb maps on a machine that has no huge pages.
+        start = _memory.mmap(length, prot, sharing | _MAP_NORESERVE, memfd)
+        try:
+            return RegisterSupport(Ioctl(lowlevel.register(fd, start, length, mode)))
+        finally:
+            _memory.munmap(start, length)
+    except OSError as error:
+        return RegisterSupport(Ioctl(0), error.errno or errno.EIO)
+    finally:
+        if memfd >= 0:
+            os.close(memfd)
+
+
+def _probe_scan() -> PageCategory:
+    """Return the categories that PAGEMAP_SCAN of an empty range accepts."""
+    known = 0
+    try:
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return PageCategory(0)
+    try:
+        for category in PageCategory:
+            argument = _SCAN_ARGUMENT.pack(_SCAN_ARGUMENT.size, *[0] * 8, category, 0, category)
+            try:
+                fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
+            except OSError:
+                continue
+            known |= category
+    finally:
+        os.close(pagemap)
+    return PageCategory(known)

@@ -1,0 +1,255 @@
+"""Types of the compiled module, written by csrc/build_stub.py from uffd_shim.cdef."""
+
+from typing import Any
+
+# A pointer: what ffi.new, ffi.from_buffer and ffi.cast return, or bytes.
+CData = Any
+
+ffi: Any
+
+class _Lib:
+    UFFD_USER_MODE_ONLY: int
+    UFFD_API: int
+    UFFD_FEATURE_PAGEFAULT_FLAG_WP: int
+    UFFD_FEATURE_EVENT_FORK: int
+    UFFD_FEATURE_EVENT_REMAP: int
+    UFFD_FEATURE_EVENT_REMOVE: int
+    UFFD_FEATURE_MISSING_HUGETLBFS: int
+    UFFD_FEATURE_MISSING_SHMEM: int
+    UFFD_FEATURE_EVENT_UNMAP: int
+    UFFD_FEATURE_SIGBUS: int
+    UFFD_FEATURE_THREAD_ID: int
+    UFFD_FEATURE_MINOR_HUGETLBFS: int
+    UFFD_FEATURE_MINOR_SHMEM: int
+    UFFD_FEATURE_EXACT_ADDRESS: int
+    UFFD_FEATURE_WP_HUGETLBFS_SHMEM: int
+    UFFD_FEATURE_WP_UNPOPULATED: int
+    UFFD_FEATURE_POISON: int
+    UFFD_FEATURE_WP_ASYNC: int
+    UFFD_FEATURE_MOVE: int
+    UFFD_FEATURE_RWP: int
+    UFFD_FEATURE_RWP_ASYNC: int
+    UFFDIO_REGISTER_MODE_MISSING: int
+    UFFDIO_REGISTER_MODE_WP: int
+    UFFDIO_REGISTER_MODE_MINOR: int
+    UFFDIO_REGISTER_MODE_RWP: int
+    UFFDIO_COPY_MODE_DONTWAKE: int
+    UFFDIO_COPY_MODE_WP: int
+    UFFDIO_ZEROPAGE_MODE_DONTWAKE: int
+    UFFDIO_WRITEPROTECT_MODE_WP: int
+    UFFDIO_WRITEPROTECT_MODE_DONTWAKE: int
+    UFFDIO_CONTINUE_MODE_DONTWAKE: int
+    UFFDIO_CONTINUE_MODE_WP: int
+    UFFDIO_POISON_MODE_DONTWAKE: int
+    UFFDIO_MOVE_MODE_DONTWAKE: int
+    UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES: int
+    UFFDIO_RWPROTECT_MODE_RWP: int
+    UFFDIO_RWPROTECT_MODE_DONTWAKE: int
+    _UFFDIO_REGISTER: int
+    _UFFDIO_UNREGISTER: int
+    _UFFDIO_WAKE: int
+    _UFFDIO_COPY: int
+    _UFFDIO_ZEROPAGE: int
+    _UFFDIO_MOVE: int
+    _UFFDIO_WRITEPROTECT: int
+    _UFFDIO_CONTINUE: int
+    _UFFDIO_POISON: int
+    _UFFDIO_RWPROTECT: int
+    _UFFDIO_SET_MODE: int
+    _UFFDIO_API: int
+    UFFD_EVENT_PAGEFAULT: int
+    UFFD_EVENT_FORK: int
+    UFFD_EVENT_REMAP: int
+    UFFD_EVENT_REMOVE: int
+    UFFD_EVENT_UNMAP: int
+    UFFD_PAGEFAULT_FLAG_WRITE: int
+    UFFD_PAGEFAULT_FLAG_WP: int
+    UFFD_PAGEFAULT_FLAG_MINOR: int
+    UFFD_PAGEFAULT_FLAG_RWP: int
+    UFFD_PM_PFN_MASK: int
+    UFFD_PM_SOFT_DIRTY: int
+    UFFD_PM_MMAP_EXCLUSIVE: int
+    UFFD_PM_UFFD_WP: int
+    UFFD_PM_GUARD_REGION: int
+    UFFD_PM_FILE: int
+    UFFD_PM_SWAP: int
+    UFFD_PM_PRESENT: int
+    UFFD_PAGE_IS_WPALLOWED: int
+    UFFD_PAGE_IS_WRITTEN: int
+    UFFD_PAGE_IS_FILE: int
+    UFFD_PAGE_IS_PRESENT: int
+    UFFD_PAGE_IS_SWAPPED: int
+    UFFD_PAGE_IS_PFNZERO: int
+    UFFD_PAGE_IS_HUGE: int
+    UFFD_PAGE_IS_SOFT_DIRTY: int
+    UFFD_PAGE_IS_GUARD: int
+    UFFD_PAGE_IS_ACCESSED: int
+    UFFD_PM_SCAN_WP_MATCHING: int
+    UFFD_PM_SCAN_CHECK_WPASYNC: int
+    UFFD_PAGEMAP_SCAN: int
+    UFFD_MAPPING_SHARED: int
+    UFFD_MAPPING_FILE: int
+    UFFD_MAPPING_MINCORE: int
+    UFFD_MAPPING_SEEK: int
+    UFFD_KINDS: int
+    UFFD_HISTOGRAM_BUCKETS: int
+    def uffd_shim_open_syscall(self, flags: int, /) -> int: ...
+    def uffd_shim_open_device(self, path: CData, flags: int, /) -> int: ...
+    def uffd_shim_api(
+        self, fd: int, features: int, features_ret: CData, ioctls_ret: CData, /
+    ) -> int: ...
+    def uffd_shim_register(
+        self, fd: int, start: int, length: int, mode: int, ioctls_ret: CData, /
+    ) -> int: ...
+    def uffd_shim_unregister(self, fd: int, start: int, length: int, /) -> int: ...
+    def uffd_shim_wake(self, fd: int, start: int, length: int, /) -> int: ...
+    def uffd_shim_copy(
+        self, fd: int, dst: int, src: int, length: int, mode: int, copy_ret: CData, /
+    ) -> int: ...
+    def uffd_shim_zeropage(
+        self, fd: int, start: int, length: int, mode: int, zeropage_ret: CData, /
+    ) -> int: ...
+    def uffd_shim_move(
+        self, fd: int, dst: int, src: int, length: int, mode: int, move_ret: CData, /
+    ) -> int: ...
+    def uffd_shim_writeprotect(self, fd: int, start: int, length: int, mode: int, /) -> int: ...
+    def uffd_shim_continue(
+        self, fd: int, start: int, length: int, mode: int, mapped_ret: CData, /
+    ) -> int: ...
+    def uffd_shim_poison(
+        self, fd: int, start: int, length: int, mode: int, updated_ret: CData, /
+    ) -> int: ...
+    def uffd_shim_rwprotect(self, fd: int, start: int, length: int, mode: int, /) -> int: ...
+    def uffd_shim_set_mode(self, fd: int, enable: int, disable: int, /) -> int: ...
+    def uffd_shim_read(self, fd: int, buffer: CData, size: int, /) -> int: ...
+    def uffd_shim_ioctl_number(self, nr: int, /) -> int: ...
+    def uffd_shim_read_memory(self, dst: CData, src: int, length: int, /) -> None: ...
+    def uffd_shim_write_memory(self, dst: int, src: CData, length: int, /) -> None: ...
+    def uffd_shim_fill_memory(self, dst: int, value: int, length: int, /) -> None: ...
+    def uffd_shim_touch_read(self, start: int, length: int, step: int, /) -> None: ...
+    def uffd_shim_touch_write(self, start: int, length: int, step: int, /) -> None: ...
+    def uffd_shim_mmap(
+        self,
+        address: int,
+        length: int,
+        prot: int,
+        flags: int,
+        fd: int,
+        offset: int,
+        address_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_shim_munmap(self, start: int, length: int, /) -> int: ...
+    def uffd_shim_mremap(
+        self, from_: int, length: int, new_length: int, flags: int, to: int, address_ret: CData, /
+    ) -> int: ...
+    def uffd_shim_mprotect(self, start: int, length: int, prot: int, /) -> int: ...
+    def uffd_shim_madvise(self, start: int, length: int, advice: int, /) -> int: ...
+    def uffd_shim_mincore(self, start: int, length: int, vec: CData, /) -> int: ...
+    def uffd_shim_memfd_create(self, name: CData, flags: int, /) -> int: ...
+    def uffd_shim_fallocate(self, fd: int, mode: int, offset: int, length: int, /) -> int: ...
+    def uffd_shim_fstatfs(self, fd: int, type_ret: CData, block_size_ret: CData, /) -> int: ...
+    UFFD_RESIDENCY_HOLE: int
+    UFFD_RESIDENCY_SWAPPED: int
+    UFFD_RESIDENCY_RESIDENT: int
+    UFFD_RESIDENCY_MAPPED: int
+    UFFD_RESIDENCY_PRIVATE: int
+    UFFD_RESIDENCY_POISON: int
+    UFFD_RESIDENCY_UNKNOWN: int
+    def uffd_pagemap_free(self, memory: CData, /) -> None: ...
+    def uffd_pagemap_alive(self, fd: int, /) -> int: ...
+    def uffd_pagemap_read(
+        self, fd: int, start: int, pages: int, entries: CData, pages_ret: CData, /
+    ) -> int: ...
+    def uffd_pagemap_count(
+        self, entries: CData, pages: int, mask: int, value: int, count_ret: CData, /
+    ) -> int: ...
+    def uffd_pagemap_runs(
+        self, entries: CData, pages: int, start: int, mask: int, value: int, ranges_ret: CData, /
+    ) -> int: ...
+    def uffd_pagemap_state_runs(
+        self,
+        states: CData,
+        pages: int,
+        start: int,
+        page_size: int,
+        state: int,
+        ranges_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_pagemap_bytes(self, vec: CData, count: int, bytes_ret: CData, /) -> int: ...
+    def uffd_pagemap_scan(self, fd: int, arg: CData, count_ret: CData, /) -> int: ...
+    def uffd_pagemap_scan_all(
+        self, fd: int, request: CData, ranges_ret: CData, walk_end_ret: CData, /
+    ) -> int: ...
+    def uffd_pagemap_residency(
+        self,
+        pagemap_fd: int,
+        start: int,
+        length: int,
+        page_size: int,
+        file_fd: int,
+        offset: int,
+        mapping: int,
+        states_ret: CData,
+        /,
+    ) -> int: ...
+    UFFD_FILL_COPY: int
+    UFFD_FILL_ZERO: int
+    UFFD_FILL_CONTINUE: int
+    UFFD_FILL_POISON: int
+    UFFD_FILL_MOVE: int
+    def uffd_fill_run(self, fill: CData, result_ret: CData, /) -> int: ...
+    def uffd_now_ns(self, /) -> int: ...
+    UFFD_PAGE_ABSENT: int
+    UFFD_PAGE_IN_FLIGHT: int
+    UFFD_PAGE_CLEAN: int
+    UFFD_PAGE_DIRTY: int
+    UFFD_PAGE_REMOVED: int
+    UFFD_PAGE_POISONED: int
+    UFFD_PAGE_SAVED: int
+    UFFD_SOURCE_NONE: int
+    UFFD_SOURCE_ZERO: int
+    UFFD_SOURCE_MEMORY: int
+    UFFD_SOURCE_FILE: int
+    UFFD_ON_ERROR_POISON: int
+    UFFD_ON_ERROR_STALL: int
+    UFFD_ON_ERROR_KILL: int
+    UFFD_FAILED_NOTHING: int
+    UFFD_FAILED_SOURCE: int
+    UFFD_FAILED_RESOLVE: int
+    UFFD_FAILED_UNSERVED: int
+    UFFD_FAILED_READ: int
+    UFFD_FAILED_LAYOUT: int
+    def uffd_engine_create(self, options: CData, ret: CData, /) -> int: ...
+    def uffd_engine_destroy(self, engine: CData, /) -> None: ...
+    def uffd_engine_add(self, engine: CData, spec: CData, id_ret: CData, /) -> int: ...
+    def uffd_engine_set_ioctls(self, engine: CData, id: int, ioctls: int, /) -> int: ...
+    def uffd_engine_remove(self, engine: CData, id: int, /) -> int: ...
+    def uffd_engine_populate(
+        self, engine: CData, id: int, offset: int, length: int, filled_ret: CData, /
+    ) -> int: ...
+    def uffd_engine_preserve(
+        self, engine: CData, id: int, offset: int, length: int, saved_ret: CData, /
+    ) -> int: ...
+    def uffd_engine_seal(self, engine: CData, id: int, /) -> int: ...
+    def uffd_engine_refuse(self, engine: CData, /) -> None: ...
+    def uffd_engine_states(
+        self, engine: CData, id: int, first_page: int, pages: int, states_ret: CData, /
+    ) -> int: ...
+    def uffd_engine_set_states(
+        self, engine: CData, id: int, first_page: int, pages: int, state: int, /
+    ) -> int: ...
+    def uffd_engine_stats(self, engine: CData, stats_ret: CData, /) -> None: ...
+    def uffd_engine_recent(self, engine: CData, recent_ret: CData, capacity: int, /) -> int: ...
+    def uffd_engine_failure(self, engine: CData, failure_ret: CData, /) -> None: ...
+    def uffd_histogram_bound(self, bucket: int, /) -> int: ...
+    def uffd_native_start(self, engine: CData, cpus: CData, cpu_count: int, /) -> int: ...
+    def uffd_native_drain(self, engine: CData, limit_ns: int, /) -> int: ...
+    def uffd_native_stop(self, engine: CData, /) -> None: ...
+    def uffd_inline_start(self, engine: CData, /) -> int: ...
+    def uffd_inline_stop(self, engine: CData, /) -> None: ...
+    def uffd_inline_is_installed(self, /) -> int: ...
+    def uffd_inline_reinstall(self, /) -> int: ...
+
+lib: _Lib

@@ -1,0 +1,765 @@
+"""`Userfaultfd`: one descriptor, its ioctls and its events (layer L2).
+
+Nothing here resolves a fault by itself; `pyuffd.Handler` does.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import warnings
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pyuffd import _memory, lowlevel
+from pyuffd._abi import (
+    MESSAGE_SIZE,
+    USER_MODE_ONLY,
+    ContinueMode,
+    CopyMode,
+    Event,
+    EventCode,
+    Feature,
+    Fork,
+    Ioctl,
+    MoveMode,
+    PoisonMode,
+    RegisterMode,
+    RwprotectMode,
+    WriteprotectMode,
+    ZeropageMode,
+    fork_fd,
+    message_code,
+    parse_event,
+)
+from pyuffd._closing import CloseCallbacks
+from pyuffd._errors import (
+    ClosedError,
+    UffdOSError,
+    UffdPermissionError,
+    UnsupportedFeatureError,
+    raise_errno,
+)
+from pyuffd._pages import (
+    PAGE_SIZE,
+    RangeLike,
+    check_aligned,
+    check_range,
+    page_size_of,
+    resolve_range,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
+FDINFO_FEATURES_MASK = 0x7FFF_FFFF  # bit 31 is the kernel's own UFFD_FEATURE_INITIALIZED
+# EAGAIN ends when the thread that changes the layout runs again: 12 ms on a busy machine.
+FILL_RETRY_S = 1.0
+MAP_NORESERVE = 0x4000  # not in the mmap module
+ZEROS_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+READ_BATCH = 64  # messages per read(2): 2 KiB, one page-table's worth of faults in one go
+
+
+@dataclass(frozen=True, slots=True)
+class FillResult:
+    """What a `fill_*` call left behind, all in bytes.
+
+    `done` was filled now, `already_present` was there before (its waiters were woken), and
+    `deferred` could not be filled because the layout kept changing: fill it again later.
+    """
+
+    done: int
+    already_present: int
+    deferred: int
+
+
+class Userfaultfd(CloseCallbacks):
+    """Open a userfaultfd for this process, or adopt one with `from_fd`.
+
+    Args:
+        features: Feature bits to enable. Every one must be supported, or nothing is opened.
+        user_mode_only: Deliver faults of user code only. Works without privilege; system calls
+            that touch a missing page then fail with EFAULT instead of waiting for it.
+        nonblocking: Open with O_NONBLOCK. A blocking userfaultfd cannot be polled (POLLERR).
+
+    Attributes:
+        features: What was asked for and granted.
+        supported: Everything this kernel offers.
+        ioctls: The ioctls of the descriptor itself.
+
+    Raises:
+        UnsupportedFeatureError: a feature this kernel does not have.
+        UffdPermissionError: EPERM or EACCES from every way to open; `hint` names the knobs.
+            EPERM for EVENT_FORK without CAP_SYS_PTRACE.
+
+    Kernel: userfaultfd(2), UFFDIO_API(2const). A probe descriptor is asked what is supported and
+        closed, then a second one enables `features`: one descriptor takes one handshake.
+    GIL: released in every call.  Threads: safe, apart from close().  Blocks: see each method.
+
+    Example:
+        >>> from pyuffd import Feature, Userfaultfd
+        >>> with Userfaultfd(features=Feature.THREAD_ID) as uffd:
+        ...     uffd.features == Feature.THREAD_ID
+        True
+    """
+
+    features: Feature
+    supported: Feature
+    ioctls: Ioctl
+
+    def __init__(
+        self,
+        *,
+        features: Feature = Feature(0),  # noqa: B008 - an immutable flag
+        user_mode_only: bool = False,
+        nonblocking: bool = True,
+    ) -> None:
+        self._fd = -1
+        flags = os.O_CLOEXEC | (os.O_NONBLOCK if nonblocking else 0)
+        if user_mode_only:
+            flags |= USER_MODE_ONLY
+        self.supported = probe_features(flags)
+        missing = Feature(int(features) & ~int(self.supported))  # ~flag would drop unknown bits
+        if missing:
+            raise UnsupportedFeatureError(
+                errno.EINVAL,
+                "UFFDIO_API",
+                hint=f"this kernel does not have {missing!r}",
+                requested=int(features),
+                supported=int(self.supported),
+                missing=int(missing),
+            )
+        fd = open_uffd(flags)
+        try:
+            _, ioctls = lowlevel.api(fd, features)
+        except UffdPermissionError as error:
+            os.close(fd)
+            error.hint = "EVENT_FORK needs CAP_SYS_PTRACE"
+            raise
+        except BaseException:
+            os.close(fd)
+            raise
+        self._adopt(fd, features, Ioctl(ioctls))
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Self:
+        """Adopt a userfaultfd received from another process, and own it from here on.
+
+        Args:
+            fd: The descriptor, handshake done by its sender. It is closed with this object; if
+                this call raises, it stays the caller's.
+
+        Raises:
+            ValueError: not a userfaultfd, or the handshake has not been done.
+
+        Kernel: the features come from /proc/self/fdinfo. O_NONBLOCK and FD_CLOEXEC are set: the
+            flags of a received descriptor are its sender's.
+        """
+        features, ioctls = _negotiated(fd)
+        os.set_blocking(fd, False)
+        os.set_inheritable(fd, False)
+        self = cls.__new__(cls)
+        try:
+            self.supported = probe_features(os.O_CLOEXEC)
+        except UffdOSError:
+            self.supported = features  # an unprivileged receiver cannot ask
+        self._adopt(fd, features, ioctls)
+        return self
+
+    def _adopt(self, fd: int, features: Feature, ioctls: Ioctl) -> None:
+        self.features = features
+        self.ioctls = ioctls
+        self._fd = fd
+        self._pid = os.getpid()
+        self._registered = _RangeModes()
+        self._before_close = []
+
+    # The descriptor
+
+    def fileno(self) -> int:
+        """Return the file descriptor.
+
+        Raises:
+            ClosedError: closed, detached, or this is a fork of the process that opened it (the
+                descriptor would act on the parent's memory).
+        """
+        if self._fd < 0:
+            raise ClosedError("this userfaultfd is closed")
+        if self._pid != os.getpid():
+            raise ClosedError(
+                f"this userfaultfd belongs to process {self._pid}, not to its fork {os.getpid()}"
+            )
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() or detach() was called."""
+        return self._fd < 0
+
+    def detach(self) -> int:
+        """Give up ownership and return the descriptor; the object is closed afterwards."""
+        fd = self.fileno()
+        self._run_before_close()
+        self._fd = -1
+        return fd
+
+    def close(self) -> None:
+        """Stop the handlers that use this descriptor, then close it.
+
+        Ranges become unregistered: threads still waiting (there are none behind a Handler) go on
+        with zero pages, so do not use this to get rid of a stalled thread.
+        """
+        if self._fd < 0:
+            return
+        if self._pid == os.getpid():
+            self._run_before_close()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0 and self._pid == os.getpid():
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._fd < 0 else f"fd={self._fd}"
+        return f"<Userfaultfd {state} features={self.features!r}>"
+
+    # Ranges
+
+    def register(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        mode: RegisterMode = RegisterMode.MISSING,
+    ) -> Ioctl:
+        """Register a range and return the ioctls it takes.
+
+        Registering again with other modes replaces them; a subset of the current modes changes
+        nothing. A range that would lose WP is unprotected first: on hugetlb memory a write to a
+        page left protected never returns (measured on Linux 6.18).
+
+        Args:
+            range_or_start: A range object, or the address, aligned to the page size.
+            length: Bytes, a multiple of the page size; not with a range object.
+            mode: Which faults to deliver.
+
+        Raises:
+            ValueError: a bad range, or no mode.
+            UffdOSError: EINVAL - unmapped, or memory that cannot be registered in this mode.
+            RangeBusyError: EBUSY - registered with another userfaultfd.
+
+        Kernel: UFFDIO_REGISTER(2const).  Blocks: no.
+        """
+        start, length = _checked(range_or_start, length)
+        if not mode:
+            raise ValueError("register needs at least one mode")
+        fd = self.fileno()
+        if not mode & RegisterMode.WP:
+            for first, end, old in self._registered.overlapping(start, start + length):
+                if old & RegisterMode.WP and not _is_subset(mode, old):
+                    lowlevel.writeprotect(fd, first, end - first, 0)
+        ioctls = Ioctl(lowlevel.register(fd, start, length, mode))
+        self._registered.set(start, start + length, mode)
+        return ioctls
+
+    def unregister(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
+        """Unregister a range: protection is lifted, and threads that wait go on.
+
+        A missing page that nobody resolved reads as zeros from then on: resolve or poison first.
+
+        Kernel: UFFDIO_UNREGISTER(2const).  Blocks: no.
+        """
+        start, length = _checked(range_or_start, length)
+        lowlevel.unregister(self.fileno(), start, length)
+        self._registered.clear(start, start + length)
+
+    def wake(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
+        """Let every thread that waits in the range try its access again.
+
+        Kernel: UFFDIO_WAKE(2const). A page still missing sends its event again.
+        """
+        start, length = _checked(range_or_start, length)
+        lowlevel.wake(self.fileno(), start, length)
+
+    # One ioctl each
+
+    def copy(
+        self,
+        dst: int,
+        src: int | Buffer,
+        length: int | None = None,
+        *,
+        mode: CopyMode = CopyMode(0),  # noqa: B008
+    ) -> int:
+        """Fill missing pages with a copy; return the bytes copied.
+
+        Args:
+            dst: Address in the owner's memory, aligned to the page size.
+            src: Address in this process (any alignment), or a buffer.
+            length: Bytes; the buffer's size by default.
+            mode: CopyMode.DONTWAKE, CopyMode.WP.
+
+        Raises:
+            ValueError: a bad range, or a buffer shorter than `length`.
+            PartialResolveError: EAGAIN - `completed` bytes were copied before something stopped
+                it, or 0 while a layout event is unread.
+            PageExistsError: EEXIST - the first page is present; waiters are not woken.
+            LayoutChangedError: ENOENT - not registered, or across two mappings.
+            ProcessGoneError: ESRCH - the owner has exited.
+            UffdOSError: EFAULT - the source cannot be read.
+
+        Kernel: UFFDIO_COPY(2const).  Blocks: while a source page is itself being faulted in.
+        """
+        address, length, owner = _source(src, length)
+        check_range(dst, length, name="dst")
+        done = lowlevel.copy(self.fileno(), dst, address, length, mode)
+        del owner
+        return done
+
+    def zeropage(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        mode: ZeropageMode = ZeropageMode(0),  # noqa: B008
+    ) -> int:
+        """Fill missing pages with zeros; return the bytes filled.
+
+        Hugetlb ranges do not take it (EINVAL): copy zeros. Errors as for `copy`.
+
+        Kernel: UFFDIO_ZEROPAGE(2const).
+        """
+        start, length = _checked(range_or_start, length)
+        return lowlevel.zeropage(self.fileno(), start, length, mode)
+
+    def move(
+        self,
+        dst: int,
+        src: int,
+        length: int,
+        *,
+        mode: MoveMode = MoveMode(0),  # noqa: B008
+    ) -> int:
+        """Move anonymous pages of the owner from `src` to missing pages at `dst`; return bytes.
+
+        Raises:
+            LayoutChangedError: ENOENT - a source page is missing (see MoveMode.ALLOW_SRC_HOLES).
+            PageExistsError: EEXIST - a destination page is present.
+            RangeBusyError: EBUSY - a source page is or was shared by fork: MADV_DONTFORK it.
+            PartialResolveError: EAGAIN - `completed` bytes were moved.
+
+        Kernel: UFFDIO_MOVE(2const); needs Feature.MOVE; anonymous memory; Linux 6.8.
+        """
+        check_range(dst, length, name="dst")
+        check_aligned("src", src, PAGE_SIZE)
+        return lowlevel.move(self.fileno(), dst, src, length, mode)
+
+    def continue_(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        mode: ContinueMode = ContinueMode(0),  # noqa: B008
+    ) -> int:
+        """Map pages that the page cache already holds; return the bytes mapped.
+
+        Raises:
+            PageExistsError: EEXIST - already mapped; waiters are not woken.
+            UffdOSError: EFAULT - the page cache has no such page.
+            PartialResolveError: EAGAIN - `completed` bytes were mapped.
+
+        Kernel: UFFDIO_CONTINUE(2const); shmem and hugetlb registered with RegisterMode.MINOR.
+        """
+        start, length = _checked(range_or_start, length)
+        return lowlevel.continue_(self.fileno(), start, length, mode)
+
+    def poison(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        mode: PoisonMode = PoisonMode(0),  # noqa: B008
+    ) -> int:
+        """Mark missing pages so that whoever touches them gets SIGBUS; return the bytes marked.
+
+        The marks outlive unregistering; MADV_DONTNEED takes them away, and `copy` replaces them.
+
+        Raises:
+            PageExistsError: EEXIST - a page is present.
+            PartialResolveError: EAGAIN - `completed` bytes were marked.
+
+        Kernel: UFFDIO_POISON(2const); needs Feature.POISON; Linux 6.6.
+        """
+        start, length = _checked(range_or_start, length)
+        return lowlevel.poison(self.fileno(), start, length, mode)
+
+    def writeprotect(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        mode: WriteprotectMode = WriteprotectMode.WP,
+    ) -> None:
+        """Write-protect a range, or with mode 0 unprotect it and wake its waiters.
+
+        Missing pages of anonymous memory are protected only with Feature.WP_UNPOPULATED; without
+        it the call succeeds and their first write goes unseen.
+
+        Raises:
+            ValueError: a bad range, or WP together with DONTWAKE.
+            LayoutChangedError: ENOENT - part of the range is not registered with RegisterMode.WP;
+                the mappings before that part have been changed.
+            PartialResolveError: EAGAIN - a layout event is unread.
+
+        Kernel: UFFDIO_WRITEPROTECT(2const).
+        """
+        start, length = _checked(range_or_start, length)
+        if mode == WriteprotectMode.WP | WriteprotectMode.DONTWAKE:
+            raise ValueError("DONTWAKE goes with taking protection off, not with WP")
+        lowlevel.writeprotect(self.fileno(), start, length, mode)
+
+    def rwprotect(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        mode: RwprotectMode = RwprotectMode.RWP,
+    ) -> None:
+        """Protect a range against reads and writes, or with mode 0 lift that and wake.
+
+        Kernel: UFFDIO_RWPROTECT; needs Feature.RWP and RegisterMode.RWP; Linux 7.3.
+        """
+        start, length = _checked(range_or_start, length)
+        lowlevel.rwprotect(self.fileno(), start, length, mode)
+
+    def set_mode(
+        self,
+        *,
+        enable: Feature = Feature(0),  # noqa: B008
+        disable: Feature = Feature(0),  # noqa: B008
+    ) -> None:
+        """Switch features of the open descriptor; Linux knows Feature.RWP_ASYNC here.
+
+        Kernel: UFFDIO_SET_MODE; Linux 7.3.
+        """
+        if enable & disable:
+            raise ValueError(f"{Feature(enable & disable)!r} both enabled and disabled")
+        lowlevel.set_mode(self.fileno(), enable, disable)
+        self.features = Feature((self.features | enable) & ~int(disable))
+
+    # Filling, correct by default
+
+    def fill_copy(
+        self,
+        dst: RangeLike | int,
+        src: int | Buffer,
+        length: int | None = None,
+        *,
+        mode: CopyMode = CopyMode(0),  # noqa: B008
+        retry_s: float = FILL_RETRY_S,
+    ) -> FillResult:
+        """Fill every missing page of a range with a copy, and wake whoever waits for one.
+
+        Goes on behind pages that are present, and retries while the layout changes.
+
+        Args:
+            dst: A range object (its page size counts), or an address of small pages.
+            src: Address in this process, or a buffer, of at least the range's length.
+            length: Bytes; by default the range's, or the buffer's.
+            mode: As for `copy`.
+            retry_s: How long EAGAIN without progress is retried; the rest is then `deferred`.
+
+        Raises:
+            ValueError: a bad range, or a source that is too short.
+            LayoutChangedError: ENOENT - not registered, unmapped, or across two mappings.
+            ProcessGoneError: ESRCH - the owner has exited.
+            UffdOSError: EFAULT - the source cannot be read; `start` is the page, and `completed`
+                bytes were filled before it.
+
+        Kernel: UFFDIO_COPY(2const), UFFDIO_WAKE(2const).  Blocks: up to `retry_s` at a time.
+        """
+        if not isinstance(dst, int):
+            length = dst.length if length is None else length
+        address, length, owner = _source(src, length)
+        start = dst if isinstance(dst, int) else dst.start
+        result = self._fill(
+            lowlevel.FillOp.COPY, start, address, length, mode, page_size_of(dst), retry_s
+        )
+        del owner
+        return result
+
+    def fill_zero(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        retry_s: float = FILL_RETRY_S,
+    ) -> FillResult:
+        """Fill every missing page of a range with zeros, on hugetlb memory by copying them.
+
+        Errors as for `fill_copy`.
+        """
+        start, size = resolve_range(range_or_start, length)
+        page_size = page_size_of(range_or_start)
+        if page_size == PAGE_SIZE:
+            return self._fill(lowlevel.FillOp.ZEROPAGE, start, 0, size, 0, page_size, retry_s)
+        check_range(start, size, page_size)
+        zeros = _memory.mmap(size, mmap.PROT_READ, ZEROS_FLAGS)
+        try:
+            return self._fill(lowlevel.FillOp.COPY, start, zeros, size, 0, page_size, retry_s)
+        finally:
+            _memory.munmap(zeros, size)
+
+    def fill_continue(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        mode: ContinueMode = ContinueMode(0),  # noqa: B008
+        retry_s: float = FILL_RETRY_S,
+    ) -> FillResult:
+        """Map every page of a range from the page cache; as `fill_copy` otherwise.
+
+        Raises:
+            UffdOSError: EFAULT - the page cache lacks the page at `start`.
+        """
+        start, size = resolve_range(range_or_start, length)
+        page_size = page_size_of(range_or_start)
+        return self._fill(lowlevel.FillOp.CONTINUE, start, 0, size, mode, page_size, retry_s)
+
+    def fill_poison(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        mode: PoisonMode = PoisonMode(0),  # noqa: B008
+        retry_s: float = FILL_RETRY_S,
+    ) -> FillResult:
+        """Poison every missing page of a range; as `fill_copy` otherwise."""
+        start, size = resolve_range(range_or_start, length)
+        page_size = page_size_of(range_or_start)
+        return self._fill(lowlevel.FillOp.POISON, start, 0, size, mode, page_size, retry_s)
+
+    def fill_move(
+        self,
+        dst: RangeLike | int,
+        src: int,
+        length: int | None = None,
+        *,
+        mode: MoveMode = MoveMode(0),  # noqa: B008
+        retry_s: float = FILL_RETRY_S,
+    ) -> FillResult:
+        """Move pages of the owner to every missing page of a range; as `fill_copy` otherwise.
+
+        A source page whose destination is present stays where it is.
+        """
+        start, size = resolve_range(dst, length)
+        check_aligned("src", src, PAGE_SIZE)
+        page_size = page_size_of(dst)
+        return self._fill(lowlevel.FillOp.MOVE, start, src, size, mode, page_size, retry_s)
+
+    def _fill(
+        self,
+        op: lowlevel.FillOp,
+        start: int,
+        src: int,
+        length: int,
+        mode: int,
+        page_size: int,
+        retry_s: float,
+    ) -> FillResult:
+        check_range(start, length, page_size, name="dst")
+        if retry_s < 0:
+            raise ValueError(f"retry_s {retry_s} is negative")
+        limit_ns = int(retry_s * 1e9)
+        return FillResult(
+            *lowlevel.fill(op, self.fileno(), start, src, length, mode, page_size, limit_ns)
+        )
+
+    # Events
+
+    def read_events(self, max_events: int = READ_BATCH) -> list[Event]:
+        """Return the queued events, at most `max_events`, in the kernel's order.
+
+        Page faults come before layout events that are older (measured): read until the list is
+        empty, and apply Remove, Unmap, Remap and Fork before resolving faults. The descriptors of
+        Fork events are yours to close. Not beside a Handler, which reads for itself.
+
+        Blocks: never, unless opened with `nonblocking=False`.
+        """
+        if max_events < 1:
+            raise ValueError(f"max_events {max_events} must be above zero")
+        raw = lowlevel.read(self.fileno(), max_events * MESSAGE_SIZE)
+        return [self._event(raw[at : at + MESSAGE_SIZE]) for at in range(0, len(raw), MESSAGE_SIZE)]
+
+    def _event(self, raw: bytes) -> Event:
+        if message_code(raw) == EventCode.FORK:
+            return Fork(type(self).from_fd(fork_fd(raw)))
+        return parse_event(raw)
+
+
+def probe_features(flags: int = os.O_CLOEXEC) -> Feature:
+    """Return the features this kernel supports, asked on a descriptor of its own."""
+    fd = open_uffd(flags)
+    try:
+        features, _ = lowlevel.api(fd, 0)
+    finally:
+        os.close(fd)
+    return Feature(features)
+
+
+def open_uffd(flags: int) -> int:
+    """Open a userfaultfd by the system call or, where that is refused, by the device."""
+    refusals: list[UffdOSError] = []
+    for attempt in (lowlevel.open_syscall, lowlevel.open_device):
+        try:
+            return attempt(flags)
+        except UffdOSError as error:
+            refusals.append(error)
+    by_syscall, by_device = refusals
+    hint = "; ".join([_syscall_hint(by_syscall, flags), _device_hint(by_device)])
+    raise_errno("userfaultfd", by_syscall.errno or errno.EPERM, hint=hint)
+
+
+def _syscall_hint(error: UffdOSError, flags: int) -> str:
+    match error.errno:
+        case errno.EPERM if SYSCTL.exists() and SYSCTL.read_text().strip() == "0":
+            hint = (
+                "the system call needs CAP_SYS_PTRACE or `sysctl vm.unprivileged_userfaultfd=1`"
+                " (or a seccomp filter refuses it)"
+            )
+            if not flags & USER_MODE_ONLY:
+                hint += (
+                    ", or user_mode_only=True, which needs no privilege but makes system calls"
+                    " that touch a missing page fail with EFAULT"
+                )
+            return hint
+        case errno.EPERM | errno.ENOSYS:
+            return "the system call is refused: a seccomp filter, or no CONFIG_USERFAULTFD"
+        case errno.EINVAL:
+            return "the system call does not know these flags (USER_MODE_ONLY needs Linux 5.11)"
+        case _:
+            return f"the system call: {os.strerror(error.errno or 0)}"
+
+
+def _device_hint(error: UffdOSError) -> str:
+    device = lowlevel.DEVICE
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            mode = stat.filemode(Path(device).stat().st_mode)
+            return f"{device} is {mode}: `chown {os.geteuid()} {device}` would open it"
+        case errno.ENOENT:
+            return f"there is no {device} (Linux 6.1)"
+        case _:
+            return f"{device}: {os.strerror(error.errno or 0)}"
+
+
+def _negotiated(fd: int) -> tuple[Feature, Ioctl]:
+    """Read the features and ioctls of a userfaultfd that is already set up."""
+    try:
+        target = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError as error:
+        raise ValueError(f"{fd} is not an open file descriptor") from error
+    if target != "anon_inode:[userfaultfd]":
+        raise ValueError(f"file descriptor {fd} is {target}, not a userfaultfd")
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "API":
+            _, features, ioctls = (int(field, 16) for field in value.strip().split(":"))
+            if not features & ~FDINFO_FEATURES_MASK:
+                raise ValueError(f"file descriptor {fd} has not done its UFFDIO_API handshake")
+            return Feature(features & FDINFO_FEATURES_MASK), Ioctl(ioctls)
+    raise ValueError(f"the kernel says nothing about userfaultfd {fd} in its fdinfo")
+
+
+def _checked(range_or_start: RangeLike | int, length: int | None) -> tuple[int, int]:
+    start, size = resolve_range(range_or_start, length)
+    check_range(start, size, page_size_of(range_or_start))
+    return start, size
+
+
+def _source(src: int | Buffer, length: int | None) -> tuple[int, int, object]:
+    """Return (address, length, what must stay alive meanwhile) of a copy's source."""
+    if isinstance(src, int):
+        if length is None:
+            raise ValueError(f"source address {src:#x} needs a length")
+        if src < 0 or src + length > 1 << 64:
+            raise ValueError(f"source {src:#x} + {length:#x} is not in the address space")
+        return src, length, None
+    address, size, owner = _memory.buffer_address(src)
+    if length is None:
+        length = size
+    if length > size:
+        raise ValueError(f"the source has {size:#x} bytes, fewer than {length:#x}")
+    return address, length, owner
+
+
+def _is_subset(mode: RegisterMode, of: RegisterMode) -> bool:
+    return int(mode) | int(of) == int(of)
+
+
+class _RangeModes:
+    """Which modes this object registered where: disjoint ranges in address order."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._rows: list[tuple[int, int, RegisterMode]] = []
+
+    def overlapping(self, start: int, end: int) -> list[tuple[int, int, RegisterMode]]:
+        """Return the parts of known ranges that lie in [start, end)."""
+        first, last = self._slice(start, end)
+        return [(max(a, start), min(b, end), mode) for a, b, mode in self._rows[first:last]]
+
+    def set(self, start: int, end: int, mode: RegisterMode) -> None:
+        """Note `mode` for [start, end), as the kernel does: a subset leaves what was there."""
+        kept = [row for row in self.overlapping(start, end) if _is_subset(mode, row[2])]
+        self.clear(start, end)
+        at = start
+        for a, b, old in [*kept, (end, end, mode)]:
+            if at < a:
+                self._insert(at, a, mode)
+            if a < b:
+                self._insert(a, b, old)
+            at = b
+
+    def clear(self, start: int, end: int) -> None:
+        """Forget [start, end), splitting what reaches over its ends."""
+        first, last = self._slice(start, end)
+        old = self._rows[first:last]
+        del self._rows[first:last], self._starts[first:last]
+        for a, b, mode in old:
+            if a < start:
+                self._insert(a, start, mode)
+            if b > end:
+                self._insert(end, b, mode)
+
+    def _slice(self, start: int, end: int) -> tuple[int, int]:
+        first = bisect_right(self._starts, start)
+        if first and self._rows[first - 1][1] > start:
+            first -= 1
+        return first, bisect_left(self._starts, end)
+
+    def _insert(self, start: int, end: int, mode: RegisterMode) -> None:
+        at = bisect_left(self._starts, start)
+        self._starts.insert(at, start)
+        self._rows.insert(at, (start, end, mode))

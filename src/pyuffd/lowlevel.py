@@ -1,0 +1,349 @@
+"""One function per system call and ioctl, arguments as the manual has them (layer L2).
+
+Addresses, lengths and modes go to the kernel unchecked; an errno comes back as an exception of
+`pyuffd._errors` with the kernel's partial count kept.  Every call releases the GIL.  Use
+`Userfaultfd` unless you need exactly this.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from enum import IntEnum
+from typing import Any
+
+from pyuffd._errors import raise_errno
+from pyuffd._pages import PAGE_SIZE
+from pyuffd._shim import ffi, lib
+
+DEVICE = "/dev/userfaultfd"
+
+
+class FillOp(IntEnum):
+    """Which ioctl `fill` repeats."""
+
+    COPY = lib.UFFD_FILL_COPY
+    ZEROPAGE = lib.UFFD_FILL_ZERO
+    CONTINUE = lib.UFFD_FILL_CONTINUE
+    POISON = lib.UFFD_FILL_POISON
+    MOVE = lib.UFFD_FILL_MOVE
+
+
+def open_syscall(flags: int) -> int:
+    """Call userfaultfd(2) and return the file descriptor."""
+    fd = lib.uffd_shim_open_syscall(flags)
+    if fd < 0:
+        raise_errno("userfaultfd", -fd)
+    return fd
+
+
+def open_device(flags: int, path: str = DEVICE) -> int:
+    """Ask /dev/userfaultfd (Linux 6.1) for a userfaultfd and return the file descriptor."""
+    fd = lib.uffd_shim_open_device(os.fsencode(path), flags)
+    if fd < 0:
+        raise_errno(f"open {path}", -fd)
+    return fd
+
+
+def api(fd: int, features: int) -> tuple[int, int]:
+    """Do the UFFDIO_API handshake; return (features the kernel supports, ioctls)."""
+    out = ffi.new("uint64_t[2]")
+    code = lib.uffd_shim_api(fd, features, out, out + 1)
+    if code:
+        raise_errno("UFFDIO_API", -code, requested=features)
+    return out[0], out[1]
+
+
+def register(fd: int, start: int, length: int, mode: int) -> int:
+    """UFFDIO_REGISTER; return the mask of ioctls that the range takes."""
+    out = ffi.new("uint64_t *")
+    code = lib.uffd_shim_register(fd, start, length, mode, out)
+    if code:
+        raise_errno("UFFDIO_REGISTER", -code, start, length, mode=mode)
+    return int(out[0])
+
+
+def unregister(fd: int, start: int, length: int) -> None:
+    """UFFDIO_UNREGISTER: whoever waits in the range goes on, with zero pages."""
+    code = lib.uffd_shim_unregister(fd, start, length)
+    if code:
+        raise_errno("UFFDIO_UNREGISTER", -code, start, length)
+
+
+def wake(fd: int, start: int, length: int) -> None:
+    """UFFDIO_WAKE: whoever waits in the range tries its access again."""
+    code = lib.uffd_shim_wake(fd, start, length)
+    if code:
+        raise_errno("UFFDIO_WAKE", -code, start, length)
+
+
+def copy(fd: int, dst: int, src: int, length: int, mode: int = 0) -> int:
+    """UFFDIO_COPY from address `src` of this process; return the bytes copied."""
+    out = ffi.new("int64_t *")
+    code = lib.uffd_shim_copy(fd, dst, src, length, mode, out)
+    if code:
+        raise_errno("UFFDIO_COPY", -code, dst, length, completed=max(out[0], 0))
+    return int(out[0])
+
+
+def zeropage(fd: int, start: int, length: int, mode: int = 0) -> int:
+    """UFFDIO_ZEROPAGE; return the bytes zeroed."""
+    out = ffi.new("int64_t *")
+    code = lib.uffd_shim_zeropage(fd, start, length, mode, out)
+    if code:
+        raise_errno("UFFDIO_ZEROPAGE", -code, start, length, completed=max(out[0], 0))
+    return int(out[0])
+
+
+def move(fd: int, dst: int, src: int, length: int, mode: int = 0) -> int:
+    """UFFDIO_MOVE of pages of the owner from `src` to `dst`; return the bytes moved."""
+    out = ffi.new("int64_t *")
+    code = lib.uffd_shim_move(fd, dst, src, length, mode, out)
+    if code:
+        raise_errno("UFFDIO_MOVE", -code, dst, length, completed=max(out[0], 0))
+    return int(out[0])
+
+
+def writeprotect(fd: int, start: int, length: int, mode: int) -> None:
+    """UFFDIO_WRITEPROTECT: put protection on, or take it off and wake."""
+    code = lib.uffd_shim_writeprotect(fd, start, length, mode)
+    if code:
+        raise_errno("UFFDIO_WRITEPROTECT", -code, start, length, mode=mode)
+
+
+def continue_(fd: int, start: int, length: int, mode: int = 0) -> int:
+    """UFFDIO_CONTINUE: map what the page cache holds; return the bytes mapped."""
+    out = ffi.new("int64_t *")
+    code = lib.uffd_shim_continue(fd, start, length, mode, out)
+    if code:
+        raise_errno("UFFDIO_CONTINUE", -code, start, length, completed=max(out[0], 0))
+    return int(out[0])
+
+
+def poison(fd: int, start: int, length: int, mode: int = 0) -> int:
+    """UFFDIO_POISON: whoever touches the range gets SIGBUS; return the bytes poisoned."""
+    out = ffi.new("int64_t *")
+    code = lib.uffd_shim_poison(fd, start, length, mode, out)
+    if code:
+        raise_errno("UFFDIO_POISON", -code, start, length, completed=max(out[0], 0))
+    return int(out[0])
+
+
+def rwprotect(fd: int, start: int, length: int, mode: int) -> None:
+    """UFFDIO_RWPROTECT (Linux 7.3): make the next access of any kind a fault."""
+    code = lib.uffd_shim_rwprotect(fd, start, length, mode)
+    if code:
+        raise_errno("UFFDIO_RWPROTECT", -code, start, length, mode=mode)
+
+
+def set_mode(fd: int, enable: int, disable: int) -> None:
+    """UFFDIO_SET_MODE (Linux 7.3): switch features of an open userfaultfd."""
+    code = lib.uffd_shim_set_mode(fd, enable, disable)
+    if code:
+        raise_errno("UFFDIO_SET_MODE", -code, enable=enable, disable=disable)
+
+
+def fill(
+    op: FillOp,
+    fd: int,
+    dst: int,
+    src: int,
+    length: int,
+    mode: int,
+    page_size: int,
+    limit_ns: int,
+) -> tuple[int, int, int]:
+    """Repeat one filling ioctl over a range; return the bytes (done, already there, put off).
+
+    Partial results go on, EEXIST wakes and skips a page, EAGAIN is retried for `limit_ns`.
+    """
+    request = ffi.new("struct uffd_fill *")
+    request.op = op
+    request.fd = fd
+    request.dst = dst
+    request.src = src
+    request.length = length
+    request.mode = mode
+    request.page_size = page_size
+    request.limit_ns = limit_ns
+    out = ffi.new("struct uffd_fill_result *")
+    code = lib.uffd_fill_run(request, out)
+    if code:
+        past = out.done + out.already_present
+        raise_errno(
+            f"fill ({op.name.lower()})", -code, dst + past, length - past, completed=out.done
+        )
+    return out.done, out.already_present, out.deferred
+
+
+def read(fd: int, size: int) -> bytes:
+    """read(2) whole messages; b"" when none is queued on a non-blocking descriptor."""
+    buffer = bytearray(size)
+    with ffi.from_buffer(buffer) as pointer:
+        count = lib.uffd_shim_read(fd, pointer, size)
+    if count == -errno.EAGAIN:
+        return b""
+    if count < 0:
+        raise_errno("read", -count)
+    return bytes(memoryview(buffer)[:count])
+
+
+def ioctl_number(nr: int) -> int:
+    """Return the request number of the ioctl whose bit in the ioctls masks is `nr`."""
+    return lib.uffd_shim_ioctl_number(nr)
+
+
+# /proc/PID/pagemap.  Packed results are read-only memoryviews: of 64-bit numbers ("Q"), and
+# ranges as three of them each (start, end, categories).
+
+MAPPING_SHARED = lib.UFFD_MAPPING_SHARED
+MAPPING_FILE = lib.UFFD_MAPPING_FILE
+MAPPING_MINCORE = lib.UFFD_MAPPING_MINCORE
+MAPPING_SEEK = lib.UFFD_MAPPING_SEEK
+
+_allocate = ffi.new_allocator(should_clear_after_alloc=False)
+_NO_RANGES = memoryview(b"").cast("Q")
+_RANGE_WORDS = 3
+
+
+def pagemap_alive(fd: int) -> None:
+    """Raise ProcessGoneError if the address space of an open pagemap has gone."""
+    code = lib.uffd_pagemap_alive(fd)
+    if code:
+        raise_errno("pagemap", -code)
+
+
+def pagemap_read(fd: int, start: int, length: int) -> memoryview:
+    """Read the entries of `length` bytes of address space, one for each 4 KiB."""
+    pages = length // PAGE_SIZE
+    entries = _allocate("uint64_t[]", pages)
+    out = ffi.new("uint64_t *")
+    code = lib.uffd_pagemap_read(fd, start, pages, entries, out)
+    if code:
+        raise_errno("pagemap read", -code, start, length, completed=out[0] * PAGE_SIZE)
+    return memoryview(ffi.buffer(entries)).cast("Q").toreadonly()
+
+
+def pagemap_count(entries: memoryview, mask: int, value: int) -> int:
+    """Count the entries whose bits under `mask` are `value`."""
+    out = ffi.new("uint64_t *")
+    pointer = ffi.from_buffer("uint64_t[]", entries)
+    lib.uffd_pagemap_count(pointer, len(pointer), mask, value, out)
+    return int(out[0])
+
+
+def pagemap_runs(entries: memoryview, start: int, mask: int, value: int) -> memoryview:
+    """Return the runs of entries whose bits under `mask` are `value`, as ranges from `start`."""
+    ranges = ffi.new("struct uffd_page_ranges *")
+    pointer = ffi.from_buffer("uint64_t[]", entries)
+    code = lib.uffd_pagemap_runs(pointer, len(pointer), start, mask, value, ranges)
+    packed = _take_ranges(ranges)
+    if code:
+        raise_errno("pagemap runs", -code, start)
+    return packed
+
+
+def pagemap_bytes(ranges: memoryview) -> int:
+    """Return the sum of the sizes of packed ranges."""
+    out = ffi.new("uint64_t *")
+    pointer = ffi.from_buffer("struct uffd_page_region[]", ranges)
+    lib.uffd_pagemap_bytes(pointer, len(pointer), out)
+    return int(out[0])
+
+
+def pagemap_scan(
+    fd: int,
+    start: int,
+    end: int,
+    *,
+    flags: int = 0,
+    vec_len: int = 0,
+    max_pages: int = 0,
+    category_inverted: int = 0,
+    category_mask: int = 0,
+    category_anyof_mask: int = 0,
+    return_mask: int = 0,
+) -> tuple[memoryview, int]:
+    """PAGEMAP_SCAN once; return (ranges, walk_end)."""
+    vec = _allocate("struct uffd_page_region[]", vec_len)
+    arg = ffi.new("struct uffd_pm_scan_arg *")
+    arg.size = ffi.sizeof(arg[0])
+    arg.flags, arg.start, arg.end = flags, start, end
+    arg.vec = int(ffi.cast("uintptr_t", vec)) if vec_len else 0
+    arg.vec_len, arg.max_pages = vec_len, max_pages
+    arg.category_inverted, arg.category_mask = category_inverted, category_mask
+    arg.category_anyof_mask, arg.return_mask = category_anyof_mask, return_mask
+    out = ffi.new("uint64_t *")
+    code = lib.uffd_pagemap_scan(fd, arg, out)
+    if code:
+        raise_errno("PAGEMAP_SCAN", -code, start, end - start, flags=flags)
+    return memoryview(ffi.buffer(vec)).cast("Q")[: _RANGE_WORDS * out[0]].toreadonly(), arg.walk_end
+
+
+def pagemap_scan_all(
+    fd: int,
+    start: int,
+    end: int,
+    *,
+    flags: int = 0,
+    vec_len: int = (1 << 64) - 1,
+    max_pages: int = 0,
+    category_inverted: int = 0,
+    category_mask: int = 0,
+    category_anyof_mask: int = 0,
+    return_mask: int = 0,
+) -> tuple[memoryview, int, int]:
+    """PAGEMAP_SCAN until the range is walked or a limit is met.
+
+    Returns (ranges, walk_end, errno): an error late in the range must not lose what was found,
+    and perhaps write-protected, before it, so this one does not raise it.
+    """
+    arg = ffi.new("struct uffd_pm_scan_arg *")
+    arg.flags, arg.start, arg.end = flags, start, end
+    arg.vec_len, arg.max_pages = vec_len, max_pages
+    arg.category_inverted, arg.category_mask = category_inverted, category_mask
+    arg.category_anyof_mask, arg.return_mask = category_anyof_mask, return_mask
+    ranges = ffi.new("struct uffd_page_ranges *")
+    out = ffi.new("uint64_t *")
+    code = lib.uffd_pagemap_scan_all(fd, arg, ranges, out)
+    return _take_ranges(ranges), int(out[0]), -code
+
+
+def pagemap_residency(
+    pagemap_fd: int,
+    start: int,
+    length: int,
+    page_size: int,
+    states: memoryview,
+    *,
+    file_fd: int = -1,
+    offset: int = 0,
+    mapping: int = 0,
+) -> None:
+    """Write one UFFD_RESIDENCY_* byte per page of a range inside one mapping to `states`."""
+    with ffi.from_buffer("uint8_t[]", states, require_writable=True) as pointer:
+        code = lib.uffd_pagemap_residency(
+            pagemap_fd, start, length, page_size, file_fd, offset, mapping, pointer
+        )
+    if code:
+        raise_errno("residency", -code, start, length)
+
+
+def pagemap_state_runs(states: bytes, start: int, page_size: int, state: int) -> memoryview:
+    """Return the runs of pages in one residency state, as ranges from `start`."""
+    ranges = ffi.new("struct uffd_page_ranges *")
+    code = lib.uffd_pagemap_state_runs(
+        ffi.from_buffer("uint8_t[]", states), len(states), start, page_size, state, ranges
+    )
+    packed = _take_ranges(ranges)
+    if code:
+        raise_errno("residency runs", -code, start)
+    return packed
+
+
+def _take_ranges(ranges: Any) -> memoryview:
+    vec = ffi.gc(ranges.vec, lib.uffd_pagemap_free)
+    if not ranges.count:
+        return _NO_RANGES
+    size = ranges.count * ffi.sizeof("struct uffd_page_region")
+    return memoryview(ffi.buffer(vec, size)).cast("Q").toreadonly()

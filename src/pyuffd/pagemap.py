@@ -1,0 +1,474 @@
+"""Page tables from user space: /proc/PID/pagemap and PAGEMAP_SCAN (layer L2).
+
+Results stay packed, as the kernel wrote them: no Python object per page or range is made before
+one is asked for.  Nothing here touches the memory it asks about, so nothing here can fault there.
+Where the content of a page is that no page table shows is `pyuffd._residency`'s business.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn, Self
+
+from pyuffd import lowlevel
+from pyuffd._abi import PageBit, PageCategory, ScanFlag
+from pyuffd._errors import ClosedError, UffdOSError, UnsupportedFeatureError, raise_errno
+from pyuffd._pages import PAGE_SIZE, RangeLike, check_range, resolve_range
+
+MASK_LIMIT = 1 << 64
+
+_RANGE = struct.Struct("=QQQ")
+_WORDS = 3
+
+
+class PageRange(NamedTuple):
+    """Pages [start, end); `categories` are those of `return_mask` that all of them share."""
+
+    start: int
+    end: int
+    categories: PageCategory
+
+    def __repr__(self) -> str:
+        return f"PageRange({self.start:#x}, {self.end:#x}, {self.categories!r})"
+
+
+class PageRanges:
+    """Ranges of pages in ascending order, packed as 64-bit (start, end, categories) triples.
+
+    Iterating and indexing make a `PageRange` at a time; a slice shares the memory.  numpy takes
+    the object as it is, as a read-only array of shape (len, 3): `numpy.asarray(ranges)`.
+    """
+
+    __slots__ = ("_view",)
+
+    def __init__(self, packed: memoryview) -> None:
+        self._view = packed
+
+    def __len__(self) -> int:
+        return len(self._view) // _WORDS
+
+    def __getitem__(self, index: int) -> PageRange:
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"range {index} of {count}")
+        at = index % count * _WORDS
+        start, end, categories = self._view[at : at + _WORDS]
+        return PageRange(start, end, PageCategory(categories))
+
+    def __iter__(self) -> Iterator[PageRange]:
+        known: dict[int, PageCategory] = {}
+        for start, end, bits in _RANGE.iter_unpack(self._view.cast("B")):
+            categories = known.get(bits)
+            if categories is None:
+                categories = known[bits] = PageCategory(bits)
+            yield PageRange(start, end, categories)
+
+    def __eq__(self, other: object) -> bool:
+        return self._view == other._view if isinstance(other, PageRanges) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ranges_from_bytes, (self._view.tobytes(),)
+
+    def __repr__(self) -> str:
+        return f"<PageRanges: {len(self)} ranges, {self.bytes:#x} bytes>"
+
+    @property
+    def bytes(self) -> int:
+        """The sum of their sizes."""
+        return lowlevel.pagemap_bytes(self._view)
+
+    def pages(self, page_size: int = PAGE_SIZE) -> int:
+        """Return the number of pages of `page_size` bytes in all of them."""
+        return self.bytes // page_size
+
+    def memoryview(self) -> builtins.memoryview:
+        """Return the packed triples as a read-only view of 64-bit numbers (format "Q")."""
+        return self._view
+
+    def __buffer__(self, flags: int) -> builtins.memoryview:
+        return self._view
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "shape": (len(self), _WORDS),
+            "typestr": "<u8",
+            "data": self._view,
+        }
+
+
+def _ranges_from_bytes(packed: bytes) -> PageRanges:
+    return PageRanges(memoryview(packed).cast("Q"))
+
+
+class PageEntries:
+    """The pagemap entries of a range, packed: one 64-bit number for each 4 KiB.
+
+    A huge page has one entry for each 4 KiB of it too.  Indexing gives the raw number; `at` the
+    known bits of an address.  numpy takes the object as it is, without a copy.
+    """
+
+    __slots__ = ("_start", "_view")
+
+    def __init__(self, start: int, packed: memoryview) -> None:
+        self._start = start
+        self._view = packed
+
+    @property
+    def start(self) -> int:
+        """The address of the first entry's page."""
+        return self._start
+
+    @property
+    def length(self) -> int:
+        """The bytes of address space they describe."""
+        return len(self._view) * PAGE_SIZE
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def __getitem__(self, index: int) -> int:
+        return self._view[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._view)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _entries_from_bytes, (self._start, self._view.tobytes())
+
+    def __repr__(self) -> str:
+        return f"<PageEntries: {len(self)} from {self._start:#x}>"
+
+    def at(self, address: int) -> PageBit:
+        """Return the bits of the page that holds `address`, without its frame number.
+
+        Raises:
+            IndexError: the address lies outside the range.
+        """
+        if not self._start <= address < self._start + self.length:
+            raise IndexError(f"{address:#x} is not in [{self._start:#x}, +{self.length:#x})")
+        return PageBit(self._view[(address - self._start) // PAGE_SIZE] & _KNOWN_BITS)
+
+    def count(self, bits: PageBit, *, clear: PageBit = PageBit(0)) -> int:  # noqa: B008
+        """Return how many pages have all of `bits` and none of `clear`.
+
+        GIL: released.
+        """
+        return lowlevel.pagemap_count(self._view, *_condition(bits, clear))
+
+    def where(self, bits: PageBit, *, clear: PageBit = PageBit(0)) -> PageRanges:  # noqa: B008
+        """Return the runs of pages that have all of `bits` and none of `clear`.
+
+        Their `categories` are 0: those are PAGEMAP_SCAN's.
+
+        GIL: released.
+        """
+        mask, value = _condition(bits, clear)
+        return PageRanges(lowlevel.pagemap_runs(self._view, self._start, mask, value))
+
+    def memoryview(self) -> builtins.memoryview:
+        """Return the entries as a read-only view of 64-bit numbers (format "Q")."""
+        return self._view
+
+    def __buffer__(self, flags: int) -> builtins.memoryview:
+        return self._view
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"version": 3, "shape": (len(self),), "typestr": "<u8", "data": self._view}
+
+
+_KNOWN_BITS = sum(PageBit)
+
+
+def _condition(bits: int, clear: int) -> tuple[int, int]:
+    """Return (mask, value) that an entry with all of `bits` and none of `clear` has."""
+    if bits & clear:
+        raise ValueError(f"bits {bits & clear:#x} cannot be both set and clear")
+    return int(bits) | int(clear), int(bits)
+
+
+def _entries_from_bytes(start: int, packed: bytes) -> PageEntries:
+    return PageEntries(start, memoryview(packed).cast("Q"))
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """What `Pagemap.scan` found.
+
+    `walk_end` is where it stopped: the end of the range, or, when `vec_len` or `max_pages` was
+    reached before, the address to scan on from.
+    """
+
+    ranges: PageRanges
+    walk_end: int
+
+    def __repr__(self) -> str:
+        return f"ScanResult({self.ranges!r}, walk_end={self.walk_end:#x})"
+
+
+class Pagemap:
+    """Open /proc/PID/pagemap: the page table of this process, or of another one.
+
+    It belongs to the address space that the process has now: after its exit or execve(2),
+    everything raises ProcessGoneError.  That of this process means nothing in a forked child,
+    where it raises ClosedError; open another there.
+
+    Args:
+        pid: Process to look at; None for this one. Another user's needs CAP_SYS_PTRACE.
+
+    Raises:
+        ProcessGoneError: ESRCH - there is no such process.
+        UffdPermissionError: EACCES - no permission to ptrace it.
+
+    Threads: safe, except for `close` while another thread is inside a call.
+
+    Example:
+        >>> import mmap, pyuffd
+        >>> with pyuffd.Region.anonymous(16 * 4096) as region, pyuffd.Pagemap() as pagemap:
+        ...     region.write(4096, b"x")
+        ...     pagemap.read(region).where(pyuffd.PageBit.PRESENT).pages()
+        1
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._fd = -1
+        if pid is not None and pid <= 0:
+            raise ValueError(f"pid {pid} is not that of a process")
+        self._pid = pid
+        self._owner = os.getpid()
+        path = f"/proc/{'self' if pid is None else pid}/pagemap"
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            if pid is not None and code == errno.ENOENT:
+                code = errno.ESRCH
+            raise_errno(
+                f"open {path}",
+                code,
+                hint="reading another process's pagemap needs permission to ptrace it"
+                if code in (errno.EACCES, errno.EPERM)
+                else "",
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process it was opened for."""
+        return self._owner if self._pid is None else self._pid
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._fd < 0
+
+    def fileno(self) -> int:
+        """Return the file descriptor, which stays this object's.
+
+        Raises:
+            ClosedError: it was closed, or is that of the process this one was forked from.
+        """
+        if self._fd < 0:
+            raise ClosedError("Pagemap is closed")
+        if self._pid is None and self._owner != os.getpid():
+            raise ClosedError(f"Pagemap is that of process {self._owner}, which forked this one")
+        return self._fd
+
+    def close(self) -> None:
+        """Close the file descriptor; a second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"fd={self._fd}"
+        return f"<Pagemap of {'this process' if self._pid is None else self._pid}: {state}>"
+
+    def read(self, range_or_start: RangeLike | int, length: int | None = None) -> PageEntries:
+        """Read the entries of a range in one bulk read.
+
+        Args:
+            range_or_start: A range object, or an address; a multiple of 4 KiB.
+            length: Bytes, a multiple of 4 KiB; with an address only.
+
+        Returns:
+            One entry for each 4 KiB, also where nothing is mapped (0).
+
+        Raises:
+            ProcessGoneError: ESRCH - the address space is gone.
+            UffdOSError: EFAULT - the range leaves the address space.
+            ClosedError: as for `fileno`.
+
+        Kernel: frame numbers (bits 0-54) are 0 without CAP_SYS_ADMIN.
+        GIL: released.
+        Blocks: no.
+        """
+        start, length = _checked(range_or_start, length)
+        return PageEntries(start, lowlevel.pagemap_read(self.fileno(), start, length))
+
+    def scan(
+        self,
+        range_or_start: RangeLike | int,
+        length: int | None = None,
+        *,
+        category_mask: PageCategory = PageCategory(0),  # noqa: B008 - an immutable flag
+        category_anyof_mask: PageCategory = PageCategory(0),  # noqa: B008
+        category_inverted: PageCategory = PageCategory(0),  # noqa: B008
+        return_mask: PageCategory | None = None,
+        max_pages: int = 0,
+        vec_len: int | None = None,
+        flags: ScanFlag = ScanFlag(0),  # noqa: B008
+    ) -> ScanResult:
+        """PAGEMAP_SCAN of a range, repeated until the whole of it is walked.
+
+        A page matches if, after the categories in `category_inverted` are flipped, it has all of
+        `category_mask` and, unless that is 0, at least one of `category_anyof_mask`.
+
+        Args:
+            range_or_start: A range object, or an address; a multiple of 4 KiB.
+            length: Bytes, a multiple of 4 KiB; with an address only.
+            category_mask: All of these.
+            category_anyof_mask: And any of these.
+            category_inverted: Flip these first.
+            return_mask: Categories to report and to tell ranges apart by; None for those of
+                the two masks.
+            max_pages: Stop after this many matching pages; 0 for no limit.
+            vec_len: Stop after this many ranges, to bound the memory of the result; None for no
+                limit; 0 to report none, when only WP_MATCHING matters.
+            flags: WP_MATCHING write-protects what matched, in the same step as it is reported;
+                CHECK_WPASYNC refuses memory not registered WP with Feature.WP_ASYNC.
+
+        Returns:
+            The matching pages and where the walk ended.
+
+        Raises:
+            UnsupportedFeatureError: ENOTTY - no PAGEMAP_SCAN; EINVAL - an unknown category or
+                flag, see `missing`.
+            UffdPermissionError: EPERM - CHECK_WPASYNC met memory that is not WP_ASYNC.
+            ProcessGoneError: ESRCH - the address space is gone.
+            UffdOSError: EFAULT - the range leaves the address space; ENOSPC - WP_MATCHING and a
+                max_pages less than the hugetlb page that comes first.
+            Each carries `partial`, the ScanResult up to the error: with WP_MATCHING those
+            pages are protected again and will not be reported a second time.
+
+        Kernel: Linux 6.7. WRITTEN is the absence of write-protection: memory that was never
+            protected counts as written, and so does a hole without a marker, unless its whole
+            page table is missing. On hugetlb it is reported for pages that are present only.
+        GIL: released.
+        Blocks: no.
+        """
+        start, length = _checked(range_or_start, length)
+        # Plain numbers from here on: IntFlag arithmetic takes as long as a small scan.
+        wanted, anyof = int(category_mask), int(category_anyof_mask)
+        inverted, flag_bits = int(category_inverted), int(flags)
+        reported = wanted | anyof if return_mask is None else int(return_mask)
+        limit = MASK_LIMIT - 1 if vec_len is None else vec_len
+        for value in (wanted, anyof, inverted, reported, flag_bits, limit, max_pages):
+            if not 0 <= value < MASK_LIMIT:
+                raise ValueError(f"{value:#x} is not a number of 64 bits")
+        if max_pages and not limit:
+            raise ValueError(f"max_pages {max_pages:#x} counts nothing with vec_len 0")
+        fd = self.fileno()
+        packed, walk_end, code = lowlevel.pagemap_scan_all(
+            fd,
+            start,
+            (start + length) % MASK_LIMIT,
+            flags=flag_bits,
+            vec_len=limit,
+            max_pages=max_pages,
+            category_inverted=inverted,
+            category_mask=wanted,
+            category_anyof_mask=anyof,
+            return_mask=reported,
+        )
+        result = ScanResult(PageRanges(packed), walk_end)
+        if code:
+            categories = wanted | anyof | inverted | reported
+            self._raise_scan(code, start, length, categories, flag_bits, result)
+        if self._pid is not None:
+            try:
+                lowlevel.pagemap_alive(fd)
+            except UffdOSError as error:
+                raise_errno(
+                    "PAGEMAP_SCAN", error.errno or errno.ESRCH, start, length, partial=result
+                )
+        return result
+
+    def scan_support(self) -> tuple[PageCategory, ScanFlag]:
+        """Return the categories and flags this kernel's PAGEMAP_SCAN takes; none without it.
+
+        GIL: released.
+        """
+        fd = self.fileno()
+
+        def takes(**argument: int) -> bool:
+            try:
+                lowlevel.pagemap_scan(fd, 0, 0, **argument)
+            except UffdOSError as error:
+                if error.errno in (errno.EINVAL, errno.ENOTTY):
+                    return False
+                raise
+            return True
+
+        bits = [1 << number for number in range(64)]
+        categories = sum(bit for bit in bits if takes(return_mask=bit))
+        return PageCategory(categories), ScanFlag(sum(bit for bit in bits if takes(flags=bit)))
+
+    def _raise_scan(
+        self, code: int, start: int, length: int, categories: int, flags: int, partial: ScanResult
+    ) -> NoReturn:
+        hint = ""
+        if code in (errno.EINVAL, errno.ENOTTY):
+            known_categories, known_flags = map(int, self.scan_support())
+            requested, supported = categories, known_categories
+            if flags & ~known_flags:
+                requested, supported = flags, known_flags
+            if code == errno.ENOTTY:
+                hint = "this kernel has no PAGEMAP_SCAN (Linux 6.7)"
+            if hint or requested & ~supported:
+                raise UnsupportedFeatureError(
+                    code,
+                    "PAGEMAP_SCAN",
+                    start,
+                    length,
+                    hint,
+                    requested=requested,
+                    supported=supported,
+                    missing=requested & ~supported,
+                    partial=partial,
+                )
+        elif code == errno.ENOSPC:
+            hint = "max_pages is less than one hugetlb page, which is protected whole or not at all"
+        raise_errno("PAGEMAP_SCAN", code, start, length, hint=hint, partial=partial)
+
+
+def _checked(range_or_start: RangeLike | int, length: int | None) -> tuple[int, int]:
+    start, length = resolve_range(range_or_start, length)
+    check_range(start, length)
+    return start, length

@@ -1,0 +1,8 @@
+"""Memory to register: `Region` maps it, or adopts what somebody else mapped (layer L3)."""
+
+from __future__ import annotations
+
+from pyuffd.regions._mapping import RegionKind
+from pyuffd.regions._region import Region
+
+__all__ = ["Region", "RegionKind"]

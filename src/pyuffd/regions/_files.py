@@ -1,0 +1,174 @@
+"""Files as memory: opening them, what kind and size they are, and whether they can be touched."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pyuffd import _memory
+from pyuffd._errors import UffdPermissionError, raise_errno
+from pyuffd._pages import PAGE_SIZE
+from pyuffd.regions._mapping import RegionKind
+
+HUGETLBFS_MAGIC = 0x958458F6
+TMPFS_MAGIC = 0x01021994
+SHM_FOLDER = "/dev/shm"
+NAME_MAX = 255
+NEW_FILE_MODE = 0o600
+F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in the fcntl module
+STAT_BLOCK = 512  # the unit of st_blocks, whatever the file system's own is
+
+
+class HasFileno(Protocol):
+    """An open file."""
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+
+
+FileLike = int | str | os.PathLike[str] | HasFileno
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What an open file offers as memory."""
+
+    kind: RegionKind
+    page_size: int
+    size: int
+    in_memory: bool  # tmpfs or hugetlbfs: a hole takes memory even when it is only read
+
+
+def facts(fd: int) -> FileFacts:
+    """Look at an open file; raise ValueError unless it is a regular file."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{describe(fd)} is not a regular file")
+    magic, block_size = _memory.fstatfs(fd)
+    huge = magic == HUGETLBFS_MAGIC
+    if describe(fd).startswith("/memfd:"):
+        kind = RegionKind.MEMFD
+    else:
+        kind = RegionKind.HUGETLBFS if huge else RegionKind.FILE
+    return FileFacts(
+        kind, block_size if huge else PAGE_SIZE, status.st_size, huge or magic == TMPFS_MAGIC
+    )
+
+
+def describe(fd: int) -> str:
+    """Return what the kernel calls an open file."""
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def own_fd(file: FileLike, *, writable: bool) -> int:
+    """Return a new descriptor for a path, or a duplicate of an open one."""
+    if isinstance(file, int):
+        return os.dup(file)
+    if isinstance(file, (str, os.PathLike)):
+        return os.open(file, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    return os.dup(file.fileno())
+
+
+def open_or_create(path: str) -> tuple[int, bool]:
+    """Open a file for reading and writing; return (descriptor, whether it is new)."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        with suppress(FileExistsError):
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, NEW_FILE_MODE), True
+        with suppress(FileNotFoundError):
+            return os.open(path, flags), False
+
+
+def unlink(path: str, fd: int) -> None:
+    """Remove a file's name, unless the name is gone or another file's by now."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.lstat(path), os.fstat(fd)):
+            os.unlink(path)
+
+
+def shm_path(name: str) -> str:
+    """Return the file of a POSIX shared memory name, by shm_open(3)'s rules."""
+    plain = name.removeprefix("/")
+    if not plain or plain in (".", "..") or "/" in plain or "\0" in plain:
+        raise ValueError(f"{name!r} is not a shared memory name: one path component, like '/name'")
+    if len(os.fsencode(plain)) > NAME_MAX:
+        raise ValueError(f"shared memory name of more than {NAME_MAX} bytes")
+    return f"{SHM_FOLDER}/{plain}"
+
+
+def is_writable(fd: int) -> bool:
+    """Return whether a shared mapping of this descriptor may be writable."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR and not _write_sealed(fd)
+
+
+def check_access(fd: int, *, shared: bool, writable: bool) -> None:
+    """Raise UffdPermissionError, saying why, if the mapping would be refused."""
+    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    if mode == os.O_WRONLY:
+        hint = f"{describe(fd)} is open write-only: a mapping needs to read"
+    elif not shared or not writable or is_writable(fd):
+        return
+    elif mode == os.O_RDONLY:
+        hint = (
+            f"{describe(fd)} is open read-only: open it for writing, or map it with"
+            " writable=False or shared=False"
+        )
+    else:
+        hint = f"{describe(fd)} is sealed against writing: map it with writable=False"
+    raise UffdPermissionError(errno.EACCES, "mmap", hint=hint, fd=fd)
+
+
+def check_size(fd: int, size: int, offset: int, length: int) -> None:
+    """Raise ValueError if the file ends before the region does: touching that is SIGBUS."""
+    if offset + length > size:
+        raise ValueError(
+            f"{describe(fd)} has {size:#x} bytes, fewer than {length:#x} from offset {offset:#x} on"
+        )
+
+
+def check_space(fd: int, offset: int, length: int) -> None:
+    """Raise ENOSPC if the file system cannot hold the region: touching it would be SIGBUS.
+
+    The blocks that the file has already may lie outside the region, and others may take what is
+    free now, so this finds what is certain to fail; `reserve` makes sure.
+    """
+    file_system = os.fstatvfs(fd)
+    needed = length - os.fstat(fd).st_blocks * STAT_BLOCK
+    free = file_system.f_bavail * file_system.f_frsize
+    if file_system.f_blocks == 0 or needed <= free:  # no blocks: a tmpfs without a limit
+        return
+    raise_errno("mmap", errno.ENOSPC, offset, length, hint=_full(fd), needed=needed, free=free)
+
+
+def reserve(fd: int, offset: int, length: int) -> None:
+    """Allocate the range now; raise ENOSPC with the sizes if the file system is too full."""
+    try:
+        _memory.fallocate(fd, 0, offset, length)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise_errno("fallocate", errno.ENOSPC, offset, length, hint=_full(fd))
+
+
+def _full(fd: int) -> str:
+    file_system = os.fstatvfs(fd)
+    free, total = (
+        blocks * file_system.f_frsize >> 10
+        for blocks in (file_system.f_bavail, file_system.f_blocks)
+    )
+    folder = Path(describe(fd)).parent
+    return f"the file system of {folder} has {free} KiB free of {total} KiB"
+
+
+def _write_sealed(fd: int) -> bool:
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False  # not a memfd
+    return bool(seals & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))

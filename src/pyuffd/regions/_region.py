@@ -1,0 +1,512 @@
+"""`Region`: one mapped range of memory, and everything done to it without holding the GIL."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import mmap
+import os
+import warnings
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pyuffd import _memory
+from pyuffd._closing import CloseCallbacks
+from pyuffd._errors import ClosedError, raise_errno
+from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
+from pyuffd.regions import _create, _files, _machine
+from pyuffd.regions._files import FileLike
+from pyuffd.regions._mapping import Mapping, RegionKind
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from pyuffd._residency import Residency
+
+MADV_PAGEOUT = 21  # Linux 5.4; not in the mmap module
+HASHLIB_RELEASES_GIL = 2048  # hashlib keeps the GIL below this many bytes
+
+
+class Region(CloseCallbacks):
+    """A range of mapped memory; made by one of the class methods, never directly.
+
+    It may be registered with a `Userfaultfd`, so its methods touch it only through C calls that
+    release the GIL; `memoryview()` and numpy arrays over it do not, and are for memory whose
+    faults are resolved by a native handler or another process.
+
+    Attributes:
+        start: First address. ClosedError once closed: the range may be somebody else's by then.
+        length: Bytes, a multiple of the page size; also `len(region)`.
+        page_size: The unit of its faults: 4096, or the huge page size.
+        kind: What is behind it.
+        fd: Its own descriptor of that, or None; closed with the region.
+        shared: Writes go to the file, where other mappings see them.
+        writable: False for a read-only mapping.
+        offset: Where in the file it begins, in bytes.
+
+    A fork's copy of the region is the child's own: it may be used, and closing it unmaps it there
+    only. The callbacks of `on_close` and `unlink` stay with the process that made the region.
+
+    GIL: released in every method that touches or maps memory.  Threads: safe, apart from
+        close().  Blocks: a method that touches memory waits until the faults it causes are
+        resolved.
+
+    Example:
+        >>> from pyuffd import Region
+        >>> with Region.memfd(8192) as region, region.alias() as alias:
+        ...     region.write(4096, b"seen twice")
+        ...     alias.read(4096, 10)
+        b'seen twice'
+    """
+
+    def __init__(self, mapping: Mapping) -> None:
+        self._mapping = mapping
+        self._open = True
+        self._pid = os.getpid()
+        self._before_close = []
+        self._exports: set[object] = set()  # one token for each living buffer over the memory
+
+    # Constructors
+
+    @classmethod
+    def anonymous(cls, length: int, *, huge_page_size: int | None = None) -> Self:
+        """Map private anonymous memory, zeros until written.
+
+        From 2 MiB on it is aligned to 2 MiB, so that transparent huge pages fit.
+
+        Args:
+            length: Bytes, a multiple of the page size.
+            huge_page_size: Take hugetlb pages of this size in bytes instead.
+
+        Raises:
+            ValueError: a bad length, or a huge page size this machine does not have.
+            UffdOSError: ENOMEM - too little memory, or too few huge pages: `hint` says how many
+                are free and the command for more; `needed_pages` and `free_pages` are set.
+
+        Kernel: mmap(2). Huge pages are reserved here, so touching them later cannot fail.
+        """
+        return cls(_create.anonymous(length, huge_page_size))
+
+    @classmethod
+    def memfd(
+        cls,
+        length: int,
+        *,
+        shared: bool = True,
+        huge_page_size: int | None = None,
+        seal: bool = False,
+    ) -> Self:
+        """Map a new memfd, which can be mapped again (`alias`) and sent to other processes.
+
+        Args:
+            length: Bytes, a multiple of the page size.
+            shared: False maps it copy-on-write; the memfd itself stays zeros.
+            huge_page_size: Make it of hugetlb pages of this size in bytes.
+            seal: Fix its size and its seals, so that nobody it is sent to can truncate it and
+                turn this mapping's pages into SIGBUS.
+
+        Raises:
+            ValueError: as for `anonymous`.
+            UffdOSError: as for `anonymous`.
+
+        Kernel: memfd_create(2).
+        """
+        return cls(_create.memfd(length, shared=shared, huge_page_size=huge_page_size, seal=seal))
+
+    @classmethod
+    def shm(cls, name: str, length: int, *, reserve: bool = False, unlink: bool = False) -> Self:
+        """Create or open POSIX shared memory, a file in /dev/shm.
+
+        Args:
+            name: As for shm_open(3), "/name" or "name".
+            length: Bytes, a multiple of the page size; what exists must be at least as long.
+            reserve: As for `file`.
+            unlink: Remove the name when this region is closed.
+
+        Raises:
+            ValueError: a bad name or length, or existing memory that is shorter.
+            UffdOSError: ENOSPC - /dev/shm is too full.
+            OSError: the name exists and may not be opened.
+        """
+        return cls(_create.shm(name, length, reserve=reserve, unlink=unlink))
+
+    @classmethod
+    def hugetlbfs(
+        cls,
+        path: str | os.PathLike[str],
+        length: int,
+        *,
+        shared: bool = True,
+        unlink: bool = False,
+    ) -> Self:
+        """Create or open a file on a hugetlbfs mount; the mount says the page size.
+
+        Args:
+            path: The file.
+            length: Bytes, a multiple of that page size; an existing file must be as long.
+            shared: False maps it copy-on-write.
+            unlink: Remove the file when this region is closed.
+
+        Raises:
+            ValueError: a bad length, a shorter file, or a path that is not on hugetlbfs.
+            UffdOSError: ENOMEM - too few huge pages in the pool or on the mount; see `anonymous`.
+            OSError: the file cannot be opened or created.
+        """
+        return cls(_create.hugetlbfs(os.fspath(path), length, shared=shared, unlink=unlink))
+
+    @classmethod
+    def file(
+        cls,
+        file: FileLike,
+        length: int | None = None,
+        *,
+        offset: int = 0,
+        shared: bool = True,
+        writable: bool = True,
+        reserve: bool = False,
+    ) -> Self:
+        """Map part of an existing file: on tmpfs, a received memfd, on hugetlbfs.
+
+        userfaultfd serves tmpfs, memfd and hugetlb; other files are mapped, but not registered.
+        A file truncated afterwards gives SIGBUS, which only a sealed memfd rules out.
+
+        Args:
+            file: A path, a descriptor or an open file. It stays the caller's: the region uses a
+                duplicate.
+            length: Bytes, a multiple of the page size; up to the end of the file by default.
+            offset: Where in the file to begin, a multiple of the page size.
+            shared: False maps it copy-on-write.
+            writable: False maps it read-only. Linux registers a shared mapping with a userfaultfd
+                only if its descriptor is open for writing (EPERM).
+            reserve: Allocate all of it now, so that touching it cannot fail for lack of space.
+                Its pages are then in the page cache: they give minor faults, not missing ones.
+                Without it only space that is certain to be lacking is noticed.
+
+        Raises:
+            ValueError: a bad length or offset, a file that ends before the region, or not a
+                regular file.
+            UffdPermissionError: EACCES - shared and writable of a descriptor that is read-only
+                or sealed against writing.
+            UffdOSError: ENOSPC - the file system is too full: touching the region would be
+                SIGBUS. ENOMEM - too few huge pages; see `anonymous`.
+            OSError: the file cannot be opened.
+        """
+        return cls(
+            _create.file(
+                file, length, offset=offset, shared=shared, writable=writable, reserve=reserve
+            )
+        )
+
+    @classmethod
+    def at(cls, address: int, length: int, page_size: int | None = None) -> Self:
+        """Describe memory of this process that somebody else mapped; never unmapped from here.
+
+        Args:
+            address: First byte, aligned to the page size.
+            length: Bytes, a multiple of the page size.
+            page_size: The size of its pages, taken on trust; None asks /proc/self/smaps, which
+                takes time in a process with many mappings.
+
+        Raises:
+            ValueError: not aligned, or not mapped, readable and of one kind throughout.
+        """
+        return cls(_create.at(address, length, page_size))
+
+    def alias(self) -> Self:
+        """Map the same memory a second time; what one writes the other sees.
+
+        The new region owns a duplicate of the descriptor and is writable if the descriptor is.
+        Filling a page through it and resolving the fault with UFFDIO_CONTINUE is what minor
+        faults are for.
+
+        Raises:
+            ValueError: private memory, or shared memory that was adopted with `at`.
+            UffdOSError: ENOMEM - no room for it.
+        """
+        self._check_open()
+        return type(self)(_create.alias(self._mapping))
+
+    # What it is
+
+    @property
+    def start(self) -> int:
+        """First address."""
+        self._check_open()
+        return self._mapping.start
+
+    @property
+    def length(self) -> int:
+        """Size in bytes."""
+        return self._mapping.length
+
+    @property
+    def page_size(self) -> int:
+        """Size of its pages in bytes."""
+        return self._mapping.page_size
+
+    @property
+    def kind(self) -> RegionKind:
+        """What is behind it."""
+        return self._mapping.kind
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor of the memory behind it, or None; it stays the region's."""
+        return self._mapping.fd if self._open else None
+
+    @property
+    def shared(self) -> bool:
+        """Whether writes go to the file."""
+        return self._mapping.shared
+
+    @property
+    def writable(self) -> bool:
+        """Whether it may be written."""
+        return self._mapping.writable
+
+    @property
+    def offset(self) -> int:
+        """Where in its file it begins, in bytes."""
+        return self._mapping.offset
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return not self._open
+
+    def __len__(self) -> int:
+        return self._mapping.length
+
+    def __repr__(self) -> str:
+        it = self._mapping
+        place = f"[{it.start:#x}, +{it.length:#x})" if self._open else "closed"
+        sharing = "shared" if it.shared else "private"
+        return f"<Region {place} {it.kind.value} {sharing} page_size={it.page_size:#x}>"
+
+    # Its content
+
+    def read(self, offset: int = 0, n: int | None = None) -> bytes:
+        """Return `n` bytes from `offset` on; to the end by default."""
+        at, n = self._span(offset, n)
+        return _memory.read(at, n)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Copy a contiguous buffer to `offset`."""
+        at, _ = self._span(offset, memoryview(data).nbytes, write=True)
+        _memory.write(at, data)
+
+    def fill(self, value: int, offset: int = 0, length: int | None = None) -> None:
+        """Set every byte, or those of a part, to `value`."""
+        if not 0 <= value <= 255:
+            raise ValueError(f"byte value {value} is not in 0..255")
+        at, length = self._span(offset, length, write=True)
+        _memory.fill(at, length, value)
+
+    def touch(self, offset: int = 0, n: int | None = None, write: bool = False) -> None:
+        """Access every page of a part once, so that it is there; with `write`, writable.
+
+        A write puts back the byte it found, which another thread's write to that byte may lose.
+        """
+        at, n = self._span(offset, n, write=write)
+        first = round_down(at, self.page_size)
+        _memory.touch(first, at + n - first, self.page_size, write=write)
+
+    def digest(self, name: str = "sha256", offset: int = 0, length: int | None = None) -> bytes:
+        """Return the digest of the content, or of a part, by a hashlib algorithm."""
+        import hashlib  # 2 ms of import that few programs need
+
+        at, length = self._span(offset, length)
+        state = hashlib.new(name)
+        if length < HASHLIB_RELEASES_GIL:
+            state.update(_memory.read(at, length))
+        else:
+            state.update(self._export(at, length))
+        return state.digest()
+
+    # Its pages
+
+    def madvise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
+        """Give advice (mmap.MADV_*) about whole pages.
+
+        Raises:
+            ValueError: offset or length not a multiple of the page size.
+            UffdOSError: the kernel's errno.
+
+        Blocks: MADV_DONTNEED, MADV_REMOVE and MADV_FREE, until the Remove event is read where
+            Feature.EVENT_REMOVE is on.
+        """
+        at, length = self._pages(offset, length)
+        _memory.madvise(at, length, advice)
+
+    def advise_thp(self, enable: bool = True, offset: int = 0, length: int | None = None) -> None:
+        """Ask for transparent huge pages here, or refuse them.
+
+        Raises:
+            ValueError: hugetlb memory, which has its own.
+            UffdOSError: EINVAL - a kernel without CONFIG_TRANSPARENT_HUGEPAGE.
+
+        Kernel: MADV_HUGEPAGE, MADV_NOHUGEPAGE; whether shared memory follows is decided by
+            /sys/kernel/mm/transparent_hugepage/shmem_enabled.
+        """
+        if self.page_size != PAGE_SIZE:
+            raise ValueError(f"{self!r} is hugetlb memory: no transparent huge pages")
+        self.madvise(mmap.MADV_HUGEPAGE if enable else mmap.MADV_NOHUGEPAGE, offset, length)
+
+    def pageout(self, offset: int = 0, n: int | None = None) -> None:
+        """Ask the kernel to move pages out to swap; `residency()` tells which went.
+
+        Pages that others map too stay, and shared ones are RESIDENT until they are written.
+        Without swap Linux would return success and keep every page, so that is an error here.
+
+        Raises:
+            ValueError: hugetlb memory, which is never swapped; or not whole pages.
+            UffdOSError: ENOSPC - no swap, or none free.
+
+        Kernel: MADV_PAGEOUT; Linux 5.4.
+        """
+        if self.page_size != PAGE_SIZE:
+            raise ValueError(f"{self!r} is hugetlb memory, which is never swapped")
+        at, n = self._pages(offset, n)
+        is_on_disk = self.shared and self.fd is not None and not _files.facts(self.fd).in_memory
+        if not is_on_disk and (problem := _machine.swap_problem()):
+            raise_errno("MADV_PAGEOUT", errno.ENOSPC, at, n, hint=problem)
+        _memory.madvise(at, n, MADV_PAGEOUT)
+
+    def punch_hole(self, offset: int = 0, n: int | None = None) -> None:
+        """Give the memory of whole pages back.
+
+        Shared memory loses the pages in every mapping and reads as zeros. Private memory loses
+        this mapping's own copies only: anonymous memory reads as zeros, a private file mapping
+        as the file, whose pages stay in the page cache.
+
+        Raises:
+            ValueError: offset or length not a multiple of the page size, or read-only memory.
+            UffdOSError: EPERM - sealed against writing; EOPNOTSUPP - the file system cannot.
+
+        Kernel: MADV_REMOVE (which punches the hole that fallocate(2) would, and unlike it sends
+            a Remove event), MADV_DONTNEED for private memory.
+        Blocks: until the Remove event is read where Feature.EVENT_REMOVE is on.
+        """
+        at, n = self._pages(offset, n, write=True)
+        _memory.madvise(at, n, mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED)
+
+    def residency(self, offset: int = 0, n: int | None = None) -> Residency:
+        """Tell for each page whether it is a hole, swapped out, resident or mapped here.
+
+        Raises:
+            ValueError: offset or length not a multiple of the page size.
+
+        Kernel: /proc/self/pagemap, mincore(2) and SEEK_DATA.  Blocks: no; it touches no page.
+        """
+        from pyuffd._residency import residency  # 5 ms
+
+        at, n = self._pages(offset, n)
+        return residency(at, n, page_size=self.page_size, fd=self.fd)
+
+    # Python's own view of it
+
+    def memoryview(self) -> builtins.memoryview:
+        """Return a view of the memory, without copying.
+
+        While it, a slice of it or an array over it lives, close() raises BufferError.
+
+        GIL: held while Python reads or writes through it: on registered memory only where faults
+            are resolved by a native handler or another process.
+        """
+        start, length = self._span(0, None)
+        return self._export(start, length)
+
+    @property
+    def __array_interface__(self) -> dict[str, object]:
+        """What `numpy.asarray(region)` asks for: the bytes, not copied; rules as `memoryview`."""
+        return {
+            "version": 3,
+            "shape": (self.length,),
+            "typestr": "|u1",
+            "data": self.memoryview(),
+        }
+
+    def _export(self, start: int, length: int) -> builtins.memoryview:
+        """Return a view that keeps this region alive and, by `_exports`, open."""
+        buffer, token = _memory.buffer_of(start, length), object()
+        self._exports.add(token)
+        # The registry of finalizers holds `self` for as long as `buffer` lives.
+        weakref.finalize(buffer, _forget_export, self, token).atexit = False
+        view = memoryview(buffer)
+        return view if self.writable else view.toreadonly()
+
+    # Its end
+
+    def close(self) -> None:
+        """Stop the handlers that serve it, unmap it (not after `at`) and close its descriptor.
+
+        Raises:
+            BufferError: a memoryview or array over it is alive; the region stays as it is.
+
+        Blocks: until the Unmap event is read where Feature.EVENT_UNMAP is on.
+        """
+        if not self._open:
+            return
+        if self._exports:
+            raise BufferError(f"{self!r} has {len(self._exports)} live memoryviews or arrays")
+        is_fork = self._pid != os.getpid()
+        if not is_fork:
+            self._run_before_close()
+        self._open = False
+        it = self._mapping
+        try:
+            if it.owned:
+                _memory.munmap(it.start, it.length)
+        finally:
+            if it.fd is not None:
+                if it.unlink is not None and not is_fork:
+                    _files.unlink(it.unlink, it.fd)
+                os.close(it.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_open", False):
+            return
+        if self._mapping.owned and self._pid == os.getpid():
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        self.close()
+
+    # Checks
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ClosedError("this region is closed")
+
+    def _span(self, offset: int, n: int | None, *, write: bool = False) -> tuple[int, int]:
+        """Return (address, bytes) of a part, or raise ValueError if it is not inside."""
+        self._check_open()
+        if n is None:
+            n = self.length - offset
+        if offset < 0 or n < 0 or offset + n > self.length:
+            raise ValueError(
+                f"offset {offset:#x} + {n:#x} is outside the region of {self.length:#x} bytes"
+            )
+        if write and not self.writable:
+            raise ValueError(f"{self!r} is read-only")
+        return self._mapping.start + offset, n
+
+    def _pages(self, offset: int, n: int | None, *, write: bool = False) -> tuple[int, int]:
+        at, n = self._span(offset, n, write=write)
+        check_aligned("offset", offset, self.page_size)
+        check_aligned("length", n, self.page_size)
+        return at, n
+
+
+def _forget_export(region: Region, token: object) -> None:
+    region._exports.discard(token)

@@ -1,0 +1,139 @@
+"""The layer rule: a module imports its own layer or a lower one."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "src" / "pyuffd"
+
+# By module or folder below pyuffd. The package itself exports from every layer: only the top may
+# import it.
+LAYERS = [
+    {"_shim"},
+    {"_abi", "_errors", "_pages"},
+    {"lowlevel", "_memory", "_uffd", "probe", "pagemap"},
+    {"regions"},
+    {"sources", "handlers"},
+    {"dirty", "snapshot", "migration", "pager", "remote", "integrations"},
+    {"cli", "__main__", ""},
+]
+MAY_IMPORT_SHIM = {"_abi", "lowlevel", "_memory", "handlers._engine"}
+MAY_NOT_IMPORT_LOWLEVEL = LAYERS[5] | LAYERS[6] - {""}
+
+
+def layer(name: str) -> int:
+    """Return a module's layer: by the table, or for a private helper by its docstring."""
+    part = name.partition(".")[0]
+    for number, members in enumerate(LAYERS):
+        if part in members:
+            return number
+    stated = stated_layer(part)
+    if part.startswith("_") and stated is not None:
+        return stated
+    raise AssertionError(f"pyuffd.{name} has no layer: add it to design.md and to LAYERS")
+
+
+def stated_layer(part: str) -> int | None:
+    """Return the layer that a module's or folder's docstring names as `layer L2`."""
+    path = SOURCE / part
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.exists():
+        return None
+    found = re.search(r"layer L(\d)", ast.get_docstring(ast.parse(path.read_text())) or "")
+    return int(found[1]) if found else None
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Yield every module's name below pyuffd ("" is the package itself) and its file."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(name: str, path: Path) -> Iterator[str]:
+    """Yield what a file imports of pyuffd at run time, as names below pyuffd."""
+    full = f"pyuffd.{name}".rstrip(".")
+    package = full if path.name == "__init__.py" else full.rpartition(".")[0]
+    for node in nodes_at_run_time(ast.parse(path.read_text(), path)):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(base, package) if node.level else base
+            found = [
+                f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}") else base
+                for alias in node.names
+            ]
+        else:
+            continue
+        for target in found:
+            if target == "pyuffd" or target.startswith("pyuffd."):
+                yield target.removeprefix("pyuffd").removeprefix(".")
+
+
+def nodes_at_run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk a tree without the bodies of `if TYPE_CHECKING:`."""
+    yield node
+    children = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        children = iter(node.orelse)
+    for child in children:
+        yield from nodes_at_run_time(child)
+
+
+def is_module(dotted: str) -> bool:
+    head, *rest = dotted.split(".")
+    place = SOURCE.joinpath(*rest)
+    # The compiled module has no source beside it.
+    return head == "pyuffd" and (
+        dotted == "pyuffd._shim" or place.with_suffix(".py").exists() or place.is_dir()
+    )
+
+
+EDGES = [(name, target) for name, path in modules() for target in imports(name, path)]
+
+
+def test_the_walk_finds_the_package() -> None:
+    assert {"", "_abi", "lowlevel"} <= {name for name, _ in modules()}
+    assert ("lowlevel", "_shim") in EDGES
+
+
+@pytest.mark.parametrize(
+    "part", sorted({name.partition(".")[0] for name, _ in modules()} - {"", "__main__"})
+)
+def test_docstring_states_the_layer(part: str) -> None:
+    assert stated_layer(part) == layer(part)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in modules()])
+def test_imports_only_its_own_layer_or_lower(name: str) -> None:
+    higher = {target for source, target in EDGES if source == name and layer(target) > layer(name)}
+    assert higher == set()
+
+
+def test_only_four_modules_import_the_compiled_module() -> None:
+    importers = {name for name, target in EDGES if target == "_shim"}
+    assert importers <= MAY_IMPORT_SHIM
+
+
+def test_tools_and_commands_do_not_use_lowlevel() -> None:
+    importers = {name for name, target in EDGES if target == "lowlevel"}
+    tools = {name for name in importers if name.partition(".")[0] in MAY_NOT_IMPORT_LOWLEVEL}
+    assert tools == set()
+
+
+def test_commands_use_public_names_only() -> None:
+    private = {
+        (name, target)
+        for name, target in EDGES
+        if name.partition(".")[0] == "cli"
+        and not target.startswith("cli")
+        and any(part.startswith("_") for part in target.split("."))
+    }
+    assert private == set()
