@@ -1,0 +1,90 @@
+"""The command line, `pyuffd COMMAND ...`: one module per command, public API only (layer L6).
+
+A command's module has `add_parser(subparsers)`, which adds the parser named like the command, and
+`run(args)`, which returns the exit status.  It is imported only when its command is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import pyuffd
+
+COMMANDS = {
+    "doctor": (
+        "pyuffd.cli.doctor",
+        "say what this kernel and this user can do, and what is missing",
+    ),
+    "demo": (
+        "pyuffd.cli.demo",
+        "write a point-in-time snapshot of a running process and restore it lazily",
+    ),
+}
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Args:
+        argv: The arguments after the program's name; those of this process by default.
+
+    Returns:
+        What the command returned; 2 after a usage error, or an expected error that was put on
+        stderr in one sentence; 130 after Ctrl-C; 141 when the reader of stdout is gone.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered would raise again when the interpreter flushes at exit.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (pyuffd.UffdError, OSError) as error:
+        print(f"pyuffd: {_sentence(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(
+        prog="pyuffd", description="userfaultfd: page faults handled in user space."
+    )
+    parser.add_argument("--version", action="version", version=f"pyuffd {pyuffd.__version__}")
+    subparsers = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
+    )
+    module = None
+    for name, (module_name, help_) in COMMANDS.items():
+        if name == command:
+            module = importlib.import_module(module_name)
+            module.add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=help_)
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as exit_:  # --help, --version, or a usage error argparse has printed
+        return int(exit_.code or 0)
+    assert module is not None  # parse_args accepts no other command
+    return int(module.run(args))
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is not None:
+            return f"{error.filename}: {error.strerror}"
+        return error.strerror
+    return str(error)

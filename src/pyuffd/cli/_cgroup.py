@@ -1,0 +1,96 @@
+"""The limits that control groups, of either version, set to this process (layer L6)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# cgroup v1 says "no limit" with the largest multiple of the page size that a long holds.
+_V1_UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The tightest limit on the way from this process's group up to the root; None if none.
+
+    `memory`, `swap` and `hugetlb_2m` are bytes, `cpus` is processors' worth of time.
+    """
+
+    memory: int | None
+    swap: int | None
+    hugetlb_2m: int | None
+    cpus: float | None
+
+
+def limits(proc: Path = Path("/proc/self")) -> Limits:
+    """Read the limits of the process whose folder this is."""
+
+    def tightest(
+        controller: str, v2: str | None, v1: str | None, parse: Callable[[Path], float | None]
+    ) -> float | None:
+        found = []
+        for version, folder in _folders(proc, controller):
+            name = v2 if version == 2 else v1
+            with contextlib.suppress(OSError):
+                limit = parse(folder / name) if name is not None else None
+                if limit is not None:
+                    found.append(limit)
+        return min(found, default=None)
+
+    memory = tightest("memory", "memory.max", "memory.limit_in_bytes", _bytes)
+    swap = tightest("memory", "memory.swap.max", None, _bytes)
+    with_swap = tightest("memory", None, "memory.memsw.limit_in_bytes", _bytes)
+    if swap is None and with_swap is not None:
+        swap = with_swap - (memory or 0)
+    hugetlb = tightest("hugetlb", "hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes", _bytes)
+    return Limits(
+        memory=_whole(memory),
+        swap=_whole(swap),
+        hugetlb_2m=_whole(hugetlb),
+        cpus=tightest("cpu", "cpu.max", "cpu.cfs_quota_us", _cpus),
+    )
+
+
+def _whole(value: float | None) -> int | None:
+    return int(value) if value is not None else None
+
+
+def _bytes(path: Path) -> float | None:
+    text = path.read_text().strip()
+    return None if text == "max" or int(text) >= _V1_UNLIMITED else int(text)
+
+
+def _cpus(path: Path) -> float | None:
+    quota, *period = path.read_text().split()
+    if quota in ("max", "-1"):
+        return None
+    if not period:
+        period = [path.with_name("cpu.cfs_period_us").read_text()]
+    return int(quota) / int(period[0])
+
+
+def _folders(proc: Path, controller: str) -> Iterator[tuple[int, Path]]:
+    """Yield (version, folder) of the groups that govern this process, innermost first."""
+    groups = {}
+    for line in (proc / "cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            groups[2] = path
+        elif controller in controllers.split(","):
+            groups[1] = path
+    for line in (proc / "mountinfo").read_text().splitlines():
+        fields, _, after = line.partition(" - ")
+        root, mount_point = fields.split()[3:5]
+        kind, _, options = after.split()[:3]
+        version = {"cgroup": 1, "cgroup2": 2}.get(kind)
+        if version not in groups or (version == 1 and controller not in options.split(",")):
+            continue
+        # In a container the group's own path may lie outside of what is mounted.
+        inner = os.path.relpath(groups[version], root)
+        folder = Path(mount_point) if inner.startswith("..") else Path(mount_point, inner)
+        while folder.is_relative_to(mount_point):
+            yield version, folder
+            folder = folder.parent

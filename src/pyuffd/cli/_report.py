@@ -1,0 +1,510 @@
+"""What `pyuffd doctor` finds: dataclasses whose fields are the keys of its JSON (layer L6).
+
+docs/doctor.md describes every key; a change of their names or meaning needs a new SCHEMA.  Sizes
+are bytes, masks are hexadecimal strings (bit 63 does not fit in a JSON reader's double), and None
+stands for "no limit" or "this kernel does not say".
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+import resource
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntFlag
+from pathlib import Path
+
+import pyuffd
+from pyuffd import Feature, KernelSupport
+from pyuffd.cli import _cgroup
+
+SCHEMA = 1
+
+SYSFS_MM = Path("/sys/kernel/mm")
+PROC_VM = Path("/proc/sys/vm")
+
+# The capabilities that change what a user of userfaultfd may do.
+CAPABILITIES = {
+    "CAP_IPC_LOCK": 14,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_RESOURCE": 24,
+}
+
+# Only for the advice; what the kernel has is what its mask says.
+FEATURE_SINCE = {
+    Feature.PAGEFAULT_FLAG_WP: "5.7",
+    Feature.EVENT_FORK: "4.11",
+    Feature.EVENT_REMAP: "4.11",
+    Feature.EVENT_REMOVE: "4.11",
+    Feature.MISSING_HUGETLBFS: "4.11",
+    Feature.MISSING_SHMEM: "4.11",
+    Feature.EVENT_UNMAP: "4.11",
+    Feature.SIGBUS: "4.14",
+    Feature.THREAD_ID: "4.14",
+    Feature.MINOR_HUGETLBFS: "5.13",
+    Feature.MINOR_SHMEM: "5.14",
+    Feature.EXACT_ADDRESS: "5.18",
+    Feature.WP_HUGETLBFS_SHMEM: "5.19 with CONFIG_PTE_MARKER_UFFD_WP",
+    Feature.WP_UNPOPULATED: "6.4 with CONFIG_PTE_MARKER_UFFD_WP",
+    Feature.POISON: "6.6",
+    Feature.WP_ASYNC: "6.7 with CONFIG_PTE_MARKER_UFFD_WP",
+    Feature.MOVE: "6.8",
+    Feature.RWP: "7.3",
+    Feature.RWP_ASYNC: "7.3",
+}
+
+# What the examples and the demo need, with room: 128 MiB.
+ADVISED_HUGE_PAGES = {2 << 20: 64, 1 << 30: 1}
+DEFAULT_MAX_MAP_COUNT = 65530
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Flag bits as a number and by name."""
+
+    mask: str
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features by what this process gets of them; `unknown` is a mask."""
+
+    mask: str
+    supported: list[str]
+    missing: list[str]
+    refused: list[str]
+    unknown: str
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to open a userfaultfd."""
+
+    works: bool
+    errno: str | None
+    reason: str | None
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What registering one memory type in one mode gave."""
+
+    works: bool
+    errno: str | None
+    mask: str
+    ioctls: list[str]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The running kernel."""
+
+    release: str
+    machine: str
+
+
+@dataclass(frozen=True)
+class User:
+    """The process that asked."""
+
+    uid: int
+    capabilities: list[str]
+    seccomp_filter: bool
+    user_namespace: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Main memory, in bytes."""
+
+    total: int
+    available: int
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Swap space, in bytes."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class HugePages:
+    """The pool of one huge page size; `reserved` are promised to mappings, but still free."""
+
+    size: int
+    total: int
+    free: int
+    reserved: int
+    surplus: int
+
+
+@dataclass(frozen=True)
+class Shm:
+    """/dev/shm, where POSIX shared memory lives, in bytes; None if it is not there."""
+
+    total: int | None
+    free: int | None
+
+
+@dataclass(frozen=True)
+class Thp:
+    """Transparent huge pages."""
+
+    enabled: str | None
+    shmem_enabled: str | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of this process and the kernel's knobs."""
+
+    max_map_count: int | None
+    memlock_soft: int | None
+    memlock_hard: int | None
+    nofile_soft: int | None
+    nofile_hard: int | None
+    nr_hugepages: int | None
+    overcommit_memory: int | None
+    unprivileged_userfaultfd: int | None
+
+
+@dataclass(frozen=True)
+class Cpus:
+    """Processors of the machine, and those this process may run on."""
+
+    online: int
+    usable: int
+
+
+@dataclass(frozen=True)
+class Python:
+    """The interpreter; `gil` says whether the lock is on now."""
+
+    implementation: str
+    version: str
+    free_threaded_build: bool
+    gil: bool
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A thing that is not there, and what root would run to have it."""
+
+    what: str
+    why: str
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `pyuffd doctor` knows."""
+
+    schema: int
+    pyuffd: str
+    usable: bool
+    kernel_faults: bool
+    kernel: Kernel
+    user: User
+    open: dict[str, Way]
+    features: Features
+    ioctls: Mask
+    memory_types: dict[str, dict[str, Mode]]
+    pagemap_scan: Mask
+    memory: Memory
+    swap: Swap
+    huge_pages: list[HugePages]
+    hugetlbfs: list[str]
+    shm: Shm
+    thp: Thp
+    limits: Limits
+    cgroup: _cgroup.Limits
+    cpus: Cpus
+    python: Python
+    missing: list[Missing]
+
+
+def make_report() -> Report:
+    """Ask the kernel and the machine."""
+    support = pyuffd.probe()
+    memory, swap = _memory_and_swap()
+    huge_pages = _huge_pages()
+    thp, limits, hugetlbfs = _thp(), _limits(), _hugetlbfs_mounts()
+    missing = [
+        *_missing_ways(support),
+        *_missing_features(support),
+        *_missing_memory(swap, huge_pages, hugetlbfs, thp, limits),
+    ]
+    return Report(
+        schema=SCHEMA,
+        pyuffd=pyuffd.__version__,
+        usable=support.usable,
+        kernel_faults=support.kernel_faults,
+        kernel=Kernel(support.release, platform.machine()),
+        user=_user(),
+        open={
+            name: Way(way.works, _errno_name(way.errno), way.reason or None, way.command or None)
+            for name, way in support.opens.items()
+        },
+        features=Features(
+            mask=hex(support.features),
+            supported=_names(support.features),
+            missing=_names(_lacking(support)),
+            refused=_names(support.refused),
+            unknown=hex(support.unknown_features),
+        ),
+        ioctls=Mask(hex(support.ioctls), _names(support.ioctls)),
+        memory_types={
+            memory_type: {
+                str(mode.name): Mode(
+                    not found.errno,
+                    _errno_name(found.errno),
+                    hex(found.ioctls),
+                    _names(found.ioctls),
+                )
+                for mode, found in modes.items()
+            }
+            for memory_type, modes in support.memory.items()
+        },
+        pagemap_scan=Mask(hex(support.scan_categories), _names(support.scan_categories)),
+        memory=memory,
+        swap=swap,
+        huge_pages=huge_pages,
+        hugetlbfs=hugetlbfs,
+        shm=_shm(),
+        thp=thp,
+        limits=limits,
+        cgroup=_cgroup.limits(),
+        cpus=Cpus(os.cpu_count() or 1, len(os.sched_getaffinity(0))),
+        python=_python(),
+        missing=missing,
+    )
+
+
+def _lacking(support: KernelSupport) -> Feature:
+    """Return the known features this kernel has not; none where it could not be asked."""
+    lacking = Feature(0)
+    for feature in Feature:
+        if support.usable and feature not in support.features:
+            lacking |= feature
+    return lacking
+
+
+def _names(mask: IntFlag) -> list[str]:
+    """Return the names of the set bits that have one, lowest first."""
+    return [str(flag.name) for flag in type(mask) if flag in mask]
+
+
+def size_text(size: int) -> str:
+    """Return a size for people: 2 MiB, 23.5 GiB."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def _errno_name(code: int) -> str | None:
+    return errno.errorcode.get(code, str(code)) if code else None
+
+
+# The machine
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text is not None else None
+
+
+def _status() -> dict[str, str]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _user() -> User:
+    status = _status()
+    held = int(status["CapEff"], 16)
+    uid_map = (_text(Path("/proc/self/uid_map")) or "0 0 4294967295").split()
+    return User(
+        uid=os.geteuid(),
+        capabilities=[name for name, bit in CAPABILITIES.items() if held >> bit & 1],
+        seccomp_filter=status.get("Seccomp") == "2",
+        user_namespace=uid_map != ["0", "0", "4294967295"],
+    )
+
+
+def _memory_and_swap() -> tuple[Memory, Swap]:
+    import psutil
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # containers may hide /proc/vmstat
+        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    return Memory(memory.total, memory.available), Swap(swap.total, swap.free)
+
+
+def _huge_pages() -> list[HugePages]:
+    pools = []
+    for folder in (SYSFS_MM / "hugepages").glob("hugepages-*kB"):
+        size = int(folder.name.removeprefix("hugepages-").removesuffix("kB")) << 10
+        counts = (
+            _number(folder / f"{name}_hugepages") or 0 for name in ("nr", "free", "resv", "surplus")
+        )
+        pools.append(HugePages(size, *counts))
+    return sorted(pools, key=lambda pool: pool.size)
+
+
+def _hugetlbfs_mounts() -> list[str]:
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    return [mount[1] for mount in mounts if mount[2] == "hugetlbfs"]
+
+
+def _shm() -> Shm:
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return Shm(None, None)
+    return Shm(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+
+def _thp() -> Thp:
+    def chosen(name: str) -> str | None:
+        match = re.search(r"\[(\S+)\]", _text(SYSFS_MM / "transparent_hugepage" / name) or "")
+        return match[1] if match else None
+
+    return Thp(chosen("enabled"), chosen("shmem_enabled"))
+
+
+def _limits() -> Limits:
+    def limits(which: int) -> Iterator[int | None]:
+        for limit in resource.getrlimit(which):
+            yield None if limit == resource.RLIM_INFINITY else limit
+
+    memlock_soft, memlock_hard = limits(resource.RLIMIT_MEMLOCK)
+    nofile_soft, nofile_hard = limits(resource.RLIMIT_NOFILE)
+    return Limits(
+        max_map_count=_number(PROC_VM / "max_map_count"),
+        memlock_soft=memlock_soft,
+        memlock_hard=memlock_hard,
+        nofile_soft=nofile_soft,
+        nofile_hard=nofile_hard,
+        nr_hugepages=_number(PROC_VM / "nr_hugepages"),
+        overcommit_memory=_number(PROC_VM / "overcommit_memory"),
+        unprivileged_userfaultfd=_number(PROC_VM / "unprivileged_userfaultfd"),
+    )
+
+
+def _python() -> Python:
+    return Python(
+        implementation=platform.python_implementation(),
+        version=platform.python_version(),
+        free_threaded_build="t" in sys.abiflags,
+        gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
+    )
+
+
+# What is missing
+
+
+def _missing_ways(support: KernelSupport) -> Iterator[Missing]:
+    names = {
+        "syscall": "the userfaultfd system call",
+        "device": "/dev/userfaultfd",
+        "user_mode_only": "UFFD_USER_MODE_ONLY",
+    }
+    said = set()
+    for name, way in support.opens.items():
+        if not way.works and way not in said:
+            said.add(way)  # what refuses the system call refuses it with USER_MODE_ONLY too
+            yield Missing(names[name], way.reason, way.command or None)
+
+
+def _missing_features(support: KernelSupport) -> Iterator[Missing]:
+    if support.refused:
+        command = [
+            "setpriv",
+            f"--reuid={os.geteuid()}",
+            f"--regid={os.getegid()}",
+            "--init-groups",
+            "--inh-caps=+sys_ptrace",
+            "--ambient-caps=+sys_ptrace",
+            sys.executable,
+            "-m",
+            "pyuffd",
+            "doctor",
+        ]
+        yield Missing(
+            ", ".join(_names(support.refused)),
+            "needs CAP_SYS_PTRACE; this starts a program with it",
+            shlex.join(command),
+        )
+    by_version: dict[str, list[str]] = {}
+    for feature in _lacking(support):
+        by_version.setdefault(FEATURE_SINCE[feature], []).append(str(feature.name))
+    for since, names in by_version.items():
+        yield Missing(", ".join(names), f"came with Linux {since}", None)
+    if not support.pagemap_scan:
+        yield Missing("PAGEMAP_SCAN", "/proc/self/pagemap does not take it; Linux 6.7 does", None)
+
+
+def _missing_memory(
+    swap: Swap, huge_pages: list[HugePages], hugetlbfs: list[str], thp: Thp, limits: Limits
+) -> Iterator[Missing]:
+    for pool in huge_pages:
+        free = pool.free - pool.reserved
+        if free <= 0 and pool.size in ADVISED_HUGE_PAGES:
+            folder = SYSFS_MM / "hugepages" / f"hugepages-{pool.size >> 10}kB"
+            wanted = pool.total + ADVISED_HUGE_PAGES[pool.size]
+            yield Missing(
+                f"huge pages of {size_text(pool.size)}",
+                f"{pool.total} in the pool, none left",
+                f"echo {wanted} > {folder}/nr_hugepages",
+            )
+    if not huge_pages:
+        yield Missing("huge pages", "this kernel is built without CONFIG_HUGETLBFS", None)
+    elif not hugetlbfs:
+        yield Missing(
+            "a hugetlbfs mount",
+            "only for files of huge pages; memfd needs none",
+            "mkdir -p /dev/hugepages && mount -t hugetlbfs none /dev/hugepages",
+        )
+    if not swap.total:
+        yield Missing(
+            "swap",
+            "there is none, so anonymous and shared memory cannot be paged out",
+            "fallocate -l 1G /swapfile && chmod 600 /swapfile && mkswap /swapfile"
+            " && swapon /swapfile",
+        )
+    for name, value, wanted_value in (
+        ("enabled", thp.enabled, "madvise"),
+        ("shmem_enabled", thp.shmem_enabled, "advise"),
+    ):
+        if value in ("never", "deny"):
+            yield Missing(
+                "transparent huge pages" if name == "enabled" else "huge pages for shmem",
+                f"{name} is {value}",
+                f"echo {wanted_value} > {SYSFS_MM}/transparent_hugepage/{name}",
+            )
+    if limits.max_map_count is not None and limits.max_map_count < DEFAULT_MAX_MAP_COUNT:
+        yield Missing(
+            "mappings",
+            f"vm.max_map_count is {limits.max_map_count}; a registered range takes one or more",
+            f"sysctl vm.max_map_count={DEFAULT_MAX_MAP_COUNT}",
+        )
