@@ -4,10 +4,13 @@
 #   make test     install and run the tests, in parallel     make typing   mypy --strict
 #   make dev      install for development, C rebuilt         make bench    benchmarks against bare C
 #   make clean    remove what these made                     make asan     kernel tests, C with AddressSanitizer
+#   make kernels  the conformance suite on other kernels     make mutants  the same on kernels broken on purpose
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+KERNELS_ARGS ?=
+MUTANTS_ARGS ?=
 MYPY_ARGS ?= src tests
 
 BIN := $(VENV)/bin
@@ -23,7 +26,7 @@ ASAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:abort_on_error=1 \
 	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=3 PYTHONPATH=$(ASAN_DIR)
 
-.PHONY: demo test dev lint typing bench asan clean
+.PHONY: demo test dev lint typing bench asan kernels mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -52,6 +55,13 @@ asan: $(VENV)/.installed-test
 	PYUFFD_SANITIZE=address $(PIP) --no-build-isolation --no-deps --target $(ASAN_DIR) .
 	$(ASAN_ENV) $(BIN)/python -c 'import pyuffd._shim as s; assert "$(ASAN_DIR)" in s.__file__, s.__file__'
 	$(ASAN_ENV) $(RUN_TESTS) tests/kernel $(PYTEST_ARGS)
+
+# Both need QEMU and take their time; docs/kernels.md says how long, and what else they need.
+kernels: $(VENV)/.installed-test
+	$(BIN)/python -m tests.vm._matrix $(KERNELS_ARGS)
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python -m tests.vm._mutants $(MUTANTS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .tox .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/pyuffd/_shim*.so csrc/*.o

@@ -2,18 +2,23 @@
 /*
  * The fault engine: what to do about a fault, without Python.
  *
- * One engine serves the ranges registered with one userfaultfd.  `uffd_engine_step`
- * drains the descriptor and resolves what it read; a driver decides who calls it:
- * uffd_native.c runs it in a C thread.  uffd_inline.c does without messages: a
- * SIGBUS handler resolves the fault in the faulting thread.
+ * `uffd_engine_step` drains the descriptors, applies the layout events it read and
+ * resolves the faults; drivers decide who calls it.  One thread at a time leads:
+ * the engine's own (uffd_native.c), or a worker that asks for the next page to
+ * fetch (uffd_request.c).  uffd_inline.c does without messages: a SIGBUS handler
+ * resolves the fault in the faulting thread.
  */
 #ifndef UFFD_ENGINE_H
 #define UFFD_ENGINE_H
 
 #include <stdint.h>
+#include <sys/queue.h>
 
+#include "uffd_barrier.h"
+#include "uffd_content.h"
 #include "uffd_fill.h"
-#include "uffd_table.h"
+
+struct uffd_engine;
 
 enum uffd_fault_kind {
 	UFFD_KIND_MISSING,
@@ -31,26 +36,17 @@ enum uffd_on_error {
 
 struct uffd_engine_options {
 	int32_t fd;		/* borrowed: it must outlive the engine */
-	int32_t owner_pid;	/* who registers ranges with it */
+	int32_t owner_pid;	/* whose memory it governs */
 	uint32_t on_error;
 	uint32_t is_inline;	/* resolve in the faulting thread (Feature.SIGBUS) */
+	uint32_t has_events;	/* layout events are on */
+	uint32_t watch_owner;	/* the owner is another process: notice its death */
+	uint32_t has_workers;	/* uffd_engine_next_request is called */
+	uint32_t stall_signal;	/* sent to our own thread when a request stalls; 0: none */
 	uint64_t prefetch;	/* bytes filled around a fault, 0: its page alone */
 	uint64_t spin_ns;	/* how long to spin for the next fault at most */
 	uint64_t retry_limit_ns; /* how long a page is retried before on_error */
-};
-
-struct uffd_range_spec {
-	uint64_t start;
-	uint64_t length;
-	uint64_t page_size;
-	uint64_t mode;
-	uint32_t source;
-	int32_t source_fd;	/* FILE: duplicated by the engine */
-	uint64_t source_address; /* MEMORY: borrowed until the range is taken out */
-	uint64_t source_offset;	/* FILE */
-	uint64_t source_length;	/* bytes; must reach into the last page */
-	uint64_t local;
-	uint64_t preserve;
+	uint64_t stall_limit_ns; /* how long a request may take, 0: for ever */
 };
 
 /* log2 buckets, each cut in 8: a latency is known to 12.5 %. */
@@ -62,7 +58,7 @@ struct uffd_stats {
 	uint64_t messages;		/* read; one fault may send several */
 	uint64_t filled_pages;		/* put in place by any way, prefetch included */
 	uint64_t prefetched_pages;
-	uint64_t already_present;	/* fills that found the page there */
+	uint64_t already_present;	/* fills that found the page there, and woke its waiters */
 	uint64_t preserved_pages;
 	uint64_t deferred;		/* put off because the layout was changing */
 	uint64_t retried;
@@ -71,6 +67,10 @@ struct uffd_stats {
 	uint64_t layout_changed;	/* faults on ranges that were gone */
 	uint64_t unserved;		/* faults on registered ranges that nobody serves */
 	uint64_t layout_events;
+	uint64_t removed_pages;		/* by MADV_DONTNEED and its like */
+	uint64_t forks;
+	uint64_t requests;		/* for content, to workers */
+	uint64_t stalled_requests;	/* not answered in time */
 	uint64_t latency_ns[UFFD_KINDS][UFFD_HISTOGRAM_BUCKETS];
 };
 
@@ -96,65 +96,114 @@ enum uffd_failure_stage {
 	UFFD_FAILED_RESOLVE,	/* an ioctl said no */
 	UFFD_FAILED_UNSERVED,	/* a fault in a range nobody serves */
 	UFFD_FAILED_READ,	/* the userfaultfd cannot be read */
-	UFFD_FAILED_LAYOUT,	/* a layout event nobody asked for */
+	UFFD_FAILED_FORK,	/* a fork could not be followed */
+	UFFD_FAILED_STALLED,	/* a request was not answered in time */
+};
+
+/* Pages of one serving whose content is asked for; the answer is one run of bytes. */
+struct uffd_request {
+	TAILQ_ENTRY(uffd_request) link;
+	uint64_t id;		/* of the serving */
+	uint64_t offset;	/* in what was served */
+	uint64_t length;
+	uint64_t address;	/* where it was when it was asked for */
+	uint64_t since_ns;
+	uint32_t space;
+	uint32_t kind;		/* enum uffd_fault_kind */
+	uint32_t thread_id;
+	uint32_t flags;		/* UFFD_PAGEFAULT_FLAG_* */
+	uint32_t is_fault;	/* a fault asked, not populate */
+	uint32_t abandoned;	/* on_error was applied: the answer comes too late */
+	uint32_t reported;	/* it takes too long, and somebody was told */
+	uint64_t page_size;
 };
 
 int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_engine **ret);
 void uffd_engine_destroy(struct uffd_engine *engine);
 
-/*
- * Put a range in, before it is registered.  `id_ret` names it in the calls below.
- * -EEXIST: it overlaps one that is served; -ENODATA: the source ends before the
- * range's last page.
- */
-int uffd_engine_add(struct uffd_engine *engine, const struct uffd_range_spec *spec,
-		    uint64_t *id_ret);
-int uffd_engine_set_ioctls(struct uffd_engine *engine, uint64_t id, uint64_t ioctls);
+/* Serve another userfaultfd as well; borrowed.  Space 0 is the engine's own. */
+int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_events,
+			  uint32_t *space_ret);
+/* Forget a descriptor whose ranges have been taken out, before it is closed. */
+int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t space);
 
-/* Take a range out, after it was unregistered; waits for who is still inside. */
-int uffd_engine_remove(struct uffd_engine *engine, uint64_t id);
+/*
+ * Put a range in, before it is registered.  `id_ret` names it in the calls below,
+ * wherever it is moved.  -EEXIST: it overlaps one that is served; -ENODATA: the
+ * source ends before the range's last page.
+ */
+int uffd_engine_add(struct uffd_engine *engine, uint32_t space,
+		    const struct uffd_range_spec *spec, uint64_t *id_ret);
+int uffd_engine_set_ioctls(struct uffd_engine *engine, uint32_t space, uint64_t id,
+			   uint64_t start, uint64_t ioctls);
+
+/*
+ * Take a range out of a space and of the forks that have it.  SEAL: first poison
+ * what is absent (its content would be zeros otherwise) and lift write-protection;
+ * where the range takes no POISON, absent pages are filled instead.  UNREGISTER:
+ * what is left of it.  `start` is where it was served.
+ */
+#define UFFD_UNSERVE_SEAL	1
+#define UFFD_UNSERVE_UNREGISTER	2
+int uffd_engine_unserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
+			uint64_t start, uint32_t flags);
 
 /* Read everything that is queued and resolve it; `handled_ret` counts the messages. */
 int uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret);
 
 /* Fill absent pages now, from this thread; returns the first error. */
-int uffd_engine_populate(struct uffd_engine *engine, uint64_t id, uint64_t offset,
-			 uint64_t length, uint64_t *filled_ret);
+int uffd_engine_populate(struct uffd_engine *engine, uint32_t space, uint64_t id,
+			 uint64_t start, uint64_t offset, uint64_t length,
+			 uint64_t *filled_ret);
 
 /* Save and unprotect protected pages now, from this thread (`preserve`). */
-int uffd_engine_preserve(struct uffd_engine *engine, uint64_t id, uint64_t offset,
-			 uint64_t length, uint64_t *saved_ret);
+int uffd_engine_preserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
+			 uint64_t start, uint64_t offset, uint64_t length,
+			 uint64_t *saved_ret);
 
-/*
- * Before unregistering: poison what is still absent (where content is lost
- * otherwise) and take write-protection off.  Where the range takes no POISON,
- * absent pages are filled instead.
- */
-int uffd_engine_seal(struct uffd_engine *engine, uint64_t id);
+/* Call every page that is present clean; before protecting it again. */
+int uffd_engine_mark_clean(struct uffd_engine *engine, uint32_t space, uint64_t id,
+			   uint64_t start);
+
+int uffd_engine_states(struct uffd_engine *engine, uint32_t space, uint64_t id,
+		       uint64_t start, uint64_t first_page, uint64_t pages,
+		       uint8_t *states_ret);
 
 /* From now on, poison every page that is asked for instead of filling it. */
 void uffd_engine_refuse(struct uffd_engine *engine);
-
-int uffd_engine_states(struct uffd_engine *engine, uint64_t id, uint64_t first_page,
-		       uint64_t pages, uint8_t *states_ret);
-int uffd_engine_set_states(struct uffd_engine *engine, uint64_t id, uint64_t first_page,
-			   uint64_t pages, uint32_t state);
+/* Poison the pages that wait for a worker, of one serving or (id 0) of all. */
+void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id);
 
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret);
+uint32_t uffd_engine_spaces(struct uffd_engine *engine);
+uint32_t uffd_engine_owner_exited(struct uffd_engine *engine);
 uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault *recent_ret,
 			    uint32_t capacity);
 void uffd_engine_failure(struct uffd_engine *engine, struct uffd_failure *failure_ret);
 uint64_t uffd_histogram_bound(uint32_t bucket);
 
+/*
+ * For workers: wait for a page whose content must be fetched, leading meanwhile
+ * when nobody else does.  NULL: the engine is stopping.  The request is the
+ * worker's until it completes or fails it.
+ */
+struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine);
+/* `data` holds `request->length` bytes.  -ECANCELED: it came too late. */
+int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *request,
+			 const void *data);
+int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error);
+
 /* The native driver: one C thread. */
 int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count);
 /* Wait until every fault that was waiting at the call is resolved or put off for good. */
 int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns);
+/* End the thread, and let workers return from uffd_engine_next_request. */
 void uffd_native_stop(struct uffd_engine *engine);
 
 /* The inline driver: a SIGBUS handler for the whole process. */
 int uffd_inline_start(struct uffd_engine *engine);
-void uffd_inline_stop(struct uffd_engine *engine);
+/* `to_original`: the action that took our place meanwhile works no more. */
+void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original);
 /* Whether the SIGBUS action of the process is ours; put it back on top if it is not. */
 int uffd_inline_is_installed(void);
 int uffd_inline_reinstall(void);

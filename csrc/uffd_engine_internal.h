@@ -1,12 +1,16 @@
 /* SPDX-License-Identifier: MIT */
-/* Shared by the engine and its drivers; nobody else includes this. */
+/* Shared by the engine's files and its drivers; nobody else includes this. */
 #ifndef UFFD_ENGINE_INTERNAL_H
 #define UFFD_ENGINE_INTERNAL_H
 
+#include <pthread.h>
 #include <sched.h>
 #include <stdbool.h>
+#include <sys/queue.h>
 
+#include "uffd_barrier.h"
 #include "uffd_engine.h"
+#include "uffd_table.h"
 
 #define RECENT_PER_SHARD	64
 #define PREFETCH_JOBS		64
@@ -20,7 +24,33 @@ struct stats_shard {
 
 #define COUNTER(field) (offsetof(struct uffd_stats, field) / sizeof(uint64_t))
 
+/*
+ * One address space: a userfaultfd and what is served through it.  The first one
+ * is the engine's own; forks and adopted descriptors add more.
+ *
+ * The gate keeps content from landing in a page that was removed meanwhile.
+ * Whoever fills pages beside the leader holds it shared from looking at a page's
+ * state to the end of the ioctl; reading the descriptor and applying the layout
+ * events that were read is one exclusive section.  Lock order: gate, then the
+ * table's readers or its lock; spaces_lock and the requests' lock are taken
+ * alone or last.
+ */
+struct uffd_space {
+	LIST_ENTRY(uffd_space) link;
+	struct uffd_engine *engine;
+	_Atomic uint32_t references;
+	uint32_t number;
+	int fd;
+	bool owned;			/* the fd came with a FORK event and is ours to close */
+	bool events;			/* layout events are on */
+	_Atomic bool gone;		/* the memory it governed is no more */
+	pthread_rwlock_t gate;
+	struct uffd_table *table;	/* its own, or the process's for inline */
+	struct uffd_table own_table;
+};
+
 struct deferred_fault {
+	struct uffd_space *space;
 	uint64_t address;
 	uint64_t flags;
 	uint64_t since_ns;
@@ -28,23 +58,38 @@ struct deferred_fault {
 };
 
 struct prefetch_job {
+	struct uffd_space *space;
 	uint64_t at;
 	uint64_t end;
 	enum uffd_fault_kind kind;
 };
 
+enum leader {
+	LEADER_NONE,
+	LEADER_WORKER,		/* a thread inside uffd_engine_next_request */
+	LEADER_NATIVE,		/* the engine's own thread */
+};
+
+TAILQ_HEAD(request_list, uffd_request);
+
 struct uffd_engine {
 	struct uffd_engine_options options;
-	struct uffd_table *table;	/* its own, or the process's for inline */
-	struct uffd_table own_table;
-	_Atomic uint64_t next_generation;
+	_Atomic uint64_t next_id;
 	_Atomic bool refusing;
-	_Atomic bool owner_gone;
 
-	const void *zeros;		/* 2 MiB of zeros to copy from */
-	_Atomic(const void *) huge_zeros; /* 1 GiB of them, once such a page is served */
+	pthread_mutex_t spaces_lock;
+	LIST_HEAD(, uffd_space) spaces;
+	struct uffd_space *primary;
+	_Atomic uint32_t space_count;
+	uint32_t next_space;
+	uint32_t reap_position;
+	_Atomic uint32_t doomed_spaces;
+	uint64_t last_reap_ns;
 
-	/* Of the thread that calls step. */
+	const void *zeros;			/* 2 MiB of zeros to copy from */
+	_Atomic(const void *) huge_zeros;	/* 1 GiB of them, once such a page is served */
+
+	/* Of the thread that leads: it alone reads descriptors. */
 	struct uffd_msg *messages;
 	size_t messages_capacity;
 	struct deferred_fault *deferred;
@@ -52,15 +97,37 @@ struct uffd_engine {
 	size_t deferred_capacity;
 	struct prefetch_job jobs[PREFETCH_JOBS];
 	size_t job_count;
+	uint64_t forks_followed;
+	const struct deferred_fault *fault_in_hand;
+	struct spin {
+		uint64_t limit_ns;
+		uint64_t now_ns;
+		uint64_t last_fault_ns;
+	} spin;
+
+	/* Pages whose content somebody must fetch, and who leads. */
+	pthread_mutex_t requests_lock;
+	pthread_cond_t requests_changed;
+	struct request_list queued;
+	struct request_list taken;
+	_Atomic uint32_t queued_count;
+	uint32_t idle_workers;
+	enum leader leader;
+	pthread_t leader_thread;	/* when a worker leads */
+	_Atomic uint32_t outstanding;	/* queued and taken */
 
 	_Atomic uint64_t failures;
 	_Atomic bool failure_known;	/* the first one is written down */
 	struct uffd_failure failure;
 
-	/* The native driver. */
 	pthread_t thread;
 	bool thread_running;
-	int wake_fd;
+	int wake_fd;			/* wakes the leader */
+	int stop_fd;			/* wakes the thread that stands by */
+	int epoll_fd;
+	int watchdog_fd;		/* a timer: no thread has led for a while */
+	int owner_pidfd;
+	_Atomic bool owner_exited;
 	_Atomic bool stop;
 	_Atomic uint64_t idle_passes;	/* passes of the loop that found nothing left to do */
 
@@ -71,11 +138,14 @@ enum outcome {
 	OUTCOME_RESOLVED,
 	OUTCOME_DEFER,		/* EAGAIN: the kernel will not send the fault again */
 	OUTCOME_IN_FLIGHT,	/* another thread is at this page and will wake its waiters */
+	OUTCOME_REQUESTED,	/* its content has been asked for */
 	OUTCOME_PRESENT,	/* nothing to do: it was there already (woken) */
 	OUTCOME_GONE,		/* range or owner vanished */
 	OUTCOME_FAILED,		/* on_error was applied */
+	OUTCOME_POISONED,	/* it was poisoned before: there is no content */
 };
 
+/* uffd_stats.c */
 static inline unsigned int current_cpu(void)
 {
 	int cpu = sched_getcpu();
@@ -96,27 +166,119 @@ void note_fault(struct uffd_engine *engine, uint64_t address, uint64_t flags,
 void note_failure(struct uffd_engine *engine, uint64_t address, uint64_t length, int error,
 		  enum uffd_failure_stage stage);
 
-/* The one place with the ioctl logic; `page` is aligned.  Async-signal-safe. */
-enum outcome resolve_page(struct uffd_engine *engine, struct uffd_range *range, uint64_t page,
-			  enum uffd_fault_kind kind);
-enum outcome apply_on_error(struct uffd_engine *engine, struct uffd_range *range, uint64_t page,
-			    int error, enum uffd_failure_stage stage);
+/* Ranges and their pages */
+static inline uint64_t content_offset(const struct uffd_range *range, uint64_t address)
+{
+	return address - range->start + range->origin;
+}
 
+static inline _Atomic uint8_t *state_of(struct uffd_range *range, uint64_t page)
+{
+	return &range->pages->state[content_offset(range, page) >> range->page_shift];
+}
+
+static inline uint64_t page_of(const struct uffd_range *range, uint64_t address)
+{
+	return range->start + ((address - range->start) & ~(range->page_size - 1));
+}
+
+static inline bool can_be_absent(const struct uffd_range *range)
+{
+	return range->mode & (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR);
+}
+
+static inline bool has_ioctl(const struct uffd_range *range, unsigned int nr)
+{
+	return __atomic_load_n(&range->ioctls, __ATOMIC_RELAXED) & (UINT64_C(1) << nr);
+}
+
+void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
+
+/* uffd_space.c */
+struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned, bool events);
+struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number);
+void space_put(struct uffd_space *space);
+void space_retire(struct uffd_space *space);
+bool space_is_dead(struct uffd_space *space);
+
+static inline void gate_enter(struct uffd_space *space)
+{
+	if (space->events)
+		pthread_rwlock_rdlock(&space->gate);
+}
+
+static inline void gate_close(struct uffd_space *space)
+{
+	if (space->events)
+		pthread_rwlock_wrlock(&space->gate);
+}
+
+static inline void gate_leave(struct uffd_space *space)
+{
+	if (space->events)
+		pthread_rwlock_unlock(&space->gate);
+}
+
+struct uffd_range *range_create(struct uffd_space *space, const struct uffd_range *like,
+				uint64_t start, uint64_t end, uint64_t origin);
+void range_free(struct uffd_range *range);
+/* The piece of a serving that holds an offset; `hint` is where it was. */
+struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t offset,
+			      uint64_t hint);
+struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint);
+
+/* uffd_resolve.c: the one place with the ioctl logic.  Async-signal-safe. */
+enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind);
+enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
+			    enum uffd_failure_stage stage);
+int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t limit_ns,
+	      struct uffd_fill_result *result_ret);
+/* Pages [at, at + length) from memory of this process. */
+int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source,
+	      enum uffd_fault_kind kind, struct uffd_fill_result *result_ret);
+int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
+		 struct uffd_fill_result *result_ret);
+void poison_page(struct uffd_range *range, uint64_t page);
+void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
 /*
  * Fill the first run of absent pages in [at, end).  Returns where to go on, `end`
  * when nothing is left; the run's own result comes with it.
  */
-uint64_t fill_absent(struct uffd_engine *engine, struct uffd_range *range, uint64_t at,
-		     uint64_t end, enum uffd_fault_kind kind, uint64_t limit_ns,
-		     int *error_ret, uint64_t *filled_ret);
-
+uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
+		     enum uffd_fault_kind kind, int *error_ret, uint64_t *filled_ret);
 /* What to fill besides `page`: its chunk, more of them when faults come in sequence. */
-void prefetch_span(struct uffd_engine *engine, struct uffd_range *range, uint64_t page,
-		   uint64_t *from_ret, uint64_t *to_ret);
+void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret,
+		   uint64_t *to_ret);
+/* The source cannot be read without asking somebody. */
+static inline bool needs_request(const struct uffd_range *range)
+{
+	return range->content->kind == UFFD_SOURCE_REQUEST;
+}
 
-/* For the thread that calls step: work that no message asks for. */
+/* uffd_layout.c: for the leader, inside the closed gate. */
+void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message);
+
+/* uffd_engine.c: for the leader. */
+void wake_again(struct uffd_range *range, uint64_t at, uint64_t end);
+int watch_space(struct uffd_engine *engine, struct uffd_space *space);
 bool run_prefetch_slice(struct uffd_engine *engine);
 void retry_deferred(struct uffd_engine *engine);
+void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault);
+void forget_space(struct uffd_engine *engine, struct uffd_space *space);
+void reap_spaces(struct uffd_engine *engine, uint32_t most);
+
+/* uffd_request.c */
+bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
+		   enum uffd_fault_kind kind);
+void free_requests(struct uffd_engine *engine);
+/* Apply on_error to requests that are older; returns when the next one will be. */
+uint64_t fail_stalled_requests(struct uffd_engine *engine);
+
+/* uffd_native.c */
+/* Run the loop until there is a request (a worker), or a worker wants to lead, or stop. */
+void lead(struct uffd_engine *engine, enum leader role);
+void kick_leader(struct uffd_engine *engine);
+void native_close(struct uffd_engine *engine);
 
 extern struct uffd_table uffd_inline_table;
 

@@ -44,7 +44,7 @@ static int fill_once(const struct uffd_fill *fill, uint64_t at, int64_t *done_re
 	}
 }
 
-static void back_off(unsigned int attempt)
+void uffd_back_off(unsigned int attempt)
 {
 	struct timespec pause = { .tv_nsec = SLEEP_NS };
 
@@ -95,7 +95,7 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 			r = 0;
 			break;
 		}
-		back_off(attempt++);
+		uffd_back_off(attempt++);
 	}
 	errno = saved_errno;
 	return r;

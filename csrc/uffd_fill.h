@@ -43,4 +43,7 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 
 uint64_t uffd_now_ns(void);
 
+/* Pause before trying again: yield at first, since what we wait for may need this CPU. */
+void uffd_back_off(unsigned int attempt);
+
 #endif /* UFFD_FILL_H */

@@ -11,11 +11,9 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -30,13 +28,20 @@
  * time, is a SIGBUS that we cannot resolve.
  */
 #define REPEAT_LIMIT		1000
-#define YIELDS_BEFORE_SLEEP	64
-#define SLEEP_NS		50000
 
 struct uffd_table uffd_inline_table = UFFD_TABLE_INIT;
 
+/* A fork's child has the handler and the table, but the ranges are its parent's. */
+static _Atomic bool in_fork;
+
+static void note_fork(void)
+{
+	atomic_store(&in_fork, true);
+}
+
 static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned int users;
+static bool watching_forks;
 static struct sigaction previous;
 /*
  * What was there before ours the first time.  An action that was put on top of
@@ -53,16 +58,6 @@ static __thread struct {
 	bool passed_on;
 } repeated __attribute__((tls_model("initial-exec")));
 
-static void back_off(unsigned int attempt)
-{
-	struct timespec pause = { .tv_nsec = SLEEP_NS };
-
-	if (attempt < YIELDS_BEFORE_SLEEP)
-		sched_yield();
-	else
-		nanosleep(&pause, NULL);
-}
-
 static void die_by_default(const siginfo_t *info)
 {
 	struct sigaction action = { .sa_handler = SIG_DFL };
@@ -76,12 +71,15 @@ static void die_by_default(const siginfo_t *info)
 /* What the kernel would have done for the action that was installed before ours. */
 static void pass_on(int number, siginfo_t *info, void *context)
 {
-	bool raised_again = info->si_code <= 0 && displaced && repeated.passed_on;
-	struct sigaction action = raised_again ? original : previous;
+	/* An action that was disabled under us returns, and the same SIGBUS comes again. */
+	bool again = displaced && repeated.passed_on &&
+		     (info->si_code <= 0 || repeated.address == (uint64_t)(uintptr_t)info->si_addr);
+	struct sigaction action = again ? original : previous;
 	const ucontext_t *interrupted = context;
 	sigset_t mask = interrupted->uc_sigmask;
 
 	repeated.passed_on = true;
+	repeated.address = (uint64_t)(uintptr_t)info->si_addr;
 	if (action.sa_handler == SIG_IGN && info->si_code <= 0)
 		return;
 	if (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN) {
@@ -107,7 +105,7 @@ static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t
 
 	if ((error & FAULT_PRESENT) && write && (range->mode & UFFDIO_REGISTER_MODE_WP))
 		return UFFD_KIND_WP;
-	if (range->mode & UFFDIO_REGISTER_MODE_MISSING)
+	if (range->mode & UFFDIO_REGISTER_MODE_MISSING && !range->content->writes_cache)
 		return UFFD_KIND_MISSING;
 	if (range->mode & UFFDIO_REGISTER_MODE_MINOR)
 		return UFFD_KIND_MINOR;
@@ -130,40 +128,46 @@ static bool next_guess(const struct uffd_range *range, uint64_t error, enum uffd
 }
 
 /* The rest of the chunk; in this thread there is nobody to hand it to. */
-static void prefetch_now(struct uffd_engine *engine, struct uffd_range *range, uint64_t page,
-			 enum uffd_fault_kind kind)
+static void prefetch_now(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
 {
+	struct uffd_engine *engine = range->space->engine;
 	uint64_t at, end, filled;
 	int error = 0;
 
-	prefetch_span(engine, range, page, &at, &end);
+	prefetch_span(range, page, &at, &end);
 	while (at < end && !error) {
-		at = fill_absent(engine, range, at, end, kind, 0, &error, &filled);
+		at = fill_absent(range, at, end, kind, &error, &filled);
 		count(engine, COUNTER(prefetched_pages), filled >> range->page_shift);
 	}
 }
 
 /* Returns false when the SIGBUS is not ours after all. */
-static bool resolve_inline(struct uffd_engine *engine, struct uffd_range *range,
-			   uint64_t address, uint64_t error)
+static bool resolve_inline(struct uffd_range *range, uint64_t address, uint64_t error)
 {
 	static const uint64_t flags_of[] = {
 		[UFFD_KIND_MISSING] = 0,
 		[UFFD_KIND_WP] = UFFD_PAGEFAULT_FLAG_WP,
 		[UFFD_KIND_MINOR] = UFFD_PAGEFAULT_FLAG_MINOR,
 	};
-	uint64_t page = range->start + ((address - range->start) & ~(range->page_size - 1));
+	struct uffd_engine *engine = range->space->engine;
+	uint64_t page = page_of(range, address);
 	enum uffd_fault_kind kind = first_guess(range, error);
 	uint64_t began = uffd_now_ns();
 	unsigned int attempt = 0;
 	enum outcome outcome;
 
 	for (;;) {
-		outcome = resolve_page(engine, range, page, kind);
+		outcome = resolve_page(range, page, kind);
 		if (outcome == OUTCOME_PRESENT && next_guess(range, error, &kind))
 			continue;
+		/* Not in the page cache, where it was once: dropped. */
+		if (outcome == OUTCOME_GONE && kind == UFFD_KIND_MINOR &&
+		    range->mode & UFFDIO_REGISTER_MODE_MISSING) {
+			kind = UFFD_KIND_MISSING;
+			continue;
+		}
 		if (outcome == OUTCOME_IN_FLIGHT) {
-			back_off(attempt++);
+			uffd_back_off(attempt++);
 			/* Who had it may have left what we came for. */
 			kind = first_guess(range, error);
 			continue;
@@ -172,20 +176,23 @@ static bool resolve_inline(struct uffd_engine *engine, struct uffd_range *range,
 			break;
 		count(engine, COUNTER(deferred), 1);
 		if (uffd_now_ns() - began > engine->options.retry_limit_ns) {
-			outcome = apply_on_error(engine, range, page, -EAGAIN,
-						 UFFD_FAILED_RESOLVE);
+			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE);
 			break;
 		}
-		back_off(attempt++);
+		uffd_back_off(attempt++);
 		count(engine, COUNTER(retried), 1);
 	}
+	/* No content: SIGBUS it is, also where the kernel calls poison BUS_ADRERR. */
+	if (outcome == OUTCOME_POISONED)
+		return false;
 	if (outcome == OUTCOME_RESOLVED) {
 		if (engine->options.prefetch && kind != UFFD_KIND_WP)
-			prefetch_now(engine, range, page, kind);
+			prefetch_now(range, page, kind);
 		note_fault(engine, address,
 			   flags_of[kind] | (error & FAULT_WRITE ? UFFD_PAGEFAULT_FLAG_WRITE : 0),
 			   (uint32_t)syscall(SYS_gettid), began);
 		repeated.count = 0;
+		repeated.passed_on = false;
 		return true;
 	}
 	if (repeated.address != address)
@@ -201,13 +208,16 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 	int saved_errno = errno;
 	bool ours = false;
 
-	/* BUS_MCEERR_AR is a poisoned page: content that could not be had. */
-	if (info->si_code == BUS_ADRERR) {
+	/*
+	 * BUS_MCEERR_AR is a poisoned page.  A kernel without CONFIG_MEMORY_FAILURE
+	 * says BUS_ADRERR for that too (measured): then the page's state tells.
+	 */
+	if (info->si_code == BUS_ADRERR && !atomic_load(&in_fork)) {
 		unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
 		struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
 
 		if (range)
-			ours = resolve_inline(range->engine, range, address, error);
+			ours = resolve_inline(range, address, error);
 		uffd_table_leave(&uffd_inline_table, shard);
 	}
 	if (!ours)
@@ -229,8 +239,12 @@ static int install(void)
 		return -errno;
 	if (is_ours(&old))
 		return 0;
-	if (users == 0)
+	if (users == 0) {
 		original = old;
+		if (!watching_forks)
+			pthread_atfork(NULL, NULL, note_fork);
+		watching_forks = true;
+	}
 	displaced = users > 0;
 	previous = old;
 	action.sa_sigaction = on_sigbus;
@@ -251,7 +265,7 @@ int uffd_inline_start(struct uffd_engine *engine)
 	return r;
 }
 
-void uffd_inline_stop(struct uffd_engine *engine)
+void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original)
 {
 	struct sigaction current;
 
@@ -259,7 +273,7 @@ void uffd_inline_stop(struct uffd_engine *engine)
 	pthread_mutex_lock(&install_lock);
 	/* An action put on top of ours may call it: then it stays, and passes all on. */
 	if (--users == 0 && sigaction(SIGBUS, NULL, &current) == 0 && is_ours(&current))
-		sigaction(SIGBUS, &previous, NULL);
+		sigaction(SIGBUS, to_original ? &original : &previous, NULL);
 	pthread_mutex_unlock(&install_lock);
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
- * The native driver: one C thread that runs the engine's step.  It takes no
- * Python lock, blocks all signals and stops through an eventfd.
+ * The loop of whoever leads, and the engine's own thread.  The thread takes no
+ * Python lock, blocks all signals and stops through an eventfd.  Without workers
+ * it leads all the time; with them, when none of them does.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -9,7 +10,10 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -22,6 +26,10 @@
 #define DRAIN_CHECK_NS		200000
 /* A queue is empty for sure once two whole passes found nothing. */
 #define DRAIN_PASSES		2
+/* Forks that have exited are looked for this often, some at each fork besides. */
+#define REAP_INTERVAL_NS	1000000000
+#define REAP_AT_FORK		8
+#define NS_PER_MS		1000000u
 
 /*
  * How long to spin for the next fault before blocking.  Waking an idle CPU costs
@@ -29,56 +37,127 @@
  * succession; every gap longer than the limit halves the time, down to nothing
  * when faults are rare.
  */
-struct spin {
-	uint64_t limit_ns;
-	uint64_t now_ns;
-};
-
-static void note_gap(struct spin *spin, uint64_t gap_ns)
+static void note_gap(struct spin *spin, uint64_t now)
 {
-	if (gap_ns <= spin->limit_ns)
+	if (now - spin->last_fault_ns <= spin->limit_ns)
 		spin->now_ns = spin->limit_ns;
 	else
 		spin->now_ns /= 2;
+	spin->last_fault_ns = now;
+}
+
+static void empty(int fd)
+{
+	uint64_t value;
+
+	(void)!read(fd, &value, sizeof(value));
+}
+
+static void owner_exits(struct uffd_engine *engine)
+{
+	atomic_store(&engine->owner_exited, true);
+	atomic_store(&engine->primary->gone, true);
+	epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, engine->owner_pidfd, NULL);
+	forget_space(engine, engine->primary);
+	close(engine->owner_pidfd);
+	engine->owner_pidfd = -1;
+}
+
+static void wait_for_one(struct uffd_engine *engine, int timeout_ms)
+{
+	struct pollfd fds[] = {
+		{ .fd = engine->wake_fd, .events = POLLIN },
+		{ .fd = engine->owner_pidfd, .events = POLLIN },
+		{ .fd = atomic_load(&engine->primary->gone) ? -1 : engine->options.fd,
+		  .events = POLLIN },
+	};
+
+	poll(fds, 3, timeout_ms);
+	if (fds[0].revents & POLLIN)
+		empty(engine->wake_fd);
+	if (fds[1].revents & POLLIN)
+		owner_exits(engine);
+}
+
+static void wait_for_many(struct uffd_engine *engine, int timeout_ms)
+{
+	struct epoll_event ready;
+
+	/* Only to sleep: the step asks again which spaces are ready. */
+	if (epoll_wait(engine->epoll_fd, &ready, 1, timeout_ms) != 1)
+		return;
+	if (ready.data.ptr == &engine->wake_fd)
+		empty(engine->wake_fd);
+	else if (ready.data.ptr == &engine->owner_pidfd)
+		owner_exits(engine);
 }
 
 static void wait_for_work(struct uffd_engine *engine, int timeout_ms)
 {
-	struct pollfd fds[] = {
-		{ .fd = engine->options.fd, .events = POLLIN },
-		{ .fd = engine->wake_fd, .events = POLLIN },
-	};
-	uint64_t value;
-
-	poll(fds, 2, timeout_ms);
-	if (fds[1].revents & POLLIN)
-		(void)!read(engine->wake_fd, &value, sizeof(value));
+	if (atomic_load(&engine->space_count) == 1)
+		wait_for_one(engine, timeout_ms);
+	else
+		wait_for_many(engine, timeout_ms);
 }
 
-static void *native_main(void *argument)
+static void tend_spaces(struct uffd_engine *engine)
 {
-	struct uffd_engine *engine = argument;
-	struct spin spin = { engine->options.spin_ns, engine->options.spin_ns };
-	uint64_t last_fault = uffd_now_ns();
+	uint64_t now;
+
+	if (atomic_load(&engine->doomed_spaces))
+		reap_spaces(engine, 0);
+	if (atomic_load(&engine->space_count) == 1)
+		return;
+	now = uffd_now_ns();
+	if (now - engine->last_reap_ns < REAP_INTERVAL_NS)
+		return;
+	engine->last_reap_ns = now;
+	reap_spaces(engine, UINT32_MAX);
+}
+
+static int idle_timeout_ms(struct uffd_engine *engine)
+{
+	uint64_t stalls_at = fail_stalled_requests(engine), now = uffd_now_ns(), ms = UINT64_MAX;
+
+	if (stalls_at != UINT64_MAX)
+		ms = stalls_at > now ? (stalls_at - now) / NS_PER_MS + 1 : 0;
+	if (atomic_load(&engine->space_count) > 1 && ms > REAP_INTERVAL_NS / NS_PER_MS)
+		ms = REAP_INTERVAL_NS / NS_PER_MS;
+	return ms == UINT64_MAX ? -1 : (int)ms;
+}
+
+static bool hands_over(struct uffd_engine *engine, enum leader role)
+{
+	if (role == LEADER_WORKER)
+		return atomic_load(&engine->queued_count);
+	return engine->options.has_workers && __atomic_load_n(&engine->idle_workers,
+							      __ATOMIC_RELAXED);
+}
+
+void lead(struct uffd_engine *engine, enum leader role)
+{
+	struct spin *spin = &engine->spin;
 	unsigned int yields = 0;
 
-	while (!atomic_load(&engine->stop)) {
+	while (!atomic_load(&engine->stop) && !hands_over(engine, role)) {
+		uint64_t forks = engine->forks_followed;
 		uint32_t handled;
-		uint64_t now;
 		int r = uffd_engine_step(engine, &handled);
 
 		if (r < 0) {
 			note_failure(engine, 0, 0, r, UFFD_FAILED_READ);
-			break;
+			atomic_store(&engine->primary->gone, true);
 		}
+		if (engine->forks_followed != forks)
+			reap_spaces(engine, REAP_AT_FORK);
 		if (handled) {
-			now = uffd_now_ns();
-			note_gap(&spin, now - last_fault);
-			last_fault = now;
+			note_gap(spin, uffd_now_ns());
 			yields = 0;
-			if (spin.now_ns || engine->deferred_count || engine->job_count)
+			/* A prefetch gets its turn between any two batches. */
+			if (!engine->job_count && (spin->now_ns || engine->deferred_count))
 				continue;
 		}
+		tend_spaces(engine);
 		if (engine->deferred_count) {
 			retry_deferred(engine);
 			if (engine->deferred_count && yields++ < DEFERRED_YIELDS)
@@ -88,16 +167,54 @@ static void *native_main(void *argument)
 			continue;
 		}
 		if (run_prefetch_slice(engine)) {
-			last_fault = uffd_now_ns();
+			spin->last_fault_ns = uffd_now_ns();
 			continue;
 		}
-		if (!handled)
+		if (!handled && !atomic_load(&engine->outstanding))
 			atomic_fetch_add(&engine->idle_passes, 1);
-		if (spin.now_ns && uffd_now_ns() - last_fault < spin.now_ns) {
+		if (spin->now_ns && uffd_now_ns() - spin->last_fault_ns < spin->now_ns) {
 			sched_yield();
 			continue;
 		}
-		wait_for_work(engine, -1);
+		if (hands_over(engine, role))
+			break;
+		wait_for_work(engine, idle_timeout_ms(engine));
+	}
+}
+
+/* With workers: sleep until nobody has led for a while. */
+static void stand_by(struct uffd_engine *engine)
+{
+	struct pollfd fds[] = {
+		{ .fd = engine->watchdog_fd, .events = POLLIN },
+		{ .fd = engine->stop_fd, .events = POLLIN },
+	};
+
+	poll(fds, 2, -1);
+	if (!(fds[0].revents & POLLIN))
+		return;
+	empty(engine->watchdog_fd);
+	pthread_mutex_lock(&engine->requests_lock);
+	if (engine->leader == LEADER_NONE && !atomic_load(&engine->stop)) {
+		engine->leader = LEADER_NATIVE;
+		pthread_mutex_unlock(&engine->requests_lock);
+		lead(engine, LEADER_NATIVE);
+		pthread_mutex_lock(&engine->requests_lock);
+		engine->leader = LEADER_NONE;
+		pthread_cond_signal(&engine->requests_changed);
+	}
+	pthread_mutex_unlock(&engine->requests_lock);
+}
+
+static void *native_main(void *argument)
+{
+	struct uffd_engine *engine = argument;
+
+	while (!atomic_load(&engine->stop)) {
+		if (engine->options.has_workers)
+			stand_by(engine);
+		else
+			lead(engine, LEADER_NATIVE);
 	}
 	return NULL;
 }
@@ -124,6 +241,54 @@ static int start_thread(struct uffd_engine *engine, const cpu_set_t *cpus)
 	return 0;
 }
 
+static int watch(struct uffd_engine *engine, int *fd)
+{
+	struct epoll_event event = { .events = EPOLLIN, .data.ptr = fd };
+
+	if (*fd < 0)
+		return -errno;
+	return epoll_ctl(engine->epoll_fd, EPOLL_CTL_ADD, *fd, &event) ? -errno : 0;
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+void native_close(struct uffd_engine *engine)
+{
+	close_fd(&engine->wake_fd);
+	close_fd(&engine->stop_fd);
+	close_fd(&engine->watchdog_fd);
+	close_fd(&engine->owner_pidfd);
+}
+
+static int open_descriptors(struct uffd_engine *engine)
+{
+	int r;
+
+	engine->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	r = watch(engine, &engine->wake_fd);
+	if (r)
+		return r;
+	engine->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	engine->watchdog_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	if (engine->stop_fd < 0 || engine->watchdog_fd < 0)
+		return -errno;
+	if (!engine->options.watch_owner)
+		return 0;
+	/* A userfaultfd does not say that its owner exits; a pidfd does. */
+	engine->owner_pidfd = (int)syscall(SYS_pidfd_open, engine->options.owner_pid, 0);
+	if (engine->owner_pidfd < 0 && errno == ESRCH) {
+		atomic_store(&engine->owner_exited, true);
+		atomic_store(&engine->primary->gone, true);
+		return 0;
+	}
+	return watch(engine, &engine->owner_pidfd);
+}
+
 int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count)
 {
 	cpu_set_t set;
@@ -132,25 +297,30 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	CPU_ZERO(&set);
 	for (uint32_t i = 0; i < cpu_count; i++)
 		CPU_SET((size_t)cpus[i], &set);
-	engine->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (engine->wake_fd < 0)
-		return -errno;
+	engine->spin = (struct spin){ engine->options.spin_ns, engine->options.spin_ns,
+				      uffd_now_ns() };
 	atomic_store(&engine->stop, false);
-	r = start_thread(engine, cpu_count ? &set : NULL);
-	if (r) {
-		close(engine->wake_fd);
-		engine->wake_fd = -1;
-		return r;
-	}
-	engine->thread_running = true;
-	return 0;
+	r = open_descriptors(engine);
+	if (r == 0)
+		r = start_thread(engine, cpu_count ? &set : NULL);
+	if (r)
+		native_close(engine);
+	else
+		engine->thread_running = true;
+	return r;
 }
 
-static void kick(struct uffd_engine *engine)
+static void ring(int fd)
 {
 	uint64_t one = 1;
 
-	(void)!write(engine->wake_fd, &one, sizeof(one));
+	if (fd >= 0)
+		(void)!write(fd, &one, sizeof(one));
+}
+
+void kick_leader(struct uffd_engine *engine)
+{
+	ring(engine->wake_fd);
 }
 
 int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns)
@@ -164,7 +334,7 @@ int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns)
 	while (atomic_load(&engine->idle_passes) < enough) {
 		if (uffd_now_ns() >= give_up)
 			return -ETIMEDOUT;
-		kick(engine);
+		kick_leader(engine);
 		nanosleep(&pause, NULL);
 	}
 	return 0;
@@ -175,9 +345,11 @@ void uffd_native_stop(struct uffd_engine *engine)
 	if (!engine->thread_running)
 		return;
 	atomic_store(&engine->stop, true);
-	kick(engine);
+	pthread_mutex_lock(&engine->requests_lock);
+	pthread_cond_broadcast(&engine->requests_changed);
+	pthread_mutex_unlock(&engine->requests_lock);
+	kick_leader(engine);
+	ring(engine->stop_fd);
 	pthread_join(engine->thread, NULL);
 	engine->thread_running = false;
-	close(engine->wake_fd);
-	engine->wake_fd = -1;
 }

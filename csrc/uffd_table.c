@@ -3,9 +3,9 @@
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "uffd_alloc.h"
 #include "uffd_table.h"
 
 #define FIRST_CAPACITY 16
@@ -53,7 +53,7 @@ void uffd_table_init(struct uffd_table *table)
 
 static void *new_array(size_t capacity)
 {
-	struct outgrown *block = malloc(sizeof(*block) + capacity * sizeof(uint64_t));
+	struct outgrown *block = uffd_alloc(sizeof(*block) + capacity * sizeof(uint64_t));
 
 	return block ? block + 1 : NULL;
 }
@@ -77,7 +77,7 @@ void uffd_table_deinit(struct uffd_table *table)
 	retire_array(table, atomic_load(&table->ranges));
 	for (block = table->outgrown; block; block = next) {
 		next = block->next;
-		free(block);
+		uffd_free(block);
 	}
 	pthread_mutex_destroy(&table->lock);
 }
@@ -129,6 +129,26 @@ struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address)
 	return range && address < range->end ? range : NULL;
 }
 
+struct uffd_range *uffd_table_next(struct uffd_table *table, uint64_t address)
+{
+	struct uffd_range *range = NULL;
+	size_t at, count;
+	sigset_t old;
+
+	lock_table(table, &old);
+	count = atomic_load(&table->count);
+	if (count) {
+		struct uffd_range **ranges = atomic_load(&table->ranges);
+
+		at = count_at_or_below(atomic_load(&table->starts), count, address);
+		if (at && ranges[at - 1]->end > address)
+			at--;
+		range = at < count ? ranges[at] : NULL;
+	}
+	unlock_table(table, &old);
+	return range;
+}
+
 static int grow(struct uffd_table *table)
 {
 	size_t count = atomic_load(&table->count);
@@ -137,8 +157,8 @@ static int grow(struct uffd_table *table)
 	struct uffd_range **ranges = new_array(capacity);
 
 	if (!starts || !ranges) {
-		free(starts ? (struct outgrown *)starts - 1 : NULL);
-		free(ranges ? (struct outgrown *)ranges - 1 : NULL);
+		uffd_free(starts ? (struct outgrown *)starts - 1 : NULL);
+		uffd_free(ranges ? (struct outgrown *)ranges - 1 : NULL);
 		return -ENOMEM;
 	}
 	if (count) {

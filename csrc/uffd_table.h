@@ -16,54 +16,28 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "uffd_content.h"
+
 #define UFFD_SHARDS 64
 
-/* What is known of a page, one byte each. */
-enum uffd_page_state {
-	UFFD_PAGE_ABSENT,
-	UFFD_PAGE_IN_FLIGHT,	/* somebody is filling, saving or poisoning it */
-	UFFD_PAGE_CLEAN,	/* present; protected where the range is registered for WP */
-	UFFD_PAGE_DIRTY,	/* present, written to since it was protected */
-	UFFD_PAGE_REMOVED,	/* dropped by its owner: zeros from then on */
-	UFFD_PAGE_POISONED,
-	UFFD_PAGE_SAVED,	/* preserved in the background and unprotected again */
-};
+struct uffd_space;
 
-enum uffd_source_kind {
-	UFFD_SOURCE_NONE,	/* nothing to fetch: what the page cache holds is right */
-	UFFD_SOURCE_ZERO,
-	UFFD_SOURCE_MEMORY,
-	UFFD_SOURCE_FILE,
-};
-
-struct uffd_engine;
-
+/* A piece of memory that is served: the whole of what was asked for, or what is left of it. */
 struct uffd_range {
 	uint64_t start;
 	uint64_t end;
 	uint64_t page_size;
 	uint32_t page_shift;
-	uint32_t source;		/* enum uffd_source_kind */
 	uint64_t mode;			/* UFFDIO_REGISTER_MODE_* */
 	uint64_t ioctls;
-	uint64_t generation;
-	struct uffd_engine *engine;
-
-	uint64_t source_address;	/* content of the first byte, in this process */
-	uint64_t source_length;		/* whole pages that can be read there */
-	uint8_t *tail;			/* the last page, when the source ends inside it */
-	uint64_t source_offset;		/* FILE: of the first byte */
-	uint64_t source_mapped;		/* FILE: bytes of our mapping */
-	int source_fd;			/* FILE: our own descriptor, for its size; else -1 */
-	int source_sealed;		/* FILE: cannot shrink */
-
-	uint64_t local;			/* the same memory mapped here, not registered; 0: none */
-	uint64_t preserve;		/* where old content goes before the first write; 0: none */
+	uint64_t id;			/* of the serving it belongs to; never used twice */
+	uint64_t origin;		/* offset of `start` in what was served */
+	struct uffd_space *space;
+	struct uffd_content *content;
+	struct uffd_pages *pages;
 
 	_Atomic uint64_t readahead_at;	/* a fault here is sequential */
 	_Atomic uint32_t readahead_chunks;
-
-	_Atomic uint8_t state[];
 };
 
 struct uffd_table_shard {
@@ -108,5 +82,8 @@ static inline void uffd_table_leave(struct uffd_table *table, unsigned int shard
 
 /* The range that holds the address, or NULL; between enter and leave. */
 struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address);
+
+/* The first range that ends behind the address, or NULL; for who may change the table. */
+struct uffd_range *uffd_table_next(struct uffd_table *table, uint64_t address);
 
 #endif /* UFFD_TABLE_H */

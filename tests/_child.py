@@ -1,95 +1,37 @@
-"""Run code that may stall in a child process with a time limit.
-
-A thread that faults while it holds the GIL stops every Python thread, so no time-out inside the
-process can fire. The child arms `faulthandler`'s C watchdog, which needs no GIL, and the parent
-sends SIGKILL if even that fails. Children are started fresh (no fork), so they inherit no lock,
-thread or userfaultfd.
-"""
+"""Run code that may stall in a child process: the conformance suite's way, for every test."""
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
-import importlib
-import json
-import os
-import re
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pytest
+from pyuffd.conformance import _child
+from pyuffd.conformance._child import (
+    SCALE,
+    STARTUP_S,
+    ChildFailure,
+    ChildResult,
+    Expect,
+    dotted,
+    wait_for_end,
+)
+from pyuffd.conformance._need import Lack
+from tests._need import skip
+
+__all__ = [
+    "ROOT",
+    "SCALE",
+    "STARTUP_S",
+    "ChildFailure",
+    "ChildResult",
+    "Expect",
+    "dotted",
+    "run_child",
+    "wait_for_end",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Interpreter start and imports, not counted in the budget of the code under test; generous
-# because a loaded machine with a sanitizer needs seconds for it.
-STARTUP_S = 20.0
-# How long after the child's own watchdog the parent waits before it kills.
-MARGIN_S = 3.0
-# Sanitizer builds and slow machines set PYUFFD_BUDGET_SCALE to stretch every budget.
-SCALE = float(os.environ.get("PYUFFD_BUDGET_SCALE", "1"))
-
-_DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_PR_SET_PDEATHSIG = 1
-
-Expect = int | Literal["timeout"] | None
-
-
-@dataclass(frozen=True)
-class ChildResult:
-    """How a child ended and what it said.
-
-    Attributes:
-        returncode: exit status, or the negative number of the signal that ended it.
-        stdout: what it printed.
-        stderr: its error output, with all Python tracebacks if it ran out of time.
-        timed_out: it used up its budget.
-        elapsed_s: wall time including interpreter start.
-        value: what the function returned, through JSON; None for source text.
-    """
-
-    returncode: int
-    stdout: str
-    stderr: str
-    timed_out: bool
-    elapsed_s: float
-    value: Any
-
-    @property
-    def signal(self) -> signal.Signals | None:
-        """The signal that ended the child, or None if it exited."""
-        return signal.Signals(-self.returncode) if self.returncode < 0 else None
-
-    def describe(self) -> str:
-        """Return a report for an assertion message."""
-        how = self.signal.name if self.signal else f"exit status {self.returncode}"
-        late = ", out of time" if self.timed_out else ""
-        return (
-            f"child ended with {how}{late} after {self.elapsed_s:.1f} s\n"
-            f"--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
-        )
-
-
-class ChildFailure(AssertionError):
-    """The child did not end as expected; `result` says how it did."""
-
-    def __init__(self, expect: Expect, result: ChildResult) -> None:
-        super().__init__(f"expected {expect!r}, but {result.describe()}")
-        self.result = result
-
-
-def dotted(function: Callable[..., Any]) -> str:
-    """Return the `module:name` by which a child finds a module-level function."""
-    if "." in function.__qualname__ or "<" in function.__qualname__:
-        raise ValueError(f"{function.__qualname__} is not a module-level function")
-    return f"{function.__module__}:{function.__name__}"
 
 
 def run_child(
@@ -117,100 +59,9 @@ def run_child(
     Raises:
         ChildFailure: the child ended differently from `expect`.
     """
-    if callable(target):
-        target = dotted(target)
-    budget = budget_s * SCALE
-    started = time.monotonic()
-    reply = os.memfd_create("child-reply", 0)
-    # Files, not pipes: a grandchild that keeps them open cannot make the parent wait.
-    out, err = os.memfd_create("child-stdout"), os.memfd_create("child-stderr")
     try:
-        request = {"target": target, "args": args, "kwargs": kwargs, "budget_s": budget}
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-P", "-W", "error", "-m", "tests._child", str(reply)],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=err,
-            env={**os.environ, "PYTHONPATH": path, **(env or {})},
-            pass_fds=(reply,),
-            start_new_session=True,
-            text=True,
+        return _child.run_child(
+            target, *args, budget_s=budget_s, expect=expect, env=env, paths=[str(ROOT)], **kwargs
         )
-        with process:
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps(request))
-                process.stdin.close()
-            except BrokenPipeError:
-                pass
-            killed = not wait_for_end(process.pid, STARTUP_S * SCALE + budget + MARGIN_S)
-            # Not reaped yet, so the group's number is still ours: take its other members along.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        stderr = _contents(err)
-        answer = json.loads(_contents(reply) or "{}")
-        result = ChildResult(
-            returncode=process.returncode,
-            stdout=_contents(out),
-            stderr=stderr,
-            timed_out=killed or re.search(r"^Timeout \(\d+:", stderr, re.MULTILINE) is not None,
-            elapsed_s=time.monotonic() - started,
-            value=answer.get("value"),
-        )
-    finally:
-        for fd in (reply, out, err):
-            os.close(fd)
-    if "skipped" in answer:
-        pytest.skip(answer["skipped"])
-    if expect is not None and expect != ("timeout" if result.timed_out else result.returncode):
-        raise ChildFailure(expect, result)
-    return result
-
-
-def wait_for_end(pid: int, timeout_s: float) -> bool:
-    """Wait until a process has ended, without reaping it; return whether it has."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(timeout_s * 1000))
-    finally:
-        os.close(pidfd)
-
-
-def _contents(fd: int) -> str:
-    os.lseek(fd, 0, os.SEEK_SET)
-    with open(fd, encoding="utf-8", errors="replace", closefd=False) as file:
-        return file.read()
-
-
-def _main() -> None:
-    reply = int(sys.argv[1])
-    os.set_inheritable(reply, False)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    request = json.load(sys.stdin)
-    faulthandler.enable()
-    faulthandler.dump_traceback_later(request["budget_s"] + STARTUP_S * SCALE, exit=True)
-    target = request["target"]
-    answer: dict[str, Any] = {}
-    try:
-        if _DOTTED.fullmatch(target):
-            module, name = target.split(":")
-            function = getattr(importlib.import_module(module), name)
-            faulthandler.dump_traceback_later(request["budget_s"], exit=True)
-            answer["value"] = function(*request["args"], **request["kwargs"])
-        else:
-            code = compile(target, "<child source>", "exec")
-            faulthandler.dump_traceback_later(request["budget_s"], exit=True)
-            exec(code, {"__name__": "__main__"})
-    except pytest.skip.Exception as skip:
-        answer["skipped"] = str(skip)
-    os.write(reply, json.dumps(answer).encode())
-
-
-if __name__ == "__main__":
-    _main()
+    except Lack as lack:
+        skip(lack)

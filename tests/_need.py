@@ -1,265 +1,81 @@
-"""What tests need from the kernel, the user and the machine, and what happens without it.
+"""What tests need from the kernel, the user and the machine, as pytest marks.
 
 `needs*` return marks, for `@needs(Feature.MOVE)`, `pytestmark` and `pytest.param(...,
 marks=...)`; `require` checks one at once, in a fixture, a test body or a child process. A
 missing need skips with a reason that says what was found. `PYUFFD_TESTS=require` turns every
-skip into a failure, except for the needs named in `PYUFFD_TESTS_MAY_LACK` (their keys,
-separated by spaces: `RWP`, `swap`, `hugepages-1048576kB`, ...).
+skip into a failure, except for the needs named in `PYUFFD_TESTS_MAY_LACK`.
 
-The kernel is asked with plain syscalls, not with the code under test.
+The marks are those of `pyuffd.testing`, whose plugin checks them; the needs themselves, and how
+the kernel is asked, are the conformance suite's. `pytest.mark.need(Need(...))` is for others.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import functools
-import mmap
-import os
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntFlag
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-_NR_USERFAULTFD = 323
-_O_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
-_UFFD_API = 0xAA
-_UFFDIO_API = 0xC018AA3F
-_UFFDIO_REGISTER = 0xC020AA00
-_USERFAULTFD_IOC_NEW = 0xAA00
-_MFD_HUGETLB = 0x4
+from pyuffd.conformance import _need
+from pyuffd.conformance._need import (
+    CAPABILITIES,
+    HUGE_PAGE,
+    MEMORY_TYPES,
+    Lack,
+    free_hugepages,
+    kernel_features,
+    range_ioctls,
+)
+from pyuffd.testing import needs, needs_hugepages, needs_ioctl, needs_privilege, needs_swap
 
-HUGE_PAGE = 2 << 20
+__all__ = [
+    "CAPABILITIES",
+    "HUGE_PAGE",
+    "MEMORY_TYPES",
+    "Need",
+    "free_hugepages",
+    "kernel_features",
+    "needs",
+    "needs_hugepages",
+    "needs_ioctl",
+    "needs_privilege",
+    "needs_swap",
+    "range_ioctls",
+    "require",
+    "strict",
+]
 
-CAPABILITIES = {
-    "CAP_SYS_PTRACE": 19,
-    "CAP_SYS_ADMIN": 21,
-    "CAP_SYS_RESOURCE": 24,
-    "CAP_IPC_LOCK": 14,
-}
 
-
-@dataclass(frozen=True)
-class Need:
+class Need(_need.Need):
     """A condition of a test; `missing` returns the keys that are lacking and what was found."""
-
-    what: str
-    missing: Callable[[], tuple[list[str], str]]
 
     def check(self) -> None:
         """Skip the running test if the need is not met."""
-        keys, found = self.missing()
-        if keys:
-            _lack(keys, f"needs {self.what}; {found}")
+        try:
+            super().check()
+        except Lack as lack:
+            skip(lack)
+
+
+def skip(lack: Lack) -> NoReturn:
+    """Skip the running test for what is lacking."""
+    skipped = pytest.skip.Exception(lack.reason)
+    # conftest looks for it in strict mode.
+    vars(skipped)["may_lack"] = lack.may_be
+    raise skipped
 
 
 def strict() -> bool:
     """Return whether PYUFFD_TESTS asks that nothing is skipped."""
-    mode = os.environ.get("PYUFFD_TESTS", "")
-    if mode not in {"", "require"}:
-        raise pytest.UsageError(f"PYUFFD_TESTS={mode!r}: only 'require' is known")
-    return mode == "require"
+    try:
+        return _need.strict()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def require(mark: pytest.MarkDecorator) -> None:
     """Skip now unless the need that a `needs*` mark carries is met."""
     for need in mark.args:
-        need.check()
-
-
-def needs(feature: IntFlag) -> pytest.MarkDecorator:
-    """The kernel offers these userfaultfd feature bits to this user."""
-
-    def missing() -> tuple[list[str], str]:
-        offered = kernel_features()
-        lacking = int(feature) & ~offered
-        return _names(feature, lacking), f"the kernel offers {offered:#x}"
-
-    return _mark(Need(f"Feature.{feature.name} ({int(feature):#x})", missing))
-
-
-def needs_ioctl(
-    ioctl: IntFlag, memory: str = "anon", mode: int = 1, features: int = 0
-) -> pytest.MarkDecorator:
-    """UFFDIO_REGISTER of this memory type in this mode returns these ioctl bits.
-
-    Args:
-        ioctl: bits of the mask that UFFDIO_REGISTER returns.
-        memory: one of `MEMORY_TYPES`.
-        mode: register mode; 1 is MISSING.
-        features: features to enable before registering.
-    """
-
-    def missing() -> tuple[list[str], str]:
-        mask = range_ioctls(memory, int(mode), int(features))
-        lacking = int(ioctl) & ~mask
-        return _names(
-            ioctl, lacking
-        ), f"registering {memory} in mode {int(mode):#x} gives {mask:#x}"
-
-    return _mark(Need(f"Ioctl.{ioctl.name} ({int(ioctl):#x}) on {memory}", missing))
-
-
-def needs_privilege(*capabilities: str) -> pytest.MarkDecorator:
-    """This process has these capabilities (CAP_SYS_ADMIN if none is named)."""
-    wanted = capabilities or ("CAP_SYS_ADMIN",)
-
-    def missing() -> tuple[list[str], str]:
-        held = _effective_capabilities()
-        lacking = [name for name in wanted if not held >> CAPABILITIES[name] & 1]
-        return lacking, f"uid {os.geteuid()} has {held:#x}"
-
-    return _mark(Need(" and ".join(wanted), missing))
-
-
-def needs_hugepages(count: int, size: int = HUGE_PAGE) -> pytest.MarkDecorator:
-    """This many huge pages of this size (bytes) are free for this test process."""
-    key = f"hugepages-{size >> 10}kB"
-
-    def missing() -> tuple[list[str], str]:
-        free = free_hugepages(size)
-        return ([key] if free < count else []), f"{free} are free"
-
-    return _mark(Need(f"{count} huge pages of {size >> 10} KiB", missing))
-
-
-def needs_swap() -> pytest.MarkDecorator:
-    """Some swap is on."""
-
-    def missing() -> tuple[list[str], str]:
-        lines = Path("/proc/swaps").read_text().splitlines()[1:]
-        return ([] if lines else ["swap"]), "/proc/swaps is empty"
-
-    return _mark(Need("swap", missing))
-
-
-def free_hugepages(size: int = HUGE_PAGE) -> int:
-    """Return how many huge pages of this size nobody uses or has reserved."""
-    folder = Path(f"/sys/kernel/mm/hugepages/hugepages-{size >> 10}kB")
-    try:
-        free = int((folder / "free_hugepages").read_text())
-        return free - int((folder / "resv_hugepages").read_text())
-    except FileNotFoundError:
-        return 0
-
-
-@functools.cache
-def kernel_features() -> int:
-    """Return the feature mask of a probe userfaultfd."""
-    fd = _open_userfaultfd()
-    try:
-        return _handshake(fd, 0)
-    finally:
-        os.close(fd)
-
-
-def _anonymous(length: int) -> int:
-    return _map(length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-
-
-def _memfd(length: int, *, shared: bool, huge: bool) -> int:
-    fd = os.memfd_create("need", os.MFD_CLOEXEC | (_MFD_HUGETLB if huge else 0))
-    try:
-        os.ftruncate(fd, length)
-        return _map(length, mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE, fd)
-    finally:
-        os.close(fd)
-
-
-MEMORY_TYPES: dict[str, tuple[int, Callable[[int], int]]] = {
-    "anon": (4096, _anonymous),
-    "shmem": (4096, lambda length: _memfd(length, shared=True, huge=False)),
-    "shmem-private": (4096, lambda length: _memfd(length, shared=False, huge=False)),
-    "hugetlb": (HUGE_PAGE, lambda length: _memfd(length, shared=True, huge=True)),
-    "hugetlb-private": (HUGE_PAGE, lambda length: _memfd(length, shared=False, huge=True)),
-}
-
-
-@functools.cache
-def range_ioctls(memory: str, mode: int, features: int = 0) -> int:
-    """Return the mask that UFFDIO_REGISTER gives for a memory type and mode; 0 if it refuses."""
-    length, make = MEMORY_TYPES[memory]
-    if length == HUGE_PAGE:
-        require(needs_hugepages(1))
-    fd = _open_userfaultfd()
-    try:
-        _handshake(fd, features)
-        address = make(length)
         try:
-            argument = bytearray(struct.pack("<4Q", address, length, mode, 0))
-            fcntl.ioctl(fd, _UFFDIO_REGISTER, argument)
-            return int(struct.unpack("<4Q", argument)[3])
-        except OSError:
-            return 0
-        finally:
-            _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(length))
-    finally:
-        os.close(fd)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.syscall.restype = ctypes.c_long
-    return libc
-
-
-def _map(length: int, flags: int, fd: int) -> int:
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    address = _libc().mmap(None, ctypes.c_size_t(length), protection, flags, fd, ctypes.c_long(0))
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(address)
-
-
-def _open_userfaultfd() -> int:
-    fd = int(_libc().syscall(ctypes.c_long(_NR_USERFAULTFD), _O_FLAGS))
-    if fd >= 0:
-        return fd
-    refused = os.strerror(ctypes.get_errno())
-    try:
-        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        _lack(
-            ["userfaultfd"],
-            f"needs a userfaultfd; the syscall: {refused}, /dev/userfaultfd: {error.strerror}",
-        )
-    try:
-        return int(fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, _O_FLAGS))
-    finally:
-        os.close(device)
-
-
-def _handshake(fd: int, features: int) -> int:
-    argument = bytearray(struct.pack("<3Q", _UFFD_API, features, 0))
-    fcntl.ioctl(fd, _UFFDIO_API, argument)
-    return int(struct.unpack("<3Q", argument)[1])
-
-
-def _effective_capabilities() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
-
-
-def _names(flags: IntFlag, lacking: int) -> list[str]:
-    """Return the names of the bits in `lacking`."""
-    return [bit.name or hex(bit) for bit in type(flags)(lacking)]
-
-
-def _mark(need: Need) -> pytest.MarkDecorator:
-    return pytest.mark.need(need)
-
-
-def _lack(keys: list[str], reason: str) -> NoReturn:
-    allowed = os.environ.get("PYUFFD_TESTS_MAY_LACK", "").split()
-    skip = pytest.skip.Exception(reason)
-    # conftest looks for it in strict mode.
-    vars(skip)["may_lack"] = all(key in allowed for key in keys)
-    raise skip
+            need.check()
+        except Lack as lack:
+            skip(lack)

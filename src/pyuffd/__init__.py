@@ -30,7 +30,9 @@ from pyuffd._abi import (
 )
 from pyuffd._errors import (
     ClosedError,
+    EventsBusyError,
     HandlerError,
+    HandoverError,
     LayoutChangedError,
     PageExistsError,
     PartialResolveError,
@@ -49,14 +51,52 @@ from pyuffd.regions import Region, RegionKind
 if TYPE_CHECKING:
     from pyuffd._probe import KernelSupport, probe
     from pyuffd.handlers import Handler, HandlerStats, Latency, PageState, RecentFault
-    from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
+    from pyuffd.handover import (
+        Handover,
+        HandoverRange,
+        UnixListener,
+        connect_unix,
+        listen_unix,
+        recv_uffd,
+        send_uffd,
+    )
+    from pyuffd.sources import (
+        AsyncSource,
+        BufferSource,
+        CallableSource,
+        FileSource,
+        PageSource,
+        ZeroSource,
+    )
 else:
     _LAZY = {
         **dict.fromkeys(["KernelSupport", "probe"], "_probe"),
         **dict.fromkeys(
             ["Handler", "HandlerStats", "Latency", "PageState", "RecentFault"], "handlers"
         ),
-        **dict.fromkeys(["BufferSource", "FileSource", "PageSource", "ZeroSource"], "sources"),
+        **dict.fromkeys(
+            [
+                "Handover",
+                "HandoverRange",
+                "UnixListener",
+                "connect_unix",
+                "listen_unix",
+                "recv_uffd",
+                "send_uffd",
+            ],
+            "handover",
+        ),
+        **dict.fromkeys(
+            [
+                "AsyncSource",
+                "BufferSource",
+                "CallableSource",
+                "FileSource",
+                "PageSource",
+                "ZeroSource",
+            ],
+            "sources",
+        ),
     }
 
     def __getattr__(name):
@@ -76,12 +116,15 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncSource",
     "BufferSource",
+    "CallableSource",
     "ClosedError",
     "ContinueMode",
     "CopyMode",
     "Event",
     "EventCode",
+    "EventsBusyError",
     "Feature",
     "FileSource",
     "FillResult",
@@ -89,6 +132,9 @@ __all__ = [
     "Handler",
     "HandlerError",
     "HandlerStats",
+    "Handover",
+    "HandoverError",
+    "HandoverRange",
     "Ioctl",
     "KernelSupport",
     "Latency",
@@ -123,6 +169,7 @@ __all__ = [
     "UffdError",
     "UffdOSError",
     "UffdPermissionError",
+    "UnixListener",
     "UnknownEvent",
     "Unmap",
     "UnsupportedFeatureError",
@@ -130,6 +177,10 @@ __all__ = [
     "WriteprotectMode",
     "ZeroSource",
     "ZeropageMode",
+    "connect_unix",
+    "listen_unix",
     "probe",
+    "recv_uffd",
     "residency",
+    "send_uffd",
 ]

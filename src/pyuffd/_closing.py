@@ -20,5 +20,12 @@ class CloseCallbacks:
             self._before_close.remove(callback)
 
     def _run_before_close(self) -> None:
+        """Call them all; the first exception is raised when that is done."""
+        first: BaseException | None = None
         while self._before_close:
-            self._before_close.pop()()
+            try:
+                self._before_close.pop()()
+            except BaseException as error:  # the others must be told all the same
+                first = first or error
+        if first is not None:
+            raise first

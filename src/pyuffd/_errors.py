@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 
 class UffdError(Exception):
@@ -128,6 +128,50 @@ class HandlerError(UffdError, RuntimeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+HandoverReason = Literal[
+    "closed",
+    "timeout",
+    "refused",
+    "format",
+    "version",
+    "too-large",
+    "truncated",
+    "descriptors",
+    "not-a-userfaultfd",
+    "ranges",
+    "memory",
+]
+
+
+class HandoverError(UffdError):
+    """Handing a userfaultfd over failed; nothing that was received is left open.
+
+    Attributes: `reason`, what for, one word of `HandoverReason`; `pid` and `uid`, the peer as
+    the kernel names it, or None.
+    """
+
+    reason: HandoverReason
+    pid: int | None
+    uid: int | None
+
+    def __init__(
+        self, reason: HandoverReason, text: str, pid: int | None = None, uid: int | None = None
+    ) -> None:
+        """Keep the reason and the peer beside the text."""
+        super().__init__(reason, text, pid, uid)
+        self.reason = reason
+        self.pid = pid
+        self.uid = uid
+
+    def __str__(self) -> str:
+        peer = "" if self.pid is None else f" (peer: pid {self.pid}, uid {self.uid})"
+        return f"{self.args[1]}{peer}"
+
+
+class EventsBusyError(UffdError, RuntimeError):
+    """Another task already waits for the events of this userfaultfd."""
 
 
 _BY_ERRNO: dict[int, type[UffdOSError]] = {

@@ -7,7 +7,9 @@ with it.  Every function here can block until somebody resolves the fault.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+import os
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyuffd._errors import raise_errno
 from pyuffd._shim import ffi, lib
@@ -50,8 +52,10 @@ def touch(start: int, length: int, step: int, *, write: bool) -> None:
 
 def buffer_address(data: Buffer) -> tuple[int, int, object]:
     """Return (address, bytes, owner) of a buffer; the address holds while the owner lives."""
-    pointer = ffi.from_buffer(data)
-    return int(ffi.cast("uintptr_t", pointer)), len(pointer), pointer
+    # Not `from_buffer` itself as the owner: in a garbage cycle with a memoryview it crashes.
+    owner = memoryview(data)
+    with ffi.from_buffer(owner) as pointer:
+        return int(ffi.cast("uintptr_t", pointer)), len(pointer), owner
 
 
 def mmap(
@@ -123,3 +127,86 @@ def fstatfs(fd: int) -> tuple[int, int]:
     if code:
         raise_errno("fstatfs", -code, fd=fd)
     return kind[0], block_size[0]
+
+
+class Interrupted(NamedTuple):
+    """The signal that stopped an access: its number, si_code and si_addr."""
+
+    number: int
+    code: int
+    address: int
+
+
+def guarded_read(start: int, length: int) -> bytes | Interrupted:
+    """Read memory; return the SIGBUS or SIGSEGV that it met instead of dying of it."""
+    target, signal = bytearray(length), ffi.new("struct uffd_signal *")
+    with ffi.from_buffer(target, require_writable=True) as pointer:
+        number = lib.uffd_guarded_read(start, pointer, length, signal)
+    return Interrupted(number, signal.code, signal.address) if number else bytes(target)
+
+
+def guarded_write(start: int, data: Buffer) -> Interrupted | None:
+    """Write memory; return the SIGBUS or SIGSEGV that it met instead of dying of it."""
+    signal = ffi.new("struct uffd_signal *")
+    with ffi.from_buffer(data) as pointer:
+        number = lib.uffd_guarded_write(start, pointer, len(pointer), signal)
+    return Interrupted(number, signal.code, signal.address) if number else None
+
+
+class Agent:
+    """A forked child without Python that touches its memory and makes system calls when told.
+
+    It dies with the thread that forked it.  `fd` is a stream socket whose other end the child
+    serves; close it, and the child ends.
+
+    Blocks: forking, until the Fork event is read where EVENT_FORK is on; each request, until the
+        faults it causes are resolved.
+    """
+
+    def __init__(self, child_fd: int, fd: int) -> None:
+        pid = lib.uffd_agent_fork(child_fd)
+        if pid < 0:
+            raise_errno("fork", -pid)
+        self.pid = pid
+        self._fd = fd
+
+    def read(self, start: int, length: int) -> bytes | Interrupted:
+        """Read the child's memory; at most 64 KiB."""
+        reply = self._ask(lib.UFFD_AGENT_READ, [start, length])
+        data = self._receive(length)
+        return reply if isinstance(reply, Interrupted) else data
+
+    def write(self, start: int, data: bytes) -> Interrupted | None:
+        """Write the child's memory; at most 64 KiB."""
+        reply = self._ask(lib.UFFD_AGENT_WRITE, [start, len(data)], data)
+        return reply if isinstance(reply, Interrupted) else None
+
+    def syscall(self, number: int, *args: int) -> int:
+        """Make a system call in the child; return its result, or -errno."""
+        reply = self._ask(lib.UFFD_AGENT_SYSCALL, [number, *args])
+        assert isinstance(reply, int)
+        return reply
+
+    def _ask(self, op: int, args: list[int], data: bytes = b"") -> Interrupted | int:
+        request = ffi.new("struct uffd_agent_request *", {"op": op, "args": args})
+        self._send(bytes(ffi.buffer(request)) + data)
+        reply = ffi.new("struct uffd_agent_reply *")
+        ffi.buffer(reply)[:] = self._receive(ffi.sizeof(reply[0]))
+        signal = reply.signal
+        if signal.number:
+            return Interrupted(signal.number, signal.code, signal.address)
+        return int(reply.result)
+
+    def _send(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def _receive(self, length: int) -> bytes:
+        parts = []
+        while length:
+            part = os.read(self._fd, length)
+            if not part:
+                raise_errno("agent", errno.ESRCH)
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)

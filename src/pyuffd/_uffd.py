@@ -11,6 +11,8 @@ import os
 import stat
 import warnings
 from bisect import bisect_left, bisect_right
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +42,7 @@ from pyuffd._abi import (
 from pyuffd._closing import CloseCallbacks
 from pyuffd._errors import (
     ClosedError,
+    LayoutChangedError,
     UffdOSError,
     UffdPermissionError,
     UnsupportedFeatureError,
@@ -48,13 +51,14 @@ from pyuffd._errors import (
 from pyuffd._pages import (
     PAGE_SIZE,
     RangeLike,
-    check_aligned,
     check_range,
     page_size_of,
     resolve_range,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from typing_extensions import Buffer
 
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -92,6 +96,7 @@ class Userfaultfd(CloseCallbacks):
         features: What was asked for and granted.
         supported: Everything this kernel offers.
         ioctls: The ioctls of the descriptor itself.
+        adopted: Whether it came from elsewhere, and may govern another process's memory.
 
     Raises:
         UnsupportedFeatureError: a feature this kernel does not have.
@@ -124,7 +129,7 @@ class Userfaultfd(CloseCallbacks):
         flags = os.O_CLOEXEC | (os.O_NONBLOCK if nonblocking else 0)
         if user_mode_only:
             flags |= USER_MODE_ONLY
-        self.supported = probe_features(flags)
+        self.supported, _ = probe_api(flags)
         missing = Feature(int(features) & ~int(self.supported))  # ~flag would drop unknown bits
         if missing:
             raise UnsupportedFeatureError(
@@ -140,12 +145,15 @@ class Userfaultfd(CloseCallbacks):
             _, ioctls = lowlevel.api(fd, features)
         except UffdPermissionError as error:
             os.close(fd)
-            error.hint = "EVENT_FORK needs CAP_SYS_PTRACE"
-            raise
+            hint = "EVENT_FORK needs CAP_SYS_PTRACE"
+            code = error.errno or errno.EPERM
+            raise UffdPermissionError(
+                code, "UFFDIO_API", hint=hint, requested=int(features)
+            ) from None
         except BaseException:
             os.close(fd)
             raise
-        self._adopt(fd, features, Ioctl(ioctls))
+        self._adopt(fd, features, Ioctl(ioctls), adopted=False)
 
     @classmethod
     def from_fd(cls, fd: int) -> Self:
@@ -166,19 +174,23 @@ class Userfaultfd(CloseCallbacks):
         os.set_inheritable(fd, False)
         self = cls.__new__(cls)
         try:
-            self.supported = probe_features(os.O_CLOEXEC)
+            # Asked of a new descriptor, without privilege: fdinfo mixes in the ioctls of ranges.
+            self.supported, ioctls = probe_api(os.O_CLOEXEC | USER_MODE_ONLY)
         except UffdOSError:
-            self.supported = features  # an unprivileged receiver cannot ask
-        self._adopt(fd, features, ioctls)
+            self.supported = features
+        self._adopt(fd, features, ioctls, adopted=True)
         return self
 
-    def _adopt(self, fd: int, features: Feature, ioctls: Ioctl) -> None:
+    def _adopt(self, fd: int, features: Feature, ioctls: Ioctl, *, adopted: bool) -> None:
+        self.adopted = adopted
         self.features = features
         self.ioctls = ioctls
-        self._fd = fd
         self._pid = os.getpid()
         self._registered = _RangeModes()
         self._before_close = []
+        self._unread: deque[Event] = deque()  # read for events(), and not delivered
+        self._is_awaited = False
+        self._fd = fd  # last: a signal's exception may leave the rest undone
 
     # The descriptor
 
@@ -197,6 +209,12 @@ class Userfaultfd(CloseCallbacks):
             )
         return self._fd
 
+    def _drop_unread(self) -> None:
+        while self._unread:
+            event = self._unread.popleft()
+            if isinstance(event, Fork):
+                event.uffd.close()
+
     @property
     def closed(self) -> bool:
         """Whether close() or detach() was called."""
@@ -206,6 +224,7 @@ class Userfaultfd(CloseCallbacks):
         """Give up ownership and return the descriptor; the object is closed afterwards."""
         fd = self.fileno()
         self._run_before_close()
+        self._drop_unread()
         self._fd = -1
         return fd
 
@@ -217,11 +236,14 @@ class Userfaultfd(CloseCallbacks):
         """
         if self._fd < 0:
             return
-        if self._pid == os.getpid():
-            self._run_before_close()
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        try:
+            if self._pid == os.getpid():
+                self._run_before_close()
+        finally:
+            self._drop_unread()
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -236,8 +258,10 @@ class Userfaultfd(CloseCallbacks):
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0 and self._pid == os.getpid():
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            try:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            finally:
+                self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._fd < 0 else f"fd={self._fd}"
@@ -256,7 +280,8 @@ class Userfaultfd(CloseCallbacks):
 
         Registering again with other modes replaces them; a subset of the current modes changes
         nothing. A range that would lose WP is unprotected first: on hugetlb memory a write to a
-        page left protected never returns (measured on Linux 6.18).
+        page left protected never returns (measured on Linux 6.18). That covers what this object
+        registered; unprotect what the sender of an adopted descriptor did yourself.
 
         Args:
             range_or_start: A range object, or the address, aligned to the page size.
@@ -277,7 +302,9 @@ class Userfaultfd(CloseCallbacks):
         if not mode & RegisterMode.WP:
             for first, end, old in self._registered.overlapping(start, start + length):
                 if old & RegisterMode.WP and not _is_subset(mode, old):
-                    lowlevel.writeprotect(fd, first, end - first, 0)
+                    # ENOENT: what was registered here has been unmapped since.
+                    with suppress(LayoutChangedError):
+                        lowlevel.writeprotect(fd, first, end - first, 0)
         ioctls = Ioctl(lowlevel.register(fd, start, length, mode))
         self._registered.set(start, start + length, mode)
         return ioctls
@@ -291,6 +318,10 @@ class Userfaultfd(CloseCallbacks):
         """
         start, length = _checked(range_or_start, length)
         lowlevel.unregister(self.fileno(), start, length)
+        self._registered.clear(start, start + length)
+
+    def note_unregistered(self, start: int, length: int) -> None:
+        """Be told that a range was unregistered by other means than `unregister`."""
         self._registered.clear(start, start + length)
 
     def wake(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
@@ -371,7 +402,7 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_MOVE(2const); needs Feature.MOVE; anonymous memory; Linux 6.8.
         """
         check_range(dst, length, name="dst")
-        check_aligned("src", src, PAGE_SIZE)
+        _check_move(dst, src, length)
         return lowlevel.move(self.fileno(), dst, src, length, mode)
 
     def continue_(
@@ -500,6 +531,8 @@ class Userfaultfd(CloseCallbacks):
         """
         if not isinstance(dst, int):
             length = dst.length if length is None else length
+            if length > dst.length:
+                raise ValueError(f"length {length:#x} is more than the range's {dst.length:#x}")
         address, length, owner = _source(src, length)
         start = dst if isinstance(dst, int) else dst.start
         result = self._fill(
@@ -574,8 +607,9 @@ class Userfaultfd(CloseCallbacks):
         A source page whose destination is present stays where it is.
         """
         start, size = resolve_range(dst, length)
-        check_aligned("src", src, PAGE_SIZE)
         page_size = page_size_of(dst)
+        check_range(start, size, page_size, name="dst")
+        _check_move(start, src, size)
         return self._fill(lowlevel.FillOp.MOVE, start, src, size, mode, page_size, retry_s)
 
     def _fill(
@@ -609,23 +643,70 @@ class Userfaultfd(CloseCallbacks):
         """
         if max_events < 1:
             raise ValueError(f"max_events {max_events} must be above zero")
+        if self._unread:
+            return [self._unread.popleft() for _ in range(min(max_events, len(self._unread)))]
         raw = lowlevel.read(self.fileno(), max_events * MESSAGE_SIZE)
         return [self._event(raw[at : at + MESSAGE_SIZE]) for at in range(0, len(raw), MESSAGE_SIZE)]
 
+    def events(self) -> AsyncIterator[Event]:
+        """Return the events for `async for`, in the running asyncio loop, until close().
+
+        Everything queued is read at once; layout events come before the page faults read with
+        them, so that events can be handled one by one. A task that is cancelled, or leaves the
+        loop, loses none: what was read and not delivered comes first from the next iterator and
+        from read_events(). Batches leave other tasks their turn. Not beside a Handler.
+
+        Raises:
+            ClosedError: closed already. Closing it later ends the iteration.
+            ValueError: opened with `nonblocking=False`.
+            EventsBusyError: (when iterated) another task waits for the events.
+
+        GIL: released while waiting.  Threads: one loop at a time.  Blocks: never; it awaits.
+
+        Example:
+            >>> import asyncio, mmap
+            >>> from pyuffd import Feature, Region, Userfaultfd
+            >>> async def first_event(uffd, region):
+            ...     removing = asyncio.to_thread(region.madvise, mmap.MADV_DONTNEED)
+            ...     task = asyncio.create_task(removing)
+            ...     async for event in uffd.events():
+            ...         await task
+            ...         return event
+            >>> features = Feature.EVENT_REMOVE
+            >>> with Userfaultfd(features=features) as uffd, Region.anonymous(4096) as region:
+            ...     _ = uffd.register(region)
+            ...     event = asyncio.run(first_event(uffd, region))
+            ...     event.start == region.start
+            True
+        """
+        from pyuffd._async import EventIterator  # asyncio is 40 ms of import
+
+        return EventIterator(self)
+
     def _event(self, raw: bytes) -> Event:
         if message_code(raw) == EventCode.FORK:
-            return Fork(type(self).from_fd(fork_fd(raw)))
+            return Fork(self._forked(fork_fd(raw)))
         return parse_event(raw)
 
+    def _forked(self, fd: int) -> Self:
+        """Own the descriptor of a child, which has this one's features and registrations."""
+        os.set_blocking(fd, False)
+        os.set_inheritable(fd, False)
+        child = type(self).__new__(type(self))
+        child.supported = self.supported
+        child._adopt(fd, self.features, self.ioctls, adopted=True)
+        child._registered = self._registered.copy()
+        return child
 
-def probe_features(flags: int = os.O_CLOEXEC) -> Feature:
-    """Return the features this kernel supports, asked on a descriptor of its own."""
+
+def probe_api(flags: int) -> tuple[Feature, Ioctl]:
+    """Return the features and ioctls of this kernel, asked on a descriptor of its own."""
     fd = open_uffd(flags)
     try:
-        features, _ = lowlevel.api(fd, 0)
+        features, ioctls = lowlevel.api(fd, 0)
     finally:
         os.close(fd)
-    return Feature(features)
+    return Feature(features), Ioctl(ioctls)
 
 
 def open_uffd(flags: int) -> int:
@@ -698,6 +779,12 @@ def _checked(range_or_start: RangeLike | int, length: int | None) -> tuple[int, 
     return start, size
 
 
+def _check_move(dst: int, src: int, length: int) -> None:
+    check_range(src, length, name="src")
+    if src < dst + length and dst < src + length:
+        raise ValueError(f"src {src:#x} and dst {dst:#x} overlap within {length:#x} bytes")
+
+
 def _source(src: int | Buffer, length: int | None) -> tuple[int, int, object]:
     """Return (address, length, what must stay alive meanwhile) of a copy's source."""
     if isinstance(src, int):
@@ -724,6 +811,12 @@ class _RangeModes:
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._rows: list[tuple[int, int, RegisterMode]] = []
+
+    def copy(self) -> _RangeModes:
+        """Return a record of its own with the same ranges."""
+        other = _RangeModes()
+        other._starts, other._rows = self._starts.copy(), self._rows.copy()
+        return other
 
     def overlapping(self, start: int, end: int) -> list[tuple[int, int, RegisterMode]]:
         """Return the parts of known ranges that lie in [start, end)."""

@@ -1,12 +1,15 @@
 """Where page content comes from (layer L4).
 
-The sources here are read by the C engine without Python: zeros, memory of this process, a file.
+Zeros, memory of this process and a file are read by the C engine without Python; what is called
+for its content needs a driver that can call Python.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, Self, runtime_checkable
 
@@ -14,6 +17,8 @@ from pyuffd import _memory
 from pyuffd._errors import ClosedError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from typing_extensions import Buffer
 
 
@@ -164,3 +169,103 @@ class FileSource:
     def __repr__(self) -> str:
         state = "closed" if self._fd < 0 else self.name
         return f"FileSource({state}, offset={self.offset:#x})"
+
+
+class CallableSource:
+    """A Python function that is called for the content of pages.
+
+    The handler's workers call it, several at once with `workers` above 1; what it raises, and an
+    answer of another length, goes the way of the handler's `on_error` and is raised by stop().
+
+    Args:
+        function: Called with (offset, length) in bytes from the start of the region, both
+            multiples of its page size; returns exactly `length` bytes.
+        length: Bytes there are, or None when there is no end.
+
+    Raises:
+        ValueError: a coroutine function (see `AsyncSource`), or something that is not callable.
+
+    Example:
+        >>> from pyuffd import CallableSource
+        >>> CallableSource(lambda offset, length: bytes([offset // 4096]) * length).read(4096, 2)
+        b'\\x01\\x01'
+    """
+
+    def __init__(self, function: Callable[[int, int], Buffer], length: int | None = None) -> None:
+        if not callable(function):
+            raise ValueError(f"{function!r} cannot be called")
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(f"{function!r} is a coroutine function: use AsyncSource")
+        self.function = function
+        self._length = _check_length(length)
+
+    @property
+    def length(self) -> int | None:
+        """Bytes there are, or None."""
+        return self._length
+
+    def read(self, offset: int, length: int) -> Buffer:
+        """Call the function."""
+        return self.function(offset, length)
+
+    def __repr__(self) -> str:
+        return f"CallableSource({self.function!r})"
+
+
+class AsyncSource:
+    """A coroutine function that is run in an asyncio event loop for the content of pages.
+
+    The handler's workers wait for it, so as many of its coroutines run at once as there are
+    workers. The loop must keep running while pages are asked for: stop the handler with
+    `async with handler` or `await asyncio.to_thread(handler.stop)`, not from the loop's own
+    thread. A cancelled coroutine fails its pages like any other exception.
+
+    Args:
+        function: As for `CallableSource`.
+        loop: The loop to run it in; by default the one that runs now.
+        length: Bytes there are, or None when there is no end.
+
+    Raises:
+        ValueError: not a coroutine function.
+        RuntimeError: no loop given, and none is running.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[int, int], Awaitable[Buffer]],
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        length: int | None = None,
+    ) -> None:
+        if not inspect.iscoroutinefunction(function):
+            raise ValueError(f"{function!r} is not a coroutine function")
+        if loop is None:
+            import asyncio
+
+            loop = asyncio.get_running_loop()
+        self.function = function
+        self.loop = loop
+        self._length = _check_length(length)
+
+    @property
+    def length(self) -> int | None:
+        """Bytes there are, or None."""
+        return self._length
+
+    def read(self, offset: int, length: int) -> Buffer:
+        """Run the coroutine in its loop and wait for it, from another thread."""
+        import asyncio
+
+        async def run() -> Buffer:
+            return await self.function(offset, length)
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result()
+
+    def __repr__(self) -> str:
+        return f"AsyncSource({self.function!r})"
+
+
+def _check_length(length: int | None) -> int | None:
+    if length is not None and length <= 0:
+        raise ValueError(f"length {length:#x} must be above zero")
+    return length

@@ -86,7 +86,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     top = {name.partition("/")[0] for name in names}
-    assert top == {"pyuffd", f"pyuffd-{VERSION}.dist-info"}
+    assert top == {"pyuffd", "_pyuffd_pytestplugin.py", f"pyuffd-{VERSION}.dist-info"}
     assert {"pyuffd/_shim.abi3.so", "pyuffd/_shim.pyi", "pyuffd/py.typed"} <= set(names)
     sources = {
         f"pyuffd/{path.relative_to(ROOT / 'src' / 'pyuffd').as_posix()}"

@@ -19,8 +19,11 @@ LAYERS = [
     {"_abi", "_errors", "_pages"},
     {"lowlevel", "_memory", "_uffd", "probe", "pagemap"},
     {"regions"},
-    {"sources", "handlers"},
-    {"dirty", "snapshot", "migration", "pager", "remote", "integrations"},
+    {"sources", "handlers", "handover"},
+    {
+        *("conformance", "dirty", "snapshot", "migration", "pager", "remote", "integrations"),
+        "testing",
+    },
     {"cli", "__main__", ""},
 ]
 MAY_IMPORT_SHIM = {"_abi", "lowlevel", "_memory", "handlers._engine"}

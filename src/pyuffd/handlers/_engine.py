@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyuffd._abi import PagefaultFlag, RegisterMode
 from pyuffd._errors import ClosedError, raise_errno
 from pyuffd._shim import ffi, lib
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 RECENT_CAPACITY = 4096
 KINDS = ("missing", "wp", "minor")
@@ -42,6 +46,7 @@ class SourceKind(IntEnum):
     ZERO = lib.UFFD_SOURCE_ZERO
     MEMORY = lib.UFFD_SOURCE_MEMORY
     FILE = lib.UFFD_SOURCE_FILE
+    REQUEST = lib.UFFD_SOURCE_REQUEST
 
 
 class FailureStage(IntEnum):
@@ -52,7 +57,8 @@ class FailureStage(IntEnum):
     RESOLVE = lib.UFFD_FAILED_RESOLVE
     UNSERVED = lib.UFFD_FAILED_UNSERVED
     READ = lib.UFFD_FAILED_READ
-    LAYOUT = lib.UFFD_FAILED_LAYOUT
+    FORK = lib.UFFD_FAILED_FORK
+    STALLED = lib.UFFD_FAILED_STALLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,10 @@ class HandlerStats:
     layout_changed: int
     unserved: int
     layout_events: int
+    removed_pages: int
+    forks: int
+    requests: int
+    stalled_requests: int
 
 
 _COUNTERS = [
@@ -155,11 +165,29 @@ _COUNTERS = [
     "layout_changed",
     "unserved",
     "layout_events",
+    "removed_pages",
+    "forks",
+    "requests",
+    "stalled_requests",
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class RangeId:
+    """A range as the engine knows it: its space, its number, and where it was served."""
+
+    space: int
+    number: int
+    start: int
+    length: int
+
+
 class Engine:
-    """One `struct uffd_engine`; the userfaultfd is borrowed."""
+    """One `struct uffd_engine`; the userfaultfds are borrowed.
+
+    `has_workers` says that threads will call `next_request`, `stall_limit_ns` how long a request
+    may take (0: for ever), `stall_signal` which signal shows the tracebacks then (0: none).
+    """
 
     def __init__(
         self,
@@ -167,7 +195,12 @@ class Engine:
         *,
         owner_pid: int,
         on_error: OnError,
-        inline: bool,
+        inline: bool = False,
+        has_events: bool = False,
+        watch_owner: bool = False,
+        has_workers: bool = False,
+        stall_signal: int = 0,
+        stall_limit_ns: int = 0,
         prefetch: int,
         spin_ns: int,
         retry_limit_ns: int,
@@ -177,6 +210,11 @@ class Engine:
         options.owner_pid = owner_pid
         options.on_error = on_error
         options.is_inline = inline
+        options.has_events = has_events
+        options.watch_owner = watch_owner
+        options.has_workers = has_workers
+        options.stall_signal = stall_signal
+        options.stall_limit_ns = stall_limit_ns
         options.prefetch = prefetch
         options.spin_ns = spin_ns
         options.retry_limit_ns = retry_limit_ns
@@ -200,8 +238,21 @@ class Engine:
         if pointer is not None:
             lib.uffd_engine_destroy(pointer)
 
+    def add_space(self, fd: int, *, has_events: bool) -> int:
+        """Serve another userfaultfd as well; return the number of its space."""
+        out = ffi.new("uint32_t *")
+        code = lib.uffd_engine_add_space(self._engine(), fd, has_events, out)
+        if code:
+            raise_errno("serve another userfaultfd", -code)
+        return int(out[0])
+
+    def remove_space(self, space: int) -> None:
+        """Forget a userfaultfd whose ranges have been taken out."""
+        lib.uffd_engine_remove_space(self._engine(), space)
+
     def add(
         self,
+        space: int,
         start: int,
         length: int,
         page_size: int,
@@ -210,9 +261,10 @@ class Engine:
         *,
         local: int = 0,
         preserve: int = 0,
+        writes_cache: bool = False,
         owner: object = None,
-    ) -> int:
-        """Put a range in and return its id; `owner` is kept until it is taken out."""
+    ) -> RangeId:
+        """Put a range in; `owner` is kept until it is taken out."""
         spec = ffi.new("struct uffd_range_spec *")
         spec.start = start
         spec.length = length
@@ -225,23 +277,34 @@ class Engine:
         spec.source_length = content.length
         spec.local = local
         spec.preserve = preserve
+        spec.writes_cache = writes_cache
         out = ffi.new("uint64_t *")
-        code = lib.uffd_engine_add(self._engine(), spec, out)
+        code = lib.uffd_engine_add(self._engine(), space, spec, out)
         if code == -errno.EEXIST:
             raise ValueError(f"[{start:#x}, +{length:#x}) overlaps a range that is served already")
         if code:
             raise_errno("serve", -code, start, length)
-        self._owners[out[0]] = (content.owner, owner)
-        return int(out[0])
+        served = RangeId(space, int(out[0]), start, length)
+        self._owners[served.number] = (content.owner, owner)
+        return served
 
-    def set_ioctls(self, range_id: int, ioctls: int) -> None:
+    def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
-        lib.uffd_engine_set_ioctls(self._engine(), range_id, ioctls)
+        lib.uffd_engine_set_ioctls(
+            self._engine(), served.space, served.number, served.start, ioctls
+        )
 
-    def remove(self, range_id: int) -> None:
-        """Take a range out and wait until nobody uses it."""
-        lib.uffd_engine_remove(self._engine(), range_id)
-        self._owners.pop(range_id, None)
+    def unserve(self, served: RangeId, *, seal: bool, unregister: bool = True) -> None:
+        """Take a range out everywhere; `seal` and `unregister` as in uffd_engine.h."""
+        flags = (lib.UFFD_UNSERVE_SEAL if seal else 0) | (
+            lib.UFFD_UNSERVE_UNREGISTER if unregister else 0
+        )
+        code = lib.uffd_engine_unserve(
+            self._engine(), served.space, served.number, served.start, flags
+        )
+        self._owners.pop(served.number, None)
+        if code:
+            raise_errno("unserve", -code, served.start, served.length)
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
@@ -254,12 +317,12 @@ class Engine:
         self._running = True
 
     def stop(self) -> None:
-        """Stop the driver and wait for it."""
+        """Stop the driver and wait for it; workers return from next_request."""
         if not self._running:
             return
         self._running = False
         if self._inline:
-            lib.uffd_inline_stop(self._engine())
+            lib.uffd_inline_stop(self._engine(), _faulthandler_left())
         else:
             lib.uffd_native_stop(self._engine())
 
@@ -271,42 +334,80 @@ class Engine:
         """Poison what is asked for from now on."""
         lib.uffd_engine_refuse(self._engine())
 
-    def seal(self, range_id: int, length: int) -> None:
-        """Poison what is absent and lift write-protection, before unregistering."""
-        code = lib.uffd_engine_seal(self._engine(), range_id)
-        if code and code not in (-errno.ENOENT, -errno.ESRCH):
-            raise_errno("seal", -code, range_id, length)
+    def abandon(self, served: RangeId | None = None) -> None:
+        """Poison the pages that wait for a worker, of one range or of all."""
+        lib.uffd_engine_abandon(self._engine(), served.number if served else 0)
 
-    def populate(self, range_id: int, offset: int, length: int) -> int:
+    def populate(self, served: RangeId, offset: int, length: int) -> int:
         """Fill absent pages; return the bytes filled."""
         out = ffi.new("uint64_t *")
-        code = lib.uffd_engine_populate(self._engine(), range_id, offset, length, out)
+        code = lib.uffd_engine_populate(
+            self._engine(), served.space, served.number, served.start, offset, length, out
+        )
         if code:
-            raise_errno("populate", -code, range_id + offset, length, completed=out[0])
+            raise_errno("populate", -code, served.start + offset, length, completed=int(out[0]))
         return int(out[0])
 
-    def preserve(self, range_id: int, offset: int, length: int) -> int:
+    def preserve(self, served: RangeId, offset: int, length: int) -> int:
         """Save protected pages and unprotect them; return the bytes saved."""
         out = ffi.new("uint64_t *")
-        code = lib.uffd_engine_preserve(self._engine(), range_id, offset, length, out)
+        code = lib.uffd_engine_preserve(
+            self._engine(), served.space, served.number, served.start, offset, length, out
+        )
+        if code == -errno.EINVAL:
+            raise ValueError(f"the range at {served.start:#x} was served without preserve=")
         if code:
-            raise_errno("preserve", -code, range_id + offset, length, completed=out[0])
+            raise_errno("preserve", -code, served.start + offset, length, completed=int(out[0]))
         return int(out[0])
 
-    def states(self, range_id: int, first_page: int, pages: int) -> bytes:
+    def mark_clean(self, served: RangeId) -> None:
+        """Call every page that is present clean."""
+        code = lib.uffd_engine_mark_clean(self._engine(), served.space, served.number, served.start)
+        if code:
+            raise_errno("page states", -code, served.start, served.length)
+
+    def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
         """Return the state bytes of some pages."""
         out = bytearray(pages)
         with ffi.from_buffer("uint8_t[]", out) as pointer:
-            code = lib.uffd_engine_states(self._engine(), range_id, first_page, pages, pointer)
+            code = lib.uffd_engine_states(
+                self._engine(),
+                served.space,
+                served.number,
+                served.start,
+                first_page,
+                pages,
+                pointer,
+            )
         if code:
-            raise_errno("page states", -code, range_id)
+            raise_errno("page states", -code, served.start, served.length)
         return bytes(out)
 
-    def set_states(self, range_id: int, first_page: int, pages: int, state: PageState) -> None:
-        """Set the state byte of some pages."""
-        code = lib.uffd_engine_set_states(self._engine(), range_id, first_page, pages, state)
-        if code:
-            raise_errno("page states", -code, range_id)
+    @property
+    def spaces(self) -> int:
+        """Address spaces that are followed: the userfaultfds served, and living forks."""
+        return int(lib.uffd_engine_spaces(self._engine()))
+
+    @property
+    def owner_exited(self) -> bool:
+        """Whether the process whose memory is served is gone (`watch_owner`)."""
+        return bool(lib.uffd_engine_owner_exited(self._engine()))
+
+    def next_request(self) -> Any:
+        """Wait for pages whose content must be fetched; None when the engine stops."""
+        request = lib.uffd_engine_next_request(self._engine())
+        return request if request != ffi.NULL else None
+
+    def complete(self, request: Any, data: Buffer) -> None:
+        """Put the content of a request in place; `data` is at least as long as it."""
+        with ffi.from_buffer(data) as pointer:
+            code = lib.uffd_engine_complete(self._engine(), request, pointer)
+        if code and code not in (-errno.ECANCELED, -errno.ESRCH):
+            raise_errno("answer a request", -code)
+
+    def fail(self, request: Any, code: int) -> None:
+        """Apply the error policy to the pages of a request."""
+        lib.uffd_engine_fail(self._engine(), request, code)
 
     def stats(self) -> HandlerStats:
         """Sum up the counters."""
@@ -344,10 +445,19 @@ class Engine:
         return Failure(out.count, out.address, out.length, out.error, FailureStage(out.stage))
 
 
+_under_faulthandler: list[bool] = []  # whether it was on when it had taken our place
+
+
+def _faulthandler_left() -> bool:
+    """Whether faulthandler lay over our handler and was disabled since: its action does nothing."""
+    return bool(_under_faulthandler) and _under_faulthandler[-1] and not faulthandler.is_enabled()
+
+
 def ensure_inline_handler() -> bool:
     """Put the SIGBUS handler back on top; return whether another had taken its place."""
     if lib.uffd_inline_is_installed():
         return False
+    _under_faulthandler[:] = [faulthandler.is_enabled()]
     code = lib.uffd_inline_reinstall()
     if code:
         raise_errno("sigaction(SIGBUS)", -code)

@@ -1,42 +1,49 @@
-"""`Handler`: serves regions through one userfaultfd, with one of the engine's C drivers (L4)."""
+"""`Handler`: serves regions through userfaultfds, with one of the engine's drivers (layer L4)."""
 
 from __future__ import annotations
 
 import atexit
-import fcntl
 import logging
 import os
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from threading import RLock
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd._errors import (
-    ClosedError,
-    HandlerError,
-    LayoutChangedError,
-    ProcessGoneError,
-    UffdOSError,
-)
-from pyuffd._pages import RangeLike, check_page_size, check_range, page_size_of
+from pyuffd._errors import ClosedError, HandlerError, UffdOSError
+from pyuffd._pages import RangeLike, check_range, page_size_of
 from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._checks import (
+    LAYOUT_EVENTS,
+    Driver,
+    Policy,
+    check_cpus,
+    check_mode,
+    check_options,
+    check_uffd,
+    choose_driver,
+    handler_error,
+    preserve_buffer,
+    region_numbers,
+)
 from pyuffd.handlers._engine import (
     Content,
     Engine,
-    FailureStage,
     HandlerStats,
     OnError,
-    PageState,
+    RangeId,
     RecentFault,
     SourceKind,
     ensure_inline_handler,
 )
-from pyuffd.regions import Region
+from pyuffd.handlers._stall import stall_signal
+from pyuffd.handlers._workers import Workers
+from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
 if TYPE_CHECKING:
@@ -44,68 +51,76 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Driver = Literal["auto", "native", "inline"]
-Policy = Literal["poison", "stall", "kill"]
-
 # Longer than any pause between two faults of one thread that was measured on a loaded machine, and
 # short enough that ten faults a second cost 0.05 % of a CPU.
 DEFAULT_SPIN_US = 50.0
 # EAGAIN ends when the thread that changes the layout runs again: 12 ms measured on a busy machine.
 RETRY_LIMIT_S = 5.0
 DRAIN_LIMIT_S = 10.0
+# A page source that needs longer than this, with the interpreter free, is too slow to fault on.
+STALL_TIMEOUT_S = 2.0
 
-LAYOUT_EVENTS = (
-    Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
-)
 NEEDED_IOCTL = {
     RegisterMode.MISSING: Ioctl.COPY,
     RegisterMode.WP: Ioctl.WRITEPROTECT,
     RegisterMode.MINOR: Ioctl.CONTINUE,
 }
+# Memory whose holes Linux write-protects without being asked to (Feature.WP_UNPOPULATED).
+FILE_BACKED = {RegionKind.MEMFD, RegionKind.SHM, RegionKind.HUGETLBFS, RegionKind.FILE}
 
 
 @dataclass(slots=True)
 class _Served:
-    start: int
-    length: int
+    id: RangeId
     page_size: int
     mode: RegisterMode
     region: RangeLike
+    uffd: Userfaultfd
     alias: Region | None = None
-    on_close: list[object] = field(default_factory=list)
+    on_close: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Handler:
-    """Resolve the faults of regions from page sources, in C.
+    """Resolve the faults of regions from page sources.
 
     Args:
-        uffd: The userfaultfd; the handler borrows it, and stops when it is closed. It must not
-            ask for layout events (Feature.EVENT_*), which no driver here follows.
+        uffd: The userfaultfd; the handler borrows it, and stops when it is closed. With
+            Feature.EVENT_* the handler follows what the owner does to its memory: dropped pages
+            are zeros, moved ranges are served where they are, forks are served like their parent
+            until they exit.
         driver: "native", a C thread: faults of any thread or process, and of system calls.
             "inline", in the faulting thread itself by a SIGBUS handler: the fastest, for
             accesses of this process's own code only; a system call that touches a missing page
-            fails with EFAULT (`populate` first). Needs Feature.SIGBUS. "auto" is "inline" where
-            the userfaultfd has Feature.SIGBUS, else "native".
+            fails with EFAULT (`populate` first). Needs Feature.SIGBUS. "thread", for page
+            sources in Python: threads of this process that call them, and C for all else. A
+            thread that faults while it holds the GIL waits for a Python thread that cannot run;
+            after `stall_timeout_s` all tracebacks go to stderr, and `on_error` ends the wait.
+            "auto" is "inline" where the userfaultfd has Feature.SIGBUS, else "native".
         on_error: What happens to a page whose content cannot be had: "poison" (SIGBUS for whoever
-            touches it), "stall" (its threads wait; stop() poisons it; native only), "kill"
+            touches it), "stall" (its threads wait; stop() poisons it; not with "inline"), "kill"
             (SIGKILL for `owner_pid`). Never zeros. Where the kernel has no UFFDIO_POISON (before
             Linux 6.6) "poison" stalls. stop() reports it as HandlerError.
+        stall_timeout_s: How long a page source in Python may take for a page; 2 by default.
         prefetch: Bytes to fill around a fault besides its own page, which comes first; more
-            when faults come in sequence. 0: the page alone.
-        spin_us: How long the native driver waits for the next fault before it sleeps, at most;
-            it adapts, down to none when faults are rare. None: 50, or 0 with one CPU in `cpus`,
-            where spinning would keep the faulting thread from running.
+            when faults come in sequence. A Python source is asked for all of them at once. 0: the
+            page alone.
+        workers: How many pages may be fetched by Python sources at the same time.
+        spin_us: How long to wait for the next fault before sleeping, at most; it adapts, down to
+            none when faults are rare. None: 50, or 0 with one CPU in `cpus`, where spinning
+            would keep the faulting thread from running.
         cpus: CPUs the native thread may run on. The CPU of the faulting thread gives the
             lowest latency by far.
-        owner_pid: Process whose memory the userfaultfd governs; this one by default.
+        owner_pid: Process whose memory the userfaultfd governs; this one by default. The exit of
+            another process is noticed, and its faults forgotten.
 
-    Kernel: userfaultfd(2).  GIL: never needed by a driver; every method that waits releases it.
-    Threads: safe.  Blocks: stop() and unserve() until the faults in hand are resolved.
+    Kernel: userfaultfd(2).  GIL: never needed by "native" and "inline"; every method that waits
+    releases it.  Threads: safe.  Blocks: stop() and unserve() until the faults in hand are
+    resolved.
 
     Example:
         >>> from pyuffd import BufferSource, Handler, Region, Userfaultfd
         >>> with Userfaultfd() as uffd, Region.anonymous(8192) as region, Handler(uffd) as handler:
-        ...     handler.serve(region, BufferSource(b"hello".ljust(8192, b".")))
+        ...     _ = handler.serve(region, BufferSource(b"hello".ljust(8192, b".")))
         ...     handler.start()
         ...     region.read(0, 7)
         b'hello..'
@@ -117,31 +132,47 @@ class Handler:
         *,
         driver: Driver = "auto",
         on_error: Policy = "poison",
+        stall_timeout_s: float | None = None,
         prefetch: int = 0,
+        workers: int = 1,
         spin_us: float | None = None,
         cpus: Iterable[int] | None = None,
         owner_pid: int | None = None,
     ) -> None:
         self._engine: Engine | None = None
-        self._cpus = _check_cpus(cpus)
-        self.driver = _choose_driver(driver, uffd)
-        _check_options(self.driver, uffd, on_error, prefetch, spin_us, self._cpus)
+        self._cpus = check_cpus(cpus)
+        self.driver = choose_driver(driver, uffd)
+        check_uffd(self.driver, uffd)
+        _claim(uffd, self)
+        check_options(
+            self.driver, on_error, prefetch, spin_us, self._cpus, workers, stall_timeout_s
+        )
         if spin_us is None:
             spin_us = 0.0 if len(self._cpus) == 1 else DEFAULT_SPIN_US
         self.uffd = uffd
         self._pid = os.getpid()
+        self._owner_pid = owner_pid or self._pid
         self._lock = RLock()  # guards what follows; taken before any lock of the C engine
-        self._served: dict[int, _Served] = {}
+        self._spaces: dict[Userfaultfd, int] = {uffd: 0}
+        self._served: dict[tuple[int, int], _Served] = {}  # by space and start
         self._started = False
+        in_python = self.driver == "thread"
         self._engine = Engine(
             uffd.fileno(),
-            owner_pid=owner_pid or self._pid,
+            owner_pid=self._owner_pid,
             on_error=OnError[on_error.upper()],
             inline=self.driver == "inline",
+            has_events=bool(uffd.features & LAYOUT_EVENTS),
+            watch_owner=self._owner_pid != self._pid,
+            has_workers=in_python,
+            stall_signal=stall_signal() if in_python else 0,
+            stall_limit_ns=int((stall_timeout_s or STALL_TIMEOUT_S) * 1e9),
             prefetch=prefetch,
             spin_ns=int(spin_us * 1000),
             retry_limit_ns=int(RETRY_LIMIT_S * 1e9),
         )
+        name = f"uffd-w{uffd.fileno()}"
+        self._workers = Workers(self._engine, workers, name) if in_python else None
         uffd.on_close(self.stop)
 
     def _running_engine(self) -> Engine:
@@ -163,14 +194,15 @@ class Handler:
         mode: RegisterMode = RegisterMode.MISSING,
         preserve: Buffer | None = None,
         local: RangeLike | None = None,
+        uffd: Userfaultfd | None = None,
     ) -> Ioctl:
         """Register a region and resolve its faults from now on; return the ioctls it takes.
 
         Missing faults copy the page from `source`; a page that is dropped afterwards
         (MADV_DONTNEED) is zeros, whatever the source says. Minor faults map what the page cache
         holds; with a source and no MISSING in the mode they first write the page's content into
-        it. Write-protect faults mark the page PageState.DIRTY and unprotect it. With
-        MISSING | WP pages arrive protected.
+        it, and holes of the page cache are filled from the source as well. Write-protect faults
+        mark the page PageState.DIRTY and unprotect it. With MISSING | WP pages arrive protected.
 
         Args:
             region: A `Region`, or anything with start, length and page_size. It must not be
@@ -183,6 +215,8 @@ class Handler:
             local: The same memory mapped in this process and not registered. Needed for the
                 faults of another process's memory with `preserve`, and made from the region
                 where minor faults have a source.
+            uffd: Another userfaultfd, of this or of another process, whose range it is. The
+                handler borrows it and forgets its ranges when it is closed.
 
         Raises:
             ValueError: a range that is served already, a source that ends before the last page
@@ -191,73 +225,119 @@ class Handler:
         """
         with self._lock:
             engine = self._running_engine()
-            start, length, page_size = _region_numbers(region)
-            _check_mode(mode, source, preserve)
+            start, length, page_size = region_numbers(region)
+            check_mode(mode, source, preserve)
             content = self._content(region, source)
-            served = _Served(start, length, page_size, mode, region)
-            local_start = self._local(served, source, local)
-            sink, sink_owner = _sink(preserve, length)
+            sink, sink_owner = preserve_buffer(preserve, length)
+            uffd = uffd or self.uffd
+            space = self._space_of(engine, uffd)
+            writes_cache = (
+                source is not None
+                and mode & RegisterMode.MINOR
+                and not (mode & RegisterMode.MISSING)
+            )
+            if writes_cache:
+                # Linux maps zeros for a hole of the page cache, unless that is a missing fault.
+                mode |= RegisterMode.MISSING
+            alias, local_start = _local(region, length, local, needed=bool(writes_cache))
             try:
-                range_id = engine.add(
-                    start,
-                    length,
+                served = _Served(
+                    engine.add(
+                        space,
+                        start,
+                        length,
+                        page_size,
+                        mode,
+                        content,
+                        local=local_start,
+                        preserve=sink,
+                        writes_cache=bool(writes_cache),
+                        owner=(sink_owner, local, region),
+                    ),
                     page_size,
                     mode,
-                    content,
-                    local=local_start,
-                    preserve=sink,
-                    owner=(sink_owner, local, region),
+                    region,
+                    uffd,
+                    alias,
                 )
-                ioctls = self._register(engine, range_id, served)
+                if self._workers is not None and source is not None:
+                    self._workers.set_source(served.id.number, source)
+                ioctls = self._register(engine, served)
             except BaseException:
-                if served.alias is not None:
-                    served.alias.close()
+                if alias is not None:
+                    alias.close()
                 raise
-            self._served[start] = served
+            self._served[space, start] = served
             if isinstance(region, Region):
                 self._follow_close(region, served)
             if self._started and self.driver == "inline" and ensure_inline_handler():
                 log.warning("another SIGBUS handler had replaced pyuffd's; it is back on top")
             return ioctls
 
-    def _register(self, engine: Engine, range_id: int, served: _Served) -> Ioctl:
+    def _space_of(self, engine: Engine, uffd: Userfaultfd) -> int:
+        """Return the engine's number for a userfaultfd, a new one the first time."""
+        if uffd not in self._spaces:
+            if self.driver == "inline":
+                raise ValueError("the inline driver serves this process's one userfaultfd")
+            check_uffd(self.driver, uffd)
+            _claim(uffd, self)
+            has_events = bool(uffd.features & LAYOUT_EVENTS)
+            self._spaces[uffd] = engine.add_space(uffd.fileno(), has_events=has_events)
+            reference = weakref.ref(self)
+
+            def uffd_closes() -> None:
+                handler = reference()
+                if handler is not None:
+                    handler._uffd_closes(uffd)
+
+            uffd.on_close(uffd_closes)
+        return self._spaces[uffd]
+
+    def _uffd_closes(self, uffd: Userfaultfd) -> None:
+        with self._lock:
+            if self._engine is None or self._pid != os.getpid():
+                return
+            for served in [one for one in self._served.values() if one.uffd is uffd]:
+                self._unserve(self._engine, served, seal=True)
+            self._engine.remove_space(self._spaces.pop(uffd))
+
+    def _register(self, engine: Engine, served: _Served) -> Ioctl:
         """Register what the engine has; take it out again when that fails."""
+        start, length = served.id.start, served.id.length
         try:
-            ioctls = self.uffd.register(served.start, served.length, mode=served.mode)
+            ioctls = served.uffd.register(start, length, mode=served.mode)
         except BaseException:
-            engine.remove(range_id)
+            engine.unserve(served.id, seal=False, unregister=False)
             raise
         missing = [
-            ioctl.name
+            str(ioctl.name)
             for one_mode, ioctl in NEEDED_IOCTL.items()
             if served.mode & one_mode and not ioctls & ioctl
         ]
         if missing:
-            self.uffd.unregister(served.start, served.length)
-            engine.remove(range_id)
+            engine.unserve(served.id, seal=False)
             raise ValueError(
-                f"[{served.start:#x}, +{served.length:#x}) takes no {', '.join(map(str, missing))}"
-                f" (its ioctls: {ioctls!r})"
+                f"[{start:#x}, +{length:#x}) takes no {', '.join(missing)} (but {ioctls!r})"
             )
-        engine.set_ioctls(range_id, ioctls)
+        engine.set_ioctls(served.id, ioctls)
         return ioctls
 
     def _follow_close(self, region: Region, served: _Served) -> None:
         reference = weakref.ref(self)
-        start = served.start
 
         def region_closes() -> None:
             handler = reference()
             if handler is not None:
-                handler._region_closes(start)
+                handler._region_closes(served)
 
         served.on_close.append(region_closes)
         region.on_close(region_closes)
 
-    def _region_closes(self, start: int) -> None:
+    def _region_closes(self, served: _Served) -> None:
         with self._lock:
-            if self._engine is not None and start in self._served and self._pid == os.getpid():
-                self._unserve(self._engine, self._served[start], seal=False)
+            known = self._served.get((served.id.space, served.id.start)) is served
+            if self._engine is not None and known and self._pid == os.getpid():
+                self._unserve(self._engine, served, seal=False)
 
     def _content(self, region: RangeLike, source: PageSource | None) -> Content:
         if source is None:
@@ -284,39 +364,26 @@ class Handler:
             return Content(
                 SourceKind.MEMORY, address=source.address, length=source.length, owner=source
             )
-        raise ValueError(
-            f"{source!r} cannot be read without Python, as the {self.driver} driver must:"
-            " use a ZeroSource, a BufferSource or a FileSource"
-        )
+        if self._workers is None:
+            raise ValueError(
+                f"{source!r} must be read by Python, which the {self.driver} driver does without:"
+                " use a ZeroSource, a BufferSource or a FileSource, or driver='thread'"
+            )
+        return Content(SourceKind.REQUEST, owner=source)
 
     def _check_not_served(self, source: BufferSource, region: RangeLike) -> None:
-        """A copy from memory whose own pages are missing would wait for itself."""
+        """Refuse memory whose own pages may be missing: its copy would wait for itself."""
         end = source.address + source.length
         ranges = [(region.start, region.length)]
-        ranges += [(served.start, served.length) for served in self._served.values()]
+        ranges += [(served.id.start, served.id.length) for served in self._served.values()]
         for start, length in ranges:
             if source.address < start + length and start < end:
                 raise ValueError(
                     f"{source!r} lies inside the served range [{start:#x}, +{length:#x})"
                 )
 
-    def _local(self, served: _Served, source: PageSource | None, local: RangeLike | None) -> int:
-        if local is not None:
-            if local.length < served.length:
-                raise ValueError(
-                    f"local has {local.length:#x} bytes, fewer than the region's {served.length:#x}"
-                )
-            return local.start
-        writes_cache = served.mode & RegisterMode.MINOR and not served.mode & RegisterMode.MISSING
-        if source is None or not writes_cache:
-            return 0
-        if not isinstance(served.region, Region):
-            raise ValueError("minor faults with a source need `local`, or a Region to map again")
-        served.alias = served.region.alias()
-        return served.alias.start
-
-    def unserve(self, region: RangeLike | int) -> None:
-        """Stop serving one region and unregister it.
+    def unserve(self, region: RangeLike | int, *, uffd: Userfaultfd | None = None) -> None:
+        """Stop serving one region and unregister it, wherever its pieces and copies are.
 
         Pages that were never filled are poisoned before, so that a later access is SIGBUS and not
         silent zeros (with a ZeroSource zeros are right, and they are left alone); `populate`
@@ -326,30 +393,33 @@ class Handler:
             ValueError: not served by this handler.
         """
         with self._lock:
-            self._unserve(self._running_engine(), self._find(region), seal=True)
+            engine = self._running_engine()
+            served = self._find(region, uffd)
+            if self._workers is not None:
+                engine.abandon(served.id)
+            self._unserve(engine, served, seal=True)
 
     def _unserve(self, engine: Engine, served: _Served, *, seal: bool) -> None:
-        if seal:
-            engine.seal(served.start, served.length)
         try:
-            self.uffd.unregister(served.start, served.length)
-        except (ProcessGoneError, LayoutChangedError, ClosedError):
-            pass  # the owner is gone, and its registrations with it
+            engine.unserve(served.id, seal=seal)
         except UffdOSError as error:
-            log.debug("unregister: %s", error)  # unmapped meanwhile (EINVAL, ENOMEM)
-        engine.remove(served.start)
-        del self._served[served.start]
+            log.warning("%s", error)
+        del self._served[served.id.space, served.id.start]
+        served.uffd.note_unregistered(served.id.start, served.id.length)
+        if self._workers is not None:
+            self._workers.forget_source(served.id.number)
         if served.alias is not None:
             served.alias.close()
         if isinstance(served.region, Region):
             for callback in served.on_close:
-                served.region.forget_on_close(callback)  # type: ignore[arg-type]
+                served.region.forget_on_close(callback)
 
-    def _find(self, region: RangeLike | int) -> _Served:
+    def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> _Served:
         start = region if isinstance(region, int) else region.start
-        if start not in self._served:
+        space = self._spaces.get(uffd or self.uffd, -1)
+        if (space, start) not in self._served:
             raise ValueError(f"no range at {start:#x} is served by this handler")
-        return self._served[start]
+        return self._served[space, start]
 
     # Running
 
@@ -361,7 +431,7 @@ class Handler:
 
         Raises:
             ValueError: started already.
-            UffdOSError: EINVAL - a CPU of `cpus` that is not there; EAGAIN - no more threads.
+            UffdOSError: EAGAIN - no more threads.
         """
         with self._lock:
             engine = self._running_engine()
@@ -370,6 +440,8 @@ class Handler:
             engine.start(self._cpus)
             self._started = True
             _running.add(self)
+            if self._workers is not None:
+                self._workers.start()
 
     def stop(self, drain: bool = True) -> None:
         """Stop: resolve or poison what waits, unregister every region, end the driver.
@@ -383,41 +455,54 @@ class Handler:
             HandlerError: the content of a page could not be had, or the engine failed, at any
                 time since the start; the handler is stopped all the same.
         """
+        if self._pid != os.getpid():
+            return  # before the lock, which a thread of the parent may have held at the fork
         with self._lock:
             engine = self._engine
-            if engine is None or self._pid != os.getpid():
+            if engine is None:
                 return
-            if self._started and not drain:
-                engine.refuse()
             try:
-                if self._started and not engine.drain(int(DRAIN_LIMIT_S * 1e9)):
-                    log.warning("faults still came in after %.0f s of draining", DRAIN_LIMIT_S)
+                self._drain(engine, drain)
                 for served in list(self._served.values()):
                     self._unserve(engine, served, seal=True)
             finally:
+                self._engine = None
                 engine.stop()
+                all_ended = self._workers is None or self._workers.join(DRAIN_LIMIT_S)
                 self._final_stats = engine.stats()
                 self._final_faults = engine.recent()
                 failure = engine.failure()
-                if not self._served:
-                    self._engine = None
+                if all_ended and not self._served:
                     engine.destroy()
                 _running.discard(self)
                 self.uffd.forget_on_close(self.stop)
         if failure is not None:
-            raise _failure_error(
-                failure.stage, failure.error, failure.address, failure.length, failure.count
-            )
+            raise handler_error(failure, self._workers.failure if self._workers else None)
+
+    def _drain(self, engine: Engine, drain: bool) -> None:
+        if not self._started:
+            return
+        if not drain:
+            engine.refuse()
+            engine.abandon()
+        if not engine.drain(int(DRAIN_LIMIT_S * 1e9)):
+            log.warning("faults still waited after %.0f s: they are poisoned", DRAIN_LIMIT_S)
+            engine.refuse()
+            engine.abandon()
 
     def populate(self, region: RangeLike, offset: int = 0, length: int | None = None) -> int:
-        """Fill the absent pages of a region now, from this thread; return the bytes filled.
+        """Fill the absent pages of a region now, and return the bytes filled.
+
+        In this thread, or with a source in Python by the workers: start() first.
 
         Raises:
             ValueError: not served, or pages outside the region.
             UffdOSError: the source's error; the pages before it are filled (`completed` bytes).
         """
         engine, served, first, pages = self._pages(region, offset, length)
-        return engine.populate(served.start, first * served.page_size, pages * served.page_size)
+        if self._workers is not None and not self._started:
+            raise ValueError("populate needs the workers: start() first")
+        return engine.populate(served.id, first * served.page_size, pages * served.page_size)
 
     # Write protection
 
@@ -429,19 +514,21 @@ class Handler:
         unprotected and say nothing.
         """
         with self._lock:
-            engine, served, _, pages = self._pages(region, 0, None)
+            engine, served, _, _ = self._pages(region, 0, None)
             if not served.mode & RegisterMode.WP:
-                raise ValueError(f"[{served.start:#x}, +{served.length:#x}) is not served for WP")
-            if served.mode == RegisterMode.WP:
-                if isinstance(region, Region) and region.kind.name.startswith("ANON"):
-                    self._map_holes(served)
-                # Before the ioctl: a fault that is being resolved now stays counted as dirty.
-                engine.set_states(served.start, 0, pages, PageState.CLEAN)
-            self.uffd.writeprotect(served.start, served.length)
+                raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
+            self._map_holes(served)
+            # Before the ioctl: a fault that is being resolved now stays counted as dirty.
+            engine.mark_clean(served.id)
+            served.uffd.writeprotect(served.id.start, served.id.length)
 
     def _map_holes(self, served: _Served) -> None:
-        if not self.uffd.features & (Feature.WP_UNPOPULATED | Feature.WP_ASYNC):
-            _memory.touch(served.start, served.length, served.page_size, write=False)
+        region = served.region
+        is_file = isinstance(region, Region) and region.kind in FILE_BACKED
+        protects_holes = served.uffd.features & (Feature.WP_UNPOPULATED | Feature.WP_ASYNC)
+        mine = self._owner_pid == self._pid and not served.uffd.adopted
+        if mine and served.mode == RegisterMode.WP and not is_file and not protects_holes:
+            _memory.touch(served.id.start, served.id.length, served.page_size, write=False)
 
     def preserve(self, region: RangeLike, offset: int = 0, length: int | None = None) -> int:
         """Save the pages that are still protected, unprotect them, and return the bytes saved.
@@ -453,14 +540,24 @@ class Handler:
             ValueError: the region was served without `preserve`.
         """
         engine, served, first, pages = self._pages(region, offset, length)
-        return engine.preserve(served.start, first * served.page_size, pages * served.page_size)
+        return engine.preserve(served.id, first * served.page_size, pages * served.page_size)
 
     # Looking
+
+    @property
+    def spaces(self) -> int:
+        """How many address spaces are followed: the userfaultfds served, and living forks."""
+        return self._running_engine().spaces
+
+    @property
+    def owner_exited(self) -> bool:
+        """Whether the process `owner_pid` has exited."""
+        return self._running_engine().owner_exited
 
     def page_states(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
         """Return one `PageState` byte for each page."""
         engine, served, first, pages = self._pages(region, offset, length)
-        return engine.states(served.start, first, pages)
+        return engine.states(served.id, first, pages)
 
     def stats(self) -> HandlerStats:
         """Return the counters; after stop(), the last ones."""
@@ -480,11 +577,11 @@ class Handler:
         engine = self._running_engine()
         served = self._find(region)
         if length is None:
-            length = served.length - offset
+            length = served.id.length - offset
         check_range(offset, length, served.page_size, name="offset")
-        if offset + length > served.length:
+        if offset + length > served.id.length:
             raise ValueError(
-                f"offset {offset:#x} + {length:#x} is outside a region of {served.length:#x}"
+                f"offset {offset:#x} + {length:#x} is outside a region of {served.id.length:#x}"
             )
         return engine, served, offset // served.page_size, length // served.page_size
 
@@ -510,6 +607,20 @@ class Handler:
                 raise
             exc.add_note(f"and the fault handler failed: {error}")
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop in another thread, so that an `AsyncSource` of this loop can answer meanwhile."""
+        import asyncio
+
+        await asyncio.shield(asyncio.to_thread(self.__exit__, exc_type, exc, traceback))
+
     def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None and self._pid == os.getpid():
             warnings.warn(f"unstopped {self!r}", ResourceWarning, source=self, stacklevel=2)
@@ -523,7 +634,19 @@ class Handler:
             state = "stopped"
         else:
             state = f"{'running' if self._started else 'not started'}, {len(self._served)} ranges"
-        return f"<Handler {self.driver} on fd {self.uffd._fd}, {state}>"
+        return f"<Handler {self.driver} on {self.uffd!r}, {state}>"
+
+
+# Whose messages are read by which handler: two readers would take each other's.
+_readers: weakref.WeakKeyDictionary[Userfaultfd, weakref.ref[Handler]] = weakref.WeakKeyDictionary()
+
+
+def _claim(uffd: Userfaultfd, handler: Handler) -> None:
+    reader = _readers.get(uffd)
+    other = reader() if reader is not None else None
+    if other is not None and other is not handler and other._engine is not None:
+        raise ValueError(f"{uffd!r} has a handler already: {other!r}")
+    _readers[uffd] = weakref.ref(handler)
 
 
 _running: weakref.WeakSet[Handler] = weakref.WeakSet()
@@ -538,103 +661,17 @@ def _stop_all() -> None:
             log.error("at exit: %s", error)
 
 
-def _choose_driver(driver: Driver, uffd: Userfaultfd) -> Literal["native", "inline"]:
-    has_sigbus = bool(uffd.features & Feature.SIGBUS)
-    if driver == "auto":
-        return "inline" if has_sigbus else "native"
-    if driver not in ("native", "inline"):
-        raise ValueError(f"driver {driver!r} is none of 'auto', 'native', 'inline'")
-    if driver == "inline" and not has_sigbus:
-        raise ValueError("driver='inline' needs Userfaultfd(features=Feature.SIGBUS)")
-    if driver == "native" and has_sigbus:
-        raise ValueError(
-            "a userfaultfd with Feature.SIGBUS sends no messages: driver='inline' goes with it"
-        )
-    return driver
-
-
-def _check_options(
-    driver: str,
-    uffd: Userfaultfd,
-    on_error: str,
-    prefetch: int,
-    spin_us: float | None,
-    cpus: list[int],
-) -> None:
-    if on_error not in ("poison", "stall", "kill"):
-        raise ValueError(f"on_error {on_error!r} is none of 'poison', 'stall', 'kill'")
-    if prefetch < 0:
-        raise ValueError(f"prefetch {prefetch:#x} is negative")
-    if spin_us is not None and spin_us < 0:
-        raise ValueError(f"spin_us {spin_us} is negative")
-    events = uffd.features & LAYOUT_EVENTS
-    if events:
-        raise ValueError(f"a Handler follows no layout events, and this userfaultfd has {events!r}")
-    if driver == "inline":
-        if on_error == "stall":
-            raise ValueError("the inline driver has no other thread to leave one stalled for")
-        if cpus or spin_us is not None:
-            raise ValueError("the inline driver has no thread: cpus and spin_us are for 'native'")
-    elif not fcntl.fcntl(uffd.fileno(), fcntl.F_GETFL) & os.O_NONBLOCK:
-        raise ValueError("the native driver needs a userfaultfd opened with nonblocking=True")
-
-
-def _check_cpus(cpus: Iterable[int] | None) -> list[int]:
-    if cpus is None:
-        return []
-    wanted = sorted(set(cpus))
-    allowed = os.sched_getaffinity(0)
-    bad = [cpu for cpu in wanted if cpu not in allowed]
-    if bad or not wanted:
-        raise ValueError(f"cpus {bad or wanted} are not among the CPUs {sorted(allowed)}")
-    return wanted
-
-
-def _region_numbers(region: RangeLike) -> tuple[int, int, int]:
-    page_size = check_page_size(page_size_of(region))
-    start, length = region.start, region.length
-    check_range(start, length, page_size)
-    return start, length, page_size
-
-
-def _check_mode(mode: RegisterMode, source: PageSource | None, preserve: Buffer | None) -> None:
-    known = RegisterMode.MISSING | RegisterMode.WP | RegisterMode.MINOR
-    if not mode or int(mode) & ~int(known):
-        raise ValueError(f"a Handler serves MISSING, WP and MINOR, not {mode!r}")
-    if mode & RegisterMode.MISSING and source is None:
-        raise ValueError("missing faults need a source; ZeroSource() is the one for zeros")
-    if mode == RegisterMode.WP and source is not None:
-        raise ValueError("write-protect faults alone take no source: the pages are there")
-    if preserve is not None and mode != RegisterMode.WP:
-        raise ValueError(f"preserve goes with RegisterMode.WP alone, not with {mode!r}")
-
-
-def _sink(preserve: Buffer | None, length: int) -> tuple[int, object]:
-    if preserve is None:
-        return 0, None
-    if memoryview(preserve).readonly:
-        raise ValueError("preserve must be a writable buffer")
-    address, size, owner = _memory.buffer_address(preserve)
-    if size < length:
-        raise ValueError(f"preserve has {size:#x} bytes, fewer than the region's {length:#x}")
-    return address, owner
-
-
-def _failure_error(
-    stage: FailureStage, code: int, address: int, length: int, count: int
-) -> HandlerError:
-    what = {
-        FailureStage.SOURCE: "the content of a page could not be read",
-        FailureStage.RESOLVE: "a fault could not be resolved",
-        FailureStage.UNSERVED: "a fault came from a registered range that is not served",
-        FailureStage.READ: "the userfaultfd could not be read",
-        FailureStage.LAYOUT: "a layout event came that was not asked for",
-    }.get(stage, "the engine failed")
-    place = f" at {address:#x}" if address else ""
-    error = HandlerError(
-        f"{what}{place}: {os.strerror(code)} ({count} pages in all)",
-        address or None,
-        length or None,
-    )
-    error.__cause__ = OSError(code, os.strerror(code))
-    return error
+def _local(
+    region: RangeLike, length: int, local: RangeLike | None, *, needed: bool
+) -> tuple[Region | None, int]:
+    """Return (a new alias, the address) of an unregistered mapping of the region's memory."""
+    if local is not None:
+        if local.length < length:
+            raise ValueError(f"local has {local.length:#x} bytes, the region {length:#x}")
+        return None, local.start
+    if not needed:
+        return None, 0
+    if not isinstance(region, Region):
+        raise ValueError("minor faults with a source need `local`, or a Region to map again")
+    alias = region.alias()
+    return alias, alias.start

@@ -62,10 +62,10 @@ class Region(CloseCallbacks):
 
     def __init__(self, mapping: Mapping) -> None:
         self._mapping = mapping
-        self._open = True
         self._pid = os.getpid()
         self._before_close = []
         self._exports: set[object] = set()  # one token for each living buffer over the memory
+        self._open = True  # last: a signal's exception may leave the rest undone
 
     # Constructors
 
@@ -321,7 +321,9 @@ class Region(CloseCallbacks):
         if length < HASHLIB_RELEASES_GIL:
             state.update(_memory.read(at, length))
         else:
-            state.update(self._export(at, length))
+            # A signal's exception keeps this frame, but must not keep the region from closing.
+            with self._export(at, length) as view:
+                state.update(view)
         return state.digest()
 
     # Its pages

@@ -1,0 +1,41 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Named points where a test can hold a thread of the engine, to bring about a
+ * race instead of waiting for one.  Not armed, a point costs one load.
+ */
+#ifndef UFFD_BARRIER_H
+#define UFFD_BARRIER_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+enum uffd_barrier {
+	UFFD_BARRIER_STEP_READ,		/* messages read, layout events not applied */
+	UFFD_BARRIER_STEP_APPLIED,	/* layout events applied, faults not resolved */
+	UFFD_BARRIER_FAULT_CLAIMED,	/* a page is claimed, its ioctl not done */
+	UFFD_BARRIER_FILL_CLAIMED,	/* as above, for populate */
+	UFFD_BARRIER_REQUEST_TAKEN,	/* a worker has a request and does not lead any more */
+	UFFD_BARRIER_COMPLETE,		/* content has come, the page not looked at yet */
+	UFFD_BARRIER_UNSERVE_SEALED,	/* sealed, not yet unregistered */
+	UFFD_BARRIERS,
+};
+
+extern _Atomic uint32_t uffd_barriers_armed;
+
+void uffd_barrier_pass(enum uffd_barrier point);
+
+static inline void uffd_barrier(enum uffd_barrier point)
+{
+	if (__builtin_expect(atomic_load_explicit(&uffd_barriers_armed, memory_order_relaxed) &
+			     (1u << point), 0))
+		uffd_barrier_pass(point);
+}
+
+/* The next thread at the point stops there (0), or -EBUSY when it is armed. */
+int uffd_barrier_arm(uint32_t point);
+/* Wait until a thread stands at the point; 0 or -ETIMEDOUT. */
+int uffd_barrier_wait(uint32_t point, uint64_t limit_ns);
+/* Let the thread go on and disarm the point. */
+void uffd_barrier_release(uint32_t point);
+
+#endif /* UFFD_BARRIER_H */

@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What a served range consists of besides its place: where its pages come from,
+ * and one byte of state for each.  Both outlive a range that is moved or cut in
+ * two; a fork's copy shares the content and has states of its own.
+ */
+#ifndef UFFD_CONTENT_H
+#define UFFD_CONTENT_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* What is known of a page, one byte each. */
+enum uffd_page_state {
+	UFFD_PAGE_ABSENT,
+	UFFD_PAGE_IN_FLIGHT,	/* somebody is filling, saving or poisoning it */
+	UFFD_PAGE_CLEAN,	/* present; protected where the range is registered for WP */
+	UFFD_PAGE_DIRTY,	/* present, written to since it was protected */
+	UFFD_PAGE_REMOVED,	/* dropped by its owner: zeros from then on */
+	UFFD_PAGE_POISONED,
+	UFFD_PAGE_SAVED,	/* preserved in the background and unprotected again */
+};
+
+enum uffd_source_kind {
+	UFFD_SOURCE_NONE,	/* nothing to fetch: what the page cache holds is right */
+	UFFD_SOURCE_ZERO,
+	UFFD_SOURCE_MEMORY,
+	UFFD_SOURCE_FILE,
+	UFFD_SOURCE_REQUEST,	/* asked for with uffd_engine_next_request */
+};
+
+struct uffd_range_spec {
+	uint64_t start;
+	uint64_t length;
+	uint64_t page_size;
+	uint64_t mode;
+	uint32_t source;
+	int32_t source_fd;	/* FILE: duplicated by the engine */
+	uint64_t source_address; /* MEMORY: borrowed until the range is taken out */
+	uint64_t source_offset;	/* FILE */
+	uint64_t source_length;	/* bytes; must reach into the last page */
+	uint64_t local;		/* the same memory mapped here, not registered; 0: none */
+	uint64_t preserve;	/* where old content goes before the first write; 0: none */
+	uint32_t writes_cache;	/* a minor fault on an absent page writes the source to `local` */
+};
+
+/* Offsets are from the first byte of the range as it was served. */
+struct uffd_content {
+	_Atomic uint32_t references;
+	uint32_t kind;			/* enum uffd_source_kind */
+	uint64_t page_size;
+	uint64_t length;		/* whole pages that can be read at `address` */
+	uint64_t address;		/* of offset 0, in this process */
+	uint8_t *tail;			/* the last page, when the source ends inside it */
+	uint64_t file_offset;
+	uint64_t mapped;		/* bytes of our mapping of the file */
+	int fd;				/* our own descriptor, for the file's size; else -1 */
+	bool sealed;			/* the file cannot shrink */
+	uint64_t local;
+	uint64_t preserve;
+	bool writes_cache;
+};
+
+struct uffd_pages {
+	_Atomic uint32_t references;
+	struct uffd_pages *clone;	/* while a fork's table is being made */
+	uint64_t count;
+	_Atomic uint8_t state[];
+};
+
+/* -ENODATA: the source ends before the last page. */
+int uffd_content_create(const struct uffd_range_spec *spec, struct uffd_content **ret);
+struct uffd_content *uffd_content_get(struct uffd_content *content);
+void uffd_content_put(struct uffd_content *content);
+
+/* Where the content at an offset can be copied from; a run never crosses `length`. */
+uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offset);
+
+/*
+ * How much of a run is still there, in whole pages: a truncated file reads as
+ * zeros up to the end of its last page, so look before copying.
+ */
+uint64_t uffd_content_covered(const struct uffd_content *content, uint64_t offset,
+			      uint64_t length);
+
+/* Write the content into memory of this process, without a fault on a truncated file. */
+int uffd_content_read(const struct uffd_content *content, void *target, uint64_t offset,
+		      uint64_t length);
+
+struct uffd_pages *uffd_pages_create(uint64_t count, uint8_t state);
+struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages);
+struct uffd_pages *uffd_pages_get(struct uffd_pages *pages);
+void uffd_pages_put(struct uffd_pages *pages);
+
+#endif /* UFFD_CONTENT_H */

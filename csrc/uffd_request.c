@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Pages whose content somebody else must fetch, and the workers that do it.
+ *
+ * A worker that has nothing to do leads: it runs the engine's loop itself, so a
+ * request needs no hand-over.  When it leaves with one, another idle worker takes
+ * the lead; when there is none, a timer lets the engine's own thread do it, so
+ * that faults which need no worker never wait for one.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/timerfd.h>
+
+#include "uffd_alloc.h"
+#include "uffd_engine_internal.h"
+
+/* How long nobody may lead: far longer than a quick worker needs, far shorter than a fault may wait. */
+#define WATCHDOG_NS	200000
+
+static void arm_watchdog(struct uffd_engine *engine, long ns)
+{
+	struct itimerspec when = { .it_value.tv_nsec = ns };
+
+	timerfd_settime(engine->watchdog_fd, 0, &when, NULL);
+}
+
+bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end, enum uffd_fault_kind kind)
+{
+	struct uffd_engine *engine = range->space->engine;
+	struct uffd_request *request = uffd_alloc(sizeof(*request));
+
+	if (!request)
+		return false;
+	request->id = range->id;
+	request->offset = content_offset(range, at);
+	request->length = end - at;
+	request->address = at;
+	request->since_ns = uffd_now_ns();
+	request->space = range->space->number;
+	request->kind = kind;
+	request->page_size = range->page_size;
+	if (engine->fault_in_hand) {
+		request->flags = (uint32_t)engine->fault_in_hand->flags;
+		request->thread_id = engine->fault_in_hand->thread_id;
+		request->is_fault = true;
+	}
+	count(engine, COUNTER(requests), 1);
+	pthread_mutex_lock(&engine->requests_lock);
+	TAILQ_INSERT_TAIL(&engine->queued, request, link);
+	atomic_fetch_add(&engine->outstanding, 1);
+	/* A worker that leads takes the first one itself; populate asks from another thread. */
+	if (atomic_fetch_add(&engine->queued_count, 1) == 0 && engine->leader == LEADER_WORKER) {
+		if (!pthread_equal(engine->leader_thread, pthread_self()))
+			kick_leader(engine);
+	} else if (engine->idle_workers) {
+		pthread_cond_signal(&engine->requests_changed);
+	}
+	pthread_mutex_unlock(&engine->requests_lock);
+	return true;
+}
+
+/* Nobody leads and the caller is about to be busy. */
+static void pass_the_lead(struct uffd_engine *engine)
+{
+	if (engine->leader != LEADER_NONE)
+		return;
+	if (engine->idle_workers)
+		pthread_cond_signal(&engine->requests_changed);
+	else
+		arm_watchdog(engine, WATCHDOG_NS);
+}
+
+struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine)
+{
+	struct uffd_request *request = NULL;
+
+	pthread_mutex_lock(&engine->requests_lock);
+	while (!atomic_load(&engine->stop)) {
+		request = TAILQ_FIRST(&engine->queued);
+		if (request) {
+			TAILQ_REMOVE(&engine->queued, request, link);
+			TAILQ_INSERT_TAIL(&engine->taken, request, link);
+			atomic_fetch_sub(&engine->queued_count, 1);
+			pass_the_lead(engine);
+			break;
+		}
+		if (engine->leader == LEADER_NONE) {
+			engine->leader = LEADER_WORKER;
+			engine->leader_thread = pthread_self();
+			pthread_mutex_unlock(&engine->requests_lock);
+			lead(engine, LEADER_WORKER);
+			pthread_mutex_lock(&engine->requests_lock);
+			engine->leader = LEADER_NONE;
+			continue;
+		}
+		if (engine->leader == LEADER_NATIVE)
+			kick_leader(engine);
+		engine->idle_workers++;
+		pthread_cond_wait(&engine->requests_changed, &engine->requests_lock);
+		engine->idle_workers--;
+	}
+	pthread_mutex_unlock(&engine->requests_lock);
+	if (request)
+		uffd_barrier(UFFD_BARRIER_REQUEST_TAKEN);
+	return request;
+}
+
+static void drop_request(struct uffd_engine *engine, struct uffd_request *request)
+{
+	pthread_mutex_lock(&engine->requests_lock);
+	TAILQ_REMOVE(&engine->taken, request, link);
+	atomic_fetch_sub(&engine->outstanding, 1);
+	pthread_mutex_unlock(&engine->requests_lock);
+	uffd_free(request);
+}
+
+/* Pages of the request that still wait for it get the bytes; one gate's length. */
+static int put_answer(struct uffd_engine *engine, const struct uffd_request *request,
+		      uint64_t *offset, const char *data)
+{
+	struct uffd_space *space = space_get(engine, request->space);
+	uint64_t end = request->offset + request->length, at, stop, past;
+	struct uffd_fill_result result;
+	struct uffd_range *range;
+	unsigned int shard;
+	int r = 0;
+
+	if (!space)
+		return -ESRCH;
+	gate_enter(space);
+	shard = uffd_table_enter(space->table, current_cpu());
+	range = find_piece(space, request->id, *offset,
+			   request->address + (*offset - request->offset));
+	if (!range) {
+		/* This page is mapped no more; the next one may be. */
+		*offset += request->page_size;
+		goto out;
+	}
+	at = range->start + (*offset - range->origin);
+	stop = at;
+	while (stop < range->end && content_offset(range, stop) < end &&
+	       atomic_load(state_of(range, stop)) == UFFD_PAGE_IN_FLIGHT)
+		stop += range->page_size;
+	if (stop == at) {
+		*offset += range->page_size;
+		goto out;
+	}
+	r = put_bytes(range, at, stop - at,
+		      (uint64_t)(uintptr_t)(data + (*offset - request->offset)), request->kind,
+		      &result);
+	past = at + result.done + result.already_present;
+	set_states(range, at, past, UFFD_PAGE_CLEAN);
+	wake_again(range, at, past);
+	count(engine, COUNTER(filled_pages), result.done >> range->page_shift);
+	*offset += past - at;
+	if (r == 0 && result.deferred)
+		r = -EAGAIN;
+	if (r == -ESRCH)
+		atomic_store(&space->gone, true);
+	if (r == -ENOENT)
+		*offset += range->page_size;
+out:
+	uffd_table_leave(space->table, shard);
+	gate_leave(space);
+	space_put(space);
+	return r == -ENOENT ? 0 : r;
+}
+
+/* on_error for the pages of [offset, end) that still wait. */
+static void give_up_pages(struct uffd_engine *engine, const struct uffd_request *request,
+			  uint64_t offset, int error, enum uffd_failure_stage stage)
+{
+	struct uffd_space *space = space_get(engine, request->space);
+	uint64_t end = request->offset + request->length;
+	uint64_t step = request->page_size;
+
+	if (!space)
+		return;
+	for (; offset < end; offset += step) {
+		unsigned int shard;
+		struct uffd_range *range;
+
+		gate_enter(space);
+		shard = uffd_table_enter(space->table, current_cpu());
+		range = find_piece(space, request->id, offset,
+				   request->address + (offset - request->offset));
+		if (range) {
+			uint64_t page = range->start + (offset - range->origin);
+
+			if (atomic_load(state_of(range, page)) != UFFD_PAGE_IN_FLIGHT)
+				;
+			else if (stage == UFFD_FAILED_NOTHING)
+				poison_page(range, page);
+			else
+				apply_on_error(range, page, error, stage);
+		}
+		uffd_table_leave(space->table, shard);
+		gate_leave(space);
+	}
+	space_put(space);
+}
+
+int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *request,
+			 const void *data)
+{
+	uint64_t offset = request->offset, end = request->offset + request->length;
+	uint64_t give_up = 0;
+	unsigned int attempt = 0;
+	int r = 0;
+
+	uffd_barrier(UFFD_BARRIER_COMPLETE);
+	while (offset < end && !__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE)) {
+		r = put_answer(engine, request, &offset, data);
+		if (r == 0) {
+			attempt = 0;
+			continue;
+		}
+		if (r != -EAGAIN && r != -ENOMEM)
+			break;
+		if (attempt == 0)
+			give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+		else if (uffd_now_ns() > give_up)
+			break;
+		count(engine, COUNTER(retried), attempt == 0);
+		uffd_back_off(attempt++);
+	}
+	if (r && r != -ESRCH)
+		give_up_pages(engine, request, offset, r, UFFD_FAILED_RESOLVE);
+	if (__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE))
+		r = -ECANCELED;
+	else if (r == 0 && request->is_fault)
+		note_fault(engine, request->address, request->flags, request->thread_id,
+			   request->since_ns);
+	drop_request(engine, request);
+	return r;
+}
+
+int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error)
+{
+	int r = __atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE) ? -ECANCELED : 0;
+
+	if (r == 0)
+		give_up_pages(engine, request, request->offset, -error, UFFD_FAILED_SOURCE);
+	drop_request(engine, request);
+	return r;
+}
+
+void free_requests(struct uffd_engine *engine)
+{
+	struct uffd_request *request;
+
+	while ((request = TAILQ_FIRST(&engine->queued))) {
+		TAILQ_REMOVE(&engine->queued, request, link);
+		uffd_free(request);
+	}
+	while ((request = TAILQ_FIRST(&engine->taken))) {
+		TAILQ_REMOVE(&engine->taken, request, link);
+		uffd_free(request);
+	}
+}
+
+void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id)
+{
+	struct request_list *lists[] = { &engine->queued, &engine->taken };
+	struct uffd_request *request, copy;
+
+	for (size_t i = 0; i < 2; i++) {
+		do {
+			pthread_mutex_lock(&engine->requests_lock);
+			TAILQ_FOREACH(request, lists[i], link)
+				if (!request->abandoned && (!id || request->id == id))
+					break;
+			if (request) {
+				__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
+				copy = *request;
+			}
+			pthread_mutex_unlock(&engine->requests_lock);
+			if (request)
+				give_up_pages(engine, &copy, copy.offset, 0, UFFD_FAILED_NOTHING);
+		} while (request);
+	}
+}
+
+/* Python's own dump of all tracebacks hangs on this signal (faulthandler.register). */
+static void show_tracebacks(struct uffd_engine *engine)
+{
+	sigset_t only;
+
+	if (!engine->options.stall_signal)
+		return;
+	sigemptyset(&only);
+	sigaddset(&only, (int)engine->options.stall_signal);
+	pthread_kill(pthread_self(), (int)engine->options.stall_signal);
+	pthread_sigmask(SIG_UNBLOCK, &only, NULL);
+	pthread_sigmask(SIG_BLOCK, &only, NULL);
+}
+
+static struct uffd_request *oldest_live(struct request_list *list)
+{
+	struct uffd_request *request;
+
+	TAILQ_FOREACH(request, list, link)
+		if (!request->abandoned && !request->reported)
+			return request;
+	return NULL;
+}
+
+uint64_t fail_stalled_requests(struct uffd_engine *engine)
+{
+	uint64_t limit = engine->options.stall_limit_ns, now = uffd_now_ns();
+	bool only_report = engine->options.on_error == UFFD_ON_ERROR_STALL;
+
+	if (!limit || !atomic_load(&engine->outstanding))
+		return UINT64_MAX;
+	for (;;) {
+		struct uffd_request *request, *waiting, copy;
+
+		pthread_mutex_lock(&engine->requests_lock);
+		request = oldest_live(&engine->taken);
+		waiting = oldest_live(&engine->queued);
+		if (!request || (waiting && waiting->since_ns < request->since_ns))
+			request = waiting;
+		if (!request || now - request->since_ns < limit) {
+			uint64_t next = request ? request->since_ns + limit : UINT64_MAX;
+
+			pthread_mutex_unlock(&engine->requests_lock);
+			return next;
+		}
+		copy = *request;
+		if (only_report)
+			request->reported = 1;
+		else
+			__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
+		pthread_mutex_unlock(&engine->requests_lock);
+
+		count(engine, COUNTER(stalled_requests), 1);
+		show_tracebacks(engine);
+		if (only_report)
+			note_failure(engine, copy.address, copy.length, -ETIMEDOUT,
+				     UFFD_FAILED_STALLED);
+		else
+			give_up_pages(engine, &copy, copy.offset, -ETIMEDOUT,
+				      UFFD_FAILED_STALLED);
+	}
+}

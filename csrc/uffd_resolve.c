@@ -1,0 +1,424 @@
+// SPDX-License-Identifier: MIT
+/*
+ * What is done about a page: the one place with the ioctl logic.  All of it is
+ * async-signal-safe, apart from asking a worker for content.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+
+#include "uffd_engine_internal.h"
+
+#define ZEROS_SIZE		(2u << 20)
+/* Sequential faults double what is filled ahead, up to this many chunks. */
+#define READAHEAD_MAX_CHUNKS	8
+
+void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
+{
+	for (; at < end; at += range->page_size)
+		atomic_store_explicit(state_of(range, at), state, memory_order_release);
+}
+
+/* Putting pages in place */
+
+static const void *zeros_for(struct uffd_engine *engine, uint64_t page_size)
+{
+	return page_size <= ZEROS_SIZE ? engine->zeros : atomic_load(&engine->huge_zeros);
+}
+
+static struct uffd_fill fill_of(const struct uffd_range *range, enum uffd_fill_op op, uint64_t at,
+				uint64_t length, uint64_t source, uint64_t mode, uint64_t limit_ns)
+{
+	return (struct uffd_fill){
+		.fd = range->space->fd,
+		.op = op,
+		.dst = at,
+		.src = source,
+		.length = length,
+		.mode = mode,
+		.page_size = range->page_size,
+		.limit_ns = limit_ns,
+	};
+}
+
+static uint64_t copy_mode(const struct uffd_range *range)
+{
+	return range->mode & UFFDIO_REGISTER_MODE_WP ? UFFDIO_COPY_MODE_WP : 0;
+}
+
+/* Zeros, by COPY where ZEROPAGE is not to be had or cannot protect the page. */
+int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t limit_ns,
+	      struct uffd_fill_result *result_ret)
+{
+	bool by_copy = range->mode & UFFDIO_REGISTER_MODE_WP || !has_ioctl(range, _UFFDIO_ZEROPAGE);
+	uint64_t zeros = (uint64_t)(uintptr_t)zeros_for(range->space->engine, range->page_size);
+	uint64_t step = !by_copy ? length : range->page_size > ZEROS_SIZE ? range->page_size
+									  : ZEROS_SIZE;
+	int r = 0;
+
+	*result_ret = (struct uffd_fill_result){ 0 };
+	for (uint64_t done = 0; done < length && r == 0 && !result_ret->deferred; done += step) {
+		struct uffd_fill fill =
+			fill_of(range, by_copy ? UFFD_FILL_COPY : UFFD_FILL_ZERO, at + done,
+				length - done < step ? length - done : step, zeros,
+				by_copy ? copy_mode(range) : 0, limit_ns);
+		struct uffd_fill_result part;
+
+		r = uffd_fill_run(&fill, &part);
+		result_ret->done += part.done;
+		result_ret->already_present += part.already_present;
+		if (part.deferred)
+			result_ret->deferred = length - done - part.done - part.already_present;
+	}
+	return r;
+}
+
+static int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
+			struct uffd_fill_result *result_ret)
+{
+	uint64_t mode = range->mode & UFFDIO_REGISTER_MODE_WP ? UFFDIO_CONTINUE_MODE_WP : 0;
+	struct uffd_fill fill = fill_of(range, UFFD_FILL_CONTINUE, at, length, 0, mode, 0);
+
+	return uffd_fill_run(&fill, result_ret);
+}
+
+static void *local_address(const struct uffd_range *range, uint64_t at)
+{
+	return (void *)(uintptr_t)(range->content->local + content_offset(range, at));
+}
+
+int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source,
+	      enum uffd_fault_kind kind, struct uffd_fill_result *result_ret)
+{
+	struct uffd_fill fill =
+		fill_of(range, UFFD_FILL_COPY, at, length, source, copy_mode(range), 0);
+
+	if (kind != UFFD_KIND_MINOR)
+		return uffd_fill_run(&fill, result_ret);
+	memcpy(local_address(range, at), (const void *)(uintptr_t)source, length);
+	return put_continue(range, at, length, result_ret);
+}
+
+static int put_source(struct uffd_range *range, uint64_t at, uint64_t length,
+		      struct uffd_fill_result *result_ret)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t offset = content_offset(range, at);
+	uint64_t covered = uffd_content_covered(content, offset, length);
+	int r;
+
+	if (!covered)
+		return -ENODATA;
+	r = put_bytes(range, at, covered, uffd_content_address(content, offset),
+		      UFFD_KIND_MISSING, result_ret);
+	if (r == 0 && uffd_content_covered(content, offset, covered) < covered)
+		note_failure(range->space->engine, at, covered, -ENODATA, UFFD_FAILED_SOURCE);
+	return r;
+}
+
+/* Absent pages, claimed by the caller; a run never crosses into the content's tail. */
+static int put_content(struct uffd_range *range, uint64_t at, uint64_t length,
+		       enum uffd_fault_kind kind, struct uffd_fill_result *result_ret)
+{
+	const struct uffd_content *content = range->content;
+	int r = 0;
+
+	*result_ret = (struct uffd_fill_result){ 0 };
+	if (kind == UFFD_KIND_MINOR) {
+		if (content->writes_cache)
+			r = uffd_content_read(content, local_address(range, at),
+					      content_offset(range, at), length);
+		return r ? r : put_continue(range, at, length, result_ret);
+	}
+	if (content->kind == UFFD_SOURCE_ZERO || content->kind == UFFD_SOURCE_NONE)
+		return put_zeros(range, at, length, 0, result_ret);
+	return put_source(range, at, length, result_ret);
+}
+
+int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
+		 struct uffd_fill_result *result_ret)
+{
+	struct uffd_fill fill = fill_of(range, UFFD_FILL_POISON, at, length, 0, 0, 0);
+	int r = uffd_fill_run(&fill, result_ret);
+
+	if (result_ret->done)
+		count(range->space->engine, COUNTER(poisoned_pages),
+		      result_ret->done >> range->page_shift);
+	return r;
+}
+
+/* One page, for good: a write-protect marker is no page, but POISON says EEXIST to it. */
+static uint8_t poison_one(struct uffd_range *range, uint64_t page)
+{
+	struct uffd_fill_result result;
+	int r = poison_pages(range, page, range->page_size, &result);
+
+	if (r == 0 && result.already_present && range->mode & UFFDIO_REGISTER_MODE_WP) {
+		uffd_shim_writeprotect(range->space->fd, page, range->page_size,
+				       UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
+		r = poison_pages(range, page, range->page_size, &result);
+	}
+	if (r == 0 && result.done)
+		return UFFD_PAGE_POISONED;
+	if (r || !result.already_present)
+		return UFFD_PAGE_ABSENT;
+	/* It was there, and has lost its protection: count it as written. */
+	return range->mode & UFFDIO_REGISTER_MODE_WP ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
+}
+
+void poison_page(struct uffd_range *range, uint64_t page)
+{
+	atomic_store(state_of(range, page), poison_one(range, page));
+}
+
+/* Resolving one page */
+
+/* The page's content cannot be had: no zeros, ever. */
+enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
+			    enum uffd_failure_stage stage)
+{
+	struct uffd_engine *engine = range->space->engine;
+	uint8_t state = UFFD_PAGE_ABSENT;
+
+	note_failure(engine, page, range->page_size, error, stage);
+	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
+		kill(engine->options.owner_pid, SIGKILL);
+	/* A page that is there (a write-protect fault) cannot be poisoned. */
+	if (atomic_load(state_of(range, page)) == UFFD_PAGE_DIRTY)
+		return OUTCOME_FAILED;
+	if (engine->options.on_error == UFFD_ON_ERROR_POISON)
+		state = poison_one(range, page);
+	atomic_store(state_of(range, page), state);
+	return OUTCOME_FAILED;
+}
+
+/* Take a page for ourselves; false when somebody else is at it. `was_ret`: its state before. */
+static bool claim(struct uffd_range *range, uint64_t page, uint8_t *was_ret)
+{
+	_Atomic uint8_t *state = state_of(range, page);
+
+	*was_ret = atomic_load_explicit(state, memory_order_acquire);
+	do {
+		if (*was_ret == UFFD_PAGE_IN_FLIGHT)
+			return false;
+	} while (!atomic_compare_exchange_weak(state, was_ret, UFFD_PAGE_IN_FLIGHT));
+	uffd_barrier(UFFD_BARRIER_FAULT_CLAIMED);
+	return true;
+}
+
+static bool claim_absent(struct uffd_range *range, uint64_t page)
+{
+	uint8_t expected = UFFD_PAGE_ABSENT;
+
+	return atomic_compare_exchange_strong(state_of(range, page), &expected,
+					      UFFD_PAGE_IN_FLIGHT);
+}
+
+/* Give pages back unchanged, and let those who waited for us ask again. */
+void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
+{
+	set_states(range, at, end, state);
+	if (at < end)
+		uffd_shim_wake(range->space->fd, at, end - at);
+}
+
+static enum outcome gone(struct uffd_space *space, int error)
+{
+	if (error == -ESRCH)
+		atomic_store(&space->gone, true);
+	count(space->engine, COUNTER(layout_changed), 1);
+	return OUTCOME_GONE;
+}
+
+/* A claimed page whose content a worker must fetch, and its neighbours with it. */
+static enum outcome ask_for(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
+{
+	uint64_t at = page, end = page + range->page_size, from = at, to = end;
+
+	if (range->space->engine->options.prefetch)
+		prefetch_span(range, page, &from, &to);
+	while (end < to && claim_absent(range, end))
+		end += range->page_size;
+	while (at > from && claim_absent(range, at - range->page_size))
+		at -= range->page_size;
+	if (queue_request(range, at, end, kind))
+		return OUTCOME_REQUESTED;
+	unclaim(range, at, page, UFFD_PAGE_ABSENT);
+	unclaim(range, page + range->page_size, end, UFFD_PAGE_ABSENT);
+	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_SOURCE);
+}
+
+static bool is_lost_when_dropped(const struct uffd_range *range, enum uffd_fault_kind kind)
+{
+	return range->content->kind != UFFD_SOURCE_ZERO &&
+	       range->content->kind != UFFD_SOURCE_NONE &&
+	       (kind == UFFD_KIND_MISSING || range->content->writes_cache);
+}
+
+static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
+				   enum uffd_fault_kind kind, uint8_t was, int r,
+				   const struct uffd_fill_result *result)
+{
+	_Atomic uint8_t *state = state_of(range, page);
+	bool was_absent = was == UFFD_PAGE_ABSENT;
+
+	if (r == 0 && result->done) {
+		count(range->space->engine, COUNTER(filled_pages), 1);
+		atomic_store(state, was_absent || kind == UFFD_KIND_MINOR ? UFFD_PAGE_CLEAN
+									  : UFFD_PAGE_REMOVED);
+		return OUTCOME_RESOLVED;
+	}
+	if (r == 0 && result->already_present) {
+		count(range->space->engine, COUNTER(already_present), 1);
+		atomic_store(state, was_absent ? UFFD_PAGE_CLEAN : was);
+		return OUTCOME_PRESENT;
+	}
+	if (r == 0 || r == -ENOMEM) {
+		atomic_store(state, was);
+		return OUTCOME_DEFER;
+	}
+	if (r == -ENOENT || r == -ESRCH || (r == -EFAULT && kind == UFFD_KIND_MINOR)) {
+		unclaim(range, page, page + range->page_size, was);
+		return gone(range->space, r);
+	}
+	return apply_on_error(range, page, r,
+			      r == -EFAULT || r == -ENODATA || r == -EIO ? UFFD_FAILED_SOURCE
+									 : UFFD_FAILED_RESOLVE);
+}
+
+static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
+				    enum uffd_fault_kind kind)
+{
+	struct uffd_fill_result result = { 0 };
+	uint8_t was;
+	int r;
+
+	if (!claim(range, page, &was))
+		return OUTCOME_IN_FLIGHT;
+	if (was == UFFD_PAGE_POISONED) {
+		/* COPY would replace the mark: there is still no content. */
+		poison_one(range, page);
+		atomic_store(state_of(range, page), UFFD_PAGE_POISONED);
+		return OUTCOME_POISONED;
+	}
+	/* Its content goes by way of the page cache, also where that has a hole. */
+	if (was == UFFD_PAGE_ABSENT && range->content->writes_cache)
+		kind = UFFD_KIND_MINOR;
+	if (was == UFFD_PAGE_ABSENT && is_lost_when_dropped(range, kind)) {
+		if (atomic_load(&range->space->engine->refusing)) {
+			poison_page(range, page);
+			return OUTCOME_FAILED;
+		}
+		if (needs_request(range))
+			return ask_for(range, page, kind);
+	}
+	if (was == UFFD_PAGE_ABSENT)
+		r = put_content(range, page, range->page_size, kind, &result);
+	else if (kind == UFFD_KIND_MINOR)
+		r = put_continue(range, page, range->page_size, &result);
+	else
+		/* It was here once: dropped since, or this is an old message (EEXIST). */
+		r = put_zeros(range, page, range->page_size, 0, &result);
+	return settle_absence(range, page, kind, was, r, &result);
+}
+
+/* Old content out, while the protection still holds. */
+static void save_page(struct uffd_range *range, uint64_t page)
+{
+	const struct uffd_content *content = range->content;
+	const void *from = content->local ? local_address(range, page)
+					  : (const void *)(uintptr_t)page;
+
+	memcpy((void *)(uintptr_t)(content->preserve + content_offset(range, page)), from,
+	       range->page_size);
+	count(range->space->engine, COUNTER(preserved_pages), 1);
+}
+
+static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t page)
+{
+	uint8_t was;
+	int r;
+
+	if (!claim(range, page, &was))
+		return OUTCOME_IN_FLIGHT;
+	if (range->content->preserve && was == UFFD_PAGE_CLEAN)
+		save_page(range, page);
+	/* Dirty before it can be written, so that no reader of the states misses it. */
+	atomic_store(state_of(range, page), UFFD_PAGE_DIRTY);
+	r = uffd_shim_writeprotect(range->space->fd, page, range->page_size, 0);
+	if (r == 0)
+		return OUTCOME_RESOLVED;
+	if (r == -EAGAIN || r == -ENOMEM)
+		return OUTCOME_DEFER;
+	if (r == -ENOENT || r == -ESRCH)
+		return gone(range->space, r);
+	return apply_on_error(range, page, r, UFFD_FAILED_RESOLVE);
+}
+
+enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
+{
+	if (kind == UFFD_KIND_WP)
+		return resolve_write_protect(range, page);
+	return resolve_absence(range, page, kind);
+}
+
+/* Filling more than what was asked for */
+
+uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
+		     enum uffd_fault_kind kind, int *error_ret, uint64_t *filled_ret)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t tail_at = content->length - range->origin + range->start;
+	struct uffd_fill_result result;
+	uint64_t stop, past;
+	int r;
+
+	*error_ret = 0;
+	*filled_ret = 0;
+	while (at < end && !claim_absent(range, at))
+		at += range->page_size;
+	if (at >= end)
+		return end;
+	if (content->tail && at < tail_at && tail_at < end)
+		end = tail_at;
+	stop = at + range->page_size;
+	while (stop < end && claim_absent(range, stop))
+		stop += range->page_size;
+	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);
+	r = put_content(range, at, stop - at, kind, &result);
+	past = at + result.done + result.already_present;
+	set_states(range, at, past, UFFD_PAGE_CLEAN);
+	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
+	count(range->space->engine, COUNTER(filled_pages), result.done >> range->page_shift);
+	*filled_ret = result.done;
+	if (r == -ESRCH)
+		atomic_store(&range->space->gone, true);
+	*error_ret = r ? r : result.deferred ? -EAGAIN : 0;
+	return past;
+}
+
+void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret, uint64_t *to_ret)
+{
+	uint64_t chunk = range->space->engine->options.prefetch;
+	uint64_t from = range->start + (page - range->start) / chunk * chunk;
+	uint32_t chunks = 1;
+	uint64_t to;
+
+	if (page == atomic_load_explicit(&range->readahead_at, memory_order_relaxed)) {
+		chunks = 2 * atomic_load_explicit(&range->readahead_chunks, memory_order_relaxed);
+		if (chunks < 1)
+			chunks = 1;
+		if (chunks > READAHEAD_MAX_CHUNKS)
+			chunks = READAHEAD_MAX_CHUNKS;
+	}
+	to = (range->end - from) / chunk >= chunks ? from + chunks * chunk : range->end;
+	/* Whole pages, also where the chunk is smaller than one. */
+	from = page_of(range, from);
+	if (to < range->end)
+		to = page_of(range, to + range->page_size - 1);
+	atomic_store_explicit(&range->readahead_chunks, chunks, memory_order_relaxed);
+	atomic_store_explicit(&range->readahead_at, to, memory_order_relaxed);
+	*from_ret = from;
+	*to_ret = to;
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT
+/* Address spaces and the pieces of memory served in them. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <unistd.h>
+
+#include "uffd_alloc.h"
+#include "uffd_engine_internal.h"
+
+/* The last page of user memory: nobody registers it, so asking about it changes nothing. */
+#define PROBE_ADDRESS	UINT64_C(0x7fffffffe000)
+#define PROBE_LENGTH	UINT64_C(4096)
+
+struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned, bool events)
+{
+	struct uffd_space *space = uffd_alloc(sizeof(*space));
+	pthread_rwlockattr_t attributes;
+
+	if (!space)
+		return NULL;
+	space->engine = engine;
+	space->fd = fd;
+	space->owned = owned;
+	space->events = events;
+	/* Who waits to apply an event holds up a thread of the owner: before any filler. */
+	pthread_rwlockattr_init(&attributes);
+	pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	pthread_rwlock_init(&space->gate, &attributes);
+	pthread_rwlockattr_destroy(&attributes);
+	uffd_table_init(&space->own_table);
+	space->table = engine->options.is_inline ? &uffd_inline_table : &space->own_table;
+	atomic_store(&space->references, 1);
+
+	pthread_mutex_lock(&engine->spaces_lock);
+	space->number = engine->next_space++;
+	LIST_INSERT_HEAD(&engine->spaces, space, link);
+	atomic_fetch_add(&engine->space_count, 1);
+	pthread_mutex_unlock(&engine->spaces_lock);
+	return space;
+}
+
+struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number)
+{
+	struct uffd_space *space;
+
+	pthread_mutex_lock(&engine->spaces_lock);
+	LIST_FOREACH(space, &engine->spaces, link)
+		if (space->number == number)
+			break;
+	if (space)
+		atomic_fetch_add(&space->references, 1);
+	pthread_mutex_unlock(&engine->spaces_lock);
+	return space;
+}
+
+void space_put(struct uffd_space *space)
+{
+	if (atomic_fetch_sub(&space->references, 1) != 1)
+		return;
+	if (space->owned)
+		close(space->fd);
+	uffd_table_deinit(&space->own_table);
+	pthread_rwlock_destroy(&space->gate);
+	uffd_free(space);
+}
+
+/* Take it off the list and drop what is left in its table. */
+void space_retire(struct uffd_space *space)
+{
+	struct uffd_engine *engine = space->engine;
+	struct uffd_range *range;
+
+	pthread_mutex_lock(&engine->spaces_lock);
+	LIST_REMOVE(space, link);
+	atomic_fetch_sub(&engine->space_count, 1);
+	pthread_mutex_unlock(&engine->spaces_lock);
+	while (space->table == &space->own_table && (range = uffd_table_next(space->table, 0))) {
+		uffd_table_remove(space->table, range);
+		range_free(range);
+	}
+	space_put(space);
+}
+
+/*
+ * A userfaultfd whose owner has exited says nothing of itself: poll stays silent
+ * and WAKE succeeds (measured on Linux 6.18).  An ioctl that needs the memory
+ * says ESRCH.
+ */
+bool space_is_dead(struct uffd_space *space)
+{
+	return atomic_load(&space->gone) ||
+	       uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -ESRCH;
+}
+
+struct uffd_range *range_create(struct uffd_space *space, const struct uffd_range *like,
+				uint64_t start, uint64_t end, uint64_t origin)
+{
+	struct uffd_range *range = uffd_alloc(sizeof(*range));
+
+	if (!range)
+		return NULL;
+	range->start = start;
+	range->end = end;
+	range->origin = origin;
+	range->page_size = like->page_size;
+	range->page_shift = like->page_shift;
+	range->mode = like->mode;
+	range->ioctls = __atomic_load_n(&like->ioctls, __ATOMIC_RELAXED);
+	range->id = like->id;
+	range->space = space;
+	range->content = uffd_content_get(like->content);
+	range->pages = uffd_pages_get(like->pages);
+	atomic_store(&range->readahead_at, start);
+	return range;
+}
+
+void range_free(struct uffd_range *range)
+{
+	uffd_content_put(range->content);
+	uffd_pages_put(range->pages);
+	uffd_free(range);
+}
+
+static bool holds(const struct uffd_range *range, struct uffd_space *space, uint64_t id,
+		  uint64_t offset)
+{
+	return range && range->space == space && range->id == id && offset >= range->origin &&
+	       offset - range->origin < range->end - range->start;
+}
+
+struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t offset,
+			      uint64_t hint)
+{
+	struct uffd_range *range = uffd_table_find(space->table, hint);
+
+	if (holds(range, space, id, offset))
+		return range;
+	/* Moved: what follows is rare, and as slow as the table is long. */
+	for (range = uffd_table_next(space->table, 0); range && !holds(range, space, id, offset);)
+		range = uffd_table_next(space->table, range->end);
+	return range;
+}
+
+struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint)
+{
+	struct uffd_range *range = uffd_table_find(space->table, hint);
+
+	if (range && range->space == space && range->id == id)
+		return range;
+	for (range = uffd_table_next(space->table, 0);
+	     range && (range->space != space || range->id != id);)
+		range = uffd_table_next(space->table, range->end);
+	return range;
+}

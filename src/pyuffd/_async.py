@@ -1,0 +1,99 @@
+"""Events of a userfaultfd for asyncio (layer L2); imported when `Userfaultfd.events` is called."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from typing import TYPE_CHECKING, Self
+
+from pyuffd._abi import Event, Pagefault
+from pyuffd._errors import EventsBusyError
+
+if TYPE_CHECKING:
+    from pyuffd._uffd import Userfaultfd
+
+READ_BATCH = 64  # messages at a time, as read_events() takes them
+
+# How long close() in another thread waits for the loop to let go of the descriptor: a loop that
+# is not blocked does so at its next turn.
+LET_GO_S = 5.0
+
+
+class EventIterator:
+    """The events of one userfaultfd, as they come; made by `Userfaultfd.events`."""
+
+    def __init__(self, uffd: Userfaultfd) -> None:
+        if os.get_blocking(uffd.fileno()):
+            raise ValueError(f"{uffd!r} is blocking: the kernel does not let it be polled")
+        self._uffd = uffd
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        unread = self._uffd._unread
+        while not unread:
+            # Also when more is queued in the kernel: each batch gives other tasks their turn.
+            if not await self._readable():
+                raise StopAsyncIteration
+            # No await from reading to the end of __anext__: a cancelled task has either taken an
+            # event or left it where the next one finds it.
+            self._read()
+        return unread.popleft()
+
+    def _read(self) -> None:
+        events: list[Event] = []
+        try:
+            # A short batch has emptied the queue. Reading until nothing comes would never end
+            # while a thread changes the layout in a loop.
+            while len(batch := self._uffd.read_events(READ_BATCH)) == READ_BATCH:
+                events += batch
+            events += batch
+        finally:
+            self._uffd._unread.extend(sorted(events, key=lambda it: isinstance(it, Pagefault)))
+
+    async def _readable(self) -> bool:
+        """Return True when an event can be read, False when the userfaultfd is closed."""
+        uffd = self._uffd
+        if uffd.closed:
+            return False
+        if uffd._is_awaited:
+            raise EventsBusyError(f"another task waits for the events of {uffd!r}")
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[bool] = loop.create_future()
+        fd = uffd.fileno()
+        home = threading.get_ident()
+
+        def wake(is_open: bool) -> None:
+            loop.remove_reader(fd)
+            if not ready.done():
+                ready.set_result(is_open)
+
+        def closing() -> None:
+            # The loop must let go first: its epoll would go on reporting a descriptor of which
+            # another process has a copy.
+            if loop.is_closed():
+                return
+            if threading.get_ident() == home or not loop.is_running():
+                wake(False)
+                return
+            gone = threading.Event()
+
+            def let_go() -> None:
+                wake(False)
+                gone.set()
+
+            loop.call_soon_threadsafe(let_go)
+            gone.wait(LET_GO_S)
+
+        uffd._is_awaited = True
+        uffd.on_close(closing)
+        loop.add_reader(fd, wake, True)
+        try:
+            return await ready
+        finally:
+            uffd._is_awaited = False
+            uffd.forget_on_close(closing)
+            if not uffd.closed:
+                loop.remove_reader(fd)

@@ -1,0 +1,45 @@
+"""The conformance suite: what the kernel does with userfaultfd, case by case (layer L5).
+
+Cases are data (`Case`) with a function each; `pyuffd conformance run`, or pytest with the plugin
+`pyuffd.conformance.plugin`, runs them and reports a matrix of behaviour by memory type.  A
+behaviour nobody expected is a failure that prints what was seen.  Nothing here looks at a kernel
+version: features, ioctls and hardware decide.
+
+Listing cases and comparing reports needs no pytest; running them does (`pip install pyuffd[test]`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyuffd.conformance._case import Case, Variant, case, load
+from pyuffd.conformance._markdown import markdown
+from pyuffd.conformance._report import Difference, Report, Result, compare
+from pyuffd.conformance._types import MemoryType
+
+if TYPE_CHECKING:
+    from pyuffd.conformance._context import Context
+else:
+
+    def __getattr__(name):
+        """Import what running needs, and listing does not, when it is first asked for."""
+        if name != "Context":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from pyuffd.conformance._context import Context
+
+        return Context
+
+
+__all__ = [
+    "Case",
+    "Context",
+    "Difference",
+    "MemoryType",
+    "Report",
+    "Result",
+    "Variant",
+    "case",
+    "compare",
+    "load",
+    "markdown",
+]

@@ -1,0 +1,627 @@
+"""`Context`: what a case does its work with."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+
+from pyuffd import _memory
+from pyuffd._abi import Event, Feature, Fork, Ioctl, PageBit, Pagefault, PagefaultFlag, RegisterMode
+from pyuffd._memory import Interrupted
+from pyuffd._uffd import Userfaultfd
+from pyuffd.conformance import _raw
+from pyuffd.conformance._case import Case
+from pyuffd.conformance._child import SCALE, ChildResult, run_child
+from pyuffd.conformance._need import Lack, kernel_features
+from pyuffd.conformance._raw import Answer
+from pyuffd.conformance._types import TYPES, MemoryType
+from pyuffd.pagemap import Pagemap
+from pyuffd.regions import Region
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Only against a stall: what is waited for comes within milliseconds.
+WAIT_S = 8.0 * SCALE
+LETTERS = (
+    ("P", PageBit.PRESENT),
+    ("S", PageBit.SWAP),
+    ("F", PageBit.FILE),
+    ("W", PageBit.UFFD_WP),
+    ("X", PageBit.MMAP_EXCLUSIVE),
+)
+WP_LETTER = 3
+PAGES_SHOWN = 8
+EVENTS_SHOWN = 8
+
+
+class Mismatch(AssertionError):
+    """The kernel did something else than the case accepts; the text says what was seen."""
+
+
+def letters(bits: int) -> str:
+    """Return pagemap bits as `P-FWX`: present, swap, file, write-protected, exclusive."""
+    return "".join(letter if bits & bit else "-" for letter, bit in LETTERS)
+
+
+def show(value: object) -> str:
+    """Return a value as a report shows it."""
+    match value:
+        case bool() | None:
+            return str(value)
+        case OSError():
+            return f"{errno.errorcode.get(value.errno or 0, value.errno)} ({type(value).__name__})"
+        case Interrupted():
+            name = signal.Signals(value.number).name
+            return f"{name} (si_code {value.code}, address {value.address:#x})"
+        case Pagefault():
+            return f"message {int(value.flags)} ({value.flags!r}) at {value.address:#x}"
+        case list():
+            return f"[{', '.join(show(item) for item in value)}]"
+        case int() if value > 0xFFFF:
+            return f"{int(value):#x}"
+        case bytes() if len(value) > 16:
+            return f"{value[:16].hex(' ')} ... ({len(value)} bytes)"
+        case bytes():
+            return value.hex(" ")
+        case _:
+            return str(value) if isinstance(value, Answer) else repr(value)
+
+
+class Access(Generic[T]):
+    """A call in a thread of its own, because it may wait for a fault to be resolved."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._value: T
+        self._error: BaseException | None = None
+        self._done = os.eventfd(0, os.EFD_CLOEXEC)
+        self.thread_id = 0
+        self._thread = threading.Thread(target=self._run, name="uffd-access", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.thread_id = threading.get_native_id()
+        try:
+            self._value = self._call()
+        except BaseException as error:
+            self._error = error
+        finally:
+            os.eventfd_write(self._done, 1)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable once the call has returned."""
+        return self._done
+
+    @property
+    def done(self) -> bool:
+        """Whether the call has returned."""
+        return bool(select.select([self._done], [], [], 0)[0])
+
+    def result(self) -> T:
+        """Wait for the call; return its value or raise its exception.
+
+        Raises:
+            Mismatch: it has not returned in time.
+        """
+        if not select.select([self._done], [], [], WAIT_S)[0]:
+            raise Mismatch(f"the access has not completed within {WAIT_S:g} s")
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def close(self) -> None:
+        """Join the thread."""
+        self._thread.join(WAIT_S)
+        if not self._thread.is_alive():
+            os.close(self._done)
+
+
+class Child:
+    """A forked child of this process that touches its memory when told.
+
+    Attributes:
+        pid: Its process.
+        uffd: Its own userfaultfd, from the Fork event; None where none was sent.
+    """
+
+    def __init__(self, context: Context, agent: _memory.Agent, end: socket.socket) -> None:
+        self._context = context
+        self._agent = agent
+        self._end = end
+        self.pid = agent.pid
+        self.uffd: Userfaultfd | None = None
+        self._is_running = True
+
+    def read(self, start: int, length: int) -> bytes | Interrupted:
+        """Read its memory, or return the signal that met; waits for faults."""
+        return self._agent.read(start, length)
+
+    def write(self, start: int, data: bytes) -> Interrupted | None:
+        """Write its memory, or return the signal that met; waits for faults."""
+        return self._agent.write(start, data)
+
+    def syscall(self, number: int, *args: int) -> int:
+        """Make a system call in it; return the result or -errno."""
+        return self._agent.syscall(number, *args)
+
+    def pagemap(self, address: int) -> str:
+        """Return the state of a page of its own, as `Context.pagemap` does."""
+        return self._context.pagemap(address, pid=self.pid)
+
+    def close(self) -> None:
+        """End it, also where it waits for a fault."""
+        if self._is_running:
+            self._is_running = False
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self._end.close()
+            if self.uffd is not None:
+                self.uffd.close()
+
+
+class Monitor:
+    """A thread that reads every event of a userfaultfd and gives each to a function.
+
+    Attributes:
+        faults: The page faults it has seen, in order.
+        events: Every other event.
+    """
+
+    def __init__(self, uffd: Userfaultfd, resolve: Callable[[Event], None]) -> None:
+        self.uffd = uffd
+        self._resolve = resolve
+        self.faults: list[Pagefault] = []
+        self.events: list[Event] = []
+        self._handled = 0
+        self._progress = threading.Condition()
+        self._error: BaseException | None = None
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="uffd-monitor", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                ready, _, _ = select.select([self.uffd.fileno(), self._stop], [], [])
+                if self.uffd.fileno() in ready:
+                    for event in self.uffd.read_events():
+                        if isinstance(event, Pagefault):
+                            self.faults.append(event)
+                        else:
+                            self.events.append(event)
+                        self._resolve(event)
+                        with self._progress:
+                            self._handled += 1
+                            self._progress.notify_all()
+                elif ready:
+                    return
+        except BaseException as error:
+            self._error = error
+
+    def wait_handled(self, count: int) -> None:
+        """Wait until `count` messages have been given to the function and it has returned.
+
+        Raises:
+            Mismatch: they have not come in time.
+        """
+        with self._progress:
+            if not self._progress.wait_for(lambda: self._handled >= count, WAIT_S):
+                raise Mismatch(f"{self._handled} messages within {WAIT_S:g} s, expected {count}")
+
+    def count(self, flag: PagefaultFlag) -> int:
+        """Return how many faults had this flag; flag 0 counts missing faults."""
+        kinds = PagefaultFlag.WP | PagefaultFlag.MINOR | PagefaultFlag.RWP
+        return sum(
+            1 for fault in self.faults if (fault.flags & flag if flag else not fault.flags & kinds)
+        )
+
+    def stop(self) -> None:
+        """End the thread once the queue is empty; raise what its function raised."""
+        if self._thread.is_alive() or self._stop >= 0:
+            self._end()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _end(self) -> None:
+        if self._stop < 0:
+            return
+        os.eventfd_write(self._stop, 1)
+        self._thread.join(WAIT_S)
+        os.close(self._stop)
+        self._stop = -1
+
+    def close(self) -> None:
+        """End the thread, whatever happened in it."""
+        self._end()
+
+
+class Context:
+    """One run of a case on one memory type; everything it makes is undone at the end.
+
+    Attributes:
+        case: The case.
+        memory: The memory type; for cases that run on "any", anonymous memory.
+        page: The page size of that memory.
+        uffd: The userfaultfd that `open` made first.
+        offered: The kernel's feature bits.
+        variant: Which accepted variant was seen, or an empty string.
+    """
+
+    uffd: Userfaultfd
+
+    def __init__(self, case: Case, memory: str) -> None:
+        self.case = case
+        self.memory: MemoryType = TYPES.get(memory, TYPES["anon"])
+        self.page = self.memory.page_size
+        self.offered = kernel_features()
+        self.variant = ""
+        self._uffds: list[Userfaultfd] = []
+        self._regions: list[Region] = []
+        self._accesses: list[Access[Any]] = []
+        self._monitors: list[Monitor] = []
+        self._children: list[Child] = []
+        self._seen: list[str] = []
+        self._stack = contextlib.ExitStack()
+
+    # Making things
+
+    def make(self, pages: int, memory: str = "") -> Region:
+        """Map a region of this many pages, of another memory type if one is named."""
+        of = TYPES[memory] if memory else self.memory
+        region = of.make(pages * of.page_size)
+        self._regions.append(region)
+        return region
+
+    def alias(self, region: Region) -> Region:
+        """Map a shared region a second time."""
+        alias = region.alias()
+        self._regions.append(alias)
+        return alias
+
+    def open(self, features: Feature | None = None, **options: bool) -> Userfaultfd:
+        """Open a userfaultfd with exactly these features; with the case's if none are given."""
+        if features is None:
+            features = self.case.features_on(self.memory)
+        uffd = Userfaultfd(features=features, **options)
+        if not self._uffds:
+            self.uffd = uffd
+        self._uffds.append(uffd)
+        return uffd
+
+    def register(self, region: Region, mode: RegisterMode, pages: int | None = None) -> Ioctl:
+        """Register a region, or its first pages, with `ctx.uffd`; open that first if needed."""
+        if not self._uffds:
+            self.open()
+        length = region.length if pages is None else pages * region.page_size
+        return self.uffd.register(region.start, length, mode=mode)
+
+    def enter(self, manager: contextlib.AbstractContextManager[T]) -> T:
+        """Enter a context manager that ends with the case, before its regions are unmapped."""
+        return self._stack.enter_context(manager)
+
+    def callback(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call a function when the case ends, before its regions are unmapped."""
+        self._stack.callback(function, *args, **kwargs)
+
+    # Accesses
+
+    def start(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Access[T]:
+        """Make a call in a thread; `result()` of what is returned waits for it."""
+        access = Access(lambda: call(*args, **kwargs))
+        self._accesses.append(access)
+        return access
+
+    def read(self, address: int, length: int = 1) -> bytes | Interrupted:
+        """Read memory, or return the SIGBUS or SIGSEGV that it meets; waits for faults."""
+        return _memory.guarded_read(address, length)
+
+    def write(self, address: int, data: bytes) -> Interrupted | None:
+        """Write memory, or return the SIGBUS or SIGSEGV that it meets; waits for faults."""
+        return _memory.guarded_write(address, data)
+
+    def monitor(self, resolve: Callable[[Event], None], uffd: Userfaultfd | None = None) -> Monitor:
+        """Start a thread that reads events and gives each to `resolve`."""
+        monitor = Monitor(uffd or self.uffd, resolve)
+        self._monitors.append(monitor)
+        return monitor
+
+    def fork(self, uffd: Userfaultfd | None = None) -> Child:
+        """Fork a child without Python; with EVENT_FORK on, read the event of `uffd` meanwhile.
+
+        Raises:
+            Mismatch: the first event was another one.
+        """
+        uffd = uffd or (self._uffds[0] if self._uffds else None)
+        reader = None
+        if uffd is not None and uffd.features & Feature.EVENT_FORK:
+            reader = self.start(self._read_one, uffd)
+        child = self.fork_only()
+        if reader is not None:
+            event = reader.result()
+            if not isinstance(event, Fork):
+                self.fail("the event of the fork", event, "Fork")
+            child.uffd = event.uffd
+        return child
+
+    def fork_only(self) -> Child:
+        """Fork a child without Python, and leave a Fork event to somebody else."""
+        end, child_end = socket.socketpair()
+        with child_end:
+            agent = _memory.Agent(child_end.fileno(), end.fileno())
+        child = Child(self, agent, end)
+        self._children.append(child)
+        return child
+
+    def run_child(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        budget_s: float = 10.0,
+        expect: Any = 0,
+        **kwargs: Any,
+    ) -> ChildResult:
+        """Run a module-level function in a fresh Python process: 0.1 s, so only if it must be."""
+        return run_child(function, *args, budget_s=budget_s, expect=expect, **kwargs)
+
+    # Expectations
+
+    def expect(self, what: str, seen: object, *wanted: object) -> None:
+        """Fail unless `seen` equals one of `wanted`.
+
+        Raises:
+            Mismatch: it does not.
+        """
+        self._seen.append(f"{what}: {show(seen)}")
+        if not any(_same(seen, value) for value in wanted):
+            self.fail(what, seen, *wanted)
+
+    def expect_variant(self, what: str, seen: object, **wanted: object) -> str:
+        """Fail unless `seen` is what one of the case's variants shows; return its name.
+
+        Args:
+            what: What was looked at.
+            seen: What was found.
+            **wanted: By the variant's name (`_` for `-`), what it shows.
+
+        Raises:
+            Mismatch: none, one whose features say that it cannot be, or not the variant that an
+                earlier call saw.
+        """
+        self._seen.append(f"{what}: {show(seen)}")
+        by_name = {name.replace("_", "-"): value for name, value in wanted.items()}
+        possible = [variant for variant in self.case.variants if variant.possible(self.offered)]
+        if unknown := set(by_name) - {variant.name for variant in self.case.variants}:
+            raise LookupError(f"{self.case.name} declares no variants {sorted(unknown)}")
+        matching = [
+            variant.name
+            for variant in possible
+            if variant.name in by_name and _same(seen, by_name[variant.name])
+        ]
+        if self.variant:
+            matching = [name for name in matching if name == self.variant]
+        if not matching:
+            self.fail(what, seen, *(f"{name}: {show(value)}" for name, value in by_name.items()))
+        self.variant = matching[0]
+        return self.variant
+
+    def expect_fault(
+        self,
+        flags: PagefaultFlag | int,
+        address: int | None = None,
+        uffd: Userfaultfd | None = None,
+    ) -> Pagefault:
+        """Wait for the next message, which must be a page fault with exactly these flags.
+
+        Raises:
+            Mismatch: another message, or none in time.
+        """
+        wanted = f"message {int(flags)}" + ("" if address is None else f" at {address:#x}")
+        event = self.expect_event(Pagefault, uffd, wanted)
+        if event.flags != flags or (address is not None and event.address != address):
+            self.fail("the message", event, wanted)
+        return event
+
+    def expect_event(self, kind: type[T], uffd: Userfaultfd | None = None, wanted: str = "") -> T:
+        """Wait for the next event, which must be of this class.
+
+        Raises:
+            Mismatch: another event, or none in time.
+        """
+        event = self._read_one(uffd or self.uffd, wanted or kind.__name__)
+        self._seen.append(f"event: {show(event)}")
+        if not isinstance(event, kind):
+            self.fail("the event", event, wanted or kind.__name__)
+        return event
+
+    def wait_readable(self, uffd: Userfaultfd | None = None) -> None:
+        """Wait until an event is queued, and leave it there.
+
+        Raises:
+            Mismatch: none came in time.
+        """
+        if not _readable(uffd or self.uffd, WAIT_S):
+            self.fail("messages", f"none within {WAIT_S:g} s", "an event")
+
+    def expect_quiet(self, uffd: Userfaultfd | None = None) -> None:
+        """Fail if a message is queued; for after an access that has completed.
+
+        Raises:
+            Mismatch: there is a message.
+        """
+        uffd = uffd or self.uffd
+        if _readable(uffd, 0):
+            self.fail("queued messages", uffd.read_events(EVENTS_SHOWN), "none")
+
+    def silently(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call that must complete without a message on any userfaultfd of the case.
+
+        Raises:
+            Mismatch: a message came, or the call did not complete.
+        """
+        access = self.start(call, *args, **kwargs)
+        fds: list[Any] = [access, *(uffd for uffd in self._uffds if not uffd.closed)]
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(WAIT_S * 1000)}
+        for uffd in fds[1:]:
+            if uffd.fileno() in ready:
+                self.fail("messages during the access", uffd.read_events(EVENTS_SHOWN), "none")
+        value = access.result()
+        for uffd in fds[1:]:
+            self.expect_quiet(uffd)
+        return value
+
+    def expect_errno(
+        self, code: int, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs
+    ) -> OSError:
+        """Make a call that must fail with this errno; return its exception.
+
+        Raises:
+            Mismatch: it succeeded, or failed with another errno.
+        """
+        wanted = errno.errorcode[code]
+        name = getattr(call, "__qualname__", repr(call))
+        try:
+            value = call(*args, **kwargs)
+        except OSError as error:
+            self._seen.append(f"{name}: {show(error)}")
+            if error.errno != code:
+                self.fail(name, error, wanted)
+            return error
+        self.fail(name, value, wanted)
+
+    def ioctl(self, name: str, *words: int, uffd: Userfaultfd | int | None = None) -> Answer:
+        """Make a raw ioctl (`COPY`, `REGISTER`, ...) with arguments the library would refuse."""
+        answer = _raw.ioctl(self.uffd if uffd is None else uffd, name, *words)
+        self._seen.append(f"UFFDIO_{name}: {answer}")
+        return answer
+
+    def pagemap(self, address: int, *, pid: int | None = None) -> str:
+        """Return the state of the page at `address`, as `P-FWX`.
+
+        In this order: present, swap (also a marker), file or shared anonymous, write-protected by
+        userfaultfd, mapped exclusively. A `?` stands where this kernel does not say.
+        """
+        text = letters(self.bits(address, pid=pid))
+        return text if self._shows_protection else text[:WP_LETTER] + "?" + text[WP_LETTER + 1 :]
+
+    def bits(self, address: int, *, pid: int | None = None) -> PageBit:
+        """Return the pagemap bits of the page at `address`."""
+        with Pagemap(pid) as pagemap:
+            return pagemap.read(address, 4096).at(address)
+
+    def is_protected(self, address: int, *, pid: int | None = None) -> bool:
+        """Return whether pagemap's bit 57 is set, in the page or in its marker.
+
+        Raises:
+            Lack: this kernel does not show it.
+        """
+        if not self._shows_protection:
+            self.lack("PM_UFFD_WP", "needs bit 57 of pagemap")
+        return PageBit.UFFD_WP in self.bits(address, pid=pid)
+
+    def expect_pagemap(self, address: int, *wanted: str, pid: int | None = None) -> None:
+        """Fail unless the page's state is one of `wanted`; a `?` in one stands for any letter.
+
+        Raises:
+            Mismatch: it is none of them.
+        """
+        seen = self.pagemap(address, pid=pid)
+        self._seen.append(f"pagemap {address:#x}: {seen}")
+        if not any(_fits(seen, pattern) for pattern in wanted):
+            self.fail(f"pagemap of {address:#x}", seen, *wanted)
+
+    def note(self, text: str) -> None:
+        """Remember an observation, to be printed if the case fails."""
+        self._seen.append(text)
+
+    def lack(self, key: str, reason: str) -> NoReturn:
+        """Skip the case: hardware or a feature is missing; never for a behaviour."""
+        raise Lack([key], f"{reason}; the kernel offers {self.offered:#x}")
+
+    def fail(self, what: str, seen: object, *wanted: object) -> NoReturn:
+        """Fail with what was seen and what was wanted."""
+        texts = [value if isinstance(value, str) else show(value) for value in wanted]
+        shown = seen if isinstance(seen, str) else show(seen)
+        raise Mismatch(f"{what}: saw {shown}, expected {' or '.join(texts)}")
+
+    @property
+    def _shows_protection(self) -> bool:
+        # No feature bit says so; this one came with the same release.
+        return bool(self.offered & Feature.MINOR_SHMEM)
+
+    # Its end
+
+    def describe(self) -> str:
+        """Return everything there is to see, for the report of a failure."""
+        lines = [f"feature mask {self.offered:#x}, enabled " + self._enabled()]
+        for region in self._regions:
+            if region.closed:
+                continue
+            pages = min(region.length // region.page_size, PAGES_SHOWN)
+            states = []
+            for index in range(pages):
+                with contextlib.suppress(OSError):
+                    states.append(self.pagemap(region.start + index * region.page_size))
+            lines.append(f"{region!r}: {' '.join(states)}")
+        for uffd in self._uffds:
+            if not uffd.closed and _readable(uffd, 0):
+                lines.append(f"queued: {[show(event) for event in uffd.read_events(EVENTS_SHOWN)]}")
+        if self._seen:
+            lines += ["seen, in order:", *(f"  {line}" for line in self._seen[-40:])]
+        return "\n".join(lines)
+
+    def _enabled(self) -> str:
+        return ", ".join(f"{int(uffd.features):#x}" for uffd in self._uffds) or "nothing"
+
+    def close(self) -> None:
+        """Undo everything: children, userfaultfds (which lets stalled threads go on), regions."""
+        with contextlib.ExitStack() as stack:
+            for region in self._regions:
+                stack.callback(region.close)
+            for access in self._accesses:
+                stack.callback(access.close)
+            for uffd in self._uffds:
+                stack.callback(uffd.close)
+            for monitor in self._monitors:
+                stack.callback(monitor.close)
+            for child in self._children:
+                stack.callback(child.close)
+            stack.push(self._stack)
+
+    def _read_one(self, uffd: Userfaultfd, wanted: str = "an event") -> Event:
+        deadline = time.monotonic() + WAIT_S
+        while _readable(uffd, max(deadline - time.monotonic(), 0)):
+            if events := uffd.read_events(1):
+                return events[0]
+        self.fail("messages", f"none within {WAIT_S:g} s", wanted)
+
+
+def _readable(uffd: Userfaultfd, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(uffd, select.POLLIN)
+    return any(event & select.POLLIN for _, event in poll.poll(timeout_s * 1000))
+
+
+def _same(seen: object, wanted: object) -> bool:
+    if isinstance(seen, str) and isinstance(wanted, str):
+        return _fits(seen, wanted)
+    return seen == wanted
+
+
+def _fits(seen: str, pattern: str) -> bool:
+    return len(seen) == len(pattern) and all(
+        "?" in (want, have) or want == have for have, want in zip(seen, pattern, strict=True)
+    )

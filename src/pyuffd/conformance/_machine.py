@@ -1,0 +1,223 @@
+"""Huge pages and swap for one test session, taken when root and given back in every case.
+
+The session's controller calls `reserve`, which starts a keeper process that takes the resources
+and holds them until the controller asks for their release or is gone, even by SIGKILL. What is
+held stands in a state file under a lock, as one entry per keeper, so that sessions can run side
+by side, and what a killed keeper held is given back by the next one. Page counts are added and
+subtracted, never set: other programs' pages stay theirs.
+
+The keeper's command line is `python -m pyuffd.conformance._machine CONTROLLER_PID HUGE_PAGES
+SWAP_BYTES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+# Emptied at boot, as the reservations are.
+STATE = Path("/run/pyuffd-tests.json")
+
+# 128 MiB for each worker: 32 MiB source and destination areas, an alias and a snapshot beside
+# them.
+HUGE_PAGES_PER_WORKER = 64
+SWAP_BYTES = 256 << 20
+# The keeper's answer; defragmenting memory for huge pages takes seconds on a full machine.
+START_TIMEOUT_S = 60
+# swapoff has to read back whatever still is out.
+STOP_TIMEOUT_S = 60
+
+_SWAP_MAGIC = b"SWAPSPACE2"
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one keeper holds; pid and start time name the process beyond reuse of the pid."""
+
+    pid: int
+    start_time: str
+    huge_pages: int
+    swap_file: str | None
+
+
+class Reservation:
+    """The controller's end of a running keeper."""
+
+    def __init__(self, keeper: subprocess.Popen[str], notes: str) -> None:
+        self._keeper = keeper
+        self.notes = notes
+        self.pid = keeper.pid
+
+    def release(self) -> None:
+        """Give everything back; return once that is done."""
+        assert self._keeper.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._keeper.stdin.close()
+        self._keeper.wait(STOP_TIMEOUT_S)
+        assert self._keeper.stdout is not None
+        self._keeper.stdout.close()
+
+
+def reserve(workers: int) -> Reservation | None:
+    """Take huge pages and swap for this many test processes; None if this user may not.
+
+    `PYUFFD_TESTS_RESERVE=no` says that the machine has been prepared, and takes nothing.
+    """
+    if os.environ.get("PYUFFD_TESTS_RESERVE") == "no":
+        return None
+    if os.geteuid() != 0 or not os.access(STATE.parent, os.W_OK):
+        return None
+    keeper = subprocess.Popen(
+        [
+            *(sys.executable, "-P", "-m", "pyuffd.conformance._machine"),
+            *map(str, (os.getpid(), HUGE_PAGES_PER_WORKER * workers, SWAP_BYTES)),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert keeper.stdout is not None
+    ready, _, _ = select.select([keeper.stdout], [], [], START_TIMEOUT_S)
+    return Reservation(keeper, keeper.stdout.readline().strip() if ready else "keeper is slow")
+
+
+@contextlib.contextmanager
+def _state() -> Iterator[list[Entry]]:
+    """Yield the list of entries under the lock, and write it back."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(STATE, flags, 0o600), "r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            entries = [Entry(**entry) for entry in json.load(file)]
+        except (ValueError, TypeError):
+            entries = []
+        try:
+            yield entries
+        finally:
+            file.seek(0)
+            file.truncate()
+            json.dump([asdict(entry) for entry in entries], file)
+
+
+def _start_time(pid: int) -> str:
+    """Return field 22 of /proc/PID/stat, or an empty string for a process that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    # Nobody may have reaped it.
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _persistent_huge_pages() -> int:
+    total = int((POOL / "nr_hugepages").read_text())
+    return total - int((POOL / "surplus_hugepages").read_text())
+
+
+def _add_huge_pages(count: int) -> int:
+    """Change the pool by `count` pages; return by how many it really changed."""
+    try:
+        before = _persistent_huge_pages()
+        (POOL / "nr_hugepages").write_text(str(max(before + count, 0)))
+    except OSError:
+        return 0
+    return _persistent_huge_pages() - before
+
+
+def _swap_header(length: int) -> bytes:
+    """Return the first page of a version 1 swap area."""
+    page = bytearray(_PAGE)
+    struct.pack_into("<3I", page, 1024, 1, length // _PAGE - 1, 0)
+    page[-len(_SWAP_MAGIC) :] = _SWAP_MAGIC
+    return bytes(page)
+
+
+def _swap_call(name: str, path: str) -> str:
+    """Call swapon(2) or swapoff(2); return an error message or an empty string."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = [path.encode()] + ([0] if name == "swapon" else [])
+    if libc[name](*arguments) == 0:
+        return ""
+    return os.strerror(ctypes.get_errno())
+
+
+def _swap_on(length: int) -> tuple[str | None, str]:
+    """Make a swap file where the file system allows one; return its path and a note."""
+    refused = []
+    for folder in dict.fromkeys(["/var/tmp", tempfile.gettempdir(), os.getcwd()]):
+        try:
+            fd, path = tempfile.mkstemp(prefix="pyuffd-swap-", dir=folder)
+        except OSError as error:
+            refused.append(f"{folder}: {error.strerror}")
+            continue
+        with open(fd, "wb") as file:
+            try:
+                os.posix_fallocate(fd, 0, length)
+                file.write(_swap_header(length))
+                file.flush()
+                os.fsync(fd)
+                message = _swap_call("swapon", path)
+            except OSError as error:
+                message = os.strerror(error.errno or 0)
+        if not message:
+            return path, f"{length >> 20} MiB of swap"
+        Path(path).unlink()
+        refused.append(f"{folder}: {message}")
+    return None, "no swap (" + "; ".join(refused) + ")"
+
+
+def _give_back(entry: Entry) -> None:
+    if entry.swap_file is not None:
+        _swap_call("swapoff", entry.swap_file)
+        Path(entry.swap_file).unlink(missing_ok=True)
+    if entry.huge_pages:
+        _add_huge_pages(-entry.huge_pages)
+
+
+def _give_back_for_the_dead(entries: list[Entry]) -> None:
+    for entry in list(entries):
+        if _start_time(entry.pid) != entry.start_time:
+            entries.remove(entry)
+            _give_back(entry)
+
+
+def _keep(controller: int, huge_pages: int, swap_bytes: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        gone = os.pidfd_open(controller)
+    except ProcessLookupError:
+        return
+    with _state() as entries:
+        _give_back_for_the_dead(entries)
+        swap_file, note = _swap_on(swap_bytes)
+        pages = _add_huge_pages(huge_pages)
+        mine = Entry(os.getpid(), _start_time(os.getpid()), pages, swap_file)
+        entries.append(mine)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"reserved {pages} huge pages of 2 MiB, {note}", flush=True)
+    # stdin ends when the controller asks for the release; a fork of it that lives on may hold the
+    # other end.
+    select.select([sys.stdin, gone], [], [])
+    with _state() as entries:
+        entries.remove(mine)
+        _give_back(mine)
+
+
+if __name__ == "__main__":
+    _keep(*map(int, sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""Long-term pins of memory: an io_uring fixed buffer, where the kernel has no gup_test."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+
+from pyuffd.conformance._need import Need
+
+_SETUP, _REGISTER = 425, 427  # system calls
+_REGISTER_BUFFERS, _UNREGISTER_BUFFERS = 0, 1
+_PARAMS_BYTES = 120
+_ENTRIES = 1
+
+# Makes a system call in the process that is to pin; returns its result or -errno.
+Syscall = Callable[..., int]
+
+
+def syscall(number: int, *args: int) -> int:
+    """Make a system call in this process, as `Child.syscall` does in a child; GIL released."""
+    result = int(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args)))
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+class Pin:
+    """Memory of a process, pinned for writing until `close` (FOLL_WRITE | FOLL_LONGTERM).
+
+    Made before a fork whose child is to pin, so that the child has the arguments in its memory.
+    """
+
+    def __init__(self, start: int, length: int) -> None:
+        self._params = ctypes.create_string_buffer(_PARAMS_BYTES)
+        self._vector = (ctypes.c_uint64 * 2)(start, length)
+
+    def take(self, call: Syscall) -> int:
+        """Pin; return the ring's descriptor in that process.
+
+        Raises:
+            OSError: io_uring refuses.
+        """
+        ring = _checked("io_uring_setup", call(_SETUP, _ENTRIES, ctypes.addressof(self._params)))
+        vector = ctypes.addressof(self._vector)
+        _checked("pin", call(_REGISTER, ring, _REGISTER_BUFFERS, vector, 1))
+        return ring
+
+    def drop(self, call: Syscall, ring: int) -> None:
+        """Unpin; the pages are free when this returns."""
+        _checked("unpin", call(_REGISTER, ring, _UNREGISTER_BUFFERS, 0, 0))
+
+
+def _checked(what: str, result: int) -> int:
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+    return result
+
+
+def needs_pin() -> Need:
+    """io_uring may be used."""
+
+    def missing() -> tuple[list[str], str]:
+        params = ctypes.create_string_buffer(_PARAMS_BYTES)
+        ring = syscall(_SETUP, _ENTRIES, ctypes.addressof(params))
+        if ring >= 0:
+            os.close(ring)
+            return [], ""
+        return ["io_uring"], f"io_uring_setup: {errno.errorcode.get(-ring, ring)}"
+
+    return Need("io_uring, to pin memory", missing)

@@ -1,0 +1,83 @@
+"""Ioctls with arguments the library would refuse, and the result fields it turns into errors."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+
+from pyuffd._uffd import Userfaultfd
+
+_READ, _WRITE = 2 << 30, 1 << 30
+# name: (direction, number, 64-bit words of the argument)
+_IOCTLS = {
+    "API": (_READ | _WRITE, 0x3F, 3),
+    "REGISTER": (_READ | _WRITE, 0x00, 4),
+    "UNREGISTER": (_READ, 0x01, 2),
+    "WAKE": (_READ, 0x02, 2),
+    "COPY": (_READ | _WRITE, 0x03, 5),
+    "ZEROPAGE": (_READ | _WRITE, 0x04, 4),
+    "MOVE": (_READ | _WRITE, 0x05, 5),
+    "WRITEPROTECT": (_READ | _WRITE, 0x06, 3),
+    "CONTINUE": (_READ | _WRITE, 0x07, 4),
+    "POISON": (_READ | _WRITE, 0x08, 4),
+    "RWPROTECT": (_READ | _WRITE, 0x09, 3),
+    "SET_MODE": (_WRITE, 0x0A, 2),
+}
+_DEVICE = "/dev/userfaultfd"
+_IOC_NEW = 0xAA00
+_NR_USERFAULTFD = 323
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one ioctl did: errno (0 for success) and its argument afterwards."""
+
+    errno: int
+    words: tuple[int, ...]
+
+    @property
+    def result(self) -> int:
+        """The last word, signed: `.copy`, `.zeropage`, `.ioctls`, ..."""
+        return self.words[-1] - (1 << 64 if self.words[-1] >> 63 else 0)
+
+    def __str__(self) -> str:
+        name = errno.errorcode.get(self.errno, str(self.errno)) if self.errno else "ok"
+        return f"{name}, argument {[hex(word) for word in self.words]}"
+
+
+def ioctl(uffd: Userfaultfd | int, name: str, *words: int) -> Answer:
+    """Make one ioctl with exactly these 64-bit words, zeros behind them.
+
+    GIL: released, as fcntl.ioctl does.
+    """
+    direction, number, count = _IOCTLS[name]
+    argument = bytearray(struct.pack(f"={count}Q", *words, *[0] * (count - len(words))))
+    code = 0
+    fd = uffd if isinstance(uffd, int) else uffd.fileno()
+    try:
+        fcntl.ioctl(fd, direction | count * 8 << 16 | 0xAA << 8 | number, argument)
+    except OSError as error:
+        code = error.errno or errno.EIO
+    return Answer(code, struct.unpack(f"={count}Q", argument))
+
+
+def open_syscall(flags: int) -> int:
+    """Open a userfaultfd by the system call, without a handshake; return its descriptor."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = int(libc.syscall(ctypes.c_long(_NR_USERFAULTFD), flags))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "userfaultfd")
+    return fd
+
+
+def open_device(flags: int) -> int:
+    """Open a userfaultfd by /dev/userfaultfd; return its file descriptor."""
+    device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(device, _IOC_NEW, flags)
+    finally:
+        os.close(device)

@@ -1,0 +1,66 @@
+"""Transparent huge pages: what is mapped, and sizes switched on for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+THP = Path("/sys/kernel/mm/transparent_hugepage")
+_COMPOUND_HEAD, _COMPOUND_TAIL = 1 << 15, 1 << 16  # Documentation/admin-guide/mm/pagemap.rst
+_PFN_MASK = (1 << 55) - 1
+
+
+def mapped_huge(address: int) -> int:
+    """Return how many bytes of the mapping at `address` huge page table entries map."""
+    total, inside = 0, False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(head[1], 16) <= address < int(head[2], 16)
+            elif inside and line.startswith(("AnonHugePages:", "ShmemPmdMapped:")):
+                total += int(line.split()[1]) << 10
+    return total
+
+
+def sizes() -> list[int]:
+    """Return the sizes that can be switched one by one, in bytes."""
+    names = (re.fullmatch(r"hugepages-(\d+)kB", path.name) for path in THP.glob("hugepages-*kB"))
+    return sorted(int(name[1]) << 10 for name in names if name)
+
+
+@contextlib.contextmanager
+def switched_on(size: int, *, shared: bool) -> Iterator[None]:
+    """Let memory that asks for it have huge pages of `size`, until the end; one user at a time."""
+    lock = Path(tempfile.gettempdir(), f"pyuffd-thp-{os.geteuid()}.lock")
+    knob = THP / f"hugepages-{size >> 10}kB" / ("shmem_enabled" if shared else "enabled")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = re.search(r"\[(\w+)\]", knob.read_text())
+        assert found is not None
+        knob.write_text("advise" if shared else "madvise")
+        try:
+            yield
+        finally:
+            knob.write_text(found[1])
+
+
+def folio_bytes(address: int) -> int:
+    """Return the size of the folio that begins at `address`, 4096 for a single page."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        entry = int.from_bytes(os.pread(pagemap.fileno(), 8, address // 4096 * 8), "little")
+    pages = 1
+    with open("/proc/kpageflags", "rb", buffering=0) as flags:
+        first = _flags(flags.fileno(), entry & _PFN_MASK)
+        if first & _COMPOUND_HEAD:
+            while _flags(flags.fileno(), (entry & _PFN_MASK) + pages) & _COMPOUND_TAIL:
+                pages += 1
+    return pages * 4096
+
+
+def _flags(fd: int, pfn: int) -> int:
+    return int.from_bytes(os.pread(fd, 8, pfn * 8), "little")

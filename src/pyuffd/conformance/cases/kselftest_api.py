@@ -1,0 +1,82 @@
+"""UFFDIO_API and UFFDIO_REGISTER, as uffd-unit-tests checks them (layer L5)."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pyuffd._abi import Feature, Ioctl, RegisterMode
+from pyuffd.conformance import _raw
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._need import needs_device
+from pyuffd.conformance._types import ANY, MemoryType, minor_features, missing_features, wp_features
+
+_API = 0xAA
+_UNKNOWN_FEATURE = 1 << 63
+_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+_DESCRIPTOR_IOCTLS = Ioctl.REGISTER | Ioctl.UNREGISTER | Ioctl.API
+
+
+def _api(ctx: Context, fd: int) -> None:
+    """Refuse a wrong version and unknown features, then accept one handshake and no second."""
+    ctx.callback(os.close, fd)
+    for words in ((_API + 1, 0), (_API, _UNKNOWN_FEATURE)):
+        answer = ctx.ioctl("API", *words, uffd=fd)
+        ctx.expect(f"errno of API{words}", answer.errno, errno.EINVAL)
+    answer = ctx.ioctl("API", _API, 0, uffd=fd)
+    ctx.expect("errno of the right call on the same descriptor", answer.errno, 0)
+    ctx.expect("features of the reply", answer.words[1], ctx.offered)
+    ctx.expect(
+        "REGISTER, UNREGISTER and API in the reply's ioctls",
+        answer.words[2] & _DESCRIPTOR_IOCTLS,
+        int(_DESCRIPTOR_IOCTLS),
+    )
+    answer = ctx.ioctl("API", _API, Feature.PAGEFAULT_FLAG_WP, uffd=fd)
+    ctx.expect("errno of a second handshake", answer.errno, errno.EINVAL)
+
+
+@case("kselftest.api-syscall", origin="uffd-unit-tests: UFFDIO_API (with syscall)", memory=ANY)
+def api_syscall(ctx: Context) -> None:
+    """Refuse bad handshakes and a second one, on a descriptor of the system call."""
+    # The library shakes hands while opening; the descriptor of a blocking open is as new.
+    _api(ctx, _raw.open_syscall(_FLAGS))
+
+
+@case(
+    "kselftest.api-device",
+    origin="uffd-unit-tests: UFFDIO_API (with /dev/userfaultfd)",
+    memory=ANY,
+    needs=[needs_device()],
+)
+def api_device(ctx: Context) -> None:
+    """Refuse bad handshakes and a second one, on a descriptor of /dev/userfaultfd."""
+    _api(ctx, _raw.open_device(_FLAGS))
+
+
+def _all_modes(memory: MemoryType) -> Feature:
+    minor = Feature(0) if memory.is_anon else minor_features(memory)
+    return missing_features(memory) | wp_features(memory) | minor
+
+
+@case("kselftest.register-ioctls", origin="uffd-unit-tests: register-ioctls", features=_all_modes)
+def register_ioctls(ctx: Context) -> None:
+    """Register in every mode that makes sense, and offer the ioctls that resolve its faults."""
+    region = ctx.make(1)
+    ctx.open()
+    for mode in map(RegisterMode, range(8)):
+        answer = ctx.ioctl("REGISTER", region.start, ctx.page, mode)
+        if not mode or (ctx.memory.is_anon and RegisterMode.MINOR in mode):
+            ctx.expect(f"errno of mode {int(mode)}", answer.errno, errno.EINVAL)
+            continue
+        wanted = Ioctl.WAKE
+        for flag, ioctl in (
+            (RegisterMode.MISSING, Ioctl.COPY),
+            (RegisterMode.WP, Ioctl.WRITEPROTECT),
+            (RegisterMode.MINOR, Ioctl.CONTINUE),
+        ):
+            if flag in mode:
+                wanted |= ioctl
+        ctx.expect(f"errno of mode {int(mode)}", answer.errno, 0)
+        ctx.expect(f"{wanted!r} after mode {int(mode)}", answer.words[3] & wanted, int(wanted))
+        ctx.expect("errno of UNREGISTER", ctx.ioctl("UNREGISTER", region.start, ctx.page).errno, 0)

@@ -1,0 +1,224 @@
+"""Fork, pins and layout events, as uffd-unit-tests checks them (layer L5)."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from pyuffd._abi import (
+    CopyMode,
+    Event,
+    Feature,
+    Pagefault,
+    PagefaultFlag,
+    RegisterMode,
+    Remap,
+    Remove,
+    WriteprotectMode,
+)
+from pyuffd._memory import Interrupted
+from pyuffd._uffd import Userfaultfd
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Child, Context
+from pyuffd.conformance._pin import Pin, needs_pin, syscall
+from pyuffd.conformance._types import MemoryType, missing_features, wp_features
+from pyuffd.conformance.cases.kselftest_unit import UNPROTECT, WP_WRITE, content, release
+
+MADV_PAGEOUT = 21
+SYS_MREMAP, SYS_MADVISE = 25, 28
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+
+
+def _wp_fork_features(memory: MemoryType) -> Feature:
+    return wp_features(memory) | Feature.EVENT_FORK
+
+
+def _expect_bits(ctx: Context, when: str, address: int, child: Child, wanted: bool) -> None:
+    ctx.expect(f"parent's bit, {when}", ctx.is_protected(address), True)
+    seen = ctx.is_protected(address, pid=child.pid)
+    ctx.expect(f"child's bit, {when}", seen, wanted)
+    child.close()
+
+
+def _wp_fork(ctx: Context, *, child_has: bool) -> None:
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.WP)
+    region.write(0, b"\1")
+    ctx.uffd.writeprotect(region)
+    ctx.expect("bit before the fork", ctx.is_protected(region.start), True)
+    _expect_bits(ctx, "page present", region.start, ctx.fork(), child_has)
+    # Anonymous memory forgets the bit with the page, so its page goes to swap, if there is any.
+    try:
+        region.madvise(MADV_PAGEOUT if ctx.memory.is_anon else mmap.MADV_DONTNEED)
+    except OSError as error:
+        ctx.note(f"zap: {error}")
+    _expect_bits(ctx, "page zapped", region.start, ctx.fork(), child_has)
+    ctx.uffd.writeprotect(region, mode=UNPROTECT)
+    ctx.expect("bit after unprotecting", ctx.is_protected(region.start), False)
+    ctx.silently(ctx.write, region.start, b"\2")
+    ctx.expect("bit after a write", ctx.is_protected(region.start), False)
+
+
+@case("kselftest.wp-fork", origin="uffd-unit-tests: wp-fork", features=wp_features)
+def wp_fork(ctx: Context) -> None:
+    """A forked child has no write-protection, of present or zapped pages; the parent keeps it."""
+    _wp_fork(ctx, child_has=False)
+
+
+@case(
+    "kselftest.wp-fork-with-event",
+    origin="uffd-unit-tests: wp-fork-with-event",
+    features=_wp_fork_features,
+)
+def wp_fork_with_event(ctx: Context) -> None:
+    """With EVENT_FORK the child has the parent's write-protection, of present and zapped pages."""
+    _wp_fork(ctx, child_has=True)
+
+
+def _wp_fork_pin(ctx: Context, *, child_has: bool) -> None:
+    region = ctx.make(1)
+    pin = Pin(region.start, ctx.page)
+    ctx.register(region, RegisterMode.WP)
+    region.write(0, b"\1")
+    # Such a pin is for writing, so it comes before the protection.
+    ring = pin.take(syscall)
+    ctx.callback(os.close, ring)
+    ctx.uffd.writeprotect(region)
+    _expect_bits(ctx, "page pinned in the parent", region.start, ctx.fork(), child_has)
+    pin.drop(syscall, ring)
+    child = ctx.fork()
+    pinned = ctx.start(pin.take, child.syscall)
+    if child_has:
+        assert child.uffd is not None
+        ctx.expect_fault(WP_WRITE, region.start, child.uffd)
+        ctx.expect("child's bit before", ctx.is_protected(region.start, pid=child.pid), True)
+        child.uffd.writeprotect(region.start, ctx.page, mode=UNPROTECT)
+    pinned.result()
+    _expect_bits(ctx, "page pinned in the child", region.start, child, False)
+    ctx.expect_quiet()
+
+
+@case(
+    "kselftest.wp-fork-pin",
+    origin="uffd-unit-tests: wp-fork-pin",
+    features=wp_features,
+    needs=[needs_pin()],
+)
+def wp_fork_pin(ctx: Context) -> None:
+    """A page pinned in the parent, or pinned by the child, has no protection in the child."""
+    _wp_fork_pin(ctx, child_has=False)
+
+
+@case(
+    "kselftest.wp-fork-pin-with-event",
+    origin="uffd-unit-tests: wp-fork-pin-with-event",
+    features=_wp_fork_features,
+    needs=[needs_pin()],
+)
+def wp_fork_pin_with_event(ctx: Context) -> None:
+    """With EVENT_FORK a page pinned in the parent is copied with its bit; a child's pin faults."""
+    _wp_fork_pin(ctx, child_has=True)
+
+
+def _events(ctx: Context, *, wp: bool) -> None:
+    pages = 4
+    half = pages // 2
+    region, target = ctx.make(pages), ctx.make(pages)
+    ctx.register(region, RegisterMode.MISSING | (RegisterMode.WP if wp else RegisterMode(0)))
+    start, length = region.start, region.length
+    child = ctx.fork()
+    child_uffd = child.uffd
+    assert child_uffd is not None
+    base = [start]
+
+    def resolve(event: Event) -> None:
+        _serve(ctx, child_uffd, event, base, wp)
+
+    monitor = ctx.monitor(resolve, child_uffd)
+
+    def check(index: int, first: int) -> None:
+        at = first + index * ctx.page
+        seen = ctx.start(child.read, at, 8).result()
+        ctx.expect(f"page {index} in the child", seen, content(ctx, index)[:8])
+        ctx.expect("writing it back", ctx.start(child.write, at, b"\xee").result(), None)
+
+    for index in range(half):
+        check(index, start)
+    flags = MREMAP_MAYMOVE | MREMAP_FIXED
+    moved = ctx.start(child.syscall, SYS_MREMAP, start, length, length, flags, target.start)
+    ctx.expect("mremap", moved.result(), target.start)
+    for index in range(half, pages):
+        check(index, target.start)
+    advice = mmap.MADV_REMOVE if ctx.memory.shared else mmap.MADV_DONTNEED
+    dropped = ctx.start(child.syscall, SYS_MADVISE, target.start, length, advice)
+    ctx.expect("madvise", dropped.result(), 0)
+    # The call goes on when the event is read, which is before its range is unregistered.
+    monitor.wait_handled(pages * (2 if wp else 1) + 2)
+    for index in range(pages):
+        seen = ctx.start(child.read, target.start + index * ctx.page, 8).result()
+        ctx.expect(f"page {index} after its removal", seen, bytes(8))
+    monitor.stop()
+    wanted = [Remap(start, target.start, length), Remove(target.start, target.start + length)]
+    ctx.expect("layout events", monitor.events, wanted)
+    ctx.expect("missing faults", monitor.count(PagefaultFlag(0)), pages)
+    ctx.expect("write-protect faults", monitor.count(PagefaultFlag.WP), pages if wp else 0)
+    ctx.expect_quiet()
+
+
+def _serve(ctx: Context, uffd: Userfaultfd, event: Event, base: list[int], wp: bool) -> None:
+    match event:
+        case Pagefault(address, flags, _) if flags & PagefaultFlag.WP:
+            uffd.writeprotect(address, ctx.page, mode=WriteprotectMode(0))
+        case Pagefault(address, _, _):
+            index = (address - base[0]) // ctx.page
+            uffd.copy(address, content(ctx, index), mode=CopyMode.WP if wp else CopyMode(0))
+        case Remap(_, to, _):
+            base[0] = to
+        case Remove(start, end):
+            uffd.unregister(start, end - start)
+
+
+def _event_features(memory: MemoryType) -> Feature:
+    return (
+        missing_features(memory) | Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE
+    )
+
+
+@case("kselftest.events", origin="uffd-unit-tests: events", features=_event_features)
+def events(ctx: Context) -> None:
+    """A child is served through its Fork event, across mremap and until a Remove event."""
+    _events(ctx, wp=False)
+
+
+@case(
+    "kselftest.events-wp",
+    origin="uffd-unit-tests: events-wp",
+    features=lambda memory: _event_features(memory) | wp_features(memory),
+)
+def events_wp(ctx: Context) -> None:
+    """As events, with pages that COPY write-protects: each write gives one message 3 besides."""
+    _events(ctx, wp=True)
+
+
+@case(
+    "kselftest.events-release",
+    origin="uffd-unit-tests: events (release_pages)",
+    features=lambda memory: missing_features(memory) | Feature.EVENT_REMOVE,
+)
+def events_release(ctx: Context) -> None:
+    """Dropping pages waits until its Remove event is read; the pages are missing again."""
+    region = ctx.make(2)
+    ctx.register(region, RegisterMode.MISSING)
+    ctx.uffd.copy(region.start, content(ctx, 0))
+    access = ctx.start(release, region)
+    ctx.expect(
+        "the event", ctx.expect_event(Remove), Remove(region.start, region.start + len(region))
+    )
+    access.result()
+    reading = ctx.start(ctx.read, region.start)
+    ctx.expect_fault(0, region.start)
+    ctx.uffd.copy(region.start, content(ctx, 1))
+    seen = reading.result()
+    if isinstance(seen, Interrupted):
+        ctx.fail("the read", seen, "a byte")
+    ctx.expect("the read", seen, content(ctx, 1)[:1])

@@ -1,0 +1,124 @@
+"""uffd-stress: many threads, one area, every way to resolve a fault at once (layer L5)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyuffd._abi import Feature
+from pyuffd.conformance._case import case, load
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._need import Lack, Need, needs_swap
+from pyuffd.conformance._stress import MODES, stress
+from pyuffd.conformance._types import SMALL, MemoryType, missing_features, wp_features
+
+PAGES, HUGE_PAGES = 256, 6
+# The areas, twice this, do not fit below the limit together; the interpreter needs 20 MiB.
+PRESSED_PAGES = (40 << 20) // 4096
+LIMIT = 40 << 20
+PRESSED_MODES = range(8)
+PRESSED_BUDGET_S = 240.0
+STRESS_BUDGET_S = 60.0
+
+
+def _features(memory: MemoryType) -> Feature:
+    return missing_features(memory) | wp_features(memory)
+
+
+@case(
+    "kselftest.stress",
+    origin="uffd-stress, write-protection on",
+    features=_features,
+    budget_s=STRESS_BUDGET_S,
+)
+def uffd_stress(ctx: Context) -> None:
+    """In all 16 bounce modes no page is lost, torn or copied twice; missing, WP, EEXIST occur."""
+    stress(ctx, HUGE_PAGES if ctx.memory.is_hugetlb else PAGES, range(MODES))
+
+
+@contextlib.contextmanager
+def limited_memory(limit: int) -> Iterator[None]:
+    """Put this process into a control group of its own with this memory limit, and back.
+
+    Raises:
+        Lack: there is no memory controller that this user may use.
+    """
+    parent, old = _memory_group()
+    try:
+        group = Path(tempfile.mkdtemp(prefix="pyuffd-", dir=parent))
+    except OSError as error:
+        raise Lack(["memcg"], f"no control group can be made in {parent}: {error}") from error
+    try:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (group / name).exists():
+                (group / name).write_text(str(limit))
+                break
+        else:
+            raise Lack(["memcg"], f"{parent} does not hand the memory controller on")
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        try:
+            yield
+        finally:
+            (old / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        group.rmdir()
+
+
+def _memory_group() -> tuple[Path, Path]:
+    """Return the folder to make a group in, and the group this process is in."""
+    root = Path("/sys/fs/cgroup")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return root / "memory", root / "memory" / path.lstrip("/")
+    if (root / "cgroup.controllers").exists():
+        old = root / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        with contextlib.suppress(OSError):
+            (root / "cgroup.subtree_control").write_text("+memory")
+        return root, old
+    raise Lack(["memcg"], "there is no memory controller")
+
+
+def needs_memcg() -> Need:
+    """A memory control group can be made."""
+
+    def missing() -> tuple[list[str], str]:
+        try:
+            parent, _ = _memory_group()
+        except Lack as lack:
+            return lack.keys, lack.reason
+        can = os.access(parent, os.W_OK)
+        return ([] if can else ["memcg"]), f"{parent} is not writable"
+
+    return Need("a memory control group", missing)
+
+
+def pressed(name: str, memory: str) -> None:
+    """Stress below the limit; in a process of its own, which the limit is for."""
+    context = Context(load()[name], memory)
+    with contextlib.closing(context), limited_memory(LIMIT):
+        stress(context, PRESSED_PAGES, PRESSED_MODES)
+
+
+@case(
+    "kselftest.stress-swapping",
+    origin="uffd-stress below a memory limit",
+    memory=SMALL,
+    features=_features,
+    needs=[needs_swap(), needs_memcg()],
+    budget_s=PRESSED_BUDGET_S + 30,
+    slow=True,
+)
+def uffd_stress_swapping(ctx: Context) -> None:
+    """The same with areas of 40 MiB below a 40 MiB memory limit, so that they are swapped."""
+    swapped = _swapped_out()
+    ctx.run_child(pressed, ctx.case.name, ctx.memory.name, budget_s=PRESSED_BUDGET_S)
+    ctx.expect("pages were swapped out", _swapped_out() > swapped, True)
+
+
+def _swapped_out() -> int:
+    fields = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(fields["pswpout"])

@@ -1,0 +1,261 @@
+"""The pytest plugin: runs cases, watches the kernel's log, and reports (layer L5).
+
+`-p pyuffd.conformance.plugin` loads it; `pyuffd conformance run` does. It works under xdist: what
+a worker finds travels with the test's report to the controller.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyuffd.conformance import _machine
+from pyuffd.conformance._case import Case, load
+from pyuffd.conformance._child import SCALE
+from pyuffd.conformance._context import Context, Mismatch
+from pyuffd.conformance._kmsg import Kmsg
+from pyuffd.conformance._need import Lack, kernel_features, needs, needs_hugepages, strict
+from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message, Report, Result
+from pyuffd.conformance._types import TYPES
+
+SUITE = Path(__file__).with_name("test_suite.py")
+HUGE_PAGES = 8  # what a case on hugetlb may use without naming a need
+PROPERTY = "pyuffd-conformance"
+
+_state = pytest.StashKey["_State"]()
+_outcome = pytest.StashKey[dict[str, Any]]()
+
+
+class _State:
+    def __init__(self) -> None:
+        self.report = Report.of_this_kernel(0)
+        self.written: list[Path] = []
+        self.reservation: _machine.Reservation | None = None
+        self._messages: dict[int, Message] = {}
+
+    def add(self, data: dict[str, Any]) -> None:
+        """Take what a test found; workers see the same records of the kernel's log."""
+        log = data.pop("kernel")
+        self.report.features = data.pop("features")
+        self.report.log_readable &= log["readable"]
+        for sequence, priority, text, is_fatal in log["records"]:
+            if sequence not in self._messages:
+                self._messages[sequence] = Message(text, priority, is_fatal, [])
+                self.report.messages.append(self._messages[sequence])
+            self._messages[sequence].tests.append(data["id"])
+        self.report.results[data["id"]] = Result(**data)
+
+    def sort(self) -> None:
+        """Put the results, which workers send as they finish, into the order of the cases."""
+        results = self.report.results
+        ordered = [name for case in load().values() for name in case.ids if name in results]
+        self.report.results = {name: results[name] for name in ordered}
+
+    def add_failure(self, nodeid: str, text: str) -> None:
+        """Take a test that has no result of its own."""
+        name = nodeid.partition("[")[2].removesuffix("]")
+        case, memory = load().get(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if case is not None and memory in case.memory:
+            self.report.results[name] = Result(name, case.name, memory, case.summary, FAILED, text)
+
+
+# pytest_runtest_logreport is not told the configuration.
+_reporting: _State | None = None
+# Where the tracebacks of a case that stalls go.
+_stderr = 2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the report; keep the real stderr, which capturing takes after this."""
+    global _stderr
+    _stderr = os.dup(2)
+    group = parser.getgroup("userfaultfd conformance")
+    group.addoption(
+        "--uffd-report", metavar="FILE", help="write the conformance report to FILE.json and .html"
+    )
+    group.addoption(
+        "--uffd-reserve",
+        action="store_true",
+        help="take huge pages and swap for the run, and give them back",
+    )
+    group.addoption("--uffd-slow", action="store_true", help="run the slow conformance cases too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin the report, know the mark, take what the machine has to give."""
+    global _reporting
+    config.addinivalue_line("markers", "conformance: a case of the conformance suite")
+    state = config.stash[_state] = _State()
+    if not hasattr(config, "workerinput"):
+        _reporting = state
+        if config.getoption("--uffd-reserve"):
+            state.reservation = _machine.reserve(getattr(config.option, "numprocesses", None) or 1)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say what was reserved."""
+    reservation = config.stash[_state].reservation
+    return reservation.notes if reservation is not None else None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Give back what was taken."""
+    state = config.stash[_state]
+    if state.reservation is not None:
+        state.reservation.release()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one test of each case and memory type; a slow one is asked for."""
+    if "uffd_case" not in metafunc.fixturenames:
+        return
+    is_slow_wanted = metafunc.config.getoption("--uffd-slow")
+    params = [
+        pytest.param((case.name, memory), id=case.id_on(memory), marks=pytest.mark.conformance)
+        for case in load().values()
+        for memory in case.memory
+        if is_slow_wanted or not case.is_slow
+    ]
+    metafunc.parametrize("uffd_case", params)
+
+
+def run_case(stash: pytest.Stash, name: str, memory: str) -> None:
+    """Run one case; leave its result in the stash of the test."""
+    case = load()[name]
+    kmsg = Kmsg()
+    result: dict[str, Any] = {
+        "id": case.id_on(memory),
+        "case": name,
+        "memory": memory,
+        "summary": case.summary,
+        "variant": "",
+        "features": 0,
+        "kernel": {"readable": kmsg.readable, "records": []},
+    }
+    stash[_outcome] = result
+    # No Python runs when a fault is waited for with the GIL held, so nothing less will do.
+    faulthandler.dump_traceback_later(case.budget_s * SCALE, exit=True, file=_stderr)
+    try:
+        _run(case, memory, result)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        result["kernel"]["records"] = [
+            (record.sequence, record.priority, record.text, record.is_fatal)
+            for record in kmsg.read()
+            if record.is_warning
+        ]
+        kmsg.close()
+
+
+def _run(case: Case, memory: str, result: dict[str, Any]) -> None:
+    try:
+        result["features"] = kernel_features()
+        check_needs(case, memory)
+        context = Context(case, memory)
+        try:
+            case.run(context)
+            for monitor in context._monitors:
+                monitor.stop()
+        except Mismatch as mismatch:
+            mismatch.add_note(context.describe())
+            raise
+        finally:
+            result["variant"] = context.variant
+            context.close()
+    except Lack as lack:
+        skipped = pytest.skip.Exception(lack.reason)
+        vars(skipped)["may_lack"] = lack.may_be
+        raise skipped from None
+
+
+def check_needs(case: Case, memory: str) -> None:
+    """Raise Lack if the kernel or the machine has not what a case takes."""
+    of = TYPES.get(memory, TYPES["anon"])
+    features = case.features_on(of)
+    if features:
+        needs(features).check()
+    if of.is_hugetlb:
+        needs_hugepages(HUGE_PAGES).check()
+    for need in case.needs:
+        need.check()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Attach what the case found to its report, which xdist carries to the controller."""
+    report = yield
+    result = item.stash.get(_outcome, None)
+    if result is None or report.when != "call":
+        return report
+    error = call.excinfo.value if call.excinfo is not None else None
+    text = str(error) if error is not None else ""
+    if report.skipped and strict() and not getattr(error, "may_lack", False):
+        report.outcome = "failed"
+        report.longrepr = f"PYUFFD_TESTS=require: skipped: {text}"
+    elif isinstance(error, Mismatch) and call.excinfo is not None:
+        text = "\n".join([text, *_place(call.excinfo), *getattr(error, "__notes__", [])])
+        report.longrepr = f"{result['id']}: {result['summary']}\n{text}"
+    elif report.failed:
+        text = report.longreprtext
+    outcome = {"passed": PASSED, "skipped": SKIPPED}.get(report.outcome, FAILED)
+    result |= {"outcome": outcome, "text": text, "duration_s": round(report.duration, 4)}
+    report.user_properties.append((PROPERTY, json.dumps(result)))
+    return report
+
+
+def _place(excinfo: pytest.ExceptionInfo[BaseException]) -> list[str]:
+    """Return the lines of the case that led to the failure, not those of the suite."""
+    entries = list(excinfo.traceback)
+    while entries and Path(entries[0].path) != Path(__file__):
+        del entries[0]
+    return [
+        f"at {entry.path}:{entry.lineno + 1}"
+        for entry in entries
+        if Path(entry.path).parent != SUITE.parent
+    ]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Put a result into the report of the run; in the controller, under xdist."""
+    state = _reporting
+    if state is None:
+        return
+    raw = next((value for key, value in report.user_properties if key == PROPERTY), None)
+    if raw is not None and report.when == "call":
+        state.add(json.loads(str(raw)))
+    elif report.failed and report.when != "call":
+        # Its fixtures failed, or its worker died: the watchdog ends a process that stalls.
+        state.add_failure(report.nodeid, report.longreprtext)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the report; a kernel that says it is broken fails the run."""
+    state = session.config.stash[_state]
+    if hasattr(session.config, "workerinput") or not state.report.results:
+        return
+    state.sort()
+    if state.report.fatal and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if path := session.config.getoption("--uffd-report"):
+        state.written = state.report.write(path)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print the matrix."""
+    state = config.stash[_state]
+    if state.report.results:
+        terminalreporter.section("userfaultfd conformance")
+        for line in state.report.lines():
+            terminalreporter.write_line(line)
+        for path in state.written:
+            terminalreporter.write_line(f"report: {path}")

@@ -1,0 +1,149 @@
+"""What a `Handler` accepts, and the error it ends with (layer L4)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._errors import HandlerError
+from pyuffd._pages import RangeLike, check_page_size, check_range, page_size_of
+from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._engine import Failure, FailureStage
+from pyuffd.handlers._workers import SourceFailure
+from pyuffd.sources import PageSource
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Driver = Literal["auto", "native", "inline", "thread"]
+Policy = Literal["poison", "stall", "kill"]
+
+DRIVERS = ("auto", "native", "inline", "thread")
+POLICIES = ("poison", "stall", "kill")
+LAYOUT_EVENTS = (
+    Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
+)
+MAX_WORKERS = 1024  # threads of one process; more would only fight for the interpreter
+
+
+def choose_driver(driver: Driver, uffd: Userfaultfd) -> Driver:
+    """Return the driver that "auto" stands for; ValueError where it cannot work."""
+    has_sigbus = bool(uffd.features & Feature.SIGBUS)
+    if driver not in DRIVERS:
+        raise ValueError(f"driver {driver!r} is none of {', '.join(map(repr, DRIVERS))}")
+    if driver == "auto":
+        return "inline" if has_sigbus else "native"
+    if driver == "inline" and not has_sigbus:
+        raise ValueError("driver='inline' needs Userfaultfd(features=Feature.SIGBUS)")
+    if driver != "inline" and has_sigbus:
+        raise ValueError(
+            "a userfaultfd with Feature.SIGBUS sends no messages: driver='inline' goes with it"
+        )
+    return driver
+
+
+def check_uffd(driver: str, uffd: Userfaultfd) -> None:
+    """Raise ValueError unless the driver can follow this userfaultfd."""
+    events = uffd.features & LAYOUT_EVENTS
+    if driver == "inline":
+        if events:
+            raise ValueError(f"the inline driver reads no messages, so it cannot have {events!r}")
+    elif not fcntl.fcntl(uffd.fileno(), fcntl.F_GETFL) & os.O_NONBLOCK:
+        raise ValueError(f"driver={driver!r} needs a userfaultfd opened with nonblocking=True")
+
+
+def check_options(
+    driver: str,
+    on_error: str,
+    prefetch: int,
+    spin_us: float | None,
+    cpus: list[int],
+    workers: int,
+    stall_timeout_s: float | None,
+) -> None:
+    """Raise ValueError for options that are bad or do not go together."""
+    if on_error not in POLICIES:
+        raise ValueError(f"on_error {on_error!r} is none of {', '.join(map(repr, POLICIES))}")
+    if prefetch < 0:
+        raise ValueError(f"prefetch {prefetch:#x} is negative")
+    if spin_us is not None and spin_us < 0:
+        raise ValueError(f"spin_us {spin_us} is negative")
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers {workers} is not between 1 and {MAX_WORKERS}")
+    if stall_timeout_s is not None and stall_timeout_s <= 0:
+        raise ValueError(f"stall_timeout_s {stall_timeout_s} must be above zero")
+    if driver != "inline":
+        return
+    if on_error == "stall":
+        raise ValueError("the inline driver has no other thread to leave one stalled for")
+    if cpus or spin_us is not None:
+        raise ValueError("the inline driver has no thread: cpus and spin_us are for the others")
+
+
+def check_cpus(cpus: Iterable[int] | None) -> list[int]:
+    """Return the CPUs in order; [] for any."""
+    if cpus is None:
+        return []
+    wanted = sorted(set(cpus))
+    allowed = os.sched_getaffinity(0)
+    bad = [cpu for cpu in wanted if cpu not in allowed]
+    if bad or not wanted:
+        raise ValueError(f"cpus {bad or wanted} are not among the CPUs {sorted(allowed)}")
+    return wanted
+
+
+def region_numbers(region: RangeLike) -> tuple[int, int, int]:
+    """Return start, length and page size of a range that can be served."""
+    page_size = check_page_size(page_size_of(region))
+    start, length = region.start, region.length
+    check_range(start, length, page_size)
+    return start, length, page_size
+
+
+def check_mode(mode: RegisterMode, source: PageSource | None, preserve: Buffer | None) -> None:
+    """Raise ValueError unless mode, source and preserve go together."""
+    known = RegisterMode.MISSING | RegisterMode.WP | RegisterMode.MINOR
+    if not mode or int(mode) & ~int(known):
+        raise ValueError(f"a Handler serves MISSING, WP and MINOR, not {mode!r}")
+    if mode & RegisterMode.MISSING and source is None:
+        raise ValueError("missing faults need a source; ZeroSource() is the one for zeros")
+    if mode == RegisterMode.WP and source is not None:
+        raise ValueError("write-protect faults alone take no source: the pages are there")
+    if preserve is not None and mode != RegisterMode.WP:
+        raise ValueError(f"preserve goes with RegisterMode.WP alone, not with {mode!r}")
+
+
+def preserve_buffer(preserve: Buffer | None, length: int) -> tuple[int, object]:
+    """Return address and owner of the buffer old content goes to; (0, None) without one."""
+    if preserve is None:
+        return 0, None
+    if memoryview(preserve).readonly:
+        raise ValueError("preserve must be a writable buffer")
+    address, size, owner = _memory.buffer_address(preserve)
+    if size < length:
+        raise ValueError(f"preserve has {size:#x} bytes, fewer than the region's {length:#x}")
+    return address, owner
+
+
+def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerError:
+    """Return what stop() raises: the first failure, with the source's exception as its cause."""
+    what = {
+        FailureStage.SOURCE: "the content of a page could not be read",
+        FailureStage.RESOLVE: "a fault could not be resolved",
+        FailureStage.UNSERVED: "a fault came from a registered range that is not served",
+        FailureStage.READ: "the userfaultfd could not be read",
+        FailureStage.FORK: "a fork could not be followed",
+        FailureStage.STALLED: "a page source did not answer in time",
+    }.get(failure.stage, "the engine failed")
+    place = f" at {failure.address:#x}" if failure.address else ""
+    error = HandlerError(
+        f"{what}{place}: {os.strerror(failure.error)} ({failure.count} pages in all)",
+        failure.address or None,
+        failure.length or None,
+    )
+    error.__cause__ = source.error if source else OSError(failure.error, os.strerror(failure.error))
+    return error

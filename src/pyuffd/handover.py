@@ -1,0 +1,583 @@
+"""Hand a userfaultfd to another process over a UNIX socket, with the ranges it serves (layer L4).
+
+`send_uffd` and `recv_uffd` move it; `listen_unix` and `connect_unix` make sockets that only this
+user can reach.  docs/handover.md has the message, byte by byte.
+
+Whatever a peer sends is bounded before it is read and checked before it is used, and every
+descriptor that came with a message that is refused is closed.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import itertools
+import os
+import select
+import socket
+import stat
+import struct
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Self
+
+from pyuffd._errors import ClosedError, HandoverError, HandoverReason
+from pyuffd._pages import RangeLike, check_aligned, check_page_size, check_range, page_size_of
+from pyuffd._uffd import Userfaultfd
+
+__all__ = [
+    "Handover",
+    "HandoverRange",
+    "UnixListener",
+    "connect_unix",
+    "listen_unix",
+    "recv_uffd",
+    "send_uffd",
+]
+
+# The message: magic, version, bytes per range, number of ranges, number of descriptors.
+MAGIC = b"pyuffd\x00\x1a"  # not text, and a NUL, so that no line-based protocol sends it
+VERSION = 1
+_HEADER = struct.Struct("<8sHHII")
+# start, length, page size, offset, which descriptor holds the memory (0: none), reserved.
+_RANGE = struct.Struct("<QQQQII")
+
+# A guest has tens of ranges, a process with every mapping registered some thousands.
+MAX_REGIONS = 4096
+# The kernel takes at most 253 descriptors with one message (SCM_MAX_FD); one is the userfaultfd.
+MAX_MEMORY_FDS = 252
+# A handover is a few system calls; a peer that needs longer is stuck, or not there to help.
+TIMEOUT_S = 10.0
+PATH_LIMIT = 107  # sun_path, less its NUL
+FILE_LIMIT = 1 << 63  # off_t
+BACKLOG = 16
+
+_PEER = struct.Struct("=3i")  # struct ucred: pid, uid, gid
+_TIMEVAL = struct.Struct("=qq")
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverRange:
+    """A range of the owner's memory, as its owner describes it.
+
+    Attributes:
+        start: First address, in the owner's address space.
+        length: Bytes, a multiple of `page_size`.
+        page_size: The unit of its faults.
+        offset: Where it begins in `fd`, or, without one, in whatever image owner and
+            receiver agreed on.
+        fd: A descriptor of the memory behind it, owned by the `Handover`, or None.
+            `Region.file(fd, length, offset=offset)` maps the same memory here.
+    """
+
+    start: int
+    length: int
+    page_size: int
+    offset: int = 0
+    fd: int | None = None
+
+    def __repr__(self) -> str:
+        memory = "" if self.fd is None else f" fd={self.fd}"
+        return (
+            f"<HandoverRange [{self.start:#x}, +{self.length:#x}) page_size={self.page_size:#x}"
+            f" offset={self.offset:#x}{memory}>"
+        )
+
+
+class Handover:
+    """What `recv_uffd` got: a context manager that closes it all.
+
+    Attributes:
+        uffd: The userfaultfd, adopted; it acts on the memory of its owner.
+        regions: The ranges, in the order they were sent.
+        pid: The process that connected or made the socket pair, as the kernel noted it then: 0
+            if it is not visible from here. By now it may be another process's.
+        uid: That process's effective user.
+        gid: That process's effective group.
+    """
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        regions: tuple[HandoverRange, ...],
+        peer: tuple[int, int, int],
+        memory_fds: Sequence[int],
+    ) -> None:
+        self.uffd = uffd
+        self.regions = regions
+        self.pid, self.uid, self.gid = peer
+        self._memory_fds = list(memory_fds)
+
+    def close(self) -> None:
+        """Close the userfaultfd and the memory descriptors.
+
+        The owner's threads that still wait go on with zero pages: resolve them before.
+        """
+        self.uffd.close()
+        while self._memory_fds:
+            os.close(self._memory_fds.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The userfaultfd may have been taken out; it warns for itself.
+        if self._memory_fds:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            while self._memory_fds:
+                os.close(self._memory_fds.pop())
+
+    def __repr__(self) -> str:
+        return (
+            f"<Handover {self.uffd!r} of pid {self.pid}, uid {self.uid},"
+            f" {len(self.regions)} ranges>"
+        )
+
+
+def send_uffd(
+    sock: socket.socket,
+    uffd: Userfaultfd,
+    regions: Iterable[RangeLike],
+    *,
+    memory: bool = False,
+    allow_uids: Iterable[int] | None = None,
+    timeout_s: float | None = TIMEOUT_S,
+) -> None:
+    """Send a userfaultfd and the ranges it serves; `uffd` stays open here, and the caller's.
+
+    Register first. Whoever has the descriptor decides what the missing pages hold. While this
+    process keeps its own copy, the receiver's death leaves threads waiting; once it is closed,
+    that death gives them zero pages.
+
+    Args:
+        sock: A connected UNIX stream socket.
+        uffd: The userfaultfd of this process's memory.
+        regions: `Region`s, or anything with `start` and `length`; `page_size` and `offset` are
+            sent where there are any.
+        memory: Send the `fd` of each region that has one, so that the receiver can map it too.
+        allow_uids: Users that may have it; by default the own effective one, and root.
+        timeout_s: How long a peer that does not read is waited for, in all; None for ever.
+
+    Raises:
+        ValueError: overlapping, unaligned or too many ranges, or not such a socket.
+        ClosedError: the userfaultfd is closed.
+        HandoverError: "refused" - another user, nothing was sent; "closed" or "timeout" - the
+            connection is of no use any more.
+
+    Kernel: sendmsg(2) with SCM_RIGHTS; SO_PEERCRED of unix(7).
+    GIL: released.  Threads: safe, one call per socket.  Blocks: until it is written.
+    """
+    ranges, fds = _described(regions, memory)
+    message = bytearray(_HEADER.pack(MAGIC, VERSION, _RANGE.size, len(ranges), 1 + len(fds)))
+    for each in ranges:
+        which = 0 if each.fd is None else 1 + fds.index(each.fd)
+        message += _RANGE.pack(each.start, each.length, each.page_size, each.offset, which, 0)
+    peer = _Peer(sock, allow_uids, timeout_s)
+    rights = array.array("i", [uffd.fileno(), *fds])
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+    left = memoryview(message)
+    with peer.errors():
+        while left:
+            sent = peer.sendmsg(left, control)
+            left, control = left[sent:], []
+
+
+def recv_uffd(
+    sock: socket.socket,
+    *,
+    allow_uids: Iterable[int] | None = None,
+    max_regions: int = MAX_REGIONS,
+    timeout_s: float | None = TIMEOUT_S,
+) -> Handover:
+    """Receive what `send_uffd` sent, check all of it, and adopt the userfaultfd.
+
+    Reads not one byte beyond the message. After an error the connection is of no use any more.
+
+    Args:
+        sock: A connected UNIX stream socket.
+        allow_uids: Users whose userfaultfd is taken; by default the own effective one, and root.
+        max_regions: The most ranges to take; more are refused before they are read.
+        timeout_s: How long to wait, in all, however slowly the peer writes; None for ever.
+
+    Raises:
+        ValueError: not such a socket, or a bad argument.
+        HandoverError: `reason` says which. "refused" - another user, nothing was read; "closed" -
+            the peer went away; "timeout"; "format", "version" - not a message of ours; "too-large"
+            - more ranges than `max_regions`; "truncated" - descriptors were lost, by too many
+            being sent or by this process's RLIMIT_NOFILE; "descriptors" - none, too many, or not
+            where they belong; "not-a-userfaultfd"; "ranges" - unaligned, overlapping, out of
+            bounds; "memory" - not memory, or too short. Every received descriptor is closed.
+
+    Kernel: recvmsg(2) with SCM_RIGHTS; SO_PEERCRED of unix(7).
+    GIL: released.  Threads: safe, one call per socket.  Blocks: until it is there.
+
+    Example:
+        >>> import os, socket
+        >>> from pyuffd import Region, Userfaultfd
+        >>> from pyuffd.handover import recv_uffd, send_uffd
+        >>> ours, theirs = socket.socketpair()
+        >>> with ours, theirs, Userfaultfd() as uffd, Region.anonymous(8192) as region:
+        ...     send_uffd(theirs, uffd, [region])
+        ...     with recv_uffd(ours) as handover:
+        ...         (handover.regions[0].start == region.start, handover.pid == os.getpid())
+        (True, True)
+    """
+    if max_regions < 0:
+        raise ValueError(f"max_regions {max_regions} is negative")
+    peer = _Peer(sock, allow_uids, timeout_s)
+    with peer.errors(), _Descriptors() as received:
+        header = peer.receive(_HEADER.size, received)
+        magic, version, range_size, count, fd_count = _HEADER.unpack(header)
+        if magic != MAGIC:
+            raise _Refusal("format", f"not a handover: it begins with {header[:8]!r}")
+        if (version, range_size) != (VERSION, _RANGE.size):
+            raise _Refusal(
+                "version", f"version {version}, {range_size} bytes per range: unknown here"
+            )
+        if count > max_regions:
+            raise _Refusal("too-large", f"{count} ranges, and {max_regions} are taken")
+        if not 1 <= fd_count <= 1 + MAX_MEMORY_FDS:
+            raise _Refusal("descriptors", f"{fd_count} descriptors announced")
+        if len(received.fds) != fd_count:
+            raise _Refusal(
+                "descriptors", f"{fd_count} descriptors announced, {len(received.fds)} received"
+            )
+        body = peer.receive(count * _RANGE.size, received)
+        if len(received.fds) != fd_count:
+            raise _Refusal("descriptors", "more descriptors than were announced")
+        ranges = _parsed(body, received.fds[1:])
+        uffd = _adopted(received)
+        return Handover(uffd, ranges, peer.credentials, received.keep())
+
+
+def _described(regions: Iterable[RangeLike], memory: bool) -> tuple[list[HandoverRange], list[int]]:
+    """Return the ranges of some regions, and the distinct descriptors behind them."""
+    ranges = []
+    for region in regions:
+        fd = getattr(region, "fd", None) if memory else None
+        offset = int(getattr(region, "offset", 0))
+        ranges.append(HandoverRange(region.start, region.length, page_size_of(region), offset, fd))
+    if len(ranges) >= 1 << 32:
+        raise ValueError(f"{len(ranges)} ranges do not fit in a message")
+    _check_ranges(ranges)
+    fds = list(dict.fromkeys(each.fd for each in ranges if each.fd is not None))
+    if len(fds) > MAX_MEMORY_FDS:
+        raise ValueError(f"{len(fds)} memory descriptors; one message takes {MAX_MEMORY_FDS}")
+    return ranges, fds
+
+
+def _parsed(body: bytes, memory_fds: Sequence[int]) -> tuple[HandoverRange, ...]:
+    """Turn the body of a message into ranges that can be used as they are."""
+    ranges = []
+    unused = set(memory_fds)
+    for start, length, page_size, offset, which, reserved in _RANGE.iter_unpack(body):
+        if reserved:
+            raise _Refusal("format", f"reserved bits {reserved:#x} are set")
+        if which > len(memory_fds):
+            raise _Refusal("descriptors", f"a range in descriptor {which} of {len(memory_fds)}")
+        fd = memory_fds[which - 1] if which else None
+        unused.discard(-1 if fd is None else fd)
+        ranges.append(HandoverRange(start, length, page_size, offset, fd))
+    if unused:
+        raise _Refusal("descriptors", f"{len(unused)} descriptors that no range uses")
+    try:
+        _check_ranges(ranges)
+    except ValueError as error:
+        raise _Refusal("ranges", str(error)) from error
+    for each in ranges:
+        if each.fd is not None:
+            _check_memory(each, each.fd)
+    return tuple(ranges)
+
+
+def _check_ranges(ranges: Sequence[HandoverRange]) -> None:
+    """Raise ValueError unless the ranges are possible and disjoint."""
+    for each in ranges:
+        check_range(each.start, each.length, check_page_size(each.page_size))
+        check_aligned("offset", each.offset, 1 if each.fd is None else each.page_size)
+        if each.offset + each.length > FILE_LIMIT:
+            raise ValueError(f"offset {each.offset:#x} + {each.length:#x} is beyond any file")
+    ordered = sorted(ranges, key=lambda each: each.start)
+    for before, after in itertools.pairwise(ordered):
+        if before.start + before.length > after.start:
+            raise ValueError(f"{before!r} and {after!r} overlap")
+
+
+def _check_memory(each: HandoverRange, fd: int) -> None:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise _Refusal("memory", f"the descriptor for {each!r} is no memory")
+    if each.offset + each.length > status.st_size:
+        raise _Refusal("memory", f"{each!r} ends behind its memory of {status.st_size:#x} bytes")
+
+
+def _adopted(received: _Descriptors) -> Userfaultfd:
+    try:
+        uffd = Userfaultfd.from_fd(received.fds[0])
+    except ValueError as error:
+        raise _Refusal("not-a-userfaultfd", str(error)) from error
+    received.fds.pop(0)
+    return uffd
+
+
+class _Refusal(Exception):
+    # Raised where the peer is not known; `_Peer.errors` makes it a HandoverError.
+    def __init__(self, reason: HandoverReason, text: str) -> None:
+        super().__init__(reason, text)
+        self.reason, self.text = reason, text
+
+
+class _Descriptors:
+    # Received descriptors, closed at the end unless they are kept.
+    def __init__(self) -> None:
+        self.fds: list[int] = []
+
+    def keep(self) -> list[int]:
+        fds, self.fds = self.fds, []
+        return fds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for fd in self.keep():
+            os.close(fd)
+
+
+class _Peer:
+    # A checked connection with one deadline for all that is done on it. What a message means is
+    # not known here, so that another program's handshake can use it too.
+    def __init__(
+        self, sock: socket.socket, allow_uids: Iterable[int] | None, timeout_s: float | None
+    ) -> None:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise ValueError(f"{sock!r} is not a UNIX stream socket")
+        self._sock = sock
+        self._deadline = _deadline(timeout_s)
+        allowed = {os.geteuid(), 0} if allow_uids is None else set(allow_uids)
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        pid, uid, gid = _PEER.unpack(raw)
+        self.credentials = pid, uid & 0xFFFF_FFFF, gid & 0xFFFF_FFFF
+        if uid == -1:
+            raise ValueError(f"{sock!r} is not connected")
+        if self.credentials[1] not in allowed:
+            text = f"user {self.credentials[1]} is none of {sorted(allowed)}"
+            raise self._error("refused", text)
+
+    def _error(self, reason: HandoverReason, text: str) -> HandoverError:
+        return HandoverError(reason, text, *self.credentials[:2])
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        try:
+            yield
+        except _Refusal as refusal:
+            raise self._error(refusal.reason, refusal.text) from refusal.__cause__
+        except ConnectionError as error:
+            raise self._error("closed", "the peer closed the connection") from error
+
+    def _wait(self, event: int) -> None:
+        if not _wait(self._sock.fileno(), event, self._deadline):
+            doing = "sent" if event == select.POLLIN else "read"
+            raise _Refusal("timeout", f"the peer has not {doing} everything in time")
+
+    def sendmsg(self, data: memoryview, control: list[tuple[int, int, array.array[int]]]) -> int:
+        while True:
+            self._wait(select.POLLOUT)
+            with suppress(BlockingIOError):
+                return self._sock.sendmsg(
+                    [data], control, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+                )
+
+    def receive(self, length: int, received: _Descriptors) -> bytes:
+        # Descriptors may come with any byte; a buffer for all of them at each call, and not one
+        # more, lets none slip by and none be installed that could not be wanted.
+        data = bytearray()
+        # CMSG_LEN, not CMSG_SPACE: padding would be room for one more.
+        space = socket.CMSG_LEN((1 + MAX_MEMORY_FDS) * array.array("i").itemsize)
+        flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        while len(data) < length:
+            self._wait(select.POLLIN)
+            try:
+                piece, control, state, _ = self._sock.recvmsg(length - len(data), space, flags)
+            except BlockingIOError:
+                continue
+            for level, kind, content in control:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds = array.array("i")
+                    fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+                    received.fds.extend(fds)
+            if state & socket.MSG_CTRUNC:
+                raise _Refusal(
+                    "truncated",
+                    "descriptors were lost on the way: more than a handover has, or more than"
+                    " this process may open (RLIMIT_NOFILE)",
+                )
+            if not piece:
+                raise _Refusal("closed", f"the peer closed after {len(data)} of {length} bytes")
+            data += piece
+        return bytes(data)
+
+
+class UnixListener:
+    """A listening UNIX socket of this user's, made by `listen_unix`.
+
+    Attributes:
+        path: Where it is; removed by close(), if it is still this socket's.
+    """
+
+    def __init__(self, sock: socket.socket, path: str) -> None:
+        self._sock = sock
+        self.path = path
+        self._pid = os.getpid()
+        self._identity = _identity(path)
+
+    def accept(self, *, timeout_s: float | None = TIMEOUT_S) -> socket.socket:
+        """Return the next connection, a blocking stream socket.
+
+        Raises:
+            HandoverError: "timeout" - nobody connected in time.
+            ClosedError: the listener is closed.
+        """
+        deadline = _deadline(timeout_s)
+        while True:
+            if not _wait(self.fileno(), select.POLLIN, deadline):
+                raise HandoverError("timeout", f"nobody connected to {self.path} in time")
+            # Somebody else who shares the listener may be faster.
+            with suppress(BlockingIOError):
+                connection, _ = self._sock.accept()
+                connection.setblocking(True)
+                return connection
+
+    def fileno(self) -> int:
+        """Return the descriptor, for polling."""
+        fd = self._sock.fileno()
+        if fd < 0:
+            raise ClosedError(f"the listener at {self.path} is closed")
+        return fd
+
+    def close(self) -> None:
+        """Stop listening, and remove the socket's file; in a fork, only close."""
+        if self._sock.fileno() < 0:
+            return
+        self._sock.close()
+        if self._pid == os.getpid() and _identity(self.path) == self._identity:
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._sock.fileno() < 0 else f"fd={self._sock.fileno()}"
+        return f"<UnixListener {self.path} {state}>"
+
+
+def listen_unix(path: str | os.PathLike[str], *, backlog: int = BACKLOG) -> UnixListener:
+    """Listen at `path` with a socket that nobody but this user can connect to.
+
+    Its file has mode 0600 from its first instant, whatever the umask, which is not changed.
+
+    Args:
+        path: At most 107 bytes; nothing may be there yet.
+        backlog: How many connections may wait to be accepted.
+
+    Raises:
+        ValueError: a path that is empty, too long or abstract.
+        OSError: EADDRINUSE - something is there; or the directory's errno.
+
+    Kernel: bind(2) gives the file the mode of the socket's own inode, less the umask.
+    """
+    name = _checked_path(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(name)
+    except BaseException:
+        sock.close()
+        raise
+    listener = UnixListener(sock, name)
+    try:
+        sock.listen(backlog)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def connect_unix(
+    path: str | os.PathLike[str], *, timeout_s: float | None = TIMEOUT_S
+) -> socket.socket:
+    """Connect to a listener and return the blocking stream socket.
+
+    Args:
+        path: Where it listens; at most 107 bytes.
+        timeout_s: How long to wait while its queue is full; None for ever.
+
+    Raises:
+        ValueError: a path that is empty, too long or abstract.
+        HandoverError: "timeout" - its queue is full and stays so.
+        OSError: ENOENT - nothing is there; ECONNREFUSED - nobody listens; EACCES - another
+            user's.
+    """
+    name = _checked_path(path)
+    _deadline(timeout_s)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A non-blocking connect to a full queue fails at once, and nothing tells when to try again.
+        seconds = 0.0 if timeout_s is None else max(timeout_s, 1e-6)
+        limit = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        sock.connect(name)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(0, 0))
+    except BlockingIOError as error:
+        sock.close()
+        raise HandoverError("timeout", f"the queue of {name} stays full") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    size = len(os.fsencode(name))
+    if not 1 <= size <= PATH_LIMIT:
+        raise ValueError(f"a socket's path has 1 to {PATH_LIMIT} bytes, this has {size}: {name!r}")
+    if "\0" in name:
+        raise ValueError(f"{name!r} is abstract: no permissions keep others from it")
+    return name
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+            raise
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    if timeout_s is None:
+        return None
+    if not timeout_s >= 0:
+        raise ValueError(f"timeout_s {timeout_s} is negative")
+    return time.monotonic() + timeout_s
+
+
+def _wait(fd: int, event: int, deadline: float | None) -> bool:
+    poll = select.poll()
+    poll.register(fd, event)
+    left_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+    return bool(poll.poll(left_ms))

@@ -1,0 +1,52 @@
+"""A kit for testing what uses userfaultfd: needs, faulting processes, injected faults (layer L5).
+
+docs/testing.md shows it at work.  With pytest installed its plugin is loaded by itself; only the
+`needs*` functions need pytest (`pip install pyuffd[testing]`), the rest works with any runner.
+"""
+
+from __future__ import annotations
+
+from pyuffd.testing._child import FaultingChild, FaultingChildError, ForkResult, Step
+from pyuffd.testing._inject import (
+    DelayedSource,
+    FailingSource,
+    GatedSource,
+    PendingChange,
+    WrongLengthSource,
+    kill,
+    layout_change_pending,
+    layout_is_changing,
+)
+from pyuffd.testing._leaks import LeakError, child_pids, no_leaks
+from pyuffd.testing._needs import (
+    needs,
+    needs_hugepages,
+    needs_ioctl,
+    needs_privilege,
+    needs_swap,
+    require,
+)
+
+__all__ = [
+    "DelayedSource",
+    "FailingSource",
+    "FaultingChild",
+    "FaultingChildError",
+    "ForkResult",
+    "GatedSource",
+    "LeakError",
+    "PendingChange",
+    "Step",
+    "WrongLengthSource",
+    "child_pids",
+    "kill",
+    "layout_change_pending",
+    "layout_is_changing",
+    "needs",
+    "needs_hugepages",
+    "needs_ioctl",
+    "needs_privilege",
+    "needs_swap",
+    "no_leaks",
+    "require",
+]

@@ -1,0 +1,129 @@
+"""What a piece of code leaves behind in this process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# A joined C thread, and a child that was waited for, stay visible in /proc for a moment.
+SETTLE_S = 2.0
+POLL_S = 0.005
+
+_FIRST_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)")
+# Shared memory and huge pages in all their shapes; other mappings come and go with malloc.
+_MEMORY = re.compile(r"/memfd:|/dev/shm/|/dev/zero|/SYSV|/anon_hugepage")
+# Registered with a userfaultfd: missing, write-protected, minor.
+_REGISTERED = {"um", "uw", "ui"}
+
+
+class LeakError(AssertionError):
+    """Something was left behind; `leaks` names each."""
+
+    def __init__(self, leaks: list[str]) -> None:
+        """Keep the list."""
+        super().__init__("left behind: " + ", ".join(leaks))
+        self.leaks = leaks
+
+    def __reduce__(self) -> tuple[type[LeakError], tuple[list[str]]]:
+        return type(self), (self.leaks,)
+
+
+@contextmanager
+def no_leaks(
+    *,
+    fds: bool = True,
+    mappings: bool = True,
+    threads: bool = True,
+    processes: bool = True,
+    settle_s: float = SETTLE_S,
+) -> Iterator[None]:
+    """Check that the body leaves nothing behind in this process.
+
+    Not looked at after an exception of the body, which goes on as it is.
+
+    Args:
+        fds: File descriptors.
+        mappings: Shared memory (memfd, POSIX, huge pages), and whatever is registered with a
+            userfaultfd. Plain anonymous memory is the allocator's as well, and not looked at.
+        threads: Threads, C threads too.
+        processes: Children that run, or were not waited for.
+        settle_s: How long what is ending may take to be gone.
+
+    Raises:
+        LeakError: something that was not there before is there; an AssertionError.
+
+    GIL: held at times.  Threads: those of others count.  Blocks: up to `settle_s`.
+
+    Example:
+        >>> from pyuffd import Region
+        >>> from pyuffd.testing import no_leaks
+        >>> with no_leaks():
+        ...     Region.memfd(4096).close()
+    """
+    looks = [
+        look
+        for look, wanted in (
+            (_fds, fds),
+            (_mappings, mappings),
+            (_threads, threads),
+            (_processes, processes),
+        )
+        if wanted
+    ]
+    before = {name for look in looks for name in look()}
+    yield
+    deadline = time.monotonic() + settle_s
+    while leaks := [name for look in looks for name in look() if name not in before]:
+        gc.collect()
+        if time.monotonic() > deadline:
+            raise LeakError(leaks)
+        time.sleep(POLL_S)
+
+
+def _fds() -> Iterator[str]:
+    for fd in sorted(os.listdir("/proc/self/fd"), key=int):
+        with suppress(FileNotFoundError):
+            yield f"fd {fd} -> {os.readlink(f'/proc/self/fd/{fd}')}"
+
+
+def _threads() -> Iterator[str]:
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name = Path(f"/proc/self/task/{thread}/comm").read_text().strip()
+            yield f"thread {thread} ({name})"
+
+
+def _processes() -> Iterator[str]:
+    for pid in sorted(child_pids()):
+        name = "?"
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+        yield f"process {pid} ({name})"
+
+
+def _mappings() -> Iterator[str]:
+    place = name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := _FIRST_LINE.match(line):
+            start, end, name = match.groups()
+            place = f"[{int(start, 16):#x}, +{int(end, 16) - int(start, 16):#x})"
+        elif line.startswith("VmFlags:"):
+            flags = set(line.split()[1:])
+            if registered := flags & _REGISTERED:
+                yield f"mapping {place} {name or 'anonymous'}, registered {sorted(registered)}"
+            elif _MEMORY.match(name) or "ht" in flags:
+                yield f"mapping {place} {name}"
+
+
+def child_pids() -> set[int]:
+    """Return the child processes of this process, those that nobody waited for included."""
+    pids: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            pids.update(map(int, (task / "children").read_text().split()))
+    return pids

@@ -1,0 +1,84 @@
+"""What a test needs of kernel, user and machine, as pytest marks.
+
+pytest is imported when a mark is made, not before: the other parts of the kit work without it.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from typing import TYPE_CHECKING
+
+from pyuffd.conformance import _need
+from pyuffd.conformance._need import HUGE_PAGE, Lack, Need
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def needs(feature: IntFlag) -> pytest.MarkDecorator:
+    """Skip the test unless the kernel offers these userfaultfd features to this user.
+
+    Args:
+        feature: `Feature` bits; `Feature(0)` asks only for a userfaultfd at all.
+
+    Returns:
+        A mark: a decorator, an item of `pytestmark`, or the `marks` of `pytest.param`. The
+        reason of the skip says what was found. With `PYUFFD_TESTS=require` in the environment
+        the test fails instead, unless `PYUFFD_TESTS_MAY_LACK` names what is lacking.
+    """
+    return _mark(_need.needs(feature))
+
+
+def needs_ioctl(
+    ioctl: IntFlag, memory: str = "anon", mode: int = 1, features: int = 0
+) -> pytest.MarkDecorator:
+    """Skip unless registering this memory type in this mode gives these ioctls.
+
+    Args:
+        ioctl: `Ioctl` bits of the mask that UFFDIO_REGISTER returns.
+        memory: anon, shmem, shmem-private, hugetlb or hugetlb-private.
+        mode: `RegisterMode` bits; 1 is MISSING.
+        features: `Feature` bits to enable before registering.
+
+    Returns:
+        A mark, as from `needs`.
+    """
+    return _mark(_need.needs_ioctl(ioctl, memory, mode, features))
+
+
+def needs_privilege(*capabilities: str) -> pytest.MarkDecorator:
+    """Skip unless this process has these capabilities; CAP_SYS_ADMIN if none is named."""
+    if unknown := set(capabilities) - set(_need.CAPABILITIES):
+        raise ValueError(f"{sorted(unknown)}: known are {sorted(_need.CAPABILITIES)}")
+    return _mark(_need.needs_privilege(*capabilities))
+
+
+def needs_hugepages(count: int, size: int = HUGE_PAGE) -> pytest.MarkDecorator:
+    """Skip unless `count` huge pages of `size` bytes are free when the test begins."""
+    return _mark(_need.needs_hugepages(count, size))
+
+
+def needs_swap() -> pytest.MarkDecorator:
+    """Skip unless some swap is on."""
+    return _mark(_need.needs_swap())
+
+
+def require(mark: pytest.MarkDecorator | pytest.Mark) -> None:
+    """Check a mark of `needs*` now: for fixtures, and for the middle of a test."""
+    import pytest
+
+    for need in mark.args:
+        try:
+            need.check()
+        except Lack as lack:
+            if _need.strict() and not lack.may_be:
+                pytest.fail(f"PYUFFD_TESTS=require: {lack.reason}", pytrace=False)
+            skip = pytest.skip.Exception(lack.reason)
+            vars(skip)["may_lack"] = lack.may_be
+            raise skip from None
+
+
+def _mark(need: Need) -> pytest.MarkDecorator:
+    import pytest
+
+    return pytest.mark.pyuffd_need(need)

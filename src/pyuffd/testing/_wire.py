@@ -1,0 +1,43 @@
+"""Messages between a test and its faulting child: JSON behind a length, on a stream socket."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from typing import Any
+
+LENGTH = struct.Struct("<I")
+
+
+def packed(message: dict[str, Any]) -> bytes:
+    """Return a message as it is sent."""
+    text = json.dumps(message).encode()
+    return LENGTH.pack(len(text)) + text
+
+
+def unpacked(buffer: bytearray) -> dict[str, Any] | None:
+    """Take the first whole message off a buffer, or return None."""
+    if len(buffer) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack_from(buffer)
+    end = LENGTH.size + length
+    if len(buffer) < end:
+        return None
+    message: dict[str, Any] = json.loads(buffer[LENGTH.size : end])
+    del buffer[:end]
+    return message
+
+
+def portable(value: Any) -> Any:
+    """Make bytes fit for JSON, in arguments and results."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return {"base64": base64.b64encode(value).decode()}
+    return value
+
+
+def restored(value: Any) -> Any:
+    """Undo `portable`."""
+    if isinstance(value, dict) and value.keys() == {"base64"}:
+        return base64.b64decode(value["base64"])
+    return value
