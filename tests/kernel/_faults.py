@@ -1,0 +1,123 @@
+"""Threads that fault or change the layout, and what then comes out of the userfaultfd."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pyuffd import Feature, Pagefault, RegisterMode, Userfaultfd
+from pyuffd._abi import Event
+from tests._child import SCALE
+from tests._need import kernel_features
+
+WAIT_S = 5.0 * SCALE
+
+T = TypeVar("T")
+
+
+class Task(Generic[T]):
+    """A thread that runs one call, which may stall; its end is waited for with a limit.
+
+    Daemonic: a test that fails leaves it to the closing of the userfaultfd to let it go.
+    """
+
+    def __init__(self, function: Callable[..., T], *args: object) -> None:
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+        self.native_id = 0
+        started = threading.Event()
+
+        def run() -> None:
+            self.native_id = threading.get_native_id()
+            started.set()
+            try:
+                self._result.append(function(*args))
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="test-task", daemon=True)
+        self._thread.start()
+        started.wait()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> T:
+        """Wait for the call's end; return its value or raise its exception."""
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive(), f"still stalled after {WAIT_S} s"
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+
+def readable(uffd: Userfaultfd, timeout_s: float = 0) -> bool:
+    """Return whether an event is queued within the time."""
+    poll = select.poll()
+    poll.register(uffd.fileno(), select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def next_events(uffd: Userfaultfd) -> list[Event]:
+    """Wait for events and return all that are queued then."""
+    assert readable(uffd, WAIT_S), f"no event within {WAIT_S} s"
+    return uffd.read_events()
+
+
+def next_fault(uffd: Userfaultfd) -> Pagefault:
+    """Wait for exactly one page fault and nothing else."""
+    events = next_events(uffd)
+    assert len(events) == 1, events
+    assert isinstance(events[0], Pagefault), events
+    return events[0]
+
+
+def no_events(uffd: Userfaultfd) -> bool:
+    """Return whether nothing is queued; for after the causing thread has been joined."""
+    return uffd.read_events() == []
+
+
+@contextmanager
+def registered(
+    target: object,
+    mode: RegisterMode = RegisterMode.MISSING,
+    features: Feature = Feature(0),  # noqa: B008 - an immutable flag
+) -> Iterator[Userfaultfd]:
+    """Open a userfaultfd and register one region with it."""
+    with Userfaultfd(features=features) as uffd:
+        uffd.register(target, mode=mode)  # type: ignore[arg-type]
+        yield uffd
+
+
+def offered(features: Feature) -> Feature:
+    """Return those of the features that this kernel has."""
+    return Feature(int(features) & kernel_features())
+
+
+def open_files() -> int:
+    """Return how many files this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def wait_for_pending(uffd: Userfaultfd, count: int) -> None:
+    """Wait until exactly this many faults are queued and unread, by the kernel's own count."""
+    path = Path(f"/proc/self/fdinfo/{uffd.fileno()}")
+    deadline = time.monotonic() + WAIT_S
+    while (pending := int(path.read_text().split("pending:")[1].split()[0])) != count:
+        assert time.monotonic() < deadline, f"{pending} faults are pending, not {count}"
+        os.sched_yield()
+
+
+def fork() -> int:
+    """Fork; a watchdog's C thread is no reason for Python 3.12's warning about threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()

@@ -1,0 +1,211 @@
+"""What the tests of the fault handlers share: a served region, and waiting for what must happen."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import random
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pyuffd import Feature, Handler, PageState, Userfaultfd
+from tests._child import run_child
+from tests._memory import Memory, memory_of, memory_params
+
+Driver = Literal["native", "inline"]
+DRIVERS: tuple[Driver, ...] = ("native", "inline")
+# Only against a bug: every wait is for something that must happen soon.
+WAIT_S = 20.0
+
+both_drivers = pytest.mark.parametrize("driver", DRIVERS)
+
+Check = Callable[[Driver, str], None]
+
+
+def everywhere(check: Check, *names: str, drivers: tuple[Driver, ...] = DRIVERS) -> Any:
+    """Make a test that runs `check(driver, memory type)` in a child for each of both."""
+
+    @pytest.mark.parametrize("driver", drivers)
+    @pytest.mark.parametrize("name", memory_params(*names))
+    def test(driver: Driver, name: str) -> None:
+        run_child(check, driver, name)
+
+    return test
+
+
+def with_both_drivers(check: Callable[[Driver], None]) -> Any:
+    """Make a test that runs `check(driver)` in a child for each driver."""
+
+    @both_drivers
+    def test(driver: Driver) -> None:
+        run_child(check, driver)
+
+    return test
+
+
+@contextlib.contextmanager
+def handler_of(
+    driver: Driver,
+    features: Feature = Feature(0),  # noqa: B008 - an immutable flag
+    **options: Any,
+) -> Iterator[Handler]:
+    """A handler that is not started, on a userfaultfd of its own."""
+    if driver == "inline":
+        features |= Feature.SIGBUS
+    with Userfaultfd(features=features) as uffd, Handler(uffd, driver=driver, **options) as handler:
+        yield handler
+
+
+@contextlib.contextmanager
+def serving(
+    driver: Driver,
+    name: str,
+    features: Feature = Feature(0),  # noqa: B008
+    **options: Any,
+) -> Iterator[tuple[Handler, Memory]]:
+    """A handler as `handler_of`, and a factory of regions that outlive it."""
+    with (
+        contextlib.closing(memory_of(name)) as memory,
+        handler_of(driver, features, **options) as handler,
+    ):
+        yield handler, memory
+
+
+def content(length: int, seed: int = 1) -> bytes:
+    """Return bytes that differ from page to page and hold no page of zeros."""
+    return random.Random(seed).randbytes(length)
+
+
+def states(handler: Handler, region: Any) -> list[PageState]:
+    """Return the state of every page of a served region, once nobody is at work on one.
+
+    The thread that faulted may run again before the native thread has written down that it may.
+    """
+    found: list[PageState] = []
+
+    def settled() -> bool:
+        found[:] = map(PageState, handler.page_states(region))
+        return PageState.IN_FLIGHT not in found
+
+    wait_until(settled, "no page is in flight")
+    return found
+
+
+def faults(handler: Handler, expected: int) -> dict[str, int]:
+    """Return the faults by kind, once as many as expected have been counted in all."""
+    wait_until(
+        lambda: sum(handler.stats().faults.values()) >= expected, f"{expected} faults are counted"
+    )
+    return handler.stats().faults
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> None:
+    """Return when something has happened; it must."""
+    deadline = time.monotonic() + WAIT_S
+    while not happened():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {WAIT_S} s")
+        os.sched_yield()
+
+
+def wait_for_stalled(uffd: Userfaultfd, threads: int) -> None:
+    """Return when this many faults wait, whether their messages were read or not."""
+
+    def stalled() -> bool:
+        info = Path(f"/proc/self/fdinfo/{uffd.fileno()}").read_text()
+        found = re.search(r"total:\s*(\d+)", info)
+        return found is not None and int(found[1]) >= threads
+
+    wait_until(stalled, f"{threads} threads wait for a fault")
+
+
+def run_threads(*functions: Callable[[], object]) -> None:
+    """Run functions at once, each in a thread; raise the first exception of any."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(len(functions))
+
+    def run(function: Callable[[], object]) -> None:
+        barrier.wait()
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def in_fork(function: Callable[[], object]) -> int:
+    """Run a function in a fork of this process; return the wait status, as waitstatus_to_exitcode.
+
+    It exits 0, with 1 after an exception, or by its signal, and runs no exit handlers.
+    """
+    with warnings.catch_warnings():
+        # Python 3.12 warns of every thread, also of C threads that hold no lock of Python's.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGBUS, signal.SIG_DFL)
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def open_fds() -> set[str]:
+    """Name the descriptors of this process, but the one that lists them."""
+    names = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            names.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
+    return names
+
+
+def thread_names() -> list[str]:
+    """Name the threads of this process."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            names.append((task / "comm").read_text().strip())
+    return sorted(names)
+
+
+def is_lost(region: Any, offset: int = 0, length: int | None = None) -> bool:
+    """Whether the kernel gets EFAULT where user code would get SIGBUS."""
+    length = region.page_size if length is None else length
+    with open(os.memfd_create("sink"), "wb", buffering=0) as sink:
+        libc = ctypes.CDLL(None, use_errno=True)
+        written = libc.write(sink.fileno(), ctypes.c_void_p(region.start + offset), length)
+        if written >= 0:
+            assert written == length, f"{written:#x} bytes of {length:#x}"
+            return False
+        assert ctypes.get_errno() == errno.EFAULT, os.strerror(ctypes.get_errno())
+        return True
+
+
+def wait_in_system_call(thread: threading.Thread, number: int) -> None:
+    """Return when a thread is inside this system call."""
+
+    def inside() -> bool:
+        line = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text()
+        return line.split()[0] == str(number)
+
+    wait_until(inside, f"{thread.name} is in system call {number}")

@@ -1,0 +1,306 @@
+"""`async for event in uffd.events()`: order, cancellation, closing, other tasks beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+
+import pytest
+
+from pyuffd import (
+    ClosedError,
+    Event,
+    EventsBusyError,
+    Feature,
+    Fork,
+    Pagefault,
+    Region,
+    Remove,
+    Userfaultfd,
+)
+from pyuffd.testing import FaultingChild, layout_change_pending
+from tests._child import run_child
+from tests._need import needs, needs_privilege, require
+from tests.kernel._faults import Task, no_events, readable, registered
+from tests.kernel._serving import wait_for_stalled, wait_until
+
+PAGE = 4096
+DROP = mmap.MADV_DONTNEED
+WAIT_S = 10.0
+REMOVE = Feature.EVENT_REMOVE
+CHECKS: list[Callable[[], None]] = []
+
+pytestmark = needs(REMOVE)
+
+
+def check(function: Callable[[], Coroutine[None, None, None]]) -> Callable[[], None]:
+    """Make a coroutine function a check that runs in a loop, in a child process."""
+
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(function(), WAIT_S))
+
+    run.__name__ = run.__qualname__ = function.__name__
+    run.__module__ = function.__module__
+    CHECKS.append(run)
+    return run
+
+
+@pytest.mark.parametrize("function", CHECKS, ids=lambda check: check.__name__)
+def test_in_a_child(function: Callable[[], None]) -> None:
+    run_child(function, budget_s=2 * WAIT_S)
+
+
+def stalled_reads(uffd: Userfaultfd, region: Region, count: int) -> list[Task[bytes]]:
+    """Let this many threads wait for a page each."""
+    tasks = [Task(region.read, page * region.page_size, 1) for page in range(count)]
+    wait_for_stalled(uffd, count)
+    return tasks
+
+
+def resolve(uffd: Userfaultfd, event: Event) -> int:
+    assert isinstance(event, Pagefault)
+    uffd.fill_copy(event.address, bytes([7]) * PAGE)
+    return event.address
+
+
+async def next_of(events: AsyncIterator[Event]) -> Event:
+    return await anext(events)
+
+
+@check
+async def serves_beside_other_tasks() -> None:
+    """Each batch leaves other tasks their turn; all pages arrive."""
+    pages, turns = 256, 0
+
+    async def other_work() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    with FaultingChild(pages) as child:
+        worker = asyncio.create_task(other_work())
+        step = child.begin("touch", 0, pages * PAGE)
+        served = set()
+        async for event in child.uffd.events():
+            served.add(resolve(child.uffd, event))
+            if len(served) == pages:
+                break
+        worker.cancel()
+        step.done()
+        assert child.run("read", 0, pages * PAGE) == bytes([7]) * pages * PAGE
+    assert turns >= pages  # the child faults for a page at a time
+
+
+@check
+async def events_come_one_by_one_and_none_is_lost() -> None:
+    with Region.anonymous(8 * PAGE) as region, registered(region) as uffd:
+        tasks = stalled_reads(uffd, region, 8)
+        first = await anext(uffd.events())
+        # Seven have been read and not delivered: half for another iterator, half for read_events.
+        assert not readable(uffd)
+        seen = [first]
+        async for event in uffd.events():
+            seen.append(event)
+            if len(seen) == 4:
+                break
+        seen += uffd.read_events(1)
+        seen += uffd.read_events()
+        assert uffd.read_events() == []
+        pages = {resolve(uffd, event) for event in seen}
+        assert (len(seen), pages) == (8, {region.start + page * PAGE for page in range(8)})
+        assert [task.result() for task in tasks] == [b"\x07"] * 8
+
+
+@check
+async def layout_events_come_before_faults_of_their_batch() -> None:
+    with Region.anonymous(2 * PAGE) as region, registered(region, features=REMOVE) as uffd:
+        (reading,) = stalled_reads(uffd, region, 1)
+        with layout_change_pending(uffd, region, offset=PAGE):
+            events = uffd.events()
+            first, second = await anext(events), await anext(events)
+            assert first == Remove(region.start + PAGE, region.start + 2 * PAGE)
+            assert resolve(uffd, second) == region.start
+        reading.result()
+
+
+@check
+async def cancelled_while_it_waits() -> None:
+    with Region.anonymous(PAGE) as region, registered(region) as uffd:
+        events = uffd.events()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(events), 0.01)
+        # The loop has let go of the descriptor each time.
+        assert not asyncio.get_running_loop().remove_reader(uffd.fileno())
+        (reading,) = stalled_reads(uffd, region, 1)
+        resolve(uffd, await anext(events))
+        reading.result()
+
+
+@check
+async def cancelled_when_the_event_is_there() -> None:
+    """The cancellation comes between the descriptor's readiness and the task's turn."""
+    loop = asyncio.get_running_loop()
+    with Region.anonymous(PAGE) as region, registered(region) as uffd:
+        events = uffd.events()
+        task = asyncio.create_task(next_of(events))
+        await asyncio.sleep(0)
+        again = os.dup(uffd.fileno())
+        # Ready in the same turn of the loop, as the same file is.
+        loop.add_reader(again, task.cancel)
+        (reading,) = stalled_reads(uffd, region, 1)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        loop.remove_reader(again)
+        os.close(again)
+        resolve(uffd, await anext(events))
+        reading.result()
+
+
+@check
+async def closing_ends_the_iteration() -> None:
+    loop = asyncio.get_running_loop()
+    for close in (Userfaultfd.close, lambda uffd: os.close(uffd.detach())):
+        uffd = Userfaultfd()
+        fd = uffd.fileno()
+        events = uffd.events()
+        task = asyncio.create_task(collect(events))
+        await asyncio.sleep(0)
+        close(uffd)
+        assert not loop.remove_reader(fd)
+        assert await task == []
+        assert await collect(events) == []
+        with pytest.raises(ClosedError):
+            uffd.events()
+
+
+@check
+async def closing_in_another_thread_ends_the_iteration() -> None:
+    loop = asyncio.get_running_loop()
+    uffd = Userfaultfd()
+    copy, fd = os.dup(uffd.fileno()), uffd.fileno()  # with it, epoll would keep a closed one
+    task = asyncio.create_task(collect(uffd.events()))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(uffd.close)
+    assert await task == []
+    assert not loop.remove_reader(fd)
+    os.close(copy)
+
+
+async def collect(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
+
+
+@check
+async def closing_after_the_loop() -> None:
+    """A loop that is gone is not asked to let go."""
+    uffd = Userfaultfd()
+
+    def other_loop() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(collect(uffd.events()))
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    await asyncio.to_thread(other_loop)
+    uffd.close()
+
+
+@check
+async def second_task_is_refused() -> None:
+    with Region.anonymous(PAGE) as region, registered(region) as uffd:
+        first = asyncio.create_task(next_of(uffd.events()))
+        await asyncio.sleep(0)
+        with pytest.raises(EventsBusyError):
+            await anext(uffd.events())
+        (reading,) = stalled_reads(uffd, region, 1)
+        resolve(uffd, await first)
+        reading.result()
+        assert no_events(uffd)
+
+
+@check
+async def undelivered_forks_are_closed() -> None:
+    require(needs_privilege("CAP_SYS_PTRACE"))
+    features = REMOVE | Feature.EVENT_FORK
+    with FaultingChild(2, features=features, content=bytes(2 * PAGE)) as child:
+        removing = child.begin("madvise", DROP, 0, PAGE, thread=1)
+        wait_until(lambda: waiting_threads(child.pid) == 1, "the Remove event is queued")
+        forking = child.begin("fork", thread=2)
+        wait_until(lambda: waiting_threads(child.pid) == 2, "the Fork event is queued")
+        before = len(os.listdir("/proc/self/fd"))
+        assert isinstance(await anext(child.uffd.events()), Remove)
+        (fork,) = child.uffd._unread
+        assert isinstance(fork, Fork)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        removing.done()
+        assert forking.done().returncode == 0
+        child.uffd.close()
+        assert fork.uffd.closed
+
+
+def waiting_threads(pid: int) -> int:
+    """Count the threads that wait for a layout event to be read."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
+    return states.count("D")
+
+
+def test_blocking_one_is_refused() -> None:
+    with Userfaultfd(nonblocking=False) as uffd, pytest.raises(ValueError):
+        uffd.events()
+
+
+def test_closed_one_is_refused() -> None:
+    uffd = Userfaultfd()
+    uffd.close()
+    with pytest.raises(ClosedError):
+        uffd.events()
+
+
+def test_a_loop_that_is_busy_elsewhere_still_serves() -> None:
+    run_child(beside_sockets)
+
+
+def beside_sockets() -> None:
+    """Faults are served while the loop echoes on a socket."""
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=ours)
+
+        async def echo() -> None:
+            while line := await reader.readline():
+                writer.write(line)
+
+        async def serve(uffd: Userfaultfd) -> int:
+            served = 0
+            async for event in uffd.events():
+                resolve(uffd, event)
+                served += 1
+            return served
+
+        with FaultingChild(64) as child:
+            echoing = asyncio.create_task(echo())
+            serving = asyncio.create_task(serve(child.uffd))
+            step = child.begin("touch", 0, 64 * PAGE)
+            for number in range(64):
+                line = b"%d\n" % number
+                await asyncio.to_thread(theirs.sendall, line)
+                assert await asyncio.to_thread(theirs.recv, 100) == line
+            await asyncio.to_thread(step.done)
+            child.uffd.close()
+            assert await serving == 64
+            theirs.close()
+            await echoing
+            writer.close()
+
+    asyncio.run(main())

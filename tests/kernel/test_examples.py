@@ -1,0 +1,63 @@
+"""Every example runs, says what it did, and is as short as promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyuffd import Feature
+from tests._child import run_child
+from tests._need import needs, needs_hugepages
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+BUDGET_S = 20.0
+MAX_LINES = 100
+PROGRAM = """
+import runpy, sys
+sys.argv = [{path!r}]
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+# Its needs, and lines that it prints when everything works.
+EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
+    "01_manpage": ([], ["filled with C"]),
+    "02_lazy_file_numpy": ([], ["sum of numbers 3999990 to 3999999: 39999945", "pages loaded"]),
+    "03_dirty_pages_shmem": (
+        [needs(Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC)],
+        ["by faults: pages [3, 4, 200]", "by scan:   pages [3, 4, 200]", "by scan:   pages [4]"],
+    ),
+    "04_minor_continue": (
+        [needs(Feature.MINOR_SHMEM)],
+        ["minor fault on page 3", "page 3: COPIES"],
+    ),
+    "05_poison": (
+        [needs(Feature.POISON)],
+        ["page 3, by a system call: Bad address", "page 3, by a program: SIGBUS"],
+    ),
+    "06_hugetlb": ([needs_hugepages(4)], ["2 faults; pages: ABSENT, CLEAN, ABSENT, CLEAN"]),
+    "07_inline_sigbus": ([needs(Feature.SIGBUS)], ["3 faults", "write(2) wrote 16384"]),
+    "08_monitor_asyncio": ([], ["read ABCDEFGH", "8 pages filled"]),
+}
+
+
+def test_every_example_is_expected() -> None:
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == list(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks) for name, (marks, _) in EXPECTED.items()]
+)
+def test_example(name: str) -> None:
+    path = EXAMPLES / f"{name}.py"
+    assert len(path.read_text().splitlines()) < MAX_LINES
+    result = run_child(PROGRAM.format(path=str(path)), budget_s=BUDGET_S)
+    assert result.stderr == ""
+    for line in EXPECTED[name][1]:
+        assert line in result.stdout
+
+
+def test_hugetlb_without_huge_pages_says_how_to_get_some() -> None:
+    source = (EXAMPLES / "06_hugetlb.py").read_text()
+    too_many = source.replace("PAGES = 4\n", "PAGES = 1 << 20\n")
+    assert "sysctl vm.nr_hugepages=" in run_child(too_many).stdout

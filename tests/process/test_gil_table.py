@@ -1,0 +1,246 @@
+"""The GIL table of README.md, measured: each cell by doing it.
+
+A cell that says "hangs" is tried in a child of its own, which has to be killed; the others of a
+column share a child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import mmap
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from pyuffd import (
+    BufferSource,
+    Feature,
+    Fork,
+    Handler,
+    Pagefault,
+    Region,
+    Userfaultfd,
+)
+from tests import _readme
+from tests._child import run_child
+from tests._need import needs
+
+PAGE = 4096
+LENGTH = 64 * PAGE
+BYTE = b"p"
+CONTENT = BYTE * LENGTH
+HANG_S = 2.0
+
+PYTHON, NATIVE, INLINE = "Python thread", "native", "inline"
+COLUMNS = [PYTHON, NATIVE, INLINE]
+
+Action = Callable[[Region, mmap.mmap], None]
+ACTIONS: dict[str, Action] = {}
+FEATURES: dict[str, Feature] = {}
+
+
+def action(row: str, features: Feature = Feature(0)) -> Callable[[Action], Action]:  # noqa: B008
+    """Note a function as the action of a row.
+
+    It is done to a region whose pages are missing; the region is the memory of the mmap object.
+    """
+
+    def note(function: Action) -> Action:
+        ACTIONS[row], FEATURES[row] = function, features
+        return function
+
+    return note
+
+
+@action("`region.read()`, `.write()`, `.fill()`, `.touch()`, `.digest()`")
+def _region_methods(region: Region, mapping: mmap.mmap) -> None:
+    assert region.read(0, 1) == BYTE
+    region.write(PAGE, b"x")
+    region.fill(1, 2 * PAGE, PAGE)
+    region.touch(3 * PAGE, PAGE)
+    region.digest("sha256", 4 * PAGE)
+
+
+@action("`view[0]`, a slice's `bytes()`, of `region.memoryview()`")
+def _memoryview(region: Region, mapping: mmap.mmap) -> None:
+    with region.memoryview() as view, view[PAGE : PAGE + 4] as part:
+        assert bytes(part) == BYTE * 4
+        assert view[0] == BYTE[0]
+
+
+@action("numpy: `array[0]`, `array.sum()`")
+def _numpy(region: Region, mapping: mmap.mmap) -> None:
+    array = np.asarray(region)
+    assert array[:PAGE].sum() == PAGE * BYTE[0]
+
+
+@action("`mmap` objects: `m[0]`, `m.find()`")
+def _mmap_object(region: Region, mapping: mmap.mmap) -> None:
+    assert mapping.find(BYTE) == 0
+    assert mapping[PAGE] == BYTE[0]
+
+
+@action("`ctypes.string_at()`")
+def _string_at(region: Region, mapping: mmap.mmap) -> None:
+    assert ctypes.string_at(region.start, 1) == BYTE
+
+
+@action("cffi: `ffi.memmove()`, `ffi.buffer()[:]`")
+def _ffi(region: Region, mapping: mmap.mmap) -> None:
+    from cffi import FFI
+
+    ffi = FFI()
+    target = bytearray(PAGE)
+    ffi.memmove(target, ffi.cast("char *", region.start), PAGE)
+    assert target == BYTE * PAGE
+
+
+@action("`ctypes.memmove()`, a C function called by ctypes or cffi")
+def _foreign_function(region: Region, mapping: mmap.mmap) -> None:
+    target = ctypes.create_string_buffer(PAGE)
+    ctypes.memmove(target, region.start, PAGE)
+    libc = ctypes.CDLL(None)
+    libc.memset(ctypes.c_void_p(region.start + PAGE), 1, ctypes.c_size_t(PAGE))
+    assert target.raw == BYTE * PAGE
+
+
+@action("`hashlib` over 2 KiB or more")
+def _hashlib(region: Region, mapping: mmap.mmap) -> None:
+    with region.memoryview() as view:
+        assert hashlib.sha256(view).digest() == hashlib.sha256(CONTENT).digest()
+
+
+@action("system calls: `os.readv()` into it, `os.write()` from it")
+def _system_calls(region: Region, mapping: mmap.mmap) -> None:
+    file = os.memfd_create("source")
+    try:
+        with region.memoryview() as view, view[:PAGE] as part, view[PAGE : 2 * PAGE] as rest:
+            assert os.write(file, part) == PAGE
+            os.lseek(file, 0, os.SEEK_SET)
+            assert os.readv(file, [rest]) == PAGE
+    finally:
+        os.close(file)
+
+
+@action("`region.madvise()` with `EVENT_REMOVE`", Feature.EVENT_REMOVE)
+def _madvise(region: Region, mapping: mmap.mmap) -> None:
+    region.madvise(mmap.MADV_DONTNEED)
+
+
+@action("`os.fork()` with `EVENT_FORK`", Feature.EVENT_FORK)
+def _fork(region: Region, mapping: mmap.mmap) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+@action("`subprocess.run()` with `EVENT_FORK`", Feature.EVENT_FORK)
+def _subprocess(region: Region, mapping: mmap.mmap) -> None:
+    subprocess.run([sys.executable, "-c", ""], check=True)
+
+
+@contextlib.contextmanager
+def served_by_python(region: Region, features: Feature) -> Iterator[None]:
+    """Serve a region by a thread of this process that runs Python code."""
+    stop_fd = os.eventfd(0)
+    with Userfaultfd(features=features) as uffd:
+        uffd.register(region)
+        thread = threading.Thread(target=_python_loop, args=(uffd, stop_fd))
+        thread.start()
+        try:
+            yield
+        finally:
+            os.eventfd_write(stop_fd, 1)
+            thread.join()
+            os.close(stop_fd)
+
+
+def _python_loop(uffd: Userfaultfd, stop_fd: int) -> None:
+    poll = select.poll()
+    poll.register(uffd, select.POLLIN)
+    poll.register(stop_fd, select.POLLIN)
+    content = BYTE * PAGE
+    while stop_fd not in dict(poll.poll()):
+        for event in uffd.read_events():
+            match event:
+                case Pagefault(address):
+                    uffd.fill_copy(address // PAGE * PAGE, content)
+                case Fork(child):
+                    child.close()
+
+
+@contextlib.contextmanager
+def served_in_c(region: Region, features: Feature, driver: str) -> Iterator[None]:
+    """Serve a region by a Handler."""
+    if driver == INLINE:
+        features |= Feature.SIGBUS
+    with Userfaultfd(features=features) as uffd, Handler(uffd) as handler:
+        assert handler.driver == driver
+        handler.serve(region, BufferSource(CONTENT))
+        handler.start()
+        yield
+
+
+def measure(column: str, rows: list[str]) -> dict[str, str]:
+    """Do the actions of some rows; return what a cell of the table says of each."""
+    found = {}
+    for row in rows:
+        print(row, flush=True)
+        features = FEATURES[row]
+        mapping = mmap.mmap(-1, LENGTH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        with Region.at(address, LENGTH, PAGE) as region:
+            try:
+                if column == PYTHON:
+                    with served_by_python(region, features):
+                        ACTIONS[row](region, mapping)
+                else:
+                    with served_in_c(region, features, column):
+                        ACTIONS[row](region, mapping)
+                found[row] = "works"
+            except OSError as error:
+                found[row] = errno.errorcode[error.errno or 0]
+            except ValueError:
+                found[row] = "refused"
+    return found
+
+
+TABLE = _readme.table("gil")
+HANGING = [(row, column) for row in TABLE for column in COLUMNS if TABLE[row][column] == "hangs"]
+
+
+def test_the_table_has_every_row_and_column() -> None:
+    assert list(TABLE) == list(ACTIONS)
+    assert {tuple(cells) for cells in TABLE.values()} == {tuple(COLUMNS)}
+
+
+@needs(Feature.SIGBUS | Feature.EVENT_FORK | Feature.EVENT_REMOVE)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_what_does_not_hang(column: str) -> None:
+    expected = {row: cells[column] for row, cells in TABLE.items() if cells[column] != "hangs"}
+    assert run_child(measure, column, list(expected), budget_s=20).value == expected
+
+
+@needs(Feature.EVENT_FORK)
+@pytest.mark.parametrize(("row", "column"), HANGING)
+def test_what_hangs(row: str, column: str) -> None:
+    program = f"from {__name__} import measure; measure({column!r}, [{row!r}])"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=_readme.ROOT, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == f"{row}\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(HANG_S)
+        finally:
+            child.kill()

@@ -1,0 +1,191 @@
+"""The conformance suite's own parts: the cases' table, reports, the kernel's log, commands."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pyuffd import Feature
+from pyuffd.cli import main
+from pyuffd.conformance import Case, Report, Result, Variant, case, compare, load, markdown
+from pyuffd.conformance import _case as case_module
+from pyuffd.conformance._context import letters, show
+from pyuffd.conformance._kmsg import parse
+from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+CASES = load()
+
+
+def report(**outcomes: str) -> Report:
+    """Make a report with one result for each keyword, CASE__MEMORY=outcome."""
+    made = Report({"release": "1.2.3", "version": "#1", "machine": "x86_64"}, 0x3)
+    for key, outcome in outcomes.items():
+        name, memory = key.split("__")
+        made.results[f"a.{name}.{memory}"] = Result(
+            f"a.{name}.{memory}", f"a.{name}", memory, f"does {name}", outcome, f"<{outcome} text>"
+        )
+    return made
+
+
+def test_page_is_in_step_with_the_cases() -> None:
+    assert (DOCS / "conformance.md").read_text() == markdown(CASES)
+
+
+def test_ids_are_unique_and_name_a_memory_type() -> None:
+    ids = [name for case_ in CASES.values() for name in case_.ids]
+    assert len(ids) == len(set(ids))
+    assert all(re.fullmatch(r"[\w-]+(\.[\w-]+)+", name, re.ASCII) for name in ids)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_says_what_and_where_from(name: str) -> None:
+    case_ = CASES[name]
+    assert case_.summary
+    assert case_.summary == case_.summary.strip().rstrip(".")
+    assert "\n" not in case_.summary
+    assert case_.origin
+    assert case_.memory
+
+
+@pytest.mark.parametrize("name", ["nodots", "a..b", "a.b c", next(iter(CASES))])
+def test_bad_or_known_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError):
+        case(name, origin="here")(lambda _: None)
+
+
+def test_case_without_a_summary_is_refused() -> None:
+    with pytest.raises(ValueError):
+        case("a.b", origin="here")(lambda _: None)
+
+
+def test_decorator_fills_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    table: dict[str, Case] = {}
+    monkeypatch.setattr(case_module, "_cases", table)
+
+    @case("a.b", origin="here", memory=("anon", "hugetlb"), features=Feature.MOVE)
+    def run(_: object) -> None:
+        """Move it.
+
+        Further text.
+        """
+
+    assert table["a.b"].summary == "Move it"
+    assert table["a.b"].ids == ["a.b.anon", "a.b.hugetlb"]
+    assert "| `a.b` | Move it | anon, hugetlb | MOVE | here |" in markdown(table)
+
+
+def test_variant_is_possible_only_where_the_mask_agrees() -> None:
+    variant = Variant("new", "text", features=Feature.MOVE, lacks=Feature.RWP)
+    assert variant.possible(Feature.MOVE)
+    assert not variant.possible(0)
+    assert not variant.possible(Feature.MOVE | Feature.RWP)
+
+
+@pytest.mark.parametrize(
+    ("bits", "text"), [(0, "-----"), (1 << 63 | 1 << 61 | 1 << 57, "P-FW-"), (3 << 56, "---WX")]
+)
+def test_letters(bits: int, text: str) -> None:
+    assert letters(bits) == text
+
+
+def test_show_names_the_errno() -> None:
+    assert show(FileExistsError(17, "x")) == "EEXIST (FileExistsError)"
+
+
+@pytest.mark.parametrize(
+    ("raw", "is_warning", "is_fatal"),
+    [
+        ("6,1,10,-;usb 1-1: new device", False, False),
+        ("4,2,10,-;WARNING: CPU: 1 PID: 2 at mm/memory.c:1 f+0x1/0x2\n SUBSYSTEM=x", True, True),
+        ("12,3,10,-;WARNING: from user space, level 4", False, False),
+        ("1,4,10,-;BUG: unable to handle page fault for address: 0", True, True),
+        ("6,5,10,-;INFO: task x:1 blocked for more than 120 seconds.", True, True),
+    ],
+)
+def test_kernel_log_records(raw: str, is_warning: bool, is_fatal: bool) -> None:
+    record = parse(raw)
+    assert (record.is_warning, record.is_fatal) == (is_warning, is_fatal)
+    assert "\n" not in record.text
+
+
+def test_report_survives_json(tmp_path: Path) -> None:
+    made = report(x__anon=PASSED, x__shmem=FAILED, y__anon=SKIPPED)
+    made.messages.append(Message("WARNING: here", 4, True, ["a.x.anon"]))
+    for named in ("r", "r.json", "r.html"):
+        paths = made.write(tmp_path / named)
+        assert paths == [tmp_path / "r.json", tmp_path / "r.html"]
+    assert Report.read(tmp_path / "r.json") == made
+
+
+def test_text_has_a_row_for_each_case_and_counts() -> None:
+    made = report(x__anon=PASSED, x__shmem=FAILED, y__anon=SKIPPED)
+    lines = list(made.lines())
+    assert lines[0].split() == ["anon", "shmem"]
+    assert lines[1].split() == ["a.x", "pass", "FAIL"]
+    assert lines[2].split() == ["a.y", "skip", "."]
+    assert "skipped 1: <skipped text>" in lines
+    assert lines[-1].startswith("1 passed, 1 failed, 1 skipped on Linux 1.2.3")
+
+
+def test_html_is_well_formed_and_escapes(tmp_path: Path) -> None:
+    open_tags: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag not in ("meta", "br"):
+                open_tags.append(tag)
+            assert "src" not in dict(attrs)
+            assert "href" not in dict(attrs)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert open_tags.pop() == tag
+
+    report(x__anon=FAILED).write(tmp_path / "r")
+    text = (tmp_path / "r.html").read_text()
+    Parser().feed(text)
+    assert open_tags == []
+    assert "<failed text>" not in text
+    assert "&lt;failed text&gt;" in text
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}'])
+def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ValueError):
+        Report.read(tmp_path / "r.json")
+
+
+def test_compare_names_what_changed() -> None:
+    before = report(x__anon=PASSED, y__anon=PASSED)
+    after = report(x__anon=FAILED, y__anon=PASSED, z__anon=PASSED)
+    found = [(item.id, item.before, item.after) for item in compare(before, after)]
+    assert found == [("a.x.anon", "pass", "FAIL"), ("a.z.anon", "absent", "pass")]
+
+
+@pytest.mark.parametrize(("outcome", "status"), [(PASSED, 0), (FAILED, 1)])
+def test_diff_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], outcome: str, status: int
+) -> None:
+    report(x__anon=PASSED).write(tmp_path / "a")
+    report(x__anon=outcome).write(tmp_path / "b")
+    arguments = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert main(["conformance", "diff", *arguments]) == status
+    assert ("a.x.anon: pass -> FAIL" in capsys.readouterr().out) == (status == 1)
+
+
+def test_diff_command_says_what_is_wrong_with_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text("no report")
+    assert main(["conformance", "diff", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    assert "a.json is not a conformance report" in capsys.readouterr().err
+
+
+def test_list_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["conformance", "list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [name for case_ in CASES.values() for name in case_.ids]

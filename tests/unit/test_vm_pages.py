@@ -1,0 +1,153 @@
+"""tests/vm: the patches that break a kernel, and the two generated pages."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+import pytest
+
+from pyuffd.conformance import Report, Result, load
+from tests.vm import _matrix, _mutants
+from tests.vm._mutants import Builder, BuildError, Mutant, Outcome
+
+MUTANTS = _mutants.mutants()
+
+
+def result(case: str, memory: str, outcome: str, *, text: str = "", variant: str = "") -> Result:
+    return Result(f"{case}.{memory}", case, memory, "What it does", outcome, text, variant)
+
+
+def column(version: str, *results: Result, sentence: str = "") -> _matrix.Column:
+    kernel = {"release": f"{version}.1", "version": "#1", "machine": "x86_64"}
+    report = Report(kernel, 0x1FF, {one.id: one for one in results})
+    return _matrix.Column(version, None if sentence else report, sentence, 4.0, 60.0)
+
+
+def test_there_are_ten_mutants_at_least() -> None:
+    assert len(MUTANTS) >= 10
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_names_tests_that_exist(mutant: Mutant) -> None:
+    ids = [name for case in load().values() for name in case.ids]
+    assert fnmatch.filter(ids, mutant.caught_by)
+    assert mutant.name.partition("-")[0] in mutant.caught_by
+    assert mutant.what.endswith(".")
+    assert mutant.files
+
+
+def outcome(name: str, *failed: str, sentence: str = "", passed: int = 3) -> Outcome:
+    return Outcome(name, sentence, frozenset(failed), passed, "6.12.117", 60.0)
+
+
+PATCHES = [
+    Mutant("10-a", "Breaks a.", "wp-series.10.*", ""),
+    Mutant("11-b", "Breaks b.", "wp-series.11.*", ""),
+]
+
+
+def test_all_caught() -> None:
+    outcomes = [
+        outcome("unmodified"),
+        outcome("10-a", "wp-series.10.zap.shmem", "kselftest.x.anon"),
+        outcome("11-b", "wp-series.11.hole.shmem"),
+    ]
+    assert _mutants.verdicts(PATCHES, outcomes) == []
+    page = _mutants.page(PATCHES, outcomes)
+    assert "| 1 | `10-a` | Breaks a. | `wp-series.10.zap.shmem` | 1 |" in page
+    assert "| `kselftest.x.anon` | x |  |" in page
+
+
+def test_a_mutant_is_caught_by_its_own_patch_only() -> None:
+    outcomes = [
+        outcome("unmodified"),
+        outcome("10-a", "wp-series.11.hole.shmem"),
+        outcome("11-b", sentence="it hung"),
+    ]
+    assert _mutants.verdicts(PATCHES, outcomes) == [
+        "10-a is caught by no wp-series.10.* (1 other tests failed)",
+        "11-b is caught by no wp-series.11.* (it hung)",
+    ]
+    assert "| **nothing** it hung | - |" in _mutants.page(PATCHES, outcomes)
+
+
+@pytest.mark.parametrize(
+    ("unmodified", "reason"),
+    [
+        (outcome("unmodified", "a.b"), "a.b"),
+        (outcome("unmodified", sentence="no boot"), "no boot"),
+        (outcome("unmodified", passed=0), "nothing ran"),
+    ],
+)
+def test_the_unmodified_kernel_has_to_pass(unmodified: Outcome, reason: str) -> None:
+    assert _mutants.verdicts([], [unmodified]) == [f"the unmodified kernel does not pass: {reason}"]
+
+
+def test_a_tree_is_restored_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "mm").mkdir(parents=True)
+    (tree / "mm/a.c").write_text("good\n")
+    (tree / "Makefile").write_text(
+        "kernelversion:\n\t@echo 6.12.1\n%:\n\t@cat mm/a.c >&2; exit 1\n"
+    )
+    patch = "--- a/mm/a.c\n+++ b/mm/a.c\n@@ -1 +1 @@\n-good\n+bad\n"
+    mutants = [
+        Mutant("10-a", "Breaks a.", "*", patch),
+        Mutant("10-b", "Does not apply.", "*", patch.replace("-good", "-absent")),
+    ]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_mutants, "_BUILD_PROGRAMS", ("make", "patch"))
+    monkeypatch.setattr(_mutants, "mutants", lambda: mutants)
+    monkeypatch.setattr(Builder, "_configure", lambda self: None)
+    builder = Builder(tree, 1)
+    with pytest.raises(BuildError, match="bad"):
+        builder.image(mutants[0])
+    assert (tree / "mm/a.c").read_text() == "good\n"
+    # As after a build that was killed.
+    (tree / "mm/a.c").write_text("bad\n")
+    with pytest.raises(BuildError, match="does not apply"):
+        builder.image(mutants[1])
+    assert (tree / "mm/a.c").read_text() == "good\n"
+
+
+def test_building_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match="flex"):
+        Builder(tmp_path, 1)
+
+
+def test_cells() -> None:
+    assert _matrix.cell([]) == "."
+    same = [result("a.b", "anon", "passed"), result("a.b", "shmem", "passed")]
+    assert _matrix.cell(same) == "pass"
+    mixed = [
+        *same,
+        result("a.b", "hugetlb", "failed"),
+        result("a.b", "hugetlb-private", "passed", variant="old"),
+    ]
+    assert _matrix.cell(mixed) == (
+        "pass: anon, shmem; **FAIL**: hugetlb; pass (old): hugetlb-private"
+    )
+
+
+def test_the_page_has_every_case_and_failure() -> None:
+    page = _matrix.page(
+        [
+            column("5.10", result("a.b", "anon", "skipped", text="needs Feature.MOVE")),
+            column("6.12", result("a.b", "anon", "failed", text="saw X\nmore")),
+            column("7.3", sentence="it did not boot"),
+        ]
+    )
+    assert "| release | 5.10.1 | 6.12.1 | it did not boot |" in page
+    assert "| `a.b` | skip | **FAIL** | . |" in page
+    assert "- 1: needs Feature.MOVE" in page
+    assert "## Failures on 6.12\n\n- `a.b.anon`: saw X\n" in page
+
+
+def test_a_kernel_is_good_if_it_ran_and_nothing_failed() -> None:
+    assert column("6.12", result("a.b", "anon", "passed")).ok
+    assert not column("6.12", result("a.b", "anon", "failed")).ok
+    assert not column("6.12", sentence="it did not boot").ok

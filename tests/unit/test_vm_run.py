@@ -1,0 +1,135 @@
+"""tests/vm/run: how a guest can end, with a program in QEMU's place that plays the guest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.vm import _image, _run
+from tests.vm._run import Guest, Result, Status
+
+# The fake finds its ports among QEMU's arguments, as QEMU does.
+FAKE = """#!/bin/sh
+for word; do case $word in
+file:*/control) control=${word#file:};;
+file:*/archive) archive=${word#file:};;
+esac; done
+say() { echo "$*" >> "$control"; }
+"""
+SEND = "mkdir -p $T/out && echo '{}' > $T/out/report.json && tar -czf $archive -C $T/out .\n"
+UP = "say up 4.2\n"
+IN_THE_GUEST = ("--junitxml=/out/junit.xml", "--uffd-report=/out/report.json")
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlayGuest:
+    return PlayGuest(tmp_path, monkeypatch)
+
+
+class PlayGuest:
+    """Run a guest whose QEMU is this script."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.console = bytearray()
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(_image, "build", lambda path, job, packages: path.write_bytes(job))
+
+    def __call__(self, script: str, *, run_s: float = 20.0, boot_scale: float = 1.0) -> Result:
+        fake = self.folder / _run.QEMU
+        fake.write_text(FAKE + f"T={self.folder}\n" + script)
+        fake.chmod(0o755)
+        kernel = self.folder / "vmlinuz"
+        kernel.touch()
+        guest = Guest(
+            kernel,
+            self.folder / "files",
+            scale=boot_scale,
+            run_s=run_s / boot_scale,
+            show=self.console.extend,
+        )
+        return guest.run(["true"])
+
+
+def test_the_command_s_status_and_files_come_back(play: PlayGuest) -> None:
+    result = play(UP + "say swap /dev/nvme0n1\nprintf 'hello\\r\\n'\n" + SEND + "say status 3\n")
+    assert (result.status, result.sentence) == (3, "")
+    assert result.notes["swap"] == "/dev/nvme0n1"
+    assert (result.folder / "report.json").read_text() == "{}\n"
+    assert (result.folder / "console.log").read_bytes() == b"hello\n" == bytes(play.console)
+    assert sorted(path.name for path in result.folder.iterdir()) == ["console.log", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "words"),
+    [
+        ("echo 'not a kernel'", Status.NO_BOOT, "not a kernel"),
+        ("echo 'Kernel panic - not syncing: VFS: Unable to mount root fs'", 113, "1536 MiB"),
+        ("echo 'qemu: initrd is too large, cannot support'", Status.NOT_UNPACKED, "memory"),
+        ("say incomplete", Status.NOT_UNPACKED, "memory"),
+        (UP + "say no-userfaultfd", Status.NO_USERFAULTFD, "CONFIG_USERFAULTFD"),
+        (UP + "echo 'Kernel panic'", Status.DIED, "console.log"),
+        # A status without the files, or with half of them, is no end of a run.
+        (UP + "say status 0", Status.DIED, "console.log"),
+        (UP + SEND + "truncate -s 20 $archive; say status 0", Status.DIED, "console.log"),
+        ("say no-python 127", Status.NO_BOOT, "127"),
+    ],
+)
+def test_each_failure_has_its_status_and_sentence(
+    play: PlayGuest, script: str, status: int, words: str
+) -> None:
+    result = play(script + "\n")
+    assert result.status == status
+    assert words in result.sentence
+
+
+def test_a_guest_that_does_not_come_up_is_ended(play: PlayGuest) -> None:
+    result = play("echo waiting; exec sleep 100\n", boot_scale=0.1)
+    assert result.status == Status.NO_BOOT
+    assert result.sentence.endswith("waiting")
+
+
+def test_a_run_that_hangs_is_ended(play: PlayGuest) -> None:
+    result = play(UP + "exec sleep 100\n", run_s=0.5)
+    assert result.status == Status.HANG
+
+
+def test_a_guest_that_is_done_but_does_not_power_off_is_ended(
+    play: PlayGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_run, "END_S", 0.2)
+    result = play(UP + SEND + "say status 0\nexec sleep 100\n")
+    assert (result.status, result.sentence) == (0, "")
+
+
+def test_without_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = Guest(tmp_path, tmp_path / "files").run(["true"])
+    assert result.status == Status.QEMU_ABSENT
+    assert "apt-get install qemu-system-x86" in result.sentence
+
+
+def test_without_a_kernel(play: PlayGuest, tmp_path: Path) -> None:
+    play("exit 0\n")
+    result = Guest(tmp_path / "absent", tmp_path / "files").run(["true"])
+    assert result.status == Status.NO_SUCH_KERNEL
+
+
+def test_statuses_are_not_pytest_s() -> None:
+    assert not {int(status) for status in Status} & {int(code) for code in pytest.ExitCode}
+
+
+def test_report_files_go_where_they_are_brought_back_from() -> None:
+    arguments, wanted = _run.redirect(["tests", "--junitxml=/a/b.xml", "--uffd-report", "c.html"])
+    assert arguments == ["tests", *IN_THE_GUEST]
+    assert wanted == {
+        "junit.xml": Path("/a/b.xml"),
+        "report.json": Path("c.json"),
+        "report.html": Path("c.html"),
+    }
+
+
+def test_reports_are_always_written() -> None:
+    assert _run.redirect(["-k", "x=y"]) == (["-k", "x=y", *IN_THE_GUEST], {})
