@@ -15,6 +15,10 @@ from collections.abc import Sequence
 import pyuffd
 
 COMMANDS = {
+    "conformance": (
+        "pyuffd.cli.conformance",
+        "check what this kernel does with userfaultfd, case by case, and compare kernels",
+    ),
     "doctor": (
         "pyuffd.cli.doctor",
         "say what this kernel and this user can do, and what is missing",

@@ -1,0 +1,205 @@
+"""The demo's second half: an image, restored lazily into every type of memory (layer L6)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from pyuffd import Feature, FileSource, Handler, PageState, Region, UffdOSError
+from pyuffd.cli import _cgroup
+from pyuffd.cli._demo_work import HUGE_PAGE, PAGE, DemoError, open_userfaultfd
+
+Driver = Literal["native", "inline"]
+DRIVERS: tuple[Driver, ...] = ("native", "inline")
+
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+# Around each fault; small, so that many random reads find their page missing.
+PREFETCH = 64 << 10
+# Fewer huge pages than that leave nothing to prefetch.
+PREFETCH_HUGE = 2 * HUGE_PAGE
+RANDOM_READS = 512
+
+
+class NotAllowedError(DemoError):
+    """This kernel, user or machine does not allow a memory type or driver; the text says why."""
+
+
+@dataclass(frozen=True)
+class MemoryType:
+    """One type of memory to restore into."""
+
+    name: str
+    feature: Feature
+    page_size: int
+    make: Callable[[int], Region]
+
+
+MEMORY_TYPES = (
+    MemoryType("anonymous", Feature(0), PAGE, Region.anonymous),
+    MemoryType("shmem shared", Feature.MISSING_SHMEM, PAGE, Region.memfd),
+    MemoryType(
+        "shmem private", Feature.MISSING_SHMEM, PAGE, lambda n: Region.memfd(n, shared=False)
+    ),
+    MemoryType(
+        "hugetlb shared",
+        Feature.MISSING_HUGETLBFS,
+        HUGE_PAGE,
+        lambda n: Region.memfd(n, huge_page_size=HUGE_PAGE),
+    ),
+    MemoryType(
+        "hugetlb private",
+        Feature.MISSING_HUGETLBFS,
+        HUGE_PAGE,
+        lambda n: Region.memfd(n, shared=False, huge_page_size=HUGE_PAGE),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """One restore: what it took, and whether every byte came back.
+
+    Attributes:
+        memory: Name of the memory type.
+        driver: Who resolved the faults.
+        faults: Faults resolved.
+        latencies_ns: Sorted times of single reads of missing pages, in random order, as the
+            Python code that read them saw them.
+        prefetched: Pages filled before anybody asked for them.
+        bytes_per_s: Of the rest, read in order; 0 if nothing was left.
+        verified: The region's SHA-256 is the expected one.
+    """
+
+    memory: str
+    driver: str
+    faults: int
+    latencies_ns: list[int]
+    prefetched: int
+    bytes_per_s: float
+    verified: bool
+
+    def latency_ns(self, percent: float) -> int:
+        """Return the time that `percent` of the random reads did not exceed."""
+        rank = -(-len(self.latencies_ns) * percent // 100)
+        return self.latencies_ns[max(int(rank) - 1, 0)]
+
+
+def restore(
+    image: IO[bytes], length: int, expected: str, memory: MemoryType, driver: Driver, seed: int
+) -> Restored:
+    """Restore an image lazily into new memory, read all of it and compare.
+
+    Args:
+        image: The file.
+        length: Its bytes, a multiple of the memory's page size.
+        expected: SHA-256 of what must come back, in hexadecimal.
+        memory: Where to.
+        driver: Who resolves the faults.
+        seed: Of the random order.
+
+    Raises:
+        NotAllowedError: the memory cannot be had, or not be registered in this way.
+        HandlerError: a fault could not be resolved.
+    """
+    features = memory.feature | (Feature.SIGBUS if driver == "inline" else Feature(0))
+    prefetch = PREFETCH if memory.page_size == PAGE else PREFETCH_HUGE
+    with contextlib.ExitStack() as stack:
+        try:
+            uffd, _ = open_userfaultfd(features)
+            stack.enter_context(uffd)
+            source = stack.enter_context(FileSource(image))
+            region = stack.enter_context(memory.make(length))
+            handler = stack.enter_context(Handler(uffd, driver=driver, prefetch=prefetch))
+            handler.serve(region, source)
+        except UffdOSError as error:
+            raise NotAllowedError(error.hint or str(error)) from error
+        handler.start()
+        latencies = _read_at_random(region, max(prefetch, memory.page_size), seed)
+        absent = handler.page_states(region).count(PageState.ABSENT)
+        began = time.perf_counter()
+        region.touch()
+        seconds = time.perf_counter() - began
+        verified = is_restored(region, expected)
+        handler.stop()
+        stats = handler.stats()  # a fault is counted after its thread was woken
+    return Restored(
+        memory=memory.name,
+        driver=driver,
+        faults=stats.faults["missing"],
+        latencies_ns=latencies,
+        prefetched=stats.prefetched_pages,
+        bytes_per_s=absent * memory.page_size / seconds,
+        verified=verified,
+    )
+
+
+def is_restored(region: Region, expected: str) -> bool:
+    """Return whether the SHA-256 of the whole region is the expected one."""
+    return region.digest("sha256").hex() == expected
+
+
+def _read_at_random(region: Region, stride: int, seed: int) -> list[int]:
+    """Read one page in some of the chunks of `stride` bytes; return the sorted times in ns.
+
+    At most every second chunk, so that as much is left to be read in order.
+    """
+    rng = random.Random(seed)
+    chunks = range(0, region.length, stride)
+    pages = min(stride, region.length) // region.page_size
+    times = []
+    for chunk in rng.sample(chunks, min(RANDOM_READS, -(-len(chunks) // 2))):
+        last = min(pages, (region.length - chunk) // region.page_size)
+        offset = chunk + rng.randrange(last) * region.page_size
+        began = time.perf_counter_ns()
+        region.touch(offset, 1)
+        times.append(time.perf_counter_ns() - began)
+    return sorted(times)
+
+
+# Huge pages
+
+
+def why_no_huge_pages(length: int) -> str:
+    """Return why so many bytes of huge pages cannot be used here, whoever provides them, or ""."""
+    if not POOL.exists():
+        return "this machine has no huge pages of 2 MiB"
+    limit = _cgroup.limits().hugetlb_2m
+    if limit is not None and limit < length:
+        return f"the control group allows {limit >> 20} MiB of huge pages"
+    return ""
+
+
+@contextlib.contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """Have so many free huge pages, if this user may; give back afterwards what was added."""
+    free = _pool("free_hugepages") - _pool("resv_hugepages") if count else 0
+    added = _add_huge_pages(count - free) if count > free else 0
+    try:
+        yield
+    finally:
+        if added > 0:
+            _add_huge_pages(-added)
+
+
+def _pool(name: str) -> int:
+    return int((POOL / name).read_text())
+
+
+def _add_huge_pages(count: int) -> int:
+    """Change the pool by `count` pages; return by how many it did change, 0 if this may not be."""
+    try:
+        with (POOL / "nr_hugepages").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # among demos that run side by side
+            before = _pool("nr_hugepages") - _pool("surplus_hugepages")
+            file.write(str(max(before + count, 0)))
+            file.flush()
+            return _pool("nr_hugepages") - _pool("surplus_hugepages") - before
+    except OSError:
+        return 0

@@ -1,0 +1,114 @@
+"""`pyuffd conformance`: run the kernel conformance suite, list it, compare reports (layer L6)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from pyuffd.conformance import Report, compare, load, markdown
+
+EXIT_SAME = 0
+EXIT_DIFFERENT = 1
+EXIT_ERROR = 2
+
+_ARGUMENTS = ("-p", "pyuffd.conformance.plugin", "-p", "no:cacheprovider", "-q", "-W", "error")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `conformance` command."""
+    parser = subparsers.add_parser(
+        "conformance",
+        description="Check what this kernel does with userfaultfd, case by case.",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    run_ = actions.add_parser(
+        "run",
+        help="run the cases",
+        description="Run the cases with pytest (pip install pyuffd[test]). Exit status: 0 if all"
+        " passed or were skipped for what is missing, 1 if one failed or the kernel warned that it"
+        " is broken, others are pytest's. PYUFFD_TESTS=require turns skips into failures.",
+    )
+    run_.add_argument("-k", metavar="EXPR", help="only the cases whose ids match, as pytest's -k")
+    run_.add_argument("-n", metavar="N", help="run in N processes (pytest-xdist)")
+    run_.add_argument("--report", metavar="FILE", help="write FILE.json and FILE.html")
+    run_.add_argument("--slow", action="store_true", help="run the slow cases too")
+    run_.add_argument("pytest_args", nargs="*", metavar="ARG", help="for pytest, after --")
+    list_ = actions.add_parser("list", help="list the cases", description="List the cases' ids.")
+    list_.add_argument("--markdown", action="store_true", help="print docs/conformance.md")
+    diff = actions.add_parser(
+        "diff",
+        help="compare two reports",
+        description="Print what differs between two JSON reports, one id a line. Exit status: 0 if"
+        " nothing does, 1 if something does, 2 if one cannot be read.",
+    )
+    diff.add_argument("before", metavar="A")
+    diff.add_argument("after", metavar="B")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked; return the exit status."""
+    match args.action:
+        case "run":
+            return _run(args)
+        case "list":
+            return _list(args)
+        case _:
+            return _diff(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("pytest") is None:
+        print("pyuffd: running the suite needs pytest: pip install 'pyuffd[test]'", file=sys.stderr)
+        return EXIT_ERROR
+    import pytest
+
+    suite = importlib.util.find_spec("pyuffd.conformance.test_suite")
+    assert suite is not None
+    assert suite.origin is not None
+    # Not the configuration of whatever project the user stands in.
+    with tempfile.TemporaryDirectory(prefix="pyuffd-") as folder:
+        configuration = Path(folder, "pytest.ini")
+        configuration.write_text("[pytest]\n")
+        arguments = [suite.origin, *_ARGUMENTS, "-c", str(configuration), "--uffd-reserve"]
+        if args.k is not None:
+            arguments += ["-k", args.k]
+        if args.n is not None:
+            arguments += ["-n", args.n]
+        if args.slow:
+            arguments.append("--uffd-slow")
+        if args.report is not None:
+            arguments.append(f"--uffd-report={os.path.abspath(args.report)}")
+        return int(pytest.main([*arguments, *args.pytest_args]))
+
+
+def _list(args: argparse.Namespace) -> int:
+    cases = load()
+    if args.markdown:
+        print(markdown(cases), end="")
+    else:
+        for case in cases.values():
+            for name in case.ids:
+                print(f"{name:70} {case.summary}")
+    return EXIT_SAME
+
+
+def _diff(args: argparse.Namespace) -> int:
+    try:
+        before, after = Report.read(args.before), Report.read(args.after)
+    except ValueError as error:
+        print(f"pyuffd: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    is_same = True
+    for what, old, new in (
+        ("kernel", before.kernel["release"], after.kernel["release"]),
+        ("feature mask", hex(before.features), hex(after.features)),
+    ):
+        print(f"{what}: {old}" + ("" if old == new else f" -> {new}"))
+    for difference in compare(before, after):
+        is_same = False
+        print(f"{difference.id}: {difference.before} -> {difference.after}")
+    return EXIT_SAME if is_same else EXIT_DIFFERENT
