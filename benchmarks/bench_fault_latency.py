@@ -1,0 +1,58 @@
+"""Latency of one 4 KiB fault: each driver against the bare C program of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks._pairs import Row, Skipped, Target, latency_row, run_pairs
+from benchmarks._setup import Setup, command
+
+_ANY_CPU = -1
+_P99 = Target("<=", 1.3)
+_PAGES = 8192
+_QUICK_PAGES = 1024
+
+
+def run(setup: Setup) -> Iterator[Row | Skipped]:
+    """Yield a row for each kind of fault and each pair of programs.
+
+    The faulting thread has a CPU of its own in every pair. "native" as it comes may run where the
+    scheduler puts it, and so may the C program: whether the two threads share a CPU decides more
+    than the program does, so the same pair also runs with both handlers on the other CPU.
+    """
+    cpu, other = setup.faulter_cpu, setup.other_cpu
+    for kind in ("missing", "wp", "minor"):
+        yield _pair(setup, kind, "native", "spinning", _ANY_CPU, Target("<=", 1.10))
+        name = f"{kind} fault: native on another CPU / spinning there"
+        if other is None:
+            yield Skipped(name, "this machine has one CPU")
+        else:
+            yield _pair(setup, kind, "native", "spinning", other, Target("<=", 1.10), name)
+        name = f"{kind} fault: native on the faulter's CPU / read(2) loop there"
+        yield _pair(setup, kind, "native", "reading", cpu, Target("<=", 1.2), name)
+        yield _pair(setup, kind, "inline", "sigbus", _ANY_CPU, Target("<=", 1.15))
+        yield _pair(setup, kind, "native", "blocking", _ANY_CPU, None)
+
+
+def _pair(
+    setup: Setup,
+    kind: str,
+    driver: str,
+    way: str,
+    handler_cpu: int,
+    target: Target | None,
+    name: str = "",
+) -> Row:
+    pages = _QUICK_PAGES if setup.quick else _PAGES
+    where = (pages, 1, setup.faulter_cpu, handler_cpu)
+    pairs = run_pairs(
+        command(setup.programs.fault, kind, way, *where),
+        setup.member("fault", kind, driver, *where),
+        setup.rounds,
+    )
+    return latency_row(
+        name or f"{kind} fault: {driver} / {way}",
+        pairs,
+        target=target,
+        target_p99=_P99 if target else None,
+    )
