@@ -43,13 +43,11 @@ from pyuffd._errors import (
     UffdPermissionError,
     UnsupportedFeatureError,
 )
-from pyuffd._residency import PageResidency, Residency, residency
 from pyuffd._uffd import FillResult, Userfaultfd
-from pyuffd.pagemap import PageEntries, Pagemap, PageRange, PageRanges, ScanResult
-from pyuffd.regions import Region, RegionKind
 
 if TYPE_CHECKING:
     from pyuffd._probe import KernelSupport, probe
+    from pyuffd._residency import PageResidency, Residency, residency
     from pyuffd.handlers import Handler, HandlerStats, Latency, PageState, RecentFault
     from pyuffd.handover import (
         Handover,
@@ -60,6 +58,8 @@ if TYPE_CHECKING:
         recv_uffd,
         send_uffd,
     )
+    from pyuffd.pagemap import PageEntries, Pagemap, PageRange, PageRanges, ScanResult
+    from pyuffd.regions import Region, RegionKind
     from pyuffd.sources import (
         AsyncSource,
         BufferSource,
@@ -69,35 +69,18 @@ if TYPE_CHECKING:
         ZeroSource,
     )
 else:
-    _LAZY = {
-        **dict.fromkeys(["KernelSupport", "probe"], "_probe"),
-        **dict.fromkeys(
-            ["Handler", "HandlerStats", "Latency", "PageState", "RecentFault"], "handlers"
-        ),
-        **dict.fromkeys(
-            [
-                "Handover",
-                "HandoverRange",
-                "UnixListener",
-                "connect_unix",
-                "listen_unix",
-                "recv_uffd",
-                "send_uffd",
-            ],
-            "handover",
-        ),
-        **dict.fromkeys(
-            [
-                "AsyncSource",
-                "BufferSource",
-                "CallableSource",
-                "FileSource",
-                "PageSource",
-                "ZeroSource",
-            ],
-            "sources",
-        ),
+    # Imported when first asked for, so that `import pyuffd` costs what the kernel interface costs.
+    _MODULES = {
+        "_probe": "KernelSupport probe",
+        "_residency": "PageResidency Residency residency",
+        "handlers": "Handler HandlerStats Latency PageState RecentFault",
+        "handover": "Handover HandoverRange UnixListener connect_unix listen_unix recv_uffd"
+        " send_uffd",
+        "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
+        "regions": "Region RegionKind",
+        "sources": "AsyncSource BufferSource CallableSource FileSource PageSource ZeroSource",
     }
+    _LAZY = {name: module for module, names in _MODULES.items() for name in names.split()}
 
     def __getattr__(name):
         """Import what few programs use when it is first asked for."""

@@ -14,7 +14,6 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -61,7 +60,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
+SYSCTL = "/proc/sys/vm/unprivileged_userfaultfd"
 FDINFO_FEATURES_MASK = 0x7FFF_FFFF  # bit 31 is the kernel's own UFFD_FEATURE_INITIALIZED
 # EAGAIN ends when the thread that changes the layout runs again: 12 ms on a busy machine.
 FILL_RETRY_S = 1.0
@@ -722,9 +721,14 @@ def open_uffd(flags: int) -> int:
     raise_errno("userfaultfd", by_syscall.errno or errno.EPERM, hint=hint)
 
 
+def _read_text(path: str) -> str:
+    with open(path, encoding="ascii") as file:  # not pathlib, which is slow to import
+        return file.read()
+
+
 def _syscall_hint(error: UffdOSError, flags: int) -> str:
     match error.errno:
-        case errno.EPERM if SYSCTL.exists() and SYSCTL.read_text().strip() == "0":
+        case errno.EPERM if os.path.exists(SYSCTL) and _read_text(SYSCTL).strip() == "0":
             hint = (
                 "the system call needs CAP_SYS_PTRACE or `sysctl vm.unprivileged_userfaultfd=1`"
                 " (or a seccomp filter refuses it)"
@@ -747,7 +751,7 @@ def _device_hint(error: UffdOSError) -> str:
     device = lowlevel.DEVICE
     match error.errno:
         case errno.EACCES | errno.EPERM:
-            mode = stat.filemode(Path(device).stat().st_mode)
+            mode = stat.filemode(os.stat(device).st_mode)
             return f"{device} is {mode}: `chown {os.geteuid()} {device}` would open it"
         case errno.ENOENT:
             return f"there is no {device} (Linux 6.1)"
@@ -763,7 +767,7 @@ def _negotiated(fd: int) -> tuple[Feature, Ioctl]:
         raise ValueError(f"{fd} is not an open file descriptor") from error
     if target != "anon_inode:[userfaultfd]":
         raise ValueError(f"file descriptor {fd} is {target}, not a userfaultfd")
-    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+    for line in _read_text(f"/proc/self/fdinfo/{fd}").splitlines():
         key, _, value = line.partition(":")
         if key == "API":
             _, features, ioctls = (int(field, 16) for field in value.strip().split(":"))
