@@ -233,7 +233,7 @@ static uint64_t request_slice(struct uffd_range *range, uint64_t at, uint64_t en
 						    UFFD_PAGE_IN_FLIGHT))
 			break;
 	}
-	if (stop > at && !queue_request(range, at, stop, filling_kind(range))) {
+	if (stop > at && !queue_request(range, at, stop, filling_kind(range), NULL)) {
 		unclaim(range, at, stop, UFFD_PAGE_ABSENT);
 		*error_ret = -ENOMEM;
 		return at;
@@ -980,14 +980,19 @@ static int64_t drain_and_apply(struct uffd_space *space)
 	return queued;
 }
 
-static int step_space(struct uffd_space *space, uint32_t *handled)
+static void step_space(struct uffd_space *space, uint32_t *handled)
 {
 	struct uffd_engine *engine = space->engine;
 	int64_t queued = drain_and_apply(space);
 	uint64_t now;
 
+	if (queued < 0) {
+		note_failure(engine, 0, 0, (int)queued, UFFD_FAILED_READ);
+		atomic_store(&space->gone, true);
+		atomic_fetch_add(&engine->doomed_spaces, 1);
+	}
 	if (queued <= 0)
-		return (int)queued;
+		return;
 	uffd_barrier(UFFD_BARRIER_STEP_APPLIED);
 	now = uffd_now_ns();
 	for (int64_t i = 0; i < queued; i++) {
@@ -1009,22 +1014,22 @@ static int step_space(struct uffd_space *space, uint32_t *handled)
 	}
 	count(engine, COUNTER(messages), (uint64_t)queued);
 	*handled += (uint32_t)queued;
-	return 0;
 }
 
-int uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret)
+void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret)
 {
 	struct epoll_event ready[SPACES_AT_ONCE];
-	int n, r = 0;
+	int n;
 
 	*handled_ret = 0;
-	if (atomic_load(&engine->space_count) == 1)
-		return atomic_load(&engine->primary->gone) ? 0
-							   : step_space(engine->primary, handled_ret);
+	if (atomic_load(&engine->space_count) == 1) {
+		if (!atomic_load(&engine->primary->gone))
+			step_space(engine->primary, handled_ret);
+		return;
+	}
 	n = epoll_wait(engine->epoll_fd, ready, SPACES_AT_ONCE, 0);
-	for (int i = 0; i < n && r == 0; i++)
+	for (int i = 0; i < n; i++)
 		if (ready[i].data.ptr != &engine->wake_fd &&
 		    ready[i].data.ptr != &engine->owner_pidfd)
-			r = step_space(ready[i].data.ptr, handled_ret);
-	return r;
+			step_space(ready[i].data.ptr, handled_ret);
 }

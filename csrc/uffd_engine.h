@@ -149,7 +149,7 @@ int uffd_engine_unserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
 			uint64_t start, uint32_t flags);
 
 /* Read everything that is queued and resolve it; `handled_ret` counts the messages. */
-int uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret);
+void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret);
 
 /* Fill absent pages now, from this thread; returns the first error. */
 int uffd_engine_populate(struct uffd_engine *engine, uint32_t space, uint64_t id,

@@ -12,7 +12,7 @@
 #include "uffd_engine.h"
 #include "uffd_table.h"
 
-#define RECENT_PER_SHARD	64
+#define RECENT_PER_SHARD	256
 #define PREFETCH_JOBS		64
 
 /* Counters of one CPU: written with relaxed adds, summed up by readers. */
@@ -269,7 +269,7 @@ void reap_spaces(struct uffd_engine *engine, uint32_t most);
 
 /* uffd_request.c */
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
-		   enum uffd_fault_kind kind);
+		   enum uffd_fault_kind kind, const struct deferred_fault *fault);
 void free_requests(struct uffd_engine *engine);
 /* Apply on_error to requests that are older; returns when the next one will be. */
 uint64_t fail_stalled_requests(struct uffd_engine *engine);

@@ -142,12 +142,8 @@ void lead(struct uffd_engine *engine, enum leader role)
 	while (!atomic_load(&engine->stop) && !hands_over(engine, role)) {
 		uint64_t forks = engine->forks_followed;
 		uint32_t handled;
-		int r = uffd_engine_step(engine, &handled);
 
-		if (r < 0) {
-			note_failure(engine, 0, 0, r, UFFD_FAILED_READ);
-			atomic_store(&engine->primary->gone, true);
-		}
+		uffd_engine_step(engine, &handled);
 		if (engine->forks_followed != forks)
 			reap_spaces(engine, REAP_AT_FORK);
 		if (handled) {

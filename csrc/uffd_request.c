@@ -26,7 +26,8 @@ static void arm_watchdog(struct uffd_engine *engine, long ns)
 	timerfd_settime(engine->watchdog_fd, 0, &when, NULL);
 }
 
-bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end, enum uffd_fault_kind kind)
+bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end, enum uffd_fault_kind kind,
+		   const struct deferred_fault *fault)
 {
 	struct uffd_engine *engine = range->space->engine;
 	struct uffd_request *request = uffd_alloc(sizeof(*request));
@@ -41,9 +42,9 @@ bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end, enum uff
 	request->space = range->space->number;
 	request->kind = kind;
 	request->page_size = range->page_size;
-	if (engine->fault_in_hand) {
-		request->flags = (uint32_t)engine->fault_in_hand->flags;
-		request->thread_id = engine->fault_in_hand->thread_id;
+	if (fault) {
+		request->flags = (uint32_t)fault->flags;
+		request->thread_id = fault->thread_id;
 		request->is_fault = true;
 	}
 	count(engine, COUNTER(requests), 1);
@@ -95,9 +96,9 @@ struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine)
 			engine->leader = LEADER_NONE;
 			continue;
 		}
+		engine->idle_workers++;
 		if (engine->leader == LEADER_NATIVE)
 			kick_leader(engine);
-		engine->idle_workers++;
 		pthread_cond_wait(&engine->requests_changed, &engine->requests_lock);
 		engine->idle_workers--;
 	}

@@ -242,7 +242,7 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page, enum uffd_f
 		end += range->page_size;
 	while (at > from && claim_absent(range, at - range->page_size))
 		at -= range->page_size;
-	if (queue_request(range, at, end, kind))
+	if (queue_request(range, at, end, kind, range->space->engine->fault_in_hand))
 		return OUTCOME_REQUESTED;
 	unclaim(range, at, page, UFFD_PAGE_ABSENT);
 	unclaim(range, page + range->page_size, end, UFFD_PAGE_ABSENT);

@@ -38,6 +38,7 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
     "06_hugetlb": ([needs_hugepages(4)], ["2 faults; pages: ABSENT, CLEAN, ABSENT, CLEAN"]),
     "07_inline_sigbus": ([needs(Feature.SIGBUS)], ["3 faults", "write(2) wrote 16384"]),
     "08_monitor_asyncio": ([], ["read ABCDEFGH", "8 pages filled"]),
+    "09_fault_timeline": ([], ["faults drawn in "]),
 }
 
 

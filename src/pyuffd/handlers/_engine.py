@@ -15,7 +15,7 @@ from pyuffd._shim import ffi, lib
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-RECENT_CAPACITY = 4096
+RECENT_CAPACITY = 64 * 256  # every CPU shard full
 KINDS = ("missing", "wp", "minor")
 
 

@@ -566,7 +566,7 @@ class Handler:
         return self._running_engine().stats()
 
     def recent_faults(self) -> list[RecentFault]:
-        """Return the faults resolved last, newest first, up to 64 for each CPU."""
+        """Return the faults resolved last, newest first, up to 256 for each CPU."""
         if self._engine is None:
             return self._final_faults
         return self._running_engine().recent()
