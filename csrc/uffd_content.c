@@ -110,6 +110,7 @@ int uffd_content_create(const struct uffd_range_spec *spec, struct uffd_content 
 	content->local = spec->local;
 	content->preserve = spec->preserve;
 	content->writes_cache = spec->writes_cache;
+	content->shared = spec->shared;
 	r = open_source(content, spec);
 	if (r) {
 		uffd_content_put(content);

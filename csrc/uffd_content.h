@@ -43,6 +43,7 @@ struct uffd_range_spec {
 	uint64_t local;		/* the same memory mapped here, not registered; 0: none */
 	uint64_t preserve;	/* where old content goes before the first write; 0: none */
 	uint32_t writes_cache;	/* a minor fault on an absent page writes the source to `local` */
+	uint32_t shared;	/* MAP_SHARED: a fork has the same pages, not copies */
 };
 
 /* Offsets are from the first byte of the range as it was served. */
@@ -60,6 +61,7 @@ struct uffd_content {
 	uint64_t local;
 	uint64_t preserve;
 	bool writes_cache;
+	bool shared;
 };
 
 struct uffd_pages {

@@ -68,6 +68,11 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 	uffd_content_put(like.content);
 	if (!range)
 		return -ENOMEM;
+	/*
+	 * An unmapping of what was here before may be under way: its event, which
+	 * would take this range out again, is read before the layout is still.
+	 */
+	wait_for_layout(space);
 	gate_enter(space);
 	r = uffd_table_insert(space->table, range);
 	gate_leave(space);
@@ -887,6 +892,12 @@ void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault)
 	engine->deferred[engine->deferred_count++] = *fault;
 }
 
+/* Reading may fail for want of descriptors or memory; the message stays queued. */
+static bool is_passing(int error)
+{
+	return error == -EMFILE || error == -ENFILE || error == -ENOMEM;
+}
+
 /* Returns false when it must be tried again later. */
 static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault *fault,
 			 bool last_try)
@@ -906,7 +917,14 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 		engine->fault_in_hand = NULL;
 		if (outcome == OUTCOME_RESOLVED)
 			plan_prefetch(range, page, kind);
-		if (outcome == OUTCOME_DEFER && last_try)
+		/*
+		 * Whoever is at this page wakes the waiters of its own space; those of
+		 * a fork that shares the page must come back themselves.
+		 */
+		if (outcome == OUTCOME_IN_FLIGHT && range->content->shared &&
+		    atomic_load(&engine->space_count) > 1)
+			outcome = OUTCOME_DEFER;
+		else if (outcome == OUTCOME_DEFER && last_try)
 			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE);
 	} else {
 		refuse_unserved(fault->space, fault->address);
@@ -988,6 +1006,10 @@ static void step_space(struct uffd_space *space, uint32_t *handled)
 
 	if (queued < 0) {
 		note_failure(engine, 0, 0, (int)queued, UFFD_FAILED_READ);
+		if (is_passing((int)queued)) {
+			sched_yield();
+			return;
+		}
 		atomic_store(&space->gone, true);
 		atomic_fetch_add(&engine->doomed_spaces, 1);
 	}

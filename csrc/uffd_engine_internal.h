@@ -200,6 +200,8 @@ struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number);
 void space_put(struct uffd_space *space);
 void space_retire(struct uffd_space *space);
 bool space_is_dead(struct uffd_space *space);
+/* Wait, for a while, until no thread of the owner is changing the layout. */
+void wait_for_layout(struct uffd_space *space);
 
 static inline void gate_enter(struct uffd_space *space)
 {

@@ -132,8 +132,10 @@ static int clone_ranges(struct uffd_space *parent, struct uffd_space *child)
 
 	for (range = uffd_table_next(parent->table, 0); range && r == 0;
 	     range = uffd_table_next(parent->table, range->end)) {
+		/* Shared memory is one memory: dropped for one is dropped for all. */
 		if (!range->pages->clone)
-			range->pages->clone = uffd_pages_clone(range->pages);
+			range->pages->clone = range->content->shared
+				? uffd_pages_get(range->pages) : uffd_pages_clone(range->pages);
 		copy = range->pages->clone
 			? range_create(child, range, range->start, range->end, range->origin)
 			: NULL;

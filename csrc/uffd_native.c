@@ -336,10 +336,27 @@ int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns)
 	return 0;
 }
 
+/* A thread that waits for its event to be read would wait until the descriptor is closed. */
+static void settle(struct uffd_engine *engine)
+{
+	struct uffd_space *space;
+	uint32_t last = engine->next_space;
+
+	for (uint32_t number = 0; number < last; number++) {
+		space = space_get(engine, number);
+		if (!space)
+			continue;
+		if (!atomic_load(&space->gone))
+			wait_for_layout(space);
+		space_put(space);
+	}
+}
+
 void uffd_native_stop(struct uffd_engine *engine)
 {
 	if (!engine->thread_running)
 		return;
+	settle(engine);
 	atomic_store(&engine->stop, true);
 	pthread_mutex_lock(&engine->requests_lock);
 	pthread_cond_broadcast(&engine->requests_changed);

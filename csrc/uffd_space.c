@@ -92,6 +92,18 @@ bool space_is_dead(struct uffd_space *space)
 	       uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -ESRCH;
 }
 
+void wait_for_layout(struct uffd_space *space)
+{
+	uint64_t give_up = uffd_now_ns() + space->engine->options.retry_limit_ns;
+	unsigned int attempt = 0;
+
+	if (!space->events || !space->engine->thread_running)
+		return;
+	while (uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -EAGAIN &&
+	       uffd_now_ns() < give_up)
+		uffd_back_off(attempt++);
+}
+
 struct uffd_range *range_create(struct uffd_space *space, const struct uffd_range *like,
 				uint64_t start, uint64_t end, uint64_t origin)
 {

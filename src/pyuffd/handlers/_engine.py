@@ -262,6 +262,7 @@ class Engine:
         local: int = 0,
         preserve: int = 0,
         writes_cache: bool = False,
+        shared: bool = False,
         owner: object = None,
     ) -> RangeId:
         """Put a range in; `owner` is kept until it is taken out."""
@@ -278,6 +279,7 @@ class Engine:
         spec.local = local
         spec.preserve = preserve
         spec.writes_cache = writes_cache
+        spec.shared = shared
         out = ffi.new("uint64_t *")
         code = lib.uffd_engine_add(self._engine(), space, spec, out)
         if code == -errno.EEXIST:

@@ -252,6 +252,7 @@ class Handler:
                         local=local_start,
                         preserve=sink,
                         writes_cache=bool(writes_cache),
+                        shared=bool(getattr(region, "shared", False)),
                         owner=(sink_owner, local, region),
                     ),
                     page_size,
