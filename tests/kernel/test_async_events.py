@@ -250,8 +250,8 @@ async def undelivered_forks_are_closed() -> None:
 def waiting_threads(pid: int) -> int:
     """Count the threads that wait for a layout event to be read."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
-    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
-    return states.count("D")
+    places = [(task / "wchan").read_text() for task in tasks]
+    return places.count("userfaultfd_event_wait_completion")
 
 
 def test_blocking_one_is_refused() -> None:
@@ -282,11 +282,7 @@ def beside_sockets() -> None:
                 writer.write(line)
 
         async def serve(uffd: Userfaultfd) -> int:
-            served = 0
-            async for event in uffd.events():
-                resolve(uffd, event)
-                served += 1
-            return served
+            return len({resolve(uffd, event) async for event in uffd.events()})
 
         with FaultingChild(64) as child:
             echoing = asyncio.create_task(echo())

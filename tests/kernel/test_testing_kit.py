@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -349,8 +350,15 @@ def leak_thread() -> Callable[[], None]:
     return undo
 
 
+def fork() -> int:
+    with warnings.catch_warnings():
+        # Test runners have threads, and the forks here do next to nothing.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 def leak_process() -> Callable[[], None]:
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         signal.pause()
 
@@ -362,7 +370,7 @@ def leak_process() -> Callable[[], None]:
 
 
 def leak_zombie() -> Callable[[], None]:
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         os._exit(0)
     return lambda: (os.waitpid(pid, 0), None)[1]
@@ -703,7 +711,7 @@ def shown_files() -> Iterator[object]:
         yield pytest.param(block.partition("```")[0], id=str(number))
 
 
-@pytest.mark.parametrize("text", shown_files())
+@pytest.mark.parametrize("text", list(shown_files()))
 def test_document(text: str, suite: Callable[..., tuple[int, str]]) -> None:
     status, output = suite(text, "-W", "error")
     assert status == 0, output

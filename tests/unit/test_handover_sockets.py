@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,13 @@ def umask(value: int) -> Iterator[None]:
         yield
     finally:
         os.umask(old)
+
+
+def fork() -> int:
+    with warnings.catch_warnings():
+        # Test runners have threads, and the forks here do next to nothing.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 class Range:
@@ -100,7 +108,7 @@ def test_another_user_cannot_connect() -> None:
 
 
 def nobody_connects(path: str) -> bool:
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         status = 2
         try:
@@ -139,7 +147,7 @@ def test_close_removes_the_file_and_only_its_own(tmp_path: Path) -> None:
 
 def test_close_in_a_fork_leaves_the_file(tmp_path: Path) -> None:
     with listen_unix(tmp_path / "s") as listener:
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             listener.close()
             os._exit(0)
