@@ -11,10 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from pyuffd import BufferSource, Handler, RecentFault, Region, Userfaultfd
 
@@ -24,7 +21,7 @@ PAGES = 256
 def fault_in_some_order() -> tuple[Region, list[RecentFault]]:
     """Read a region in sequence, then backwards, then at random: a third of its pages each."""
     order = [
-        *range(0, PAGES // 3),
+        *range(PAGES // 3),
         *range(2 * PAGES // 3, PAGES // 3, -1),
         *random.Random(1).sample(range(2 * PAGES // 3, PAGES), PAGES // 4),
     ]
@@ -41,7 +38,8 @@ def fault_in_some_order() -> tuple[Region, list[RecentFault]]:
 def draw(region: Region, faults: list[RecentFault], path: Path) -> None:
     """One dot for each fault: time across, page up, colour for the latency."""
     first = min(fault.time_ns for fault in faults)
-    figure, axes = pyplot.subplots(figsize=(9, 5))
+    figure = Figure(figsize=(9, 5))
+    axes = figure.subplots()
     dots = axes.scatter(
         [(fault.time_ns - first) / 1e3 for fault in faults],
         [(fault.address - region.start) // 4096 for fault in faults],

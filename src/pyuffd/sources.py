@@ -187,8 +187,8 @@ class CallableSource:
 
     Example:
         >>> from pyuffd import CallableSource
-        >>> CallableSource(lambda offset, length: bytes([offset // 4096]) * length).read(4096, 2)
-        b'\\x01\\x01'
+        >>> CallableSource(lambda offset, length: b"a" * length).read(4096, 3)
+        b'aaa'
     """
 
     def __init__(self, function: Callable[[int, int], Buffer], length: int | None = None) -> None:
