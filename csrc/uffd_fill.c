@@ -22,10 +22,9 @@ uint64_t uffd_now_ns(void)
 	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
 
-static int fill_once(const struct uffd_fill *fill, uint64_t at, int64_t *done_ret)
+static int fill_once(const struct uffd_fill *fill, uint64_t at, uint64_t left, int64_t *done_ret)
 {
 	uint64_t dst = fill->dst + at;
-	uint64_t left = fill->length - at;
 
 	switch (fill->op) {
 	case UFFD_FILL_COPY:
@@ -54,20 +53,40 @@ void uffd_back_off(unsigned int attempt)
 		nanosleep(&pause, NULL);
 }
 
+/* Half of it, in whole pages. */
+static uint64_t halve(uint64_t span, uint64_t page_size)
+{
+	span = span / 2 & ~(page_size - 1);
+	return span < page_size ? page_size : span;
+}
+
+/*
+ * One ioctl stays within one mapping, and says ENOENT at once where it would not:
+ * mprotect or madvise may have cut the registered range.  Then a smaller span is
+ * tried, and a larger one again when that worked.
+ */
 int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_ret)
 {
-	uint64_t at = 0, give_up = 0;
+	uint64_t at = 0, give_up = 0, span = fill->length;
 	unsigned int attempt = 0;
 	int saved_errno = errno;
 	int r = 0;
 
 	*result_ret = (struct uffd_fill_result){ 0 };
 	while (at < fill->length) {
+		uint64_t left = fill->length - at < span ? fill->length - at : span;
 		int64_t done = 0;
 
-		r = fill_once(fill, at, &done);
-		if (r == 0)
-			done = (int64_t)(fill->length - at);
+		r = fill_once(fill, at, left, &done);
+		if (r == 0) {
+			done = (int64_t)left;
+			span = span > fill->length / 2 ? fill->length : 2 * span;
+		}
+		if (r == -ENOENT && left > fill->page_size) {
+			span = halve(left, fill->page_size);
+			r = 0;
+			continue;
+		}
 		if (r == 0 || (r == -EAGAIN && done > 0)) {
 			at += (uint64_t)done;
 			result_ret->done += (uint64_t)done;
