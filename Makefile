@@ -5,6 +5,7 @@
 #   make dev      install for development, C rebuilt         make bench    benchmarks against bare C
 #   make clean    remove what these made                     make asan     kernel tests, C with AddressSanitizer
 #   make kernels  the conformance suite on other kernels     make mutants  the same on kernels broken on purpose
+#   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +13,7 @@ PYTEST_ARGS ?=
 KERNELS_ARGS ?=
 MUTANTS_ARGS ?=
 MYPY_ARGS ?= src tests
+SOAK_S ?= 60
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -26,7 +28,16 @@ ASAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:abort_on_error=1 \
 	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=3 PYTHONPATH=$(ASAN_DIR)
 
-.PHONY: demo test dev lint typing bench asan kernels mutants clean
+# As above. Python itself is not instrumented, so what it does is not looked at; the first report fails the test.
+TSAN_DIR := $(CURDIR)/build/tsan
+TSAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:halt_on_error=1:exitcode=66 \
+	PYUFFD_BUDGET_SCALE=4 PYTHONPATH=$(TSAN_DIR)
+TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_events.py tests/kernel/test_thread_driver.py \
+	tests/kernel/test_adopted_descriptors.py tests/kernel/test_async_source.py tests/process/test_forks.py \
+	tests/process/test_stopping.py tests/process/test_pitfalls.py
+
+.PHONY: demo test dev lint typing bench asan tsan soak kernels mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -55,6 +66,16 @@ asan: $(VENV)/.installed-test
 	PYUFFD_SANITIZE=address $(PIP) --no-build-isolation --no-deps --target $(ASAN_DIR) .
 	$(ASAN_ENV) $(BIN)/python -c 'import pyuffd._shim as s; assert "$(ASAN_DIR)" in s.__file__, s.__file__'
 	$(ASAN_ENV) $(RUN_TESTS) tests/kernel $(PYTEST_ARGS)
+
+tsan: $(VENV)/.installed-test
+	rm -rf $(TSAN_DIR)
+	PYUFFD_SANITIZE=thread $(PIP) --no-build-isolation --no-deps --target $(TSAN_DIR) .
+	$(TSAN_ENV) $(BIN)/python -c 'import pyuffd._shim as s; assert "$(TSAN_DIR)" in s.__file__, s.__file__'
+	$(TSAN_ENV) $(RUN_TESTS) $(TSAN_TESTS) $(PYTEST_ARGS)
+
+# PYUFFD_SEED repeats a run: the seed is printed with a failure.
+soak: $(VENV)/.installed-test
+	PYUFFD_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m stress tests/stress/test_soak.py tests/process/test_forks.py $(PYTEST_ARGS)
 
 # Both need QEMU and take their time; docs/kernels.md says how long, and what else they need.
 kernels: $(VENV)/.installed-test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ def test_the_unmodified_kernel_has_to_pass(unmodified: Outcome, reason: str) -> 
     assert _mutants.verdicts([], [unmodified]) == [f"the unmodified kernel does not pass: {reason}"]
 
 
+@pytest.mark.skipif(shutil.which("patch") is None, reason="needs patch(1)")
 def test_a_tree_is_restored_whatever_happens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,8 @@ from tests.vm._run import Guest, Result, Status
 # The fake finds its ports among QEMU's arguments, as QEMU does.
 FAKE = """#!/bin/sh
 for word; do case $word in
-file:*/control) control=${word#file:};;
-file:*/archive) archive=${word#file:};;
+file:control) control=control;;
+file:archive) archive=archive;;
 esac; done
 say() { echo "$*" >> "$control"; }
 """

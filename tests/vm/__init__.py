@@ -1,0 +1,1 @@
+"""Running the suite on other kernels; see docs/kernels.md."""

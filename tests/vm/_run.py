@@ -1,0 +1,450 @@
+"""Run pytest on another kernel, in a QEMU guest without hardware virtualisation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import BinaryIO
+
+from tests.vm import _debian, _image
+
+ROOT = _image.ROOT
+QEMU = "qemu-system-x86_64"
+GUEST_OUT = "/out"
+
+# Time limits are those of real hardware times one factor, in the guest as here; a guest under
+# emulation is 10 to 25 times slower.
+EMULATION_SCALE = 20.0
+BOOT_S = 6.0
+RUN_S = 60.0
+# How long QEMU may take to end after the guest has said that it is done.
+END_S = 10.0
+_POLL_S = 0.5
+
+# The root file system is a tmpfs of at most half the memory, and holds the unpacked image.
+MEMORY_MIB = 1536
+HUGE_PAGE_MIB = 2
+HUGE_PAGES = 128
+SWAP_MIB = 512
+
+# The conformance suite, and what it takes to run a part of it. A case that stalls ends its process,
+# so it gets a process of its own, which xdist replaces.
+PLUGIN = ("-p", "pyuffd.conformance.plugin")
+SUITE = ("--pyargs", "pyuffd.conformance.test_suite", "-n", "1", "-q")
+
+# What QEMU or the kernel writes when the initramfs does not fit, or is not one it can use.
+_NOT_UNPACKED = (
+    "initrd is too large",
+    "System is deadlocked on memory",
+    "Initramfs unpacking failed",
+    "Unable to mount root fs",
+    "No working init found",
+    "invalid magic at start of compressed archive",
+)
+# What a run leaves in its folder.
+_FILES = (
+    "control",
+    "archive",
+    "console.log",
+    "dmesg.txt",
+    "junit.xml",
+    "report.json",
+    "report.html",
+)
+_CONSOLE_NOISE = re.compile(rb"\x1b(\[[0-9;?=]*[A-Za-z]|c)|\r")
+
+
+class Status(IntEnum):
+    """What `run` exits with when it is not pytest's status (0 to 5)."""
+
+    QEMU_ABSENT = 110
+    NO_SUCH_KERNEL = 111
+    NO_BOOT = 112
+    NOT_UNPACKED = 113
+    NO_USERFAULTFD = 114
+    HANG = 115
+    DIED = 116
+    HOST_LACKS = 117
+
+
+@dataclass
+class Result:
+    """How a guest ended.
+
+    Attributes:
+        status: pytest's exit status or a `Status`.
+        sentence: what went wrong, "" if pytest ended by itself.
+        folder: where the files are: console.log, and after a complete run what the tests wrote.
+        notes: what the guest said about itself: swap, huge pages.
+        boot_s: seconds until user space was up.
+        wall_s: seconds from start to end.
+    """
+
+    status: int
+    sentence: str
+    folder: Path
+    notes: dict[str, str] = field(default_factory=dict)
+    boot_s: float = 0.0
+    wall_s: float = 0.0
+
+
+@dataclass
+class Guest:
+    """A guest to be.
+
+    Attributes:
+        kernel: vmlinuz or bzImage.
+        folder: where the files of the run go; those of an earlier run are deleted.
+        memory_mib: memory beside the huge pages.
+        huge_pages: how many 2 MiB pages it reserves at boot.
+        swap_mib: size of its swap.
+        accel: QEMU's -accel.
+        scale: factor on every time limit, in the guest as here.
+        run_s: limit for the run on real hardware; `scale` stretches it.
+        packages: more installed distributions to take along.
+        show: called with the console's output.
+    """
+
+    kernel: Path
+    folder: Path
+    memory_mib: int = MEMORY_MIB
+    huge_pages: int = HUGE_PAGES
+    swap_mib: int = SWAP_MIB
+    accel: str = "tcg,thread=single"
+    scale: float = EMULATION_SCALE
+    run_s: float = RUN_S
+    packages: tuple[str, ...] = ()
+    show: Callable[[bytes], object] = lambda data: None
+
+    def pytest(self, *arguments: str) -> Result:
+        """Run pytest with these arguments, paths relative to the repository."""
+        pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
+        return self.run([*pytest, *PLUGIN, *arguments])
+
+    def run(self, command: list[str]) -> Result:
+        """Boot, run a command, bring its files back.
+
+        Raises:
+            _image.MissingOnHostError: something the image is made of is not on this machine.
+        """
+        qemu = shutil.which(QEMU)
+        if qemu is None:
+            return self._ended(
+                Status.QEMU_ABSENT,
+                f"there is no {QEMU} here (apt-get install qemu-system-x86)",
+            )
+        if not self.kernel.is_file():
+            return self._ended(Status.NO_SUCH_KERNEL, f"there is no kernel {self.kernel}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        initramfs, swap = self.folder / "initramfs", self.folder / "swap"
+        try:
+            _image.build(initramfs, self._job(command), self.packages)
+            with swap.open("wb") as file:
+                file.truncate(self.swap_mib << 20)
+            return _Watch(self, [qemu, *self._qemu_options(initramfs, swap)]).result()
+        finally:
+            initramfs.unlink(missing_ok=True)
+            swap.unlink(missing_ok=True)
+
+    def _job(self, command: list[str]) -> bytes:
+        env = {
+            "PYUFFD_BUDGET_SCALE": f"{self.scale:g}",
+            # The guest has its huge pages and swap already.
+            "PYUFFD_TESTS_RESERVE": "no",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "COLUMNS": "100",
+        }
+        for name, value in os.environ.items():
+            if name.startswith("PYUFFD_TESTS"):
+                env.setdefault(name, value)
+        swap_bytes = self.swap_mib << 20
+        job = {"command": command, "env": env, "cwd": str(ROOT), "swap_bytes": swap_bytes}
+        return json.dumps(job).encode()
+
+    def _qemu_options(self, initramfs: Path, swap: Path) -> list[str]:
+        # Files by name only, in the folder of the run: a comma in a path would end an option.
+        memory = self.memory_mib + HUGE_PAGE_MIB * self.huge_pages
+        append = f"console=ttyS0 quiet panic=-1 hugepages={self.huge_pages}"
+        serial = ("stdio", "file:control", "file:archive")
+        return [
+            *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+            *("-machine", "q35", "-accel", self.accel, "-cpu", "max", "-smp", "1"),
+            *("-m", f"{memory}M", "-kernel", str(self.kernel.resolve()), "-initrd", initramfs.name),
+            *(word for port in serial for word in ("-serial", port)),
+            # Built into Debian's cloud kernels, where virtio_blk is a module.
+            *("-drive", f"file={swap.name},if=none,id=swap,format=raw,cache=unsafe"),
+            *("-device", "nvme,serial=swap,drive=swap", "-append", append),
+        ]
+
+    def _ended(self, status: Status, sentence: str) -> Result:
+        return Result(status, sentence, self.folder)
+
+
+class _Watch:
+    """A running QEMU, its console and what the guest says on the control port."""
+
+    def __init__(self, guest: Guest, command: list[str]) -> None:
+        self._guest = guest
+        self._command = command
+        self._control = guest.folder / "control"
+        self._console = guest.folder / "console.log"
+        self._notes: dict[str, str] = {}
+
+    def result(self) -> Result:
+        """Wait for the end, take the files, and say how it was."""
+        started = time.monotonic()
+        with (
+            self._console.open("wb", buffering=0) as console,
+            subprocess.Popen(
+                self._command,
+                cwd=self._guest.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            ) as process,
+        ):
+            try:
+                up_at, late = self._follow(process, console, started)
+            finally:
+                process.kill()
+        result = self._judge(late)
+        result.notes = self._notes
+        result.boot_s = up_at - started
+        result.wall_s = time.monotonic() - started
+        return result
+
+    def _follow(
+        self, process: subprocess.Popen[bytes], console: BinaryIO, started: float
+    ) -> tuple[float, str]:
+        """Copy the console until QEMU ends; return when user space was up, and what was late."""
+        guest = self._guest
+        up_at = ended_at = 0.0
+        late = ""
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            raw = b" "
+            while raw:
+                if selector.select(timeout=_POLL_S):
+                    raw = os.read(process.stdout.fileno(), 1 << 16)
+                    data = _CONSOLE_NOISE.sub(b"", raw)
+                    console.write(data)
+                    guest.show(data)
+                now = time.monotonic()
+                self._notes = self._said()
+                if not up_at and "up" in self._notes:
+                    up_at = now
+                if not ended_at and self._notes.keys() & {"status", "no-userfaultfd"}:
+                    ended_at = now
+                if ended_at:
+                    deadline, word = ended_at + END_S * guest.scale, ""
+                elif up_at:
+                    deadline, word = up_at + guest.run_s * guest.scale, "run"
+                else:
+                    deadline, word = started + BOOT_S * guest.scale, "boot"
+                if now > deadline:
+                    late = word
+                    process.kill()
+        return up_at or started, late
+
+    def _said(self) -> dict[str, str]:
+        try:
+            lines = self._control.read_text(errors="replace").split("\n")[:-1]
+        except FileNotFoundError:
+            return {}
+        return dict(line.strip().partition(" ")[::2] for line in lines)
+
+    def _judge(self, late: str) -> Result:
+        guest = self._guest
+        ended = guest._ended
+        if "status" in self._notes and self._take_files():
+            return Result(int(self._notes["status"]), "", guest.folder)
+        if "no-userfaultfd" in self._notes:
+            return ended(
+                Status.NO_USERFAULTFD,
+                f"{guest.kernel} is built without CONFIG_USERFAULTFD",
+            )
+        if "incomplete" in self._notes or ("up" not in self._notes and self._not_unpacked()):
+            return ended(
+                Status.NOT_UNPACKED,
+                f"the initramfs did not unpack: {guest.memory_mib} MiB of memory may be too "
+                "little, or the kernel has no CONFIG_BLK_DEV_INITRD",
+            )
+        if "no-python" in self._notes and "up" not in self._notes:
+            return ended(
+                Status.NO_BOOT,
+                f"the kernel cannot run Python (status {self._notes['no-python']}); see "
+                f"{self._console}",
+            )
+        if late == "run":
+            return ended(
+                Status.HANG,
+                f"the run was not over after {guest.run_s * guest.scale:.0f} s; how far it came is "
+                f"in {self._console}",
+            )
+        if "up" in self._notes:
+            return ended(
+                Status.DIED, f"the guest died during the run; its last words are in {self._console}"
+            )
+        waited = f" within {BOOT_S * guest.scale:.0f} s" if late else ""
+        last = self._said_on_console().strip().rpartition("\n")[2] or "nothing"
+        return ended(
+            Status.NO_BOOT,
+            f"{guest.kernel} did not boot to user space{waited}; {self._console} ends: {last}",
+        )
+
+    def _not_unpacked(self) -> bool:
+        console = self._said_on_console()
+        return any(line in console for line in _NOT_UNPACKED)
+
+    def _said_on_console(self) -> str:
+        return self._console.read_text(errors="replace")
+
+    def _take_files(self) -> bool:
+        archive = self._guest.folder / "archive"
+        try:
+            with tarfile.open(archive, "r:gz") as files:
+                for member in files:
+                    file = files.extractfile(member) if member.isfile() else None
+                    if file is not None:
+                        (self._guest.folder / Path(member.name).name).write_bytes(file.read())
+        except (tarfile.TarError, EOFError, OSError):
+            return False
+        archive.unlink()
+        self._control.unlink()
+        return True
+
+
+def redirect(arguments: list[str]) -> tuple[list[str], dict[str, Path]]:
+    """Let the guest write its reports where they are brought back from.
+
+    Returns:
+        pytest's arguments for the guest, and by name in the folder of the run where the user wants
+        the file, if anywhere.
+    """
+    wanted: dict[str, Path] = {}
+    guest: list[str] = []
+    rest = list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option not in ("--junitxml", "--junit-xml", "--uffd-report"):
+            guest.append(option + equals + value)
+            continue
+        path = Path(value if equals or not rest else rest.pop(0))
+        if option == "--uffd-report":
+            # It writes both, whichever of the two is named.
+            stem = path.with_suffix("") if path.suffix in (".json", ".html") else path
+            for suffix in (".json", ".html"):
+                wanted[f"report{suffix}"] = stem.with_name(stem.name + suffix)
+        else:
+            wanted["junit.xml"] = path
+    guest += [f"--junitxml={GUEST_OUT}/junit.xml", f"--uffd-report={GUEST_OUT}/report.json"]
+    return guest, wanted
+
+
+def find_kernel(name: str) -> Path:
+    """Return the kernel that a path or a version names.
+
+    Raises:
+        _debian.KernelNotFoundError: there is none.
+    """
+    if Path(name).exists():
+        return Path(name)
+    if re.fullmatch(r"[0-9.]+", name):
+        return _debian.kernel(name)
+    raise _debian.KernelNotFoundError(f"there is no kernel {name}")
+
+
+def scale() -> float:
+    """Return the factor on every time limit."""
+    return float(os.environ.get("PYUFFD_BUDGET_SCALE", EMULATION_SCALE))
+
+
+def _options() -> argparse.Namespace:
+    statuses = ", ".join(f"{status:d} {status.name.lower()}" for status in Status)
+    parser = argparse.ArgumentParser(
+        prog="run",
+        description="Run pytest on another kernel.",
+        epilog=f"Exit status: pytest's (0 to 5), or {statuses}.",
+    )
+    parser.add_argument("--output", type=Path, help="folder for the files (build/vm/KERNEL)")
+    parser.add_argument("--memory", type=int, default=MEMORY_MIB, help="MiB beside huge pages")
+    parser.add_argument("--huge-pages", type=int, default=HUGE_PAGES, help="of 2 MiB")
+    parser.add_argument("--swap", type=int, default=SWAP_MIB, help="MiB")
+    parser.add_argument("--run-limit", type=float, default=RUN_S, help="s, on real hardware")
+    parser.add_argument("--accel", default="tcg,thread=single", help="QEMU's -accel")
+    parser.add_argument(
+        "--with", action="append", default=[], dest="packages", help="installed package to pack"
+    )
+    parser.add_argument("kernel", help="a vmlinuz or bzImage, or a released version such as 6.12")
+    parser.add_argument(
+        "pytest", nargs=argparse.REMAINDER, help="pytest's arguments (the conformance suite)"
+    )
+    return parser.parse_args()
+
+
+def end_with_us() -> None:
+    """Let SIGTERM end the guests too, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def main() -> int:
+    """Run `run`."""
+    options = _options()
+    end_with_us()
+    try:
+        kernel = find_kernel(options.kernel)
+        arguments, wanted = redirect(options.pytest or list(SUITE))
+        guest = Guest(
+            kernel=kernel,
+            folder=(options.output or ROOT / "build/vm" / kernel.name).resolve(),
+            memory_mib=options.memory,
+            huge_pages=options.huge_pages,
+            swap_mib=options.swap,
+            accel=options.accel,
+            scale=scale(),
+            run_s=options.run_limit,
+            packages=tuple(options.packages),
+            show=_show,
+        )
+        result = guest.pytest(*arguments)
+    except _debian.KernelNotFoundError as error:
+        return _fail(Status.NO_SUCH_KERNEL, str(error))
+    except _image.MissingOnHostError as error:
+        return _fail(Status.HOST_LACKS, str(error))
+    if result.sentence:
+        return _fail(result.status, result.sentence)
+    for name, path in wanted.items():
+        if (result.folder / name).exists():
+            shutil.copy(result.folder / name, path)
+    print(
+        f"run: {kernel.name}: status {result.status}, up after {result.boot_s:.1f} s, "
+        f"{result.wall_s:.1f} s in all, files in {result.folder}",
+        file=sys.stderr,
+    )
+    return result.status
+
+
+def _show(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
+
+
+def _fail(status: int, sentence: str) -> int:
+    print(f"run: {sentence}", file=sys.stderr)
+    return int(status)
