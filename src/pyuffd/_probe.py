@@ -244,7 +244,7 @@ def _explain_device(code: int) -> tuple[str, str]:
 
 def _sysctl() -> str:
     try:
-        return SYSCTL.read_text().strip()
+        return Path(SYSCTL).read_text().strip()
     except OSError:
         return "not there"
 

@@ -722,7 +722,7 @@ def open_uffd(flags: int) -> int:
 
 
 def _read_text(path: str) -> str:
-    with open(path, encoding="ascii") as file:  # not pathlib, which is slow to import
+    with open(path, encoding="utf-8") as file:  # not pathlib, which is slow to import
         return file.read()
 
 
