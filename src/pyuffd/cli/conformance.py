@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -64,8 +65,6 @@ def _run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("pytest") is None:
         print("pyuffd: running the suite needs pytest: pip install 'pyuffd[test]'", file=sys.stderr)
         return EXIT_ERROR
-    import pytest
-
     suite = importlib.util.find_spec("pyuffd.conformance.test_suite")
     assert suite is not None
     assert suite.origin is not None
@@ -82,7 +81,9 @@ def _run(args: argparse.Namespace) -> int:
             arguments.append("--uffd-slow")
         if args.report is not None:
             arguments.append(f"--uffd-report={os.path.abspath(args.report)}")
-        return int(pytest.main([*arguments, *args.pytest_args]))
+        # In a process of its own: pytest wants to be there before what it runs.
+        command = [sys.executable, "-P", "-m", "pytest", *arguments, *args.pytest_args]
+        return subprocess.run(command, check=False).returncode
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -59,6 +59,7 @@ class Case:
         budget_s: Seconds after which the case has stalled.
         is_slow: Left out unless asked for.
         run: The case itself.
+        is_alone: It does something to the whole machine, so no other case runs meanwhile.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Case:
     budget_s: float
     is_slow: bool
     run: Callable[[Context], None]
+    is_alone: bool = False
 
     def features_on(self, memory: MemoryType) -> Feature:
         """Return the feature bits it needs on a memory type."""
@@ -99,6 +101,7 @@ def case(
     variants: Iterable[Variant] = (),
     budget_s: float = DEFAULT_BUDGET_S,
     slow: bool = False,
+    alone: bool = False,
     summary: str = "",
 ) -> Callable[[Callable[[Context], None]], Callable[[Context], None]]:
     """Make a function of one `Context` a case; its docstring's first line is the summary.
@@ -113,6 +116,7 @@ def case(
         variants: Accepted behaviours, for `ctx.expect_variant`.
         budget_s: Seconds after which it has stalled; scaled by PYUFFD_BUDGET_SCALE.
         slow: Leave it out unless asked for.
+        alone: Let no other case of this user run meanwhile, in whichever process.
         summary: For functions that several cases share.
 
     Raises:
@@ -138,6 +142,7 @@ def case(
             budget_s,
             slow,
             function,
+            alone,
         )
         return function
 

@@ -77,14 +77,20 @@ def show(value: object) -> str:
 
 
 class Access(Generic[T]):
-    """A call in a thread of its own, because it may wait for a fault to be resolved."""
+    """A call in a thread of its own, because it may wait for a fault to be resolved.
+
+    Attributes:
+        thread_id: The thread's, as messages with Feature.THREAD_ID give it.
+        done: Whether the call has returned.
+    """
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
         self._value: T
         self._error: BaseException | None = None
-        self._done = os.eventfd(0, os.EFD_CLOEXEC)
+        self._returned = os.eventfd(0, os.EFD_CLOEXEC)
         self.thread_id = 0
+        self.done = False
         self._thread = threading.Thread(target=self._run, name="uffd-access", daemon=True)
         self._thread.start()
 
@@ -95,16 +101,12 @@ class Access(Generic[T]):
         except BaseException as error:
             self._error = error
         finally:
-            os.eventfd_write(self._done, 1)
+            self.done = True
+            os.eventfd_write(self._returned, 1)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable once the call has returned."""
-        return self._done
-
-    @property
-    def done(self) -> bool:
-        """Whether the call has returned."""
-        return bool(select.select([self._done], [], [], 0)[0])
+        return self._returned
 
     def result(self) -> T:
         """Wait for the call; return its value or raise its exception.
@@ -112,7 +114,7 @@ class Access(Generic[T]):
         Raises:
             Mismatch: it has not returned in time.
         """
-        if not select.select([self._done], [], [], WAIT_S)[0]:
+        if not select.select([self._returned], [], [], WAIT_S)[0]:
             raise Mismatch(f"the access has not completed within {WAIT_S:g} s")
         self._thread.join()
         if self._error is not None:
@@ -122,8 +124,9 @@ class Access(Generic[T]):
     def close(self) -> None:
         """Join the thread."""
         self._thread.join(WAIT_S)
-        if not self._thread.is_alive():
-            os.close(self._done)
+        if not self._thread.is_alive() and self._returned >= 0:
+            os.close(self._returned)
+            self._returned = -1
 
 
 class Child:
@@ -266,6 +269,9 @@ class Context:
         self.page = self.memory.page_size
         self.offered = kernel_features()
         self.variant = ""
+        self._candidates = [
+            variant.name for variant in case.variants if variant.possible(self.offered)
+        ]
         self._uffds: list[Userfaultfd] = []
         self._regions: list[Region] = []
         self._accesses: list[Access[Any]] = []
@@ -395,23 +401,20 @@ class Context:
             **wanted: By the variant's name (`_` for `-`), what it shows.
 
         Raises:
-            Mismatch: none, one whose features say that it cannot be, or not the variant that an
-                earlier call saw.
+            Mismatch: none, one whose features say that it cannot be, or one that an earlier call
+                has ruled out.
         """
         self._seen.append(f"{what}: {show(seen)}")
         by_name = {name.replace("_", "-"): value for name, value in wanted.items()}
-        possible = [variant for variant in self.case.variants if variant.possible(self.offered)]
         if unknown := set(by_name) - {variant.name for variant in self.case.variants}:
             raise LookupError(f"{self.case.name} declares no variants {sorted(unknown)}")
+        # What several variants show alike rules none of them out.
         matching = [
-            variant.name
-            for variant in possible
-            if variant.name in by_name and _same(seen, by_name[variant.name])
+            name for name in self._candidates if name in by_name and _same(seen, by_name[name])
         ]
-        if self.variant:
-            matching = [name for name in matching if name == self.variant]
         if not matching:
             self.fail(what, seen, *(f"{name}: {show(value)}" for name, value in by_name.items()))
+        self._candidates = matching
         self.variant = matching[0]
         return self.variant
 
@@ -474,7 +477,7 @@ class Context:
         poll = select.poll()
         for fd in fds:
             poll.register(fd, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(WAIT_S * 1000)}
+        ready = {fd for fd, event in poll.poll(WAIT_S * 1000) if event & select.POLLIN}
         for uffd in fds[1:]:
             if uffd.fileno() in ready:
                 self.fail("messages during the access", uffd.read_events(EVENTS_SHOWN), "none")

@@ -97,6 +97,14 @@ def reserve(workers: int) -> Reservation | None:
 
 
 @contextlib.contextmanager
+def use(*, alone: bool) -> Iterator[None]:
+    """Use the machine together with other cases of this user, or while none of them runs."""
+    with Path(tempfile.gettempdir(), f"pyuffd-machine-{os.geteuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
 def _state() -> Iterator[list[Entry]]:
     """Yield the list of entries under the lock, and write it back."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -139,7 +147,7 @@ def _add_huge_pages(count: int) -> int:
     return _persistent_huge_pages() - before
 
 
-def _swap_header(length: int) -> bytes:
+def swap_header(length: int) -> bytes:
     """Return the first page of a version 1 swap area."""
     page = bytearray(_PAGE)
     struct.pack_into("<3I", page, 1024, 1, length // _PAGE - 1, 0)
@@ -168,7 +176,7 @@ def _swap_on(length: int) -> tuple[str | None, str]:
         with open(fd, "wb") as file:
             try:
                 os.posix_fallocate(fd, 0, length)
-                file.write(_swap_header(length))
+                file.write(swap_header(length))
                 file.flush()
                 os.fsync(fd)
                 message = _swap_call("swapon", path)

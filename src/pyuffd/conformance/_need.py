@@ -24,6 +24,7 @@ from pathlib import Path
 _NR_USERFAULTFD = 323
 _O_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 _UFFD_API = 0xAA
+_WP_HUGETLBFS_SHMEM = 1 << 12
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
 _USERFAULTFD_IOC_NEW = 0xAA00
@@ -163,6 +164,17 @@ def needs_thp() -> Need:
         return (["THP"] if "[never]" in enabled else []), f"enabled is {enabled}"
 
     return Need("transparent huge pages", missing)
+
+
+def needs_hugetlb_mremap() -> Need:
+    """The kernel can mremap hugetlb memory (Linux 5.16), told by what came with 5.19."""
+
+    def missing() -> tuple[list[str], str]:
+        offered = kernel_features()
+        can = offered & _WP_HUGETLBFS_SHMEM
+        return ([] if can else ["hugetlb-mremap"]), f"the kernel offers {offered:#x}"
+
+    return Need("mremap of hugetlb memory", missing)
 
 
 def free_hugepages(size: int = HUGE_PAGE) -> int:

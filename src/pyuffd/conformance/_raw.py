@@ -49,17 +49,23 @@ class Answer:
         return f"{name}, argument {[hex(word) for word in self.words]}"
 
 
+def request(name: str) -> int:
+    """Return the request number of an ioctl."""
+    direction, number, words = _IOCTLS[name]
+    return direction | words * 8 << 16 | 0xAA << 8 | number
+
+
 def ioctl(uffd: Userfaultfd | int, name: str, *words: int) -> Answer:
     """Make one ioctl with exactly these 64-bit words, zeros behind them.
 
     GIL: released, as fcntl.ioctl does.
     """
-    direction, number, count = _IOCTLS[name]
+    count = _IOCTLS[name][2]
     argument = bytearray(struct.pack(f"={count}Q", *words, *[0] * (count - len(words))))
     code = 0
     fd = uffd if isinstance(uffd, int) else uffd.fileno()
     try:
-        fcntl.ioctl(fd, direction | count * 8 << 16 | 0xAA << 8 | number, argument)
+        fcntl.ioctl(fd, request(name), argument)
     except OSError as error:
         code = error.errno or errno.EIO
     return Answer(code, struct.unpack(f"={count}Q", argument))

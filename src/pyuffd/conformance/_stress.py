@@ -17,12 +17,11 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._child import SCALE
 from pyuffd.conformance._context import Context, Mismatch
 from pyuffd.conformance._types import missing_features, wp_features
-from pyuffd.conformance.cases.kselftest_unit import UNPROTECT, release
+from pyuffd.conformance.cases.kselftest_unit import PUNCH_HOLE, UNPROTECT, release
 from pyuffd.regions import Region
 
 RANDOM, RACING, VERIFY, POLL = 1, 2, 4, 8
 MODES = 16
-PUNCH_HOLE = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE
 WORKERS = 2  # of each kind, as there would be one for each CPU
 RETRY_EVERY = 8  # one COPY in so many is made again, and must then be EEXIST
 JOIN_S = 5 * SCALE

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message, Report,
 from pyuffd.conformance._types import TYPES
 
 SUITE = Path(__file__).with_name("test_suite.py")
-HUGE_PAGES = 8  # what a case on hugetlb may use without naming a need
+HUGE_PAGES = 16  # what a case on hugetlb may use without naming a need
 PROPERTY = "pyuffd-conformance"
+_NUMBER = re.compile(r"\b(0x)?[0-9a-f]*[0-9][0-9a-f]*\b")
 
 _state = pytest.StashKey["_State"]()
 _outcome = pytest.StashKey[dict[str, Any]]()
@@ -37,7 +39,7 @@ class _State:
         self.report = Report.of_this_kernel(0)
         self.written: list[Path] = []
         self.reservation: _machine.Reservation | None = None
-        self._messages: dict[int, Message] = {}
+        self._messages: dict[int | str, Message] = {}
 
     def add(self, data: dict[str, Any]) -> None:
         """Take what a test found; workers see the same records of the kernel's log."""
@@ -45,10 +47,13 @@ class _State:
         self.report.features = data.pop("features")
         self.report.log_readable &= log["readable"]
         for sequence, priority, text, is_fatal in log["records"]:
-            if sequence not in self._messages:
-                self._messages[sequence] = Message(text, priority, is_fatal, [])
-                self.report.messages.append(self._messages[sequence])
-            self._messages[sequence].tests.append(data["id"])
+            # Warnings that differ in a pid or an address are one; what is fatal stands alone.
+            key = sequence if is_fatal else _NUMBER.sub("N", text)
+            if key not in self._messages:
+                self._messages[key] = Message(text, priority, is_fatal, [])
+                self.report.messages.append(self._messages[key])
+            if data["id"] not in self._messages[key].tests:
+                self._messages[key].tests.append(data["id"])
         self.report.results[data["id"]] = Result(**data)
 
     def sort(self) -> None:
@@ -91,6 +96,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Begin the report, know the mark, take what the machine has to give."""
     global _reporting
     config.addinivalue_line("markers", "conformance: a case of the conformance suite")
+    try:
+        strict()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     state = config.stash[_state] = _State()
     if not hasattr(config, "workerinput"):
         _reporting = state
@@ -139,6 +148,11 @@ def run_case(stash: pytest.Stash, name: str, memory: str) -> None:
         "kernel": {"readable": kmsg.readable, "records": []},
     }
     stash[_outcome] = result
+    with _machine.use(alone=case.is_alone):
+        _watched(case, memory, result, kmsg)
+
+
+def _watched(case: Case, memory: str, result: dict[str, Any], kmsg: Kmsg) -> None:
     # No Python runs when a fault is waited for with the GIL held, so nothing less will do.
     faulthandler.dump_traceback_later(case.budget_s * SCALE, exit=True, file=_stderr)
     try:

@@ -40,8 +40,8 @@ def uffd_stress(ctx: Context) -> None:
 
 
 @contextlib.contextmanager
-def limited_memory(limit: int) -> Iterator[None]:
-    """Put this process into a control group of its own with this memory limit, and back.
+def limited_memory(limit: int, pid: int = 0) -> Iterator[None]:
+    """Put a process, this one by default, into a control group with this memory limit, and back.
 
     Raises:
         Lack: there is no memory controller that this user may use.
@@ -58,11 +58,12 @@ def limited_memory(limit: int) -> Iterator[None]:
                 break
         else:
             raise Lack(["memcg"], f"{parent} does not hand the memory controller on")
-        (group / "cgroup.procs").write_text(str(os.getpid()))
+        (group / "cgroup.procs").write_text(str(pid or os.getpid()))
         try:
             yield
         finally:
-            (old / "cgroup.procs").write_text(str(os.getpid()))
+            with contextlib.suppress(ProcessLookupError):
+                (old / "cgroup.procs").write_text(str(pid or os.getpid()))
     finally:
         group.rmdir()
 

@@ -1,0 +1,215 @@
+"""What is particular to UFFDIO_MOVE (layer L5).
+
+It works inside one address space only, so unlike the others it cannot meet a process that ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, MoveMode, RegisterMode
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._pin import Pin, needs_pin, syscall
+from pyuffd.conformance._types import ANON, FILE, missing_features
+from pyuffd.conformance.cases.errno_fill import DATA, MOVE, Target
+from pyuffd.regions import Region
+
+SYS_MLOCK, SYS_MUNLOCK = 149, 150
+ORIGIN = "UFFDIO_MOVE(2const): "
+
+
+def _refused(ctx: Context, target: Target, code: int, **call: int) -> None:
+    """Make the ioctl; it must fail and leave the source in place."""
+    target.expect(code, -code, **call)
+    ctx.expect("byte of the source", ctx.silently(ctx.read, target.source), DATA)
+
+
+@case(
+    "UFFDIO_MOVE.EINVAL.src-unaligned", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
+)
+def src_unaligned(ctx: Context) -> None:
+    """The source is not a multiple of the page size."""
+    target = Target(ctx, MOVE)
+    target.expect(errno.EINVAL, 0, source=target.source + 1)
+
+
+@case(
+    "UFFDIO_MOVE.EINVAL.unregistered", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
+)
+def unregistered(ctx: Context) -> None:
+    """The destination is not registered."""
+    _refused(ctx, Target(ctx, MOVE, registered=0), errno.EINVAL)
+
+
+@case(
+    "UFFDIO_MOVE.EINVAL.dst-past-end", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
+)
+def past_end(ctx: Context) -> None:
+    """The end of the destination is not registered: nothing is moved."""
+    target = Target(ctx, MOVE, registered=1)
+    _refused(ctx, target, errno.EINVAL, length=2 * ctx.page)
+
+
+@case("UFFDIO_MOVE.EINVAL.other-uffd", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE)
+def other_uffd(ctx: Context) -> None:
+    """The destination is registered with another userfaultfd."""
+    target = Target(ctx, MOVE)
+    _refused(ctx, target, errno.EINVAL, uffd=ctx.open().fileno())
+
+
+@case(
+    "UFFDIO_MOVE.EINVAL.other-process",
+    origin=ORIGIN + "EINVAL",
+    memory=ANON,
+    features=Feature.MOVE | Feature.EVENT_FORK,
+)
+def other_process(ctx: Context) -> None:
+    """The userfaultfd is that of another process."""
+    target = Target(ctx, MOVE)
+    child = ctx.fork()
+    assert child.uffd is not None
+    target.expect(errno.EINVAL, 0, uffd=child.uffd.fileno())
+
+
+@case("UFFDIO_MOVE.EINVAL.src-file", origin=ORIGIN + "EINVAL", memory=FILE, features=Feature.MOVE)
+def src_file(ctx: Context) -> None:
+    """Only anonymous memory can be moved."""
+    region, source = ctx.make(ctx.page // 4096, "anon"), ctx.make(1)
+    source.fill(DATA[0])
+    ctx.register(region, RegisterMode.MISSING)
+    answer = ctx.ioctl("MOVE", region.start, source.start, ctx.page)
+    ctx.expect("errno and move", (answer.errno, answer.result), (errno.EINVAL, -errno.EINVAL))
+
+
+@case(
+    "UFFDIO_MOVE.EINVAL.dst-file",
+    origin=ORIGIN + "EINVAL",
+    memory=FILE,
+    features=lambda memory: Feature.MOVE | missing_features(memory),
+)
+def dst_file(ctx: Context) -> None:
+    """Nothing can be moved into a file, although the mask of shared memory has the ioctl."""
+    _refused(ctx, Target(ctx, MOVE), errno.EINVAL)
+
+
+@case(
+    "UFFDIO_MOVE.EINVAL.src-read-only", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
+)
+def src_read_only(ctx: Context) -> None:
+    """The source is protected otherwise than the destination."""
+    target = Target(ctx, MOVE)
+    _memory.mprotect(target.source, 2 * ctx.page, mmap.PROT_READ)
+    _refused(ctx, target, errno.EINVAL)
+
+
+@case("UFFDIO_MOVE.EINVAL.src-locked", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE)
+def src_locked(ctx: Context) -> None:
+    """The source is mlocked and the destination is not."""
+    target = Target(ctx, MOVE)
+    ctx.expect("mlock", syscall(SYS_MLOCK, target.source, 2 * ctx.page), 0)
+    _refused(ctx, target, errno.EINVAL)
+
+
+def _with_hole(ctx: Context) -> tuple[Target, Region]:
+    """Return a target whose source has no second page."""
+    target = Target(ctx, MOVE)
+    _memory.madvise(target.source + ctx.page, ctx.page, mmap.MADV_DONTNEED)
+    return target, target.region
+
+
+@case("UFFDIO_MOVE.ENOENT.src-hole", origin=ORIGIN + "ENOENT", memory=ANON, features=Feature.MOVE)
+def src_hole(ctx: Context) -> None:
+    """The source has no page."""
+    target, _ = _with_hole(ctx)
+    target.expect(errno.ENOENT, -errno.ENOENT, at=ctx.page)
+
+
+@case(
+    "UFFDIO_MOVE.ENOENT.src-unmapped", origin=ORIGIN + "ENOENT", memory=ANON, features=Feature.MOVE
+)
+def src_unmapped(ctx: Context) -> None:
+    """The source is not mapped."""
+    target = Target(ctx, MOVE)
+    target.expect(errno.ENOENT, -errno.ENOENT, source=ctx.page)
+
+
+@case(
+    "UFFDIO_MOVE.EAGAIN.second-src-hole",
+    origin=ORIGIN + "EAGAIN",
+    memory=ANON,
+    features=Feature.MOVE,
+)
+def second_src_hole(ctx: Context) -> None:
+    """The source has no second page: the first is moved and counted."""
+    target, region = _with_hole(ctx)
+    target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
+    ctx.expect("byte", ctx.silently(ctx.read, region.start), DATA)
+
+
+@case(
+    "UFFDIO_MOVE.ok.allow-src-holes",
+    origin=ORIGIN + "UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES",
+    memory=ANON,
+    features=Feature.MOVE,
+)
+def allow_holes(ctx: Context) -> None:
+    """With ALLOW_SRC_HOLES a hole counts as moved, and leaves a hole."""
+    target, region = _with_hole(ctx)
+    target.expect(0, 2 * ctx.page, length=2 * ctx.page, mode=MoveMode.ALLOW_SRC_HOLES)
+    ctx.expect("byte", ctx.silently(ctx.read, region.start), DATA)
+    ctx.expect_pagemap(region.start + ctx.page, "-----")
+
+
+@case(
+    "UFFDIO_MOVE.ok.source-empty", origin="UFFDIO_MOVE(2const)", memory=ANON, features=Feature.MOVE
+)
+def source_empty(ctx: Context) -> None:
+    """The page leaves the source, which reads zeros."""
+    target = Target(ctx, MOVE)
+    target.expect(0, ctx.page)
+    ctx.expect_pagemap(target.source, "-----")
+    ctx.expect("byte of the source", ctx.silently(ctx.read, target.source), b"\0")
+
+
+@case("UFFDIO_MOVE.ok.zero-page", origin="UFFDIO_MOVE(2const)", memory=ANON, features=Feature.MOVE)
+def zero_page(ctx: Context) -> None:
+    """A zero page can be moved."""
+    target, region = _with_hole(ctx)
+    ctx.expect("byte of the source", ctx.read(target.source + ctx.page), b"\0")
+    target.expect(0, ctx.page, at=ctx.page)
+    ctx.expect("byte", ctx.silently(ctx.read, region.start + ctx.page), b"\0")
+
+
+@case("UFFDIO_MOVE.EBUSY.src-shared", origin=ORIGIN + "EBUSY", memory=ANON, features=Feature.MOVE)
+def src_shared(ctx: Context) -> None:
+    """A page that a fork has shared is busy, even after the child has ended."""
+    region, source = ctx.make(1), ctx.make(1)
+    source.fill(DATA[0])
+    ctx.register(region, RegisterMode.MISSING)
+    child = ctx.fork()
+    for when in ("child alive", "child ended"):
+        answer = ctx.ioctl("MOVE", region.start, source.start, ctx.page)
+        ctx.expect(when, (answer.errno, answer.result), (errno.EBUSY, -errno.EBUSY))
+        child.close()
+
+
+@case(
+    "UFFDIO_MOVE.EBUSY.src-pinned",
+    origin=ORIGIN + "EBUSY",
+    memory=ANON,
+    features=Feature.MOVE,
+    needs=[needs_pin()],
+)
+def src_pinned(ctx: Context) -> None:
+    """A page that is pinned is busy."""
+    target = Target(ctx, MOVE)
+    pin = Pin(target.source, ctx.page)
+    ring = pin.take(syscall)
+    ctx.callback(os.close, ring)
+    _refused(ctx, target, errno.EBUSY)
+    pin.drop(syscall, ring)
+    target.expect(0, ctx.page)

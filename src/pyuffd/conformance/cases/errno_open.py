@@ -1,0 +1,264 @@
+"""userfaultfd(2), UFFDIO_API(2const), and what every ioctl checks first (layer L5).
+
+ENFILE and ENOMEM of userfaultfd(2) are left out: provoking them starves the whole machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+from pyuffd._abi import USER_MODE_ONLY, Feature
+from pyuffd._memory import buffer_address
+from pyuffd.conformance import _raw
+from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._context import Child, Context
+from pyuffd.conformance._need import needs, needs_device, needs_privilege
+from pyuffd.conformance._types import ANY
+
+API = 0xAA
+FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+SYS_OPEN, SYS_IOCTL, SYS_SETRESUID, SYS_PRLIMIT64, SYS_USERFAULTFD = 2, 16, 117, 302, 323
+RLIMIT_NOFILE = 7
+NOBODY = 65534
+SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
+UNKNOWN_FLAG = 1 << 1
+UNKNOWN_FEATURE = 1 << 63
+UNKNOWN_IOCTL = 0xAA3E
+AFTER_API = (
+    "REGISTER",
+    "UNREGISTER",
+    "WAKE",
+    "COPY",
+    "ZEROPAGE",
+    "MOVE",
+    "WRITEPROTECT",
+    "CONTINUE",
+    "POISON",
+)
+
+
+def _fresh(ctx: Context, flags: int = FLAGS) -> int:
+    """Return a descriptor without a handshake, which closes with the case."""
+    fd = _raw.open_syscall(flags)
+    ctx.callback(os.close, fd)
+    return fd
+
+
+def _ready(ctx: Context) -> int:
+    fd = _fresh(ctx)
+    ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
+    return fd
+
+
+def _unprivileged(ctx: Context) -> Child:
+    child = ctx.fork_only()
+    ctx.expect("setresuid", child.syscall(SYS_SETRESUID, NOBODY, NOBODY, NOBODY), 0)
+    return child
+
+
+@case("userfaultfd.ok.cloexec-nonblock", origin="userfaultfd(2): DESCRIPTION", memory=ANY)
+def open_flags(ctx: Context) -> None:
+    """O_CLOEXEC and O_NONBLOCK are set on the descriptor as asked for."""
+    both, neither = _fresh(ctx), _fresh(ctx, 0)
+    ctx.expect("O_CLOEXEC", [os.get_inheritable(fd) for fd in (both, neither)], [False, True])
+    ctx.expect("O_NONBLOCK", [os.get_blocking(fd) for fd in (both, neither)], [False, True])
+
+
+@case("userfaultfd.EINVAL.flags-unknown", origin="userfaultfd(2): EINVAL", memory=ANY)
+def open_unknown_flag(ctx: Context) -> None:
+    """A flag the system call does not know is refused."""
+    ctx.expect_errno(errno.EINVAL, _raw.open_syscall, FLAGS | UNKNOWN_FLAG)
+
+
+@case("userfaultfd.EMFILE.descriptor-limit", origin="userfaultfd(2): EMFILE", memory=ANY)
+def open_emfile(ctx: Context) -> None:
+    """At the limit of open files there is no further userfaultfd."""
+    limit = struct.pack("=2Q", 0, 0)
+    address, _, _owner = buffer_address(limit)
+    child = ctx.fork_only()
+    ctx.expect("prlimit64", child.syscall(SYS_PRLIMIT64, 0, RLIMIT_NOFILE, address, 0), 0)
+    ctx.expect("result", child.syscall(SYS_USERFAULTFD, FLAGS), -errno.EMFILE)
+
+
+@case(
+    "userfaultfd.EPERM.unprivileged",
+    origin="userfaultfd(2): EPERM",
+    memory=ANY,
+    needs=[needs_privilege()],
+    variants=[
+        Variant("refused", "vm.unprivileged_userfaultfd is 0 (its file says so)"),
+        Variant("allowed", "vm.unprivileged_userfaultfd is 1 (its file says so)"),
+    ],
+)
+def open_unprivileged(ctx: Context) -> None:
+    """Without privilege, kernel faults are not to be had where the sysctl is 0."""
+    child = _unprivileged(ctx)
+    fd = child.syscall(SYS_USERFAULTFD, FLAGS)
+    allowed = SYSCTL.read_text().strip() == "1"
+    ctx.expect_variant("refused", fd if fd < 0 else 0, refused=-errno.EPERM, allowed=0)
+    ctx.expect("variant", ctx.variant, "allowed" if allowed else "refused")
+
+
+@case(
+    "userfaultfd.ok.unprivileged-user-mode-only",
+    origin="userfaultfd(2): UFFD_USER_MODE_ONLY",
+    memory=ANY,
+    needs=[needs_privilege()],
+    variants=[
+        Variant("known", "UFFD_USER_MODE_ONLY works for everybody"),
+        Variant(
+            "unknown",
+            "the flag is refused with EINVAL",
+            lacks=Feature.MINOR_HUGETLBFS,
+        ),
+    ],
+)
+def open_user_mode_only(ctx: Context) -> None:
+    """UFFD_USER_MODE_ONLY works without privilege."""
+    fd = _unprivileged(ctx).syscall(SYS_USERFAULTFD, FLAGS | USER_MODE_ONLY)
+    ctx.expect_variant("refused", min(fd, 0), known=0, unknown=-errno.EINVAL)
+
+
+@case(
+    "userfaultfd-device.EACCES.mode",
+    origin="userfaultfd(2): /dev/userfaultfd",
+    memory=ANY,
+    needs=[needs_privilege(), needs_device()],
+)
+def device_mode(ctx: Context) -> None:
+    """/dev/userfaultfd obeys its file mode."""
+    device = Path("/dev/userfaultfd")
+    address, _, _owner = buffer_address(bytes(device) + b"\0")
+    wanted = 0 if device.stat().st_mode & 0o006 == 0o006 else -errno.EACCES
+    fd = _unprivileged(ctx).syscall(SYS_OPEN, address, os.O_RDWR)
+    ctx.expect("open", min(fd, 0), wanted)
+
+
+@case(
+    "userfaultfd-device.EINVAL.flags-unknown",
+    origin="userfaultfd(2): /dev/userfaultfd",
+    memory=ANY,
+    needs=[needs_device()],
+)
+def device_unknown_flag(ctx: Context) -> None:
+    """USERFAULTFD_IOC_NEW refuses a flag it does not know."""
+    ctx.expect_errno(errno.EINVAL, _raw.open_device, FLAGS | UNKNOWN_FLAG)
+
+
+@case(
+    "UFFDIO_API.EPERM.event-fork-unprivileged",
+    origin="UFFDIO_API(2const): EPERM",
+    memory=ANY,
+    needs=[needs_privilege(), needs(Feature.EVENT_FORK)],
+    variants=[
+        Variant("EPERM", "EVENT_FORK takes CAP_SYS_PTRACE"),
+        Variant("no-descriptor", "there is no userfaultfd to ask", lacks=Feature.MINOR_HUGETLBFS),
+    ],
+)
+def api_event_fork(ctx: Context) -> None:
+    """Without CAP_SYS_PTRACE EVENT_FORK is refused, and the argument comes back zeroed."""
+    argument = ctx.make(1, "shmem")
+    argument.write(0, struct.pack("=3Q", API, Feature.EVENT_FORK, 0))
+    child = _unprivileged(ctx)
+    fd = child.syscall(SYS_USERFAULTFD, FLAGS | USER_MODE_ONLY)
+    if fd < 0:
+        ctx.expect_variant("userfaultfd", fd, no_descriptor=-errno.EINVAL)
+        return
+    seen = child.syscall(SYS_IOCTL, fd, _raw.request("API"), argument.start)
+    ctx.expect_variant("UFFDIO_API", seen, EPERM=-errno.EPERM)
+    ctx.expect("argument", argument.read(0, 24), bytes(24))
+    argument.write(0, struct.pack("=3Q", API, 0, 0))
+    seen = child.syscall(SYS_IOCTL, fd, _raw.request("API"), argument.start)
+    ctx.expect("UFFDIO_API without it", seen, 0)
+
+
+@case("UFFDIO_API.ok.reply", origin="UFFDIO_API(2const): DESCRIPTION", memory=ANY)
+def api_reply(ctx: Context) -> None:
+    """The reply has every feature of the kernel, whatever was asked for, and is the same again."""
+    answers = [ctx.ioctl("API", API, asked, uffd=_fresh(ctx)) for asked in (0, ctx.offered & 0x80)]
+    for answer in answers:
+        ctx.expect("reply", (answer.errno, answer.words[:2]), (0, (API, ctx.offered)))
+
+
+@case("UFFDIO_API.EINVAL.api-unknown", origin="UFFDIO_API(2const): EINVAL", memory=ANY)
+def api_version(ctx: Context) -> None:
+    """Another API version is refused, the argument zeroed, and the descriptor still new."""
+    _refused_once(ctx, API + 1, 0)
+
+
+@case("UFFDIO_API.EINVAL.features-unknown", origin="UFFDIO_API(2const): EINVAL", memory=ANY)
+def api_features(ctx: Context) -> None:
+    """A feature the kernel lacks is refused, the argument zeroed, and the descriptor still new."""
+    _refused_once(ctx, API, UNKNOWN_FEATURE)
+
+
+def _refused_once(ctx: Context, api: int, features: int) -> None:
+    fd = _fresh(ctx)
+    answer = ctx.ioctl("API", api, features, uffd=fd)
+    ctx.expect("refusal", (answer.errno, answer.words), (errno.EINVAL, (0, 0, 0)))
+    ctx.expect("errno of a second try", ctx.ioctl("API", API, uffd=fd).errno, 0)
+
+
+@case("UFFDIO_API.EINVAL.second-handshake", origin="UFFDIO_API(2const): EINVAL", memory=ANY)
+def api_second(ctx: Context) -> None:
+    """A descriptor is enabled once; the second handshake leaves it as it was."""
+    fd = _ready(ctx)
+    answer = ctx.ioctl("API", API, uffd=fd)
+    ctx.expect("refusal", (answer.errno, answer.words), (errno.EINVAL, (0, 0, 0)))
+    ctx.expect("errno of WAKE", ctx.ioctl("WAKE", 1 << 20, 4096, uffd=fd).errno, 0)
+
+
+@case("UFFDIO_API.EFAULT.argument", origin="UFFDIO_API(2const): EFAULT", memory=ANY)
+def api_argument(ctx: Context) -> None:
+    """An argument outside the address space is EFAULT."""
+    ctx.expect_errno(errno.EFAULT, fcntl.ioctl, _fresh(ctx), _raw.request("API"), 0)
+
+
+@case("ioctl.EINVAL.unknown", origin="ioctl_userfaultfd(2)", memory=ANY)
+def unknown_ioctl(ctx: Context) -> None:
+    """A request number that is no UFFDIO_* is EINVAL, before the handshake and after."""
+    fd = _fresh(ctx)
+    ctx.expect_errno(errno.EINVAL, fcntl.ioctl, fd, UNKNOWN_IOCTL, 0)
+    ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
+    ctx.expect_errno(errno.EINVAL, fcntl.ioctl, fd, UNKNOWN_IOCTL, 0)
+
+
+def _feature_of(name: str) -> Feature:
+    return {
+        "MOVE": Feature.MOVE,
+        "POISON": Feature.POISON,
+        "CONTINUE": Feature.MINOR_SHMEM,
+    }.get(name, Feature(0))
+
+
+def _add_generic(name: str) -> None:
+    def before(ctx: Context) -> None:
+        region = ctx.make(1)
+        words = (region.start, region.length, 1) if name == "REGISTER" else (region.start, 4096)
+        answer = ctx.ioctl(name, *words, uffd=_fresh(ctx))
+        ctx.expect("errno", answer.errno, errno.EINVAL)
+
+    def argument(ctx: Context) -> None:
+        ctx.expect_errno(errno.EFAULT, fcntl.ioctl, _ready(ctx), _raw.request(name), 0)
+
+    case(
+        f"UFFDIO_{name}.EINVAL.before-api",
+        origin="ioctl_userfaultfd(2): EINVAL",
+        memory=ANY,
+        summary="Before the handshake the descriptor takes nothing but UFFDIO_API",
+    )(before)
+    case(
+        f"UFFDIO_{name}.EFAULT.argument",
+        origin="ioctl_userfaultfd(2): EFAULT",
+        memory=ANY,
+        features=_feature_of(name),
+        summary="An argument outside the address space is EFAULT",
+    )(argument)
+
+
+for _name in AFTER_API:
+    _add_generic(_name)

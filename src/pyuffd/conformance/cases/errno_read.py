@@ -1,0 +1,246 @@
+"""read(2), poll(2) and fdinfo of a userfaultfd, and who is woken by what (layer L5)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import time
+from pathlib import Path
+
+from pyuffd._abi import MESSAGE_SIZE, CopyMode, Feature, Ioctl, RegisterMode, WriteprotectMode
+from pyuffd._memory import Interrupted
+from pyuffd._uffd import Userfaultfd
+from pyuffd.conformance import _raw
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import WAIT_S, Access, Context
+from pyuffd.conformance._types import ANY, missing_features, wp_features
+from pyuffd.conformance.cases.errno_open import API, FLAGS
+from pyuffd.regions import Region
+
+INITIALIZED = 1 << 31  # UFFD_FEATURE_INITIALIZED, the kernel's own
+MISSING_WRITE, WP_WRITE = 1, 3
+
+
+def _poll(fd: int | Userfaultfd) -> int:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    ready = poll.poll(0)
+    return ready[0][1] if ready else 0
+
+
+def counters(uffd: Userfaultfd) -> tuple[int, int]:
+    """Return how many faults nobody has read, and how many threads wait, by fdinfo."""
+    text = Path(f"/proc/self/fdinfo/{uffd.fileno()}").read_text()
+    found = re.search(r"pending:\t(\d+)\ntotal:\t(\d+)\n", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def _wait_for(ctx: Context, uffd: Userfaultfd, messages: int) -> None:
+    """Read this many messages; their threads wait then."""
+    for _ in range(messages):
+        ctx.expect_fault(MISSING_WRITE, uffd=uffd)
+
+
+@case("read.EINVAL.before-api", origin="userfaultfd(2): Reading", memory=ANY)
+def read_before(ctx: Context) -> None:
+    """Before the handshake read is EINVAL and poll says POLLERR."""
+    fd = _raw.open_syscall(FLAGS)
+    ctx.callback(os.close, fd)
+    ctx.expect_errno(errno.EINVAL, os.read, fd, MESSAGE_SIZE)
+    ctx.expect("poll", _poll(fd), select.POLLERR)
+
+
+@case("read.EAGAIN.nothing-queued", origin="userfaultfd(2): Reading", memory=ANY)
+def read_empty(ctx: Context) -> None:
+    """A non-blocking read of an empty queue is EAGAIN, and poll is quiet."""
+    uffd = ctx.open()
+    ctx.expect_errno(errno.EAGAIN, os.read, uffd.fileno(), MESSAGE_SIZE)
+    ctx.expect("poll", _poll(uffd), 0)
+
+
+@case("poll.POLLERR.blocking", origin="userfaultfd(2): poll", memory=ANY)
+def poll_blocking(ctx: Context) -> None:
+    """A descriptor without O_NONBLOCK cannot be polled: POLLERR."""
+    fd = _raw.open_syscall(os.O_CLOEXEC)
+    ctx.callback(os.close, fd)
+    ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
+    ctx.expect("poll", _poll(fd), select.POLLERR)
+
+
+@case("read.EINVAL.buffer-small", origin="userfaultfd(2): Reading", features=missing_features)
+def read_small(ctx: Context) -> None:
+    """A buffer too small for one message is EINVAL, and the message stays."""
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    ctx.start(ctx.write, region.start, b"\1")
+    ctx.wait_readable()
+    ctx.expect("poll", _poll(ctx.uffd), select.POLLIN)
+    ctx.expect_errno(errno.EINVAL, os.read, ctx.uffd.fileno(), MESSAGE_SIZE - 1)
+    ctx.expect_fault(MISSING_WRITE, region.start)
+
+
+@case("read.ok.whole-messages", origin="userfaultfd(2): Reading", features=missing_features)
+def read_whole(ctx: Context) -> None:
+    """A read returns whole messages only: as many as are queued, or as fit."""
+    region = ctx.make(2)
+    ctx.register(region, RegisterMode.MISSING)
+    for index in range(2):
+        ctx.start(ctx.write, region.start + index * ctx.page, b"\1")
+    _wait_pending(ctx, 2)
+    fd = ctx.uffd.fileno()
+    ctx.expect("read(40)", len(os.read(fd, MESSAGE_SIZE + 8)), MESSAGE_SIZE)
+    ctx.uffd.wake(region)  # whose message was read comes back
+    _wait_pending(ctx, 2)
+    ctx.expect("read(4096)", len(os.read(fd, 4096)), 2 * MESSAGE_SIZE)
+    ctx.expect_errno(errno.EAGAIN, os.read, fd, 4096)
+
+
+def _wait_pending(ctx: Context, count: int) -> None:
+    """Wait until so many faults are queued; each next one makes no edge that poll could see."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if counters(ctx.uffd)[0] == count:
+            return
+        os.sched_yield()
+    ctx.fail("pending in fdinfo", counters(ctx.uffd), count)
+
+
+@case("fdinfo.ok.api", origin="fs/userfaultfd.c: userfaultfd_show_fdinfo", memory=ANY)
+def fdinfo_api(ctx: Context) -> None:
+    """In fdinfo are the version, the features that are enabled, and the kernel's ioctls."""
+    asked = Feature(ctx.offered) & (Feature.SIGBUS | Feature.THREAD_ID)
+    uffd = ctx.open(asked)
+    text = Path(f"/proc/self/fdinfo/{uffd.fileno()}").read_text()
+    found = re.search(r"^API:\t([0-9a-f]+):([0-9a-f]+):([0-9a-f]+)$", text, re.MULTILINE)
+    if found is None:
+        ctx.fail("fdinfo", text, "a line API:")
+    ctx.expect("version", int(found[1], 16), API)
+    # The kernel's own bit is in the first of them since it keeps one.
+    ctx.expect("enabled", int(found[2], 16) & ~INITIALIZED, int(asked))
+    ctx.expect("API in the ioctls", int(found[3], 16) & Ioctl.API, int(Ioctl.API))
+
+
+@case(
+    "fdinfo.ok.counters",
+    origin="fs/userfaultfd.c: userfaultfd_show_fdinfo",
+    features=missing_features,
+)
+def fdinfo_counters(ctx: Context) -> None:
+    """In fdinfo are counted the faults nobody has read, and all threads that wait."""
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    ctx.expect("idle", counters(ctx.uffd), (0, 0))
+    access = ctx.start(ctx.write, region.start, b"\1")
+    ctx.wait_readable()
+    ctx.expect("not read", counters(ctx.uffd), (1, 1))
+    ctx.expect_fault(MISSING_WRITE, region.start)
+    ctx.expect("read", counters(ctx.uffd), (0, 1))
+    ctx.uffd.copy(region.start, bytes(ctx.page))
+    ctx.expect("resolved", counters(ctx.uffd), (0, 0))
+    access.result()
+
+
+def _stalled(ctx: Context, pages: int = 1) -> tuple[Region, list[Access[Interrupted | None]]]:
+    """Register for missing faults, start a write to each page, and read the messages."""
+    region = ctx.make(pages)
+    ctx.register(region, RegisterMode.MISSING)
+    writes = [
+        ctx.start(ctx.write, region.start + index * ctx.page, b"\1") for index in range(pages)
+    ]
+    _wait_for(ctx, ctx.uffd, pages)
+    ctx.expect("waiting", counters(ctx.uffd), (0, pages))
+    return region, writes
+
+
+def _expect_awake(ctx: Context, *writes: Access[Interrupted | None]) -> None:
+    ctx.expect("waiting", counters(ctx.uffd), (0, 0))
+    for write in writes:
+        ctx.expect("write", write.result(), None)
+    ctx.expect_quiet()
+
+
+@case("UFFDIO_COPY.ok.wakes-range", origin="UFFDIO_COPY(2const)", features=missing_features)
+def copy_wakes(ctx: Context) -> None:
+    """One copy of several pages wakes every thread that waits in them."""
+    region, writes = _stalled(ctx, 2)
+    ctx.uffd.copy(region.start, bytes(region.length))
+    _expect_awake(ctx, *writes)
+
+
+@case("UFFDIO_COPY.ok.dontwake", origin="UFFDIO_COPY(2const)", features=missing_features)
+def copy_dontwake(ctx: Context) -> None:
+    """DONTWAKE fills the page and leaves its thread asleep until UFFDIO_WAKE."""
+    region, writes = _stalled(ctx)
+    ctx.uffd.copy(region.start, bytes(ctx.page), mode=CopyMode.DONTWAKE)
+    ctx.expect("waiting", counters(ctx.uffd), (0, 1))
+    ctx.uffd.wake(region)
+    _expect_awake(ctx, *writes)
+
+
+@case("UFFDIO_WAKE.ok.unresolved", origin="UFFDIO_WAKE(2const)", features=missing_features)
+def wake_unresolved(ctx: Context) -> None:
+    """A thread that is woken without its page faults again, with a second message."""
+    region, writes = _stalled(ctx)
+    ctx.uffd.wake(region)
+    ctx.expect_fault(MISSING_WRITE, region.start)
+    ctx.uffd.copy(region.start, bytes(ctx.page))
+    _expect_awake(ctx, *writes)
+
+
+@case("UFFDIO_UNREGISTER.ok.wakes", origin="UFFDIO_UNREGISTER(2const)", features=missing_features)
+def unregister_wakes(ctx: Context) -> None:
+    """UNREGISTER lets the threads that wait go on, with zero pages."""
+    region, writes = _stalled(ctx)
+    ctx.uffd.unregister(region)
+    _expect_awake(ctx, *writes)
+    ctx.expect("bytes", ctx.read(region.start, 4), b"\1\0\0\0")
+
+
+@case("close.ok.wakes", origin="userfaultfd(2)", features=missing_features)
+def close_wakes(ctx: Context) -> None:
+    """The last close lets the threads that wait go on, with zero pages."""
+    region, (write,) = _stalled(ctx)
+    ctx.uffd.close()
+    ctx.expect("write", write.result(), None)
+    ctx.expect("bytes", ctx.read(region.start, 4), b"\1\0\0\0")
+
+
+def _stalled_on_protection(ctx: Context) -> tuple[Region, Access[Interrupted | None]]:
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.WP)
+    region.fill(1)
+    ctx.uffd.writeprotect(region)
+    write = ctx.start(ctx.write, region.start, b"\2")
+    ctx.expect_fault(WP_WRITE, region.start)
+    return region, write
+
+
+@case("UFFDIO_WRITEPROTECT.ok.wakes", origin="UFFDIO_WRITEPROTECT(2const)", features=wp_features)
+def unprotect_wakes(ctx: Context) -> None:
+    """Taking the protection off wakes the thread that waits to write."""
+    region, write = _stalled_on_protection(ctx)
+    ctx.uffd.writeprotect(region, mode=WriteprotectMode(0))
+    _expect_awake(ctx, write)
+
+
+@case("UFFDIO_WRITEPROTECT.ok.dontwake", origin="UFFDIO_WRITEPROTECT(2const)", features=wp_features)
+def unprotect_dontwake(ctx: Context) -> None:
+    """With DONTWAKE it stays asleep until UFFDIO_WAKE."""
+    region, write = _stalled_on_protection(ctx)
+    ctx.uffd.writeprotect(region, mode=WriteprotectMode.DONTWAKE)
+    ctx.expect("waiting", counters(ctx.uffd), (0, 1))
+    ctx.uffd.wake(region)
+    _expect_awake(ctx, write)
+
+
+@case("UFFDIO_WAKE.ok.still-protected", origin="UFFDIO_WAKE(2const)", features=wp_features)
+def wake_protected(ctx: Context) -> None:
+    """A thread that is woken before the page is unprotected faults again, with a second message."""
+    region, write = _stalled_on_protection(ctx)
+    ctx.uffd.wake(region)
+    ctx.expect_fault(WP_WRITE, region.start)
+    ctx.uffd.writeprotect(region, mode=WriteprotectMode(0))
+    _expect_awake(ctx, write)

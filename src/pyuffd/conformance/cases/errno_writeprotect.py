@@ -1,0 +1,194 @@
+"""UFFDIO_WRITEPROTECT: what it refuses, and what is changed then (layer L5)."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+
+from pyuffd._abi import Feature, RegisterMode, Remove, WriteprotectMode
+from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._types import ALL, HUGETLB, SMALL_PAGE, MemoryType, wp_features
+from pyuffd.conformance.cases.errno_fill import KERNEL_ADDRESS, LAYOUT, UNKNOWN_MODE, orphan
+from pyuffd.regions import Region
+
+ORIGIN = "UFFDIO_WRITEPROTECT(2const): "
+ON, OFF, DONTWAKE = WriteprotectMode.WP, WriteprotectMode(0), WriteprotectMode.DONTWAKE
+LIMIT = 1 << 64
+
+# The words of a call that is refused, of the region's start and its page size.
+Words = Callable[[int, int], tuple[int, int, int]]
+_ARGUMENTS: tuple[tuple[str, str, tuple[str, ...], Words], ...] = (
+    (
+        "start-unaligned",
+        "start is not a multiple of the page size",
+        ALL,
+        lambda start, page: (start + 1, page, ON),
+    ),
+    (
+        "length-unaligned",
+        "len is not a multiple of the page size",
+        ALL,
+        lambda start, page: (start, page - 1, ON),
+    ),
+    ("length-zero", "len is 0", ALL, lambda start, page: (start, 0, ON)),
+    (
+        "length-wraps",
+        "The range passes the end of all addresses",
+        ALL,
+        lambda start, page: (start, LIMIT - page, ON),
+    ),
+    (
+        "start-not-user",
+        "start is no address of user space",
+        ALL,
+        lambda start, page: (KERNEL_ADDRESS, page, ON),
+    ),
+    (
+        "mode-unknown",
+        "A mode bit is unknown",
+        ALL,
+        lambda start, page: (start, page, ON | UNKNOWN_MODE),
+    ),
+    (
+        "mode-wp-dontwake",
+        "Putting protection on wakes nobody, so DONTWAKE has no place there",
+        ALL,
+        lambda start, page: (start, page, ON | DONTWAKE),
+    ),
+    (
+        "start-small-page",
+        "start is inside a huge page",
+        HUGETLB,
+        lambda start, page: (start + SMALL_PAGE, page, ON),
+    ),
+    (
+        "length-small-page",
+        "len is less than a huge page",
+        HUGETLB,
+        lambda start, page: (start, SMALL_PAGE, ON),
+    ),
+)
+
+
+def _region(ctx: Context, mode: RegisterMode = RegisterMode.WP, pages: int = 2) -> Region:
+    """Return two pages with data, the first `pages` of them registered."""
+    region = ctx.make(2)
+    region.fill(1)
+    if pages:
+        ctx.register(region, mode, pages)
+    else:
+        ctx.open()
+    return region
+
+
+def _expect(ctx: Context, code: int, *words: int, uffd: int | None = None) -> None:
+    answer = ctx.ioctl("WRITEPROTECT", *words, uffd=uffd)
+    ctx.expect("errno", answer.errno, code)
+
+
+def _add(name: str, text: str, memory: tuple[str, ...], words: Words) -> None:
+    def run(ctx: Context) -> None:
+        region = _region(ctx)
+        _expect(ctx, errno.EINVAL, *words(region.start, ctx.page))
+        ctx.expect_pagemap(region.start, "P??-?")
+
+    case(
+        f"UFFDIO_WRITEPROTECT.EINVAL.{name}",
+        origin=ORIGIN + "EINVAL",
+        memory=memory,
+        features=wp_features,
+        summary=text,
+    )(run)
+
+
+for _row in _ARGUMENTS:
+    _add(*_row)
+
+
+@case("UFFDIO_WRITEPROTECT.ok.page", origin=ORIGIN + "DESCRIPTION", features=wp_features)
+def page(ctx: Context) -> None:
+    """Protection is put on one page, and taken off, and its neighbour is as it was."""
+    region = _region(ctx)
+    for mode, letter in ((ON, "W"), (OFF, "-"), (OFF, "-"), (ON, "W"), (DONTWAKE, "-")):
+        _expect(ctx, 0, region.start, ctx.page, mode)
+        ctx.expect_pagemap(region.start, f"P??{letter}?")
+        ctx.expect_pagemap(region.start + ctx.page, "P??-?")
+
+
+@case("UFFDIO_WRITEPROTECT.ENOENT.unregistered", origin=ORIGIN + "ENOENT", features=wp_features)
+def unregistered(ctx: Context) -> None:
+    """The range is not registered."""
+    region = _region(ctx, pages=0)
+    _expect(ctx, errno.ENOENT, region.start, ctx.page, ON)
+
+
+@case("UFFDIO_WRITEPROTECT.ENOENT.unmapped", origin=ORIGIN + "ENOENT", features=wp_features)
+def unmapped(ctx: Context) -> None:
+    """The range is not mapped any more."""
+    region = _region(ctx)
+    start = region.start
+    region.close()
+    _expect(ctx, errno.ENOENT, start, ctx.page, ON)
+
+
+@case("UFFDIO_WRITEPROTECT.ENOENT.mode-missing", origin=ORIGIN + "ENOENT", features=wp_features)
+def not_wp(ctx: Context) -> None:
+    """The range is registered, but not WP."""
+    region = _region(ctx, RegisterMode.MISSING)
+    _expect(ctx, errno.ENOENT, region.start, ctx.page, ON)
+
+
+@case(
+    "UFFDIO_WRITEPROTECT.ENOENT.past-end",
+    origin=ORIGIN + "ENOENT",
+    features=wp_features,
+    variants=[
+        Variant("some", "what comes before the first mapping that is not registered is protected"),
+        Variant("none", "the range must lie in one mapping", lacks=Feature.WP_UNPOPULATED),
+    ],
+)
+def past_end(ctx: Context) -> None:
+    """The end is not registered: an error, and yet what comes before it may be changed."""
+    region = _region(ctx, pages=1)
+    _expect(ctx, errno.ENOENT, region.start, 2 * ctx.page, ON)
+    ctx.expect_pagemap(region.start + ctx.page, "P??-?")
+    ctx.expect_variant("pagemap", ctx.pagemap(region.start), some="P??W?", none="P??-?")
+
+
+@case(
+    "UFFDIO_WRITEPROTECT.EAGAIN.layout-changing",
+    origin=ORIGIN + "EAGAIN",
+    features=lambda memory: wp_features(memory) | LAYOUT,
+)
+def layout_changing(ctx: Context) -> None:
+    """A layout event is unread: nothing is protected until it is."""
+    region = _region(ctx)
+    other = ctx.make(1, "anon")
+    ctx.register(other, RegisterMode.MISSING)
+    dropping = ctx.start(other.madvise, mmap.MADV_DONTNEED)
+    ctx.wait_readable()
+    _expect(ctx, errno.EAGAIN, region.start, ctx.page, ON)
+    ctx.expect_pagemap(region.start, "P??-?")
+    ctx.expect_event(Remove)
+    dropping.result()
+    for _ in range(1000):
+        answer = ctx.ioctl("WRITEPROTECT", region.start, ctx.page, ON)
+        if answer.errno != errno.EAGAIN:
+            break
+        os.sched_yield()
+    ctx.expect("errno afterwards", answer.errno, 0)
+    ctx.expect_pagemap(region.start, "P??W?")
+
+
+def _with_fork(memory: MemoryType) -> Feature:
+    return wp_features(memory) | Feature.EVENT_FORK
+
+
+@case("UFFDIO_WRITEPROTECT.ESRCH.owner-gone", origin=ORIGIN + "ESRCH", features=_with_fork)
+def owner_gone(ctx: Context) -> None:
+    """The process has ended."""
+    region = _region(ctx)
+    _expect(ctx, errno.ESRCH, region.start, ctx.page, ON, uffd=orphan(ctx, ctx.fork()))

@@ -1,0 +1,338 @@
+"""Layout events: which call sends which, and who waits until it is read (layer L5).
+
+The calls are made in a forked child, whose ranges the Fork event's userfaultfd governs, so that
+no hole opens in this process's address space.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyuffd._abi import Event, Feature, Fork, RegisterMode, Remap, Remove, Unmap
+from pyuffd._uffd import Userfaultfd
+from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._context import WAIT_S, Context
+from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._types import ALL, FILE, MemoryType, missing_features
+from pyuffd.regions import Region
+
+SYS_MMAP, SYS_MPROTECT, SYS_MUNMAP, SYS_MREMAP, SYS_MADVISE = 9, 10, 11, 25, 28
+SYS_FTRUNCATE, SYS_FALLOCATE = 77, 285
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+FIXED_ANONYMOUS = 0x10 | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+MADV_FREE, MADV_COLD, MADV_PAGEOUT = 8, 20, 21
+PUNCH_HOLE = 3  # with KEEP_SIZE
+ALL_EVENTS = Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
+NO_DESCRIPTOR = (1 << 64) - 1
+SLEEPING = "D"
+ORIGIN = "userfaultfd(2): Reading from the userfaultfd structure"
+
+FORK = Feature.EVENT_FORK
+NEITHER = (False, False)
+
+# What a call does: its errno, 0 for success, and the events it sends, in order.
+Outcome = tuple[int, list[Event]]
+
+
+@dataclass(frozen=True)
+class Action:
+    """A call on the first page of a region.
+
+    Attributes:
+        name: The call.
+        text: What it does, for the summary.
+        call: System call number and arguments, of the region and of another one.
+        outcome: What it must do.
+        memory: Where it makes sense.
+        sends: The events it sends where it works, for the case's id.
+        by_descriptor: It takes the file, not the mapping.
+        variants: The outcomes that are accepted, if this is not the only one.
+    """
+
+    name: str
+    text: str
+    call: Callable[[Region, Region], tuple[int, ...]]
+    outcome: Callable[[MemoryType, Region, Region], Outcome]
+    sends: str = "none"
+    memory: tuple[str, ...] = ALL
+    by_descriptor: bool = False
+    variants: tuple[Variant, ...] = ()
+
+
+def _advice(advice: int) -> Callable[[Region, Region], tuple[int, ...]]:
+    return lambda region, _: (SYS_MADVISE, region.start, region.page_size, advice)
+
+
+def _removed(region: Region) -> list[Event]:
+    return [Remove(region.start, region.start + region.page_size)]
+
+
+def _unmapped(region: Region) -> list[Event]:
+    return [Unmap(region.start, region.start + region.page_size)]
+
+
+def _remove(memory: MemoryType, region: Region, _: Region) -> Outcome:
+    if memory.is_anon:
+        return errno.EINVAL, []
+    return (0, _removed(region)) if memory.shared else (errno.EACCES, [])
+
+
+def _free(memory: MemoryType, region: Region, _: Region) -> Outcome:
+    if memory.is_hugetlb:
+        return errno.EINVAL, []
+    # The event of a call that then fails: the pages are still there.
+    return (0 if memory.is_anon else errno.EINVAL), _removed(region)
+
+
+def _not_hugetlb(memory: MemoryType, _region: Region, _other: Region) -> Outcome:
+    return (errno.EINVAL if memory.is_hugetlb else 0), []
+
+
+def _nothing(_memory: MemoryType, _region: Region, _other: Region) -> Outcome:
+    return 0, []
+
+
+def _remap(_: MemoryType, region: Region, other: Region) -> Outcome:
+    moved = Remap(region.start, other.start, region.page_size)
+    return 0, [moved, *_unmapped(region)]
+
+
+USUAL = Variant("usual", "as the manual has it")
+# No bit says so of hugetlb; this one came with the same release or the next.
+OLD_HUGETLB = (
+    USUAL,
+    Variant("refused", "EINVAL on hugetlb, and no event", lacks=Feature.WP_HUGETLBFS_SHMEM),
+)
+ACTIONS = (
+    Action(
+        "MADV_DONTNEED",
+        "drops a page",
+        _advice(mmap.MADV_DONTNEED),
+        lambda _, region, __: (0, _removed(region)),
+        sends="remove",
+        variants=OLD_HUGETLB,
+    ),
+    Action("MADV_REMOVE", "drops a page of the file", _advice(mmap.MADV_REMOVE), _remove, "remove"),
+    Action(
+        "MADV_FREE",
+        "lets a page be dropped",
+        _advice(MADV_FREE),
+        _free,
+        sends="remove",
+        variants=(USUAL, Variant("refused", "no event where it then fails with EINVAL")),
+    ),
+    Action("MADV_COLD", "keeps the page", _advice(MADV_COLD), _not_hugetlb),
+    Action("MADV_PAGEOUT", "keeps the content", _advice(MADV_PAGEOUT), _not_hugetlb),
+    Action(
+        "PUNCH_HOLE",
+        "drops a page of the file by its descriptor",
+        lambda region, _: (SYS_FALLOCATE, _fd(region), PUNCH_HOLE, 0, region.page_size),
+        _nothing,
+        memory=FILE,
+        by_descriptor=True,
+    ),
+    Action(
+        "ftruncate",
+        "shortens the file by its descriptor",
+        lambda region, _: (SYS_FTRUNCATE, _fd(region), 0),
+        _nothing,
+        memory=FILE,
+        by_descriptor=True,
+    ),
+    Action(
+        "mprotect",
+        "changes the protection",
+        lambda region, _: (SYS_MPROTECT, region.start, region.page_size, mmap.PROT_READ),
+        _nothing,
+    ),
+    Action(
+        "munmap",
+        "takes the mapping away",
+        lambda region, _: (SYS_MUNMAP, region.start, region.page_size),
+        lambda _, region, __: (0, _unmapped(region)),
+        sends="unmap",
+    ),
+    Action(
+        "mmap-fixed",
+        "puts another mapping there",
+        lambda region, _: (
+            SYS_MMAP,
+            region.start,
+            region.page_size,
+            mmap.PROT_READ,
+            FIXED_ANONYMOUS,
+            NO_DESCRIPTOR,
+            0,
+        ),
+        lambda _, region, __: (0, _unmapped(region)),
+        sends="unmap",
+    ),
+    Action(
+        "mremap",
+        "moves the mapping",
+        lambda region, other: (
+            SYS_MREMAP,
+            region.start,
+            region.page_size,
+            region.page_size,
+            MREMAP_MAYMOVE | MREMAP_FIXED,
+            other.start,
+        ),
+        _remap,
+        sends="remap-unmap",
+        variants=OLD_HUGETLB,
+    ),
+)
+
+
+def _fd(region: Region) -> int:
+    assert region.fd is not None
+    return region.fd
+
+
+def _expect_asleep(ctx: Context, thread_id: int, process: int | None = None) -> None:
+    """Wait until a thread sleeps uninterruptibly."""
+    deadline = time.monotonic() + WAIT_S
+    path = Path(f"/proc/{process or os.getpid()}/task/{thread_id}/stat")
+    while (state := path.read_text().rpartition(")")[2].split()[0]) != SLEEPING:
+        if time.monotonic() > deadline:
+            ctx.fail("state of the thread whose event is unread", state, SLEEPING)
+        os.sched_yield()
+
+
+def _meanwhile(ctx: Context, region: Region, uffd: Userfaultfd) -> None:
+    """Until the event is read, REGISTER and WAKE work and nothing can be filled."""
+    second = region.start + ctx.page
+    source = ctx.make(ctx.page // 4096, "anon")
+    answer = ctx.ioctl("COPY", second, source.start, ctx.page, uffd=uffd)
+    ctx.expect("errno of COPY", answer.errno, errno.EAGAIN)
+    answer = ctx.ioctl("REGISTER", second, ctx.page, RegisterMode.MISSING, uffd=uffd)
+    ctx.expect("errno of REGISTER", answer.errno, 0)
+    ctx.expect("errno of WAKE", ctx.ioctl("WAKE", second, ctx.page, uffd=uffd).errno, 0)
+
+
+def _observe(ctx: Context, action: Action, region: Region, other: Region) -> Outcome:
+    """Make the call, and read its events one by one while it waits for that."""
+    child = ctx.fork()
+    assert child.uffd is not None
+    # The child has no descriptors; a call by one leaves the address space as it is.
+    uffd = ctx.uffd if action.by_descriptor else child.uffd
+    call = syscall if action.by_descriptor else child.syscall
+    access = ctx.start(call, *action.call(region, other))
+    events: list[Event] = []
+    while True:
+        ready, _, _ = select.select([uffd.fileno(), access.fileno()], [], [], WAIT_S)
+        if uffd.fileno() in ready:
+            if action.by_descriptor:
+                _expect_asleep(ctx, access.thread_id)
+            else:
+                _expect_asleep(ctx, child.pid, child.pid)
+            ctx.expect("the call is over before its event is read", access.done, False)
+            if not events:
+                _meanwhile(ctx, region, uffd)
+            events += uffd.read_events(1)
+        elif ready:
+            break
+        else:
+            ctx.fail("the call and its events", "neither", "one of them")
+    ctx.expect_quiet(child.uffd)
+    # mmap and mremap return addresses.
+    return max(-access.result(), 0), events
+
+
+def _with(extra: Feature) -> Callable[[MemoryType], Feature]:
+    return lambda memory: missing_features(memory) | Feature.EVENT_FORK | extra
+
+
+def _add(action: Action) -> None:
+    def on(ctx: Context) -> None:
+        region, other = ctx.make(2), ctx.make(1)
+        ctx.register(region, RegisterMode.MISSING)
+        seen = _observe(ctx, action, region, other)
+        wanted = action.outcome(ctx.memory, region, other)
+        if not action.variants:
+            ctx.expect("errno and events", seen, wanted)
+            return
+        ctx.expect_variant("errno and events", seen, usual=wanted, refused=(errno.EINVAL, []))
+
+    def off(ctx: Context) -> None:
+        region, other = ctx.make(2), ctx.make(1)
+        ctx.register(region, RegisterMode.MISSING)
+        child = ctx.fork()
+        assert child.uffd is not None
+        access = ctx.start(child.syscall, *action.call(region, other))
+        seen = max(-access.result(), 0)
+        wanted, _ = action.outcome(ctx.memory, region, other)
+        if action.variants:
+            ctx.expect_variant("errno", seen, usual=wanted, refused=errno.EINVAL)
+        else:
+            ctx.expect("errno", seen, wanted)
+        ctx.expect_quiet(child.uffd)
+
+    sends = action.sends
+    case(
+        f"event.{action.name}.{sends}",
+        origin=ORIGIN,
+        memory=action.memory,
+        features=_with(ALL_EVENTS),
+        variants=action.variants,
+        summary=f"{action.name}: {action.text}"
+        + ("; its thread sleeps until each event is read" if sends != "none" else "; no event"),
+    )(on)
+    if sends != "none":
+        case(
+            f"event.{action.name}.off",
+            origin=ORIGIN,
+            memory=action.memory,
+            features=_with(Feature(0)),
+            variants=action.variants,
+            summary=f"{action.name} sends nothing and waits for nobody unless asked to",
+        )(off)
+
+
+for _action in ACTIONS:
+    _add(_action)
+
+
+@case("event.fork.fork", origin=ORIGIN, features=lambda kind: missing_features(kind) | FORK)
+def fork(ctx: Context) -> None:
+    """A fork waits until its event is read, which brings a userfaultfd for the child's ranges."""
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    forking = threading.get_native_id()
+
+    def receive() -> Event:
+        ctx.wait_readable()
+        _expect_asleep(ctx, forking)
+        return ctx.uffd.read_events(1)[0]
+
+    received = ctx.start(receive)
+    child = ctx.fork_only()
+    event = received.result()
+    if not isinstance(event, Fork):
+        ctx.fail("the event of the fork", event, "Fork")
+    child.uffd = event.uffd
+    fd = event.uffd.fileno()
+    ctx.expect("O_NONBLOCK and FD_CLOEXEC", (os.get_blocking(fd), os.get_inheritable(fd)), NEITHER)
+    reading = ctx.start(child.read, region.start, 1)
+    ctx.expect_fault(0, region.start, event.uffd)
+    event.uffd.copy(region.start, b"\7" * ctx.page)
+    ctx.expect("byte in the child", reading.result(), b"\7")
+    ctx.expect_quiet()
+
+
+@case("event.fork.off", origin=ORIGIN, features=missing_features)
+def fork_off(ctx: Context) -> None:
+    """Without EVENT_FORK the child's memory is not registered."""
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    child = ctx.fork()
+    ctx.expect("byte in the child", ctx.silently(child.read, region.start, 1), b"\0")

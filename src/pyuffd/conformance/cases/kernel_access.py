@@ -1,0 +1,289 @@
+"""The kernel's own accesses to a protected page, and UFFD_USER_MODE_ONLY (layer L5)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._memory import Interrupted
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._need import Lack, Need
+from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._raw import open_syscall
+from pyuffd.conformance._types import missing_features, wp_features
+from pyuffd.conformance._wp import (
+    DATA,
+    READ_WRITE,
+    UNPROTECT,
+    WP_WRITE,
+    WRITTEN,
+    expect_fault,
+    expect_read,
+    expect_write_fault,
+    present,
+    protected,
+)
+
+MADV_POPULATE_WRITE = 23
+USER_MODE_ONLY = 1  # UFFD_USER_MODE_ONLY
+SYS_READ, SYS_PREAD, SYS_PWRITE, SYS_MADVISE = 0, 17, 18, 28
+SYS_PROCESS_VM_WRITEV = 311
+ORIGIN = "discussion of the series (Hugh Dickins, Alistair Popple): users of pte_none; man page"
+BLOCK = 4096  # O_DIRECT's unit: every device takes it
+VALUE = bytes([WRITTEN])
+
+
+@dataclass(frozen=True)
+class Row:
+    """An access by the kernel.
+
+    Attributes:
+        name: In the id.
+        text: What it is.
+        call: Prepares the access; returns what makes it, which gives a result or -errno.
+        normal: Its result; with `is_write` the message 3 comes first.
+        user_mode_only: Its result with UFFD_USER_MODE_ONLY, without a message.
+        is_write: It waits for the page to be unprotected.
+        changes: What the page's first byte is after such a wait.
+    """
+
+    name: str
+    text: str
+    call: Callable[[Context, int], Callable[[], int]]
+    normal: int
+    user_mode_only: int
+    is_write: bool = True
+    changes: int = WRITTEN
+    needs: tuple[Need, ...] = ()
+
+
+def _read(ctx: Context, at: int) -> Callable[[], int]:
+    file, end = os.pipe()
+    ctx.callback(os.close, file)
+    os.write(end, VALUE)
+    os.close(end)
+    return lambda: syscall(SYS_READ, file, at, 1)
+
+
+def _process_vm_writev(ctx: Context, at: int) -> Callable[[], int]:
+    source = ctypes.create_string_buffer(VALUE, 1)
+    local = (ctypes.c_uint64 * 2)(ctypes.addressof(source), 1)
+    remote = (ctypes.c_uint64 * 2)(at, 1)
+    child = ctx.fork()  # has the vectors where they are here
+    vectors = (ctypes.addressof(local), 1, ctypes.addressof(remote), 1)
+    return lambda: child.syscall(SYS_PROCESS_VM_WRITEV, os.getpid(), *vectors, 0)
+
+
+def _direct_file(ctx: Context) -> int:
+    """Return a descriptor for O_DIRECT of a file that is full of WRITTEN."""
+    for folder in dict.fromkeys(["/var/tmp", tempfile.gettempdir(), os.getcwd()]):
+        try:
+            fd, path = tempfile.mkstemp(prefix="pyuffd-direct-", dir=folder)
+        except OSError:
+            continue
+        ctx.callback(os.unlink, path)
+        with open(fd, "wb") as file:
+            file.write(VALUE * BLOCK)
+        try:
+            direct = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            continue
+        ctx.callback(os.close, direct)
+        return direct
+    raise Lack(["O_DIRECT"], "needs a file system with O_DIRECT; no folder for files has it")
+
+
+def _direct_pread(ctx: Context, at: int) -> Callable[[], int]:
+    fd = _direct_file(ctx)
+    return lambda: syscall(SYS_PREAD, fd, at, BLOCK, 0)
+
+
+def _direct_pwrite(ctx: Context, at: int) -> Callable[[], int]:
+    fd = _direct_file(ctx)
+    return lambda: syscall(SYS_PWRITE, fd, at, BLOCK, 0)
+
+
+def _populate_write(ctx: Context, at: int) -> Callable[[], int]:
+    return lambda: syscall(SYS_MADVISE, at, ctx.page, MADV_POPULATE_WRITE)
+
+
+def _proc_mem(ctx: Context, at: int) -> Callable[[], int]:
+    fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+    ctx.callback(os.close, fd)
+    source = ctypes.create_string_buffer(VALUE, 1)
+    return lambda: syscall(SYS_PWRITE, fd, ctypes.addressof(source), 1, at)
+
+
+def _needs_user_mode_only() -> Need:
+    def missing() -> tuple[list[str], str]:
+        try:
+            os.close(open_syscall(os.O_CLOEXEC | USER_MODE_ONLY))
+        except OSError as error:
+            return ["user-mode-only"], f"userfaultfd: {error.strerror}"
+        return [], ""
+
+    return Need("UFFD_USER_MODE_ONLY", missing)
+
+
+def _needs_populate() -> Need:
+    def missing() -> tuple[list[str], str]:
+        start = _memory.mmap(BLOCK, READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        code = -syscall(SYS_MADVISE, start, BLOCK, MADV_POPULATE_WRITE)
+        _memory.munmap(start, BLOCK)
+        return (["populate"], f"madvise: {errno.errorcode[code]}") if code else ([], "")
+
+    return Need("MADV_POPULATE_WRITE", missing)
+
+
+ROWS = (
+    Row("read", "read(2) into a protected page", _read, 1, -errno.EFAULT),
+    Row(
+        "process_vm_writev",
+        "another process's process_vm_writev(2) into a protected page",
+        _process_vm_writev,
+        1,
+        -errno.EFAULT,
+    ),
+    Row(
+        "direct-pread",
+        "pread(2) with O_DIRECT into a protected page",
+        _direct_pread,
+        BLOCK,
+        -errno.EFAULT,
+    ),
+    Row(
+        "direct-pwrite",
+        "pwrite(2) with O_DIRECT from a protected page",
+        _direct_pwrite,
+        BLOCK,
+        BLOCK,
+        is_write=False,
+    ),
+    Row(
+        "populate-write",
+        "MADV_POPULATE_WRITE of a protected page",
+        _populate_write,
+        0,
+        -errno.EFAULT,
+        changes=DATA,
+        needs=(_needs_populate(),),
+    ),
+    Row(
+        "proc-mem",
+        "pwrite(2) into a protected page through /proc/PID/mem",
+        _proc_mem,
+        -errno.EIO,
+        -errno.EIO,
+        is_write=False,
+    ),
+)
+
+
+def _said(result: int) -> str:
+    return f"fails with {errno.errorcode[-result]}" if result < 0 else "succeeds"
+
+
+def _normal(ctx: Context, row: Row) -> None:
+    at = protected(ctx).start
+    call = row.call(ctx, at)
+    if not row.is_write:
+        _untouched(ctx, at, call, row.normal)
+        return
+    access = ctx.start(call)
+    expect_fault(ctx, access, WP_WRITE, at)
+    ctx.expect("the access is done", access.done, False)
+    ctx.uffd.writeprotect(at, ctx.page, mode=UNPROTECT)
+    ctx.expect("result", access.result(), row.normal)
+    ctx.expect_quiet()
+    ctx.expect_pagemap(at, present(ctx, protected=False))
+    ctx.expect("first byte", ctx.silently(ctx.read, at), bytes([row.changes]))
+
+
+def _user_mode_only(ctx: Context, row: Row) -> None:
+    ctx.open(user_mode_only=True)
+    at = protected(ctx).start
+    _untouched(ctx, at, row.call(ctx, at), row.user_mode_only)
+
+
+def _untouched(ctx: Context, at: int, call: Callable[[], int], wanted: int) -> None:
+    """Expect an access that gives no message and leaves the page as it is, and protected."""
+    ctx.expect("result", ctx.silently(call), wanted)
+    ctx.expect("bit", ctx.is_protected(at), True)
+    expect_read(ctx, at, DATA)
+    expect_write_fault(ctx, at)
+
+
+def _add(row: Row) -> None:
+    after = ", after message 3" if row.is_write else ", without a message"
+    case(
+        f"access.{row.name}.normal",
+        summary=f"{row.text} {_said(row.normal)}{after}",
+        origin=ORIGIN,
+        features=wp_features,
+        needs=row.needs,
+    )(lambda ctx: _normal(ctx, row))
+    case(
+        f"access.{row.name}.user-mode-only",
+        summary=f"With UFFD_USER_MODE_ONLY, {row.text} {_said(row.user_mode_only)}",
+        origin=ORIGIN,
+        features=wp_features,
+        needs=[*row.needs, _needs_user_mode_only()],
+    )(lambda ctx: _user_mode_only(ctx, row))
+
+
+for _row in ROWS:
+    _add(_row)
+
+
+def _expect_sigbus(ctx: Context, what: str, seen: object) -> None:
+    if not isinstance(seen, Interrupted) or seen.number != signal.SIGBUS:
+        ctx.fail(what, seen, "SIGBUS")
+
+
+@case(
+    "access.read.sigbus-missing",
+    origin=ORIGIN,
+    features=lambda memory: missing_features(memory) | Feature.SIGBUS,
+)
+def sigbus_missing(ctx: Context) -> None:
+    """With SIGBUS, read(2) into a missing page fails with EFAULT; touching it is SIGBUS."""
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    ctx.expect("result", ctx.silently(_read(ctx, region.start)), -errno.EFAULT)
+    _expect_sigbus(ctx, "a read of memory", ctx.silently(ctx.read, region.start))
+    ctx.expect_pagemap(region.start, "-----")
+
+
+@case(
+    "access.read.sigbus-protected",
+    origin=ORIGIN,
+    features=lambda memory: wp_features(memory) | Feature.SIGBUS,
+)
+def sigbus_protected(ctx: Context) -> None:
+    """With SIGBUS, read(2) into a protected page fails with EFAULT; writing it is SIGBUS."""
+    region = protected(ctx)
+    ctx.expect("result", ctx.silently(_read(ctx, region.start)), -errno.EFAULT)
+    _expect_sigbus(ctx, "a write of memory", ctx.silently(ctx.write, region.start, VALUE))
+    ctx.expect("bit", ctx.is_protected(region.start), True)
+    expect_read(ctx, region.start, DATA)
+
+
+@case(
+    "access.user.user-mode-only",
+    origin=ORIGIN,
+    features=wp_features,
+    needs=[_needs_user_mode_only()],
+)
+def user_mode_only_user(ctx: Context) -> None:
+    """With UFFD_USER_MODE_ONLY, user space's own write to a protected page gives message 3."""
+    ctx.open(user_mode_only=True)
+    expect_write_fault(ctx, protected(ctx).start)

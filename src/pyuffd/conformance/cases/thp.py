@@ -1,0 +1,220 @@
+"""The write-protect series, patch 12: transparent huge pages (layer L5)."""
+
+from __future__ import annotations
+
+import errno
+
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._need import needs_thp
+from pyuffd.conformance._thp import mapped_huge
+from pyuffd.conformance._types import (
+    ANON,
+    HUGE_PAGE,
+    SMALL_PAGE,
+    MemoryType,
+    minor_features,
+    missing_features,
+    wp_features,
+)
+from pyuffd.conformance._wp import (
+    DATA,
+    HOLE,
+    MARKER,
+    UNPROTECT,
+    expect_read,
+    expect_silent_write,
+    expect_write_fault,
+)
+from pyuffd.pagemap import Pagemap
+from pyuffd.regions import Region
+
+MADV_COLLAPSE = 25
+ORIGIN = "patch 12: write-protect huge pages of shmem"
+PAGES = HUGE_PAGE // SMALL_PAGE
+SHMEM = ("shmem",)
+
+
+def _huge(ctx: Context, count: int = 1) -> Region:
+    """Make memory that huge pages map."""
+    region = ctx.make(count * PAGES)
+    if ctx.memory.is_anon:
+        region.advise_thp()
+    region.fill(DATA)
+    if not ctx.memory.is_anon:
+        _collapse(ctx, region)
+    if mapped_huge(region.start) != region.length:
+        ctx.lack("THP", "the kernel gave no transparent huge page")
+    return region
+
+
+def _collapse(ctx: Context, region: Region) -> None:
+    try:
+        region.madvise(MADV_COLLAPSE)
+    except OSError as error:
+        ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
+
+
+def _protected_pages(ctx: Context, region: Region) -> int:
+    ctx.is_protected(region.start)  # or this kernel does not show it
+    with Pagemap() as pagemap:
+        return sum(entry >> 57 & 1 for entry in pagemap.read(region))
+
+
+@case(
+    "wp-series.12.shmem-part",
+    origin=ORIGIN,
+    memory=SHMEM,
+    features=wp_features,
+    needs=[needs_thp()],
+)
+def shmem_part(ctx: Context) -> None:
+    """Protecting 4 KiB of a huge page unmaps it: one marker, and the rest comes back silently."""
+    region = _huge(ctx, 2)
+    ctx.register(region, RegisterMode.WP)
+    ctx.expect("bytes mapped huge before", mapped_huge(region.start), 2 * HUGE_PAGE)
+    first, second, third = (region.start + index * ctx.page for index in range(3))
+    ctx.uffd.writeprotect(second, ctx.page)
+    ctx.expect("bytes mapped huge after", mapped_huge(region.start), HUGE_PAGE)
+    ctx.expect_pagemap(second, MARKER["shmem"])
+    for at in (first, third):
+        ctx.expect_pagemap(at, HOLE)
+        expect_silent_write(ctx, at)
+    expect_read(ctx, third + ctx.page, DATA)
+    expect_write_fault(ctx, second)
+    ctx.expect("rest of the page", ctx.read(second + 1, 8), bytes([DATA]) * 8)
+    ctx.expect("protected pages", _protected_pages(ctx, region), 0)
+
+
+@case(
+    "wp-series.12.shmem-whole",
+    origin=ORIGIN,
+    memory=SHMEM,
+    features=wp_features,
+    needs=[needs_thp()],
+)
+def shmem_whole(ctx: Context) -> None:
+    """Protecting a whole huge page unmaps it too, and leaves a marker for each 4 KiB."""
+    region = _huge(ctx)
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), 0)
+    ctx.expect("protected pages", _protected_pages(ctx, region), PAGES)
+    middle = region.start + PAGES // 2 * ctx.page
+    ctx.expect_pagemap(middle, MARKER["shmem"])
+    expect_read(ctx, middle, DATA)
+    expect_write_fault(ctx, middle)
+    ctx.expect("protected pages after one write", _protected_pages(ctx, region), PAGES - 1)
+    ctx.uffd.writeprotect(region, mode=UNPROTECT)
+    ctx.expect("protected pages after unprotecting", _protected_pages(ctx, region), 0)
+    expect_silent_write(ctx, region.start)
+
+
+@case(
+    "wp-series.12.anon-whole",
+    origin="patch 12, by contrast: anonymous huge pages",
+    memory=ANON,
+    features=wp_features,
+    needs=[needs_thp()],
+)
+def anon_whole(ctx: Context) -> None:
+    """Protecting a whole anonymous huge page keeps it; a write to it splits it, at its 4 KiB."""
+    region = _huge(ctx, 2)
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), 2 * HUGE_PAGE)
+    ctx.expect("protected pages", _protected_pages(ctx, region), 2 * PAGES)
+    expect_read(ctx, region.start, DATA)
+    at = region.start + 5 * ctx.page
+    expect_write_fault(ctx, at)
+    ctx.expect("bytes mapped huge after a write", mapped_huge(region.start), HUGE_PAGE)
+    ctx.expect("protected pages after a write", _protected_pages(ctx, region), 2 * PAGES - 1)
+    expect_write_fault(ctx, at + ctx.page)
+    ctx.expect("rest of the page", ctx.read(at + 1, 8), bytes([DATA]) * 8)
+
+
+@case(
+    "wp-series.12.anon-part",
+    origin="patch 12, by contrast: anonymous huge pages",
+    memory=ANON,
+    features=wp_features,
+    needs=[needs_thp()],
+)
+def anon_part(ctx: Context) -> None:
+    """Protecting 4 KiB of an anonymous huge page splits it, and keeps all of it mapped."""
+    region = _huge(ctx, 2)
+    ctx.register(region, RegisterMode.WP)
+    at = region.start + ctx.page
+    ctx.uffd.writeprotect(at, ctx.page)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
+    ctx.expect("protected pages", _protected_pages(ctx, region), 1)
+    for other in (region.start, at + ctx.page):
+        ctx.expect_pagemap(other, "P----", "P---X")
+        expect_silent_write(ctx, other)
+    expect_write_fault(ctx, at)
+
+
+def _modes(memory: MemoryType) -> Feature:
+    return wp_features(memory) | missing_features(memory) | minor_features(memory)
+
+
+@case(
+    "wp-series.12.shmem-collapse",
+    origin=ORIGIN,
+    memory=SHMEM,
+    features=_modes,
+    needs=[needs_thp()],
+)
+def shmem_collapse(ctx: Context) -> None:
+    """Shared memory registered for WP is not collapsed (EINVAL); for missing or minor it is."""
+    _collapse(ctx, _small(ctx))
+    for mode in (RegisterMode.MISSING, RegisterMode.MINOR):
+        region = _small(ctx)
+        ctx.register(region, mode)
+        region.madvise(MADV_COLLAPSE)
+        ctx.expect(f"bytes mapped huge, {mode!r}", mapped_huge(region.start), HUGE_PAGE)
+    region = _small(ctx)
+    ctx.register(region, RegisterMode.WP)
+    ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
+    ctx.uffd.writeprotect(region.start, ctx.page)
+    ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
+    ctx.expect("bit", ctx.is_protected(region.start), True)
+    expect_write_fault(ctx, region.start)
+    ctx.expect("the rest", ctx.read(region.start + 1, 8), bytes([DATA]) * 8)
+
+
+def _small(ctx: Context) -> Region:
+    """Make 2 MiB that small pages map."""
+    region = ctx.make(PAGES)
+    if ctx.memory.is_anon:
+        region.advise_thp(False)
+    region.fill(DATA)
+    if ctx.memory.is_anon:
+        region.advise_thp()
+    ctx.expect("bytes mapped huge at first", mapped_huge(region.start), 0)
+    return region
+
+
+@case(
+    "wp-series.12.anon-collapse",
+    origin="patch 12, by contrast: anonymous huge pages",
+    memory=ANON,
+    features=wp_features,
+    needs=[needs_thp()],
+)
+def anon_collapse(ctx: Context) -> None:
+    """Anonymous memory is not collapsed while one page is protected (EINVAL), and is afterwards."""
+    _collapse(ctx, _small(ctx))
+    region = _small(ctx)
+    ctx.register(region, RegisterMode.WP)
+    at = region.start + ctx.page
+    ctx.uffd.writeprotect(at, ctx.page)
+    ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
+    ctx.expect("bit", ctx.is_protected(at), True)
+    expect_write_fault(ctx, at)
+    region.madvise(MADV_COLLAPSE)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
+    expect_read(ctx, at + ctx.page, DATA)
+    ctx.uffd.writeprotect(region)
+    expect_write_fault(ctx, at)

@@ -1,0 +1,344 @@
+"""The write-protect series: UFFDIO_COPY and the other fill ioctls (layer L5)."""
+
+from __future__ import annotations
+
+import errno
+
+from pyuffd._abi import ContinueMode, CopyMode, Feature, RegisterMode
+from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._need import needs_swap
+from pyuffd.conformance._types import (
+    ANON,
+    FILE,
+    HUGETLB,
+    SHARED,
+    SMALL,
+    MemoryType,
+    minor_features,
+    missing_features,
+    wp_features,
+)
+from pyuffd.conformance._wp import (
+    DATA,
+    HOLE,
+    IN_FILE,
+    MARKER,
+    MISSING_READ,
+    MISSING_WRITE,
+    UNPROTECT,
+    expect_fault,
+    expect_read,
+    expect_silent_write,
+    expect_write_fault,
+    in_one_place,
+    in_page_cache,
+    marker_features,
+    page_out,
+    present,
+    smaps_bytes,
+)
+from pyuffd.regions import Region
+
+MISSING_WP = RegisterMode.MISSING | RegisterMode.WP
+
+
+def _missing_wp(memory: MemoryType) -> Feature:
+    return missing_features(memory) | wp_features(memory)
+
+
+def _missing_markers(memory: MemoryType) -> Feature:
+    return missing_features(memory) | marker_features(memory)
+
+
+def _poison(memory: MemoryType) -> Feature:
+    return _missing_markers(memory) | Feature.POISON
+
+
+@case(
+    "wp-series.01.copied-data-survives-reclaim",
+    origin="patch 01: always set the dirty bit in the ioctls' pages",
+    memory=SMALL,
+    features=_missing_wp,
+    needs=[needs_swap()],
+)
+def copied_data_survives(ctx: Context) -> None:
+    """What COPY brought, protected or not, is still there after reclaim, though nobody wrote it."""
+    in_one_place(ctx)
+    region = ctx.make(2)
+    ctx.register(region, MISSING_WP)
+    ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page)
+    ctx.uffd.copy(region.start + ctx.page, bytes([IN_FILE]) * ctx.page, mode=CopyMode.WP)
+    page_out(ctx, region)
+    expect_read(ctx, region.start, DATA)
+    expect_read(ctx, region.start + ctx.page, IN_FILE)
+    ctx.expect(
+        "bit of the page copied with MODE_WP", ctx.is_protected(region.start + ctx.page), True
+    )
+    ctx.expect("bit of the other", ctx.is_protected(region.start), False)
+
+
+@case(
+    "wp-series.01.copied-pages-are-dirty",
+    origin="patch 01: always set the dirty bit in the ioctls' pages",
+    memory=SMALL,
+    features=_missing_wp,
+)
+def copied_pages_are_dirty(ctx: Context) -> None:
+    """What COPY brought counts as dirty in smaps, protected or not."""
+    region = ctx.make(2)
+    ctx.register(region, MISSING_WP)
+    ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page)
+    ctx.uffd.copy(region.start + ctx.page, bytes([DATA]) * ctx.page, mode=CopyMode.WP)
+    dirty = smaps_bytes(region.start, "Private_Dirty")
+    ctx.expect("Private_Dirty in smaps", dirty, 2 * ctx.page)
+
+
+@case(
+    "wp-series.02.copy-mode-wp",
+    origin="patch 02: UFFDIO_COPY_MODE_WP on shmem",
+    memory=SMALL,
+    features=_missing_wp,
+)
+@case(
+    "wp-series.18.copy-mode-wp",
+    origin="patch 18: UFFDIO_COPY_MODE_WP on hugetlb",
+    memory=HUGETLB,
+    features=_missing_wp,
+)
+def copy_mode_wp(ctx: Context) -> None:
+    """COPY with MODE_WP resolves a read; the first write gives one message 3; without, none."""
+    region = ctx.make(2)
+    ctx.register(region, MISSING_WP)
+    other = region.start + ctx.page
+    reading = ctx.start(ctx.read, region.start)
+    expect_fault(ctx, reading, MISSING_READ, region.start)
+    ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page, mode=CopyMode.WP)
+    ctx.expect("the read", reading.result(), bytes([DATA]))
+    ctx.expect_pagemap(region.start, present(ctx))
+    expect_read(ctx, region.start, DATA)
+    expect_write_fault(ctx, region.start)
+    expect_silent_write(ctx, region.start)
+    ctx.uffd.copy(other, bytes([DATA]) * ctx.page)
+    ctx.expect_pagemap(other, present(ctx, protected=False))
+    expect_silent_write(ctx, other)
+
+
+def _marker(ctx: Context, mode: RegisterMode = MISSING_WP, pages: int = 1) -> Region:
+    """Make memory without pages and protect it."""
+    region = ctx.make(pages)
+    ctx.register(region, mode)
+    ctx.uffd.writeprotect(region)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    return region
+
+
+@case(
+    "wp-series.13.copy-over-marker",
+    origin="patch 13: left-over markers",
+    features=_missing_markers,
+)
+def copy_over_marker(ctx: Context) -> None:
+    """COPY fills a protected hole; only with MODE_WP is the page protected afterwards."""
+    region = _marker(ctx, pages=2)
+    other = region.start + ctx.page
+    ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page)
+    ctx.expect_pagemap(region.start, present(ctx, protected=False))
+    expect_silent_write(ctx, region.start)
+    ctx.uffd.copy(other, bytes([DATA]) * ctx.page, mode=CopyMode.WP)
+    ctx.expect_pagemap(other, present(ctx))
+    expect_read(ctx, other, DATA)
+    expect_write_fault(ctx, other)
+
+
+@case(
+    "wp-series.13.zeropage-over-marker",
+    origin="patch 13: left-over markers",
+    memory=SMALL,
+    features=_missing_markers,
+)
+def zeropage_over_marker(ctx: Context) -> None:
+    """ZEROPAGE fills a protected hole of shared memory, unprotected; of private it is EEXIST."""
+    region = _marker(ctx)
+    answer = ctx.ioctl("ZEROPAGE", region.start, ctx.page)
+    if ctx.memory.shared:
+        ctx.expect("errno and .zeropage", (answer.errno, answer.result), (0, ctx.page))
+        ctx.expect("bit", ctx.is_protected(region.start), False)
+        expect_silent_write(ctx, region.start)
+    else:
+        wanted = (errno.EEXIST, -errno.EEXIST)
+        ctx.expect("errno and .zeropage", (answer.errno, answer.result), wanted)
+        ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+
+
+@case("wp-series.13.poison-over-marker", origin="patch 13: left-over markers", features=_poison)
+def poison_over_marker(ctx: Context) -> None:
+    """POISON of a protected hole is EEXIST, and the hole stays protected."""
+    region = _marker(ctx)
+    answer = ctx.ioctl("POISON", region.start, ctx.page)
+    wanted = (errno.EEXIST, -errno.EEXIST)
+    ctx.expect("errno and .updated", (answer.errno, answer.result), wanted)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+
+
+@case(
+    "wp-series.13.move-over-marker",
+    origin="patch 13: left-over markers",
+    memory=ANON,
+    features=lambda memory: _missing_markers(memory) | Feature.MOVE,
+)
+def move_over_marker(ctx: Context) -> None:
+    """MOVE onto a protected hole is EEXIST, and the source keeps its page."""
+    region, source = _marker(ctx), ctx.make(1)
+    source.fill(DATA)
+    answer = ctx.ioctl("MOVE", region.start, source.start, ctx.page)
+    wanted = (errno.EEXIST, -errno.EEXIST)
+    ctx.expect("errno and .move", (answer.errno, answer.result), wanted)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    expect_read(ctx, source.start, DATA)
+
+
+@case(
+    "wp-series.13.continue-over-marker",
+    origin="patch 13: left-over markers",
+    memory=FILE,
+    # WP_UNPOPULATED is younger than CONTINUE_MODE_WP, and the only bit that tells of it.
+    features=lambda memory: minor_features(memory) | wp_features(memory) | Feature.WP_UNPOPULATED,
+)
+def continue_over_marker(ctx: Context) -> None:
+    """CONTINUE maps the page cache over a marker; only with MODE_WP it stays protected."""
+    region = ctx.make(2)
+    in_page_cache(region, IN_FILE)
+    ctx.register(region, RegisterMode.MINOR | RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    other = region.start + ctx.page
+    ctx.uffd.continue_(region.start, ctx.page)
+    ctx.uffd.continue_(other, ctx.page, mode=ContinueMode.WP)
+    ctx.expect("bit after CONTINUE", ctx.is_protected(region.start), False)
+    ctx.expect("bit after CONTINUE with MODE_WP", ctx.is_protected(other), True)
+    for at in (region.start, other):
+        expect_read(ctx, at, IN_FILE)
+    expect_silent_write(ctx, region.start)
+    expect_write_fault(ctx, other)
+
+
+@case(
+    "wp-series.13.stale-marker-is-missing",
+    origin="patch 13: left-over markers",
+    memory=SHARED,
+    features=_missing_wp,
+)
+def stale_marker(ctx: Context) -> None:
+    """A protected page whose data was removed is missing: reads give message 0, writes 1."""
+    region = ctx.make(2)
+    region.fill(DATA)
+    ctx.register(region, MISSING_WP)
+    ctx.uffd.writeprotect(region)
+    region.punch_hole()
+    other = region.start + ctx.page
+    reading = ctx.start(ctx.read, region.start)
+    expect_fault(ctx, reading, MISSING_READ, region.start)
+    ctx.uffd.copy(region.start, bytes([IN_FILE]) * ctx.page)
+    ctx.expect("the read", reading.result(), bytes([IN_FILE]))
+    expect_silent_write(ctx, region.start)
+    writing = ctx.start(ctx.write, other, b"\1")
+    expect_fault(ctx, writing, MISSING_WRITE, other)
+    ctx.uffd.copy(other, bytes([IN_FILE]) * ctx.page)
+    ctx.expect("the write", writing.result(), None)
+    ctx.expect_quiet()
+
+
+def _expect_clean(ctx: Context, region: Region, when: str) -> None:
+    for index in range(2):
+        at = region.start + index * ctx.page
+        ctx.expect(f"bit of page {index} {when}", ctx.is_protected(at), False)
+        expect_silent_write(ctx, at)
+
+
+def _page_and_marker(ctx: Context) -> Region:
+    """Make and protect memory of two pages, of which only the first is there."""
+    region = ctx.make(2)
+    region.fill(DATA, 0, ctx.page)
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    ctx.expect_pagemap(region.start, present(ctx))
+    ctx.expect_pagemap(region.start + ctx.page, MARKER[ctx.memory.name])
+    return region
+
+
+@case(
+    "wp-series.13.unregister-clears",
+    origin="patch 13: left-over markers; the walk that UNREGISTER makes",
+    features=marker_features,
+)
+def unregister_clears(ctx: Context) -> None:
+    """UNREGISTER takes bits and markers away; a half still registered keeps its own."""
+    region = _page_and_marker(ctx)
+    ctx.uffd.unregister(region.start, ctx.page)
+    ctx.expect("bit of the unregistered half", ctx.is_protected(region.start), False)
+    ctx.expect_pagemap(region.start + ctx.page, MARKER[ctx.memory.name])
+    ctx.uffd.unregister(region.start + ctx.page, ctx.page)
+    ctx.expect_pagemap(region.start + ctx.page, HOLE)
+    _expect_clean(ctx, region, "after UNREGISTER")
+
+
+@case(
+    "wp-series.13.close-clears",
+    origin="patch 13: left-over markers; the walk that close makes",
+    features=marker_features,
+)
+def close_clears(ctx: Context) -> None:
+    """Closing the userfaultfd takes bits and markers away."""
+    region = _page_and_marker(ctx)
+    ctx.uffd.close()
+    ctx.expect_pagemap(region.start + ctx.page, HOLE)
+    _expect_clean(ctx, region, "after close")
+
+
+@case(
+    "wp-series.13.unregister-clears-swapped",
+    origin="patch 13: left-over markers; the walk that UNREGISTER makes",
+    memory=SMALL,
+    features=wp_features,
+    needs=[needs_swap()],
+)
+def unregister_clears_swapped(ctx: Context) -> None:
+    """UNREGISTER takes the bits of swapped pages away too, and keeps the data."""
+    in_one_place(ctx)
+    region = ctx.make(2)
+    ctx.register(region, RegisterMode.WP)
+    region.fill(DATA)
+    ctx.uffd.writeprotect(region)
+    page_out(ctx, region)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    ctx.uffd.unregister(region)
+    expect_read(ctx, region.start, DATA)
+    _expect_clean(ctx, region, "after UNREGISTER")
+
+
+@case(
+    "wp-series.13.unprotect-before-register",
+    origin="patch 13: left-over markers; what pyuffd does about replaced modes",
+    features=_missing_wp,
+    variants=[
+        Variant("replaced", "REGISTER replaces the modes"),
+        Variant("refused", "REGISTER does not replace modes: EBUSY"),
+    ],
+)
+def unprotect_before_register(ctx: Context) -> None:
+    """Registered again for missing faults only, by the library, nothing is left protected."""
+    region = ctx.make(2)
+    ctx.register(region, RegisterMode.WP)
+    region.fill(DATA)
+    ctx.uffd.writeprotect(region)
+    code = 0
+    try:
+        ctx.register(region, RegisterMode.MISSING)
+    except OSError as error:
+        code = error.errno or 0
+    ctx.expect_variant("errno of REGISTER", code, replaced=0, refused=errno.EBUSY)
+    _expect_clean(ctx, region, "after REGISTER")
+    if not code:
+        protect = (region.start, ctx.page)
+        ctx.expect_errno(errno.ENOENT, ctx.uffd.writeprotect, *protect, mode=UNPROTECT)

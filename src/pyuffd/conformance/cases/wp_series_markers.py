@@ -1,0 +1,460 @@
+"""The write-protect series: markers, which protect pages that are not mapped (layer L5)."""
+
+from __future__ import annotations
+
+import mmap
+
+from pyuffd._abi import Feature, PageCategory, RegisterMode
+from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._need import needs_swap
+from pyuffd.conformance._types import (
+    ANON,
+    FILE,
+    HUGE_PAGE,
+    HUGETLB,
+    SHMEM,
+    SMALL,
+    SMALL_PAGE,
+    MemoryType,
+    missing_features,
+    wp_features,
+)
+from pyuffd.conformance._wp import (
+    DATA,
+    HOLE,
+    IN_FILE,
+    MARKER,
+    MISSING_READ,
+    MISSING_WRITE,
+    UNPROTECT,
+    expect_fault,
+    expect_read,
+    expect_silent_write,
+    expect_write_fault,
+    in_one_place,
+    in_page_cache,
+    marker_features,
+    mincore,
+    page_out,
+    present,
+    protected,
+    smaps_bytes,
+)
+from pyuffd.pagemap import Pagemap
+from pyuffd.regions import Region
+
+MISSING_WP = RegisterMode.MISSING | RegisterMode.WP
+AROUND_PAGES = 64
+
+
+def _missing_markers(memory: MemoryType) -> Feature:
+    return missing_features(memory) | marker_features(memory)
+
+
+def _missing_wp(memory: MemoryType) -> Feature:
+    return missing_features(memory) | wp_features(memory)
+
+
+def _protected_hole(ctx: Context, mode: RegisterMode = RegisterMode.WP, pages: int = 1) -> Region:
+    region = ctx.make(pages)
+    ctx.register(region, mode)
+    ctx.uffd.writeprotect(region)
+    for index in range(pages):
+        ctx.expect_pagemap(region.start + index * ctx.page, MARKER[ctx.memory.name])
+    return region
+
+
+@case(
+    "wp-series.04.hole-with-marker-is-missing",
+    origin="patches 04, 05: a marker is neither none nor present",
+    features=_missing_markers,
+)
+def hole_is_missing(ctx: Context) -> None:
+    """A protected hole is missing: a read gives message 0, a write message 1."""
+    region = _protected_hole(ctx, MISSING_WP, 2)
+    reading = ctx.start(ctx.read, region.start)
+    expect_fault(ctx, reading, MISSING_READ, region.start)
+    ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page)
+    ctx.expect("the read", reading.result(), bytes([DATA]))
+    other = region.start + ctx.page
+    writing = ctx.start(ctx.write, other, b"\1")
+    expect_fault(ctx, writing, MISSING_WRITE, other)
+    ctx.uffd.copy(other, bytes([DATA]) * ctx.page)
+    ctx.expect("the write", writing.result(), None)
+    ctx.expect_quiet()
+
+
+@case(
+    "wp-series.04.cached-page-with-marker-is-not-missing",
+    origin="patches 04, 05: a marker is neither none nor present",
+    memory=FILE,
+    features=_missing_wp,
+)
+def cached_is_not_missing(ctx: Context) -> None:
+    """A marker over a page of the page cache gives no missing message: a read passes."""
+    region = ctx.make(1)
+    in_page_cache(region, IN_FILE)
+    ctx.register(region, MISSING_WP)
+    ctx.uffd.writeprotect(region)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    expect_read(ctx, region.start, IN_FILE)
+    ctx.expect("bit after the read", ctx.is_protected(region.start), True)
+    expect_write_fault(ctx, region.start)
+
+
+@case(
+    "wp-series.05.mincore",
+    origin="patch 05: mincore",
+    features=marker_features,
+)
+def mincore_of_marker(ctx: Context) -> None:
+    """Mincore takes a marker for a hole: it asks the page cache, and says no on hugetlb, anon."""
+    region = ctx.make(2)
+    is_cached = ctx.memory.is_shmem
+    if is_cached:
+        with Region.file(region.fd or 0, ctx.page) as view:
+            view.fill(IN_FILE)
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    for index in range(2):
+        ctx.expect_pagemap(region.start + index * ctx.page, MARKER[ctx.memory.name])
+    seen = mincore(region.start, region.length)
+    per_page = ctx.page // SMALL_PAGE
+    ctx.expect("mincore of the first page", seen[:per_page], [int(is_cached)] * per_page)
+    ctx.expect("mincore of the hole", seen[per_page:], [0] * per_page)
+
+
+def _dropped(ctx: Context) -> tuple[Region, int]:
+    """Make two markers and say which byte is below: a hole's for anon, else what was written."""
+    if ctx.memory.is_anon:
+        return _protected_hole(ctx, pages=2), 0
+    region = protected(ctx, 2)
+    region.madvise(mmap.MADV_DONTNEED)
+    return region, DATA if ctx.memory.shared else IN_FILE
+
+
+@case(
+    "wp-series.06.read-marker",
+    origin="patch 06: handle faults on a marker",
+    memory=SMALL,
+    features=marker_features,
+)
+@case(
+    "wp-series.21.read-marker",
+    origin="patch 21: hugetlb: faults on a marker",
+    memory=HUGETLB,
+    features=marker_features,
+)
+def read_marker(ctx: Context) -> None:
+    """A read of a marker gives no message and maps the page protected; its write gives one 3."""
+    region, value = _dropped(ctx)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    expect_read(ctx, region.start, value)
+    ctx.expect_pagemap(region.start, "P-?W?")
+    ctx.expect_pagemap(region.start + ctx.page, MARKER[ctx.memory.name])
+    expect_write_fault(ctx, region.start)
+    ctx.expect("rest of the page", ctx.read(region.start + 1, 8), bytes([value]) * 8)
+    expect_silent_write(ctx, region.start)
+
+
+@case(
+    "wp-series.06.write-marker",
+    origin="patch 06: handle faults on a marker",
+    memory=SMALL,
+    features=marker_features,
+)
+@case(
+    "wp-series.21.write-marker",
+    origin="patch 21: hugetlb: faults on a marker",
+    memory=HUGETLB,
+    features=marker_features,
+)
+def write_marker(ctx: Context) -> None:
+    """A write to a marker gives exactly one message 3, and arrives once it is unprotected."""
+    region, value = _dropped(ctx)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    expect_write_fault(ctx, region.start)
+    ctx.expect_pagemap(region.start, present(ctx, protected=False))
+    ctx.expect("rest of the page", ctx.read(region.start + 1, 8), bytes([value]) * 8)
+    ctx.expect_pagemap(region.start + ctx.page, MARKER[ctx.memory.name])
+
+
+def _mapped_by_one_read(ctx: Context, mode: RegisterMode) -> int:
+    region = ctx.make(AROUND_PAGES)
+    in_page_cache(region, IN_FILE)
+    if mode:
+        ctx.register(region, mode)
+    at = region.start + AROUND_PAGES // 2 * ctx.page
+    ctx.expect("the read", ctx.silently(ctx.read, at), bytes([IN_FILE]))
+    pages = range(region.start, region.start + region.length, ctx.page)
+    return sum(ctx.pagemap(page).startswith("P") for page in pages)
+
+
+@case(
+    "wp-series.06.no-fault-around",
+    origin="patch 06: fault-around",
+    memory=SHMEM,
+    features=_missing_wp,
+)
+def no_fault_around(ctx: Context) -> None:
+    """One read maps one page where WP is registered, and its neighbours too where it is not."""
+    ctx.open()
+    around = _mapped_by_one_read(ctx, RegisterMode(0))
+    if around < 2:
+        ctx.lack("fault-around", "fault_around_bytes is one page")
+    ctx.expect("pages mapped, WP", _mapped_by_one_read(ctx, RegisterMode.WP), 1)
+    ctx.expect("pages mapped, MISSING|WP", _mapped_by_one_read(ctx, MISSING_WP), 1)
+    ctx.expect("pages mapped, MISSING", _mapped_by_one_read(ctx, RegisterMode.MISSING), around)
+
+
+@case(
+    "wp-series.06.no-fault-around-marker",
+    origin="patch 06: fault-around",
+    memory=SHMEM,
+    features=wp_features,
+)
+def no_fault_around_marker(ctx: Context) -> None:
+    """Reading a page beside markers leaves them alone: each still gives its message 3."""
+    region = ctx.make(AROUND_PAGES)
+    in_page_cache(region, IN_FILE)
+    ctx.register(region, RegisterMode.WP)
+    middle = region.start + AROUND_PAGES // 2 * ctx.page
+    ctx.uffd.writeprotect(region)
+    ctx.uffd.writeprotect(middle, ctx.page, mode=UNPROTECT)
+    expect_read(ctx, middle, IN_FILE)
+    for at in (middle - ctx.page, middle + ctx.page):
+        ctx.expect_pagemap(at, MARKER[ctx.memory.name])
+        expect_write_fault(ctx, at)
+
+
+@case(
+    "wp-series.09.dontneed-drops-swap-entry",
+    origin="patch 09: ZAP_FLAG_SKIP_SWAP",
+    memory=SMALL,
+    features=wp_features,
+    needs=[needs_swap()],
+)
+def dontneed_drops_swap(ctx: Context) -> None:
+    """MADV_DONTNEED drops a swapped page: with its bit if anonymous; a file's marker stays."""
+    in_one_place(ctx)
+    region = protected(ctx)
+    page_out(ctx, region)
+    ctx.expect_pagemap(region.start, "-?-W-")
+    region.madvise(mmap.MADV_DONTNEED)
+    if ctx.memory.is_anon:
+        ctx.expect_pagemap(region.start, HOLE)
+        expect_read(ctx, region.start, 0)
+        expect_silent_write(ctx, region.start)
+    else:
+        ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+        expect_read(ctx, region.start, DATA if ctx.memory.shared else IN_FILE)
+        expect_write_fault(ctx, region.start)
+
+
+@case(
+    "wp-series.11.protect-hole",
+    origin="patch 11: write-protect none ptes",
+    memory=SMALL,
+    features=marker_features,
+)
+@case(
+    "wp-series.22.protect-hole",
+    origin="patch 22: hugetlb: write-protect none ptes",
+    memory=HUGETLB,
+    features=marker_features,
+)
+def protect_hole(ctx: Context) -> None:
+    """A page that was never there can be protected: its first write gives message 3."""
+    region = _protected_hole(ctx, pages=2)
+    expect_write_fault(ctx, region.start)
+    ctx.expect_pagemap(region.start, present(ctx, protected=False))
+    ctx.expect("rest of the page", ctx.read(region.start + 1, 8), bytes(8))
+    expect_read(ctx, region.start + ctx.page, 0)
+    ctx.expect("bit after a read", ctx.is_protected(region.start + ctx.page), True)
+    expect_write_fault(ctx, region.start + ctx.page)
+
+
+@case(
+    "wp-series.11.protect-cached-hole",
+    origin="patch 11: write-protect none ptes",
+    memory=SHMEM,
+    features=wp_features,
+)
+@case(
+    "wp-series.22.protect-cached-hole",
+    origin="patch 22: hugetlb: write-protect none ptes",
+    memory=HUGETLB,
+    features=wp_features,
+)
+def protect_cached_hole(ctx: Context) -> None:
+    """A page that is in the page cache, but not mapped here, can be protected."""
+    region = ctx.make(1)
+    in_page_cache(region, IN_FILE)
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    expect_write_fault(ctx, region.start)
+    ctx.expect("rest of the page", ctx.read(region.start + 1, 8), bytes([IN_FILE]) * 8)
+
+
+@case(
+    "wp-series.11.unprotect-hole",
+    origin="patch 11: write-protect none ptes",
+    memory=SMALL,
+    features=marker_features,
+)
+@case(
+    "wp-series.22.unprotect-hole",
+    origin="patch 22: hugetlb: write-protect none ptes",
+    memory=HUGETLB,
+    features=marker_features,
+)
+def unprotect_hole(ctx: Context) -> None:
+    """Unprotecting a marker leaves a clean hole: its first write gives no message."""
+    region = _protected_hole(ctx)
+    ctx.uffd.writeprotect(region, mode=UNPROTECT)
+    ctx.expect_pagemap(region.start, HOLE)
+    expect_silent_write(ctx, region.start)
+
+
+@case(
+    "wp-series.11.protect-large-hole",
+    origin="patch 11: write-protect none ptes",
+    memory=SMALL,
+    features=marker_features,
+)
+def protect_large_hole(ctx: Context) -> None:
+    """Protecting a range without page tables makes them, and a marker for every page."""
+    pages = 2 * HUGE_PAGE // SMALL_PAGE
+    region = ctx.make(pages)
+    region.advise_thp(False)
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    with Pagemap() as pagemap:
+        entries = pagemap.read(region)
+    ctx.expect("protected pages", sum(bool(entry >> 57 & 1) for entry in entries), pages)
+    expect_write_fault(ctx, region.start + (pages // 2 + 1) * ctx.page)
+
+
+@case(
+    "wp-series.11.anon-hole-without-feature",
+    origin="patch 11: write-protect none ptes; file-backed memory only",
+    memory=ANON,
+    features=wp_features,
+)
+def anon_hole(ctx: Context) -> None:
+    """Without WP_UNPOPULATED, protecting an anonymous hole succeeds and does nothing."""
+    region = ctx.make(2)
+    region.fill(DATA, 0, ctx.page)
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    ctx.expect_pagemap(region.start, present(ctx))
+    ctx.expect_pagemap(region.start + ctx.page, HOLE)
+    expect_silent_write(ctx, region.start + ctx.page)
+    expect_write_fault(ctx, region.start)
+
+
+@case(
+    "wp-series.24.bit-present-zapped",
+    origin="patch 24: pagemap for shmem and hugetlb",
+    features=wp_features,
+)
+def bit_in_pagemap(ctx: Context) -> None:
+    """Bit 57 of pagemap is set for a protected page, stays for a zapped one of a file, and goes."""
+    region = protected(ctx)
+    ctx.expect("bit of the page", ctx.is_protected(region.start), True)
+    region.madvise(mmap.MADV_DONTNEED)
+    kept = not ctx.memory.is_anon
+    ctx.expect("bit after MADV_DONTNEED", ctx.is_protected(region.start), kept)
+    ctx.uffd.writeprotect(region, mode=UNPROTECT)
+    ctx.expect_pagemap(region.start, HOLE)
+
+
+@case(
+    "wp-series.24.bit-swapped",
+    origin="patch 24: pagemap for shmem and hugetlb",
+    memory=SMALL,
+    features=wp_features,
+    needs=[needs_swap()],
+)
+def bit_swapped(ctx: Context) -> None:
+    """Bit 57 of pagemap is set for a protected page that is swapped out."""
+    in_one_place(ctx)
+    region = protected(ctx)
+    page_out(ctx, region)
+    ctx.expect("bit of the swapped page", ctx.is_protected(region.start), True)
+    ctx.uffd.writeprotect(region, mode=UNPROTECT)
+    ctx.expect("bit after unprotecting", ctx.is_protected(region.start), False)
+    expect_silent_write(ctx, region.start)
+    ctx.expect("rest of the page", ctx.read(region.start + 1, 8), bytes([DATA]) * 8)
+
+
+@case(
+    "wp-series.24.marker-bits",
+    origin="patch 24: pagemap for shmem and hugetlb",
+    features=marker_features,
+    variants=[
+        Variant("marker", "a PTE marker: bit 57, and the swap bit 62 except on hugetlb"),
+        Variant(
+            "special-pte",
+            "v5 of the series: bit 57 alone; a kernel that has WP_UNPOPULATED has markers",
+            lacks=Feature.WP_UNPOPULATED,
+        ),
+    ],
+)
+def marker_bits(ctx: Context) -> None:
+    """A protected hole shows bit 57; bit 62 comes with it and does not mean swap."""
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    state = ctx.pagemap(region.start)
+    marker = "---W-" if ctx.memory.is_hugetlb else "-S-W-"
+    ctx.expect_variant("pagemap of a protected hole", state, marker=marker, special_pte="---W-")
+
+
+@case(
+    "wp-series.24.scan-marker",
+    origin="patch 24: pagemap for shmem and hugetlb; PAGEMAP_SCAN came later",
+    # PAGEMAP_SCAN came with WP_ASYNC, and its handling of holes depends on WP_UNPOPULATED.
+    features=lambda memory: marker_features(memory) | Feature.WP_ASYNC | Feature.WP_UNPOPULATED,
+)
+def scan_marker(ctx: Context) -> None:
+    """PAGEMAP_SCAN reports a marker as swapped and not written, a protected page as not written."""
+    region = ctx.make(2)
+    region.fill(DATA, 0, ctx.page)
+    ctx.open(marker_features(ctx.memory))
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    everything = PageCategory.WRITTEN | PageCategory.PRESENT | PageCategory.SWAPPED
+    with Pagemap() as pagemap:
+        for index, wanted in enumerate((PageCategory.PRESENT, PageCategory.SWAPPED)):
+            at = region.start + index * ctx.page
+            ranges = pagemap.scan(
+                at, ctx.page, category_anyof_mask=everything, return_mask=everything
+            ).ranges
+            seen = [(found.start, found.end, int(found.categories)) for found in ranges]
+            ctx.expect(f"scan of page {index}", seen, [(at, at + ctx.page, int(wanted))])
+
+
+@case(
+    "wp-series.24.swap-is-not-in-pagemap",
+    origin="discussion of patch 24: PM_SWAP for shmem",
+    memory=("shmem",),
+    features=wp_features,
+    needs=[needs_swap()],
+)
+def shmem_swap(ctx: Context) -> None:
+    """Shared memory that is swapped out looks like a hole in pagemap, or like any marker."""
+    in_one_place(ctx)
+    region = ctx.make(2)
+    ctx.register(region, RegisterMode.WP)
+    region.fill(DATA)
+    ctx.uffd.writeprotect(region.start, ctx.page)
+    page_out(ctx, region)
+    ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
+    ctx.expect_pagemap(region.start + ctx.page, HOLE)
+    ctx.expect("Swap in smaps", smaps_bytes(region.start, "Swap"), 2 * ctx.page, ctx.page)
+    expect_read(ctx, region.start + ctx.page, DATA)
+    expect_read(ctx, region.start, DATA)
+    expect_write_fault(ctx, region.start)
