@@ -314,7 +314,11 @@ def main() -> None:
     """Answer the harness until it closes standard input."""
     args = _arguments()
     member = args.member(Toucher(args.library), args)
-    run_round = cast("Callable[[], Answer]", member.round)
+    answer_rounds(cast("Callable[[], Answer]", member.round))
+
+
+def answer_rounds(run_round: Callable[[], Answer]) -> None:
+    """Do a round for each line of standard input."""
     for _ in sys.stdin.buffer:
         wall_ns, samples = run_round()
         sys.stdout.buffer.write(struct.pack("=QQ", wall_ns, len(samples)) + samples.tobytes())

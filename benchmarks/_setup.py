@@ -36,12 +36,12 @@ class Setup:
     faulter_cpu: int
     other_cpu: int | None
 
-    def member(self, *words: object) -> list[str]:
+    def member(self, *words: object, module: str = "_members") -> list[str]:
         """Return the command of a pyuffd member of a pair."""
         return [
             sys.executable,
             "-m",
-            "benchmarks._members",
+            f"benchmarks.{module}",
             self.programs.toucher,
             *(str(word) for word in words),
         ]

@@ -10,7 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import bench_dirty_scan, bench_fault_latency, bench_size, bench_throughput
+from benchmarks import (
+    bench_dirty_scan,
+    bench_fault_latency,
+    bench_process,
+    bench_size,
+    bench_throughput,
+)
 from benchmarks._build import build
 from benchmarks._pairs import MemberError, Row, Skipped
 from benchmarks._report import Table, as_json, as_markdown, environment
@@ -21,6 +27,7 @@ _BENCHMARKS = {
     "throughput": bench_throughput.run,
     "dirty_scan": bench_dirty_scan.run,
     "size": bench_size.run,
+    "process": bench_process.run,
 }
 _ROUNDS = 9
 _QUICK_ROUNDS = 5

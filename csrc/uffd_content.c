@@ -185,15 +185,47 @@ struct uffd_pages *uffd_pages_create(uint64_t count, uint8_t state)
 		return NULL;
 	atomic_store(&pages->references, 1);
 	pages->count = count;
+	pages->state = pages->own;
 	if (state)
 		memset((void *)pages->state, state, count);
 	return pages;
 }
 
-/* What a fork gets: pages in flight are on their way to the parent alone. */
-struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages)
+uint64_t uffd_pages_file_length(uint64_t count)
 {
-	struct uffd_pages *copy = uffd_pages_create(pages->count, 0);
+	return (count + BASE_PAGE - 1) & ~(uint64_t)(BASE_PAGE - 1);
+}
+
+struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count)
+{
+	struct uffd_pages *pages = uffd_pages_create(0, 0);
+	uint64_t length = uffd_pages_file_length(count);
+	void *mapping;
+
+	if (!pages)
+		return NULL;
+	mapping = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)offset);
+	if (mapping == MAP_FAILED) {
+		uffd_free(pages);
+		return NULL;
+	}
+	pages->count = count;
+	pages->mapped = length;
+	pages->states_offset = offset;
+	pages->state = mapping;
+	for (uint64_t i = 0; i < count; i++)
+		if (atomic_load_explicit(&pages->state[i], memory_order_relaxed) ==
+		    UFFD_PAGE_IN_FLIGHT)
+			atomic_store_explicit(&pages->state[i], UFFD_PAGE_ABSENT,
+					      memory_order_relaxed);
+	return pages;
+}
+
+/* What a fork gets: pages in flight are on their way to the parent alone. */
+struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages, int fd, uint64_t offset)
+{
+	struct uffd_pages *copy = fd < 0 ? uffd_pages_create(pages->count, 0)
+					 : uffd_pages_map(fd, offset, pages->count);
 
 	if (!copy)
 		return NULL;
@@ -215,6 +247,9 @@ struct uffd_pages *uffd_pages_get(struct uffd_pages *pages)
 
 void uffd_pages_put(struct uffd_pages *pages)
 {
-	if (atomic_fetch_sub(&pages->references, 1) == 1)
-		uffd_free(pages);
+	if (atomic_fetch_sub(&pages->references, 1) != 1)
+		return;
+	if (pages->mapped)
+		munmap((void *)pages->state, pages->mapped);
+	uffd_free(pages);
 }

@@ -44,6 +44,12 @@ struct uffd_range_spec {
 	uint64_t preserve;	/* where old content goes before the first write; 0: none */
 	uint32_t writes_cache;	/* a minor fault on an absent page writes the source to `local` */
 	uint32_t shared;	/* MAP_SHARED: a fork has the same pages, not copies */
+	int32_t states_fd;	/* a file for the states, which outlives us; borrowed; -1: none */
+	uint64_t states_offset;	/* page-aligned */
+	/* To go on with what another engine served; `start` is where this piece is now. */
+	uint64_t id;		/* 0: new */
+	uint64_t origin;	/* of the piece, in what was served */
+	uint64_t piece_length;
 };
 
 /* Offsets are from the first byte of the range as it was served. */
@@ -68,7 +74,10 @@ struct uffd_pages {
 	_Atomic uint32_t references;
 	struct uffd_pages *clone;	/* while a fork's table is being made */
 	uint64_t count;
-	_Atomic uint8_t state[];
+	uint64_t mapped;		/* bytes of `state` in a file; 0: in `own` */
+	uint64_t states_offset;		/* in the file */
+	_Atomic uint8_t *state;
+	_Atomic uint8_t own[];
 };
 
 /* -ENODATA: the source ends before the last page. */
@@ -91,7 +100,14 @@ int uffd_content_read(const struct uffd_content *content, void *target, uint64_t
 		      uint64_t length);
 
 struct uffd_pages *uffd_pages_create(uint64_t count, uint8_t state);
-struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages);
+/*
+ * The same in a file.  What a dead process had in flight is absent, or will say
+ * EEXIST.
+ */
+struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count);
+/* `fd`: a file for the copy, long enough; -1: none. */
+struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages, int fd, uint64_t offset);
+uint64_t uffd_pages_file_length(uint64_t count);
 struct uffd_pages *uffd_pages_get(struct uffd_pages *pages);
 void uffd_pages_put(struct uffd_pages *pages);
 

@@ -46,6 +46,24 @@ static int ensure_zeros(struct uffd_engine *engine, uint64_t page_size)
 	return 0;
 }
 
+static struct uffd_pages *pages_for(struct uffd_space *space, const struct uffd_range_spec *spec,
+				    bool absent)
+{
+	struct uffd_range *other = spec->id ? any_piece(space, spec->id, spec->start) : NULL;
+	uint64_t count = spec->length / spec->page_size;
+	uint8_t state = absent ? UFFD_PAGE_ABSENT : UFFD_PAGE_CLEAN;
+	struct uffd_pages *pages;
+
+	if (other)
+		return uffd_pages_get(other->pages);
+	if (spec->states_fd < 0)
+		return uffd_pages_create(count, state);
+	pages = uffd_pages_map(spec->states_fd, spec->states_offset, count);
+	if (pages && !spec->id)
+		memset((void *)pages->state, state, count);
+	return pages;
+}
+
 static int add_range(struct uffd_space *space, const struct uffd_range_spec *spec, uint64_t id)
 {
 	struct uffd_range like = {
@@ -54,15 +72,15 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 		.mode = spec->mode,
 		.id = id,
 	};
+	uint64_t length = spec->id ? spec->piece_length : spec->length;
 	struct uffd_range *range = NULL;
-	uint8_t state = can_be_absent(&like) ? UFFD_PAGE_ABSENT : UFFD_PAGE_CLEAN;
 	int r = uffd_content_create(spec, &like.content);
 
 	if (r)
 		return r;
-	like.pages = uffd_pages_create(spec->length / spec->page_size, state);
+	like.pages = pages_for(space, spec, can_be_absent(&like));
 	if (like.pages) {
-		range = range_create(space, &like, spec->start, spec->start + spec->length, 0);
+		range = range_create(space, &like, spec->start, spec->start + length, spec->origin);
 		uffd_pages_put(like.pages);
 	}
 	uffd_content_put(like.content);
@@ -75,6 +93,8 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 	wait_for_layout(space);
 	gate_enter(space);
 	r = uffd_table_insert(space->table, range);
+	if (r == 0 && !spec->id)
+		report_added(range);
 	gate_leave(space);
 	if (r)
 		range_free(range);
@@ -87,7 +107,9 @@ int uffd_engine_add(struct uffd_engine *engine, uint32_t number,
 	struct uffd_space *space = space_get(engine, number);
 	int r;
 
-	*id_ret = atomic_fetch_add(&engine->next_id, 1);
+	*id_ret = spec->id ? spec->id : atomic_fetch_add(&engine->next_id, 1);
+	if (atomic_load(&engine->next_id) <= spec->id)
+		atomic_store(&engine->next_id, spec->id + 1);
 	if (!space)
 		return -ESRCH;
 	r = ensure_zeros(engine, spec->page_size);
@@ -153,6 +175,7 @@ static int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, 
 {
 	uint64_t give_up = 0;
 	unsigned int attempt = 0;
+	bool gone;
 	int error = 0;
 
 	*done_ret = 0;
@@ -164,7 +187,9 @@ static int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, 
 		if (!open_visit(engine, number, &visit))
 			return -ESRCH;
 		error = 0;
-		range = find_piece(visit.space, id, offset, start + offset);
+		range = NULL;
+		if (!atomic_load(&visit.space->gone))
+			range = find_piece(visit.space, id, offset, start + offset);
 		if (range) {
 			slice = BULK_SLICE > range->page_size ? BULK_SLICE : range->page_size;
 			at = range->start + (offset - range->origin);
@@ -172,9 +197,10 @@ static int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, 
 			at = work(range, at, stop < range->end ? stop : range->end, &error, &done);
 			offset = content_offset(range, at);
 		}
+		gone = atomic_load(&visit.space->gone);
 		shut_visit(&visit);
 		if (!range)
-			return -ENOENT;
+			return gone ? -ESRCH : -ENOENT;
 		*done_ret += done;
 		if (done || !error)
 			attempt = 0;
@@ -251,13 +277,13 @@ static int populate_by_request(struct uffd_engine *engine, uint32_t number, uint
 			       uint64_t start, uint64_t offset, uint64_t end,
 			       uint64_t *filled_ret)
 {
-	uint64_t failures = atomic_load(&engine->failures);
+	uint64_t failures = atomic_load(&engine->shared->failures);
 	int r = for_slices(engine, number, id, start, offset, end, request_slice, filled_ret);
 	unsigned int attempt = 0;
 
 	while (r == 0 && atomic_load(&engine->outstanding) && !atomic_load(&engine->stop))
 		uffd_back_off(attempt++);
-	return r == 0 && atomic_load(&engine->failures) != failures ? -EIO : r;
+	return r == 0 && atomic_load(&engine->shared->failures) != failures ? -EIO : r;
 }
 
 int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t id,
@@ -402,6 +428,12 @@ static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end
 	uint64_t past;
 
 	*error_ret = 0;
+	/*
+	 * Where forks share the memory they share the states, but a mark is in one
+	 * address space alone: what is poisoned elsewhere is poisoned here too.
+	 */
+	if (range->content->shared && atomic_load(state_of(range, at)) == UFFD_PAGE_POISONED)
+		expected = UFFD_PAGE_POISONED;
 	while (stop < end && atomic_compare_exchange_strong(state_of(range, stop), &expected,
 							    UFFD_PAGE_IN_FLIGHT))
 		stop += range->page_size;
@@ -521,6 +553,7 @@ static int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, 
 		uffd_barrier(UFFD_BARRIER_UNSERVE_SEALED);
 	} while (!drop_piece(engine, number, id, piece.start + piece.offset,
 			     flags & UFFD_UNSERVE_UNREGISTER));
+	report_dropped(engine, number, id);
 	return result;
 }
 
@@ -574,14 +607,15 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	TAILQ_INIT(&engine->taken);
 	LIST_INIT(&engine->spaces);
 	atomic_store(&engine->next_id, 1);
-	engine->shards = uffd_alloc(UFFD_SHARDS * sizeof(*engine->shards));
+	pthread_mutex_init(&engine->keeper_lock, NULL);
+	engine->shared = options->shared ? options->shared : uffd_alloc(sizeof(*engine->shared));
 	engine->messages_capacity = FIRST_MESSAGES;
 	engine->messages = uffd_alloc(FIRST_MESSAGES * sizeof(*engine->messages));
 	zeros = mmap(NULL, ZEROS_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	engine->zeros = zeros == MAP_FAILED ? NULL : zeros;
 	if (!init_descriptors(engine))
 		r = -errno;
-	else if (engine->shards && engine->messages && engine->zeros)
+	else if (engine->shared && engine->messages && engine->zeros)
 		engine->primary = space_create(engine, options->fd, false, options->has_events);
 	if (!engine->primary || watch_space(engine, engine->primary)) {
 		uffd_engine_destroy(engine);
@@ -610,9 +644,11 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_cond_destroy(&engine->requests_changed);
 	pthread_mutex_destroy(&engine->requests_lock);
 	pthread_mutex_destroy(&engine->spaces_lock);
+	pthread_mutex_destroy(&engine->keeper_lock);
 	uffd_free(engine->deferred);
 	uffd_free(engine->messages);
-	uffd_free(engine->shards);
+	if (!engine->options.shared)
+		uffd_free(engine->shared);
 	uffd_free(engine);
 }
 
@@ -641,6 +677,44 @@ int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_event
 	return r;
 }
 
+int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
+			    uint32_t has_events, uint32_t number)
+{
+	struct uffd_space *space;
+	int r;
+
+	if (engine->next_space <= number)
+		engine->next_space = number;
+	space = space_create(engine, fd, is_fork, has_events);
+	if (!space)
+		return -ENOMEM;
+	/* Spaces come in any order before the start: the next new one follows the highest. */
+	if (space->number != number) {
+		engine->next_space--;
+		space->number = number;
+	}
+	r = watch_space(engine, space);
+	if (r)
+		space_retire(space);
+	return r;
+}
+
+void uffd_engine_wake_all(struct uffd_engine *engine)
+{
+	struct uffd_space *space;
+	struct uffd_range *range;
+
+	pthread_mutex_lock(&engine->spaces_lock);
+	LIST_FOREACH(space, &engine->spaces, link) {
+		gate_enter(space);
+		for (range = uffd_table_next(space->table, 0); range;
+		     range = uffd_table_next(space->table, range->end))
+			uffd_shim_wake(space->fd, range->start, range->end - range->start);
+		gate_leave(space);
+	}
+	pthread_mutex_unlock(&engine->spaces_lock);
+}
+
 int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number)
 {
 	struct uffd_space *space = space_get(engine, number);
@@ -666,6 +740,11 @@ int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number)
 	}
 	space_put(space);
 	return 0;
+}
+
+uint64_t uffd_engine_shared_size(void)
+{
+	return sizeof(struct engine_shared);
 }
 
 uint32_t uffd_engine_spaces(struct uffd_engine *engine)

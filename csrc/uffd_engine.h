@@ -39,7 +39,7 @@ struct uffd_engine_options {
 	int32_t owner_pid;	/* whose memory it governs */
 	uint32_t on_error;
 	uint32_t is_inline;	/* resolve in the faulting thread (Feature.SIGBUS) */
-	uint32_t has_events;	/* layout events are on */
+	uint32_t has_events;	/* which layout events are on: UFFD_FEATURE_EVENT_* */
 	uint32_t watch_owner;	/* the owner is another process: notice its death */
 	uint32_t has_workers;	/* uffd_engine_next_request is called */
 	uint32_t stall_signal;	/* sent to our own thread when a request stalls; 0: none */
@@ -47,6 +47,8 @@ struct uffd_engine_options {
 	uint64_t spin_ns;	/* how long to spin for the next fault at most */
 	uint64_t retry_limit_ns; /* how long a page is retried before on_error */
 	uint64_t stall_limit_ns; /* how long a request may take, 0: for ever */
+	int32_t keeper_fd;	/* a stream to the keeper (uffd_keeper.h); borrowed; -1: none */
+	void *shared;		/* zeros at first: counters and failures, for our successor; NULL */
 };
 
 /* log2 buckets, each cut in 8: a latency is known to 12.5 %. */
@@ -118,12 +120,16 @@ struct uffd_request {
 	uint64_t page_size;
 };
 
+uint64_t uffd_engine_shared_size(void);
 int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_engine **ret);
 void uffd_engine_destroy(struct uffd_engine *engine);
 
 /* Serve another userfaultfd as well; borrowed.  Space 0 is the engine's own. */
 int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_events,
 			  uint32_t *space_ret);
+/* Go on with a space of another engine, under its number; a fork's fd is ours from now on. */
+int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
+			    uint32_t has_events, uint32_t space);
 /* Forget a descriptor whose ranges have been taken out, before it is closed. */
 int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t space);
 
@@ -169,6 +175,9 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t space, uint64_t id,
 		       uint64_t start, uint64_t first_page, uint64_t pages,
 		       uint8_t *states_ret);
 
+/* Let everybody who waits ask again: what a dead process had read is lost. */
+void uffd_engine_wake_all(struct uffd_engine *engine);
+
 /* From now on, poison every page that is asked for instead of filling it. */
 void uffd_engine_refuse(struct uffd_engine *engine);
 /* Poison the pages that wait for a worker, of one serving or (id 0) of all. */
@@ -191,6 +200,9 @@ struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine);
 /* `data` holds `request->length` bytes.  -ECANCELED: it came too late. */
 int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *request,
 			 const void *data);
+/* Both in one call; what goes wrong is counted and noted. */
+struct uffd_request *uffd_engine_complete_next(struct uffd_engine *engine,
+					       struct uffd_request *request, const void *data);
 int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error);
 
 /* The native driver: one C thread. */

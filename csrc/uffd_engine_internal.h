@@ -10,6 +10,7 @@
 
 #include "uffd_barrier.h"
 #include "uffd_engine.h"
+#include "uffd_keeper.h"
 #include "uffd_table.h"
 
 #define RECENT_PER_SHARD	256
@@ -20,6 +21,14 @@ struct stats_shard {
 	_Alignas(64) _Atomic uint64_t counters[sizeof(struct uffd_stats) / sizeof(uint64_t)];
 	_Atomic uint32_t recent_next;
 	struct uffd_recent_fault recent[RECENT_PER_SHARD];
+};
+
+/* What outlives an engine whose process is killed. */
+struct engine_shared {
+	struct stats_shard shards[UFFD_SHARDS];
+	_Atomic uint64_t failures;
+	_Atomic bool failure_known;	/* the first one is written down */
+	struct uffd_failure failure;
 };
 
 #define COUNTER(field) (offsetof(struct uffd_stats, field) / sizeof(uint64_t))
@@ -43,6 +52,8 @@ struct uffd_space {
 	int fd;
 	bool owned;			/* the fd came with a FORK event and is ours to close */
 	bool events;			/* layout events are on */
+	uint32_t event_features;	/* which: UFFD_FEATURE_EVENT_* */
+	struct owed_unmap *owed;	/* UNMAP events that are still to come, see uffd_layout.c */
 	_Atomic bool gone;		/* the memory it governed is no more */
 	pthread_rwlock_t gate;
 	struct uffd_table *table;	/* its own, or the process's for inline */
@@ -111,14 +122,14 @@ struct uffd_engine {
 	struct request_list queued;
 	struct request_list taken;
 	_Atomic uint32_t queued_count;
-	uint32_t idle_workers;
+	_Atomic uint32_t idle_workers;
 	enum leader leader;
 	pthread_t leader_thread;	/* when a worker leads */
+	uint64_t leaderless_since_ns;
+	bool watchdog_armed;
 	_Atomic uint32_t outstanding;	/* queued and taken */
 
-	_Atomic uint64_t failures;
-	_Atomic bool failure_known;	/* the first one is written down */
-	struct uffd_failure failure;
+	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
 
 	pthread_t thread;
 	bool thread_running;
@@ -131,7 +142,7 @@ struct uffd_engine {
 	_Atomic bool stop;
 	_Atomic uint64_t idle_passes;	/* passes of the loop that found nothing left to do */
 
-	struct stats_shard *shards;
+	struct engine_shared *shared;
 };
 
 enum outcome {
@@ -155,7 +166,7 @@ static inline unsigned int current_cpu(void)
 
 static inline void count(struct uffd_engine *engine, size_t counter, uint64_t n)
 {
-	struct stats_shard *shard = &engine->shards[current_cpu() % UFFD_SHARDS];
+	struct stats_shard *shard = &engine->shared->shards[current_cpu() % UFFD_SHARDS];
 
 	atomic_fetch_add_explicit(&shard->counters[counter], n, memory_order_relaxed);
 }
@@ -195,7 +206,8 @@ static inline bool has_ioctl(const struct uffd_range *range, unsigned int nr)
 void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
 
 /* uffd_space.c */
-struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned, bool events);
+struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
+				uint32_t event_features);
 struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number);
 void space_put(struct uffd_space *space);
 void space_retire(struct uffd_space *space);
@@ -260,6 +272,13 @@ static inline bool needs_request(const struct uffd_range *range)
 /* uffd_layout.c: for the leader, inside the closed gate. */
 void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message);
 
+/* uffd_keeper.c */
+void report_added(const struct uffd_range *range);
+void report_dropped(struct uffd_engine *engine, uint32_t space, uint64_t id);
+void report_pieces(struct uffd_space *space, int states_fd);
+void report_fork(struct uffd_space *child);
+void report_gone(struct uffd_space *space);
+
 /* uffd_engine.c: for the leader. */
 void wake_again(struct uffd_range *range, uint64_t at, uint64_t end);
 int watch_space(struct uffd_engine *engine, struct uffd_space *space);
@@ -273,6 +292,8 @@ void reap_spaces(struct uffd_engine *engine, uint32_t most);
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
 		   enum uffd_fault_kind kind, const struct deferred_fault *fault);
 void free_requests(struct uffd_engine *engine);
+/* The timer has fired: whether nobody has led for so long; with the requests' lock held. */
+bool leads_after_watchdog(struct uffd_engine *engine);
 /* Apply on_error to requests that are older; returns when the next one will be. */
 uint64_t fail_stalled_requests(struct uffd_engine *engine);
 

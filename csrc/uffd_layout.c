@@ -7,8 +7,11 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
+#include "uffd_alloc.h"
 #include "uffd_engine_internal.h"
 
 /* The first range that reaches into [start, end), from `start` on. */
@@ -113,11 +116,91 @@ static size_t cut(struct uffd_space *space, uint64_t start, uint64_t end, uint64
 	return found;
 }
 
+/*
+ * Threads change the layout at the same time, and their events come in the order in
+ * which they were sent, not in which the changes were made.  A REMAP has taken the
+ * old place out, so the UNMAP that follows it must not: somebody else may live
+ * there by then.  Likewise what a REMAP finds at its new place is dead already,
+ * and the UNMAP that says so is still to come.  Both are noted as owed.
+ */
+struct owed_unmap {
+	struct owed_unmap *next;
+	uint64_t start;
+	uint64_t end;
+};
+
+static void owe(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct owed_unmap *owed;
+
+	if (start >= end || !(space->event_features & UFFD_FEATURE_EVENT_UNMAP))
+		return;
+	owed = uffd_alloc(sizeof(*owed));
+	if (!owed)
+		return;
+	*owed = (struct owed_unmap){ space->owed, start, end };
+	space->owed = owed;
+}
+
+/* Take an owed unmapping that reaches into [start, end) off the list, less what lies outside. */
+static struct owed_unmap *pay(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct owed_unmap **link = &space->owed, *owed;
+
+	while ((owed = *link) && (owed->end <= start || owed->start >= end))
+		link = &owed->next;
+	if (!owed)
+		return NULL;
+	*link = owed->next;
+	owe(space, owed->start, lower(owed->end, start));
+	owe(space, higher(owed->start, end), owed->end);
+	return owed;
+}
+
+void forget_owed(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct owed_unmap *owed;
+
+	while ((owed = pay(space, start, end)))
+		uffd_free(owed);
+}
+
+/* What was owed of it is paid with this; the rest goes out of the table. */
+static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct owed_unmap *owed = pay(space, start, end);
+
+	if (!owed) {
+		cut(space, start, end, 0, NULL);
+		return;
+	}
+	if (start < owed->start)
+		unmap_pages(space, start, owed->start);
+	if (owed->end < end)
+		unmap_pages(space, owed->end, end);
+	uffd_free(owed);
+}
+
+/* Whoever is in the table at the new place was unmapped for it, or before. */
+static void make_room(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct uffd_range *range;
+
+	while ((range = overlapping(space, start, end))) {
+		uint64_t from = higher(start, range->start), stop = lower(end, range->end);
+
+		owe(space, from, stop);
+		cut(space, from, stop, 0, NULL);
+	}
+}
+
 static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uint64_t length)
 {
 	struct uffd_range *moved[MOVED_AT_ONCE];
 	size_t found;
 
+	owe(space, from, from + length);
+	make_room(space, to, to + length);
 	do {
 		found = cut(space, from, from + length, to, moved);
 		for (size_t i = 0; i < found; i++)
@@ -125,17 +208,43 @@ static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uin
 	} while (found == MOVED_AT_ONCE);
 }
 
-static int clone_ranges(struct uffd_space *parent, struct uffd_space *child)
+/* A file for the states of all the child's pages, where a keeper is to have them; -1: none. */
+static int states_file(struct uffd_space *parent)
+{
+	struct uffd_range *range;
+	uint64_t length = 0;
+	int fd;
+
+	if (parent->engine->options.keeper_fd < 0)
+		return -1;
+	for (range = uffd_table_next(parent->table, 0); range;
+	     range = uffd_table_next(parent->table, range->end))
+		if (!range->content->shared)
+			length += uffd_pages_file_length(range->pages->count);
+	fd = memfd_create("uffd-states", MFD_CLOEXEC);
+	if (fd >= 0 && ftruncate(fd, (off_t)length)) {
+		close(fd);
+		return -1;
+	}
+	return fd;
+}
+
+static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int states_fd)
 {
 	struct uffd_range *range, *copy;
+	uint64_t states_offset = 0;
 	int r = 0;
 
 	for (range = uffd_table_next(parent->table, 0); range && r == 0;
 	     range = uffd_table_next(parent->table, range->end)) {
 		/* Shared memory is one memory: dropped for one is dropped for all. */
-		if (!range->pages->clone)
-			range->pages->clone = range->content->shared
-				? uffd_pages_get(range->pages) : uffd_pages_clone(range->pages);
+		if (!range->pages->clone && range->content->shared) {
+			range->pages->clone = uffd_pages_get(range->pages);
+		} else if (!range->pages->clone) {
+			range->pages->clone = uffd_pages_clone(range->pages, states_fd,
+							       states_offset);
+			states_offset += uffd_pages_file_length(range->pages->count);
+		}
 		copy = range->pages->clone
 			? range_create(child, range, range->start, range->end, range->origin)
 			: NULL;
@@ -163,8 +272,18 @@ static int clone_ranges(struct uffd_space *parent, struct uffd_space *child)
 static void follow_fork(struct uffd_space *parent, int fd)
 {
 	struct uffd_engine *engine = parent->engine;
-	struct uffd_space *child = space_create(engine, fd, true, true);
-	int r = child ? clone_ranges(parent, child) : -ENOMEM;
+	struct uffd_space *child = space_create(engine, fd, true, parent->event_features);
+	int r = -ENOMEM, states_fd;
+
+	if (child) {
+		/* First, so that its descriptor outlives us. */
+		report_fork(child);
+		states_fd = states_file(parent);
+		r = clone_ranges(parent, child, states_fd);
+		report_pieces(child, states_fd);
+		if (states_fd >= 0)
+			close(states_fd);
+	}
 
 	count(engine, COUNTER(forks), 1);
 	engine->forks_followed++;
@@ -186,11 +305,13 @@ void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message
 		remove_pages(space, message->arg.remove.start, message->arg.remove.end);
 		break;
 	case UFFD_EVENT_UNMAP:
-		cut(space, message->arg.remove.start, message->arg.remove.end, 0, NULL);
+		unmap_pages(space, message->arg.remove.start, message->arg.remove.end);
+		report_pieces(space, -1);
 		break;
 	case UFFD_EVENT_REMAP:
 		move_pages(space, message->arg.remap.from, message->arg.remap.to,
 			   message->arg.remap.len);
+		report_pieces(space, -1);
 		break;
 	case UFFD_EVENT_FORK:
 		follow_fork(space, (int)message->arg.fork.ufd);

@@ -130,8 +130,7 @@ static bool hands_over(struct uffd_engine *engine, enum leader role)
 {
 	if (role == LEADER_WORKER)
 		return atomic_load(&engine->queued_count);
-	return engine->options.has_workers && __atomic_load_n(&engine->idle_workers,
-							      __ATOMIC_RELAXED);
+	return engine->options.has_workers && atomic_load(&engine->idle_workers);
 }
 
 void lead(struct uffd_engine *engine, enum leader role)
@@ -191,7 +190,7 @@ static void stand_by(struct uffd_engine *engine)
 		return;
 	empty(engine->watchdog_fd);
 	pthread_mutex_lock(&engine->requests_lock);
-	if (engine->leader == LEADER_NONE && !atomic_load(&engine->stop)) {
+	if (leads_after_watchdog(engine)) {
 		engine->leader = LEADER_NATIVE;
 		pthread_mutex_unlock(&engine->requests_lock);
 		lead(engine, LEADER_NATIVE);

@@ -19,11 +19,26 @@
 /* How long nobody may lead: far longer than a quick worker needs, far shorter than a fault may wait. */
 #define WATCHDOG_NS	200000
 
-static void arm_watchdog(struct uffd_engine *engine, long ns)
+static void arm_watchdog(struct uffd_engine *engine, uint64_t ns)
 {
-	struct itimerspec when = { .it_value.tv_nsec = ns };
+	struct itimerspec when = { .it_value.tv_nsec = (long)ns };
 
+	engine->watchdog_armed = true;
 	timerfd_settime(engine->watchdog_fd, 0, &when, NULL);
+}
+
+bool leads_after_watchdog(struct uffd_engine *engine)
+{
+	uint64_t idle_ns;
+
+	engine->watchdog_armed = false;
+	if (engine->leader != LEADER_NONE || atomic_load(&engine->stop))
+		return false;
+	idle_ns = uffd_now_ns() - engine->leaderless_since_ns;
+	if (idle_ns >= WATCHDOG_NS)
+		return true;
+	arm_watchdog(engine, WATCHDOG_NS - idle_ns);
+	return false;
 }
 
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end, enum uffd_fault_kind kind,
@@ -67,10 +82,14 @@ static void pass_the_lead(struct uffd_engine *engine)
 {
 	if (engine->leader != LEADER_NONE)
 		return;
-	if (engine->idle_workers)
+	if (engine->idle_workers) {
 		pthread_cond_signal(&engine->requests_changed);
-	else
-		arm_watchdog(engine, WATCHDOG_NS);
+	} else {
+		/* Setting a timer costs more than all the rest here: one that runs will do. */
+		engine->leaderless_since_ns = uffd_now_ns();
+		if (!engine->watchdog_armed)
+			arm_watchdog(engine, WATCHDOG_NS);
+	}
 }
 
 struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine)
@@ -160,8 +179,11 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		r = -EAGAIN;
 	if (r == -ESRCH)
 		atomic_store(&space->gone, true);
-	if (r == -ENOENT)
-		*offset += range->page_size;
+	if (r == -ENOENT || r == -ESRCH) {
+		/* Gone, and its event unread; should it be asked for again, nobody is at it. */
+		unclaim(range, past, stop, UFFD_PAGE_ABSENT);
+		*offset += stop - past;
+	}
 out:
 	uffd_table_leave(space->table, shard);
 	gate_leave(space);
@@ -236,6 +258,13 @@ int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *reques
 			   request->since_ns);
 	drop_request(engine, request);
 	return r;
+}
+
+struct uffd_request *uffd_engine_complete_next(struct uffd_engine *engine,
+					       struct uffd_request *request, const void *data)
+{
+	uffd_engine_complete(engine, request, data);
+	return uffd_engine_next_request(engine);
 }
 
 int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error)

@@ -11,7 +11,8 @@
 #define PROBE_ADDRESS	UINT64_C(0x7fffffffe000)
 #define PROBE_LENGTH	UINT64_C(4096)
 
-struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned, bool events)
+struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
+				uint32_t event_features)
 {
 	struct uffd_space *space = uffd_alloc(sizeof(*space));
 	pthread_rwlockattr_t attributes;
@@ -21,7 +22,8 @@ struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned, 
 	space->engine = engine;
 	space->fd = fd;
 	space->owned = owned;
-	space->events = events;
+	space->events = event_features;
+	space->event_features = event_features;
 	/* Who waits to apply an event holds up a thread of the owner: before any filler. */
 	pthread_rwlockattr_init(&attributes);
 	pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
@@ -59,6 +61,7 @@ void space_put(struct uffd_space *space)
 		return;
 	if (space->owned)
 		close(space->fd);
+	forget_owed(space, 0, UINT64_MAX);
 	uffd_table_deinit(&space->own_table);
 	pthread_rwlock_destroy(&space->gate);
 	uffd_free(space);
@@ -70,6 +73,7 @@ void space_retire(struct uffd_space *space)
 	struct uffd_engine *engine = space->engine;
 	struct uffd_range *range;
 
+	report_gone(space);
 	pthread_mutex_lock(&engine->spaces_lock);
 	LIST_REMOVE(space, link);
 	atomic_fetch_sub(&engine->space_count, 1);

@@ -43,7 +43,7 @@ uint64_t uffd_histogram_bound(uint32_t bucket)
 void note_fault(struct uffd_engine *engine, uint64_t address, uint64_t flags,
 		uint32_t thread_id, uint64_t began_ns)
 {
-	struct stats_shard *shard = &engine->shards[current_cpu() % UFFD_SHARDS];
+	struct stats_shard *shard = &engine->shared->shards[current_cpu() % UFFD_SHARDS];
 	enum uffd_fault_kind kind = fault_kind(flags);
 	uint64_t now = uffd_now_ns();
 	struct uffd_recent_fault *recent;
@@ -70,21 +70,21 @@ void note_failure(struct uffd_engine *engine, uint64_t address, uint64_t length,
 		  enum uffd_failure_stage stage)
 {
 	count(engine, COUNTER(failed), 1);
-	if (atomic_fetch_add(&engine->failures, 1))
+	if (atomic_fetch_add(&engine->shared->failures, 1))
 		return;
-	engine->failure.address = address;
-	engine->failure.length = length;
-	engine->failure.error = -error;
-	engine->failure.stage = stage;
-	atomic_store(&engine->failure_known, true);
+	engine->shared->failure.address = address;
+	engine->shared->failure.length = length;
+	engine->shared->failure.error = -error;
+	engine->shared->failure.stage = stage;
+	atomic_store(&engine->shared->failure_known, true);
 }
 
 void uffd_engine_failure(struct uffd_engine *engine, struct uffd_failure *failure_ret)
 {
 	*failure_ret = (struct uffd_failure){ 0 };
-	if (atomic_load(&engine->failure_known)) {
-		*failure_ret = engine->failure;
-		failure_ret->count = atomic_load(&engine->failures);
+	if (atomic_load(&engine->shared->failure_known)) {
+		*failure_ret = engine->shared->failure;
+		failure_ret->count = atomic_load(&engine->shared->failures);
 	}
 }
 
@@ -95,7 +95,7 @@ void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret)
 	memset(stats_ret, 0, sizeof(*stats_ret));
 	for (size_t shard = 0; shard < UFFD_SHARDS; shard++)
 		for (size_t i = 0; i < sizeof(*stats_ret) / sizeof(*sums); i++)
-			sums[i] += atomic_load_explicit(&engine->shards[shard].counters[i],
+			sums[i] += atomic_load_explicit(&engine->shared->shards[shard].counters[i],
 							memory_order_relaxed);
 }
 
@@ -117,7 +117,7 @@ uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault
 		return 0;
 	for (size_t shard = 0; shard < UFFD_SHARDS; shard++) {
 		for (size_t i = 0; i < RECENT_PER_SHARD; i++) {
-			struct uffd_recent_fault *slot = &engine->shards[shard].recent[i];
+			struct uffd_recent_fault *slot = &engine->shared->shards[shard].recent[i];
 			struct uffd_recent_fault *copy = &all[found];
 
 			copy->time_ns = __atomic_load_n(&slot->time_ns, __ATOMIC_ACQUIRE);

@@ -173,13 +173,16 @@ static int grow(struct uffd_table *table)
 	return 0;
 }
 
-static void shift(struct uffd_table *table, size_t to, size_t from, size_t count)
+/* Searches go on meanwhile, and throw away what they found: so each store is atomic. */
+static void put(struct uffd_table *table, size_t at, uint64_t start, struct uffd_range *range)
 {
-	uint64_t *starts = atomic_load(&table->starts);
-	struct uffd_range **ranges = atomic_load(&table->ranges);
+	__atomic_store_n(&atomic_load(&table->starts)[at], start, __ATOMIC_RELAXED);
+	__atomic_store_n(&atomic_load(&table->ranges)[at], range, __ATOMIC_RELAXED);
+}
 
-	memmove(&starts[to], &starts[from], count * sizeof(*starts));
-	memmove(&ranges[to], &ranges[from], count * sizeof(*ranges));
+static void move_entry(struct uffd_table *table, size_t to, size_t from)
+{
+	put(table, to, atomic_load(&table->starts)[from], atomic_load(&table->ranges)[from]);
 }
 
 int uffd_table_insert(struct uffd_table *table, struct uffd_range *range)
@@ -200,9 +203,9 @@ int uffd_table_insert(struct uffd_table *table, struct uffd_range *range)
 		r = grow(table);
 	if (r == 0) {
 		begin_change(table);
-		shift(table, at + 1, at, count - at);
-		atomic_load(&table->starts)[at] = range->start;
-		atomic_load(&table->ranges)[at] = range;
+		for (size_t i = count; i > at; i--)
+			move_entry(table, i, i - 1);
+		put(table, at, range->start, range);
 		atomic_store(&table->count, count + 1);
 		end_change(table);
 	}
@@ -219,7 +222,8 @@ void uffd_table_remove(struct uffd_table *table, struct uffd_range *range)
 	count = atomic_load(&table->count);
 	at = count_at_or_below(atomic_load(&table->starts), count, range->start);
 	begin_change(table);
-	shift(table, at - 1, at, count - at);
+	for (size_t i = at; i < count; i++)
+		move_entry(table, i - 1, i);
 	atomic_store(&table->count, count - 1);
 	end_change(table);
 	unlock_table(table, &old);

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol, Self, runtime_checkable
+from typing import IO, TYPE_CHECKING, NoReturn, Protocol, Self, runtime_checkable
 
 from pyuffd import _memory
 from pyuffd._errors import ClosedError
@@ -86,6 +88,10 @@ class BufferSource:
         data = _memory.read(self.address + offset, available) if available else b""
         return data.ljust(length, b"\0")
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse: an address means nothing in another process."""
+        raise TypeError("a BufferSource is memory of one process")
+
     def __repr__(self) -> str:
         return f"BufferSource({self._length:#x} bytes at {self.address:#x})"
 
@@ -148,6 +154,10 @@ class FileSource:
                 break
             data += piece
         return bytes(data).ljust(length, b"\0")
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: a descriptor means nothing in another process."""
+        raise TypeError("a FileSource holds a descriptor; serve it by itself, or open it there")
 
     def close(self) -> None:
         """Close the descriptor; what serves from it already has its own."""
@@ -218,16 +228,17 @@ class AsyncSource:
     The handler's workers wait for it, so as many of its coroutines run at once as there are
     workers. The loop must keep running while pages are asked for: stop the handler with
     `async with handler` or `await asyncio.to_thread(handler.stop)`, not from the loop's own
-    thread. A cancelled coroutine fails its pages like any other exception.
+    thread. A cancelled coroutine fails its pages like any other exception. With the process
+    driver the coroutines run in a loop of the helper process.
 
     Args:
         function: As for `CallableSource`.
-        loop: The loop to run it in; by default the one that runs now.
+        loop: The loop to run it in; by default the one that runs now, or else one that this
+            module runs in a thread.
         length: Bytes there are, or None when there is no end.
 
     Raises:
         ValueError: not a coroutine function.
-        RuntimeError: no loop given, and none is running.
     """
 
     def __init__(
@@ -242,7 +253,8 @@ class AsyncSource:
         if loop is None:
             import asyncio
 
-            loop = asyncio.get_running_loop()
+            with suppress(RuntimeError):
+                loop = asyncio.get_running_loop()
         self.function = function
         self.loop = loop
         self._length = _check_length(length)
@@ -259,10 +271,36 @@ class AsyncSource:
         async def run() -> Buffer:
             return await self.function(offset, length)
 
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result()
+        loop = self.loop or _own_loop()
+        return asyncio.run_coroutine_threadsafe(run(), loop).result()
+
+    def __reduce__(self) -> tuple[Callable[..., AsyncSource], tuple[object, ...]]:
+        """Leave the loop behind."""
+        return _async_source_elsewhere, (self.function, self._length)
 
     def __repr__(self) -> str:
         return f"AsyncSource({self.function!r})"
+
+
+def _async_source_elsewhere(
+    function: Callable[[int, int], Awaitable[Buffer]], length: int | None
+) -> AsyncSource:
+    return AsyncSource(function, length=length)
+
+
+_loops: list[asyncio.AbstractEventLoop] = []  # one, once it is needed
+_loops_lock = threading.Lock()
+
+
+def _own_loop() -> asyncio.AbstractEventLoop:
+    import asyncio
+
+    with _loops_lock:
+        if not _loops:
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="uffd-async", daemon=True).start()
+            _loops.append(loop)
+        return _loops[0]
 
 
 def _check_length(length: int | None) -> int | None:

@@ -12,17 +12,17 @@ from pyuffd._abi import Feature, RegisterMode
 from pyuffd._errors import HandlerError
 from pyuffd._pages import RangeLike, check_page_size, check_range, page_size_of
 from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._backend import SourceFailure
 from pyuffd.handlers._engine import Failure, FailureStage
-from pyuffd.handlers._workers import SourceFailure
 from pyuffd.sources import PageSource
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-Driver = Literal["auto", "native", "inline", "thread"]
+Driver = Literal["auto", "native", "inline", "process", "thread"]
 Policy = Literal["poison", "stall", "kill"]
 
-DRIVERS = ("auto", "native", "inline", "thread")
+DRIVERS = ("auto", "native", "inline", "process", "thread")
 POLICIES = ("poison", "stall", "kill")
 LAYOUT_EVENTS = (
     Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP

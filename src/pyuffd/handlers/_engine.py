@@ -6,14 +6,18 @@ import errno
 import faulthandler
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyuffd._abi import PagefaultFlag, RegisterMode
-from pyuffd._errors import ClosedError, raise_errno
+from pyuffd._errors import ClosedError, HandlerError, raise_errno
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Buffer
+
+    from pyuffd.handlers._backend import SourceFailure
 
 RECENT_CAPACITY = 64 * 256  # every CPU shard full
 KINDS = ("missing", "wp", "minor")
@@ -129,7 +133,8 @@ class HandlerStats:
     """Counters since the handler was made, read without stopping it.
 
     `faults` and `latency` go by kind: "missing", "wp", "minor". `messages` counts what was read:
-    a fault that was interrupted sends several. Pages are of their region's size.
+    a fault that was interrupted sends several. Pages are of their region's size. `restarts`: how
+    often the process driver's worker process died and another took over.
     """
 
     faults: dict[str, int]
@@ -150,6 +155,7 @@ class HandlerStats:
     forks: int
     requests: int
     stalled_requests: int
+    restarts: int = 0
 
 
 _COUNTERS = [
@@ -182,12 +188,59 @@ class RangeId:
     length: int
 
 
+class ReportKind(IntEnum):
+    """What an engine tells its keeper (uffd_keeper.h)."""
+
+    ADDED = lib.UFFD_REPORT_ADDED
+    DROPPED = lib.UFFD_REPORT_DROPPED
+    PIECES = lib.UFFD_REPORT_PIECES
+    FORK = lib.UFFD_REPORT_FORK
+    GONE = lib.UFFD_REPORT_GONE
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a range, where it is by now; `states_offset` is that of the whole range."""
+
+    number: int
+    start: int
+    end: int
+    origin: int
+    states_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What is known of a range that another engine served: a piece of it, its pages' states."""
+
+    piece: Piece
+    states_fd: int
+    states_offset: int
+
+
+class Request(NamedTuple):
+    """Pages that were asked for."""
+
+    address: int
+    length: int
+
+
+def shared_size() -> int:
+    """Bytes of what outlives an engine (`shared` below)."""
+    return int(lib.uffd_engine_shared_size())
+
+
 class Engine:
     """One `struct uffd_engine`; the userfaultfds are borrowed.
 
     `has_workers` says that threads will call `next_request`, `stall_limit_ns` how long a request
     may take (0: for ever), `stall_signal` which signal shows the tracebacks then (0: none).
+    `keeper_fd` and `shared` are for an engine that may be killed (uffd_keeper.h): the stream its
+    reports go to, and the address of memory that a successor gets as well.
     """
+
+    calls_python = False
+    is_remote = False
 
     def __init__(
         self,
@@ -196,7 +249,7 @@ class Engine:
         owner_pid: int,
         on_error: OnError,
         inline: bool = False,
-        has_events: bool = False,
+        has_events: int = 0,
         watch_owner: bool = False,
         has_workers: bool = False,
         stall_signal: int = 0,
@@ -204,6 +257,8 @@ class Engine:
         prefetch: int,
         spin_ns: int,
         retry_limit_ns: int,
+        keeper_fd: int = -1,
+        shared: int = 0,
     ) -> None:
         options = ffi.new("struct uffd_engine_options *")
         options.fd = fd
@@ -218,6 +273,8 @@ class Engine:
         options.prefetch = prefetch
         options.spin_ns = spin_ns
         options.retry_limit_ns = retry_limit_ns
+        options.keeper_fd = keeper_fd
+        options.shared = ffi.cast("void *", shared)
         out = ffi.new("struct uffd_engine **")
         code = lib.uffd_engine_create(options, out)
         if code:
@@ -238,13 +295,19 @@ class Engine:
         if pointer is not None:
             lib.uffd_engine_destroy(pointer)
 
-    def add_space(self, fd: int, *, has_events: bool) -> int:
+    def add_space(self, fd: int, *, has_events: int) -> int:
         """Serve another userfaultfd as well; return the number of its space."""
         out = ffi.new("uint32_t *")
         code = lib.uffd_engine_add_space(self._engine(), fd, has_events, out)
         if code:
             raise_errno("serve another userfaultfd", -code)
         return int(out[0])
+
+    def adopt_space(self, fd: int, space: int, *, is_fork: bool, has_events: int) -> None:
+        """Go on with a space of another engine; a fork's descriptor is the engine's from now on."""
+        code = lib.uffd_engine_adopt_space(self._engine(), fd, is_fork, has_events, space)
+        if code:
+            raise_errno("take over a userfaultfd", -code)
 
     def remove_space(self, space: int) -> None:
         """Forget a userfaultfd whose ranges have been taken out."""
@@ -260,12 +323,19 @@ class Engine:
         content: Content,
         *,
         local: int = 0,
+        local_file: tuple[int, int] | None = None,
         preserve: int = 0,
         writes_cache: bool = False,
         shared: bool = False,
         owner: object = None,
+        states_fd: int = -1,
+        taken: Taken | None = None,
     ) -> RangeId:
-        """Put a range in; `owner` is kept until it is taken out."""
+        """Put a range in; `owner` is kept until it is taken out.
+
+        `states_fd`: a file for the pages' states; `taken`: go on where another engine was.
+        """
+        del local_file  # `local` maps it
         spec = ffi.new("struct uffd_range_spec *")
         spec.start = start
         spec.length = length
@@ -280,6 +350,14 @@ class Engine:
         spec.preserve = preserve
         spec.writes_cache = writes_cache
         spec.shared = shared
+        spec.states_fd = states_fd
+        if taken is not None:
+            spec.id = taken.piece.number
+            spec.start = taken.piece.start
+            spec.origin = taken.piece.origin
+            spec.piece_length = taken.piece.end - taken.piece.start
+            spec.states_fd = taken.states_fd
+            spec.states_offset = taken.states_offset
         out = ffi.new("uint64_t *")
         code = lib.uffd_engine_add(self._engine(), space, spec, out)
         if code == -errno.EEXIST:
@@ -288,7 +366,11 @@ class Engine:
             raise_errno("serve", -code, start, length)
         served = RangeId(space, int(out[0]), start, length)
         self._owners[served.number] = (content.owner, owner)
+        self._added(served, content)
         return served
+
+    def _added(self, served: RangeId, content: Content) -> None:
+        """Told of a range before it is registered."""
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
@@ -331,6 +413,10 @@ class Engine:
     def drain(self, limit_ns: int) -> bool:
         """Wait until the faults that wait now are resolved; False when the time ran out."""
         return self._inline or lib.uffd_native_drain(self._engine(), limit_ns) == 0
+
+    def wake_all(self) -> None:
+        """Let every thread that waits ask again."""
+        lib.uffd_engine_wake_all(self._engine())
 
     def refuse(self) -> None:
         """Poison what is asked for from now on."""
@@ -395,21 +481,41 @@ class Engine:
         """Whether the process whose memory is served is gone (`watch_owner`)."""
         return bool(lib.uffd_engine_owner_exited(self._engine()))
 
-    def next_request(self) -> Any:
-        """Wait for pages whose content must be fetched; None when the engine stops."""
-        request = lib.uffd_engine_next_request(self._engine())
-        return request if request != ffi.NULL else None
+    def answer_requests(
+        self, read: Callable[[int, int, int], Buffer], fail: Callable[[Request, BaseException], int]
+    ) -> None:
+        """Fetch pages until the engine stops.
 
-    def complete(self, request: Any, data: Buffer) -> None:
-        """Put the content of a request in place; `data` is at least as long as it."""
-        with ffi.from_buffer(data) as pointer:
-            code = lib.uffd_engine_complete(self._engine(), request, pointer)
-        if code and code not in (-errno.ECANCELED, -errno.ESRCH):
-            raise_errno("answer a request", -code)
+        `read` gets a range's number, an offset and a length, and returns as many bytes. What it
+        raises goes to `fail`, whose errno goes into the error policy.
+        """
+        engine = self._engine()
+        request = lib.uffd_engine_next_request(engine)
+        while request:
+            length = request.length
+            try:
+                data = read(request.id, request.offset, length)
+                size = len(data) if type(data) is bytes else memoryview(data).nbytes
+                if size != length:
+                    raise HandlerError(
+                        f"a page source returned {size:#x} bytes for {length:#x} at offset"
+                        f" {request.offset:#x}",
+                        request.address,
+                        length,
+                    )
+                if type(data) is bytes:  # one call, one release of the GIL
+                    request = lib.uffd_engine_complete_next(engine, request, data)
+                    continue
+                with ffi.from_buffer(data) as pointer:
+                    lib.uffd_engine_complete(engine, request, pointer)
+            except BaseException as error:  # whatever it is, the page must not wait
+                lib.uffd_engine_fail(engine, request, fail(Request(request.address, length), error))
+            request = lib.uffd_engine_next_request(engine)
 
-    def fail(self, request: Any, code: int) -> None:
-        """Apply the error policy to the pages of a request."""
-        lib.uffd_engine_fail(self._engine(), request, code)
+    @property
+    def source_failure(self) -> SourceFailure | None:
+        """What a source raised first; this engine calls none."""
+        return None
 
     def stats(self) -> HandlerStats:
         """Sum up the counters."""
@@ -445,6 +551,11 @@ class Engine:
         if not out.count:
             return None
         return Failure(out.count, out.address, out.length, out.error, FailureStage(out.stage))
+
+
+def follow_parent(parent: int) -> bool:
+    """Be killed when the parent ends; False if it has ended already."""
+    return bool(lib.uffd_keeper_follow_parent(parent) == 0)
 
 
 _under_faulthandler: list[bool] = []  # whether it was on when it had taken our place

@@ -18,6 +18,7 @@ from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._pages import RangeLike, check_range, page_size_of
 from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._backend import Backend, EngineOptions
 from pyuffd.handlers._checks import (
     LAYOUT_EVENTS,
     Driver,
@@ -41,8 +42,8 @@ from pyuffd.handlers._engine import (
     SourceKind,
     ensure_inline_handler,
 )
-from pyuffd.handlers._stall import stall_signal
-from pyuffd.handlers._workers import Workers
+from pyuffd.handlers._process import HelperLostError, RemoteEngine
+from pyuffd.handlers._workers import WorkedEngine
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
@@ -76,6 +77,8 @@ class _Served:
     mode: RegisterMode
     region: RangeLike
     uffd: Userfaultfd
+    kind: SourceKind
+    ioctls: int = 0
     alias: Region | None = None
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
@@ -91,11 +94,14 @@ class Handler:
         driver: "native", a C thread: faults of any thread or process, and of system calls.
             "inline", in the faulting thread itself by a SIGBUS handler: the fastest, for
             accesses of this process's own code only; a system call that touches a missing page
-            fails with EFAULT (`populate` first). Needs Feature.SIGBUS. "thread", for page
-            sources in Python: threads of this process that call them, and C for all else. A
-            thread that faults while it holds the GIL waits for a Python thread that cannot run;
-            after `stall_timeout_s` all tracebacks go to stderr, and `on_error` ends the wait.
-            "auto" is "inline" where the userfaultfd has Feature.SIGBUS, else "native".
+            fails with EFAULT (`populate` first). Needs Feature.SIGBUS. "process", for page
+            sources in Python: another process gets a copy of them (what they consist of must be
+            picklable) and calls them there, so that a thread may fault while it holds the GIL.
+            If that process is killed another takes its place. "thread": threads of this process
+            call the sources, and C does all else. A thread that faults while it holds the GIL
+            waits for a Python thread that cannot run; after `stall_timeout_s` all tracebacks go
+            to stderr, and `on_error` ends the wait. "auto" is "inline" where the userfaultfd has
+            Feature.SIGBUS, else "native" until a source in Python is served, then "process".
         on_error: What happens to a page whose content cannot be had: "poison" (SIGBUS for whoever
             touches it), "stall" (its threads wait; stop() poisons it; not with "inline"), "kill"
             (SIGKILL for `owner_pid`). Never zeros. Where the kernel has no UFFDIO_POISON (before
@@ -139,7 +145,7 @@ class Handler:
         cpus: Iterable[int] | None = None,
         owner_pid: int | None = None,
     ) -> None:
-        self._engine: Engine | None = None
+        self._engine: Backend | None = None
         self._cpus = check_cpus(cpus)
         self.driver = choose_driver(driver, uffd)
         check_uffd(self.driver, uffd)
@@ -156,26 +162,58 @@ class Handler:
         self._spaces: dict[Userfaultfd, int] = {uffd: 0}
         self._served: dict[tuple[int, int], _Served] = {}  # by space and start
         self._started = False
-        in_python = self.driver == "thread"
-        self._engine = Engine(
-            uffd.fileno(),
+        self._may_move = driver == "auto" and self.driver == "native"
+        self._worker_count = workers
+        self._options = EngineOptions(
             owner_pid=self._owner_pid,
             on_error=OnError[on_error.upper()],
-            inline=self.driver == "inline",
-            has_events=bool(uffd.features & LAYOUT_EVENTS),
+            has_events=int(uffd.features & LAYOUT_EVENTS),
             watch_owner=self._owner_pid != self._pid,
-            has_workers=in_python,
-            stall_signal=stall_signal() if in_python else 0,
             stall_limit_ns=int((stall_timeout_s or STALL_TIMEOUT_S) * 1e9),
             prefetch=prefetch,
             spin_ns=int(spin_us * 1000),
             retry_limit_ns=int(RETRY_LIMIT_S * 1e9),
         )
-        name = f"uffd-w{uffd.fileno()}"
-        self._workers = Workers(self._engine, workers, name) if in_python else None
+        self._engine = self._make_engine()
         uffd.on_close(self.stop)
 
-    def _running_engine(self) -> Engine:
+    def _make_engine(self) -> Backend:
+        fd = self.uffd.fileno()
+        if self.driver == "process":
+            return RemoteEngine(fd, workers=self._worker_count, **self._options)
+        if self.driver == "thread":
+            return WorkedEngine(fd, workers=self._worker_count, **self._options)
+        return Engine(fd, inline=self.driver == "inline", **self._options)
+
+    def _move_to_process(self, source: PageSource) -> Backend:
+        """Let "auto" take the process driver: a source in Python comes before the start."""
+        engine = self._running_engine()
+        if not self._may_move:
+            raise ValueError(
+                f"{source!r} must be read by Python, which the {self.driver} driver does without:"
+                " use a ZeroSource, a BufferSource or a FileSource, or driver='process'"
+            )
+        if self._started or self._served:
+            raise ValueError(
+                f"{source!r} must be read by Python, but this handler"
+                f" {'has started' if self._started else 'serves other regions'} without: serve it"
+                " first, or make the Handler with driver='process'"
+            )
+        self.driver = "process"
+        try:
+            self._engine = self._make_engine()
+        except BaseException:
+            self.driver = "native"
+            raise
+        engine.destroy()
+        self._may_move = False
+        for uffd in self._spaces:
+            if uffd is not self.uffd:
+                has_events = int(uffd.features & LAYOUT_EVENTS)
+                self._spaces[uffd] = self._engine.add_space(uffd.fileno(), has_events=has_events)
+        return self._engine
+
+    def _running_engine(self) -> Backend:
         if self._pid != os.getpid():
             raise ClosedError(
                 f"this handler belongs to process {self._pid}, not to its fork {os.getpid()}"
@@ -228,6 +266,8 @@ class Handler:
             start, length, page_size = region_numbers(region)
             check_mode(mode, source, preserve)
             content = self._content(region, source)
+            if source is not None and content.kind is SourceKind.REQUEST:
+                engine = engine if engine.calls_python else self._move_to_process(source)
             sink, sink_owner = preserve_buffer(preserve, length)
             uffd = uffd or self.uffd
             space = self._space_of(engine, uffd)
@@ -239,7 +279,11 @@ class Handler:
             if writes_cache:
                 # Linux maps zeros for a hole of the page cache, unless that is a missing fault.
                 mode |= RegisterMode.MISSING
-            alias, local_start = _local(region, length, local, needed=bool(writes_cache))
+            alias, local_start, local_file = None, 0, None
+            if engine.is_remote:
+                local_file = _local_file(region, length, local, needed=bool(writes_cache))
+            else:
+                alias, local_start = _local(region, length, local, needed=bool(writes_cache))
             try:
                 served = _Served(
                     engine.add(
@@ -250,6 +294,7 @@ class Handler:
                         mode,
                         content,
                         local=local_start,
+                        local_file=local_file,
                         preserve=sink,
                         writes_cache=bool(writes_cache),
                         shared=bool(getattr(region, "shared", False)),
@@ -259,10 +304,9 @@ class Handler:
                     mode,
                     region,
                     uffd,
-                    alias,
+                    content.kind,
+                    alias=alias,
                 )
-                if self._workers is not None and source is not None:
-                    self._workers.set_source(served.id.number, source)
                 ioctls = self._register(engine, served)
             except BaseException:
                 if alias is not None:
@@ -275,14 +319,14 @@ class Handler:
                 log.warning("another SIGBUS handler had replaced pyuffd's; it is back on top")
             return ioctls
 
-    def _space_of(self, engine: Engine, uffd: Userfaultfd) -> int:
+    def _space_of(self, engine: Backend, uffd: Userfaultfd) -> int:
         """Return the engine's number for a userfaultfd, a new one the first time."""
         if uffd not in self._spaces:
             if self.driver == "inline":
                 raise ValueError("the inline driver serves this process's one userfaultfd")
             check_uffd(self.driver, uffd)
             _claim(uffd, self)
-            has_events = bool(uffd.features & LAYOUT_EVENTS)
+            has_events = int(uffd.features & LAYOUT_EVENTS)
             self._spaces[uffd] = engine.add_space(uffd.fileno(), has_events=has_events)
             reference = weakref.ref(self)
 
@@ -302,7 +346,7 @@ class Handler:
                 self._unserve(self._engine, served, seal=True)
             self._engine.remove_space(self._spaces.pop(uffd))
 
-    def _register(self, engine: Engine, served: _Served) -> Ioctl:
+    def _register(self, engine: Backend, served: _Served) -> Ioctl:
         """Register what the engine has; take it out again when that fails."""
         start, length = served.id.start, served.id.length
         try:
@@ -321,6 +365,7 @@ class Handler:
                 f"[{start:#x}, +{length:#x}) takes no {', '.join(missing)} (but {ioctls!r})"
             )
         engine.set_ioctls(served.id, ioctls)
+        served.ioctls = int(ioctls)
         return ioctls
 
     def _follow_close(self, region: Region, served: _Served) -> None:
@@ -365,11 +410,6 @@ class Handler:
             return Content(
                 SourceKind.MEMORY, address=source.address, length=source.length, owner=source
             )
-        if self._workers is None:
-            raise ValueError(
-                f"{source!r} must be read by Python, which the {self.driver} driver does without:"
-                " use a ZeroSource, a BufferSource or a FileSource, or driver='thread'"
-            )
         return Content(SourceKind.REQUEST, owner=source)
 
     def _check_not_served(self, source: BufferSource, region: RangeLike) -> None:
@@ -396,19 +436,15 @@ class Handler:
         with self._lock:
             engine = self._running_engine()
             served = self._find(region, uffd)
-            if self._workers is not None:
-                engine.abandon(served.id)
             self._unserve(engine, served, seal=True)
 
-    def _unserve(self, engine: Engine, served: _Served, *, seal: bool) -> None:
+    def _unserve(self, engine: Backend, served: _Served, *, seal: bool) -> None:
         try:
             engine.unserve(served.id, seal=seal)
         except UffdOSError as error:
             log.warning("%s", error)
         del self._served[served.id.space, served.id.start]
         served.uffd.note_unregistered(served.id.start, served.id.length)
-        if self._workers is not None:
-            self._workers.forget_source(served.id.number)
         if served.alias is not None:
             served.alias.close()
         if isinstance(served.region, Region):
@@ -441,8 +477,6 @@ class Handler:
             engine.start(self._cpus)
             self._started = True
             _running.add(self)
-            if self._workers is not None:
-                self._workers.start()
 
     def stop(self, drain: bool = True) -> None:
         """Stop: resolve or poison what waits, unregister every region, end the driver.
@@ -463,24 +497,61 @@ class Handler:
             if engine is None:
                 return
             try:
-                self._drain(engine, drain)
-                for served in list(self._served.values()):
-                    self._unserve(engine, served, seal=True)
+                error = self._end(engine, drain)
+            except HelperLostError as lost:
+                engine.destroy()
+                error = lost
+                self._end(self._stand_in(), drain=False)
             finally:
                 self._engine = None
-                engine.stop()
-                all_ended = self._workers is None or self._workers.join(DRAIN_LIMIT_S)
-                self._final_stats = engine.stats()
-                self._final_faults = engine.recent()
-                failure = engine.failure()
-                if all_ended and not self._served:
-                    engine.destroy()
                 _running.discard(self)
                 self.uffd.forget_on_close(self.stop)
-        if failure is not None:
-            raise handler_error(failure, self._workers.failure if self._workers else None)
+        if error is not None:
+            raise error
 
-    def _drain(self, engine: Engine, drain: bool) -> None:
+    def _end(self, engine: Backend, drain: bool) -> HandlerError | None:
+        """Stop an engine and return what it has to complain about."""
+        try:
+            self._drain(engine, drain)
+            for served in list(self._served.values()):
+                self._unserve(engine, served, seal=True)
+        finally:
+            engine.stop()
+            self._final_stats = engine.stats()
+            self._final_faults = engine.recent()
+            failure, source_failure = engine.failure(), engine.source_failure
+            if not self._served:
+                engine.destroy()
+        return None if failure is None else handler_error(failure, source_failure)
+
+    def _stand_in(self) -> Engine:
+        """Make an engine of this process, which poisons what a lost helper has left."""
+        engine = Engine(self.uffd.fileno(), **self._options)
+        engine.refuse()
+        spaces = {
+            uffd: engine.add_space(uffd.fileno(), has_events=int(uffd.features & LAYOUT_EVENTS))
+            if uffd is not self.uffd
+            else 0
+            for uffd in self._spaces
+        }
+        for key, served in list(self._served.items()):
+            kind = SourceKind.REQUEST if served.kind is SourceKind.FILE else served.kind
+            served.id = engine.add(
+                spaces[served.uffd],
+                served.id.start,
+                served.id.length,
+                served.page_size,
+                served.mode,
+                Content(kind),
+            )
+            engine.set_ioctls(served.id, served.ioctls)
+            del self._served[key]
+            self._served[served.id.space, served.id.start] = served
+        engine.start([])
+        engine.wake_all()
+        return engine
+
+    def _drain(self, engine: Backend, drain: bool) -> None:
         if not self._started:
             return
         if not drain:
@@ -501,7 +572,7 @@ class Handler:
             UffdOSError: the source's error; the pages before it are filled (`completed` bytes).
         """
         engine, served, first, pages = self._pages(region, offset, length)
-        if self._workers is not None and not self._started:
+        if served.kind is SourceKind.REQUEST and not self._started:
             raise ValueError("populate needs the workers: start() first")
         return engine.populate(served.id, first * served.page_size, pages * served.page_size)
 
@@ -574,7 +645,7 @@ class Handler:
 
     def _pages(
         self, region: RangeLike, offset: int, length: int | None
-    ) -> tuple[Engine, _Served, int, int]:
+    ) -> tuple[Backend, _Served, int, int]:
         engine = self._running_engine()
         served = self._find(region)
         if length is None:
@@ -676,3 +747,20 @@ def _local(
         raise ValueError("minor faults with a source need `local`, or a Region to map again")
     alias = region.alias()
     return alias, alias.start
+
+
+def _local_file(
+    region: RangeLike, length: int, local: RangeLike | None, *, needed: bool
+) -> tuple[int, int] | None:
+    """Return descriptor and offset of the file that a helper process maps for a region."""
+    if local is None and not needed:
+        return None
+    mapped = local or region
+    if not isinstance(mapped, Region) or not mapped.shared or mapped.fd is None:
+        raise ValueError(
+            "with driver='process', minor faults with a source need `local`, or the region, to be"
+            " a Region of shared memory with a descriptor: the helper process maps it as well"
+        )
+    if mapped.length < length:
+        raise ValueError(f"local has {mapped.length:#x} bytes, the region {length:#x}")
+    return mapped.fd, mapped.offset

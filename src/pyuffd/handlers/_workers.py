@@ -10,85 +10,104 @@ import errno
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Unpack
 
-from pyuffd._errors import HandlerError
+from pyuffd.handlers._backend import EngineOptions, SourceFailure
+from pyuffd.handlers._engine import Content, Engine, RangeId, Request, SourceKind
+from pyuffd.handlers._stall import stall_signal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Buffer
 
-    from pyuffd.handlers._engine import Engine
     from pyuffd.sources import PageSource
 
 log = logging.getLogger(__name__)
 
-
-class SourceFailure(NamedTuple):
-    """The first thing that went wrong in a source, and where."""
-
-    error: BaseException
-    start: int
-    length: int
+# A source that does not return keeps its thread; the engine cannot be freed under it.
+JOIN_LIMIT_S = 10.0
 
 
-class Workers:
-    """A pool of threads that answer an engine's requests from Python sources."""
+class WorkedEngine(Engine):
+    """An engine with a pool of threads that answer its requests from Python sources."""
 
-    def __init__(self, engine: Engine, count: int, name: str) -> None:
-        self._engine = engine
+    calls_python = True
+
+    def __init__(
+        self,
+        fd: int,
+        *,
+        workers: int,
+        keeper_fd: int = -1,
+        shared: int = 0,
+        failed: Callable[[SourceFailure], None] | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        super().__init__(
+            fd,
+            has_workers=True,
+            stall_signal=stall_signal(),
+            keeper_fd=keeper_fd,
+            shared=shared,
+            **options,
+        )
+        self._failed = failed
+        self._failure: SourceFailure | None = None
         self._sources: dict[int, PageSource] = {}
+        self._all_ended = True
         self._threads = [
-            threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True)
-            for index in range(count)
+            threading.Thread(target=self._work, name=f"uffd-w{fd}-{index}", daemon=True)
+            for index in range(workers)
         ]
-        self.failure: SourceFailure | None = None
 
-    def set_source(self, number: int, source: PageSource) -> None:
-        """Say which source answers for a range; before it is registered."""
-        self._sources[number] = source
+    def _added(self, served: RangeId, content: Content) -> None:
+        if content.kind is SourceKind.REQUEST:
+            self._sources[served.number] = content.owner  # type: ignore[assignment]
 
-    def forget_source(self, number: int) -> None:
-        """Drop the source of a range that was taken out."""
-        self._sources.pop(number, None)
+    def unserve(self, served: RangeId, *, seal: bool, unregister: bool = True) -> None:
+        """Take a range out; first poison what waits for its source."""
+        self.abandon(served)
+        try:
+            super().unserve(served, seal=seal, unregister=unregister)
+        finally:
+            self._sources.pop(served.number, None)
 
-    def start(self) -> None:
-        """Start the threads; the engine runs already."""
+    def start(self, cpus: list[int]) -> None:
+        """Start the driver and the threads."""
+        super().start(cpus)
         for thread in self._threads:
             thread.start()
 
-    def join(self, limit_s: float) -> bool:
-        """Wait for the threads, the engine having stopped; False if a source does not return."""
-        give_up = time.monotonic() + limit_s
+    def stop(self) -> None:
+        """Stop the driver, and wait a while for the threads."""
+        super().stop()
+        give_up = time.monotonic() + JOIN_LIMIT_S
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, give_up - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        self._all_ended = not any(thread.is_alive() for thread in self._threads)
+
+    def destroy(self) -> None:
+        """Free it, unless a source has not returned."""
+        if self._all_ended:
+            super().destroy()
+
+    @property
+    def source_failure(self) -> SourceFailure | None:
+        """What a source raised first."""
+        return self._failure
 
     def _work(self) -> None:
-        while (request := self._engine.next_request()) is not None:
-            try:
-                data = self._fetch(request)
-            except BaseException as error:  # whatever it is, the page must not wait
-                self._fail(request, error)
-            else:
-                self._engine.complete(request, data)
+        self.answer_requests(self._read, self._failed_at)
 
-    def _fetch(self, request: Any) -> Buffer:
-        source = self._sources[request.id]
-        data = source.read(request.offset, request.length)
-        size = memoryview(data).nbytes
-        if size != request.length:
-            raise HandlerError(
-                f"{source!r} returned {size:#x} bytes for {request.length:#x} at offset"
-                f" {request.offset:#x}",
-                request.address,
-                request.length,
-            )
-        return data
+    def _read(self, number: int, offset: int, length: int) -> Buffer:
+        return self._sources[number].read(offset, length)
 
-    def _fail(self, request: Any, error: BaseException) -> None:
+    def _failed_at(self, request: Request, error: BaseException) -> int:
         log.debug("source failed", exc_info=error)
-        if self.failure is None:
-            self.failure = SourceFailure(error, request.address, request.length)
-        code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        self._engine.fail(request, code)
+        if self._failure is None:
+            self._failure = SourceFailure(error, request.address, request.length)
+            if self._failed is not None:
+                self._failed(self._failure)
+        return error.errno if isinstance(error, OSError) and error.errno else errno.EIO

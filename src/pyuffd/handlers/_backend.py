@@ -1,0 +1,129 @@
+"""What a `Handler` needs of an engine, wherever that runs (layer L4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    from pyuffd._abi import RegisterMode
+    from pyuffd.handlers._engine import (
+        Content,
+        Failure,
+        HandlerStats,
+        OnError,
+        RangeId,
+        RecentFault,
+    )
+
+
+class SourceFailure(NamedTuple):
+    """The first thing that went wrong in a source, and where."""
+
+    error: BaseException
+    start: int
+    length: int
+
+
+class EngineOptions(TypedDict):
+    """What every engine is told, in this process or another."""
+
+    owner_pid: int
+    on_error: OnError
+    has_events: int
+    watch_owner: bool
+    stall_limit_ns: int
+    prefetch: int
+    spin_ns: int
+    retry_limit_ns: int
+
+
+class Backend(Protocol):
+    """An engine of this process, with or without workers, or one in a helper process.
+
+    `calls_python` says that it can read sources in Python, `is_remote` that it does not have
+    the memory of this process.
+    """
+
+    calls_python: bool
+    is_remote: bool
+
+    def add_space(self, fd: int, *, has_events: int) -> int:
+        """Serve another userfaultfd as well."""
+
+    def remove_space(self, space: int) -> None:
+        """Forget it."""
+
+    def add(
+        self,
+        space: int,
+        start: int,
+        length: int,
+        page_size: int,
+        mode: RegisterMode,
+        content: Content,
+        *,
+        local: int = 0,
+        local_file: tuple[int, int] | None = None,
+        preserve: int = 0,
+        writes_cache: bool = False,
+        shared: bool = False,
+        owner: object = None,
+    ) -> RangeId:
+        """Put a range in. `local_file`: descriptor and offset of what `local` maps."""
+
+    def set_ioctls(self, served: RangeId, ioctls: int) -> None:
+        """Tell which ioctls the registered range takes."""
+
+    def unserve(self, served: RangeId, *, seal: bool, unregister: bool = True) -> None:
+        """Take a range out."""
+
+    def start(self, cpus: list[int]) -> None:
+        """Start the driver."""
+
+    def stop(self) -> None:
+        """Stop the driver and wait for it."""
+
+    def drain(self, limit_ns: int) -> bool:
+        """Wait until the faults that wait now are resolved; False when the time ran out."""
+
+    def refuse(self) -> None:
+        """Poison what is asked for from now on."""
+
+    def abandon(self, served: RangeId | None = None) -> None:
+        """Poison the pages that wait for a worker."""
+
+    def populate(self, served: RangeId, offset: int, length: int) -> int:
+        """Fill absent pages; return the bytes filled."""
+
+    def preserve(self, served: RangeId, offset: int, length: int) -> int:
+        """Save protected pages; return the bytes saved."""
+
+    def mark_clean(self, served: RangeId) -> None:
+        """Call every page that is present clean."""
+
+    def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
+        """Return the state bytes of some pages."""
+
+    @property
+    def spaces(self) -> int:
+        """Address spaces that are followed."""
+
+    @property
+    def owner_exited(self) -> bool:
+        """Whether the process whose memory is served is gone."""
+
+    @property
+    def source_failure(self) -> SourceFailure | None:
+        """What a source raised first."""
+
+    def stats(self) -> HandlerStats:
+        """Sum up the counters."""
+
+    def recent(self) -> list[RecentFault]:
+        """Return the faults resolved last."""
+
+    def failure(self) -> Failure | None:
+        """Return what went wrong, or None."""
+
+    def destroy(self) -> None:
+        """Free it; the driver has stopped and no range is left."""

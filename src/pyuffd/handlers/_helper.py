@@ -1,0 +1,340 @@
+"""The keeper of the process driver: starts the worker process, and another when it dies.
+
+It runs no code of the user's and has one thread, so that it can fork at any time. It passes the
+owner's calls on to the worker, notes what they change, and holds every descriptor a successor
+needs, those of forks included: they come in the reports of the worker's engine. While it lives
+no userfaultfd is closed with a thread stalled on it (layer L4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pickle
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from pyuffd._errors import HandlerError
+from pyuffd.handlers import _wire
+from pyuffd.handlers._engine import Piece, RangeId, ReportKind, shared_size
+from pyuffd.handlers._worker_process import Book, ServedBook, Serving, SpaceBook, run
+
+REPORT = struct.Struct("=IIQQ")  # struct uffd_report
+PIECE = struct.Struct("=QQQQQ")  # struct uffd_report_piece
+
+# A worker that dies this soon, this often in a row, dies of what it serves: poison that.
+SHORT_LIFE_S = 1.0
+SHORT_LIVES = 5
+GIVE_UP_AFTER = 20
+# A worker that takes no call for so long hangs with the interpreter's lock held.
+SEND_LIMIT_S = 10.0
+# Sealing what is left when the owner has gone.
+ORPHAN_LIMIT_S = 10.0
+BASE_PAGE = 4096
+
+
+class WorkerGone(Exception):
+    """The worker process ended."""
+
+
+@dataclass(slots=True)
+class Call:
+    """A call that has not been answered, and the descriptors it came with."""
+
+    name: str
+    payload: bytes
+    fds: list[int]
+
+
+class Worker:
+    """The worker process, as the keeper sees it."""
+
+    def __init__(self, book: Book, shared: mmap.mmap, not_theirs: list[int]) -> None:
+        self.control, theirs = socket.socketpair()
+        self.reports, their_reports = socket.socketpair()
+        self.born_s = time.monotonic()
+        keeper = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                self.control.close()
+                self.reports.close()
+                _wire.close_all(not_theirs)
+                run(keeper, theirs, their_reports, book, shared)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        theirs.close()
+        their_reports.close()
+        self.control.settimeout(SEND_LIMIT_S)
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def send(self, message: object, fds: list[int]) -> None:
+        """Pass a message on."""
+        try:
+            _wire.send(self.control, message, tuple(fds))
+        except OSError as error:
+            raise WorkerGone from error
+
+    def end(self, limit_s: float) -> int:
+        """Wait for its end, kill it when that takes too long, and return its exit code."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if not poll.poll(limit_s * 1000):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def close(self) -> None:
+        """Close what leads to it."""
+        self.control.close()
+        self.reports.close()
+        os.close(self.pidfd)
+
+
+class Keeper:
+    """Passes calls on, and keeps the book."""
+
+    def __init__(self, owner: socket.socket, owner_pidfd: int) -> None:
+        self._owner = owner
+        self._owner_pidfd = owner_pidfd
+        self._to_owner = bytearray()  # while it does not read: it may hold its GIL, stalled
+        self._shared = mmap.mmap(-1, shared_size())
+        self._pending: OrderedDict[int, Call] = OrderedDict()
+        self._failure: bytes | None = None
+        self._short_lives = 0
+        self._closing = False
+        (options, workers, sys_path), fds = _wire.receive(owner)
+        self._book = Book(options, workers, sys_path)
+        self._book.spaces[0] = SpaceBook(fds[0], False, options["has_events"])
+        self._worker = self._start_worker()
+
+    def _start_worker(self) -> Worker:
+        not_theirs = [self._owner.fileno(), self._owner_pidfd]
+        return Worker(self._book, self._shared, not_theirs)
+
+    def run(self) -> None:
+        """Work until the owner is done or gone."""
+        while not self._closing:
+            poll = select.poll()
+            want = select.POLLIN | (select.POLLOUT if self._to_owner else 0)
+            poll.register(self._owner, want)
+            for fd in (self._owner_pidfd, self._worker.pidfd):
+                poll.register(fd, select.POLLIN)
+            poll.register(self._worker.control, select.POLLIN)
+            poll.register(self._worker.reports, select.POLLIN)
+            ready = dict(poll.poll())
+            try:
+                if self._worker.reports.fileno() in ready:
+                    self._read_report()
+                if self._worker.control.fileno() in ready:
+                    self._read_reply()
+                if self._worker.pidfd in ready:
+                    raise WorkerGone
+                if self._owner_pidfd in ready:
+                    raise EOFError
+                if self._owner.fileno() in ready:
+                    self._serve_owner(ready[self._owner.fileno()])
+            except WorkerGone:
+                self._replace_worker()
+            except EOFError:
+                self._owner_is_gone()
+                return
+        self._worker.end(SEND_LIMIT_S)
+
+    # The owner
+
+    def _serve_owner(self, events: int) -> None:
+        if events & select.POLLOUT:
+            self._flush()
+        if not events & (select.POLLIN | select.POLLHUP | select.POLLERR):
+            return
+        (number, name, payload), fds = _wire.receive(self._owner)
+        if name == "pids":
+            self._answer(number, pickle.dumps((os.getpid(), self._worker.pid)))
+            return
+        if name == "source_failure":
+            self._answer(number, self._failure or pickle.dumps(None))
+            return
+        if name == "add":
+            serving: Serving = pickle.loads(payload)[0]
+            fds.append(_states_file(serving))
+        self._pending[number] = Call(name, payload, fds)
+        if name == "close":
+            self._closing = True
+        self._worker.send((number, name, payload), fds)
+
+    def _answer(self, number: int, payload: bytes) -> None:
+        self._send_to_owner((number, True, payload))
+
+    def _send_to_owner(self, message: object) -> None:
+        self._to_owner += _wire.encode(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            sent = self._owner.send(self._to_owner, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise EOFError from error
+        del self._to_owner[:sent]
+
+    def _owner_is_gone(self) -> None:
+        """Forks and other processes that were served must not read zeros."""
+        for _ in range(2):
+            try:
+                self._worker.send((0, "orphan", b""), [])
+                self._worker.end(ORPHAN_LIMIT_S)
+                return
+            except WorkerGone:
+                self._worker.end(0)
+                self._worker = self._start_worker()
+
+    # The worker
+
+    def _read_reply(self) -> None:
+        try:
+            (number, ok, payload), _ = _wire.receive(self._worker.control)
+        except EOFError as error:
+            raise WorkerGone from error
+        if number == 0:
+            self._failure = self._failure or payload
+            return
+        call = self._pending.pop(number, None)
+        if call is None:
+            return
+        if ok:
+            self._note(call, payload)
+        else:
+            _wire.close_all(call.fds)
+        self._send_to_owner((number, ok, payload))
+
+    def _note(self, call: Call, payload: bytes) -> None:
+        """Write into the book what a call has changed."""
+        args: tuple[Any, ...] = pickle.loads(call.payload)
+        book = self._book
+        match call.name:
+            case "add":
+                served: RangeId = pickle.loads(payload)
+                book.served[served.number] = ServedBook(args[0], call.fds)
+                return
+            case "set_ioctls":
+                if args[0].number in book.served:
+                    book.served[args[0].number].ioctls = args[1]
+            case "unserve":
+                gone = book.served.pop(args[0].number, None)
+                if gone is not None:
+                    _wire.close_all(gone.fds)
+            case "add_space":
+                number: int = pickle.loads(payload)
+                book.spaces[number] = SpaceBook(call.fds[0], False, args[0])
+                return
+            case "start":
+                book.cpus = args[0]
+            case "stop":
+                book.cpus = None
+            case "refuse":
+                book.refusing = True
+        _wire.close_all(call.fds)
+
+    def _read_report(self) -> None:
+        """Follow where the memory is."""
+        try:
+            head, fds = _wire.receive_exactly(self._worker.reports, REPORT.size)
+            kind, number, id_, count = REPORT.unpack(head)
+            body, _ = _wire.receive_exactly(self._worker.reports, count * PIECE.size)
+        except EOFError as error:
+            raise WorkerGone from error
+        pieces = [Piece(*numbers) for numbers in PIECE.iter_unpack(body)]
+        spaces = self._book.spaces
+        if kind == ReportKind.FORK:
+            spaces[number] = SpaceBook(fds[0], True, id_)
+            return
+        space = spaces.get(number)
+        if space is None:
+            _wire.close_all(fds)  # of a space whose own call is still to be answered
+            return
+        if kind == ReportKind.GONE:
+            if number:
+                del spaces[number]
+                _wire.close_all([fd for fd in (space.fd, space.states_fd) if fd >= 0])
+        elif kind == ReportKind.DROPPED:
+            space.pieces.pop(id_, None)
+        elif kind == ReportKind.ADDED:
+            space.pieces.setdefault(id_, []).extend(pieces)
+        else:
+            space.pieces = {}
+            for piece in pieces:
+                space.pieces.setdefault(piece.number, []).append(piece)
+            if fds:
+                space.states_fd = fds[0]
+
+    def _replace_worker(self) -> None:
+        """Read what the worker had said, and start another that goes on from there."""
+        old = self._worker
+        exit_code = old.end(0)
+        for sock, read in ((old.reports, self._read_report), (old.control, self._read_reply)):
+            sock.settimeout(0)
+            try:
+                while True:
+                    read()
+            except WorkerGone:
+                pass
+        lived_s = time.monotonic() - old.born_s
+        old.close()
+        self._short_lives = self._short_lives + 1 if lived_s < SHORT_LIFE_S else 0
+        if self._closing:
+            sys.exit()
+        if self._short_lives >= GIVE_UP_AFTER:
+            sys.exit("pyuffd: the worker process dies again and again")
+        if self._short_lives == SHORT_LIVES:
+            self._book.refusing = self._book.gave_up = True
+            error = HandlerError(
+                f"the worker process ended {SHORT_LIVES} times in a row, the last time with exit"
+                f" code {exit_code}: what its sources were asked for is poisoned"
+            )
+            self._failure = pickle.dumps((pickle.dumps(error), 0, 0))
+        self._book.restarts += 1
+        self._send_to_owner((0, "restarted", pickle.dumps(self._book.refusing)))
+        self._worker = self._start_worker()
+        for number, call in list(self._pending.items()):
+            self._worker.send((number, call.name, call.payload), call.fds)
+
+
+def _states_file(serving: Serving) -> int:
+    """Return a file for the states of a serving's pages, which outlives a worker."""
+    pages = serving.length // serving.page_size
+    fd = os.memfd_create("uffd-states")
+    os.ftruncate(fd, -(-pages // BASE_PAGE) * BASE_PAGE)
+    return fd
+
+
+def main(fd: int, owner_pid: int) -> None:
+    """Be the keeper of the process at the other end of a socket."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # A descriptor for every region and two for every fork: the usual 1,024 are soon gone.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    owner = socket.socket(fileno=fd)
+    # Forks of the owner may have its end of the socket as well: its exit is seen here.
+    owner_pidfd = os.pidfd_open(owner_pid)
+    if os.getppid() != owner_pid:
+        return
+    with contextlib.suppress(EOFError):
+        Keeper(owner, owner_pidfd).run()

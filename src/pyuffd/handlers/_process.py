@@ -1,0 +1,321 @@
+"""The engine in a helper process, as the owner of the memory sees it (layer L4).
+
+Two processes stand behind it: the keeper (`_helper`) and its fork, the worker
+(`_worker_process`), which runs the engine and the page sources. Calls go over one socket and are
+answered in any order; a thread reads the answers. Nothing here is needed to resolve a fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from pyuffd._errors import HandlerError
+from pyuffd.handlers import _wire
+from pyuffd.handlers._backend import EngineOptions, SourceFailure
+from pyuffd.handlers._engine import Content, Failure, HandlerStats, RangeId, RecentFault, SourceKind
+from pyuffd.handlers._worker_process import Serving
+
+if TYPE_CHECKING:
+    from pyuffd._abi import RegisterMode
+
+log = logging.getLogger(__name__)
+
+# The helper seals what is left and joins its threads; then it goes, or is killed.
+EXIT_LIMIT_S = 15.0
+# Found however this process found it; without the working directory, whose files may shadow others.
+_PROGRAM = (
+    "import sys; sys.path.append({root!r}); from pyuffd.handlers._helper import main;"
+    " main({fd}, {pid})"
+)
+
+
+class HelperLostError(HandlerError):
+    """The helper process is gone: it was killed, or could not start."""
+
+
+class RemoteEngine:
+    """A `Backend` in another process; `workers` threads there call the page sources."""
+
+    calls_python = True
+    is_remote = True
+
+    def __init__(self, fd: int, *, workers: int, **options: Unpack[EngineOptions]) -> None:
+        self._calls: dict[int, _Call] = {}
+        self._lock = threading.Lock()  # guards the above, `_next`, `_lost` and sending
+        self._next = 1
+        self._lost = False
+        self._socket, theirs = socket.socketpair()
+        try:
+            self._process = _start(theirs)
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+        self._reader = threading.Thread(target=self._read, name=f"uffd-p{fd}", daemon=True)
+        self._reader.start()
+        try:
+            with self._lock, contextlib.suppress(OSError):
+                _wire.send(self._socket, (options, workers, sys.path), (fd,))
+            self._call("hello")
+        except BaseException:
+            self._end()
+            raise
+
+    # Calls
+
+    def _call(self, name: str, *args: object, fds: tuple[int, ...] = ()) -> Any:
+        call = _Call()
+        payload = pickle.dumps(args)
+        with self._lock:
+            if self._lost:
+                raise self._lost_error()
+            number, self._next = self._next, self._next + 1
+            self._calls[number] = call
+            with contextlib.suppress(OSError):  # the reader sees that it is gone, and says so
+                _wire.send(self._socket, (number, name, payload), fds)
+        call.done.wait()
+        if call.payload is None:
+            raise self._lost_error()
+        value = pickle.loads(call.payload)
+        if not call.ok:
+            raise value
+        return value
+
+    def _lost_error(self) -> HelperLostError:
+        return HelperLostError(
+            f"the helper process {self._process.pid} is gone: what is missing stays missing until"
+            " stop() poisons it"
+        )
+
+    def _read(self) -> None:
+        while True:
+            try:
+                (number, ok, payload), _ = _wire.receive(self._socket)
+            except EOFError:
+                break
+            if number:
+                with self._lock:
+                    call = self._calls.pop(number)
+                call.ok, call.payload = ok, payload
+                call.done.set()
+            else:
+                log.warning(
+                    "a worker process died, another took over%s",
+                    ": it poisons what is asked for" if pickle.loads(payload) else "",
+                )
+        with self._lock:
+            self._lost = True
+            calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.done.set()
+
+    # What a Handler calls
+
+    def add_space(self, fd: int, *, has_events: int) -> int:
+        """Serve another userfaultfd as well."""
+        return int(self._call("add_space", has_events, fds=(fd,)))
+
+    def remove_space(self, space: int) -> None:
+        """Forget it."""
+        self._call("remove_space", space)
+
+    def add(
+        self,
+        space: int,
+        start: int,
+        length: int,
+        page_size: int,
+        mode: RegisterMode,
+        content: Content,
+        *,
+        local: int = 0,
+        local_file: tuple[int, int] | None = None,
+        preserve: int = 0,
+        writes_cache: bool = False,
+        shared: bool = False,
+        owner: object = None,
+    ) -> RangeId:
+        """Put a range in; what it needs of this process is sent."""
+        del local, owner
+        if content.kind is SourceKind.MEMORY:
+            raise ValueError(
+                f"{content.owner!r} lies in this process, where the helper process cannot read"
+                " it: put it into a memfd and serve a FileSource, or use driver='thread'"
+            )
+        if preserve:
+            raise ValueError(
+                "preserve= is memory of this process, where the helper process cannot write:"
+                " serve that region with another Handler, of driver='native'"
+            )
+        fds = (content.fd,) if content.kind is SourceKind.FILE else ()
+        blob = _pickled(content.owner) if content.kind is SourceKind.REQUEST else b""
+        served: RangeId = self._call(
+            "add",
+            Serving(
+                space,
+                start,
+                length,
+                page_size,
+                mode,
+                content.kind,
+                blob,
+                _main_module() if b"__main__" in blob else {},
+                content.offset,
+                content.length,
+                local_file[1] if local_file else -1,
+                writes_cache,
+                shared,
+            ),
+            fds=fds + ((local_file[0],) if local_file else ()),
+        )
+        return served
+
+    def set_ioctls(self, served: RangeId, ioctls: int) -> None:
+        """Tell which ioctls the registered range takes."""
+        self._call("set_ioctls", served, int(ioctls))
+
+    def unserve(self, served: RangeId, *, seal: bool, unregister: bool = True) -> None:
+        """Take a range out."""
+        self._call("unserve", served, seal, unregister)
+
+    def start(self, cpus: list[int]) -> None:
+        """Start the driver."""
+        self._call("start", cpus)
+
+    def stop(self) -> None:
+        """Stop the driver and wait for it."""
+        self._call("stop")
+
+    def drain(self, limit_ns: int) -> bool:
+        """Wait until the faults that wait now are resolved; False when the time ran out."""
+        return bool(self._call("drain", limit_ns))
+
+    def refuse(self) -> None:
+        """Poison what is asked for from now on."""
+        self._call("refuse")
+
+    def abandon(self, served: RangeId | None = None) -> None:
+        """Poison the pages that wait for a worker."""
+        self._call("abandon", served)
+
+    def populate(self, served: RangeId, offset: int, length: int) -> int:
+        """Fill absent pages; return the bytes filled."""
+        return int(self._call("populate", served, offset, length))
+
+    def preserve(self, served: RangeId, offset: int, length: int) -> int:
+        """Save protected pages: there are none, `add` has no preserve."""
+        return int(self._call("preserve", served, offset, length))
+
+    def mark_clean(self, served: RangeId) -> None:
+        """Call every page that is present clean."""
+        self._call("mark_clean", served)
+
+    def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
+        """Return the state bytes of some pages."""
+        return bytes(self._call("states", served, first_page, pages))
+
+    @property
+    def spaces(self) -> int:
+        """Address spaces that are followed."""
+        return int(self._call("spaces"))
+
+    @property
+    def owner_exited(self) -> bool:
+        """Whether the process whose memory is served is gone."""
+        return bool(self._call("owner_exited"))
+
+    @property
+    def source_failure(self) -> SourceFailure | None:
+        """What a source raised first."""
+        found = self._call("source_failure")
+        if found is None:
+            return None
+        blob, start, length = found
+        return SourceFailure(pickle.loads(blob), start, length)
+
+    def stats(self) -> HandlerStats:
+        """Sum up the counters."""
+        stats: HandlerStats = self._call("stats")
+        return stats
+
+    def recent(self) -> list[RecentFault]:
+        """Return the faults resolved last."""
+        return list(self._call("recent"))
+
+    def failure(self) -> Failure | None:
+        """Return what went wrong, or None."""
+        failure: Failure | None = self._call("failure")
+        return failure
+
+    def pids(self) -> tuple[int, int]:
+        """Return the process ids of the keeper and of the worker."""
+        keeper, worker = self._call("pids")
+        return keeper, worker
+
+    def destroy(self) -> None:
+        """End the helper process."""
+        with contextlib.suppress(HelperLostError), self._lock, contextlib.suppress(OSError):
+            _wire.send(self._socket, (self._next, "close", pickle.dumps(())))
+        self._end()
+
+    def _end(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        try:
+            self._process.wait(EXIT_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            log.warning("the helper process %d does not end: it is killed", self._process.pid)
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        self._socket.close()
+
+
+class _Call:
+    """A call that waits for its answer; `payload` stays None when the helper is gone."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.ok = False
+        self.payload: bytes | None = None
+
+
+def _start(theirs: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the keeper; vfork(2) copies no memory, so no EVENT_FORK has to be read for it."""
+    root = str(Path(__file__).resolve().parents[2])
+    program = _PROGRAM.format(root=root, fd=theirs.fileno(), pid=os.getpid())
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,
+    )
+
+
+def _pickled(source: object) -> bytes:
+    try:
+        return pickle.dumps(source, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # PicklingError, AttributeError, TypeError, and what classes raise
+        raise ValueError(
+            f"{source!r} cannot be sent to the helper process ({error}): make it of functions and"
+            " classes at the top level of a module, and of data that can be pickled, or use"
+            " driver='thread'"
+        ) from error
+
+
+def _main_module() -> dict[str, str]:
+    """Say how the helper can import the main module of this program."""
+    from multiprocessing import spawn
+
+    data = spawn.get_preparation_data("pyuffd")
+    return {key: data[key] for key in data if key.startswith("init_main_from")}

@@ -1,0 +1,388 @@
+"""Forks of the process whose memory is served: trees of them, their memory, and their ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from pyuffd import (
+    BufferSource,
+    Feature,
+    Handler,
+    HandlerError,
+    PageState,
+    Region,
+    RegisterMode,
+    Userfaultfd,
+    _memory,
+)
+from pyuffd._memory import Agent, Interrupted
+from pyuffd.testing import GatedSource
+from tests._barriers import Point, holding
+from tests._child import run_child
+from tests._need import needs
+from tests.kernel._faults import Task
+from tests.kernel._serving import in_fork, is_lost, open_fds, states, wait_until
+from tests.process._peer import Link, peer
+from tests.process._pitfalls import (
+    ANON,
+    BOTH,
+    EVENTS,
+    EVERY,
+    SMALL,
+    Pages,
+    Setting,
+    checks_of,
+    page,
+    pitfall,
+    reading,
+)
+
+FORK = Feature.EVENT_FORK
+MANY, STRESS = 500, 10_000
+
+
+@contextlib.contextmanager
+def agent() -> Iterator[Agent]:
+    """A fork that reads and writes its memory when told."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            child = Agent(theirs.fileno(), ours.fileno())
+        try:
+            yield child
+        finally:
+            ours.close()
+            os.waitpid(child.pid, 0)
+
+
+def wait_alone(handler: Handler) -> None:
+    """Wait until the handler follows no fork any more."""
+    wait_until(lambda: handler.spaces == 1, "the forks' descriptors are closed")
+
+
+@pitfall(14, "child-and-grandchild", drivers=BOTH, memory=EVERY, features=EVENTS)
+def tree(at: Setting) -> None:
+    """Pages that nobody had read at the fork are served in the whole tree, never zeros."""
+    with at.served(4, EVENTS) as (handler, region, data):
+        assert page(region, 1) == data[1]
+
+        def grandchild() -> None:
+            assert region.read() == data.all
+
+        def child() -> None:
+            assert page(region, 3) == data[3]
+            assert in_fork(grandchild) == 0
+            assert region.read() == data.all
+
+        assert in_fork(child) == 0
+        assert handler.stats().forks == 2
+        assert region.read() == data.all
+
+
+@pitfall(14, "memory-of-its-own", drivers=BOTH, memory=EVERY, features=EVENTS)
+def copy_on_write(at: Setting) -> None:
+    """Private pages are the fork's own after the fork, shared ones are not."""
+    with at.served(4, EVENTS) as (_, region, data), agent() as child:
+        shared = region.shared
+        assert child.write(region.start, b"child") is None
+        region.write(data.size, b"parent")
+        assert region.read(0, 5) == (b"child" if shared else data[0][:5])
+        seen = child.read(region.start + data.size, 6)
+        assert seen == (b"parent" if shared else data[1][:6])
+        for index in (2, 3):
+            assert child.read(region.start + index * data.size, 64) == data[index][:64]
+        assert page(region, 3) == data[3]
+
+
+@pitfall(14, "parent-and-child-on-one-page", drivers=("thread",), memory=SMALL, features=FORK)
+def same_page(at: Setting) -> None:
+    """Both wait for the same page, the child's request made while the parent's is under way."""
+    with at.serving(FORK) as (handler, memory):
+        region = memory.pages(2)
+        data = Pages(2, memory.page_size)
+        gate = GatedSource(at.source(data.all))
+        handler.serve(region, gate)
+        handler.start()
+        ours = reading(region, 1)
+        gate.wait_for_reads(1)
+        with agent() as child:
+            theirs = Task(child.read, region.start + data.size, 64)
+            # Shared memory has one page for both, so one request may do.
+            if not region.shared:
+                gate.wait_for_reads(2)
+            gate.open()
+            assert ours.result() == data[1]
+            assert theirs.result() == data[1][:64]
+
+
+@pitfall(14, "fork-while-a-page-is-filled", drivers=BOTH, memory=SMALL, features=FORK)
+def in_flight(at: Setting) -> None:
+    """The child's copy of a page state says "in flight", but nobody is at work for the child."""
+    with at.served(3, FORK) as (_, region, data):
+        point = Point.COMPLETE if at.driver == "thread" else Point.FILL_CLAIMED
+        if at.driver == "native":
+            # The gate keeps the event unread while a page is claimed, so the fork comes after.
+            with holding(point) as held:
+                filler = reading(region, 1)
+                held.release()
+                filler.result()
+            with agent() as child:
+                assert child.read(region.start + data.size, 64) == data[1][:64]
+            return
+        with holding(point) as held:
+            ours = reading(region, 1)
+            held.wait()
+            with agent() as child:
+                theirs = Task(child.read, region.start + data.size, 64)
+                if not region.shared:
+                    assert theirs.result() == data[1][:64]
+                held.release()
+                assert theirs.result() == data[1][:64]
+                assert ours.result() == data[1]
+
+
+@pitfall(14, "removed-on-one-side", drivers=BOTH, memory=SMALL, features=EVENTS)
+def removed(at: Setting) -> None:
+    """A dropped page is zeros for whom it was dropped: the dropper, or with shared memory all.
+
+    A fork with page states of its own would put the source's content back into shared memory.
+    """
+    with at.served(4, EVENTS) as (_, region, data), agent() as child:
+        region.punch_hole(0, data.size)
+        theirs = child.read(region.start, 64)
+        assert theirs == (bytes(64) if region.shared else data[0][:64])
+        assert page(region, 0) == data.zeros
+        region.punch_hole(data.size, data.size)
+        assert page(region, 1) == data.zeros
+        assert child.read(region.start + 3 * data.size, 64) == data[3][:64]
+
+
+@pitfall(14, "ends-at-once", drivers=BOTH, features=EVENTS, budget_s=20)
+def ends_at_once(at: Setting) -> None:
+    """Children that exit, exec or are killed before they touch anything: every fd is closed."""
+    with at.served(2, EVENTS) as (handler, region, data):
+        before = open_fds()
+        assert in_fork(lambda: None) == 0
+        assert in_fork(lambda: os.execv("/bin/true", ["true"])) == 0
+        assert in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
+        command = [sys.executable, "-S", "-c", ""]
+        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, preexec_fn=lambda: None)
+        assert page(region, 1) == data[1]
+        wait_alone(handler)
+        wait_until(lambda: open_fds() == before, "no descriptor is left")
+
+
+def ends_by_then(handler: Handler, region: Region, data: Pages, forks: int) -> None:
+    """Fork often; the descriptors of forks that ended do not pile up."""
+    most = 0
+    for number in range(forks):
+        pid = os.fork()
+        if pid == 0:
+            if number % 100 == 0:
+                region.touch(data.size, 1)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        most = max(most, handler.spaces)
+    assert handler.stats().forks == forks
+    assert most < 100, f"{most} spaces were followed at once"
+    assert page(region, 1) == data[1]
+    wait_alone(handler)
+
+
+@pitfall(14, f"{MANY}-forks", features=EVENTS, budget_s=30)
+def many(at: Setting) -> None:
+    """Without reaping, each fork keeps a descriptor for ever: nothing says that it has exited."""
+    with at.served(2, EVENTS) as (handler, region, data):
+        before = open_fds()
+        ends_by_then(handler, region, data, MANY)
+        wait_until(lambda: open_fds() == before, "no descriptor is left")
+
+
+@pitfall(14, f"{STRESS}-forks", features=EVENTS, budget_s=120, marks=(pytest.mark.stress,))
+def very_many(at: Setting) -> None:
+    """As before, in `make soak`."""
+    with at.served(2, EVENTS) as (handler, region, data):
+        before = open_fds()
+        ends_by_then(handler, region, data, STRESS)
+        wait_until(lambda: open_fds() == before, "no descriptor is left")
+
+
+@pitfall(14, "fork-and-signals", drivers=BOTH, features=EVENTS, budget_s=20)
+def signals(at: Setting) -> None:
+    """A fork that a signal interrupts is tried again, and may leave an event of no child."""
+    with at.served(2, EVENTS) as (handler, region, data):
+        before = open_fds()
+        alarms = []
+        signal.signal(signal.SIGALRM, lambda *_: alarms.append(1))
+        signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+
+        def child() -> None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert region.read() == data.all
+
+        for _ in range(40):
+            assert in_fork(child) == 0
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert alarms
+        assert region.read() == data.all
+        wait_alone(handler)
+        wait_until(lambda: open_fds() == before, "no descriptor is left")
+
+
+@pitfall(14, "no-descriptor-left", drivers=BOTH, features=EVENTS, budget_s=20)
+def no_descriptor(at: Setting) -> None:
+    """read() says EMFILE for a fork's event: the fork waits, and all else goes on."""
+    with at.served(4, EVENTS) as (handler, region, data):
+        ours, theirs = socket.socketpair()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        # os.fork() would keep the GIL, and this thread with it.
+        forker = Task(Agent, theirs.fileno(), ours.fileno())
+        wait_until(lambda: _failed(handler), "EMFILE was met")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        child = forker.result()
+        ours.close()
+        theirs.close()
+        os.waitpid(child.pid, 0)
+        assert page(region, 3) == data[3]
+        with pytest.raises(HandlerError) as caught:
+            handler.stop()
+        assert isinstance(caught.value.__cause__, OSError)
+        assert caught.value.__cause__.errno == errno.EMFILE
+
+
+def _failed(handler: Handler) -> bool:
+    assert handler._engine is not None
+    return handler._engine.failure() is not None
+
+
+@pitfall(14, "stopped-with-living-children", drivers=BOTH, memory=EVERY, features=EVENTS)
+def stopped(at: Setting) -> None:
+    """stop() poisons what children lack as well; closing their fds would give them zeros."""
+    with at.served(3, EVENTS) as (handler, region, data), agent() as child:
+        assert child.read(region.start, 64) == data[0][:64]
+        region.touch(data.size, 1)
+        handler.stop()
+        assert child.read(region.start, 64) == data[0][:64]
+        lost = child.read(region.start + 2 * data.size, 64)
+        assert isinstance(lost, Interrupted), "zeros, or stale content"
+        assert lost.number == signal.SIGBUS
+        assert is_lost(region, 2 * data.size)
+
+
+@pitfall(14, "unserved-with-living-children", drivers=BOTH, memory=SMALL, features=EVENTS)
+def unserved(at: Setting) -> None:
+    """unserve() takes the range from every fork; another range is served on in them."""
+    with at.serving(EVENTS) as (handler, memory):
+        first, second = memory.pages(2), memory.pages(2)
+        data = Pages(2, memory.page_size)
+        for region in (first, second):
+            handler.serve(region, at.source(data.all))
+        handler.start()
+        with agent() as child:
+            assert child.read(first.start, 64) == data[0][:64]
+            handler.unserve(first)
+            lost = child.read(first.start + data.size, 64)
+            assert isinstance(lost, Interrupted)
+            assert child.read(second.start + data.size, 64) == data[1][:64]
+
+
+@pitfall(14, "moved-in-the-child", drivers=BOTH, memory=ANON, features=EVENTS)
+def moved(at: Setting) -> None:
+    """A fork changes its own layout; its parent's stays."""
+    with at.served(4, EVENTS) as (_, region, data):
+
+        def child() -> None:
+            region.punch_hole(0, data.size)
+            to = _memory.mmap(2 * data.size, 0, 0x22)
+            _memory.mremap(region.start + 2 * data.size, 2 * data.size, 2 * data.size, 3, to)
+            there = Region.at(to, 2 * data.size, data.size)
+            assert there.read() == data.of(2, 3)
+            assert region.read(0, 2 * data.size) == data.of(None, 1)
+
+        assert in_fork(child) == 0
+        assert region.read() == data.all
+
+
+@pitfall(12, "protection-in-a-child", memory=SMALL, features=EVENTS)
+def protection(at: Setting) -> None:
+    """With EVENT_FORK a child keeps the protection: its writes are its own, and are noticed."""
+    both = RegisterMode.MISSING | RegisterMode.WP
+    with at.serving(EVENTS) as (handler, memory):
+        region = memory.pages(3)
+        data = Pages(3, memory.page_size)
+        handler.serve(region, at.source(data.all), mode=both)
+        handler.start()
+        handler.populate(region)
+        with agent() as child:
+            assert child.write(region.start, b"child") is None
+            assert child.read(region.start, 5) == b"child"
+            found = states(handler, region)
+            # Shared memory has one state for all who map it.
+            assert found[0] == (PageState.DIRTY if region.shared else PageState.CLEAN)
+            assert found[1:] == [PageState.CLEAN] * 2
+            region.write(data.size, b"parent")
+            wait_until(lambda: states(handler, region)[1] == PageState.DIRTY, "it is dirty")
+            wait_until(lambda: handler.stats().faults["wp"] == 2, "both faults are counted")
+
+
+# Owners in another process
+
+
+def own_and_fork(link: Link) -> None:
+    """Hand a userfaultfd over, fork, and exit before the fork reads."""
+    size = os.sysconf("SC_PAGE_SIZE")
+    with Region.anonymous(3 * size) as region, Userfaultfd(features=EVENTS) as uffd:
+        link.send([region.start, region.length], [uffd.fileno()])
+        link.value()
+        go, went = os.pipe()
+        if os.fork() == 0:
+            os.close(went)
+            os.read(go, 1)  # until the parent has exited
+            link.send(region.read(size, 4).hex())
+            os._exit(0)
+        region.touch(0, 1)
+
+
+def child_outlives_owner() -> None:
+    size = os.sysconf("SC_PAGE_SIZE")
+    data = Pages(3, size, seed=3)
+    with peer(own_and_fork) as link:
+        (start, length), (fd,) = link.receive(1)
+        with (
+            Userfaultfd.from_fd(fd) as uffd,
+            Handler(uffd, owner_pid=link.pid) as handler,
+        ):
+            handler.serve(Remote(start, length, size), BufferSource(data.all))
+            handler.start()
+            link.send("registered")
+            assert link.value() == data[1][:4].hex()
+            wait_until(lambda: handler.owner_exited, "the owner's exit is noticed")
+
+
+class Remote:
+    """A range of another process."""
+
+    def __init__(self, start: int, length: int, page_size: int) -> None:
+        self.start, self.length, self.page_size = start, length, page_size
+
+
+@needs(EVENTS)
+def test_child_outlives_the_owner() -> None:
+    run_child(child_outlives_owner, budget_s=20)
+
+
+test_pitfalls = checks_of(__name__)

@@ -1,0 +1,437 @@
+"""Handler(driver="process"): the worker process dies, or the keeper as well, or the owner."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyuffd import (
+    CallableSource,
+    Feature,
+    FileSource,
+    Handler,
+    HandlerError,
+    PageState,
+    Region,
+    RegisterMode,
+    Userfaultfd,
+    ZeroSource,
+    _memory,
+)
+from tests._child import run_child
+from tests._need import needs
+from tests.kernel._serving import faults
+from tests.process import _process_sources as sources
+from tests.process._process_sources import PAGE, content
+from tests.process.test_process_driver import LENGTH, gone, processes, serve, stopped
+
+WAIT_S = 20.0
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    give_up = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < give_up, f"waited too long until {what}"
+        time.sleep(0.002)
+
+
+def kill_worker(handler: Handler) -> None:
+    """Kill it, and wait until another is there."""
+    _, worker = processes(handler)
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: processes(handler)[1] != worker, "another worker is there")
+
+
+def in_threads(count: int, action: Callable[[int], object]) -> list[threading.Thread]:
+    threads = [threading.Thread(target=action, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def faults_wait() -> None:
+    """Threads wait for pages the dead worker was asked for: they get their data."""
+    called, go = str(Path.cwd() / "called"), str(Path.cwd() / "go")
+    handler, region = serve(sources.Gate(called, go), workers=4, stall_timeout_s=60)
+    read: dict[int, bytes] = {}
+
+    def read_page(index: int) -> None:
+        read[index] = region.read(index * PAGE, PAGE)
+
+    threads = in_threads(8, read_page)
+    wait_until(
+        lambda: Path(called).exists() and len(Path(called).read_text().split()) >= 4,
+        "four workers are at it",
+    )
+    kill_worker(handler)
+    Path(go).touch()
+    for thread in threads:
+        thread.join()
+    assert read == {index: content(LENGTH)[index * PAGE :][:PAGE] for index in range(8)}
+    assert handler.stats().restarts == 1
+    assert region.read() == content(LENGTH)
+    handler.stop()
+    assert handler.stats().restarts == 1
+
+
+def killed_by_its_source() -> None:
+    """With the interpreter's lock held here, nobody here could help."""
+    handler, region = serve(sources.KilledOnce(str(Path.cwd() / "killed")))
+    with region.memoryview() as view:
+        assert view[PAGE] == content(2 * PAGE)[PAGE]
+    assert handler.stats().restarts == 1
+    handler.stop()
+
+
+def crashing() -> None:
+    """A page whose source ends every worker: poisoned after some tries."""
+    handler, region = serve(CallableSource(sources.crashing))
+    other = Region.anonymous(LENGTH)
+    handler.serve(other, ZeroSource())
+    pipe = os.pipe()
+    with region.memoryview() as view, pytest.raises(OSError):
+        os.write(pipe[1], view[PAGE : PAGE + 1])
+    assert handler.stats().restarts >= 2
+    assert other.read() == bytes(LENGTH)
+    raised = stopped(handler)
+    assert "exit code -11" in str(raised.__cause__)
+
+
+def states_survive() -> None:
+    """What was removed is zeros, what is dirty is known, what is served stays served."""
+    fd = os.memfd_create("source")
+    os.write(fd, content(LENGTH, 5))
+    handler, region = serve(
+        CallableSource(sources.page), features=Feature.EVENT_REMOVE | Feature.EVENT_REMAP
+    )
+    from_file, protected = Region.anonymous(LENGTH), Region.anonymous(LENGTH)
+    with FileSource(fd) as source:
+        handler.serve(from_file, source)
+    handler.serve(protected, sources.Source(9), mode=RegisterMode.MISSING | RegisterMode.WP)
+    region.touch(0, 2 * PAGE)
+    region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
+    region.madvise(mmap.MADV_DONTNEED, 4 * PAGE, PAGE)
+    protected.touch(0, PAGE)
+    protected.write(PAGE, b"x")
+    counted = faults(handler, 5)
+    kill_worker(handler)
+    assert handler.stats().faults == counted
+    assert list(handler.page_states(region, 0, 5 * PAGE)) == [
+        PageState.REMOVED,
+        PageState.CLEAN,
+        PageState.ABSENT,
+        PageState.ABSENT,
+        PageState.REMOVED,
+    ]
+    assert list(handler.page_states(protected, 0, 3 * PAGE)) == [
+        PageState.CLEAN,
+        PageState.DIRTY,
+        PageState.ABSENT,
+    ]
+    assert region.read(0, PAGE) == bytes(PAGE)
+    assert region.read(4 * PAGE, 2 * PAGE) == bytes(PAGE) + content(6 * PAGE)[5 * PAGE :]
+    assert from_file.read() == content(LENGTH, 5)
+    assert protected.read(2 * PAGE) == content(LENGTH, 9)[2 * PAGE :]
+    kill_worker(handler)
+    later = Region.anonymous(LENGTH)
+    handler.serve(later, sources.Source(3))
+    assert later.read() == content(LENGTH, 3)
+    handler.unserve(region)
+    kill_worker(handler)
+    assert later.read() == content(LENGTH, 3)
+    assert handler.stats().restarts == 3
+    handler.stop()
+
+
+def moved_memory() -> None:
+    """A successor serves what was moved where it is, and not what was unmapped."""
+    libc_move = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
+    handler, region = serve(
+        CallableSource(sources.page),
+        features=Feature.EVENT_REMAP | Feature.EVENT_UNMAP | Feature.EVENT_REMOVE,
+    )
+    start = region.start
+    to = Region.anonymous(LENGTH)
+    _memory.mremap(start + 4 * PAGE, 4 * PAGE, 4 * PAGE, libc_move, to.start)
+    _memory.munmap(start + 12 * PAGE, 4 * PAGE)
+    kill_worker(handler)
+    assert to.read(0, 4 * PAGE) == content(8 * PAGE)[4 * PAGE :]
+    assert region.read(0, 4 * PAGE) == content(4 * PAGE)
+    assert region.read(8 * PAGE, 4 * PAGE) == content(12 * PAGE)[8 * PAGE :]
+    # The address of what was unmapped can be served again.
+    _map_at(start + 12 * PAGE, 4 * PAGE)
+    again = Region.at(start + 12 * PAGE, 4 * PAGE, PAGE)
+    handler.serve(again, sources.Source(77))
+    assert again.read() == content(4 * PAGE, 77)
+    handler.stop()
+
+
+def _map_at(address: int, length: int) -> None:
+    """Map fresh memory where nothing is."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    fixed = 0x100000  # MAP_FIXED_NOREPLACE
+    got = libc.mmap(
+        ctypes.c_void_p(address),
+        ctypes.c_size_t(length),
+        mmap.PROT_READ | mmap.PROT_WRITE,
+        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed,
+        -1,
+        ctypes.c_long(0),
+    )
+    assert got == address
+
+
+def forks() -> None:
+    """Children and grandchildren are served on by the successor, each by its own states."""
+    handler, region = serve(
+        CallableSource(sources.page), features=Feature.EVENT_FORK | Feature.EVENT_REMOVE
+    )
+    shared = Region.memfd(LENGTH)
+    handler.serve(shared, sources.Source(50))
+    region.touch(0, PAGE)
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        region.madvise(mmap.MADV_DONTNEED, 0, 2 * PAGE)
+        grandchild = os.fork()
+        if grandchild == 0:
+            region.madvise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE)
+            os.write(ready[1], b"g")
+        else:
+            os.write(ready[1], b"c")
+        os.read(go[0], 1)
+        zeros = 3 if grandchild == 0 else 2
+        good = region.read() == bytes(zeros * PAGE) + content(LENGTH)[zeros * PAGE :]
+        good = good and shared.read() == content(LENGTH, 50)
+        if grandchild:
+            good = good and os.waitpid(grandchild, 0)[1] == 0
+        os._exit(0 if good else 1)
+    assert sorted(os.read(ready[0], 1) + os.read(ready[0], 1)) == sorted(b"gc")
+    kill_worker(handler)
+    assert handler.spaces == 3
+    os.write(go[1], b"..")
+    assert os.waitpid(child, 0)[1] == 0
+    assert region.read() == content(LENGTH)
+    wait_until(lambda: handler.spaces == 1, "the children are forgotten")
+    keeper, _ = processes(handler)
+    handler.stop()
+    assert gone(keeper)
+
+
+def fork_descriptors() -> None:
+    handler, _ = serve(CallableSource(sources.page), features=Feature.EVENT_FORK)
+    keeper, _ = processes(handler)
+    before = len(os.listdir(f"/proc/{keeper}/fd"))
+    for _ in range(200):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+    wait_until(lambda: handler.spaces == 1, "the children are forgotten")
+    processes(handler)
+    wait_until(lambda: len(os.listdir(f"/proc/{keeper}/fd")) == before, "the keeper closes theirs")
+    handler.stop()
+
+
+def many_regions() -> None:
+    """More than a process may have descriptors by default."""
+    count = 1200
+    handler, first = serve(CallableSource(sources.page))
+    regions = [Region.anonymous(PAGE) for _ in range(count)]
+    for index, region in enumerate(regions):
+        handler.serve(region, sources.Source(index))
+    kill_worker(handler)
+    for index in range(count - 1, 0, -100):
+        assert regions[index].read() == content(PAGE, index)
+    assert len(os.listdir(f"/proc/{processes(handler)[1]}/fd")) < 50
+    assert first.read() == content(LENGTH)
+    handler.stop()
+
+
+def repeatedly() -> None:
+    """Killed at any time, while threads fault and calls are made: nothing is lost."""
+    length = 512 * PAGE
+    region = Region.anonymous(length)
+    handler, _ = serve(CallableSource(sources.page), region=region, workers=2)
+    expected = content(length)
+    wrong: list[int] = []
+    done = threading.Event()
+
+    def read(thread: int) -> None:
+        for index in range(thread, 512, 3):
+            if region.read(index * PAGE, PAGE) != expected[index * PAGE :][:PAGE]:
+                wrong.append(index)
+            time.sleep(0.002)
+
+    def ask(_: int) -> None:
+        while not done.is_set():
+            assert len(handler.page_states(region)) == 512
+            with Region.anonymous(PAGE) as other:
+                handler.serve(other, sources.Source(1))
+                assert other.read() == content(PAGE, 1)
+
+    threads = in_threads(3, read)
+    asking = in_threads(1, ask)
+    for _ in range(4):
+        time.sleep(0.15)
+        kill_worker(handler)
+    for thread in threads:
+        thread.join()
+    done.set()
+    asking[0].join()
+    assert wrong == []
+    assert region.read() == expected
+    handler.stop()
+
+
+def both_killed() -> None:
+    """Nobody reads zeros; the next call says so, and stop() poisons."""
+    handler, region = serve(CallableSource(sources.page))
+    assert region.read(0, PAGE) == content(PAGE)
+    keeper, worker = processes(handler)
+    os.kill(keeper, signal.SIGKILL)
+    assert gone(keeper)
+    assert gone(worker)
+    pipe = os.pipe()
+    failed: list[OSError] = []
+
+    def write(_: int) -> None:
+        with region.memoryview() as view:
+            try:
+                os.write(pipe[1], view[PAGE : PAGE + 1])
+            except OSError as error:
+                failed.append(error)
+
+    (thread,) = in_threads(1, write)
+    with pytest.raises(HandlerError, match="is gone"):
+        handler.page_states(region)
+    thread.join(0.2)
+    assert thread.is_alive()
+    error = stopped(handler)
+    assert "is gone" in str(error)
+    thread.join()
+    assert len(failed) == 1
+    assert region.read(0, PAGE) == content(PAGE)
+    assert handler.stats().poisoned_pages == LENGTH // PAGE - 1
+
+
+def owner_killed(pipe: int) -> None:
+    """The owner of a fork's parent dies; the fork lives on, with poison instead of zeros."""
+    handler, region = serve(CallableSource(sources.page), features=Feature.EVENT_FORK)
+    owner = os.getpid()
+    if os.fork() == 0:
+        wait_until(lambda: os.getppid() != owner, "the owner is gone")
+        keeper_pid = int(Path("keeper").read_text())
+        assert gone(keeper_pid)
+        error = b"none"
+        with region.memoryview() as view:
+            try:
+                os.write(os.pipe()[1], view[:1])
+            except OSError:
+                error = b"EFAULT"
+        os.write(pipe, error)
+        os._exit(0)
+    Path("keeper").write_text(str(processes(handler)[0]))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Memory of another process."""
+
+    start: int
+    length: int
+    page_size: int = PAGE
+
+
+def foreign_owner(pipe: int) -> None:
+    """Who serves another process's memory is killed: that process gets poison as well."""
+    ours, theirs = socket.socketpair()
+    owner = os.fork()
+    if owner == 0:
+        server = os.getppid()
+        region, uffd = Region.anonymous(LENGTH), Userfaultfd()
+        socket.send_fds(theirs, [region.start.to_bytes(8, "little")], [uffd.fileno()])
+        theirs.recv(1)
+        good = region.read(PAGE, PAGE) == content(2 * PAGE)[PAGE:]
+        theirs.send(b"!")
+        wait_until(lambda: os.getppid() != server, "the server is gone")
+        assert gone(int(Path("keeper").read_text()))
+        error = b"none"
+        with region.memoryview() as view:
+            try:
+                os.write(os.pipe()[1], view[:1])
+            except OSError:
+                error = b"EFAULT"
+        good = good and region.read(PAGE, PAGE) == content(2 * PAGE)[PAGE:]
+        os.write(pipe, error if good else b"wrong")
+        os._exit(0)
+    address, fds, _, _ = socket.recv_fds(ours, 8, 1)
+    uffd = Userfaultfd.from_fd(fds[0])
+    handler = Handler(uffd, driver="process", owner_pid=owner)
+    handler.serve(Range(int.from_bytes(address, "little"), LENGTH), CallableSource(sources.page))
+    handler.start()
+    Path("keeper").write_text(str(processes(handler)[0]))
+    ours.send(b"!")
+    ours.recv(1)
+    assert not handler.owner_exited
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+CHECKS: dict[Callable[[], None], Feature] = {
+    faults_wait: Feature(0),
+    killed_by_its_source: Feature(0),
+    crashing: Feature.POISON,
+    states_survive: Feature.EVENT_REMOVE | Feature.EVENT_REMAP,
+    moved_memory: Feature.EVENT_REMAP | Feature.EVENT_UNMAP | Feature.EVENT_REMOVE,
+    forks: Feature.EVENT_FORK | Feature.EVENT_REMOVE | Feature.MISSING_SHMEM,
+    fork_descriptors: Feature.EVENT_FORK,
+    many_regions: Feature(0),
+    repeatedly: Feature(0),
+    both_killed: Feature.POISON,
+}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.__name__, marks=needs(features) if features else ())
+        for check, features in CHECKS.items()
+    ],
+)
+def test_death(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_child(check, budget_s=30)
+
+
+@needs(Feature.EVENT_FORK | Feature.POISON)
+@pytest.mark.parametrize("which", ["owner_killed", "foreign_owner"])
+def test_who_is_left_gets_poison(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_child(killed_in_a_child, which, budget_s=30)
+
+
+def killed_in_a_child(which: str) -> None:
+    read, write = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        {"owner_killed": owner_killed, "foreign_owner": foreign_owner}[which](write)
+        os._exit(1)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(middle, 0)[1]) == -signal.SIGKILL
+    with open(read, "rb") as pipe:
+        assert pipe.read() == b"EFAULT"

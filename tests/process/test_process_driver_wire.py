@@ -1,0 +1,85 @@
+"""Messages between the processes of the process driver."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pyuffd.handlers import _wire
+from tests.process._process_sources import StubbornError
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_messages_keep_their_order_and_descriptors(pair: Pair) -> None:
+    ours, theirs = pair
+    read, write = os.pipe()
+    _wire.send(ours, ("first", b"x" * 1000), (read, write))
+    _wire.send(ours, "second")
+    message, fds = _wire.receive(theirs)
+    assert message == ("first", b"x" * 1000)
+    assert [os.get_inheritable(fd) for fd in fds] == [False, False]
+    os.write(fds[1], b"!")
+    assert os.read(read, 1) == b"!"
+    assert _wire.receive(theirs) == ("second", [])
+    _wire.close_all([*fds, read, write])
+
+
+def test_large_message(pair: Pair) -> None:
+    ours, theirs = pair
+    data = os.urandom(8 << 20)
+    thread = threading.Thread(target=_wire.send, args=(ours, data))
+    thread.start()
+    assert _wire.receive(theirs) == (data, [])
+    thread.join()
+
+
+@pytest.mark.parametrize("sent", [0, 3, 8, 20])
+def test_end_inside_a_message(pair: Pair, sent: int) -> None:
+    ours, theirs = pair
+    before = set(os.listdir("/proc/self/fd"))
+    data = _wire.encode("x" * 100, 1)[:sent]
+    if data:
+        socket.send_fds(ours, [data], [ours.fileno()])
+    ours.shutdown(socket.SHUT_WR)
+    with pytest.raises(EOFError):
+        _wire.receive(theirs)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_descriptors_that_do_not_come(pair: Pair) -> None:
+    ours, theirs = pair
+    ours.sendall(_wire.encode("message", 1))
+    with pytest.raises(EOFError):
+        _wire.receive(theirs)
+
+
+def test_errors_travel_with_their_traceback() -> None:
+    def fail() -> None:
+        raise KeyError("page")
+
+    try:
+        fail()
+    except KeyError as error:
+        found = pickle.loads(_wire.pickled_error(error))
+    assert type(found) is KeyError
+    assert found.args == ("page",)
+    assert "in fail" in found.__notes__[0]
+
+
+def test_errors_that_cannot_travel_are_described() -> None:
+    found = pickle.loads(_wire.pickled_error(StubbornError("kept")))
+    assert type(found) is RuntimeError
+    assert str(found) == "StubbornError: kept"
