@@ -12,7 +12,16 @@ HERE = Path(__file__).resolve().parent
 SOURCES = sorted(f"csrc/{path.name}" for path in HERE.glob("*.c"))
 HEADERS = sorted(f"csrc/{path.name}" for path in HERE.glob("*.h"))
 
-CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fvisibility=hidden"]
+CFLAGS = [
+    "-std=gnu11",
+    "-O2",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Werror=implicit-function-declaration",
+    "-pthread",
+    "-fvisibility=hidden",
+]
 if os.environ.get("PYUFFD_WERROR") == "1":
     CFLAGS.append("-Werror")
 SANITIZE = os.environ.get("PYUFFD_SANITIZE", "")

@@ -271,6 +271,8 @@ static inline bool needs_request(const struct uffd_range *range)
 
 /* uffd_layout.c: for the leader, inside the closed gate. */
 void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message);
+/* What is put in [start, end) now was mapped after every unmapping that is owed there. */
+void forget_owed(struct uffd_space *space, uint64_t start, uint64_t end);
 
 /* uffd_keeper.c */
 void report_added(const struct uffd_range *range);
@@ -279,14 +281,19 @@ void report_pieces(struct uffd_space *space, int states_fd);
 void report_fork(struct uffd_space *child);
 void report_gone(struct uffd_space *space);
 
-/* uffd_engine.c: for the leader. */
+/* uffd_serve.c */
 void wake_again(struct uffd_range *range, uint64_t at, uint64_t end);
+
+/* uffd_engine.c */
 int watch_space(struct uffd_engine *engine, struct uffd_space *space);
+/* For the leader. */
+void forget_space(struct uffd_engine *engine, struct uffd_space *space);
+void reap_spaces(struct uffd_engine *engine, uint32_t most);
+
+/* uffd_step.c: for the leader. */
 bool run_prefetch_slice(struct uffd_engine *engine);
 void retry_deferred(struct uffd_engine *engine);
 void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault);
-void forget_space(struct uffd_engine *engine, struct uffd_space *space);
-void reap_spaces(struct uffd_engine *engine, uint32_t most);
 
 /* uffd_request.c */
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,

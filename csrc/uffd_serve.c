@@ -1,0 +1,571 @@
+// SPDX-License-Identifier: MIT
+/* Ranges: put in, worked on from outside the step, and taken out again. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "uffd_alloc.h"
+#include "uffd_engine_internal.h"
+
+#define ZEROS_SIZE		(2u << 20)
+#define HUGE_ZEROS_SIZE		(1u << 30)
+/*
+ * Prefetch yields to waiting faults after this much: some 50 us of copying, and
+ * the cost of the extra ioctl is lost in it.
+ */
+#define PREFETCH_SLICE		(512u << 10)
+/* Populating and sealing go through a range in pieces, so that faults get between. */
+#define BULK_SLICE		(4u << 20)
+
+static int ensure_zeros(struct uffd_engine *engine, uint64_t page_size)
+{
+	const void *expected = NULL;
+	void *zeros;
+
+	if (page_size <= ZEROS_SIZE || atomic_load(&engine->huge_zeros))
+		return 0;
+	zeros = mmap(NULL, HUGE_ZEROS_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+		     -1, 0);
+	if (zeros == MAP_FAILED)
+		return -errno;
+	if (!atomic_compare_exchange_strong(&engine->huge_zeros, &expected, zeros))
+		munmap(zeros, HUGE_ZEROS_SIZE);
+	return 0;
+}
+
+static struct uffd_pages *pages_for(struct uffd_space *space, const struct uffd_range_spec *spec,
+				    bool absent)
+{
+	struct uffd_range *other = spec->id ? any_piece(space, spec->id, spec->start) : NULL;
+	uint64_t count = spec->length / spec->page_size;
+	uint8_t state = absent ? UFFD_PAGE_ABSENT : UFFD_PAGE_CLEAN;
+	struct uffd_pages *pages;
+
+	if (other)
+		return uffd_pages_get(other->pages);
+	if (spec->states_fd < 0)
+		return uffd_pages_create(count, state);
+	pages = uffd_pages_map(spec->states_fd, spec->states_offset, count);
+	if (pages && !spec->id)
+		memset((void *)pages->state, state, count);
+	return pages;
+}
+
+static int add_range(struct uffd_space *space, const struct uffd_range_spec *spec, uint64_t id)
+{
+	struct uffd_range like = {
+		.page_size = spec->page_size,
+		.page_shift = (uint32_t)__builtin_ctzll(spec->page_size),
+		.mode = spec->mode,
+		.id = id,
+	};
+	uint64_t length = spec->id ? spec->piece_length : spec->length;
+	struct uffd_range *range = NULL;
+	int r = uffd_content_create(spec, &like.content);
+
+	if (r)
+		return r;
+	like.pages = pages_for(space, spec, can_be_absent(&like));
+	if (like.pages) {
+		range = range_create(space, &like, spec->start, spec->start + length, spec->origin);
+		uffd_pages_put(like.pages);
+	}
+	uffd_content_put(like.content);
+	if (!range)
+		return -ENOMEM;
+	/*
+	 * An unmapping of what was here before may be under way: its event, which
+	 * would take this range out again, is read before the layout is still.
+	 */
+	wait_for_layout(space);
+	gate_enter(space);
+	r = uffd_table_insert(space->table, range);
+	if (r == 0 && !spec->id)
+		report_added(range);
+	gate_leave(space);
+	if (r)
+		range_free(range);
+	return r;
+}
+
+int uffd_engine_add(struct uffd_engine *engine, uint32_t number,
+		    const struct uffd_range_spec *spec, uint64_t *id_ret)
+{
+	struct uffd_space *space = space_get(engine, number);
+	int r;
+
+	*id_ret = spec->id ? spec->id : atomic_fetch_add(&engine->next_id, 1);
+	if (atomic_load(&engine->next_id) <= spec->id)
+		atomic_store(&engine->next_id, spec->id + 1);
+	if (!space)
+		return -ESRCH;
+	r = ensure_zeros(engine, spec->page_size);
+	if (r == 0)
+		r = add_range(space, spec, *id_ret);
+	space_put(space);
+	return r;
+}
+
+/* Between open and shut nothing that is found goes away, nor does the layout change. */
+struct visit {
+	struct uffd_space *space;
+	unsigned int shard;
+};
+
+static bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit)
+{
+	visit->space = space_get(engine, number);
+	if (!visit->space)
+		return false;
+	gate_enter(visit->space);
+	visit->shard = uffd_table_enter(visit->space->table, current_cpu());
+	return true;
+}
+
+static void shut_visit(struct visit *visit)
+{
+	uffd_table_leave(visit->space->table, visit->shard);
+	gate_leave(visit->space);
+	space_put(visit->space);
+}
+
+int uffd_engine_set_ioctls(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			   uint64_t start, uint64_t ioctls)
+{
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	range = any_piece(visit.space, id, start);
+	if (range)
+		__atomic_store_n(&range->ioctls, ioctls, __ATOMIC_RELAXED);
+	shut_visit(&visit);
+	return range ? 0 : -ENOENT;
+}
+
+static enum uffd_fault_kind filling_kind(const struct uffd_range *range)
+{
+	return range->mode & UFFDIO_REGISTER_MODE_MISSING && !range->content->writes_cache
+		? UFFD_KIND_MISSING : UFFD_KIND_MINOR;
+}
+
+/*
+ * Go through [offset, end) of a serving in slices, opening and shutting the gate
+ * for each.  `work` says how far it came; EAGAIN is tried again for a while.
+ */
+typedef uint64_t (*slice_work)(struct uffd_range *range, uint64_t at, uint64_t end,
+			       int *error_ret, uint64_t *done_ret);
+
+static int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+		      uint64_t offset, uint64_t end, slice_work work, uint64_t *done_ret)
+{
+	uint64_t give_up = 0;
+	unsigned int attempt = 0;
+	bool gone;
+	int error = 0;
+
+	*done_ret = 0;
+	while (offset < end) {
+		struct uffd_range *range;
+		uint64_t at, stop, done = 0, slice;
+		struct visit visit;
+
+		if (!open_visit(engine, number, &visit))
+			return -ESRCH;
+		error = 0;
+		range = NULL;
+		if (!atomic_load(&visit.space->gone))
+			range = find_piece(visit.space, id, offset, start + offset);
+		if (range) {
+			slice = BULK_SLICE > range->page_size ? BULK_SLICE : range->page_size;
+			at = range->start + (offset - range->origin);
+			stop = at + (end - offset < slice ? end - offset : slice);
+			at = work(range, at, stop < range->end ? stop : range->end, &error, &done);
+			offset = content_offset(range, at);
+		}
+		gone = atomic_load(&visit.space->gone);
+		shut_visit(&visit);
+		if (!range)
+			return gone ? -ESRCH : -ENOENT;
+		*done_ret += done;
+		if (done || !error)
+			attempt = 0;
+		if (error != -EAGAIN && error != -ENOMEM && error)
+			return error;
+		if (!error)
+			continue;
+		if (attempt == 0)
+			give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+		else if (uffd_now_ns() > give_up)
+			return error;
+		uffd_back_off(attempt++);
+	}
+	return 0;
+}
+
+/*
+ * The ioctl wakes whoever waits, before the pages' states say that they are there;
+ * a thread that faults again in between was taken for one that waits for us.
+ */
+void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
+{
+	if (at < end)
+		uffd_shim_wake(range->space->fd, at, end - at);
+}
+
+static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
+			   uint64_t *done_ret)
+{
+	uint64_t past = fill_absent(range, at, end, filling_kind(range), error_ret, done_ret);
+
+	wake_again(range, at, past);
+	return past;
+}
+
+/* Ask workers for everything absent, a few requests at a time. */
+#define POPULATE_OUTSTANDING	32
+
+static uint64_t request_slice(struct uffd_range *range, uint64_t at, uint64_t end,
+			      int *error_ret, uint64_t *done_ret)
+{
+	struct uffd_engine *engine = range->space->engine;
+	uint64_t chunk = engine->options.prefetch > range->page_size ? engine->options.prefetch
+								     : range->page_size;
+	uint64_t stop;
+
+	*error_ret = 0;
+	while (at < end && atomic_load(state_of(range, at)) != UFFD_PAGE_ABSENT)
+		at += range->page_size;
+	if (at >= end)
+		return end;
+	if (atomic_load(&engine->outstanding) >= POPULATE_OUTSTANDING) {
+		*error_ret = -EAGAIN;
+		*done_ret = 0;
+		return at;
+	}
+	for (stop = at; stop < end && stop - at < chunk; stop += range->page_size) {
+		uint8_t expected = UFFD_PAGE_ABSENT;
+
+		if (!atomic_compare_exchange_strong(state_of(range, stop), &expected,
+						    UFFD_PAGE_IN_FLIGHT))
+			break;
+	}
+	if (stop > at && !queue_request(range, at, stop, filling_kind(range), NULL)) {
+		unclaim(range, at, stop, UFFD_PAGE_ABSENT);
+		*error_ret = -ENOMEM;
+		return at;
+	}
+	*done_ret = stop - at;
+	return stop;
+}
+
+static int populate_by_request(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			       uint64_t start, uint64_t offset, uint64_t end,
+			       uint64_t *filled_ret)
+{
+	uint64_t failures = atomic_load(&engine->shared->failures);
+	int r = for_slices(engine, number, id, start, offset, end, request_slice, filled_ret);
+	unsigned int attempt = 0;
+
+	while (r == 0 && atomic_load(&engine->outstanding) && !atomic_load(&engine->stop))
+		uffd_back_off(attempt++);
+	return r == 0 && atomic_load(&engine->shared->failures) != failures ? -EIO : r;
+}
+
+int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			 uint64_t start, uint64_t offset, uint64_t length, uint64_t *filled_ret)
+{
+	bool absent = false, by_request = false;
+	struct uffd_range *range;
+	struct visit visit;
+
+	*filled_ret = 0;
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	range = any_piece(visit.space, id, start);
+	if (range) {
+		absent = can_be_absent(range);
+		by_request = needs_request(range);
+	}
+	shut_visit(&visit);
+	if (!range)
+		return -ENOENT;
+	if (!absent)
+		return 0;
+	if (by_request)
+		return populate_by_request(engine, number, id, start, offset, offset + length,
+					   filled_ret);
+	return for_slices(engine, number, id, start, offset, offset + length, fill_slice,
+			  filled_ret);
+}
+
+static uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end,
+			       int *error_ret, uint64_t *done_ret)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t stop = at, limit = PREFETCH_SLICE > range->page_size ? PREFETCH_SLICE
+								      : range->page_size;
+	uint8_t expected = UFFD_PAGE_CLEAN;
+	const void *from;
+
+	*error_ret = 0;
+	while (stop < end && stop - at < limit &&
+	       atomic_compare_exchange_strong(state_of(range, stop), &expected,
+					      UFFD_PAGE_IN_FLIGHT))
+		stop += range->page_size;
+	if (stop == at && expected == UFFD_PAGE_IN_FLIGHT) {
+		/* A fault is saving it: done is done only when that is. */
+		*error_ret = -EAGAIN;
+		return at;
+	}
+	if (stop == at)
+		return at + range->page_size;
+	from = (const void *)(uintptr_t)(content->local ? content->local + content_offset(range, at)
+							: at);
+	memcpy((void *)(uintptr_t)(content->preserve + content_offset(range, at)), from, stop - at);
+	count(range->space->engine, COUNTER(preserved_pages), (stop - at) >> range->page_shift);
+	/*
+	 * Where this says EAGAIN the pages stay protected, and their first write
+	 * finds them saved.  Writers that came meanwhile were sent away: wake them.
+	 */
+	set_states(range, at, stop, UFFD_PAGE_SAVED);
+	if (uffd_shim_writeprotect(range->space->fd, at, stop - at, 0))
+		wake_again(range, at, stop);
+	*done_ret = stop - at;
+	return stop;
+}
+
+int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			 uint64_t start, uint64_t offset, uint64_t length, uint64_t *saved_ret)
+{
+	struct uffd_range *range;
+	struct visit visit;
+	bool can = false;
+
+	*saved_ret = 0;
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	range = any_piece(visit.space, id, start);
+	if (range)
+		can = range->content->preserve;
+	shut_visit(&visit);
+	if (!range)
+		return -ENOENT;
+	return can ? for_slices(engine, number, id, start, offset, offset + length,
+				preserve_slice, saved_ret)
+		   : -EINVAL;
+}
+
+int uffd_engine_mark_clean(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			   uint64_t start)
+{
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	range = any_piece(visit.space, id, start);
+	for (uint64_t i = 0; range && i < range->pages->count; i++) {
+		uint8_t state = atomic_load(&range->pages->state[i]);
+
+		if (state == UFFD_PAGE_DIRTY || state == UFFD_PAGE_SAVED ||
+		    (state == UFFD_PAGE_REMOVED && !can_be_absent(range)))
+			atomic_compare_exchange_strong(&range->pages->state[i], &state,
+						       UFFD_PAGE_CLEAN);
+	}
+	shut_visit(&visit);
+	return range ? 0 : -ENOENT;
+}
+
+int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+		       uint64_t first_page, uint64_t pages, uint8_t *states_ret)
+{
+	struct uffd_range *range;
+	struct visit visit;
+	int r = 0;
+
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	range = any_piece(visit.space, id, start);
+	if (!range)
+		r = -ENOENT;
+	else if (first_page + pages > range->pages->count)
+		r = -EINVAL;
+	for (uint64_t i = 0; r == 0 && i < pages; i++)
+		states_ret[i] = atomic_load_explicit(&range->pages->state[first_page + i],
+						     memory_order_acquire);
+	shut_visit(&visit);
+	return r;
+}
+
+void uffd_engine_refuse(struct uffd_engine *engine)
+{
+	atomic_store(&engine->refusing, true);
+}
+
+/* Taking ranges out */
+
+static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
+			     uint64_t *done_ret)
+{
+	struct uffd_fill_result result;
+	uint64_t stop = at;
+	uint8_t expected = UFFD_PAGE_ABSENT;
+	uint64_t past;
+
+	*error_ret = 0;
+	/*
+	 * Where forks share the memory they share the states, but a mark is in one
+	 * address space alone: what is poisoned elsewhere is poisoned here too.
+	 */
+	if (range->content->shared && atomic_load(state_of(range, at)) == UFFD_PAGE_POISONED)
+		expected = UFFD_PAGE_POISONED;
+	while (stop < end && atomic_compare_exchange_strong(state_of(range, stop), &expected,
+							    UFFD_PAGE_IN_FLIGHT))
+		stop += range->page_size;
+	if (stop == at && expected == UFFD_PAGE_IN_FLIGHT) {
+		*error_ret = -EAGAIN;
+		return at;
+	}
+	if (stop == at)
+		return at + range->page_size;
+	*error_ret = poison_pages(range, at, stop - at, &result);
+	past = at + result.done + result.already_present;
+	set_states(range, at, past, UFFD_PAGE_POISONED);
+	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
+	if (*error_ret == 0 && result.deferred)
+		*error_ret = -EAGAIN;
+	*done_ret = result.done;
+	return past;
+}
+
+static uint64_t unprotect_slice(struct uffd_range *range, uint64_t at, uint64_t end,
+				int *error_ret, uint64_t *done_ret)
+{
+	*done_ret = 0;
+	*error_ret = uffd_shim_writeprotect(range->space->fd, at, end - at, 0);
+	return *error_ret ? at : end;
+}
+
+struct piece {
+	uint64_t start, offset, end, mode;
+	bool loses_content, can_poison, preserves;
+	uint64_t pages_left;
+};
+
+static bool look_at_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			  uint64_t hint, struct piece *piece)
+{
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return false;
+	range = any_piece(visit.space, id, hint);
+	if (range)
+		*piece = (struct piece){
+			.start = range->start - range->origin,
+			.offset = range->origin,
+			.end = range->origin + range->end - range->start,
+			.mode = range->mode,
+			.can_poison = has_ioctl(range, _UFFDIO_POISON),
+			.preserves = range->content->preserve,
+			.loses_content = can_be_absent(range) &&
+					 range->content->kind != UFFD_SOURCE_ZERO &&
+					 range->content->kind != UFFD_SOURCE_NONE,
+		};
+	shut_visit(&visit);
+	return range;
+}
+
+/* Errors do not stop it: the owner may be gone, and the range goes in any case. */
+static int seal_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
+		      const struct piece *piece)
+{
+	uint64_t ignored;
+	int r = 0;
+
+	if (piece->preserves)
+		r = for_slices(engine, number, id, piece->start, piece->offset, piece->end,
+			       preserve_slice, &ignored);
+	if (r == 0 && piece->mode & UFFDIO_REGISTER_MODE_WP)
+		r = for_slices(engine, number, id, piece->start, piece->offset, piece->end,
+			       unprotect_slice, &ignored);
+	if (r == 0 && piece->loses_content && piece->can_poison)
+		r = for_slices(engine, number, id, piece->start, piece->offset, piece->end,
+			       poison_slice, &ignored);
+	else if (r == 0 && piece->loses_content)
+		r = uffd_engine_populate(engine, number, id, piece->start, piece->offset,
+					 piece->end - piece->offset, &ignored);
+	return r;
+}
+
+/* Returns whether it was the serving's last piece in this space. */
+static bool drop_piece(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t hint,
+		       bool unregister)
+{
+	struct uffd_space *space = space_get(engine, number);
+	struct uffd_range *range;
+	bool last = true;
+
+	if (!space)
+		return true;
+	gate_close(space);
+	range = any_piece(space, id, hint);
+	if (range) {
+		last = atomic_load(&range->pages->references) == 1;
+		if (unregister)
+			uffd_shim_unregister(space->fd, range->start, range->end - range->start);
+		uffd_table_remove(space->table, range);
+		range_free(range);
+	}
+	gate_leave(space);
+	space_put(space);
+	return last;
+}
+
+static int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+		      uint32_t flags)
+{
+	struct piece piece;
+	int r, result = 0;
+
+	do {
+		if (!look_at_piece(engine, number, id, start, &piece))
+			break;
+		r = flags & UFFD_UNSERVE_SEAL ? seal_piece(engine, number, id, &piece) : 0;
+		if (r && r != -ENOENT && r != -ESRCH)
+			result = r;
+		uffd_barrier(UFFD_BARRIER_UNSERVE_SEALED);
+	} while (!drop_piece(engine, number, id, piece.start + piece.offset,
+			     flags & UFFD_UNSERVE_UNREGISTER));
+	report_dropped(engine, number, id);
+	return result;
+}
+
+int uffd_engine_unserve(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+			uint32_t flags)
+{
+	int r = unserve_in(engine, number, id, start, flags), other;
+	uint32_t *forks = NULL;
+	struct uffd_space *space;
+	size_t found = 0;
+
+	pthread_mutex_lock(&engine->spaces_lock);
+	if (atomic_load(&engine->space_count) > 1)
+		forks = uffd_alloc(atomic_load(&engine->space_count) * sizeof(*forks));
+	if (forks)
+		LIST_FOREACH(space, &engine->spaces, link)
+			if (space->owned)
+				forks[found++] = space->number;
+	pthread_mutex_unlock(&engine->spaces_lock);
+	while (found--) {
+		other = unserve_in(engine, forks[found], id, start, flags);
+		r = r ? r : other;
+	}
+	uffd_free(forks);
+	return r;
+}

@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: MIT
+/* The step of whoever leads: read, apply, resolve, and fill ahead. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+
+#include "uffd_alloc.h"
+#include "uffd_engine_internal.h"
+
+#define BASE_PAGE		4096u
+/*
+ * Prefetch yields to waiting faults after this much: some 50 us of copying, and
+ * the cost of the extra ioctl is lost in it.
+ */
+#define PREFETCH_SLICE		(512u << 10)
+/* For a reader in sequence, who waits for all of it anyway. */
+#define SEQUENTIAL_SLICE	(2u << 20)
+/* Descriptors served in one step of an engine that has many. */
+#define SPACES_AT_ONCE		64
+
+/* Prefetching, for the leader */
+
+static void push_job(struct uffd_range *range, uint64_t at, uint64_t end,
+		     enum uffd_fault_kind kind)
+{
+	struct uffd_engine *engine = range->space->engine;
+
+	if (at >= end)
+		return;
+	if (engine->job_count == PREFETCH_JOBS) {
+		/* The oldest guess is the worst one. */
+		memmove(&engine->jobs[0], &engine->jobs[1],
+			(PREFETCH_JOBS - 1) * sizeof(engine->jobs[0]));
+		engine->job_count--;
+	}
+	engine->jobs[engine->job_count++] =
+		(struct prefetch_job){ range->space, at, end, kind };
+}
+
+static void plan_prefetch(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
+{
+	struct uffd_engine *engine = range->space->engine;
+	uint64_t from, to;
+
+	if (!engine->options.prefetch || kind == UFFD_KIND_WP || needs_request(range))
+		return;
+	for (size_t i = 0; i < engine->job_count; i++)
+		if (engine->jobs[i].space == range->space && page >= engine->jobs[i].at &&
+		    page < engine->jobs[i].end)
+			return;
+	prefetch_span(range, page, &from, &to);
+	push_job(range, from, page, kind);
+	push_job(range, page + range->page_size, to, kind);
+}
+
+/* A slice of the newest job. */
+static void fill_slice_of(struct uffd_range *range, struct prefetch_job *job, uint64_t slice)
+{
+	struct uffd_engine *engine = range->space->engine;
+	uint64_t filled, end;
+	int error;
+
+	if (slice < range->page_size)
+		slice = range->page_size;
+	end = job->end - job->at > slice ? job->at + slice : job->end;
+	job->at = fill_absent(range, job->at, end, job->kind, &error, &filled);
+	count(engine, COUNTER(prefetched_pages), filled >> range->page_shift);
+	/* A page that cannot be had now is left to its own fault. */
+	if (error || job->at >= job->end)
+		engine->job_count--;
+}
+
+bool run_prefetch_slice(struct uffd_engine *engine)
+{
+	struct prefetch_job *job;
+	struct uffd_table *table;
+	struct uffd_range *range;
+	unsigned int shard;
+
+	if (!engine->job_count)
+		return false;
+	job = &engine->jobs[engine->job_count - 1];
+	table = job->space->table;
+	shard = uffd_table_enter(table, current_cpu());
+	range = uffd_table_find(table, job->at);
+	if (!range || job->end > range->end || atomic_load(&engine->refusing))
+		engine->job_count--;
+	else
+		fill_slice_of(range, job, PREFETCH_SLICE);
+	uffd_table_leave(table, shard);
+	return true;
+}
+
+/*
+ * A reader in sequence that has caught up with the newest job waits for the page
+ * that comes next anyway.  Resolving that page alone would wake it for one page,
+ * and where both threads share a CPU it would fault on the next before the job
+ * got on: a large slice at once serves both.
+ */
+static bool is_next_in_line(const struct uffd_range *range, uint64_t page,
+			    enum uffd_fault_kind kind)
+{
+	const struct uffd_engine *engine = range->space->engine;
+	const struct prefetch_job *job = &engine->jobs[engine->job_count - 1];
+
+	return engine->job_count && kind == job->kind && job->space == range->space &&
+	       job->at == page && job->end <= range->end && !atomic_load(&engine->refusing);
+}
+
+static enum outcome fill_in_line(struct uffd_range *range, uint64_t page)
+{
+	struct uffd_engine *engine = range->space->engine;
+	struct prefetch_job *job = &engine->jobs[engine->job_count - 1];
+
+	fill_slice_of(range, job, SEQUENTIAL_SLICE);
+	/* Not filled (no content, put off): the ordinary way knows what to do. */
+	return atomic_load(state_of(range, page)) == UFFD_PAGE_CLEAN
+		? OUTCOME_RESOLVED : resolve_page(range, page, job->kind);
+}
+
+/* The step */
+
+/* A registered range that nobody serves: its threads would wait for ever. */
+static void refuse_unserved(struct uffd_space *space, uint64_t address)
+{
+	static const uint64_t sizes[] = { BASE_PAGE, 2u << 20, 1u << 30 };
+	struct uffd_engine *engine = space->engine;
+	int r = -EINVAL;
+
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]) && r == -EINVAL; i++) {
+		struct uffd_fill fill = {
+			.fd = space->fd,
+			.op = UFFD_FILL_POISON,
+			.dst = address & ~(sizes[i] - 1),
+			.length = sizes[i],
+			.page_size = sizes[i],
+		};
+		struct uffd_fill_result result;
+
+		r = uffd_fill_run(&fill, &result);
+	}
+	if (r == -ENOENT || r == -ESRCH) {
+		/* Unregistered since the fault was sent, which woke its threads. */
+		count(engine, COUNTER(layout_changed), 1);
+		return;
+	}
+	count(engine, COUNTER(unserved), 1);
+	note_failure(engine, address, 0, r ? r : -EFAULT, UFFD_FAILED_UNSERVED);
+}
+
+/* NULL leaves the old block as it was. */
+static void *grow(void *block, size_t used, size_t size)
+{
+	void *larger = uffd_alloc(size);
+
+	if (!larger)
+		return NULL;
+	if (used)
+		memcpy(larger, block, used);
+	uffd_free(block);
+	return larger;
+}
+
+void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault)
+{
+	for (size_t i = 0; i < engine->deferred_count; i++)
+		if (engine->deferred[i].space == fault->space &&
+		    engine->deferred[i].address == fault->address &&
+		    fault_kind(engine->deferred[i].flags) == fault_kind(fault->flags))
+			return;
+	if (engine->deferred_count == engine->deferred_capacity) {
+		size_t capacity = engine->deferred_capacity ? 2 * engine->deferred_capacity : 64;
+		struct deferred_fault *larger =
+			grow(engine->deferred, engine->deferred_count * sizeof(*larger),
+			     capacity * sizeof(*larger));
+
+		if (!larger) {
+			/* Cannot remember it, so let the kernel send it again. */
+			uffd_shim_wake(fault->space->fd, fault->address & ~(BASE_PAGE - 1ull),
+				       BASE_PAGE);
+			return;
+		}
+		engine->deferred = larger;
+		engine->deferred_capacity = capacity;
+	}
+	engine->deferred[engine->deferred_count++] = *fault;
+}
+
+/* Reading may fail for want of descriptors or memory; the message stays queued. */
+static bool is_passing(int error)
+{
+	return error == -EMFILE || error == -ENFILE || error == -ENOMEM;
+}
+
+/* Returns false when it must be tried again later. */
+static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault *fault,
+			 bool last_try)
+{
+	struct uffd_table *table = fault->space->table;
+	unsigned int shard = uffd_table_enter(table, current_cpu());
+	struct uffd_range *range = uffd_table_find(table, fault->address);
+	enum uffd_fault_kind kind = fault_kind(fault->flags);
+	enum outcome outcome = OUTCOME_GONE;
+	uint64_t page;
+
+	if (range) {
+		page = page_of(range, fault->address);
+		engine->fault_in_hand = fault;
+		outcome = is_next_in_line(range, page, kind) ? fill_in_line(range, page)
+							     : resolve_page(range, page, kind);
+		engine->fault_in_hand = NULL;
+		if (outcome == OUTCOME_RESOLVED)
+			plan_prefetch(range, page, kind);
+		/*
+		 * Whoever is at this page wakes the waiters of its own space; those of
+		 * a fork that shares the page must come back themselves.
+		 */
+		if (outcome == OUTCOME_IN_FLIGHT && range->content->shared &&
+		    atomic_load(&engine->space_count) > 1)
+			outcome = OUTCOME_DEFER;
+		else if (outcome == OUTCOME_DEFER && last_try)
+			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE);
+	} else {
+		refuse_unserved(fault->space, fault->address);
+	}
+	uffd_table_leave(table, shard);
+	if (outcome == OUTCOME_RESOLVED)
+		note_fault(engine, fault->address, fault->flags, fault->thread_id,
+			   fault->since_ns);
+	return outcome != OUTCOME_DEFER;
+}
+
+void retry_deferred(struct uffd_engine *engine)
+{
+	uint64_t now = uffd_now_ns();
+	size_t total = engine->deferred_count, kept = 0;
+
+	for (size_t i = 0; i < total; i++) {
+		struct deferred_fault fault = engine->deferred[i];
+		bool last_try = now - fault.since_ns > engine->options.retry_limit_ns;
+
+		count(engine, COUNTER(retried), 1);
+		if (!handle_fault(engine, &fault, last_try))
+			engine->deferred[kept++] = fault;
+	}
+	engine->deferred_count = kept;
+}
+
+/* Read until the queue is empty; a short read says that it is. */
+static int64_t drain(struct uffd_space *space)
+{
+	struct uffd_engine *engine = space->engine;
+	size_t queued = 0;
+
+	for (;;) {
+		size_t room = engine->messages_capacity - queued;
+		int64_t n = uffd_shim_read(space->fd, &engine->messages[queued],
+					   room * sizeof(*engine->messages));
+		struct uffd_msg *larger;
+
+		if (n == -EAGAIN)
+			return (int64_t)queued;
+		if (n < 0)
+			return n;
+		queued += (uint64_t)n / sizeof(*engine->messages);
+		if (queued < engine->messages_capacity)
+			return (int64_t)queued;
+		larger = grow(engine->messages, queued * sizeof(*larger),
+			      2 * queued * sizeof(*larger));
+		if (!larger)
+			return (int64_t)queued;
+		engine->messages = larger;
+		engine->messages_capacity = 2 * queued;
+	}
+}
+
+static int64_t drain_and_apply(struct uffd_space *space)
+{
+	struct uffd_engine *engine = space->engine;
+	int64_t queued;
+
+	gate_close(space);
+	queued = drain(space);
+	if (queued > 0) {
+		uffd_barrier(UFFD_BARRIER_STEP_READ);
+		/* Layout events first: a fault may be read before the event it comes after. */
+		for (int64_t i = 0; i < queued; i++)
+			if (engine->messages[i].event != UFFD_EVENT_PAGEFAULT)
+				apply_layout_event(space, &engine->messages[i]);
+	}
+	gate_leave(space);
+	return queued;
+}
+
+static void step_space(struct uffd_space *space, uint32_t *handled)
+{
+	struct uffd_engine *engine = space->engine;
+	int64_t queued = drain_and_apply(space);
+	uint64_t now;
+
+	if (queued < 0) {
+		note_failure(engine, 0, 0, (int)queued, UFFD_FAILED_READ);
+		if (is_passing((int)queued)) {
+			sched_yield();
+			return;
+		}
+		atomic_store(&space->gone, true);
+		atomic_fetch_add(&engine->doomed_spaces, 1);
+	}
+	if (queued <= 0)
+		return;
+	uffd_barrier(UFFD_BARRIER_STEP_APPLIED);
+	now = uffd_now_ns();
+	for (int64_t i = 0; i < queued; i++) {
+		const struct uffd_msg *message = &engine->messages[i];
+		struct deferred_fault fault = {
+			.space = space,
+			.address = message->arg.pagefault.address,
+			.flags = message->arg.pagefault.flags,
+			.since_ns = now,
+			.thread_id = message->arg.pagefault.ptid,
+		};
+
+		if (message->event != UFFD_EVENT_PAGEFAULT)
+			continue;
+		if (!handle_fault(engine, &fault, false)) {
+			count(engine, COUNTER(deferred), 1);
+			defer_fault(engine, &fault);
+		}
+	}
+	count(engine, COUNTER(messages), (uint64_t)queued);
+	*handled += (uint32_t)queued;
+}
+
+void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret)
+{
+	struct epoll_event ready[SPACES_AT_ONCE];
+	int n;
+
+	*handled_ret = 0;
+	if (atomic_load(&engine->space_count) == 1) {
+		if (!atomic_load(&engine->primary->gone))
+			step_space(engine->primary, handled_ret);
+		return;
+	}
+	n = epoll_wait(engine->epoll_fd, ready, SPACES_AT_ONCE, 0);
+	for (int i = 0; i < n; i++)
+		if (ready[i].data.ptr != &engine->wake_fd &&
+		    ready[i].data.ptr != &engine->owner_pidfd)
+			step_space(ready[i].data.ptr, handled_ret);
+}
