@@ -1,0 +1,51 @@
+"""The engine's named points (csrc/uffd_barrier.h), where a test can hold one of its threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+from pyuffd._shim import lib
+
+WAIT_NS = 10_000_000_000  # only against a bug: the thread that is held is on its way
+
+
+class Point(IntEnum):
+    """Where the first thread that comes stops; csrc/uffd_barrier.h says when each one is passed."""
+
+    STEP_READ = lib.UFFD_BARRIER_STEP_READ
+    STEP_APPLIED = lib.UFFD_BARRIER_STEP_APPLIED
+    FAULT_CLAIMED = lib.UFFD_BARRIER_FAULT_CLAIMED
+    FILL_CLAIMED = lib.UFFD_BARRIER_FILL_CLAIMED
+    REQUEST_TAKEN = lib.UFFD_BARRIER_REQUEST_TAKEN
+    COMPLETE = lib.UFFD_BARRIER_COMPLETE
+    UNSERVE_SEALED = lib.UFFD_BARRIER_UNSERVE_SEALED
+
+
+class Held:
+    """A point that is armed."""
+
+    def __init__(self, point: Point) -> None:
+        self.point = point
+
+    def wait(self) -> None:
+        """Return when a thread stands at the point; it stays there."""
+        code = lib.uffd_barrier_wait(self.point, WAIT_NS)
+        assert code == 0, f"nobody came to {self.point.name}: {code}"
+
+    def release(self) -> None:
+        """Let the thread go on, and those that come after it."""
+        lib.uffd_barrier_release(self.point)
+
+
+@contextmanager
+def holding(point: Point) -> Iterator[Held]:
+    """Hold the next thread that comes to a point, until it is released or the block ends."""
+    code = lib.uffd_barrier_arm(point)
+    assert code == 0, f"{point.name} cannot be armed: {code}"
+    held = Held(point)
+    try:
+        yield held
+    finally:
+        held.release()

@@ -1,0 +1,453 @@
+"""Layout events in order: pages dropped, mappings gone, moved and used again, with both drivers.
+
+What a check would see without the engine's rules is in its docstring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+
+from pyuffd import Feature, PageState, Region, _memory
+from tests._barriers import Point, holding
+from tests.kernel._faults import Task
+from tests.kernel._serving import is_lost, states, wait_for_stalled, wait_until
+from tests.process._pitfalls import (
+    ANON,
+    BOTH,
+    EVERY,
+    LAYOUT,
+    SMALL,
+    Pages,
+    Setting,
+    checks_of,
+    over_or_blocked,
+    page,
+    pitfall,
+    reading,
+    wait_blocked,
+    wait_changing,
+)
+
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB = 0x10, 0x100000, 0x40000
+SYS_MMAP, SYS_MUNMAP, SYS_MADVISE, SYS_MREMAP = 9, 11, 28, 25
+PROT_NONE = 0
+PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
+REMOVE = Feature.EVENT_REMOVE
+
+
+def plug(address: int, length: int) -> None:
+    """Keep a hole of a region free of others' memory, which the region's close() would unmap."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+    with contextlib.suppress(FileExistsError):
+        _memory.mmap(length, PROT_NONE, flags, address=address)
+
+
+def unmap(region: Region, first: int, count: int) -> None:
+    """Unmap pages of a region."""
+    at, length = region.start + first * region.page_size, count * region.page_size
+    _memory.munmap(at, length)
+    plug(at, length)
+
+
+def map_at(address: int, length: int, page_size: int, flags: int = MAP_FIXED) -> Region:
+    """Map new private memory of some page size at an address."""
+    flags |= mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if page_size != mmap.PAGESIZE:
+        flags |= MAP_HUGETLB
+    assert _memory.mmap(length, PROT_RW, flags, address=address) == address
+    return Region.at(address, length, page_size)
+
+
+def room(length: int, page_size: int) -> int:
+    """Return an address where this much memory can be moved to."""
+    spare = _memory.mmap(length + page_size, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return (spare + page_size - 1) // page_size * page_size
+
+
+def move(region: Region, first: int, count: int, to: int) -> Region:
+    """Move pages of a region to an address; return a view of them there."""
+    size = region.page_size
+    length = count * size
+    at = region.start + first * size
+    flags = MREMAP_MAYMOVE | MREMAP_FIXED
+    assert _memory.mremap(at, length, length, flags, to) == to
+    plug(at, length)
+    return Region.at(to, length, size)
+
+
+# REMOVE
+
+
+@pitfall(11, "removed-pages-are-zero", drivers=BOTH, memory=EVERY, features=REMOVE)
+def removed(at: Setting) -> None:
+    """Without following REMOVE a dropped page comes back from the source: stale content."""
+    with at.served(5, REMOVE) as (handler, region, data):
+        assert region.read() == data.all
+        region.punch_hole(data.size, 2 * data.size)
+        assert region.read() == data.of(0, None, None, 3, 4)
+        region.write(data.size, b"new")
+        assert region.read(data.size, 4) == b"new\0"
+        region.punch_hole(data.size, data.size)
+        assert page(region, 1) == data.zeros
+        assert handler.stats().removed_pages == 3
+
+
+@pitfall(11, "removed-while-absent", drivers=BOTH, memory=EVERY, features=REMOVE)
+def removed_while_absent(at: Setting) -> None:
+    """A page that is dropped before anybody read it is zeros too, for faults and populate."""
+    with at.served(4, REMOVE) as (handler, region, data):
+        region.punch_hole(data.size, 2 * data.size)
+        assert [PageState(state).name for state in handler.page_states(region)] == [
+            "ABSENT",
+            "REMOVED",
+            "REMOVED",
+            "ABSENT",
+        ]
+        assert page(region, 1) == data.zeros
+        handler.populate(region)
+        assert region.read() == data.of(0, None, None, 3)
+
+
+@pitfall(11, "removed-while-in-flight", memory=EVERY, features=REMOVE)
+def removed_in_flight(at: Setting) -> None:
+    """The leader has claimed a page when it is dropped: its copy must not win."""
+    with at.served(3, REMOVE) as (handler, region, data):
+        with holding(Point.FAULT_CLAIMED) as point:
+            reader = reading(region, 1)
+            point.wait()
+            dropper = Task(region.punch_hole, data.size, data.size)
+            wait_changing(handler.uffd, dropper, SYS_MADVISE)
+        assert reader.result() == data.zeros
+        dropper.result()
+        assert region.read() == data.of(0, None, 2)
+        assert handler.stats().deferred > 0
+
+
+def removed_at(at: Setting, where: Point) -> None:
+    with at.served(3, REMOVE) as (handler, region, data), holding(where) as point:
+        reader = reading(region, 1)
+        point.wait()
+        region.punch_hole(data.size, data.size)
+        # The thread that waits for the worker is let go at once: zeros need no worker.
+        assert reader.result() == data.zeros
+        point.release()
+        wait_until(lambda: handler.stats().requests == 1, "one request")
+        assert region.read() == data.of(0, None, 2)
+
+
+@pitfall(11, "removed-while-requested", drivers=("thread",), memory=EVERY, features=REMOVE)
+def removed_while_requested(at: Setting) -> None:
+    """A Python source is asked for a page that is dropped meanwhile: its answer is stale."""
+    removed_at(at, Point.REQUEST_TAKEN)
+
+
+@pitfall(11, "removed-before-the-answer", drivers=("thread",), memory=EVERY, features=REMOVE)
+def removed_before_the_answer(at: Setting) -> None:
+    """As before, at the last moment: the source has answered, the page is not in place."""
+    removed_at(at, Point.COMPLETE)
+
+
+@pitfall(11, "fault-and-remove-in-one-batch", drivers=BOTH, memory=EVERY, features=REMOVE)
+def one_batch(at: Setting) -> None:
+    """read() gives the fault before the older REMOVE: in queue order it would be stale."""
+    with at.serving(REMOVE) as (handler, memory):
+        region = memory.pages(3)
+        data = Pages(3, memory.page_size)
+        handler.serve(region, at.source(data.all))
+        reader = reading(region, 1)
+        wait_for_stalled(handler.uffd, 1)
+        dropper = Task(region.punch_hole, data.size, data.size)
+        wait_changing(handler.uffd, dropper, SYS_MADVISE)
+        handler.start()
+        assert reader.result() == data.zeros
+        dropper.result()
+        assert region.read() == data.of(0, None, 2)
+
+
+@pitfall(11, "populate-claimed-when-removed", memory=EVERY, features=REMOVE)
+def populate_claimed(at: Setting) -> None:
+    """populate() has claimed pages when one of them is dropped."""
+    with at.served(4, REMOVE) as (handler, region, data):
+        with holding(Point.FILL_CLAIMED) as point:
+            populater = Task(handler.populate, region)
+            point.wait()
+            dropper = Task(region.punch_hole, data.size, data.size)
+            wait_changing(handler.uffd, dropper, SYS_MADVISE)
+        populater.result()
+        dropper.result()
+        assert region.read() == data.of(0, None, 2, 3)
+
+
+@pitfall(11, "populate-between-read-and-applied", drivers=BOTH, memory=EVERY, features=REMOVE)
+def populate_after_read(at: Setting) -> None:
+    """REMOVE is read, so the kernel takes copies again, but the engine has not acted on it yet.
+
+    Without the gate populate() puts the dropped page's old content in here.
+    """
+    with at.served(4, REMOVE) as (handler, region, data):
+        with holding(Point.STEP_READ) as point:
+            dropper = Task(region.punch_hole, data.size, data.size)
+            point.wait()
+            dropper.result()
+            populater = Task(handler.populate, region)
+            over_or_blocked(populater)
+        populater.result()
+        assert region.read() == data.of(0, None, 2, 3)
+
+
+@pitfall(2, "every-fill-is-put-off", drivers=BOTH, memory=SMALL, features=REMOVE)
+def put_off(at: Setting) -> None:
+    """Faults that come while the layout changes get EAGAIN, and the kernel sends them once.
+
+    Without the queue of deferred faults their threads would wait for ever.
+    """
+    with at.served(6, REMOVE) as (handler, region, data):
+        with holding(Point.STEP_APPLIED) as point:
+            first = reading(region, 0)
+            point.wait()
+            dropper = Task(region.punch_hole, data.size, data.size)
+            wait_changing(handler.uffd, dropper, SYS_MADVISE)
+            others = [reading(region, index) for index in (2, 3, 4, 5)]
+            wait_for_stalled(handler.uffd, 5)
+        assert [one.result() for one in (first, *others)] == [data[i] for i in (0, 2, 3, 4, 5)]
+        dropper.result()
+        assert page(region, 1) == data.zeros
+        stats = handler.stats()
+        assert stats.failed == stats.poisoned_pages == 0
+
+
+# UNMAP
+
+
+@pitfall(11, "partial-unmap-splits", drivers=BOTH, memory=EVERY, features=LAYOUT)
+def partial_unmap(at: Setting) -> None:
+    """What is left on both sides is served, each page with its own content."""
+    with at.served(6, LAYOUT) as (handler, region, data):
+        unmap(region, 2, 2)
+        assert page(region, 5) == data[5]
+        assert page(region, 4) == data[4]
+        assert page(region, 1) == data[1]
+        assert page(region, 0) == data[0]
+        unmap(region, 0, 1)
+        unmap(region, 5, 1)
+        assert page(region, 1) == data[1]
+        handler.unserve(region)
+        assert handler.stats().unserved == 0
+
+
+@pitfall(11, "address-used-again", drivers=BOTH, memory=EVERY, features=LAYOUT)
+def used_again(at: Setting) -> None:
+    """Another mapping at an unmapped address is served what it was given, not what was there."""
+    with at.served(6, LAYOUT) as (handler, region, data):
+        assert page(region, 2) == data[2]
+        unmap(region, 2, 2)
+        new = map_at(region.start + 2 * data.size, 2 * data.size, data.size)
+        fresh = Pages(2, data.size, seed=2)
+        handler.serve(new, at.source(fresh.all))
+        assert new.read() == fresh.all
+        assert region.read(0, 2 * data.size) == data.of(0, 1)
+        assert region.read(4 * data.size) == data.of(4, 5)
+        # Mapped over: the kernel unmaps first, and tells.
+        over = map_at(new.start, data.size, data.size)
+        assert over.read() == data.zeros
+        assert page(new, 1) == fresh[1]
+        assert handler.stats().unserved == 0
+
+
+@pitfall(11, "answer-for-an-address-used-again", drivers=("thread",), memory=EVERY, features=LAYOUT)
+def stale_answer(at: Setting) -> None:
+    """A slow source's answer comes when the address belongs to another mapping.
+
+    Found by address instead of by serving, it would land in the new mapping.
+    """
+    with at.served(2, LAYOUT) as (handler, region, data):
+        fresh = Pages(2, data.size, seed=2)
+        with holding(Point.COMPLETE) as point:
+            populater = Task(handler.populate, region, 0, data.size)
+            point.wait()
+            unmap(region, 0, 2)
+            new = map_at(region.start, 2 * data.size, data.size)
+            handler.serve(new, at.source(fresh.all))
+        populater.result()
+        assert handler.page_states(new) == bytes([PageState.ABSENT] * 2)
+        assert new.read() == fresh.all
+
+
+def serve_before_the_event(at: Setting, moves: bool) -> None:
+    with at.serving(LAYOUT) as (handler, memory):
+        region, other = memory.pages(2), memory.pages(1)
+        data, fresh = Pages(2, memory.page_size), Pages(2, memory.page_size, seed=2)
+        handler.serve(region, at.source(data.all))
+        handler.serve(other, at.source(data.all))
+        handler.start()
+        to = room(region.length, data.size)
+        with holding(Point.STEP_APPLIED) as point:
+            leader = None if moves else reading(other, 0)
+            if moves:
+                changer: Task[object] = Task(move, region, 0, 2, to)
+            else:
+                point.wait()
+                changer = Task(unmap, region, 0, 2)
+            point.wait()
+            # Its event (the UNMAP that follows REMAP) waits; the old place is free.
+            call = SYS_MREMAP if moves else SYS_MUNMAP
+            wait_changing(handler.uffd, changer, call)
+            new = map_at(region.start, region.length, data.size, MAP_FIXED_NOREPLACE)
+            server = Task(handler.serve, new, at.source(fresh.all))
+            # It must wait for the event to be read, which the point keeps from happening.
+            over_or_blocked(server)
+        server.result()
+        changer.result()
+        if leader:
+            assert leader.result() == data[0]
+        assert new.read() == fresh.all
+        if moves:
+            assert Region.at(to, region.length, data.size).read() == data.all
+        assert handler.stats().unserved == 0
+
+
+@pitfall(11, "served-before-unmap-is-read", memory=SMALL, features=LAYOUT)
+def served_before_unmap(at: Setting) -> None:
+    """An address is mapped and served again before the UNMAP of the old mapping is read.
+
+    The event then takes the new range out, or the old one is in its way (-EEXIST).
+    """
+    serve_before_the_event(at, moves=False)
+
+
+@pitfall(11, "served-before-the-unmap-after-remap", memory=SMALL, features=LAYOUT)
+def served_before_remap(at: Setting) -> None:
+    """As before, with the UNMAP of the old place that follows a REMAP."""
+    serve_before_the_event(at, moves=True)
+
+
+# REMAP
+
+
+@pitfall(11, "moved-range-is-served", drivers=BOTH, memory=EVERY, features=LAYOUT)
+def moved(at: Setting) -> None:
+    """The UNMAP of the old place, which the kernel sends after REMAP, must not drop the range."""
+    with at.served(4, LAYOUT) as (handler, region, data):
+        assert page(region, 1) == data[1]
+        there = move(region, 0, 4, room(region.length, data.size))
+        assert page(there, 3) == data[3]
+        again = move(there, 0, 4, room(region.length, data.size))
+        assert again.read() == data.all
+        assert states(handler, region) == [PageState.CLEAN] * 4
+        stats = handler.stats()
+        assert (stats.unserved, stats.filled_pages) == (0, 4)
+
+
+@pitfall(11, "moved-in-part", drivers=BOTH, memory=EVERY, features=LAYOUT)
+def moved_in_part(at: Setting) -> None:
+    """Content and state of a moved piece go by its offset in what was served."""
+    with at.served(6, LAYOUT) as (handler, region, data):
+        assert page(region, 2) == data[2]
+        region.punch_hole(data.size, data.size)
+        there = move(region, 1, 3, room(3 * data.size, data.size))
+        assert there.read() == data.of(None, 2, 3)
+        assert page(region, 0) == data[0]
+        assert region.read(4 * data.size) == data.of(4, 5)
+        handler.unserve(region)
+        assert there.read() == data.of(None, 2, 3)
+        assert handler.stats().unserved == 0
+
+
+@pitfall(11, "moved-over-a-served-range", drivers=BOTH, memory=SMALL, features=LAYOUT)
+def moved_over(at: Setting) -> None:
+    """What lay at the destination is gone, the rest of its range is not."""
+    with at.serving(LAYOUT) as (handler, memory):
+        region, other = memory.pages(2), memory.pages(4)
+        data, theirs = Pages(2, memory.page_size), Pages(4, memory.page_size, seed=2)
+        handler.serve(region, at.source(data.all))
+        handler.serve(other, at.source(theirs.all))
+        handler.start()
+        assert page(other, 1) == theirs[1]
+        there = move(region, 0, 2, other.start + data.size)
+        assert there.read() == data.all
+        assert page(other, 0) == theirs[0]
+        assert page(other, 3) == theirs[3]
+
+
+@pitfall(11, "answer-for-a-moved-page", drivers=("thread",), memory=EVERY, features=LAYOUT)
+def moved_while_requested(at: Setting) -> None:
+    """The page that a worker fetches is moved meanwhile: the answer follows it."""
+    with at.served(2, LAYOUT) as (handler, region, data):
+        with holding(Point.COMPLETE) as point:
+            populater = Task(handler.populate, region, data.size, data.size)
+            point.wait()
+            there = move(region, 0, 2, room(region.length, data.size))
+        populater.result()
+        assert states(handler, region) == [PageState.ABSENT, PageState.CLEAN]
+        assert there.read() == data.all
+        assert handler.stats().requests == 2
+
+
+@pitfall(4, "unserved-where-it-was-moved-to", drivers=BOTH, memory=EVERY, features=LAYOUT)
+def unserve_moved(at: Setting) -> None:
+    """Sealing goes to the pieces where they are; by their old place they would become zeros."""
+    with at.served(4, LAYOUT) as (handler, region, data):
+        assert page(region, 1) == data[1]
+        first = move(region, 0, 2, room(2 * data.size, data.size))
+        handler.unserve(region)
+        assert is_lost(first, 0, data.size)
+        assert page(first, 1) == data[1]
+        assert is_lost(region, 2 * data.size)
+
+
+@pitfall(11, "removed-is-known-after-a-move", drivers=BOTH, memory=ANON, features=LAYOUT)
+def removed_then_moved(at: Setting) -> None:
+    """Events on one page in a row: moved, dropped there, moved back."""
+    with at.served(3, LAYOUT) as (handler, region, data):
+        old = region.start
+        there = move(region, 0, 3, room(region.length, data.size))
+        there.punch_hole(data.size, data.size)
+        back = move(there, 0, 3, old)
+        assert back.read() == data.of(0, None, 2)
+        assert handler.stats().unserved == 0
+
+
+@pitfall(11, "event-after-unregister", drivers=BOTH, features=LAYOUT, budget_s=20)
+def event_after_unregister(at: Setting) -> None:
+    """A madvise that began before the range was unregistered still waits for a reader.
+
+    The handler that stops reads it; else that thread waits until the userfaultfd is closed.
+    """
+    for _ in range(40):
+        with at.serving(LAYOUT) as (handler, memory):
+            region = memory.pages(8)
+            data = Pages(8, memory.page_size)
+            handler.serve(region, at.source(data.all))
+            handler.start()
+            over, begun = threading.Event(), threading.Event()
+
+            def drop(region: Region, over: threading.Event, begun: threading.Event) -> None:
+                while not over.is_set():
+                    region.punch_hole()
+                    begun.set()
+
+            dropper = Task(drop, region, over, begun)
+            begun.wait()
+            handler.stop()
+            over.set()
+            dropper.result()
+
+
+@pitfall(11, "no-lock-that-the-reader-needs", memory=SMALL, features=REMOVE)
+def reader_goes_on(at: Setting) -> None:
+    """A thread that waits for its event must not hold up those whose faults came before."""
+    with at.served(4, REMOVE) as (handler, region, data):
+        with holding(Point.FILL_CLAIMED) as point:
+            populater = Task(handler.populate, region, 0, data.size)
+            point.wait()
+            dropper = Task(region.punch_hole, 3 * data.size, data.size)
+            wait_blocked(dropper, SYS_MADVISE)
+        for task in (populater, dropper):
+            task.result()
+        assert region.read() == data.of(0, 1, 2, None)
+
+
+test_pitfalls = checks_of(__name__)
