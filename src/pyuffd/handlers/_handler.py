@@ -115,7 +115,8 @@ class Handler:
             none when faults are rare. None: 50, or 0 with one CPU in `cpus`, where spinning
             would keep the faulting thread from running.
         cpus: CPUs the native thread may run on. The CPU of the faulting thread gives the
-            lowest latency by far.
+            lowest latency by far; with None the thread looks for it while faults come in quick
+            succession.
         owner_pid: Process whose memory the userfaultfd governs; this one by default. The exit of
             another process is noticed, and its faults forgotten.
 
