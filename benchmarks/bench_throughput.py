@@ -21,7 +21,7 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
     for memory in ("anon", "shmem", "hugetlb"):
         # Each member of the pair maps its region for the time of its round.
         length = _QUICK_RESTORE if setup.quick else _RESTORE
-        needed = huge_pages(length // _HUGE) if memory == "hugetlb" else nullcontext("")
+        needed = huge_pages(2 * length // _HUGE) if memory == "hugetlb" else nullcontext("")
         with needed as lacking:
             for driver in ("native", "inline"):
                 name = f"lazy restore of {length >> 20} MiB {memory}: {driver}"
