@@ -179,13 +179,21 @@ def why_no_huge_pages(length: int) -> str:
 @contextlib.contextmanager
 def huge_pages(count: int) -> Iterator[None]:
     """Have so many free huge pages, if this user may; give back afterwards what was added."""
-    free = _pool("free_hugepages") - _pool("resv_hugepages") if count else 0
-    added = _add_huge_pages(count - free) if count > free else 0
+    added = 0
+    # Again while it helps: pages that lie over the pool's size are counted into it first.
+    while (
+        count and (lacking := count - _available()) > 0 and (more := _add_huge_pages(lacking)) > 0
+    ):
+        added += more
     try:
         yield
     finally:
         if added > 0:
             _add_huge_pages(-added)
+
+
+def _available() -> int:
+    return _pool("free_hugepages") - _pool("resv_hugepages")
 
 
 def _pool(name: str) -> int:

@@ -137,6 +137,11 @@ def _persistent_huge_pages() -> int:
     return total - int((POOL / "surplus_hugepages").read_text())
 
 
+def _available_huge_pages() -> int:
+    free, reserved = ((POOL / name).read_text() for name in ("free_hugepages", "resv_hugepages"))
+    return int(free) - int(reserved)
+
+
 def _add_huge_pages(count: int) -> int:
     """Change the pool by `count` pages; return by how many it really changed."""
     try:
@@ -215,6 +220,9 @@ def _keep(controller: int, huge_pages: int, swap_bytes: int) -> None:
         _give_back_for_the_dead(entries)
         swap_file, note = _swap_on(swap_bytes)
         pages = _add_huge_pages(huge_pages)
+        # Pages over the pool's size are counted into it first, and reservations may exceed it.
+        if pages and (lacking := huge_pages - _available_huge_pages()) > 0:
+            pages += _add_huge_pages(lacking)
         mine = Entry(os.getpid(), _start_time(os.getpid()), pages, swap_file)
         entries.append(mine)
     with contextlib.suppress(BrokenPipeError):
