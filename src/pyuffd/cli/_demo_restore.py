@@ -180,11 +180,11 @@ def why_no_huge_pages(length: int) -> str:
 def huge_pages(count: int) -> Iterator[None]:
     """Have so many free huge pages, if this user may; give back afterwards what was added."""
     added = 0
-    # Again while it helps: pages that lie over the pool's size are counted into it first.
-    while (
-        count and (lacking := count - _available()) > 0 and (more := _add_huge_pages(lacking)) > 0
-    ):
-        added += more
+    # Twice: pages that lie over the pool's size are counted into it first.
+    for _ in range(2 if count else 0):
+        lacking = count - _available()
+        if lacking > 0:
+            added += _add_huge_pages(lacking)
     try:
         yield
     finally:
