@@ -326,7 +326,7 @@ test_stop_from_several_threads = with_both_drivers(stop_by_many_threads)
 
 def dropped_without_stop(driver: Driver) -> None:
     """Closing the userfaultfd is enough; nothing is left of a handler nobody stopped."""
-    fds, threads = open_fds(), thread_names()
+    fds = open_fds()
     features = Feature.SIGBUS if driver == "inline" else Feature(0)
     for _ in range(3):
         with Region.memfd(2 * PAGE) as region, Userfaultfd(features=features) as uffd:
@@ -338,7 +338,10 @@ def dropped_without_stop(driver: Driver) -> None:
             del handler
     gc.collect()
     assert open_fds() == fds
-    wait_until(lambda: thread_names() == threads, "the threads are gone")
+    # Not the whole list: it can lack a living thread while another one exits.
+    wait_until(
+        lambda: not any(name.startswith("uffd-") for name in thread_names()), "the threads are gone"
+    )
 
 
 test_handler_dropped_without_stop = with_both_drivers(dropped_without_stop)

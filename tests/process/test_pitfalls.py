@@ -338,6 +338,7 @@ def woken(at: Setting) -> None:
         for _ in range(20):
             handler.uffd.wake(region.start, data.size)
         assert reader.result() == data[0]
+        handler.stop()  # the counters are written after the waking
         assert handler.stats().filled_pages == 1
 
 

@@ -328,6 +328,7 @@ def check_long(driver: Driver, seed: int) -> dict[str, int]:
     return soak(driver, SOAK_S / 2, seed)
 
 
+@pytest.mark.stress
 @needs(EVENTS)
 @pytest.mark.parametrize("driver", BOTH)
 def test_short_soak(driver: Driver) -> None:
