@@ -13,6 +13,7 @@ enum uffd_barrier {
 	UFFD_BARRIER_STEP_READ,		/* messages read, layout events not applied */
 	UFFD_BARRIER_STEP_APPLIED,	/* layout events applied, faults not resolved */
 	UFFD_BARRIER_FAULT_CLAIMED,	/* a page is claimed, its ioctl not done */
+	UFFD_BARRIER_FAULT_WOKEN,	/* its thread goes on, the fault is not counted */
 	UFFD_BARRIER_FILL_CLAIMED,	/* as above, for populate */
 	UFFD_BARRIER_REQUEST_TAKEN,	/* a worker has a request and does not lead any more */
 	UFFD_BARRIER_COMPLETE,		/* content has come, the page not looked at yet */

@@ -10,12 +10,8 @@
 #include "uffd_alloc.h"
 #include "uffd_engine_internal.h"
 
-#define ZEROS_SIZE		(2u << 20)
-#define HUGE_ZEROS_SIZE		(1u << 30)
 /* Messages read at once; the buffer grows when a read fills it. */
 #define FIRST_MESSAGES		128
-/* Descriptors served in one step of an engine that has many. */
-#define SPACES_AT_ONCE		64
 
 static bool init_descriptors(struct uffd_engine *engine)
 {
@@ -36,6 +32,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	engine->options = *options;
 	pthread_mutex_init(&engine->spaces_lock, NULL);
 	pthread_mutex_init(&engine->requests_lock, NULL);
+	pthread_mutex_init(&engine->await_lock, NULL);
 	pthread_cond_init(&engine->requests_changed, NULL);
 	TAILQ_INIT(&engine->queued);
 	TAILQ_INIT(&engine->taken);
@@ -77,6 +74,7 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 		close(engine->epoll_fd);
 	pthread_cond_destroy(&engine->requests_changed);
 	pthread_mutex_destroy(&engine->requests_lock);
+	pthread_mutex_destroy(&engine->await_lock);
 	pthread_mutex_destroy(&engine->spaces_lock);
 	pthread_mutex_destroy(&engine->keeper_lock);
 	uffd_free(engine->deferred);

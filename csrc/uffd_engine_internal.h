@@ -15,6 +15,16 @@
 
 #define RECENT_PER_SHARD	256
 #define PREFETCH_JOBS		64
+/* Pages up to this size are zeroed from `zeros`, larger ones from `huge_zeros`. */
+#define ZEROS_SIZE		(2u << 20)
+#define HUGE_ZEROS_SIZE		(1u << 30)
+/*
+ * Prefetch yields to waiting faults after this much: some 50 us of copying, and
+ * the cost of the extra ioctl is lost in it.
+ */
+#define PREFETCH_SLICE		(512u << 10)
+/* Descriptors served in one step of an engine that has many. */
+#define SPACES_AT_ONCE		64
 
 /* Counters of one CPU: written with relaxed adds, summed up by readers. */
 struct stats_shard {
@@ -156,6 +166,11 @@ struct uffd_engine {
 	_Atomic uint64_t idle_passes;	/* passes of the loop that found nothing left to do */
 
 	struct engine_shared *shared;
+
+	/* Threads at work on pages, in two phases; see await_work(). */
+	pthread_mutex_t await_lock;
+	_Atomic uint32_t phase;
+	_Atomic uint32_t at_work[2];
 };
 
 enum outcome {
@@ -183,6 +198,26 @@ static inline void count(struct uffd_engine *engine, size_t counter, uint64_t n)
 
 	atomic_fetch_add_explicit(&shard->counters[counter], n, memory_order_relaxed);
 }
+
+/*
+ * The kernel lets the faulting thread go on before we have counted its fault and
+ * noted its page's state.  So both happen between these two, and readers wait for
+ * whoever was in between when they came.
+ */
+static inline uint32_t begin_work(struct uffd_engine *engine)
+{
+	uint32_t phase = atomic_load_explicit(&engine->phase, memory_order_relaxed);
+
+	atomic_fetch_add(&engine->at_work[phase], 1);
+	return phase;
+}
+
+static inline void end_work(struct uffd_engine *engine, uint32_t phase)
+{
+	atomic_fetch_sub_explicit(&engine->at_work[phase], 1, memory_order_release);
+}
+
+void await_work(struct uffd_engine *engine);
 
 enum uffd_fault_kind fault_kind(uint64_t flags);
 void note_fault(struct uffd_engine *engine, uint64_t address, uint64_t flags,

@@ -198,9 +198,11 @@ static void give_up_pages(struct uffd_engine *engine, const struct uffd_request 
 	struct uffd_space *space = space_get(engine, request->space);
 	uint64_t end = request->offset + request->length;
 	uint64_t step = request->page_size;
+	uint32_t phase;
 
 	if (!space)
 		return;
+	phase = begin_work(engine);
 	for (; offset < end; offset += step) {
 		unsigned int shard;
 		struct uffd_range *range;
@@ -222,6 +224,7 @@ static void give_up_pages(struct uffd_engine *engine, const struct uffd_request 
 		uffd_table_leave(space->table, shard);
 		gate_leave(space);
 	}
+	end_work(engine, phase);
 	space_put(space);
 }
 
@@ -231,9 +234,11 @@ int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *reques
 	uint64_t offset = request->offset, end = request->offset + request->length;
 	uint64_t give_up = 0;
 	unsigned int attempt = 0;
+	uint32_t phase;
 	int r = 0;
 
 	uffd_barrier(UFFD_BARRIER_COMPLETE);
+	phase = begin_work(engine);
 	while (offset < end && !__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE)) {
 		r = put_answer(engine, request, &offset, data);
 		if (r == 0) {
@@ -257,6 +262,7 @@ int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *reques
 		note_fault(engine, request->address, request->flags, request->thread_id,
 			   request->since_ns);
 	drop_request(engine, request);
+	end_work(engine, phase);
 	return r;
 }
 

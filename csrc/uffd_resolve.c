@@ -10,7 +10,6 @@
 
 #include "uffd_engine_internal.h"
 
-#define ZEROS_SIZE		(2u << 20)
 /* Sequential faults double what is filled ahead, up to this many chunks. */
 #define READAHEAD_MAX_CHUNKS	8
 

@@ -9,13 +9,6 @@
 #include "uffd_alloc.h"
 #include "uffd_engine_internal.h"
 
-#define ZEROS_SIZE		(2u << 20)
-#define HUGE_ZEROS_SIZE		(1u << 30)
-/*
- * Prefetch yields to waiting faults after this much: some 50 us of copying, and
- * the cost of the extra ioctl is lost in it.
- */
-#define PREFETCH_SLICE		(512u << 10)
 /* Populating and sealing go through a range in pieces, so that faults get between. */
 #define BULK_SLICE		(4u << 20)
 
@@ -112,6 +105,7 @@ int uffd_engine_add(struct uffd_engine *engine, uint32_t number,
 struct visit {
 	struct uffd_space *space;
 	unsigned int shard;
+	uint32_t phase;
 };
 
 static bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit)
@@ -119,6 +113,7 @@ static bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit
 	visit->space = space_get(engine, number);
 	if (!visit->space)
 		return false;
+	visit->phase = begin_work(engine);
 	gate_enter(visit->space);
 	visit->shard = uffd_table_enter(visit->space->table, current_cpu());
 	return true;
@@ -128,6 +123,7 @@ static void shut_visit(struct visit *visit)
 {
 	uffd_table_leave(visit->space->table, visit->shard);
 	gate_leave(visit->space);
+	end_work(visit->space->engine, visit->phase);
 	space_put(visit->space);
 }
 
@@ -387,6 +383,7 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id,
 	struct visit visit;
 	int r = 0;
 
+	await_work(engine);
 	if (!open_visit(engine, number, &visit))
 		return -ESRCH;
 	range = any_piece(visit.space, id, start);

@@ -6,6 +6,32 @@
 
 #include "uffd_engine_internal.h"
 
+/* A reader waits no longer than this: an ioctl may be reading from a slow disk. */
+#define AWAIT_LIMIT_NS	100000000
+
+static bool await_phase(struct uffd_engine *engine, uint64_t give_up)
+{
+	uint32_t phase = atomic_fetch_xor(&engine->phase, 1);
+	unsigned int attempt = 0;
+
+	while (atomic_load(&engine->at_work[phase])) {
+		if (uffd_now_ns() > give_up)
+			return false;
+		uffd_back_off(attempt++);
+	}
+	return true;
+}
+
+/* Twice: who read the phase before the first change may have begun after it. */
+void await_work(struct uffd_engine *engine)
+{
+	uint64_t give_up = uffd_now_ns() + AWAIT_LIMIT_NS;
+
+	pthread_mutex_lock(&engine->await_lock);
+	if (await_phase(engine, give_up))
+		await_phase(engine, give_up);
+	pthread_mutex_unlock(&engine->await_lock);
+}
 
 enum uffd_fault_kind fault_kind(uint64_t flags)
 {
@@ -92,6 +118,7 @@ void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret)
 {
 	uint64_t *sums = (uint64_t *)stats_ret;
 
+	await_work(engine);
 	memset(stats_ret, 0, sizeof(*stats_ret));
 	for (size_t shard = 0; shard < UFFD_SHARDS; shard++)
 		for (size_t i = 0; i < sizeof(*stats_ret) / sizeof(*sums); i++)
@@ -112,6 +139,7 @@ uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault
 	struct uffd_recent_fault *all;
 	uint32_t found = 0;
 
+	await_work(engine);
 	all = malloc(UFFD_SHARDS * RECENT_PER_SHARD * sizeof(*all));
 	if (!all)
 		return 0;

@@ -9,15 +9,8 @@
 #include "uffd_engine_internal.h"
 
 #define BASE_PAGE		4096u
-/*
- * Prefetch yields to waiting faults after this much: some 50 us of copying, and
- * the cost of the extra ioctl is lost in it.
- */
-#define PREFETCH_SLICE		(512u << 10)
 /* For a reader in sequence, who waits for all of it anyway. */
 #define SEQUENTIAL_SLICE	(2u << 20)
-/* Descriptors served in one step of an engine that has many. */
-#define SPACES_AT_ONCE		64
 
 /* Prefetching, for the leader */
 
@@ -77,9 +70,11 @@ bool run_prefetch_slice(struct uffd_engine *engine)
 	struct uffd_table *table;
 	struct uffd_range *range;
 	unsigned int shard;
+	uint32_t phase;
 
 	if (!engine->job_count)
 		return false;
+	phase = begin_work(engine);
 	job = &engine->jobs[engine->job_count - 1];
 	table = job->space->table;
 	shard = uffd_table_enter(table, current_cpu());
@@ -89,6 +84,7 @@ bool run_prefetch_slice(struct uffd_engine *engine)
 	else
 		fill_slice_of(range, job, PREFETCH_SLICE);
 	uffd_table_leave(table, shard);
+	end_work(engine, phase);
 	return true;
 }
 
@@ -225,6 +221,7 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 		refuse_unserved(fault->space, fault->address);
 	}
 	uffd_table_leave(table, shard);
+	uffd_barrier(UFFD_BARRIER_FAULT_WOKEN);
 	if (outcome == OUTCOME_RESOLVED)
 		note_fault(engine, fault->address, fault->flags, fault->thread_id,
 			   fault->since_ns);
@@ -235,6 +232,7 @@ void retry_deferred(struct uffd_engine *engine)
 {
 	uint64_t now = uffd_now_ns();
 	size_t total = engine->deferred_count, kept = 0;
+	uint32_t phase = begin_work(engine);
 
 	for (size_t i = 0; i < total; i++) {
 		struct deferred_fault fault = engine->deferred[i];
@@ -245,6 +243,7 @@ void retry_deferred(struct uffd_engine *engine)
 			engine->deferred[kept++] = fault;
 	}
 	engine->deferred_count = kept;
+	end_work(engine, phase);
 }
 
 /* Read until the queue is empty; a short read says that it is. */
@@ -333,20 +332,26 @@ static void step_space(struct uffd_space *space, uint32_t *handled)
 	*handled += (uint32_t)queued;
 }
 
-void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret)
+static void step_ready_spaces(struct uffd_engine *engine, uint32_t *handled)
 {
 	struct epoll_event ready[SPACES_AT_ONCE];
-	int n;
+	int n = epoll_wait(engine->epoll_fd, ready, SPACES_AT_ONCE, 0);
 
-	*handled_ret = 0;
-	if (atomic_load(&engine->space_count) == 1) {
-		if (!atomic_load(&engine->primary->gone))
-			step_space(engine->primary, handled_ret);
-		return;
-	}
-	n = epoll_wait(engine->epoll_fd, ready, SPACES_AT_ONCE, 0);
 	for (int i = 0; i < n; i++)
 		if (ready[i].data.ptr != &engine->wake_fd &&
 		    ready[i].data.ptr != &engine->owner_pidfd)
-			step_space(ready[i].data.ptr, handled_ret);
+			step_space(ready[i].data.ptr, handled);
+}
+
+void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret)
+{
+	/* Reading an event lets its thread go on, too. */
+	uint32_t phase = begin_work(engine);
+
+	*handled_ret = 0;
+	if (atomic_load(&engine->space_count) > 1)
+		step_ready_spaces(engine, handled_ret);
+	else if (!atomic_load(&engine->primary->gone))
+		step_space(engine->primary, handled_ret);
+	end_work(engine, phase);
 }

@@ -87,26 +87,8 @@ def content(length: int, seed: int = 1) -> bytes:
 
 
 def states(handler: Handler, region: Any) -> list[PageState]:
-    """Return the state of every page of a served region, once nobody is at work on one.
-
-    The thread that faulted may run again before the native thread has written down that it may.
-    """
-    found: list[PageState] = []
-
-    def settled() -> bool:
-        found[:] = map(PageState, handler.page_states(region))
-        return PageState.IN_FLIGHT not in found
-
-    wait_until(settled, "no page is in flight")
-    return found
-
-
-def faults(handler: Handler, expected: int) -> dict[str, int]:
-    """Return the faults by kind, once as many as expected have been counted in all."""
-    wait_until(
-        lambda: sum(handler.stats().faults.values()) >= expected, f"{expected} faults are counted"
-    )
-    return handler.stats().faults
+    """Return the state of every page of a served region."""
+    return [PageState(state) for state in handler.page_states(region)]
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:

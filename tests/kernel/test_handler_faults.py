@@ -31,7 +31,6 @@ from tests.kernel._serving import (
     both_drivers,
     content,
     everywhere,
-    faults,
     serving,
     states,
     with_both_drivers,
@@ -60,7 +59,7 @@ def zeros(driver: Driver, name: str) -> None:
         region.write(0, b"written")
         assert region.read(0, 8) == b"written\0"
         assert states(handler, region) == [CLEAN, CLEAN, ABSENT]
-        assert faults(handler, 2) == {"missing": 2, "wp": 0, "minor": 0}
+        assert handler.stats().faults == {"missing": 2, "wp": 0, "minor": 0}
 
 
 test_zero_source = everywhere(zeros)
@@ -75,7 +74,7 @@ def buffer(driver: Driver, name: str) -> None:
         assert region.read(2 * memory.page_size + 5, 10) == data[2 * memory.page_size + 5 :][:10]
         assert states(handler, region) == [ABSENT, ABSENT, CLEAN]
         assert region.read() == data
-        assert faults(handler, 3) == {"missing": 3, "wp": 0, "minor": 0}
+        assert handler.stats().faults == {"missing": 3, "wp": 0, "minor": 0}
         assert handler.stats().filled_pages == 3
 
 
@@ -229,7 +228,7 @@ def minor(driver: Driver, name: str) -> None:
         assert region.read(memory.page_size, 4) == data[memory.page_size :][:4]
         assert states(handler, region) == [ABSENT, CLEAN, ABSENT]
         assert region.read() == data
-        assert faults(handler, 3) == {"missing": 0, "wp": 0, "minor": 3}
+        assert handler.stats().faults == {"missing": 0, "wp": 0, "minor": 3}
 
 
 test_minor_without_source = everywhere(minor, "shmem", "hugetlb")
@@ -254,7 +253,7 @@ def minor_with_source(driver: Driver, name: str) -> None:
         assert with_buffer.read() == data
         assert with_file.read() == data[:length] + bytes(100)
         assert with_zeros.read() == bytes(with_zeros.length)
-        assert faults(handler, 9) == {"missing": 0, "wp": 0, "minor": 9}
+        assert handler.stats().faults == {"missing": 0, "wp": 0, "minor": 9}
         # Loaded pages are the program's: only the mapping comes back.
         with_buffer.write(0, b"own")
         with_buffer.madvise(mmap.MADV_DONTNEED)
@@ -304,7 +303,7 @@ def minor_and_missing(driver: Driver, name: str) -> None:
         handler.serve(region, BufferSource(data), mode=MISSING | MINOR)
         handler.start()
         assert region.read() == data[:size] + b"\xca" * size + data[2 * size :]
-        assert faults(handler, 3) == {"missing": 2, "wp": 0, "minor": 1}
+        assert handler.stats().faults == {"missing": 2, "wp": 0, "minor": 1}
 
 
 test_minor_and_missing = everywhere(minor_and_missing, "shmem", "hugetlb")
@@ -326,7 +325,7 @@ def write_protect(driver: Driver, name: str) -> None:
         region.write(3 * memory.page_size + 9, b"y")
         region.write(3 * memory.page_size + 10, b"y")
         assert states(handler, region) == [CLEAN, DIRTY, CLEAN, DIRTY]
-        assert faults(handler, 2) == {"missing": 0, "wp": 2, "minor": 0}
+        assert handler.stats().faults == {"missing": 0, "wp": 2, "minor": 0}
         handler.writeprotect(region)
         assert states(handler, region) == [CLEAN] * 4
         region.write(3 * memory.page_size, b"z")
@@ -393,7 +392,7 @@ def missing_and_wp(driver: Driver, name: str) -> None:
         region.write(0, b"w")
         region.write(size, b"w")
         assert states(handler, region) == [DIRTY, DIRTY, ABSENT, ABSENT]
-        assert faults(handler, 4) == {"missing": 2, "wp": 2, "minor": 0}
+        assert handler.stats().faults == {"missing": 2, "wp": 2, "minor": 0}
         handler.writeprotect(region)
         assert states(handler, region) == [CLEAN, CLEAN, ABSENT, ABSENT]
         region.write(size, b"again")
@@ -424,7 +423,7 @@ def minor_and_wp(driver: Driver, name: str) -> None:
         assert region.read(0, size) == data[:size]
         region.write(size, b"w")
         assert states(handler, region) == [CLEAN, DIRTY, ABSENT]
-        assert faults(handler, 3) == {"missing": 0, "wp": 1, "minor": 2}
+        assert handler.stats().faults == {"missing": 0, "wp": 1, "minor": 2}
         handler.writeprotect(region)
         assert states(handler, region) == [CLEAN, CLEAN, ABSENT]
         region.write(0, b"W")
@@ -453,7 +452,7 @@ def system_calls_native(name: str) -> None:
             assert file.seek(0) == 0
             assert file.read() == data[2 * size :]
         assert region.read() == data[:size] * 2 + data[2 * size :]
-        assert faults(handler, 4)["missing"] == 4
+        assert handler.stats().faults["missing"] == 4
         del view
 
 

@@ -31,7 +31,6 @@ from tests.kernel._serving import (
     both_drivers,
     content,
     everywhere,
-    faults,
     handler_of,
     in_fork,
     is_lost,
@@ -205,7 +204,7 @@ def forked(driver: Driver) -> None:
         assert in_fork(child) == 0
         # The parent's handler has felt nothing of that.
         assert region.read() == data
-        assert faults(handler, 2)["missing"] == 2
+        assert handler.stats().faults["missing"] == 2
 
 
 test_forked_child = with_both_drivers(forked)

@@ -17,7 +17,6 @@ from tests._child import run_child
 from tests._memory import PAGE
 from tests.kernel._serving import (
     content,
-    faults,
     handler_of,
     is_lost,
     run_threads,
@@ -81,7 +80,7 @@ def one_cpu(options: dict[str, Any]) -> None:
         handler.start()
         assert status(handler_thread(handler), "Cpus_allowed_list") == "0"
         assert region.read() == data
-        assert faults(handler, 64)["missing"] == 64
+        assert handler.stats().faults["missing"] == 64
 
 
 def test_cpus_as_allowed() -> None:
@@ -167,7 +166,7 @@ def interval_timer() -> None:
         run_threads(*(functools.partial(read, first) for first in range(4)))
         wait_until(lambda: len(fired) > 3, "the timer fires")
         signal.setitimer(signal.ITIMER_REAL, 0)
-        assert faults(handler, 1024)["missing"] == 1024
+        assert handler.stats().faults["missing"] == 1024
 
 
 def test_interval_timer() -> None:
@@ -196,7 +195,7 @@ def no_threads() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
         handler.start()
         region.touch()
-        assert faults(handler, 1)["missing"] == 1
+        assert handler.stats().faults["missing"] == 1
 
 
 def test_no_room_for_the_thread() -> None:

@@ -11,7 +11,6 @@ from tests.kernel._serving import (
     Driver,
     content,
     everywhere,
-    faults,
     serving,
     states,
     wait_until,
@@ -29,7 +28,7 @@ def expect(handler: Handler, region: Region, pages: set[int], touched: int) -> N
     """Check which pages are there after so many faults, all counted."""
     wait_until(lambda: len(present(handler, region)) >= len(pages), "prefetching ends")
     assert present(handler, region) == pages
-    assert sum(faults(handler, touched).values()) == touched
+    assert sum(handler.stats().faults.values()) == touched
     wait_until(lambda: handler.stats().prefetched_pages >= len(pages) - touched, "pages counted")
     stats = handler.stats()
     assert (stats.filled_pages, stats.prefetched_pages) == (len(pages), len(pages) - touched)

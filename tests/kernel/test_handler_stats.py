@@ -12,26 +12,30 @@ from pyuffd import (
     BufferSource,
     Feature,
     PagefaultFlag,
+    PageState,
     RecentFault,
     RegisterMode,
     ZeroSource,
 )
+from tests._barriers import Point, holding
 from tests._child import run_child
 from tests._memory import PAGE
 from tests.kernel._serving import (
     Driver,
     content,
     everywhere,
-    faults,
     handler_of,
     run_threads,
     serving,
+    states,
     wait_until,
     with_both_drivers,
 )
 
 # What each CPU's ring holds.
 RING = 64
+# How long a reader waits for a fault that is being counted, at most.
+AWAIT_S = 0.1
 
 
 def exact_counts(driver: Driver, name: str) -> None:
@@ -60,6 +64,27 @@ def exact_counts(driver: Driver, name: str) -> None:
 test_exact_counts = everywhere(exact_counts, "anon", "shmem", "hugetlb")
 
 
+def woken() -> None:
+    """The thread that faulted runs before its fault is counted; who asks waits for that."""
+    with serving("native", "anon") as (handler, memory):
+        region = memory.pages(2)
+        handler.serve(region, ZeroSource())
+        handler.start()
+        with holding(Point.FAULT_WOKEN) as point:
+            region.touch(0, 1)
+            point.wait()
+            began = time.monotonic()
+            assert handler.stats().faults["missing"] == 0
+            assert time.monotonic() - began >= AWAIT_S
+            point.release()
+            assert handler.stats().faults["missing"] == 1
+        assert states(handler, region) == [PageState.CLEAN, PageState.ABSENT]
+
+
+def test_counted_before_it_is_read() -> None:
+    run_child(woken)
+
+
 def latencies(driver: Driver) -> None:
     with serving(driver, "anon") as (handler, memory):
         region = memory.pages(100)
@@ -67,7 +92,6 @@ def latencies(driver: Driver) -> None:
         handler.start()
         began = time.monotonic_ns()
         region.touch()
-        faults(handler, 100)
         took = time.monotonic_ns() - began
         histogram = handler.stats().latency["missing"]
         assert histogram.count == 100
@@ -94,7 +118,7 @@ def recent(driver: Driver, name: str) -> None:
         before = time.monotonic_ns()
         region.touch(2 * size, 1)
         region.write(0, b"w")
-        faults(handler, 3)
+        running = handler.recent_faults()
         after = time.monotonic_ns()
 
         def check(found: list[RecentFault]) -> None:
@@ -111,7 +135,7 @@ def recent(driver: Driver, name: str) -> None:
             assert [fault.flags for fault in found] == [write | wp, write, PagefaultFlag(0)]
 
         region_start = region.start
-        check(handler.recent_faults())
+        check(running)
         handler.stop()
         check(handler.recent_faults())
 
@@ -163,7 +187,7 @@ def while_running(driver: Driver) -> None:
                 last = count
 
         run_threads(touch, look)
-        assert faults(handler, 4096)["missing"] == 4096
+        assert handler.stats().faults["missing"] == 4096
 
 
 test_stats_while_running = with_both_drivers(while_running)
@@ -243,7 +267,7 @@ def preserved_and_minor(driver: Driver) -> None:
         assert handler.preserve(region) == 2 * PAGE
         wait_until(lambda: handler.stats().preserved_pages >= 3, "preserved pages are counted")
         assert handler.stats().preserved_pages == 3
-        assert faults(handler, 1) == {"missing": 0, "wp": 1, "minor": 0}
+        assert handler.stats().faults == {"missing": 0, "wp": 1, "minor": 0}
 
 
 test_preserved_pages = with_both_drivers(preserved_and_minor)

@@ -12,7 +12,6 @@ from tests.kernel._serving import (
     Driver,
     content,
     everywhere,
-    faults,
     handler_of,
     run_threads,
     serving,
@@ -37,7 +36,7 @@ def one_page(driver: Driver, name: str) -> None:
             assert region.read(0, memory.page_size) == data[: memory.page_size]
 
         run_threads(*[read] * THREADS)
-        assert faults(handler, 1) == {"missing": 1, "wp": 0, "minor": 0}
+        assert handler.stats().faults == {"missing": 1, "wp": 0, "minor": 0}
         assert handler.stats().filled_pages == 1
 
 
@@ -92,7 +91,7 @@ def many_pages(driver: Driver, name: str) -> None:
                 assert region.read(at, 64) == data[at : at + 64]
 
         run_threads(*(functools.partial(read, first) for first in range(THREADS)))
-        assert faults(handler, count) == {"missing": count, "wp": 0, "minor": 0}
+        assert handler.stats().faults == {"missing": count, "wp": 0, "minor": 0}
         assert handler.stats().filled_pages == count
         assert region.read() == data
 
@@ -118,7 +117,7 @@ def writers(driver: Driver, name: str) -> None:
         for page in range(count):
             at = page * memory.page_size
             assert region.read(at, 64) == bytes(range(THREADS)) + data[at + THREADS : at + 64]
-        counted = faults(handler, 2 * count)
+        counted = handler.stats().faults
         assert counted["missing"] == count
         assert counted["wp"] >= count
 
@@ -140,7 +139,7 @@ def page_sizes(driver: Driver) -> None:
             assert region.read(region.page_size + 5, 5) == bytes_[region.page_size + 5 :][:5]
             assert [state.name for state in states(handler, region)] == ["ABSENT", "CLEAN"]
         assert [region.read() for region in regions] == data
-        assert faults(handler, 10)["missing"] == 10
+        assert handler.stats().faults["missing"] == 10
     for memory in memories:
         memory.close()
 
@@ -161,7 +160,7 @@ def thousands(driver: Driver) -> None:
         order = sorted(range(count), key=lambda index: index * 7919 % count)
         for index in order:
             assert regions[index].read(0, 17) == data[16 * index :][:16] + b"\1"
-        assert faults(handler, count)["missing"] == count
+        assert handler.stats().faults["missing"] == count
         for index in order[::2]:
             handler.unserve(regions[index])
         assert regions[order[1]].read(0, 16) == data[16 * order[1] :][:16]
@@ -197,9 +196,9 @@ def holding_the_gil(driver: Driver, name: str) -> None:
         expected = bytearray(data)
         expected[4 * size], expected[5 * size + 1] = 0xFF, 0xFE
         assert view[6 * size : 7 * size] == data[6 * size : 7 * size]
-        assert faults(handler, 7)["missing"] == 7
+        assert handler.stats().faults["missing"] == 7
         assert bytes(view) == expected
-        assert faults(handler, 8)["missing"] == 8
+        assert handler.stats().faults["missing"] == 8
         del view, array, page
 
 
@@ -246,7 +245,7 @@ def python_threads_go_on(driver: Driver) -> None:
             zeros.touch(write=True)
 
         run_threads(index, read, touch, index, read, touch)
-        assert faults(handler, 512)["missing"] == 512
+        assert handler.stats().faults["missing"] == 512
         view.release()
 
 

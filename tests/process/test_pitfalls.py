@@ -36,7 +36,6 @@ from tests._barriers import Point, holding
 from tests._child import run_child
 from tests.kernel._faults import Task, next_fault, wait_for_pending
 from tests.kernel._serving import (
-    faults,
     in_fork,
     is_lost,
     states,
@@ -300,7 +299,7 @@ def interrupted(at: Setting) -> None:
             interrupt(reader)
             wait_for_pending(handler.uffd, 1)
         assert reader.result() == data[1]
-        assert faults(handler, 1) == {"missing": 1, "wp": 0, "minor": 0}
+        assert handler.stats().faults == {"missing": 1, "wp": 0, "minor": 0}
         assert handler.stats().filled_pages == 1
 
 
@@ -320,7 +319,7 @@ def interrupted_often(at: Setting) -> None:
             wait_until(lambda n=messages: handler.stats().messages == n, "it is read")  # type: ignore[misc]
         gate.open()
         assert reader.result() == data[1]
-        assert faults(handler, 1) == {"missing": 1, "wp": 0, "minor": 0}
+        assert handler.stats().faults == {"missing": 1, "wp": 0, "minor": 0}
         stats = handler.stats()
         assert (stats.requests, stats.filled_pages) == (1, 1)
 

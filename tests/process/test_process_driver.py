@@ -34,7 +34,6 @@ from pyuffd import (
 from pyuffd.handlers._process import RemoteEngine
 from tests._child import ROOT, run_child
 from tests._need import needs
-from tests.kernel._serving import faults
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE, content
 
@@ -78,7 +77,7 @@ def stopped(handler: Handler) -> HandlerError:
 def function() -> None:
     handler, region = serve(CallableSource(sources.page))
     assert region.read(0, 2 * PAGE) == content(2 * PAGE)
-    assert faults(handler, 2)["missing"] == 2
+    assert handler.stats().faults["missing"] == 2
     assert handler.stats().restarts == 0
     assert [fault.address for fault in handler.recent_faults()] == [
         region.start + PAGE,
@@ -88,7 +87,7 @@ def function() -> None:
     states = handler.page_states(region)
     assert list(states) == [PageState.CLEAN] * 2 + [0, 0] + [PageState.CLEAN] * 4 + [0] * 8
     assert region.read() == content(LENGTH)
-    assert faults(handler, 12)["missing"] == 12
+    assert handler.stats().faults["missing"] == 12
     handler.stop()
     assert handler.stats().faults["missing"] == 12
     handler.uffd.close()

@@ -628,12 +628,21 @@ class Handler:
         return self._running_engine().owner_exited
 
     def page_states(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
-        """Return one `PageState` byte for each page."""
+        """Return one `PageState` byte for each page.
+
+        A page whose fault is just being resolved is waited for, as by `stats`.
+        """
         engine, served, first, pages = self._pages(region, offset, length)
         return engine.states(served.id, first, pages)
 
     def stats(self) -> HandlerStats:
-        """Return the counters; after stop(), the last ones."""
+        """Return the counters; after stop(), the last ones.
+
+        What a thread has seen resolved is counted: a fault lets its thread go on before it is
+        counted, so this waits, 0.1 s at most, for whoever is at work on a page at the call.
+
+        GIL: released.  Threads: safe.  Blocks: for some microseconds as a rule.
+        """
         if self._engine is None:
             return self._final_stats
         return self._running_engine().stats()
