@@ -183,6 +183,9 @@ void uffd_engine_refuse(struct uffd_engine *engine);
 /* Poison the pages that wait for a worker, of one serving or (id 0) of all. */
 void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id);
 
+/* Workers that have not come back with a page that was abandoned. */
+uint32_t uffd_engine_hung(struct uffd_engine *engine);
+
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret);
 uint32_t uffd_engine_spaces(struct uffd_engine *engine);
 uint32_t uffd_engine_owner_exited(struct uffd_engine *engine);

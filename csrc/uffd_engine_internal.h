@@ -150,7 +150,7 @@ struct uffd_engine {
 	pthread_t leader_thread;	/* when a worker leads */
 	uint64_t leaderless_since_ns;
 	bool watchdog_armed;
-	_Atomic uint32_t outstanding;	/* queued and taken */
+	_Atomic uint32_t outstanding;	/* queued and taken, and not abandoned */
 
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
 

@@ -131,7 +131,9 @@ static void drop_request(struct uffd_engine *engine, struct uffd_request *reques
 {
 	pthread_mutex_lock(&engine->requests_lock);
 	TAILQ_REMOVE(&engine->taken, request, link);
-	atomic_fetch_sub(&engine->outstanding, 1);
+	/* Nobody waits for one that was abandoned; it is counted no more. */
+	if (!request->abandoned)
+		atomic_fetch_sub(&engine->outstanding, 1);
 	pthread_mutex_unlock(&engine->requests_lock);
 	uffd_free(request);
 }
@@ -313,10 +315,24 @@ void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id)
 				copy = *request;
 			}
 			pthread_mutex_unlock(&engine->requests_lock);
-			if (request)
+			if (request) {
 				give_up_pages(engine, &copy, copy.offset, 0, UFFD_FAILED_NOTHING);
+				atomic_fetch_sub(&engine->outstanding, 1);
+			}
 		} while (request);
 	}
+}
+
+uint32_t uffd_engine_hung(struct uffd_engine *engine)
+{
+	struct uffd_request *request;
+	uint32_t hung = 0;
+
+	pthread_mutex_lock(&engine->requests_lock);
+	TAILQ_FOREACH(request, &engine->taken, link)
+		hung += request->abandoned;
+	pthread_mutex_unlock(&engine->requests_lock);
+	return hung;
 }
 
 /* Python's own dump of all tracebacks hangs on this signal (faulthandler.register). */
@@ -373,11 +389,12 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 
 		count(engine, COUNTER(stalled_requests), 1);
 		show_tracebacks(engine);
-		if (only_report)
+		if (only_report) {
 			note_failure(engine, copy.address, copy.length, -ETIMEDOUT,
 				     UFFD_FAILED_STALLED);
-		else
-			give_up_pages(engine, &copy, copy.offset, -ETIMEDOUT,
-				      UFFD_FAILED_STALLED);
+			continue;
+		}
+		give_up_pages(engine, &copy, copy.offset, -ETIMEDOUT, UFFD_FAILED_STALLED);
+		atomic_fetch_sub(&engine->outstanding, 1);
 	}
 }

@@ -426,6 +426,11 @@ class Engine:
         """Poison the pages that wait for a worker, of one range or of all."""
         lib.uffd_engine_abandon(self._engine(), served.number if served else 0)
 
+    @property
+    def hung(self) -> int:
+        """How many workers have not come back with a page that was abandoned."""
+        return int(lib.uffd_engine_hung(self._engine()))
+
     def populate(self, served: RangeId, offset: int, length: int) -> int:
         """Fill absent pages; return the bytes filled."""
         out = ffi.new("uint64_t *")

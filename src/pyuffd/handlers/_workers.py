@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 # A source that does not return keeps its thread; the engine cannot be freed under it.
 JOIN_LIMIT_S = 10.0
+# Its page was given up before, so nothing is lost with it.
+HUNG_LIMIT_S = 0.2
+JOIN_SLICE_S = 0.05
 
 
 class WorkedEngine(Engine):
@@ -82,11 +85,13 @@ class WorkedEngine(Engine):
     def stop(self) -> None:
         """Stop the driver, and wait a while for the threads."""
         super().stop()
-        give_up = time.monotonic() + JOIN_LIMIT_S
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, give_up - time.monotonic()))
-        self._all_ended = not any(thread.is_alive() for thread in self._threads)
+        began = time.monotonic()
+        while running := [thread for thread in self._threads if thread.is_alive()]:
+            limit_s = JOIN_LIMIT_S if len(running) > self.hung else HUNG_LIMIT_S
+            if time.monotonic() - began > limit_s:
+                break
+            running[0].join(JOIN_SLICE_S)
+        self._all_ended = not running
 
     def destroy(self) -> None:
         """Free it, unless a source has not returned."""
