@@ -198,15 +198,16 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 	struct uffd_range *range = uffd_table_find(table, fault->address);
 	enum uffd_fault_kind kind = fault_kind(fault->flags);
 	enum outcome outcome = OUTCOME_GONE;
+	bool in_line;
 	uint64_t page;
 
 	if (range) {
 		page = page_of(range, fault->address);
 		engine->fault_in_hand = fault;
-		outcome = is_next_in_line(range, page, kind) ? fill_in_line(range, page)
-							     : resolve_page(range, page, kind);
+		in_line = is_next_in_line(range, page, kind);
+		outcome = in_line ? fill_in_line(range, page) : resolve_page(range, page, kind);
 		engine->fault_in_hand = NULL;
-		if (outcome == OUTCOME_RESOLVED)
+		if (outcome == OUTCOME_RESOLVED && !in_line)
 			plan_prefetch(range, page, kind);
 		/*
 		 * Whoever is at this page wakes the waiters of its own space; those of

@@ -96,14 +96,13 @@ def whole_sequence(driver: Driver, name: str) -> None:
         data = content(region.length)
         handler.serve(region, BufferSource(data))
         handler.start()
-        for page in range(pages):  # memcpy of more may begin at the end
-            at = page * memory.page_size
-            assert region.read(at, 64) == data[at : at + 64]
+        region.touch()  # a read, which is a memcpy, may begin at the end
         wait_until(lambda: handler.stats().filled_pages == pages, "every page is filled once")
         assert region.read() == data
-        assert sum(handler.stats().faults.values()) <= pages
-        if driver == "inline":
-            assert sum(handler.stats().faults.values()) <= 5
+        # One for each span, which doubles; a reader beside the native driver catches up with
+        # some, and then waits for 2 MiB more.
+        most = 5 if driver == "inline" else 5 + (region.length >> 21)
+        assert sum(handler.stats().faults.values()) <= min(most, pages)
 
 
 test_sequential_read = everywhere(whole_sequence, "anon", "shmem", "hugetlb")
