@@ -52,6 +52,7 @@ from tests.process._pitfalls import (
     Setting,
     all_pitfalls,
     checks_of,
+    over_or_blocked,
     page,
     pitfall,
     reading,
@@ -70,6 +71,7 @@ SYS_MADVISE = 28
 NOBODY = 65534
 PAGE = os.sysconf("SC_PAGE_SIZE")
 REMOVE = Feature.EVENT_REMOVE
+WP_EVERYWHERE = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 
 
@@ -102,6 +104,30 @@ def populate_again(at: Setting) -> None:
         assert populater.result() in (3 * data.size, 4 * data.size)
         assert region.read() == data.of(0, None, 2, 3, 4)
         assert handler.stats().failed == 0
+
+
+@pitfall(2, "writeprotect-tries-again", drivers=BOTH, memory=SMALL, features=REMOVE | WP_EVERYWHERE)
+def writeprotect_again(at: Setting) -> None:
+    """Protecting that meets EAGAIN has protected nothing: it goes on when the event is read."""
+    with at.serving(REMOVE | WP_EVERYWHERE) as (handler, memory):
+        region = memory.pages(4)
+        data = Pages(4, memory.page_size)
+        handler.serve(region, at.source(data.all), mode=MISSING | WP)
+        handler.start()
+        region.write(0, data[0])
+        with holding(Point.STEP_APPLIED) as point:
+            reader = reading(region, 3)
+            point.wait()
+            dropper = Task(region.punch_hole, data.size, data.size)
+            wait_changing(handler.uffd, dropper, SYS_MADVISE)
+            protector = Task(handler.writeprotect, region)
+            over_or_blocked(protector)
+        assert reader.result() == data[3]
+        dropper.result()
+        protector.result()
+        before = handler.stats().faults["wp"]
+        region.write(0, b"again")
+        assert handler.stats().faults["wp"] == before + 1
 
 
 # 3: EEXIST does not wake

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd._errors import ClosedError, HandlerError, UffdOSError
+from pyuffd._errors import ClosedError, HandlerError, PartialResolveError, UffdOSError
 from pyuffd._pages import RangeLike, check_range, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend, EngineOptions
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 DEFAULT_SPIN_US = 50.0
 # EAGAIN ends when the thread that changes the layout runs again: 12 ms measured on a busy machine.
 RETRY_LIMIT_S = 5.0
+RETRY_PAUSE_S = 0.0002
 DRAIN_LIMIT_S = 10.0
 # A page source that needs longer than this, with the interpreter free, is too slow to fault on.
 STALL_TIMEOUT_S = 2.0
@@ -585,6 +587,13 @@ class Handler:
         On anonymous memory without Feature.WP_UNPOPULATED the missing pages of a range that is
         registered for WP alone are mapped (as the zero page) first: Linux would leave them
         unprotected and say nothing.
+
+        Raises:
+            ValueError: not served, or not for RegisterMode.WP.
+            LayoutChangedError: ENOENT - part of the region was unmapped or moved away.
+            PartialResolveError: EAGAIN - the layout has been changing for 5 s.
+
+        GIL: released.  Threads: safe.  Blocks: while a layout event is unread.
         """
         with self._lock:
             engine, served, _, _ = self._pages(region, 0, None)
@@ -593,7 +602,7 @@ class Handler:
             self._map_holes(served)
             # Before the ioctl: a fault that is being resolved now stays counted as dirty.
             engine.mark_clean(served.id)
-            served.uffd.writeprotect(served.id.start, served.id.length)
+            _protect(served)
 
     def _map_holes(self, served: _Served) -> None:
         region = served.region
@@ -721,6 +730,20 @@ class Handler:
 
 # Whose messages are read by which handler: two readers would take each other's.
 _readers: weakref.WeakKeyDictionary[Userfaultfd, weakref.ref[Handler]] = weakref.WeakKeyDictionary()
+
+
+def _protect(served: _Served) -> None:
+    """Write-protect what is served; again while a layout event is unread."""
+    give_up = time.monotonic() + RETRY_LIMIT_S
+    while True:
+        try:
+            served.uffd.writeprotect(served.id.start, served.id.length)
+        except PartialResolveError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(RETRY_PAUSE_S)
+        else:
+            return
 
 
 def _claim(uffd: Userfaultfd, handler: Handler) -> None:
