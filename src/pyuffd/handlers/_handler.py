@@ -5,19 +5,16 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pyuffd import _memory
-from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd._errors import ClosedError, HandlerError, PartialResolveError, UffdOSError
-from pyuffd._pages import RangeLike, check_range, page_size_of
+from pyuffd._abi import Ioctl, RegisterMode
+from pyuffd._errors import ClosedError, HandlerError, UffdOSError
+from pyuffd._pages import RangeLike, check_range
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend, EngineOptions
 from pyuffd.handlers._checks import (
@@ -38,15 +35,23 @@ from pyuffd.handlers._engine import (
     Engine,
     HandlerStats,
     OnError,
-    RangeId,
     RecentFault,
     SourceKind,
     ensure_inline_handler,
 )
 from pyuffd.handlers._process import HelperLostError, RemoteEngine
+from pyuffd.handlers._serving import (
+    Served,
+    content_of,
+    local_file,
+    local_mapping,
+    map_holes,
+    protect,
+    register,
+)
 from pyuffd.handlers._workers import WorkedEngine
-from pyuffd.regions import Region, RegionKind
-from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
+from pyuffd.regions import Region
+from pyuffd.sources import PageSource
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -58,31 +63,9 @@ log = logging.getLogger(__name__)
 DEFAULT_SPIN_US = 50.0
 # EAGAIN ends when the thread that changes the layout runs again: 12 ms measured on a busy machine.
 RETRY_LIMIT_S = 5.0
-RETRY_PAUSE_S = 0.0002
 DRAIN_LIMIT_S = 10.0
 # A page source that needs longer than this, with the interpreter free, is too slow to fault on.
 STALL_TIMEOUT_S = 2.0
-
-NEEDED_IOCTL = {
-    RegisterMode.MISSING: Ioctl.COPY,
-    RegisterMode.WP: Ioctl.WRITEPROTECT,
-    RegisterMode.MINOR: Ioctl.CONTINUE,
-}
-# Memory whose holes Linux write-protects without being asked to (Feature.WP_UNPOPULATED).
-FILE_BACKED = {RegionKind.MEMFD, RegionKind.SHM, RegionKind.HUGETLBFS, RegionKind.FILE}
-
-
-@dataclass(slots=True)
-class _Served:
-    id: RangeId
-    page_size: int
-    mode: RegisterMode
-    region: RangeLike
-    uffd: Userfaultfd
-    kind: SourceKind
-    ioctls: int = 0
-    alias: Region | None = None
-    on_close: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Handler:
@@ -163,7 +146,7 @@ class Handler:
         self._owner_pid = owner_pid or self._pid
         self._lock = RLock()  # guards what follows; taken before any lock of the C engine
         self._spaces: dict[Userfaultfd, int] = {uffd: 0}
-        self._served: dict[tuple[int, int], _Served] = {}  # by space and start
+        self._served: dict[tuple[int, int], Served] = {}  # by space and start
         self._started = False
         self._may_move = driver == "auto" and self.driver == "native"
         self._worker_count = workers
@@ -268,7 +251,7 @@ class Handler:
             engine = self._running_engine()
             start, length, page_size = region_numbers(region)
             check_mode(mode, source, preserve)
-            content = self._content(region, source)
+            content = content_of(source, region, self._served.values())
             if source is not None and content.kind is SourceKind.REQUEST:
                 engine = engine if engine.calls_python else self._move_to_process(source)
             sink, sink_owner = preserve_buffer(preserve, length)
@@ -282,13 +265,13 @@ class Handler:
             if writes_cache:
                 # Linux maps zeros for a hole of the page cache, unless that is a missing fault.
                 mode |= RegisterMode.MISSING
-            alias, local_start, local_file = None, 0, None
+            alias, local_start, file = None, 0, None
             if engine.is_remote:
-                local_file = _local_file(region, length, local, needed=bool(writes_cache))
+                file = local_file(region, length, local, needed=bool(writes_cache))
             else:
-                alias, local_start = _local(region, length, local, needed=bool(writes_cache))
+                alias, local_start = local_mapping(region, length, local, needed=bool(writes_cache))
             try:
-                served = _Served(
+                served = Served(
                     engine.add(
                         space,
                         start,
@@ -297,7 +280,7 @@ class Handler:
                         mode,
                         content,
                         local=local_start,
-                        local_file=local_file,
+                        local_file=file,
                         preserve=sink,
                         writes_cache=bool(writes_cache),
                         shared=bool(getattr(region, "shared", False)),
@@ -310,7 +293,7 @@ class Handler:
                     content.kind,
                     alias=alias,
                 )
-                ioctls = self._register(engine, served)
+                ioctls = register(engine, served)
             except BaseException:
                 if alias is not None:
                     alias.close()
@@ -349,29 +332,7 @@ class Handler:
                 self._unserve(self._engine, served, seal=True)
             self._engine.remove_space(self._spaces.pop(uffd))
 
-    def _register(self, engine: Backend, served: _Served) -> Ioctl:
-        """Register what the engine has; take it out again when that fails."""
-        start, length = served.id.start, served.id.length
-        try:
-            ioctls = served.uffd.register(start, length, mode=served.mode)
-        except BaseException:
-            engine.unserve(served.id, seal=False, unregister=False)
-            raise
-        missing = [
-            str(ioctl.name)
-            for one_mode, ioctl in NEEDED_IOCTL.items()
-            if served.mode & one_mode and not ioctls & ioctl
-        ]
-        if missing:
-            engine.unserve(served.id, seal=False)
-            raise ValueError(
-                f"[{start:#x}, +{length:#x}) takes no {', '.join(missing)} (but {ioctls!r})"
-            )
-        engine.set_ioctls(served.id, ioctls)
-        served.ioctls = int(ioctls)
-        return ioctls
-
-    def _follow_close(self, region: Region, served: _Served) -> None:
+    def _follow_close(self, region: Region, served: Served) -> None:
         reference = weakref.ref(self)
 
         def region_closes() -> None:
@@ -382,49 +343,11 @@ class Handler:
         served.on_close.append(region_closes)
         region.on_close(region_closes)
 
-    def _region_closes(self, served: _Served) -> None:
+    def _region_closes(self, served: Served) -> None:
         with self._lock:
             known = self._served.get((served.id.space, served.id.start)) is served
             if self._engine is not None and known and self._pid == os.getpid():
                 self._unserve(self._engine, served, seal=False)
-
-    def _content(self, region: RangeLike, source: PageSource | None) -> Content:
-        if source is None:
-            return Content(SourceKind.NONE)
-        if isinstance(source, ZeroSource):
-            return Content(SourceKind.ZERO, owner=source)
-        length = source.length
-        page_size = page_size_of(region)
-        if length is not None and length <= region.length - page_size:
-            raise ValueError(
-                f"{source!r} has {length:#x} bytes and ends before the last page of a region of"
-                f" {region.length:#x}"
-            )
-        if isinstance(source, FileSource):
-            return Content(
-                SourceKind.FILE,
-                fd=source.fileno(),
-                offset=source.offset,
-                length=source.length,
-                owner=source,
-            )
-        if isinstance(source, BufferSource):
-            self._check_not_served(source, region)
-            return Content(
-                SourceKind.MEMORY, address=source.address, length=source.length, owner=source
-            )
-        return Content(SourceKind.REQUEST, owner=source)
-
-    def _check_not_served(self, source: BufferSource, region: RangeLike) -> None:
-        """Refuse memory whose own pages may be missing: its copy would wait for itself."""
-        end = source.address + source.length
-        ranges = [(region.start, region.length)]
-        ranges += [(served.id.start, served.id.length) for served in self._served.values()]
-        for start, length in ranges:
-            if source.address < start + length and start < end:
-                raise ValueError(
-                    f"{source!r} lies inside the served range [{start:#x}, +{length:#x})"
-                )
 
     def unserve(self, region: RangeLike | int, *, uffd: Userfaultfd | None = None) -> None:
         """Stop serving one region and unregister it, wherever its pieces and copies are.
@@ -441,7 +364,7 @@ class Handler:
             served = self._find(region, uffd)
             self._unserve(engine, served, seal=True)
 
-    def _unserve(self, engine: Backend, served: _Served, *, seal: bool) -> None:
+    def _unserve(self, engine: Backend, served: Served, *, seal: bool) -> None:
         try:
             engine.unserve(served.id, seal=seal)
         except UffdOSError as error:
@@ -454,7 +377,7 @@ class Handler:
             for callback in served.on_close:
                 served.region.forget_on_close(callback)
 
-    def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> _Served:
+    def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:
         start = region if isinstance(region, int) else region.start
         space = self._spaces.get(uffd or self.uffd, -1)
         if (space, start) not in self._served:
@@ -599,18 +522,11 @@ class Handler:
             engine, served, _, _ = self._pages(region, 0, None)
             if not served.mode & RegisterMode.WP:
                 raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
-            self._map_holes(served)
+            if self._owner_pid == self._pid:
+                map_holes(served)
             # Before the ioctl: a fault that is being resolved now stays counted as dirty.
             engine.mark_clean(served.id)
-            _protect(served)
-
-    def _map_holes(self, served: _Served) -> None:
-        region = served.region
-        is_file = isinstance(region, Region) and region.kind in FILE_BACKED
-        protects_holes = served.uffd.features & (Feature.WP_UNPOPULATED | Feature.WP_ASYNC)
-        mine = self._owner_pid == self._pid and not served.uffd.adopted
-        if mine and served.mode == RegisterMode.WP and not is_file and not protects_holes:
-            _memory.touch(served.id.start, served.id.length, served.page_size, write=False)
+            protect(served, RETRY_LIMIT_S)
 
     def preserve(self, region: RangeLike, offset: int = 0, length: int | None = None) -> int:
         """Save the pages that are still protected, unprotect them, and return the bytes saved.
@@ -664,7 +580,7 @@ class Handler:
 
     def _pages(
         self, region: RangeLike, offset: int, length: int | None
-    ) -> tuple[Backend, _Served, int, int]:
+    ) -> tuple[Backend, Served, int, int]:
         engine = self._running_engine()
         served = self._find(region)
         if length is None:
@@ -732,20 +648,6 @@ class Handler:
 _readers: weakref.WeakKeyDictionary[Userfaultfd, weakref.ref[Handler]] = weakref.WeakKeyDictionary()
 
 
-def _protect(served: _Served) -> None:
-    """Write-protect what is served; again while a layout event is unread."""
-    give_up = time.monotonic() + RETRY_LIMIT_S
-    while True:
-        try:
-            served.uffd.writeprotect(served.id.start, served.id.length)
-        except PartialResolveError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(RETRY_PAUSE_S)
-        else:
-            return
-
-
 def _claim(uffd: Userfaultfd, handler: Handler) -> None:
     reader = _readers.get(uffd)
     other = reader() if reader is not None else None
@@ -764,36 +666,3 @@ def _stop_all() -> None:
             handler.stop()
         except HandlerError as error:
             log.error("at exit: %s", error)
-
-
-def _local(
-    region: RangeLike, length: int, local: RangeLike | None, *, needed: bool
-) -> tuple[Region | None, int]:
-    """Return (a new alias, the address) of an unregistered mapping of the region's memory."""
-    if local is not None:
-        if local.length < length:
-            raise ValueError(f"local has {local.length:#x} bytes, the region {length:#x}")
-        return None, local.start
-    if not needed:
-        return None, 0
-    if not isinstance(region, Region):
-        raise ValueError("minor faults with a source need `local`, or a Region to map again")
-    alias = region.alias()
-    return alias, alias.start
-
-
-def _local_file(
-    region: RangeLike, length: int, local: RangeLike | None, *, needed: bool
-) -> tuple[int, int] | None:
-    """Return descriptor and offset of the file that a helper process maps for a region."""
-    if local is None and not needed:
-        return None
-    mapped = local or region
-    if not isinstance(mapped, Region) or not mapped.shared or mapped.fd is None:
-        raise ValueError(
-            "with driver='process', minor faults with a source need `local`, or the region, to be"
-            " a Region of shared memory with a descriptor: the helper process maps it as well"
-        )
-    if mapped.length < length:
-        raise ValueError(f"local has {mapped.length:#x} bytes, the region {length:#x}")
-    return mapped.fd, mapped.offset

@@ -1,0 +1,165 @@
+"""One region that is served: its content, its registration, its protection (layer L4)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, Ioctl, RegisterMode
+from pyuffd._errors import PartialResolveError
+from pyuffd._pages import RangeLike, page_size_of
+from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._engine import Content, RangeId, SourceKind
+from pyuffd.regions import Region, RegionKind
+from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
+
+RETRY_PAUSE_S = 0.0002
+
+NEEDED_IOCTL = {
+    RegisterMode.MISSING: Ioctl.COPY,
+    RegisterMode.WP: Ioctl.WRITEPROTECT,
+    RegisterMode.MINOR: Ioctl.CONTINUE,
+}
+# Memory whose holes Linux write-protects without being asked to (Feature.WP_UNPOPULATED).
+FILE_BACKED = {RegionKind.MEMFD, RegionKind.SHM, RegionKind.HUGETLBFS, RegionKind.FILE}
+
+
+@dataclass(slots=True)
+class Served:
+    """A region that is served, and what must be undone when it is no more."""
+
+    id: RangeId
+    page_size: int
+    mode: RegisterMode
+    region: RangeLike
+    uffd: Userfaultfd
+    kind: SourceKind
+    ioctls: int = 0
+    alias: Region | None = None
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+
+
+def content_of(source: PageSource | None, region: RangeLike, served: Iterable[Served]) -> Content:
+    """Return what the engine is to fill a region with; ValueError where that cannot be."""
+    if source is None:
+        return Content(SourceKind.NONE)
+    if isinstance(source, ZeroSource):
+        return Content(SourceKind.ZERO, owner=source)
+    length = source.length
+    page_size = page_size_of(region)
+    if length is not None and length <= region.length - page_size:
+        raise ValueError(
+            f"{source!r} has {length:#x} bytes and ends before the last page of a region of"
+            f" {region.length:#x}"
+        )
+    if isinstance(source, FileSource):
+        return Content(
+            SourceKind.FILE,
+            fd=source.fileno(),
+            offset=source.offset,
+            length=source.length,
+            owner=source,
+        )
+    if isinstance(source, BufferSource):
+        _check_not_served(source, [region, *(one.id for one in served)])
+        return Content(
+            SourceKind.MEMORY, address=source.address, length=source.length, owner=source
+        )
+    return Content(SourceKind.REQUEST, owner=source)
+
+
+def _check_not_served(source: BufferSource, ranges: Iterable[RangeLike | RangeId]) -> None:
+    """Refuse memory whose own pages may be missing: its copy would wait for itself."""
+    end = source.address + source.length
+    for one in ranges:
+        if source.address < one.start + one.length and one.start < end:
+            raise ValueError(
+                f"{source!r} lies inside the served range [{one.start:#x}, +{one.length:#x})"
+            )
+
+
+def local_mapping(
+    region: RangeLike, length: int, local: RangeLike | None, *, needed: bool
+) -> tuple[Region | None, int]:
+    """Return (a new alias, the address) of an unregistered mapping of the region's memory."""
+    if local is not None:
+        if local.length < length:
+            raise ValueError(f"local has {local.length:#x} bytes, the region {length:#x}")
+        return None, local.start
+    if not needed:
+        return None, 0
+    if not isinstance(region, Region):
+        raise ValueError("minor faults with a source need `local`, or a Region to map again")
+    alias = region.alias()
+    return alias, alias.start
+
+
+def local_file(
+    region: RangeLike, length: int, local: RangeLike | None, *, needed: bool
+) -> tuple[int, int] | None:
+    """Return descriptor and offset of the file that a helper process maps for a region."""
+    if local is None and not needed:
+        return None
+    mapped = local or region
+    if not isinstance(mapped, Region) or not mapped.shared or mapped.fd is None:
+        raise ValueError(
+            "with driver='process', minor faults with a source need `local`, or the region, to be"
+            " a Region of shared memory with a descriptor: the helper process maps it as well"
+        )
+    if mapped.length < length:
+        raise ValueError(f"local has {mapped.length:#x} bytes, the region {length:#x}")
+    return mapped.fd, mapped.offset
+
+
+def register(engine: Backend, served: Served) -> Ioctl:
+    """Register what the engine has; take it out again when that fails."""
+    start, length = served.id.start, served.id.length
+    try:
+        ioctls = served.uffd.register(start, length, mode=served.mode)
+    except BaseException:
+        engine.unserve(served.id, seal=False, unregister=False)
+        raise
+    missing = [
+        str(ioctl.name)
+        for one_mode, ioctl in NEEDED_IOCTL.items()
+        if served.mode & one_mode and not ioctls & ioctl
+    ]
+    if missing:
+        engine.unserve(served.id, seal=False)
+        raise ValueError(
+            f"[{start:#x}, +{length:#x}) takes no {', '.join(missing)} (but {ioctls!r})"
+        )
+    engine.set_ioctls(served.id, ioctls)
+    served.ioctls = int(ioctls)
+    return ioctls
+
+
+def map_holes(served: Served) -> None:
+    """Map the missing pages where Linux would leave them unprotected and say nothing."""
+    region = served.region
+    is_file = isinstance(region, Region) and region.kind in FILE_BACKED
+    protects_holes = served.uffd.features & (Feature.WP_UNPOPULATED | Feature.WP_ASYNC)
+    if (
+        served.mode == RegisterMode.WP
+        and not served.uffd.adopted
+        and not is_file
+        and not protects_holes
+    ):
+        _memory.touch(served.id.start, served.id.length, served.page_size, write=False)
+
+
+def protect(served: Served, limit_s: float) -> None:
+    """Write-protect what is served; again while a layout event is unread."""
+    give_up = time.monotonic() + limit_s
+    while True:
+        try:
+            served.uffd.writeprotect(served.id.start, served.id.length)
+        except PartialResolveError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(RETRY_PAUSE_S)
+        else:
+            return
