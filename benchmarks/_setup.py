@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import mmap
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks._build import Programs
+from pyuffd.testing import _huge_pages
 
-_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _HUGE = 2 << 20
 #: One page in so many is kept by `warm_memory`; the blocks between stay far below 2 MiB.
 _KEPT_EVERY = 512 << 10
@@ -79,22 +77,10 @@ def huge_pages(pages: int) -> Iterator[str]:
     Yields:
         An empty string, or why there are too few.
     """
-    pool = _HUGE_PAGES / "nr_hugepages"
-    free = _HUGE_PAGES / "free_hugepages"
-    if not pool.exists():
+    if not _huge_pages.POOL.exists():
         yield "this kernel has no 2 MiB huge pages"
         return
-    missing = pages - int(free.read_text())
-    if missing <= 0:
-        yield ""
-        return
-    if os.geteuid() != 0:
-        yield f"{missing} more free 2 MiB huge pages needed (vm.nr_hugepages)"
-        return
-    before = int(pool.read_text())
-    pool.write_text(str(before + missing))
-    try:
-        have = int(free.read_text())
-        yield "" if have >= pages else f"only {have} of {pages} 2 MiB huge pages could be reserved"
-    finally:
-        pool.write_text(str(before))
+    with _huge_pages.huge_pages(pages):
+        lacking = pages - _huge_pages.available()
+        why = f"{lacking} more free 2 MiB huge pages needed (vm.nr_hugepages)"
+        yield why if lacking > 0 else ""

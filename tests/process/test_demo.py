@@ -20,6 +20,7 @@ import pytest
 
 from pyuffd import Region
 from pyuffd.cli import _demo_restore, _demo_snapshot, _demo_work, demo, main
+from pyuffd.testing import _huge_pages
 from tests._child import run_child
 from tests._need import needs_hugepages, needs_privilege
 
@@ -320,31 +321,11 @@ def test_reader_of_the_output_is_gone() -> None:
     assert (process.returncode, errors) == (141, "")
 
 
-@pytest.mark.parametrize(
-    ("can_have", "expected"), [(8, [8, -8]), (3, [8, 5, -6]), (0, [8, 8])], ids=str
-)
-def test_added_huge_pages_are_given_back_after_an_error(
-    monkeypatch: pytest.MonkeyPatch, can_have: int, expected: list[int]
-) -> None:
-    asked = []
-    pool = {"free_hugepages": 3, "resv_hugepages": 1}
-
-    def add(count: int) -> int:
-        asked.append(count)
-        pool["free_hugepages"] += min(count, can_have)
-        return min(count, can_have)
-
-    monkeypatch.setattr(_demo_restore, "_pool", pool.get)
-    monkeypatch.setattr(_demo_restore, "_add_huge_pages", add)
-    with pytest.raises(KeyError), _demo_restore.huge_pages(10):
-        raise KeyError
-    assert asked == expected
-
-
 @needs_privilege("CAP_SYS_ADMIN")
 @needs_hugepages(1)
 def test_pool_grows_and_shrinks() -> None:
-    added = _demo_restore._add_huge_pages(1)
-    if not added:
+    grown = _huge_pages.add(1)
+    if not grown.added:
         pytest.skip("there is no room for another huge page")
-    assert (added, _demo_restore._add_huge_pages(-1)) == (1, -1)
+    _huge_pages.give_back(sum(grown))
+    assert grown.added == 1

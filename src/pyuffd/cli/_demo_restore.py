@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -163,9 +162,6 @@ def _read_at_random(region: Region, stride: int, seed: int) -> list[int]:
     return sorted(times)
 
 
-# Huge pages
-
-
 def why_no_huge_pages(length: int) -> str:
     """Return why so many bytes of huge pages cannot be used here, whoever provides them, or ""."""
     if not POOL.exists():
@@ -174,40 +170,3 @@ def why_no_huge_pages(length: int) -> str:
     if limit is not None and limit < length:
         return f"the control group allows {limit >> 20} MiB of huge pages"
     return ""
-
-
-@contextlib.contextmanager
-def huge_pages(count: int) -> Iterator[None]:
-    """Have so many free huge pages, if this user may; give back afterwards what was added."""
-    added = 0
-    # Twice: pages that lie over the pool's size are counted into it first.
-    for _ in range(2 if count else 0):
-        lacking = count - _available()
-        if lacking > 0:
-            added += _add_huge_pages(lacking)
-    try:
-        yield
-    finally:
-        if added > 0:
-            _add_huge_pages(-added)
-
-
-def _available() -> int:
-    return _pool("free_hugepages") - _pool("resv_hugepages")
-
-
-def _pool(name: str) -> int:
-    return int((POOL / name).read_text())
-
-
-def _add_huge_pages(count: int) -> int:
-    """Change the pool by `count` pages; return by how many it did change, 0 if this may not be."""
-    try:
-        with (POOL / "nr_hugepages").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # among demos that run side by side
-            before = _pool("nr_hugepages") - _pool("surplus_hugepages")
-            file.write(str(max(before + count, 0)))
-            file.flush()
-            return _pool("nr_hugepages") - _pool("surplus_hugepages") - before
-    except OSError:
-        return 0

@@ -18,6 +18,7 @@ from pyuffd.cli import _demo_restore as restoring
 from pyuffd.cli._demo_restore import DRIVERS, MEMORY_TYPES, MemoryType, Restored
 from pyuffd.cli._demo_snapshot import Snapshot, take_snapshot
 from pyuffd.cli._demo_work import HUGE_PAGE, MIB, PAGE, WorkingSet, collect, open_userfaultfd
+from pyuffd.testing import huge_pages
 
 WIDTH = 100
 DEFAULT_SIZE_MIB = 64
@@ -131,7 +132,7 @@ class _Demo:
             if pages and (why_not := restoring.why_no_huge_pages(snapshot.length)):
                 self._leave_out(memory.name, why_not)
                 continue
-            with restoring.huge_pages(pages):
+            with huge_pages(pages):
                 rows += self._restore_into(memory, image, snapshot)
         return rows
 

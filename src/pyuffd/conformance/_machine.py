@@ -24,12 +24,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+from pyuffd.testing import _huge_pages
+
 # Emptied at boot, as the reservations are.
-STATE = Path("/run/pyuffd-tests.json")
+STATE = Path("/run/pyuffd-machine.json")
 
 # 128 MiB for each worker: 32 MiB source and destination areas, an alias and a snapshot beside
 # them.
@@ -46,12 +47,21 @@ _PAGE = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """What one keeper holds; pid and start time name the process beyond reuse of the pid."""
+    """What one keeper holds; pid and start time name the process beyond reuse of the pid.
+
+    Attributes:
+        pid: Of the keeper.
+        start_time: Field 22 of its /proc/PID/stat.
+        huge_pages: Free pages added to the pool.
+        swap_file: Path of the swap file.
+        counted_in: Surplus pages that adding made part of the pool.
+    """
 
     pid: int
     start_time: str
     huge_pages: int
     swap_file: str | None
+    counted_in: int = 0
 
 
 class Reservation:
@@ -132,26 +142,6 @@ def _start_time(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def _persistent_huge_pages() -> int:
-    total = int((POOL / "nr_hugepages").read_text())
-    return total - int((POOL / "surplus_hugepages").read_text())
-
-
-def _available_huge_pages() -> int:
-    free, reserved = ((POOL / name).read_text() for name in ("free_hugepages", "resv_hugepages"))
-    return int(free) - int(reserved)
-
-
-def _add_huge_pages(count: int) -> int:
-    """Change the pool by `count` pages; return by how many it really changed."""
-    try:
-        before = _persistent_huge_pages()
-        (POOL / "nr_hugepages").write_text(str(max(before + count, 0)))
-    except OSError:
-        return 0
-    return _persistent_huge_pages() - before
-
-
 def swap_header(length: int) -> bytes:
     """Return the first page of a version 1 swap area."""
     page = bytearray(_PAGE)
@@ -194,19 +184,28 @@ def _swap_on(length: int) -> tuple[str | None, str]:
     return None, "no swap (" + "; ".join(refused) + ")"
 
 
-def _give_back(entry: Entry) -> None:
+def _give_back(entries: list[Entry], pid: int) -> None:
+    """Take a keeper's entry from the list, and what it held from the machine."""
+    entry = next(entry for entry in entries if entry.pid == pid)
+    entries.remove(entry)
     if entry.swap_file is not None:
         _swap_call("swapoff", entry.swap_file)
         Path(entry.swap_file).unlink(missing_ok=True)
-    if entry.huge_pages:
-        _add_huge_pages(-entry.huge_pages)
+    pages = entry.huge_pages
+    if entries:
+        # Surplus again, these pages would be missing among those the others have added.
+        heir = entries[0]
+        entries[0] = replace(heir, counted_in=heir.counted_in + entry.counted_in)
+    else:
+        pages += entry.counted_in
+    if pages:
+        _huge_pages.give_back(pages)
 
 
 def _give_back_for_the_dead(entries: list[Entry]) -> None:
     for entry in list(entries):
         if _start_time(entry.pid) != entry.start_time:
-            entries.remove(entry)
-            _give_back(entry)
+            _give_back(entries, entry.pid)
 
 
 def _keep(controller: int, huge_pages: int, swap_bytes: int) -> None:
@@ -219,20 +218,16 @@ def _keep(controller: int, huge_pages: int, swap_bytes: int) -> None:
     with _state() as entries:
         _give_back_for_the_dead(entries)
         swap_file, note = _swap_on(swap_bytes)
-        pages = _add_huge_pages(huge_pages)
-        # Pages over the pool's size are counted into it first, and reservations may exceed it.
-        if pages and (lacking := huge_pages - _available_huge_pages()) > 0:
-            pages += _add_huge_pages(lacking)
-        mine = Entry(os.getpid(), _start_time(os.getpid()), pages, swap_file)
-        entries.append(mine)
+        pages, counted_in = _huge_pages.add(huge_pages)
+        start_time = _start_time(os.getpid())
+        entries.append(Entry(os.getpid(), start_time, pages, swap_file, counted_in))
     with contextlib.suppress(BrokenPipeError):
         print(f"reserved {pages} huge pages of 2 MiB, {note}", flush=True)
     # stdin ends when the controller asks for the release; a fork of it that lives on may hold the
     # other end.
     select.select([sys.stdin, gone], [], [])
     with _state() as entries:
-        entries.remove(mine)
-        _give_back(mine)
+        _give_back(entries, os.getpid())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ docs/testing.md shows it at work.  With pytest installed its plugin is loaded by
 from __future__ import annotations
 
 from pyuffd.testing._child import FaultingChild, FaultingChildError, ForkResult, Step
+from pyuffd.testing._huge_pages import huge_pages
 from pyuffd.testing._inject import (
     DelayedSource,
     FailingSource,
@@ -39,6 +40,7 @@ __all__ = [
     "Step",
     "WrongLengthSource",
     "child_pids",
+    "huge_pages",
     "kill",
     "layout_change_pending",
     "layout_is_changing",

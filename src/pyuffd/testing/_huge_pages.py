@@ -1,0 +1,103 @@
+"""The pool of 2 MiB huge pages, made larger for a while and small again.
+
+What is written to nr_hugepages is the size of the pool without its surplus: pages that are in use
+or reserved although the pool was to be smaller. A larger number first turns surplus pages into
+pages of the pool, which makes none of them free, so they come on top of what is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+
+class Grown(NamedTuple):
+    """By how much the pool has grown; both are to be given back.
+
+    Attributes:
+        added: Free pages that it did not have before.
+        counted_in: Surplus pages that became part of it.
+    """
+
+    added: int
+    counted_in: int
+
+
+def available() -> int:
+    """Return how many pages are neither used nor reserved."""
+    return _count("free_hugepages") - _count("resv_hugepages")
+
+
+def add(count: int) -> Grown:
+    """Add free pages to the pool; fewer where memory is short, none where this user may not."""
+    with contextlib.suppress(OSError), _locked():
+        return _grow(count)
+    return Grown(0, 0)
+
+
+@contextlib.contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """Have so many huge pages of 2 MiB available inside the `with` block.
+
+    Adds to the machine's pool what is lacking, as far as there is memory for it and this user may,
+    and makes the pool smaller again by as much. A mapping that gets too few says so.
+
+    Args:
+        count: Pages that are neither used nor reserved.
+
+    GIL: released.  Threads: safe; processes that use this, or pyuffd's own tests, take turns.
+    Blocks: while the kernel makes room in memory, which can take seconds.
+
+    Example:
+        >>> from pyuffd.testing import huge_pages
+        >>> with huge_pages(0):
+        ...     pass
+    """
+    grown = Grown(0, 0)
+    with contextlib.suppress(OSError), _locked():
+        grown = _grow(count - available())
+    try:
+        yield
+    finally:
+        if any(grown):
+            give_back(sum(grown))
+
+
+def give_back(count: int) -> None:
+    """Make the pool smaller; of its pages, those in use or reserved become surplus."""
+    with contextlib.suppress(OSError), _locked():  # not allowed: nor was it to add any
+        _resize(max(_size() - count, 0))
+
+
+def _grow(lacking: int) -> Grown:
+    if lacking <= 0:
+        return Grown(0, 0)
+    before, surplus = _size(), _count("surplus_hugepages")
+    _resize(before + surplus + lacking)
+    grown = _size() - before
+    return Grown(max(grown - surplus, 0), min(grown, surplus))
+
+
+def _size() -> int:
+    return _count("nr_hugepages") - _count("surplus_hugepages")
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """Keep others who use this module from changing the pool between our reads and our write."""
+    with (POOL / "nr_hugepages").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _count(name: str) -> int:
+    return int((POOL / name).read_text())
+
+
+def _resize(count: int) -> None:
+    (POOL / "nr_hugepages").write_text(str(count))
