@@ -12,10 +12,15 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyuffd._errors import raise_errno
+from pyuffd._pages import PAGE_SIZE
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+# The mmap module's name is taken by mmap(2) here.
+_MADV_NORMAL, _MADV_RANDOM = 0, 1
+_MREMAP_TO = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
 
 
 def read(start: int, length: int) -> bytes:
@@ -83,6 +88,19 @@ def mremap(start: int, length: int, new_length: int, flags: int, to: int = 0) ->
     if code:
         raise_errno("mremap", -code, start, length)
     return int(out[0])
+
+
+def move(start: int, length: int, to: int, page_size: int) -> None:
+    """Move pages to an address, over what is mapped there; waits as `mremap` does."""
+    if page_size > PAGE_SIZE:
+        # Linux since 5.16 (commit 550a7d60bd5e, "mm, hugepages: add mremap() support for hugepage
+        # backed vma") forgets the reservations of a private hugetlb mapping of which a part is
+        # moved: those of the rest stay promised to nobody until the next boot. So the part is
+        # made a mapping of its own first, by advice that means nothing to hugetlb; the kernel
+        # does not join hugetlb mappings again.
+        madvise(start, length, _MADV_RANDOM)
+        madvise(start, length, _MADV_NORMAL)
+    mremap(start, length, length, _MREMAP_TO, to)
 
 
 def mprotect(start: int, length: int, prot: int) -> None:

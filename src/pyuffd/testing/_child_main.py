@@ -25,7 +25,6 @@ from pyuffd.regions import Region
 from pyuffd.testing import _wire
 
 PROT_NONE = 0  # not in the mmap module
-MREMAP_TO = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
 RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 
 
@@ -108,7 +107,8 @@ class Worker:
             _memory.munmap(room, to - room)
         if behind := room + page_size - to:
             _memory.munmap(to + n, behind)
-        return _memory.mremap(start + offset, n, n, MREMAP_TO, to)
+        _memory.move(start + offset, n, to, page_size)
+        return to
 
     def _fork(self, args: list[Any], options: dict[str, Any], base: int | None) -> dict[str, Any]:
         """Fork, run a command in the child, and tell how that ended."""

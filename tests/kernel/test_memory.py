@@ -1,0 +1,48 @@
+"""Memory by address: what a call leaves as it was, beside what it is for."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from pyuffd import _memory
+from pyuffd.conformance._need import needs_hugetlb_mremap
+from tests._need import HUGE_PAGE, needs_hugepages, needs_privilege
+from tests.kernel._mounts import mounted
+
+PAGES = 4
+PROT_NONE, PROT_RW = 0, mmap.PROT_READ | mmap.PROT_WRITE
+
+
+@needs_privilege()
+@needs_hugepages(PAGES)
+@pytest.mark.need(needs_hugetlb_mremap())
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 2), (3, 1), (0, PAGES)])
+def test_moved_private_huge_pages_are_given_back(first: int, count: int) -> None:
+    length = count * HUGE_PAGE
+    # A mount of its own: the counters of the machine's pool are everybody's.
+    with mounted("hugetlbfs", pagesize="2M", size=str(PAGES * HUGE_PAGE)) as folder:
+
+        def unreserved() -> int:
+            return os.statvfs(folder).f_bfree
+
+        room = _memory.mmap(length + HUGE_PAGE, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        to = -(-room // HUGE_PAGE) * HUGE_PAGE
+        with Path(folder, "huge-file").open("w+b") as file:
+            start = _memory.mmap(PAGES * HUGE_PAGE, PROT_RW, mmap.MAP_PRIVATE, file.fileno())
+        part = start + first * HUGE_PAGE
+        _memory.write(part, b"moved")
+        assert unreserved() == 0
+        _memory.move(part, length, to, HUGE_PAGE)
+        assert unreserved() == 0
+        assert _memory.read(to, 5) == b"moved"
+        # Not as one: what was moved has left a hole, which may be somebody's by now.
+        for rest, end in (start, part), (part + length, start + PAGES * HUGE_PAGE):
+            if rest < end:
+                _memory.munmap(rest, end - rest)
+        assert unreserved() == PAGES - count
+        _memory.munmap(room, length + HUGE_PAGE)
+        assert unreserved() == PAGES
