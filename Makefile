@@ -26,13 +26,13 @@ RUN_TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 ASAN_DIR := $(CURDIR)/build/asan
 ASAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:abort_on_error=1 \
-	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=3 PYTHONPATH=$(ASAN_DIR)
+	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=3 PYUFFD_FRESH_CHILDREN=1 PYTHONPATH=$(ASAN_DIR)
 
 # As above. Python itself is not instrumented, so what it does is not looked at; the first report fails the test.
 TSAN_DIR := $(CURDIR)/build/tsan
 TSAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:halt_on_error=1:exitcode=66:suppressions=$(CURDIR)/tests/tsan.supp \
-	PYUFFD_BUDGET_SCALE=4 PYTHONPATH=$(TSAN_DIR)
+	PYUFFD_BUDGET_SCALE=4 PYUFFD_FRESH_CHILDREN=1 PYTHONPATH=$(TSAN_DIR)
 TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_events.py tests/kernel/test_thread_driver.py \
 	tests/kernel/test_adopted_descriptors.py tests/kernel/test_async_source.py tests/process/test_forks.py \
 	tests/process/test_stopping.py tests/process/test_pitfalls.py

@@ -1,7 +1,14 @@
-"""Run code that may stall in a child process: the conformance suite's way, for every test."""
+"""Run code that may stall in a child process: the conformance suite's way, for every test.
+
+Functions run in a fork of a zygote (tests/_zygote.py); source text, and whatever wants another
+environment from its start, in a fresh process. PYUFFD_FRESH_CHILDREN=1 makes all of them fresh.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +17,18 @@ from pyuffd.conformance import _child
 from pyuffd.conformance._child import (
     SCALE,
     STARTUP_S,
+    Child,
     ChildFailure,
     ChildResult,
     Expect,
+    FreshChild,
+    Request,
     dotted,
     wait_for_end,
 )
 from pyuffd.conformance._need import Lack
 from tests._need import skip
+from tests._zygote import Zygote
 
 __all__ = [
     "ROOT",
@@ -29,9 +40,23 @@ __all__ = [
     "dotted",
     "run_child",
     "wait_for_end",
+    "zygote",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
+FRESH = os.environ.get("PYUFFD_FRESH_CHILDREN") == "1"
+
+_one_at_a_time = threading.Lock()
+_zygotes: list[Zygote] = []
+
+
+def zygote() -> Zygote:
+    """Return the zygote of this process, which is started when it is needed first."""
+    if not _zygotes:
+        started = Zygote()
+        atexit.register(started.__exit__)
+        _zygotes.append(started)
+    return _zygotes[0]
 
 
 def run_child(
@@ -43,7 +68,7 @@ def run_child(
     env: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> ChildResult:
-    """Run a function or source text in a fresh Python process with a time limit.
+    """Run a function or source text in a process of its own with a time limit.
 
     Args:
         target: a module-level function, its name as `package.module:function`, or source text.
@@ -59,9 +84,23 @@ def run_child(
     Raises:
         ChildFailure: the child ended differently from `expect`.
     """
+    start: Callable[[Request], Child] = FreshChild
+    forked = callable(target) and not env and not FRESH and _one_at_a_time.acquire(blocking=False)
     try:
+        if forked:
+            start = zygote().fork
         return _child.run_child(
-            target, *args, budget_s=budget_s, expect=expect, env=env, paths=[str(ROOT)], **kwargs
+            target,
+            *args,
+            budget_s=budget_s,
+            expect=expect,
+            env=env,
+            paths=[str(ROOT)],
+            start=start,
+            **kwargs,
         )
     except Lack as lack:
         skip(lack)
+    finally:
+        if forked:
+            _one_at_a_time.release()

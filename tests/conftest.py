@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import _machine
+from tests._child import FRESH, zygote
 from tests._memory import Memory, memory_of, memory_params
 from tests._need import strict
 
@@ -121,6 +122,8 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     if not any(request.path.is_relative_to(folder) for folder in KERNEL_FOLDERS):
         yield
         return
+    if not FRESH:
+        zygote()  # its socket stays
     # Listing /proc/self/task skips a thread while another one, of the last test, still exits.
     before = _held() | _held()
     yield

@@ -2,8 +2,8 @@
 
 A thread that faults while it holds the GIL stops every Python thread, so no time-out inside the
 process can fire. The child arms `faulthandler`'s C watchdog, which needs no GIL, and the parent
-sends SIGKILL if even that fails. Children are started fresh (no fork), so they inherit no lock,
-thread or userfaultfd.
+sends SIGKILL if even that fails. Children are started fresh (no fork of this process), so they
+inherit no lock, thread or userfaultfd.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pyuffd.conformance._need import Lack
 
@@ -74,6 +74,63 @@ class ChildResult:
         )
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a child is to do, and the files that it fills: its answer, its output, its errors."""
+
+    target: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    budget_s: float
+    reply: int
+    stdout: int
+    stderr: int
+    env: Mapping[str, str]
+
+    @property
+    def call(self) -> str:
+        """The part that a child has to be told, as JSON."""
+        names = ("target", "args", "kwargs", "budget_s")
+        return json.dumps({name: getattr(self, name) for name in names})
+
+
+class Child(Protocol):
+    """A child that was started: the leader of a session and process group of its own."""
+
+    pid: int
+
+    def reap(self) -> int:
+        """Wait for its end; return its exit status, or the negative number of its signal."""
+        ...
+
+
+class FreshChild:
+    """A new Python process."""
+
+    def __init__(self, request: Request) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", "-P", "-W", "error", "-m", __name__, str(request.reply)],
+            stdin=subprocess.PIPE,
+            stdout=request.stdout,
+            stderr=request.stderr,
+            env=request.env,
+            pass_fds=(request.reply,),
+            start_new_session=True,
+            text=True,
+        )
+        self.pid = self._process.pid
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(request.call)
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
+
+    def reap(self) -> int:
+        """Wait for its end; return its exit status, or the negative number of its signal."""
+        return self._process.wait()
+
+
 class ChildFailure(AssertionError):
     """The child did not end as expected; `result` says how it did."""
 
@@ -97,6 +154,7 @@ def run_child(
     expect: Expect = 0,
     env: Mapping[str, str] | None = None,
     paths: Sequence[str] = (),
+    start: Callable[[Request], Child] = FreshChild,
     **kwargs: Any,
 ) -> ChildResult:
     """Run a function or source text in a fresh Python process with a time limit.
@@ -108,6 +166,7 @@ def run_child(
         expect: the return code that is right (negative for a signal), "timeout", or None for any.
         env: environment variables to add.
         paths: folders to import from first.
+        start: how the process is made.
         **kwargs: keyword arguments of the function, through JSON.
 
     Returns:
@@ -125,33 +184,17 @@ def run_child(
     # Files, not pipes: a grandchild that keeps them open cannot make the parent wait.
     out, err = os.memfd_create("child-stdout"), os.memfd_create("child-stderr")
     try:
-        request = {"target": target, "args": args, "kwargs": kwargs, "budget_s": budget}
         path = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")]))
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-P", "-W", "error", "-m", __name__, str(reply)],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=err,
-            env={**os.environ, "PYTHONPATH": path, **(env or {})},
-            pass_fds=(reply,),
-            start_new_session=True,
-            text=True,
-        )
-        with process:
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps(request))
-                process.stdin.close()
-            except BrokenPipeError:
-                pass
-            killed = not wait_for_end(process.pid, STARTUP_S * SCALE + budget + MARGIN_S)
-            # Not reaped yet, so the group's number is still ours: take its other members along.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        environment = {**os.environ, "PYTHONPATH": path, **(env or {})}
+        child = start(Request(target, args, kwargs, budget, reply, out, err, environment))
+        killed = not wait_for_end(child.pid, STARTUP_S * SCALE + budget + MARGIN_S)
+        # Not reaped yet, so the group's number is still ours: take its other members along.
+        os.killpg(child.pid, signal.SIGKILL)
+        returncode = child.reap()
         stderr = _contents(err)
         answer = json.loads(_contents(reply) or "{}")
         result = ChildResult(
-            returncode=process.returncode,
+            returncode=returncode,
             stdout=_contents(out),
             stderr=stderr,
             timed_out=killed or re.search(r"^Timeout \(\d+:", stderr, re.MULTILINE) is not None,
@@ -188,11 +231,11 @@ def _contents(fd: int) -> str:
         return file.read()
 
 
-def _main() -> None:
-    reply = int(sys.argv[1])
+def perform(call: str, reply: int) -> None:
+    """Do in the child what was asked for, and write the answer."""
     os.set_inheritable(reply, False)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    request = json.load(sys.stdin)
+    request = json.loads(call)
     faulthandler.enable()
     faulthandler.dump_traceback_later(request["budget_s"] + STARTUP_S * SCALE, exit=True)
     target = request["target"]
@@ -217,4 +260,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    perform(sys.stdin.read(), int(sys.argv[1]))
