@@ -13,6 +13,7 @@
 #include "uffd_keeper.h"
 #include "uffd_table.h"
 
+#define BASE_PAGE		4096u
 #define RECENT_PER_SHARD	256
 #define PREFETCH_JOBS		64
 /* Pages up to this size are zeroed from `zeros`, larger ones from `huge_zeros`. */
@@ -118,6 +119,7 @@ struct uffd_engine {
 	size_t deferred_capacity;
 	struct prefetch_job jobs[PREFETCH_JOBS];
 	size_t job_count;
+	uint64_t steps;
 	uint64_t forks_followed;
 	const struct deferred_fault *fault_in_hand;
 	struct spin {
@@ -251,6 +253,11 @@ static inline bool has_ioctl(const struct uffd_range *range, unsigned int nr)
 	return __atomic_load_n(&range->ioctls, __ATOMIC_RELAXED) & (UINT64_C(1) << nr);
 }
 
+static inline bool is_huge(const struct uffd_range *range)
+{
+	return range->page_size > BASE_PAGE;
+}
+
 void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
 
 /* uffd_space.c */
@@ -301,6 +308,12 @@ int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t s
 int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
 void poison_page(struct uffd_range *range, uint64_t page);
+/* What a fill has put, or found, in [at, past); of huge pages one at a time. */
+void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
+		const struct uffd_fill_result *result);
+/* A fill says that the huge page is there, on so many occasions that it cannot be. */
+bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion);
+#define EXISTS_LIMIT		8
 void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
 /*
  * Fill the first run of absent pages in [at, end).  Returns where to go on, `end`

@@ -96,7 +96,8 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 		}
 		if (r == -EEXIST) {
 			/* Present, but a waiter may still sleep: EEXIST wakes nobody. */
-			uffd_shim_wake(fill->fd, fill->dst + at, fill->page_size);
+			if (!fill->leaves_waiters)
+				uffd_shim_wake(fill->fd, fill->dst + at, fill->page_size);
 			at += fill->page_size;
 			result_ret->already_present += fill->page_size;
 			attempt = 0;

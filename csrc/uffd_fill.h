@@ -27,6 +27,7 @@ struct uffd_fill {
 	uint64_t mode;
 	uint64_t page_size;	/* EEXIST skips this much */
 	uint64_t limit_ns;	/* how long EAGAIN without progress is retried; 0: not at all */
+	uint32_t leaves_waiters; /* EEXIST wakes nobody; the caller does */
 };
 
 struct uffd_fill_result {

@@ -172,6 +172,10 @@ static bool resolve_inline(struct uffd_range *range, uint64_t address, uint64_t 
 			kind = first_guess(range, error);
 			continue;
 		}
+		/* There again and again, and yet it faults: there is no huge page for it. */
+		if (outcome == OUTCOME_PRESENT && is_huge(range) && kind != UFFD_KIND_MINOR &&
+		    repeated.address == address && repeated.count >= EXISTS_LIMIT)
+			outcome = OUTCOME_DEFER;
 		if (outcome != OUTCOME_DEFER)
 			break;
 		count(engine, COUNTER(deferred), 1);

@@ -163,8 +163,11 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	at = range->start + (*offset - range->origin);
 	stop = at;
 	while (stop < range->end && content_offset(range, stop) < end &&
-	       atomic_load(state_of(range, stop)) == UFFD_PAGE_IN_FLIGHT)
+	       atomic_load(state_of(range, stop)) == UFFD_PAGE_IN_FLIGHT) {
 		stop += range->page_size;
+		if (is_huge(range))
+			break;
+	}
 	if (stop == at) {
 		*offset += range->page_size;
 		goto out;
@@ -172,8 +175,12 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	r = put_bytes(range, at, stop - at,
 		      (uint64_t)(uintptr_t)(data + (*offset - request->offset)), request->kind,
 		      &result);
+	if (r == 0 && result.already_present && lacks_huge_page(range, at, request->since_ns)) {
+		r = -ENOMEM;
+		goto out;
+	}
 	past = at + result.done + result.already_present;
-	set_states(range, at, past, UFFD_PAGE_CLEAN);
+	set_filled(range, at, past, &result);
 	wake_again(range, at, past);
 	count(engine, COUNTER(filled_pages), result.done >> range->page_shift);
 	*offset += past - at;

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "uffd_engine_internal.h"
 
@@ -38,6 +39,7 @@ static struct uffd_fill fill_of(const struct uffd_range *range, enum uffd_fill_o
 		.mode = mode,
 		.page_size = range->page_size,
 		.limit_ns = limit_ns,
+		.leaves_waiters = op == UFFD_FILL_COPY && is_huge(range),
 	};
 }
 
@@ -248,6 +250,49 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page, enum uffd_f
 	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_SOURCE);
 }
 
+/*
+ * Linux 6.18 answers EEXIST to a fill of hugetlb memory also where no huge page is
+ * free (measured; Linux 6.12 says ENOMEM).  Of this process's own memory mincore(2)
+ * tells whether a page is there; elsewhere it stays absent to us, so that nothing
+ * takes zeros for its content.
+ */
+static uint8_t state_of_existing(const struct uffd_range *range, uint64_t page)
+{
+	const struct uffd_engine *engine = range->space->engine;
+	unsigned char there = 0;
+
+	if (!is_huge(range))
+		return UFFD_PAGE_CLEAN;
+	if (engine->options.watch_owner || range->space != engine->primary ||
+	    mincore((void *)(uintptr_t)page, BASE_PAGE, &there))
+		return UFFD_PAGE_ABSENT;
+	return there & 1 ? UFFD_PAGE_CLEAN : UFFD_PAGE_ABSENT;
+}
+
+void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
+		const struct uffd_fill_result *result)
+{
+	set_states(range, at, past,
+		   result->already_present ? state_of_existing(range, at) : UFFD_PAGE_CLEAN);
+}
+
+/*
+ * Who is woken where no huge page is free faults again, so a page that is said to
+ * be there step after step is missing: it is put off, its thread asleep.
+ */
+bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion)
+{
+	if (!is_huge(range) || state_of_existing(range, page) == UFFD_PAGE_CLEAN)
+		return false;
+	if (atomic_exchange(&range->exists_at, page) != page)
+		atomic_store(&range->exists_count, 0);
+	/* Many threads may fault on one page at once. */
+	else if (atomic_load(&range->exists_occasion) == occasion)
+		return atomic_load(&range->exists_count) > EXISTS_LIMIT;
+	atomic_store(&range->exists_occasion, occasion);
+	return atomic_fetch_add(&range->exists_count, 1) >= EXISTS_LIMIT;
+}
+
 static bool is_lost_when_dropped(const struct uffd_range *range, enum uffd_fault_kind kind)
 {
 	return range->content->kind != UFFD_SOURCE_ZERO &&
@@ -263,14 +308,24 @@ static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 	bool was_absent = was == UFFD_PAGE_ABSENT;
 
 	if (r == 0 && result->done) {
+		atomic_store(&range->exists_count, 0);
 		count(range->space->engine, COUNTER(filled_pages), 1);
 		atomic_store(state, was_absent || kind == UFFD_KIND_MINOR ? UFFD_PAGE_CLEAN
 									  : UFFD_PAGE_REMOVED);
 		return OUTCOME_RESOLVED;
 	}
 	if (r == 0 && result->already_present) {
+		const struct uffd_engine *engine = range->space->engine;
+		/* Inline a thread sees for itself that it faults again. */
+		bool lacking = kind != UFFD_KIND_MINOR && !engine->options.is_inline &&
+			       lacks_huge_page(range, page, engine->steps);
+
+		atomic_store(state, was_absent ? state_of_existing(range, page) : was);
+		if (lacking)
+			return OUTCOME_DEFER;
+		if (is_huge(range))
+			uffd_shim_wake(range->space->fd, page, range->page_size);
 		count(range->space->engine, COUNTER(already_present), 1);
-		atomic_store(state, was_absent ? UFFD_PAGE_CLEAN : was);
 		return OUTCOME_PRESENT;
 	}
 	if (r == 0 || r == -ENOMEM) {
@@ -382,12 +437,15 @@ uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
 	if (content->tail && at < tail_at && tail_at < end)
 		end = tail_at;
 	stop = at + range->page_size;
-	while (stop < end && claim_absent(range, stop))
+	/* Of huge pages one by one: those that are there already stay absent to us. */
+	while (stop < end && !is_huge(range) && claim_absent(range, stop))
 		stop += range->page_size;
 	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);
 	r = put_content(range, at, stop - at, kind, &result);
 	past = at + result.done + result.already_present;
-	set_states(range, at, past, UFFD_PAGE_CLEAN);
+	set_filled(range, at, past, &result);
+	if (is_huge(range) && result.already_present)
+		uffd_shim_wake(range->space->fd, at, past - at);
 	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
 	count(range->space->engine, COUNTER(filled_pages), result.done >> range->page_shift);
 	*filled_ret = result.done;

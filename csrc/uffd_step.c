@@ -8,7 +8,6 @@
 #include "uffd_alloc.h"
 #include "uffd_engine_internal.h"
 
-#define BASE_PAGE		4096u
 /* For a reader in sequence, who waits for all of it anyway. */
 #define SEQUENTIAL_SLICE	(2u << 20)
 
@@ -349,6 +348,7 @@ void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret)
 	/* Reading an event lets its thread go on, too. */
 	uint32_t phase = begin_work(engine);
 
+	engine->steps++;
 	*handled_ret = 0;
 	if (atomic_load(&engine->space_count) > 1)
 		step_ready_spaces(engine, handled_ret);

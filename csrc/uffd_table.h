@@ -38,6 +38,10 @@ struct uffd_range {
 
 	_Atomic uint64_t readahead_at;	/* a fault here is sequential */
 	_Atomic uint32_t readahead_chunks;
+	/* The huge page that a fill found there last, when, and on how many occasions. */
+	_Atomic uint64_t exists_at;
+	_Atomic uint64_t exists_occasion;
+	_Atomic uint32_t exists_count;
 };
 
 struct uffd_table_shard {

@@ -15,12 +15,14 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Literal
 
 import pytest
 
 from pyuffd import (
     BufferSource,
+    CallableSource,
+    Feature,
     FileSource,
     Handler,
     HandlerError,
@@ -30,16 +32,18 @@ from pyuffd import (
     UffdOSError,
     Userfaultfd,
     ZeroSource,
+    _memory,
 )
 from tests._child import run_child
 from tests._memory import PAGE, memory_params
-from tests._need import needs_privilege
+from tests._need import HUGE_PAGE, needs_hugepages, needs_privilege
 from tests.kernel._mounts import mounted
 from tests.kernel._serving import (
     Driver,
     both_drivers,
     content,
     everywhere,
+    handler_of,
     is_lost,
     serving,
     states,
@@ -51,6 +55,7 @@ from tests.kernel._serving import (
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 CLOCK_NANOSLEEP = 230
+ABSENT, CLEAN = PageState.ABSENT, PageState.CLEAN
 PROT_NONE = 0
 
 
@@ -381,6 +386,103 @@ def full_tmpfs_for_good() -> None:
 @needs_privilege()
 def test_retry_limit() -> None:
     run_child(full_tmpfs_for_good)
+
+
+@contextlib.contextmanager
+def unreserved_huge_pages(pages: int, *, have: int) -> Iterator[tuple[Region, int]]:
+    """Huge pages of a file, of which only so many can be had at a time, and its descriptor."""
+    reserve_nothing = 0x4000  # MAP_NORESERVE
+    with (
+        mounted("hugetlbfs", pagesize="2M", size=str(have * HUGE_PAGE)) as folder,
+        open(f"{folder}/region", "wb+", buffering=0) as file,
+    ):
+        file.truncate(pages * HUGE_PAGE)
+        start = _memory.mmap(
+            pages * HUGE_PAGE,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            mmap.MAP_SHARED | reserve_nothing,
+            file.fileno(),
+        )
+        try:
+            yield Region.at(start, pages * HUGE_PAGE, HUGE_PAGE), file.fileno()
+        finally:
+            _memory.munmap(start, pages * HUGE_PAGE)
+
+
+def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
+    """Where no huge page is free Linux 6.18 says EEXIST: the fault waits, and no zeros come."""
+    features = Feature.SIGBUS if driver == "inline" else Feature(0)
+    with (
+        unreserved_huge_pages(3, have=1) as (region, fd),
+        Userfaultfd(features=features) as uffd,
+        Handler(uffd, driver=driver) as handler,
+    ):
+        data = content(region.length)
+        source = BufferSource(data)
+        handler.serve(region, CallableSource(source.read) if driver == "thread" else source)
+        handler.start()
+        assert region.read(HUGE_PAGE, 8) == data[HUGE_PAGE:][:8]
+        handler.populate(region, 0, HUGE_PAGE)  # says nothing, and marks nothing as there
+        assert states(handler, region) == [ABSENT, CLEAN, ABSENT]
+        read: list[bytes] = []
+        thread = threading.Thread(target=lambda: read.append(region.read(0, HUGE_PAGE)))
+        thread.start()
+        wait_until(lambda: handler.stats().retried > 0, "the fault is tried again")
+        assert read == []
+        assert handler.stats().messages < 100
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, 3 * HUGE_PAGE)
+        thread.join()
+        assert read == [data[:HUGE_PAGE]]
+        assert handler.stats().failed == 0
+
+
+@needs_privilege()
+@needs_hugepages(1)
+@pytest.mark.parametrize("driver", ["native", "inline", "thread"])
+def test_retry_without_huge_pages(driver: Literal["native", "inline", "thread"]) -> None:
+    run_child(no_huge_page, driver)
+
+
+def no_huge_page_for_good() -> None:
+    from pyuffd.handlers import _handler
+
+    _handler.RETRY_LIMIT_S = 0.05
+    with unreserved_huge_pages(2, have=1) as (region, _), handler_of("native") as handler:
+        data = content(region.length)
+        handler.serve(region, BufferSource(data))
+        handler.start()
+        assert region.read(0, 8) == data[:8]
+        assert is_lost(region, HUGE_PAGE, 1)
+        with pytest.raises(HandlerError) as caught:
+            handler.stop()
+        assert caught.value.start == region.start + HUGE_PAGE
+        assert is_lost(region, HUGE_PAGE, 1)
+        assert region.read(0, HUGE_PAGE) == data[:HUGE_PAGE]
+
+
+@needs_privilege()
+@needs_hugepages(1)
+def test_retry_limit_without_huge_pages() -> None:
+    run_child(no_huge_page_for_good)
+
+
+def no_huge_page_inline() -> None:
+    from pyuffd.handlers import _handler
+
+    _handler.RETRY_LIMIT_S = 0.05
+    with unreserved_huge_pages(2, have=1) as (region, _), handler_of("inline") as handler:
+        handler.serve(region, BufferSource(content(region.length)))
+        handler.start()
+        region.read(0, 1)
+        print("touching", flush=True)
+        region.read(HUGE_PAGE, 1)
+
+
+@needs_privilege()
+@needs_hugepages(1)
+def test_retry_limit_without_huge_pages_is_sigbus_inline() -> None:
+    assert run_child(no_huge_page_inline, expect=-signal.SIGBUS).stdout == "touching\n"
 
 
 # What stop() leaves
