@@ -116,11 +116,16 @@ static enum outcome fill_in_line(struct uffd_range *range, uint64_t page)
 
 /* The step */
 
-/* A registered range that nobody serves: its threads would wait for ever. */
-static void refuse_unserved(struct uffd_space *space, uint64_t address)
+/*
+ * A registered range that nobody serves: its threads would wait for ever.  While
+ * the layout changes it may be one that was moved here, whose event is still to
+ * come: EAGAIN keeps us from touching it, and the fault must be looked at again.
+ */
+static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, bool last_try)
 {
 	static const uint64_t sizes[] = { BASE_PAGE, 2u << 20, 1u << 30 };
 	struct uffd_engine *engine = space->engine;
+	struct uffd_fill_result result = { 0 };
 	int r = -EINVAL;
 
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]) && r == -EINVAL; i++) {
@@ -131,17 +136,21 @@ static void refuse_unserved(struct uffd_space *space, uint64_t address)
 			.length = sizes[i],
 			.page_size = sizes[i],
 		};
-		struct uffd_fill_result result;
 
 		r = uffd_fill_run(&fill, &result);
 	}
-	if (r == -ENOENT || r == -ESRCH) {
-		/* Unregistered since the fault was sent, which woke its threads. */
+	if (r == 0 && result.deferred && !last_try)
+		return OUTCOME_DEFER;
+	if (r == -ENOENT || r == -ESRCH || result.already_present) {
+		/* Unregistered, or filled, since the fault was sent: its threads are awake. */
 		count(engine, COUNTER(layout_changed), 1);
-		return;
+		return OUTCOME_GONE;
 	}
+	if (r == 0)
+		r = result.deferred ? -EAGAIN : -EFAULT;
 	count(engine, COUNTER(unserved), 1);
-	note_failure(engine, address, 0, r ? r : -EFAULT, UFFD_FAILED_UNSERVED);
+	note_failure(engine, address, 0, r, UFFD_FAILED_UNSERVED);
+	return OUTCOME_FAILED;
 }
 
 /* NULL leaves the old block as it was. */
@@ -196,7 +205,7 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 	unsigned int shard = uffd_table_enter(table, current_cpu());
 	struct uffd_range *range = uffd_table_find(table, fault->address);
 	enum uffd_fault_kind kind = fault_kind(fault->flags);
-	enum outcome outcome = OUTCOME_GONE;
+	enum outcome outcome;
 	bool in_line;
 	uint64_t page;
 
@@ -218,7 +227,7 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 		else if (outcome == OUTCOME_DEFER && last_try)
 			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE);
 	} else {
-		refuse_unserved(fault->space, fault->address);
+		outcome = refuse_unserved(fault->space, fault->address, last_try);
 	}
 	uffd_table_leave(table, shard);
 	uffd_barrier(UFFD_BARRIER_FAULT_WOKEN);

@@ -9,7 +9,9 @@ import contextlib
 import mmap
 import threading
 
-from pyuffd import Feature, PageState, Region, _memory
+import pytest
+
+from pyuffd import Feature, HandlerError, PageState, Region, _memory
 from tests._barriers import Point, holding
 from tests.kernel._faults import Task
 from tests.kernel._serving import is_lost, states, wait_for_stalled, wait_until
@@ -215,6 +217,31 @@ def put_off(at: Setting) -> None:
         assert page(region, 1) == data.zeros
         stats = handler.stats()
         assert stats.failed == stats.poisoned_pages == 0
+
+
+@pitfall(2, "refusal-is-put-off", drivers=BOTH, memory=SMALL, features=REMOVE | Feature.POISON)
+def refusal_put_off(at: Setting) -> None:
+    """A fault that finds no served range while the layout changes is looked at again.
+
+    A range moved there may be on its way into the table. EAGAIN taken for an answer, its thread
+    would wait for ever.
+    """
+    with at.served(2, REMOVE) as (handler, region, data):
+        nobodys = Region.anonymous(data.size)
+        handler.uffd.register(nobodys)
+        with holding(Point.STEP_APPLIED) as point:
+            lost = Task(is_lost, nobodys)
+            point.wait()
+            dropper = Task(region.punch_hole, data.size, data.size)
+            wait_changing(handler.uffd, dropper, SYS_MADVISE)
+        assert lost.result()
+        dropper.result()
+        assert region.read() == data.of(0, None)
+        wait_until(lambda: handler.stats().unserved == 1, "the refusal is counted")
+        with pytest.raises(HandlerError, match="not served"):
+            handler.stop()
+        assert handler.stats().deferred >= 1
+        nobodys.close()
 
 
 # UNMAP
