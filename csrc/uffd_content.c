@@ -214,8 +214,8 @@ struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count)
 	pages->states_offset = offset;
 	pages->state = mapping;
 	for (uint64_t i = 0; i < count; i++)
-		if (atomic_load_explicit(&pages->state[i], memory_order_relaxed) ==
-		    UFFD_PAGE_IN_FLIGHT)
+		if (uffd_page_is_in_flight(atomic_load_explicit(&pages->state[i],
+								memory_order_relaxed)))
 			atomic_store_explicit(&pages->state[i], UFFD_PAGE_ABSENT,
 					      memory_order_relaxed);
 	return pages;
@@ -233,7 +233,7 @@ struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages, int fd, uint
 		uint8_t state = atomic_load_explicit(&pages->state[i], memory_order_relaxed);
 
 		atomic_store_explicit(&copy->state[i],
-				      state == UFFD_PAGE_IN_FLIGHT ? UFFD_PAGE_ABSENT : state,
+				      uffd_page_is_in_flight(state) ? UFFD_PAGE_ABSENT : state,
 				      memory_order_relaxed);
 	}
 	return copy;

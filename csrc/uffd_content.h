@@ -20,7 +20,13 @@ enum uffd_page_state {
 	UFFD_PAGE_REMOVED,	/* dropped by its owner: zeros from then on */
 	UFFD_PAGE_POISONED,
 	UFFD_PAGE_SAVED,	/* preserved in the background and unprotected again */
+	UFFD_PAGE_REQUESTED,	/* in flight to a worker, whose answer belongs here; others see IN_FLIGHT */
 };
+
+static inline bool uffd_page_is_in_flight(uint8_t state)
+{
+	return state == UFFD_PAGE_IN_FLIGHT || state == UFFD_PAGE_REQUESTED;
+}
 
 enum uffd_source_kind {
 	UFFD_SOURCE_NONE,	/* nothing to fetch: what the page cache holds is right */

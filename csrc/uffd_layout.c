@@ -55,7 +55,7 @@ static void remove_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 		for (; page < stop; page += range->page_size) {
 			uint8_t was = atomic_exchange(state_of(range, page), UFFD_PAGE_REMOVED);
 
-			if (was == UFFD_PAGE_IN_FLIGHT)
+			if (uffd_page_is_in_flight(was))
 				answer_with_zeros(range, page);
 			if (was == UFFD_PAGE_CLEAN && range->content->preserve)
 				note_failure(space->engine, page, range->page_size, -ENODATA,

@@ -138,7 +138,10 @@ static void drop_request(struct uffd_engine *engine, struct uffd_request *reques
 	uffd_free(request);
 }
 
-/* Pages of the request that still wait for it get the bytes; one gate's length. */
+/*
+ * Pages of the request that still wait for it get the bytes; one gate's length.
+ * One that was dropped does not, whoever is at it now: it is zeros.
+ */
 static int put_answer(struct uffd_engine *engine, const struct uffd_request *request,
 		      uint64_t *offset, const char *data)
 {
@@ -163,7 +166,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	at = range->start + (*offset - range->origin);
 	stop = at;
 	while (stop < range->end && content_offset(range, stop) < end &&
-	       atomic_load(state_of(range, stop)) == UFFD_PAGE_IN_FLIGHT) {
+	       atomic_load(state_of(range, stop)) == UFFD_PAGE_REQUESTED) {
 		stop += range->page_size;
 		if (is_huge(range))
 			break;
@@ -223,7 +226,7 @@ static void give_up_pages(struct uffd_engine *engine, const struct uffd_request 
 		if (range) {
 			uint64_t page = range->start + (offset - range->origin);
 
-			if (atomic_load(state_of(range, page)) != UFFD_PAGE_IN_FLIGHT)
+			if (atomic_load(state_of(range, page)) != UFFD_PAGE_REQUESTED)
 				;
 			else if (stage == UFFD_FAILED_NOTHING)
 				poison_page(range, page);

@@ -201,7 +201,7 @@ static bool claim(struct uffd_range *range, uint64_t page, uint8_t *was_ret)
 
 	*was_ret = atomic_load_explicit(state, memory_order_acquire);
 	do {
-		if (*was_ret == UFFD_PAGE_IN_FLIGHT)
+		if (uffd_page_is_in_flight(*was_ret))
 			return false;
 	} while (!atomic_compare_exchange_weak(state, was_ret, UFFD_PAGE_IN_FLIGHT));
 	uffd_barrier(UFFD_BARRIER_FAULT_CLAIMED);
@@ -243,6 +243,7 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page, enum uffd_f
 		end += range->page_size;
 	while (at > from && claim_absent(range, at - range->page_size))
 		at -= range->page_size;
+	set_states(range, at, end, UFFD_PAGE_REQUESTED);
 	if (queue_request(range, at, end, kind, range->space->engine->fault_in_hand))
 		return OUTCOME_REQUESTED;
 	unclaim(range, at, page, UFFD_PAGE_ABSENT);

@@ -246,7 +246,7 @@ static uint64_t request_slice(struct uffd_range *range, uint64_t at, uint64_t en
 		uint8_t expected = UFFD_PAGE_ABSENT;
 
 		if (!atomic_compare_exchange_strong(state_of(range, stop), &expected,
-						    UFFD_PAGE_IN_FLIGHT))
+						    UFFD_PAGE_REQUESTED))
 			break;
 	}
 	if (stop > at && !queue_request(range, at, stop, filling_kind(range), NULL)) {
@@ -312,7 +312,7 @@ static uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t e
 	       atomic_compare_exchange_strong(state_of(range, stop), &expected,
 					      UFFD_PAGE_IN_FLIGHT))
 		stop += range->page_size;
-	if (stop == at && expected == UFFD_PAGE_IN_FLIGHT) {
+	if (stop == at && uffd_page_is_in_flight(expected)) {
 		/* A fault is saving it: done is done only when that is. */
 		*error_ret = -EAGAIN;
 		return at;
@@ -391,9 +391,12 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id,
 		r = -ENOENT;
 	else if (first_page + pages > range->pages->count)
 		r = -EINVAL;
-	for (uint64_t i = 0; r == 0 && i < pages; i++)
+	for (uint64_t i = 0; r == 0 && i < pages; i++) {
 		states_ret[i] = atomic_load_explicit(&range->pages->state[first_page + i],
 						     memory_order_acquire);
+		if (uffd_page_is_in_flight(states_ret[i]))
+			states_ret[i] = UFFD_PAGE_IN_FLIGHT;
+	}
 	shut_visit(&visit);
 	return r;
 }
@@ -423,7 +426,7 @@ static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end
 	while (stop < end && atomic_compare_exchange_strong(state_of(range, stop), &expected,
 							    UFFD_PAGE_IN_FLIGHT))
 		stop += range->page_size;
-	if (stop == at && expected == UFFD_PAGE_IN_FLIGHT) {
+	if (stop == at && uffd_page_is_in_flight(expected)) {
 		*error_ret = -EAGAIN;
 		return at;
 	}

@@ -11,10 +11,16 @@ import threading
 
 import pytest
 
-from pyuffd import Feature, HandlerError, PageState, Region, _memory
+from pyuffd import CallableSource, Feature, HandlerError, PageState, Region, _memory
 from tests._barriers import Point, holding
 from tests.kernel._faults import Task
-from tests.kernel._serving import is_lost, states, wait_for_stalled, wait_until
+from tests.kernel._serving import (
+    is_lost,
+    states,
+    wait_for_stalled,
+    wait_in_system_call,
+    wait_until,
+)
 from tests.process._pitfalls import (
     ANON,
     BOTH,
@@ -33,7 +39,7 @@ from tests.process._pitfalls import (
 )
 
 MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB = 0x10, 0x100000, 0x40000
-SYS_MMAP, SYS_MUNMAP, SYS_MADVISE, SYS_MREMAP = 9, 11, 28, 25
+SYS_MMAP, SYS_MUNMAP, SYS_MADVISE, SYS_MREMAP, SYS_FUTEX = 9, 11, 28, 25, 202
 PROT_NONE = 0
 PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
 REMOVE = Feature.EVENT_REMOVE
@@ -148,6 +154,36 @@ def removed_while_requested(at: Setting) -> None:
 def removed_before_the_answer(at: Setting) -> None:
     """As before, at the last moment: the source has answered, the page is not in place."""
     removed_at(at, Point.COMPLETE)
+
+
+@pitfall(11, "removed-and-being-zeroed", drivers=("thread",), memory=EVERY, features=REMOVE)
+def removed_and_being_zeroed(at: Setting) -> None:
+    """The answer comes while another thread is putting zeros where the page was dropped.
+
+    Taken for the page it was asked for, it would get the old content.
+    """
+    with at.serving(REMOVE) as (handler, memory):
+        region = memory.pages(3)
+        data = Pages(3, memory.page_size)
+        called: list[threading.Thread] = []
+
+        def fetch(offset: int, length: int) -> bytes:
+            called.append(threading.current_thread())
+            return data.all[offset : offset + length]
+
+        handler.serve(region, CallableSource(fetch, len(data.all)))
+        handler.start()
+        with holding(Point.COMPLETE) as answer:
+            reader = reading(region, 1)
+            answer.wait()
+            with holding(Point.FAULT_CLAIMED) as zeroing:
+                region.punch_hole(data.size, data.size)
+                zeroing.wait()
+                answer.release()
+                wait_in_system_call(called[0], SYS_FUTEX)  # it waits for work again
+        assert reader.result() == data.zeros
+        assert region.read() == data.of(0, None, 2)
+        assert states(handler, region)[1] == PageState.REMOVED
 
 
 @pitfall(11, "fault-and-remove-in-one-batch", drivers=BOTH, memory=EVERY, features=REMOVE)
