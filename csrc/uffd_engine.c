@@ -10,9 +10,6 @@
 #include "uffd_alloc.h"
 #include "uffd_engine_internal.h"
 
-/* Messages read at once; the buffer grows when a read fills it. */
-#define FIRST_MESSAGES		128
-
 static bool init_descriptors(struct uffd_engine *engine)
 {
 	engine->wake_fd = engine->stop_fd = engine->watchdog_fd = engine->owner_pidfd = -1;
@@ -40,13 +37,11 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	atomic_store(&engine->next_id, 1);
 	pthread_mutex_init(&engine->keeper_lock, NULL);
 	engine->shared = options->shared ? options->shared : uffd_alloc(sizeof(*engine->shared));
-	engine->messages_capacity = FIRST_MESSAGES;
-	engine->messages = uffd_alloc(FIRST_MESSAGES * sizeof(*engine->messages));
 	zeros = mmap(NULL, ZEROS_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	engine->zeros = zeros == MAP_FAILED ? NULL : zeros;
 	if (!init_descriptors(engine))
 		r = -errno;
-	else if (engine->shared && engine->messages && engine->zeros)
+	else if (engine->shared && engine->zeros)
 		engine->primary = space_create(engine, options->fd, false, options->has_events);
 	if (!engine->primary || watch_space(engine, engine->primary)) {
 		uffd_engine_destroy(engine);
@@ -78,7 +73,6 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_mutex_destroy(&engine->spaces_lock);
 	pthread_mutex_destroy(&engine->keeper_lock);
 	uffd_free(engine->deferred);
-	uffd_free(engine->messages);
 	if (!engine->options.shared)
 		uffd_free(engine->shared);
 	uffd_free(engine);

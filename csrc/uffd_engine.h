@@ -48,7 +48,7 @@ struct uffd_engine_options {
 	uint64_t retry_limit_ns; /* how long a page is retried before on_error */
 	uint64_t stall_limit_ns; /* how long a request may take, 0: for ever */
 	int32_t keeper_fd;	/* a stream to the keeper (uffd_keeper.h); borrowed; -1: none */
-	void *shared;		/* zeros at first: counters and failures, for our successor; NULL */
+	void *shared;		/* zeros at first: what our successor needs; NULL */
 };
 
 /* log2 buckets, each cut in 8: a latency is known to 12.5 %. */
@@ -130,6 +130,10 @@ int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_event
 /* Go on with a space of another engine, under its number; a fork's fd is ours from now on. */
 int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
 			    uint32_t has_events, uint32_t space);
+/* An UNMAP of [start, end) in a space of another engine is still to come. */
+int uffd_engine_owe(struct uffd_engine *engine, uint32_t space, uint64_t start, uint64_t end);
+/* Before the start: apply what another engine had read and not applied (uffd_keeper.h). */
+void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported);
 /* Forget a descriptor whose ranges have been taken out, before it is closed. */
 int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t space);
 

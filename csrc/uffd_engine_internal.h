@@ -34,15 +34,36 @@ struct stats_shard {
 	struct uffd_recent_fault recent[RECENT_PER_SHARD];
 };
 
+/*
+ * Messages are read into memory that outlives us.  A layout event is erased when it
+ * is applied and the keeper knows: what a killed process leaves here, its successor
+ * applies.  Each has a number, so that it sees which was reported but not erased.
+ */
+#define LOG_MESSAGES		(1u << 16)
+struct message_log {
+	_Atomic uint64_t sequence;	/* of the first message */
+	_Atomic uint32_t space;		/* they came from */
+	int32_t holder;			/* the process that holds our descriptors; 0: none */
+	struct uffd_msg messages[LOG_MESSAGES];
+};
+
 /* What outlives an engine whose process is killed. */
 struct engine_shared {
 	struct stats_shard shards[UFFD_SHARDS];
 	_Atomic uint64_t failures;
 	_Atomic bool failure_known;	/* the first one is written down */
 	struct uffd_failure failure;
+	struct message_log log;
 };
 
 #define COUNTER(field) (offsetof(struct uffd_stats, field) / sizeof(uint64_t))
+
+/* An unmapping whose event is still to come, see uffd_layout.c. */
+struct owed_unmap {
+	struct owed_unmap *next;
+	uint64_t start;
+	uint64_t end;
+};
 
 /*
  * One address space: a userfaultfd and what is served through it.  The first one
@@ -64,7 +85,7 @@ struct uffd_space {
 	bool owned;			/* the fd came with a FORK event and is ours to close */
 	bool events;			/* layout events are on */
 	uint32_t event_features;	/* which: UFFD_FEATURE_EVENT_* */
-	struct owed_unmap *owed;	/* UNMAP events that are still to come, see uffd_layout.c */
+	struct owed_unmap *owed;
 	_Atomic bool gone;		/* the memory it governed is no more */
 	pthread_rwlock_t gate;
 	struct uffd_table *table;	/* its own, or the process's for inline */
@@ -112,8 +133,7 @@ struct uffd_engine {
 	_Atomic(const void *) huge_zeros;	/* 1 GiB of them, once such a page is served */
 
 	/* Of the thread that leads: it alone reads descriptors. */
-	struct uffd_msg *messages;
-	size_t messages_capacity;
+	uint64_t applying;	/* the number of the layout event that is being applied */
 	struct deferred_fault *deferred;
 	size_t deferred_count;
 	size_t deferred_capacity;
@@ -332,14 +352,18 @@ static inline bool needs_request(const struct uffd_range *range)
 
 /* uffd_layout.c: for the leader, inside the closed gate. */
 void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message);
+/* Apply the first `count` messages of the log and erase them, but for faults. */
+void apply_log(struct uffd_space *space, size_t count);
+/* An UNMAP of [start, end) is still to come. */
+void owe(struct uffd_space *space, uint64_t start, uint64_t end);
 /* What is put in [start, end) now was mapped after every unmapping that is owed there. */
 void forget_owed(struct uffd_space *space, uint64_t start, uint64_t end);
 
 /* uffd_keeper.c */
 void report_added(const struct uffd_range *range);
 void report_dropped(struct uffd_engine *engine, uint32_t space, uint64_t id);
-void report_pieces(struct uffd_space *space, int states_fd);
-void report_fork(struct uffd_space *child);
+void report_pieces(struct uffd_space *space);
+void report_fork(struct uffd_space *child, int states_fd);
 void report_gone(struct uffd_space *space);
 
 /* uffd_serve.c */

@@ -7,6 +7,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -123,13 +124,7 @@ static size_t cut(struct uffd_space *space, uint64_t start, uint64_t end, uint64
  * there by then.  Likewise what a REMAP finds at its new place is dead already,
  * and the UNMAP that says so is still to come.  Both are noted as owed.
  */
-struct owed_unmap {
-	struct owed_unmap *next;
-	uint64_t start;
-	uint64_t end;
-};
-
-static void owe(struct uffd_space *space, uint64_t start, uint64_t end)
+void owe(struct uffd_space *space, uint64_t start, uint64_t end)
 {
 	struct owed_unmap *owed;
 
@@ -272,15 +267,15 @@ static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int
 static void follow_fork(struct uffd_space *parent, int fd)
 {
 	struct uffd_engine *engine = parent->engine;
-	struct uffd_space *child = space_create(engine, fd, true, parent->event_features);
-	int r = -ENOMEM, states_fd;
+	struct uffd_space *child = NULL;
+	int r = fd < 0 ? -EBADF : -ENOMEM, states_fd;
 
+	if (fd >= 0)
+		child = space_create(engine, fd, true, parent->event_features);
 	if (child) {
-		/* First, so that its descriptor outlives us. */
-		report_fork(child);
 		states_fd = states_file(parent);
 		r = clone_ranges(parent, child, states_fd);
-		report_pieces(child, states_fd);
+		report_fork(child, states_fd);
 		if (states_fd >= 0)
 			close(states_fd);
 	}
@@ -306,12 +301,12 @@ void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message
 		break;
 	case UFFD_EVENT_UNMAP:
 		unmap_pages(space, message->arg.remove.start, message->arg.remove.end);
-		report_pieces(space, -1);
+		report_pieces(space);
 		break;
 	case UFFD_EVENT_REMAP:
 		move_pages(space, message->arg.remap.from, message->arg.remap.to,
 			   message->arg.remap.len);
-		report_pieces(space, -1);
+		report_pieces(space);
 		break;
 	case UFFD_EVENT_FORK:
 		follow_fork(space, (int)message->arg.fork.ufd);
@@ -319,4 +314,73 @@ void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message
 	default:
 		break;
 	}
+}
+
+static bool is_layout_event(const struct uffd_msg *message)
+{
+	return message->event && message->event != UFFD_EVENT_PAGEFAULT;
+}
+
+static void erase(struct uffd_msg *message)
+{
+	__atomic_store_n(&message->event, 0, __ATOMIC_RELEASE);
+}
+
+void apply_log(struct uffd_space *space, size_t count)
+{
+	struct message_log *log = &space->engine->shared->log;
+	uint64_t first = atomic_load_explicit(&log->sequence, memory_order_relaxed);
+
+	for (size_t i = 0; i < count; i++) {
+		if (!is_layout_event(&log->messages[i]))
+			continue;
+		space->engine->applying = first + i;
+		apply_layout_event(space, &log->messages[i]);
+		erase(&log->messages[i]);
+	}
+}
+
+/*
+ * What a killed process had read and not applied.  It held the gate, so no page was
+ * filled meanwhile.  `reported` is the last event that the keeper knows of: it was
+ * applied, but perhaps not erased.  To drop pages twice does no harm.
+ */
+void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported)
+{
+	struct message_log *log = &engine->shared->log;
+	struct uffd_space *space = space_get(engine, atomic_load(&log->space));
+	uint64_t first = atomic_load(&log->sequence);
+
+	if (space)
+		gate_close(space);
+	for (size_t i = 0; i < LOG_MESSAGES; i++) {
+		struct uffd_msg message = log->messages[i];
+
+		if (!is_layout_event(&message))
+			continue;
+		if (space && first + i > reported) {
+			engine->applying = first + i;
+			/* In the log it is the keeper's, who closes it when we are done. */
+			if (message.event == UFFD_EVENT_FORK)
+				message.arg.fork.ufd = (uint32_t)fcntl((int)message.arg.fork.ufd,
+								       F_DUPFD_CLOEXEC, 0);
+			apply_layout_event(space, &message);
+		}
+		erase(&log->messages[i]);
+	}
+	if (space) {
+		gate_leave(space);
+		space_put(space);
+	}
+}
+
+int uffd_engine_owe(struct uffd_engine *engine, uint32_t number, uint64_t start, uint64_t end)
+{
+	struct uffd_space *space = space_get(engine, number);
+
+	if (!space)
+		return -ESRCH;
+	owe(space, start, end);
+	space_put(space);
+	return 0;
 }

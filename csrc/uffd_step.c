@@ -255,47 +255,23 @@ void retry_deferred(struct uffd_engine *engine)
 	end_work(engine, phase);
 }
 
-/* Read until the queue is empty; a short read says that it is. */
-static int64_t drain(struct uffd_space *space)
-{
-	struct uffd_engine *engine = space->engine;
-	size_t queued = 0;
-
-	for (;;) {
-		size_t room = engine->messages_capacity - queued;
-		int64_t n = uffd_shim_read(space->fd, &engine->messages[queued],
-					   room * sizeof(*engine->messages));
-		struct uffd_msg *larger;
-
-		if (n == -EAGAIN)
-			return (int64_t)queued;
-		if (n < 0)
-			return n;
-		queued += (uint64_t)n / sizeof(*engine->messages);
-		if (queued < engine->messages_capacity)
-			return (int64_t)queued;
-		larger = grow(engine->messages, queued * sizeof(*larger),
-			      2 * queued * sizeof(*larger));
-		if (!larger)
-			return (int64_t)queued;
-		engine->messages = larger;
-		engine->messages_capacity = 2 * queued;
-	}
-}
-
 static int64_t drain_and_apply(struct uffd_space *space)
 {
-	struct uffd_engine *engine = space->engine;
+	struct message_log *log = &space->engine->shared->log;
 	int64_t queued;
 
 	gate_close(space);
-	queued = drain(space);
+	atomic_store_explicit(&log->space, space->number, memory_order_relaxed);
+	atomic_fetch_add_explicit(&log->sequence, LOG_MESSAGES, memory_order_release);
+	/* One read returns all that is queued. */
+	queued = uffd_shim_read(space->fd, log->messages, sizeof(log->messages));
+	if (queued == -EAGAIN)
+		queued = 0;
 	if (queued > 0) {
+		queued /= (int64_t)sizeof(*log->messages);
 		uffd_barrier(UFFD_BARRIER_STEP_READ);
 		/* Layout events first: a fault may be read before the event it comes after. */
-		for (int64_t i = 0; i < queued; i++)
-			if (engine->messages[i].event != UFFD_EVENT_PAGEFAULT)
-				apply_layout_event(space, &engine->messages[i]);
+		apply_log(space, (size_t)queued);
 	}
 	gate_leave(space);
 	return queued;
@@ -321,7 +297,7 @@ static void step_space(struct uffd_space *space, uint32_t *handled)
 	uffd_barrier(UFFD_BARRIER_STEP_APPLIED);
 	now = uffd_now_ns();
 	for (int64_t i = 0; i < queued; i++) {
-		const struct uffd_msg *message = &engine->messages[i];
+		const struct uffd_msg *message = &engine->shared->log.messages[i];
 		struct deferred_fault fault = {
 			.space = space,
 			.address = message->arg.pagefault.address,

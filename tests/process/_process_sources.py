@@ -7,9 +7,12 @@ import ctypes
 import errno
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
+from pyuffd._shim import lib
+from tests._barriers import WAIT_NS, Point
 from tests._memory import PAGE
 
 __all__ = ["PAGE"]
@@ -134,3 +137,79 @@ class Gate(Source):
         while not Path(self.path).exists():
             time.sleep(0.001)
         return super().read(offset, length)
+
+
+class Points(Source):
+    """Lets the test hold the first worker at the engine's points (`WorkerPoints`).
+
+    With a file `die` in the folder, the next worker that loads this is killed by it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(0)
+        self.folder = folder
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        die = Path(self.folder, "die")
+        if die.exists():
+            die.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Listen from the first call on; return `content`."""
+        try:
+            os.close(os.open(f"{self.folder}/listening", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return super().read(offset, length)
+        threading.Thread(target=self._listen, daemon=True).start()
+        return super().read(offset, length)
+
+    def _listen(self) -> None:
+        with open(f"{self.folder}/commands") as commands, open(f"{self.folder}/answers", "w") as to:
+            for line in commands:
+                name, number = line.split()
+                print(self._do(name, Point(int(number))), file=to, flush=True)
+
+    def _do(self, name: str, point: Point) -> int:
+        if name == "arm":
+            return lib.uffd_barrier_arm(point)
+        if name == "wait":
+            return lib.uffd_barrier_wait(point, WAIT_NS)
+        lib.uffd_barrier_release(point)
+        return 0
+
+
+class WorkerPoints:
+    """The other end of `Points`, in the test."""
+
+    def __init__(self, folder: str) -> None:
+        self.source = Points(folder)
+        for name in ("commands", "answers"):
+            os.mkfifo(f"{folder}/{name}")
+
+    def connect(self) -> None:
+        """Return when the worker listens; its source has been asked for a page."""
+        self._commands = open(f"{self.source.folder}/commands", "w")  # noqa: SIM115
+        self._answers = open(f"{self.source.folder}/answers")  # noqa: SIM115
+
+    def _ask(self, name: str, point: Point) -> None:
+        print(name, int(point), file=self._commands, flush=True)
+        assert self._answers.readline() == "0\n", f"{name} {point.name}"
+
+    def arm(self, point: Point) -> None:
+        """Let the worker's next thread that comes to the point stop there."""
+        self._ask("arm", point)
+
+    def wait(self, point: Point) -> None:
+        """Return when one stands there."""
+        self._ask("wait", point)
+
+    def release(self, point: Point) -> None:
+        """Let it go on."""
+        self._ask("release", point)
+
+    def close(self) -> None:
+        """Let go of the pipes."""
+        self._commands.close()
+        self._answers.close()

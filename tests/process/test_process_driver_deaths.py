@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -9,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,13 @@ from pyuffd import (
     ZeroSource,
     _memory,
 )
+from tests._barriers import Point
 from tests._child import run_child
 from tests._need import needs
+from tests.kernel._faults import Task
+from tests.kernel._serving import wait_for_stalled
 from tests.process import _process_sources as sources
+from tests.process._pitfalls import wait_blocked
 from tests.process._process_sources import PAGE, content
 from tests.process.test_process_driver import LENGTH, gone, processes, serve, stopped
 
@@ -389,6 +394,131 @@ def foreign_owner(pipe: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+# Killed between reading an event and applying it
+
+
+LAYOUT = Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
+MOVE = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
+SYS_MREMAP = 25
+
+
+@contextlib.contextmanager
+def held_worker(features: Feature) -> Iterator[tuple[Handler, Region, sources.WorkerPoints]]:
+    """A worker that can be held; the region's first page is there."""
+    points = sources.WorkerPoints(str(Path.cwd()))
+    handler, region = serve(points.source, features=features)
+    region.touch(0, PAGE)
+    points.connect()
+    with contextlib.closing(points):
+        yield handler, region, points
+    handler.stop()
+    assert handler.stats().restarts >= 1
+
+
+def dropped_in_hand() -> None:
+    """The owner has gone on: what it dropped may not come from the source."""
+    with held_worker(LAYOUT) as (handler, region, points):
+        points.arm(Point.STEP_READ)
+        region.madvise(mmap.MADV_DONTNEED, 0, 2 * PAGE)
+        points.wait(Point.STEP_READ)
+        kill_worker(handler)
+        assert list(handler.page_states(region, 0, 3 * PAGE)) == [
+            PageState.REMOVED,
+            PageState.REMOVED,
+            PageState.ABSENT,
+        ]
+        assert region.read() == bytes(2 * PAGE) + content(LENGTH)[2 * PAGE :]
+
+
+def moved_in_hand() -> None:
+    """Memory is where the event says, with what was dropped before."""
+    with held_worker(LAYOUT) as (handler, region, points):
+        region.madvise(mmap.MADV_DONTNEED, 5 * PAGE, PAGE)
+        to = Region.anonymous(4 * PAGE)
+        points.arm(Point.STEP_READ)
+        move = (region.start + 4 * PAGE, 4 * PAGE, 4 * PAGE, MOVE, to.start)
+        # Its second event, of the old place unmapped, waits for a successor.
+        (mover,) = in_threads(1, lambda _: _memory.mremap(*move))
+        points.wait(Point.STEP_READ)
+        kill_worker(handler)
+        mover.join()
+        assert (
+            to.read()
+            == content(5 * PAGE)[4 * PAGE :] + bytes(PAGE) + content(8 * PAGE)[-2 * PAGE :]
+        )
+        assert region.read(0, 4 * PAGE) == content(4 * PAGE)
+
+
+def unmapped_in_hand() -> None:
+    """The address is free for others: they are served, and what was there is not."""
+    with held_worker(LAYOUT) as (handler, region, points):
+        points.arm(Point.STEP_READ)
+        _memory.munmap(region.start + 14 * PAGE, 2 * PAGE)
+        points.wait(Point.STEP_READ)
+        kill_worker(handler)
+        _map_at(region.start + 14 * PAGE, 2 * PAGE)
+        again = Region.at(region.start + 14 * PAGE, 2 * PAGE, PAGE)
+        handler.serve(again, sources.Source(77))
+        assert again.read() == content(2 * PAGE, 77)
+        assert region.read(0, 14 * PAGE) == content(14 * PAGE)
+
+
+def fork_in_hand(die: bool = False) -> None:
+    """The dead alone had the child's descriptor: closed with it, the child would read zeros."""
+    with held_worker(LAYOUT | Feature.EVENT_FORK) as (handler, region, points):
+        region.madvise(mmap.MADV_DONTNEED, 3 * PAGE, PAGE)
+        points.arm(Point.STEP_READ)
+        child = os.fork()
+        if child == 0:
+            good = region.read() == content(3 * PAGE) + bytes(PAGE) + content(LENGTH)[4 * PAGE :]
+            os._exit(0 if good else 1)
+        points.wait(Point.STEP_READ)
+        if die:
+            Path("die").touch()
+        kill_worker(handler)
+        assert os.waitpid(child, 0)[1] == 0
+        assert handler.stats().forks == 1
+        assert handler.stats().restarts == 1 + die
+        assert region.read(0, 3 * PAGE) == content(3 * PAGE)
+        wait_until(lambda: handler.spaces == 1, "the child is forgotten")
+
+
+def fork_in_two_hands() -> None:
+    """The successor is killed before it has got to it."""
+    fork_in_hand(die=True)
+
+
+def unmapping_to_come() -> None:
+    """A successor takes the UNMAP that follows a REMAP for what it is.
+
+    Memory is moved from A, and other memory to A, before the UNMAP of A is sent: it may not take
+    the new memory out.
+    """
+    with held_worker(LAYOUT) as (handler, region, points):
+        # Smaller than anything that the interpreter maps when a thread starts: nobody takes A.
+        a, size = region.start + 4 * PAGE, 2 * PAGE
+        points.arm(Point.STEP_APPLIED)
+        region.madvise(mmap.MADV_DONTNEED, 3 * PAGE, PAGE)
+        points.wait(Point.STEP_APPLIED)
+        # Nobody reads: both are made, in this order, and wait for their first events to be read.
+        other = Region.anonymous(size)
+        first = Task(_memory.mremap, a, size, size, MOVE, other.start)
+        wait_blocked(first, SYS_MREMAP)
+        second = Task(_memory.mremap, region.start + 8 * PAGE, size, size, MOVE, a)
+        wait_blocked(second, SYS_MREMAP)
+        reader = Task(region.read, PAGE, PAGE)
+        wait_for_stalled(handler.uffd, 1)
+        points.arm(Point.FAULT_WOKEN)
+        points.release(Point.STEP_APPLIED)
+        points.wait(Point.FAULT_WOKEN)
+        kill_worker(handler)
+        assert first.result() == other.start
+        assert second.result() == a
+        assert reader.result() == content(2 * PAGE)[PAGE:]
+        assert region.read(4 * PAGE, size) == content(10 * PAGE)[8 * PAGE :]
+        assert other.read() == content(6 * PAGE)[4 * PAGE :]
+
+
 CHECKS: dict[Callable[[], None], Feature] = {
     faults_wait: Feature(0),
     killed_by_its_source: Feature(0),
@@ -400,6 +530,12 @@ CHECKS: dict[Callable[[], None], Feature] = {
     many_regions: Feature(0),
     repeatedly: Feature(0),
     both_killed: Feature.POISON,
+    dropped_in_hand: LAYOUT,
+    moved_in_hand: LAYOUT,
+    unmapped_in_hand: LAYOUT,
+    fork_in_hand: LAYOUT | Feature.EVENT_FORK,
+    fork_in_two_hands: LAYOUT | Feature.EVENT_FORK,
+    unmapping_to_come: LAYOUT,
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import logging
+import os
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyuffd.handlers._backend import SourceFailure
+
+log = logging.getLogger(__name__)
 
 RECENT_CAPACITY = 64 * 256  # every CPU shard full
 KINDS = ("missing", "wp", "minor")
@@ -309,6 +313,16 @@ class Engine:
         if code:
             raise_errno("take over a userfaultfd", -code)
 
+    def owe(self, space: int, start: int, end: int) -> None:
+        """Expect an UNMAP event of what another engine's space has moved away."""
+        code = lib.uffd_engine_owe(self._engine(), space, start, end)
+        if code:
+            raise_errno("take over a userfaultfd", -code, start, end - start)
+
+    def replay(self, reported: int) -> None:
+        """Apply the events that a dead engine had read, behind the last one it reported."""
+        lib.uffd_engine_replay(self._engine(), reported)
+
     def remove_space(self, space: int) -> None:
         """Forget a userfaultfd whose ranges have been taken out."""
         lib.uffd_engine_remove_space(self._engine(), space)
@@ -561,6 +575,33 @@ class Engine:
 def follow_parent(parent: int) -> bool:
     """Be killed when the parent ends; False if it has ended already."""
     return bool(lib.uffd_keeper_follow_parent(parent) == 0)
+
+
+def hold_descriptors(shared: int, keeper: int, sockets: list[int]) -> None:
+    """Share this process's descriptors with a new child of the keeper (uffd_keeper.h)."""
+    code = lib.uffd_keeper_hold_descriptors(_pointer(shared), keeper, sockets, len(sockets))
+    if code:
+        raise_errno("make a process that holds descriptors", -code)
+
+
+def rescue_forks(shared: int) -> list[int]:
+    """Take over the descriptors of forks that a dead child had read and not reported."""
+    position, fds = ffi.new("uint32_t *"), []
+    while (fd := lib.uffd_keeper_rescue_fork(_pointer(shared), position)) != -errno.ENOENT:
+        if fd >= 0:
+            fds.append(int(fd))
+        else:
+            log.error("a fork's descriptor is lost: %s", os.strerror(-fd))
+    return fds
+
+
+def release_holder(shared: int) -> None:
+    """End the process that shared a dead child's descriptors."""
+    lib.uffd_keeper_release_holder(_pointer(shared))
+
+
+def _pointer(address: int) -> Any:
+    return ffi.cast("void *", address)
 
 
 _under_faulthandler: list[bool] = []  # whether it was on when it had taken our place

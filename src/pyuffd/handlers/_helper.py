@@ -24,12 +24,20 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from pyuffd import _memory
 from pyuffd._errors import HandlerError
 from pyuffd.handlers import _wire
-from pyuffd.handlers._engine import Piece, RangeId, ReportKind, shared_size
+from pyuffd.handlers._engine import (
+    Piece,
+    RangeId,
+    ReportKind,
+    release_holder,
+    rescue_forks,
+    shared_size,
+)
 from pyuffd.handlers._worker_process import Book, ServedBook, Serving, SpaceBook, run
 
-REPORT = struct.Struct("=IIQQ")  # struct uffd_report
+REPORT = struct.Struct("=IIQQQ")  # struct uffd_report
 PIECE = struct.Struct("=QQQQQ")  # struct uffd_report_piece
 
 # A worker that dies this soon, this often in a row, dies of what it serves: poison that.
@@ -60,6 +68,7 @@ class Worker:
     """The worker process, as the keeper sees it."""
 
     def __init__(self, book: Book, shared: mmap.mmap, not_theirs: list[int]) -> None:
+        self._shared, _, self._keepalive = _memory.buffer_address(shared)
         self.control, theirs = socket.socketpair()
         self.reports, their_reports = socket.socketpair()
         self.born_s = time.monotonic()
@@ -99,8 +108,13 @@ class Worker:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
+    def rescue_forks(self) -> list[int]:
+        """Take over what it had read of forks and not reported."""
+        return rescue_forks(self._shared)
+
     def close(self) -> None:
-        """Close what leads to it."""
+        """Close what leads to it, and what it had open."""
+        release_holder(self._shared)
         self.control.close()
         self.reports.close()
         os.close(self.pidfd)
@@ -118,6 +132,7 @@ class Keeper:
         self._failure: bytes | None = None
         self._short_lives = 0
         self._closing = False
+        self._replaying = False  # a worker has still to apply what the one before had read
         (options, workers, sys_path), fds = _wire.receive(owner)
         self._book = Book(options, workers, sys_path)
         self._book.spaces[0] = SpaceBook(fds[0], False, options["has_events"])
@@ -155,6 +170,7 @@ class Keeper:
                 self._owner_is_gone()
                 return
         self._worker.end(SEND_LIMIT_S)
+        self._worker.close()
 
     # The owner
 
@@ -190,8 +206,8 @@ class Keeper:
             sent = self._owner.send(self._to_owner, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return
-        except OSError as error:
-            raise EOFError from error
+        except OSError:
+            sent = len(self._to_owner)  # it is gone, and its pidfd says so
         del self._to_owner[:sent]
 
     def _owner_is_gone(self) -> None:
@@ -200,9 +216,10 @@ class Keeper:
             try:
                 self._worker.send((0, "orphan", b""), [])
                 self._worker.end(ORPHAN_LIMIT_S)
+                self._worker.close()
                 return
             except WorkerGone:
-                self._worker.end(0)
+                self._bury_worker()
                 self._worker = self._start_worker()
 
     # The worker
@@ -212,6 +229,10 @@ class Keeper:
             (number, ok, payload), _ = _wire.receive(self._worker.control)
         except EOFError as error:
             raise WorkerGone from error
+        if number == 0 and ok == "replayed":
+            self._replaying = False
+            _wire.close_all(self._book.rescued)
+            return
         if number == 0:
             self._failure = self._failure or payload
             return
@@ -256,15 +277,18 @@ class Keeper:
         """Follow where the memory is."""
         try:
             head, fds = _wire.receive_exactly(self._worker.reports, REPORT.size)
-            kind, number, id_, count = REPORT.unpack(head)
+        except EOFError as error:
+            raise WorkerGone from error
+        kind, number, id_, count, sequence = REPORT.unpack(head)
+        try:
             body, _ = _wire.receive_exactly(self._worker.reports, count * PIECE.size)
         except EOFError as error:
+            _wire.close_all(fds)
             raise WorkerGone from error
         pieces = [Piece(*numbers) for numbers in PIECE.iter_unpack(body)]
         spaces = self._book.spaces
         if kind == ReportKind.FORK:
-            spaces[number] = SpaceBook(fds[0], True, id_)
-            return
+            spaces[number] = SpaceBook(fds[0], True, id_, fds[1] if fds[1:] else -1)
         space = spaces.get(number)
         if space is None:
             _wire.close_all(fds)  # of a space whose own call is still to be answered
@@ -278,25 +302,16 @@ class Keeper:
         elif kind == ReportKind.ADDED:
             space.pieces.setdefault(id_, []).extend(pieces)
         else:
-            space.pieces = {}
+            space.pieces, space.owed = {}, [piece for piece in pieces if not piece.number]
             for piece in pieces:
-                space.pieces.setdefault(piece.number, []).append(piece)
-            if fds:
-                space.states_fd = fds[0]
+                if piece.number:
+                    space.pieces.setdefault(piece.number, []).append(piece)
+            self._book.reported = sequence
 
     def _replace_worker(self) -> None:
         """Read what the worker had said, and start another that goes on from there."""
-        old = self._worker
-        exit_code = old.end(0)
-        for sock, read in ((old.reports, self._read_report), (old.control, self._read_reply)):
-            sock.settimeout(0)
-            try:
-                while True:
-                    read()
-            except WorkerGone:
-                pass
-        lived_s = time.monotonic() - old.born_s
-        old.close()
+        lived_s = time.monotonic() - self._worker.born_s
+        exit_code = self._bury_worker()
         self._short_lives = self._short_lives + 1 if lived_s < SHORT_LIFE_S else 0
         if self._closing:
             sys.exit()
@@ -314,6 +329,24 @@ class Keeper:
         self._worker = self._start_worker()
         for number, call in list(self._pending.items()):
             self._worker.send((number, call.name, call.payload), call.fds)
+
+    def _bury_worker(self) -> int:
+        """Read what the worker had said, take over what it had not, and return its exit code."""
+        old = self._worker
+        exit_code = old.end(0)
+        for sock, read in ((old.reports, self._read_report), (old.control, self._read_reply)):
+            sock.settimeout(0)
+            try:
+                while True:
+                    read()
+            except WorkerGone:
+                pass
+        # What one had not replayed is in our hands already.
+        if not self._replaying:
+            self._book.rescued = old.rescue_forks()
+        self._replaying = True
+        old.close()
+        return exit_code
 
 
 def _states_file(serving: Serving) -> int:

@@ -33,6 +33,7 @@ from pyuffd.handlers._engine import (
     SourceKind,
     Taken,
     follow_parent,
+    hold_descriptors,
 )
 from pyuffd.handlers._workers import WorkedEngine
 
@@ -92,6 +93,7 @@ class SpaceBook:
     has_events: int
     states_fd: int = -1
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    owed: list[Piece] = field(default_factory=list)  # unmappings whose events are still to come
 
 
 @dataclass(slots=True)
@@ -107,6 +109,8 @@ class Book:
     refusing: bool = False
     gave_up: bool = False  # refusing because workers died, not because the owner asked
     restarts: int = 0
+    reported: int = 0  # the last layout event that a worker reported
+    rescued: list[int] = field(default_factory=list)  # forks that the last one had not reported
 
 
 def run(
@@ -115,6 +119,12 @@ def run(
     """Serve until the keeper says that it is enough, or ends."""
     if not follow_parent(keeper):
         return
+    try:
+        hold_descriptors(
+            _memory.buffer_address(shared)[0], keeper, [control.fileno(), reports.fileno()]
+        )
+    except OSError as error:
+        log.warning("a fork is lost if this process is killed as it reads of it: %s", error)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.path[:] = book.sys_path
     worker = Worker(control, reports, book, shared)
@@ -154,8 +164,13 @@ class Worker:
                 self._engine.adopt_space(
                     space.fd, number, is_fork=space.is_fork, has_events=space.has_events
                 )
+            for owed in space.owed:
+                self._engine.owe(number, owed.start, owed.end)
         for id_, served in book.served.items():
             self._take_over_serving(id_, served, book.spaces)
+        self._engine.replay(book.reported)
+        self._reply((0, "replayed", b""))
+        _wire.close_all(book.rescued)
         # The engine has what it needs of them; the keeper has its own.
         for served in book.served.values():
             _wire.close_all(served.fds)
