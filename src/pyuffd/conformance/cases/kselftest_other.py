@@ -27,6 +27,7 @@ from pyuffd.conformance._types import (
     missing_features,
     wp_features,
 )
+from pyuffd.conformance._wp import move_mapping
 from pyuffd.regions import Region
 
 MADV_MERGEABLE, MADV_UNMERGEABLE = 12, 13
@@ -55,8 +56,7 @@ def _wp_mremap(ctx: Context, region: Region, *, swapped: bool) -> None:
     unprotected = [hex(page) for page in pages if not ctx.is_protected(page)]
     ctx.expect("pages without the bit before mremap", unprotected, [])
     target = ctx.enter(_reserved(region.length, max(region.length, ctx.page)))
-    flags = MREMAP_MAYMOVE | MREMAP_FIXED
-    _memory.mremap(region.start, region.length, region.length, flags, target)
+    move_mapping(ctx, region, target)
     moved = range(target, target + region.length, SMALL_PAGE)
     protected = [hex(page) for page in moved if ctx.is_protected(page)]
     ctx.expect("pages with the bit after mremap", protected, [])
@@ -247,9 +247,7 @@ def mremap_one_registered(ctx: Context) -> None:
     ctx.register(region, RegisterMode.MISSING)
     ctx.uffd.copy(region.start, b"\7" * ctx.page)
     target = ctx.enter(_reserved(ctx.page, ctx.page))
-    flags = MREMAP_MAYMOVE | MREMAP_FIXED
-    moved = _memory.mremap(region.start, ctx.page, ctx.page, flags, target)
-    ctx.expect("address", moved, target)
+    move_mapping(ctx, region, target)
     ctx.expect("content", ctx.silently(ctx.read, target), b"\7")
 
 
