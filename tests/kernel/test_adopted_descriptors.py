@@ -11,7 +11,7 @@ from pyuffd.testing import FaultingChild
 from tests.kernel._faults import Task
 from tests.kernel._serving import is_lost, open_fds, run_threads, wait_until
 from tests.process._pitfalls import (
-    BOTH,
+    ALL,
     EVENTS,
     LAYOUT,
     SMALL,
@@ -26,7 +26,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 MANY = 200
 
 
-@pitfall(16, "several-descriptors", drivers=BOTH, memory=SMALL, features=LAYOUT)
+@pitfall(16, "several-descriptors", drivers=ALL, memory=SMALL, features=LAYOUT)
 def several(at: Setting) -> None:
     """Each range is resolved through its own descriptor; events go to the right one."""
     with at.serving() as (handler, memory), Userfaultfd(features=LAYOUT) as other:
@@ -47,7 +47,7 @@ def several(at: Setting) -> None:
         assert theirs.read() == data.all
 
 
-@pitfall(16, "one-of-several-closes", drivers=BOTH, memory=SMALL)
+@pitfall(16, "one-of-several-closes", drivers=ALL, memory=SMALL)
 def one_closes(at: Setting) -> None:
     """A closed descriptor's ranges are sealed first, and the others are served on.
 
@@ -71,7 +71,7 @@ def one_closes(at: Setting) -> None:
             handler.serve(theirs, at.source(data.all), uffd=other)
 
 
-@pitfall(16, "closed-while-it-waits", drivers=BOTH)
+@pitfall(16, "closed-while-it-waits", drivers=ALL)
 def closed_while_faulting(at: Setting) -> None:
     """Threads fault through descriptors that close under them: content or SIGBUS, never zeros."""
     with at.serving() as (handler, memory):
@@ -89,7 +89,7 @@ def closed_while_faulting(at: Setting) -> None:
                 run_threads(touch, other.close, touch)
 
 
-@pitfall(16, f"{MANY}-descriptors", drivers=BOTH, budget_s=20)
+@pitfall(16, f"{MANY}-descriptors", drivers=ALL, budget_s=20)
 def many(at: Setting) -> None:
     """Each of many is served, and none is left behind."""
     with at.serving() as (handler, memory):
@@ -111,7 +111,7 @@ def many(at: Setting) -> None:
         wait_until(lambda: open_fds() == before, "no descriptor is left")
 
 
-@pitfall(16, "descriptors-of-processes", drivers=BOTH, features=EVENTS, budget_s=20)
+@pitfall(16, "descriptors-of-processes", drivers=ALL, features=EVENTS, budget_s=20)
 def of_processes(at: Setting) -> None:
     """Two other processes and this one; one of them forks, one of them is killed."""
     data, theirs = Pages(3, PAGE), Pages(3, PAGE, seed=2)
@@ -137,7 +137,7 @@ def of_processes(at: Setting) -> None:
         assert first.run("read", 0, 8) == theirs[0][:8]
 
 
-@pitfall(7, "one-descriptor-one-handler", drivers=BOTH)
+@pitfall(7, "one-descriptor-one-handler", drivers=ALL)
 def claimed(at: Setting) -> None:
     """Two readers of one descriptor would take each other's messages."""
     with at.serving() as (handler, memory), Userfaultfd() as other:

@@ -23,6 +23,7 @@ from tests.kernel._serving import (
     wait_until,
 )
 from tests.process._pitfalls import (
+    ALL,
     ANON,
     BOTH,
     EVERY,
@@ -93,7 +94,7 @@ def move(region: Region, first: int, count: int, to: int) -> Region:
 # REMOVE
 
 
-@pitfall(11, "removed-pages-are-zero", drivers=BOTH, memory=EVERY, features=REMOVE)
+@pitfall(11, "removed-pages-are-zero", drivers=ALL, memory=EVERY, features=REMOVE)
 def removed(at: Setting) -> None:
     """Without following REMOVE a dropped page comes back from the source: stale content."""
     with at.served(5, REMOVE) as (handler, region, data):
@@ -107,7 +108,7 @@ def removed(at: Setting) -> None:
         assert handler.stats().removed_pages == 3
 
 
-@pitfall(11, "removed-while-absent", drivers=BOTH, memory=EVERY, features=REMOVE)
+@pitfall(11, "removed-while-absent", drivers=ALL, memory=EVERY, features=REMOVE)
 def removed_while_absent(at: Setting) -> None:
     """A page that is dropped before anybody read it is zeros too, for faults and populate."""
     with at.served(4, REMOVE) as (handler, region, data):
@@ -289,7 +290,7 @@ def refusal_put_off(at: Setting) -> None:
 # UNMAP
 
 
-@pitfall(11, "partial-unmap-splits", drivers=BOTH, memory=EVERY, features=LAYOUT)
+@pitfall(11, "partial-unmap-splits", drivers=ALL, memory=EVERY, features=LAYOUT)
 def partial_unmap(at: Setting) -> None:
     """What is left on both sides is served, each page with its own content."""
     with at.served(6, LAYOUT) as (handler, region, data):
@@ -305,7 +306,7 @@ def partial_unmap(at: Setting) -> None:
         assert handler.stats().unserved == 0
 
 
-@pitfall(11, "address-used-again", drivers=BOTH, memory=EVERY, features=LAYOUT)
+@pitfall(11, "address-used-again", drivers=ALL, memory=EVERY, features=LAYOUT)
 def used_again(at: Setting) -> None:
     """Another mapping at an unmapped address is served what it was given, not what was there."""
     with at.served(6, LAYOUT) as (handler, region, data):
@@ -394,7 +395,7 @@ def served_before_remap(at: Setting) -> None:
 # REMAP
 
 
-@pitfall(11, "moved-range-is-served", drivers=BOTH, memory=EVERY, features=LAYOUT)
+@pitfall(11, "moved-range-is-served", drivers=ALL, memory=EVERY, features=LAYOUT)
 def moved(at: Setting) -> None:
     """The UNMAP of the old place, which the kernel sends after REMAP, must not drop the range."""
     with at.served(4, LAYOUT) as (handler, region, data):
@@ -408,7 +409,7 @@ def moved(at: Setting) -> None:
         assert (stats.unserved, stats.filled_pages) == (0, 4)
 
 
-@pitfall(11, "moved-in-part", drivers=BOTH, memory=EVERY, features=LAYOUT)
+@pitfall(11, "moved-in-part", drivers=ALL, memory=EVERY, features=LAYOUT)
 def moved_in_part(at: Setting) -> None:
     """Content and state of a moved piece go by its offset in what was served."""
     with at.served(6, LAYOUT) as (handler, region, data):
@@ -423,7 +424,7 @@ def moved_in_part(at: Setting) -> None:
         assert handler.stats().unserved == 0
 
 
-@pitfall(11, "moved-over-a-served-range", drivers=BOTH, memory=SMALL, features=LAYOUT)
+@pitfall(11, "moved-over-a-served-range", drivers=ALL, memory=SMALL, features=LAYOUT)
 def moved_over(at: Setting) -> None:
     """What lay at the destination is gone, the rest of its range is not."""
     with at.serving(LAYOUT) as (handler, memory):
@@ -453,7 +454,7 @@ def moved_while_requested(at: Setting) -> None:
         assert handler.stats().requests == 2
 
 
-@pitfall(4, "unserved-where-it-was-moved-to", drivers=BOTH, memory=EVERY, features=LAYOUT)
+@pitfall(4, "unserved-where-it-was-moved-to", drivers=ALL, memory=EVERY, features=LAYOUT)
 def unserve_moved(at: Setting) -> None:
     """Sealing goes to the pieces where they are; by their old place they would become zeros."""
     with at.served(4, LAYOUT) as (handler, region, data):
@@ -465,7 +466,7 @@ def unserve_moved(at: Setting) -> None:
         assert is_lost(region, 2 * data.size)
 
 
-@pitfall(11, "removed-is-known-after-a-move", drivers=BOTH, memory=ANON, features=LAYOUT)
+@pitfall(11, "removed-is-known-after-a-move", drivers=ALL, memory=ANON, features=LAYOUT)
 def removed_then_moved(at: Setting) -> None:
     """Events on one page in a row: moved, dropped there, moved back."""
     with at.served(3, LAYOUT) as (handler, region, data):
@@ -477,7 +478,7 @@ def removed_then_moved(at: Setting) -> None:
         assert handler.stats().unserved == 0
 
 
-@pitfall(11, "event-after-unregister", drivers=BOTH, features=LAYOUT, budget_s=20)
+@pitfall(11, "event-after-unregister", drivers=ALL, features=LAYOUT, budget_s=20)
 def event_after_unregister(at: Setting) -> None:
     """A madvise that began before the range was unregistered still waits for a reader.
 

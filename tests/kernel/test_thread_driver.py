@@ -33,7 +33,7 @@ from tests._child import run_child
 from tests._need import needs
 from tests.kernel._serving import is_lost, wait_until
 from tests.process._pitfalls import (
-    BOTH,
+    ALL,
     EVENTS,
     Pages,
     Setting,
@@ -254,7 +254,7 @@ def short_call(at: Setting) -> None:
     long_call(at, "poison")
 
 
-@pitfall(1, "gil-free-accesses", drivers=BOTH)
+@pitfall(1, "gil-free-accesses", drivers=ALL)
 def gil_free(at: Setting) -> None:
     """What releases the GIL works with both drivers, kernel-side accesses among them."""
     with at.served(8) as (_, region, data):

@@ -53,9 +53,11 @@ NAMES = {
     16: "latency, concurrency, lifetime",
 }
 
-Driver = Literal["native", "thread"]
+Driver = Literal["native", "thread", "process"]
 NATIVE: tuple[Driver, ...] = ("native",)
 BOTH: tuple[Driver, ...] = ("native", "thread")
+# For checks that hold no thread of the engine or of a source: those are elsewhere here.
+ALL: tuple[Driver, ...] = (*BOTH, "process")
 
 ANON = ("anon",)
 SMALL = ("anon", "shmem", "shmem-private")
@@ -79,7 +81,7 @@ class Setting:
         **options: Any,
     ) -> Iterator[tuple[Handler, Memory]]:
         """A handler that is not started, and a factory of regions that outlive it."""
-        if self.driver == "thread":
+        if self.driver != "native":
             options.setdefault("workers", 2)
         with (
             contextlib.closing(memory_of(self.memory)) as memory,
@@ -105,9 +107,23 @@ class Setting:
 
     def source(self, data: bytes) -> PageSource:
         """A source of the kind that the driver is for."""
+        if self.driver == "process":
+            return Data(data)
         if self.driver == "thread":
             return CallableSource(lambda offset, length: data[offset : offset + length], len(data))
         return BufferSource(data)
+
+
+class Data:
+    """A source in Python that can be sent."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.length = len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes."""
+        return self.data[offset : offset + length]
 
 
 class Pages:
@@ -214,7 +230,8 @@ def run_check(module: str, function: str, drivers: Sequence[Driver], memory: lis
     """Run a check for each driver and kind of memory, and say which is under way."""
     check = getattr(importlib.import_module(module), function)
     for driver in drivers:
-        for name in memory:
+        # A process for each handler takes its time: private and shared memory will do.
+        for name in memory[:2] if driver == "process" else memory:
             print(driver, name, file=sys.stderr, flush=True)
             check(Setting(driver, name))
 

@@ -34,6 +34,7 @@ from tests.kernel._faults import Task
 from tests.kernel._serving import in_fork, is_lost, open_fds, states, wait_until
 from tests.process._peer import Link, peer
 from tests.process._pitfalls import (
+    ALL,
     ANON,
     BOTH,
     EVENTS,
@@ -70,7 +71,7 @@ def wait_alone(handler: Handler) -> None:
     wait_until(lambda: handler.spaces == 1, "the forks' descriptors are closed")
 
 
-@pitfall(14, "child-and-grandchild", drivers=BOTH, memory=EVERY, features=EVENTS)
+@pitfall(14, "child-and-grandchild", drivers=ALL, memory=EVERY, features=EVENTS)
 def tree(at: Setting) -> None:
     """Pages that nobody had read at the fork are served in the whole tree, never zeros."""
     with at.served(4, EVENTS) as (handler, region, data):
@@ -89,7 +90,7 @@ def tree(at: Setting) -> None:
         assert region.read() == data.all
 
 
-@pitfall(14, "memory-of-its-own", drivers=BOTH, memory=EVERY, features=EVENTS)
+@pitfall(14, "memory-of-its-own", drivers=ALL, memory=EVERY, features=EVENTS)
 def copy_on_write(at: Setting) -> None:
     """Private pages are the fork's own after the fork, shared ones are not."""
     with at.served(4, EVENTS) as (_, region, data), agent() as child:
@@ -151,7 +152,7 @@ def in_flight(at: Setting) -> None:
                 assert ours.result() == data[1]
 
 
-@pitfall(14, "removed-on-one-side", drivers=BOTH, memory=SMALL, features=EVENTS)
+@pitfall(14, "removed-on-one-side", drivers=ALL, memory=SMALL, features=EVENTS)
 def removed(at: Setting) -> None:
     """A dropped page is zeros for whom it was dropped: the dropper, or with shared memory all.
 
@@ -167,7 +168,7 @@ def removed(at: Setting) -> None:
         assert child.read(region.start + 3 * data.size, 64) == data[3][:64]
 
 
-@pitfall(14, "ends-at-once", drivers=BOTH, features=EVENTS, budget_s=20)
+@pitfall(14, "ends-at-once", drivers=ALL, features=EVENTS, budget_s=20)
 def ends_at_once(at: Setting) -> None:
     """Children that exit, exec or are killed before they touch anything: every fd is closed."""
     with at.served(2, EVENTS) as (handler, region, data):
@@ -218,7 +219,7 @@ def very_many(at: Setting) -> None:
         wait_until(lambda: open_fds() == before, "no descriptor is left")
 
 
-@pitfall(14, "fork-and-signals", drivers=BOTH, features=EVENTS, budget_s=20)
+@pitfall(14, "fork-and-signals", drivers=ALL, features=EVENTS, budget_s=20)
 def signals(at: Setting) -> None:
     """A fork that a signal interrupts is tried again, and may leave an event of no child."""
     with at.served(2, EVENTS) as (handler, region, data):
@@ -269,7 +270,7 @@ def _failed(handler: Handler) -> bool:
     return handler._engine.failure() is not None
 
 
-@pitfall(14, "stopped-with-living-children", drivers=BOTH, memory=EVERY, features=EVENTS)
+@pitfall(14, "stopped-with-living-children", drivers=ALL, memory=EVERY, features=EVENTS)
 def stopped(at: Setting) -> None:
     """stop() poisons what children lack as well; closing their fds would give them zeros."""
     with at.served(3, EVENTS) as (handler, region, data), agent() as child:
@@ -283,7 +284,7 @@ def stopped(at: Setting) -> None:
         assert is_lost(region, 2 * data.size)
 
 
-@pitfall(14, "unserved-with-living-children", drivers=BOTH, memory=SMALL, features=EVENTS)
+@pitfall(14, "unserved-with-living-children", drivers=ALL, memory=SMALL, features=EVENTS)
 def unserved(at: Setting) -> None:
     """unserve() takes the range from every fork; another range is served on in them."""
     with at.serving(EVENTS) as (handler, memory):
@@ -300,7 +301,7 @@ def unserved(at: Setting) -> None:
             assert child.read(second.start + data.size, 64) == data[1][:64]
 
 
-@pitfall(14, "moved-in-the-child", drivers=BOTH, memory=ANON, features=EVENTS)
+@pitfall(14, "moved-in-the-child", drivers=ALL, memory=ANON, features=EVENTS)
 def moved(at: Setting) -> None:
     """A fork changes its own layout; its parent's stays."""
     with at.served(4, EVENTS) as (_, region, data):

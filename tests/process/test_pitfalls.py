@@ -43,6 +43,7 @@ from tests.kernel._serving import (
     wait_until,
 )
 from tests.process._pitfalls import (
+    ALL,
     ANON,
     BOTH,
     EVERY,
@@ -133,7 +134,7 @@ def writeprotect_again(at: Setting) -> None:
 # 3: EEXIST does not wake
 
 
-@pitfall(3, "copy-without-wake", drivers=BOTH, memory=EVERY)
+@pitfall(3, "copy-without-wake", drivers=ALL, memory=EVERY)
 def copy_without_wake(at: Setting) -> None:
     """The page is there, its reader sleeps on: the handler's EEXIST must wake it."""
     with at.serving() as (handler, memory):
@@ -176,7 +177,7 @@ def fill_wakes(at: Setting) -> None:
 # 5: partial results
 
 
-@pitfall(5, "a-page-in-the-middle", drivers=BOTH, memory=EVERY)
+@pitfall(5, "a-page-in-the-middle", drivers=ALL, memory=EVERY)
 def in_the_middle(at: Setting) -> None:
     """A fill stops at a page that is there, and goes on behind it with the right content."""
     with at.served(5) as (handler, region, data):
@@ -350,7 +351,7 @@ def interrupted_often(at: Setting) -> None:
         assert (stats.requests, stats.filled_pages) == (1, 1)
 
 
-@pitfall(10, "woken-without-a-page", drivers=BOTH, memory=SMALL)
+@pitfall(10, "woken-without-a-page", drivers=ALL, memory=SMALL)
 def woken(at: Setting) -> None:
     """WAKE alone makes the thread ask again; asking again is harmless."""
     with at.serving() as (handler, memory):
@@ -384,7 +385,7 @@ def holes(at: Setting) -> None:
         assert states(handler, region)[0] == PageState.CLEAN
 
 
-@pitfall(12, "zeros-arrive-protected", drivers=BOTH, memory=EVERY, features=REMOVE)
+@pitfall(12, "zeros-arrive-protected", drivers=ALL, memory=EVERY, features=REMOVE)
 def zeros_protected(at: Setting) -> None:
     """A dropped page that comes back as zeros must be protected in the same step.
 
@@ -423,7 +424,7 @@ def two_mappings(at: Setting) -> None:
 # 13: page sizes and ranges
 
 
-@pitfall(13, "split-by-mprotect", drivers=BOTH, memory=SMALL)
+@pitfall(13, "split-by-mprotect", drivers=ALL, memory=SMALL)
 def split(at: Setting) -> None:
     """A range of several VMAs: an ioctl across them says ENOENT and does nothing.
 
@@ -441,7 +442,7 @@ def split(at: Setting) -> None:
         assert is_lost(region, 7 * size, size)
 
 
-@pitfall(13, "split-and-sealed", drivers=BOTH, memory=SMALL)
+@pitfall(13, "split-and-sealed", drivers=ALL, memory=SMALL)
 def split_sealed(at: Setting) -> None:
     """The same with every page absent: no page may become zeros."""
     with at.served(9) as (handler, region, data):
@@ -450,7 +451,7 @@ def split_sealed(at: Setting) -> None:
         assert [is_lost(region, index * data.size, data.size) for index in range(9)] == [True] * 9
 
 
-@pitfall(13, "prefetch-across-a-split", drivers=BOTH, memory=SMALL)
+@pitfall(13, "prefetch-across-a-split", drivers=ALL, memory=SMALL)
 def prefetch_split(at: Setting) -> None:
     """A chunk around a fault that lies in two VMAs: the fault's own page comes in any case."""
     with at.serving(prefetch=8 * PAGE) as (handler, memory):
@@ -464,7 +465,7 @@ def prefetch_split(at: Setting) -> None:
         assert region.read() == data.all
 
 
-@pitfall(13, "any-address-in-the-page", drivers=BOTH, memory=EVERY)
+@pitfall(13, "any-address-in-the-page", drivers=ALL, memory=EVERY)
 def addresses(at: Setting) -> None:
     """With EXACT_ADDRESS a fault's address is any byte of a page, of the region's own size."""
     for features in (Feature(0), Feature.EXACT_ADDRESS):

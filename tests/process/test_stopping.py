@@ -31,6 +31,7 @@ from tests._child import run_child
 from tests.kernel._faults import Task
 from tests.kernel._serving import is_lost, wait_for_stalled, wait_until
 from tests.process._pitfalls import (
+    ALL,
     ANON,
     BOTH,
     EVENTS,
@@ -58,7 +59,7 @@ def losing(region: Region, index: int) -> Task[bool]:
 # stop()
 
 
-@pitfall(4, "stop-drains", drivers=BOTH, memory=EVERY)
+@pitfall(4, "stop-drains", drivers=ALL, memory=EVERY)
 def drains(at: Setting) -> None:
     """Threads that wait when stop() is called get their pages."""
     with at.serving() as (handler, memory):
@@ -129,7 +130,7 @@ def unserves(at: Setting) -> None:
         assert is_lost(region, 0, data.size)
 
 
-@pitfall(4, "exception-in-the-body", drivers=BOTH)
+@pitfall(4, "exception-in-the-body", drivers=ALL)
 def exception(at: Setting) -> None:
     """The with statement stops as stop() does: with the content."""
     size = os.sysconf("SC_PAGE_SIZE")
@@ -147,7 +148,7 @@ def exception(at: Setting) -> None:
 def delayed(at: Setting, data: Pages) -> PageSource:
     """A source that is slow where it is Python's."""
     source = at.source(data.all)
-    return DelayedSource(source, 0.1) if at.driver == "thread" else source
+    return source if at.driver == "native" else DelayedSource(source, 0.1)
 
 
 @pitfall(4, "stopped-while-sealed", memory=SMALL)
@@ -221,7 +222,7 @@ def test_interrupt_with_a_stalled_thread() -> None:
     assert "KeyboardInterrupt" in ended.stderr
 
 
-@pitfall(6, "owner-is-killed", drivers=BOTH)
+@pitfall(6, "owner-is-killed", drivers=ALL)
 def owner_dies(at: Setting) -> None:
     """The userfaultfd of a dead process stays silent for ever; a pidfd tells."""
     size = os.sysconf("SC_PAGE_SIZE")
@@ -247,7 +248,7 @@ def owner_dies(at: Setting) -> None:
             handler.stop(drain=True)
 
 
-@pitfall(6, "owner-was-dead-before", drivers=BOTH)
+@pitfall(6, "owner-was-dead-before", drivers=ALL)
 def owner_was_dead(at: Setting) -> None:
     """pidfd_open says ESRCH: the handler starts and knows."""
     with FaultingChild(pages=1, mode=RegisterMode.MISSING) as child:
@@ -257,7 +258,7 @@ def owner_was_dead(at: Setting) -> None:
             assert handler.owner_exited
 
 
-@pitfall(6, "one-of-two-owners-dies", drivers=BOTH)
+@pitfall(6, "one-of-two-owners-dies", drivers=ALL)
 def one_of_two(at: Setting) -> None:
     """The death of one process does not end the service of another one."""
     size = os.sysconf("SC_PAGE_SIZE")
@@ -338,7 +339,7 @@ def source_raises(at: Setting) -> None:
         assert handler.stats().failed == 1
 
 
-@pitfall(4, "source-answers-wrongly", drivers=THREAD, memory=SMALL)
+@pitfall(4, "source-answers-wrongly", drivers=(*THREAD, "process"), memory=SMALL)
 def wrong_length(at: Setting) -> None:
     """Too few bytes would read beyond the answer, too many hide that it is another page's."""
     for extra in (-1, 1, -4096):
