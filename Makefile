@@ -22,9 +22,10 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.*)
 RUN_TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 # The program is an ordinary Python, so the sanitizer's run-time library is loaded before it. Signals are left to
-# Python and to the tests; what Python itself never frees is not a leak of ours.
+# Python and to the tests; what Python itself never frees is not a leak of ours. Modules in C++ (matplotlib's) throw
+# through it, which it only allows when libstdc++ is there from the start.
 ASAN_DIR := $(CURDIR)/build/asan
-ASAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
+ASAN_ENV = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:abort_on_error=1 \
 	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=3 PYUFFD_FRESH_CHILDREN=1 PYTHONPATH=$(ASAN_DIR)
 
