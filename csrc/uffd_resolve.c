@@ -5,9 +5,12 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "uffd_engine_internal.h"
 
@@ -251,23 +254,47 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page, enum uffd_f
 	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_SOURCE);
 }
 
+static bool is_mapped_here(uint64_t page)
+{
+	unsigned char there = 0;
+
+	return mincore((void *)(uintptr_t)page, BASE_PAGE, &there) == 0 && there & 1;
+}
+
+static bool is_mapped_in(int pid, uint64_t page)
+{
+	uint64_t entry = 0;
+	char path[32];
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	if (pread(fd, &entry, sizeof(entry), (off_t)(page / BASE_PAGE * sizeof(entry))) < 0)
+		entry = 0;
+	close(fd);
+	return entry & UFFD_PM_PRESENT;
+}
+
 /*
  * Linux 6.18 answers EEXIST to a fill of hugetlb memory also where no huge page is
- * free (measured; Linux 6.12 says ENOMEM).  Of this process's own memory mincore(2)
- * tells whether a page is there; elsewhere it stays absent to us, so that nothing
- * takes zeros for its content.
+ * free (measured; Linux 6.12 says ENOMEM).  The owner's page table tells whether
+ * the page is there; whose we do not know (a fork), it stays absent to us, so that
+ * nothing takes zeros for its content.
  */
 static uint8_t state_of_existing(const struct uffd_range *range, uint64_t page)
 {
 	const struct uffd_engine *engine = range->space->engine;
-	unsigned char there = 0;
+	bool there;
 
 	if (!is_huge(range))
 		return UFFD_PAGE_CLEAN;
-	if (engine->options.watch_owner || range->space != engine->primary ||
-	    mincore((void *)(uintptr_t)page, BASE_PAGE, &there))
+	if (range->space != engine->primary)
 		return UFFD_PAGE_ABSENT;
-	return there & 1 ? UFFD_PAGE_CLEAN : UFFD_PAGE_ABSENT;
+	there = engine->options.owner_pid == getpid()
+		? is_mapped_here(page) : is_mapped_in(engine->options.owner_pid, page);
+	return there ? UFFD_PAGE_CLEAN : UFFD_PAGE_ABSENT;
 }
 
 void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
