@@ -15,6 +15,7 @@ enum uffd_barrier {
 	UFFD_BARRIER_FAULT_CLAIMED,	/* a page is claimed, its ioctl not done */
 	UFFD_BARRIER_FAULT_WOKEN,	/* its thread goes on, the fault is not counted */
 	UFFD_BARRIER_FILL_CLAIMED,	/* as above, for populate */
+	UFFD_BARRIER_PLACED,		/* pages are in place, their states do not say so yet */
 	UFFD_BARRIER_REQUEST_TAKEN,	/* a worker has a request and does not lead any more */
 	UFFD_BARRIER_COMPLETE,		/* content has come, the page not looked at yet */
 	UFFD_BARRIER_UNSERVE_SEALED,	/* sealed, not yet unregistered */

@@ -178,6 +178,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	r = put_bytes(range, at, stop - at,
 		      (uint64_t)(uintptr_t)(data + (*offset - request->offset)), request->kind,
 		      &result);
+	uffd_barrier(UFFD_BARRIER_PLACED);
 	if (r == 0 && result.already_present && lacks_huge_page(range, at, request->since_ns)) {
 		r = -ENOMEM;
 		goto out;

@@ -470,6 +470,7 @@ uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
 		stop += range->page_size;
 	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);
 	r = put_content(range, at, stop - at, kind, &result);
+	uffd_barrier(UFFD_BARRIER_PLACED);
 	past = at + result.done + result.already_present;
 	set_filled(range, at, past, &result);
 	if (is_huge(range) && result.already_present)
