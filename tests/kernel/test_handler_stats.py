@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -81,8 +82,9 @@ def woken() -> None:
         assert states(handler, region) == [PageState.CLEAN, PageState.ABSENT]
 
 
-def test_counted_before_it_is_read() -> None:
-    run_child(woken)
+@pytest.mark.parametrize("check", [pytest.param(woken, id="pitfall.16.counted-when-it-is-seen")])
+def test_counted_before_it_is_read(check: Callable[[], None]) -> None:
+    run_child(check)
 
 
 def latencies(driver: Driver) -> None:

@@ -13,6 +13,7 @@ import threading
 import pytest
 
 from pyuffd import CallableSource, Feature, HandlerError, PageState, Region, _memory
+from pyuffd.testing import GatedSource
 from tests._barriers import Point, holding
 from tests.kernel._faults import Task
 from tests.kernel._serving import (
@@ -41,7 +42,8 @@ from tests.process._pitfalls import (
 )
 
 MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB = 0x10, 0x100000, 0x40000
-SYS_MMAP, SYS_MUNMAP, SYS_MADVISE, SYS_MREMAP, SYS_FUTEX = 9, 11, 28, 25, 202
+SYS_MMAP, SYS_MUNMAP, SYS_MADVISE, SYS_MREMAP = 9, 11, 28, 25
+SYS_FUTEX, SYS_CLOCK_NANOSLEEP = 202, 230
 PROT_NONE = 0
 PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
 REMOVE = Feature.EVENT_REMOVE
@@ -204,9 +206,11 @@ def one_batch(at: Setting) -> None:
         wait_for_stalled(handler.uffd, 1)
         dropper = Task(region.punch_hole, data.size, data.size)
         wait_changing(handler.uffd, dropper, SYS_MADVISE)
-        handler.start()
+        with holding(Point.STEP_READ) as point:
+            handler.start()
+            point.wait()
+            dropper.result()  # it goes on: from here on the kernel takes copies again
         assert reader.result() == data.zeros
-        dropper.result()
         assert region.read() == data.of(0, None, 2)
 
 
@@ -329,7 +333,8 @@ def used_again(at: Setting) -> None:
 def stale_answer(at: Setting) -> None:
     """A slow source's answer comes when the address belongs to another mapping.
 
-    Found by address instead of by serving, it would land in the new mapping.
+    Found by address instead of by serving, it would land in the new mapping, where somebody waits
+    for the same page.
     """
     with at.served(2, LAYOUT) as (handler, region, data):
         fresh = Pages(2, data.size, seed=2)
@@ -338,10 +343,16 @@ def stale_answer(at: Setting) -> None:
             point.wait()
             unmap(region, 0, 2)
             new = map_at(region.start, 2 * data.size, data.size)
-            handler.serve(new, at.source(fresh.all))
+            gate = GatedSource(at.source(fresh.all), at=[0])
+            handler.serve(new, gate)
+            reader = reading(new, 0)
+            gate.wait_for_reads(1)
+        # By the worker that had the stale answer: the other one is at the gate.
+        assert page(new, 1) == fresh[1]
+        assert states(handler, new) == [PageState.IN_FLIGHT, PageState.CLEAN]
+        gate.open()
+        assert reader.result() == fresh[0]
         populater.result()
-        assert handler.page_states(new) == bytes([PageState.ABSENT] * 2)
-        assert new.read() == fresh.all
 
 
 def serve_before_the_event(at: Setting, moves: bool) -> None:
@@ -366,7 +377,7 @@ def serve_before_the_event(at: Setting, moves: bool) -> None:
             new = map_at(region.start, region.length, data.size, MAP_FIXED_NOREPLACE)
             server = Task(handler.serve, new, at.source(fresh.all))
             # It must wait for the event to be read, which the point keeps from happening.
-            over_or_blocked(server)
+            wait_blocked(server, SYS_CLOCK_NANOSLEEP)
         server.result()
         changer.result()
         if leader:

@@ -32,7 +32,7 @@ from tests._child import Expect, run_child
 from tests._memory import DEFAULT_HUGE_PAGES, Memory, memory_of
 from tests._need import needs, needs_hugepages
 from tests.kernel._faults import Task
-from tests.kernel._serving import wait_until
+from tests.kernel._serving import is_lost, wait_until
 
 NAMES = {
     1: "GIL self-deadlock",
@@ -146,6 +146,8 @@ class Pages:
 
 Check = Callable[[Setting], object]
 
+NANOSLEEP, FUTEX, CLOCK_NANOSLEEP = "35", "202", "230"  # as /proc/PID/syscall has them
+
 
 @dataclass(frozen=True)
 class Case:
@@ -246,6 +248,11 @@ def reading(region: Region, index: int) -> Task[bytes]:
     return Task(page, region, index)
 
 
+def losing(region: Region, index: int) -> Task[bool]:
+    """Begin to see in another thread whether a page is lost."""
+    return Task(is_lost, region, index * region.page_size, region.page_size)
+
+
 def wait_blocked(task: Task[Any], call: int | None = None) -> None:
     """Return when a thread sleeps in the kernel, in this system call if one is named."""
     folder = Path(f"/proc/self/task/{task.native_id}")
@@ -267,14 +274,22 @@ def wait_changing(uffd: Userfaultfd, task: Task[Any], call: int) -> None:
 def over_or_blocked(task: Task[Any]) -> None:
     """Return when a thread has ended, or waits for a lock or for the time to try again."""
     path = Path(f"/proc/self/task/{task.native_id}/syscall")
-    waiting = {"202", "230", "35"}  # futex, clock_nanosleep, nanosleep
 
     def settled() -> bool:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            return not task.running or path.read_text().split()[0] in waiting
+            number, *args = path.read_text().split()
+            # Who waits for the GIL is in futex(2) as well, but with a time-out.
+            waits = number in (CLOCK_NANOSLEEP, NANOSLEEP) or (number == FUTEX and args[3] == "0x0")
+            return not task.running or waits
         return True
 
     wait_until(settled, "the thread has ended or waits")
+
+
+def failed(handler: Handler) -> bool:
+    """Whether a running handler has noted a failure, which stop() would raise."""
+    assert handler._engine is not None
+    return handler._engine.failure() is not None
 
 
 def all_pitfalls() -> set[int]:

@@ -16,6 +16,7 @@ import pytest
 
 from pyuffd import (
     BufferSource,
+    ClosedError,
     Feature,
     Handler,
     HandlerError,
@@ -43,6 +44,7 @@ from tests.process._pitfalls import (
     Pages,
     Setting,
     checks_of,
+    failed,
     page,
     pitfall,
     reading,
@@ -119,7 +121,9 @@ def same_page(at: Setting) -> None:
         with agent() as child:
             theirs = Task(child.read, region.start + data.size, 64)
             # Shared memory has one page for both, so one request may do.
-            if not region.shared:
+            if region.shared:
+                wait_until(lambda: handler.stats().messages >= 3, "both faults and the fork")
+            else:
                 gate.wait_for_reads(2)
             gate.open()
             assert ours.result() == data[1]
@@ -252,7 +256,7 @@ def no_descriptor(at: Setting) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
         # os.fork() would keep the GIL, and this thread with it.
         forker = Task(Agent, theirs.fileno(), ours.fileno())
-        wait_until(lambda: _failed(handler), "EMFILE was met")
+        wait_until(lambda: failed(handler), "EMFILE was met")
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         child = forker.result()
         ours.close()
@@ -299,6 +303,22 @@ def unserved(at: Setting) -> None:
             lost = child.read(first.start + data.size, 64)
             assert isinstance(lost, Interrupted)
             assert child.read(second.start + data.size, 64) == data[1][:64]
+
+
+@pitfall(14, "parents-object-in-the-child", drivers=BOTH)
+def parents_object(at: Setting) -> None:
+    """A fork has the descriptor too, but what it does with it happens to the parent's memory."""
+    with at.served(2) as (handler, region, data):
+
+        def child() -> None:
+            for call in (handler.stats, handler.stop, handler.uffd.read_events):
+                with contextlib.suppress(ClosedError):
+                    call()
+            with pytest.raises(ClosedError):
+                handler.uffd.fill_zero(region)
+
+        assert in_fork(child) == 0
+        assert region.read() == data.all
 
 
 @pitfall(14, "moved-in-the-child", drivers=ALL, memory=ANON, features=EVENTS)

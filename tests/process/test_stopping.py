@@ -41,6 +41,7 @@ from tests.process._pitfalls import (
     Pages,
     Setting,
     checks_of,
+    losing,
     page,
     pitfall,
     reading,
@@ -49,11 +50,6 @@ from tests.process._pitfalls import (
 
 SYS_CLOCK_NANOSLEEP = 230
 THREAD: tuple[Driver, ...] = ("thread",)
-
-
-def losing(region: Region, index: int) -> Task[bool]:
-    """Begin to see in another thread whether a page is lost."""
-    return Task(is_lost, region, index * region.page_size, region.page_size)
 
 
 # stop()
