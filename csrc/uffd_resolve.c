@@ -153,7 +153,7 @@ int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 }
 
 /* One page, for good: a write-protect marker is no page, but POISON says EEXIST to it. */
-static uint8_t poison_one(struct uffd_range *range, uint64_t page)
+static uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret)
 {
 	struct uffd_fill_result result;
 	int r = poison_pages(range, page, range->page_size, &result);
@@ -163,6 +163,7 @@ static uint8_t poison_one(struct uffd_range *range, uint64_t page)
 				       UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
 		r = poison_pages(range, page, range->page_size, &result);
 	}
+	*put_off_ret = r == 0 && result.deferred;
 	if (r == 0 && result.done)
 		return UFFD_PAGE_POISONED;
 	if (r || !result.already_present)
@@ -173,7 +174,12 @@ static uint8_t poison_one(struct uffd_range *range, uint64_t page)
 
 void poison_page(struct uffd_range *range, uint64_t page)
 {
-	atomic_store(state_of(range, page), poison_one(range, page));
+	bool put_off;
+
+	atomic_store(state_of(range, page), poison_one(range, page, &put_off));
+	/* While the layout changes POISON says EAGAIN: whoever waits must ask again. */
+	if (put_off)
+		uffd_shim_wake(range->space->fd, page, range->page_size);
 }
 
 /* Resolving one page */
@@ -183,7 +189,6 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 			    enum uffd_failure_stage stage)
 {
 	struct uffd_engine *engine = range->space->engine;
-	uint8_t state = UFFD_PAGE_ABSENT;
 
 	note_failure(engine, page, range->page_size, error, stage);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
@@ -192,8 +197,9 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 	if (atomic_load(state_of(range, page)) == UFFD_PAGE_DIRTY)
 		return OUTCOME_FAILED;
 	if (engine->options.on_error == UFFD_ON_ERROR_POISON)
-		state = poison_one(range, page);
-	atomic_store(state_of(range, page), state);
+		poison_page(range, page);
+	else
+		atomic_store(state_of(range, page), UFFD_PAGE_ABSENT);
 	return OUTCOME_FAILED;
 }
 
@@ -373,6 +379,7 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 				    enum uffd_fault_kind kind)
 {
 	struct uffd_fill_result result = { 0 };
+	bool put_off;
 	uint8_t was;
 	int r;
 
@@ -380,8 +387,10 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 		return OUTCOME_IN_FLIGHT;
 	if (was == UFFD_PAGE_POISONED) {
 		/* COPY would replace the mark: there is still no content. */
-		poison_one(range, page);
+		poison_one(range, page, &put_off);
 		atomic_store(state_of(range, page), UFFD_PAGE_POISONED);
+		if (put_off)
+			return OUTCOME_DEFER;
 		return OUTCOME_POISONED;
 	}
 	/* Its content goes by way of the page cache, also where that has a hole. */
