@@ -34,7 +34,7 @@ TSAN_DIR := $(CURDIR)/build/tsan
 TSAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:halt_on_error=1:exitcode=66:suppressions=$(CURDIR)/tests/tsan.supp \
 	PYUFFD_BUDGET_SCALE=4 PYUFFD_FRESH_CHILDREN=1 PYTHONPATH=$(TSAN_DIR)
-TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_events.py tests/kernel/test_thread_driver.py \
+TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests/kernel/test_fault_races.py tests/kernel/test_thread_driver.py \
 	tests/kernel/test_adopted_descriptors.py tests/kernel/test_async_source.py tests/process/test_forks.py \
 	tests/process/test_stopping.py tests/process/test_pitfalls.py
 

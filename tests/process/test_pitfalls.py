@@ -6,11 +6,13 @@ import codecs
 import ctypes
 import errno
 import fcntl
+import gc
 import importlib
 import mmap
 import os
 import select
 import signal
+import weakref
 
 import pytest
 
@@ -20,7 +22,9 @@ from pyuffd import (
     Feature,
     Handler,
     LayoutChangedError,
+    PageBit,
     PageExistsError,
+    Pagefault,
     PageState,
     RangeBusyError,
     Region,
@@ -29,11 +33,15 @@ from pyuffd import (
     UffdPermissionError,
     UnsupportedFeatureError,
     Userfaultfd,
+    ZeroSource,
     _memory,
+    lowlevel,
+    pagemap,
 )
 from pyuffd.testing import GatedSource
 from tests._barriers import Point, holding
 from tests._child import run_child
+from tests._need import needs_privilege
 from tests.kernel._faults import Task, next_fault, wait_for_pending
 from tests.kernel._serving import (
     in_fork,
@@ -42,6 +50,7 @@ from tests.kernel._serving import (
     wait_for_stalled,
     wait_until,
 )
+from tests.kernel.test_userfaultfd_open import drop_capability, needs_device, needs_refusal
 from tests.process._pitfalls import (
     ALL,
     ANON,
@@ -57,18 +66,21 @@ from tests.process._pitfalls import (
     page,
     pitfall,
     reading,
+    wait_blocked,
     wait_changing,
 )
 
 MODULES = [
     "tests.kernel.test_adopted_descriptors",
+    "tests.kernel.test_fault_races",
     "tests.kernel.test_layout_events",
+    "tests.kernel.test_layout_races",
     "tests.kernel.test_thread_driver",
     "tests.process.test_forks",
     "tests.process.test_pitfalls",
     "tests.process.test_stopping",
 ]
-SYS_MADVISE = 28
+SYS_READ, SYS_MADVISE = 0, 28
 NOBODY = 65534
 PAGE = os.sysconf("SC_PAGE_SIZE")
 REMOVE = Feature.EVENT_REMOVE
@@ -228,6 +240,7 @@ def unprivileged(at: Setting) -> None:
         with pytest.raises(UffdPermissionError) as caught:
             Userfaultfd(features=Feature.EVENT_FORK, user_mode_only=True)
         assert caught.value.errno == errno.EPERM
+        assert "CAP_SYS_PTRACE" in caught.value.hint
 
     assert in_fork(child) == 0
 
@@ -278,6 +291,20 @@ def refused(at: Setting) -> None:
     assert in_fork(child) == 0
 
 
+@pitfall(
+    8,
+    "device-where-the-call-is-refused",
+    marks=(needs_device(), needs_refusal(), needs_privilege("CAP_SYS_PTRACE")),
+)
+def device(at: Setting) -> None:
+    """Without CAP_SYS_PTRACE the system call is refused, but root may open the device."""
+    drop_capability("CAP_SYS_PTRACE")
+    with pytest.raises(UffdPermissionError):
+        lowlevel.open_syscall(os.O_CLOEXEC)
+    with at.served(1) as (_, region, data):
+        assert region.read() == data.all
+
+
 # 9 and 10: poll, read, messages
 
 
@@ -307,6 +334,23 @@ def blocking(at: Setting) -> None:
         assert poll.poll(0) == [(uffd.fileno(), select.POLLERR)]
         with pytest.raises(ValueError):
             Handler(uffd)
+
+
+@pitfall(9, "interrupted-read")
+def interrupted_read(at: Setting) -> None:
+    """read() of a blocking descriptor ends with EINTR when a signal comes, and is no error."""
+    with Userfaultfd(nonblocking=False) as uffd, Region.anonymous(PAGE) as region:
+        uffd.register(region)
+        came: list[int] = []
+        signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))  # no SA_RESTART
+        events = Task(uffd.read_events)
+        wait_blocked(events, SYS_READ)
+        signal.pthread_kill(events._thread.ident or 0, signal.SIGUSR1)
+        wait_until(lambda: came != [], "the signal came")
+        reader = reading(region, 0)
+        assert [type(event) for event in events.result()] == [Pagefault]
+        uffd.fill_zero(region)
+        assert reader.result() == bytes(PAGE)
 
 
 def interrupt(reader: Task[bytes]) -> None:
@@ -349,6 +393,22 @@ def interrupted_often(at: Setting) -> None:
         assert handler.stats().faults == {"missing": 1, "wp": 0, "minor": 0}
         stats = handler.stats()
         assert (stats.requests, stats.filled_pages) == (1, 1)
+
+
+@pitfall(10, "two-threads-on-one-page", memory=EVERY)
+def two_threads(at: Setting) -> None:
+    """Two messages of one page, read at once: one page filled, one fault counted."""
+    with at.serving() as (handler, memory):
+        region = memory.pages(2)
+        data = Pages(2, memory.page_size)
+        handler.serve(region, at.source(data.all))
+        readers = [reading(region, 1) for _ in range(2)]
+        wait_for_pending(handler.uffd, 2)
+        handler.start()
+        assert [reader.result() for reader in readers] == [data[1]] * 2
+        stats = handler.stats()
+        assert stats.faults == {"missing": 1, "wp": 0, "minor": 0}
+        assert (stats.messages, stats.filled_pages, stats.already_present) == (2, 1, 1)
 
 
 @pitfall(10, "woken-without-a-page", drivers=ALL, memory=SMALL)
@@ -421,6 +481,50 @@ def two_mappings(at: Setting) -> None:
         wait_until(lambda: states(handler, region) == [PageState.DIRTY] * 4, "all are dirty")
 
 
+@pitfall(
+    12,
+    "minor-pages-arrive-protected",
+    memory=("shmem",),
+    features=Feature.MINOR_SHMEM | Feature.WP_HUGETLBFS_SHMEM,
+)
+def minor_protected(at: Setting) -> None:
+    """CONTINUE has a mode for it, as COPY has: protecting afterwards would miss writes."""
+    with at.serving(Feature.MINOR_SHMEM | Feature.WP_HUGETLBFS_SHMEM) as (handler, memory):
+        region = memory.pages(2)
+        data = Pages(2, memory.page_size)
+        with region.alias() as alias:
+            alias.write(0, data.all)
+        handler.serve(region, None, mode=RegisterMode.MINOR | WP)
+        handler.start()
+        assert region.read() == data.all
+        region.write(data.size, b"written")
+        assert states(handler, region) == [PageState.CLEAN, PageState.DIRTY]
+        assert handler.stats().faults == {"missing": 0, "wp": 1, "minor": 2}
+
+
+@pitfall(
+    12,
+    "protection-is-lifted-first",
+    memory=("anon", "hugetlb", "hugetlb-private"),
+    features=Feature.PAGEFAULT_FLAG_WP,
+)
+def lifted_first(at: Setting) -> None:
+    """A page left protected in a range that lost WP: hugetlb memory loops in the kernel for ever.
+
+    On other memory bit 57 of its pagemap entry stays, and says that it is protected.
+    """
+    with at.serving(Feature.PAGEFAULT_FLAG_WP) as (handler, memory):
+        region = memory.pages(2)
+        region.fill(1)
+        handler.uffd.register(region, mode=WP)
+        handler.uffd.writeprotect(region)
+        handler.uffd.register(region, mode=MISSING)
+        with pagemap.Pagemap() as map_:
+            assert map_.read(region).count(PageBit.UFFD_WP) == 0
+        Task(region.write, 0, b"written").result()
+        assert region.read(0, 8) == b"written\1"
+
+
 # 13: page sizes and ranges
 
 
@@ -476,6 +580,20 @@ def addresses(at: Setting) -> None:
             assert region.read(odd, 14) == data[0][:7] + data[1][:7]
 
 
+@pitfall(13, "zeros-of-any-size", drivers=BOTH, memory=EVERY)
+def zeros(at: Setting) -> None:
+    """Huge pages take no ZEROPAGE: zeros are copied."""
+    with at.serving() as (handler, memory):
+        region, other = memory.pages(2), memory.pages(2)
+        handler.serve(region, ZeroSource())
+        handler.start()
+        assert region.read() == bytes(region.length)
+        handler.uffd.register(other)
+        assert handler.uffd.fill_zero(other).done == other.length
+        assert other.read() == bytes(other.length)
+        assert handler.stats().failed == 0
+
+
 # 15: MOVE, POISON, CONTINUE
 
 
@@ -528,6 +646,24 @@ def move_errors(at: Setting) -> None:
         assert region.read(0, 5) == b"moved"
 
 
+@pitfall(15, "move-around-a-page", features=Feature.MOVE)
+def move_around(at: Setting) -> None:
+    """A page that is there stays, and the rest comes from the right places."""
+    data = Pages(3, PAGE)
+    with (
+        Userfaultfd(features=Feature.MOVE) as uffd,
+        Region.anonymous(3 * PAGE) as region,
+        Region.anonymous(3 * PAGE) as source,
+    ):
+        uffd.register(region)
+        source.write(0, data.all)
+        uffd.zeropage(region.start + PAGE, PAGE)
+        result = uffd.fill_move(region, source.start)
+        assert (result.done, result.already_present) == (2 * PAGE, PAGE)
+        assert region.read() == data.of(0, None, 2)
+        assert page(source, 1) == data[1]
+
+
 @pitfall(15, "continue-needs-the-page", memory=("shmem",), features=Feature.MINOR_SHMEM)
 def continue_hole(at: Setting) -> None:
     """CONTINUE maps what the page cache has: EFAULT for a hole, EEXIST for what is mapped."""
@@ -543,6 +679,28 @@ def continue_hole(at: Setting) -> None:
         with pytest.raises(PageExistsError):
             handler.uffd.continue_(region.start, region.page_size)
         assert region.read(0, 6) == b"cached"
+
+
+# 16: lifetime
+
+
+@pitfall(16, "source-is-kept", drivers=BOTH)
+def source_is_kept(at: Setting) -> None:
+    """Nobody but the handler has the source; its memory must be there as long as it is served."""
+    with at.serving() as (handler, memory):
+        region = memory.pages(2)
+        data = Pages(2, memory.page_size)
+        source = at.source(data.all)
+        there = weakref.ref(source)
+        handler.serve(region, source)
+        del source
+        gc.collect()
+        assert there() is not None
+        handler.start()
+        assert region.read() == data.all
+        handler.unserve(region)
+        gc.collect()
+        assert there() is None
 
 
 test_pitfalls = checks_of(__name__)

@@ -1,0 +1,180 @@
+"""Faults that meet something else half-way: a fill, a drop, the end of their range."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from pyuffd import (
+    BufferSource,
+    Feature,
+    FileSource,
+    HandlerError,
+    PageState,
+    RegisterMode,
+    Userfaultfd,
+)
+from pyuffd.testing import FailingSource
+from tests._barriers import Point, holding
+from tests.kernel._faults import Task
+from tests.kernel._serving import is_lost, states, wait_until
+from tests.process._pitfalls import (
+    BOTH,
+    EVERY,
+    SMALL,
+    Pages,
+    Setting,
+    checks_of,
+    losing,
+    page,
+    pitfall,
+    reading,
+    wait_blocked,
+)
+
+MISSING, MINOR, WP = RegisterMode.MISSING, RegisterMode.MINOR, RegisterMode.WP
+MARKERS = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
+SYS_CLOCK_NANOSLEEP = 230
+
+
+@pitfall(3, "dropped-before-it-is-noted", drivers=BOTH, memory=SMALL)
+def dropped(at: Setting) -> None:
+    """A page is in place and dropped again before its state says that it is there.
+
+    Who faults on it then is taken for one that waits for the fill, which wakes nobody any more.
+    """
+    with at.served(3) as (handler, region, data):
+        with holding(Point.PLACED) as point:
+            populater = Task(handler.populate, region, 0, data.size)
+            point.wait()
+            region.punch_hole(0, data.size)
+            reader = reading(region, 0)
+            wait_until(lambda: handler.stats().messages == 1, "the fault is seen")
+            assert reader.running
+        assert reader.result() == data.zeros
+        populater.result()
+        assert page(region, 2) == data[2]
+
+
+@pitfall(3, "given-back", memory=SMALL)
+def given_back(at: Setting) -> None:
+    """A thread waits for a page of populate(), which then cannot have it: the thread must ask."""
+    with at.serving() as (handler, memory):
+        region = memory.pages(3)
+        data = Pages(3, memory.page_size)
+        file = os.memfd_create("content")
+        os.write(file, data.all)
+        with FileSource(file) as source:
+            handler.serve(region, source)
+            handler.start()
+            with holding(Point.FILL_CLAIMED) as point:
+                populater = Task(handler.populate, region)
+                point.wait()
+                reader = losing(region, 2)
+                wait_until(lambda: handler.stats().messages == 1, "the fault is seen")
+                os.ftruncate(file, data.size)
+            with pytest.raises(OSError):
+                populater.result()
+            assert reader.result()
+            assert page(region, 0) == data[0]
+            with pytest.raises(HandlerError):
+                handler.stop()
+        os.close(file)
+
+
+@pitfall(4, "asked-before-it-was-sealed", memory=EVERY, features=Feature.PAGEFAULT_FLAG_WP)
+def asked_before(at: Setting) -> None:
+    """The leader has read a fault when its range is poisoned: COPY would replace the mark."""
+    with at.serving(Feature.PAGEFAULT_FLAG_WP) as (handler, memory):
+        region = memory.pages(2)
+        data = Pages(2, memory.page_size)
+        handler.serve(region, at.source(data.all), mode=MISSING | WP)
+        handler.start()
+        with holding(Point.UNSERVE_SEALED) as sealed:
+            with holding(Point.STEP_APPLIED) as applied:
+                reader = losing(region, 1)
+                applied.wait()
+                unserver = Task(handler.unserve, region)
+                sealed.wait()
+                assert reader.result()
+            wait_until(lambda: handler.stats().messages == 1, "the old message is handled")
+        unserver.result()
+        assert is_lost(region, data.size, data.size)
+
+
+@pitfall(12, "sealed-over-markers", drivers=BOTH, memory=SMALL, features=MARKERS)
+def sealed_markers(at: Setting) -> None:
+    """Missing pages that are protected hold markers, which POISON takes for pages.
+
+    Unregistering takes the markers away and leaves zeros.
+    """
+    with at.serving(MARKERS) as (handler, memory):
+        region = memory.pages(3)
+        data = Pages(3, memory.page_size)
+        handler.serve(region, at.source(data.all), mode=MISSING | WP)
+        handler.start()
+        assert page(region, 0) == data[0]
+        handler.writeprotect(region)
+        handler.stop()
+        assert page(region, 0) == data[0]
+        assert [is_lost(region, index * data.size, data.size) for index in (1, 2)] == [True] * 2
+
+
+@pitfall(15, "poison-over-a-marker", drivers=("thread",), memory=SMALL, features=MARKERS)
+def poisoned_marker(at: Setting) -> None:
+    """The content of a protected, missing page cannot be had: POISON says EEXIST to its marker."""
+    with at.serving(MARKERS) as (handler, memory):
+        region = memory.pages(2)
+        data = Pages(2, memory.page_size)
+        source = FailingSource(at.source(data.all), OSError(5, "lost"), at=[data.size])
+        handler.serve(region, source, mode=MISSING | WP)
+        handler.writeprotect(region)
+        handler.start()
+        assert is_lost(region, data.size, data.size)
+        assert states(handler, region)[1] == PageState.POISONED
+        assert page(region, 0) == data[0]
+        with pytest.raises(HandlerError):
+            handler.stop()
+
+
+@pitfall(15, "punched-before-continue", memory=("shmem",), features=Feature.MINOR_SHMEM)
+def punched(at: Setting) -> None:
+    """The page cache loses the page after the minor fault: EFAULT, and a missing fault next."""
+    with at.serving(Feature.MINOR_SHMEM) as (handler, memory):
+        region = memory.pages(2)
+        cached, data = Pages(2, memory.page_size, seed=2), Pages(2, memory.page_size)
+        with region.alias() as alias:
+            alias.write(0, cached.all)
+        handler.serve(region, BufferSource(data.all), mode=MISSING | MINOR)
+        handler.start()
+        assert page(region, 0) == cached[0]
+        with holding(Point.FAULT_CLAIMED) as point:
+            reader = reading(region, 1)
+            point.wait()
+            region.punch_hole(data.size, data.size)
+        assert reader.result() == data[1]
+        assert handler.stats().failed == 0
+
+
+@pitfall(16, "closed-in-the-middle-of-a-step", memory=SMALL)
+def closed_in_a_step(at: Setting) -> None:
+    """A descriptor closes when the leader is at its message: its number could be another's next."""
+    with at.serving() as (handler, memory), Userfaultfd() as other:
+        ours, theirs = memory.pages(2), memory.pages(2)
+        data = Pages(2, memory.page_size)
+        handler.serve(ours, at.source(data.all))
+        handler.serve(theirs, at.source(data.all), uffd=other)
+        handler.start()
+        with holding(Point.STEP_APPLIED) as point:
+            reader = losing(theirs, 1)
+            point.wait()
+            closer = Task(other.close)
+            wait_blocked(closer, SYS_CLOCK_NANOSLEEP)
+            assert not other.closed
+        closer.result()
+        assert reader.result()
+        assert ours.read() == data.all
+
+
+test_pitfalls = checks_of(__name__)
