@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import mmap
-import threading
 
 import pytest
 
@@ -489,30 +488,29 @@ def removed_then_moved(at: Setting) -> None:
         assert handler.stats().unserved == 0
 
 
-@pitfall(11, "event-after-unregister", drivers=ALL, features=LAYOUT, budget_s=20)
+@pitfall(11, "event-after-unregister", drivers=BOTH, features=LAYOUT)
 def event_after_unregister(at: Setting) -> None:
     """A madvise that began before the range was unregistered still waits for a reader.
 
     The handler that stops reads it; else that thread waits until the userfaultfd is closed.
     """
-    for _ in range(40):
-        with at.serving(LAYOUT) as (handler, memory):
-            region = memory.pages(8)
-            data = Pages(8, memory.page_size)
-            handler.serve(region, at.source(data.all))
-            handler.start()
-            over, begun = threading.Event(), threading.Event()
-
-            def drop(region: Region, over: threading.Event, begun: threading.Event) -> None:
-                while not over.is_set():
-                    region.punch_hole()
-                    begun.set()
-
-            dropper = Task(drop, region, over, begun)
-            begun.wait()
-            handler.stop()
-            over.set()
+    with at.serving(LAYOUT) as (handler, memory):
+        region = memory.pages(2)
+        data = Pages(2, memory.page_size)
+        handler.serve(region, at.source(data.all))
+        handler.start()
+        with holding(Point.UNSERVE_SEALED) as sealed, holding(Point.STEP_APPLIED) as leader:
+            stopper = Task(handler.stop)
+            sealed.wait()
+            region.punch_hole(0, data.size)
+            leader.wait()
+            dropper = Task(region.punch_hole, data.size, data.size)
+            wait_changing(handler.uffd, dropper, SYS_MADVISE)
+            sealed.release()
+            over_or_blocked(stopper)
+            leader.release()
             dropper.result()
+            stopper.result()
 
 
 @pitfall(11, "no-lock-that-the-reader-needs", memory=SMALL, features=REMOVE)
