@@ -6,12 +6,14 @@
 #   make clean    remove what these made                     make asan     kernel tests, C with AddressSanitizer
 #   make kernels  the conformance suite on other kernels     make mutants  the same on kernels broken on purpose
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
+#   make engine-mutants   the tests of the pitfalls on this library, broken on purpose
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 KERNELS_ARGS ?=
 MUTANTS_ARGS ?=
+ENGINE_MUTANTS_ARGS ?=
 MYPY_ARGS ?= src tests
 SOAK_S ?= 60
 
@@ -38,7 +40,7 @@ TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests
 	tests/kernel/test_adopted_descriptors.py tests/kernel/test_async_source.py tests/process/test_forks.py \
 	tests/process/test_stopping.py tests/process/test_pitfalls.py
 
-.PHONY: demo test dev lint typing bench asan tsan soak kernels mutants clean
+.PHONY: demo test dev lint typing bench asan tsan soak kernels mutants engine-mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -84,6 +86,10 @@ kernels: $(VENV)/.installed-test
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python -m tests.vm._mutants $(MUTANTS_ARGS)
+
+# One fix of a pitfall taken away at a time: docs/engine-mutants.md says which test notices.
+engine-mutants: $(VENV)/.installed-test
+	$(BIN)/python -m tests.engine_mutants $(ENGINE_MUTANTS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .tox .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/pyuffd/_shim*.so csrc/*.o

@@ -131,7 +131,7 @@ def moved_after(at: Setting) -> None:
         for region, content in ((first, data), (second, more), (spare, data)):
             handler.serve(region, at.source(content.all))
         handler.start()
-        to = room(first.length, first.page_size)
+        to = room(first.length)
         with holding(Point.STEP_APPLIED) as point:
             leader = reading(spare, 0)
             point.wait()
