@@ -10,7 +10,16 @@ import pytest
 
 from pyuffd import Feature
 from pyuffd.cli import main
-from pyuffd.conformance import Case, Report, Result, Variant, case, compare, load, markdown
+from pyuffd.conformance import (
+    Case,
+    Report,
+    Result,
+    Variant,
+    case,
+    compare,
+    load,
+    markdown,
+)
 from pyuffd.conformance import _case as case_module
 from pyuffd.conformance._context import letters, show
 from pyuffd.conformance._kmsg import parse
@@ -60,6 +69,19 @@ def test_bad_or_known_name_is_refused(name: str) -> None:
 def test_case_without_a_summary_is_refused() -> None:
     with pytest.raises(ValueError):
         case("a.b", origin="here")(lambda _: None)
+
+
+def test_noisy_case_runs_alone() -> None:
+    with pytest.raises(ValueError):
+        case("a.b", origin="here", summary="x", noisy=True)(lambda _: None)
+
+
+def test_message_names_the_first_few_cases() -> None:
+    assert Message("x", 4, False, ["a.b.anon"]).when == "while a.b.anon ran"
+    many = [f"a.b{number}.anon" for number in range(5)]
+    when = "while a.b0.anon and a.b1.anon and a.b2.anon and 2 more ran"
+    assert Message("x", 4, False, many).when == when
+    assert Message("x", 4, True, []).when == "between cases"
 
 
 def test_decorator_fills_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,18 +158,27 @@ def test_html_is_well_formed_and_escapes(tmp_path: Path) -> None:
 
     class Parser(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            if tag not in ("meta", "br"):
+            if tag not in ("meta", "br", "input"):
                 open_tags.append(tag)
             assert "src" not in dict(attrs)
-            assert "href" not in dict(attrs)
+            if href := dict(attrs).get("href"):
+                links.append(href)
+            if name := dict(attrs).get("id"):
+                targets.append(f"#{name}")
 
         def handle_endtag(self, tag: str) -> None:
             assert open_tags.pop() == tag
 
-    report(x__anon=FAILED).write(tmp_path / "r")
+    links: list[str] = []
+    targets: list[str] = []
+    report(x__anon=FAILED, x__shmem=PASSED, y__anon=SKIPPED).write(tmp_path / "r")
     text = (tmp_path / "r.html").read_text()
     Parser().feed(text)
     assert open_tags == []
+    assert sorted(links) == ["#a.x.anon", "#group-a"]
+    assert set(links) <= set(targets)
+    assert len(set(targets)) == len(targets)
+    assert "1 passed, 1 failed, 1 skipped" in text
     assert "<failed text>" not in text
     assert "&lt;failed text&gt;" in text
 
@@ -172,9 +203,12 @@ def test_diff_command(
 ) -> None:
     report(x__anon=PASSED).write(tmp_path / "a")
     report(x__anon=outcome).write(tmp_path / "b")
-    arguments = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    assert main(["conformance", "diff", *arguments]) == status
-    assert ("a.x.anon: pass -> FAIL" in capsys.readouterr().out) == (status == 1)
+    for suffix in (".json", ""):
+        arguments = [str(tmp_path / f"{name}{suffix}") for name in "ab"]
+        assert main(["conformance", "diff", *arguments]) == status
+        printed = capsys.readouterr().out
+        assert ("a.x.anon: pass -> FAIL" in printed) == (status == 1)
+        assert ("no results differ, of 1" in printed) == (status == 0)
 
 
 def test_diff_command_says_what_is_wrong_with_a_file(
@@ -183,6 +217,17 @@ def test_diff_command_says_what_is_wrong_with_a_file(
     (tmp_path / "a.json").write_text("no report")
     assert main(["conformance", "diff", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
     assert "a.json is not a conformance report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [(["wp-series"], "say -k 'wp-series'"), (["--report", "/no/such/file"], "no such folder")],
+)
+def test_run_command_says_what_is_wrong(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["conformance", "run", *arguments]) == 2
+    assert hint in capsys.readouterr().err
 
 
 def test_list_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from pyuffd.conformance import Report, compare, load, markdown
 EXIT_SAME = 0
 EXIT_DIFFERENT = 1
 EXIT_ERROR = 2
+EXIT_NO_CASE = 5  # pytest's
 
 _ARGUMENTS = ("-p", "pyuffd.conformance.plugin", "-p", "no:cacheprovider", "-q", "-W", "error")
 
@@ -65,6 +66,13 @@ def _run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("pytest") is None:
         print("pyuffd: running the suite needs pytest: pip install 'pyuffd[test]'", file=sys.stderr)
         return EXIT_ERROR
+    if args.pytest_args and not args.pytest_args[0].startswith("-"):
+        word = args.pytest_args[0]
+        print(f"pyuffd: {word!r}: to choose cases, say -k {word!r}", file=sys.stderr)
+        return EXIT_ERROR
+    if args.report is not None and not Path(args.report).resolve().parent.is_dir():
+        print(f"pyuffd: --report {args.report}: there is no such folder", file=sys.stderr)
+        return EXIT_ERROR
     suite = importlib.util.find_spec("pyuffd.conformance.test_suite")
     assert suite is not None
     assert suite.origin is not None
@@ -83,7 +91,10 @@ def _run(args: argparse.Namespace) -> int:
             arguments.append(f"--uffd-report={os.path.abspath(args.report)}")
         # In a process of its own: pytest wants to be there before what it runs.
         command = [sys.executable, "-P", "-m", "pytest", *arguments, *args.pytest_args]
-        return subprocess.run(command, check=False).returncode
+        status = subprocess.run(command, check=False).returncode
+    if status == EXIT_NO_CASE:
+        print(f"pyuffd: no case matches -k {args.k!r}; conformance list has them", file=sys.stderr)
+    return status
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -99,17 +110,23 @@ def _list(args: argparse.Namespace) -> int:
 
 def _diff(args: argparse.Namespace) -> int:
     try:
-        before, after = Report.read(args.before), Report.read(args.after)
+        before, after = Report.read(_named(args.before)), Report.read(_named(args.after))
     except ValueError as error:
         print(f"pyuffd: {error}", file=sys.stderr)
         return EXIT_ERROR
-    is_same = True
     for what, old, new in (
         ("kernel", before.kernel["release"], after.kernel["release"]),
         ("feature mask", hex(before.features), hex(after.features)),
     ):
         print(f"{what}: {old}" + ("" if old == new else f" -> {new}"))
-    for difference in compare(before, after):
-        is_same = False
+    differences = compare(before, after)
+    for difference in differences:
         print(f"{difference.id}: {difference.before} -> {difference.after}")
-    return EXIT_SAME if is_same else EXIT_DIFFERENT
+    print(f"{len(differences) or 'no'} results differ, of {len(after.results)}")
+    return EXIT_DIFFERENT if differences else EXIT_SAME
+
+
+def _named(path: str) -> str:
+    """Return the JSON file of what `--report` was given, as well as a file of that name."""
+    whole = Path(path + ".json")
+    return str(whole) if not Path(path).exists() and whole.exists() else path

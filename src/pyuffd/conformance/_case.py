@@ -60,6 +60,8 @@ class Case:
         is_slow: Left out unless asked for.
         run: The case itself.
         is_alone: It does something to the whole machine, so no other case runs meanwhile.
+        is_noisy: The kernel may log warnings about what it does; they are not reported, unless
+            they say that the kernel is broken.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Case:
     is_slow: bool
     run: Callable[[Context], None]
     is_alone: bool = False
+    is_noisy: bool = False
 
     def features_on(self, memory: MemoryType) -> Feature:
         """Return the feature bits it needs on a memory type."""
@@ -102,6 +105,7 @@ def case(
     budget_s: float = DEFAULT_BUDGET_S,
     slow: bool = False,
     alone: bool = False,
+    noisy: bool = False,
     summary: str = "",
 ) -> Callable[[Callable[[Context], None]], Callable[[Context], None]]:
     """Make a function of one `Context` a case; its docstring's first line is the summary.
@@ -117,6 +121,8 @@ def case(
         budget_s: Seconds after which it has stalled; scaled by PYUFFD_BUDGET_SCALE.
         slow: Leave it out unless asked for.
         alone: Let no other case of this user run meanwhile, in whichever process.
+        noisy: Leave out of the report what the kernel warns of meanwhile, short of a WARN; only
+            for one that is alone, since all cases see the same log.
         summary: For functions that several cases share.
 
     Raises:
@@ -129,6 +135,8 @@ def case(
             raise ValueError(f"case {name!r}: not an id, or there is one already")
         if not text:
             raise ValueError(f"case {name!r} has no summary")
+        if noisy and not alone:
+            raise ValueError(f"case {name!r} is noisy, so it has to run alone")
         if unknown := set(memory) - {*TYPES, *ANY}:
             raise ValueError(f"case {name!r}: no memory types {sorted(unknown)}")
         _cases[name] = Case(
@@ -143,6 +151,7 @@ def case(
             slow,
             function,
             alone,
+            noisy,
         )
         return function
 
@@ -153,6 +162,11 @@ def load() -> dict[str, Case]:
     """Import every module of cases and return the cases by name, in the table's order."""
     from pyuffd.conformance.cases import MODULES
 
-    for module in MODULES:
-        importlib.import_module(f"pyuffd.conformance.cases.{module}")
-    return dict(_cases)
+    names = [f"pyuffd.conformance.cases.{module}" for module in MODULES]
+    for name in names:
+        importlib.import_module(name)
+    # One of them may have been imported by itself before.
+    place = {name: index for index, name in enumerate(names)}
+    return dict(
+        sorted(_cases.items(), key=lambda item: place.get(item[1].run.__module__, len(place)))
+    )

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 _RECORD_BYTES = 8192  # the most that one read of /dev/kmsg can return
+KERNEL = 0  # the facility of what the kernel says; programs that write to /dev/kmsg have others
 _WARNING = 4  # KERN_WARNING; smaller numbers are worse
 # What the kernel prints when it has found itself broken.
 _FATAL = re.compile(
@@ -29,12 +30,12 @@ class Record:
     @property
     def is_warning(self) -> bool:
         """Whether its level is warning or worse, or it says that the kernel is broken."""
-        return self.facility == 0 and (self.priority <= _WARNING or self.is_fatal)
+        return self.facility == KERNEL and (self.priority <= _WARNING or self.is_fatal)
 
     @property
     def is_fatal(self) -> bool:
         """Whether it says that the kernel is broken."""
-        return self.facility == 0 and _FATAL.search(self.text) is not None
+        return self.facility == KERNEL and _FATAL.search(self.text) is not None
 
 
 class Kmsg:

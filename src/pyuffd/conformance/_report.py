@@ -18,6 +18,7 @@ FORMAT = 1
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 MEMORY = (*TYPES, *ANY)
 CELLS = {PASSED: "pass", FAILED: "FAIL", SKIPPED: "skip"}
+MOST_TESTS = 3  # named beside a message, of the cases that were running
 _CELL = 21  # the longest variant of a case passes in it
 
 
@@ -54,13 +55,22 @@ class Message:
         text: The line.
         priority: Its level; 4 is a warning, smaller is worse.
         is_fatal: The kernel says that it is broken: the run fails.
-        tests: The cases that were running.
+        tests: The cases that were running; none if it came between two of them.
     """
 
     text: str
     priority: int
     is_fatal: bool
     tests: list[str]
+
+    @property
+    def when(self) -> str:
+        """During which cases it appeared, the first few of them."""
+        if not self.tests:
+            return "between cases"
+        shown = " and ".join(self.tests[:MOST_TESTS])
+        more = len(self.tests) - MOST_TESTS
+        return f"while {shown}{f' and {more} more' if more > 0 else ''} ran"
 
 
 @dataclass(slots=True)
@@ -184,7 +194,7 @@ class Report:
             yield "the kernel's log could not be read (it needs CAP_SYSLOG): no WARN would be seen"
         for message in self.messages:
             word = "kernel BROKEN" if message.is_fatal else "kernel warning"
-            yield f"{word}: {message.text} (while {' and '.join(message.tests)} ran)"
+            yield f"{word}: {message.text} ({message.when})"
 
 
 def cell_text(result: Result | None) -> str:

@@ -6,6 +6,7 @@ a worker finds travels with the test's report to the controller.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -20,7 +21,7 @@ from pyuffd.conformance import _machine
 from pyuffd.conformance._case import Case, load
 from pyuffd.conformance._child import SCALE
 from pyuffd.conformance._context import Context, Mismatch
-from pyuffd.conformance._kmsg import Kmsg
+from pyuffd.conformance._kmsg import Kmsg, Record
 from pyuffd.conformance._need import Lack, kernel_features, needs, needs_hugepages, strict
 from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message, Report, Result
 from pyuffd.conformance._types import TYPES
@@ -39,6 +40,7 @@ class _State:
         self.report = Report.of_this_kernel(0)
         self.written: list[Path] = []
         self.reservation: _machine.Reservation | None = None
+        self.kmsg: Kmsg | None = None
         self._messages: dict[int | str, Message] = {}
 
     def add(self, data: dict[str, Any]) -> None:
@@ -55,6 +57,14 @@ class _State:
             if data["id"] not in self._messages[key].tests:
                 self._messages[key].tests.append(data["id"])
         self.report.results[data["id"]] = Result(**data)
+
+    def add_between(self, records: list[Record]) -> None:
+        """Take what the kernel has said of itself while no case was running, late for instance."""
+        for record in records:
+            if record.is_fatal and record.sequence not in self._messages:
+                message = Message(record.text, record.priority, True, [])
+                self._messages[record.sequence] = message
+                self.report.messages.append(message)
 
     def sort(self) -> None:
         """Put the results, which workers send as they finish, into the order of the cases."""
@@ -100,9 +110,13 @@ def pytest_configure(config: pytest.Config) -> None:
         strict()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    path = config.getoption("--uffd-report")
+    if path and not Path(path).absolute().parent.is_dir():
+        raise pytest.UsageError(f"--uffd-report={path}: there is no such folder")
     state = config.stash[_state] = _State()
     if not hasattr(config, "workerinput"):
         _reporting = state
+        state.kmsg = Kmsg()
         if config.getoption("--uffd-reserve"):
             state.reservation = _machine.reserve(getattr(config.option, "numprocesses", None) or 1)
 
@@ -115,7 +129,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Give back what was taken."""
-    state = config.stash[_state]
+    state = config.stash.get(_state, None)
+    if state is None:  # the configuration was refused
+        return
+    if state.kmsg is not None:
+        state.kmsg.close()
     if state.reservation is not None:
         state.reservation.release()
 
@@ -137,7 +155,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def run_case(stash: pytest.Stash, name: str, memory: str) -> None:
     """Run one case; leave its result in the stash of the test."""
     case = load()[name]
-    kmsg = Kmsg()
     result: dict[str, Any] = {
         "id": case.id_on(memory),
         "case": name,
@@ -145,10 +162,11 @@ def run_case(stash: pytest.Stash, name: str, memory: str) -> None:
         "summary": case.summary,
         "variant": "",
         "features": 0,
-        "kernel": {"readable": kmsg.readable, "records": []},
+        "kernel": {"readable": True, "records": []},
     }
     stash[_outcome] = result
-    with _machine.use(alone=case.is_alone):
+    with _machine.use(alone=case.is_alone), contextlib.closing(Kmsg()) as kmsg:
+        result["kernel"]["readable"] = kmsg.readable
         _watched(case, memory, result, kmsg)
 
 
@@ -162,9 +180,8 @@ def _watched(case: Case, memory: str, result: dict[str, Any], kmsg: Kmsg) -> Non
         result["kernel"]["records"] = [
             (record.sequence, record.priority, record.text, record.is_fatal)
             for record in kmsg.read()
-            if record.is_warning
+            if record.is_fatal or (record.is_warning and not case.is_noisy)
         ]
-        kmsg.close()
 
 
 def _run(case: Case, memory: str, result: dict[str, Any]) -> None:
@@ -255,6 +272,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     state = session.config.stash[_state]
     if hasattr(session.config, "workerinput") or not state.report.results:
         return
+    if state.kmsg is not None:
+        state.add_between(state.kmsg.read())
     state.sort()
     if state.report.fatal and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pyuffd.conformance import Report
 from pyuffd.conformance.plugin import SUITE
 
 CASES = '''
+import pytest
 import os, signal, threading
 import pyuffd.conformance.cases
 from pyuffd import Feature, RegisterMode
@@ -73,15 +76,55 @@ class Log:
     def close(self):
         pass
 
-plugin.Kmsg = Log
+if "own-log" not in os.environ:
+    plugin.Kmsg = Log
 '''
+
+# A program's lines have another facility than the kernel's; else they are alike.
+OWN_LOG = (
+    CASES
+    + '''
+from pyuffd.conformance import _kmsg
+
+_kmsg.KERNEL = 1  # LOG_USER
+
+def warn(where):
+    with open("/dev/kmsg", "w") as log:
+        log.write(f"<12>WARNING: CPU: 0 PID: {os.getpid()} at mm/x.c:1 {where}+0x1/0x2\\n")
+
+@case("t.warns", origin="x", memory=["anon", "shmem"])
+def warns(ctx):
+    """Make the kernel say that it is broken, on one memory type."""
+    if ctx.memory.name == "shmem":
+        warn("warns")
+
+@case("t.noisy", origin="x", memory=["anon"], alone=True, noisy=True)
+def noisy(ctx):
+    """Make it warn of what does not matter, and of what does."""
+    with open("/dev/kmsg", "w") as log:
+        log.write("<12>python invoked oom-killer\\n")
+    if "broken" in os.environ:
+        warn("noisy")
+
+@pytest.fixture(autouse=True)
+def late():
+    yield
+    if "late" in os.environ:
+        warn("late")
+'''
+)
+
+
+needs_kernel_log = pytest.mark.skipif(
+    not os.access("/dev/kmsg", os.W_OK), reason="needs a /dev/kmsg that can be written"
+)
 
 
 def run(
-    folder: Path, *args: str, status: int, env: dict[str, str] | None = None
+    folder: Path, *args: str, status: int, env: dict[str, str] | None = None, cases: str = CASES
 ) -> tuple[Report, str]:
     """Run cases of the purpose; return the report and the output."""
-    (folder / "conftest.py").write_text(CASES)
+    (folder / "conftest.py").write_text(cases)
     (folder / "test_it.py").write_text("from pyuffd.conformance.test_suite import test\n")
     (folder / "pytest.ini").write_text("[pytest]\n")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
@@ -149,6 +192,41 @@ def test_broken_kernel_fails_the_run_and_names_the_case(tmp_path: Path) -> None:
     assert "mm/x.c:1" in (tmp_path / "r.html").read_text()
 
 
+def run_with_log(folder: Path, *args: str, status: int, **env: str) -> tuple[Report, str]:
+    """Run cases that write into the log that there is, which has to hold nothing else's lines."""
+    with Path(tempfile.gettempdir(), "pyuffd-own-log.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return run(folder, *args, status=status, env={"own-log": "", **env}, cases=OWN_LOG)
+
+
+@needs_kernel_log
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_warning_in_the_log_fails_the_run_and_names_the_case(tmp_path: Path, workers: str) -> None:
+    made, output = run_with_log(tmp_path, "-n", workers, "-k", "t.warns", status=1)
+    (message,) = made.fatal
+    assert "t.warns.shmem" in message.tests
+    assert set(message.tests) <= {"t.warns.shmem", "t.warns.anon"}  # which may run beside it
+    assert made.counts()["passed"] == 2
+    assert "kernel BROKEN: WARNING: CPU: 0" in output
+
+
+@needs_kernel_log
+def test_warning_that_comes_late_fails_the_run(tmp_path: Path) -> None:
+    made, output = run_with_log(tmp_path, "-k", "t.warns.anon", status=1, late="")
+    assert [message.tests for message in made.fatal] == [[]]
+    assert "late+0x1/0x2 (between cases)" in output
+
+
+@needs_kernel_log
+@pytest.mark.parametrize(("env", "fatal"), [({}, []), ({"broken": ""}, [["t.noisy.anon"]])])
+def test_noisy_case_may_cause_warnings_but_no_warn(
+    tmp_path: Path, env: dict[str, str], fatal: list[list[str]]
+) -> None:
+    made, _ = run_with_log(tmp_path, "-k", "t.noisy", status=int(bool(fatal)), **env)
+    assert [message.tests for message in made.fatal] == fatal
+    assert len(made.messages) == len(fatal)
+
+
 def test_installed_suite_is_what_the_command_runs() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pyuffd", "conformance", "run", "-k", "api-syscall"],
@@ -160,3 +238,29 @@ def test_installed_suite_is_what_the_command_runs() -> None:
     )
     assert done.returncode == 0, done.stdout
     assert "1 passed, 0 failed" in done.stdout
+
+
+def test_run_command_without_a_case_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyuffd", "conformance", "run", "-k", "no-such-case"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 5
+    assert "no case matches -k 'no-such-case'" in done.stderr
+
+
+def test_report_in_a_folder_that_is_not_there_is_refused_first(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "pyuffd.conformance.plugin"),
+            *("-p", "no:cacheprovider", "--uffd-report=none/r", str(SUITE)),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 4
+    assert "--uffd-report=none/r: there is no such folder" in done.stderr
