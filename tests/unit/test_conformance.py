@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import Feature
+from pyuffd import Feature, RegisterMode
 from pyuffd.cli import main
 from pyuffd.conformance import (
     Case,
@@ -24,6 +24,8 @@ from pyuffd.conformance import _case as case_module
 from pyuffd.conformance._context import letters, show
 from pyuffd.conformance._kmsg import parse
 from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message
+from pyuffd.conformance._types import TYPES
+from pyuffd.conformance.cases.masks import wanted
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 CASES = load()
@@ -74,6 +76,29 @@ def test_case_without_a_summary_is_refused() -> None:
 def test_noisy_case_runs_alone() -> None:
     with pytest.raises(ValueError):
         case("a.b", origin="here", summary="x", noisy=True)(lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("memory", "masks"),
+    [
+        ("anon", [0x13C, 0x17C, 0x17C, None, None, None, None]),
+        ("shmem", [0x13C, 0x17C, 0x17C, 0x1BC, 0x1BC, 0x1FC, 0x1FC]),
+        ("shmem-private", [0x13C, 0x17C, 0x17C, 0x1BC, 0x1BC, 0x1FC, 0x1FC]),
+        ("hugetlb", [0x10C, 0x14C, 0x14C, 0x18C, 0x18C, 0x1CC, 0x1CC]),
+        ("hugetlb-private", [0x10C, 0x14C, 0x14C, 0x18C, 0x18C, 0x1CC, 0x1CC]),
+    ],
+)
+def test_masks_of_linux_6_18(memory: str, masks: list[int | None]) -> None:
+    made = [wanted(TYPES[memory], RegisterMode(bits), 0x1FFFF) for bits in range(8)]
+    assert made == [None, *masks]
+
+
+def test_masks_follow_the_features() -> None:
+    memory, mode = TYPES["shmem"], RegisterMode.MISSING | RegisterMode.WP
+    everything = 0x1FFFF
+    assert wanted(memory, mode, everything & ~Feature.POISON) == 0x07C
+    assert wanted(memory, mode, everything & ~Feature.MOVE) == 0x15C
+    assert wanted(memory, mode, everything & ~Feature.WP_HUGETLBFS_SHMEM) is None
 
 
 def test_message_names_the_first_few_cases() -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from pyuffd._abi import Feature
 from pyuffd.conformance._case import case, load
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._need import Lack, Need, needs_swap
+from pyuffd.conformance._memcg import limited_memory, needs_memcg
+from pyuffd.conformance._need import needs_swap
 from pyuffd.conformance._stress import MODES, stress
 from pyuffd.conformance._types import SMALL, MemoryType, missing_features, wp_features
 
@@ -37,64 +35,6 @@ def _features(memory: MemoryType) -> Feature:
 def uffd_stress(ctx: Context) -> None:
     """In all 16 bounce modes no page is lost, torn or copied twice; missing, WP, EEXIST occur."""
     stress(ctx, HUGE_PAGES if ctx.memory.is_hugetlb else PAGES, range(MODES))
-
-
-@contextlib.contextmanager
-def limited_memory(limit: int, pid: int = 0) -> Iterator[None]:
-    """Put a process, this one by default, into a control group with this memory limit, and back.
-
-    Raises:
-        Lack: there is no memory controller that this user may use.
-    """
-    parent, old = _memory_group()
-    try:
-        group = Path(tempfile.mkdtemp(prefix="pyuffd-", dir=parent))
-    except OSError as error:
-        raise Lack(["memcg"], f"no control group can be made in {parent}: {error}") from error
-    try:
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            if (group / name).exists():
-                (group / name).write_text(str(limit))
-                break
-        else:
-            raise Lack(["memcg"], f"{parent} does not hand the memory controller on")
-        (group / "cgroup.procs").write_text(str(pid or os.getpid()))
-        try:
-            yield
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                (old / "cgroup.procs").write_text(str(pid or os.getpid()))
-    finally:
-        group.rmdir()
-
-
-def _memory_group() -> tuple[Path, Path]:
-    """Return the folder to make a group in, and the group this process is in."""
-    root = Path("/sys/fs/cgroup")
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            return root / "memory", root / "memory" / path.lstrip("/")
-    if (root / "cgroup.controllers").exists():
-        old = root / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        with contextlib.suppress(OSError):
-            (root / "cgroup.subtree_control").write_text("+memory")
-        return root, old
-    raise Lack(["memcg"], "there is no memory controller")
-
-
-def needs_memcg() -> Need:
-    """A memory control group can be made."""
-
-    def missing() -> tuple[list[str], str]:
-        try:
-            parent, _ = _memory_group()
-        except Lack as lack:
-            return lack.keys, lack.reason
-        can = os.access(parent, os.W_OK)
-        return ([] if can else ["memcg"]), f"{parent} is not writable"
-
-    return Need("a memory control group", missing)
 
 
 def pressed(name: str, memory: str) -> None:

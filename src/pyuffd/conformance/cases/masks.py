@@ -29,7 +29,7 @@ from pyuffd.conformance._types import (
 from pyuffd.conformance.cases.errno_register import disk_page
 
 ORIGIN = "UFFDIO_REGISTER(2const): .ioctls"
-MAP_HUGETLB = 0x40000
+MAP_GROWSDOWN, MAP_HUGETLB = 0x100, 0x40000
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 KNOWN = (
     Ioctl.WAKE
@@ -41,7 +41,7 @@ KNOWN = (
     | Ioctl.POISON
     | Ioctl.RWPROTECT
 )
-_VARIANTS = (
+MASK_VARIANTS = (
     Variant("exact", "the ioctls known here, by memory, mode and features"),
     Variant("more", "and others that this suite has no name for"),
 )
@@ -74,7 +74,10 @@ def wanted(memory: MemoryType, mode: RegisterMode, offered: int) -> Ioctl | None
     return mask
 
 
-def _check(ctx: Context, memory: MemoryType, mode: RegisterMode, start: int, length: int) -> None:
+def check_mask(
+    ctx: Context, memory: MemoryType, mode: RegisterMode, start: int, length: int
+) -> None:
+    """Register in this mode, which must give exactly the mask it must give, or EINVAL."""
     mask = wanted(memory, mode, ctx.offered)
     answer = ctx.ioctl("REGISTER", start, length, mode)
     if mask is None:
@@ -90,7 +93,7 @@ def _add_mode(mode: RegisterMode) -> None:
     def run(ctx: Context) -> None:
         region = ctx.make(1)
         ctx.open(Feature(0))
-        _check(ctx, ctx.memory, mode, region.start, region.length)
+        check_mask(ctx, ctx.memory, mode, region.start, region.length)
 
     names = [kind for kind in TYPES if wanted(TYPES[kind], mode, -1) is not None]
     text = "-".join(bit.name.lower() for bit in RegisterMode(mode) if bit.name)
@@ -99,7 +102,7 @@ def _add_mode(mode: RegisterMode) -> None:
         f"UFFDIO_REGISTER.ok.mask-{text}",
         origin=ORIGIN,
         memory=names,
-        variants=_VARIANTS,
+        variants=MASK_VARIANTS,
         summary=f"Mode {modes} offers exactly the ioctls that resolve its faults; EINVAL if the "
         "feature for this memory is not there",
     )(run)
@@ -119,7 +122,7 @@ def minor_anon(ctx: Context) -> None:
     region = ctx.make(1)
     ctx.open()
     for bits in (4, 5, 6, 7):
-        _check(ctx, ctx.memory, RegisterMode(bits), region.start, region.length)
+        check_mask(ctx, ctx.memory, RegisterMode(bits), region.start, region.length)
 
 
 # Memory that must be like another type, however it was made.
@@ -133,6 +136,10 @@ def _map(ctx: Context, length: int, flags: int, fd: int = -1) -> int:
 
 def _shared_anonymous(ctx: Context) -> int:
     return _map(ctx, SMALL_PAGE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+
+
+def _stack(ctx: Context) -> int:
+    return _map(ctx, SMALL_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_GROWSDOWN)
 
 
 def _dev_zero(ctx: Context) -> int:
@@ -160,7 +167,7 @@ def _add_kind(
         start = make(ctx)
         ctx.open(Feature(0))
         for bits in range(1, 8):
-            _check(ctx, memory, RegisterMode(bits), start, memory.page_size)
+            check_mask(ctx, memory, RegisterMode(bits), start, memory.page_size)
             ctx.ioctl("UNREGISTER", start, memory.page_size)
 
     case(
@@ -168,11 +175,12 @@ def _add_kind(
         origin=ORIGIN,
         memory=ANY,
         needs=needs,
-        variants=_VARIANTS,
+        variants=MASK_VARIANTS,
         summary=f"{what} has the masks of {like} in every mode",
     )(run)
 
 
+_add_kind("stack", "A mapping that grows down, as stacks do,", "anon", _stack)
 _add_kind("dev-zero", "A private mapping of /dev/zero", "anon", _dev_zero)
 _add_kind("shared-anonymous", "MAP_SHARED | MAP_ANONYMOUS", "shmem", _shared_anonymous)
 _add_kind("dev-shm", "A file in /dev/shm", "shmem", _dev_shm)
@@ -186,10 +194,10 @@ _add_kind(
     origin=ORIGIN,
     memory=ANY,
     features=Feature.WP_ASYNC,
-    variants=_VARIANTS,
+    variants=MASK_VARIANTS,
 )
 def disk_file(ctx: Context) -> None:
     """With WP_ASYNC and mode WP a file of a disk's file system has the mask of anonymous memory."""
     start = disk_page(ctx, mmap.MAP_SHARED)
     ctx.open()
-    _check(ctx, TYPES["anon"], RegisterMode.WP, start, SMALL_PAGE)
+    check_mask(ctx, TYPES["anon"], RegisterMode.WP, start, SMALL_PAGE)

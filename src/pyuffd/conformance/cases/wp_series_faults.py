@@ -22,6 +22,7 @@ from pyuffd.conformance._wp import (
     present,
     protected,
 )
+from pyuffd.conformance.cases.masks import MASK_VARIANTS, check_mask
 
 API = 0xAA
 UNKNOWN_FEATURE = 1 << 62
@@ -154,6 +155,21 @@ def register_mask(ctx: Context) -> None:
             f"WRITEPROTECT offered in mode {int(mode)}", Ioctl.WRITEPROTECT in ioctls, wanted
         )
         ctx.uffd.unregister(region)
+
+
+@case(
+    "wp-series.25.masks",
+    origin="patch 25: the ioctls of a range depend on its memory and mode",
+    features=wp_features,
+    variants=MASK_VARIANTS,
+)
+def register_masks(ctx: Context) -> None:
+    """Every combination of MISSING, WP and MINOR offers exactly its ioctls, or is EINVAL."""
+    region = ctx.make(1)
+    ctx.open(Feature(0))
+    for bits in range(8):
+        check_mask(ctx, ctx.memory, RegisterMode(bits), region.start, region.length)
+        ctx.ioctl("UNREGISTER", region.start, region.length)
 
 
 @case(

@@ -17,6 +17,7 @@ from pyuffd.conformance._types import (
     SMALL,
     SMALL_PAGE,
     MemoryType,
+    minor_features,
     missing_features,
     wp_features,
 )
@@ -46,6 +47,7 @@ from pyuffd.regions import Region
 
 MISSING_WP = RegisterMode.MISSING | RegisterMode.WP
 AROUND_PAGES = 64
+MINOR_READ = 4
 
 
 def _missing_markers(memory: MemoryType) -> Feature:
@@ -186,9 +188,24 @@ def _mapped_by_one_read(ctx: Context, mode: RegisterMode) -> int:
     if mode:
         ctx.register(region, mode)
     at = region.start + AROUND_PAGES // 2 * ctx.page
-    ctx.expect("the read", ctx.silently(ctx.read, at), bytes([IN_FILE]))
+    if RegisterMode.MINOR in mode:
+        access = ctx.start(ctx.read, at)
+        expect_fault(ctx, access, MINOR_READ, at)
+        ctx.uffd.continue_(at, ctx.page)
+        ctx.expect("the read", access.result(), bytes([IN_FILE]))
+    else:
+        ctx.expect("the read", ctx.silently(ctx.read, at), bytes([IN_FILE]))
     pages = range(region.start, region.start + region.length, ctx.page)
     return sum(ctx.pagemap(page).startswith("P") for page in pages)
+
+
+def _fault_around(ctx: Context) -> int:
+    """Return how many pages one read maps where nothing is registered."""
+    ctx.open()
+    around = _mapped_by_one_read(ctx, RegisterMode(0))
+    if around < 2:
+        ctx.lack("fault-around", "fault_around_bytes is one page")
+    return around
 
 
 @case(
@@ -199,13 +216,44 @@ def _mapped_by_one_read(ctx: Context, mode: RegisterMode) -> int:
 )
 def no_fault_around(ctx: Context) -> None:
     """One read maps one page where WP is registered, and its neighbours too where it is not."""
-    ctx.open()
-    around = _mapped_by_one_read(ctx, RegisterMode(0))
-    if around < 2:
-        ctx.lack("fault-around", "fault_around_bytes is one page")
+    around = _fault_around(ctx)
     ctx.expect("pages mapped, WP", _mapped_by_one_read(ctx, RegisterMode.WP), 1)
     ctx.expect("pages mapped, MISSING|WP", _mapped_by_one_read(ctx, MISSING_WP), 1)
     ctx.expect("pages mapped, MISSING", _mapped_by_one_read(ctx, RegisterMode.MISSING), around)
+
+
+@case(
+    "wp-series.06.no-fault-around-minor",
+    origin="patch 06: fault-around",
+    memory=SHMEM,
+    features=lambda memory: minor_features(memory) | wp_features(memory),
+)
+def no_fault_around_minor(ctx: Context) -> None:
+    """Resolving one minor fault maps one page, also where WP is registered besides."""
+    _fault_around(ctx)
+    for mode in (RegisterMode.MINOR, RegisterMode.MINOR | RegisterMode.WP):
+        ctx.expect(f"pages mapped, {mode!r}", _mapped_by_one_read(ctx, mode), 1)
+
+
+@case(
+    "wp-series.06.no-fault-around-minor-neighbour",
+    origin="patch 06: fault-around",
+    memory=SHMEM,
+    features=minor_features,
+)
+def no_fault_around_neighbour(ctx: Context) -> None:
+    """A page beside one that is mapped still gives its own minor fault."""
+    _fault_around(ctx)
+    region = ctx.make(AROUND_PAGES)
+    in_page_cache(region, IN_FILE)
+    ctx.register(region, RegisterMode.MINOR)
+    middle = region.start + AROUND_PAGES // 2 * ctx.page
+    for at in (middle, middle + ctx.page, middle - ctx.page):
+        access = ctx.start(ctx.read, at)
+        expect_fault(ctx, access, MINOR_READ, at)
+        ctx.uffd.continue_(at, ctx.page)
+        ctx.expect("the read", access.result(), bytes([IN_FILE]))
+        ctx.expect_quiet()
 
 
 @case(
