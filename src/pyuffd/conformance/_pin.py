@@ -1,4 +1,8 @@
-"""Long-term pins of memory: an io_uring fixed buffer, where the kernel has no gup_test."""
+"""Long-term pins of memory: for writing, an io_uring fixed buffer; for reading, gup_test.
+
+Nothing that user space can ask for pins memory for reading only, for long; the kernel's own test
+module does, where it was built in.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from pyuffd.conformance._need import Need
 
-_SETUP, _REGISTER = 425, 427  # system calls
+_OPEN, _IOCTL, _SETUP, _REGISTER = 2, 16, 425, 427  # system calls
+_GUP_TEST = Path("/sys/kernel/debug/gup_test")
+_PIN_LONGTERM_TEST_START, _PIN_LONGTERM_TEST_STOP = 0x40186707, 0x6708  # mm/gup_test.h
 _REGISTER_BUFFERS, _UNREGISTER_BUFFERS = 0, 1
 _PARAMS_BYTES = 120
 _ENTRIES = 1
@@ -54,6 +61,31 @@ class Pin:
         _checked("unpin", call(_REGISTER, ring, _UNREGISTER_BUFFERS, 0, 0))
 
 
+class ReadPin:
+    """Memory of a process, pinned for reading until `close` (FOLL_LONGTERM), by gup_test.
+
+    Made before a fork, as `Pin` is.  There is one at a time on the whole machine.
+    """
+
+    def __init__(self, start: int, length: int) -> None:
+        self._path = ctypes.create_string_buffer(bytes(_GUP_TEST))
+        self._range = (ctypes.c_uint64 * 3)(start, length, 0)
+
+    def take(self, call: Syscall) -> int:
+        """Pin; return the descriptor in that process whose last close unpins.
+
+        Raises:
+            OSError: gup_test refuses.
+        """
+        fd = _checked("gup_test", call(_OPEN, ctypes.addressof(self._path), os.O_RDWR, 0))
+        _checked("pin", call(_IOCTL, fd, _PIN_LONGTERM_TEST_START, ctypes.addressof(self._range)))
+        return fd
+
+    def drop(self, call: Syscall, fd: int) -> None:
+        """Unpin."""
+        _checked("unpin", call(_IOCTL, fd, _PIN_LONGTERM_TEST_STOP, 0))
+
+
 def _checked(what: str, result: int) -> int:
     if result < 0:
         raise OSError(-result, f"{what}: {os.strerror(-result)}")
@@ -72,3 +104,13 @@ def needs_pin() -> Need:
         return ["io_uring"], f"io_uring_setup: {errno.errorcode.get(-ring, ring)}"
 
     return Need("io_uring, to pin memory", missing)
+
+
+def needs_read_pin() -> Need:
+    """The kernel has gup_test (CONFIG_GUP_TEST), and debugfs is mounted where it always is."""
+
+    def missing() -> tuple[list[str], str]:
+        there = os.access(_GUP_TEST, os.R_OK | os.W_OK)
+        return ([] if there else ["gup_test"]), f"there is no {_GUP_TEST} to open"
+
+    return Need("gup_test, to pin memory for reading", missing)

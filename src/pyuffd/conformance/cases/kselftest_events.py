@@ -22,7 +22,7 @@ from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import WAIT_S, Child, Context
-from pyuffd.conformance._pin import Pin, needs_pin, syscall
+from pyuffd.conformance._pin import Pin, ReadPin, needs_pin, needs_read_pin, syscall
 from pyuffd.conformance._types import MemoryType, missing_features, wp_features
 from pyuffd.conformance.cases.kselftest_unit import UNPROTECT, WP_WRITE, content, release
 
@@ -166,6 +166,50 @@ def wp_fork_pin(ctx: Context) -> None:
 def wp_fork_pin_with_event(ctx: Context) -> None:
     """With EVENT_FORK a page pinned in the parent is copied with its bit; a child's pin faults."""
     _wp_fork_pin(ctx, child_has=True)
+
+
+def _wp_fork_read_pin(ctx: Context, *, child_has: bool) -> None:
+    region = ctx.make(1)
+    pin = ReadPin(region.start, ctx.page)
+    ctx.register(region, RegisterMode.WP)
+    region.write(0, b"\1")
+    ctx.uffd.writeprotect(region)
+    fd = pin.take(syscall)
+    ctx.callback(os.close, fd)
+    child = ctx.fork()
+    _expect_bits(ctx, "page pinned in the parent", region.start, child, child_has)
+    child.close()
+    pin.drop(syscall, fd)
+    child = ctx.fork()
+    ctx.expect("descriptor of the child's pin", ctx.silently(pin.take, child.syscall) >= 0, True)
+    _expect_bits(ctx, "page pinned in the child", region.start, child, child_has)
+    ctx.expect_quiet(child.uffd)
+
+
+@case(
+    "kselftest.wp-fork-read-pin",
+    origin="uffd-unit-tests: wp-fork-pin",
+    features=wp_features,
+    variants=FORK_VARIANTS,
+    needs=[needs_read_pin()],
+    alone=True,
+)
+def wp_fork_read_pin(ctx: Context) -> None:
+    """A page pinned for reading in the parent, or by the child, has no protection in the child."""
+    _wp_fork_read_pin(ctx, child_has=False)
+
+
+@case(
+    "kselftest.wp-fork-read-pin-with-event",
+    origin="uffd-unit-tests: wp-fork-pin-with-event",
+    features=_wp_fork_features,
+    variants=FORK_VARIANTS,
+    needs=[needs_read_pin()],
+    alone=True,
+)
+def wp_fork_read_pin_with_event(ctx: Context) -> None:
+    """With EVENT_FORK either is protected in the child too; pinning for reading asks nobody."""
+    _wp_fork_read_pin(ctx, child_has=True)
 
 
 def _events(ctx: Context, *, wp: bool) -> None:
