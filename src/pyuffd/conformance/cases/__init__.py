@@ -10,6 +10,7 @@ MODULES = (
     "errno_copy",
     "errno_move",
     "errno_writeprotect",
+    "errno_memory",
     "masks",
     "events",
     "pagemap_scan",

@@ -1,8 +1,8 @@
 """What the ioctls that fill pages refuse, and what they say of how far they came (layer L5).
 
 UFFDIO_COPY, ZEROPAGE, MOVE, CONTINUE and POISON check most things alike, so they share one table
-of conditions; `result` is the field that the kernel leaves its count or error in.  ENOMEM is left
-out: provoking it takes the memory of everybody else too.
+of conditions; `result` is the field that the kernel leaves its count or error in.  ENOMEM has its
+own module, `errno_memory`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """userfaultfd(2), UFFDIO_API(2const), and what every ioctl checks first (layer L5).
 
-ENFILE and ENOMEM of userfaultfd(2) are left out: provoking them starves the whole machine.
+ENFILE and ENOMEM of userfaultfd(2) are left out; `_left_out` says why.
 """
 
 from __future__ import annotations

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
+import resource
 import select
 import time
 from pathlib import Path
 
-from pyuffd._abi import MESSAGE_SIZE, CopyMode, Feature, Ioctl, RegisterMode, WriteprotectMode
+from pyuffd import _memory
+from pyuffd._abi import (
+    MESSAGE_SIZE,
+    CopyMode,
+    Event,
+    Feature,
+    Fork,
+    Ioctl,
+    RegisterMode,
+    WriteprotectMode,
+)
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance import _raw
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
+from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._types import ANY, missing_features, wp_features
 from pyuffd.conformance.cases.errno_open import API, FLAGS
 from pyuffd.regions import Region
 
 INITIALIZED = 1 << 31  # UFFD_FEATURE_INITIALIZED, the kernel's own
 MISSING_WRITE, WP_WRITE = 1, 3
+SYS_READ = 0
+PROT_NONE = 0
 
 
 def _poll(fd: int | Userfaultfd) -> int:
@@ -244,3 +259,96 @@ def wake_protected(ctx: Context) -> None:
     ctx.expect_fault(WP_WRITE, region.start)
     ctx.uffd.writeprotect(region, mode=WriteprotectMode(0))
     _expect_awake(ctx, write)
+
+
+@case("read.EFAULT.buffer", origin="fs/userfaultfd.c: userfaultfd_read", features=missing_features)
+def read_bad_buffer(ctx: Context) -> None:
+    """A buffer that cannot be written is EFAULT; the message is lost, until the thread is woken."""
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    write = ctx.start(ctx.write, region.start, b"\1")
+    ctx.wait_readable()
+    buffer = ctx.make(1, "anon")
+    _memory.mprotect(buffer.start, buffer.length, PROT_NONE)
+    seen = syscall(SYS_READ, ctx.uffd.fileno(), buffer.start, MESSAGE_SIZE)
+    ctx.expect("read", seen, -errno.EFAULT)
+    ctx.expect("faults nobody has read, and threads that wait", counters(ctx.uffd), (0, 1))
+    ctx.expect_quiet()
+    ctx.uffd.wake(region)
+    ctx.expect_fault(MISSING_WRITE, region.start)
+    ctx.uffd.copy(region.start, bytes(ctx.page))
+    ctx.expect("the write", write.result(), None)
+
+
+@case(
+    "read.EMFILE.fork-event",
+    origin="fs/userfaultfd.c: resolve_userfault_fork",
+    features=lambda memory: missing_features(memory) | Feature.EVENT_FORK,
+)
+def read_fork_emfile(ctx: Context) -> None:
+    """At the limit of open files a Fork event cannot be read: EMFILE, and it stays."""
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    reader = ctx.start(_read_at_descriptor_limit, ctx)
+    ctx.fork_only()
+    seen, event = reader.result()
+    ctx.expect("read at the limit", seen, -errno.EMFILE)
+    if not isinstance(event, Fork):
+        ctx.fail("the event", event, "Fork")
+    with event.uffd as uffd:
+        answer = ctx.ioctl("UNREGISTER", region.start, ctx.page, uffd=uffd.fileno())
+        ctx.expect("errno of UNREGISTER in the child", answer.errno, 0)
+
+
+def _read_at_descriptor_limit(ctx: Context) -> tuple[int, Event]:
+    """Read a message with and without a free descriptor, while the other thread forks."""
+    ctx.wait_readable()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    message = ctypes.create_string_buffer(MESSAGE_SIZE)
+    words = (SYS_READ, ctx.uffd.fileno(), ctypes.addressof(message), MESSAGE_SIZE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        seen = syscall(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (event,) = ctx.uffd.read_events(1)
+    return seen, event
+
+
+@case(
+    "read.ok.thread-id",
+    origin="UFFDIO_API(2const): UFFD_FEATURE_THREAD_ID",
+    features=lambda memory: missing_features(memory) | Feature.THREAD_ID,
+)
+def read_thread_id(ctx: Context) -> None:
+    """With THREAD_ID a message says which thread faulted, without it 0."""
+    for features in (ctx.case.features_on(ctx.memory), missing_features(ctx.memory)):
+        uffd = ctx.open(features)
+        region = ctx.make(1)
+        uffd.register(region, mode=RegisterMode.MISSING)
+        write = ctx.start(ctx.write, region.start, b"\1")
+        fault = ctx.expect_fault(MISSING_WRITE, region.start, uffd)
+        wanted = write.thread_id if features & Feature.THREAD_ID else 0
+        ctx.expect("thread", fault.thread_id or 0, wanted)
+        uffd.copy(region.start, bytes(ctx.page))
+        ctx.expect("the write", write.result(), None)
+
+
+@case(
+    "UFFDIO_COPY.ok.src-missing",
+    origin="fs/userfaultfd.c, mm/userfaultfd.c",
+    features=missing_features,
+)
+def copy_from_missing(ctx: Context) -> None:
+    """A copy from memory that is missing itself waits until that is filled."""
+    region, source = ctx.make(1), ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    second = ctx.open()
+    second.register(source, mode=RegisterMode.MISSING)
+    copy = ctx.start(ctx.ioctl, "COPY", region.start, source.start, ctx.page)
+    ctx.expect_fault(0, source.start, second)
+    ctx.expect("the copy is over", copy.done, False)
+    second.copy(source.start, b"\5" * ctx.page)
+    answer = copy.result()
+    ctx.expect("errno and result", (answer.errno, answer.result), (0, ctx.page))
+    ctx.expect("content", ctx.read(region.start, 8), b"\5" * 8)

@@ -192,3 +192,24 @@ def owner_gone(ctx: Context) -> None:
     """The process has ended."""
     region = _region(ctx)
     _expect(ctx, errno.ESRCH, region.start, ctx.page, ON, uffd=orphan(ctx, ctx.fork()))
+
+
+@case(
+    "UFFDIO_WRITEPROTECT.ok.async",
+    origin="UFFDIO_API(2const): UFFD_FEATURE_WP_ASYNC",
+    features=lambda memory: wp_features(memory) | Feature.WP_ASYNC,
+)
+def writeprotect_async(ctx: Context) -> None:
+    """With WP_ASYNC the kernel lifts the protection itself, page by page, without a message."""
+    region = ctx.make(3)
+    ctx.register(region, RegisterMode.WP)
+    region.write(0, b"\1")
+    # Holes are protected too, of anonymous memory as well.
+    ctx.uffd.writeprotect(region)
+    pages = [region.start + index * ctx.page for index in range(3)]
+    ctx.expect("bits", [ctx.is_protected(page) for page in pages], [True] * 3)
+    for page in pages[:2]:
+        ctx.expect("the write", ctx.silently(ctx.write, page, b"\2"), None)
+    ctx.expect("bits", [ctx.is_protected(page) for page in pages], [False, False, True])
+    ctx.uffd.writeprotect(region, mode=WriteprotectMode(0))
+    ctx.expect("bit after mode 0", ctx.is_protected(pages[2]), False)

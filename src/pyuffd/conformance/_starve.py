@@ -1,0 +1,237 @@
+"""Running out: of memory, of a file system's pages, of mappings; nobody else notices."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import gc
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._uffd import Userfaultfd
+from pyuffd.conformance._memcg import memory_group
+from pyuffd.conformance._need import Lack, Need, needs_privilege
+from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._raw import Answer, ioctl
+from pyuffd.conformance._types import HUGE_PAGE, SMALL_PAGE, TYPES
+from pyuffd.regions import Region
+
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # system calls
+_SET_STRING, _CREATE = 1, 6
+_CLOEXEC = 1
+_MCL_CURRENT = 1
+_MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
+# A mapping takes 200 bytes of the kernel's memory, and making one 2 us.
+_MOST_MAPPINGS = 1 << 18
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+_PROT_NONE = 0
+_TABLE = HUGE_PAGE  # a page table maps this much, at a multiple of it
+
+
+@contextlib.contextmanager
+def small_file_system(kind: str, length: int) -> Iterator[int]:
+    """Make a file in a file system of its own, which nobody else sees; yield its descriptor.
+
+    Args:
+        kind: "tmpfs" or "hugetlbfs".
+        length: How much the file system holds, in bytes.
+
+    Raises:
+        Lack: this user may not.
+    """
+    needs_privilege("CAP_SYS_ADMIN").check()
+    with contextlib.ExitStack() as stack:
+
+        def opened(what: str, result: int) -> int:
+            if result < 0:
+                raise Lack(["mount"], f"needs a {kind} of its own; {what}: {os.strerror(-result)}")
+            if what != "fsconfig":
+                stack.callback(os.close, result)
+            return result
+
+        # Never attached to a path, it goes with its descriptor, even if this process is killed.
+        name, key, size = (
+            ctypes.create_string_buffer(text.encode()) for text in (kind, "size", str(length))
+        )
+        context = opened("fsopen", syscall(_FSOPEN, ctypes.addressof(name), _CLOEXEC))
+        words = (_SET_STRING, ctypes.addressof(key), ctypes.addressof(size), 0)
+        opened("fsconfig", syscall(_FSCONFIG, context, *words))
+        opened("fsconfig", syscall(_FSCONFIG, context, _CREATE, 0, 0, 0))
+        root = opened("fsmount", syscall(_FSMOUNT, context, _CLOEXEC, 0))
+        file = os.open("file", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, dir_fd=root)
+        stack.callback(os.close, file)
+        yield file
+
+
+def needs_map_limit() -> Need:
+    """The limit of mappings is low enough to be reached."""
+
+    def missing() -> tuple[list[str], str]:
+        limit = int(_MAX_MAP_COUNT.read_text())
+        found = f"vm.max_map_count is {limit}"
+        return (["map-limit"] if limit > _MOST_MAPPINGS else []), found
+
+    return Need(f"a limit of at most {_MOST_MAPPINGS} mappings", missing)
+
+
+@contextlib.contextmanager
+def _no_more_mappings() -> Iterator[None]:
+    """Use all mappings this process may have; only for a process of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    mprotect = libc.mprotect
+    mprotect.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+    length = (int(_MAX_MAP_COUNT.read_text()) + 2) * SMALL_PAGE
+    start = _memory.mmap(length, _PROT_NONE, _PRIVATE)
+    try:
+        # Each call makes two mappings of one, until there is room for no more.
+        for at in range(start + SMALL_PAGE, start + length, 2 * SMALL_PAGE):
+            if mprotect(at, SMALL_PAGE, mmap.PROT_READ):
+                break
+        if ctypes.get_errno() != errno.ENOMEM:
+            raise OSError(ctypes.get_errno(), "mprotect: not the limit of mappings")
+        yield
+    finally:
+        _memory.munmap(start, length)
+
+
+def register_without_mappings() -> list[int]:
+    """Register and unregister parts of mappings at the limit of mappings; for `run_child`.
+
+    Returns:
+        errno of REGISTER and UNREGISTER of one page of three there, of REGISTER of a whole
+        mapping there, and of the first two afterwards.
+    """
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(3 * SMALL_PAGE) as free,
+        Region.anonymous(3 * SMALL_PAGE) as taken,
+        Region.anonymous(3 * SMALL_PAGE) as whole,
+    ):
+        # Else they may be one mapping with what lies beside them.
+        for region in (taken, whole):
+            region.madvise(mmap.MADV_DONTFORK)
+        mode = int(RegisterMode.MISSING)
+        uffd.register(taken, mode=RegisterMode.MISSING)
+
+        def parts() -> list[int]:
+            return [
+                ioctl(uffd, "REGISTER", free.start + SMALL_PAGE, SMALL_PAGE, mode).errno,
+                ioctl(uffd, "UNREGISTER", taken.start + SMALL_PAGE, SMALL_PAGE).errno,
+            ]
+
+        with _no_more_mappings():
+            there = parts()
+            there.append(ioctl(uffd, "REGISTER", whole.start, whole.length, mode).errno)
+        return there + parts()
+
+
+class _NoMemory:
+    """A memory control group without any memory, for this process; only for one of its own.
+
+    What the kernel needs for a call of this process then is not to be had, and the call fails
+    with ENOMEM.  What a page fault needs is waited for, for ever: nothing may be touched for the
+    first time meanwhile.
+    """
+
+    def __init__(self) -> None:
+        parent, old = memory_group()
+        self._group = Path(tempfile.mkdtemp(prefix="pyuffd-", dir=parent))
+        self._files: list[int] = []
+        # Version 1 has a switch for its killer; version 2 spares who must not be killed.
+        if (self._group / "memory.oom_control").exists():
+            (self._group / "memory.oom_control").write_text("1")
+        else:
+            Path("/proc/self/oom_score_adj").write_text("-1000")
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (self._group / name).exists():
+                (self._group / name).write_text("0")
+        self._enter = self._open(self._group)
+        self._leave = self._open(old)
+        self._pid = str(os.getpid()).encode()
+        os.write(self._leave, self._pid)  # the same system call, as yet without effect
+
+    def _open(self, group: Path) -> int:
+        fd = os.open(group / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        self._files.append(fd)
+        return fd
+
+    def ioctl(self, fd: int, name: str, *words: int) -> Answer:
+        """Make an ioctl, of a kind that was made before, in the group."""
+        os.write(self._enter, self._pid)
+        try:
+            return ioctl(fd, name, *words)
+        finally:
+            os.write(self._leave, self._pid)
+
+    def close(self) -> None:
+        """Remove the group."""
+        for fd in self._files:
+            os.close(fd)
+        self._group.rmdir()
+
+
+def ioctl_without_memory(
+    name: str, memory: str, mode: int, features: int, has_table: bool
+) -> list[int]:
+    """Make an ioctl on a page without memory, and again with it; for `run_child`.
+
+    Args:
+        name: COPY, ZEROPAGE, MOVE, CONTINUE, POISON or WRITEPROTECT.
+        memory: The memory type.
+        mode: The mode to register in.
+        features: The features to enable.
+        has_table: Let there be a page table.
+
+    Returns:
+        errno and result field without memory, and both with it.
+    """
+    of = TYPES[memory]
+    gc.disable()
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Every page that is mapped now is there, and this process's own, before there are no more.
+    if libc.mlockall(_MCL_CURRENT):
+        raise OSError(ctypes.get_errno(), "mlockall")
+    with (
+        Userfaultfd(features=Feature(features)) as uffd,
+        of.make(4 * _TABLE) as region,
+        Region.anonymous(4 * of.page_size) as source,
+    ):
+        if name == "CONTINUE":
+            assert region.fd is not None
+            with Region.file(region.fd, region.length) as view:
+                view.fill(1)
+        source.fill(1)
+        table = -(-region.start // _TABLE) * _TABLE
+        uffd.register(table, 3 * _TABLE, mode=RegisterMode(mode))
+
+        def words(at: int, source_page: int) -> tuple[int, ...]:
+            is_from = source.start + source_page * of.page_size
+            middle = (is_from,) if name in ("COPY", "MOVE") else ()
+            return at, *middle, of.page_size, int(name == "WRITEPROTECT")
+
+        where = words(table + _TABLE, 2)
+        fd = uffd.fileno()
+        if has_table:
+            ioctl(fd, name, *words(table + _TABLE + of.page_size, 0))
+        with contextlib.closing(_NoMemory()) as group:
+            # Whatever Python itself needs for such a call, it has after the first.
+            ioctl(fd, name, *words(table, 1))
+            without = group.ioctl(fd, name, *where)
+        again = ioctl(fd, name, *where)
+        return [without.errno, without.result, again.errno, again.result]
+
+
+def needs_kernel_accounting() -> Need:
+    """The kernel's own memory, such as page tables, counts in a memory control group."""
+
+    def missing() -> tuple[list[str], str]:
+        is_off = "nokmem" in Path("/proc/cmdline").read_text()
+        return (["kmem"] if is_off else []), "the kernel was started with cgroup.memory=nokmem"
+
+    return Need("page tables that are accounted for", missing)
