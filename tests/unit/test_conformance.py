@@ -15,6 +15,7 @@ from pyuffd.conformance import (
     Report,
     Result,
     Variant,
+    _selftests,
     case,
     compare,
     load,
@@ -76,6 +77,21 @@ def test_case_without_a_summary_is_refused() -> None:
 def test_noisy_case_runs_alone() -> None:
     with pytest.raises(ValueError):
         case("a.b", origin="here", summary="x", noisy=True)(lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("ids", "count"),
+    [
+        (_selftests.unit_tests(), 114),
+        (_selftests.wp_mremap(), 38),
+        (_selftests.stress(), 5),
+        (_selftests.pagemap_ioctl(), 119),
+    ],
+)
+def test_every_result_of_the_selftests_has_an_id_of_its_own(ids: list[str], count: int) -> None:
+    assert len(ids) == count
+    assert len(set(ids)) == count
+    assert set(ids) <= {name for case_ in CASES.values() for name in case_.ids}
 
 
 @pytest.mark.parametrize(

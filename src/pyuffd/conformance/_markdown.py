@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from pyuffd._abi import Feature
+from pyuffd.conformance import _selftests
 from pyuffd.conformance._case import Case
+from pyuffd.conformance._left_out import LEFT_OUT
 from pyuffd.conformance._types import ANY, TYPES
 
 _HEAD = """\
@@ -18,7 +20,8 @@ Written by `pyuffd conformance list --markdown` from the cases; do not edit.
 matrix of behaviour by memory type at the end and write it as FILE.json and FILE.html.
 `pyuffd conformance diff A B` compares two JSON reports. A case is skipped only where a feature bit,
 an ioctl or hardware is missing; `PYUFFD_TESTS=require` turns that into a failure, except for what
-`PYUFFD_TESTS_MAY_LACK` names. A WARN or BUG of the kernel fails the run.
+`PYUFFD_TESTS_MAY_LACK` names. A WARN or BUG of the kernel fails the run. At the end stand the
+kernel's selftests, result by result, and what is not checked.
 
 An id is `CASE.MEMORY`. Memory types: anon; shmem (a memfd mapped MAP_SHARED); shmem-private
 (MAP_PRIVATE, which the kernel's own selftests never test); hugetlb; hugetlb-private; any (it does
@@ -48,12 +51,66 @@ def _page(cases: Mapping[str, Case]) -> Iterator[str]:
             cells = (
                 f"`{case.name}`",
                 case.summary + "".join(_variants(case)),
-                ", ".join(case.memory) if case.memory != tuple(TYPES) else "all five",
+                _memory(case.memory),
                 "; ".join(_needs(case)) or "-",
                 case.origin,
             )
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         yield ""
+    if set(_selftests.UNIT_TESTS) <= {name.partition(".")[2] for name in cases}:
+        yield from _selftest_pages(cases)
+        yield from _left_out()
+
+
+def _selftest_pages(cases: Mapping[str, Case]) -> Iterator[str]:
+    yield "## The kernel's selftests, result by result\n"
+    yield (
+        "What the selftests of Linux 7.3 report about userfaultfd, and the id here for each result."
+        " Many cases\nrun on more memory types here, and each starts afresh, where theirs go on"
+        " with what was left. Sizes are smaller:\na few pages for 32 MiB, 4 huge pages for 10, 10"
+        " random patterns for 100, 4 threads and 50 turns for 6 and 1000.\n"
+    )
+    units = _selftests.UNIT_TESTS
+    yield (
+        f"`uffd-unit-tests` has {len(_selftests.unit_tests())} results:"
+        " `kselftest.CASE.MEMORY` for each of these cases and memory types.\n"
+    )
+    yield "| case | memory types there | memory types here |"
+    yield "|---|---|---|"
+    for name, there in units.items():
+        here = cases[f"kselftest.{name}"].memory
+        yield f"| {name} | {_memory(there)} | {_memory(here)} |"
+    yield (
+        "\nNothing but the kernel's gup_test can pin memory for reading only, for long:"
+        " `wp-fork-pin` pins for writing,\nby an io_uring fixed buffer, and `wp-fork-read-pin` as"
+        " the original, where the kernel has gup_test."
+    )
+    mremap = _selftests.wp_mremap()
+    yield (
+        f"\n`uffd-wp-mremap` has {len(mremap)}, for huge pages of 2 MiB:"
+        f" `{mremap[0]}` to `{mremap[-1]}`. `uffd-stress` has {len(_selftests.stress())}:"
+        " `kselftest.stress.MEMORY`, here with write-protection, and harder as"
+        " `kselftest.stress-swapping.MEMORY`.\n"
+    )
+    results = _selftests.pagemap_ioctl()
+    yield f"`pagemap_ioctl` has {len(results)}.\n"
+    yield "| result | id here | behaviour |"
+    yield "|---|---|---|"
+    for number, full in enumerate(results, 1):
+        yield f"| {number} | `{full}` | {cases[full.rpartition('.')[0]].summary} |"
+    yield ""
+
+
+def _left_out() -> Iterator[str]:
+    yield "## What is not checked\n"
+    yield "| what | why |"
+    yield "|---|---|"
+    for what, why in LEFT_OUT:
+        yield f"| {what} | {why} |"
+
+
+def _memory(names: Sequence[str]) -> str:
+    return "all five" if tuple(names) == tuple(TYPES) else ", ".join(names)
 
 
 def _variants(case: Case) -> Iterator[str]:

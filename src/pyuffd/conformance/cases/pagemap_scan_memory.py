@@ -31,6 +31,7 @@ MADV_COLLAPSE = 25
 SYS_SHMGET, SYS_SHMAT, SYS_SHMCTL, SYS_SHMDT = 29, 30, 31, 67
 IPC_PRIVATE, IPC_RMID, SHM_HUGETLB = 0, 0, 0o4000
 NO_FLAGS = ScanFlag(0)
+LARGE_PAGES = 5120
 
 
 class Area:
@@ -96,42 +97,58 @@ class Area:
         return self.start + index * self.page
 
 
-# The base tests
+# The base tests: six on each memory.  Each begins with what the ones before leave behind.
 
 
-def _base(ctx: Context, area: Area, *, whole: bool = False) -> None:
-    """Run the six base tests; `whole` where a write counts for the whole of a huge page."""
-    pages = area.pages
-    middle = pages // 2
+def _new(_ctx: Context, area: Area, _whole: bool) -> None:
     area.expect("new")
+
+
+def _all(_ctx: Context, area: Area, _whole: bool) -> None:
     area.write()
-    area.expect("all written", (0, pages))
+    area.expect("all written", (0, area.pages))
+
+
+def _all_but_ends(_ctx: Context, area: Area, whole: bool) -> None:
+    area.write()
     area.protect()
-    area.write(1, pages - 2)
-    area.expect("all but the first and the last", (0, pages) if whole else (1, pages - 2))
+    # Where there are but two pages, nothing is between them, and one of them will do.
+    first, count = (1, area.pages - 2) if area.pages > 2 else (0, 1)
+    area.write(first, count)
+    area.expect("some written", (0, area.pages) if whole else (first, count))
+
+
+def _protecting(_ctx: Context, area: Area, _whole: bool) -> None:
+    area.write()
     area.scan(flags=WP_SCAN)
     area.expect("right after a scan that protects")
+
+
+def _middle(ctx: Context, area: Area, whole: bool) -> None:
+    area.write()
+    area.protect()
+    middle = area.pages // 2
     area.write(middle, 1)
     seen = area.runs(area.scan())
-    ctx.expect("middle page", seen, [(middle, 1)], *([[(0, pages)]] if whole else []))
+    ctx.expect("middle page", seen, [(0, area.pages)] if whole else [(middle, 1)])
+
+
+def _two_middle(ctx: Context, area: Area, _whole: bool) -> None:
+    area.write()
     area.protect()
+    middle = area.pages // 2 - 1
     area.write(middle, 2)
-    ctx.expect("two middle pages alone", area.runs(area.scan(middle, 2)), [(middle, 2)])
+    ctx.expect("two pages alone", area.runs(area.scan(middle, 2)), [(middle, 2)])
 
 
-@case("kselftest.pagemap-ioctl.base", origin=f"{ORIGIN}: 36-83", memory=ALL, features=FEATURES)
-def base(ctx: Context) -> None:
-    """Exactly the pages written since the last protecting scan are reported."""
-    pages = 4 if ctx.memory.is_hugetlb else 10
-    _base(ctx, Area(ctx, ctx.make(pages).start, pages, ctx.page))
-
-
-@case(
-    "kselftest.pagemap-ioctl.base-large", origin=f"{ORIGIN}: 36-83", memory=ANON, features=FEATURES
+BASE: tuple[tuple[str, str, Callable[[Context, Area, bool], None]], ...] = (
+    ("new", "Pages that were protected and never written are not written", _new),
+    ("all", "All pages written are one range", _all),
+    ("all-but-ends", "All pages written but the first and the last are one range", _all_but_ends),
+    ("protecting", "Right after a scan that protects nothing is written", _protecting),
+    ("middle", "The middle page written alone is one range", _middle),
+    ("two-middle", "Two middle pages, scanned alone, are one range of two", _two_middle),
 )
-def base_large(ctx: Context) -> None:
-    """The base tests on more pages than one page table has."""
-    _base(ctx, Area(ctx, ctx.make(5120).start, 5120))
 
 
 def huge_area(ctx: Context, count: int) -> int:
@@ -146,26 +163,6 @@ def huge_area(ctx: Context, count: int) -> int:
     if (mapped := _thp.mapped_huge(start)) < length:
         ctx.lack("THP", f"{mapped >> 10} of {length >> 10} KiB are huge pages")
     return start
-
-
-@case(
-    "kselftest.pagemap-ioctl.base-thp",
-    origin=f"{ORIGIN}: 36-83",
-    memory=ANY,
-    features=FEATURES,
-    needs=[needs_thp()],
-)
-def base_thp(ctx: Context) -> None:
-    """The base tests on a transparent huge page: a write may count for all of it."""
-    area = Area(ctx, huge_area(ctx, 1), HUGE_PAGE // SMALL_PAGE)
-    _base(ctx, area, whole=_write_counts_for_all(area))
-
-
-def _write_counts_for_all(area: Area) -> bool:
-    area.write(1, 1)
-    whole = area.runs(area.scan()) == [(0, area.pages)]
-    area.protect()
-    return whole
 
 
 def _sysv_hugetlb(ctx: Context) -> int:
@@ -185,83 +182,188 @@ def _map_hugetlb(ctx: Context) -> int:
     return address
 
 
-def _disk_file(ctx: Context) -> int:
-    return disk_page(ctx, mmap.MAP_PRIVATE, pages=10)
+def _make(ctx: Context) -> Area:
+    pages = 4 if ctx.memory.is_hugetlb else 10
+    return Area(ctx, ctx.make(pages).start, pages, ctx.page)
 
 
-def _add_base(
-    name: str,
-    what: str,
-    pages: int,
-    page: int,
-    make: Callable[[Context], int],
-    needs: tuple[Need, ...] = (),
-) -> None:
-    def run(ctx: Context) -> None:
-        area = Area(ctx, make(ctx), pages, page)
-        area.expect("new")
-        area.write()
-        area.expect("all written", (0, pages))
-        area.protect()
-        area.expect("right after a scan that protects")
-        area.write(pages - 1, 1)
-        area.expect("last page", (pages - 1, 1))
-
-    case(
-        f"kselftest.pagemap-ioctl.base-{name}",
-        origin=f"{ORIGIN}: 36-83",
-        memory=ANY,
-        features=FEATURES,
-        needs=needs,
-        summary=f"The base tests on {what}",
-    )(run)
+def _large(ctx: Context) -> Area:
+    return Area(ctx, ctx.make(LARGE_PAGES).start, LARGE_PAGES)
 
 
-_add_base("disk-file", "a private mapping of a file on a disk", 10, SMALL_PAGE, _disk_file)
-_HUGE = (needs_hugepages(2),)
-_add_base("sysv-hugetlb", "SysV shared memory of huge pages", 2, HUGE_PAGE, _sysv_hugetlb, _HUGE)
-_add_base("map-hugetlb", "MAP_HUGETLB", 2, HUGE_PAGE, _map_hugetlb, _HUGE)
+def _huge(ctx: Context) -> Area:
+    return Area(ctx, huge_area(ctx, 1), HUGE_PAGE // SMALL_PAGE)
+
+
+# Name, in words, memory, how it is made, needs, whether a write may count for all of it.
+_KINDS: tuple[
+    tuple[str, str, tuple[str, ...], Callable[[Context], Area], tuple[Need, ...], bool], ...
+] = (
+    ("base", "", ALL, _make, (), False),
+    ("base-large", " (more pages than one page table has)", ANON, _large, (), False),
+    ("base-thp", " (a transparent huge page)", ANY, _huge, (needs_thp(),), True),
+    (
+        "base-sysv-hugetlb",
+        " (SysV shared memory of huge pages)",
+        ANY,
+        lambda ctx: Area(ctx, _sysv_hugetlb(ctx), 2, HUGE_PAGE),
+        (needs_hugepages(2),),
+        False,
+    ),
+    (
+        "base-map-hugetlb",
+        " (MAP_HUGETLB)",
+        ANY,
+        lambda ctx: Area(ctx, _map_hugetlb(ctx), 2, HUGE_PAGE),
+        (needs_hugepages(2),),
+        False,
+    ),
+    (
+        "base-disk-file",
+        " (a private mapping of a file on a disk)",
+        ANY,
+        lambda ctx: Area(ctx, disk_page(ctx, mmap.MAP_PRIVATE, pages=10), 10),
+        (),
+        False,
+    ),
+)
+
+
+def _write_counts_for_all(area: Area) -> bool:
+    area.write(1, 1)
+    whole = area.runs(area.scan()) == [(0, area.pages)]
+    area.protect()
+    return whole
+
+
+def _add_base() -> None:
+    for kind, where, memory, make, needs, may_be_whole in _KINDS:
+        for step, text, check in BASE:
+
+            def run(
+                ctx: Context,
+                make: Callable[[Context], Area] = make,
+                check: Callable[[Context, Area, bool], None] = check,
+                may_be_whole: bool = may_be_whole,
+                is_first: bool = step == "new",
+            ) -> None:
+                area = make(ctx)
+                # What was written once stays written in parts, so a "new" page must be new.
+                whole = may_be_whole and not is_first and _write_counts_for_all(area)
+                check(ctx, area, whole)
+
+            case(
+                f"kselftest.pagemap-ioctl.{kind}.{step}",
+                origin=f"{ORIGIN}: 36-83",
+                memory=memory,
+                features=FEATURES,
+                needs=needs,
+                summary=f"{text}{where}",
+            )(run)
+
+
+_add_base()
 
 
 # Transparent huge pages
 
 
-@case(
-    "kselftest.pagemap-ioctl.thp",
-    origin=f"{ORIGIN}: 84-92",
-    memory=ANY,
-    features=FEATURES,
-    needs=[needs_thp()],
-)
-def thp(ctx: Context) -> None:
-    """Scans of huge pages protect and report exactly the part that they are asked for."""
-    count = 4
-    per_page = HUGE_PAGE // SMALL_PAGE
-    area = Area(ctx, huge_area(ctx, count), count * per_page)
-    pages, half = area.pages, area.pages // 2
-    area.expect("new")
+def _thp_area(ctx: Context) -> Area:
+    return Area(ctx, huge_area(ctx, THP_COUNT), THP_COUNT * (HUGE_PAGE // SMALL_PAGE))
+
+
+def _thp_new(ctx: Context, area: Area) -> None:
+    ranges = area.runs(area.scan(flags=WP_SCAN))
+    ctx.expect("new", ranges, [])
+
+
+def _thp_again(_ctx: Context, area: Area) -> None:
+    area.scan(flags=WP_SCAN)
     area.expect("after a scan")
+
+
+def _thp_all(ctx: Context, area: Area) -> None:
     area.write()
     found = [(item.categories, item.end - item.start) for item in area.scan(flags=WP_SCAN)]
-    ctx.expect("all written", found, [(WRITTEN, pages * SMALL_PAGE)])
+    ctx.expect("all written", found, [(WRITTEN, area.pages * SMALL_PAGE)])
     area.expect("cleared")
-    area.write(half, 1)
-    ctx.expect("ranges of one write", len(area.scan()), 1)
+
+
+def _thp_middle(ctx: Context, area: Area) -> None:
+    middle = area.pages // 2
+    area.write(middle, 1)
+    seen = area.runs(area.scan())
+    ctx.expect("ranges of one write", len(seen), 1)
+    first, count = seen[0]
+    ctx.expect("the write is in its range", first <= middle < first + count, True)
+
+
+def _thp_first_half(_ctx: Context, area: Area) -> None:
+    half = area.pages // 2
     area.write()
     area.protect(0, half)
     area.expect("first half protected", (half, half))
-    area.protect()
+
+
+def _thp_max_pages(_ctx: Context, area: Area) -> None:
+    half = area.pages // 2
     area.write()
     area.scan(flags=WP_SCAN, max_pages=half)
     area.expect("max_pages of one half", (half, half))
+
+
+def _thp_second_half(_ctx: Context, area: Area) -> None:
+    half = area.pages // 2
     area.write()
-    area.protect(half, half)
+    area.scan(half, half, flags=WP_SCAN, max_pages=half)
     area.expect("second half protected", (0, half))
+
+
+def _half_of_a_page(area: Area) -> list[tuple[int, int]]:
     area.write()
-    part = per_page // 2
-    seen = area.runs(area.scan(flags=WP_SCAN, max_pages=part, vec_len=1))
-    ctx.expect("half of a huge page", seen, [(0, part)])
-    area.expect("the rest", (part, pages - part))
+    return area.runs(area.scan(flags=WP_SCAN, max_pages=HALF_PAGE, vec_len=1))
+
+
+def _thp_part(ctx: Context, area: Area) -> None:
+    ctx.expect("half of a huge page", _half_of_a_page(area), [(0, HALF_PAGE)])
+
+
+def _thp_rest(_ctx: Context, area: Area) -> None:
+    _half_of_a_page(area)
+    area.expect("the rest", (HALF_PAGE, area.pages - HALF_PAGE))
+
+
+THP_COUNT = 4  # the selftest has ten
+HALF_PAGE = HUGE_PAGE // SMALL_PAGE // 2
+THP: tuple[tuple[str, str, Callable[[Context, Area], None]], ...] = (
+    ("new", "Huge pages that were never written are not written", _thp_new),
+    ("again", "Nor are they after a scan that protects", _thp_again),
+    ("all", "Huge pages all written are one range, WRITTEN and no more, and then none", _thp_all),
+    ("middle", "A write to a huge page is one range, which has it", _thp_middle),
+    ("first-half", "Protecting the first half leaves exactly the second", _thp_first_half),
+    ("max-pages", "max_pages of one half leaves exactly the second", _thp_max_pages),
+    ("second-half", "Protecting the second half leaves exactly the first", _thp_second_half),
+    ("part", "max_pages of half a huge page finds exactly that, which splits it", _thp_part),
+    ("rest", "It leaves exactly the rest", _thp_rest),
+)
+
+
+def _add_thp(name: str, text: str, check: Callable[[Context, Area], None]) -> None:
+    def run(ctx: Context) -> None:
+        check(ctx, _thp_area(ctx))
+
+    case(
+        f"kselftest.pagemap-ioctl.thp.{name}",
+        origin=f"{ORIGIN}: 84-92",
+        memory=ANY,
+        features=FEATURES,
+        needs=[needs_thp()],
+        summary=text,
+    )(run)
+
+
+for _thp_case in THP:
+    _add_thp(*_thp_case)
 
 
 # Histories
@@ -278,25 +380,73 @@ def simple(ctx: Context) -> None:
         area.expect(f"written, turn {turn}", (0, 1))
 
 
-@case("kselftest.pagemap-ioctl.mprotect", origin=f"{ORIGIN}: 94-97", memory=ANON, features=FEATURES)
-def mprotect(ctx: Context) -> None:
-    """Neither mprotect nor a new mapping in between loses what is written or protected."""
-    area = Area(ctx, ctx.make(2).start, 2)
+def _remapped(area: Area) -> None:
+    """Protect two pages that were written, replace the second, and change their protection."""
     area.write()
-    area.expect("written", (0, 2))
     area.protect()
-    area.expect("protected")
-    second = area.start + SMALL_PAGE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-    _memory.mmap(SMALL_PAGE, READ_WRITE, flags, address=second)
+    _memory.mmap(SMALL_PAGE, READ_WRITE, flags, address=area.start + SMALL_PAGE)
     area.track(1, 1)
     for protection in (PROT_NONE, mmap.PROT_READ, READ_WRITE):
         _memory.mprotect(area.start, 2 * SMALL_PAGE, protection)
-    area.expect("protected, after mprotect")
+
+
+@case(
+    "kselftest.pagemap-ioctl.mprotect.written",
+    origin=f"{ORIGIN}: 94",
+    memory=ANON,
+    features=FEATURES,
+)
+def mprotect_written(ctx: Context) -> None:
+    """Two pages written are one range."""
+    area = Area(ctx, ctx.make(2).start, 2)
     area.write()
-    for protection in (PROT_NONE, READ_WRITE):
-        _memory.mprotect(area.start, 2 * SMALL_PAGE, protection)
-    area.expect("written, after mprotect", (0, 2))
+    area.expect("written", (0, 2))
+
+
+@case(
+    "kselftest.pagemap-ioctl.mprotect.protected",
+    origin=f"{ORIGIN}: 95",
+    memory=ANON,
+    features=FEATURES,
+)
+def mprotect_protected(ctx: Context) -> None:
+    """A scan that protects them leaves none, also after a new mapping and mprotect."""
+    area = Area(ctx, ctx.make(2).start, 2)
+    area.write()
+    area.protect()
+    area.expect("protected")
+    _remapped(area)
+    area.expect("protected, after a new mapping and mprotect")
+
+
+@case(
+    "kselftest.pagemap-ioctl.mprotect.remapped",
+    origin=f"{ORIGIN}: 96",
+    memory=ANON,
+    features=FEATURES,
+)
+def mprotect_remapped(ctx: Context) -> None:
+    """Pages written after a new mapping and mprotect are written, also after another mprotect."""
+    area = Area(ctx, ctx.make(2).start, 2)
+    _remapped(area)
+    area.write()
+    for protection in (PROT_NONE, mmap.PROT_READ, READ_WRITE):
+        _memory.mprotect(area.start, SMALL_PAGE, protection)
+    area.expect("written", (0, 2))
+
+
+@case(
+    "kselftest.pagemap-ioctl.mprotect.again",
+    origin=f"{ORIGIN}: 97",
+    memory=ANON,
+    features=FEATURES,
+)
+def mprotect_again(ctx: Context) -> None:
+    """Protected and written again after all that, both are written."""
+    area = Area(ctx, ctx.make(2).start, 2)
+    _remapped(area)
+    area.write()
     area.protect()
     area.write()
     area.expect("written again", (0, 2))
@@ -319,9 +469,40 @@ def prot_none(ctx: Context) -> None:
 THREADS, PER_THREAD, TURNS = 4, 8, 50
 
 
+def _protected_after_writing(ctx: Context) -> Area:
+    area = Area(ctx, ctx.make(THREADS * PER_THREAD).start, THREADS * PER_THREAD)
+    area.write()
+    return area
+
+
 @case(
-    "kselftest.pagemap-ioctl.transact",
-    origin=f"{ORIGIN}: 98-100",
+    "kselftest.pagemap-ioctl.transact.written",
+    origin=f"{ORIGIN}: 98",
+    memory=ANON,
+    features=FEATURES,
+)
+def transact_written(ctx: Context) -> None:
+    """The scan that protects finds the pages that were written before."""
+    area = _protected_after_writing(ctx)
+    ctx.expect("ranges", area.runs(area.scan(flags=WP_SCAN)), [(0, area.pages)])
+
+
+@case(
+    "kselftest.pagemap-ioctl.transact.protected",
+    origin=f"{ORIGIN}: 99",
+    memory=ANON,
+    features=FEATURES,
+)
+def transact_protected(ctx: Context) -> None:
+    """The next one finds nothing."""
+    area = _protected_after_writing(ctx)
+    area.scan(flags=WP_SCAN)
+    ctx.expect("ranges", area.runs(area.scan(flags=WP_SCAN)), [])
+
+
+@case(
+    "kselftest.pagemap-ioctl.transact.threads",
+    origin=f"{ORIGIN}: 100",
     memory=ANON,
     features=FEATURES,
 )
@@ -367,35 +548,55 @@ def _categories(start: int, length: int, wanted: PageCategory) -> list[tuple[int
     return [((item.start - start), (item.end - item.start) // SMALL_PAGE) for item in ranges]
 
 
-@case("kselftest.pagemap-ioctl.file", origin=f"{ORIGIN}: 112-113", memory=ANY, features=FEATURES)
-def file(ctx: Context) -> None:
-    """Pages of a file are FILE; private copies of them, never protected, are WRITTEN."""
-    pages = 4
-    length = pages * SMALL_PAGE
-    start = disk_page(ctx, mmap.MAP_PRIVATE, pages)
+FILE_PAGES = 10
+
+
+@case("kselftest.pagemap-ioctl.file.mapped", origin=f"{ORIGIN}: 112", memory=ANY, features=FEATURES)
+def file_mapped(ctx: Context) -> None:
+    """Pages of a file that is mapped read-only are FILE."""
+    length = FILE_PAGES * SMALL_PAGE
+    start = disk_page(ctx, mmap.MAP_PRIVATE, FILE_PAGES)
     _memory.mprotect(start, length, mmap.PROT_READ)
     _memory.touch(start, length, SMALL_PAGE, write=False)
-    ctx.expect("FILE", _categories(start, length, PageCategory.FILE), [(0, pages)])
-    _memory.mprotect(start, length, READ_WRITE)
-    _memory.fill(start, length, 2)
-    ctx.expect("WRITTEN", _categories(start, length, WRITTEN), [(0, pages)])
+    ctx.expect("FILE", _categories(start, length, PageCategory.FILE), [(0, FILE_PAGES)])
 
 
 @case(
-    "kselftest.pagemap-ioctl.zero-page", origin=f"{ORIGIN}: 116-117", memory=ANON, features=FEATURES
+    "kselftest.pagemap-ioctl.file.written", origin=f"{ORIGIN}: 113", memory=ANY, features=FEATURES
 )
-def zero_page(ctx: Context) -> None:
-    """Pages that were only read are PFNZERO, also where a huge zero page may be."""
-    length = HUGE_PAGE
-    region = ctx.make(2 * length // SMALL_PAGE)
-    start = -(-region.start // HUGE_PAGE) * HUGE_PAGE
-    for huge in (False, True):
-        if huge:
-            region.advise_thp()
-        region.madvise(mmap.MADV_DONTNEED)
-        _memory.touch(start, length, SMALL_PAGE, write=False)
-        seen = _categories(start, length, PageCategory.PFNZERO)
-        ctx.expect(f"PFNZERO, huge {huge}", seen, [(0, length // SMALL_PAGE)])
+def file_written(ctx: Context) -> None:
+    """Private copies of a file's pages are WRITTEN, whether they were protected before or not."""
+    length = FILE_PAGES * SMALL_PAGE
+    area = Area(ctx, disk_page(ctx, mmap.MAP_PRIVATE, FILE_PAGES), FILE_PAGES)
+    area.write()
+    area.expect("written", (0, FILE_PAGES))
+    never = disk_page(ctx, mmap.MAP_PRIVATE, FILE_PAGES)
+    _memory.fill(never, length, 2)
+    seen = _categories(never, length, WRITTEN)
+    ctx.expect("WRITTEN, never registered", seen, [(0, FILE_PAGES)])
+
+
+def _add_zero_page(name: str, text: str, huge: bool) -> None:
+    def run(ctx: Context) -> None:
+        region = ctx.make(2 * HUGE_PAGE // SMALL_PAGE)
+        start = -(-region.start // HUGE_PAGE) * HUGE_PAGE
+        region.advise_thp(huge)
+        _memory.touch(start, HUGE_PAGE, SMALL_PAGE, write=False)
+        seen = _categories(start, HUGE_PAGE, PageCategory.PFNZERO)
+        ctx.expect("PFNZERO", seen, [(0, HUGE_PAGE // SMALL_PAGE)])
+
+    case(
+        f"kselftest.pagemap-ioctl.{name}",
+        origin=f"{ORIGIN}: {117 if huge else 116}",
+        memory=ANON,
+        features=FEATURES,
+        needs=[needs_thp()] if huge else (),
+        summary=text,
+    )(run)
+
+
+_add_zero_page("zero-page", "Pages that were only read are PFNZERO", huge=False)
+_add_zero_page("zero-page-thp", "So they are where a huge zero page may be", huge=True)
 
 
 _HOLES = (
