@@ -8,15 +8,17 @@ import mmap
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._memory import Interrupted
 from pyuffd.conformance._case import case
-from pyuffd.conformance._context import Context
-from pyuffd.conformance._need import Lack, Need
+from pyuffd.conformance._context import WAIT_S, Access, Context
+from pyuffd.conformance._need import Lack, Need, needs_privilege
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._raw import open_syscall
 from pyuffd.conformance._types import missing_features, wp_features
@@ -36,10 +38,13 @@ from pyuffd.conformance._wp import (
 MADV_POPULATE_WRITE = 23
 USER_MODE_ONLY = 1  # UFFD_USER_MODE_ONLY
 SYS_READ, SYS_PREAD, SYS_PWRITE, SYS_MADVISE = 0, 17, 18, 28
-SYS_PROCESS_VM_WRITEV = 311
+SYS_WAIT4, SYS_PTRACE, SYS_PROCESS_VM_WRITEV = 61, 101, 311
+PTRACE_POKEDATA, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 5, 17, 0x4206, 0x4207
+WALL = 0x40000000
 ORIGIN = "discussion of the series (Hugh Dickins, Alistair Popple): users of pte_none; man page"
 BLOCK = 4096  # O_DIRECT's unit: every device takes it
 VALUE = bytes([WRITTEN])
+POKED = int.from_bytes(VALUE * 8, "little")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,39 @@ def _proc_mem(ctx: Context, at: int) -> Callable[[], int]:
     return lambda: syscall(SYS_PWRITE, fd, ctypes.addressof(source), 1, at)
 
 
+def _ptrace_poke(ctx: Context, at: int) -> Callable[[], int]:
+    file, end = os.pipe()
+    idle = ctx.start(os.read, file, 1)
+    ctx.callback(os.close, file)
+    ctx.callback(os.close, end)
+    child = ctx.fork()
+    # Stopped while it runs Python, it would stop all of it.
+    _wait_asleep(ctx, idle)
+
+    def poke() -> int:
+        thread = idle.thread_id
+        for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+            if code := child.syscall(SYS_PTRACE, request, thread, 0, 0):
+                return code
+        child.syscall(SYS_WAIT4, thread, 0, WALL, 0)
+        result = child.syscall(SYS_PTRACE, PTRACE_POKEDATA, thread, at, POKED)
+        child.syscall(SYS_PTRACE, PTRACE_DETACH, thread, 0, 0)
+        return result
+
+    return poke
+
+
+def _wait_asleep(ctx: Context, access: Access[bytes]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if access.thread_id:
+            stat = Path(f"/proc/self/task/{access.thread_id}/stat").read_text()
+            if stat.rpartition(")")[2].split()[0] == "S":
+                return
+        os.sched_yield()
+    ctx.fail("the idle thread", "not asleep", "asleep")
+
+
 def _needs_user_mode_only() -> Need:
     def missing() -> tuple[list[str], str]:
         try:
@@ -184,6 +222,15 @@ ROWS = (
         -errno.EIO,
         -errno.EIO,
         is_write=False,
+    ),
+    Row(
+        "ptrace-poke",
+        "another process's PTRACE_POKEDATA into a protected page",
+        _ptrace_poke,
+        -errno.EIO,
+        -errno.EIO,
+        is_write=False,
+        needs=(needs_privilege("CAP_SYS_PTRACE"),),
     ),
 )
 
