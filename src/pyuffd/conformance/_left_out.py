@@ -34,8 +34,8 @@ LEFT_OUT: tuple[tuple[str, str], ...] = (
     ),
     (
         "Migration by move_pages(2)",
-        "Within one NUMA node it moves nothing. Compaction is what moves pages here; of hugetlb"
-        " memory it does not.",
+        "Within one NUMA node it moves nothing. Compaction moves pages here, but none of hugetlb"
+        " memory.",
     ),
     (
         "Huge pages of 1 GiB",

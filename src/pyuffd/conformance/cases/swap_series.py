@@ -36,13 +36,13 @@ AREA_BYTES = 16 << 20
 FILLER_BYTES = 4 << 20
 SWAPOFF_TRIES = 4
 COMPACT = Path("/proc/sys/vm/compact_memory")
-ZONES, BUDDIES = Path("/proc/zoneinfo"), Path("/proc/buddyinfo")
+ZONES, MEMINFO = Path("/proc/zoneinfo"), Path("/proc/meminfo")
 # Has each CPU lower by an eighth how many free pages it keeps, down to its minimum.
 REFRESH = Path("/proc/sys/vm/stat_refresh")
 MIGRATION_REFRESHES = 64
-MIGRATION_PAGES = 2048
-MOST_FILLER_PAGES = 1 << 16  # 256 MiB
-MIGRATION_TRIES = 12  # one in four moves nothing, on a machine that is busy with other things
+MIGRATION_PAGES, MIGRATION_KEPT = 1 << 16, 1024
+MIGRATION_SHARE = 8  # of the memory that is to be had, an eighth at most
+MIGRATION_TRIES = 3
 LIMIT = 4 << 20
 CHUNK = 64 << 10  # what a child writes at once
 
@@ -182,20 +182,26 @@ def migration(ctx: Context) -> None:
 
 
 def _below_free_pages(ctx: Context) -> Region:
-    """Make memory with free pages above its own, which is where compaction moves pages to."""
-    # Afterwards what is left between pages in use is high in memory, and whole blocks are low.
-    COMPACT.write_text("1")
+    """Make memory that lies as low as can be, below free pages: compaction moves pages up there.
+
+    It moves the lowest first, also those of others, until no free pages are left.
+    """
+    pages = min(MIGRATION_PAGES, _available() // MIGRATION_SHARE // ctx.page)
+    region = ctx.make(pages)
+    if not region.shared:
+        region.advise_thp(False)
+    region.fill(DATA)
+    frames = _frames(region)
+    lowest = sorted(frames.values())[MIGRATION_KEPT]
+    run = region.start
+    for at in [*frames, region.start + region.length]:
+        if frames.get(at, 0) < lowest:
+            if at > run:
+                region.punch_hole(run - region.start, at - run)
+            run = at + ctx.page
     # How many freed pages a CPU keeps, where compaction does not see them, adapts since Linux
     # 6.7, and can be made to fall to a minimum.
     kept = _pages_with_cpus("high_min" if "high_min" in ZONES.read_text() else "high")
-    high = _pages_with_cpus("count") + _pages_in_parts() + 2 * kept
-    filler = ctx.make(min(high, MOST_FILLER_PAGES), "anon")
-    region = ctx.make(MIGRATION_PAGES)
-    for each in (filler, region):
-        if not each.shared:
-            each.advise_thp(False)
-        each.fill(DATA)
-    filler.close()
     for _ in range(MIGRATION_REFRESHES):
         REFRESH.write_text("1")
         if _pages_with_cpus("count") <= kept:
@@ -203,10 +209,11 @@ def _below_free_pages(ctx: Context) -> Region:
     return region
 
 
-def _pages_in_parts() -> int:
-    """Return how many free pages are in blocks smaller than a huge page."""
-    orders = [line.split()[4:] for line in BUDDIES.read_text().splitlines()]
-    return sum(int(count) << order for row in orders for order, count in enumerate(row[:9]))
+def _available() -> int:
+    """Return how much memory there is to be had, in bytes."""
+    found = re.search(r"MemAvailable: *(\d+) kB", MEMINFO.read_text())
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def _pages_with_cpus(field: str) -> int:
