@@ -29,6 +29,7 @@ from pyuffd import (
     Region,
     Userfaultfd,
 )
+from tests._barriers import Point, holding
 from tests._child import run_child
 from tests._need import needs
 from tests.kernel._serving import is_lost, wait_until
@@ -231,8 +232,10 @@ def long_call(at: Setting, on_error: str) -> None:
         usleep = ctypes.PyDLL(None).usleep
         usleep.argtypes = [ctypes.c_uint]
         if on_error == "stall":
-            reader = reading(region, 1)
-            usleep(600_000)
+            with holding(Point.REQUEST_TAKEN) as point:
+                reader = reading(region, 1)
+                point.wait()  # the page has been asked for: what comes now is late
+                usleep(600_000)
             assert reader.result() == data[1]
             assert handler.stats().stalled_requests == 1
             with pytest.raises(HandlerError):
