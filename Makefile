@@ -38,7 +38,7 @@ TSAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
 	PYUFFD_BUDGET_SCALE=4 PYUFFD_FRESH_CHILDREN=1 PYTHONPATH=$(TSAN_DIR)
 TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests/kernel/test_fault_races.py tests/kernel/test_thread_driver.py \
 	tests/kernel/test_adopted_descriptors.py tests/kernel/test_async_source.py tests/process/test_forks.py \
-	tests/process/test_stopping.py tests/process/test_pitfalls.py
+	tests/process/test_stopping.py tests/process/test_pitfalls.py tests/process/test_process_driver*.py
 
 .PHONY: demo test dev lint typing bench asan tsan soak kernels mutants engine-mutants clean
 .DELETE_ON_ERROR:
