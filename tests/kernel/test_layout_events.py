@@ -24,6 +24,7 @@ from tests.kernel._serving import (
     wait_until,
 )
 from tests.process._pitfalls import (
+    AFTER_CHECK,
     ALL,
     ANON,
     BOTH,
@@ -80,7 +81,9 @@ ROOMS = itertools.count(0x5660_0000_0000, 1 << 30)
 def room(length: int) -> int:
     """Return an address where this much memory can be moved to, and again when it has moved on."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-    return _memory.mmap(length, PROT_NONE, flags, address=next(ROOMS))
+    start = _memory.mmap(length, PROT_NONE, flags, address=next(ROOMS))
+    AFTER_CHECK.callback(_memory.munmap, start, length)  # huge pages are few
+    return start
 
 
 def move(region: Region, first: int, count: int, to: int) -> Region:

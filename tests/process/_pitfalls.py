@@ -168,6 +168,7 @@ class Case:
 
 
 CASES: dict[str, list[Case]] = {}
+AFTER_CHECK = contextlib.ExitStack()  # for what a check must not leave to the next one
 
 
 def pitfall(
@@ -235,7 +236,8 @@ def run_check(module: str, function: str, drivers: Sequence[Driver], memory: lis
         # A process for each handler takes its time: private and shared memory will do.
         for name in memory[:2] if driver == "process" else memory:
             print(driver, name, file=sys.stderr, flush=True)
-            check(Setting(driver, name))
+            with AFTER_CHECK:
+                check(Setting(driver, name))
 
 
 def page(region: Region, index: int) -> bytes:
