@@ -21,7 +21,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALL := $(PIP) --no-build-isolation --editable
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.*)
-RUN_TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+# Many tests wait, so there is work for one process more than there are CPUs.
+TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
+RUN_TESTS := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist worksteal
 
 # The program is an ordinary Python, so the sanitizer's run-time library is loaded before it. Signals are left to
 # Python and to the tests; what Python itself never frees is not a leak of ours. Modules in C++ (matplotlib's) throw

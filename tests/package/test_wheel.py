@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests._child import ROOT
 
-pytestmark = [pytest.mark.package, pytest.mark.xdist_group("package")]
+pytestmark = pytest.mark.package
 
 VERSION = "0.1.0"
 PROBE = """
@@ -46,24 +49,35 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads, so that building leaves the tree alone."""
-    copy = tmp_path_factory.mktemp("source")
+@contextlib.contextmanager
+def once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """A folder that all of xdist's processes share, and whether it has to be filled."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder, not folder.exists()
+
+
+def copy_source(copy: Path) -> None:
+    """Copy what a build reads, so that building leaves the tree alone."""
+    copy.mkdir()
     skipped = shutil.ignore_patterns("*.so", "*.o", "__pycache__", "*.egg-info")
     for name in ("src", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=skipped)
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, copy)
-    return copy
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path) -> Path:
-    # The build tools of this environment, so that nothing is downloaded.
-    options = ("--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", "dist")
-    run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=source)
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with once(tmp_path_factory, "source") as (source, empty):
+        if empty:
+            copy_source(source)
+            # The build tools of this environment, so that nothing is downloaded.
+            options = ("--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", "dist")
+            run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=source)
     (built,) = (source / "dist").iterdir()
     return built
 
@@ -71,10 +85,11 @@ def wheel(source: Path) -> Path:
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheel, and of this one only the run-time dependencies."""
-    folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", wheel)
+    with once(tmp_path_factory, "installed") as (folder, empty):
+        python = folder / "bin" / "python"
+        if empty:
+            venv.create(folder, with_pip=False, symlinks=True)
+            run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", wheel)
     return python
 
 

@@ -39,7 +39,7 @@ PAGE = 4096
 LENGTH = 64 * PAGE
 BYTE = b"p"
 CONTENT = BYTE * LENGTH
-HANG_S = 2.0
+HANG_S = 1.0
 
 PYTHON, NATIVE, PROCESS, INLINE = "Python thread", "native", "process", "inline"
 COLUMNS = [PYTHON, NATIVE, PROCESS, INLINE]
