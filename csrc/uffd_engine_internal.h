@@ -105,6 +105,7 @@ struct prefetch_job {
 	uint64_t at;
 	uint64_t end;
 	enum uffd_fault_kind kind;
+	bool for_reader;	/* in sequence, and nobody else has faulted since it was planned */
 };
 
 enum leader {
