@@ -329,7 +329,7 @@ int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t s
 int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
 void poison_page(struct uffd_range *range, uint64_t page);
-/* What a fill has put, or found, in [at, past); of huge pages one at a time. */
+/* A fill has put pages in [at, past), or found them there. */
 void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
 		const struct uffd_fill_result *result);
 /* A fill says that the huge page is there, on so many occasions that it cannot be. */

@@ -306,8 +306,11 @@ static uint8_t state_of_existing(const struct uffd_range *range, uint64_t page)
 void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
 		const struct uffd_fill_result *result)
 {
-	set_states(range, at, past,
-		   result->already_present ? state_of_existing(range, at) : UFFD_PAGE_CLEAN);
+	if (!result->already_present || !is_huge(range))
+		set_states(range, at, past, UFFD_PAGE_CLEAN);
+	else
+		for (; at < past; at += range->page_size)
+			atomic_store(state_of(range, at), state_of_existing(range, at));
 }
 
 /*
@@ -474,8 +477,7 @@ uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
 	if (content->tail && at < tail_at && tail_at < end)
 		end = tail_at;
 	stop = at + range->page_size;
-	/* Of huge pages one by one: those that are there already stay absent to us. */
-	while (stop < end && !is_huge(range) && claim_absent(range, stop))
+	while (stop < end && claim_absent(range, stop))
 		stop += range->page_size;
 	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);
 	r = put_content(range, at, stop - at, kind, &result);
