@@ -17,6 +17,17 @@ static bool init_descriptors(struct uffd_engine *engine)
 	return engine->epoll_fd >= 0;
 }
 
+static void init_gate(struct uffd_engine *engine)
+{
+	pthread_rwlockattr_t attributes;
+
+	/* Who waits to apply an event holds up a thread of the owner: before any filler. */
+	pthread_rwlockattr_init(&attributes);
+	pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	pthread_rwlock_init(&engine->gate, &attributes);
+	pthread_rwlockattr_destroy(&attributes);
+}
+
 int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_engine **ret)
 {
 	struct uffd_engine *engine = uffd_alloc(sizeof(*engine));
@@ -27,6 +38,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	if (!engine)
 		return -ENOMEM;
 	engine->options = *options;
+	init_gate(engine);
 	pthread_mutex_init(&engine->spaces_lock, NULL);
 	pthread_mutex_init(&engine->requests_lock, NULL);
 	pthread_mutex_init(&engine->await_lock, NULL);
@@ -71,6 +83,7 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_mutex_destroy(&engine->requests_lock);
 	pthread_mutex_destroy(&engine->await_lock);
 	pthread_mutex_destroy(&engine->spaces_lock);
+	pthread_rwlock_destroy(&engine->gate);
 	pthread_mutex_destroy(&engine->keeper_lock);
 	uffd_free(engine->deferred);
 	if (!engine->options.shared)

@@ -68,13 +68,6 @@ struct owed_unmap {
 /*
  * One address space: a userfaultfd and what is served through it.  The first one
  * is the engine's own; forks and adopted descriptors add more.
- *
- * The gate keeps content from landing in a page that was removed meanwhile.
- * Whoever fills pages beside the leader holds it shared from looking at a page's
- * state to the end of the ioctl; reading the descriptor and applying the layout
- * events that were read is one exclusive section.  Lock order: gate, then the
- * table's readers or its lock; spaces_lock and the requests' lock are taken
- * alone or last.
  */
 struct uffd_space {
 	LIST_ENTRY(uffd_space) link;
@@ -87,7 +80,6 @@ struct uffd_space {
 	uint32_t event_features;	/* which: UFFD_FEATURE_EVENT_* */
 	struct owed_unmap *owed;
 	_Atomic bool gone;		/* the memory it governed is no more */
-	pthread_rwlock_t gate;
 	struct uffd_table *table;	/* its own, or the process's for inline */
 	struct uffd_table own_table;
 };
@@ -120,6 +112,16 @@ struct uffd_engine {
 	struct uffd_engine_options options;
 	_Atomic uint64_t next_id;
 	_Atomic bool refusing;
+
+	/*
+	 * The gate keeps content from landing in a page that was removed meanwhile.
+	 * Whoever fills pages beside the leader holds it shared from looking at a
+	 * page's state to the end of the ioctl; reading a descriptor and applying the
+	 * layout events that were read is one exclusive section.  It is one for all
+	 * spaces, since forks share pages.  Lock order: gate, then a table's readers or
+	 * its lock; spaces_lock and the requests' lock are taken alone or last.
+	 */
+	pthread_rwlock_t gate;
 
 	pthread_mutex_t spaces_lock;
 	LIST_HEAD(, uffd_space) spaces;
@@ -294,19 +296,19 @@ void wait_for_layout(struct uffd_space *space);
 static inline void gate_enter(struct uffd_space *space)
 {
 	if (space->events)
-		pthread_rwlock_rdlock(&space->gate);
+		pthread_rwlock_rdlock(&space->engine->gate);
 }
 
 static inline void gate_close(struct uffd_space *space)
 {
 	if (space->events)
-		pthread_rwlock_wrlock(&space->gate);
+		pthread_rwlock_wrlock(&space->engine->gate);
 }
 
 static inline void gate_leave(struct uffd_space *space)
 {
 	if (space->events)
-		pthread_rwlock_unlock(&space->gate);
+		pthread_rwlock_unlock(&space->engine->gate);
 }
 
 struct uffd_range *range_create(struct uffd_space *space, const struct uffd_range *like,

@@ -15,7 +15,6 @@ struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
 				uint32_t event_features)
 {
 	struct uffd_space *space = uffd_alloc(sizeof(*space));
-	pthread_rwlockattr_t attributes;
 
 	if (!space)
 		return NULL;
@@ -24,11 +23,6 @@ struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
 	space->owned = owned;
 	space->events = event_features;
 	space->event_features = event_features;
-	/* Who waits to apply an event holds up a thread of the owner: before any filler. */
-	pthread_rwlockattr_init(&attributes);
-	pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-	pthread_rwlock_init(&space->gate, &attributes);
-	pthread_rwlockattr_destroy(&attributes);
 	uffd_table_init(&space->own_table);
 	space->table = engine->options.is_inline ? &uffd_inline_table : &space->own_table;
 	atomic_store(&space->references, 1);
@@ -63,7 +57,6 @@ void space_put(struct uffd_space *space)
 		close(space->fd);
 	forget_owed(space, 0, UINT64_MAX);
 	uffd_table_deinit(&space->own_table);
-	pthread_rwlock_destroy(&space->gate);
 	uffd_free(space);
 }
 

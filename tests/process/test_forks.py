@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,7 @@ from tests.process._pitfalls import (
 
 FORK = Feature.EVENT_FORK
 MANY, STRESS = 500, 10_000
+SYS_MADVISE, MADV_REMOVE = 28, 9
 
 
 @contextlib.contextmanager
@@ -170,6 +172,33 @@ def removed(at: Setting) -> None:
         region.punch_hole(data.size, data.size)
         assert page(region, 1) == data.zeros
         assert child.read(region.start + 3 * data.size, 64) == data[3][:64]
+
+
+def waits_in_madvise(pid: int) -> bool:
+    """Whether a process has a layout event that nobody has read."""
+    call = Path(f"/proc/{pid}/syscall").read_text().split()[0]
+    return call == str(SYS_MADVISE) and "event_wait" in Path(f"/proc/{pid}/stack").read_text()
+
+
+@pitfall(14, "removed-in-the-child-while-filled", memory=("shmem", "hugetlb"), features=EVENTS)
+def removed_while_filled(at: Setting) -> None:
+    """A fill in one address space and a drop in another: what was dropped before stays dropped.
+
+    The kernel holds up the fill by EAGAIN only in the space that changes.
+    """
+    with at.served(3, EVENTS) as (handler, region, data), agent() as child:
+        start = region.start + data.size
+        with holding(Point.FILL_CLAIMED) as point:
+            filler = Task(handler.populate, region, data.size, data.size)
+            point.wait()
+            dropper = Task(child.syscall, SYS_MADVISE, start, data.size, MADV_REMOVE)
+            wait_until(
+                lambda: not dropper.running or waits_in_madvise(child.pid), "dropped or waiting"
+            )
+        filler.result()
+        assert dropper.result() == 0
+        assert page(region, 1) == data.zeros
+        assert child.read(start, 64) == bytes(64)
 
 
 @pitfall(14, "ends-at-once", drivers=ALL, features=EVENTS, budget_s=20)
