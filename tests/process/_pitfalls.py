@@ -222,7 +222,7 @@ def checks_of(module: str) -> Any:
             case.function,
             case.drivers,
             memory,
-            budget_s=case.budget_s,
+            budget_s=case.budget_s * len(case.drivers),
             expect=case.expect,
         )
 
