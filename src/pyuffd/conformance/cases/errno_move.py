@@ -20,6 +20,8 @@ from pyuffd.regions import Region
 
 SYS_MLOCK, SYS_MUNLOCK = 149, 150
 ORIGIN = "UFFDIO_MOVE(2const): "
+# Above vm.mmap_min_addr, below which the answer is EINVAL, and below any program.
+UNMAPPED = 0x100000
 
 
 def _refused(ctx: Context, target: Target, code: int, **call: int) -> None:
@@ -134,7 +136,7 @@ def src_hole(ctx: Context) -> None:
 def src_unmapped(ctx: Context) -> None:
     """The source is not mapped."""
     target = Target(ctx, MOVE)
-    target.expect(errno.ENOENT, -errno.ENOENT, source=ctx.page)
+    target.expect(errno.ENOENT, -errno.ENOENT, source=UNMAPPED)
 
 
 @case(

@@ -601,7 +601,7 @@ _add_zero_page("zero-page-thp", "So they are where a huge zero page may be", hug
 
 _HOLES = (
     Variant("written", "a page that was dropped is not protected, so it counts as written"),
-    Variant("not-written", "without its page table it counts as nothing"),
+    Variant("not-written", "its empty page table has been freed, so it counts as nothing"),
 )
 
 
@@ -611,8 +611,11 @@ def _expect_dropped(ctx: Context, area: Area) -> None:
     with Pagemap() as pagemap:
         fast = area.runs(area.scan())
         anyof = pagemap.scan(area.start, length, category_anyof_mask=WRITTEN).ranges
-    for name, seen in (("fast", fast), ("generic", area.runs(anyof))):
-        ctx.expect_variant(f"{name} query", seen, written=[(0, area.pages)], not_written=[])
+    generic, whole = area.runs(anyof), [(0, area.pages)]
+    # CONFIG_PT_RECLAIM frees the page table once it is empty, which may be between the two.
+    if fast != generic:
+        ctx.expect("fast query", fast, whole)
+    ctx.expect_variant("generic query", generic, written=whole, not_written=[])
 
 
 @case(
