@@ -131,6 +131,8 @@ def moved_after(at: Setting) -> None:
         for region, content in ((first, data), (second, more), (spare, data)):
             handler.serve(region, at.source(content.all))
         handler.start()
+        # To a place that nobody else is given once it is left: what the second move lands on.
+        first = move(first, 0, 2, room(first.length))
         to = room(first.length)
         with holding(Point.STEP_APPLIED) as point:
             leader = reading(spare, 0)
