@@ -57,6 +57,7 @@ MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 CLOCK_NANOSLEEP = 230
 ABSENT, CLEAN = PageState.ABSENT, PageState.CLEAN
 PROT_NONE = 0
+MADV_REMOVE = 9
 
 
 @contextlib.contextmanager
@@ -389,8 +390,8 @@ def test_retry_limit() -> None:
 
 
 @contextlib.contextmanager
-def unreserved_huge_pages(pages: int, *, have: int) -> Iterator[tuple[Region, int]]:
-    """Huge pages of a file, of which only so many can be had at a time, and its descriptor."""
+def unreserved_huge_pages(pages: int, *, have: int) -> Iterator[Region]:
+    """Huge pages of a file, of which only so many can be had at a time."""
     reserve_nothing = 0x4000  # MAP_NORESERVE
     with (
         mounted("hugetlbfs", pagesize="2M", size=str(have * HUGE_PAGE)) as folder,
@@ -404,7 +405,7 @@ def unreserved_huge_pages(pages: int, *, have: int) -> Iterator[tuple[Region, in
             file.fileno(),
         )
         try:
-            yield Region.at(start, pages * HUGE_PAGE, HUGE_PAGE), file.fileno()
+            yield Region.at(start, pages * HUGE_PAGE, HUGE_PAGE)
         finally:
             _memory.munmap(start, pages * HUGE_PAGE)
 
@@ -413,7 +414,7 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
     """Where no huge page is free Linux 6.18 says EEXIST: the fault waits, and no zeros come."""
     features = Feature.SIGBUS if driver == "inline" else Feature(0)
     with (
-        unreserved_huge_pages(3, have=1) as (region, fd),
+        unreserved_huge_pages(3, have=1) as region,
         Userfaultfd(features=features) as uffd,
         Handler(uffd, driver=driver) as handler,
     ):
@@ -430,8 +431,7 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         wait_until(lambda: handler.stats().retried > 0, "the fault is tried again")
         assert read == []
         assert handler.stats().messages < 100
-        os.ftruncate(fd, 0)
-        os.ftruncate(fd, 3 * HUGE_PAGE)
+        _memory.madvise(region.start + HUGE_PAGE, HUGE_PAGE, MADV_REMOVE)
         thread.join()
         assert read == [data[:HUGE_PAGE]]
         assert handler.stats().failed == 0
@@ -448,7 +448,7 @@ def no_huge_page_for_good() -> None:
     from pyuffd.handlers import _handler
 
     _handler.RETRY_LIMIT_S = 0.05
-    with unreserved_huge_pages(2, have=1) as (region, _), handler_of("native") as handler:
+    with unreserved_huge_pages(2, have=1) as region, handler_of("native") as handler:
         data = content(region.length)
         handler.serve(region, BufferSource(data))
         handler.start()
@@ -471,7 +471,7 @@ def no_huge_page_inline() -> None:
     from pyuffd.handlers import _handler
 
     _handler.RETRY_LIMIT_S = 0.05
-    with unreserved_huge_pages(2, have=1) as (region, _), handler_of("inline") as handler:
+    with unreserved_huge_pages(2, have=1) as region, handler_of("inline") as handler:
         handler.serve(region, BufferSource(content(region.length)))
         handler.start()
         region.read(0, 1)
