@@ -88,3 +88,13 @@ def wp_features(memory: MemoryType) -> Feature:
         if memory.is_anon
         else Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
     )
+
+
+def missing_wp_features(memory: MemoryType) -> Feature:
+    """Return what the kernel must have for missing faults and write-protection together."""
+    return missing_features(memory) | wp_features(memory)
+
+
+def poison_features(memory: MemoryType) -> Feature:
+    """Return what the kernel must have to poison this memory."""
+    return missing_features(memory) | Feature.POISON

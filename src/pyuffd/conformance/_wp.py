@@ -14,10 +14,18 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, PageBit, RegisterMode, WriteprotectMode
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._context import WAIT_S, Access, Context, show
-from pyuffd.conformance._types import HUGETLB, SHMEM, SMALL_PAGE, MemoryType, wp_features
+from pyuffd.conformance._types import (
+    HUGETLB,
+    SHMEM,
+    SMALL_PAGE,
+    MemoryType,
+    missing_features,
+    wp_features,
+)
 from pyuffd.regions import Region
 
 UNPROTECT = WriteprotectMode(0)
+MISSING_WP = RegisterMode.MISSING | RegisterMode.WP
 MISSING_READ, MISSING_WRITE, WP_WRITE = 0, 1, 3  # flags of messages
 DATA, IN_FILE, WRITTEN = 0x11, 0x22, 0x33  # bytes to tell contents apart
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
@@ -39,6 +47,11 @@ HOLE = "-----"
 def marker_features(memory: MemoryType) -> Feature:
     """Return what the kernel must have to write-protect holes of this memory."""
     return wp_features(memory) | (Feature.WP_UNPOPULATED if memory.is_anon else Feature(0))
+
+
+def missing_marker_features(memory: MemoryType) -> Feature:
+    """Return what the kernel must have for missing faults and protected holes together."""
+    return missing_features(memory) | marker_features(memory)
 
 
 def present(ctx: Context, *, protected: bool = True) -> str:

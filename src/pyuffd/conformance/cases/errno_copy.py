@@ -18,6 +18,8 @@ from pyuffd.conformance._types import (
     MemoryType,
     minor_features,
     missing_features,
+    missing_wp_features,
+    poison_features,
     wp_features,
 )
 from pyuffd.conformance.cases.errno_fill import CONTINUE, COPY, DATA, POISON, ZEROPAGE, Target
@@ -27,10 +29,6 @@ PROT_NONE = 0
 PUNCH_HOLE = 3  # with KEEP_SIZE
 BUS_ADRERR, BUS_MCEERR_AR = 2, 4
 WP_WRITE = 3
-
-
-def _copy_wp(memory: MemoryType) -> Feature:
-    return missing_features(memory) | wp_features(memory)
 
 
 def _continue_wp(memory: MemoryType) -> Feature:
@@ -86,7 +84,7 @@ def copy_second_src_faults(ctx: Context) -> None:
 @case(
     "UFFDIO_COPY.EINVAL.mode-wp-unregistered",
     origin="UFFDIO_COPY(2const): EINVAL",
-    features=_copy_wp,
+    features=missing_wp_features,
 )
 def copy_wp_unregistered(ctx: Context) -> None:
     """COPY_MODE_WP takes a range registered WP."""
@@ -95,7 +93,9 @@ def copy_wp_unregistered(ctx: Context) -> None:
 
 
 @case(
-    "UFFDIO_COPY.ok.mode-wp", origin="UFFDIO_COPY(2const): UFFDIO_COPY_MODE_WP", features=_copy_wp
+    "UFFDIO_COPY.ok.mode-wp",
+    origin="UFFDIO_COPY(2const): UFFDIO_COPY_MODE_WP",
+    features=missing_wp_features,
 )
 def copy_wp(ctx: Context) -> None:
     """COPY_MODE_WP fills the page write-protected; a write gives message 3."""
@@ -109,7 +109,7 @@ def copy_wp(ctx: Context) -> None:
     ctx.expect("write", write.result(), None)
 
 
-@case("UFFDIO_COPY.ok.range-wp-only", origin="UFFDIO_COPY(2const)", features=_copy_wp)
+@case("UFFDIO_COPY.ok.range-wp-only", origin="UFFDIO_COPY(2const)", features=missing_wp_features)
 def copy_wp_only(ctx: Context) -> None:
     """A range registered for any faults can be filled, not one for missing faults only."""
     region = _wp_target(ctx, RegisterMode(0))
@@ -120,7 +120,7 @@ def copy_wp_only(ctx: Context) -> None:
 @case(
     "UFFDIO_COPY.ok.over-poison",
     origin="UFFDIO_POISON(2const)",
-    features=lambda memory: missing_features(memory) | Feature.POISON,
+    features=poison_features,
 )
 def copy_over_poison(ctx: Context) -> None:
     """A copy replaces poison."""
@@ -142,15 +142,11 @@ def zeropage_hugetlb(ctx: Context) -> None:
     Target(ctx, ZEROPAGE).expect(errno.EINVAL, -errno.EINVAL)
 
 
-def _zeropage_poison(memory: MemoryType) -> Feature:
-    return missing_features(memory) | Feature.POISON
-
-
 @case(
     "UFFDIO_ZEROPAGE.EEXIST.over-poison",
     origin="UFFDIO_ZEROPAGE(2const)",
     memory=("anon", "shmem-private"),
-    features=_zeropage_poison,
+    features=poison_features,
 )
 def zeropage_over_private_poison(ctx: Context) -> None:
     """Poison of private memory is a page that is there, for zeros."""
@@ -164,7 +160,7 @@ def zeropage_over_private_poison(ctx: Context) -> None:
     "UFFDIO_ZEROPAGE.ok.over-poison",
     origin="UFFDIO_ZEROPAGE(2const)",
     memory=("shmem",),
-    features=_zeropage_poison,
+    features=poison_features,
 )
 def zeropage_over_shared_poison(ctx: Context) -> None:
     """Zeros replace poison of shared memory."""
@@ -233,10 +229,6 @@ def continue_wp(ctx: Context) -> None:
     ctx.expect("write", write.result(), None)
 
 
-def _poison(memory: MemoryType) -> Feature:
-    return missing_features(memory) | Feature.POISON
-
-
 def _expect_poisoned(ctx: Context, address: int) -> None:
     seen = ctx.silently(ctx.read, address)
     if not isinstance(seen, Interrupted):
@@ -246,7 +238,7 @@ def _expect_poisoned(ctx: Context, address: int) -> None:
     ctx.expect("signal and code", seen[:2], *codes)
 
 
-@case("UFFDIO_POISON.ok.access", origin="UFFDIO_POISON(2const)", features=_poison)
+@case("UFFDIO_POISON.ok.access", origin="UFFDIO_POISON(2const)", features=poison_features)
 def poison_access(ctx: Context) -> None:
     """User code gets SIGBUS, the kernel EFAULT, and nobody a message."""
     target = Target(ctx, POISON)
@@ -261,7 +253,7 @@ def poison_access(ctx: Context) -> None:
     ctx.expect("errno of a kernel access", answer.errno, errno.EFAULT)
 
 
-@case("UFFDIO_POISON.ok.unregister-keeps", origin="UFFDIO_POISON(2const)", features=_poison)
+@case("UFFDIO_POISON.ok.unregister-keeps", origin="UFFDIO_POISON(2const)", features=poison_features)
 def poison_unregister(ctx: Context) -> None:
     """Poison outlives the registration; MADV_DONTNEED takes it away."""
     target = Target(ctx, POISON)
@@ -275,7 +267,7 @@ def poison_unregister(ctx: Context) -> None:
 @case(
     "UFFDIO_POISON.ok.writeprotect-ignores",
     origin="UFFDIO_POISON(2const)",
-    features=lambda memory: _poison(memory) | wp_features(memory),
+    features=lambda memory: poison_features(memory) | wp_features(memory),
 )
 def poison_writeprotect(ctx: Context) -> None:
     """Write-protecting poison succeeds and changes nothing."""

@@ -28,6 +28,7 @@ from pyuffd.conformance._types import (
     MemoryType,
     minor_features,
     missing_features,
+    poison_features,
 )
 from pyuffd.regions import Region
 
@@ -77,7 +78,7 @@ POISON = Op(
     "POISON",
     ALL,
     RegisterMode.MISSING,
-    lambda memory: missing_features(memory) | Feature.POISON,
+    poison_features,
     without_source,
 )
 OPS = (COPY, ZEROPAGE, MOVE, CONTINUE, POISON)

@@ -22,7 +22,7 @@ from pyuffd.conformance._types import (
     SMALL_PAGE,
     MemoryType,
     missing_features,
-    wp_features,
+    missing_wp_features,
 )
 from pyuffd.conformance.cases.errno_fill import KERNEL_ADDRESS, orphan
 from pyuffd.regions import Region
@@ -277,10 +277,6 @@ def disk_file_async(ctx: Context) -> None:
 # Registering again
 
 
-def _both(memory: MemoryType) -> Feature:
-    return missing_features(memory) | wp_features(memory)
-
-
 _REFUSED = Variant("refused", "EBUSY where the WP mode would go, and nothing is changed")
 _DROPPED = Variant("dropped", "the WP mode can be taken away; no feature bit tells")
 
@@ -288,7 +284,7 @@ _DROPPED = Variant("dropped", "the WP mode can be taken away; no feature bit tel
 @case(
     "UFFDIO_REGISTER.ok.again-subset",
     origin="fs/userfaultfd.c",
-    features=_both,
+    features=missing_wp_features,
     variants=[_DROPPED, _REFUSED],
 )
 def again_subset(ctx: Context) -> None:
@@ -306,7 +302,7 @@ def again_subset(ctx: Context) -> None:
 @case(
     "UFFDIO_REGISTER.ok.again-replaces",
     origin="fs/userfaultfd.c",
-    features=_both,
+    features=missing_wp_features,
     variants=[_DROPPED, _REFUSED],
 )
 def again_replaces(ctx: Context) -> None:
@@ -359,7 +355,7 @@ def _drops_wp(ctx: Context, region: Region) -> bool:
     "UFFDIO_REGISTER.ok.again-without-wp",
     origin="fs/userfaultfd.c",
     memory=SMALL,
-    features=_both,
+    features=missing_wp_features,
     variants=_LEFT,
 )
 def again_without_wp(ctx: Context) -> None:
@@ -375,7 +371,7 @@ def again_without_wp(ctx: Context) -> None:
     "UFFDIO_REGISTER.ok.again-without-wp-marker",
     origin="fs/userfaultfd.c",
     memory=("shmem", "shmem-private"),
-    features=_both,
+    features=missing_wp_features,
     variants=_LEFT,
 )
 def again_marker(ctx: Context) -> None:
@@ -395,7 +391,7 @@ def again_marker(ctx: Context) -> None:
     "UFFDIO_REGISTER.ok.again-hugetlb-unprotected",
     origin="fs/userfaultfd.c",
     memory=HUGETLB,
-    features=_both,
+    features=missing_wp_features,
     variants=[_DROPPED, _REFUSED],
 )
 def again_hugetlb(ctx: Context) -> None:

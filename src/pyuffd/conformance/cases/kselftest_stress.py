@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from pyuffd._abi import Feature
 from pyuffd.conformance._case import case, load
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._memcg import limited_memory, needs_memcg
 from pyuffd.conformance._need import needs_swap
 from pyuffd.conformance._stress import MODES, stress
-from pyuffd.conformance._types import SMALL, MemoryType, missing_features, wp_features
+from pyuffd.conformance._types import (
+    SMALL,
+    missing_wp_features,
+)
 
 PAGES, HUGE_PAGES = 256, 6
 # The areas, twice this, do not fit below the limit together; the interpreter needs 20 MiB.
@@ -22,14 +24,10 @@ PRESSED_BUDGET_S = 240.0
 STRESS_BUDGET_S = 60.0
 
 
-def _features(memory: MemoryType) -> Feature:
-    return missing_features(memory) | wp_features(memory)
-
-
 @case(
     "kselftest.stress",
     origin="uffd-stress, write-protection on",
-    features=_features,
+    features=missing_wp_features,
     budget_s=STRESS_BUDGET_S,
 )
 def uffd_stress(ctx: Context) -> None:
@@ -48,7 +46,7 @@ def pressed(name: str, memory: str) -> None:
     "kselftest.stress-swapping",
     origin="uffd-stress below a memory limit",
     memory=SMALL,
-    features=_features,
+    features=missing_wp_features,
     needs=[needs_swap(), needs_memcg()],
     budget_s=PRESSED_BUDGET_S + 30,
     slow=True,

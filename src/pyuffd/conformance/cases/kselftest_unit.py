@@ -32,6 +32,8 @@ from pyuffd.conformance._types import (
     MemoryType,
     minor_features,
     missing_features,
+    missing_wp_features,
+    poison_features,
     wp_features,
 )
 from pyuffd.regions import Region
@@ -248,10 +250,6 @@ def minor_collapse(ctx: Context) -> None:
     ctx.expect("content after the collapse", seen == wanted, True)
 
 
-def _missing_wp(memory: MemoryType) -> Feature:
-    return missing_features(memory) | wp_features(memory)
-
-
 def _sigbus(ctx: Context, *, wp: bool) -> None:
     pages = 4
     half = pages // 2
@@ -305,7 +303,7 @@ def sigbus(ctx: Context) -> None:
 @case(
     "kselftest.sigbus-wp",
     origin="uffd-unit-tests: sigbus-wp",
-    features=lambda memory: _missing_wp(memory) | Feature.SIGBUS | Feature.EVENT_FORK,
+    features=lambda memory: missing_wp_features(memory) | Feature.SIGBUS | Feature.EVENT_FORK,
 )
 def sigbus_wp(ctx: Context) -> None:
     """With SIGBUS, writing a write-protected page is SIGBUS too, until it is unprotected."""
@@ -315,7 +313,7 @@ def sigbus_wp(ctx: Context) -> None:
 @case(
     "kselftest.poison",
     origin="uffd-unit-tests: poison",
-    features=lambda memory: missing_features(memory) | Feature.POISON,
+    features=poison_features,
 )
 def poison(ctx: Context) -> None:
     """Resolve faults by POISON: touching those pages is SIGBUS, the others read what was copied."""

@@ -16,7 +16,7 @@ from pyuffd.conformance._types import (
     SMALL,
     MemoryType,
     minor_features,
-    missing_features,
+    missing_wp_features,
     wp_features,
 )
 from pyuffd.conformance._wp import (
@@ -25,6 +25,7 @@ from pyuffd.conformance._wp import (
     IN_FILE,
     MARKER,
     MISSING_READ,
+    MISSING_WP,
     MISSING_WRITE,
     UNPROTECT,
     expect_fault,
@@ -34,32 +35,23 @@ from pyuffd.conformance._wp import (
     in_one_place,
     in_page_cache,
     marker_features,
+    missing_marker_features,
     page_out,
     present,
     smaps_bytes,
 )
 from pyuffd.regions import Region
 
-MISSING_WP = RegisterMode.MISSING | RegisterMode.WP
-
-
-def _missing_wp(memory: MemoryType) -> Feature:
-    return missing_features(memory) | wp_features(memory)
-
-
-def _missing_markers(memory: MemoryType) -> Feature:
-    return missing_features(memory) | marker_features(memory)
-
 
 def _poison(memory: MemoryType) -> Feature:
-    return _missing_markers(memory) | Feature.POISON
+    return missing_marker_features(memory) | Feature.POISON
 
 
 @case(
     "wp-series.01.copied-data-survives-reclaim",
     origin="patch 01: always set the dirty bit in the ioctls' pages",
     memory=SMALL,
-    features=_missing_wp,
+    features=missing_wp_features,
     needs=[needs_swap()],
 )
 def copied_data_survives(ctx: Context) -> None:
@@ -82,7 +74,7 @@ def copied_data_survives(ctx: Context) -> None:
     "wp-series.01.copied-pages-are-dirty",
     origin="patch 01: always set the dirty bit in the ioctls' pages",
     memory=SMALL,
-    features=_missing_wp,
+    features=missing_wp_features,
 )
 def copied_pages_are_dirty(ctx: Context) -> None:
     """What COPY brought counts as dirty in smaps, protected or not."""
@@ -98,13 +90,13 @@ def copied_pages_are_dirty(ctx: Context) -> None:
     "wp-series.02.copy-mode-wp",
     origin="patch 02: UFFDIO_COPY_MODE_WP on shmem",
     memory=SMALL,
-    features=_missing_wp,
+    features=missing_wp_features,
 )
 @case(
     "wp-series.18.copy-mode-wp",
     origin="patch 18: UFFDIO_COPY_MODE_WP on hugetlb",
     memory=HUGETLB,
-    features=_missing_wp,
+    features=missing_wp_features,
 )
 def copy_mode_wp(ctx: Context) -> None:
     """COPY with MODE_WP resolves a read; the first write gives one message 3; without, none."""
@@ -136,7 +128,7 @@ def _marker(ctx: Context, mode: RegisterMode = MISSING_WP, pages: int = 1) -> Re
 @case(
     "wp-series.13.copy-over-marker",
     origin="patch 13: left-over markers",
-    features=_missing_markers,
+    features=missing_marker_features,
 )
 def copy_over_marker(ctx: Context) -> None:
     """COPY fills a protected hole; only with MODE_WP is the page protected afterwards."""
@@ -155,7 +147,7 @@ def copy_over_marker(ctx: Context) -> None:
     "wp-series.13.zeropage-over-marker",
     origin="patch 13: left-over markers",
     memory=SMALL,
-    features=_missing_markers,
+    features=missing_marker_features,
 )
 def zeropage_over_marker(ctx: Context) -> None:
     """ZEROPAGE fills a protected hole of shared memory, unprotected; of private it is EEXIST."""
@@ -185,7 +177,7 @@ def poison_over_marker(ctx: Context) -> None:
     "wp-series.13.move-over-marker",
     origin="patch 13: left-over markers",
     memory=ANON,
-    features=lambda memory: _missing_markers(memory) | Feature.MOVE,
+    features=lambda memory: missing_marker_features(memory) | Feature.MOVE,
 )
 def move_over_marker(ctx: Context) -> None:
     """MOVE onto a protected hole is EEXIST, and the source keeps its page."""
@@ -227,7 +219,7 @@ def continue_over_marker(ctx: Context) -> None:
     "wp-series.13.stale-marker-is-missing",
     origin="patch 13: left-over markers",
     memory=SHARED,
-    features=_missing_wp,
+    features=missing_wp_features,
 )
 def stale_marker(ctx: Context) -> None:
     """A protected page whose data was removed is missing: reads give message 0, writes 1."""
@@ -320,7 +312,7 @@ def unregister_clears_swapped(ctx: Context) -> None:
 @case(
     "wp-series.13.unprotect-before-register",
     origin="patch 13: left-over markers; what pyuffd does about replaced modes",
-    features=_missing_wp,
+    features=missing_wp_features,
     variants=[
         Variant("replaced", "REGISTER replaces the modes"),
         Variant("refused", "REGISTER does not replace modes: EBUSY"),

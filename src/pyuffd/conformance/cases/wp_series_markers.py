@@ -16,9 +16,8 @@ from pyuffd.conformance._types import (
     SHMEM,
     SMALL,
     SMALL_PAGE,
-    MemoryType,
     minor_features,
-    missing_features,
+    missing_wp_features,
     wp_features,
 )
 from pyuffd.conformance._wp import (
@@ -27,6 +26,7 @@ from pyuffd.conformance._wp import (
     IN_FILE,
     MARKER,
     MISSING_READ,
+    MISSING_WP,
     MISSING_WRITE,
     UNPROTECT,
     expect_fault,
@@ -37,6 +37,7 @@ from pyuffd.conformance._wp import (
     in_page_cache,
     marker_features,
     mincore,
+    missing_marker_features,
     page_out,
     present,
     protected,
@@ -45,17 +46,8 @@ from pyuffd.conformance._wp import (
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
 
-MISSING_WP = RegisterMode.MISSING | RegisterMode.WP
 AROUND_PAGES = 64
 MINOR_READ = 4
-
-
-def _missing_markers(memory: MemoryType) -> Feature:
-    return missing_features(memory) | marker_features(memory)
-
-
-def _missing_wp(memory: MemoryType) -> Feature:
-    return missing_features(memory) | wp_features(memory)
 
 
 def _protected_hole(ctx: Context, mode: RegisterMode = RegisterMode.WP, pages: int = 1) -> Region:
@@ -70,7 +62,7 @@ def _protected_hole(ctx: Context, mode: RegisterMode = RegisterMode.WP, pages: i
 @case(
     "wp-series.04.hole-with-marker-is-missing",
     origin="patches 04, 05: a marker is neither none nor present",
-    features=_missing_markers,
+    features=missing_marker_features,
 )
 def hole_is_missing(ctx: Context) -> None:
     """A protected hole is missing: a read gives message 0, a write message 1."""
@@ -91,7 +83,7 @@ def hole_is_missing(ctx: Context) -> None:
     "wp-series.04.cached-page-with-marker-is-not-missing",
     origin="patches 04, 05: a marker is neither none nor present",
     memory=FILE,
-    features=_missing_wp,
+    features=missing_wp_features,
 )
 def cached_is_not_missing(ctx: Context) -> None:
     """A marker over a page of the page cache gives no missing message: a read passes."""
@@ -212,7 +204,7 @@ def _fault_around(ctx: Context) -> int:
     "wp-series.06.no-fault-around",
     origin="patch 06: fault-around",
     memory=SHMEM,
-    features=_missing_wp,
+    features=missing_wp_features,
 )
 def no_fault_around(ctx: Context) -> None:
     """One read maps one page where WP is registered, and its neighbours too where it is not."""
