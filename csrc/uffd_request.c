@@ -179,7 +179,8 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		      (uint64_t)(uintptr_t)(data + (*offset - request->offset)), request->kind,
 		      &result);
 	uffd_barrier(UFFD_BARRIER_PLACED);
-	if (r == 0 && result.already_present && lacks_huge_page(range, at, request->since_ns)) {
+	if (r == 0 && result.already_present && request->kind != UFFD_KIND_MINOR &&
+	    lacks_huge_page(range, at, request->since_ns)) {
 		r = -ENOMEM;
 		goto out;
 	}
