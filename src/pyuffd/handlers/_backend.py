@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
 
 if TYPE_CHECKING:
-    from pyuffd._abi import RegisterMode
     from pyuffd.handlers._engine import (
-        Content,
         Failure,
         HandlerStats,
         OnError,
         RangeId,
+        RangeSpec,
         RecentFault,
     )
 
@@ -53,23 +52,8 @@ class Backend(Protocol):
     def remove_space(self, space: int) -> None:
         """Forget it."""
 
-    def add(
-        self,
-        space: int,
-        start: int,
-        length: int,
-        page_size: int,
-        mode: RegisterMode,
-        content: Content,
-        *,
-        local: int = 0,
-        local_file: tuple[int, int] | None = None,
-        preserve: int = 0,
-        writes_cache: bool = False,
-        shared: bool = False,
-        owner: object = None,
-    ) -> RangeId:
-        """Put a range in. `local_file`: descriptor and offset of what `local` maps."""
+    def add(self, spec: RangeSpec) -> RangeId:
+        """Put a range in."""
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""

@@ -192,6 +192,29 @@ class RangeId:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class RangeSpec:
+    """A range that is to be served, and what its faults need.
+
+    `local` is the address of the same memory mapped once more, for an engine of this process;
+    `local_file` is descriptor and offset of what another process maps for that. `owner` is kept
+    as long as the range is served.
+    """
+
+    space: int
+    start: int
+    length: int
+    page_size: int
+    mode: RegisterMode
+    content: Content
+    local: int = 0
+    local_file: tuple[int, int] | None = None
+    preserve: int = 0
+    writes_cache: bool = False
+    shared: bool = False
+    owner: object = None
+
+
 class ReportKind(IntEnum):
     """What an engine tells its keeper (uffd_keeper.h)."""
 
@@ -327,43 +350,26 @@ class Engine:
         """Forget a userfaultfd whose ranges have been taken out."""
         lib.uffd_engine_remove_space(self._engine(), space)
 
-    def add(
-        self,
-        space: int,
-        start: int,
-        length: int,
-        page_size: int,
-        mode: RegisterMode,
-        content: Content,
-        *,
-        local: int = 0,
-        local_file: tuple[int, int] | None = None,
-        preserve: int = 0,
-        writes_cache: bool = False,
-        shared: bool = False,
-        owner: object = None,
-        states_fd: int = -1,
-        taken: Taken | None = None,
-    ) -> RangeId:
-        """Put a range in; `owner` is kept until it is taken out.
+    def add(self, given: RangeSpec, *, states_fd: int = -1, taken: Taken | None = None) -> RangeId:
+        """Put a range in; its `owner` is kept until it is taken out.
 
         `states_fd`: a file for the pages' states; `taken`: go on where another engine was.
         """
-        del local_file  # `local` maps it
+        content = given.content
         spec = ffi.new("struct uffd_range_spec *")
-        spec.start = start
-        spec.length = length
-        spec.page_size = page_size
-        spec.mode = mode
+        spec.start = given.start
+        spec.length = given.length
+        spec.page_size = given.page_size
+        spec.mode = given.mode
         spec.source = content.kind
         spec.source_fd = content.fd
         spec.source_address = content.address
         spec.source_offset = content.offset
         spec.source_length = content.length
-        spec.local = local
-        spec.preserve = preserve
-        spec.writes_cache = writes_cache
-        spec.shared = shared
+        spec.local = given.local
+        spec.preserve = given.preserve
+        spec.writes_cache = given.writes_cache
+        spec.shared = given.shared
         spec.states_fd = states_fd
         if taken is not None:
             spec.id = taken.piece.number
@@ -373,13 +379,15 @@ class Engine:
             spec.states_fd = taken.states_fd
             spec.states_offset = taken.states_offset
         out = ffi.new("uint64_t *")
-        code = lib.uffd_engine_add(self._engine(), space, spec, out)
+        code = lib.uffd_engine_add(self._engine(), given.space, spec, out)
         if code == -errno.EEXIST:
-            raise ValueError(f"[{start:#x}, +{length:#x}) overlaps a range that is served already")
+            raise ValueError(
+                f"[{given.start:#x}, +{given.length:#x}) overlaps a range that is served already"
+            )
         if code:
-            raise_errno("serve", -code, start, length)
-        served = RangeId(space, int(out[0]), start, length)
-        self._owners[served.number] = (content.owner, owner)
+            raise_errno("serve", -code, given.start, given.length)
+        served = RangeId(given.space, int(out[0]), given.start, given.length)
+        self._owners[served.number] = (content.owner, given.owner)
         self._added(served, content)
         return served
 

@@ -35,6 +35,7 @@ from pyuffd.handlers._engine import (
     Engine,
     HandlerStats,
     OnError,
+    RangeSpec,
     RecentFault,
     SourceKind,
     ensure_inline_handler,
@@ -273,18 +274,20 @@ class Handler:
             try:
                 served = Served(
                     engine.add(
-                        space,
-                        start,
-                        length,
-                        page_size,
-                        mode,
-                        content,
-                        local=local_start,
-                        local_file=file,
-                        preserve=sink,
-                        writes_cache=bool(writes_cache),
-                        shared=bool(getattr(region, "shared", False)),
-                        owner=(sink_owner, local, region),
+                        RangeSpec(
+                            space,
+                            start,
+                            length,
+                            page_size,
+                            mode,
+                            content,
+                            local=local_start,
+                            local_file=file,
+                            preserve=sink,
+                            writes_cache=bool(writes_cache),
+                            shared=bool(getattr(region, "shared", False)),
+                            owner=(sink_owner, local, region),
+                        )
                     ),
                     page_size,
                     mode,
@@ -463,12 +466,14 @@ class Handler:
         for key, served in list(self._served.items()):
             kind = SourceKind.REQUEST if served.kind is SourceKind.FILE else served.kind
             served.id = engine.add(
-                spaces[served.uffd],
-                served.id.start,
-                served.id.length,
-                served.page_size,
-                served.mode,
-                Content(kind),
+                RangeSpec(
+                    spaces[served.uffd],
+                    served.id.start,
+                    served.id.length,
+                    served.page_size,
+                    served.mode,
+                    Content(kind),
+                )
             )
             engine.set_ioctls(served.id, served.ioctls)
             del self._served[key]

@@ -16,16 +16,20 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from pyuffd._errors import HandlerError
 from pyuffd.handlers import _wire
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
-from pyuffd.handlers._engine import Content, Failure, HandlerStats, RangeId, RecentFault, SourceKind
+from pyuffd.handlers._engine import (
+    Failure,
+    HandlerStats,
+    RangeId,
+    RangeSpec,
+    RecentFault,
+    SourceKind,
+)
 from pyuffd.handlers._worker_process import Serving
-
-if TYPE_CHECKING:
-    from pyuffd._abi import RegisterMode
 
 log = logging.getLogger(__name__)
 
@@ -129,30 +133,15 @@ class RemoteEngine:
         """Forget it."""
         self._call("remove_space", space)
 
-    def add(
-        self,
-        space: int,
-        start: int,
-        length: int,
-        page_size: int,
-        mode: RegisterMode,
-        content: Content,
-        *,
-        local: int = 0,
-        local_file: tuple[int, int] | None = None,
-        preserve: int = 0,
-        writes_cache: bool = False,
-        shared: bool = False,
-        owner: object = None,
-    ) -> RangeId:
+    def add(self, spec: RangeSpec) -> RangeId:
         """Put a range in; what it needs of this process is sent."""
-        del local, owner
+        content = spec.content
         if content.kind is SourceKind.MEMORY:
             raise ValueError(
                 f"{content.owner!r} lies in this process, where the helper process cannot read"
                 " it: put it into a memfd and serve a FileSource, or use driver='thread'"
             )
-        if preserve:
+        if spec.preserve:
             raise ValueError(
                 "preserve= is memory of this process, where the helper process cannot write:"
                 " serve that region with another Handler, of driver='native'"
@@ -162,21 +151,21 @@ class RemoteEngine:
         served: RangeId = self._call(
             "add",
             Serving(
-                space,
-                start,
-                length,
-                page_size,
-                mode,
+                spec.space,
+                spec.start,
+                spec.length,
+                spec.page_size,
+                spec.mode,
                 content.kind,
                 blob,
                 _main_module() if b"__main__" in blob else {},
                 content.offset,
                 content.length,
-                local_file[1] if local_file else -1,
-                writes_cache,
-                shared,
+                spec.local_file[1] if spec.local_file else -1,
+                spec.writes_cache,
+                spec.shared,
             ),
-            fds=fds + ((local_file[0],) if local_file else ()),
+            fds=fds + ((spec.local_file[0],) if spec.local_file else ()),
         )
         return served
 

@@ -30,6 +30,7 @@ from pyuffd.handlers._engine import (
     FailureStage,
     Piece,
     RangeId,
+    RangeSpec,
     SourceKind,
     Taken,
     follow_parent,
@@ -289,7 +290,7 @@ class Worker:
         states_fd: int = -1,
         taken: Taken | None = None,
     ) -> RangeId:
-        return self._engine.add(
+        spec = RangeSpec(
             space,
             serving.start,
             serving.length,
@@ -300,9 +301,8 @@ class Worker:
             writes_cache=serving.writes_cache,
             shared=serving.shared,
             owner=local,
-            states_fd=states_fd,
-            taken=taken,
         )
+        return self._engine.add(spec, states_fd=states_fd, taken=taken)
 
     def unserve(self, served: RangeId, seal: bool, unregister: bool) -> None:
         """Take a range out."""
