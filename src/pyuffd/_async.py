@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 from pyuffd._abi import Event, Pagefault
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import EventsBusyError
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ READ_BATCH = 64  # messages at a time, as read_events() takes them
 LET_GO_S = 5.0
 
 
-class EventIterator:
+class EventIterator(SoleOwner):
     """The events of one userfaultfd, as they come; made by `Userfaultfd.events`."""
+
+    _instead = "ask Userfaultfd.events() for another"
 
     def __init__(self, uffd: Userfaultfd) -> None:
         if os.get_blocking(uffd.fileno()):

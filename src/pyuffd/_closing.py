@@ -1,11 +1,28 @@
-"""What `Userfaultfd` and `Region` share about being closed under their users (layer L1)."""
+"""What objects that own something share: no copies, closing under their users (layer L1)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar, NoReturn
 
 
-class CloseCallbacks:
+class SoleOwner:
+    """Mixin: what the object owns ends once, so it is neither copied nor pickled.
+
+    A copy would be a second owner, which closes or unmaps under the first; unpickled in another
+    process, an address or a descriptor is that of something else, or of nothing.
+    """
+
+    _instead: ClassVar[str]  # the sentence of the TypeError that says what to do
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse copy.copy, copy.deepcopy and pickle; a subclass may know better."""
+        raise TypeError(
+            f"{type(self).__name__} objects cannot be copied or pickled: {self._instead}"
+        )
+
+
+class CloseCallbacks(SoleOwner):
     """Mixin: others may ask to be told before the object goes away; handlers stop there."""
 
     _before_close: list[Callable[[], None]]

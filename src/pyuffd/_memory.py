@@ -11,6 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import raise_errno
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._shim import ffi, lib
@@ -171,7 +172,7 @@ def guarded_write(start: int, data: Buffer) -> Interrupted | None:
     return Interrupted(number, signal.code, signal.address) if number else None
 
 
-class Agent:
+class Agent(SoleOwner):
     """A forked child without Python that touches its memory and makes system calls when told.
 
     It dies with the thread that forked it.  `fd` is a stream socket whose other end the child
@@ -180,6 +181,8 @@ class Agent:
     Blocks: forking, until the Fork event is read where EVENT_FORK is on; each request, until the
         faults it causes are resolved.
     """
+
+    _instead = "it is a child of this process"
 
     def __init__(self, child_fd: int, fd: int) -> None:
         pid = lib.uffd_agent_fork(child_fd)

@@ -117,6 +117,8 @@ class Userfaultfd(CloseCallbacks):
     supported: Feature
     ioctls: Ioctl
 
+    _instead = "hand the descriptor to another process with send_uffd(), or duplicate its number"
+
     def __init__(
         self,
         *,

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self
 
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, HandoverError, HandoverReason
 from pyuffd._pages import RangeLike, check_aligned, check_page_size, check_range, page_size_of
 from pyuffd._uffd import Userfaultfd
@@ -79,6 +80,18 @@ class HandoverRange:
     offset: int = 0
     fd: int | None = None
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int, int, int, int]]:
+        """Refuse where there is a descriptor: its number means nothing in another process."""
+        if self.fd is not None:
+            raise TypeError("a HandoverRange with a descriptor cannot be pickled: use send_uffd()")
+        return type(self), (self.start, self.length, self.page_size, self.offset)
+
     def __repr__(self) -> str:
         memory = "" if self.fd is None else f" fd={self.fd}"
         return (
@@ -87,7 +100,7 @@ class HandoverRange:
         )
 
 
-class Handover:
+class Handover(SoleOwner):
     """What `recv_uffd` got: a context manager that closes it all.
 
     Attributes:
@@ -98,6 +111,8 @@ class Handover:
         uid: That process's effective user.
         gid: That process's effective group.
     """
+
+    _instead = "pass its parts on with send_uffd()"
 
     def __init__(
         self,
@@ -425,12 +440,14 @@ class _Peer:
         return bytes(data)
 
 
-class UnixListener:
+class UnixListener(SoleOwner):
     """A listening UNIX socket of this user's, made by `listen_unix`.
 
     Attributes:
         path: Where it is; removed by close(), if it is still this socket's.
     """
+
+    _instead = "connect_unix(path) reaches it from anywhere"
 
     def __init__(self, sock: socket.socket, path: str) -> None:
         self._sock = sock

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 from pyuffd import lowlevel
 from pyuffd._abi import PageBit, PageCategory, ScanFlag
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, UffdOSError, UnsupportedFeatureError, raise_errno
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_range, resolve_range
 
@@ -220,7 +221,7 @@ class ScanResult:
         return f"ScanResult({self.ranges!r}, walk_end={self.walk_end:#x})"
 
 
-class Pagemap:
+class Pagemap(SoleOwner):
     """Open /proc/PID/pagemap: the page table of this process, or of another one.
 
     It belongs to the address space that the process has now: after its exit or execve(2),
@@ -243,6 +244,8 @@ class Pagemap:
         ...     pagemap.read(region).where(pyuffd.PageBit.PRESENT).pages()
         1
     """
+
+    _instead = "open another with Pagemap(pid)"
 
     def __init__(self, pid: int | None = None) -> None:
         self._fd = -1

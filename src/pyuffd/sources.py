@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NoReturn, Protocol, Self, runtime_checkable
+from typing import IO, TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from pyuffd import _memory
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ZeroSource:
         return "ZeroSource()"
 
 
-class BufferSource:
+class BufferSource(SoleOwner):
     """Memory of this process: bytes, bytearray, a numpy array, a memoryview of a region.
 
     The engine copies straight from it, so what it holds when a page is asked for is what the page
@@ -70,6 +71,11 @@ class BufferSource:
         >>> BufferSource(b"page" * 1024).length
         4096
     """
+
+    _instead = (
+        "it is memory of one process; make another of the same buffer, or for another process"
+        " put the bytes into a memfd and make a FileSource of that"
+    )
 
     def __init__(self, data: Buffer) -> None:
         self.address, self._length, self._owner = _memory.buffer_address(data)
@@ -88,15 +94,11 @@ class BufferSource:
         data = _memory.read(self.address + offset, available) if available else b""
         return data.ljust(length, b"\0")
 
-    def __reduce__(self) -> NoReturn:
-        """Refuse: an address means nothing in another process."""
-        raise TypeError("a BufferSource is memory of one process")
-
     def __repr__(self) -> str:
         return f"BufferSource({self._length:#x} bytes at {self.address:#x})"
 
 
-class FileSource:
+class FileSource(SoleOwner):
     """A file, read through the page cache (one copy) as pages are asked for.
 
     If it is truncated while it is served, the pages that are lost go the way of the handler's
@@ -110,6 +112,8 @@ class FileSource:
         ValueError: a negative offset, or one at or behind the file's end.
         OSError: the file cannot be opened.
     """
+
+    _instead = "it holds a descriptor; serve it by itself, or open the file once more"
 
     def __init__(self, file: str | os.PathLike[str] | IO[bytes] | int, offset: int = 0) -> None:
         self._fd = -1
@@ -154,10 +158,6 @@ class FileSource:
                 break
             data += piece
         return bytes(data).ljust(length, b"\0")
-
-    def __reduce__(self) -> NoReturn:
-        """Refuse: a descriptor means nothing in another process."""
-        raise TypeError("a FileSource holds a descriptor; serve it by itself, or open it there")
 
     def close(self) -> None:
         """Close the descriptor; what serves from it already has its own."""

@@ -15,6 +15,7 @@ from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from pyuffd import _memory
 from pyuffd._abi import Event, Feature, Fork, Ioctl, PageBit, Pagefault, PagefaultFlag, RegisterMode
+from pyuffd._closing import SoleOwner
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance import _raw
@@ -76,13 +77,15 @@ def show(value: object) -> str:
             return str(value) if isinstance(value, Answer) else repr(value)
 
 
-class Access(Generic[T]):
+class Access(SoleOwner, Generic[T]):
     """A call in a thread of its own, because it may wait for a fault to be resolved.
 
     Attributes:
         thread_id: The thread's, as messages with Feature.THREAD_ID give it.
         done: Whether the call has returned.
     """
+
+    _instead = "its thread makes the call once"
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
@@ -129,13 +132,15 @@ class Access(Generic[T]):
             self._returned = -1
 
 
-class Child:
+class Child(SoleOwner):
     """A forked child of this process that touches its memory when told.
 
     Attributes:
         pid: Its process.
         uffd: Its own userfaultfd, from the Fork event; None where none was sent.
     """
+
+    _instead = "it is a child of this process"
 
     def __init__(self, context: Context, agent: _memory.Agent, end: socket.socket) -> None:
         self._context = context
@@ -172,13 +177,15 @@ class Child:
                 self.uffd.close()
 
 
-class Monitor:
+class Monitor(SoleOwner):
     """A thread that reads every event of a userfaultfd and gives each to a function.
 
     Attributes:
         faults: The page faults it has seen, in order.
         events: Every other event.
     """
+
+    _instead = "its thread reads one userfaultfd"
 
     def __init__(self, uffd: Userfaultfd, resolve: Callable[[Event], None]) -> None:
         self.uffd = uffd
@@ -249,7 +256,7 @@ class Monitor:
         self._end()
 
 
-class Context:
+class Context(SoleOwner):
     """One run of a case on one memory type; everything it makes is undone at the end.
 
     Attributes:
@@ -262,6 +269,8 @@ class Context:
     """
 
     uffd: Userfaultfd
+
+    _instead = "it undoes what one run has made"
 
     def __init__(self, case: Case, memory: str) -> None:
         self.case = case

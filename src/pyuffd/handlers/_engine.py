@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyuffd._abi import PagefaultFlag, RegisterMode
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, HandlerError, raise_errno
 from pyuffd._shim import ffi, lib
 
@@ -257,7 +258,7 @@ def shared_size() -> int:
     return int(lib.uffd_engine_shared_size())
 
 
-class Engine:
+class Engine(SoleOwner):
     """One `struct uffd_engine`; the userfaultfds are borrowed.
 
     `has_workers` says that threads will call `next_request`, `stall_limit_ns` how long a request
@@ -268,6 +269,7 @@ class Engine:
 
     calls_python = False
     is_remote = False
+    _instead = "it serves memory of one process"
 
     def __init__(
         self,

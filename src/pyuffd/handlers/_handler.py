@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyuffd._abi import Ioctl, RegisterMode
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._pages import RangeLike, check_range
 from pyuffd._uffd import Userfaultfd
@@ -69,7 +70,7 @@ DRAIN_LIMIT_S = 10.0
 STALL_TIMEOUT_S = 2.0
 
 
-class Handler:
+class Handler(SoleOwner):
     """Resolve the faults of regions from page sources.
 
     Args:
@@ -118,6 +119,8 @@ class Handler:
         ...     region.read(0, 7)
         b'hello..'
     """
+
+    _instead = "a userfaultfd has one handler, in one process; share the object itself"
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any, Unpack
 
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import HandlerError
 from pyuffd.handlers import _wire
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
@@ -46,11 +47,12 @@ class HelperLostError(HandlerError):
     """The helper process is gone: it was killed, or could not start."""
 
 
-class RemoteEngine:
+class RemoteEngine(SoleOwner):
     """A `Backend` in another process; `workers` threads there call the page sources."""
 
     calls_python = True
     is_remote = True
+    _instead = "it is a process of this one"
 
     def __init__(self, fd: int, *, workers: int, **options: Unpack[EngineOptions]) -> None:
         self._calls: dict[int, _Call] = {}

@@ -60,6 +60,11 @@ class Region(CloseCallbacks):
         b'seen twice'
     """
 
+    _instead = (
+        "map the same memory once more with alias() or, in another process that was sent its fd,"
+        " with Region.file(fd); a fork has it already"
+    )
+
     def __init__(self, mapping: Mapping) -> None:
         self._mapping = mapping
         self._pid = os.getpid()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from pyuffd._abi import Event, Feature, RegisterMode
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import HandoverError, UffdError
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handover import Handover, HandoverRange, recv_uffd
@@ -67,8 +68,10 @@ class ForkResult:
     value: Any
 
 
-class Step:
+class Step(SoleOwner):
     """A command under way in a `FaultingChild`; made by `begin`."""
+
+    _instead = "its child is a process of this one"
 
     def __init__(self, child: FaultingChild, number: int, command: Command) -> None:
         self._child = child
@@ -101,7 +104,7 @@ class Step:
         return f"<Step {self._number} {self.command} {state}>"
 
 
-class FaultingChild:
+class FaultingChild(SoleOwner):
     """A Python process with a region and a userfaultfd, which it hands to the test.
 
     It does what it is told, one step after the other or in several threads, and waits in the
@@ -148,6 +151,8 @@ class FaultingChild:
         ...     step.done()
         b'hello'
     """
+
+    _instead = "it is a process of this one; start another"
 
     def __init__(
         self,

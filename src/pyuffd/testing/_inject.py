@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from pyuffd._abi import Event, Feature, Remove
+from pyuffd._closing import SoleOwner
 from pyuffd._errors import PartialResolveError, UffdOSError
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.regions import Region
@@ -126,7 +127,7 @@ class WrongLengthSource(_Wrapped):
         return data[: max(0, length + self.extra)].ljust(max(0, length + self.extra), b"\xa5")
 
 
-class GatedSource(_Wrapped):
+class GatedSource(SoleOwner, _Wrapped):
     """Another source's pages, each read held at a gate until the test opens it.
 
     For sources that are read in this process: a gate cannot be sent to another one.
@@ -147,6 +148,8 @@ class GatedSource(_Wrapped):
         >>> source.open()
         >>> reader.join()
     """
+
+    _instead = "its gate is in this process; where another one reads, use a DelayedSource"
 
     def __init__(self, source: PageSource, *, at: Iterable[int] | None = None) -> None:
         super().__init__(source, at)
@@ -181,17 +184,16 @@ class GatedSource(_Wrapped):
             self._is_open = True
             self._changed.notify_all()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a GatedSource cannot be sent to another process; use DelayedSource there")
 
-
-class PendingChange:
+class PendingChange(SoleOwner):
     """A madvise(2) that waits for its Remove event to be read; see `layout_change_pending`.
 
     Attributes:
         start: First address removed.
         end: The address behind the last.
     """
+
+    _instead = "its thread changes the layout once"
 
     def __init__(self, uffd: Userfaultfd, start: int, end: int, thread: threading.Thread) -> None:
         self._uffd = uffd

@@ -1,0 +1,321 @@
+"""Whatever owns a descriptor, a mapping, a thread or a process has no second owner."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import enum
+import gc
+import importlib
+import inspect
+import multiprocessing
+import os
+import pickle
+import pkgutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, get_origin
+
+import pytest
+
+import pyuffd
+import pyuffd.conformance
+import pyuffd.testing
+from pyuffd import (
+    AsyncSource,
+    BufferSource,
+    CallableSource,
+    FileSource,
+    Handler,
+    Pagemap,
+    PageSource,
+    Region,
+    Userfaultfd,
+    ZeroSource,
+    _memory,
+)
+from pyuffd._async import EventIterator
+from pyuffd._closing import CloseCallbacks, SoleOwner
+from pyuffd.conformance._context import Access, Child, Context, Monitor
+from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._process import RemoteEngine
+from pyuffd.handlers._workers import WorkedEngine
+from pyuffd.handover import Handover, HandoverRange, UnixListener, listen_unix, recv_uffd, send_uffd
+from pyuffd.testing import (
+    DelayedSource,
+    FailingSource,
+    FaultingChild,
+    GatedSource,
+    PendingChange,
+    Step,
+    WrongLengthSource,
+    layout_change_pending,
+    no_leaks,
+)
+from tests._child import run_child
+from tests._need import needs
+
+PAGE = 4096
+ALWAYS = pyuffd.Feature(0)
+REMOVE = pyuffd.Feature.EVENT_REMOVE
+
+Made = contextlib.AbstractContextManager[object]
+
+
+def _handed_over() -> Iterator[Handover]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Userfaultfd() as uffd, Region.memfd(PAGE) as region:
+        send_uffd(theirs, uffd, [region], memory=True)
+        with recv_uffd(ours) as handover:
+            yield handover
+
+
+def _engine_of(driver: str) -> Iterator[object]:
+    with Userfaultfd() as uffd, Handler(uffd, driver=driver) as handler:  # type: ignore[arg-type]
+        yield handler._engine
+
+
+def _step() -> Iterator[Step]:
+    with FaultingChild(pages=1) as child:
+        yield child.begin("touch", 0)
+
+
+def _pending() -> Iterator[PendingChange]:
+    with Userfaultfd(features=REMOVE) as uffd, Region.anonymous(PAGE) as region:
+        uffd.register(region)
+        with layout_change_pending(uffd, region) as pending:
+            yield pending
+
+
+def _handler() -> Iterator[Handler]:
+    with Userfaultfd() as uffd, Handler(uffd) as handler:
+        yield handler
+
+
+def _events() -> Iterator[object]:
+    with Userfaultfd() as uffd:
+        yield uffd.events()
+
+
+def _agent() -> Iterator[_memory.Agent]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        child = _memory.Agent(theirs.fileno(), ours.fileno())
+    yield child
+    ours.close()
+    os.waitpid(child.pid, 0)
+
+
+def _listener() -> Iterator[UnixListener]:
+    with listen_unix(f"/var/tmp/pyuffd-test-{os.getpid()}") as listener:
+        yield listener
+
+
+def _access() -> Iterator[Access[None]]:
+    with contextlib.closing(Access(lambda: None)) as access:
+        yield access
+
+
+def _monitor() -> Iterator[Monitor]:
+    with Userfaultfd() as uffd, contextlib.closing(Monitor(uffd, lambda _: None)) as monitor:
+        yield monitor
+
+
+def _context_child() -> Iterator[Child]:
+    context = _context()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        agent = _memory.Agent(theirs.fileno(), ours.fileno())
+    with contextlib.closing(Child(context, agent, ours)) as child:
+        yield child
+
+
+def _context() -> Context:
+    return Context(next(iter(pyuffd.conformance.load().values())), "anon")
+
+
+def _made(generate: Callable[[], Iterator[object]]) -> Callable[[], Made]:
+    return contextlib.contextmanager(generate)
+
+
+MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
+    Userfaultfd: Userfaultfd,
+    Region: lambda: Region.memfd(PAGE),
+    Handler: _made(_handler),
+    Pagemap: Pagemap,
+    BufferSource: lambda: contextlib.nullcontext(BufferSource(b"x")),
+    FileSource: lambda: FileSource(__file__),
+    Handover: _made(_handed_over),
+    UnixListener: _made(_listener),
+    EventIterator: _made(_events),
+    Engine: _made(lambda: _engine_of("native")),
+    WorkedEngine: _made(lambda: _engine_of("thread")),
+    RemoteEngine: _made(lambda: _engine_of("process")),
+    _memory.Agent: _made(_agent),
+    FaultingChild: lambda: FaultingChild(pages=1),
+    Step: _made(_step),
+    GatedSource: lambda: contextlib.nullcontext(GatedSource(ZeroSource())),
+    PendingChange: _made(_pending),
+    Access: _made(_access),
+    Child: _made(_context_child),
+    Monitor: _made(_monitor),
+    Context: lambda: contextlib.nullcontext(_context()),
+}
+
+
+def content(offset: int, length: int) -> bytes:
+    return bytes([offset & 255]) * length
+
+
+async def content_later(offset: int, length: int) -> bytes:
+    return content(offset, length)
+
+
+# Sources that go to the helper process of the process driver, and other values.
+SENT: list[Any] = [
+    ZeroSource(),
+    CallableSource(content, length=8192),
+    AsyncSource(content_later),
+    DelayedSource(ZeroSource(), 0.5),
+    FailingSource(ZeroSource(), OSError(5, "disk")),
+    WrongLengthSource(ZeroSource(), 1),
+    HandoverRange(PAGE, PAGE, PAGE),
+]
+
+# Bytes that were read from the kernel and results of a run, and nothing else.
+VALUES = {pyuffd.PageRanges, pyuffd.PageEntries, pyuffd.Residency, pyuffd.conformance.Report}
+
+
+def _all_owners() -> set[type[SoleOwner]]:
+    for module in pkgutil.walk_packages(pyuffd.__path__, "pyuffd."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found: set[type[SoleOwner]] = set()
+    new = [SoleOwner]
+    while new:
+        new = [each for one in new for each in one.__subclasses__()]
+        found.update(new)
+    # Classes of the tests themselves are their own concern.
+    return {each for each in found if each.__module__.startswith("pyuffd")}
+
+
+def test_every_owner_is_tried_here() -> None:
+    assert _all_owners() - {CloseCallbacks} == set(MAKERS)
+
+
+@pytest.mark.parametrize(
+    "module", [pyuffd, pyuffd.testing, pyuffd.conformance], ids=lambda module: module.__name__
+)
+def test_a_public_class_is_a_value_or_a_sole_owner(module: Any) -> None:
+    """Whoever adds a class decides which of both it is."""
+    sent = {type(source) for source in SENT}
+    undecided = [
+        each
+        for each in (getattr(module, name) for name in module.__all__)
+        if inspect.isclass(each)
+        and get_origin(each) is None
+        and not issubclass(each, (SoleOwner, enum.Enum, BaseException, tuple))
+        and not (dataclasses.is_dataclass(each) and each.__dataclass_params__.frozen)  # type: ignore[attr-defined]
+        and each not in sent | {PageSource}
+        and each not in VALUES
+    ]
+    assert not undecided
+
+
+def _pickled(protocol: int) -> Callable[[Any], Any]:
+    return lambda it: pickle.dumps(it, protocol)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "deepcopy-of-a-list": lambda it: copy.deepcopy([it]),
+    **{f"pickle-{number}": _pickled(number) for number in range(pickle.HIGHEST_PROTOCOL + 1)},
+}
+
+
+def refused(name: str) -> None:
+    owner = next(each for each in MAKERS if each.__name__ == name)
+    with no_leaks():
+        with MAKERS[owner]() as it:
+            assert type(it) is owner
+            for how, duplicate in COPIES.items():
+                with pytest.raises(TypeError) as caught:
+                    duplicate(it)
+                assert owner._instead in str(caught.value), how
+            gc.collect()
+        del it, caught
+
+
+@needs(REMOVE)
+@pytest.mark.parametrize("name", sorted(each.__name__ for each in MAKERS))
+def test_refused(name: str) -> None:
+    """copy, deepcopy and pickle, and afterwards everything is as it was."""
+    run_child(refused, name, budget_s=30)
+
+
+@pytest.mark.parametrize("source", SENT, ids=lambda source: type(source).__name__)
+def test_sent(source: Any) -> None:
+    """What the process driver sends to its helper goes on being sent."""
+    for duplicate in (
+        copy.copy(source),
+        copy.deepcopy(source),
+        pickle.loads(pickle.dumps(source)),
+    ):
+        assert type(duplicate) is type(source)
+
+
+def test_a_range_with_a_descriptor() -> None:
+    """It does not own it: copies are fine, but its number is this process's."""
+    given = HandoverRange(PAGE, PAGE, PAGE, fd=0)
+    assert copy.copy(given) == copy.deepcopy(given) == given
+    with pytest.raises(TypeError):
+        pickle.dumps(given)
+
+
+def the_memory_stays() -> None:
+    """What was to be copied works on, and so does the file that got the next descriptor."""
+    uffd, region = Userfaultfd(), Region.memfd(PAGE)
+    region.write(0, b"mine")
+    for owner in (uffd, region):
+        for duplicate in COPIES.values():
+            with pytest.raises(TypeError):
+                duplicate(owner)
+    gc.collect()
+    with open("/proc/self/status", "rb") as file:
+        assert region.read(0, 4) == b"mine"
+        region.close()
+        uffd.close()
+        assert file.read(4) == b"Name"
+
+
+@needs(ALWAYS)
+def test_the_memory_stays() -> None:
+    run_child(the_memory_stays)
+
+
+def _in_a_process(given: Any) -> None:
+    given.write(0, b"theirs")
+
+
+def by_multiprocessing(method: str) -> None:
+    """A Region cannot be sent to another process, and a fork has it."""
+    with Region.memfd(PAGE) as region:
+        process = multiprocessing.get_context(method).Process(target=_in_a_process, args=(region,))  # type: ignore[attr-defined]
+        if method == "fork":
+            assert threading.active_count() == 1
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+            assert region.read(0, 6) == b"theirs"
+        else:
+            with pytest.raises(TypeError):
+                process.start()
+            process.close()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method: str) -> None:
+    run_child(by_multiprocessing, method, budget_s=30)
