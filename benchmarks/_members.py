@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import mmap
+import os
 import struct
 import sys
 import time
@@ -37,8 +38,19 @@ _RARE_FAULTS_PER_S = 20
 #: What the native driver takes by itself when it may run on any CPU.
 _SPIN_US = 50
 
+#: Instead of a CPU for the handler: none is named, or all of them are.
+ANY_CPU = -1
+ALL_CPUS = -2
+
 Driver: TypeAlias = Literal["native", "inline"]
 Answer: TypeAlias = "tuple[int, array[int]]"
+
+
+def handler_cpus(cpu: int) -> list[int] | None:
+    """Return what `Handler(cpus=)` is given."""
+    if cpu == ALL_CPUS:
+        return sorted(os.sched_getaffinity(0))
+    return None if cpu == ANY_CPU else [cpu]
 
 
 def _source(length: int) -> mmap.mmap:
@@ -106,11 +118,11 @@ class _Fault:
 
     def _serve(self, uffd: Userfaultfd, region: Region) -> Touched:
         args = self._args
-        cpus = None if args.handler_cpu < 0 else [args.handler_cpu]
+        cpus = handler_cpus(args.handler_cpu)
         mode = RegisterMode[args.kind.upper()]
         source = BufferSource(self._source) if mode is RegisterMode.MISSING else None
         # With one CPU to run on the handler does not spin unless told to: it assumes the faulter's.
-        spin_us = _SPIN_US if args.handler_cpu not in (-1, args.cpu) else None
+        spin_us = _SPIN_US if args.handler_cpu not in (ANY_CPU, ALL_CPUS, args.cpu) else None
         handler = Handler(uffd, driver=args.driver, cpus=cpus, prefetch=0, spin_us=spin_us)
         with handler:
             handler.serve(region, source, mode=mode)

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import (
+    bench_busy_machine,
     bench_dirty_scan,
     bench_fault_latency,
     bench_process,
@@ -24,6 +25,7 @@ from benchmarks._setup import Setup, warm_memory
 
 _BENCHMARKS = {
     "fault_latency": bench_fault_latency.run,
+    "busy_machine": bench_busy_machine.run,
     "throughput": bench_throughput.run,
     "dirty_scan": bench_dirty_scan.run,
     "size": bench_size.run,

@@ -11,6 +11,7 @@
 #include "uffd_barrier.h"
 #include "uffd_engine.h"
 #include "uffd_keeper.h"
+#include "uffd_placement.h"
 #include "uffd_table.h"
 
 #define BASE_PAGE		4096u
@@ -150,19 +151,7 @@ struct uffd_engine {
 		uint64_t now_ns;
 		uint64_t last_fault_ns;
 	} spin;
-	/* Of the engine's own thread, where the caller named no CPUs. */
-	struct placement {
-		bool free;		/* it may go where it likes: */
-		cpu_set_t allowed;
-		int cpu;		/* where it stays for now; -1: where the scheduler has it */
-		int tried;		/* the CPU of the last trial */
-		int from;		/* where the trial began; -1: no trial */
-		uint64_t mean_ns;	/* between faults in quick succession */
-		uint64_t sum_ns;
-		uint32_t samples;
-		uint32_t wait;		/* faults until the next trial */
-		uint32_t interval;
-	} placement;
+	struct uffd_placement placement;	/* of the engine's own thread */
 
 	/* Pages whose content somebody must fetch, and who leads. */
 	pthread_mutex_t requests_lock;

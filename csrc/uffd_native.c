@@ -46,105 +46,6 @@ static void note_gap(struct spin *spin, uint64_t now)
 	spin->last_fault_ns = now;
 }
 
-/*
- * Where the thread runs decides more than what it does: on the faulting thread's
- * CPU a fault takes half as long as on another one, unless that thread has work to
- * do meanwhile, and no message says which CPU it was.  So while faults come in
- * quick succession another CPU is tried for a few of them now and then, and kept
- * if the time from fault to fault gets clearly shorter.  Trials that fail get rarer.
- */
-#define TRIAL_FIRST	128
-#define TRIAL_RAREST	(1u << 20)
-#define TRIAL_SKIPPED	4
-#define TRIAL_SAMPLES	20
-#define MEAN_WEIGHT	32
-
-static void stay_on(int cpu)
-{
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	CPU_SET((size_t)cpu, &set);
-	sched_setaffinity(0, sizeof(set), &set);
-}
-
-static void stay_anywhere(struct placement *placement)
-{
-	sched_setaffinity(0, sizeof(placement->allowed), &placement->allowed);
-	placement->cpu = -1;
-}
-
-static int next_cpu(const struct placement *placement)
-{
-	int here = sched_getcpu(), cpu = placement->tried;
-
-	for (int i = 0; i < CPU_SETSIZE; i++) {
-		cpu = (cpu + 1) % CPU_SETSIZE;
-		if (cpu != here && CPU_ISSET((size_t)cpu, &placement->allowed))
-			return cpu;
-	}
-	return -1;
-}
-
-static void begin_trial(struct placement *placement)
-{
-	int cpu = next_cpu(placement);
-
-	placement->wait = placement->interval;
-	if (cpu < 0)
-		return;
-	placement->from = sched_getcpu();
-	placement->tried = cpu;
-	placement->samples = 0;
-	placement->sum_ns = 0;
-	stay_on(cpu);
-}
-
-static void end_trial(struct placement *placement)
-{
-	uint64_t mean = placement->sum_ns / TRIAL_SAMPLES;
-
-	if (placement->samples == TRIAL_SKIPPED + TRIAL_SAMPLES &&
-	    mean * 5 < placement->mean_ns * 4) {
-		placement->cpu = placement->tried;
-		placement->mean_ns = mean;
-		placement->interval = TRIAL_FIRST;
-	} else {
-		stay_on(placement->from);
-		if (placement->cpu < 0)
-			stay_anywhere(placement);
-		if (placement->interval < TRIAL_RAREST)
-			placement->interval *= 2;
-	}
-	placement->wait = placement->interval;
-	placement->from = -1;
-}
-
-/* A fault came this long after the one before, in quick succession. */
-static void consider_placement(struct placement *placement, uint64_t gap_ns)
-{
-	if (placement->from >= 0) {
-		if (++placement->samples > TRIAL_SKIPPED)
-			placement->sum_ns += gap_ns;
-		if (placement->samples == TRIAL_SKIPPED + TRIAL_SAMPLES)
-			end_trial(placement);
-		return;
-	}
-	placement->mean_ns = placement->mean_ns
-		? (placement->mean_ns * (MEAN_WEIGHT - 1) + gap_ns) / MEAN_WEIGHT : gap_ns;
-	if (--placement->wait == 0)
-		begin_trial(placement);
-}
-
-/* The succession is over: nothing is known of the next one. */
-static void forget_placement(struct placement *placement)
-{
-	if (placement->from >= 0)
-		end_trial(placement);
-	if (placement->cpu >= 0)
-		stay_anywhere(placement);
-}
-
 static void empty(int fd)
 {
 	uint64_t value;
@@ -235,7 +136,7 @@ static bool hands_over(struct uffd_engine *engine, enum leader role)
 void lead(struct uffd_engine *engine, enum leader role)
 {
 	struct spin *spin = &engine->spin;
-	struct placement *placement = &engine->placement;
+	struct uffd_placement *placement = &engine->placement;
 	unsigned int yields = 0;
 
 	while (!atomic_load(&engine->stop) && !hands_over(engine, role)) {
@@ -249,8 +150,8 @@ void lead(struct uffd_engine *engine, enum leader role)
 			uint64_t now = uffd_now_ns(), gap = now - spin->last_fault_ns;
 
 			note_gap(spin, now);
-			if (placement->free && gap <= spin->limit_ns && !engine->job_count)
-				consider_placement(placement, gap / handled);
+			if (!engine->job_count)
+				uffd_placement_note(placement, gap / handled, spin->limit_ns);
 			yields = 0;
 			/* A prefetch gets its turn between any two batches. */
 			if (!engine->job_count && (spin->now_ns || engine->deferred_count))
@@ -277,8 +178,7 @@ void lead(struct uffd_engine *engine, enum leader role)
 		}
 		if (hands_over(engine, role))
 			break;
-		if (placement->free)
-			forget_placement(placement);
+		uffd_placement_forget(placement);
 		wait_for_work(engine, idle_timeout_ms(engine));
 	}
 }
@@ -310,10 +210,8 @@ static void stand_by(struct uffd_engine *engine)
 static void *native_main(void *argument)
 {
 	struct uffd_engine *engine = argument;
-	struct placement *placement = &engine->placement;
 
-	if (sched_getaffinity(0, sizeof(placement->allowed), &placement->allowed))
-		placement->free = false;
+	uffd_placement_begin(&engine->placement);
 	while (!atomic_load(&engine->stop)) {
 		if (engine->options.has_workers)
 			stand_by(engine);
@@ -404,13 +302,8 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	engine->spin = (struct spin){ engine->options.spin_ns, engine->options.spin_ns,
 				      uffd_now_ns() };
 	/* A worker's thread is the caller's: it is left where it is. */
-	engine->placement = (struct placement){
-		.free = !cpu_count && engine->options.spin_ns && !engine->options.has_workers,
-		.cpu = -1,
-		.from = -1,
-		.wait = TRIAL_FIRST,
-		.interval = TRIAL_FIRST,
-	};
+	uffd_placement_init(&engine->placement, !cpu_count && engine->options.spin_ns &&
+							!engine->options.has_workers);
 	atomic_store(&engine->stop, false);
 	r = open_descriptors(engine);
 	if (r == 0)
