@@ -359,7 +359,28 @@ void report_fork(struct uffd_space *child, int states_fd);
 void report_gone(struct uffd_space *space);
 
 /* uffd_serve.c */
+/* Between open and shut nothing that is found goes away, nor does the layout change. */
+struct visit {
+	struct uffd_space *space;
+	unsigned int shard;
+	uint32_t phase;
+};
+
+bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit);
+void shut_visit(struct visit *visit);
 void wake_again(struct uffd_range *range, uint64_t at, uint64_t end);
+
+/*
+ * Go through [offset, end) of a serving in slices, opening and shutting the gate
+ * for each.  `work` says how far it came; EAGAIN is tried again for a while.
+ */
+typedef uint64_t (*slice_work)(struct uffd_range *range, uint64_t at, uint64_t end,
+			       int *error_ret, uint64_t *done_ret);
+
+int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+	       uint64_t offset, uint64_t end, slice_work work, uint64_t *done_ret);
+uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
+			uint64_t *done_ret);
 
 /* uffd_engine.c */
 int watch_space(struct uffd_engine *engine, struct uffd_space *space);
