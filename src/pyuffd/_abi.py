@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from enum import KEEP, IntEnum, IntFlag
 from typing import TYPE_CHECKING
 
+from pyuffd._enums import Flag, Number
 from pyuffd._shim import lib
 
 if TYPE_CHECKING:
@@ -20,8 +20,33 @@ USER_MODE_ONLY = lib.UFFD_USER_MODE_ONLY
 MESSAGE_SIZE = 32
 
 
-class Feature(IntFlag, boundary=KEEP):
-    """Feature bits of UFFDIO_API(2const): asked for with `Userfaultfd(features=...)`."""
+class Feature(Flag):
+    """Feature bits of UFFDIO_API(2const): asked for with `Userfaultfd(features=...)`.
+
+    Attributes:
+        PAGEFAULT_FLAG_WP: Write-protect faults exist (RegisterMode.WP). Linux delivers them whether
+            this bit is asked for or not.
+        EVENT_FORK: A fork is announced (`Fork`), and the child's memory comes with a userfaultfd
+            of its own. Needs CAP_SYS_PTRACE.
+        EVENT_REMAP: mremap(2) is announced (`Remap`), and what it moved stays registered.
+        EVENT_REMOVE: Dropped pages (MADV_DONTNEED, MADV_REMOVE) are announced (`Remove`).
+        MISSING_HUGETLBFS: Hugetlb memory can be registered for missing faults.
+        MISSING_SHMEM: Shared memory can be registered for missing faults.
+        EVENT_UNMAP: munmap(2) is announced (`Unmap`).
+        SIGBUS: A fault raises SIGBUS in the thread that touched the page, and sends no message.
+        THREAD_ID: Page-fault events say which thread waits (`Pagefault.thread_id`).
+        MINOR_HUGETLBFS: Hugetlb memory can be registered for minor faults.
+        MINOR_SHMEM: Shared memory can be registered for minor faults.
+        EXACT_ADDRESS: Page-fault events give the address touched instead of that of its page.
+        WP_HUGETLBFS_SHMEM: Shared memory and hugetlb can be write-protected.
+        WP_UNPOPULATED: Missing anonymous pages can be write-protected too.
+        POISON: UFFDIO_POISON exists: pages that raise SIGBUS when they are touched.
+        WP_ASYNC: The kernel lifts write protection itself and sends no message; PAGEMAP_SCAN
+            tells which pages were written (PageCategory.WRITTEN).
+        MOVE: UFFDIO_MOVE exists: anonymous pages are filled by moving others there.
+        RWP: Pages can be protected against reads as well (RegisterMode.RWP; Linux 7.3).
+        RWP_ASYNC: The kernel lifts that protection itself and sends no message (Linux 7.3).
+    """
 
     PAGEFAULT_FLAG_WP = lib.UFFD_FEATURE_PAGEFAULT_FLAG_WP
     EVENT_FORK = lib.UFFD_FEATURE_EVENT_FORK
@@ -44,8 +69,16 @@ class Feature(IntFlag, boundary=KEEP):
     RWP_ASYNC = lib.UFFD_FEATURE_RWP_ASYNC
 
 
-class RegisterMode(IntFlag, boundary=KEEP):
-    """Modes of UFFDIO_REGISTER(2const): which faults of a range are delivered."""
+class RegisterMode(Flag):
+    """Modes of UFFDIO_REGISTER(2const): which faults of a range are delivered.
+
+    Attributes:
+        MISSING: Accesses to pages that are not there.
+        WP: Writes to pages that were write-protected with UFFDIO_WRITEPROTECT.
+        MINOR: Accesses to pages that the page cache holds and this mapping does not map yet;
+            shared memory and hugetlb only.
+        RWP: Accesses of any kind to pages protected with UFFDIO_RWPROTECT (Linux 7.3).
+    """
 
     MISSING = lib.UFFDIO_REGISTER_MODE_MISSING
     WP = lib.UFFDIO_REGISTER_MODE_WP
@@ -53,55 +86,103 @@ class RegisterMode(IntFlag, boundary=KEEP):
     RWP = lib.UFFDIO_REGISTER_MODE_RWP
 
 
-class CopyMode(IntFlag, boundary=KEEP):
-    """Modes of UFFDIO_COPY(2const)."""
+class CopyMode(Flag):
+    """Modes of UFFDIO_COPY(2const).
+
+    Attributes:
+        DONTWAKE: Do not wake the threads that wait for the pages.
+        WP: Map the pages write-protected; the range must be registered for RegisterMode.WP.
+    """
 
     DONTWAKE = lib.UFFDIO_COPY_MODE_DONTWAKE
     WP = lib.UFFDIO_COPY_MODE_WP
 
 
-class ZeropageMode(IntFlag, boundary=KEEP):
-    """Modes of UFFDIO_ZEROPAGE(2const)."""
+class ZeropageMode(Flag):
+    """Modes of UFFDIO_ZEROPAGE(2const).
+
+    Attributes:
+        DONTWAKE: Do not wake the threads that wait for the pages.
+    """
 
     DONTWAKE = lib.UFFDIO_ZEROPAGE_MODE_DONTWAKE
 
 
-class WriteprotectMode(IntFlag, boundary=KEEP):
-    """Modes of UFFDIO_WRITEPROTECT(2const); without WP the protection is taken off."""
+class WriteprotectMode(Flag):
+    """Modes of UFFDIO_WRITEPROTECT(2const); without WP the protection is taken off.
+
+    Attributes:
+        WP: Protect the pages.
+        DONTWAKE: Do not wake the threads that wait for the pages; not together with WP.
+    """
 
     WP = lib.UFFDIO_WRITEPROTECT_MODE_WP
     DONTWAKE = lib.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
 
 
-class ContinueMode(IntFlag, boundary=KEEP):
-    """Modes of UFFDIO_CONTINUE(2const)."""
+class ContinueMode(Flag):
+    """Modes of UFFDIO_CONTINUE(2const).
+
+    Attributes:
+        DONTWAKE: Do not wake the threads that wait for the pages.
+        WP: Map the pages write-protected; the range must be registered for RegisterMode.WP.
+    """
 
     DONTWAKE = lib.UFFDIO_CONTINUE_MODE_DONTWAKE
     WP = lib.UFFDIO_CONTINUE_MODE_WP
 
 
-class PoisonMode(IntFlag, boundary=KEEP):
-    """Modes of UFFDIO_POISON(2const)."""
+class PoisonMode(Flag):
+    """Modes of UFFDIO_POISON(2const).
+
+    Attributes:
+        DONTWAKE: Do not wake the threads that wait for the pages.
+    """
 
     DONTWAKE = lib.UFFDIO_POISON_MODE_DONTWAKE
 
 
-class MoveMode(IntFlag, boundary=KEEP):
-    """Modes of UFFDIO_MOVE(2const)."""
+class MoveMode(Flag):
+    """Modes of UFFDIO_MOVE(2const).
+
+    Attributes:
+        DONTWAKE: Do not wake the threads that wait for the pages.
+        ALLOW_SRC_HOLES: Skip source pages that are missing instead of failing with ENOENT.
+    """
 
     DONTWAKE = lib.UFFDIO_MOVE_MODE_DONTWAKE
     ALLOW_SRC_HOLES = lib.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES
 
 
-class RwprotectMode(IntFlag, boundary=KEEP):
-    """Modes of UFFDIO_RWPROTECT (Linux 7.3); without RWP the protection is taken off."""
+class RwprotectMode(Flag):
+    """Modes of UFFDIO_RWPROTECT (Linux 7.3); without RWP the protection is taken off.
+
+    Attributes:
+        RWP: Protect the pages against reads and writes.
+        DONTWAKE: Do not wake the threads that wait for the pages; not together with RWP.
+    """
 
     RWP = lib.UFFDIO_RWPROTECT_MODE_RWP
     DONTWAKE = lib.UFFDIO_RWPROTECT_MODE_DONTWAKE
 
 
-class Ioctl(IntFlag, boundary=KEEP):
-    """The ioctls masks of UFFDIO_API and UFFDIO_REGISTER: bit n stands for ioctl number n."""
+class Ioctl(Flag):
+    """The ioctls masks of UFFDIO_API and UFFDIO_REGISTER: bit n stands for ioctl number n.
+
+    Attributes:
+        REGISTER: `Userfaultfd.register`.
+        UNREGISTER: `Userfaultfd.unregister`.
+        WAKE: `Userfaultfd.wake`.
+        COPY: `Userfaultfd.copy`.
+        ZEROPAGE: `Userfaultfd.zeropage`; not for hugetlb memory.
+        MOVE: `Userfaultfd.move`; Linux sets it for shared memory too, and refuses it there.
+        WRITEPROTECT: `Userfaultfd.writeprotect`; only of ranges registered for WP.
+        CONTINUE: `Userfaultfd.continue_`; only of shared memory registered for MINOR.
+        POISON: `Userfaultfd.poison`.
+        RWPROTECT: `Userfaultfd.rwprotect` (Linux 7.3).
+        SET_MODE: `Userfaultfd.set_mode` (Linux 7.3).
+        API: The handshake, which opening does.
+    """
 
     REGISTER = 1 << lib._UFFDIO_REGISTER
     UNREGISTER = 1 << lib._UFFDIO_UNREGISTER
@@ -117,8 +198,15 @@ class Ioctl(IntFlag, boundary=KEEP):
     API = 1 << lib._UFFDIO_API
 
 
-class PagefaultFlag(IntFlag, boundary=KEEP):
-    """`flags` of a page-fault event; neither WP nor MINOR nor RWP means a missing fault."""
+class PagefaultFlag(Flag):
+    """`flags` of a page-fault event; neither WP nor MINOR nor RWP means a missing fault.
+
+    Attributes:
+        WRITE: The access was a write.
+        WP: A write to a page that is write-protected.
+        MINOR: The page cache holds the page, and it is not mapped here.
+        RWP: An access to a page protected with UFFDIO_RWPROTECT (Linux 7.3).
+    """
 
     WRITE = lib.UFFD_PAGEFAULT_FLAG_WRITE
     WP = lib.UFFD_PAGEFAULT_FLAG_WP
@@ -126,8 +214,16 @@ class PagefaultFlag(IntFlag, boundary=KEEP):
     RWP = lib.UFFD_PAGEFAULT_FLAG_RWP
 
 
-class EventCode(IntEnum):
-    """The `event` byte of a message read from a userfaultfd."""
+class EventCode(Number):
+    """The `event` byte of a message read from a userfaultfd.
+
+    Attributes:
+        PAGEFAULT: A thread waits for a page (`Pagefault`).
+        FORK: The owner forked (`Fork`).
+        REMAP: Registered memory moved (`Remap`).
+        REMOVE: Pages were dropped (`Remove`).
+        UNMAP: A mapping is gone (`Unmap`).
+    """
 
     PAGEFAULT = lib.UFFD_EVENT_PAGEFAULT
     FORK = lib.UFFD_EVENT_FORK
@@ -224,8 +320,21 @@ def parse_event(raw: bytes) -> Event:
             return UnknownEvent(code, bytes(raw))
 
 
-class PageCategory(IntFlag, boundary=KEEP):
-    """Page categories of PAGEMAP_SCAN (PAGE_IS_* in the kernel's documentation)."""
+class PageCategory(Flag):
+    """Page categories of PAGEMAP_SCAN (PAGE_IS_* in the kernel's documentation).
+
+    Attributes:
+        WPALLOWED: The page lies in a range that is registered for write protection.
+        WRITTEN: It was written since it was protected, or never was protected.
+        FILE: It is mapped from a file or from shared memory.
+        PRESENT: It is in memory and mapped.
+        SWAPPED: It is on swap, or a mark is in its place (see `PageBit`).
+        PFNZERO: It is the zero page.
+        HUGE: It is part of a huge page.
+        SOFT_DIRTY: It was written since /proc/PID/clear_refs was last told to forget.
+        GUARD: It belongs to a guard region (MADV_GUARD_INSTALL).
+        ACCESSED: It was accessed since it was protected (Linux 7.3).
+    """
 
     WPALLOWED = lib.UFFD_PAGE_IS_WPALLOWED
     WRITTEN = lib.UFFD_PAGE_IS_WRITTEN
@@ -239,18 +348,31 @@ class PageCategory(IntFlag, boundary=KEEP):
     ACCESSED = lib.UFFD_PAGE_IS_ACCESSED
 
 
-class ScanFlag(IntFlag, boundary=KEEP):
-    """Flags of PAGEMAP_SCAN: protect what matched; refuse ranges that are not WP_ASYNC."""
+class ScanFlag(Flag):
+    """Flags of PAGEMAP_SCAN.
+
+    Attributes:
+        WP_MATCHING: Write-protect the pages that matched.
+        CHECK_WPASYNC: Fail (EPERM) on ranges that are not registered with Feature.WP_ASYNC.
+    """
 
     WP_MATCHING = lib.UFFD_PM_SCAN_WP_MATCHING
     CHECK_WPASYNC = lib.UFFD_PM_SCAN_CHECK_WPASYNC
 
 
-class PageBit(IntFlag, boundary=KEEP):
+class PageBit(Flag):
     """Bits of a /proc/PID/pagemap entry (PM_* in fs/proc/task_mmu.c).
 
-    SWAP is also set for markers, which hold no data: of write-protected pages that are not
-    mapped (with UFFD_WP), of poisoned and of guard pages.  `residency` tells them apart.
+    Attributes:
+        SOFT_DIRTY: Written since /proc/PID/clear_refs was last told to forget.
+        MMAP_EXCLUSIVE: No other process maps the page.
+        UFFD_WP: Write-protected through a userfaultfd.
+        GUARD_REGION: Part of a guard region (MADV_GUARD_INSTALL).
+        FILE: Mapped from a file or from shared memory.
+        SWAP: On swap. Also set for marks, which hold no data: of write-protected pages that are
+            not mapped (with UFFD_WP), of poisoned and of guard pages; `residency` tells them
+            apart.
+        PRESENT: In memory and mapped.
     """
 
     SOFT_DIRTY = lib.UFFD_PM_SOFT_DIRTY

@@ -10,10 +10,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 from pyuffd import lowlevel
+from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._pages import (
     HUGE_PAGE_1G,
@@ -28,23 +28,29 @@ from pyuffd._pages import (
 from pyuffd.pagemap import Pagemap, PageRanges
 
 
-class PageResidency(IntEnum):
-    """Where the content of a page is, as seen from one mapping of it."""
+class PageResidency(Number):
+    """Where the content of a page is, as seen from one mapping of it.
+
+    Attributes:
+        HOLE: Nowhere: never written, or dropped. It reads as zeros (or is missing, where
+            registered).
+        SWAPPED: On swap (and perhaps in the swap cache still), or on disk for a file of a disk
+            filesystem.
+        RESIDENT: In the page cache, but not mapped here: the next access maps it without reading
+            it in.
+        MAPPED: Mapped here.
+        PRIVATE: Mapped here, and a copy of its own: a private file mapping that was written to.
+        POISON: Poisoned (UFFDIO_POISON): an access raises SIGBUS.
+        UNKNOWN: The kernel does not tell; see `residency`.
+    """
 
     HOLE = 0
-    """Nowhere: never written, or dropped. It reads as zeros (or is missing, where registered)."""
     SWAPPED = 1
-    """On swap (and perhaps in the swap cache still), or on disk for a file of a disk filesystem."""
     RESIDENT = 2
-    """In the page cache, but not mapped here: the next access maps it without reading it in."""
     MAPPED = 3
-    """Mapped here."""
     PRIVATE = 4
-    """Mapped here, and a copy of its own: a private file mapping that was written to."""
     POISON = 5
-    """Poisoned (UFFDIO_POISON): an access raises SIGBUS."""
     UNKNOWN = 6
-    """The kernel does not tell; see `residency`."""
 
 
 class Residency:

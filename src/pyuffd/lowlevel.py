@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-from enum import IntEnum
 from typing import Any
 
+from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._shim import ffi, lib
@@ -19,8 +19,16 @@ from pyuffd._shim import ffi, lib
 DEVICE = "/dev/userfaultfd"
 
 
-class FillOp(IntEnum):
-    """Which ioctl `fill` repeats."""
+class FillOp(Number):
+    """Which ioctl `fill` repeats.
+
+    Attributes:
+        COPY: UFFDIO_COPY.
+        ZEROPAGE: UFFDIO_ZEROPAGE.
+        CONTINUE: UFFDIO_CONTINUE.
+        POISON: UFFDIO_POISON.
+        MOVE: UFFDIO_MOVE.
+    """
 
     COPY = lib.UFFD_FILL_COPY
     ZEROPAGE = lib.UFFD_FILL_ZERO

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "pyuffd"
 # import it.
 LAYERS = [
     {"_shim"},
-    {"_abi", "_errors", "_pages"},
+    {"_abi", "_enums", "_errors", "_pages"},
     {"lowlevel", "_memory", "_uffd", "probe", "pagemap"},
     {"regions"},
     {"sources", "handlers", "handover"},

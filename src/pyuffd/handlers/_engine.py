@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyuffd._abi import PagefaultFlag, RegisterMode
 from pyuffd._closing import SoleOwner
+from pyuffd._enums import Number
 from pyuffd._errors import ClosedError, HandlerError, raise_errno
 from pyuffd._shim import ffi, lib
 
@@ -28,8 +29,18 @@ RECENT_CAPACITY = 64 * 256  # every CPU shard full
 KINDS = ("missing", "wp", "minor")
 
 
-class PageState(IntEnum):
-    """What the engine knows of a page; `Handler.page_states` returns one byte each."""
+class PageState(Number):
+    """What the engine knows of a page; `Handler.page_states` returns one byte each.
+
+    Attributes:
+        ABSENT: Never filled: the next access gets the source's content.
+        IN_FLIGHT: Being filled, saved or poisoned now.
+        CLEAN: There; protected, where the region is served for WP.
+        DIRTY: Written since it was protected.
+        REMOVED: Dropped by its owner: zeros from then on, whatever the source says.
+        POISONED: Its content could not be had: whoever touches it gets SIGBUS.
+        SAVED: Its old content was preserved in the background, and it is not protected any more.
+    """
 
     ABSENT = lib.UFFD_PAGE_ABSENT
     IN_FLIGHT = lib.UFFD_PAGE_IN_FLIGHT

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import mmap
 from dataclasses import dataclass
-from enum import Enum
 from math import ceil
 
 from pyuffd import _memory
+from pyuffd._enums import Word
 from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE, round_up
 from pyuffd.regions import _machine
@@ -18,8 +18,17 @@ READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 ALIGN_TRIES = 8  # each fails only if another thread maps into the gap at that very moment
 
 
-class RegionKind(Enum):
-    """What is behind a region; `Region.page_size` tells huge pages from base pages."""
+class RegionKind(Word):
+    """What is behind a region; `Region.page_size` tells huge pages from base pages.
+
+    Attributes:
+        ANONYMOUS: Private memory with no file (`Region.anonymous`).
+        MEMFD: A memfd, made here (`Region.memfd`) or received.
+        SHM: POSIX shared memory (`Region.shm`).
+        HUGETLBFS: A file on a hugetlbfs mount (`Region.hugetlbfs`).
+        FILE: Any other file (`Region.file`).
+        ADDRESS: Memory that somebody else mapped (`Region.at`).
+    """
 
     ANONYMOUS = "anonymous"
     MEMFD = "memfd"
