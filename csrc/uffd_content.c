@@ -3,14 +3,19 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "uffd_alloc.h"
 #include "uffd_content.h"
 
 #define BASE_PAGE 4096u
+/* linux/fs.h, linux/magic.h */
+#define BLKGETSIZE64 _IOR(0x12, 114, size_t)
+#define HUGETLBFS_MAGIC 0x958458f6
 
 static int read_file_fully(int fd, void *buffer, uint64_t length, uint64_t offset)
 {
@@ -37,9 +42,20 @@ static bool is_sealed(int fd)
 	return seals >= 0 && (seals & F_SEAL_SHRINK);
 }
 
+/* What the offset and the size of a mapping of this file are multiples of. */
+static uint64_t mapping_unit(int fd)
+{
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs) == 0 && (uint32_t)fs.f_type == HUGETLBFS_MAGIC)
+		return (uint64_t)fs.f_bsize;
+	return BASE_PAGE;
+}
+
 static int open_file(struct uffd_content *content, const struct uffd_range_spec *spec)
 {
-	uint64_t lead = spec->source_offset % BASE_PAGE;
+	uint64_t unit = mapping_unit(spec->source_fd);
+	uint64_t lead = spec->source_offset % unit;
 	void *mapping;
 
 	content->fd = fcntl(spec->source_fd, F_DUPFD_CLOEXEC, 3);
@@ -53,11 +69,14 @@ static int open_file(struct uffd_content *content, const struct uffd_range_spec 
 	 * Mapped, so that UFFDIO_COPY reads the page cache itself.  Where the
 	 * file ends early the ioctl says EFAULT; nobody here touches the mapping.
 	 */
-	mapping = mmap(NULL, content->length + lead, PROT_READ, MAP_SHARED, content->fd,
+	content->mapped = (content->length + lead + unit - 1) & ~(unit - 1);
+	mapping = mmap(NULL, content->mapped, PROT_READ, MAP_SHARED, content->fd,
 		       (off_t)(spec->source_offset - lead));
-	if (mapping == MAP_FAILED)
+	if (mapping == MAP_FAILED) {
+		content->mapped = 0;
 		return -errno;
-	content->mapped = content->length + lead;
+	}
+	content->mapping = mapping;
 	content->address = (uint64_t)(uintptr_t)mapping + lead;
 	return 0;
 }
@@ -131,8 +150,7 @@ void uffd_content_put(struct uffd_content *content)
 	if (atomic_fetch_sub(&content->references, 1) != 1)
 		return;
 	if (content->mapped)
-		munmap((void *)(uintptr_t)(content->address - content->file_offset % BASE_PAGE),
-		       content->mapped);
+		munmap(content->mapping, content->mapped);
 	if (content->fd >= 0)
 		close(content->fd);
 	uffd_free(content->tail);
@@ -146,21 +164,31 @@ uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offse
 	return content->address + offset;
 }
 
+/* Bytes of the file as it is now; 0 where nobody says. */
+static uint64_t file_size(int fd)
+{
+	struct stat st;
+	uint64_t size;
+
+	if (fstat(fd, &st))
+		return 0;
+	if (!S_ISBLK(st.st_mode))
+		return (uint64_t)st.st_size;
+	return ioctl(fd, BLKGETSIZE64, &size) ? 0 : size;
+}
+
 uint64_t uffd_content_covered(const struct uffd_content *content, uint64_t offset,
 			      uint64_t length)
 {
-	uint64_t end = content->file_offset + offset + length;
-	struct stat st;
+	uint64_t from = content->file_offset + offset;
+	uint64_t size;
 
 	if (content->kind != UFFD_SOURCE_FILE || content->sealed || offset >= content->length)
 		return length;
-	if (fstat(content->fd, &st))
-		return 0;
-	if ((uint64_t)st.st_size >= end)
+	size = file_size(content->fd);
+	if (size >= from + length)
 		return length;
-	if ((uint64_t)st.st_size <= content->file_offset + offset)
-		return 0;
-	return ((uint64_t)st.st_size - content->file_offset - offset) & ~(content->page_size - 1);
+	return size <= from ? 0 : (size - from) & ~(content->page_size - 1);
 }
 
 int uffd_content_read(const struct uffd_content *content, void *target, uint64_t offset,

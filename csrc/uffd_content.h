@@ -67,7 +67,8 @@ struct uffd_content {
 	uint64_t address;		/* of offset 0, in this process */
 	uint8_t *tail;			/* the last page, when the source ends inside it */
 	uint64_t file_offset;
-	uint64_t mapped;		/* bytes of our mapping of the file */
+	void *mapping;			/* of the file, `mapped` bytes */
+	uint64_t mapped;		/* 0: none */
 	int fd;				/* our own descriptor, for the file's size; else -1 */
 	bool sealed;			/* the file cannot shrink */
 	uint64_t local;

@@ -12,10 +12,9 @@ import threading
 import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
-from pyuffd import _memory
+from pyuffd import _memory, _source_files
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError
 
@@ -103,30 +102,29 @@ class FileSource(SoleOwner):
 
     If it is truncated while it is served, the pages that are lost go the way of the handler's
     `on_error`; their content is never made up. Seal a memfd (F_SEAL_SHRINK) to save the check.
+    What is appended to it later is not served, and a file renamed to its path is not looked at.
 
     Args:
-        file: A path, a file object or a descriptor; pyuffd keeps a descriptor of its own.
+        file: A path, a file object or a descriptor of a regular file or a block device; pyuffd
+            keeps a descriptor of its own.
         offset: Byte of the file that the region's first byte gets; any alignment.
 
     Raises:
-        ValueError: a negative offset, or one at or behind the file's end.
+        ValueError: a negative offset, or one at or behind the file's end; a directory, a pipe, a
+            socket, a character device, or a file that cannot be mapped (procfs, sysfs).
+        UffdPermissionError: EACCES - a descriptor that is open for writing only.
         OSError: the file cannot be opened.
     """
 
     _instead = "it holds a descriptor; serve it by itself, or open the file once more"
 
-    def __init__(self, file: str | os.PathLike[str] | IO[bytes] | int, offset: int = 0) -> None:
+    def __init__(self, file: _source_files.FileLike, offset: int = 0) -> None:
         self._fd = -1
         if offset < 0:
             raise ValueError(f"offset {offset:#x} is negative")
-        if isinstance(file, int):
-            self._fd = os.dup(file)
-        elif isinstance(file, (str, os.PathLike)):
-            self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        else:
-            self._fd = os.dup(file.fileno())
+        self._fd = _source_files.open_source(file)
         self.offset = offset
-        size = os.fstat(self._fd).st_size
+        size = _source_files.size_of(self._fd)
         if offset >= size:
             name = self.name
             self.close()
@@ -135,12 +133,12 @@ class FileSource(SoleOwner):
     @property
     def name(self) -> str:
         """The path of the file, as the kernel knows it."""
-        return str(Path(f"/proc/self/fd/{self.fileno()}").readlink())
+        return _source_files.name_of(self.fileno())
 
     @property
     def length(self) -> int:
         """Bytes from the offset to the end of the file, as long as it is now."""
-        return max(0, os.fstat(self.fileno()).st_size - self.offset)
+        return max(0, _source_files.size_of(self.fileno()) - self.offset)
 
     def fileno(self) -> int:
         """Return the source's own descriptor."""

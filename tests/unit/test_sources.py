@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
 import os
+import socket
 from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pyuffd import BufferSource, ClosedError, FileSource, PageSource, ZeroSource
+from pyuffd import (
+    BufferSource,
+    ClosedError,
+    FileSource,
+    PageSource,
+    UffdPermissionError,
+    ZeroSource,
+)
 
 DATA = bytes(range(256)) * 32
 
@@ -136,6 +146,88 @@ def test_bad_file_offset(path: Path, offset: int, shown: str) -> None:
     with pytest.raises(ValueError, match=shown):
         FileSource(path, offset)
     assert open_files() == before
+
+
+@contextlib.contextmanager
+def odd_file(kind: str, folder: Path) -> Iterator[int | str]:
+    """Make a file of a kind that cannot be a source; yield a path or a descriptor."""
+    with contextlib.ExitStack() as stack:
+        if kind.startswith("/"):
+            yield kind
+        elif kind == "directory":
+            yield str(folder)
+        elif kind == "fifo":
+            os.mkfifo(folder / "fifo")
+            yield str(folder / "fifo")
+        elif kind == "socket":
+            yield stack.enter_context(socket.socket(socket.AF_UNIX)).fileno()
+        else:
+            fds: dict[str, Callable[[], tuple[int, ...]]] = {
+                "pipe": os.pipe,
+                "write-only": lambda: (os.open(folder / "pages", os.O_WRONLY),),
+                "eventfd": lambda: (os.eventfd(0),),
+                "pidfd": lambda: (os.pidfd_open(os.getpid()),),
+            }
+            made = fds[kind]()
+            for fd in made:
+                stack.callback(os.close, fd)
+            yield made[0]
+
+
+# kind, exception, what the text must name
+ODD_FILES = [
+    ("directory", ValueError, "directory"),
+    ("fifo", ValueError, "pipe"),
+    ("pipe", ValueError, "pipe"),
+    ("socket", ValueError, "socket"),
+    ("eventfd", ValueError, "size"),
+    ("pidfd", ValueError, "size"),
+    ("/dev/zero", ValueError, "ZeroSource"),
+    ("/dev/null", ValueError, "character device"),
+    ("/dev/urandom", ValueError, "character device"),
+    ("/proc/self/maps", ValueError, "mapped"),
+    ("/proc/meminfo", ValueError, "mapped"),
+    ("/sys/kernel/mm/transparent_hugepage/enabled", ValueError, "mapped"),
+    ("write-only", UffdPermissionError, "writing only"),
+]
+
+
+@pytest.mark.parametrize(("kind", "error", "named"), ODD_FILES)
+def test_file_that_has_no_pages(path: Path, kind: str, error: type[Exception], named: str) -> None:
+    if kind.startswith("/sys") and not Path(kind).exists():
+        pytest.skip(f"no {kind}")
+    before = open_files(), len(Path("/proc/self/maps").read_text().splitlines())
+    with odd_file(kind, path.parent) as file, pytest.raises(error, match=named):
+        FileSource(file)
+    assert (open_files(), len(Path("/proc/self/maps").read_text().splitlines())) == before
+
+
+def test_direct_io_needs_no_alignment(path: Path) -> None:
+    """O_DIRECT would refuse to read a tail, or an offset, that is not a multiple of a sector."""
+    os.truncate(path, len(DATA) - 100)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with FileSource(fd, 1) as source:
+            assert source.read(0, len(DATA) - 101) == DATA[1:-100]
+    finally:
+        os.close(fd)
+
+
+def test_the_position_of_the_descriptor_stays(path: Path) -> None:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(5)
+        with FileSource(file) as source:
+            assert source.read(0, 2) == DATA[:2]
+            assert source.length == len(DATA)
+        assert file.tell() == 5
+
+
+def test_a_file_that_takes_its_path_is_not_looked_at(path: Path) -> None:
+    with FileSource(path) as source:
+        other = path.with_name("other")
+        other.write_bytes(bytes(len(DATA)))
+        other.rename(path)
+        assert source.read(0, len(DATA)) == DATA
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ MAX_WORKERS = 1024  # threads of one process; more would only fight for the inte
 
 def choose_driver(driver: Driver, uffd: Userfaultfd) -> Driver:
     """Return the driver that "auto" stands for; ValueError where it cannot work."""
+    if not hasattr(uffd, "features"):
+        raise TypeError(f"{uffd!r} is not a Userfaultfd; Userfaultfd.from_fd() adopts a descriptor")
     has_sigbus = bool(uffd.features & Feature.SIGBUS)
     if driver not in DRIVERS:
         raise ValueError(f"driver {driver!r} is none of {', '.join(map(repr, DRIVERS))}")
@@ -98,6 +100,11 @@ def check_cpus(cpus: Iterable[int] | None) -> list[int]:
 
 def region_numbers(region: RangeLike) -> tuple[int, int, int]:
     """Return start, length and page size of a range that can be served."""
+    if not (hasattr(region, "start") and hasattr(region, "length")):
+        raise TypeError(
+            f"{type(region).__name__} is not a region: Region.at(address, length) describes memory"
+            " that somebody else mapped"
+        )
     page_size = check_page_size(page_size_of(region))
     start, length = region.start, region.length
     check_range(start, length, page_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ def content_of(source: PageSource | None, region: RangeLike, served: Iterable[Se
     """Return what the engine is to fill a region with; ValueError where that cannot be."""
     if source is None:
         return Content(SourceKind.NONE)
+    check_source(source)
     if isinstance(source, ZeroSource):
         return Content(SourceKind.ZERO, owner=source)
     length = source.length
@@ -69,6 +71,19 @@ def content_of(source: PageSource | None, region: RangeLike, served: Iterable[Se
             SourceKind.MEMORY, address=source.address, length=source.length, owner=source
         )
     return Content(SourceKind.REQUEST, owner=source)
+
+
+def check_source(source: object) -> None:
+    """Raise TypeError, naming the class that wraps it, unless this is a page source."""
+    if isinstance(source, PageSource):
+        return
+    if isinstance(source, (str, os.PathLike)) or hasattr(source, "fileno"):
+        wrapped = "FileSource(...)"
+    elif callable(source):
+        wrapped = "CallableSource(...), or an AsyncSource(...) of a coroutine function"
+    else:
+        wrapped = "BufferSource(...) if it is a buffer"
+    raise TypeError(f"{type(source).__name__} is not a page source: wrap it in a {wrapped}")
 
 
 def _check_not_served(source: BufferSource, ranges: Iterable[RangeLike | RangeId]) -> None:

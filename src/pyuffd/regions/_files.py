@@ -14,9 +14,9 @@ from typing import Protocol
 from pyuffd import _memory
 from pyuffd._errors import UffdPermissionError, raise_errno
 from pyuffd._pages import PAGE_SIZE
+from pyuffd._source_files import HUGETLBFS_MAGIC
 from pyuffd.regions._mapping import RegionKind
 
-HUGETLBFS_MAGIC = 0x958458F6
 TMPFS_MAGIC = 0x01021994
 SHM_FOLDER = "/dev/shm"
 NAME_MAX = 255
@@ -71,6 +71,8 @@ def own_fd(file: FileLike, *, writable: bool) -> int:
     if isinstance(file, int):
         return os.dup(file)
     if isinstance(file, (str, os.PathLike)):
+        if stat.S_ISFIFO(os.stat(file).st_mode):  # opening it would wait for a writer
+            raise ValueError(f"{os.fspath(file)} is not a regular file")
         return os.open(file, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     return os.dup(file.fileno())
 

@@ -1,0 +1,113 @@
+"""Files that pages can be read from: opening them, their size, and why others cannot (layer L2)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from typing import IO
+
+from pyuffd import _memory
+from pyuffd._errors import UffdOSError, UffdPermissionError
+from pyuffd._pages import PAGE_SIZE
+
+HUGETLBFS_MAGIC = 0x958458F6
+
+FileLike = str | os.PathLike[str] | IO[bytes] | int
+
+_BLKGETSIZE64 = 0x80081272  # _IOR(0x12, 114, size_t)
+_MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13
+# ENODEV from most that cannot, EIO from procfs, EINVAL where only private mappings work (9p).
+_NOT_MAPPABLE = (errno.ENODEV, errno.EIO, errno.EINVAL)
+_ZERO_DEVICE = os.makedev(1, 5)
+_INSTEAD = "read it into memory for a BufferSource, or use a CallableSource"
+
+
+def open_source(file: FileLike) -> int:
+    """Return a descriptor of the caller's own for a file that can be mapped and read by offset.
+
+    Raises:
+        ValueError: a directory, pipe, socket or character device, or a file without pages.
+        UffdPermissionError: EACCES - a descriptor that is open for writing only.
+        OSError: it cannot be opened.
+    """
+    if isinstance(file, (str, os.PathLike)):
+        _check_kind(os.stat(file), os.fspath(file))  # opening a FIFO would wait for a writer
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    else:
+        fd = os.dup(file if isinstance(file, int) else file.fileno())
+    try:
+        _check_kind(os.fstat(fd), name_of(fd))
+        fd = _without_direct(fd)
+        _check_mappable(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def size_of(fd: int) -> int:
+    """Return the bytes of a file or a block device as they are now."""
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode):
+        return status.st_size
+    # Seeking to the end would move the position of the descriptor this is a duplicate of.
+    (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
+    return int(size)
+
+
+def mapping_unit(fd: int) -> int:
+    """Return the page size of a file's mappings: that of its hugetlbfs, or 4 KiB."""
+    magic, block_size = _memory.fstatfs(fd)
+    return block_size if magic == HUGETLBFS_MAGIC else PAGE_SIZE
+
+
+def name_of(fd: int) -> str:
+    """Return the path of an open file, as the kernel knows it."""
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def _check_kind(status: os.stat_result, name: str) -> None:
+    mode = status.st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{name} is a directory, not a file of pages")
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket"
+        raise ValueError(f"{name} is a {kind}, which cannot be read by offset: {_INSTEAD}")
+    if stat.S_ISCHR(mode) and status.st_rdev == _ZERO_DEVICE:
+        raise ValueError(f"{name} has no end: ZeroSource() is the source of zeros")
+    kind = "a character device" if stat.S_ISCHR(mode) else "not a file on any file system"
+    raise ValueError(f"{name} is {kind}, without a size: {_INSTEAD}")
+
+
+def _without_direct(fd: int) -> int:
+    """Return a descriptor whose reads need not be aligned, in the place of one with O_DIRECT."""
+    if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+        return fd
+    buffered = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    os.close(fd)
+    return buffered
+
+
+def _check_mappable(fd: int) -> None:
+    """Map a page, which is never touched: UFFDIO_COPY reads a file's pages from a mapping."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        raise UffdPermissionError(
+            errno.EACCES, "mmap", hint=f"{name_of(fd)} is open for writing only", fd=fd
+        )
+    size = mapping_unit(fd)
+    try:
+        start = _memory.mmap(size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_NORESERVE, fd)
+    except UffdOSError as error:
+        if error.errno not in _NOT_MAPPABLE:
+            raise
+        raise ValueError(
+            f"{name_of(fd)} cannot be mapped (files of procfs and sysfs, for example, cannot):"
+            f" {_INSTEAD}"
+        ) from None
+    _memory.munmap(start, size)
