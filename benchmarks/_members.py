@@ -123,7 +123,9 @@ class _Fault:
         source = BufferSource(self._source) if mode is RegisterMode.MISSING else None
         # With one CPU to run on the handler does not spin unless told to: it assumes the faulter's.
         spin_us = _SPIN_US if args.handler_cpu not in (ANY_CPU, ALL_CPUS, args.cpu) else None
-        handler = Handler(uffd, driver=args.driver, cpus=cpus, prefetch=0, spin_us=spin_us)
+        handler = Handler(
+            uffd, driver=args.driver, cpus=cpus, prefetch=0, spin_us=spin_us, autostart=False
+        )
         with handler:
             handler.serve(region, source, mode=mode)
             if mode is RegisterMode.WP:
@@ -163,7 +165,6 @@ class _Regions:
             for offset in range(0, self._length, size):
                 part = Region.at(memory.start + offset, size, page_size=_PAGE)
                 handler.serve(part, BufferSource(content[offset : offset + size]))
-            handler.start()
             touched = self._toucher.run(memory.start, self._order, page_size=_PAGE, cpu=args.cpu)
         return touched.wall_ns, touched.samples
 
@@ -184,7 +185,6 @@ class _Fill:
             _populate_and_release(region, args.memory)
             with Handler(uffd, driver=args.driver, prefetch=_HUGE) as handler:
                 handler.serve(region, BufferSource(self._source))
-                handler.start()
                 touched = self._toucher.run(
                     region.start, self._order, page_size=self._page_size, timed=False
                 )
@@ -248,7 +248,6 @@ class _Rare:
             _populate_and_release(region, "anon")
             with Handler(uffd, driver="native") as handler:
                 handler.serve(region, ZeroSource())
-                handler.start()
                 before_ns = time.process_time_ns()
                 touched = self._toucher.run(
                     region.start,
@@ -272,7 +271,6 @@ class _Memory:
             before = _address_space()
             with Handler(uffd, driver="native") as handler:
                 handler.serve(region, ZeroSource())
-                handler.start()
                 grown = _address_space() - before
         return 1, array("Q", [max(grown, 0)])
 

@@ -68,7 +68,6 @@ class _Process:
             Handler(uffd, driver="process", cpus=cpus, spin_us=spin_us) as handler,
         ):
             handler.serve(region, CallableSource(sources.trivial))
-            handler.start()
             touched = self._toucher.run(region.start, self._order, page_size=_PAGE, cpu=args.cpu)
         return touched.wall_ns, touched.samples
 
@@ -139,7 +138,6 @@ class _Slow:
             Handler(uffd, driver="process", workers=args.workers) as handler,
         ):
             handler.serve(region, CallableSource(sources.one_millisecond))
-            handler.start()
             touched = self._touch(handler, region)
         return touched.wall_ns, touched.samples
 
@@ -192,7 +190,6 @@ class _Adopted:
                 other = stack.enter_context(Userfaultfd()) if args.fds > 1 else uffd
                 part = Region.at(memory.start + offset, size, _PAGE)
                 handler.serve(part, BufferSource(content[offset : offset + size]), uffd=other)
-            handler.start()
             touched = self._toucher.run(memory.start, self._order, page_size=_PAGE, cpu=args.cpu)
         return touched.wall_ns, touched.samples
 
@@ -210,7 +207,6 @@ class _Start:
                 began_ns = time.perf_counter_ns()
                 with Handler(uffd, driver="process") as handler:
                     handler.serve(region, CallableSource(sources.trivial))
-                    handler.start()
                     region.touch()
                     samples.append(time.perf_counter_ns() - began_ns)
         return sum(samples), samples

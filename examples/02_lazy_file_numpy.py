@@ -40,7 +40,6 @@ def main() -> None:
             Handler(uffd, prefetch=64 << 10) as handler,
         ):
             handler.serve(region, source)
-            handler.start()
             use(region)
             states = handler.page_states(region)
             loaded = len(states) - states.count(PageState.ABSENT)

@@ -30,7 +30,6 @@ def by_faults(region: Region) -> None:
     """Track two rounds of writes with a Handler."""
     with Userfaultfd(features=WP) as uffd, Handler(uffd) as handler:
         handler.serve(region, None, mode=RegisterMode.WP)
-        handler.start()
         for written in ([3, 4, 200], [4]):
             handler.writeprotect(region)
             for page in written:

@@ -34,7 +34,6 @@ def half_lost() -> Iterator[Region]:
             Handler(uffd, on_error="poison") as handler,
         ):
             handler.serve(region, source)
-            handler.start()
             file.truncate(2 * PAGE)
             yield region
 

@@ -22,7 +22,6 @@ def main() -> None:
     content = b"".join(bytes([ord("a") + page]) * HUGE_PAGE for page in range(PAGES))
     with Userfaultfd() as uffd, region, Handler(uffd) as handler:
         ioctls = handler.serve(region, BufferSource(content))
-        handler.start()
         print(f"{region!r}\ntakes {ioctls!r}")
         for page in (1, 3):
             for offset in (0, HUGE_PAGE // 2, HUGE_PAGE - 1):

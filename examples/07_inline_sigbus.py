@@ -35,8 +35,6 @@ def main() -> None:
         Handler(uffd, driver="inline") as handler,
     ):
         handler.serve(region, BufferSource(content))
-        handler.start()
-
         with region.memoryview() as view:
             for page in (0, 10, 20):
                 assert view[page * PAGE] == content[page * PAGE]  # GIL held, and no matter

@@ -29,7 +29,6 @@ def fault_in_some_order() -> tuple[Region, list[RecentFault]]:
     content = bytes(range(256)) * 16 * PAGES
     with Userfaultfd() as uffd, Handler(uffd) as handler:
         handler.serve(region, BufferSource(content))
-        handler.start()
         for page in order:
             region.touch(page * 4096, 1)
     return region, handler.recent_faults()

@@ -60,6 +60,7 @@ def handler_of(
     **options: Any,
 ) -> Iterator[Handler]:
     """A handler that is not started, on a userfaultfd of its own."""
+    options.setdefault("autostart", False)
     if driver == "inline":
         features |= Feature.SIGBUS
     with Userfaultfd(features=features) as uffd, Handler(uffd, driver=driver, **options) as handler:

@@ -81,6 +81,7 @@ class Setting:
         **options: Any,
     ) -> Iterator[tuple[Handler, Memory]]:
         """A handler that is not started, and a factory of regions that outlive it."""
+        options.setdefault("autostart", False)
         if self.driver != "native":
             options.setdefault("workers", 2)
         with (

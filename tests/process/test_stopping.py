@@ -132,7 +132,7 @@ def exception(at: Setting) -> None:
     size = os.sysconf("SC_PAGE_SIZE")
     data = Pages(2, size)
     with Region.anonymous(2 * size) as region, Userfaultfd() as uffd:
-        with pytest.raises(KeyError), Handler(uffd, driver=at.driver) as handler:
+        with pytest.raises(KeyError), Handler(uffd, driver=at.driver, autostart=False) as handler:
             handler.serve(region, delayed(at, data))
             reader = reading(region, 1)
             wait_for_stalled(uffd, 1)

@@ -58,7 +58,7 @@ def make(fd: int, features: Feature = Feature(0), **options: Any) -> Handler:  #
     ],
 )
 def test_driver(pipe: int, features: Feature, asked: str, driver: str) -> None:
-    with make(pipe, features, driver=asked) as handler:
+    with make(pipe, features, driver=asked, autostart=False) as handler:
         assert handler.driver == driver
         assert driver in repr(handler)
         assert "not started" in repr(handler)

@@ -119,7 +119,6 @@ def restore(
             handler.serve(region, source)
         except UffdOSError as error:
             raise NotAllowedError(error.hint or str(error)) from error
-        handler.start()
         latencies = _read_at_random(region, max(prefetch, memory.page_size), seed)
         absent = handler.page_states(region).count(PageState.ABSENT)
         began = time.perf_counter()

@@ -264,7 +264,7 @@ def _save_while_it_runs(child: Child, there: Range, memory: Region, uffd: Userfa
     this process, which is not registered, so that nothing here can wait for itself.
     """
     content = bytearray(there.length)
-    with Handler(uffd, owner_pid=child.pid) as handler:
+    with Handler(uffd, owner_pid=child.pid, autostart=False) as handler:
         handler.serve(there, None, mode=RegisterMode.WP, preserve=content, local=memory)
         edit = _pause(child)
         began = time.perf_counter()

@@ -106,6 +106,9 @@ class Handler(SoleOwner):
             succession.
         owner_pid: Process whose memory the userfaultfd governs; this one by default. The exit of
             another process is noticed, and its faults forgotten.
+        autostart: Whether `with` (or `async with`) starts the handler. False for a program that
+            protects everything first, so that all pages are of one instant, and then calls
+            `start`: until then, whoever touches a missing or protected page waits.
 
     Kernel: userfaultfd(2).  GIL: never needed by "native" and "inline"; every method that waits
     releases it.  Threads: safe.  Blocks: stop() and unserve() until the faults in hand are
@@ -115,7 +118,6 @@ class Handler(SoleOwner):
         >>> from pyuffd import BufferSource, Handler, Region, Userfaultfd
         >>> with Userfaultfd() as uffd, Region.anonymous(8192) as region, Handler(uffd) as handler:
         ...     _ = handler.serve(region, BufferSource(b"hello".ljust(8192, b".")))
-        ...     handler.start()
         ...     region.read(0, 7)
         b'hello..'
     """
@@ -134,6 +136,7 @@ class Handler(SoleOwner):
         spin_us: float | None = None,
         cpus: Iterable[int] | None = None,
         owner_pid: int | None = None,
+        autostart: bool = True,
     ) -> None:
         self._engine: Backend | None = None
         self._cpus = check_cpus(cpus)
@@ -151,7 +154,9 @@ class Handler(SoleOwner):
         self._lock = RLock()  # guards what follows; taken before any lock of the C engine
         self._spaces: dict[Userfaultfd, int] = {uffd: 0}
         self._served: dict[tuple[int, int], Served] = {}  # by space and start
+        self._autostart = autostart
         self._started = False
+        # Until a region is served without Python and the handler runs.
         self._may_move = driver == "auto" and self.driver == "native"
         self._worker_count = workers
         self._options = EngineOptions(
@@ -176,32 +181,42 @@ class Handler(SoleOwner):
         return Engine(fd, inline=self.driver == "inline", **self._options)
 
     def _move_to_process(self, source: PageSource) -> Backend:
-        """Let "auto" take the process driver: a source in Python comes before the start."""
-        engine = self._running_engine()
+        """Let "auto" become the process driver, for the first source that is in Python."""
+        old = self._running_engine()
         if not self._may_move:
             raise ValueError(
                 f"{source!r} must be read by Python, which the {self.driver} driver does without:"
                 " use a ZeroSource, a BufferSource or a FileSource, or driver='process'"
             )
-        if self._started or self._served:
+        if self._served:
             raise ValueError(
-                f"{source!r} must be read by Python, but this handler"
-                f" {'has started' if self._started else 'serves other regions'} without: serve it"
-                " first, or make the Handler with driver='process'"
+                f"{source!r} must be read by Python, but this handler serves other regions"
+                " without: serve it first, or make the Handler with driver='process'"
             )
         self.driver = "process"
         try:
-            self._engine = self._make_engine()
+            engine = self._make_engine()
+            try:
+                spaces = {
+                    uffd: engine.add_space(
+                        uffd.fileno(), has_events=int(uffd.features & LAYOUT_EVENTS)
+                    )
+                    if uffd is not self.uffd
+                    else 0
+                    for uffd in self._spaces
+                }
+                if self._started:
+                    engine.start(self._cpus)
+            except BaseException:
+                engine.destroy()
+                raise
         except BaseException:
             self.driver = "native"
             raise
-        engine.destroy()
-        self._may_move = False
-        for uffd in self._spaces:
-            if uffd is not self.uffd:
-                has_events = int(uffd.features & LAYOUT_EVENTS)
-                self._spaces[uffd] = self._engine.add_space(uffd.fileno(), has_events=has_events)
-        return self._engine
+        self._engine, self._spaces, self._may_move = engine, spaces, False
+        old.stop()
+        old.destroy()
+        return engine
 
     def _running_engine(self) -> Backend:
         if self._pid != os.getpid():
@@ -305,6 +320,8 @@ class Handler(SoleOwner):
                     alias.close()
                 raise
             self._served[space, start] = served
+            if self._started:
+                self._may_move = False
             if isinstance(region, Region):
                 self._follow_close(region, served)
             if self._started and self.driver == "inline" and ensure_inline_handler():
@@ -393,21 +410,24 @@ class Handler(SoleOwner):
     # Running
 
     def start(self) -> None:
-        """Start resolving; regions may be served before and after.
+        """Start resolving; `with` does it, and on a running handler this does nothing.
 
-        With write-protection, start after `writeprotect` when all pages must be of one instant:
-        a write that waits meanwhile goes on only then.
+        Regions may be served before and after. With write-protection and `autostart=False`, start
+        after `writeprotect` when all pages must be of one instant: a write that waits meanwhile
+        goes on only then.
 
         Raises:
-            ValueError: started already.
+            ClosedError: stopped already.
             UffdOSError: EAGAIN - no more threads.
         """
         with self._lock:
             engine = self._running_engine()
             if self._started:
-                raise ValueError("this handler has been started")
+                return
             engine.start(self._cpus)
             self._started = True
+            if self._served:
+                self._may_move = False
             _running.add(self)
 
     def stop(self, drain: bool = True) -> None:
@@ -607,6 +627,12 @@ class Handler(SoleOwner):
         self.stop()
 
     def __enter__(self) -> Self:
+        if self._autostart:
+            try:
+                self.start()
+            except BaseException:  # nobody else would stop it
+                self.stop()
+                raise
         return self
 
     def __exit__(
@@ -623,7 +649,7 @@ class Handler(SoleOwner):
             exc.add_note(f"and the fault handler failed: {error}")
 
     async def __aenter__(self) -> Self:
-        return self
+        return self.__enter__()
 
     async def __aexit__(
         self,
