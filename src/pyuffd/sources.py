@@ -60,7 +60,8 @@ class BufferSource(SoleOwner):
     gets. The object keeps the buffer alive and from being resized.
 
     Args:
-        data: A contiguous buffer. It must not lie in a range that a userfaultfd serves.
+        data: A contiguous buffer. Pages of it may be missing only where somebody else resolves
+            their faults: a handler refuses a source in memory that it serves itself.
 
     Raises:
         ValueError: an empty buffer.

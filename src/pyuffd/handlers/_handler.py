@@ -41,6 +41,7 @@ from pyuffd.handlers._engine import (
     SourceKind,
     ensure_inline_handler,
 )
+from pyuffd.handlers._overlaps import Overlaps, range_of
 from pyuffd.handlers._process import HelperLostError, RemoteEngine
 from pyuffd.handlers._serving import (
     Served,
@@ -155,6 +156,7 @@ class Handler(SoleOwner):
         self._spaces: dict[Userfaultfd, int] = {uffd: 0}
         self._served: dict[tuple[int, int], Served] = {}  # by space and start
         self._autostart = autostart
+        self._overlaps = Overlaps()
         self._started = False
         # Until a region is served without Python and the handler runs.
         self._may_move = driver == "auto" and self.driver == "native"
@@ -262,15 +264,16 @@ class Handler(SoleOwner):
                 handler borrows it and forgets its ranges when it is closed.
 
         Raises:
-            ValueError: a range that is served already, a source that ends before the last page
-                or lies inside the region, a mode that does not go with the arguments.
+            ValueError: a range that is served already, a source that ends before the last page, a
+                mode that does not go with the arguments; or memory that this handler reads or
+                writes (a `BufferSource`, `preserve`, `local`) in memory that it serves.
             UffdOSError: what UFFDIO_REGISTER says. Nothing is left behind.
         """
         with self._lock:
             engine = self._running_engine()
             start, length, page_size = region_numbers(region)
             check_mode(mode, source, preserve)
-            content = content_of(source, region, self._served.values())
+            content = content_of(source, region)
             if source is not None and content.kind is SourceKind.REQUEST:
                 engine = engine if engine.calls_python else self._move_to_process(source)
             sink, sink_owner = preserve_buffer(preserve, length)
@@ -284,12 +287,22 @@ class Handler(SoleOwner):
             if writes_cache:
                 # Linux maps zeros for a hole of the page cache, unless that is a missing fault.
                 mode |= RegisterMode.MISSING
+            memory = range_of(
+                region,
+                mode,
+                is_here=uffd is not self.uffd or self._owner_pid == self._pid,
+                source=source,
+                preserve=(sink, length if sink else 0),
+                local=None if engine.is_remote else local,
+                writes_local=bool(writes_cache),
+            )
             alias, local_start, file = None, 0, None
             if engine.is_remote:
                 file = local_file(region, length, local, needed=bool(writes_cache))
             else:
                 alias, local_start = local_mapping(region, length, local, needed=bool(writes_cache))
             try:
+                self._overlaps.check(memory)
                 served = Served(
                     engine.add(
                         RangeSpec(
@@ -312,6 +325,7 @@ class Handler(SoleOwner):
                     region,
                     uffd,
                     content.kind,
+                    memory,
                     alias=alias,
                 )
                 ioctls = register(engine, served)
@@ -322,6 +336,7 @@ class Handler(SoleOwner):
             self._served[space, start] = served
             if self._started:
                 self._may_move = False
+            self._overlaps.add(memory)
             if isinstance(region, Region):
                 self._follow_close(region, served)
             if self._started and self.driver == "inline" and ensure_inline_handler():
@@ -393,6 +408,7 @@ class Handler(SoleOwner):
         except UffdOSError as error:
             log.warning("%s", error)
         del self._served[served.id.space, served.id.start]
+        self._overlaps.remove(served.memory)
         served.uffd.note_unregistered(served.id.start, served.id.length)
         if served.alias is not None:
             served.alias.close()

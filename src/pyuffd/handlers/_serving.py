@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pyuffd import _memory
@@ -14,6 +14,7 @@ from pyuffd._pages import RangeLike, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._engine import Content, RangeId, SourceKind
+from pyuffd.handlers._overlaps import Range
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
@@ -38,12 +39,13 @@ class Served:
     region: RangeLike
     uffd: Userfaultfd
     kind: SourceKind
+    memory: Range
     ioctls: int = 0
     alias: Region | None = None
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
 
-def content_of(source: PageSource | None, region: RangeLike, served: Iterable[Served]) -> Content:
+def content_of(source: PageSource | None, region: RangeLike) -> Content:
     """Return what the engine is to fill a region with; ValueError where that cannot be."""
     if source is None:
         return Content(SourceKind.NONE)
@@ -66,7 +68,6 @@ def content_of(source: PageSource | None, region: RangeLike, served: Iterable[Se
             owner=source,
         )
     if isinstance(source, BufferSource):
-        _check_not_served(source, [region, *(one.id for one in served)])
         return Content(
             SourceKind.MEMORY, address=source.address, length=source.length, owner=source
         )
@@ -84,16 +85,6 @@ def check_source(source: object) -> None:
     else:
         wrapped = "BufferSource(...) if it is a buffer"
     raise TypeError(f"{type(source).__name__} is not a page source: wrap it in a {wrapped}")
-
-
-def _check_not_served(source: BufferSource, ranges: Iterable[RangeLike | RangeId]) -> None:
-    """Refuse memory whose own pages may be missing: its copy would wait for itself."""
-    end = source.address + source.length
-    for one in ranges:
-        if source.address < one.start + one.length and one.start < end:
-            raise ValueError(
-                f"{source!r} lies inside the served range [{one.start:#x}, +{one.length:#x})"
-            )
 
 
 def local_mapping(

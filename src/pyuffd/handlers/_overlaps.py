@@ -1,0 +1,171 @@
+"""Which memory of this process an engine serves, and which it reads and writes (layer L4).
+
+The engine must never fault in a page that it serves itself: nobody would resolve that fault.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pyuffd._abi import RegisterMode
+from pyuffd._pages import RangeLike
+from pyuffd.sources import BufferSource, PageSource
+
+T = TypeVar("T")
+
+FILLED = RegisterMode.MISSING | RegisterMode.MINOR
+
+
+class Spans(Generic[T]):
+    """Spans of addresses, which may overlap, each with what it is for.
+
+    Spans are kept in one sorted list for each power of two that their lengths reach: whatever
+    starts within that power before an address reaches it, so a search looks at few that do not.
+    """
+
+    def __init__(self) -> None:
+        self._lists: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        self._known: dict[tuple[int, int], list[T]] = {}
+
+    def add(self, start: int, length: int, what: T) -> None:
+        """Note a span."""
+        span = (start, start + length)
+        if span not in self._known:
+            self._known[span] = []
+            insort(self._lists[length.bit_length()], span)
+        self._known[span].append(what)
+
+    def remove(self, start: int, length: int, what: T) -> None:
+        """Forget a span that was noted."""
+        span = (start, start + length)
+        users = self._known[span]
+        users.remove(what)
+        if users:
+            return
+        del self._known[span]
+        spans = self._lists[length.bit_length()]
+        del spans[bisect_left(spans, span)]
+        if not spans:
+            del self._lists[length.bit_length()]
+
+    def find(self, start: int, length: int) -> T | None:
+        """Return what the first span that reaches into [start, start + length) is for."""
+        end = start + length
+        for bits, spans in self._lists.items():
+            at = bisect_left(spans, (start - (1 << bits), 0))
+            while at < len(spans) and spans[at][0] < end:
+                if spans[at][1] > start:
+                    return self._known[spans[at]][0]
+                at += 1
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Memory of this process that the engine reads or writes for a served range."""
+
+    start: int
+    length: int
+    written: bool
+    what: str  # its repr
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A served range, and the memory that it needs."""
+
+    start: int
+    length: int
+    mode: RegisterMode
+    is_here: bool  # memory of this process
+    uses: tuple[Use, ...]
+
+    def __str__(self) -> str:
+        return f"[{self.start:#x}, +{self.length:#x})"
+
+
+def range_of(
+    region: RangeLike,
+    mode: RegisterMode,
+    *,
+    is_here: bool,
+    source: PageSource | None,
+    preserve: tuple[int, int],
+    local: RangeLike | None,
+    writes_local: bool,
+) -> Range:
+    """Return what is to be served; `preserve` is address and length, (0, 0) without."""
+    uses = []
+    if isinstance(source, BufferSource):
+        uses.append(Use(source.address, source.length, False, repr(source)))
+    if preserve[0]:
+        uses.append(Use(*preserve, True, f"preserve={preserve[0]:#x} + {preserve[1]:#x} bytes"))
+    if local is not None and (preserve[0] or writes_local):
+        uses.append(Use(local.start, region.length, writes_local, f"local={local!r}"))
+    return Range(region.start, region.length, mode, is_here, tuple(uses))
+
+
+class Overlaps:
+    """The ranges that one engine serves, so that none is served from another."""
+
+    def __init__(self) -> None:
+        self._filled: Spans[Range] = Spans()  # whose pages may be missing
+        self._served: Spans[Range] = Spans()  # all of them: writing may fault
+        self._read: Spans[tuple[Range, Use]] = Spans()
+        self._written: Spans[tuple[Range, Use]] = Spans()
+
+    def check(self, new: Range) -> None:
+        """Raise ValueError where the engine would wait for itself, whichever is served first."""
+        for use in new.uses:
+            served = (self._served if use.written else self._filled).find(use.start, use.length)
+            if served is None and new.is_here and _faults(use, new) and _meet(use, new):
+                served = new
+            if served is not None:
+                raise ValueError(f"{use.what} lies inside the served range {served}")
+        if not new.is_here:
+            return
+        found = self._written.find(new.start, new.length)
+        if found is None and new.mode & FILLED:
+            found = self._read.find(new.start, new.length)
+        if found is not None:
+            other, use = found
+            raise ValueError(
+                f"the range {new} cannot be served: {use.what} of the served range {other} lies"
+                " in it, and its faults would wait for each other"
+            )
+
+    def add(self, new: Range) -> None:
+        """Note what is served now."""
+        for spans, one in self._entries(new):
+            spans.add(one.start, one.length, new)
+        for use in new.uses:
+            self._spans_of(use).add(use.start, use.length, (new, use))
+
+    def remove(self, old: Range) -> None:
+        """Forget what is served no more."""
+        for spans, one in self._entries(old):
+            spans.remove(one.start, one.length, old)
+        for use in old.uses:
+            self._spans_of(use).remove(use.start, use.length, (old, use))
+
+    def _entries(self, one: Range) -> Iterator[tuple[Spans[Range], Range]]:
+        if one.is_here:
+            yield self._served, one
+            if one.mode & FILLED:
+                yield self._filled, one
+
+    def _spans_of(self, use: Use) -> Spans[tuple[Range, Use]]:
+        return self._written if use.written else self._read
+
+
+def _faults(use: Use, served: Range) -> bool:
+    """Whether this use of a range's pages may fault: a protected page can be read."""
+    return use.written or bool(served.mode & FILLED)
+
+
+def _meet(use: Use, served: Range) -> bool:
+    return use.start < served.start + served.length and served.start < use.start + use.length

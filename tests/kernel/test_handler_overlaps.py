@@ -1,0 +1,170 @@
+"""A handler does not serve memory that it reads or writes itself, whichever was served first."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from pyuffd import BufferSource, Handler, HandoverRange, Region, RegisterMode, ZeroSource
+from tests._child import run_child
+from tests._memory import PAGE
+from tests.kernel._serving import Driver, handler_of, with_both_drivers
+
+MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
+Use = Literal["source", "preserve", "local read", "local written"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What memory is used for, how it is served, and whether the engine would wait for itself."""
+
+    use: Use
+    mode: RegisterMode
+    refused: bool
+
+
+TABLE = [
+    Row("source", MISSING, True),
+    Row("source", MISSING | WP, True),
+    Row("source", MINOR, True),
+    Row("source", WP, False),  # a protected page can be read
+    Row("preserve", MISSING, True),
+    Row("preserve", WP, True),
+    Row("local read", MISSING, True),
+    Row("local read", WP, False),
+    Row("local written", MISSING, True),
+    Row("local written", WP, True),
+    Row("local written", MINOR, True),
+]
+ids = [f"{row.use}-{row.mode.name}" for row in TABLE]
+
+
+def using(handler: Handler, memory: Region, use: Use) -> Callable[[], object]:
+    """Return a call that serves something else by means of this memory."""
+    if use == "source":
+        other = Region.anonymous(memory.length)
+        return lambda: handler.serve(other, BufferSource(memory.memoryview()))
+    if use == "preserve":
+        other = Region.anonymous(memory.length)
+        kept = memory.memoryview()
+        return lambda: handler.serve(other, None, mode=WP, preserve=kept)
+    other = memory.alias()
+    if use == "local read":
+        kept = bytearray(memory.length)  # type: ignore[assignment]
+        return lambda: handler.serve(other, None, mode=WP, preserve=kept, local=memory)
+    source = BufferSource(bytes(memory.length))
+    return lambda: handler.serve(other, source, mode=MINOR, local=memory)
+
+
+def serving(handler: Handler, memory: Region, mode: RegisterMode) -> Callable[[], object]:
+    source = ZeroSource() if mode & MISSING else None
+    return lambda: handler.serve(memory, source, mode=mode)
+
+
+@contextlib.contextmanager
+def refused(memory: Region, expected: bool) -> Iterator[None]:
+    """Check that a call is refused, and says which memory it is about."""
+    if not expected:
+        yield
+        return
+    with pytest.raises(ValueError, match=f"{memory.start:#x}"):
+        yield
+
+
+def check_both_orders(number: int) -> None:
+    row = TABLE[number]
+    for served_first in (True, False):
+        memory = Region.memfd(4 * PAGE)
+        memory.fill(1)
+        with handler_of("native") as handler:
+            calls = [serving(handler, memory, row.mode), using(handler, memory, row.use)]
+            first, second = calls if served_first else reversed(calls)
+            first()
+            before = repr(handler)
+            with refused(memory, row.refused):
+                second()
+            if row.refused:
+                assert repr(handler) == before
+            handler.start()
+
+
+@pytest.mark.parametrize("number", range(len(TABLE)), ids=ids)
+def test_both_orders(number: int) -> None:
+    run_child(check_both_orders, number)
+
+
+def check_message_names_both(driver: Driver) -> None:
+    first, second = Region.anonymous(PAGE), Region.anonymous(PAGE)
+    source = BufferSource(second.memoryview())
+    with handler_of(driver) as handler:
+        handler.serve(first, source)
+        with pytest.raises(ValueError) as caught:
+            handler.serve(second, ZeroSource())
+        for part in (repr(source), f"{first.start:#x}", f"{second.start:#x}"):
+            assert part in str(caught.value)
+        handler.unserve(first)  # now it may be
+        handler.serve(second, BufferSource(b"b" * PAGE))
+        handler.start()
+        assert second.read(0, 1) == b"b"
+
+
+test_message_names_both = with_both_drivers(check_message_names_both)
+
+
+def check_one_byte() -> None:
+    first, second = Region.anonymous(PAGE), Region.anonymous(2 * PAGE)
+    source = BufferSource(second.memoryview()[1 : PAGE + 1])
+    with handler_of("native") as handler:
+        handler.serve(first, source)
+        for page in (0, 1):
+            with pytest.raises(ValueError):
+                handler.serve(HandoverRange(second.start + page * PAGE, PAGE, PAGE), ZeroSource())
+
+
+def test_one_byte_is_enough() -> None:
+    run_child(check_one_byte)
+
+
+def check_memory_of_two_handlers() -> None:
+    with (
+        Region.anonymous(PAGE) as last,
+        handler_of("native") as one,
+        handler_of("native") as other,
+    ):
+        first = Region.anonymous(PAGE)
+        one.serve(first, BufferSource(b"1" * PAGE))
+        other.serve(last, BufferSource(first.memoryview()))
+        one.start()
+        other.start()
+        assert last.read(0, 1) == b"1"
+
+
+def test_memory_of_two_handlers() -> None:
+    """Another handler's memory is a good source: that one resolves its faults."""
+    run_child(check_memory_of_two_handlers)
+
+
+def seconds_for(count: int) -> float:
+    """CPU time of serving this many ranges."""
+    source = BufferSource(b"a" * PAGE)
+    with Region.anonymous(2 * count * PAGE) as region, handler_of("native") as handler:
+        began = time.process_time()
+        for index in range(count):
+            handler.serve(HandoverRange(region.start + 2 * index * PAGE, PAGE, PAGE), source)
+        return time.process_time() - began
+
+
+def check_many_ranges() -> None:
+    few, many = 1_000, 8_000
+    times = min(seconds_for(many) for _ in range(2)) / min(seconds_for(few) for _ in range(3))
+    assert times < 3 * many / few, f"{times:.0f} times as long for {many // few} times as many"
+
+
+def test_many_ranges() -> None:
+    """The time for one more range does not grow with those that are served."""
+    run_child(check_many_ranges, budget_s=60)

@@ -1,0 +1,62 @@
+"""Spans of memory and what they are for: against a search of all of them."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from pyuffd.handlers._overlaps import Spans
+
+
+def brute_force(known: list[tuple[int, int, int]], start: int, length: int) -> set[int]:
+    return {what for a, n, what in known if a < start + length and start < a + n}
+
+
+def test_finds_what_a_search_of_all_finds() -> None:
+    rng = random.Random(7)
+    spans: Spans[int] = Spans()
+    known: list[tuple[int, int, int]] = []
+    for what in range(3_000):
+        if known and rng.random() < 0.45:
+            spans.remove(*known.pop(rng.randrange(len(known))))
+        else:
+            one = (rng.randrange(5_000), rng.choice([1, 2, 7, 16, 100, 2_000]), what)
+            known.append(one)
+            spans.add(*one)
+        start, length = rng.randrange(5_000), rng.choice([1, 10, 300])
+        right = brute_force(known, start, length)
+        found = spans.find(start, length)
+        assert found in right if right else found is None
+
+
+def test_the_same_span_twice() -> None:
+    spans: Spans[str] = Spans()
+    spans.add(10, 5, "a")
+    spans.add(10, 5, "b")
+    spans.remove(10, 5, "a")
+    assert spans.find(14, 1) == "b"
+    spans.remove(10, 5, "b")
+    assert spans.find(14, 1) is None
+
+
+def test_ends_do_not_belong_to_it() -> None:
+    spans: Spans[str] = Spans()
+    spans.add(10, 5, "a")
+    assert [spans.find(at, 1) for at in (9, 10, 14, 15)] == [None, "a", "a", None]
+    assert spans.find(0, 10) is None
+
+
+def seconds_for(count: int) -> float:
+    """CPU time of adding spans that lie apart, each searched for before."""
+    spans: Spans[int] = Spans()
+    began = time.process_time()
+    for index in range(count):
+        assert spans.find(index * 8192, 4096) is None
+        spans.add(index * 8192, 4096, index)
+    return time.process_time() - began
+
+
+def test_time_does_not_grow_with_their_number() -> None:
+    few, many = 2_000, 32_000
+    times = min(seconds_for(many) for _ in range(3)) / min(seconds_for(few) for _ in range(3))
+    assert times < 3 * many / few  # it would be the square of that
