@@ -118,7 +118,7 @@ def test_pageout(memory: Memory) -> None:
 
 def test_pageout_without_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux would return success and keep the pages; a file on disk needs no swap."""
-    monkeypatch.setattr("pyuffd.regions._machine.swap_problem", lambda: "no swap")
+    monkeypatch.setattr("pyuffd._machine.swap_problem", lambda: "no swap")
     path = tmp_path / "file"
     path.write_bytes(b"x" * PAGE)
     needing = [Region.anonymous(PAGE), Region.memfd(PAGE), Region.file(path, shared=False)]

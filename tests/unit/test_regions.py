@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd.regions import _files, _machine, _maps
+from pyuffd import _machine
+from pyuffd.regions import _files, _maps
 
 KIB = 1 << 10
 HUGE = 2 << 20
@@ -81,6 +82,54 @@ def test_swap_problem(machine: dict[str, int]) -> None:
 def test_meminfo_is_in_bytes() -> None:
     assert _machine._meminfo("MemTotal") > 1 << 20
     assert _machine._meminfo("NoSuchLine") == 0
+
+
+def fake_proc(folder: Path, *, mode: int, mappings: int, sizes: dict[str, int]) -> Path:
+    """Write what a /proc says of memory, in KiB."""
+    (folder / "sys/vm").mkdir(parents=True)
+    (folder / "sys/vm/overcommit_memory").write_text(f"{mode}\n")
+    (folder / "sys/vm/max_map_count").write_text("100\n")
+    (folder / "self").mkdir()
+    (folder / "self/maps").write_text("00-01 line\n" * mappings)
+    (folder / "self/status").write_text("Name:\tx\nVmSize:\t 1000 kB\nVmData:\t 500 kB\n")
+    (folder / "meminfo").write_text("".join(f"{key}: {kib} kB\n" for key, kib in sizes.items()))
+    return folder
+
+
+MEMINFO = {"MemTotal": 1 << 20, "SwapTotal": 1 << 20, "CommitLimit": 1 << 21, "Committed_AS": 1}
+
+# overcommit mode, mappings, length, accounted, what the hint names
+LIMITS = [
+    (0, 1, 3 << 30, True, "noreserve=True, or `sysctl vm.overcommit_memory=1`"),
+    (0, 1, 3 << 30, False, "address space"),
+    (0, 1, 1 << 30, True, "address space"),
+    (0, 98, 4096, True, "vm.max_map_count is 100: join ranges, or `sysctl vm.max_map_count=200`"),
+    (2, 1, 3 << 30, True, "`sysctl vm.overcommit_memory=0`"),
+    (2, 1, 3 << 30, False, "address space"),
+]
+
+
+@pytest.mark.parametrize(("mode", "mappings", "length", "accounted", "named"), LIMITS)
+def test_which_limit_a_mapping_met(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int,
+    mappings: int,
+    length: int,
+    accounted: bool,
+    named: str,
+) -> None:
+    monkeypatch.setattr(
+        _machine, "PROC", fake_proc(tmp_path, mode=mode, mappings=mappings, sizes=MEMINFO)
+    )
+    assert named in _machine.why_no_memory(length, accounted=accounted)
+
+
+def test_a_limit_that_cannot_be_read_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_machine, "PROC", tmp_path)
+    assert _machine.why_no_memory(4096, accounted=True) == ""
 
 
 @pytest.mark.parametrize("name", ["a", "/a", "/a.b-c", "x" * 255, "/" + "x" * 255])

@@ -7,10 +7,10 @@ import fcntl
 import mmap
 import os
 
-from pyuffd import _memory
+from pyuffd import _machine, _memory
 from pyuffd._errors import UffdOSError
 from pyuffd._pages import PAGE_SIZE, check_aligned, check_page_size, check_range
-from pyuffd.regions import _files, _machine, _maps
+from pyuffd.regions import _files, _maps
 from pyuffd.regions._mapping import READ_WRITE, Mapping, RegionKind, check_length, map_memory
 
 MEMFD_NAME = "pyuffd"
@@ -20,18 +20,21 @@ MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; vm.memfd_noexec=2 refuses memfds without it
 SIZE_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
-def anonymous(length: int, huge_page_size: int | None) -> Mapping:
+def anonymous(length: int, huge_page_size: int | None, *, noreserve: bool) -> Mapping:
     """Map private anonymous memory."""
     page_size = _machine.page_size_for(huge_page_size)
     check_length(length, page_size)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    flags = _sharing(False, noreserve) | mmap.MAP_ANONYMOUS
     if huge_page_size is not None:
         flags |= _machine.MAP_HUGETLB | _machine.size_bits(page_size)
     start = map_memory(length, page_size, flags)
-    return Mapping(start, length, page_size, RegionKind.ANONYMOUS, None, False, True)
+    kind = RegionKind.ANONYMOUS
+    return Mapping(start, length, page_size, kind, None, False, True, noreserve=noreserve)
 
 
-def memfd(length: int, *, shared: bool, huge_page_size: int | None, seal: bool) -> Mapping:
+def memfd(
+    length: int, *, shared: bool, huge_page_size: int | None, seal: bool, noreserve: bool
+) -> Mapping:
     """Make a memfd of exactly this length and map it."""
     page_size = _machine.page_size_for(huge_page_size)
     check_length(length, page_size)
@@ -43,11 +46,12 @@ def memfd(length: int, *, shared: bool, huge_page_size: int | None, seal: bool) 
         os.ftruncate(fd, length)
         if seal:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
-        start = map_memory(length, page_size, _sharing(shared), fd=fd)
+        start = map_memory(length, page_size, _sharing(shared, noreserve), fd=fd)
     except BaseException:
         os.close(fd)
         raise
-    return Mapping(start, length, page_size, RegionKind.MEMFD, fd, shared, True)
+    kind = RegionKind.MEMFD
+    return Mapping(start, length, page_size, kind, fd, shared, True, noreserve=noreserve)
 
 
 def shm(name: str, length: int, *, reserve: bool, unlink: bool) -> Mapping:
@@ -57,10 +61,12 @@ def shm(name: str, length: int, *, reserve: bool, unlink: bool) -> Mapping:
     return _named(path, length, RegionKind.SHM, shared=True, reserve=reserve, unlink=unlink)
 
 
-def hugetlbfs(path: str, length: int, *, shared: bool, unlink: bool) -> Mapping:
+def hugetlbfs(path: str, length: int, *, shared: bool, unlink: bool, noreserve: bool) -> Mapping:
     """Create or open a file on a hugetlbfs mount."""
     kind, path = RegionKind.HUGETLBFS, os.path.abspath(path)
-    return _named(path, length, kind, shared=shared, reserve=False, unlink=unlink)
+    return _named(
+        path, length, kind, shared=shared, reserve=False, unlink=unlink, noreserve=noreserve
+    )
 
 
 def file(
@@ -71,8 +77,11 @@ def file(
     shared: bool,
     writable: bool,
     reserve: bool,
+    noreserve: bool,
 ) -> Mapping:
     """Map part of an existing file."""
+    if reserve and noreserve:
+        raise ValueError("reserve and noreserve contradict each other")
     fd = _files.own_fd(file, writable=writable and shared)
     try:
         found = _files.facts(fd)
@@ -81,7 +90,14 @@ def file(
             length = found.size - offset
         check_length(length, found.page_size)
         return _map_file(
-            fd, length, found, offset=offset, shared=shared, writable=writable, reserve=reserve
+            fd,
+            length,
+            found,
+            offset=offset,
+            shared=shared,
+            writable=writable,
+            reserve=reserve,
+            noreserve=noreserve,
         )
     except BaseException:
         os.close(fd)
@@ -119,7 +135,7 @@ def alias(mapping: Mapping) -> Mapping:
         start = map_memory(
             mapping.length,
             mapping.page_size,
-            mmap.MAP_SHARED,
+            _sharing(True, mapping.noreserve),
             prot=_protection(writable),
             fd=fd,
             offset=mapping.offset,
@@ -136,11 +152,19 @@ def alias(mapping: Mapping) -> Mapping:
         True,
         writable,
         mapping.offset,
+        mapping.noreserve,
     )
 
 
 def _named(
-    path: str, length: int, kind: RegionKind, *, shared: bool, reserve: bool, unlink: bool
+    path: str,
+    length: int,
+    kind: RegionKind,
+    *,
+    shared: bool,
+    reserve: bool,
+    unlink: bool,
+    noreserve: bool = False,
 ) -> Mapping:
     fd, is_new = _files.open_or_create(path)
     try:
@@ -157,6 +181,7 @@ def _named(
             kind=kind,
             shared=shared,
             reserve=reserve,
+            noreserve=noreserve,
             unlink=path if unlink else None,
         )
     except BaseException:
@@ -176,6 +201,7 @@ def _map_file(
     shared: bool = True,
     writable: bool = True,
     reserve: bool = False,
+    noreserve: bool = False,
     unlink: str | None = None,
 ) -> Mapping:
     _files.check_access(fd, shared=shared, writable=writable)
@@ -187,7 +213,7 @@ def _map_file(
     start = map_memory(
         length,
         found.page_size,
-        _sharing(shared),
+        _sharing(shared, noreserve),
         prot=_protection(writable),
         fd=fd,
         offset=offset,
@@ -201,6 +227,7 @@ def _map_file(
         shared,
         writable,
         offset,
+        noreserve,
         unlink=unlink,
     )
 
@@ -214,8 +241,9 @@ def _memfd_create(flags: int) -> int:
     return _memory.memfd_create(MEMFD_NAME, flags)
 
 
-def _sharing(shared: bool) -> int:
-    return mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+def _sharing(shared: bool, noreserve: bool) -> int:
+    flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+    return flags | (_machine.MAP_NORESERVE if noreserve else 0)
 
 
 def _protection(writable: bool) -> int:

@@ -6,15 +6,16 @@ import errno
 import mmap
 from dataclasses import dataclass
 from math import ceil
+from typing import NoReturn
 
-from pyuffd import _memory
+from pyuffd import _machine, _memory
 from pyuffd._enums import Word
 from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE, round_up
-from pyuffd.regions import _machine
 
 PROT_NONE = 0  # not in the mmap module
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+ADDRESS_SPACE = 1 << 56  # user addresses with five levels of page tables
 ALIGN_TRIES = 8  # each fails only if another thread maps into the gap at that very moment
 
 
@@ -50,6 +51,7 @@ class Mapping:
     shared: bool
     writable: bool
     offset: int = 0
+    noreserve: bool = False
     owned: bool = True
     unlink: str | None = None
 
@@ -58,6 +60,8 @@ def check_length(length: int, page_size: int) -> None:
     """Raise ValueError unless `length` is a positive multiple of the page size."""
     if length <= 0:
         raise ValueError(f"length {length:#x} must be above zero")
+    if length >= ADDRESS_SPACE:
+        raise ValueError(f"length {length:#x} is more than an address space")
     if length % page_size:
         raise ValueError(f"length {length:#x} is not a multiple of the page size {page_size:#x}")
 
@@ -71,25 +75,36 @@ def map_memory(
     fd: int = -1,
     offset: int = 0,
 ) -> int:
-    """mmap(2), aligned so that transparent huge pages fit; name a shortage of huge pages."""
+    """mmap(2), aligned so that transparent huge pages fit; say what there is too little of."""
     try:
         if page_size == PAGE_SIZE and length >= HUGE_PAGE_2M:
             return _map_aligned(length, prot, flags, fd, offset)
         return _memory.mmap(length, prot, flags, fd, offset)
     except UffdOSError as error:
-        if error.errno != errno.ENOMEM or page_size == PAGE_SIZE:
+        if error.errno == errno.EAGAIN:
+            raise_errno("mmap", errno.EAGAIN, None, length, hint=_machine.why_locked())
+        if error.errno != errno.ENOMEM:
             raise
-        needed = ceil(length / page_size)
-        raise_errno(
-            "mmap",
-            errno.ENOMEM,
-            None,
-            length,
-            hint=_machine.shortage(page_size, needed, fd),
-            page_size=page_size,
-            needed_pages=needed,
-            free_pages=_machine.free_pages(page_size),
-        )
+        if page_size > PAGE_SIZE:
+            _raise_shortage(length, page_size, fd)
+        private = bool(flags & mmap.MAP_PRIVATE and prot & mmap.PROT_WRITE)
+        accounted = private and not flags & _machine.MAP_NORESERVE
+        hint = _machine.why_no_memory(length, accounted=accounted)
+        raise_errno("mmap", errno.ENOMEM, None, length, hint=hint)
+
+
+def _raise_shortage(length: int, page_size: int, fd: int) -> NoReturn:
+    needed = ceil(length / page_size)
+    raise_errno(
+        "mmap",
+        errno.ENOMEM,
+        None,
+        length,
+        hint=_machine.shortage(page_size, needed, fd),
+        page_size=page_size,
+        needed_pages=needed,
+        free_pages=_machine.free_pages(page_size),
+    )
 
 
 def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int) -> int:

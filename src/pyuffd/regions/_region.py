@@ -11,11 +11,11 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pyuffd import _memory
+from pyuffd import _machine, _memory
 from pyuffd._closing import CloseCallbacks
 from pyuffd._errors import ClosedError, raise_errno
 from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
-from pyuffd.regions import _create, _files, _machine
+from pyuffd.regions import _create, _files
 from pyuffd.regions._files import FileLike
 from pyuffd.regions._mapping import Mapping, RegionKind
 
@@ -75,23 +75,32 @@ class Region(CloseCallbacks):
     # Constructors
 
     @classmethod
-    def anonymous(cls, length: int, *, huge_page_size: int | None = None) -> Self:
+    def anonymous(
+        cls, length: int, *, huge_page_size: int | None = None, noreserve: bool = False
+    ) -> Self:
         """Map private anonymous memory, zeros until written.
 
         From 2 MiB on it is aligned to 2 MiB, so that transparent huge pages fit.
 
         Args:
             length: Bytes, a multiple of the page size.
-            huge_page_size: Take hugetlb pages of this size in bytes instead.
+            huge_page_size: Use hugetlb pages of this size in bytes instead.
+            noreserve: Map more than the machine has, of which only a part will be used: Linux
+                refuses more than its memory and swap at once otherwise (vm.overcommit_memory).
+                What is used must still be there: no free huge page is SIGBUS, and too little
+                memory the out-of-memory killer.
 
         Raises:
             ValueError: a bad length, or a huge page size this machine does not have.
-            UffdOSError: ENOMEM - too little memory, or too few huge pages: `hint` says how many
-                are free and the command for more; `needed_pages` and `free_pages` are set.
+            UffdOSError: ENOMEM - `hint` names the limit: vm.overcommit_memory, vm.max_map_count,
+                a resource limit, or too few huge pages; then it says how many are free and the
+                command for more, and `needed_pages` and `free_pages` are set.
+                EAGAIN - memory is locked as it is mapped, and RLIMIT_MEMLOCK is too low.
 
-        Kernel: mmap(2). Huge pages are reserved here, so touching them later cannot fail.
+        Kernel: mmap(2). Huge pages are reserved here, so touching them later cannot fail, unless
+            `noreserve` says not to.
         """
-        return cls(_create.anonymous(length, huge_page_size))
+        return cls(_create.anonymous(length, huge_page_size, noreserve=noreserve))
 
     @classmethod
     def memfd(
@@ -101,6 +110,7 @@ class Region(CloseCallbacks):
         shared: bool = True,
         huge_page_size: int | None = None,
         seal: bool = False,
+        noreserve: bool = False,
     ) -> Self:
         """Map a new memfd, which can be mapped again (`alias`) and sent to other processes.
 
@@ -110,6 +120,7 @@ class Region(CloseCallbacks):
             huge_page_size: Make it of hugetlb pages of this size in bytes.
             seal: Fix its size and its seals, so that nobody it is sent to can truncate it and
                 turn this mapping's pages into SIGBUS.
+            noreserve: As for `anonymous`; of use with shared=False, and for huge pages.
 
         Raises:
             ValueError: as for `anonymous`.
@@ -117,7 +128,15 @@ class Region(CloseCallbacks):
 
         Kernel: memfd_create(2).
         """
-        return cls(_create.memfd(length, shared=shared, huge_page_size=huge_page_size, seal=seal))
+        return cls(
+            _create.memfd(
+                length,
+                shared=shared,
+                huge_page_size=huge_page_size,
+                seal=seal,
+                noreserve=noreserve,
+            )
+        )
 
     @classmethod
     def shm(cls, name: str, length: int, *, reserve: bool = False, unlink: bool = False) -> Self:
@@ -144,6 +163,7 @@ class Region(CloseCallbacks):
         *,
         shared: bool = True,
         unlink: bool = False,
+        noreserve: bool = False,
     ) -> Self:
         """Create or open a file on a hugetlbfs mount; the mount says the page size.
 
@@ -152,13 +172,18 @@ class Region(CloseCallbacks):
             length: Bytes, a multiple of that page size; an existing file must be as long.
             shared: False maps it copy-on-write.
             unlink: Remove the file when this region is closed.
+            noreserve: As for `anonymous`: reserve no huge pages.
 
         Raises:
             ValueError: a bad length, a shorter file, or a path that is not on hugetlbfs.
             UffdOSError: ENOMEM - too few huge pages in the pool or on the mount; see `anonymous`.
             OSError: the file cannot be opened or created.
         """
-        return cls(_create.hugetlbfs(os.fspath(path), length, shared=shared, unlink=unlink))
+        return cls(
+            _create.hugetlbfs(
+                os.fspath(path), length, shared=shared, unlink=unlink, noreserve=noreserve
+            )
+        )
 
     @classmethod
     def file(
@@ -170,6 +195,7 @@ class Region(CloseCallbacks):
         shared: bool = True,
         writable: bool = True,
         reserve: bool = False,
+        noreserve: bool = False,
     ) -> Self:
         """Map part of an existing file: on tmpfs, a received memfd, on hugetlbfs.
 
@@ -187,10 +213,11 @@ class Region(CloseCallbacks):
             reserve: Allocate all of it now, so that touching it cannot fail for lack of space.
                 Its pages are then in the page cache: they give minor faults, not missing ones.
                 Without it only space that is certain to be lacking is noticed.
+            noreserve: As for `anonymous`; of use with shared=False, and for huge pages.
 
         Raises:
-            ValueError: a bad length or offset, a file that ends before the region, or not a
-                regular file.
+            ValueError: a bad length or offset, a file that ends before the region, not a regular
+                file, or `reserve` and `noreserve` at once.
             UffdPermissionError: EACCES - shared and writable of a descriptor that is read-only
                 or sealed against writing.
             UffdOSError: ENOSPC - the file system is too full: touching the region would be
@@ -199,7 +226,13 @@ class Region(CloseCallbacks):
         """
         return cls(
             _create.file(
-                file, length, offset=offset, shared=shared, writable=writable, reserve=reserve
+                file,
+                length,
+                offset=offset,
+                shared=shared,
+                writable=writable,
+                reserve=reserve,
+                noreserve=noreserve,
             )
         )
 

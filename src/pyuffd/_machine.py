@@ -1,0 +1,183 @@
+"""What this machine has and allows, and what to do when it is too little (layer L2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pyuffd._pages import PAGE_SIZE
+
+PROC = Path("/proc")
+POOLS = Path("/sys/kernel/mm/hugepages")
+MAP_HUGETLB = 0x40000
+MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13
+_SPLIT = 2
+MFD_HUGETLB = 0x4
+SIZE_SHIFT = 26  # MAP_HUGE_SHIFT and MFD_HUGE_SHIFT: log2 of the page size sits above it
+
+
+def sizes() -> list[int]:
+    """Return the huge page sizes of this machine in bytes, smallest first."""
+    prefix, suffix = "hugepages-", "kB"
+    return sorted(
+        int(pool.name.removeprefix(prefix).removesuffix(suffix)) << 10
+        for pool in POOLS.glob(f"{prefix}*{suffix}")
+    )
+
+
+def page_size_for(huge_page_size: int | None) -> int:
+    """Return the page size that a constructor's `huge_page_size` asks for, if it exists here."""
+    if huge_page_size is None:
+        return PAGE_SIZE
+    known = sizes()
+    if huge_page_size not in known:
+        has = ", ".join(map(hex, known)) or "no huge pages"
+        raise ValueError(f"huge page size {huge_page_size:#x}: this machine has {has}")
+    return huge_page_size
+
+
+def size_bits(page_size: int) -> int:
+    """Return the page size as mmap(2) and memfd_create(2) take it in their flags."""
+    return (page_size.bit_length() - 1) << SIZE_SHIFT
+
+
+def free_pages(page_size: int) -> int:
+    """Return how many huge pages of this size are neither used nor promised to a mapping."""
+    return _count(page_size, "free_hugepages") - _count(page_size, "resv_hugepages")
+
+
+def shortage(page_size: int, needed: int, fd: int) -> str:
+    """Say how many pages are free of how many, and the command that would provide the rest."""
+    total, free = _count(page_size, "nr_hugepages"), free_pages(page_size)
+    kib = page_size >> 10
+    text = f"{free} of {total} huge pages of {kib} KiB are free, {needed} are needed"
+    if free < needed:
+        wanted = total + needed - free
+        if page_size == _meminfo("Hugepagesize"):
+            return f"{text}: `sysctl vm.nr_hugepages={wanted}`"
+        return f"{text}: `echo {wanted} > {_pool(page_size)}/nr_hugepages`"
+    if fd >= 0:
+        mount = os.fstatvfs(fd)
+        if mount.f_blocks:
+            left = f"{mount.f_bfree} of its {mount.f_blocks} pages left"
+            text += f"; the mount has {left}: `mount -o remount,size=...`"
+    return text
+
+
+def why_no_memory(length: int, *, accounted: bool) -> str:
+    """Return which limit a mapping that got ENOMEM met, and what raises it; "" if it is not told.
+
+    `accounted` says that the kernel counts it as memory that may be used: it is private and
+    writable, and not mapped with MAP_NORESERVE.
+    """
+    with suppress(OSError, ValueError, KeyError):
+        return next(_memory_limits(length, accounted), "")
+    return ""
+
+
+def _memory_limits(length: int, accounted: bool) -> Iterator[str]:
+    import resource
+
+    status = _status()
+    soft_as, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft_as != resource.RLIM_INFINITY and status["VmSize"] + length > soft_as:
+        yield (
+            f"RLIMIT_AS is {_size(soft_as)}, and {_size(status['VmSize'])} are mapped:"
+            " raise it (`ulimit -v`)"
+        )
+    soft_data, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft_data != resource.RLIM_INFINITY and status["VmData"] + length > soft_data:
+        yield (
+            f"RLIMIT_DATA is {_size(soft_data)}, and {_size(status['VmData'])} are used:"
+            " raise it (`ulimit -d`)"
+        )
+    if problem := too_many_mappings():
+        yield problem
+    mode = (PROC / "sys/vm/overcommit_memory").read_text().strip()
+    if mode == "2":
+        limit, committed = _meminfo("CommitLimit"), _meminfo("Committed_AS")
+        if accounted and committed + length > limit:
+            yield (
+                f"vm.overcommit_memory is 2, and {_size(committed)} of {_size(limit)} are"
+                " committed: `sysctl vm.overcommit_memory=0`, or a higher vm.overcommit_ratio"
+                " (noreserve=True is ignored in this mode)"
+            )
+    elif accounted and length > (total := _meminfo("MemTotal") + _meminfo("SwapTotal")):
+        yield (
+            f"vm.overcommit_memory is {mode}, which refuses more at once than the {_size(total)} of"
+            " memory and swap: noreserve=True, or `sysctl vm.overcommit_memory=1`"
+        )
+    yield f"the address space may have no gap of {_size(length)}"
+
+
+def too_many_mappings(pid: int | str = "self") -> str:
+    """Say that a process has as many mappings as vm.max_map_count allows, or return ""."""
+    limit = int((PROC / "sys/vm/max_map_count").read_text())
+    with (PROC / str(pid) / "maps").open("rb") as maps:
+        count = sum(1 for _ in maps)
+    # Registering the middle of a mapping makes three of one, which the kernel refuses before that.
+    if count + _SPLIT < limit:
+        return ""
+    return (
+        f"{count} mappings, and vm.max_map_count is {limit}: join ranges, or"
+        f" `sysctl vm.max_map_count={2 * limit}`"
+    )
+
+
+def why_locked() -> str:
+    """Say why mmap(2) may give EAGAIN: memory that is locked as soon as it is mapped."""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return (
+        f"memory is locked as it is mapped (mlockall), and RLIMIT_MEMLOCK is {_size(limit)}:"
+        " raise it (`ulimit -l`), or unlock (munlockall)"
+    )
+
+
+def swap_problem() -> str:
+    """Return why nothing can be swapped out, or an empty string."""
+    if _meminfo("SwapFree"):
+        return ""
+    if total := _meminfo("SwapTotal"):
+        return f"all {total >> 20} MiB of swap are used"
+    return "this machine has no swap: `swapon FILE` (see mkswap(8)) provides it"
+
+
+def _pool(page_size: int) -> Path:
+    return POOLS / f"hugepages-{page_size >> 10}kB"
+
+
+def _count(page_size: int, name: str) -> int:
+    try:
+        return int((_pool(page_size) / name).read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def _status() -> dict[str, int]:
+    """Return the sizes of /proc/self/status in bytes."""
+    sizes = {}
+    for line in (PROC / "self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            sizes[key] = int(value.split()[0]) << 10
+    return sizes
+
+
+def _size(size: int) -> str:
+    value = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def _meminfo(key: str) -> int:
+    for line in (PROC / "meminfo").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) << 10
+    return 0
