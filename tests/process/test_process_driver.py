@@ -265,13 +265,7 @@ def test_starts_without_a_fork() -> None:
 def refusals() -> None:
     handler, region = serve(ZeroSource())
     other = Region.anonymous(LENGTH)
-
-    def local(offset: int, length: int) -> bytes:
-        return bytes(length)
-
     for source in (
-        CallableSource(local),
-        CallableSource(lambda offset, length: bytes(length)),
         sources.Source(threading.Lock()),  # type: ignore[arg-type]
         BufferSource(bytes(LENGTH)),
         sources.Source(BufferSource(bytes(LENGTH))),  # type: ignore[arg-type]
@@ -286,47 +280,6 @@ def refusals() -> None:
 
 def test_what_cannot_be_sent_is_refused() -> None:
     run_child(refusals)
-
-
-MAIN = """
-from pyuffd import CallableSource, Handler, Region, Userfaultfd
-
-class Local:
-    length = None
-    def read(self, offset, length):
-        return bytes([helper(offset)]) * length
-
-def helper(offset):
-    return offset // 4096 + 1
-
-def source(offset, length):
-    return bytes([helper(offset)]) * length
-
-if __name__ == "__main__":
-    with Userfaultfd() as uffd, Region.anonymous(8192) as a, Region.anonymous(8192) as b:
-        with Handler(uffd, driver="process") as handler:
-            handler.serve(a, CallableSource(source))
-            handler.serve(b, Local())
-            handler.start()
-            with a.memoryview() as view, b.memoryview() as other:
-                assert (view[0], view[4096], other[4096]) == (1, 2, 2)
-    print("done")
-"""
-
-
-def test_functions_of_a_script(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(MAIN)
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=20
-    )
-    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
-
-
-def test_functions_of_no_module() -> None:
-    done = subprocess.run([sys.executable, "-c", MAIN], capture_output=True, text=True, timeout=20)
-    assert done.returncode == 1
-    assert "top level of a module" in done.stderr.splitlines()[-1]
 
 
 # What goes wrong in a source

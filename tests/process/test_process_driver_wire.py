@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 import threading
 from collections.abc import Iterator
@@ -73,13 +72,13 @@ def test_errors_travel_with_their_traceback() -> None:
     try:
         fail()
     except KeyError as error:
-        found = pickle.loads(_wire.pickled_error(error))
+        found = _wire.load_error(_wire.pickled_error(error))
     assert type(found) is KeyError
     assert found.args == ("page",)
     assert "in fail" in found.__notes__[0]
 
 
 def test_errors_that_cannot_travel_are_described() -> None:
-    found = pickle.loads(_wire.pickled_error(StubbornError("kept")))
+    found = _wire.load_error(_wire.pickled_error(StubbornError("kept")))
     assert type(found) is RuntimeError
     assert str(found) == "StubbornError: kept"

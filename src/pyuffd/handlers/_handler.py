@@ -52,6 +52,7 @@ from pyuffd.handlers._serving import (
     protect,
     register,
 )
+from pyuffd.handlers._transport import refuse_while_loading
 from pyuffd.handlers._workers import WorkedEngine
 from pyuffd.regions import Region
 from pyuffd.sources import PageSource
@@ -83,10 +84,12 @@ class Handler(SoleOwner):
             "inline", in the faulting thread itself by a SIGBUS handler: the fastest, for
             accesses of this process's own code only; a system call that touches a missing page
             fails with EFAULT (`populate` first). Needs Feature.SIGBUS. "process", for page
-            sources in Python: another process gets a copy of them (what they consist of must be
-            picklable) and calls them there, so that a thread may fault while it holds the GIL.
-            If that process is killed another takes its place. "thread": threads of this process
-            call the sources, and C does all else. A thread that faults while it holds the GIL
+            sources in Python: another process gets a copy of them, and calls them there, so that
+            a thread may fault while it holds the GIL. They must be picklable; lambdas, closures
+            and what a notebook defines need the package cloudpickle. Without it a program whose
+            main module defines a source needs `if __name__ == "__main__":`, as the other process
+            imports that module. If that process is killed another takes its place. "thread":
+            threads of this process call the sources, and C does all else. A thread that faults while it holds the GIL
             waits for a Python thread that cannot run; after `stall_timeout_s` all tracebacks go
             to stderr, and `on_error` ends the wait. "auto" is "inline" where the userfaultfd has
             Feature.SIGBUS, else "native" until a source in Python is served, then "process".
@@ -140,6 +143,7 @@ class Handler(SoleOwner):
         autostart: bool = True,
     ) -> None:
         self._engine: Backend | None = None
+        refuse_while_loading()
         self._cpus = check_cpus(cpus)
         self.driver = choose_driver(driver, uffd)
         check_uffd(self.driver, uffd)

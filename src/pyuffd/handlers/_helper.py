@@ -323,7 +323,7 @@ class Keeper:
                 f"the worker process ended {SHORT_LIVES} times in a row, the last time with exit"
                 f" code {exit_code}: what its sources were asked for is poisoned"
             )
-            self._failure = pickle.dumps((pickle.dumps(error), 0, 0))
+            self._failure = pickle.dumps((_wire.pickled_error(error, with_traceback=False), 0, 0))
         self._book.restarts += 1
         self._send_to_owner((0, "restarted", pickle.dumps(self._book.refusing)))
         self._worker = self._start_worker()

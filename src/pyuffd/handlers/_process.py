@@ -30,6 +30,7 @@ from pyuffd.handlers._engine import (
     RecentFault,
     SourceKind,
 )
+from pyuffd.handlers._transport import pack
 from pyuffd.handlers._worker_process import Serving
 
 log = logging.getLogger(__name__)
@@ -92,10 +93,9 @@ class RemoteEngine(SoleOwner):
         call.done.wait()
         if call.payload is None:
             raise self._lost_error()
-        value = pickle.loads(call.payload)
         if not call.ok:
-            raise value
-        return value
+            raise _wire.load_error(call.payload)
+        return pickle.loads(call.payload)
 
     def _lost_error(self) -> HelperLostError:
         return HelperLostError(
@@ -149,7 +149,7 @@ class RemoteEngine(SoleOwner):
                 " serve that region with another Handler, of driver='native'"
             )
         fds = (content.fd,) if content.kind is SourceKind.FILE else ()
-        blob = _pickled(content.owner) if content.kind is SourceKind.REQUEST else b""
+        source = pack(content.owner) if content.kind is SourceKind.REQUEST else None
         served: RangeId = self._call(
             "add",
             Serving(
@@ -159,8 +159,7 @@ class RemoteEngine(SoleOwner):
                 spec.page_size,
                 spec.mode,
                 content.kind,
-                blob,
-                _main_module() if b"__main__" in blob else {},
+                source,
                 content.offset,
                 content.length,
                 spec.local_file[1] if spec.local_file else -1,
@@ -232,7 +231,7 @@ class RemoteEngine(SoleOwner):
         if found is None:
             return None
         blob, start, length = found
-        return SourceFailure(pickle.loads(blob), start, length)
+        return SourceFailure(_wire.load_error(blob), start, length)
 
     def stats(self) -> HandlerStats:
         """Sum up the counters."""
@@ -291,22 +290,3 @@ def _start(theirs: socket.socket) -> subprocess.Popen[bytes]:
         pass_fds=[theirs.fileno()],
         start_new_session=True,
     )
-
-
-def _pickled(source: object) -> bytes:
-    try:
-        return pickle.dumps(source, pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # PicklingError, AttributeError, TypeError, and what classes raise
-        raise ValueError(
-            f"{source!r} cannot be sent to the helper process ({error}): make it of functions and"
-            " classes at the top level of a module, and of data that can be pickled, or use"
-            " driver='thread'"
-        ) from error
-
-
-def _main_module() -> dict[str, str]:
-    """Say how the helper can import the main module of this program."""
-    from multiprocessing import spawn
-
-    data = spawn.get_preparation_data("pyuffd")
-    return {key: data[key] for key in data if key.startswith("init_main_from")}

@@ -5,12 +5,17 @@ Both ends are this library's: nothing here guards against a hostile peer.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import socket
 import struct
+import sys
 import traceback
 from typing import Any
+
+from pyuffd.handlers._transport import MAIN_NAMES
 
 _HEADER = struct.Struct("=II")  # length of the pickle, descriptors that come with it
 MAX_FDS = 8
@@ -78,15 +83,42 @@ def close_all(fds: list[int]) -> None:
         os.close(fds.pop())
 
 
-def pickled_error(error: BaseException) -> bytes:
-    """Pickle an exception with its traceback as a note; one that cannot be is described."""
-    text = "".join(traceback.format_exception(error)).rstrip()
-    error.add_note(f"in the helper process:\n{text}")
-    try:
-        blob = pickle.dumps(error)
-        pickle.loads(blob)
-    except Exception:  # whatever a class of the user's raises
-        replacement = RuntimeError(f"{type(error).__qualname__}: {error}")
-        replacement.add_note(f"in the helper process:\n{text}")
-        blob = pickle.dumps(replacement)
-    return blob
+def pickled_error(error: BaseException, *, with_traceback: bool = True) -> bytes:
+    """Pickle an exception for `load_error`, its traceback as a note."""
+    if with_traceback:
+        text = "".join(traceback.format_exception(error)).rstrip()
+        error.add_note(f"in the helper process:\n{text}")
+    file = io.BytesIO()
+    blob = b""
+    with contextlib.suppress(Exception):  # whatever a class of the user's raises
+        _ErrorPickler(file, pickle.HIGHEST_PROTOCOL).dump(error)
+        blob = file.getvalue()
+    described = f"{type(error).__qualname__}: {error}"
+    return pickle.dumps((blob, described, getattr(error, "__notes__", [])))
+
+
+def load_error(payload: bytes) -> BaseException:
+    """Return the exception; one that this process cannot make is described by a RuntimeError."""
+    blob, described, notes = pickle.loads(payload)
+    error: BaseException = RuntimeError(described)
+    if blob:
+        with contextlib.suppress(Exception):
+            error = pickle.loads(blob)
+    error.__notes__ = notes
+    return error
+
+
+class _ErrorPickler(pickle.Pickler):
+    """Names classes of the program's main module as its own process knows them."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, type) and obj.__module__ in MAIN_NAMES:
+            return _of_main, (obj.__qualname__,)
+        return NotImplemented
+
+
+def _of_main(name: str) -> Any:
+    found: Any = sys.modules["__main__"]
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found

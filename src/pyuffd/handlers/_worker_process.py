@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyuffd import _memory
 from pyuffd._abi import RegisterMode
-from pyuffd._errors import UffdOSError
+from pyuffd._errors import UffdError, UffdOSError
 from pyuffd.handlers import _wire
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
 from pyuffd.handlers._engine import (
@@ -36,6 +36,7 @@ from pyuffd.handlers._engine import (
     follow_parent,
     hold_descriptors,
 )
+from pyuffd.handlers._transport import PackedSource, unpack
 from pyuffd.handlers._workers import WorkedEngine
 
 if TYPE_CHECKING:
@@ -51,10 +52,7 @@ SLOW = {"populate", "drain", "unserve", "stop", "remove_space"}
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What the owner asks to be served. Descriptors come beside it, in this order, if any.
-
-    `source` is a pickle, `main` says how to find the functions of the owner's main module.
-    """
+    """What the owner asks to be served. Descriptors come beside it, in this order, if any."""
 
     space: int
     start: int
@@ -62,8 +60,7 @@ class Serving:
     page_size: int
     mode: RegisterMode
     kind: SourceKind
-    source: bytes = b""
-    main: dict[str, str] = field(default_factory=dict)
+    source: PackedSource | None = None
     source_offset: int = 0
     source_length: int = 0
     local_offset: int = -1
@@ -235,7 +232,8 @@ class Worker:
             value = getattr(self, name)(*args, fds) if fds else self._method(name)(*args)
             self._reply((call, True, pickle.dumps(value)))
         except BaseException as error:  # the owner raises it
-            self._reply((call, False, _wire.pickled_error(error)))
+            refused = isinstance(error, UffdError | ValueError) and error.__cause__ is None
+            self._reply((call, False, _wire.pickled_error(error, with_traceback=not refused)))
 
     def _method(self, name: str) -> Any:
         return getattr(self, name, None) or getattr(self._engine, name)
@@ -353,21 +351,13 @@ class _LostSource:
         raise OSError(errno.EIO, f"the page source is lost: {self._error}") from self._error
 
 
-def _load(serving: Serving, *, retry: bool) -> PageSource:
+def _load(packed: PackedSource, *, retry: bool) -> PageSource:
     try:
-        if serving.main:
-            from multiprocessing import spawn
-
-            spawn.prepare(dict(serving.main))
-        source: PageSource = pickle.loads(serving.source)
-    except Exception as error:  # whatever importing the user's modules raises
+        return unpack(packed)
+    except ValueError as error:
         if retry:
             return _LostSource(error)
-        raise ValueError(
-            f"a page source cannot be loaded in the helper process ({error}): its class and"
-            " functions must be at the top level of a module that can be imported"
-        ) from error
-    return source
+        raise
 
 
 def _open(serving: Serving, fds: list[int], *, retry: bool) -> tuple[Content, mmap.mmap | None]:
@@ -378,7 +368,7 @@ def _open(serving: Serving, fds: list[int], *, retry: bool) -> tuple[Content, mm
         fd=files.pop(0) if serving.has_source_fd else -1,
         offset=serving.source_offset,
         length=serving.source_length,
-        owner=_load(serving, retry=retry) if serving.source else None,
+        owner=_load(serving.source, retry=retry) if serving.source else None,
     )
     if serving.local_offset < 0:
         return content, None
