@@ -89,10 +89,11 @@ class Handler(SoleOwner):
             and what a notebook defines need the package cloudpickle. Without it a program whose
             main module defines a source needs `if __name__ == "__main__":`, as the other process
             imports that module. If that process is killed another takes its place. "thread":
-            threads of this process call the sources, and C does all else. A thread that faults while it holds the GIL
-            waits for a Python thread that cannot run; after `stall_timeout_s` all tracebacks go
-            to stderr, and `on_error` ends the wait. "auto" is "inline" where the userfaultfd has
-            Feature.SIGBUS, else "native" until a source in Python is served, then "process".
+            threads of this process call the sources, and C does all else. A thread that faults
+            while it holds the GIL waits for a Python thread that cannot run; after
+            `stall_timeout_s` all tracebacks go to stderr, and `on_error` ends the wait. "auto" is
+            "inline" where the userfaultfd has Feature.SIGBUS, else "native" until a source in
+            Python is served, then "process".
         on_error: What happens to a page whose content cannot be had: "poison" (SIGBUS for whoever
             touches it), "stall" (its threads wait; stop() poisons it; not with "inline"), "kill"
             (SIGKILL for `owner_pid`). Never zeros. Where the kernel has no UFFDIO_POISON (before
