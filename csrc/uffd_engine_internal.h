@@ -308,18 +308,28 @@ struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t of
 			      uint64_t hint);
 struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint);
 
-/* uffd_resolve.c: the one place with the ioctl logic.  Async-signal-safe. */
-enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind);
-enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
-			    enum uffd_failure_stage stage);
+/* uffd_put.c: the ioctls that put pages in place.  Async-signal-safe. */
 int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t limit_ns,
 	      struct uffd_fill_result *result_ret);
+int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
+		 struct uffd_fill_result *result_ret);
 /* Pages [at, at + length) from memory of this process. */
 int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source,
 	      enum uffd_fault_kind kind, struct uffd_fill_result *result_ret);
+/* Absent pages, claimed by the caller; a run never crosses into the content's tail. */
+int put_content(struct uffd_range *range, uint64_t at, uint64_t length,
+		enum uffd_fault_kind kind, struct uffd_fill_result *result_ret);
+void *local_address(const struct uffd_range *range, uint64_t at);
 int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
+/* One page, for good; returns its state now. */
+uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret);
 void poison_page(struct uffd_range *range, uint64_t page);
+
+/* uffd_resolve.c: what to do about a page.  Async-signal-safe. */
+enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind);
+enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
+			    enum uffd_failure_stage stage);
 /* A fill has put pages in [at, past), or found them there. */
 void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
 		const struct uffd_fill_result *result);
