@@ -338,11 +338,18 @@ bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion)
 #define EXISTS_LIMIT		8
 void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
 /*
- * Fill the first run of absent pages in [at, end).  Returns where to go on, `end`
- * when nothing is left; the run's own result comes with it.
+ * A run of pages that were filled.  Whoever waited in [from, past) was woken, by the
+ * ioctl or because the page was there; `past` is where to go on.
  */
-uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
-		     enum uffd_fault_kind kind, int *error_ret, uint64_t *filled_ret);
+struct fill_run {
+	uint64_t from, past;
+	uint64_t filled;	/* bytes */
+	int error;		/* of the page at `past` */
+};
+
+/* Fill the first run of absent pages in [at, end); an empty one at `end`: none is left. */
+struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
+			    enum uffd_fault_kind kind);
 /* What to fill besides `page`: its chunk, more of them when faults come in sequence. */
 void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret,
 		   uint64_t *to_ret);

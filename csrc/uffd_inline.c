@@ -131,13 +131,13 @@ static bool next_guess(const struct uffd_range *range, uint64_t error, enum uffd
 static void prefetch_now(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
 {
 	struct uffd_engine *engine = range->space->engine;
-	uint64_t at, end, filled;
-	int error = 0;
+	struct fill_run run = { 0 };
+	uint64_t end;
 
-	prefetch_span(range, page, &at, &end);
-	while (at < end && !error) {
-		at = fill_absent(range, at, end, kind, &error, &filled);
-		count(engine, COUNTER(prefetched_pages), filled >> range->page_shift);
+	prefetch_span(range, page, &run.past, &end);
+	while (run.past < end && !run.error) {
+		run = fill_absent(range, run.past, end, kind);
+		count(engine, COUNTER(prefetched_pages), run.filled >> range->page_shift);
 	}
 }
 

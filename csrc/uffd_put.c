@@ -161,9 +161,15 @@ uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret)
 void poison_page(struct uffd_range *range, uint64_t page)
 {
 	bool put_off;
+	uint8_t state = poison_one(range, page, &put_off);
 
-	atomic_store(state_of(range, page), poison_one(range, page, &put_off));
-	/* While the layout changes POISON says EAGAIN: whoever waits must ask again. */
-	if (put_off)
+	uffd_barrier(UFFD_BARRIER_PLACED);
+	atomic_store(state_of(range, page), state);
+	/*
+	 * While the layout changes POISON says EAGAIN: whoever waits must ask again.
+	 * The same goes for a mark that was dropped before the state said so: that fault
+	 * was left to us.
+	 */
+	if (put_off || state != UFFD_PAGE_ABSENT)
 		uffd_shim_wake(range->space->fd, page, range->page_size);
 }

@@ -294,8 +294,8 @@ enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fau
 
 /* Filling more than what was asked for */
 
-uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
-		     enum uffd_fault_kind kind, int *error_ret, uint64_t *filled_ret)
+struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
+			    enum uffd_fault_kind kind)
 {
 	const struct uffd_content *content = range->content;
 	uint64_t tail_at = content->length - range->origin + range->start;
@@ -303,12 +303,10 @@ uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
 	uint64_t stop, past;
 	int r;
 
-	*error_ret = 0;
-	*filled_ret = 0;
 	while (at < end && !claim_absent(range, at))
 		at += range->page_size;
 	if (at >= end)
-		return end;
+		return (struct fill_run){ .from = end, .past = end };
 	if (content->tail && at < tail_at && tail_at < end)
 		end = tail_at;
 	stop = at + range->page_size;
@@ -323,11 +321,14 @@ uint64_t fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
 		uffd_shim_wake(range->space->fd, at, past - at);
 	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
 	count(range->space->engine, COUNTER(filled_pages), result.done >> range->page_shift);
-	*filled_ret = result.done;
 	if (r == -ESRCH)
 		atomic_store(&range->space->gone, true);
-	*error_ret = r ? r : result.deferred ? -EAGAIN : 0;
-	return past;
+	return (struct fill_run){
+		.from = at,
+		.past = past,
+		.filled = result.done,
+		.error = r ? r : result.deferred ? -EAGAIN : 0,
+	};
 }
 
 void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret, uint64_t *to_ret)

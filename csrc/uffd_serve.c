@@ -201,10 +201,12 @@ void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
 static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
 			   uint64_t *done_ret)
 {
-	uint64_t past = fill_absent(range, at, end, filling_kind(range), error_ret, done_ret);
+	struct fill_run run = fill_absent(range, at, end, filling_kind(range));
 
-	wake_again(range, at, past);
-	return past;
+	wake_again(range, run.from, run.past);
+	*error_ret = run.error;
+	*done_ret = run.filled;
+	return run.past;
 }
 
 /* Ask workers for everything absent, a few requests at a time. */

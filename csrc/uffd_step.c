@@ -52,20 +52,23 @@ static void plan_prefetch(struct uffd_range *range, uint64_t page, enum uffd_fau
 }
 
 /* A slice of the newest job. */
-static void fill_slice_of(struct uffd_range *range, struct prefetch_job *job, uint64_t slice)
+static struct fill_run fill_slice_of(struct uffd_range *range, struct prefetch_job *job,
+				     uint64_t slice)
 {
 	struct uffd_engine *engine = range->space->engine;
-	uint64_t filled, end;
-	int error;
+	struct fill_run run;
+	uint64_t end;
 
 	if (slice < range->page_size)
 		slice = range->page_size;
 	end = job->end - job->at > slice ? job->at + slice : job->end;
-	job->at = fill_absent(range, job->at, end, job->kind, &error, &filled);
-	count(engine, COUNTER(prefetched_pages), filled >> range->page_shift);
+	run = fill_absent(range, job->at, end, job->kind);
+	job->at = run.past;
+	count(engine, COUNTER(prefetched_pages), run.filled >> range->page_shift);
 	/* A page that cannot be had now is left to its own fault. */
-	if (error || job->at >= job->end)
+	if (run.error || job->at >= job->end)
 		engine->job_count--;
+	return run;
 }
 
 bool run_prefetch_slice(struct uffd_engine *engine)
@@ -113,10 +116,16 @@ static enum outcome fill_in_line(struct uffd_range *range, uint64_t page)
 	struct uffd_engine *engine = range->space->engine;
 	struct prefetch_job *job = &engine->jobs[engine->job_count - 1];
 
-	fill_slice_of(range, job, SEQUENTIAL_SLICE);
-	/* Not filled (no content, put off): the ordinary way knows what to do. */
-	return atomic_load(state_of(range, page)) == UFFD_PAGE_CLEAN
-		? OUTCOME_RESOLVED : resolve_page(range, page, job->kind);
+	enum uffd_fault_kind kind = job->kind;
+	struct fill_run run = fill_slice_of(range, job, SEQUENTIAL_SLICE);
+
+	/*
+	 * Not filled by this (no content, put off, or not absent: it was dropped since
+	 * it was filled): the ordinary way knows what to do.
+	 */
+	return run.from <= page && page < run.past &&
+			       atomic_load(state_of(range, page)) == UFFD_PAGE_CLEAN
+		? OUTCOME_RESOLVED : resolve_page(range, page, kind);
 }
 
 /* The step */

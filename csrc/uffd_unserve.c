@@ -33,6 +33,7 @@ static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end
 	*error_ret = poison_pages(range, at, stop - at, &result);
 	past = at + result.done + result.already_present;
 	set_states(range, at, past, UFFD_PAGE_POISONED);
+	wake_again(range, at, past);
 	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
 	if (*error_ret == 0 && result.deferred)
 		*error_ret = -EAGAIN;

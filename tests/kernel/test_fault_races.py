@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 
 import pytest
@@ -14,10 +16,11 @@ from pyuffd import (
     PageState,
     RegisterMode,
     Userfaultfd,
+    ZeroSource,
 )
 from pyuffd.testing import FailingSource
 from tests._barriers import Point, holding
-from tests.kernel._faults import Task
+from tests.kernel._faults import Task, wait_for_pending
 from tests.kernel._serving import is_lost, states, wait_until
 from tests.process._pitfalls import (
     BOTH,
@@ -55,6 +58,48 @@ def dropped(at: Setting) -> None:
         assert reader.result() == data.zeros
         populater.result()
         assert page(region, 2) == data[2]
+
+
+@pitfall(3, "dropped-page-is-next-in-line", drivers=BOTH, memory=EVERY)
+def next_in_line(at: Setting) -> None:
+    """A page that was filled and dropped is touched when its neighbours are to be filled next.
+
+    Its state says that it is there; filling the others answers nobody who waits for it.
+    """
+    with at.serving(prefetch=1 << 30) as (handler, memory):
+        region = memory.pages(4)
+        data = Pages(4, memory.page_size)
+        handler.serve(region, BufferSource(data.all))
+        handler.start()
+        handler.populate(region, 0, data.size)
+        region.punch_hole(0, data.size)
+        with holding(Point.PLACED) as point:
+            assert page(region, 2) == data[2]
+            point.wait()  # page 3 has been filled, pages 0 and 1 are next
+            reader = reading(region, 0)
+            wait_for_pending(handler.uffd, 1)
+        assert reader.result() == data.zeros
+        assert page(region, 1) == data[1]
+
+
+@pitfall(3, "poisoned-and-dropped-again", drivers=("thread",), memory=EVERY)
+def poisoned_and_dropped(at: Setting) -> None:
+    """A page is poisoned and dropped again before its state says so; who faults on it must ask."""
+    with at.serving() as (handler, memory):
+        region = memory.pages(2)
+        handler.serve(region, FailingSource(ZeroSource(), OSError(errno.EIO, "no content")))
+        handler.start()
+        with holding(Point.PLACED) as point:
+            first = losing(region, 0)
+            point.wait()
+            assert first.result()
+            region.madvise(mmap.MADV_DONTNEED, 0, memory.page_size)  # takes the mark away
+            second = losing(region, 0)
+            wait_until(lambda: handler.stats().messages == 2, "the fault is seen")
+            assert second.running
+        assert second.result()
+        with pytest.raises(HandlerError):
+            handler.stop()
 
 
 @pitfall(3, "given-back", memory=SMALL)
