@@ -415,6 +415,18 @@ def held_worker(features: Feature) -> Iterator[tuple[Handler, Region, sources.Wo
     assert handler.stats().restarts >= 1
 
 
+def drop_and_wait(handler: Handler, region: Region, offset: int) -> None:
+    """Drop a page, and return when the worker has applied the event.
+
+    madvise() returns as soon as the event is read: a point armed then could catch its batch, and
+    nobody would read the event that the test is about.
+    """
+    region.madvise(mmap.MADV_DONTNEED, offset, PAGE)
+    wait_until(
+        lambda: handler.page_states(region, offset, PAGE)[0] == PageState.REMOVED, "it is applied"
+    )
+
+
 def dropped_in_hand() -> None:
     """The owner has gone on: what it dropped may not come from the source."""
     with held_worker(LAYOUT) as (handler, region, points):
@@ -433,7 +445,7 @@ def dropped_in_hand() -> None:
 def moved_in_hand() -> None:
     """Memory is where the event says, with what was dropped before."""
     with held_worker(LAYOUT) as (handler, region, points):
-        region.madvise(mmap.MADV_DONTNEED, 5 * PAGE, PAGE)
+        drop_and_wait(handler, region, 5 * PAGE)
         to = Region.anonymous(4 * PAGE)
         points.arm(Point.STEP_READ)
         move = (region.start + 4 * PAGE, 4 * PAGE, 4 * PAGE, MOVE, to.start)
@@ -466,7 +478,7 @@ def unmapped_in_hand() -> None:
 def fork_in_hand(die: bool = False) -> None:
     """The dead alone had the child's descriptor: closed with it, the child would read zeros."""
     with held_worker(LAYOUT | Feature.EVENT_FORK) as (handler, region, points):
-        region.madvise(mmap.MADV_DONTNEED, 3 * PAGE, PAGE)
+        drop_and_wait(handler, region, 3 * PAGE)
         points.arm(Point.STEP_READ)
         child = os.fork()
         if child == 0:
