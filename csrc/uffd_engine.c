@@ -10,6 +10,10 @@
 #include "uffd_alloc.h"
 #include "uffd_engine_internal.h"
 
+/* What an address space has at most (x86-64, unless it is asked for more), and at least. */
+#define LOWEST_ADDRESS	0x10000ull
+#define HIGHEST_ADDRESS	0x7ffffffff000ull
+
 static bool init_descriptors(struct uffd_engine *engine)
 {
 	engine->wake_fd = engine->stop_fd = engine->watchdog_fd = engine->owner_pidfd = -1;
@@ -85,7 +89,8 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_mutex_destroy(&engine->spaces_lock);
 	pthread_rwlock_destroy(&engine->gate);
 	pthread_mutex_destroy(&engine->keeper_lock);
-	uffd_free(engine->deferred);
+	uffd_free(engine->deferred.faults);
+	uffd_free(engine->strays.faults);
 	if (!engine->options.shared)
 		uffd_free(engine->shared);
 	uffd_free(engine);
@@ -145,6 +150,9 @@ void uffd_engine_wake_all(struct uffd_engine *engine)
 
 	pthread_mutex_lock(&engine->spaces_lock);
 	LIST_FOREACH(space, &engine->spaces, link) {
+		/* Also where nobody serves: all of the address space at once. */
+		if (uffd_shim_wake(space->fd, LOWEST_ADDRESS, HIGHEST_ADDRESS - LOWEST_ADDRESS) == 0)
+			continue;
 		gate_enter(space);
 		for (range = uffd_table_next(space->table, 0); range;
 		     range = uffd_table_next(space->table, range->end))
@@ -201,11 +209,8 @@ void forget_space(struct uffd_engine *engine, struct uffd_space *space)
 {
 	size_t kept = 0;
 
-	for (size_t i = 0; i < engine->deferred_count; i++)
-		if (engine->deferred[i].space != space)
-			engine->deferred[kept++] = engine->deferred[i];
-	engine->deferred_count = kept;
-	kept = 0;
+	forget_faults(&engine->deferred, space);
+	forget_faults(&engine->strays, space);
 	for (size_t i = 0; i < engine->job_count; i++)
 		if (engine->jobs[i].space != space)
 			engine->jobs[kept++] = engine->jobs[i];

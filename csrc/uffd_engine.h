@@ -179,6 +179,9 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t space, uint64_t id,
 		       uint64_t start, uint64_t first_page, uint64_t pages,
 		       uint8_t *states_ret);
 
+/* Before the end: faults that nobody serves are left to another engine, not refused. */
+void uffd_engine_leave_strays(struct uffd_engine *engine);
+
 /* Let everybody who waits ask again: what a dead process had read is lost. */
 void uffd_engine_wake_all(struct uffd_engine *engine);
 

@@ -93,6 +93,13 @@ struct deferred_fault {
 	uint32_t thread_id;
 };
 
+/* Faults to be looked at again, each page and kind once. */
+struct fault_list {
+	struct deferred_fault *faults;
+	size_t count;
+	size_t capacity;
+};
+
 struct prefetch_job {
 	struct uffd_space *space;
 	uint64_t at;
@@ -138,9 +145,9 @@ struct uffd_engine {
 
 	/* Of the thread that leads: it alone reads descriptors. */
 	uint64_t applying;	/* the number of the layout event that is being applied */
-	struct deferred_fault *deferred;
-	size_t deferred_count;
-	size_t deferred_capacity;
+	struct fault_list deferred;	/* the layout was changing */
+	struct fault_list strays;	/* nobody serves them, uffd_stray.c */
+	bool leaves_strays;		/* to whoever reads the descriptors after us */
 	struct prefetch_job jobs[PREFETCH_JOBS];
 	size_t job_count;
 	uint64_t steps;
@@ -190,6 +197,7 @@ struct uffd_engine {
 enum outcome {
 	OUTCOME_RESOLVED,
 	OUTCOME_DEFER,		/* EAGAIN: the kernel will not send the fault again */
+	OUTCOME_STRAY,		/* nobody serves it: waited for, for a while */
 	OUTCOME_IN_FLIGHT,	/* another thread is at this page and will wake its waiters */
 	OUTCOME_REQUESTED,	/* its content has been asked for */
 	OUTCOME_PRESENT,	/* nothing to do: it was there already (woken) */
@@ -281,6 +289,7 @@ void space_retire(struct uffd_space *space);
 bool space_is_dead(struct uffd_space *space);
 /* Wait, for a while, until no thread of the owner is changing the layout. */
 void wait_for_layout(struct uffd_space *space);
+bool layout_is_changing(struct uffd_space *space);
 
 static inline void gate_enter(struct uffd_space *space)
 {
@@ -408,7 +417,17 @@ void reap_spaces(struct uffd_engine *engine, uint32_t most);
 /* uffd_step.c: for the leader. */
 bool run_prefetch_slice(struct uffd_engine *engine);
 void retry_deferred(struct uffd_engine *engine);
-void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault);
+void remember_fault(struct fault_list *list, const struct deferred_fault *fault);
+static inline void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault)
+{
+	remember_fault(&engine->deferred, fault);
+}
+void forget_faults(struct fault_list *list, const struct uffd_space *space);
+
+/* uffd_stray.c: for the leader. */
+enum outcome note_stray(const struct deferred_fault *fault, bool last_try);
+/* Refuse those that have waited too long, or all; returns when the next one has. */
+uint64_t refuse_strays(struct uffd_engine *engine, bool all);
 
 /* uffd_request.c */
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,

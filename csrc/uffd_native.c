@@ -117,10 +117,13 @@ static void tend_spaces(struct uffd_engine *engine)
 
 static int idle_timeout_ms(struct uffd_engine *engine)
 {
-	uint64_t stalls_at = fail_stalled_requests(engine), now = uffd_now_ns(), ms = UINT64_MAX;
+	uint64_t due = fail_stalled_requests(engine), stray_due = refuse_strays(engine, false);
+	uint64_t now = uffd_now_ns(), ms = UINT64_MAX;
 
-	if (stalls_at != UINT64_MAX)
-		ms = stalls_at > now ? (stalls_at - now) / NS_PER_MS + 1 : 0;
+	if (stray_due < due)
+		due = stray_due;
+	if (due != UINT64_MAX)
+		ms = due > now ? (due - now) / NS_PER_MS + 1 : 0;
 	if (atomic_load(&engine->space_count) > 1 && ms > REAP_INTERVAL_NS / NS_PER_MS)
 		ms = REAP_INTERVAL_NS / NS_PER_MS;
 	return ms == UINT64_MAX ? -1 : (int)ms;
@@ -154,15 +157,17 @@ void lead(struct uffd_engine *engine, enum leader role)
 				uffd_placement_note(placement, gap / handled, spin->limit_ns);
 			yields = 0;
 			/* A prefetch gets its turn between any two batches. */
-			if (!engine->job_count && (spin->now_ns || engine->deferred_count))
+			if (!engine->job_count && (spin->now_ns || engine->deferred.count))
 				continue;
 		}
 		tend_spaces(engine);
-		if (engine->deferred_count) {
+		if (engine->strays.count)
+			refuse_strays(engine, false);
+		if (engine->deferred.count) {
 			retry_deferred(engine);
-			if (engine->deferred_count && yields++ < DEFERRED_YIELDS)
+			if (engine->deferred.count && yields++ < DEFERRED_YIELDS)
 				sched_yield();
-			else if (engine->deferred_count)
+			else if (engine->deferred.count)
 				wait_for_work(engine, DEFERRED_POLL_MS);
 			continue;
 		}
@@ -374,4 +379,5 @@ void uffd_native_stop(struct uffd_engine *engine)
 	ring(engine->stop_fd);
 	pthread_join(engine->thread, NULL);
 	engine->thread_running = false;
+	refuse_strays(engine, true);
 }

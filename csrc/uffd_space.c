@@ -89,6 +89,12 @@ bool space_is_dead(struct uffd_space *space)
 	       uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -ESRCH;
 }
 
+bool layout_is_changing(struct uffd_space *space)
+{
+	return space->events &&
+	       uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -EAGAIN;
+}
+
 void wait_for_layout(struct uffd_space *space)
 {
 	uint64_t give_up = uffd_now_ns() + space->engine->options.retry_limit_ns;
@@ -96,8 +102,7 @@ void wait_for_layout(struct uffd_space *space)
 
 	if (!space->events || !space->engine->thread_running)
 		return;
-	while (uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -EAGAIN &&
-	       uffd_now_ns() < give_up)
+	while (layout_is_changing(space) && uffd_now_ns() < give_up)
 		uffd_back_off(attempt++);
 }
 

@@ -130,43 +130,6 @@ static enum outcome fill_in_line(struct uffd_range *range, uint64_t page)
 
 /* The step */
 
-/*
- * A registered range that nobody serves: its threads would wait for ever.  While
- * the layout changes it may be one that was moved here, whose event is still to
- * come: EAGAIN keeps us from touching it, and the fault must be looked at again.
- */
-static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, bool last_try)
-{
-	static const uint64_t sizes[] = { BASE_PAGE, 2u << 20, 1u << 30 };
-	struct uffd_engine *engine = space->engine;
-	struct uffd_fill_result result = { 0 };
-	int r = -EINVAL;
-
-	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]) && r == -EINVAL; i++) {
-		struct uffd_fill fill = {
-			.fd = space->fd,
-			.op = UFFD_FILL_POISON,
-			.dst = address & ~(sizes[i] - 1),
-			.length = sizes[i],
-			.page_size = sizes[i],
-		};
-
-		r = uffd_fill_run(&fill, &result);
-	}
-	if (r == 0 && result.deferred && !last_try)
-		return OUTCOME_DEFER;
-	if (r == -ENOENT || r == -ESRCH || result.already_present) {
-		/* Unregistered, or filled, since the fault was sent: its threads are awake. */
-		count(engine, COUNTER(layout_changed), 1);
-		return OUTCOME_GONE;
-	}
-	if (r == 0)
-		r = result.deferred ? -EAGAIN : -EFAULT;
-	count(engine, COUNTER(unserved), 1);
-	note_failure(engine, address, 0, r, UFFD_FAILED_UNSERVED);
-	return OUTCOME_FAILED;
-}
-
 /* NULL leaves the old block as it was. */
 static void *grow(void *block, size_t used, size_t size)
 {
@@ -180,18 +143,17 @@ static void *grow(void *block, size_t used, size_t size)
 	return larger;
 }
 
-void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault)
+void remember_fault(struct fault_list *list, const struct deferred_fault *fault)
 {
-	for (size_t i = 0; i < engine->deferred_count; i++)
-		if (engine->deferred[i].space == fault->space &&
-		    engine->deferred[i].address == fault->address &&
-		    fault_kind(engine->deferred[i].flags) == fault_kind(fault->flags))
+	for (size_t i = 0; i < list->count; i++)
+		if (list->faults[i].space == fault->space &&
+		    list->faults[i].address == fault->address &&
+		    fault_kind(list->faults[i].flags) == fault_kind(fault->flags))
 			return;
-	if (engine->deferred_count == engine->deferred_capacity) {
-		size_t capacity = engine->deferred_capacity ? 2 * engine->deferred_capacity : 64;
-		struct deferred_fault *larger =
-			grow(engine->deferred, engine->deferred_count * sizeof(*larger),
-			     capacity * sizeof(*larger));
+	if (list->count == list->capacity) {
+		size_t capacity = list->capacity ? 2 * list->capacity : 64;
+		struct deferred_fault *larger = grow(list->faults, list->count * sizeof(*larger),
+						     capacity * sizeof(*larger));
 
 		if (!larger) {
 			/* Cannot remember it, so let the kernel send it again. */
@@ -199,10 +161,20 @@ void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault)
 				       BASE_PAGE);
 			return;
 		}
-		engine->deferred = larger;
-		engine->deferred_capacity = capacity;
+		list->faults = larger;
+		list->capacity = capacity;
 	}
-	engine->deferred[engine->deferred_count++] = *fault;
+	list->faults[list->count++] = *fault;
+}
+
+void forget_faults(struct fault_list *list, const struct uffd_space *space)
+{
+	size_t kept = 0;
+
+	for (size_t i = 0; i < list->count; i++)
+		if (list->faults[i].space != space)
+			list->faults[kept++] = list->faults[i];
+	list->count = kept;
 }
 
 /* Reading may fail for want of descriptors or memory; the message stays queued. */
@@ -243,7 +215,7 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 		else if (outcome == OUTCOME_DEFER && last_try)
 			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE);
 	} else {
-		outcome = refuse_unserved(fault->space, fault->address, last_try);
+		outcome = note_stray(fault, last_try);
 	}
 	uffd_table_leave(table, shard);
 	uffd_barrier(UFFD_BARRIER_FAULT_WOKEN);
@@ -256,18 +228,19 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 void retry_deferred(struct uffd_engine *engine)
 {
 	uint64_t now = uffd_now_ns();
-	size_t total = engine->deferred_count, kept = 0;
+	struct fault_list *list = &engine->deferred;
+	size_t total = list->count, kept = 0;
 	uint32_t phase = begin_work(engine);
 
 	for (size_t i = 0; i < total; i++) {
-		struct deferred_fault fault = engine->deferred[i];
+		struct deferred_fault fault = list->faults[i];
 		bool last_try = now - fault.since_ns > engine->options.retry_limit_ns;
 
 		count(engine, COUNTER(retried), 1);
 		if (!handle_fault(engine, &fault, last_try))
-			engine->deferred[kept++] = fault;
+			list->faults[kept++] = fault;
 	}
-	engine->deferred_count = kept;
+	list->count = kept;
 	end_work(engine, phase);
 }
 

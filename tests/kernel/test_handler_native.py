@@ -211,7 +211,10 @@ def test_no_room_for_the_thread() -> None:
 
 
 def unserved() -> None:
-    """A range that the program registered itself, with nobody to serve it: named, not stalled."""
+    """A range that the program registered itself, with nobody to serve it: named, not stalled.
+
+    It is waited for, for a while: the range may be served next.
+    """
     with Region.anonymous(PAGE) as region, handler_of("native") as handler:
         handler.start()
         handler.uffd.register(region)

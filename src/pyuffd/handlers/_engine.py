@@ -449,6 +449,10 @@ class Engine(SoleOwner):
         """Wait until the faults that wait now are resolved; False when the time ran out."""
         return self._inline or lib.uffd_native_drain(self._engine(), limit_ns) == 0
 
+    def leave_strays(self) -> None:
+        """Leave faults that nobody serves to the engine that comes after this one."""
+        lib.uffd_engine_leave_strays(self._engine())
+
     def wake_all(self) -> None:
         """Let every thread that waits ask again."""
         lib.uffd_engine_wake_all(self._engine())

@@ -221,6 +221,8 @@ class Handler(SoleOwner):
             self.driver = "native"
             raise
         self._engine, self._spaces, self._may_move = engine, spaces, False
+        if isinstance(old, Engine):
+            old.leave_strays()
         old.stop()
         old.destroy()
         return engine

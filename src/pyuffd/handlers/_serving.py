@@ -140,6 +140,8 @@ def register(engine: Backend, served: Served) -> Ioctl:
         )
     engine.set_ioctls(served.id, ioctls)
     served.ioctls = int(ioctls)
+    # The message of a thread that waits here already may have been read by somebody before us.
+    served.uffd.wake(start, length)
     return ioctls
 
 
