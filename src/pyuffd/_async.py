@@ -35,7 +35,9 @@ class EventIterator(SoleOwner):
         return self
 
     async def __anext__(self) -> Event:
-        unread = self._uffd._unread
+        if not self._uffd.closed:
+            self._uffd._claims.check(self._uffd)
+        unread = self._uffd._claims.unread
         while not unread:
             # Also when more is queued in the kernel: each batch gives other tasks their turn.
             if not await self._readable():
@@ -54,14 +56,16 @@ class EventIterator(SoleOwner):
                 events += batch
             events += batch
         finally:
-            self._uffd._unread.extend(sorted(events, key=lambda it: isinstance(it, Pagefault)))
+            self._uffd._claims.unread.extend(
+                sorted(events, key=lambda it: isinstance(it, Pagefault))
+            )
 
     async def _readable(self) -> bool:
         """Return True when an event can be read, False when the userfaultfd is closed."""
         uffd = self._uffd
         if uffd.closed:
             return False
-        if uffd._is_awaited:
+        if uffd._claims.is_awaited:
             raise EventsBusyError(f"another task waits for the events of {uffd!r}")
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[bool] = loop.create_future()
@@ -90,13 +94,13 @@ class EventIterator(SoleOwner):
             loop.call_soon_threadsafe(let_go)
             gone.wait(LET_GO_S)
 
-        uffd._is_awaited = True
+        uffd._claims.is_awaited = True
         uffd.on_close(closing)
         loop.add_reader(fd, wake, True)
         try:
             return await ready
         finally:
-            uffd._is_awaited = False
+            uffd._claims.is_awaited = False
             uffd.forget_on_close(closing)
             if not uffd.closed:
                 loop.remove_reader(fd)

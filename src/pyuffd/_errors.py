@@ -171,7 +171,7 @@ class HandoverError(UffdError):
 
 
 class EventsBusyError(UffdError, RuntimeError):
-    """Another task already waits for the events of this userfaultfd."""
+    """The events of this userfaultfd are another one's: a waiting task's, or a Handler's."""
 
 
 _BY_ERRNO: dict[int, type[UffdOSError]] = {

@@ -11,7 +11,6 @@ import os
 import stat
 import warnings
 from bisect import bisect_left, bisect_right
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -47,6 +46,7 @@ from pyuffd._errors import (
     UnsupportedFeatureError,
     raise_errno,
 )
+from pyuffd._event_claims import EventClaims
 from pyuffd._pages import (
     PAGE_SIZE,
     RangeLike,
@@ -189,8 +189,7 @@ class Userfaultfd(CloseCallbacks):
         self._pid = os.getpid()
         self._registered = _RangeModes()
         self._before_close = []
-        self._unread: deque[Event] = deque()  # read for events(), and not delivered
-        self._is_awaited = False
+        self._claims = EventClaims()
         self._fd = fd  # last: a signal's exception may leave the rest undone
 
     # The descriptor
@@ -210,12 +209,6 @@ class Userfaultfd(CloseCallbacks):
             )
         return self._fd
 
-    def _drop_unread(self) -> None:
-        while self._unread:
-            event = self._unread.popleft()
-            if isinstance(event, Fork):
-                event.uffd.close()
-
     @property
     def closed(self) -> bool:
         """Whether close() or detach() was called."""
@@ -225,7 +218,7 @@ class Userfaultfd(CloseCallbacks):
         """Give up ownership and return the descriptor; the object is closed afterwards."""
         fd = self.fileno()
         self._run_before_close()
-        self._drop_unread()
+        self._claims.drop()
         self._fd = -1
         return fd
 
@@ -241,7 +234,7 @@ class Userfaultfd(CloseCallbacks):
             if self._pid == os.getpid():
                 self._run_before_close()
         finally:
-            self._drop_unread()
+            self._claims.drop()
             fd, self._fd = self._fd, -1
             if fd >= 0:
                 os.close(fd)
@@ -633,20 +626,39 @@ class Userfaultfd(CloseCallbacks):
 
     # Events
 
+    def claim_events(self, owner: object) -> None:
+        """Refuse events to everybody but `owner`, until it ends or gives them back; for handlers.
+
+        Raises:
+            ValueError: another one has them.
+            EventsBusyError: a task waits for them.
+        """
+        self._claims.claim(self, owner)
+
+    def release_events(self, owner: object) -> None:
+        """Take back a `claim_events`."""
+        self._claims.release(owner)
+
     def read_events(self, max_events: int = READ_BATCH) -> list[Event]:
         """Return the queued events, at most `max_events`, in the kernel's order.
 
         Page faults come before layout events that are older (measured): read until the list is
         empty, and apply Remove, Unmap, Remap and Fork before resolving faults. The descriptors of
-        Fork events are yours to close. Not beside a Handler, which reads for itself.
+        Fork events are yours to close.
+
+        Raises:
+            EventsBusyError: a Handler of this userfaultfd, which reads for itself, has not stopped.
 
         Blocks: never, unless opened with `nonblocking=False`.
         """
         if max_events < 1:
             raise ValueError(f"max_events {max_events} must be above zero")
-        if self._unread:
-            return [self._unread.popleft() for _ in range(min(max_events, len(self._unread)))]
-        raw = lowlevel.read(self.fileno(), max_events * MESSAGE_SIZE)
+        fd = self.fileno()
+        self._claims.check(self)
+        unread = self._claims.unread
+        if unread:
+            return [unread.popleft() for _ in range(min(max_events, len(unread)))]
+        raw = lowlevel.read(fd, max_events * MESSAGE_SIZE)
         return [self._event(raw[at : at + MESSAGE_SIZE]) for at in range(0, len(raw), MESSAGE_SIZE)]
 
     def events(self) -> AsyncIterator[Event]:
@@ -655,12 +667,13 @@ class Userfaultfd(CloseCallbacks):
         Everything queued is read at once; layout events come before the page faults read with
         them, so that events can be handled one by one. A task that is cancelled, or leaves the
         loop, loses none: what was read and not delivered comes first from the next iterator and
-        from read_events(). Batches leave other tasks their turn. Not beside a Handler.
+        from read_events(). Batches leave other tasks their turn.
 
         Raises:
             ClosedError: closed already. Closing it later ends the iteration.
             ValueError: opened with `nonblocking=False`.
-            EventsBusyError: (when iterated) another task waits for the events.
+            EventsBusyError: (when iterated) another task waits for the events, or a Handler has
+                them.
 
         GIL: released while waiting.  Threads: one loop at a time.  Blocks: never; it awaits.
 

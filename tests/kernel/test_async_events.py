@@ -238,7 +238,7 @@ async def undelivered_forks_are_closed() -> None:
         wait_until(lambda: waiting_threads(child.pid) == 2, "the Fork event is queued")
         before = len(os.listdir("/proc/self/fd"))
         assert isinstance(await anext(child.uffd.events()), Remove)
-        (fork,) = child.uffd._unread
+        (fork,) = child.uffd._claims.unread
         assert isinstance(fork, Fork)
         assert len(os.listdir("/proc/self/fd")) == before + 1
         removing.done()

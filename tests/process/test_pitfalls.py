@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -41,6 +42,7 @@ from pyuffd import (
 from pyuffd.testing import GatedSource
 from tests._barriers import Point, holding
 from tests._child import run_child
+from tests._memory import memory_of
 from tests._need import needs_privilege
 from tests.kernel._faults import Task, next_fault, wait_for_pending
 from tests.kernel._serving import (
@@ -167,10 +169,9 @@ def copy_without_wake(at: Setting) -> None:
 @pitfall(3, "fill-wakes", memory=EVERY)
 def fill_wakes(at: Setting) -> None:
     """fill_copy() and fill_zero() on a page that is there wake who waits for it."""
-    with at.serving() as (handler, memory):
+    with contextlib.closing(memory_of(at.memory)) as memory, Userfaultfd() as uffd:
         for index in range(2):
             region = memory.pages(1)
-            uffd = handler.uffd
             uffd.register(region)
             data = Pages(1, memory.page_size)
             reader = reading(region, 0)

@@ -26,6 +26,12 @@ class FakeUserfaultfd:
     def fileno(self) -> int:
         return self._fd
 
+    def claim_events(self, owner: object) -> None:
+        """Nobody else reads a pipe."""
+
+    def release_events(self, owner: object) -> None:
+        """See above."""
+
     def on_close(self, callback: object) -> None:
         self.callbacks.append(callback)
 

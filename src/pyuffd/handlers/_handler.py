@@ -79,7 +79,8 @@ class Handler(SoleOwner):
         uffd: The userfaultfd; the handler borrows it, and stops when it is closed. With
             Feature.EVENT_* the handler follows what the owner does to its memory: dropped pages
             are zeros, moved ranges are served where they are, forks are served like their parent
-            until they exit.
+            until they exit. Its events are the handler's until stop(): read_events() and events()
+            raise EventsBusyError.
         driver: "native", a C thread: faults of any thread or process, and of system calls.
             "inline", in the faulting thread itself by a SIGBUS handler: the fastest, for
             accesses of this process's own code only; a system call that touches a missing page
@@ -148,7 +149,6 @@ class Handler(SoleOwner):
         self._cpus = check_cpus(cpus)
         self.driver = choose_driver(driver, uffd)
         check_uffd(self.driver, uffd)
-        _claim(uffd, self)
         check_options(
             self.driver, on_error, prefetch, spin_us, self._cpus, workers, stall_timeout_s
         )
@@ -176,7 +176,12 @@ class Handler(SoleOwner):
             spin_ns=int(spin_us * 1000),
             retry_limit_ns=int(RETRY_LIMIT_S * 1e9),
         )
-        self._engine = self._make_engine()
+        uffd.claim_events(self)
+        try:
+            self._engine = self._make_engine()
+        except BaseException:
+            uffd.release_events(self)
+            raise
         uffd.on_close(self.stop)
 
     def _make_engine(self) -> Backend:
@@ -356,9 +361,13 @@ class Handler(SoleOwner):
             if self.driver == "inline":
                 raise ValueError("the inline driver serves this process's one userfaultfd")
             check_uffd(self.driver, uffd)
-            _claim(uffd, self)
+            uffd.claim_events(self)
             has_events = int(uffd.features & LAYOUT_EVENTS)
-            self._spaces[uffd] = engine.add_space(uffd.fileno(), has_events=has_events)
+            try:
+                self._spaces[uffd] = engine.add_space(uffd.fileno(), has_events=has_events)
+            except BaseException:
+                uffd.release_events(self)
+                raise
             reference = weakref.ref(self)
 
             def uffd_closes() -> None:
@@ -376,6 +385,7 @@ class Handler(SoleOwner):
             for served in [one for one in self._served.values() if one.uffd is uffd]:
                 self._unserve(self._engine, served, seal=True)
             self._engine.remove_space(self._spaces.pop(uffd))
+            uffd.release_events(self)
 
     def _follow_close(self, region: Region, served: Served) -> None:
         reference = weakref.ref(self)
@@ -479,6 +489,8 @@ class Handler(SoleOwner):
                 self._end(self._stand_in(), drain=False)
             finally:
                 self._engine = None
+                for uffd in self._spaces:
+                    uffd.release_events(self)
                 _running.discard(self)
                 self.uffd.forget_on_close(self.stop)
         if error is not None:
@@ -699,18 +711,6 @@ class Handler(SoleOwner):
         else:
             state = f"{'running' if self._started else 'not started'}, {len(self._served)} ranges"
         return f"<Handler {self.driver} on {self.uffd!r}, {state}>"
-
-
-# Whose messages are read by which handler: two readers would take each other's.
-_readers: weakref.WeakKeyDictionary[Userfaultfd, weakref.ref[Handler]] = weakref.WeakKeyDictionary()
-
-
-def _claim(uffd: Userfaultfd, handler: Handler) -> None:
-    reader = _readers.get(uffd)
-    other = reader() if reader is not None else None
-    if other is not None and other is not handler and other._engine is not None:
-        raise ValueError(f"{uffd!r} has a handler already: {other!r}")
-    _readers[uffd] = weakref.ref(handler)
 
 
 _running: weakref.WeakSet[Handler] = weakref.WeakSet()

@@ -290,7 +290,7 @@ def layout_change_pending(
         yield pending
     finally:
         own = Remove(pending.start, pending.end)
-        uffd._unread.extend(event for event in pending.release() if event != own)
+        uffd._claims.unread.extend(event for event in pending.release() if event != own)
 
 
 def layout_is_changing(uffd: Userfaultfd) -> bool:
