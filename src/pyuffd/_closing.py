@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import ClassVar, NoReturn
+
+log = logging.getLogger(__name__)
+
+
+def attach(exc: BaseException, error: BaseException, what: str) -> None:
+    """Keep `error`, which came while the one of a with statement's body was on its way, with it.
+
+    It is logged, a note of `exc` says it, and it is the last of its `__context__` chain.
+    """
+    if error is exc:
+        return
+    cause = error.__cause__
+    because = "" if cause is None else f" (because of {type(cause).__name__}: {cause})"
+    log.error("%s: %s%s", what, error, because)
+    exc.add_note(f"and {what}: {error}{because}")
+    # Python has made `exc` the context of `error`: that would be a circle.
+    error.__context__ = None
+    seen = {id(error)}
+    last = exc
+    while last.__context__ is not None and id(last) not in seen:
+        seen.add(id(last))
+        last = last.__context__
+    if id(last) not in seen:
+        last.__context__ = error
 
 
 class SoleOwner:

@@ -37,7 +37,7 @@ from pyuffd._abi import (
     message_code,
     parse_event,
 )
-from pyuffd._closing import CloseCallbacks
+from pyuffd._closing import CloseCallbacks, attach
 from pyuffd._errors import (
     ClosedError,
     LayoutChangedError,
@@ -248,7 +248,12 @@ class Userfaultfd(CloseCallbacks):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as error:
+            if exc is None:
+                raise
+            attach(exc, error, "closing the userfaultfd failed")
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0 and self._pid == os.getpid():

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pyuffd import Region
+from pyuffd import ClosedError, Region
 from tests._memory import Memory
 
 
@@ -37,41 +42,83 @@ def test_numpy_is_zero_copy(memory: Memory) -> None:
     region.close()
 
 
-def test_close_refuses_while_an_array_lives(memory: Memory) -> None:
+def is_mapped(address: int) -> bool:
+    """Whether an address lies in a mapping of this process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return True
+    return False
+
+
+DERIVED: dict[str, Callable[[Region], Any]] = {
+    "array": np.asarray,
+    "part-of-an-array": lambda region: np.asarray(region)[10:20].reshape(2, 5).view(np.int8),
+    "memoryview": lambda region: region.memoryview(),
+    "slice": lambda region: region.memoryview()[1:3],
+    "cast": lambda region: region.memoryview().cast("H")[1:],
+}
+
+
+@pytest.mark.parametrize("derive", DERIVED.values(), ids=DERIVED)
+def test_a_view_keeps_the_memory_mapped(memory: Memory, derive: Callable[[Region], Any]) -> None:
     region = memory.pages(1)
     stopped: list[bool] = []
     region.on_close(lambda: stopped.append(True))
-    part = np.asarray(region)[10:20].reshape(2, 5).view(np.int8)
-    with pytest.raises(BufferError):
-        region.close()
-    assert not stopped
-    assert not region.closed
-    part[0, 0] = 3
-    assert region.read(10, 1) == b"\3"
-    del part
+    start, other = region.start, region.memoryview()
+    region.write(0, bytes([1, 2, 3, 4]) * 8)
+    view = derive(region)
+    fd = region.fd
+    region.close()
     region.close()
     assert stopped
+    assert region.closed
+    if fd is not None:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+    with pytest.raises(ClosedError):
+        region.read()
+    assert len(view)
+    assert other[1] == 2
+    del view
+    gc.collect()
+    assert is_mapped(start)
+    other.release()
+    del other
+    assert not is_mapped(start)
 
 
-@pytest.mark.parametrize("derive", [lambda v: v, lambda v: v[1:3], lambda v: v.cast("H")[1:]])
-def test_close_refuses_while_a_memoryview_lives(memory: Memory, derive: object) -> None:
-    assert callable(derive)
+def test_the_exception_of_the_body_is_kept() -> None:
+    """Its traceback holds the frame, and the frame holds the array."""
+    starts: list[int] = []
+
+    def work() -> None:
+        with Region.anonymous(4096) as region:
+            starts.append(region.start)
+            array = np.asarray(region)
+            array[0] = 1
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        work()
+    assert caught.value.__context__ is None
+    assert is_mapped(starts[0])
+    del caught
+    gc.collect()
+    assert not is_mapped(starts[0])
+
+
+def test_a_view_dies_in_another_thread(memory: Memory) -> None:
     region = memory.pages(1)
-    view = derive(region.memoryview())
-    with pytest.raises(BufferError):
-        region.close()
-    view.release()
-    del view
+    start = region.start
+    views = [region.memoryview() for _ in range(4)]
     region.close()
-
-
-def test_failed_exit_of_the_context_keeps_the_memory() -> None:
-    region = Region.anonymous(4096)
-    with pytest.raises(BufferError), region:
-        view = region.memoryview()
-    view[0] = 1
-    del view
-    region.close()
+    threads = [threading.Thread(target=views.pop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not is_mapped(start)
 
 
 def test_an_array_keeps_its_region_alive() -> None:

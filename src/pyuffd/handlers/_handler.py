@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyuffd._abi import Ioctl, RegisterMode
-from pyuffd._closing import SoleOwner
+from pyuffd._closing import SoleOwner, attach
 from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._pages import RangeLike, check_range
 from pyuffd._uffd import Userfaultfd
@@ -393,16 +393,16 @@ class Handler(SoleOwner):
         def region_closes() -> None:
             handler = reference()
             if handler is not None:
-                handler._region_closes(served)
+                handler._region_closes(served, seal=region.outlives_close())
 
         served.on_close.append(region_closes)
         region.on_close(region_closes)
 
-    def _region_closes(self, served: Served) -> None:
+    def _region_closes(self, served: Served, *, seal: bool) -> None:
         with self._lock:
             known = self._served.get((served.id.space, served.id.start)) is served
             if self._engine is not None and known and self._pid == os.getpid():
-                self._unserve(self._engine, served, seal=False)
+                self._unserve(self._engine, served, seal=seal)
 
     def unserve(self, region: RangeLike | int, *, uffd: Userfaultfd | None = None) -> None:
         """Stop serving one region and unregister it, wherever its pieces and copies are.
@@ -678,10 +678,10 @@ class Handler(SoleOwner):
     ) -> None:
         try:
             self.stop()
-        except HandlerError as error:
+        except Exception as error:
             if exc is None:
                 raise
-            exc.add_note(f"and the fault handler failed: {error}")
+            attach(exc, error, "the fault handler failed")
 
     async def __aenter__(self) -> Self:
         return self.__enter__()

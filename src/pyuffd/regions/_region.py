@@ -8,11 +8,12 @@ import mmap
 import os
 import warnings
 import weakref
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyuffd import _machine, _memory
-from pyuffd._closing import CloseCallbacks
+from pyuffd._closing import CloseCallbacks, attach
 from pyuffd._errors import ClosedError, raise_errno
 from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
 from pyuffd.regions import _create, _files
@@ -70,6 +71,7 @@ class Region(CloseCallbacks):
         self._pid = os.getpid()
         self._before_close = []
         self._exports: set[object] = set()  # one token for each living buffer over the memory
+        self._to_unmap: list[Mapping] = []  # after close(), until the last buffer is gone
         self._open = True  # last: a signal's exception may leave the rest undone
 
     # Constructors
@@ -359,7 +361,7 @@ class Region(CloseCallbacks):
         if length < HASHLIB_RELEASES_GIL:
             state.update(_memory.read(at, length))
         else:
-            # A signal's exception keeps this frame, but must not keep the region from closing.
+            # A signal's exception keeps this frame, but must not keep the memory mapped.
             with self._export(at, length) as view:
                 state.update(view)
         return state.digest()
@@ -449,7 +451,8 @@ class Region(CloseCallbacks):
     def memoryview(self) -> builtins.memoryview:
         """Return a view of the memory, without copying.
 
-        While it, a slice of it or an array over it lives, close() raises BufferError.
+        While it, a slice of it or an array over it lives, the memory stays mapped, also after
+        close().
 
         GIL: held while Python reads or writes through it: on registered memory only where faults
             are resolved by a native handler or another process.
@@ -468,7 +471,7 @@ class Region(CloseCallbacks):
         }
 
     def _export(self, start: int, length: int) -> builtins.memoryview:
-        """Return a view that keeps this region alive and, by `_exports`, open."""
+        """Return a view that keeps this region alive and, by `_exports`, mapped."""
         buffer, token = _memory.buffer_of(start, length), object()
         self._exports.add(token)
         # The registry of finalizers holds `self` for as long as `buffer` lives.
@@ -478,18 +481,23 @@ class Region(CloseCallbacks):
 
     # Its end
 
+    def outlives_close(self) -> bool:
+        """Whether the memory stays mapped when the region is closed now.
+
+        It does where it was adopted with `at`, or while a memoryview or array over it is alive.
+        """
+        return not self._mapping.owned or bool(self._exports)
+
     def close(self) -> None:
         """Stop the handlers that serve it, unmap it (not after `at`) and close its descriptor.
 
-        Raises:
-            BufferError: a memoryview or array over it is alive; the region stays as it is.
+        While memoryviews or arrays over it are alive the memory stays mapped, until the last of
+        them is gone. What a handler had not filled is poisoned then, as by `Handler.unserve`.
 
         Blocks: until the Unmap event is read where Feature.EVENT_UNMAP is on.
         """
         if not self._open:
             return
-        if self._exports:
-            raise BufferError(f"{self!r} has {len(self._exports)} live memoryviews or arrays")
         is_fork = self._pid != os.getpid()
         if not is_fork:
             self._run_before_close()
@@ -497,12 +505,21 @@ class Region(CloseCallbacks):
         it = self._mapping
         try:
             if it.owned:
-                _memory.munmap(it.start, it.length)
+                self._to_unmap.append(it)
+            self._unmap_unless_exported()
         finally:
             if it.fd is not None:
                 if it.unlink is not None and not is_fork:
                     _files.unlink(it.unlink, it.fd)
                 os.close(it.fd)
+
+    def _unmap_unless_exported(self) -> None:
+        """Unmap what close() has left, once; also called when a view ends, by any thread."""
+        if self._exports:
+            return
+        with suppress(IndexError):
+            it = self._to_unmap.pop()
+            _memory.munmap(it.start, it.length)
 
     def __enter__(self) -> Self:
         return self
@@ -513,7 +530,12 @@ class Region(CloseCallbacks):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as error:
+            if exc is None:
+                raise
+            attach(exc, error, "closing the region failed")
 
     def __del__(self) -> None:
         if not getattr(self, "_open", False):
@@ -550,3 +572,4 @@ class Region(CloseCallbacks):
 
 def _forget_export(region: Region, token: object) -> None:
     region._exports.discard(token)
+    region._unmap_unless_exported()
