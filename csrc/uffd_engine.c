@@ -63,6 +63,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 		uffd_engine_destroy(engine);
 		return r;
 	}
+	engine->primary->pagemap_fd = open_page_table(options->page_table_pid);
 	*ret = engine;
 	return 0;
 }

@@ -37,6 +37,7 @@ enum uffd_on_error {
 struct uffd_engine_options {
 	int32_t fd;		/* borrowed: it must outlive the engine */
 	int32_t owner_pid;	/* whose memory it governs */
+	int32_t page_table_pid;	/* the same, where that is known for sure; 0: it is not */
 	uint32_t on_error;
 	uint32_t is_inline;	/* resolve in the faulting thread (Feature.SIGBUS) */
 	uint32_t has_events;	/* which layout events are on: UFFD_FEATURE_EVENT_* */
@@ -111,7 +112,6 @@ struct uffd_request {
 	uint64_t address;	/* where it was when it was asked for */
 	uint64_t since_ns;
 	uint32_t space;
-	uint32_t kind;		/* enum uffd_fault_kind */
 	uint32_t thread_id;
 	uint32_t flags;		/* UFFD_PAGEFAULT_FLAG_* */
 	uint32_t is_fault;	/* a fault asked, not populate */

@@ -78,6 +78,7 @@ struct uffd_space {
 	int fd;
 	bool owned;			/* the fd came with a FORK event and is ours to close */
 	bool events;			/* layout events are on */
+	int pagemap_fd;			/* of the owner; -1: cannot be read */
 	uint32_t event_features;	/* which: UFFD_FEATURE_EVENT_* */
 	struct owed_unmap *owed;
 	_Atomic bool gone;		/* the memory it governed is no more */
@@ -104,7 +105,6 @@ struct prefetch_job {
 	struct uffd_space *space;
 	uint64_t at;
 	uint64_t end;
-	enum uffd_fault_kind kind;
 	bool for_reader;	/* in sequence, and nobody else has faulted since it was planned */
 };
 
@@ -318,22 +318,43 @@ struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t of
 struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint);
 
 /* uffd_put.c: the ioctls that put pages in place.  Async-signal-safe. */
-int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t limit_ns,
+enum fill_for {
+	FILL_MISSING,	/* a missing fault: the page itself */
+	FILL_MINOR,	/* a minor fault: the page cache holds it */
+	FILL_AHEAD,	/* whoever may fault later */
+};
+
+int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 	      struct uffd_fill_result *result_ret);
 int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
 /* Pages [at, at + length) from memory of this process. */
 int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source,
-	      enum uffd_fault_kind kind, struct uffd_fill_result *result_ret);
-/* Absent pages, claimed by the caller; a run never crosses into the content's tail. */
-int put_content(struct uffd_range *range, uint64_t at, uint64_t length,
-		enum uffd_fault_kind kind, struct uffd_fill_result *result_ret);
+	      enum fill_for why, struct uffd_fill_result *result_ret);
+/*
+ * Absent pages, claimed by the caller; a run never crosses into the content's tail.  How
+ * they get their content is decided here, whoever asks: through the page cache where the
+ * range says so, else by a copy, where the mode has MISSING, else (and for a minor fault) from
+ * the page cache as it is.
+ */
+int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
+		struct uffd_fill_result *result_ret);
 void *local_address(const struct uffd_range *range, uint64_t at);
 int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
 /* One page, for good; returns its state now. */
 uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret);
 void poison_page(struct uffd_range *range, uint64_t page);
+
+/*
+ * uffd_present.c: what the owner's page table says.  Async-signal-safe.
+ * Entries of `pages` pages of a range; false where they cannot be read.
+ */
+bool read_entries(const struct uffd_range *range, uint64_t at, uint64_t pages,
+		  uint64_t *entries_ret);
+/* How much of a run, from its first page on, is mapped nowhere in the owner for sure. */
+uint64_t unmapped_run(const struct uffd_range *range, uint64_t at, uint64_t length);
+int open_page_table(int pid);
 
 /* uffd_resolve.c: what to do about a page.  Async-signal-safe. */
 enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind);
@@ -357,8 +378,7 @@ struct fill_run {
 };
 
 /* Fill the first run of absent pages in [at, end); an empty one at `end`: none is left. */
-struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
-			    enum uffd_fault_kind kind);
+struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end);
 /* What to fill besides `page`: its chunk, more of them when faults come in sequence. */
 void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret,
 		   uint64_t *to_ret);
@@ -431,7 +451,7 @@ uint64_t refuse_strays(struct uffd_engine *engine, bool all);
 
 /* uffd_request.c */
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
-		   enum uffd_fault_kind kind, const struct deferred_fault *fault);
+		   const struct deferred_fault *fault);
 void free_requests(struct uffd_engine *engine);
 /* The timer has fired: whether nobody has led for so long; with the requests' lock held. */
 bool leads_after_watchdog(struct uffd_engine *engine);

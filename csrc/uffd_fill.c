@@ -13,6 +13,7 @@
  */
 #define YIELDS_BEFORE_SLEEP	64
 #define SLEEP_NS		50000
+#define BASE_PAGE		4096u
 
 uint64_t uffd_now_ns(void)
 {
@@ -41,6 +42,21 @@ static int fill_once(const struct uffd_fill *fill, uint64_t at, uint64_t left, i
 		*done_ret = 0;
 		return -EINVAL;
 	}
+}
+
+/*
+ * COPY says EEXIST of a page that is mapped, and of one that only the page cache holds;
+ * on hugetlb also where no huge page is free.  CONTINUE tells them apart.
+ */
+static int map_cached(const struct uffd_fill *fill, uint64_t at)
+{
+	int64_t done;
+	int r = uffd_shim_continue(fill->fd, fill->dst + at, fill->page_size, fill->cached_mode,
+				   &done);
+
+	if (r == -EFAULT)
+		return fill->page_size > BASE_PAGE ? -ENOMEM : -EAGAIN;
+	return r;
 }
 
 void uffd_back_off(unsigned int attempt)
@@ -86,6 +102,10 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 			span = halve(left, fill->page_size);
 			r = 0;
 			continue;
+		}
+		if (r == -EEXIST && fill->maps_cached) {
+			r = map_cached(fill, at);
+			done = r ? 0 : (int64_t)fill->page_size;
 		}
 		if (r == 0 || (r == -EAGAIN && done > 0)) {
 			at += (uint64_t)done;

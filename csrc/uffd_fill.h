@@ -28,6 +28,8 @@ struct uffd_fill {
 	uint64_t page_size;	/* EEXIST skips this much */
 	uint64_t limit_ns;	/* how long EAGAIN without progress is retried; 0: not at all */
 	uint32_t leaves_waiters; /* EEXIST wakes nobody; the caller does */
+	uint32_t maps_cached;	/* EEXIST: map what the page cache holds; it may be mapped nowhere */
+	uint64_t cached_mode;	/* of CONTINUE for that */
 };
 
 struct uffd_fill_result {

@@ -128,7 +128,7 @@ static bool next_guess(const struct uffd_range *range, uint64_t error, enum uffd
 }
 
 /* The rest of the chunk; in this thread there is nobody to hand it to. */
-static void prefetch_now(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
+static void prefetch_now(struct uffd_range *range, uint64_t page)
 {
 	struct uffd_engine *engine = range->space->engine;
 	struct fill_run run = { 0 };
@@ -136,7 +136,7 @@ static void prefetch_now(struct uffd_range *range, uint64_t page, enum uffd_faul
 
 	prefetch_span(range, page, &run.past, &end);
 	while (run.past < end && !run.error) {
-		run = fill_absent(range, run.past, end, kind);
+		run = fill_absent(range, run.past, end);
 		count(engine, COUNTER(prefetched_pages), run.filled >> range->page_shift);
 	}
 }
@@ -191,7 +191,7 @@ static bool resolve_inline(struct uffd_range *range, uint64_t address, uint64_t 
 		return false;
 	if (outcome == OUTCOME_RESOLVED) {
 		if (engine->options.prefetch && kind != UFFD_KIND_WP)
-			prefetch_now(range, page, kind);
+			prefetch_now(range, page);
 		note_fault(engine, address,
 			   flags_of[kind] | (error & FAULT_WRITE ? UFFD_PAGEFAULT_FLAG_WRITE : 0),
 			   (uint32_t)syscall(SYS_gettid), began);

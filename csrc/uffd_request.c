@@ -41,7 +41,7 @@ bool leads_after_watchdog(struct uffd_engine *engine)
 	return false;
 }
 
-bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end, enum uffd_fault_kind kind,
+bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
 		   const struct deferred_fault *fault)
 {
 	struct uffd_engine *engine = range->space->engine;
@@ -55,7 +55,6 @@ bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end, enum uff
 	request->address = at;
 	request->since_ns = uffd_now_ns();
 	request->space = range->space->number;
-	request->kind = kind;
 	request->page_size = range->page_size;
 	if (fault) {
 		request->flags = (uint32_t)fault->flags;
@@ -176,10 +175,10 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		goto out;
 	}
 	r = put_bytes(range, at, stop - at,
-		      (uint64_t)(uintptr_t)(data + (*offset - request->offset)), request->kind,
+		      (uint64_t)(uintptr_t)(data + (*offset - request->offset)), FILL_AHEAD,
 		      &result);
 	uffd_barrier(UFFD_BARRIER_PLACED);
-	if (r == 0 && result.already_present && request->kind != UFFD_KIND_MINOR &&
+	if (r == 0 && result.already_present &&
 	    lacks_huge_page(range, at, request->since_ns)) {
 		r = -ENOMEM;
 		goto out;

@@ -5,11 +5,8 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
-#include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "uffd_engine_internal.h"
@@ -77,7 +74,7 @@ static enum outcome gone(struct uffd_space *space, int error)
 }
 
 /* A claimed page whose content a worker must fetch, and its neighbours with it. */
-static enum outcome ask_for(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
+static enum outcome ask_for(struct uffd_range *range, uint64_t page)
 {
 	uint64_t at = page, end = page + range->page_size, from = at, to = end;
 
@@ -88,60 +85,38 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page, enum uffd_f
 	while (at > from && claim_absent(range, at - range->page_size))
 		at -= range->page_size;
 	set_states(range, at, end, UFFD_PAGE_REQUESTED);
-	if (queue_request(range, at, end, kind, range->space->engine->fault_in_hand))
+	if (queue_request(range, at, end, range->space->engine->fault_in_hand))
 		return OUTCOME_REQUESTED;
 	unclaim(range, at, page, UFFD_PAGE_ABSENT);
 	unclaim(range, page + range->page_size, end, UFFD_PAGE_ABSENT);
 	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_SOURCE);
 }
 
-static bool is_mapped_here(uint64_t page)
-{
-	unsigned char there = 0;
-
-	return mincore((void *)(uintptr_t)page, BASE_PAGE, &there) == 0 && there & 1;
-}
-
-static bool is_mapped_in(int pid, uint64_t page)
-{
-	uint64_t entry = 0;
-	char path[32];
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return false;
-	if (pread(fd, &entry, sizeof(entry), (off_t)(page / BASE_PAGE * sizeof(entry))) < 0)
-		entry = 0;
-	close(fd);
-	return entry & UFFD_PM_PRESENT;
-}
-
 /*
  * Linux 6.18 answers EEXIST to a fill of hugetlb memory also where no huge page is
  * free (measured; Linux 6.12 says ENOMEM).  The owner's page table tells whether
  * the page is there; whose we do not know (a fork), it stays absent to us, so that
- * nothing takes zeros for its content.
+ * nothing takes zeros for its content.  Where pages arrive protected, one that was put there
+ * by others is clean only if it is protected as well.
  */
 static uint8_t state_of_existing(const struct uffd_range *range, uint64_t page)
 {
-	const struct uffd_engine *engine = range->space->engine;
-	bool there;
+	uint64_t entry;
 
-	if (!is_huge(range))
+	if (!is_huge(range) && !(range->mode & UFFDIO_REGISTER_MODE_WP))
 		return UFFD_PAGE_CLEAN;
-	if (range->space != engine->primary)
+	if (!read_entries(range, page, 1, &entry))
+		return is_huge(range) ? UFFD_PAGE_ABSENT : UFFD_PAGE_DIRTY;
+	if (is_huge(range) && !(entry & UFFD_PM_PRESENT))
 		return UFFD_PAGE_ABSENT;
-	there = engine->options.owner_pid == getpid()
-		? is_mapped_here(page) : is_mapped_in(engine->options.owner_pid, page);
-	return there ? UFFD_PAGE_CLEAN : UFFD_PAGE_ABSENT;
+	return !(range->mode & UFFDIO_REGISTER_MODE_WP) || entry & UFFD_PM_UFFD_WP
+		? UFFD_PAGE_CLEAN : UFFD_PAGE_DIRTY;
 }
 
 void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
 		const struct uffd_fill_result *result)
 {
-	if (!result->already_present || !is_huge(range))
+	if (!result->already_present)
 		set_states(range, at, past, UFFD_PAGE_CLEAN);
 	else
 		for (; at < past; at += range->page_size)
@@ -154,7 +129,7 @@ void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
  */
 bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion)
 {
-	if (!is_huge(range) || state_of_existing(range, page) == UFFD_PAGE_CLEAN)
+	if (!is_huge(range) || state_of_existing(range, page) != UFFD_PAGE_ABSENT)
 		return false;
 	if (atomic_exchange(&range->exists_at, page) != page)
 		atomic_store(&range->exists_count, 0);
@@ -240,15 +215,16 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 			return OUTCOME_FAILED;
 		}
 		if (needs_request(range))
-			return ask_for(range, page, kind);
+			return ask_for(range, page);
 	}
 	if (was == UFFD_PAGE_ABSENT)
-		r = put_content(range, page, range->page_size, kind, &result);
+		r = put_content(range, page, range->page_size,
+				kind == UFFD_KIND_MINOR ? FILL_MINOR : FILL_MISSING, &result);
 	else if (kind == UFFD_KIND_MINOR)
 		r = put_continue(range, page, range->page_size, &result);
 	else
 		/* It was here once: dropped since, or this is an old message (EEXIST). */
-		r = put_zeros(range, page, range->page_size, 0, &result);
+		r = put_zeros(range, page, range->page_size, FILL_MISSING, &result);
 	return settle_absence(range, page, kind, was, r, &result);
 }
 
@@ -294,8 +270,7 @@ enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fau
 
 /* Filling more than what was asked for */
 
-struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
-			    enum uffd_fault_kind kind)
+struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
 {
 	const struct uffd_content *content = range->content;
 	uint64_t tail_at = content->length - range->origin + range->start;
@@ -313,13 +288,18 @@ struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end,
 	while (stop < end && claim_absent(range, stop))
 		stop += range->page_size;
 	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);
-	r = put_content(range, at, stop - at, kind, &result);
+	r = put_content(range, at, stop - at, FILL_AHEAD, &result);
 	uffd_barrier(UFFD_BARRIER_PLACED);
 	past = at + result.done + result.already_present;
 	set_filled(range, at, past, &result);
 	if (is_huge(range) && result.already_present)
 		uffd_shim_wake(range->space->fd, at, past - at);
 	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
+	if (r == -EFAULT && content->kind == UFFD_SOURCE_NONE) {
+		/* A hole of the page cache: there is nothing to fill it with. */
+		past += range->page_size;
+		r = 0;
+	}
 	count(range->space->engine, COUNTER(filled_pages), result.done >> range->page_shift);
 	if (r == -ESRCH)
 		atomic_store(&range->space->gone, true);

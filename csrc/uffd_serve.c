@@ -135,12 +135,6 @@ int uffd_engine_set_ioctls(struct uffd_engine *engine, uint32_t number, uint64_t
 	return range ? 0 : -ENOENT;
 }
 
-static enum uffd_fault_kind filling_kind(const struct uffd_range *range)
-{
-	return range->mode & UFFDIO_REGISTER_MODE_MISSING && !range->content->writes_cache
-		? UFFD_KIND_MISSING : UFFD_KIND_MINOR;
-}
-
 int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
 	       uint64_t offset, uint64_t end, slice_work work, uint64_t *done_ret)
 {
@@ -201,7 +195,7 @@ void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
 static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
 			   uint64_t *done_ret)
 {
-	struct fill_run run = fill_absent(range, at, end, filling_kind(range));
+	struct fill_run run = fill_absent(range, at, end);
 
 	wake_again(range, run.from, run.past);
 	*error_ret = run.error;
@@ -237,7 +231,7 @@ static uint64_t request_slice(struct uffd_range *range, uint64_t at, uint64_t en
 						    UFFD_PAGE_REQUESTED))
 			break;
 	}
-	if (stop > at && !queue_request(range, at, stop, filling_kind(range), NULL)) {
+	if (stop > at && !queue_request(range, at, stop, NULL)) {
 		unclaim(range, at, stop, UFFD_PAGE_ABSENT);
 		*error_ret = -ENOMEM;
 		return at;

@@ -23,6 +23,7 @@ struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
 	space->owned = owned;
 	space->events = event_features;
 	space->event_features = event_features;
+	space->pagemap_fd = -1;
 	uffd_table_init(&space->own_table);
 	space->table = engine->options.is_inline ? &uffd_inline_table : &space->own_table;
 	atomic_store(&space->references, 1);
@@ -55,6 +56,8 @@ void space_put(struct uffd_space *space)
 		return;
 	if (space->owned)
 		close(space->fd);
+	if (space->pagemap_fd >= 0)
+		close(space->pagemap_fd);
 	forget_owed(space, 0, UINT64_MAX);
 	uffd_table_deinit(&space->own_table);
 	uffd_free(space);

@@ -17,8 +17,7 @@
 
 /* Prefetching, for the leader */
 
-static void push_job(struct uffd_range *range, uint64_t at, uint64_t end,
-		     enum uffd_fault_kind kind, bool for_reader)
+static void push_job(struct uffd_range *range, uint64_t at, uint64_t end, bool for_reader)
 {
 	struct uffd_engine *engine = range->space->engine;
 
@@ -31,7 +30,7 @@ static void push_job(struct uffd_range *range, uint64_t at, uint64_t end,
 		engine->job_count--;
 	}
 	engine->jobs[engine->job_count++] =
-		(struct prefetch_job){ range->space, at, end, kind, for_reader };
+		(struct prefetch_job){ range->space, at, end, for_reader };
 }
 
 static void plan_prefetch(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
@@ -46,8 +45,8 @@ static void plan_prefetch(struct uffd_range *range, uint64_t page, enum uffd_fau
 		    page < engine->jobs[i].end)
 			return;
 	prefetch_span(range, page, &from, &to);
-	push_job(range, from, page, kind, false);
-	push_job(range, page + range->page_size, to, kind,
+	push_job(range, from, page, false);
+	push_job(range, page + range->page_size, to,
 		 !engine->job_count && to - from > engine->options.prefetch);
 }
 
@@ -62,7 +61,7 @@ static struct fill_run fill_slice_of(struct uffd_range *range, struct prefetch_j
 	if (slice < range->page_size)
 		slice = range->page_size;
 	end = job->end - job->at > slice ? job->at + slice : job->end;
-	run = fill_absent(range, job->at, end, job->kind);
+	run = fill_absent(range, job->at, end);
 	job->at = run.past;
 	count(engine, COUNTER(prefetched_pages), run.filled >> range->page_shift);
 	/* A page that cannot be had now is left to its own fault. */
@@ -107,16 +106,16 @@ static bool is_next_in_line(const struct uffd_range *range, uint64_t page,
 	const struct uffd_engine *engine = range->space->engine;
 	const struct prefetch_job *job = &engine->jobs[engine->job_count - 1];
 
-	return engine->job_count && kind == job->kind && job->space == range->space &&
+	return engine->job_count && kind != UFFD_KIND_WP && job->space == range->space &&
 	       job->at == page && job->end <= range->end && !atomic_load(&engine->refusing);
 }
 
-static enum outcome fill_in_line(struct uffd_range *range, uint64_t page)
+static enum outcome fill_in_line(struct uffd_range *range, uint64_t page,
+				 enum uffd_fault_kind kind)
 {
 	struct uffd_engine *engine = range->space->engine;
 	struct prefetch_job *job = &engine->jobs[engine->job_count - 1];
 
-	enum uffd_fault_kind kind = job->kind;
 	struct fill_run run = fill_slice_of(range, job, SEQUENTIAL_SLICE);
 
 	/*
@@ -201,7 +200,7 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 		in_line = is_next_in_line(range, page, kind);
 		if (engine->job_count && !in_line)
 			engine->jobs[engine->job_count - 1].for_reader = false;
-		outcome = in_line ? fill_in_line(range, page) : resolve_page(range, page, kind);
+		outcome = in_line ? fill_in_line(range, page, kind) : resolve_page(range, page, kind);
 		engine->fault_in_hand = NULL;
 		if (outcome == OUTCOME_RESOLVED && !in_line)
 			plan_prefetch(range, page, kind);

@@ -27,6 +27,7 @@ class EngineOptions(TypedDict):
     """What every engine is told, in this process or another."""
 
     owner_pid: int
+    page_table_pid: int
     on_error: OnError
     has_events: int
     watch_owner: bool

@@ -287,6 +287,7 @@ class Engine(SoleOwner):
         fd: int,
         *,
         owner_pid: int,
+        page_table_pid: int = 0,
         on_error: OnError,
         inline: bool = False,
         has_events: int = 0,
@@ -303,6 +304,7 @@ class Engine(SoleOwner):
         options = ffi.new("struct uffd_engine_options *")
         options.fd = fd
         options.owner_pid = owner_pid
+        options.page_table_pid = page_table_pid
         options.on_error = on_error
         options.is_inline = inline
         options.has_events = has_events

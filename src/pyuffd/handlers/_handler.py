@@ -168,6 +168,7 @@ class Handler(SoleOwner):
         self._worker_count = workers
         self._options = EngineOptions(
             owner_pid=self._owner_pid,
+            page_table_pid=owner_pid or (0 if uffd.adopted else self._pid),
             on_error=OnError[on_error.upper()],
             has_events=int(uffd.features & LAYOUT_EVENTS),
             watch_owner=self._owner_pid != self._pid,
