@@ -266,4 +266,8 @@ struct uffd_pm_scan_arg {
 _Static_assert(sizeof(struct uffd_page_region) == 24, "page_region");
 _Static_assert(sizeof(struct uffd_pm_scan_arg) == 96, "pm_scan_arg");
 
+/* madvise(2): fault pages in, without touching them; since Linux 5.14 */
+#define UFFD_MADV_POPULATE_READ		22
+#define UFFD_MADV_POPULATE_WRITE	23
+
 #endif /* UFFD_ABI_H */

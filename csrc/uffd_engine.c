@@ -46,6 +46,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	pthread_mutex_init(&engine->spaces_lock, NULL);
 	pthread_mutex_init(&engine->requests_lock, NULL);
 	pthread_mutex_init(&engine->await_lock, NULL);
+	pthread_mutex_init(&engine->lost_lock, NULL);
 	pthread_cond_init(&engine->requests_changed, NULL);
 	TAILQ_INIT(&engine->queued);
 	TAILQ_INIT(&engine->taken);
@@ -68,12 +69,13 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	return 0;
 }
 
-/* Every range has been taken out and the driver has stopped. */
+/* Every range has been taken out, the driver has stopped, and nobody is inside. */
 void uffd_engine_destroy(struct uffd_engine *engine)
 {
 	const void *huge_zeros = atomic_load(&engine->huge_zeros);
 	struct uffd_space *space;
 
+	free_lost(engine);
 	while ((space = LIST_FIRST(&engine->spaces)))
 		space_retire(space);
 	free_requests(engine);
@@ -87,6 +89,7 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_cond_destroy(&engine->requests_changed);
 	pthread_mutex_destroy(&engine->requests_lock);
 	pthread_mutex_destroy(&engine->await_lock);
+	pthread_mutex_destroy(&engine->lost_lock);
 	pthread_mutex_destroy(&engine->spaces_lock);
 	pthread_rwlock_destroy(&engine->gate);
 	pthread_mutex_destroy(&engine->keeper_lock);
@@ -163,10 +166,12 @@ void uffd_engine_wake_all(struct uffd_engine *engine)
 	pthread_mutex_unlock(&engine->spaces_lock);
 }
 
-int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number)
+int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number, uint64_t limit_ns)
 {
 	struct uffd_space *space = space_get(engine, number);
+	uint64_t give_up = uffd_now_ns() + limit_ns;
 	unsigned int attempt = 0;
+	int r = 0;
 
 	if (!space)
 		return -ESRCH;
@@ -178,16 +183,18 @@ int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number)
 		/* The leader may hold it: it must be the one to let go. */
 		atomic_store(&space->gone, true);
 		atomic_fetch_add(&engine->doomed_spaces, 1);
-		while (atomic_load(&space->references) > 1) {
+		while (r == 0 && atomic_load(&space->references) > 1) {
 			kick_leader(engine);
 			uffd_back_off(attempt++);
+			if (uffd_now_ns() > give_up)
+				r = -EBUSY;
 		}
 	} else {
 		epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, space->fd, NULL);
 		space_retire(space);
 	}
 	space_put(space);
-	return 0;
+	return r;
 }
 
 uint64_t uffd_engine_shared_size(void)

@@ -113,6 +113,7 @@ struct uffd_request {
 	uint64_t since_ns;
 	uint32_t space;
 	uint32_t thread_id;
+	uint32_t worker_id;	/* gettid() of who fetches it */
 	uint32_t flags;		/* UFFD_PAGEFAULT_FLAG_* */
 	uint32_t is_fault;	/* a fault asked, not populate */
 	uint32_t abandoned;	/* on_error was applied: the answer comes too late */
@@ -134,8 +135,11 @@ int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork
 int uffd_engine_owe(struct uffd_engine *engine, uint32_t space, uint64_t start, uint64_t end);
 /* Before the start: apply what another engine had read and not applied (uffd_keeper.h). */
 void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported);
-/* Forget a descriptor whose ranges have been taken out, before it is closed. */
-int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t space);
+/*
+ * Forget a descriptor whose ranges have been taken out, before it is closed.
+ * -EBUSY: a thread that a source holds up may still use it.
+ */
+int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t space, uint64_t limit_ns);
 
 /*
  * Put a range in, before it is registered.  `id_ret` names it in the calls below,
@@ -150,13 +154,16 @@ int uffd_engine_set_ioctls(struct uffd_engine *engine, uint32_t space, uint64_t 
 /*
  * Take a range out of a space and of the forks that have it.  SEAL: first poison
  * what is absent (its content would be zeros otherwise) and lift write-protection;
- * where the range takes no POISON, absent pages are filled instead.  UNREGISTER:
- * what is left of it.  `start` is where it was served.
+ * where the range takes no POISON, absent pages are filled instead.  Forks are sealed
+ * in any case: memory that goes away here lives on there.  UNREGISTER: what is left
+ * of it.  `start` is where it was served.  `patience_ns`: how long to wait for
+ * threads at its pages before those are poisoned, too.  After an error it is served
+ * as before, as far as it was not taken out.
  */
 #define UFFD_UNSERVE_SEAL	1
 #define UFFD_UNSERVE_UNREGISTER	2
 int uffd_engine_unserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
-			uint64_t start, uint32_t flags);
+			uint64_t start, uint32_t flags, uint64_t patience_ns);
 
 /* Read everything that is queued and resolve it; `handled_ret` counts the messages. */
 void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret);
@@ -187,11 +194,40 @@ void uffd_engine_wake_all(struct uffd_engine *engine);
 
 /* From now on, poison every page that is asked for instead of filling it. */
 void uffd_engine_refuse(struct uffd_engine *engine);
-/* Poison the pages that wait for a worker, of one serving or (id 0) of all. */
-void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id);
+/*
+ * Poison the pages that wait for a worker, of one serving or (id 0) of all; with an
+ * error other than 0 that is a failure, which is noted.
+ */
+void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error);
 
 /* Workers that have not come back with a page that was abandoned. */
 uint32_t uffd_engine_hung(struct uffd_engine *engine);
+
+/*
+ * The end: whoever leads leaves, every range is sealed and taken out as by unserve.
+ * `patience_ns` is for all waits together; while there is work it does not count.
+ * -EBUSY: ranges stay registered because they could not be sealed.  Threads may be
+ * left behind that a source holds up: see uffd_engine_is_deserted.
+ */
+int uffd_engine_end(struct uffd_engine *engine, uint64_t patience_ns);
+/* From any thread: end drain now, and wait no longer than this for anything. */
+void uffd_engine_hurry(struct uffd_engine *engine, uint64_t patience_ns);
+/* Changes as long as the end gets on. */
+uint64_t uffd_engine_progress(struct uffd_engine *engine);
+
+/* A thread at pages of a serving, perhaps held up there, and what its ioctl may still change. */
+struct uffd_held {
+	uint64_t id;
+	uint64_t start;
+	uint64_t length;
+	uint32_t thread_id;
+	uint32_t is_request;	/* it fetches them: no ioctl is under way */
+};
+
+uint32_t uffd_engine_held(struct uffd_engine *engine, struct uffd_held *held_ret,
+			  uint32_t capacity);
+/* After the end: whether no thread is inside any more, but for callers. */
+int uffd_engine_is_deserted(struct uffd_engine *engine);
 
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret);
 uint32_t uffd_engine_spaces(struct uffd_engine *engine);
@@ -219,7 +255,8 @@ int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, i
 int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count);
 /* Wait until every fault that was waiting at the call is resolved or put off for good. */
 int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns);
-/* End the thread, and let workers return from uffd_engine_next_request. */
+
+/* End the thread of an engine that serves nothing: another one goes on with its userfaultfds. */
 void uffd_native_stop(struct uffd_engine *engine);
 
 /* The inline driver: a SIGBUS handler for the whole process. */

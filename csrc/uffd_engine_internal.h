@@ -10,6 +10,7 @@
 
 #include "uffd_barrier.h"
 #include "uffd_engine.h"
+#include "uffd_hold.h"
 #include "uffd_keeper.h"
 #include "uffd_placement.h"
 #include "uffd_table.h"
@@ -114,6 +115,26 @@ enum leader {
 	LEADER_NATIVE,		/* the engine's own thread */
 };
 
+/* Where the leader is: one that a source holds up can be dismissed, and comes back to nothing. */
+enum lead_state {
+	LEAD_FREE,
+	LEAD_HELD_UP,		/* or may be: at the pages of a range */
+	LEAD_DISMISSED,
+};
+
+/* The end of an engine (uffd_end.c). */
+struct ending {
+	_Atomic bool began;		/* ranges go, none is put in any more */
+	_Atomic bool over;		/* who comes back now leaves everything as it is */
+	_Atomic bool hurried;
+	_Atomic int64_t hurried_patience_ns;
+	_Atomic int64_t patience_ns;	/* left for waiting, all waits together */
+	_Atomic uint64_t progress;	/* slices that were worked on */
+	pthread_t thread;		/* that ends it; once it began */
+	bool leads;			/* and reads the descriptors meanwhile */
+	bool ignores_gate;		/* somebody holds it and is held up */
+};
+
 TAILQ_HEAD(request_list, uffd_request);
 
 struct uffd_engine {
@@ -144,6 +165,8 @@ struct uffd_engine {
 	_Atomic(const void *) huge_zeros;	/* 1 GiB of them, once such a page is served */
 
 	/* Of the thread that leads: it alone reads descriptors. */
+	_Atomic uint32_t lead_state;	/* enum lead_state */
+	uint32_t leader_id;		/* gettid() */
 	uint64_t applying;	/* the number of the layout event that is being applied */
 	struct fault_list deferred;	/* the layout was changing */
 	struct fault_list strays;	/* nobody serves them, uffd_stray.c */
@@ -151,7 +174,7 @@ struct uffd_engine {
 	struct prefetch_job jobs[PREFETCH_JOBS];
 	size_t job_count;
 	uint64_t steps;
-	uint64_t forks_followed;
+	_Atomic uint64_t forks_followed;
 	const struct deferred_fault *fault_in_hand;
 	struct spin {
 		uint64_t limit_ns;
@@ -176,7 +199,8 @@ struct uffd_engine {
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
 
 	pthread_t thread;
-	bool thread_running;
+	_Atomic bool thread_running;
+	_Atomic bool thread_done;	/* it only has to be joined */
 	int wake_fd;			/* wakes the leader */
 	int stop_fd;			/* wakes the thread that stands by */
 	int epoll_fd;
@@ -187,6 +211,11 @@ struct uffd_engine {
 	_Atomic uint64_t idle_passes;	/* passes of the loop that found nothing left to do */
 
 	struct engine_shared *shared;
+
+	struct uffd_holds holds;
+	pthread_mutex_t lost_lock;
+	struct uffd_range *lost;	/* taken out, and freed when nobody holds them */
+	struct ending end;
 
 	/* Threads at work on pages, in two phases; see await_work(). */
 	pthread_mutex_t await_lock;
@@ -204,6 +233,7 @@ enum outcome {
 	OUTCOME_GONE,		/* range or owner vanished */
 	OUTCOME_FAILED,		/* on_error was applied */
 	OUTCOME_POISONED,	/* it was poisoned before: there is no content */
+	OUTCOME_DISMISSED,	/* for the leader: another thread ends the engine */
 };
 
 /* uffd_stats.c */
@@ -287,27 +317,72 @@ struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number);
 void space_put(struct uffd_space *space);
 void space_retire(struct uffd_space *space);
 bool space_is_dead(struct uffd_space *space);
-/* Wait, for a while, until no thread of the owner is changing the layout. */
+/* Whether a thread of the owner is changing the layout, and waits for its event to be read. */
+bool layout_is_changing(struct uffd_space *space);
+/* Wait, for a while, until none is. */
 void wait_for_layout(struct uffd_space *space);
 bool layout_is_changing(struct uffd_space *space);
 
+static inline bool ends(const struct uffd_engine *engine)
+{
+	return atomic_load_explicit(&engine->end.began, memory_order_acquire) &&
+	       pthread_equal(engine->end.thread, pthread_self());
+}
+
+static inline bool has_gate(const struct uffd_space *space)
+{
+	return space->events && !(ends(space->engine) && space->engine->end.ignores_gate);
+}
+
 static inline void gate_enter(struct uffd_space *space)
 {
-	if (space->events)
+	if (has_gate(space))
 		pthread_rwlock_rdlock(&space->engine->gate);
 }
 
-static inline void gate_close(struct uffd_space *space)
-{
-	if (space->events)
-		pthread_rwlock_wrlock(&space->engine->gate);
-}
+/*
+ * A source may hold up whoever is inside.  The first one waits for some
+ * milliseconds, the second one until the engine stops; false: not closed.
+ */
+bool gate_try_close(struct uffd_space *space);
+bool gate_close(struct uffd_space *space);
 
 static inline void gate_leave(struct uffd_space *space)
 {
-	if (space->events)
+	if (has_gate(space))
 		pthread_rwlock_unlock(&space->engine->gate);
 }
+
+/*
+ * Between entering and leaving a table: take hold of what was found there, and
+ * leave.  Where no hold is to be had the reader stays inside.
+ */
+static inline struct uffd_hold *leave_with(struct uffd_table *table, unsigned int shard,
+					   struct uffd_range *range, uint64_t start, uint64_t end,
+					   uint32_t thread_id)
+{
+	struct uffd_hold *hold =
+		uffd_hold_take(&range->space->engine->holds, range, start, end, thread_id);
+
+	if (hold)
+		uffd_table_leave(table, shard);
+	return hold;
+}
+
+static inline void let_go(struct uffd_table *table, unsigned int shard, struct uffd_hold *hold)
+{
+	if (hold)
+		uffd_hold_release(hold);
+	else
+		uffd_table_leave(table, shard);
+}
+
+/* Out of the table: free it, now or when nobody is at it any more. */
+void range_discard(struct uffd_range *range);
+/* Take it out, too. */
+void range_remove(struct uffd_range *range);
+/* Returns whether none is left. */
+bool free_lost(struct uffd_engine *engine);
 
 struct uffd_range *range_create(struct uffd_space *space, const struct uffd_range *like,
 				uint64_t start, uint64_t end, uint64_t origin);
@@ -410,6 +485,7 @@ struct visit {
 	struct uffd_space *space;
 	unsigned int shard;
 	uint32_t phase;
+	struct uffd_hold *hold;
 };
 
 bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit);
@@ -417,16 +493,34 @@ void shut_visit(struct visit *visit);
 void wake_again(struct uffd_range *range, uint64_t at, uint64_t end);
 
 /*
- * Go through [offset, end) of a serving in slices, opening and shutting the gate
- * for each.  `work` says how far it came; EAGAIN is tried again for a while.
+ * Work on [offset, end) of a serving in slices, with the gate opened and shut for
+ * each.  `work` says how far it came; EAGAIN and ENOMEM may pass.  `reach` says what
+ * memory of this process the next of it will touch, and how far that goes.
  */
+struct reach {
+	struct uffd_content *content;
+	uint64_t read, read_length;
+	uint64_t write, write_length;
+};
+
 typedef uint64_t (*slice_work)(struct uffd_range *range, uint64_t at, uint64_t end,
 			       int *error_ret, uint64_t *done_ret);
+typedef uint64_t (*slice_reach)(struct uffd_range *range, uint64_t at, uint64_t end,
+				struct reach *reach);
 
-int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
-	       uint64_t offset, uint64_t end, slice_work work, uint64_t *done_ret);
+struct slices {
+	struct uffd_engine *engine;
+	uint32_t number;	/* of the space */
+	uint64_t id, start;
+	uint64_t offset, end;
+	slice_work work;
+	slice_reach reach;	/* NULL: nothing that could hold anybody up */
+};
+
+int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret);
 uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
 			uint64_t *done_ret);
+uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach);
 
 /* uffd_engine.c */
 int watch_space(struct uffd_engine *engine, struct uffd_space *space);
@@ -463,6 +557,46 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine);
 void lead(struct uffd_engine *engine, enum leader role);
 void kick_leader(struct uffd_engine *engine);
 void native_close(struct uffd_engine *engine);
+/* Tell whoever leads, or could, to leave. */
+void native_end(struct uffd_engine *engine);
+
+/* uffd_end.c */
+/* Around what a source may hold up; false: dismissed, nothing of the leader's may be touched. */
+static inline void may_be_held_up(struct uffd_engine *engine)
+{
+	if (!ends(engine))
+		atomic_store_explicit(&engine->lead_state, LEAD_HELD_UP, memory_order_release);
+}
+
+static inline bool is_back(struct uffd_engine *engine)
+{
+	uint32_t held_up = LEAD_HELD_UP;
+
+	return ends(engine) ||
+	       atomic_compare_exchange_strong(&engine->lead_state, &held_up, LEAD_FREE);
+}
+
+static inline bool is_dismissed(struct uffd_engine *engine)
+{
+	return atomic_load(&engine->lead_state) == LEAD_DISMISSED;
+}
+
+/* How long taking ranges out may wait for others, all waits together. */
+struct patience {
+	struct uffd_engine *engine;
+	int64_t left_ns;	/* not for the end: that has the engine's */
+	unsigned int attempt;
+};
+
+/* Wait a little; false: it has been long enough. */
+bool wait_on(struct patience *patience);
+/* Between two pieces of work. */
+void rest(struct patience *patience);
+
+/* uffd_unserve.c */
+int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+	       uint32_t flags, struct patience *patience);
+bool loses_content(const struct uffd_range *range);
 
 extern struct uffd_table uffd_inline_table;
 

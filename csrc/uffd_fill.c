@@ -2,9 +2,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sched.h>
+#include <sys/mman.h>
 #include <time.h>
 
+#include "uffd_abi.h"
 #include "uffd_fill.h"
+
+#define PAGE_MASK	UINT64_C(4095)
 
 /*
  * While a layout event is unread every filling ioctl says EAGAIN, and goes on
@@ -67,6 +71,17 @@ void uffd_back_off(unsigned int attempt)
 		sched_yield();
 	else
 		nanosleep(&pause, NULL);
+}
+
+void uffd_fault_in(uint64_t address, uint64_t length, uint32_t for_writing)
+{
+	uint64_t from = address & ~PAGE_MASK;
+	uint64_t to = (address + length + PAGE_MASK) & ~PAGE_MASK;
+
+	/* What is wrong with it the ioctl or the access will tell. */
+	if (length)
+		madvise((void *)(uintptr_t)from, to - from,
+			for_writing ? UFFD_MADV_POPULATE_WRITE : UFFD_MADV_POPULATE_READ);
 }
 
 /* Half of it, in whole pages. */

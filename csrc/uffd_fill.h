@@ -44,6 +44,12 @@ struct uffd_fill_result {
  */
 int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_ret);
 
+/*
+ * Fault memory of this process in, as far as it can be: what that waits for is not
+ * waited for later, where others would wait for us.
+ */
+void uffd_fault_in(uint64_t address, uint64_t length, uint32_t for_writing);
+
 uint64_t uffd_now_ns(void);
 
 /* Pause before trying again: yield at first, since what we wait for may need this CPU. */

@@ -128,13 +128,15 @@ static bool next_guess(const struct uffd_range *range, uint64_t error, enum uffd
 }
 
 /* The rest of the chunk; in this thread there is nobody to hand it to. */
-static void prefetch_now(struct uffd_range *range, uint64_t page)
+static void prefetch_now(struct uffd_range *range, struct uffd_hold *hold, uint64_t page)
 {
 	struct uffd_engine *engine = range->space->engine;
 	struct fill_run run = { 0 };
 	uint64_t end;
 
 	prefetch_span(range, page, &run.past, &end);
+	if (hold)
+		uffd_hold_move(hold, run.past, end);
 	while (run.past < end && !run.error) {
 		run = fill_absent(range, run.past, end);
 		count(engine, COUNTER(prefetched_pages), run.filled >> range->page_shift);
@@ -142,7 +144,8 @@ static void prefetch_now(struct uffd_range *range, uint64_t page)
 }
 
 /* Returns false when the SIGBUS is not ours after all. */
-static bool resolve_inline(struct uffd_range *range, uint64_t address, uint64_t error)
+static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uint64_t address,
+			   uint64_t error, uint32_t thread_id)
 {
 	static const uint64_t flags_of[] = {
 		[UFFD_KIND_MISSING] = 0,
@@ -191,10 +194,10 @@ static bool resolve_inline(struct uffd_range *range, uint64_t address, uint64_t 
 		return false;
 	if (outcome == OUTCOME_RESOLVED) {
 		if (engine->options.prefetch && kind != UFFD_KIND_WP)
-			prefetch_now(range, page);
+			prefetch_now(range, hold, page);
 		note_fault(engine, address,
 			   flags_of[kind] | (error & FAULT_WRITE ? UFFD_PAGEFAULT_FLAG_WRITE : 0),
-			   (uint32_t)syscall(SYS_gettid), began);
+			   thread_id, began);
 		repeated.count = 0;
 		repeated.passed_on = false;
 		return true;
@@ -203,6 +206,20 @@ static bool resolve_inline(struct uffd_range *range, uint64_t address, uint64_t 
 		repeated.count = 0;
 	repeated.address = address;
 	return ++repeated.count < REPEAT_LIMIT;
+}
+
+/* The caller is a reader of the table; when this returns it is not any more. */
+static bool resolve_outside(struct uffd_range *range, unsigned int shard, uint64_t address,
+			    uint64_t error)
+{
+	uint64_t page = page_of(range, address);
+	uint32_t thread_id = (uint32_t)syscall(SYS_gettid);
+	struct uffd_hold *hold = leave_with(&uffd_inline_table, shard, range, page,
+					    page + range->page_size, thread_id);
+	bool ours = resolve_inline(range, hold, address, error, thread_id);
+
+	let_go(&uffd_inline_table, shard, hold);
+	return ours;
 }
 
 static void on_sigbus(int number, siginfo_t *info, void *context)
@@ -221,8 +238,9 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 		struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
 
 		if (range)
-			ours = resolve_inline(range, address, error);
-		uffd_table_leave(&uffd_inline_table, shard);
+			ours = resolve_outside(range, shard, address, error);
+		else
+			uffd_table_leave(&uffd_inline_table, shard);
 	}
 	if (!ours)
 		pass_on(number, info, context);

@@ -105,14 +105,14 @@ static size_t cut(struct uffd_space *space, uint64_t start, uint64_t end, uint64
 	while (found < MOVED_AT_ONCE && (range = overlapping(space, start, end))) {
 		uint64_t from = higher(start, range->start), stop = lower(end, range->end);
 
-		uffd_table_remove(space->table, range);
+		range->has_readers = !uffd_table_remove(space->table, range);
 		if (range->start < from)
 			insert(space, piece_of(range, range->start, from, range->start));
 		if (stop < range->end)
 			insert(space, piece_of(range, stop, range->end, stop));
 		if (moved && (moved[found] = piece_of(range, from, stop, from - start + to)))
 			found++;
-		range_free(range);
+		range_discard(range);
 	}
 	return found;
 }
@@ -351,8 +351,10 @@ void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported)
 	struct uffd_space *space = space_get(engine, atomic_load(&log->space));
 	uint64_t first = atomic_load(&log->sequence);
 
-	if (space)
-		gate_close(space);
+	if (space && !gate_close(space)) {
+		space_put(space);
+		return;
+	}
 	for (size_t i = 0; i < LOG_MESSAGES; i++) {
 		struct uffd_msg message = log->messages[i];
 

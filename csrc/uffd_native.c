@@ -142,11 +142,14 @@ void lead(struct uffd_engine *engine, enum leader role)
 	struct uffd_placement *placement = &engine->placement;
 	unsigned int yields = 0;
 
+	engine->leader_id = (uint32_t)syscall(SYS_gettid);
 	while (!atomic_load(&engine->stop) && !hands_over(engine, role)) {
 		uint64_t forks = engine->forks_followed;
 		uint32_t handled;
 
 		uffd_engine_step(engine, &handled);
+		if (is_dismissed(engine))
+			return;
 		if (engine->forks_followed != forks)
 			reap_spaces(engine, REAP_AT_FORK);
 		if (handled) {
@@ -165,6 +168,8 @@ void lead(struct uffd_engine *engine, enum leader role)
 			refuse_strays(engine, false);
 		if (engine->deferred.count) {
 			retry_deferred(engine);
+			if (is_dismissed(engine))
+				return;
 			if (engine->deferred.count && yields++ < DEFERRED_YIELDS)
 				sched_yield();
 			else if (engine->deferred.count)
@@ -175,6 +180,8 @@ void lead(struct uffd_engine *engine, enum leader role)
 			spin->last_fault_ns = uffd_now_ns();
 			continue;
 		}
+		if (is_dismissed(engine))
+			return;
 		if (!handled && !atomic_load(&engine->outstanding))
 			atomic_fetch_add(&engine->idle_passes, 1);
 		if (spin->now_ns && uffd_now_ns() - spin->last_fault_ns < spin->now_ns) {
@@ -223,6 +230,7 @@ static void *native_main(void *argument)
 		else
 			lead(engine, LEADER_NATIVE);
 	}
+	atomic_store_explicit(&engine->thread_done, true, memory_order_release);
 	return NULL;
 }
 
@@ -342,7 +350,7 @@ int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns)
 	if (!engine->thread_running)
 		return 0;
 	while (atomic_load(&engine->idle_passes) < enough) {
-		if (uffd_now_ns() >= give_up)
+		if (uffd_now_ns() >= give_up || atomic_load(&engine->end.hurried))
 			return -ETIMEDOUT;
 		kick_leader(engine);
 		nanosleep(&pause, NULL);
@@ -350,34 +358,22 @@ int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns)
 	return 0;
 }
 
-/* A thread that waits for its event to be read would wait until the descriptor is closed. */
-static void settle(struct uffd_engine *engine)
+void native_end(struct uffd_engine *engine)
 {
-	struct uffd_space *space;
-	uint32_t last = engine->next_space;
-
-	for (uint32_t number = 0; number < last; number++) {
-		space = space_get(engine, number);
-		if (!space)
-			continue;
-		if (!atomic_load(&space->gone))
-			wait_for_layout(space);
-		space_put(space);
-	}
-}
-
-void uffd_native_stop(struct uffd_engine *engine)
-{
-	if (!engine->thread_running)
-		return;
-	settle(engine);
 	atomic_store(&engine->stop, true);
 	pthread_mutex_lock(&engine->requests_lock);
 	pthread_cond_broadcast(&engine->requests_changed);
 	pthread_mutex_unlock(&engine->requests_lock);
 	kick_leader(engine);
 	ring(engine->stop_fd);
+}
+
+void uffd_native_stop(struct uffd_engine *engine)
+{
+	if (!atomic_load(&engine->thread_running))
+		return;
+	native_end(engine);
 	pthread_join(engine->thread, NULL);
-	engine->thread_running = false;
+	atomic_store(&engine->thread_running, false);
 	refuse_strays(engine, true);
 }

@@ -11,7 +11,9 @@
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/timerfd.h>
+#include <unistd.h>
 
 #include "uffd_alloc.h"
 #include "uffd_engine_internal.h"
@@ -101,6 +103,7 @@ struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine)
 		if (request) {
 			TAILQ_REMOVE(&engine->queued, request, link);
 			TAILQ_INSERT_TAIL(&engine->taken, request, link);
+			request->worker_id = (uint32_t)syscall(SYS_gettid);
 			atomic_fetch_sub(&engine->queued_count, 1);
 			pass_the_lead(engine);
 			break;
@@ -147,6 +150,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	struct uffd_space *space = space_get(engine, request->space);
 	uint64_t end = request->offset + request->length, at, stop, past;
 	struct uffd_fill_result result;
+	struct uffd_hold *hold = NULL;
 	struct uffd_range *range;
 	unsigned int shard;
 	int r = 0;
@@ -174,6 +178,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		*offset += range->page_size;
 		goto out;
 	}
+	hold = leave_with(space->table, shard, range, at, stop, request->worker_id);
 	r = put_bytes(range, at, stop - at,
 		      (uint64_t)(uintptr_t)(data + (*offset - request->offset)), FILL_AHEAD,
 		      &result);
@@ -198,10 +203,18 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		*offset += stop - past;
 	}
 out:
-	uffd_table_leave(space->table, shard);
+	let_go(space->table, shard, hold);
 	gate_leave(space);
 	space_put(space);
 	return r == -ENOENT ? 0 : r;
+}
+
+static void abandon_page(struct uffd_range *range, uint64_t page, int error)
+{
+	if (error)
+		note_failure(range->space->engine, page, range->page_size, error,
+			     UFFD_FAILED_STALLED);
+	poison_page(range, page);
 }
 
 /* on_error for the pages of [offset, end) that still wait. */
@@ -230,7 +243,7 @@ static void give_up_pages(struct uffd_engine *engine, const struct uffd_request 
 			if (atomic_load(state_of(range, page)) != UFFD_PAGE_REQUESTED)
 				;
 			else if (stage == UFFD_FAILED_NOTHING)
-				poison_page(range, page);
+				abandon_page(range, page, error);
 			else
 				apply_on_error(range, page, error, stage);
 		}
@@ -241,8 +254,7 @@ static void give_up_pages(struct uffd_engine *engine, const struct uffd_request 
 	space_put(space);
 }
 
-int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *request,
-			 const void *data)
+static int complete(struct uffd_engine *engine, struct uffd_request *request, const void *data)
 {
 	uint64_t offset = request->offset, end = request->offset + request->length;
 	uint64_t give_up = 0;
@@ -279,10 +291,18 @@ int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *reques
 	return r;
 }
 
+int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *request,
+			 const void *data)
+{
+	/* It may be memory of any kind. */
+	uffd_fault_in((uint64_t)(uintptr_t)data, request->length, false);
+	return complete(engine, request, data);
+}
+
 struct uffd_request *uffd_engine_complete_next(struct uffd_engine *engine,
 					       struct uffd_request *request, const void *data)
 {
-	uffd_engine_complete(engine, request, data);
+	complete(engine, request, data);
 	return uffd_engine_next_request(engine);
 }
 
@@ -310,7 +330,7 @@ void free_requests(struct uffd_engine *engine)
 	}
 }
 
-void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id)
+void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 {
 	struct request_list *lists[] = { &engine->queued, &engine->taken };
 	struct uffd_request *request, copy;
@@ -327,7 +347,8 @@ void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id)
 			}
 			pthread_mutex_unlock(&engine->requests_lock);
 			if (request) {
-				give_up_pages(engine, &copy, copy.offset, 0, UFFD_FAILED_NOTHING);
+				give_up_pages(engine, &copy, copy.offset, -error,
+					      UFFD_FAILED_NOTHING);
 				atomic_fetch_sub(&engine->outstanding, 1);
 			}
 		} while (request);

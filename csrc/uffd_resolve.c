@@ -22,6 +22,9 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 {
 	struct uffd_engine *engine = range->space->engine;
 
+	/* Somebody was held up until after the end: there is nothing left to do about it. */
+	if (atomic_load(&engine->end.over))
+		return OUTCOME_FAILED;
 	note_failure(engine, page, range->page_size, error, stage);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
 		kill(engine->options.owner_pid, SIGKILL);

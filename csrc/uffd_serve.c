@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "uffd_alloc.h"
@@ -74,7 +75,8 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 	 */
 	wait_for_layout(space);
 	gate_enter(space);
-	r = uffd_table_insert(space->table, range);
+	r = atomic_load(&space->engine->end.began) ? -ECANCELED
+						   : uffd_table_insert(space->table, range);
 	if (r == 0 && !spec->id)
 		report_added(range);
 	gate_leave(space);
@@ -109,12 +111,13 @@ bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit
 	visit->phase = begin_work(engine);
 	gate_enter(visit->space);
 	visit->shard = uffd_table_enter(visit->space->table, current_cpu());
+	visit->hold = NULL;
 	return true;
 }
 
 void shut_visit(struct visit *visit)
 {
-	uffd_table_leave(visit->space->table, visit->shard);
+	let_go(visit->space->table, visit->shard, visit->hold);
 	gate_leave(visit->space);
 	end_work(visit->space->engine, visit->phase);
 	space_put(visit->space);
@@ -135,37 +138,94 @@ int uffd_engine_set_ioctls(struct uffd_engine *engine, uint32_t number, uint64_t
 	return range ? 0 : -ENOENT;
 }
 
-int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
-	       uint64_t offset, uint64_t end, slice_work work, uint64_t *done_ret)
+/* How far one piece of work goes, in addresses of the range; 0: it is not there. */
+static uint64_t slice_end(const struct uffd_range *range, uint64_t offset, uint64_t end)
 {
-	uint64_t give_up = 0;
-	unsigned int attempt = 0;
-	bool gone;
+	uint64_t slice = BULK_SLICE > range->page_size ? BULK_SLICE : range->page_size;
+	uint64_t stop = range->start + (offset - range->origin) +
+			(end - offset < slice ? end - offset : slice);
+
+	return stop < range->end ? stop : range->end;
+}
+
+static struct uffd_range *find_for(struct visit *visit, const struct slices *all, uint64_t offset)
+{
+	if (atomic_load(&visit->space->gone))
+		return NULL;
+	return find_piece(visit->space, all->id, offset, all->start + offset);
+}
+
+/*
+ * A source, or memory of the user's, may hold us up: so what the next slice touches
+ * is faulted in while nobody waits for us.  It can go away again before it is used,
+ * but not for good.  Returns the offset where that ends.
+ */
+static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
+{
+	struct reach reach = { 0 };
+	struct uffd_range *range;
+	struct visit visit;
+	uint64_t stop = all->end;
+
+	if (!open_visit(all->engine, all->number, &visit))
+		return stop;
+	range = find_for(&visit, all, offset);
+	if (range) {
+		uint64_t at = range->start + (offset - range->origin);
+
+		reach.content = uffd_content_get(range->content);
+		at = all->reach(range, at, slice_end(range, offset, all->end), &reach);
+		stop = content_offset(range, at);
+	}
+	shut_visit(&visit);
+	uffd_fault_in(reach.read, reach.read_length, false);
+	uffd_fault_in(reach.write, reach.write_length, true);
+	if (reach.content)
+		uffd_content_put(reach.content);
+	return stop;
+}
+
+int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
+{
+	uint64_t limit = all->reach ? fault_in_slice(all, *offset) : all->end, at;
+	struct uffd_range *range;
+	struct visit visit;
 	int error = 0;
+	bool gone;
 
 	*done_ret = 0;
-	while (offset < end) {
-		struct uffd_range *range;
-		uint64_t at, stop, done = 0, slice;
-		struct visit visit;
+	if (!open_visit(all->engine, all->number, &visit))
+		return -ESRCH;
+	range = find_for(&visit, all, *offset);
+	if (range) {
+		uint64_t stop = slice_end(range, *offset, limit);
 
-		if (!open_visit(engine, number, &visit))
-			return -ESRCH;
-		error = 0;
-		range = NULL;
-		if (!atomic_load(&visit.space->gone))
-			range = find_piece(visit.space, id, offset, start + offset);
-		if (range) {
-			slice = BULK_SLICE > range->page_size ? BULK_SLICE : range->page_size;
-			at = range->start + (offset - range->origin);
-			stop = at + (end - offset < slice ? end - offset : slice);
-			at = work(range, at, stop < range->end ? stop : range->end, &error, &done);
-			offset = content_offset(range, at);
-		}
-		gone = atomic_load(&visit.space->gone);
-		shut_visit(&visit);
-		if (!range)
-			return gone ? -ESRCH : -ENOENT;
+		at = range->start + (*offset - range->origin);
+		visit.hold = leave_with(visit.space->table, visit.shard, range, at, stop,
+					(uint32_t)syscall(SYS_gettid));
+		at = all->work(range, at, stop, &error, done_ret);
+		*offset = content_offset(range, at);
+	}
+	gone = atomic_load(&visit.space->gone);
+	shut_visit(&visit);
+	if (!range)
+		return gone ? -ESRCH : -ENOENT;
+	return error;
+}
+
+static int for_slices(const struct slices *all, uint64_t *done_ret)
+{
+	uint64_t give_up = 0, offset = all->offset;
+	unsigned int attempt = 0;
+
+	*done_ret = 0;
+	while (offset < all->end) {
+		uint64_t done;
+		int error;
+
+		if (atomic_load(&all->engine->end.began) && !ends(all->engine))
+			return -ECANCELED;
+		error = do_slice(all, &offset, &done);
 		*done_ret += done;
 		if (done || !error)
 			attempt = 0;
@@ -174,7 +234,7 @@ int for_slices(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_
 		if (!error)
 			continue;
 		if (attempt == 0)
-			give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+			give_up = uffd_now_ns() + all->engine->options.retry_limit_ns;
 		else if (uffd_now_ns() > give_up)
 			return error;
 		uffd_back_off(attempt++);
@@ -190,6 +250,39 @@ void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
 {
 	if (at < end)
 		uffd_shim_wake(range->space->fd, at, end - at);
+}
+
+/* The first run of pages in this state. */
+static uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t end, uint8_t state)
+{
+	uint64_t stop;
+
+	while (*at < end && atomic_load(state_of(range, *at)) != state)
+		*at += range->page_size;
+	for (stop = *at; stop < end && atomic_load(state_of(range, stop)) == state;)
+		stop += range->page_size;
+	return *at < end ? stop : end;
+}
+
+static uint64_t fill_reach(struct uffd_range *range, uint64_t at, uint64_t end,
+			   struct reach *reach)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t stop = run_of(range, &at, end, UFFD_PAGE_ABSENT);
+	uint64_t offset = content_offset(range, at), length = stop - at;
+
+	if (at >= end)
+		return end;
+	if (content->writes_cache) {
+		reach->write = content->local + offset;
+		reach->write_length = length;
+	}
+	if (offset < content->length) {
+		reach->read = uffd_content_address(content, offset);
+		reach->read_length =
+			length < content->length - offset ? length : content->length - offset;
+	}
+	return stop;
 }
 
 static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
@@ -245,7 +338,8 @@ static int populate_by_request(struct uffd_engine *engine, uint32_t number, uint
 			       uint64_t *filled_ret)
 {
 	uint64_t failures = atomic_load(&engine->shared->failures);
-	int r = for_slices(engine, number, id, start, offset, end, request_slice, filled_ret);
+	struct slices all = { engine, number, id, start, offset, end, request_slice, NULL };
+	int r = for_slices(&all, filled_ret);
 	unsigned int attempt = 0;
 
 	while (r == 0 && atomic_load(&engine->outstanding) && !atomic_load(&engine->stop))
@@ -276,8 +370,25 @@ int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t i
 	if (by_request)
 		return populate_by_request(engine, number, id, start, offset, offset + length,
 					   filled_ret);
-	return for_slices(engine, number, id, start, offset, offset + length, fill_slice,
+	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
+					    fill_slice, fill_reach },
 			  filled_ret);
+}
+
+uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t stop = run_of(range, &at, end, UFFD_PAGE_CLEAN);
+
+	if (at >= end)
+		return end;
+	reach->write = content->preserve + content_offset(range, at);
+	reach->write_length = stop - at;
+	if (content->local) {
+		reach->read = content->local + content_offset(range, at);
+		reach->read_length = stop - at;
+	}
+	return stop;
 }
 
 uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
@@ -332,9 +443,11 @@ int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t i
 	shut_visit(&visit);
 	if (!range)
 		return -ENOENT;
-	return can ? for_slices(engine, number, id, start, offset, offset + length,
-				preserve_slice, saved_ret)
-		   : -EINVAL;
+	if (!can)
+		return -EINVAL;
+	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
+					    preserve_slice, preserve_reach },
+			  saved_ret);
 }
 
 int uffd_engine_mark_clean(struct uffd_engine *engine, uint32_t number, uint64_t id,

@@ -2,6 +2,7 @@
 /* Address spaces and the pieces of memory served in them. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "uffd_alloc.h"
@@ -10,6 +11,7 @@
 /* The last page of user memory: nobody registers it, so asking about it changes nothing. */
 #define PROBE_ADDRESS	UINT64_C(0x7fffffffe000)
 #define PROBE_LENGTH	UINT64_C(4096)
+#define NS_PER_S	1000000000
 
 struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
 				uint32_t event_features)
@@ -74,11 +76,36 @@ void space_retire(struct uffd_space *space)
 	LIST_REMOVE(space, link);
 	atomic_fetch_sub(&engine->space_count, 1);
 	pthread_mutex_unlock(&engine->spaces_lock);
-	while (space->table == &space->own_table && (range = uffd_table_next(space->table, 0))) {
-		uffd_table_remove(space->table, range);
-		range_free(range);
-	}
+	while (space->table == &space->own_table && (range = uffd_table_next(space->table, 0)))
+		range_remove(range);
 	space_put(space);
+}
+
+/* In slices, so that whoever waits can leave. */
+#define GATE_WAIT_NS	20000000
+
+bool gate_try_close(struct uffd_space *space)
+{
+	pthread_rwlock_t *gate = &space->engine->gate;
+	struct timespec until;
+
+	if (!has_gate(space) || pthread_rwlock_trywrlock(gate) == 0)
+		return true;
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += GATE_WAIT_NS;
+	if (until.tv_nsec >= NS_PER_S) {
+		until.tv_sec++;
+		until.tv_nsec -= NS_PER_S;
+	}
+	return pthread_rwlock_timedwrlock(gate, &until) == 0;
+}
+
+bool gate_close(struct uffd_space *space)
+{
+	while (!gate_try_close(space))
+		if (atomic_load(&space->engine->stop))
+			return false;
+	return true;
 }
 
 /*
@@ -94,7 +121,7 @@ bool space_is_dead(struct uffd_space *space)
 
 bool layout_is_changing(struct uffd_space *space)
 {
-	return space->events &&
+	return space->events && !atomic_load(&space->gone) &&
 	       uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -EAGAIN;
 }
 
@@ -103,7 +130,7 @@ void wait_for_layout(struct uffd_space *space)
 	uint64_t give_up = uffd_now_ns() + space->engine->options.retry_limit_ns;
 	unsigned int attempt = 0;
 
-	if (!space->events || !space->engine->thread_running)
+	if (!atomic_load(&space->engine->thread_running))
 		return;
 	while (layout_is_changing(space) && uffd_now_ns() < give_up)
 		uffd_back_off(attempt++);
@@ -136,6 +163,55 @@ void range_free(struct uffd_range *range)
 	uffd_content_put(range->content);
 	uffd_pages_put(range->pages);
 	uffd_free(range);
+}
+
+static bool is_in_use(struct uffd_engine *engine, struct uffd_range *range)
+{
+	return uffd_hold_is_on(&engine->holds, range) ||
+	       (range->has_readers && !uffd_table_is_quiet(range->space->table));
+}
+
+void range_discard(struct uffd_range *range)
+{
+	struct uffd_engine *engine = range->space->engine;
+
+	if (!is_in_use(engine, range)) {
+		range_free(range);
+		return;
+	}
+	atomic_fetch_add(&range->space->references, 1);
+	pthread_mutex_lock(&engine->lost_lock);
+	range->next_lost = engine->lost;
+	engine->lost = range;
+	pthread_mutex_unlock(&engine->lost_lock);
+}
+
+void range_remove(struct uffd_range *range)
+{
+	range->has_readers = !uffd_table_remove(range->space->table, range);
+	range_discard(range);
+}
+
+bool free_lost(struct uffd_engine *engine)
+{
+	struct uffd_range **link = &engine->lost, *range;
+	struct uffd_space *space;
+	bool is_empty;
+
+	pthread_mutex_lock(&engine->lost_lock);
+	while ((range = *link)) {
+		if (is_in_use(engine, range)) {
+			link = &range->next_lost;
+			continue;
+		}
+		*link = range->next_lost;
+		space = range->space;
+		range_free(range);
+		space_put(space);
+	}
+	is_empty = !engine->lost;
+	pthread_mutex_unlock(&engine->lost_lock);
+	return is_empty;
 }
 
 static bool holds(const struct uffd_range *range, struct uffd_space *space, uint64_t id,

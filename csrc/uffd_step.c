@@ -50,24 +50,26 @@ static void plan_prefetch(struct uffd_range *range, uint64_t page, enum uffd_fau
 		 !engine->job_count && to - from > engine->options.prefetch);
 }
 
-/* A slice of the newest job. */
-static struct fill_run fill_slice_of(struct uffd_range *range, struct prefetch_job *job,
-				     uint64_t slice)
+/* A slice of the newest job; false: dismissed meanwhile. */
+static bool fill_slice_of(struct uffd_range *range, struct prefetch_job *job, uint64_t slice,
+			  struct fill_run *run_ret)
 {
 	struct uffd_engine *engine = range->space->engine;
-	struct fill_run run;
 	uint64_t end;
 
 	if (slice < range->page_size)
 		slice = range->page_size;
 	end = job->end - job->at > slice ? job->at + slice : job->end;
-	run = fill_absent(range, job->at, end);
-	job->at = run.past;
-	count(engine, COUNTER(prefetched_pages), run.filled >> range->page_shift);
+	may_be_held_up(engine);
+	*run_ret = fill_absent(range, job->at, end);
+	if (!is_back(engine))
+		return false;
+	job->at = run_ret->past;
+	count(engine, COUNTER(prefetched_pages), run_ret->filled >> range->page_shift);
 	/* A page that cannot be had now is left to its own fault. */
-	if (run.error || job->at >= job->end)
+	if (run_ret->error || job->at >= job->end)
 		engine->job_count--;
-	return run;
+	return true;
 }
 
 bool run_prefetch_slice(struct uffd_engine *engine)
@@ -75,6 +77,9 @@ bool run_prefetch_slice(struct uffd_engine *engine)
 	struct prefetch_job *job;
 	struct uffd_table *table;
 	struct uffd_range *range;
+	struct uffd_hold *hold = NULL;
+	struct fill_run run;
+	bool is_here = true;
 	unsigned int shard;
 	uint32_t phase;
 
@@ -85,13 +90,16 @@ bool run_prefetch_slice(struct uffd_engine *engine)
 	table = job->space->table;
 	shard = uffd_table_enter(table, current_cpu());
 	range = uffd_table_find(table, job->at);
-	if (!range || job->end > range->end || atomic_load(&engine->refusing))
+	if (!range || job->end > range->end || atomic_load(&engine->refusing)) {
 		engine->job_count--;
-	else
-		fill_slice_of(range, job, job->for_reader ? SEQUENTIAL_SLICE : PREFETCH_SLICE);
-	uffd_table_leave(table, shard);
+	} else {
+		hold = leave_with(table, shard, range, job->at, job->end, engine->leader_id);
+		is_here = fill_slice_of(range, job,
+					job->for_reader ? SEQUENTIAL_SLICE : PREFETCH_SLICE, &run);
+	}
+	let_go(table, shard, hold);
 	end_work(engine, phase);
-	return true;
+	return is_here;
 }
 
 /*
@@ -110,21 +118,34 @@ static bool is_next_in_line(const struct uffd_range *range, uint64_t page,
 	       job->at == page && job->end <= range->end && !atomic_load(&engine->refusing);
 }
 
+static enum outcome resolve_as_leader(struct uffd_range *range, uint64_t page,
+				      enum uffd_fault_kind kind)
+{
+	struct uffd_engine *engine = range->space->engine;
+	enum outcome outcome;
+
+	may_be_held_up(engine);
+	outcome = resolve_page(range, page, kind);
+	return is_back(engine) ? outcome : OUTCOME_DISMISSED;
+}
+
 static enum outcome fill_in_line(struct uffd_range *range, uint64_t page,
 				 enum uffd_fault_kind kind)
 {
 	struct uffd_engine *engine = range->space->engine;
 	struct prefetch_job *job = &engine->jobs[engine->job_count - 1];
 
-	struct fill_run run = fill_slice_of(range, job, SEQUENTIAL_SLICE);
+	struct fill_run run;
 
+	if (!fill_slice_of(range, job, SEQUENTIAL_SLICE, &run))
+		return OUTCOME_DISMISSED;
 	/*
 	 * Not filled by this (no content, put off, or not absent: it was dropped since
 	 * it was filled): the ordinary way knows what to do.
 	 */
 	return run.from <= page && page < run.past &&
 			       atomic_load(state_of(range, page)) == UFFD_PAGE_CLEAN
-		? OUTCOME_RESOLVED : resolve_page(range, page, kind);
+		? OUTCOME_RESOLVED : resolve_as_leader(range, page, kind);
 }
 
 /* The step */
@@ -182,25 +203,41 @@ static bool is_passing(int error)
 	return error == -EMFILE || error == -ENFILE || error == -ENOMEM;
 }
 
-/* Returns false when it must be tried again later. */
-static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault *fault,
+/* At the end saving goes before: a fault would only do one page of it. */
+static bool is_left_to_the_end(const struct uffd_range *range, enum uffd_fault_kind kind)
+{
+	return kind == UFFD_KIND_WP && range->content->preserve && ends(range->space->engine);
+}
+
+/* Returns OUTCOME_DEFER when it must be tried again later. */
+static enum outcome handle_fault(struct uffd_engine *engine, const struct deferred_fault *fault,
 			 bool last_try)
 {
 	struct uffd_table *table = fault->space->table;
 	unsigned int shard = uffd_table_enter(table, current_cpu());
 	struct uffd_range *range = uffd_table_find(table, fault->address);
 	enum uffd_fault_kind kind = fault_kind(fault->flags);
+	struct uffd_hold *hold = NULL;
 	enum outcome outcome;
 	bool in_line;
 	uint64_t page;
 
-	if (range) {
+	if (range && is_left_to_the_end(range, kind)) {
+		outcome = OUTCOME_IN_FLIGHT;
+	} else if (range) {
 		page = page_of(range, fault->address);
+		hold = leave_with(table, shard, range, page, page + range->page_size,
+				  engine->leader_id);
 		engine->fault_in_hand = fault;
 		in_line = is_next_in_line(range, page, kind);
 		if (engine->job_count && !in_line)
 			engine->jobs[engine->job_count - 1].for_reader = false;
-		outcome = in_line ? fill_in_line(range, page, kind) : resolve_page(range, page, kind);
+		outcome = in_line ? fill_in_line(range, page, kind)
+				  : resolve_as_leader(range, page, kind);
+		if (outcome == OUTCOME_DISMISSED) {
+			let_go(table, shard, hold);
+			return outcome;
+		}
 		engine->fault_in_hand = NULL;
 		if (outcome == OUTCOME_RESOLVED && !in_line)
 			plan_prefetch(range, page, kind);
@@ -216,12 +253,12 @@ static bool handle_fault(struct uffd_engine *engine, const struct deferred_fault
 	} else {
 		outcome = note_stray(fault, last_try);
 	}
-	uffd_table_leave(table, shard);
+	let_go(table, shard, hold);
 	uffd_barrier(UFFD_BARRIER_FAULT_WOKEN);
 	if (outcome == OUTCOME_RESOLVED)
 		note_fault(engine, fault->address, fault->flags, fault->thread_id,
 			   fault->since_ns);
-	return outcome != OUTCOME_DEFER;
+	return outcome;
 }
 
 void retry_deferred(struct uffd_engine *engine)
@@ -230,16 +267,21 @@ void retry_deferred(struct uffd_engine *engine)
 	struct fault_list *list = &engine->deferred;
 	size_t total = list->count, kept = 0;
 	uint32_t phase = begin_work(engine);
+	enum outcome outcome = OUTCOME_RESOLVED;
 
 	for (size_t i = 0; i < total; i++) {
 		struct deferred_fault fault = list->faults[i];
 		bool last_try = now - fault.since_ns > engine->options.retry_limit_ns;
 
 		count(engine, COUNTER(retried), 1);
-		if (!handle_fault(engine, &fault, last_try))
+		outcome = handle_fault(engine, &fault, last_try);
+		if (outcome == OUTCOME_DISMISSED)
+			break;
+		if (outcome == OUTCOME_DEFER)
 			list->faults[kept++] = fault;
 	}
-	list->count = kept;
+	if (outcome != OUTCOME_DISMISSED)
+		list->count = kept;
 	end_work(engine, phase);
 }
 
@@ -248,7 +290,8 @@ static int64_t drain_and_apply(struct uffd_space *space)
 	struct message_log *log = &space->engine->shared->log;
 	int64_t queued;
 
-	gate_close(space);
+	if (!gate_close(space))
+		return 0;
 	atomic_store_explicit(&log->space, space->number, memory_order_relaxed);
 	atomic_fetch_add_explicit(&log->sequence, LOG_MESSAGES, memory_order_release);
 	/* One read returns all that is queued. */
@@ -265,23 +308,25 @@ static int64_t drain_and_apply(struct uffd_space *space)
 	return queued;
 }
 
-static void step_space(struct uffd_space *space, uint32_t *handled)
+/* False: dismissed. */
+static bool step_space(struct uffd_space *space, uint32_t *handled)
 {
 	struct uffd_engine *engine = space->engine;
 	int64_t queued = drain_and_apply(space);
+	enum outcome outcome;
 	uint64_t now;
 
 	if (queued < 0) {
 		note_failure(engine, 0, 0, (int)queued, UFFD_FAILED_READ);
 		if (is_passing((int)queued)) {
 			sched_yield();
-			return;
+			return true;
 		}
 		atomic_store(&space->gone, true);
 		atomic_fetch_add(&engine->doomed_spaces, 1);
 	}
 	if (queued <= 0)
-		return;
+		return true;
 	uffd_barrier(UFFD_BARRIER_STEP_APPLIED);
 	now = uffd_now_ns();
 	for (int64_t i = 0; i < queued; i++) {
@@ -296,13 +341,17 @@ static void step_space(struct uffd_space *space, uint32_t *handled)
 
 		if (message->event != UFFD_EVENT_PAGEFAULT)
 			continue;
-		if (!handle_fault(engine, &fault, false)) {
+		outcome = handle_fault(engine, &fault, false);
+		if (outcome == OUTCOME_DISMISSED)
+			return false;
+		if (outcome == OUTCOME_DEFER) {
 			count(engine, COUNTER(deferred), 1);
 			defer_fault(engine, &fault);
 		}
 	}
 	count(engine, COUNTER(messages), (uint64_t)queued);
 	*handled += (uint32_t)queued;
+	return true;
 }
 
 static void step_ready_spaces(struct uffd_engine *engine, uint32_t *handled)
@@ -312,8 +361,9 @@ static void step_ready_spaces(struct uffd_engine *engine, uint32_t *handled)
 
 	for (int i = 0; i < n; i++)
 		if (ready[i].data.ptr != &engine->wake_fd &&
-		    ready[i].data.ptr != &engine->owner_pidfd)
-			step_space(ready[i].data.ptr, handled);
+		    ready[i].data.ptr != &engine->owner_pidfd &&
+		    !step_space(ready[i].data.ptr, handled))
+			return;
 }
 
 void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret)

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "uffd_alloc.h"
+#include "uffd_fill.h"
 #include "uffd_table.h"
 
 #define FIRST_CAPACITY 16
@@ -213,10 +214,36 @@ int uffd_table_insert(struct uffd_table *table, struct uffd_range *range)
 	return r;
 }
 
-void uffd_table_remove(struct uffd_table *table, struct uffd_range *range)
+/*
+ * Readers do no more than look: the first limit is far longer than that takes on a
+ * busy machine, the second one is for when it was not enough once.
+ */
+#define READERS_LIMIT_NS	1000000000
+#define HELD_UP_LIMIT_NS	1000000
+
+static bool wait_for_readers(struct uffd_table *table, uint64_t limit_ns)
+{
+	uint64_t give_up = uffd_now_ns() + limit_ns;
+
+	for (size_t shard = 0; shard < UFFD_SHARDS; shard++)
+		while (atomic_load(&table->shards[shard].readers)) {
+			if (uffd_now_ns() >= give_up)
+				return false;
+			sched_yield();
+		}
+	return true;
+}
+
+bool uffd_table_is_quiet(struct uffd_table *table)
+{
+	return wait_for_readers(table, 0);
+}
+
+bool uffd_table_remove(struct uffd_table *table, struct uffd_range *range)
 {
 	size_t at, count;
 	sigset_t old;
+	bool is_quiet;
 
 	lock_table(table, &old);
 	count = atomic_load(&table->count);
@@ -229,7 +256,8 @@ void uffd_table_remove(struct uffd_table *table, struct uffd_range *range)
 	unlock_table(table, &old);
 
 	atomic_thread_fence(memory_order_seq_cst);
-	for (size_t shard = 0; shard < UFFD_SHARDS; shard++)
-		while (atomic_load(&table->shards[shard].readers))
-			sched_yield();
+	is_quiet = wait_for_readers(table, atomic_load(&table->is_held_up) ? HELD_UP_LIMIT_NS
+									   : READERS_LIMIT_NS);
+	atomic_store(&table->is_held_up, !is_quiet);
+	return is_quiet;
 }

@@ -42,6 +42,10 @@ struct uffd_range {
 	_Atomic uint64_t exists_at;
 	_Atomic uint64_t exists_occasion;
 	_Atomic uint32_t exists_count;
+
+	struct uffd_range *next_lost;	/* out of the table, while somebody is at it */
+	bool has_readers;		/* or had, when it was taken out */
+	bool stays;			/* registered, at the engine's end: it could not be sealed */
 };
 
 struct uffd_table_shard {
@@ -56,6 +60,7 @@ struct uffd_table {
 	_Atomic(uint64_t *) starts;
 	_Atomic(struct uffd_range **) ranges;
 	void *outgrown;			/* arrays a reader may still look at */
+	_Atomic bool is_held_up;	/* readers did not leave in time */
 	struct uffd_table_shard shards[UFFD_SHARDS];
 };
 
@@ -67,8 +72,14 @@ void uffd_table_deinit(struct uffd_table *table);
 /* 0, -EEXIST when the range overlaps one in the table, or -ENOMEM. */
 int uffd_table_insert(struct uffd_table *table, struct uffd_range *range);
 
-/* Take a range out and wait until no reader can hold it; the caller frees it. */
-void uffd_table_remove(struct uffd_table *table, struct uffd_range *range);
+/*
+ * Take a range out and wait until no reader can have it; the caller frees it.  Only
+ * where more threads than there are holds (uffd_hold.h) are held up, a reader can
+ * be one of them: then false, and the range must not be freed.
+ */
+bool uffd_table_remove(struct uffd_table *table, struct uffd_range *range);
+/* Whether all who were readers at the call have left, looked at once. */
+bool uffd_table_is_quiet(struct uffd_table *table);
 
 /* A reader may use what it finds until it leaves; both return the reader's shard. */
 static inline unsigned int uffd_table_enter(struct uffd_table *table, unsigned int cpu)

@@ -1,35 +1,46 @@
 // SPDX-License-Identifier: MIT
-/* Taking ranges out: what is absent is poisoned first, since it would be zeros. */
+/*
+ * Taking ranges out: what is absent is poisoned first, since it would be zeros.
+ *
+ * A page in flight is waited for, but not for good: a source may hold up the thread
+ * that fills it.  Then it is poisoned as well.  What that thread copies in spite of
+ * it is the right content; once the range is unregistered it copies nothing.
+ */
 #define _GNU_SOURCE
 #include <errno.h>
 
 #include "uffd_alloc.h"
 #include "uffd_engine_internal.h"
 
+/*
+ * Where forks share the memory they share the states, but a mark is in one address
+ * space alone: what is poisoned elsewhere is poisoned here too.
+ */
+static uint8_t state_to_poison(struct uffd_range *range, uint64_t page)
+{
+	return range->content->shared && atomic_load(state_of(range, page)) == UFFD_PAGE_POISONED
+		? UFFD_PAGE_POISONED : UFFD_PAGE_ABSENT;
+}
+
+/* Pages in flight are left out. */
 static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
 			     uint64_t *done_ret)
 {
 	struct uffd_fill_result result;
-	uint64_t stop = at;
-	uint8_t expected = UFFD_PAGE_ABSENT;
-	uint64_t past;
+	uint8_t expected;
+	uint64_t stop, past;
 
-	*error_ret = 0;
-	/*
-	 * Where forks share the memory they share the states, but a mark is in one
-	 * address space alone: what is poisoned elsewhere is poisoned here too.
-	 */
-	if (range->content->shared && atomic_load(state_of(range, at)) == UFFD_PAGE_POISONED)
-		expected = UFFD_PAGE_POISONED;
+	while (at < end && atomic_load(state_of(range, at)) != state_to_poison(range, at))
+		at += range->page_size;
+	if (at >= end)
+		return end;
+	expected = state_to_poison(range, at);
+	stop = at;
 	while (stop < end && atomic_compare_exchange_strong(state_of(range, stop), &expected,
 							    UFFD_PAGE_IN_FLIGHT))
 		stop += range->page_size;
-	if (stop == at && uffd_page_is_in_flight(expected)) {
-		*error_ret = -EAGAIN;
-		return at;
-	}
 	if (stop == at)
-		return at + range->page_size;
+		return at;	/* taken just now: look again */
 	*error_ret = poison_pages(range, at, stop - at, &result);
 	past = at + result.done + result.already_present;
 	set_states(range, at, past, UFFD_PAGE_POISONED);
@@ -41,6 +52,51 @@ static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end
 	return past;
 }
 
+/* -EBUSY at the first page in flight. */
+static uint64_t find_in_flight(struct uffd_range *range, uint64_t at, uint64_t end,
+			       int *error_ret, uint64_t *done_ret)
+{
+	*done_ret = 0;
+	for (; at < end; at += range->page_size) {
+		uint8_t state = atomic_load(state_of(range, at));
+
+		if (uffd_page_is_in_flight(state)) {
+			*error_ret = -EBUSY;
+			return at;
+		}
+		/* Whoever had it has given it back. */
+		if (state == UFFD_PAGE_ABSENT)
+			return poison_slice(range, at, end, error_ret, done_ret);
+	}
+	return at;
+}
+
+/* Whoever is at it does not come back. */
+static uint64_t poison_in_flight(struct uffd_range *range, uint64_t at, uint64_t end,
+				 int *error_ret, uint64_t *done_ret)
+{
+	struct uffd_fill_result result;
+	uint8_t state = atomic_load(state_of(range, at));
+
+	(void)end;
+	*done_ret = 0;
+	if (!uffd_page_is_in_flight(state))
+		return at;
+	*error_ret = poison_pages(range, at, range->page_size, &result);
+	if (*error_ret == 0 && result.deferred)
+		*error_ret = -EAGAIN;
+	if (*error_ret)
+		return at;
+	/* Found there, it has come after all: a claimed page holds no marker. */
+	if (result.done)
+		note_failure(range->space->engine, at, range->page_size, -ETIMEDOUT,
+			     UFFD_FAILED_STALLED);
+	atomic_compare_exchange_strong(state_of(range, at), &state,
+				       result.done ? UFFD_PAGE_POISONED : UFFD_PAGE_CLEAN);
+	*done_ret = result.done;
+	return at + range->page_size;
+}
+
 static uint64_t unprotect_slice(struct uffd_range *range, uint64_t at, uint64_t end,
 				int *error_ret, uint64_t *done_ret)
 {
@@ -50,10 +106,15 @@ static uint64_t unprotect_slice(struct uffd_range *range, uint64_t at, uint64_t 
 }
 
 struct piece {
-	uint64_t start, offset, end, mode;
-	bool loses_content, can_poison, preserves;
-	uint64_t pages_left;
+	uint64_t start, offset, end, page_size, mode;
+	bool loses_content, can_poison, asks, preserves;
 };
+
+bool loses_content(const struct uffd_range *range)
+{
+	return can_be_absent(range) && range->content->kind != UFFD_SOURCE_ZERO &&
+	       range->content->kind != UFFD_SOURCE_NONE;
+}
 
 static bool look_at_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
 			  uint64_t hint, struct piece *piece)
@@ -69,102 +130,216 @@ static bool look_at_piece(struct uffd_engine *engine, uint32_t number, uint64_t 
 			.start = range->start - range->origin,
 			.offset = range->origin,
 			.end = range->origin + range->end - range->start,
+			.page_size = range->page_size,
 			.mode = range->mode,
 			.can_poison = has_ioctl(range, _UFFDIO_POISON),
+			.asks = needs_request(range),
 			.preserves = range->content->preserve,
-			.loses_content = can_be_absent(range) &&
-					 range->content->kind != UFFD_SOURCE_ZERO &&
-					 range->content->kind != UFFD_SOURCE_NONE,
+			.loses_content = loses_content(range),
 		};
 	shut_visit(&visit);
 	return range;
 }
 
-/* Errors do not stop it: the owner may be gone, and the range goes in any case. */
-static int seal_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
-		      const struct piece *piece)
+/* All of a piece, from *offset on; EAGAIN and ENOMEM are tried again. */
+static int work_on(struct slices *all, uint64_t *offset, struct patience *patience)
 {
-	uint64_t ignored;
+	while (*offset < all->end) {
+		uint64_t done;
+		int r = do_slice(all, offset, &done);
+
+		if (r == 0)
+			rest(patience);
+		else if ((r != -EAGAIN && r != -ENOMEM) || !wait_on(patience))
+			return r;
+	}
+	return 0;
+}
+
+static int seal_absent(struct slices *all, struct patience *patience)
+{
+	uint64_t offset = all->offset;
+	int r;
+
+	all->work = poison_slice;
+	r = work_on(all, &offset, patience);
+	offset = all->offset;
+	while (r == 0) {
+		all->work = find_in_flight;
+		r = work_on(all, &offset, patience);
+		if (r != -EBUSY)
+			break;
+		if (wait_on(patience)) {
+			r = 0;
+			continue;
+		}
+		/* That page alone, and then on. */
+		all->work = poison_in_flight;
+		r = do_slice(all, &offset, &(uint64_t){ 0 });
+		if (r == -EAGAIN)
+			uffd_back_off(patience->attempt++);
+	}
+	return r;
+}
+
+/* A page that somebody is saving, and does not come back from, is left out. */
+static int save_all(struct slices *all, const struct piece *piece, struct patience *patience)
+{
+	uint64_t offset = piece->offset;
+	int r;
+
+	while ((r = work_on(all, &offset, patience)) == -EAGAIN || r == -ENOMEM) {
+		note_failure(all->engine, piece->start + offset, piece->page_size, r,
+			     UFFD_FAILED_STALLED);
+		offset += piece->page_size;
+	}
+	return r;
+}
+
+/* An error says that absent pages would become zeros. */
+static int seal_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
+		      const struct piece *piece, struct patience *patience)
+{
+	struct slices all = { engine, number, id, piece->start, piece->offset, piece->end,
+			      preserve_slice, preserve_reach };
+	uint64_t offset = piece->offset, ignored;
 	int r = 0;
 
 	if (piece->preserves)
-		r = for_slices(engine, number, id, piece->start, piece->offset, piece->end,
-			       preserve_slice, &ignored);
+		r = save_all(&all, piece, patience);
+	all.reach = NULL;
+	all.work = unprotect_slice;
+	offset = piece->offset;
 	if (r == 0 && piece->mode & UFFDIO_REGISTER_MODE_WP)
-		r = for_slices(engine, number, id, piece->start, piece->offset, piece->end,
-			       unprotect_slice, &ignored);
-	if (r == 0 && piece->loses_content && piece->can_poison)
-		r = for_slices(engine, number, id, piece->start, piece->offset, piece->end,
-			       poison_slice, &ignored);
-	else if (r == 0 && piece->loses_content)
+		r = work_on(&all, &offset, patience);
+	/* The owner may be gone, and what is unregistered is unprotected. */
+	if (r == -ENOENT || r == -ESRCH || !piece->loses_content)
+		return 0;
+	if (r == 0 && piece->can_poison)
+		return seal_absent(&all, patience);
+	if (r == 0 && piece->asks && atomic_load(&engine->end.began))
+		return -EBUSY;
+	if (r == 0)
 		r = uffd_engine_populate(engine, number, id, piece->start, piece->offset,
 					 piece->end - piece->offset, &ignored);
 	return r;
 }
 
-/* Returns whether it was the serving's last piece in this space. */
-static bool drop_piece(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t hint,
-		       bool unregister)
+/* `last_ret`: it was the serving's last piece in this space. */
+static int drop_piece(struct uffd_space *space, uint64_t id, uint64_t hint, bool unregister,
+		      bool *last_ret)
 {
-	struct uffd_space *space = space_get(engine, number);
-	struct uffd_range *range;
-	bool last = true;
+	struct uffd_range *range = any_piece(space, id, hint);
 
-	if (!space)
-		return true;
-	gate_close(space);
-	range = any_piece(space, id, hint);
-	if (range) {
-		last = atomic_load(&range->pages->references) == 1;
-		if (unregister)
-			uffd_shim_unregister(space->fd, range->start, range->end - range->start);
-		uffd_table_remove(space->table, range);
-		range_free(range);
-	}
-	gate_leave(space);
-	space_put(space);
-	return last;
+	*last_ret = !range || atomic_load(&range->pages->references) == 1;
+	if (!range)
+		return 0;
+	/* Memory that is gone is registered no more, whatever is said. */
+	if (unregister &&
+	    uffd_shim_unregister(space->fd, range->start, range->end - range->start) == -ENOMEM)
+		return -ENOMEM;
+	range_remove(range);
+	return 0;
 }
 
-static int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
-		      uint32_t flags)
+static int close_and_drop(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t hint,
+			  bool unregister, struct patience *patience, bool *last_ret)
+{
+	struct uffd_space *space = space_get(engine, number);
+	int r;
+
+	*last_ret = true;
+	if (!space)
+		return 0;
+	while (!gate_try_close(space)) {
+		if (wait_on(patience))
+			continue;
+		if (!ends(engine)) {
+			space_put(space);
+			return -EBUSY;
+		}
+		engine->end.ignores_gate = true;
+	}
+	r = drop_piece(space, id, hint, unregister, last_ret);
+	gate_leave(space);
+	space_put(space);
+	return r;
+}
+
+static void mark_as_staying(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			    uint64_t hint)
+{
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return;
+	range = any_piece(visit.space, id, hint);
+	if (range)
+		range->stays = true;
+	shut_visit(&visit);
+}
+
+int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+	       uint32_t flags, struct patience *patience)
 {
 	struct piece piece;
-	int r, result = 0;
+	bool last;
+	int r = 0;
 
 	do {
 		if (!look_at_piece(engine, number, id, start, &piece))
 			break;
-		r = flags & UFFD_UNSERVE_SEAL ? seal_piece(engine, number, id, &piece) : 0;
-		if (r && r != -ENOENT && r != -ESRCH)
-			result = r;
+		if (flags & UFFD_UNSERVE_SEAL)
+			r = seal_piece(engine, number, id, &piece, patience);
+		if (r == -ENOENT || r == -ESRCH)
+			r = 0;
 		uffd_barrier(UFFD_BARRIER_UNSERVE_SEALED);
-	} while (!drop_piece(engine, number, id, piece.start + piece.offset,
-			     flags & UFFD_UNSERVE_UNREGISTER));
+		if (r == 0)
+			r = close_and_drop(engine, number, id, piece.start + piece.offset,
+					   flags & UFFD_UNSERVE_UNREGISTER, patience, &last);
+		if (r && ends(engine))
+			mark_as_staying(engine, number, id, piece.start + piece.offset);
+		if (r)
+			return r;
+	} while (!last);
 	report_dropped(engine, number, id);
-	return result;
+	return 0;
 }
 
-int uffd_engine_unserve(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
-			uint32_t flags)
+/* The numbers of the forks that are followed, in `forks_ret`, which the caller frees. */
+static size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
 {
-	int r = unserve_in(engine, number, id, start, flags), other;
-	uint32_t *forks = NULL;
 	struct uffd_space *space;
 	size_t found = 0;
 
+	*forks_ret = NULL;
 	pthread_mutex_lock(&engine->spaces_lock);
 	if (atomic_load(&engine->space_count) > 1)
-		forks = uffd_alloc(atomic_load(&engine->space_count) * sizeof(*forks));
-	if (forks)
+		*forks_ret = uffd_alloc(atomic_load(&engine->space_count) * sizeof(**forks_ret));
+	if (*forks_ret)
 		LIST_FOREACH(space, &engine->spaces, link)
 			if (space->owned)
-				forks[found++] = space->number;
+				(*forks_ret)[found++] = space->number;
 	pthread_mutex_unlock(&engine->spaces_lock);
+	return found;
+}
+
+int uffd_engine_unserve(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+			uint32_t flags, uint64_t patience_ns)
+{
+	struct patience patience = { .engine = engine, .left_ns = (int64_t)patience_ns };
+	int r = unserve_in(engine, number, id, start, flags, &patience), other;
+	uint32_t *forks;
+	size_t found = list_forks(engine, &forks);
+
+	/* Memory that goes away here lives on in a fork. */
 	while (found--) {
-		other = unserve_in(engine, forks[found], id, start, flags);
+		other = unserve_in(engine, forks[found], id, start, flags | UFFD_UNSERVE_SEAL,
+				   &patience);
 		r = r ? r : other;
 	}
 	uffd_free(forks);
+	free_lost(engine);
 	return r;
 }

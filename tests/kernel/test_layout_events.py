@@ -503,16 +503,12 @@ def event_after_unregister(at: Setting) -> None:
         data = Pages(2, memory.page_size)
         handler.serve(region, at.source(data.all))
         handler.start()
-        with holding(Point.UNSERVE_SEALED) as sealed, holding(Point.STEP_APPLIED) as leader:
+        with holding(Point.UNSERVE_SEALED) as sealed:
             stopper = Task(handler.stop)
             sealed.wait()
-            region.punch_hole(0, data.size)
-            leader.wait()
             dropper = Task(region.punch_hole, data.size, data.size)
             wait_changing(handler.uffd, dropper, SYS_MADVISE)
             sealed.release()
-            over_or_blocked(stopper)
-            leader.release()
             dropper.result()
             stopper.result()
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from pyuffd.handlers._engine import (
+        Ended,
         Failure,
         HandlerStats,
         OnError,
@@ -59,14 +60,19 @@ class Backend(Protocol):
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
 
-    def unserve(self, served: RangeId, *, seal: bool, unregister: bool = True) -> None:
-        """Take a range out."""
+    def unserve(
+        self, served: RangeId, *, seal: bool, unregister: bool = True, patience_s: float = ...
+    ) -> None:
+        """Take a range out; wait so long for threads at its pages."""
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
 
-    def stop(self) -> None:
-        """Stop the driver and wait for it."""
+    def end(self, patience_s: float) -> Ended:
+        """Take out every range and end the driver; wait so long for whoever is held up."""
+
+    def hurry(self, patience_s: float) -> None:
+        """From any thread: let drain and end wait no longer than this."""
 
     def drain(self, limit_ns: int) -> bool:
         """Wait until the faults that wait now are resolved; False when the time ran out."""
@@ -74,8 +80,8 @@ class Backend(Protocol):
     def refuse(self) -> None:
         """Poison what is asked for from now on."""
 
-    def abandon(self, served: RangeId | None = None) -> None:
-        """Poison the pages that wait for a worker."""
+    def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
+        """Poison the pages that wait for a worker; note it as a failure."""
 
     def populate(self, served: RangeId, offset: int, length: int) -> int:
         """Fill absent pages; return the bytes filled."""

@@ -27,6 +27,8 @@ POLICIES = ("poison", "stall", "kill")
 LAYOUT_EVENTS = (
     Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 )
+STOP_LIMIT_S = 10.0
+LONGEST_S = 1e9  # in nanoseconds it fits into 64 bits; some thirty years
 MAX_WORKERS = 1024  # threads of one process; more would only fight for the interpreter
 
 
@@ -84,6 +86,15 @@ def check_options(
         raise ValueError("the inline driver has no other thread to leave one stalled for")
     if cpus or spin_us is not None:
         raise ValueError("the inline driver has no thread: cpus and spin_us are for the others")
+
+
+def check_timeout(timeout_s: float | None) -> float:
+    """Return the limit of stop() in seconds."""
+    if timeout_s is None:
+        return STOP_LIMIT_S
+    if not timeout_s >= 0:
+        raise ValueError(f"timeout_s {timeout_s} must not be negative")
+    return min(timeout_s, LONGEST_S)
 
 
 def check_cpus(cpus: Iterable[int] | None) -> list[int]:

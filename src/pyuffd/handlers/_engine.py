@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 RECENT_CAPACITY = 64 * 256  # every CPU shard full
 KINDS = ("missing", "wp", "minor")
+HELD_CAPACITY = 256
+# So long threads at a page are waited for before it is poisoned: far longer than a slow disk needs.
+PATIENCE_S = 10.0
+LEAVE_NS = 1_000_000_000
 
 
 class PageState(Number):
@@ -257,6 +261,23 @@ class Taken:
     states_offset: int
 
 
+class Held(NamedTuple):
+    """A thread at pages of a range, perhaps held up there for good."""
+
+    number: int  # of the range
+    start: int
+    length: int
+    thread_id: int
+    is_request: bool  # it fetches them: no ioctl of its is under way
+
+
+class Ended(NamedTuple):
+    """How an engine ended: who is still inside, and whether ranges had to stay registered."""
+
+    held: tuple[Held, ...] = ()
+    stays: bool = False
+
+
 class Request(NamedTuple):
     """Pages that were asked for."""
 
@@ -332,9 +353,9 @@ class Engine(SoleOwner):
         return self._pointer
 
     def destroy(self) -> None:
-        """Free it; the driver has stopped and no range is left."""
+        """Free it, if no thread is inside any more."""
         pointer, self._pointer = self._pointer, None
-        if pointer is not None:
+        if pointer is not None and lib.uffd_engine_is_deserted(pointer):
             lib.uffd_engine_destroy(pointer)
 
     def add_space(self, fd: int, *, has_events: int) -> int:
@@ -363,7 +384,9 @@ class Engine(SoleOwner):
 
     def remove_space(self, space: int) -> None:
         """Forget a userfaultfd whose ranges have been taken out."""
-        lib.uffd_engine_remove_space(self._engine(), space)
+        code = lib.uffd_engine_remove_space(self._engine(), space, LEAVE_NS)
+        if code == -errno.EBUSY:
+            log.warning("a thread is held up, and may still use a userfaultfd that is closed")
 
     def add(self, given: RangeSpec, *, states_fd: int = -1, taken: Taken | None = None) -> RangeId:
         """Put a range in; its `owner` is kept until it is taken out.
@@ -415,13 +438,25 @@ class Engine(SoleOwner):
             self._engine(), served.space, served.number, served.start, ioctls
         )
 
-    def unserve(self, served: RangeId, *, seal: bool, unregister: bool = True) -> None:
-        """Take a range out everywhere; `seal` and `unregister` as in uffd_engine.h."""
+    def unserve(
+        self,
+        served: RangeId,
+        *,
+        seal: bool,
+        unregister: bool = True,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """Take a range out everywhere; `seal`, `unregister`, `patience` as in uffd_engine.h."""
         flags = (lib.UFFD_UNSERVE_SEAL if seal else 0) | (
             lib.UFFD_UNSERVE_UNREGISTER if unregister else 0
         )
         code = lib.uffd_engine_unserve(
-            self._engine(), served.space, served.number, served.start, flags
+            self._engine(),
+            served.space,
+            served.number,
+            served.start,
+            flags,
+            int(patience_s * 1e9),
         )
         self._owners.pop(served.number, None)
         if code:
@@ -438,14 +473,34 @@ class Engine(SoleOwner):
         self._running = True
 
     def stop(self) -> None:
-        """Stop the driver and wait for it; workers return from next_request."""
-        if not self._running:
-            return
+        """Stop a native driver that serves nothing; another engine reads its userfaultfds."""
         self._running = False
-        if self._inline:
-            lib.uffd_inline_stop(self._engine(), _faulthandler_left())
-        else:
-            lib.uffd_native_stop(self._engine())
+        lib.uffd_native_stop(self._engine())
+
+    def end(self, patience_s: float) -> Ended:
+        """Seal and take out every range, and end the driver.
+
+        Whoever is held up by a source is waited for so long, all waits together, and left then.
+        """
+        engine = self._engine()
+        stays = lib.uffd_engine_end(engine, int(patience_s * 1e9)) != 0
+        if self._running and self._inline:
+            lib.uffd_inline_stop(engine, _faulthandler_left())
+        self._running = False
+        return Ended(self.held(), stays)
+
+    def hurry(self, patience_s: float) -> None:
+        """From any thread: let drain and end wait no longer than this."""
+        lib.uffd_engine_hurry(self._engine(), int(patience_s * 1e9))
+
+    def held(self) -> tuple[Held, ...]:
+        """Return who is at pages of a range at the moment, for good after the end."""
+        out = ffi.new("struct uffd_held[]", HELD_CAPACITY)
+        found = lib.uffd_engine_held(self._engine(), out, HELD_CAPACITY)
+        return tuple(
+            Held(one.id, one.start, one.length, one.thread_id, bool(one.is_request))
+            for one in out[0:found]
+        )
 
     def drain(self, limit_ns: int) -> bool:
         """Wait until the faults that wait now are resolved; False when the time ran out."""
@@ -463,9 +518,10 @@ class Engine(SoleOwner):
         """Poison what is asked for from now on."""
         lib.uffd_engine_refuse(self._engine())
 
-    def abandon(self, served: RangeId | None = None) -> None:
-        """Poison the pages that wait for a worker, of one range or of all."""
-        lib.uffd_engine_abandon(self._engine(), served.number if served else 0)
+    def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
+        """Poison the pages that wait for a worker, of one range or of all; note it as failure."""
+        code = errno.ETIMEDOUT if failed else 0
+        lib.uffd_engine_abandon(self._engine(), served.number if served else 0, code)
 
     @property
     def hung(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from pyuffd.handlers._checks import (
     check_cpus,
     check_mode,
     check_options,
+    check_timeout,
     check_uffd,
     choose_driver,
     handler_error,
@@ -67,7 +69,8 @@ log = logging.getLogger(__name__)
 DEFAULT_SPIN_US = 50.0
 # EAGAIN ends when the thread that changes the layout runs again: 12 ms measured on a busy machine.
 RETRY_LIMIT_S = 5.0
-DRAIN_LIMIT_S = 10.0
+# Once that has passed, what is left of a slow ioctl is not waited for.
+GRACE_S = 0.2
 # A page source that needs longer than this, with the interpreter free, is too slow to fault on.
 STALL_TIMEOUT_S = 2.0
 
@@ -227,9 +230,9 @@ class Handler(SoleOwner):
             self.driver = "native"
             raise
         self._engine, self._spaces, self._may_move = engine, spaces, False
-        if isinstance(old, Engine):
+        if isinstance(old, Engine):  # so it is: "auto" began with the native driver
             old.leave_strays()
-        old.stop()
+            old.stop()
         old.destroy()
         return engine
 
@@ -425,6 +428,10 @@ class Handler(SoleOwner):
             engine.unserve(served.id, seal=seal)
         except UffdOSError as error:
             log.warning("%s", error)
+        self._forget(served)
+
+    def _forget(self, served: Served) -> None:
+        """Undo what goes with a range that is served no more."""
         del self._served[served.id.space, served.id.start]
         self._overlaps.remove(served.memory)
         served.uffd.note_unregistered(served.id.start, served.id.length)
@@ -464,18 +471,24 @@ class Handler(SoleOwner):
                 self._may_move = False
             _running.add(self)
 
-    def stop(self, drain: bool = True) -> None:
+    def stop(self, drain: bool = True, *, timeout_s: float | None = None) -> None:
         """Stop: resolve or poison what waits, unregister every region, end the driver.
 
         Pages that nobody asked for are poisoned, as `unserve` says. Twice is fine.
 
         Args:
             drain: Resolve the faults that wait now, with their content. False poisons them.
+            timeout_s: How long page sources may take for that; 10 by default. Pages that still
+                wait then are poisoned, too.
 
         Raises:
             HandlerError: the content of a page could not be had, or the engine failed, at any
                 time since the start; the handler is stopped all the same.
+            ValueError: a negative `timeout_s`.
+
+        Blocks: no longer than `timeout_s` for page sources, whatever they do.
         """
+        limit_s = check_timeout(timeout_s)
         if self._pid != os.getpid():
             return  # before the lock, which a thread of the parent may have held at the fork
         with self._lock:
@@ -483,11 +496,11 @@ class Handler(SoleOwner):
             if engine is None:
                 return
             try:
-                error = self._end(engine, drain)
+                error = self._end(engine, drain, limit_s)
             except HelperLostError as lost:
                 engine.destroy()
                 error = lost
-                self._end(self._stand_in(), drain=False)
+                self._end(self._stand_in(), False, GRACE_S)
             finally:
                 self._engine = None
                 for uffd in self._spaces:
@@ -497,19 +510,19 @@ class Handler(SoleOwner):
         if error is not None:
             raise error
 
-    def _end(self, engine: Backend, drain: bool) -> HandlerError | None:
+    def _end(self, engine: Backend, drain: bool, limit_s: float) -> HandlerError | None:
         """Stop an engine and return what it has to complain about."""
         try:
-            self._drain(engine, drain)
+            began = time.monotonic()
+            self._drain(engine, drain, limit_s)
+            engine.end(max(GRACE_S, limit_s - (time.monotonic() - began)))
             for served in list(self._served.values()):
-                self._unserve(engine, served, seal=True)
+                self._forget(served)
         finally:
-            engine.stop()
             self._final_stats = engine.stats()
             self._final_faults = engine.recent()
             failure, source_failure = engine.failure(), engine.source_failure
-            if not self._served:
-                engine.destroy()
+            engine.destroy()
         return None if failure is None else handler_error(failure, source_failure)
 
     def _stand_in(self) -> Engine:
@@ -541,16 +554,16 @@ class Handler(SoleOwner):
         engine.wake_all()
         return engine
 
-    def _drain(self, engine: Backend, drain: bool) -> None:
+    def _drain(self, engine: Backend, drain: bool, limit_s: float) -> None:
         if not self._started:
             return
         if not drain:
             engine.refuse()
             engine.abandon()
-        if not engine.drain(int(DRAIN_LIMIT_S * 1e9)):
-            log.warning("faults still waited after %.0f s: they are poisoned", DRAIN_LIMIT_S)
+        elif not engine.drain(int(limit_s * 1e9)):
+            log.warning("faults still waited after %.1f s: they are poisoned", limit_s)
             engine.refuse()
-            engine.abandon()
+            engine.abandon(failed=True)
 
     def populate(self, region: RangeLike, offset: int = 0, length: int | None = None) -> int:
         """Fill the absent pages of a region now, and return the bytes filled.

@@ -267,8 +267,11 @@ class Keeper:
                 return
             case "start":
                 book.cpus = args[0]
-            case "stop":
+            case "end":
                 book.cpus = None
+                book.refusing = True
+                while book.served:
+                    _wire.close_all(book.served.popitem()[1].fds)
             case "refuse":
                 book.refusing = True
         _wire.close_all(call.fds)

@@ -23,6 +23,8 @@ from pyuffd._errors import HandlerError
 from pyuffd.handlers import _wire
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
 from pyuffd.handlers._engine import (
+    PATIENCE_S,
+    Ended,
     Failure,
     HandlerStats,
     RangeId,
@@ -174,17 +176,29 @@ class RemoteEngine(SoleOwner):
         """Tell which ioctls the registered range takes."""
         self._call("set_ioctls", served, int(ioctls))
 
-    def unserve(self, served: RangeId, *, seal: bool, unregister: bool = True) -> None:
+    def unserve(
+        self,
+        served: RangeId,
+        *,
+        seal: bool,
+        unregister: bool = True,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         """Take a range out."""
-        self._call("unserve", served, seal, unregister)
+        self._call("unserve", served, seal, unregister, patience_s)
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
         self._call("start", cpus)
 
-    def stop(self) -> None:
-        """Stop the driver and wait for it."""
-        self._call("stop")
+    def end(self, patience_s: float) -> Ended:
+        """Take out every range and end the driver; wait so long for whoever is held up."""
+        ended: Ended = self._call("end", patience_s)
+        return ended
+
+    def hurry(self, patience_s: float) -> None:
+        """From any thread: let drain and end wait no longer than this."""
+        self._call("hurry", patience_s)
 
     def drain(self, limit_ns: int) -> bool:
         """Wait until the faults that wait now are resolved; False when the time ran out."""
@@ -194,9 +208,9 @@ class RemoteEngine(SoleOwner):
         """Poison what is asked for from now on."""
         self._call("refuse")
 
-    def abandon(self, served: RangeId | None = None) -> None:
-        """Poison the pages that wait for a worker."""
-        self._call("abandon", served)
+    def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
+        """Poison the pages that wait for a worker; note it as a failure."""
+        self._call("abandon", served, failed)
 
     def populate(self, served: RangeId, offset: int, length: int) -> int:
         """Fill absent pages; return the bytes filled."""

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # These wait for others; meanwhile the owner may ask for something else.
-SLOW = {"populate", "drain", "unserve", "stop", "remove_space"}
+SLOW = {"populate", "drain", "unserve", "end", "remove_space"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,10 +302,14 @@ class Worker:
         )
         return self._engine.add(spec, states_fd=states_fd, taken=taken)
 
-    def unserve(self, served: RangeId, seal: bool, unregister: bool) -> None:
+    def unserve(self, served: RangeId, seal: bool, unregister: bool, patience_s: float) -> None:
         """Take a range out."""
+        self._engine.unserve(served, seal=seal, unregister=unregister, patience_s=patience_s)
         self._served.pop(served.number, None)
-        self._engine.unserve(served, seal=seal, unregister=unregister)
+
+    def abandon(self, served: RangeId | None, failed: bool) -> None:
+        """Poison the pages that wait for a source."""
+        self._engine.abandon(served, failed=failed)
 
     def stats(self) -> object:
         """Return the counters, of earlier workers as well."""

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import threading
 import time
 from typing import TYPE_CHECKING, Unpack
 
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
-from pyuffd.handlers._engine import Content, Engine, RangeId, Request, SourceKind
+from pyuffd.handlers._engine import (
+    PATIENCE_S,
+    Content,
+    Ended,
+    Engine,
+    RangeId,
+    Request,
+    SourceKind,
+)
 from pyuffd.handlers._stall import stall_signal
 
 if TYPE_CHECKING:
@@ -25,10 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A source that does not return keeps its thread; the engine cannot be freed under it.
-JOIN_LIMIT_S = 10.0
-# Its page was given up before, so nothing is lost with it.
-HUNG_LIMIT_S = 0.2
+# A source that does not return keeps its thread; its page was given up before. Others leave within
+# this time.
+LEAVE_S = 0.2
 JOIN_SLICE_S = 0.05
 
 
@@ -59,6 +67,7 @@ class WorkedEngine(Engine):
         self._failure: SourceFailure | None = None
         self._sources: dict[int, PageSource] = {}
         self._all_ended = True
+        self._hurried_until = math.inf
         self._threads = [
             threading.Thread(target=self._work, name=f"uffd-w{fd}-{index}", daemon=True)
             for index in range(workers)
@@ -68,11 +77,18 @@ class WorkedEngine(Engine):
         if content.kind is SourceKind.REQUEST:
             self._sources[served.number] = content.owner  # type: ignore[assignment]
 
-    def unserve(self, served: RangeId, *, seal: bool, unregister: bool = True) -> None:
+    def unserve(
+        self,
+        served: RangeId,
+        *,
+        seal: bool,
+        unregister: bool = True,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         """Take a range out; first poison what waits for its source."""
         self.abandon(served)
         try:
-            super().unserve(served, seal=seal, unregister=unregister)
+            super().unserve(served, seal=seal, unregister=unregister, patience_s=patience_s)
         finally:
             self._sources.pop(served.number, None)
 
@@ -82,16 +98,21 @@ class WorkedEngine(Engine):
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Stop the driver, and wait a while for the threads."""
-        super().stop()
-        began = time.monotonic()
+    def end(self, patience_s: float) -> Ended:
+        """As for every engine, and wait a while for the threads."""
+        give_up_at = time.monotonic() + max(patience_s, LEAVE_S)
+        ended = super().end(patience_s)
         while running := [thread for thread in self._threads if thread.is_alive()]:
-            limit_s = JOIN_LIMIT_S if len(running) > self.hung else HUNG_LIMIT_S
-            if time.monotonic() - began > limit_s:
+            if time.monotonic() > min(give_up_at, self._hurried_until):
                 break
             running[0].join(JOIN_SLICE_S)
         self._all_ended = not running
+        return ended._replace(held=self.held())
+
+    def hurry(self, patience_s: float) -> None:
+        """From any thread: let drain and end wait no longer than this."""
+        self._hurried_until = time.monotonic() + max(patience_s, LEAVE_S)
+        super().hurry(patience_s)
 
     def destroy(self) -> None:
         """Free it, unless a source has not returned."""
