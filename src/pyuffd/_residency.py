@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pyuffd import lowlevel
+from pyuffd import _vmas, lowlevel
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._pages import (
@@ -175,34 +174,19 @@ class _Mapping(NamedTuple):
     link: str
 
 
-_MAPS_LINE = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) ...([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)"
-)
-
-
 def _mappings(start: int, end: int) -> Iterator[_Mapping]:
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            match = _MAPS_LINE.match(line)
-            if match is None:
-                continue
-            low, high, sharing, offset, major, minor, inode, name = match.groups()
-            first, last = int(low, 16), int(high, 16)
-            if last <= start:
-                continue
-            if first >= end:
-                return
-            inside = max(first, start)
-            yield _Mapping(
-                inside,
-                min(last, end),
-                sharing == "s",
-                int(offset, 16) + inside - first,
-                os.makedev(int(major, 16), int(minor, 16)),
-                int(inode),
-                name,
-                f"/proc/self/map_files/{first:x}-{last:x}",
-            )
+    for vma in _vmas.overlapping(start, end):
+        inside = max(vma.start, start)
+        yield _Mapping(
+            inside,
+            min(vma.end, end),
+            vma.shared,
+            vma.offset + inside - vma.start,
+            vma.device,
+            vma.inode,
+            vma.path,
+            f"/proc/self/map_files/{vma.start:x}-{vma.end:x}",
+        )
 
 
 def _fill(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import _machine
+from pyuffd import _machine, _vmas
 from pyuffd.regions import _files, _maps
 
 KIB = 1 << 10
@@ -145,7 +145,7 @@ def test_shm_path_refuses(name: str) -> None:
 
 @pytest.fixture
 def _maps_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_maps, "open", lambda path: io.StringIO(MAPS), raising=False)
+    monkeypatch.setattr(_vmas, "open", lambda path, **_: io.StringIO(MAPS), raising=False)
 
 
 @pytest.mark.usefixtures("_maps_file")

@@ -1,0 +1,91 @@
+"""The mappings of a range of memory, as /proc/PID/maps and smaps list them (layer L2)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pyuffd._pages import PAGE_SIZE
+
+_HEAD = re.compile(
+    r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)"
+)
+_SHARED = 3  # its place in the permissions
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One mapping.
+
+    `flags` are the two-letter ones of smaps ("um", "uw" and "ui" where a userfaultfd is
+    registered for missing, write-protect and minor faults); they and the page size are known only
+    where details were asked for.
+    """
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    device: int
+    inode: int
+    path: str
+    page_size: int = PAGE_SIZE
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def shared(self) -> bool:
+        """Whether writes go to the file."""
+        return self.permissions[_SHARED] == "s"
+
+    @property
+    def writable(self) -> bool:
+        """Whether it may be written now."""
+        return "w" in self.permissions
+
+    def __str__(self) -> str:
+        return f"[{self.start:#x}, {self.end:#x})"
+
+
+def overlapping(
+    start: int, end: int, *, pid: int | str = "self", details: bool = False
+) -> Iterator[Vma]:
+    """Yield the mappings that overlap [start, end), in address order, reading no further.
+
+    Details come from smaps, which walks the page tables of every mapping up to the last one:
+    nothing is faulted, but it takes time in a large process.
+    """
+    vma: Vma | None = None
+    source = f"/proc/{pid}/{'smaps' if details else 'maps'}"
+    with open(source, encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            if head := _HEAD.match(line):
+                if vma is not None:
+                    yield vma
+                vma = _vma(head)
+                if vma.start >= end:
+                    return
+                if vma.end <= start:
+                    vma = None
+            elif vma is None:
+                continue
+            elif line.startswith("KernelPageSize:"):
+                vma = replace(vma, page_size=int(line.split()[1]) << 10)
+            elif line.startswith("VmFlags:"):
+                vma = replace(vma, flags=frozenset(line.split()[1:]))
+    if vma is not None:
+        yield vma
+
+
+def _vma(head: re.Match[str]) -> Vma:
+    first, last, permissions, offset, major, minor, inode, path = head.groups()
+    return Vma(
+        int(first, 16),
+        int(last, 16),
+        permissions,
+        int(offset, 16),
+        os.makedev(int(major, 16), int(minor, 16)),
+        int(inode),
+        path,
+    )
