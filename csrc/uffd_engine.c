@@ -48,6 +48,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	pthread_mutex_init(&engine->await_lock, NULL);
 	pthread_mutex_init(&engine->lost_lock, NULL);
 	pthread_cond_init(&engine->requests_changed, NULL);
+	pthread_cond_init(&engine->populates_changed, NULL);
 	TAILQ_INIT(&engine->queued);
 	TAILQ_INIT(&engine->taken);
 	LIST_INIT(&engine->spaces);
@@ -87,6 +88,7 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	if (engine->epoll_fd >= 0)
 		close(engine->epoll_fd);
 	pthread_cond_destroy(&engine->requests_changed);
+	pthread_cond_destroy(&engine->populates_changed);
 	pthread_mutex_destroy(&engine->requests_lock);
 	pthread_mutex_destroy(&engine->await_lock);
 	pthread_mutex_destroy(&engine->lost_lock);

@@ -110,7 +110,10 @@ struct uffd_request {
 	uint64_t offset;	/* in what was served */
 	uint64_t length;
 	uint64_t address;	/* where it was when it was asked for */
+	uint64_t fault_address;	/* what a thread touched in it, and the page's offset */
+	uint64_t fault_offset;
 	uint64_t since_ns;
+	uint64_t taken_ns;	/* when a worker came for it */
 	uint32_t space;
 	uint32_t thread_id;
 	uint32_t worker_id;	/* gettid() of who fetches it */
@@ -119,6 +122,7 @@ struct uffd_request {
 	uint32_t abandoned;	/* on_error was applied: the answer comes too late */
 	uint32_t reported;	/* it takes too long, and somebody was told */
 	uint64_t page_size;
+	struct populate *populate;	/* NULL: of a fault, or its caller has left */
 };
 
 uint64_t uffd_engine_shared_size(void);
@@ -168,10 +172,18 @@ int uffd_engine_unserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
 /* Read everything that is queued and resolve it; `handled_ret` counts the messages. */
 void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret);
 
-/* Fill absent pages now, from this thread; returns the first error. */
+struct uffd_populate_result {
+	uint64_t filled;	/* bytes */
+	uint64_t failed_at;	/* the first page whose worker has no content; 0: none */
+};
+
+/*
+ * Fill absent pages now; returns the first error.  Workers are asked for `chunk` bytes
+ * at a time, whole pages; 0: for as many as they are quick with.  What fails stays absent.
+ */
 int uffd_engine_populate(struct uffd_engine *engine, uint32_t space, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length,
-			 uint64_t *filled_ret);
+			 uint64_t start, uint64_t offset, uint64_t length, uint64_t chunk,
+			 struct uffd_populate_result *result_ret);
 
 /* Save and unprotect protected pages now, from this thread (`preserve`). */
 int uffd_engine_preserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
@@ -249,6 +261,11 @@ int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *reques
 /* Both in one call; what goes wrong is counted and noted. */
 struct uffd_request *uffd_engine_complete_next(struct uffd_engine *engine,
 					       struct uffd_request *request, const void *data);
+/*
+ * Instead of failing several pages for one that has no content: a fault's own page is
+ * asked for by itself, populate's in halves.  Returns 1, or 0 for a page that is alone.
+ */
+int uffd_engine_ask_again(struct uffd_engine *engine, struct uffd_request *request);
 int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error);
 
 /* The native driver: one C thread. */

@@ -186,6 +186,7 @@ struct uffd_engine {
 	/* Pages whose content somebody must fetch, and who leads. */
 	pthread_mutex_t requests_lock;
 	pthread_cond_t requests_changed;
+	pthread_cond_t populates_changed;
 	struct request_list queued;
 	struct request_list taken;
 	_Atomic uint32_t queued_count;
@@ -195,6 +196,7 @@ struct uffd_engine {
 	uint64_t leaderless_since_ns;
 	bool watchdog_armed;
 	_Atomic uint32_t outstanding;	/* queued and taken, and not abandoned */
+	uint64_t last_taken_ns;
 
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
 
@@ -543,9 +545,37 @@ enum outcome note_stray(const struct deferred_fault *fault, bool last_try);
 /* Refuse those that have waited too long, or all; returns when the next one has. */
 uint64_t refuse_strays(struct uffd_engine *engine, bool all);
 
+/* uffd_populate.c */
+/* One call that workers fetch pages for, on its stack; under the requests' lock. */
+struct populate {
+	uint64_t chunk;		/* bytes to ask for at a time, now */
+	uint64_t limit;		/* and at most */
+	bool paced;		/* between a page and `limit`, as quickly as answers come */
+	uint32_t queued;	/* requests that no worker has taken */
+	uint32_t outstanding;	/* those and the taken ones */
+	uint64_t filled;	/* bytes */
+	uint64_t failed_at;	/* the first page without content, and why */
+	int error;
+};
+
+struct serving {
+	uint32_t space;
+	uint64_t id;
+	uint64_t start;
+};
+
+int populate_by_request(struct uffd_engine *engine, const struct serving *serving,
+			uint64_t page_size, uint64_t offset, uint64_t end, uint64_t chunk,
+			struct uffd_populate_result *result);
+/* Both with the requests' lock held, for any request. */
+void populate_taken(struct uffd_engine *engine, struct uffd_request *request);
+void populate_answered(struct uffd_engine *engine, struct uffd_request *request, uint64_t filled,
+		       int error);
+
 /* uffd_request.c */
+/* Either a fault asks, or a call of populate. */
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
-		   const struct deferred_fault *fault);
+		   const struct deferred_fault *fault, struct populate *populate);
 void free_requests(struct uffd_engine *engine);
 /* The timer has fired: whether nobody has led for so long; with the requests' lock held. */
 bool leads_after_watchdog(struct uffd_engine *engine);

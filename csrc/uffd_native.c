@@ -363,6 +363,7 @@ void native_end(struct uffd_engine *engine)
 	atomic_store(&engine->stop, true);
 	pthread_mutex_lock(&engine->requests_lock);
 	pthread_cond_broadcast(&engine->requests_changed);
+	pthread_cond_broadcast(&engine->populates_changed);
 	pthread_mutex_unlock(&engine->requests_lock);
 	kick_leader(engine);
 	ring(engine->stop_fd);

@@ -44,7 +44,7 @@ bool leads_after_watchdog(struct uffd_engine *engine)
 }
 
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
-		   const struct deferred_fault *fault)
+		   const struct deferred_fault *fault, struct populate *populate)
 {
 	struct uffd_engine *engine = range->space->engine;
 	struct uffd_request *request = uffd_alloc(sizeof(*request));
@@ -61,12 +61,19 @@ bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
 	if (fault) {
 		request->flags = (uint32_t)fault->flags;
 		request->thread_id = fault->thread_id;
+		request->fault_address = fault->address;
+		request->fault_offset = content_offset(range, page_of(range, fault->address));
 		request->is_fault = true;
 	}
+	request->populate = populate;
 	count(engine, COUNTER(requests), 1);
 	pthread_mutex_lock(&engine->requests_lock);
 	TAILQ_INSERT_TAIL(&engine->queued, request, link);
 	atomic_fetch_add(&engine->outstanding, 1);
+	if (populate) {
+		populate->queued++;
+		populate->outstanding++;
+	}
 	/* A worker that leads takes the first one itself; populate asks from another thread. */
 	if (atomic_fetch_add(&engine->queued_count, 1) == 0 && engine->leader == LEADER_WORKER) {
 		if (!pthread_equal(engine->leader_thread, pthread_self()))
@@ -105,6 +112,7 @@ struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine)
 			TAILQ_INSERT_TAIL(&engine->taken, request, link);
 			request->worker_id = (uint32_t)syscall(SYS_gettid);
 			atomic_fetch_sub(&engine->queued_count, 1);
+			populate_taken(engine, request);
 			pass_the_lead(engine);
 			break;
 		}
@@ -129,9 +137,11 @@ struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine)
 	return request;
 }
 
-static void drop_request(struct uffd_engine *engine, struct uffd_request *request)
+static void drop_request(struct uffd_engine *engine, struct uffd_request *request,
+			 uint64_t filled, int error)
 {
 	pthread_mutex_lock(&engine->requests_lock);
+	populate_answered(engine, request, filled, error);
 	TAILQ_REMOVE(&engine->taken, request, link);
 	/* Nobody waits for one that was abandoned; it is counted no more. */
 	if (!request->abandoned)
@@ -145,7 +155,7 @@ static void drop_request(struct uffd_engine *engine, struct uffd_request *reques
  * One that was dropped does not, whoever is at it now: it is zeros.
  */
 static int put_answer(struct uffd_engine *engine, const struct uffd_request *request,
-		      uint64_t *offset, const char *data)
+		      uint64_t *offset, const char *data, uint64_t *filled)
 {
 	struct uffd_space *space = space_get(engine, request->space);
 	uint64_t end = request->offset + request->length, at, stop, past;
@@ -192,6 +202,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	set_filled(range, at, past, &result);
 	wake_again(range, at, past);
 	count(engine, COUNTER(filled_pages), result.done >> range->page_shift);
+	*filled += result.done;
 	*offset += past - at;
 	if (r == 0 && result.deferred)
 		r = -EAGAIN;
@@ -217,12 +228,32 @@ static void abandon_page(struct uffd_range *range, uint64_t page, int error)
 	poison_page(range, page);
 }
 
-/* on_error for the pages of [offset, end) that still wait. */
+/*
+ * on_error for the page that a thread touched; its neighbours are absent again, and so
+ * is what populate asked for: whoever touches it asks for it by itself.
+ */
+static void give_up_page(const struct uffd_request *request, struct uffd_range *range,
+			 uint64_t page, int error, enum uffd_failure_stage stage)
+{
+	if (atomic_load(state_of(range, page)) != UFFD_PAGE_REQUESTED)
+		return;
+	if (stage == UFFD_FAILED_NOTHING) {
+		abandon_page(range, page, error);
+	} else if (request->is_fault && content_offset(range, page) == request->fault_offset) {
+		apply_on_error(range, page, error, stage);
+	} else {
+		if (!request->is_fault)
+			note_failure(range->space->engine, page, range->page_size, error, stage);
+		unclaim(range, page, page + range->page_size, UFFD_PAGE_ABSENT);
+	}
+}
+
+/* The pages of [offset, end) that still wait; FAILED_NOTHING poisons them all. */
 static void give_up_pages(struct uffd_engine *engine, const struct uffd_request *request,
-			  uint64_t offset, int error, enum uffd_failure_stage stage)
+			  uint64_t offset, uint64_t end, int error,
+			  enum uffd_failure_stage stage)
 {
 	struct uffd_space *space = space_get(engine, request->space);
-	uint64_t end = request->offset + request->length;
 	uint64_t step = request->page_size;
 	uint32_t phase;
 
@@ -237,16 +268,9 @@ static void give_up_pages(struct uffd_engine *engine, const struct uffd_request 
 		shard = uffd_table_enter(space->table, current_cpu());
 		range = find_piece(space, request->id, offset,
 				   request->address + (offset - request->offset));
-		if (range) {
-			uint64_t page = range->start + (offset - range->origin);
-
-			if (atomic_load(state_of(range, page)) != UFFD_PAGE_REQUESTED)
-				;
-			else if (stage == UFFD_FAILED_NOTHING)
-				abandon_page(range, page, error);
-			else
-				apply_on_error(range, page, error, stage);
-		}
+		if (range)
+			give_up_page(request, range, range->start + (offset - range->origin),
+				     error, stage);
 		uffd_table_leave(space->table, shard);
 		gate_leave(space);
 	}
@@ -257,7 +281,7 @@ static void give_up_pages(struct uffd_engine *engine, const struct uffd_request 
 static int complete(struct uffd_engine *engine, struct uffd_request *request, const void *data)
 {
 	uint64_t offset = request->offset, end = request->offset + request->length;
-	uint64_t give_up = 0;
+	uint64_t give_up = 0, filled = 0;
 	unsigned int attempt = 0;
 	uint32_t phase;
 	int r = 0;
@@ -265,7 +289,7 @@ static int complete(struct uffd_engine *engine, struct uffd_request *request, co
 	uffd_barrier(UFFD_BARRIER_COMPLETE);
 	phase = begin_work(engine);
 	while (offset < end && !__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE)) {
-		r = put_answer(engine, request, &offset, data);
+		r = put_answer(engine, request, &offset, data, &filled);
 		if (r == 0) {
 			attempt = 0;
 			continue;
@@ -280,13 +304,13 @@ static int complete(struct uffd_engine *engine, struct uffd_request *request, co
 		uffd_back_off(attempt++);
 	}
 	if (r && r != -ESRCH)
-		give_up_pages(engine, request, offset, r, UFFD_FAILED_RESOLVE);
+		give_up_pages(engine, request, offset, end, r, UFFD_FAILED_RESOLVE);
 	if (__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE))
 		r = -ECANCELED;
 	else if (r == 0 && request->is_fault)
-		note_fault(engine, request->address, request->flags, request->thread_id,
+		note_fault(engine, request->fault_address, request->flags, request->thread_id,
 			   request->since_ns);
-	drop_request(engine, request);
+	drop_request(engine, request, filled, r);
 	end_work(engine, phase);
 	return r;
 }
@@ -306,13 +330,81 @@ struct uffd_request *uffd_engine_complete_next(struct uffd_engine *engine,
 	return uffd_engine_next_request(engine);
 }
 
+/* With the requests' lock held; `first` is taken, `second` new or NULL. */
+static void queue_again(struct uffd_engine *engine, struct uffd_request *first,
+			struct uffd_request *second)
+{
+	struct populate *populate = first->populate;
+
+	TAILQ_REMOVE(&engine->taken, first, link);
+	TAILQ_INSERT_HEAD(&engine->queued, first, link);
+	if (second)
+		TAILQ_INSERT_AFTER(&engine->queued, first, second, link);
+	atomic_fetch_add(&engine->queued_count, second ? 2 : 1);
+	atomic_fetch_add(&engine->outstanding, second ? 1 : 0);
+	first->taken_ns = 0;
+	if (second)
+		second->taken_ns = 0;
+	if (populate) {
+		populate->queued += second ? 2 : 1;
+		populate->outstanding += second ? 1 : 0;
+		/* It has trouble with many at once, so no more of that. */
+		populate->chunk = populate->limit = first->page_size;
+	}
+	/* The caller comes for the first itself. */
+	if (second && engine->idle_workers)
+		pthread_cond_signal(&engine->requests_changed);
+}
+
+int uffd_engine_ask_again(struct uffd_engine *engine, struct uffd_request *request)
+{
+	struct uffd_request before, *second = NULL;
+	bool again;
+
+	if (request->length == request->page_size)
+		return 0;
+	if (!request->is_fault) {
+		second = uffd_alloc(sizeof(*second));
+		if (!second)
+			return 0;
+	}
+	pthread_mutex_lock(&engine->requests_lock);
+	/* Populate that has failed already is not to wait for more of it. */
+	again = !request->abandoned && !(request->populate && request->populate->error);
+	before = *request;
+	if (again && second) {
+		request->length = request->length / 2 & ~(request->page_size - 1);
+		*second = *request;
+		second->offset += request->length;
+		second->address += request->length;
+		second->length = before.length - request->length;
+	} else if (again) {
+		request->offset = request->fault_offset;
+		request->address += request->fault_offset - before.offset;
+		request->length = request->page_size;
+	}
+	if (again)
+		queue_again(engine, request, second);
+	pthread_mutex_unlock(&engine->requests_lock);
+	if (!again)
+		uffd_free(second);
+	if (again && !second) {
+		give_up_pages(engine, &before, before.offset, before.fault_offset, 0,
+			      UFFD_FAILED_SOURCE);
+		give_up_pages(engine, &before, before.fault_offset + before.page_size,
+			      before.offset + before.length, 0, UFFD_FAILED_SOURCE);
+	}
+	return again;
+}
+
 int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error)
 {
 	int r = __atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE) ? -ECANCELED : 0;
 
 	if (r == 0)
-		give_up_pages(engine, request, request->offset, -error, UFFD_FAILED_SOURCE);
-	drop_request(engine, request);
+		give_up_pages(engine, request, request->offset, request->offset + request->length,
+			      -error, UFFD_FAILED_SOURCE);
+	drop_request(engine, request, 0, r ? r : -EIO);
 	return r;
 }
 
@@ -330,6 +422,27 @@ void free_requests(struct uffd_engine *engine)
 	}
 }
 
+/* With the requests' lock held: its answer comes too late from now on. */
+static void abandon(struct uffd_request *request, struct uffd_request *copy_ret, bool is_queued)
+{
+	__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
+	*copy_ret = *request;
+	request->populate = NULL;
+	if (is_queued && copy_ret->populate)
+		copy_ret->populate->queued--;
+}
+
+/* What is due for an abandoned request, which may be freed by now, hence the copy. */
+static void forget(struct uffd_engine *engine, struct uffd_request *copy, int error,
+		   enum uffd_failure_stage stage)
+{
+	give_up_pages(engine, copy, copy->offset, copy->offset + copy->length, error, stage);
+	atomic_fetch_sub(&engine->outstanding, 1);
+	pthread_mutex_lock(&engine->requests_lock);
+	populate_answered(engine, copy, 0, error ? error : -ECANCELED);
+	pthread_mutex_unlock(&engine->requests_lock);
+}
+
 void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 {
 	struct request_list *lists[] = { &engine->queued, &engine->taken };
@@ -341,16 +454,11 @@ void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 			TAILQ_FOREACH(request, lists[i], link)
 				if (!request->abandoned && (!id || request->id == id))
 					break;
-			if (request) {
-				__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
-				copy = *request;
-			}
+			if (request)
+				abandon(request, &copy, i == 0);
 			pthread_mutex_unlock(&engine->requests_lock);
-			if (request) {
-				give_up_pages(engine, &copy, copy.offset, -error,
-					      UFFD_FAILED_NOTHING);
-				atomic_fetch_sub(&engine->outstanding, 1);
-			}
+			if (request)
+				forget(engine, &copy, -error, UFFD_FAILED_NOTHING);
 		} while (request);
 	}
 }
@@ -381,14 +489,30 @@ static void show_tracebacks(struct uffd_engine *engine)
 	pthread_sigmask(SIG_BLOCK, &only, NULL);
 }
 
-static struct uffd_request *oldest_live(struct request_list *list)
+/*
+ * Since when the source is waited for.  A thread waits from its fault on.  For populate
+ * it is the worker's time that counts: as long as workers come for requests, those
+ * that are queued behind are in nobody's hand.
+ */
+static uint64_t waited_since(const struct uffd_engine *engine, const struct uffd_request *request)
+{
+	if (request->is_fault)
+		return request->since_ns;
+	if (request->taken_ns)
+		return request->taken_ns;
+	return engine->last_taken_ns > request->since_ns ? engine->last_taken_ns
+							 : request->since_ns;
+}
+
+static void find_oldest(const struct uffd_engine *engine, struct request_list *list,
+			struct uffd_request **oldest)
 {
 	struct uffd_request *request;
 
 	TAILQ_FOREACH(request, list, link)
-		if (!request->abandoned && !request->reported)
-			return request;
-	return NULL;
+		if (!request->abandoned && !request->reported &&
+		    (!*oldest || waited_since(engine, request) < waited_since(engine, *oldest)))
+			*oldest = request;
 }
 
 uint64_t fail_stalled_requests(struct uffd_engine *engine)
@@ -399,24 +523,24 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 	if (!limit || !atomic_load(&engine->outstanding))
 		return UINT64_MAX;
 	for (;;) {
-		struct uffd_request *request, *waiting, copy;
+		struct uffd_request *request = NULL, *taken, copy;
+		uint64_t since;
 
 		pthread_mutex_lock(&engine->requests_lock);
-		request = oldest_live(&engine->taken);
-		waiting = oldest_live(&engine->queued);
-		if (!request || (waiting && waiting->since_ns < request->since_ns))
-			request = waiting;
-		if (!request || now - request->since_ns < limit) {
-			uint64_t next = request ? request->since_ns + limit : UINT64_MAX;
-
+		find_oldest(engine, &engine->taken, &request);
+		taken = request;
+		find_oldest(engine, &engine->queued, &request);
+		since = request ? waited_since(engine, request) : 0;
+		/* A worker may have come for it since we looked at the clock. */
+		if (!request || now < since || now - since < limit) {
 			pthread_mutex_unlock(&engine->requests_lock);
-			return next;
+			return request ? since + limit : UINT64_MAX;
 		}
 		copy = *request;
 		if (only_report)
 			request->reported = 1;
 		else
-			__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
+			abandon(request, &copy, request != taken);
 		pthread_mutex_unlock(&engine->requests_lock);
 
 		count(engine, COUNTER(stalled_requests), 1);
@@ -426,7 +550,6 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 				     UFFD_FAILED_STALLED);
 			continue;
 		}
-		give_up_pages(engine, &copy, copy.offset, -ETIMEDOUT, UFFD_FAILED_STALLED);
-		atomic_fetch_sub(&engine->outstanding, 1);
+		forget(engine, &copy, -ETIMEDOUT, UFFD_FAILED_STALLED);
 	}
 }

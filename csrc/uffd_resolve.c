@@ -88,7 +88,7 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page)
 	while (at > from && claim_absent(range, at - range->page_size))
 		at -= range->page_size;
 	set_states(range, at, end, UFFD_PAGE_REQUESTED);
-	if (queue_request(range, at, end, range->space->engine->fault_in_hand))
+	if (queue_request(range, at, end, range->space->engine->fault_in_hand, NULL))
 		return OUTCOME_REQUESTED;
 	unclaim(range, at, page, UFFD_PAGE_ABSENT);
 	unclaim(range, page + range->page_size, end, UFFD_PAGE_ABSENT);

@@ -296,71 +296,24 @@ static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 	return run.past;
 }
 
-/* Ask workers for everything absent, a few requests at a time. */
-#define POPULATE_OUTSTANDING	32
-
-static uint64_t request_slice(struct uffd_range *range, uint64_t at, uint64_t end,
-			      int *error_ret, uint64_t *done_ret)
-{
-	struct uffd_engine *engine = range->space->engine;
-	uint64_t chunk = engine->options.prefetch > range->page_size ? engine->options.prefetch
-								     : range->page_size;
-	uint64_t stop;
-
-	*error_ret = 0;
-	while (at < end && atomic_load(state_of(range, at)) != UFFD_PAGE_ABSENT)
-		at += range->page_size;
-	if (at >= end)
-		return end;
-	if (atomic_load(&engine->outstanding) >= POPULATE_OUTSTANDING) {
-		*error_ret = -EAGAIN;
-		*done_ret = 0;
-		return at;
-	}
-	for (stop = at; stop < end && stop - at < chunk; stop += range->page_size) {
-		uint8_t expected = UFFD_PAGE_ABSENT;
-
-		if (!atomic_compare_exchange_strong(state_of(range, stop), &expected,
-						    UFFD_PAGE_REQUESTED))
-			break;
-	}
-	if (stop > at && !queue_request(range, at, stop, NULL)) {
-		unclaim(range, at, stop, UFFD_PAGE_ABSENT);
-		*error_ret = -ENOMEM;
-		return at;
-	}
-	*done_ret = stop - at;
-	return stop;
-}
-
-static int populate_by_request(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			       uint64_t start, uint64_t offset, uint64_t end,
-			       uint64_t *filled_ret)
-{
-	uint64_t failures = atomic_load(&engine->shared->failures);
-	struct slices all = { engine, number, id, start, offset, end, request_slice, NULL };
-	int r = for_slices(&all, filled_ret);
-	unsigned int attempt = 0;
-
-	while (r == 0 && atomic_load(&engine->outstanding) && !atomic_load(&engine->stop))
-		uffd_back_off(attempt++);
-	return r == 0 && atomic_load(&engine->shared->failures) != failures ? -EIO : r;
-}
-
 int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length, uint64_t *filled_ret)
+			 uint64_t start, uint64_t offset, uint64_t length, uint64_t chunk,
+			 struct uffd_populate_result *result_ret)
 {
+	const struct serving serving = { .space = number, .id = id, .start = start };
 	bool absent = false, by_request = false;
 	struct uffd_range *range;
+	uint64_t page_size = 0;
 	struct visit visit;
 
-	*filled_ret = 0;
+	*result_ret = (struct uffd_populate_result){ 0 };
 	if (!open_visit(engine, number, &visit))
 		return -ESRCH;
 	range = any_piece(visit.space, id, start);
 	if (range) {
 		absent = can_be_absent(range);
 		by_request = needs_request(range);
+		page_size = range->page_size;
 	}
 	shut_visit(&visit);
 	if (!range)
@@ -368,11 +321,11 @@ int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t i
 	if (!absent)
 		return 0;
 	if (by_request)
-		return populate_by_request(engine, number, id, start, offset, offset + length,
-					   filled_ret);
+		return populate_by_request(engine, &serving, page_size, offset, offset + length,
+					   chunk, result_ret);
 	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
 					    fill_slice, fill_reach },
-			  filled_ret);
+			  &result_ret->filled);
 }
 
 uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach)

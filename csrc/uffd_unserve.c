@@ -202,7 +202,8 @@ static int seal_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
 {
 	struct slices all = { engine, number, id, piece->start, piece->offset, piece->end,
 			      preserve_slice, preserve_reach };
-	uint64_t offset = piece->offset, ignored;
+	struct uffd_populate_result populated;
+	uint64_t offset = piece->offset;
 	int r = 0;
 
 	if (piece->preserves)
@@ -221,7 +222,7 @@ static int seal_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
 		return -EBUSY;
 	if (r == 0)
 		r = uffd_engine_populate(engine, number, id, piece->start, piece->offset,
-					 piece->end - piece->offset, &ignored);
+					 piece->end - piece->offset, 0, &populated);
 	return r;
 }
 

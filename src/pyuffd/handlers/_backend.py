@@ -83,8 +83,8 @@ class Backend(Protocol):
     def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
         """Poison the pages that wait for a worker; note it as a failure."""
 
-    def populate(self, served: RangeId, offset: int, length: int) -> int:
-        """Fill absent pages; return the bytes filled."""
+    def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
+        """Fill absent pages, `chunk` bytes at a time by workers; return the bytes filled."""
 
     def preserve(self, served: RangeId, offset: int, length: int) -> int:
         """Save protected pages; return the bytes saved."""

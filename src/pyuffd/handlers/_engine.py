@@ -279,10 +279,11 @@ class Ended(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Pages that were asked for."""
+    """Pages that were asked for, by a thread that waits for one of them or by `populate`."""
 
     address: int
     length: int
+    is_fault: bool = True
 
 
 def shared_size() -> int:
@@ -528,15 +529,27 @@ class Engine(SoleOwner):
         """How many workers have not come back with a page that was abandoned."""
         return int(lib.uffd_engine_hung(self._engine()))
 
-    def populate(self, served: RangeId, offset: int, length: int) -> int:
-        """Fill absent pages; return the bytes filled."""
-        out = ffi.new("uint64_t *")
+    def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
+        """Fill absent pages; return the bytes filled.
+
+        Workers are asked for `chunk` bytes at a time; 0: for as many as they are quick with.
+        """
+        out = ffi.new("struct uffd_populate_result *")
+        start = served.start + offset
         code = lib.uffd_engine_populate(
-            self._engine(), served.space, served.number, served.start, offset, length, out
+            self._engine(), served.space, served.number, served.start, offset, length, chunk, out
         )
         if code:
-            raise_errno("populate", -code, served.start + offset, length, completed=int(out[0]))
-        return int(out[0])
+            failed = out.failed_at
+            at = (failed, None) if failed else (start, length)
+            hint = self._why_not_populated(failed, -code) if failed else ""
+            raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
+        return int(out.filled)
+
+    def _why_not_populated(self, address: int, code: int) -> str:
+        """Say why a worker had no content for a page that `populate` asked for."""
+        del address, code
+        return ""
 
     def preserve(self, served: RangeId, offset: int, length: int) -> int:
         """Save protected pages and unprotect them; return the bytes saved."""
@@ -611,7 +624,11 @@ class Engine(SoleOwner):
                 with ffi.from_buffer(data) as pointer:
                     lib.uffd_engine_complete(engine, request, pointer)
             except BaseException as error:  # whatever it is, the page must not wait
-                lib.uffd_engine_fail(engine, request, fail(Request(request.address, length), error))
+                if lib.uffd_engine_ask_again(engine, request):
+                    log.debug("source failed; asked again for less", exc_info=error)
+                else:
+                    failed = Request(request.address, length, bool(request.is_fault))
+                    lib.uffd_engine_fail(engine, request, fail(failed, error))
             request = lib.uffd_engine_next_request(engine)
 
     @property

@@ -565,19 +565,45 @@ class Handler(SoleOwner):
             engine.refuse()
             engine.abandon(failed=True)
 
-    def populate(self, region: RangeLike, offset: int = 0, length: int | None = None) -> int:
+    def populate(
+        self,
+        region: RangeLike,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        chunk: int | None = None,
+    ) -> int:
         """Fill the absent pages of a region now, and return the bytes filled.
 
-        In this thread, or with a source in Python by the workers: start() first.
+        In this thread, or with a source in Python by the workers: start() first. A page whose
+        content cannot be had stays absent, and no more are asked for; `on_error` is for pages
+        that a thread waits for. With a source in Python, stop() reports it as well.
+
+        Args:
+            region: A region that is served.
+            offset: Where to begin, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+            chunk: For how many bytes a source in Python is asked at a time, at most; a multiple
+                of the page size. None begins with a page and asks for more, up to 1 MiB, as long
+                as a quarter of `stall_timeout_s` is enough for an answer. A source that raises
+                when it is asked for several pages is asked for half of them, down to one.
 
         Raises:
-            ValueError: not served, or pages outside the region.
-            UffdOSError: the source's error; the pages before it are filled (`completed` bytes).
+            ValueError: not served, pages outside the region, or a bad chunk.
+            UffdOSError: EIO - the source raised (it is the cause); ETIMEDOUT - it did not answer
+                in time. `start` is the first page without content, `completed` how many bytes
+                were filled; these need not be the first ones, where there are several workers.
         """
         engine, served, first, pages = self._pages(region, offset, length)
+        if chunk is not None and (chunk <= 0 or chunk % served.page_size):
+            raise ValueError(
+                f"chunk {chunk:#x} is not a positive multiple of the page size"
+                f" {served.page_size:#x}"
+            )
         if served.kind is SourceKind.REQUEST and not self._started:
             raise ValueError("populate needs the workers: start() first")
-        return engine.populate(served.id, first * served.page_size, pages * served.page_size)
+        size = served.page_size
+        return engine.populate(served.id, first * size, pages * size, chunk or 0)
 
     # Write protection
 

@@ -212,9 +212,9 @@ class RemoteEngine(SoleOwner):
         """Poison the pages that wait for a worker; note it as a failure."""
         self._call("abandon", served, failed)
 
-    def populate(self, served: RangeId, offset: int, length: int) -> int:
+    def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages; return the bytes filled."""
-        return int(self._call("populate", served, offset, length))
+        return int(self._call("populate", served, offset, length, chunk))
 
     def preserve(self, served: RangeId, offset: int, length: int) -> int:
         """Save protected pages: there are none, `add` has no preserve."""

@@ -13,6 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Unpack
 
+from pyuffd._errors import UffdOSError
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
 from pyuffd.handlers._engine import (
     PATIENCE_S,
@@ -65,6 +66,7 @@ class WorkedEngine(Engine):
         )
         self._failed = failed
         self._failure: SourceFailure | None = None
+        self._not_populated: dict[int, BaseException] = {}  # by address, until populate says so
         self._sources: dict[int, PageSource] = {}
         self._all_ended = True
         self._hurried_until = math.inf
@@ -130,8 +132,28 @@ class WorkedEngine(Engine):
     def _read(self, number: int, offset: int, length: int) -> Buffer:
         return self._sources[number].read(offset, length)
 
+    def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
+        """Fill absent pages; what a source raised is the cause of the error."""
+        try:
+            return super().populate(served, offset, length, chunk)
+        except UffdOSError as error:
+            first = served.start + offset
+            failed = {at for at in self._not_populated.copy() if 0 <= at - first < length}
+            causes = {at: self._not_populated.pop(at, None) for at in failed}
+            raise error from causes.get(error.start or 0)
+
+    def _why_not_populated(self, address: int, code: int) -> str:
+        error = self._not_populated.get(address)
+        if error is not None:
+            return f"the source raised {type(error).__name__}: {error}"
+        if code == errno.ETIMEDOUT:
+            return "the source did not answer within stall_timeout_s"
+        return ""
+
     def _failed_at(self, request: Request, error: BaseException) -> int:
         log.debug("source failed", exc_info=error)
+        if not request.is_fault:
+            self._not_populated[request.address] = error
         if self._failure is None:
             self._failure = SourceFailure(error, request.address, request.length)
             if self._failed is not None:
