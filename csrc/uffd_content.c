@@ -224,6 +224,14 @@ uint64_t uffd_pages_file_length(uint64_t count)
 	return (count + BASE_PAGE - 1) & ~(uint64_t)(BASE_PAGE - 1);
 }
 
+/* What is said of a page when whoever had it in flight is not here. */
+static uint8_t landed(uint8_t state)
+{
+	if (state == UFFD_PAGE_HELD)
+		return UFFD_PAGE_DIRTY;
+	return uffd_page_is_in_flight(state) ? UFFD_PAGE_ABSENT : state;
+}
+
 struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count)
 {
 	struct uffd_pages *pages = uffd_pages_create(0, 0);
@@ -242,10 +250,10 @@ struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count)
 	pages->states_offset = offset;
 	pages->state = mapping;
 	for (uint64_t i = 0; i < count; i++)
-		if (uffd_page_is_in_flight(atomic_load_explicit(&pages->state[i],
-								memory_order_relaxed)))
-			atomic_store_explicit(&pages->state[i], UFFD_PAGE_ABSENT,
-					      memory_order_relaxed);
+		atomic_store_explicit(&pages->state[i],
+				      landed(atomic_load_explicit(&pages->state[i],
+								  memory_order_relaxed)),
+				      memory_order_relaxed);
 	return pages;
 }
 
@@ -261,8 +269,7 @@ struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages, int fd, uint
 		uint8_t state = atomic_load_explicit(&pages->state[i], memory_order_relaxed);
 
 		atomic_store_explicit(&copy->state[i],
-				      uffd_page_is_in_flight(state) ? UFFD_PAGE_ABSENT : state,
-				      memory_order_relaxed);
+				      landed(state), memory_order_relaxed);
 	}
 	return copy;
 }

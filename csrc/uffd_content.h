@@ -16,16 +16,18 @@ enum uffd_page_state {
 	UFFD_PAGE_ABSENT,
 	UFFD_PAGE_IN_FLIGHT,	/* somebody is filling, saving or poisoning it */
 	UFFD_PAGE_CLEAN,	/* present; protected where the range is registered for WP */
-	UFFD_PAGE_DIRTY,	/* present, written to since it was protected */
+	UFFD_PAGE_DIRTY,	/* written to since it was protected, or that cannot be known */
 	UFFD_PAGE_REMOVED,	/* dropped by its owner: zeros from then on */
 	UFFD_PAGE_POISONED,
-	UFFD_PAGE_SAVED,	/* preserved in the background and unprotected again */
+	UFFD_PAGE_SAVED,	/* preserved in the background, and protected still */
 	UFFD_PAGE_REQUESTED,	/* in flight to a worker, whose answer belongs here; others see IN_FLIGHT */
+	UFFD_PAGE_HELD,		/* in flight, but there: being saved, protected or unprotected */
 };
 
 static inline bool uffd_page_is_in_flight(uint8_t state)
 {
-	return state == UFFD_PAGE_IN_FLIGHT || state == UFFD_PAGE_REQUESTED;
+	return state == UFFD_PAGE_IN_FLIGHT || state == UFFD_PAGE_REQUESTED ||
+	       state == UFFD_PAGE_HELD;
 }
 
 enum uffd_source_kind {

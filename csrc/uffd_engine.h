@@ -185,14 +185,22 @@ int uffd_engine_populate(struct uffd_engine *engine, uint32_t space, uint64_t id
 			 uint64_t start, uint64_t offset, uint64_t length, uint64_t chunk,
 			 struct uffd_populate_result *result_ret);
 
-/* Save and unprotect protected pages now, from this thread (`preserve`). */
+/*
+ * Save protected pages now, from this thread (`preserve`).  They stay protected, so that
+ * a later write shows, unless they are to be unprotected.
+ */
 int uffd_engine_preserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length,
+			 uint64_t start, uint64_t offset, uint64_t length, uint32_t unprotect,
 			 uint64_t *saved_ret);
 
-/* Call every page that is present clean; before protecting it again. */
-int uffd_engine_mark_clean(struct uffd_engine *engine, uint32_t space, uint64_t id,
-			   uint64_t start);
+/*
+ * Write-protect pages, and tell the state of each at the instant when it was protected:
+ * a write comes before that and shows in the state, or after it and makes the page dirty
+ * anew.  On an error what was protected by then is called dirty again.
+ */
+int uffd_engine_writeprotect(struct uffd_engine *engine, uint32_t space, uint64_t id,
+			     uint64_t start, uint64_t offset, uint64_t length,
+			     uint8_t *states_ret);
 
 int uffd_engine_states(struct uffd_engine *engine, uint32_t space, uint64_t id,
 		       uint64_t start, uint64_t first_page, uint64_t pages,

@@ -432,6 +432,8 @@ bool read_entries(const struct uffd_range *range, uint64_t at, uint64_t pages,
 /* How much of a run, from its first page on, is mapped nowhere in the owner for sure. */
 uint64_t unmapped_run(const struct uffd_range *range, uint64_t at, uint64_t length);
 int open_page_table(int pid);
+/* A state of ours, corrected by what the page table says. */
+uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry);
 
 /* uffd_resolve.c: what to do about a page.  Async-signal-safe. */
 enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind);

@@ -12,6 +12,12 @@
 
 #define ENTRIES_AT_ONCE	64
 
+/* A swap entry, as CAP_SYS_ADMIN sees it; see uffd_pagemap.c.  To others it is 0. */
+#define SWAP_TYPE_MASK		0x1fu
+#define SWAP_TYPE_MARKER	31u
+#define SWAP_OFFSET_SHIFT	5
+#define MARKER_POISONED		(UINT64_C(1) << 1)
+
 int open_page_table(int pid)
 {
 	char path[32];
@@ -59,4 +65,63 @@ uint64_t unmapped_run(const struct uffd_range *range, uint64_t at, uint64_t leng
 				return (done + i) << range->page_shift;
 	}
 	return length;
+}
+
+enum presence {
+	NOT_THERE,
+	IS_THERE,
+	IS_POISONED,
+	CANNOT_TELL,
+};
+
+static enum presence presence_of(const struct uffd_range *range, uint64_t entry)
+{
+	uint64_t swap = entry & UFFD_PM_PFN_MASK;
+
+	if (entry & UFFD_PM_PRESENT)
+		return IS_THERE;
+	if (!(entry & UFFD_PM_SWAP))
+		return NOT_THERE;
+	if (swap && (swap & SWAP_TYPE_MASK) == SWAP_TYPE_MARKER)
+		return (swap >> SWAP_OFFSET_SHIFT) & MARKER_POISONED ? IS_POISONED : NOT_THERE;
+	if (swap)
+		return IS_THERE;
+	/* Shared memory has markers and no swap entries. */
+	if (range->content->shared)
+		return entry & UFFD_PM_UFFD_WP ? NOT_THERE : IS_POISONED;
+	return CANNOT_TELL;
+}
+
+uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry)
+{
+	bool tracked = range->mode & UFFDIO_REGISTER_MODE_WP;
+	bool protected = entry & UFFD_PM_UFFD_WP;
+	enum presence presence = presence_of(range, entry);
+
+	switch (state) {
+	case UFFD_PAGE_ABSENT:
+		/* Filled beside us, or there before us. */
+		if (presence == IS_POISONED)
+			return UFFD_PAGE_POISONED;
+		if (presence != IS_THERE)
+			return state;
+		return tracked && !protected ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
+	case UFFD_PAGE_REMOVED:
+		/*
+		 * There again, and perhaps written to (after MADV_FREE it was never
+		 * gone).  The zero page, which is neither a file's nor anybody's own,
+		 * was not.
+		 */
+		if (presence != IS_THERE || protected)
+			return state;
+		if (tracked)
+			return UFFD_PAGE_DIRTY;
+		return entry & (UFFD_PM_FILE | UFFD_PM_MMAP_EXCLUSIVE) ? UFFD_PAGE_CLEAN : state;
+	case UFFD_PAGE_CLEAN:
+	case UFFD_PAGE_SAVED:
+		/* Somebody took the protection off, or the page away. */
+		return tracked && !protected ? UFFD_PAGE_DIRTY : state;
+	default:
+		return state;
+	}
 }

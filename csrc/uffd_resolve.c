@@ -39,7 +39,7 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 }
 
 /* Take a page for ourselves; false when somebody else is at it. `was_ret`: its state before. */
-static bool claim(struct uffd_range *range, uint64_t page, uint8_t *was_ret)
+static bool claim(struct uffd_range *range, uint64_t page, uint8_t as, uint8_t *was_ret)
 {
 	_Atomic uint8_t *state = state_of(range, page);
 
@@ -47,7 +47,7 @@ static bool claim(struct uffd_range *range, uint64_t page, uint8_t *was_ret)
 	do {
 		if (uffd_page_is_in_flight(*was_ret))
 			return false;
-	} while (!atomic_compare_exchange_weak(state, was_ret, UFFD_PAGE_IN_FLIGHT));
+	} while (!atomic_compare_exchange_weak(state, was_ret, as));
 	uffd_barrier(UFFD_BARRIER_FAULT_CLAIMED);
 	return true;
 }
@@ -199,7 +199,7 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 	uint8_t was;
 	int r;
 
-	if (!claim(range, page, &was))
+	if (!claim(range, page, UFFD_PAGE_IN_FLIGHT, &was))
 		return OUTCOME_IN_FLIGHT;
 	if (was == UFFD_PAGE_POISONED) {
 		/* COPY would replace the mark: there is still no content. */
@@ -248,13 +248,17 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 	uint8_t was;
 	int r;
 
-	if (!claim(range, page, &was))
+	if (!claim(range, page, UFFD_PAGE_HELD, &was))
 		return OUTCOME_IN_FLIGHT;
 	if (range->content->preserve && was == UFFD_PAGE_CLEAN)
 		save_page(range, page);
-	/* Dirty before it can be written, so that no reader of the states misses it. */
-	atomic_store(state_of(range, page), UFFD_PAGE_DIRTY);
+	/*
+	 * Held until it is unprotected: whoever protects it again (uffd_engine_writeprotect)
+	 * sees it dirty and not protected, or as it was before.  Readers of the states
+	 * wait for us.
+	 */
 	r = uffd_shim_writeprotect(range->space->fd, page, range->page_size, 0);
+	atomic_store(state_of(range, page), UFFD_PAGE_DIRTY);
 	if (r == 0)
 		return OUTCOME_RESOLVED;
 	if (r == -EAGAIN || r == -ENOMEM)

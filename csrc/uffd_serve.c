@@ -34,7 +34,8 @@ static struct uffd_pages *pages_for(struct uffd_space *space, const struct uffd_
 {
 	struct uffd_range *other = spec->id ? any_piece(space, spec->id, spec->start) : NULL;
 	uint64_t count = spec->length / spec->page_size;
-	uint8_t state = absent ? UFFD_PAGE_ABSENT : UFFD_PAGE_CLEAN;
+	/* Nobody knows of a page that was never protected whether it was written to. */
+	uint8_t state = absent ? UFFD_PAGE_ABSENT : UFFD_PAGE_DIRTY;
 	struct uffd_pages *pages;
 
 	if (other)
@@ -344,8 +345,22 @@ uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, str
 	return stop;
 }
 
-uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
-			uint64_t *done_ret)
+/*
+ * The page table says that somebody else took the protection off a page: what it holds
+ * may have been written since.  It is saved as it is, and the loss is told.
+ */
+static void check_protection(const struct uffd_range *range, uint64_t at, uint64_t end)
+{
+	uint64_t entry;
+
+	for (; at < end && read_entries(range, at, 1, &entry); at += range->page_size)
+		if (entry & UFFD_PM_PRESENT && !(entry & UFFD_PM_UFFD_WP))
+			note_failure(range->space->engine, at, range->page_size, -ENODATA,
+				     UFFD_FAILED_SOURCE);
+}
+
+static uint64_t save_slice(struct uffd_range *range, uint64_t at, uint64_t end, bool unprotect,
+			   int *error_ret, uint64_t *done_ret)
 {
 	const struct uffd_content *content = range->content;
 	uint64_t stop = at, limit = PREFETCH_SLICE > range->page_size ? PREFETCH_SLICE
@@ -356,7 +371,7 @@ uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int
 	*error_ret = 0;
 	while (stop < end && stop - at < limit &&
 	       atomic_compare_exchange_strong(state_of(range, stop), &expected,
-					      UFFD_PAGE_IN_FLIGHT))
+					      UFFD_PAGE_HELD))
 		stop += range->page_size;
 	if (stop == at && uffd_page_is_in_flight(expected)) {
 		/* A fault is saving it: done is done only when that is. */
@@ -365,23 +380,37 @@ uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int
 	}
 	if (stop == at)
 		return at + range->page_size;
+	check_protection(range, at, stop);
 	from = (const void *)(uintptr_t)(content->local ? content->local + content_offset(range, at)
 							: at);
 	memcpy((void *)(uintptr_t)(content->preserve + content_offset(range, at)), from, stop - at);
 	count(range->space->engine, COUNTER(preserved_pages), (stop - at) >> range->page_shift);
-	/*
-	 * Where this says EAGAIN the pages stay protected, and their first write
-	 * finds them saved.  Writers that came meanwhile were sent away: wake them.
-	 */
-	set_states(range, at, stop, UFFD_PAGE_SAVED);
-	if (uffd_shim_writeprotect(range->space->fd, at, stop - at, 0))
-		wake_again(range, at, stop);
+	/* Where this says EAGAIN the pages stay protected, which does no harm. */
+	if (unprotect)
+		uffd_shim_writeprotect(range->space->fd, at, stop - at,
+				       UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
+	set_states(range, at, stop, unprotect ? UFFD_PAGE_DIRTY : UFFD_PAGE_SAVED);
+	/* Writers that came meanwhile were left to us. */
+	wake_again(range, at, stop);
 	*done_ret = stop - at;
 	return stop;
 }
 
+uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
+			uint64_t *done_ret)
+{
+	return save_slice(range, at, end, false, error_ret, done_ret);
+}
+
+static uint64_t preserve_and_free_slice(struct uffd_range *range, uint64_t at, uint64_t end,
+					int *error_ret, uint64_t *done_ret)
+{
+	return save_slice(range, at, end, true, error_ret, done_ret);
+}
+
 int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length, uint64_t *saved_ret)
+			 uint64_t start, uint64_t offset, uint64_t length, uint32_t unprotect,
+			 uint64_t *saved_ret)
 {
 	struct uffd_range *range;
 	struct visit visit;
@@ -399,54 +428,9 @@ int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t i
 	if (!can)
 		return -EINVAL;
 	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
-					    preserve_slice, preserve_reach },
+					    unprotect ? preserve_and_free_slice : preserve_slice,
+					    preserve_reach },
 			  saved_ret);
-}
-
-int uffd_engine_mark_clean(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			   uint64_t start)
-{
-	struct uffd_range *range;
-	struct visit visit;
-
-	if (!open_visit(engine, number, &visit))
-		return -ESRCH;
-	range = any_piece(visit.space, id, start);
-	for (uint64_t i = 0; range && i < range->pages->count; i++) {
-		uint8_t state = atomic_load(&range->pages->state[i]);
-
-		if (state == UFFD_PAGE_DIRTY || state == UFFD_PAGE_SAVED ||
-		    (state == UFFD_PAGE_REMOVED && !can_be_absent(range)))
-			atomic_compare_exchange_strong(&range->pages->state[i], &state,
-						       UFFD_PAGE_CLEAN);
-	}
-	shut_visit(&visit);
-	return range ? 0 : -ENOENT;
-}
-
-int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
-		       uint64_t first_page, uint64_t pages, uint8_t *states_ret)
-{
-	struct uffd_range *range;
-	struct visit visit;
-	int r = 0;
-
-	await_work(engine);
-	if (!open_visit(engine, number, &visit))
-		return -ESRCH;
-	range = any_piece(visit.space, id, start);
-	if (!range)
-		r = -ENOENT;
-	else if (first_page + pages > range->pages->count)
-		r = -EINVAL;
-	for (uint64_t i = 0; r == 0 && i < pages; i++) {
-		states_ret[i] = atomic_load_explicit(&range->pages->state[first_page + i],
-						     memory_order_acquire);
-		if (uffd_page_is_in_flight(states_ret[i]))
-			states_ret[i] = UFFD_PAGE_IN_FLIGHT;
-	}
-	shut_visit(&visit);
-	return r;
 }
 
 void uffd_engine_refuse(struct uffd_engine *engine)

@@ -288,10 +288,21 @@ class _Lib:
         start: int,
         offset: int,
         length: int,
+        unprotect: int,
         saved_ret: CData,
         /,
     ) -> int: ...
-    def uffd_engine_mark_clean(self, engine: CData, space: int, id: int, start: int, /) -> int: ...
+    def uffd_engine_writeprotect(
+        self,
+        engine: CData,
+        space: int,
+        id: int,
+        start: int,
+        offset: int,
+        length: int,
+        states_ret: CData,
+        /,
+    ) -> int: ...
     def uffd_engine_states(
         self,
         engine: CData,

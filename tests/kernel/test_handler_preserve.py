@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 
-from pyuffd import PageState, RegisterMode
+import pytest
+
+from pyuffd import Feature, HandlerError, PageState, RegisterMode, lowlevel
 from tests.kernel._serving import (
     Driver,
     content,
@@ -15,9 +17,11 @@ from tests.kernel._serving import (
     states,
     wait_for_stalled,
     wait_until,
+    with_both_drivers,
 )
 
 WP = RegisterMode.WP
+MARKERS = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
 WRITERS = 4
 STRIDE = 61  # bytes between two writes of a round: each page is written many times
 
@@ -128,9 +132,11 @@ def parts(driver: Driver, name: str) -> None:
         assert kept == bytes(size) + data[size : 3 * size] + bytes(size)
         saved, clean = PageState.SAVED, PageState.CLEAN
         assert states(handler, region) == [clean, saved, saved, clean]
-        region.write(size, b"free")  # no fault: it is unprotected
-        assert handler.stats().faults["wp"] == 0
-        handler.writeprotect(region)
+        region.write(size, b"free")  # not saved again: it is of a later instant
+        assert states(handler, region) == [clean, PageState.DIRTY, saved, clean]
+        assert kept[size : size + 5] == data[size : size + 5]
+        then = [PageState(state) for state in handler.writeprotect(region)]
+        assert then == [clean, PageState.DIRTY, saved, clean]
         assert states(handler, region) == [clean] * 4
         region.write(size, b"FREE")
         assert bytes(kept[size : size + 5]) == b"free" + data[size + 4 : size + 5]
@@ -141,3 +147,64 @@ def parts(driver: Driver, name: str) -> None:
 
 
 test_parts_and_stop = everywhere(parts, "anon", "shmem", "hugetlb")
+
+
+def unprotected(driver: Driver, name: str) -> None:
+    """preserve(unprotect=True) lets later writes pass, and says that it does not know of them."""
+    with serving(driver, name) as (handler, memory):
+        region = memory.pages(3)
+        region.fill(1)
+        kept = bytearray(region.length)
+        handler.serve(region, None, mode=WP, preserve=kept)
+        handler.writeprotect(region)
+        handler.start()
+        size = memory.page_size
+        assert handler.preserve(region, 0, 2 * size, unprotect=True) == 2 * size
+        assert states(handler, region) == [PageState.DIRTY] * 2 + [PageState.CLEAN]
+        region.write(size, b"free")
+        assert handler.stats().faults["wp"] == 0
+        assert kept == b"\1" * (2 * size) + bytes(size)
+
+
+test_unprotect = everywhere(unprotected)
+
+
+def never_protected(driver: Driver, name: str) -> None:
+    """Before writeprotect() there is no instant of which the pages could be."""
+    with serving(driver, name) as (handler, memory):
+        region = memory.pages(2)
+        region.fill(1)
+        kept = bytearray(b"?" * region.length)
+        handler.serve(region, None, mode=WP, preserve=kept)
+        handler.start()
+        assert states(handler, region) == [PageState.DIRTY] * 2
+        region.write(0, b"new")
+        with pytest.raises(ValueError, match="writeprotect"):
+            handler.preserve(region)
+        assert kept == b"?" * region.length
+        handler.writeprotect(region)
+        region.write(0, b"NEW")
+        handler.preserve(region)
+        assert kept[:4] == b"new\1"
+
+
+test_never_protected = everywhere(never_protected, "anon", "shmem", "hugetlb")
+
+
+def taken_off(driver: Driver) -> None:
+    """Protection that others took off before the page was saved is told: stop() raises."""
+    with serving(driver, "anon", MARKERS) as (handler, memory):
+        region = memory.pages(2)
+        region.fill(1)
+        kept = bytearray(region.length)
+        handler.serve(region, None, mode=WP, preserve=kept)
+        handler.writeprotect(region)
+        handler.start()
+        lowlevel.writeprotect(handler.uffd.fileno(), region.start, memory.page_size, 0)
+        region.write(0, b"new")
+        handler.preserve(region)
+        with pytest.raises(HandlerError):
+            handler.stop()
+
+
+test_protection_taken_off = with_both_drivers(taken_off)

@@ -22,8 +22,8 @@ from pyuffd import (
     Userfaultfd,
 )
 from tests._child import run_child
-from tests._memory import memory_params
-from tests.kernel._serving import content, memory_of, states, wait_until
+from tests._memory import memory_of, memory_params
+from tests.kernel._serving import content, states, wait_until
 
 MINOR, MISSING, WP = RegisterMode.MINOR, RegisterMode.MISSING, RegisterMode.WP
 PAGES = 8

@@ -276,7 +276,7 @@ def _save_while_it_runs(child: Child, there: Range, memory: Region, uffd: Userfa
         # One page at least is to be saved because it is written, however fast the rest goes.
         _wait_for_edit(child, memory, edit + 1)
         try:
-            behind = handler.preserve(there)
+            behind = handler.preserve(there, unprotect=True)
         except pyuffd.ProcessGoneError:
             child.reply()
             raise

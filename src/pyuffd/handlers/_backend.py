@@ -86,11 +86,11 @@ class Backend(Protocol):
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages, `chunk` bytes at a time by workers; return the bytes filled."""
 
-    def preserve(self, served: RangeId, offset: int, length: int) -> int:
+    def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
         """Save protected pages; return the bytes saved."""
 
-    def mark_clean(self, served: RangeId) -> None:
-        """Call every page that is present clean."""
+    def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
+        """Write-protect pages; return their states as they were when they were protected."""
 
     def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
         """Return the state bytes of some pages."""

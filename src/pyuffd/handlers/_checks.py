@@ -122,8 +122,10 @@ def region_numbers(region: RangeLike) -> tuple[int, int, int]:
     return start, length, page_size
 
 
-def check_mode(mode: RegisterMode, source: PageSource | None, preserve: Buffer | None) -> None:
-    """Raise ValueError unless mode, source and preserve go together."""
+def check_mode(
+    mode: RegisterMode, source: PageSource | None, preserve: Buffer | None, features: Feature
+) -> None:
+    """Raise ValueError unless mode, source, preserve and the userfaultfd go together."""
     known = RegisterMode.MISSING | RegisterMode.WP | RegisterMode.MINOR
     if not mode or int(mode) & ~int(known):
         raise ValueError(f"a Handler serves MISSING, WP and MINOR, not {mode!r}")
@@ -131,6 +133,12 @@ def check_mode(mode: RegisterMode, source: PageSource | None, preserve: Buffer |
         raise ValueError("missing faults need a source; ZeroSource() is the one for zeros")
     if mode == RegisterMode.WP and source is not None:
         raise ValueError("write-protect faults alone take no source: the pages are there")
+    if mode & RegisterMode.WP and features & Feature.WP_ASYNC:
+        raise ValueError(
+            "with Feature.WP_ASYNC the kernel lifts protection by itself and sends no fault, so a"
+            " Handler would see no write: register the range and use Pagemap.scan(), or open the"
+            " Userfaultfd without WP_ASYNC"
+        )
     if preserve is not None and mode != RegisterMode.WP:
         raise ValueError(f"preserve goes with RegisterMode.WP alone, not with {mode!r}")
 

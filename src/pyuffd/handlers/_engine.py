@@ -40,10 +40,10 @@ class PageState(Number):
         ABSENT: Never filled: the next access gets the source's content.
         IN_FLIGHT: Being filled, saved or poisoned now.
         CLEAN: There; protected, where the region is served for WP.
-        DIRTY: Written since it was protected.
+        DIRTY: Written since it was protected, or nobody knows: it never was.
         REMOVED: Dropped by its owner: zeros from then on, whatever the source says.
         POISONED: Its content could not be had: whoever touches it gets SIGBUS.
-        SAVED: Its old content was preserved in the background, and it is not protected any more.
+        SAVED: Its old content was preserved in the background; it is protected still.
     """
 
     ABSENT = lib.UFFD_PAGE_ABSENT
@@ -551,11 +551,18 @@ class Engine(SoleOwner):
         del address, code
         return ""
 
-    def preserve(self, served: RangeId, offset: int, length: int) -> int:
-        """Save protected pages and unprotect them; return the bytes saved."""
+    def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
+        """Save protected pages, and unprotect them if asked to; return the bytes saved."""
         out = ffi.new("uint64_t *")
         code = lib.uffd_engine_preserve(
-            self._engine(), served.space, served.number, served.start, offset, length, out
+            self._engine(),
+            served.space,
+            served.number,
+            served.start,
+            offset,
+            length,
+            unprotect,
+            out,
         )
         if code == -errno.EINVAL:
             raise ValueError(f"the range at {served.start:#x} was served without preserve=")
@@ -563,11 +570,16 @@ class Engine(SoleOwner):
             raise_errno("preserve", -code, served.start + offset, length, completed=int(out[0]))
         return int(out[0])
 
-    def mark_clean(self, served: RangeId) -> None:
-        """Call every page that is present clean."""
-        code = lib.uffd_engine_mark_clean(self._engine(), served.space, served.number, served.start)
+    def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
+        """Write-protect pages; return their states as they were when they were protected."""
+        out = bytearray(pages)
+        with ffi.from_buffer("uint8_t[]", out) as pointer:
+            code = lib.uffd_engine_writeprotect(
+                self._engine(), served.space, served.number, served.start, offset, length, pointer
+            )
         if code:
-            raise_errno("page states", -code, served.start, served.length)
+            raise_errno("write-protect", -code, served.start + offset, length, completed=0)
+        return bytes(out)
 
     def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
         """Return the state bytes of some pages."""

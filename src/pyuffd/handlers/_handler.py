@@ -51,7 +51,6 @@ from pyuffd.handlers._serving import (
     local_file,
     local_mapping,
     map_holes,
-    protect,
     register,
 )
 from pyuffd.handlers._transport import refuse_while_loading
@@ -260,7 +259,9 @@ class Handler(SoleOwner):
         """Register a region and resolve its faults from now on; return the ioctls it takes.
 
         Missing faults copy the page from `source`; a page that is dropped afterwards
-        (MADV_DONTNEED) is zeros, whatever the source says. Minor faults map what the page cache
+        (MADV_DONTNEED) is zeros, whatever the source says. With Feature.EVENT_REMOVE that goes for
+        pages of shared memory that were never loaded as well: the event does not say whether they
+        were dropped (MADV_REMOVE) or merely unmapped. Minor faults map what the page cache
         holds; with a source and no MISSING in the mode they first write the page's content into
         it, and holes of the page cache are filled from the source as well. Write-protect faults
         mark the page PageState.DIRTY and unprotect it. With MISSING | WP pages arrive protected.
@@ -288,7 +289,7 @@ class Handler(SoleOwner):
         with self._lock:
             engine = self._running_engine()
             start, length, page_size = region_numbers(region)
-            check_mode(mode, source, preserve)
+            check_mode(mode, source, preserve, (uffd or self.uffd).features)
             content = content_of(source, region)
             if source is not None and content.kind is SourceKind.REQUEST:
                 engine = engine if engine.calls_python else self._move_to_process(source)
@@ -343,6 +344,7 @@ class Handler(SoleOwner):
                     content.kind,
                     memory,
                     alias=alias,
+                    preserves=preserve is not None,
                 )
                 ioctls = register(engine, served)
             except BaseException:
@@ -607,41 +609,88 @@ class Handler(SoleOwner):
 
     # Write protection
 
-    def writeprotect(self, region: RangeLike) -> None:
-        """Write-protect a region served with RegisterMode.WP, and call all its pages clean.
+    def writeprotect(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
+        """Write-protect pages; return the `PageState` of each as it was when it was protected.
+
+        Reading and protecting are one step: a write comes before it and shows in what is
+        returned, or after it and makes the page DIRTY anew. So rounds beside a running writer
+        lose nothing: copy the pages that come back other than CLEAN, SAVED or ABSENT. From then
+        on the pages are CLEAN.
 
         On anonymous memory without Feature.WP_UNPOPULATED the missing pages of a range that is
         registered for WP alone are mapped (as the zero page) first: Linux would leave them
         unprotected and say nothing.
 
+        Args:
+            region: A served region.
+            offset: Where to begin, a multiple of the page size.
+            length: Bytes, likewise; to the end by default.
+
         Raises:
-            ValueError: not served, or not for RegisterMode.WP.
-            LayoutChangedError: ENOENT - part of the region was unmapped or moved away.
-            PartialResolveError: EAGAIN - the layout has been changing for 5 s.
+            ValueError: not served, or not for RegisterMode.WP; bad pages.
+            LayoutChangedError: ENOENT - part of the region was unmapped. The pages before it
+                are protected; those whose states are lost with the error are DIRTY still.
+            PartialResolveError: EAGAIN - the layout has been changing for 5 s; likewise.
 
         GIL: released.  Threads: safe.  Blocks: while a layout event is unread.
+
+        Example:
+            >>> from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd
+            >>> with (
+            ...     Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP) as uffd,
+            ...     Region.anonymous(8192) as region,
+            ...     Handler(uffd) as handler,
+            ... ):
+            ...     _ = handler.serve(region, None, mode=RegisterMode.WP)
+            ...     _ = handler.writeprotect(region)
+            ...     region.write(4096, b"new")
+            ...     [PageState(state).name for state in handler.writeprotect(region)]
+            ['CLEAN', 'DIRTY']
         """
         with self._lock:
-            engine, served, _, _ = self._pages(region, 0, None)
+            engine, served, first, pages = self._pages(region, offset, length)
             if not served.mode & RegisterMode.WP:
                 raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
             if self._owner_pid == self._pid:
                 map_holes(served)
-            # Before the ioctl: a fault that is being resolved now stays counted as dirty.
-            engine.mark_clean(served.id)
-            protect(served, RETRY_LIMIT_S)
+            size = served.page_size
+            states = engine.writeprotect(served.id, first * size, pages * size, pages)
+            served.was_protected = True
+            return states
 
-    def preserve(self, region: RangeLike, offset: int = 0, length: int | None = None) -> int:
-        """Save the pages that are still protected, unprotect them, and return the bytes saved.
+    def preserve(
+        self,
+        region: RangeLike,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        unprotect: bool = False,
+    ) -> int:
+        """Save the pages that are CLEAN still, and return the bytes saved.
 
         They go to the region's `preserve` buffer. Together with the faults, which save a page
         before its first write, this gives it every page as it was when `writeprotect` returned.
 
+        Args:
+            region: A region served with `preserve`.
+            offset: Where to begin, a multiple of the page size.
+            length: Bytes, likewise; to the end by default.
+            unprotect: The pages stay protected (SAVED), so that a later write makes them DIRTY
+                and costs one fault each. True lifts the protection at once, where nobody asks
+                for later writes; the pages are DIRTY then, since that cannot be known any more.
+
         Raises:
-            ValueError: the region was served without `preserve`.
+            ValueError: the region was served without `preserve`, or `writeprotect` was never
+                called: the pages are of no instant.
         """
         engine, served, first, pages = self._pages(region, offset, length)
-        return engine.preserve(served.id, first * served.page_size, pages * served.page_size)
+        size = served.page_size
+        if served.preserves and not served.was_protected:
+            raise ValueError(
+                f"the range at {served.id.start:#x} was never protected, so its pages are of no"
+                " instant: call writeprotect() first"
+            )
+        return engine.preserve(served.id, first * size, pages * size, unprotect=unprotect)
 
     # Looking
 
@@ -658,7 +707,11 @@ class Handler(SoleOwner):
     def page_states(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
         """Return one `PageState` byte for each page.
 
-        A page whose fault is just being resolved is waited for, as by `stats`.
+        A page whose fault is just being resolved is waited for, as by `stats`. Where the owner's
+        page table can be read it corrects what the handler knows: pages filled beside it are
+        CLEAN, and with RegisterMode.WP every page is DIRTY whose protection is gone, whoever took
+        it off. To read the states and protect the pages again, so that no write in between is
+        lost, use what `writeprotect` returns.
         """
         engine, served, first, pages = self._pages(region, offset, length)
         return engine.states(served.id, first, pages)

@@ -216,13 +216,13 @@ class RemoteEngine(SoleOwner):
         """Fill absent pages; return the bytes filled."""
         return int(self._call("populate", served, offset, length, chunk))
 
-    def preserve(self, served: RangeId, offset: int, length: int) -> int:
+    def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
         """Save protected pages: there are none, `add` has no preserve."""
-        return int(self._call("preserve", served, offset, length))
+        raise ValueError(f"the range at {served.start:#x} was served without preserve=")
 
-    def mark_clean(self, served: RangeId) -> None:
-        """Call every page that is present clean."""
-        self._call("mark_clean", served)
+    def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
+        """Write-protect pages; return their states as they were when they were protected."""
+        return bytes(self._call("writeprotect", served, offset, length, pages))
 
     def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
         """Return the state bytes of some pages."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd._errors import PartialResolveError
 from pyuffd._pages import RangeLike, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
@@ -17,8 +15,6 @@ from pyuffd.handlers._engine import Content, RangeId, SourceKind
 from pyuffd.handlers._overlaps import Range
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
-
-RETRY_PAUSE_S = 0.0002
 
 NEEDED_IOCTL = {
     RegisterMode.MISSING: Ioctl.COPY,
@@ -42,6 +38,8 @@ class Served:
     memory: Range
     ioctls: int = 0
     alias: Region | None = None
+    preserves: bool = False
+    was_protected: bool = False
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -157,17 +155,3 @@ def map_holes(served: Served) -> None:
         and not protects_holes
     ):
         _memory.touch(served.id.start, served.id.length, served.page_size, write=False)
-
-
-def protect(served: Served, limit_s: float) -> None:
-    """Write-protect what is served; again while a layout event is unread."""
-    give_up = time.monotonic() + limit_s
-    while True:
-        try:
-            served.uffd.writeprotect(served.id.start, served.id.length)
-        except PartialResolveError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(RETRY_PAUSE_S)
-        else:
-            return
