@@ -32,13 +32,15 @@ static void init_gate(struct uffd_engine *engine)
 	pthread_rwlockattr_destroy(&attributes);
 }
 
-int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_engine **ret)
+int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_engine **ret,
+		       const char **call_ret)
 {
 	struct uffd_engine *engine = uffd_alloc(sizeof(*engine));
 	void *zeros;
 	int r = -ENOMEM;
 
 	*ret = NULL;
+	*call_ret = "mmap";
 	if (!engine)
 		return -ENOMEM;
 	engine->options = *options;
@@ -57,11 +59,17 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	engine->shared = options->shared ? options->shared : uffd_alloc(sizeof(*engine->shared));
 	zeros = mmap(NULL, ZEROS_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	engine->zeros = zeros == MAP_FAILED ? NULL : zeros;
-	if (!init_descriptors(engine))
+	if (!init_descriptors(engine)) {
 		r = -errno;
-	else if (engine->shared && engine->zeros)
+		*call_ret = "epoll_create1";
+	} else if (engine->shared && engine->zeros) {
 		engine->primary = space_create(engine, options->fd, false, options->has_events);
-	if (!engine->primary || watch_space(engine, engine->primary)) {
+	}
+	if (engine->primary) {
+		*call_ret = "epoll_ctl";
+		r = watch_space(engine, engine->primary);
+	}
+	if (r) {
 		uffd_engine_destroy(engine);
 		return r;
 	}

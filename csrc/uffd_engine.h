@@ -126,7 +126,9 @@ struct uffd_request {
 };
 
 uint64_t uffd_engine_shared_size(void);
-int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_engine **ret);
+/* `call_ret` is the system call that failed, if one did. */
+int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_engine **ret,
+		       const char **call_ret);
 void uffd_engine_destroy(struct uffd_engine *engine);
 
 /* Serve another userfaultfd as well; borrowed.  Space 0 is the engine's own. */
@@ -252,6 +254,8 @@ int uffd_engine_is_deserted(struct uffd_engine *engine);
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret);
 uint32_t uffd_engine_spaces(struct uffd_engine *engine);
 uint32_t uffd_engine_owner_exited(struct uffd_engine *engine);
+uint32_t uffd_engine_recent_count(struct uffd_engine *engine);
+/* Newest first; which ones is left open where there are more than `capacity`. */
 uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault *recent_ret,
 			    uint32_t capacity);
 void uffd_engine_failure(struct uffd_engine *engine, struct uffd_failure *failure_ret);
@@ -277,7 +281,8 @@ int uffd_engine_ask_again(struct uffd_engine *engine, struct uffd_request *reque
 int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error);
 
 /* The native driver: one C thread. */
-int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count);
+int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count,
+		      const char **call_ret);
 /* Wait until every fault that was waiting at the call is resolved or put off for good. */
 int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns);
 

@@ -256,12 +256,13 @@ static int start_thread(struct uffd_engine *engine, const cpu_set_t *cpus)
 	return 0;
 }
 
-static int watch(struct uffd_engine *engine, int *fd)
+static int watch(struct uffd_engine *engine, int *fd, const char **call_ret)
 {
 	struct epoll_event event = { .events = EPOLLIN, .data.ptr = fd };
 
 	if (*fd < 0)
 		return -errno;
+	*call_ret = "epoll_ctl";
 	return epoll_ctl(engine->epoll_fd, EPOLL_CTL_ADD, *fd, &event) ? -errno : 0;
 }
 
@@ -280,31 +281,38 @@ void native_close(struct uffd_engine *engine)
 	close_fd(&engine->owner_pidfd);
 }
 
-static int open_descriptors(struct uffd_engine *engine)
+static int open_descriptors(struct uffd_engine *engine, const char **call_ret)
 {
 	int r;
 
+	*call_ret = "eventfd2";
 	engine->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	r = watch(engine, &engine->wake_fd);
+	r = watch(engine, &engine->wake_fd, call_ret);
 	if (r)
 		return r;
+	*call_ret = "eventfd2";
 	engine->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (engine->stop_fd < 0)
+		return -errno;
+	*call_ret = "timerfd_create";
 	engine->watchdog_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-	if (engine->stop_fd < 0 || engine->watchdog_fd < 0)
+	if (engine->watchdog_fd < 0)
 		return -errno;
 	if (!engine->options.watch_owner)
 		return 0;
 	/* A userfaultfd does not say that its owner exits; a pidfd does. */
+	*call_ret = "pidfd_open";
 	engine->owner_pidfd = (int)syscall(SYS_pidfd_open, engine->options.owner_pid, 0);
 	if (engine->owner_pidfd < 0 && errno == ESRCH) {
 		atomic_store(&engine->owner_exited, true);
 		atomic_store(&engine->primary->gone, true);
 		return 0;
 	}
-	return watch(engine, &engine->owner_pidfd);
+	return watch(engine, &engine->owner_pidfd, call_ret);
 }
 
-int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count)
+int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count,
+		      const char **call_ret)
 {
 	cpu_set_t set;
 	int r;
@@ -318,9 +326,11 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	uffd_placement_init(&engine->placement, !cpu_count && engine->options.spin_ns &&
 							!engine->options.has_workers);
 	atomic_store(&engine->stop, false);
-	r = open_descriptors(engine);
-	if (r == 0)
+	r = open_descriptors(engine, call_ret);
+	if (r == 0) {
+		*call_ret = "pthread_create";
 		r = start_thread(engine, cpu_count ? &set : NULL);
+	}
 	if (r)
 		native_close(engine);
 	else

@@ -136,17 +136,13 @@ static int newer_first(const void *a, const void *b)
 uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault *recent_ret,
 			    uint32_t capacity)
 {
-	struct uffd_recent_fault *all;
 	uint32_t found = 0;
 
 	await_work(engine);
-	all = malloc(UFFD_SHARDS * RECENT_PER_SHARD * sizeof(*all));
-	if (!all)
-		return 0;
 	for (size_t shard = 0; shard < UFFD_SHARDS; shard++) {
-		for (size_t i = 0; i < RECENT_PER_SHARD; i++) {
+		for (size_t i = 0; i < RECENT_PER_SHARD && found < capacity; i++) {
 			struct uffd_recent_fault *slot = &engine->shared->shards[shard].recent[i];
-			struct uffd_recent_fault *copy = &all[found];
+			struct uffd_recent_fault *copy = &recent_ret[found];
 
 			copy->time_ns = __atomic_load_n(&slot->time_ns, __ATOMIC_ACQUIRE);
 			copy->address = __atomic_load_n(&slot->address, __ATOMIC_RELAXED);
@@ -159,10 +155,18 @@ uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault
 				found++;
 		}
 	}
-	qsort(all, found, sizeof(*all), newer_first);
-	if (found > capacity)
-		found = capacity;
-	memcpy(recent_ret, all, found * sizeof(*all));
-	free(all);
+	qsort(recent_ret, found, sizeof(*recent_ret), newer_first);
+	return found;
+}
+
+uint32_t uffd_engine_recent_count(struct uffd_engine *engine)
+{
+	uint32_t found = 0;
+
+	for (size_t shard = 0; shard < UFFD_SHARDS; shard++)
+		for (size_t i = 0; i < RECENT_PER_SHARD; i++)
+			if (__atomic_load_n(&engine->shared->shards[shard].recent[i].time_ns,
+					    __ATOMIC_RELAXED))
+				found++;
 	return found;
 }

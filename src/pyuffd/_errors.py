@@ -195,7 +195,32 @@ def raise_errno(
     **data: Any,
 ) -> NoReturn:
     """Raise the exception that stands for `code`, a positive errno, of operation `op`."""
+    hint = hint or limit_met(code)
     cls = _BY_ERRNO.get(code, UffdOSError)
     if cls is PartialResolveError:
         data.setdefault("completed", 0)
     raise cls(code, op, start, length, hint, **data)
+
+
+# errno: the limit, what it counts, the option of ulimit
+_LIMITS = {
+    errno.EMFILE: ("RLIMIT_NOFILE", "descriptors of one process", "-n"),
+    errno.EFBIG: ("RLIMIT_FSIZE", "bytes of a file, memfds too", "-f"),
+}
+
+
+def limit_met(code: int) -> str:
+    """Return which limit a system call met, where the errno alone says that; else ""."""
+    if code == errno.ENFILE:
+        return "the system has as many open files as fs.file-max allows: raise it (sysctl)"
+    if code not in _LIMITS:
+        return ""
+    import resource
+
+    name, what, option = _LIMITS[code]
+    soft, hard = resource.getrlimit(getattr(resource, name))
+    # A file system has a limit of its own.
+    if soft == resource.RLIM_INFINITY:
+        return ""
+    both = " and its hard limit are" if soft == hard else " is"
+    return f"{name}{both} {soft} ({what}): raise it (`ulimit {option}`)"

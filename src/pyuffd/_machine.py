@@ -80,17 +80,17 @@ def why_no_memory(length: int, *, accounted: bool) -> str:
 def _memory_limits(length: int, accounted: bool) -> Iterator[str]:
     import resource
 
-    status = _status()
+    known = status()
     soft_as, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft_as != resource.RLIM_INFINITY and status["VmSize"] + length > soft_as:
+    if soft_as != resource.RLIM_INFINITY and known["VmSize"] + length > soft_as:
         yield (
-            f"RLIMIT_AS is {_size(soft_as)}, and {_size(status['VmSize'])} are mapped:"
+            f"RLIMIT_AS is {human_size(soft_as)}, and {human_size(known['VmSize'])} are mapped:"
             " raise it (`ulimit -v`)"
         )
     soft_data, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft_data != resource.RLIM_INFINITY and status["VmData"] + length > soft_data:
+    if soft_data != resource.RLIM_INFINITY and known["VmData"] + length > soft_data:
         yield (
-            f"RLIMIT_DATA is {_size(soft_data)}, and {_size(status['VmData'])} are used:"
+            f"RLIMIT_DATA is {human_size(soft_data)}, and {human_size(known['VmData'])} are used:"
             " raise it (`ulimit -d`)"
         )
     if problem := too_many_mappings():
@@ -100,16 +100,17 @@ def _memory_limits(length: int, accounted: bool) -> Iterator[str]:
         limit, committed = _meminfo("CommitLimit"), _meminfo("Committed_AS")
         if accounted and committed + length > limit:
             yield (
-                f"vm.overcommit_memory is 2, and {_size(committed)} of {_size(limit)} are"
+                f"vm.overcommit_memory is 2, and {human_size(committed)} of {human_size(limit)} are"
                 " committed: `sysctl vm.overcommit_memory=0`, or a higher vm.overcommit_ratio"
                 " (noreserve=True is ignored in this mode)"
             )
     elif accounted and length > (total := _meminfo("MemTotal") + _meminfo("SwapTotal")):
         yield (
-            f"vm.overcommit_memory is {mode}, which refuses more at once than the {_size(total)} of"
-            " memory and swap: noreserve=True, or `sysctl vm.overcommit_memory=1`"
+            f"vm.overcommit_memory is {mode}, which refuses more at once than the"
+            f" {human_size(total)} of memory and swap: noreserve=True, or"
+            " `sysctl vm.overcommit_memory=1`"
         )
-    yield f"the address space may have no gap of {_size(length)}"
+    yield f"the address space may have no gap of {human_size(length)}"
 
 
 def too_many_mappings(pid: int | str = "self") -> str:
@@ -132,7 +133,7 @@ def why_locked() -> str:
 
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return (
-        f"memory is locked as it is mapped (mlockall), and RLIMIT_MEMLOCK is {_size(limit)}:"
+        f"memory is locked as it is mapped (mlockall), and RLIMIT_MEMLOCK is {human_size(limit)}:"
         " raise it (`ulimit -l`), or unlock (munlockall)"
     )
 
@@ -157,7 +158,7 @@ def _count(page_size: int, name: str) -> int:
         return 0
 
 
-def _status() -> dict[str, int]:
+def status() -> dict[str, int]:
     """Return the sizes of /proc/self/status in bytes."""
     sizes = {}
     for line in (PROC / "self/status").read_text().splitlines():
@@ -167,7 +168,7 @@ def _status() -> dict[str, int]:
     return sizes
 
 
-def _size(size: int) -> str:
+def human_size(size: int) -> str:
     value = float(size)
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":

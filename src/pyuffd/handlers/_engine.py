@@ -14,6 +14,7 @@ from pyuffd._abi import PagefaultFlag, RegisterMode
 from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
 from pyuffd._errors import ClosedError, HandlerError, raise_errno
+from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECENT_CAPACITY = 64 * 256  # every CPU shard full
+RECENT_MEANWHILE = 64  # faults between counting and copying the recent ones
 KINDS = ("missing", "wp", "minor")
 HELD_CAPACITY = 256
 # So long threads at a page are waited for before it is poisoned: far longer than a slow disk needs.
@@ -339,10 +340,10 @@ class Engine(SoleOwner):
         options.retry_limit_ns = retry_limit_ns
         options.keeper_fd = keeper_fd
         options.shared = ffi.cast("void *", shared)
-        out = ffi.new("struct uffd_engine **")
-        code = lib.uffd_engine_create(options, out)
+        out, call = ffi.new("struct uffd_engine **"), ffi.new("char **")
+        code = lib.uffd_engine_create(options, out, call)
         if code:
-            raise_errno("make a fault engine", -code)
+            raise_start_error("make a fault engine", -code, _name(call))
         self._pointer: Any = out[0]
         self._inline = inline
         self._running = False
@@ -465,12 +466,13 @@ class Engine(SoleOwner):
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
+        call = ffi.new("char **")
         if self._inline:
             code = lib.uffd_inline_start(self._engine())
         else:
-            code = lib.uffd_native_start(self._engine(), cpus, len(cpus))
+            code = lib.uffd_native_start(self._engine(), cpus, len(cpus), call)
         if code:
-            raise_errno("start a fault handler", -code)
+            raise_start_error("start a fault handler", -code, _name(call) or "sigaction")
         self._running = True
 
     def stop(self) -> None:
@@ -662,8 +664,10 @@ class Engine(SoleOwner):
 
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last, newest first."""
-        out = ffi.new("struct uffd_recent_fault[]", RECENT_CAPACITY)
-        found = lib.uffd_engine_recent(self._engine(), out, RECENT_CAPACITY)
+        # There may be room for thousands, and little memory when a handler stops.
+        capacity = lib.uffd_engine_recent_count(self._engine()) + RECENT_MEANWHILE
+        out = ffi.new("struct uffd_recent_fault[]", capacity)
+        found = lib.uffd_engine_recent(self._engine(), out, capacity)
         return [
             RecentFault(
                 fault.time_ns,
@@ -686,14 +690,17 @@ class Engine(SoleOwner):
 
 def follow_parent(parent: int) -> bool:
     """Be killed when the parent ends; False if it has ended already."""
-    return bool(lib.uffd_keeper_follow_parent(parent) == 0)
+    code = lib.uffd_keeper_follow_parent(parent)
+    if code and code != -errno.ESRCH:
+        raise_start_error("follow the keeper process", -code, "prctl")
+    return code == 0
 
 
 def hold_descriptors(shared: int, keeper: int, sockets: list[int]) -> None:
     """Share this process's descriptors with a new child of the keeper (uffd_keeper.h)."""
     code = lib.uffd_keeper_hold_descriptors(_pointer(shared), keeper, sockets, len(sockets))
     if code:
-        raise_errno("make a process that holds descriptors", -code)
+        raise_start_error("make a process that holds descriptors", -code, "clone")
 
 
 def rescue_forks(shared: int) -> list[int]:
@@ -710,6 +717,10 @@ def rescue_forks(shared: int) -> list[int]:
 def release_holder(shared: int) -> None:
     """End the process that shared a dead child's descriptors."""
     lib.uffd_keeper_release_holder(_pointer(shared))
+
+
+def _name(call: Any) -> str:
+    return ffi.string(call[0]).decode() if call[0] else ""
 
 
 def _pointer(address: int) -> Any:

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Unpack
 
 from pyuffd._errors import UffdOSError
+from pyuffd._limits import start_thread
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
 from pyuffd.handlers._engine import (
     PATIENCE_S,
@@ -70,10 +71,8 @@ class WorkedEngine(Engine):
         self._sources: dict[int, PageSource] = {}
         self._all_ended = True
         self._hurried_until = math.inf
-        self._threads = [
-            threading.Thread(target=self._work, name=f"uffd-w{fd}-{index}", daemon=True)
-            for index in range(workers)
-        ]
+        self._names = [f"uffd-w{fd}-{index}" for index in range(workers)]
+        self._threads: list[threading.Thread] = []
 
     def _added(self, served: RangeId, content: Content) -> None:
         if content.kind is SourceKind.REQUEST:
@@ -97,8 +96,18 @@ class WorkedEngine(Engine):
     def start(self, cpus: list[int]) -> None:
         """Start the driver and the threads."""
         super().start(cpus)
-        for thread in self._threads:
-            thread.start()
+        try:
+            for name in self._names:
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._threads.append(thread)
+                start_thread(thread)
+        except BaseException:
+            self.stop()
+            for thread in self._threads:
+                if thread.ident is not None:
+                    thread.join(PATIENCE_S)
+            self._threads.clear()
+            raise
 
     def end(self, patience_s: float) -> Ended:
         """As for every engine, and wait a while for the threads."""

@@ -43,7 +43,7 @@ def memfd(
         flags |= _machine.MFD_HUGETLB | _machine.size_bits(page_size)
     fd = _memfd_create(flags)
     try:
-        os.ftruncate(fd, length)
+        _files.set_size(fd, length)
         if seal:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
         start = map_memory(length, page_size, _sharing(shared, noreserve), fd=fd)
@@ -173,7 +173,7 @@ def _named(
             raise ValueError(f"{path} is not on a hugetlbfs mount")
         check_length(length, found.page_size)
         if found.size == 0:  # new, or its creator has not come to this line yet
-            os.ftruncate(fd, length)
+            _files.set_size(fd, length)
         return _map_file(
             fd,
             length,

@@ -77,6 +77,14 @@ def own_fd(file: FileLike, *, writable: bool) -> int:
     return os.dup(file.fileno())
 
 
+def set_size(fd: int, length: int) -> None:
+    """Make a file as long as memory that is to be mapped from it."""
+    try:
+        os.ftruncate(fd, length)
+    except OSError as error:
+        raise_errno("ftruncate", error.errno or errno.EIO, 0, length)
+
+
 def open_or_create(path: str) -> tuple[int, bool]:
     """Open a file for reading and writing; return (descriptor, whether it is new)."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -1,0 +1,150 @@
+"""Which limit kept a process, a thread, a descriptor or a file from being made (layer L2)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NoReturn
+
+from pyuffd import _machine
+from pyuffd._errors import UffdOSError, UffdPermissionError, limit_met
+from pyuffd._machine import PROC
+
+CGROUPS = "/sys/fs/cgroup"
+# Calls that give EAGAIN when there may be no more processes or threads.
+MAKE_TASKS = ("clone", "fork", "vfork", "pthread_create")
+# What glibc gives a thread's stack where RLIMIT_STACK does not say.
+STACK = 2 << 20
+SECCOMP_FILTER = "2"  # of /proc/PID/status
+
+
+def raise_start_error(what: str, code: int, call: str) -> NoReturn:
+    """Raise for a system call that a driver needs to start; `call` is its name.
+
+    EAGAIN is no PartialResolveError here: it means that there may be no more threads.
+    """
+    cls = UffdPermissionError if code in (errno.EPERM, errno.EACCES) else UffdOSError
+    raise cls(code, f"{what}: {call}", hint=why(code, call))
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread; where there may be no more, say which limit is met."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise UffdOSError(
+            errno.EAGAIN, f"start the thread {thread.name}: pthread_create", hint=why_no_task()
+        ) from error
+
+
+def why(code: int, call: str) -> str:
+    """Return which limit or filter made a system call fail, and what changes it; "" if unknown."""
+    with suppress(OSError, ValueError, KeyError):
+        if code == errno.EAGAIN and call in MAKE_TASKS:
+            return why_no_task()
+        if code == errno.ENOMEM:
+            return _machine.why_no_memory(_stack_size(), accounted=False)
+        if code in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+            return _why_refused(code, call)
+    return limit_met(code)
+
+
+def why_error(error: BaseException) -> str:
+    """Return which limit an exception of Python's is about; "" if it is about none."""
+    if isinstance(error, MemoryError):
+        return why(errno.ENOMEM, "mmap")
+    code = error.errno if isinstance(error, OSError) else None
+    return limit_met(code) if code else ""
+
+
+def why_no_task() -> str:
+    """Return which limit keeps this process from making threads and processes.
+
+    The limits that are met, or else all that there are: what was used may have ended meanwhile.
+    """
+    limits = list(_task_limits())
+    met = [text for text, used, limit in limits if used + 1 >= limit]
+    return "; ".join(met or [text for text, _, _ in limits])
+
+
+def _task_limits() -> Iterator[tuple[str, int, int]]:
+    import resource
+
+    # Threads of a process are in one namespace.
+    if os.readlink(PROC / "self/ns/pid") != os.readlink(PROC / "self/ns/pid_for_children"):
+        yield "children live in another pid namespace (unshare(CLONE_NEWPID)): no threads", 1, 0
+    uid = os.getuid()
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if soft != resource.RLIM_INFINITY and uid:  # root's have no limit
+        used = _tasks_of(uid)
+        text = f"RLIMIT_NPROC is {soft}, and user {uid} has {used} processes and threads"
+        yield f"{text}: raise it (`ulimit -u`)", used, soft
+    with suppress(OSError, ValueError):
+        yield from _cgroup_limits()
+    for name, used_by, option in (("AS", "VmSize", "-v"), ("DATA", "VmData", "-d")):
+        soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+        if soft != resource.RLIM_INFINITY:
+            mapped, stack = _machine.status()[used_by], _stack_size()
+            sizes = [_machine.human_size(size) for size in (soft, mapped, stack)]
+            text = "RLIMIT_{0} is {1}, {2} are used, and a thread maps a stack of {3}"
+            text = f"{text.format(name, *sizes)}: raise it (`ulimit {option}`)"
+            yield text, mapped + stack, soft
+    most = _number("sys/kernel/threads-max")
+    total = int((PROC / "loadavg").read_text().split()[3].partition("/")[2])
+    yield f"kernel.threads-max is {most}, and there are {total}", total, most
+
+
+def _cgroup_limits() -> Iterator[tuple[str, int, int]]:
+    for line in (PROC / "self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "pids" not in controllers.split(","):
+            continue
+        root = f"{CGROUPS}/pids" if controllers else CGROUPS
+        folder = path
+        while True:
+            with suppress(OSError, ValueError):  # "max" is none
+                with open(f"{root}{folder}/pids.max") as limit_file:
+                    limit = int(limit_file.read())
+                with open(f"{root}{folder}/pids.current") as used_file:
+                    used = int(used_file.read())
+                yield f"pids.max of the cgroup {folder or '/'} is {limit}: raise it", used, limit
+            if folder in ("", "/"):
+                break
+            folder = folder.rpartition("/")[0]
+
+
+def _tasks_of(uid: int) -> int:
+    """Count the threads of a user's processes, as far as they can be seen."""
+    count = 0
+    for entry in os.scandir(PROC):
+        with suppress(OSError, ValueError, KeyError):
+            if entry.name.isdigit():
+                status = _status(entry.name)
+                if int(status["Uid"].split()[0]) == uid:  # the real one
+                    count += int(status["Threads"])
+    return count
+
+
+def _status(process: str) -> dict[str, str]:
+    lines = (PROC / process / "status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def _stack_size() -> int:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return STACK if soft == resource.RLIM_INFINITY else soft
+
+
+def _why_refused(code: int, call: str) -> str:
+    if _status("self").get("Seccomp") == SECCOMP_FILTER:
+        return f"this process is under a seccomp filter (a container's?), which must allow {call}"
+    return f"this kernel has no {call}" if code == errno.ENOSYS else ""
+
+
+def _number(name: str) -> int:
+    return int((PROC / name).read_text())
