@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -71,6 +72,21 @@ def slow(offset: int, length: int) -> bytes:
     """Take 50 ms."""
     time.sleep(0.05)
     return page(offset, length)
+
+
+def talking(offset: int, length: int) -> bytes:
+    """Return the bytes of `content`, and write to the standard streams, whatever these are."""
+    for fd in (1, 2):
+        os.write(fd, b"asked\n")
+    print("for", offset, flush=True)
+    return page(offset, length)
+
+
+def ignored_signals(offset: int, length: int) -> bytes:
+    """Return which signals a process ignores that is started here."""
+    program = "grep SigIgn /proc/self/status"
+    text = subprocess.run(["sh", "-c", program], capture_output=True, check=True).stdout
+    return int(text.split()[1], 16).to_bytes(8, "little").ljust(length, b"\0")
 
 
 class Source:

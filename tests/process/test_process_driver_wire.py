@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from pyuffd.handlers import _wire
+from tests._child import run_child
 from tests.process._process_sources import StubbornError
 
 Pair = tuple[socket.socket, socket.socket]
@@ -59,10 +63,45 @@ def test_end_inside_a_message(pair: Pair, sent: int) -> None:
 
 
 def test_descriptors_that_do_not_come(pair: Pair) -> None:
+    """What was sent is known, and the next message is read as it is."""
     ours, theirs = pair
     ours.sendall(_wire.encode("message", 1))
-    with pytest.raises(EOFError):
+    _wire.send(ours, "next")
+    with pytest.raises(_wire.DescriptorsLostError) as caught:
         _wire.receive(theirs)
+    assert caught.value.message == "message"
+    assert "RLIMIT_NOFILE" in str(caught.value)
+    assert _wire.receive(theirs) == ("next", [])
+
+
+@pytest.mark.parametrize("what", ["send", "receive"])
+def test_a_process_that_has_ended(pair: Pair, what: str) -> None:
+    """A fork of ours may have its end of the socket, and nobody reads or writes there."""
+    ours, _ = pair
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        pidfd = os.pidfd_open(child.pid)
+    try:
+        with pytest.raises(EOFError):
+            if what == "receive":
+                _wire.receive(ours, ended=pidfd)
+            else:
+                _wire.sendall(ours, bytes(8 << 20), ended=pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def without_sigpipe() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    for fds in ((), (0,)):
+        with pytest.raises(BrokenPipeError):
+            _wire.send(ours, "message", fds)
+
+
+def test_nobody_reads() -> None:
+    """A program may have SIGPIPE as it is by default."""
+    run_child(without_sigpipe)
 
 
 def test_errors_travel_with_their_traceback() -> None:

@@ -43,8 +43,9 @@ from pyuffd.handlers._engine import (
     SourceKind,
     ensure_inline_handler,
 )
+from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Overlaps, range_of
-from pyuffd.handlers._process import HelperLostError, RemoteEngine
+from pyuffd.handlers._process import RemoteEngine
 from pyuffd.handlers._serving import (
     Served,
     content_of,

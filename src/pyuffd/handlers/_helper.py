@@ -9,10 +9,10 @@ no userfaultfd is closed with a thread stalled on it (layer L4).
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import pickle
-import resource
 import select
 import signal
 import socket
@@ -21,12 +21,16 @@ import sys
 import time
 import traceback
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from pyuffd import _memory
-from pyuffd._errors import HandlerError
+from pyuffd._errors import HandlerError, UffdError, limit_met
+from pyuffd._limits import raise_start_error
 from pyuffd.handlers import _wire
+from pyuffd.handlers._clean import clean_keeper
 from pyuffd.handlers._engine import (
     Piece,
     RangeId,
@@ -35,6 +39,7 @@ from pyuffd.handlers._engine import (
     rescue_forks,
     shared_size,
 )
+from pyuffd.handlers._helper_start import signal_name
 from pyuffd.handlers._worker_process import Book, ServedBook, Serving, SpaceBook, run
 
 REPORT = struct.Struct("=IIQQQ")  # struct uffd_report
@@ -42,6 +47,7 @@ PIECE = struct.Struct("=QQQQQ")  # struct uffd_report_piece
 
 # A worker that dies this soon, this often in a row, dies of what it serves: poison that.
 SHORT_LIFE_S = 1.0
+SHORT_LIFE_STARTS = 10  # or so many times what it needed to start, on a machine that is loaded
 SHORT_LIVES = 5
 GIVE_UP_AFTER = 20
 # A worker that takes no call for so long hangs with the interpreter's lock held.
@@ -49,10 +55,17 @@ SEND_LIMIT_S = 10.0
 # Sealing what is left when the owner has gone.
 ORPHAN_LIMIT_S = 10.0
 BASE_PAGE = 4096
+# How long there may be no more processes before the keeper gives up.
+FORK_LIMIT_S = 30.0
+FORK_RETRY_MS = 50
 
 
 class WorkerGone(Exception):
     """The worker process ended."""
+
+
+class OwnerGone(Exception):
+    """The owner process ended, or has closed its end of the socket."""
 
 
 @dataclass(slots=True)
@@ -72,32 +85,57 @@ class Worker:
         self.control, theirs = socket.socketpair()
         self.reports, their_reports = socket.socketpair()
         self.born_s = time.monotonic()
+        self.start_s: float | None = None  # what it needed to take over, when it has
+        self.error: bytes | None = None  # what it ended with
         keeper = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
+        with theirs, their_reports:
             try:
+                with named("fork"):
+                    self.pid = os.fork()
+                if self.pid == 0:
+                    self._be(keeper, theirs, their_reports, book, shared, not_theirs)
+                self.pidfd = -1
+                with named("pidfd_open"):
+                    self.pidfd = os.pidfd_open(self.pid)
+            except BaseException:
                 self.control.close()
                 self.reports.close()
-                _wire.close_all(not_theirs)
-                run(keeper, theirs, their_reports, book, shared)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
+                raise
+        self.control.settimeout(SEND_LIMIT_S)
+
+    def _be(
+        self,
+        keeper: int,
+        control: socket.socket,
+        reports: socket.socket,
+        book: Book,
+        shared: mmap.mmap,
+        not_theirs: list[int],
+    ) -> NoReturn:
+        """Be the worker process to its end."""
+        code = 1
+        try:
+            self.control.close()
+            self.reports.close()
+            _wire.close_all(not_theirs)
+            run(keeper, control, reports, book, shared)
+            code = 0
+        except BaseException as error:
+            try:
+                _wire.send(control, (0, "broken", _wire.pickled_error(error)))
+            except OSError:
+                traceback.print_exception(error)
+        finally:
+            with contextlib.suppress(Exception):  # a closed stream of the user's
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(code)
-        theirs.close()
-        their_reports.close()
-        self.control.settimeout(SEND_LIMIT_S)
-        self.pidfd = os.pidfd_open(self.pid)
+            os._exit(code)
 
     def send(self, message: object, fds: list[int]) -> None:
         """Pass a message on."""
         try:
             _wire.send(self.control, message, tuple(fds))
-        except OSError as error:
+        except (OSError, EOFError) as error:
             raise WorkerGone from error
 
     def end(self, limit_s: float) -> int:
@@ -123,9 +161,8 @@ class Worker:
 class Keeper:
     """Passes calls on, and keeps the book."""
 
-    def __init__(self, owner: socket.socket, owner_pidfd: int) -> None:
+    def __init__(self, owner: socket.socket) -> None:
         self._owner = owner
-        self._owner_pidfd = owner_pidfd
         self._to_owner = bytearray()  # while it does not read: it may hold its GIL, stalled
         self._shared = mmap.mmap(-1, shared_size())
         self._pending: OrderedDict[int, Call] = OrderedDict()
@@ -133,14 +170,28 @@ class Keeper:
         self._short_lives = 0
         self._closing = False
         self._replaying = False  # a worker has still to apply what the one before had read
-        (options, workers, sys_path), fds = _wire.receive(owner)
-        self._book = Book(options, workers, sys_path)
-        self._book.spaces[0] = SpaceBook(fds[0], False, options["has_events"])
+        (options, workers), (uffd, self._owner_pidfd) = _wire.receive(owner)
+        self._book = Book(options, workers)
+        self._book.spaces[0] = SpaceBook(uffd, False, options["has_events"])
         self._worker = self._start_worker()
 
     def _start_worker(self) -> Worker:
         not_theirs = [self._owner.fileno(), self._owner_pidfd]
         return Worker(self._book, self._shared, not_theirs)
+
+    def _start_successor(self) -> Worker:
+        """Start another worker; there may be no more processes for a moment."""
+        give_up = time.monotonic() + FORK_LIMIT_S
+        while True:
+            try:
+                return self._start_worker()
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ENOMEM) or time.monotonic() > give_up:
+                    raise
+            poll = select.poll()
+            poll.register(self._owner_pidfd, select.POLLIN)
+            if poll.poll(FORK_RETRY_MS):
+                raise OwnerGone
 
     def run(self) -> None:
         """Work until the owner is done or gone."""
@@ -161,12 +212,12 @@ class Keeper:
                 if self._worker.pidfd in ready:
                     raise WorkerGone
                 if self._owner_pidfd in ready:
-                    raise EOFError
+                    raise OwnerGone
                 if self._owner.fileno() in ready:
                     self._serve_owner(ready[self._owner.fileno()])
             except WorkerGone:
                 self._replace_worker()
-            except EOFError:
+            except OwnerGone:
                 self._owner_is_gone()
                 return
         self._worker.end(SEND_LIMIT_S)
@@ -179,7 +230,13 @@ class Keeper:
             self._flush()
         if not events & (select.POLLIN | select.POLLHUP | select.POLLERR):
             return
-        (number, name, payload), fds = _wire.receive(self._owner)
+        try:
+            (number, name, payload), fds = _wire.receive(self._owner)
+        except EOFError as error:
+            raise OwnerGone from error
+        except _wire.DescriptorsLostError as error:
+            self._refuse(error.message[0], error)
+            return
         if name == "pids":
             self._answer(number, pickle.dumps((os.getpid(), self._worker.pid)))
             return
@@ -188,7 +245,12 @@ class Keeper:
             return
         if name == "add":
             serving: Serving = pickle.loads(payload)[0]
-            fds.append(_states_file(serving))
+            try:
+                fds.append(_states_file(serving))
+            except OSError as error:
+                _wire.close_all(fds)
+                self._refuse(number, error)
+                return
         self._pending[number] = Call(name, payload, fds)
         if name == "close":
             self._closing = True
@@ -196,6 +258,20 @@ class Keeper:
 
     def _answer(self, number: int, payload: bytes) -> None:
         self._send_to_owner((number, True, payload))
+
+    def _refuse(self, number: int, error: Exception) -> None:
+        """Answer a call that cannot be passed on."""
+        if not isinstance(error, UffdError):
+            error = HandlerError(f"the helper process cannot do it: {error}")
+        payload = _wire.pickled_error(error, with_traceback=False)
+        self._send_to_owner((number, False, payload))
+
+    def tell_end(self, error: BaseException) -> None:
+        """Say what the helper ends with."""
+        self._send_to_owner((0, "died", _wire.pickled_error(error)))
+
+    def _warn(self, text: str) -> None:
+        self._send_to_owner((0, "warning", pickle.dumps(text)))
 
     def _send_to_owner(self, message: object) -> None:
         self._to_owner += _wire.encode(message)
@@ -229,8 +305,12 @@ class Keeper:
             (number, ok, payload), _ = _wire.receive(self._worker.control)
         except EOFError as error:
             raise WorkerGone from error
+        if number == 0 and ok == "broken":
+            self._worker.error = payload
+            return
         if number == 0 and ok == "replayed":
             self._replaying = False
+            self._worker.start_s = time.monotonic() - self._worker.born_s
             _wire.close_all(self._book.rescued)
             return
         if number == 0:
@@ -290,7 +370,12 @@ class Keeper:
             raise WorkerGone from error
         pieces = [Piece(*numbers) for numbers in PIECE.iter_unpack(body)]
         spaces = self._book.spaces
-        if kind == ReportKind.FORK:
+        if kind == ReportKind.FORK and not fds:
+            self._warn(
+                "the helper process has no descriptor left for a fork, which will read zeros if a"
+                f" worker is killed: {limit_met(errno.EMFILE)}"
+            )
+        elif kind == ReportKind.FORK:
             spaces[number] = SpaceBook(fds[0], True, id_, fds[1] if fds[1:] else -1)
         space = spaces.get(number)
         if space is None:
@@ -315,21 +400,27 @@ class Keeper:
         """Read what the worker had said, and start another that goes on from there."""
         lived_s = time.monotonic() - self._worker.born_s
         exit_code = self._bury_worker()
-        self._short_lives = self._short_lives + 1 if lived_s < SHORT_LIFE_S else 0
+        short_s = SHORT_LIFE_S + SHORT_LIFE_STARTS * (self._worker.start_s or lived_s)
+        self._short_lives = self._short_lives + 1 if lived_s < short_s else 0
         if self._closing:
             sys.exit()
+        how = _how(exit_code, self._worker.error)
+        if self._worker.error is not None and not self._book.restarts:
+            raise HandlerError(f"the worker process cannot start: it {how}")
         if self._short_lives >= GIVE_UP_AFTER:
-            sys.exit("pyuffd: the worker process dies again and again")
+            raise HandlerError(f"the worker process dies again and again; the last one {how}")
         if self._short_lives == SHORT_LIVES:
             self._book.refusing = self._book.gave_up = True
             error = HandlerError(
-                f"the worker process ended {SHORT_LIVES} times in a row, the last time with exit"
-                f" code {exit_code}: what its sources were asked for is poisoned"
+                f"the worker process ended {SHORT_LIVES} times in a row: the last one {how}. What"
+                " its sources are asked for is poisoned"
             )
-            self._failure = pickle.dumps((_wire.pickled_error(error, with_traceback=False), 0, 0))
+            described = _wire.pickled_error(error, with_traceback=False)
+            self._failure = pickle.dumps((described, 0, 0))
         self._book.restarts += 1
-        self._send_to_owner((0, "restarted", pickle.dumps(self._book.refusing)))
-        self._worker = self._start_worker()
+        poisons = ": it poisons what is asked for" if self._book.refusing else ""
+        self._warn(f"a worker process {how}, another took over{poisons}")
+        self._worker = self._start_successor()
         for number, call in list(self._pending.items()):
             self._worker.send((number, call.name, call.payload), call.fds)
 
@@ -352,25 +443,62 @@ class Keeper:
         return exit_code
 
 
+def _how(exit_code: int, error: bytes | None) -> str:
+    """Say how a worker ended."""
+    if error is not None:
+        cause = _wire.load_error(error)
+        return f"ended with {type(cause).__name__}: {cause}"
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    why = " (somebody, or the kernel for want of memory)" if exit_code == -signal.SIGKILL else ""
+    return f"was killed by {signal_name(-exit_code)}{why}"
+
+
 def _states_file(serving: Serving) -> int:
     """Return a file for the states of a serving's pages, which outlives a worker."""
     pages = serving.length // serving.page_size
-    fd = os.memfd_create("uffd-states")
-    os.ftruncate(fd, -(-pages // BASE_PAGE) * BASE_PAGE)
+    with named("memfd_create", "keep the states of pages"):
+        fd = os.memfd_create("uffd-states", os.MFD_CLOEXEC)
+    try:
+        with named("ftruncate", "keep the states of pages"):
+            os.ftruncate(fd, -(-pages // BASE_PAGE) * BASE_PAGE)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
-def main(fd: int, owner_pid: int) -> None:
+@contextlib.contextmanager
+def named(call: str, what: str = "start the worker process") -> Iterator[None]:
+    """Name the system call that fails, and the limit it met."""
+    try:
+        yield
+    except OSError as error:
+        raise_start_error(what, error.errno or errno.EIO, call)
+
+
+def main(fd: int, owner_pid: int, stderr: int) -> None:
     """Be the keeper of the process at the other end of a socket."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    # A descriptor for every region and two for every fork: the usual 1,024 are soon gone.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    owner = socket.socket(fileno=fd)
-    # Forks of the owner may have its end of the socket as well: its exit is seen here.
-    owner_pidfd = os.pidfd_open(owner_pid)
-    if os.getppid() != owner_pid:
-        return
-    with contextlib.suppress(EOFError):
-        Keeper(owner, owner_pidfd).run()
+    with socket.socket(fileno=fd) as owner:
+        tell: Callable[[BaseException], None] = partial(_tell_end, owner)
+        try:
+            clean_keeper(stderr)
+            # Of processes that it may take for the wrong ones, it could kill one.
+            if os.getppid() != owner_pid:
+                raise HandlerError(
+                    "it is not a child of the program: the program has ended, or its children live"
+                    " in another pid namespace (unshare(CLONE_NEWPID))"
+                )
+            keeper = Keeper(owner)
+            tell = keeper.tell_end
+            keeper.run()
+        except EOFError:
+            pass
+        except Exception as error:
+            tell(error)
+            sys.exit(1)
+
+
+def _tell_end(owner: socket.socket, error: BaseException) -> None:
+    with contextlib.suppress(OSError):
+        _wire.send(owner, (0, "died", _wire.pickled_error(error)))

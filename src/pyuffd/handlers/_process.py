@@ -1,25 +1,16 @@
 """The engine in a helper process, as the owner of the memory sees it (layer L4).
 
 Two processes stand behind it: the keeper (`_helper`) and its fork, the worker
-(`_worker_process`), which runs the engine and the page sources. Calls go over one socket and are
-answered in any order; a thread reads the answers. Nothing here is needed to resolve a fault.
+(`_worker_process`), which runs the engine and the page sources. Calls go over one socket
+(`_helper_link`). Nothing here is needed to resolve a fault.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import pickle
-import socket
-import subprocess
-import sys
-import threading
-from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from pyuffd._closing import SoleOwner
-from pyuffd._errors import HandlerError
 from pyuffd.handlers import _wire
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
 from pyuffd.handlers._engine import (
@@ -32,22 +23,10 @@ from pyuffd.handlers._engine import (
     RecentFault,
     SourceKind,
 )
+from pyuffd.handlers._helper_link import HelperLink
+from pyuffd.handlers._helper_start import starting
 from pyuffd.handlers._transport import pack
 from pyuffd.handlers._worker_process import Serving
-
-log = logging.getLogger(__name__)
-
-# The helper seals what is left and joins its threads; then it goes, or is killed.
-EXIT_LIMIT_S = 15.0
-# Found however this process found it; without the working directory, whose files may shadow others.
-_PROGRAM = (
-    "import sys; sys.path.append({root!r}); from pyuffd.handlers._helper import main;"
-    " main({fd}, {pid})"
-)
-
-
-class HelperLostError(HandlerError):
-    """The helper process is gone: it was killed, or could not start."""
 
 
 class RemoteEngine(SoleOwner):
@@ -58,74 +37,18 @@ class RemoteEngine(SoleOwner):
     _instead = "it is a process of this one"
 
     def __init__(self, fd: int, *, workers: int, **options: Unpack[EngineOptions]) -> None:
-        self._calls: dict[int, _Call] = {}
-        self._lock = threading.Lock()  # guards the above, `_next`, `_lost` and sending
-        self._next = 1
-        self._lost = False
-        self._socket, theirs = socket.socketpair()
+        self._link = HelperLink(f"uffd-p{fd}")
+        self._call = self._link.call
         try:
-            self._process = _start(theirs)
-        except BaseException:
-            self._socket.close()
-            raise
-        finally:
-            theirs.close()
-        self._reader = threading.Thread(target=self._read, name=f"uffd-p{fd}", daemon=True)
-        self._reader.start()
-        try:
-            with self._lock, contextlib.suppress(OSError):
-                _wire.send(self._socket, (options, workers, sys.path), (fd,))
-            self._call("hello")
-        except BaseException:
-            self._end()
-            raise
-
-    # Calls
-
-    def _call(self, name: str, *args: object, fds: tuple[int, ...] = ()) -> Any:
-        call = _Call()
-        payload = pickle.dumps(args)
-        with self._lock:
-            if self._lost:
-                raise self._lost_error()
-            number, self._next = self._next, self._next + 1
-            self._calls[number] = call
-            with contextlib.suppress(OSError):  # the reader sees that it is gone, and says so
-                _wire.send(self._socket, (number, name, payload), fds)
-        call.done.wait()
-        if call.payload is None:
-            raise self._lost_error()
-        if not call.ok:
-            raise _wire.load_error(call.payload)
-        return pickle.loads(call.payload)
-
-    def _lost_error(self) -> HelperLostError:
-        return HelperLostError(
-            f"the helper process {self._process.pid} is gone: what is missing stays missing until"
-            " stop() poisons it"
-        )
-
-    def _read(self) -> None:
-        while True:
+            with starting("pidfd_open"):
+                own = os.pidfd_open(os.getpid())  # the helper sees by it that we have ended
             try:
-                (number, ok, payload), _ = _wire.receive(self._socket)
-            except EOFError:
-                break
-            if number:
-                with self._lock:
-                    call = self._calls.pop(number)
-                call.ok, call.payload = ok, payload
-                call.done.set()
-            else:
-                log.warning(
-                    "a worker process died, another took over%s",
-                    ": it poisons what is asked for" if pickle.loads(payload) else "",
-                )
-        with self._lock:
-            self._lost = True
-            calls, self._calls = self._calls, {}
-        for call in calls.values():
-            call.done.set()
+                self._link.introduce((options, workers), (fd, own))
+            finally:
+                os.close(own)
+        except BaseException:
+            self._link.close()
+            raise
 
     # What a Handler calls
 
@@ -268,39 +191,5 @@ class RemoteEngine(SoleOwner):
 
     def destroy(self) -> None:
         """End the helper process."""
-        with contextlib.suppress(HelperLostError), self._lock, contextlib.suppress(OSError):
-            _wire.send(self._socket, (self._next, "close", pickle.dumps(())))
-        self._end()
-
-    def _end(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
-        try:
-            self._process.wait(EXIT_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            log.warning("the helper process %d does not end: it is killed", self._process.pid)
-            self._process.kill()
-            self._process.wait()
-        self._reader.join()
-        self._socket.close()
-
-
-class _Call:
-    """A call that waits for its answer; `payload` stays None when the helper is gone."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.ok = False
-        self.payload: bytes | None = None
-
-
-def _start(theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """Start the keeper; vfork(2) copies no memory, so no EVENT_FORK has to be read for it."""
-    root = str(Path(__file__).resolve().parents[2])
-    program = _PROGRAM.format(root=root, fd=theirs.fileno(), pid=os.getpid())
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", program],
-        stdin=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
-        start_new_session=True,
-    )
+        self._link.tell("close")
+        self._link.close()

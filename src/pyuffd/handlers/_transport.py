@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyuffd._limits import why_error
+
 if TYPE_CHECKING:
     from pyuffd.sources import PageSource
 
@@ -201,10 +203,13 @@ def unpack(packed: PackedSource) -> PageSource:
             f"{_or(packed)}"
         ) from None
     except BaseException as error:  # whatever the user's modules raise, SystemExit too
+        advice = why_error(error) or (
+            f"it is found by its name in {what}, which must do its work under"
+            f' `if __name__ == "__main__":` and be importable there,{_or(packed)}'
+        )
         raise ValueError(
             f"the page source cannot be loaded in the helper process ({type(error).__name__}:"
-            f" {error}): it is found by its name in {what}, which must do its work under"
-            f' `if __name__ == "__main__":` and be importable there,{_or(packed)}'
+            f" {error}): {advice}"
         ) from error
     finally:
         _Loading.running = False

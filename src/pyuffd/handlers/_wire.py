@@ -6,19 +6,32 @@ Both ends are this library's: nothing here guards against a hostile peer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import pickle
+import select
 import socket
 import struct
 import sys
 import traceback
+from array import array
 from typing import Any
 
+from pyuffd._errors import limit_met
 from pyuffd.handlers._transport import MAIN_NAMES
 
 _HEADER = struct.Struct("=II")  # length of the pickle, descriptors that come with it
 MAX_FDS = 8
+_CONTROL_SIZE = socket.CMSG_LEN(MAX_FDS * array("i").itemsize)
+
+
+class DescriptorsLostError(Exception):
+    """A message came without its descriptors; `message` is the rest of it."""
+
+    def __init__(self, message: Any) -> None:
+        super().__init__(f"descriptors did not arrive; {limit_met(errno.EMFILE)}")
+        self.message = message
 
 
 def send(sock: socket.socket, message: object, fds: tuple[int, ...] = ()) -> None:
@@ -32,49 +45,86 @@ def encode(message: object, fd_count: int = 0) -> bytes:
     return _HEADER.pack(len(body), fd_count) + body
 
 
-def sendall(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
-    """Send bytes and descriptors."""
-    sent = socket.send_fds(sock, [data], list(fds)) if fds else 0
-    sock.sendall(memoryview(data)[sent:])
+def sendall(
+    sock: socket.socket, data: bytes, fds: tuple[int, ...] = (), *, ended: int = -1
+) -> None:
+    """Send bytes and descriptors.
+
+    `ended`: a pidfd of the other process, whose end of the socket may live on in a fork.
+
+    Raises:
+        EOFError: `ended` says so.
+    """
+    view = memoryview(data)
+    flags = socket.MSG_NOSIGNAL  # the program may have SIGPIPE at its default
+    if ended >= 0:
+        flags |= socket.MSG_DONTWAIT
+    while view:
+        if ended >= 0:
+            _wait(sock, select.POLLOUT, ended)
+        try:
+            # socket.send_fds() and recv_fds() ignore their flags.
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+            sent = sock.sendmsg([view], control, flags)
+        except BlockingIOError:
+            continue
+        view, fds = view[sent:], ()
 
 
-def receive(sock: socket.socket) -> tuple[Any, list[int]]:
+def receive(sock: socket.socket, *, ended: int = -1) -> tuple[Any, list[int]]:
     """Return the next message and its descriptors.
 
     Raises:
         EOFError: the peer is gone, perhaps in the middle of a message.
+        DescriptorsLostError: this process may not open so many; the message is whole.
     """
-    head, fds = receive_exactly(sock, _HEADER.size)
+    head, fds = receive_exactly(sock, _HEADER.size, ended=ended)
     try:
         length, fd_count = _HEADER.unpack(head)
-        body, more = receive_exactly(sock, length)
+        body, more = receive_exactly(sock, length, ended=ended)
         fds += more
+        message = pickle.loads(body)
         if len(fds) != fd_count:
-            raise EOFError(f"{len(fds)} descriptors came instead of {fd_count}")
-        return pickle.loads(body), fds
+            raise DescriptorsLostError(message)
     except BaseException:
         close_all(fds)
         raise
+    return message, fds
 
 
-def receive_exactly(sock: socket.socket, length: int) -> tuple[bytes, list[int]]:
+def receive_exactly(
+    sock: socket.socket, length: int, *, ended: int = -1
+) -> tuple[bytes, list[int]]:
     """Return `length` bytes and the descriptors that came with them."""
     data = bytearray()
     fds: list[int] = []
     while len(data) < length:
         try:
-            piece, new, _, _ = socket.recv_fds(sock, length - len(data), MAX_FDS)
-        except OSError as error:
+            if ended >= 0:
+                _wait(sock, select.POLLIN, ended)
+            piece, control, _, _ = sock.recvmsg(
+                length - len(data), _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC
+            )
+        except (OSError, EOFError) as error:
             close_all(fds)
             raise EOFError(str(error)) from error
-        fds += new
+        for _, _, content in control:
+            new = array("i")
+            new.frombytes(content[: len(content) - len(content) % new.itemsize])
+            fds += new
         if not piece:
             close_all(fds)
             raise EOFError("the other process is gone")
         data += piece
-    for fd in fds:
-        os.set_inheritable(fd, False)
     return bytes(data), fds
+
+
+def _wait(sock: socket.socket, event: int, ended: int) -> None:
+    poll = select.poll()
+    poll.register(sock, event)
+    poll.register(ended, select.POLLIN)
+    if sock.fileno() not in dict(poll.poll()):
+        raise EOFError("the other process has ended")
 
 
 def close_all(fds: list[int]) -> None:

@@ -12,18 +12,17 @@ import logging
 import mmap
 import os
 import pickle
-import signal
 import socket
-import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyuffd import _memory
 from pyuffd._abi import RegisterMode
-from pyuffd._errors import UffdError, UffdOSError
+from pyuffd._errors import HandlerError, UffdError, UffdOSError
 from pyuffd.handlers import _wire
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
+from pyuffd.handlers._clean import clean_worker
 from pyuffd.handlers._engine import (
     Content,
     Failure,
@@ -100,7 +99,6 @@ class Book:
 
     options: EngineOptions
     workers: int
-    sys_path: list[str]
     spaces: dict[int, SpaceBook] = field(default_factory=dict)
     served: dict[int, ServedBook] = field(default_factory=dict)
     cpus: list[int] | None = None  # of a started engine
@@ -115,6 +113,7 @@ def run(
     keeper: int, control: socket.socket, reports: socket.socket, book: Book, shared: mmap.mmap
 ) -> None:
     """Serve until the keeper says that it is enough, or ends."""
+    clean_worker()
     if not follow_parent(keeper):
         return
     try:
@@ -123,8 +122,6 @@ def run(
         )
     except OSError as error:
         log.warning("a fork is lost if this process is killed as it reads of it: %s", error)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.path[:] = book.sys_path
     worker = Worker(control, reports, book, shared)
     worker.take_over(book)
     worker.answer_calls()
@@ -213,18 +210,28 @@ class Worker:
                 (call, name, payload), fds = _wire.receive(self._control)
             except EOFError:
                 return  # the keeper is gone
+            except _wire.DescriptorsLostError as error:
+                lost = HandlerError(f"the worker process cannot do it: {error}")
+                self._reply(
+                    (error.message[0], False, _wire.pickled_error(lost, with_traceback=False))
+                )
+                continue
             if name == "close":
                 self._engine.destroy()
                 return
             if name == "orphan":
                 self._seal_all()
                 return
-            if name in SLOW:
-                threading.Thread(
-                    target=self._answer, args=(call, name, payload, fds), daemon=True
-                ).start()
-            else:
+            if name not in SLOW or not self._answer_beside(call, name, payload, fds):
                 self._answer(call, name, payload, fds)
+
+    def _answer_beside(self, *call: Any) -> bool:
+        """Answer in a thread of its own; False where there may be no more."""
+        try:
+            threading.Thread(target=self._answer, args=call, daemon=True).start()
+        except RuntimeError:
+            return False
+        return True
 
     def _answer(self, call: int, name: str, payload: bytes, fds: list[int]) -> None:
         try:

@@ -1,0 +1,236 @@
+"""Calls to the helper process, answered in any order (layer L4).
+
+One thread sends them and reads the answers, so that an exception from a signal handler never
+leaves half a message in the stream, and a helper that ends while a fork of this process has the
+other end of the socket is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import logging
+import os
+import pickle
+import select
+import socket
+import threading
+from collections import deque
+from typing import Any
+
+from pyuffd._limits import start_thread
+from pyuffd.handlers import _wire
+from pyuffd.handlers._helper_start import (
+    HelperLostError,
+    HelperProcess,
+    cannot_start,
+    starting,
+)
+
+log = logging.getLogger(__name__)
+
+# An interpreter starts in 0.1 s, and in some seconds on a machine that is loaded heavily.
+START_LIMIT_S = 60.0
+# The helper seals what is left and joins its threads; then it goes, or is killed.
+EXIT_LIMIT_S = 15.0
+# Its end of the socket is closed when it ends.
+END_LIMIT_S = 5.0
+
+
+class HelperLink:
+    """A helper process, and the thread that talks to it."""
+
+    def __init__(self, name: str) -> None:
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, _Call] = {}
+        self._queue: deque[_Message | None] = deque()
+        self._lock = threading.RLock()  # of `_wake`; a signal handler may call as well
+        self._wake = -1
+        self._ready = self._lost = False
+        self._died: BaseException | None = None
+        self._how = ""
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._process = HelperProcess()
+        try:
+            with starting("eventfd2"):
+                self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            try:
+                start_thread(self._thread)
+            except OSError as error:
+                raise cannot_start(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def introduce(self, message: object, fds: tuple[int, ...]) -> None:
+        """Send the first message, and wait until the helper is ready."""
+        self._post(_Message(_wire.encode(message, len(fds)), _duplicates(fds)))
+        self.call("hello", limit_s=START_LIMIT_S)
+        self._ready = True
+        self._process.is_ready()
+
+    def call(
+        self,
+        name: str,
+        *args: object,
+        fds: tuple[int, ...] = (),
+        limit_s: float | None = None,
+    ) -> Any:
+        """Have something done, and return or raise what came of it."""
+        number, call = next(self._numbers), _Call()
+        data = _wire.encode((number, name, pickle.dumps(args)), len(fds))
+        self._calls[number] = call
+        self._post(_Message(data, _duplicates(fds)))
+        if not call.done.wait(limit_s):
+            raise cannot_start(f"it gives no answer for {limit_s:.0f} s")
+        if call.payload is None:
+            raise self._lost_error()
+        if not call.ok:
+            raise _wire.load_error(call.payload)
+        return pickle.loads(call.payload)
+
+    def tell(self, name: str) -> None:
+        """Have something done, and do not wait for it."""
+        self._post(_Message(_wire.encode((next(self._numbers), name, pickle.dumps(())))))
+
+    def _post(self, message: _Message | None) -> None:
+        self._queue.append(message)
+        with self._lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
+        if self._lost:
+            self._forget_all()
+
+    def _lost_error(self) -> HelperLostError:
+        cause = str(self._died) if self._died is not None else f"it {self._how}"
+        error = (
+            HelperLostError(
+                f"the helper process {self._process.pid} is gone: {cause}. What is missing stays"
+                " missing until stop() poisons it"
+            )
+            if self._ready
+            else cannot_start(cause)
+        )
+        error.__cause__ = self._died
+        return error
+
+    # The thread
+
+    def _run(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while self._step():
+                pass
+        if self._process.ended(END_LIMIT_S):
+            self._how = self._process.how()
+        else:
+            self._how = "has closed its connection"
+        self._lost = True
+        self._forget_all()
+
+    def _step(self) -> bool:
+        """Wait for something to do, and do it; False when the helper has ended."""
+        poll = select.poll()
+        for fd in (self._process.socket.fileno(), self._process.pidfd, self._wake):
+            poll.register(fd, select.POLLIN)
+        ready = dict(poll.poll())
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+            self._send_queue()
+        if self._process.socket.fileno() in ready:
+            message, _ = _wire.receive(self._process.socket, ended=self._process.pidfd)
+            self._take(message)
+            return True
+        return self._process.pidfd not in ready
+
+    def _send_queue(self) -> None:
+        while self._queue:
+            message = self._queue.popleft()
+            if message is None:
+                self._process.socket.shutdown(socket.SHUT_WR)
+                continue
+            try:
+                _wire.sendall(
+                    self._process.socket, message.data, message.fds, ended=self._process.pidfd
+                )
+            except (EOFError, OSError) as error:
+                # It may have said why; reading goes on until its end.
+                log.debug("not sent: %s", error)
+            finally:
+                message.close()
+
+    def _take(self, message: tuple[int, Any, bytes]) -> None:
+        number, ok, payload = message
+        if number:
+            call = self._calls.pop(number, None)
+            if call is not None:
+                call.ok, call.payload = ok, payload
+                call.done.set()
+        elif ok == "died":
+            self._died = _wire.load_error(payload)
+        else:
+            log.warning("%s", pickle.loads(payload))
+
+    def _forget_all(self) -> None:
+        """Tell everybody who waits that there will be no answer."""
+        while self._queue:
+            with contextlib.suppress(IndexError):  # another thread does the same
+                message = self._queue.popleft()
+                if message is not None:
+                    message.close()
+        for number in list(self._calls):
+            call = self._calls.pop(number, None)
+            if call is not None:
+                call.done.set()
+
+    def close(self) -> None:
+        """End the helper: it goes when its work is done, or is killed; twice is fine."""
+        if self._process.pidfd < 0:
+            return
+        if self._thread.ident is not None and self._ready:
+            self._post(None)
+            if not self._process.ended(EXIT_LIMIT_S):
+                log.warning("the helper process %d does not end: it is killed", self._process.pid)
+        self._process.kill()
+        self._process.ended(EXIT_LIMIT_S)
+        self._process.how()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with self._lock:
+            fd, self._wake = self._wake, -1
+        if fd >= 0:
+            os.close(fd)
+        self._process.close()
+
+
+class _Message:
+    """Bytes to be sent, with descriptors of its own."""
+
+    def __init__(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        self.data = data
+        self.fds = fds
+
+    def close(self) -> None:
+        fds, self.fds = self.fds, ()
+        _wire.close_all(list(fds))
+
+
+class _Call:
+    """A call that waits for its answer; `payload` stays None when the helper is gone."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.ok = False
+        self.payload: bytes | None = None
+
+
+def _duplicates(fds: tuple[int, ...]) -> tuple[int, ...]:
+    """Duplicate descriptors: an interrupted caller may close its own before they are sent."""
+    found: list[int] = []
+    try:
+        for fd in fds:
+            found.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
+    except BaseException:
+        _wire.close_all(found)
+        raise
+    return tuple(found)

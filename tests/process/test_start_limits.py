@@ -1,0 +1,328 @@
+"""Each driver under each limit, and with each system call refused: it works, or says why."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import resource
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pyuffd import (
+    BufferSource,
+    CallableSource,
+    Feature,
+    Handler,
+    HandlerError,
+    PartialResolveError,
+    Region,
+    UffdOSError,
+    Userfaultfd,
+)
+from pyuffd.testing import no_leaks
+from tests._child import run_child
+from tests.process import _process_sources as sources
+from tests.process._process_sources import PAGE, content
+
+DRIVERS = ["native", "inline", "thread", "process"]
+PYTHON = ("thread", "process")
+LENGTH = 4 * PAGE
+WORKERS = 2
+
+
+def uffd_for(driver: str) -> Userfaultfd:
+    return Userfaultfd(features=Feature.SIGBUS if driver == "inline" else Feature(0))
+
+
+@contextlib.contextmanager
+def handler_of(driver: str, uffd: Userfaultfd, region: Region) -> Iterator[Handler]:
+    python = driver in PYTHON
+    source: Any = CallableSource(sources.page) if python else BufferSource(content(LENGTH))
+    workers = WORKERS if python else 1
+    with Handler(uffd, driver=driver, workers=workers) as handler:  # type: ignore[arg-type]
+        handler.serve(region, source)
+        yield handler
+
+
+def attempt(driver: str) -> str:
+    """Use a driver; return what is wrong, or "" where it works. Nothing is left behind."""
+    problem = ""
+    with uffd_for(driver) as uffd, Region.anonymous(LENGTH) as region, no_leaks():
+        try:
+            with handler_of(driver, uffd, region):
+                assert region.read() == content(LENGTH)
+        except (UffdOSError, HandlerError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+    assert not problem.startswith(PartialResolveError.__name__)
+    return problem
+
+
+# Descriptors
+
+
+def few_descriptors(driver: str) -> list[str]:
+    """Allow one descriptor more each time, until it works."""
+    found = []
+    with uffd_for(driver) as uffd, Region.anonymous(LENGTH) as region:
+        attempt("native")  # imports what it imports
+        first = len(os.listdir("/proc/self/fd"))
+        for limit in range(first, first + 40):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
+            before = threading.active_count()
+            try:
+                with handler_of(driver, uffd, region):
+                    assert region.read() == content(LENGTH)
+            except (UffdOSError, HandlerError) as error:
+                found.append(str(error))
+                assert threading.active_count() == before
+                continue
+            break
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+        with no_leaks(), handler_of(driver, uffd, region):
+            pass
+    return found
+
+
+@pytest.mark.parametrize("driver", ["native", "thread", "process"])
+def test_descriptors(driver: str) -> None:
+    problems = run_child(few_descriptors, driver, budget_s=60).value
+    assert problems
+    for problem in problems:
+        assert "RLIMIT_NOFILE" in problem or "Too many open files" in problem, problem
+
+
+def hard_limit(driver: str, limit: int) -> str:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    return attempt(driver)
+
+
+@pytest.mark.parametrize("limit", [20, 64])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_descriptors_of_every_process(driver: str, limit: int) -> None:
+    result = run_child(hard_limit, driver, limit, budget_s=20)
+    assert result.value == ""
+
+
+def many_regions() -> str:
+    """More regions than the helper can have descriptors: it says so, and serves the others."""
+    with contextlib.ExitStack() as stack:
+        uffd = stack.enter_context(Userfaultfd())
+        handler = stack.enter_context(Handler(uffd, driver="process"))
+        regions: list[Region] = []
+        problem = ""
+        while not problem and len(regions) < 100:
+            region = stack.enter_context(Region.anonymous(PAGE))
+            try:
+                handler.serve(region, sources.Source(len(regions)))
+                regions.append(region)
+            except (HandlerError, UffdOSError) as error:
+                problem = str(error)
+        for index, region in enumerate(regions):
+            assert region.read() == content(PAGE, index)
+        assert handler.stats().restarts == 0
+    return problem
+
+
+def many_regions_with_few_descriptors() -> str:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    return many_regions()
+
+
+def test_a_region_too_many() -> None:
+    problem = run_child(many_regions_with_few_descriptors, budget_s=30).value
+    assert "RLIMIT_NOFILE" in problem
+
+
+# Threads and processes
+
+CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24
+PR_CAPBSET_DROP = 24
+# Of no account, and nobody else's: RLIMIT_NPROC counts all processes of a user.
+UID = 64000 + os.getpid() % 1000
+
+
+def without_privilege_for_limits() -> None:
+    """Be root for files, and an ordinary user for RLIMIT_NPROC, as is whatever is started."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    os.setresuid(UID, 0, 0)
+    for capability in (CAP_SYS_ADMIN, CAP_SYS_RESOURCE):
+        assert libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0
+    header = struct.pack("=Ii", 0x20080522, 0)
+    data = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, data) == 0
+    for index in range(3):  # effective, permitted, inheritable
+        data[index] &= ~(1 << CAP_SYS_ADMIN | 1 << CAP_SYS_RESOURCE)
+    assert libc.capset(header, data) == 0
+
+
+def few_tasks(driver: str) -> list[str]:
+    """Allow one process or thread more each time, until it works."""
+    without_privilege_for_limits()
+    found = []
+    for limit in range(1, 12):
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit, 100))
+        problem = attempt(driver)
+        found.append(problem)
+        if not problem:
+            break
+    return found
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_threads_and_processes(driver: str) -> None:
+    result = run_child(few_tasks, driver, budget_s=60)
+    *problems, last = result.value
+    assert last == ""
+    for problem in problems:
+        assert "RLIMIT_NPROC is " in problem, problem
+    # The process driver needs a keeper, a worker, a holder, and threads.
+    least = {"native": 1, "inline": 0, "thread": 1 + WORKERS, "process": 3 + WORKERS}
+    assert len(problems) >= least[driver]
+
+
+def starts_later(driver: str) -> None:
+    """A handler whose start failed can be started when there is room."""
+    without_privilege_for_limits()
+    with uffd_for(driver) as uffd, Region.anonymous(LENGTH) as region:
+        handler = Handler(uffd, driver=driver, workers=WORKERS, autostart=False)  # type: ignore[arg-type]
+        handler.serve(region, CallableSource(sources.page))
+        used = len(os.listdir("/proc/self/task"))
+        resource.setrlimit(resource.RLIMIT_NPROC, (used + 2, 100))
+        with pytest.raises(UffdOSError) as caught:
+            handler.start()
+        assert caught.value.errno == errno.EAGAIN
+        assert len(os.listdir("/proc/self/task")) <= used + 1  # one may still exit
+        resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))
+        handler.start()
+        assert region.read() == content(LENGTH)
+        handler.stop()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be somebody else")
+def test_a_failed_start_is_undone() -> None:
+    run_child(starts_later, "thread")
+
+
+# Other limits
+
+MIB = 1 << 20
+
+
+def limited(driver: str, name: str, room: int) -> str:
+    number = getattr(resource, f"RLIMIT_{name}")
+    attempt(driver)  # everything is imported, and the allocators have what they need
+    used = 0
+    if name in ("AS", "DATA"):
+        from pyuffd._machine import status
+
+        used = status()["VmSize" if name == "AS" else "VmData"]
+    before = resource.getrlimit(number)
+    resource.setrlimit(number, (used + room, before[1]))
+    try:
+        return attempt(driver)
+    finally:
+        resource.setrlimit(number, before)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name", "room", "said"),
+    [
+        *((driver, "MEMLOCK", 0, "") for driver in DRIVERS),
+        *((driver, "FSIZE", 0, "") for driver in ("native", "inline", "thread")),
+        ("process", "FSIZE", 0, "RLIMIT_FSIZE"),
+        ("native", "AS", 2 * MIB, "RLIMIT_AS"),
+        ("thread", "AS", 2 * MIB, "RLIMIT_AS"),
+        ("native", "DATA", 2 * MIB, "RLIMIT_DATA"),
+        ("thread", "DATA", 2 * MIB, "RLIMIT_DATA"),
+        ("process", "AS", 2 * MIB, "RLIMIT_AS"),
+    ],
+)
+def test_limits(driver: str, name: str, room: int, said: str) -> None:
+    problem = run_child(limited, driver, name, room, budget_s=20).value
+    if said:
+        assert said in problem, problem
+    else:
+        assert problem == ""
+
+
+# A filter of system calls, as containers have
+
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+ALLOW, ERRNO = 0x7FFF0000, 0x50000
+CALLS = {
+    "pidfd_open": 434,
+    "pidfd_getfd": 438,
+    "memfd_create": 319,
+    "sched_setaffinity": 203,
+    "epoll_create1": 291,
+    "eventfd2": 290,
+    "mincore": 27,
+    "madvise": 28,
+    "timerfd_create": 283,
+    "process_vm_readv": 310,
+    "prctl": 157,
+    "tgkill": 234,
+    "socketpair": 53,
+    "setsid": 112,
+}
+
+
+def deny(call: str, code: int) -> None:
+    """Refuse a system call from now on, here and in whatever is started."""
+
+    def instruction(operation: int, yes: int, no: int, value: int) -> bytes:
+        return struct.pack("HBBI", operation, yes, no, value)
+
+    program = b"".join(
+        [
+            instruction(0x20, 0, 0, 0),  # the number of the call
+            instruction(0x15, 0, 1, CALLS[call]),
+            instruction(0x06, 0, 0, ERRNO | code),
+            instruction(0x06, 0, 0, ALLOW),
+        ]
+    )
+    buffer = ctypes.create_string_buffer(program, len(program))
+    filter_ = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_, 0, 0) == 0
+
+
+def denied(driver: str, call: str, code: int) -> str:
+    deny(call, code)
+    return attempt(driver)
+
+
+REFUSED = {
+    "native": {"epoll_create1", "eventfd2", "timerfd_create"},
+    "thread": {"epoll_create1", "eventfd2", "timerfd_create"},
+    "inline": {"epoll_create1"},
+    "process": {
+        *("epoll_create1", "eventfd2", "timerfd_create", "pidfd_open", "memfd_create"),
+        *("prctl", "socketpair", "setsid"),
+    },
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_refused_calls(driver: str, call: str) -> None:
+    problem = run_child(denied, driver, call, errno.EPERM, budget_s=20).value
+    if call not in REFUSED[driver]:
+        assert problem == ""
+        return
+    assert call in problem or call == "setsid", problem
+    assert "Operation not permitted" in problem
+    assert "seccomp filter" in problem or call == "setsid", problem
+
+
+def test_calls_that_do_not_exist() -> None:
+    problem = run_child(denied, "process", "pidfd_open", errno.ENOSYS).value
+    assert "pidfd_open: Function not implemented" in problem
