@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 
 class UffdError(Exception):
@@ -57,6 +57,10 @@ class UffdOSError(UffdError, OSError):
         self.data = data
         for key, value in data.items():
             setattr(self, key, value)
+
+    def with_hint(self, hint: str) -> Self:
+        """Return the same error with a hint."""
+        return type(self)(self.errno or 0, self.op, self.start, self.length, hint, **self.data)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the arguments of the constructor."""

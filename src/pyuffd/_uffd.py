@@ -304,7 +304,10 @@ class Userfaultfd(CloseCallbacks):
                     # ENOENT: what was registered here has been unmapped since.
                     with suppress(LayoutChangedError):
                         lowlevel.writeprotect(fd, first, end - first, 0)
-        ioctls = Ioctl(lowlevel.register(fd, start, length, mode))
+        try:
+            ioctls = Ioctl(lowlevel.register(fd, start, length, mode))
+        except UffdOSError as error:
+            raise self._explained(error, start, length, mode) from None
         self._registered.set(start, start + length, mode)
         return ioctls
 
@@ -316,7 +319,10 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_UNREGISTER(2const).  Blocks: no.
         """
         start, length = _checked(range_or_start, length)
-        lowlevel.unregister(self.fileno(), start, length)
+        try:
+            lowlevel.unregister(self.fileno(), start, length)
+        except UffdOSError as error:
+            raise self._explained(error, start, length) from None
         self._registered.clear(start, start + length)
 
     def note_unregistered(self, start: int, length: int) -> None:
@@ -362,7 +368,10 @@ class Userfaultfd(CloseCallbacks):
         """
         address, length, owner = _source(src, length)
         check_range(dst, length, name="dst")
-        done = lowlevel.copy(self.fileno(), dst, address, length, mode)
+        try:
+            done = lowlevel.copy(self.fileno(), dst, address, length, mode)
+        except UffdOSError as error:
+            raise self._explained(error, dst, length, mode, address) from None
         del owner
         return done
 
@@ -380,7 +389,10 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_ZEROPAGE(2const).
         """
         start, length = _checked(range_or_start, length)
-        return lowlevel.zeropage(self.fileno(), start, length, mode)
+        try:
+            return lowlevel.zeropage(self.fileno(), start, length, mode)
+        except UffdOSError as error:
+            raise self._explained(error, start, length) from None
 
     def move(
         self,
@@ -402,7 +414,10 @@ class Userfaultfd(CloseCallbacks):
         """
         check_range(dst, length, name="dst")
         _check_move(dst, src, length)
-        return lowlevel.move(self.fileno(), dst, src, length, mode)
+        try:
+            return lowlevel.move(self.fileno(), dst, src, length, mode)
+        except UffdOSError as error:
+            raise self._explained(error, dst, length, mode, src) from None
 
     def continue_(
         self,
@@ -421,7 +436,10 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_CONTINUE(2const); shmem and hugetlb registered with RegisterMode.MINOR.
         """
         start, length = _checked(range_or_start, length)
-        return lowlevel.continue_(self.fileno(), start, length, mode)
+        try:
+            return lowlevel.continue_(self.fileno(), start, length, mode)
+        except UffdOSError as error:
+            raise self._explained(error, start, length, mode) from None
 
     def poison(
         self,
@@ -441,7 +459,10 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_POISON(2const); needs Feature.POISON; Linux 6.6.
         """
         start, length = _checked(range_or_start, length)
-        return lowlevel.poison(self.fileno(), start, length, mode)
+        try:
+            return lowlevel.poison(self.fileno(), start, length, mode)
+        except UffdOSError as error:
+            raise self._explained(error, start, length) from None
 
     def writeprotect(
         self,
@@ -466,7 +487,10 @@ class Userfaultfd(CloseCallbacks):
         start, length = _checked(range_or_start, length)
         if mode == WriteprotectMode.WP | WriteprotectMode.DONTWAKE:
             raise ValueError("DONTWAKE goes with taking protection off, not with WP")
-        lowlevel.writeprotect(self.fileno(), start, length, mode)
+        try:
+            lowlevel.writeprotect(self.fileno(), start, length, mode)
+        except UffdOSError as error:
+            raise self._explained(error, start, length) from None
 
     def rwprotect(
         self,
@@ -625,9 +649,23 @@ class Userfaultfd(CloseCallbacks):
         if retry_s < 0:
             raise ValueError(f"retry_s {retry_s} is negative")
         limit_ns = int(retry_s * 1e9)
-        return FillResult(
-            *lowlevel.fill(op, self.fileno(), start, src, length, mode, page_size, limit_ns)
-        )
+        try:
+            return FillResult(
+                *lowlevel.fill(op, self.fileno(), start, src, length, mode, page_size, limit_ns)
+            )
+        except UffdOSError as error:
+            raise self._explained(error, start, length, mode, src) from None
+
+    def _explained(
+        self, error: UffdOSError, start: int, length: int, mode: int = 0, src: int = 0
+    ) -> UffdOSError:
+        """Return the error with its cause as a hint, where the memory can be looked at."""
+        from pyuffd import _diagnose  # few programs fail
+
+        pid = getattr(self, "owner_pid", None if self.adopted else self._pid)
+        own = tuple((a, b) for a, b, _ in self._registered.overlapping(start, start + length))
+        asked = _diagnose.Asked(error.op, start, length, pid, int(mode), src, self.features, own)
+        return _diagnose.explained(error, asked)
 
     # Events
 
