@@ -11,23 +11,20 @@ import errno
 import fcntl
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl, PageCategory, RegisterMode
 from pyuffd._errors import UffdOSError
 from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE
-from pyuffd._uffd import SYSCTL
+from pyuffd._refusals import explain_device, explain_syscall
 
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 _MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13
 _MFD_HUGETLB_2MB = 0x4 | 21 << 26  # MFD_HUGETLB | MFD_HUGE_2MB; not in every libc's os module
-_SECCOMP_FILTER = "2"
 
 # name: (page size, MAP_* sharing, flags of the memfd behind it or None)
 _MEMORY_TYPES: dict[str, tuple[int, int, int | None]] = {
@@ -193,80 +190,11 @@ def _probe_opens() -> dict[str, OpenSupport]:
     return {
         way: OpenSupport(True) if not code else OpenSupport(False, code, *explain(code))
         for way, code, explain in (
-            ("syscall", codes["syscall"], lambda code: _explain_syscall(code, privilege_would_do)),
-            ("device", codes["device"], _explain_device),
-            ("user_mode_only", codes["user_mode_only"], lambda code: _explain_syscall(code, False)),
+            ("syscall", codes["syscall"], lambda code: explain_syscall(code, privilege_would_do)),
+            ("device", codes["device"], explain_device),
+            ("user_mode_only", codes["user_mode_only"], lambda code: explain_syscall(code, False)),
         )
     }
-
-
-def _explain_syscall(code: int, privilege_would_do: bool) -> tuple[str, str]:
-    """Return why the system call was refused, and the command that would change it."""
-    if code == errno.EPERM and privilege_would_do:
-        return (
-            f"no CAP_SYS_PTRACE, and vm.unprivileged_userfaultfd is {_sysctl()}",
-            "sysctl vm.unprivileged_userfaultfd=1",
-        )
-    if code in (errno.EPERM, errno.EACCES, errno.ENOSYS) and _has_seccomp_filter():
-        return (
-            "a seccomp filter refuses the system call, as those of containers do",
-            "docker run --security-opt seccomp=unconfined",
-        )
-    if code == errno.ENOSYS:
-        return "this kernel is built without CONFIG_USERFAULTFD", ""
-    if code == errno.EINVAL:
-        return "this kernel does not know UFFD_USER_MODE_ONLY (Linux 5.11)", ""
-    if code in (errno.EPERM, errno.EACCES):
-        return "a security module refuses the system call", ""
-    return os.strerror(code), ""
-
-
-def _explain_device(code: int) -> tuple[str, str]:
-    device = lowlevel.DEVICE
-    if code == errno.EACCES:
-        found = os.stat(device)
-        return (
-            f"it is {stat.filemode(found.st_mode)} of uid {found.st_uid}, gid {found.st_gid}",
-            f"chown {os.geteuid()} {device}",
-        )
-    if code == errno.EPERM:
-        return (
-            "the device control group, of a container perhaps, refuses it",
-            f"docker run --device {device}",
-        )
-    if code == errno.ENOENT:
-        minor = _misc_minor("userfaultfd")
-        if minor is None:
-            return "this kernel has none (Linux 6.1)", ""
-        return "the kernel has it, but it has no node", f"mknod -m 600 {device} c 10 {minor}"
-    return os.strerror(code), ""
-
-
-def _sysctl() -> str:
-    try:
-        return Path(SYSCTL).read_text().strip()
-    except OSError:
-        return "not there"
-
-
-def _has_seccomp_filter() -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key == "Seccomp":
-            return value.strip() == _SECCOMP_FILTER
-    return False
-
-
-def _misc_minor(name: str) -> int | None:
-    try:
-        lines = Path("/proc/misc").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        minor, _, device = line.strip().partition(" ")
-        if device == name:
-            return int(minor)
-    return None
 
 
 def _probe_refused(way: str, features: Feature) -> Feature:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import stat
 import warnings
 from bisect import bisect_left, bisect_right
 from contextlib import suppress
@@ -60,7 +59,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-SYSCTL = "/proc/sys/vm/unprivileged_userfaultfd"
 FDINFO_FEATURES_MASK = 0x7FFF_FFFF  # bit 31 is the kernel's own UFFD_FEATURE_INITIALIZED
 # EAGAIN ends when the thread that changes the layout runs again: 12 ms on a busy machine.
 FILL_RETRY_S = 1.0
@@ -774,47 +772,27 @@ def open_uffd(flags: int) -> int:
             return attempt(flags)
         except UffdOSError as error:
             refusals.append(error)
-    by_syscall, by_device = refusals
-    hint = "; ".join([_syscall_hint(by_syscall, flags), _device_hint(by_device)])
-    raise_errno("userfaultfd", by_syscall.errno or errno.EPERM, hint=hint)
+    from pyuffd import _refusals  # few are refused
+
+    code, by_device = (error.errno or errno.EPERM for error in refusals)
+    hint = _refusals.hint(code, by_device, privilege_would_do=_would_with_privilege(flags))
+    raise_errno("userfaultfd", code, hint=hint)
+
+
+def _would_with_privilege(flags: int) -> bool:
+    """USER_MODE_ONLY needs no privilege: where it is granted, it is for lack of one."""
+    if flags & USER_MODE_ONLY:
+        return False
+    try:
+        os.close(lowlevel.open_syscall(flags | USER_MODE_ONLY))
+    except UffdOSError as error:
+        return error.errno == errno.EINVAL  # before Linux 5.11
+    return True
 
 
 def _read_text(path: str) -> str:
     with open(path, encoding="utf-8") as file:  # not pathlib, which is slow to import
         return file.read()
-
-
-def _syscall_hint(error: UffdOSError, flags: int) -> str:
-    match error.errno:
-        case errno.EPERM if os.path.exists(SYSCTL) and _read_text(SYSCTL).strip() == "0":
-            hint = (
-                "the system call needs CAP_SYS_PTRACE or `sysctl vm.unprivileged_userfaultfd=1`"
-                " (or a seccomp filter refuses it)"
-            )
-            if not flags & USER_MODE_ONLY:
-                hint += (
-                    ", or user_mode_only=True, which needs no privilege but makes system calls"
-                    " that touch a missing page fail with EFAULT"
-                )
-            return hint
-        case errno.EPERM | errno.ENOSYS:
-            return "the system call is refused: a seccomp filter, or no CONFIG_USERFAULTFD"
-        case errno.EINVAL:
-            return "the system call does not know these flags (USER_MODE_ONLY needs Linux 5.11)"
-        case _:
-            return f"the system call: {os.strerror(error.errno or 0)}"
-
-
-def _device_hint(error: UffdOSError) -> str:
-    device = lowlevel.DEVICE
-    match error.errno:
-        case errno.EACCES | errno.EPERM:
-            mode = stat.filemode(os.stat(device).st_mode)
-            return f"{device} is {mode}: `chown {os.geteuid()} {device}` would open it"
-        case errno.ENOENT:
-            return f"there is no {device} (Linux 6.1)"
-        case _:
-            return f"{device}: {os.strerror(error.errno or 0)}"
 
 
 def _negotiated(fd: int) -> tuple[Feature, Ioctl]:

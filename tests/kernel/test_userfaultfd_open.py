@@ -398,6 +398,24 @@ def test_refusal_says_what_would_help() -> None:
     assert found["left open"] == 0
 
 
+def in_a_user_namespace() -> str:
+    clone_newuser = 0x10000000
+    become_nobody()
+    if ctypes.CDLL(None, use_errno=True).unshare(clone_newuser):
+        pytest.skip("user namespaces cannot be made here")
+    with pytest.raises(UffdPermissionError) as caught:
+        Userfaultfd()
+    return caught.value.hint
+
+
+@needs_refusal()
+@needs_privilege("CAP_SYS_ADMIN")
+def test_a_user_namespace_is_named() -> None:
+    """It gives every capability, but not the one that is asked for."""
+    hint = run_child(in_a_user_namespace).value
+    assert "in the initial user namespace" in hint
+
+
 def unprivileged_user_mode() -> list[int]:
     become_nobody()
     with Region.anonymous(PAGE) as region, Userfaultfd(user_mode_only=True) as uffd:

@@ -20,7 +20,8 @@ import pytest
 import pyuffd
 from pyuffd import Feature, cli
 from pyuffd._errors import UffdOSError
-from pyuffd._probe import OpenSupport, _explain_syscall
+from pyuffd._probe import OpenSupport
+from pyuffd._refusals import explain_syscall
 from pyuffd.cli import _cgroup, _report, doctor
 from tests._child import ROOT
 
@@ -233,14 +234,16 @@ def test_size_text(size: int, text: str) -> None:
 
 # Why opening is refused
 
+DOCKER = "docker run --security-opt seccomp=profile.json --device /dev/userfaultfd"
+
 
 @pytest.mark.parametrize(
     ("code", "privilege_would_do", "seccomp", "reason", "command"),
     [
         (errno.EPERM, True, False, "CAP_SYS_PTRACE", "sysctl vm.unprivileged_userfaultfd=1"),
         (errno.EPERM, True, True, "CAP_SYS_PTRACE", "sysctl vm.unprivileged_userfaultfd=1"),
-        (errno.EPERM, False, True, "seccomp", "docker run --security-opt seccomp=unconfined"),
-        (errno.ENOSYS, False, True, "seccomp", "docker run --security-opt seccomp=unconfined"),
+        (errno.EPERM, False, True, "seccomp", DOCKER),
+        (errno.ENOSYS, False, True, "seccomp", DOCKER),
         (errno.ENOSYS, False, False, "CONFIG_USERFAULTFD", ""),
         (errno.EPERM, False, False, "security module", ""),
         (errno.EINVAL, False, False, "Linux 5.11", ""),
@@ -255,8 +258,8 @@ def test_refusal_of_the_system_call_is_explained(
     command: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pyuffd._probe._has_seccomp_filter", lambda: seccomp)
-    found_reason, found_command = _explain_syscall(code, privilege_would_do)
+    monkeypatch.setattr("pyuffd._refusals._has_seccomp_filter", lambda: seccomp)
+    found_reason, found_command = explain_syscall(code, privilege_would_do)
     assert reason in found_reason
     assert found_command == command
 

@@ -1,0 +1,113 @@
+"""Why a userfaultfd cannot be opened here, and what would change it (layer L2).
+
+`pyuffd doctor` and the error of `Userfaultfd()` say the same, and it is said here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from pyuffd import lowlevel
+
+SYSCTL = "/proc/sys/vm/unprivileged_userfaultfd"
+_SECCOMP_FILTER = "2"
+_ALL_USERS = ["0", "0", "4294967295"]  # the uid_map of the initial user namespace
+_USER_MODE = (
+    "or user_mode_only=True, which needs no privilege but makes system calls that touch a missing"
+    " page fail with EFAULT"
+)
+
+
+def hint(by_syscall: int, by_device: int, *, privilege_would_do: bool) -> str:
+    """Return what to do where the system call and the device have given these errnos."""
+    parts = []
+    for way, (reason, command) in (
+        ("the system call", explain_syscall(by_syscall, privilege_would_do)),
+        (lowlevel.DEVICE, explain_device(by_device)),
+    ):
+        parts.append(f"{way}: {reason}" + (f" (`{command}`)" if command else ""))
+    if privilege_would_do:
+        parts.append(_USER_MODE)
+    return "; ".join(parts)
+
+
+def explain_syscall(code: int, privilege_would_do: bool) -> tuple[str, str]:
+    """Return why the system call was refused, and the command that would change it."""
+    if code == errno.EPERM and privilege_would_do:
+        return (
+            f"no CAP_SYS_PTRACE{_where()}, and vm.unprivileged_userfaultfd is {_sysctl()}",
+            "sysctl vm.unprivileged_userfaultfd=1",
+        )
+    if code in (errno.EPERM, errno.EACCES, errno.ENOSYS) and _has_seccomp_filter():
+        return (
+            "a seccomp filter refuses the system call, as those of containers do; profile.json is"
+            " to be the runtime's own profile with userfaultfd among the calls it allows",
+            f"docker run --security-opt seccomp=profile.json --device {lowlevel.DEVICE}",
+        )
+    if code == errno.ENOSYS:
+        return "this kernel is built without CONFIG_USERFAULTFD", ""
+    if code == errno.EINVAL:
+        return "this kernel does not know UFFD_USER_MODE_ONLY (Linux 5.11)", ""
+    if code in (errno.EPERM, errno.EACCES):
+        return "a security module refuses the system call", ""
+    return os.strerror(code), ""
+
+
+def explain_device(code: int) -> tuple[str, str]:
+    device = lowlevel.DEVICE
+    if code == errno.EACCES:
+        found = os.stat(device)
+        return (
+            f"it is {stat.filemode(found.st_mode)} of uid {found.st_uid}, gid {found.st_gid}",
+            f"chown {os.geteuid()} {device}",
+        )
+    if code == errno.EPERM:
+        return (
+            "the device control group, of a container perhaps, refuses it",
+            f"docker run --device {device}",
+        )
+    if code == errno.ENOENT:
+        minor = _misc_minor("userfaultfd")
+        if minor is None:
+            return "this kernel has none (Linux 6.1)", ""
+        return "the kernel has it, but it has no node", f"mknod -m 600 {device} c 10 {minor}"
+    return os.strerror(code), ""
+
+
+def _where() -> str:
+    """Root of a user namespace has every capability, but not where this is asked."""
+    try:
+        initial = Path("/proc/self/uid_map").read_text().split() == _ALL_USERS
+    except OSError:
+        initial = True
+    return "" if initial else " in the initial user namespace (this is another one)"
+
+
+def _sysctl() -> str:
+    try:
+        return Path(SYSCTL).read_text().strip()
+    except OSError:
+        return "not there"
+
+
+def _has_seccomp_filter() -> bool:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "Seccomp":
+            return value.strip() == _SECCOMP_FILTER
+    return False
+
+
+def _misc_minor(name: str) -> int | None:
+    try:
+        lines = Path("/proc/misc").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        minor, _, device = line.strip().partition(" ")
+        if device == name:
+            return int(minor)
+    return None
