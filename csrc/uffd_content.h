@@ -77,6 +77,7 @@ struct uffd_content {
 	uint64_t preserve;
 	bool writes_cache;
 	bool shared;
+	uint32_t space;			/* the number of the one it was served in */
 };
 
 struct uffd_pages {

@@ -44,6 +44,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	if (!engine)
 		return -ENOMEM;
 	engine->options = *options;
+	atomic_store(&engine->is_unwatched, !options->watch_owner);
 	init_gate(engine);
 	pthread_mutex_init(&engine->spaces_lock, NULL);
 	pthread_mutex_init(&engine->requests_lock, NULL);
@@ -63,9 +64,11 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 		r = -errno;
 		*call_ret = "epoll_create1";
 	} else if (engine->shared && engine->zeros) {
-		engine->primary = space_create(engine, options->fd, false, options->has_events);
+		r = space_create(engine, options->fd, false, options->has_events,
+				 options->owner_pid, &engine->primary);
+		*call_ret = r == -ENOMEM ? NULL : "pidfd_open";
 	}
-	if (engine->primary) {
+	if (r == 0) {
 		*call_ret = "epoll_ctl";
 		r = watch_space(engine, engine->primary);
 	}
@@ -73,7 +76,6 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 		uffd_engine_destroy(engine);
 		return r;
 	}
-	engine->primary->pagemap_fd = open_page_table(options->page_table_pid);
 	*ret = engine;
 	return 0;
 }
@@ -121,13 +123,13 @@ int watch_space(struct uffd_engine *engine, struct uffd_space *space)
 }
 
 int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_events,
-			  uint32_t *space_ret)
+			  int32_t owner_pid, uint32_t *space_ret)
 {
-	struct uffd_space *space = space_create(engine, fd, false, has_events);
-	int r;
+	struct uffd_space *space;
+	int r = space_create(engine, fd, false, has_events, owner_pid, &space);
 
-	if (!space)
-		return -ENOMEM;
+	if (r)
+		return r;
 	*space_ret = space->number;
 	r = watch_space(engine, space);
 	if (r)
@@ -136,16 +138,16 @@ int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_event
 }
 
 int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
-			    uint32_t has_events, uint32_t number)
+			    uint32_t has_events, int32_t owner_pid, uint32_t number)
 {
 	struct uffd_space *space;
 	int r;
 
 	if (engine->next_space <= number)
 		engine->next_space = number;
-	space = space_create(engine, fd, is_fork, has_events);
-	if (!space)
-		return -ENOMEM;
+	r = space_create(engine, fd, is_fork, has_events, owner_pid, &space);
+	if (r)
+		return r;
 	/* Spaces come in any order before the start: the next new one follows the highest. */
 	if (space->number != number) {
 		engine->next_space--;
@@ -219,7 +221,8 @@ uint32_t uffd_engine_spaces(struct uffd_engine *engine)
 
 uint32_t uffd_engine_owner_exited(struct uffd_engine *engine)
 {
-	return atomic_load(&engine->owner_exited);
+	return atomic_load(&engine->owner_exited) ||
+	       (atomic_load(&engine->is_unwatched) && space_is_dead(engine->primary));
 }
 
 /* For the leader: letting go of a space whose memory is no more. */

@@ -31,13 +31,12 @@ enum uffd_fault_kind {
 enum uffd_on_error {
 	UFFD_ON_ERROR_POISON,	/* SIGBUS for whoever touches it */
 	UFFD_ON_ERROR_STALL,	/* its threads wait on; reported, decided at stop */
-	UFFD_ON_ERROR_KILL,	/* SIGKILL for the owner */
+	UFFD_ON_ERROR_KILL,	/* SIGKILL for the process that touched it */
 };
 
 struct uffd_engine_options {
 	int32_t fd;		/* borrowed: it must outlive the engine */
-	int32_t owner_pid;	/* whose memory it governs */
-	int32_t page_table_pid;	/* the same, where that is known for sure; 0: it is not */
+	int32_t owner_pid;	/* whose memory it governs; 0: unknown */
 	uint32_t on_error;
 	uint32_t is_inline;	/* resolve in the faulting thread (Feature.SIGBUS) */
 	uint32_t has_events;	/* which layout events are on: UFFD_FEATURE_EVENT_* */
@@ -101,6 +100,7 @@ enum uffd_failure_stage {
 	UFFD_FAILED_READ,	/* the userfaultfd cannot be read */
 	UFFD_FAILED_FORK,	/* a fork could not be followed */
 	UFFD_FAILED_STALLED,	/* a request was not answered in time */
+	UFFD_FAILED_SAVE,	/* a page's old content could not be saved */
 };
 
 /* Pages of one serving whose content is asked for; the answer is one run of bytes. */
@@ -131,12 +131,15 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 		       const char **call_ret);
 void uffd_engine_destroy(struct uffd_engine *engine);
 
-/* Serve another userfaultfd as well; borrowed.  Space 0 is the engine's own. */
+/*
+ * Serve another userfaultfd as well; borrowed.  Space 0 is the engine's own.
+ * `owner_pid`: whose memory it governs, 0 if that is unknown.
+ */
 int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_events,
-			  uint32_t *space_ret);
+			  int32_t owner_pid, uint32_t *space_ret);
 /* Go on with a space of another engine, under its number; a fork's fd is ours from now on. */
 int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
-			    uint32_t has_events, uint32_t space);
+			    uint32_t has_events, int32_t owner_pid, uint32_t space);
 /* An UNMAP of [start, end) in a space of another engine is still to come. */
 int uffd_engine_owe(struct uffd_engine *engine, uint32_t space, uint64_t start, uint64_t end);
 /* Before the start: apply what another engine had read and not applied (uffd_keeper.h). */
@@ -189,11 +192,12 @@ int uffd_engine_populate(struct uffd_engine *engine, uint32_t space, uint64_t id
 
 /*
  * Save protected pages now, from this thread (`preserve`).  They stay protected, so that
- * a later write shows, unless they are to be unprotected.
+ * a later write shows, unless they are to be unprotected.  `reached_ret`: the offset of
+ * the page that could not be saved.
  */
 int uffd_engine_preserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
 			 uint64_t start, uint64_t offset, uint64_t length, uint32_t unprotect,
-			 uint64_t *saved_ret);
+			 uint64_t *saved_ret, uint64_t *reached_ret);
 
 /*
  * Write-protect pages, and tell the state of each at the instant when it was protected:

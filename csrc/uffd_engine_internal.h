@@ -12,6 +12,7 @@
 #include "uffd_engine.h"
 #include "uffd_hold.h"
 #include "uffd_keeper.h"
+#include "uffd_owner.h"
 #include "uffd_placement.h"
 #include "uffd_table.h"
 
@@ -78,6 +79,9 @@ struct uffd_space {
 	uint32_t number;
 	int fd;
 	bool owned;			/* the fd came with a FORK event and is ours to close */
+	int32_t owner_pid;		/* whose memory it governs; 0: unknown, as of every fork */
+	int owner_pidfd;		/* where on_error or a watch needs it; else -1 */
+	bool is_here;			/* its memory is this process's own */
 	bool events;			/* layout events are on */
 	int pagemap_fd;			/* of the owner; -1: cannot be read */
 	uint32_t event_features;	/* which: UFFD_FEATURE_EVENT_* */
@@ -207,7 +211,8 @@ struct uffd_engine {
 	int stop_fd;			/* wakes the thread that stands by */
 	int epoll_fd;
 	int watchdog_fd;		/* a timer: no thread has led for a while */
-	int owner_pidfd;
+	int owner_pidfd;		/* of the primary space, while its exit is watched for */
+	_Atomic bool is_unwatched;	/* nothing tells of the owner's exit: it must be asked for */
 	_Atomic bool owner_exited;
 	_Atomic bool stop;
 	_Atomic uint64_t idle_passes;	/* passes of the loop that found nothing left to do */
@@ -313,12 +318,15 @@ static inline bool is_huge(const struct uffd_range *range)
 void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
 
 /* uffd_space.c */
-struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
-				uint32_t event_features);
+/* `owner_pid`: 0: unknown.  -ESRCH: that process has exited, and its memory lives on. */
+int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t event_features,
+		 int32_t owner_pid, struct uffd_space **ret);
 struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number);
 void space_put(struct uffd_space *space);
 void space_retire(struct uffd_space *space);
 bool space_is_dead(struct uffd_space *space);
+/* SIGKILL for the process whose memory it is; of a fork, for that of the faulting thread. */
+int space_kill(struct uffd_space *space, uint32_t thread_id, uint64_t address);
 /* Whether a thread of the owner is changing the layout, and waits for its event to be read. */
 bool layout_is_changing(struct uffd_space *space);
 /* Wait, for a while, until none is. */
@@ -437,8 +445,9 @@ uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry
 
 /* uffd_resolve.c: what to do about a page.  Async-signal-safe. */
 enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind);
+/* `thread_id`: of the thread that waits; 0 where the kernel does not say. */
 enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
-			    enum uffd_failure_stage stage);
+			    enum uffd_failure_stage stage, uint32_t thread_id);
 /* A fill has put pages in [at, past), or found them there. */
 void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
 		const struct uffd_fill_result *result);
@@ -522,6 +531,18 @@ struct slices {
 };
 
 int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret);
+/* `reached_ret`: the offset where it stopped. */
+int for_slices(const struct slices *all, uint64_t *done_ret, uint64_t *reached_ret);
+/* The first pages in [*at, end) that are in this state: `at` is moved there, and their end returned. */
+uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t end, uint8_t state);
+
+/* uffd_save.c */
+/* Whether old content is to be saved before the page is written. */
+bool preserves(const struct uffd_range *range);
+/* A claimed page whose protection holds.  -EFAULT, -EPERM, ...: it is not saved. */
+int save_page(struct uffd_range *range, uint64_t page);
+/* The memory is gone: what of it was still to be saved cannot be. */
+void note_unsaved(struct uffd_range *range);
 uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
 			uint64_t *done_ret);
 uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach);

@@ -183,7 +183,7 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 			break;
 		count(engine, COUNTER(deferred), 1);
 		if (uffd_now_ns() - began > engine->options.retry_limit_ns) {
-			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE);
+			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE, 0);
 			break;
 		}
 		uffd_back_off(attempt++);

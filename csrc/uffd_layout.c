@@ -58,9 +58,9 @@ static void remove_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 
 			if (uffd_page_is_in_flight(was))
 				answer_with_zeros(range, page);
-			if (was == UFFD_PAGE_CLEAN && range->content->preserve)
+			if (was == UFFD_PAGE_CLEAN && preserves(range))
 				note_failure(space->engine, page, range->page_size, -ENODATA,
-					     UFFD_FAILED_SOURCE);
+					     UFFD_FAILED_SAVE);
 			count(space->engine, COUNTER(removed_pages), 1);
 		}
 	}
@@ -268,10 +268,10 @@ static void follow_fork(struct uffd_space *parent, int fd)
 {
 	struct uffd_engine *engine = parent->engine;
 	struct uffd_space *child = NULL;
-	int r = fd < 0 ? -EBADF : -ENOMEM, states_fd;
+	int r = -EBADF, states_fd;
 
 	if (fd >= 0)
-		child = space_create(engine, fd, true, parent->event_features);
+		r = space_create(engine, fd, true, parent->event_features, 0, &child);
 	if (child) {
 		states_fd = states_file(parent);
 		r = clone_ranges(parent, child, states_fd);

@@ -30,6 +30,8 @@
 #define REAP_INTERVAL_NS	1000000000
 #define REAP_AT_FORK		8
 #define NS_PER_MS		1000000u
+/* How often an exited owner's memory is looked for, some milliseconds in all. */
+#define EXIT_LOOKS		64
 
 /*
  * How long to spin for the next fault before blocking.  Waking an idle CPU costs
@@ -53,14 +55,25 @@ static void empty(int fd)
 	(void)!read(fd, &value, sizeof(value));
 }
 
+/*
+ * The process said to own the memory has exited.  The memory is served on if it
+ * lives: another process was meant, or shares it.  Whoever looks into a process
+ * keeps its memory for a moment.
+ */
 static void owner_exits(struct uffd_engine *engine)
 {
+	epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, engine->owner_pidfd, NULL);
+	engine->owner_pidfd = -1;
+	for (unsigned int attempt = 0; !space_is_dead(engine->primary); attempt++) {
+		if (attempt == EXIT_LOOKS) {
+			atomic_store(&engine->is_unwatched, true);
+			return;
+		}
+		uffd_back_off(attempt);
+	}
 	atomic_store(&engine->owner_exited, true);
 	atomic_store(&engine->primary->gone, true);
-	epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, engine->owner_pidfd, NULL);
 	forget_space(engine, engine->primary);
-	close(engine->owner_pidfd);
-	engine->owner_pidfd = -1;
 }
 
 static void wait_for_one(struct uffd_engine *engine, int timeout_ms)
@@ -278,7 +291,9 @@ void native_close(struct uffd_engine *engine)
 	close_fd(&engine->wake_fd);
 	close_fd(&engine->stop_fd);
 	close_fd(&engine->watchdog_fd);
-	close_fd(&engine->owner_pidfd);
+	if (engine->owner_pidfd >= 0)
+		epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, engine->owner_pidfd, NULL);
+	engine->owner_pidfd = -1;
 }
 
 static int open_descriptors(struct uffd_engine *engine, const char **call_ret)
@@ -301,13 +316,11 @@ static int open_descriptors(struct uffd_engine *engine, const char **call_ret)
 	if (!engine->options.watch_owner)
 		return 0;
 	/* A userfaultfd does not say that its owner exits; a pidfd does. */
-	*call_ret = "pidfd_open";
-	engine->owner_pidfd = (int)syscall(SYS_pidfd_open, engine->options.owner_pid, 0);
-	if (engine->owner_pidfd < 0 && errno == ESRCH) {
+	if (atomic_load(&engine->primary->gone)) {
 		atomic_store(&engine->owner_exited, true);
-		atomic_store(&engine->primary->gone, true);
 		return 0;
 	}
+	engine->owner_pidfd = engine->primary->owner_pidfd;
 	return watch(engine, &engine->owner_pidfd, call_ret);
 }
 

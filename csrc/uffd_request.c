@@ -240,7 +240,7 @@ static void give_up_page(const struct uffd_request *request, struct uffd_range *
 	if (stage == UFFD_FAILED_NOTHING) {
 		abandon_page(range, page, error);
 	} else if (request->is_fault && content_offset(range, page) == request->fault_offset) {
-		apply_on_error(range, page, error, stage);
+		apply_on_error(range, page, error, stage, request->thread_id);
 	} else {
 		if (!request->is_fault)
 			note_failure(range->space->engine, page, range->page_size, error, stage);

@@ -18,24 +18,36 @@
 
 /* The page's content cannot be had: no zeros, ever. */
 enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
-			    enum uffd_failure_stage stage)
+			    enum uffd_failure_stage stage, uint32_t thread_id)
 {
 	struct uffd_engine *engine = range->space->engine;
+	bool poisons = engine->options.on_error == UFFD_ON_ERROR_POISON;
+	int r = 0;
 
 	/* Somebody was held up until after the end: there is nothing left to do about it. */
 	if (atomic_load(&engine->end.over))
 		return OUTCOME_FAILED;
 	note_failure(engine, page, range->page_size, error, stage);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
-		kill(engine->options.owner_pid, SIGKILL);
+		r = space_kill(range->space, thread_id, page);
+	/* A fork whose process is not found must neither wait unseen nor go on. */
+	if (r && r != -ESRCH)
+		note_failure(engine, page, range->page_size, r, UFFD_FAILED_RESOLVE);
+	poisons = poisons || r;
 	/* A page that is there (a write-protect fault) cannot be poisoned. */
 	if (atomic_load(state_of(range, page)) == UFFD_PAGE_DIRTY)
 		return OUTCOME_FAILED;
-	if (engine->options.on_error == UFFD_ON_ERROR_POISON)
+	if (poisons)
 		poison_page(range, page);
 	else
 		atomic_store(state_of(range, page), UFFD_PAGE_ABSENT);
 	return OUTCOME_FAILED;
+}
+
+/* Of the thread whose fault the leader resolves; inline a page's thread is this one. */
+static uint32_t thread_in_hand(const struct uffd_engine *engine)
+{
+	return engine->fault_in_hand ? engine->fault_in_hand->thread_id : 0;
 }
 
 /* Take a page for ourselves; false when somebody else is at it. `was_ret`: its state before. */
@@ -92,7 +104,8 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page)
 		return OUTCOME_REQUESTED;
 	unclaim(range, at, page, UFFD_PAGE_ABSENT);
 	unclaim(range, page + range->page_size, end, UFFD_PAGE_ABSENT);
-	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_SOURCE);
+	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_SOURCE,
+			      thread_in_hand(range->space->engine));
 }
 
 /*
@@ -188,7 +201,8 @@ static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 	}
 	return apply_on_error(range, page, r,
 			      r == -EFAULT || r == -ENODATA || r == -EIO ? UFFD_FAILED_SOURCE
-									 : UFFD_FAILED_RESOLVE);
+									 : UFFD_FAILED_RESOLVE,
+			      thread_in_hand(range->space->engine));
 }
 
 static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
@@ -231,16 +245,24 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 	return settle_absence(range, page, kind, was, r, &result);
 }
 
-/* Old content out, while the protection still holds. */
-static void save_page(struct uffd_range *range, uint64_t page)
+/*
+ * Its old content could not be saved.  Unprotected it would be lost, and a page that
+ * is there cannot be poisoned: its writers wait until it can be saved, or it is
+ * taken out.
+ */
+static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int error)
 {
-	const struct uffd_content *content = range->content;
-	const void *from = content->local ? local_address(range, page)
-					  : (const void *)(uintptr_t)page;
+	struct uffd_engine *engine = range->space->engine;
 
-	memcpy((void *)(uintptr_t)(content->preserve + content_offset(range, page)), from,
-	       range->page_size);
-	count(range->space->engine, COUNTER(preserved_pages), 1);
+	atomic_store(state_of(range, page), UFFD_PAGE_CLEAN);
+	if (error == -EAGAIN || error == -ENOMEM)
+		return OUTCOME_DEFER;
+	if (error == -ESRCH && space_is_dead(range->space))
+		return gone(range->space, error);
+	note_failure(engine, page, range->page_size, error, UFFD_FAILED_SAVE);
+	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
+		space_kill(range->space, thread_in_hand(engine), page);
+	return OUTCOME_FAILED;
 }
 
 static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t page)
@@ -250,8 +272,11 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 
 	if (!claim(range, page, UFFD_PAGE_HELD, &was))
 		return OUTCOME_IN_FLIGHT;
-	if (range->content->preserve && was == UFFD_PAGE_CLEAN)
-		save_page(range, page);
+	if (preserves(range) && was == UFFD_PAGE_CLEAN) {
+		r = save_page(range, page);
+		if (r)
+			return keep_protected(range, page, r);
+	}
 	/*
 	 * Held until it is unprotected: whoever protects it again (uffd_engine_writeprotect)
 	 * sees it dirty and not protected, or as it was before.  Readers of the states
@@ -265,7 +290,8 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 		return OUTCOME_DEFER;
 	if (r == -ENOENT || r == -ESRCH)
 		return gone(range->space, r);
-	return apply_on_error(range, page, r, UFFD_FAILED_RESOLVE);
+	return apply_on_error(range, page, r, UFFD_FAILED_RESOLVE,
+			      thread_in_hand(range->space->engine));
 }
 
 enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)

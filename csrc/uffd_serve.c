@@ -62,6 +62,7 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 
 	if (r)
 		return r;
+	like.content->space = space->number;
 	like.pages = pages_for(space, spec, can_be_absent(&like));
 	if (like.pages) {
 		range = range_create(space, &like, spec->start, spec->start + length, spec->origin);
@@ -214,19 +215,20 @@ int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
 	return error;
 }
 
-static int for_slices(const struct slices *all, uint64_t *done_ret)
+int for_slices(const struct slices *all, uint64_t *done_ret, uint64_t *reached_ret)
 {
-	uint64_t give_up = 0, offset = all->offset;
+	uint64_t give_up = 0, *offset = reached_ret;
 	unsigned int attempt = 0;
 
 	*done_ret = 0;
-	while (offset < all->end) {
+	*offset = all->offset;
+	while (*offset < all->end) {
 		uint64_t done;
 		int error;
 
 		if (atomic_load(&all->engine->end.began) && !ends(all->engine))
 			return -ECANCELED;
-		error = do_slice(all, &offset, &done);
+		error = do_slice(all, offset, &done);
 		*done_ret += done;
 		if (done || !error)
 			attempt = 0;
@@ -254,7 +256,7 @@ void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
 }
 
 /* The first run of pages in this state. */
-static uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t end, uint8_t state)
+uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t end, uint8_t state)
 {
 	uint64_t stop;
 
@@ -304,7 +306,7 @@ int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t i
 	const struct serving serving = { .space = number, .id = id, .start = start };
 	bool absent = false, by_request = false;
 	struct uffd_range *range;
-	uint64_t page_size = 0;
+	uint64_t page_size = 0, reached;
 	struct visit visit;
 
 	*result_ret = (struct uffd_populate_result){ 0 };
@@ -326,111 +328,7 @@ int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t i
 					   chunk, result_ret);
 	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
 					    fill_slice, fill_reach },
-			  &result_ret->filled);
-}
-
-uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach)
-{
-	const struct uffd_content *content = range->content;
-	uint64_t stop = run_of(range, &at, end, UFFD_PAGE_CLEAN);
-
-	if (at >= end)
-		return end;
-	reach->write = content->preserve + content_offset(range, at);
-	reach->write_length = stop - at;
-	if (content->local) {
-		reach->read = content->local + content_offset(range, at);
-		reach->read_length = stop - at;
-	}
-	return stop;
-}
-
-/*
- * The page table says that somebody else took the protection off a page: what it holds
- * may have been written since.  It is saved as it is, and the loss is told.
- */
-static void check_protection(const struct uffd_range *range, uint64_t at, uint64_t end)
-{
-	uint64_t entry;
-
-	for (; at < end && read_entries(range, at, 1, &entry); at += range->page_size)
-		if (entry & UFFD_PM_PRESENT && !(entry & UFFD_PM_UFFD_WP))
-			note_failure(range->space->engine, at, range->page_size, -ENODATA,
-				     UFFD_FAILED_SOURCE);
-}
-
-static uint64_t save_slice(struct uffd_range *range, uint64_t at, uint64_t end, bool unprotect,
-			   int *error_ret, uint64_t *done_ret)
-{
-	const struct uffd_content *content = range->content;
-	uint64_t stop = at, limit = PREFETCH_SLICE > range->page_size ? PREFETCH_SLICE
-								      : range->page_size;
-	uint8_t expected = UFFD_PAGE_CLEAN;
-	const void *from;
-
-	*error_ret = 0;
-	while (stop < end && stop - at < limit &&
-	       atomic_compare_exchange_strong(state_of(range, stop), &expected,
-					      UFFD_PAGE_HELD))
-		stop += range->page_size;
-	if (stop == at && uffd_page_is_in_flight(expected)) {
-		/* A fault is saving it: done is done only when that is. */
-		*error_ret = -EAGAIN;
-		return at;
-	}
-	if (stop == at)
-		return at + range->page_size;
-	check_protection(range, at, stop);
-	from = (const void *)(uintptr_t)(content->local ? content->local + content_offset(range, at)
-							: at);
-	memcpy((void *)(uintptr_t)(content->preserve + content_offset(range, at)), from, stop - at);
-	count(range->space->engine, COUNTER(preserved_pages), (stop - at) >> range->page_shift);
-	/* Where this says EAGAIN the pages stay protected, which does no harm. */
-	if (unprotect)
-		uffd_shim_writeprotect(range->space->fd, at, stop - at,
-				       UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
-	set_states(range, at, stop, unprotect ? UFFD_PAGE_DIRTY : UFFD_PAGE_SAVED);
-	/* Writers that came meanwhile were left to us. */
-	wake_again(range, at, stop);
-	*done_ret = stop - at;
-	return stop;
-}
-
-uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
-			uint64_t *done_ret)
-{
-	return save_slice(range, at, end, false, error_ret, done_ret);
-}
-
-static uint64_t preserve_and_free_slice(struct uffd_range *range, uint64_t at, uint64_t end,
-					int *error_ret, uint64_t *done_ret)
-{
-	return save_slice(range, at, end, true, error_ret, done_ret);
-}
-
-int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length, uint32_t unprotect,
-			 uint64_t *saved_ret)
-{
-	struct uffd_range *range;
-	struct visit visit;
-	bool can = false;
-
-	*saved_ret = 0;
-	if (!open_visit(engine, number, &visit))
-		return -ESRCH;
-	range = any_piece(visit.space, id, start);
-	if (range)
-		can = range->content->preserve;
-	shut_visit(&visit);
-	if (!range)
-		return -ENOENT;
-	if (!can)
-		return -EINVAL;
-	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
-					    unprotect ? preserve_and_free_slice : preserve_slice,
-					    preserve_reach },
-			  saved_ret);
+			  &result_ret->filled, &reached);
 }
 
 void uffd_engine_refuse(struct uffd_engine *engine)

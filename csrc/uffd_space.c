@@ -2,6 +2,8 @@
 /* Address spaces and the pieces of memory served in them. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <signal.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -13,19 +15,44 @@
 #define PROBE_LENGTH	UINT64_C(4096)
 #define NS_PER_S	1000000000
 
-struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
-				uint32_t event_features)
+/* A pidfd, so that nobody else is killed or watched who gets the number later. */
+static int open_owner(struct uffd_space *space, const struct uffd_engine_options *options)
+{
+	space->is_here = space->owner_pid == getpid();
+	space->owner_pidfd = -1;
+	if (!space->owner_pid || space->is_here ||
+	    (options->on_error != UFFD_ON_ERROR_KILL && !options->watch_owner))
+		return 0;
+	space->owner_pidfd = (int)syscall(SYS_pidfd_open, space->owner_pid, 0);
+	if (space->owner_pidfd >= 0)
+		return 0;
+	if (errno != ESRCH || !space_is_dead(space))
+		return -errno;
+	atomic_store(&space->gone, true);
+	return 0;
+}
+
+int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t event_features,
+		 int32_t owner_pid, struct uffd_space **ret)
 {
 	struct uffd_space *space = uffd_alloc(sizeof(*space));
+	int r;
 
+	*ret = NULL;
 	if (!space)
-		return NULL;
+		return -ENOMEM;
 	space->engine = engine;
 	space->fd = fd;
 	space->owned = owned;
+	space->owner_pid = owner_pid;
+	r = open_owner(space, &engine->options);
+	if (r) {
+		uffd_free(space);
+		return r;
+	}
 	space->events = event_features;
 	space->event_features = event_features;
-	space->pagemap_fd = -1;
+	space->pagemap_fd = open_page_table(owner_pid);
 	uffd_table_init(&space->own_table);
 	space->table = engine->options.is_inline ? &uffd_inline_table : &space->own_table;
 	atomic_store(&space->references, 1);
@@ -35,7 +62,8 @@ struct uffd_space *space_create(struct uffd_engine *engine, int fd, bool owned,
 	LIST_INSERT_HEAD(&engine->spaces, space, link);
 	atomic_fetch_add(&engine->space_count, 1);
 	pthread_mutex_unlock(&engine->spaces_lock);
-	return space;
+	*ret = space;
+	return 0;
 }
 
 struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number)
@@ -60,6 +88,8 @@ void space_put(struct uffd_space *space)
 		close(space->fd);
 	if (space->pagemap_fd >= 0)
 		close(space->pagemap_fd);
+	if (space->owner_pidfd >= 0)
+		close(space->owner_pidfd);
 	forget_owed(space, 0, UINT64_MAX);
 	uffd_table_deinit(&space->own_table);
 	uffd_free(space);
@@ -76,8 +106,11 @@ void space_retire(struct uffd_space *space)
 	LIST_REMOVE(space, link);
 	atomic_fetch_sub(&engine->space_count, 1);
 	pthread_mutex_unlock(&engine->spaces_lock);
-	while (space->table == &space->own_table && (range = uffd_table_next(space->table, 0)))
+	while (space->table == &space->own_table && (range = uffd_table_next(space->table, 0))) {
+		if (atomic_load(&space->gone))
+			note_unsaved(range);
 		range_remove(range);
+	}
 	space_put(space);
 }
 
@@ -123,6 +156,48 @@ bool layout_is_changing(struct uffd_space *space)
 {
 	return space->events && !atomic_load(&space->gone) &&
 	       uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -EAGAIN;
+}
+
+static bool owns_another_space(struct uffd_engine *engine, int32_t pid)
+{
+	struct uffd_space *space;
+
+	pthread_mutex_lock(&engine->spaces_lock);
+	LIST_FOREACH(space, &engine->spaces, link)
+		if (space->owner_pid == pid)
+			break;
+	pthread_mutex_unlock(&engine->spaces_lock);
+	return space;
+}
+
+/* No event says which process a fork is; the fault's message says which thread waits. */
+static int kill_fork(struct uffd_space *space, uint32_t thread_id, uint64_t address)
+{
+	int32_t pid;
+	int pidfd, r;
+
+	if (!thread_id)
+		return -ESRCH;
+	r = uffd_owner_of_thread(thread_id, address, &pid, &pidfd);
+	if (r)
+		return r;
+	if (pid == getpid() || owns_another_space(space->engine, pid))
+		r = -EFAULT;
+	else if (syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0))
+		r = -errno;
+	close(pidfd);
+	return r;
+}
+
+int space_kill(struct uffd_space *space, uint32_t thread_id, uint64_t address)
+{
+	if (space->owned)
+		return kill_fork(space, thread_id, address);
+	if (space->is_here)
+		return kill(getpid(), SIGKILL) ? -errno : 0;
+	if (space->owner_pidfd < 0)
+		return -ESRCH;
+	return syscall(SYS_pidfd_send_signal, space->owner_pidfd, SIGKILL, NULL, 0) ? -errno : 0;
 }
 
 void wait_for_layout(struct uffd_space *space)

@@ -249,7 +249,8 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		    atomic_load(&engine->space_count) > 1)
 			outcome = OUTCOME_DEFER;
 		else if (outcome == OUTCOME_DEFER && last_try)
-			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE);
+			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE,
+						 fault->thread_id);
 	} else {
 		outcome = note_stray(fault, last_try);
 	}

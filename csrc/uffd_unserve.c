@@ -134,7 +134,7 @@ static bool look_at_piece(struct uffd_engine *engine, uint32_t number, uint64_t 
 			.mode = range->mode,
 			.can_poison = has_ioctl(range, _UFFDIO_POISON),
 			.asks = needs_request(range),
-			.preserves = range->content->preserve,
+			.preserves = preserves(range),
 			.loses_content = loses_content(range),
 		};
 	shut_visit(&visit);
@@ -182,17 +182,37 @@ static int seal_absent(struct slices *all, struct patience *patience)
 	return r;
 }
 
-/* A page that somebody is saving, and does not come back from, is left out. */
+static void note_unsaved_in(const struct slices *all)
+{
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(all->engine, all->number, &visit))
+		return;
+	range = any_piece(visit.space, all->id, all->start + all->offset);
+	if (range)
+		note_unsaved(range);
+	shut_visit(&visit);
+}
+
+/*
+ * A page that cannot be saved, or that somebody is saving and does not come back
+ * from, is left out.
+ */
 static int save_all(struct slices *all, const struct piece *piece, struct patience *patience)
 {
 	uint64_t offset = piece->offset;
 	int r;
 
-	while ((r = work_on(all, &offset, patience)) == -EAGAIN || r == -ENOMEM) {
+	while ((r = work_on(all, &offset, patience)) && r != -ENOENT && r != -ESRCH) {
+		bool is_stalled = r == -EAGAIN || r == -ENOMEM;
+
 		note_failure(all->engine, piece->start + offset, piece->page_size, r,
-			     UFFD_FAILED_STALLED);
+			     is_stalled ? UFFD_FAILED_STALLED : UFFD_FAILED_SAVE);
 		offset += piece->page_size;
 	}
+	if (r == -ESRCH)
+		note_unsaved_in(all);
 	return r;
 }
 

@@ -1,4 +1,6 @@
-"""Memory of this process by address, through C calls that release the GIL (layer L2).
+"""Memory by address, through C calls that release the GIL (layer L2).
+
+It is this process's own, unless a pid says whose.
 
 Registered memory is touched here and nowhere else: a Python-level access (`memoryview[i]`,
 `mmap` slices, `ffi.memmove`) holds the GIL while it faults, and stops a Python fault handler
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+from enum import IntFlag
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyuffd._closing import SoleOwner
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 # The mmap module's name is taken by mmap(2) here.
 _MADV_NORMAL, _MADV_RANDOM = 0, 1
 _MREMAP_TO = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
+_TRACE_HINT = "looking into another process needs permission to ptrace it"
 
 
 def read(start: int, length: int) -> bytes:
@@ -137,6 +141,49 @@ def buffer_of(address: int, length: int) -> Buffer:
     """Return a writable buffer over memory, weak-referenceable; it does not keep the mapping."""
     buffer: Buffer = ffi.buffer(ffi.cast("char *", address), length)
     return buffer
+
+
+class Maps(IntFlag):
+    """What `look_at` finds: the first two of some of the range, the others of all of it."""
+
+    ANONYMOUS = lib.UFFD_MAPS_ANONYMOUS
+    SHARED = lib.UFFD_MAPS_SHARED
+    REGISTERED = lib.UFFD_MAPS_REGISTERED
+    NOT_FORKED = lib.UFFD_MAPS_NOT_FORKED
+
+
+def look_at(pid: int, start: int, length: int, *, all_facts: bool = False) -> Maps:
+    """Return what a process has mapped in a range; REGISTERED and NOT_FORKED with `all_facts`.
+
+    Raises:
+        ProcessGoneError: there is no such process.
+        UffdPermissionError: EACCES - it may not be looked at.
+        UffdOSError: EFAULT - not all of the range is mapped.
+
+    Kernel: /proc/PID/maps; smaps for `all_facts`, for which the kernel walks the page tables of
+        everything mapped below the range's end.
+    """
+    out = ffi.new("uint32_t *")
+    code = lib.uffd_owner_look(pid, start, length, all_facts, out)
+    if code:
+        hint = _TRACE_HINT if code == -errno.EACCES else ""
+        raise_errno(f"the mappings of process {pid}", -code, start, length, hint=hint)
+    return Maps(out[0])
+
+
+def touch_in(pid: int, start: int, length: int, step: int) -> None:
+    """Read a byte of each page of another process, so that the missing ones are mapped.
+
+    Raises:
+        UffdPermissionError: EPERM - it may not be ptraced.
+        UffdOSError: EFAULT - a page cannot be read.
+
+    Kernel: process_vm_readv(2).
+    """
+    code = lib.uffd_owner_touch(pid, start, length, step)
+    if code:
+        hint = _TRACE_HINT if code == -errno.EPERM else ""
+        raise_errno(f"process_vm_readv of process {pid}", -code, start, length, hint=hint)
 
 
 def fstatfs(fd: int) -> tuple[int, int]:

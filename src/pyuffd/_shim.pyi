@@ -91,6 +91,10 @@ class _Lib:
     UFFD_MAPPING_FILE: int
     UFFD_MAPPING_MINCORE: int
     UFFD_MAPPING_SEEK: int
+    UFFD_MAPS_ANONYMOUS: int
+    UFFD_MAPS_SHARED: int
+    UFFD_MAPS_REGISTERED: int
+    UFFD_MAPS_NOT_FORKED: int
     UFFD_KINDS: int
     UFFD_UNSERVE_SEAL: int
     UFFD_UNSERVE_UNREGISTER: int
@@ -239,6 +243,11 @@ class _Lib:
     def uffd_barrier_arm(self, point: int, /) -> int: ...
     def uffd_barrier_wait(self, point: int, limit_ns: int, /) -> int: ...
     def uffd_barrier_release(self, point: int, /) -> None: ...
+    def uffd_owner_look(
+        self, pid: int, start: int, length: int, all_facts: int, facts_ret: CData, /
+    ) -> int: ...
+    def uffd_owner_read(self, pid: int, start: int, target: CData, length: int, /) -> int: ...
+    def uffd_owner_touch(self, pid: int, start: int, length: int, step: int, /) -> int: ...
     UFFD_ON_ERROR_POISON: int
     UFFD_ON_ERROR_STALL: int
     UFFD_ON_ERROR_KILL: int
@@ -249,14 +258,15 @@ class _Lib:
     UFFD_FAILED_READ: int
     UFFD_FAILED_FORK: int
     UFFD_FAILED_STALLED: int
+    UFFD_FAILED_SAVE: int
     def uffd_engine_shared_size(self, /) -> int: ...
     def uffd_engine_create(self, options: CData, ret: CData, call_ret: CData, /) -> int: ...
     def uffd_engine_destroy(self, engine: CData, /) -> None: ...
     def uffd_engine_add_space(
-        self, engine: CData, fd: int, has_events: int, space_ret: CData, /
+        self, engine: CData, fd: int, has_events: int, owner_pid: int, space_ret: CData, /
     ) -> int: ...
     def uffd_engine_adopt_space(
-        self, engine: CData, fd: int, is_fork: int, has_events: int, space: int, /
+        self, engine: CData, fd: int, is_fork: int, has_events: int, owner_pid: int, space: int, /
     ) -> int: ...
     def uffd_engine_owe(self, engine: CData, space: int, start: int, end: int, /) -> int: ...
     def uffd_engine_replay(self, engine: CData, reported: int, /) -> None: ...
@@ -290,6 +300,7 @@ class _Lib:
         length: int,
         unprotect: int,
         saved_ret: CData,
+        reached_ret: CData,
         /,
     ) -> int: ...
     def uffd_engine_writeprotect(

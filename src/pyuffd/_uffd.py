@@ -94,6 +94,8 @@ class Userfaultfd(CloseCallbacks):
         supported: Everything this kernel offers.
         ioctls: The ioctls of the descriptor itself.
         adopted: Whether it came from elsewhere, and may govern another process's memory.
+        owner_pid: The process whose memory it governs; None if that is unknown. It may be set
+            on an adopted one, where the sender was not the owner.
 
     Raises:
         UnsupportedFeatureError: a feature this kernel does not have.
@@ -155,19 +157,23 @@ class Userfaultfd(CloseCallbacks):
         self._adopt(fd, features, Ioctl(ioctls), adopted=False)
 
     @classmethod
-    def from_fd(cls, fd: int) -> Self:
+    def from_fd(cls, fd: int, *, owner_pid: int | None = None) -> Self:
         """Adopt a userfaultfd received from another process, and own it from here on.
 
         Args:
             fd: The descriptor, handshake done by its sender. It is closed with this object; if
                 this call raises, it stays the caller's.
+            owner_pid: The process whose memory it governs: the one that opened it, which need not
+                be the one that sent it. None if that is unknown: what needs it is refused then.
 
         Raises:
-            ValueError: not a userfaultfd, or the handshake has not been done.
+            ValueError: not a userfaultfd, or the handshake has not been done; an `owner_pid`
+                below 1.
 
         Kernel: the features come from /proc/self/fdinfo. O_NONBLOCK and FD_CLOEXEC are set: the
             flags of a received descriptor are its sender's.
         """
+        _check_pid(owner_pid)
         features, ioctls = _negotiated(fd)
         os.set_blocking(fd, False)
         os.set_inheritable(fd, False)
@@ -177,11 +183,20 @@ class Userfaultfd(CloseCallbacks):
             self.supported, ioctls = probe_api(os.O_CLOEXEC | USER_MODE_ONLY)
         except UffdOSError:
             self.supported = features
-        self._adopt(fd, features, ioctls, adopted=True)
+        self._adopt(fd, features, ioctls, adopted=True, owner_pid=owner_pid)
         return self
 
-    def _adopt(self, fd: int, features: Feature, ioctls: Ioctl, *, adopted: bool) -> None:
+    def _adopt(
+        self,
+        fd: int,
+        features: Feature,
+        ioctls: Ioctl,
+        *,
+        adopted: bool,
+        owner_pid: int | None = None,
+    ) -> None:
         self.adopted = adopted
+        self._owner_pid = owner_pid if adopted else os.getpid()
         self.features = features
         self.ioctls = ioctls
         self._pid = os.getpid()
@@ -206,6 +221,20 @@ class Userfaultfd(CloseCallbacks):
                 f"this userfaultfd belongs to process {self._pid}, not to its fork {os.getpid()}"
             )
         return self._fd
+
+    @property
+    def owner_pid(self) -> int | None:
+        """The process whose memory it governs, or None."""
+        return self._owner_pid
+
+    @owner_pid.setter
+    def owner_pid(self, pid: int | None) -> None:
+        _check_pid(pid)
+        if not self.adopted and pid != self._owner_pid:
+            raise ValueError(
+                f"{self!r} was opened by process {self._owner_pid}, and governs its memory"
+            )
+        self._owner_pid = pid
 
     @property
     def closed(self) -> bool:
@@ -811,6 +840,14 @@ def _negotiated(fd: int) -> tuple[Feature, Ioctl]:
                 raise ValueError(f"file descriptor {fd} has not done its UFFDIO_API handshake")
             return Feature(features & FDINFO_FEATURES_MASK), Ioctl(ioctls)
     raise ValueError(f"the kernel says nothing about userfaultfd {fd} in its fdinfo")
+
+
+def _check_pid(pid: int | None) -> None:
+    if pid is not None and pid < 1:
+        raise ValueError(
+            f"owner_pid {pid} is no process; None says that the owner is unknown (it may be in a"
+            " PID namespace that hides it)"
+        )
 
 
 def _checked(range_or_start: RangeLike | int, length: int | None) -> tuple[int, int]:

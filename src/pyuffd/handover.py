@@ -57,6 +57,7 @@ FILE_LIMIT = 1 << 63  # off_t
 BACKLOG = 16
 
 _PEER = struct.Struct("=3i")  # struct ucred: pid, uid, gid
+_Control = list[tuple[int, int, "array.array[int] | bytes"]]
 _TIMEVAL = struct.Struct("=qq")
 
 
@@ -104,7 +105,9 @@ class Handover(SoleOwner):
     """What `recv_uffd` got: a context manager that closes it all.
 
     Attributes:
-        uffd: The userfaultfd, adopted; it acts on the memory of its owner.
+        uffd: The userfaultfd, adopted; it acts on the memory of its owner. `uffd.owner_pid` is the
+            process that sent it. Where that is a broker, which passes on what others have opened,
+            set it to the owner's, or to None.
         regions: The ranges, in the order they were sent.
         pid: The process that connected or made the socket pair, as the kernel noted it then: 0
             if it is not visible from here. By now it may be another process's.
@@ -185,7 +188,7 @@ def send_uffd(
         HandoverError: "refused" - another user, nothing was sent; "closed" or "timeout" - the
             connection is of no use any more.
 
-    Kernel: sendmsg(2) with SCM_RIGHTS; SO_PEERCRED of unix(7).
+    Kernel: sendmsg(2) with SCM_RIGHTS and SCM_CREDENTIALS; SO_PEERCRED of unix(7).
     GIL: released.  Threads: safe, one call per socket.  Blocks: until it is written.
     """
     ranges, fds = _described(regions, memory)
@@ -195,12 +198,18 @@ def send_uffd(
         message += _RANGE.pack(each.start, each.length, each.page_size, each.offset, which, 0)
     peer = _Peer(sock, allow_uids, timeout_s)
     rights = array.array("i", [uffd.fileno(), *fds])
-    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+    control: _Control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
     left = memoryview(message)
     with peer.errors():
-        while left:
+        try:
+            sent = peer.sendmsg(left, [_own_credentials(), *control])
+        except OSError as error:
+            # In a user namespace without an id for us: the receiver asks SO_PEERCRED.
+            if error.errno not in (errno.EINVAL, errno.EPERM):
+                raise
             sent = peer.sendmsg(left, control)
-            left, control = left[sent:], []
+        while left := left[sent:]:
+            sent = peer.sendmsg(left, [])
 
 
 def recv_uffd(
@@ -213,6 +222,7 @@ def recv_uffd(
     """Receive what `send_uffd` sent, check all of it, and adopt the userfaultfd.
 
     Reads not one byte beyond the message. After an error the connection is of no use any more.
+    The process that sent the message is taken for the owner of the memory (`uffd.owner_pid`).
 
     Args:
         sock: A connected UNIX stream socket.
@@ -229,7 +239,7 @@ def recv_uffd(
             where they belong; "not-a-userfaultfd"; "ranges" - unaligned, overlapping, out of
             bounds; "memory" - not memory, or too short. Every received descriptor is closed.
 
-    Kernel: recvmsg(2) with SCM_RIGHTS; SO_PEERCRED of unix(7).
+    Kernel: recvmsg(2) with SCM_RIGHTS and SCM_CREDENTIALS; SO_PEERCRED of unix(7).
     GIL: released.  Threads: safe, one call per socket.  Blocks: until it is there.
 
     Example:
@@ -246,7 +256,7 @@ def recv_uffd(
     if max_regions < 0:
         raise ValueError(f"max_regions {max_regions} is negative")
     peer = _Peer(sock, allow_uids, timeout_s)
-    with peer.errors(), _Descriptors() as received:
+    with peer.errors(), peer.names_sender(), _Descriptors() as received:
         header = peer.receive(_HEADER.size, received)
         magic, version, range_size, count, fd_count = _HEADER.unpack(header)
         if magic != MAGIC:
@@ -268,6 +278,7 @@ def recv_uffd(
             raise _Refusal("descriptors", "more descriptors than were announced")
         ranges = _parsed(body, received.fds[1:])
         uffd = _adopted(received)
+        uffd.owner_pid = peer.sender_pid
         return Handover(uffd, ranges, peer.credentials, received.keep())
 
 
@@ -341,6 +352,11 @@ def _adopted(received: _Descriptors) -> Userfaultfd:
     return uffd
 
 
+def _own_credentials() -> tuple[int, int, bytes]:
+    own = _PEER.pack(os.getpid(), os.getuid(), os.getgid())
+    return socket.SOL_SOCKET, socket.SCM_CREDENTIALS, own
+
+
 class _Refusal(Exception):
     # Raised where the peer is not known; `_Peer.errors` makes it a HandoverError.
     def __init__(self, reason: HandoverReason, text: str) -> None:
@@ -376,6 +392,7 @@ class _Peer:
         self._sock = sock
         self._deadline = _deadline(timeout_s)
         allowed = {os.geteuid(), 0} if allow_uids is None else set(allow_uids)
+        self._sender_pid = 0  # of the message, as its credentials say
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         pid, uid, gid = _PEER.unpack(raw)
         self.credentials = pid, uid & 0xFFFF_FFFF, gid & 0xFFFF_FFFF
@@ -402,7 +419,27 @@ class _Peer:
             doing = "sent" if event == select.POLLIN else "read"
             raise _Refusal("timeout", f"the peer has not {doing} everything in time")
 
-    def sendmsg(self, data: memoryview, control: list[tuple[int, int, array.array[int]]]) -> int:
+    @contextmanager
+    def names_sender(self) -> Iterator[None]:
+        """Have the kernel name who sent what is received meanwhile."""
+        was = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        try:
+            yield
+        finally:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, was)
+
+    @property
+    def sender_pid(self) -> int | None:
+        """The process that sent the message, or None where it cannot be told."""
+        if self._sender_pid:
+            return self._sender_pid
+        # Credentials that were not sent are 0, and so are those of a PID namespace that is hidden
+        # from here. The peer of a pair that this process made is this process, whoever sends.
+        pid = self.credentials[0]
+        return pid if pid not in (0, os.getpid()) else None
+
+    def sendmsg(self, data: memoryview, control: _Control) -> int:
         while True:
             self._wait(select.POLLOUT)
             with suppress(BlockingIOError):
@@ -415,7 +452,9 @@ class _Peer:
         # more, lets none slip by and none be installed that could not be wanted.
         data = bytearray()
         # CMSG_LEN, not CMSG_SPACE: padding would be room for one more.
-        space = socket.CMSG_LEN((1 + MAX_MEMORY_FDS) * array.array("i").itemsize)
+        space = socket.CMSG_SPACE(_PEER.size) + socket.CMSG_LEN(
+            (1 + MAX_MEMORY_FDS) * array.array("i").itemsize
+        )
         flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
         while len(data) < length:
             self._wait(select.POLLIN)
@@ -424,6 +463,8 @@ class _Peer:
             except BlockingIOError:
                 continue
             for level, kind, content in control:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                    self._sender_pid = self._sender_pid or _PEER.unpack(content)[0]
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     fds = array.array("i")
                     fds.frombytes(content[: len(content) - len(content) % fds.itemsize])

@@ -21,6 +21,8 @@ class FakeUserfaultfd:
     def __init__(self, fd: int, features: Feature) -> None:
         self._fd = fd
         self.features = features
+        self.adopted = False
+        self.owner_pid = os.getpid()
         self.callbacks: list[object] = []
 
     def fileno(self) -> int:

@@ -25,10 +25,9 @@ class SourceFailure(NamedTuple):
 
 
 class EngineOptions(TypedDict):
-    """What every engine is told, in this process or another."""
+    """What every engine is told, in this process or another; `owner_pid` 0 is unknown."""
 
     owner_pid: int
-    page_table_pid: int
     on_error: OnError
     has_events: int
     watch_owner: bool
@@ -48,8 +47,8 @@ class Backend(Protocol):
     calls_python: bool
     is_remote: bool
 
-    def add_space(self, fd: int, *, has_events: int) -> int:
-        """Serve another userfaultfd as well."""
+    def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
+        """Serve another userfaultfd as well; `owner_pid` 0 is unknown."""
 
     def remove_space(self, space: int) -> None:
         """Forget it."""

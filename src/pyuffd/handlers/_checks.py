@@ -164,6 +164,7 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
         FailureStage.READ: "the userfaultfd could not be read",
         FailureStage.FORK: "a fork could not be followed",
         FailureStage.STALLED: "a page source did not answer in time",
+        FailureStage.SAVE: "the old content of a page could not be saved",
     }.get(failure.stage, "the engine failed")
     place = f" at {failure.address:#x}" if failure.address else ""
     error = HandlerError(

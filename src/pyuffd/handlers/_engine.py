@@ -84,6 +84,7 @@ class FailureStage(IntEnum):
     READ = lib.UFFD_FAILED_READ
     FORK = lib.UFFD_FAILED_FORK
     STALLED = lib.UFFD_FAILED_STALLED
+    SAVE = lib.UFFD_FAILED_SAVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +311,6 @@ class Engine(SoleOwner):
         fd: int,
         *,
         owner_pid: int,
-        page_table_pid: int = 0,
         on_error: OnError,
         inline: bool = False,
         has_events: int = 0,
@@ -327,7 +327,6 @@ class Engine(SoleOwner):
         options = ffi.new("struct uffd_engine_options *")
         options.fd = fd
         options.owner_pid = owner_pid
-        options.page_table_pid = page_table_pid
         options.on_error = on_error
         options.is_inline = inline
         options.has_events = has_events
@@ -360,17 +359,20 @@ class Engine(SoleOwner):
         if pointer is not None and lib.uffd_engine_is_deserted(pointer):
             lib.uffd_engine_destroy(pointer)
 
-    def add_space(self, fd: int, *, has_events: int) -> int:
+    def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd as well; return the number of its space."""
         out = ffi.new("uint32_t *")
-        code = lib.uffd_engine_add_space(self._engine(), fd, has_events, out)
+        code = lib.uffd_engine_add_space(self._engine(), fd, has_events, owner_pid, out)
         if code:
             raise_errno("serve another userfaultfd", -code)
         return int(out[0])
 
-    def adopt_space(self, fd: int, space: int, *, is_fork: bool, has_events: int) -> None:
+    def adopt_space(
+        self, fd: int, space: int, *, is_fork: bool, has_events: int, owner_pid: int
+    ) -> None:
         """Go on with a space of another engine; a fork's descriptor is the engine's from now on."""
-        code = lib.uffd_engine_adopt_space(self._engine(), fd, is_fork, has_events, space)
+        engine = self._engine()
+        code = lib.uffd_engine_adopt_space(engine, fd, is_fork, has_events, owner_pid, space)
         if code:
             raise_errno("take over a userfaultfd", -code)
 
@@ -555,7 +557,7 @@ class Engine(SoleOwner):
 
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
         """Save protected pages, and unprotect them if asked to; return the bytes saved."""
-        out = ffi.new("uint64_t *")
+        out, reached = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         code = lib.uffd_engine_preserve(
             self._engine(),
             served.space,
@@ -565,11 +567,14 @@ class Engine(SoleOwner):
             length,
             unprotect,
             out,
+            reached,
         )
         if code == -errno.EINVAL:
             raise ValueError(f"the range at {served.start:#x} was served without preserve=")
         if code:
-            raise_errno("preserve", -code, served.start + offset, length, completed=int(out[0]))
+            left = offset + length - int(reached[0])
+            place = served.start + int(reached[0])
+            raise_errno("preserve", -code, place, left, completed=int(out[0]))
         return int(out[0])
 
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:

@@ -45,10 +45,14 @@ from pyuffd.handlers._engine import (
 )
 from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Overlaps, range_of
+from pyuffd.handlers._owners import Owners
 from pyuffd.handlers._process import RemoteEngine
 from pyuffd.handlers._serving import (
     Served,
+    check_local,
     content_of,
+    is_shared,
+    leaves_holes,
     local_file,
     local_mapping,
     map_holes,
@@ -100,7 +104,8 @@ class Handler(SoleOwner):
             Python is served, then "process".
         on_error: What happens to a page whose content cannot be had: "poison" (SIGBUS for whoever
             touches it), "stall" (its threads wait; stop() poisons it; not with "inline"), "kill"
-            (SIGKILL for `owner_pid`). Never zeros. Where the kernel has no UFFDIO_POISON (before
+            (SIGKILL for the process that touches it; of forks only Feature.THREAD_ID tells
+            which). Never zeros. Where the kernel has no UFFDIO_POISON (before
             Linux 6.6) "poison" stalls. stop() reports it as HandlerError.
         stall_timeout_s: How long a page source in Python may take for a page; 2 by default.
         prefetch: Bytes to fill around a fault besides its own page, which comes first; more
@@ -113,11 +118,16 @@ class Handler(SoleOwner):
         cpus: CPUs the native thread may run on. The CPU of the faulting thread gives the
             lowest latency by far; with None the thread looks for it while faults come in quick
             succession.
-        owner_pid: Process whose memory the userfaultfd governs; this one by default. The exit of
+        owner_pid: Process whose memory `uffd` governs; `uffd.owner_pid` by default. The exit of
             another process is noticed, and its faults forgotten.
         autostart: Whether `with` (or `async with`) starts the handler. False for a program that
             protects everything first, so that all pages are of one instant, and then calls
             `start`: until then, whoever touches a missing or protected page waits.
+
+    Raises:
+        ValueError: a userfaultfd or options that do not go together, or a handler that would have
+            to know whose memory it serves, and does not.
+        ProcessGoneError: ESRCH - there is no process `owner_pid`, and yet the memory lives.
 
     Kernel: userfaultfd(2).  GIL: never needed by "native" and "inline"; every method that waits
     releases it.  Threads: safe.  Blocks: stop() and unserve() until the faults in hand are
@@ -155,11 +165,12 @@ class Handler(SoleOwner):
         check_options(
             self.driver, on_error, prefetch, spin_us, self._cpus, workers, stall_timeout_s
         )
+        self._owners = Owners(self.driver, on_error)
+        owner = self._owners.add(uffd, owner_pid)
         if spin_us is None:
             spin_us = 0.0 if len(self._cpus) == 1 else DEFAULT_SPIN_US
         self.uffd = uffd
         self._pid = os.getpid()
-        self._owner_pid = owner_pid or self._pid
         self._lock = RLock()  # guards what follows; taken before any lock of the C engine
         self._spaces: dict[Userfaultfd, int] = {uffd: 0}
         self._served: dict[tuple[int, int], Served] = {}  # by space and start
@@ -170,11 +181,10 @@ class Handler(SoleOwner):
         self._may_move = driver == "auto" and self.driver == "native"
         self._worker_count = workers
         self._options = EngineOptions(
-            owner_pid=self._owner_pid,
-            page_table_pid=owner_pid or (0 if uffd.adopted else self._pid),
+            owner_pid=owner,
             on_error=OnError[on_error.upper()],
             has_events=int(uffd.features & LAYOUT_EVENTS),
-            watch_owner=self._owner_pid != self._pid,
+            watch_owner=owner not in (0, self._pid),
             stall_limit_ns=int((stall_timeout_s or STALL_TIMEOUT_S) * 1e9),
             prefetch=prefetch,
             spin_ns=int(spin_us * 1000),
@@ -214,11 +224,7 @@ class Handler(SoleOwner):
             engine = self._make_engine()
             try:
                 spaces = {
-                    uffd: engine.add_space(
-                        uffd.fileno(), has_events=int(uffd.features & LAYOUT_EVENTS)
-                    )
-                    if uffd is not self.uffd
-                    else 0
+                    uffd: self._add_space(engine, uffd) if uffd is not self.uffd else 0
                     for uffd in self._spaces
                 }
                 if self._started:
@@ -235,6 +241,13 @@ class Handler(SoleOwner):
             old.stop()
         old.destroy()
         return engine
+
+    def _add_space(self, engine: Backend, uffd: Userfaultfd) -> int:
+        return engine.add_space(
+            uffd.fileno(),
+            has_events=int(uffd.features & LAYOUT_EVENTS),
+            owner_pid=self._owners.of(uffd),
+        )
 
     def _running_engine(self) -> Backend:
         if self._pid != os.getpid():
@@ -274,10 +287,13 @@ class Handler(SoleOwner):
                 None for WP and MINOR: there is nothing to fetch.
             mode: Which faults to take.
             preserve: For WP: a writable buffer of the region's length that gets the old content
-                of each page before its first write (see `preserve`).
-            local: The same memory mapped in this process and not registered. Needed for the
-                faults of another process's memory with `preserve`, and made from the region
-                where minor faults have a source.
+                of each page before its first write (see `preserve`). A page whose content cannot
+                be saved stays protected, and its writers wait until `preserve` can save it or it
+                is taken out; stop() raises HandlerError, which names it. Forks write their own
+                copies of private memory, which are not saved.
+            local: The same memory mapped in this process and not registered. With `preserve`
+                old content is read there; without it, from the owner of the memory. Made from
+                the region where minor faults have a source.
             uffd: Another userfaultfd, of this or of another process, whose range it is. The
                 handler borrows it and forgets its ranges when it is closed.
 
@@ -290,12 +306,17 @@ class Handler(SoleOwner):
         with self._lock:
             engine = self._running_engine()
             start, length, page_size = region_numbers(region)
-            check_mode(mode, source, preserve, (uffd or self.uffd).features)
+            uffd = uffd or self.uffd
+            check_mode(mode, source, preserve, uffd.features)
+            if uffd not in self._spaces:
+                self._owners.add(uffd)
+            reads_owner = preserve is not None and local is None
+            self._owners.check_serving(uffd, reads_owner, leaves_holes(region, uffd, mode))
             content = content_of(source, region)
+            check_local(local, length)
             if source is not None and content.kind is SourceKind.REQUEST:
                 engine = engine if engine.calls_python else self._move_to_process(source)
             sink, sink_owner = preserve_buffer(preserve, length)
-            uffd = uffd or self.uffd
             space = self._space_of(engine, uffd)
             writes_cache = (
                 source is not None
@@ -308,7 +329,7 @@ class Handler(SoleOwner):
             memory = range_of(
                 region,
                 mode,
-                is_here=uffd is not self.uffd or self._owner_pid == self._pid,
+                is_here=self._owners.are_here(uffd),
                 source=source,
                 preserve=(sink, length if sink else 0),
                 local=None if engine.is_remote else local,
@@ -334,7 +355,7 @@ class Handler(SoleOwner):
                             local_file=file,
                             preserve=sink,
                             writes_cache=bool(writes_cache),
-                            shared=bool(getattr(region, "shared", False)),
+                            shared=is_shared(region, local, uffd, self._owners.of(uffd)),
                             owner=(sink_owner, local, region),
                         )
                     ),
@@ -347,7 +368,11 @@ class Handler(SoleOwner):
                     alias=alias,
                     preserves=preserve is not None,
                 )
-                ioctls = register(engine, served)
+                ioctls = register(
+                    engine,
+                    served,
+                    lambda: self._owners.verify(uffd, region, needed=reads_owner),
+                )
             except BaseException:
                 if alias is not None:
                     alias.close()
@@ -369,9 +394,8 @@ class Handler(SoleOwner):
                 raise ValueError("the inline driver serves this process's one userfaultfd")
             check_uffd(self.driver, uffd)
             uffd.claim_events(self)
-            has_events = int(uffd.features & LAYOUT_EVENTS)
             try:
-                self._spaces[uffd] = engine.add_space(uffd.fileno(), has_events=has_events)
+                self._spaces[uffd] = self._add_space(engine, uffd)
             except BaseException:
                 uffd.release_events(self)
                 raise
@@ -393,6 +417,7 @@ class Handler(SoleOwner):
                 self._unserve(self._engine, served, seal=True)
             self._engine.remove_space(self._spaces.pop(uffd))
             uffd.release_events(self)
+            self._owners.forget(uffd)
 
     def _follow_close(self, region: Region, served: Served) -> None:
         reference = weakref.ref(self)
@@ -446,10 +471,20 @@ class Handler(SoleOwner):
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:
         start = region if isinstance(region, int) else region.start
-        space = self._spaces.get(uffd or self.uffd, -1)
-        if (space, start) not in self._served:
+        found = [
+            self._served[space, start]
+            for known, space in self._spaces.items()
+            if uffd in (None, known) and (space, start) in self._served
+        ]
+        # Processes may have different memory at one address: the object that was served tells.
+        same = [one for one in found if one.region is region]
+        if len(same or found) > 1:
+            raise ValueError(
+                f"several ranges at {start:#x} are served: give the object that was served, or uffd"
+            )
+        if not found:
             raise ValueError(f"no range at {start:#x} is served by this handler")
-        return self._served[space, start]
+        return (same or found)[0]
 
     # Running
 
@@ -533,9 +568,7 @@ class Handler(SoleOwner):
         engine = Engine(self.uffd.fileno(), **self._options)
         engine.refuse()
         spaces = {
-            uffd: engine.add_space(uffd.fileno(), has_events=int(uffd.features & LAYOUT_EVENTS))
-            if uffd is not self.uffd
-            else 0
+            uffd: self._add_space(engine, uffd) if uffd is not self.uffd else 0
             for uffd in self._spaces
         }
         for key, served in list(self._served.items()):
@@ -652,8 +685,7 @@ class Handler(SoleOwner):
             engine, served, first, pages = self._pages(region, offset, length)
             if not served.mode & RegisterMode.WP:
                 raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
-            if self._owner_pid == self._pid:
-                map_holes(served)
+            map_holes(served, self._owners.of(served.uffd))
             size = served.page_size
             states = engine.writeprotect(served.id, first * size, pages * size, pages)
             served.was_protected = True
@@ -683,6 +715,9 @@ class Handler(SoleOwner):
         Raises:
             ValueError: the region was served without `preserve`, or `writeprotect` was never
                 called: the pages are of no instant.
+            ProcessGoneError: ESRCH - the owner of the memory has exited.
+            UffdOSError: EPERM, EFAULT - the owner's memory cannot be read at `start`, the first
+                page that is not saved; `completed` bytes were. It stays protected.
         """
         engine, served, first, pages = self._pages(region, offset, length)
         size = served.page_size
@@ -702,7 +737,7 @@ class Handler(SoleOwner):
 
     @property
     def owner_exited(self) -> bool:
-        """Whether the process `owner_pid` has exited."""
+        """Whether the process whose memory `uffd` governs has exited, or called execve(2)."""
         return self._running_engine().owner_exited
 
     def page_states(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:

@@ -172,7 +172,7 @@ class Keeper:
         self._replaying = False  # a worker has still to apply what the one before had read
         (options, workers), (uffd, self._owner_pidfd) = _wire.receive(owner)
         self._book = Book(options, workers)
-        self._book.spaces[0] = SpaceBook(uffd, False, options["has_events"])
+        self._book.spaces[0] = SpaceBook(uffd, False, options["has_events"], options["owner_pid"])
         self._worker = self._start_worker()
 
     def _start_worker(self) -> Worker:
@@ -343,7 +343,7 @@ class Keeper:
                     _wire.close_all(gone.fds)
             case "add_space":
                 number: int = pickle.loads(payload)
-                book.spaces[number] = SpaceBook(call.fds[0], False, args[0])
+                book.spaces[number] = SpaceBook(call.fds[0], False, args[0], args[1])
                 return
             case "start":
                 book.cpus = args[0]
@@ -376,7 +376,7 @@ class Keeper:
                 f" worker is killed: {limit_met(errno.EMFILE)}"
             )
         elif kind == ReportKind.FORK:
-            spaces[number] = SpaceBook(fds[0], True, id_, fds[1] if fds[1:] else -1)
+            spaces[number] = SpaceBook(fds[0], True, id_, states_fd=fds[1] if fds[1:] else -1)
         space = spaces.get(number)
         if space is None:
             _wire.close_all(fds)  # of a space whose own call is still to be answered

@@ -52,9 +52,9 @@ class RemoteEngine(SoleOwner):
 
     # What a Handler calls
 
-    def add_space(self, fd: int, *, has_events: int) -> int:
+    def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd as well."""
-        return int(self._call("add_space", has_events, fds=(fd,)))
+        return int(self._call("add_space", has_events, owner_pid, fds=(fd,)))
 
     def remove_space(self, space: int) -> None:
         """Forget it."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd._pages import RangeLike, page_size_of
+from pyuffd._errors import UffdOSError
+from pyuffd._pages import PAGE_SIZE, RangeLike, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._engine import Content, RangeId, SourceKind
@@ -85,13 +86,53 @@ def check_source(source: object) -> None:
     raise TypeError(f"{type(source).__name__} is not a page source: wrap it in a {wrapped}")
 
 
+def check_local(local: RangeLike | None, length: int) -> None:
+    """Raise ValueError unless `local` is memory of this process, and long enough."""
+    from pyuffd.handover import HandoverRange  # it is the process driver's as little as ours
+
+    if local is None:
+        return
+    if local.length < length:
+        raise ValueError(f"local has {local.length:#x} bytes, the region {length:#x}")
+    if isinstance(local, HandoverRange):
+        raise ValueError(
+            f"local={local!r} is memory of another process: map its descriptor here, with"
+            " Region.file(fd, length, offset=offset)"
+        )
+    if not isinstance(local, Region):
+        try:
+            _memory.look_at(os.getpid(), local.start, length)
+        except UffdOSError as error:
+            raise ValueError(
+                f"local [{local.start:#x}, +{length:#x}) is not mapped in this process"
+            ) from error
+
+
+def is_shared(
+    region: RangeLike, local: RangeLike | None, uffd: Userfaultfd, owner_pid: int
+) -> bool:
+    """Return whether forks share the region's memory; a private copy is each one's own."""
+    stated = getattr(region, "shared", None)
+    if stated is not None:
+        return bool(stated)
+    if owner_pid and uffd.features & Feature.EVENT_FORK:
+        try:
+            found = _memory.look_at(owner_pid, region.start, region.length)
+        except UffdOSError:
+            pass  # it may not be looked at
+        else:
+            return bool(found & _memory.Maps.SHARED)
+    # What is mapped here as well is shared.
+    return local is not None
+
+
 def local_mapping(
     region: RangeLike, length: int, local: RangeLike | None, *, needed: bool
 ) -> tuple[Region | None, int]:
     """Return (a new alias, the address) of an unregistered mapping of the region's memory."""
     if local is not None:
-        if local.length < length:
-            raise ValueError(f"local has {local.length:#x} bytes, the region {length:#x}")
+        if needed and isinstance(local, Region) and not (local.shared and local.writable):
+            raise ValueError(f"local={local!r} must be shared and writable to fill the page cache")
         return None, local.start
     if not needed:
         return None, 0
@@ -113,13 +154,11 @@ def local_file(
             "with driver='process', minor faults with a source need `local`, or the region, to be"
             " a Region of shared memory with a descriptor: the helper process maps it as well"
         )
-    if mapped.length < length:
-        raise ValueError(f"local has {mapped.length:#x} bytes, the region {length:#x}")
     return mapped.fd, mapped.offset
 
 
-def register(engine: Backend, served: Served) -> Ioctl:
-    """Register what the engine has; take it out again when that fails."""
+def register(engine: Backend, served: Served, check: Callable[[], None]) -> Ioctl:
+    """Register what the engine has, and check it; take it out again when that fails."""
     start, length = served.id.start, served.id.length
     try:
         ioctls = served.uffd.register(start, length, mode=served.mode)
@@ -131,8 +170,15 @@ def register(engine: Backend, served: Served) -> Ioctl:
         for one_mode, ioctl in NEEDED_IOCTL.items()
         if served.mode & one_mode and not ioctls & ioctl
     ]
+    # Unregistered, what waits in another process would go on with zeros.
+    undone = not served.uffd.adopted
+    try:
+        check()
+    except BaseException:
+        engine.unserve(served.id, seal=False, unregister=undone)
+        raise
     if missing:
-        engine.unserve(served.id, seal=False)
+        engine.unserve(served.id, seal=False, unregister=undone)
         raise ValueError(
             f"[{start:#x}, +{length:#x}) takes no {', '.join(missing)} (but {ioctls!r})"
         )
@@ -143,15 +189,28 @@ def register(engine: Backend, served: Served) -> Ioctl:
     return ioctls
 
 
-def map_holes(served: Served) -> None:
+def leaves_holes(region: RangeLike, uffd: Userfaultfd, mode: RegisterMode) -> bool:
+    """Return whether Linux may leave missing pages unprotected, and say nothing."""
+    return (
+        mode == RegisterMode.WP
+        and not uffd.features & (Feature.WP_UNPOPULATED | Feature.WP_ASYNC)
+        and not _is_file(region)
+    )
+
+
+def _is_file(region: RangeLike) -> bool:
+    if isinstance(region, Region):
+        return region.kind in FILE_BACKED
+    # Of another process: it came with its memory, or consists of huge pages, which are files.
+    return getattr(region, "fd", None) is not None or page_size_of(region) > PAGE_SIZE
+
+
+def map_holes(served: Served, owner_pid: int) -> None:
     """Map the missing pages where Linux would leave them unprotected and say nothing."""
-    region = served.region
-    is_file = isinstance(region, Region) and region.kind in FILE_BACKED
-    protects_holes = served.uffd.features & (Feature.WP_UNPOPULATED | Feature.WP_ASYNC)
-    if (
-        served.mode == RegisterMode.WP
-        and not served.uffd.adopted
-        and not is_file
-        and not protects_holes
-    ):
-        _memory.touch(served.id.start, served.id.length, served.page_size, write=False)
+    if not leaves_holes(served.region, served.uffd, served.mode):
+        return
+    start, length = served.id.start, served.id.length
+    if owner_pid == os.getpid():
+        _memory.touch(start, length, served.page_size, write=False)
+    elif _memory.look_at(owner_pid, start, length) & _memory.Maps.ANONYMOUS:
+        _memory.touch_in(owner_pid, start, length, served.page_size)

@@ -88,6 +88,7 @@ class SpaceBook:
     fd: int
     is_fork: bool
     has_events: int
+    owner_pid: int = 0  # 0: unknown, as of every fork
     states_fd: int = -1
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     owed: list[Piece] = field(default_factory=list)  # unmappings whose events are still to come
@@ -157,7 +158,11 @@ class Worker:
         for number, space in book.spaces.items():
             if number:
                 self._engine.adopt_space(
-                    space.fd, number, is_fork=space.is_fork, has_events=space.has_events
+                    space.fd,
+                    number,
+                    is_fork=space.is_fork,
+                    has_events=space.has_events,
+                    owner_pid=space.owner_pid,
                 )
             for owed in space.owed:
                 self._engine.owe(number, owed.start, owed.end)
@@ -263,9 +268,9 @@ class Worker:
             os.sched_setaffinity(0, cpus)
         self._engine.start(cpus)
 
-    def add_space(self, has_events: int, fds: list[int]) -> int:
+    def add_space(self, has_events: int, owner_pid: int, fds: list[int]) -> int:
         """Serve another userfaultfd as well."""
-        space = self._engine.add_space(fds[0], has_events=has_events)
+        space = self._engine.add_space(fds[0], has_events=has_events, owner_pid=owner_pid)
         self._space_fds[space] = fds[0]
         return space
 
