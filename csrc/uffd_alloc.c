@@ -82,6 +82,12 @@ void *uffd_alloc(size_t size)
 	return block ? (char *)block + HEADER_SIZE : NULL;
 }
 
+void uffd_alloc_forget_parent(void)
+{
+	pthread_mutex_init(&lock, NULL);
+	memset(unused, 0, sizeof(unused));
+}
+
 void uffd_free(void *memory)
 {
 	struct header *block = memory ? (struct header *)(void *)((char *)memory - HEADER_SIZE) : NULL;

@@ -14,5 +14,10 @@
 /* Zeroed, aligned to 64 bytes; NULL when memory is short.  Not async-signal-safe. */
 void *uffd_alloc(size_t size);
 void uffd_free(void *memory);
+/*
+ * In the child of a fork: begin anew.  A thread that does not exist there may have
+ * been in the middle of a change; what the parent had is left alone.
+ */
+void uffd_alloc_forget_parent(void);
 
 #endif /* UFFD_ALLOC_H */

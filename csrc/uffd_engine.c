@@ -32,15 +32,29 @@ static void init_gate(struct uffd_engine *engine)
 	pthread_rwlockattr_destroy(&attributes);
 }
 
+static void forget_parent(void)
+{
+	uffd_alloc_forget_parent();
+	inline_forget_parent();
+}
+
+static void watch_forks(void)
+{
+	pthread_atfork(NULL, NULL, forget_parent);
+}
+
 int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_engine **ret,
 		       const char **call_ret)
 {
-	struct uffd_engine *engine = uffd_alloc(sizeof(*engine));
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	struct uffd_engine *engine;
 	void *zeros;
 	int r = -ENOMEM;
 
 	*ret = NULL;
 	*call_ret = "mmap";
+	pthread_once(&once, watch_forks);
+	engine = uffd_alloc(sizeof(*engine));
 	if (!engine)
 		return -ENOMEM;
 	engine->options = *options;
@@ -159,23 +173,36 @@ int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork
 	return r;
 }
 
+static void wake_space(struct uffd_space *space)
+{
+	struct uffd_range *range;
+
+	/* Also where nobody serves: all of the address space at once. */
+	if (uffd_shim_wake(space->fd, LOWEST_ADDRESS, HIGHEST_ADDRESS - LOWEST_ADDRESS) == 0)
+		return;
+	gate_enter(space);
+	for (range = uffd_table_next(space->table, 0); range;
+	     range = uffd_table_next(space->table, range->end))
+		uffd_shim_wake(space->fd, range->start, range->end - range->start);
+	gate_leave(space);
+}
+
 void uffd_engine_wake_all(struct uffd_engine *engine)
 {
 	struct uffd_space *space;
-	struct uffd_range *range;
+	uint32_t last;
 
 	pthread_mutex_lock(&engine->spaces_lock);
-	LIST_FOREACH(space, &engine->spaces, link) {
-		/* Also where nobody serves: all of the address space at once. */
-		if (uffd_shim_wake(space->fd, LOWEST_ADDRESS, HIGHEST_ADDRESS - LOWEST_ADDRESS) == 0)
-			continue;
-		gate_enter(space);
-		for (range = uffd_table_next(space->table, 0); range;
-		     range = uffd_table_next(space->table, range->end))
-			uffd_shim_wake(space->fd, range->start, range->end - range->start);
-		gate_leave(space);
-	}
+	last = engine->next_space;
 	pthread_mutex_unlock(&engine->spaces_lock);
+	/* Not under the lock: who closed the gate may want it. */
+	for (uint32_t number = 0; number < last; number++) {
+		space = space_get(engine, number);
+		if (!space)
+			continue;
+		wake_space(space);
+		space_put(space);
+	}
 }
 
 int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number, uint64_t limit_ns)

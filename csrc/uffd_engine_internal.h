@@ -653,4 +653,7 @@ bool loses_content(const struct uffd_range *range);
 
 extern struct uffd_table uffd_inline_table;
 
+/* uffd_inline.c: in the child of a fork. */
+void inline_forget_parent(void);
+
 #endif /* UFFD_ENGINE_INTERNAL_H */

@@ -31,17 +31,8 @@
 
 struct uffd_table uffd_inline_table = UFFD_TABLE_INIT;
 
-/* A fork's child has the handler and the table, but the ranges are its parent's. */
-static _Atomic bool in_fork;
-
-static void note_fork(void)
-{
-	atomic_store(&in_fork, true);
-}
-
 static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned int users;
-static bool watching_forks;
 static struct sigaction previous;
 /*
  * What was there before ours the first time.  An action that was put on top of
@@ -233,7 +224,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 	 * BUS_MCEERR_AR is a poisoned page.  A kernel without CONFIG_MEMORY_FAILURE
 	 * says BUS_ADRERR for that too (measured): then the page's state tells.
 	 */
-	if (info->si_code == BUS_ADRERR && !atomic_load(&in_fork)) {
+	if (info->si_code == BUS_ADRERR) {
 		unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
 		struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
 
@@ -245,6 +236,18 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 	if (!ours)
 		pass_on(number, info, context);
 	errno = saved_errno;
+}
+
+/*
+ * A fork's child has the action and the table, but the ranges are its parent's, and
+ * a thread that does not exist here may have been inside.  What handlers the child
+ * makes are its first.
+ */
+void inline_forget_parent(void)
+{
+	pthread_mutex_init(&install_lock, NULL);
+	users = 0;
+	uffd_table_init(&uffd_inline_table);
 }
 
 static bool is_ours(const struct sigaction *action)
@@ -261,12 +264,8 @@ static int install(void)
 		return -errno;
 	if (is_ours(&old))
 		return 0;
-	if (users == 0) {
+	if (users == 0)
 		original = old;
-		if (!watching_forks)
-			pthread_atfork(NULL, NULL, note_fork);
-		watching_forks = true;
-	}
 	displaced = users > 0;
 	previous = old;
 	action.sa_sigaction = on_sigbus;

@@ -291,6 +291,16 @@ _loops: list[asyncio.AbstractEventLoop] = []  # one, once it is needed
 _loops_lock = threading.Lock()
 
 
+def _forget_loops() -> None:
+    """In the child of a fork the loop's thread does not exist."""
+    global _loops_lock
+    _loops.clear()
+    _loops_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_loops)
+
+
 def _own_loop() -> asyncio.AbstractEventLoop:
     import asyncio
 

@@ -476,6 +476,9 @@ class Engine(SoleOwner):
         if code:
             raise_start_error("start a fault handler", -code, _name(call) or "sigaction")
         self._running = True
+        # Who had the descriptor before us may have died with faults that it had read.
+        if not self._inline:
+            self.wake_all()
 
     def stop(self) -> None:
         """Stop a native driver that serves nothing; another engine reads its userfaultfds."""
