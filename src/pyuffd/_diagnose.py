@@ -83,6 +83,20 @@ def _causes(code: int, error: UffdOSError, asked: Asked) -> Iterator[str]:
                 yield from _not_fillable(code, asked, vmas)
 
 
+def why_unresolved(code: int, address: int, pid: int | str = "self") -> str:
+    """Say why a page could not be put in place for seconds: no huge page, as a rule."""
+    if code not in (errno.EAGAIN, errno.ENOMEM):
+        return ""
+    with suppress(Exception):
+        for vma in _vmas.overlapping(address, address + 1, pid=pid, details=True):
+            if vma.page_size > PAGE_SIZE:
+                return (
+                    "no huge page was free for it (or the mount's or the control group's quota is"
+                    f" met): {_machine.shortage(vma.page_size, 1, -1)}"
+                )
+    return ""
+
+
 # Whole ranges
 
 

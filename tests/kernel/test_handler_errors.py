@@ -457,6 +457,8 @@ def no_huge_page_for_good() -> None:
         with pytest.raises(HandlerError) as caught:
             handler.stop()
         assert caught.value.start == region.start + HUGE_PAGE
+        assert "huge page" in str(caught.value)
+        assert "quota" in str(caught.value)
         assert is_lost(region, HUGE_PAGE, 1)
         assert region.read(0, HUGE_PAGE) == data[:HUGE_PAGE]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
+from pyuffd._diagnose import why_unresolved
 from pyuffd._errors import HandlerError
 from pyuffd._pages import RangeLike, check_page_size, check_range, page_size_of
 from pyuffd._uffd import Userfaultfd
@@ -167,8 +168,10 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
         FailureStage.SAVE: "the old content of a page could not be saved",
     }.get(failure.stage, "the engine failed")
     place = f" at {failure.address:#x}" if failure.address else ""
+    hint = why_unresolved(failure.error, failure.address)
     error = HandlerError(
-        f"{what}{place}: {os.strerror(failure.error)} ({failure.count} pages in all)",
+        f"{what}{place}: {os.strerror(failure.error)} ({failure.count} pages in all)"
+        + (f"; {hint}" if hint else ""),
         failure.address or None,
         failure.length or None,
     )
