@@ -97,6 +97,22 @@ def why_unresolved(code: int, address: int, pid: int | str = "self") -> str:
     return ""
 
 
+def mergeable(start: int, end: int, pid: int | str = "self") -> Vma | None:
+    """Return the first mapping of a range that KSM may merge pages of (MADV_MERGEABLE).
+
+    It replaces a write-protected page by a shared one and forgets the protection (Linux 6.18):
+    later writes may go unseen.  smaps is read only where the process has such memory at all.
+    """
+    with suppress(Exception):
+        stat = Path(f"/proc/{pid}/ksm_stat")
+        if stat.exists() and "ksm_mergeable: no" in stat.read_text():
+            return None
+        for vma in _vmas.overlapping(start, end, pid=pid, details=True):
+            if "mg" in vma.flags:
+                return vma
+    return None
+
+
 # Whole ranges
 
 

@@ -57,6 +57,7 @@ from pyuffd.handlers._serving import (
     local_mapping,
     map_holes,
     register,
+    warn_of_merging,
 )
 from pyuffd.handlers._transport import refuse_while_loading
 from pyuffd.handlers._workers import WorkedEngine
@@ -378,6 +379,8 @@ class Handler(SoleOwner):
                     alias.close()
                 raise
             self._served[space, start] = served
+            if mode & RegisterMode.WP:
+                warn_of_merging(served)
             if self._started:
                 self._may_move = False
             self._overlaps.add(memory)
@@ -685,6 +688,7 @@ class Handler(SoleOwner):
             engine, served, first, pages = self._pages(region, offset, length)
             if not served.mode & RegisterMode.WP:
                 raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
+            warn_of_merging(served)
             map_holes(served, self._owners.of(served.uffd))
             size = served.page_size
             states = engine.writeprotect(served.id, first * size, pages * size, pages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ class Served:
     memory: Range
     ioctls: int = 0
     alias: Region | None = None
+    is_mergeable: bool = False  # by KSM, and the user was warned
     preserves: bool = False
     was_protected: bool = False
     on_close: list[Callable[[], None]] = field(default_factory=list)
@@ -203,6 +205,23 @@ def _is_file(region: RangeLike) -> bool:
         return region.kind in FILE_BACKED
     # Of another process: it came with its memory, or consists of huge pages, which are files.
     return getattr(region, "fd", None) is not None or page_size_of(region) > PAGE_SIZE
+
+
+def warn_of_merging(served: Served) -> None:
+    """Warn, once, of protected memory that KSM may merge, whose later writes are not seen."""
+    if served.is_mergeable or served.uffd.adopted:
+        return
+    from pyuffd._diagnose import mergeable
+
+    start = served.id.start
+    if vma := mergeable(start, start + served.id.length):
+        served.is_mergeable = True
+        warnings.warn(
+            f"{vma} is mergeable by KSM, which drops write-protection: writes to merged pages may"
+            " go unseen; madvise(MADV_UNMERGEABLE) it",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def map_holes(served: Served, owner_pid: int) -> None:

@@ -1,0 +1,106 @@
+"""Writes that write-protection cannot see: pages that KSM has merged, and how that is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pyuffd import Feature, Handler, PageBit, Pagemap, Region, RegisterMode, Userfaultfd
+from tests._child import run_child
+from tests._memory import PAGE
+from tests._need import Need, needs_privilege
+
+KSM = Path("/sys/kernel/mm/ksm")
+MADV_MERGEABLE, MADV_UNMERGEABLE = 12, 13
+PAGES = 64
+LIMIT_S = 20
+
+
+def needs_ksm() -> pytest.MarkDecorator:
+    """Skip unless the kernel has KSM and nobody uses it."""
+
+    def missing() -> tuple[list[str], str]:
+        if not KSM.exists():
+            return ["ksm"], "there is no CONFIG_KSM"
+        run = (KSM / "run").read_text().strip()
+        return ([] if run == "0" else ["ksm"]), f"it is {run}"
+
+    return pytest.mark.need(Need("KSM that is off", missing))
+
+
+@contextlib.contextmanager
+def ksm_running() -> Iterator[None]:
+    old = {name: (KSM / name).read_text() for name in ("sleep_millisecs", "pages_to_scan", "run")}
+    try:
+        for name, value in (("sleep_millisecs", 1), ("pages_to_scan", 5000), ("run", 1)):
+            (KSM / name).write_text(str(value))
+        yield
+    finally:
+        for name, text in old.items():
+            (KSM / name).write_text(text)
+
+
+def merged() -> None:
+    features = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
+    with (
+        Userfaultfd(features=features) as uffd,
+        Region.anonymous(PAGES * PAGE) as region,
+        Pagemap() as pagemap,
+        Handler(uffd) as handler,
+    ):
+        region.fill(7)
+        handler.serve(region, None, mode=RegisterMode.WP)
+        handler.writeprotect(region)
+        assert pagemap.read(region).count(PageBit.UFFD_WP) == PAGES
+        region.madvise(MADV_MERGEABLE)
+        with ksm_running():
+            deadline = time.monotonic() + LIMIT_S
+            end = int((KSM / "full_scans").read_text()) + 4
+            while int((KSM / "full_scans").read_text()) < end:
+                assert time.monotonic() < deadline, "ksmd does not run"
+                time.sleep(0.01)
+        protected = pagemap.read(region).count(PageBit.UFFD_WP)
+        assert protected < PAGES
+        with pytest.warns(RuntimeWarning, match="MADV_UNMERGEABLE"):
+            handler.writeprotect(region)
+
+
+@needs_ksm()
+@needs_privilege("CAP_SYS_ADMIN")
+def test_merging_drops_protection() -> None:
+    """As Linux 6.18 does; what a kernel that keeps it does to this test is to be looked at."""
+    run_child(merged, budget_s=40)
+
+
+def noticed(when: str) -> None:
+    features = Feature.PAGEFAULT_FLAG_WP
+    with (
+        Userfaultfd(features=features) as uffd,
+        Region.anonymous(PAGES * PAGE) as region,
+        Region.anonymous(PAGE) as other,
+        Handler(uffd) as handler,
+    ):
+        if when == "before":
+            region.madvise(MADV_MERGEABLE)
+            with pytest.warns(RuntimeWarning, match="KSM"):
+                handler.serve(region, None, mode=RegisterMode.WP)
+        else:
+            handler.serve(region, None, mode=RegisterMode.WP)
+            region.madvise(MADV_MERGEABLE)
+            with pytest.warns(RuntimeWarning, match="KSM"):
+                handler.writeprotect(region)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            handler.writeprotect(region)  # said once
+            handler.serve(other, None, mode=RegisterMode.WP)
+
+
+@needs_ksm()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_mergeable_memory_is_noticed(when: str) -> None:
+    run_child(noticed, when)
