@@ -110,7 +110,8 @@ def _cgroup_limits() -> Iterator[tuple[str, int, int]]:
                     limit = int(limit_file.read())
                 with open(f"{root}{folder}/pids.current") as used_file:
                     used = int(used_file.read())
-                yield f"pids.max of the cgroup {folder or '/'} is {limit}: raise it", used, limit
+                text = f"pids.max of the cgroup {folder or '/'} is {limit}, and {used} are used"
+                yield f"{text}: raise it", used, limit
             if folder in ("", "/"):
                 break
             folder = folder.rpartition("/")[0]

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -384,12 +385,14 @@ def test_a_helper_that_does_not_start(
 
 def no_interpreter(name: str) -> None:
     executable: Any = {"none": None, "empty": "", "missing": "/nowhere/python"}.get(name)
+    if name == "forbidden":
+        executable = "/proc/self/status"
     if name == "frozen":
         executable = sys.executable
         sys.frozen = True  # type: ignore[attr-defined]
     before, sys.executable = sys.executable, executable
-    if name == "missing":
-        fails("/nowhere/python: No such file")
+    if name in ("missing", "forbidden"):
+        fails(f"{executable}: (No such file|Permission denied)")
         return
     assert "driver='thread'" in fails("set_executable")
     from multiprocessing import spawn
@@ -398,7 +401,7 @@ def no_interpreter(name: str) -> None:
     use()
 
 
-@pytest.mark.parametrize("name", ["none", "empty", "missing", "frozen"])
+@pytest.mark.parametrize("name", ["none", "empty", "missing", "forbidden", "frozen"])
 def test_without_an_interpreter(name: str) -> None:
     run_child(no_interpreter, name, budget_s=20)
 
@@ -433,6 +436,9 @@ def lost(how: str) -> None:
     logging.disable()
     if how == "unknown":
         ignored_children()
+    if how == "orphans":  # this process is asked to reap them, as the first of a container is
+        prctl(PR_SET_CHILD_SUBREAPER, 1)()
+        how = "SIGKILL"
     with no_leaks(), Userfaultfd() as uffd, Region.anonymous(LENGTH) as region:
         handler = Handler(uffd, driver="process")
         handler.serve(region, CallableSource(sources.page))
@@ -451,9 +457,30 @@ def lost(how: str) -> None:
             handler.stop()
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "unknown"])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "unknown", "orphans"])
 def test_how_the_helper_was_lost(how: str) -> None:
     run_child(lost, how)
+
+
+def keeper_without_descriptors() -> None:
+    """It cannot start another worker, says so, and what is missing is poisoned."""
+    logging.disable()
+    with no_leaks(), Userfaultfd() as uffd, Region.anonymous(LENGTH) as region:
+        handler = Handler(uffd, driver="process")
+        handler.serve(region, CallableSource(sources.page))
+        keeper, worker = processes(handler)
+        resource.prlimit(keeper, resource.RLIMIT_NOFILE, (5, 5))
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(HelperLostError, match="socketpair") as caught:
+            while True:
+                handler.stats()
+        assert "RLIMIT_NOFILE" in str(caught.value)
+        with pytest.raises(HelperLostError, match="socketpair"):
+            handler.stop()
+
+
+def test_a_keeper_that_cannot_start_a_worker() -> None:
+    run_child(keeper_without_descriptors)
 
 
 def stopped_helper() -> None:

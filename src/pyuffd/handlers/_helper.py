@@ -82,8 +82,9 @@ class Worker:
 
     def __init__(self, book: Book, shared: mmap.mmap, not_theirs: list[int]) -> None:
         self._shared, _, self._keepalive = _memory.buffer_address(shared)
-        self.control, theirs = socket.socketpair()
-        self.reports, their_reports = socket.socketpair()
+        with named("socketpair"):
+            self.control, theirs = socket.socketpair()
+            self.reports, their_reports = socket.socketpair()
         self.born_s = time.monotonic()
         self.start_s: float | None = None  # what it needed to take over, when it has
         self.error: bytes | None = None  # what it ended with

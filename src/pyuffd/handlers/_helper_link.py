@@ -51,8 +51,8 @@ class HelperLink:
         self._died: BaseException | None = None
         self._how = ""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._process = HelperProcess()
         try:
+            self._process = HelperProcess()
             with starting("eventfd2"):
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             try:
@@ -185,7 +185,7 @@ class HelperLink:
 
     def close(self) -> None:
         """End the helper: it goes when its work is done, or is killed; twice is fine."""
-        if self._process.pidfd < 0:
+        if not hasattr(self, "_process") or self._process.pidfd < 0:
             return
         if self._thread.ident is not None and self._ready:
             self._post(None)

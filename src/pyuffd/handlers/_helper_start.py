@@ -12,13 +12,20 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pyuffd import _limits
 from pyuffd._errors import HandlerError
 
 STDIO = 3  # 0, 1 and 2 are the helper's standard streams, whatever they are here
+# A worker and a holder end at once; what a page source had started may live on.
+ORPHANS_LIMIT_S = 1.0
+ORPHANS_POLL_S = 0.005
+_SESSION = 3  # the field of /proc/PID/stat, behind the name
+
 # Start this copy of pyuffd, whatever the helper would find; what it needs is where we found it.
 # Without the folder of the script or the working directory, whose files may shadow others.
 _PROGRAM = """\
@@ -46,20 +53,20 @@ class HelperProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # of what follows
         self._how = ""
-        self._said_fd = -1
+        self._said_fd = self.pidfd = -1
+        self._popen: subprocess.Popen[bytes] | None = None
         with contextlib.ExitStack() as undo:
+            undo.callback(self._undo_start)
             with starting("socketpair"):
                 self.socket, theirs = _socketpair()
             undo.callback(self.socket.close)
             with theirs, _standard_error() as stderr:
                 self._open_said()
-                undo.callback(self._close_said)
                 self._popen = self._start(theirs.fileno(), stderr)
-            undo.callback(self._undo_start)
+            self.pid = self._popen.pid
             with starting("pidfd_open"):
-                self.pidfd = os.pidfd_open(self._popen.pid)
+                self.pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
-        self.pid = self._popen.pid
 
     def _start(self, fd: int, stderr: int) -> subprocess.Popen[bytes]:
         """Start an interpreter; vfork(2) copies no memory, so no EVENT_FORK has to be read for it.
@@ -77,15 +84,18 @@ class HelperProcess:
             return subprocess.Popen(
                 [_interpreter(), *_flags(), "-P", "-c", program],
                 stdin=subprocess.DEVNULL,
-                stdout=None if _is_inherited(1) else subprocess.DEVNULL,
+                stdout=None if is_inherited(1) else subprocess.DEVNULL,
                 stderr=self._said_fd if self._said_fd >= 0 else _inherited_or_null(2),
                 pass_fds=[fd, stderr] if stderr >= 0 else [fd],
                 start_new_session=True,
             )
 
     def _undo_start(self) -> None:
-        self._popen.kill()
-        self._popen.wait()
+        if self._popen is not None:
+            self._popen.kill()
+            self._popen.wait()
+        self._close_said()
+        self._close_pidfd()
 
     # What it says while it starts
 
@@ -136,7 +146,9 @@ class HelperProcess:
         status: Any = None
         with contextlib.suppress(ChildProcessError):
             status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        self._popen.poll()  # it is gone, whatever that says
+        if self._popen is not None:
+            self._popen.poll()  # it is gone, whatever that says
+        self._reap_orphans()
         if status is None:
             # SIGCHLD is ignored here, or some code waits for all children.
             how = "has ended; how is unknown, as this program waits for it in its place"
@@ -154,13 +166,41 @@ class HelperProcess:
         hint = _limits.why(errno.ENOMEM, "mmap") if memory else ""
         return f"{how}; its last words: {lines[-1]}" + (f"; {hint}" if hint else "")
 
+    def _reap_orphans(self) -> None:
+        """Reap its children, which are ours if this process is the one that orphans go to.
+
+        They end when the keeper does, and are of the session that it began.
+        """
+        give_up = time.monotonic() + ORPHANS_LIMIT_S
+        while (orphans := _children_of_session(self.pid)) and time.monotonic() < give_up:
+            for pid in orphans:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+            time.sleep(ORPHANS_POLL_S)
+
     def close(self) -> None:
         """Close what leads to it, after its end; twice is fine."""
         self.socket.close()
         self._close_said()
+        self._close_pidfd()
+
+    def _close_pidfd(self) -> None:
         fd, self.pidfd = self.pidfd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _children_of_session(session: int) -> list[int]:
+    """Return which children of this process belong to a session."""
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            for pid in Path(f"/proc/self/task/{task}/children").read_text().split():
+                with contextlib.suppress(OSError):
+                    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+                    if int(stat[_SESSION]) == session:
+                        found.append(int(pid))
+    return found
 
 
 def signal_name(number: int) -> str:
@@ -211,7 +251,7 @@ def _above_stdio(sock: socket.socket) -> socket.socket:
 @contextlib.contextmanager
 def _standard_error() -> Iterator[int]:
     """Give a number to our standard error that the helper can use when it is ready; -1: none."""
-    if not _is_inherited(2):
+    if not is_inherited(2):
         yield -1
         return
     with starting("fcntl"):
@@ -222,7 +262,7 @@ def _standard_error() -> Iterator[int]:
         os.close(fd)
 
 
-def _is_inherited(fd: int) -> bool:
+def is_inherited(fd: int) -> bool:
     """Whether a standard stream is open; what closes at exec(2) has its number by accident."""
     try:
         return not fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
@@ -231,7 +271,7 @@ def _is_inherited(fd: int) -> bool:
 
 
 def _inherited_or_null(fd: int) -> int | None:
-    return None if _is_inherited(fd) else subprocess.DEVNULL
+    return None if is_inherited(fd) else subprocess.DEVNULL
 
 
 def _interpreter() -> str:

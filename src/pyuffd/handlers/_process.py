@@ -7,6 +7,7 @@ Two processes stand behind it: the keeper (`_helper`) and its fork, the worker
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Unpack
 
@@ -37,18 +38,17 @@ class RemoteEngine(SoleOwner):
     _instead = "it is a process of this one"
 
     def __init__(self, fd: int, *, workers: int, **options: Unpack[EngineOptions]) -> None:
-        self._link = HelperLink(f"uffd-p{fd}")
-        self._call = self._link.call
-        try:
+        with contextlib.ExitStack() as undo:
+            self._link = HelperLink(f"uffd-p{fd}")
+            undo.callback(self._link.close)
+            self._call = self._link.call
             with starting("pidfd_open"):
                 own = os.pidfd_open(os.getpid())  # the helper sees by it that we have ended
             try:
                 self._link.introduce((options, workers), (fd, own))
             finally:
                 os.close(own)
-        except BaseException:
-            self._link.close()
-            raise
+            undo.pop_all()
 
     # What a Handler calls
 

@@ -11,6 +11,8 @@ import logging
 import signal
 import sys
 
+from pyuffd.handlers._helper_start import is_inherited
+
 log = logging.getLogger(__name__)
 
 
@@ -18,10 +20,12 @@ def stall_signal() -> int:
     """Return a signal on which faulthandler shows all tracebacks; 0 where that cannot be."""
     if _chosen:
         return _chosen[0]
-    if sys.__stderr__ is None:
+    # Without a standard error, another file may have its number.
+    if sys.__stderr__ is None or not is_inherited(2):
         return 0
-    for number in range(signal.SIGRTMAX, signal.SIGRTMIN, -1):
-        if signal.getsignal(number) is not signal.SIG_DFL:
+    numbers = range(signal.SIGRTMAX, signal.SIGRTMIN, -1)
+    for number in sorted(numbers, key=lambda number: signal.getsignal(number) is signal.SIG_IGN):
+        if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN):
             continue
         try:
             faulthandler.register(number, file=sys.__stderr__, all_threads=True)
