@@ -141,6 +141,8 @@ def in_fork(function: Callable[[], object]) -> int:
     with warnings.catch_warnings():
         # Python 3.12 warns of every thread, also of C threads that hold no lock of Python's.
         warnings.simplefilter("ignore", DeprecationWarning)
+        # Tests of what forks read know that it is zeros.
+        warnings.simplefilter("ignore", RuntimeWarning)
         pid = os.fork()
     if pid == 0:
         status = 1

@@ -43,6 +43,7 @@ from pyuffd.handlers._engine import (
     SourceKind,
     ensure_inline_handler,
 )
+from pyuffd.handlers._forks import ForkWatch
 from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Overlaps, range_of
 from pyuffd.handlers._owners import Owners
@@ -177,6 +178,7 @@ class Handler(SoleOwner):
         self._served: dict[tuple[int, int], Served] = {}  # by space and start
         self._autostart = autostart
         self._overlaps = Overlaps()
+        self._fork_watch = ForkWatch(self)
         self._started = False
         # Until a region is served without Python and the handler runs.
         self._may_move = driver == "auto" and self.driver == "native"

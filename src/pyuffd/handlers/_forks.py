@@ -1,0 +1,116 @@
+"""A warning before a fork whose child would read zeros for pages that are served (layer L4).
+
+Without Feature.EVENT_FORK the child's copy of a served range is not registered: what is missing
+there is zeros, and in shared memory those zeros are the parent's page from then on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import weakref
+from typing import TYPE_CHECKING
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._errors import UffdError
+from pyuffd.handlers._engine import PageState, SourceKind
+
+if TYPE_CHECKING:
+    from pyuffd.handlers._handler import Handler
+    from pyuffd.handlers._serving import Served
+
+CALLER = 2  # os.fork() itself has no frame: the hook's is the first, its caller's the second
+LOSES_CONTENT = RegisterMode.MISSING
+MISSED = {PageState.ABSENT, PageState.IN_FLIGHT}
+
+
+class ForkWatch:
+    """What one handler serves, and whether its user has been warned."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = weakref.ref(handler)
+        self.warned = False
+        self._left_out: set[int] = set()  # ranges that forks do not get (MADV_DONTFORK)
+        self.pid = os.getpid()
+        _watches.add(self)
+
+    def lacking(self) -> Served | None:
+        """Return a range of which a fork would read zeros.
+
+        No lock is taken: a thread that changes what is served may be the one that waits for us.
+        """
+        handler = self._handler()
+        if handler is None or handler._engine is None:
+            return None
+        for served in list(handler._served.values()):
+            if self._is_lost(handler, served):
+                return served
+        return None
+
+    def _is_lost(self, handler: Handler, served: Served) -> bool:
+        if (
+            served.kind in (SourceKind.ZERO, SourceKind.NONE)
+            or not served.mode & LOSES_CONTENT
+            or served.uffd.features & Feature.EVENT_FORK
+            or served.uffd.owner_pid != self.pid
+            or served.id.number in self._left_out
+            or not _has_holes(handler, served)
+        ):
+            return False
+        # Slow, and the last question: the answer ends the asking.
+        facts = _memory.look_at(self.pid, served.id.start, served.id.length, all_facts=True)
+        if facts & _memory.Maps.NOT_FORKED:
+            self._left_out.add(served.id.number)
+        return not facts & _memory.Maps.NOT_FORKED
+
+
+def _has_holes(handler: Handler, served: Served) -> bool:
+    """Return whether pages are missing, by the page table and the page cache."""
+    from pyuffd._residency import PageResidency, residency  # 5 ms, and few programs fork
+
+    fd = getattr(served.region, "fd", None)
+    where = residency(served.id.start, served.id.length, page_size=served.page_size, fd=fd)
+    unsure = where.count(PageResidency.UNKNOWN)
+    if not where.count(PageResidency.HOLE) and not unsure:
+        return False
+    engine = handler._engine
+    if engine is None or engine.is_remote:
+        # The helper is not asked: it may wait for what this thread does next.
+        return where.count(PageResidency.HOLE) > 0
+    # What was dropped is zeros anyway.
+    states = engine.states(served.id, 0, len(where))
+    holes = (PageResidency.HOLE, PageResidency.UNKNOWN)
+    return any(
+        state in MISSED and page in holes for state, page in zip(states, where.states, strict=True)
+    )
+
+
+def _before_fork() -> None:
+    caller = sys._getframe(1)
+    # A child that calls execve(2) at once: `preexec_fn` makes it a real fork.
+    if caller.f_globals.get("__name__") == "subprocess":
+        return
+    for watch in list(_watches):
+        if watch.warned or watch.pid != os.getpid():
+            continue
+        try:
+            served = watch.lacking()
+        except (UffdError, OSError, ValueError):  # unmapped, stopped, or not to be looked at
+            continue
+        if served is None:
+            continue
+        watch.warned = True
+        warnings.warn(
+            f"this process forks while pages of [{served.id.start:#x}, +{served.id.length:#x}) are"
+            " missing, and the child reads zeros there: populate() the region before, open the"
+            " userfaultfd with Feature.EVENT_FORK, or madvise(MADV_DONTFORK) it",
+            RuntimeWarning,
+            stacklevel=CALLER,
+        )
+
+
+_watches: weakref.WeakSet[ForkWatch] = weakref.WeakSet()
+
+os.register_at_fork(before=_before_fork)
