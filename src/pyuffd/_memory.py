@@ -137,9 +137,12 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise_errno("fallocate", -code, offset, length, mode=mode)
 
 
-def buffer_of(address: int, length: int) -> Buffer:
-    """Return a writable buffer over memory, weak-referenceable; it does not keep the mapping."""
-    buffer: Buffer = ffi.buffer(ffi.cast("char *", address), length)
+def buffer_of(address: int, length: int, *, keeps: object) -> Buffer:
+    """Return a writable buffer over memory, weak-referenceable, which keeps an object alive."""
+    # The buffer keeps its pointer, and the pointer its destructor: a list's method, which runs no
+    # Python that could be interrupted.
+    pointer = ffi.gc(ffi.cast("char *", address), [keeps].append)
+    buffer: Buffer = ffi.buffer(pointer, length)
     return buffer
 
 

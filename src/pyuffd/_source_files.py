@@ -12,6 +12,7 @@ from typing import IO
 
 from pyuffd import _memory
 from pyuffd._errors import UffdOSError, UffdPermissionError
+from pyuffd._owned import Descriptor, MappedMemory
 from pyuffd._pages import PAGE_SIZE
 
 HUGETLBFS_MAGIC = 0x958458F6
@@ -26,7 +27,7 @@ _ZERO_DEVICE = os.makedev(1, 5)
 _INSTEAD = "read it into memory for a BufferSource, or use a CallableSource"
 
 
-def open_source(file: FileLike) -> int:
+def open_source(file: FileLike) -> Descriptor:
     """Return a descriptor of the caller's own for a file that can be mapped and read by offset.
 
     Raises:
@@ -36,17 +37,14 @@ def open_source(file: FileLike) -> int:
     """
     if isinstance(file, (str, os.PathLike)):
         _check_kind(os.stat(file), os.fspath(file))  # opening a FIFO would wait for a writer
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        opened = Descriptor.open(file, os.O_RDONLY)
     else:
-        fd = os.dup(file if isinstance(file, int) else file.fileno())
-    try:
-        _check_kind(os.fstat(fd), name_of(fd))
-        fd = _without_direct(fd)
-        _check_mappable(fd)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        opened = Descriptor.duplicate(file if isinstance(file, int) else file.fileno())
+    with opened:
+        _check_kind(os.fstat(opened.number), name_of(opened.number))
+        with _without_direct(opened) as descriptor:
+            _check_mappable(descriptor.number)
+            return descriptor.moved()
 
 
 def size_of(fd: int) -> int:
@@ -67,7 +65,12 @@ def mapping_unit(fd: int) -> int:
 
 def name_of(fd: int) -> str:
     """Return the path of an open file, as the kernel knows it."""
-    return os.readlink(f"/proc/self/fd/{fd}")
+    return os.readlink(name_in_proc(fd))
+
+
+def name_in_proc(fd: int) -> str:
+    """Return the path by which this process can open an open file once more."""
+    return f"/proc/self/fd/{fd}"
 
 
 def _check_kind(status: os.stat_result, name: str) -> None:
@@ -85,13 +88,11 @@ def _check_kind(status: os.stat_result, name: str) -> None:
     raise ValueError(f"{name} is {kind}, without a size: {_INSTEAD}")
 
 
-def _without_direct(fd: int) -> int:
-    """Return a descriptor whose reads need not be aligned, in the place of one with O_DIRECT."""
-    if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-        return fd
-    buffered = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    os.close(fd)
-    return buffered
+def _without_direct(descriptor: Descriptor) -> Descriptor:
+    """Return one whose reads need not be aligned, in the place of one with O_DIRECT."""
+    if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+        return descriptor
+    return Descriptor.open(name_in_proc(descriptor.number), os.O_RDONLY)
 
 
 def _check_mappable(fd: int) -> None:
@@ -102,7 +103,8 @@ def _check_mappable(fd: int) -> None:
         )
     size = mapping_unit(fd)
     try:
-        start = _memory.mmap(size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_NORESERVE, fd)
+        with MappedMemory.map(size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_NORESERVE, fd):
+            pass
     except UffdOSError as error:
         if error.errno not in _NOT_MAPPABLE:
             raise
@@ -110,4 +112,3 @@ def _check_mappable(fd: int) -> None:
             f"{name_of(fd)} cannot be mapped (files of procfs and sysfs, for example, cannot):"
             f" {_INSTEAD}"
         ) from None
-    _memory.munmap(start, size)

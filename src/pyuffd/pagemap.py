@@ -21,6 +21,7 @@ from pyuffd import lowlevel
 from pyuffd._abi import PageBit, PageCategory, ScanFlag
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, UffdOSError, UnsupportedFeatureError, raise_errno
+from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_range, resolve_range
 
 MASK_LIMIT = 1 << 64
@@ -248,14 +249,13 @@ class Pagemap(SoleOwner):
     _instead = "open another with Pagemap(pid)"
 
     def __init__(self, pid: int | None = None) -> None:
-        self._fd = -1
         if pid is not None and pid <= 0:
             raise ValueError(f"pid {pid} is not that of a process")
         self._pid = pid
         self._owner = os.getpid()
         path = f"/proc/{'self' if pid is None else pid}/pagemap"
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = Descriptor.open(path, os.O_RDONLY)
         except OSError as error:
             code = error.errno or errno.EIO
             if pid is not None and code == errno.ENOENT:
@@ -276,7 +276,7 @@ class Pagemap(SoleOwner):
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._fd < 0
+        return not self._descriptor.is_open
 
     def fileno(self) -> int:
         """Return the file descriptor, which stays this object's.
@@ -284,17 +284,16 @@ class Pagemap(SoleOwner):
         Raises:
             ClosedError: it was closed, or is that of the process this one was forked from.
         """
-        if self._fd < 0:
+        fd = self._descriptor.number
+        if fd < 0:
             raise ClosedError("Pagemap is closed")
         if self._pid is None and self._owner != os.getpid():
             raise ClosedError(f"Pagemap is that of process {self._owner}, which forked this one")
-        return self._fd
+        return fd
 
     def close(self) -> None:
         """Close the file descriptor; a second call does nothing."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._descriptor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -308,12 +307,12 @@ class Pagemap(SoleOwner):
         self.close()
 
     def __del__(self) -> None:
-        if self._fd >= 0:
+        if hasattr(self, "_descriptor") and self._descriptor.is_open:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"fd={self._fd}"
+        state = "closed" if self.closed else f"fd={self._descriptor.number}"
         return f"<Pagemap of {'this process' if self._pid is None else self._pid}: {state}>"
 
     def read(self, range_or_start: RangeLike | int, length: int | None = None) -> PageEntries:

@@ -120,16 +120,15 @@ class FileSource(SoleOwner):
     _instead = "it holds a descriptor; serve it by itself, or open the file once more"
 
     def __init__(self, file: _source_files.FileLike, offset: int = 0) -> None:
-        self._fd = -1
         if offset < 0:
             raise ValueError(f"offset {offset:#x} is negative")
-        self._fd = _source_files.open_source(file)
-        self.offset = offset
-        size = _source_files.size_of(self._fd)
-        if offset >= size:
-            name = self.name
-            self.close()
-            raise ValueError(f"offset {offset:#x} is not inside {name}, {size:#x} bytes long")
+        with _source_files.open_source(file) as descriptor:
+            size = _source_files.size_of(descriptor.number)
+            if offset >= size:
+                name = _source_files.name_of(descriptor.number)
+                raise ValueError(f"offset {offset:#x} is not inside {name}, {size:#x} bytes long")
+            self.offset = offset
+            self._descriptor = descriptor.moved()
 
     @property
     def name(self) -> str:
@@ -143,9 +142,10 @@ class FileSource(SoleOwner):
 
     def fileno(self) -> int:
         """Return the source's own descriptor."""
-        if self._fd < 0:
+        fd = self._descriptor.number
+        if fd < 0:
             raise ClosedError("this source is closed")
-        return self._fd
+        return fd
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, zero-padded behind the end of the file."""
@@ -160,9 +160,7 @@ class FileSource(SoleOwner):
 
     def close(self) -> None:
         """Close the descriptor; what serves from it already has its own."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._descriptor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -171,12 +169,12 @@ class FileSource(SoleOwner):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
+        if hasattr(self, "_descriptor") and self._descriptor.is_open:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._fd < 0 else self.name
+        state = self.name if self._descriptor.is_open else "closed"
         return f"FileSource({state}, offset={self.offset:#x})"
 
 

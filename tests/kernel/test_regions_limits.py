@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -170,9 +171,9 @@ def too_many_mappings() -> None:
         page = 0
         while libc.mprotect(ctypes.c_void_p(cut.start + page * PAGE), PAGE, 1) == 0:
             page += 2
-        with pytest.raises(UffdOSError) as caught:
+        with pytest.raises(UffdOSError) as caught, contextlib.ExitStack() as regions:
             for _ in range(4):
-                Region.memfd(PAGE)
+                regions.enter_context(Region.memfd(PAGE))
         assert libc.mprotect(ctypes.c_void_p(cut.start), cut.length, 3) == 0
     assert caught.value.errno == errno.ENOMEM
     assert "vm.max_map_count" in caught.value.hint

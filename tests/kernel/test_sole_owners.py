@@ -9,6 +9,7 @@ import enum
 import gc
 import importlib
 import inspect
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -35,6 +36,7 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
     _memory,
+    _owned,
 )
 from pyuffd._async import EventIterator
 from pyuffd._closing import CloseCallbacks, SoleOwner
@@ -58,6 +60,7 @@ from tests._child import run_child
 from tests._need import needs
 
 PAGE = 4096
+ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 ALWAYS = pyuffd.Feature(0)
 REMOVE = pyuffd.Feature.EVENT_REMOVE
 
@@ -154,6 +157,11 @@ MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     WorkedEngine: _made(lambda: _engine_of("thread")),
     RemoteEngine: _made(lambda: _engine_of("process")),
     _memory.Agent: _made(_agent),
+    _owned.Descriptor: lambda: _owned.Descriptor.open(__file__, os.O_RDONLY),
+    _owned.MappedMemory: lambda: _owned.MappedMemory.map(PAGE, mmap.PROT_READ, ANONYMOUS),
+    _owned.FileName: _owned.FileName,
+    _owned.Received: _owned.Received,
+    _owned.Messages: lambda: contextlib.closing(_owned.Messages(1)),
     FaultingChild: lambda: FaultingChild(pages=1),
     Step: _made(_step),
     GatedSource: lambda: contextlib.nullcontext(GatedSource(ZeroSource())),

@@ -7,8 +7,9 @@ import fcntl
 import mmap
 import os
 
-from pyuffd import _machine, _memory
+from pyuffd import _machine
 from pyuffd._errors import UffdOSError
+from pyuffd._owned import Descriptor, FileName
 from pyuffd._pages import PAGE_SIZE, check_aligned, check_page_size, check_range
 from pyuffd.regions import _files, _maps
 from pyuffd.regions._mapping import READ_WRITE, Mapping, RegionKind, check_length, map_memory
@@ -27,9 +28,17 @@ def anonymous(length: int, huge_page_size: int | None, *, noreserve: bool) -> Ma
     flags = _sharing(False, noreserve) | mmap.MAP_ANONYMOUS
     if huge_page_size is not None:
         flags |= _machine.MAP_HUGETLB | _machine.size_bits(page_size)
-    start = map_memory(length, page_size, flags)
-    kind = RegionKind.ANONYMOUS
-    return Mapping(start, length, page_size, kind, None, False, True, noreserve=noreserve)
+    memory = map_memory(length, page_size, flags)
+    return Mapping(
+        memory.start,
+        length,
+        page_size,
+        RegionKind.ANONYMOUS,
+        shared=False,
+        writable=True,
+        noreserve=noreserve,
+        memory=memory,
+    )
 
 
 def memfd(
@@ -41,32 +50,35 @@ def memfd(
     flags = MFD_CLOEXEC | MFD_ALLOW_SEALING
     if huge_page_size is not None:
         flags |= _machine.MFD_HUGETLB | _machine.size_bits(page_size)
-    fd = _memfd_create(flags)
-    try:
-        _files.set_size(fd, length)
+    with _memfd_create(flags) as file:
+        _files.set_size(file.number, length)
         if seal:
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
-        start = map_memory(length, page_size, _sharing(shared, noreserve), fd=fd)
-    except BaseException:
-        os.close(fd)
-        raise
-    kind = RegionKind.MEMFD
-    return Mapping(start, length, page_size, kind, fd, shared, True, noreserve=noreserve)
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, SIZE_SEALS)
+        memory = map_memory(length, page_size, _sharing(shared, noreserve), fd=file.number)
+        return Mapping(
+            memory.start,
+            length,
+            page_size,
+            RegionKind.MEMFD,
+            shared=shared,
+            writable=True,
+            noreserve=noreserve,
+            memory=memory,
+            file=file.moved(),
+        )
 
 
-def shm(name: str, length: int, *, reserve: bool, unlink: bool) -> Mapping:
-    """Create or open POSIX shared memory."""
+def shm(name: str, length: int, *, reserve: bool) -> Mapping:
+    """Create or open POSIX shared memory; until its name is settled a new file goes with it."""
     check_length(length, PAGE_SIZE)
     path = _files.shm_path(name)
-    return _named(path, length, RegionKind.SHM, shared=True, reserve=reserve, unlink=unlink)
+    return _named(path, length, RegionKind.SHM, shared=True, reserve=reserve)
 
 
-def hugetlbfs(path: str, length: int, *, shared: bool, unlink: bool, noreserve: bool) -> Mapping:
-    """Create or open a file on a hugetlbfs mount."""
+def hugetlbfs(path: str, length: int, *, shared: bool, noreserve: bool) -> Mapping:
+    """Create or open a file on a hugetlbfs mount; its name as for `shm`."""
     kind, path = RegionKind.HUGETLBFS, os.path.abspath(path)
-    return _named(
-        path, length, kind, shared=shared, reserve=False, unlink=unlink, noreserve=noreserve
-    )
+    return _named(path, length, kind, shared=shared, reserve=False, noreserve=noreserve)
 
 
 def file(
@@ -82,15 +94,14 @@ def file(
     """Map part of an existing file."""
     if reserve and noreserve:
         raise ValueError("reserve and noreserve contradict each other")
-    fd = _files.own_fd(file, writable=writable and shared)
-    try:
-        found = _files.facts(fd)
+    with _files.own(file, writable=writable and shared) as descriptor:
+        found = _files.facts(descriptor.number)
         check_aligned("offset", offset, found.page_size)
         if length is None:
             length = found.size - offset
         check_length(length, found.page_size)
         return _map_file(
-            fd,
+            descriptor,
             length,
             found,
             offset=offset,
@@ -99,9 +110,6 @@ def file(
             reserve=reserve,
             noreserve=noreserve,
         )
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 def at(address: int, length: int, page_size: int | None) -> Mapping:
@@ -116,11 +124,9 @@ def at(address: int, length: int, page_size: int | None) -> Mapping:
         length,
         page_size,
         RegionKind.ADDRESS,
-        None,
-        found.shared,
-        found.writable,
-        found.offset,
-        owned=False,
+        shared=found.shared,
+        writable=found.writable,
+        offset=found.offset,
     )
 
 
@@ -129,31 +135,28 @@ def alias(mapping: Mapping) -> Mapping:
     if mapping.fd is None or not mapping.shared:
         what = "shared memory whose file is not known" if mapping.shared else "private memory"
         raise ValueError(f"{mapping.kind.value} region at {mapping.start:#x} is {what}: no alias")
-    fd = os.dup(mapping.fd)
-    try:
-        writable = _files.is_writable(fd)
-        start = map_memory(
+    with Descriptor.duplicate(mapping.fd) as file:
+        writable = _files.is_writable(file.number)
+        memory = map_memory(
             mapping.length,
             mapping.page_size,
             _sharing(True, mapping.noreserve),
             prot=_protection(writable),
-            fd=fd,
+            fd=file.number,
             offset=mapping.offset,
         )
-    except BaseException:
-        os.close(fd)
-        raise
-    return Mapping(
-        start,
-        mapping.length,
-        mapping.page_size,
-        mapping.kind,
-        fd,
-        True,
-        writable,
-        mapping.offset,
-        mapping.noreserve,
-    )
+        return Mapping(
+            memory.start,
+            mapping.length,
+            mapping.page_size,
+            mapping.kind,
+            shared=True,
+            writable=writable,
+            offset=mapping.offset,
+            noreserve=mapping.noreserve,
+            memory=memory,
+            file=file.moved(),
+        )
 
 
 def _named(
@@ -163,36 +166,29 @@ def _named(
     *,
     shared: bool,
     reserve: bool,
-    unlink: bool,
     noreserve: bool = False,
 ) -> Mapping:
-    fd, is_new = _files.open_or_create(path)
-    try:
-        found = _files.facts(fd)
+    with FileName() as name, _files.open_or_create(path, name) as file:
+        found = _files.facts(file.number)
         if kind is RegionKind.HUGETLBFS and found.kind is not kind:
             raise ValueError(f"{path} is not on a hugetlbfs mount")
         check_length(length, found.page_size)
         if found.size == 0:  # new, or its creator has not come to this line yet
-            _files.set_size(fd, length)
+            _files.set_size(file.number, length)
         return _map_file(
-            fd,
+            file,
             length,
-            _files.facts(fd),
+            _files.facts(file.number),
             kind=kind,
             shared=shared,
             reserve=reserve,
             noreserve=noreserve,
-            unlink=path if unlink else None,
+            name=name,
         )
-    except BaseException:
-        if is_new:
-            _files.unlink(path, fd)
-        os.close(fd)
-        raise
 
 
 def _map_file(
-    fd: int,
+    file: Descriptor,
     length: int,
     found: _files.FileFacts,
     *,
@@ -202,15 +198,17 @@ def _map_file(
     writable: bool = True,
     reserve: bool = False,
     noreserve: bool = False,
-    unlink: str | None = None,
+    name: FileName | None = None,
 ) -> Mapping:
+    """Map a file; when it returns, file and name are the mapping's."""
+    fd = file.number
     _files.check_access(fd, shared=shared, writable=writable)
     _files.check_size(fd, found.size, offset, length)
     if reserve:
         _files.reserve(fd, offset, length)
     elif found.page_size == PAGE_SIZE and (found.in_memory or (shared and writable)):
         _files.check_space(fd, offset, length)  # hugetlbfs reserves its pages in mmap(2)
-    start = map_memory(
+    memory = map_memory(
         length,
         found.page_size,
         _sharing(shared, noreserve),
@@ -219,26 +217,27 @@ def _map_file(
         offset=offset,
     )
     return Mapping(
-        start,
+        memory.start,
         length,
         found.page_size,
         kind or found.kind,
-        fd,
-        shared,
-        writable,
-        offset,
-        noreserve,
-        unlink=unlink,
+        shared=shared,
+        writable=writable,
+        offset=offset,
+        noreserve=noreserve,
+        memory=memory,
+        file=file.moved(),
+        name=(name or FileName()).moved(),
     )
 
 
-def _memfd_create(flags: int) -> int:
+def _memfd_create(flags: int) -> Descriptor:
     try:
-        return _memory.memfd_create(MEMFD_NAME, flags | MFD_NOEXEC_SEAL)
+        return Descriptor.memfd(MEMFD_NAME, flags | MFD_NOEXEC_SEAL)
     except UffdOSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return _memory.memfd_create(MEMFD_NAME, flags)
+    return Descriptor.memfd(MEMFD_NAME, flags)
 
 
 def _sharing(shared: bool, noreserve: bool) -> int:

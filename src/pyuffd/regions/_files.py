@@ -13,6 +13,7 @@ from typing import Protocol
 
 from pyuffd import _memory
 from pyuffd._errors import UffdPermissionError, raise_errno
+from pyuffd._owned import Descriptor, FileName
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._source_files import HUGETLBFS_MAGIC
 from pyuffd.regions._mapping import RegionKind
@@ -66,15 +67,15 @@ def describe(fd: int) -> str:
     return os.readlink(f"/proc/self/fd/{fd}")
 
 
-def own_fd(file: FileLike, *, writable: bool) -> int:
+def own(file: FileLike, *, writable: bool) -> Descriptor:
     """Return a new descriptor for a path, or a duplicate of an open one."""
     if isinstance(file, int):
-        return os.dup(file)
+        return Descriptor.duplicate(file)
     if isinstance(file, (str, os.PathLike)):
         if stat.S_ISFIFO(os.stat(file).st_mode):  # opening it would wait for a writer
             raise ValueError(f"{os.fspath(file)} is not a regular file")
-        return os.open(file, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-    return os.dup(file.fileno())
+        return Descriptor.open(file, os.O_RDWR if writable else os.O_RDONLY)
+    return Descriptor.duplicate(file.fileno())
 
 
 def set_size(fd: int, length: int) -> None:
@@ -85,21 +86,16 @@ def set_size(fd: int, length: int) -> None:
         raise_errno("ftruncate", error.errno or errno.EIO, 0, length)
 
 
-def open_or_create(path: str) -> tuple[int, bool]:
-    """Open a file for reading and writing; return (descriptor, whether it is new)."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+def open_or_create(path: str, name: FileName) -> Descriptor:
+    """Open a file for reading and writing; if it is new, `name` removes it for now."""
+    flags = os.O_RDWR | os.O_NOFOLLOW
     while True:
         with suppress(FileExistsError):
-            return os.open(path, flags | os.O_CREAT | os.O_EXCL, NEW_FILE_MODE), True
+            return Descriptor.create(path, flags, NEW_FILE_MODE, name)
         with suppress(FileNotFoundError):
-            return os.open(path, flags), False
-
-
-def unlink(path: str, fd: int) -> None:
-    """Remove a file's name, unless the name is gone or another file's by now."""
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.lstat(path), os.fstat(fd)):
-            os.unlink(path)
+            file = Descriptor.open(path, flags)
+            name.note(path, file.number)
+            return file
 
 
 def shm_path(name: str) -> str:

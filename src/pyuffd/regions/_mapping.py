@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import NoReturn
 
-from pyuffd import _machine, _memory
+from pyuffd import _machine
 from pyuffd._enums import Word
 from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd._owned import Descriptor, FileName, MappedMemory
 from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE, round_up
 
 PROT_NONE = 0  # not in the mmap module
@@ -41,19 +42,36 @@ class RegionKind(Word):
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One range of the address space; `fd` belongs to it, and `unlink` is removed at its end."""
+    """One range of the address space, and what ends with it: its memory, its file, its name.
+
+    Of memory that somebody else mapped all three are empty.
+    """
 
     start: int
     length: int
     page_size: int
     kind: RegionKind
-    fd: int | None
     shared: bool
     writable: bool
     offset: int = 0
     noreserve: bool = False
-    owned: bool = True
-    unlink: str | None = None
+    memory: MappedMemory = field(default_factory=MappedMemory)
+    file: Descriptor = field(default_factory=Descriptor)
+    name: FileName = field(default_factory=FileName)
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor of the file behind it, or None."""
+        return self.file.number if self.file.is_open else None
+
+    def without_memory(self) -> Mapping:
+        """Return the same without the memory, which stays mapped while others refer to it."""
+        return replace(self, memory=MappedMemory())
+
+    def close(self) -> None:
+        """End all three, whatever one of them raises; again without complaint."""
+        with self.file, self.name, self.memory:
+            pass
 
 
 def check_length(length: int, page_size: int) -> None:
@@ -74,12 +92,12 @@ def map_memory(
     prot: int = READ_WRITE,
     fd: int = -1,
     offset: int = 0,
-) -> int:
+) -> MappedMemory:
     """mmap(2), aligned so that transparent huge pages fit; say what there is too little of."""
     try:
         if page_size == PAGE_SIZE and length >= HUGE_PAGE_2M:
             return _map_aligned(length, prot, flags, fd, offset)
-        return _memory.mmap(length, prot, flags, fd, offset)
+        return MappedMemory.map(length, prot, flags, fd, offset)
     except UffdOSError as error:
         if error.errno == errno.EAGAIN:
             raise_errno("mmap", errno.EAGAIN, None, length, hint=_machine.why_locked())
@@ -107,17 +125,15 @@ def _raise_shortage(length: int, page_size: int, fd: int) -> NoReturn:
     )
 
 
-def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int) -> int:
+def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int) -> MappedMemory:
     """Map so that address and file offset are equal modulo 2 MiB, as a huge page needs it."""
     shift = offset % HUGE_PAGE_2M
     nothing = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     for _ in range(ALIGN_TRIES):
-        gap = _memory.mmap(length + 2 * HUGE_PAGE_2M, PROT_NONE, nothing)
-        _memory.munmap(gap, length + 2 * HUGE_PAGE_2M)
-        # A hint, not MAP_FIXED: whoever takes the gap first keeps it.
-        wanted = round_up(gap, HUGE_PAGE_2M) + shift
-        start = _memory.mmap(length, prot, flags, fd, offset, wanted)
-        if start % HUGE_PAGE_2M == shift:
-            return start
-        _memory.munmap(start, length)
-    return _memory.mmap(length, prot, flags, fd, offset)
+        with MappedMemory.map(length + 2 * HUGE_PAGE_2M, PROT_NONE, nothing) as gap:
+            # A hint, not MAP_FIXED: whoever takes the gap first keeps it.
+            wanted = round_up(gap.start, HUGE_PAGE_2M) + shift
+        with MappedMemory.map(length, prot, flags, fd, offset, wanted) as memory:
+            if memory.start % HUGE_PAGE_2M == shift:
+                return memory.moved()
+    return MappedMemory.map(length, prot, flags, fd, offset)

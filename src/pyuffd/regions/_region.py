@@ -8,7 +8,7 @@ import mmap
 import os
 import warnings
 import weakref
-from contextlib import suppress
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -70,8 +70,8 @@ class Region(CloseCallbacks):
         self._mapping = mapping
         self._pid = os.getpid()
         self._before_close = []
-        self._exports: set[object] = set()  # one token for each living buffer over the memory
-        self._to_unmap: list[Mapping] = []  # after close(), until the last buffer is gone
+        self._exports: list[weakref.ref[Buffer]] = []  # buffers over the memory
+        self._exports_lock = RLock()
         self._open = True  # last: a signal's exception may leave the rest undone
 
     # Constructors
@@ -155,7 +155,8 @@ class Region(CloseCallbacks):
             UffdOSError: ENOSPC - /dev/shm is too full.
             OSError: the name exists and may not be opened.
         """
-        return cls(_create.shm(name, length, reserve=reserve, unlink=unlink))
+        mapping = _create.shm(name, length, reserve=reserve)
+        return mapping.name.settle(unlink, cls(mapping))  # until here a new file goes with it
 
     @classmethod
     def hugetlbfs(
@@ -181,11 +182,8 @@ class Region(CloseCallbacks):
             UffdOSError: ENOMEM - too few huge pages in the pool or on the mount; see `anonymous`.
             OSError: the file cannot be opened or created.
         """
-        return cls(
-            _create.hugetlbfs(
-                os.fspath(path), length, shared=shared, unlink=unlink, noreserve=noreserve
-            )
-        )
+        mapping = _create.hugetlbfs(os.fspath(path), length, shared=shared, noreserve=noreserve)
+        return mapping.name.settle(unlink, cls(mapping))
 
     @classmethod
     def file(
@@ -471,13 +469,16 @@ class Region(CloseCallbacks):
         }
 
     def _export(self, start: int, length: int) -> builtins.memoryview:
-        """Return a view that keeps this region alive and, by `_exports`, mapped."""
-        buffer, token = _memory.buffer_of(start, length), object()
-        self._exports.add(token)
-        # The registry of finalizers holds `self` for as long as `buffer` lives.
-        weakref.finalize(buffer, _forget_export, self, token).atexit = False
+        """Return a view that keeps this region alive and its memory mapped."""
+        buffer = _memory.buffer_of(start, length, keeps=(self, self._mapping.memory))
+        with self._exports_lock:
+            self._exports = [*self._living_exports(), weakref.ref(buffer)]
         view = memoryview(buffer)
         return view if self.writable else view.toreadonly()
+
+    def _living_exports(self) -> list[weakref.ref[Buffer]]:
+        # Asked, not told: an exception in a weak reference's callback would be lost.
+        return [buffer for buffer in self._exports if buffer() is not None]
 
     # Its end
 
@@ -486,7 +487,7 @@ class Region(CloseCallbacks):
 
         It does where it was adopted with `at`, or while a memoryview or array over it is alive.
         """
-        return not self._mapping.owned or bool(self._exports)
+        return not self._mapping.memory.start or bool(self._living_exports())
 
     def close(self) -> None:
         """Stop the handlers that serve it, unmap it (not after `at`) and close its descriptor.
@@ -496,30 +497,14 @@ class Region(CloseCallbacks):
 
         Blocks: until the Unmap event is read where Feature.EVENT_UNMAP is on.
         """
-        if not self._open:
-            return
-        is_fork = self._pid != os.getpid()
-        if not is_fork:
-            self._run_before_close()
-        self._open = False
-        it = self._mapping
-        try:
-            if it.owned:
-                self._to_unmap.append(it)
-            self._unmap_unless_exported()
-        finally:
-            if it.fd is not None:
-                if it.unlink is not None and not is_fork:
-                    _files.unlink(it.unlink, it.fd)
-                os.close(it.fd)
-
-    def _unmap_unless_exported(self) -> None:
-        """Unmap what close() has left, once; also called when a view ends, by any thread."""
-        if self._exports:
-            return
-        with suppress(IndexError):
-            it = self._to_unmap.pop()
-            _memory.munmap(it.start, it.length)
+        if self._open:
+            if self._pid == os.getpid():
+                self._run_before_close()
+            self._open = False
+        # Each of these can be interrupted, and done again.
+        if self._living_exports():
+            self._mapping = self._mapping.without_memory()  # the views have it
+        self._mapping.close()
 
     def __enter__(self) -> Self:
         return self
@@ -540,7 +525,7 @@ class Region(CloseCallbacks):
     def __del__(self) -> None:
         if not getattr(self, "_open", False):
             return
-        if self._mapping.owned and self._pid == os.getpid():
+        if self._mapping.memory.start and self._pid == os.getpid():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
         self.close()
 
@@ -568,8 +553,3 @@ class Region(CloseCallbacks):
         check_aligned("offset", offset, self.page_size)
         check_aligned("length", n, self.page_size)
         return at, n
-
-
-def _forget_export(region: Region, token: object) -> None:
-    region._exports.discard(token)
-    region._unmap_unless_exported()

@@ -1,0 +1,334 @@
+"""What system calls make, owned from the call on: descriptors, mappings, names (layer L2).
+
+A signal handler may raise between any two steps of Python, also between the return of a C
+function and the line that notes what it returned. So an owner here is made empty, and the C
+function itself fills it. Whatever is interrupted then, the last reference to the owner ends what
+it has, and `close` of an object that consists of owners can be interrupted and called again.
+
+A class that has an owner makes everything else first and assigns the owner last: it is whole, and
+worth a ResourceWarning, when it has that.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from pyuffd._closing import SoleOwner
+from pyuffd._errors import raise_errno
+from pyuffd._shim import ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Buffer
+
+T = TypeVar("T")
+
+MESSAGE_WORDS = 4  # of 8 bytes
+
+
+class Descriptor(SoleOwner):
+    """A file descriptor, closed by `close` or with the last reference to this object."""
+
+    _instead = "duplicate() gives another descriptor of the same file"
+
+    def __init__(self) -> None:
+        self._cell: Any = ffi.gc(ffi.new("int32_t *", -1), lib.uffd_owned_close)
+
+    @classmethod
+    def open(cls, path: str | bytes | os.PathLike[str], flags: int, mode: int = 0) -> Self:
+        """open(2), close-on-exec; errors as those of os.open."""
+        self = cls()
+        self._open(path, lambda name: lib.uffd_owned_open(name, flags, mode, self._cell))
+        return self
+
+    @classmethod
+    def create(cls, path: str, flags: int, mode: int, name: FileName) -> Self:
+        """Create a file that does not exist, and own its name, which is to be removed."""
+        self = cls()
+        self._open(
+            path, lambda raw: lib.uffd_owned_create(raw, flags, mode, self._cell, name._cell)
+        )
+        return self
+
+    @classmethod
+    def open_uffd(cls, flags: int) -> Self:
+        """userfaultfd(2)."""
+        self = cls()
+        code = lib.uffd_owned_open_syscall(flags, self._cell)
+        if code:
+            raise_errno("userfaultfd", -code)
+        return self
+
+    @classmethod
+    def open_uffd_device(cls, flags: int, path: str) -> Self:
+        """Ask /dev/userfaultfd for a userfaultfd."""
+        self = cls()
+        code = lib.uffd_owned_open_device(_path(path), flags, self._cell)
+        if code:
+            raise_errno(f"open {path}", -code)
+        return self
+
+    @classmethod
+    def memfd(cls, name: str, flags: int) -> Self:
+        """memfd_create(2)."""
+        self = cls()
+        code = lib.uffd_owned_memfd_create(name.encode(), flags, self._cell)
+        if code:
+            raise_errno("memfd_create", -code)
+        return self
+
+    @classmethod
+    def duplicate(cls, fd: int) -> Self:
+        """Another descriptor of an open file, close-on-exec."""
+        self = cls()
+        code = lib.uffd_owned_duplicate(fd, self._cell)
+        if code:
+            raise OSError(-code, os.strerror(-code))
+        return self
+
+    @classmethod
+    def of_process(cls, pid: int) -> Self:
+        """pidfd_open(2)."""
+        self = cls()
+        code = lib.uffd_owned_pidfd_open(pid, self._cell)
+        if code:
+            raise OSError(-code, os.strerror(-code))
+        return self
+
+    def _open(self, path: str | bytes | os.PathLike[str], call: Callable[[bytes], int]) -> None:
+        name = _path(path)
+        # Here a signal handler runs, and may raise, between two attempts.
+        while (code := call(name)) == -errno.EINTR:
+            pass
+        if code:
+            raise OSError(-code, os.strerror(-code), path)
+
+    @property
+    def number(self) -> int:
+        """The descriptor, -1 when it is closed or was given up."""
+        return int(self._cell[0])
+
+    def fileno(self) -> int:
+        """Return the descriptor, for functions that take an open file."""
+        return self.number
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is one."""
+        return self.number >= 0
+
+    def close(self) -> None:
+        """Close it; again without complaint."""
+        code = lib.uffd_owned_close(self._cell)
+        if code:
+            raise OSError(-code, os.strerror(-code))
+
+    def moved(self) -> Self:
+        """Return another object that owns it from here on: for the end of a `with` block."""
+        other = type(self)()
+        lib.uffd_owned_move(self._cell, other._cell)
+        return other
+
+    # Ownership passes at an assignment, on the line that also returns: an exception comes before
+    # both or not at all.
+
+    def release(self) -> int:
+        """Give it up, and return it."""
+        number = self.number
+        self._cell[0] = -1; return number  # noqa: E702  # fmt: skip
+
+    def adopt(self, number: int, returns: T) -> T:
+        """Own a descriptor from here on, and return what the caller is to return."""
+        self._cell[0] = number; return returns  # noqa: E702  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class MappedMemory(SoleOwner):
+    """A mapping, unmapped by `close` or with the last reference to this object."""
+
+    _instead = "map the memory once more"
+
+    def __init__(self) -> None:
+        self._cell: Any = ffi.gc(ffi.new("struct uffd_mapping *"), lib.uffd_owned_munmap)
+
+    @classmethod
+    def map(
+        cls, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0, address: int = 0
+    ) -> Self:
+        """mmap(2)."""
+        self = cls()
+        code = lib.uffd_owned_mmap(address, length, prot, flags, fd, offset, self._cell)
+        if code:
+            raise_errno("mmap", -code, address or None, length)
+        return self
+
+    @property
+    def start(self) -> int:
+        """First address; 0 when it is unmapped."""
+        return int(self._cell.start)
+
+    def close(self) -> None:
+        """Unmap it; again without complaint. Waits for its event where EVENT_UNMAP is on."""
+        start, length = self.start, int(self._cell.length)
+        code = lib.uffd_owned_munmap(self._cell)
+        if code:
+            raise_errno("munmap", -code, start, length)
+
+    def moved(self) -> Self:
+        """Return another object that owns it from here on: for the end of a `with` block."""
+        other = type(self)()
+        lib.uffd_owned_move_mapping(self._cell, other._cell)
+        return other
+
+    def release(self) -> int:
+        """Let it stay for good, and return its address."""
+        start = self.start
+        self._cell.start = 0; return start  # noqa: E702  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class FileName(SoleOwner):
+    """The name of a file, removed by `close` or with the last reference to this object.
+
+    Unless it is to stay, or is gone or another file's by then; a fork never removes it.
+    """
+
+    _instead = "a name is removed once"
+
+    def __init__(self) -> None:
+        self._cell: Any = ffi.gc(ffi.new("struct uffd_name *"), lib.uffd_owned_unlink)
+
+    def note(self, path: str, fd: int) -> None:
+        """Own the name of a file that was there before, which is to stay until `settle`."""
+        code = lib.uffd_owned_name(_path(path), fd, self._cell)
+        if code:
+            raise OSError(-code, os.strerror(-code), path)
+
+    def settle(self, is_removed: bool, returns: T) -> T:
+        """Decide what becomes of it at the end, and return what the caller is to return."""
+        pid = os.getpid() if is_removed else 0
+        self._cell.pid = pid; return returns  # noqa: E702  # fmt: skip
+
+    def close(self) -> None:
+        """Remove it if it is to be removed; again without complaint."""
+        code = lib.uffd_owned_unlink(self._cell)
+        if code:
+            raise OSError(-code, os.strerror(-code))
+
+    def moved(self) -> Self:
+        """Return another object that owns it from here on: for the end of a `with` block."""
+        other = type(self)()
+        lib.uffd_owned_move_name(self._cell, other._cell)
+        return other
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Received(SoleOwner):
+    """Descriptors that come over a socket; what is not taken is closed at the end."""
+
+    _instead = "take() makes a Descriptor of each"
+    capacity = lib.UFFD_RECEIVED_MAX  # what one message can bring
+
+    def __init__(self) -> None:
+        self._cell: Any = ffi.gc(ffi.new("struct uffd_received *"), lib.uffd_owned_close_received)
+
+    def __len__(self) -> int:
+        """All that came; those above the capacity are closed already."""
+        return int(self._cell.count)
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the kernel had to drop some."""
+        return bool(self._cell.is_truncated)
+
+    def receive(self, sock: int, target: Buffer) -> int:
+        """Read bytes, and the descriptors with them; return how many, 0 at the stream's end.
+
+        Raises:
+            BlockingIOError: there is nothing; it never waits.
+            ConnectionError: the peer is gone.
+        """
+        with ffi.from_buffer(target, require_writable=True) as pointer:
+            count = lib.uffd_owned_receive(sock, pointer, len(pointer), self._cell)
+        if count < 0:
+            raise OSError(-count, os.strerror(-count))
+        return count
+
+    def take(self, index: int) -> Descriptor:
+        """Return a descriptor, owned by the caller from here on."""
+        if not 0 <= index < min(len(self), self.capacity):
+            raise IndexError(f"descriptor {index} of {len(self)}")
+        descriptor = Descriptor()
+        lib.uffd_owned_take(self._cell, index, descriptor._cell)
+        return descriptor
+
+    def close(self) -> None:
+        """Close what was not taken."""
+        lib.uffd_owned_close_received(self._cell)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Messages(SoleOwner):
+    """Messages of a userfaultfd, and the descriptors that those of forks bring."""
+
+    _instead = "a message is read once"
+
+    def __init__(self, capacity: int) -> None:
+        size = {"capacity": capacity, "data": capacity * MESSAGE_WORDS}
+        self._cell: Any = ffi.gc(
+            ffi.new("struct uffd_messages *", size), lib.uffd_owned_close_forks
+        )
+
+    def read(self, fd: int) -> None:
+        """read(2), once; there is none afterwards where none was queued."""
+        while (code := lib.uffd_owned_read(fd, self._cell)) == -errno.EINTR:
+            pass
+        if code:
+            raise_errno("read", -code)
+
+    def __len__(self) -> int:
+        return int(self._cell.count)
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"message {index} of {len(self)}")
+        first = index * MESSAGE_WORDS
+        return bytes(ffi.buffer(self._cell.data[first : first + MESSAGE_WORDS]))
+
+    def take_fork(self, index: int, descriptor: Descriptor) -> None:
+        """Give the descriptor of a fork's message, unless it was taken, to its owner."""
+        lib.uffd_owned_take_fork(self._cell, index, descriptor._cell)
+
+    def close(self) -> None:
+        """Close the descriptors that were not taken."""
+        lib.uffd_owned_close_forks(self._cell)
+
+
+def _path(path: str | bytes | os.PathLike[str]) -> bytes:
+    name = os.fsencode(path)
+    if b"\0" in name:
+        raise ValueError("embedded null byte")
+    return name

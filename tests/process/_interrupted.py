@@ -1,0 +1,118 @@
+"""Scenarios for `_interruptions`: an armed part, and around it what a careful program does.
+
+Run one: `python -m tests.process._interrupted SCENARIO lines|checks [FIRST END STEP]`, or
+`SCENARIO signals RUNS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+
+from pyuffd import (
+    FileSource,
+    Pagemap,
+    Region,
+)
+from tests.process._interruptions import LARGE, MARK, Interrupter, Scenario, main
+
+PAGE = 4096
+PAGES = 8
+
+
+# One object at a time.
+
+
+def map_anonymous(at: Interrupter) -> None:
+    with at.armed(), Region.anonymous(LARGE, noreserve=True) as region:
+        region.fill(1, 0, PAGE)
+
+
+def map_memfd(at: Interrupter) -> None:
+    with at.armed(), Region.memfd(PAGES * PAGE, seal=True) as region, region.alias() as alias:
+        alias.fill(1)
+
+
+def map_shared_memory(at: Interrupter) -> None:
+    with at.armed(), Region.shm(MARK, PAGES * PAGE, unlink=True, reserve=True) as region:
+        region.fill(1)
+
+
+def keep_shared_memory(at: Interrupter) -> None:
+    """The name stays if the constructor returned, and only then."""
+    made = None
+    with at.armed():
+        made = Region.shm(MARK, PAGES * PAGE)
+    if made is not None:
+        made.close()
+        os.unlink(f"/dev/shm/{MARK}")
+
+
+def map_existing_shared_memory(at: Interrupter) -> None:
+    """A name that was there before is removed at the end of a region, not of an attempt."""
+    made = None
+    Region.shm(MARK, PAGES * PAGE).close()
+    with at.armed():
+        made = Region.shm(MARK, PAGES * PAGE, unlink=True)
+    if made is not None:
+        made.close()
+    else:
+        os.unlink(f"/dev/shm/{MARK}")
+
+
+def map_file(at: Interrupter) -> None:
+    with tempfile.NamedTemporaryFile(prefix=MARK) as file:
+        file.truncate(PAGES * PAGE)
+        with at.armed(), Region.file(file.name) as region:
+            region.fill(1)
+
+
+def close_region(at: Interrupter) -> None:
+    """A close that was interrupted goes on when it is called again."""
+    region = Region.shm(MARK, PAGES * PAGE, unlink=True)
+    with at.armed():
+        region.close()
+    region.close()
+    assert region.closed
+
+
+def view_region(at: Interrupter) -> None:
+    """What was interrupted keeps no region from being closed."""
+    with Region.memfd(PAGES * PAGE) as region, at.armed():
+        region.memoryview().release()
+        region.digest()
+
+
+def open_pagemap(at: Interrupter) -> None:
+    with Region.anonymous(PAGE) as region, at.armed(), Pagemap() as pagemap:
+        pagemap.read(region)
+
+
+def open_file_source(at: Interrupter) -> None:
+    with at.armed(), FileSource("/proc/self/exe") as source:
+        source.read(0, PAGE)
+
+
+def refuse_file_source(at: Interrupter) -> None:
+    with at.armed(), contextlib.suppress(ValueError):
+        FileSource("/proc/self/exe", offset=1 << 40)
+
+
+OBJECTS: list[Scenario] = [
+    map_anonymous,
+    map_memfd,
+    map_shared_memory,
+    keep_shared_memory,
+    map_existing_shared_memory,
+    map_file,
+    close_region,
+    view_region,
+    open_pagemap,
+    open_file_source,
+    refuse_file_source,
+]
+SCENARIOS: dict[str, Scenario] = {one.__name__: one for one in OBJECTS}
+
+if __name__ == "__main__":
+    main(SCENARIOS)

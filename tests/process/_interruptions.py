@@ -1,0 +1,306 @@
+"""Calls interrupted everywhere: what a signal handler's exception must not leave behind.
+
+A scenario is a function that arms a part of what it does. `sweep` runs it once for each place of
+pyuffd that the armed part passes, every time in a fork of its own, with an exception raised there:
+
+- "lines": before each line, as a trace function sees them;
+- "checks": where CPython itself looks for signals, which is between two instructions: after a call
+  of C, at the start of a function and at the end of a loop's pass. This finds what lies between a
+  C function's return and the store of what it returned, which no line separates.
+
+`pester` does the same with real signals, at random instants. Afterwards the process has to hold
+what it held before: descriptors, mappings, threads, children, names of files.
+
+Two artefacts of "lines" are known, both at the end of a `with` block, where no signal handler runs:
+before what leaves it the statement's line is passed once more, and a lock stays taken then; and an
+exception in the place of another one that leaves the block makes CPython lose count of references
+(3.11 to 3.13), so that place is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import faulthandler
+import gc
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, Literal
+
+import pyuffd
+from pyuffd.testing import _leaks
+
+PACKAGE = str(Path(pyuffd.__file__).parent)
+SETTLE_S = 5.0
+# A scenario that takes longer hangs; the watchdog ends it whatever holds the GIL.
+LIMIT_S = 40
+RUN_S = 1.0  # and of many in a row, each
+SHARED = "/memfd:"
+# Anonymous memory is the allocator's as well; what a scenario maps itself is larger than that.
+LARGE = 1 << 40
+# Longer than a scenario's armed part, so that some runs are not interrupted at all.
+LONGEST_US = 3000
+AGAIN_US = 20
+
+How = Literal["lines", "checks"]
+Scenario = Callable[["Interrupter"], None]
+
+
+class Injected(BaseException):
+    """What a signal handler raised."""
+
+
+class Interrupter:
+    """Interrupts the armed part of a scenario."""
+
+    place = ""
+
+    @contextlib.contextmanager
+    def armed(self) -> Iterator[None]:
+        """Interrupt what is called inside; the exception ends there."""
+        try:
+            self.on()
+            try:
+                yield
+            finally:
+                self.off()
+        except Injected:
+            pass
+
+    def on(self) -> None:
+        """Begin."""
+
+    def off(self) -> None:
+        """End."""
+
+
+class Tracer(Interrupter):
+    """Raises at the place of a number, counted from 1; 0: counts only."""
+
+    def __init__(self, at: int, how: How) -> None:
+        self.at = at
+        self.seen = 0
+        self._how = how
+        self._after_call: dict[FrameType, bool] = {}
+
+    def on(self) -> None:
+        """Trace what is called from now on."""
+        sys.settrace(self._enter)
+
+    def off(self) -> None:
+        """Trace no more."""
+        sys.settrace(None)
+        self._after_call.clear()
+
+    def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
+        caller = frame.f_back
+        if caller in self._after_call and _is_plain(frame.f_code):
+            self._after_call[caller] = False
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = self._how == "checks"
+        return self._line if self._how == "lines" else self._instruction
+
+    def _line(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line" and _instruction(frame) != "PUSH_EXC_INFO":
+            self._pass(frame)
+        return self._line
+
+    def _instruction(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "opcode":
+            name = _instruction(frame)
+            after_call = self._after_call.pop(frame, False)
+            if name.startswith("CALL"):
+                self._after_call[frame] = True
+            if after_call or name.startswith(("RESUME", "JUMP_BACKWARD")):
+                self._pass(frame)
+        elif event == "return":
+            self._after_call.pop(frame, None)
+        return self._instruction
+
+    def _pass(self, frame: FrameType) -> None:
+        self.seen += 1
+        if self.seen == self.at:
+            place = f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
+            self.place = f"{place} in {frame.f_code.co_name}"
+            self._after_call.clear()  # frames, which hold what they hold
+            raise Injected(self.place)
+
+
+def _instruction(frame: FrameType) -> str:
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]]
+
+
+def _is_plain(code: CodeType) -> bool:
+    """Whether a call of it is no call of C: nothing is checked when it returns."""
+    generator = 0x20  # CO_GENERATOR
+    return code.co_name != "__init__" and not code.co_flags & generator
+
+
+class Timer(Interrupter):
+    """Raises from a signal handler at a random instant, inside a call of pyuffd."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self._is_on = False
+        signal.signal(signal.SIGALRM, self._handle)
+
+    def on(self) -> None:
+        """Set the clock."""
+        self.place = ""
+        self._is_on = True
+        signal.setitimer(signal.ITIMER_REAL, self._chance.uniform(1, LONGEST_US) / 1e6)
+
+    def off(self) -> None:
+        """Stop it."""
+        self._is_on = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_on:
+            return
+        if not _is_inside(frame):  # between two calls: what they returned is the scenario's to keep
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_US / 1e6)
+            return
+        self._is_on = False
+        self.place = "".join(traceback.format_stack(frame, limit=6))
+        raise Injected
+
+
+def _is_inside(frame: FrameType | None) -> bool:
+    """Whether a scenario has called pyuffd, which has not returned."""
+    while frame is not None and frame.f_code.co_filename != __file__:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def places(scenario: Scenario, how: How) -> int:
+    """Return how many places the armed part of a scenario passes."""
+    number, verdict = _in_fork(lambda: _count(scenario, how))
+    assert not verdict, verdict
+    return int(number)
+
+
+def _count(scenario: Scenario, how: How) -> tuple[str, str]:
+    tracer = Tracer(0, how)
+    scenario(tracer)
+    return str(tracer.seen), ""
+
+
+def sweep(scenario: Scenario, how: How, numbers: Iterable[int]) -> list[str]:
+    """Interrupt a scenario at the places of these numbers; return what went wrong."""
+    wrong = []
+    for number in numbers:
+        place, verdict = _in_fork(lambda at=number: _once(scenario, Tracer(at, how)))  # type: ignore[misc]
+        if verdict:
+            wrong.append(f"{how} {number} ({place or 'nowhere'}): {verdict}")
+    return wrong
+
+
+def pester(scenario: Scenario, seed: int, runs: int) -> list[str]:
+    """Interrupt a scenario at random instants, every time in the same fork."""
+
+    def repeat() -> tuple[str, str]:
+        timer = Timer(random.Random(seed))
+        scenario(Interrupter())  # what is made once and stays: imports, caches
+        for run in range(runs):
+            place, verdict = _once(scenario, timer)
+            if verdict:
+                return f"run {run} of seed {seed}:\n{place}", verdict
+        return "", ""
+
+    place, verdict = _in_fork(repeat, LIMIT_S + runs * RUN_S)
+    return [f"{place}{verdict}"] if verdict else []
+
+
+def _in_fork(function: Callable[[], tuple[str, str]], limit_s: float = LIMIT_S) -> tuple[str, str]:
+    """Run a function in a fork; return what it returns, or a verdict of how it ended."""
+    with tempfile.TemporaryFile() as errors:
+        read_fd, write_fd = os.pipe()
+        # Its thread is not in the fork, which would wait for it before it starts its own.
+        faulthandler.cancel_dump_traceback_later()
+        pid = os.fork()
+        if pid == 0:
+            os.close(read_fd)
+            os.dup2(errors.fileno(), 2)
+            faulthandler.dump_traceback_later(limit_s, exit=True)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ResourceWarning)
+                    answer = function()
+            except BaseException:
+                answer = "", traceback.format_exc()
+            finally:
+                with open(write_fd, "w", errors="replace") as pipe:
+                    pipe.write("\n\0".join(answer))
+                os._exit(0)
+        os.close(write_fd)
+        with open(read_fd, errors="replace") as pipe:
+            place, _, verdict = pipe.read().partition("\n\0")
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")
+    if status:
+        verdict = f"ended with {status}; {verdict}\n{said}"
+    elif "AttributeError" in said:  # of a half-made object, in __del__
+        verdict += said
+    return place, verdict
+
+
+def _once(scenario: Scenario, interrupter: Interrupter) -> tuple[str, str]:
+    before = _held()
+    problem = ""
+    try:
+        scenario(interrupter)
+    except BaseException:
+        problem = traceback.format_exc()
+    give_up = time.monotonic() + SETTLE_S
+    while (now := _held()) != before:
+        gc.collect()
+        if time.monotonic() > give_up:
+            problem += f"left behind: {now - before or 'nothing'}, gone: {before - now}"
+            break
+        time.sleep(0.005)
+    return interrupter.place, problem
+
+
+def _held() -> set[str]:
+    held = {name for look in (_leaks._fds, _leaks._threads, _leaks._processes) for name in look()}
+    # Not smaps, which walks the page tables: that would be most of the time.
+    held |= {line for line in Path("/proc/self/maps").read_text().splitlines() if SHARED in line}
+    held |= {f"name {path}" for folder in FOLDERS for path in Path(folder).glob(f"*{MARK}*")}
+    address_space = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
+    held.add(f"{address_space // LARGE} TiB of address space")
+    return held
+
+
+# Names of files that scenarios make, so that they are found.
+MARK = f"pyuffd-interrupted-{os.getpid()}"
+FOLDERS = ("/dev/shm", tempfile.gettempdir())
+
+
+def main(scenarios: dict[str, Scenario]) -> None:
+    """Sweep one scenario as the command line says, and print what went wrong."""
+    name, how, *rest = sys.argv[1:]
+    if how == "signals":
+        wrong = pester(scenarios[name], random.randrange(1 << 32), int(rest[0]))
+    else:
+        kind: How = "checks" if how == "checks" else "lines"
+        numbers = range(*map(int, rest)) if rest else range(1, places(scenarios[name], kind) + 1)
+        print(f"{name}: {how} {numbers}")
+        wrong = sweep(scenarios[name], kind, numbers)
+    print("\n".join(wrong), flush=True)
+    sys.exit(bool(wrong))
