@@ -171,6 +171,7 @@ int uffd_engine_set_ioctls(struct uffd_engine *engine, uint32_t space, uint64_t 
  */
 #define UFFD_UNSERVE_SEAL	1
 #define UFFD_UNSERVE_UNREGISTER	2
+#define UFFD_UNSERVE_GENTLY	4	/* -ETIME instead of poisoning pages in flight */
 int uffd_engine_unserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
 			uint64_t start, uint32_t flags, uint64_t patience_ns);
 

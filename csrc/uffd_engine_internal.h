@@ -638,6 +638,7 @@ static inline bool is_dismissed(struct uffd_engine *engine)
 struct patience {
 	struct uffd_engine *engine;
 	int64_t left_ns;	/* not for the end: that has the engine's */
+	bool is_gentle;		/* then give up, and poison no page in flight */
 	unsigned int attempt;
 };
 

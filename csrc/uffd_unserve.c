@@ -71,6 +71,16 @@ static uint64_t find_in_flight(struct uffd_range *range, uint64_t at, uint64_t e
 	return at;
 }
 
+static uint64_t find_in_flight_only(struct uffd_range *range, uint64_t at, uint64_t end,
+				    int *error_ret, uint64_t *done_ret)
+{
+	*done_ret = 0;
+	while (at < end && !uffd_page_is_in_flight(atomic_load(state_of(range, at))))
+		at += range->page_size;
+	*error_ret = at < end ? -EBUSY : 0;
+	return at;
+}
+
 /* Whoever is at it does not come back. */
 static uint64_t poison_in_flight(struct uffd_range *range, uint64_t at, uint64_t end,
 				 int *error_ret, uint64_t *done_ret)
@@ -88,7 +98,7 @@ static uint64_t poison_in_flight(struct uffd_range *range, uint64_t at, uint64_t
 	if (*error_ret)
 		return at;
 	/* Found there, it has come after all: a claimed page holds no marker. */
-	if (result.done)
+	if (result.done && !atomic_load(&range->space->engine->end.hurried))
 		note_failure(range->space->engine, at, range->page_size, -ETIMEDOUT,
 			     UFFD_FAILED_STALLED);
 	atomic_compare_exchange_strong(state_of(range, at), &state,
@@ -156,16 +166,14 @@ static int work_on(struct slices *all, uint64_t *offset, struct patience *patien
 	return 0;
 }
 
-static int seal_absent(struct slices *all, struct patience *patience)
+/* Nobody may be at a page when its range is unregistered: its threads would read zeros. */
+static int clear_in_flight(struct slices *all, slice_work find, struct patience *patience)
 {
 	uint64_t offset = all->offset;
-	int r;
+	int r = 0;
 
-	all->work = poison_slice;
-	r = work_on(all, &offset, patience);
-	offset = all->offset;
 	while (r == 0) {
-		all->work = find_in_flight;
+		all->work = find;
 		r = work_on(all, &offset, patience);
 		if (r != -EBUSY)
 			break;
@@ -173,6 +181,8 @@ static int seal_absent(struct slices *all, struct patience *patience)
 			r = 0;
 			continue;
 		}
+		if (patience->is_gentle)
+			return -ETIME;
 		/* That page alone, and then on. */
 		all->work = poison_in_flight;
 		r = do_slice(all, &offset, &(uint64_t){ 0 });
@@ -180,6 +190,16 @@ static int seal_absent(struct slices *all, struct patience *patience)
 			uffd_back_off(patience->attempt++);
 	}
 	return r;
+}
+
+static int seal_absent(struct slices *all, struct patience *patience)
+{
+	uint64_t offset = all->offset;
+	int r;
+
+	all->work = poison_slice;
+	r = work_on(all, &offset, patience);
+	return r ? r : clear_in_flight(all, find_in_flight, patience);
 }
 
 static void note_unsaved_in(const struct slices *all)
@@ -255,9 +275,10 @@ static int drop_piece(struct uffd_space *space, uint64_t id, uint64_t hint, bool
 	*last_ret = !range || atomic_load(&range->pages->references) == 1;
 	if (!range)
 		return 0;
-	/* Memory that is gone is registered no more, whatever is said. */
+	/* ENOMEM is also said of a process that is gone; memory that is gone is EINVAL. */
 	if (unregister &&
-	    uffd_shim_unregister(space->fd, range->start, range->end - range->start) == -ENOMEM)
+	    uffd_shim_unregister(space->fd, range->start, range->end - range->start) == -ENOMEM &&
+	    !space_is_dead(space))
 		return -ENOMEM;
 	range_remove(range);
 	return 0;
@@ -301,6 +322,17 @@ static void mark_as_staying(struct uffd_engine *engine, uint32_t number, uint64_
 	shut_visit(&visit);
 }
 
+/* The memory goes away: only whoever waits already must not read zeros. */
+static int seal_in_flight(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			  const struct piece *piece, struct patience *patience)
+{
+	struct slices all = { engine, number, id, piece->start, piece->offset, piece->end,
+			      NULL, NULL };
+
+	return piece->loses_content && piece->can_poison
+		? clear_in_flight(&all, find_in_flight_only, patience) : 0;
+}
+
 int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
 	       uint32_t flags, struct patience *patience)
 {
@@ -313,6 +345,8 @@ int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_
 			break;
 		if (flags & UFFD_UNSERVE_SEAL)
 			r = seal_piece(engine, number, id, &piece, patience);
+		else if (flags & UFFD_UNSERVE_UNREGISTER)
+			r = seal_in_flight(engine, number, id, &piece, patience);
 		if (r == -ENOENT || r == -ESRCH)
 			r = 0;
 		uffd_barrier(UFFD_BARRIER_UNSERVE_SEALED);
@@ -349,7 +383,11 @@ static size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
 int uffd_engine_unserve(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
 			uint32_t flags, uint64_t patience_ns)
 {
-	struct patience patience = { .engine = engine, .left_ns = (int64_t)patience_ns };
+	struct patience patience = {
+		.engine = engine,
+		.left_ns = (int64_t)patience_ns,
+		.is_gentle = flags & UFFD_UNSERVE_GENTLY,
+	};
 	int r = unserve_in(engine, number, id, start, flags, &patience), other;
 	uint32_t *forks;
 	size_t found = list_forks(engine, &forks);

@@ -99,6 +99,7 @@ class _Lib:
     UFFD_KINDS: int
     UFFD_UNSERVE_SEAL: int
     UFFD_UNSERVE_UNREGISTER: int
+    UFFD_UNSERVE_GENTLY: int
     UFFD_HISTOGRAM_BUCKETS: int
     UFFD_AGENT_BYTES: int
     def uffd_shim_open_syscall(self, flags: int, /) -> int: ...

@@ -6,6 +6,7 @@ Nothing here resolves a fault by itself; `pyuffd.Handler` does.
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import warnings
@@ -46,6 +47,7 @@ from pyuffd._errors import (
     raise_errno,
 )
 from pyuffd._event_claims import EventClaims
+from pyuffd._left import LeftBehind, Number, check_target, tidy
 from pyuffd._pages import (
     PAGE_SIZE,
     RangeLike,
@@ -203,6 +205,8 @@ class Userfaultfd(CloseCallbacks):
         self._registered = _RangeModes()
         self._before_close = []
         self._claims = EventClaims()
+        tidy()
+        self._number = Number(fd)
         self._fd = fd  # last: a signal's exception may leave the rest undone
 
     # The descriptor
@@ -242,12 +246,36 @@ class Userfaultfd(CloseCallbacks):
         return self._fd < 0
 
     def detach(self) -> int:
-        """Give up ownership and return the descriptor; the object is closed afterwards."""
+        """Give up ownership and return the descriptor; the object is closed afterwards.
+
+        It has another number where a handler that stopped has left a thread behind, which may
+        use the old one.
+        """
         fd = self.fileno()
         self._run_before_close()
         self._claims.drop()
+        if not self._number.is_free:
+            fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            self._number.close()
         self._fd = -1
         return fd
+
+    def hold_open(self) -> None:
+        """Keep the descriptor open after close(), until `let_close`; for a handler that stops."""
+        self._number.hold()
+
+    def let_close(self) -> None:
+        """Undo a `hold_open`."""
+        self._number.release()
+
+    def leave_behind(self, left: LeftBehind) -> None:
+        """Note threads that may still use the descriptor's number when it is closed."""
+        self._number.leave(left)
+
+    @property
+    def memory_key(self) -> object:
+        """Names the memory it governs, as far as that is known."""
+        return self._owner_pid or f"of {id(self)}"
 
     def close(self) -> None:
         """Stop the handlers that use this descriptor, then close it.
@@ -263,8 +291,10 @@ class Userfaultfd(CloseCallbacks):
         finally:
             self._claims.drop()
             fd, self._fd = self._fd, -1
-            if fd >= 0:
+            if fd >= 0 and self._pid != os.getpid():
                 os.close(fd)
+            elif fd >= 0:
+                self._number.close()
 
     def __enter__(self) -> Self:
         return self
@@ -317,7 +347,8 @@ class Userfaultfd(CloseCallbacks):
         Raises:
             ValueError: a bad range, or no mode.
             UffdOSError: EINVAL - unmapped, or memory that cannot be registered in this mode.
-            RangeBusyError: EBUSY - registered with another userfaultfd.
+            RangeBusyError: EBUSY - registered with another userfaultfd, or a thread that a
+                handler left behind may still write there (`Handler.stop`).
 
         Kernel: UFFDIO_REGISTER(2const).  Blocks: no.
         """
@@ -325,6 +356,7 @@ class Userfaultfd(CloseCallbacks):
         if not mode:
             raise ValueError("register needs at least one mode")
         fd = self.fileno()
+        check_target(start, length, self.memory_key)
         if not mode & RegisterMode.WP:
             for first, end, old in self._registered.overlapping(start, start + length):
                 if old & RegisterMode.WP and not _is_subset(mode, old):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -29,7 +30,12 @@ from pyuffd.testing import (
 from tests._barriers import Point, holding
 from tests._child import run_child
 from tests.kernel._faults import Task
-from tests.kernel._serving import is_lost, wait_for_stalled, wait_until
+from tests.kernel._serving import (
+    is_lost,
+    wait_for_stalled,
+    wait_in_system_call,
+    wait_until,
+)
 from tests.process._pitfalls import (
     ALL,
     ANON,
@@ -45,7 +51,6 @@ from tests.process._pitfalls import (
     page,
     pitfall,
     reading,
-    wait_blocked,
 )
 
 SYS_CLOCK_NANOSLEEP = 230
@@ -53,6 +58,20 @@ THREAD: tuple[Driver, ...] = ("thread",)
 
 
 # stop()
+
+
+def ending_thread() -> threading.Thread:
+    """The thread that ends the handler, once it is there."""
+
+    def found() -> list[threading.Thread]:
+        return [
+            one
+            for one in threading.enumerate()
+            if one.name.startswith("uffd-stop") and one.native_id
+        ]
+
+    wait_until(lambda: bool(found()), "the end has begun")
+    return found()[0]
 
 
 @pitfall(4, "stop-drains", drivers=ALL, memory=EVERY)
@@ -83,7 +102,8 @@ def refuses(at: Setting) -> None:
             point.wait()
             wait_for_stalled(handler.uffd, 3)
             stopper = Task(handler.stop, False)
-            wait_blocked(stopper, SYS_CLOCK_NANOSLEEP)  # it refuses, and waits for the leader
+            # It refuses, and waits for the leader.
+            wait_in_system_call(ending_thread(), SYS_CLOCK_NANOSLEEP)
         stopper.result()
         assert [reader.result() for reader in readers] == [True] * 3
 

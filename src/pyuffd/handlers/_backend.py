@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         Ended,
         Failure,
         HandlerStats,
+        Held,
         OnError,
         RangeId,
         RangeSpec,
@@ -60,15 +61,30 @@ class Backend(Protocol):
         """Tell which ioctls the registered range takes."""
 
     def unserve(
-        self, served: RangeId, *, seal: bool, unregister: bool = True, patience_s: float = ...
-    ) -> None:
-        """Take a range out; wait so long for threads at its pages."""
+        self,
+        served: RangeId,
+        *,
+        seal: bool,
+        unregister: bool = True,
+        patience_s: float = ...,
+        gently: bool = False,
+    ) -> bool:
+        """Take a range out; wait so long for threads at its pages.
+
+        False: `gently` it was not taken out, as somebody is still there.
+        """
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
 
     def end(self, patience_s: float) -> Ended:
         """Take out every range and end the driver; wait so long for whoever is held up."""
+
+    def progress(self) -> object:
+        """Return something that changes as long as the end gets on."""
+
+    def held(self) -> tuple[Held, ...]:
+        """Return who is at pages of a range at the moment."""
 
     def hurry(self, patience_s: float) -> None:
         """From any thread: let drain and end wait no longer than this."""

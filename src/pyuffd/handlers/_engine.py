@@ -6,6 +6,7 @@ import errno
 import faulthandler
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -293,6 +294,30 @@ def shared_size() -> int:
     return int(lib.uffd_engine_shared_size())
 
 
+class _Life:
+    """The C engine's memory, which is freed when no call and no thread is inside any more."""
+
+    def __init__(self, pointer: Any) -> None:
+        self._pointer = pointer
+        self._lock = threading.Lock()
+        self._is_unused = self._is_freed = False
+
+    def end(self, pointer: object) -> None:
+        """No call is inside, and none will come: the last reference to the pointer is gone."""
+        del pointer
+        self._is_unused = True
+        self.free_if_deserted()
+
+    def free_if_deserted(self) -> bool:
+        """Free it if that can be; return whether it is gone."""
+        with self._lock:
+            if self._is_unused and not self._is_freed:
+                self._is_freed = bool(lib.uffd_engine_is_deserted(self._pointer))
+                if self._is_freed:
+                    lib.uffd_engine_destroy(self._pointer)
+            return self._is_freed
+
+
 class Engine(SoleOwner):
     """One `struct uffd_engine`; the userfaultfds are borrowed.
 
@@ -343,7 +368,9 @@ class Engine(SoleOwner):
         code = lib.uffd_engine_create(options, out, call)
         if code:
             raise_start_error("make a fault engine", -code, _name(call))
-        self._pointer: Any = out[0]
+        # Whoever calls the engine has a reference meanwhile: it is freed behind the last one.
+        self.life = _Life(out[0])
+        self._pointer: Any = ffi.gc(out[0], self.life.end)
         self._inline = inline
         self._running = False
         self._owners: dict[int, object] = {}
@@ -354,10 +381,8 @@ class Engine(SoleOwner):
         return self._pointer
 
     def destroy(self) -> None:
-        """Free it, if no thread is inside any more."""
-        pointer, self._pointer = self._pointer, None
-        if pointer is not None and lib.uffd_engine_is_deserted(pointer):
-            lib.uffd_engine_destroy(pointer)
+        """Free it, as soon as no thread is inside any more."""
+        self._pointer = None
 
     def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd as well; return the number of its space."""
@@ -449,11 +474,17 @@ class Engine(SoleOwner):
         seal: bool,
         unregister: bool = True,
         patience_s: float = PATIENCE_S,
-    ) -> None:
-        """Take a range out everywhere; `seal`, `unregister`, `patience` as in uffd_engine.h."""
+        gently: bool = False,
+    ) -> bool:
+        """Take a range out everywhere; the arguments as in uffd_engine.h.
+
+        Return False if somebody is still at a page, which happens `gently` only: then the range
+        is served as before.
+        """
         flags = (lib.UFFD_UNSERVE_SEAL if seal else 0) | (
             lib.UFFD_UNSERVE_UNREGISTER if unregister else 0
         )
+        flags |= lib.UFFD_UNSERVE_GENTLY if gently else 0
         code = lib.uffd_engine_unserve(
             self._engine(),
             served.space,
@@ -462,9 +493,12 @@ class Engine(SoleOwner):
             flags,
             int(patience_s * 1e9),
         )
-        self._owners.pop(served.number, None)
+        if code == -errno.ETIME:
+            return False
         if code:
             raise_errno("unserve", -code, served.start, served.length)
+        self._owners.pop(served.number, None)
+        return True
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
@@ -500,6 +534,10 @@ class Engine(SoleOwner):
     def hurry(self, patience_s: float) -> None:
         """From any thread: let drain and end wait no longer than this."""
         lib.uffd_engine_hurry(self._engine(), int(patience_s * 1e9))
+
+    def progress(self) -> object:
+        """Return something that changes as long as the end gets on."""
+        return lib.uffd_engine_progress(self._engine())
 
     def held(self) -> tuple[Held, ...]:
         """Return who is at pages of a range at the moment, for good after the end."""

@@ -18,6 +18,7 @@ from pyuffd._closing import SoleOwner, attach
 from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._pages import RangeLike, check_range
 from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._aftermath import completed, describe, leave_behind, views_of
 from pyuffd.handlers._backend import Backend, EngineOptions
 from pyuffd.handlers._checks import (
     LAYOUT_EVENTS,
@@ -33,8 +34,10 @@ from pyuffd.handlers._checks import (
     preserve_buffer,
     region_numbers,
 )
+from pyuffd.handlers._ending import GRACE_S, Ending
 from pyuffd.handlers._engine import (
     Content,
+    Ended,
     Engine,
     HandlerStats,
     OnError,
@@ -58,6 +61,7 @@ from pyuffd.handlers._serving import (
     local_mapping,
     map_holes,
     register,
+    touched_by,
     warn_of_merging,
 )
 from pyuffd.handlers._transport import refuse_while_loading
@@ -75,8 +79,6 @@ log = logging.getLogger(__name__)
 DEFAULT_SPIN_US = 50.0
 # EAGAIN ends when the thread that changes the layout runs again: 12 ms measured on a busy machine.
 RETRY_LIMIT_S = 5.0
-# Once that has passed, what is left of a slow ioctl is not waited for.
-GRACE_S = 0.2
 # A page source that needs longer than this, with the interpreter free, is too slow to fault on.
 STALL_TIMEOUT_S = 2.0
 
@@ -160,6 +162,8 @@ class Handler(SoleOwner):
         autostart: bool = True,
     ) -> None:
         self._engine: Backend | None = None
+        self._ending: Ending | None = None
+        self._ending_lock = RLock()
         refuse_while_loading()
         self._cpus = check_cpus(cpus)
         self.driver = choose_driver(driver, uffd)
@@ -368,6 +372,8 @@ class Handler(SoleOwner):
                     uffd,
                     content.kind,
                     memory,
+                    source,
+                    touched_by(region, local, preserve, writes_cache=bool(writes_cache)),
                     alias=alias,
                     preserves=preserve is not None,
                 )
@@ -463,12 +469,13 @@ class Handler(SoleOwner):
             log.warning("%s", error)
         self._forget(served)
 
-    def _forget(self, served: Served) -> None:
+    def _forget(self, served: Served, *, keep_alias: bool = False) -> None:
         """Undo what goes with a range that is served no more."""
-        del self._served[served.id.space, served.id.start]
+        if self._served.pop((served.id.space, served.id.start), None) is None:
+            return
         self._overlaps.remove(served.memory)
         served.uffd.note_unregistered(served.id.start, served.id.length)
-        if served.alias is not None:
+        if served.alias is not None and not keep_alias:
             served.alias.close()
         if isinstance(served.region, Region):
             for callback in served.on_close:
@@ -526,47 +533,94 @@ class Handler(SoleOwner):
 
         Raises:
             HandlerError: the content of a page could not be had, or the engine failed, at any
-                time since the start; the handler is stopped all the same.
+                time since the start, or a page source holds up a thread, which is left behind;
+                page, source and thread are named. The handler is stopped all the same.
             ValueError: a negative `timeout_s`.
 
-        Blocks: no longer than `timeout_s` for page sources, whatever they do.
+        Blocks: no longer than `timeout_s` for page sources, whatever they do. A signal's exception
+            (Ctrl-C) cuts that short: it is raised when every page is poisoned and every region
+            unregistered. A second one is raised at once, and the end goes on in its own thread.
         """
         limit_s = check_timeout(timeout_s)
         if self._pid != os.getpid():
             return  # before the lock, which a thread of the parent may have held at the fork
-        with self._lock:
+        with self._ending_lock:
+            if self._ending is None and self._engine is not None:
+                self._drains = drain
+                self._ending = Ending(
+                    f"uffd-stop-{self.uffd.fileno()}",
+                    self._finish,
+                    lambda: self._running_engine().hurry(GRACE_S),
+                    lambda: self._running_engine().progress(),
+                    limit_s,
+                )
+        if self._ending is not None:
+            self._ending.wait()
+
+    def _finish(self, ending: Ending) -> HandlerError | None:
+        """End everything; what stop() raises. Each step may be done again."""
+        # Whoever is in serve() may wait for its source. What it puts in then is refused.
+        locked = self._lock.acquire(timeout=ending.left_s())
+        try:
             engine = self._engine
             if engine is None:
-                return
+                return None
             try:
-                error = self._end(engine, drain, limit_s)
+                return self._end(engine, ending)
             except HelperLostError as lost:
                 engine.destroy()
-                error = lost
-                self._end(self._stand_in(), False, GRACE_S)
-            finally:
-                self._engine = None
-                for uffd in self._spaces:
-                    uffd.release_events(self)
-                _running.discard(self)
-                self.uffd.forget_on_close(self.stop)
-        if error is not None:
-            raise error
-
-    def _end(self, engine: Backend, drain: bool, limit_s: float) -> HandlerError | None:
-        """Stop an engine and return what it has to complain about."""
-        try:
-            began = time.monotonic()
-            self._drain(engine, drain, limit_s)
-            engine.end(max(GRACE_S, limit_s - (time.monotonic() - began)))
-            for served in list(self._served.values()):
-                self._forget(served)
+                stand_in = self._stand_in()
+                ending.cut_short()
+                self._end(stand_in, ending)
+                return lost
         finally:
-            self._final_stats = engine.stats()
-            self._final_faults = engine.recent()
+            self._engine = None
+            for uffd in self._spaces:
+                uffd.release_events(self)
+            _running.discard(self)
+            self.uffd.forget_on_close(self.stop)
+            if locked:
+                self._lock.release()
+
+    def _end(self, engine: Backend, ending: Ending) -> HandlerError | None:
+        """Stop an engine and return what it has to complain about."""
+        all_served, began = list(self._served.values()), time.monotonic()
+        views = [] if engine.is_remote else views_of(all_served)
+        for uffd in self._spaces:
+            uffd.hold_open()
+        # Until this is known; after a lost helper a stand-in holds them itself.
+        ended = Ended(stays=not engine.is_remote)
+        try:
+            self._drain(engine, ending)
+            ended = engine.end(ending.left_s())
+            self._final_stats, self._final_faults = engine.stats(), engine.recent()
             failure, source_failure = engine.failure(), engine.source_failure
+            at_work = {one.number for one in ended.held if not one.is_request}
+            for served in all_served:
+                self._forget(served, keep_alias=served.id.number in at_work)
             engine.destroy()
-        return None if failure is None else handler_error(failure, source_failure)
+        finally:
+            if isinstance(engine, Engine) and not engine.life.free_if_deserted():
+                leave_behind(engine, ended.held, all_served, self._spaces, views)
+            if not ended.stays:
+                for uffd in self._spaces:
+                    uffd.let_close()
+        error = None if failure is None else handler_error(failure, source_failure)
+        if ended.stays:
+            error = error or HandlerError(
+                "pages could not be poisoned: their ranges stay registered"
+            )
+        held = ended.held
+        if ending.is_cut_short and held:
+            log.warning("%s", describe(held, all_served, is_remote=engine.is_remote))
+            held = ()
+        return completed(
+            error,
+            held,
+            all_served,
+            is_remote=engine.is_remote,
+            waited_s=time.monotonic() - began,
+        )
 
     def _stand_in(self) -> Engine:
         """Make an engine of this process, which poisons what a lost helper has left."""
@@ -595,16 +649,18 @@ class Handler(SoleOwner):
         engine.wake_all()
         return engine
 
-    def _drain(self, engine: Backend, drain: bool, limit_s: float) -> None:
+    def _drain(self, engine: Backend, ending: Ending) -> None:
         if not self._started:
             return
-        if not drain:
-            engine.refuse()
-            engine.abandon()
-        elif not engine.drain(int(limit_s * 1e9)):
+        limit_s = ending.left_s()
+        waits = self._drains and not ending.is_cut_short
+        drained = waits and engine.drain(int(limit_s * 1e9))
+        failed = waits and not drained and not ending.is_cut_short
+        engine.refuse()
+        if not drained:
+            engine.abandon(failed=failed)
+        if failed:
             log.warning("faults still waited after %.1f s: they are poisoned", limit_s)
-            engine.refuse()
-            engine.abandon(failed=True)
 
     def populate(
         self,
@@ -830,7 +886,14 @@ class Handler(SoleOwner):
         """Stop in another thread, so that an `AsyncSource` of this loop can answer meanwhile."""
         import asyncio
 
-        await asyncio.shield(asyncio.to_thread(self.__exit__, exc_type, exc, traceback))
+        task = asyncio.ensure_future(asyncio.to_thread(self.__exit__, exc_type, exc, traceback))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if self._ending is not None and not task.done():
+                self._ending.cut_short()
+                await asyncio.shield(task)
+            raise
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None and self._pid == os.getpid():

@@ -338,7 +338,7 @@ class Keeper:
             case "set_ioctls":
                 if args[0].number in book.served:
                     book.served[args[0].number].ioctls = args[1]
-            case "unserve":
+            case "unserve" if pickle.loads(payload):
                 gone = book.served.pop(args[0].number, None)
                 if gone is not None:
                     _wire.close_all(gone.fds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from typing import Unpack
 
 from pyuffd._closing import SoleOwner
@@ -19,6 +20,7 @@ from pyuffd.handlers._engine import (
     Ended,
     Failure,
     HandlerStats,
+    Held,
     RangeId,
     RangeSpec,
     RecentFault,
@@ -106,9 +108,10 @@ class RemoteEngine(SoleOwner):
         seal: bool,
         unregister: bool = True,
         patience_s: float = PATIENCE_S,
-    ) -> None:
+        gently: bool = False,
+    ) -> bool:
         """Take a range out."""
-        self._call("unserve", served, seal, unregister, patience_s)
+        return bool(self._call("unserve", served, seal, unregister, patience_s, gently))
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
@@ -118,6 +121,14 @@ class RemoteEngine(SoleOwner):
         """Take out every range and end the driver; wait so long for whoever is held up."""
         ended: Ended = self._call("end", patience_s)
         return ended
+
+    def progress(self) -> object:
+        """Say that it gets on: the helper process keeps its own limits."""
+        return time.monotonic()
+
+    def held(self) -> tuple[Held, ...]:
+        """Return who is at pages of a range at the moment."""
+        return tuple(self._call("held"))
 
     def hurry(self, patience_s: float) -> None:
         """From any thread: let drain and end wait no longer than this."""

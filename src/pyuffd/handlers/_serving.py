@@ -38,6 +38,8 @@ class Served:
     uffd: Userfaultfd
     kind: SourceKind
     memory: Range
+    source: PageSource | None = None
+    touched: tuple[RangeLike, ...] = ()  # what the engine itself reads and writes, besides it
     ioctls: int = 0
     alias: Region | None = None
     is_mergeable: bool = False  # by KSM, and the user was warned
@@ -157,6 +159,15 @@ def local_file(
             " a Region of shared memory with a descriptor: the helper process maps it as well"
         )
     return mapped.fd, mapped.offset
+
+
+def touched_by(
+    region: RangeLike, local: RangeLike | None, preserve: object, *, writes_cache: bool
+) -> tuple[RangeLike, ...]:
+    """Return what must stay mapped while the engine may be at the range's pages."""
+    if local is not None and (preserve is not None or writes_cache):
+        return (local,)
+    return (region,) if preserve is not None else ()
 
 
 def register(engine: Backend, served: Served, check: Callable[[], None]) -> Ioctl:

@@ -314,10 +314,16 @@ class Worker:
         )
         return self._engine.add(spec, states_fd=states_fd, taken=taken)
 
-    def unserve(self, served: RangeId, seal: bool, unregister: bool, patience_s: float) -> None:
+    def unserve(
+        self, served: RangeId, seal: bool, unregister: bool, patience_s: float, gently: bool
+    ) -> bool:
         """Take a range out."""
-        self._engine.unserve(served, seal=seal, unregister=unregister, patience_s=patience_s)
-        self._served.pop(served.number, None)
+        done = self._engine.unserve(
+            served, seal=seal, unregister=unregister, patience_s=patience_s, gently=gently
+        )
+        if done:
+            self._served.pop(served.number, None)
+        return done
 
     def abandon(self, served: RangeId | None, failed: bool) -> None:
         """Poison the pages that wait for a source."""

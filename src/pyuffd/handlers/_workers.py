@@ -69,7 +69,7 @@ class WorkedEngine(Engine):
         self._failure: SourceFailure | None = None
         self._not_populated: dict[int, BaseException] = {}  # by address, until populate says so
         self._sources: dict[int, PageSource] = {}
-        self._all_ended = True
+        self._hung_before = 0
         self._hurried_until = math.inf
         self._names = [f"uffd-w{fd}-{index}" for index in range(workers)]
         self._threads: list[threading.Thread] = []
@@ -85,13 +85,16 @@ class WorkedEngine(Engine):
         seal: bool,
         unregister: bool = True,
         patience_s: float = PATIENCE_S,
-    ) -> None:
+        gently: bool = False,
+    ) -> bool:
         """Take a range out; first poison what waits for its source."""
         self.abandon(served)
-        try:
-            super().unserve(served, seal=seal, unregister=unregister, patience_s=patience_s)
-        finally:
+        done = super().unserve(
+            served, seal=seal, unregister=unregister, patience_s=patience_s, gently=gently
+        )
+        if done:
             self._sources.pop(served.number, None)
+        return done
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver and the threads."""
@@ -111,24 +114,25 @@ class WorkedEngine(Engine):
 
     def end(self, patience_s: float) -> Ended:
         """As for every engine, and wait a while for the threads."""
-        give_up_at = time.monotonic() + max(patience_s, LEAVE_S)
+        began, hung = time.monotonic(), self._hung_before
         ended = super().end(patience_s)
         while running := [thread for thread in self._threads if thread.is_alive()]:
-            if time.monotonic() > min(give_up_at, self._hurried_until):
+            # Those that had been given up before have had their time.
+            limit_s = max(patience_s, LEAVE_S) if len(running) > hung else LEAVE_S
+            if time.monotonic() > min(began + limit_s, self._hurried_until):
                 break
             running[0].join(JOIN_SLICE_S)
-        self._all_ended = not running
         return ended._replace(held=self.held())
+
+    def refuse(self) -> None:
+        """Poison what is asked for from now on."""
+        self._hung_before = self.hung
+        super().refuse()
 
     def hurry(self, patience_s: float) -> None:
         """From any thread: let drain and end wait no longer than this."""
         self._hurried_until = time.monotonic() + max(patience_s, LEAVE_S)
         super().hurry(patience_s)
-
-    def destroy(self) -> None:
-        """Free it, unless a source has not returned."""
-        if self._all_ended:
-            super().destroy()
 
     @property
     def source_failure(self) -> SourceFailure | None:

@@ -1,0 +1,104 @@
+"""What a handler leaves behind where a page source holds up its threads (layer L4)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+
+from pyuffd import _left
+from pyuffd._errors import ClosedError, HandlerError
+from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._engine import Engine, Held
+from pyuffd.handlers._serving import Served
+from pyuffd.regions import Region
+
+
+def views_of(all_served: Iterable[Served]) -> list[memoryview]:
+    """Return views that keep mapped what the engine itself reads and writes for its ranges."""
+    views = []
+    for served in all_served:
+        for memory in served.touched:
+            if isinstance(memory, Region):
+                with suppress(ClosedError):
+                    views.append(memory.memoryview())
+    return views
+
+
+def thread_name(thread_id: int) -> str:
+    """Return the name of a thread of this process."""
+    for thread in threading.enumerate():
+        if thread.native_id == thread_id:
+            return thread.name
+    try:
+        with open(f"/proc/self/task/{thread_id}/comm", encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return f"thread {thread_id}"
+
+
+def leave_behind(
+    engine: Engine,
+    held: Iterable[Held],
+    all_served: Iterable[Served],
+    uffds: Iterable[Userfaultfd],
+    views: list[memoryview],
+) -> None:
+    """Keep what threads that are still inside may touch, and let nobody else get it."""
+    by_number = {served.id.number: served for served in all_served}
+    names = tuple(sorted({thread_name(one.thread_id) for one in held}))
+    keep = (engine, by_number, views)
+    for uffd in uffds:
+        targets = tuple(
+            (one.start, one.start + one.length)
+            for one in held
+            if not one.is_request and one.number in by_number and by_number[one.number].uffd is uffd
+        )
+        left = _left.LeftBehind(names, targets, engine.life.free_if_deserted, uffd.memory_key, keep)
+        _left.note(left)
+        uffd.leave_behind(left)
+
+
+def describe(held: Iterable[Held], all_served: Iterable[Served], *, is_remote: bool) -> str:
+    """Say who is held up by which source, at which page."""
+    sources = {served.id.number: served.source for served in all_served}
+
+    def who(one: Held) -> str:
+        return "one of the helper process" if is_remote else repr(thread_name(one.thread_id))
+
+    return "; ".join(
+        f"thread {who(one)} is left behind at {one.start:#x}, held up by"
+        f" {sources.get(one.number)!r}"
+        for one in held
+    )
+
+
+def source_at(address: int | None, all_served: Iterable[Served]) -> str:
+    """Return the source of the range that was served at an address, as text; "" if unknown."""
+    for served in all_served:
+        if address is not None and 0 <= address - served.id.start < served.id.length:
+            return repr(served.source)
+    return ""
+
+
+def completed(
+    error: HandlerError | None,
+    held: tuple[Held, ...],
+    all_served: list[Served],
+    *,
+    is_remote: bool,
+    waited_s: float,
+) -> HandlerError | None:
+    """Return the error of stop() with the source and the threads that are left behind named."""
+    left = describe(held, all_served, is_remote=is_remote)
+    if error is None and not left:
+        return None
+    if error is None:
+        first = held[0]
+        text = f"page sources did not answer within {waited_s:.1f} s: {left}"
+        return HandlerError(text, first.start, first.length)
+    source = source_at(error.start, all_served)
+    text = str(error) + (f", from {source}" if source else "") + (f"; {left}" if left else "")
+    whole = HandlerError(text, error.start, error.length)
+    whole.__cause__ = error.__cause__
+    return whole

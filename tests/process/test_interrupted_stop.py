@@ -1,0 +1,95 @@
+"""stop() interrupted by a signal's exception: it is raised soon, and the promise holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pyuffd import Feature, Handler, PageSource, Region, Userfaultfd
+from pyuffd.testing import child_pids
+from tests._child import run_child
+from tests._memory import PAGE
+from tests.kernel._faults import Task
+from tests.kernel._serving import is_lost, open_fds, wait_for_stalled, wait_until
+from tests.process._pitfalls import EVENTS
+
+PAGES = 16
+SLOW_S = 4.0
+# Tenths of a second, on a machine with much else to do.
+SOON_S = 2.0
+
+DRIVERS = ("thread", "process")
+WAYS = ("stop", "exit", "close", "uffd-close")
+
+
+class Slow:
+    """Data, and one page that takes its time."""
+
+    length = PAGES * PAGE
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset == 5 * PAGE:
+            time.sleep(SLOW_S)
+        return b"d" * length
+
+
+@contextlib.contextmanager
+def interrupted(after_s: float, times: int = 1) -> Iterator[None]:
+    """Send SIGINT to this process some time later."""
+
+    def send() -> None:
+        for _ in range(times):
+            time.sleep(after_s)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    assert time.monotonic() - began < after_s * times + SOON_S
+
+
+def end(way: str, handler: Handler, uffd: Userfaultfd) -> None:
+    ways: dict[str, Callable[[], object]] = {
+        "stop": handler.stop,
+        "exit": lambda: handler.__exit__(None, None, None),
+        "close": handler.close,
+        "uffd-close": uffd.close,
+    }
+    ways[way]()
+
+
+def check_interrupted(driver: str, way: str, features: int) -> None:
+    source: PageSource = Slow()
+    before, tasks = open_fds(), set(os.listdir("/proc/self/task"))
+    uffd, region = Userfaultfd(features=Feature(features)), Region.anonymous(PAGES * PAGE)
+    handler = Handler(uffd, driver=driver, stall_timeout_s=60)  # type: ignore[arg-type]
+    handler.serve(region, source)
+    handler.start()
+    reader = Task(is_lost, region, 5 * PAGE, PAGE)
+    wait_for_stalled(uffd, 1)
+    with interrupted(0.3):
+        end(way, handler, uffd)
+    handler.stop()  # nothing is left to do, and nothing to complain about
+    uffd.close()
+    assert reader.result(), "zeros for a page that was asked for"
+    assert is_lost(region, 9 * PAGE, PAGE), "zeros for a page that was not"
+    region.close()
+    assert not child_pids()
+    # The source returns some time, and its thread with it.
+    wait_until(lambda: set(os.listdir("/proc/self/task")) <= tasks, "all threads end")
+    Userfaultfd().close()  # the next one tidies up
+    assert open_fds() <= before
+
+
+@pytest.mark.parametrize("features", [Feature(0), EVENTS], ids=["no-events", "events"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_interrupted(driver: str, way: str, features: Feature) -> None:
+    run_child(check_interrupted, driver, way, int(features), budget_s=20)
