@@ -108,15 +108,16 @@ uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry
 		return tracked && !protected ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
 	case UFFD_PAGE_REMOVED:
 		/*
-		 * There again, and perhaps written to (after MADV_FREE it was never
-		 * gone).  The zero page, which is neither a file's nor anybody's own,
-		 * was not.
+		 * There again, and perhaps written to.  Without protection only anonymous
+		 * memory tells: what we put there is the zero page, which is nobody's own,
+		 * so a page of its own was written to, or never gone (MADV_FREE).
 		 */
 		if (presence != IS_THERE || protected)
 			return state;
 		if (tracked)
 			return UFFD_PAGE_DIRTY;
-		return entry & (UFFD_PM_FILE | UFFD_PM_MMAP_EXCLUSIVE) ? UFFD_PAGE_CLEAN : state;
+		return !is_huge(range) && !(entry & UFFD_PM_FILE) &&
+			       entry & UFFD_PM_MMAP_EXCLUSIVE ? UFFD_PAGE_CLEAN : state;
 	case UFFD_PAGE_CLEAN:
 	case UFFD_PAGE_SAVED:
 		/* Somebody took the protection off, or the page away. */
