@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from pyuffd import Feature
 from tests import _machine
 from tests._child import FRESH, zygote
+from tests._left_out import left_out
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import strict
+from tests._need import USER_MODE_SUFFICES, needs, needs_kernel_faults, require, strict
 
 TESTS = Path(__file__).parent
 # The folders whose tests use the kernel's resources: these get huge pages and swap, and may leak.
@@ -60,7 +62,11 @@ def _asks_for_kernel_tests(config: pytest.Config) -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check what the test's `needs*` marks ask for, before its fixtures are made."""
+    """Check what the test's folder and `needs*` marks ask for, before its fixtures are made."""
+    if _is_of_the_kernel(item) and not any(item.iter_markers("without_userfaultfd")):
+        require(needs(Feature(0)))
+        if str(item.path.relative_to(TESTS)) not in USER_MODE_SUFFICES:
+            require(needs_kernel_faults())
     for mark in item.iter_markers("need"):
         for need in mark.args:
             need.check()
@@ -104,6 +110,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped, by reason")
         for reason, count in reasons.most_common():
             terminalreporter.write_line(f"{count:5} {reason}")
+        ran = sum(len(terminalreporter.stats.get(key, [])) for key in ("passed", "failed", "error"))
+        terminalreporter.write_line("")
+        terminalreporter.write_line(left_out(sum(reasons.values()), ran))
 
 
 @pytest.fixture(params=memory_params())
@@ -119,7 +128,7 @@ def memory(request: pytest.FixtureRequest) -> Iterator[Memory]:
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test of the kernel folders that leaves a file descriptor or thread behind."""
-    if not any(request.path.is_relative_to(folder) for folder in KERNEL_FOLDERS):
+    if not _is_of_the_kernel(request.node):
         yield
         return
     if not FRESH:
@@ -133,6 +142,10 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
         if time.monotonic() > deadline:
             pytest.fail("left behind: " + ", ".join(extra))
         os.sched_yield()
+
+
+def _is_of_the_kernel(item: pytest.Item) -> bool:
+    return any(item.path.is_relative_to(folder) for folder in KERNEL_FOLDERS)
 
 
 def _held() -> set[str]:

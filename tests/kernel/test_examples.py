@@ -8,7 +8,7 @@ import pytest
 
 from pyuffd import Feature
 from tests._child import run_child
-from tests._need import needs, needs_hugepages
+from tests._need import needs, needs_hugepages, needs_kernel_faults
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 BUDGET_S = 20.0
@@ -32,13 +32,13 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
         ["minor fault on page 3", "page 3: COPIES"],
     ),
     "05_poison": (
-        [needs(Feature.POISON)],
+        [needs(Feature.POISON), needs_kernel_faults()],
         ["page 3, by a system call: Bad address", "page 3, by a program: SIGBUS"],
     ),
     "06_hugetlb": ([needs_hugepages(4)], ["2 faults; pages: ABSENT, CLEAN, ABSENT, CLEAN"]),
     "07_inline_sigbus": ([needs(Feature.SIGBUS)], ["3 faults", "write(2) wrote 16384"]),
-    "08_monitor_asyncio": ([], ["read ABCDEFGH", "8 pages filled"]),
-    "09_fault_timeline": ([], ["faults drawn in "]),
+    "08_monitor_asyncio": ([needs_kernel_faults()], ["read ABCDEFGH", "8 pages filled"]),
+    "09_fault_timeline": ([needs_kernel_faults()], ["faults drawn in "]),
 }
 
 

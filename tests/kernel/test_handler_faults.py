@@ -26,6 +26,7 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._need import needs_kernel_faults
 from tests.kernel._serving import (
     Driver,
     both_drivers,
@@ -456,6 +457,7 @@ def system_calls_native(name: str) -> None:
         del view
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("name", ["anon", "shmem", "shmem-private"])
 def test_system_calls_with_native(name: str) -> None:
     run_child(system_calls_native, name)

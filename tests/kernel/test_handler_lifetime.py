@@ -26,6 +26,7 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._need import needs_kernel_faults
 from tests.kernel._serving import (
     Driver,
     both_drivers,
@@ -140,6 +141,7 @@ def failure_closes() -> None:
         uffd.close()
 
 
+@needs_kernel_faults()
 def test_userfaultfd_closes_after_a_failure() -> None:
     run_child(failure_closes)
 
@@ -166,6 +168,7 @@ def exception_kept(driver: Driver, fails: bool) -> None:
     assert "stopped" in repr(handler)
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize(
     ("driver", "fails"), [("native", False), ("native", True), ("inline", False)]
 )
@@ -275,6 +278,7 @@ def waits_at_exit() -> None:
     os.close(out)
 
 
+@needs_kernel_faults()
 def test_thread_waiting_at_exit() -> None:
     run_child(waits_at_exit)
 

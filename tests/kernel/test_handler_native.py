@@ -15,6 +15,7 @@ import pytest
 from pyuffd import BufferSource, Handler, HandlerError, Region, UffdOSError, ZeroSource
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._need import needs_kernel_faults
 from tests.kernel._serving import (
     content,
     handler_of,
@@ -225,5 +226,6 @@ def unserved() -> None:
         assert caught.value.start == region.start
 
 
+@needs_kernel_faults()
 def test_registered_but_not_served() -> None:
     run_child(unserved)

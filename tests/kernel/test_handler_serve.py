@@ -26,6 +26,7 @@ from pyuffd import (
     ZeroSource,
 )
 from tests._memory import PAGE
+from tests._need import needs
 from tests.kernel._serving import Driver, both_drivers, handler_of, open_fds, thread_names
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
@@ -332,7 +333,13 @@ def test_unknown_regions(handler: Handler, region: Region) -> None:
         refused(handler, ValueError, call, region.start)
 
 
-@pytest.mark.parametrize("event", ["EVENT_FORK", "EVENT_REMAP", "EVENT_REMOVE", "EVENT_UNMAP"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param("EVENT_FORK", marks=needs(Feature.EVENT_FORK)),
+        *("EVENT_REMAP", "EVENT_REMOVE", "EVENT_UNMAP"),
+    ],
+)
 def test_layout_events_do_not_go_with_inline(event: str) -> None:
     fds = open_fds()
     features = Feature[event] | Feature.SIGBUS

@@ -15,6 +15,7 @@ import pytest
 from pyuffd import CallableSource, Feature, HandlerError, PageState, Region, _memory
 from pyuffd.testing import GatedSource
 from tests._barriers import Point, holding
+from tests._need import needs_kernel_faults, require
 from tests.kernel._faults import Task
 from tests.kernel._serving import (
     is_lost,
@@ -276,6 +277,7 @@ def refusal_put_off(at: Setting) -> None:
     A range moved there may be on its way into the table. EAGAIN taken for an answer, its thread
     would wait for ever.
     """
+    require(needs_kernel_faults())
     with at.served(2, REMOVE) as (handler, region, data):
         nobodys = Region.anonymous(data.size)
         handler.uffd.register(nobodys)

@@ -55,7 +55,7 @@ from pyuffd.testing import (
 from pyuffd.testing import needs as kit_needs
 from tests._child import ROOT, run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs
+from tests._need import needs, needs_kernel_faults
 from tests._need import needs_privilege as privilege
 from tests.kernel._faults import Task, registered
 from tests.kernel._serving import wait_for_stalled, wait_until
@@ -642,6 +642,7 @@ NEEDS = """
 """
 
 
+@needs_kernel_faults()
 def test_plugin_skips_with_what_was_found(suite: Callable[..., tuple[int, str]]) -> None:
     status, output = suite(NEEDS, "--strict-markers", "-W", "error")
     assert status == 0, output
@@ -650,6 +651,7 @@ def test_plugin_skips_with_what_was_found(suite: Callable[..., tuple[int, str]])
     assert "the kernel offers 0x" in output
 
 
+@needs_kernel_faults()
 def test_plugin_fails_instead_if_told(suite: Callable[..., tuple[int, str]]) -> None:
     status, output = suite(NEEDS, PYUFFD_TESTS="require")
     assert status == 1, output
@@ -662,6 +664,7 @@ def test_plugin_fails_instead_if_told(suite: Callable[..., tuple[int, str]]) -> 
     assert status == 0, output
 
 
+@needs_kernel_faults()
 def test_plugin_fixtures(suite: Callable[..., tuple[int, str]]) -> None:
     text = """
         import os
@@ -711,6 +714,7 @@ def shown_files() -> Iterator[object]:
         yield pytest.param(block.partition("```")[0], id=str(number))
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("text", list(shown_files()))
 def test_document(text: str, suite: Callable[..., tuple[int, str]]) -> None:
     status, output = suite(text, "-W", "error")

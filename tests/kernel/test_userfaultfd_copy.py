@@ -27,7 +27,7 @@ from pyuffd import (
 )
 from pyuffd import _memory as raw
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import needs, needs_ioctl
+from tests._need import needs, needs_ioctl, needs_kernel_faults
 from tests.kernel._faults import Task, next_fault, no_events, registered, wait_for_pending
 
 pytestmark = needs(Feature(0))
@@ -200,6 +200,7 @@ def test_less_than_a_huge_page(name: str) -> None:
     factory.close()
 
 
+@needs_kernel_faults()
 def test_a_source_that_is_itself_missing(memory: Memory) -> None:
     region, source = memory.pages(1), memory.pages(1)
     size = memory.page_size

@@ -28,7 +28,14 @@ from pyuffd import (
     lowlevel,
 )
 from tests._child import run_child
-from tests._need import CAPABILITIES, Need, kernel_features, needs, needs_privilege
+from tests._need import (
+    CAPABILITIES,
+    Need,
+    kernel_features,
+    needs,
+    needs_kernel_faults,
+    needs_privilege,
+)
 from tests.kernel._faults import Task, next_fault, offered, open_files
 
 pytestmark = needs(Feature(0))
@@ -90,7 +97,7 @@ def drop_capability(name: str) -> None:
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param(lowlevel.open_syscall, id="syscall"),
+        pytest.param(lowlevel.open_syscall, id="syscall", marks=needs_kernel_faults()),
         pytest.param(lowlevel.open_device, id="device", marks=needs_device()),
     ],
 )
@@ -195,6 +202,7 @@ def test_blocking() -> None:
         assert os.get_blocking(uffd.fileno())
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("bit", range(19))
 def test_each_known_feature(bit: int) -> None:
     feature = Feature(1 << bit)
@@ -212,6 +220,7 @@ def test_each_known_feature(bit: int) -> None:
     assert open_files() == before
 
 
+@needs_kernel_faults()
 def test_everything_this_kernel_offers() -> None:
     # The two kinds of write-protection do not go together.
     wanted = Feature(kernel_features() & ~int(Feature.RWP | Feature.RWP_ASYNC | Feature.WP_ASYNC))
@@ -364,6 +373,7 @@ def without_descriptors(call: str) -> list[int]:
     return [caught.value.errno or 0, open_files() - before]
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("call", ["open", "adopt"])
 def test_no_descriptor_left(call: str) -> None:
     assert run_child(without_descriptors, call).value == [errno.EMFILE, 0]
@@ -491,6 +501,7 @@ def test_user_mode_only_turns_kernel_access_into_efault() -> None:
         os.close(zeros)
 
 
+@needs_kernel_faults()
 def test_kernel_access_waits_without_user_mode_only() -> None:
     zeros = os.open("/dev/zero", os.O_RDONLY)
     try:

@@ -21,7 +21,7 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import needs
+from tests._need import needs, needs_kernel_faults
 from tests.kernel._faults import Task, next_fault, no_events, registered
 
 pytestmark = needs(Feature.POISON)
@@ -131,6 +131,7 @@ def test_poison_outlives_registration(memory: Memory) -> None:
     assert region.read(0, 1) == b"\0"
 
 
+@needs_kernel_faults()
 def test_without_waking(memory: Memory) -> None:
     region = memory.pages(1)
     with registered(region) as uffd:

@@ -22,7 +22,7 @@ from pyuffd import (
     WriteprotectMode,
 )
 from tests._memory import Memory
-from tests._need import Need, kernel_features, needs
+from tests._need import Need, kernel_features, needs, needs_kernel_faults
 from tests.kernel._faults import (
     WAIT_S,
     Task,
@@ -107,6 +107,7 @@ def test_missing_and_protected(memory: Memory) -> None:
         assert no_events(uffd)
 
 
+@needs_kernel_faults()
 def test_kernel_writes_fault_too(memory: Memory) -> None:
     region = memory.pages(1)
     region.fill(1)

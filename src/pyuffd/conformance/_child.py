@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pyuffd.conformance._need import Lack
+from pyuffd.conformance._need import Lack, strict
+from pyuffd.conformance._opening import make_do
 
 # Interpreter start and imports, not counted in the budget of the code under test; generous
 # because a loaded machine with a sanitizer needs seconds for it.
@@ -240,6 +241,7 @@ def perform(call: str, reply: int) -> None:
     faulthandler.dump_traceback_later(request["budget_s"] + STARTUP_S * SCALE, exit=True)
     target = request["target"]
     answer: dict[str, Any] = {}
+    make_do(strictly=strict())
     try:
         if _DOTTED.fullmatch(target):
             module, name = target.split(":")

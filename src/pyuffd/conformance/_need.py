@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 
-_NR_USERFAULTFD = 323
-_O_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+from pyuffd.conformance._opening import only_user_mode, open_userfaultfd
+
 _UFFD_API = 0xAA
+_EVENT_FORK = 1 << 1
 _WP_HUGETLBFS_SHMEM = 1 << 12
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
-_USERFAULTFD_IOC_NEW = 0xAA00
 _DEVICE = "/dev/userfaultfd"
 _MFD_HUGETLB = 0x4
 
@@ -85,6 +85,8 @@ def needs(feature: IntFlag) -> Need:
     def missing() -> tuple[list[str], str]:
         offered = kernel_features()
         lacking = int(feature) & ~offered
+        if not lacking and int(feature) & _EVENT_FORK and not _may_follow_forks():
+            return ["CAP_SYS_PTRACE"], "the kernel refuses EVENT_FORK without CAP_SYS_PTRACE"
         return _names(feature, lacking), f"the kernel offers {offered:#x}"
 
     return Need(f"Feature.{feature.name} ({int(feature):#x})", missing)
@@ -120,6 +122,17 @@ def needs_privilege(*capabilities: str) -> Need:
         return lacking, f"uid {os.geteuid()} has {held:#x}"
 
     return Need(" and ".join(wanted), missing)
+
+
+def needs_kernel_faults() -> Need:
+    """This user may handle the faults of system calls too, not only those of user code."""
+
+    def missing() -> tuple[list[str], str]:
+        kernel_features()  # or there are none
+        found = "this user may handle those of user code only" if only_user_mode() else ""
+        return (["kernel-faults"] if found else []), found
+
+    return Need("faults of system calls", missing)
 
 
 def needs_hugepages(count: int, size: int = HUGE_PAGE) -> Need:
@@ -197,6 +210,18 @@ def kernel_features() -> int:
         os.close(fd)
 
 
+@functools.cache
+def _may_follow_forks() -> bool:
+    fd = _open_userfaultfd()
+    try:
+        _handshake(fd, _EVENT_FORK)
+    except PermissionError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def _anonymous(length: int) -> int:
     return _map(length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
 
@@ -258,21 +283,10 @@ def _map(length: int, flags: int, fd: int) -> int:
 
 
 def _open_userfaultfd() -> int:
-    fd = int(_libc().syscall(ctypes.c_long(_NR_USERFAULTFD), _O_FLAGS))
-    if fd >= 0:
-        return fd
-    refused = os.strerror(ctypes.get_errno())
     try:
-        device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        return open_userfaultfd()
     except OSError as error:
-        raise Lack(
-            ["userfaultfd"],
-            f"needs a userfaultfd; the syscall: {refused}, {_DEVICE}: {error.strerror}",
-        ) from None
-    try:
-        return int(fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, _O_FLAGS))
-    finally:
-        os.close(device)
+        raise Lack(["userfaultfd"], f"needs a userfaultfd; {error.strerror}") from None
 
 
 def _handshake(fd: int, features: int) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
-import os
 import struct
 from dataclasses import dataclass
 
@@ -27,9 +25,6 @@ _IOCTLS = {
     "RWPROTECT": (_READ | _WRITE, 0x09, 3),
     "SET_MODE": (_WRITE, 0x0A, 2),
 }
-_DEVICE = "/dev/userfaultfd"
-_IOC_NEW = 0xAA00
-_NR_USERFAULTFD = 323
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +64,3 @@ def ioctl(uffd: Userfaultfd | int, name: str, *words: int) -> Answer:
     except OSError as error:
         code = error.errno or errno.EIO
     return Answer(code, struct.unpack(f"={count}Q", argument))
-
-
-def open_syscall(flags: int) -> int:
-    """Open a userfaultfd by the system call, without a handshake; return its descriptor."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = int(libc.syscall(ctypes.c_long(_NR_USERFAULTFD), flags))
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "userfaultfd")
-    return fd
-
-
-def open_device(flags: int) -> int:
-    """Open a userfaultfd by /dev/userfaultfd; return its file descriptor."""
-    device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return fcntl.ioctl(device, _IOC_NEW, flags)
-    finally:
-        os.close(device)

@@ -22,7 +22,14 @@ from pyuffd.conformance._case import Case, load
 from pyuffd.conformance._child import SCALE
 from pyuffd.conformance._context import Context, Mismatch
 from pyuffd.conformance._kmsg import Kmsg, Record
-from pyuffd.conformance._need import Lack, kernel_features, needs, needs_hugepages, strict
+from pyuffd.conformance._need import (
+    Lack,
+    kernel_features,
+    needs,
+    needs_hugepages,
+    strict,
+)
+from pyuffd.conformance._opening import make_do
 from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message, Report, Result
 from pyuffd.conformance._types import TYPES
 
@@ -107,7 +114,7 @@ def pytest_configure(config: pytest.Config) -> None:
     global _reporting
     config.addinivalue_line("markers", "conformance: a case of the conformance suite")
     try:
-        strict()
+        make_do(strictly=strict())
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     path = config.getoption("--uffd-report")

@@ -99,6 +99,7 @@ def test_child_holds_no_descriptor_of_the_parent(ctx: Context) -> None:
     assert len(os.listdir(f"/proc/{child.pid}/fd")) == 1
 
 
+@needs(Feature.EVENT_FORK)
 def test_fork_with_the_event_on_gives_the_child_s_descriptor(ctx: Context) -> None:
     ctx.open(Feature.EVENT_FORK)
     start = missing(ctx)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pyuffd._abi import USER_MODE_ONLY, Feature
 from pyuffd._memory import buffer_address
-from pyuffd.conformance import _raw
+from pyuffd.conformance import _opening, _raw
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Child, Context
-from pyuffd.conformance._need import needs, needs_device, needs_privilege
+from pyuffd.conformance._need import needs, needs_device, needs_kernel_faults, needs_privilege
 from pyuffd.conformance._types import ANY
 
 API = 0xAA
@@ -43,7 +43,7 @@ AFTER_API = (
 
 def _fresh(ctx: Context, flags: int = FLAGS) -> int:
     """Return a descriptor without a handshake, which closes with the case."""
-    fd = _raw.open_syscall(flags)
+    fd = _opening.open_userfaultfd(flags)
     ctx.callback(os.close, fd)
     return fd
 
@@ -71,10 +71,15 @@ def open_flags(ctx: Context) -> None:
 @case("userfaultfd.EINVAL.flags-unknown", origin="userfaultfd(2): EINVAL", memory=ANY)
 def open_unknown_flag(ctx: Context) -> None:
     """A flag the system call does not know is refused."""
-    ctx.expect_errno(errno.EINVAL, _raw.open_syscall, FLAGS | UNKNOWN_FLAG)
+    ctx.expect_errno(errno.EINVAL, _opening.open_syscall, FLAGS | UNKNOWN_FLAG)
 
 
-@case("userfaultfd.EMFILE.descriptor-limit", origin="userfaultfd(2): EMFILE", memory=ANY)
+@case(
+    "userfaultfd.EMFILE.descriptor-limit",
+    origin="userfaultfd(2): EMFILE",
+    memory=ANY,
+    needs=[needs_kernel_faults()],
+)
 def open_emfile(ctx: Context) -> None:
     """At the limit of open files there is no further userfaultfd."""
     limit = struct.pack("=2Q", 0, 0)
@@ -146,7 +151,7 @@ def device_mode(ctx: Context) -> None:
 )
 def device_unknown_flag(ctx: Context) -> None:
     """USERFAULTFD_IOC_NEW refuses a flag it does not know."""
-    ctx.expect_errno(errno.EINVAL, _raw.open_device, FLAGS | UNKNOWN_FLAG)
+    ctx.expect_errno(errno.EINVAL, _opening.open_device, FLAGS | UNKNOWN_FLAG)
 
 
 @case(

@@ -24,9 +24,10 @@ from pyuffd._abi import (
 )
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
-from pyuffd.conformance import _raw
+from pyuffd.conformance import _opening
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
+from pyuffd.conformance._need import needs_kernel_faults
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._types import ANY, missing_features, wp_features
 from pyuffd.conformance.cases.errno_open import API, FLAGS
@@ -62,7 +63,7 @@ def _wait_for(ctx: Context, uffd: Userfaultfd, messages: int) -> None:
 @case("read.EINVAL.before-api", origin="userfaultfd(2): Reading", memory=ANY)
 def read_before(ctx: Context) -> None:
     """Before the handshake read is EINVAL and poll says POLLERR."""
-    fd = _raw.open_syscall(FLAGS)
+    fd = _opening.open_userfaultfd(FLAGS)
     ctx.callback(os.close, fd)
     ctx.expect_errno(errno.EINVAL, os.read, fd, MESSAGE_SIZE)
     ctx.expect("poll", _poll(fd), select.POLLERR)
@@ -79,7 +80,7 @@ def read_empty(ctx: Context) -> None:
 @case("poll.POLLERR.blocking", origin="userfaultfd(2): poll", memory=ANY)
 def poll_blocking(ctx: Context) -> None:
     """A descriptor without O_NONBLOCK cannot be polled: POLLERR."""
-    fd = _raw.open_syscall(os.O_CLOEXEC)
+    fd = _opening.open_userfaultfd(os.O_CLOEXEC)
     ctx.callback(os.close, fd)
     ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
     ctx.expect("poll", _poll(fd), select.POLLERR)
@@ -338,6 +339,7 @@ def read_thread_id(ctx: Context) -> None:
     "UFFDIO_COPY.ok.src-missing",
     origin="fs/userfaultfd.c, mm/userfaultfd.c",
     features=missing_features,
+    needs=[needs_kernel_faults()],
 )
 def copy_from_missing(ctx: Context) -> None:
     """A copy from memory that is missing itself waits until that is filled."""

@@ -18,9 +18,9 @@ from pyuffd._abi import Feature, RegisterMode
 from pyuffd._memory import Interrupted
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
-from pyuffd.conformance._need import Lack, Need, needs_privilege
+from pyuffd.conformance._need import Lack, Need, needs_kernel_faults, needs_privilege
+from pyuffd.conformance._opening import open_syscall
 from pyuffd.conformance._pin import syscall
-from pyuffd.conformance._raw import open_syscall
 from pyuffd.conformance._types import missing_features, wp_features
 from pyuffd.conformance._wp import (
     DATA,
@@ -276,7 +276,7 @@ def _add(row: Row) -> None:
         summary=f"{row.text} {_said(row.normal)}{after}",
         origin=ORIGIN,
         features=wp_features,
-        needs=row.needs,
+        needs=[*row.needs, *([needs_kernel_faults()] if row.is_write else [])],
     )(lambda ctx: _normal(ctx, row))
     case(
         f"access.{row.name}.user-mode-only",

@@ -6,7 +6,7 @@ import errno
 import os
 
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd.conformance import _raw
+from pyuffd.conformance import _opening
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._need import needs_device
@@ -40,7 +40,7 @@ def _api(ctx: Context, fd: int) -> None:
 def api_syscall(ctx: Context) -> None:
     """Refuse bad handshakes and a second one, on a descriptor of the system call."""
     # The library shakes hands while opening; the descriptor of a blocking open is as new.
-    _api(ctx, _raw.open_syscall(_FLAGS))
+    _api(ctx, _opening.open_userfaultfd(_FLAGS))
 
 
 @case(
@@ -51,7 +51,7 @@ def api_syscall(ctx: Context) -> None:
 )
 def api_device(ctx: Context) -> None:
     """Refuse bad handshakes and a second one, on a descriptor of /dev/userfaultfd."""
-    _api(ctx, _raw.open_device(_FLAGS))
+    _api(ctx, _opening.open_device(_FLAGS))
 
 
 def _all_modes(memory: MemoryType) -> Feature:

@@ -8,7 +8,8 @@ import os
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._raw import ioctl, open_syscall
+from pyuffd.conformance._opening import open_userfaultfd
+from pyuffd.conformance._raw import ioctl
 from pyuffd.conformance._types import ANY, FILE, HUGETLB, SHARED, wp_features
 from pyuffd.conformance._wp import (
     DATA,
@@ -194,7 +195,7 @@ def feature_decides(ctx: Context) -> None:
 )
 def unknown_feature(ctx: Context) -> None:
     """Asking for one bit too many is EINVAL, as for a newer header's mask; asking again is not."""
-    fd = open_syscall(os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = open_userfaultfd()
     ctx.callback(os.close, fd)
     answer = ioctl(fd, "API", API, ctx.offered & ~Feature.EVENT_FORK | UNKNOWN_FEATURE)
     ctx.expect("errno", answer.errno, errno.EINVAL)

@@ -1,0 +1,100 @@
+"""How the tests of this process open a userfaultfd, asked with plain syscalls.
+
+Where this user may handle the faults of user code only (UFFD_USER_MODE_ONLY), most tests can make
+do with that: `make_do` says that they shall.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+NR_USERFAULTFD = 323
+USER_MODE_ONLY = 1
+O_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+_USERFAULTFD_IOC_NEW = 0xAA00
+_DEVICE = "/dev/userfaultfd"
+
+_making_do = False
+
+
+def make_do(*, strictly: bool) -> None:
+    """Let the tests of this process make do with the faults of user code, if these are all.
+
+    `Userfaultfd` and `FaultingChild` then open such descriptors unless they are told otherwise,
+    and so do the needs; a test that needs more says so with needs_kernel_faults().
+
+    Args:
+        strictly: Nothing may be left out: change nothing, so that what needs privilege fails.
+    """
+    global _making_do
+    _making_do = not strictly
+    if not only_user_mode():
+        return
+    from pyuffd._uffd import Userfaultfd
+    from pyuffd.testing import FaultingChild
+
+    for opener in (Userfaultfd, FaultingChild):
+        function: Any = opener.__init__
+        function.__kwdefaults__["user_mode_only"] = True
+
+
+def only_user_mode() -> bool:
+    """Whether the tests of this process make do with the faults of user code."""
+    return _making_do and _may_open_nothing_else()
+
+
+@functools.cache
+def _may_open_nothing_else() -> bool:
+    """Whether this user may open a userfaultfd with UFFD_USER_MODE_ONLY and no other."""
+    ways: list[Callable[[], int]] = [_of_any_faults, lambda: open_syscall(O_FLAGS | USER_MODE_ONLY)]
+    for number, way in enumerate(ways):
+        try:
+            os.close(way())
+        except OSError:
+            continue
+        return number == 1
+    return False
+
+
+def open_userfaultfd(flags: int = O_FLAGS) -> int:
+    """Return a new userfaultfd before its handshake, as the tests of this process use it.
+
+    Raises:
+        OSError: none can be opened; the text says what each way answered.
+    """
+    return open_syscall(flags | USER_MODE_ONLY) if only_user_mode() else _of_any_faults(flags)
+
+
+def _of_any_faults(flags: int = O_FLAGS) -> int:
+    try:
+        return open_syscall(flags)
+    except OSError as error:
+        by_syscall = error
+    try:
+        return open_device(flags)
+    except OSError as error:
+        text = f"the syscall: {by_syscall.strerror}, {_DEVICE}: {error.strerror}"
+        raise OSError(by_syscall.errno, text) from None
+
+
+def open_syscall(flags: int) -> int:
+    """Open a userfaultfd by the system call, without a handshake; return its descriptor."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = int(libc.syscall(ctypes.c_long(NR_USERFAULTFD), flags))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "userfaultfd")
+    return fd
+
+
+def open_device(flags: int) -> int:
+    """Open a userfaultfd by /dev/userfaultfd; return its file descriptor."""
+    device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, flags)
+    finally:
+        os.close(device)

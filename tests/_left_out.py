@@ -1,0 +1,30 @@
+"""How many tests a run left out, and what would run them: one sentence for its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from pyuffd import KernelSupport, probe
+
+
+def left_out(skipped: int, ran: int, support: KernelSupport | None = None) -> str:
+    """Return the sentence, by what this process finds when it tries to open a userfaultfd."""
+    support = support or probe()
+    why, command = _why(support)
+    count = f"Left out {skipped:,} of {skipped + ran:,} tests: {why}"
+    return f"{count}; to run all: {command}" if command else count
+
+
+def _why(support: KernelSupport) -> tuple[str, str]:
+    is_root = os.geteuid() == 0
+    as_root = "" if is_root else "sudo make test" if shutil.which("sudo") else "make test, as root"
+    if support.kernel_faults:
+        return "the kernel, this user or the machine lack what they need", as_root
+    way = support.opens["syscall"]
+    if support.usable:
+        return (
+            f"userfaultfd handles the faults of user code only here ({way.reason})",
+            as_root or way.command,
+        )
+    return f"no userfaultfd can be opened here ({way.reason})", way.command
