@@ -15,6 +15,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from pyuffd import _limits
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import raise_errno
 from pyuffd._shim import ffi, lib
@@ -77,7 +78,7 @@ class Descriptor(SoleOwner):
         self = cls()
         code = lib.uffd_owned_memfd_create(name.encode(), flags, self._cell)
         if code:
-            raise_errno("memfd_create", -code)
+            raise_errno("memfd_create", -code, hint=_limits.why(-code, "memfd_create"))
         return self
 
     @classmethod

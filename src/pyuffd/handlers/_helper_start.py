@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd import _limits
-from pyuffd._errors import HandlerError
+from pyuffd._errors import HandlerError, limit_met
 
 STDIO = 3  # 0, 1 and 2 are the helper's standard streams, whatever they are here
 # A worker and a holder end at once; what a page source had started may live on.
@@ -225,7 +225,7 @@ def starting(call: str) -> Iterator[None]:
         code = (isinstance(error, OSError) and error.errno) or 0
         file = getattr(error, "filename", None)
         # Popen raises what vfork(2) says, and what the child says, which names the file.
-        hint = "" if file else _limits.why(code, call)
+        hint = limit_met(code) if file else _limits.why(code, call)
         text = os.strerror(code) if code else str(error)
         raise cannot_start(f"{file or call}: {text}" + (f"; {hint}" if hint else "")) from error
 
