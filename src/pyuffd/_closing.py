@@ -53,7 +53,12 @@ class CloseCallbacks(SoleOwner):
     _before_close: list[Callable[[], None]]
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when closing begins, newest first; handlers stop here."""
+        """Call `callback` when closing begins, newest first; handlers stop here.
+
+        One with an attribute `must_end`, or the bound method of an object that has it, is called
+        again by the next close as long as that is true: nothing is closed after an exception that
+        came before it was done.
+        """
         self._before_close.append(callback)
 
     def forget_on_close(self, callback: Callable[[], None]) -> None:
@@ -64,10 +69,21 @@ class CloseCallbacks(SoleOwner):
     def _run_before_close(self) -> None:
         """Call them all; the first exception is raised when that is done."""
         first: BaseException | None = None
-        while self._before_close:
+        for callback in reversed(self._before_close.copy()):
             try:
-                self._before_close.pop()()
+                callback()
             except BaseException as error:  # the others must be told all the same
                 first = first or error
+            # Only now: what was interrupted is called again.
+            if not _must_end(callback):
+                self.forget_on_close(callback)
         if first is not None:
             raise first
+
+    def _may_close(self) -> bool:
+        """Whether nobody is left who was interrupted before it had ended."""
+        return not any(_must_end(callback) for callback in self._before_close)
+
+
+def _must_end(callback: Callable[[], None]) -> bool:
+    return bool(getattr(getattr(callback, "__self__", callback), "must_end", False))

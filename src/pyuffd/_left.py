@@ -1,4 +1,4 @@
-"""Threads that a page source holds up, left behind by the handler they worked for (layer L1).
+"""Threads that a page source holds up, left behind by the handler they worked for (layer L2).
 
 In the kernel nothing but SIGKILL ends such a wait, so a handler that stops leaves the thread
 behind. It must do no harm when it comes back after all: the ioctl it is in may still copy to its
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pyuffd._errors import raise_errno
+from pyuffd._owned import Descriptor
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +35,7 @@ class LeftBehind:
 
 
 _left: list[LeftBehind] = []
-_inert: list[tuple[int, list[LeftBehind]]] = []  # numbers that nobody may get yet
+_inert: list[tuple[Descriptor, list[LeftBehind]]] = []  # numbers that nobody may get yet
 _lock = threading.Lock()
 
 
@@ -54,9 +55,11 @@ def tidy() -> None:
         over = [row for row in _inert if not any(one in _left for one in row[1])]
         for row in over:
             _inert.remove(row)
-    for fd, users in over:
+    for descriptor, users in over:
         if all(one.pid == pid for one in users):
-            os.close(fd)
+            descriptor.close()
+        else:  # a fork's copy of the number, which another file may have by now
+            descriptor.release()
 
 
 def check_target(start: int, length: int, memory: object) -> None:
@@ -78,11 +81,16 @@ def check_target(start: int, length: int, memory: object) -> None:
 class Number:
     """A descriptor, and who may still use its number when its owner closes it."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, descriptor: Descriptor) -> None:
+        self.descriptor = descriptor
         self._users = 0
         self._left: list[LeftBehind] = []
         self._is_closed = False
+
+    @property
+    def fd(self) -> int:
+        """The number, as long as it is its owner's; -1 afterwards."""
+        return -1 if self._is_closed else self.descriptor.number
 
     def hold(self) -> None:
         """Keep it open as it is, whatever its owner does."""
@@ -105,30 +113,25 @@ class Number:
         return not self._users and not self._left
 
     def close(self) -> None:
-        """Close it for its owner."""
+        """Close it for its owner; again without complaint."""
         self._is_closed = True
         self._end()
 
     def _end(self) -> None:
-        if not self._is_closed or self._users or self._fd < 0:
+        if not self._is_closed or self._users or not self.descriptor.is_open:
             return
-        is_free = self.is_free
-        fd, self._fd = self._fd, -1
-        if is_free:
-            os.close(fd)
+        if self.is_free:
+            self.descriptor.close()
             return
-        _make_inert(fd)
+        _make_inert(self.descriptor.number)
         with _lock:
-            _inert.append((fd, self._left))
+            _inert.append((self.descriptor.moved(), self._left))
 
 
 def _make_inert(fd: int) -> None:
     """Let ioctls on this number say ENOTTY, and nobody else get it."""
     try:
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        with Descriptor.open(os.devnull, os.O_RDWR) as null:
+            os.dup2(null.number, fd, inheritable=False)
     except OSError:  # too many are open: then it stays what it is, with nothing registered
         return
-    try:
-        os.dup2(null, fd, inheritable=False)
-    finally:
-        os.close(null)

@@ -6,7 +6,6 @@ Nothing here resolves a fault by itself; `pyuffd.Handler` does.
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import warnings
@@ -48,6 +47,7 @@ from pyuffd._errors import (
 )
 from pyuffd._event_claims import EventClaims
 from pyuffd._left import LeftBehind, Number, check_target, tidy
+from pyuffd._owned import Descriptor
 from pyuffd._pages import (
     PAGE_SIZE,
     RangeLike,
@@ -128,7 +128,6 @@ class Userfaultfd(CloseCallbacks):
         user_mode_only: bool = False,
         nonblocking: bool = True,
     ) -> None:
-        self._fd = -1
         flags = os.O_CLOEXEC | (os.O_NONBLOCK if nonblocking else 0)
         if user_mode_only:
             flags |= USER_MODE_ONLY
@@ -143,20 +142,16 @@ class Userfaultfd(CloseCallbacks):
                 supported=int(self.supported),
                 missing=int(missing),
             )
-        fd = open_uffd(flags)
-        try:
-            _, ioctls = lowlevel.api(fd, features)
-        except UffdPermissionError as error:
-            os.close(fd)
-            hint = "EVENT_FORK needs CAP_SYS_PTRACE"
-            code = error.errno or errno.EPERM
-            raise UffdPermissionError(
-                code, "UFFDIO_API", hint=hint, requested=int(features)
-            ) from None
-        except BaseException:
-            os.close(fd)
-            raise
-        self._adopt(fd, features, Ioctl(ioctls), adopted=False)
+        with open_uffd(flags) as descriptor:
+            try:
+                _, ioctls = lowlevel.api(descriptor.number, features)
+            except UffdPermissionError as error:
+                hint = "EVENT_FORK needs CAP_SYS_PTRACE"
+                code = error.errno or errno.EPERM
+                raise UffdPermissionError(
+                    code, "UFFDIO_API", hint=hint, requested=int(features)
+                ) from None
+            self._adopt(descriptor.moved(), features, Ioctl(ioctls), adopted=False)
 
     @classmethod
     def from_fd(cls, fd: int, *, owner_pid: int | None = None) -> Self:
@@ -185,12 +180,12 @@ class Userfaultfd(CloseCallbacks):
             self.supported, ioctls = probe_api(os.O_CLOEXEC | USER_MODE_ONLY)
         except UffdOSError:
             self.supported = features
-        self._adopt(fd, features, ioctls, adopted=True, owner_pid=owner_pid)
-        return self
+        self._adopt(Descriptor(), features, ioctls, adopted=True, owner_pid=owner_pid)
+        return self._number.descriptor.adopt(fd, self)  # last: until here it is the caller's
 
     def _adopt(
         self,
-        fd: int,
+        descriptor: Descriptor,
         features: Feature,
         ioctls: Ioctl,
         *,
@@ -206,8 +201,7 @@ class Userfaultfd(CloseCallbacks):
         self._before_close = []
         self._claims = EventClaims()
         tidy()
-        self._number = Number(fd)
-        self._fd = fd  # last: a signal's exception may leave the rest undone
+        self._number = Number(descriptor)  # last: a signal's exception may leave the rest undone
 
     # The descriptor
 
@@ -218,13 +212,14 @@ class Userfaultfd(CloseCallbacks):
             ClosedError: closed, detached, or this is a fork of the process that opened it (the
                 descriptor would act on the parent's memory).
         """
-        if self._fd < 0:
+        fd = self._number.fd
+        if fd < 0:
             raise ClosedError("this userfaultfd is closed")
         if self._pid != os.getpid():
             raise ClosedError(
                 f"this userfaultfd belongs to process {self._pid}, not to its fork {os.getpid()}"
             )
-        return self._fd
+        return fd
 
     @property
     def owner_pid(self) -> int | None:
@@ -243,7 +238,7 @@ class Userfaultfd(CloseCallbacks):
     @property
     def closed(self) -> bool:
         """Whether close() or detach() was called."""
-        return self._fd < 0
+        return self._number.fd < 0
 
     def detach(self) -> int:
         """Give up ownership and return the descriptor; the object is closed afterwards.
@@ -254,11 +249,11 @@ class Userfaultfd(CloseCallbacks):
         fd = self.fileno()
         self._run_before_close()
         self._claims.drop()
-        if not self._number.is_free:
-            fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-            self._number.close()
-        self._fd = -1
-        return fd
+        if self._number.is_free:
+            return self._number.descriptor.release()
+        copy = Descriptor.duplicate(fd)
+        self._number.close()
+        return copy.release()
 
     def hold_open(self) -> None:
         """Keep the descriptor open after close(), until `let_close`; for a handler that stops."""
@@ -281,20 +276,25 @@ class Userfaultfd(CloseCallbacks):
         """Stop the handlers that use this descriptor, then close it.
 
         Ranges become unregistered: threads still waiting (there are none behind a Handler) go on
-        with zero pages, so do not use this to get rid of a stalled thread.
+        with zero pages, so do not use this to get rid of a stalled thread. Where stopping a handler
+        is interrupted the descriptor stays open, and the next call goes on.
         """
-        if self._fd < 0:
-            return
-        try:
-            if self._pid == os.getpid():
+        if not self.closed and self._pid == os.getpid():
+            try:
                 self._run_before_close()
-        finally:
-            self._claims.drop()
-            fd, self._fd = self._fd, -1
-            if fd >= 0 and self._pid != os.getpid():
-                os.close(fd)
-            elif fd >= 0:
-                self._number.close()
+            except BaseException:
+                if self._may_close():
+                    self._end()
+                raise
+        self._end()
+
+    def _end(self) -> None:
+        """Close what is open; again without complaint."""
+        self._claims.drop()
+        if self._pid == os.getpid():
+            self._number.close()
+        else:
+            self._number.descriptor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -313,14 +313,14 @@ class Userfaultfd(CloseCallbacks):
             attach(exc, error, "closing the userfaultfd failed")
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0 and self._pid == os.getpid():
+        if hasattr(self, "_number") and not self.closed and self._pid == os.getpid():
             try:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             finally:
                 self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._fd < 0 else f"fd={self._fd}"
+        state = "closed" if self.closed else f"fd={self._number.fd}"
         return f"<Userfaultfd {state} features={self.features!r}>"
 
     # Ranges
@@ -801,34 +801,32 @@ class Userfaultfd(CloseCallbacks):
 
     def _event(self, raw: bytes) -> Event:
         if message_code(raw) == EventCode.FORK:
-            return Fork(self._forked(fork_fd(raw)))
+            descriptor = Descriptor()
+            return descriptor.adopt(fork_fd(raw), Fork(self._forked(descriptor, fork_fd(raw))))
         return parse_event(raw)
 
-    def _forked(self, fd: int) -> Self:
+    def _forked(self, descriptor: Descriptor, fd: int) -> Self:
         """Own the descriptor of a child, which has this one's features and registrations."""
         os.set_blocking(fd, False)
         os.set_inheritable(fd, False)
         child = type(self).__new__(type(self))
         child.supported = self.supported
-        child._adopt(fd, self.features, self.ioctls, adopted=True)
+        child._adopt(descriptor, self.features, self.ioctls, adopted=True)
         child._registered = self._registered.copy()
         return child
 
 
 def probe_api(flags: int) -> tuple[Feature, Ioctl]:
     """Return the features and ioctls of this kernel, asked on a descriptor of its own."""
-    fd = open_uffd(flags)
-    try:
-        features, ioctls = lowlevel.api(fd, 0)
-    finally:
-        os.close(fd)
+    with open_uffd(flags) as descriptor:
+        features, ioctls = lowlevel.api(descriptor.number, 0)
     return Feature(features), Ioctl(ioctls)
 
 
-def open_uffd(flags: int) -> int:
+def open_uffd(flags: int) -> Descriptor:
     """Open a userfaultfd by the system call or, where that is refused, by the device."""
     refusals: list[UffdOSError] = []
-    for attempt in (lowlevel.open_syscall, lowlevel.open_device):
+    for attempt in (lowlevel.owned_syscall, lowlevel.owned_device):
         try:
             return attempt(flags)
         except UffdOSError as error:
@@ -845,7 +843,7 @@ def _would_with_privilege(flags: int) -> bool:
     if flags & USER_MODE_ONLY:
         return False
     try:
-        os.close(lowlevel.open_syscall(flags | USER_MODE_ONLY))
+        lowlevel.owned_syscall(flags | USER_MODE_ONLY).close()
     except UffdOSError as error:
         return error.errno == errno.EINVAL  # before Linux 5.11
     return True

@@ -8,11 +8,11 @@ Addresses, lengths and modes go to the kernel unchecked; an errno comes back as 
 from __future__ import annotations
 
 import errno
-import os
 from typing import Any
 
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
+from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._shim import ffi, lib
 
@@ -37,20 +37,24 @@ class FillOp(Number):
     MOVE = lib.UFFD_FILL_MOVE
 
 
+def owned_syscall(flags: int) -> Descriptor:
+    """Call userfaultfd(2)."""
+    return Descriptor.open_uffd(flags)
+
+
+def owned_device(flags: int, path: str = DEVICE) -> Descriptor:
+    """Ask /dev/userfaultfd (Linux 6.1) for a userfaultfd."""
+    return Descriptor.open_uffd_device(flags, path)
+
+
 def open_syscall(flags: int) -> int:
     """Call userfaultfd(2) and return the file descriptor."""
-    fd = lib.uffd_shim_open_syscall(flags)
-    if fd < 0:
-        raise_errno("userfaultfd", -fd)
-    return fd
+    return owned_syscall(flags).release()
 
 
 def open_device(flags: int, path: str = DEVICE) -> int:
     """Ask /dev/userfaultfd (Linux 6.1) for a userfaultfd and return the file descriptor."""
-    fd = lib.uffd_shim_open_device(os.fsencode(path), flags)
-    if fd < 0:
-        raise_errno(f"open {path}", -fd)
-    return fd
+    return owned_device(flags, path).release()
 
 
 def api(fd: int, features: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pyuffd import (
     FileSource,
     Pagemap,
     Region,
+    Userfaultfd,
 )
 from tests.process._interruptions import LARGE, MARK, Interrupter, Scenario, main
 
@@ -22,6 +23,34 @@ PAGES = 8
 
 
 # One object at a time.
+
+
+def open_userfaultfd(at: Interrupter) -> None:
+    with at.armed(), Userfaultfd():
+        pass
+
+
+def adopt_userfaultfd(at: Interrupter) -> None:
+    """If from_fd() raises the descriptor is the caller's, else the object's."""
+    with Userfaultfd() as uffd:
+        fd = os.dup(uffd.fileno())
+        taken = None
+        with at.armed():
+            taken = Userfaultfd.from_fd(fd)
+        if taken is None:
+            os.close(fd)
+        else:
+            taken.close()
+
+
+def detach_userfaultfd(at: Interrupter) -> None:
+    uffd = Userfaultfd()
+    fd = -1
+    with at.armed():
+        fd = uffd.detach()
+    if fd >= 0:
+        os.close(fd)
+    uffd.close()
 
 
 def map_anonymous(at: Interrupter) -> None:
@@ -100,6 +129,9 @@ def refuse_file_source(at: Interrupter) -> None:
 
 
 OBJECTS: list[Scenario] = [
+    open_userfaultfd,
+    adopt_userfaultfd,
+    detach_userfaultfd,
     map_anonymous,
     map_memfd,
     map_shared_memory,

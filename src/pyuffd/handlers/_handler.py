@@ -52,6 +52,7 @@ from pyuffd.handlers._overlaps import Overlaps, range_of
 from pyuffd.handlers._owners import Owners
 from pyuffd.handlers._process import RemoteEngine
 from pyuffd.handlers._serving import (
+    OnClose,
     Served,
     check_local,
     content_of,
@@ -410,14 +411,13 @@ class Handler(SoleOwner):
             except BaseException:
                 uffd.release_events(self)
                 raise
-            reference = weakref.ref(self)
-
-            def uffd_closes() -> None:
-                handler = reference()
-                if handler is not None:
-                    handler._uffd_closes(uffd)
-
-            uffd.on_close(uffd_closes)
+            uffd.on_close(
+                OnClose(
+                    self,
+                    lambda handler: handler._uffd_closes(uffd),
+                    lambda handler: uffd in handler._spaces,
+                )
+            )
         return self._spaces[uffd]
 
     def _uffd_closes(self, uffd: Userfaultfd) -> None:
@@ -426,25 +426,31 @@ class Handler(SoleOwner):
                 return
             for served in [one for one in self._served.values() if one.uffd is uffd]:
                 self._unserve(self._engine, served, seal=True)
-            self._engine.remove_space(self._spaces.pop(uffd))
+            self._engine.remove_space(self._spaces[uffd])
             uffd.release_events(self)
             self._owners.forget(uffd)
+            del self._spaces[uffd]  # last: what was interrupted is done again
 
     def _follow_close(self, region: Region, served: Served) -> None:
-        reference = weakref.ref(self)
-
-        def region_closes() -> None:
-            handler = reference()
-            if handler is not None:
-                handler._region_closes(served, seal=region.outlives_close())
-
+        region_closes = OnClose(
+            self,
+            lambda handler: handler._region_closes(served, seal=region.outlives_close()),
+            lambda handler: handler._serves(served),
+        )
         served.on_close.append(region_closes)
         region.on_close(region_closes)
 
+    def _serves(self, served: Served) -> bool:
+        return self._served.get((served.id.space, served.id.start)) is served
+
+    @property
+    def must_end(self) -> bool:
+        """Whether it has still to stop before its userfaultfd may be closed."""
+        return self._engine is not None and self._pid == os.getpid()
+
     def _region_closes(self, served: Served, *, seal: bool) -> None:
         with self._lock:
-            known = self._served.get((served.id.space, served.id.start)) is served
-            if self._engine is not None and known and self._pid == os.getpid():
+            if self._engine is not None and self._serves(served) and self._pid == os.getpid():
                 self._unserve(self._engine, served, seal=seal)
 
     def unserve(self, region: RangeLike | int, *, uffd: Userfaultfd | None = None) -> None:
@@ -470,8 +476,8 @@ class Handler(SoleOwner):
         self._forget(served)
 
     def _forget(self, served: Served, *, keep_alias: bool = False) -> None:
-        """Undo what goes with a range that is served no more."""
-        if self._served.pop((served.id.space, served.id.start), None) is None:
+        """Undo what goes with a range that is served no more; again what was interrupted."""
+        if not self._serves(served):
             return
         self._overlaps.remove(served.memory)
         served.uffd.note_unregistered(served.id.start, served.id.length)
@@ -480,6 +486,7 @@ class Handler(SoleOwner):
         if isinstance(served.region, Region):
             for callback in served.on_close:
                 served.region.forget_on_close(callback)
+        self._served.pop((served.id.space, served.id.start), None)  # last
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:
         start = region if isinstance(region, int) else region.start

@@ -5,7 +5,7 @@ The engine must never fault in a page that it serves itself: nobody would resolv
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,25 +32,30 @@ class Spans(Generic[T]):
         self._known: dict[tuple[int, int], list[T]] = {}
 
     def add(self, start: int, length: int, what: T) -> None:
-        """Note a span."""
+        """Note a span; again, after an interruption, without harm."""
         span = (start, start + length)
-        if span not in self._known:
-            self._known[span] = []
-            insort(self._lists[length.bit_length()], span)
-        self._known[span].append(what)
+        self._known.setdefault(span, []).append(what)
+        spans = self._lists[length.bit_length()]
+        at = bisect_left(spans, span)
+        if spans[at : at + 1] != [span]:
+            spans.insert(at, span)
 
     def remove(self, start: int, length: int, what: T) -> None:
-        """Forget a span that was noted."""
+        """Forget a span, if it was noted."""
         span = (start, start + length)
-        users = self._known[span]
-        users.remove(what)
-        if users:
+        users = self._known.get(span, [])
+        if what in users and len(users) > 1:
+            users.remove(what)
             return
-        del self._known[span]
+        if users and what not in users:
+            return
         spans = self._lists[length.bit_length()]
-        del spans[bisect_left(spans, span)]
+        at = bisect_left(spans, span)
+        if spans[at : at + 1] == [span]:
+            del spans[at]
         if not spans:
             del self._lists[length.bit_length()]
+        self._known.pop(span, None)
 
     def find(self, start: int, length: int) -> T | None:
         """Return what the first span that reaches into [start, start + length) is for."""

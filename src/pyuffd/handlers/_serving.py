@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, RegisterMode
@@ -17,6 +19,9 @@ from pyuffd.handlers._engine import Content, RangeId, SourceKind
 from pyuffd.handlers._overlaps import Range
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
+
+if TYPE_CHECKING:
+    from pyuffd.handlers._handler import Handler
 
 NEEDED_IOCTL = {
     RegisterMode.MISSING: Ioctl.COPY,
@@ -46,6 +51,34 @@ class Served:
     preserves: bool = False
     was_protected: bool = False
     on_close: list[Callable[[], None]] = field(default_factory=list)
+
+
+class OnClose:
+    """What a handler, if it lives, does when something that it uses is closed.
+
+    Called again by the next close as long as `must_end`.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        end: Callable[[Handler], None],
+        is_used: Callable[[Handler], bool],
+    ) -> None:
+        self._handler = weakref.ref(handler)
+        self._end = end
+        self._is_used = is_used
+
+    def __call__(self) -> None:
+        handler = self._handler()
+        if handler is not None:
+            self._end(handler)
+
+    @property
+    def must_end(self) -> bool:
+        """Whether it has still to be done."""
+        handler = self._handler()
+        return handler is not None and handler.must_end and self._is_used(handler)
 
 
 def content_of(source: PageSource | None, region: RangeLike) -> Content:
