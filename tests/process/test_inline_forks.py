@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from pyuffd import AsyncSource, BufferSource, Feature, Handler, Region, Userfaultfd
+from pyuffd import AsyncSource, BufferSource, ClosedError, Feature, Handler, Region, Userfaultfd
 from tests._child import run_child
 from tests._need import needs
 from tests.kernel._serving import in_fork, wait_until
@@ -154,3 +154,43 @@ def async_source_in_a_fork() -> None:
 
 def test_async_source_in_a_fork() -> None:
     run_child(async_source_in_a_fork)
+
+
+def parents_lock() -> None:
+    """A fork is refused at once, whatever its parent's threads were doing."""
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(PAGE) as region,
+        Handler(uffd) as handler,
+    ):
+        handler.serve(region, BufferSource(b"p" * PAGE))
+        held, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with handler._lock:
+                held.set()
+                done.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+
+        def child() -> None:
+            for call in (
+                lambda: handler.serve(region, BufferSource(b"c" * PAGE)),
+                lambda: handler.unserve(region),
+                lambda: handler.writeprotect(region),
+                handler.start,
+                handler.stats,
+            ):
+                with pytest.raises(ClosedError):
+                    call()
+            handler.stop()
+
+        assert in_fork(child) == 0
+        done.set()
+        thread.join()
+
+
+def test_parents_lock() -> None:
+    run_child(parents_lock)

@@ -311,6 +311,7 @@ class Handler(SoleOwner):
                 writes (a `BufferSource`, `preserve`, `local`) in memory that it serves.
             UffdOSError: what UFFDIO_REGISTER says. Nothing is left behind.
         """
+        self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
             engine = self._running_engine()
             start, length, page_size = region_numbers(region)
@@ -463,6 +464,7 @@ class Handler(SoleOwner):
         Raises:
             ValueError: not served by this handler.
         """
+        self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
             engine = self._running_engine()
             served = self._find(region, uffd)
@@ -518,6 +520,7 @@ class Handler(SoleOwner):
             ClosedError: stopped already.
             UffdOSError: EAGAIN - no more threads.
         """
+        self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
             engine = self._running_engine()
             if self._started:
@@ -749,6 +752,7 @@ class Handler(SoleOwner):
             ...     [PageState(state).name for state in handler.writeprotect(region)]
             ['CLEAN', 'DIRTY']
         """
+        self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
             engine, served, first, pages = self._pages(region, offset, length)
             if not served.mode & RegisterMode.WP:
