@@ -130,6 +130,7 @@ int uffd_content_create(const struct uffd_range_spec *spec, struct uffd_content 
 	content->preserve = spec->preserve;
 	content->writes_cache = spec->writes_cache;
 	content->shared = spec->shared;
+	memcpy(content->label, spec->label, sizeof(content->label) - 1);
 	r = open_source(content, spec);
 	if (r) {
 		uffd_content_put(content);

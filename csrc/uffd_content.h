@@ -38,6 +38,9 @@ enum uffd_source_kind {
 	UFFD_SOURCE_REQUEST,	/* asked for with uffd_engine_next_request */
 };
 
+/* What a range is, and where its pages come from, for people. */
+#define UFFD_LABEL_SIZE 256
+
 struct uffd_range_spec {
 	uint64_t start;
 	uint64_t length;
@@ -54,6 +57,7 @@ struct uffd_range_spec {
 	uint32_t shared;	/* MAP_SHARED: a fork has the same pages, not copies */
 	int32_t states_fd;	/* a file for the states, which outlives us; borrowed; -1: none */
 	uint64_t states_offset;	/* page-aligned */
+	char label[UFFD_LABEL_SIZE];
 	/* To go on with what another engine served; `start` is where this piece is now. */
 	uint64_t id;		/* 0: new */
 	uint64_t origin;	/* of the piece, in what was served */
@@ -78,6 +82,8 @@ struct uffd_content {
 	bool writes_cache;
 	bool shared;
 	uint32_t space;			/* the number of the one it was served in */
+	_Atomic bool said;		/* that a page of it failed, see uffd_say.c */
+	char label[UFFD_LABEL_SIZE];
 };
 
 struct uffd_pages {

@@ -229,6 +229,8 @@ int uffd_engine_end(struct uffd_engine *engine, uint64_t patience_ns)
 		       take_out_all(engine, true, &patience))
 			;
 		settle(engine, &patience);
+		if (engine->end.leads)
+			refuse_strays(engine, true);
 		join_thread(engine);
 		atomic_store(&engine->end.over, true);
 	}

@@ -47,6 +47,7 @@ struct uffd_engine_options {
 	uint64_t spin_ns;	/* how long to spin for the next fault at most */
 	uint64_t retry_limit_ns; /* how long a page is retried before on_error */
 	uint64_t stall_limit_ns; /* how long a request may take, 0: for ever */
+	int32_t say_fd;		/* where the first failures are said, in words; -1: nowhere */
 	int32_t keeper_fd;	/* a stream to the keeper (uffd_keeper.h); borrowed; -1: none */
 	void *shared;		/* zeros at first: what our successor needs; NULL */
 };
@@ -101,6 +102,7 @@ enum uffd_failure_stage {
 	UFFD_FAILED_FORK,	/* a fork could not be followed */
 	UFFD_FAILED_STALLED,	/* a request was not answered in time */
 	UFFD_FAILED_SAVE,	/* a page's old content could not be saved */
+	UFFD_FAILURE_STAGES,
 };
 
 /* Pages of one serving whose content is asked for; the answer is one run of bytes. */

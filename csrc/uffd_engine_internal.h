@@ -224,6 +224,9 @@ struct uffd_engine {
 	struct uffd_range *lost;	/* taken out, and freed when nobody holds them */
 	struct ending end;
 
+	_Atomic uint32_t said_count;	/* lines on stderr, uffd_say.c */
+	_Atomic bool said[UFFD_FAILURE_STAGES];
+
 	/* Threads at work on pages, in two phases; see await_work(). */
 	pthread_mutex_t await_lock;
 	_Atomic uint32_t phase;
@@ -283,6 +286,12 @@ void note_fault(struct uffd_engine *engine, uint64_t address, uint64_t flags,
 		uint32_t thread_id, uint64_t began_ns);
 void note_failure(struct uffd_engine *engine, uint64_t address, uint64_t length, int error,
 		  enum uffd_failure_stage stage);
+
+/* uffd_say.c: a line on stderr, before the first page is lost.  Async-signal-safe. */
+void say_page_fails(struct uffd_range *range, uint64_t page, int error,
+		    enum uffd_failure_stage stage);
+void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
+		      enum uffd_failure_stage stage, const char *consequence);
 
 /* Ranges and their pages */
 static inline uint64_t content_offset(const struct uffd_range *range, uint64_t address)

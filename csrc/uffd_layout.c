@@ -288,8 +288,11 @@ static void follow_fork(struct uffd_space *parent, int fd)
 	 * Not followed, its faults are refused one by one as unserved.  Closing
 	 * the descriptor would give it zero pages.
 	 */
-	if (r)
+	if (r) {
 		note_failure(engine, 0, 0, r, UFFD_FAILED_FORK);
+		say_engine_fails(engine, 0, r, UFFD_FAILED_FORK,
+				 "the child gets SIGBUS where pages are missing");
+	}
 }
 
 void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message)

@@ -548,6 +548,8 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 		if (only_report) {
 			note_failure(engine, copy.address, copy.length, -ETIMEDOUT,
 				     UFFD_FAILED_STALLED);
+			say_engine_fails(engine, copy.address, -ETIMEDOUT, UFFD_FAILED_STALLED,
+					 "whoever touches it waits on");
 			continue;
 		}
 		forget(engine, &copy, -ETIMEDOUT, UFFD_FAILED_STALLED);

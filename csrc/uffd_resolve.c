@@ -28,6 +28,7 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 	if (atomic_load(&engine->end.over))
 		return OUTCOME_FAILED;
 	note_failure(engine, page, range->page_size, error, stage);
+	say_page_fails(range, page, error, stage);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
 		r = space_kill(range->space, thread_id, page);
 	/* A fork whose process is not found must neither wait unseen nor go on. */
@@ -104,7 +105,7 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page)
 		return OUTCOME_REQUESTED;
 	unclaim(range, at, page, UFFD_PAGE_ABSENT);
 	unclaim(range, page + range->page_size, end, UFFD_PAGE_ABSENT);
-	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_SOURCE,
+	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_RESOLVE,
 			      thread_in_hand(range->space->engine));
 }
 

@@ -319,6 +319,9 @@ static bool step_space(struct uffd_space *space, uint32_t *handled)
 
 	if (queued < 0) {
 		note_failure(engine, 0, 0, (int)queued, UFFD_FAILED_READ);
+		say_engine_fails(engine, 0, (int)queued, UFFD_FAILED_READ,
+				 is_passing((int)queued) ? "it is tried again"
+							 : "its faults are answered no more");
 		if (is_passing((int)queued)) {
 			sched_yield();
 			return true;

@@ -18,17 +18,16 @@ static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, 
 	static const uint64_t sizes[] = { BASE_PAGE, 2u << 20, 1u << 30 };
 	struct uffd_engine *engine = space->engine;
 	struct uffd_fill_result result = { 0 };
+	struct uffd_fill fill = {
+		.fd = space->fd,
+		.op = UFFD_FILL_POISON,
+		.mode = UFFDIO_POISON_MODE_DONTWAKE,
+	};
 	int r = -EINVAL;
 
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]) && r == -EINVAL; i++) {
-		struct uffd_fill fill = {
-			.fd = space->fd,
-			.op = UFFD_FILL_POISON,
-			.dst = address & ~(sizes[i] - 1),
-			.length = sizes[i],
-			.page_size = sizes[i],
-		};
-
+		fill.dst = address & ~(sizes[i] - 1);
+		fill.length = fill.page_size = sizes[i];
 		r = uffd_fill_run(&fill, &result);
 	}
 	if (r == 0 && result.deferred && !last_try)
@@ -42,6 +41,11 @@ static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, 
 		r = result.deferred ? -EAGAIN : -EFAULT;
 	count(engine, COUNTER(unserved), 1);
 	note_failure(engine, address, 0, r, UFFD_FAILED_UNSERVED);
+	say_engine_fails(engine, address, r, UFFD_FAILED_UNSERVED,
+			 r == -EFAULT ? "it is poisoned, and whoever touches it gets SIGBUS"
+				      : "whoever touches it waits");
+	if (r == -EFAULT)
+		uffd_shim_wake(space->fd, fill.dst, fill.length);
 	return OUTCOME_FAILED;
 }
 

@@ -96,6 +96,7 @@ class _Lib:
     UFFD_MAPS_SHARED: int
     UFFD_MAPS_REGISTERED: int
     UFFD_MAPS_NOT_FORKED: int
+    UFFD_LABEL_SIZE: int
     UFFD_KINDS: int
     UFFD_UNSERVE_SEAL: int
     UFFD_UNSERVE_UNREGISTER: int
@@ -296,6 +297,7 @@ class _Lib:
     UFFD_FAILED_FORK: int
     UFFD_FAILED_STALLED: int
     UFFD_FAILED_SAVE: int
+    UFFD_FAILURE_STAGES: int
     def uffd_engine_shared_size(self, /) -> int: ...
     def uffd_engine_create(self, options: CData, ret: CData, call_ret: CData, /) -> int: ...
     def uffd_engine_destroy(self, engine: CData, /) -> None: ...

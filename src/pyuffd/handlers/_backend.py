@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SourceFailure(NamedTuple):
-    """The first thing that went wrong in a source, and where."""
+    """What went wrong in a source, and where; its first failure counts."""
 
     error: BaseException
     start: int
@@ -36,6 +36,7 @@ class EngineOptions(TypedDict):
     prefetch: int
     spin_ns: int
     retry_limit_ns: int
+    say_fd: int
 
 
 class Backend(Protocol):

@@ -217,7 +217,7 @@ class RangeSpec:
 
     `local` is the address of the same memory mapped once more, for an engine of this process;
     `local_file` is descriptor and offset of what another process maps for that. `owner` is kept
-    as long as the range is served.
+    as long as the range is served. `label` names the range and its source for people.
     """
 
     space: int
@@ -232,6 +232,7 @@ class RangeSpec:
     writes_cache: bool = False
     shared: bool = False
     owner: object = None
+    label: str = ""
 
 
 class ReportKind(IntEnum):
@@ -282,11 +283,23 @@ class Ended(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Pages that were asked for, by a thread that waits for one of them or by `populate`."""
+    """Pages that were asked for, by a thread that waits for one of them or by `populate`.
 
+    `abandoned`: it took too long, and they were given up.
+    """
+
+    number: int
+    offset: int
     address: int
     length: int
     is_fault: bool = True
+    abandoned: bool = False
+
+
+def label_bytes(label: str) -> bytes:
+    """Return what fits of a label, without half a character at its end."""
+    raw = label.encode(errors="backslashreplace")[: lib.UFFD_LABEL_SIZE - 1]
+    return raw.decode(errors="ignore").encode()
 
 
 def shared_size() -> int:
@@ -346,6 +359,7 @@ class Engine(SoleOwner):
         prefetch: int,
         spin_ns: int,
         retry_limit_ns: int,
+        say_fd: int = -1,
         keeper_fd: int = -1,
         shared: int = 0,
     ) -> None:
@@ -362,6 +376,7 @@ class Engine(SoleOwner):
         options.prefetch = prefetch
         options.spin_ns = spin_ns
         options.retry_limit_ns = retry_limit_ns
+        options.say_fd = say_fd
         options.keeper_fd = keeper_fd
         options.shared = ffi.cast("void *", shared)
         out, call = ffi.new("struct uffd_engine **"), ffi.new("char **")
@@ -438,6 +453,7 @@ class Engine(SoleOwner):
         spec.writes_cache = given.writes_cache
         spec.shared = given.shared
         spec.states_fd = states_fd
+        spec.label = label_bytes(given.label)
         if taken is not None:
             spec.id = taken.piece.number
             spec.start = taken.piece.start
@@ -455,10 +471,10 @@ class Engine(SoleOwner):
             raise_errno("serve", -code, given.start, given.length)
         served = RangeId(given.space, int(out[0]), given.start, given.length)
         self._owners[served.number] = (content.owner, given.owner)
-        self._added(served, content)
+        self._added(served, given)
         return served
 
-    def _added(self, served: RangeId, content: Content) -> None:
+    def _added(self, served: RangeId, given: RangeSpec) -> None:
         """Told of a range before it is registered."""
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
@@ -687,7 +703,14 @@ class Engine(SoleOwner):
                 if lib.uffd_engine_ask_again(engine, request):
                     log.debug("source failed; asked again for less", exc_info=error)
                 else:
-                    failed = Request(request.address, length, bool(request.is_fault))
+                    failed = Request(
+                        request.id,
+                        request.offset,
+                        request.address,
+                        length,
+                        bool(request.is_fault),
+                        bool(request.abandoned),
+                    )
                     lib.uffd_engine_fail(engine, request, fail(failed, error))
             request = lib.uffd_engine_next_request(engine)
 

@@ -46,6 +46,7 @@ from pyuffd.handlers._engine import (
     SourceKind,
     ensure_inline_handler,
 )
+from pyuffd.handlers._failures import label_of, log_error, stderr_fd
 from pyuffd.handlers._forks import ForkWatch
 from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Overlaps, range_of
@@ -197,6 +198,7 @@ class Handler(SoleOwner):
             prefetch=prefetch,
             spin_ns=int(spin_us * 1000),
             retry_limit_ns=int(RETRY_LIMIT_S * 1e9),
+            say_fd=stderr_fd(),
         )
         uffd.claim_events(self)
         try:
@@ -366,6 +368,7 @@ class Handler(SoleOwner):
                             writes_cache=bool(writes_cache),
                             shared=is_shared(region, local, uffd, self._owners.of(uffd)),
                             owner=(sink_owner, local, region),
+                            label=label_of(region, source),
                         )
                     ),
                     page_size,
@@ -616,6 +619,9 @@ class Handler(SoleOwner):
                 for uffd in self._spaces:
                     uffd.let_close()
         error = None if failure is None else handler_error(failure, source_failure)
+        # What a source raised in this process was logged at once.
+        if error is not None and (source_failure is None or engine.is_remote):
+            log_error(log, str(error), error.__cause__)
         if ended.stays:
             error = error or HandlerError(
                 "pages could not be poisoned: their ranges stay registered"

@@ -92,6 +92,7 @@ class RemoteEngine(SoleOwner):
                 spec.local_file[1] if spec.local_file else -1,
                 spec.writes_cache,
                 spec.shared,
+                spec.label,
             ),
             fds=fds + ((spec.local_file[0],) if spec.local_file else ()),
         )

@@ -144,17 +144,21 @@ def pickled_error(error: BaseException, *, with_traceback: bool = True) -> bytes
         _ErrorPickler(file, pickle.HIGHEST_PROTOCOL).dump(error)
         blob = file.getvalue()
     described = f"{type(error).__qualname__}: {error}"
-    return pickle.dumps((blob, described, getattr(error, "__notes__", [])))
+    cause = error.__cause__
+    below = None if cause is None else pickled_error(cause, with_traceback=False)
+    return pickle.dumps((blob, described, getattr(error, "__notes__", []), below))
 
 
 def load_error(payload: bytes) -> BaseException:
     """Return the exception; one that this process cannot make is described by a RuntimeError."""
-    blob, described, notes = pickle.loads(payload)
+    blob, described, notes, below = pickle.loads(payload)
     error: BaseException = RuntimeError(described)
     if blob:
         with contextlib.suppress(Exception):
             error = pickle.loads(blob)
     error.__notes__ = notes
+    if below is not None:
+        error.__cause__ = load_error(below)
     return error
 
 

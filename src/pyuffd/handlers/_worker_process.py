@@ -65,6 +65,7 @@ class Serving:
     local_offset: int = -1
     writes_cache: bool = False
     shared: bool = False
+    label: str = ""
 
     @property
     def has_source_fd(self) -> bool:
@@ -311,6 +312,7 @@ class Worker:
             writes_cache=serving.writes_cache,
             shared=serving.shared,
             owner=local,
+            label=serving.label,
         )
         return self._engine.add(spec, states_fd=states_fd, taken=taken)
 

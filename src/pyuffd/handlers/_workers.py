@@ -18,13 +18,14 @@ from pyuffd._limits import start_thread
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
 from pyuffd.handlers._engine import (
     PATIENCE_S,
-    Content,
     Ended,
     Engine,
     RangeId,
+    RangeSpec,
     Request,
     SourceKind,
 )
+from pyuffd.handlers._failures import SAID_MOST, source_text, tell
 from pyuffd.handlers._stall import stall_signal
 
 if TYPE_CHECKING:
@@ -67,16 +68,20 @@ class WorkedEngine(Engine):
         )
         self._failed = failed
         self._failure: SourceFailure | None = None
+        self._options = options
         self._not_populated: dict[int, BaseException] = {}  # by address, until populate says so
         self._sources: dict[int, PageSource] = {}
+        self._labels: dict[int, str] = {}
+        self._told: set[int] = set()  # servings that a failure was told of
         self._hung_before = 0
         self._hurried_until = math.inf
         self._names = [f"uffd-w{fd}-{index}" for index in range(workers)]
         self._threads: list[threading.Thread] = []
 
-    def _added(self, served: RangeId, content: Content) -> None:
-        if content.kind is SourceKind.REQUEST:
-            self._sources[served.number] = content.owner  # type: ignore[assignment]
+    def _added(self, served: RangeId, given: RangeSpec) -> None:
+        if given.content.kind is SourceKind.REQUEST:
+            self._sources[served.number] = given.content.owner  # type: ignore[assignment]
+            self._labels[served.number] = given.label
 
     def unserve(
         self,
@@ -94,6 +99,7 @@ class WorkedEngine(Engine):
         )
         if done:
             self._sources.pop(served.number, None)
+            self._labels.pop(served.number, None)
         return done
 
     def start(self, cpus: list[int]) -> None:
@@ -164,11 +170,27 @@ class WorkedEngine(Engine):
         return ""
 
     def _failed_at(self, request: Request, error: BaseException) -> int:
-        log.debug("source failed", exc_info=error)
-        if not request.is_fault:
+        if request.abandoned:
+            log.debug("source failed, too late", exc_info=error)
+            return errno.ETIMEDOUT
+        if request.is_fault:
+            self._tell(request, error)
+        else:  # populate raises it
+            log.debug("source failed", exc_info=error)
             self._not_populated[request.address] = error
         if self._failure is None:
             self._failure = SourceFailure(error, request.address, request.length)
             if self._failed is not None:
                 self._failed(self._failure)
         return error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+
+    def _tell(self, request: Request, error: BaseException) -> None:
+        """Say it before the first page of a serving is lost; later ones are counted."""
+        if request.number in self._told or len(self._told) >= SAID_MOST:
+            log.debug("source failed", exc_info=error)
+            return
+        self._told.add(request.number)
+        options = self._options
+        label = self._labels.get(request.number, "a range")
+        text = source_text(request, label, error, options["on_error"])
+        tell(log, options["say_fd"], text, error)
