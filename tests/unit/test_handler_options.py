@@ -28,6 +28,12 @@ class FakeUserfaultfd:
     def fileno(self) -> int:
         return self._fd
 
+    def hold_open(self) -> None:
+        """It outlives the handler."""
+
+    def let_close(self) -> None:
+        """See above."""
+
     def claim_events(self, owner: object) -> None:
         """Nobody else reads a pipe."""
 
