@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
 import time
 from dataclasses import dataclass
 
 import pytest
 
-from pyuffd import BufferSource, Feature, Handler, HandlerError, Region, Userfaultfd
+from pyuffd import (
+    BufferSource,
+    Feature,
+    Handler,
+    HandlerError,
+    RangeBusyError,
+    Region,
+    Userfaultfd,
+    _memory,
+)
+from pyuffd.handlers import _aftermath
 from tests._child import run_child
-from tests._memory import memory_of, memory_params
+from tests._memory import PAGE, memory_of, memory_params
 from tests.kernel._faults import Task
-from tests.kernel._serving import is_lost, wait_for_stalled
+from tests.kernel._serving import is_lost, thread_names, wait_for_stalled, wait_until
 from tests.process._pitfalls import EVENTS
 
 LIMIT_S = 0.5
 # Sealing, joining and the rest, on a busy machine.
 REST_S = 5.0
 DRIVERS = ("native", "thread")
+MAP_AT = 0x100000  # MAP_FIXED_NOREPLACE, not in the mmap module
 
 
 @dataclass
@@ -70,3 +84,57 @@ def test_timeout_is_checked() -> None:
         with pytest.raises(ValueError, match="-1"):
             handler.stop(timeout_s=-1)
         handler.stop(timeout_s=0)
+
+
+def check_unserve(driver: str, memory: str) -> None:
+    _aftermath.PATIENCE_S = LIMIT_S  # type: ignore[attr-defined]
+    stuck = Stuck(driver, memory, Feature(0))
+    reader = stuck.reading(1)
+    wait_for_stalled(stuck.never, 1)
+    began = time.monotonic()
+    with pytest.raises(HandlerError, match="BufferSource") as caught:
+        stuck.handler.unserve(stuck.region)
+    assert time.monotonic() - began < LIMIT_S + REST_S
+    assert f"{stuck.region.start + stuck.region.page_size:#x}" in str(caught.value)
+    assert reader.result(), "zeros"
+    with contextlib.suppress(HandlerError):
+        stuck.handler.stop(timeout_s=LIMIT_S)
+
+
+@pytest.mark.parametrize("memory", memory_params("anon", "shmem", "hugetlb"))
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_unserve(driver: str, memory: str) -> None:
+    run_child(check_unserve, driver, memory, budget_s=20)
+
+
+def check_left_behind(driver: str) -> None:
+    """The thread is named, its descriptor's number is nobody's, and it writes nowhere."""
+    stuck = Stuck(driver, "anon", Feature(0))
+    stuck.reading(1)
+    wait_for_stalled(stuck.never, 1)
+    with pytest.raises(HandlerError) as caught:
+        stuck.handler.stop(timeout_s=LIMIT_S)
+    for part in ("BufferSource", "uffd-", "left behind"):
+        assert part in str(caught.value)
+    fd, start, length = stuck.uffd.fileno(), stuck.region.start, stuck.region.length
+    stuck.uffd.close()
+    assert os.readlink(f"/proc/self/fd/{fd}") == os.devnull
+    with Userfaultfd() as other:
+        # UFFDIO_COPY does not look whose registration it meets.
+        stuck.region.close()
+        _memory.mmap(length, 3, MAP_AT | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0, start)
+        with pytest.raises(RangeBusyError, match="left behind"):
+            other.register(start, length)
+        stuck.never.zeropage(stuck.source.start + PAGE, PAGE)  # it comes back after all
+        wait_until(lambda: not left_threads(), "the thread ends")
+        other.register(start, length)
+        assert not os.path.exists(f"/proc/self/fd/{fd}")
+
+
+def left_threads() -> list[str]:
+    return [name for name in thread_names() if name.startswith("uffd-")]
+
+
+@pytest.mark.parametrize("driver", ["native"])
+def test_left_behind(driver: str) -> None:
+    run_child(check_left_behind, driver, budget_s=20)

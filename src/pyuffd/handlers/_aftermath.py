@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from pyuffd import _left
 from pyuffd._errors import ClosedError, HandlerError
 from pyuffd._uffd import Userfaultfd
-from pyuffd.handlers._engine import Engine, Held
+from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._engine import PATIENCE_S, Engine, Held
 from pyuffd.handlers._serving import Served
 from pyuffd.regions import Region
+
+# How long a signal may wait while a range is taken out.
+SLICE_S = 0.05
+# Whoever has just put a page in place leaves within this time.
+LEAVE_S = 1.0
+LOOK_S = 0.001
 
 
 def views_of(all_served: Iterable[Served]) -> list[memoryview]:
@@ -37,6 +45,36 @@ def thread_name(thread_id: int) -> str:
         return f"thread {thread_id}"
 
 
+def take_out(engine: Backend, served: Served, *, seal: bool) -> None:
+    """Take a range out; wait for whoever is at its pages, in slices that signals can interrupt."""
+    give_up_at = time.monotonic() + PATIENCE_S
+    while (left_s := give_up_at - time.monotonic()) > 0:
+        if engine.unserve(served.id, seal=seal, patience_s=min(SLICE_S, left_s), gently=True):
+            return
+    engine.unserve(served.id, seal=seal, patience_s=0)
+
+
+def held_at(engine: Backend, served: Served) -> tuple[Held, ...]:
+    """Return who does not leave a range that has been taken out."""
+    give_up_at = time.monotonic() + LEAVE_S
+    while not engine.is_remote:
+        held = tuple(
+            one for one in engine.held() if one.number == served.id.number and not one.is_request
+        )
+        if not held or time.monotonic() > give_up_at:
+            return held
+        time.sleep(LOOK_S)
+    return ()
+
+
+def _is_over(engine: Engine, numbers: Collection[int]) -> bool:
+    """Whether nobody is at these ranges any more, which were taken out."""
+    try:
+        return not any(one.number in numbers for one in engine.held())
+    except ClosedError:  # it has ended meanwhile
+        return engine.life.free_if_deserted()
+
+
 def leave_behind(
     engine: Engine,
     held: Iterable[Held],
@@ -54,7 +92,9 @@ def leave_behind(
             for one in held
             if not one.is_request and one.number in by_number and by_number[one.number].uffd is uffd
         )
-        left = _left.LeftBehind(names, targets, engine.life.free_if_deserted, uffd.memory_key, keep)
+        left = _left.LeftBehind(
+            names, targets, lambda: _is_over(engine, by_number), uffd.memory_key, keep
+        )
         _left.note(left)
         uffd.leave_behind(left)
 

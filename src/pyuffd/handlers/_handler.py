@@ -18,7 +18,14 @@ from pyuffd._closing import SoleOwner, attach
 from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._pages import RangeLike, check_range
 from pyuffd._uffd import Userfaultfd
-from pyuffd.handlers._aftermath import completed, describe, leave_behind, views_of
+from pyuffd.handlers._aftermath import (
+    completed,
+    describe,
+    held_at,
+    leave_behind,
+    take_out,
+    views_of,
+)
 from pyuffd.handlers._backend import Backend, EngineOptions
 from pyuffd.handlers._checks import (
     LAYOUT_EVENTS,
@@ -428,12 +435,21 @@ class Handler(SoleOwner):
         with self._lock:
             if self._engine is None or self._pid != os.getpid():
                 return
+            errors: list[HandlerError] = []
             for served in [one for one in self._served.values() if one.uffd is uffd]:
-                self._unserve(self._engine, served, seal=True)
-            self._engine.remove_space(self._spaces[uffd])
-            uffd.release_events(self)
-            self._owners.forget(uffd)
-            del self._spaces[uffd]  # last: what was interrupted is done again
+                try:
+                    self._unserve(self._engine, served, seal=True)
+                except HandlerError as error:
+                    errors.append(error)
+            if any(one.uffd is uffd for one in self._served.values()):
+                uffd.hold_open()  # for good: what stays registered would become zeros
+            else:
+                self._engine.remove_space(self._spaces[uffd])
+                uffd.release_events(self)
+                self._owners.forget(uffd)
+                del self._spaces[uffd]  # last: what was interrupted is done again
+        if errors:
+            raise errors[0]
 
     def _follow_close(self, region: Region, served: Served) -> None:
         region_closes = OnClose(
@@ -466,6 +482,10 @@ class Handler(SoleOwner):
 
         Raises:
             ValueError: not served by this handler.
+            HandlerError: the source holds up a thread, which is left behind at a page; that is
+                poisoned. Or pages could not be poisoned: then the region stays registered.
+
+        Blocks: for at most 10 s until whoever is at the region's pages has left.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
@@ -474,11 +494,25 @@ class Handler(SoleOwner):
             self._unserve(engine, served, seal=True)
 
     def _unserve(self, engine: Backend, served: Served, *, seal: bool) -> None:
+        """Take a range out; a signal's exception leaves it as it was."""
+        views = [] if engine.is_remote else views_of([served])
         try:
-            engine.unserve(served.id, seal=seal)
+            take_out(engine, served, seal=seal)
         except UffdOSError as error:
-            log.warning("%s", error)
-        self._forget(served)
+            raise HandlerError(
+                f"the region at {served.id.start:#x} stays registered: {error}",
+                served.id.start,
+                served.id.length,
+            ) from error
+        held = held_at(engine, served)
+        self._forget(served, keep_alias=bool(held))
+        if held and isinstance(engine, Engine):
+            leave_behind(engine, held, [served], [served.uffd], views)
+            raise HandlerError(
+                f"the page source did not answer: {describe(held, [served], is_remote=False)}",
+                held[0].start,
+                held[0].length,
+            )
 
     def _forget(self, served: Served, *, keep_alias: bool = False) -> None:
         """Undo what goes with a range that is served no more; again what was interrupted."""
