@@ -17,7 +17,7 @@ from pyuffd._abi import Event
 from tests._child import SCALE
 from tests._need import kernel_features
 
-WAIT_S = 5.0 * SCALE
+WAIT_S = 8.0 * SCALE
 
 T = TypeVar("T")
 

@@ -194,3 +194,17 @@ def wait_in_system_call(thread: threading.Thread, number: int) -> None:
         return line.split()[0] == str(number)
 
     wait_until(inside, f"{thread.name} is in system call {number}")
+
+
+def ending_thread() -> threading.Thread:
+    """The thread that ends the handler, once it is there."""
+
+    def found() -> list[threading.Thread]:
+        return [
+            one
+            for one in threading.enumerate()
+            if one.name.startswith("uffd-stop") and one.native_id
+        ]
+
+    wait_until(lambda: bool(found()), "the end has begun")
+    return found()[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import threading
 import time
 
 import pytest
@@ -31,6 +30,7 @@ from tests._barriers import Point, holding
 from tests._child import run_child
 from tests.kernel._faults import Task
 from tests.kernel._serving import (
+    ending_thread,
     is_lost,
     wait_for_stalled,
     wait_in_system_call,
@@ -58,20 +58,6 @@ THREAD: tuple[Driver, ...] = ("thread",)
 
 
 # stop()
-
-
-def ending_thread() -> threading.Thread:
-    """The thread that ends the handler, once it is there."""
-
-    def found() -> list[threading.Thread]:
-        return [
-            one
-            for one in threading.enumerate()
-            if one.name.startswith("uffd-stop") and one.native_id
-        ]
-
-    wait_until(lambda: bool(found()), "the end has begun")
-    return found()[0]
 
 
 @pitfall(4, "stop-drains", drivers=ALL, memory=EVERY)
