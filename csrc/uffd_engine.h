@@ -211,6 +211,10 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, uint32_t space, uint64_
 			     uint64_t start, uint64_t offset, uint64_t length,
 			     uint8_t *states_ret);
 
+/* Note the pages that are there already, as far as the owner's page table tells. */
+int uffd_engine_take_in(struct uffd_engine *engine, uint32_t space, uint64_t id,
+			uint64_t start);
+
 int uffd_engine_states(struct uffd_engine *engine, uint32_t space, uint64_t id,
 		       uint64_t start, uint64_t first_page, uint64_t pages,
 		       uint8_t *states_ret);

@@ -79,6 +79,37 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id,
 	return r;
 }
 
+int uffd_engine_take_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start)
+{
+	uint64_t entries[PAGES_AT_ONCE];
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	range = any_piece(visit.space, id, start);
+	for (uint64_t at = range ? range->start : 0, n; range && at < range->end;
+	     at += n << range->page_shift) {
+		n = lesser((range->end - at) >> range->page_shift, PAGES_AT_ONCE);
+		if (!read_entries(range, at, n, entries))
+			break;
+		for (uint64_t i = 0; i < n; i++) {
+			_Atomic uint8_t *state = state_of(range, at + (i << range->page_shift));
+			uint8_t was = atomic_load(state);
+
+			/* Served for WP alone, pages may have been protected before. */
+			if (was == UFFD_PAGE_ABSENT)
+				atomic_compare_exchange_strong(state, &was,
+							       seen_state(range, was, entries[i]));
+			else if (was == UFFD_PAGE_DIRTY && entries[i] & UFFD_PM_UFFD_WP &&
+				 !range->content->preserve)
+				atomic_compare_exchange_strong(state, &was, UFFD_PAGE_CLEAN);
+		}
+	}
+	shut_visit(&visit);
+	return range ? 0 : -ENOENT;
+}
+
 /* Protecting */
 
 /* What a page is from now on that had this state, and is protected. */

@@ -353,6 +353,7 @@ class _Lib:
         states_ret: CData,
         /,
     ) -> int: ...
+    def uffd_engine_take_in(self, engine: CData, space: int, id: int, start: int, /) -> int: ...
     def uffd_engine_states(
         self,
         engine: CData,

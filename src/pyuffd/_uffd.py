@@ -384,6 +384,10 @@ class Userfaultfd(CloseCallbacks):
             raise self._explained(error, start, length) from None
         self._registered.clear(start, start + length)
 
+    def has_registered(self, start: int, end: int) -> bool:
+        """Whether this object registered anything in [start, end)."""
+        return bool(self._registered.overlapping(start, end))
+
     def note_unregistered(self, start: int, length: int) -> None:
         """Be told that a range was unregistered by other means than `unregister`."""
         self._registered.clear(start, start + length)

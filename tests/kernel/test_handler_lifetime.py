@@ -334,7 +334,9 @@ def dropped_without_stop(driver: Driver) -> None:
         with Region.memfd(2 * PAGE) as region, Userfaultfd(features=features) as uffd:
             handler = Handler(uffd, driver=driver)
             region.fill(1)
-            handler.serve(region, BufferSource(bytes(2 * PAGE)), mode=RegisterMode.MINOR)
+            handler.serve(
+                region, BufferSource(bytes(2 * PAGE)), mode=RegisterMode.MINOR, present="keep"
+            )
             handler.start()
             region.touch()
             del handler

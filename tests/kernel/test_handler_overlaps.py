@@ -63,7 +63,8 @@ def using(handler: Handler, memory: Region, use: Use) -> Callable[[], object]:
 
 def serving(handler: Handler, memory: Region, mode: RegisterMode) -> Callable[[], object]:
     source = ZeroSource() if mode & MISSING else None
-    return lambda: handler.serve(memory, source, mode=mode)
+    present: Literal["keep"] | None = "keep" if source is not None else None
+    return lambda: handler.serve(memory, source, mode=mode, present=present)
 
 
 @contextlib.contextmanager

@@ -105,6 +105,9 @@ class Backend(Protocol):
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
         """Save protected pages; return the bytes saved."""
 
+    def take_in(self, served: RangeId) -> None:
+        """Note the pages that are there already."""
+
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
         """Write-protect pages; return their states as they were when they were protected."""
 

@@ -634,6 +634,10 @@ class Engine(SoleOwner):
             raise_errno("preserve", -code, place, left, completed=int(out[0]))
         return int(out[0])
 
+    def take_in(self, served: RangeId) -> None:
+        """Note the pages that are there already, as far as the owner's page table tells."""
+        lib.uffd_engine_take_in(self._engine(), served.space, served.number, served.start)
+
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
         """Write-protect pages; return their states as they were when they were protected."""
         out = bytearray(pages)

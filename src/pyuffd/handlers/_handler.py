@@ -58,6 +58,7 @@ from pyuffd.handlers._forks import ForkWatch
 from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Overlaps, range_of
 from pyuffd.handlers._owners import Owners
+from pyuffd.handlers._present import Present, choose_present, settle_present
 from pyuffd.handlers._process import RemoteEngine
 from pyuffd.handlers._serving import (
     OnClose,
@@ -286,6 +287,7 @@ class Handler(SoleOwner):
         preserve: Buffer | None = None,
         local: RangeLike | None = None,
         uffd: Userfaultfd | None = None,
+        present: Present | None = None,
     ) -> Ioctl:
         """Register a region and resolve its faults from now on; return the ioctls it takes.
 
@@ -313,11 +315,17 @@ class Handler(SoleOwner):
                 the region where minor faults have a source.
             uffd: Another userfaultfd, of this or of another process, whose range it is. The
                 handler borrows it and forgets its ranges when it is closed.
+            present: What to do about pages that are there before, for which no fault comes, so
+                that they never get the source's content: "refuse" (ValueError says how many),
+                "keep" what they hold, "drop" them (memory of this process alone). By default
+                "refuse", but "keep" where they came from a handler: for adopted userfaultfds,
+                and for a Region that was served before, poison marks included.
 
         Raises:
-            ValueError: a range that is served already, a source that ends before the last page, a
-                mode that does not go with the arguments; or memory that this handler reads or
-                writes (a `BufferSource`, `preserve`, `local`) in memory that it serves.
+            ValueError: a range that is served already, pages that are there (see `present`), a
+                source that ends before the last page, a mode that does not go with the
+                arguments; or memory that this handler reads or writes (a `BufferSource`,
+                `preserve`, `local`) in memory that it serves.
             UffdOSError: what UFFDIO_REGISTER says. Nothing is left behind.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
@@ -330,6 +338,9 @@ class Handler(SoleOwner):
                 self._owners.add(uffd)
             reads_owner = preserve is not None and local is None
             self._owners.check_serving(uffd, reads_owner, leaves_holes(region, uffd, mode))
+            policy = choose_present(
+                present, region, source, mode, uffd, is_here=self._owners.are_here(uffd)
+            )
             content = content_of(source, region)
             check_local(local, length)
             if source is not None and content.kind is SourceKind.REQUEST:
@@ -360,6 +371,8 @@ class Handler(SoleOwner):
                 alias, local_start = local_mapping(region, length, local, needed=bool(writes_cache))
             try:
                 self._overlaps.check(memory)
+                if (space, start) not in self._served:
+                    settle_present(policy, region, uffd)
                 served = Served(
                     engine.add(
                         RangeSpec(
@@ -394,6 +407,8 @@ class Handler(SoleOwner):
                     served,
                     lambda: self._owners.verify(uffd, region, needed=reads_owner),
                 )
+                if policy == "keep":
+                    engine.take_in(served.id)
             except BaseException:
                 if alias is not None:
                     alias.close()
@@ -523,6 +538,7 @@ class Handler(SoleOwner):
         if served.alias is not None and not keep_alias:
             served.alias.close()
         if isinstance(served.region, Region):
+            served.region.was_served = True
             for callback in served.on_close:
                 served.region.forget_on_close(callback)
         self._served.pop((served.id.space, served.id.start), None)  # last

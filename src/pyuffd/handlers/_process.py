@@ -155,6 +155,10 @@ class RemoteEngine(SoleOwner):
         """Save protected pages: there are none, `add` has no preserve."""
         raise ValueError(f"the range at {served.start:#x} was served without preserve=")
 
+    def take_in(self, served: RangeId) -> None:
+        """Note the pages that are there already."""
+        self._call("take_in", served)
+
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
         """Write-protect pages; return their states as they were when they were protected."""
         return bytes(self._call("writeprotect", served, offset, length, pages))

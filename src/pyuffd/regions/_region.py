@@ -45,6 +45,7 @@ class Region(CloseCallbacks):
         shared: Writes go to the file, where other mappings see them.
         writable: False for a read-only mapping.
         offset: Where in the file it begins, in bytes.
+        was_served: A Handler has served it: what it holds came from there.
 
     A fork's copy of the region is the child's own: it may be used, and closing it unmaps it there
     only. The callbacks of `on_close` and `unlink` stay with the process that made the region.
@@ -70,6 +71,7 @@ class Region(CloseCallbacks):
         self._mapping = mapping
         self._pid = os.getpid()
         self._before_close = []
+        self.was_served = False
         self._exports: list[weakref.ref[Buffer]] = []  # buffers over the memory
         self._exports_lock = RLock()
         self._open = True  # last: a signal's exception may leave the rest undone

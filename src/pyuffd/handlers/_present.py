@@ -1,0 +1,111 @@
+"""Pages that are there before their range is served: no missing fault ever comes for them."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from typing import Literal
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
+from pyuffd._errors import UffdOSError, UnsupportedFeatureError
+from pyuffd._pages import PAGE_SIZE, RangeLike
+from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._serving import FILE_BACKED
+from pyuffd.pagemap import Pagemap, PageRanges
+from pyuffd.regions import Region
+from pyuffd.sources import PageSource
+
+Present = Literal["refuse", "keep", "drop"]
+POLICIES = ("refuse", "keep", "drop")
+MADV_DONTNEED_LOCKED = 24  # Linux 5.18; not in the mmap module
+THERE = PageCategory.PRESENT | PageCategory.SWAPPED
+
+
+def choose_present(
+    present: Present | None,
+    region: RangeLike,
+    source: PageSource | None,
+    mode: RegisterMode,
+    uffd: Userfaultfd,
+    *,
+    is_here: bool,
+) -> Present | None:
+    """Return what is done about pages that are there; ValueError for what cannot be done.
+
+    None: they are what it is about, as for write-protection alone.
+    """
+    is_filled = source is not None and mode & (RegisterMode.MISSING | RegisterMode.MINOR)
+    if present is not None and present not in POLICIES:
+        raise ValueError(f"present {present!r} is none of {', '.join(map(repr, POLICIES))}")
+    if present == "drop" and not is_filled:
+        raise ValueError("present='drop' is for regions that get their content from a source")
+    if present == "drop" and (not is_here or uffd.adopted or not isinstance(region, Region)):
+        raise ValueError(
+            "present='drop' needs a Region of this process (Region.at for memory that somebody"
+            " else mapped): only the owner of memory can drop it"
+        )
+    if present == "drop" and isinstance(region, Region) and _comes_back(region):
+        raise ValueError(
+            f"present='drop' of {region!r}: once its own copies are dropped, it shows what is in"
+            " the page cache of its file, and asks for no content"
+        )
+    if not is_filled:
+        return "keep" if present == "keep" else None
+    if not is_here or uffd.adopted:
+        return "keep"
+    # What an earlier handler left is its content; its poison marks are kept as well.
+    came_from_handler = isinstance(region, Region) and region.was_served
+    return present or ("keep" if came_from_handler else "refuse")
+
+
+def _comes_back(region: Region) -> bool:
+    is_file = region.kind in FILE_BACKED and region.page_size == PAGE_SIZE
+    return is_file and not region.shared
+
+
+def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd) -> None:
+    """Refuse pages of this process that are there, or drop them, before the range is served."""
+    if present == "drop":
+        assert isinstance(region, Region)
+        _drop(region, uffd)
+    elif present == "refuse" and (first := _there(region, at_most=1)):
+        pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
+        raise ValueError(
+            f"{pages} pages of [{region.start:#x}, +{region.length:#x}) are there already, the"
+            f" first at {first[0].start:#x}: no fault comes for them, so they would keep what they"
+            " hold and never get the source's content. Serve the region before it is touched, or"
+            " say present='drop' to give them up, or present='keep' to leave them as they are"
+        )
+
+
+def _there(region: RangeLike, at_most: int | None = None) -> PageRanges:
+    with Pagemap() as pagemap:
+        try:
+            found = pagemap.scan(
+                region.start, region.length, category_anyof_mask=THERE, vec_len=at_most
+            )
+        except UnsupportedFeatureError:  # before Linux 6.7
+            entries = pagemap.read(region.start, region.length)
+            present = entries.where(PageBit.PRESENT)
+            return present if len(present) else entries.where(PageBit.SWAP)
+        return found.ranges
+
+
+def _drop(region: Region, uffd: Userfaultfd) -> None:
+    end = region.start + region.length
+    if uffd.features & Feature.EVENT_REMOVE and uffd.has_registered(region.start, end):
+        raise ValueError(
+            "present='drop' of a range that is registered with Feature.EVENT_REMOVE would wait for"
+            " its event to be read: drop the pages before registering it"
+        )
+    if region.shared:
+        region.punch_hole()
+    # Of shared memory this takes poison marks away.
+    try:
+        region.madvise(mmap.MADV_DONTNEED)
+    except UffdOSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # Locked memory: mlockall(MCL_FUTURE) fills it as it is mapped.
+        _memory.madvise(region.start, region.length, MADV_DONTNEED_LOCKED)

@@ -1,0 +1,177 @@
+"""Pages that are there before serve(): refused, kept or dropped."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import pytest
+
+from pyuffd import (
+    BufferSource,
+    Feature,
+    Handler,
+    PageState,
+    Region,
+    RegisterMode,
+    Userfaultfd,
+    ZeroSource,
+)
+from tests._child import run_child
+from tests._memory import PAGE
+from tests.kernel._serving import (
+    Driver,
+    content,
+    everywhere,
+    handler_of,
+    is_lost,
+    serving,
+    states,
+    with_both_drivers,
+)
+
+ABSENT, CLEAN, DIRTY = PageState.ABSENT, PageState.CLEAN, PageState.DIRTY
+POISONED = PageState.POISONED
+MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
+TRACKING = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
+MCL_FUTURE = 2
+
+
+def refused(driver: Driver, name: str) -> None:
+    """ValueError before anything is done: how many, which first, and what to do."""
+    with serving(driver, name) as (handler, memory):
+        region = memory.pages(4)
+        size = memory.page_size
+        region.write(2 * size, b"there")
+        for source in (BufferSource(content(region.length)), ZeroSource()):
+            with pytest.raises(ValueError, match=rf"1 pages.*{region.start + 2 * size:#x}.*drop"):
+                handler.serve(region, source)
+        assert not handler.uffd.has_registered(region.start, region.start + region.length)
+        assert region.read(2 * size, 5) == b"there"
+
+
+test_refused = everywhere(refused)
+
+
+def kept(driver: Driver, name: str) -> None:
+    """What is there stays; what is not comes from the source."""
+    for mode in (MISSING, MISSING | WP):
+        with serving(driver, name, TRACKING) as (handler, memory):
+            region = memory.pages(3)
+            size, data = memory.page_size, content(region.length)
+            region.write(size, b"there")
+            handler.serve(region, BufferSource(data), mode=mode, present="keep")
+            handler.start()
+            there = DIRTY if mode & WP else CLEAN
+            assert states(handler, region) == [ABSENT, there, ABSENT]
+            assert handler.populate(region) == 2 * size
+            assert states(handler, region) == [CLEAN, there, CLEAN]
+            assert region.read(size, 6) == b"there\0"
+            assert region.read(2 * size, size) == data[2 * size :]
+
+
+test_kept = everywhere(kept)
+
+
+def dropped(driver: Driver, name: str) -> None:
+    """Everything comes from the source."""
+    with serving(driver, name) as (handler, memory):
+        region = memory.pages(3)
+        data = content(region.length)
+        region.fill(1)
+        handler.serve(region, BufferSource(data), present="drop")
+        handler.start()
+        assert states(handler, region) == [ABSENT] * 3
+        assert region.read() == data
+
+
+test_dropped = everywhere(dropped, "anon", "shmem", "hugetlb", "hugetlb-private")
+
+
+def comes_back(driver: Driver, name: str) -> None:
+    """A private file mapping shows the page cache again, which the first write filled."""
+    with serving(driver, name) as (handler, memory):
+        region = memory.pages(3)
+        region.fill(1)
+        with pytest.raises(ValueError, match="page cache"):
+            handler.serve(region, BufferSource(content(region.length)), present="drop")
+        assert region.read(0, 1) == b"\1"
+
+
+test_cannot_be_dropped = everywhere(comes_back, "shmem-private")
+
+
+def after_a_handler(driver: Driver, name: str) -> None:
+    """What an earlier handler left came from there: content, and poison."""
+    with serving(driver, name) as (first, memory):
+        region = memory.pages(3)
+        size, data = memory.page_size, content(region.length)
+        first.serve(region, BufferSource(data))
+        first.start()
+        region.touch(size, size)
+        first.stop()
+        with handler_of(driver) as second:
+            second.serve(region, BufferSource(data))
+            second.start()
+            assert states(second, region)[1] == CLEAN
+            assert region.read(size, size) == data[size : 2 * size]
+            assert is_lost(region, 0, size)
+        with handler_of(driver) as third:
+            third.serve(region, BufferSource(data), present="drop")
+            third.start()
+            assert region.read() == data
+
+
+test_served_again = everywhere(after_a_handler, "anon", "shmem")
+
+
+def locked() -> None:
+    """mlockall(MCL_FUTURE) fills what is mapped: refused, and dropped on request."""
+    assert ctypes.CDLL(None).mlockall(MCL_FUTURE) == 0
+    with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region, Handler(uffd) as handler:
+        data = content(region.length)
+        with pytest.raises(ValueError, match="4 pages"):
+            handler.serve(region, BufferSource(data))
+        handler.serve(region, BufferSource(data), present="drop")
+        handler.start()
+        assert region.read() == data
+
+
+def test_locked_memory() -> None:
+    run_child(locked)
+
+
+def misused(driver: Driver) -> None:
+    with serving(driver, "anon", TRACKING) as (handler, memory):
+        region = memory.pages(1)
+        bad: list[dict[str, Any]] = [
+            {"source": ZeroSource(), "present": "replace"},
+            {"source": None, "mode": WP, "present": "drop"},
+        ]
+        for arguments in bad:
+            with pytest.raises(ValueError, match="present"):
+                handler.serve(region, **arguments)
+        region.fill(1)
+        handler.serve(region, None, mode=WP)  # there is nothing to fetch
+
+
+test_misused = with_both_drivers(misused)
+
+
+def many() -> None:
+    """Looking costs little: serving many small regions takes about as long as it did."""
+    with Userfaultfd() as uffd, Handler(uffd) as handler:
+        regions = [Region.anonymous(PAGE) for _ in range(500)]
+        began = time.process_time()
+        for region in regions:
+            handler.serve(region, ZeroSource())
+        kept_s = time.process_time() - began
+        assert kept_s < 2.0, kept_s
+        handler.stop()
+        for region in regions:
+            region.close()
+
+
+def test_many_regions() -> None:
+    run_child(many)
