@@ -68,7 +68,12 @@ def open_flags(ctx: Context) -> None:
     ctx.expect("O_NONBLOCK", [os.get_blocking(fd) for fd in (both, neither)], [False, True])
 
 
-@case("userfaultfd.EINVAL.flags-unknown", origin="userfaultfd(2): EINVAL", memory=ANY)
+@case(
+    "userfaultfd.EINVAL.flags-unknown",
+    origin="userfaultfd(2): EINVAL",
+    memory=ANY,
+    needs=[needs_kernel_faults()],
+)
 def open_unknown_flag(ctx: Context) -> None:
     """A flag the system call does not know is refused."""
     ctx.expect_errno(errno.EINVAL, _opening.open_syscall, FLAGS | UNKNOWN_FLAG)
