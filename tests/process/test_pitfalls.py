@@ -270,7 +270,10 @@ def refusal() -> UffdPermissionError | None:
 @pitfall(8, "refused-with-reasons")
 def refused(at: Setting) -> None:
     """A process without privileges learns which knob would allow it, and what works without."""
-    codecs.lookup("ascii")  # nobody may be unable to read the interpreter's library
+    # Nobody may be unable to read the interpreter's library: what is imported late comes first.
+    codecs.lookup("ascii")
+    for late in ("_refusals", "_probe", "_vmas", "_diagnose", "_left", "_limits"):
+        importlib.import_module(f"pyuffd.{late}")
 
     def child() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)

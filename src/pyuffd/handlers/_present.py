@@ -8,7 +8,7 @@ from typing import Literal
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
-from pyuffd._errors import UffdOSError, UnsupportedFeatureError
+from pyuffd._errors import UffdOSError, UffdPermissionError, UnsupportedFeatureError
 from pyuffd._pages import PAGE_SIZE, RangeLike
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._serving import FILE_BACKED
@@ -69,7 +69,7 @@ def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd
     if present == "drop":
         assert isinstance(region, Region)
         _drop(region, uffd)
-    elif present == "refuse" and (first := _there(region, at_most=1)):
+    elif present == "refuse" and (first := _first_there(region)):
         pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
         raise ValueError(
             f"{pages} pages of [{region.start:#x}, +{region.length:#x}) are there already, the"
@@ -77,6 +77,17 @@ def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd
             " hold and never get the source's content. Serve the region before it is touched, or"
             " say present='drop' to give them up, or present='keep' to leave them as they are"
         )
+
+
+def _first_there(region: RangeLike) -> PageRanges | None:
+    """Return the first pages that are there; None also where the page table cannot be read.
+
+    The kernel closes it to a process that has changed its uid (PR_GET_DUMPABLE is 0).
+    """
+    try:
+        return _there(region, at_most=1)
+    except UffdPermissionError:
+        return None
 
 
 def _there(region: RangeLike, at_most: int | None = None) -> PageRanges:
