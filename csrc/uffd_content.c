@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -52,17 +53,34 @@ static uint64_t mapping_unit(int fd)
 	return BASE_PAGE;
 }
 
+/*
+ * Closing a descriptor of a network file asks its server, who may never answer; one
+ * that only names the file does not, and still tells the size.
+ */
+static int name_file(int fd)
+{
+	char path[32];
+	struct stat st;
+
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+		return -1;
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	return open(path, O_PATH | O_CLOEXEC);
+}
+
 static int open_file(struct uffd_content *content, const struct uffd_range_spec *spec)
 {
 	uint64_t unit = mapping_unit(spec->source_fd);
 	uint64_t lead = spec->source_offset % unit;
 	void *mapping;
 
-	content->fd = fcntl(spec->source_fd, F_DUPFD_CLOEXEC, 3);
+	content->fd = spec->writes_cache ? -1 : name_file(spec->source_fd);
+	if (content->fd < 0)
+		content->fd = fcntl(spec->source_fd, F_DUPFD_CLOEXEC, 3);
 	if (content->fd < 0)
 		return -errno;
 	content->file_offset = spec->source_offset;
-	content->sealed = is_sealed(content->fd);
+	content->sealed = is_sealed(spec->source_fd);
 	if (!content->length)
 		return 0;
 	/*
@@ -70,7 +88,7 @@ static int open_file(struct uffd_content *content, const struct uffd_range_spec 
 	 * file ends early the ioctl says EFAULT; nobody here touches the mapping.
 	 */
 	content->mapped = (content->length + lead + unit - 1) & ~(unit - 1);
-	mapping = mmap(NULL, content->mapped, PROT_READ, MAP_SHARED, content->fd,
+	mapping = mmap(NULL, content->mapped, PROT_READ, MAP_SHARED, spec->source_fd,
 		       (off_t)(spec->source_offset - lead));
 	if (mapping == MAP_FAILED) {
 		content->mapped = 0;

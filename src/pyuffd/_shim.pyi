@@ -253,6 +253,7 @@ class _Lib:
     UFFD_PAGE_REMOVED: int
     UFFD_PAGE_POISONED: int
     UFFD_PAGE_SAVED: int
+    UFFD_PAGE_REQUESTED: int
     UFFD_SOURCE_NONE: int
     UFFD_SOURCE_ZERO: int
     UFFD_SOURCE_MEMORY: int

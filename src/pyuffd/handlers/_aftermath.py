@@ -104,7 +104,7 @@ def describe(held: Iterable[Held], all_served: Iterable[Served], *, is_remote: b
     sources = {served.id.number: served.source for served in all_served}
 
     def who(one: Held) -> str:
-        return "one of the helper process" if is_remote else repr(thread_name(one.thread_id))
+        return "of the helper process" if is_remote else repr(thread_name(one.thread_id))
 
     return "; ".join(
         f"thread {who(one)} is left behind at {one.start:#x}, held up by"

@@ -167,13 +167,16 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
         FailureStage.STALLED: "a page source did not answer in time",
         FailureStage.SAVE: "the old content of a page could not be saved",
     }.get(failure.stage, "the engine failed")
-    place = f" at {failure.address:#x}" if failure.address else ""
-    hint = why_unresolved(failure.error, failure.address)
+    address, length = failure.address, failure.length
+    if not address and source is not None:
+        address, length = source.start, source.length
+    place = f" at {address:#x}" if address else ""
+    hint = why_unresolved(failure.error, address)
     error = HandlerError(
         f"{what}{place}: {os.strerror(failure.error)} ({failure.count} pages in all)"
         + (f"; {hint}" if hint else ""),
-        failure.address or None,
-        failure.length or None,
+        address or None,
+        length or None,
     )
     error.__cause__ = source.error if source else OSError(failure.error, os.strerror(failure.error))
     return error

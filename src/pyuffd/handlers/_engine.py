@@ -57,6 +57,10 @@ class PageState(Number):
     SAVED = lib.UFFD_PAGE_SAVED
 
 
+# States of pages that somebody is at; only the first of them is ever told to users.
+IN_FLIGHT = (lib.UFFD_PAGE_IN_FLIGHT, lib.UFFD_PAGE_REQUESTED)
+
+
 class OnError(IntEnum):
     """What happens to a page whose content cannot be had."""
 

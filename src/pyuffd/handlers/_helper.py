@@ -32,6 +32,7 @@ from pyuffd._limits import raise_start_error
 from pyuffd.handlers import _wire
 from pyuffd.handlers._clean import clean_keeper
 from pyuffd.handlers._engine import (
+    IN_FLIGHT,
     Piece,
     RangeId,
     ReportKind,
@@ -55,6 +56,8 @@ SEND_LIMIT_S = 10.0
 # Sealing what is left when the owner has gone.
 ORPHAN_LIMIT_S = 10.0
 BASE_PAGE = 4096
+# FUSE, NFS, CIFS, SMB2, 9P, Ceph, AFS
+REMOTE = {0x65735546, 0x6969, 0xFF534D42, 0xFE534D42, 0x01021997, 0x00C36400, 0x5346414F}
 # How long there may be no more processes before the keeper gives up.
 FORK_LIMIT_S = 30.0
 FORK_RETRY_MS = 50
@@ -241,6 +244,8 @@ class Keeper:
         if name == "pids":
             self._answer(number, pickle.dumps((os.getpid(), self._worker.pid)))
             return
+        if name == "replace":
+            self._give_up_worker()
         if name == "source_failure":
             self._answer(number, self._failure or pickle.dumps(None))
             return
@@ -333,7 +338,10 @@ class Keeper:
         match call.name:
             case "add":
                 served: RangeId = pickle.loads(payload)
-                book.served[served.number] = ServedBook(args[0], call.fds)
+                may_hang = args[0].has_source_fd and _is_remote(call.fds[0])
+                book.served[served.number] = ServedBook(
+                    args[0], call.fds, closing_may_hang=may_hang
+                )
                 return
             case "set_ioctls":
                 if args[0].number in book.served:
@@ -341,7 +349,8 @@ class Keeper:
             case "unserve" if pickle.loads(payload):
                 gone = book.served.pop(args[0].number, None)
                 if gone is not None:
-                    _wire.close_all(gone.fds)
+                    # What may hang is left to the end of the process.
+                    _wire.close_all(gone.fds[1:] if gone.closing_may_hang else gone.fds)
             case "add_space":
                 number: int = pickle.loads(payload)
                 book.spaces[number] = SpaceBook(call.fds[0], False, args[0], args[1])
@@ -351,8 +360,8 @@ class Keeper:
             case "end":
                 book.cpus = None
                 book.refusing = True
-                while book.served:
-                    _wire.close_all(book.served.popitem()[1].fds)
+                # Their descriptors close with the process: that of a hung file system's file would
+                # be waited for.
             case "refuse":
                 book.refusing = True
         _wire.close_all(call.fds)
@@ -396,6 +405,30 @@ class Keeper:
                 if piece.number:
                     space.pieces.setdefault(piece.number, []).append(piece)
             self._book.reported = sequence
+
+    def _give_up_worker(self) -> NoReturn:
+        """Let another take over from a worker that does not answer, and poison."""
+        start, length = self._asked_for()
+        self._book.refusing = self._book.gave_up = True
+        error = HandlerError(
+            "the worker process did not answer: a page source may hold its interpreter's lock",
+            start or None,
+            length or None,
+        )
+        described = _wire.pickled_error(error, with_traceback=False)
+        self._failure = self._failure or pickle.dumps((described, start, length))
+        signal.pidfd_send_signal(self._worker.pidfd, signal.SIGKILL)
+        raise WorkerGone
+
+    def _asked_for(self) -> tuple[int, int]:
+        """Return address and length of the first page that a source was asked for; or zeros."""
+        for served in self._book.served.values():
+            serving = served.serving
+            states = os.pread(served.fds[-1], serving.length // serving.page_size, 0)
+            asked = [at for at in (states.find(one) for one in IN_FLIGHT) if at >= 0]
+            if asked:
+                return serving.start + min(asked) * serving.page_size, serving.page_size
+        return 0, 0
 
     def _replace_worker(self) -> None:
         """Read what the worker had said, and start another that goes on from there."""
@@ -453,6 +486,13 @@ def _how(exit_code: int, error: bytes | None) -> str:
         return f"ended with exit code {exit_code}"
     why = " (somebody, or the kernel for want of memory)" if exit_code == -signal.SIGKILL else ""
     return f"was killed by {signal_name(-exit_code)}{why}"
+
+
+def _is_remote(fd: int) -> bool:
+    """Whether closing a file may wait for a server (statfs(2) has the numbers)."""
+    with contextlib.suppress(UffdError):
+        return _memory.fstatfs(fd)[0] & 0xFFFF_FFFF in REMOTE
+    return False
 
 
 def _states_file(serving: Serving) -> int:

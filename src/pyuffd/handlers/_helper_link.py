@@ -11,11 +11,13 @@ import contextlib
 import fcntl
 import itertools
 import logging
+import math
 import os
 import pickle
 import select
 import socket
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -34,6 +36,13 @@ log = logging.getLogger(__name__)
 START_LIMIT_S = 60.0
 # The helper seals what is left and joins its threads; then it goes, or is killed.
 EXIT_LIMIT_S = 15.0
+# At the end of a handler, beyond what was asked for: far longer than a busy machine needs.
+ANSWER_LIMIT_S = 10.0
+# The same once the handler's end was interrupted, and somebody waits at a keyboard.
+HURRY_LIMIT_S = 1.5
+# A worker is killed, and its successor started.
+REPLACE_LIMIT_S = 20.0
+LOOK_S = 0.1
 # Its end of the socket is closed when it ends.
 END_LIMIT_S = 5.0
 
@@ -48,6 +57,7 @@ class HelperLink:
         self._lock = threading.RLock()  # of `_wake`; a signal handler may call as well
         self._wake = -1
         self._ready = self._lost = False
+        self._give_up_at = math.inf
         self._died: BaseException | None = None
         self._how = ""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -78,21 +88,53 @@ class HelperLink:
         limit_s: float | None = None,
     ) -> Any:
         """Have something done, and return or raise what came of it."""
+        call = self._begin(name, args, fds)
+        if not call.done.wait(limit_s):
+            raise cannot_start(f"it gives no answer for {limit_s:.0f} s")
+        return self._result(call)
+
+    def call_at_end(self, name: str, *args: object, limit_s: float = 0.0) -> Any:
+        """Have something done that takes no longer than `limit_s`, whatever the sources do.
+
+        A worker that does not answer, because a source holds its interpreter's lock, is replaced:
+        its successor poisons, and answers. A helper that does not is killed.
+        """
+        call = self._begin(name, args, ())
+        began = time.monotonic()
+        while not call.done.wait(LOOK_S):
+            if time.monotonic() > min(began + limit_s + ANSWER_LIMIT_S, self._give_up_at):
+                self._replace_worker(call)
+        return self._result(call)
+
+    def hurry(self, *args: object) -> None:
+        """Tell the worker to hurry, and wait no longer for answers than that needs."""
+        self._give_up_at = time.monotonic() + HURRY_LIMIT_S
+        self.tell("hurry", *args)
+
+    def _replace_worker(self, call: _Call) -> None:
+        self._give_up_at = math.inf
+        self.tell("replace")
+        if not call.done.wait(REPLACE_LIMIT_S):
+            self._process.kill()
+            call.done.wait(END_LIMIT_S)
+
+    def _begin(self, name: str, args: tuple[object, ...], fds: tuple[int, ...]) -> _Call:
         number, call = next(self._numbers), _Call()
         data = _wire.encode((number, name, pickle.dumps(args)), len(fds))
         self._calls[number] = call
         self._post(_Message(data, _duplicates(fds)))
-        if not call.done.wait(limit_s):
-            raise cannot_start(f"it gives no answer for {limit_s:.0f} s")
+        return call
+
+    def _result(self, call: _Call) -> Any:
         if call.payload is None:
             raise self._lost_error()
         if not call.ok:
             raise _wire.load_error(call.payload)
         return pickle.loads(call.payload)
 
-    def tell(self, name: str) -> None:
+    def tell(self, name: str, *args: object) -> None:
         """Have something done, and do not wait for it."""
-        self._post(_Message(_wire.encode((next(self._numbers), name, pickle.dumps(())))))
+        self._post(_Message(_wire.encode((next(self._numbers), name, pickle.dumps(args)))))
 
     def _post(self, message: _Message | None) -> None:
         self._queue.append(message)
@@ -183,16 +225,24 @@ class HelperLink:
             if call is not None:
                 call.done.set()
 
-    def close(self) -> None:
+    def close(self, limit_s: float = EXIT_LIMIT_S) -> None:
         """End the helper: it goes when its work is done, or is killed; twice is fine."""
         if not hasattr(self, "_process") or self._process.pidfd < 0:
             return
         if self._thread.ident is not None and self._ready:
             self._post(None)
-            if not self._process.ended(EXIT_LIMIT_S):
+            if not self._process.ended(limit_s):
                 log.warning("the helper process %d does not end: it is killed", self._process.pid)
         self._process.kill()
-        self._process.ended(EXIT_LIMIT_S)
+        if not self._process.ended(END_LIMIT_S):
+            # So it is with FUSE: an answer that was asked for is waited for, SIGKILL or not. Its
+            # parts stay open, and its thread ends when it does.
+            log.warning(
+                "the helper process %d cannot be killed, as a file system gives it no answer: it"
+                " is left behind",
+                self._process.pid,
+            )
+            return
         self._process.how()
         if self._thread.ident is not None:
             self._thread.join()

@@ -26,10 +26,14 @@ from pyuffd.handlers._engine import (
     RecentFault,
     SourceKind,
 )
-from pyuffd.handlers._helper_link import HelperLink
+from pyuffd.handlers._helper_link import EXIT_LIMIT_S, HelperLink
 from pyuffd.handlers._helper_start import starting
 from pyuffd.handlers._transport import pack
 from pyuffd.handlers._worker_process import Serving
+
+# What a worker needs to poison a terabyte.
+SEAL_LIMIT_S = 60.0
+ENDED_LIMIT_S = 3.0
 
 
 class RemoteEngine(SoleOwner):
@@ -38,6 +42,7 @@ class RemoteEngine(SoleOwner):
     calls_python = True
     is_remote = True
     _instead = "it is a process of this one"
+    _has_ended = False
 
     def __init__(self, fd: int, *, workers: int, **options: Unpack[EngineOptions]) -> None:
         with contextlib.ExitStack() as undo:
@@ -120,7 +125,8 @@ class RemoteEngine(SoleOwner):
 
     def end(self, patience_s: float) -> Ended:
         """Take out every range and end the driver; wait so long for whoever is held up."""
-        ended: Ended = self._call("end", patience_s)
+        ended: Ended = self._link.call_at_end("end", patience_s, limit_s=SEAL_LIMIT_S + patience_s)
+        self._has_ended = True
         return ended
 
     def progress(self) -> object:
@@ -133,19 +139,19 @@ class RemoteEngine(SoleOwner):
 
     def hurry(self, patience_s: float) -> None:
         """From any thread: let drain and end wait no longer than this."""
-        self._call("hurry", patience_s)
+        self._link.hurry(patience_s)
 
     def drain(self, limit_ns: int) -> bool:
         """Wait until the faults that wait now are resolved; False when the time ran out."""
-        return bool(self._call("drain", limit_ns))
+        return bool(self._link.call_at_end("drain", limit_ns, limit_s=limit_ns / 1e9))
 
     def refuse(self) -> None:
         """Poison what is asked for from now on."""
-        self._call("refuse")
+        self._link.call_at_end("refuse")
 
     def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
         """Poison the pages that wait for a worker; note it as a failure."""
-        self._call("abandon", served, failed)
+        self._link.call_at_end("abandon", served, failed)
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages; return the bytes filled."""
@@ -208,4 +214,5 @@ class RemoteEngine(SoleOwner):
     def destroy(self) -> None:
         """End the helper process."""
         self._link.tell("close")
-        self._link.close()
+        # After the end it has nothing left that anybody waits for.
+        self._link.close(ENDED_LIMIT_S if self._has_ended else EXIT_LIMIT_S)

@@ -80,6 +80,7 @@ class ServedBook:
     serving: Serving
     fds: list[int]
     ioctls: int = 0
+    closing_may_hang: bool = False  # it asks the server of a file system
 
 
 @dataclass(slots=True)
@@ -168,7 +169,7 @@ class Worker:
             for owed in space.owed:
                 self._engine.owe(number, owed.start, owed.end)
         for id_, served in book.served.items():
-            self._take_over_serving(id_, served, book.spaces)
+            self._take_over_serving(id_, served, book.spaces, refusing=book.refusing)
         self._engine.replay(book.reported)
         self._reply((0, "replayed", b""))
         _wire.close_all(book.rescued)
@@ -186,11 +187,16 @@ class Worker:
             self.start(book.cpus)
             self._engine.wake_all()
 
-    def _take_over_serving(self, id_: int, book: ServedBook, spaces: dict[int, SpaceBook]) -> None:
+    def _take_over_serving(
+        self, id_: int, book: ServedBook, spaces: dict[int, SpaceBook], *, refusing: bool
+    ) -> None:
         serving = book.serving
         self._served[id_] = RangeId(serving.space, id_, serving.start, serving.length)
         try:
-            content, local = _open(serving, book.fds, retry=True)
+            # Who only poisons reads no source: it may be what the other worker hung in.
+            content, local = (
+                (_unread(serving), None) if refusing else _open(serving, book.fds, retry=True)
+            )
         except (OSError, ValueError) as error:
             # Its faults are refused as unserved: no zeros.
             log.error("[%#x, +%#x) was not taken over: %s", serving.start, serving.length, error)
@@ -382,6 +388,12 @@ def _load(packed: PackedSource, *, retry: bool) -> PageSource:
         if retry:
             return _LostSource(error)
         raise
+
+
+def _unread(serving: Serving) -> Content:
+    if serving.kind in (SourceKind.ZERO, SourceKind.NONE):
+        return Content(serving.kind)
+    return Content(SourceKind.REQUEST, owner=_LostSource(OSError(errno.EIO, "not read any more")))
 
 
 def _open(serving: Serving, fds: list[int], *, retry: bool) -> tuple[Content, mmap.mmap | None]:
