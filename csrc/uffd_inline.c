@@ -1,23 +1,18 @@
 // SPDX-License-Identifier: MIT
 /*
  * The inline driver: UFFD_FEATURE_SIGBUS turns a fault into a SIGBUS in the
- * faulting thread, and the handler below resolves it there: no hand-over, and no
- * question of who holds which lock.
- *
- * The handler takes no lock and allocates nothing.  It runs with every signal
- * blocked, so that no other handler can fault on top of it, and passes each
- * SIGBUS that is not ours on to the action that was there before.
+ * faulting thread, and the code below resolves it there, in the signal handler
+ * (uffd_sigbus.c): no hand-over, and no question of who holds which lock.  It takes no
+ * lock and allocates nothing.
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include "uffd_engine_internal.h"
+#include "uffd_sigbus.h"
 
 /* Bits of the page-fault error code, as the CPU pushed it (REG_ERR). */
 #define FAULT_PRESENT		(1u << 0)
@@ -31,63 +26,11 @@
 
 struct uffd_table uffd_inline_table = UFFD_TABLE_INIT;
 
-static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
-static unsigned int users;
-static struct sigaction previous;
-/*
- * What was there before ours the first time.  An action that was put on top of
- * ours and then got ours on top again (`displaced`) will raise SIGBUS once more
- * to reach the one below it: that must not go round in a circle.
- */
-static struct sigaction original;
-static bool displaced;
-
 /* initial-exec: reached without a call that could allocate. */
 static __thread struct {
 	uint64_t address;
 	unsigned int count;
-	bool passed_on;
 } repeated __attribute__((tls_model("initial-exec")));
-
-static void die_by_default(const siginfo_t *info)
-{
-	struct sigaction action = { .sa_handler = SIG_DFL };
-
-	sigaction(SIGBUS, &action, NULL);
-	/* A fault comes back by itself; a SIGBUS that was sent must be sent again. */
-	if (info->si_code <= 0)
-		syscall(SYS_tgkill, getpid(), (pid_t)syscall(SYS_gettid), SIGBUS);
-}
-
-/* What the kernel would have done for the action that was installed before ours. */
-static void pass_on(int number, siginfo_t *info, void *context)
-{
-	/* An action that was disabled under us returns, and the same SIGBUS comes again. */
-	bool again = displaced && repeated.passed_on &&
-		     (info->si_code <= 0 || repeated.address == (uint64_t)(uintptr_t)info->si_addr);
-	struct sigaction action = again ? original : previous;
-	const ucontext_t *interrupted = context;
-	sigset_t mask = interrupted->uc_sigmask;
-
-	repeated.passed_on = true;
-	repeated.address = (uint64_t)(uintptr_t)info->si_addr;
-	if (action.sa_handler == SIG_IGN && info->si_code <= 0)
-		return;
-	if (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN) {
-		die_by_default(info);
-		return;
-	}
-	if (action.sa_flags & SA_RESETHAND)
-		previous.sa_handler = SIG_DFL;
-	sigorset(&mask, &mask, &action.sa_mask);
-	if (!(action.sa_flags & SA_NODEFER))
-		sigaddset(&mask, SIGBUS);
-	pthread_sigmask(SIG_SETMASK, &mask, NULL);
-	if (action.sa_flags & SA_SIGINFO)
-		action.sa_sigaction(number, info, context);
-	else
-		action.sa_handler(number);
-}
 
 /* The signal does not say what kind of fault it was: the CPU and the page's state do. */
 static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t error)
@@ -190,7 +133,6 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 			   flags_of[kind] | (error & FAULT_WRITE ? UFFD_PAGEFAULT_FLAG_WRITE : 0),
 			   thread_id, began);
 		repeated.count = 0;
-		repeated.passed_on = false;
 		return true;
 	}
 	if (repeated.address != address)
@@ -213,29 +155,15 @@ static bool resolve_outside(struct uffd_range *range, unsigned int shard, uint64
 	return ours;
 }
 
-static void on_sigbus(int number, siginfo_t *info, void *context)
+static bool resolve_sigbus(uint64_t address, uint64_t error)
 {
-	uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
-	uint64_t error = (uint64_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_ERR];
-	int saved_errno = errno;
-	bool ours = false;
+	unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
+	struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
 
-	/*
-	 * BUS_MCEERR_AR is a poisoned page.  A kernel without CONFIG_MEMORY_FAILURE
-	 * says BUS_ADRERR for that too (measured): then the page's state tells.
-	 */
-	if (info->si_code == BUS_ADRERR) {
-		unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
-		struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
-
-		if (range)
-			ours = resolve_outside(range, shard, address, error);
-		else
-			uffd_table_leave(&uffd_inline_table, shard);
-	}
-	if (!ours)
-		pass_on(number, info, context);
-	errno = saved_errno;
+	if (range)
+		return resolve_outside(range, shard, address, error);
+	uffd_table_leave(&uffd_inline_table, shard);
+	return false;
 }
 
 /*
@@ -245,72 +173,28 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
  */
 void inline_forget_parent(void)
 {
-	pthread_mutex_init(&install_lock, NULL);
-	users = 0;
+	uffd_sigbus_forget_parent();
 	uffd_table_init(&uffd_inline_table);
-}
-
-static bool is_ours(const struct sigaction *action)
-{
-	return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_sigbus;
-}
-
-static int install(void)
-{
-	struct sigaction action = { .sa_flags = SA_SIGINFO | SA_ONSTACK };
-	struct sigaction old;
-
-	if (sigaction(SIGBUS, NULL, &old))
-		return -errno;
-	if (is_ours(&old))
-		return 0;
-	if (users == 0)
-		original = old;
-	displaced = users > 0;
-	previous = old;
-	action.sa_sigaction = on_sigbus;
-	sigfillset(&action.sa_mask);
-	return sigaction(SIGBUS, &action, NULL) ? -errno : 0;
 }
 
 int uffd_inline_start(struct uffd_engine *engine)
 {
-	int r;
-
 	(void)engine;
-	pthread_mutex_lock(&install_lock);
-	r = install();
-	if (r == 0)
-		users++;
-	pthread_mutex_unlock(&install_lock);
-	return r;
+	return uffd_sigbus_acquire(resolve_sigbus);
 }
 
 void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original)
 {
-	struct sigaction current;
-
 	(void)engine;
-	pthread_mutex_lock(&install_lock);
-	/* An action put on top of ours may call it: then it stays, and passes all on. */
-	if (--users == 0 && sigaction(SIGBUS, NULL, &current) == 0 && is_ours(&current))
-		sigaction(SIGBUS, to_original ? &original : &previous, NULL);
-	pthread_mutex_unlock(&install_lock);
+	uffd_sigbus_release(to_original);
 }
 
 int uffd_inline_is_installed(void)
 {
-	struct sigaction current;
-
-	return sigaction(SIGBUS, NULL, &current) == 0 && is_ours(&current);
+	return uffd_sigbus_is_installed();
 }
 
 int uffd_inline_reinstall(void)
 {
-	int r;
-
-	pthread_mutex_lock(&install_lock);
-	r = install();
-	pthread_mutex_unlock(&install_lock);
-	return r;
+	return uffd_sigbus_reinstall();
 }

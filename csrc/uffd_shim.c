@@ -176,34 +176,6 @@ uint64_t uffd_shim_ioctl_number(uint32_t nr)
 	}
 }
 
-void uffd_shim_read_memory(void *dst, uint64_t src, uint64_t length)
-{
-	memcpy(dst, (const void *)(uintptr_t)src, length);
-}
-
-void uffd_shim_write_memory(uint64_t dst, const void *src, uint64_t length)
-{
-	memcpy((void *)(uintptr_t)dst, src, length);
-}
-
-void uffd_shim_fill_memory(uint64_t dst, int value, uint64_t length)
-{
-	memset((void *)(uintptr_t)dst, value, length);
-}
-
-void uffd_shim_touch_read(uint64_t start, uint64_t length, uint64_t step)
-{
-	for (uint64_t offset = 0; offset < length; offset += step)
-		(void)*(volatile const uint8_t *)(uintptr_t)(start + offset);
-}
-
-void uffd_shim_touch_write(uint64_t start, uint64_t length, uint64_t step)
-{
-	/* An atomic "add nothing": a write fault that keeps what others write. */
-	for (uint64_t offset = 0; offset < length; offset += step)
-		__atomic_fetch_add((uint8_t *)(uintptr_t)(start + offset), 0, __ATOMIC_RELAXED);
-}
-
 int uffd_shim_mmap(uint64_t address, uint64_t length, int prot, int flags, int fd,
 		   uint64_t offset, uint64_t *address_ret)
 {

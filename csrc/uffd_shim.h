@@ -49,11 +49,14 @@ uint64_t uffd_shim_ioctl_number(uint32_t nr);
  * Memory.  A page of a registered range may be missing, so each of these can
  * block until somebody resolves the fault.
  */
-void uffd_shim_read_memory(void *dst, uint64_t src, uint64_t length);
-void uffd_shim_write_memory(uint64_t dst, const void *src, uint64_t length);
-void uffd_shim_fill_memory(uint64_t dst, int value, uint64_t length);
-void uffd_shim_touch_read(uint64_t start, uint64_t length, uint64_t step);
-void uffd_shim_touch_write(uint64_t start, uint64_t length, uint64_t step);
+/* The five below return 0, or the address whose access raised SIGBUS; part of it may be done. */
+uint64_t uffd_shim_read_memory(void *dst, uint64_t src, uint64_t length);
+uint64_t uffd_shim_write_memory(uint64_t dst, const void *src, uint64_t length);
+uint64_t uffd_shim_fill_memory(uint64_t dst, int value, uint64_t length);
+uint64_t uffd_shim_touch_read(uint64_t start, uint64_t length, uint64_t step);
+uint64_t uffd_shim_touch_write(uint64_t start, uint64_t length, uint64_t step);
+/* From now on they die of it, as any other access of this process. */
+void uffd_shim_unguard(void);
 
 int uffd_shim_mmap(uint64_t address, uint64_t length, int prot, int flags, int fd,
 		   uint64_t offset, uint64_t *address_ret);

@@ -1,8 +1,8 @@
 """Pages whose content cannot be had: they are poisoned, never filled with zeros.
 
-A file is truncated while a region is served from it. A system call that touches a lost page fails
-with EFAULT, stop() raises HandlerError, and a program that touches one gets SIGBUS; so that is
-done in a child.
+A file is truncated while a region is served from it; one line on stderr says so. A system call that
+touches a lost page fails with EFAULT, a method of Region raises PagePoisonedError, stop() raises
+HandlerError, and a program that touches the page itself gets SIGBUS; so that is done in a child.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyuffd import FileSource, Handler, HandlerError, Region, Userfaultfd
+from pyuffd import (
+    FileSource,
+    Handler,
+    HandlerError,
+    PagePoisonedError,
+    Region,
+    Userfaultfd,
+)
 
 PAGE = 4096
 
@@ -56,6 +63,10 @@ def main() -> None:
         with half_lost() as region:
             for page in (0, 3):
                 print(f"page {page}, by a system call: {send_page(region, page)}")
+            try:
+                region.read(3 * PAGE, 1)
+            except PagePoisonedError as error:
+                print(f"page 3, by Region.read(): {type(error).__name__}")
     except HandlerError as error:
         print(f"the handler stopped: {error}")
 
@@ -68,8 +79,8 @@ def main() -> None:
 def touch(page: int) -> None:
     """Touch a page; the child's part."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with half_lost() as region:
-        region.read(page * PAGE, 1)
+    with half_lost() as region, region.memoryview() as view:
+        view[page * PAGE]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def attach(exc: BaseException, error: BaseException, what: str) -> None:
         return
     cause = error.__cause__
     because = "" if cause is None else f" (because of {type(cause).__name__}: {cause})"
-    log.error("%s: %s%s", what, error, because)
+    if log.hasHandlers():  # else its last resort is stderr, where the traceback says it
+        log.error("%s: %s%s", what, error, because)
     exc.add_note(f"and {what}: {error}{because}")
     # Python has made `exc` the context of `error`: that would be a circle.
     error.__context__ = None

@@ -114,6 +114,17 @@ class ProcessGoneError(UffdOSError, ProcessLookupError):
     """ESRCH (ENOSPC before Linux 4.13): the owner's address space is gone; drop the work."""
 
 
+class PagePoisonedError(UffdOSError):
+    """EHWPOISON: a page was touched whose content is lost; direct access to it raises SIGBUS.
+
+    Attributes: `start` and `length`, the page; `address`, the byte that was touched; `offset`,
+    where the page is in its region, or None. What a handler knows of the reason is the cause.
+    """
+
+    address: int
+    offset: int | None
+
+
 class ClosedError(UffdError, ValueError):
     """The object was closed, or belongs to the process this one was forked from."""
 

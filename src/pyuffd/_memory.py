@@ -4,7 +4,9 @@ It is this process's own, unless a pid says whose.
 
 Registered memory is touched here and nowhere else: a Python-level access (`memoryview[i]`,
 `mmap` slices, `ffi.memmove`) holds the GIL while it faults, and stops a Python fault handler
-with it.  Every function here can block until somebody resolves the fault.
+with it.  Every function here can block until somebody resolves the fault.  Where an access meets
+SIGBUS it raises PagePoisonedError, or UffdOSError where that is not the reason; what comes before
+the page is done.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from enum import IntFlag
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import raise_errno
@@ -38,26 +40,44 @@ def read(start: int, length: int) -> bytes:
 def read_into(target: Buffer, start: int) -> None:
     """Fill `target` from memory."""
     with ffi.from_buffer(target, require_writable=True) as pointer:
-        lib.uffd_shim_read_memory(pointer, start, len(pointer))
+        lost = lib.uffd_shim_read_memory(pointer, start, len(pointer))
+    if lost:
+        raise_lost("read", lost)
 
 
 def write(start: int, data: Buffer) -> None:
     """Copy a buffer into memory."""
     with ffi.from_buffer(data) as pointer:
-        lib.uffd_shim_write_memory(start, pointer, len(pointer))
+        lost = lib.uffd_shim_write_memory(start, pointer, len(pointer))
+    if lost:
+        raise_lost("write", lost)
 
 
 def fill(start: int, length: int, value: int) -> None:
     """Set every byte of the range to `value`."""
-    lib.uffd_shim_fill_memory(start, value, length)
+    lost = lib.uffd_shim_fill_memory(start, value, length)
+    if lost:
+        raise_lost("fill", lost)
 
 
 def touch(start: int, length: int, step: int, *, write: bool) -> None:
     """Read, or write without changing, one byte every `step` bytes."""
-    if write:
-        lib.uffd_shim_touch_write(start, length, step)
-    else:
-        lib.uffd_shim_touch_read(start, length, step)
+    access = lib.uffd_shim_touch_write if write else lib.uffd_shim_touch_read
+    lost = access(start, length, step)
+    if lost:
+        raise_lost("touch", lost)
+
+
+def unguard() -> None:
+    """Die of SIGBUS from now on, as of an access by the program itself; for processes in tests."""
+    lib.uffd_shim_unguard()
+
+
+def raise_lost(op: str, address: int) -> NoReturn:
+    """Raise what an access says that met SIGBUS."""
+    from pyuffd._lost import lost_error  # on the way out only
+
+    raise lost_error(op, address)
 
 
 def buffer_address(data: Buffer) -> tuple[int, int, object]:

@@ -186,6 +186,13 @@ def is_lost(region: Any, offset: int = 0, length: int | None = None) -> bool:
         return True
 
 
+def peek(region: Any, offset: int = 0, n: int = 1) -> bytes:
+    """Read as a program's own code does, without the GIL: SIGBUS where a method would raise."""
+    target = ctypes.create_string_buffer(n)
+    ctypes.memmove(target, region.start + offset, n)
+    return target.raw
+
+
 def wait_in_system_call(thread: threading.Thread, number: int) -> None:
     """Return when a thread is inside this system call."""
 

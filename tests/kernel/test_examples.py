@@ -33,7 +33,11 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
     ),
     "05_poison": (
         [needs(Feature.POISON), needs_kernel_faults()],
-        ["page 3, by a system call: Bad address", "page 3, by a program: SIGBUS"],
+        [
+            "page 3, by a system call: Bad address",
+            "page 3, by Region.read(): PagePoisonedError",
+            "page 3, by a program: SIGBUS",
+        ],
     ),
     "06_hugetlb": ([needs_hugepages(4)], ["2 faults; pages: ABSENT, CLEAN, ABSENT, CLEAN"]),
     "07_inline_sigbus": ([needs(Feature.SIGBUS)], ["3 faults", "write(2) wrote 16384"]),

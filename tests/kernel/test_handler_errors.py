@@ -46,6 +46,7 @@ from tests.kernel._serving import (
     everywhere,
     handler_of,
     is_lost,
+    peek,
     serving,
     states,
     wait_for_stalled,
@@ -137,7 +138,7 @@ def truncated_sigbus(driver: Driver, name: str, mode: int, protect: bool) -> Non
             handler.start()
             file.truncate(0)
             print("touching", flush=True)
-            print("read", region.read(0, 8))
+            print("read", peek(region, 0, 8))
             os._exit(3)
 
 
@@ -160,7 +161,7 @@ def truncated_minor(driver: Driver, name: str) -> None:
             handler.start()
             file.truncate(0)
             print("touching", flush=True)
-            print("read", region.read(0, 8))
+            print("read", peek(region, 0, 8))
             os._exit(3)
 
 
@@ -280,7 +281,7 @@ def stall_sigbus() -> None:
             serve_file(handler, region, file, MISSING)
             handler.start()
             file.truncate(0)
-            thread = threading.Thread(target=lambda: print("read", region.read(0, 8)))
+            thread = threading.Thread(target=lambda: print("read", peek(region, 0, 8)))
             thread.start()
             wait_until(lambda: handler.stats().failed == 1, "the page is given up")
             wait_for_stalled(handler.uffd, 1)
@@ -306,7 +307,7 @@ def kill(driver: Driver) -> None:
             handler.start()
             file.truncate(0)
             print("touching", flush=True)
-            print("read", region.read(0, 8))
+            print("read", peek(region, 0, 8))
             os._exit(3)
 
 
@@ -478,7 +479,7 @@ def no_huge_page_inline() -> None:
         handler.start()
         region.read(0, 1)
         print("touching", flush=True)
-        region.read(HUGE_PAGE, 1)
+        peek(region, HUGE_PAGE)
 
 
 @needs_privilege()
@@ -529,7 +530,7 @@ def stop_sigbus(driver: Driver, how: str) -> None:
         else:
             handler.uffd.close()
         print("touching", flush=True)
-        print("read", region.read(PAGE, 8))
+        print("read", peek(region, PAGE, 8))
         os._exit(3)
 
 

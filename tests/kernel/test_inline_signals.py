@@ -23,7 +23,7 @@ import pytest
 from pyuffd import BufferSource, FileSource, HandlerError, Region, RegisterMode, ZeroSource
 from tests._child import run_child
 from tests._memory import PAGE, memory_params
-from tests.kernel._serving import content, run_threads, serving
+from tests.kernel._serving import content, peek, run_threads, serving
 
 SIGBUS = signal.SIGBUS
 SA_NODEFER, SA_ONSTACK = 0x40000000, 0x08000000
@@ -93,7 +93,7 @@ def with_faulthandler(order: str) -> None:
         assert region.read() == data
         with truncated_file() as other:
             print("touching", flush=True)
-            other.touch()
+            peek(other)
             os._exit(3)
 
 
@@ -117,7 +117,7 @@ def faulthandler_disabled(when: str) -> None:
     faulthandler.disable()
     with truncated_file() as other:
         print("touching", flush=True)
-        other.touch()
+        peek(other)
         os._exit(3)
 
 
@@ -139,7 +139,7 @@ def unowned(default: int) -> None:
         assert region.read() == data
         with truncated_file() as other:
             print("touching", flush=True)
-            other.touch()
+            peek(other)
             os._exit(3)
 
 

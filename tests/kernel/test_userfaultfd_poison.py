@@ -23,6 +23,7 @@ from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
 from tests._need import needs, needs_kernel_faults
 from tests.kernel._faults import Task, next_fault, no_events, registered
+from tests.kernel._serving import peek
 
 pytestmark = needs(Feature.POISON)
 
@@ -47,14 +48,14 @@ def touch_poison(name: str, waits: bool) -> None:
     region = factory.pages(1)
     with registered(region) as uffd:
         if waits:
-            task = Task(region.read, 0, 1)
+            task = Task(peek, region)
             next_fault(uffd)
         print("poisoning", flush=True)
         uffd.poison(region)
         if waits:
             task.result()
         else:
-            region.read(0, 1)
+            peek(region)
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["later", "waiting"])

@@ -126,6 +126,9 @@ class Backend(Protocol):
     def source_failure(self) -> SourceFailure | None:
         """What a source raised first."""
 
+    def failure_at(self, address: int) -> SourceFailure | None:
+        """What is known of why a page was lost; perhaps of another one."""
+
     def stats(self) -> HandlerStats:
         """Sum up the counters."""
 

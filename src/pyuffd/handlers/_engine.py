@@ -17,13 +17,12 @@ from pyuffd._enums import Number
 from pyuffd._errors import ClosedError, HandlerError, raise_errno
 from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
+from pyuffd.handlers._backend import SourceFailure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from typing_extensions import Buffer
-
-    from pyuffd.handlers._backend import SourceFailure
 
 log = logging.getLogger(__name__)
 
@@ -298,6 +297,14 @@ class Request(NamedTuple):
     length: int
     is_fault: bool = True
     abandoned: bool = False
+
+
+def known_failure(failure: Failure | None, source: SourceFailure | None) -> SourceFailure | None:
+    """Return the first failure as an exception and a place."""
+    if source is not None or failure is None:
+        return source
+    error = OSError(failure.error, os.strerror(failure.error))
+    return SourceFailure(error, failure.address, failure.length)
 
 
 def label_bytes(label: str) -> bytes:
@@ -726,6 +733,10 @@ class Engine(SoleOwner):
     def source_failure(self) -> SourceFailure | None:
         """What a source raised first; this engine calls none."""
         return None
+
+    def failure_at(self, address: int) -> SourceFailure | None:
+        """What is known of why a page was lost; perhaps of another one."""
+        return known_failure(self.failure(), self.source_failure)
 
     def stats(self) -> HandlerStats:
         """Sum up the counters."""

@@ -9,6 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -26,7 +27,7 @@ from pyuffd.handlers._aftermath import (
     take_out,
     views_of,
 )
-from pyuffd.handlers._backend import Backend, EngineOptions
+from pyuffd.handlers._backend import Backend, EngineOptions, SourceFailure
 from pyuffd.handlers._checks import (
     LAYOUT_EVENTS,
     Driver,
@@ -52,6 +53,7 @@ from pyuffd.handlers._engine import (
     RecentFault,
     SourceKind,
     ensure_inline_handler,
+    known_failure,
 )
 from pyuffd.handlers._failures import label_of, log_error, stderr_fd
 from pyuffd.handlers._forks import ForkWatch
@@ -172,6 +174,7 @@ class Handler(SoleOwner):
         autostart: bool = True,
     ) -> None:
         self._engine: Backend | None = None
+        self._final_failure: SourceFailure | None = None
         self._ending: Ending | None = None
         self._ending_lock = RLock()
         refuse_while_loading()
@@ -474,6 +477,24 @@ class Handler(SoleOwner):
         )
         served.on_close.append(region_closes)
         region.on_close(region_closes)
+        reference = weakref.ref(self)
+
+        def why_lost(address: int) -> BaseException | None:
+            handler = reference()
+            return None if handler is None else handler._why_lost(address)
+
+        region.on_loss(why_lost)
+
+    def _why_lost(self, address: int) -> BaseException | None:
+        """Return what is known of the reason why a page was lost."""
+        engine, failure = self._engine, self._final_failure
+        if engine is not None and self._pid == os.getpid():
+            with suppress(ClosedError, HelperLostError):
+                found = engine.failure_at(address)
+                failure = failure if found is None else found
+        if failure is None or not failure.start <= address < failure.start + failure.length:
+            return None
+        return failure.error
 
     def _serves(self, served: Served) -> bool:
         return self._served.get((served.id.space, served.id.start)) is served
@@ -658,6 +679,7 @@ class Handler(SoleOwner):
             ended = engine.end(ending.left_s())
             self._final_stats, self._final_faults = engine.stats(), engine.recent()
             failure, source_failure = engine.failure(), engine.source_failure
+            self._final_failure = known_failure(failure, source_failure)
             at_work = {one.number for one in ended.held if not one.is_request}
             for served in all_served:
                 self._forget(served, keep_alias=served.id.number in at_work)

@@ -25,6 +25,7 @@ from pyuffd.handlers._engine import (
     RangeSpec,
     RecentFault,
     SourceKind,
+    known_failure,
 )
 from pyuffd.handlers._helper_link import EXIT_LIMIT_S, HelperLink
 from pyuffd.handlers._helper_start import starting
@@ -182,6 +183,10 @@ class RemoteEngine(SoleOwner):
     def owner_exited(self) -> bool:
         """Whether the process whose memory is served is gone."""
         return bool(self._call("owner_exited"))
+
+    def failure_at(self, address: int) -> SourceFailure | None:
+        """What is known of why a page was lost; perhaps of another one."""
+        return known_failure(self.failure(), self.source_failure)
 
     @property
     def source_failure(self) -> SourceFailure | None:

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Unpack
 
 from pyuffd._errors import UffdOSError
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from pyuffd.sources import PageSource
 
 log = logging.getLogger(__name__)
+
+RAISED_KEPT = 256  # failures, for whoever touches one of their pages later
 
 # A source that does not return keeps its thread; its page was given up before. Others leave within
 # this time.
@@ -72,6 +75,7 @@ class WorkedEngine(Engine):
         self._not_populated: dict[int, BaseException] = {}  # by address, until populate says so
         self._sources: dict[int, PageSource] = {}
         self._labels: dict[int, str] = {}
+        self._raised: deque[SourceFailure] = deque(maxlen=RAISED_KEPT)
         self._told: set[int] = set()  # servings that a failure was told of
         self._hung_before = 0
         self._hurried_until = math.inf
@@ -145,6 +149,13 @@ class WorkedEngine(Engine):
         """What a source raised first."""
         return self._failure
 
+    def failure_at(self, address: int) -> SourceFailure | None:
+        """What a source raised for this page, or what is known of the first failure."""
+        for raised in self._raised:
+            if raised.start <= address < raised.start + raised.length:
+                return raised
+        return super().failure_at(address)
+
     def _work(self) -> None:
         self.answer_requests(self._read, self._failed_at)
 
@@ -175,6 +186,7 @@ class WorkedEngine(Engine):
             return errno.ETIMEDOUT
         if request.is_fault:
             self._tell(request, error)
+            self._raised.appendleft(SourceFailure(error, request.address, request.length))
         else:  # populate raises it
             log.debug("source failed", exc_info=error)
             self._not_populated[request.address] = error

@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Self
 
 from pyuffd import _machine, _memory
 from pyuffd._closing import CloseCallbacks, attach
-from pyuffd._errors import ClosedError, raise_errno
+from pyuffd._errors import ClosedError, PagePoisonedError, raise_errno
 from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
 from pyuffd.regions import _create, _files
 from pyuffd.regions._files import FileLike
 from pyuffd.regions._mapping import Mapping, RegionKind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Buffer
 
     from pyuffd._residency import Residency
 
 MADV_PAGEOUT = 21  # Linux 5.4; not in the mmap module
-HASHLIB_RELEASES_GIL = 2048  # hashlib keeps the GIL below this many bytes
+DIGEST_PART = 256 << 10  # stays in the cache between copying and hashing
 
 
 class Region(CloseCallbacks):
@@ -74,6 +76,7 @@ class Region(CloseCallbacks):
         self.was_served = False
         self._exports: list[weakref.ref[Buffer]] = []  # buffers over the memory
         self._exports_lock = RLock()
+        self._why_lost: list[Callable[[int], BaseException | None]] = []
         self._open = True  # last: a signal's exception may leave the rest undone
 
     # Constructors
@@ -327,21 +330,37 @@ class Region(CloseCallbacks):
     # Its content
 
     def read(self, offset: int = 0, n: int | None = None) -> bytes:
-        """Return `n` bytes from `offset` on; to the end by default."""
+        """Return `n` bytes from `offset` on; to the end by default.
+
+        Raises:
+            PagePoisonedError: a page's content is lost; also from `write`, `fill`, `touch` and
+                `digest`. A view or an array over such a page raises SIGBUS.
+            UffdOSError: EFAULT - SIGBUS for another reason, which `hint` names: a file that was
+                truncated, or no huge page left.
+        """
         at, n = self._span(offset, n)
-        return _memory.read(at, n)
+        try:
+            return _memory.read(at, n)
+        except PagePoisonedError as error:
+            raise self._here(error) from self._cause_of(error)
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy a contiguous buffer to `offset`."""
         at, _ = self._span(offset, memoryview(data).nbytes, write=True)
-        _memory.write(at, data)
+        try:
+            _memory.write(at, data)
+        except PagePoisonedError as error:
+            raise self._here(error) from self._cause_of(error)
 
     def fill(self, value: int, offset: int = 0, length: int | None = None) -> None:
         """Set every byte, or those of a part, to `value`."""
         if not 0 <= value <= 255:
             raise ValueError(f"byte value {value} is not in 0..255")
         at, length = self._span(offset, length, write=True)
-        _memory.fill(at, length, value)
+        try:
+            _memory.fill(at, length, value)
+        except PagePoisonedError as error:
+            raise self._here(error) from self._cause_of(error)
 
     def touch(self, offset: int = 0, n: int | None = None, write: bool = False) -> None:
         """Access every page of a part once, so that it is there; with `write`, writable.
@@ -350,7 +369,10 @@ class Region(CloseCallbacks):
         """
         at, n = self._span(offset, n, write=write)
         first = round_down(at, self.page_size)
-        _memory.touch(first, at + n - first, self.page_size, write=write)
+        try:
+            _memory.touch(first, at + n - first, self.page_size, write=write)
+        except PagePoisonedError as error:
+            raise self._here(error) from self._cause_of(error)
 
     def digest(self, name: str = "sha256", offset: int = 0, length: int | None = None) -> bytes:
         """Return the digest of the content, or of a part, by a hashlib algorithm."""
@@ -358,13 +380,40 @@ class Region(CloseCallbacks):
 
         at, length = self._span(offset, length)
         state = hashlib.new(name)
-        if length < HASHLIB_RELEASES_GIL:
-            state.update(_memory.read(at, length))
-        else:
-            # A signal's exception keeps this frame, but must not keep the memory mapped.
-            with self._export(at, length) as view:
-                state.update(view)
+        part = bytearray(min(length, DIGEST_PART))
+        for done in range(0, length, DIGEST_PART):
+            if length - done < len(part):
+                del part[length - done :]
+            # Not hashed in place, where a page that is lost would be SIGBUS.
+            try:
+                _memory.read_into(part, at + done)
+            except PagePoisonedError as error:
+                raise self._here(error) from self._cause_of(error)
+            state.update(part)
         return state.digest()
+
+    def on_loss(self, why: Callable[[int], BaseException | None]) -> None:
+        """Ask `why` about a page that turns out to be lost, by its address; for handlers."""
+        self._why_lost.append(why)
+
+    def _here(self, error: PagePoisonedError) -> PagePoisonedError:
+        """Say where in this region the page is."""
+        page, start = error.start or 0, self._mapping.start
+        if not start <= page < start + self.length:
+            return error  # in what is written, or read into
+        return PagePoisonedError(
+            error.errno or 0,
+            error.op,
+            page,
+            error.length,
+            error.hint,
+            address=error.address,
+            offset=page - start,
+        )
+
+    def _cause_of(self, error: PagePoisonedError) -> BaseException | None:
+        causes = (why(error.start or 0) for why in reversed(self._why_lost))
+        return next((cause for cause in causes if cause is not None), None)
 
     # Its pages
 

@@ -148,6 +148,7 @@ def prepare(order: dict[str, Any]) -> tuple[Region, Userfaultfd]:
 
 def main() -> None:
     """Serve one test until it closes its end."""
+    _memory.unguard()
     fd = int(sys.argv[1])
     os.set_inheritable(fd, False)
     connection = socket.socket(fileno=fd)

@@ -1,0 +1,80 @@
+"""What it means that an access met SIGBUS: a poisoned page, or which other reason (layer L2)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+
+from pyuffd._errors import PagePoisonedError, UffdOSError
+from pyuffd._pages import PAGE_SIZE, round_down
+from pyuffd._residency import PageResidency, residency
+from pyuffd._vmas import Vma, overlapping
+
+EHWPOISON = 133  # in Python's errno since 3.14
+HUGE_POOL = "/sys/kernel/mm/hugepages/hugepages-{kib}kB/{name}"
+
+
+def lost_error(op: str, address: int) -> UffdOSError:
+    """Return what to raise for an access to `address` that met SIGBUS."""
+    vma = next(overlapping(address, address + 1, details=True), None)
+    if vma is None:
+        return UffdOSError(errno.EFAULT, op, address, hint="it has been unmapped")
+    page = round_down(address, vma.page_size)
+    reason = _other_reason(vma, page)
+    if reason:
+        return UffdOSError(errno.EFAULT, op, page, vma.page_size, hint=reason)
+    return PagePoisonedError(
+        EHWPOISON,
+        op,
+        page,
+        vma.page_size,
+        hint="its content could not be had, or its handler stopped before it was loaded",
+        address=address,
+        offset=None,
+    )
+
+
+def _other_reason(vma: Vma, page: int) -> str:
+    """Say why, where the page is not poisoned; "" where it is."""
+    with suppress(OSError):
+        states = residency(page, vma.page_size, page_size=vma.page_size, fd=None).states
+        if states[0] == PageResidency.POISON:
+            return ""
+    size = _file_size(vma)
+    if size is not None and vma.offset + (page - vma.start) >= size:
+        return f"SIGBUS: the file {vma.path} was truncated to {size:#x} bytes"
+    if vma.page_size > PAGE_SIZE:
+        # A poisoned huge page looks like a missing one (measured), as does one that was not free.
+        free = _free_huge_pages(vma.page_size)
+        return "" if free else "SIGBUS: no huge page is free, or it is poisoned"
+    if "um" in vma.flags or "ui" in vma.flags:
+        return (
+            "SIGBUS: its userfaultfd has Feature.SIGBUS, and no started handler of driver='inline'"
+            " serves it"
+        )
+    if vma.path:
+        return f"SIGBUS: {vma.path} could not be read, or its file system is full"
+    return "SIGBUS: a memory error, or no memory"
+
+
+def _file_size(vma: Vma) -> int | None:
+    if not vma.inode:
+        return None
+    with suppress(OSError):  # needs a capability, and knows files without a name as well
+        return os.stat(f"/proc/self/map_files/{vma.start:x}-{vma.end:x}").st_size
+    with suppress(OSError):
+        found = os.stat(vma.path)
+        if (found.st_ino, found.st_dev) == (vma.inode, vma.device):
+            return found.st_size
+    return None
+
+
+def _free_huge_pages(page_size: int) -> int:
+    kib = page_size >> 10
+    with suppress(OSError, ValueError):
+        with open(HUGE_POOL.format(kib=kib, name="free_hugepages"), encoding="ascii") as file:
+            free = int(file.read())
+        with open(HUGE_POOL.format(kib=kib, name="resv_hugepages"), encoding="ascii") as file:
+            return free - int(file.read())
+    return 1
