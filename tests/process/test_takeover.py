@@ -77,12 +77,18 @@ def takeover(driver: Driver, name: Memory, mode: int, dies: Dies) -> None:
 @needs(PFWP | MINORS)
 @pytest.mark.parametrize("dies", ["before-serve", "before-start"])
 @pytest.mark.parametrize("driver", ["native", "thread", "process"])
-@pytest.mark.parametrize("mode", RegisterMode.MISSING | RegisterMode.WP | RegisterMode.MINOR)
+@pytest.mark.parametrize("mode", RegisterMode.MISSING | RegisterMode.WP)
 @pytest.mark.parametrize("name", memory_params())
 def test_takeover(driver: str, name: str, mode: RegisterMode, dies: str) -> None:
-    if mode == RegisterMode.MINOR and name not in ("shmem", "hugetlb"):
-        pytest.skip("minor faults are of shared memory")
     run_child(takeover, driver, name, int(mode), dies, budget_s=20)
+
+
+@needs(PFWP | MINORS)
+@pytest.mark.parametrize("dies", ["before-serve", "before-start"])
+@pytest.mark.parametrize("driver", ["native", "thread", "process"])
+@pytest.mark.parametrize("name", memory_params("shmem", "hugetlb"))
+def test_takeover_of_minor_faults(driver: str, name: str, dies: str) -> None:
+    run_child(takeover, driver, name, int(RegisterMode.MINOR), dies, budget_s=20)
 
 
 def several_spaces() -> None:
