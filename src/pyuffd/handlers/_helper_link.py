@@ -225,13 +225,13 @@ class HelperLink:
             if call is not None:
                 call.done.set()
 
-    def close(self, limit_s: float = EXIT_LIMIT_S) -> None:
+    def close(self, limit_s: float | None = None) -> None:
         """End the helper: it goes when its work is done, or is killed; twice is fine."""
         if not hasattr(self, "_process") or self._process.pidfd < 0:
             return
         if self._thread.ident is not None and self._ready:
             self._post(None)
-            if not self._process.ended(limit_s):
+            if not self._process.ended(EXIT_LIMIT_S if limit_s is None else limit_s):
                 log.warning("the helper process %d does not end: it is killed", self._process.pid)
         self._process.kill()
         if not self._process.ended(END_LIMIT_S):

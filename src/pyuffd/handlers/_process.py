@@ -27,7 +27,7 @@ from pyuffd.handlers._engine import (
     SourceKind,
     known_failure,
 )
-from pyuffd.handlers._helper_link import EXIT_LIMIT_S, HelperLink
+from pyuffd.handlers._helper_link import HelperLink
 from pyuffd.handlers._helper_start import starting
 from pyuffd.handlers._transport import pack
 from pyuffd.handlers._worker_process import Serving
@@ -220,4 +220,4 @@ class RemoteEngine(SoleOwner):
         """End the helper process."""
         self._link.tell("close")
         # After the end it has nothing left that anybody waits for.
-        self._link.close(ENDED_LIMIT_S if self._has_ended else EXIT_LIMIT_S)
+        self._link.close(ENDED_LIMIT_S if self._has_ended else None)
