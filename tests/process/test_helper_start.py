@@ -335,7 +335,8 @@ def test_signals_to_the_process_group() -> None:
 def what_a_source_starts() -> None:
     with serving(sources.ignored_signals) as (_, region):
         # What Python itself ignores, subprocess sets back.
-        assert region.read(0, 8) == bytes(8)
+        seen = region.read(0, 8)
+        assert seen == bytes(8), seen.hex()
 
 
 def test_what_a_source_starts_ignores_no_signal() -> None:
