@@ -20,7 +20,7 @@ SOAK_S ?= 60
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALL := $(PIP) --no-build-isolation --editable
-BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.*)
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 # Many tests wait, so there is work for one process more than there are CPUs.
 TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
 RUN_TESTS := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist worksteal
@@ -96,7 +96,7 @@ engine-mutants: $(VENV)/.installed-test
 	$(BIN)/python -m tests.engine_mutants $(ENGINE_MUTANTS_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .tox .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/pyuffd/_shim*.so csrc/*.o
+	rm -rf $(VENV) build dist .tox .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/pyuffd/_shim*.so csrc/*.o csrc/*/*.o
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Debian and Ubuntu split ensurepip from Python, and `python3 -m venv` fails half-way without it.

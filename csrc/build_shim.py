@@ -9,8 +9,8 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 # setuptools wants paths relative to the project root, where the build runs.
-SOURCES = sorted(f"csrc/{path.name}" for path in HERE.glob("*.c"))
-HEADERS = sorted(f"csrc/{path.name}" for path in HERE.glob("*.h"))
+SOURCES = sorted(f"csrc/{path.relative_to(HERE)}" for path in HERE.rglob("*.c"))
+HEADERS = sorted(f"csrc/{path.relative_to(HERE)}" for path in HERE.rglob("*.h"))
 
 CFLAGS = [
     "-std=gnu11",
@@ -34,7 +34,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "uffd_shim.cdef").read_text())
 ffibuilder.set_source(
     "pyuffd._shim",
-    "".join(f'#include "{Path(name).name}"\n' for name in HEADERS),
+    "".join(f'#include "{Path(name).relative_to("csrc")}"\n' for name in HEADERS),
     sources=SOURCES,
     include_dirs=["csrc"],
     depends=[*HEADERS, "csrc/uffd_shim.cdef"],

@@ -34,7 +34,7 @@ from tests.process._pitfalls import (
 )
 
 REMOVE = Feature.EVENT_REMOVE
-YIELDS = 64  # as often the leader only yields before it waits for work (csrc/uffd_native.c)
+YIELDS = 64  # as often the leader only yields before it waits for work (csrc/engine/native.c)
 
 
 class Unmapping:

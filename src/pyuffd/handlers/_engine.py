@@ -239,7 +239,7 @@ class RangeSpec:
 
 
 class ReportKind(IntEnum):
-    """What an engine tells its keeper (uffd_keeper.h)."""
+    """What an engine tells its keeper (engine/successor.h)."""
 
     ADDED = lib.UFFD_REPORT_ADDED
     DROPPED = lib.UFFD_REPORT_DROPPED
@@ -347,7 +347,7 @@ class Engine(SoleOwner):
 
     `has_workers` says that threads will call `next_request`, `stall_limit_ns` how long a request
     may take (0: for ever), `stall_signal` which signal shows the tracebacks then (0: none).
-    `keeper_fd` and `shared` are for an engine that may be killed (uffd_keeper.h): the stream its
+    `keeper_fd` and `shared` are for an engine that may be killed (engine/successor.h): the stream its
     reports go to, and the address of memory that a successor gets as well.
     """
 
@@ -503,7 +503,7 @@ class Engine(SoleOwner):
         patience_s: float = PATIENCE_S,
         gently: bool = False,
     ) -> bool:
-        """Take a range out everywhere; the arguments as in uffd_engine.h.
+        """Take a range out everywhere; the arguments as in engine/types.h.
 
         Return False if somebody is still at a page, which happens `gently` only: then the range
         is served as before.
@@ -785,7 +785,7 @@ def follow_parent(parent: int) -> bool:
 
 
 def hold_descriptors(shared: int, keeper: int, sockets: list[int]) -> None:
-    """Share this process's descriptors with a new child of the keeper (uffd_keeper.h)."""
+    """Share this process's descriptors with a new child of the keeper (engine/successor.h)."""
     code = lib.uffd_keeper_hold_descriptors(_pointer(shared), keeper, sockets, len(sockets))
     if code:
         raise_start_error("make a process that holds descriptors", -code, "clone")

@@ -1,6 +1,6 @@
 """Saying what went wrong, before a thread dies or waits of it: on stderr and in the log (layer L4).
 
-What fails in C is said there (csrc/uffd_say.c), since the thread that waits may hold the GIL.
+What fails in C is said there (csrc/engine/say.c), since the thread that waits may hold the GIL.
 """
 
 from __future__ import annotations

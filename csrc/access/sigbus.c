@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The handler takes no lock and allocates nothing.  It runs with every signal
+ * blocked, so that no other handler can fault on top of it, and passes each
+ * SIGBUS that is not ours on to the action that was there before.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include "sigbus.h"
+
+static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
+static _Atomic unsigned int users;
+static _Atomic(uffd_sigbus_resolver) resolver;
+static struct sigaction previous;
+/*
+ * What was there before ours the first time.  An action that was put on top of
+ * ours and then got ours on top again (`displaced`) will raise SIGBUS once more
+ * to reach the one below it: that must not go round in a circle.
+ */
+static struct sigaction original;
+static bool displaced;
+static _Atomic bool in_chain;	/* ours was installed and never taken back: another may call it */
+
+/* initial-exec: reached without a call that could allocate. */
+static __thread struct {
+	uint64_t address;
+	bool is_set;
+} passed_on __attribute__((tls_model("initial-exec")));
+
+static void die_by_default(const siginfo_t *info)
+{
+	struct sigaction action = { .sa_handler = SIG_DFL };
+
+	sigaction(SIGBUS, &action, NULL);
+	/* A fault comes back by itself; a SIGBUS that was sent must be sent again. */
+	if (info->si_code <= 0)
+		syscall(SYS_tgkill, getpid(), (pid_t)syscall(SYS_gettid), SIGBUS);
+}
+
+/* What the kernel would have done for the action that was installed before ours. */
+static void pass_on(int number, siginfo_t *info, void *context)
+{
+	/* An action that was disabled under us returns, and the same SIGBUS comes again. */
+	bool again = displaced && passed_on.is_set &&
+		     (info->si_code <= 0 ||
+		      passed_on.address == (uint64_t)(uintptr_t)info->si_addr);
+	struct sigaction action = again ? original : previous;
+	const ucontext_t *interrupted = context;
+	sigset_t mask = interrupted->uc_sigmask;
+
+	passed_on.is_set = true;
+	passed_on.address = (uint64_t)(uintptr_t)info->si_addr;
+	if (action.sa_handler == SIG_IGN && info->si_code <= 0)
+		return;
+	if (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN) {
+		die_by_default(info);
+		return;
+	}
+	if (action.sa_flags & SA_RESETHAND)
+		previous.sa_handler = SIG_DFL;
+	sigorset(&mask, &mask, &action.sa_mask);
+	if (!(action.sa_flags & SA_NODEFER))
+		sigaddset(&mask, SIGBUS);
+	pthread_sigmask(SIG_SETMASK, &mask, NULL);
+	if (action.sa_flags & SA_SIGINFO)
+		action.sa_sigaction(number, info, context);
+	else
+		action.sa_handler(number);
+}
+
+static void on_sigbus(int number, siginfo_t *info, void *context)
+{
+	uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
+	uint64_t error = (uint64_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_ERR];
+	uffd_sigbus_resolver resolve = atomic_load(&resolver);
+	int saved_errno = errno;
+
+	/*
+	 * BUS_MCEERR_AR is a poisoned page.  A kernel without CONFIG_MEMORY_FAILURE
+	 * says BUS_ADRERR for that too (measured): then the page's state tells.
+	 */
+	if (info->si_code == BUS_ADRERR && resolve && resolve(address, error)) {
+		passed_on.is_set = false;
+	} else {
+		uffd_access_escape(info, context);
+		pass_on(number, info, context);
+	}
+	errno = saved_errno;
+}
+
+static bool is_ours(const struct sigaction *action)
+{
+	return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_sigbus;
+}
+
+/* With the lock held. */
+static int install(void)
+{
+	struct sigaction action = { .sa_flags = SA_SIGINFO | SA_ONSTACK };
+	struct sigaction old;
+
+	if (sigaction(SIGBUS, NULL, &old))
+		return -errno;
+	if (is_ours(&old))
+		return 0;
+	if (!in_chain)
+		original = old;
+	displaced = in_chain;
+	previous = old;
+	action.sa_sigaction = on_sigbus;
+	sigfillset(&action.sa_mask);
+	if (sigaction(SIGBUS, &action, NULL))
+		return -errno;
+	in_chain = true;
+	return 0;
+}
+
+int uffd_sigbus_reinstall(void)
+{
+	int r;
+
+	pthread_mutex_lock(&install_lock);
+	r = install();
+	pthread_mutex_unlock(&install_lock);
+	return r;
+}
+
+int uffd_sigbus_is_installed(void)
+{
+	struct sigaction current;
+
+	return sigaction(SIGBUS, NULL, &current) == 0 && is_ours(&current);
+}
+
+int uffd_sigbus_acquire(uffd_sigbus_resolver resolve)
+{
+	int r;
+
+	pthread_mutex_lock(&install_lock);
+	r = install();
+	if (r == 0) {
+		atomic_store(&resolver, resolve);
+		atomic_fetch_add(&users, 1);
+	}
+	pthread_mutex_unlock(&install_lock);
+	return r;
+}
+
+void uffd_sigbus_release(bool to_original)
+{
+	struct sigaction current;
+
+	pthread_mutex_lock(&install_lock);
+	/* An action put on top of ours may call it: then it stays, and passes all on. */
+	if (atomic_fetch_sub(&users, 1) == 1 && sigaction(SIGBUS, NULL, &current) == 0 &&
+	    is_ours(&current)) {
+		/* An access that begins meanwhile sees the one or is seen by the other. */
+		atomic_store(&in_chain, false);
+		if (!atomic_load(&users))
+			sigaction(SIGBUS, to_original ? &original : &previous, NULL);
+		else
+			atomic_store(&in_chain, true);
+	}
+	pthread_mutex_unlock(&install_lock);
+}
+
+/*
+ * Asking the kernel whose action it is costs a fifth of a short access.  Whoever puts
+ * one on top of ours and accesses memory within this time has it called first.
+ */
+#define TRUSTED_CYCLES	100000
+
+void uffd_sigbus_enter(void)
+{
+	static _Atomic uint64_t looked_at;
+	uint64_t now = __builtin_ia32_rdtsc();
+
+	/* Counted first: a driver that stops leaves the action where an access needs it. */
+	atomic_fetch_add(&users, 1);
+	if (atomic_load(&in_chain) &&
+	    now - atomic_load_explicit(&looked_at, memory_order_relaxed) < TRUSTED_CYCLES)
+		return;
+	if (!uffd_sigbus_is_installed())
+		uffd_sigbus_reinstall();
+	atomic_store_explicit(&looked_at, now, memory_order_relaxed);
+}
+
+void uffd_sigbus_leave(void)
+{
+	atomic_fetch_sub_explicit(&users, 1, memory_order_release);
+}
+
+void uffd_sigbus_forget_parent(void)
+{
+	pthread_mutex_init(&install_lock, NULL);
+	atomic_store(&users, 0);
+}

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What a served range consists of besides its place: where its pages come from,
+ * and one byte of state for each.  Both outlive a range that is moved or cut in
+ * two; a fork's copy shares the content and has states of its own.
+ */
+#ifndef UFFD_CONTENT_H
+#define UFFD_CONTENT_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* What is known of a page, one byte each. */
+enum uffd_page_state {
+	UFFD_PAGE_ABSENT,
+	UFFD_PAGE_IN_FLIGHT,	/* somebody is filling, saving or poisoning it */
+	UFFD_PAGE_CLEAN,	/* present; protected where the range is registered for WP */
+	UFFD_PAGE_DIRTY,	/* written to since it was protected, or that cannot be known */
+	UFFD_PAGE_REMOVED,	/* dropped by its owner: zeros from then on */
+	UFFD_PAGE_POISONED,
+	UFFD_PAGE_SAVED,	/* preserved in the background, and protected still */
+	UFFD_PAGE_REQUESTED,	/* in flight to a worker, whose answer belongs here; others see IN_FLIGHT */
+	UFFD_PAGE_HELD,		/* in flight, but there: being saved, protected or unprotected */
+};
+
+static inline bool uffd_page_is_in_flight(uint8_t state)
+{
+	return state == UFFD_PAGE_IN_FLIGHT || state == UFFD_PAGE_REQUESTED ||
+	       state == UFFD_PAGE_HELD;
+}
+
+enum uffd_source_kind {
+	UFFD_SOURCE_NONE,	/* nothing to fetch: what the page cache holds is right */
+	UFFD_SOURCE_ZERO,
+	UFFD_SOURCE_MEMORY,
+	UFFD_SOURCE_FILE,
+	UFFD_SOURCE_REQUEST,	/* asked for with uffd_engine_next_request */
+};
+
+/* What a range is, and where its pages come from, for people. */
+#define UFFD_LABEL_SIZE 256
+
+struct uffd_range_spec {
+	uint64_t start;
+	uint64_t length;
+	uint64_t page_size;
+	uint64_t mode;
+	uint32_t source;
+	int32_t source_fd;	/* FILE: duplicated by the engine */
+	uint64_t source_address; /* MEMORY: borrowed until the range is taken out */
+	uint64_t source_offset;	/* FILE */
+	uint64_t source_length;	/* bytes; must reach into the last page */
+	uint64_t local;		/* the same memory mapped here, not registered; 0: none */
+	uint64_t preserve;	/* where old content goes before the first write; 0: none */
+	uint32_t writes_cache;	/* a minor fault on an absent page writes the source to `local` */
+	uint32_t shared;	/* MAP_SHARED: a fork has the same pages, not copies */
+	int32_t states_fd;	/* a file for the states, which outlives us; borrowed; -1: none */
+	uint64_t states_offset;	/* page-aligned */
+	char label[UFFD_LABEL_SIZE];
+	/* To go on with what another engine served; `start` is where this piece is now. */
+	uint64_t id;		/* 0: new */
+	uint64_t origin;	/* of the piece, in what was served */
+	uint64_t piece_length;
+};
+
+/* Offsets are from the first byte of the range as it was served. */
+struct uffd_content {
+	_Atomic uint32_t references;
+	uint32_t kind;			/* enum uffd_source_kind */
+	uint64_t page_size;
+	uint64_t length;		/* whole pages that can be read at `address` */
+	uint64_t address;		/* of offset 0, in this process */
+	uint8_t *tail;			/* the last page, when the source ends inside it */
+	uint64_t file_offset;
+	void *mapping;			/* of the file, `mapped` bytes */
+	uint64_t mapped;		/* 0: none */
+	int fd;				/* our own descriptor, for the file's size; else -1 */
+	bool sealed;			/* the file cannot shrink */
+	uint64_t local;
+	uint64_t preserve;
+	bool writes_cache;
+	bool shared;
+	uint32_t space;			/* the number of the one it was served in */
+	_Atomic bool said;		/* that a page of it failed, see say.c */
+	char label[UFFD_LABEL_SIZE];
+};
+
+struct uffd_pages {
+	_Atomic uint32_t references;
+	struct uffd_pages *clone;	/* while a fork's table is being made */
+	uint64_t count;
+	uint64_t mapped;		/* bytes of `state` in a file; 0: in `own` */
+	uint64_t states_offset;		/* in the file */
+	_Atomic uint8_t *state;
+	_Atomic uint8_t own[];
+};
+
+/* -ENODATA: the source ends before the last page. */
+int uffd_content_create(const struct uffd_range_spec *spec, struct uffd_content **ret);
+struct uffd_content *uffd_content_get(struct uffd_content *content);
+void uffd_content_put(struct uffd_content *content);
+
+/* Where the content at an offset can be copied from; a run never crosses `length`. */
+uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offset);
+
+/*
+ * How much of a run is still there, in whole pages: a truncated file reads as
+ * zeros up to the end of its last page, so look before copying.
+ */
+uint64_t uffd_content_covered(const struct uffd_content *content, uint64_t offset,
+			      uint64_t length);
+
+/* Write the content into memory of this process, without a fault on a truncated file. */
+int uffd_content_read(const struct uffd_content *content, void *target, uint64_t offset,
+		      uint64_t length);
+
+struct uffd_pages *uffd_pages_create(uint64_t count, uint8_t state);
+/*
+ * The same in a file.  What a dead process had in flight is absent, or will say
+ * EEXIST.
+ */
+struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count);
+/* `fd`: a file for the copy, long enough; -1: none. */
+struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages, int fd, uint64_t offset);
+uint64_t uffd_pages_file_length(uint64_t count);
+struct uffd_pages *uffd_pages_get(struct uffd_pages *pages);
+void uffd_pages_put(struct uffd_pages *pages);
+
+#endif /* UFFD_CONTENT_H */

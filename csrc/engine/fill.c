@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include "uffd_abi.h"
+#include "fill.h"
+
+#define PAGE_MASK	UINT64_C(4095)
+
+/*
+ * While a layout event is unread every filling ioctl says EAGAIN, and goes on
+ * doing so until the thread that caused the event has run again: up to 12 ms on
+ * a busy two-CPU machine (measured).  Yield first, since it may need this CPU.
+ */
+#define YIELDS_BEFORE_SLEEP	64
+#define SLEEP_NS		50000
+#define BASE_PAGE		4096u
+
+uint64_t uffd_now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+static int fill_once(const struct uffd_fill *fill, uint64_t at, uint64_t left, int64_t *done_ret)
+{
+	uint64_t dst = fill->dst + at;
+
+	switch (fill->op) {
+	case UFFD_FILL_COPY:
+		return uffd_shim_copy(fill->fd, dst, fill->src + at, left, fill->mode, done_ret);
+	case UFFD_FILL_ZERO:
+		return uffd_shim_zeropage(fill->fd, dst, left, fill->mode, done_ret);
+	case UFFD_FILL_CONTINUE:
+		return uffd_shim_continue(fill->fd, dst, left, fill->mode, done_ret);
+	case UFFD_FILL_POISON:
+		return uffd_shim_poison(fill->fd, dst, left, fill->mode, done_ret);
+	case UFFD_FILL_MOVE:
+		return uffd_shim_move(fill->fd, dst, fill->src + at, left, fill->mode, done_ret);
+	default:
+		*done_ret = 0;
+		return -EINVAL;
+	}
+}
+
+/*
+ * COPY says EEXIST of a page that is mapped, and of one that only the page cache holds;
+ * on hugetlb also where no huge page is free.  CONTINUE tells them apart.
+ */
+static int map_cached(const struct uffd_fill *fill, uint64_t at)
+{
+	int64_t done;
+	int r = uffd_shim_continue(fill->fd, fill->dst + at, fill->page_size, fill->cached_mode,
+				   &done);
+
+	if (r == -EFAULT)
+		return fill->page_size > BASE_PAGE ? -ENOMEM : -EAGAIN;
+	return r;
+}
+
+void uffd_back_off(unsigned int attempt)
+{
+	struct timespec pause = { .tv_nsec = SLEEP_NS };
+
+	if (attempt < YIELDS_BEFORE_SLEEP)
+		sched_yield();
+	else
+		nanosleep(&pause, NULL);
+}
+
+void uffd_fault_in(uint64_t address, uint64_t length, uint32_t for_writing)
+{
+	uint64_t from = address & ~PAGE_MASK;
+	uint64_t to = (address + length + PAGE_MASK) & ~PAGE_MASK;
+
+	/* What is wrong with it the ioctl or the access will tell. */
+	if (length)
+		madvise((void *)(uintptr_t)from, to - from,
+			for_writing ? UFFD_MADV_POPULATE_WRITE : UFFD_MADV_POPULATE_READ);
+}
+
+/* Half of it, in whole pages. */
+static uint64_t halve(uint64_t span, uint64_t page_size)
+{
+	span = span / 2 & ~(page_size - 1);
+	return span < page_size ? page_size : span;
+}
+
+/*
+ * One ioctl stays within one mapping, and says ENOENT at once where it would not:
+ * mprotect or madvise may have cut the registered range.  Then a smaller span is
+ * tried, and a larger one again when that worked.
+ */
+int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_ret)
+{
+	uint64_t at = 0, give_up = 0, span = fill->length;
+	unsigned int attempt = 0;
+	int saved_errno = errno;
+	int r = 0;
+
+	*result_ret = (struct uffd_fill_result){ 0 };
+	while (at < fill->length) {
+		uint64_t left = fill->length - at < span ? fill->length - at : span;
+		int64_t done = 0;
+
+		r = fill_once(fill, at, left, &done);
+		if (r == 0) {
+			done = (int64_t)left;
+			span = span > fill->length / 2 ? fill->length : 2 * span;
+		}
+		if (r == -ENOENT && left > fill->page_size) {
+			span = halve(left, fill->page_size);
+			r = 0;
+			continue;
+		}
+		if (r == -EEXIST && fill->maps_cached) {
+			r = map_cached(fill, at);
+			done = r ? 0 : (int64_t)fill->page_size;
+		}
+		if (r == 0 || (r == -EAGAIN && done > 0)) {
+			at += (uint64_t)done;
+			result_ret->done += (uint64_t)done;
+			attempt = 0;
+			r = 0;
+			continue;
+		}
+		if (r == -EEXIST) {
+			/* Present, but a waiter may still sleep: EEXIST wakes nobody. */
+			if (!fill->leaves_waiters)
+				uffd_shim_wake(fill->fd, fill->dst + at, fill->page_size);
+			at += fill->page_size;
+			result_ret->already_present += fill->page_size;
+			attempt = 0;
+			r = 0;
+			continue;
+		}
+		if (r != -EAGAIN)
+			break;
+		if (attempt == 0)
+			give_up = uffd_now_ns() + fill->limit_ns;
+		else if (uffd_now_ns() >= give_up)
+			attempt = UINT32_MAX;
+		if (fill->limit_ns == 0 || attempt == UINT32_MAX) {
+			result_ret->deferred = fill->length - at;
+			r = 0;
+			break;
+		}
+		uffd_back_off(attempt++);
+	}
+	errno = saved_errno;
+	return r;
+}

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The inline driver: UFFD_FEATURE_SIGBUS turns a fault into a SIGBUS in the
+ * faulting thread, and the code below resolves it there, in the signal handler
+ * (access/sigbus.c): no hand-over, and no question of who holds which lock.  It takes no
+ * lock and allocates nothing.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "core.h"
+#include "access/sigbus.h"
+
+/* Bits of the page-fault error code, as the CPU pushed it (REG_ERR). */
+#define FAULT_PRESENT		(1u << 0)
+#define FAULT_WRITE		(1u << 1)
+
+/*
+ * The same thread faulting this often on one address, with the page there each
+ * time, is a SIGBUS that we cannot resolve.
+ */
+#define REPEAT_LIMIT		1000
+
+struct uffd_table uffd_inline_table = UFFD_TABLE_INIT;
+
+/* initial-exec: reached without a call that could allocate. */
+static __thread struct {
+	uint64_t address;
+	unsigned int count;
+} repeated __attribute__((tls_model("initial-exec")));
+
+/* The signal does not say what kind of fault it was: the CPU and the page's state do. */
+static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t error)
+{
+	bool write = error & FAULT_WRITE;
+
+	if ((error & FAULT_PRESENT) && write && (range->mode & UFFDIO_REGISTER_MODE_WP))
+		return UFFD_KIND_WP;
+	if (range->mode & UFFDIO_REGISTER_MODE_MISSING && !range->content->writes_cache)
+		return UFFD_KIND_MISSING;
+	if (range->mode & UFFDIO_REGISTER_MODE_MINOR)
+		return UFFD_KIND_MINOR;
+	return UFFD_KIND_WP;
+}
+
+/* The page was there for one kind of fault: which other kind can it have been? */
+static bool next_guess(const struct uffd_range *range, uint64_t error, enum uffd_fault_kind *kind)
+{
+	if (*kind == UFFD_KIND_MISSING && (range->mode & UFFDIO_REGISTER_MODE_MINOR)) {
+		*kind = UFFD_KIND_MINOR;
+		return true;
+	}
+	if (*kind != UFFD_KIND_WP && (error & FAULT_WRITE) &&
+	    (range->mode & UFFDIO_REGISTER_MODE_WP)) {
+		*kind = UFFD_KIND_WP;
+		return true;
+	}
+	return false;
+}
+
+/* The rest of the chunk; in this thread there is nobody to hand it to. */
+static void prefetch_now(struct uffd_range *range, struct uffd_hold *hold, uint64_t page)
+{
+	struct uffd_engine *engine = range->space->engine;
+	struct fill_run run = { 0 };
+	uint64_t end;
+
+	prefetch_span(range, page, &run.past, &end);
+	if (hold)
+		uffd_hold_move(hold, run.past, end);
+	while (run.past < end && !run.error) {
+		run = fill_absent(range, run.past, end);
+		count(engine, COUNTER(prefetched_pages), run.filled >> range->page_shift);
+	}
+}
+
+/* Returns false when the SIGBUS is not ours after all. */
+static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uint64_t address,
+			   uint64_t error, uint32_t thread_id)
+{
+	static const uint64_t flags_of[] = {
+		[UFFD_KIND_MISSING] = 0,
+		[UFFD_KIND_WP] = UFFD_PAGEFAULT_FLAG_WP,
+		[UFFD_KIND_MINOR] = UFFD_PAGEFAULT_FLAG_MINOR,
+	};
+	struct uffd_engine *engine = range->space->engine;
+	uint64_t page = page_of(range, address);
+	enum uffd_fault_kind kind = first_guess(range, error);
+	uint64_t began = uffd_now_ns();
+	unsigned int attempt = 0;
+	enum outcome outcome;
+
+	for (;;) {
+		outcome = resolve_page(range, page, kind);
+		if (outcome == OUTCOME_PRESENT && next_guess(range, error, &kind))
+			continue;
+		/* Not in the page cache, where it was once: dropped. */
+		if (outcome == OUTCOME_GONE && kind == UFFD_KIND_MINOR &&
+		    range->mode & UFFDIO_REGISTER_MODE_MISSING) {
+			kind = UFFD_KIND_MISSING;
+			continue;
+		}
+		if (outcome == OUTCOME_IN_FLIGHT) {
+			uffd_back_off(attempt++);
+			/* Who had it may have left what we came for. */
+			kind = first_guess(range, error);
+			continue;
+		}
+		/* There again and again, and yet it faults: there is no huge page for it. */
+		if (outcome == OUTCOME_PRESENT && is_huge(range) && kind != UFFD_KIND_MINOR &&
+		    repeated.address == address && repeated.count >= EXISTS_LIMIT)
+			outcome = OUTCOME_DEFER;
+		if (outcome != OUTCOME_DEFER)
+			break;
+		count(engine, COUNTER(deferred), 1);
+		if (uffd_now_ns() - began > engine->options.retry_limit_ns) {
+			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE, 0);
+			break;
+		}
+		uffd_back_off(attempt++);
+		count(engine, COUNTER(retried), 1);
+	}
+	/* No content: SIGBUS it is, also where the kernel calls poison BUS_ADRERR. */
+	if (outcome == OUTCOME_POISONED)
+		return false;
+	if (outcome == OUTCOME_RESOLVED) {
+		if (engine->options.prefetch && kind != UFFD_KIND_WP)
+			prefetch_now(range, hold, page);
+		note_fault(engine, address,
+			   flags_of[kind] | (error & FAULT_WRITE ? UFFD_PAGEFAULT_FLAG_WRITE : 0),
+			   thread_id, began);
+		repeated.count = 0;
+		return true;
+	}
+	if (repeated.address != address)
+		repeated.count = 0;
+	repeated.address = address;
+	return ++repeated.count < REPEAT_LIMIT;
+}
+
+/* The caller is a reader of the table; when this returns it is not any more. */
+static bool resolve_outside(struct uffd_range *range, unsigned int shard, uint64_t address,
+			    uint64_t error)
+{
+	uint64_t page = page_of(range, address);
+	uint32_t thread_id = (uint32_t)syscall(SYS_gettid);
+	struct uffd_hold *hold = leave_with(&uffd_inline_table, shard, range, page,
+					    page + range->page_size, thread_id);
+	bool ours = resolve_inline(range, hold, address, error, thread_id);
+
+	let_go(&uffd_inline_table, shard, hold);
+	return ours;
+}
+
+static bool resolve_sigbus(uint64_t address, uint64_t error)
+{
+	unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
+	struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
+
+	if (range)
+		return resolve_outside(range, shard, address, error);
+	uffd_table_leave(&uffd_inline_table, shard);
+	return false;
+}
+
+/*
+ * A fork's child has the action and the table, but the ranges are its parent's, and
+ * a thread that does not exist here may have been inside.  What handlers the child
+ * makes are its first.
+ */
+void inline_forget_parent(void)
+{
+	uffd_sigbus_forget_parent();
+	uffd_table_init(&uffd_inline_table);
+}
+
+int uffd_inline_start(struct uffd_engine *engine)
+{
+	(void)engine;
+	return uffd_sigbus_acquire(resolve_sigbus);
+}
+
+void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original)
+{
+	(void)engine;
+	uffd_sigbus_release(to_original);
+}
+
+int uffd_inline_is_installed(void)
+{
+	return uffd_sigbus_is_installed();
+}
+
+int uffd_inline_reinstall(void)
+{
+	return uffd_sigbus_reinstall();
+}

@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Following what the owner does to its memory: pages dropped, mappings moved and
+ * gone, forks.  The leader calls this inside the space's closed gate, so nobody
+ * fills a page meanwhile, and the thread that caused the event goes on only when
+ * the next fill may come after it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "alloc.h"
+#include "core.h"
+
+/* The first range that reaches into [start, end), from `start` on. */
+static struct uffd_range *overlapping(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct uffd_range *range = uffd_table_next(space->table, start);
+
+	return range && range->start < end ? range : NULL;
+}
+
+static uint64_t lower(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static uint64_t higher(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+/* Its content is asked for, but it was dropped: whoever waits gets zeros. */
+static void answer_with_zeros(struct uffd_range *range, uint64_t page)
+{
+	struct deferred_fault fault = {
+		.space = range->space,
+		.address = page,
+		.since_ns = uffd_now_ns(),
+	};
+
+	defer_fault(range->space->engine, &fault);
+}
+
+static void remove_pages(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct uffd_range *range;
+
+	for (uint64_t at = start; (range = overlapping(space, at, end)); at = range->end) {
+		uint64_t page = page_of(range, higher(start, range->start));
+		uint64_t stop = lower(end, range->end);
+
+		for (; page < stop; page += range->page_size) {
+			uint8_t was = atomic_exchange(state_of(range, page), UFFD_PAGE_REMOVED);
+
+			if (uffd_page_is_in_flight(was))
+				answer_with_zeros(range, page);
+			if (was == UFFD_PAGE_CLEAN && preserves(range))
+				note_failure(space->engine, page, range->page_size, -ENODATA,
+					     UFFD_FAILED_SAVE);
+			count(space->engine, COUNTER(removed_pages), 1);
+		}
+	}
+}
+
+/* A part of a range as a range of its own, at `to`; NULL and noted when memory is short. */
+static struct uffd_range *piece_of(const struct uffd_range *range, uint64_t start, uint64_t end,
+				   uint64_t to)
+{
+	struct uffd_range *piece = range_create(range->space, range, to, to + (end - start),
+						content_offset(range, start));
+
+	if (!piece)
+		note_failure(range->space->engine, start, end - start, -ENOMEM,
+			     UFFD_FAILED_RESOLVE);
+	return piece;
+}
+
+static void insert(struct uffd_space *space, struct uffd_range *range)
+{
+	if (!range)
+		return;
+	if (uffd_table_insert(space->table, range)) {
+		note_failure(space->engine, range->start, range->end - range->start, -EEXIST,
+			     UFFD_FAILED_RESOLVE);
+		range_free(range);
+	}
+}
+
+/*
+ * Take [start, end) out of the table.  What lies there comes back in `moved`, laid
+ * out for its new place, unless `moved` is NULL.
+ */
+#define MOVED_AT_ONCE 64
+
+static size_t cut(struct uffd_space *space, uint64_t start, uint64_t end, uint64_t to,
+		  struct uffd_range **moved)
+{
+	struct uffd_range *range;
+	size_t found = 0;
+
+	while (found < MOVED_AT_ONCE && (range = overlapping(space, start, end))) {
+		uint64_t from = higher(start, range->start), stop = lower(end, range->end);
+
+		range->has_readers = !uffd_table_remove(space->table, range);
+		if (range->start < from)
+			insert(space, piece_of(range, range->start, from, range->start));
+		if (stop < range->end)
+			insert(space, piece_of(range, stop, range->end, stop));
+		if (moved && (moved[found] = piece_of(range, from, stop, from - start + to)))
+			found++;
+		range_discard(range);
+	}
+	return found;
+}
+
+/*
+ * Threads change the layout at the same time, and their events come in the order in
+ * which they were sent, not in which the changes were made.  A REMAP has taken the
+ * old place out, so the UNMAP that follows it must not: somebody else may live
+ * there by then.  Likewise what a REMAP finds at its new place is dead already,
+ * and the UNMAP that says so is still to come.  Both are noted as owed.
+ */
+void owe(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct owed_unmap *owed;
+
+	if (start >= end || !(space->event_features & UFFD_FEATURE_EVENT_UNMAP))
+		return;
+	owed = uffd_alloc(sizeof(*owed));
+	if (!owed)
+		return;
+	*owed = (struct owed_unmap){ space->owed, start, end };
+	space->owed = owed;
+}
+
+/* Take an owed unmapping that reaches into [start, end) off the list, less what lies outside. */
+static struct owed_unmap *pay(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct owed_unmap **link = &space->owed, *owed;
+
+	while ((owed = *link) && (owed->end <= start || owed->start >= end))
+		link = &owed->next;
+	if (!owed)
+		return NULL;
+	*link = owed->next;
+	owe(space, owed->start, lower(owed->end, start));
+	owe(space, higher(owed->start, end), owed->end);
+	return owed;
+}
+
+void forget_owed(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct owed_unmap *owed;
+
+	while ((owed = pay(space, start, end)))
+		uffd_free(owed);
+}
+
+/* What was owed of it is paid with this; the rest goes out of the table. */
+static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct owed_unmap *owed = pay(space, start, end);
+
+	if (!owed) {
+		cut(space, start, end, 0, NULL);
+		return;
+	}
+	if (start < owed->start)
+		unmap_pages(space, start, owed->start);
+	if (owed->end < end)
+		unmap_pages(space, owed->end, end);
+	uffd_free(owed);
+}
+
+/* Whoever is in the table at the new place was unmapped for it, or before. */
+static void make_room(struct uffd_space *space, uint64_t start, uint64_t end)
+{
+	struct uffd_range *range;
+
+	while ((range = overlapping(space, start, end))) {
+		uint64_t from = higher(start, range->start), stop = lower(end, range->end);
+
+		owe(space, from, stop);
+		cut(space, from, stop, 0, NULL);
+	}
+}
+
+static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uint64_t length)
+{
+	struct uffd_range *moved[MOVED_AT_ONCE];
+	size_t found;
+
+	owe(space, from, from + length);
+	make_room(space, to, to + length);
+	do {
+		found = cut(space, from, from + length, to, moved);
+		for (size_t i = 0; i < found; i++)
+			insert(space, moved[i]);
+	} while (found == MOVED_AT_ONCE);
+}
+
+/* A file for the states of all the child's pages, where a keeper is to have them; -1: none. */
+static int states_file(struct uffd_space *parent)
+{
+	struct uffd_range *range;
+	uint64_t length = 0;
+	int fd;
+
+	if (parent->engine->options.keeper_fd < 0)
+		return -1;
+	for (range = uffd_table_next(parent->table, 0); range;
+	     range = uffd_table_next(parent->table, range->end))
+		if (!range->content->shared)
+			length += uffd_pages_file_length(range->pages->count);
+	fd = memfd_create("uffd-states", MFD_CLOEXEC);
+	if (fd >= 0 && ftruncate(fd, (off_t)length)) {
+		close(fd);
+		return -1;
+	}
+	return fd;
+}
+
+static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int states_fd)
+{
+	struct uffd_range *range, *copy;
+	uint64_t states_offset = 0;
+	int r = 0;
+
+	for (range = uffd_table_next(parent->table, 0); range && r == 0;
+	     range = uffd_table_next(parent->table, range->end)) {
+		/* Shared memory is one memory: dropped for one is dropped for all. */
+		if (!range->pages->clone && range->content->shared) {
+			range->pages->clone = uffd_pages_get(range->pages);
+		} else if (!range->pages->clone) {
+			range->pages->clone = uffd_pages_clone(range->pages, states_fd,
+							       states_offset);
+			states_offset += uffd_pages_file_length(range->pages->count);
+		}
+		copy = range->pages->clone
+			? range_create(child, range, range->start, range->end, range->origin)
+			: NULL;
+		if (!copy) {
+			r = -ENOMEM;
+			break;
+		}
+		uffd_pages_put(copy->pages);
+		copy->pages = uffd_pages_get(range->pages->clone);
+		r = uffd_table_insert(child->table, copy);
+		if (r)
+			range_free(copy);
+	}
+	/* The ranges of the copy hold the clones now. */
+	for (range = uffd_table_next(parent->table, 0); range;
+	     range = uffd_table_next(parent->table, range->end)) {
+		if (range->pages->clone)
+			uffd_pages_put(range->pages->clone);
+		range->pages->clone = NULL;
+	}
+	return r;
+}
+
+/* The child has what the parent had at the fork: EAGAIN kept it still since then. */
+static void follow_fork(struct uffd_space *parent, int fd)
+{
+	struct uffd_engine *engine = parent->engine;
+	struct uffd_space *child = NULL;
+	int r = -EBADF, states_fd;
+
+	if (fd >= 0)
+		r = space_create(engine, fd, true, parent->event_features, 0, &child);
+	if (child) {
+		states_fd = states_file(parent);
+		r = clone_ranges(parent, child, states_fd);
+		report_fork(child, states_fd);
+		if (states_fd >= 0)
+			close(states_fd);
+	}
+
+	count(engine, COUNTER(forks), 1);
+	engine->forks_followed++;
+	if (r == 0)
+		r = watch_space(engine, child);
+	/*
+	 * Not followed, its faults are refused one by one as unserved.  Closing
+	 * the descriptor would give it zero pages.
+	 */
+	if (r) {
+		note_failure(engine, 0, 0, r, UFFD_FAILED_FORK);
+		say_engine_fails(engine, 0, r, UFFD_FAILED_FORK,
+				 "the child gets SIGBUS where pages are missing");
+	}
+}
+
+void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message)
+{
+	count(space->engine, COUNTER(layout_events), 1);
+	switch (message->event) {
+	case UFFD_EVENT_REMOVE:
+		remove_pages(space, message->arg.remove.start, message->arg.remove.end);
+		break;
+	case UFFD_EVENT_UNMAP:
+		unmap_pages(space, message->arg.remove.start, message->arg.remove.end);
+		report_pieces(space);
+		break;
+	case UFFD_EVENT_REMAP:
+		move_pages(space, message->arg.remap.from, message->arg.remap.to,
+			   message->arg.remap.len);
+		report_pieces(space);
+		break;
+	case UFFD_EVENT_FORK:
+		follow_fork(space, (int)message->arg.fork.ufd);
+		break;
+	default:
+		break;
+	}
+}
+
+static bool is_layout_event(const struct uffd_msg *message)
+{
+	return message->event && message->event != UFFD_EVENT_PAGEFAULT;
+}
+
+static void erase(struct uffd_msg *message)
+{
+	__atomic_store_n(&message->event, 0, __ATOMIC_RELEASE);
+}
+
+void apply_log(struct uffd_space *space, size_t count)
+{
+	struct message_log *log = &space->engine->shared->log;
+	uint64_t first = atomic_load_explicit(&log->sequence, memory_order_relaxed);
+
+	for (size_t i = 0; i < count; i++) {
+		if (!is_layout_event(&log->messages[i]))
+			continue;
+		space->engine->applying = first + i;
+		apply_layout_event(space, &log->messages[i]);
+		erase(&log->messages[i]);
+	}
+}
+
+/*
+ * What a killed process had read and not applied.  It held the gate, so no page was
+ * filled meanwhile.  `reported` is the last event that the keeper knows of: it was
+ * applied, but perhaps not erased.  To drop pages twice does no harm.
+ */
+void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported)
+{
+	struct message_log *log = &engine->shared->log;
+	struct uffd_space *space = space_get(engine, atomic_load(&log->space));
+	uint64_t first = atomic_load(&log->sequence);
+
+	if (space && !gate_close(space)) {
+		space_put(space);
+		return;
+	}
+	for (size_t i = 0; i < LOG_MESSAGES; i++) {
+		struct uffd_msg message = log->messages[i];
+
+		if (!is_layout_event(&message))
+			continue;
+		if (space && first + i > reported) {
+			engine->applying = first + i;
+			/* In the log it is the keeper's, who closes it when we are done. */
+			if (message.event == UFFD_EVENT_FORK)
+				message.arg.fork.ufd = (uint32_t)fcntl((int)message.arg.fork.ufd,
+								       F_DUPFD_CLOEXEC, 0);
+			apply_layout_event(space, &message);
+		}
+		erase(&log->messages[i]);
+	}
+	if (space) {
+		gate_leave(space);
+		space_put(space);
+	}
+}
+
+int uffd_engine_owe(struct uffd_engine *engine, uint32_t number, uint64_t start, uint64_t end)
+{
+	struct uffd_space *space = space_get(engine, number);
+
+	if (!space)
+		return -ESRCH;
+	owe(space, start, end);
+	space_put(space);
+	return 0;
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: MIT
+/*
+ * What the owner's page table says: states of ours are what we did, and others may have
+ * filled pages, or taken protection off, beside us.  Async-signal-safe, but for opening.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include "core.h"
+
+#define ENTRIES_AT_ONCE	64
+
+/* A swap entry, as CAP_SYS_ADMIN sees it; see uffd_pagemap.c.  To others it is 0. */
+#define SWAP_TYPE_MASK		0x1fu
+#define SWAP_TYPE_MARKER	31u
+#define SWAP_OFFSET_SHIFT	5
+#define MARKER_POISONED		(UINT64_C(1) << 1)
+
+int open_page_table(int pid)
+{
+	char path[32];
+
+	if (pid <= 0)
+		return -1;
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
+	return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+static bool read_run(int fd, uint64_t at, uint64_t pages, uint64_t *entries)
+{
+	size_t length = pages * sizeof(*entries);
+
+	return pread(fd, entries, length, (off_t)(at / BASE_PAGE * sizeof(*entries))) ==
+	       (ssize_t)length;
+}
+
+bool read_entries(const struct uffd_range *range, uint64_t at, uint64_t pages,
+		  uint64_t *entries_ret)
+{
+	int fd = range->space->pagemap_fd;
+
+	if (fd < 0)
+		return false;
+	if (!is_huge(range))
+		return read_run(fd, at, pages, entries_ret);
+	/* The entries of a huge page are alike: one each will do. */
+	for (uint64_t i = 0; i < pages; i++)
+		if (!read_run(fd, at + (i << range->page_shift), 1, &entries_ret[i]))
+			return false;
+	return true;
+}
+
+uint64_t unmapped_run(const struct uffd_range *range, uint64_t at, uint64_t length)
+{
+	uint64_t entries[ENTRIES_AT_ONCE], pages = length >> range->page_shift;
+
+	for (uint64_t done = 0, n; done < pages; done += n) {
+		n = pages - done < ENTRIES_AT_ONCE ? pages - done : ENTRIES_AT_ONCE;
+		if (!read_entries(range, at + (done << range->page_shift), n, entries))
+			return length;
+		for (uint64_t i = 0; i < n; i++)
+			if (entries[i] & UFFD_PM_PRESENT)
+				return (done + i) << range->page_shift;
+	}
+	return length;
+}
+
+enum presence {
+	NOT_THERE,
+	IS_THERE,
+	IS_POISONED,
+	CANNOT_TELL,
+};
+
+static enum presence presence_of(const struct uffd_range *range, uint64_t entry)
+{
+	uint64_t swap = entry & UFFD_PM_PFN_MASK;
+
+	if (entry & UFFD_PM_PRESENT)
+		return IS_THERE;
+	if (!(entry & UFFD_PM_SWAP))
+		return NOT_THERE;
+	if (swap && (swap & SWAP_TYPE_MASK) == SWAP_TYPE_MARKER)
+		return (swap >> SWAP_OFFSET_SHIFT) & MARKER_POISONED ? IS_POISONED : NOT_THERE;
+	if (swap)
+		return IS_THERE;
+	/* Shared memory has markers and no swap entries. */
+	if (range->content->shared)
+		return entry & UFFD_PM_UFFD_WP ? NOT_THERE : IS_POISONED;
+	return CANNOT_TELL;
+}
+
+uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry)
+{
+	bool tracked = range->mode & UFFDIO_REGISTER_MODE_WP;
+	bool protected = entry & UFFD_PM_UFFD_WP;
+	enum presence presence = presence_of(range, entry);
+
+	switch (state) {
+	case UFFD_PAGE_ABSENT:
+		/* Filled beside us, or there before us. */
+		if (presence == IS_POISONED)
+			return UFFD_PAGE_POISONED;
+		if (presence != IS_THERE)
+			return state;
+		return tracked && !protected ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
+	case UFFD_PAGE_REMOVED:
+		/*
+		 * There again, and perhaps written to.  Without protection only anonymous
+		 * memory tells: what we put there is the zero page, which is nobody's own,
+		 * so a page of its own was written to, or never gone (MADV_FREE).
+		 */
+		if (presence != IS_THERE || protected)
+			return state;
+		if (tracked)
+			return UFFD_PAGE_DIRTY;
+		return !is_huge(range) && !(entry & UFFD_PM_FILE) &&
+			       entry & UFFD_PM_MMAP_EXCLUSIVE ? UFFD_PAGE_CLEAN : state;
+	case UFFD_PAGE_CLEAN:
+	case UFFD_PAGE_SAVED:
+		/* Somebody took the protection off, or the page away. */
+		return tracked && !protected ? UFFD_PAGE_DIRTY : state;
+	default:
+		return state;
+	}
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: MIT
+/* Putting pages in place, and marking those that have no content.  Async-signal-safe. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+
+#include "core.h"
+
+void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
+{
+	for (; at < end; at += range->page_size)
+		atomic_store_explicit(state_of(range, at), state, memory_order_release);
+}
+
+static const void *zeros_for(struct uffd_engine *engine, uint64_t page_size)
+{
+	return page_size <= ZEROS_SIZE ? engine->zeros : atomic_load(&engine->huge_zeros);
+}
+
+static uint64_t continue_mode(const struct uffd_range *range)
+{
+	return range->mode & UFFDIO_REGISTER_MODE_WP ? UFFDIO_CONTINUE_MODE_WP : 0;
+}
+
+static struct uffd_fill fill_of(const struct uffd_range *range, enum uffd_fill_op op, uint64_t at,
+				uint64_t length, uint64_t source, uint64_t mode)
+{
+	return (struct uffd_fill){
+		.fd = range->space->fd,
+		.op = op,
+		.dst = at,
+		.src = source,
+		.length = length,
+		.mode = mode,
+		.page_size = range->page_size,
+		.leaves_waiters = op == UFFD_FILL_COPY && is_huge(range),
+		.cached_mode = continue_mode(range),
+	};
+}
+
+static uint64_t copy_mode(const struct uffd_range *range)
+{
+	return range->mode & UFFDIO_REGISTER_MODE_WP ? UFFDIO_COPY_MODE_WP : 0;
+}
+
+/*
+ * Nobody has faulted on a page that is filled ahead, so nobody has said whether the page
+ * cache holds it.  A missing fault that finds it there is followed by a minor one.
+ */
+static bool maps_cached(const struct uffd_range *range, enum fill_for why)
+{
+	return why == FILL_AHEAD && range->mode & UFFDIO_REGISTER_MODE_MINOR;
+}
+
+/* Zeros, by COPY where ZEROPAGE is not to be had or cannot protect the page. */
+int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
+	      struct uffd_fill_result *result_ret)
+{
+	bool by_copy = range->mode & UFFDIO_REGISTER_MODE_WP || !has_ioctl(range, _UFFDIO_ZEROPAGE);
+	uint64_t zeros = (uint64_t)(uintptr_t)zeros_for(range->space->engine, range->page_size);
+	uint64_t step = !by_copy ? length : range->page_size > ZEROS_SIZE ? range->page_size
+									  : ZEROS_SIZE;
+	int r = 0;
+
+	*result_ret = (struct uffd_fill_result){ 0 };
+	for (uint64_t done = 0; done < length && r == 0 && !result_ret->deferred; done += step) {
+		struct uffd_fill fill =
+			fill_of(range, by_copy ? UFFD_FILL_COPY : UFFD_FILL_ZERO, at + done,
+				length - done < step ? length - done : step, zeros,
+				by_copy ? copy_mode(range) : 0);
+		struct uffd_fill_result part;
+
+		fill.maps_cached = maps_cached(range, why);
+		r = uffd_fill_run(&fill, &part);
+		result_ret->done += part.done;
+		result_ret->already_present += part.already_present;
+		if (part.deferred)
+			result_ret->deferred = length - done - part.done - part.already_present;
+	}
+	return r;
+}
+
+int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
+		 struct uffd_fill_result *result_ret)
+{
+	struct uffd_fill fill =
+		fill_of(range, UFFD_FILL_CONTINUE, at, length, 0, continue_mode(range));
+
+	return uffd_fill_run(&fill, result_ret);
+}
+
+void *local_address(const struct uffd_range *range, uint64_t at)
+{
+	return (void *)(uintptr_t)(range->content->local + content_offset(range, at));
+}
+
+/*
+ * By way of the page cache.  A page that is mapped already was filled beside us: what was
+ * written to it since is in the cache as well, and stays.
+ */
+struct cache_writer {
+	int (*write)(const struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source);
+	uint64_t source;	/* of the first page */
+};
+
+static int write_bytes(const struct uffd_range *range, uint64_t at, uint64_t length,
+		       uint64_t source)
+{
+	memcpy(local_address(range, at), (const void *)(uintptr_t)source, length);
+	return 0;
+}
+
+static int write_content(const struct uffd_range *range, uint64_t at, uint64_t length,
+			 uint64_t source)
+{
+	(void)source;
+	return uffd_content_read(range->content, local_address(range, at),
+				 content_offset(range, at), length);
+}
+
+static int put_by_cache(struct uffd_range *range, uint64_t at, uint64_t length,
+			struct cache_writer writer, struct uffd_fill_result *result_ret)
+{
+	struct uffd_fill_result part;
+	uint64_t done = 0;
+	int r = 0;
+
+	*result_ret = (struct uffd_fill_result){ 0 };
+	while (done < length && r == 0 && !result_ret->deferred) {
+		uint64_t run = unmapped_run(range, at + done, length - done);
+
+		if (run)
+			r = writer.write(range, at + done, run, writer.source + done);
+		if (r)
+			break;
+		/* Of a page that is mapped it says EEXIST, and its waiters are woken. */
+		r = put_continue(range, at + done, run ? run : range->page_size, &part);
+		result_ret->done += part.done;
+		result_ret->already_present += part.already_present;
+		done += part.done + part.already_present;
+		if (r == -EFAULT)
+			/* Somebody has punched a hole meanwhile. */
+			r = 0, part.deferred = length - done;
+		if (part.deferred)
+			result_ret->deferred = length - done;
+	}
+	return r;
+}
+
+int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source,
+	      enum fill_for why, struct uffd_fill_result *result_ret)
+{
+	struct uffd_fill fill =
+		fill_of(range, UFFD_FILL_COPY, at, length, source, copy_mode(range));
+
+	if (range->content->writes_cache)
+		return put_by_cache(range, at, length, (struct cache_writer){ write_bytes, source },
+				    result_ret);
+	fill.maps_cached = maps_cached(range, why);
+	return uffd_fill_run(&fill, result_ret);
+}
+
+static int put_source(struct uffd_range *range, uint64_t at, uint64_t length,
+		      enum fill_for why, struct uffd_fill_result *result_ret)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t offset = content_offset(range, at);
+	uint64_t covered = uffd_content_covered(content, offset, length);
+	int r;
+
+	if (!covered)
+		return -ENODATA;
+	r = put_bytes(range, at, covered, uffd_content_address(content, offset), why,
+		      result_ret);
+	if (r == 0 && uffd_content_covered(content, offset, covered) < covered)
+		note_failure(range->space->engine, at, covered, -ENODATA, UFFD_FAILED_SOURCE);
+	return r;
+}
+
+int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
+		struct uffd_fill_result *result_ret)
+{
+	const struct uffd_content *content = range->content;
+
+	*result_ret = (struct uffd_fill_result){ 0 };
+	if (content->writes_cache)
+		return put_by_cache(range, at, length, (struct cache_writer){ write_content, 0 },
+				    result_ret);
+	if (why == FILL_MINOR || !(range->mode & UFFDIO_REGISTER_MODE_MISSING))
+		return put_continue(range, at, length, result_ret);
+	if (content->kind == UFFD_SOURCE_ZERO || content->kind == UFFD_SOURCE_NONE)
+		return put_zeros(range, at, length, why, result_ret);
+	return put_source(range, at, length, why, result_ret);
+}
+
+int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
+		 struct uffd_fill_result *result_ret)
+{
+	struct uffd_fill fill = fill_of(range, UFFD_FILL_POISON, at, length, 0, 0);
+	int r = uffd_fill_run(&fill, result_ret);
+
+	if (result_ret->done)
+		count(range->space->engine, COUNTER(poisoned_pages),
+		      result_ret->done >> range->page_shift);
+	return r;
+}
+
+/* One page, for good: a write-protect marker is no page, but POISON says EEXIST to it. */
+uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret)
+{
+	struct uffd_fill_result result;
+	int r = poison_pages(range, page, range->page_size, &result);
+
+	if (r == 0 && result.already_present && range->mode & UFFDIO_REGISTER_MODE_WP) {
+		uffd_shim_writeprotect(range->space->fd, page, range->page_size,
+				       UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
+		r = poison_pages(range, page, range->page_size, &result);
+	}
+	*put_off_ret = r == 0 && result.deferred;
+	if (r == 0 && result.done)
+		return UFFD_PAGE_POISONED;
+	if (r || !result.already_present)
+		return UFFD_PAGE_ABSENT;
+	/* It was there, and has lost its protection: count it as written. */
+	return range->mode & UFFDIO_REGISTER_MODE_WP ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
+}
+
+void poison_page(struct uffd_range *range, uint64_t page)
+{
+	bool put_off;
+	uint8_t state = poison_one(range, page, &put_off);
+
+	uffd_barrier(UFFD_BARRIER_PLACED);
+	atomic_store(state_of(range, page), state);
+	/*
+	 * While the layout changes POISON says EAGAIN: whoever waits must ask again.
+	 * The same goes for a mark that was dropped before the state said so: that fault
+	 * was left to us.
+	 */
+	if (put_off || state != UFFD_PAGE_ABSENT)
+		uffd_shim_wake(range->space->fd, page, range->page_size);
+}

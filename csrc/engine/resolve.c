@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: MIT
+/*
+ * What is done about a page.  All of it is async-signal-safe, apart from asking a
+ * worker for content.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core.h"
+
+/* Sequential faults double what is filled ahead, up to this many chunks. */
+#define READAHEAD_MAX_CHUNKS	8
+
+/* Resolving one page */
+
+/* The page's content cannot be had: no zeros, ever. */
+enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
+			    enum uffd_failure_stage stage, uint32_t thread_id)
+{
+	struct uffd_engine *engine = range->space->engine;
+	bool poisons = engine->options.on_error == UFFD_ON_ERROR_POISON;
+	int r = 0;
+
+	/* Somebody was held up until after the end: there is nothing left to do about it. */
+	if (atomic_load(&engine->end.over))
+		return OUTCOME_FAILED;
+	note_failure(engine, page, range->page_size, error, stage);
+	say_page_fails(range, page, error, stage);
+	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
+		r = space_kill(range->space, thread_id, page);
+	/* A fork whose process is not found must neither wait unseen nor go on. */
+	if (r && r != -ESRCH)
+		note_failure(engine, page, range->page_size, r, UFFD_FAILED_RESOLVE);
+	poisons = poisons || r;
+	/* A page that is there (a write-protect fault) cannot be poisoned. */
+	if (atomic_load(state_of(range, page)) == UFFD_PAGE_DIRTY)
+		return OUTCOME_FAILED;
+	if (poisons)
+		poison_page(range, page);
+	else
+		atomic_store(state_of(range, page), UFFD_PAGE_ABSENT);
+	return OUTCOME_FAILED;
+}
+
+/* Of the thread whose fault the leader resolves; inline a page's thread is this one. */
+static uint32_t thread_in_hand(const struct uffd_engine *engine)
+{
+	return engine->fault_in_hand ? engine->fault_in_hand->thread_id : 0;
+}
+
+/* Take a page for ourselves; false when somebody else is at it. `was_ret`: its state before. */
+static bool claim(struct uffd_range *range, uint64_t page, uint8_t as, uint8_t *was_ret)
+{
+	_Atomic uint8_t *state = state_of(range, page);
+
+	*was_ret = atomic_load_explicit(state, memory_order_acquire);
+	do {
+		if (uffd_page_is_in_flight(*was_ret))
+			return false;
+	} while (!atomic_compare_exchange_weak(state, was_ret, as));
+	uffd_barrier(UFFD_BARRIER_FAULT_CLAIMED);
+	return true;
+}
+
+static bool claim_absent(struct uffd_range *range, uint64_t page)
+{
+	uint8_t expected = UFFD_PAGE_ABSENT;
+
+	return atomic_compare_exchange_strong(state_of(range, page), &expected,
+					      UFFD_PAGE_IN_FLIGHT);
+}
+
+/* Give pages back unchanged, and let those who waited for us ask again. */
+void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
+{
+	set_states(range, at, end, state);
+	if (at < end)
+		uffd_shim_wake(range->space->fd, at, end - at);
+}
+
+static enum outcome gone(struct uffd_space *space, int error)
+{
+	if (error == -ESRCH)
+		atomic_store(&space->gone, true);
+	count(space->engine, COUNTER(layout_changed), 1);
+	return OUTCOME_GONE;
+}
+
+/* A claimed page whose content a worker must fetch, and its neighbours with it. */
+static enum outcome ask_for(struct uffd_range *range, uint64_t page)
+{
+	uint64_t at = page, end = page + range->page_size, from = at, to = end;
+
+	if (range->space->engine->options.prefetch)
+		prefetch_span(range, page, &from, &to);
+	while (end < to && claim_absent(range, end))
+		end += range->page_size;
+	while (at > from && claim_absent(range, at - range->page_size))
+		at -= range->page_size;
+	set_states(range, at, end, UFFD_PAGE_REQUESTED);
+	if (queue_request(range, at, end, range->space->engine->fault_in_hand, NULL))
+		return OUTCOME_REQUESTED;
+	unclaim(range, at, page, UFFD_PAGE_ABSENT);
+	unclaim(range, page + range->page_size, end, UFFD_PAGE_ABSENT);
+	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_RESOLVE,
+			      thread_in_hand(range->space->engine));
+}
+
+/*
+ * Linux 6.18 answers EEXIST to a fill of hugetlb memory also where no huge page is
+ * free (measured; Linux 6.12 says ENOMEM).  The owner's page table tells whether
+ * the page is there; whose we do not know (a fork), it stays absent to us, so that
+ * nothing takes zeros for its content.  Where pages arrive protected, one that was put there
+ * by others is clean only if it is protected as well.
+ */
+static uint8_t state_of_existing(const struct uffd_range *range, uint64_t page)
+{
+	uint64_t entry;
+
+	if (!is_huge(range) && !(range->mode & UFFDIO_REGISTER_MODE_WP))
+		return UFFD_PAGE_CLEAN;
+	if (!read_entries(range, page, 1, &entry))
+		return is_huge(range) ? UFFD_PAGE_ABSENT : UFFD_PAGE_DIRTY;
+	if (is_huge(range) && !(entry & UFFD_PM_PRESENT))
+		return UFFD_PAGE_ABSENT;
+	return !(range->mode & UFFDIO_REGISTER_MODE_WP) || entry & UFFD_PM_UFFD_WP
+		? UFFD_PAGE_CLEAN : UFFD_PAGE_DIRTY;
+}
+
+void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
+		const struct uffd_fill_result *result)
+{
+	if (!result->already_present)
+		set_states(range, at, past, UFFD_PAGE_CLEAN);
+	else
+		for (; at < past; at += range->page_size)
+			atomic_store(state_of(range, at), state_of_existing(range, at));
+}
+
+/*
+ * Who is woken where no huge page is free faults again, so a page that is said to
+ * be there step after step is missing: it is put off, its thread asleep.
+ */
+bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion)
+{
+	if (!is_huge(range) || state_of_existing(range, page) != UFFD_PAGE_ABSENT)
+		return false;
+	if (atomic_exchange(&range->exists_at, page) != page)
+		atomic_store(&range->exists_count, 0);
+	/* Many threads may fault on one page at once. */
+	else if (atomic_load(&range->exists_occasion) == occasion)
+		return atomic_load(&range->exists_count) > EXISTS_LIMIT;
+	atomic_store(&range->exists_occasion, occasion);
+	return atomic_fetch_add(&range->exists_count, 1) >= EXISTS_LIMIT;
+}
+
+static bool is_lost_when_dropped(const struct uffd_range *range, enum uffd_fault_kind kind)
+{
+	return range->content->kind != UFFD_SOURCE_ZERO &&
+	       range->content->kind != UFFD_SOURCE_NONE &&
+	       (kind == UFFD_KIND_MISSING || range->content->writes_cache);
+}
+
+static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
+				   enum uffd_fault_kind kind, uint8_t was, int r,
+				   const struct uffd_fill_result *result)
+{
+	_Atomic uint8_t *state = state_of(range, page);
+	bool was_absent = was == UFFD_PAGE_ABSENT;
+
+	if (r == 0 && result->done) {
+		atomic_store(&range->exists_count, 0);
+		count(range->space->engine, COUNTER(filled_pages), 1);
+		atomic_store(state, was_absent || kind == UFFD_KIND_MINOR ? UFFD_PAGE_CLEAN
+									  : UFFD_PAGE_REMOVED);
+		return OUTCOME_RESOLVED;
+	}
+	if (r == 0 && result->already_present) {
+		const struct uffd_engine *engine = range->space->engine;
+		/* Inline a thread sees for itself that it faults again. */
+		bool lacking = kind != UFFD_KIND_MINOR && !engine->options.is_inline &&
+			       lacks_huge_page(range, page, engine->steps);
+
+		atomic_store(state, was_absent ? state_of_existing(range, page) : was);
+		if (lacking)
+			return OUTCOME_DEFER;
+		if (is_huge(range))
+			uffd_shim_wake(range->space->fd, page, range->page_size);
+		count(range->space->engine, COUNTER(already_present), 1);
+		return OUTCOME_PRESENT;
+	}
+	if (r == 0 || r == -ENOMEM) {
+		atomic_store(state, was);
+		return OUTCOME_DEFER;
+	}
+	if (r == -ENOENT || r == -ESRCH || (r == -EFAULT && kind == UFFD_KIND_MINOR)) {
+		unclaim(range, page, page + range->page_size, was);
+		return gone(range->space, r);
+	}
+	return apply_on_error(range, page, r,
+			      r == -EFAULT || r == -ENODATA || r == -EIO ? UFFD_FAILED_SOURCE
+									 : UFFD_FAILED_RESOLVE,
+			      thread_in_hand(range->space->engine));
+}
+
+static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
+				    enum uffd_fault_kind kind)
+{
+	struct uffd_fill_result result = { 0 };
+	bool put_off;
+	uint8_t was;
+	int r;
+
+	if (!claim(range, page, UFFD_PAGE_IN_FLIGHT, &was))
+		return OUTCOME_IN_FLIGHT;
+	if (was == UFFD_PAGE_POISONED) {
+		/* COPY would replace the mark: there is still no content. */
+		poison_one(range, page, &put_off);
+		atomic_store(state_of(range, page), UFFD_PAGE_POISONED);
+		if (put_off)
+			return OUTCOME_DEFER;
+		return OUTCOME_POISONED;
+	}
+	/* Its content goes by way of the page cache, also where that has a hole. */
+	if (was == UFFD_PAGE_ABSENT && range->content->writes_cache)
+		kind = UFFD_KIND_MINOR;
+	if (was == UFFD_PAGE_ABSENT && is_lost_when_dropped(range, kind)) {
+		if (atomic_load(&range->space->engine->refusing)) {
+			poison_page(range, page);
+			return OUTCOME_FAILED;
+		}
+		if (needs_request(range))
+			return ask_for(range, page);
+	}
+	if (was == UFFD_PAGE_ABSENT)
+		r = put_content(range, page, range->page_size,
+				kind == UFFD_KIND_MINOR ? FILL_MINOR : FILL_MISSING, &result);
+	else if (kind == UFFD_KIND_MINOR)
+		r = put_continue(range, page, range->page_size, &result);
+	else
+		/* It was here once: dropped since, or this is an old message (EEXIST). */
+		r = put_zeros(range, page, range->page_size, FILL_MISSING, &result);
+	return settle_absence(range, page, kind, was, r, &result);
+}
+
+/*
+ * Its old content could not be saved.  Unprotected it would be lost, and a page that
+ * is there cannot be poisoned: its writers wait until it can be saved, or it is
+ * taken out.
+ */
+static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int error)
+{
+	struct uffd_engine *engine = range->space->engine;
+
+	atomic_store(state_of(range, page), UFFD_PAGE_CLEAN);
+	if (error == -EAGAIN || error == -ENOMEM)
+		return OUTCOME_DEFER;
+	if (error == -ESRCH && space_is_dead(range->space))
+		return gone(range->space, error);
+	note_failure(engine, page, range->page_size, error, UFFD_FAILED_SAVE);
+	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
+		space_kill(range->space, thread_in_hand(engine), page);
+	return OUTCOME_FAILED;
+}
+
+static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t page)
+{
+	uint8_t was;
+	int r;
+
+	if (!claim(range, page, UFFD_PAGE_HELD, &was))
+		return OUTCOME_IN_FLIGHT;
+	if (preserves(range) && was == UFFD_PAGE_CLEAN) {
+		r = save_page(range, page);
+		if (r)
+			return keep_protected(range, page, r);
+	}
+	/*
+	 * Held until it is unprotected: whoever protects it again (uffd_engine_writeprotect)
+	 * sees it dirty and not protected, or as it was before.  Readers of the states
+	 * wait for us.
+	 */
+	r = uffd_shim_writeprotect(range->space->fd, page, range->page_size, 0);
+	atomic_store(state_of(range, page), UFFD_PAGE_DIRTY);
+	if (r == 0)
+		return OUTCOME_RESOLVED;
+	if (r == -EAGAIN || r == -ENOMEM)
+		return OUTCOME_DEFER;
+	if (r == -ENOENT || r == -ESRCH)
+		return gone(range->space, r);
+	return apply_on_error(range, page, r, UFFD_FAILED_RESOLVE,
+			      thread_in_hand(range->space->engine));
+}
+
+enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
+{
+	if (kind == UFFD_KIND_WP)
+		return resolve_write_protect(range, page);
+	return resolve_absence(range, page, kind);
+}
+
+/* Filling more than what was asked for */
+
+struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t tail_at = content->length - range->origin + range->start;
+	struct uffd_fill_result result;
+	uint64_t stop, past;
+	int r;
+
+	while (at < end && !claim_absent(range, at))
+		at += range->page_size;
+	if (at >= end)
+		return (struct fill_run){ .from = end, .past = end };
+	if (content->tail && at < tail_at && tail_at < end)
+		end = tail_at;
+	stop = at + range->page_size;
+	while (stop < end && claim_absent(range, stop))
+		stop += range->page_size;
+	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);
+	r = put_content(range, at, stop - at, FILL_AHEAD, &result);
+	uffd_barrier(UFFD_BARRIER_PLACED);
+	past = at + result.done + result.already_present;
+	set_filled(range, at, past, &result);
+	if (is_huge(range) && result.already_present)
+		uffd_shim_wake(range->space->fd, at, past - at);
+	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
+	if (r == -EFAULT && content->kind == UFFD_SOURCE_NONE) {
+		/* A hole of the page cache: there is nothing to fill it with. */
+		past += range->page_size;
+		r = 0;
+	}
+	count(range->space->engine, COUNTER(filled_pages), result.done >> range->page_shift);
+	if (r == -ESRCH)
+		atomic_store(&range->space->gone, true);
+	return (struct fill_run){
+		.from = at,
+		.past = past,
+		.filled = result.done,
+		.error = r ? r : result.deferred ? -EAGAIN : 0,
+	};
+}
+
+void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret, uint64_t *to_ret)
+{
+	uint64_t chunk = range->space->engine->options.prefetch;
+	uint64_t from = range->start + (page - range->start) / chunk * chunk;
+	uint32_t chunks = 1;
+	uint64_t to;
+
+	if (page == atomic_load_explicit(&range->readahead_at, memory_order_relaxed)) {
+		chunks = 2 * atomic_load_explicit(&range->readahead_chunks, memory_order_relaxed);
+		if (chunks < 1)
+			chunks = 1;
+		if (chunks > READAHEAD_MAX_CHUNKS)
+			chunks = READAHEAD_MAX_CHUNKS;
+	}
+	to = (range->end - from) / chunk >= chunks ? from + chunks * chunk : range->end;
+	/* Whole pages, also where the chunk is smaller than one. */
+	from = page_of(range, from);
+	if (to < range->end)
+		to = page_of(range, to + range->page_size - 1);
+	atomic_store_explicit(&range->readahead_chunks, chunks, memory_order_relaxed);
+	atomic_store_explicit(&range->readahead_at, to, memory_order_relaxed);
+	*from_ret = from;
+	*to_ret = to;
+}

@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: MIT
+/* What is known of pages: told, and told while they are protected anew. */
+#define _GNU_SOURCE
+#include <errno.h>
+
+#include "core.h"
+
+#define PAGES_AT_ONCE	512u
+/* Write-protecting part of a transparent huge page splits it. */
+#define THP_SIZE	(2u << 20)
+/* A page is held for the length of an ioctl. */
+#define HELD_CHECKS	256
+
+/* Of the page at an index, once nobody holds it, as far as that can be waited for. */
+static uint8_t settled_state(const struct uffd_pages *pages, uint64_t index)
+{
+	uint8_t state = atomic_load_explicit(&pages->state[index], memory_order_acquire);
+
+	for (unsigned int i = 0; state == UFFD_PAGE_HELD && i < HELD_CHECKS; i++) {
+		uffd_back_off(i);
+		state = atomic_load_explicit(&pages->state[index], memory_order_acquire);
+	}
+	return uffd_page_is_in_flight(state) ? UFFD_PAGE_IN_FLIGHT : state;
+}
+
+static uint64_t lesser(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+/* [at, at + pages) of a piece; `first` is the index of the first one. */
+static void look(const struct uffd_range *range, uint64_t at, uint64_t first, uint64_t pages,
+		 uint8_t *states_ret)
+{
+	uint64_t entries[PAGES_AT_ONCE];
+	bool in_doubt = false;
+
+	for (uint64_t i = 0; i < pages; i++) {
+		states_ret[i] = settled_state(range->pages, first + i);
+		in_doubt |= states_ret[i] == UFFD_PAGE_ABSENT ||
+			    states_ret[i] == UFFD_PAGE_REMOVED ||
+			    range->mode & UFFDIO_REGISTER_MODE_WP;
+	}
+	if (in_doubt && read_entries(range, at, pages, entries))
+		for (uint64_t i = 0; i < pages; i++)
+			states_ret[i] = seen_state(range, states_ret[i], entries[i]);
+}
+
+int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+		       uint64_t first_page, uint64_t pages, uint8_t *states_ret)
+{
+	struct uffd_range *range, *any;
+	struct visit visit;
+	int r = 0;
+
+	await_work(engine);
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	any = any_piece(visit.space, id, start);
+	if (!any)
+		r = -ENOENT;
+	else if (first_page + pages > any->pages->count)
+		r = -EINVAL;
+	for (uint64_t done = 0, n; r == 0 && done < pages; done += n) {
+		uint64_t offset = (first_page + done) << any->page_shift, at;
+
+		n = 1;
+		range = find_piece(visit.space, id, offset, start + offset);
+		if (!range) {
+			/* Not mapped any more. */
+			states_ret[done] = settled_state(any->pages, first_page + done);
+			continue;
+		}
+		at = range->start + (offset - range->origin);
+		n = lesser(lesser(pages - done, PAGES_AT_ONCE), (range->end - at) >> range->page_shift);
+		look(range, at, first_page + done, n, states_ret + done);
+	}
+	shut_visit(&visit);
+	return r;
+}
+
+int uffd_engine_take_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start)
+{
+	uint64_t entries[PAGES_AT_ONCE];
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	range = any_piece(visit.space, id, start);
+	for (uint64_t at = range ? range->start : 0, n; range && at < range->end;
+	     at += n << range->page_shift) {
+		n = lesser((range->end - at) >> range->page_shift, PAGES_AT_ONCE);
+		if (!read_entries(range, at, n, entries))
+			break;
+		for (uint64_t i = 0; i < n; i++) {
+			_Atomic uint8_t *state = state_of(range, at + (i << range->page_shift));
+			uint8_t was = atomic_load(state);
+
+			/* Served for WP alone, pages may have been protected before. */
+			if (was == UFFD_PAGE_ABSENT)
+				atomic_compare_exchange_strong(state, &was,
+							       seen_state(range, was, entries[i]));
+			else if (was == UFFD_PAGE_DIRTY && entries[i] & UFFD_PM_UFFD_WP &&
+				 !range->content->preserve)
+				atomic_compare_exchange_strong(state, &was, UFFD_PAGE_CLEAN);
+		}
+	}
+	shut_visit(&visit);
+	return range ? 0 : -ENOENT;
+}
+
+/* Protecting */
+
+/* What a page is from now on that had this state, and is protected. */
+static uint8_t armed_state(const struct uffd_range *range, uint8_t seen)
+{
+	if (seen == UFFD_PAGE_REMOVED && can_be_absent(range))
+		return seen;
+	return UFFD_PAGE_CLEAN;
+}
+
+static bool is_left_alone(uint8_t state)
+{
+	return state == UFFD_PAGE_ABSENT || state == UFFD_PAGE_POISONED ||
+	       state == UFFD_PAGE_REQUESTED;
+}
+
+/* Hold pages from `at` on; what is absent needs no hold, as it arrives protected. */
+static uint64_t hold_run(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t *states,
+			 bool *held)
+{
+	uint64_t pages = 0;
+
+	for (; at < end; at += range->page_size, pages++) {
+		uint8_t state = atomic_load(state_of(range, at));
+
+		held[pages] = !is_left_alone(state);
+		/* Somebody fills it, or is done with it in a moment. */
+		if (held[pages] &&
+		    (uffd_page_is_in_flight(state) ||
+		     !atomic_compare_exchange_strong(state_of(range, at), &state, UFFD_PAGE_HELD)))
+			break;
+		states[pages] = state;
+	}
+	return pages;
+}
+
+/* Pages that are there without our having filled them are protected as well, now. */
+static void take_in(struct uffd_range *range, uint64_t at, uint64_t pages, bool is_known,
+		    uint8_t *states)
+{
+	uint64_t entries[PAGES_AT_ONCE];
+
+	if (!is_known || !read_entries(range, at, pages, entries))
+		return;
+	for (uint64_t i = 0; i < pages; i++) {
+		uint8_t expected = UFFD_PAGE_ABSENT, now;
+		bool was_there = states[i] != UFFD_PAGE_ABSENT;
+
+		now = seen_state(range, UFFD_PAGE_ABSENT, entries[i]);
+		if (now != UFFD_PAGE_CLEAN && now != UFFD_PAGE_DIRTY)
+			continue;
+		if (atomic_compare_exchange_strong(state_of(range, at + (i << range->page_shift)),
+						   &expected, UFFD_PAGE_CLEAN) && !was_there)
+			states[i] = UFFD_PAGE_DIRTY;
+	}
+}
+
+/* The states of [at, past) as they were; returns `past`. */
+static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t *states,
+			int *error_ret)
+{
+	uint64_t entries[PAGES_AT_ONCE], pages, past;
+	uint8_t before[PAGES_AT_ONCE];
+	bool held[PAGES_AT_ONCE], is_known, has_absent = false;
+
+	pages = hold_run(range, at, end, before, held);
+	past = at + (pages << range->page_shift);
+	*error_ret = pages ? 0 : -EAGAIN;
+	if (!pages)
+		return at;
+	is_known = read_entries(range, at, pages, entries);
+	for (uint64_t i = 0; i < pages; i++) {
+		states[i] = is_known ? seen_state(range, before[i], entries[i]) : before[i];
+		if (states[i] == UFFD_PAGE_REQUESTED)
+			states[i] = UFFD_PAGE_IN_FLIGHT;
+		has_absent |= before[i] == UFFD_PAGE_ABSENT;
+	}
+	*error_ret = uffd_shim_writeprotect(range->space->fd, at, past - at,
+					    UFFDIO_WRITEPROTECT_MODE_WP);
+	for (uint64_t i = 0; i < pages; i++)
+		if (held[i])
+			atomic_store(state_of(range, at + (i << range->page_shift)),
+				     *error_ret ? before[i] : armed_state(range, states[i]));
+	if (*error_ret == 0 && has_absent)
+		take_in(range, at, pages, is_known, states);
+	/* Writers that came meanwhile were left to us. */
+	wake_again(range, at, past);
+	return *error_ret ? at : past;
+}
+
+static uint64_t run_end(const struct uffd_range *range, uint64_t at, uint64_t end)
+{
+	uint64_t most = is_huge(range) ? 8 * range->page_size : (at + THP_SIZE) & ~(THP_SIZE - 1ull);
+
+	end = lesser(end, range->end);
+	return is_huge(range) ? lesser(end, at + most) : lesser(end, most);
+}
+
+/* What was told of pages is lost with the error: they count as written. */
+static void take_back(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+		      uint64_t first, uint64_t pages, const uint8_t *states)
+{
+	struct uffd_range *any;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return;
+	any = any_piece(visit.space, id, start);
+	for (uint64_t i = 0; any && i < pages; i++) {
+		uint8_t expected = UFFD_PAGE_CLEAN;
+
+		if (states[i] != UFFD_PAGE_CLEAN)
+			atomic_compare_exchange_strong(&any->pages->state[first + i], &expected,
+						       UFFD_PAGE_DIRTY);
+	}
+	shut_visit(&visit);
+}
+
+int uffd_engine_writeprotect(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			     uint64_t start, uint64_t offset, uint64_t length,
+			     uint8_t *states_ret)
+{
+	uint64_t give_up = 0, first = offset, end = offset + length, shift = 12;
+	unsigned int attempt = 0;
+	int r = 0;
+
+	while (offset < end && r == 0) {
+		struct uffd_range *range;
+		struct visit visit;
+		uint64_t at, past;
+
+		if (!open_visit(engine, number, &visit)) {
+			r = -ESRCH;
+			break;
+		}
+		range = find_piece(visit.space, id, offset, start + offset);
+		if (range) {
+			shift = range->page_shift;
+			at = range->start + (offset - range->origin);
+			past = run_end(range, at, at + (end - offset));
+			past = arm_run(range, at, past, states_ret + ((offset - first) >> shift), &r);
+			offset += past - at;
+		} else {
+			r = atomic_load(&visit.space->gone) ? -ESRCH : -ENOENT;
+		}
+		shut_visit(&visit);
+		if (r == 0)
+			attempt = 0;
+		if (r != -EAGAIN && r != -ENOMEM)
+			continue;
+		if (attempt == 0)
+			give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+		else if (uffd_now_ns() > give_up)
+			break;
+		uffd_back_off(attempt++);
+		r = 0;
+	}
+	if (r)
+		take_back(engine, number, id, start, first >> shift, (offset - first) >> shift,
+			  states_ret);
+	return r;
+}

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+
+#include "alloc.h"
+#include "fill.h"
+#include "table.h"
+
+#define FIRST_CAPACITY 16
+
+/* An array that was replaced by a larger one; the header sits before its data. */
+struct outgrown {
+	struct outgrown *next;
+};
+
+static void lock_table(struct uffd_table *table, sigset_t *old)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, old);
+	pthread_mutex_lock(&table->lock);
+}
+
+static void unlock_table(struct uffd_table *table, const sigset_t *old)
+{
+	pthread_mutex_unlock(&table->lock);
+	pthread_sigmask(SIG_SETMASK, old, NULL);
+}
+
+static void begin_change(struct uffd_table *table)
+{
+	uint64_t sequence = atomic_load_explicit(&table->sequence, memory_order_relaxed);
+
+	atomic_store_explicit(&table->sequence, sequence + 1, memory_order_relaxed);
+	atomic_thread_fence(memory_order_release);
+}
+
+static void end_change(struct uffd_table *table)
+{
+	uint64_t sequence = atomic_load_explicit(&table->sequence, memory_order_relaxed);
+
+	atomic_store_explicit(&table->sequence, sequence + 1, memory_order_release);
+}
+
+void uffd_table_init(struct uffd_table *table)
+{
+	memset(table, 0, sizeof(*table));
+	pthread_mutex_init(&table->lock, NULL);
+}
+
+static void *new_array(size_t capacity)
+{
+	struct outgrown *block = uffd_alloc(sizeof(*block) + capacity * sizeof(uint64_t));
+
+	return block ? block + 1 : NULL;
+}
+
+static void retire_array(struct uffd_table *table, void *array)
+{
+	struct outgrown *block;
+
+	if (!array)
+		return;
+	block = (struct outgrown *)array - 1;
+	block->next = table->outgrown;
+	table->outgrown = block;
+}
+
+void uffd_table_deinit(struct uffd_table *table)
+{
+	struct outgrown *block, *next;
+
+	retire_array(table, atomic_load(&table->starts));
+	retire_array(table, atomic_load(&table->ranges));
+	for (block = table->outgrown; block; block = next) {
+		next = block->next;
+		uffd_free(block);
+	}
+	pthread_mutex_destroy(&table->lock);
+}
+
+/* How many ranges start at or below the address. */
+static size_t count_at_or_below(const uint64_t *starts, size_t count, uint64_t address)
+{
+	const uint64_t *base = starts;
+
+	while (count > 0) {
+		size_t half = (count + 1) / 2;
+
+		/* Relaxed: a torn view is thrown away by the sequence check. */
+		if (__atomic_load_n(&base[half - 1], __ATOMIC_RELAXED) <= address)
+			base += half;
+		else if (half == 1)
+			break;
+		count -= half;
+	}
+	return (size_t)(base - starts);
+}
+
+struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address)
+{
+	struct uffd_range *range;
+	uint64_t before, after;
+
+	do {
+		struct uffd_range **ranges;
+		uint64_t *starts;
+		size_t count;
+
+		before = atomic_load_explicit(&table->sequence, memory_order_acquire);
+		starts = atomic_load_explicit(&table->starts, memory_order_relaxed);
+		ranges = atomic_load_explicit(&table->ranges, memory_order_relaxed);
+		count = atomic_load_explicit(&table->count, memory_order_relaxed);
+		range = NULL;
+		after = before + 1;
+		if (before & 1) {
+			__builtin_ia32_pause();
+			continue;
+		}
+		count = count ? count_at_or_below(starts, count, address) : 0;
+		if (count)
+			range = __atomic_load_n(&ranges[count - 1], __ATOMIC_RELAXED);
+		atomic_thread_fence(memory_order_acquire);
+		after = atomic_load_explicit(&table->sequence, memory_order_relaxed);
+	} while (before != after);
+	return range && address < range->end ? range : NULL;
+}
+
+struct uffd_range *uffd_table_next(struct uffd_table *table, uint64_t address)
+{
+	struct uffd_range *range = NULL;
+	size_t at, count;
+	sigset_t old;
+
+	lock_table(table, &old);
+	count = atomic_load(&table->count);
+	if (count) {
+		struct uffd_range **ranges = atomic_load(&table->ranges);
+
+		at = count_at_or_below(atomic_load(&table->starts), count, address);
+		if (at && ranges[at - 1]->end > address)
+			at--;
+		range = at < count ? ranges[at] : NULL;
+	}
+	unlock_table(table, &old);
+	return range;
+}
+
+static int grow(struct uffd_table *table)
+{
+	size_t count = atomic_load(&table->count);
+	size_t capacity = table->capacity ? 2 * table->capacity : FIRST_CAPACITY;
+	uint64_t *starts = new_array(capacity);
+	struct uffd_range **ranges = new_array(capacity);
+
+	if (!starts || !ranges) {
+		uffd_free(starts ? (struct outgrown *)starts - 1 : NULL);
+		uffd_free(ranges ? (struct outgrown *)ranges - 1 : NULL);
+		return -ENOMEM;
+	}
+	if (count) {
+		memcpy(starts, atomic_load(&table->starts), count * sizeof(*starts));
+		memcpy(ranges, atomic_load(&table->ranges), count * sizeof(*ranges));
+	}
+	begin_change(table);
+	retire_array(table, atomic_exchange(&table->starts, starts));
+	retire_array(table, atomic_exchange(&table->ranges, ranges));
+	table->capacity = capacity;
+	end_change(table);
+	return 0;
+}
+
+/* Searches go on meanwhile, and throw away what they found: so each store is atomic. */
+static void put(struct uffd_table *table, size_t at, uint64_t start, struct uffd_range *range)
+{
+	__atomic_store_n(&atomic_load(&table->starts)[at], start, __ATOMIC_RELAXED);
+	__atomic_store_n(&atomic_load(&table->ranges)[at], range, __ATOMIC_RELAXED);
+}
+
+static void move_entry(struct uffd_table *table, size_t to, size_t from)
+{
+	put(table, to, atomic_load(&table->starts)[from], atomic_load(&table->ranges)[from]);
+}
+
+int uffd_table_insert(struct uffd_table *table, struct uffd_range *range)
+{
+	struct uffd_range **ranges;
+	size_t at, count;
+	sigset_t old;
+	int r = 0;
+
+	lock_table(table, &old);
+	count = atomic_load(&table->count);
+	at = count ? count_at_or_below(atomic_load(&table->starts), count, range->start) : 0;
+	ranges = atomic_load(&table->ranges);
+	if ((at > 0 && ranges[at - 1]->end > range->start) ||
+	    (at < count && ranges[at]->start < range->end))
+		r = -EEXIST;
+	else if (count == table->capacity)
+		r = grow(table);
+	if (r == 0) {
+		begin_change(table);
+		for (size_t i = count; i > at; i--)
+			move_entry(table, i, i - 1);
+		put(table, at, range->start, range);
+		atomic_store(&table->count, count + 1);
+		end_change(table);
+	}
+	unlock_table(table, &old);
+	return r;
+}
+
+/*
+ * Readers do no more than look: the first limit is far longer than that takes on a
+ * busy machine, the second one is for when it was not enough once.
+ */
+#define READERS_LIMIT_NS	1000000000
+#define HELD_UP_LIMIT_NS	1000000
+
+static bool wait_for_readers(struct uffd_table *table, uint64_t limit_ns)
+{
+	uint64_t give_up = uffd_now_ns() + limit_ns;
+
+	for (size_t shard = 0; shard < UFFD_SHARDS; shard++)
+		while (atomic_load(&table->shards[shard].readers)) {
+			if (uffd_now_ns() >= give_up)
+				return false;
+			sched_yield();
+		}
+	return true;
+}
+
+bool uffd_table_is_quiet(struct uffd_table *table)
+{
+	return wait_for_readers(table, 0);
+}
+
+bool uffd_table_remove(struct uffd_table *table, struct uffd_range *range)
+{
+	size_t at, count;
+	sigset_t old;
+	bool is_quiet;
+
+	lock_table(table, &old);
+	count = atomic_load(&table->count);
+	at = count_at_or_below(atomic_load(&table->starts), count, range->start);
+	begin_change(table);
+	for (size_t i = at; i < count; i++)
+		move_entry(table, i - 1, i);
+	atomic_store(&table->count, count - 1);
+	end_change(table);
+	unlock_table(table, &old);
+
+	atomic_thread_fence(memory_order_seq_cst);
+	is_quiet = wait_for_readers(table, atomic_load(&table->is_held_up) ? HELD_UP_LIMIT_NS
+									   : READERS_LIMIT_NS);
+	atomic_store(&table->is_held_up, !is_quiet);
+	return is_quiet;
+}

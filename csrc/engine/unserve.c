@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Taking ranges out: what is absent is poisoned first, since it would be zeros.
+ *
+ * A page in flight is waited for, but not for good: a source may hold up the thread
+ * that fills it.  Then it is poisoned as well.  What that thread copies in spite of
+ * it is the right content; once the range is unregistered it copies nothing.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+
+#include "alloc.h"
+#include "core.h"
+
+/*
+ * Where forks share the memory they share the states, but a mark is in one address
+ * space alone: what is poisoned elsewhere is poisoned here too.
+ */
+static uint8_t state_to_poison(struct uffd_range *range, uint64_t page)
+{
+	return range->content->shared && atomic_load(state_of(range, page)) == UFFD_PAGE_POISONED
+		? UFFD_PAGE_POISONED : UFFD_PAGE_ABSENT;
+}
+
+/* Pages in flight are left out. */
+static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
+			     uint64_t *done_ret)
+{
+	struct uffd_fill_result result;
+	uint8_t expected;
+	uint64_t stop, past;
+
+	while (at < end && atomic_load(state_of(range, at)) != state_to_poison(range, at))
+		at += range->page_size;
+	if (at >= end)
+		return end;
+	expected = state_to_poison(range, at);
+	stop = at;
+	while (stop < end && atomic_compare_exchange_strong(state_of(range, stop), &expected,
+							    UFFD_PAGE_IN_FLIGHT))
+		stop += range->page_size;
+	if (stop == at)
+		return at;	/* taken just now: look again */
+	*error_ret = poison_pages(range, at, stop - at, &result);
+	past = at + result.done + result.already_present;
+	set_states(range, at, past, UFFD_PAGE_POISONED);
+	wake_again(range, at, past);
+	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
+	if (*error_ret == 0 && result.deferred)
+		*error_ret = -EAGAIN;
+	*done_ret = result.done;
+	return past;
+}
+
+/* -EBUSY at the first page in flight. */
+static uint64_t find_in_flight(struct uffd_range *range, uint64_t at, uint64_t end,
+			       int *error_ret, uint64_t *done_ret)
+{
+	*done_ret = 0;
+	for (; at < end; at += range->page_size) {
+		uint8_t state = atomic_load(state_of(range, at));
+
+		if (uffd_page_is_in_flight(state)) {
+			*error_ret = -EBUSY;
+			return at;
+		}
+		/* Whoever had it has given it back. */
+		if (state == UFFD_PAGE_ABSENT)
+			return poison_slice(range, at, end, error_ret, done_ret);
+	}
+	return at;
+}
+
+static uint64_t find_in_flight_only(struct uffd_range *range, uint64_t at, uint64_t end,
+				    int *error_ret, uint64_t *done_ret)
+{
+	*done_ret = 0;
+	while (at < end && !uffd_page_is_in_flight(atomic_load(state_of(range, at))))
+		at += range->page_size;
+	*error_ret = at < end ? -EBUSY : 0;
+	return at;
+}
+
+/* Whoever is at it does not come back. */
+static uint64_t poison_in_flight(struct uffd_range *range, uint64_t at, uint64_t end,
+				 int *error_ret, uint64_t *done_ret)
+{
+	struct uffd_fill_result result;
+	uint8_t state = atomic_load(state_of(range, at));
+
+	(void)end;
+	*done_ret = 0;
+	if (!uffd_page_is_in_flight(state))
+		return at;
+	*error_ret = poison_pages(range, at, range->page_size, &result);
+	if (*error_ret == 0 && result.deferred)
+		*error_ret = -EAGAIN;
+	if (*error_ret)
+		return at;
+	/* Found there, it has come after all: a claimed page holds no marker. */
+	if (result.done && !atomic_load(&range->space->engine->end.hurried))
+		note_failure(range->space->engine, at, range->page_size, -ETIMEDOUT,
+			     UFFD_FAILED_STALLED);
+	atomic_compare_exchange_strong(state_of(range, at), &state,
+				       result.done ? UFFD_PAGE_POISONED : UFFD_PAGE_CLEAN);
+	*done_ret = result.done;
+	return at + range->page_size;
+}
+
+static uint64_t unprotect_slice(struct uffd_range *range, uint64_t at, uint64_t end,
+				int *error_ret, uint64_t *done_ret)
+{
+	*done_ret = 0;
+	*error_ret = uffd_shim_writeprotect(range->space->fd, at, end - at, 0);
+	return *error_ret ? at : end;
+}
+
+struct piece {
+	uint64_t start, offset, end, page_size, mode;
+	bool loses_content, can_poison, asks, preserves;
+};
+
+bool loses_content(const struct uffd_range *range)
+{
+	return can_be_absent(range) && range->content->kind != UFFD_SOURCE_ZERO &&
+	       range->content->kind != UFFD_SOURCE_NONE;
+}
+
+static bool look_at_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			  uint64_t hint, struct piece *piece)
+{
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return false;
+	range = any_piece(visit.space, id, hint);
+	if (range)
+		*piece = (struct piece){
+			.start = range->start - range->origin,
+			.offset = range->origin,
+			.end = range->origin + range->end - range->start,
+			.page_size = range->page_size,
+			.mode = range->mode,
+			.can_poison = has_ioctl(range, _UFFDIO_POISON),
+			.asks = needs_request(range),
+			.preserves = preserves(range),
+			.loses_content = loses_content(range),
+		};
+	shut_visit(&visit);
+	return range;
+}
+
+/* All of a piece, from *offset on; EAGAIN and ENOMEM are tried again. */
+static int work_on(struct slices *all, uint64_t *offset, struct patience *patience)
+{
+	while (*offset < all->end) {
+		uint64_t done;
+		int r = do_slice(all, offset, &done);
+
+		if (r == 0)
+			rest(patience);
+		else if ((r != -EAGAIN && r != -ENOMEM) || !wait_on(patience))
+			return r;
+	}
+	return 0;
+}
+
+/* Nobody may be at a page when its range is unregistered: its threads would read zeros. */
+static int clear_in_flight(struct slices *all, slice_work find, struct patience *patience)
+{
+	uint64_t offset = all->offset;
+	int r = 0;
+
+	while (r == 0) {
+		all->work = find;
+		r = work_on(all, &offset, patience);
+		if (r != -EBUSY)
+			break;
+		if (wait_on(patience)) {
+			r = 0;
+			continue;
+		}
+		if (patience->is_gentle)
+			return -ETIME;
+		/* That page alone, and then on. */
+		all->work = poison_in_flight;
+		r = do_slice(all, &offset, &(uint64_t){ 0 });
+		if (r == -EAGAIN)
+			uffd_back_off(patience->attempt++);
+	}
+	return r;
+}
+
+static int seal_absent(struct slices *all, struct patience *patience)
+{
+	uint64_t offset = all->offset;
+	int r;
+
+	all->work = poison_slice;
+	r = work_on(all, &offset, patience);
+	return r ? r : clear_in_flight(all, find_in_flight, patience);
+}
+
+static void note_unsaved_in(const struct slices *all)
+{
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(all->engine, all->number, &visit))
+		return;
+	range = any_piece(visit.space, all->id, all->start + all->offset);
+	if (range)
+		note_unsaved(range);
+	shut_visit(&visit);
+}
+
+/*
+ * A page that cannot be saved, or that somebody is saving and does not come back
+ * from, is left out.
+ */
+static int save_all(struct slices *all, const struct piece *piece, struct patience *patience)
+{
+	uint64_t offset = piece->offset;
+	int r;
+
+	while ((r = work_on(all, &offset, patience)) && r != -ENOENT && r != -ESRCH) {
+		bool is_stalled = r == -EAGAIN || r == -ENOMEM;
+
+		note_failure(all->engine, piece->start + offset, piece->page_size, r,
+			     is_stalled ? UFFD_FAILED_STALLED : UFFD_FAILED_SAVE);
+		offset += piece->page_size;
+	}
+	if (r == -ESRCH)
+		note_unsaved_in(all);
+	return r;
+}
+
+/* An error says that absent pages would become zeros. */
+static int seal_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
+		      const struct piece *piece, struct patience *patience)
+{
+	struct slices all = { engine, number, id, piece->start, piece->offset, piece->end,
+			      preserve_slice, preserve_reach };
+	struct uffd_populate_result populated;
+	uint64_t offset = piece->offset;
+	int r = 0;
+
+	if (piece->preserves)
+		r = save_all(&all, piece, patience);
+	all.reach = NULL;
+	all.work = unprotect_slice;
+	offset = piece->offset;
+	if (r == 0 && piece->mode & UFFDIO_REGISTER_MODE_WP)
+		r = work_on(&all, &offset, patience);
+	/* The owner may be gone, and what is unregistered is unprotected. */
+	if (r == -ENOENT || r == -ESRCH || !piece->loses_content)
+		return 0;
+	if (r == 0 && piece->can_poison)
+		return seal_absent(&all, patience);
+	if (r == 0 && piece->asks && atomic_load(&engine->end.began))
+		return -EBUSY;
+	if (r == 0)
+		r = uffd_engine_populate(engine, number, id, piece->start, piece->offset,
+					 piece->end - piece->offset, 0, &populated);
+	return r;
+}
+
+/* `last_ret`: it was the serving's last piece in this space. */
+static int drop_piece(struct uffd_space *space, uint64_t id, uint64_t hint, bool unregister,
+		      bool *last_ret)
+{
+	struct uffd_range *range = any_piece(space, id, hint);
+
+	*last_ret = !range || atomic_load(&range->pages->references) == 1;
+	if (!range)
+		return 0;
+	/* ENOMEM is also said of a process that is gone; memory that is gone is EINVAL. */
+	if (unregister &&
+	    uffd_shim_unregister(space->fd, range->start, range->end - range->start) == -ENOMEM &&
+	    !space_is_dead(space))
+		return -ENOMEM;
+	range_remove(range);
+	return 0;
+}
+
+static int close_and_drop(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t hint,
+			  bool unregister, struct patience *patience, bool *last_ret)
+{
+	struct uffd_space *space = space_get(engine, number);
+	int r;
+
+	*last_ret = true;
+	if (!space)
+		return 0;
+	while (!gate_try_close(space)) {
+		if (wait_on(patience))
+			continue;
+		if (!ends(engine)) {
+			space_put(space);
+			return -EBUSY;
+		}
+		engine->end.ignores_gate = true;
+	}
+	r = drop_piece(space, id, hint, unregister, last_ret);
+	gate_leave(space);
+	space_put(space);
+	return r;
+}
+
+static void mark_as_staying(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			    uint64_t hint)
+{
+	struct uffd_range *range;
+	struct visit visit;
+
+	if (!open_visit(engine, number, &visit))
+		return;
+	range = any_piece(visit.space, id, hint);
+	if (range)
+		range->stays = true;
+	shut_visit(&visit);
+}
+
+/* The memory goes away: only whoever waits already must not read zeros. */
+static int seal_in_flight(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			  const struct piece *piece, struct patience *patience)
+{
+	struct slices all = { engine, number, id, piece->start, piece->offset, piece->end,
+			      NULL, NULL };
+
+	return piece->loses_content && piece->can_poison
+		? clear_in_flight(&all, find_in_flight_only, patience) : 0;
+}
+
+int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+	       uint32_t flags, struct patience *patience)
+{
+	struct piece piece;
+	bool last;
+	int r = 0;
+
+	do {
+		if (!look_at_piece(engine, number, id, start, &piece))
+			break;
+		if (flags & UFFD_UNSERVE_SEAL)
+			r = seal_piece(engine, number, id, &piece, patience);
+		else if (flags & UFFD_UNSERVE_UNREGISTER)
+			r = seal_in_flight(engine, number, id, &piece, patience);
+		if (r == -ENOENT || r == -ESRCH)
+			r = 0;
+		uffd_barrier(UFFD_BARRIER_UNSERVE_SEALED);
+		if (r == 0)
+			r = close_and_drop(engine, number, id, piece.start + piece.offset,
+					   flags & UFFD_UNSERVE_UNREGISTER, patience, &last);
+		if (r && ends(engine))
+			mark_as_staying(engine, number, id, piece.start + piece.offset);
+		if (r)
+			return r;
+	} while (!last);
+	report_dropped(engine, number, id);
+	return 0;
+}
+
+/* The numbers of the forks that are followed, in `forks_ret`, which the caller frees. */
+static size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
+{
+	struct uffd_space *space;
+	size_t found = 0;
+
+	*forks_ret = NULL;
+	pthread_mutex_lock(&engine->spaces_lock);
+	if (atomic_load(&engine->space_count) > 1)
+		*forks_ret = uffd_alloc(atomic_load(&engine->space_count) * sizeof(**forks_ret));
+	if (*forks_ret)
+		LIST_FOREACH(space, &engine->spaces, link)
+			if (space->owned)
+				(*forks_ret)[found++] = space->number;
+	pthread_mutex_unlock(&engine->spaces_lock);
+	return found;
+}
+
+int uffd_engine_unserve(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+			uint32_t flags, uint64_t patience_ns)
+{
+	struct patience patience = {
+		.engine = engine,
+		.left_ns = (int64_t)patience_ns,
+		.is_gentle = flags & UFFD_UNSERVE_GENTLY,
+	};
+	int r = unserve_in(engine, number, id, start, flags, &patience), other;
+	uint32_t *forks;
+	size_t found = list_forks(engine, &forks);
+
+	/* Memory that goes away here lives on in a fork. */
+	while (found--) {
+		other = unserve_in(engine, forks[found], id, start, flags | UFFD_UNSERVE_SEAL,
+				   &patience);
+		r = r ? r : other;
+	}
+	uffd_free(forks);
+	free_lost(engine);
+	return r;
+}
