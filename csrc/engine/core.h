@@ -205,6 +205,7 @@ struct uffd_engine {
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
 
 	pthread_t thread;
+	bool inline_started;	/* changed by one thread at a time */
 	_Atomic bool thread_running;
 	_Atomic bool thread_done;	/* it only has to be joined */
 	int wake_fd;			/* wakes the leader */

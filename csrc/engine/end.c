@@ -291,3 +291,12 @@ int uffd_engine_is_deserted(struct uffd_engine *engine)
 {
 	return !uffd_hold_any(&engine->holds) && join_thread(engine) && free_lost(engine);
 }
+
+int uffd_engine_discard(struct uffd_engine **engine)
+{
+	if (*engine && uffd_engine_is_deserted(*engine)) {
+		uffd_engine_destroy(*engine);
+		*engine = NULL;
+	}
+	return !*engine;
+}

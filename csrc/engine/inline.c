@@ -179,13 +179,21 @@ void inline_forget_parent(void)
 
 int uffd_inline_start(struct uffd_engine *engine)
 {
-	(void)engine;
-	return uffd_sigbus_acquire(resolve_sigbus);
+	int r;
+
+	/* Whoever started it may not know: an exception came after this had returned. */
+	if (engine->inline_started)
+		return 0;
+	r = uffd_sigbus_acquire(resolve_sigbus);
+	engine->inline_started = r == 0;
+	return r;
 }
 
 void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original)
 {
-	(void)engine;
+	if (!engine->inline_started)
+		return;
+	engine->inline_started = false;
 	uffd_sigbus_release(to_original);
 }
 

@@ -330,6 +330,10 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	cpu_set_t set;
 	int r;
 
+	/* Whoever started it may not know: an exception came after this had returned. */
+	if (atomic_load(&engine->thread_running))
+		return 0;
+	native_close(engine);
 	CPU_ZERO(&set);
 	for (uint32_t i = 0; i < cpu_count; i++)
 		CPU_SET((size_t)cpus[i], &set);
@@ -339,6 +343,7 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	uffd_placement_init(&engine->placement, !cpu_count && engine->options.spin_ns &&
 							!engine->options.has_workers);
 	atomic_store(&engine->stop, false);
+	atomic_store(&engine->thread_done, false);
 	r = open_descriptors(engine, call_ret);
 	if (r == 0) {
 		*call_ret = "pthread_create";

@@ -261,6 +261,8 @@ uint32_t uffd_engine_held(struct uffd_engine *engine, struct uffd_held *held_ret
 			  uint32_t capacity);
 /* After the end: whether no thread is inside any more, but for callers. */
 int uffd_engine_is_deserted(struct uffd_engine *engine);
+/* Destroy the engine at this place, if there is one and it is deserted; whether none is left. */
+int uffd_engine_discard(struct uffd_engine **engine);
 
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret);
 uint32_t uffd_engine_spaces(struct uffd_engine *engine);

@@ -12,6 +12,7 @@ import warnings
 from bisect import bisect_left, bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -331,6 +332,7 @@ class Userfaultfd(CloseCallbacks):
         length: int | None = None,
         *,
         mode: RegisterMode = RegisterMode.MISSING,
+        granted: lowlevel.Granted | None = None,
     ) -> Ioctl:
         """Register a range and return the ioctls it takes.
 
@@ -343,6 +345,7 @@ class Userfaultfd(CloseCallbacks):
             range_or_start: A range object, or the address, aligned to the page size.
             length: Bytes, a multiple of the page size; not with a range object.
             mode: Which faults to deliver.
+            granted: Gets the ioctls as well, also where this call is interrupted; for handlers.
 
         Raises:
             ValueError: a bad range, or no mode.
@@ -364,7 +367,7 @@ class Userfaultfd(CloseCallbacks):
                     with suppress(LayoutChangedError):
                         lowlevel.writeprotect(fd, first, end - first, 0)
         try:
-            ioctls = Ioctl(lowlevel.register(fd, start, length, mode))
+            ioctls = Ioctl(lowlevel.register(fd, start, length, mode, granted))
         except UffdOSError as error:
             raise self._explained(error, start, length, mode) from None
         self._registered.set(start, start + length, mode)
@@ -917,53 +920,52 @@ def _is_subset(mode: RegisterMode, of: RegisterMode) -> bool:
 
 
 class _RangeModes:
-    """Which modes this object registered where: disjoint ranges in address order."""
+    """Which modes this object registered where: disjoint ranges in address order.
+
+    A change is one assignment, so that an exception of a signal handler comes before or after it.
+    """
 
     def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._rows: list[tuple[int, int, RegisterMode]] = []
+        self._rows: list[_Row] = []
 
     def copy(self) -> _RangeModes:
         """Return a record of its own with the same ranges."""
         other = _RangeModes()
-        other._starts, other._rows = self._starts.copy(), self._rows.copy()
+        other._rows = self._rows.copy()
         return other
 
-    def overlapping(self, start: int, end: int) -> list[tuple[int, int, RegisterMode]]:
+    def overlapping(self, start: int, end: int) -> list[_Row]:
         """Return the parts of known ranges that lie in [start, end)."""
-        first, last = self._slice(start, end)
-        return [(max(a, start), min(b, end), mode) for a, b, mode in self._rows[first:last]]
+        rows = self._rows[self._slice(start, end)]
+        return [(max(a, start), min(b, end), mode) for a, b, mode in rows]
 
     def set(self, start: int, end: int, mode: RegisterMode) -> None:
         """Note `mode` for [start, end), as the kernel does: a subset leaves what was there."""
         kept = [row for row in self.overlapping(start, end) if _is_subset(mode, row[2])]
-        self.clear(start, end)
+        rows: list[_Row] = []
         at = start
         for a, b, old in [*kept, (end, end, mode)]:
-            if at < a:
-                self._insert(at, a, mode)
-            if a < b:
-                self._insert(a, b, old)
+            rows += [(at, a, mode), (a, b, old)]
             at = b
+        self._replace(start, end, rows)
 
     def clear(self, start: int, end: int) -> None:
         """Forget [start, end), splitting what reaches over its ends."""
-        first, last = self._slice(start, end)
-        old = self._rows[first:last]
-        del self._rows[first:last], self._starts[first:last]
-        for a, b, mode in old:
-            if a < start:
-                self._insert(a, start, mode)
-            if b > end:
-                self._insert(end, b, mode)
+        self._replace(start, end, [])
 
-    def _slice(self, start: int, end: int) -> tuple[int, int]:
-        first = bisect_right(self._starts, start)
+    def _replace(self, start: int, end: int, rows: list[_Row]) -> None:
+        where = self._slice(start, end)
+        old = self._rows[where]
+        before = [(a, start, mode) for a, _, mode in old]
+        behind = [(end, b, mode) for _, b, mode in old]
+        self._rows[where] = [row for row in [*before, *rows, *behind] if row[0] < row[1]]
+
+    def _slice(self, start: int, end: int) -> slice:
+        first = bisect_right(self._rows, start, key=_start_of)
         if first and self._rows[first - 1][1] > start:
             first -= 1
-        return first, bisect_left(self._starts, end)
+        return slice(first, bisect_left(self._rows, end, key=_start_of))
 
-    def _insert(self, start: int, end: int, mode: RegisterMode) -> None:
-        at = bisect_left(self._starts, start)
-        self._starts.insert(at, start)
-        self._rows.insert(at, (start, end, mode))
+
+_Row = tuple[int, int, RegisterMode]
+_start_of = itemgetter(0)

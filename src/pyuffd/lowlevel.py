@@ -66,13 +66,28 @@ def api(fd: int, features: int) -> tuple[int, int]:
     return out[0], out[1]
 
 
-def register(fd: int, start: int, length: int, mode: int) -> int:
-    """UFFDIO_REGISTER; return the mask of ioctls that the range takes."""
-    out = ffi.new("uint64_t *")
-    code = lib.uffd_shim_register(fd, start, length, mode, out)
+class Granted:
+    """The ioctls that a range takes: 0 until the kernel has registered it."""
+
+    def __init__(self) -> None:
+        self._cell: Any = ffi.new("uint64_t *")
+
+    @property
+    def ioctls(self) -> int:
+        """The mask."""
+        return int(self._cell[0])
+
+
+def register(fd: int, start: int, length: int, mode: int, granted: Granted | None = None) -> int:
+    """UFFDIO_REGISTER; return the mask of ioctls that the range takes.
+
+    `granted` has it as well, also where this call is interrupted.
+    """
+    granted = granted or Granted()
+    code = lib.uffd_shim_register(fd, start, length, mode, granted._cell)
     if code:
         raise_errno("UFFDIO_REGISTER", -code, start, length, mode=mode)
-    return int(out[0])
+    return granted.ioctls
 
 
 def unregister(fd: int, start: int, length: int) -> None:

@@ -58,6 +58,9 @@ class Backend(Protocol):
     def add(self, spec: RangeSpec) -> RangeId:
         """Put a range in."""
 
+    def find(self, space: int, start: int) -> RangeId | None:
+        """Return what an `add` that was interrupted has put in there, if it has."""
+
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
 

@@ -321,8 +321,8 @@ def shared_size() -> int:
 class _Life:
     """The C engine's memory, which is freed when no call and no thread is inside any more."""
 
-    def __init__(self, pointer: Any) -> None:
-        self._pointer = pointer
+    def __init__(self, place: Any) -> None:
+        self._place = place
         self._lock = threading.Lock()
         self._is_unused = self._is_freed = False
 
@@ -336,9 +336,7 @@ class _Life:
         """Free it if that can be; return whether it is gone."""
         with self._lock:
             if self._is_unused and not self._is_freed:
-                self._is_freed = bool(lib.uffd_engine_is_deserted(self._pointer))
-                if self._is_freed:
-                    lib.uffd_engine_destroy(self._pointer)
+                self._is_freed = bool(lib.uffd_engine_discard(self._place))
             return self._is_freed
 
 
@@ -390,16 +388,17 @@ class Engine(SoleOwner):
         options.say_fd = say_fd
         options.keeper_fd = keeper_fd
         options.shared = ffi.cast("void *", shared)
-        out, call = ffi.new("struct uffd_engine **"), ffi.new("char **")
+        out = ffi.gc(ffi.new("struct uffd_engine **"), lib.uffd_engine_discard)
+        call = ffi.new("char **")
         code = lib.uffd_engine_create(options, out, call)
         if code:
             raise_start_error("make a fault engine", -code, _name(call))
         # Whoever calls the engine has a reference meanwhile: it is freed behind the last one.
-        self.life = _Life(out[0])
+        self.life = _Life(out)
         self._pointer: Any = ffi.gc(out[0], self.life.end)
         self._inline = inline
-        self._running = False
         self._owners: dict[int, object] = {}
+        self._added_last: tuple[int, int, int, Any] | None = None
 
     def _engine(self) -> Any:
         if self._pointer is None:
@@ -413,10 +412,15 @@ class Engine(SoleOwner):
     def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd as well; return the number of its space."""
         out = ffi.new("uint32_t *")
-        code = lib.uffd_engine_add_space(self._engine(), fd, has_events, owner_pid, out)
-        if code:
-            raise_errno("serve another userfaultfd", -code)
-        return int(out[0])
+        try:
+            code = lib.uffd_engine_add_space(self._engine(), fd, has_events, owner_pid, out)
+            if code:
+                raise_errno("serve another userfaultfd", -code)
+            return int(out[0])
+        except BaseException:
+            if out[0]:  # interrupted: nobody knows of it
+                self.remove_space(out[0])
+            raise
 
     def adopt_space(
         self, fd: int, space: int, *, is_fork: bool, has_events: int, owner_pid: int
@@ -473,6 +477,7 @@ class Engine(SoleOwner):
             spec.states_fd = taken.states_fd
             spec.states_offset = taken.states_offset
         out = ffi.new("uint64_t *")
+        self._added_last = given.space, given.start, given.length, out
         code = lib.uffd_engine_add(self._engine(), given.space, spec, out)
         if code == -errno.EEXIST:
             raise ValueError(
@@ -484,6 +489,13 @@ class Engine(SoleOwner):
         self._owners[served.number] = (content.owner, given.owner)
         self._added(served, given)
         return served
+
+    def find(self, space: int, start: int) -> RangeId | None:
+        """Return what an `add` that was interrupted has put in there, if it has."""
+        if self._added_last is None or self._added_last[:2] != (space, start):
+            return None
+        _, _, length, out = self._added_last
+        return RangeId(space, int(out[0]), start, length) if out[0] else None
 
     def _added(self, served: RangeId, given: RangeSpec) -> None:
         """Told of a range before it is registered."""
@@ -536,14 +548,12 @@ class Engine(SoleOwner):
             code = lib.uffd_native_start(self._engine(), cpus, len(cpus), call)
         if code:
             raise_start_error("start a fault handler", -code, _name(call) or "sigaction")
-        self._running = True
         # Who had the descriptor before us may have died with faults that it had read.
         if not self._inline:
             self.wake_all()
 
     def stop(self) -> None:
         """Stop a native driver that serves nothing; another engine reads its userfaultfds."""
-        self._running = False
         lib.uffd_native_stop(self._engine())
 
     def end(self, patience_s: float) -> Ended:
@@ -553,9 +563,8 @@ class Engine(SoleOwner):
         """
         engine = self._engine()
         stays = lib.uffd_engine_end(engine, int(patience_s * 1e9)) != 0
-        if self._running and self._inline:
+        if self._inline:
             lib.uffd_inline_stop(engine, _faulthandler_left())
-        self._running = False
         return Ended(self.held(), stays)
 
     def hurry(self, patience_s: float) -> None:

@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from threading import RLock
 from types import TracebackType
@@ -73,11 +73,13 @@ from pyuffd.handlers._serving import (
     local_mapping,
     map_holes,
     register,
+    take_back,
     touched_by,
     warn_of_merging,
 )
 from pyuffd.handlers._transport import refuse_while_loading
 from pyuffd.handlers._workers import WorkedEngine
+from pyuffd.lowlevel import Granted
 from pyuffd.regions import Region
 from pyuffd.sources import PageSource
 
@@ -372,10 +374,13 @@ class Handler(SoleOwner):
                 file = local_file(region, length, local, needed=bool(writes_cache))
             else:
                 alias, local_start = local_mapping(region, length, local, needed=bool(writes_cache))
+            granted, on_close = Granted(), list[Callable[[], None]]()
             try:
                 self._overlaps.check(memory)
                 if (space, start) not in self._served:
                     settle_present(policy, region, uffd)
+                if self._started and self.driver == "inline" and ensure_inline_handler():
+                    log.warning("another SIGBUS handler had replaced pyuffd's; it is back on top")
                 served = Served(
                     engine.add(
                         RangeSpec(
@@ -404,28 +409,33 @@ class Handler(SoleOwner):
                     touched_by(region, local, preserve, writes_cache=bool(writes_cache)),
                     alias=alias,
                     preserves=preserve is not None,
+                    on_close=on_close,
                 )
                 ioctls = register(
                     engine,
                     served,
                     lambda: self._owners.verify(uffd, region, needed=reads_owner),
+                    granted,
                 )
                 if policy == "keep":
                     engine.take_in(served.id)
-            except BaseException:
-                if alias is not None:
-                    alias.close()
+                if self._started:
+                    self._may_move = False
+                self._overlaps.add(memory)
+                if isinstance(region, Region):
+                    self._follow_close(region, served)
+                self._served[space, start] = served  # last: from here on it is served
+            except BaseException:  # one of a signal handler may come anywhere
+                if (space, start) not in self._served:
+                    take_back(engine, uffd, (space, start, length), granted)
+                    self._overlaps.remove(memory)
+                    for callback in on_close:
+                        region.forget_on_close(callback)  # type: ignore[attr-defined]
+                    if alias is not None:
+                        alias.close()
                 raise
-            self._served[space, start] = served
             if mode & RegisterMode.WP:
                 warn_of_merging(served)
-            if self._started:
-                self._may_move = False
-            self._overlaps.add(memory)
-            if isinstance(region, Region):
-                self._follow_close(region, served)
-            if self._started and self.driver == "inline" and ensure_inline_handler():
-                log.warning("another SIGBUS handler had replaced pyuffd's; it is back on top")
             return ioctls
 
     def _space_of(self, engine: Backend, uffd: Userfaultfd) -> int:

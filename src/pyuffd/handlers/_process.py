@@ -104,6 +104,11 @@ class RemoteEngine(SoleOwner):
         )
         return served
 
+    def find(self, space: int, start: int) -> RangeId | None:
+        """Return what an `add` that was interrupted has put in there, if it has."""
+        found: RangeId | None = self._call("find", space, start)
+        return found
+
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
         self._call("set_ioctls", served, int(ioctls))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 import weakref
@@ -17,11 +18,14 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._engine import Content, RangeId, SourceKind
 from pyuffd.handlers._overlaps import Range
+from pyuffd.lowlevel import Granted
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
 if TYPE_CHECKING:
     from pyuffd.handlers._handler import Handler
+
+log = logging.getLogger(__name__)
 
 NEEDED_IOCTL = {
     RegisterMode.MISSING: Ioctl.COPY,
@@ -203,28 +207,17 @@ def touched_by(
     return (region,) if preserve is not None else ()
 
 
-def register(engine: Backend, served: Served, check: Callable[[], None]) -> Ioctl:
-    """Register what the engine has, and check it; take it out again when that fails."""
+def register(engine: Backend, served: Served, check: Callable[[], None], granted: Granted) -> Ioctl:
+    """Register what the engine has, and check it; `take_back` when that fails."""
     start, length = served.id.start, served.id.length
-    try:
-        ioctls = served.uffd.register(start, length, mode=served.mode)
-    except BaseException:
-        engine.unserve(served.id, seal=False, unregister=False)
-        raise
+    ioctls = served.uffd.register(start, length, mode=served.mode, granted=granted)
     missing = [
         str(ioctl.name)
         for one_mode, ioctl in NEEDED_IOCTL.items()
         if served.mode & one_mode and not ioctls & ioctl
     ]
-    # Unregistered, what waits in another process would go on with zeros.
-    undone = not served.uffd.adopted
-    try:
-        check()
-    except BaseException:
-        engine.unserve(served.id, seal=False, unregister=undone)
-        raise
+    check()
     if missing:
-        engine.unserve(served.id, seal=False, unregister=undone)
         raise ValueError(
             f"[{start:#x}, +{length:#x}) takes no {', '.join(missing)} (but {ioctls!r})"
         )
@@ -233,6 +226,24 @@ def register(engine: Backend, served: Served, check: Callable[[], None]) -> Ioct
     # The message of a thread that waits here already may have been read by somebody before us.
     served.uffd.wake(start, length)
     return ioctls
+
+
+def take_back(
+    engine: Backend, uffd: Userfaultfd, place: tuple[int, int, int], granted: Granted
+) -> None:
+    """Undo what has been done of serving [start, +length) of a space, however far that was."""
+    space, start, length = place
+    found = engine.find(space, start)
+    if found is None:
+        return
+    # Unregistered, what waits in another process would go on with zeros.
+    unregister = bool(granted.ioctls) and not uffd.adopted
+    try:
+        engine.unserve(found, seal=False, unregister=unregister)
+    except UffdOSError as error:
+        log.debug("%s", error)
+    if unregister:
+        uffd.note_unregistered(start, length)
 
 
 def leaves_holes(region: RangeLike, uffd: Userfaultfd, mode: RegisterMode) -> bool:

@@ -275,6 +275,11 @@ class Worker:
             os.sched_setaffinity(0, cpus)
         self._engine.start(cpus)
 
+    def find(self, space: int, start: int) -> RangeId | None:
+        """Return the range that was put in there, if there is one."""
+        served = self._served.values()
+        return next((one for one in served if (one.space, one.start) == (space, start)), None)
+
     def add_space(self, has_events: int, owner_pid: int, fds: list[int]) -> int:
         """Serve another userfaultfd as well."""
         space = self._engine.add_space(fds[0], has_events=has_events, owner_pid=owner_pid)
