@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -46,11 +47,18 @@ int uffd_owned_memfd_create(const char *name, uint32_t flags, int32_t *fd_ret)
 	return keep(uffd_shim_memfd_create(name, flags), fd_ret);
 }
 
-int uffd_owned_duplicate(int fd, int32_t *fd_ret)
+int uffd_owned_duplicate(int fd, int least, int32_t *fd_ret)
 {
-	int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	int copy = fcntl(fd, F_DUPFD_CLOEXEC, least);
 
 	return keep(copy < 0 ? -errno : copy, fd_ret);
+}
+
+int uffd_owned_eventfd(int32_t *fd_ret)
+{
+	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+
+	return keep(fd < 0 ? -errno : fd, fd_ret);
 }
 
 int uffd_owned_pidfd_open(int32_t pid, int32_t *fd_ret)

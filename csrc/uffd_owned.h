@@ -17,7 +17,9 @@ int uffd_owned_open(const char *path, int flags, uint32_t mode, int32_t *fd_ret)
 int uffd_owned_open_syscall(int flags, int32_t *fd_ret);
 int uffd_owned_open_device(const char *path, int flags, int32_t *fd_ret);
 int uffd_owned_memfd_create(const char *name, uint32_t flags, int32_t *fd_ret);
-int uffd_owned_duplicate(int fd, int32_t *fd_ret);
+/* `least`: no number below that. */
+int uffd_owned_duplicate(int fd, int least, int32_t *fd_ret);
+int uffd_owned_eventfd(int32_t *fd_ret);
 int uffd_owned_pidfd_open(int32_t pid, int32_t *fd_ret);
 int uffd_owned_close(int32_t *fd);
 /* Give it to another owner. */

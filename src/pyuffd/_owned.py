@@ -82,10 +82,19 @@ class Descriptor(SoleOwner):
         return self
 
     @classmethod
-    def duplicate(cls, fd: int) -> Self:
-        """Another descriptor of an open file, close-on-exec."""
+    def duplicate(cls, fd: int, least: int = 0) -> Self:
+        """Another descriptor of an open file, close-on-exec; its number is not below `least`."""
         self = cls()
-        code = lib.uffd_owned_duplicate(fd, self._cell)
+        code = lib.uffd_owned_duplicate(fd, least, self._cell)
+        if code:
+            raise OSError(-code, os.strerror(-code))
+        return self
+
+    @classmethod
+    def eventfd(cls) -> Self:
+        """eventfd(2), close-on-exec and non-blocking."""
+        self = cls()
+        code = lib.uffd_owned_eventfd(self._cell)
         if code:
             raise OSError(-code, os.strerror(-code))
         return self

@@ -8,7 +8,6 @@ other end of the socket is noticed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import logging
 import math
@@ -22,6 +21,7 @@ from collections import deque
 from typing import Any
 
 from pyuffd._limits import start_thread
+from pyuffd._owned import Descriptor
 from pyuffd.handlers import _wire
 from pyuffd.handlers._helper_start import (
     HelperLostError,
@@ -55,27 +55,27 @@ class HelperLink:
         self._calls: dict[int, _Call] = {}
         self._queue: deque[_Message | None] = deque()
         self._lock = threading.RLock()  # of `_wake`; a signal handler may call as well
-        self._wake = -1
+        self._wake = Descriptor()
         self._ready = self._lost = False
         self._give_up_at = math.inf
         self._died: BaseException | None = None
         self._how = ""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._process = HelperProcess()
+
+    def start(self) -> None:
+        """Start the process and the thread; `close` when that fails or is interrupted."""
+        self._process.start()
+        with starting("eventfd2"):
+            self._wake = Descriptor.eventfd()
         try:
-            self._process = HelperProcess()
-            with starting("eventfd2"):
-                self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            try:
-                start_thread(self._thread)
-            except OSError as error:
-                raise cannot_start(str(error)) from error
-        except BaseException:
-            self.close()
-            raise
+            start_thread(self._thread)
+        except OSError as error:
+            raise cannot_start(str(error)) from error
 
     def introduce(self, message: object, fds: tuple[int, ...]) -> None:
         """Send the first message, and wait until the helper is ready."""
-        self._post(_Message(_wire.encode(message, len(fds)), _duplicates(fds)))
+        self._post(_Message(_wire.encode(message, len(fds)), fds))
         self.call("hello", limit_s=START_LIMIT_S)
         self._ready = True
         self._process.is_ready()
@@ -122,7 +122,7 @@ class HelperLink:
         number, call = next(self._numbers), _Call()
         data = _wire.encode((number, name, pickle.dumps(args)), len(fds))
         self._calls[number] = call
-        self._post(_Message(data, _duplicates(fds)))
+        self._post(_Message(data, fds))
         return call
 
     def _result(self, call: _Call) -> Any:
@@ -139,8 +139,8 @@ class HelperLink:
     def _post(self, message: _Message | None) -> None:
         self._queue.append(message)
         with self._lock:
-            if self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
+            if self._wake.is_open:
+                os.eventfd_write(self._wake.number, 1)
         if self._lost:
             self._forget_all()
 
@@ -173,11 +173,11 @@ class HelperLink:
     def _step(self) -> bool:
         """Wait for something to do, and do it; False when the helper has ended."""
         poll = select.poll()
-        for fd in (self._process.socket.fileno(), self._process.pidfd, self._wake):
+        for fd in (self._process.socket.fileno(), self._process.pidfd, self._wake.number):
             poll.register(fd, select.POLLIN)
         ready = dict(poll.poll())
-        if self._wake in ready:
-            os.eventfd_read(self._wake)
+        if self._wake.number in ready:
+            os.eventfd_read(self._wake.number)
             self._send_queue()
         if self._process.socket.fileno() in ready:
             message, _ = _wire.receive(self._process.socket, ended=self._process.pidfd)
@@ -227,7 +227,9 @@ class HelperLink:
 
     def close(self, limit_s: float | None = None) -> None:
         """End the helper: it goes when its work is done, or is killed; twice is fine."""
-        if not hasattr(self, "_process") or self._process.pidfd < 0:
+        if self._process.pidfd < 0:
+            self._process.undo_start()
+            self._wake.close()
             return
         if self._thread.ident is not None and self._ready:
             self._post(None)
@@ -247,9 +249,7 @@ class HelperLink:
         if self._thread.ident is not None:
             self._thread.join()
         with self._lock:
-            fd, self._wake = self._wake, -1
-        if fd >= 0:
-            os.close(fd)
+            self._wake.close()
         self._process.close()
 
 
@@ -258,11 +258,16 @@ class _Message:
 
     def __init__(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         self.data = data
-        self.fds = fds
+        # Duplicates: an interrupted caller may close its own before they are sent.
+        self._owners = [Descriptor.duplicate(fd) for fd in fds]
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return tuple(owner.number for owner in self._owners)
 
     def close(self) -> None:
-        fds, self.fds = self.fds, ()
-        _wire.close_all(list(fds))
+        for owner in self._owners:
+            owner.close()
 
 
 class _Call:
@@ -272,15 +277,3 @@ class _Call:
         self.done = threading.Event()
         self.ok = False
         self.payload: bytes | None = None
-
-
-def _duplicates(fds: tuple[int, ...]) -> tuple[int, ...]:
-    """Duplicate descriptors: an interrupted caller may close its own before they are sent."""
-    found: list[int] = []
-    try:
-        for fd in fds:
-            found.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
-    except BaseException:
-        _wire.close_all(found)
-        raise
-    return tuple(found)

@@ -19,6 +19,7 @@ from typing import Any
 
 from pyuffd import _limits
 from pyuffd._errors import HandlerError, limit_met
+from pyuffd._owned import Descriptor
 
 STDIO = 3  # 0, 1 and 2 are the helper's standard streams, whatever they are here
 # A worker and a holder end at once; what a page source had started may live on.
@@ -53,20 +54,25 @@ class HelperProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # of what follows
         self._how = ""
-        self._said_fd = self.pidfd = -1
+        self._said = Descriptor()
+        self._pidfd = Descriptor()
         self._popen: subprocess.Popen[bytes] | None = None
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._undo_start)
-            with starting("socketpair"):
-                self.socket, theirs = _socketpair()
-            undo.callback(self.socket.close)
-            with theirs, _standard_error() as stderr:
-                self._open_said()
-                self._popen = self._start(theirs.fileno(), stderr)
-            self.pid = self._popen.pid
-            with starting("pidfd_open"):
-                self.pidfd = os.pidfd_open(self.pid)
-            undo.pop_all()
+
+    def start(self) -> None:
+        """Start it; `undo_start` when that fails, or whoever wanted it is interrupted."""
+        with starting("socketpair"):
+            self.socket, theirs = _socketpair()
+        with theirs, _standard_error() as stderr:
+            self._open_said()
+            self._popen = self._start(theirs.fileno(), stderr.number)
+        self.pid = self._popen.pid
+        with starting("pidfd_open"):
+            self._pidfd = Descriptor.of_process(self.pid)
+
+    @property
+    def pidfd(self) -> int:
+        """Readable when it has ended; -1 where there is none."""
+        return self._pidfd.number
 
     def _start(self, fd: int, stderr: int) -> subprocess.Popen[bytes]:
         """Start an interpreter; vfork(2) copies no memory, so no EVENT_FORK has to be read for it.
@@ -85,42 +91,37 @@ class HelperProcess:
                 [_interpreter(), *_flags(), "-P", "-c", program],
                 stdin=subprocess.DEVNULL,
                 stdout=None if is_inherited(1) else subprocess.DEVNULL,
-                stderr=self._said_fd if self._said_fd >= 0 else _inherited_or_null(2),
+                stderr=self._said.number if self._said.is_open else _inherited_or_null(2),
                 pass_fds=[fd, stderr] if stderr >= 0 else [fd],
                 start_new_session=True,
             )
 
-    def _undo_start(self) -> None:
+    def undo_start(self) -> None:
+        """End what may have been started, without a word."""
         if self._popen is not None:
             self._popen.kill()
             self._popen.wait()
-        self._close_said()
-        self._close_pidfd()
+        self.close()
 
     # What it says while it starts
 
     def _open_said(self) -> None:
         with contextlib.suppress(OSError):  # it says it to our standard error then
-            self._said_fd = os.memfd_create("uffd-helper-stderr")
-
-    def _close_said(self) -> None:
-        fd, self._said_fd = self._said_fd, -1
-        if fd >= 0:
-            os.close(fd)
+            self._said = Descriptor.memfd("uffd-helper-stderr", os.MFD_CLOEXEC)
 
     @property
     def said(self) -> str:
         """What it wrote to its standard error before it was ready."""
-        if self._said_fd < 0:
+        if not self._said.is_open:
             return ""
-        size = os.fstat(self._said_fd).st_size
-        return os.pread(self._said_fd, size, 0).decode(errors="replace").strip()
+        size = os.fstat(self._said.number).st_size
+        return os.pread(self._said.number, size, 0).decode(errors="replace").strip()
 
     def is_ready(self) -> None:
         """Pass on what it said."""
         if (said := self.said) and sys.stderr is not None:
             print(said, file=sys.stderr)
-        self._close_said()
+        self._said.close()
 
     # Its end
 
@@ -180,14 +181,10 @@ class HelperProcess:
 
     def close(self) -> None:
         """Close what leads to it, after its end; twice is fine."""
-        self.socket.close()
-        self._close_said()
-        self._close_pidfd()
-
-    def _close_pidfd(self) -> None:
-        fd, self.pidfd = self.pidfd, -1
-        if fd >= 0:
-            os.close(fd)
+        if hasattr(self, "socket"):
+            self.socket.close()
+        self._said.close()
+        self._pidfd.close()
 
 
 def _children_of_session(session: int) -> list[int]:
@@ -244,22 +241,16 @@ def _above_stdio(sock: socket.socket) -> socket.socket:
     """Move a socket that has the number of a standard stream."""
     if sock.fileno() >= STDIO:
         return sock
-    with sock:
-        return socket.socket(fileno=fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, STDIO))
+    with sock, Descriptor.duplicate(sock.fileno(), STDIO) as descriptor:
+        return socket.socket(fileno=descriptor.release())
 
 
-@contextlib.contextmanager
-def _standard_error() -> Iterator[int]:
-    """Give a number to our standard error that the helper can use when it is ready; -1: none."""
+def _standard_error() -> Descriptor:
+    """Give a number to our standard error that the helper can use when it is ready, if any."""
     if not is_inherited(2):
-        yield -1
-        return
+        return Descriptor()
     with starting("fcntl"):
-        fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, STDIO)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        return Descriptor.duplicate(2, STDIO)
 
 
 def is_inherited(fd: int) -> bool:

@@ -7,12 +7,12 @@ Two processes stand behind it: the keeper (`_helper`) and its fork, the worker
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from typing import Unpack
 
 from pyuffd._closing import SoleOwner
+from pyuffd._owned import Descriptor
 from pyuffd.handlers import _wire
 from pyuffd.handlers._backend import EngineOptions, SourceFailure
 from pyuffd.handlers._engine import (
@@ -46,17 +46,24 @@ class RemoteEngine(SoleOwner):
     _has_ended = False
 
     def __init__(self, fd: int, *, workers: int, **options: Unpack[EngineOptions]) -> None:
-        with contextlib.ExitStack() as undo:
-            self._link = HelperLink(f"uffd-p{fd}")
-            undo.callback(self._link.close)
-            self._call = self._link.call
+        self._pid = os.getpid()
+        self._link = HelperLink(f"uffd-p{fd}")
+        self._call = self._link.call
+        try:
+            self._link.start()
             with starting("pidfd_open"):
-                own = os.pidfd_open(os.getpid())  # the helper sees by it that we have ended
-            try:
-                self._link.introduce((options, workers), (fd, own))
-            finally:
-                os.close(own)
-            undo.pop_all()
+                own = Descriptor.of_process(os.getpid())  # the helper sees by it that we have ended
+            with own:
+                self._link.introduce((options, workers), (fd, own.number))
+        except BaseException:
+            self._link.close()
+            raise
+
+    def __del__(self) -> None:
+        # Does something to one that never got to its user: an exception came between. In a fork the
+        # helper is the parent's.
+        if hasattr(self, "_link") and self._pid == os.getpid():
+            self._link.close()
 
     # What a Handler calls
 
