@@ -173,7 +173,8 @@ static void note_received(struct uffd_received *received, const struct cmsghdr *
 int64_t uffd_owned_receive(int sock, void *buffer, uint64_t size, struct uffd_received *received)
 {
 	/* CMSG_LEN, not CMSG_SPACE: padding would be room for one more. */
-	_Alignas(struct cmsghdr) char control[CMSG_LEN(UFFD_RECEIVED_MAX * sizeof(int32_t))];
+	_Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(struct ucred)) +
+					      CMSG_LEN(UFFD_RECEIVED_MAX * sizeof(int32_t))];
 	struct iovec into = { buffer, size };
 	struct msghdr message = {
 		.msg_iov = &into,
@@ -188,9 +189,14 @@ int64_t uffd_owned_receive(int sock, void *buffer, uint64_t size, struct uffd_re
 	while (n < 0 && errno == EINTR);
 	if (n < 0)
 		return -errno;
-	for (struct cmsghdr *at = CMSG_FIRSTHDR(&message); at; at = CMSG_NXTHDR(&message, at))
-		if (at->cmsg_level == SOL_SOCKET && at->cmsg_type == SCM_RIGHTS)
+	for (struct cmsghdr *at = CMSG_FIRSTHDR(&message); at; at = CMSG_NXTHDR(&message, at)) {
+		if (at->cmsg_level != SOL_SOCKET)
+			continue;
+		if (at->cmsg_type == SCM_RIGHTS)
 			note_received(received, at);
+		else if (at->cmsg_type == SCM_CREDENTIALS && !received->sender)
+			memcpy(&received->sender, CMSG_DATA(at), sizeof(received->sender));
+	}
 	received->is_truncated |= !!(message.msg_flags & MSG_CTRUNC);
 	return n;
 }

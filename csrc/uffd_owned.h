@@ -62,6 +62,8 @@ struct uffd_received {
 	/* All that came; those above the limit are closed. */
 	uint32_t count;
 	uint32_t is_truncated;
+	/* The process that the first credentials name, 0 without any. */
+	int32_t sender;
 	int32_t fds[UFFD_RECEIVED_MAX];
 };
 

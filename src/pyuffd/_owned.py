@@ -142,6 +142,10 @@ class Descriptor(SoleOwner):
         lib.uffd_owned_move(self._cell, other._cell)
         return other
 
+    def move_to(self, other: Descriptor) -> None:
+        """Give it to another owner, which has none."""
+        lib.uffd_owned_move(self._cell, other._cell)
+
     # Ownership passes at an assignment, on the line that also returns: an exception comes before
     # both or not at all.
 
@@ -263,6 +267,16 @@ class Received(SoleOwner):
     def __len__(self) -> int:
         """All that came; those above the capacity are closed already."""
         return int(self._cell.count)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The descriptors, which stay this object's; -1 where one was taken."""
+        return list(self._cell.fds[0 : min(len(self), self.capacity)])
+
+    @property
+    def sender(self) -> int:
+        """The process that sent the first message which says so; 0 if none does."""
+        return int(self._cell.sender)
 
     @property
     def is_truncated(self) -> bool:

@@ -171,6 +171,19 @@ class Userfaultfd(CloseCallbacks):
         Kernel: the features come from /proc/self/fdinfo. O_NONBLOCK and FD_CLOEXEC are set: the
             flags of a received descriptor are its sender's.
         """
+        self = cls._prepared(fd, owner_pid)
+        return self._number.descriptor.adopt(fd, self)  # last: until here it is the caller's
+
+    @classmethod
+    def from_descriptor(cls, descriptor: Descriptor) -> Self:
+        """Adopt a userfaultfd from another owner; if this raises ValueError, it stays there."""
+        self = cls._prepared(descriptor.number, None)
+        descriptor.move_to(self._number.descriptor)
+        return self
+
+    @classmethod
+    def _prepared(cls, fd: int, owner_pid: int | None) -> Self:
+        """Return an object for a userfaultfd that it does not have yet."""
         _check_pid(owner_pid)
         features, ioctls = _negotiated(fd)
         os.set_blocking(fd, False)
@@ -182,7 +195,7 @@ class Userfaultfd(CloseCallbacks):
         except UffdOSError:
             self.supported = features
         self._adopt(Descriptor(), features, ioctls, adopted=True, owner_pid=owner_pid)
-        return self._number.descriptor.adopt(fd, self)  # last: until here it is the caller's
+        return self
 
     def _adopt(
         self,

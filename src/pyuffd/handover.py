@@ -26,6 +26,7 @@ from typing import Self
 
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, HandoverError, HandoverReason
+from pyuffd._owned import Descriptor, Received
 from pyuffd._pages import RangeLike, check_aligned, check_page_size, check_range, page_size_of
 from pyuffd._uffd import Userfaultfd
 
@@ -122,12 +123,12 @@ class Handover(SoleOwner):
         uffd: Userfaultfd,
         regions: tuple[HandoverRange, ...],
         peer: tuple[int, int, int],
-        memory_fds: Sequence[int],
+        memory: Sequence[Descriptor],
     ) -> None:
+        self._memory = memory
         self.uffd = uffd
         self.regions = regions
         self.pid, self.uid, self.gid = peer
-        self._memory_fds = list(memory_fds)
 
     def close(self) -> None:
         """Close the userfaultfd and the memory descriptors.
@@ -135,8 +136,8 @@ class Handover(SoleOwner):
         The owner's threads that still wait go on with zero pages: resolve them before.
         """
         self.uffd.close()
-        while self._memory_fds:
-            os.close(self._memory_fds.pop())
+        for descriptor in self._memory:
+            descriptor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -146,10 +147,10 @@ class Handover(SoleOwner):
 
     def __del__(self) -> None:
         # The userfaultfd may have been taken out; it warns for itself.
-        if self._memory_fds:
+        if hasattr(self, "gid") and any(descriptor.is_open for descriptor in self._memory):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            while self._memory_fds:
-                os.close(self._memory_fds.pop())
+            for descriptor in self._memory:
+                descriptor.close()
 
     def __repr__(self) -> str:
         return (
@@ -256,7 +257,7 @@ def recv_uffd(
     if max_regions < 0:
         raise ValueError(f"max_regions {max_regions} is negative")
     peer = _Peer(sock, allow_uids, timeout_s)
-    with peer.errors(), peer.names_sender(), _Descriptors() as received:
+    with peer.errors(), peer.names_sender(), Received() as received:
         header = peer.receive(_HEADER.size, received)
         magic, version, range_size, count, fd_count = _HEADER.unpack(header)
         if magic != MAGIC:
@@ -269,17 +270,18 @@ def recv_uffd(
             raise _Refusal("too-large", f"{count} ranges, and {max_regions} are taken")
         if not 1 <= fd_count <= 1 + MAX_MEMORY_FDS:
             raise _Refusal("descriptors", f"{fd_count} descriptors announced")
-        if len(received.fds) != fd_count:
+        if len(received) != fd_count:
             raise _Refusal(
-                "descriptors", f"{fd_count} descriptors announced, {len(received.fds)} received"
+                "descriptors", f"{fd_count} descriptors announced, {len(received)} received"
             )
         body = peer.receive(count * _RANGE.size, received)
-        if len(received.fds) != fd_count:
+        if len(received) != fd_count:
             raise _Refusal("descriptors", "more descriptors than were announced")
-        ranges = _parsed(body, received.fds[1:])
+        ranges = _parsed(body, received.numbers[1:])
         uffd = _adopted(received)
-        uffd.owner_pid = peer.sender_pid
-        return Handover(uffd, ranges, peer.credentials, received.keep())
+        uffd.owner_pid = peer.sender_pid(received)
+        memory = [received.take(index) for index in range(1, fd_count)]
+        return Handover(uffd, ranges, peer.credentials, memory)
 
 
 def _described(regions: Iterable[RangeLike], memory: bool) -> tuple[list[HandoverRange], list[int]]:
@@ -343,13 +345,12 @@ def _check_memory(each: HandoverRange, fd: int) -> None:
         raise _Refusal("memory", f"{each!r} ends behind its memory of {status.st_size:#x} bytes")
 
 
-def _adopted(received: _Descriptors) -> Userfaultfd:
-    try:
-        uffd = Userfaultfd.from_fd(received.fds[0])
-    except ValueError as error:
-        raise _Refusal("not-a-userfaultfd", str(error)) from error
-    received.fds.pop(0)
-    return uffd
+def _adopted(received: Received) -> Userfaultfd:
+    with received.take(0) as descriptor:
+        try:
+            return Userfaultfd.from_descriptor(descriptor)
+        except ValueError as error:
+            raise _Refusal("not-a-userfaultfd", str(error)) from error
 
 
 def _own_credentials() -> tuple[int, int, bytes]:
@@ -364,23 +365,6 @@ class _Refusal(Exception):
         self.reason, self.text = reason, text
 
 
-class _Descriptors:
-    # Received descriptors, closed at the end unless they are kept.
-    def __init__(self) -> None:
-        self.fds: list[int] = []
-
-    def keep(self) -> list[int]:
-        fds, self.fds = self.fds, []
-        return fds
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for fd in self.keep():
-            os.close(fd)
-
-
 class _Peer:
     # A checked connection with one deadline for all that is done on it. What a message means is
     # not known here, so that another program's handshake can use it too.
@@ -392,7 +376,6 @@ class _Peer:
         self._sock = sock
         self._deadline = _deadline(timeout_s)
         allowed = {os.geteuid(), 0} if allow_uids is None else set(allow_uids)
-        self._sender_pid = 0  # of the message, as its credentials say
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         pid, uid, gid = _PEER.unpack(raw)
         self.credentials = pid, uid & 0xFFFF_FFFF, gid & 0xFFFF_FFFF
@@ -429,11 +412,10 @@ class _Peer:
         finally:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, was)
 
-    @property
-    def sender_pid(self) -> int | None:
-        """The process that sent the message, or None where it cannot be told."""
-        if self._sender_pid:
-            return self._sender_pid
+    def sender_pid(self, received: Received) -> int | None:
+        """Return the process that sent the message, or None where it cannot be told."""
+        if received.sender:
+            return received.sender
         # Credentials that were not sent are 0, and so are those of a PID namespace that is hidden
         # from here. The peer of a pair that this process made is this process, whoever sends.
         pid = self.credentials[0]
@@ -447,37 +429,25 @@ class _Peer:
                     [data], control, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
                 )
 
-    def receive(self, length: int, received: _Descriptors) -> bytes:
-        # Descriptors may come with any byte; a buffer for all of them at each call, and not one
-        # more, lets none slip by and none be installed that could not be wanted.
-        data = bytearray()
-        # CMSG_LEN, not CMSG_SPACE: padding would be room for one more.
-        space = socket.CMSG_SPACE(_PEER.size) + socket.CMSG_LEN(
-            (1 + MAX_MEMORY_FDS) * array.array("i").itemsize
-        )
-        flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-        while len(data) < length:
+    def receive(self, length: int, received: Received) -> bytes:
+        # Descriptors may come with any byte.
+        data = bytearray(length)
+        done = 0
+        while done < length:
             self._wait(select.POLLIN)
             try:
-                piece, control, state, _ = self._sock.recvmsg(length - len(data), space, flags)
+                count = received.receive(self._sock.fileno(), memoryview(data)[done:])
             except BlockingIOError:
                 continue
-            for level, kind, content in control:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                    self._sender_pid = self._sender_pid or _PEER.unpack(content)[0]
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    fds = array.array("i")
-                    fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-                    received.fds.extend(fds)
-            if state & socket.MSG_CTRUNC:
+            if received.is_truncated:
                 raise _Refusal(
                     "truncated",
                     "descriptors were lost on the way: more than a handover has, or more than"
                     " this process may open (RLIMIT_NOFILE)",
                 )
-            if not piece:
-                raise _Refusal("closed", f"the peer closed after {len(data)} of {length} bytes")
-            data += piece
+            if not count:
+                raise _Refusal("closed", f"the peer closed after {done} of {length} bytes")
+            done += count
         return bytes(data)
 
 
@@ -494,7 +464,13 @@ class UnixListener(SoleOwner):
         self._sock = sock
         self.path = path
         self._pid = os.getpid()
-        self._identity = _identity(path)
+        self._identity: tuple[int, int] | None = None  # of its file, once it is bound
+
+    def _listen(self, backlog: int) -> None:
+        os.fchmod(self._sock.fileno(), 0o600)
+        self._sock.bind(self.path)
+        self._identity = _identity(self.path)
+        self._sock.listen(backlog)
 
     def accept(self, *, timeout_s: float | None = TIMEOUT_S) -> socket.socket:
         """Return the next connection, a blocking stream socket.
@@ -524,8 +500,21 @@ class UnixListener(SoleOwner):
         """Stop listening, and remove the socket's file; in a fork, only close."""
         if self._sock.fileno() < 0:
             return
-        self._sock.close()
-        if self._pid == os.getpid() and _identity(self.path) == self._identity:
+        try:
+            self._unlink()
+        except OSError:
+            self._sock.close()
+            raise
+        self._sock.close()  # last: what was interrupted before is done by the next close()
+
+    def _unlink(self) -> None:
+        if self._identity is None and self._sock.getsockname() == self.path:
+            self._identity = _identity(self.path)  # interrupted when it had just been bound
+        if (
+            self._pid == os.getpid()
+            and self._identity is not None
+            and _identity(self.path) == self._identity
+        ):
             with suppress(FileNotFoundError):
                 os.unlink(self.path)
 
@@ -534,6 +523,11 @@ class UnixListener(SoleOwner):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_identity") and self._sock.fileno() >= 0 and self._pid == os.getpid():
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._sock.fileno() < 0 else f"fd={self._sock.fileno()}"
@@ -557,15 +551,9 @@ def listen_unix(path: str | os.PathLike[str], *, backlog: int = BACKLOG) -> Unix
     """
     name = _checked_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        os.fchmod(sock.fileno(), 0o600)
-        sock.bind(name)
-    except BaseException:
-        sock.close()
-        raise
     listener = UnixListener(sock, name)
     try:
-        sock.listen(backlog)
+        listener._listen(backlog)
     except BaseException:
         listener.close()
         raise

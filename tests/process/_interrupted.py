@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
 import tempfile
 import threading
 
@@ -25,6 +26,7 @@ from pyuffd import (
     _memory,
 )
 from pyuffd.handlers._checks import Driver
+from pyuffd.handover import connect_unix, listen_unix, recv_uffd, send_uffd
 from tests.process._interruptions import LARGE, MARK, Interrupter, Scenario, main
 
 PAGE = 4096
@@ -270,7 +272,32 @@ def protect(at: Interrupter) -> None:
         region.write(0, b"w" * region.length)
 
 
+def hand_over(at: Interrupter) -> None:
+    """What came over a socket is the Handover's, or nobody's."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Userfaultfd() as uffd, Region.memfd(PAGE) as region:
+        send_uffd(theirs, uffd, [region], memory=True)
+        with at.armed(), recv_uffd(ours) as handover:
+            assert handover.regions[0].fd is not None
+
+
+def listen(at: Interrupter) -> None:
+    path = f"{tempfile.gettempdir()}/{MARK}"
+    with at.armed(), listen_unix(path) as listener, connect_unix(path), listener.accept():
+        pass
+
+
+def close_listener(at: Interrupter) -> None:
+    listener = listen_unix(f"{tempfile.gettempdir()}/{MARK}")
+    with at.armed():
+        listener.close()
+    listener.close()
+
+
 OBJECTS: list[Scenario] = [
+    hand_over,
+    listen,
+    close_listener,
     open_userfaultfd,
     adopt_userfaultfd,
     detach_userfaultfd,
