@@ -74,7 +74,7 @@ def _task_limits() -> Iterator[tuple[str, int, int]]:
     import resource
 
     # Threads of a process are in one namespace.
-    if os.readlink(PROC / "self/ns/pid") != os.readlink(PROC / "self/ns/pid_for_children"):
+    if os.readlink(PROC / "self/ns/pid") != _pid_namespace_of_children():
         yield "children live in another pid namespace (unshare(CLONE_NEWPID)): no threads", 1, 0
     uid = os.getuid()
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
@@ -95,6 +95,14 @@ def _task_limits() -> Iterator[tuple[str, int, int]]:
     most = _number("sys/kernel/threads-max")
     total = int((PROC / "loadavg").read_text().split()[3].partition("/")[2])
     yield f"kernel.threads-max is {most}, and there are {total}", total, most
+
+
+def _pid_namespace_of_children() -> str:
+    """Return the name of the namespace; "" for one that has no process yet."""
+    try:
+        return os.readlink(PROC / "self/ns/pid_for_children")
+    except FileNotFoundError:
+        return ""
 
 
 def _cgroup_limits() -> Iterator[tuple[str, int, int]]:

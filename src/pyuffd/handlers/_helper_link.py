@@ -54,7 +54,7 @@ class HelperLink:
         self._numbers = itertools.count(1)
         self._calls: dict[int, _Call] = {}
         self._queue: deque[_Message | None] = deque()
-        self._lock = threading.RLock()  # of `_wake`; a signal handler may call as well
+        self._lock = threading.RLock()  # of `_wake` and the start; a signal handler may call
         self._wake = Descriptor()
         self._ready = self._lost = False
         self._give_up_at = math.inf
@@ -62,16 +62,21 @@ class HelperLink:
         self._how = ""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._process = HelperProcess()
+        self._begun = threading.Event()
+        self._is_cancelled = False
+        self._not_started: BaseException | None = None
 
     def start(self) -> None:
-        """Start the process and the thread; `close` when that fails or is interrupted."""
-        self._process.start()
+        """Start the thread, and it the process; `close` when that fails or is interrupted."""
         with starting("eventfd2"):
             self._wake = Descriptor.eventfd()
         try:
             start_thread(self._thread)
         except OSError as error:
             raise cannot_start(str(error)) from error
+        self._begun.wait()
+        if self._not_started is not None:
+            raise self._not_started
 
     def introduce(self, message: object, fds: tuple[int, ...]) -> None:
         """Send the first message, and wait until the helper is ready."""
@@ -160,6 +165,25 @@ class HelperLink:
     # The thread
 
     def _run(self) -> None:
+        if self._start_process():
+            self._talk()
+
+    def _start_process(self) -> bool:
+        # In this thread no signal handler runs: between vfork(2) and the line that notes the
+        # process none can come.
+        with self._lock:
+            try:
+                if not self._is_cancelled:
+                    self._process.start()
+                return not self._is_cancelled
+            except BaseException as error:
+                self._not_started = error
+                self._process.undo_start()
+                return False
+            finally:
+                self._begun.set()
+
+    def _talk(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while self._step():
                 pass
@@ -227,6 +251,8 @@ class HelperLink:
 
     def close(self, limit_s: float | None = None) -> None:
         """End the helper: it goes when its work is done, or is killed; twice is fine."""
+        with self._lock:  # which the thread has while it starts the process
+            self._is_cancelled = True
         if self._process.pidfd < 0:
             self._process.undo_start()
             self._wake.close()

@@ -230,7 +230,7 @@ def starting(call: str) -> Iterator[None]:
 def _socketpair() -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair()
     try:
-        return ours, _above_stdio(theirs)
+        return _above_stdio(ours), _above_stdio(theirs)  # what is printed here goes to neither
     except BaseException:
         ours.close()
         theirs.close()

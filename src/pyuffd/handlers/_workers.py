@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Unpack
 
 from pyuffd._errors import UffdOSError
@@ -117,9 +118,9 @@ class WorkedEngine(Engine):
         except BaseException:
             self.stop()
             for thread in self._threads:
-                if thread.ident is not None:
+                # Not started; or a signal came before the thread could say that it runs.
+                with suppress(RuntimeError):
                     thread.join(PATIENCE_S)
-            self._threads.clear()
             raise
 
     def end(self, patience_s: float) -> Ended:
