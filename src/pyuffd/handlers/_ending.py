@@ -49,9 +49,11 @@ class Ending:
         self._is_over = threading.Event()
         self._start_lock = threading.RLock()
         self._is_started = False
+        self._work_lock = threading.Lock()
+        self._worker = 0  # the thread that does the work
         self._give_up_at = time.monotonic() + limit_s
         self._limit_s = limit_s
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._name = name
 
     def left_s(self) -> float:
         """Return how long page sources may still be waited for."""
@@ -61,17 +63,14 @@ class Ending:
 
     def wait(self) -> None:
         """Wait for the end, which this begins, and raise its error unless that was done."""
-        if threading.current_thread() is self._thread:
+        if self._worker == threading.get_ident():
             return  # closed something whose callbacks stop the handler
-        if not self._start():
-            self._run_here()
-        else:
-            try:
-                self._join()
-            except BaseException:
-                self.cut_short()
-                self._join()
-                raise
+        try:
+            self._go_on()
+        except BaseException:
+            self.cut_short()
+            self._go_on()
+            raise
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -84,32 +83,40 @@ class Ending:
         except Exception as error:  # it may be over by now, or its helper lost
             log.debug("cutting the end of a handler short: %s", error)
 
+    def _go_on(self) -> None:
+        if not self._start():
+            self._run()
+        self._join()
+
     def _start(self) -> bool:
-        """Start the thread, once; False where none can be started: at the interpreter's end."""
+        """Start a thread; False where none can be started: at the interpreter's end.
+
+        When this is interrupted nobody knows whether there is one, and the next call starts
+        another; one of them does the work.
+        """
         with self._start_lock:
             if not self._is_started:
                 try:
-                    self._thread.start()
+                    threading.Thread(target=self._run, name=self._name, daemon=True).start()
                 except RuntimeError as error:
                     log.debug("no thread to end a handler: %s", error)
-                    return self._is_over.is_set()
+                    return False
                 self._is_started = True
         return True
 
-    def _run_here(self) -> None:
-        try:
-            self._run()
-        except BaseException:
-            self.cut_short()
-            self._run()  # every step may be done again
-            raise
-
     def _run(self) -> None:
-        try:
-            self._error = self._work(self)
-        except Exception as error:
-            self._error = error
-        self._is_over.set()
+        """Do the work, unless that is done; every step of it may be done again."""
+        with self._work_lock:
+            if self._is_over.is_set():
+                return
+            self._worker = threading.get_ident()
+            try:
+                self._error = self._work(self)
+            except Exception as error:
+                self._error = error
+            finally:
+                self._worker = 0
+            self._is_over.set()
 
     def _join(self) -> None:
         last, since = None, time.monotonic()
@@ -120,7 +127,7 @@ class Ending:
             limit_s = GRACE_S if self.is_cut_short else self._limit_s
             if now - since > limit_s + REST_LIMIT_S:
                 raise HandlerError(
-                    f"a handler's end does not get on: it is left to thread {self._thread.name!r},"
+                    f"a handler's end does not get on: it is left to thread {self._name!r},"
                     " and ranges that are not unregistered yet stay registered"
                 )
 
