@@ -342,6 +342,7 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	/* A worker's thread is the caller's: it is left where it is. */
 	uffd_placement_init(&engine->placement, !cpu_count && engine->options.spin_ns &&
 							!engine->options.has_workers);
+	engine->leaves_strays = false;
 	atomic_store(&engine->stop, false);
 	atomic_store(&engine->thread_done, false);
 	r = open_descriptors(engine, call_ret);

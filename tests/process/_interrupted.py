@@ -172,7 +172,7 @@ def serve(at: Interrupter, driver: Driver, armed: str) -> None:
         return at.armed() if name == armed else contextlib.nullcontext()
 
     features = Feature.SIGBUS if driver == "inline" else Feature(0)
-    in_python = driver in ("process", "thread")
+    in_python = driver in ("process", "thread", "auto")
     source = CallableSource(content) if in_python else BufferSource(CONTENT * PAGES)
     with contextlib.ExitStack() as stack:
         uffd = stack.enter_context(Userfaultfd(features=features))
@@ -314,7 +314,7 @@ OBJECTS: list[Scenario] = [
     refuse_file_source,
 ]
 PARTS = ["make", "serve", "start", "populate", "unserve", "stop"]
-DRIVERS: list[Driver] = ["native", "inline", "thread", "process"]
+DRIVERS: list[Driver] = ["native", "inline", "thread", "process", "auto"]
 WHOLE: list[Scenario] = [
     close_region_under_its_handler,
     close_userfaultfd_under_its_handler,

@@ -537,6 +537,8 @@ class Engine(SoleOwner):
         if code:
             raise_errno("unserve", -code, served.start, served.length)
         self._owners.pop(served.number, None)
+        if self._added_last is not None and int(self._added_last[3][0]) == served.number:
+            self._added_last = None
         return True
 
     def start(self, cpus: list[int]) -> None:

@@ -213,13 +213,18 @@ class Handler(SoleOwner):
             retry_limit_ns=int(RETRY_LIMIT_S * 1e9),
             say_fd=stderr_fd(),
         )
-        uffd.claim_events(self)
+        engine = None
         try:
-            self._engine = self._make_engine()
+            uffd.claim_events(self)
+            engine = self._make_engine()
+            uffd.on_close(self.stop)
+            self._engine = engine  # last: until here nobody stops it
         except BaseException:
+            uffd.forget_on_close(self.stop)
+            if engine is not None:
+                engine.destroy()
             uffd.release_events(self)
             raise
-        uffd.on_close(self.stop)
 
     def _make_engine(self) -> Backend:
         fd = self.uffd.fileno()
@@ -242,26 +247,28 @@ class Handler(SoleOwner):
                 f"{source!r} must be read by Python, but this handler serves other regions"
                 " without: serve it first, or make the Handler with driver='process'"
             )
-        self.driver = "process"
+        engine: Backend | None = None
         try:
+            self.driver = "process"
             engine = self._make_engine()
-            try:
-                spaces = {
-                    uffd: self._add_space(engine, uffd) if uffd is not self.uffd else 0
-                    for uffd in self._spaces
-                }
-                if self._started:
-                    engine.start(self._cpus)
-            except BaseException:
-                engine.destroy()
-                raise
+            spaces = {
+                uffd: self._add_space(engine, uffd) if uffd is not self.uffd else 0
+                for uffd in self._spaces
+            }
+            if self._started:
+                engine.start(self._cpus)
+            if isinstance(old, Engine):  # so it is: "auto" began with the native driver
+                old.leave_strays()
+                old.stop()
+            self._engine, self._spaces, self._may_move = engine, spaces, False
         except BaseException:
-            self.driver = "native"
+            if self._engine is old:
+                self.driver = "native"
+                if engine is not None:
+                    engine.destroy()
+                if self._started:
+                    old.start(self._cpus)
             raise
-        self._engine, self._spaces, self._may_move = engine, spaces, False
-        if isinstance(old, Engine):  # so it is: "auto" began with the native driver
-            old.leave_strays()
-            old.stop()
         old.destroy()
         return engine
 

@@ -79,9 +79,9 @@ class Use:
     what: str  # its repr
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Range:
-    """A served range, and the memory that it needs."""
+    """A served range, and the memory that it needs; removing one leaves another alike."""
 
     start: int
     length: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import Unpack
 
 from pyuffd._closing import SoleOwner
@@ -28,7 +29,7 @@ from pyuffd.handlers._engine import (
     known_failure,
 )
 from pyuffd.handlers._helper_link import HelperLink
-from pyuffd.handlers._helper_start import starting
+from pyuffd.handlers._helper_start import HelperLostError, starting
 from pyuffd.handlers._transport import pack
 from pyuffd.handlers._worker_process import Serving
 
@@ -44,6 +45,7 @@ class RemoteEngine(SoleOwner):
     is_remote = True
     _instead = "it is a process of this one"
     _has_ended = False
+    _added_spaces = 0
 
     def __init__(self, fd: int, *, workers: int, **options: Unpack[EngineOptions]) -> None:
         self._pid = os.getpid()
@@ -69,7 +71,16 @@ class RemoteEngine(SoleOwner):
 
     def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd as well."""
-        return int(self._call("add_space", has_events, owner_pid, fds=(fd,)))
+        self._added_spaces += 1
+        key = self._added_spaces
+        try:
+            return int(self._call("add_space", has_events, owner_pid, key, fds=(fd,)))
+        except BaseException:
+            with suppress(HelperLostError):
+                space = self._call("find_space", key)
+                if space is not None:  # interrupted: nobody knows of it
+                    self.remove_space(space)
+            raise
 
     def remove_space(self, space: int) -> None:
         """Forget it."""

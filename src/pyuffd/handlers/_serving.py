@@ -10,15 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pyuffd import _memory
+from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd._errors import UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._engine import Content, RangeId, SourceKind
+from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Range
-from pyuffd.lowlevel import Granted
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
@@ -207,7 +207,9 @@ def touched_by(
     return (region,) if preserve is not None else ()
 
 
-def register(engine: Backend, served: Served, check: Callable[[], None], granted: Granted) -> Ioctl:
+def register(
+    engine: Backend, served: Served, check: Callable[[], None], granted: lowlevel.Granted
+) -> Ioctl:
     """Register what the engine has, and check it; `take_back` when that fails."""
     start, length = served.id.start, served.id.length
     ioctls = served.uffd.register(start, length, mode=served.mode, granted=granted)
@@ -229,17 +231,20 @@ def register(engine: Backend, served: Served, check: Callable[[], None], granted
 
 
 def take_back(
-    engine: Backend, uffd: Userfaultfd, place: tuple[int, int, int], granted: Granted
+    engine: Backend, uffd: Userfaultfd, place: tuple[int, int, int], granted: lowlevel.Granted
 ) -> None:
     """Undo what has been done of serving [start, +length) of a space, however far that was."""
     space, start, length = place
-    found = engine.find(space, start)
-    if found is None:
-        return
     # Unregistered, what waits in another process would go on with zeros.
     unregister = bool(granted.ioctls) and not uffd.adopted
     try:
-        engine.unserve(found, seal=False, unregister=unregister)
+        found = engine.find(space, start)
+        if found is not None:
+            engine.unserve(found, seal=False, unregister=unregister)
+    except HelperLostError as error:
+        log.debug("%s", error)
+        if unregister:
+            lowlevel.unregister(uffd.fileno(), start, length)
     except UffdOSError as error:
         log.debug("%s", error)
     if unregister:

@@ -143,6 +143,7 @@ class Worker:
         self._gave_up = book.gave_up
         self._served: dict[int, RangeId] = {}
         self._space_fds: dict[int, int] = {}
+        self._space_keys: dict[int, int] = {}
         address, _, self._shared = _memory.buffer_address(shared)
         self._engine = WorkedEngine(
             book.spaces[0].fd,
@@ -280,11 +281,16 @@ class Worker:
         served = self._served.values()
         return next((one for one in served if (one.space, one.start) == (space, start)), None)
 
-    def add_space(self, has_events: int, owner_pid: int, fds: list[int]) -> int:
-        """Serve another userfaultfd as well."""
+    def add_space(self, has_events: int, owner_pid: int, key: int, fds: list[int]) -> int:
+        """Serve another userfaultfd as well; `find_space` knows it by `key`."""
         space = self._engine.add_space(fds[0], has_events=has_events, owner_pid=owner_pid)
         self._space_fds[space] = fds[0]
+        self._space_keys[key] = space
         return space
+
+    def find_space(self, key: int) -> int | None:
+        """Return the space that an `add_space` made whose caller was interrupted."""
+        return self._space_keys.get(key)
 
     def remove_space(self, space: int) -> None:
         """Forget a userfaultfd."""
