@@ -210,11 +210,6 @@ int uffd_shim_madvise(uint64_t start, uint64_t length, int advice)
 	return madvise((void *)(uintptr_t)start, length, advice) ? -errno : 0;
 }
 
-int uffd_shim_mincore(uint64_t start, uint64_t length, void *vec)
-{
-	return mincore((void *)(uintptr_t)start, length, vec) ? -errno : 0;
-}
-
 int uffd_shim_memfd_create(const char *name, uint32_t flags)
 {
 	int fd = memfd_create(name, flags);

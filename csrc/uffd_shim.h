@@ -45,19 +45,7 @@ int64_t uffd_shim_read(int fd, void *buffer, uint64_t size);
 /* The ioctl numbers as built, indexed by the bit number _UFFDIO_*; 0 if unknown. */
 uint64_t uffd_shim_ioctl_number(uint32_t nr);
 
-/*
- * Memory.  A page of a registered range may be missing, so each of these can
- * block until somebody resolves the fault.
- */
-/* The five below return 0, or the address whose access raised SIGBUS; part of it may be done. */
-uint64_t uffd_shim_read_memory(void *dst, uint64_t src, uint64_t length);
-uint64_t uffd_shim_write_memory(uint64_t dst, const void *src, uint64_t length);
-uint64_t uffd_shim_fill_memory(uint64_t dst, int value, uint64_t length);
-uint64_t uffd_shim_touch_read(uint64_t start, uint64_t length, uint64_t step);
-uint64_t uffd_shim_touch_write(uint64_t start, uint64_t length, uint64_t step);
-/* From now on they die of it, as any other access of this process. */
-void uffd_shim_unguard(void);
-
+/* Memory. */
 int uffd_shim_mmap(uint64_t address, uint64_t length, int prot, int flags, int fd,
 		   uint64_t offset, uint64_t *address_ret);
 int uffd_shim_munmap(uint64_t start, uint64_t length);
@@ -65,7 +53,6 @@ int uffd_shim_mremap(uint64_t from, uint64_t length, uint64_t new_length, int fl
 		     uint64_t to, uint64_t *address_ret);
 int uffd_shim_mprotect(uint64_t start, uint64_t length, int prot);
 int uffd_shim_madvise(uint64_t start, uint64_t length, int advice);
-int uffd_shim_mincore(uint64_t start, uint64_t length, void *vec);
 int uffd_shim_memfd_create(const char *name, uint32_t flags);
 int uffd_shim_fallocate(int fd, int mode, int64_t offset, int64_t length);
 int uffd_shim_fstatfs(int fd, int64_t *type_ret, uint64_t *block_size_ret);

@@ -1,8 +1,4 @@
 // SPDX-License-Identifier: MIT
-/*
- * Memory by address.  An access that meets SIGBUS, as a poisoned page or a file that
- * was truncated raises it, ends there; the address goes to the caller.
- */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <setjmp.h>
@@ -10,7 +6,7 @@
 #include <string.h>
 #include <ucontext.h>
 
-#include "uffd_shim.h"
+#include "access.h"
 #include "sigbus.h"
 
 struct access {
@@ -31,7 +27,8 @@ static __thread struct {
 	bool blocks;
 } guard __attribute__((tls_model("initial-exec")));
 
-void uffd_access_escape(const siginfo_t *info, const void *context)
+/* In the signal handler: does not return if the access was guarded. */
+static void escape(const siginfo_t *info, const void *context)
 {
 	if (!guard.active || info->si_code <= 0)
 		return;
@@ -72,7 +69,7 @@ static uint64_t guarded(void (*touch)(const struct access *), const struct acces
 	}
 	if (!guard.looked || guard.blocks)
 		set_sigbus(SIG_UNBLOCK);
-	uffd_sigbus_enter();
+	uffd_sigbus_enter(escape);
 	guard.address = 0;
 	/* Without the mask, which costs a system call: the handler keeps it. */
 	if (!sigsetjmp(guard.back, 0)) {

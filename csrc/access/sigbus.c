@@ -17,6 +17,7 @@
 static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic unsigned int users;
 static _Atomic(uffd_sigbus_resolver) resolver;
+static _Atomic(uffd_sigbus_escape) escape;
 static struct sigaction previous;
 /*
  * What was there before ours the first time.  An action that was put on top of
@@ -79,6 +80,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 	uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
 	uint64_t error = (uint64_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_ERR];
 	uffd_sigbus_resolver resolve = atomic_load(&resolver);
+	uffd_sigbus_escape leave = atomic_load(&escape);
 	int saved_errno = errno;
 
 	/*
@@ -88,7 +90,8 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 	if (info->si_code == BUS_ADRERR && resolve && resolve(address, error)) {
 		passed_on.is_set = false;
 	} else {
-		uffd_access_escape(info, context);
+		if (leave)
+			leave(info, context);
 		pass_on(number, info, context);
 	}
 	errno = saved_errno;
@@ -176,11 +179,12 @@ void uffd_sigbus_release(bool to_original)
  */
 #define TRUSTED_CYCLES	100000
 
-void uffd_sigbus_enter(void)
+void uffd_sigbus_enter(uffd_sigbus_escape way_out)
 {
 	static _Atomic uint64_t looked_at;
 	uint64_t now = __builtin_ia32_rdtsc();
 
+	atomic_store_explicit(&escape, way_out, memory_order_relaxed);
 	/* Counted first: a driver that stops leaves the action where an access needs it. */
 	atomic_fetch_add(&users, 1);
 	if (atomic_load(&in_chain) &&

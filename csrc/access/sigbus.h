@@ -18,8 +18,11 @@ typedef bool (*uffd_sigbus_resolver)(uint64_t address, uint64_t cpu_error);
 int uffd_sigbus_acquire(uffd_sigbus_resolver resolver);
 void uffd_sigbus_release(bool to_original);
 
+/* Runs in the signal handler when nobody has resolved it; need not return. */
+typedef void (*uffd_sigbus_escape)(const siginfo_t *info, const void *context);
+
 /* For single accesses: it is on top; the action stays after the last one. */
-void uffd_sigbus_enter(void);
+void uffd_sigbus_enter(uffd_sigbus_escape escape);
 void uffd_sigbus_leave(void);
 
 /* Whether the action of the process is ours; put it back on top if it is not. */
@@ -28,8 +31,5 @@ int uffd_sigbus_reinstall(void);
 
 /* A fork's child begins anew. */
 void uffd_sigbus_forget_parent(void);
-
-/* In the handler, when nobody has resolved it: does not return if the access was guarded. */
-void uffd_access_escape(const siginfo_t *info, const void *context);
 
 #endif /* UFFD_SIGBUS_H */

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "alloc.h"
+#include "uffd_abi.h"
 
 /* Blocks of 128 bytes to 64 KiB come from slabs and go back to a list; larger ones are mapped. */
 #define HEADER_SIZE	64u

@@ -4,7 +4,7 @@
 #include <time.h>
 
 #include "barrier.h"
-#include "fill.h"
+#include "clock.h"
 
 #define CHECK_NS 100000
 

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "alloc.h"
+#include "base.h"
 #include "content.h"
 
 #define BASE_PAGE 4096u

@@ -1,22 +1,21 @@
 /* SPDX-License-Identifier: MIT */
-/* Shared by the engine's files and its drivers; nobody else includes this. */
-#ifndef UFFD_ENGINE_INTERNAL_H
-#define UFFD_ENGINE_INTERNAL_H
+/* The structures that the engine's files share, and their accessors. */
+#ifndef UFFD_ENGINE_CORE_H
+#define UFFD_ENGINE_CORE_H
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdbool.h>
 #include <sys/queue.h>
+#include <unistd.h>
 
-#include "barrier.h"
-#include "types.h"
+#include "base.h"
 #include "hold.h"
-#include "successor.h"
-#include "uffd_owner.h"
 #include "placement.h"
 #include "table.h"
+#include "types.h"
+#include "uffd_abi.h"
 
-#define BASE_PAGE		4096u
 #define RECENT_PER_SHARD	256
 #define PREFETCH_JOBS		64
 /* Pages up to this size are zeroed from `zeros`, larger ones from `huge_zeros`. */
@@ -61,7 +60,7 @@ struct engine_shared {
 
 #define COUNTER(field) (offsetof(struct uffd_stats, field) / sizeof(uint64_t))
 
-/* An unmapping whose event is still to come, see layout.c. */
+/* An unmapping whose event is still to come, see owed.c. */
 struct owed_unmap {
 	struct owed_unmap *next;
 	uint64_t start;
@@ -126,7 +125,7 @@ enum lead_state {
 	LEAD_DISMISSED,
 };
 
-/* The end of an engine (end.c). */
+/* The end of an engine, see end.c. */
 struct ending {
 	_Atomic bool began;		/* ranges go, none is put in any more */
 	_Atomic bool over;		/* who comes back now leaves everything as it is */
@@ -158,6 +157,7 @@ struct uffd_engine {
 
 	pthread_mutex_t spaces_lock;
 	LIST_HEAD(, uffd_space) spaces;
+	struct uffd_table *table;	/* of all of them; NULL: each has its own */
 	struct uffd_space *primary;
 	_Atomic uint32_t space_count;
 	uint32_t next_space;
@@ -173,13 +173,12 @@ struct uffd_engine {
 	uint32_t leader_id;		/* gettid() */
 	uint64_t applying;	/* the number of the layout event that is being applied */
 	struct fault_list deferred;	/* the layout was changing */
-	struct fault_list strays;	/* nobody serves them, stray.c */
+	struct fault_list strays;	/* nobody serves them, see stray.c */
 	bool leaves_strays;		/* to whoever reads the descriptors after us */
 	struct prefetch_job jobs[PREFETCH_JOBS];
 	size_t job_count;
 	uint64_t steps;
 	_Atomic uint64_t forks_followed;
-	const struct deferred_fault *fault_in_hand;
 	struct spin {
 		uint64_t limit_ns;
 		uint64_t now_ns;
@@ -247,7 +246,8 @@ enum outcome {
 	OUTCOME_DISMISSED,	/* for the leader: another thread ends the engine */
 };
 
-/* stats.c */
+/* Counting */
+
 static inline unsigned int current_cpu(void)
 {
 	int cpu = sched_getcpu();
@@ -280,20 +280,6 @@ static inline void end_work(struct uffd_engine *engine, uint32_t phase)
 	atomic_fetch_sub_explicit(&engine->at_work[phase], 1, memory_order_release);
 }
 
-void await_work(struct uffd_engine *engine);
-
-enum uffd_fault_kind fault_kind(uint64_t flags);
-void note_fault(struct uffd_engine *engine, uint64_t address, uint64_t flags,
-		uint32_t thread_id, uint64_t began_ns);
-void note_failure(struct uffd_engine *engine, uint64_t address, uint64_t length, int error,
-		  enum uffd_failure_stage stage);
-
-/* say.c: a line on stderr, before the first page is lost.  Async-signal-safe. */
-void say_page_fails(struct uffd_range *range, uint64_t page, int error,
-		    enum uffd_failure_stage stage);
-void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
-		      enum uffd_failure_stage stage, const char *consequence);
-
 /* Ranges and their pages */
 static inline uint64_t content_offset(const struct uffd_range *range, uint64_t address)
 {
@@ -325,23 +311,64 @@ static inline bool is_huge(const struct uffd_range *range)
 	return range->page_size > BASE_PAGE;
 }
 
-void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
+static inline void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
+{
+	for (; at < end; at += range->page_size)
+		atomic_store_explicit(state_of(range, at), state, memory_order_release);
+}
 
-/* space.c */
-/* `owner_pid`: 0: unknown.  -ESRCH: that process has exited, and its memory lives on. */
-int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t event_features,
-		 int32_t owner_pid, struct uffd_space **ret);
-struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number);
-void space_put(struct uffd_space *space);
-void space_retire(struct uffd_space *space);
-bool space_is_dead(struct uffd_space *space);
-/* SIGKILL for the process whose memory it is; of a fork, for that of the faulting thread. */
-int space_kill(struct uffd_space *space, uint32_t thread_id, uint64_t address);
-/* Whether a thread of the owner is changing the layout, and waits for its event to be read. */
-bool layout_is_changing(struct uffd_space *space);
-/* Wait, for a while, until none is. */
-void wait_for_layout(struct uffd_space *space);
-bool layout_is_changing(struct uffd_space *space);
+/* The first pages in [*at, end) that are in this state: `at` is moved there, and their end returned. */
+static inline uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t end, uint8_t state)
+{
+	uint64_t stop;
+
+	while (*at < end && atomic_load(state_of(range, *at)) != state)
+		*at += range->page_size;
+	for (stop = *at; stop < end && atomic_load(state_of(range, stop)) == state;)
+		stop += range->page_size;
+	return *at < end ? stop : end;
+}
+
+/* The source cannot be read without asking somebody. */
+static inline bool needs_request(const struct uffd_range *range)
+{
+	return range->content->kind == UFFD_SOURCE_REQUEST;
+}
+
+/* Whether old content is to be saved before the page is written. */
+static inline bool preserves(const struct uffd_range *range)
+{
+	/* A fork's private pages are its own: what it writes, the owner's image lacks nothing of. */
+	return range->content->preserve && (!range->space->owned || range->content->shared);
+}
+
+static inline bool loses_content(const struct uffd_range *range)
+{
+	return can_be_absent(range) && range->content->kind != UFFD_SOURCE_ZERO &&
+	       range->content->kind != UFFD_SOURCE_NONE;
+}
+
+/* Who leads */
+
+static inline void ring(int fd)
+{
+	uint64_t one = 1;
+
+	if (fd >= 0)
+		(void)!write(fd, &one, sizeof(one));
+}
+
+static inline void silence(int fd)
+{
+	uint64_t value;
+
+	(void)!read(fd, &value, sizeof(value));
+}
+
+static inline void kick_leader(struct uffd_engine *engine)
+{
+	ring(engine->wake_fd);
+}
 
 static inline bool ends(const struct uffd_engine *engine)
 {
@@ -349,281 +376,6 @@ static inline bool ends(const struct uffd_engine *engine)
 	       pthread_equal(engine->end.thread, pthread_self());
 }
 
-static inline bool has_gate(const struct uffd_space *space)
-{
-	return space->events && !(ends(space->engine) && space->engine->end.ignores_gate);
-}
-
-static inline void gate_enter(struct uffd_space *space)
-{
-	if (has_gate(space))
-		pthread_rwlock_rdlock(&space->engine->gate);
-}
-
-/*
- * A source may hold up whoever is inside.  The first one waits for some
- * milliseconds, the second one until the engine stops; false: not closed.
- */
-bool gate_try_close(struct uffd_space *space);
-bool gate_close(struct uffd_space *space);
-
-static inline void gate_leave(struct uffd_space *space)
-{
-	if (has_gate(space))
-		pthread_rwlock_unlock(&space->engine->gate);
-}
-
-/*
- * Between entering and leaving a table: take hold of what was found there, and
- * leave.  Where no hold is to be had the reader stays inside.
- */
-static inline struct uffd_hold *leave_with(struct uffd_table *table, unsigned int shard,
-					   struct uffd_range *range, uint64_t start, uint64_t end,
-					   uint32_t thread_id)
-{
-	struct uffd_hold *hold =
-		uffd_hold_take(&range->space->engine->holds, range, start, end, thread_id);
-
-	if (hold)
-		uffd_table_leave(table, shard);
-	return hold;
-}
-
-static inline void let_go(struct uffd_table *table, unsigned int shard, struct uffd_hold *hold)
-{
-	if (hold)
-		uffd_hold_release(hold);
-	else
-		uffd_table_leave(table, shard);
-}
-
-/* Out of the table: free it, now or when nobody is at it any more. */
-void range_discard(struct uffd_range *range);
-/* Take it out, too. */
-void range_remove(struct uffd_range *range);
-/* Returns whether none is left. */
-bool free_lost(struct uffd_engine *engine);
-
-struct uffd_range *range_create(struct uffd_space *space, const struct uffd_range *like,
-				uint64_t start, uint64_t end, uint64_t origin);
-void range_free(struct uffd_range *range);
-/* The piece of a serving that holds an offset; `hint` is where it was. */
-struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t offset,
-			      uint64_t hint);
-struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint);
-
-/* put.c: the ioctls that put pages in place.  Async-signal-safe. */
-enum fill_for {
-	FILL_MISSING,	/* a missing fault: the page itself */
-	FILL_MINOR,	/* a minor fault: the page cache holds it */
-	FILL_AHEAD,	/* whoever may fault later */
-};
-
-int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
-	      struct uffd_fill_result *result_ret);
-int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
-		 struct uffd_fill_result *result_ret);
-/* Pages [at, at + length) from memory of this process. */
-int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source,
-	      enum fill_for why, struct uffd_fill_result *result_ret);
-/*
- * Absent pages, claimed by the caller; a run never crosses into the content's tail.  How
- * they get their content is decided here, whoever asks: through the page cache where the
- * range says so, else by a copy, where the mode has MISSING, else (and for a minor fault) from
- * the page cache as it is.
- */
-int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
-		struct uffd_fill_result *result_ret);
-void *local_address(const struct uffd_range *range, uint64_t at);
-int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
-		 struct uffd_fill_result *result_ret);
-/* One page, for good; returns its state now. */
-uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret);
-void poison_page(struct uffd_range *range, uint64_t page);
-
-/*
- * page_table.c: what the owner's page table says.  Async-signal-safe.
- * Entries of `pages` pages of a range; false where they cannot be read.
- */
-bool read_entries(const struct uffd_range *range, uint64_t at, uint64_t pages,
-		  uint64_t *entries_ret);
-/* How much of a run, from its first page on, is mapped nowhere in the owner for sure. */
-uint64_t unmapped_run(const struct uffd_range *range, uint64_t at, uint64_t length);
-int open_page_table(int pid);
-/* A state of ours, corrected by what the page table says. */
-uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry);
-
-/* resolve.c: what to do about a page.  Async-signal-safe. */
-enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind);
-/* `thread_id`: of the thread that waits; 0 where the kernel does not say. */
-enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
-			    enum uffd_failure_stage stage, uint32_t thread_id);
-/* A fill has put pages in [at, past), or found them there. */
-void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
-		const struct uffd_fill_result *result);
-/* A fill says that the huge page is there, on so many occasions that it cannot be. */
-bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion);
-#define EXISTS_LIMIT		8
-void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
-/*
- * A run of pages that were filled.  Whoever waited in [from, past) was woken, by the
- * ioctl or because the page was there; `past` is where to go on.
- */
-struct fill_run {
-	uint64_t from, past;
-	uint64_t filled;	/* bytes */
-	int error;		/* of the page at `past` */
-};
-
-/* Fill the first run of absent pages in [at, end); an empty one at `end`: none is left. */
-struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end);
-/* What to fill besides `page`: its chunk, more of them when faults come in sequence. */
-void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret,
-		   uint64_t *to_ret);
-/* The source cannot be read without asking somebody. */
-static inline bool needs_request(const struct uffd_range *range)
-{
-	return range->content->kind == UFFD_SOURCE_REQUEST;
-}
-
-/* layout.c: for the leader, inside the closed gate. */
-void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message);
-/* Apply the first `count` messages of the log and erase them, but for faults. */
-void apply_log(struct uffd_space *space, size_t count);
-/* An UNMAP of [start, end) is still to come. */
-void owe(struct uffd_space *space, uint64_t start, uint64_t end);
-/* What is put in [start, end) now was mapped after every unmapping that is owed there. */
-void forget_owed(struct uffd_space *space, uint64_t start, uint64_t end);
-
-/* successor.c */
-void report_added(const struct uffd_range *range);
-void report_dropped(struct uffd_engine *engine, uint32_t space, uint64_t id);
-void report_pieces(struct uffd_space *space);
-void report_fork(struct uffd_space *child, int states_fd);
-void report_gone(struct uffd_space *space);
-
-/* serve.c */
-/* Between open and shut nothing that is found goes away, nor does the layout change. */
-struct visit {
-	struct uffd_space *space;
-	unsigned int shard;
-	uint32_t phase;
-	struct uffd_hold *hold;
-};
-
-bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit);
-void shut_visit(struct visit *visit);
-void wake_again(struct uffd_range *range, uint64_t at, uint64_t end);
-
-/*
- * Work on [offset, end) of a serving in slices, with the gate opened and shut for
- * each.  `work` says how far it came; EAGAIN and ENOMEM may pass.  `reach` says what
- * memory of this process the next of it will touch, and how far that goes.
- */
-struct reach {
-	struct uffd_content *content;
-	uint64_t read, read_length;
-	uint64_t write, write_length;
-};
-
-typedef uint64_t (*slice_work)(struct uffd_range *range, uint64_t at, uint64_t end,
-			       int *error_ret, uint64_t *done_ret);
-typedef uint64_t (*slice_reach)(struct uffd_range *range, uint64_t at, uint64_t end,
-				struct reach *reach);
-
-struct slices {
-	struct uffd_engine *engine;
-	uint32_t number;	/* of the space */
-	uint64_t id, start;
-	uint64_t offset, end;
-	slice_work work;
-	slice_reach reach;	/* NULL: nothing that could hold anybody up */
-};
-
-int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret);
-/* `reached_ret`: the offset where it stopped. */
-int for_slices(const struct slices *all, uint64_t *done_ret, uint64_t *reached_ret);
-/* The first pages in [*at, end) that are in this state: `at` is moved there, and their end returned. */
-uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t end, uint8_t state);
-
-/* save.c */
-/* Whether old content is to be saved before the page is written. */
-bool preserves(const struct uffd_range *range);
-/* A claimed page whose protection holds.  -EFAULT, -EPERM, ...: it is not saved. */
-int save_page(struct uffd_range *range, uint64_t page);
-/* The memory is gone: what of it was still to be saved cannot be. */
-void note_unsaved(struct uffd_range *range);
-uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
-			uint64_t *done_ret);
-uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach);
-
-/* engine.c */
-int watch_space(struct uffd_engine *engine, struct uffd_space *space);
-/* For the leader. */
-void forget_space(struct uffd_engine *engine, struct uffd_space *space);
-void reap_spaces(struct uffd_engine *engine, uint32_t most);
-
-/* step.c: for the leader. */
-bool run_prefetch_slice(struct uffd_engine *engine);
-void retry_deferred(struct uffd_engine *engine);
-void remember_fault(struct fault_list *list, const struct deferred_fault *fault);
-static inline void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault)
-{
-	remember_fault(&engine->deferred, fault);
-}
-void forget_faults(struct fault_list *list, const struct uffd_space *space);
-
-/* stray.c: for the leader. */
-enum outcome note_stray(const struct deferred_fault *fault, bool last_try);
-/* Refuse those that have waited too long, or all; returns when the next one has. */
-uint64_t refuse_strays(struct uffd_engine *engine, bool all);
-
-/* populate.c */
-/* One call that workers fetch pages for, on its stack; under the requests' lock. */
-struct populate {
-	uint64_t chunk;		/* bytes to ask for at a time, now */
-	uint64_t limit;		/* and at most */
-	bool paced;		/* between a page and `limit`, as quickly as answers come */
-	uint32_t queued;	/* requests that no worker has taken */
-	uint32_t outstanding;	/* those and the taken ones */
-	uint64_t filled;	/* bytes */
-	uint64_t failed_at;	/* the first page without content, and why */
-	int error;
-};
-
-struct serving {
-	uint32_t space;
-	uint64_t id;
-	uint64_t start;
-};
-
-int populate_by_request(struct uffd_engine *engine, const struct serving *serving,
-			uint64_t page_size, uint64_t offset, uint64_t end, uint64_t chunk,
-			struct uffd_populate_result *result);
-/* Both with the requests' lock held, for any request. */
-void populate_taken(struct uffd_engine *engine, struct uffd_request *request);
-void populate_answered(struct uffd_engine *engine, struct uffd_request *request, uint64_t filled,
-		       int error);
-
-/* request.c */
-/* Either a fault asks, or a call of populate. */
-bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
-		   const struct deferred_fault *fault, struct populate *populate);
-void free_requests(struct uffd_engine *engine);
-/* The timer has fired: whether nobody has led for so long; with the requests' lock held. */
-bool leads_after_watchdog(struct uffd_engine *engine);
-/* Apply on_error to requests that are older; returns when the next one will be. */
-uint64_t fail_stalled_requests(struct uffd_engine *engine);
-
-/* native.c */
-/* Run the loop until there is a request (a worker), or a worker wants to lead, or stop. */
-void lead(struct uffd_engine *engine, enum leader role);
-void kick_leader(struct uffd_engine *engine);
-void native_close(struct uffd_engine *engine);
-/* Tell whoever leads, or could, to leave. */
-void native_end(struct uffd_engine *engine);
-
-/* end.c */
 /* Around what a source may hold up; false: dismissed, nothing of the leader's may be touched. */
 static inline void may_be_held_up(struct uffd_engine *engine)
 {
@@ -644,27 +396,4 @@ static inline bool is_dismissed(struct uffd_engine *engine)
 	return atomic_load(&engine->lead_state) == LEAD_DISMISSED;
 }
 
-/* How long taking ranges out may wait for others, all waits together. */
-struct patience {
-	struct uffd_engine *engine;
-	int64_t left_ns;	/* not for the end: that has the engine's */
-	bool is_gentle;		/* then give up, and poison no page in flight */
-	unsigned int attempt;
-};
-
-/* Wait a little; false: it has been long enough. */
-bool wait_on(struct patience *patience);
-/* Between two pieces of work. */
-void rest(struct patience *patience);
-
-/* unserve.c */
-int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
-	       uint32_t flags, struct patience *patience);
-bool loses_content(const struct uffd_range *range);
-
-extern struct uffd_table uffd_inline_table;
-
-/* inline.c: in the child of a fork. */
-void inline_forget_parent(void);
-
-#endif /* UFFD_ENGINE_INTERNAL_H */
+#endif /* UFFD_ENGINE_CORE_H */

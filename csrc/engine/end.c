@@ -14,53 +14,19 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "clock.h"
+#include "end.h"
+#include "native.h"
+#include "patience.h"
+#include "serve.h"
+#include "slices.h"
+#include "space.h"
+#include "stall.h"
+#include "stray.h"
+#include "unserve.h"
 
 /* A leader that no source holds up sees within this time that it must leave. */
 #define LEAVE_LIMIT_NS	5000000000
-
-/* Deduct what was waited; false: it has been long enough. */
-static bool spend(struct patience *patience, uint64_t since_ns)
-{
-	int64_t spent = (int64_t)(uffd_now_ns() - since_ns);
-
-	if (ends(patience->engine))
-		return atomic_fetch_sub(&patience->engine->end.patience_ns, spent) > spent;
-	patience->left_ns -= spent;
-	return patience->left_ns > 0;
-}
-
-static void lead_a_step(struct uffd_engine *engine)
-{
-	uint32_t handled;
-
-	if (!engine->end.leads)
-		return;
-	uffd_engine_step(engine, &handled);
-	if (engine->strays.count)
-		refuse_strays(engine, false);
-	if (engine->deferred.count)
-		retry_deferred(engine);
-}
-
-bool wait_on(struct patience *patience)
-{
-	uint64_t began = uffd_now_ns();
-
-	if (ends(patience->engine))
-		lead_a_step(patience->engine);
-	uffd_back_off(patience->attempt++);
-	return spend(patience, began);
-}
-
-void rest(struct patience *patience)
-{
-	patience->attempt = 0;
-	if (!ends(patience->engine))
-		return;
-	atomic_fetch_add(&patience->engine->end.progress, 1);
-	lead_a_step(patience->engine);
-}
 
 static bool worker_leads(struct uffd_engine *engine)
 {
@@ -103,7 +69,6 @@ static void lead_on(struct uffd_engine *engine)
 {
 	engine->end.leads = true;
 	engine->leader_id = (uint32_t)syscall(SYS_gettid);
-	engine->fault_in_hand = NULL;
 	engine->job_count = 0;
 }
 
@@ -290,13 +255,4 @@ uint32_t uffd_engine_held(struct uffd_engine *engine, struct uffd_held *held_ret
 int uffd_engine_is_deserted(struct uffd_engine *engine)
 {
 	return !uffd_hold_any(&engine->holds) && join_thread(engine) && free_lost(engine);
-}
-
-int uffd_engine_discard(struct uffd_engine **engine)
-{
-	if (*engine && uffd_engine_is_deserted(*engine)) {
-		uffd_engine_destroy(*engine);
-		*engine = NULL;
-	}
-	return !*engine;
 }

@@ -2,17 +2,17 @@
 /* Engines, made and unmade, and the address spaces they follow. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include "alloc.h"
-#include "core.h"
-
-/* What an address space has at most (x86-64, unless it is asked for more), and at least. */
-#define LOWEST_ADDRESS	0x10000ull
-#define HIGHEST_ADDRESS	0x7ffffffff000ull
+#include "end.h"
+#include "engine.h"
+#include "inline.h"
+#include "native.h"
+#include "queue.h"
+#include "space.h"
 
 static bool init_descriptors(struct uffd_engine *engine)
 {
@@ -59,6 +59,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 		return -ENOMEM;
 	engine->options = *options;
 	atomic_store(&engine->is_unwatched, !options->watch_owner);
+	engine->table = options->is_inline ? &uffd_inline_table : NULL;
 	init_gate(engine);
 	pthread_mutex_init(&engine->spaces_lock, NULL);
 	pthread_mutex_init(&engine->requests_lock, NULL);
@@ -79,7 +80,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 		*call_ret = "epoll_create1";
 	} else if (engine->shared && engine->zeros) {
 		r = space_create(engine, options->fd, false, options->has_events,
-				 options->owner_pid, &engine->primary);
+				 options->owner_pid, NEXT_NUMBER, &engine->primary);
 		*call_ret = r == -ENOMEM ? NULL : "pidfd_open";
 	}
 	if (r == 0) {
@@ -126,171 +127,11 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	uffd_free(engine);
 }
 
-int watch_space(struct uffd_engine *engine, struct uffd_space *space)
+int uffd_engine_discard(struct uffd_engine **engine)
 {
-	struct epoll_event event = { .events = EPOLLIN, .data.ptr = space };
-
-	if (epoll_ctl(engine->epoll_fd, EPOLL_CTL_ADD, space->fd, &event))
-		return -errno;
-	kick_leader(engine);
-	return 0;
-}
-
-int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_events,
-			  int32_t owner_pid, uint32_t *space_ret)
-{
-	struct uffd_space *space;
-	int r = space_create(engine, fd, false, has_events, owner_pid, &space);
-
-	if (r)
-		return r;
-	*space_ret = space->number;
-	r = watch_space(engine, space);
-	if (r)
-		space_retire(space);
-	return r;
-}
-
-int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
-			    uint32_t has_events, int32_t owner_pid, uint32_t number)
-{
-	struct uffd_space *space;
-	int r;
-
-	if (engine->next_space <= number)
-		engine->next_space = number;
-	r = space_create(engine, fd, is_fork, has_events, owner_pid, &space);
-	if (r)
-		return r;
-	/* Spaces come in any order before the start: the next new one follows the highest. */
-	if (space->number != number) {
-		engine->next_space--;
-		space->number = number;
+	if (*engine && uffd_engine_is_deserted(*engine)) {
+		uffd_engine_destroy(*engine);
+		*engine = NULL;
 	}
-	r = watch_space(engine, space);
-	if (r)
-		space_retire(space);
-	return r;
-}
-
-static void wake_space(struct uffd_space *space)
-{
-	struct uffd_range *range;
-
-	/* Also where nobody serves: all of the address space at once. */
-	if (uffd_shim_wake(space->fd, LOWEST_ADDRESS, HIGHEST_ADDRESS - LOWEST_ADDRESS) == 0)
-		return;
-	gate_enter(space);
-	for (range = uffd_table_next(space->table, 0); range;
-	     range = uffd_table_next(space->table, range->end))
-		uffd_shim_wake(space->fd, range->start, range->end - range->start);
-	gate_leave(space);
-}
-
-void uffd_engine_wake_all(struct uffd_engine *engine)
-{
-	struct uffd_space *space;
-	uint32_t last;
-
-	pthread_mutex_lock(&engine->spaces_lock);
-	last = engine->next_space;
-	pthread_mutex_unlock(&engine->spaces_lock);
-	/* Not under the lock: who closed the gate may want it. */
-	for (uint32_t number = 0; number < last; number++) {
-		space = space_get(engine, number);
-		if (!space)
-			continue;
-		wake_space(space);
-		space_put(space);
-	}
-}
-
-int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number, uint64_t limit_ns)
-{
-	struct uffd_space *space = space_get(engine, number);
-	uint64_t give_up = uffd_now_ns() + limit_ns;
-	unsigned int attempt = 0;
-	int r = 0;
-
-	if (!space)
-		return -ESRCH;
-	if (space == engine->primary) {
-		space_put(space);
-		return -EINVAL;
-	}
-	if (engine->thread_running) {
-		/* The leader may hold it: it must be the one to let go. */
-		atomic_store(&space->gone, true);
-		atomic_fetch_add(&engine->doomed_spaces, 1);
-		while (r == 0 && atomic_load(&space->references) > 1) {
-			kick_leader(engine);
-			uffd_back_off(attempt++);
-			if (uffd_now_ns() > give_up)
-				r = -EBUSY;
-		}
-	} else {
-		epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, space->fd, NULL);
-		space_retire(space);
-	}
-	space_put(space);
-	return r;
-}
-
-uint64_t uffd_engine_shared_size(void)
-{
-	return sizeof(struct engine_shared);
-}
-
-uint32_t uffd_engine_spaces(struct uffd_engine *engine)
-{
-	return atomic_load(&engine->space_count);
-}
-
-uint32_t uffd_engine_owner_exited(struct uffd_engine *engine)
-{
-	return atomic_load(&engine->owner_exited) ||
-	       (atomic_load(&engine->is_unwatched) && space_is_dead(engine->primary));
-}
-
-/* For the leader: letting go of a space whose memory is no more. */
-void forget_space(struct uffd_engine *engine, struct uffd_space *space)
-{
-	size_t kept = 0;
-
-	forget_faults(&engine->deferred, space);
-	forget_faults(&engine->strays, space);
-	for (size_t i = 0; i < engine->job_count; i++)
-		if (engine->jobs[i].space != space)
-			engine->jobs[kept++] = engine->jobs[i];
-	engine->job_count = kept;
-	epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, space->fd, NULL);
-	/* The engine's own space stays, for who serves and unserves; it is silent now. */
-	if (space != engine->primary)
-		space_retire(space);
-}
-
-/* Spaces are asked in turn, the oldest first, whether their owner lives. */
-void reap_spaces(struct uffd_engine *engine, uint32_t most)
-{
-	struct uffd_space *space, *dead[SPACES_AT_ONCE];
-	uint32_t doomed = atomic_exchange(&engine->doomed_spaces, 0);
-	uint32_t total, asked = 0, found = 0, position = 0;
-
-	if (atomic_load(&engine->space_count) == 1)
-		return;
-	pthread_mutex_lock(&engine->spaces_lock);
-	total = atomic_load(&engine->space_count);
-	LIST_FOREACH(space, &engine->spaces, link) {
-		bool mine = (position++ + total - engine->reap_position % total) % total < most;
-
-		if (space == engine->primary || found == SPACES_AT_ONCE)
-			continue;
-		if ((doomed && atomic_load(&space->gone)) ||
-		    ((mine || atomic_load(&space->gone)) && ++asked && space_is_dead(space)))
-			dead[found++] = space;
-	}
-	engine->reap_position += most;
-	pthread_mutex_unlock(&engine->spaces_lock);
-	while (found--)
-		forget_space(engine, dead[found]);
+	return !*engine;
 }

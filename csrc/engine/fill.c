@@ -1,31 +1,13 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <errno.h>
-#include <sched.h>
 #include <sys/mman.h>
-#include <time.h>
 
-#include "uffd_abi.h"
+#include "base.h"
+#include "clock.h"
 #include "fill.h"
 
 #define PAGE_MASK	UINT64_C(4095)
-
-/*
- * While a layout event is unread every filling ioctl says EAGAIN, and goes on
- * doing so until the thread that caused the event has run again: up to 12 ms on
- * a busy two-CPU machine (measured).  Yield first, since it may need this CPU.
- */
-#define YIELDS_BEFORE_SLEEP	64
-#define SLEEP_NS		50000
-#define BASE_PAGE		4096u
-
-uint64_t uffd_now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
 
 static int fill_once(const struct uffd_fill *fill, uint64_t at, uint64_t left, int64_t *done_ret)
 {
@@ -61,16 +43,6 @@ static int map_cached(const struct uffd_fill *fill, uint64_t at)
 	if (r == -EFAULT)
 		return fill->page_size > BASE_PAGE ? -ENOMEM : -EAGAIN;
 	return r;
-}
-
-void uffd_back_off(unsigned int attempt)
-{
-	struct timespec pause = { .tv_nsec = SLEEP_NS };
-
-	if (attempt < YIELDS_BEFORE_SLEEP)
-		sched_yield();
-	else
-		nanosleep(&pause, NULL);
 }
 
 void uffd_fault_in(uint64_t address, uint64_t length, uint32_t for_writing)

@@ -50,9 +50,4 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
  */
 void uffd_fault_in(uint64_t address, uint64_t length, uint32_t for_writing);
 
-uint64_t uffd_now_ns(void);
-
-/* Pause before trying again: yield at first, since what we wait for may need this CPU. */
-void uffd_back_off(unsigned int attempt);
-
 #endif /* UFFD_FILL_H */

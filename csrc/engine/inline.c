@@ -7,11 +7,14 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "clock.h"
+#include "inline.h"
+#include "range.h"
+#include "resolve.h"
+#include "stats.h"
 #include "access/sigbus.h"
 
 /* Bits of the page-fault error code, as the CPU pushed it (REG_ERR). */
@@ -94,7 +97,7 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 	enum outcome outcome;
 
 	for (;;) {
-		outcome = resolve_page(range, page, kind);
+		outcome = resolve_page(range, page, kind, NULL);
 		if (outcome == OUTCOME_PRESENT && next_guess(range, error, &kind))
 			continue;
 		/* Not in the page cache, where it was once: dropped. */

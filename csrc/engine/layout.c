@@ -7,13 +7,18 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "alloc.h"
-#include "core.h"
+#include "clock.h"
+#include "layout.h"
+#include "owed.h"
+#include "pending.h"
+#include "range.h"
+#include "report.h"
+#include "say.h"
+#include "space.h"
+#include "stats.h"
 
 /* The first range that reaches into [start, end), from `start` on. */
 static struct uffd_range *overlapping(struct uffd_space *space, uint64_t start, uint64_t end)
@@ -21,16 +26,6 @@ static struct uffd_range *overlapping(struct uffd_space *space, uint64_t start, 
 	struct uffd_range *range = uffd_table_next(space->table, start);
 
 	return range && range->start < end ? range : NULL;
-}
-
-static uint64_t lower(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
-}
-
-static uint64_t higher(uint64_t a, uint64_t b)
-{
-	return a > b ? a : b;
 }
 
 /* Its content is asked for, but it was dropped: whoever waits gets zeros. */
@@ -117,49 +112,6 @@ static size_t cut(struct uffd_space *space, uint64_t start, uint64_t end, uint64
 	return found;
 }
 
-/*
- * Threads change the layout at the same time, and their events come in the order in
- * which they were sent, not in which the changes were made.  A REMAP has taken the
- * old place out, so the UNMAP that follows it must not: somebody else may live
- * there by then.  Likewise what a REMAP finds at its new place is dead already,
- * and the UNMAP that says so is still to come.  Both are noted as owed.
- */
-void owe(struct uffd_space *space, uint64_t start, uint64_t end)
-{
-	struct owed_unmap *owed;
-
-	if (start >= end || !(space->event_features & UFFD_FEATURE_EVENT_UNMAP))
-		return;
-	owed = uffd_alloc(sizeof(*owed));
-	if (!owed)
-		return;
-	*owed = (struct owed_unmap){ space->owed, start, end };
-	space->owed = owed;
-}
-
-/* Take an owed unmapping that reaches into [start, end) off the list, less what lies outside. */
-static struct owed_unmap *pay(struct uffd_space *space, uint64_t start, uint64_t end)
-{
-	struct owed_unmap **link = &space->owed, *owed;
-
-	while ((owed = *link) && (owed->end <= start || owed->start >= end))
-		link = &owed->next;
-	if (!owed)
-		return NULL;
-	*link = owed->next;
-	owe(space, owed->start, lower(owed->end, start));
-	owe(space, higher(owed->start, end), owed->end);
-	return owed;
-}
-
-void forget_owed(struct uffd_space *space, uint64_t start, uint64_t end)
-{
-	struct owed_unmap *owed;
-
-	while ((owed = pay(space, start, end)))
-		uffd_free(owed);
-}
-
 /* What was owed of it is paid with this; the rest goes out of the table. */
 static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 {
@@ -201,27 +153,6 @@ static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uin
 		for (size_t i = 0; i < found; i++)
 			insert(space, moved[i]);
 	} while (found == MOVED_AT_ONCE);
-}
-
-/* A file for the states of all the child's pages, where a keeper is to have them; -1: none. */
-static int states_file(struct uffd_space *parent)
-{
-	struct uffd_range *range;
-	uint64_t length = 0;
-	int fd;
-
-	if (parent->engine->options.keeper_fd < 0)
-		return -1;
-	for (range = uffd_table_next(parent->table, 0); range;
-	     range = uffd_table_next(parent->table, range->end))
-		if (!range->content->shared)
-			length += uffd_pages_file_length(range->pages->count);
-	fd = memfd_create("uffd-states", MFD_CLOEXEC);
-	if (fd >= 0 && ftruncate(fd, (off_t)length)) {
-		close(fd);
-		return -1;
-	}
-	return fd;
 }
 
 static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int states_fd)
@@ -271,9 +202,10 @@ static void follow_fork(struct uffd_space *parent, int fd)
 	int r = -EBADF, states_fd;
 
 	if (fd >= 0)
-		r = space_create(engine, fd, true, parent->event_features, 0, &child);
+		r = space_create(engine, fd, true, parent->event_features, 0, NEXT_NUMBER,
+				 &child);
 	if (child) {
-		states_fd = states_file(parent);
+		states_fd = report_states_file(parent);
 		r = clone_ranges(parent, child, states_fd);
 		report_fork(child, states_fd);
 		if (states_fd >= 0)
@@ -319,16 +251,6 @@ void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message
 	}
 }
 
-static bool is_layout_event(const struct uffd_msg *message)
-{
-	return message->event && message->event != UFFD_EVENT_PAGEFAULT;
-}
-
-static void erase(struct uffd_msg *message)
-{
-	__atomic_store_n(&message->event, 0, __ATOMIC_RELEASE);
-}
-
 void apply_log(struct uffd_space *space, size_t count)
 {
 	struct message_log *log = &space->engine->shared->log;
@@ -339,53 +261,6 @@ void apply_log(struct uffd_space *space, size_t count)
 			continue;
 		space->engine->applying = first + i;
 		apply_layout_event(space, &log->messages[i]);
-		erase(&log->messages[i]);
+		erase_message(&log->messages[i]);
 	}
-}
-
-/*
- * What a killed process had read and not applied.  It held the gate, so no page was
- * filled meanwhile.  `reported` is the last event that the keeper knows of: it was
- * applied, but perhaps not erased.  To drop pages twice does no harm.
- */
-void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported)
-{
-	struct message_log *log = &engine->shared->log;
-	struct uffd_space *space = space_get(engine, atomic_load(&log->space));
-	uint64_t first = atomic_load(&log->sequence);
-
-	if (space && !gate_close(space)) {
-		space_put(space);
-		return;
-	}
-	for (size_t i = 0; i < LOG_MESSAGES; i++) {
-		struct uffd_msg message = log->messages[i];
-
-		if (!is_layout_event(&message))
-			continue;
-		if (space && first + i > reported) {
-			engine->applying = first + i;
-			/* In the log it is the keeper's, who closes it when we are done. */
-			if (message.event == UFFD_EVENT_FORK)
-				message.arg.fork.ufd = (uint32_t)fcntl((int)message.arg.fork.ufd,
-								       F_DUPFD_CLOEXEC, 0);
-			apply_layout_event(space, &message);
-		}
-		erase(&log->messages[i]);
-	}
-	if (space) {
-		gate_leave(space);
-		space_put(space);
-	}
-}
-
-int uffd_engine_owe(struct uffd_engine *engine, uint32_t number, uint64_t start, uint64_t end)
-{
-	struct uffd_space *space = space_get(engine, number);
-
-	if (!space)
-		return -ESRCH;
-	owe(space, start, end);
-	space_put(space);
-	return 0;
 }

@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "page_table.h"
 
 #define ENTRIES_AT_ONCE	64
 

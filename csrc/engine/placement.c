@@ -4,7 +4,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
-#include "fill.h"
+#include "clock.h"
 #include "placement.h"
 
 #define TRIAL_FIRST	128

@@ -11,66 +11,26 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "alloc.h"
-#include "core.h"
+#include "clock.h"
+#include "populate.h"
+#include "put.h"
+#include "queue.h"
+#include "range.h"
+#include "resolve.h"
+#include "slices.h"
 
-/* Where it grows to: the cost of asking is a thousandth of the copying by then. */
+/* Where the chunk grows to: the cost of asking is a thousandth of the copying by then. */
 #define PACED_LIMIT		(1u << 20)
-#define GROWTH			8
-/* How long an answer may take, as a part of the time after which it is given up. */
-#define QUICK_PART		4
-#define QUICK_NS		500000000ull	/* where it is never given up */
 /* Requests that wait for a worker, so that none waits for us. */
 #define BACKLOG			32
 /* Pages are looked through in pieces, so that faults get between. */
 #define ASK_SLICE		(4u << 20)
 
-/* With the lock held. */
-static void set_pace(struct uffd_engine *engine, struct populate *populate,
-		     const struct uffd_request *request)
-{
-	uint64_t took = uffd_now_ns() - request->taken_ns;
-	uint64_t limit = engine->options.stall_limit_ns;
-	uint64_t quick = limit ? limit / QUICK_PART : QUICK_NS;
-
-	if (took > quick && populate->chunk > request->page_size) {
-		populate->chunk /= GROWTH;
-		if (populate->chunk < request->page_size)
-			populate->chunk = request->page_size;
-	} else if (took * GROWTH <= quick && request->length >= populate->chunk) {
-		populate->chunk *= GROWTH;
-		if (populate->chunk > populate->limit)
-			populate->chunk = populate->limit;
-	}
-}
-
-void populate_answered(struct uffd_engine *engine, struct uffd_request *request, uint64_t filled,
-		       int error)
-{
-	struct populate *populate = request->populate;
-
-	if (!populate)
-		return;
-	request->populate = NULL;
-	populate->outstanding--;
-	populate->filled += filled;
-	if (error && !populate->error) {
-		populate->error = error;
-		populate->failed_at = request->address;
-	}
-	if (!error && populate->paced)
-		set_pace(engine, populate, request);
-	pthread_cond_broadcast(&engine->populates_changed);
-}
-
-void populate_taken(struct uffd_engine *engine, struct uffd_request *request)
-{
-	request->taken_ns = engine->last_taken_ns = uffd_now_ns();
-	if (!request->populate)
-		return;
-	request->populate->queued--;
-	pthread_cond_broadcast(&engine->populates_changed);
-}
+struct serving {
+	uint32_t space;
+	uint64_t id;
+	uint64_t start;
+};
 
 /* Wait until another request may be queued; returns an error if none may. */
 static int await_turn(struct uffd_engine *engine, struct populate *populate)
@@ -181,9 +141,9 @@ static bool has_pages_in_flight(struct uffd_engine *engine, const struct serving
 	return found;
 }
 
-int populate_by_request(struct uffd_engine *engine, const struct serving *serving,
-			uint64_t page_size, uint64_t offset, uint64_t end, uint64_t chunk,
-			struct uffd_populate_result *result)
+static int populate_by_request(struct uffd_engine *engine, const struct serving *serving,
+			       uint64_t page_size, uint64_t offset, uint64_t end, uint64_t chunk,
+			       struct uffd_populate_result *result)
 {
 	uint64_t limit = PACED_LIMIT > page_size ? PACED_LIMIT : page_size;
 	struct populate populate = {
@@ -201,4 +161,68 @@ int populate_by_request(struct uffd_engine *engine, const struct serving *servin
 	       !atomic_load(&engine->stop) && has_pages_in_flight(engine, serving, offset, end))
 		uffd_back_off(attempt++);
 	return r ? r : finished;
+}
+
+static uint64_t fill_reach(struct uffd_range *range, uint64_t at, uint64_t end,
+			   struct reach *reach)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t stop = run_of(range, &at, end, UFFD_PAGE_ABSENT);
+	uint64_t offset = content_offset(range, at), length = stop - at;
+
+	if (at >= end)
+		return end;
+	if (content->writes_cache) {
+		reach->write = content->local + offset;
+		reach->write_length = length;
+	}
+	if (offset < content->length) {
+		reach->read = uffd_content_address(content, offset);
+		reach->read_length =
+			length < content->length - offset ? length : content->length - offset;
+	}
+	return stop;
+}
+
+static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
+			   uint64_t *done_ret)
+{
+	struct fill_run run = fill_absent(range, at, end);
+
+	wake_again(range, run.from, run.past);
+	*error_ret = run.error;
+	*done_ret = run.filled;
+	return run.past;
+}
+
+int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t id,
+			 uint64_t start, uint64_t offset, uint64_t length, uint64_t chunk,
+			 struct uffd_populate_result *result_ret)
+{
+	const struct serving serving = { .space = number, .id = id, .start = start };
+	bool absent = false, by_request = false;
+	struct uffd_range *range;
+	uint64_t page_size = 0, reached;
+	struct visit visit;
+
+	*result_ret = (struct uffd_populate_result){ 0 };
+	if (!open_visit(engine, number, &visit))
+		return -ESRCH;
+	range = any_piece(visit.space, id, start);
+	if (range) {
+		absent = can_be_absent(range);
+		by_request = needs_request(range);
+		page_size = range->page_size;
+	}
+	shut_visit(&visit);
+	if (!range)
+		return -ENOENT;
+	if (!absent)
+		return 0;
+	if (by_request)
+		return populate_by_request(engine, &serving, page_size, offset, offset + length,
+					   chunk, result_ret);
+	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
+					    fill_slice, fill_reach },
+			  &result_ret->filled, &reached);
 }

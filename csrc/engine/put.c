@@ -4,12 +4,28 @@
 #include <errno.h>
 #include <string.h>
 
-#include "core.h"
+#include "barrier.h"
+#include "fill.h"
+#include "page_table.h"
+#include "put.h"
+#include "stats.h"
 
-void set_states(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
+/* Give pages back unchanged, and let those who waited for us ask again. */
+void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
 {
-	for (; at < end; at += range->page_size)
-		atomic_store_explicit(state_of(range, at), state, memory_order_release);
+	set_states(range, at, end, state);
+	if (at < end)
+		uffd_shim_wake(range->space->fd, at, end - at);
+}
+
+/*
+ * The ioctl wakes whoever waits, before the pages' states say that they are there;
+ * a thread that faults again in between was taken for one that waits for us.
+ */
+void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
+{
+	if (at < end)
+		uffd_shim_wake(range->space->fd, at, end - at);
 }
 
 static const void *zeros_for(struct uffd_engine *engine, uint64_t page_size)
@@ -89,7 +105,7 @@ int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
 	return uffd_fill_run(&fill, result_ret);
 }
 
-void *local_address(const struct uffd_range *range, uint64_t at)
+static void *local_address(const struct uffd_range *range, uint64_t at)
 {
 	return (void *)(uintptr_t)(range->content->local + content_offset(range, at));
 }

@@ -5,11 +5,17 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <signal.h>
-#include <string.h>
-#include <unistd.h>
 
-#include "core.h"
+#include "barrier.h"
+#include "fill.h"
+#include "page_table.h"
+#include "put.h"
+#include "queue.h"
+#include "resolve.h"
+#include "save.h"
+#include "say.h"
+#include "space.h"
+#include "stats.h"
 
 /* Sequential faults double what is filled ahead, up to this many chunks. */
 #define READAHEAD_MAX_CHUNKS	8
@@ -45,10 +51,10 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 	return OUTCOME_FAILED;
 }
 
-/* Of the thread whose fault the leader resolves; inline a page's thread is this one. */
-static uint32_t thread_in_hand(const struct uffd_engine *engine)
+/* Of the thread that waits; inline a page's thread is this one. */
+static uint32_t thread_of(const struct deferred_fault *fault)
 {
-	return engine->fault_in_hand ? engine->fault_in_hand->thread_id : 0;
+	return fault ? fault->thread_id : 0;
 }
 
 /* Take a page for ourselves; false when somebody else is at it. `was_ret`: its state before. */
@@ -73,14 +79,6 @@ static bool claim_absent(struct uffd_range *range, uint64_t page)
 					      UFFD_PAGE_IN_FLIGHT);
 }
 
-/* Give pages back unchanged, and let those who waited for us ask again. */
-void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
-{
-	set_states(range, at, end, state);
-	if (at < end)
-		uffd_shim_wake(range->space->fd, at, end - at);
-}
-
 static enum outcome gone(struct uffd_space *space, int error)
 {
 	if (error == -ESRCH)
@@ -90,7 +88,8 @@ static enum outcome gone(struct uffd_space *space, int error)
 }
 
 /* A claimed page whose content a worker must fetch, and its neighbours with it. */
-static enum outcome ask_for(struct uffd_range *range, uint64_t page)
+static enum outcome ask_for(struct uffd_range *range, uint64_t page,
+			    const struct deferred_fault *fault)
 {
 	uint64_t at = page, end = page + range->page_size, from = at, to = end;
 
@@ -101,12 +100,12 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page)
 	while (at > from && claim_absent(range, at - range->page_size))
 		at -= range->page_size;
 	set_states(range, at, end, UFFD_PAGE_REQUESTED);
-	if (queue_request(range, at, end, range->space->engine->fault_in_hand, NULL))
+	if (queue_request(range, at, end, fault, NULL))
 		return OUTCOME_REQUESTED;
 	unclaim(range, at, page, UFFD_PAGE_ABSENT);
 	unclaim(range, page + range->page_size, end, UFFD_PAGE_ABSENT);
 	return apply_on_error(range, page, -ENOMEM, UFFD_FAILED_RESOLVE,
-			      thread_in_hand(range->space->engine));
+			      thread_of(fault));
 }
 
 /*
@@ -166,7 +165,8 @@ static bool is_lost_when_dropped(const struct uffd_range *range, enum uffd_fault
 
 static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 				   enum uffd_fault_kind kind, uint8_t was, int r,
-				   const struct uffd_fill_result *result)
+				   const struct uffd_fill_result *result,
+				   const struct deferred_fault *fault)
 {
 	_Atomic uint8_t *state = state_of(range, page);
 	bool was_absent = was == UFFD_PAGE_ABSENT;
@@ -203,11 +203,11 @@ static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 	return apply_on_error(range, page, r,
 			      r == -EFAULT || r == -ENODATA || r == -EIO ? UFFD_FAILED_SOURCE
 									 : UFFD_FAILED_RESOLVE,
-			      thread_in_hand(range->space->engine));
+			      thread_of(fault));
 }
 
 static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
-				    enum uffd_fault_kind kind)
+				    enum uffd_fault_kind kind, const struct deferred_fault *fault)
 {
 	struct uffd_fill_result result = { 0 };
 	bool put_off;
@@ -233,7 +233,7 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 			return OUTCOME_FAILED;
 		}
 		if (needs_request(range))
-			return ask_for(range, page);
+			return ask_for(range, page, fault);
 	}
 	if (was == UFFD_PAGE_ABSENT)
 		r = put_content(range, page, range->page_size,
@@ -243,7 +243,7 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 	else
 		/* It was here once: dropped since, or this is an old message (EEXIST). */
 		r = put_zeros(range, page, range->page_size, FILL_MISSING, &result);
-	return settle_absence(range, page, kind, was, r, &result);
+	return settle_absence(range, page, kind, was, r, &result, fault);
 }
 
 /*
@@ -251,7 +251,8 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
  * is there cannot be poisoned: its writers wait until it can be saved, or it is
  * taken out.
  */
-static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int error)
+static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int error,
+				   const struct deferred_fault *fault)
 {
 	struct uffd_engine *engine = range->space->engine;
 
@@ -262,11 +263,12 @@ static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int 
 		return gone(range->space, error);
 	note_failure(engine, page, range->page_size, error, UFFD_FAILED_SAVE);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
-		space_kill(range->space, thread_in_hand(engine), page);
+		space_kill(range->space, thread_of(fault), page);
 	return OUTCOME_FAILED;
 }
 
-static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t page)
+static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t page,
+					  const struct deferred_fault *fault)
 {
 	uint8_t was;
 	int r;
@@ -276,7 +278,7 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 	if (preserves(range) && was == UFFD_PAGE_CLEAN) {
 		r = save_page(range, page);
 		if (r)
-			return keep_protected(range, page, r);
+			return keep_protected(range, page, r, fault);
 	}
 	/*
 	 * Held until it is unprotected: whoever protects it again (uffd_engine_writeprotect)
@@ -292,14 +294,26 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 	if (r == -ENOENT || r == -ESRCH)
 		return gone(range->space, r);
 	return apply_on_error(range, page, r, UFFD_FAILED_RESOLVE,
-			      thread_in_hand(range->space->engine));
+			      thread_of(fault));
 }
 
-enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
+enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind,
+			  const struct deferred_fault *fault)
 {
 	if (kind == UFFD_KIND_WP)
-		return resolve_write_protect(range, page);
-	return resolve_absence(range, page, kind);
+		return resolve_write_protect(range, page, fault);
+	return resolve_absence(range, page, kind, fault);
+}
+
+enum outcome resolve_as_leader(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind,
+			       const struct deferred_fault *fault)
+{
+	struct uffd_engine *engine = range->space->engine;
+	enum outcome outcome;
+
+	may_be_held_up(engine);
+	outcome = resolve_page(range, page, kind, fault);
+	return is_back(engine) ? outcome : OUTCOME_DISMISSED;
 }
 
 /* Filling more than what was asked for */

@@ -4,13 +4,14 @@
 #include <errno.h>
 #include <string.h>
 
-#include "core.h"
-
-bool preserves(const struct uffd_range *range)
-{
-	/* A fork's private pages are its own: what it writes, the owner's image lacks nothing of. */
-	return range->content->preserve && (!range->space->owned || range->content->shared);
-}
+#include "page_table.h"
+#include "put.h"
+#include "range.h"
+#include "save.h"
+#include "slices.h"
+#include "space.h"
+#include "stats.h"
+#include "uffd_owner.h"
 
 /* Where the memory of a page can be read, and how far. */
 struct view {
@@ -206,16 +207,4 @@ int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t i
 					    unprotect ? preserve_and_free_slice : preserve_slice,
 					    preserve_reach },
 			  saved_ret, reached_ret);
-}
-
-void note_unsaved(struct uffd_range *range)
-{
-	uint64_t at = range->start;
-
-	/* What forks share lives on where it was served. */
-	if (!range->content->preserve || range->space->owned)
-		return;
-	run_of(range, &at, range->end, UFFD_PAGE_CLEAN);
-	if (at < range->end)
-		note_failure(range->space->engine, at, range->page_size, -ESRCH, UFFD_FAILED_SAVE);
 }

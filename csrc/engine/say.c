@@ -7,10 +7,9 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <string.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "say.h"
 
 /* Each serving has its line, but a program that serves hundreds does not want hundreds. */
 #define SAID_MOST	8

@@ -3,17 +3,24 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "alloc.h"
-#include "core.h"
+#include "clock.h"
+#include "owed.h"
+#include "page_table.h"
+#include "range.h"
+#include "report.h"
+#include "space.h"
+#include "stats.h"
+#include "uffd_owner.h"
+#include "uffd_shim.h"
 
 /* The last page of user memory: nobody registers it, so asking about it changes nothing. */
 #define PROBE_ADDRESS	UINT64_C(0x7fffffffe000)
 #define PROBE_LENGTH	UINT64_C(4096)
-#define NS_PER_S	1000000000
 
 /* A pidfd, so that nobody else is killed or watched who gets the number later. */
 static int open_owner(struct uffd_space *space, const struct uffd_engine_options *options)
@@ -33,7 +40,7 @@ static int open_owner(struct uffd_space *space, const struct uffd_engine_options
 }
 
 int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t event_features,
-		 int32_t owner_pid, struct uffd_space **ret)
+		 int32_t owner_pid, uint32_t number, struct uffd_space **ret)
 {
 	struct uffd_space *space = uffd_alloc(sizeof(*space));
 	int r;
@@ -54,11 +61,14 @@ int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t event_
 	space->event_features = event_features;
 	space->pagemap_fd = open_page_table(owner_pid);
 	uffd_table_init(&space->own_table);
-	space->table = engine->options.is_inline ? &uffd_inline_table : &space->own_table;
+	space->table = engine->table ? engine->table : &space->own_table;
 	atomic_store(&space->references, 1);
 
 	pthread_mutex_lock(&engine->spaces_lock);
-	space->number = engine->next_space++;
+	space->number = number == NEXT_NUMBER ? engine->next_space : number;
+	/* Those of another engine come in any order: the next new one follows the highest. */
+	if (engine->next_space <= space->number)
+		engine->next_space = space->number + 1;
 	LIST_INSERT_HEAD(&engine->spaces, space, link);
 	atomic_fetch_add(&engine->space_count, 1);
 	pthread_mutex_unlock(&engine->spaces_lock);
@@ -95,6 +105,18 @@ void space_put(struct uffd_space *space)
 	uffd_free(space);
 }
 
+void note_unsaved(struct uffd_range *range)
+{
+	uint64_t at = range->start;
+
+	/* What forks share lives on where it was served. */
+	if (!range->content->preserve || range->space->owned)
+		return;
+	run_of(range, &at, range->end, UFFD_PAGE_CLEAN);
+	if (at < range->end)
+		note_failure(range->space->engine, at, range->page_size, -ESRCH, UFFD_FAILED_SAVE);
+}
+
 /* Take it off the list and drop what is left in its table. */
 void space_retire(struct uffd_space *space)
 {
@@ -112,33 +134,6 @@ void space_retire(struct uffd_space *space)
 		range_remove(range);
 	}
 	space_put(space);
-}
-
-/* In slices, so that whoever waits can leave. */
-#define GATE_WAIT_NS	20000000
-
-bool gate_try_close(struct uffd_space *space)
-{
-	pthread_rwlock_t *gate = &space->engine->gate;
-	struct timespec until;
-
-	if (!has_gate(space) || pthread_rwlock_trywrlock(gate) == 0)
-		return true;
-	clock_gettime(CLOCK_REALTIME, &until);
-	until.tv_nsec += GATE_WAIT_NS;
-	if (until.tv_nsec >= NS_PER_S) {
-		until.tv_sec++;
-		until.tv_nsec -= NS_PER_S;
-	}
-	return pthread_rwlock_timedwrlock(gate, &until) == 0;
-}
-
-bool gate_close(struct uffd_space *space)
-{
-	while (!gate_try_close(space))
-		if (atomic_load(&space->engine->stop))
-			return false;
-	return true;
 }
 
 /*
@@ -211,62 +206,6 @@ void wait_for_layout(struct uffd_space *space)
 		uffd_back_off(attempt++);
 }
 
-struct uffd_range *range_create(struct uffd_space *space, const struct uffd_range *like,
-				uint64_t start, uint64_t end, uint64_t origin)
-{
-	struct uffd_range *range = uffd_alloc(sizeof(*range));
-
-	if (!range)
-		return NULL;
-	range->start = start;
-	range->end = end;
-	range->origin = origin;
-	range->page_size = like->page_size;
-	range->page_shift = like->page_shift;
-	range->mode = like->mode;
-	range->ioctls = __atomic_load_n(&like->ioctls, __ATOMIC_RELAXED);
-	range->id = like->id;
-	range->space = space;
-	range->content = uffd_content_get(like->content);
-	range->pages = uffd_pages_get(like->pages);
-	atomic_store(&range->readahead_at, start);
-	return range;
-}
-
-void range_free(struct uffd_range *range)
-{
-	uffd_content_put(range->content);
-	uffd_pages_put(range->pages);
-	uffd_free(range);
-}
-
-static bool is_in_use(struct uffd_engine *engine, struct uffd_range *range)
-{
-	return uffd_hold_is_on(&engine->holds, range) ||
-	       (range->has_readers && !uffd_table_is_quiet(range->space->table));
-}
-
-void range_discard(struct uffd_range *range)
-{
-	struct uffd_engine *engine = range->space->engine;
-
-	if (!is_in_use(engine, range)) {
-		range_free(range);
-		return;
-	}
-	atomic_fetch_add(&range->space->references, 1);
-	pthread_mutex_lock(&engine->lost_lock);
-	range->next_lost = engine->lost;
-	engine->lost = range;
-	pthread_mutex_unlock(&engine->lost_lock);
-}
-
-void range_remove(struct uffd_range *range)
-{
-	range->has_readers = !uffd_table_remove(range->space->table, range);
-	range_discard(range);
-}
-
 bool free_lost(struct uffd_engine *engine)
 {
 	struct uffd_range **link = &engine->lost, *range;
@@ -275,7 +214,7 @@ bool free_lost(struct uffd_engine *engine)
 
 	pthread_mutex_lock(&engine->lost_lock);
 	while ((range = *link)) {
-		if (is_in_use(engine, range)) {
+		if (range_is_in_use(range)) {
 			link = &range->next_lost;
 			continue;
 		}
@@ -289,34 +228,12 @@ bool free_lost(struct uffd_engine *engine)
 	return is_empty;
 }
 
-static bool holds(const struct uffd_range *range, struct uffd_space *space, uint64_t id,
-		  uint64_t offset)
+int watch_space(struct uffd_engine *engine, struct uffd_space *space)
 {
-	return range && range->space == space && range->id == id && offset >= range->origin &&
-	       offset - range->origin < range->end - range->start;
-}
+	struct epoll_event event = { .events = EPOLLIN, .data.ptr = space };
 
-struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t offset,
-			      uint64_t hint)
-{
-	struct uffd_range *range = uffd_table_find(space->table, hint);
-
-	if (holds(range, space, id, offset))
-		return range;
-	/* Moved: what follows is rare, and as slow as the table is long. */
-	for (range = uffd_table_next(space->table, 0); range && !holds(range, space, id, offset);)
-		range = uffd_table_next(space->table, range->end);
-	return range;
-}
-
-struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint)
-{
-	struct uffd_range *range = uffd_table_find(space->table, hint);
-
-	if (range && range->space == space && range->id == id)
-		return range;
-	for (range = uffd_table_next(space->table, 0);
-	     range && (range->space != space || range->id != id);)
-		range = uffd_table_next(space->table, range->end);
-	return range;
+	if (epoll_ctl(engine->epoll_fd, EPOLL_CTL_ADD, space->fd, &event))
+		return -errno;
+	kick_leader(engine);
+	return 0;
 }

@@ -3,7 +3,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "core.h"
+#include "clock.h"
+#include "page_table.h"
+#include "put.h"
+#include "range.h"
+#include "slices.h"
+#include "states.h"
+#include "stats.h"
 
 #define PAGES_AT_ONCE	512u
 /* Write-protecting part of a transparent huge page splits it. */
@@ -21,11 +27,6 @@ static uint8_t settled_state(const struct uffd_pages *pages, uint64_t index)
 		state = atomic_load_explicit(&pages->state[index], memory_order_acquire);
 	}
 	return uffd_page_is_in_flight(state) ? UFFD_PAGE_IN_FLIGHT : state;
-}
-
-static uint64_t lesser(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
 }
 
 /* [at, at + pages) of a piece; `first` is the index of the first one. */
@@ -72,7 +73,7 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id,
 			continue;
 		}
 		at = range->start + (offset - range->origin);
-		n = lesser(lesser(pages - done, PAGES_AT_ONCE), (range->end - at) >> range->page_shift);
+		n = lower(lower(pages - done, PAGES_AT_ONCE), (range->end - at) >> range->page_shift);
 		look(range, at, first_page + done, n, states_ret + done);
 	}
 	shut_visit(&visit);
@@ -90,7 +91,7 @@ int uffd_engine_take_in(struct uffd_engine *engine, uint32_t number, uint64_t id
 	range = any_piece(visit.space, id, start);
 	for (uint64_t at = range ? range->start : 0, n; range && at < range->end;
 	     at += n << range->page_shift) {
-		n = lesser((range->end - at) >> range->page_shift, PAGES_AT_ONCE);
+		n = lower((range->end - at) >> range->page_shift, PAGES_AT_ONCE);
 		if (!read_entries(range, at, n, entries))
 			break;
 		for (uint64_t i = 0; i < n; i++) {
@@ -204,8 +205,8 @@ static uint64_t run_end(const struct uffd_range *range, uint64_t at, uint64_t en
 {
 	uint64_t most = is_huge(range) ? 8 * range->page_size : (at + THP_SIZE) & ~(THP_SIZE - 1ull);
 
-	end = lesser(end, range->end);
-	return is_huge(range) ? lesser(end, at + most) : lesser(end, most);
+	end = lower(end, range->end);
+	return is_huge(range) ? lower(end, at + most) : lower(end, most);
 }
 
 /* What was told of pages is lost with the error: they count as written. */

@@ -4,7 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core.h"
+#include "clock.h"
+#include "stats.h"
 
 /* A reader waits no longer than this: an ioctl may be reading from a slow disk. */
 #define AWAIT_LIMIT_NS	100000000

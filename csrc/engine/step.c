@@ -2,200 +2,24 @@
 /* The step of whoever leads: read, apply, resolve, and fill ahead. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <string.h>
 #include <sys/epoll.h>
 
-#include "alloc.h"
-#include "core.h"
-
-/*
- * For a reader in sequence, who waits for all of it anyway: the end of each ioctl
- * wakes it, and it is soon back, having caught up with the next.  With 512 KiB that
- * costs a tenth of the throughput where both are on CPUs of their own (measured).
- */
-#define SEQUENTIAL_SLICE	(8u << 20)
+#include "barrier.h"
+#include "clock.h"
+#include "gate.h"
+#include "layout.h"
+#include "pending.h"
+#include "prefetch.h"
+#include "range.h"
+#include "resolve.h"
+#include "say.h"
+#include "stats.h"
+#include "step.h"
+#include "stray.h"
 
 /* Prefetching, for the leader */
 
-static void push_job(struct uffd_range *range, uint64_t at, uint64_t end, bool for_reader)
-{
-	struct uffd_engine *engine = range->space->engine;
-
-	if (at >= end)
-		return;
-	if (engine->job_count == PREFETCH_JOBS) {
-		/* The oldest guess is the worst one. */
-		memmove(&engine->jobs[0], &engine->jobs[1],
-			(PREFETCH_JOBS - 1) * sizeof(engine->jobs[0]));
-		engine->job_count--;
-	}
-	engine->jobs[engine->job_count++] =
-		(struct prefetch_job){ range->space, at, end, for_reader };
-}
-
-static void plan_prefetch(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
-{
-	struct uffd_engine *engine = range->space->engine;
-	uint64_t from, to;
-
-	if (!engine->options.prefetch || kind == UFFD_KIND_WP || needs_request(range))
-		return;
-	for (size_t i = 0; i < engine->job_count; i++)
-		if (engine->jobs[i].space == range->space && page >= engine->jobs[i].at &&
-		    page < engine->jobs[i].end)
-			return;
-	prefetch_span(range, page, &from, &to);
-	push_job(range, from, page, false);
-	push_job(range, page + range->page_size, to,
-		 !engine->job_count && to - from > engine->options.prefetch);
-}
-
-/* A slice of the newest job; false: dismissed meanwhile. */
-static bool fill_slice_of(struct uffd_range *range, struct prefetch_job *job, uint64_t slice,
-			  struct fill_run *run_ret)
-{
-	struct uffd_engine *engine = range->space->engine;
-	uint64_t end;
-
-	if (slice < range->page_size)
-		slice = range->page_size;
-	end = job->end - job->at > slice ? job->at + slice : job->end;
-	may_be_held_up(engine);
-	*run_ret = fill_absent(range, job->at, end);
-	if (!is_back(engine))
-		return false;
-	job->at = run_ret->past;
-	count(engine, COUNTER(prefetched_pages), run_ret->filled >> range->page_shift);
-	/* A page that cannot be had now is left to its own fault. */
-	if (run_ret->error || job->at >= job->end)
-		engine->job_count--;
-	return true;
-}
-
-bool run_prefetch_slice(struct uffd_engine *engine)
-{
-	struct prefetch_job *job;
-	struct uffd_table *table;
-	struct uffd_range *range;
-	struct uffd_hold *hold = NULL;
-	struct fill_run run;
-	bool is_here = true;
-	unsigned int shard;
-	uint32_t phase;
-
-	if (!engine->job_count)
-		return false;
-	phase = begin_work(engine);
-	job = &engine->jobs[engine->job_count - 1];
-	table = job->space->table;
-	shard = uffd_table_enter(table, current_cpu());
-	range = uffd_table_find(table, job->at);
-	if (!range || job->end > range->end || atomic_load(&engine->refusing)) {
-		engine->job_count--;
-	} else {
-		hold = leave_with(table, shard, range, job->at, job->end, engine->leader_id);
-		is_here = fill_slice_of(range, job,
-					job->for_reader ? SEQUENTIAL_SLICE : PREFETCH_SLICE, &run);
-	}
-	let_go(table, shard, hold);
-	end_work(engine, phase);
-	return is_here;
-}
-
-/*
- * A reader in sequence that has caught up with the newest job waits for the page
- * that comes next anyway.  Resolving that page alone would wake it for one page,
- * and where both threads share a CPU it would fault on the next before the job
- * got on: a large slice at once serves both.
- */
-static bool is_next_in_line(const struct uffd_range *range, uint64_t page,
-			    enum uffd_fault_kind kind)
-{
-	const struct uffd_engine *engine = range->space->engine;
-	const struct prefetch_job *job = &engine->jobs[engine->job_count - 1];
-
-	return engine->job_count && kind != UFFD_KIND_WP && job->space == range->space &&
-	       job->at == page && job->end <= range->end && !atomic_load(&engine->refusing);
-}
-
-static enum outcome resolve_as_leader(struct uffd_range *range, uint64_t page,
-				      enum uffd_fault_kind kind)
-{
-	struct uffd_engine *engine = range->space->engine;
-	enum outcome outcome;
-
-	may_be_held_up(engine);
-	outcome = resolve_page(range, page, kind);
-	return is_back(engine) ? outcome : OUTCOME_DISMISSED;
-}
-
-static enum outcome fill_in_line(struct uffd_range *range, uint64_t page,
-				 enum uffd_fault_kind kind)
-{
-	struct uffd_engine *engine = range->space->engine;
-	struct prefetch_job *job = &engine->jobs[engine->job_count - 1];
-
-	struct fill_run run;
-
-	if (!fill_slice_of(range, job, SEQUENTIAL_SLICE, &run))
-		return OUTCOME_DISMISSED;
-	/*
-	 * Not filled by this (no content, put off, or not absent: it was dropped since
-	 * it was filled): the ordinary way knows what to do.
-	 */
-	return run.from <= page && page < run.past &&
-			       atomic_load(state_of(range, page)) == UFFD_PAGE_CLEAN
-		? OUTCOME_RESOLVED : resolve_as_leader(range, page, kind);
-}
-
 /* The step */
-
-/* NULL leaves the old block as it was. */
-static void *grow(void *block, size_t used, size_t size)
-{
-	void *larger = uffd_alloc(size);
-
-	if (!larger)
-		return NULL;
-	if (used)
-		memcpy(larger, block, used);
-	uffd_free(block);
-	return larger;
-}
-
-void remember_fault(struct fault_list *list, const struct deferred_fault *fault)
-{
-	for (size_t i = 0; i < list->count; i++)
-		if (list->faults[i].space == fault->space &&
-		    list->faults[i].address == fault->address &&
-		    fault_kind(list->faults[i].flags) == fault_kind(fault->flags))
-			return;
-	if (list->count == list->capacity) {
-		size_t capacity = list->capacity ? 2 * list->capacity : 64;
-		struct deferred_fault *larger = grow(list->faults, list->count * sizeof(*larger),
-						     capacity * sizeof(*larger));
-
-		if (!larger) {
-			/* Cannot remember it, so let the kernel send it again. */
-			uffd_shim_wake(fault->space->fd, fault->address & ~(BASE_PAGE - 1ull),
-				       BASE_PAGE);
-			return;
-		}
-		list->faults = larger;
-		list->capacity = capacity;
-	}
-	list->faults[list->count++] = *fault;
-}
-
-void forget_faults(struct fault_list *list, const struct uffd_space *space)
-{
-	size_t kept = 0;
-
-	for (size_t i = 0; i < list->count; i++)
-		if (list->faults[i].space != space)
-			list->faults[kept++] = list->faults[i];
-	list->count = kept;
-}
 
 /* Reading may fail for want of descriptors or memory; the message stays queued. */
 static bool is_passing(int error)
@@ -228,17 +52,15 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		page = page_of(range, fault->address);
 		hold = leave_with(table, shard, range, page, page + range->page_size,
 				  engine->leader_id);
-		engine->fault_in_hand = fault;
 		in_line = is_next_in_line(range, page, kind);
 		if (engine->job_count && !in_line)
 			engine->jobs[engine->job_count - 1].for_reader = false;
-		outcome = in_line ? fill_in_line(range, page, kind)
-				  : resolve_as_leader(range, page, kind);
+		outcome = in_line ? fill_in_line(range, page, kind, fault)
+				  : resolve_as_leader(range, page, kind, fault);
 		if (outcome == OUTCOME_DISMISSED) {
 			let_go(table, shard, hold);
 			return outcome;
 		}
-		engine->fault_in_hand = NULL;
 		if (outcome == OUTCOME_RESOLVED && !in_line)
 			plan_prefetch(range, page, kind);
 		/*

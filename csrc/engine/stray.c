@@ -11,7 +11,14 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "core.h"
+#include "clock.h"
+#include "fill.h"
+#include "pending.h"
+#include "range.h"
+#include "say.h"
+#include "space.h"
+#include "stats.h"
+#include "stray.h"
 
 static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, bool last_try)
 {

@@ -11,35 +11,20 @@
  * it outlives that process from the first instant, a third one, the holder, shares
  * the worker's table of descriptors and does nothing else.
  */
-#ifndef UFFD_KEEPER_H
-#define UFFD_KEEPER_H
+#ifndef UFFD_ENGINE_SUCCESSOR_H
+#define UFFD_ENGINE_SUCCESSOR_H
 
-#include <stdint.h>
+#include "core.h"
 
-enum uffd_report_kind {
-	UFFD_REPORT_ADDED,	/* one piece */
-	UFFD_REPORT_DROPPED,	/* every piece of `id` in the space */
-	UFFD_REPORT_PIECES,	/* what the space consists of now */
-	UFFD_REPORT_FORK,	/* the same of a new space; its userfaultfd, and its states file if any */
-	UFFD_REPORT_GONE,	/* the space */
-};
+uint64_t uffd_engine_shared_size(void);
 
-/* One on the stream; `count` pieces follow, descriptors come with its first byte. */
-struct uffd_report {
-	uint32_t kind;
-	uint32_t space;
-	uint64_t id;		/* FORK: its layout events, UFFD_FEATURE_EVENT_* */
-	uint64_t count;
-	uint64_t sequence;	/* PIECES, FORK: number of the event that changed it */
-};
-
-struct uffd_report_piece {
-	uint64_t id;		/* 0: no piece, but an unmapping whose event is still to come */
-	uint64_t start;
-	uint64_t end;
-	uint64_t origin;
-	uint64_t states_offset;	/* in the space's states file; unused where forks share them */
-};
+/* Go on with a space of another engine, under its number; a fork's fd is ours from now on. */
+int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
+			    uint32_t has_events, int32_t owner_pid, uint32_t space);
+/* An UNMAP of [start, end) in a space of another engine is still to come. */
+int uffd_engine_owe(struct uffd_engine *engine, uint32_t space, uint64_t start, uint64_t end);
+/* Before the start: apply what another engine had read and not applied. */
+void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported);
 
 /* For the keeper's child: be killed when the keeper ends; -ESRCH: it has. */
 int uffd_keeper_follow_parent(int32_t parent);
@@ -59,4 +44,4 @@ int uffd_keeper_rescue_fork(void *shared, uint32_t *position);
 /* End the holder. */
 void uffd_keeper_release_holder(void *shared);
 
-#endif /* UFFD_KEEPER_H */
+#endif /* UFFD_ENGINE_SUCCESSOR_H */

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "alloc.h"
-#include "fill.h"
+#include "clock.h"
 #include "table.h"
 
 #define FIRST_CAPACITY 16

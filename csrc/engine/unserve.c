@@ -10,7 +10,20 @@
 #include <errno.h>
 
 #include "alloc.h"
-#include "core.h"
+#include "barrier.h"
+#include "clock.h"
+#include "fill.h"
+#include "gate.h"
+#include "patience.h"
+#include "populate.h"
+#include "put.h"
+#include "range.h"
+#include "report.h"
+#include "save.h"
+#include "slices.h"
+#include "space.h"
+#include "stats.h"
+#include "unserve.h"
 
 /*
  * Where forks share the memory they share the states, but a mark is in one address
@@ -119,12 +132,6 @@ struct piece {
 	uint64_t start, offset, end, page_size, mode;
 	bool loses_content, can_poison, asks, preserves;
 };
-
-bool loses_content(const struct uffd_range *range)
-{
-	return can_be_absent(range) && range->content->kind != UFFD_SOURCE_ZERO &&
-	       range->content->kind != UFFD_SOURCE_NONE;
-}
 
 static bool look_at_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
 			  uint64_t hint, struct piece *piece)

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: MIT
+/*
+ * What a worker brings: content, which is put in place as far as it is still waited
+ * for, or none.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+
+#include "alloc.h"
+#include "answer.h"
+#include "barrier.h"
+#include "clock.h"
+#include "fill.h"
+#include "gate.h"
+#include "put.h"
+#include "queue.h"
+#include "range.h"
+#include "resolve.h"
+#include "space.h"
+#include "stats.h"
+
+static void drop_request(struct uffd_engine *engine, struct uffd_request *request,
+			 uint64_t filled, int error)
+{
+	pthread_mutex_lock(&engine->requests_lock);
+	populate_answered(engine, request, filled, error);
+	TAILQ_REMOVE(&engine->taken, request, link);
+	/* Nobody waits for one that was abandoned; it is counted no more. */
+	if (!request->abandoned)
+		atomic_fetch_sub(&engine->outstanding, 1);
+	pthread_mutex_unlock(&engine->requests_lock);
+	uffd_free(request);
+}
+
+/*
+ * Pages of the request that still wait for it get the bytes; one gate's length.
+ * One that was dropped does not, whoever is at it now: it is zeros.
+ */
+static int put_answer(struct uffd_engine *engine, const struct uffd_request *request,
+		      uint64_t *offset, const char *data, uint64_t *filled)
+{
+	struct uffd_space *space = space_get(engine, request->space);
+	uint64_t end = request->offset + request->length, at, stop, past;
+	struct uffd_fill_result result;
+	struct uffd_hold *hold = NULL;
+	struct uffd_range *range;
+	unsigned int shard;
+	int r = 0;
+
+	if (!space)
+		return -ESRCH;
+	gate_enter(space);
+	shard = uffd_table_enter(space->table, current_cpu());
+	range = find_piece(space, request->id, *offset,
+			   request->address + (*offset - request->offset));
+	if (!range) {
+		/* This page is mapped no more; the next one may be. */
+		*offset += request->page_size;
+		goto out;
+	}
+	at = range->start + (*offset - range->origin);
+	stop = at;
+	while (stop < range->end && content_offset(range, stop) < end &&
+	       atomic_load(state_of(range, stop)) == UFFD_PAGE_REQUESTED) {
+		stop += range->page_size;
+		if (is_huge(range))
+			break;
+	}
+	if (stop == at) {
+		*offset += range->page_size;
+		goto out;
+	}
+	hold = leave_with(space->table, shard, range, at, stop, request->worker_id);
+	r = put_bytes(range, at, stop - at,
+		      (uint64_t)(uintptr_t)(data + (*offset - request->offset)), FILL_AHEAD,
+		      &result);
+	uffd_barrier(UFFD_BARRIER_PLACED);
+	if (r == 0 && result.already_present &&
+	    lacks_huge_page(range, at, request->since_ns)) {
+		r = -ENOMEM;
+		goto out;
+	}
+	past = at + result.done + result.already_present;
+	set_filled(range, at, past, &result);
+	wake_again(range, at, past);
+	count(engine, COUNTER(filled_pages), result.done >> range->page_shift);
+	*filled += result.done;
+	*offset += past - at;
+	if (r == 0 && result.deferred)
+		r = -EAGAIN;
+	if (r == -ESRCH)
+		atomic_store(&space->gone, true);
+	if (r == -ENOENT || r == -ESRCH) {
+		/* Gone, and its event unread; should it be asked for again, nobody is at it. */
+		unclaim(range, past, stop, UFFD_PAGE_ABSENT);
+		*offset += stop - past;
+	}
+out:
+	let_go(space->table, shard, hold);
+	gate_leave(space);
+	space_put(space);
+	return r == -ENOENT ? 0 : r;
+}
+
+static void abandon_page(struct uffd_range *range, uint64_t page, int error)
+{
+	if (error)
+		note_failure(range->space->engine, page, range->page_size, error,
+			     UFFD_FAILED_STALLED);
+	poison_page(range, page);
+}
+
+/*
+ * on_error for the page that a thread touched; its neighbours are absent again, and so
+ * is what populate asked for: whoever touches it asks for it by itself.
+ */
+static void give_up_page(const struct uffd_request *request, struct uffd_range *range,
+			 uint64_t page, int error, enum uffd_failure_stage stage)
+{
+	if (atomic_load(state_of(range, page)) != UFFD_PAGE_REQUESTED)
+		return;
+	if (stage == UFFD_FAILED_NOTHING) {
+		abandon_page(range, page, error);
+	} else if (request->is_fault && content_offset(range, page) == request->fault_offset) {
+		apply_on_error(range, page, error, stage, request->thread_id);
+	} else {
+		if (!request->is_fault)
+			note_failure(range->space->engine, page, range->page_size, error, stage);
+		unclaim(range, page, page + range->page_size, UFFD_PAGE_ABSENT);
+	}
+}
+
+void give_up_pages(struct uffd_engine *engine, const struct uffd_request *request,
+		   uint64_t offset, uint64_t end, int error, enum uffd_failure_stage stage)
+{
+	struct uffd_space *space = space_get(engine, request->space);
+	uint64_t step = request->page_size;
+	uint32_t phase;
+
+	if (!space)
+		return;
+	phase = begin_work(engine);
+	for (; offset < end; offset += step) {
+		unsigned int shard;
+		struct uffd_range *range;
+
+		gate_enter(space);
+		shard = uffd_table_enter(space->table, current_cpu());
+		range = find_piece(space, request->id, offset,
+				   request->address + (offset - request->offset));
+		if (range)
+			give_up_page(request, range, range->start + (offset - range->origin),
+				     error, stage);
+		uffd_table_leave(space->table, shard);
+		gate_leave(space);
+	}
+	end_work(engine, phase);
+	space_put(space);
+}
+
+int answer_request(struct uffd_engine *engine, struct uffd_request *request, const void *data)
+{
+	uint64_t offset = request->offset, end = request->offset + request->length;
+	uint64_t give_up = 0, filled = 0;
+	unsigned int attempt = 0;
+	uint32_t phase;
+	int r = 0;
+
+	uffd_barrier(UFFD_BARRIER_COMPLETE);
+	phase = begin_work(engine);
+	while (offset < end && !__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE)) {
+		r = put_answer(engine, request, &offset, data, &filled);
+		if (r == 0) {
+			attempt = 0;
+			continue;
+		}
+		if (r != -EAGAIN && r != -ENOMEM)
+			break;
+		if (attempt == 0)
+			give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+		else if (uffd_now_ns() > give_up)
+			break;
+		count(engine, COUNTER(retried), attempt == 0);
+		uffd_back_off(attempt++);
+	}
+	if (r && r != -ESRCH)
+		give_up_pages(engine, request, offset, end, r, UFFD_FAILED_RESOLVE);
+	if (__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE))
+		r = -ECANCELED;
+	else if (r == 0 && request->is_fault)
+		note_fault(engine, request->fault_address, request->flags, request->thread_id,
+			   request->since_ns);
+	drop_request(engine, request, filled, r);
+	end_work(engine, phase);
+	return r;
+}
+
+int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *request,
+			 const void *data)
+{
+	/* It may be memory of any kind. */
+	uffd_fault_in((uint64_t)(uintptr_t)data, request->length, false);
+	return answer_request(engine, request, data);
+}
+
+/* With the requests' lock held; `first` is taken, `second` new or NULL. */
+static void queue_again(struct uffd_engine *engine, struct uffd_request *first,
+			struct uffd_request *second)
+{
+	struct populate *populate = first->populate;
+
+	TAILQ_REMOVE(&engine->taken, first, link);
+	TAILQ_INSERT_HEAD(&engine->queued, first, link);
+	if (second)
+		TAILQ_INSERT_AFTER(&engine->queued, first, second, link);
+	atomic_fetch_add(&engine->queued_count, second ? 2 : 1);
+	atomic_fetch_add(&engine->outstanding, second ? 1 : 0);
+	first->taken_ns = 0;
+	if (second)
+		second->taken_ns = 0;
+	if (populate) {
+		populate->queued += second ? 2 : 1;
+		populate->outstanding += second ? 1 : 0;
+		/* It has trouble with many at once, so no more of that. */
+		populate->chunk = populate->limit = first->page_size;
+	}
+	/* The caller comes for the first itself. */
+	if (second && engine->idle_workers)
+		pthread_cond_signal(&engine->requests_changed);
+}
+
+int uffd_engine_ask_again(struct uffd_engine *engine, struct uffd_request *request)
+{
+	struct uffd_request before, *second = NULL;
+	bool again;
+
+	if (request->length == request->page_size)
+		return 0;
+	if (!request->is_fault) {
+		second = uffd_alloc(sizeof(*second));
+		if (!second)
+			return 0;
+	}
+	pthread_mutex_lock(&engine->requests_lock);
+	/* Populate that has failed already is not to wait for more of it. */
+	again = !request->abandoned && !(request->populate && request->populate->error);
+	before = *request;
+	if (again && second) {
+		request->length = request->length / 2 & ~(request->page_size - 1);
+		*second = *request;
+		second->offset += request->length;
+		second->address += request->length;
+		second->length = before.length - request->length;
+	} else if (again) {
+		request->offset = request->fault_offset;
+		request->address += request->fault_offset - before.offset;
+		request->length = request->page_size;
+	}
+	if (again)
+		queue_again(engine, request, second);
+	pthread_mutex_unlock(&engine->requests_lock);
+	if (!again)
+		uffd_free(second);
+	if (again && !second) {
+		give_up_pages(engine, &before, before.offset, before.fault_offset, 0,
+			      UFFD_FAILED_SOURCE);
+		give_up_pages(engine, &before, before.fault_offset + before.page_size,
+			      before.offset + before.length, 0, UFFD_FAILED_SOURCE);
+	}
+	return again;
+}
+
+int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error)
+{
+	int r = __atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE) ? -ECANCELED : 0;
+
+	if (r == 0)
+		give_up_pages(engine, request, request->offset, request->offset + request->length,
+			      -error, UFFD_FAILED_SOURCE);
+	drop_request(engine, request, 0, r ? r : -EIO);
+	return r;
+}

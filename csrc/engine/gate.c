@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+/* Closing the gate: nobody fills a page while the layout changes. */
+#define _GNU_SOURCE
+#include <time.h>
+
+#include "gate.h"
+
+/* In slices, so that whoever waits can leave. */
+#define GATE_WAIT_NS	20000000
+#define NS_PER_S	1000000000
+
+bool gate_try_close(struct uffd_space *space)
+{
+	pthread_rwlock_t *gate = &space->engine->gate;
+	struct timespec until;
+
+	if (!has_gate(space) || pthread_rwlock_trywrlock(gate) == 0)
+		return true;
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += GATE_WAIT_NS;
+	if (until.tv_nsec >= NS_PER_S) {
+		until.tv_sec++;
+		until.tv_nsec -= NS_PER_S;
+	}
+	return pthread_rwlock_timedwrlock(gate, &until) == 0;
+}
+
+bool gate_close(struct uffd_space *space)
+{
+	while (!gate_try_close(space))
+		if (atomic_load(&space->engine->stop))
+			return false;
+	return true;
+}

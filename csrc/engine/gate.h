@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The gate keeps content from landing in a page that was removed meanwhile, see
+ * `struct uffd_engine`.  Without layout events there is none.
+ */
+#ifndef UFFD_ENGINE_GATE_H
+#define UFFD_ENGINE_GATE_H
+
+#include "core.h"
+
+static inline bool has_gate(const struct uffd_space *space)
+{
+	return space->events && !(ends(space->engine) && space->engine->end.ignores_gate);
+}
+
+static inline void gate_enter(struct uffd_space *space)
+{
+	if (has_gate(space))
+		pthread_rwlock_rdlock(&space->engine->gate);
+}
+
+/*
+ * A source may hold up whoever is inside.  The first one waits for some
+ * milliseconds, the second one until the engine stops; false: not closed.
+ */
+bool gate_try_close(struct uffd_space *space);
+bool gate_close(struct uffd_space *space);
+
+static inline void gate_leave(struct uffd_space *space)
+{
+	if (has_gate(space))
+		pthread_rwlock_unlock(&space->engine->gate);
+}
+
+#endif /* UFFD_ENGINE_GATE_H */

@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: MIT */
+/* The inline driver: a SIGBUS handler for the whole process. */
+#ifndef UFFD_ENGINE_INLINE_H
+#define UFFD_ENGINE_INLINE_H
+
+#include "core.h"
+
+int uffd_inline_start(struct uffd_engine *engine);
+/* `to_original`: the action that took our place meanwhile works no more. */
+void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original);
+/* Whether the SIGBUS action of the process is ours; put it back on top if it is not. */
+int uffd_inline_is_installed(void);
+int uffd_inline_reinstall(void);
+
+extern struct uffd_table uffd_inline_table;
+
+/* inline.c: in the child of a fork. */
+void inline_forget_parent(void);
+
+#endif /* UFFD_ENGINE_INLINE_H */

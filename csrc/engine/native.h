@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: MIT */
+/* The native driver: one C thread. */
+#ifndef UFFD_ENGINE_NATIVE_H
+#define UFFD_ENGINE_NATIVE_H
+
+#include "core.h"
+
+int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count,
+		      const char **call_ret);
+/* Wait until every fault that was waiting at the call is resolved or put off for good. */
+int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns);
+
+/* End the thread of an engine that serves nothing: another one goes on with its userfaultfds. */
+void uffd_native_stop(struct uffd_engine *engine);
+
+void native_close(struct uffd_engine *engine);
+/* Tell whoever leads, or could, to leave. */
+void native_end(struct uffd_engine *engine);
+
+#endif /* UFFD_ENGINE_NATIVE_H */

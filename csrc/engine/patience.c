@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Waiting while ranges are taken out: for other threads, for as long as was allowed.
+ * Whoever ends an engine leads it meanwhile.
+ */
+#define _GNU_SOURCE
+#include "clock.h"
+#include "patience.h"
+#include "step.h"
+#include "stray.h"
+
+/* Deduct what was waited; false: it has been long enough. */
+static bool spend(struct patience *patience, uint64_t since_ns)
+{
+	int64_t spent = (int64_t)(uffd_now_ns() - since_ns);
+
+	if (ends(patience->engine))
+		return atomic_fetch_sub(&patience->engine->end.patience_ns, spent) > spent;
+	patience->left_ns -= spent;
+	return patience->left_ns > 0;
+}
+
+static void lead_a_step(struct uffd_engine *engine)
+{
+	uint32_t handled;
+
+	if (!engine->end.leads)
+		return;
+	uffd_engine_step(engine, &handled);
+	if (engine->strays.count)
+		refuse_strays(engine, false);
+	if (engine->deferred.count)
+		retry_deferred(engine);
+}
+
+bool wait_on(struct patience *patience)
+{
+	uint64_t began = uffd_now_ns();
+
+	if (ends(patience->engine))
+		lead_a_step(patience->engine);
+	uffd_back_off(patience->attempt++);
+	return spend(patience, began);
+}
+
+void rest(struct patience *patience)
+{
+	patience->attempt = 0;
+	if (!ends(patience->engine))
+		return;
+	atomic_fetch_add(&patience->engine->end.progress, 1);
+	lead_a_step(patience->engine);
+}

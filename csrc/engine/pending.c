@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT
+/* Faults that are to be looked at again. */
+#define _GNU_SOURCE
+#include <string.h>
+
+#include "alloc.h"
+#include "pending.h"
+#include "stats.h"
+#include "uffd_shim.h"
+
+/* NULL leaves the old block as it was. */
+static void *grow(void *block, size_t used, size_t size)
+{
+	void *larger = uffd_alloc(size);
+
+	if (!larger)
+		return NULL;
+	if (used)
+		memcpy(larger, block, used);
+	uffd_free(block);
+	return larger;
+}
+
+void remember_fault(struct fault_list *list, const struct deferred_fault *fault)
+{
+	for (size_t i = 0; i < list->count; i++)
+		if (list->faults[i].space == fault->space &&
+		    list->faults[i].address == fault->address &&
+		    fault_kind(list->faults[i].flags) == fault_kind(fault->flags))
+			return;
+	if (list->count == list->capacity) {
+		size_t capacity = list->capacity ? 2 * list->capacity : 64;
+		struct deferred_fault *larger = grow(list->faults, list->count * sizeof(*larger),
+						     capacity * sizeof(*larger));
+
+		if (!larger) {
+			/* Cannot remember it, so let the kernel send it again. */
+			uffd_shim_wake(fault->space->fd, fault->address & ~(BASE_PAGE - 1ull),
+				       BASE_PAGE);
+			return;
+		}
+		list->faults = larger;
+		list->capacity = capacity;
+	}
+	list->faults[list->count++] = *fault;
+}
+
+void forget_faults(struct fault_list *list, const struct uffd_space *space)
+{
+	size_t kept = 0;
+
+	for (size_t i = 0; i < list->count; i++)
+		if (list->faults[i].space != space)
+			list->faults[kept++] = list->faults[i];
+	list->count = kept;
+}

@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: MIT */
+/* Faults that are to be looked at again.  For the leader. */
+#ifndef UFFD_ENGINE_PENDING_H
+#define UFFD_ENGINE_PENDING_H
+
+#include "core.h"
+
+void remember_fault(struct fault_list *list, const struct deferred_fault *fault);
+static inline void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault)
+{
+	remember_fault(&engine->deferred, fault);
+}
+void forget_faults(struct fault_list *list, const struct uffd_space *space);
+
+#endif /* UFFD_ENGINE_PENDING_H */

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+/* Pieces of memory that are served: made, found, and freed when nobody is at them. */
+#define _GNU_SOURCE
+#include "alloc.h"
+#include "range.h"
+
+struct uffd_range *range_create(struct uffd_space *space, const struct uffd_range *like,
+				uint64_t start, uint64_t end, uint64_t origin)
+{
+	struct uffd_range *range = uffd_alloc(sizeof(*range));
+
+	if (!range)
+		return NULL;
+	range->start = start;
+	range->end = end;
+	range->origin = origin;
+	range->page_size = like->page_size;
+	range->page_shift = like->page_shift;
+	range->mode = like->mode;
+	range->ioctls = __atomic_load_n(&like->ioctls, __ATOMIC_RELAXED);
+	range->id = like->id;
+	range->space = space;
+	range->content = uffd_content_get(like->content);
+	range->pages = uffd_pages_get(like->pages);
+	atomic_store(&range->readahead_at, start);
+	return range;
+}
+
+void range_free(struct uffd_range *range)
+{
+	uffd_content_put(range->content);
+	uffd_pages_put(range->pages);
+	uffd_free(range);
+}
+
+bool range_is_in_use(struct uffd_range *range)
+{
+	struct uffd_engine *engine = range->space->engine;
+
+	return uffd_hold_is_on(&engine->holds, range) ||
+	       (range->has_readers && !uffd_table_is_quiet(range->space->table));
+}
+
+void range_discard(struct uffd_range *range)
+{
+	struct uffd_engine *engine = range->space->engine;
+
+	if (!range_is_in_use(range)) {
+		range_free(range);
+		return;
+	}
+	atomic_fetch_add(&range->space->references, 1);
+	pthread_mutex_lock(&engine->lost_lock);
+	range->next_lost = engine->lost;
+	engine->lost = range;
+	pthread_mutex_unlock(&engine->lost_lock);
+}
+
+void range_remove(struct uffd_range *range)
+{
+	range->has_readers = !uffd_table_remove(range->space->table, range);
+	range_discard(range);
+}
+
+static bool holds(const struct uffd_range *range, struct uffd_space *space, uint64_t id,
+		  uint64_t offset)
+{
+	return range && range->space == space && range->id == id && offset >= range->origin &&
+	       offset - range->origin < range->end - range->start;
+}
+
+struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t offset,
+			      uint64_t hint)
+{
+	struct uffd_range *range = uffd_table_find(space->table, hint);
+
+	if (holds(range, space, id, offset))
+		return range;
+	/* Moved: what follows is rare, and as slow as the table is long. */
+	for (range = uffd_table_next(space->table, 0); range && !holds(range, space, id, offset);)
+		range = uffd_table_next(space->table, range->end);
+	return range;
+}
+
+struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint)
+{
+	struct uffd_range *range = uffd_table_find(space->table, hint);
+
+	if (range && range->space == space && range->id == id)
+		return range;
+	for (range = uffd_table_next(space->table, 0);
+	     range && (range->space != space || range->id != id);)
+		range = uffd_table_next(space->table, range->end);
+	return range;
+}

@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Reports to the keeper, another process that outlives this one if it is killed: where
+ * every piece of memory is by now, and what descriptors only we have.  Without a keeper
+ * they do nothing.  What becomes of them: successor.h.
+ */
+#ifndef UFFD_ENGINE_REPORT_H
+#define UFFD_ENGINE_REPORT_H
+
+#include "core.h"
+
+enum uffd_report_kind {
+	UFFD_REPORT_ADDED,	/* one piece */
+	UFFD_REPORT_DROPPED,	/* every piece of `id` in the space */
+	UFFD_REPORT_PIECES,	/* what the space consists of now */
+	UFFD_REPORT_FORK,	/* the same of a new space; its userfaultfd, and its states file if any */
+	UFFD_REPORT_GONE,	/* the space */
+};
+
+/* One on the stream; `count` pieces follow, descriptors come with its first byte. */
+struct uffd_report {
+	uint32_t kind;
+	uint32_t space;
+	uint64_t id;		/* FORK: its layout events, UFFD_FEATURE_EVENT_* */
+	uint64_t count;
+	uint64_t sequence;	/* PIECES, FORK: number of the event that changed it */
+};
+
+struct uffd_report_piece {
+	uint64_t id;		/* 0: no piece, but an unmapping whose event is still to come */
+	uint64_t start;
+	uint64_t end;
+	uint64_t origin;
+	uint64_t states_offset;	/* in the space's states file; unused where forks share them */
+};
+
+void report_added(const struct uffd_range *range);
+void report_dropped(struct uffd_engine *engine, uint32_t space, uint64_t id);
+void report_pieces(struct uffd_space *space);
+void report_fork(struct uffd_space *child, int states_fd);
+void report_gone(struct uffd_space *space);
+
+/* A file for the states of all pages of a fork's child; -1: none is needed, or can be had. */
+int report_states_file(struct uffd_space *parent);
+
+#endif /* UFFD_ENGINE_REPORT_H */

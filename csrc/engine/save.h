@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: MIT */
+/* Old content out of protected pages, into the buffer that `preserve` names. */
+#ifndef UFFD_ENGINE_SAVE_H
+#define UFFD_ENGINE_SAVE_H
+
+#include "core.h"
+#include "slices.h"
+
+/* A claimed page whose protection holds.  -EFAULT, -EPERM, ...: it is not saved. */
+int save_page(struct uffd_range *range, uint64_t page);
+uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
+			uint64_t *done_ret);
+uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach);
+
+/*
+ * Save protected pages now, from this thread (`preserve`).  They stay protected, so that
+ * a later write shows, unless they are to be unprotected.  `reached_ret`: the offset of
+ * the page that could not be saved.
+ */
+int uffd_engine_preserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
+			 uint64_t start, uint64_t offset, uint64_t length, uint32_t unprotect,
+			 uint64_t *saved_ret, uint64_t *reached_ret);
+
+#endif /* UFFD_ENGINE_SAVE_H */

@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: MIT */
+/* A line on stderr, before the first page is lost.  Async-signal-safe. */
+#ifndef UFFD_ENGINE_SAY_H
+#define UFFD_ENGINE_SAY_H
+
+#include "core.h"
+
+void say_page_fails(struct uffd_range *range, uint64_t page, int error,
+		    enum uffd_failure_stage stage);
+void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
+		      enum uffd_failure_stage stage, const char *consequence);
+
+#endif /* UFFD_ENGINE_SAY_H */

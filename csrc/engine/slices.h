@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: MIT */
+/* Work on served pages from outside the loop. */
+#ifndef UFFD_ENGINE_SLICES_H
+#define UFFD_ENGINE_SLICES_H
+
+#include "core.h"
+
+/* Between open and shut nothing that is found goes away, nor does the layout change. */
+struct visit {
+	struct uffd_space *space;
+	unsigned int shard;
+	uint32_t phase;
+	struct uffd_hold *hold;
+};
+
+bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit);
+void shut_visit(struct visit *visit);
+/*
+ * Work on [offset, end) of a serving in slices, with the gate opened and shut for
+ * each.  `work` says how far it came; EAGAIN and ENOMEM may pass.  `reach` says what
+ * memory of this process the next of it will touch, and how far that goes.
+ */
+struct reach {
+	struct uffd_content *content;
+	uint64_t read, read_length;
+	uint64_t write, write_length;
+};
+
+typedef uint64_t (*slice_work)(struct uffd_range *range, uint64_t at, uint64_t end,
+			       int *error_ret, uint64_t *done_ret);
+typedef uint64_t (*slice_reach)(struct uffd_range *range, uint64_t at, uint64_t end,
+				struct reach *reach);
+
+struct slices {
+	struct uffd_engine *engine;
+	uint32_t number;	/* of the space */
+	uint64_t id, start;
+	uint64_t offset, end;
+	slice_work work;
+	slice_reach reach;	/* NULL: nothing that could hold anybody up */
+};
+
+int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret);
+/* `reached_ret`: the offset where it stopped. */
+int for_slices(const struct slices *all, uint64_t *done_ret, uint64_t *reached_ret);
+
+#endif /* UFFD_ENGINE_SLICES_H */

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT
+/* The address spaces of an engine: more of them, fewer, and all of them woken. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/epoll.h>
+
+#include "clock.h"
+#include "gate.h"
+#include "space.h"
+#include "spaces.h"
+#include "uffd_shim.h"
+
+/* What an address space has at most (x86-64, unless it is asked for more), and at least. */
+#define LOWEST_ADDRESS	0x10000ull
+#define HIGHEST_ADDRESS	0x7ffffffff000ull
+
+int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_events,
+			  int32_t owner_pid, uint32_t *space_ret)
+{
+	struct uffd_space *space;
+	int r = space_create(engine, fd, false, has_events, owner_pid, NEXT_NUMBER, &space);
+
+	if (r)
+		return r;
+	*space_ret = space->number;
+	r = watch_space(engine, space);
+	if (r)
+		space_retire(space);
+	return r;
+}
+
+static void wake_space(struct uffd_space *space)
+{
+	struct uffd_range *range;
+
+	/* Also where nobody serves: all of the address space at once. */
+	if (uffd_shim_wake(space->fd, LOWEST_ADDRESS, HIGHEST_ADDRESS - LOWEST_ADDRESS) == 0)
+		return;
+	gate_enter(space);
+	for (range = uffd_table_next(space->table, 0); range;
+	     range = uffd_table_next(space->table, range->end))
+		uffd_shim_wake(space->fd, range->start, range->end - range->start);
+	gate_leave(space);
+}
+
+void uffd_engine_wake_all(struct uffd_engine *engine)
+{
+	struct uffd_space *space;
+	uint32_t last;
+
+	pthread_mutex_lock(&engine->spaces_lock);
+	last = engine->next_space;
+	pthread_mutex_unlock(&engine->spaces_lock);
+	/* Not under the lock: who closed the gate may want it. */
+	for (uint32_t number = 0; number < last; number++) {
+		space = space_get(engine, number);
+		if (!space)
+			continue;
+		wake_space(space);
+		space_put(space);
+	}
+}
+
+int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number, uint64_t limit_ns)
+{
+	struct uffd_space *space = space_get(engine, number);
+	uint64_t give_up = uffd_now_ns() + limit_ns;
+	unsigned int attempt = 0;
+	int r = 0;
+
+	if (!space)
+		return -ESRCH;
+	if (space == engine->primary) {
+		space_put(space);
+		return -EINVAL;
+	}
+	if (engine->thread_running) {
+		/* The leader may hold it: it must be the one to let go. */
+		atomic_store(&space->gone, true);
+		atomic_fetch_add(&engine->doomed_spaces, 1);
+		while (r == 0 && atomic_load(&space->references) > 1) {
+			kick_leader(engine);
+			uffd_back_off(attempt++);
+			if (uffd_now_ns() > give_up)
+				r = -EBUSY;
+		}
+	} else {
+		epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, space->fd, NULL);
+		space_retire(space);
+	}
+	space_put(space);
+	return r;
+}
+
+uint32_t uffd_engine_spaces(struct uffd_engine *engine)
+{
+	return atomic_load(&engine->space_count);
+}

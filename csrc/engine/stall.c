@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT
+/* Requests that nobody answers: given up one by one as they get too old, or all at once. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+
+#include "answer.h"
+#include "clock.h"
+#include "queue.h"
+#include "say.h"
+#include "stall.h"
+#include "stats.h"
+
+/* With the requests' lock held: its answer comes too late from now on. */
+static void abandon(struct uffd_request *request, struct uffd_request *copy_ret, bool is_queued)
+{
+	__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
+	*copy_ret = *request;
+	request->populate = NULL;
+	if (is_queued && copy_ret->populate)
+		copy_ret->populate->queued--;
+}
+
+/* What is due for an abandoned request, which may be freed by now, hence the copy. */
+static void forget(struct uffd_engine *engine, struct uffd_request *copy, int error,
+		   enum uffd_failure_stage stage)
+{
+	give_up_pages(engine, copy, copy->offset, copy->offset + copy->length, error, stage);
+	atomic_fetch_sub(&engine->outstanding, 1);
+	pthread_mutex_lock(&engine->requests_lock);
+	populate_answered(engine, copy, 0, error ? error : -ECANCELED);
+	pthread_mutex_unlock(&engine->requests_lock);
+}
+
+void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
+{
+	struct request_list *lists[] = { &engine->queued, &engine->taken };
+	struct uffd_request *request, copy;
+
+	for (size_t i = 0; i < 2; i++) {
+		do {
+			pthread_mutex_lock(&engine->requests_lock);
+			TAILQ_FOREACH(request, lists[i], link)
+				if (!request->abandoned && (!id || request->id == id))
+					break;
+			if (request)
+				abandon(request, &copy, i == 0);
+			pthread_mutex_unlock(&engine->requests_lock);
+			if (request)
+				forget(engine, &copy, -error, UFFD_FAILED_NOTHING);
+		} while (request);
+	}
+}
+
+uint32_t uffd_engine_hung(struct uffd_engine *engine)
+{
+	struct uffd_request *request;
+	uint32_t hung = 0;
+
+	pthread_mutex_lock(&engine->requests_lock);
+	TAILQ_FOREACH(request, &engine->taken, link)
+		hung += request->abandoned;
+	pthread_mutex_unlock(&engine->requests_lock);
+	return hung;
+}
+
+/* Python's own dump of all tracebacks hangs on this signal (faulthandler.register). */
+static void show_tracebacks(struct uffd_engine *engine)
+{
+	sigset_t only;
+
+	if (!engine->options.stall_signal)
+		return;
+	sigemptyset(&only);
+	sigaddset(&only, (int)engine->options.stall_signal);
+	pthread_kill(pthread_self(), (int)engine->options.stall_signal);
+	pthread_sigmask(SIG_UNBLOCK, &only, NULL);
+	pthread_sigmask(SIG_BLOCK, &only, NULL);
+}
+
+/*
+ * Since when the source is waited for.  A thread waits from its fault on.  For populate
+ * it is the worker's time that counts: as long as workers come for requests, those
+ * that are queued behind are in nobody's hand.
+ */
+static uint64_t waited_since(const struct uffd_engine *engine, const struct uffd_request *request)
+{
+	if (request->is_fault)
+		return request->since_ns;
+	if (request->taken_ns)
+		return request->taken_ns;
+	return engine->last_taken_ns > request->since_ns ? engine->last_taken_ns
+							 : request->since_ns;
+}
+
+static void find_oldest(const struct uffd_engine *engine, struct request_list *list,
+			struct uffd_request **oldest)
+{
+	struct uffd_request *request;
+
+	TAILQ_FOREACH(request, list, link)
+		if (!request->abandoned && !request->reported &&
+		    (!*oldest || waited_since(engine, request) < waited_since(engine, *oldest)))
+			*oldest = request;
+}
+
+uint64_t fail_stalled_requests(struct uffd_engine *engine)
+{
+	uint64_t limit = engine->options.stall_limit_ns, now = uffd_now_ns();
+	bool only_report = engine->options.on_error == UFFD_ON_ERROR_STALL;
+
+	if (!limit || !atomic_load(&engine->outstanding))
+		return UINT64_MAX;
+	for (;;) {
+		struct uffd_request *request = NULL, *taken, copy;
+		uint64_t since;
+
+		pthread_mutex_lock(&engine->requests_lock);
+		find_oldest(engine, &engine->taken, &request);
+		taken = request;
+		find_oldest(engine, &engine->queued, &request);
+		since = request ? waited_since(engine, request) : 0;
+		/* A worker may have come for it since we looked at the clock. */
+		if (!request || now < since || now - since < limit) {
+			pthread_mutex_unlock(&engine->requests_lock);
+			return request ? since + limit : UINT64_MAX;
+		}
+		copy = *request;
+		if (only_report)
+			request->reported = 1;
+		else
+			abandon(request, &copy, request != taken);
+		pthread_mutex_unlock(&engine->requests_lock);
+
+		count(engine, COUNTER(stalled_requests), 1);
+		show_tracebacks(engine);
+		if (only_report) {
+			note_failure(engine, copy.address, copy.length, -ETIMEDOUT,
+				     UFFD_FAILED_STALLED);
+			say_engine_fails(engine, copy.address, -ETIMEDOUT, UFFD_FAILED_STALLED,
+					 "whoever touches it waits on");
+			continue;
+		}
+		forget(engine, &copy, -ETIMEDOUT, UFFD_FAILED_STALLED);
+	}
+}
