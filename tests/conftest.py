@@ -133,8 +133,11 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     if not FRESH:
         zygote()  # its socket stays
-    # Listing /proc/self/task skips a thread while another one, of the last test, still exits.
+    # Listing /proc/self/task skips a thread while another one, of the last test, still exits:
+    # those that were there before any test are remembered.
     before = _held() | _held()
+    _threads_before.update(name for name in before if name.startswith("thread"))
+    before |= _threads_before
     yield
     deadline = time.monotonic() + SETTLE_S
     while extra := sorted(_held() - before):
@@ -142,6 +145,9 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
         if time.monotonic() > deadline:
             pytest.fail("left behind: " + ", ".join(extra))
         os.sched_yield()
+
+
+_threads_before: set[str] = set()
 
 
 def _is_of_the_kernel(item: pytest.Item) -> bool:

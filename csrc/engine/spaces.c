@@ -2,7 +2,12 @@
 /* The address spaces of an engine: more of them, fewer, and all of them woken. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
+#include <unistd.h>
 
 #include "clock.h"
 #include "gate.h"
@@ -43,7 +48,32 @@ static void wake_space(struct uffd_space *space)
 	gate_leave(space);
 }
 
-void uffd_engine_wake_all(struct uffd_engine *engine)
+/*
+ * Whether a thread waits whose fault has been read, by the kernel's counts.  Where they
+ * cannot be looked at: perhaps.
+ */
+static bool has_read_faults(int fd)
+{
+	char path[40], text[512];
+	const char *pending, *total;
+	ssize_t n;
+	int info;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	info = open(path, O_RDONLY | O_CLOEXEC);
+	if (info < 0)
+		return true;
+	n = read(info, text, sizeof(text) - 1);
+	close(info);
+	text[n > 0 ? n : 0] = 0;
+	pending = strstr(text, "pending:");
+	total = strstr(text, "total:");
+	return !pending || !total ||
+	       strtoul(pending + strlen("pending:"), NULL, 10) !=
+		       strtoul(total + strlen("total:"), NULL, 10);
+}
+
+static void wake_spaces(struct uffd_engine *engine, bool all)
 {
 	struct uffd_space *space;
 	uint32_t last;
@@ -56,9 +86,20 @@ void uffd_engine_wake_all(struct uffd_engine *engine)
 		space = space_get(engine, number);
 		if (!space)
 			continue;
-		wake_space(space);
+		if (all || has_read_faults(space->fd))
+			wake_space(space);
 		space_put(space);
 	}
+}
+
+void uffd_engine_wake_all(struct uffd_engine *engine)
+{
+	wake_spaces(engine, true);
+}
+
+void uffd_engine_wake_read(struct uffd_engine *engine)
+{
+	wake_spaces(engine, false);
 }
 
 int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number, uint64_t limit_ns)

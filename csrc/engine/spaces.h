@@ -18,6 +18,11 @@ int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_event
 int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t space, uint64_t limit_ns);
 /* Let everybody who waits ask again: what a dead process had read is lost. */
 void uffd_engine_wake_all(struct uffd_engine *engine);
+/*
+ * The same where a fault has been read: whoever read it may have died.  Those that nobody
+ * has read are left alone, since a thread that is woken waits no more until it runs.
+ */
+void uffd_engine_wake_read(struct uffd_engine *engine);
 uint32_t uffd_engine_spaces(struct uffd_engine *engine);
 
 #endif /* UFFD_ENGINE_SPACES_H */

@@ -232,7 +232,7 @@ def in_threads(driver: Driver) -> None:
         wrong: list[object] = []
 
         def work(number: int) -> None:
-            for turn in range(200):
+            for turn in range(40):
                 try:
                     if (turn + number) % 2:
                         region.read(0, 64)

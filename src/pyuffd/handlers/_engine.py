@@ -552,7 +552,7 @@ class Engine(SoleOwner):
             raise_start_error("start a fault handler", -code, _name(call) or "sigaction")
         # Who had the descriptor before us may have died with faults that it had read.
         if not self._inline:
-            self.wake_all()
+            lib.uffd_engine_wake_read(self._engine())
 
     def stop(self) -> None:
         """Stop a native driver that serves nothing; another engine reads its userfaultfds."""
