@@ -12,7 +12,7 @@ WAIT_NS = 10_000_000_000  # only against a bug: the thread that is held is on it
 
 
 class Point(IntEnum):
-    """Where the first thread that comes stops; csrc/engine/barrier.h says when each one is passed."""
+    """Where the first thread that comes stops; engine/barrier.h says when each one is passed."""
 
     STEP_READ = lib.UFFD_BARRIER_STEP_READ
     STEP_APPLIED = lib.UFFD_BARRIER_STEP_APPLIED

@@ -40,8 +40,7 @@ MOST_LINES = 450
 
 
 def sources(root: Path = CSRC) -> Iterator[Path]:
-    for path in sorted(root.rglob("*.[ch]")):
-        yield path
+    yield from sorted(root.rglob("*.[ch]"))
 
 
 def module(path: Path, root: Path = CSRC) -> str:

@@ -345,8 +345,8 @@ class Engine(SoleOwner):
 
     `has_workers` says that threads will call `next_request`, `stall_limit_ns` how long a request
     may take (0: for ever), `stall_signal` which signal shows the tracebacks then (0: none).
-    `keeper_fd` and `shared` are for an engine that may be killed (engine/successor.h): the stream its
-    reports go to, and the address of memory that a successor gets as well.
+    `keeper_fd` and `shared` are for an engine that may be killed (engine/successor.h): the stream
+    its reports go to, and the address of memory that a successor gets as well.
     """
 
     calls_python = False
