@@ -12,7 +12,7 @@ import pytest
 
 from pyuffd import Feature, Handler, HandlerError, Latency, PageState, Userfaultfd, ZeroSource
 from pyuffd.handlers._checks import handler_error
-from pyuffd.handlers._engine import Failure, FailureStage
+from pyuffd.handlers._types import Failure, FailureStage
 
 
 class FakeUserfaultfd:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyuffd.handlers._engine import HandlerStats, Latency, PageState, RecentFault
 from pyuffd.handlers._handler import Handler
+from pyuffd.handlers._types import HandlerStats, Latency, PageState, RecentFault
 
 __all__ = ["Handler", "HandlerStats", "Latency", "PageState", "RecentFault"]

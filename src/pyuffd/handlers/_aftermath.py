@@ -11,8 +11,9 @@ from pyuffd import _left
 from pyuffd._errors import ClosedError, HandlerError
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
-from pyuffd.handlers._engine import PATIENCE_S, Engine, Held
+from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._serving import Served
+from pyuffd.handlers._types import PATIENCE_S, Held
 from pyuffd.regions import Region
 
 # How long a signal may wait while a range is taken out.

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from pyuffd.handlers._engine import (
+    from pyuffd.handlers._types import (
         Ended,
         Failure,
         HandlerStats,
         Held,
-        OnError,
         RangeId,
         RangeSpec,
         RecentFault,
+        SourceFailure,
     )
-
-
-class SourceFailure(NamedTuple):
-    """What went wrong in a source, and where; its first failure counts."""
-
-    error: BaseException
-    start: int
-    length: int
-
-
-class EngineOptions(TypedDict):
-    """What every engine is told, in this process or another; `owner_pid` 0 is unknown."""
-
-    owner_pid: int
-    on_error: OnError
-    has_events: int
-    watch_owner: bool
-    stall_limit_ns: int
-    prefetch: int
-    spin_ns: int
-    retry_limit_ns: int
-    say_fd: int
 
 
 class Backend(Protocol):

@@ -13,8 +13,7 @@ from pyuffd._diagnose import why_unresolved
 from pyuffd._errors import HandlerError
 from pyuffd._pages import RangeLike, check_page_size, check_range, page_size_of
 from pyuffd._uffd import Userfaultfd
-from pyuffd.handlers._backend import SourceFailure
-from pyuffd.handlers._engine import Failure, FailureStage
+from pyuffd.handlers._types import Failure, FailureStage, SourceFailure
 from pyuffd.sources import PageSource
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from pyuffd.handlers._engine import OnError
+from pyuffd.handlers._types import OnError
 from pyuffd.regions import Region
 
 if TYPE_CHECKING:
     from pyuffd._pages import RangeLike
-    from pyuffd.handlers._engine import Request
+    from pyuffd.handlers._types import Request
     from pyuffd.sources import PageSource
 
 STDERR = 2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._errors import UffdError
-from pyuffd.handlers._engine import PageState, SourceKind
+from pyuffd.handlers._types import PageState, SourceKind
 
 if TYPE_CHECKING:
     from pyuffd.handlers._handler import Handler

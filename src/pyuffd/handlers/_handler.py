@@ -27,7 +27,7 @@ from pyuffd.handlers._aftermath import (
     take_out,
     views_of,
 )
-from pyuffd.handlers._backend import Backend, EngineOptions, SourceFailure
+from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._checks import (
     LAYOUT_EVENTS,
     Driver,
@@ -43,18 +43,7 @@ from pyuffd.handlers._checks import (
     region_numbers,
 )
 from pyuffd.handlers._ending import GRACE_S, Ending
-from pyuffd.handlers._engine import (
-    Content,
-    Ended,
-    Engine,
-    HandlerStats,
-    OnError,
-    RangeSpec,
-    RecentFault,
-    SourceKind,
-    ensure_inline_handler,
-    known_failure,
-)
+from pyuffd.handlers._engine import Engine, ensure_inline_handler
 from pyuffd.handlers._failures import label_of, log_error, stderr_fd
 from pyuffd.handlers._forks import ForkWatch
 from pyuffd.handlers._helper_start import HelperLostError
@@ -78,6 +67,18 @@ from pyuffd.handlers._serving import (
     warn_of_merging,
 )
 from pyuffd.handlers._transport import refuse_while_loading
+from pyuffd.handlers._types import (
+    Content,
+    Ended,
+    EngineOptions,
+    HandlerStats,
+    OnError,
+    RangeSpec,
+    RecentFault,
+    SourceFailure,
+    SourceKind,
+    known_failure,
+)
 from pyuffd.handlers._workers import WorkedEngine
 from pyuffd.lowlevel import Granted
 from pyuffd.regions import Region

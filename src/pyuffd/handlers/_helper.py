@@ -31,16 +31,9 @@ from pyuffd._errors import HandlerError, UffdError, limit_met
 from pyuffd._limits import raise_start_error
 from pyuffd.handlers import _wire
 from pyuffd.handlers._clean import clean_keeper
-from pyuffd.handlers._engine import (
-    IN_FLIGHT,
-    Piece,
-    RangeId,
-    ReportKind,
-    release_holder,
-    rescue_forks,
-    shared_size,
-)
+from pyuffd.handlers._engine import release_holder, rescue_forks, shared_size
 from pyuffd.handlers._helper_start import signal_name
+from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, ReportKind
 from pyuffd.handlers._worker_process import Book, ServedBook, Serving, SpaceBook, run
 
 REPORT = struct.Struct("=IIQQQ")  # struct uffd_report

@@ -15,22 +15,23 @@ from typing import Unpack
 from pyuffd._closing import SoleOwner
 from pyuffd._owned import Descriptor
 from pyuffd.handlers import _wire
-from pyuffd.handlers._backend import EngineOptions, SourceFailure
-from pyuffd.handlers._engine import (
+from pyuffd.handlers._helper_link import HelperLink
+from pyuffd.handlers._helper_start import HelperLostError, starting
+from pyuffd.handlers._transport import pack
+from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
+    EngineOptions,
     Failure,
     HandlerStats,
     Held,
     RangeId,
     RangeSpec,
     RecentFault,
+    SourceFailure,
     SourceKind,
     known_failure,
 )
-from pyuffd.handlers._helper_link import HelperLink
-from pyuffd.handlers._helper_start import HelperLostError, starting
-from pyuffd.handlers._transport import pack
 from pyuffd.handlers._worker_process import Serving
 
 # What a worker needs to poison a terabyte.

@@ -21,21 +21,21 @@ from pyuffd import _memory
 from pyuffd._abi import RegisterMode
 from pyuffd._errors import HandlerError, UffdError, UffdOSError
 from pyuffd.handlers import _wire
-from pyuffd.handlers._backend import EngineOptions, SourceFailure
 from pyuffd.handlers._clean import clean_worker
-from pyuffd.handlers._engine import (
+from pyuffd.handlers._engine import follow_parent, hold_descriptors
+from pyuffd.handlers._transport import PackedSource, unpack
+from pyuffd.handlers._types import (
     Content,
+    EngineOptions,
     Failure,
     FailureStage,
     Piece,
     RangeId,
     RangeSpec,
+    SourceFailure,
     SourceKind,
     Taken,
-    follow_parent,
-    hold_descriptors,
 )
-from pyuffd.handlers._transport import PackedSource, unpack
 from pyuffd.handlers._workers import WorkedEngine
 
 if TYPE_CHECKING:

@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Unpack
 
 from pyuffd._errors import UffdOSError
 from pyuffd._limits import start_thread
-from pyuffd.handlers._backend import EngineOptions, SourceFailure
-from pyuffd.handlers._engine import (
+from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._failures import SAID_MOST, source_text, tell
+from pyuffd.handlers._stall import stall_signal
+from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
-    Engine,
+    EngineOptions,
     RangeId,
     RangeSpec,
     Request,
+    SourceFailure,
     SourceKind,
 )
-from pyuffd.handlers._failures import SAID_MOST, source_text, tell
-from pyuffd.handlers._stall import stall_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
