@@ -317,7 +317,7 @@ static inline void set_states(struct uffd_range *range, uint64_t at, uint64_t en
 		atomic_store_explicit(state_of(range, at), state, memory_order_release);
 }
 
-/* The first pages in [*at, end) that are in this state: `at` is moved there, and their end returned. */
+/* The first pages in [*at, end) in this state: `at` is moved there, their end returned. */
 static inline uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t end, uint8_t state)
 {
 	uint64_t stop;

@@ -92,7 +92,8 @@ static bool comes_last(const struct uffd_range *range)
 }
 
 struct target {
-	uint64_t id, start, end;
+	struct uffd_range_ref ref;
+	uint64_t end;
 };
 
 /* The next range that ends behind *at. */
@@ -109,7 +110,7 @@ static bool next_range(struct uffd_engine *engine, uint32_t number, bool last, u
 		if (range->space == visit.space && !range->stays && comes_last(range) == last)
 			break;
 	if (range)
-		*target = (struct target){ range->id, range->start, range->end };
+		*target = (struct target){ { number, range->id, range->start }, range->end };
 	shut_visit(&visit);
 	return range;
 }
@@ -125,7 +126,7 @@ static bool take_out_all(struct uffd_engine *engine, bool last, struct patience 
 		for (uint64_t at = 0; next_range(engine, number, last, at, &target);
 		     at = target.end) {
 			found = true;
-			unserve_in(engine, number, target.id, target.start,
+			unserve_in(engine, &target.ref,
 				   UFFD_UNSERVE_SEAL | UFFD_UNSERVE_UNREGISTER, patience);
 			rest(patience);
 		}

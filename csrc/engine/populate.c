@@ -26,6 +26,13 @@
 /* Pages are looked through in pieces, so that faults get between. */
 #define ASK_SLICE		(4u << 20)
 
+/* Where the chunk grows to: the cost of asking is a thousandth of the copying by then. */
+#define PACED_LIMIT		(1u << 20)
+/* Requests that wait for a worker, so that none waits for us. */
+#define BACKLOG			32
+/* Pages are looked through in pieces, so that faults get between. */
+#define ASK_SLICE		(4u << 20)
+
 struct serving {
 	uint32_t space;
 	uint64_t id;
@@ -77,7 +84,7 @@ static int ask_next(struct uffd_range *range, uint64_t *offset, uint64_t end,
 	return r;
 }
 
-static int ask_for_all(struct uffd_engine *engine, const struct serving *serving,
+static int ask_for_all(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		       uint64_t offset, uint64_t end, struct populate *populate)
 {
 	int r = 0;
@@ -89,11 +96,11 @@ static int ask_for_all(struct uffd_engine *engine, const struct serving *serving
 		r = await_turn(engine, populate);
 		if (r)
 			break;
-		if (!open_visit(engine, serving->space, &visit))
+		if (!open_visit(engine, ref->space, &visit))
 			return -ESRCH;
 		if (!atomic_load(&visit.space->gone))
-			range = find_piece(visit.space, serving->id, offset,
-					   serving->start + offset);
+			range = find_piece(visit.space, ref->id, offset,
+					   ref->start + offset);
 		if (range)
 			r = ask_next(range, &offset, end, populate);
 		else
@@ -123,16 +130,16 @@ static int finish(struct uffd_engine *engine, struct populate *populate)
 }
 
 /* Somebody else's fault may have asked for a page before us. */
-static bool has_pages_in_flight(struct uffd_engine *engine, const struct serving *serving,
+static bool has_pages_in_flight(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 				uint64_t offset, uint64_t end)
 {
 	struct uffd_range *range = NULL;
 	struct visit visit;
 	bool found = false;
 
-	if (!open_visit(engine, serving->space, &visit))
+	if (!open_visit(engine, ref->space, &visit))
 		return false;
-	range = any_piece(visit.space, serving->id, serving->start);
+	range = any_piece(visit.space, ref->id, ref->start);
 	if (range)
 		for (; offset < end && !found; offset += range->page_size)
 			found = uffd_page_is_in_flight(
@@ -141,7 +148,7 @@ static bool has_pages_in_flight(struct uffd_engine *engine, const struct serving
 	return found;
 }
 
-static int populate_by_request(struct uffd_engine *engine, const struct serving *serving,
+static int populate_by_request(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			       uint64_t page_size, uint64_t offset, uint64_t end, uint64_t chunk,
 			       struct uffd_populate_result *result)
 {
@@ -151,14 +158,14 @@ static int populate_by_request(struct uffd_engine *engine, const struct serving 
 		.chunk = chunk ? chunk : page_size,
 		.limit = chunk ? chunk : limit,
 	};
-	int r = ask_for_all(engine, serving, offset, end, &populate), finished;
+	int r = ask_for_all(engine, ref, offset, end, &populate), finished;
 	unsigned int attempt = 0;
 
 	finished = finish(engine, &populate);
 	result->filled = populate.filled;
 	result->failed_at = populate.failed_at;
 	while (r == 0 && finished == 0 && atomic_load(&engine->outstanding) &&
-	       !atomic_load(&engine->stop) && has_pages_in_flight(engine, serving, offset, end))
+	       !atomic_load(&engine->stop) && has_pages_in_flight(engine, ref, offset, end))
 		uffd_back_off(attempt++);
 	return r ? r : finished;
 }
@@ -195,20 +202,19 @@ static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 	return run.past;
 }
 
-int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length, uint64_t chunk,
+int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			 uint64_t offset, uint64_t length, uint64_t chunk,
 			 struct uffd_populate_result *result_ret)
 {
-	const struct serving serving = { .space = number, .id = id, .start = start };
 	bool absent = false, by_request = false;
 	struct uffd_range *range;
 	uint64_t page_size = 0, reached;
 	struct visit visit;
 
 	*result_ret = (struct uffd_populate_result){ 0 };
-	if (!open_visit(engine, number, &visit))
+	if (!open_visit(engine, ref->space, &visit))
 		return -ESRCH;
-	range = any_piece(visit.space, id, start);
+	range = any_piece(visit.space, ref->id, ref->start);
 	if (range) {
 		absent = can_be_absent(range);
 		by_request = needs_request(range);
@@ -220,9 +226,9 @@ int uffd_engine_populate(struct uffd_engine *engine, uint32_t number, uint64_t i
 	if (!absent)
 		return 0;
 	if (by_request)
-		return populate_by_request(engine, &serving, page_size, offset, offset + length,
+		return populate_by_request(engine, ref, page_size, offset, offset + length,
 					   chunk, result_ret);
-	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
-					    fill_slice, fill_reach },
+	return for_slices(&(struct slices){ engine, *ref, offset, offset + length, fill_slice,
+					    fill_reach },
 			  &result_ret->filled, &reached);
 }

@@ -14,8 +14,8 @@ struct uffd_populate_result {
  * Fill absent pages now; returns the first error.  Workers are asked for `chunk` bytes
  * at a time, whole pages; 0: for as many as they are quick with.  What fails stays absent.
  */
-int uffd_engine_populate(struct uffd_engine *engine, uint32_t space, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length, uint64_t chunk,
+int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			 uint64_t offset, uint64_t length, uint64_t chunk,
 			 struct uffd_populate_result *result_ret);
 
 #endif /* UFFD_ENGINE_POPULATE_H */

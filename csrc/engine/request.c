@@ -19,7 +19,7 @@
 #include "queue.h"
 #include "request.h"
 
-/* How long nobody may lead: far longer than a quick worker needs, far shorter than a fault may wait. */
+/* How long nobody may lead: longer than a quick worker needs, shorter than a fault may wait. */
 #define WATCHDOG_NS	200000
 
 static void arm_watchdog(struct uffd_engine *engine, uint64_t ns)

@@ -183,8 +183,8 @@ static uint64_t preserve_and_free_slice(struct uffd_range *range, uint64_t at, u
 	return save_slice(range, at, end, true, error_ret, done_ret);
 }
 
-int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length, uint32_t unprotect,
+int uffd_engine_preserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			 uint64_t offset, uint64_t length, uint32_t unprotect,
 			 uint64_t *saved_ret, uint64_t *reached_ret)
 {
 	struct uffd_range *range;
@@ -193,9 +193,9 @@ int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t i
 
 	*saved_ret = 0;
 	*reached_ret = offset;
-	if (!open_visit(engine, number, &visit))
+	if (!open_visit(engine, ref->space, &visit))
 		return -ESRCH;
-	range = any_piece(visit.space, id, start);
+	range = any_piece(visit.space, ref->id, ref->start);
 	if (range)
 		can = range->content->preserve;
 	shut_visit(&visit);
@@ -203,7 +203,7 @@ int uffd_engine_preserve(struct uffd_engine *engine, uint32_t number, uint64_t i
 		return -ENOENT;
 	if (!can)
 		return -EINVAL;
-	return for_slices(&(struct slices){ engine, number, id, start, offset, offset + length,
+	return for_slices(&(struct slices){ engine, *ref, offset, offset + length,
 					    unprotect ? preserve_and_free_slice : preserve_slice,
 					    preserve_reach },
 			  saved_ret, reached_ret);

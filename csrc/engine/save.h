@@ -17,8 +17,8 @@ uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, str
  * a later write shows, unless they are to be unprotected.  `reached_ret`: the offset of
  * the page that could not be saved.
  */
-int uffd_engine_preserve(struct uffd_engine *engine, uint32_t space, uint64_t id,
-			 uint64_t start, uint64_t offset, uint64_t length, uint32_t unprotect,
+int uffd_engine_preserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			 uint64_t offset, uint64_t length, uint32_t unprotect,
 			 uint64_t *saved_ret, uint64_t *reached_ret);
 
 #endif /* UFFD_ENGINE_SAVE_H */

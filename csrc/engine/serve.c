@@ -104,15 +104,15 @@ int uffd_engine_add(struct uffd_engine *engine, uint32_t number,
 	return r;
 }
 
-int uffd_engine_set_ioctls(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			   uint64_t start, uint64_t ioctls)
+int uffd_engine_set_ioctls(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			   uint64_t ioctls)
 {
 	struct uffd_range *range;
 	struct visit visit;
 
-	if (!open_visit(engine, number, &visit))
+	if (!open_visit(engine, ref->space, &visit))
 		return -ESRCH;
-	range = any_piece(visit.space, id, start);
+	range = any_piece(visit.space, ref->id, ref->start);
 	if (range)
 		__atomic_store_n(&range->ioctls, ioctls, __ATOMIC_RELAXED);
 	shut_visit(&visit);

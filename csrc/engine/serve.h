@@ -12,8 +12,8 @@
  */
 int uffd_engine_add(struct uffd_engine *engine, uint32_t space,
 		    const struct uffd_range_spec *spec, uint64_t *id_ret);
-int uffd_engine_set_ioctls(struct uffd_engine *engine, uint32_t space, uint64_t id,
-			   uint64_t start, uint64_t ioctls);
+int uffd_engine_set_ioctls(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			   uint64_t ioctls);
 
 /* From now on, poison every page that is asked for instead of filling it. */
 void uffd_engine_refuse(struct uffd_engine *engine);

@@ -52,7 +52,7 @@ static struct uffd_range *find_for(struct visit *visit, const struct slices *all
 {
 	if (atomic_load(&visit->space->gone))
 		return NULL;
-	return find_piece(visit->space, all->id, offset, all->start + offset);
+	return find_piece(visit->space, all->ref.id, offset, all->ref.start + offset);
 }
 
 /*
@@ -67,7 +67,7 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 	struct visit visit;
 	uint64_t stop = all->end;
 
-	if (!open_visit(all->engine, all->number, &visit))
+	if (!open_visit(all->engine, all->ref.space, &visit))
 		return stop;
 	range = find_for(&visit, all, offset);
 	if (range) {
@@ -94,7 +94,7 @@ int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
 	bool gone;
 
 	*done_ret = 0;
-	if (!open_visit(all->engine, all->number, &visit))
+	if (!open_visit(all->engine, all->ref.space, &visit))
 		return -ESRCH;
 	range = find_for(&visit, all, *offset);
 	if (range) {

@@ -33,8 +33,7 @@ typedef uint64_t (*slice_reach)(struct uffd_range *range, uint64_t at, uint64_t 
 
 struct slices {
 	struct uffd_engine *engine;
-	uint32_t number;	/* of the space */
-	uint64_t id, start;
+	struct uffd_range_ref ref;
 	uint64_t offset, end;
 	slice_work work;
 	slice_reach reach;	/* NULL: nothing that could hold anybody up */

@@ -47,7 +47,7 @@ static void look(const struct uffd_range *range, uint64_t at, uint64_t first, ui
 			states_ret[i] = seen_state(range, states_ret[i], entries[i]);
 }
 
-int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		       uint64_t first_page, uint64_t pages, uint8_t *states_ret)
 {
 	struct uffd_range *range, *any;
@@ -55,9 +55,9 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id,
 	int r = 0;
 
 	await_work(engine);
-	if (!open_visit(engine, number, &visit))
+	if (!open_visit(engine, ref->space, &visit))
 		return -ESRCH;
-	any = any_piece(visit.space, id, start);
+	any = any_piece(visit.space, ref->id, ref->start);
 	if (!any)
 		r = -ENOENT;
 	else if (first_page + pages > any->pages->count)
@@ -66,7 +66,7 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id,
 		uint64_t offset = (first_page + done) << any->page_shift, at;
 
 		n = 1;
-		range = find_piece(visit.space, id, offset, start + offset);
+		range = find_piece(visit.space, ref->id, offset, ref->start + offset);
 		if (!range) {
 			/* Not mapped any more. */
 			states_ret[done] = settled_state(any->pages, first_page + done);
@@ -80,15 +80,15 @@ int uffd_engine_states(struct uffd_engine *engine, uint32_t number, uint64_t id,
 	return r;
 }
 
-int uffd_engine_take_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start)
+int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref *ref)
 {
 	uint64_t entries[PAGES_AT_ONCE];
 	struct uffd_range *range;
 	struct visit visit;
 
-	if (!open_visit(engine, number, &visit))
+	if (!open_visit(engine, ref->space, &visit))
 		return -ESRCH;
-	range = any_piece(visit.space, id, start);
+	range = any_piece(visit.space, ref->id, ref->start);
 	for (uint64_t at = range ? range->start : 0, n; range && at < range->end;
 	     at += n << range->page_shift) {
 		n = lower((range->end - at) >> range->page_shift, PAGES_AT_ONCE);
@@ -210,15 +210,15 @@ static uint64_t run_end(const struct uffd_range *range, uint64_t at, uint64_t en
 }
 
 /* What was told of pages is lost with the error: they count as written. */
-static void take_back(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+static void take_back(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		      uint64_t first, uint64_t pages, const uint8_t *states)
 {
 	struct uffd_range *any;
 	struct visit visit;
 
-	if (!open_visit(engine, number, &visit))
+	if (!open_visit(engine, ref->space, &visit))
 		return;
-	any = any_piece(visit.space, id, start);
+	any = any_piece(visit.space, ref->id, ref->start);
 	for (uint64_t i = 0; any && i < pages; i++) {
 		uint8_t expected = UFFD_PAGE_CLEAN;
 
@@ -229,9 +229,8 @@ static void take_back(struct uffd_engine *engine, uint32_t number, uint64_t id, 
 	shut_visit(&visit);
 }
 
-int uffd_engine_writeprotect(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			     uint64_t start, uint64_t offset, uint64_t length,
-			     uint8_t *states_ret)
+int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			     uint64_t offset, uint64_t length, uint8_t *states_ret)
 {
 	uint64_t give_up = 0, first = offset, end = offset + length, shift = 12;
 	unsigned int attempt = 0;
@@ -242,11 +241,11 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, uint32_t number, uint64
 		struct visit visit;
 		uint64_t at, past;
 
-		if (!open_visit(engine, number, &visit)) {
+		if (!open_visit(engine, ref->space, &visit)) {
 			r = -ESRCH;
 			break;
 		}
-		range = find_piece(visit.space, id, offset, start + offset);
+		range = find_piece(visit.space, ref->id, offset, ref->start + offset);
 		if (range) {
 			shift = range->page_shift;
 			at = range->start + (offset - range->origin);
@@ -269,7 +268,7 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, uint32_t number, uint64
 		r = 0;
 	}
 	if (r)
-		take_back(engine, number, id, start, first >> shift, (offset - first) >> shift,
+		take_back(engine, ref, first >> shift, (offset - first) >> shift,
 			  states_ret);
 	return r;
 }

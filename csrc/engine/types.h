@@ -12,6 +12,13 @@
 
 struct uffd_engine;
 
+/* A range that is served, wherever its pieces are by now. */
+struct uffd_range_ref {
+	uint32_t space;
+	uint64_t id;		/* never used twice */
+	uint64_t start;		/* where it was when it was served */
+};
+
 enum uffd_fault_kind {
 	UFFD_KIND_MISSING,
 	UFFD_KIND_WP,

@@ -129,22 +129,23 @@ static uint64_t unprotect_slice(struct uffd_range *range, uint64_t at, uint64_t 
 }
 
 struct piece {
-	uint64_t start, offset, end, page_size, mode;
+	struct uffd_range_ref ref;	/* as if all of the range had moved with it */
+	uint64_t offset, end, page_size, mode;
 	bool loses_content, can_poison, asks, preserves;
 };
 
-static bool look_at_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			  uint64_t hint, struct piece *piece)
+static bool look_at_piece(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			  struct piece *piece)
 {
 	struct uffd_range *range;
 	struct visit visit;
 
-	if (!open_visit(engine, number, &visit))
+	if (!open_visit(engine, ref->space, &visit))
 		return false;
-	range = any_piece(visit.space, id, hint);
+	range = any_piece(visit.space, ref->id, ref->start);
 	if (range)
 		*piece = (struct piece){
-			.start = range->start - range->origin,
+			.ref = { ref->space, range->id, range->start - range->origin },
 			.offset = range->origin,
 			.end = range->origin + range->end - range->start,
 			.page_size = range->page_size,
@@ -214,9 +215,9 @@ static void note_unsaved_in(const struct slices *all)
 	struct uffd_range *range;
 	struct visit visit;
 
-	if (!open_visit(all->engine, all->number, &visit))
+	if (!open_visit(all->engine, all->ref.space, &visit))
 		return;
-	range = any_piece(visit.space, all->id, all->start + all->offset);
+	range = any_piece(visit.space, all->ref.id, all->ref.start + all->offset);
 	if (range)
 		note_unsaved(range);
 	shut_visit(&visit);
@@ -234,7 +235,7 @@ static int save_all(struct slices *all, const struct piece *piece, struct patien
 	while ((r = work_on(all, &offset, patience)) && r != -ENOENT && r != -ESRCH) {
 		bool is_stalled = r == -EAGAIN || r == -ENOMEM;
 
-		note_failure(all->engine, piece->start + offset, piece->page_size, r,
+		note_failure(all->engine, piece->ref.start + offset, piece->page_size, r,
 			     is_stalled ? UFFD_FAILED_STALLED : UFFD_FAILED_SAVE);
 		offset += piece->page_size;
 	}
@@ -244,11 +245,11 @@ static int save_all(struct slices *all, const struct piece *piece, struct patien
 }
 
 /* An error says that absent pages would become zeros. */
-static int seal_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
-		      const struct piece *piece, struct patience *patience)
+static int seal_piece(struct uffd_engine *engine, const struct piece *piece,
+		      struct patience *patience)
 {
-	struct slices all = { engine, number, id, piece->start, piece->offset, piece->end,
-			      preserve_slice, preserve_reach };
+	struct slices all = { engine, piece->ref, piece->offset, piece->end, preserve_slice,
+			      preserve_reach };
 	struct uffd_populate_result populated;
 	uint64_t offset = piece->offset;
 	int r = 0;
@@ -268,16 +269,16 @@ static int seal_piece(struct uffd_engine *engine, uint32_t number, uint64_t id,
 	if (r == 0 && piece->asks && atomic_load(&engine->end.began))
 		return -EBUSY;
 	if (r == 0)
-		r = uffd_engine_populate(engine, number, id, piece->start, piece->offset,
+		r = uffd_engine_populate(engine, &piece->ref, piece->offset,
 					 piece->end - piece->offset, 0, &populated);
 	return r;
 }
 
 /* `last_ret`: it was the serving's last piece in this space. */
-static int drop_piece(struct uffd_space *space, uint64_t id, uint64_t hint, bool unregister,
+static int drop_piece(struct uffd_space *space, const struct piece *piece, bool unregister,
 		      bool *last_ret)
 {
-	struct uffd_range *range = any_piece(space, id, hint);
+	struct uffd_range *range = any_piece(space, piece->ref.id, piece->ref.start + piece->offset);
 
 	*last_ret = !range || atomic_load(&range->pages->references) == 1;
 	if (!range)
@@ -291,10 +292,10 @@ static int drop_piece(struct uffd_space *space, uint64_t id, uint64_t hint, bool
 	return 0;
 }
 
-static int close_and_drop(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t hint,
-			  bool unregister, struct patience *patience, bool *last_ret)
+static int close_and_drop(struct uffd_engine *engine, const struct piece *piece, bool unregister,
+			  struct patience *patience, bool *last_ret)
 {
-	struct uffd_space *space = space_get(engine, number);
+	struct uffd_space *space = space_get(engine, piece->ref.space);
 	int r;
 
 	*last_ret = true;
@@ -309,63 +310,61 @@ static int close_and_drop(struct uffd_engine *engine, uint32_t number, uint64_t 
 		}
 		engine->end.ignores_gate = true;
 	}
-	r = drop_piece(space, id, hint, unregister, last_ret);
+	r = drop_piece(space, piece, unregister, last_ret);
 	gate_leave(space);
 	space_put(space);
 	return r;
 }
 
-static void mark_as_staying(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			    uint64_t hint)
+static void mark_as_staying(struct uffd_engine *engine, const struct piece *piece)
 {
 	struct uffd_range *range;
 	struct visit visit;
 
-	if (!open_visit(engine, number, &visit))
+	if (!open_visit(engine, piece->ref.space, &visit))
 		return;
-	range = any_piece(visit.space, id, hint);
+	range = any_piece(visit.space, piece->ref.id, piece->ref.start + piece->offset);
 	if (range)
 		range->stays = true;
 	shut_visit(&visit);
 }
 
 /* The memory goes away: only whoever waits already must not read zeros. */
-static int seal_in_flight(struct uffd_engine *engine, uint32_t number, uint64_t id,
-			  const struct piece *piece, struct patience *patience)
+static int seal_in_flight(struct uffd_engine *engine, const struct piece *piece,
+			  struct patience *patience)
 {
-	struct slices all = { engine, number, id, piece->start, piece->offset, piece->end,
-			      NULL, NULL };
+	struct slices all = { engine, piece->ref, piece->offset, piece->end, NULL, NULL };
 
 	return piece->loses_content && piece->can_poison
 		? clear_in_flight(&all, find_in_flight_only, patience) : 0;
 }
 
-int unserve_in(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
-	       uint32_t flags, struct patience *patience)
+int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint32_t flags,
+	       struct patience *patience)
 {
 	struct piece piece;
 	bool last;
 	int r = 0;
 
 	do {
-		if (!look_at_piece(engine, number, id, start, &piece))
+		if (!look_at_piece(engine, ref, &piece))
 			break;
 		if (flags & UFFD_UNSERVE_SEAL)
-			r = seal_piece(engine, number, id, &piece, patience);
+			r = seal_piece(engine, &piece, patience);
 		else if (flags & UFFD_UNSERVE_UNREGISTER)
-			r = seal_in_flight(engine, number, id, &piece, patience);
+			r = seal_in_flight(engine, &piece, patience);
 		if (r == -ENOENT || r == -ESRCH)
 			r = 0;
 		uffd_barrier(UFFD_BARRIER_UNSERVE_SEALED);
 		if (r == 0)
-			r = close_and_drop(engine, number, id, piece.start + piece.offset,
-					   flags & UFFD_UNSERVE_UNREGISTER, patience, &last);
+			r = close_and_drop(engine, &piece, flags & UFFD_UNSERVE_UNREGISTER, patience,
+					   &last);
 		if (r && ends(engine))
-			mark_as_staying(engine, number, id, piece.start + piece.offset);
+			mark_as_staying(engine, &piece);
 		if (r)
 			return r;
 	} while (!last);
-	report_dropped(engine, number, id);
+	report_dropped(engine, ref->space, ref->id);
 	return 0;
 }
 
@@ -387,7 +386,7 @@ static size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
 	return found;
 }
 
-int uffd_engine_unserve(struct uffd_engine *engine, uint32_t number, uint64_t id, uint64_t start,
+int uffd_engine_unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			uint32_t flags, uint64_t patience_ns)
 {
 	struct patience patience = {
@@ -395,14 +394,15 @@ int uffd_engine_unserve(struct uffd_engine *engine, uint32_t number, uint64_t id
 		.left_ns = (int64_t)patience_ns,
 		.is_gentle = flags & UFFD_UNSERVE_GENTLY,
 	};
-	int r = unserve_in(engine, number, id, start, flags, &patience), other;
+	int r = unserve_in(engine, ref, flags, &patience), other;
 	uint32_t *forks;
 	size_t found = list_forks(engine, &forks);
 
 	/* Memory that goes away here lives on in a fork. */
 	while (found--) {
-		other = unserve_in(engine, forks[found], id, start, flags | UFFD_UNSERVE_SEAL,
-				   &patience);
+		struct uffd_range_ref there = { forks[found], ref->id, ref->start };
+
+		other = unserve_in(engine, &there, flags | UFFD_UNSERVE_SEAL, &patience);
 		r = r ? r : other;
 	}
 	uffd_free(forks);

@@ -313,30 +313,17 @@ class _Lib:
     def uffd_engine_replay(self, engine: CData, reported: int, /) -> None: ...
     def uffd_engine_remove_space(self, engine: CData, space: int, limit_ns: int, /) -> int: ...
     def uffd_engine_add(self, engine: CData, space: int, spec: CData, id_ret: CData, /) -> int: ...
-    def uffd_engine_set_ioctls(
-        self, engine: CData, space: int, id: int, start: int, ioctls: int, /
-    ) -> int: ...
+    def uffd_engine_set_ioctls(self, engine: CData, ref: CData, ioctls: int, /) -> int: ...
     def uffd_engine_unserve(
-        self, engine: CData, space: int, id: int, start: int, flags: int, patience_ns: int, /
+        self, engine: CData, ref: CData, flags: int, patience_ns: int, /
     ) -> int: ...
     def uffd_engine_populate(
-        self,
-        engine: CData,
-        space: int,
-        id: int,
-        start: int,
-        offset: int,
-        length: int,
-        chunk: int,
-        result_ret: CData,
-        /,
+        self, engine: CData, ref: CData, offset: int, length: int, chunk: int, result_ret: CData, /
     ) -> int: ...
     def uffd_engine_preserve(
         self,
         engine: CData,
-        space: int,
-        id: int,
-        start: int,
+        ref: CData,
         offset: int,
         length: int,
         unprotect: int,
@@ -345,27 +332,11 @@ class _Lib:
         /,
     ) -> int: ...
     def uffd_engine_writeprotect(
-        self,
-        engine: CData,
-        space: int,
-        id: int,
-        start: int,
-        offset: int,
-        length: int,
-        states_ret: CData,
-        /,
+        self, engine: CData, ref: CData, offset: int, length: int, states_ret: CData, /
     ) -> int: ...
-    def uffd_engine_take_in(self, engine: CData, space: int, id: int, start: int, /) -> int: ...
+    def uffd_engine_take_in(self, engine: CData, ref: CData, /) -> int: ...
     def uffd_engine_states(
-        self,
-        engine: CData,
-        space: int,
-        id: int,
-        start: int,
-        first_page: int,
-        pages: int,
-        states_ret: CData,
-        /,
+        self, engine: CData, ref: CData, first_page: int, pages: int, states_ret: CData, /
     ) -> int: ...
     def uffd_engine_leave_strays(self, engine: CData, /) -> None: ...
     def uffd_engine_wake_all(self, engine: CData, /) -> None: ...

@@ -260,9 +260,7 @@ class Engine(SoleOwner):
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
-        lib.uffd_engine_set_ioctls(
-            self._engine(), served.space, served.number, served.start, ioctls
-        )
+        lib.uffd_engine_set_ioctls(self._engine(), _ref(served), ioctls)
 
     def unserve(
         self,
@@ -284,9 +282,7 @@ class Engine(SoleOwner):
         flags |= lib.UFFD_UNSERVE_GENTLY if gently else 0
         code = lib.uffd_engine_unserve(
             self._engine(),
-            served.space,
-            served.number,
-            served.start,
+            _ref(served),
             flags,
             int(patience_s * 1e9),
         )
@@ -377,9 +373,7 @@ class Engine(SoleOwner):
         """
         out = ffi.new("struct uffd_populate_result *")
         start = served.start + offset
-        code = lib.uffd_engine_populate(
-            self._engine(), served.space, served.number, served.start, offset, length, chunk, out
-        )
+        code = lib.uffd_engine_populate(self._engine(), _ref(served), offset, length, chunk, out)
         if code:
             failed = out.failed_at
             at = (failed, None) if failed else (start, length)
@@ -397,9 +391,7 @@ class Engine(SoleOwner):
         out, reached = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         code = lib.uffd_engine_preserve(
             self._engine(),
-            served.space,
-            served.number,
-            served.start,
+            _ref(served),
             offset,
             length,
             unprotect,
@@ -416,14 +408,14 @@ class Engine(SoleOwner):
 
     def take_in(self, served: RangeId) -> None:
         """Note the pages that are there already, as far as the owner's page table tells."""
-        lib.uffd_engine_take_in(self._engine(), served.space, served.number, served.start)
+        lib.uffd_engine_take_in(self._engine(), _ref(served))
 
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
         """Write-protect pages; return their states as they were when they were protected."""
         out = bytearray(pages)
         with ffi.from_buffer("uint8_t[]", out) as pointer:
             code = lib.uffd_engine_writeprotect(
-                self._engine(), served.space, served.number, served.start, offset, length, pointer
+                self._engine(), _ref(served), offset, length, pointer
             )
         if code:
             raise_errno("write-protect", -code, served.start + offset, length, completed=0)
@@ -435,9 +427,7 @@ class Engine(SoleOwner):
         with ffi.from_buffer("uint8_t[]", out) as pointer:
             code = lib.uffd_engine_states(
                 self._engine(),
-                served.space,
-                served.number,
-                served.start,
+                _ref(served),
                 first_page,
                 pages,
                 pointer,
@@ -578,6 +568,10 @@ def release_holder(shared: int) -> None:
 
 def _name(call: Any) -> str:
     return ffi.string(call[0]).decode() if call[0] else ""
+
+
+def _ref(served: RangeId) -> Any:
+    return ffi.new("struct uffd_range_ref *", (served.space, served.number, served.start))
 
 
 def _pointer(address: int) -> Any:
