@@ -148,6 +148,7 @@ int uffd_content_create(const struct uffd_range_spec *spec, struct uffd_content 
 	content->local = spec->local;
 	content->preserve = spec->preserve;
 	content->writes_cache = spec->writes_cache;
+	content->maps_holes = spec->maps_holes;
 	content->shared = spec->shared;
 	memcpy(content->label, spec->label, sizeof(content->label) - 1);
 	r = open_source(content, spec);

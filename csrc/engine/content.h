@@ -54,6 +54,7 @@ struct uffd_range_spec {
 	uint64_t local;		/* the same memory mapped here, not registered; 0: none */
 	uint64_t preserve;	/* where old content goes before the first write; 0: none */
 	uint32_t writes_cache;	/* a minor fault on an absent page writes the source to `local` */
+	uint32_t maps_holes;	/* Linux leaves them unprotected: map them first */
 	uint32_t shared;	/* MAP_SHARED: a fork has the same pages, not copies */
 	int32_t states_fd;	/* a file for the states, which outlives us; borrowed; -1: none */
 	uint64_t states_offset;	/* page-aligned */
@@ -80,7 +81,9 @@ struct uffd_content {
 	uint64_t local;
 	uint64_t preserve;
 	bool writes_cache;
+	bool maps_holes;
 	bool shared;
+	_Atomic bool is_anonymous;	/* found out: no page cache lies behind it */
 	uint32_t space;			/* the number of the one it was served in */
 	_Atomic bool said;		/* that a page of it failed, see say.c */
 	char label[UFFD_LABEL_SIZE];

@@ -2,14 +2,17 @@
 /* What is known of pages: told, and told while they are protected anew. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sys/mman.h>
 
 #include "clock.h"
 #include "page_table.h"
 #include "put.h"
 #include "range.h"
 #include "slices.h"
+#include "space.h"
 #include "states.h"
 #include "stats.h"
+#include "uffd_owner.h"
 
 #define PAGES_AT_ONCE	512u
 /* Write-protecting part of a transparent huge page splits it. */
@@ -168,6 +171,28 @@ static void take_in(struct uffd_range *range, uint64_t at, uint64_t pages, bool 
 	}
 }
 
+/*
+ * Linux protects no hole of anonymous memory without WP_UNPOPULATED, and says nothing.
+ * A read of it maps the zero page.  -EAGAIN: it is being moved.
+ */
+static int map_holes(const struct uffd_range *range, uint64_t at, uint64_t length)
+{
+	struct uffd_space *space = range->space;
+	int r = -EINVAL;
+
+	if (space->is_here && madvise((void *)(uintptr_t)at, length, UFFD_MADV_POPULATE_READ) == 0)
+		return 0;
+	if (space->is_here)
+		r = -errno;
+	/* Before Linux 5.14, or of another process. */
+	if (r == -EINVAL)
+		r = uffd_owner_touch(space->owner_pid, at, length, range->page_size);
+	if (r && layout_is_changing(space))
+		return -EAGAIN;
+	/* Not mapped any more: the ioctl says so. */
+	return r == -ENOMEM ? 0 : r;
+}
+
 /* The states of [at, past) as they were; returns `past`. */
 static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t *states,
 			int *error_ret)
@@ -176,6 +201,9 @@ static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uin
 	uint8_t before[PAGES_AT_ONCE];
 	bool held[PAGES_AT_ONCE], is_known, has_absent = false;
 
+	*error_ret = range->content->maps_holes ? map_holes(range, at, end - at) : 0;
+	if (*error_ret)
+		return at;
 	pages = hold_run(range, at, end, before, held);
 	past = at + (pages << range->page_shift);
 	*error_ret = pages ? 0 : -EAGAIN;

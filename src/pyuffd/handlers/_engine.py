@@ -224,6 +224,7 @@ class Engine(SoleOwner):
         spec.local = given.local
         spec.preserve = given.preserve
         spec.writes_cache = given.writes_cache
+        spec.maps_holes = given.maps_holes
         spec.shared = given.shared
         spec.states_fd = states_fd
         spec.label = label_bytes(given.label)

@@ -60,7 +60,7 @@ from pyuffd.handlers._serving import (
     leaves_holes,
     local_file,
     local_mapping,
-    map_holes,
+    maps_holes,
     register,
     take_back,
     touched_by,
@@ -402,6 +402,7 @@ class Handler(SoleOwner):
                             local_file=file,
                             preserve=sink,
                             writes_cache=bool(writes_cache),
+                            maps_holes=maps_holes(region, uffd, mode, self._owners.of(uffd)),
                             shared=is_shared(region, local, uffd, self._owners.of(uffd)),
                             owner=(sink_owner, local, region),
                             label=label_of(region, source),
@@ -854,7 +855,6 @@ class Handler(SoleOwner):
             if not served.mode & RegisterMode.WP:
                 raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
             warn_of_merging(served)
-            map_holes(served, self._owners.of(served.uffd))
             size = served.page_size
             states = engine.writeprotect(served.id, first * size, pages * size, pages)
             served.was_protected = True

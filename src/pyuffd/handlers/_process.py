@@ -116,6 +116,7 @@ class RemoteEngine(SoleOwner):
                 content.length,
                 spec.local_file[1] if spec.local_file else -1,
                 spec.writes_cache,
+                spec.maps_holes,
                 spec.shared,
                 spec.label,
             ),

@@ -284,12 +284,12 @@ def warn_of_merging(served: Served) -> None:
         )
 
 
-def map_holes(served: Served, owner_pid: int) -> None:
-    """Map the missing pages where Linux would leave them unprotected and say nothing."""
-    if not leaves_holes(served.region, served.uffd, served.mode):
-        return
-    start, length = served.id.start, served.id.length
+def maps_holes(region: RangeLike, uffd: Userfaultfd, mode: RegisterMode, owner_pid: int) -> bool:
+    """Return whether the engine is to map missing pages before it protects them."""
+    if not leaves_holes(region, uffd, mode):
+        return False
     if owner_pid == os.getpid():
-        _memory.touch(start, length, served.page_size, write=False)
-    elif _memory.look_at(owner_pid, start, length) & _memory.Maps.ANONYMOUS:
-        _memory.touch_in(owner_pid, start, length, served.page_size)
+        return True
+    # To map a hole of a file would fill it with zeros.
+    found = _memory.look_at(owner_pid, region.start, region.length)
+    return bool(found & _memory.Maps.ANONYMOUS)

@@ -194,6 +194,7 @@ class RangeSpec:
     local_file: tuple[int, int] | None = None
     preserve: int = 0
     writes_cache: bool = False
+    maps_holes: bool = False  # Linux would leave them unprotected
     shared: bool = False
     owner: object = None
     label: str = ""

@@ -64,6 +64,7 @@ class Serving:
     source_length: int = 0
     local_offset: int = -1
     writes_cache: bool = False
+    maps_holes: bool = False
     shared: bool = False
     label: str = ""
 
@@ -327,6 +328,7 @@ class Worker:
             content,
             local=_memory.buffer_address(local)[0] if local is not None else 0,
             writes_cache=serving.writes_cache,
+            maps_holes=serving.maps_holes,
             shared=serving.shared,
             owner=local,
             label=serving.label,
