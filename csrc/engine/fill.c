@@ -45,6 +45,17 @@ static int map_cached(const struct uffd_fill *fill, uint64_t at)
 	return r;
 }
 
+/* A page from the page cache, or where that has a hole (EFAULT) as it was asked for. */
+static int fill_hole(const struct uffd_fill *fill, uint64_t at, int64_t *done_ret,
+		     struct uffd_fill_result *result)
+{
+	int r = uffd_shim_continue(fill->fd, fill->dst + at, fill->page_size, fill->cached_mode,
+				   done_ret);
+
+	result->has_no_cache = r == -EINVAL;
+	return r == -EINVAL || r == -EFAULT ? fill_once(fill, at, fill->page_size, done_ret) : r;
+}
+
 void uffd_fault_in(uint64_t address, uint64_t length, uint32_t for_writing)
 {
 	uint64_t from = address & ~PAGE_MASK;
@@ -80,7 +91,12 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 		uint64_t left = fill->length - at < span ? fill->length - at : span;
 		int64_t done = 0;
 
-		r = fill_once(fill, at, left, &done);
+		if (fill->asks_cache && !result_ret->has_no_cache) {
+			left = fill->page_size;
+			r = fill_hole(fill, at, &done, result_ret);
+		} else {
+			r = fill_once(fill, at, left, &done);
+		}
 		if (r == 0) {
 			done = (int64_t)left;
 			span = span > fill->length / 2 ? fill->length : 2 * span;

@@ -29,13 +29,15 @@ struct uffd_fill {
 	uint64_t limit_ns;	/* how long EAGAIN without progress is retried; 0: not at all */
 	uint32_t leaves_waiters; /* EEXIST wakes nobody; the caller does */
 	uint32_t maps_cached;	/* EEXIST: map what the page cache holds; it may be mapped nowhere */
-	uint64_t cached_mode;	/* of CONTINUE for that */
+	uint32_t asks_cache;	/* a private mapping: COPY would cover what the page cache holds */
+	uint64_t cached_mode;	/* of CONTINUE for either */
 };
 
 struct uffd_fill_result {
 	uint64_t done;
 	uint64_t already_present;
 	uint64_t deferred;	/* left undone because the layout kept changing */
+	uint32_t has_no_cache;	/* `asks_cache` of anonymous memory */
 };
 
 /*

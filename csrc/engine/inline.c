@@ -42,23 +42,37 @@ static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t
 
 	if ((error & FAULT_PRESENT) && write && (range->mode & UFFDIO_REGISTER_MODE_WP))
 		return UFFD_KIND_WP;
-	if (range->mode & UFFDIO_REGISTER_MODE_MISSING && !range->content->writes_cache)
-		return UFFD_KIND_MISSING;
-	if (range->mode & UFFDIO_REGISTER_MODE_MINOR)
+	/* COPY says EEXIST of what only the page cache holds, but not in a private mapping. */
+	if (range->mode & UFFDIO_REGISTER_MODE_MINOR &&
+	    (range->content->writes_cache || !range->content->shared ||
+	     !(range->mode & UFFDIO_REGISTER_MODE_MISSING)))
 		return UFFD_KIND_MINOR;
+	if (range->mode & UFFDIO_REGISTER_MODE_MISSING)
+		return UFFD_KIND_MISSING;
 	return UFFD_KIND_WP;
 }
 
-/* The page was there for one kind of fault: which other kind can it have been? */
-static bool next_guess(const struct uffd_range *range, uint64_t error, enum uffd_fault_kind *kind)
+/*
+ * It was not this kind of fault: the page was there, or is not in the page cache.  Each
+ * kind is tried once.  A private page that was swapped out is there, and not in the cache.
+ */
+static bool next_guess(const struct uffd_range *range, uint64_t error, unsigned int *tried,
+		       enum uffd_fault_kind *kind)
 {
-	if (*kind == UFFD_KIND_MISSING && (range->mode & UFFDIO_REGISTER_MODE_MINOR)) {
-		*kind = UFFD_KIND_MINOR;
-		return true;
-	}
-	if (*kind != UFFD_KIND_WP && (error & FAULT_WRITE) &&
-	    (range->mode & UFFDIO_REGISTER_MODE_WP)) {
-		*kind = UFFD_KIND_WP;
+	const struct {
+		enum uffd_fault_kind kind;
+		bool possible;
+	} guesses[] = {
+		{ UFFD_KIND_MISSING, range->mode & UFFDIO_REGISTER_MODE_MISSING },
+		{ UFFD_KIND_MINOR, range->mode & UFFDIO_REGISTER_MODE_MINOR },
+		{ UFFD_KIND_WP, range->mode & UFFDIO_REGISTER_MODE_WP && error & FAULT_WRITE },
+	};
+
+	*tried |= 1u << *kind;
+	for (size_t i = 0; i < sizeof(guesses) / sizeof(guesses[0]); i++) {
+		if (!guesses[i].possible || *tried & 1u << guesses[i].kind)
+			continue;
+		*kind = guesses[i].kind;
 		return true;
 	}
 	return false;
@@ -93,23 +107,20 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 	uint64_t page = page_of(range, address);
 	enum uffd_fault_kind kind = first_guess(range, error);
 	uint64_t began = uffd_now_ns();
-	unsigned int attempt = 0;
+	unsigned int attempt = 0, tried = 0;
 	enum outcome outcome;
 
 	for (;;) {
 		outcome = resolve_page(range, page, kind, NULL);
-		if (outcome == OUTCOME_PRESENT && next_guess(range, error, &kind))
+		if ((outcome == OUTCOME_PRESENT ||
+		     (outcome == OUTCOME_GONE && kind == UFFD_KIND_MINOR)) &&
+		    next_guess(range, error, &tried, &kind))
 			continue;
-		/* Not in the page cache, where it was once: dropped. */
-		if (outcome == OUTCOME_GONE && kind == UFFD_KIND_MINOR &&
-		    range->mode & UFFDIO_REGISTER_MODE_MISSING) {
-			kind = UFFD_KIND_MISSING;
-			continue;
-		}
 		if (outcome == OUTCOME_IN_FLIGHT) {
 			uffd_back_off(attempt++);
 			/* Who had it may have left what we came for. */
 			kind = first_guess(range, error);
+			tried = 0;
 			continue;
 		}
 		/* There again and again, and yet it faults: there is no huge page for it. */

@@ -68,6 +68,26 @@ static bool maps_cached(const struct uffd_range *range, enum fill_for why)
 	return why == FILL_AHEAD && range->mode & UFFDIO_REGISTER_MODE_MINOR;
 }
 
+/* A private mapping shows what the page cache holds, until it has copies of its own. */
+static bool asks_cache(const struct uffd_range *range, enum fill_for why)
+{
+	return why == FILL_AHEAD && !range->content->shared &&
+	       !atomic_load_explicit(&range->content->is_anonymous, memory_order_relaxed);
+}
+
+static int fill_from(struct uffd_range *range, struct uffd_fill *fill, enum fill_for why,
+		     struct uffd_fill_result *result_ret)
+{
+	int r;
+
+	fill->maps_cached = maps_cached(range, why);
+	fill->asks_cache = asks_cache(range, why);
+	r = uffd_fill_run(fill, result_ret);
+	if (result_ret->has_no_cache)
+		atomic_store(&range->content->is_anonymous, true);
+	return r;
+}
+
 /* Zeros, by COPY where ZEROPAGE is not to be had or cannot protect the page. */
 int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 	      struct uffd_fill_result *result_ret)
@@ -86,8 +106,7 @@ int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_
 				by_copy ? copy_mode(range) : 0);
 		struct uffd_fill_result part;
 
-		fill.maps_cached = maps_cached(range, why);
-		r = uffd_fill_run(&fill, &part);
+		r = fill_from(range, &fill, why, &part);
 		result_ret->done += part.done;
 		result_ret->already_present += part.already_present;
 		if (part.deferred)
@@ -172,8 +191,7 @@ int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t s
 	if (range->content->writes_cache)
 		return put_by_cache(range, at, length, (struct cache_writer){ write_bytes, source },
 				    result_ret);
-	fill.maps_cached = maps_cached(range, why);
-	return uffd_fill_run(&fill, result_ret);
+	return fill_from(range, &fill, why, result_ret);
 }
 
 static int put_source(struct uffd_range *range, uint64_t at, uint64_t length,

@@ -22,7 +22,7 @@ from pyuffd import (
     Userfaultfd,
 )
 from tests._child import run_child
-from tests._memory import memory_of, memory_params
+from tests._memory import TYPES, memory_of, memory_params
 from tests.kernel._serving import content, states, wait_until
 
 MINOR, MISSING, WP = RegisterMode.MINOR, RegisterMode.MISSING, RegisterMode.WP
@@ -48,8 +48,15 @@ def source_for(driver: Driver, data: bytes) -> Iterator[PageSource]:
         yield BufferSource(data)
 
 
+def fd_of(region: Region) -> int:
+    assert region.fd is not None
+    return region.fd
+
+
 def check(driver: Driver, name: str) -> None:
-    for mode in MODES:
+    private = not TYPES[name][1]
+    # The source's content goes into the file, which has to be shared for that.
+    for mode in [mode for mode in MODES if mode & MISSING or not private]:
         for way in get_args(Way):
             one_way(driver, name, mode, way)
 
@@ -71,7 +78,7 @@ def one_way(driver: Driver, name: str, mode: RegisterMode, way: Way) -> None:
         Handler(uffd, driver=driver, prefetch=prefetch) as handler,
     ):
         expected = bytearray(data)
-        with region.alias() as other:
+        with Region.file(fd_of(region)) as other:
             for page in IN_CACHE:
                 other.write(page * size, b"in the page cache")
                 if mode & MISSING:  # the page is there, and nobody asks for its content
@@ -102,7 +109,9 @@ def one_way(driver: Driver, name: str, mode: RegisterMode, way: Way) -> None:
 
 
 @pytest.mark.parametrize("driver", get_args(Driver))
-@pytest.mark.parametrize("name", memory_params("shmem", "hugetlb"))
+@pytest.mark.parametrize(
+    "name", memory_params("shmem", "shmem-private", "hugetlb", "hugetlb-private")
+)
 def test_pages_in_the_cache(driver: Driver, name: str) -> None:
     run_child(check, driver, name, budget_s=40)
 
