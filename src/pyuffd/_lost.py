@@ -6,12 +6,16 @@ import errno
 import os
 from contextlib import suppress
 
+from pyuffd._abi import PageBit
 from pyuffd._errors import PagePoisonedError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, round_down
 from pyuffd._residency import PageResidency, residency
 from pyuffd._vmas import Vma, overlapping
+from pyuffd.pagemap import Pagemap
 
 EHWPOISON = 133  # in Python's errno since 3.14
+# What a marker shows that is for no write-protection and no guard page, but for poison.
+_MARKER = PageBit.PRESENT | PageBit.SWAP | PageBit.UFFD_WP | PageBit.GUARD_REGION
 HUGE_POOL = "/sys/kernel/mm/hugepages/hugepages-{kib}kB/{name}"
 
 
@@ -38,8 +42,7 @@ def lost_error(op: str, address: int) -> UffdOSError:
 def _other_reason(vma: Vma, page: int) -> str:
     """Say why, where the page is not poisoned; "" where it is."""
     with suppress(OSError):
-        states = residency(page, vma.page_size, page_size=vma.page_size, fd=None).states
-        if states[0] == PageResidency.POISON:
+        if _is_poison(vma, page):
             return ""
     size = _file_size(vma)
     if size is not None and vma.offset + (page - vma.start) >= size:
@@ -58,6 +61,17 @@ def _other_reason(vma: Vma, page: int) -> str:
     return "SIGBUS: a memory error, or no memory"
 
 
+def _is_poison(vma: Vma, page: int) -> bool:
+    states = residency(page, vma.page_size, page_size=vma.page_size, fd=None).states
+    if states[0] in (PageResidency.POISON, PageResidency.SWAPPED):
+        # Without CAP_SYS_ADMIN they are the same; what is on swap comes back with no SIGBUS.
+        return True
+    with Pagemap() as pagemap:
+        entry = pagemap.read(page, PAGE_SIZE)[0]
+    # As told of shared memory, which has no swap entries in the page table.
+    return entry & _MARKER.value == PageBit.SWAP.value
+
+
 def _file_size(vma: Vma) -> int | None:
     if not vma.inode:
         return None
@@ -67,6 +81,11 @@ def _file_size(vma: Vma) -> int | None:
         found = os.stat(vma.path)
         if (found.st_ino, found.st_dev) == (vma.inode, vma.device):
             return found.st_size
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found = os.fstat(int(fd))
+            if (found.st_ino, found.st_dev) == (vma.inode, vma.device):
+                return found.st_size
     return None
 
 

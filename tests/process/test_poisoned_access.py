@@ -28,6 +28,7 @@ from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
 from tests._need import needs, needs_hugepages
 from tests.kernel._serving import content, in_fork
+from tests.kernel.test_userfaultfd_open import drop_capability
 from tests.process.test_failures_said import DRIVERS, IN_PYTHON, serve_failing, uffd_for
 
 Driver = Literal["native", "inline", "thread", "process"]
@@ -85,6 +86,18 @@ def test_every_method_raises(driver: Driver, name: str) -> None:
     run_child(accesses, driver, name)
 
 
+def accesses_unseen(driver: Driver, name: str) -> None:
+    """As a user without CAP_SYS_ADMIN, to whom the page table does not tell poison from swap."""
+    drop_capability("CAP_SYS_ADMIN")
+    accesses(driver, name)
+
+
+@pytest.mark.parametrize("name", memory_params())
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_every_method_raises_without_privilege(driver: Driver, name: str) -> None:
+    run_child(accesses_unseen, driver, name)
+
+
 def after_the_stop(driver: Driver, name: str) -> None:
     with (
         contextlib.closing(memory_of(name)) as memory,
@@ -115,7 +128,10 @@ def test_pages_that_a_stop_poisoned(driver: Driver, name: str) -> None:
 # Other reasons for SIGBUS
 
 
-def truncated(huge: bool) -> None:
+def truncated(huge: bool, privileged: bool) -> None:
+    if not privileged:
+        drop_capability("CAP_SYS_ADMIN")
+        drop_capability("CAP_CHECKPOINT_RESTORE")
     size = 2 << 20 if huge else PAGE
     with Region.memfd(2 * size, huge_page_size=size if huge else None) as region:
         assert region.fd is not None
@@ -128,13 +144,10 @@ def truncated(huge: bool) -> None:
         assert region.read(0, 8) == bytes(8)
 
 
-def test_a_truncated_file() -> None:
-    run_child(truncated, False)
-
-
-@needs_hugepages(2)
-def test_a_truncated_file_of_huge_pages() -> None:
-    run_child(truncated, True)
+@pytest.mark.parametrize("privileged", [True, False], ids=["privileged", "unprivileged"])
+@pytest.mark.parametrize("huge", [False, pytest.param(True, marks=needs_hugepages(2))])
+def test_a_truncated_file(huge: bool, privileged: bool) -> None:
+    run_child(truncated, huge, privileged)
 
 
 def no_driver() -> None:
