@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ from pyuffd.testing import (
     GatedSource,
     LeakError,
     WrongLengthSource,
+    _leaks,
     child_pids,
     kill,
     layout_change_pending,
@@ -421,6 +423,21 @@ def test_what_ends_soon_is_no_leak() -> None:
         thread = threading.Thread(target=threading.Event().wait, args=(0.1,))
         thread.start()
         assert thread.is_alive()
+
+
+def test_what_ended_while_this_thread_was_kept_waiting_is_no_leak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    undo: list[Callable[[], None]] = []
+
+    def collect() -> None:
+        undo.pop()()
+        time.sleep(2 * SHORT_S)
+
+    monkeypatch.setattr(_leaks, "gc", types.SimpleNamespace(collect=collect))
+    with no_leaks(settle_s=SHORT_S):
+        undo.append(leak_fd())
+    assert not undo
 
 
 def test_an_exception_of_the_body_goes_on() -> None:
