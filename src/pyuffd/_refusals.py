@@ -73,6 +73,11 @@ def explain_device(code: int) -> tuple[str, str]:
         minor = _misc_minor("userfaultfd")
         if minor is None:
             return "this kernel has none (Linux 6.1)", ""
+        if _has_seccomp_filter():
+            return (
+                "the kernel has it, but it has no node here, as in containers",
+                f"docker run --device {device}",
+            )
         return "the kernel has it, but it has no node", f"mknod -m 600 {device} c 10 {minor}"
     return os.strerror(code), ""
 

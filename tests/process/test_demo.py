@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -21,8 +22,8 @@ import pytest
 from pyuffd import Region
 from pyuffd.cli import _demo_restore, _demo_snapshot, _demo_work, demo, main
 from pyuffd.testing import _huge_pages
-from tests._child import run_child
-from tests._need import needs_hugepages, needs_privilege
+from tests._child import ROOT, run_child
+from tests._need import needs_hugepages, needs_privilege, without_userfaultfd
 
 TIMEOUT_S = 60
 NOBODY = "65534"
@@ -177,6 +178,29 @@ def _may_fault_in_kernel() -> bool:
     return sysctl.read_text().strip() == "1" or (
         device.exists() and bool(device.stat().st_mode & 0o006)
     )
+
+
+@without_userfaultfd
+def test_where_nothing_can_be_opened_it_says_what_doctor_says() -> None:
+    refused = (sys.executable, str(ROOT / "tests" / "seccomp_deny.py"))
+    done = command(prefix=refused)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    report = subprocess.run(
+        [*refused, sys.executable, "-m", "pyuffd", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    ways = json.loads(report.stdout)["open"]
+    assert not any(way["works"] for way in ways.values())
+    for name in ("syscall", "device"):
+        assert ways[name]["reason"] in done.stderr, name
+        assert f"`{ways[name]['command']}`" in done.stderr, name
+    # A profile that allows one call more, not none at all; and the device.
+    assert "--security-opt seccomp=profile.json --device /dev/userfaultfd" in done.stderr
+    assert "the runtime's own profile with userfaultfd among the calls" in done.stderr
+    assert "unconfined" not in done.stderr
 
 
 # What is not right is not called verified

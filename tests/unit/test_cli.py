@@ -21,7 +21,7 @@ import pyuffd
 from pyuffd import Feature, cli
 from pyuffd._errors import UffdOSError
 from pyuffd._probe import OpenSupport
-from pyuffd._refusals import explain_syscall
+from pyuffd._refusals import explain_device, explain_syscall
 from pyuffd.cli import _cgroup, _report, doctor
 from tests._child import ROOT
 
@@ -260,6 +260,25 @@ def test_refusal_of_the_system_call_is_explained(
 ) -> None:
     monkeypatch.setattr("pyuffd._refusals._has_seccomp_filter", lambda: seccomp)
     found_reason, found_command = explain_syscall(code, privilege_would_do)
+    assert reason in found_reason
+    assert found_command == command
+
+
+@pytest.mark.parametrize(
+    ("seccomp", "minor", "reason", "command"),
+    [
+        (False, None, "this kernel has none", ""),
+        (True, None, "this kernel has none", ""),
+        (False, 257, "it has no node", "mknod -m 600 /dev/userfaultfd c 10 257"),
+        (True, 257, "as in containers", "docker run --device /dev/userfaultfd"),
+    ],
+)
+def test_why_there_is_no_device(
+    seccomp: bool, minor: int | None, reason: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyuffd._refusals._has_seccomp_filter", lambda: seccomp)
+    monkeypatch.setattr("pyuffd._refusals._misc_minor", lambda name: minor)
+    found_reason, found_command = explain_device(errno.ENOENT)
     assert reason in found_reason
     assert found_command == command
 

@@ -1,0 +1,51 @@
+"""Run a command under a seccomp filter that refuses userfaultfd(2), as those of containers do.
+
+    python tests/seccomp_deny.py COMMAND...
+
+/dev/userfaultfd is hidden by the same filter's refusal of its ioctl, USERFAULTFD_IOC_NEW.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import sys
+
+NR_IOCTL, NR_USERFAULTFD = 16, 323
+USERFAULTFD_IOC_NEW = 0xAA00
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
+ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
+NUMBER, SECOND_ARGUMENT = 0, 16 + 8  # offsets in struct seccomp_data
+
+# Code, jump if true, jump if false, operand; jumps skip so many instructions.
+PROGRAM = (
+    (LOAD, 0, 0, NUMBER),
+    (EQUAL, 4, 0, NR_USERFAULTFD),
+    (EQUAL, 0, 2, NR_IOCTL),
+    (LOAD, 0, 0, SECOND_ARGUMENT),
+    (EQUAL, 1, 0, USERFAULTFD_IOC_NEW),
+    (RETURN, 0, 0, ALLOW),
+    (RETURN, 0, 0, REFUSE),
+)
+
+
+def deny() -> None:
+    """Let neither this process nor its children open a userfaultfd from here on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in PROGRAM)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("@HP", len(PROGRAM), ctypes.addressof(buffer))
+    for arguments in (
+        (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+        (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0),
+    ):
+        if libc.prctl(*arguments) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+if __name__ == "__main__":
+    deny()
+    os.execvp(sys.argv[1], sys.argv[1:])
