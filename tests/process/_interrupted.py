@@ -1,5 +1,7 @@
 """Scenarios for `_interruptions`: an armed part, and around it what a careful program does.
 
+Here one object at a time; `_interrupted_handlers` has those of handlers.
+
 Run one: `python -m tests.process._interrupted SCENARIO lines|checks [FIRST END STEP]`, or
 `SCENARIO signals RUNS`.
 """
@@ -7,31 +9,17 @@ Run one: `python -m tests.process._interrupted SCENARIO lines|checks [FIRST END 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import socket
 import tempfile
-import threading
 
-from pyuffd import (
-    BufferSource,
-    CallableSource,
-    Feature,
-    FileSource,
-    Handler,
-    Pagemap,
-    Region,
-    RegisterMode,
-    Userfaultfd,
-    _memory,
-)
-from pyuffd.handlers._checks import Driver
+from pyuffd import FileSource, Pagemap, Region, Userfaultfd
 from pyuffd.handover import connect_unix, listen_unix, recv_uffd, send_uffd
+from tests.process._interrupted_handlers import HANDLERS
 from tests.process._interruptions import LARGE, MARK, Interrupter, Scenario, main
 
 PAGE = 4096
 PAGES = 8
-HANGS_S = 10.0
 
 
 # One object at a time.
@@ -140,138 +128,6 @@ def refuse_file_source(at: Interrupter) -> None:
         FileSource("/proc/self/exe", offset=1 << 40)
 
 
-# A handler from beginning to end, with one part of it armed.
-
-CONTENT = bytes(range(1, 9)) * 512
-
-
-def content(offset: int, length: int) -> bytes:
-    """Return content without a zero in it."""
-    return CONTENT * (length // len(CONTENT))
-
-
-def check_no_zeros(region: Region) -> None:
-    """Read every page: content or a signal, never zeros, and never a hang."""
-    for offset in range(0, region.length, PAGE):
-        seen: list[object] = []
-        reader = threading.Thread(target=_look, args=(seen, region.start + offset), daemon=True)
-        reader.start()
-        reader.join(HANGS_S)
-        assert seen, f"reading offset {offset:#x} hangs"
-        assert seen[0] != bytes(8), f"zeros at offset {offset:#x}"
-
-
-def _look(seen: list[object], address: int) -> None:
-    seen.append(_memory.guarded_read(address, 8))
-
-
-def serve(at: Interrupter, driver: Driver, armed: str) -> None:
-    """Serve a region; `armed` names the part that is interrupted."""
-
-    def part(name: str) -> contextlib.AbstractContextManager[None]:
-        return at.armed() if name == armed else contextlib.nullcontext()
-
-    features = Feature.SIGBUS if driver == "inline" else Feature(0)
-    in_python = driver in ("process", "thread", "auto")
-    source = CallableSource(content) if in_python else BufferSource(CONTENT * PAGES)
-    with contextlib.ExitStack() as stack:
-        uffd = stack.enter_context(Userfaultfd(features=features))
-        region = stack.enter_context(Region.anonymous(PAGES * PAGE))
-        handler: Handler | None = None
-        with part("make"):
-            handler = Handler(uffd, driver=driver)
-        if handler is None:  # another one can be made
-            gc.collect()
-            handler = Handler(uffd, driver=driver)
-        stack.callback(handler.stop)
-        served = False
-        with part("serve"):
-            handler.serve(region, source)
-            served = True
-        if not served:
-            # Either it is served, or it is as before and can be.
-            with contextlib.suppress(ValueError):
-                handler.serve(region, source)
-        with part("start"):
-            handler.start()
-        handler.start()
-        if armed in ("serve", "start", "make"):
-            check_no_zeros(region)
-        else:
-            region.touch(0, PAGE)
-        with part("populate"):
-            handler.populate(region, PAGE, PAGE)
-        with part("unserve"):
-            if armed == "unserve":
-                handler.unserve(region)
-        with part("stop"):
-            handler.stop()
-        handler.stop()
-        check_no_zeros(region)
-
-
-def serving(driver: Driver, armed: str) -> Scenario:
-    """Return a scenario of a handler's life."""
-
-    def scenario(at: Interrupter) -> None:
-        serve(at, driver, armed)
-
-    return scenario
-
-
-def close_region_under_its_handler(at: Interrupter) -> None:
-    with Userfaultfd() as uffd, Region.anonymous(PAGES * PAGE) as region, Handler(uffd) as handler:
-        handler.serve(region, BufferSource(CONTENT * PAGES))
-        region.touch(0, PAGE)
-        with at.armed():
-            region.close()
-        region.close()
-        handler.stats()
-
-
-def close_userfaultfd_under_its_handler(at: Interrupter) -> None:
-    with Region.anonymous(PAGES * PAGE) as region, Userfaultfd() as uffd, Handler(uffd) as handler:
-        handler.serve(region, BufferSource(CONTENT * PAGES))
-        region.touch(0, PAGE)
-        with at.armed():
-            uffd.close()
-        check_no_zeros(region)
-        uffd.close()
-        assert uffd.closed
-        check_no_zeros(region)
-
-
-def close_second_userfaultfd(at: Interrupter) -> None:
-    with (
-        Region.anonymous(PAGES * PAGE) as region,
-        Userfaultfd() as uffd,
-        Userfaultfd() as second,
-        Handler(uffd) as handler,
-    ):
-        handler.serve(region, BufferSource(CONTENT * PAGES), uffd=second)
-        with at.armed():
-            second.close()
-        second.close()
-        check_no_zeros(region)
-        handler.stats()
-
-
-def protect(at: Interrupter) -> None:
-    """Write-protect and preserve: a write does not hang."""
-    kept = bytearray(PAGES * PAGE)
-    with (
-        Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP) as uffd,
-        Region.anonymous(PAGES * PAGE) as region,
-        Handler(uffd) as handler,
-    ):
-        region.fill(1)
-        handler.serve(region, None, mode=RegisterMode.WP, preserve=kept)
-        with at.armed():
-            handler.writeprotect(region)
-            handler.preserve(region)
-        region.write(0, b"w" * region.length)
-
-
 def hand_over(at: Interrupter) -> None:
     """What came over a socket is the Handover's, or nobody's."""
     ours, theirs = socket.socketpair()
@@ -282,8 +138,9 @@ def hand_over(at: Interrupter) -> None:
 
 
 def listen(at: Interrupter) -> None:
+    """Without accept(): Python's own loses a connection between the call and its object."""
     path = f"{tempfile.gettempdir()}/{MARK}"
-    with at.armed(), listen_unix(path) as listener, connect_unix(path), listener.accept():
+    with at.armed(), listen_unix(path), connect_unix(path):
         pass
 
 
@@ -313,17 +170,7 @@ OBJECTS: list[Scenario] = [
     open_file_source,
     refuse_file_source,
 ]
-PARTS = ["make", "serve", "start", "populate", "unserve", "stop"]
-DRIVERS: list[Driver] = ["native", "inline", "thread", "process", "auto"]
-WHOLE: list[Scenario] = [
-    close_region_under_its_handler,
-    close_userfaultfd_under_its_handler,
-    close_second_userfaultfd,
-    protect,
-]
-SCENARIOS: dict[str, Scenario] = {one.__name__: one for one in OBJECTS + WHOLE} | {
-    f"{driver}-{part}": serving(driver, part) for driver in DRIVERS for part in PARTS
-}
+SCENARIOS: dict[str, Scenario] = {one.__name__: one for one in OBJECTS} | HANDLERS
 
 if __name__ == "__main__":
     main(SCENARIOS)

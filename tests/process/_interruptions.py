@@ -32,6 +32,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Literal
@@ -84,10 +85,10 @@ class Interrupter:
 
 
 class Tracer(Interrupter):
-    """Raises at the place of a number, counted from 1; 0: counts only."""
+    """Raises at the places of some numbers, counted from 1; without any it only counts."""
 
-    def __init__(self, at: int, how: How) -> None:
-        self.at = at
+    def __init__(self, at: Iterable[int], how: How) -> None:
+        self.at = set(at)
         self.seen = 0
         self._how = how
         self._after_call: dict[FrameType, bool] = {}
@@ -129,9 +130,9 @@ class Tracer(Interrupter):
 
     def _pass(self, frame: FrameType) -> None:
         self.seen += 1
-        if self.seen == self.at:
+        if self.seen in self.at:
             place = f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
-            self.place = f"{place} in {frame.f_code.co_name}"
+            self.place += f"[{place} in {frame.f_code.co_name}]"
             self._after_call.clear()  # frames, which hold what they hold
             raise Injected(self.place)
 
@@ -193,19 +194,27 @@ def places(scenario: Scenario, how: How) -> int:
 
 
 def _count(scenario: Scenario, how: How) -> tuple[str, str]:
-    tracer = Tracer(0, how)
+    tracer = Tracer((), how)
     scenario(tracer)
     return str(tracer.seen), ""
 
 
-def sweep(scenario: Scenario, how: How, numbers: Iterable[int]) -> list[str]:
-    """Interrupt a scenario at the places of these numbers; return what went wrong."""
+def sweep(scenario: Scenario, how: How, numbers: Iterable[int], twice: int = 0) -> list[str]:
+    """Interrupt a scenario at the places of these numbers; return what went wrong.
+
+    `twice`: and once more so many places later, where the first exception is on its way.
+    """
     wrong = []
     for number in numbers:
-        place, verdict = _in_fork(lambda at=number: _once(scenario, Tracer(at, how)))  # type: ignore[misc]
+        at = (number, number + twice)
+        place, verdict = _in_fork(partial(_once_at, scenario, at, how))
         if verdict:
-            wrong.append(f"{how} {number} ({place or 'nowhere'}): {verdict}")
+            wrong.append(f"{how} {at} ({place or 'nowhere'}): {verdict}")
     return wrong
+
+
+def _once_at(scenario: Scenario, at: Iterable[int], how: How) -> tuple[str, str]:
+    return _once(scenario, Tracer(at, how))
 
 
 def pester(scenario: Scenario, seed: int, runs: int) -> list[str]:

@@ -17,24 +17,33 @@ from tests.process._interrupted import SCENARIOS
 from tests.process._interruptions import How, pester, places, sweep
 
 SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
-# What `make test` has time for.
-FEW = 2
-RUNS = 20
-MANY_RUNS = 2000
+HOWS: tuple[How, ...] = ("lines", "checks")
+# What `make test` has time for: a helper process needs half a second of a CPU to start.
+HELPERS = [name for name in SCENARIOS if name.startswith(("process-", "auto-"))]
+QUICK = [name for name in SCENARIOS if name not in HELPERS]
+STOPS = ["native-stop", "thread-stop", "native-waiting", "thread-waiting"]
+HELPER_STOPS = ["process-stop", "process-waiting"]
+SOME_RUNS = {"native-with": 60, "thread-with": 60, "process-with": 3}
+MANY_RUNS = 1000
+MANY_HELPER_RUNS = 100
 BUDGET_S = 60.0
 STRESS_BUDGET_S = 1800.0
+# How many places later the second one may come.
+SOON = range(1, 40)
 
 pytestmark = needs(Feature(0))
 
-scenarios = pytest.mark.parametrize("name", list(SCENARIOS))
-hows = pytest.mark.parametrize("how", ["lines", "checks"])
 
-
-def interrupt(name: str, how: How, seed: int, most: int | None) -> None:
-    numbers = range(1, places(SCENARIOS[name], how) + 1)
-    chosen = sorted(random.Random(seed).sample(numbers, min(most or len(numbers), len(numbers))))
-    wrong = sweep(SCENARIOS[name], how, chosen)
-    assert not wrong, f"seed {seed}, {len(numbers)} places:\n" + "\n".join(wrong)
+def interrupt(
+    tried: list[tuple[str, How]], seed: int, most: int | None, twice: bool = False
+) -> None:
+    chance = random.Random(seed)
+    for name, how in tried:
+        numbers = range(1, places(SCENARIOS[name], how) + 1)
+        chosen = chance.sample(numbers, min(most, len(numbers))) if most else numbers
+        later = chance.choice(SOON) if twice else 0
+        wrong = sweep(SCENARIOS[name], how, chosen, later)
+        assert not wrong, f"seed {seed}, {name}, {len(numbers)} places:\n" + "\n".join(wrong)
 
 
 def bother(name: str, seed: int, runs: int) -> None:
@@ -42,25 +51,46 @@ def bother(name: str, seed: int, runs: int) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@scenarios
-@hows
-def test_at_some_places(name: str, how: str) -> None:
-    run_child(interrupt, name, how, SEED, FEW, budget_s=BUDGET_S)
+hows = pytest.mark.parametrize("how", HOWS)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_at_some_places(name: str) -> None:
+    run_child(interrupt, [(name, how) for how in HOWS], SEED, 1, budget_s=BUDGET_S)
+
+
+def test_helpers_at_some_places() -> None:
+    chance = random.Random(SEED)
+    tried = [(chance.choice(HELPERS), how) for how in HOWS]
+    run_child(interrupt, tried, SEED, 1, budget_s=BUDGET_S)
 
 
 @pytest.mark.stress
-@scenarios
 @hows
-def test_at_every_place(name: str, how: str) -> None:
-    run_child(interrupt, name, how, SEED, None, budget_s=STRESS_BUDGET_S)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_at_every_place(name: str, how: How) -> None:
+    run_child(interrupt, [(name, how)], SEED, None, budget_s=STRESS_BUDGET_S)
 
 
-@scenarios
+@pytest.mark.parametrize("name", STOPS)
+def test_stop_twice_at_some_places(name: str) -> None:
+    run_child(interrupt, [(name, how) for how in HOWS], SEED, 2, True, budget_s=BUDGET_S)
+
+
+@pytest.mark.stress
+@hows
+@pytest.mark.parametrize("name", STOPS + HELPER_STOPS)
+def test_stop_twice_at_every_place(name: str, how: How) -> None:
+    run_child(interrupt, [(name, how)], SEED, None, True, budget_s=STRESS_BUDGET_S)
+
+
+@pytest.mark.parametrize("name", SOME_RUNS)
 def test_by_signals(name: str) -> None:
-    run_child(bother, name, SEED, RUNS, budget_s=BUDGET_S)
+    run_child(bother, name, SEED, SOME_RUNS[name], budget_s=BUDGET_S)
 
 
 @pytest.mark.stress
-@scenarios
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_by_many_signals(name: str) -> None:
-    run_child(bother, name, SEED, MANY_RUNS, budget_s=STRESS_BUDGET_S)
+    runs = MANY_HELPER_RUNS if name in HELPERS else MANY_RUNS
+    run_child(bother, name, SEED, runs, budget_s=STRESS_BUDGET_S)

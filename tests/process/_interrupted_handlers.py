@@ -1,0 +1,303 @@
+"""Scenarios for `_interruptions` with handlers: no page reads as zeros, and no access hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+
+from pyuffd import (
+    BufferSource,
+    CallableSource,
+    Feature,
+    Handler,
+    PageSource,
+    Region,
+    RegisterMode,
+    Userfaultfd,
+    _memory,
+)
+from pyuffd.handlers._checks import Driver
+from tests.kernel._serving import wait_for_stalled
+from tests.process._interruptions import Interrupter, Scenario
+
+PAGE = 4096
+PAGES = 8
+HANGS_S = 10.0
+# Longer than stop() waits for a source once it was interrupted.
+SLOW_S = 0.5
+
+CONTENT = bytes(range(1, 9)) * 512
+
+
+def content(offset: int, length: int) -> bytes:
+    """Return content without a zero in it."""
+    return CONTENT * (length // len(CONTENT))
+
+
+def slow_content(offset: int, length: int) -> bytes:
+    """Return it late."""
+    time.sleep(SLOW_S)
+    return content(offset, length)
+
+
+class Reader:
+    """A thread that reads the beginning of a page."""
+
+    def __init__(self, region: Region, offset: int) -> None:
+        self._place = f"offset {offset:#x}"
+        self._seen: list[object] = []
+        self._thread = threading.Thread(target=self._look, args=[region.start + offset])
+        self._thread.daemon = True
+        self._thread.start()
+
+    def _look(self, address: int) -> None:
+        self._seen.append(_memory.guarded_read(address, 8))
+
+    def check(self) -> None:
+        """Content or a signal, never zeros, and never a hang."""
+        self._thread.join(HANGS_S)
+        assert self._seen, f"reading {self._place} hangs"
+        assert self._seen[0] != bytes(8), f"zeros at {self._place}"
+
+
+def check_no_zeros(region: Region) -> None:
+    """Read every page."""
+    for offset in range(0, region.length, PAGE):
+        Reader(region, offset).check()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a region is served."""
+
+    driver: Driver
+    kind: str = "anon"
+
+    def uffd(self) -> Userfaultfd:
+        """Open what the driver needs."""
+        return Userfaultfd(
+            features=(Feature.SIGBUS if self.driver == "inline" else Feature(0))
+            | (Feature.MINOR_SHMEM if self.kind == "minor" else Feature(0))
+            | (Feature.PAGEFAULT_FLAG_WP if self.kind == "protected" else Feature(0))
+        )
+
+    def region(self) -> Region:
+        """Map the memory."""
+        size = PAGES * PAGE
+        return Region.memfd(size) if self.kind == "minor" else Region.anonymous(size)
+
+    def source(self) -> PageSource:
+        """Return one of the kind that the driver is for."""
+        if self.driver in ("process", "thread", "auto"):
+            return CallableSource(content)
+        return BufferSource(CONTENT * PAGES)
+
+    def serve(
+        self, handler: Handler, region: Region, source: PageSource, uffd: Userfaultfd | None = None
+    ) -> None:
+        """Serve it, with what goes with that."""
+        if self.kind == "minor":
+            handler.serve(region, source, mode=RegisterMode.MINOR, uffd=uffd)
+        elif self.kind == "protected":
+            handler.serve(region, source, mode=RegisterMode.MISSING | RegisterMode.WP, uffd=uffd)
+        else:
+            handler.serve(region, source, uffd=uffd)
+
+
+def live(at: Interrupter, setting: Setting, armed: str) -> None:
+    """A handler from its beginning to its end; `armed` names the part that is interrupted."""
+
+    def part(name: str) -> contextlib.AbstractContextManager[None]:
+        return at.armed() if name == armed else contextlib.nullcontext()
+
+    source = setting.source()
+    with contextlib.ExitStack() as stack:
+        uffd = stack.enter_context(setting.uffd())
+        region = stack.enter_context(setting.region())
+        handler: Handler | None = None
+        with part("make"):
+            handler = Handler(uffd, driver=setting.driver)
+        if handler is None:  # another one can be made
+            gc.collect()
+            handler = Handler(uffd, driver=setting.driver)
+        stack.callback(handler.stop)
+        served = False
+        with part("serve"):
+            setting.serve(handler, region, source)
+            served = True
+        if not served:
+            # Either it is served, or it is as before and can be.
+            with contextlib.suppress(ValueError):
+                setting.serve(handler, region, source)
+        early = Reader(region, PAGE) if setting.driver != "inline" else None
+        if early is not None:
+            wait_for_stalled(uffd, 1)
+        with part("start"):
+            handler.start()
+        handler.start()
+        if early is not None:
+            early.check()
+        if armed in ("serve", "start", "make"):
+            check_no_zeros(region)
+        else:
+            region.touch(0, PAGE)
+        with part("populate"):
+            handler.populate(region, 2 * PAGE, PAGE)
+        with part("unserve"):
+            if armed == "unserve":
+                handler.unserve(region)
+        with part("stop"):
+            handler.stop()
+        handler.stop()
+        check_no_zeros(region)
+
+
+def use_with(at: Interrupter, setting: Setting) -> None:
+    """All of it in one with statement, and nothing done afterwards but to close the rest."""
+    with setting.region() as region:
+        served = False
+        with setting.uffd() as uffd, at.armed(), Handler(uffd, driver=setting.driver) as handler:
+            setting.serve(handler, region, setting.source())
+            served = True
+            region.touch(0, PAGE)
+            handler.populate(region, PAGE, PAGE)
+        if served:
+            check_no_zeros(region)
+
+
+def stop_while_one_waits(at: Interrupter, driver: Driver) -> None:
+    """Stop what has not started, or whose source is slow."""
+    in_python = driver in ("process", "thread")
+    source = CallableSource(slow_content) if in_python else BufferSource(CONTENT * PAGES)
+    with Userfaultfd() as uffd, Region.anonymous(PAGES * PAGE) as region:
+        handler = Handler(uffd, driver=driver)
+        handler.serve(region, source)
+        if in_python:
+            handler.start()
+        reader = Reader(region, PAGE)
+        wait_for_stalled(uffd, 1)
+        with at.armed():
+            handler.stop()
+        handler.stop()
+        reader.check()
+        check_no_zeros(region)
+    # A source that did not answer in time keeps its thread, which keeps the descriptor.
+    give_up = time.monotonic() + HANGS_S
+    while any(thread.name.startswith("uffd-w") for thread in threading.enumerate()):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    Userfaultfd().close()  # the next one tidies up
+
+
+def serve_second(at: Interrupter, setting: Setting) -> None:
+    """Serve the range of another userfaultfd as well."""
+    with (
+        setting.uffd() as uffd,
+        setting.uffd() as second,
+        setting.region() as region,
+        Handler(uffd, driver=setting.driver) as handler,
+    ):
+        served = False
+        with at.armed():
+            setting.serve(handler, region, setting.source(), second)
+            served = True
+        if not served:
+            with contextlib.suppress(ValueError):
+                setting.serve(handler, region, setting.source(), second)
+        check_no_zeros(region)
+
+
+def close_region_under_its_handler(at: Interrupter) -> None:
+    """The handler serves on."""
+    with Userfaultfd() as uffd, Region.anonymous(PAGES * PAGE) as region, Handler(uffd) as handler:
+        handler.serve(region, BufferSource(CONTENT * PAGES))
+        region.touch(0, PAGE)
+        with at.armed():
+            region.close()
+        region.close()
+        handler.stats()
+
+
+def close_userfaultfd_under_its_handler(at: Interrupter) -> None:
+    """It is not closed before the handler has ended."""
+    with Region.anonymous(PAGES * PAGE) as region, Userfaultfd() as uffd, Handler(uffd) as handler:
+        handler.serve(region, BufferSource(CONTENT * PAGES))
+        region.touch(0, PAGE)
+        with at.armed():
+            uffd.close()
+        check_no_zeros(region)
+        uffd.close()
+        assert uffd.closed
+        check_no_zeros(region)
+
+
+def close_second_userfaultfd(at: Interrupter) -> None:
+    """Nor is one before its ranges were taken out."""
+    with (
+        Region.anonymous(PAGES * PAGE) as region,
+        Userfaultfd() as uffd,
+        Userfaultfd() as second,
+        Handler(uffd) as handler,
+    ):
+        handler.serve(region, BufferSource(CONTENT * PAGES), uffd=second)
+        with at.armed():
+            second.close()
+        second.close()
+        check_no_zeros(region)
+        handler.stats()
+
+
+def protect(at: Interrupter) -> None:
+    """Write-protect and preserve: a write does not hang, and what was there before it is kept."""
+    kept = bytearray(PAGES * PAGE)
+    with (
+        Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP) as uffd,
+        Region.anonymous(PAGES * PAGE) as region,
+        Handler(uffd) as handler,
+    ):
+        region.write(0, CONTENT * PAGES)
+        handler.serve(region, None, mode=RegisterMode.WP, preserve=kept, present="keep")
+        protected = False
+        with at.armed():
+            handler.writeprotect(region)
+            protected = True
+            handler.preserve(region)
+        region.write(0, b"w" * region.length)
+        handler.stats()
+        if protected:
+            assert bytes(kept) == CONTENT * PAGES
+
+
+DRIVERS: tuple[Driver, ...] = ("native", "inline", "thread", "process", "auto")
+PARTS = ("make", "serve", "start", "populate", "unserve", "stop")
+KINDS: tuple[tuple[Driver, str], ...] = (
+    ("native", "minor"),
+    ("process", "minor"),
+    ("native", "protected"),
+    ("thread", "protected"),
+)
+ENDS: tuple[Driver, ...] = ("native", "thread", "process")
+
+HANDLERS: dict[str, Scenario] = {
+    **{
+        f"{driver}-{part}": partial(live, setting=Setting(driver), armed=part)
+        for driver in DRIVERS
+        for part in PARTS
+    },
+    **{
+        f"{driver}-{kind}-{part}": partial(live, setting=Setting(driver, kind), armed=part)
+        for driver, kind in KINDS
+        for part in ("serve", "unserve", "stop")
+    },
+    **{f"{driver}-with": partial(use_with, setting=Setting(driver)) for driver in DRIVERS},
+    **{f"{driver}-waiting": partial(stop_while_one_waits, driver=driver) for driver in ENDS},
+    **{f"{driver}-second": partial(serve_second, setting=Setting(driver)) for driver in ENDS},
+    "region-closed": close_region_under_its_handler,
+    "userfaultfd-closed": close_userfaultfd_under_its_handler,
+    "second-closed": close_second_userfaultfd,
+    "protect": protect,
+}
