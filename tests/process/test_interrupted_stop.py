@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pyuffd import Feature, Handler, PageSource, Region, Userfaultfd
+from pyuffd.handlers import _ending, _handler, _helper_link
 from pyuffd.testing import child_pids
 from tests._child import run_child
 from tests._memory import PAGE
@@ -23,9 +24,13 @@ PAGES = 16
 SLOW_S = 4.0
 # Tenths of a second, on a machine with much else to do.
 SOON_S = 2.0
+# What a source is given by an end that was cut short, so that the second signal comes before it.
+LONG_GRACE_S = 2.0
+SECOND_S = 0.1
+AT_ONCE_S = 1.0
 
 DRIVERS = ("thread", "process")
-WAYS = ("stop", "exit", "close", "uffd-close")
+WAYS = ("stop", "stop-twice", "exit", "close", "uffd-close")
 
 
 class Slow:
@@ -55,9 +60,34 @@ def interrupted(after_s: float, times: int = 1) -> Iterator[None]:
     assert time.monotonic() - began < after_s * times + SOON_S
 
 
+@contextlib.contextmanager
+def twice(after_s: float) -> Iterator[None]:
+    """Interrupt this process, and once more when that was noticed: it is left at once."""
+    noticed: list[float] = []
+
+    def notice(number: int, frame: object) -> None:
+        noticed.append(time.monotonic())
+        if len(noticed) == 1:
+            signal.setitimer(signal.ITIMER_REAL, SECOND_S)
+        raise KeyboardInterrupt
+
+    for module in (_ending, _handler):
+        vars(module)["GRACE_S"] = LONG_GRACE_S
+    _helper_link.HURRY_LIMIT_S = LONG_GRACE_S + SOON_S
+    signal.signal(signal.SIGALRM, notice)
+    signal.setitimer(signal.ITIMER_REAL, after_s)
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    left = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert len(noticed) == 2
+    assert left - noticed[1] < AT_ONCE_S
+
+
 def end(way: str, handler: Handler, uffd: Userfaultfd) -> None:
     ways: dict[str, Callable[[], object]] = {
         "stop": handler.stop,
+        "stop-twice": handler.stop,
         "exit": lambda: handler.__exit__(None, None, None),
         "close": handler.close,
         "uffd-close": uffd.close,
@@ -74,9 +104,9 @@ def check_interrupted(driver: str, way: str, features: int) -> None:
     handler.start()
     reader = Task(is_lost, region, 5 * PAGE, PAGE)
     wait_for_stalled(uffd, 1)
-    with interrupted(0.3):
+    with twice(0.3) if way == "stop-twice" else interrupted(0.3):
         end(way, handler, uffd)
-    handler.stop()  # nothing is left to do, and nothing to complain about
+    handler.stop()  # nothing is left to do but to wait, and nothing to complain about
     uffd.close()
     assert reader.result(), "zeros for a page that was asked for"
     assert is_lost(region, 9 * PAGE, PAGE), "zeros for a page that was not"
