@@ -13,6 +13,7 @@
 
 #include "uffd_owned.h"
 #include "uffd_shim.h"
+#include "uffd_watch.h"
 
 /* In a fork's message, where its descriptor was. */
 #define TAKEN	UINT32_MAX
@@ -74,6 +75,8 @@ int uffd_owned_close(int32_t *fd)
 
 	/* Linux frees the number whatever close(2) returns. */
 	*fd = -1;
+	if (number >= 0)
+		uffd_watch_end(number);
 	return number >= 0 && close(number) ? -errno : 0;
 }
 
@@ -228,6 +231,7 @@ int uffd_owned_read(int fd, struct uffd_messages *messages)
 	if (n < 0)
 		return errno == EAGAIN ? 0 : -errno;
 	messages->count = (uint32_t)((size_t)n / sizeof(struct uffd_msg));
+	uffd_watch_note_read(fd);
 	return 0;
 }
 

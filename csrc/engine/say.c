@@ -7,40 +7,15 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <unistd.h>
 
 #include "say.h"
+#include "uffd_line.h"
 
 /* Each serving has its line, but a program that serves hundreds does not want hundreds. */
 #define SAID_MOST	8
 
-struct line {
-	char text[768];
-	size_t used;
-};
-
-static void put_text(struct line *line, const char *text)
-{
-	while (*text && line->used < sizeof(line->text) - 1)
-		line->text[line->used++] = *text++;
-}
-
-static void put_number(struct line *line, uint64_t number, unsigned int base)
-{
-	char digits[24];
-	size_t at = sizeof(digits);
-
-	digits[--at] = 0;
-	do
-		digits[--at] = "0123456789abcdef"[number % base];
-	while (number /= base);
-	if (base == 16)
-		put_text(line, "0x");
-	put_text(line, &digits[at]);
-}
-
 /* strerror(3) is not for signal handlers. */
-static void put_error(struct line *line, int error, enum uffd_failure_stage stage)
+static void put_error(struct uffd_line *line, int error, enum uffd_failure_stage stage)
 {
 	static const struct {
 		int error;
@@ -64,29 +39,29 @@ static void put_error(struct line *line, int error, enum uffd_failure_stage stag
 		const char *text = of_source || !texts[i].other ? texts[i].source : texts[i].other;
 
 		if (texts[i].error == error) {
-			put_text(line, text ? text : texts[i].other);
+			uffd_line_text(line, text ? text : texts[i].other);
 			return;
 		}
 	}
-	put_text(line, "errno ");
-	put_number(line, (uint64_t)error, 10);
+	uffd_line_text(line, "errno ");
+	uffd_line_number(line, (uint64_t)error, 10);
 }
 
-static void put_place(struct line *line, const struct uffd_range *range, uint64_t address)
+static void put_place(struct uffd_line *line, const struct uffd_range *range, uint64_t address)
 {
 	if (!address)
 		return;
-	put_text(line, "page ");
-	put_number(line, address, 16);
+	uffd_line_text(line, "page ");
+	uffd_line_number(line, address, 16);
 	if (!range) {
-		put_text(line, ": ");
+		uffd_line_text(line, ": ");
 		return;
 	}
-	put_text(line, " (offset ");
-	put_number(line, content_offset(range, address), 16);
-	put_text(line, " of ");
-	put_text(line, range->content->label);
-	put_text(line, "): ");
+	uffd_line_text(line, " (offset ");
+	uffd_line_number(line, content_offset(range, address), 16);
+	uffd_line_text(line, " of ");
+	uffd_line_text(line, range->content->label);
+	uffd_line_text(line, "): ");
 }
 
 static const char *stage_text(enum uffd_failure_stage stage)
@@ -101,28 +76,27 @@ static const char *stage_text(enum uffd_failure_stage stage)
 	}
 }
 
-static void put_consequence(struct line *line, const struct uffd_range *range, uint64_t page)
+static void put_consequence(struct uffd_line *line, const struct uffd_range *range, uint64_t page)
 {
 	const struct uffd_engine *engine = range->space->engine;
 
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL) {
-		put_text(line, "the process whose memory it is is killed (on_error=\"kill\")");
+		uffd_line_text(line, "the process whose memory it is is killed (on_error=\"kill\")");
 	} else if (atomic_load(state_of((struct uffd_range *)range, page)) == UFFD_PAGE_DIRTY) {
-		put_text(line, "whoever writes to it waits");
+		uffd_line_text(line, "whoever writes to it waits");
 	} else if (engine->options.on_error == UFFD_ON_ERROR_POISON &&
 		   has_ioctl(range, _UFFDIO_POISON)) {
-		put_text(line, "it is poisoned, and whoever touches it gets SIGBUS");
+		uffd_line_text(line, "it is poisoned, and whoever touches it gets SIGBUS");
 	} else {
-		put_text(line, "it stays missing, and whoever touches it waits until stop()");
+		uffd_line_text(line, "it stays missing, and whoever touches it waits until stop()");
 	}
 }
 
-static void say(struct uffd_engine *engine, struct line *line)
+static void say(struct uffd_engine *engine, struct uffd_line *line)
 {
 	if (engine->options.on_error != UFFD_ON_ERROR_KILL)
-		put_text(line, " (the next ones are counted; stop() raises HandlerError)");
-	line->text[line->used++] = '\n';
-	(void)!write(engine->options.say_fd, line->text, line->used);
+		uffd_line_text(line, " (the next ones are counted; stop() raises HandlerError)");
+	uffd_line_write(line, engine->options.say_fd);
 }
 
 /* Whether this is the first of its kind, and there have not been too many. */
@@ -136,18 +110,18 @@ void say_page_fails(struct uffd_range *range, uint64_t page, int error,
 		    enum uffd_failure_stage stage)
 {
 	struct uffd_engine *engine = range->space->engine;
-	struct line line = { .used = 0 };
+	struct uffd_line line = { .used = 0 };
 
 	/* What a source in Python raised is said there, with the exception. */
 	if (stage == UFFD_FAILED_SOURCE && needs_request(range))
 		return;
 	if (!may_say(engine, &range->content->said))
 		return;
-	put_text(&line, "pyuffd: ");
+	uffd_line_text(&line, "pyuffd: ");
 	put_place(&line, range, page);
-	put_text(&line, stage_text(stage));
+	uffd_line_text(&line, stage_text(stage));
 	put_error(&line, -error, stage);
-	put_text(&line, "; ");
+	uffd_line_text(&line, "; ");
 	put_consequence(&line, range, page);
 	say(engine, &line);
 }
@@ -155,16 +129,16 @@ void say_page_fails(struct uffd_range *range, uint64_t page, int error,
 void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
 		      enum uffd_failure_stage stage, const char *consequence)
 {
-	struct line line = { .used = 0 };
+	struct uffd_line line = { .used = 0 };
 
 	if (!may_say(engine, &engine->said[stage]))
 		return;
-	put_text(&line, "pyuffd: ");
+	uffd_line_text(&line, "pyuffd: ");
 	put_place(&line, NULL, address & ~(uint64_t)(BASE_PAGE - 1));
-	put_text(&line, stage_text(stage));
+	uffd_line_text(&line, stage_text(stage));
 	if (stage != UFFD_FAILED_UNSERVED)
 		put_error(&line, -error, stage);
-	put_text(&line, "; ");
-	put_text(&line, consequence);
+	uffd_line_text(&line, "; ");
+	uffd_line_text(&line, consequence);
 	say(engine, &line);
 }

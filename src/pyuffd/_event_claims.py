@@ -45,6 +45,11 @@ class EventClaims:
             lowlevel.wake(uffd.fileno(), round_down(event.address, PAGE_SIZE), PAGE_SIZE)
             self.unread.remove(event)
 
+    @property
+    def is_owned(self) -> bool:
+        """Whether they are somebody's."""
+        return self._owner is not None and self._owner() is not None
+
     def release(self, owner: object) -> None:
         """Let others read again."""
         if self._owner is not None and self._owner() is owner:

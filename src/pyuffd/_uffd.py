@@ -56,6 +56,7 @@ from pyuffd._pages import (
     page_size_of,
     resolve_range,
 )
+from pyuffd._watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -214,6 +215,7 @@ class Userfaultfd(CloseCallbacks):
         self._registered = _RangeModes()
         self._before_close = []
         self._claims = EventClaims()
+        self._watch = Watch()
         tidy()
         self._number = Number(descriptor)  # last: a signal's exception may leave the rest undone
 
@@ -262,6 +264,7 @@ class Userfaultfd(CloseCallbacks):
         """
         fd = self.fileno()
         self._run_before_close()
+        self._watch.end()
         self._claims.drop()
         if self._number.is_free:
             return self._number.descriptor.release()
@@ -306,6 +309,7 @@ class Userfaultfd(CloseCallbacks):
         """Close what is open; again without complaint."""
         self._claims.drop()
         if self._pid == os.getpid():
+            self._watch.end()
             self._number.close()
         else:
             self._number.descriptor.close()
@@ -384,6 +388,7 @@ class Userfaultfd(CloseCallbacks):
         except UffdOSError as error:
             raise self._explained(error, start, length, mode) from None
         self._registered.set(start, start + length, mode)
+        self._watch.update(self)
         return ioctls
 
     def unregister(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
@@ -398,7 +403,7 @@ class Userfaultfd(CloseCallbacks):
             lowlevel.unregister(self.fileno(), start, length)
         except UffdOSError as error:
             raise self._explained(error, start, length) from None
-        self._registered.clear(start, start + length)
+        self.note_unregistered(start, length)
 
     def has_registered(self, start: int, end: int) -> bool:
         """Whether this object registered anything in [start, end)."""
@@ -407,6 +412,8 @@ class Userfaultfd(CloseCallbacks):
     def note_unregistered(self, start: int, length: int) -> None:
         """Be told that a range was unregistered by other means than `unregister`."""
         self._registered.clear(start, start + length)
+        if not self._registered:
+            self._watch.end()
 
     def wake(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
         """Let every thread that waits in the range try its access again.
@@ -756,10 +763,27 @@ class Userfaultfd(CloseCallbacks):
             EventsBusyError: a task waits for them.
         """
         self._claims.claim(self, owner)
+        self._update_watch()
 
     def release_events(self, owner: object) -> None:
         """Take back a `claim_events`."""
         self._claims.release(owner)
+        self._watch.is_answered = False
+        self._update_watch()
+
+    def note_answered(self) -> None:
+        """Be told that the owner of the events runs, until `release_events`."""
+        self._watch.is_answered = True
+        self._watch.end()
+
+    def note_sent(self, pid: int) -> None:
+        """Be told that a process (0: unknown) got the descriptor; it may be the one that reads."""
+        self._watch.note_sent(pid)
+        self._update_watch()
+
+    def _update_watch(self) -> None:
+        if not self.closed and self._pid == os.getpid():
+            self._watch.update(self)
 
     def read_events(self, max_events: int = READ_BATCH) -> list[Event]:
         """Return the queued events, at most `max_events`, in the kernel's order.
@@ -940,6 +964,14 @@ class _RangeModes:
 
     def __init__(self) -> None:
         self._rows: list[_Row] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """From the first start to the last end; there must be a range."""
+        return self._rows[0][0], self._rows[-1][1]
 
     def copy(self) -> _RangeModes:
         """Return a record of its own with the same ranges."""

@@ -211,6 +211,7 @@ def send_uffd(
             sent = peer.sendmsg(left, control)
         while left := left[sent:]:
             sent = peer.sendmsg(left, [])
+    uffd.note_sent(peer.credentials[0])
 
 
 def recv_uffd(

@@ -207,12 +207,49 @@ def read(fd: int, size: int) -> bytes:
     """read(2) whole messages; b"" when none is queued on a non-blocking descriptor."""
     buffer = bytearray(size)
     with ffi.from_buffer(buffer) as pointer:
-        count = lib.uffd_shim_read(fd, pointer, size)
+        count = lib.uffd_watch_read(fd, pointer, size)
     if count == -errno.EAGAIN:
         return b""
     if count < 0:
         raise_errno("read", -count)
     return bytes(memoryview(buffer)[:count])
+
+
+# Who waits where nobody reads (csrc/uffd_watch.h).
+
+
+def watch_begin(
+    fd: int,
+    span: tuple[int, int],
+    *,
+    owner_pid: int,
+    sent_to: int,
+    say_fd: int,
+    by_handler: bool,
+    has_forks: bool,
+) -> None:
+    """Let a thread say on stderr when somebody waits in vain; again with what is known now."""
+    watched = ffi.new("struct uffd_watched *")
+    watched.fd, watched.owner_pid, watched.sent_to = fd, owner_pid, sent_to
+    watched.say_fd, watched.has_forks = say_fd, has_forks
+    watched.low, watched.high = span
+    watched.reader = lib.UFFD_WATCH_HANDLER if by_handler else lib.UFFD_WATCH_USER
+    lib.uffd_watch_begin(watched)
+
+
+def watch_end(fd: int) -> None:
+    """Take back a `watch_begin`; before the descriptor is closed."""
+    lib.uffd_watch_end(fd)
+
+
+def watch_pause() -> None:
+    """End the thread until `watch_resume`, unless forks may wait for their event."""
+    lib.uffd_watch_pause()
+
+
+def watch_resume() -> None:
+    """Undo a `watch_pause`."""
+    lib.uffd_watch_resume()
 
 
 def ioctl_number(nr: int) -> int:

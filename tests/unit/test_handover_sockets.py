@@ -55,6 +55,9 @@ class Uffd:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
+    def note_sent(self, pid: int) -> None:
+        assert pid == os.getpid()  # who made the socket pair
+
     def fileno(self) -> int:
         return self.fd
 

@@ -20,18 +20,9 @@ if TYPE_CHECKING:
     from pyuffd.handlers._types import Request
     from pyuffd.sources import PageSource
 
-STDERR = 2
 # Each serving has its line, but a program that serves hundreds does not want hundreds.
 SAID_MOST = 8
 REPR_MOST = 120
-
-
-def stderr_fd() -> int:
-    """Return the descriptor of stderr, or -1 where this program has none."""
-    with suppress(AttributeError, OSError, ValueError):
-        if sys.__stderr__ is not None and sys.__stderr__.fileno() == STDERR:
-            return STDERR
-    return -1
 
 
 def short_repr(value: object) -> str:

@@ -19,6 +19,7 @@ from pyuffd._closing import SoleOwner, attach
 from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._pages import RangeLike, check_range
 from pyuffd._uffd import Userfaultfd
+from pyuffd._watch import stderr_fd
 from pyuffd.handlers._aftermath import (
     completed,
     describe,
@@ -44,7 +45,7 @@ from pyuffd.handlers._checks import (
 )
 from pyuffd.handlers._ending import GRACE_S, Ending
 from pyuffd.handlers._engine import Engine, ensure_inline_handler
-from pyuffd.handlers._failures import label_of, log_error, stderr_fd
+from pyuffd.handlers._failures import label_of, log_error
 from pyuffd.handlers._forks import ForkWatch
 from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Overlaps, range_of
@@ -459,6 +460,8 @@ class Handler(SoleOwner):
             except BaseException:
                 uffd.release_events(self)
                 raise
+            if self._started:
+                uffd.note_answered()
             uffd.on_close(
                 OnClose(
                     self,
@@ -620,6 +623,8 @@ class Handler(SoleOwner):
                 return
             engine.start(self._cpus)
             self._started = True
+            for uffd in self._spaces:
+                uffd.note_answered()
             if self._served:
                 self._may_move = False
             _running.add(self)

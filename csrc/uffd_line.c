@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <unistd.h>
+
+#include "uffd_line.h"
+
+void uffd_line_text(struct uffd_line *line, const char *text)
+{
+	while (*text && line->used < sizeof(line->text) - 1)
+		line->text[line->used++] = *text++;
+}
+
+void uffd_line_number(struct uffd_line *line, uint64_t number, unsigned int base)
+{
+	char digits[24];
+	size_t at = sizeof(digits);
+
+	digits[--at] = 0;
+	do
+		digits[--at] = "0123456789abcdef"[number % base];
+	while (number /= base);
+	if (base == 16)
+		uffd_line_text(line, "0x");
+	uffd_line_text(line, &digits[at]);
+}
+
+void uffd_line_write(struct uffd_line *line, int fd)
+{
+	line->text[line->used++] = '\n';
+	(void)!write(fd, line->text, line->used);
+}

@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: MIT */
+/* A line for stderr, put together without malloc: async-signal-safe. */
+#ifndef UFFD_LINE_H
+#define UFFD_LINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define UFFD_LINE_SIZE	768
+
+struct uffd_line {
+	char text[UFFD_LINE_SIZE];
+	size_t used;
+};
+
+/* What does not fit is cut off; there is always room for the newline. */
+void uffd_line_text(struct uffd_line *line, const char *text);
+/* In base 10, or 16 with 0x before it. */
+void uffd_line_number(struct uffd_line *line, uint64_t number, unsigned int base);
+/* Write it, and a newline. */
+void uffd_line_write(struct uffd_line *line, int fd);
+
+#endif /* UFFD_LINE_H */

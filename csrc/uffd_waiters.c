@@ -1,0 +1,413 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "uffd_shim.h"
+#include "uffd_waiters.h"
+
+/* Where the threads sleep (wchan); compilers may append to the names. */
+#define WAITS_FOR_PAGE	"handle_userfault"
+#define WAITS_FOR_READ	"userfaultfd_event_wait"
+/* What an address space has at most (x86-64, unless it is asked for more), and at least. */
+#define LOWEST_ADDRESS	0x10000ull
+#define HIGHEST_ADDRESS	0x7ffffffff000ull
+#define PAGE		4096ull
+/* Some 40 wakes, and each time what the thread needs to fault again, on a busy machine. */
+#define SEARCH_LIMIT_NS	1000000000ull
+#define PAUSE_NS	100000
+#define PAGEMAP_PRESENT	(1ull << 63)
+#define PAGEMAP_WP	(1ull << 57)
+
+/* "/proc/PID", or of this process whatever its number is in this PID namespace. */
+static void process_path(int32_t pid, char *path_ret, size_t size)
+{
+	if (pid)
+		snprintf(path_ret, size, "/proc/%d", pid);
+	else
+		snprintf(path_ret, size, "/proc/self");
+}
+
+static ssize_t read_path(const char *path, char *text_ret, size_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n;
+
+	text_ret[0] = 0;
+	if (fd < 0)
+		return -errno;
+	n = read(fd, text_ret, size - 1);
+	if (n < 0)
+		n = -errno;
+	else
+		text_ret[n] = 0;
+	close(fd);
+	return n;
+}
+
+static ssize_t read_of_thread(int32_t pid, int32_t thread_id, const char *name, char *text_ret,
+			      size_t size)
+{
+	char process[32], path[80];
+
+	process_path(pid, process, sizeof(process));
+	snprintf(path, sizeof(path), "%s/task/%d/%s", process, thread_id, name);
+	return read_path(path, text_ret, size);
+}
+
+static bool number_after(const char *text, const char *key, uint64_t *number_ret)
+{
+	const char *at = strstr(text, key);
+
+	if (!at)
+		return false;
+	*number_ret = strtoull(at + strlen(key), NULL, 10);
+	return true;
+}
+
+int uffd_waiters_fdinfo(int fd, struct uffd_fdinfo *info_ret)
+{
+	char path[48], text[1024];
+	ssize_t n;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	n = read_path(path, text, sizeof(text));
+	if (n < 0)
+		return (int)n;
+	return number_after(text, "pending:", &info_ret->pending) &&
+	       number_after(text, "total:", &info_ret->waiting) ? 0 : -EINVAL;
+}
+
+/* How often it went to sleep, and whether it sleeps now. */
+static bool read_switches(int32_t pid, int32_t thread_id, uint64_t *switches_ret,
+			  bool *sleeps_ret)
+{
+	char text[2048];
+	const char *state;
+
+	if (read_of_thread(pid, thread_id, "status", text, sizeof(text)) < 0)
+		return false;
+	state = strstr(text, "State:\t");
+	*sleeps_ret = state && (state[7] == 'S' || state[7] == 'D');
+	return state && number_after(text, "\nvoluntary_ctxt_switches:", switches_ret);
+}
+
+/* Faults that were completed: one that is interrupted, or woken for nothing, does not count. */
+static bool read_faults(int32_t pid, int32_t thread_id, uint64_t *faults_ret)
+{
+	unsigned long minor, major;
+	char text[1024];
+	const char *at;
+
+	if (read_of_thread(pid, thread_id, "stat", text, sizeof(text)) < 0)
+		return false;
+	at = strrchr(text, ')');
+	if (!at || sscanf(at, ") %*c %*d %*d %*d %*d %*d %*u %lu %*u %lu", &minor, &major) != 2)
+		return false;
+	*faults_ret = minor + major;
+	return true;
+}
+
+static bool waits_for(int32_t pid, int32_t thread_id, const char *where)
+{
+	char text[64];
+
+	return read_of_thread(pid, thread_id, "wchan", text, sizeof(text)) > 0 &&
+	       !strncmp(text, where, strlen(where));
+}
+
+static bool look_at(int32_t pid, int32_t thread_id, struct uffd_waiter *waiter_ret)
+{
+	bool sleeps;
+
+	waiter_ret->thread_id = thread_id;
+	if (waits_for(pid, thread_id, WAITS_FOR_PAGE)) {
+		waiter_ret->is_event = false;
+		return read_faults(pid, thread_id, &waiter_ret->mark);
+	}
+	waiter_ret->is_event = true;
+	return waits_for(pid, thread_id, WAITS_FOR_READ) &&
+	       read_switches(pid, thread_id, &waiter_ret->mark, &sleeps);
+}
+
+bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter)
+{
+	struct uffd_waiter now;
+
+	return look_at(pid, waiter->thread_id, &now) && now.is_event == waiter->is_event &&
+	       now.mark == waiter->mark;
+}
+
+struct directory_entry {
+	uint64_t inode;
+	int64_t offset;
+	uint16_t size;
+	uint8_t type;
+	char name[];
+};
+
+/* Not opendir(3), which calls malloc. */
+uint32_t uffd_waiters_find(int32_t pid, struct uffd_waiter *waiters_ret, uint32_t capacity)
+{
+	_Alignas(struct directory_entry) char entries[4096];
+	char process[32], path[48];
+	uint32_t found = 0;
+	long size;
+	int fd;
+
+	process_path(pid, process, sizeof(process));
+	snprintf(path, sizeof(path), "%s/task", process);
+	fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	while (found < capacity &&
+	       (size = syscall(SYS_getdents64, fd, entries, sizeof(entries))) > 0) {
+		for (long at = 0; at < size && found < capacity;) {
+			struct directory_entry *entry = (void *)(entries + at);
+			int32_t thread_id = atoi(entry->name);
+
+			at += entry->size;
+			if (thread_id > 0 && look_at(pid, thread_id, &waiters_ret[found]))
+				found++;
+		}
+	}
+	close(fd);
+	return found;
+}
+
+enum answer { WAS_WOKEN, SLEPT_ON, CANNOT_TELL };
+
+/* Wait until the thread sleeps in its fault (again). */
+static bool settle(int32_t pid, int32_t thread_id, uint64_t give_up, uint64_t *switches_ret)
+{
+	struct timespec pause = { .tv_nsec = PAUSE_NS };
+	bool sleeps;
+
+	while (uffd_clock_ns() < give_up) {
+		if (!read_switches(pid, thread_id, switches_ret, &sleeps))
+			return false;
+		if (sleeps && waits_for(pid, thread_id, WAITS_FOR_PAGE))
+			return true;
+		nanosleep(&pause, NULL);
+	}
+	return false;
+}
+
+static enum answer wake(int fd, int32_t pid, int32_t thread_id, uint64_t start, uint64_t end,
+			uint64_t give_up)
+{
+	struct timespec pause = { .tv_nsec = PAUSE_NS };
+	uint64_t before, after;
+	bool sleeps;
+
+	if (!settle(pid, thread_id, give_up, &before) ||
+	    uffd_shim_wake(fd, start, end - start))
+		return CANNOT_TELL;
+	/* Twice: on its way to sleep again it looks as if it slept, and is not counted yet. */
+	for (int look = 0; look < 2; look++) {
+		if (look)
+			nanosleep(&pause, NULL);
+		if (!read_switches(pid, thread_id, &after, &sleeps))
+			return CANNOT_TELL;
+		if (after != before || !sleeps)
+			return WAS_WOKEN;
+	}
+	return SLEPT_ON;
+}
+
+bool uffd_waiters_page(int fd, int32_t pid, const struct uffd_waiter *waiter, uint64_t low,
+		       uint64_t high, uint64_t *page_ret)
+{
+	uint64_t give_up = uffd_clock_ns() + SEARCH_LIMIT_NS;
+	int32_t thread_id = waiter->thread_id;
+
+	if (low >= high || wake(fd, pid, thread_id, low, high, give_up) != WAS_WOKEN) {
+		low = LOWEST_ADDRESS;
+		high = HIGHEST_ADDRESS;
+		if (wake(fd, pid, thread_id, low, high, give_up) != WAS_WOKEN)
+			return false;
+	}
+	while (high - low > PAGE) {
+		uint64_t middle = low + (high - low) / 2 / PAGE * PAGE;
+
+		switch (wake(fd, pid, thread_id, low, middle, give_up)) {
+		case WAS_WOKEN:
+			high = middle;
+			break;
+		case SLEPT_ON:
+			low = middle;
+			break;
+		default:
+			return false;
+		}
+	}
+	*page_ret = low;
+	/* A signal may have woken it in between. */
+	return wake(fd, pid, thread_id, low, high, give_up) == WAS_WOKEN &&
+	       uffd_waiters_is_same(pid, waiter);
+}
+
+bool uffd_waiters_has_exited(int32_t pid)
+{
+	char path[32], text[1024];
+	const char *at;
+
+	if (pid <= 0)
+		return false;
+	if (kill(pid, 0) && errno == ESRCH)
+		return true;
+	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+	if (read_path(path, text, sizeof(text)) < 0)
+		return false;
+	at = strrchr(text, ')');
+	return at && (!strncmp(at, ") Z", 3) || !strncmp(at, ") X", 3));
+}
+
+void uffd_waiters_put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id)
+{
+	char name[32];
+	ssize_t n = read_of_thread(pid, thread_id, "comm", name, sizeof(name));
+
+	uffd_line_text(line, "thread ");
+	uffd_line_number(line, (uint64_t)thread_id, 10);
+	if (n > 1) {
+		name[n - 1] = 0;
+		uffd_line_text(line, " (");
+		uffd_line_text(line, name);
+		uffd_line_text(line, ")");
+	}
+	uffd_line_text(line, " of process ");
+	uffd_line_number(line, (uint64_t)(pid ? pid : getpid()), 10);
+}
+
+static bool is_protected(int32_t pid, uint64_t page)
+{
+	char process[32], path[48];
+	uint64_t entry = 0;
+	int fd;
+
+	process_path(pid, process, sizeof(process));
+	snprintf(path, sizeof(path), "%s/pagemap", process);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	if (pread(fd, &entry, sizeof(entry), (off_t)(page / PAGE * sizeof(entry))) !=
+	    sizeof(entry))
+		entry = 0;
+	close(fd);
+	return (entry & PAGEMAP_PRESENT) && (entry & PAGEMAP_WP);
+}
+
+/* A line of /proc/PID/maps: "start-end perms offset device inode   name". */
+static bool put_mapping(struct uffd_line *line, char *text, uint64_t page)
+{
+	char *at, *name = strchr(text, '/');
+	uint64_t start = strtoull(text, &at, 16), end;
+
+	if (*at != '-')
+		return false;
+	end = strtoull(at + 1, NULL, 16);
+	if (page < start || page >= end)
+		return false;
+	uffd_line_text(line, " of [");
+	uffd_line_number(line, start, 16);
+	uffd_line_text(line, ", ");
+	uffd_line_number(line, end, 16);
+	uffd_line_text(line, ")");
+	if (name) {
+		uffd_line_text(line, " (");
+		uffd_line_text(line, name);
+		uffd_line_text(line, ")");
+	}
+	return true;
+}
+
+static void put_region(struct uffd_line *line, int32_t pid, uint64_t page)
+{
+	char process[32], path[48], text[4096];
+	size_t used = 0;
+	ssize_t n = 0;
+	int fd;
+
+	process_path(pid, process, sizeof(process));
+	snprintf(path, sizeof(path), "%s/maps", process);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return;
+	do {
+		char *from = text, *end;
+
+		text[used] = 0;
+		for (; (end = strchr(from, '\n')); from = end + 1) {
+			*end = 0;
+			if (put_mapping(line, from, page)) {
+				close(fd);
+				return;
+			}
+		}
+		used -= (size_t)(from - text);
+		memmove(text, from, used);
+		/* A name longer than the buffer: what is left of its line is no line. */
+		if (used == sizeof(text) - 1)
+			used = 0;
+		n = read(fd, text + used, sizeof(text) - 1 - used);
+		used += n > 0 ? (size_t)n : 0;
+	} while (n > 0);
+	close(fd);
+}
+
+void uffd_waiters_put_page(struct uffd_line *line, int32_t pid, uint64_t page)
+{
+	uffd_line_text(line, is_protected(pid, page) ? "write-protected page " : "page ");
+	uffd_line_number(line, page, 16);
+	put_region(line, pid, page);
+}
+
+void uffd_waiters_put_call(struct uffd_line *line, int32_t pid, int32_t thread_id)
+{
+	static const struct {
+		long number;
+		bool has_range;
+		const char *name;
+	} calls[] = {
+		{ SYS_fork, false, "fork" },	{ SYS_vfork, false, "vfork" },
+		{ SYS_clone, false, "fork" },	{ SYS_clone3, false, "fork" },
+		{ SYS_munmap, true, "munmap" }, { SYS_madvise, true, "madvise" },
+		{ SYS_mremap, true, "mremap" }, { SYS_mmap, true, "mmap" },
+		{ SYS_shmdt, false, "shmdt" },	{ SYS_shmat, false, "shmat" },
+		{ SYS_brk, false, "brk" },
+	};
+	char text[256], *at;
+	uint64_t start, length;
+	long number;
+
+	if (read_of_thread(pid, thread_id, "syscall", text, sizeof(text)) <= 0) {
+		uffd_line_text(line, "a system call");
+		return;
+	}
+	number = strtol(text, &at, 10);
+	start = strtoull(at, &at, 16);
+	length = strtoull(at, &at, 16);
+	for (size_t i = 0; i < sizeof(calls) / sizeof(calls[0]); i++) {
+		if (calls[i].number != number)
+			continue;
+		uffd_line_text(line, calls[i].name);
+		uffd_line_text(line, "(");
+		if (calls[i].has_range) {
+			uffd_line_number(line, start, 16);
+			uffd_line_text(line, ", ");
+			uffd_line_number(line, length, 16);
+		}
+		uffd_line_text(line, ")");
+		return;
+	}
+	uffd_line_text(line, "system call ");
+	uffd_line_number(line, (uint64_t)number, 10);
+}

@@ -1,0 +1,442 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "uffd_line.h"
+#include "uffd_shim.h"
+#include "uffd_waiters.h"
+#include "uffd_watch.h"
+
+#define NS_PER_S	1000000000ull
+/* How often to look: a poll(2) of each descriptor, and no more while nobody waits there. */
+#define PERIOD_NS	(NS_PER_S / 2)
+#define LIMIT_NS	(2 * NS_PER_S)
+/* A process that was given the descriptor may be busy; it may also have exited. */
+#define SENT_LIMIT_NS	(10 * NS_PER_S)
+#define WAITERS		16
+#define STACK_SIZE	(96u << 10)
+/* For the end of the thread: long enough unless the machine is overloaded. */
+#define PAUSE_LIMIT_NS	(NS_PER_S / 5)
+#define READ_COUNTERS	64u
+
+struct entry {
+	struct uffd_watched watched;
+	uint32_t reads;		/* when the waiters were found */
+	bool said;		/* of these waiters */
+	uint64_t since_ns;
+	uint32_t count;
+	struct uffd_waiter waiters[WAITERS];
+};
+
+/* All under the lock.  A thread that waits in fork(3) has the locks of malloc: it is not called. */
+static struct watch {
+	pthread_mutex_t lock;
+	pthread_cond_t changed;		/* for the thread, and of it */
+	struct entry *entries;
+	uint32_t count, capacity;
+	bool is_running, is_paused;
+	int32_t thread_id;
+} watch = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+static _Atomic uint32_t watched_count;
+static _Atomic uint32_t reads[READ_COUNTERS];
+
+static uint32_t reads_of(int fd)
+{
+	return atomic_load(&reads[(uint32_t)fd % READ_COUNTERS]);
+}
+
+void uffd_watch_note_read(int fd)
+{
+	atomic_fetch_add(&reads[(uint32_t)fd % READ_COUNTERS], 1);
+}
+
+int64_t uffd_watch_read(int fd, void *buffer, uint64_t size)
+{
+	int64_t n = uffd_shim_read(fd, buffer, size);
+
+	if (n > 0)
+		uffd_watch_note_read(fd);
+	return n;
+}
+
+static void init_locks(void)
+{
+	pthread_condattr_t attributes;
+
+	pthread_mutex_init(&watch.lock, NULL);
+	pthread_condattr_init(&attributes);
+	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	pthread_cond_init(&watch.changed, &attributes);
+	pthread_condattr_destroy(&attributes);
+}
+
+/* In the child of a fork, where there is no such thread and the descriptors are its parent's. */
+static void forget_parent(void)
+{
+	init_locks();
+	watch.count = 0;
+	watch.is_running = watch.is_paused = false;
+	atomic_store(&watched_count, 0);
+}
+
+static void init(void)
+{
+	init_locks();
+	pthread_atfork(NULL, NULL, forget_parent);
+}
+
+/* What to say */
+
+static uint64_t limit_of(const struct entry *entry)
+{
+	int32_t sent_to = entry->watched.sent_to;
+
+	return sent_to && !uffd_waiters_has_exited(sent_to) ? SENT_LIMIT_NS : LIMIT_NS;
+}
+
+static void put_seconds(struct uffd_line *line, const struct entry *entry, uint64_t now)
+{
+	uffd_line_text(line, " has waited for ");
+	uffd_line_number(line, (now - entry->since_ns) / NS_PER_S, 10);
+	uffd_line_text(line, " s");
+}
+
+static void put_advice(struct uffd_line *line, const struct entry *entry)
+{
+	int32_t sent_to = entry->watched.sent_to;
+
+	uffd_line_text(line, ", and nobody reads userfaultfd ");
+	uffd_line_number(line, (uint64_t)entry->watched.fd, 10);
+	if (entry->watched.reader == UFFD_WATCH_HANDLER) {
+		uffd_line_text(line, ": its Handler has not been started, call start()");
+	} else if (sent_to) {
+		uffd_line_text(line, ": it was sent to ");
+		uffd_line_text(line, sent_to > 0 ? "process " : "another process");
+		if (sent_to > 0)
+			uffd_line_number(line, (uint64_t)sent_to, 10);
+		uffd_line_text(line, uffd_waiters_has_exited(sent_to)
+					     ? ", which has exited"
+					     : ", which has not read it either");
+	} else {
+		uffd_line_text(line, ": call read_events() and answer, or serve it with a Handler");
+	}
+	if (entry->count > 1) {
+		uffd_line_text(line, " (");
+		uffd_line_number(line, entry->count - 1, 10);
+		uffd_line_text(line, entry->count > 2 ? " more threads wait)"
+						      : " more thread waits)");
+	}
+}
+
+/* False: it waits for another userfaultfd, or not any more. */
+static bool put_waiter(struct uffd_line *line, const struct entry *entry,
+		       const struct uffd_waiter *waiter, uint64_t now)
+{
+	int32_t pid = entry->watched.owner_pid;
+	uint64_t page = 0;
+
+	if (!waiter->is_event &&
+	    !uffd_waiters_page(entry->watched.fd, pid, waiter, entry->watched.low,
+			       entry->watched.high, &page))
+		return false;
+	line->used = 0;
+	uffd_line_text(line, "pyuffd: ");
+	uffd_waiters_put_thread(line, pid, waiter->thread_id);
+	put_seconds(line, entry, now);
+	if (waiter->is_event) {
+		uffd_line_text(line, " in ");
+		uffd_waiters_put_call(line, pid, waiter->thread_id);
+		uffd_line_text(line, " for its event to be read");
+	} else {
+		uffd_line_text(line, " for ");
+		uffd_waiters_put_page(line, pid, page);
+	}
+	put_advice(line, entry);
+	return true;
+}
+
+/* Never wait for whoever reads stderr: forks and close() wait for this thread. */
+static bool is_writable(int fd)
+{
+	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
+
+	return poll(&poll_fd, 1, 0) == 1 && (poll_fd.revents & POLLOUT);
+}
+
+static void say(struct entry *entry, uint64_t now)
+{
+	struct uffd_line line = { .used = 0 };
+
+	if (!is_writable(entry->watched.say_fd))
+		return;
+	for (uint32_t i = 0; i < entry->count && !entry->said; i++) {
+		if (put_waiter(&line, entry, &entry->waiters[i], now)) {
+			uffd_line_write(&line, entry->watched.say_fd);
+			entry->said = true;
+		}
+	}
+	if (!entry->said)
+		entry->count = 0;
+}
+
+/* What to look at */
+
+/* Somebody reads, or nobody waits. */
+static void reset(struct entry *entry)
+{
+	entry->count = 0;
+	entry->said = false;
+}
+
+/*
+ * Whether messages of one kind wait, and nobody has read others meanwhile.  Where
+ * faults were read that are not resolved, somebody is at work.
+ */
+static bool has_unread(struct entry *entry, bool *is_event_ret)
+{
+	struct pollfd poll_fd = { .fd = entry->watched.fd, .events = POLLIN };
+	struct uffd_fdinfo info;
+	uint32_t now = reads_of(entry->watched.fd);
+	bool is_same = entry->reads == now;
+
+	entry->reads = now;
+	/* A blocking one says POLLERR, whatever waits there. */
+	if (poll(&poll_fd, 1, 0) != 1 || !(poll_fd.revents & (POLLIN | POLLERR)))
+		return false;
+	if (uffd_waiters_fdinfo(entry->watched.fd, &info) || info.pending != info.waiting)
+		return false;
+	*is_event_ret = !info.pending;
+	return is_same;
+}
+
+static void begin_with(struct entry *entry, bool is_event, uint64_t now)
+{
+	struct uffd_waiter found[WAITERS];
+	uint32_t count = uffd_waiters_find(entry->watched.owner_pid, found, WAITERS);
+
+	reset(entry);
+	entry->since_ns = now;
+	for (uint32_t i = 0; i < count; i++)
+		if (found[i].is_event == is_event)
+			entry->waiters[entry->count++] = found[i];
+}
+
+static void drop_those_who_went_on(struct entry *entry, bool is_event)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = 0; i < entry->count; i++)
+		if (entry->waiters[i].is_event == is_event &&
+		    uffd_waiters_is_same(entry->watched.owner_pid, &entry->waiters[i]))
+			entry->waiters[kept++] = entry->waiters[i];
+	entry->count = kept;
+}
+
+static void look_at(struct entry *entry)
+{
+	uint64_t now = uffd_clock_ns();
+	bool is_event;
+
+	if (!has_unread(entry, &is_event)) {
+		reset(entry);
+		return;
+	}
+	drop_those_who_went_on(entry, is_event);
+	if (!entry->count)
+		begin_with(entry, is_event, now);
+	else if (!entry->said && now - entry->since_ns >= limit_of(entry))
+		say(entry, now);
+}
+
+/* The thread */
+
+static void wait_until(uint64_t when)
+{
+	struct timespec at = { (time_t)(when / NS_PER_S), (long)(when % NS_PER_S) };
+
+	pthread_cond_timedwait(&watch.changed, &watch.lock, &at);
+}
+
+static void *watch_main(void *unused)
+{
+	uint64_t next = uffd_clock_ns();
+
+	(void)unused;
+	pthread_mutex_lock(&watch.lock);
+	watch.thread_id = (int32_t)syscall(SYS_gettid);
+	while (watch.count && !watch.is_paused) {
+		if (uffd_clock_ns() < next) {
+			wait_until(next);
+			continue;
+		}
+		for (uint32_t i = 0; i < watch.count; i++)
+			look_at(&watch.entries[i]);
+		next = uffd_clock_ns() + PERIOD_NS;
+	}
+	watch.is_running = false;
+	pthread_cond_broadcast(&watch.changed);
+	pthread_mutex_unlock(&watch.lock);
+	return NULL;
+}
+
+static int create_thread(size_t stack_size)
+{
+	pthread_attr_t attributes;
+	pthread_t thread;
+	int r;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	if (stack_size)
+		pthread_attr_setstacksize(&attributes, stack_size);
+	r = pthread_create(&thread, &attributes, watch_main, NULL);
+	pthread_attr_destroy(&attributes);
+	/* It waits for the lock, which we have. */
+	if (!r)
+		pthread_setname_np(thread, "uffd-watch");
+	return r;
+}
+
+static void start_thread(void)
+{
+	sigset_t all, old;
+
+	if (watch.is_running || watch.is_paused || !watch.count)
+		return;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	/* EINVAL: the thread-local data of this program's libraries are larger than that. */
+	watch.is_running = !create_thread(STACK_SIZE + (size_t)PTHREAD_STACK_MIN) ||
+			   !create_thread(0);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+/* The list */
+
+static struct entry *find(int fd)
+{
+	for (uint32_t i = 0; i < watch.count; i++)
+		if (watch.entries[i].watched.fd == fd)
+			return &watch.entries[i];
+	return NULL;
+}
+
+static bool grow(void)
+{
+	size_t old_size = watch.capacity * sizeof(struct entry);
+	size_t size = old_size ? 2 * old_size : 16384;
+	void *larger;
+
+	larger = old_size ? mremap(watch.entries, old_size, size, MREMAP_MAYMOVE)
+			  : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+				 -1, 0);
+	if (larger == MAP_FAILED)
+		return false;
+	watch.entries = larger;
+	watch.capacity = (uint32_t)(size / sizeof(struct entry));
+	return true;
+}
+
+static struct entry *add(int fd)
+{
+	struct entry *entry;
+
+	if (watch.count == watch.capacity && !grow())
+		return NULL;
+	entry = &watch.entries[watch.count++];
+	memset(entry, 0, sizeof(*entry));
+	entry->reads = reads_of(fd);
+	atomic_store(&watched_count, watch.count);
+	return entry;
+}
+
+void uffd_watch_begin(const struct uffd_watched *watched)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	struct entry *entry;
+
+	pthread_once(&once, init);
+	if (watched->say_fd < 0)
+		return;
+	pthread_mutex_lock(&watch.lock);
+	entry = find(watched->fd);
+	if (!entry)
+		entry = add(watched->fd);
+	if (entry)
+		entry->watched = *watched;
+	start_thread();
+	pthread_mutex_unlock(&watch.lock);
+}
+
+void uffd_watch_end(int fd)
+{
+	struct entry *entry;
+
+	if (!atomic_load(&watched_count))
+		return;
+	pthread_mutex_lock(&watch.lock);
+	entry = find(fd);
+	if (entry) {
+		*entry = watch.entries[--watch.count];
+		atomic_store(&watched_count, watch.count);
+		if (!watch.count)
+			pthread_cond_broadcast(&watch.changed);
+	}
+	pthread_mutex_unlock(&watch.lock);
+}
+
+static bool waits_for_forks(void)
+{
+	for (uint32_t i = 0; i < watch.count; i++)
+		if (watch.entries[i].watched.has_forks)
+			return true;
+	return false;
+}
+
+/* It has unlocked for the last time, and is gone a moment later. */
+static void await_exit(uint64_t give_up)
+{
+	while (!syscall(SYS_tgkill, getpid(), watch.thread_id, 0) && uffd_clock_ns() < give_up)
+		sched_yield();
+}
+
+void uffd_watch_pause(void)
+{
+	uint64_t give_up = uffd_clock_ns() + PAUSE_LIMIT_NS;
+
+	if (!atomic_load(&watched_count))
+		return;
+	pthread_mutex_lock(&watch.lock);
+	if (watch.is_running && !waits_for_forks()) {
+		watch.is_paused = true;
+		pthread_cond_broadcast(&watch.changed);
+		while (watch.is_running && uffd_clock_ns() < give_up)
+			wait_until(give_up);
+		if (!watch.is_running)
+			await_exit(give_up);
+	}
+	pthread_mutex_unlock(&watch.lock);
+}
+
+void uffd_watch_resume(void)
+{
+	if (!atomic_load(&watched_count))
+		return;
+	pthread_mutex_lock(&watch.lock);
+	watch.is_paused = false;
+	start_thread();
+	pthread_mutex_unlock(&watch.lock);
+}
