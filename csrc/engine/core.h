@@ -60,9 +60,9 @@ struct engine_shared {
 
 #define COUNTER(field) (offsetof(struct uffd_stats, field) / sizeof(uint64_t))
 
-/* An unmapping whose event is still to come, see owed.c. */
-struct owed_unmap {
-	struct owed_unmap *next;
+/* An unmapping whose event is still to come, see expected.c. */
+struct expected_unmap {
+	struct expected_unmap *next;
 	uint64_t start;
 	uint64_t end;
 };
@@ -81,10 +81,9 @@ struct uffd_space {
 	int32_t owner_pid;		/* whose memory it governs; 0: unknown, as of every fork */
 	int owner_pidfd;		/* where on_error or a watch needs it; else -1 */
 	bool is_here;			/* its memory is this process's own */
-	bool events;			/* layout events are on */
 	int pagemap_fd;			/* of the owner; -1: cannot be read */
-	uint32_t event_features;	/* which: UFFD_FEATURE_EVENT_* */
-	struct owed_unmap *owed;
+	uint32_t layout_events;	/* which are on: UFFD_FEATURE_EVENT_* */
+	struct expected_unmap *expected;
 	_Atomic bool gone;		/* the memory it governed is no more */
 	struct uffd_table *table;	/* its own, or the process's for inline */
 	struct uffd_table own_table;
@@ -303,7 +302,7 @@ static inline bool can_be_absent(const struct uffd_range *range)
 
 static inline bool has_ioctl(const struct uffd_range *range, unsigned int nr)
 {
-	return __atomic_load_n(&range->ioctls, __ATOMIC_RELAXED) & (UINT64_C(1) << nr);
+	return atomic_load_explicit(&range->ioctls, memory_order_relaxed) & (UINT64_C(1) << nr);
 }
 
 static inline bool is_huge(const struct uffd_range *range)

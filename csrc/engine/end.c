@@ -101,17 +101,17 @@ static bool next_range(struct uffd_engine *engine, uint32_t number, bool last, u
 		       struct target *target)
 {
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 
-	if (!open_visit(engine, number, &visit))
+	if (!open_access(engine, number, &access))
 		return false;
-	for (range = uffd_table_next(visit.space->table, at); range;
-	     range = uffd_table_next(visit.space->table, range->end))
-		if (range->space == visit.space && !range->stays && comes_last(range) == last)
+	for (range = uffd_table_next(access.space->table, at); range;
+	     range = uffd_table_next(access.space->table, range->end))
+		if (range->space == access.space && !range->stays && comes_last(range) == last)
 			break;
 	if (range)
 		*target = (struct target){ { number, range->id, range->start }, range->end };
-	shut_visit(&visit);
+	close_access(&access);
 	return range;
 }
 

@@ -79,7 +79,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 		r = -errno;
 		*call_ret = "epoll_create1";
 	} else if (engine->shared && engine->zeros) {
-		r = space_create(engine, options->fd, false, options->has_events,
+		r = space_create(engine, options->fd, false, options->layout_events,
 				 options->owner_pid, NEXT_NUMBER, &engine->primary);
 		*call_ret = r == -ENOMEM ? NULL : "pidfd_open";
 	}

@@ -10,7 +10,7 @@
 
 static inline bool has_gate(const struct uffd_space *space)
 {
-	return space->events && !(ends(space->engine) && space->engine->end.ignores_gate);
+	return space->layout_events && !(ends(space->engine) && space->engine->end.ignores_gate);
 }
 
 static inline void gate_enter(struct uffd_space *space)

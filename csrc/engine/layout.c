@@ -12,7 +12,7 @@
 #include "alloc.h"
 #include "clock.h"
 #include "layout.h"
-#include "owed.h"
+#include "expected.h"
 #include "pending.h"
 #include "range.h"
 #include "report.h"
@@ -112,20 +112,20 @@ static size_t cut(struct uffd_space *space, uint64_t start, uint64_t end, uint64
 	return found;
 }
 
-/* What was owed of it is paid with this; the rest goes out of the table. */
+/* What was expected of it has come with this; the rest goes out of the table. */
 static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 {
-	struct owed_unmap *owed = pay(space, start, end);
+	struct expected_unmap *expected = take_expected(space, start, end);
 
-	if (!owed) {
+	if (!expected) {
 		cut(space, start, end, 0, NULL);
 		return;
 	}
-	if (start < owed->start)
-		unmap_pages(space, start, owed->start);
-	if (owed->end < end)
-		unmap_pages(space, owed->end, end);
-	uffd_free(owed);
+	if (start < expected->start)
+		unmap_pages(space, start, expected->start);
+	if (expected->end < end)
+		unmap_pages(space, expected->end, end);
+	uffd_free(expected);
 }
 
 /* Whoever is in the table at the new place was unmapped for it, or before. */
@@ -136,7 +136,7 @@ static void make_room(struct uffd_space *space, uint64_t start, uint64_t end)
 	while ((range = overlapping(space, start, end))) {
 		uint64_t from = higher(start, range->start), stop = lower(end, range->end);
 
-		owe(space, from, stop);
+		expect_unmap(space, from, stop);
 		cut(space, from, stop, 0, NULL);
 	}
 }
@@ -146,7 +146,7 @@ static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uin
 	struct uffd_range *moved[MOVED_AT_ONCE];
 	size_t found;
 
-	owe(space, from, from + length);
+	expect_unmap(space, from, from + length);
 	make_room(space, to, to + length);
 	do {
 		found = cut(space, from, from + length, to, moved);
@@ -202,7 +202,7 @@ static void follow_fork(struct uffd_space *parent, int fd)
 	int r = -EBADF, states_fd;
 
 	if (fd >= 0)
-		r = space_create(engine, fd, true, parent->event_features, 0, NEXT_NUMBER,
+		r = space_create(engine, fd, true, parent->layout_events, 0, NEXT_NUMBER,
 				 &child);
 	if (child) {
 		states_fd = report_states_file(parent);

@@ -176,7 +176,7 @@ static bool hands_over(struct uffd_engine *engine, enum leader role)
 	return engine->options.has_workers && atomic_load(&engine->idle_workers);
 }
 
-void lead(struct uffd_engine *engine, enum leader role)
+void run_loop(struct uffd_engine *engine, enum leader role)
 {
 	struct spin *spin = &engine->spin;
 	struct uffd_placement *placement = &engine->placement;

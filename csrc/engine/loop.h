@@ -6,7 +6,7 @@
 #include "core.h"
 
 /* Run the loop until there is a request (a worker), or a worker wants to lead, or stop. */
-void lead(struct uffd_engine *engine, enum leader role);
+void run_loop(struct uffd_engine *engine, enum leader role);
 
 uint32_t uffd_engine_owner_exited(struct uffd_engine *engine);
 

@@ -42,7 +42,7 @@ static void stand_by(struct uffd_engine *engine)
 	if (leads_after_watchdog(engine)) {
 		engine->leader = LEADER_NATIVE;
 		pthread_mutex_unlock(&engine->requests_lock);
-		lead(engine, LEADER_NATIVE);
+		run_loop(engine, LEADER_NATIVE);
 		pthread_mutex_lock(&engine->requests_lock);
 		engine->leader = LEADER_NONE;
 		pthread_cond_signal(&engine->requests_changed);
@@ -59,7 +59,7 @@ static void *native_main(void *argument)
 		if (engine->options.has_workers)
 			stand_by(engine);
 		else
-			lead(engine, LEADER_NATIVE);
+			run_loop(engine, LEADER_NATIVE);
 	}
 	atomic_store_explicit(&engine->thread_done, true, memory_order_release);
 	return NULL;

@@ -91,21 +91,21 @@ static int ask_for_all(struct uffd_engine *engine, const struct uffd_range_ref *
 
 	while (r == 0 && offset < end) {
 		struct uffd_range *range = NULL;
-		struct visit visit;
+		struct access access;
 
 		r = await_turn(engine, populate);
 		if (r)
 			break;
-		if (!open_visit(engine, ref->space, &visit))
+		if (!open_access(engine, ref->space, &access))
 			return -ESRCH;
-		if (!atomic_load(&visit.space->gone))
-			range = find_piece(visit.space, ref->id, offset,
+		if (!atomic_load(&access.space->gone))
+			range = find_piece(access.space, ref->id, offset,
 					   ref->start + offset);
 		if (range)
 			r = ask_next(range, &offset, end, populate);
 		else
-			r = atomic_load(&visit.space->gone) ? -ESRCH : -ENOENT;
-		shut_visit(&visit);
+			r = atomic_load(&access.space->gone) ? -ESRCH : -ENOENT;
+		close_access(&access);
 	}
 	return r;
 }
@@ -134,17 +134,17 @@ static bool has_pages_in_flight(struct uffd_engine *engine, const struct uffd_ra
 				uint64_t offset, uint64_t end)
 {
 	struct uffd_range *range = NULL;
-	struct visit visit;
+	struct access access;
 	bool found = false;
 
-	if (!open_visit(engine, ref->space, &visit))
+	if (!open_access(engine, ref->space, &access))
 		return false;
-	range = any_piece(visit.space, ref->id, ref->start);
+	range = any_piece(access.space, ref->id, ref->start);
 	if (range)
 		for (; offset < end && !found; offset += range->page_size)
 			found = uffd_page_is_in_flight(
 				atomic_load(&range->pages->state[offset >> range->page_shift]));
-	shut_visit(&visit);
+	close_access(&access);
 	return found;
 }
 
@@ -209,18 +209,18 @@ int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref
 	bool absent = false, by_request = false;
 	struct uffd_range *range;
 	uint64_t page_size = 0, reached;
-	struct visit visit;
+	struct access access;
 
 	*result_ret = (struct uffd_populate_result){ 0 };
-	if (!open_visit(engine, ref->space, &visit))
+	if (!open_access(engine, ref->space, &access))
 		return -ESRCH;
-	range = any_piece(visit.space, ref->id, ref->start);
+	range = any_piece(access.space, ref->id, ref->start);
 	if (range) {
 		absent = can_be_absent(range);
 		by_request = needs_request(range);
 		page_size = range->page_size;
 	}
-	shut_visit(&visit);
+	close_access(&access);
 	if (!range)
 		return -ENOENT;
 	if (!absent)

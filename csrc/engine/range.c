@@ -17,7 +17,7 @@ struct uffd_range *range_create(struct uffd_space *space, const struct uffd_rang
 	range->page_size = like->page_size;
 	range->page_shift = like->page_shift;
 	range->mode = like->mode;
-	range->ioctls = __atomic_load_n(&like->ioctls, __ATOMIC_RELAXED);
+	atomic_store(&range->ioctls, atomic_load(&like->ioctls));
 	range->id = like->id;
 	range->space = space;
 	range->content = uffd_content_get(like->content);

@@ -89,21 +89,22 @@ static void report_space(struct uffd_space *space, struct uffd_report *head, con
 {
 	size_t room = atomic_load(&space->table->count);
 	struct uffd_report_piece *pieces;
-	struct owed_unmap *owed;
+	struct expected_unmap *expected;
 	struct uffd_range *range;
 
 	if (space->engine->options.keeper_fd < 0)
 		return;
-	for (owed = space->owed; owed; owed = owed->next)
+	for (expected = space->expected; expected; expected = expected->next)
 		room++;
 	pieces = uffd_alloc((room + 1) * sizeof(*pieces));
 	for (range = pieces ? uffd_table_next(space->table, 0) : NULL;
 	     range && head->count < room; range = uffd_table_next(space->table, range->end))
 		pieces[head->count++] = piece_of(range);
-	for (owed = pieces ? space->owed : NULL; owed && head->count < room; owed = owed->next)
+	for (expected = pieces ? space->expected : NULL; expected && head->count < room;
+	     expected = expected->next)
 		pieces[head->count++] = (struct uffd_report_piece){
-			.start = owed->start,
-			.end = owed->end,
+			.start = expected->start,
+			.end = expected->end,
 		};
 	head->space = space->number;
 	head->sequence = space->engine->applying;
@@ -120,7 +121,7 @@ void report_pieces(struct uffd_space *space)
 
 void report_fork(struct uffd_space *child, int states_fd)
 {
-	struct uffd_report head = { .kind = UFFD_REPORT_FORK, .id = child->event_features };
+	struct uffd_report head = { .kind = UFFD_REPORT_FORK, .id = child->layout_events };
 	int fds[] = { child->fd, states_fd };
 
 	report_space(child, &head, fds, states_fd >= 0 ? 2 : 1);

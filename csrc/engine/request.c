@@ -79,7 +79,7 @@ struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine)
 			engine->leader = LEADER_WORKER;
 			engine->leader_thread = pthread_self();
 			pthread_mutex_unlock(&engine->requests_lock);
-			lead(engine, LEADER_WORKER);
+			run_loop(engine, LEADER_WORKER);
 			pthread_mutex_lock(&engine->requests_lock);
 			engine->leader = LEADER_NONE;
 			continue;

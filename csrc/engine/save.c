@@ -188,17 +188,17 @@ int uffd_engine_preserve(struct uffd_engine *engine, const struct uffd_range_ref
 			 uint64_t *saved_ret, uint64_t *reached_ret)
 {
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 	bool can = false;
 
 	*saved_ret = 0;
 	*reached_ret = offset;
-	if (!open_visit(engine, ref->space, &visit))
+	if (!open_access(engine, ref->space, &access))
 		return -ESRCH;
-	range = any_piece(visit.space, ref->id, ref->start);
+	range = any_piece(access.space, ref->id, ref->start);
 	if (range)
 		can = range->content->preserve;
-	shut_visit(&visit);
+	close_access(&access);
 	if (!range)
 		return -ENOENT;
 	if (!can)

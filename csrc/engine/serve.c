@@ -108,14 +108,14 @@ int uffd_engine_set_ioctls(struct uffd_engine *engine, const struct uffd_range_r
 			   uint64_t ioctls)
 {
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 
-	if (!open_visit(engine, ref->space, &visit))
+	if (!open_access(engine, ref->space, &access))
 		return -ESRCH;
-	range = any_piece(visit.space, ref->id, ref->start);
+	range = any_piece(access.space, ref->id, ref->start);
 	if (range)
-		__atomic_store_n(&range->ioctls, ioctls, __ATOMIC_RELAXED);
-	shut_visit(&visit);
+		atomic_store_explicit(&range->ioctls, ioctls, memory_order_relaxed);
+	close_access(&access);
 	return range ? 0 : -ENOENT;
 }
 

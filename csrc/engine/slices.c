@@ -18,24 +18,24 @@
 /* Populating and sealing go through a range in pieces, so that faults get between. */
 #define BULK_SLICE		(4u << 20)
 
-bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit)
+bool open_access(struct uffd_engine *engine, uint32_t number, struct access *access)
 {
-	visit->space = space_get(engine, number);
-	if (!visit->space)
+	access->space = space_get(engine, number);
+	if (!access->space)
 		return false;
-	visit->phase = begin_work(engine);
-	gate_enter(visit->space);
-	visit->shard = uffd_table_enter(visit->space->table, current_cpu());
-	visit->hold = NULL;
+	access->phase = begin_work(engine);
+	gate_enter(access->space);
+	access->shard = uffd_table_enter(access->space->table, current_cpu());
+	access->hold = NULL;
 	return true;
 }
 
-void shut_visit(struct visit *visit)
+void close_access(struct access *access)
 {
-	let_go(visit->space->table, visit->shard, visit->hold);
-	gate_leave(visit->space);
-	end_work(visit->space->engine, visit->phase);
-	space_put(visit->space);
+	let_go(access->space->table, access->shard, access->hold);
+	gate_leave(access->space);
+	end_work(access->space->engine, access->phase);
+	space_put(access->space);
 }
 
 /* How far one piece of work goes, in addresses of the range; 0: it is not there. */
@@ -48,11 +48,11 @@ static uint64_t slice_end(const struct uffd_range *range, uint64_t offset, uint6
 	return stop < range->end ? stop : range->end;
 }
 
-static struct uffd_range *find_for(struct visit *visit, const struct slices *all, uint64_t offset)
+static struct uffd_range *find_for(struct access *access, const struct slices *all, uint64_t offset)
 {
-	if (atomic_load(&visit->space->gone))
+	if (atomic_load(&access->space->gone))
 		return NULL;
-	return find_piece(visit->space, all->ref.id, offset, all->ref.start + offset);
+	return find_piece(access->space, all->ref.id, offset, all->ref.start + offset);
 }
 
 /*
@@ -64,12 +64,12 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 {
 	struct reach reach = { 0 };
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 	uint64_t stop = all->end;
 
-	if (!open_visit(all->engine, all->ref.space, &visit))
+	if (!open_access(all->engine, all->ref.space, &access))
 		return stop;
-	range = find_for(&visit, all, offset);
+	range = find_for(&access, all, offset);
 	if (range) {
 		uint64_t at = range->start + (offset - range->origin);
 
@@ -77,7 +77,7 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 		at = all->reach(range, at, slice_end(range, offset, all->end), &reach);
 		stop = content_offset(range, at);
 	}
-	shut_visit(&visit);
+	close_access(&access);
 	uffd_fault_in(reach.read, reach.read_length, false);
 	uffd_fault_in(reach.write, reach.write_length, true);
 	if (reach.content)
@@ -89,25 +89,25 @@ int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
 {
 	uint64_t limit = all->reach ? fault_in_slice(all, *offset) : all->end, at;
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 	int error = 0;
 	bool gone;
 
 	*done_ret = 0;
-	if (!open_visit(all->engine, all->ref.space, &visit))
+	if (!open_access(all->engine, all->ref.space, &access))
 		return -ESRCH;
-	range = find_for(&visit, all, *offset);
+	range = find_for(&access, all, *offset);
 	if (range) {
 		uint64_t stop = slice_end(range, *offset, limit);
 
 		at = range->start + (*offset - range->origin);
-		visit.hold = leave_with(visit.space->table, visit.shard, range, at, stop,
+		access.hold = leave_with(access.space->table, access.shard, range, at, stop,
 					(uint32_t)syscall(SYS_gettid));
 		at = all->work(range, at, stop, &error, done_ret);
 		*offset = content_offset(range, at);
 	}
-	gone = atomic_load(&visit.space->gone);
-	shut_visit(&visit);
+	gone = atomic_load(&access.space->gone);
+	close_access(&access);
 	if (!range)
 		return gone ? -ESRCH : -ENOENT;
 	return error;

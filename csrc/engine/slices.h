@@ -6,15 +6,15 @@
 #include "core.h"
 
 /* Between open and shut nothing that is found goes away, nor does the layout change. */
-struct visit {
+struct access {
 	struct uffd_space *space;
 	unsigned int shard;
 	uint32_t phase;
 	struct uffd_hold *hold;
 };
 
-bool open_visit(struct uffd_engine *engine, uint32_t number, struct visit *visit);
-void shut_visit(struct visit *visit);
+bool open_access(struct uffd_engine *engine, uint32_t number, struct access *access);
+void close_access(struct access *access);
 /*
  * Work on [offset, end) of a serving in slices, with the gate opened and shut for
  * each.  `work` says how far it came; EAGAIN and ENOMEM may pass.  `reach` says what

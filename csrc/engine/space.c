@@ -9,7 +9,7 @@
 
 #include "alloc.h"
 #include "clock.h"
-#include "owed.h"
+#include "expected.h"
 #include "page_table.h"
 #include "range.h"
 #include "report.h"
@@ -39,7 +39,7 @@ static int open_owner(struct uffd_space *space, const struct uffd_engine_options
 	return 0;
 }
 
-int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t event_features,
+int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t layout_events,
 		 int32_t owner_pid, uint32_t number, struct uffd_space **ret)
 {
 	struct uffd_space *space = uffd_alloc(sizeof(*space));
@@ -57,8 +57,7 @@ int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t event_
 		uffd_free(space);
 		return r;
 	}
-	space->events = event_features;
-	space->event_features = event_features;
+	space->layout_events = layout_events;
 	space->pagemap_fd = open_page_table(owner_pid);
 	uffd_table_init(&space->own_table);
 	space->table = engine->table ? engine->table : &space->own_table;
@@ -100,7 +99,7 @@ void space_put(struct uffd_space *space)
 		close(space->pagemap_fd);
 	if (space->owner_pidfd >= 0)
 		close(space->owner_pidfd);
-	forget_owed(space, 0, UINT64_MAX);
+	drop_expected(space, 0, UINT64_MAX);
 	uffd_table_deinit(&space->own_table);
 	uffd_free(space);
 }
@@ -149,7 +148,7 @@ bool space_is_dead(struct uffd_space *space)
 
 bool layout_is_changing(struct uffd_space *space)
 {
-	return space->events && !atomic_load(&space->gone) &&
+	return space->layout_events && !atomic_load(&space->gone) &&
 	       uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -EAGAIN;
 }
 

@@ -8,7 +8,7 @@
 #define NEXT_NUMBER	UINT32_MAX
 
 /* `owner_pid`: 0: unknown.  -ESRCH: that process has exited, and its memory lives on. */
-int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t event_features,
+int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t layout_events,
 		 int32_t owner_pid, uint32_t number, struct uffd_space **ret);
 struct uffd_space *space_get(struct uffd_engine *engine, uint32_t number);
 void space_put(struct uffd_space *space);

@@ -19,11 +19,11 @@
 #define LOWEST_ADDRESS	0x10000ull
 #define HIGHEST_ADDRESS	0x7ffffffff000ull
 
-int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_events,
+int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t layout_events,
 			  int32_t owner_pid, uint32_t *space_ret)
 {
 	struct uffd_space *space;
-	int r = space_create(engine, fd, false, has_events, owner_pid, NEXT_NUMBER, &space);
+	int r = space_create(engine, fd, false, layout_events, owner_pid, NEXT_NUMBER, &space);
 
 	if (r)
 		return r;

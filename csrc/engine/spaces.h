@@ -9,7 +9,7 @@
  * Serve another userfaultfd as well; borrowed.  Space 0 is the engine's own.
  * `owner_pid`: whose memory it governs, 0 if that is unknown.
  */
-int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t has_events,
+int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t layout_events,
 			  int32_t owner_pid, uint32_t *space_ret);
 /*
  * Forget a descriptor whose ranges have been taken out, before it is closed.

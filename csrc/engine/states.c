@@ -54,13 +54,13 @@ int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *
 		       uint64_t first_page, uint64_t pages, uint8_t *states_ret)
 {
 	struct uffd_range *range, *any;
-	struct visit visit;
+	struct access access;
 	int r = 0;
 
 	await_work(engine);
-	if (!open_visit(engine, ref->space, &visit))
+	if (!open_access(engine, ref->space, &access))
 		return -ESRCH;
-	any = any_piece(visit.space, ref->id, ref->start);
+	any = any_piece(access.space, ref->id, ref->start);
 	if (!any)
 		r = -ENOENT;
 	else if (first_page + pages > any->pages->count)
@@ -69,7 +69,7 @@ int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *
 		uint64_t offset = (first_page + done) << any->page_shift, at;
 
 		n = 1;
-		range = find_piece(visit.space, ref->id, offset, ref->start + offset);
+		range = find_piece(access.space, ref->id, offset, ref->start + offset);
 		if (!range) {
 			/* Not mapped any more. */
 			states_ret[done] = settled_state(any->pages, first_page + done);
@@ -79,7 +79,7 @@ int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *
 		n = lower(lower(pages - done, PAGES_AT_ONCE), (range->end - at) >> range->page_shift);
 		look(range, at, first_page + done, n, states_ret + done);
 	}
-	shut_visit(&visit);
+	close_access(&access);
 	return r;
 }
 
@@ -87,11 +87,11 @@ int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref 
 {
 	uint64_t entries[PAGES_AT_ONCE];
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 
-	if (!open_visit(engine, ref->space, &visit))
+	if (!open_access(engine, ref->space, &access))
 		return -ESRCH;
-	range = any_piece(visit.space, ref->id, ref->start);
+	range = any_piece(access.space, ref->id, ref->start);
 	for (uint64_t at = range ? range->start : 0, n; range && at < range->end;
 	     at += n << range->page_shift) {
 		n = lower((range->end - at) >> range->page_shift, PAGES_AT_ONCE);
@@ -110,7 +110,7 @@ int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref 
 				atomic_compare_exchange_strong(state, &was, UFFD_PAGE_CLEAN);
 		}
 	}
-	shut_visit(&visit);
+	close_access(&access);
 	return range ? 0 : -ENOENT;
 }
 
@@ -242,11 +242,11 @@ static void take_back(struct uffd_engine *engine, const struct uffd_range_ref *r
 		      uint64_t first, uint64_t pages, const uint8_t *states)
 {
 	struct uffd_range *any;
-	struct visit visit;
+	struct access access;
 
-	if (!open_visit(engine, ref->space, &visit))
+	if (!open_access(engine, ref->space, &access))
 		return;
-	any = any_piece(visit.space, ref->id, ref->start);
+	any = any_piece(access.space, ref->id, ref->start);
 	for (uint64_t i = 0; any && i < pages; i++) {
 		uint8_t expected = UFFD_PAGE_CLEAN;
 
@@ -254,7 +254,7 @@ static void take_back(struct uffd_engine *engine, const struct uffd_range_ref *r
 			atomic_compare_exchange_strong(&any->pages->state[first + i], &expected,
 						       UFFD_PAGE_DIRTY);
 	}
-	shut_visit(&visit);
+	close_access(&access);
 }
 
 int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range_ref *ref,
@@ -266,14 +266,14 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 
 	while (offset < end && r == 0) {
 		struct uffd_range *range;
-		struct visit visit;
+		struct access access;
 		uint64_t at, past;
 
-		if (!open_visit(engine, ref->space, &visit)) {
+		if (!open_access(engine, ref->space, &access)) {
 			r = -ESRCH;
 			break;
 		}
-		range = find_piece(visit.space, ref->id, offset, ref->start + offset);
+		range = find_piece(access.space, ref->id, offset, ref->start + offset);
 		if (range) {
 			shift = range->page_shift;
 			at = range->start + (offset - range->origin);
@@ -281,9 +281,9 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 			past = arm_run(range, at, past, states_ret + ((offset - first) >> shift), &r);
 			offset += past - at;
 		} else {
-			r = atomic_load(&visit.space->gone) ? -ESRCH : -ENOENT;
+			r = atomic_load(&access.space->gone) ? -ESRCH : -ENOENT;
 		}
-		shut_visit(&visit);
+		close_access(&access);
 		if (r == 0)
 			attempt = 0;
 		if (r != -EAGAIN && r != -ENOMEM)

@@ -14,7 +14,7 @@
 
 #include "gate.h"
 #include "layout.h"
-#include "owed.h"
+#include "expected.h"
 #include "space.h"
 #include "successor.h"
 
@@ -101,12 +101,12 @@ void uffd_keeper_release_holder(void *shared)
 }
 
 int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
-			    uint32_t has_events, int32_t owner_pid, uint32_t number)
+			    uint32_t layout_events, int32_t owner_pid, uint32_t number)
 {
 	struct uffd_space *space;
 	int r;
 
-	r = space_create(engine, fd, is_fork, has_events, owner_pid, number, &space);
+	r = space_create(engine, fd, is_fork, layout_events, owner_pid, number, &space);
 	if (r)
 		return r;
 	r = watch_space(engine, space);
@@ -156,13 +156,14 @@ void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported)
 	}
 }
 
-int uffd_engine_owe(struct uffd_engine *engine, uint32_t number, uint64_t start, uint64_t end)
+int uffd_engine_expect_unmap(struct uffd_engine *engine, uint32_t number, uint64_t start,
+			     uint64_t end)
 {
 	struct uffd_space *space = space_get(engine, number);
 
 	if (!space)
 		return -ESRCH;
-	owe(space, start, end);
+	expect_unmap(space, start, end);
 	space_put(space);
 	return 0;
 }

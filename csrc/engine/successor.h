@@ -20,9 +20,10 @@ uint64_t uffd_engine_shared_size(void);
 
 /* Go on with a space of another engine, under its number; a fork's fd is ours from now on. */
 int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
-			    uint32_t has_events, int32_t owner_pid, uint32_t space);
+			    uint32_t layout_events, int32_t owner_pid, uint32_t space);
 /* An UNMAP of [start, end) in a space of another engine is still to come. */
-int uffd_engine_owe(struct uffd_engine *engine, uint32_t space, uint64_t start, uint64_t end);
+int uffd_engine_expect_unmap(struct uffd_engine *engine, uint32_t space, uint64_t start,
+			     uint64_t end);
 /* Before the start: apply what another engine had read and not applied. */
 void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported);
 

@@ -29,7 +29,7 @@ struct uffd_range {
 	uint64_t page_size;
 	uint32_t page_shift;
 	uint64_t mode;			/* UFFDIO_REGISTER_MODE_* */
-	uint64_t ioctls;
+	_Atomic uint64_t ioctls;
 	uint64_t id;			/* of the serving it belongs to; never used twice */
 	uint64_t origin;		/* offset of `start` in what was served */
 	struct uffd_space *space;

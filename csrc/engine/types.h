@@ -38,7 +38,7 @@ struct uffd_engine_options {
 	int32_t owner_pid;	/* whose memory it governs; 0: unknown */
 	uint32_t on_error;
 	uint32_t is_inline;	/* resolve in the faulting thread (Feature.SIGBUS) */
-	uint32_t has_events;	/* which layout events are on: UFFD_FEATURE_EVENT_* */
+	uint32_t layout_events;	/* which layout events are on: UFFD_FEATURE_EVENT_* */
 	uint32_t watch_owner;	/* the owner is another process: notice its death */
 	uint32_t has_workers;	/* uffd_engine_next_request is called */
 	uint32_t stall_signal;	/* sent to our own thread when a request stalls; 0: none */

@@ -138,11 +138,11 @@ static bool look_at_piece(struct uffd_engine *engine, const struct uffd_range_re
 			  struct piece *piece)
 {
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 
-	if (!open_visit(engine, ref->space, &visit))
+	if (!open_access(engine, ref->space, &access))
 		return false;
-	range = any_piece(visit.space, ref->id, ref->start);
+	range = any_piece(access.space, ref->id, ref->start);
 	if (range)
 		*piece = (struct piece){
 			.ref = { ref->space, range->id, range->start - range->origin },
@@ -155,7 +155,7 @@ static bool look_at_piece(struct uffd_engine *engine, const struct uffd_range_re
 			.preserves = preserves(range),
 			.loses_content = loses_content(range),
 		};
-	shut_visit(&visit);
+	close_access(&access);
 	return range;
 }
 
@@ -213,14 +213,14 @@ static int seal_absent(struct slices *all, struct patience *patience)
 static void note_unsaved_in(const struct slices *all)
 {
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 
-	if (!open_visit(all->engine, all->ref.space, &visit))
+	if (!open_access(all->engine, all->ref.space, &access))
 		return;
-	range = any_piece(visit.space, all->ref.id, all->ref.start + all->offset);
+	range = any_piece(access.space, all->ref.id, all->ref.start + all->offset);
 	if (range)
 		note_unsaved(range);
-	shut_visit(&visit);
+	close_access(&access);
 }
 
 /*
@@ -319,14 +319,14 @@ static int close_and_drop(struct uffd_engine *engine, const struct piece *piece,
 static void mark_as_staying(struct uffd_engine *engine, const struct piece *piece)
 {
 	struct uffd_range *range;
-	struct visit visit;
+	struct access access;
 
-	if (!open_visit(engine, piece->ref.space, &visit))
+	if (!open_access(engine, piece->ref.space, &access))
 		return;
-	range = any_piece(visit.space, piece->ref.id, piece->ref.start + piece->offset);
+	range = any_piece(access.space, piece->ref.id, piece->ref.start + piece->offset);
 	if (range)
 		range->stays = true;
-	shut_visit(&visit);
+	close_access(&access);
 }
 
 /* The memory goes away: only whoever waits already must not read zeros. */

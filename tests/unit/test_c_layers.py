@@ -24,7 +24,7 @@ FLOORS = [
     {"engine/table", "engine/types"},
     {"engine/hold"},
     {"engine/core"},
-    {"engine/stats", "engine/gate", "engine/page_table", "engine/owed", "engine/report"},
+    {"engine/stats", "engine/gate", "engine/page_table", "engine/expected", "engine/report"},
     {"engine/say", "engine/pending", "engine/queue", "engine/range"},
     {"engine/space", "engine/put"},
     {"engine/spaces", "engine/slices", "engine/layout", "engine/stray"},

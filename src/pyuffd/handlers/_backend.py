@@ -27,7 +27,7 @@ class Backend(Protocol):
     calls_python: bool
     is_remote: bool
 
-    def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
+    def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd as well; `owner_pid` 0 is unknown."""
 
     def remove_space(self, space: int) -> None:

@@ -118,7 +118,7 @@ class Engine(SoleOwner):
         owner_pid: int,
         on_error: OnError,
         inline: bool = False,
-        has_events: int = 0,
+        layout_events: int = 0,
         watch_owner: bool = False,
         has_workers: bool = False,
         stall_signal: int = 0,
@@ -135,7 +135,7 @@ class Engine(SoleOwner):
         options.owner_pid = owner_pid
         options.on_error = on_error
         options.is_inline = inline
-        options.has_events = has_events
+        options.layout_events = layout_events
         options.watch_owner = watch_owner
         options.has_workers = has_workers
         options.stall_signal = stall_signal
@@ -167,11 +167,11 @@ class Engine(SoleOwner):
         """Free it, as soon as no thread is inside any more."""
         self._pointer = None
 
-    def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
+    def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd as well; return the number of its space."""
         out = ffi.new("uint32_t *")
         try:
-            code = lib.uffd_engine_add_space(self._engine(), fd, has_events, owner_pid, out)
+            code = lib.uffd_engine_add_space(self._engine(), fd, layout_events, owner_pid, out)
             if code:
                 raise_errno("serve another userfaultfd", -code)
             return int(out[0])
@@ -181,17 +181,17 @@ class Engine(SoleOwner):
             raise
 
     def adopt_space(
-        self, fd: int, space: int, *, is_fork: bool, has_events: int, owner_pid: int
+        self, fd: int, space: int, *, is_fork: bool, layout_events: int, owner_pid: int
     ) -> None:
         """Go on with a space of another engine; a fork's descriptor is the engine's from now on."""
         engine = self._engine()
-        code = lib.uffd_engine_adopt_space(engine, fd, is_fork, has_events, owner_pid, space)
+        code = lib.uffd_engine_adopt_space(engine, fd, is_fork, layout_events, owner_pid, space)
         if code:
             raise_errno("take over a userfaultfd", -code)
 
-    def owe(self, space: int, start: int, end: int) -> None:
+    def expect_unmap(self, space: int, start: int, end: int) -> None:
         """Expect an UNMAP event of what another engine's space has moved away."""
-        code = lib.uffd_engine_owe(self._engine(), space, start, end)
+        code = lib.uffd_engine_expect_unmap(self._engine(), space, start, end)
         if code:
             raise_errno("take over a userfaultfd", -code, start, end - start)
 

@@ -207,7 +207,7 @@ class Handler(SoleOwner):
         self._options = EngineOptions(
             owner_pid=owner,
             on_error=OnError[on_error.upper()],
-            has_events=int(uffd.features & LAYOUT_EVENTS),
+            layout_events=int(uffd.features & LAYOUT_EVENTS),
             watch_owner=owner not in (0, self._pid),
             stall_limit_ns=int((stall_timeout_s or STALL_TIMEOUT_S) * 1e9),
             prefetch=prefetch,
@@ -277,7 +277,7 @@ class Handler(SoleOwner):
     def _add_space(self, engine: Backend, uffd: Userfaultfd) -> int:
         return engine.add_space(
             uffd.fileno(),
-            has_events=int(uffd.features & LAYOUT_EVENTS),
+            layout_events=int(uffd.features & LAYOUT_EVENTS),
             owner_pid=self._owners.of(uffd),
         )
 

@@ -169,7 +169,9 @@ class Keeper:
         self._replaying = False  # a worker has still to apply what the one before had read
         (options, workers), (uffd, self._owner_pidfd) = _wire.receive(owner)
         self._book = Book(options, workers)
-        self._book.spaces[0] = SpaceBook(uffd, False, options["has_events"], options["owner_pid"])
+        self._book.spaces[0] = SpaceBook(
+            uffd, False, options["layout_events"], options["owner_pid"]
+        )
         self._worker = self._start_worker()
 
     def _start_worker(self) -> Worker:
@@ -393,7 +395,7 @@ class Keeper:
         elif kind == ReportKind.ADDED:
             space.pieces.setdefault(id_, []).extend(pieces)
         else:
-            space.pieces, space.owed = {}, [piece for piece in pieces if not piece.number]
+            space.pieces, space.expected = {}, [piece for piece in pieces if not piece.number]
             for piece in pieces:
                 if piece.number:
                     space.pieces.setdefault(piece.number, []).append(piece)

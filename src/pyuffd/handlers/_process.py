@@ -70,12 +70,12 @@ class RemoteEngine(SoleOwner):
 
     # What a Handler calls
 
-    def add_space(self, fd: int, *, has_events: int, owner_pid: int) -> int:
+    def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd as well."""
         self._added_spaces += 1
         key = self._added_spaces
         try:
-            return int(self._call("add_space", has_events, owner_pid, key, fds=(fd,)))
+            return int(self._call("add_space", layout_events, owner_pid, key, fds=(fd,)))
         except BaseException:
             with suppress(HelperLostError):
                 space = self._call("find_space", key)

@@ -274,7 +274,7 @@ class EngineOptions(TypedDict):
 
     owner_pid: int
     on_error: OnError
-    has_events: int
+    layout_events: int
     watch_owner: bool
     stall_limit_ns: int
     prefetch: int

@@ -90,11 +90,11 @@ class SpaceBook:
 
     fd: int
     is_fork: bool
-    has_events: int
+    layout_events: int
     owner_pid: int = 0  # 0: unknown, as of every fork
     states_fd: int = -1
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
-    owed: list[Piece] = field(default_factory=list)  # unmappings whose events are still to come
+    expected: list[Piece] = field(default_factory=list)  # unmappings whose events are still to come
 
 
 @dataclass(slots=True)
@@ -165,11 +165,11 @@ class Worker:
                     space.fd,
                     number,
                     is_fork=space.is_fork,
-                    has_events=space.has_events,
+                    layout_events=space.layout_events,
                     owner_pid=space.owner_pid,
                 )
-            for owed in space.owed:
-                self._engine.owe(number, owed.start, owed.end)
+            for unmap in space.expected:
+                self._engine.expect_unmap(number, unmap.start, unmap.end)
         for id_, served in book.served.items():
             self._take_over_serving(id_, served, book.spaces, refusing=book.refusing)
         self._engine.replay(book.reported)
@@ -282,9 +282,9 @@ class Worker:
         served = self._served.values()
         return next((one for one in served if (one.space, one.start) == (space, start)), None)
 
-    def add_space(self, has_events: int, owner_pid: int, key: int, fds: list[int]) -> int:
+    def add_space(self, layout_events: int, owner_pid: int, key: int, fds: list[int]) -> int:
         """Serve another userfaultfd as well; `find_space` knows it by `key`."""
-        space = self._engine.add_space(fds[0], has_events=has_events, owner_pid=owner_pid)
+        space = self._engine.add_space(fds[0], layout_events=layout_events, owner_pid=owner_pid)
         self._space_fds[space] = fds[0]
         self._space_keys[key] = space
         return space
