@@ -236,6 +236,6 @@ int uffd_shim_fstatfs(int fd, int64_t *type_ret, uint64_t *block_size_ret)
 		r = fstatfs(fd, &fs);
 	while (r < 0 && errno == EINTR);
 	*type_ret = fs.f_type;
-	*block_size_ret = fs.f_bsize;
+	*block_size_ret = (uint64_t)fs.f_bsize;
 	return r < 0 ? -errno : 0;
 }

@@ -63,7 +63,7 @@ static void pass_on(int number, siginfo_t *info, void *context)
 		die_by_default(info);
 		return;
 	}
-	if (action.sa_flags & SA_RESETHAND)
+	if (action.sa_flags & (int)SA_RESETHAND)
 		previous.sa_handler = SIG_DFL;
 	sigorset(&mask, &mask, &action.sa_mask);
 	if (!(action.sa_flags & SA_NODEFER))

@@ -155,7 +155,7 @@ struct uffd_engine {
 	pthread_rwlock_t gate;
 
 	pthread_mutex_t spaces_lock;
-	LIST_HEAD(, uffd_space) spaces;
+	LIST_HEAD(space_list, uffd_space) spaces;
 	struct uffd_table *table;	/* of all of them; NULL: each has its own */
 	struct uffd_space *primary;
 	_Atomic uint32_t space_count;
