@@ -329,8 +329,8 @@ class Region(CloseCallbacks):
 
     # Its content
 
-    def read(self, offset: int = 0, n: int | None = None) -> bytes:
-        """Return `n` bytes from `offset` on; to the end by default.
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        """Return `length` bytes from `offset` on; to the end by default.
 
         Raises:
             PagePoisonedError: a page's content is lost; also from `write`, `fill`, `touch` and
@@ -338,9 +338,9 @@ class Region(CloseCallbacks):
             UffdOSError: EFAULT - SIGBUS for another reason, which `hint` names: a file that was
                 truncated, or no huge page left.
         """
-        at, n = self._span(offset, n)
+        at, length = self._span(offset, length)
         try:
-            return _memory.read(at, n)
+            return _memory.read(at, length)
         except PagePoisonedError as error:
             raise self._here(error) from self._cause_of(error)
 
@@ -362,15 +362,15 @@ class Region(CloseCallbacks):
         except PagePoisonedError as error:
             raise self._here(error) from self._cause_of(error)
 
-    def touch(self, offset: int = 0, n: int | None = None, write: bool = False) -> None:
+    def touch(self, offset: int = 0, length: int | None = None, write: bool = False) -> None:
         """Access every page of a part once, so that it is there; with `write`, writable.
 
         A write puts back the byte it found, which another thread's write to that byte may lose.
         """
-        at, n = self._span(offset, n, write=write)
+        at, length = self._span(offset, length, write=write)
         first = round_down(at, self.page_size)
         try:
-            _memory.touch(first, at + n - first, self.page_size, write=write)
+            _memory.touch(first, at + length - first, self.page_size, write=write)
         except PagePoisonedError as error:
             raise self._here(error) from self._cause_of(error)
 
@@ -444,7 +444,7 @@ class Region(CloseCallbacks):
             raise ValueError(f"{self!r} is hugetlb memory: no transparent huge pages")
         self.madvise(mmap.MADV_HUGEPAGE if enable else mmap.MADV_NOHUGEPAGE, offset, length)
 
-    def pageout(self, offset: int = 0, n: int | None = None) -> None:
+    def pageout(self, offset: int = 0, length: int | None = None) -> None:
         """Ask the kernel to move pages out to swap; `residency()` tells which went.
 
         Pages that others map too stay, and shared ones are RESIDENT until they are written.
@@ -458,13 +458,13 @@ class Region(CloseCallbacks):
         """
         if self.page_size != PAGE_SIZE:
             raise ValueError(f"{self!r} is hugetlb memory, which is never swapped")
-        at, n = self._pages(offset, n)
+        at, length = self._pages(offset, length)
         is_on_disk = self.shared and self.fd is not None and not _files.facts(self.fd).in_memory
         if not is_on_disk and (problem := _machine.swap_problem()):
-            raise_errno("MADV_PAGEOUT", errno.ENOSPC, at, n, hint=problem)
-        _memory.madvise(at, n, MADV_PAGEOUT)
+            raise_errno("MADV_PAGEOUT", errno.ENOSPC, at, length, hint=problem)
+        _memory.madvise(at, length, MADV_PAGEOUT)
 
-    def punch_hole(self, offset: int = 0, n: int | None = None) -> None:
+    def punch_hole(self, offset: int = 0, length: int | None = None) -> None:
         """Give the memory of whole pages back.
 
         Shared memory loses the pages in every mapping and reads as zeros. Private memory loses
@@ -479,10 +479,10 @@ class Region(CloseCallbacks):
             a Remove event), MADV_DONTNEED for private memory.
         Blocks: until the Remove event is read where Feature.EVENT_REMOVE is on.
         """
-        at, n = self._pages(offset, n, write=True)
-        _memory.madvise(at, n, mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED)
+        at, length = self._pages(offset, length, write=True)
+        _memory.madvise(at, length, mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED)
 
-    def residency(self, offset: int = 0, n: int | None = None) -> Residency:
+    def residency(self, offset: int = 0, length: int | None = None) -> Residency:
         """Tell for each page whether it is a hole, swapped out, resident or mapped here.
 
         Raises:
@@ -492,8 +492,8 @@ class Region(CloseCallbacks):
         """
         from pyuffd._residency import residency  # 5 ms
 
-        at, n = self._pages(offset, n)
-        return residency(at, n, page_size=self.page_size, fd=self.fd)
+        at, length = self._pages(offset, length)
+        return residency(at, length, page_size=self.page_size, fd=self.fd)
 
     # Python's own view of it
 
@@ -586,21 +586,21 @@ class Region(CloseCallbacks):
         if not self._open:
             raise ClosedError("this region is closed")
 
-    def _span(self, offset: int, n: int | None, *, write: bool = False) -> tuple[int, int]:
+    def _span(self, offset: int, length: int | None, *, write: bool = False) -> tuple[int, int]:
         """Return (address, bytes) of a part, or raise ValueError if it is not inside."""
         self._check_open()
-        if n is None:
-            n = self.length - offset
-        if offset < 0 or n < 0 or offset + n > self.length:
+        if length is None:
+            length = self.length - offset
+        if offset < 0 or length < 0 or offset + length > self.length:
             raise ValueError(
-                f"offset {offset:#x} + {n:#x} is outside the region of {self.length:#x} bytes"
+                f"offset {offset:#x} + {length:#x} is outside the region of {self.length:#x} bytes"
             )
         if write and not self.writable:
             raise ValueError(f"{self!r} is read-only")
-        return self._mapping.start + offset, n
+        return self._mapping.start + offset, length
 
-    def _pages(self, offset: int, n: int | None, *, write: bool = False) -> tuple[int, int]:
-        at, n = self._span(offset, n, write=write)
+    def _pages(self, offset: int, length: int | None, *, write: bool = False) -> tuple[int, int]:
+        at, length = self._span(offset, length, write=write)
         check_aligned("offset", offset, self.page_size)
-        check_aligned("length", n, self.page_size)
-        return at, n
+        check_aligned("length", length, self.page_size)
+        return at, length

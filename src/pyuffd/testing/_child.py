@@ -127,10 +127,10 @@ class FaultingChild(SoleOwner):
 
     Commands of `begin` and `run`, offsets counting from the region's start:
 
-    - `"read", offset, n` returns bytes; `"write", offset, data`;
-    - `"touch", offset, n=1`, keyword `write=True` for write accesses, one in each page;
-    - `"madvise", advice, offset, n`; `"munmap", offset, n`;
-    - `"mremap", offset, n` moves pages and returns their new address, for `base=`;
+    - `"read", offset, length` returns bytes; `"write", offset, data`;
+    - `"touch", offset, length=1`, keyword `write=True` for write accesses, one in each page;
+    - `"madvise", advice, offset, length`; `"munmap", offset, length`;
+    - `"mremap", offset, length` moves pages and returns their new address, for `base=`;
     - `"fork", command, ...` runs a command in a fork, and returns a `ForkResult` when it ended;
       without a command the fork exits at once;
     - `"exit", status` ends the child.

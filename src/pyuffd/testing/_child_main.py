@@ -81,33 +81,33 @@ class Worker:
 
     # Offsets count from the start of the region, or from the order's base.
 
-    def do_read(self, start: int, offset: int, n: int) -> bytes:
-        return _memory.read(start + offset, n)
+    def do_read(self, start: int, offset: int, length: int) -> bytes:
+        return _memory.read(start + offset, length)
 
     def do_write(self, start: int, offset: int, data: bytes) -> None:
         _memory.write(start + offset, data)
 
-    def do_touch(self, start: int, offset: int, n: int = 1, *, write: bool = False) -> None:
+    def do_touch(self, start: int, offset: int, length: int = 1, *, write: bool = False) -> None:
         page_size = self._region.page_size
         first = round_down(start + offset, page_size)
-        _memory.touch(first, start + offset + n - first, page_size, write=write)
+        _memory.touch(first, start + offset + length - first, page_size, write=write)
 
-    def do_madvise(self, start: int, advice: int, offset: int, n: int) -> None:
-        _memory.madvise(start + offset, n, advice)
+    def do_madvise(self, start: int, advice: int, offset: int, length: int) -> None:
+        _memory.madvise(start + offset, length, advice)
 
-    def do_munmap(self, start: int, offset: int, n: int) -> None:
-        _memory.munmap(start + offset, n)
+    def do_munmap(self, start: int, offset: int, length: int) -> None:
+        _memory.munmap(start + offset, length)
 
-    def do_mremap(self, start: int, offset: int, n: int) -> int:
+    def do_mremap(self, start: int, offset: int, length: int) -> int:
         # A free place, aligned for every page size; what is around it is given back.
         page_size = self._region.page_size
-        room = _memory.mmap(n + page_size, PROT_NONE, RESERVED)
+        room = _memory.mmap(length + page_size, PROT_NONE, RESERVED)
         to = -(-room // page_size) * page_size
         if to > room:
             _memory.munmap(room, to - room)
         if behind := room + page_size - to:
-            _memory.munmap(to + n, behind)
-        _memory.move(start + offset, n, to, page_size)
+            _memory.munmap(to + length, behind)
+        _memory.move(start + offset, length, to, page_size)
         return to
 
     def _fork(self, args: list[Any], options: dict[str, Any], base: int | None) -> dict[str, Any]:
