@@ -163,10 +163,10 @@ def many() -> None:
     """Looking costs little: serving many small regions takes about as long as it did."""
     with Userfaultfd() as uffd, Handler(uffd) as handler:
         regions = [Region.anonymous(PAGE) for _ in range(500)]
-        began = time.process_time()
+        began = time.thread_time()
         for region in regions:
             handler.serve(region, ZeroSource())
-        kept_s = time.process_time() - began
+        kept_s = time.thread_time() - began
         assert kept_s < 2.0, kept_s
         handler.stop()
         for region in regions:
