@@ -193,21 +193,22 @@ def stop_while_one_waits(at: Interrupter, driver: Driver) -> None:
     Userfaultfd().close()  # the next one tidies up
 
 
-def serve_second(at: Interrupter, setting: Setting) -> None:
-    """Serve the range of another userfaultfd as well."""
+def serve_running(at: Interrupter, setting: Setting, *, of_another: bool) -> None:
+    """Serve a range, of another userfaultfd perhaps, with a handler that runs."""
     with (
         setting.uffd() as uffd,
-        setting.uffd() as second,
+        setting.uffd() as another,
         setting.region() as region,
         Handler(uffd, driver=setting.driver) as handler,
     ):
         served = False
+        owner = another if of_another else uffd
         with at.armed():
-            setting.serve(handler, region, setting.source(), second)
+            setting.serve(handler, region, setting.source(), owner)
             served = True
         if not served:
             with contextlib.suppress(ValueError):
-                setting.serve(handler, region, setting.source(), second)
+                setting.serve(handler, region, setting.source(), owner)
         check_no_zeros(region)
 
 
@@ -295,7 +296,15 @@ HANDLERS: dict[str, Scenario] = {
     },
     **{f"{driver}-with": partial(use_with, setting=Setting(driver)) for driver in DRIVERS},
     **{f"{driver}-waiting": partial(stop_while_one_waits, driver=driver) for driver in ENDS},
-    **{f"{driver}-second": partial(serve_second, setting=Setting(driver)) for driver in ENDS},
+    **{
+        f"{driver}-running": partial(serve_running, setting=Setting(driver), of_another=False)
+        for driver in DRIVERS
+    },
+    **{
+        f"{driver}-second": partial(serve_running, setting=Setting(driver), of_another=True)
+        for driver in DRIVERS
+        if driver != "inline"
+    },
     "region-closed": close_region_under_its_handler,
     "userfaultfd-closed": close_userfaultfd_under_its_handler,
     "second-closed": close_second_userfaultfd,

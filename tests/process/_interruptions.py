@@ -44,7 +44,6 @@ PACKAGE = str(Path(pyuffd.__file__).parent)
 SETTLE_S = 5.0
 # A scenario that takes longer hangs; the watchdog ends it whatever holds the GIL.
 LIMIT_S = 40
-RUN_S = 1.0  # and of many in a row, each
 SHARED = "/memfd:"
 # Anonymous memory is the allocator's as well; what a scenario maps itself is larger than that.
 LARGE = 1 << 40
@@ -91,7 +90,7 @@ class Tracer(Interrupter):
         self.at = set(at)
         self.seen = 0
         self._how = how
-        self._after_call: dict[FrameType, bool] = {}
+        self._after_call: dict[FrameType, int | None] = {}  # where the call was, of C if any
 
     def on(self) -> None:
         """Trace what is called from now on."""
@@ -105,7 +104,7 @@ class Tracer(Interrupter):
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
         caller = frame.f_back
         if caller in self._after_call and _is_plain(frame.f_code):
-            self._after_call[caller] = False
+            self._after_call[caller] = None
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         frame.f_trace_opcodes = self._how == "checks"
@@ -119,9 +118,11 @@ class Tracer(Interrupter):
     def _instruction(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "opcode":
             name = _instruction(frame)
-            after_call = self._after_call.pop(frame, False)
+            call = self._after_call.pop(frame, None)
             if name.startswith("CALL"):
-                self._after_call[frame] = True
+                self._after_call[frame] = frame.f_lasti
+            # What is raised here is handled as at the call, unless a block ends between them.
+            after_call = call is not None and _handler(frame, call) == _handler(frame)
             if after_call or name.startswith(("RESUME", "JUMP_BACKWARD")):
                 self._pass(frame)
         elif event == "return":
@@ -139,6 +140,13 @@ class Tracer(Interrupter):
 
 def _instruction(frame: FrameType) -> str:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]]
+
+
+def _handler(frame: FrameType, at: int | None = None) -> int | None:
+    """Return where a frame goes on after an exception, here or at another instruction."""
+    offset = frame.f_lasti if at is None else at
+    table: Any = getattr(dis, "_parse_exception_table")(frame.f_code)  # noqa: B009
+    return next((one.target for one in table if one.start <= offset < one.end), None)
 
 
 def _is_plain(code: CodeType) -> bool:
@@ -224,16 +232,17 @@ def pester(scenario: Scenario, seed: int, runs: int) -> list[str]:
         timer = Timer(random.Random(seed))
         scenario(Interrupter())  # what is made once and stays: imports, caches
         for run in range(runs):
+            faulthandler.dump_traceback_later(LIMIT_S, exit=True)
             place, verdict = _once(scenario, timer)
             if verdict:
                 return f"run {run} of seed {seed}:\n{place}", verdict
         return "", ""
 
-    place, verdict = _in_fork(repeat, LIMIT_S + runs * RUN_S)
+    place, verdict = _in_fork(repeat)
     return [f"{place}{verdict}"] if verdict else []
 
 
-def _in_fork(function: Callable[[], tuple[str, str]], limit_s: float = LIMIT_S) -> tuple[str, str]:
+def _in_fork(function: Callable[[], tuple[str, str]]) -> tuple[str, str]:
     """Run a function in a fork; return what it returns, or a verdict of how it ended."""
     with tempfile.TemporaryFile() as errors:
         read_fd, write_fd = os.pipe()
@@ -243,7 +252,7 @@ def _in_fork(function: Callable[[], tuple[str, str]], limit_s: float = LIMIT_S) 
         if pid == 0:
             os.close(read_fd)
             os.dup2(errors.fileno(), 2)
-            faulthandler.dump_traceback_later(limit_s, exit=True)
+            faulthandler.dump_traceback_later(LIMIT_S, exit=True)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ResourceWarning)
