@@ -470,6 +470,11 @@ class Pagemap(SoleOwner):
                 )
         elif code == errno.ENOSPC:
             hint = "max_pages is less than one hugetlb page, which is protected whole or not at all"
+        elif code == errno.EPERM:
+            hint = (
+                "CHECK_WPASYNC met memory that is not registered for RegisterMode.WP with a"
+                f" userfaultfd of Feature.WP_ASYNC, at {partial.walk_end:#x} or behind"
+            )
         raise_errno("PAGEMAP_SCAN", code, start, length, hint=hint, partial=partial)
 
 

@@ -320,6 +320,7 @@ def test_memory_that_is_not_wp_async_is_refused(pagemap: Pagemap) -> None:
         with pytest.raises(UffdPermissionError) as caught:
             pagemap.scan(region, category_mask=WRITTEN, flags=PROTECT)
         assert caught.value.errno == errno.EPERM
+        assert "WP_ASYNC" in caught.value.hint
         assert len(caught.value.data["partial"].ranges) == 0
         # WP_MATCHING alone passes over it.
         pagemap.scan(region, category_mask=WRITTEN, flags=ScanFlag.WP_MATCHING)
