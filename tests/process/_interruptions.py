@@ -47,8 +47,8 @@ LIMIT_S = 40
 SHARED = "/memfd:"
 # Anonymous memory is the allocator's as well; what a scenario maps itself is larger than that.
 LARGE = 1 << 40
-# Longer than a scenario's armed part, so that some runs are not interrupted at all.
-LONGEST_US = 3000
+# Of seconds, from a microsecond to what a helper process needs to start: some runs end before.
+EXPONENTS = -6.0, -0.3
 AGAIN_US = 20
 
 How = Literal["lines", "checks"]
@@ -167,7 +167,7 @@ class Timer(Interrupter):
         """Set the clock."""
         self.place = ""
         self._is_on = True
-        signal.setitimer(signal.ITIMER_REAL, self._chance.uniform(1, LONGEST_US) / 1e6)
+        signal.setitimer(signal.ITIMER_REAL, 10 ** self._chance.uniform(*EXPONENTS))
 
     def off(self) -> None:
         """Stop it."""
