@@ -6,6 +6,7 @@ import ast
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,13 @@ def test_generator(cdef: str, expected: dict[str, str]) -> None:
 
 def test_compiled_module_is_the_tree_s_own() -> None:
     assert Path(_shim.__file__).name == "_shim.abi3.so"
+
+
+def test_structures_are_those_of_the_headers() -> None:
+    ffi: Any = _shim.ffi
+    _, structs, unions = ffi.list_types()
+    assert structs
+    for name in structs:
+        ffi.sizeof(f"struct {name}")  # raises where the headers say otherwise
+    for name in unions:
+        ffi.sizeof(f"union {name}")
