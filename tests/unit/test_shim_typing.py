@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,7 +69,8 @@ def test_compiled_module_is_the_tree_s_own() -> None:
 
 def test_structures_are_those_of_the_headers() -> None:
     ffi: Any = _shim.ffi
-    _, structs, unions = ffi.list_types()
-    assert not unions
-    told = [name for name in structs if ffi.typeof(f"struct {name}").fields]  # raises if it differs
-    assert "uffd_fill" in told
+    text = (ROOT / "csrc" / "uffd_shim.cdef").read_text()
+    names = re.findall(r"^struct (\w+) \{$", text, re.MULTILINE)
+    assert "uffd_fill" in names
+    for name in names:
+        ffi.sizeof(f"struct {name}")  # raises where the header says otherwise
