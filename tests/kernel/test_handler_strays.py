@@ -19,7 +19,7 @@ from pyuffd import (
     Region,
     Userfaultfd,
 )
-from pyuffd.handlers._process import RemoteEngine
+from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.testing import kill
 from tests._child import run_child
 from tests._memory import memory_of, memory_params

@@ -42,8 +42,8 @@ from pyuffd._async import EventIterator
 from pyuffd._closing import CloseCallbacks, SoleOwner
 from pyuffd.conformance._context import Access, Child, Context, Monitor
 from pyuffd.handlers._engine import Engine
-from pyuffd.handlers._process import RemoteEngine
-from pyuffd.handlers._workers import WorkedEngine
+from pyuffd.handlers._threads import WorkedEngine
+from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.handover import Handover, HandoverRange, UnixListener, listen_unix, recv_uffd, send_uffd
 from pyuffd.testing import (
     DelayedSource,

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from pyuffd import BufferSource, CallableSource, Handler, Region, Userfaultfd
-from pyuffd.handlers._helper_start import HelperLostError
-from pyuffd.handlers._process import RemoteEngine
+from pyuffd.handlers.process._remote import RemoteEngine
+from pyuffd.handlers.process._start import HelperLostError
 from pyuffd.testing import no_leaks
 from tests._child import run_child
 from tests.process import _process_sources as sources
@@ -408,9 +408,9 @@ def test_without_an_interpreter(name: str) -> None:
 
 
 def no_answer() -> None:
-    from pyuffd.handlers import _helper_link
+    from pyuffd.handlers.process import _link
 
-    _helper_link.START_LIMIT_S = 0.3
+    _link.START_LIMIT_S = 0.3
     with interpreter("exec sleep 100"):
         fails("no answer")
 
@@ -486,9 +486,9 @@ def test_a_keeper_that_cannot_start_a_worker() -> None:
 
 def stopped_helper() -> None:
     """A helper that does not end is killed, and nothing is left of it."""
-    from pyuffd.handlers import _helper_link
+    from pyuffd.handlers.process import _link
 
-    _helper_link.EXIT_LIMIT_S = 0.5
+    _link.EXIT_LIMIT_S = 0.5
     with no_leaks(), Userfaultfd() as uffd:
         handler = Handler(uffd, driver="process")
         engine = handler._engine

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pyuffd import Feature, Handler, PageSource, Region, Userfaultfd
-from pyuffd.handlers import _ending, _handler, _helper_link
+from pyuffd.handlers import _ending, _handler
+from pyuffd.handlers.process import _link
 from pyuffd.testing import child_pids
 from tests._child import run_child
 from tests._memory import PAGE
@@ -73,7 +74,7 @@ def twice(after_s: float) -> Iterator[None]:
 
     for module in (_ending, _handler):
         vars(module)["GRACE_S"] = LONG_GRACE_S
-    _helper_link.HURRY_LIMIT_S = LONG_GRACE_S + SOON_S
+    _link.HURRY_LIMIT_S = LONG_GRACE_S + SOON_S
     signal.signal(signal.SIGALRM, notice)
     signal.setitimer(signal.ITIMER_REAL, after_s)
     with pytest.raises(KeyboardInterrupt):

@@ -31,7 +31,7 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
-from pyuffd.handlers._process import RemoteEngine
+from pyuffd.handlers.process._remote import RemoteEngine
 from tests._child import ROOT, run_child
 from tests._need import needs
 from tests.process import _process_sources as sources

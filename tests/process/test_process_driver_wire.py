@@ -12,11 +12,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyuffd.handlers import _wire
+from pyuffd.handlers.process import _wire
+from pyuffd.handlers.process._calls import Answer, Call, Message
 from tests._child import run_child
 from tests.process._process_sources import StubbornError
 
 Pair = tuple[socket.socket, socket.socket]
+FIRST = Message(7, Call.ADD, b"first")
+NEXT = Message(8, Call.STATS)
 
 
 @pytest.fixture
@@ -29,31 +32,31 @@ def pair() -> Iterator[Pair]:
 def test_messages_keep_their_order_and_descriptors(pair: Pair) -> None:
     ours, theirs = pair
     read, write = os.pipe()
-    _wire.send(ours, ("first", b"x" * 1000), (read, write))
-    _wire.send(ours, "second")
+    _wire.send(ours, Message(1, Call.ADD, b"x" * 1000), (read, write))
+    _wire.send(ours, Message(1 << 40, Answer.DONE))
     message, fds = _wire.receive(theirs)
-    assert message == ("first", b"x" * 1000)
+    assert message == Message(1, Call.ADD, b"x" * 1000)
     assert [os.get_inheritable(fd) for fd in fds] == [False, False]
     os.write(fds[1], b"!")
     assert os.read(read, 1) == b"!"
-    assert _wire.receive(theirs) == ("second", [])
+    assert _wire.receive(theirs) == (Message(1 << 40, Answer.DONE), [])
     _wire.close_all([*fds, read, write])
 
 
 def test_large_message(pair: Pair) -> None:
     ours, theirs = pair
-    data = os.urandom(8 << 20)
+    data = Message(1, Answer.DONE, os.urandom(8 << 20))
     thread = threading.Thread(target=_wire.send, args=(ours, data))
     thread.start()
     assert _wire.receive(theirs) == (data, [])
     thread.join()
 
 
-@pytest.mark.parametrize("sent", [0, 3, 8, 20])
+@pytest.mark.parametrize("sent", [0, 3, 8, 20, 30])
 def test_end_inside_a_message(pair: Pair, sent: int) -> None:
     ours, theirs = pair
     before = set(os.listdir("/proc/self/fd"))
-    data = _wire.encode("x" * 100, 1)[:sent]
+    data = _wire.encode(Message(1, Call.ADD, b"x" * 100), 1)[:sent]
     if data:
         socket.send_fds(ours, [data], [ours.fileno()])
     ours.shutdown(socket.SHUT_WR)
@@ -65,13 +68,13 @@ def test_end_inside_a_message(pair: Pair, sent: int) -> None:
 def test_descriptors_that_do_not_come(pair: Pair) -> None:
     """What was sent is known, and the next message is read as it is."""
     ours, theirs = pair
-    ours.sendall(_wire.encode("message", 1))
-    _wire.send(ours, "next")
+    ours.sendall(_wire.encode(FIRST, 1))
+    _wire.send(ours, NEXT)
     with pytest.raises(_wire.DescriptorsLostError) as caught:
         _wire.receive(theirs)
-    assert caught.value.message == "message"
+    assert caught.value.message == FIRST
     assert "RLIMIT_NOFILE" in str(caught.value)
-    assert _wire.receive(theirs) == ("next", [])
+    assert _wire.receive(theirs) == (NEXT, [])
 
 
 @pytest.mark.parametrize("what", ["send", "receive"])
@@ -96,7 +99,7 @@ def without_sigpipe() -> None:
     theirs.close()
     for fds in ((), (0,)):
         with pytest.raises(BrokenPipeError):
-            _wire.send(ours, "message", fds)
+            _wire.send(ours, FIRST, fds)
 
 
 def test_nobody_reads() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyuffd import CallableSource
-from pyuffd.handlers import _transport
+from pyuffd.handlers.process import _transport
 from tests.process._scripts import How, run_program
 
 USE = """

@@ -47,11 +47,9 @@ from pyuffd.handlers._ending import GRACE_S, Ending
 from pyuffd.handlers._engine import Engine, ensure_inline_handler
 from pyuffd.handlers._failures import label_of, log_error
 from pyuffd.handlers._forks import ForkWatch
-from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Overlaps, range_of
 from pyuffd.handlers._owners import Owners
 from pyuffd.handlers._present import Present, choose_present, settle_present
-from pyuffd.handlers._process import RemoteEngine
 from pyuffd.handlers._serving import (
     OnClose,
     Served,
@@ -67,7 +65,7 @@ from pyuffd.handlers._serving import (
     touched_by,
     warn_of_merging,
 )
-from pyuffd.handlers._transport import refuse_while_loading
+from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import (
     Content,
     Ended,
@@ -80,7 +78,9 @@ from pyuffd.handlers._types import (
     SourceKind,
     known_failure,
 )
-from pyuffd.handlers._workers import WorkedEngine
+from pyuffd.handlers.process._remote import RemoteEngine
+from pyuffd.handlers.process._start import HelperLostError
+from pyuffd.handlers.process._transport import refuse_while_loading
 from pyuffd.lowlevel import Granted
 from pyuffd.regions import Region
 from pyuffd.sources import PageSource

@@ -16,9 +16,9 @@ from pyuffd._errors import UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
-from pyuffd.handlers._helper_start import HelperLostError
 from pyuffd.handlers._overlaps import Range
 from pyuffd.handlers._types import Content, RangeId, SourceKind
+from pyuffd.handlers.process._start import HelperLostError
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 

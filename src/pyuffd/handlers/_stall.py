@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 
-from pyuffd.handlers._helper_start import is_inherited
+from pyuffd.handlers.process._start import is_inherited
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from typing import Any
 
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
-from pyuffd.handlers import _wire
-from pyuffd.handlers._helper_start import (
+from pyuffd.handlers.process import _wire
+from pyuffd.handlers.process._calls import Answer, Call, Message
+from pyuffd.handlers.process._start import (
     HelperLostError,
     HelperProcess,
     cannot_start,
@@ -52,8 +53,8 @@ class HelperLink:
 
     def __init__(self, name: str) -> None:
         self._numbers = itertools.count(1)
-        self._calls: dict[int, _Call] = {}
-        self._queue: deque[_Message | None] = deque()
+        self._calls: dict[int, _Begun] = {}
+        self._queue: deque[_Queued | None] = deque()
         self._lock = threading.RLock()  # of `_wake` and the start; a signal handler may call
         self._wake = Descriptor()
         self._ready = self._lost = False
@@ -78,33 +79,34 @@ class HelperLink:
         if self._not_started is not None:
             raise self._not_started
 
-    def introduce(self, message: object, fds: tuple[int, ...]) -> None:
+    def introduce(self, options: object, fds: tuple[int, ...]) -> None:
         """Send the first message, and wait until the helper is ready."""
-        self._post(_Message(_wire.encode(message, len(fds)), fds))
-        self.call("hello", limit_s=START_LIMIT_S)
+        message = Message(0, Call.HELLO, pickle.dumps(options))
+        self._post(_Queued(_wire.encode(message, len(fds)), fds))
+        self.call(Call.HELLO, limit_s=START_LIMIT_S)
         self._ready = True
         self._process.is_ready()
 
     def call(
         self,
-        name: str,
+        what: Call,
         *args: object,
         fds: tuple[int, ...] = (),
         limit_s: float | None = None,
     ) -> Any:
         """Have something done, and return or raise what came of it."""
-        call = self._begin(name, args, fds)
+        call = self._begin(what, args, fds)
         if not call.done.wait(limit_s):
             raise cannot_start(f"it gives no answer for {limit_s:.0f} s")
         return self._result(call)
 
-    def call_at_end(self, name: str, *args: object, limit_s: float = 0.0) -> Any:
+    def call_at_end(self, what: Call, *args: object, limit_s: float = 0.0) -> Any:
         """Have something done that takes no longer than `limit_s`, whatever the sources do.
 
         A worker that does not answer, because a source holds its interpreter's lock, is replaced:
         its successor poisons, and answers. A helper that does not is killed.
         """
-        call = self._begin(name, args, ())
+        call = self._begin(what, args, ())
         began = time.monotonic()
         while not call.done.wait(LOOK_S):
             if time.monotonic() > min(began + limit_s + ANSWER_LIMIT_S, self._give_up_at):
@@ -114,34 +116,35 @@ class HelperLink:
     def hurry(self, *args: object) -> None:
         """Tell the worker to hurry, and wait no longer for answers than that needs."""
         self._give_up_at = time.monotonic() + HURRY_LIMIT_S
-        self.tell("hurry", *args)
+        self.tell(Call.HURRY, *args)
 
-    def _replace_worker(self, call: _Call) -> None:
+    def _replace_worker(self, call: _Begun) -> None:
         self._give_up_at = math.inf
-        self.tell("replace")
+        self.tell(Call.REPLACE)
         if not call.done.wait(REPLACE_LIMIT_S):
             self._process.kill()
             call.done.wait(END_LIMIT_S)
 
-    def _begin(self, name: str, args: tuple[object, ...], fds: tuple[int, ...]) -> _Call:
-        number, call = next(self._numbers), _Call()
-        data = _wire.encode((number, name, pickle.dumps(args)), len(fds))
+    def _begin(self, what: Call, args: tuple[object, ...], fds: tuple[int, ...]) -> _Begun:
+        number, call = next(self._numbers), _Begun()
+        data = _wire.encode(Message(number, what, pickle.dumps(args)), len(fds))
         self._calls[number] = call
-        self._post(_Message(data, fds))
+        self._post(_Queued(data, fds))
         return call
 
-    def _result(self, call: _Call) -> Any:
+    def _result(self, call: _Begun) -> Any:
         if call.payload is None:
             raise self._lost_error()
         if not call.ok:
             raise _wire.load_error(call.payload)
         return pickle.loads(call.payload)
 
-    def tell(self, name: str, *args: object) -> None:
+    def tell(self, what: Call, *args: object) -> None:
         """Have something done, and do not wait for it."""
-        self._post(_Message(_wire.encode((next(self._numbers), name, pickle.dumps(args)))))
+        message = Message(next(self._numbers), what, pickle.dumps(args))
+        self._post(_Queued(_wire.encode(message)))
 
-    def _post(self, message: _Message | None) -> None:
+    def _post(self, message: _Queued | None) -> None:
         self._queue.append(message)
         with self._lock:
             if self._wake.is_open:
@@ -225,14 +228,14 @@ class HelperLink:
             finally:
                 message.close()
 
-    def _take(self, message: tuple[int, Any, bytes]) -> None:
-        number, ok, payload = message
+    def _take(self, message: Message) -> None:
+        number, answer, payload = message
         if number:
             call = self._calls.pop(number, None)
             if call is not None:
-                call.ok, call.payload = ok, payload
+                call.ok, call.payload = answer == Answer.DONE, payload
                 call.done.set()
-        elif ok == "died":
+        elif answer == Answer.DIED:
             self._died = _wire.load_error(payload)
         else:
             log.warning("%s", pickle.loads(payload))
@@ -279,7 +282,7 @@ class HelperLink:
         self._process.close()
 
 
-class _Message:
+class _Queued:
     """Bytes to be sent, with descriptors of its own."""
 
     def __init__(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
@@ -296,7 +299,7 @@ class _Message:
             owner.close()
 
 
-class _Call:
+class _Begun:
     """A call that waits for its answer; `payload` stays None when the helper is gone."""
 
     def __init__(self) -> None:

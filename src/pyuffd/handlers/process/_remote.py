@@ -1,8 +1,8 @@
 """The engine in a helper process, as the owner of the memory sees it (layer L4).
 
-Two processes stand behind it: the keeper (`_helper`) and its fork, the worker
-(`_worker_process`), which runs the engine and the page sources. Calls go over one socket
-(`_helper_link`). Nothing here is needed to resolve a fault.
+Two processes stand behind it: the keeper (`_keeper`) and its fork, the worker
+(`_worker`), which runs the engine and the page sources. Calls go over one socket
+(`_link`). Nothing here is needed to resolve a fault.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Unpack
 
 from pyuffd._closing import SoleOwner
 from pyuffd._owned import Descriptor
-from pyuffd.handlers import _wire
-from pyuffd.handlers._helper_link import HelperLink
-from pyuffd.handlers._helper_start import HelperLostError, starting
-from pyuffd.handlers._transport import pack
 from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
@@ -32,7 +29,11 @@ from pyuffd.handlers._types import (
     SourceKind,
     known_failure,
 )
-from pyuffd.handlers._worker_process import Serving
+from pyuffd.handlers.process import _wire
+from pyuffd.handlers.process._calls import Call
+from pyuffd.handlers.process._link import HelperLink
+from pyuffd.handlers.process._start import HelperLostError, starting
+from pyuffd.handlers.process._transport import pack
 
 # What a worker needs to poison a terabyte.
 SEAL_LIMIT_S = 60.0
@@ -75,17 +76,17 @@ class RemoteEngine(SoleOwner):
         self._added_spaces += 1
         key = self._added_spaces
         try:
-            return int(self._call("add_space", layout_events, owner_pid, key, fds=(fd,)))
+            return int(self._call(Call.ADD_SPACE, layout_events, owner_pid, key, fds=(fd,)))
         except BaseException:
             with suppress(HelperLostError):
-                space = self._call("find_space", key)
+                space = self._call(Call.FIND_SPACE, key)
                 if space is not None:  # interrupted: nobody knows of it
                     self.remove_space(space)
             raise
 
     def remove_space(self, space: int) -> None:
         """Forget it."""
-        self._call("remove_space", space)
+        self._call(Call.REMOVE_SPACE, space)
 
     def add(self, spec: RangeSpec) -> RangeId:
         """Put a range in; what it needs of this process is sent."""
@@ -100,38 +101,24 @@ class RemoteEngine(SoleOwner):
                 "preserve= is memory of this process, where the helper process cannot write:"
                 " serve that region with another Handler, of driver='native'"
             )
-        fds = (content.fd,) if content.kind is SourceKind.FILE else ()
+        fds: list[int] = [content.fd] if content.kind is SourceKind.FILE else []
+        if spec.local_file:
+            fds.append(spec.local_file[0])
         source = pack(content.owner) if content.kind is SourceKind.REQUEST else None
-        served: RangeId = self._call(
-            "add",
-            Serving(
-                spec.space,
-                spec.start,
-                spec.length,
-                spec.page_size,
-                spec.mode,
-                content.kind,
-                source,
-                content.offset,
-                content.length,
-                spec.local_file[1] if spec.local_file else -1,
-                spec.writes_cache,
-                spec.maps_holes,
-                spec.shared,
-                spec.label,
-            ),
-            fds=fds + ((spec.local_file[0],) if spec.local_file else ()),
+        sent = replace(
+            spec, content=replace(content, address=0, fd=-1, owner=source), local=0, owner=None
         )
+        served: RangeId = self._call(Call.ADD, sent, fds=tuple(fds))
         return served
 
     def find(self, space: int, start: int) -> RangeId | None:
         """Return what an `add` that was interrupted has put in there, if it has."""
-        found: RangeId | None = self._call("find", space, start)
+        found: RangeId | None = self._call(Call.FIND, space, start)
         return found
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
-        self._call("set_ioctls", served, int(ioctls))
+        self._call(Call.SET_IOCTLS, served, int(ioctls))
 
     def unserve(
         self,
@@ -143,15 +130,17 @@ class RemoteEngine(SoleOwner):
         gently: bool = False,
     ) -> bool:
         """Take a range out."""
-        return bool(self._call("unserve", served, seal, unregister, patience_s, gently))
+        return bool(self._call(Call.UNSERVE, served, seal, unregister, patience_s, gently))
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
-        self._call("start", cpus)
+        self._call(Call.START, cpus)
 
     def end(self, patience_s: float) -> Ended:
         """Take out every range and end the driver; wait so long for whoever is held up."""
-        ended: Ended = self._link.call_at_end("end", patience_s, limit_s=SEAL_LIMIT_S + patience_s)
+        ended: Ended = self._link.call_at_end(
+            Call.END, patience_s, limit_s=SEAL_LIMIT_S + patience_s
+        )
         self._has_ended = True
         return ended
 
@@ -161,7 +150,7 @@ class RemoteEngine(SoleOwner):
 
     def held(self) -> tuple[Held, ...]:
         """Return who is at pages of a range at the moment."""
-        return tuple(self._call("held"))
+        return tuple(self._call(Call.HELD))
 
     def hurry(self, patience_s: float) -> None:
         """From any thread: let drain and end wait no longer than this."""
@@ -169,19 +158,19 @@ class RemoteEngine(SoleOwner):
 
     def drain(self, limit_ns: int) -> bool:
         """Wait until the faults that wait now are resolved; False when the time ran out."""
-        return bool(self._link.call_at_end("drain", limit_ns, limit_s=limit_ns / 1e9))
+        return bool(self._link.call_at_end(Call.DRAIN, limit_ns, limit_s=limit_ns / 1e9))
 
     def refuse(self) -> None:
         """Poison what is asked for from now on."""
-        self._link.call_at_end("refuse")
+        self._link.call_at_end(Call.REFUSE)
 
     def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
         """Poison the pages that wait for a worker; note it as a failure."""
-        self._link.call_at_end("abandon", served, failed)
+        self._link.call_at_end(Call.ABANDON, served, failed)
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages; return the bytes filled."""
-        return int(self._call("populate", served, offset, length, chunk))
+        return int(self._call(Call.POPULATE, served, offset, length, chunk))
 
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
         """Save protected pages: there are none, `add` has no preserve."""
@@ -189,25 +178,25 @@ class RemoteEngine(SoleOwner):
 
     def take_in(self, served: RangeId) -> None:
         """Note the pages that are there already."""
-        self._call("take_in", served)
+        self._call(Call.TAKE_IN, served)
 
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
         """Write-protect pages; return their states as they were when they were protected."""
-        return bytes(self._call("writeprotect", served, offset, length, pages))
+        return bytes(self._call(Call.WRITEPROTECT, served, offset, length, pages))
 
     def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
         """Return the state bytes of some pages."""
-        return bytes(self._call("states", served, first_page, pages))
+        return bytes(self._call(Call.STATES, served, first_page, pages))
 
     @property
     def spaces(self) -> int:
         """Address spaces that are followed."""
-        return int(self._call("spaces"))
+        return int(self._call(Call.SPACES))
 
     @property
     def owner_exited(self) -> bool:
         """Whether the process whose memory is served is gone."""
-        return bool(self._call("owner_exited"))
+        return bool(self._call(Call.OWNER_EXITED))
 
     def failure_at(self, address: int) -> SourceFailure | None:
         """What is known of why a page was lost; perhaps of another one."""
@@ -216,7 +205,7 @@ class RemoteEngine(SoleOwner):
     @property
     def source_failure(self) -> SourceFailure | None:
         """What a source raised first."""
-        found = self._call("source_failure")
+        found = self._call(Call.SOURCE_FAILURE)
         if found is None:
             return None
         blob, start, length = found
@@ -224,25 +213,25 @@ class RemoteEngine(SoleOwner):
 
     def stats(self) -> HandlerStats:
         """Sum up the counters."""
-        stats: HandlerStats = self._call("stats")
+        stats: HandlerStats = self._call(Call.STATS)
         return stats
 
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last."""
-        return list(self._call("recent"))
+        return list(self._call(Call.RECENT))
 
     def failure(self) -> Failure | None:
         """Return what went wrong, or None."""
-        failure: Failure | None = self._call("failure")
+        failure: Failure | None = self._call(Call.FAILURE)
         return failure
 
     def pids(self) -> tuple[int, int]:
         """Return the process ids of the keeper and of the worker."""
-        keeper, worker = self._call("pids")
+        keeper, worker = self._call(Call.PIDS)
         return keeper, worker
 
     def destroy(self) -> None:
         """End the helper process."""
-        self._link.tell("close")
+        self._link.tell(Call.CLOSE)
         # After the end it has nothing left that anybody waits for.
         self._link.close(ENDED_LIMIT_S if self._has_ended else None)

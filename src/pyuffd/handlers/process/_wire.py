@@ -19,9 +19,10 @@ from array import array
 from typing import Any
 
 from pyuffd._errors import limit_met
-from pyuffd.handlers._transport import MAIN_NAMES
+from pyuffd.handlers.process._calls import Message
+from pyuffd.handlers.process._transport import MAIN_NAMES
 
-_HEADER = struct.Struct("=II")  # length of the pickle, descriptors that come with it
+_HEADER = struct.Struct("=IIQI")  # body length, descriptors that come with it, number, word
 MAX_FDS = 8
 _CONTROL_SIZE = socket.CMSG_LEN(MAX_FDS * array("i").itemsize)
 
@@ -29,20 +30,20 @@ _CONTROL_SIZE = socket.CMSG_LEN(MAX_FDS * array("i").itemsize)
 class DescriptorsLostError(Exception):
     """A message came without its descriptors; `message` is the rest of it."""
 
-    def __init__(self, message: Any) -> None:
+    def __init__(self, message: Message) -> None:
         super().__init__(f"descriptors did not arrive; {limit_met(errno.EMFILE)}")
         self.message = message
 
 
-def send(sock: socket.socket, message: object, fds: tuple[int, ...] = ()) -> None:
+def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:
     """Send one message; descriptors travel with its first byte."""
     sendall(sock, encode(message, len(fds)), fds)
 
 
-def encode(message: object, fd_count: int = 0) -> bytes:
+def encode(message: Message, fd_count: int = 0) -> bytes:
     """Return a message as it is sent."""
-    body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    return _HEADER.pack(len(body), fd_count) + body
+    number, word, body = message
+    return _HEADER.pack(len(body), fd_count, number, word) + body
 
 
 def sendall(
@@ -71,7 +72,7 @@ def sendall(
         view, fds = view[sent:], ()
 
 
-def receive(sock: socket.socket, *, ended: int = -1) -> tuple[Any, list[int]]:
+def receive(sock: socket.socket, *, ended: int = -1) -> tuple[Message, list[int]]:
     """Return the next message and its descriptors.
 
     Raises:
@@ -80,10 +81,10 @@ def receive(sock: socket.socket, *, ended: int = -1) -> tuple[Any, list[int]]:
     """
     head, fds = receive_exactly(sock, _HEADER.size, ended=ended)
     try:
-        length, fd_count = _HEADER.unpack(head)
+        length, fd_count, number, word = _HEADER.unpack(head)
         body, more = receive_exactly(sock, length, ended=ended)
         fds += more
-        message = pickle.loads(body)
+        message = Message(number, word, body)
         if len(fds) != fd_count:
             raise DescriptorsLostError(message)
     except BaseException:

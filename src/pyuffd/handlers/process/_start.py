@@ -36,7 +36,7 @@ sys.path += [entry for entry in {path!r} if entry not in sys.path]
 spec = util.spec_from_file_location("pyuffd", {package!r})
 sys.modules["pyuffd"] = util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pyuffd"])
-from pyuffd.handlers._helper import main
+from pyuffd.handlers.process._keeper import main
 main({fd}, {pid}, {stderr})
 """
 

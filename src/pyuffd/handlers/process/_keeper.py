@@ -24,17 +24,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pyuffd import _memory
 from pyuffd._errors import HandlerError, UffdError, limit_met
 from pyuffd._limits import raise_start_error
-from pyuffd.handlers import _wire
-from pyuffd.handlers._clean import clean_keeper
 from pyuffd.handlers._engine import release_holder, rescue_forks, shared_size
-from pyuffd.handlers._helper_start import signal_name
-from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, ReportKind
-from pyuffd.handlers._worker_process import Book, ServedBook, Serving, SpaceBook, run
+from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, RangeSpec, ReportKind, SourceKind
+from pyuffd.handlers.process import _wire
+from pyuffd.handlers.process._book import Book, ServedBook, SpaceBook
+from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
+from pyuffd.handlers.process._clean import clean_keeper
+from pyuffd.handlers.process._start import signal_name
+from pyuffd.handlers.process._worker import run
 
 REPORT = struct.Struct("=IIQQQ")  # struct uffd_report
 PIECE = struct.Struct("=QQQQQ")  # struct uffd_report_piece
@@ -65,15 +67,14 @@ class OwnerGone(Exception):
 
 
 @dataclass(slots=True)
-class Call:
+class Pending:
     """A call that has not been answered, and the descriptors it came with."""
 
-    name: str
-    payload: bytes
+    message: Message
     fds: list[int]
 
 
-class Worker:
+class WorkerHandle:
     """The worker process, as the keeper sees it."""
 
     def __init__(self, book: Book, shared: mmap.mmap, not_theirs: list[int]) -> None:
@@ -119,7 +120,7 @@ class Worker:
             code = 0
         except BaseException as error:
             try:
-                _wire.send(control, (0, "broken", _wire.pickled_error(error)))
+                _wire.send(control, Message(0, Answer.BROKEN, _wire.pickled_error(error)))
             except OSError:
                 traceback.print_exception(error)
         finally:
@@ -128,7 +129,7 @@ class Worker:
                 sys.stderr.flush()
             os._exit(code)
 
-    def send(self, message: object, fds: list[int]) -> None:
+    def send(self, message: Message, fds: list[int]) -> None:
         """Pass a message on."""
         try:
             _wire.send(self.control, message, tuple(fds))
@@ -162,23 +163,33 @@ class Keeper:
         self._owner = owner
         self._to_owner = bytearray()  # while it does not read: it may hold its GIL, stalled
         self._shared = mmap.mmap(-1, shared_size())
-        self._pending: OrderedDict[int, Call] = OrderedDict()
+        self._pending: OrderedDict[int, Pending] = OrderedDict()
         self._failure: bytes | None = None
         self._short_lives = 0
         self._closing = False
         self._replaying = False  # a worker has still to apply what the one before had read
-        (options, workers), (uffd, self._owner_pidfd) = _wire.receive(owner)
+        first, (uffd, self._owner_pidfd) = _wire.receive(owner)
+        options, workers = pickle.loads(first.body)
         self._book = Book(options, workers)
+        self._notes: dict[Call, Callable[..., None]] = {
+            Call.ADD: self._note_added,
+            Call.SET_IOCTLS: self._note_ioctls,
+            Call.UNSERVE: self._note_unserved,
+            Call.ADD_SPACE: self._note_space,
+            Call.START: self._note_started,
+            Call.END: self._note_ended,
+            Call.REFUSE: self._note_refusing,
+        }
         self._book.spaces[0] = SpaceBook(
             uffd, False, options["layout_events"], options["owner_pid"]
         )
         self._worker = self._start_worker()
 
-    def _start_worker(self) -> Worker:
+    def _start_worker(self) -> WorkerHandle:
         not_theirs = [self._owner.fileno(), self._owner_pidfd]
-        return Worker(self._book, self._shared, not_theirs)
+        return WorkerHandle(self._book, self._shared, not_theirs)
 
-    def _start_successor(self) -> Worker:
+    def _start_successor(self) -> WorkerHandle:
         """Start another worker; there may be no more processes for a moment."""
         give_up = time.monotonic() + FORK_LIMIT_S
         while True:
@@ -230,51 +241,51 @@ class Keeper:
         if not events & (select.POLLIN | select.POLLHUP | select.POLLERR):
             return
         try:
-            (number, name, payload), fds = _wire.receive(self._owner)
+            message, fds = _wire.receive(self._owner)
         except EOFError as error:
             raise OwnerGone from error
         except _wire.DescriptorsLostError as error:
-            self._refuse(error.message[0], error)
+            self._refuse(error.message.number, error)
             return
-        if name == "pids":
+        number, call = message.number, Call(message.word)
+        if call is Call.PIDS:
             self._answer(number, pickle.dumps((os.getpid(), self._worker.pid)))
             return
-        if name == "replace":
+        if call is Call.REPLACE:
             self._give_up_worker()
-        if name == "source_failure":
+        if call is Call.SOURCE_FAILURE:
             self._answer(number, self._failure or pickle.dumps(None))
             return
-        if name == "add":
-            serving: Serving = pickle.loads(payload)[0]
+        if call is Call.ADD:
             try:
-                fds.append(_states_file(serving))
+                fds.append(_states_file(pickle.loads(message.body)[0]))
             except OSError as error:
                 _wire.close_all(fds)
                 self._refuse(number, error)
                 return
-        self._pending[number] = Call(name, payload, fds)
-        if name == "close":
+        self._pending[number] = Pending(message, fds)
+        if call is Call.CLOSE:
             self._closing = True
-        self._worker.send((number, name, payload), fds)
+        self._worker.send(message, fds)
 
     def _answer(self, number: int, payload: bytes) -> None:
-        self._send_to_owner((number, True, payload))
+        self._send_to_owner(Message(number, Answer.DONE, payload))
 
     def _refuse(self, number: int, error: Exception) -> None:
         """Answer a call that cannot be passed on."""
         if not isinstance(error, UffdError):
             error = HandlerError(f"the helper process cannot do it: {error}")
         payload = _wire.pickled_error(error, with_traceback=False)
-        self._send_to_owner((number, False, payload))
+        self._send_to_owner(Message(number, Answer.REFUSED, payload))
 
     def tell_end(self, error: BaseException) -> None:
         """Say what the helper ends with."""
-        self._send_to_owner((0, "died", _wire.pickled_error(error)))
+        self._send_to_owner(Message(0, Answer.DIED, _wire.pickled_error(error)))
 
     def _warn(self, text: str) -> None:
-        self._send_to_owner((0, "warning", pickle.dumps(text)))
+        self._send_to_owner(Message(0, Answer.WARNING, pickle.dumps(text)))
 
-    def _send_to_owner(self, message: object) -> None:
+    def _send_to_owner(self, message: Message) -> None:
         self._to_owner += _wire.encode(message)
         self._flush()
 
@@ -291,7 +302,7 @@ class Keeper:
         """Forks and other processes that were served must not read zeros."""
         for _ in range(2):
             try:
-                self._worker.send((0, "orphan", b""), [])
+                self._worker.send(Message(0, Call.ORPHAN), [])
                 self._worker.end(ORPHAN_LIMIT_S)
                 self._worker.close()
                 return
@@ -303,63 +314,69 @@ class Keeper:
 
     def _read_reply(self) -> None:
         try:
-            (number, ok, payload), _ = _wire.receive(self._worker.control)
+            message, _ = _wire.receive(self._worker.control)
         except EOFError as error:
             raise WorkerGone from error
-        if number == 0 and ok == "broken":
+        number, answer, payload = message
+        if answer == Answer.BROKEN:
             self._worker.error = payload
             return
-        if number == 0 and ok == "replayed":
+        if answer == Answer.REPLAYED:
             self._replaying = False
             self._worker.start_s = time.monotonic() - self._worker.born_s
             _wire.close_all(self._book.rescued)
             return
-        if number == 0:
+        if answer == Answer.FAILED:
             self._failure = self._failure or payload
             return
         call = self._pending.pop(number, None)
         if call is None:
             return
-        if ok:
+        if answer == Answer.DONE:
             self._note(call, payload)
         else:
             _wire.close_all(call.fds)
-        self._send_to_owner((number, ok, payload))
+        self._send_to_owner(message)
 
-    def _note(self, call: Call, payload: bytes) -> None:
-        """Write into the book what a call has changed."""
-        args: tuple[Any, ...] = pickle.loads(call.payload)
-        book = self._book
-        match call.name:
-            case "add":
-                served: RangeId = pickle.loads(payload)
-                may_hang = args[0].has_source_fd and _is_remote(call.fds[0])
-                book.served[served.number] = ServedBook(
-                    args[0], call.fds, closing_may_hang=may_hang
-                )
-                return
-            case "set_ioctls":
-                if args[0].number in book.served:
-                    book.served[args[0].number].ioctls = args[1]
-            case "unserve" if pickle.loads(payload):
-                gone = book.served.pop(args[0].number, None)
-                if gone is not None:
-                    # What may hang is left to the end of the process.
-                    _wire.close_all(gone.fds[1:] if gone.closing_may_hang else gone.fds)
-            case "add_space":
-                number: int = pickle.loads(payload)
-                book.spaces[number] = SpaceBook(call.fds[0], False, args[0], args[1])
-                return
-            case "start":
-                book.cpus = args[0]
-            case "end":
-                book.cpus = None
-                book.refusing = True
-                # Their descriptors close with the process: that of a hung file system's file would
-                # be waited for.
-            case "refuse":
-                book.refusing = True
+    def _note(self, call: Pending, payload: bytes) -> None:
+        """Write into the book what a call has changed; what it does not keep open is closed."""
+        what = Call(call.message.word)
+        if KINDS[what].changes_book:
+            self._notes[what](call.fds, pickle.loads(payload), *pickle.loads(call.message.body))
         _wire.close_all(call.fds)
+
+    def _note_added(self, fds: list[int], served: RangeId, spec: RangeSpec) -> None:
+        may_hang = spec.content.kind is SourceKind.FILE and _is_remote(fds[0])
+        book = ServedBook(spec, list(fds), closing_may_hang=may_hang)
+        self._book.served[served.number] = book
+        fds.clear()
+
+    def _note_ioctls(self, _: list[int], __: None, served: RangeId, ioctls: int) -> None:
+        if served.number in self._book.served:
+            self._book.served[served.number].ioctls = ioctls
+
+    def _note_unserved(self, _: list[int], done: bool, served: RangeId, *__: object) -> None:
+        gone = self._book.served.pop(served.number, None) if done else None
+        if gone is not None:
+            # What may hang is left to the end of the process.
+            _wire.close_all(gone.fds[1:] if gone.closing_may_hang else gone.fds)
+
+    def _note_space(
+        self, fds: list[int], number: int, layout_events: int, owner_pid: int, _: int
+    ) -> None:
+        self._book.spaces[number] = SpaceBook(fds[0], False, layout_events, owner_pid)
+        fds.clear()
+
+    def _note_started(self, _: list[int], __: None, cpus: list[int]) -> None:
+        self._book.cpus = cpus
+
+    def _note_ended(self, *_: object) -> None:
+        # Descriptors close with the process: that of a hung file system's file would be waited for.
+        self._book.cpus = None
+        self._book.refusing = True
+
+    def _note_refusing(self, *_: object) -> None:
+        self._book.refusing = True
 
     def _read_report(self) -> None:
         """Follow where the memory is."""
@@ -418,11 +435,11 @@ class Keeper:
     def _asked_for(self) -> tuple[int, int]:
         """Return address and length of the first page that a source was asked for; or zeros."""
         for served in self._book.served.values():
-            serving = served.serving
-            states = os.pread(served.fds[-1], serving.length // serving.page_size, 0)
+            spec = served.spec
+            states = os.pread(served.fds[-1], spec.length // spec.page_size, 0)
             asked = [at for at in (states.find(one) for one in IN_FLIGHT) if at >= 0]
             if asked:
-                return serving.start + min(asked) * serving.page_size, serving.page_size
+                return spec.start + min(asked) * spec.page_size, spec.page_size
         return 0, 0
 
     def _replace_worker(self) -> None:
@@ -450,8 +467,8 @@ class Keeper:
         poisons = ": it poisons what is asked for" if self._book.refusing else ""
         self._warn(f"a worker process {how}, another took over{poisons}")
         self._worker = self._start_successor()
-        for number, call in list(self._pending.items()):
-            self._worker.send((number, call.name, call.payload), call.fds)
+        for call in list(self._pending.values()):
+            self._worker.send(call.message, call.fds)
 
     def _bury_worker(self) -> int:
         """Read what the worker had said, take over what it had not, and return its exit code."""
@@ -490,9 +507,9 @@ def _is_remote(fd: int) -> bool:
     return False
 
 
-def _states_file(serving: Serving) -> int:
-    """Return a file for the states of a serving's pages, which outlives a worker."""
-    pages = serving.length // serving.page_size
+def _states_file(spec: RangeSpec) -> int:
+    """Return a file for the states of a range's pages, which outlives a worker."""
+    pages = spec.length // spec.page_size
     with named("memfd_create", "keep the states of pages"):
         fd = os.memfd_create("uffd-states", os.MFD_CLOEXEC)
     try:
@@ -537,4 +554,4 @@ def main(fd: int, owner_pid: int, stderr: int) -> None:
 
 def _tell_end(owner: socket.socket, error: BaseException) -> None:
     with contextlib.suppress(OSError):
-        _wire.send(owner, (0, "died", _wire.pickled_error(error)))
+        _wire.send(owner, Message(0, Answer.DIED, _wire.pickled_error(error)))

@@ -1,12 +1,11 @@
 """The worker process of the process driver: an engine, its threads, and calls from the owner.
 
-It is a fork of the keeper (`_helper`), which knows what an earlier worker served; if there was
+It is a fork of the keeper (`_keeper`), which knows what an earlier worker served; if there was
 one that died, this one goes on where it was (layer L4).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
 import mmap
@@ -14,29 +13,29 @@ import os
 import pickle
 import socket
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyuffd import _memory
-from pyuffd._abi import RegisterMode
 from pyuffd._errors import HandlerError, UffdError, UffdOSError
-from pyuffd.handlers import _wire
-from pyuffd.handlers._clean import clean_worker
 from pyuffd.handlers._engine import follow_parent, hold_descriptors
-from pyuffd.handlers._transport import PackedSource, unpack
+from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import (
     Content,
-    EngineOptions,
     Failure,
     FailureStage,
-    Piece,
     RangeId,
     RangeSpec,
     SourceFailure,
     SourceKind,
     Taken,
 )
-from pyuffd.handlers._workers import WorkedEngine
+from pyuffd.handlers.process import _wire
+from pyuffd.handlers.process._book import Book, ServedBook, SpaceBook
+from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
+from pyuffd.handlers.process._clean import clean_worker
+from pyuffd.handlers.process._transport import PackedSource, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -44,73 +43,6 @@ if TYPE_CHECKING:
     from pyuffd.sources import PageSource
 
 log = logging.getLogger(__name__)
-
-# These wait for others; meanwhile the owner may ask for something else.
-SLOW = {"populate", "drain", "unserve", "end", "remove_space"}
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What the owner asks to be served. Descriptors come beside it, in this order, if any."""
-
-    space: int
-    start: int
-    length: int
-    page_size: int
-    mode: RegisterMode
-    kind: SourceKind
-    source: PackedSource | None = None
-    source_offset: int = 0
-    source_length: int = 0
-    local_offset: int = -1
-    writes_cache: bool = False
-    maps_holes: bool = False
-    shared: bool = False
-    label: str = ""
-
-    @property
-    def has_source_fd(self) -> bool:
-        """Whether the source's descriptor comes first."""
-        return self.kind is SourceKind.FILE
-
-
-@dataclass(slots=True)
-class ServedBook:
-    """A serving that exists, and its descriptors; the last one holds its pages' states."""
-
-    serving: Serving
-    fds: list[int]
-    ioctls: int = 0
-    closing_may_hang: bool = False  # it asks the server of a file system
-
-
-@dataclass(slots=True)
-class SpaceBook:
-    """An address space: its userfaultfd, and where the pieces of its servings are."""
-
-    fd: int
-    is_fork: bool
-    layout_events: int
-    owner_pid: int = 0  # 0: unknown, as of every fork
-    states_fd: int = -1
-    pieces: dict[int, list[Piece]] = field(default_factory=dict)
-    expected: list[Piece] = field(default_factory=list)  # unmappings whose events are still to come
-
-
-@dataclass(slots=True)
-class Book:
-    """What the keeper knows: enough to go on after a worker's death."""
-
-    options: EngineOptions
-    workers: int
-    spaces: dict[int, SpaceBook] = field(default_factory=dict)
-    served: dict[int, ServedBook] = field(default_factory=dict)
-    cpus: list[int] | None = None  # of a started engine
-    refusing: bool = False
-    gave_up: bool = False  # refusing because workers died, not because the owner asked
-    restarts: int = 0
-    reported: int = 0  # the last layout event that a worker reported
-    rescued: list[int] = field(default_factory=list)  # forks that the last one had not reported
 
 
 def run(
@@ -126,13 +58,13 @@ def run(
         )
     except OSError as error:
         log.warning("a fork is lost if this process is killed as it reads of it: %s", error)
-    worker = Worker(control, reports, book, shared)
+    worker = WorkerProcess(control, reports, book, shared)
     worker.take_over(book)
     worker.answer_calls()
 
 
-class Worker:
-    """The engine, and the servings it has by number."""
+class WorkerProcess:
+    """The engine, and the ranges it serves by number."""
 
     def __init__(
         self, control: socket.socket, reports: socket.socket, book: Book, shared: mmap.mmap
@@ -154,6 +86,33 @@ class Worker:
             failed=self._report_failure,
             **book.options,
         )
+        engine = self._engine
+        self._does: dict[Call, Callable[..., Any]] = {
+            Call.HELLO: self.hello,
+            Call.ADD_SPACE: self.add_space,
+            Call.FIND_SPACE: self.find_space,
+            Call.REMOVE_SPACE: self.remove_space,
+            Call.ADD: self.add,
+            Call.FIND: self.find,
+            Call.SET_IOCTLS: engine.set_ioctls,
+            Call.UNSERVE: self.unserve,
+            Call.START: self.start,
+            Call.END: engine.end,
+            Call.HELD: engine.held,
+            Call.HURRY: engine.hurry,
+            Call.DRAIN: engine.drain,
+            Call.REFUSE: engine.refuse,
+            Call.ABANDON: self.abandon,
+            Call.POPULATE: engine.populate,
+            Call.TAKE_IN: engine.take_in,
+            Call.WRITEPROTECT: engine.writeprotect,
+            Call.STATES: engine.states,
+            Call.SPACES: self.spaces,
+            Call.OWNER_EXITED: self.owner_exited,
+            Call.STATS: self.stats,
+            Call.RECENT: engine.recent,
+            Call.FAILURE: self.failure,
+        }
 
     # Going on after another worker
 
@@ -171,9 +130,9 @@ class Worker:
             for unmap in space.expected:
                 self._engine.expect_unmap(number, unmap.start, unmap.end)
         for id_, served in book.served.items():
-            self._take_over_serving(id_, served, book.spaces, refusing=book.refusing)
+            self._take_over_range(id_, served, book.spaces, refusing=book.refusing)
         self._engine.replay(book.reported)
-        self._reply((0, "replayed", b""))
+        self._reply(Message(0, Answer.REPLAYED))
         _wire.close_all(book.rescued)
         # The engine has what it needs of them; the keeper has its own.
         for served in book.served.values():
@@ -189,29 +148,29 @@ class Worker:
             self.start(book.cpus)
             self._engine.wake_all()
 
-    def _take_over_serving(
+    def _take_over_range(
         self, id_: int, book: ServedBook, spaces: dict[int, SpaceBook], *, refusing: bool
     ) -> None:
-        serving = book.serving
-        self._served[id_] = RangeId(serving.space, id_, serving.start, serving.length)
+        spec = book.spec
+        self._served[id_] = RangeId(spec.space, id_, spec.start, spec.length)
         try:
             # Who only poisons reads no source: it may be what the other worker hung in.
             content, local = (
-                (_unread(serving), None) if refusing else _open(serving, book.fds, retry=True)
+                (_unread(spec), None) if refusing else _open(spec, book.fds, retry=True)
             )
         except (OSError, ValueError) as error:
             # Its faults are refused as unserved: no zeros.
-            log.error("[%#x, +%#x) was not taken over: %s", serving.start, serving.length, error)
+            log.error("[%#x, +%#x) was not taken over: %s", spec.start, spec.length, error)
             return
         for number, space in spaces.items():
-            own_states = space.states_fd < 0 or serving.shared
+            own_states = space.states_fd < 0 or spec.shared
             for piece in space.pieces.get(id_, ()):
                 taken = Taken(
                     piece,
                     book.fds[-1] if own_states else space.states_fd,
                     0 if own_states else piece.states_offset,
                 )
-                self._add(number, serving, content, local, taken=taken)
+                self._add(replace(spec, space=number), content, local, taken=taken)
                 place = RangeId(number, id_, piece.start, piece.end - piece.start)
                 self._engine.set_ioctls(place, book.ioctls)
 
@@ -221,52 +180,52 @@ class Worker:
         """Do what the owner asks for, in order; what may wait has a thread of its own."""
         while True:
             try:
-                (call, name, payload), fds = _wire.receive(self._control)
+                message, fds = _wire.receive(self._control)
             except EOFError:
                 return  # the keeper is gone
             except _wire.DescriptorsLostError as error:
                 lost = HandlerError(f"the worker process cannot do it: {error}")
-                self._reply(
-                    (error.message[0], False, _wire.pickled_error(lost, with_traceback=False))
-                )
+                described = _wire.pickled_error(lost, with_traceback=False)
+                self._reply(Message(error.message.number, Answer.REFUSED, described))
                 continue
-            if name == "close":
+            if message.word == Call.CLOSE:
                 self._engine.destroy()
                 return
-            if name == "orphan":
+            if message.word == Call.ORPHAN:
                 self._seal_all()
                 return
-            if name not in SLOW or not self._answer_beside(call, name, payload, fds):
-                self._answer(call, name, payload, fds)
+            kind = KINDS[Call(message.word)]
+            if not kind.waits or not self._answer_beside(message, fds):
+                self._answer(message, fds)
 
-    def _answer_beside(self, *call: Any) -> bool:
+    def _answer_beside(self, message: Message, fds: list[int]) -> bool:
         """Answer in a thread of its own; False where there may be no more."""
         try:
-            threading.Thread(target=self._answer, args=call, daemon=True).start()
+            threading.Thread(target=self._answer, args=(message, fds), daemon=True).start()
         except RuntimeError:
             return False
         return True
 
-    def _answer(self, call: int, name: str, payload: bytes, fds: list[int]) -> None:
+    def _answer(self, message: Message, fds: list[int]) -> None:
+        call = Call(message.word)
         try:
-            args = pickle.loads(payload)
-            value = getattr(self, name)(*args, fds) if fds else self._method(name)(*args)
-            self._reply((call, True, pickle.dumps(value)))
+            args = pickle.loads(message.body)
+            value = self._does[call](*args, *([fds] if KINDS[call].has_fds else []))
+            self._reply(Message(message.number, Answer.DONE, pickle.dumps(value)))
         except BaseException as error:  # the owner raises it
             refused = isinstance(error, UffdError | ValueError) and error.__cause__ is None
-            self._reply((call, False, _wire.pickled_error(error, with_traceback=not refused)))
+            described = _wire.pickled_error(error, with_traceback=not refused)
+            self._reply(Message(message.number, Answer.REFUSED, described))
 
-    def _method(self, name: str) -> Any:
-        return getattr(self, name, None) or getattr(self._engine, name)
-
-    def _reply(self, message: object) -> None:
+    def _reply(self, message: Message) -> None:
         data = _wire.encode(message)
         with self._send_lock:
             _wire.sendall(self._control, data)
 
     def _report_failure(self, failure: SourceFailure) -> None:
         blob = _wire.pickled_error(failure.error)
-        self._reply((0, "failed", pickle.dumps((blob, failure.start, failure.length))))
+        body = pickle.dumps((blob, failure.start, failure.length))
+        self._reply(Message(0, Answer.FAILED, body))
 
     def hello(self) -> None:
         """Say that the engine is there."""
@@ -299,11 +258,11 @@ class Worker:
         if space in self._space_fds:
             os.close(self._space_fds.pop(space))
 
-    def add(self, serving: Serving, fds: list[int]) -> RangeId:
+    def add(self, spec: RangeSpec, fds: list[int]) -> RangeId:
         """Serve a range."""
         try:
-            content, local = _open(serving, fds, retry=False)
-            served = self._add(serving.space, serving, content, local, states_fd=fds[-1])
+            content, local = _open(spec, fds, retry=False)
+            served = self._add(spec, content, local, states_fd=fds[-1])
         finally:
             _wire.close_all(fds)
         self._served[served.number] = served
@@ -311,29 +270,16 @@ class Worker:
 
     def _add(
         self,
-        space: int,
-        serving: Serving,
+        spec: RangeSpec,
         content: Content,
         local: mmap.mmap | None,
         *,
         states_fd: int = -1,
         taken: Taken | None = None,
     ) -> RangeId:
-        spec = RangeSpec(
-            space,
-            serving.start,
-            serving.length,
-            serving.page_size,
-            serving.mode,
-            content,
-            local=_memory.buffer_address(local)[0] if local is not None else 0,
-            writes_cache=serving.writes_cache,
-            maps_holes=serving.maps_holes,
-            shared=serving.shared,
-            owner=local,
-            label=serving.label,
-        )
-        return self._engine.add(spec, states_fd=states_fd, taken=taken)
+        address = _memory.buffer_address(local)[0] if local is not None else 0
+        here = replace(spec, content=content, local=address, local_file=None, owner=local)
+        return self._engine.add(here, states_fd=states_fd, taken=taken)
 
     def unserve(
         self, served: RangeId, seal: bool, unregister: bool, patience_s: float, gently: bool
@@ -352,7 +298,7 @@ class Worker:
 
     def stats(self) -> object:
         """Return the counters, of earlier workers as well."""
-        return dataclasses.replace(self._engine.stats(), restarts=self._restarts)
+        return replace(self._engine.stats(), restarts=self._restarts)
 
     def failure(self) -> Failure | None:
         """Return what went wrong; the death of workers comes first."""
@@ -394,7 +340,9 @@ class _LostSource:
         raise OSError(errno.EIO, f"the page source is lost: {self._error}") from self._error
 
 
-def _load(packed: PackedSource, *, retry: bool) -> PageSource:
+def _load(packed: object, *, retry: bool) -> PageSource | None:
+    if not isinstance(packed, PackedSource):
+        return None
     try:
         return unpack(packed)
     except ValueError as error:
@@ -403,23 +351,22 @@ def _load(packed: PackedSource, *, retry: bool) -> PageSource:
         raise
 
 
-def _unread(serving: Serving) -> Content:
-    if serving.kind in (SourceKind.ZERO, SourceKind.NONE):
-        return Content(serving.kind)
+def _unread(spec: RangeSpec) -> Content:
+    if spec.content.kind in (SourceKind.ZERO, SourceKind.NONE):
+        return Content(spec.content.kind)
     return Content(SourceKind.REQUEST, owner=_LostSource(OSError(errno.EIO, "not read any more")))
 
 
-def _open(serving: Serving, fds: list[int], *, retry: bool) -> tuple[Content, mmap.mmap | None]:
-    """Return the content, and the serving's memory mapped here where that is needed."""
+def _open(spec: RangeSpec, fds: list[int], *, retry: bool) -> tuple[Content, mmap.mmap | None]:
+    """Return the content, and the range's memory mapped here where that is needed."""
     files = list(fds)
-    content = Content(
-        serving.kind,
-        fd=files.pop(0) if serving.has_source_fd else -1,
-        offset=serving.source_offset,
-        length=serving.source_length,
-        owner=_load(serving.source, retry=retry) if serving.source else None,
+    has_file = spec.content.kind is SourceKind.FILE
+    content = replace(
+        spec.content,
+        fd=files.pop(0) if has_file else -1,
+        owner=_load(spec.content.owner, retry=retry),
     )
-    if serving.local_offset < 0:
+    if spec.local_file is None:
         return content, None
-    local = mmap.mmap(files[0], serving.length, mmap.MAP_SHARED, offset=serving.local_offset)
+    local = mmap.mmap(files[0], spec.length, mmap.MAP_SHARED, offset=spec.local_file[1])
     return content, local
