@@ -38,7 +38,7 @@ from pyuffd import (
     ZeroSource,
     _memory,
 )
-from pyuffd.handlers._process import RemoteEngine
+from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.testing import kill
 from tests._child import SCALE
 from tests._memory import TYPES, memory_of
