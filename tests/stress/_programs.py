@@ -428,7 +428,9 @@ class Run:
         found = self.handler.writeprotect(self.region, first * self.size, (end - first) * self.size)
         for page, state in zip(range(first, end), map(PageState, found), strict=True):
             possible = [pair for w in self.worlds[page] for pair in self.rules.protect(w)]
-            if state is PageState.IN_FLIGHT and self.prefetches:
+            # A worker wakes the reader of a page before it notes the page's state.
+            may_be_at_it = self.prefetches or self.setting.source == "python"
+            if state is PageState.IN_FLIGHT and may_be_at_it:
                 self.worlds[page] = {w for _, w in possible}
                 continue
             left = {world for seen, world in possible if seen is state}
