@@ -423,3 +423,30 @@ def signal_handler_faults() -> None:
 
 def test_fault_inside_a_signal_handler() -> None:
     run_child(signal_handler_faults)
+
+
+# A thread that blocks SIGBUS
+
+
+def blocks_sigbus(how: str, memory: str) -> None:
+    with serving("inline", memory) as (handler, make):
+        region = make.pages(2)
+        data = content(region.length)
+        handler.serve(region, BufferSource(data))
+        handler.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {SIGBUS})
+        if how == "populated":
+            handler.populate(region)
+        if how == "method":
+            assert region.read(0, 1) == data[:1]
+            region.write(region.page_size, b"x")
+        else:
+            assert ctypes.string_at(region.start, 1) == data[:1]
+        assert SIGBUS in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+@pytest.mark.parametrize("memory", memory_params())
+@pytest.mark.parametrize(("how", "ends"), [("plain", -SIGBUS), ("method", 0), ("populated", 0)])
+def test_a_thread_that_blocks_sigbus(how: str, ends: int, memory: str) -> None:
+    """Linux kills for a fault's signal that is blocked; Region's methods unblock it meanwhile."""
+    run_child(blocks_sigbus, how, memory, expect=ends)

@@ -111,7 +111,8 @@ class Handler(SoleOwner):
         driver: "native", a C thread: faults of any thread or process, and of system calls.
             "inline", in the faulting thread itself by a SIGBUS handler: the fastest, for
             accesses of this process's own code only; a system call that touches a missing page
-            fails with EFAULT (`populate` first). Needs Feature.SIGBUS. "process", for page
+            fails with EFAULT (`populate` first), and a thread that blocks SIGBUS is killed by its
+            first fault outside methods of `Region`. Needs Feature.SIGBUS. "process", for page
             sources in Python: another process gets a copy of them, and calls them there, so that
             a thread may fault while it holds the GIL. They must be picklable; lambdas, closures
             and what a notebook defines need the package cloudpickle. Without it a program whose
