@@ -84,6 +84,7 @@ struct uffd_space {
 	int pagemap_fd;			/* of the owner; -1: cannot be read */
 	uint32_t layout_events;	/* which are on: UFFD_FEATURE_EVENT_* */
 	struct expected_unmap *expected;
+	bool is_put_off;		/* for the leader: no descriptor is free for a fork's event */
 	_Atomic bool gone;		/* the memory it governed is no more */
 	struct uffd_table *table;	/* its own, or the process's for inline */
 	struct uffd_table own_table;

@@ -7,6 +7,8 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include "say.h"
 #include "uffd_line.h"
@@ -141,4 +143,39 @@ void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
 	uffd_line_text(&line, "; ");
 	uffd_line_text(&line, consequence);
 	say(engine, &line);
+}
+
+/* Which limit it is, and what to do. */
+static void put_limit(struct uffd_line *line, int error)
+{
+	struct rlimit limit;
+
+	if (error != EMFILE || getrlimit(RLIMIT_NOFILE, &limit)) {
+		uffd_line_text(line, error == ENFILE
+					     ? "the system has as many open files as fs.file-max allows"
+					     : "ENOMEM (out of memory)");
+		return;
+	}
+	uffd_line_text(line, "RLIMIT_NOFILE of process ");
+	uffd_line_number(line, (uint64_t)getpid(), 10);
+	uffd_line_text(line, " is ");
+	uffd_line_number(line, limit.rlim_cur, 10);
+	uffd_line_text(line, " (its hard limit ");
+	uffd_line_number(line, limit.rlim_max, 10);
+	uffd_line_text(line, "), and no descriptor is free");
+}
+
+void say_read_is_put_off(struct uffd_space *space, int error)
+{
+	struct uffd_engine *engine = space->engine;
+	struct uffd_line line = { .used = 0 };
+
+	if (!may_say(engine, &engine->said[UFFD_FAILED_READ]))
+		return;
+	uffd_line_text(&line, "pyuffd: userfaultfd ");
+	uffd_line_number(&line, (uint64_t)space->fd, 10);
+	uffd_line_text(&line, " cannot be read: ");
+	put_limit(&line, -error);
+	uffd_line_text(&line, "; a fork() waits until it can, and it is tried again");
+	uffd_line_write(&line, engine->options.say_fd);
 }

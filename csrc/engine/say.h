@@ -9,5 +9,7 @@ void say_page_fails(struct uffd_range *range, uint64_t page, int error,
 		    enum uffd_failure_stage stage);
 void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
 		      enum uffd_failure_stage stage, const char *consequence);
+/* A read that fails for want of descriptors or memory, and is tried again; once for each time. */
+void say_read_is_put_off(struct uffd_space *space, int error);
 
 #endif /* UFFD_ENGINE_SAY_H */

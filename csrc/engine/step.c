@@ -2,6 +2,7 @@
 /* The step of whoever leads: read, apply, resolve, and fill ahead. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <sys/epoll.h>
 
 #include "barrier.h"
@@ -17,9 +18,11 @@
 #include "step.h"
 #include "stray.h"
 
-/* Prefetching, for the leader */
-
-/* The step */
+/*
+ * So often a read is tried again that fails for want of a descriptor.  Faults are read
+ * meanwhile, as they come before events, and wait so long at most.
+ */
+#define PUT_OFF_MS		10
 
 /* Reading may fail for want of descriptors or memory; the message stays queued. */
 static bool is_passing(int error)
@@ -94,8 +97,12 @@ void retry_deferred(struct uffd_engine *engine)
 
 	for (size_t i = 0; i < total; i++) {
 		struct deferred_fault fault = list->faults[i];
-		bool last_try = now - fault.since_ns > engine->options.retry_limit_ns;
+		bool last_try;
 
+		/* The layout changes until the event has been read: that is not the fault's failure. */
+		if (fault.space->is_put_off)
+			fault.since_ns = now;
+		last_try = now - fault.since_ns > engine->options.retry_limit_ns;
 		count(engine, COUNTER(retried), 1);
 		outcome = handle_fault(engine, &fault, last_try);
 		if (outcome == OUTCOME_DISMISSED)
@@ -131,6 +138,27 @@ static int64_t drain_and_apply(struct uffd_space *space)
 	return queued;
 }
 
+/* Wait a little, or until somebody wakes the leader. */
+static void put_off(struct uffd_space *space, int error)
+{
+	struct uffd_engine *engine = space->engine;
+	struct pollfd wake = { .fd = engine->wake_fd, .events = POLLIN };
+
+	if (!space->is_put_off) {
+		count(engine, COUNTER(deferred), 1);
+		say_read_is_put_off(space, error);
+	}
+	space->is_put_off = true;
+	poll(&wake, 1, PUT_OFF_MS);
+}
+
+static void note_read(struct uffd_space *space)
+{
+	if (space->is_put_off)
+		atomic_store(&space->engine->said[UFFD_FAILED_READ], false);
+	space->is_put_off = false;
+}
+
 /* False: dismissed. */
 static bool step_space(struct uffd_space *space, uint32_t *handled)
 {
@@ -139,15 +167,15 @@ static bool step_space(struct uffd_space *space, uint32_t *handled)
 	enum outcome outcome;
 	uint64_t now;
 
+	if (is_passing((int)queued)) {
+		put_off(space, (int)queued);
+		return true;
+	}
+	note_read(space);
 	if (queued < 0) {
 		note_failure(engine, 0, 0, (int)queued, UFFD_FAILED_READ);
 		say_engine_fails(engine, 0, (int)queued, UFFD_FAILED_READ,
-				 is_passing((int)queued) ? "it is tried again"
-							 : "its faults are answered no more");
-		if (is_passing((int)queued)) {
-			sched_yield();
-			return true;
-		}
+				 "its faults are answered no more");
 		atomic_store(&space->gone, true);
 		atomic_fetch_add(&engine->doomed_spaces, 1);
 	}

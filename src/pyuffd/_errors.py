@@ -230,9 +230,11 @@ def limit_met(code: int) -> str:
         return "the system has as many open files as fs.file-max allows: raise it (sysctl)"
     if code not in _LIMITS:
         return ""
-    import resource
-
     name, what, option = _LIMITS[code]
+    try:
+        import resource
+    except (ImportError, OSError):  # for want of a descriptor, it may be
+        return f"{name} ({what}): raise it (`ulimit {option}`)"
     soft, hard = resource.getrlimit(getattr(resource, name))
     # A file system has a limit of its own.
     if soft == resource.RLIM_INFINITY:

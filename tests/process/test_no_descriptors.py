@@ -1,0 +1,173 @@
+"""No descriptor is left for a fork's userfaultfd: it waits, with a word, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from pyuffd import BufferSource, CallableSource, Feature, FileSource, Fork, Handler, HandlerError
+from pyuffd.testing import FaultingChild
+from tests._child import SCALE, run_child
+from tests._memory import PAGE
+from tests._need import needs
+from tests.kernel._serving import wait_until
+
+Driver = Literal["native", "thread", "process"]
+DRIVERS: tuple[Driver, ...] = ("native", "thread", "process")
+LACKS_S = 1.0
+RETRY_LIMIT_S = 5.0  # of a fault that is put off
+HARD = 4096
+
+pytestmark = needs(Feature.EVENT_FORK)
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            yield child
+            yield from descendants(child)
+
+
+@contextlib.contextmanager
+def no_descriptors(*pids: int) -> Iterator[None]:
+    """Leave no number to these processes below their limit (of descriptors)."""
+    for pid in pids:
+        free = 0
+        while os.path.lexists(f"/proc/{pid}/fd/{free}"):
+            free += 1
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, HARD))
+    try:
+        yield
+    finally:
+        for pid in pids:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (HARD, HARD))
+
+
+def source(driver: Driver, length: int) -> BufferSource | FileSource | CallableSource:
+    if driver == "process":
+        with open(os.memfd_create("content"), "w+b") as file:
+            file.write(b"c" * length)
+            file.flush()
+            return FileSource(file.fileno())
+    if driver == "thread":
+        return CallableSource(lambda _, size: b"c" * size)
+    return BufferSource(b"c" * length)
+
+
+def waits(driver: Driver, lacks_s: float) -> None:
+    with (
+        FaultingChild(pages=4, features=Feature.EVENT_FORK) as child,
+        Handler(child.uffd, driver=driver) as handler,
+    ):
+        handler.serve(child.region, source(driver, 4 * PAGE))
+        readers = list(descendants(os.getpid())) if driver == "process" else [os.getpid()]
+        if driver == "process":
+            readers.remove(child.pid)
+        cpu = time.process_time()
+        with no_descriptors(*readers):
+            fork = child.begin("fork", "read", PAGE, 2)
+            time.sleep(lacks_s)
+            assert fork.running
+            # The layout changes until then, so it is put off: for longer than other faults.
+            other = child.begin("read", 0, 2, thread=1)
+            time.sleep(lacks_s)
+            assert other.running
+        assert other.done(20 * SCALE) == b"cc"
+        assert fork.done(20 * SCALE).value == b"cc"
+        assert time.process_time() - cpu < lacks_s / 2
+        stats = handler.stats()
+        assert stats.forks == 1
+        assert stats.failed == 0
+        assert 1 <= stats.deferred <= 4
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_fork_waits(driver: Driver) -> None:
+    ended = run_child(waits, driver, LACKS_S, budget_s=30)
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("pyuffd: ")]
+    assert "RLIMIT_NOFILE of process " in line
+    assert f"its hard limit {HARD}" in line
+
+
+def test_faults_beside_it_are_not_given_up() -> None:
+    run_child(waits, "native", RETRY_LIMIT_S + 1, budget_s=40)
+
+
+def stops(driver: Driver) -> None:
+    with FaultingChild(pages=4, features=Feature.EVENT_FORK) as child:
+        handler = Handler(child.uffd, driver=driver)
+        handler.start()
+        handler.serve(child.region, source(driver, 4 * PAGE))
+        with no_descriptors(os.getpid()):
+            fork = child.begin("fork")
+            wait_until(lambda: handler.stats().deferred > 0, "its event cannot be read")
+            began = time.monotonic()
+            with contextlib.suppress(HandlerError):
+                handler.stop(timeout_s=1)
+            assert time.monotonic() - began < 10 * SCALE
+        for event in child.uffd.read_events():
+            assert isinstance(event, Fork)
+            event.uffd.close()
+        fork.done(20 * SCALE)
+
+
+@pytest.mark.parametrize("driver", ["native", "thread"])
+def test_stop_is_bounded(driver: Driver) -> None:
+    run_child(stops, driver, budget_s=30)
+
+
+def read_by_hand(is_imported: bool) -> None:
+    with FaultingChild(pages=4, features=Feature.EVENT_FORK) as child:
+        with no_descriptors(os.getpid()):
+            fork = child.begin("fork")
+            time.sleep(LACKS_S)
+            if not is_imported:  # and cannot be, without a descriptor
+                del sys.modules["resource"]
+            with pytest.raises(OSError, match="RLIMIT_NOFILE") as caught:
+                child.uffd.read_events()
+            assert caught.value.errno == errno.EMFILE
+            assert fork.running
+        (event,) = child.uffd.read_events()
+        assert isinstance(event, Fork)
+        event.uffd.close()
+        fork.done()
+
+
+def read_by_a_task() -> None:
+    async def first(child: FaultingChild) -> None:
+        async for event in child.uffd.events():
+            assert isinstance(event, Fork)
+            event.uffd.close()
+            return
+
+    async def main(child: FaultingChild) -> None:
+        child.uffd.events()  # which imports its module
+        with no_descriptors(os.getpid()):
+            fork = child.begin("fork")
+            with pytest.raises(OSError, match="RLIMIT_NOFILE") as caught:
+                await first(child)
+            assert caught.value.errno == errno.EMFILE
+        await first(child)
+        fork.done()
+
+    with FaultingChild(pages=4, features=Feature.EVENT_FORK) as child:
+        asyncio.run(main(child))
+
+
+@pytest.mark.parametrize("is_imported", [True, False], ids=["imported", "not-imported"])
+def test_a_reader_is_told_and_loses_nothing(is_imported: bool) -> None:
+    run_child(read_by_hand, is_imported)
+
+
+def test_a_task_is_told_and_loses_nothing() -> None:
+    run_child(read_by_a_task)
