@@ -31,7 +31,6 @@ __all__ = [
     "CAPABILITIES",
     "HUGE_PAGE",
     "MEMORY_TYPES",
-    "USER_MODE_SUFFICES",
     "Need",
     "free_hugepages",
     "kernel_features",
@@ -50,57 +49,6 @@ __all__ = [
 
 # For tests in the folders of the kernel's tests that open none.
 without_userfaultfd = pytest.mark.without_userfaultfd
-
-# Of those folders, the modules whose tests make do with UFFD_USER_MODE_ONLY, but for those that
-# say needs_kernel_faults(). All others need the faults of system calls too.
-USER_MODE_SUFFICES = frozenset(
-    f"{name}.py"
-    for name in [
-        "kernel/conformance/test_conformance",
-        "kernel/conformance/test_context",
-        "kernel/test_async_events",
-        "kernel/test_docstrings",
-        "kernel/test_examples",
-        "kernel/test_handler_faults",
-        "kernel/test_handler_lifetime",
-        "kernel/test_handler_native",
-        "kernel/test_handler_prefetch",
-        "kernel/test_handler_preserve",
-        "kernel/test_handler_serve",
-        "kernel/test_handler_stats",
-        "kernel/test_handler_threads",
-        "kernel/test_inline_signals",
-        "kernel/test_layout_events",
-        "kernel/test_layout_races",
-        "kernel/test_memory",
-        "kernel/test_memory_types",
-        "kernel/test_pagemap",
-        "kernel/test_pagemap_scan",
-        "kernel/test_probe",
-        "kernel/test_readme",
-        "kernel/test_regions",
-        "kernel/test_regions_arrays",
-        "kernel/test_regions_create",
-        "kernel/test_regions_pages",
-        "kernel/test_residency",
-        "kernel/test_sole_owners",
-        "kernel/test_testing_kit",
-        "kernel/test_userfaultfd_continue",
-        "kernel/test_userfaultfd_copy",
-        "kernel/test_userfaultfd_events",
-        "kernel/test_userfaultfd_fill",
-        "kernel/test_userfaultfd_move",
-        "kernel/test_userfaultfd_open",
-        "kernel/test_userfaultfd_poison",
-        "kernel/test_userfaultfd_register",
-        "kernel/test_userfaultfd_writeprotect",
-        "process/test_demo",
-        "process/test_doctor",
-        "process/test_fork_use",
-        "process/test_machine",
-        "process/test_process_driver_wire",
-    ]
-)
 
 
 class Need(_need.Need):

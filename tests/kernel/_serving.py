@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import pytest
 
-from pyuffd import Feature, Handler, PageState, Userfaultfd
+from pyuffd import Feature, Handler, PageState, UffdOSError, Userfaultfd, _memory
+from pyuffd.conformance._opening import only_user_mode
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
 
@@ -174,7 +175,19 @@ def thread_names() -> list[str]:
 
 
 def is_lost(region: Any, offset: int = 0, length: int | None = None) -> bool:
-    """Whether the kernel gets EFAULT where user code would get SIGBUS."""
+    """Whether user code would get SIGBUS: then the kernel gets EFAULT."""
+    if not only_user_mode():
+        return is_efault(region, offset, length)
+    # Here the kernel gets it wherever a page is missing.
+    try:
+        _memory.read(region.start + offset, region.page_size if length is None else length)
+    except UffdOSError:  # a poisoned huge page is not told from one that the pool has not
+        return True
+    return False
+
+
+def is_efault(region: Any, offset: int = 0, length: int | None = None) -> bool:
+    """Whether the kernel gets EFAULT when it reads this memory."""
     length = region.page_size if length is None else length
     with open(os.memfd_create("sink"), "wb", buffering=0) as sink:
         libc = ctypes.CDLL(None, use_errno=True)

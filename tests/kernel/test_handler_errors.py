@@ -36,7 +36,7 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import PAGE, memory_params
-from tests._need import HUGE_PAGE, needs_hugepages, needs_privilege
+from tests._need import HUGE_PAGE, needs_hugepages, needs_kernel_faults, needs_privilege
 from tests.kernel._mounts import mounted
 from tests.kernel._serving import (
     Driver,
@@ -610,6 +610,7 @@ def stop_with_waiters(name: str, drain: bool) -> None:
         gc.collect()  # the source's view of its region
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("drain", [True, False], ids=["drain", "no-drain"])
 @pytest.mark.parametrize("name", memory_params("anon", "shmem", "hugetlb"))
 def test_stop_with_waiting_threads(name: str, drain: bool) -> None:

@@ -13,6 +13,7 @@ import pytest
 from pyuffd import BufferSource, Handler, HandoverRange, Region, RegisterMode, ZeroSource
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._need import needs_kernel_faults
 from tests.kernel._serving import Driver, handler_of, with_both_drivers
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
@@ -145,6 +146,7 @@ def check_memory_of_two_handlers() -> None:
         assert last.read(0, 1) == b"1"
 
 
+@needs_kernel_faults()
 def test_memory_of_two_handlers() -> None:
     """Another handler's memory is a good source: that one resolves its faults."""
     run_child(check_memory_of_two_handlers)

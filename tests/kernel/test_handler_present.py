@@ -18,8 +18,10 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.conformance._opening import only_user_mode
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._need import needs_privilege
 from tests.kernel._serving import (
     Driver,
     content,
@@ -116,7 +118,9 @@ def after_a_handler(driver: Driver, name: str) -> None:
             second.start()
             assert states(second, region)[1] == CLEAN
             assert region.read(size, size) == data[size : 2 * size]
-            assert is_lost(region, 0, size)
+            # Private poison is not seen without CAP_SYS_ADMIN: the inline driver fills that page.
+            if driver != "inline" or name != "anon" or not only_user_mode():
+                assert is_lost(region, 0, size)
         with handler_of(driver) as third:
             third.serve(region, BufferSource(data), present="drop")
             third.start()
@@ -138,6 +142,7 @@ def locked() -> None:
         assert region.read() == data
 
 
+@needs_privilege("CAP_IPC_LOCK")
 def test_locked_memory() -> None:
     run_child(locked)
 

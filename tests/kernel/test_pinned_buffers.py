@@ -17,7 +17,7 @@ import pytest
 from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import Need, needs
+from tests._need import Need, needs, needs_kernel_faults
 from tests.kernel._serving import states
 
 FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
@@ -123,6 +123,7 @@ def read_into(pinned: str) -> None:
 DIRTY = PageState.DIRTY
 
 
+@needs_kernel_faults()
 @needs(FEATURES)
 @needs_io_uring()
 @pytest.mark.parametrize("pinned", ["before", "after", "not"])

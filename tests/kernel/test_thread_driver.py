@@ -31,7 +31,7 @@ from pyuffd import (
 )
 from tests._barriers import Point, holding
 from tests._child import run_child
-from tests._need import needs
+from tests._need import needs, needs_kernel_faults
 from tests.kernel._serving import is_lost, wait_until
 from tests.process._pitfalls import (
     ALL,
@@ -259,7 +259,7 @@ def short_call(at: Setting) -> None:
     long_call(at, "poison")
 
 
-@pitfall(1, "gil-free-accesses", drivers=ALL)
+@pitfall(1, "gil-free-accesses", drivers=ALL, marks=(needs_kernel_faults(),))
 def gil_free(at: Setting) -> None:
     """What releases the GIL works with both drivers, kernel-side accesses among them."""
     with at.served(8) as (_, region, data):

@@ -65,6 +65,13 @@ EVERY = (*SMALL, "hugetlb", "hugetlb-private")
 
 LAYOUT = Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
 EVENTS = LAYOUT | Feature.EVENT_FORK
+with_and_without_events = pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param(Feature(0), id="no-events"),
+        pytest.param(EVENTS, id="events", marks=needs(EVENTS)),
+    ],
+)
 
 
 @dataclass(frozen=True)

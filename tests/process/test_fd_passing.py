@@ -28,11 +28,11 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import kernel_features, needs, needs_privilege
+from tests._need import kernel_features, needs, needs_kernel_faults, needs_privilege
 from tests.kernel._faults import Task, fork, next_events, next_fault, no_events
 from tests.process._peer import Link, peer
 
-pytestmark = needs(Feature(0))
+pytestmark = [needs(Feature(0)), needs_kernel_faults()]
 
 PAGE = 4096
 NOBODY = 65534

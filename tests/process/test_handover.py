@@ -29,7 +29,7 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs, needs_privilege
+from tests._need import needs, needs_kernel_faults, needs_privilege
 from tests.kernel._faults import next_events
 from tests.process._peer import Link, peer
 
@@ -81,6 +81,7 @@ def lend_as_nobody(link: Link, path: str) -> None:
 # What those do who take it
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("memory_too", [False, True], ids=["uffd", "uffd-and-memory"])
 @pytest.mark.parametrize("name", memory_params())
 def test_handover(tmp_path: Path, name: str, memory_too: bool) -> None:
@@ -114,6 +115,7 @@ def test_handover(tmp_path: Path, name: str, memory_too: bool) -> None:
     assert letters == "CCCC"
 
 
+@needs_kernel_faults()
 @needs(Feature.MINOR_SHMEM)
 def test_memory_is_mapped_here_for_minor_faults(tmp_path: Path) -> None:
     with (
@@ -195,6 +197,7 @@ def test_received_ranges_can_be_sent_on() -> None:
                 assert os.path.sameopenfile(here.fd, there.fd)
 
 
+@needs_kernel_faults()
 def test_no_handshake_is_no_userfaultfd() -> None:
     ours, theirs = socket.socketpair()
     fd = lowlevel.open_syscall(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -23,6 +23,7 @@ from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.handlers.process._start import HelperLostError
 from pyuffd.testing import no_leaks
 from tests._child import run_child
+from tests._need import needs_kernel_faults
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE, content
 from tests.process._scripts import run_program
@@ -274,6 +275,7 @@ if __name__ == "__main__":
 """
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("name", FLAGS)
 def test_options_of_the_interpreter(name: str, tmp_path: Path) -> None:
     flags, env = FLAGS[name]
@@ -525,6 +527,7 @@ def test_descriptors_with_the_numbers_of_streams(driver: str) -> None:
     run_child(low_numbers, driver)
 
 
+@needs_kernel_faults()
 def test_output_of_a_source(tmp_path: Path) -> None:
     """It goes where the program's goes."""
     program = FLAGGED.replace(

@@ -19,7 +19,7 @@ from tests._child import run_child
 from tests._memory import PAGE
 from tests.kernel._faults import Task
 from tests.kernel._serving import is_lost, open_fds, wait_for_stalled, wait_until
-from tests.process._pitfalls import EVENTS
+from tests.process._pitfalls import with_and_without_events
 
 PAGES = 16
 SLOW_S = 4.0
@@ -119,7 +119,7 @@ def check_interrupted(driver: str, way: str, features: int) -> None:
     assert open_fds() <= before
 
 
-@pytest.mark.parametrize("features", [Feature(0), EVENTS], ids=["no-events", "events"])
+@with_and_without_events
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_interrupted(driver: str, way: str, features: Feature) -> None:

@@ -41,7 +41,7 @@ from pyuffd.handlers._checks import Driver
 from pyuffd.handover import HandoverRange
 from pyuffd.testing import FaultingChild
 from tests._child import ROOT, run_child
-from tests._need import needs, needs_privilege
+from tests._need import needs, needs_kernel_faults, needs_privilege
 from tests.kernel._faults import fork
 from tests.kernel._serving import in_fork, wait_until
 from tests.process._peer import Link, peer
@@ -148,6 +148,7 @@ def hand_over(link: Link, path: str, how: str) -> None:
         os._exit(0)
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("how", ["connects", "listens", "inherits", "inherits-and-a-fork-sends"])
 def test_the_sender_is_the_owner(tmp_path: Path, how: str) -> None:
     """Also where the socket's peer, as the kernel noted it, is another process or this one."""

@@ -28,7 +28,7 @@ from pyuffd.testing import FaultingChild
 from pyuffd.testing._child import Memory
 from tests._child import run_child
 from tests._memory import memory_params
-from tests._need import needs, needs_privilege
+from tests._need import needs, needs_kernel_faults, needs_privilege
 from tests.kernel._serving import content, in_fork, wait_until
 from tests.process._peer import Link, peer
 from tests.process.test_forks import agent
@@ -185,6 +185,7 @@ def handler_fails(handler: Handler, start: int) -> None:
     assert caught.value.__cause__.errno == errno.EFAULT
 
 
+@needs_kernel_faults()
 @needs(PFWP | Feature.WP_UNPOPULATED)
 @pytest.mark.parametrize("policy", ["poison", "stall", "kill"])
 def test_unreadable(policy: str) -> None:

@@ -33,7 +33,7 @@ from pyuffd import (
 )
 from pyuffd.handlers.process._remote import RemoteEngine
 from tests._child import ROOT, run_child
-from tests._need import needs
+from tests._need import needs, needs_kernel_faults
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE, content
 
@@ -299,6 +299,7 @@ def failing(name: str, cause: str) -> None:
     assert handler.stats().poisoned_pages == LENGTH // PAGE
 
 
+@needs_kernel_faults()
 @needs(Feature.POISON)
 @pytest.mark.parametrize(
     ("name", "cause"),
@@ -326,6 +327,7 @@ def timing_out() -> None:
     assert "in time" in str(raised)
 
 
+@needs_kernel_faults()
 @needs(Feature.POISON)
 def test_source_that_takes_too_long() -> None:
     result = run_child(timing_out, budget_s=30)
@@ -453,6 +455,7 @@ def gone(pid: int, limit_s: float = 10.0) -> bool:
     return False
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize(
     "how",
     ["return", "sys.exit", "os._exit", "exception", "SIGTERM", "SIGKILL", "SIGINT", "exec", "fork"],

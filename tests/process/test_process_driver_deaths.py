@@ -32,7 +32,7 @@ from pyuffd import (
 )
 from tests._barriers import Point
 from tests._child import run_child
-from tests._need import needs
+from tests._need import needs, needs_kernel_faults
 from tests.kernel._faults import Task
 from tests.kernel._serving import wait_for_stalled
 from tests.process import _process_sources as sources
@@ -551,10 +551,18 @@ CHECKS: dict[Callable[[], None], Feature] = {
 }
 
 
+# In these the kernel touches the pages.
+IN_THE_KERNEL = {crashing, both_killed}
+
+
+def _marks(check: Callable[[], None]) -> list[pytest.MarkDecorator]:
+    return [needs_kernel_faults()] if check in IN_THE_KERNEL else []
+
+
 @pytest.mark.parametrize(
     "check",
     [
-        pytest.param(check, id=check.__name__, marks=needs(features) if features else ())
+        pytest.param(check, id=check.__name__, marks=[needs(features), *_marks(check)])
         for check, features in CHECKS.items()
     ],
 )

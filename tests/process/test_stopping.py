@@ -28,6 +28,7 @@ from pyuffd.testing import (
 )
 from tests._barriers import Point, holding
 from tests._child import run_child
+from tests._need import needs_kernel_faults
 from tests.kernel._faults import Task
 from tests.kernel._serving import (
     ending_thread,
@@ -52,6 +53,8 @@ from tests.process._pitfalls import (
     pitfall,
     reading,
 )
+
+pytestmark = needs_kernel_faults()
 
 SYS_CLOCK_NANOSLEEP = 230
 THREAD: tuple[Driver, ...] = ("thread",)

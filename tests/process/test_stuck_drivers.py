@@ -26,12 +26,12 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs_privilege
+from tests._need import needs_kernel_faults, needs_privilege
 from tests.kernel._faults import Task
 from tests.kernel._mounts import mounted
 from tests.kernel._serving import is_lost, wait_for_stalled
 from tests.process._hung_files import FUSE, Server, connect
-from tests.process._pitfalls import EVENTS
+from tests.process._pitfalls import with_and_without_events
 
 LIMIT_S = 0.5
 REST_S = 10.0  # on a busy machine
@@ -87,7 +87,7 @@ def check_python(driver: str, name: str, features: int) -> None:
     region.close()
 
 
-@pytest.mark.parametrize("features", [Feature(0), EVENTS], ids=["no-events", "events"])
+@with_and_without_events
 @pytest.mark.parametrize(
     ("driver", "name"),
     [
@@ -127,6 +127,7 @@ def check_inline() -> None:
     os._exit(0)  # that thread will never end
 
 
+@needs_kernel_faults()
 def test_inline() -> None:
     run_child(check_inline, budget_s=20)
 
@@ -148,7 +149,8 @@ def check_populate(features: int) -> None:
     assert is_lost(region)
 
 
-@pytest.mark.parametrize("features", [Feature(0), EVENTS], ids=["no-events", "events"])
+@needs_kernel_faults()
+@with_and_without_events
 def test_populate(features: Feature) -> None:
     run_child(check_populate, int(features), budget_s=20)
 
@@ -167,6 +169,7 @@ print("exits", flush=True)
 """
 
 
+@needs_kernel_faults()
 @pytest.mark.parametrize("driver", ["native", "thread"])
 def test_interpreter_exit(driver: str) -> None:
     ended = run_child(EXITING.format(driver=driver), budget_s=40)

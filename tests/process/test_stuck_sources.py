@@ -23,9 +23,12 @@ from pyuffd import (
 from pyuffd.handlers import _aftermath
 from tests._child import run_child
 from tests._memory import PAGE, memory_of, memory_params
+from tests._need import needs_kernel_faults
 from tests.kernel._faults import Task
 from tests.kernel._serving import is_lost, thread_names, wait_for_stalled, wait_until
-from tests.process._pitfalls import EVENTS
+from tests.process._pitfalls import with_and_without_events
+
+pytestmark = needs_kernel_faults()
 
 LIMIT_S = 0.5
 # Sealing, joining and the rest, on a busy machine.
@@ -73,7 +76,7 @@ def check_stop(driver: str, memory: str, features: int) -> None:
 
 
 @pytest.mark.parametrize("memory", memory_params())
-@pytest.mark.parametrize("features", [Feature(0), EVENTS], ids=["no-events", "events"])
+@with_and_without_events
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_stop(driver: str, memory: str, features: Feature) -> None:
     run_child(check_stop, driver, memory, int(features), budget_s=20)
