@@ -7,6 +7,8 @@
 #   make kernels  the conformance suite on other kernels     make mutants  the same on kernels broken on purpose
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
 #   make engine-mutants   the tests of the pitfalls on this library, broken on purpose
+#   make test-unprivileged   the tests as another user (run by root)
+#   make test-refused        the tests where no userfaultfd can be opened
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -44,7 +46,7 @@ TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests
 # Its vfork() is a fork(), which sends the event that this test is there to see avoided.
 TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_without_a_fork
 
-.PHONY: demo test dev lint typing bench asan tsan soak kernels mutants engine-mutants clean
+.PHONY: demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants engine-mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -52,6 +54,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(RUN_TESTS) $(PYTEST_ARGS)
+
+# Root's: the tests once more as a user without capabilities, and where no userfaultfd can be opened.
+test-unprivileged: $(VENV)/.installed-test
+	tests/run_without_privilege $(PYTEST_ARGS)
+
+test-refused: $(VENV)/.installed-test
+	env -u PYUFFD_TESTS $(BIN)/python tests/seccomp_deny.py $(RUN_TESTS) -q tests/kernel tests/process $(PYTEST_ARGS)
 
 dev: $(VENV)/.build-tools
 	$(INSTALL) '.[test,dev]'
