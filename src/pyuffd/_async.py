@@ -95,12 +95,12 @@ class EventIterator(SoleOwner):
             gone.wait(LET_GO_S)
 
         uffd._claims.is_awaited = True
-        uffd.on_close(closing)
+        uffd._on_close(closing)
         loop.add_reader(fd, wake, True)
         try:
             return await ready
         finally:
             uffd._claims.is_awaited = False
-            uffd.forget_on_close(closing)
+            uffd._forget_on_close(closing)
             if not uffd.closed:
                 loop.remove_reader(fd)

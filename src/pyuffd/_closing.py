@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import ClassVar, NoReturn
+from types import TracebackType
+from typing import ClassVar, NoReturn, Self
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,38 @@ class SoleOwner:
         )
 
 
-class CloseCallbacks(SoleOwner):
+class Closing(SoleOwner):
+    """Mixin: a context manager that closes; an error of that is kept with the body's."""
+
+    _what: ClassVar[str]  # is closed, for the note
+
+    def close(self) -> None:
+        """Close what the object owns."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            if exc is None:
+                raise
+            attach(exc, error, f"closing the {self._what} failed")
+
+
+class CloseCallbacks(Closing):
     """Mixin: others may ask to be told before the object goes away; handlers stop there."""
 
     _before_close: list[Callable[[], None]]
 
-    def on_close(self, callback: Callable[[], None]) -> None:
+    def _on_close(self, callback: Callable[[], None]) -> None:
         """Call `callback` when closing begins, newest first; handlers stop here.
 
         One with an attribute `must_end`, or the bound method of an object that has it, is called
@@ -62,7 +89,7 @@ class CloseCallbacks(SoleOwner):
         """
         self._before_close.append(callback)
 
-    def forget_on_close(self, callback: Callable[[], None]) -> None:
+    def _forget_on_close(self, callback: Callable[[], None]) -> None:
         """Take back an `on_close`; unknown callbacks are ignored."""
         if callback in self._before_close:
             self._before_close.remove(callback)
@@ -77,7 +104,7 @@ class CloseCallbacks(SoleOwner):
                 first = first or error
             # Only now: what was interrupted is called again.
             if not _must_end(callback):
-                self.forget_on_close(callback)
+                self._forget_on_close(callback)
         if first is not None:
             raise first
 

@@ -9,11 +9,8 @@ import errno
 import mmap
 import os
 import warnings
-from bisect import bisect_left, bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import itemgetter
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyuffd import _memory, lowlevel
@@ -37,17 +34,17 @@ from pyuffd._abi import (
     message_code,
     parse_event,
 )
-from pyuffd._closing import CloseCallbacks, attach
+from pyuffd._closing import CloseCallbacks
 from pyuffd._errors import (
     ClosedError,
     LayoutChangedError,
     UffdOSError,
     UffdPermissionError,
     UnsupportedFeatureError,
-    raise_errno,
 )
 from pyuffd._event_claims import EventClaims
 from pyuffd._left import LeftBehind, Number, check_target, tidy
+from pyuffd._opening import negotiated, open_uffd, probe_api
 from pyuffd._owned import Descriptor
 from pyuffd._pages import (
     PAGE_SIZE,
@@ -56,6 +53,7 @@ from pyuffd._pages import (
     page_size_of,
     resolve_range,
 )
+from pyuffd._range_modes import RangeModes, is_subset
 from pyuffd._watch import Watch
 
 if TYPE_CHECKING:
@@ -63,7 +61,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-FDINFO_FEATURES_MASK = 0x7FFF_FFFF  # bit 31 is the kernel's own UFFD_FEATURE_INITIALIZED
 # EAGAIN ends when the thread that changes the layout runs again: 12 ms on a busy machine.
 FILL_RETRY_S = 1.0
 MAP_NORESERVE = 0x4000  # not in the mmap module
@@ -121,6 +118,7 @@ class Userfaultfd(CloseCallbacks):
     supported: Feature
     ioctls: Ioctl
 
+    _what = "userfaultfd"
     _instead = "hand the descriptor to another process with send_uffd(), or duplicate its number"
 
     def __init__(
@@ -176,7 +174,7 @@ class Userfaultfd(CloseCallbacks):
         return self._number.descriptor.adopt(fd, self)  # last: until here it is the caller's
 
     @classmethod
-    def from_descriptor(cls, descriptor: Descriptor) -> Self:
+    def _from_descriptor(cls, descriptor: Descriptor) -> Self:
         """Adopt a userfaultfd from another owner; if this raises ValueError, it stays there."""
         self = cls._prepared(descriptor.number, None)
         descriptor.move_to(self._number.descriptor)
@@ -186,7 +184,7 @@ class Userfaultfd(CloseCallbacks):
     def _prepared(cls, fd: int, owner_pid: int | None) -> Self:
         """Return an object for a userfaultfd that it does not have yet."""
         _check_pid(owner_pid)
-        features, ioctls = _negotiated(fd)
+        features, ioctls = negotiated(fd)
         os.set_blocking(fd, False)
         os.set_inheritable(fd, False)
         self = cls.__new__(cls)
@@ -212,7 +210,7 @@ class Userfaultfd(CloseCallbacks):
         self.features = features
         self.ioctls = ioctls
         self._pid = os.getpid()
-        self._registered = _RangeModes()
+        self._registered = RangeModes()
         self._before_close = []
         self._claims = EventClaims()
         self._watch = Watch()
@@ -272,20 +270,20 @@ class Userfaultfd(CloseCallbacks):
         self._number.close()
         return copy.release()
 
-    def hold_open(self) -> None:
+    def _hold_open(self) -> None:
         """Keep the descriptor open after close(), until `let_close`; for a handler that stops."""
         self._number.hold()
 
-    def let_close(self) -> None:
+    def _let_close(self) -> None:
         """Undo a `hold_open`."""
         self._number.release()
 
-    def leave_behind(self, left: LeftBehind) -> None:
+    def _leave_behind(self, left: LeftBehind) -> None:
         """Note threads that may still use the descriptor's number when it is closed."""
         self._number.leave(left)
 
     @property
-    def memory_key(self) -> object:
+    def _memory_key(self) -> object:
         """Names the memory it governs, as far as that is known."""
         return self._owner_pid or f"of {id(self)}"
 
@@ -313,22 +311,6 @@ class Userfaultfd(CloseCallbacks):
             self._number.close()
         else:
             self._number.descriptor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self.close()
-        except Exception as error:
-            if exc is None:
-                raise
-            attach(exc, error, "closing the userfaultfd failed")
 
     def __del__(self) -> None:
         if hasattr(self, "_number") and not self.closed and self._pid == os.getpid():
@@ -376,10 +358,10 @@ class Userfaultfd(CloseCallbacks):
         if not mode:
             raise ValueError("register needs at least one mode")
         fd = self.fileno()
-        check_target(start, length, self.memory_key)
+        check_target(start, length, self._memory_key)
         if not mode & RegisterMode.WP:
             for first, end, old in self._registered.overlapping(start, start + length):
-                if old & RegisterMode.WP and not _is_subset(mode, old):
+                if old & RegisterMode.WP and not is_subset(mode, old):
                     # ENOENT: what was registered here has been unmapped since.
                     with suppress(LayoutChangedError):
                         lowlevel.writeprotect(fd, first, end - first, 0)
@@ -403,13 +385,13 @@ class Userfaultfd(CloseCallbacks):
             lowlevel.unregister(self.fileno(), start, length)
         except UffdOSError as error:
             raise self._explained(error, start, length) from None
-        self.note_unregistered(start, length)
+        self._note_unregistered(start, length)
 
-    def has_registered(self, start: int, end: int) -> bool:
+    def _has_registered(self, start: int, end: int) -> bool:
         """Whether this object registered anything in [start, end)."""
         return bool(self._registered.overlapping(start, end))
 
-    def note_unregistered(self, start: int, length: int) -> None:
+    def _note_unregistered(self, start: int, length: int) -> None:
         """Be told that a range was unregistered by other means than `unregister`."""
         self._registered.clear(start, start + length)
         if not self._registered:
@@ -755,7 +737,7 @@ class Userfaultfd(CloseCallbacks):
 
     # Events
 
-    def claim_events(self, owner: object) -> None:
+    def _claim_events(self, owner: object) -> None:
         """Refuse events to everybody but `owner`, until it ends or gives them back; for handlers.
 
         Raises:
@@ -765,7 +747,7 @@ class Userfaultfd(CloseCallbacks):
         self._claims.claim(self, owner)
         self._update_watch()
 
-    def release_events(self, owner: object) -> None:
+    def _release_events(self, owner: object) -> None:
         """Take back a `claim_events`."""
         self._claims.release(owner)
         self._watch.is_answered = False
@@ -860,62 +842,6 @@ class Userfaultfd(CloseCallbacks):
         return child
 
 
-def probe_api(flags: int) -> tuple[Feature, Ioctl]:
-    """Return the features and ioctls of this kernel, asked on a descriptor of its own."""
-    with open_uffd(flags) as descriptor:
-        features, ioctls = lowlevel.api(descriptor.number, 0)
-    return Feature(features), Ioctl(ioctls)
-
-
-def open_uffd(flags: int) -> Descriptor:
-    """Open a userfaultfd by the system call or, where that is refused, by the device."""
-    refusals: list[UffdOSError] = []
-    for attempt in (lowlevel.owned_syscall, lowlevel.owned_device):
-        try:
-            return attempt(flags)
-        except UffdOSError as error:
-            refusals.append(error)
-    from pyuffd import _refusals  # few are refused
-
-    code, by_device = (error.errno or errno.EPERM for error in refusals)
-    hint = _refusals.hint(code, by_device, privilege_would_do=_would_with_privilege(flags))
-    raise_errno("userfaultfd", code, hint=hint)
-
-
-def _would_with_privilege(flags: int) -> bool:
-    """USER_MODE_ONLY needs no privilege: where it is granted, it is for lack of one."""
-    if flags & USER_MODE_ONLY:
-        return False
-    try:
-        lowlevel.owned_syscall(flags | USER_MODE_ONLY).close()
-    except UffdOSError as error:
-        return error.errno == errno.EINVAL  # before Linux 5.11
-    return True
-
-
-def _read_text(path: str) -> str:
-    with open(path, encoding="utf-8") as file:  # not pathlib, which is slow to import
-        return file.read()
-
-
-def _negotiated(fd: int) -> tuple[Feature, Ioctl]:
-    """Read the features and ioctls of a userfaultfd that is already set up."""
-    try:
-        target = os.readlink(f"/proc/self/fd/{fd}")
-    except OSError as error:
-        raise ValueError(f"{fd} is not an open file descriptor") from error
-    if target != "anon_inode:[userfaultfd]":
-        raise ValueError(f"file descriptor {fd} is {target}, not a userfaultfd")
-    for line in _read_text(f"/proc/self/fdinfo/{fd}").splitlines():
-        key, _, value = line.partition(":")
-        if key == "API":
-            _, features, ioctls = (int(field, 16) for field in value.strip().split(":"))
-            if not features & ~FDINFO_FEATURES_MASK:
-                raise ValueError(f"file descriptor {fd} has not done its UFFDIO_API handshake")
-            return Feature(features & FDINFO_FEATURES_MASK), Ioctl(ioctls)
-    raise ValueError(f"the kernel says nothing about userfaultfd {fd} in its fdinfo")
-
-
 def _check_pid(pid: int | None) -> None:
     if pid is not None and pid < 1:
         raise ValueError(
@@ -950,67 +876,3 @@ def _source(src: int | Buffer, length: int | None) -> tuple[int, int, object]:
     if length > size:
         raise ValueError(f"the source has {size:#x} bytes, fewer than {length:#x}")
     return address, length, owner
-
-
-def _is_subset(mode: RegisterMode, of: RegisterMode) -> bool:
-    return int(mode) | int(of) == int(of)
-
-
-class _RangeModes:
-    """Which modes this object registered where: disjoint ranges in address order.
-
-    A change is one assignment, so that an exception of a signal handler comes before or after it.
-    """
-
-    def __init__(self) -> None:
-        self._rows: list[_Row] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._rows)
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """From the first start to the last end; there must be a range."""
-        return self._rows[0][0], self._rows[-1][1]
-
-    def copy(self) -> _RangeModes:
-        """Return a record of its own with the same ranges."""
-        other = _RangeModes()
-        other._rows = self._rows.copy()
-        return other
-
-    def overlapping(self, start: int, end: int) -> list[_Row]:
-        """Return the parts of known ranges that lie in [start, end)."""
-        rows = self._rows[self._slice(start, end)]
-        return [(max(a, start), min(b, end), mode) for a, b, mode in rows]
-
-    def set(self, start: int, end: int, mode: RegisterMode) -> None:
-        """Note `mode` for [start, end), as the kernel does: a subset leaves what was there."""
-        kept = [row for row in self.overlapping(start, end) if _is_subset(mode, row[2])]
-        rows: list[_Row] = []
-        at = start
-        for a, b, old in [*kept, (end, end, mode)]:
-            rows += [(at, a, mode), (a, b, old)]
-            at = b
-        self._replace(start, end, rows)
-
-    def clear(self, start: int, end: int) -> None:
-        """Forget [start, end), splitting what reaches over its ends."""
-        self._replace(start, end, [])
-
-    def _replace(self, start: int, end: int, rows: list[_Row]) -> None:
-        where = self._slice(start, end)
-        old = self._rows[where]
-        before = [(a, start, mode) for a, _, mode in old]
-        behind = [(end, b, mode) for _, b, mode in old]
-        self._rows[where] = [row for row in [*before, *rows, *behind] if row[0] < row[1]]
-
-    def _slice(self, start: int, end: int) -> slice:
-        first = bisect_right(self._rows, start, key=_start_of)
-        if first and self._rows[first - 1][1] > start:
-            first -= 1
-        return slice(first, bisect_left(self._rows, end, key=_start_of))
-
-
-_Row = tuple[int, int, RegisterMode]
-_start_of = itemgetter(0)

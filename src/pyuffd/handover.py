@@ -349,7 +349,7 @@ def _check_memory(each: HandoverRange, fd: int) -> None:
 def _adopted(received: Received) -> Userfaultfd:
     with received.take(0) as descriptor:
         try:
-            return Userfaultfd.from_descriptor(descriptor)
+            return Userfaultfd._from_descriptor(descriptor)
         except ValueError as error:
             raise _Refusal("not-a-userfaultfd", str(error)) from error
 

@@ -14,12 +14,11 @@ import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn
 
 from pyuffd import lowlevel
 from pyuffd._abi import PageBit, PageCategory, ScanFlag
-from pyuffd._closing import SoleOwner
+from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, UffdOSError, UnsupportedFeatureError, raise_errno
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_range, resolve_range
@@ -222,7 +221,7 @@ class ScanResult:
         return f"ScanResult({self.ranges!r}, walk_end={self.walk_end:#x})"
 
 
-class Pagemap(SoleOwner):
+class Pagemap(Closing):
     """Open /proc/PID/pagemap: the page table of this process, or of another one.
 
     It belongs to the address space that the process has now: after its exit or execve(2),
@@ -246,6 +245,7 @@ class Pagemap(SoleOwner):
         1
     """
 
+    _what = "pagemap"
     _instead = "open another with Pagemap(pid)"
 
     def __init__(self, pid: int | None = None) -> None:
@@ -294,17 +294,6 @@ class Pagemap(SoleOwner):
     def close(self) -> None:
         """Close the file descriptor; a second call does nothing."""
         self._descriptor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor") and self._descriptor.is_open:

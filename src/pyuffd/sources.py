@@ -12,10 +12,10 @@ import threading
 import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pyuffd import _memory, _source_files
-from pyuffd._closing import SoleOwner
+from pyuffd._closing import Closing, SoleOwner
 from pyuffd._errors import ClosedError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class BufferSource(SoleOwner):
         return f"BufferSource({self._length:#x} bytes at {self.address:#x})"
 
 
-class FileSource(SoleOwner):
+class FileSource(Closing):
     """A file, read through the page cache (one copy) as pages are asked for.
 
     If it is truncated while it is served, the pages that are lost go the way of the handler's
@@ -117,6 +117,7 @@ class FileSource(SoleOwner):
         OSError: the file cannot be opened.
     """
 
+    _what = "file source"
     _instead = "it holds a descriptor; serve it by itself, or open the file once more"
 
     def __init__(self, file: _source_files.FileLike, offset: int = 0) -> None:
@@ -161,12 +162,6 @@ class FileSource(SoleOwner):
     def close(self) -> None:
         """Close the descriptor; what serves from it already has its own."""
         self._descriptor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor") and self._descriptor.is_open:

@@ -49,7 +49,7 @@ def refused(driver: Driver, name: str) -> None:
         for source in (BufferSource(content(region.length)), ZeroSource()):
             with pytest.raises(ValueError, match=rf"1 pages.*{region.start + 2 * size:#x}.*drop"):
                 handler.serve(region, source)
-        assert not handler.uffd.has_registered(region.start, region.start + region.length)
+        assert not handler.uffd._has_registered(region.start, region.start + region.length)
         assert region.read(2 * size, 5) == b"there"
 
 

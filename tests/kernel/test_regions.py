@@ -202,15 +202,15 @@ def test_forgotten_region_warns_and_is_unmapped() -> None:
 def test_on_close_callbacks_run_first_and_newest_first(memory: Memory) -> None:
     region = memory.pages(1)
     seen: list[object] = []
-    region.on_close(lambda: seen.append(region.read(0, 1)))
-    region.on_close(lambda: seen.append("newest"))
+    region._on_close(lambda: seen.append(region.read(0, 1)))
+    region._on_close(lambda: seen.append("newest"))
 
     def taken_back() -> None:
         seen.append("taken back")
 
-    region.on_close(taken_back)
-    region.forget_on_close(taken_back)
-    region.forget_on_close(taken_back)
+    region._on_close(taken_back)
+    region._forget_on_close(taken_back)
+    region._forget_on_close(taken_back)
     region.close()
     assert seen == ["newest", b"\0"]
 
@@ -233,7 +233,7 @@ def fork_uses_and_closes_its_own_copy(name: str) -> None:
     region = memory.pages(1)
     region.write(0, b"parent")
     seen: list[int] = []
-    region.on_close(lambda: seen.append(os.getpid()))
+    region._on_close(lambda: seen.append(os.getpid()))
     pid = os.fork()
     if pid == 0:
         ok = region.read(0, 6) == b"parent"

@@ -64,7 +64,7 @@ DERIVED: dict[str, Callable[[Region], Any]] = {
 def test_a_view_keeps_the_memory_mapped(memory: Memory, derive: Callable[[Region], Any]) -> None:
     region = memory.pages(1)
     stopped: list[bool] = []
-    region.on_close(lambda: stopped.append(True))
+    region._on_close(lambda: stopped.append(True))
     start, other = region.start, region.memoryview()
     region.write(0, bytes([1, 2, 3, 4]) * 8)
     view = derive(region)

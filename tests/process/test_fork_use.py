@@ -60,7 +60,7 @@ def closing_in_the_child() -> None:
         uffd.register(region)
         told: list[bool] = []
         fd = uffd.fileno()
-        uffd.on_close(lambda: told.append(True))
+        uffd._on_close(lambda: told.append(True))
 
         def child() -> None:
             uffd.close()

@@ -28,22 +28,22 @@ class FakeUserfaultfd:
     def fileno(self) -> int:
         return self._fd
 
-    def hold_open(self) -> None:
+    def _hold_open(self) -> None:
         """It outlives the handler."""
 
-    def let_close(self) -> None:
+    def _let_close(self) -> None:
         """See above."""
 
-    def claim_events(self, owner: object) -> None:
+    def _claim_events(self, owner: object) -> None:
         """Nobody else reads a pipe."""
 
-    def release_events(self, owner: object) -> None:
+    def _release_events(self, owner: object) -> None:
         """See above."""
 
-    def on_close(self, callback: object) -> None:
+    def _on_close(self, callback: object) -> None:
         self.callbacks.append(callback)
 
-    def forget_on_close(self, callback: object) -> None:
+    def _forget_on_close(self, callback: object) -> None:
         if callback in self.callbacks:
             self.callbacks.remove(callback)
 

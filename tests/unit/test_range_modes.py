@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pyuffd import RegisterMode
-from pyuffd._uffd import _RangeModes
+from pyuffd._range_modes import RangeModes
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 PAGES = 24
@@ -29,7 +29,7 @@ class Model:
         self.pages[start:end] = [None] * (end - start)
 
 
-def by_page(modes: _RangeModes) -> list[RegisterMode | None]:
+def by_page(modes: RangeModes) -> list[RegisterMode | None]:
     pages: list[RegisterMode | None] = [None] * PAGES
     last_end = 0
     for start, end, mode in modes.overlapping(0, PAGES):
@@ -42,7 +42,7 @@ def by_page(modes: _RangeModes) -> list[RegisterMode | None]:
 @pytest.mark.parametrize("seed", range(50))
 def test_against_the_model(seed: int) -> None:
     rng = random.Random(seed)
-    modes, model = _RangeModes(), Model()
+    modes, model = RangeModes(), Model()
     for _ in range(60):
         start = rng.randrange(PAGES)
         end = rng.randint(start + 1, PAGES)
@@ -57,7 +57,7 @@ def test_against_the_model(seed: int) -> None:
 
 
 def test_overlapping_is_cut_to_the_question() -> None:
-    modes = _RangeModes()
+    modes = RangeModes()
     modes.set(0, 10, MISSING)
     modes.set(12, 20, WP)
     assert modes.overlapping(5, 15) == [(5, 10, MISSING), (12, 15, WP)]
@@ -66,7 +66,7 @@ def test_overlapping_is_cut_to_the_question() -> None:
 
 
 def test_clear_splits() -> None:
-    modes = _RangeModes()
+    modes = RangeModes()
     modes.set(0, 10, MISSING | WP)
     modes.clear(3, 5)
     assert modes.overlapping(0, 10) == [(0, 3, MISSING | WP), (5, 10, MISSING | WP)]

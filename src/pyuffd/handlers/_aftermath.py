@@ -94,10 +94,10 @@ def leave_behind(
             if not one.is_request and one.number in by_number and by_number[one.number].uffd is uffd
         )
         left = _left.LeftBehind(
-            names, targets, lambda: _is_over(engine, by_number), uffd.memory_key, keep
+            names, targets, lambda: _is_over(engine, by_number), uffd._memory_key, keep
         )
         _left.note(left)
-        uffd.leave_behind(left)
+        uffd._leave_behind(left)
 
 
 def describe(held: Iterable[Held], all_served: Iterable[Served], *, is_remote: bool) -> str:

@@ -218,15 +218,15 @@ class Handler(SoleOwner):
         )
         engine = None
         try:
-            uffd.claim_events(self)
+            uffd._claim_events(self)
             engine = self._make_engine()
-            uffd.on_close(self.stop)
+            uffd._on_close(self.stop)
             self._engine = engine  # last: until here nobody stops it
         except BaseException:
-            uffd.forget_on_close(self.stop)
+            uffd._forget_on_close(self.stop)
             if engine is not None:
                 engine.destroy()
-            uffd.release_events(self)
+            uffd._release_events(self)
             raise
 
     def _make_engine(self) -> Backend:
@@ -441,7 +441,7 @@ class Handler(SoleOwner):
                     take_back(engine, uffd, (space, start, length), granted)
                     self._overlaps.remove(memory)
                     for callback in on_close:
-                        region.forget_on_close(callback)  # type: ignore[attr-defined]
+                        region._forget_on_close(callback)  # type: ignore[attr-defined]
                     if alias is not None:
                         alias.close()
                 raise
@@ -455,15 +455,15 @@ class Handler(SoleOwner):
             if self.driver == "inline":
                 raise ValueError("the inline driver serves this process's one userfaultfd")
             check_uffd(self.driver, uffd)
-            uffd.claim_events(self)
+            uffd._claim_events(self)
             try:
                 self._spaces[uffd] = self._add_space(engine, uffd)
             except BaseException:
-                uffd.release_events(self)
+                uffd._release_events(self)
                 raise
             if self._started:
                 uffd.note_answered()
-            uffd.on_close(
+            uffd._on_close(
                 OnClose(
                     self,
                     lambda handler: handler._uffd_closes(uffd),
@@ -483,10 +483,10 @@ class Handler(SoleOwner):
                 except HandlerError as error:
                     errors.append(error)
             if any(one.uffd is uffd for one in self._served.values()):
-                uffd.hold_open()  # for good: what stays registered would become zeros
+                uffd._hold_open()  # for good: what stays registered would become zeros
             else:
                 self._engine.remove_space(self._spaces[uffd])
-                uffd.release_events(self)
+                uffd._release_events(self)
                 self._owners.forget(uffd)
                 del self._spaces[uffd]  # last: what was interrupted is done again
         if errors:
@@ -499,7 +499,7 @@ class Handler(SoleOwner):
             lambda handler: handler._serves(served),
         )
         served.on_close.append(region_closes)
-        region.on_close(region_closes)
+        region._on_close(region_closes)
         reference = weakref.ref(self)
 
         def why_lost(address: int) -> BaseException | None:
@@ -578,13 +578,13 @@ class Handler(SoleOwner):
         if not self._serves(served):
             return
         self._overlaps.remove(served.memory)
-        served.uffd.note_unregistered(served.id.start, served.id.length)
+        served.uffd._note_unregistered(served.id.start, served.id.length)
         if served.alias is not None and not keep_alias:
             served.alias.close()
         if isinstance(served.region, Region):
             served.region.was_served = True
             for callback in served.on_close:
-                served.region.forget_on_close(callback)
+                served.region._forget_on_close(callback)
         self._served.pop((served.id.space, served.id.start), None)  # last
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:
@@ -685,9 +685,9 @@ class Handler(SoleOwner):
         finally:
             self._engine = None
             for uffd in self._spaces:
-                uffd.release_events(self)
+                uffd._release_events(self)
             _running.discard(self)
-            self.uffd.forget_on_close(self.stop)
+            self.uffd._forget_on_close(self.stop)
             if locked:
                 self._lock.release()
 
@@ -696,7 +696,7 @@ class Handler(SoleOwner):
         all_served, began = list(self._served.values()), time.monotonic()
         views = [] if engine.is_remote else views_of(all_served)
         for uffd in self._spaces:
-            uffd.hold_open()
+            uffd._hold_open()
         # Until this is known; after a lost helper a stand-in holds them itself.
         ended = Ended(stays=not engine.is_remote)
         try:
@@ -714,7 +714,7 @@ class Handler(SoleOwner):
                 leave_behind(engine, ended.held, all_served, self._spaces, views)
             if not ended.stays:
                 for uffd in self._spaces:
-                    uffd.let_close()
+                    uffd._let_close()
         error = None if failure is None else handler_error(failure, source_failure)
         # What a source raised in this process was logged at once.
         if error is not None and (source_failure is None or engine.is_remote):

@@ -105,7 +105,7 @@ def _there(region: RangeLike, at_most: int | None = None) -> PageRanges:
 
 def _drop(region: Region, uffd: Userfaultfd) -> None:
     end = region.start + region.length
-    if uffd.features & Feature.EVENT_REMOVE and uffd.has_registered(region.start, end):
+    if uffd.features & Feature.EVENT_REMOVE and uffd._has_registered(region.start, end):
         raise ValueError(
             "present='drop' of a range that is registered with Feature.EVENT_REMOVE would wait for"
             " its event to be read: drop the pages before registering it"

@@ -248,7 +248,7 @@ def take_back(
     except UffdOSError as error:
         log.debug("%s", error)
     if unregister:
-        uffd.note_unregistered(start, length)
+        uffd._note_unregistered(start, length)
 
 
 def leaves_holes(region: RangeLike, uffd: Userfaultfd, mode: RegisterMode) -> bool:

@@ -9,11 +9,10 @@ import os
 import warnings
 import weakref
 from threading import RLock
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyuffd import _machine, _memory
-from pyuffd._closing import CloseCallbacks, attach
+from pyuffd._closing import CloseCallbacks
 from pyuffd._errors import ClosedError, PagePoisonedError, raise_errno
 from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
 from pyuffd.regions import _create, _files
@@ -64,6 +63,7 @@ class Region(CloseCallbacks):
         b'seen twice'
     """
 
+    _what = "region"
     _instead = (
         "map the same memory once more with alias() or, in another process that was sent its fd,"
         " with Region.file(fd); a fork has it already"
@@ -556,22 +556,6 @@ class Region(CloseCallbacks):
         if self._living_exports():
             self._mapping = self._mapping.without_memory()  # the views have it
         self._mapping.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self.close()
-        except Exception as error:
-            if exc is None:
-                raise
-            attach(exc, error, "closing the region failed")
 
     def __del__(self) -> None:
         if not getattr(self, "_open", False):

@@ -1,0 +1,69 @@
+"""Opening a userfaultfd, by the system call or the device, and knowing one again (layer L2)."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pyuffd import lowlevel
+from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
+from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd._owned import Descriptor
+
+FDINFO_FEATURES_MASK = 0x7FFF_FFFF  # bit 31 is the kernel's own UFFD_FEATURE_INITIALIZED
+
+
+def probe_api(flags: int) -> tuple[Feature, Ioctl]:
+    """Return the features and ioctls of this kernel, asked on a descriptor of its own."""
+    with open_uffd(flags) as descriptor:
+        features, ioctls = lowlevel.api(descriptor.number, 0)
+    return Feature(features), Ioctl(ioctls)
+
+
+def open_uffd(flags: int) -> Descriptor:
+    """Open a userfaultfd by the system call or, where that is refused, by the device."""
+    refusals: list[UffdOSError] = []
+    for attempt in (lowlevel.owned_syscall, lowlevel.owned_device):
+        try:
+            return attempt(flags)
+        except UffdOSError as error:
+            refusals.append(error)
+    from pyuffd import _refusals  # few are refused
+
+    code, by_device = (error.errno or errno.EPERM for error in refusals)
+    hint = _refusals.hint(code, by_device, privilege_would_do=_would_with_privilege(flags))
+    raise_errno("userfaultfd", code, hint=hint)
+
+
+def _would_with_privilege(flags: int) -> bool:
+    """USER_MODE_ONLY needs no privilege: where it is granted, it is for lack of one."""
+    if flags & USER_MODE_ONLY:
+        return False
+    try:
+        lowlevel.owned_syscall(flags | USER_MODE_ONLY).close()
+    except UffdOSError as error:
+        return error.errno == errno.EINVAL  # before Linux 5.11
+    return True
+
+
+def _read_text(path: str) -> str:
+    with open(path, encoding="utf-8") as file:  # not pathlib, which is slow to import
+        return file.read()
+
+
+def negotiated(fd: int) -> tuple[Feature, Ioctl]:
+    """Read the features and ioctls of a userfaultfd that is already set up."""
+    try:
+        target = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError as error:
+        raise ValueError(f"{fd} is not an open file descriptor") from error
+    if target != "anon_inode:[userfaultfd]":
+        raise ValueError(f"file descriptor {fd} is {target}, not a userfaultfd")
+    for line in _read_text(f"/proc/self/fdinfo/{fd}").splitlines():
+        key, _, value = line.partition(":")
+        if key == "API":
+            _, features, ioctls = (int(field, 16) for field in value.strip().split(":"))
+            if not features & ~FDINFO_FEATURES_MASK:
+                raise ValueError(f"file descriptor {fd} has not done its UFFDIO_API handshake")
+            return Feature(features & FDINFO_FEATURES_MASK), Ioctl(ioctls)
+    raise ValueError(f"the kernel says nothing about userfaultfd {fd} in its fdinfo")
