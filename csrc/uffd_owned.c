@@ -13,7 +13,7 @@
 
 #include "uffd_owned.h"
 #include "uffd_shim.h"
-#include "uffd_watch.h"
+#include "watch/watch.h"
 
 /* In a fork's message, where its descriptor was. */
 #define TAKEN	UINT32_MAX

@@ -9,7 +9,6 @@
 #include "alloc.h"
 #include "answer.h"
 #include "barrier.h"
-#include "clock.h"
 #include "fill.h"
 #include "gate.h"
 #include "put.h"
@@ -18,6 +17,7 @@
 #include "resolve.h"
 #include "space.h"
 #include "stats.h"
+#include "base/clock.h"
 
 static void drop_request(struct uffd_engine *engine, struct uffd_request *request,
 			 uint64_t filled, int error)

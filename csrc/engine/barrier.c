@@ -4,7 +4,7 @@
 #include <time.h>
 
 #include "barrier.h"
-#include "clock.h"
+#include "base/clock.h"
 
 #define CHECK_NS 100000
 

@@ -14,7 +14,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "clock.h"
 #include "end.h"
 #include "native.h"
 #include "patience.h"
@@ -24,6 +23,7 @@
 #include "stall.h"
 #include "stray.h"
 #include "unserve.h"
+#include "base/clock.h"
 
 /* A leader that no source holds up sees within this time that it must leave. */
 #define LEAVE_LIMIT_NS	5000000000

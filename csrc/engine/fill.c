@@ -4,8 +4,8 @@
 #include <sys/mman.h>
 
 #include "base.h"
-#include "clock.h"
 #include "fill.h"
+#include "base/clock.h"
 
 #define PAGE_MASK	UINT64_C(4095)
 

@@ -10,12 +10,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "clock.h"
 #include "inline.h"
 #include "range.h"
 #include "resolve.h"
 #include "stats.h"
 #include "access/sigbus.h"
+#include "base/clock.h"
 
 /* Bits of the page-fault error code, as the CPU pushed it (REG_ERR). */
 #define FAULT_PRESENT		(1u << 0)

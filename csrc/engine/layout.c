@@ -10,15 +10,15 @@
 #include <unistd.h>
 
 #include "alloc.h"
-#include "clock.h"
-#include "layout.h"
 #include "expected.h"
+#include "layout.h"
 #include "pending.h"
 #include "range.h"
 #include "report.h"
 #include "say.h"
 #include "space.h"
 #include "stats.h"
+#include "base/clock.h"
 
 /* The first range that reaches into [start, end), from `start` on. */
 static struct uffd_range *overlapping(struct uffd_space *space, uint64_t start, uint64_t end)

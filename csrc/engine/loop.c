@@ -9,7 +9,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "clock.h"
 #include "loop.h"
 #include "pending.h"
 #include "prefetch.h"
@@ -17,6 +16,7 @@
 #include "stall.h"
 #include "step.h"
 #include "stray.h"
+#include "base/clock.h"
 
 /* Put-off faults are looked at again after this much, whatever else happens. */
 #define DEFERRED_POLL_MS	1

@@ -16,11 +16,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "clock.h"
 #include "loop.h"
 #include "native.h"
 #include "request.h"
 #include "stray.h"
+#include "base/clock.h"
 
 #define DRAIN_CHECK_NS		200000
 /* A queue is empty for sure once two whole passes found nothing. */

@@ -4,10 +4,10 @@
  * Whoever ends an engine leads it meanwhile.
  */
 #define _GNU_SOURCE
-#include "clock.h"
 #include "patience.h"
 #include "step.h"
 #include "stray.h"
+#include "base/clock.h"
 
 /* Deduct what was waited; false: it has been long enough. */
 static bool spend(struct patience *patience, uint64_t since_ns)

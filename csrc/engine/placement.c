@@ -4,8 +4,8 @@
 #include <stdio.h>
 #include <unistd.h>
 
-#include "clock.h"
 #include "placement.h"
+#include "base/clock.h"
 
 #define TRIAL_FIRST	128
 /* Trials that fail get rarer. */

@@ -11,13 +11,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "clock.h"
 #include "populate.h"
 #include "put.h"
 #include "queue.h"
 #include "range.h"
 #include "resolve.h"
 #include "slices.h"
+#include "base/clock.h"
 
 /* Where the chunk grows to: the cost of asking is a thousandth of the copying by then. */
 #define PACED_LIMIT		(1u << 20)

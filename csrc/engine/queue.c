@@ -2,8 +2,8 @@
 /* Pages whose content somebody else must fetch: who waits for them, and how many. */
 #define _GNU_SOURCE
 #include "alloc.h"
-#include "clock.h"
 #include "queue.h"
+#include "base/clock.h"
 
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
 		   const struct deferred_fault *fault, struct populate *populate)

@@ -14,10 +14,10 @@
 
 #include "answer.h"
 #include "barrier.h"
-#include "clock.h"
 #include "loop.h"
 #include "queue.h"
 #include "request.h"
+#include "base/clock.h"
 
 /* How long nobody may lead: longer than a quick worker needs, shorter than a fault may wait. */
 #define WATCHDOG_NS	200000

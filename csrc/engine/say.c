@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #include "say.h"
-#include "uffd_line.h"
+#include "base/line.h"
 
 /* Each serving has its line, but a program that serves hundreds does not want hundreds. */
 #define SAID_MOST	8

@@ -8,12 +8,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "clock.h"
 #include "fill.h"
 #include "gate.h"
 #include "range.h"
 #include "slices.h"
 #include "space.h"
+#include "base/clock.h"
 
 /* Populating and sealing go through a range in pieces, so that faults get between. */
 #define BULK_SLICE		(4u << 20)

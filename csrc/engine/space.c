@@ -8,13 +8,13 @@
 #include <unistd.h>
 
 #include "alloc.h"
-#include "clock.h"
 #include "expected.h"
 #include "page_table.h"
 #include "range.h"
 #include "report.h"
 #include "space.h"
 #include "stats.h"
+#include "base/clock.h"
 #include "uffd_owner.h"
 #include "uffd_shim.h"
 

@@ -9,10 +9,10 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-#include "clock.h"
 #include "gate.h"
 #include "space.h"
 #include "spaces.h"
+#include "base/clock.h"
 #include "uffd_shim.h"
 
 /* What an address space has at most (x86-64, unless it is asked for more), and at least. */

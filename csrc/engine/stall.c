@@ -5,11 +5,11 @@
 #include <signal.h>
 
 #include "answer.h"
-#include "clock.h"
 #include "queue.h"
 #include "say.h"
 #include "stall.h"
 #include "stats.h"
+#include "base/clock.h"
 
 /* With the requests' lock held: its answer comes too late from now on. */
 static void abandon(struct uffd_request *request, struct uffd_request *copy_ret, bool is_queued)

@@ -4,7 +4,6 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#include "clock.h"
 #include "page_table.h"
 #include "put.h"
 #include "range.h"
@@ -12,6 +11,7 @@
 #include "space.h"
 #include "states.h"
 #include "stats.h"
+#include "base/clock.h"
 #include "uffd_owner.h"
 
 #define PAGES_AT_ONCE	512u

@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "clock.h"
 #include "stats.h"
+#include "base/clock.h"
 
 /* A reader waits no longer than this: an ioctl may be reading from a slow disk. */
 #define AWAIT_LIMIT_NS	100000000

@@ -6,7 +6,6 @@
 #include <sys/epoll.h>
 
 #include "barrier.h"
-#include "clock.h"
 #include "gate.h"
 #include "layout.h"
 #include "pending.h"
@@ -17,6 +16,7 @@
 #include "stats.h"
 #include "step.h"
 #include "stray.h"
+#include "base/clock.h"
 
 /*
  * So often a read is tried again that fails for want of a descriptor.  Faults are read

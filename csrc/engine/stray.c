@@ -11,7 +11,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "clock.h"
 #include "fill.h"
 #include "pending.h"
 #include "range.h"
@@ -19,6 +18,7 @@
 #include "space.h"
 #include "stats.h"
 #include "stray.h"
+#include "base/clock.h"
 
 static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, bool last_try)
 {

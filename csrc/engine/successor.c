@@ -12,9 +12,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "expected.h"
 #include "gate.h"
 #include "layout.h"
-#include "expected.h"
 #include "space.h"
 #include "successor.h"
 

@@ -6,8 +6,8 @@
 #include <string.h>
 
 #include "alloc.h"
-#include "clock.h"
 #include "table.h"
+#include "base/clock.h"
 
 #define FIRST_CAPACITY 16
 

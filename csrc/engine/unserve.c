@@ -11,7 +11,6 @@
 
 #include "alloc.h"
 #include "barrier.h"
-#include "clock.h"
 #include "fill.h"
 #include "gate.h"
 #include "patience.h"
@@ -24,6 +23,7 @@
 #include "space.h"
 #include "stats.h"
 #include "unserve.h"
+#include "base/clock.h"
 
 /*
  * Where forks share the memory they share the states, but a mark is in one address

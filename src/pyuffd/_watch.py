@@ -1,6 +1,6 @@
 """Telling the thread that looks for those who wait where nobody answers what to look at (layer L2).
 
-The thread is C (csrc/uffd_watch.c), as whoever waits may hold the GIL. It exists only while there
+The thread is C (csrc/watch/watch.c), as whoever waits may hold the GIL. It exists only while there
 is a userfaultfd with something registered and no handler that runs.
 """
 

@@ -215,7 +215,7 @@ def read(fd: int, size: int) -> bytes:
     return bytes(memoryview(buffer)[:count])
 
 
-# Who waits where nobody reads (csrc/uffd_watch.h).
+# Who waits where nobody reads (csrc/watch/watch.h).
 
 
 def watch_begin(

@@ -14,12 +14,12 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # From the ground up. A module is a .c file with its header, or either alone; it includes modules of
 # lower floors, and none of its own.
 FLOORS = [
-    {"uffd_abi", "uffd_line"},
+    {"uffd_abi", "base/line", "base/clock"},
     {"uffd_shim", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
-    {"uffd_waiters"},
-    {"uffd_watch"},
+    {"watch/waiters"},
+    {"watch/watch"},
     {"uffd_owned", "access/access"},
-    {"engine/base", "engine/clock", "engine/alloc"},
+    {"engine/base", "engine/alloc"},
     {"engine/barrier", "engine/fill", "engine/content", "engine/placement"},
     {"engine/table", "engine/types"},
     {"engine/hold"},

@@ -10,8 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "waiters.h"
 #include "uffd_shim.h"
-#include "uffd_waiters.h"
 
 /* Where the threads sleep (wchan); compilers may append to the names. */
 #define WAITS_FOR_PAGE	"handle_userfault"
@@ -190,7 +190,7 @@ static bool settle(int32_t pid, int32_t thread_id, uint64_t give_up, uint64_t *s
 	struct timespec pause = { .tv_nsec = PAUSE_NS };
 	bool sleeps;
 
-	while (uffd_clock_ns() < give_up) {
+	while (uffd_now_ns() < give_up) {
 		if (!read_switches(pid, thread_id, switches_ret, &sleeps))
 			return false;
 		if (sleeps && waits_for(pid, thread_id, WAITS_FOR_PAGE))
@@ -225,7 +225,7 @@ static enum answer wake(int fd, int32_t pid, int32_t thread_id, uint64_t start, 
 bool uffd_waiters_page(int fd, int32_t pid, const struct uffd_waiter *waiter, uint64_t low,
 		       uint64_t high, uint64_t *page_ret)
 {
-	uint64_t give_up = uffd_clock_ns() + SEARCH_LIMIT_NS;
+	uint64_t give_up = uffd_now_ns() + SEARCH_LIMIT_NS;
 	int32_t thread_id = waiter->thread_id;
 
 	if (low >= high || wake(fd, pid, thread_id, low, high, give_up) != WAS_WOKEN) {

@@ -14,10 +14,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "uffd_line.h"
+#include "waiters.h"
+#include "watch.h"
+#include "base/line.h"
 #include "uffd_shim.h"
-#include "uffd_waiters.h"
-#include "uffd_watch.h"
 
 #define NS_PER_S	1000000000ull
 /* How often to look: a poll(2) of each descriptor, and no more while nobody waits there. */
@@ -247,7 +247,7 @@ static void drop_those_who_went_on(struct entry *entry, bool is_event)
 
 static void look_at(struct entry *entry)
 {
-	uint64_t now = uffd_clock_ns();
+	uint64_t now = uffd_now_ns();
 	bool is_event;
 
 	if (!has_unread(entry, &is_event)) {
@@ -272,19 +272,19 @@ static void wait_until(uint64_t when)
 
 static void *watch_main(void *unused)
 {
-	uint64_t next = uffd_clock_ns();
+	uint64_t next = uffd_now_ns();
 
 	(void)unused;
 	pthread_mutex_lock(&watch.lock);
 	watch.thread_id = (int32_t)syscall(SYS_gettid);
 	while (watch.count && !watch.is_paused) {
-		if (uffd_clock_ns() < next) {
+		if (uffd_now_ns() < next) {
 			wait_until(next);
 			continue;
 		}
 		for (uint32_t i = 0; i < watch.count; i++)
 			look_at(&watch.entries[i]);
-		next = uffd_clock_ns() + PERIOD_NS;
+		next = uffd_now_ns() + PERIOD_NS;
 	}
 	watch.is_running = false;
 	pthread_cond_broadcast(&watch.changed);
@@ -409,13 +409,13 @@ static bool waits_for_forks(void)
 /* It has unlocked for the last time, and is gone a moment later. */
 static void await_exit(uint64_t give_up)
 {
-	while (!syscall(SYS_tgkill, getpid(), watch.thread_id, 0) && uffd_clock_ns() < give_up)
+	while (!syscall(SYS_tgkill, getpid(), watch.thread_id, 0) && uffd_now_ns() < give_up)
 		sched_yield();
 }
 
 void uffd_watch_pause(void)
 {
-	uint64_t give_up = uffd_clock_ns() + PAUSE_LIMIT_NS;
+	uint64_t give_up = uffd_now_ns() + PAUSE_LIMIT_NS;
 
 	if (!atomic_load(&watched_count))
 		return;
@@ -423,7 +423,7 @@ void uffd_watch_pause(void)
 	if (watch.is_running && !waits_for_forks()) {
 		watch.is_paused = true;
 		pthread_cond_broadcast(&watch.changed);
-		while (watch.is_running && uffd_clock_ns() < give_up)
+		while (watch.is_running && uffd_now_ns() < give_up)
 			wait_until(give_up);
 		if (!watch.is_running)
 			await_exit(give_up);

@@ -9,17 +9,9 @@
 
 #include <stdbool.h>
 #include <stdint.h>
-#include <time.h>
 
-#include "uffd_line.h"
-
-static inline uint64_t uffd_clock_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
+#include "base/clock.h"
+#include "base/line.h"
 
 struct uffd_waiter {
 	int32_t thread_id;

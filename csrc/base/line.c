@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include <unistd.h>
 
-#include "uffd_line.h"
+#include "line.h"
 
 void uffd_line_text(struct uffd_line *line, const char *text)
 {
