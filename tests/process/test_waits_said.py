@@ -228,15 +228,23 @@ def test_event(what: str, reader: Reader) -> None:
 # How often, and what is done about it afterwards
 
 
+def wait_until_said(count: int) -> None:
+    """Wait until so many lines stand in this child's stderr, which is a file."""
+    give_up = time.monotonic() + LATE_S * SCALE
+    while os.pread(2, 1 << 16, 0).count(b"pyuffd:") < count and time.monotonic() < give_up:
+        time.sleep(0.1)
+
+
 def waits_twice() -> None:
     """Said once, however long it lasts; again of a new wait. The answer is right all the same."""
     with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
         uffd.register(region)
-        for page in (0, 2):
+        for number, page in enumerate((0, 2), 1):
             readers = [threading.Thread(target=region.read, args=(page * PAGE, 1)) for _ in "ab"]
             for reader in readers:
                 reader.start()
-            time.sleep(2 * SILENT_S)
+            wait_until_said(number)
+            time.sleep(SILENT_S)
             for event in uffd.read_events():
                 assert isinstance(event, Pagefault)
                 assert event.address == region.start + page * PAGE
