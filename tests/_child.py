@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pyuffd.conformance import _child
-from pyuffd.conformance._child import (
+from pyuffd.testing import _run
+from pyuffd.testing._need import Lack
+from pyuffd.testing._run import (
     SCALE,
     STARTUP_S,
     Child,
@@ -26,7 +27,6 @@ from pyuffd.conformance._child import (
     dotted,
     wait_for_end,
 )
-from pyuffd.conformance._need import Lack
 from tests._need import skip
 from tests._zygote import Zygote
 
@@ -89,7 +89,7 @@ def run_child(
     try:
         if forked:
             start = zygote().fork
-        return _child.run_child(
+        return _run.run_child(
             target,
             *args,
             budget_s=budget_s,

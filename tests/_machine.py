@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyuffd.conformance._machine import (
+from pyuffd.testing._machine import (
     HUGE_PAGES_PER_WORKER,
     STATE,
     Entry,

@@ -15,8 +15,8 @@ from typing import NoReturn
 
 import pytest
 
-from pyuffd.conformance import _need
-from pyuffd.conformance._need import (
+from pyuffd.testing import _need, needs, needs_hugepages, needs_ioctl, needs_privilege, needs_swap
+from pyuffd.testing._need import (
     CAPABILITIES,
     HUGE_PAGE,
     MEMORY_TYPES,
@@ -25,7 +25,6 @@ from pyuffd.conformance._need import (
     kernel_features,
     range_ioctls,
 )
-from pyuffd.testing import needs, needs_hugepages, needs_ioctl, needs_privilege, needs_swap
 
 __all__ = [
     "CAPABILITIES",

@@ -17,12 +17,12 @@ import sys
 import threading
 from pathlib import Path
 
-from pyuffd.conformance._child import Request, perform
+from pyuffd.testing._run import Request, perform
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = (
     "pytest",
-    "pyuffd.conformance._child",
+    "pyuffd.testing._run",
     "pyuffd.handlers",
     "pyuffd.handover",
     "pyuffd.pagemap",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pytest
 
 from pyuffd import Feature, Handler, PageState, UffdOSError, Userfaultfd, _memory
-from pyuffd.conformance._opening import only_user_mode
+from pyuffd.testing._opening import only_user_mode
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
 

@@ -18,7 +18,7 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
-from pyuffd.conformance._opening import only_user_mode
+from pyuffd.testing._opening import only_user_mode
 from tests._child import run_child
 from tests._memory import PAGE
 from tests._need import needs_privilege

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyuffd import _memory
-from pyuffd.conformance._need import needs_hugetlb_mremap
+from pyuffd.testing._need import needs_hugetlb_mremap
 from tests._need import HUGE_PAGE, needs_hugepages, needs_privilege
 from tests.kernel._mounts import mounted
 

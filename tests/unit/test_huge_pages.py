@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd.conformance import _machine
-from pyuffd.testing import _huge_pages
+from pyuffd.testing import _huge_pages, _machine
 from pyuffd.testing._huge_pages import Grown
 
 

@@ -13,7 +13,7 @@ from pyuffd.conformance._types import ALL, ANY, TYPES, MemoryType
 
 if TYPE_CHECKING:
     from pyuffd.conformance._context import Context
-    from pyuffd.conformance._need import Need
+    from pyuffd.testing._need import Need
 
 _NO_FEATURE = Feature(0)
 # `<op>.<errno or ok>.<condition>`, `kselftest.<case>`, `wp-series.<patch>.<behaviour>`, ...

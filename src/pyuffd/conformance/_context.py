@@ -20,12 +20,12 @@ from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance import _raw
 from pyuffd.conformance._case import Case
-from pyuffd.conformance._child import SCALE, ChildResult, run_child
-from pyuffd.conformance._need import Lack, kernel_features
 from pyuffd.conformance._raw import Answer
 from pyuffd.conformance._types import TYPES, MemoryType
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
+from pyuffd.testing._need import Lack, kernel_features
+from pyuffd.testing._run import SCALE, ChildResult, run_child
 
 P = ParamSpec("P")
 T = TypeVar("T")

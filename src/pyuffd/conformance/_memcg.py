@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyuffd.conformance._need import Lack, Need
+from pyuffd.testing._need import Lack, Need
 
 
 @contextlib.contextmanager

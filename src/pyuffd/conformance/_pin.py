@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pyuffd.conformance._need import Need
+from pyuffd.testing._need import Need
 
 _OPEN, _IOCTL, _SETUP, _REGISTER = 2, 16, 425, 427  # system calls
 _GUP_TEST = Path("/sys/kernel/debug/gup_test")

@@ -16,11 +16,11 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._memcg import memory_group
-from pyuffd.conformance._need import Lack, Need, needs_privilege
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._raw import Answer, ioctl
 from pyuffd.conformance._types import HUGE_PAGE, SMALL_PAGE, TYPES
 from pyuffd.regions import Region
+from pyuffd.testing._need import Lack, Need, needs_privilege
 
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # system calls
 _SET_STRING, _CREATE = 1, 6

@@ -14,11 +14,11 @@ from pyuffd._abi import CopyMode, Feature, Pagefault, PagefaultFlag, RegisterMod
 from pyuffd._errors import PageExistsError
 from pyuffd._memory import fallocate, read, write
 from pyuffd._uffd import Userfaultfd
-from pyuffd.conformance._child import SCALE
 from pyuffd.conformance._context import Context, Mismatch
 from pyuffd.conformance._types import missing_features, wp_features
 from pyuffd.conformance.cases.kselftest_unit import PUNCH_HOLE, UNPROTECT, release
 from pyuffd.regions import Region
+from pyuffd.testing._run import SCALE
 
 RANDOM, RACING, VERIFY, POLL = 1, 2, 4, 8
 MODES = 16

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyuffd.conformance._machine import swap_header
-from pyuffd.conformance._need import Lack, needs_privilege
+from pyuffd.testing._machine import swap_header
+from pyuffd.testing._need import Lack, needs_privilege
 
 _PREFIX = "pyuffd-own-swap-"
 _ZRAM = Path("/sys/class/zram-control")

@@ -17,21 +17,21 @@ from typing import Any
 
 import pytest
 
-from pyuffd.conformance import _machine
 from pyuffd.conformance._case import Case, load
-from pyuffd.conformance._child import SCALE
 from pyuffd.conformance._context import Context, Mismatch
 from pyuffd.conformance._kmsg import Kmsg, Record
-from pyuffd.conformance._need import (
+from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message, Report, Result
+from pyuffd.conformance._types import TYPES
+from pyuffd.testing import _machine
+from pyuffd.testing._need import (
     Lack,
     kernel_features,
     needs,
     needs_hugepages,
     strict,
 )
-from pyuffd.conformance._opening import make_do
-from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message, Report, Result
-from pyuffd.conformance._types import TYPES
+from pyuffd.testing._opening import make_do
+from pyuffd.testing._run import SCALE
 
 SUITE = Path(__file__).with_name("test_suite.py")
 HUGE_PAGES = 16  # what a case on hugetlb may use without naming a need

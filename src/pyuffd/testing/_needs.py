@@ -8,8 +8,8 @@ from __future__ import annotations
 from enum import IntFlag
 from typing import TYPE_CHECKING
 
-from pyuffd.conformance import _need
-from pyuffd.conformance._need import HUGE_PAGE, Lack, Need
+from pyuffd.testing import _need
+from pyuffd.testing._need import HUGE_PAGE, Lack, Need
 
 if TYPE_CHECKING:
     import pytest

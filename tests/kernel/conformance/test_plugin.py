@@ -21,7 +21,7 @@ import pyuffd.conformance.cases
 from pyuffd import Feature, RegisterMode
 from pyuffd.conformance import Variant, case, plugin
 from pyuffd.conformance._kmsg import Record
-from pyuffd.conformance._need import Need
+from pyuffd.testing._need import Need
 
 pyuffd.conformance.cases.MODULES = ()
 

@@ -15,7 +15,6 @@ from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._memcg import needs_memcg
-from pyuffd.conformance._need import needs_hugepages, needs_privilege
 from pyuffd.conformance._starve import (
     ioctl_without_memory,
     needs_kernel_accounting,
@@ -36,6 +35,7 @@ from pyuffd.conformance._types import (
     wp_features,
 )
 from pyuffd.conformance.cases.errno_fill import DATA
+from pyuffd.testing._need import needs_hugepages, needs_privilege
 
 NO_MEMORY = errno.ENOMEM, -errno.ENOMEM
 BUDGET_S = 60.0  # a process of its own is started, perhaps on a slow machine

@@ -24,14 +24,14 @@ from pyuffd._abi import (
 )
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
-from pyuffd.conformance import _opening
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
-from pyuffd.conformance._need import needs_kernel_faults
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._types import ANY, missing_features, wp_features
 from pyuffd.conformance.cases.errno_open import API, FLAGS
 from pyuffd.regions import Region
+from pyuffd.testing import _opening
+from pyuffd.testing._need import needs_kernel_faults
 
 INITIALIZED = 1 << 31  # UFFD_FEATURE_INITIALIZED, the kernel's own
 MISSING_WRITE, WP_WRITE = 1, 3

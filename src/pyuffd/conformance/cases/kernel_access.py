@@ -18,8 +18,6 @@ from pyuffd._abi import Feature, RegisterMode
 from pyuffd._memory import Interrupted
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
-from pyuffd.conformance._need import Lack, Need, needs_kernel_faults, needs_privilege
-from pyuffd.conformance._opening import open_syscall
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._types import missing_features, wp_features
 from pyuffd.conformance._wp import (
@@ -34,6 +32,8 @@ from pyuffd.conformance._wp import (
     present,
     protected,
 )
+from pyuffd.testing._need import Lack, Need, needs_kernel_faults, needs_privilege
+from pyuffd.testing._opening import open_syscall
 
 MADV_POPULATE_WRITE = 23
 USER_MODE_ONLY = 1  # UFFD_USER_MODE_ONLY

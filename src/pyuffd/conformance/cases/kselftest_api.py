@@ -6,11 +6,11 @@ import errno
 import os
 
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd.conformance import _opening
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._need import needs_device
 from pyuffd.conformance._types import ANY, MemoryType, minor_features, missing_features, wp_features
+from pyuffd.testing import _opening
+from pyuffd.testing._need import needs_device
 
 _API = 0xAA
 _UNKNOWN_FEATURE = 1 << 63

@@ -17,7 +17,6 @@ from pyuffd._memory import Interrupted
 from pyuffd.conformance import _thp
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import WAIT_S, Context
-from pyuffd.conformance._need import needs_hugetlb_mremap, needs_privilege, needs_swap, needs_thp
 from pyuffd.conformance._types import (
     ANON,
     ANY,
@@ -29,6 +28,7 @@ from pyuffd.conformance._types import (
 )
 from pyuffd.conformance._wp import move_mapping
 from pyuffd.regions import Region
+from pyuffd.testing._need import needs_hugetlb_mremap, needs_privilege, needs_swap, needs_thp
 
 MADV_MERGEABLE, MADV_UNMERGEABLE = 12, 13
 MADV_GUARD_INSTALL = 102

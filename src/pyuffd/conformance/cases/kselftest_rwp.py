@@ -19,11 +19,11 @@ from pyuffd._abi import (
 )
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context, Monitor
-from pyuffd.conformance._need import needs_swap
 from pyuffd.conformance._pin import Pin, needs_pin, syscall
 from pyuffd.conformance._types import ANON, wp_features
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
+from pyuffd.testing._need import needs_swap
 
 PAGES = 4
 RWP, ASYNC = Feature.RWP, Feature.RWP | Feature.RWP_ASYNC

@@ -8,12 +8,12 @@ from pathlib import Path
 from pyuffd.conformance._case import case, load
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._memcg import limited_memory, needs_memcg
-from pyuffd.conformance._need import needs_swap
 from pyuffd.conformance._stress import MODES, stress
 from pyuffd.conformance._types import (
     SMALL,
     missing_wp_features,
 )
+from pyuffd.testing._need import needs_swap
 
 PAGES, HUGE_PAGES = 256, 6
 # The areas, twice this, do not fit below the limit together; the interpreter needs 20 MiB.

@@ -22,7 +22,6 @@ from pyuffd._abi import (
 from pyuffd._memory import Interrupted
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context, Monitor
-from pyuffd.conformance._need import needs_swap, needs_thp
 from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import (
     ANON,
@@ -37,6 +36,7 @@ from pyuffd.conformance._types import (
     wp_features,
 )
 from pyuffd.regions import Region
+from pyuffd.testing._need import needs_swap, needs_thp
 
 MADV_COLLAPSE = 25
 PUNCH_HOLE = 0x1 | 0x2  # with FALLOC_FL_KEEP_SIZE

@@ -15,7 +15,6 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._need import Need, needs_hugepages
 from pyuffd.conformance._types import (
     ANY,
     HUGE_PAGE,
@@ -27,6 +26,7 @@ from pyuffd.conformance._types import (
     wp_features,
 )
 from pyuffd.conformance.cases.errno_register import disk_page
+from pyuffd.testing._need import Need, needs_hugepages
 
 ORIGIN = "UFFDIO_REGISTER(2const): .ioctls"
 MAP_GROWSDOWN, MAP_HUGETLB = 0x100, 0x40000

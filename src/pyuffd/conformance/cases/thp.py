@@ -7,7 +7,6 @@ import errno
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._need import needs_thp
 from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import (
     ANON,
@@ -29,6 +28,7 @@ from pyuffd.conformance._wp import (
 )
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
+from pyuffd.testing._need import needs_thp
 
 MADV_COLLAPSE = 25
 ORIGIN = "patch 12: write-protect huge pages of shmem"

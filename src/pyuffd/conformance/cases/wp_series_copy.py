@@ -7,7 +7,6 @@ import errno
 from pyuffd._abi import ContinueMode, CopyMode, Feature, RegisterMode
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._need import needs_swap
 from pyuffd.conformance._types import (
     ANON,
     FILE,
@@ -41,6 +40,7 @@ from pyuffd.conformance._wp import (
     smaps_bytes,
 )
 from pyuffd.regions import Region
+from pyuffd.testing._need import needs_swap
 
 
 def _poison(memory: MemoryType) -> Feature:

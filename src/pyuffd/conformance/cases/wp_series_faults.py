@@ -8,7 +8,6 @@ import os
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._opening import open_userfaultfd
 from pyuffd.conformance._raw import ioctl
 from pyuffd.conformance._types import ANY, FILE, HUGETLB, SHARED, wp_features
 from pyuffd.conformance._wp import (
@@ -24,6 +23,7 @@ from pyuffd.conformance._wp import (
     protected,
 )
 from pyuffd.conformance.cases.masks import MASK_VARIANTS, check_mask
+from pyuffd.testing._opening import open_userfaultfd
 
 API = 0xAA
 UNKNOWN_FEATURE = 1 << 62

@@ -7,7 +7,6 @@ import mmap
 from pyuffd._abi import Feature, PageCategory, RegisterMode
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._need import needs_swap
 from pyuffd.conformance._types import (
     ANON,
     FILE,
@@ -45,6 +44,7 @@ from pyuffd.conformance._wp import (
 )
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
+from pyuffd.testing._need import needs_swap
 
 AROUND_PAGES = 64
 MINOR_READ = 4

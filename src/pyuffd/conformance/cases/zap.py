@@ -16,7 +16,6 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode, Remap
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Access, Context
-from pyuffd.conformance._need import Need, needs_privilege, needs_swap
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._types import (
     ALL,
@@ -53,6 +52,7 @@ from pyuffd.conformance._wp import (
     smaps,
 )
 from pyuffd.regions import Region
+from pyuffd.testing._need import Need, needs_privilege, needs_swap
 
 MADV_COLD, MADV_PAGEOUT = 20, 21
 ZERO_RANGE = 0x10 | 0x1  # FALLOC_FL_KEEP_SIZE

@@ -6,7 +6,7 @@ held stands in a state file under a lock, as one entry per keeper, so that sessi
 by side, and what a killed keeper held is given back by the next one. Page counts are added and
 subtracted, never set: other programs' pages stay theirs.
 
-The keeper's command line is `python -m pyuffd.conformance._machine CONTROLLER_PID HUGE_PAGES
+The keeper's command line is `python -m pyuffd.testing._machine CONTROLLER_PID HUGE_PAGES
 SWAP_BYTES`.
 """
 
@@ -93,7 +93,7 @@ def reserve(workers: int) -> Reservation | None:
         return None
     keeper = subprocess.Popen(
         [
-            *(sys.executable, "-P", "-m", "pyuffd.conformance._machine"),
+            *(sys.executable, "-P", "-m", "pyuffd.testing._machine"),
             *map(str, (os.getpid(), HUGE_PAGES_PER_WORKER * workers, SWAP_BYTES)),
         ],
         stdin=subprocess.PIPE,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 
-from pyuffd.conformance._opening import only_user_mode, open_userfaultfd
+from pyuffd.testing._opening import only_user_mode, open_userfaultfd
 
 _UFFD_API = 0xAA
 _EVENT_FORK = 1 << 1

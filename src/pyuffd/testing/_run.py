@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pyuffd.conformance._need import Lack, strict
-from pyuffd.conformance._opening import make_do
+from pyuffd.testing._need import Lack, strict
+from pyuffd.testing._opening import make_do
 
 # Interpreter start and imports, not counted in the budget of the code under test; generous
 # because a loaded machine with a sanitizer needs seconds for it.
