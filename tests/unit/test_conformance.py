@@ -20,6 +20,7 @@ from pyuffd.conformance import (
     compare,
     load,
     markdown,
+    write_report,
 )
 from pyuffd.conformance import _case as case_module
 from pyuffd.conformance._context import letters, show
@@ -179,7 +180,7 @@ def test_report_survives_json(tmp_path: Path) -> None:
     made = report(x__anon=PASSED, x__shmem=FAILED, y__anon=SKIPPED)
     made.messages.append(Message("WARNING: here", 4, True, ["a.x.anon"]))
     for named in ("r", "r.json", "r.html"):
-        paths = made.write(tmp_path / named)
+        paths = write_report(made, tmp_path / named)
         assert paths == [tmp_path / "r.json", tmp_path / "r.html"]
     assert Report.read(tmp_path / "r.json") == made
 
@@ -212,7 +213,7 @@ def test_html_is_well_formed_and_escapes(tmp_path: Path) -> None:
 
     links: list[str] = []
     targets: list[str] = []
-    report(x__anon=FAILED, x__shmem=PASSED, y__anon=SKIPPED).write(tmp_path / "r")
+    write_report(report(x__anon=FAILED, x__shmem=PASSED, y__anon=SKIPPED), tmp_path / "r")
     text = (tmp_path / "r.html").read_text()
     Parser().feed(text)
     assert open_tags == []
@@ -242,8 +243,8 @@ def test_compare_names_what_changed() -> None:
 def test_diff_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], outcome: str, status: int
 ) -> None:
-    report(x__anon=PASSED).write(tmp_path / "a")
-    report(x__anon=outcome).write(tmp_path / "b")
+    write_report(report(x__anon=PASSED), tmp_path / "a")
+    write_report(report(x__anon=outcome), tmp_path / "b")
     for suffix in (".json", ""):
         arguments = [str(tmp_path / f"{name}{suffix}") for name in "ab"]
         assert main(["conformance", "diff", *arguments]) == status

@@ -26,6 +26,8 @@ LAYERS = [
     },
     {"cli", "__main__", ""},
 ]
+# Within a layer: the suites stand on the kit.
+BELOW = {"testing": "conformance"}
 MAY_IMPORT_SHIM = {
     *("_abi", "_owned", "lowlevel", "_memory"),
     *("handlers._engine", "handlers._types"),
@@ -102,6 +104,16 @@ def is_module(dotted: str) -> bool:
     )
 
 
+def circles(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Return the edges that lie on a circle, or between two."""
+    while True:
+        sources, targets = {source for source, _ in edges}, {target for _, target in edges}
+        kept = {(a, b) for a, b in edges if a in targets and b in sources}
+        if kept == edges:
+            return edges
+        edges = kept
+
+
 EDGES = [(name, target) for name, path in modules() for target in imports(name, path)]
 
 
@@ -121,6 +133,26 @@ def test_docstring_states_the_layer(part: str) -> None:
 def test_imports_only_its_own_layer_or_lower(name: str) -> None:
     higher = {target for source, target in EDGES if source == name and layer(target) > layer(name)}
     assert higher == set()
+
+
+@pytest.mark.parametrize(("lower", "upper"), BELOW.items())
+def test_order_within_a_layer(lower: str, upper: str) -> None:
+    against = {
+        (name, target)
+        for name, target in EDGES
+        if name.partition(".")[0] == lower and target.partition(".")[0] == upper
+    }
+    assert against == set()
+
+
+def test_no_circles() -> None:
+    """At run time, imports inside functions included."""
+    assert circles(set(EDGES)) == set()
+
+
+def test_a_circle_would_be_found() -> None:
+    edges = {("a", "b"), ("b", "c"), ("c", "b"), ("b", "d"), ("e", "e")}
+    assert circles(edges) == {("b", "c"), ("c", "b"), ("e", "e")}
 
 
 def test_only_six_modules_import_the_compiled_module() -> None:

@@ -16,6 +16,7 @@ from pyuffd.conformance._case import Case, Variant, case, load
 from pyuffd.conformance._markdown import markdown
 from pyuffd.conformance._report import Difference, Report, Result, compare
 from pyuffd.conformance._types import MemoryType
+from pyuffd.conformance._writing import write_report
 
 if TYPE_CHECKING:
     from pyuffd.conformance._context import Context
@@ -42,4 +43,5 @@ __all__ = [
     "compare",
     "load",
     "markdown",
+    "write_report",
 ]

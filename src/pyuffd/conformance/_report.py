@@ -138,17 +138,6 @@ class Report:
         }
         return json.dumps(data, indent=1) + "\n"
 
-    def write(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write FILE.json and FILE.html, whichever of the two was named; return both."""
-        from pyuffd.conformance._html import html
-
-        named = Path(path)
-        stem = named.with_suffix("") if named.suffix in (".json", ".html") else named
-        paths = [stem.with_name(stem.name + suffix) for suffix in (".json", ".html")]
-        for target, text in zip(paths, (self.to_json(), html(self)), strict=True):
-            target.write_text(text, encoding="utf-8")
-        return paths
-
     def feature_names(self) -> list[str]:
         """Return the names of the feature mask's bits."""
         return [bit.name or hex(bit) for bit in Feature(self.features)]

@@ -22,6 +22,7 @@ from pyuffd.conformance._context import Context, Mismatch
 from pyuffd.conformance._kmsg import Kmsg, Record
 from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message, Report, Result
 from pyuffd.conformance._types import TYPES
+from pyuffd.conformance._writing import write_report
 from pyuffd.testing import _machine
 from pyuffd.testing._need import (
     Lack,
@@ -30,8 +31,8 @@ from pyuffd.testing._need import (
     needs_hugepages,
     strict,
 )
-from pyuffd.testing._opening import make_do
 from pyuffd.testing._run import SCALE
+from pyuffd.testing._user_mode import make_do
 
 SUITE = Path(__file__).with_name("test_suite.py")
 HUGE_PAGES = 16  # what a case on hugetlb may use without naming a need
@@ -285,7 +286,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if state.report.fatal and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if path := session.config.getoption("--uffd-report"):
-        state.written = state.report.write(path)
+        state.written = write_report(state.report, path)
 
 
 def pytest_terminal_summary(

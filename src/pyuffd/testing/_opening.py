@@ -1,7 +1,7 @@
 """How the tests of this process open a userfaultfd, asked with plain syscalls.
 
 Where this user may handle the faults of user code only (UFFD_USER_MODE_ONLY), most tests can make
-do with that: `make_do` says that they shall.
+do with that: `_user_mode.make_do` says that they shall.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import fcntl
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
 
 NR_USERFAULTFD = 323
 USER_MODE_ONLY = 1
@@ -22,29 +21,14 @@ _DEVICE = "/dev/userfaultfd"
 _making_do = False
 
 
-def make_do(*, strictly: bool) -> None:
-    """Let the tests of this process make do with the faults of user code, if these are all.
-
-    `Userfaultfd` and `FaultingChild` then open such descriptors unless they are told otherwise,
-    and so do the needs; a test that needs more says so with needs_kernel_faults().
-
-    Args:
-        strictly: Nothing may be left out: change nothing, so that what needs privilege fails.
-    """
+def set_making_do(is_on: bool) -> None:
+    """Say whether the tests of this process make do with the faults of user code."""
     global _making_do
-    _making_do = not strictly
-    if not only_user_mode():
-        return
-    from pyuffd._uffd import Userfaultfd
-    from pyuffd.testing import FaultingChild
-
-    for opener in (Userfaultfd, FaultingChild):
-        function: Any = opener.__init__
-        function.__kwdefaults__["user_mode_only"] = True
+    _making_do = is_on
 
 
 def only_user_mode() -> bool:
-    """Whether the tests of this process make do with the faults of user code."""
+    """Whether the tests of this process make do with the faults of user code, as these are all."""
     return _making_do and _may_open_nothing_else()
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pyuffd.testing._need import Lack, strict
-from pyuffd.testing._opening import make_do
+from pyuffd.testing._user_mode import make_do
 
 # Interpreter start and imports, not counted in the budget of the code under test; generous
 # because a loaded machine with a sanitizer needs seconds for it.
