@@ -81,6 +81,6 @@ def huge_pages(pages: int) -> Iterator[str]:
         yield "this kernel has no 2 MiB huge pages"
         return
     with _huge_pages.huge_pages(pages):
-        lacking = pages - _huge_pages.available()
+        lacking = pages - _huge_pages.free_hugepages()
         why = f"{lacking} more free 2 MiB huge pages needed (vm.nr_hugepages)"
         yield why if lacking > 0 else ""

@@ -16,12 +16,11 @@ from typing import NoReturn
 import pytest
 
 from pyuffd.testing import _need, needs, needs_hugepages, needs_ioctl, needs_privilege, needs_swap
+from pyuffd.testing._huge_pages import free_hugepages
+from pyuffd.testing._memory_types import HUGE_PAGE, MEMORY_TYPES
 from pyuffd.testing._need import (
     CAPABILITIES,
-    HUGE_PAGE,
-    MEMORY_TYPES,
     Lack,
-    free_hugepages,
     kernel_features,
     range_ioctls,
 )

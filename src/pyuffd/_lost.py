@@ -6,6 +6,7 @@ import errno
 import os
 from contextlib import suppress
 
+from pyuffd import _machine
 from pyuffd._abi import PageBit
 from pyuffd._errors import PagePoisonedError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, round_down
@@ -16,7 +17,6 @@ from pyuffd.pagemap import Pagemap
 EHWPOISON = 133  # in Python's errno since 3.14
 # What a marker shows that is for no write-protection and no guard page, but for poison.
 _MARKER = PageBit.PRESENT | PageBit.SWAP | PageBit.UFFD_WP | PageBit.GUARD_REGION
-HUGE_POOL = "/sys/kernel/mm/hugepages/hugepages-{kib}kB/{name}"
 
 
 def lost_error(op: str, address: int) -> UffdOSError:
@@ -90,10 +90,7 @@ def _file_size(vma: Vma) -> int | None:
 
 
 def _free_huge_pages(page_size: int) -> int:
-    kib = page_size >> 10
     with suppress(OSError, ValueError):
-        with open(HUGE_POOL.format(kib=kib, name="free_hugepages"), encoding="ascii") as file:
-            free = int(file.read())
-        with open(HUGE_POOL.format(kib=kib, name="resv_hugepages"), encoding="ascii") as file:
-            return free - int(file.read())
+        if page_size in _machine.sizes():  # or /sys is hidden
+            return _machine.free_pages(page_size)
     return 1

@@ -21,8 +21,9 @@ from pyuffd import (
     RegisterMode,
     Userfaultfd,
 )
+from pyuffd.testing import MEMORY_TYPES
 from tests._child import run_child
-from tests._memory import TYPES, memory_of, memory_params
+from tests._memory import memory_of, memory_params
 from tests.kernel._serving import content, states, wait_until
 
 MINOR, MISSING, WP = RegisterMode.MINOR, RegisterMode.MISSING, RegisterMode.WP
@@ -54,7 +55,7 @@ def fd_of(region: Region) -> int:
 
 
 def check(driver: Driver, name: str) -> None:
-    private = not TYPES[name][1]
+    private = not MEMORY_TYPES[name].shared
     # The source's content goes into the file, which has to be shared for that.
     for mode in [mode for mode in MODES if mode & MISSING or not private]:
         for way in get_args(Way):

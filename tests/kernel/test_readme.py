@@ -18,9 +18,10 @@ from pyuffd import (
     Userfaultfd,
     probe,
 )
+from pyuffd.testing import MEMORY_TYPES
 from tests import _readme
 from tests._child import run_child
-from tests._memory import TYPES, Memory
+from tests._memory import Memory
 from tests._need import needs
 
 TABLE = _readme.table("memory")
@@ -58,7 +59,7 @@ PROGRAMS = [
 
 def test_table_is_complete() -> None:
     assert list(TABLE) == [*MODES, *WITH_MODE]
-    assert {tuple(cells) for cells in TABLE.values()} == {tuple(TYPES)}
+    assert {tuple(cells) for cells in TABLE.values()} == {tuple(MEMORY_TYPES)}
 
 
 @needs(ALL_OF_IT)

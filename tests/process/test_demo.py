@@ -21,7 +21,7 @@ import pytest
 
 from pyuffd import Region
 from pyuffd.cli import _demo_restore, _demo_snapshot, _demo_work, demo, main
-from pyuffd.testing import _huge_pages
+from pyuffd.testing import MEMORY_TYPES, _huge_pages
 from tests._child import ROOT, run_child
 from tests._need import needs_hugepages, needs_privilege, without_userfaultfd
 
@@ -216,9 +216,7 @@ def test_changed_byte_is_detected() -> None:
         assert not _demo_restore.is_restored(region, expected)
         image.write(content[:4096] + b"\1" + content[4097:])
         image.flush()
-        row = _demo_restore.restore(
-            image, 2 * MIB, expected, _demo_restore.MEMORY_TYPES[0], "native", 1
-        )
+        row = _demo_restore.restore(image, 2 * MIB, expected, MEMORY_TYPES["anon"], "native", 1)
     assert not row.verified
 
 

@@ -25,7 +25,7 @@ from pyuffd import (
 )
 from pyuffd.handlers._checks import Driver
 from pyuffd.testing import FaultingChild
-from pyuffd.testing._child import Memory
+from pyuffd.testing._memory_types import MemoryName
 from tests._child import run_child
 from tests._memory import memory_params
 from tests._need import needs, needs_kernel_faults, needs_privilege
@@ -57,7 +57,7 @@ def protected(
         yield handler, kept
 
 
-def image(driver: Driver, name: Memory, by_local: bool) -> None:
+def image(driver: Driver, name: MemoryName, by_local: bool) -> None:
     """Old content of what is written, and of the rest; what was missing is zeros."""
     size = 2 << 20 if name.startswith("hugetlb") else PAGE
     before = content(3 * size)
@@ -299,7 +299,7 @@ def test_own_forks(driver: Driver, name: str, check: str) -> None:
     run_child(own_forks, driver, name, check)
 
 
-def forks_elsewhere(driver: Driver, name: Memory) -> None:
+def forks_elsewhere(driver: Driver, name: MemoryName) -> None:
     """Forks of another process, whose memory says by its mapping whether they share it."""
     before = content(PAGES * PAGE)
     features = PFWP | FORK

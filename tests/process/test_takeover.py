@@ -12,7 +12,7 @@ import pytest
 from pyuffd import BufferSource, Feature, Handler, Region, RegisterMode, ZeroSource
 from pyuffd.handlers._checks import Driver
 from pyuffd.testing import FaultingChild
-from pyuffd.testing._child import Memory
+from pyuffd.testing._memory_types import MemoryName
 from tests._child import run_child
 from tests._memory import memory_params
 from tests._need import needs
@@ -36,7 +36,7 @@ def read_and_die(fd: int) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-def takeover(driver: Driver, name: Memory, mode: int, dies: Dies) -> None:
+def takeover(driver: Driver, name: MemoryName, mode: int, dies: Dies) -> None:
     kind = RegisterMode(mode)
     size = (2 << 20) if name.startswith("hugetlb") else 4096
     features = PFWP if kind == RegisterMode.WP else Feature(0)

@@ -39,9 +39,9 @@ from pyuffd import (
     _memory,
 )
 from pyuffd.handlers.process._remote import RemoteEngine
-from pyuffd.testing import kill
+from pyuffd.testing import MEMORY_TYPES, kill
 from tests._child import SCALE
-from tests._memory import TYPES, memory_of
+from tests._memory import memory_of
 from tests.stress._worlds import HEAD, LOST, ZERO, A, Content, Rules, World
 
 Step = list[Any]  # a name and its arguments; JSON carries it
@@ -94,7 +94,7 @@ class Program:
 def _choose_setting(chance: random.Random, drivers: tuple[str, ...], names: list[str]) -> Setting:
     name = chance.choice(names)
     driver = chance.choice(drivers)
-    has_file, shared = name != "anon", TYPES[name][1]
+    has_file, shared = name != "anon", MEMORY_TYPES[name].shared
     modes = [MISSING, MISSING | WP, WP]
     if has_file:
         modes += [MINOR, MINOR | WP, MISSING | MINOR, MISSING | MINOR | WP]

@@ -26,8 +26,8 @@ from pyuffd.conformance import _case as case_module
 from pyuffd.conformance._context import letters, show
 from pyuffd.conformance._kmsg import parse
 from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message
-from pyuffd.conformance._types import TYPES
 from pyuffd.conformance.cases.masks import wanted
+from pyuffd.testing._memory_types import MEMORY_TYPES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 CASES = load()
@@ -106,12 +106,12 @@ def test_every_result_of_the_selftests_has_an_id_of_its_own(ids: list[str], coun
     ],
 )
 def test_masks_of_linux_6_18(memory: str, masks: list[int | None]) -> None:
-    made = [wanted(TYPES[memory], RegisterMode(bits), 0x1FFFF) for bits in range(8)]
+    made = [wanted(MEMORY_TYPES[memory], RegisterMode(bits), 0x1FFFF) for bits in range(8)]
     assert made == [None, *masks]
 
 
 def test_masks_follow_the_features() -> None:
-    memory, mode = TYPES["shmem"], RegisterMode.MISSING | RegisterMode.WP
+    memory, mode = MEMORY_TYPES["shmem"], RegisterMode.MISSING | RegisterMode.WP
     everything = 0x1FFFF
     assert wanted(memory, mode, everything & ~Feature.POISON) == 0x07C
     assert wanted(memory, mode, everything & ~Feature.MOVE) == 0x15C

@@ -48,6 +48,7 @@ class Pool:
 def fake(pool: Pool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
     (folder / "nr_hugepages").touch()  # to lock
     monkeypatch.setattr(_huge_pages, "POOL", folder)
+    monkeypatch.setattr(_huge_pages, "free_pages", lambda size: pool.free - pool.reserved)
     monkeypatch.setattr(_huge_pages, "_count", pool.count)
     monkeypatch.setattr(_huge_pages, "_resize", pool.resize)
     return pool
@@ -77,7 +78,7 @@ def test_one_write_has_the_pages_at_hand_and_one_gives_them_back(
     before, room = fake(pool, tmp_path, monkeypatch).state, pool.room
     with pytest.raises(KeyError), _huge_pages.huge_pages(10):
         assert pool.writes == written
-        assert _huge_pages.available() == min(10, before[1] - before[2] + room)
+        assert _huge_pages.free_hugepages() == min(10, before[1] - before[2] + room)
         assert (pool.total, pool.surplus) == (before[0] + grown.added, before[3] - grown.counted_in)
         raise KeyError
     assert pool.state == before
@@ -89,7 +90,7 @@ def test_adds_what_is_asked_for_beside_what_is_there(
 ) -> None:
     pool = fake(Pool(30, reserved=20, surplus=12), tmp_path, monkeypatch)
     assert _huge_pages.add(64) == Grown(64, 12)
-    assert _huge_pages.available() == 10 + 64
+    assert _huge_pages.free_hugepages() == 10 + 64
     assert pool.writes == [94]
 
 
@@ -112,6 +113,6 @@ def test_sessions_side_by_side_keep_their_pages(
         entries.append(_machine.Entry(pid, "", added, None, counted_in))
     assert [(entry.huge_pages, entry.counted_in) for entry in entries] == [(64, 10), (64, 0)]
     _machine._give_back(entries, 1)
-    assert _huge_pages.available() == 64
+    assert _huge_pages.free_hugepages() == 64
     _machine._give_back(entries, 2)
     assert (pool.state, entries) == (before, [])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -13,6 +12,7 @@ from typing import IO, Literal
 from pyuffd import Feature, FileSource, Handler, PageState, Region, UffdOSError
 from pyuffd.cli import _cgroup
 from pyuffd.cli._demo_work import HUGE_PAGE, PAGE, DemoError, open_userfaultfd
+from pyuffd.testing import MemoryType
 
 Driver = Literal["native", "inline"]
 DRIVERS: tuple[Driver, ...] = ("native", "inline")
@@ -30,35 +30,14 @@ class NotAllowedError(DemoError):
     """This kernel, user or machine does not allow a memory type or driver; the text says why."""
 
 
-@dataclass(frozen=True)
-class MemoryType:
-    """One type of memory to restore into."""
-
-    name: str
-    feature: Feature
-    page_size: int
-    make: Callable[[int], Region]
-
-
-MEMORY_TYPES = (
-    MemoryType("anonymous", Feature(0), PAGE, Region.anonymous),
-    MemoryType("shmem shared", Feature.MISSING_SHMEM, PAGE, Region.memfd),
-    MemoryType(
-        "shmem private", Feature.MISSING_SHMEM, PAGE, lambda n: Region.memfd(n, shared=False)
-    ),
-    MemoryType(
-        "hugetlb shared",
-        Feature.MISSING_HUGETLBFS,
-        HUGE_PAGE,
-        lambda n: Region.memfd(n, huge_page_size=HUGE_PAGE),
-    ),
-    MemoryType(
-        "hugetlb private",
-        Feature.MISSING_HUGETLBFS,
-        HUGE_PAGE,
-        lambda n: Region.memfd(n, shared=False, huge_page_size=HUGE_PAGE),
-    ),
-)
+# As a row of the table names them.
+LABELS = {
+    "anon": "anonymous",
+    "shmem": "shmem shared",
+    "shmem-private": "shmem private",
+    "hugetlb": "hugetlb shared",
+    "hugetlb-private": "hugetlb private",
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +86,7 @@ def restore(
         NotAllowedError: the memory cannot be had, or not be registered in this way.
         HandlerError: a fault could not be resolved.
     """
-    features = memory.feature | (Feature.SIGBUS if driver == "inline" else Feature(0))
+    features = memory.missing_feature | (Feature.SIGBUS if driver == "inline" else Feature(0))
     prefetch = PREFETCH if memory.page_size == PAGE else PREFETCH_HUGE
     with contextlib.ExitStack() as stack:
         try:
@@ -128,7 +107,7 @@ def restore(
         handler.stop()
         stats = handler.stats()  # a fault is counted after its thread was woken
     return Restored(
-        memory=memory.name,
+        memory=LABELS[memory.name],
         driver=driver,
         faults=stats.faults["missing"],
         latencies_ns=latencies,

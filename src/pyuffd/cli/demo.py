@@ -15,10 +15,10 @@ from types import FrameType
 from typing import IO
 
 from pyuffd.cli import _demo_restore as restoring
-from pyuffd.cli._demo_restore import DRIVERS, MEMORY_TYPES, MemoryType, Restored
+from pyuffd.cli._demo_restore import DRIVERS, LABELS, Restored
 from pyuffd.cli._demo_snapshot import Snapshot, take_snapshot
 from pyuffd.cli._demo_work import HUGE_PAGE, MIB, PAGE, WorkingSet, collect, open_userfaultfd
-from pyuffd.testing import huge_pages
+from pyuffd.testing import MEMORY_TYPES, MemoryType, huge_pages
 
 WIDTH = 100
 DEFAULT_SIZE_MIB = 64
@@ -127,10 +127,10 @@ class _Demo:
     def _restore(self, image: IO[bytes], snapshot: Snapshot) -> list[Restored]:
         self._tell_heading()
         rows: list[Restored] = []
-        for memory in MEMORY_TYPES:
+        for memory in MEMORY_TYPES.values():
             pages = snapshot.length // HUGE_PAGE if memory.page_size == HUGE_PAGE else 0
             if pages and (why_not := restoring.why_no_huge_pages(snapshot.length)):
-                self._leave_out(memory.name, why_not)
+                self._leave_out(LABELS[memory.name], why_not)
                 continue
             with huge_pages(pages):
                 rows += self._restore_into(memory, image, snapshot)
@@ -145,7 +145,7 @@ class _Demo:
                     image, snapshot.length, snapshot.expected, memory, driver, self._seed
                 )
             except restoring.NotAllowedError as error:
-                self._leave_out(f"{memory.name} ({driver})", str(error))
+                self._leave_out(f"{LABELS[memory.name]} ({driver})", str(error))
             else:
                 self._tell_row(row)
                 yield row

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from pyuffd.conformance._case import Case, Variant, case, load
 from pyuffd.conformance._markdown import markdown
 from pyuffd.conformance._report import Difference, Report, Result, compare
-from pyuffd.conformance._types import MemoryType
 from pyuffd.conformance._writing import write_report
+from pyuffd.testing._memory_types import MemoryType
 
 if TYPE_CHECKING:
     from pyuffd.conformance._context import Context

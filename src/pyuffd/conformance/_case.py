@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Feature
-from pyuffd.conformance._types import ALL, ANY, TYPES, MemoryType
+from pyuffd.conformance._types import ALL, ANY
+from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryType
 
 if TYPE_CHECKING:
     from pyuffd.conformance._context import Context
@@ -137,7 +138,7 @@ def case(
             raise ValueError(f"case {name!r} has no summary")
         if noisy and not alone:
             raise ValueError(f"case {name!r} is noisy, so it has to run alone")
-        if unknown := set(memory) - {*TYPES, *ANY}:
+        if unknown := set(memory) - {*MEMORY_TYPES, *ANY}:
             raise ValueError(f"case {name!r}: no memory types {sorted(unknown)}")
         _cases[name] = Case(
             name,

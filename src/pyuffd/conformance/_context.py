@@ -21,9 +21,9 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance import _raw
 from pyuffd.conformance._case import Case
 from pyuffd.conformance._raw import Answer
-from pyuffd.conformance._types import TYPES, MemoryType
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryType
 from pyuffd.testing._need import Lack, kernel_features
 from pyuffd.testing._run import SCALE, ChildResult, run_child
 
@@ -274,7 +274,7 @@ class Context(SoleOwner):
 
     def __init__(self, case: Case, memory: str) -> None:
         self.case = case
-        self.memory: MemoryType = TYPES.get(memory, TYPES["anon"])
+        self.memory: MemoryType = MEMORY_TYPES.get(memory, MEMORY_TYPES["anon"])
         self.page = self.memory.page_size
         self.offered = kernel_features()
         self.variant = ""
@@ -293,7 +293,7 @@ class Context(SoleOwner):
 
     def make(self, pages: int, memory: str = "") -> Region:
         """Map a region of this many pages, of another memory type if one is named."""
-        of = TYPES[memory] if memory else self.memory
+        of = MEMORY_TYPES[memory] if memory else self.memory
         region = of.make(pages * of.page_size)
         self._regions.append(region)
         return region

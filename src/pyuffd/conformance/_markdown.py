@@ -8,7 +8,8 @@ from pyuffd._abi import Feature
 from pyuffd.conformance import _selftests
 from pyuffd.conformance._case import Case
 from pyuffd.conformance._left_out import LEFT_OUT
-from pyuffd.conformance._types import ANY, TYPES
+from pyuffd.conformance._types import ANY
+from pyuffd.testing._memory_types import MEMORY_TYPES
 
 _HEAD = """\
 # The conformance suite
@@ -110,7 +111,7 @@ def _left_out() -> Iterator[str]:
 
 
 def _memory(names: Sequence[str]) -> str:
-    return "all five" if tuple(names) == tuple(TYPES) else ", ".join(names)
+    return "all five" if tuple(names) == tuple(MEMORY_TYPES) else ", ".join(names)
 
 
 def _variants(case: Case) -> Iterator[str]:
@@ -121,7 +122,7 @@ def _variants(case: Case) -> Iterator[str]:
 def _needs(case: Case) -> Iterator[str]:
     by_features: dict[Feature, list[str]] = {}
     for name in case.memory:
-        features = case.features_on(TYPES.get(name, TYPES["anon"]))
+        features = case.features_on(MEMORY_TYPES.get(name, MEMORY_TYPES["anon"]))
         by_features.setdefault(features, []).append(name)
     for features, names in by_features.items():
         if features:

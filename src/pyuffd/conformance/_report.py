@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from pyuffd._abi import Feature
-from pyuffd.conformance._types import ANY, TYPES
+from pyuffd.conformance._types import ANY
+from pyuffd.testing._memory_types import MEMORY_TYPES
 
 FORMAT = 1
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
-MEMORY = (*TYPES, *ANY)
+MEMORY = (*MEMORY_TYPES, *ANY)
 CELLS = {PASSED: "pass", FAILED: "FAIL", SKIPPED: "skip"}
 MOST_TESTS = 3  # named beside a message, of the cases that were running
 _CELL = 21  # the longest variant of a case passes in it

@@ -18,8 +18,8 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._memcg import memory_group
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._raw import Answer, ioctl
-from pyuffd.conformance._types import HUGE_PAGE, SMALL_PAGE, TYPES
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import HUGE_PAGE, MEMORY_TYPES, SMALL_PAGE
 from pyuffd.testing._need import Lack, Need, needs_privilege
 
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # system calls
@@ -191,7 +191,7 @@ def ioctl_without_memory(
     Returns:
         errno and result field without memory, and both with it.
     """
-    of = TYPES[memory]
+    of = MEMORY_TYPES[memory]
     gc.disable()
     libc = ctypes.CDLL(None, use_errno=True)
     # Every page that is mapped now is there, and this process's own, before there are no more.

@@ -14,15 +14,9 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, PageBit, RegisterMode, WriteprotectMode
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._context import WAIT_S, Access, Context, show
-from pyuffd.conformance._types import (
-    HUGETLB,
-    SHMEM,
-    SMALL_PAGE,
-    MemoryType,
-    missing_features,
-    wp_features,
-)
+from pyuffd.conformance._types import HUGETLB, SHMEM, missing_features, wp_features
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 
 UNPROTECT = WriteprotectMode(0)
 MISSING_WP = RegisterMode.MISSING | RegisterMode.WP

@@ -21,9 +21,9 @@ from pyuffd.conformance._case import Case, load
 from pyuffd.conformance._context import Context, Mismatch
 from pyuffd.conformance._kmsg import Kmsg, Record
 from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message, Report, Result
-from pyuffd.conformance._types import TYPES
 from pyuffd.conformance._writing import write_report
 from pyuffd.testing import _machine
+from pyuffd.testing._memory_types import MEMORY_TYPES
 from pyuffd.testing._need import (
     Lack,
     kernel_features,
@@ -215,7 +215,7 @@ def _run(case: Case, memory: str, result: dict[str, Any]) -> None:
 
 def check_needs(case: Case, memory: str) -> None:
     """Raise Lack if the kernel or the machine has not what a case takes."""
-    of = TYPES.get(memory, TYPES["anon"])
+    of = MEMORY_TYPES.get(memory, MEMORY_TYPES["anon"])
     features = case.features_on(of)
     if features:
         needs(features).check()

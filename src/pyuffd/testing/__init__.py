@@ -19,6 +19,7 @@ from pyuffd.testing._inject import (
     layout_is_changing,
 )
 from pyuffd.testing._leaks import LeakError, child_pids, no_leaks
+from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryType
 from pyuffd.testing._needs import (
     needs,
     needs_hugepages,
@@ -29,6 +30,7 @@ from pyuffd.testing._needs import (
 )
 
 __all__ = [
+    "MEMORY_TYPES",
     "DelayedSource",
     "FailingSource",
     "FaultingChild",
@@ -36,6 +38,7 @@ __all__ = [
     "ForkResult",
     "GatedSource",
     "LeakError",
+    "MemoryType",
     "PendingChange",
     "Step",
     "WrongLengthSource",

@@ -21,12 +21,11 @@ from pyuffd._errors import HandoverError, UffdError
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handover import Handover, HandoverRange, recv_uffd
 from pyuffd.testing import _wire
+from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryName
 
 Command = Literal["read", "write", "touch", "madvise", "munmap", "mremap", "fork", "exit"]
-Memory = Literal["anon", "shmem", "shmem-private", "hugetlb", "hugetlb-private"]
 
 _COMMANDS = ("read", "write", "touch", "madvise", "munmap", "mremap", "fork", "exit")
-_MEMORY = ("anon", "shmem", "shmem-private", "hugetlb", "hugetlb-private")
 
 # Interpreter start and imports take seconds on a loaded machine, with a sanitizer.
 START_S = 30.0
@@ -158,7 +157,7 @@ class FaultingChild(SoleOwner):
         self,
         pages: int = 4,
         *,
-        memory: Memory = "anon",
+        memory: MemoryName = "anon",
         mode: RegisterMode | None = RegisterMode.MISSING,
         features: Feature = Feature(0),  # noqa: B008 - an immutable flag
         content: bytes = b"",
@@ -168,8 +167,8 @@ class FaultingChild(SoleOwner):
         self._process: subprocess.Popen[bytes] | None = None
         if pages < 1:
             raise ValueError(f"pages {pages} must be above zero")
-        if memory not in _MEMORY:
-            raise ValueError(f"memory {memory!r} is none of {_MEMORY}")
+        if memory not in MEMORY_TYPES:
+            raise ValueError(f"memory {memory!r} is none of {(*MEMORY_TYPES,)}")
         self._buffer = bytearray()
         self._replies: dict[int, dict[str, Any]] = {}
         self._steps: list[Step] = []

@@ -23,18 +23,10 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.handover import send_uffd
 from pyuffd.regions import Region
 from pyuffd.testing import _wire
+from pyuffd.testing._memory_types import MEMORY_TYPES
 
 PROT_NONE = 0  # not in the mmap module
 RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-
-
-def make_region(memory: str, pages: int) -> Region:
-    """Map pages of a memory type."""
-    huge = 2 << 20 if memory.startswith("hugetlb") else None
-    length = pages * (huge or mmap.PAGESIZE)
-    if memory == "anon":
-        return Region.anonymous(length)
-    return Region.memfd(length, shared=not memory.endswith("private"), huge_page_size=huge)
 
 
 class Worker:
@@ -137,7 +129,8 @@ class Worker:
 
 def prepare(order: dict[str, Any]) -> tuple[Region, Userfaultfd]:
     """Map and fill the region, and register it."""
-    region = make_region(order["memory"], order["pages"])
+    memory = MEMORY_TYPES[order["memory"]]
+    region = memory.make(order["pages"] * memory.page_size)
     if content := _wire.restored(order["content"]):
         region.write(0, content)
     uffd = Userfaultfd(features=Feature(order["features"]), user_mode_only=order["user_mode_only"])

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+from pyuffd._machine import POOLS, free_pages
+from pyuffd.testing._memory_types import HUGE_PAGE
+
+POOL = POOLS / "hugepages-2048kB"
 
 
 class Grown(NamedTuple):
@@ -28,9 +30,9 @@ class Grown(NamedTuple):
     counted_in: int
 
 
-def available() -> int:
-    """Return how many pages are neither used nor reserved."""
-    return _count("free_hugepages") - _count("resv_hugepages")
+def free_hugepages(size: int = HUGE_PAGE) -> int:
+    """Return how many huge pages of this size nobody uses or has reserved."""
+    return free_pages(size)
 
 
 def add(count: int) -> Grown:
@@ -60,7 +62,7 @@ def huge_pages(count: int) -> Iterator[None]:
     """
     grown = Grown(0, 0)
     with contextlib.suppress(OSError), _locked():
-        grown = _grow(count - available())
+        grown = _grow(count - free_hugepages())
     try:
         yield
     finally:

@@ -5,15 +5,13 @@ as a skip. `PYUFFD_TESTS=require` turns every skip into a failure, except for th
 `PYUFFD_TESTS_MAY_LACK` (their keys, separated by spaces: `RWP`, `swap`, `hugepages-1048576kB`,
 ...).
 
-The kernel is asked with plain syscalls, not with the code under test.
+The kernel is asked about userfaultfd with plain syscalls, not with the code under test.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import functools
-import mmap
 import os
 import struct
 from collections.abc import Callable
@@ -21,6 +19,8 @@ from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 
+from pyuffd.testing._huge_pages import free_hugepages
+from pyuffd.testing._memory_types import HUGE_PAGE, MEMORY_TYPES
 from pyuffd.testing._opening import only_user_mode, open_userfaultfd
 
 _UFFD_API = 0xAA
@@ -29,9 +29,6 @@ _WP_HUGETLBFS_SHMEM = 1 << 12
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
 _DEVICE = "/dev/userfaultfd"
-_MFD_HUGETLB = 0x4
-
-HUGE_PAGE = 2 << 20
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 CAPABILITIES = {
@@ -191,16 +188,6 @@ def needs_hugetlb_mremap() -> Need:
     return Need("mremap of hugetlb memory", missing)
 
 
-def free_hugepages(size: int = HUGE_PAGE) -> int:
-    """Return how many huge pages of this size nobody uses or has reserved."""
-    folder = Path(f"/sys/kernel/mm/hugepages/hugepages-{size >> 10}kB")
-    try:
-        free = int((folder / "free_hugepages").read_text())
-        return free - int((folder / "resv_hugepages").read_text())
-    except FileNotFoundError:
-        return 0
-
-
 @functools.cache
 def kernel_features() -> int:
     """Return the feature mask of a probe userfaultfd."""
@@ -223,64 +210,24 @@ def _may_follow_forks() -> bool:
     return True
 
 
-def _anonymous(length: int) -> int:
-    return _map(length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-
-
-def _memfd(length: int, *, shared: bool, huge: bool) -> int:
-    fd = os.memfd_create("need", os.MFD_CLOEXEC | (_MFD_HUGETLB if huge else 0))
-    try:
-        os.ftruncate(fd, length)
-        return _map(length, mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE, fd)
-    finally:
-        os.close(fd)
-
-
-MEMORY_TYPES: dict[str, tuple[int, Callable[[int], int]]] = {
-    "anon": (4096, _anonymous),
-    "shmem": (4096, lambda length: _memfd(length, shared=True, huge=False)),
-    "shmem-private": (4096, lambda length: _memfd(length, shared=False, huge=False)),
-    "hugetlb": (HUGE_PAGE, lambda length: _memfd(length, shared=True, huge=True)),
-    "hugetlb-private": (HUGE_PAGE, lambda length: _memfd(length, shared=False, huge=True)),
-}
-
-
 @functools.cache
 def range_ioctls(memory: str, mode: int, features: int = 0) -> int:
     """Return the mask that UFFDIO_REGISTER gives for a memory type and mode; 0 if it refuses."""
-    length, make = MEMORY_TYPES[memory]
-    if length == HUGE_PAGE:
+    of = MEMORY_TYPES[memory]
+    if of.is_hugetlb:
         needs_hugepages(1).check()
     fd = _open_userfaultfd()
     try:
         _handshake(fd, features)
-        address = make(length)
-        try:
-            argument = bytearray(struct.pack("<4Q", address, length, mode, 0))
-            fcntl.ioctl(fd, _UFFDIO_REGISTER, argument)
+        with of.make(of.page_size) as region:
+            argument = bytearray(struct.pack("<4Q", region.start, region.length, mode, 0))
+            try:
+                fcntl.ioctl(fd, _UFFDIO_REGISTER, argument)
+            except OSError:
+                return 0
             return int(struct.unpack("<4Q", argument)[3])
-        except OSError:
-            return 0
-        finally:
-            _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(length))
     finally:
         os.close(fd)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.syscall.restype = ctypes.c_long
-    return libc
-
-
-def _map(length: int, flags: int, fd: int) -> int:
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    address = _libc().mmap(None, ctypes.c_size_t(length), protection, flags, fd, ctypes.c_long(0))
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(address)
 
 
 def _open_userfaultfd() -> int:

@@ -9,7 +9,8 @@ from enum import IntFlag
 from typing import TYPE_CHECKING
 
 from pyuffd.testing import _need
-from pyuffd.testing._need import HUGE_PAGE, Lack, Need
+from pyuffd.testing._memory_types import HUGE_PAGE
+from pyuffd.testing._need import Lack, Need
 
 if TYPE_CHECKING:
     import pytest

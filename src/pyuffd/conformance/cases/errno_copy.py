@@ -15,7 +15,6 @@ from pyuffd.conformance._types import (
     ANON,
     FILE,
     HUGETLB,
-    MemoryType,
     minor_features,
     missing_features,
     missing_wp_features,
@@ -24,6 +23,7 @@ from pyuffd.conformance._types import (
 )
 from pyuffd.conformance.cases.errno_fill import CONTINUE, COPY, DATA, POISON, ZEROPAGE, Target
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import MemoryType
 
 PROT_NONE = 0
 PUNCH_HOLE = 3  # with KEEP_SIZE

@@ -24,13 +24,12 @@ from pyuffd.conformance._types import (
     FILE,
     HUGETLB,
     SMALL,
-    SMALL_PAGE,
-    MemoryType,
     minor_features,
     missing_features,
     poison_features,
 )
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 
 UNKNOWN_MODE = 1 << 63
 KERNEL_ADDRESS = 1 << 63

@@ -28,13 +28,12 @@ from pyuffd.conformance._types import (
     HUGETLB,
     SHMEM,
     SMALL,
-    SMALL_PAGE,
-    MemoryType,
     minor_features,
     missing_features,
     wp_features,
 )
 from pyuffd.conformance.cases.errno_fill import DATA
+from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_hugepages, needs_privilege
 
 NO_MEMORY = errno.ENOMEM, -errno.ENOMEM

@@ -19,13 +19,12 @@ from pyuffd.conformance._types import (
     ANY,
     HUGETLB,
     SMALL,
-    SMALL_PAGE,
-    MemoryType,
     missing_features,
     missing_wp_features,
 )
 from pyuffd.conformance.cases.errno_fill import KERNEL_ADDRESS, orphan
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 
 LIMIT = 1 << 64
 SYS_MEMFD_SECRET = 447

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pyuffd._abi import Feature, RegisterMode, Remove, WriteprotectMode
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._types import ALL, HUGETLB, SMALL_PAGE, MemoryType, wp_features
+from pyuffd.conformance._types import ALL, HUGETLB, wp_features
 from pyuffd.conformance.cases.errno_fill import KERNEL_ADDRESS, LAYOUT, UNKNOWN_MODE, orphan
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 
 ORIGIN = "UFFDIO_WRITEPROTECT(2const): "
 ON, OFF, DONTWAKE = WriteprotectMode.WP, WriteprotectMode(0), WriteprotectMode.DONTWAKE

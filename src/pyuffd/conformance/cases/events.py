@@ -21,8 +21,9 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import WAIT_S, Context
 from pyuffd.conformance._pin import syscall
-from pyuffd.conformance._types import ALL, FILE, MemoryType, missing_features
+from pyuffd.conformance._types import ALL, FILE, missing_features
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import MemoryType
 
 SYS_MMAP, SYS_MPROTECT, SYS_MUNMAP, SYS_MREMAP, SYS_MADVISE = 9, 10, 11, 25, 28
 SYS_FTRUNCATE, SYS_FALLOCATE = 77, 285

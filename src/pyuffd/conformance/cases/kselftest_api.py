@@ -8,8 +8,9 @@ import os
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._types import ANY, MemoryType, minor_features, missing_features, wp_features
+from pyuffd.conformance._types import ANY, minor_features, missing_features, wp_features
 from pyuffd.testing import _opening
+from pyuffd.testing._memory_types import MemoryType
 from pyuffd.testing._need import needs_device
 
 _API = 0xAA

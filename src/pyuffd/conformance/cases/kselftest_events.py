@@ -23,8 +23,9 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import WAIT_S, Child, Context
 from pyuffd.conformance._pin import Pin, ReadPin, needs_pin, needs_read_pin, syscall
-from pyuffd.conformance._types import MemoryType, missing_features, wp_features
+from pyuffd.conformance._types import missing_features, wp_features
 from pyuffd.conformance.cases.kselftest_unit import UNPROTECT, WP_WRITE, content, release
+from pyuffd.testing._memory_types import MemoryType
 
 MADV_PAGEOUT = 21
 SYS_MREMAP, SYS_MADVISE = 25, 28

@@ -17,17 +17,10 @@ from pyuffd._memory import Interrupted
 from pyuffd.conformance import _thp
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import WAIT_S, Context
-from pyuffd.conformance._types import (
-    ANON,
-    ANY,
-    HUGE_PAGE,
-    HUGETLB,
-    SMALL_PAGE,
-    missing_features,
-    wp_features,
-)
+from pyuffd.conformance._types import ANON, ANY, HUGETLB, missing_features, wp_features
 from pyuffd.conformance._wp import move_mapping
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import needs_hugetlb_mremap, needs_privilege, needs_swap, needs_thp
 
 MADV_MERGEABLE, MADV_UNMERGEABLE = 12, 13

@@ -26,9 +26,6 @@ from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import (
     ANON,
     FILE,
-    HUGE_PAGE,
-    SMALL_PAGE,
-    MemoryType,
     minor_features,
     missing_features,
     missing_wp_features,
@@ -36,6 +33,7 @@ from pyuffd.conformance._types import (
     wp_features,
 )
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_swap, needs_thp
 
 MADV_COLLAPSE = 25

@@ -15,17 +15,9 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._types import (
-    ANY,
-    HUGE_PAGE,
-    SMALL_PAGE,
-    TYPES,
-    MemoryType,
-    minor_features,
-    missing_features,
-    wp_features,
-)
+from pyuffd.conformance._types import ANY, minor_features, missing_features, wp_features
 from pyuffd.conformance.cases.errno_register import disk_page
+from pyuffd.testing._memory_types import HUGE_PAGE, MEMORY_TYPES, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import Need, needs_hugepages
 
 ORIGIN = "UFFDIO_REGISTER(2const): .ioctls"
@@ -95,7 +87,7 @@ def _add_mode(mode: RegisterMode) -> None:
         ctx.open(Feature(0))
         check_mask(ctx, ctx.memory, mode, region.start, region.length)
 
-    names = [kind for kind in TYPES if wanted(TYPES[kind], mode, -1) is not None]
+    names = [kind for kind in MEMORY_TYPES if wanted(MEMORY_TYPES[kind], mode, -1) is not None]
     text = "-".join(bit.name.lower() for bit in RegisterMode(mode) if bit.name)
     modes = " and ".join(bit.name for bit in RegisterMode(mode) if bit.name)
     case(
@@ -161,7 +153,7 @@ def _map_hugetlb(ctx: Context) -> int:
 def _add_kind(
     name: str, what: str, like: str, make: Callable[[Context], int], needs: tuple[Need, ...] = ()
 ) -> None:
-    memory = TYPES[like]
+    memory = MEMORY_TYPES[like]
 
     def run(ctx: Context) -> None:
         start = make(ctx)
@@ -200,4 +192,4 @@ def disk_file(ctx: Context) -> None:
     """With WP_ASYNC and mode WP a file of a disk's file system has the mask of anonymous memory."""
     start = disk_page(ctx, mmap.MAP_SHARED)
     ctx.open()
-    check_mask(ctx, TYPES["anon"], RegisterMode.WP, start, SMALL_PAGE)
+    check_mask(ctx, MEMORY_TYPES["anon"], RegisterMode.WP, start, SMALL_PAGE)

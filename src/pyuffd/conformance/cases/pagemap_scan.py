@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pyuffd._abi import Feature, PageCategory, RegisterMode, ScanFlag
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._types import ALL, ANON, ANY, SMALL_PAGE
+from pyuffd.conformance._types import ALL, ANON, ANY
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import SMALL_PAGE
 
 PAGEMAP_SCAN = 0xC0606610
 SIZE = 96

@@ -18,10 +18,11 @@ from pyuffd.conformance import _thp
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
-from pyuffd.conformance._types import ALL, ANON, ANY, HUGE_PAGE, SMALL_PAGE
+from pyuffd.conformance._types import ALL, ANON, ANY
 from pyuffd.conformance.cases.errno_register import disk_page
 from pyuffd.conformance.cases.pagemap_scan import FEATURES, ORIGIN, WP_SCAN, WRITTEN
 from pyuffd.pagemap import Pagemap, PageRanges
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import Need, needs_hugepages, needs_thp
 
 PROT_NONE = 0

@@ -10,7 +10,7 @@ from pyuffd.conformance import _swap
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Child, Context
 from pyuffd.conformance._memcg import limited_memory, needs_memcg
-from pyuffd.conformance._types import SMALL, MemoryType, wp_features
+from pyuffd.conformance._types import SMALL, wp_features
 from pyuffd.conformance._wp import (
     DATA,
     HOLE,
@@ -28,6 +28,7 @@ from pyuffd.conformance._wp import (
 )
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import MemoryType
 from pyuffd.testing._need import needs_privilege, needs_swap
 
 ORIGIN = "patch 05: swap entries and markers"

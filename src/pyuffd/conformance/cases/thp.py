@@ -8,15 +8,7 @@ from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._thp import mapped_huge
-from pyuffd.conformance._types import (
-    ANON,
-    HUGE_PAGE,
-    SMALL_PAGE,
-    MemoryType,
-    minor_features,
-    missing_features,
-    wp_features,
-)
+from pyuffd.conformance._types import ANON, minor_features, missing_features, wp_features
 from pyuffd.conformance._wp import (
     DATA,
     HOLE,
@@ -28,6 +20,7 @@ from pyuffd.conformance._wp import (
 )
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_thp
 
 MADV_COLLAPSE = 25

@@ -13,7 +13,6 @@ from pyuffd.conformance._types import (
     HUGETLB,
     SHARED,
     SMALL,
-    MemoryType,
     minor_features,
     missing_wp_features,
     wp_features,
@@ -40,6 +39,7 @@ from pyuffd.conformance._wp import (
     smaps_bytes,
 )
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import MemoryType
 from pyuffd.testing._need import needs_swap
 
 

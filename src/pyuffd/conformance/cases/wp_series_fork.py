@@ -13,7 +13,7 @@ from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Child, Context
 from pyuffd.conformance._pin import Pin, needs_pin, syscall
-from pyuffd.conformance._types import ALL, ANY, FILE, PRIVATE, SMALL, MemoryType, wp_features
+from pyuffd.conformance._types import ALL, ANY, FILE, PRIVATE, SMALL, wp_features
 from pyuffd.conformance._wp import (
     DATA,
     HOLE,
@@ -29,6 +29,7 @@ from pyuffd.conformance._wp import (
     protected,
 )
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import MemoryType
 from pyuffd.testing._need import needs_privilege, needs_swap
 
 FORK_MESSAGE = 0x13  # UFFD_EVENT_FORK

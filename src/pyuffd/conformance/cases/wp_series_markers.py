@@ -10,11 +10,9 @@ from pyuffd.conformance._context import Context
 from pyuffd.conformance._types import (
     ANON,
     FILE,
-    HUGE_PAGE,
     HUGETLB,
     SHMEM,
     SMALL,
-    SMALL_PAGE,
     minor_features,
     missing_wp_features,
     wp_features,
@@ -44,6 +42,7 @@ from pyuffd.conformance._wp import (
 )
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import needs_swap
 
 AROUND_PAGES = 64

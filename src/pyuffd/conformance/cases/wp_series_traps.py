@@ -13,7 +13,7 @@ from pathlib import Path
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import WAIT_S, Access, Child, Context
-from pyuffd.conformance._types import HUGETLB, SMALL, MemoryType, missing_features, wp_features
+from pyuffd.conformance._types import HUGETLB, SMALL, missing_features, wp_features
 from pyuffd.conformance._wp import (
     DATA,
     MISSING_READ,
@@ -25,6 +25,7 @@ from pyuffd.conformance._wp import (
     protected,
     smaps,
 )
+from pyuffd.testing._memory_types import MemoryType
 
 ORIGIN = "patch 13: left-over markers; registering again replaces the modes"
 REFUSED = Variant("refused", "REGISTER does not replace modes: EBUSY, and nothing has changed")

@@ -17,17 +17,7 @@ from pyuffd._abi import Feature, RegisterMode, Remap
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Access, Context
 from pyuffd.conformance._pin import syscall
-from pyuffd.conformance._types import (
-    ALL,
-    FILE,
-    HUGETLB,
-    PRIVATE,
-    SHARED,
-    SHMEM,
-    SMALL,
-    MemoryType,
-    wp_features,
-)
+from pyuffd.conformance._types import ALL, FILE, HUGETLB, PRIVATE, SHARED, SHMEM, SMALL, wp_features
 from pyuffd.conformance._wp import (
     DATA,
     HOLE,
@@ -52,6 +42,7 @@ from pyuffd.conformance._wp import (
     smaps,
 )
 from pyuffd.regions import Region
+from pyuffd.testing._memory_types import MemoryType
 from pyuffd.testing._need import Need, needs_privilege, needs_swap
 
 MADV_COLD, MADV_PAGEOUT = 20, 21
