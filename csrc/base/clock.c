@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Time, and waiting for somebody else. */
+/* Time, and pauses between retries. */
 #define _GNU_SOURCE
 #include <sched.h>
 #include <time.h>
@@ -7,9 +7,9 @@
 #include "clock.h"
 
 /*
- * While a layout event is unread every filling ioctl says EAGAIN, and goes on
- * doing so until the thread that caused the event has run again: up to 12 ms on
- * a busy two-CPU machine (measured).  Yield first, since it may need this CPU.
+ * While a layout event is unread, every filling ioctl fails with EAGAIN, until the
+ * thread that caused the event has run again: up to 12 ms on a busy two-CPU machine
+ * (measured).  Yield first, since that thread may need this CPU.
  */
 #define YIELDS_BEFORE_SLEEP	64
 #define SLEEP_NS		50000

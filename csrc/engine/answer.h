@@ -1,22 +1,22 @@
 /* SPDX-License-Identifier: MIT */
-/* What a worker brings for a request. */
+/* A worker's answer to a request. */
 #ifndef UFFD_ENGINE_ANSWER_H
 #define UFFD_ENGINE_ANSWER_H
 
 #include "core.h"
 
-/* `data` holds `request->length` bytes.  -ECANCELED: it came too late. */
+/* `data` holds `request->length` bytes.  -ECANCELED: too late. */
 int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *request,
 			 const void *data);
-/* The same; `data` is there already. */
+/* The same; `data` has been faulted in. */
 int answer_request(struct uffd_engine *engine, struct uffd_request *request, const void *data);
 /*
- * Instead of failing several pages for one that has no content: a fault's own page is
- * asked for by itself, populate's in halves.  Returns 1, or 0 for a page that is alone.
+ * Instead of failing several pages for one without content, request fewer: a fault's
+ * own page alone, populate's in halves.  Returns 1, or 0 if that is not possible.
  */
 int uffd_engine_ask_again(struct uffd_engine *engine, struct uffd_request *request);
 int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, int32_t error);
-/* The pages of [offset, end) that still wait; FAILED_NOTHING poisons them all. */
+/* Give up pages of [offset, end) that still wait; FAILED_NOTHING poisons them all. */
 void give_up_pages(struct uffd_engine *engine, const struct uffd_request *request,
 		   uint64_t offset, uint64_t end, int error, enum uffd_failure_stage stage);
 

@@ -18,7 +18,7 @@ static void nap(void)
 	nanosleep(&pause, NULL);
 }
 
-/* The first thread holds until released; others pass. */
+/* The first thread stops until released; others pass. */
 void uffd_barrier_pass(enum uffd_barrier point)
 {
 	uint32_t bit = 1u << point;

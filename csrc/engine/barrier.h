@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Named points where a test can hold a thread of the engine, to bring about a
- * race instead of waiting for one.  Not armed, a point costs one load.
+ * Named points where a test can stop a thread of the engine, to cause a race
+ * instead of waiting for one.  A point that is not armed costs one load.
  */
 #ifndef UFFD_BARRIER_H
 #define UFFD_BARRIER_H
@@ -13,11 +13,11 @@ enum uffd_barrier {
 	UFFD_BARRIER_STEP_READ,		/* messages read, layout events not applied */
 	UFFD_BARRIER_STEP_APPLIED,	/* layout events applied, faults not resolved */
 	UFFD_BARRIER_FAULT_CLAIMED,	/* a page is claimed, its ioctl not done */
-	UFFD_BARRIER_FAULT_WOKEN,	/* its thread goes on, the fault is not counted */
+	UFFD_BARRIER_FAULT_WOKEN,	/* its thread was woken, the fault is not counted */
 	UFFD_BARRIER_FILL_CLAIMED,	/* as above, for populate */
-	UFFD_BARRIER_PLACED,		/* pages are in place, their states do not say so yet */
-	UFFD_BARRIER_REQUEST_TAKEN,	/* a worker has a request and does not lead any more */
-	UFFD_BARRIER_COMPLETE,		/* content has come, the page not looked at yet */
+	UFFD_BARRIER_PLACED,		/* pages are in place, their states not set */
+	UFFD_BARRIER_REQUEST_TAKEN,	/* a worker has a request and no longer leads */
+	UFFD_BARRIER_COMPLETE,		/* content has arrived, its page is not looked at */
 	UFFD_BARRIER_UNSERVE_SEALED,	/* sealed, not yet unregistered */
 	UFFD_BARRIERS,
 };
@@ -33,11 +33,11 @@ static inline void uffd_barrier(enum uffd_barrier point)
 		uffd_barrier_pass(point);
 }
 
-/* The next thread at the point stops there (0), or -EBUSY when it is armed. */
+/* Stop the next thread that reaches the point; -EBUSY if it is armed already. */
 int uffd_barrier_arm(uint32_t point);
 /* Wait until a thread stands at the point; 0 or -ETIMEDOUT. */
 int uffd_barrier_wait(uint32_t point, uint64_t limit_ns);
-/* Let the thread go on and disarm the point. */
+/* Let the thread continue and disarm the point. */
 void uffd_barrier_release(uint32_t point);
 
 #endif /* UFFD_BARRIER_H */

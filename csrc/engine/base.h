@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Small things that every file needs. */
+/* Helpers that every file uses. */
 #ifndef UFFD_ENGINE_BASE_H
 #define UFFD_ENGINE_BASE_H
 

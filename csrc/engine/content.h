@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What a served range consists of besides its place: where its pages come from,
- * and one byte of state for each.  Both outlive a range that is moved or cut in
- * two; a fork's copy shares the content and has states of its own.
+ * A served range apart from its address: the source of its pages, and one byte of
+ * state for each.  Both outlive a range that is moved or split; a fork's copy shares
+ * the content and has states of its own.
  */
 #ifndef UFFD_CONTENT_H
 #define UFFD_CONTENT_H
@@ -11,17 +11,17 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* What is known of a page, one byte each. */
+/* What is known about a page, one byte each. */
 enum uffd_page_state {
 	UFFD_PAGE_ABSENT,
-	UFFD_PAGE_IN_FLIGHT,	/* somebody is filling, saving or poisoning it */
-	UFFD_PAGE_CLEAN,	/* present; protected where the range is registered for WP */
-	UFFD_PAGE_DIRTY,	/* written to since it was protected, or that cannot be known */
+	UFFD_PAGE_IN_FLIGHT,	/* a thread is filling, saving or poisoning it */
+	UFFD_PAGE_CLEAN,	/* present; protected if the range is registered for WP */
+	UFFD_PAGE_DIRTY,	/* written to since it was protected, or unknown */
 	UFFD_PAGE_REMOVED,	/* dropped by its owner: zeros from then on */
 	UFFD_PAGE_POISONED,
-	UFFD_PAGE_SAVED,	/* preserved in the background, and protected still */
-	UFFD_PAGE_REQUESTED,	/* in flight to a worker, whose answer belongs here; others see IN_FLIGHT */
-	UFFD_PAGE_HELD,		/* in flight, but there: being saved, protected or unprotected */
+	UFFD_PAGE_SAVED,	/* preserved in the background, still protected */
+	UFFD_PAGE_REQUESTED,	/* waits for a worker's answer; reported as IN_FLIGHT */
+	UFFD_PAGE_HELD,		/* in flight but present: being saved, protected, unprotected */
 };
 
 static inline bool uffd_page_is_in_flight(uint8_t state)
@@ -31,14 +31,14 @@ static inline bool uffd_page_is_in_flight(uint8_t state)
 }
 
 enum uffd_source_kind {
-	UFFD_SOURCE_NONE,	/* nothing to fetch: what the page cache holds is right */
+	UFFD_SOURCE_NONE,	/* nothing to fetch: the page cache has the content */
 	UFFD_SOURCE_ZERO,
 	UFFD_SOURCE_MEMORY,
 	UFFD_SOURCE_FILE,
-	UFFD_SOURCE_REQUEST,	/* asked for with uffd_engine_next_request */
+	UFFD_SOURCE_REQUEST,	/* a worker fetches it, see uffd_engine_next_request */
 };
 
-/* What a range is, and where its pages come from, for people. */
+/* For messages: describes a range and the source of its pages. */
 #define UFFD_LABEL_SIZE 256
 
 struct uffd_range_spec {
@@ -50,18 +50,18 @@ struct uffd_range_spec {
 	int32_t source_fd;	/* FILE: duplicated by the engine */
 	uint64_t source_address; /* MEMORY: borrowed until the range is taken out */
 	uint64_t source_offset;	/* FILE */
-	uint64_t source_length;	/* bytes; must reach into the last page */
+	uint64_t source_length;	/* in bytes; must reach into the last page */
 	uint64_t local;		/* the same memory mapped here, not registered; 0: none */
-	uint64_t preserve;	/* where old content goes before the first write; 0: none */
-	uint32_t writes_cache;	/* a minor fault on an absent page writes the source to `local` */
-	uint32_t maps_holes;	/* Linux leaves them unprotected: map them first */
+	uint64_t preserve;	/* where to save old content before the first write; 0: none */
+	uint32_t writes_cache;	/* an absent page is filled by writing the source to `local` */
+	uint32_t maps_holes;	/* Linux cannot protect holes: map them first */
 	uint32_t shared;	/* MAP_SHARED: a fork has the same pages, not copies */
-	int32_t states_fd;	/* a file for the states, which outlives us; borrowed; -1: none */
+	int32_t states_fd;	/* a file for the states, for a successor; borrowed; -1: none */
 	uint64_t states_offset;	/* page-aligned */
 	char label[UFFD_LABEL_SIZE];
-	/* To go on with what another engine served; `start` is where this piece is now. */
+	/* To continue what another engine served; `start` is where this piece is now. */
 	uint64_t id;		/* 0: new */
-	uint64_t origin;	/* of the piece, in what was served */
+	uint64_t origin;	/* of the piece, in the range as it was served */
 	uint64_t piece_length;
 };
 
@@ -72,7 +72,7 @@ struct uffd_content {
 	uint64_t page_size;
 	uint64_t length;		/* whole pages that can be read at `address` */
 	uint64_t address;		/* of offset 0, in this process */
-	uint8_t *tail;			/* the last page, when the source ends inside it */
+	uint8_t *tail;			/* the last page, if the source ends inside it */
 	uint64_t file_offset;
 	void *mapping;			/* of the file, `mapped` bytes */
 	uint64_t mapped;		/* 0: none */
@@ -83,17 +83,17 @@ struct uffd_content {
 	bool writes_cache;
 	bool maps_holes;
 	bool shared;
-	_Atomic bool is_anonymous;	/* found out: no page cache lies behind it */
-	uint32_t space;			/* the number of the one it was served in */
-	_Atomic bool said;		/* that a page of it failed, see say.c */
+	_Atomic bool is_anonymous;	/* found out by a fill: no page cache behind it */
+	uint32_t space;			/* number of the space it was served in */
+	_Atomic bool said;		/* a failed page of it was reported, see say.c */
 	char label[UFFD_LABEL_SIZE];
 };
 
 struct uffd_pages {
 	_Atomic uint32_t references;
-	struct uffd_pages *clone;	/* while a fork's table is being made */
+	struct uffd_pages *clone;	/* while a fork's table is being built */
 	uint64_t count;
-	uint64_t mapped;		/* bytes of `state` in a file; 0: in `own` */
+	uint64_t mapped;		/* bytes of `state` in a file; 0: `state` is `own` */
 	uint64_t states_offset;		/* in the file */
 	_Atomic uint8_t *state;
 	_Atomic uint8_t own[];
@@ -108,8 +108,8 @@ void uffd_content_put(struct uffd_content *content);
 uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offset);
 
 /*
- * How much of a run is still there, in whole pages: a truncated file reads as
- * zeros up to the end of its last page, so look before copying.
+ * How much of a run the file still has, in whole pages: a truncated file reads as
+ * zeros up to the end of its last page, so check before copying.
  */
 uint64_t uffd_content_covered(const struct uffd_content *content, uint64_t offset,
 			      uint64_t length);
@@ -120,8 +120,8 @@ int uffd_content_read(const struct uffd_content *content, void *target, uint64_t
 
 struct uffd_pages *uffd_pages_create(uint64_t count, uint8_t state);
 /*
- * The same in a file.  What a dead process had in flight is absent, or will say
- * EEXIST.
+ * The same in a file.  A page that a dead process had in flight becomes dirty if it was
+ * held, else absent; a fill of one that is present after all fails with EEXIST.
  */
 struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count);
 /* `fd`: a file for the copy, long enough; -1: none. */

@@ -22,11 +22,11 @@
 #define ZEROS_SIZE		(2u << 20)
 #define HUGE_ZEROS_SIZE		(1u << 30)
 /*
- * Prefetch yields to waiting faults after this much: some 50 us of copying, and
- * the cost of the extra ioctl is lost in it.
+ * Prefetch yields to waiting faults after this much: about 50 us of copying, long
+ * enough that the extra ioctl does not show.
  */
 #define PREFETCH_SLICE		(512u << 10)
-/* Descriptors served in one step of an engine that has many. */
+/* Descriptors read in one step of an engine that has many. */
 #define SPACES_AT_ONCE		64
 
 /* Counters of one CPU: written with relaxed adds, summed up by readers. */
@@ -37,30 +37,30 @@ struct stats_shard {
 };
 
 /*
- * Messages are read into memory that outlives us.  A layout event is erased when it
- * is applied and the keeper knows: what a killed process leaves here, its successor
- * applies.  Each has a number, so that it sees which was reported but not erased.
+ * Messages are read into memory that outlives this process.  A layout event is erased
+ * once it is applied and reported to the keeper; a successor applies what a killed
+ * process left here.  Events are numbered: one may be reported but not yet erased.
  */
 #define LOG_MESSAGES		(1u << 16)
 struct message_log {
 	_Atomic uint64_t sequence;	/* of the first message */
-	_Atomic uint32_t space;		/* they came from */
-	int32_t holder;			/* the process that holds our descriptors; 0: none */
+	_Atomic uint32_t space;		/* the messages' source */
+	int32_t holder;			/* the process that shares our descriptors; 0: none */
 	struct uffd_msg messages[LOG_MESSAGES];
 };
 
-/* What outlives an engine whose process is killed. */
+/* Outlives an engine whose process is killed. */
 struct engine_shared {
 	struct stats_shard shards[UFFD_SHARDS];
 	_Atomic uint64_t failures;
-	_Atomic bool failure_known;	/* the first one is written down */
+	_Atomic bool failure_known;	/* `failure` has been written */
 	struct uffd_failure failure;
 	struct message_log log;
 };
 
 #define COUNTER(field) (offsetof(struct uffd_stats, field) / sizeof(uint64_t))
 
-/* An unmapping whose event is still to come, see expected.c. */
+/* An unmapping whose event is still to come, see expected.h. */
 struct expected_unmap {
 	struct expected_unmap *next;
 	uint64_t start;
@@ -68,7 +68,7 @@ struct expected_unmap {
 };
 
 /*
- * One address space: a userfaultfd and what is served through it.  The first one
+ * One address space: a userfaultfd and the ranges served through it.  The first one
  * is the engine's own; forks and adopted descriptors add more.
  */
 struct uffd_space {
@@ -78,14 +78,14 @@ struct uffd_space {
 	uint32_t number;
 	int fd;
 	bool owned;			/* the fd came with a FORK event and is ours to close */
-	int32_t owner_pid;		/* whose memory it governs; 0: unknown, as of every fork */
-	int owner_pidfd;		/* where on_error or a watch needs it; else -1 */
+	int32_t owner_pid;		/* the process it governs; 0: unknown, as for every fork */
+	int owner_pidfd;		/* if on_error or a watch needs it; else -1 */
 	bool is_here;			/* its memory is this process's own */
 	int pagemap_fd;			/* of the owner; -1: cannot be read */
 	uint32_t layout_events;	/* which are on: UFFD_FEATURE_EVENT_* */
 	struct expected_unmap *expected;
-	bool is_put_off;		/* for the leader: no descriptor is free for a fork's event */
-	_Atomic bool gone;		/* the memory it governed is no more */
+	bool is_put_off;		/* leader only: no descriptor is free for a fork's event */
+	_Atomic bool gone;		/* its memory no longer exists */
 	struct uffd_table *table;	/* its own, or the process's for inline */
 	struct uffd_table own_table;
 };
@@ -98,7 +98,7 @@ struct deferred_fault {
 	uint32_t thread_id;
 };
 
-/* Faults to be looked at again, each page and kind once. */
+/* Faults to retry, each page and kind once. */
 struct fault_list {
 	struct deferred_fault *faults;
 	size_t count;
@@ -109,7 +109,7 @@ struct prefetch_job {
 	struct uffd_space *space;
 	uint64_t at;
 	uint64_t end;
-	bool for_reader;	/* in sequence, and nobody else has faulted since it was planned */
+	bool for_reader;	/* sequential; no other fault since it was planned */
 };
 
 enum leader {
@@ -118,24 +118,24 @@ enum leader {
 	LEADER_NATIVE,		/* the engine's own thread */
 };
 
-/* Where the leader is: one that a source holds up can be dismissed, and comes back to nothing. */
+/* A leader that is blocked in a source can be dismissed; it then touches nothing further. */
 enum lead_state {
 	LEAD_FREE,
-	LEAD_HELD_UP,		/* or may be: at the pages of a range */
+	LEAD_HELD_UP,		/* may be blocked: at the pages of a range */
 	LEAD_DISMISSED,
 };
 
 /* The end of an engine, see end.c. */
 struct ending {
-	_Atomic bool began;		/* ranges go, none is put in any more */
-	_Atomic bool over;		/* who comes back now leaves everything as it is */
+	_Atomic bool began;		/* ranges are taken out, none are added */
+	_Atomic bool over;		/* a thread that returns now changes nothing */
 	_Atomic bool hurried;
 	_Atomic int64_t hurried_patience_ns;
-	_Atomic int64_t patience_ns;	/* left for waiting, all waits together */
-	_Atomic uint64_t progress;	/* slices that were worked on */
-	pthread_t thread;		/* that ends it; once it began */
-	bool leads;			/* and reads the descriptors meanwhile */
-	bool ignores_gate;		/* somebody holds it and is held up */
+	_Atomic int64_t patience_ns;	/* left for all waits together */
+	_Atomic uint64_t progress;	/* slices worked on */
+	pthread_t thread;		/* the one that ends the engine; valid once `began` */
+	bool leads;			/* `thread` also reads the descriptors */
+	bool ignores_gate;		/* a blocked thread holds it */
 };
 
 TAILQ_HEAD(request_list, uffd_request);
@@ -146,18 +146,18 @@ struct uffd_engine {
 	_Atomic bool refusing;
 
 	/*
-	 * The gate keeps content from landing in a page that was removed meanwhile.
-	 * Whoever fills pages beside the leader holds it shared from looking at a
-	 * page's state to the end of the ioctl; reading a descriptor and applying the
-	 * layout events that were read is one exclusive section.  It is one for all
-	 * spaces, since forks share pages.  Lock order: gate, then a table's readers or
+	 * The gate keeps content from landing in a page that was just removed.  A
+	 * thread other than the leader that fills pages holds it shared from looking
+	 * at a page's state to the end of the ioctl; the leader reads a descriptor and
+	 * applies its layout events in one exclusive section.  All spaces share one
+	 * gate, since forks share pages.  Lock order: gate, then a table's readers or
 	 * its lock; spaces_lock and the requests' lock are taken alone or last.
 	 */
 	pthread_rwlock_t gate;
 
 	pthread_mutex_t spaces_lock;
 	LIST_HEAD(space_list, uffd_space) spaces;
-	struct uffd_table *table;	/* of all of them; NULL: each has its own */
+	struct uffd_table *table;	/* shared by all spaces; NULL: each has its own */
 	struct uffd_space *primary;
 	_Atomic uint32_t space_count;
 	uint32_t next_space;
@@ -168,13 +168,13 @@ struct uffd_engine {
 	const void *zeros;			/* 2 MiB of zeros to copy from */
 	_Atomic(const void *) huge_zeros;	/* 1 GiB of them, once such a page is served */
 
-	/* Of the thread that leads: it alone reads descriptors. */
+	/* The leader's: it alone reads descriptors. */
 	_Atomic uint32_t lead_state;	/* enum lead_state */
 	uint32_t leader_id;		/* gettid() */
-	uint64_t applying;	/* the number of the layout event that is being applied */
+	uint64_t applying;	/* number of the layout event being applied */
 	struct fault_list deferred;	/* the layout was changing */
-	struct fault_list strays;	/* nobody serves them, see stray.c */
-	bool leaves_strays;		/* to whoever reads the descriptors after us */
+	struct fault_list strays;	/* in ranges not served, see stray.c */
+	bool leaves_strays;		/* to the next reader of the descriptors */
 	struct prefetch_job jobs[PREFETCH_JOBS];
 	size_t job_count;
 	uint64_t steps;
@@ -186,7 +186,7 @@ struct uffd_engine {
 	} spin;
 	struct uffd_placement placement;	/* of the engine's own thread */
 
-	/* Pages whose content somebody must fetch, and who leads. */
+	/* Pages whose content a worker must fetch, and the leader. */
 	pthread_mutex_t requests_lock;
 	pthread_cond_t requests_changed;
 	pthread_cond_t populates_changed;
@@ -198,7 +198,7 @@ struct uffd_engine {
 	pthread_t leader_thread;	/* when a worker leads */
 	uint64_t leaderless_since_ns;
 	bool watchdog_armed;
-	_Atomic uint32_t outstanding;	/* queued and taken, and not abandoned */
+	_Atomic uint32_t outstanding;	/* queued or taken, and not abandoned */
 	uint64_t last_taken_ns;
 
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
@@ -206,25 +206,25 @@ struct uffd_engine {
 	pthread_t thread;
 	bool inline_started;	/* changed by one thread at a time */
 	_Atomic bool thread_running;
-	_Atomic bool thread_done;	/* it only has to be joined */
+	_Atomic bool thread_done;	/* only the join is left */
 	int wake_fd;			/* wakes the leader */
 	int stop_fd;			/* wakes the thread that stands by */
 	int epoll_fd;
 	int watchdog_fd;		/* a timer: no thread has led for a while */
-	int owner_pidfd;		/* of the primary space, while its exit is watched for */
-	_Atomic bool is_unwatched;	/* nothing tells of the owner's exit: it must be asked for */
+	int owner_pidfd;		/* of the primary space, while its exit is watched */
+	_Atomic bool is_unwatched;	/* nothing reports the owner's exit: poll for it */
 	_Atomic bool owner_exited;
 	_Atomic bool stop;
-	_Atomic uint64_t idle_passes;	/* passes of the loop that found nothing left to do */
+	_Atomic uint64_t idle_passes;	/* passes of the loop that found no work */
 
 	struct engine_shared *shared;
 
 	struct uffd_holds holds;
 	pthread_mutex_t lost_lock;
-	struct uffd_range *lost;	/* taken out, and freed when nobody holds them */
+	struct uffd_range *lost;	/* taken out; freed when no longer held */
 	struct ending end;
 
-	_Atomic uint32_t said_count;	/* lines on stderr, say.c */
+	_Atomic uint32_t said_count;	/* lines written by say.c */
 	_Atomic bool said[UFFD_FAILURE_STAGES];
 
 	/* Threads at work on pages, in two phases; see await_work(). */
@@ -236,14 +236,14 @@ struct uffd_engine {
 enum outcome {
 	OUTCOME_RESOLVED,
 	OUTCOME_DEFER,		/* EAGAIN: the kernel will not send the fault again */
-	OUTCOME_STRAY,		/* nobody serves it: waited for, for a while */
-	OUTCOME_IN_FLIGHT,	/* another thread is at this page and will wake its waiters */
+	OUTCOME_STRAY,		/* not served: kept for a while in case it will be */
+	OUTCOME_IN_FLIGHT,	/* another thread has this page and will wake its waiters */
 	OUTCOME_REQUESTED,	/* its content has been asked for */
-	OUTCOME_PRESENT,	/* nothing to do: it was there already (woken) */
+	OUTCOME_PRESENT,	/* nothing to do: already present (waiters woken) */
 	OUTCOME_GONE,		/* range or owner vanished */
 	OUTCOME_FAILED,		/* on_error was applied */
-	OUTCOME_POISONED,	/* it was poisoned before: there is no content */
-	OUTCOME_DISMISSED,	/* for the leader: another thread ends the engine */
+	OUTCOME_POISONED,	/* poisoned before: there is no content */
+	OUTCOME_DISMISSED,	/* leader only: another thread ends the engine */
 };
 
 /* Counting */
@@ -263,9 +263,9 @@ static inline void count(struct uffd_engine *engine, size_t counter, uint64_t n)
 }
 
 /*
- * The kernel lets the faulting thread go on before we have counted its fault and
- * noted its page's state.  So both happen between these two, and readers wait for
- * whoever was in between when they came.
+ * The kernel lets the faulting thread continue before its fault is counted and its
+ * page's state is set.  Do both between these two calls: await_work() waits for the
+ * threads that were between them when it was called.
  */
 static inline uint32_t begin_work(struct uffd_engine *engine)
 {
@@ -317,7 +317,7 @@ static inline void set_states(struct uffd_range *range, uint64_t at, uint64_t en
 		atomic_store_explicit(state_of(range, at), state, memory_order_release);
 }
 
-/* The first pages in [*at, end) in this state: `at` is moved there, their end returned. */
+/* Move `at` to the first page of [*at, end) in this state; return the end of that run. */
 static inline uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t end, uint8_t state)
 {
 	uint64_t stop;
@@ -329,16 +329,16 @@ static inline uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t e
 	return *at < end ? stop : end;
 }
 
-/* The source cannot be read without asking somebody. */
+/* Only a worker can read the source. */
 static inline bool needs_request(const struct uffd_range *range)
 {
 	return range->content->kind == UFFD_SOURCE_REQUEST;
 }
 
-/* Whether old content is to be saved before the page is written. */
+/* Whether to save old content before the page is written. */
 static inline bool preserves(const struct uffd_range *range)
 {
-	/* A fork's private pages are its own: what it writes, the owner's image lacks nothing of. */
+	/* A fork's private pages are copies: its writes do not touch the owner's image. */
 	return range->content->preserve && (!range->space->owned || range->content->shared);
 }
 
@@ -348,7 +348,7 @@ static inline bool loses_content(const struct uffd_range *range)
 	       range->content->kind != UFFD_SOURCE_NONE;
 }
 
-/* Who leads */
+/* The leader */
 
 static inline void ring(int fd)
 {
@@ -376,7 +376,10 @@ static inline bool ends(const struct uffd_engine *engine)
 	       pthread_equal(engine->end.thread, pthread_self());
 }
 
-/* Around what a source may hold up; false: dismissed, nothing of the leader's may be touched. */
+/*
+ * Call these two around anything that may block in a source.  is_back() returns false if
+ * the leader was dismissed: then touch nothing of the leader's.
+ */
 static inline void may_be_held_up(struct uffd_engine *engine)
 {
 	if (!ends(engine))

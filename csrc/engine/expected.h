@@ -2,11 +2,11 @@
 /*
  * Unmappings whose events are still to come.
  *
- * Threads change the layout at the same time, and their events come in the order in
- * which they were sent, not in which the changes were made.  A REMAP has taken the
- * old place out, so the UNMAP that follows it must not: somebody else may live
- * there by then.  Likewise what a REMAP finds at its new place is dead already,
- * and the UNMAP that says so is still to come.  Both are noted as expected.
+ * Threads change the layout concurrently, and their events arrive in the order in which
+ * they were sent, not in which the changes were made.  A REMAP takes the old addresses
+ * out of the table, so the UNMAP that follows must not: another range may be there by
+ * then.  Likewise a piece that a REMAP finds at its new addresses is unmapped already,
+ * and its UNMAP is still to come.  Both are noted as expected.
  */
 #ifndef UFFD_ENGINE_EXPECTED_H
 #define UFFD_ENGINE_EXPECTED_H
@@ -15,9 +15,9 @@
 
 /* An UNMAP of [start, end) is still to come. */
 void expect_unmap(struct uffd_space *space, uint64_t start, uint64_t end);
-/* Take one that reaches into [start, end) off the list, less what lies outside; NULL: none. */
+/* Remove one that overlaps [start, end), keeping its parts outside; NULL: none. */
 struct expected_unmap *take_expected(struct uffd_space *space, uint64_t start, uint64_t end);
-/* What is put in [start, end) now was mapped after every unmapping that is expected there. */
+/* For a range added at [start, end): it was mapped after every unmapping expected there. */
 void drop_expected(struct uffd_space *space, uint64_t start, uint64_t end);
 
 #endif /* UFFD_ENGINE_EXPECTED_H */

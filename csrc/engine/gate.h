@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The gate keeps content from landing in a page that was removed meanwhile, see
- * `struct uffd_engine`.  Without layout events there is none.
+ * The gate keeps content from landing in a page that was just removed, see
+ * `struct uffd_engine`.  Spaces without layout events have none.
  */
 #ifndef UFFD_ENGINE_GATE_H
 #define UFFD_ENGINE_GATE_H
@@ -20,8 +20,8 @@ static inline void gate_enter(struct uffd_space *space)
 }
 
 /*
- * A source may hold up whoever is inside.  The first one waits for some
- * milliseconds, the second one until the engine stops; false: not closed.
+ * A source may block a thread inside.  gate_try_close() waits some milliseconds,
+ * gate_close() until the engine stops; false: not closed.
  */
 bool gate_try_close(struct uffd_space *space);
 bool gate_close(struct uffd_space *space);

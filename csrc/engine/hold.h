@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Ranges that threads are at work on, outside the table.
+ * Ranges that threads are working on, outside the table.
  *
- * A source may hold up whoever reads it, for good: a file system that stops
- * answering, memory that another userfaultfd never fills.  In the kernel nothing
- * but SIGKILL ends that.  So whoever reads a source, or writes where the user says,
- * first takes hold of the range and leaves the table.  A range that is taken out is
- * freed when nobody holds it; nobody waits for that.  While a hold lasts, ioctls on
- * its pages may still be under way.
+ * A source may block its reader forever: a file system that stops answering, memory
+ * that another userfaultfd never fills.  In the kernel only SIGKILL ends that.  So a
+ * thread that reads a source, or writes to the user's memory, first takes a hold on the
+ * range and leaves the table.  A range that was taken out is freed when its last hold is
+ * released; no thread waits for that.  While a hold lasts, ioctls on its pages may still
+ * be under way.
  */
 #ifndef UFFD_HOLD_H
 #define UFFD_HOLD_H
@@ -22,7 +22,7 @@ struct uffd_range;
 
 struct uffd_hold {
 	_Alignas(64) _Atomic(const struct uffd_range *) range;	/* NULL: free */
-	_Atomic uint64_t id;		/* of the serving */
+	_Atomic uint64_t id;		/* of the range */
 	_Atomic uint64_t start;		/* the pages */
 	_Atomic uint64_t end;
 	_Atomic uint32_t thread_id;
@@ -33,16 +33,16 @@ struct uffd_holds {
 };
 
 /*
- * For a reader of the table; NULL: all are in use, and it must stay inside.
- * Async-signal-safe.
+ * For a reader of the table; NULL: all holds are in use, and the reader must stay
+ * inside.  Async-signal-safe.
  */
 struct uffd_hold *uffd_hold_take(struct uffd_holds *holds, const struct uffd_range *range,
 				 uint64_t start, uint64_t end, uint32_t thread_id);
-/* On to other pages of the range. */
+/* Move the hold to other pages of the range. */
 void uffd_hold_move(struct uffd_hold *hold, uint64_t start, uint64_t end);
 void uffd_hold_release(struct uffd_hold *hold);
 
-/* Once a range is out of the table, and its readers have left: whether somebody is at it. */
+/* For a range out of the table whose readers have left: whether a thread is at it. */
 bool uffd_hold_is_on(struct uffd_holds *holds, const struct uffd_range *range);
 bool uffd_hold_any(struct uffd_holds *holds);
 

@@ -6,15 +6,15 @@
 #include "core.h"
 
 int uffd_inline_start(struct uffd_engine *engine);
-/* `to_original`: the action that took our place meanwhile works no more. */
+/* `to_original`: the action installed over ours no longer works. */
 void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original);
-/* Whether the SIGBUS action of the process is ours; put it back on top if it is not. */
+/* Whether the process's SIGBUS action is ours; install it again. */
 int uffd_inline_is_installed(void);
 int uffd_inline_reinstall(void);
 
 extern struct uffd_table uffd_inline_table;
 
-/* inline.c: in the child of a fork. */
+/* In the child of a fork. */
 void inline_forget_parent(void);
 
 #endif /* UFFD_ENGINE_INLINE_H */

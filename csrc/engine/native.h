@@ -7,14 +7,14 @@
 
 int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count,
 		      const char **call_ret);
-/* Wait until every fault that was waiting at the call is resolved or put off for good. */
+/* Wait until no fault that was waiting at the call is left to resolve; -ETIMEDOUT. */
 int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns);
 
-/* End the thread of an engine that serves nothing: another one goes on with its userfaultfds. */
+/* End the thread of an engine without ranges: another engine continues with its userfaultfds. */
 void uffd_native_stop(struct uffd_engine *engine);
 
 void native_close(struct uffd_engine *engine);
-/* Tell whoever leads, or could, to leave. */
+/* Tell the leader, and threads that could become it, to leave. */
 void native_end(struct uffd_engine *engine);
 
 #endif /* UFFD_ENGINE_NATIVE_H */

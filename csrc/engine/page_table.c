@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * What the owner's page table says: states of ours are what we did, and others may have
- * filled pages, or taken protection off, beside us.  Async-signal-safe, but for opening.
+ * Look into the owner's page table.  Our states record what we did; others may have filled
+ * pages or removed their protection.  Async-signal-safe, except open_page_table().
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -12,7 +12,7 @@
 
 #define ENTRIES_AT_ONCE	64
 
-/* A swap entry, as CAP_SYS_ADMIN sees it; see uffd_pagemap.c.  To others it is 0. */
+/* A swap entry as CAP_SYS_ADMIN sees it, see uffd_pagemap.c; without it this reads as 0. */
 #define SWAP_TYPE_MASK		0x1fu
 #define SWAP_TYPE_MARKER	31u
 #define SWAP_OFFSET_SHIFT	5
@@ -45,7 +45,7 @@ bool read_entries(const struct uffd_range *range, uint64_t at, uint64_t pages,
 		return false;
 	if (!is_huge(range))
 		return read_run(fd, at, pages, entries_ret);
-	/* The entries of a huge page are alike: one each will do. */
+	/* All entries of a huge page are alike: read one each. */
 	for (uint64_t i = 0; i < pages; i++)
 		if (!read_run(fd, at + (i << range->page_shift), 1, &entries_ret[i]))
 			return false;
@@ -86,7 +86,7 @@ static enum presence presence_of(const struct uffd_range *range, uint64_t entry)
 		return (swap >> SWAP_OFFSET_SHIFT) & MARKER_POISONED ? IS_POISONED : NOT_THERE;
 	if (swap)
 		return IS_THERE;
-	/* Shared memory has markers and no swap entries. */
+	/* Shared memory has markers but no swap entries. */
 	if (range->content->shared)
 		return entry & UFFD_PM_UFFD_WP ? NOT_THERE : IS_POISONED;
 	return CANNOT_TELL;
@@ -100,7 +100,7 @@ uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry
 
 	switch (state) {
 	case UFFD_PAGE_ABSENT:
-		/* Filled beside us, or there before us. */
+		/* Filled by others, or present before it was served. */
 		if (presence == IS_POISONED)
 			return UFFD_PAGE_POISONED;
 		if (presence != IS_THERE)
@@ -108,9 +108,9 @@ uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry
 		return tracked && !protected ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
 	case UFFD_PAGE_REMOVED:
 		/*
-		 * There again, and perhaps written to.  Without protection only anonymous
-		 * memory tells: what we put there is the zero page, which is nobody's own,
-		 * so a page of its own was written to, or never gone (MADV_FREE).
+		 * Present again, and perhaps written to.  Without protection only anonymous
+		 * memory tells: we map the shared zero page, so an exclusive page was written
+		 * to, or was never dropped (MADV_FREE).
 		 */
 		if (presence != IS_THERE || protected)
 			return state;
@@ -120,7 +120,7 @@ uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry
 			       entry & UFFD_PM_MMAP_EXCLUSIVE ? UFFD_PAGE_CLEAN : state;
 	case UFFD_PAGE_CLEAN:
 	case UFFD_PAGE_SAVED:
-		/* Somebody took the protection off, or the page away. */
+		/* Others removed the protection, or the page. */
 		return tracked && !protected ? UFFD_PAGE_DIRTY : state;
 	default:
 		return state;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * Waiting while ranges are taken out: for other threads, for as long as was allowed.
- * Whoever ends an engine leads it meanwhile.
+ * Waiting while ranges are taken out: for other threads, up to a limit.  A thread that
+ * ends the engine also leads it while it waits.
  */
 #define _GNU_SOURCE
 #include "patience.h"
@@ -9,7 +9,7 @@
 #include "stray.h"
 #include "base/clock.h"
 
-/* Deduct what was waited; false: it has been long enough. */
+/* Deduct the time waited; false: the limit is reached. */
 static bool spend(struct patience *patience, uint64_t since_ns)
 {
 	int64_t spent = (int64_t)(uffd_now_ns() - since_ns);

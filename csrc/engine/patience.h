@@ -5,15 +5,15 @@
 
 #include "core.h"
 
-/* How long taking ranges out may wait for others, all waits together. */
+/* Limits how long taking ranges out may wait for other threads, all waits together. */
 struct patience {
 	struct uffd_engine *engine;
-	int64_t left_ns;	/* not for the end: that has the engine's */
-	bool is_gentle;		/* then give up, and poison no page in flight */
+	int64_t left_ns;	/* not used by the end: see end.patience_ns */
+	bool is_gentle;		/* at the limit give up; poison no page in flight */
 	unsigned int attempt;
 };
 
-/* Wait a little; false: it has been long enough. */
+/* Wait a little; false: the limit is reached. */
 bool wait_on(struct patience *patience);
 /* Between two pieces of work. */
 void rest(struct patience *patience);

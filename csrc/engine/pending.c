@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Faults that are to be looked at again. */
+/* Faults to retry. */
 #define _GNU_SOURCE
 #include <string.h>
 
@@ -8,7 +8,7 @@
 #include "stats.h"
 #include "uffd_shim.h"
 
-/* NULL leaves the old block as it was. */
+/* NULL: out of memory, and the old block is unchanged. */
 static void *grow(void *block, size_t used, size_t size)
 {
 	void *larger = uffd_alloc(size);
@@ -34,7 +34,7 @@ void remember_fault(struct fault_list *list, const struct deferred_fault *fault)
 						     capacity * sizeof(*larger));
 
 		if (!larger) {
-			/* Cannot remember it, so let the kernel send it again. */
+			/* Out of memory: wake the thread, so that the kernel sends it again. */
 			uffd_shim_wake(fault->space->fd, fault->address & ~(BASE_PAGE - 1ull),
 				       BASE_PAGE);
 			return;

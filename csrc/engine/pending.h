@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Faults that are to be looked at again.  For the leader. */
+/* Faults to retry.  For the leader. */
 #ifndef UFFD_ENGINE_PENDING_H
 #define UFFD_ENGINE_PENDING_H
 

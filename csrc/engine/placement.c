@@ -8,17 +8,17 @@
 #include "base/clock.h"
 
 #define TRIAL_FIRST	128
-/* Trials that fail get rarer. */
+/* Trials get rarer as they fail. */
 #define TRIAL_RAREST	(1u << 20)
 /* The first faults on a new CPU find cold caches. */
 #define TRIAL_SKIPPED	4
 #define TRIAL_SAMPLES	20
 #define MEAN_WEIGHT	32
-/* The thread was kept off the CPU: no fault takes so long. */
+/* No fault takes this long: the thread had to wait for its CPU. */
 #define LATE_NS		1000000
-/* A trial that met another thread says that there will be more of them. */
+/* A trial that met another thread predicts more of them. */
 #define LATE_PENALTY	8
-/* More than this part of the time spent waiting for a CPU is contention. */
+/* Contention: more than this part of the time was spent waiting for a CPU. */
 #define CONTENDED_PART	16
 
 static void stay_on(int cpu)
@@ -48,7 +48,7 @@ static int next_cpu(const struct uffd_placement *placement)
 	return -1;
 }
 
-/* A short file of /proc; false where it cannot be read. */
+/* Read a short file of /proc; false if that fails. */
 static bool read_text(const char *path, char *text, size_t size)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -73,7 +73,7 @@ static uint64_t read_delay_ns(void)
 	return waiting;
 }
 
-/* Threads that can run, of the whole machine; 0 where that is unknown. */
+/* Runnable threads of the whole machine; 0: unknown. */
 static long runnable_threads(void)
 {
 	char text[64];
@@ -85,7 +85,7 @@ static long runnable_threads(void)
 	return runnable;
 }
 
-/* Do others want the CPUs?  This thread's own waiting shows it, and the number of threads. */
+/* Whether others want the CPUs: by this thread's own waiting and the number of threads. */
 static bool is_contended(struct uffd_placement *placement)
 {
 	uint64_t now = uffd_now_ns(), delay = read_delay_ns();

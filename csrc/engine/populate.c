@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 /*
- * Filling the absent pages of a serving whose content workers fetch.
+ * Filling the absent pages of a range, from here or by workers.
  *
- * They are asked for a chunk at a time.  One that fails is asked for again in halves,
- * and the page that fails by itself goes back to absent: the caller is told, and nobody
- * waits for it.  With a chunk of 0 the first request is a page, and they grow as long as
- * answers are quick: a source that needs a while for each page must not be given so many
- * that it is taken for a stalled one.
+ * Workers fetch a chunk at a time.  A chunk that fails is requested again in halves, and
+ * a page that fails alone becomes absent again: the caller gets the error, and no thread
+ * waits.  With a chunk of 0 the first request is one page, and requests grow as long as
+ * answers are quick: a source that is slow with each page must not get so many at once
+ * that it appears stalled.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,18 +19,18 @@
 #include "slices.h"
 #include "base/clock.h"
 
-/* Where the chunk grows to: the cost of asking is a thousandth of the copying by then. */
+/* The chunk grows up to this: a request then costs a thousandth of the copying. */
 #define PACED_LIMIT		(1u << 20)
-/* Requests that wait for a worker, so that none waits for us. */
+/* Requests kept queued, so that no worker waits for us. */
 #define BACKLOG			32
-/* Pages are looked through in pieces, so that faults get between. */
+/* Search pages in slices, so that faults get in between. */
 #define ASK_SLICE		(4u << 20)
 
-/* Where the chunk grows to: the cost of asking is a thousandth of the copying by then. */
+/* The chunk grows up to this: a request then costs a thousandth of the copying. */
 #define PACED_LIMIT		(1u << 20)
-/* Requests that wait for a worker, so that none waits for us. */
+/* Requests kept queued, so that no worker waits for us. */
 #define BACKLOG			32
-/* Pages are looked through in pieces, so that faults get between. */
+/* Search pages in slices, so that faults get in between. */
 #define ASK_SLICE		(4u << 20)
 
 struct serving {
@@ -39,7 +39,7 @@ struct serving {
 	uint64_t start;
 };
 
-/* Wait until another request may be queued; returns an error if none may. */
+/* Wait until another request may be queued; returns an error if none may be. */
 static int await_turn(struct uffd_engine *engine, struct populate *populate)
 {
 	int r = 0;
@@ -56,7 +56,7 @@ static int await_turn(struct uffd_engine *engine, struct populate *populate)
 	return r;
 }
 
-/* Queue the next run of absent pages; where nothing is absent, go on behind a slice. */
+/* Queue the next run of absent pages; if a slice has none, move on behind it. */
 static int ask_next(struct uffd_range *range, uint64_t *offset, uint64_t end,
 		    struct populate *populate)
 {
@@ -110,7 +110,7 @@ static int ask_for_all(struct uffd_engine *engine, const struct uffd_range_ref *
 	return r;
 }
 
-/* Nobody has the address of `populate` afterwards. */
+/* Wait for the answers; afterwards no request refers to `populate`. */
 static int finish(struct uffd_engine *engine, struct populate *populate)
 {
 	struct request_list *lists[] = { &engine->queued, &engine->taken };
@@ -129,7 +129,7 @@ static int finish(struct uffd_engine *engine, struct populate *populate)
 	return r;
 }
 
-/* Somebody else's fault may have asked for a page before us. */
+/* A fault may have requested a page before us. */
 static bool has_pages_in_flight(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 				uint64_t offset, uint64_t end)
 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Filling ahead of the faults, in the loop's spare time. */
+/* Fill ahead of the faults, in the leader's spare time. */
 #define _GNU_SOURCE
 #include <string.h>
 
@@ -8,9 +8,9 @@
 #include "resolve.h"
 
 /*
- * For a reader in sequence, who waits for all of it anyway: the end of each ioctl
- * wakes it, and it is soon back, having caught up with the next.  With 512 KiB that
- * costs a tenth of the throughput where both are on CPUs of their own (measured).
+ * For a sequential reader, which needs all of it anyway: the end of each ioctl wakes
+ * it, and it soon catches up with the next one.  Slices of 512 KiB cost a tenth of the
+ * throughput if both threads have their own CPU (measured).
  */
 #define SEQUENTIAL_SLICE	(8u << 20)
 
@@ -21,7 +21,7 @@ static void push_job(struct uffd_range *range, uint64_t at, uint64_t end, bool f
 	if (at >= end)
 		return;
 	if (engine->job_count == PREFETCH_JOBS) {
-		/* The oldest guess is the worst one. */
+		/* Drop the oldest job: it is the worst guess. */
 		memmove(&engine->jobs[0], &engine->jobs[1],
 			(PREFETCH_JOBS - 1) * sizeof(engine->jobs[0]));
 		engine->job_count--;
@@ -47,7 +47,7 @@ void plan_prefetch(struct uffd_range *range, uint64_t page, enum uffd_fault_kind
 		 !engine->job_count && to - from > engine->options.prefetch);
 }
 
-/* A slice of the newest job; false: dismissed meanwhile. */
+/* Fill a slice of the newest job; false: the leader was dismissed. */
 static bool fill_slice_of(struct uffd_range *range, struct prefetch_job *job, uint64_t slice,
 			  struct fill_run *run_ret)
 {
@@ -63,7 +63,7 @@ static bool fill_slice_of(struct uffd_range *range, struct prefetch_job *job, ui
 		return false;
 	job->at = run_ret->past;
 	count(engine, COUNTER(prefetched_pages), run_ret->filled >> range->page_shift);
-	/* A page that cannot be had now is left to its own fault. */
+	/* Leave a page that cannot be filled now to its own fault. */
 	if (run_ret->error || job->at >= job->end)
 		engine->job_count--;
 	return true;
@@ -100,10 +100,10 @@ bool run_prefetch_slice(struct uffd_engine *engine)
 }
 
 /*
- * A reader in sequence that has caught up with the newest job waits for the page
- * that comes next anyway.  Resolving that page alone would wake it for one page,
- * and where both threads share a CPU it would fault on the next before the job
- * got on: a large slice at once serves both.
+ * A sequential reader that has caught up with the newest job waits for the job's next
+ * page.  Resolving that page alone would wake the reader for one page, and if both
+ * threads share a CPU it would fault on the next before the job continues.  One large
+ * slice serves both.
  */
 bool is_next_in_line(const struct uffd_range *range, uint64_t page,
 			    enum uffd_fault_kind kind)
@@ -128,8 +128,8 @@ enum outcome fill_in_line(struct uffd_range *range, uint64_t page, enum uffd_fau
 	if (!fill_slice_of(range, job, SEQUENTIAL_SLICE, &run))
 		return OUTCOME_DISMISSED;
 	/*
-	 * Not filled by this (no content, put off, or not absent: it was dropped since
-	 * it was filled): the ordinary way knows what to do.
+	 * If this did not fill it (no content, put off, or dropped since it was filled),
+	 * resolve it the ordinary way.
 	 */
 	return run.from <= page && page < run.past &&
 			       atomic_load(state_of(range, page)) == UFFD_PAGE_CLEAN

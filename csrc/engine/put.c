@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Putting pages in place, and marking those that have no content.  Async-signal-safe. */
+/* Put pages in place, or poison those without content.  Async-signal-safe. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
@@ -10,7 +10,6 @@
 #include "put.h"
 #include "stats.h"
 
-/* Give pages back unchanged, and let those who waited for us ask again. */
 void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
 {
 	set_states(range, at, end, state);
@@ -19,8 +18,8 @@ void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state)
 }
 
 /*
- * The ioctl wakes whoever waits, before the pages' states say that they are there;
- * a thread that faults again in between was taken for one that waits for us.
+ * The ioctl wakes the waiters before the pages' states say that they are present; a
+ * thread that faults again in between was left waiting for us.
  */
 void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
 {
@@ -60,15 +59,15 @@ static uint64_t copy_mode(const struct uffd_range *range)
 }
 
 /*
- * Nobody has faulted on a page that is filled ahead, so nobody has said whether the page
- * cache holds it.  A missing fault that finds it there is followed by a minor one.
+ * Without a fault it is unknown whether the page cache holds the page, so a fill ahead
+ * maps the cache's page.  A missing fault that finds one is followed by a minor fault.
  */
 static bool maps_cached(const struct uffd_range *range, enum fill_for why)
 {
 	return why == FILL_AHEAD && range->mode & UFFDIO_REGISTER_MODE_MINOR;
 }
 
-/* A private mapping shows what the page cache holds, until it has copies of its own. */
+/* A private mapping shows the page cache until it has copies of its own. */
 static bool asks_cache(const struct uffd_range *range, enum fill_for why)
 {
 	return why == FILL_AHEAD && !range->content->shared &&
@@ -88,7 +87,7 @@ static int fill_from(struct uffd_range *range, struct uffd_fill *fill, enum fill
 	return r;
 }
 
-/* Zeros, by COPY where ZEROPAGE is not to be had or cannot protect the page. */
+/* Fill with zeros; COPY if ZEROPAGE is unavailable or the page must arrive protected. */
 int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 	      struct uffd_fill_result *result_ret)
 {
@@ -130,8 +129,8 @@ static void *local_address(const struct uffd_range *range, uint64_t at)
 }
 
 /*
- * By way of the page cache.  A page that is mapped already was filled beside us: what was
- * written to it since is in the cache as well, and stays.
+ * Fill through the page cache.  A page that is mapped already was filled by others: writes
+ * to it since are in the cache, so keep it.
  */
 struct cache_writer {
 	int (*write)(const struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source);
@@ -168,13 +167,13 @@ static int put_by_cache(struct uffd_range *range, uint64_t at, uint64_t length,
 			r = writer.write(range, at + done, run, writer.source + done);
 		if (r)
 			break;
-		/* Of a page that is mapped it says EEXIST, and its waiters are woken. */
+		/* A page that is mapped gives EEXIST, and its waiters are woken. */
 		r = put_continue(range, at + done, run ? run : range->page_size, &part);
 		result_ret->done += part.done;
 		result_ret->already_present += part.already_present;
 		done += part.done + part.already_present;
 		if (r == -EFAULT)
-			/* Somebody has punched a hole meanwhile. */
+			/* A hole was punched in the meantime. */
 			r = 0, part.deferred = length - done;
 		if (part.deferred)
 			result_ret->deferred = length - done;
@@ -239,7 +238,7 @@ int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 	return r;
 }
 
-/* One page, for good: a write-protect marker is no page, but POISON says EEXIST to it. */
+/* A write-protect marker is not a page, but POISON fails on it with EEXIST: remove it. */
 uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret)
 {
 	struct uffd_fill_result result;
@@ -255,7 +254,7 @@ uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret)
 		return UFFD_PAGE_POISONED;
 	if (r || !result.already_present)
 		return UFFD_PAGE_ABSENT;
-	/* It was there, and has lost its protection: count it as written. */
+	/* It was present, and has lost its protection: count it as written. */
 	return range->mode & UFFDIO_REGISTER_MODE_WP ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
 }
 
@@ -267,9 +266,9 @@ void poison_page(struct uffd_range *range, uint64_t page)
 	uffd_barrier(UFFD_BARRIER_PLACED);
 	atomic_store(state_of(range, page), state);
 	/*
-	 * While the layout changes POISON says EAGAIN: whoever waits must ask again.
-	 * The same goes for a mark that was dropped before the state said so: that fault
-	 * was left to us.
+	 * While the layout changes POISON fails with EAGAIN, so waiters must fault again.
+	 * So must a thread that found the poison dropped before the state was set: its
+	 * fault was left to us.
 	 */
 	if (put_off || state != UFFD_PAGE_ABSENT)
 		uffd_shim_wake(range->space->fd, page, range->page_size);

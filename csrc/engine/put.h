@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The ioctls that put pages in place, and mark those that have no content.  Async-signal-safe. */
+/* Put pages in place, or poison those without content.  Async-signal-safe. */
 #ifndef UFFD_ENGINE_PUT_H
 #define UFFD_ENGINE_PUT_H
 
@@ -9,32 +9,33 @@
 enum fill_for {
 	FILL_MISSING,	/* a missing fault: the page itself */
 	FILL_MINOR,	/* a minor fault: the page cache holds it */
-	FILL_AHEAD,	/* whoever may fault later */
+	FILL_AHEAD,	/* no fault yet */
 };
 
 int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 	      struct uffd_fill_result *result_ret);
 int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
-/* Pages [at, at + length) from memory of this process. */
+/* Fill pages [at, at + length) from memory of this process. */
 int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source,
 	      enum fill_for why, struct uffd_fill_result *result_ret);
 /*
- * Absent pages, claimed by the caller; a run never crosses into the content's tail.  How
- * they get their content is decided here, whoever asks: through the page cache where the
- * range says so, else by a copy, where the mode has MISSING, else (and for a minor fault) from
- * the page cache as it is.
+ * Fill absent pages that the caller has claimed; a run never crosses into the content's
+ * tail.  Decides how, for all callers: write to the page cache if the range has
+ * writes_cache; else map the page cache as it is for a minor fault, or if the mode lacks
+ * MISSING; else copy or zero.
  */
 int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 		struct uffd_fill_result *result_ret);
 int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
-/* One page, for good; returns its state now. */
+/* Poison one page for good; returns its new state. */
 uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret);
 void poison_page(struct uffd_range *range, uint64_t page);
 
-/* Give claimed pages back in this state, and let those who waited for us ask again. */
+/* Give claimed pages back in this state, and wake their waiters to fault again. */
 void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
+/* Wake threads that faulted after the ioctl's wake but before the states were set. */
 void wake_again(struct uffd_range *range, uint64_t at, uint64_t end);
 
 #endif /* UFFD_ENGINE_PUT_H */

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Pages whose content somebody else must fetch: who waits for them, and how many. */
+/* Requests for workers: queueing them, and pacing those of populate. */
 #define _GNU_SOURCE
 #include "alloc.h"
 #include "queue.h"
@@ -36,7 +36,7 @@ bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
 		populate->queued++;
 		populate->outstanding++;
 	}
-	/* A worker that leads takes the first one itself; populate asks from another thread. */
+	/* A worker that leads takes the first itself; populate runs in another thread. */
 	if (atomic_fetch_add(&engine->queued_count, 1) == 0 && engine->leader == LEADER_WORKER) {
 		if (!pthread_equal(engine->leader_thread, pthread_self()))
 			kick_leader(engine);
@@ -62,9 +62,9 @@ void free_requests(struct uffd_engine *engine)
 }
 
 #define GROWTH			8
-/* How long an answer may take, as a part of the time after which it is given up. */
+/* An answer is quick within this part of the stall limit, */
 #define QUICK_PART		4
-#define QUICK_NS		500000000ull	/* where it is never given up */
+#define QUICK_NS		500000000ull	/* or this if there is no limit. */
 
 /* With the lock held. */
 static void set_pace(struct uffd_engine *engine, struct populate *populate,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Pieces of memory that are served: made, found, and freed when nobody is at them. */
+/* Served pieces of memory: create, find, and free them when no longer in use. */
 #define _GNU_SOURCE
 #include "alloc.h"
 #include "range.h"
@@ -76,7 +76,7 @@ struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t of
 
 	if (holds(range, space, id, offset))
 		return range;
-	/* Moved: what follows is rare, and as slow as the table is long. */
+	/* Moved since: a linear search, rare. */
 	for (range = uffd_table_next(space->table, 0); range && !holds(range, space, id, offset);)
 		range = uffd_table_next(space->table, range->end);
 	return range;

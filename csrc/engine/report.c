@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Telling the keeper what has changed, so that a successor can go on from there. */
+/* Report changes to the keeper, so that a successor can continue from there. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
@@ -10,7 +10,7 @@
 #include "alloc.h"
 #include "report.h"
 
-/* Whole, or not at all when the keeper is gone: then this process is about to be. */
+/* Send all of it; an error means that the keeper is gone, and this process soon will be. */
 static void send_fully(int keeper, const void *data, size_t length, const int *fds, size_t fd_count)
 {
 	union {
@@ -83,7 +83,7 @@ void report_dropped(struct uffd_engine *engine, uint32_t space, uint64_t id)
 	report(engine, &head, NULL, NULL, 0);
 }
 
-/* Where everything in the space is, in one report: the keeper has all of it or nothing. */
+/* Put all pieces of the space in one report: the keeper applies all of it or nothing. */
 static void report_space(struct uffd_space *space, struct uffd_report *head, const int *fds,
 			 size_t fd_count)
 {

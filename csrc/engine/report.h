@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Reports to the keeper, another process that outlives this one if it is killed: where
- * every piece of memory is by now, and what descriptors only we have.  Without a keeper
- * they do nothing.  What becomes of them: successor.h.
+ * Reports to the keeper, another process that outlives this one if it is killed: the
+ * address of every piece, and the descriptors that only this process has.  Without a
+ * keeper they do nothing.  See successor.h for their use.
  */
 #ifndef UFFD_ENGINE_REPORT_H
 #define UFFD_ENGINE_REPORT_H
@@ -12,26 +12,26 @@
 enum uffd_report_kind {
 	UFFD_REPORT_ADDED,	/* one piece */
 	UFFD_REPORT_DROPPED,	/* every piece of `id` in the space */
-	UFFD_REPORT_PIECES,	/* what the space consists of now */
-	UFFD_REPORT_FORK,	/* the same of a new space; its userfaultfd, and its states file if any */
-	UFFD_REPORT_GONE,	/* the space */
+	UFFD_REPORT_PIECES,	/* all pieces of the space now */
+	UFFD_REPORT_FORK,	/* the same for a new space, with its userfaultfd and states file */
+	UFFD_REPORT_GONE,	/* the space is gone */
 };
 
-/* One on the stream; `count` pieces follow, descriptors come with its first byte. */
+/* A message on the stream; `count` pieces follow; descriptors come with its first byte. */
 struct uffd_report {
 	uint32_t kind;
 	uint32_t space;
 	uint64_t id;		/* FORK: its layout events, UFFD_FEATURE_EVENT_* */
 	uint64_t count;
-	uint64_t sequence;	/* PIECES, FORK: number of the event that changed it */
+	uint64_t sequence;	/* PIECES, FORK: number of the layout event */
 };
 
 struct uffd_report_piece {
-	uint64_t id;		/* 0: no piece, but an unmapping whose event is still to come */
+	uint64_t id;		/* 0: an expected unmapping instead of a piece */
 	uint64_t start;
 	uint64_t end;
 	uint64_t origin;
-	uint64_t states_offset;	/* in the space's states file; unused where forks share them */
+	uint64_t states_offset;	/* in the space's states file; unused if forks share states */
 };
 
 void report_added(const struct uffd_range *range);
@@ -40,7 +40,7 @@ void report_pieces(struct uffd_space *space);
 void report_fork(struct uffd_space *child, int states_fd);
 void report_gone(struct uffd_space *space);
 
-/* A file for the states of all pages of a fork's child; -1: none is needed, or can be had. */
+/* Create a file for the states of a fork's pages; -1: none is needed, or it failed. */
 int report_states_file(struct uffd_space *parent);
 
 #endif /* UFFD_ENGINE_REPORT_H */

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 /*
- * Pages whose content somebody else must fetch, and the workers that do it.
+ * Workers, which fetch the content of requested pages.
  *
- * A worker that has nothing to do leads: it runs the engine's loop itself, so a
- * request needs no hand-over.  When it leaves with one, another idle worker takes
- * the lead; when there is none, a timer lets the engine's own thread do it, so
- * that faults which need no worker never wait for one.
+ * An idle worker leads: it runs the engine's loop itself, so a request needs no
+ * hand-over.  When it returns with one, another idle worker becomes the leader; if there
+ * is none, a timer makes the engine's own thread lead, so that faults which need no
+ * worker never wait for one.
  */
 #define _GNU_SOURCE
 #include <sys/syscall.h>
@@ -19,7 +19,7 @@
 #include "request.h"
 #include "base/clock.h"
 
-/* How long nobody may lead: longer than a quick worker needs, shorter than a fault may wait. */
+/* The time without a leader: longer than a quick worker needs, shorter than a fault may wait. */
 #define WATCHDOG_NS	200000
 
 static void arm_watchdog(struct uffd_engine *engine, uint64_t ns)
@@ -44,7 +44,7 @@ bool leads_after_watchdog(struct uffd_engine *engine)
 	return false;
 }
 
-/* Nobody leads and the caller is about to be busy. */
+/* The caller is about to be busy: if it was the leader, find another. */
 static void pass_the_lead(struct uffd_engine *engine)
 {
 	if (engine->leader != LEADER_NONE)
@@ -52,7 +52,7 @@ static void pass_the_lead(struct uffd_engine *engine)
 	if (engine->idle_workers) {
 		pthread_cond_signal(&engine->requests_changed);
 	} else {
-		/* Setting a timer costs more than all the rest here: one that runs will do. */
+		/* Setting a timer is the costly part: keep one that runs already. */
 		engine->leaderless_since_ns = uffd_now_ns();
 		if (!engine->watchdog_armed)
 			arm_watchdog(engine, WATCHDOG_NS);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * What is done about a page.  All of it is async-signal-safe, apart from asking a
- * worker for content.
+ * Resolve a page's fault.  All of it is async-signal-safe, except for queueing a
+ * request.
  */
 #define _GNU_SOURCE
 #include <errno.h>

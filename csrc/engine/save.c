@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Old content out of protected pages, into the buffer that `preserve` names. */
+/* Save old content of protected pages to the buffer that `preserve` names. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>

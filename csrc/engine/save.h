@@ -1,21 +1,21 @@
 /* SPDX-License-Identifier: MIT */
-/* Old content out of protected pages, into the buffer that `preserve` names. */
+/* Save old content of protected pages to the buffer that `preserve` names. */
 #ifndef UFFD_ENGINE_SAVE_H
 #define UFFD_ENGINE_SAVE_H
 
 #include "core.h"
 #include "slices.h"
 
-/* A claimed page whose protection holds.  -EFAULT, -EPERM, ...: it is not saved. */
+/* Save a claimed page that is still protected.  -EFAULT, -EPERM, ...: it is not saved. */
 int save_page(struct uffd_range *range, uint64_t page);
 uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
 			uint64_t *done_ret);
 uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach);
 
 /*
- * Save protected pages now, from this thread (`preserve`).  They stay protected, so that
- * a later write shows, unless they are to be unprotected.  `reached_ret`: the offset of
- * the page that could not be saved.
+ * Save protected pages now, in this thread.  They stay protected, so that a later write
+ * shows, unless `unprotect` is set.  `reached_ret`: the offset of the page that could
+ * not be saved.
  */
 int uffd_engine_preserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			 uint64_t offset, uint64_t length, uint32_t unprotect,

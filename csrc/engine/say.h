@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* A line on stderr, before the first page is lost.  Async-signal-safe. */
+/* Write a line about a failure, before its page is lost.  Async-signal-safe. */
 #ifndef UFFD_ENGINE_SAY_H
 #define UFFD_ENGINE_SAY_H
 
@@ -9,7 +9,7 @@ void say_page_fails(struct uffd_range *range, uint64_t page, int error,
 		    enum uffd_failure_stage stage);
 void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
 		      enum uffd_failure_stage stage, const char *consequence);
-/* A read that fails for want of descriptors or memory, and is tried again; once for each time. */
+/* A read failed for lack of descriptors or memory and is retried; one line until it succeeds. */
 void say_read_is_put_off(struct uffd_space *space, int error);
 
 #endif /* UFFD_ENGINE_SAY_H */

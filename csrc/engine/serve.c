@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Ranges: put in, and worked on from outside the step. */
+/* Add ranges. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
@@ -33,7 +33,7 @@ static struct uffd_pages *pages_for(struct uffd_space *space, const struct uffd_
 {
 	struct uffd_range *other = spec->id ? any_piece(space, spec->id, spec->start) : NULL;
 	uint64_t count = spec->length / spec->page_size;
-	/* Nobody knows of a page that was never protected whether it was written to. */
+	/* A page that was never protected may have been written to. */
 	uint8_t state = absent ? UFFD_PAGE_ABSENT : UFFD_PAGE_DIRTY;
 	struct uffd_pages *pages;
 
@@ -71,8 +71,8 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 	if (!range)
 		return -ENOMEM;
 	/*
-	 * An unmapping of what was here before may be under way: its event, which
-	 * would take this range out again, is read before the layout is still.
+	 * An unmapping of what was here before may be under way, and its event would
+	 * take this range out again: wait until it has been read.
 	 */
 	wait_for_layout(space);
 	gate_enter(space);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * Work on served pages from outside the loop: at one piece, or at a run of pages in
- * slices, so that faults get between.
+ * Work on served pages from outside the loop: on one piece, or on a run of pages in
+ * slices, so that faults get in between.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -15,7 +15,7 @@
 #include "space.h"
 #include "base/clock.h"
 
-/* Populating and sealing go through a range in pieces, so that faults get between. */
+/* The most that one slice covers, so that faults get in between. */
 #define BULK_SLICE		(4u << 20)
 
 bool open_access(struct uffd_engine *engine, uint32_t number, struct access *access)
@@ -38,7 +38,7 @@ void close_access(struct access *access)
 	space_put(access->space);
 }
 
-/* How far one piece of work goes, in addresses of the range; 0: it is not there. */
+/* The end of the slice that begins at `offset`, as an address of the range. */
 static uint64_t slice_end(const struct uffd_range *range, uint64_t offset, uint64_t end)
 {
 	uint64_t slice = BULK_SLICE > range->page_size ? BULK_SLICE : range->page_size;
@@ -56,9 +56,9 @@ static struct uffd_range *find_for(struct access *access, const struct slices *a
 }
 
 /*
- * A source, or memory of the user's, may hold us up: so what the next slice touches
- * is faulted in while nobody waits for us.  It can go away again before it is used,
- * but not for good.  Returns the offset where that ends.
+ * A source, or the user's memory, may block us: so fault in what the next slice touches
+ * while no thread waits for us.  It may be paged out again before it is used, but then
+ * it can be read again.  Returns the offset up to which it was faulted in.
  */
 static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 {

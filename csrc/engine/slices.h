@@ -5,7 +5,7 @@
 
 #include "core.h"
 
-/* Between open and shut nothing that is found goes away, nor does the layout change. */
+/* Between open_access() and close_access() no piece goes away and the layout is fixed. */
 struct access {
 	struct uffd_space *space;
 	unsigned int shard;
@@ -16,9 +16,9 @@ struct access {
 bool open_access(struct uffd_engine *engine, uint32_t number, struct access *access);
 void close_access(struct access *access);
 /*
- * Work on [offset, end) of a serving in slices, with the gate opened and shut for
- * each.  `work` says how far it came; EAGAIN and ENOMEM may pass.  `reach` says what
- * memory of this process the next of it will touch, and how far that goes.
+ * Work on [offset, end) of a range in slices, with an access of its own for each.  `work`
+ * returns how far it got; EAGAIN and ENOMEM are retried.  `reach` says which memory of
+ * this process the next work will touch, and returns up to where.
  */
 struct reach {
 	struct uffd_content *content;
@@ -36,11 +36,11 @@ struct slices {
 	struct uffd_range_ref ref;
 	uint64_t offset, end;
 	slice_work work;
-	slice_reach reach;	/* NULL: nothing that could hold anybody up */
+	slice_reach reach;	/* NULL: the work touches nothing that may block */
 };
 
 int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret);
-/* `reached_ret`: the offset where it stopped. */
+/* `reached_ret`: the offset where the work stopped. */
 int for_slices(const struct slices *all, uint64_t *done_ret, uint64_t *reached_ret);
 
 #endif /* UFFD_ENGINE_SLICES_H */

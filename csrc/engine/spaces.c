@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* The address spaces of an engine: more of them, fewer, and all of them woken. */
+/* Add, remove and wake address spaces of an engine. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* What is known of pages: told, and told while they are protected anew. */
+/* Report what is known about pages, also while protecting them again. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What is known of pages: told, and told while they are protected anew. */
+/* Report what is known about pages, also while protecting them again. */
 #ifndef UFFD_ENGINE_STATES_H
 #define UFFD_ENGINE_STATES_H
 
@@ -9,14 +9,14 @@ int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *
 		       uint64_t first_page, uint64_t pages, uint8_t *states_ret);
 
 /*
- * Write-protect pages, and tell the state of each at the instant when it was protected:
- * a write comes before that and shows in the state, or after it and makes the page dirty
- * anew.  On an error what was protected by then is called dirty again.
+ * Write-protect pages, and return the state of each at the instant of its protection: a
+ * write comes before that and shows in the state, or after it and makes the page dirty
+ * again.  On an error, pages that were dirty and protected so far become dirty again.
  */
 int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			     uint64_t offset, uint64_t length, uint8_t *states_ret);
 
-/* Note the pages that are there already, as far as the owner's page table tells. */
+/* Note pages that are present already, as far as the owner's page table tells. */
 int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref *ref);
 
 #endif /* UFFD_ENGINE_STATES_H */

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Counters, latencies, recent faults and the first failure: written by anybody, without a lock. */
+/* Counters, latencies, recent faults and the first failure, written without a lock. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>

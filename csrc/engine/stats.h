@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Counters, latencies, recent faults and the first failure.  Written by anybody, without
- * a lock; async-signal-safe.
+ * Counters, latencies, recent faults and the first failure.  Any thread may write them,
+ * without a lock; async-signal-safe.
  */
 #ifndef UFFD_ENGINE_STATS_H
 #define UFFD_ENGINE_STATS_H
 
 #include "core.h"
 
-/* Wait, for a while, until whoever is at work on a page now has noted what became of it. */
+/* Wait, up to a limit, until all threads now at work on a page have noted its outcome. */
 void await_work(struct uffd_engine *engine);
 
 enum uffd_fault_kind fault_kind(uint64_t flags);
@@ -19,7 +19,7 @@ void note_failure(struct uffd_engine *engine, uint64_t address, uint64_t length,
 
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret);
 uint32_t uffd_engine_recent_count(struct uffd_engine *engine);
-/* Newest first; which ones is left open where there are more than `capacity`. */
+/* Newest first; an unspecified choice if there are more than `capacity`. */
 uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault *recent_ret,
 			    uint32_t capacity);
 void uffd_engine_failure(struct uffd_engine *engine, struct uffd_failure *failure_ret);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* One step of whoever leads: read, apply, resolve. */
+/* One step of the leader: read, apply, resolve. */
 #ifndef UFFD_ENGINE_STEP_H
 #define UFFD_ENGINE_STEP_H
 
@@ -7,7 +7,7 @@
 
 /* Read everything that is queued and resolve it; `handled_ret` counts the messages. */
 void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret);
-/* Look again at what was put off. */
+/* Retry the deferred faults. */
 void retry_deferred(struct uffd_engine *engine);
 
 #endif /* UFFD_ENGINE_STEP_H */

@@ -6,7 +6,7 @@
  * Writers hold a mutex and bump a sequence count around their change, with all
  * signals blocked, so that a signal handler never waits for the thread it
  * interrupted.  A range that was taken out is freed once no reader is inside:
- * readers count themselves in and out on a cache line per CPU.
+ * readers count themselves in and out on one cache line per CPU.
  */
 #ifndef UFFD_TABLE_H
 #define UFFD_TABLE_H
@@ -22,7 +22,7 @@
 
 struct uffd_space;
 
-/* A piece of memory that is served: the whole of what was asked for, or what is left of it. */
+/* A served piece of memory: a whole range, or a part of one. */
 struct uffd_range {
 	uint64_t start;
 	uint64_t end;
@@ -30,22 +30,22 @@ struct uffd_range {
 	uint32_t page_shift;
 	uint64_t mode;			/* UFFDIO_REGISTER_MODE_* */
 	_Atomic uint64_t ioctls;
-	uint64_t id;			/* of the serving it belongs to; never used twice */
-	uint64_t origin;		/* offset of `start` in what was served */
+	uint64_t id;			/* of the range it belongs to; never reused */
+	uint64_t origin;		/* offset of `start` in the range as it was served */
 	struct uffd_space *space;
 	struct uffd_content *content;
 	struct uffd_pages *pages;
 
 	_Atomic uint64_t readahead_at;	/* a fault here is sequential */
 	_Atomic uint32_t readahead_chunks;
-	/* The huge page that a fill found there last, when, and on how many occasions. */
+	/* The huge page for which a fill last said EEXIST, when, and how often. */
 	_Atomic uint64_t exists_at;
 	_Atomic uint64_t exists_occasion;
 	_Atomic uint32_t exists_count;
 
-	struct uffd_range *next_lost;	/* out of the table, while somebody is at it */
-	bool has_readers;		/* or had, when it was taken out */
-	bool stays;			/* registered, at the engine's end: it could not be sealed */
+	struct uffd_range *next_lost;	/* once out of the table but still in use */
+	bool has_readers;		/* readers did not leave when it was taken out */
+	bool stays;			/* registered after the end: it could not be sealed */
 };
 
 struct uffd_table_shard {
@@ -59,7 +59,7 @@ struct uffd_table {
 	size_t capacity;
 	_Atomic(uint64_t *) starts;
 	_Atomic(struct uffd_range **) ranges;
-	void *outgrown;			/* arrays a reader may still look at */
+	void *outgrown;			/* old arrays that a reader may still use */
 	_Atomic bool is_held_up;	/* readers did not leave in time */
 	struct uffd_table_shard shards[UFFD_SHARDS];
 };
@@ -69,19 +69,19 @@ struct uffd_table {
 void uffd_table_init(struct uffd_table *table);
 void uffd_table_deinit(struct uffd_table *table);
 
-/* 0, -EEXIST when the range overlaps one in the table, or -ENOMEM. */
+/* Returns 0, -EEXIST if the range overlaps one in the table, or -ENOMEM. */
 int uffd_table_insert(struct uffd_table *table, struct uffd_range *range);
 
 /*
- * Take a range out and wait until no reader can have it; the caller frees it.  Only
- * where more threads than there are holds (hold.h) are held up, a reader can
- * be one of them: then false, and the range must not be freed.
+ * Take a range out and wait until no reader can have it; the caller frees it.  Returns
+ * false if a reader does not leave, which happens only if more threads are blocked than
+ * there are holds (hold.h): then do not free the range.
  */
 bool uffd_table_remove(struct uffd_table *table, struct uffd_range *range);
-/* Whether all who were readers at the call have left, looked at once. */
+/* Whether all readers that were inside at the call have left; does not wait. */
 bool uffd_table_is_quiet(struct uffd_table *table);
 
-/* A reader may use what it finds until it leaves; both return the reader's shard. */
+/* A reader may use what it finds until it leaves.  Returns the shard to leave. */
 static inline unsigned int uffd_table_enter(struct uffd_table *table, unsigned int cpu)
 {
 	unsigned int shard = cpu % UFFD_SHARDS;
@@ -95,10 +95,10 @@ static inline void uffd_table_leave(struct uffd_table *table, unsigned int shard
 	atomic_fetch_sub_explicit(&table->shards[shard].readers, 1, memory_order_release);
 }
 
-/* The range that holds the address, or NULL; between enter and leave. */
+/* The range that holds the address, or NULL.  Call between enter and leave. */
 struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address);
 
-/* The first range that ends behind the address, or NULL; for who may change the table. */
+/* The first range that ends behind the address, or NULL.  For writers of the table. */
 struct uffd_range *uffd_table_next(struct uffd_table *table, uint64_t address);
 
 #endif /* UFFD_TABLE_H */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the engine is told and what it tells: options, counters, failures, requests.
+ * The engine's input and output: options, counters, failures, requests.
  */
 #ifndef UFFD_ENGINE_TYPES_H
 #define UFFD_ENGINE_TYPES_H
@@ -12,11 +12,11 @@
 
 struct uffd_engine;
 
-/* A range that is served, wherever its pieces are by now. */
+/* A served range, wherever its pieces are now. */
 struct uffd_range_ref {
 	uint32_t space;
-	uint64_t id;		/* never used twice */
-	uint64_t start;		/* where it was when it was served */
+	uint64_t id;		/* never reused */
+	uint64_t start;		/* its address when it was served */
 };
 
 enum uffd_fault_kind {
@@ -26,16 +26,16 @@ enum uffd_fault_kind {
 	UFFD_KINDS,
 };
 
-/* What happens to a page whose content cannot be had. */
+/* What to do with a page whose content is unavailable. */
 enum uffd_on_error {
-	UFFD_ON_ERROR_POISON,	/* SIGBUS for whoever touches it */
-	UFFD_ON_ERROR_STALL,	/* its threads wait on; reported, decided at stop */
-	UFFD_ON_ERROR_KILL,	/* SIGKILL for the process that touched it */
+	UFFD_ON_ERROR_POISON,	/* a thread that touches it gets SIGBUS */
+	UFFD_ON_ERROR_STALL,	/* its threads keep waiting; reported, decided at stop */
+	UFFD_ON_ERROR_KILL,	/* SIGKILL the process that touched it */
 };
 
 struct uffd_engine_options {
 	int32_t fd;		/* borrowed: it must outlive the engine */
-	int32_t owner_pid;	/* whose memory it governs; 0: unknown */
+	int32_t owner_pid;	/* the process it governs; 0: unknown */
 	uint32_t on_error;
 	uint32_t is_inline;	/* resolve in the faulting thread (Feature.SIGBUS) */
 	uint32_t layout_events;	/* which layout events are on: UFFD_FEATURE_EVENT_* */
@@ -43,33 +43,33 @@ struct uffd_engine_options {
 	uint32_t has_workers;	/* uffd_engine_next_request is called */
 	uint32_t stall_signal;	/* sent to our own thread when a request stalls; 0: none */
 	uint64_t prefetch;	/* bytes filled around a fault, 0: its page alone */
-	uint64_t spin_ns;	/* how long to spin for the next fault at most */
+	uint64_t spin_ns;	/* spin for the next fault at most this long */
 	uint64_t retry_limit_ns; /* how long a page is retried before on_error */
-	uint64_t stall_limit_ns; /* how long a request may take, 0: for ever */
-	int32_t say_fd;		/* where the first failures are said, in words; -1: nowhere */
+	uint64_t stall_limit_ns; /* how long a request may take, 0: no limit */
+	int32_t say_fd;		/* where to write messages on the first failures; -1: nowhere */
 	int32_t keeper_fd;	/* a stream to the keeper (successor.h); borrowed; -1: none */
-	void *shared;		/* zeros at first: what our successor needs; NULL */
+	void *shared;		/* state for a successor, zeroed before first use; or NULL */
 };
 
-/* log2 buckets, each cut in 8: a latency is known to 12.5 %. */
+/* log2 buckets, each divided by 8: latencies are exact to 12.5 %. */
 #define UFFD_HISTOGRAM_SUB	8
 #define UFFD_HISTOGRAM_BUCKETS	264
 
 struct uffd_stats {
 	uint64_t faults[UFFD_KINDS];	/* resolved, by kind */
 	uint64_t messages;		/* read; one fault may send several */
-	uint64_t filled_pages;		/* put in place by any way, prefetch included */
+	uint64_t filled_pages;		/* by any means, prefetch included */
 	uint64_t prefetched_pages;
-	uint64_t already_present;	/* fills that found the page there, and woke its waiters */
+	uint64_t already_present;	/* fills that found the page present and woke its waiters */
 	uint64_t preserved_pages;
 	uint64_t deferred;		/* put off because the layout was changing */
 	uint64_t retried;
 	uint64_t poisoned_pages;
-	uint64_t failed;		/* pages whose content could not be had */
+	uint64_t failed;		/* pages whose content was unavailable */
 	uint64_t layout_changed;	/* faults on ranges that were gone */
-	uint64_t unserved;		/* faults on registered ranges that nobody serves */
+	uint64_t unserved;		/* faults in registered memory that is not served */
 	uint64_t layout_events;
-	uint64_t removed_pages;		/* by MADV_DONTNEED and its like */
+	uint64_t removed_pages;		/* by MADV_DONTNEED and the like */
 	uint64_t forks;
 	uint64_t requests;		/* for content, to workers */
 	uint64_t stalled_requests;	/* not answered in time */
@@ -79,7 +79,7 @@ struct uffd_stats {
 struct uffd_recent_fault {
 	uint64_t time_ns;	/* CLOCK_MONOTONIC when it was resolved */
 	uint64_t address;
-	uint64_t latency_ns;	/* from being read (inline: from the signal) to resolved */
+	uint64_t latency_ns;	/* from the read (inline: from the signal) to resolved */
 	uint32_t flags;		/* UFFD_PAGEFAULT_FLAG_* */
 	uint32_t thread_id;	/* 0 where the kernel does not say */
 };
@@ -95,8 +95,8 @@ struct uffd_failure {
 enum uffd_failure_stage {
 	UFFD_FAILED_NOTHING,
 	UFFD_FAILED_SOURCE,	/* the page's content cannot be read */
-	UFFD_FAILED_RESOLVE,	/* an ioctl said no */
-	UFFD_FAILED_UNSERVED,	/* a fault in a range nobody serves */
+	UFFD_FAILED_RESOLVE,	/* an ioctl failed */
+	UFFD_FAILED_UNSERVED,	/* a fault in memory that is not served */
 	UFFD_FAILED_READ,	/* the userfaultfd cannot be read */
 	UFFD_FAILED_FORK,	/* a fork could not be followed */
 	UFFD_FAILED_STALLED,	/* a request was not answered in time */
@@ -104,26 +104,26 @@ enum uffd_failure_stage {
 	UFFD_FAILURE_STAGES,
 };
 
-/* Pages of one serving whose content is asked for; the answer is one run of bytes. */
+/* Pages of one range whose content a worker must fetch, as one run of bytes. */
 struct uffd_request {
 	TAILQ_ENTRY(uffd_request) link;
-	uint64_t id;		/* of the serving */
-	uint64_t offset;	/* in what was served */
+	uint64_t id;		/* of the range */
+	uint64_t offset;	/* in the range as it was served */
 	uint64_t length;
-	uint64_t address;	/* where it was when it was asked for */
-	uint64_t fault_address;	/* what a thread touched in it, and the page's offset */
+	uint64_t address;	/* at the time of the request */
+	uint64_t fault_address;	/* the address that a thread touched, and its page's offset */
 	uint64_t fault_offset;
 	uint64_t since_ns;
-	uint64_t taken_ns;	/* when a worker came for it */
+	uint64_t taken_ns;	/* when a worker took it */
 	uint32_t space;
 	uint32_t thread_id;
-	uint32_t worker_id;	/* gettid() of who fetches it */
+	uint32_t worker_id;	/* gettid() of the worker that fetches it */
 	uint32_t flags;		/* UFFD_PAGEFAULT_FLAG_* */
-	uint32_t is_fault;	/* a fault asked, not populate */
-	uint32_t abandoned;	/* on_error was applied: the answer comes too late */
-	uint32_t reported;	/* it takes too long, and somebody was told */
+	uint32_t is_fault;	/* for a fault, not for populate */
+	uint32_t abandoned;	/* on_error was applied: an answer is too late */
+	uint32_t reported;	/* as stalled */
 	uint64_t page_size;
-	struct populate *populate;	/* NULL: of a fault, or its caller has left */
+	struct populate *populate;	/* NULL: for a fault, or its caller has returned */
 };
 
 #endif /* UFFD_ENGINE_TYPES_H */

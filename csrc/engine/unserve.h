@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Taking ranges out. */
+/* Take ranges out. */
 #ifndef UFFD_ENGINE_UNSERVE_H
 #define UFFD_ENGINE_UNSERVE_H
 
@@ -7,11 +7,11 @@
 
 /*
  * Take a range out of its space and of the forks that have it.  SEAL: first poison
- * what is absent (its content would be zeros otherwise) and lift write-protection;
- * where the range takes no POISON, absent pages are filled instead.  Forks are sealed
- * in any case: memory that goes away here lives on there.  UNREGISTER: what is left
- * of it.  `patience_ns`: how long to wait for threads at its pages before those are
- * poisoned, too.  After an error it is served as before, as far as it was not taken out.
+ * absent pages (they would read as zeros) and remove write-protection; if the range
+ * does not support POISON, fill absent pages instead.  Forks are always sealed: memory
+ * that goes away here lives on there.  UNREGISTER: also unregister the pieces.
+ * `patience_ns`: how long to wait for threads at its pages before poisoning those as
+ * well.  After an error, pieces not yet taken out are still served.
  */
 #define UFFD_UNSERVE_SEAL	1
 #define UFFD_UNSERVE_UNREGISTER	2
@@ -19,7 +19,7 @@
 int uffd_engine_unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			uint32_t flags, uint64_t patience_ns);
 
-/* In its space alone. */
+/* The same for one space only. */
 int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint32_t flags,
 	       struct patience *patience);
 
