@@ -8,7 +8,7 @@
 #include "alloc.h"
 #include "uffd_abi.h"
 
-/* Blocks of 128 bytes to 64 KiB come from slabs and go back to a list; larger ones are mapped. */
+/* Blocks of 128 bytes to 64 KiB come from slabs and are kept in lists; larger ones are mapped. */
 #define HEADER_SIZE	64u
 #define FIRST_SHIFT	7u
 #define CLASSES		10u

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * What a worker brings: content, which is put in place as far as it is still waited
- * for, or none.
+ * A worker's answer: content, to be put in place as far as it is still wanted, or an
+ * error.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,7 +25,7 @@ static void drop_request(struct uffd_engine *engine, struct uffd_request *reques
 	pthread_mutex_lock(&engine->requests_lock);
 	populate_answered(engine, request, filled, error);
 	TAILQ_REMOVE(&engine->taken, request, link);
-	/* Nobody waits for one that was abandoned; it is counted no more. */
+	/* An abandoned request is no longer counted. */
 	if (!request->abandoned)
 		atomic_fetch_sub(&engine->outstanding, 1);
 	pthread_mutex_unlock(&engine->requests_lock);
@@ -33,8 +33,8 @@ static void drop_request(struct uffd_engine *engine, struct uffd_request *reques
 }
 
 /*
- * Pages of the request that still wait for it get the bytes; one gate's length.
- * One that was dropped does not, whoever is at it now: it is zeros.
+ * Put a run of pages that still wait for the request; the gate is held for one run.
+ * A page that was dropped is skipped, whatever its state is now: it is zeros.
  */
 static int put_answer(struct uffd_engine *engine, const struct uffd_request *request,
 		      uint64_t *offset, const char *data, uint64_t *filled)
@@ -54,7 +54,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	range = find_piece(space, request->id, *offset,
 			   request->address + (*offset - request->offset));
 	if (!range) {
-		/* This page is mapped no more; the next one may be. */
+		/* This page is no longer mapped; the next one may be. */
 		*offset += request->page_size;
 		goto out;
 	}
@@ -91,7 +91,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	if (r == -ESRCH)
 		atomic_store(&space->gone, true);
 	if (r == -ENOENT || r == -ESRCH) {
-		/* Gone, and its event unread; should it be asked for again, nobody is at it. */
+		/* Gone, and its event unread: unclaim it, in case it is requested again. */
 		unclaim(range, past, stop, UFFD_PAGE_ABSENT);
 		*offset += stop - past;
 	}
@@ -111,8 +111,8 @@ static void abandon_page(struct uffd_range *range, uint64_t page, int error)
 }
 
 /*
- * on_error for the page that a thread touched; its neighbours are absent again, and so
- * is what populate asked for: whoever touches it asks for it by itself.
+ * Apply on_error to the page that a thread touched.  Its neighbours become absent again,
+ * and so do populate's pages: a thread that touches one causes a new request.
  */
 static void give_up_page(const struct uffd_request *request, struct uffd_range *range,
 			 uint64_t page, int error, enum uffd_failure_stage stage)
@@ -198,12 +198,12 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 int uffd_engine_complete(struct uffd_engine *engine, struct uffd_request *request,
 			 const void *data)
 {
-	/* It may be memory of any kind. */
+	/* The data may be memory of any kind, even memory that faults. */
 	uffd_fault_in((uint64_t)(uintptr_t)data, request->length, false);
 	return answer_request(engine, request, data);
 }
 
-/* With the requests' lock held; `first` is taken, `second` new or NULL. */
+/* With the requests' lock held; `first` is taken, `second` is new or NULL. */
 static void queue_again(struct uffd_engine *engine, struct uffd_request *first,
 			struct uffd_request *second)
 {
@@ -221,10 +221,10 @@ static void queue_again(struct uffd_engine *engine, struct uffd_request *first,
 	if (populate) {
 		populate->queued += second ? 2 : 1;
 		populate->outstanding += second ? 1 : 0;
-		/* It has trouble with many at once, so no more of that. */
+		/* The source fails with many pages at once: request single ones from now on. */
 		populate->chunk = populate->limit = first->page_size;
 	}
-	/* The caller comes for the first itself. */
+	/* The caller takes the first itself. */
 	if (second && engine->idle_workers)
 		pthread_cond_signal(&engine->requests_changed);
 }
@@ -242,7 +242,7 @@ int uffd_engine_ask_again(struct uffd_engine *engine, struct uffd_request *reque
 			return 0;
 	}
 	pthread_mutex_lock(&engine->requests_lock);
-	/* Populate that has failed already is not to wait for more of it. */
+	/* A populate that has failed already must not wait for more. */
 	again = !request->abandoned && !(request->populate && request->populate->error);
 	before = *request;
 	if (again && second) {

@@ -44,7 +44,7 @@ static bool is_sealed(int fd)
 	return seals >= 0 && (seals & F_SEAL_SHRINK);
 }
 
-/* What the offset and the size of a mapping of this file are multiples of. */
+/* The unit of the offset and the size of this file's mappings. */
 static uint64_t mapping_unit(int fd)
 {
 	struct statfs fs;
@@ -55,8 +55,8 @@ static uint64_t mapping_unit(int fd)
 }
 
 /*
- * Closing a descriptor of a network file asks its server, who may never answer; one
- * that only names the file does not, and still tells the size.
+ * Open the file with O_PATH.  Closing an ordinary descriptor of a network file asks its
+ * server, which may never answer; closing this one does not, and it tells the size.
  */
 static int name_file(int fd)
 {
@@ -85,8 +85,8 @@ static int open_file(struct uffd_content *content, const struct uffd_range_spec 
 	if (!content->length)
 		return 0;
 	/*
-	 * Mapped, so that UFFDIO_COPY reads the page cache itself.  Where the
-	 * file ends early the ioctl says EFAULT; nobody here touches the mapping.
+	 * Map it, so that UFFDIO_COPY reads the page cache itself.  If the file ends
+	 * early the ioctl fails with EFAULT; nothing else touches the mapping.
 	 */
 	content->mapped = (content->length + lead + unit - 1) & ~(unit - 1);
 	mapping = mmap(NULL, content->mapped, PROT_READ, MAP_SHARED, spec->source_fd,
@@ -100,7 +100,7 @@ static int open_file(struct uffd_content *content, const struct uffd_range_spec 
 	return 0;
 }
 
-/* The source ends inside the last page: keep that page, its rest zero, as mmap would. */
+/* The source ends inside the last page: keep a copy, padded with zeros as mmap does. */
 static int keep_tail(struct uffd_content *content, const struct uffd_range_spec *spec)
 {
 	uint64_t left = spec->source_length - content->length;
@@ -185,7 +185,7 @@ uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offse
 	return content->address + offset;
 }
 
-/* Bytes of the file as it is now; 0 where nobody says. */
+/* The file's size now, in bytes; 0 if it is unknown. */
 static uint64_t file_size(int fd)
 {
 	struct stat st;
@@ -245,7 +245,7 @@ uint64_t uffd_pages_file_length(uint64_t count)
 	return (count + BASE_PAGE - 1) & ~(uint64_t)(BASE_PAGE - 1);
 }
 
-/* What is said of a page when whoever had it in flight is not here. */
+/* The state of a page without the thread that had it in flight. */
 static uint8_t landed(uint8_t state)
 {
 	if (state == UFFD_PAGE_HELD)
@@ -278,7 +278,7 @@ struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count)
 	return pages;
 }
 
-/* What a fork gets: pages in flight are on their way to the parent alone. */
+/* For a fork: pages in flight arrive in the parent only. */
 struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages, int fd, uint64_t offset)
 {
 	struct uffd_pages *copy = fd < 0 ? uffd_pages_create(pages->count, 0)

@@ -2,11 +2,11 @@
 /*
  * The end of an engine, from one thread.
  *
- * First whoever leads has to leave.  One that a source holds up is dismissed: when it
- * comes back it touches nothing of the leader's.  From then on this thread leads, so
- * that layout events are read and faults get their poison while ranges are sealed
- * and taken out.  It reads no source, and what it waits for are other threads; all
- * that waiting together has a limit.
+ * First the leader must stop.  A leader that a source blocks is dismissed: when it
+ * returns it touches nothing of the leader's.  From then on this thread leads, so that
+ * layout events are read and faults are answered with poison while ranges are sealed
+ * and taken out.  This thread reads no source unless a range needs it, and waits only
+ * for other threads; all these waits together have a limit.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,7 +25,7 @@
 #include "unserve.h"
 #include "base/clock.h"
 
-/* A leader that no source holds up sees within this time that it must leave. */
+/* A leader that is not blocked in a source notices within this time that it must stop. */
 #define LEAVE_LIMIT_NS	5000000000
 
 static bool worker_leads(struct uffd_engine *engine)
@@ -45,7 +45,7 @@ static bool dismiss(struct uffd_engine *engine)
 	return atomic_compare_exchange_strong(&engine->lead_state, &held_up, LEAD_DISMISSED);
 }
 
-/* Returns whether nobody else leads. */
+/* Make the leader stop; returns whether there is no other leader now. */
 static bool end_leader(struct uffd_engine *engine, struct patience *patience)
 {
 	uint64_t began = uffd_now_ns();
@@ -55,7 +55,7 @@ static bool end_leader(struct uffd_engine *engine, struct patience *patience)
 		if (wait_on(patience))
 			continue;
 		if (is_dismissed(engine) || dismiss(engine)) {
-			/* The engine's own thread stands by, unless it was that one. */
+			/* The leader was the native thread, or that one has ended as well. */
 			if (!worker_leads(engine) || atomic_load(&engine->thread_done))
 				return true;
 		} else if (uffd_now_ns() - began > LEAVE_LIMIT_NS) {
@@ -72,7 +72,7 @@ static void lead_on(struct uffd_engine *engine)
 	engine->job_count = 0;
 }
 
-/* Whether the thread is gone, looked at without waiting. */
+/* Join the native thread if it has ended; returns whether there is none now. */
 static bool join_thread(struct uffd_engine *engine)
 {
 	if (!atomic_load(&engine->thread_running))
@@ -84,7 +84,7 @@ static bool join_thread(struct uffd_engine *engine)
 	return true;
 }
 
-/* Ranges that need the user's memory, or a source, come last: they may hold us up. */
+/* Ranges that need the user's memory, or a source, come last: they may block us. */
 static bool comes_last(const struct uffd_range *range)
 {
 	return range->content->preserve ||
@@ -115,7 +115,7 @@ static bool next_range(struct uffd_engine *engine, uint32_t number, bool last, u
 	return range;
 }
 
-/* Returns whether there was any. */
+/* Take out all ranges of one kind; returns whether there were any. */
 static bool take_out_all(struct uffd_engine *engine, bool last, struct patience *patience)
 {
 	uint32_t spaces = engine->next_space;
@@ -133,7 +133,7 @@ static bool take_out_all(struct uffd_engine *engine, bool last, struct patience 
 	return found;
 }
 
-/* A thread that waits for its event to be read would wait until the descriptor is closed. */
+/* Read pending events: a thread that waits for one would wait until the descriptor is closed. */
 static void settle(struct uffd_engine *engine, struct patience *patience)
 {
 	uint32_t spaces = engine->next_space;
@@ -190,7 +190,7 @@ int uffd_engine_end(struct uffd_engine *engine, uint64_t patience_ns)
 		else if (!atomic_load(&engine->thread_running) || end_leader(engine, &patience))
 			lead_on(engine);
 		uffd_engine_abandon(engine, 0, 0);
-		/* What is moved or forked meanwhile is found the next time. */
+		/* Repeat for pieces that were moved or forked in the meantime. */
 		while (take_out_all(engine, false, &patience) ||
 		       take_out_all(engine, true, &patience))
 			;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Engines, made and unmade, and the address spaces they follow. */
+/* Create and destroy engines. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/epoll.h>
@@ -25,7 +25,7 @@ static void init_gate(struct uffd_engine *engine)
 {
 	pthread_rwlockattr_t attributes;
 
-	/* Who waits to apply an event holds up a thread of the owner: before any filler. */
+	/* Prefer writers: a pending layout event blocks a thread of the owner. */
 	pthread_rwlockattr_init(&attributes);
 	pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
 	pthread_rwlock_init(&engine->gate, &attributes);
@@ -95,7 +95,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	return 0;
 }
 
-/* Every range has been taken out, the driver has stopped, and nobody is inside. */
+/* All ranges must be taken out, the driver stopped, and no thread inside. */
 void uffd_engine_destroy(struct uffd_engine *engine)
 {
 	const void *huge_zeros = atomic_load(&engine->huge_zeros);

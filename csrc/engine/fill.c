@@ -31,8 +31,8 @@ static int fill_once(const struct uffd_fill *fill, uint64_t at, uint64_t left, i
 }
 
 /*
- * COPY says EEXIST of a page that is mapped, and of one that only the page cache holds;
- * on hugetlb also where no huge page is free.  CONTINUE tells them apart.
+ * COPY fails with EEXIST if the page is mapped, or if only the page cache holds it, and
+ * on hugetlb also if no huge page is free.  CONTINUE tells these apart.
  */
 static int map_cached(const struct uffd_fill *fill, uint64_t at)
 {
@@ -45,7 +45,7 @@ static int map_cached(const struct uffd_fill *fill, uint64_t at)
 	return r;
 }
 
-/* A page from the page cache, or where that has a hole (EFAULT) as it was asked for. */
+/* Map the page cache's page; if there is none (EFAULT), fill as requested. */
 static int fill_hole(const struct uffd_fill *fill, uint64_t at, int64_t *done_ret,
 		     struct uffd_fill_result *result)
 {
@@ -61,13 +61,13 @@ void uffd_fault_in(uint64_t address, uint64_t length, uint32_t for_writing)
 	uint64_t from = address & ~PAGE_MASK;
 	uint64_t to = (address + length + PAGE_MASK) & ~PAGE_MASK;
 
-	/* What is wrong with it the ioctl or the access will tell. */
+	/* Ignore errors: the ioctl or the access reports them. */
 	if (length)
 		madvise((void *)(uintptr_t)from, to - from,
 			for_writing ? UFFD_MADV_POPULATE_WRITE : UFFD_MADV_POPULATE_READ);
 }
 
-/* Half of it, in whole pages. */
+/* Half of the span, in whole pages. */
 static uint64_t halve(uint64_t span, uint64_t page_size)
 {
 	span = span / 2 & ~(page_size - 1);
@@ -75,9 +75,9 @@ static uint64_t halve(uint64_t span, uint64_t page_size)
 }
 
 /*
- * One ioctl stays within one mapping, and says ENOENT at once where it would not:
- * mprotect or madvise may have cut the registered range.  Then a smaller span is
- * tried, and a larger one again when that worked.
+ * One ioctl must stay within one VMA, and fails at once with ENOENT otherwise: mprotect
+ * or madvise may have split the registered range.  Then try smaller spans, and larger
+ * ones again once that worked.
  */
 int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_ret)
 {
@@ -118,7 +118,7 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 			continue;
 		}
 		if (r == -EEXIST) {
-			/* Present, but a waiter may still sleep: EEXIST wakes nobody. */
+			/* Present, but a waiter may still sleep: EEXIST does not wake. */
 			if (!fill->leaves_waiters)
 				uffd_shim_wake(fill->fd, fill->dst + at, fill->page_size);
 			at += fill->page_size;

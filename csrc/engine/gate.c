@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-/* Closing the gate: nobody fills a page while the layout changes. */
+/* Closing the gate, so that no page is filled while layout events are applied. */
 #define _GNU_SOURCE
 #include <time.h>
 
 #include "gate.h"
 
-/* In slices, so that whoever waits can leave. */
+/* Wait in slices, so that the caller can give up. */
 #define GATE_WAIT_NS	20000000
 #define NS_PER_S	1000000000
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 /*
- * The inline driver: UFFD_FEATURE_SIGBUS turns a fault into a SIGBUS in the
- * faulting thread, and the code below resolves it there, in the signal handler
- * (access/sigbus.c): no hand-over, and no question of who holds which lock.  It takes no
- * lock and allocates nothing.
+ * The inline driver: UFFD_FEATURE_SIGBUS turns a fault into a SIGBUS in the faulting
+ * thread, and the code below resolves it there, in the signal handler
+ * (access/sigbus.c).  There is no hand-over, and locks held by the thread do not matter:
+ * this code takes none and allocates nothing.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -22,27 +22,27 @@
 #define FAULT_WRITE		(1u << 1)
 
 /*
- * The same thread faulting this often on one address, with the page there each
- * time, is a SIGBUS that we cannot resolve.
+ * If the same thread faults this often on one address with the page present each time,
+ * we cannot resolve that SIGBUS.
  */
 #define REPEAT_LIMIT		1000
 
 struct uffd_table uffd_inline_table = UFFD_TABLE_INIT;
 
-/* initial-exec: reached without a call that could allocate. */
+/* initial-exec: accessed without a call that could allocate. */
 static __thread struct {
 	uint64_t address;
 	unsigned int count;
 } repeated __attribute__((tls_model("initial-exec")));
 
-/* The signal does not say what kind of fault it was: the CPU and the page's state do. */
+/* The signal does not tell the kind of fault: guess it from the error code and the range. */
 static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t error)
 {
 	bool write = error & FAULT_WRITE;
 
 	if ((error & FAULT_PRESENT) && write && (range->mode & UFFDIO_REGISTER_MODE_WP))
 		return UFFD_KIND_WP;
-	/* COPY says EEXIST of what only the page cache holds, but not in a private mapping. */
+	/* COPY fails with EEXIST if only the page cache holds the page, but not if it is private. */
 	if (range->mode & UFFDIO_REGISTER_MODE_MINOR &&
 	    (range->content->writes_cache || !range->content->shared ||
 	     !(range->mode & UFFDIO_REGISTER_MODE_MISSING)))
@@ -53,8 +53,8 @@ static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t
 }
 
 /*
- * It was not this kind of fault: the page was there, or is not in the page cache.  Each
- * kind is tried once.  A private page that was swapped out is there, and not in the cache.
+ * The guess was wrong: the page was present, or is not in the page cache.  Try each kind
+ * once.  A private page that was swapped out is present, but not in the cache.
  */
 static bool next_guess(const struct uffd_range *range, uint64_t error, unsigned int *tried,
 		       enum uffd_fault_kind *kind)
@@ -78,7 +78,7 @@ static bool next_guess(const struct uffd_range *range, uint64_t error, unsigned 
 	return false;
 }
 
-/* The rest of the chunk; in this thread there is nobody to hand it to. */
+/* Fill the rest of the chunk now: there is no other thread to do it. */
 static void prefetch_now(struct uffd_range *range, struct uffd_hold *hold, uint64_t page)
 {
 	struct uffd_engine *engine = range->space->engine;
@@ -94,7 +94,7 @@ static void prefetch_now(struct uffd_range *range, struct uffd_hold *hold, uint6
 	}
 }
 
-/* Returns false when the SIGBUS is not ours after all. */
+/* Returns false if the SIGBUS is not ours after all. */
 static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uint64_t address,
 			   uint64_t error, uint32_t thread_id)
 {
@@ -118,12 +118,12 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 			continue;
 		if (outcome == OUTCOME_IN_FLIGHT) {
 			uffd_back_off(attempt++);
-			/* Who had it may have left what we came for. */
+			/* The previous holder may have resolved it; look again. */
 			kind = first_guess(range, error);
 			tried = 0;
 			continue;
 		}
-		/* There again and again, and yet it faults: there is no huge page for it. */
+		/* Always present, and yet it faults: no huge page is free for it. */
 		if (outcome == OUTCOME_PRESENT && is_huge(range) && kind != UFFD_KIND_MINOR &&
 		    repeated.address == address && repeated.count >= EXISTS_LIMIT)
 			outcome = OUTCOME_DEFER;
@@ -137,7 +137,7 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 		uffd_back_off(attempt++);
 		count(engine, COUNTER(retried), 1);
 	}
-	/* No content: SIGBUS it is, also where the kernel calls poison BUS_ADRERR. */
+	/* No content: pass on the SIGBUS, also if the kernel reports poison as BUS_ADRERR. */
 	if (outcome == OUTCOME_POISONED)
 		return false;
 	if (outcome == OUTCOME_RESOLVED) {
@@ -155,7 +155,7 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 	return ++repeated.count < REPEAT_LIMIT;
 }
 
-/* The caller is a reader of the table; when this returns it is not any more. */
+/* The caller is a reader of the table, and no longer one when this returns. */
 static bool resolve_outside(struct uffd_range *range, unsigned int shard, uint64_t address,
 			    uint64_t error)
 {
@@ -181,9 +181,9 @@ static bool resolve_sigbus(uint64_t address, uint64_t error)
 }
 
 /*
- * A fork's child has the action and the table, but the ranges are its parent's, and
- * a thread that does not exist here may have been inside.  What handlers the child
- * makes are its first.
+ * A fork's child has the action and the table, but the ranges are its parent's, and a
+ * thread that does not exist here may have been inside.  Start again as if no handler
+ * had existed.
  */
 void inline_forget_parent(void)
 {
@@ -195,7 +195,7 @@ int uffd_inline_start(struct uffd_engine *engine)
 {
 	int r;
 
-	/* Whoever started it may not know: an exception came after this had returned. */
+	/* An earlier call may have succeeded before an exception hid that from the caller. */
 	if (engine->inline_started)
 		return 0;
 	r = uffd_sigbus_acquire(resolve_sigbus);

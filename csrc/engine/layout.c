@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
- * Following what the owner does to its memory: pages dropped, mappings moved and
- * gone, forks.  The leader calls this inside the space's closed gate, so nobody
- * fills a page meanwhile, and the thread that caused the event goes on only when
- * the next fill may come after it.
+ * Follow changes of the owner's memory: pages dropped, mappings moved or unmapped,
+ * forks.  The leader calls this with the gate closed, so no other thread fills a page
+ * until the event has been applied.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,7 +19,7 @@
 #include "stats.h"
 #include "base/clock.h"
 
-/* The first range that reaches into [start, end), from `start` on. */
+/* The first range that overlaps [start, end). */
 static struct uffd_range *overlapping(struct uffd_space *space, uint64_t start, uint64_t end)
 {
 	struct uffd_range *range = uffd_table_next(space->table, start);
@@ -28,7 +27,7 @@ static struct uffd_range *overlapping(struct uffd_space *space, uint64_t start, 
 	return range && range->start < end ? range : NULL;
 }
 
-/* Its content is asked for, but it was dropped: whoever waits gets zeros. */
+/* The page was dropped while in flight: queue a fault, so that its waiters get zeros. */
 static void answer_with_zeros(struct uffd_range *range, uint64_t page)
 {
 	struct deferred_fault fault = {
@@ -61,7 +60,7 @@ static void remove_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 	}
 }
 
-/* A part of a range as a range of its own, at `to`; NULL and noted when memory is short. */
+/* Copy a part of a range as a piece at `to`; NULL, and noted, if out of memory. */
 static struct uffd_range *piece_of(const struct uffd_range *range, uint64_t start, uint64_t end,
 				   uint64_t to)
 {
@@ -86,8 +85,8 @@ static void insert(struct uffd_space *space, struct uffd_range *range)
 }
 
 /*
- * Take [start, end) out of the table.  What lies there comes back in `moved`, laid
- * out for its new place, unless `moved` is NULL.
+ * Take [start, end) out of the table.  Return the pieces cut out in `moved`, with
+ * their new addresses, unless `moved` is NULL.
  */
 #define MOVED_AT_ONCE 64
 
@@ -112,7 +111,7 @@ static size_t cut(struct uffd_space *space, uint64_t start, uint64_t end, uint64
 	return found;
 }
 
-/* What was expected of it has come with this; the rest goes out of the table. */
+/* Skip the parts that were expected to be unmapped; take the rest out of the table. */
 static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 {
 	struct expected_unmap *expected = take_expected(space, start, end);
@@ -128,7 +127,7 @@ static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 	uffd_free(expected);
 }
 
-/* Whoever is in the table at the new place was unmapped for it, or before. */
+/* Pieces in the table at the new addresses were unmapped by the move, or before it. */
 static void make_room(struct uffd_space *space, uint64_t start, uint64_t end)
 {
 	struct uffd_range *range;
@@ -163,7 +162,7 @@ static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int
 
 	for (range = uffd_table_next(parent->table, 0); range && r == 0;
 	     range = uffd_table_next(parent->table, range->end)) {
-		/* Shared memory is one memory: dropped for one is dropped for all. */
+		/* A fork has the same shared pages: a page dropped in one space is dropped in all. */
 		if (!range->pages->clone && range->content->shared) {
 			range->pages->clone = uffd_pages_get(range->pages);
 		} else if (!range->pages->clone) {
@@ -184,7 +183,7 @@ static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int
 		if (r)
 			range_free(copy);
 	}
-	/* The ranges of the copy hold the clones now. */
+	/* The child's ranges hold the clones now. */
 	for (range = uffd_table_next(parent->table, 0); range;
 	     range = uffd_table_next(parent->table, range->end)) {
 		if (range->pages->clone)
@@ -194,7 +193,7 @@ static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int
 	return r;
 }
 
-/* The child has what the parent had at the fork: EAGAIN kept it still since then. */
+/* The child has the parent's pages as of the fork: fills failed with EAGAIN since then. */
 static void follow_fork(struct uffd_space *parent, int fd)
 {
 	struct uffd_engine *engine = parent->engine;
@@ -217,8 +216,8 @@ static void follow_fork(struct uffd_space *parent, int fd)
 	if (r == 0)
 		r = watch_space(engine, child);
 	/*
-	 * Not followed, its faults are refused one by one as unserved.  Closing
-	 * the descriptor would give it zero pages.
+	 * If the fork cannot be followed, refuse its faults one by one as unserved.
+	 * Closing the descriptor would give it zero pages.
 	 */
 	if (r) {
 		note_failure(engine, 0, 0, r, UFFD_FAILED_FORK);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /*
- * The loop of whoever leads: a step, what was put off, prefetching, and sleep.
+ * The leader's loop: a step, deferred faults, prefetching, and sleep.
  */
 #define _GNU_SOURCE
 #include <poll.h>
@@ -18,22 +18,22 @@
 #include "stray.h"
 #include "base/clock.h"
 
-/* Put-off faults are looked at again after this much, whatever else happens. */
+/* Retry deferred faults at least this often. */
 #define DEFERRED_POLL_MS	1
-/* With put-off faults, yield this often before sleeping: their cause may need our CPU. */
+/* With deferred faults, yield this often before sleeping: their cause may need our CPU. */
 #define DEFERRED_YIELDS		64
-/* Forks that have exited are looked for this often, some at each fork besides. */
+/* Look for forks that have exited this often, and for some at each new fork. */
 #define REAP_INTERVAL_NS	1000000000
 #define REAP_AT_FORK		8
 #define NS_PER_MS		1000000u
-/* How often an exited owner's memory is looked for, some milliseconds in all. */
+/* Check an exited owner's memory this often, for some milliseconds in all. */
 #define EXIT_LOOKS		64
 
 /*
- * How long to spin for the next fault before blocking.  Waking an idle CPU costs
+ * Adapt how long to spin for the next fault before blocking.  Waking an idle CPU costs
  * several times the fault itself, so spinning pays while faults come in quick
- * succession; every gap longer than the limit halves the time, down to nothing
- * when faults are rare.
+ * succession.  Every gap longer than the limit halves the time, down to nothing when
+ * faults are rare.
  */
 static void note_gap(struct spin *spin, uint64_t now)
 {
@@ -44,19 +44,19 @@ static void note_gap(struct spin *spin, uint64_t now)
 	spin->last_fault_ns = now;
 }
 
-/* For the leader: letting go of a space whose memory is no more. */
+/* For the leader: forget a space whose memory no longer exists. */
 static void forget_space(struct uffd_engine *engine, struct uffd_space *space)
 {
 	forget_faults(&engine->deferred, space);
 	forget_faults(&engine->strays, space);
 	forget_jobs(engine, space);
 	epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, space->fd, NULL);
-	/* The engine's own space stays, for who serves and unserves; it is silent now. */
+	/* The engine's own space stays: serve and unserve still refer to it. */
 	if (space != engine->primary)
 		space_retire(space);
 }
 
-/* Spaces are asked in turn, the oldest first, whether their owner lives. */
+/* Check `most` spaces in turn for a dead owner, and retire the dead ones. */
 static void reap_spaces(struct uffd_engine *engine, uint32_t most)
 {
 	struct uffd_space *space, *dead[SPACES_AT_ONCE];
@@ -83,9 +83,9 @@ static void reap_spaces(struct uffd_engine *engine, uint32_t most)
 }
 
 /*
- * The process said to own the memory has exited.  The memory is served on if it
- * lives: another process was meant, or shares it.  Whoever looks into a process
- * keeps its memory for a moment.
+ * The process given as the owner has exited.  Continue serving if the memory still
+ * exists: another process owns it, or shares it.  Retry, as a process that reads
+ * another's memory keeps it alive for a moment.
  */
 static void owner_exits(struct uffd_engine *engine)
 {
@@ -199,7 +199,7 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 			if (!engine->job_count)
 				uffd_placement_note(placement, gap / handled, spin->limit_ns);
 			yields = 0;
-			/* A prefetch gets its turn between any two batches. */
+			/* Prefetch gets its turn between any two batches. */
 			if (!engine->job_count && (spin->now_ns || engine->deferred.count))
 				continue;
 		}

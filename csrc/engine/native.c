@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
- * The loop of whoever leads, and the engine's own thread.  The thread takes no
- * Python lock, blocks all signals and stops through an eventfd.  Without workers
- * it leads all the time; with them, when none of them does.
+ * The engine's own thread.  It takes no Python lock, blocks all signals and stops
+ * through an eventfd.  Without workers it is always the leader; with workers, only
+ * while none of them leads.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -23,10 +23,10 @@
 #include "base/clock.h"
 
 #define DRAIN_CHECK_NS		200000
-/* A queue is empty for sure once two whole passes found nothing. */
+/* The queue is certainly empty once two whole passes found nothing. */
 #define DRAIN_PASSES		2
 
-/* With workers: sleep until nobody has led for a while. */
+/* With workers: sleep until there has been no leader for a while, then lead. */
 static void stand_by(struct uffd_engine *engine)
 {
 	struct pollfd fds[] = {
@@ -133,7 +133,7 @@ static int open_descriptors(struct uffd_engine *engine, const char **call_ret)
 		return -errno;
 	if (!engine->options.watch_owner)
 		return 0;
-	/* A userfaultfd does not say that its owner exits; a pidfd does. */
+	/* A userfaultfd does not report its owner's exit; a pidfd does. */
 	if (atomic_load(&engine->primary->gone)) {
 		atomic_store(&engine->owner_exited, true);
 		return 0;
@@ -148,7 +148,7 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	cpu_set_t set;
 	int r;
 
-	/* Whoever started it may not know: an exception came after this had returned. */
+	/* An earlier call may have succeeded before an exception hid that from the caller. */
 	if (atomic_load(&engine->thread_running))
 		return 0;
 	native_close(engine);
@@ -157,7 +157,7 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 		CPU_SET((size_t)cpus[i], &set);
 	engine->spin = (struct spin){ engine->options.spin_ns, engine->options.spin_ns,
 				      uffd_now_ns() };
-	/* A worker's thread is the caller's: it is left where it is. */
+	/* A worker's thread is the caller's: do not pin it. */
 	uffd_placement_init(&engine->placement, !cpu_count && engine->options.spin_ns &&
 							!engine->options.has_workers);
 	engine->leaves_strays = false;
