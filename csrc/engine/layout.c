@@ -162,7 +162,7 @@ static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int
 
 	for (range = uffd_table_next(parent->table, 0); range && r == 0;
 	     range = uffd_table_next(parent->table, range->end)) {
-		/* A fork has the same shared pages: a page dropped in one space is dropped in all. */
+		/* A fork has the same shared pages: dropped in one space is dropped in all. */
 		if (!range->pages->clone && range->content->shared) {
 			range->pages->clone = uffd_pages_get(range->pages);
 		} else if (!range->pages->clone) {

@@ -17,12 +17,12 @@
 #include "space.h"
 #include "stats.h"
 
-/* Sequential faults double what is filled ahead, up to this many chunks. */
+/* Sequential faults double the span filled ahead, up to this many chunks. */
 #define READAHEAD_MAX_CHUNKS	8
 
 /* Resolving one page */
 
-/* The page's content cannot be had: no zeros, ever. */
+/* The page's content is unavailable: never fill it with zeros. */
 enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 			    enum uffd_failure_stage stage, uint32_t thread_id)
 {
@@ -30,18 +30,18 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 	bool poisons = engine->options.on_error == UFFD_ON_ERROR_POISON;
 	int r = 0;
 
-	/* Somebody was held up until after the end: there is nothing left to do about it. */
+	/* This thread was blocked until after the end: there is nothing left to do. */
 	if (atomic_load(&engine->end.over))
 		return OUTCOME_FAILED;
 	note_failure(engine, page, range->page_size, error, stage);
 	say_page_fails(range, page, error, stage);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
 		r = space_kill(range->space, thread_id, page);
-	/* A fork whose process is not found must neither wait unseen nor go on. */
+	/* If a fork's process is not found, note that and poison the page. */
 	if (r && r != -ESRCH)
 		note_failure(engine, page, range->page_size, r, UFFD_FAILED_RESOLVE);
 	poisons = poisons || r;
-	/* A page that is there (a write-protect fault) cannot be poisoned. */
+	/* A page that is present (a write-protect fault) cannot be poisoned. */
 	if (atomic_load(state_of(range, page)) == UFFD_PAGE_DIRTY)
 		return OUTCOME_FAILED;
 	if (poisons)
@@ -51,13 +51,13 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 	return OUTCOME_FAILED;
 }
 
-/* Of the thread that waits; inline a page's thread is this one. */
+/* The faulting thread's id; 0 with the inline driver, where it is this thread. */
 static uint32_t thread_of(const struct deferred_fault *fault)
 {
 	return fault ? fault->thread_id : 0;
 }
 
-/* Take a page for ourselves; false when somebody else is at it. `was_ret`: its state before. */
+/* Claim a page; false if another thread has it.  `was_ret`: its state before. */
 static bool claim(struct uffd_range *range, uint64_t page, uint8_t as, uint8_t *was_ret)
 {
 	_Atomic uint8_t *state = state_of(range, page);
@@ -87,7 +87,7 @@ static enum outcome gone(struct uffd_space *space, int error)
 	return OUTCOME_GONE;
 }
 
-/* A claimed page whose content a worker must fetch, and its neighbours with it. */
+/* Request a claimed page from a worker, and its absent neighbours with it. */
 static enum outcome ask_for(struct uffd_range *range, uint64_t page,
 			    const struct deferred_fault *fault)
 {
@@ -109,11 +109,11 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page,
 }
 
 /*
- * Linux 6.18 answers EEXIST to a fill of hugetlb memory also where no huge page is
- * free (measured; Linux 6.12 says ENOMEM).  The owner's page table tells whether
- * the page is there; whose we do not know (a fork), it stays absent to us, so that
- * nothing takes zeros for its content.  Where pages arrive protected, one that was put there
- * by others is clean only if it is protected as well.
+ * On Linux 6.18 a fill of hugetlb memory fails with EEXIST also if no huge page is free
+ * (measured; Linux 6.12: ENOMEM).  The owner's page table tells whether the page is
+ * present.  If the owner is unknown (a fork), call the page absent, so that a later fault
+ * does not fill it with zeros.  If pages arrive protected, one put there by others is
+ * clean only if it is protected as well.
  */
 static uint8_t state_of_existing(const struct uffd_range *range, uint64_t page)
 {
@@ -140,8 +140,8 @@ void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
 }
 
 /*
- * Who is woken where no huge page is free faults again, so a page that is said to
- * be there step after step is missing: it is put off, its thread asleep.
+ * With no huge page free, a woken thread just faults again.  So if a fill says EEXIST in
+ * step after step, the page is missing: defer the fault and let the thread sleep.
  */
 bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion)
 {
@@ -180,7 +180,7 @@ static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 	}
 	if (r == 0 && result->already_present) {
 		const struct uffd_engine *engine = range->space->engine;
-		/* Inline a thread sees for itself that it faults again. */
+		/* The inline driver counts repeated faults by itself. */
 		bool lacking = kind != UFFD_KIND_MINOR && !engine->options.is_inline &&
 			       lacks_huge_page(range, page, engine->steps);
 
@@ -217,14 +217,14 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 	if (!claim(range, page, UFFD_PAGE_IN_FLIGHT, &was))
 		return OUTCOME_IN_FLIGHT;
 	if (was == UFFD_PAGE_POISONED) {
-		/* COPY would replace the mark: there is still no content. */
+		/* There is still no content, and COPY would replace the poison. */
 		poison_one(range, page, &put_off);
 		atomic_store(state_of(range, page), UFFD_PAGE_POISONED);
 		if (put_off)
 			return OUTCOME_DEFER;
 		return OUTCOME_POISONED;
 	}
-	/* Its content goes by way of the page cache, also where that has a hole. */
+	/* Fill it through the page cache, even if that has a hole here. */
 	if (was == UFFD_PAGE_ABSENT && range->content->writes_cache)
 		kind = UFFD_KIND_MINOR;
 	if (was == UFFD_PAGE_ABSENT && is_lost_when_dropped(range, kind)) {
@@ -241,15 +241,14 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 	else if (kind == UFFD_KIND_MINOR)
 		r = put_continue(range, page, range->page_size, &result);
 	else
-		/* It was here once: dropped since, or this is an old message (EEXIST). */
+		/* It was present before: dropped since, or this message is old (EEXIST). */
 		r = put_zeros(range, page, range->page_size, FILL_MISSING, &result);
 	return settle_absence(range, page, kind, was, r, &result, fault);
 }
 
 /*
- * Its old content could not be saved.  Unprotected it would be lost, and a page that
- * is there cannot be poisoned: its writers wait until it can be saved, or it is
- * taken out.
+ * The old content could not be saved.  Unprotecting the page would lose it, and a present
+ * page cannot be poisoned: its writers wait until it is saved or taken out.
  */
 static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int error,
 				   const struct deferred_fault *fault)
@@ -281,9 +280,8 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 			return keep_protected(range, page, r, fault);
 	}
 	/*
-	 * Held until it is unprotected: whoever protects it again (uffd_engine_writeprotect)
-	 * sees it dirty and not protected, or as it was before.  Readers of the states
-	 * wait for us.
+	 * The page is held until it is unprotected: uffd_engine_writeprotect() sees it
+	 * dirty and unprotected, or as it was before.  Readers of the states wait for us.
 	 */
 	r = uffd_shim_writeprotect(range->space->fd, page, range->page_size, 0);
 	atomic_store(state_of(range, page), UFFD_PAGE_DIRTY);
@@ -316,7 +314,7 @@ enum outcome resolve_as_leader(struct uffd_range *range, uint64_t page, enum uff
 	return is_back(engine) ? outcome : OUTCOME_DISMISSED;
 }
 
-/* Filling more than what was asked for */
+/* Filling more than one page */
 
 struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
 {
@@ -344,7 +342,7 @@ struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
 		uffd_shim_wake(range->space->fd, at, past - at);
 	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
 	if (r == -EFAULT && content->kind == UFFD_SOURCE_NONE) {
-		/* A hole of the page cache: there is nothing to fill it with. */
+		/* A hole in the page cache: there is nothing to fill it with. */
 		past += range->page_size;
 		r = 0;
 	}
@@ -374,7 +372,7 @@ void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret, 
 			chunks = READAHEAD_MAX_CHUNKS;
 	}
 	to = (range->end - from) / chunk >= chunks ? from + chunks * chunk : range->end;
-	/* Whole pages, also where the chunk is smaller than one. */
+	/* Whole pages, even if the chunk is smaller than one. */
 	from = page_of(range, from);
 	if (to < range->end)
 		to = page_of(range, to + range->page_size - 1);

@@ -13,15 +13,15 @@
 #include "stats.h"
 #include "uffd_owner.h"
 
-/* Where the memory of a page can be read, and how far. */
+/* Where the memory of a page can be read, and how much of it. */
 struct view {
 	struct uffd_space *space;
 	uint64_t address, length;
 };
 
 /*
- * A fork says nothing of its process.  What it shares is mapped in the space that
- * was served as well, though perhaps elsewhere by now.
+ * A fork's process is unknown.  The pages it shares are also mapped in the space that
+ * was served, though perhaps at another address by now.
  */
 static int view_of_served(const struct uffd_range *range, uint64_t at, struct view *view)
 {
@@ -58,13 +58,13 @@ static int64_t read_view(const struct view *view, void *target)
 	}
 	n = uffd_owner_read(view->space->owner_pid, view->address, target, view->length);
 	/*
-	 * Its number may be another process's by now, or its memory new (execve):
-	 * not while the memory that the userfaultfd governs lives.
+	 * The pid may belong to another process by now, or the memory may be new
+	 * (execve), but only once the memory that the userfaultfd governs is gone.
 	 */
 	return space_is_dead(view->space) ? -ESRCH : n;
 }
 
-/* Returns whole pages in bytes, from the first on, or -errno. */
+/* Returns the bytes saved from the start, in whole pages, or -errno. */
 static int64_t save(struct uffd_range *range, uint64_t at, uint64_t length)
 {
 	const struct uffd_content *content = range->content;
@@ -118,8 +118,8 @@ uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, str
 }
 
 /*
- * The page table says that somebody else took the protection off a page: what it holds
- * may have been written since.  It is saved as it is, and the loss is told.
+ * If the page table says that others removed a page's protection, it may have been
+ * written to since.  Save it as it is, and note the loss.
  */
 static void check_protection(const struct uffd_range *range, uint64_t at, uint64_t end)
 {
@@ -145,7 +145,7 @@ static uint64_t save_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 					      UFFD_PAGE_HELD))
 		stop += range->page_size;
 	if (stop == at && uffd_page_is_in_flight(expected)) {
-		/* A fault is saving it: done is done only when that is. */
+		/* A fault is saving this page: we are done only when it is. */
 		*error_ret = -EAGAIN;
 		return at;
 	}
@@ -154,18 +154,18 @@ static uint64_t save_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 	check_protection(range, at, stop);
 	n = save(range, at, stop - at);
 	past = n > 0 ? at + (uint64_t)n : at;
-	/* What could not be saved stays protected; its writers ask again. */
+	/* Pages that could not be saved stay protected; their writers fault again. */
 	unclaim(range, past, stop, UFFD_PAGE_CLEAN);
 	if (n < 0) {
 		*error_ret = (int)n;
 		return at;
 	}
-	/* Where this says EAGAIN the pages stay protected, which does no harm. */
+	/* If this fails with EAGAIN the pages stay protected, which is harmless. */
 	if (unprotect)
 		uffd_shim_writeprotect(range->space->fd, at, past - at,
 				       UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
 	set_states(range, at, past, unprotect ? UFFD_PAGE_DIRTY : UFFD_PAGE_SAVED);
-	/* Writers that came meanwhile were left to us. */
+	/* Writers that faulted in the meantime wait for this wake. */
 	wake_again(range, at, past);
 	*done_ret = past - at;
 	return past;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 /*
- * One line on stderr before the first page of a serving is lost: SIGBUS says nothing.
+ * Write one line before the first page of a range is lost, since a SIGBUS explains nothing.
  *
- * Written here and not from Python, since the thread that waits may hold the GIL, or
- * be in a signal handler: everything is async-signal-safe.
+ * This is not done in Python, because the faulting thread may hold the GIL or be in a
+ * signal handler.  Everything here is async-signal-safe.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -13,18 +13,18 @@
 #include "say.h"
 #include "base/line.h"
 
-/* Each serving has its line, but a program that serves hundreds does not want hundreds. */
+/* One line for each range, but not hundreds for a program that serves hundreds. */
 #define SAID_MOST	8
 
-/* strerror(3) is not for signal handlers. */
+/* strerror(3) is not async-signal-safe. */
 static void put_error(struct uffd_line *line, int error, enum uffd_failure_stage stage)
 {
 	static const struct {
 		int error;
 		const char *source, *other;
 	} texts[] = {
-		{ ENODATA, "the source ends before it (a file that was truncated?)", NULL },
-		{ EFAULT, "EFAULT (memory that is unmapped, or a file that was truncated?)", NULL },
+		{ ENODATA, "the source ends before it (was the file truncated?)", NULL },
+		{ EFAULT, "EFAULT (unmapped memory, or a truncated file?)", NULL },
 		{ EIO, "EIO (input/output error)", NULL },
 		{ ENOMEM, "ENOMEM (out of memory)", "ENOMEM (no memory, or no huge page is free)" },
 		{ EAGAIN, NULL, "EAGAIN (no memory, no huge page, or the layout kept changing)" },
@@ -83,25 +83,25 @@ static void put_consequence(struct uffd_line *line, const struct uffd_range *ran
 	const struct uffd_engine *engine = range->space->engine;
 
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL) {
-		uffd_line_text(line, "the process whose memory it is is killed (on_error=\"kill\")");
+		uffd_line_text(line, "the process that owns it is killed (on_error=\"kill\")");
 	} else if (atomic_load(state_of((struct uffd_range *)range, page)) == UFFD_PAGE_DIRTY) {
-		uffd_line_text(line, "whoever writes to it waits");
+		uffd_line_text(line, "threads that write to it wait");
 	} else if (engine->options.on_error == UFFD_ON_ERROR_POISON &&
 		   has_ioctl(range, _UFFDIO_POISON)) {
-		uffd_line_text(line, "it is poisoned, and whoever touches it gets SIGBUS");
+		uffd_line_text(line, "it is poisoned: threads that touch it get SIGBUS");
 	} else {
-		uffd_line_text(line, "it stays missing, and whoever touches it waits until stop()");
+		uffd_line_text(line, "it stays missing: threads that touch it wait until stop()");
 	}
 }
 
 static void say(struct uffd_engine *engine, struct uffd_line *line)
 {
 	if (engine->options.on_error != UFFD_ON_ERROR_KILL)
-		uffd_line_text(line, " (the next ones are counted; stop() raises HandlerError)");
+		uffd_line_text(line, " (later ones are only counted; stop() raises HandlerError)");
 	uffd_line_write(line, engine->options.say_fd);
 }
 
-/* Whether this is the first of its kind, and there have not been too many. */
+/* Whether this is the first of its kind, and the limit of lines is not reached. */
 static bool may_say(struct uffd_engine *engine, _Atomic bool *said)
 {
 	return engine->options.say_fd >= 0 && !atomic_exchange(said, true) &&
@@ -114,7 +114,7 @@ void say_page_fails(struct uffd_range *range, uint64_t page, int error,
 	struct uffd_engine *engine = range->space->engine;
 	struct uffd_line line = { .used = 0 };
 
-	/* What a source in Python raised is said there, with the exception. */
+	/* Python reports what a source in Python raised, with the exception. */
 	if (stage == UFFD_FAILED_SOURCE && needs_request(range))
 		return;
 	if (!may_say(engine, &range->content->said))
@@ -145,14 +145,14 @@ void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
 	say(engine, &line);
 }
 
-/* Which limit it is, and what to do. */
+/* Name the limit that was reached. */
 static void put_limit(struct uffd_line *line, int error)
 {
 	struct rlimit limit;
 
 	if (error != EMFILE || getrlimit(RLIMIT_NOFILE, &limit)) {
 		uffd_line_text(line, error == ENFILE
-					     ? "the system has as many open files as fs.file-max allows"
+					     ? "the system has reached fs.file-max open files"
 					     : "ENOMEM (out of memory)");
 		return;
 	}
@@ -160,7 +160,7 @@ static void put_limit(struct uffd_line *line, int error)
 	uffd_line_number(line, (uint64_t)getpid(), 10);
 	uffd_line_text(line, " is ");
 	uffd_line_number(line, limit.rlim_cur, 10);
-	uffd_line_text(line, " (its hard limit ");
+	uffd_line_text(line, " (hard limit ");
 	uffd_line_number(line, limit.rlim_max, 10);
 	uffd_line_text(line, "), and no descriptor is free");
 }
@@ -176,6 +176,6 @@ void say_read_is_put_off(struct uffd_space *space, int error)
 	uffd_line_number(&line, (uint64_t)space->fd, 10);
 	uffd_line_text(&line, " cannot be read: ");
 	put_limit(&line, -error);
-	uffd_line_text(&line, "; a fork() waits until it can, and it is tried again");
+	uffd_line_text(&line, "; a fork() waits until it can be, and the read is retried");
 	uffd_line_write(&line, engine->options.say_fd);
 }

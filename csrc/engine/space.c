@@ -18,11 +18,11 @@
 #include "uffd_owner.h"
 #include "uffd_shim.h"
 
-/* The last page of user memory: nobody registers it, so asking about it changes nothing. */
+/* The last page of user memory: it is never registered, so probing it changes nothing. */
 #define PROBE_ADDRESS	UINT64_C(0x7fffffffe000)
 #define PROBE_LENGTH	UINT64_C(4096)
 
-/* A pidfd, so that nobody else is killed or watched who gets the number later. */
+/* Use a pidfd, so that a process that reuses the pid is neither killed nor watched. */
 static int open_owner(struct uffd_space *space, const struct uffd_engine_options *options)
 {
 	space->is_here = space->owner_pid == getpid();
@@ -65,7 +65,7 @@ int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t layout
 
 	pthread_mutex_lock(&engine->spaces_lock);
 	space->number = number == NEXT_NUMBER ? engine->next_space : number;
-	/* Those of another engine come in any order: the next new one follows the highest. */
+	/* Another engine's spaces come in any order: number new ones from the highest. */
 	if (engine->next_space <= space->number)
 		engine->next_space = space->number + 1;
 	LIST_INSERT_HEAD(&engine->spaces, space, link);
@@ -108,7 +108,7 @@ void note_unsaved(struct uffd_range *range)
 {
 	uint64_t at = range->start;
 
-	/* What forks share lives on where it was served. */
+	/* Pages that a fork shares live on in the space where they were served. */
 	if (!range->content->preserve || range->space->owned)
 		return;
 	run_of(range, &at, range->end, UFFD_PAGE_CLEAN);
@@ -116,7 +116,7 @@ void note_unsaved(struct uffd_range *range)
 		note_failure(range->space->engine, at, range->page_size, -ESRCH, UFFD_FAILED_SAVE);
 }
 
-/* Take it off the list and drop what is left in its table. */
+/* Take the space off the list and remove the ranges left in its table. */
 void space_retire(struct uffd_space *space)
 {
 	struct uffd_engine *engine = space->engine;
@@ -136,9 +136,8 @@ void space_retire(struct uffd_space *space)
 }
 
 /*
- * A userfaultfd whose owner has exited says nothing of itself: poll stays silent
- * and WAKE succeeds (measured on Linux 6.18).  An ioctl that needs the memory
- * says ESRCH.
+ * A userfaultfd does not report that its owner has exited: poll stays silent and WAKE
+ * succeeds (measured on Linux 6.18).  An ioctl that needs the memory fails with ESRCH.
  */
 bool space_is_dead(struct uffd_space *space)
 {
@@ -164,7 +163,7 @@ static bool owns_another_space(struct uffd_engine *engine, int32_t pid)
 	return space;
 }
 
-/* No event says which process a fork is; the fault's message says which thread waits. */
+/* No event names a fork's process; only the fault's message names the waiting thread. */
 static int kill_fork(struct uffd_space *space, uint32_t thread_id, uint64_t address)
 {
 	int32_t pid;

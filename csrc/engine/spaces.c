@@ -15,7 +15,7 @@
 #include "base/clock.h"
 #include "uffd_shim.h"
 
-/* What an address space has at most (x86-64, unless it is asked for more), and at least. */
+/* The bounds of an address space (x86-64, unless more was asked for). */
 #define LOWEST_ADDRESS	0x10000ull
 #define HIGHEST_ADDRESS	0x7ffffffff000ull
 
@@ -38,7 +38,7 @@ static void wake_space(struct uffd_space *space)
 {
 	struct uffd_range *range;
 
-	/* Also where nobody serves: all of the address space at once. */
+	/* Wake the whole address space at once, also memory that is not served. */
 	if (uffd_shim_wake(space->fd, LOWEST_ADDRESS, HIGHEST_ADDRESS - LOWEST_ADDRESS) == 0)
 		return;
 	gate_enter(space);
@@ -49,8 +49,8 @@ static void wake_space(struct uffd_space *space)
 }
 
 /*
- * Whether a thread waits whose fault has been read, by the kernel's counts.  Where they
- * cannot be looked at: perhaps.
+ * Whether a thread waits whose fault has been read, by the kernel's counts; true if they
+ * cannot be read.
  */
 static bool has_read_faults(int fd)
 {
@@ -81,7 +81,7 @@ static void wake_spaces(struct uffd_engine *engine, bool all)
 	pthread_mutex_lock(&engine->spaces_lock);
 	last = engine->next_space;
 	pthread_mutex_unlock(&engine->spaces_lock);
-	/* Not under the lock: who closed the gate may want it. */
+	/* Not under the lock: a thread that has closed the gate may wait for it. */
 	for (uint32_t number = 0; number < last; number++) {
 		space = space_get(engine, number);
 		if (!space)
@@ -116,7 +116,7 @@ int uffd_engine_remove_space(struct uffd_engine *engine, uint32_t number, uint64
 		return -EINVAL;
 	}
 	if (engine->thread_running) {
-		/* The leader may hold it: it must be the one to let go. */
+		/* The leader may be using the space: let it do the removal. */
 		atomic_store(&space->gone, true);
 		atomic_fetch_add(&engine->doomed_spaces, 1);
 		while (r == 0 && atomic_load(&space->references) > 1) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Requests that nobody answers: given up one by one as they get too old, or all at once. */
+/* Requests without an answer: give them up as they get too old, or all at once. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
@@ -11,7 +11,7 @@
 #include "stats.h"
 #include "base/clock.h"
 
-/* With the requests' lock held: its answer comes too late from now on. */
+/* With the requests' lock held: from now on an answer is too late. */
 static void abandon(struct uffd_request *request, struct uffd_request *copy_ret, bool is_queued)
 {
 	__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
@@ -21,7 +21,7 @@ static void abandon(struct uffd_request *request, struct uffd_request *copy_ret,
 		copy_ret->populate->queued--;
 }
 
-/* What is due for an abandoned request, which may be freed by now, hence the copy. */
+/* Clean up after an abandoned request, from a copy: the request may be freed by now. */
 static void forget(struct uffd_engine *engine, struct uffd_request *copy, int error,
 		   enum uffd_failure_stage stage)
 {
@@ -64,7 +64,7 @@ uint32_t uffd_engine_hung(struct uffd_engine *engine)
 	return hung;
 }
 
-/* Python's own dump of all tracebacks hangs on this signal (faulthandler.register). */
+/* Trigger Python's dump of all tracebacks (faulthandler.register) by its signal. */
 static void show_tracebacks(struct uffd_engine *engine)
 {
 	sigset_t only;
@@ -79,9 +79,9 @@ static void show_tracebacks(struct uffd_engine *engine)
 }
 
 /*
- * Since when the source is waited for.  A thread waits from its fault on.  For populate
- * it is the worker's time that counts: as long as workers come for requests, those
- * that are queued behind are in nobody's hand.
+ * Since when the source has been waited for.  A fault's thread waits from its fault on.
+ * For populate the worker's time counts: as long as workers keep taking requests, the
+ * queued ones are not stalled.
  */
 static uint64_t waited_since(const struct uffd_engine *engine, const struct uffd_request *request)
 {
@@ -120,7 +120,7 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 		taken = request;
 		find_oldest(engine, &engine->queued, &request);
 		since = request ? waited_since(engine, request) : 0;
-		/* A worker may have come for it since we looked at the clock. */
+		/* A worker may have taken it since we read the clock. */
 		if (!request || now < since || now - since < limit) {
 			pthread_mutex_unlock(&engine->requests_lock);
 			return request ? since + limit : UINT64_MAX;
@@ -138,7 +138,7 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 			note_failure(engine, copy.address, copy.length, -ETIMEDOUT,
 				     UFFD_FAILED_STALLED);
 			say_engine_fails(engine, copy.address, -ETIMEDOUT, UFFD_FAILED_STALLED,
-					 "whoever touches it waits on");
+					 "threads that touch it keep waiting");
 			continue;
 		}
 		forget(engine, &copy, -ETIMEDOUT, UFFD_FAILED_STALLED);

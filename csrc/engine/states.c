@@ -17,10 +17,10 @@
 #define PAGES_AT_ONCE	512u
 /* Write-protecting part of a transparent huge page splits it. */
 #define THP_SIZE	(2u << 20)
-/* A page is held for the length of an ioctl. */
+/* A page is held for about one ioctl. */
 #define HELD_CHECKS	256
 
-/* Of the page at an index, once nobody holds it, as far as that can be waited for. */
+/* The state of the page at an index, after a short wait if it is held. */
 static uint8_t settled_state(const struct uffd_pages *pages, uint64_t index)
 {
 	uint8_t state = atomic_load_explicit(&pages->state[index], memory_order_acquire);
@@ -32,7 +32,7 @@ static uint8_t settled_state(const struct uffd_pages *pages, uint64_t index)
 	return uffd_page_is_in_flight(state) ? UFFD_PAGE_IN_FLIGHT : state;
 }
 
-/* [at, at + pages) of a piece; `first` is the index of the first one. */
+/* The states of `pages` pages of a piece from `at`; `first`: the index of the first. */
 static void look(const struct uffd_range *range, uint64_t at, uint64_t first, uint64_t pages,
 		 uint8_t *states_ret)
 {
@@ -71,7 +71,7 @@ int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *
 		n = 1;
 		range = find_piece(access.space, ref->id, offset, ref->start + offset);
 		if (!range) {
-			/* Not mapped any more. */
+			/* No longer mapped. */
 			states_ret[done] = settled_state(any->pages, first_page + done);
 			continue;
 		}
@@ -101,7 +101,7 @@ int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref 
 			_Atomic uint8_t *state = state_of(range, at + (i << range->page_shift));
 			uint8_t was = atomic_load(state);
 
-			/* Served for WP alone, pages may have been protected before. */
+			/* In ranges with only WP, pages may have been protected before. */
 			if (was == UFFD_PAGE_ABSENT)
 				atomic_compare_exchange_strong(state, &was,
 							       seen_state(range, was, entries[i]));
@@ -116,7 +116,7 @@ int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref 
 
 /* Protecting */
 
-/* What a page is from now on that had this state, and is protected. */
+/* The new state of a page that had this state and is now protected. */
 static uint8_t armed_state(const struct uffd_range *range, uint8_t seen)
 {
 	if (seen == UFFD_PAGE_REMOVED && can_be_absent(range))
@@ -130,7 +130,7 @@ static bool is_left_alone(uint8_t state)
 	       state == UFFD_PAGE_REQUESTED;
 }
 
-/* Hold pages from `at` on; what is absent needs no hold, as it arrives protected. */
+/* Hold pages from `at` on; absent pages need no hold, as they arrive protected. */
 static uint64_t hold_run(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t *states,
 			 bool *held)
 {
@@ -140,7 +140,7 @@ static uint64_t hold_run(struct uffd_range *range, uint64_t at, uint64_t end, ui
 		uint8_t state = atomic_load(state_of(range, at));
 
 		held[pages] = !is_left_alone(state);
-		/* Somebody fills it, or is done with it in a moment. */
+		/* Another thread is at it, or has just changed it: stop here. */
 		if (held[pages] &&
 		    (uffd_page_is_in_flight(state) ||
 		     !atomic_compare_exchange_strong(state_of(range, at), &state, UFFD_PAGE_HELD)))
@@ -150,7 +150,7 @@ static uint64_t hold_run(struct uffd_range *range, uint64_t at, uint64_t end, ui
 	return pages;
 }
 
-/* Pages that are there without our having filled them are protected as well, now. */
+/* Pages that others had filled are now protected as well: set their states. */
 static void take_in(struct uffd_range *range, uint64_t at, uint64_t pages, bool is_known,
 		    uint8_t *states)
 {
@@ -172,8 +172,8 @@ static void take_in(struct uffd_range *range, uint64_t at, uint64_t pages, bool 
 }
 
 /*
- * Linux protects no hole of anonymous memory without WP_UNPOPULATED, and says nothing.
- * A read of it maps the zero page.  -EAGAIN: it is being moved.
+ * Without WP_UNPOPULATED Linux silently does not protect holes of anonymous memory, so
+ * read them, which maps the zero page.  -EAGAIN: the memory is being moved.
  */
 static int map_holes(const struct uffd_range *range, uint64_t at, uint64_t length)
 {
@@ -184,16 +184,16 @@ static int map_holes(const struct uffd_range *range, uint64_t at, uint64_t lengt
 		return 0;
 	if (space->is_here)
 		r = -errno;
-	/* Before Linux 5.14, or of another process. */
+	/* Before Linux 5.14, or another process's memory. */
 	if (r == -EINVAL)
 		r = uffd_owner_touch(space->owner_pid, at, length, range->page_size);
 	if (r && layout_is_changing(space))
 		return -EAGAIN;
-	/* Not mapped any more: the ioctl says so. */
+	/* No longer mapped: the ioctl reports that. */
 	return r == -ENOMEM ? 0 : r;
 }
 
-/* The states of [at, past) as they were; returns `past`. */
+/* Protect [at, past) and return `past`; `states`: the states before. */
 static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t *states,
 			int *error_ret)
 {
@@ -224,7 +224,7 @@ static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uin
 				     *error_ret ? before[i] : armed_state(range, states[i]));
 	if (*error_ret == 0 && has_absent)
 		take_in(range, at, pages, is_known, states);
-	/* Writers that came meanwhile were left to us. */
+	/* Writers that faulted in the meantime wait for this wake. */
 	wake_again(range, at, past);
 	return *error_ret ? at : past;
 }
@@ -237,7 +237,7 @@ static uint64_t run_end(const struct uffd_range *range, uint64_t at, uint64_t en
 	return is_huge(range) ? lower(end, at + most) : lower(end, most);
 }
 
-/* What was told of pages is lost with the error: they count as written. */
+/* The error loses the states just read: pages that were not clean become dirty again. */
 static void take_back(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		      uint64_t first, uint64_t pages, const uint8_t *states)
 {

@@ -7,7 +7,7 @@
 #include "stats.h"
 #include "base/clock.h"
 
-/* A reader waits no longer than this: an ioctl may be reading from a slow disk. */
+/* Readers wait at most this long: an ioctl may be reading from a slow disk. */
 #define AWAIT_LIMIT_NS	100000000
 
 static bool await_phase(struct uffd_engine *engine, uint64_t give_up)
@@ -23,7 +23,7 @@ static bool await_phase(struct uffd_engine *engine, uint64_t give_up)
 	return true;
 }
 
-/* Twice: who read the phase before the first change may have begun after it. */
+/* Twice: a thread that read the phase before the first change may begin after it. */
 void await_work(struct uffd_engine *engine)
 {
 	uint64_t give_up = uffd_now_ns() + AWAIT_LIMIT_NS;
@@ -55,7 +55,7 @@ static uint32_t histogram_bucket(uint64_t ns)
 	return bucket < UFFD_HISTOGRAM_BUCKETS ? bucket : UFFD_HISTOGRAM_BUCKETS - 1;
 }
 
-/* The smallest latency that does not belong to the bucket any more. */
+/* The smallest latency above the bucket. */
 uint64_t uffd_histogram_bound(uint32_t bucket)
 {
 	uint32_t exponent, sub;

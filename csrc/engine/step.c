@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* The step of whoever leads: read, apply, resolve, and fill ahead. */
+/* One step of the leader: read, apply, resolve. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -19,24 +19,24 @@
 #include "base/clock.h"
 
 /*
- * So often a read is tried again that fails for want of a descriptor.  Faults are read
- * meanwhile, as they come before events, and wait so long at most.
+ * The interval of retries of a read that failed for lack of a descriptor.  Faults are still
+ * read in the meantime, as reads return them before events, after at most this delay.
  */
 #define PUT_OFF_MS		10
 
-/* Reading may fail for want of descriptors or memory; the message stays queued. */
+/* Reading may fail for lack of descriptors or memory; the message stays queued. */
 static bool is_passing(int error)
 {
 	return error == -EMFILE || error == -ENFILE || error == -ENOMEM;
 }
 
-/* At the end saving goes before: a fault would only do one page of it. */
+/* At the end all pages get saved: do not save single pages for faults. */
 static bool is_left_to_the_end(const struct uffd_range *range, enum uffd_fault_kind kind)
 {
 	return kind == UFFD_KIND_WP && range->content->preserve && ends(range->space->engine);
 }
 
-/* Returns OUTCOME_DEFER when it must be tried again later. */
+/* Returns OUTCOME_DEFER if the fault must be retried later. */
 static enum outcome handle_fault(struct uffd_engine *engine, const struct deferred_fault *fault,
 			 bool last_try)
 {
@@ -67,8 +67,8 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		if (outcome == OUTCOME_RESOLVED && !in_line)
 			plan_prefetch(range, page, kind);
 		/*
-		 * Whoever is at this page wakes the waiters of its own space; those of
-		 * a fork that shares the page must come back themselves.
+		 * The thread at this page wakes the waiters of its own space; a fault
+		 * of a fork that shares the page must be retried.
 		 */
 		if (outcome == OUTCOME_IN_FLIGHT && range->content->shared &&
 		    atomic_load(&engine->space_count) > 1)
@@ -99,7 +99,7 @@ void retry_deferred(struct uffd_engine *engine)
 		struct deferred_fault fault = list->faults[i];
 		bool last_try;
 
-		/* The layout changes until the event has been read: that is not the fault's failure. */
+		/* The layout changes until the event is read: do not count that time. */
 		if (fault.space->is_put_off)
 			fault.since_ns = now;
 		last_try = now - fault.since_ns > engine->options.retry_limit_ns;
@@ -124,21 +124,21 @@ static int64_t drain_and_apply(struct uffd_space *space)
 		return 0;
 	atomic_store_explicit(&log->space, space->number, memory_order_relaxed);
 	atomic_fetch_add_explicit(&log->sequence, LOG_MESSAGES, memory_order_release);
-	/* One read returns all that is queued. */
+	/* One read returns everything that is queued. */
 	queued = uffd_shim_read(space->fd, log->messages, sizeof(log->messages));
 	if (queued == -EAGAIN)
 		queued = 0;
 	if (queued > 0) {
 		queued /= (int64_t)sizeof(*log->messages);
 		uffd_barrier(UFFD_BARRIER_STEP_READ);
-		/* Layout events first: a fault may be read before the event it comes after. */
+		/* Layout events first: a fault may be read before an event that precedes it. */
 		apply_log(space, (size_t)queued);
 	}
 	gate_leave(space);
 	return queued;
 }
 
-/* Wait a little, or until somebody wakes the leader. */
+/* Wait a little, or until the leader is woken. */
 static void put_off(struct uffd_space *space, int error)
 {
 	struct uffd_engine *engine = space->engine;
@@ -159,7 +159,7 @@ static void note_read(struct uffd_space *space)
 	space->is_put_off = false;
 }
 
-/* False: dismissed. */
+/* Returns false if the leader was dismissed. */
 static bool step_space(struct uffd_space *space, uint32_t *handled)
 {
 	struct uffd_engine *engine = space->engine;
@@ -175,7 +175,7 @@ static bool step_space(struct uffd_space *space, uint32_t *handled)
 	if (queued < 0) {
 		note_failure(engine, 0, 0, (int)queued, UFFD_FAILED_READ);
 		say_engine_fails(engine, 0, (int)queued, UFFD_FAILED_READ,
-				 "its faults are answered no more");
+				 "its faults are no longer resolved");
 		atomic_store(&space->gone, true);
 		atomic_fetch_add(&engine->doomed_spaces, 1);
 	}
@@ -222,7 +222,7 @@ static void step_ready_spaces(struct uffd_engine *engine, uint32_t *handled)
 
 void uffd_engine_step(struct uffd_engine *engine, uint32_t *handled_ret)
 {
-	/* Reading an event lets its thread go on, too. */
+	/* Reading an event lets its thread continue, so this counts as work as well. */
 	uint32_t phase = begin_work(engine);
 
 	engine->steps++;

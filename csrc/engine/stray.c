@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 /*
- * Strays: faults in registered ranges that nobody serves.
+ * Strays: faults in registered memory that is not served.
  *
- * The range may be served next: its owner registered it first, or the handler was
- * made before there was anything to serve.  Serving wakes whoever waits in the
- * range, so that the kernel sends the fault again.  A stray is remembered because
- * its thread would wait forever if nobody came: after as long as a fault that is
- * put off it is refused.
+ * The memory may be served next: it was registered first, or the handler was created
+ * before it had anything to serve.  Serving a range wakes the threads that wait in it,
+ * so that the kernel sends their faults again.  Remember strays, because their threads
+ * would wait forever if that never happens: refuse a stray after the time that a
+ * deferred fault gets.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -40,7 +40,7 @@ static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, 
 	if (r == 0 && result.deferred && !last_try)
 		return OUTCOME_DEFER;
 	if (r == -ENOENT || r == -ESRCH || result.already_present) {
-		/* Unregistered, or filled, since the fault was sent: its threads are awake. */
+		/* Unregistered or filled since the fault was sent: its threads are awake. */
 		count(engine, COUNTER(layout_changed), 1);
 		return OUTCOME_GONE;
 	}
@@ -49,16 +49,16 @@ static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, 
 	count(engine, COUNTER(unserved), 1);
 	note_failure(engine, address, 0, r, UFFD_FAILED_UNSERVED);
 	say_engine_fails(engine, address, r, UFFD_FAILED_UNSERVED,
-			 r == -EFAULT ? "it is poisoned, and whoever touches it gets SIGBUS"
-				      : "whoever touches it waits");
+			 r == -EFAULT ? "it is poisoned: threads that touch it get SIGBUS"
+				      : "threads that touch it wait");
 	if (r == -EFAULT)
 		uffd_shim_wake(space->fd, fill.dst, fill.length);
 	return OUTCOME_FAILED;
 }
 
 /*
- * While the layout changes the range may be one that was moved here, whose event is
- * still to come: the fault must be looked at again.
+ * While the layout changes, a range may have been moved here with its event still to
+ * come: then the fault must be retried.
  */
 enum outcome note_stray(const struct deferred_fault *fault, bool last_try)
 {

@@ -22,11 +22,11 @@ int uffd_keeper_follow_parent(int32_t parent)
 {
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL))
 		return -errno;
-	/* One that went before this is not signalled. */
+	/* If the parent ended before the prctl, no signal comes. */
 	return getppid() == parent ? 0 : -ESRCH;
 }
 
-/* The worker's sockets stay open with us, so the keeper would not see that it has ended. */
+/* The holder keeps the worker's sockets open: shut them down, so that the keeper sees its end. */
 static noreturn void hold(int32_t keeper, int32_t worker, const int32_t *sockets, uint32_t count)
 {
 	struct pollfd ended = { .events = POLLIN };
@@ -48,7 +48,7 @@ int uffd_keeper_hold_descriptors(void *shared, int32_t keeper, const int32_t *so
 {
 	struct message_log *log = &((struct engine_shared *)shared)->log;
 	int32_t worker = getpid();
-	/* The number is there before either process goes on. */
+	/* CLONE_PARENT_SETTID: the pid is stored before either process continues. */
 	long pid = syscall(SYS_clone, CLONE_FILES | CLONE_PARENT | CLONE_PARENT_SETTID | SIGCHLD,
 			   NULL, &log->holder, NULL, 0);
 
@@ -121,9 +121,9 @@ uint64_t uffd_engine_shared_size(void)
 }
 
 /*
- * What a killed process had read and not applied.  It held the gate, so no page was
- * filled meanwhile.  `reported` is the last event that the keeper knows of: it was
- * applied, but perhaps not erased.  To drop pages twice does no harm.
+ * Apply what a killed process had read but not applied.  It held the gate, so no page was
+ * filled after the read.  `reported`: the last event that the keeper knows of, which was
+ * applied but perhaps not erased.  Dropping pages twice is harmless.
  */
 void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported)
 {
@@ -142,7 +142,7 @@ void uffd_engine_replay(struct uffd_engine *engine, uint64_t reported)
 			continue;
 		if (space && first + i > reported) {
 			engine->applying = first + i;
-			/* In the log it is the keeper's, who closes it when we are done. */
+			/* The descriptor in the log is the keeper's, which closes it later. */
 			if (message.event == UFFD_EVENT_FORK)
 				message.arg.fork.ufd = (uint32_t)fcntl((int)message.arg.fork.ufd,
 								       F_DUPFD_CLOEXEC, 0);

@@ -11,7 +11,7 @@
 
 #define FIRST_CAPACITY 16
 
-/* An array that was replaced by a larger one; the header sits before its data. */
+/* An array that was replaced by a larger one; this header precedes its data. */
 struct outgrown {
 	struct outgrown *next;
 };
@@ -91,7 +91,7 @@ static size_t count_at_or_below(const uint64_t *starts, size_t count, uint64_t a
 	while (count > 0) {
 		size_t half = (count + 1) / 2;
 
-		/* Relaxed: a torn view is thrown away by the sequence check. */
+		/* Relaxed: the sequence check discards a torn view. */
 		if (__atomic_load_n(&base[half - 1], __ATOMIC_RELAXED) <= address)
 			base += half;
 		else if (half == 1)
@@ -174,7 +174,7 @@ static int grow(struct uffd_table *table)
 	return 0;
 }
 
-/* Searches go on meanwhile, and throw away what they found: so each store is atomic. */
+/* Each store is atomic, as searches run concurrently; they discard what they found. */
 static void put(struct uffd_table *table, size_t at, uint64_t start, struct uffd_range *range)
 {
 	__atomic_store_n(&atomic_load(&table->starts)[at], start, __ATOMIC_RELAXED);
@@ -215,8 +215,8 @@ int uffd_table_insert(struct uffd_table *table, struct uffd_range *range)
 }
 
 /*
- * Readers do no more than look: the first limit is far longer than that takes on a
- * busy machine, the second one is for when it was not enough once.
+ * Readers only look up a range: the first limit is far longer than that takes on a busy
+ * machine.  The second one applies after the first was not enough.
  */
 #define READERS_LIMIT_NS	1000000000
 #define HELD_UP_LIMIT_NS	1000000

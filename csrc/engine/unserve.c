@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 /*
- * Taking ranges out: what is absent is poisoned first, since it would be zeros.
+ * Take ranges out.  Absent pages are poisoned first, since they would read as zeros.
  *
- * A page in flight is waited for, but not for good: a source may hold up the thread
- * that fills it.  Then it is poisoned as well.  What that thread copies in spite of
- * it is the right content; once the range is unregistered it copies nothing.
+ * Wait for pages in flight, but not forever: a source may block the thread that fills
+ * one.  Then poison it as well.  If that thread copies over the poison after all, the
+ * content is right; once the range is unregistered it copies nothing.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,8 +26,8 @@
 #include "base/clock.h"
 
 /*
- * Where forks share the memory they share the states, but a mark is in one address
- * space alone: what is poisoned elsewhere is poisoned here too.
+ * Forks that share memory share its states, but poison belongs to one address space: a
+ * page poisoned in another space must be poisoned here too.
  */
 static uint8_t state_to_poison(struct uffd_range *range, uint64_t page)
 {
@@ -35,7 +35,7 @@ static uint8_t state_to_poison(struct uffd_range *range, uint64_t page)
 		? UFFD_PAGE_POISONED : UFFD_PAGE_ABSENT;
 }
 
-/* Pages in flight are left out. */
+/* Poison a run of absent pages; pages in flight are left out. */
 static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
 			     uint64_t *done_ret)
 {
@@ -53,7 +53,7 @@ static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end
 							    UFFD_PAGE_IN_FLIGHT))
 		stop += range->page_size;
 	if (stop == at)
-		return at;	/* taken just now: look again */
+		return at;	/* just claimed by another thread: look again */
 	*error_ret = poison_pages(range, at, stop - at, &result);
 	past = at + result.done + result.already_present;
 	set_states(range, at, past, UFFD_PAGE_POISONED);
@@ -77,7 +77,7 @@ static uint64_t find_in_flight(struct uffd_range *range, uint64_t at, uint64_t e
 			*error_ret = -EBUSY;
 			return at;
 		}
-		/* Whoever had it has given it back. */
+		/* The thread that had it has given it back. */
 		if (state == UFFD_PAGE_ABSENT)
 			return poison_slice(range, at, end, error_ret, done_ret);
 	}
@@ -94,7 +94,7 @@ static uint64_t find_in_flight_only(struct uffd_range *range, uint64_t at, uint6
 	return at;
 }
 
-/* Whoever is at it does not come back. */
+/* The thread at this page did not finish in time: poison it. */
 static uint64_t poison_in_flight(struct uffd_range *range, uint64_t at, uint64_t end,
 				 int *error_ret, uint64_t *done_ret)
 {
@@ -110,7 +110,7 @@ static uint64_t poison_in_flight(struct uffd_range *range, uint64_t at, uint64_t
 		*error_ret = -EAGAIN;
 	if (*error_ret)
 		return at;
-	/* Found there, it has come after all: a claimed page holds no marker. */
+	/* If it is present, the fill has come after all: a claimed page has no marker. */
 	if (result.done && !atomic_load(&range->space->engine->end.hurried))
 		note_failure(range->space->engine, at, range->page_size, -ETIMEDOUT,
 			     UFFD_FAILED_STALLED);
@@ -129,7 +129,7 @@ static uint64_t unprotect_slice(struct uffd_range *range, uint64_t at, uint64_t 
 }
 
 struct piece {
-	struct uffd_range_ref ref;	/* as if all of the range had moved with it */
+	struct uffd_range_ref ref;	/* `start` as if the whole range had moved with it */
 	uint64_t offset, end, page_size, mode;
 	bool loses_content, can_poison, asks, preserves;
 };
@@ -159,7 +159,7 @@ static bool look_at_piece(struct uffd_engine *engine, const struct uffd_range_re
 	return range;
 }
 
-/* All of a piece, from *offset on; EAGAIN and ENOMEM are tried again. */
+/* Work on a piece from *offset on; EAGAIN and ENOMEM are retried. */
 static int work_on(struct slices *all, uint64_t *offset, struct patience *patience)
 {
 	while (*offset < all->end) {
@@ -174,7 +174,7 @@ static int work_on(struct slices *all, uint64_t *offset, struct patience *patien
 	return 0;
 }
 
-/* Nobody may be at a page when its range is unregistered: its threads would read zeros. */
+/* No page may be in flight when its range is unregistered: its waiters would read zeros. */
 static int clear_in_flight(struct slices *all, slice_work find, struct patience *patience)
 {
 	uint64_t offset = all->offset;
@@ -191,7 +191,7 @@ static int clear_in_flight(struct slices *all, slice_work find, struct patience 
 		}
 		if (patience->is_gentle)
 			return -ETIME;
-		/* That page alone, and then on. */
+		/* Poison that page, then continue. */
 		all->work = poison_in_flight;
 		r = do_slice(all, &offset, &(uint64_t){ 0 });
 		if (r == -EAGAIN)
@@ -224,8 +224,8 @@ static void note_unsaved_in(const struct slices *all)
 }
 
 /*
- * A page that cannot be saved, or that somebody is saving and does not come back
- * from, is left out.
+ * Save all pages; skip one that cannot be saved, or whose saving thread does not finish
+ * in time.
  */
 static int save_all(struct slices *all, const struct piece *piece, struct patience *patience)
 {
@@ -244,7 +244,7 @@ static int save_all(struct slices *all, const struct piece *piece, struct patien
 	return r;
 }
 
-/* An error says that absent pages would become zeros. */
+/* Returns an error if absent pages would become zeros. */
 static int seal_piece(struct uffd_engine *engine, const struct piece *piece,
 		      struct patience *patience)
 {
@@ -261,7 +261,7 @@ static int seal_piece(struct uffd_engine *engine, const struct piece *piece,
 	offset = piece->offset;
 	if (r == 0 && piece->mode & UFFDIO_REGISTER_MODE_WP)
 		r = work_on(&all, &offset, patience);
-	/* The owner may be gone, and what is unregistered is unprotected. */
+	/* The owner may be gone; memory that was unregistered is unprotected. */
 	if (r == -ENOENT || r == -ESRCH || !piece->loses_content)
 		return 0;
 	if (r == 0 && piece->can_poison)
@@ -274,7 +274,7 @@ static int seal_piece(struct uffd_engine *engine, const struct piece *piece,
 	return r;
 }
 
-/* `last_ret`: it was the serving's last piece in this space. */
+/* `last_ret`: it was the range's last piece in this space. */
 static int drop_piece(struct uffd_space *space, const struct piece *piece, bool unregister,
 		      bool *last_ret)
 {
@@ -283,7 +283,7 @@ static int drop_piece(struct uffd_space *space, const struct piece *piece, bool 
 	*last_ret = !range || atomic_load(&range->pages->references) == 1;
 	if (!range)
 		return 0;
-	/* ENOMEM is also said of a process that is gone; memory that is gone is EINVAL. */
+	/* ENOMEM also means that the process is gone; EINVAL, that the memory is gone. */
 	if (unregister &&
 	    uffd_shim_unregister(space->fd, range->start, range->end - range->start) == -ENOMEM &&
 	    !space_is_dead(space))
@@ -329,7 +329,7 @@ static void mark_as_staying(struct uffd_engine *engine, const struct piece *piec
 	close_access(&access);
 }
 
-/* The memory goes away: only whoever waits already must not read zeros. */
+/* The memory goes away: only threads that wait already must not read zeros. */
 static int seal_in_flight(struct uffd_engine *engine, const struct piece *piece,
 			  struct patience *patience)
 {
@@ -368,7 +368,7 @@ int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uin
 	return 0;
 }
 
-/* The numbers of the forks that are followed, in `forks_ret`, which the caller frees. */
+/* List the numbers of all forks in `forks_ret`, which the caller frees. */
 static size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
 {
 	struct uffd_space *space;

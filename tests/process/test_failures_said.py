@@ -265,7 +265,7 @@ def test_a_source_that_does_not_answer(on_error: str) -> None:
     expect = -signal.SIGBUS if on_error == "poison" else 0
     ended = run_child(stalls, on_error, expect=expect)
     assert "the source has not answered in time" in ended.stderr
-    assert ("poisoned" if on_error == "poison" else "waits on") in ended.stderr
+    assert ("poisoned" if on_error == "poison" else "keep waiting") in ended.stderr
 
 
 # populate()

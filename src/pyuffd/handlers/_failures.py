@@ -83,13 +83,13 @@ def source_text(request: Request, label: str, error: BaseException, on_error: On
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     match on_error:
         case OnError.POISON:
-            now = "it is poisoned, and whoever touches it gets SIGBUS"
+            now = "it is poisoned: threads that touch it get SIGBUS"
         case OnError.STALL:
-            now = "it stays missing, and whoever touches it waits until stop()"
+            now = "it stays missing: threads that touch it wait until stop()"
         case OnError.KILL:
-            now = 'the process whose memory it is is killed (on_error="kill")'
+            now = 'the process that owns it is killed (on_error="kill")'
     described = " ".join(f"{type(error).__name__}: {error}".split())
-    more = "" if on_error is OnError.KILL else " (the next ones are counted; stop() raises it)"
+    more = "" if on_error is OnError.KILL else " (later ones are only counted; stop() raises it)"
     return (
         f"page {request.address:#x} (offset {request.offset:#x} of {label}): its content could not"
         f" be read: {described}{where}; {now}{more}"
