@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The userfaultfd ABI, up to Linux 7.3, in our own words.
+ * The userfaultfd ABI, up to Linux 7.3.
  *
  * The numbers are copied here because the headers a machine builds with are
  * older (or newer) than the kernel it runs: Debian 12's stop at Linux 6.1 and
- * know neither POISON nor MOVE.  Names are the kernel's, so that every line can
- * be held against userfaultfd(2) and ioctl_userfaultfd(2); never include
+ * have neither POISON nor MOVE.  Names are the kernel's, so that every line can
+ * be compared with userfaultfd(2) and ioctl_userfaultfd(2); never include
  * <linux/userfaultfd.h> next to this file.
  */
 #ifndef UFFD_ABI_H
@@ -18,7 +18,7 @@
 #define __NR_userfaultfd 323
 #endif
 
-/* Flags of userfaultfd(2); O_CLOEXEC and O_NONBLOCK go with them. */
+/* Flags of userfaultfd(2), besides O_CLOEXEC and O_NONBLOCK. */
 #define UFFD_USER_MODE_ONLY			1
 
 /* /dev/userfaultfd (Linux 6.1). */
@@ -184,8 +184,8 @@ struct uffd_msg {
 };
 
 /*
- * UNREGISTER and WAKE carry the read direction although the kernel reads the
- * struct; changing it would change the number.
+ * UNREGISTER and WAKE have the read direction although the kernel reads the struct;
+ * changing it would change the number.
  */
 #define UFFDIO_API		_IOWR(0xAA, _UFFDIO_API, struct uffdio_api)
 #define UFFDIO_REGISTER		_IOWR(0xAA, _UFFDIO_REGISTER, struct uffdio_register)
@@ -266,7 +266,7 @@ struct uffd_pm_scan_arg {
 _Static_assert(sizeof(struct uffd_page_region) == 24, "page_region");
 _Static_assert(sizeof(struct uffd_pm_scan_arg) == 96, "pm_scan_arg");
 
-/* madvise(2): fault pages in, without touching them; since Linux 5.14 */
+/* madvise(2): fault pages in without touching them (Linux 5.14) */
 #define UFFD_MADV_POPULATE_READ		22
 #define UFFD_MADV_POPULATE_WRITE	23
 

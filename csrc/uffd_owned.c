@@ -15,7 +15,7 @@
 #include "uffd_shim.h"
 #include "watch/watch.h"
 
-/* In a fork's message, where its descriptor was. */
+/* Replaces the descriptor in a fork's message. */
 #define TAKEN	UINT32_MAX
 
 static int keep(int fd, int32_t *fd_ret)
@@ -175,7 +175,7 @@ static void note_received(struct uffd_received *received, const struct cmsghdr *
 
 int64_t uffd_owned_receive(int sock, void *buffer, uint64_t size, struct uffd_received *received)
 {
-	/* CMSG_LEN, not CMSG_SPACE: padding would be room for one more. */
+	/* CMSG_LEN, not CMSG_SPACE: its padding would have room for one more. */
 	_Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(struct ucred)) +
 					      CMSG_LEN(UFFD_RECEIVED_MAX * sizeof(int32_t))];
 	struct iovec into = { buffer, size };
@@ -227,7 +227,7 @@ int uffd_owned_read(int fd, struct uffd_messages *messages)
 {
 	ssize_t n = read(fd, messages->data, messages->capacity * sizeof(struct uffd_msg));
 
-	/* EINTR goes up: only the caller can let a signal handler run. */
+	/* Return EINTR: only the caller can let a Python signal handler run. */
 	if (n < 0)
 		return errno == EAGAIN ? 0 : -errno;
 	messages->count = (uint32_t)((size_t)n / sizeof(struct uffd_msg));

@@ -12,7 +12,7 @@
 
 #include "uffd_owner.h"
 
-/* Longer lines end in the path of a file, which nobody asks for. */
+/* Longer lines end in the path of a file, which is not used. */
 #define LINE_SIZE	256
 #define TOUCHED_AT_ONCE	256
 
@@ -22,7 +22,7 @@ struct lines {
 	size_t at, filled;
 };
 
-/* The next line, cut at LINE_SIZE; 1, 0 at the end, or -errno. */
+/* Read the next line, cut at LINE_SIZE; returns 1, 0 at the end, or -errno. */
 static int next_line(struct lines *lines, char line[LINE_SIZE])
 {
 	size_t length = 0;
@@ -56,7 +56,7 @@ struct mapping {
 	bool shared, anonymous;
 };
 
-/* "start-end rwxp offset major:minor inode path"; false for the lines between. */
+/* "start-end rwxp offset major:minor inode path"; false for other lines. */
 static bool parse_mapping(const char *line, struct mapping *mapping)
 {
 	char sharing;
@@ -170,7 +170,7 @@ int uffd_owner_touch(int32_t pid, uint64_t start, uint64_t length, uint64_t step
 	return 0;
 }
 
-/* The number behind a name in /proc/PID/status; 0: it is not there, or there are several. */
+/* The number behind a name in /proc/PID/status; 0: there is none, or there are several. */
 static long status_field(const char *status, const char *name)
 {
 	const char *found = strstr(status, name);
@@ -183,7 +183,7 @@ static long status_field(const char *status, const char *name)
 	return *end == '\n' ? value : 0;
 }
 
-/* A thread's process, if both are of our own PID namespace; -ESRCH: it is not there. */
+/* A thread's process, if both are in our own PID namespace; -ESRCH: it is gone. */
 static int process_of(int folder, uint32_t thread_id, int32_t *pid_ret)
 {
 	int fd = openat(folder, "status", O_RDONLY | O_CLOEXEC);
@@ -211,7 +211,7 @@ int uffd_owner_of_thread(uint32_t thread_id, uint64_t address, int32_t *pid_ret,
 	*pid_ret = 0;
 	*pidfd_ret = -1;
 	snprintf(path, sizeof(path), "/proc/%u", thread_id);
-	/* The open folder is of this very thread, whoever gets its number later. */
+	/* The open directory stays this thread's, even if the id is reused. */
 	folder = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (folder < 0)
 		return errno == ENOENT ? -ESRCH : -errno;
@@ -224,7 +224,7 @@ int uffd_owner_of_thread(uint32_t thread_id, uint64_t address, int32_t *pid_ret,
 		r = look_at(folder, "smaps", address, 1, true, &facts);
 	if (r == 0 && !(facts & UFFD_MAPS_REGISTERED))
 		r = -EFAULT;
-	/* It lives, so its process did when the pidfd was made. */
+	/* The thread still lives, so its process did when the pidfd was opened. */
 	if (r == 0)
 		r = process_of(folder, thread_id, &again);
 	if (r == 0 && again != *pid_ret)

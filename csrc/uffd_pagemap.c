@@ -13,10 +13,10 @@
 #define BASE_PAGE 4096ull
 #define ENTRY_BYTES sizeof(uint64_t)
 
-/* First vector of a scan. Untouched memory costs nothing; 1 MiB spares most scans a second ioctl. */
+/* A scan's first vector. Untouched memory costs nothing; 1 MiB saves most scans a second ioctl. */
 #define FIRST_RANGES ((1u << 20) / sizeof(struct uffd_page_region))
 
-/* Pages looked at per step of uffd_pagemap_residency(): 32 KiB of entries on the stack. */
+/* Pages per step of uffd_pagemap_residency(): 32 KiB of entries on the stack. */
 #define STEP_PAGES 4096u
 
 #ifndef __NR_cachestat
@@ -32,8 +32,8 @@ struct cachestat {
 };
 
 /*
- * Type field of swap entries that are not swap (include/linux/swap.h, swapops.h): the highest of the
- * 32 types is the PTE marker, and at most eight below it are migration, device and poison entries.
+ * The type field of swap entries (include/linux/swap.h, swapops.h): the highest of the 32 types is
+ * the PTE marker, and at most eight below it are migration, device and poison entries.
  */
 #define SWAP_TYPE_MASK 0x1full
 #define SWAP_TYPE_MARKER 31u
@@ -117,8 +117,8 @@ static int resize(struct uffd_page_ranges *ranges, uint64_t capacity)
 }
 
 /*
- * Give unused memory back; failing to is harmless. Up to half is kept, so that the allocator sees
- * blocks of one size come and go and reuses them, instead of the kernel zeroing pages each time.
+ * Free unused memory; a failure is harmless. Keep up to half unused, so that the allocator sees
+ * blocks of the same size and reuses them, instead of the kernel zeroing pages each time.
  */
 static void shrink(struct uffd_page_ranges *ranges)
 {
@@ -183,7 +183,7 @@ int uffd_pagemap_scan(int fd, struct uffd_pm_scan_arg *arg, uint64_t *count_ret)
 	return ret < 0 ? -errno : 0;
 }
 
-/* Make vec[count..count + found) part of @ranges; a first one that continues the last is joined. */
+/* Add vec[count..count + found) to @ranges; join the first with the last one if adjacent. */
 static void take(struct uffd_page_ranges *ranges, uint64_t found)
 {
 	struct uffd_page_region *next = ranges->vec + ranges->count;
@@ -220,9 +220,9 @@ static int reserve(struct uffd_page_ranges *ranges, uint64_t wanted)
 }
 
 /*
- * A scan that write-protects and checks for WP_ASYNC fails at the first mapping without it, after it
- * has protected the pages before that and written their ranges to vec, but does not say how many.
- * So vec starts as zeros then, and the first range that ends at 0 was not written.
+ * A scan that write-protects and checks for WP_ASYNC fails at the first mapping without it. By then
+ * it has protected the pages before that and written their ranges to vec, but does not say how
+ * many. So vec is zeroed before such a scan, and the first range that ends at 0 was not written.
  */
 static uint64_t found_before_error(const struct uffd_pm_scan_arg *arg)
 {
@@ -235,14 +235,14 @@ static uint64_t found_before_error(const struct uffd_pm_scan_arg *arg)
 }
 
 /*
- * Where a successful ioctl really stopped, and whether that is the end of the matter.
+ * Where a successful ioctl really stopped, and whether the scan is done.
  *
  * Linux 6.18 leaves two things to guess (fs/proc/task_mmu.c, do_pagemap_scan()):
- * - it hands ranges out in lots of 512 and notes walk_end at each; a walk that then reaches its end
- *   leaves the note of the last lot there. So a walk that met no limit has reached its end.
- * - a hugetlb page of which max_pages would protect a part is left out, and the walk goes on over
- *   the next ones, which are left out too. So with WP_MATCHING and max_pages the rest after the
- *   last range has to be asked for again, until there is none or it gives nothing.
+ * - It copies ranges out in batches of 512 and sets walk_end at each; a walk that then reaches its
+ *   end leaves the walk_end of the last batch. So a walk that met no limit has reached its end.
+ * - It skips a hugetlb page if max_pages would protect only a part of it, and continues over the
+ *   next ones, which it skips too. So with WP_MATCHING and max_pages, scan the rest after the last
+ *   range again, until there is none or it has no matches.
  */
 static void walked(const struct uffd_pm_scan_arg *arg, uint64_t found, uint64_t pages,
 		   uint64_t *walk_end, bool *done)
@@ -323,14 +323,14 @@ int uffd_pagemap_scan_all(int fd, const struct uffd_pm_scan_arg *request,
 	return ret;
 }
 
-/* The data or hole extent of a file that the last question fell into. */
+/* The data or hole extent of a file that the last lookup fell into. */
 struct extent {
 	int fd;
 	uint64_t start, end;
 	bool data;
 };
 
-/* Does the file hold data at @offset? Past its end it does not. */
+/* Whether the file has data at @offset; past its end it has none. */
 static int seek_data(struct extent *extent, uint64_t offset, bool *data_ret)
 {
 	off_t at;
@@ -355,11 +355,11 @@ static int seek_data(struct extent *extent, uint64_t offset, bool *data_ret)
 }
 
 /*
- * What the page table alone says, or -1 when the page cache has to be asked: the PTE is none or a
- * marker (of write-protection or a guard page) that stands for none.
+ * The state by the page table alone; -1 if the page cache must tell: the PTE is none, or a marker
+ * (of write-protection or a guard page) that stands for none.
  *
- * The kernel shows type and offset of a swap entry, where a marker has a type of its own, only to
- * who opened the file with CAP_SYS_ADMIN; to others they are 0, which no real entry is.
+ * The kernel shows type and offset of a swap entry, and so markers, which have a type of their own,
+ * only if the file was opened with CAP_SYS_ADMIN; otherwise both are 0, which no real entry has.
  */
 static int state_of_entry(uint64_t entry, uint32_t mapping)
 {
@@ -408,8 +408,8 @@ static int state_of_cache(uint64_t offset, bool incore, uint32_t mapping, struct
 }
 
 /*
- * mincore(2) also calls resident what is on swap and still in the swap cache, as pages just paged
- * out are. cachestat(2) counts the page cache alone; where it is not to be had, mincore's word stands.
+ * mincore(2) reports pages on swap as resident while they are in the swap cache, as pages just
+ * paged out are. cachestat(2) counts only the page cache; without it mincore's result stands.
  */
 static void find_swapped(int fd, uint64_t offset, uint64_t pages, uint8_t *states)
 {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * /proc/PID/pagemap and its PAGEMAP_SCAN ioctl, walked in C.
+ * Read /proc/PID/pagemap and use its PAGEMAP_SCAN ioctl.
  *
- * Nothing here touches the memory it asks about, so none of it can raise a page fault there.
+ * Nothing here touches the memory it looks at, so nothing can fault there.
  * Every function returns 0 or -errno; outputs come last.
  */
 #ifndef UFFD_PAGEMAP_H
@@ -19,7 +19,7 @@ struct uffd_page_ranges {
 	uint64_t capacity;
 };
 
-/* How one page of a mapping is held; the values are PageResidency's in Python. */
+/* Where a page of a mapping is; the values are PageResidency's in Python. */
 enum uffd_residency {
 	UFFD_RESIDENCY_HOLE,
 	UFFD_RESIDENCY_SWAPPED,
@@ -30,11 +30,11 @@ enum uffd_residency {
 	UFFD_RESIDENCY_UNKNOWN,
 };
 
-/* Facts about the mapping that uffd_pagemap_residency() is told by its caller. */
+/* Facts about a mapping, for uffd_pagemap_residency(). */
 #define UFFD_MAPPING_SHARED	(1u << 0) /* MAP_SHARED: its PTEs never hold swap entries */
-#define UFFD_MAPPING_FILE	(1u << 1) /* has a page cache behind it (file, shmem, hugetlb) */
-#define UFFD_MAPPING_MINCORE	(1u << 2) /* mincore(2) answers truthfully here */
-#define UFFD_MAPPING_SEEK	(1u << 3) /* file_fd answers SEEK_DATA and SEEK_HOLE truthfully */
+#define UFFD_MAPPING_FILE	(1u << 1) /* backed by a page cache (file, shmem, hugetlb) */
+#define UFFD_MAPPING_MINCORE	(1u << 2) /* mincore(2) is right here */
+#define UFFD_MAPPING_SEEK	(1u << 3) /* SEEK_DATA and SEEK_HOLE are right for file_fd */
 
 void uffd_pagemap_free(void *memory);
 
@@ -42,8 +42,8 @@ void uffd_pagemap_free(void *memory);
 int uffd_pagemap_alive(int fd);
 
 /*
- * Read the entries of @pages pages of 4 KiB from @start. -ESRCH as above, -EFAULT when the range
- * leaves the address space; @pages_ret says how many entries are valid then.
+ * Read the entries of @pages pages of 4 KiB from @start. -ESRCH as above; -EFAULT if the range
+ * leaves the address space. @pages_ret: how many entries are valid, also after an error.
  */
 int uffd_pagemap_read(int fd, uint64_t start, uint64_t pages, uint64_t *entries,
 		      uint64_t *pages_ret);
@@ -63,22 +63,22 @@ int uffd_pagemap_state_runs(const uint8_t *states, uint64_t pages, uint64_t star
 /* Sum of the sizes of ranges. */
 int uffd_pagemap_bytes(const struct uffd_page_region *vec, uint64_t count, uint64_t *bytes_ret);
 
-/* One PAGEMAP_SCAN ioctl; @count_ret is what it returned, the number of filled regions. */
+/* One PAGEMAP_SCAN ioctl; @count_ret: its result, the number of filled regions. */
 int uffd_pagemap_scan(int fd, struct uffd_pm_scan_arg *arg, uint64_t *count_ret);
 
 /*
- * PAGEMAP_SCAN until [request->start, request->end) is walked, request->vec_len ranges are found
- * (UINT64_MAX: no limit; 0: none are wanted) or request->max_pages pages are (0: no limit).
- * Touching ranges of equal categories are joined. request->vec is ignored.
- * On error @ranges_ret holds what was found before it, up to @walk_end_ret. -ENOSPC: the first match
- * is a hugetlb page larger than max_pages, which cannot be protected in part.
+ * PAGEMAP_SCAN until [request->start, request->end) is walked, or request->vec_len ranges are
+ * found (UINT64_MAX: no limit; 0: none are wanted), or request->max_pages pages (0: no limit).
+ * Adjacent ranges of equal categories are joined. request->vec is ignored.
+ * On an error @ranges_ret has the ranges found before it, up to @walk_end_ret. -ENOSPC: the first
+ * match is a hugetlb page larger than max_pages, which cannot be protected in part.
  */
 int uffd_pagemap_scan_all(int fd, const struct uffd_pm_scan_arg *request,
 			  struct uffd_page_ranges *ranges_ret, uint64_t *walk_end_ret);
 
 /*
- * One enum uffd_residency per page of @page_size bytes for a range inside one mapping of this
- * process that maps @file_fd (or -1) from @offset on. Moves file_fd's file position.
+ * Write one enum uffd_residency per page of @page_size bytes, for a range inside one mapping of
+ * this process, which maps @file_fd (-1: no file) from @offset on. Moves file_fd's position.
  */
 int uffd_pagemap_residency(int pagemap_fd, uint64_t start, uint64_t length, uint64_t page_size,
 			   int file_fd, uint64_t offset, uint32_t mapping, uint8_t *states_ret);

@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The thin layer: one function per system call and ioctl, and memory access
- * that releases the GIL by being a C call.
+ * The thin layer: one function per system call and ioctl.
  *
- * Everything returns 0 (or a count) or -errno.  EINTR is retried where the call
- * can be repeated without harm; every other errno goes up unchanged.  Results
- * come last and are written on failure too: the kernel's result field, 0 where
- * the kernel did not reach it.  No policy, no defaults, no printing, no globals.
+ * Everything returns 0 (or a count) or -errno.  EINTR is retried if the call can be
+ * repeated without harm; every other errno is returned unchanged.  Results come last and
+ * are written on failure too: the kernel's result field, 0 if the kernel did not set it.
+ * No policy, no defaults, no printing, no globals.
  */
 #ifndef UFFD_SHIM_H
 #define UFFD_SHIM_H
@@ -15,7 +14,7 @@
 
 #include "uffd_abi.h"
 
-/* Opening and the handshake: file descriptor or -errno. */
+/* Opening (a descriptor or -errno) and the handshake. */
 int uffd_shim_open_syscall(int flags);
 int uffd_shim_open_device(const char *path, int flags);
 int uffd_shim_api(int fd, uint64_t features, uint64_t *features_ret, uint64_t *ioctls_ret);

@@ -17,17 +17,17 @@ struct access {
 	int value;
 };
 
-/* initial-exec: reached without a call that could allocate. */
+/* initial-exec: accessed without a call that could allocate. */
 static __thread struct {
 	sigjmp_buf back;
 	volatile bool active;
 	volatile uint64_t address;
 	sigset_t mask;
-	bool looked;	/* at whether the thread blocks SIGBUS */
-	bool blocks;
+	bool looked;	/* `blocks` is known */
+	bool blocks;	/* the thread blocks SIGBUS */
 } guard __attribute__((tls_model("initial-exec")));
 
-/* In the signal handler: does not return if the access was guarded. */
+/* In the signal handler: does not return if the access is guarded. */
 static void escape(const siginfo_t *info, const void *context)
 {
 	if (!guard.active || info->si_code <= 0)
@@ -39,8 +39,8 @@ static void escape(const siginfo_t *info, const void *context)
 }
 
 /*
- * A thread that blocks SIGBUS would be killed by one that a fault raises.  Looked at once:
- * a system call for each access costs as much as the access.
+ * A SIGBUS raised by a fault kills a thread that blocks it.  Check only once: a system
+ * call for each access costs as much as the access.
  */
 static void set_sigbus(int how)
 {
@@ -71,7 +71,7 @@ static uint64_t guarded(void (*touch)(const struct access *), const struct acces
 		set_sigbus(SIG_UNBLOCK);
 	uffd_sigbus_enter(escape);
 	guard.address = 0;
-	/* Without the mask, which costs a system call: the handler keeps it. */
+	/* Do not save the mask, which costs a system call: the handler keeps it. */
 	if (!sigsetjmp(guard.back, 0)) {
 		guard.active = true;
 		atomic_signal_fence(memory_order_seq_cst);
@@ -105,7 +105,7 @@ static void touch_to_read(const struct access *it)
 
 static void touch_to_write(const struct access *it)
 {
-	/* An atomic "add nothing": a write fault that keeps what others write. */
+	/* Add 0 atomically: a write fault that keeps what other threads write. */
 	for (uint64_t offset = 0; offset < it->length; offset += it->step)
 		__atomic_fetch_add((uint8_t *)(uintptr_t)(it->to + offset), 0, __ATOMIC_RELAXED);
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 /*
- * The signal handler jumps back to the access that was interrupted, if the
- * thread is in one, and passes every other signal on to whoever had it before.
+ * The signal handler jumps back to the interrupted access, if the thread is in one, and
+ * passes every other signal on to the previous action.
  *
- * The child of a fork of a threaded process may call async-signal-safe functions
- * only; that is all it does.
+ * The child of a fork of a threaded process may only call async-signal-safe functions,
+ * and does.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,7 +19,7 @@
 
 #include "guarded.h"
 
-/* initial-exec: reached without a call that could allocate. */
+/* initial-exec: accessed without a call that could allocate. */
 static __thread struct {
 	sigjmp_buf back;
 	bool active;
@@ -41,13 +41,13 @@ static void on_signal(int number, siginfo_t *info, void *context)
 		};
 		siglongjmp(guard.back, 1);
 	}
-	/* The access is repeated and meets what was there before us. */
+	/* The access is repeated and runs into the previous action. */
 	sigaction(number, &previous[number == SIGSEGV], NULL);
 	if (info->si_code <= 0)
 		syscall(SYS_tgkill, getpid(), (pid_t)syscall(SYS_gettid), number);
 }
 
-/* Somebody else may have taken the signals since the last time. */
+/* Install again each time: another action may have replaced ours. */
 static void install(void)
 {
 	struct sigaction ours = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK };
@@ -145,10 +145,10 @@ int uffd_agent_fork(int fd)
 	long pid;
 
 	install();
-	/* No handler of the parent's may run in the child. */
+	/* No handler of the parent may run in the child. */
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
-	/* Not fork(3): its handlers run in the child, and take locks. */
+	/* Not fork(3): its atfork handlers run in the child and take locks. */
 	pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
 	if (pid) {
 		int code = errno;
@@ -156,12 +156,12 @@ int uffd_agent_fork(int fd)
 		pthread_sigmask(SIG_SETMASK, &old, NULL);
 		return pid < 0 ? -code : (int)pid;
 	}
-	/* A blocked signal of a faulting access would kill instead of being handled. */
+	/* A faulting access whose signal is blocked would kill the child. */
 	sigdelset(&all, SIGBUS);
 	sigdelset(&all, SIGSEGV);
 	pthread_sigmask(SIG_SETMASK, &all, NULL);
 	prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
-	/* The parent's userfaultfds and its end of the socket are not for us to keep open. */
+	/* Close the parent's userfaultfds and its end of the socket. */
 	if (fd)
 		syscall(SYS_close_range, 0, fd - 1, 0);
 	syscall(SYS_close_range, fd + 1, ~0U, 0);

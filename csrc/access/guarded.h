@@ -1,22 +1,22 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Accesses that may end in SIGBUS or SIGSEGV and are told about it instead, and
- * a forked child that makes such accesses on request.  For tests of the kernel;
- * nothing that serves faults uses it.
+ * Accesses that report a SIGBUS or SIGSEGV instead of dying from it, and a forked child
+ * that makes such accesses on request.  For tests of the kernel; not used to serve
+ * faults.
  */
 #ifndef UFFD_GUARDED_H
 #define UFFD_GUARDED_H
 
 #include <stdint.h>
 
-/* What the signal's siginfo said; `number` is 0 when the access completed. */
+/* From the signal's siginfo; `number` is 0 if the access completed. */
 struct uffd_signal {
 	int32_t number;
 	int32_t code;
 	uint64_t address;
 };
 
-/* What the child is asked; WRITE's bytes follow it, READ's bytes follow the reply. */
+/* Requests to the child; WRITE's bytes follow the request, READ's follow the reply. */
 enum uffd_agent_op {
 	UFFD_AGENT_READ,
 	UFFD_AGENT_WRITE,
@@ -31,25 +31,25 @@ struct uffd_agent_request {
 
 struct uffd_agent_reply {
 	struct uffd_signal signal;
-	/* Of a system call: its result, or -errno. */
+	/* The result of a system call, or -errno. */
 	int64_t result;
 };
 
-/* The bytes one READ or WRITE of the child may carry. */
+/* The most bytes that one READ or WRITE may carry. */
 #define UFFD_AGENT_BYTES	65536
 
 /*
- * Copy between `buffer` and memory; return 0, or the number of the signal that
- * stopped it, with its details in `ret`.  What was copied before stays copied.
+ * Copy between `buffer` and memory.  Return 0, or the number of the signal that stopped
+ * the copy, with its details in `ret`; bytes copied before that stay copied.
  */
 int uffd_guarded_read(uint64_t address, void *buffer, uint64_t length, struct uffd_signal *ret);
 int uffd_guarded_write(uint64_t address, const void *buffer, uint64_t length,
 		       struct uffd_signal *ret);
 
 /*
- * fork(2), which waits for the FORK event to be read where one is sent; the child
- * serves requests from the socket `fd` until its end is closed, and dies with the
- * thread that forked it.  Returns its pid, or -errno.
+ * fork(2), which waits until the FORK event is read if one is sent.  The child serves
+ * requests from the socket `fd` until the other end is closed, and is killed when the
+ * thread that forked it ends.  Returns its pid, or -errno.
  */
 int uffd_agent_fork(int fd);
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
- * The handler takes no lock and allocates nothing.  It runs with every signal
- * blocked, so that no other handler can fault on top of it, and passes each
- * SIGBUS that is not ours on to the action that was there before.
+ * The handler takes no lock and allocates nothing.  It runs with all signals blocked, so
+ * that no other handler can fault on top of it, and passes each SIGBUS that is not ours
+ * on to the previous action.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,15 +20,15 @@ static _Atomic(uffd_sigbus_resolver) resolver;
 static _Atomic(uffd_sigbus_escape) escape;
 static struct sigaction previous;
 /*
- * What was there before ours the first time.  An action that was put on top of
- * ours and then got ours on top again (`displaced`) will raise SIGBUS once more
- * to reach the one below it: that must not go round in a circle.
+ * The action before our first installation.  If another action was installed over ours
+ * and ours over that again (`displaced`), the other one may raise SIGBUS once more to
+ * reach the action below it: that must not go round in a circle.
  */
 static struct sigaction original;
 static bool displaced;
-static _Atomic bool in_chain;	/* ours was installed and never taken back: another may call it */
+static _Atomic bool in_chain;	/* ours was installed and not removed: another action may call it */
 
-/* initial-exec: reached without a call that could allocate. */
+/* initial-exec: accessed without a call that could allocate. */
 static __thread struct {
 	uint64_t address;
 	bool is_set;
@@ -39,15 +39,15 @@ static void die_by_default(const siginfo_t *info)
 	struct sigaction action = { .sa_handler = SIG_DFL };
 
 	sigaction(SIGBUS, &action, NULL);
-	/* A fault comes back by itself; a SIGBUS that was sent must be sent again. */
+	/* A fault repeats by itself; a SIGBUS that was sent must be sent again. */
 	if (info->si_code <= 0)
 		syscall(SYS_tgkill, getpid(), (pid_t)syscall(SYS_gettid), SIGBUS);
 }
 
-/* What the kernel would have done for the action that was installed before ours. */
+/* Do what the kernel would do for the previous action. */
 static void pass_on(int number, siginfo_t *info, void *context)
 {
-	/* An action that was disabled under us returns, and the same SIGBUS comes again. */
+	/* If the previous action has been disabled it returns, and the same SIGBUS comes again. */
 	bool again = displaced && passed_on.is_set &&
 		     (info->si_code <= 0 ||
 		      passed_on.address == (uint64_t)(uintptr_t)info->si_addr);
@@ -85,7 +85,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 
 	/*
 	 * BUS_MCEERR_AR is a poisoned page.  A kernel without CONFIG_MEMORY_FAILURE
-	 * says BUS_ADRERR for that too (measured): then the page's state tells.
+	 * reports that as BUS_ADRERR too (measured): then the page's state decides.
 	 */
 	if (info->si_code == BUS_ADRERR && resolve && resolve(address, error)) {
 		passed_on.is_set = false;
@@ -160,10 +160,10 @@ void uffd_sigbus_release(bool to_original)
 	struct sigaction current;
 
 	pthread_mutex_lock(&install_lock);
-	/* An action put on top of ours may call it: then it stays, and passes all on. */
+	/* An action installed over ours may call it: then leave ours, which passes all on. */
 	if (atomic_fetch_sub(&users, 1) == 1 && sigaction(SIGBUS, NULL, &current) == 0 &&
 	    is_ours(&current)) {
-		/* An access that begins meanwhile sees the one or is seen by the other. */
+		/* A concurrent uffd_sigbus_enter() sees in_chain false, or we see its user. */
 		atomic_store(&in_chain, false);
 		if (!atomic_load(&users))
 			sigaction(SIGBUS, to_original ? &original : &previous, NULL);
@@ -174,8 +174,8 @@ void uffd_sigbus_release(bool to_original)
 }
 
 /*
- * Asking the kernel whose action it is costs a fifth of a short access.  Whoever puts
- * one on top of ours and accesses memory within this time has it called first.
+ * Asking the kernel for the current action costs a fifth of a short access.  An action
+ * installed over ours is called first for accesses within this time.
  */
 #define TRUSTED_CYCLES	100000
 
@@ -185,7 +185,7 @@ void uffd_sigbus_enter(uffd_sigbus_escape way_out)
 	uint64_t now = __builtin_ia32_rdtsc();
 
 	atomic_store_explicit(&escape, way_out, memory_order_relaxed);
-	/* Counted first: a driver that stops leaves the action where an access needs it. */
+	/* Count first: a driver that stops leaves the action installed while an access needs it. */
 	atomic_fetch_add(&users, 1);
 	if (atomic_load(&in_chain) &&
 	    now - atomic_load_explicit(&looked_at, memory_order_relaxed) < TRUSTED_CYCLES)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The SIGBUS action of this process: the inline driver resolves faults in it, and an
- * access of ours that cannot be had comes back with an error instead of dying.  Every
- * other SIGBUS goes to the action that was there before.
+ * The SIGBUS action of this process: the inline driver resolves faults in it, and a
+ * guarded access that raises SIGBUS returns an error.  Every other SIGBUS goes to the
+ * previous action.
  */
 #ifndef UFFD_SIGBUS_H
 #define UFFD_SIGBUS_H
@@ -11,25 +11,25 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Runs in the signal handler; true: the fault is resolved, and the access is repeated. */
+/* Runs in the signal handler; true: the fault is resolved, so repeat the access. */
 typedef bool (*uffd_sigbus_resolver)(uint64_t address, uint64_t cpu_error);
 
-/* For drivers: from start to stop.  `to_original`: what took our place works no more. */
+/* For drivers, from start to stop.  `to_original`: an action installed over ours is dead. */
 int uffd_sigbus_acquire(uffd_sigbus_resolver resolver);
 void uffd_sigbus_release(bool to_original);
 
-/* Runs in the signal handler when nobody has resolved it; need not return. */
+/* Runs in the signal handler if the fault was not resolved; need not return. */
 typedef void (*uffd_sigbus_escape)(const siginfo_t *info, const void *context);
 
-/* For single accesses: it is on top; the action stays after the last one. */
+/* Around a single access: our action is on top; it stays installed after the last one. */
 void uffd_sigbus_enter(uffd_sigbus_escape escape);
 void uffd_sigbus_leave(void);
 
-/* Whether the action of the process is ours; put it back on top if it is not. */
+/* Whether the process's SIGBUS action is ours; install it again. */
 int uffd_sigbus_is_installed(void);
 int uffd_sigbus_reinstall(void);
 
-/* A fork's child begins anew. */
+/* In the child of a fork: no driver and no access uses it. */
 void uffd_sigbus_forget_parent(void);
 
 #endif /* UFFD_SIGBUS_H */

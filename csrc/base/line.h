@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* A line for stderr, put together without malloc: async-signal-safe. */
+/* Build a line for stderr without malloc.  Async-signal-safe. */
 #ifndef UFFD_LINE_H
 #define UFFD_LINE_H
 
@@ -13,11 +13,11 @@ struct uffd_line {
 	size_t used;
 };
 
-/* What does not fit is cut off; there is always room for the newline. */
+/* Text that does not fit is cut off; there is always room for the newline. */
 void uffd_line_text(struct uffd_line *line, const char *text);
-/* In base 10, or 16 with 0x before it. */
+/* In base 10, or in base 16 with a leading 0x. */
 void uffd_line_number(struct uffd_line *line, uint64_t number, unsigned int base);
-/* Write it, and a newline. */
+/* Write the line and a newline. */
 void uffd_line_write(struct uffd_line *line, int fd);
 
 #endif /* UFFD_LINE_H */

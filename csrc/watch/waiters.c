@@ -13,20 +13,20 @@
 #include "waiters.h"
 #include "uffd_shim.h"
 
-/* Where the threads sleep (wchan); compilers may append to the names. */
+/* Where waiting threads sleep (wchan); compilers may append to the names. */
 #define WAITS_FOR_PAGE	"handle_userfault"
 #define WAITS_FOR_READ	"userfaultfd_event_wait"
-/* What an address space has at most (x86-64, unless it is asked for more), and at least. */
+/* The bounds of an address space (x86-64, unless more was asked for). */
 #define LOWEST_ADDRESS	0x10000ull
 #define HIGHEST_ADDRESS	0x7ffffffff000ull
 #define PAGE		4096ull
-/* Some 40 wakes, and each time what the thread needs to fault again, on a busy machine. */
+/* Enough for about 40 wakes and repeated faults on a busy machine. */
 #define SEARCH_LIMIT_NS	1000000000ull
 #define PAUSE_NS	100000
 #define PAGEMAP_PRESENT	(1ull << 63)
 #define PAGEMAP_WP	(1ull << 57)
 
-/* "/proc/PID", or of this process whatever its number is in this PID namespace. */
+/* "/proc/PID", or "/proc/self", whatever the pid is in this PID namespace. */
 static void process_path(int32_t pid, char *path_ret, size_t size)
 {
 	if (pid)
@@ -85,7 +85,7 @@ int uffd_waiters_fdinfo(int fd, struct uffd_fdinfo *info_ret)
 	       number_after(text, "total:", &info_ret->waiting) ? 0 : -EINVAL;
 }
 
-/* How often it went to sleep, and whether it sleeps now. */
+/* How often the thread went to sleep, and whether it sleeps now. */
 static bool read_switches(int32_t pid, int32_t thread_id, uint64_t *switches_ret,
 			  bool *sleeps_ret)
 {
@@ -99,7 +99,7 @@ static bool read_switches(int32_t pid, int32_t thread_id, uint64_t *switches_ret
 	return state && number_after(text, "\nvoluntary_ctxt_switches:", switches_ret);
 }
 
-/* Faults that were completed: one that is interrupted, or woken for nothing, does not count. */
+/* Count completed faults, not those interrupted or woken without a page. */
 static bool read_faults(int32_t pid, int32_t thread_id, uint64_t *faults_ret)
 {
 	unsigned long minor, major;
@@ -184,7 +184,7 @@ uint32_t uffd_waiters_find(int32_t pid, struct uffd_waiter *waiters_ret, uint32_
 
 enum answer { WAS_WOKEN, SLEPT_ON, CANNOT_TELL };
 
-/* Wait until the thread sleeps in its fault (again). */
+/* Wait until the thread sleeps in its fault again. */
 static bool settle(int32_t pid, int32_t thread_id, uint64_t give_up, uint64_t *switches_ret)
 {
 	struct timespec pause = { .tv_nsec = PAUSE_NS };
@@ -210,7 +210,7 @@ static enum answer wake(int fd, int32_t pid, int32_t thread_id, uint64_t start, 
 	if (!settle(pid, thread_id, give_up, &before) ||
 	    uffd_shim_wake(fd, start, end - start))
 		return CANNOT_TELL;
-	/* Twice: on its way to sleep again it looks as if it slept, and is not counted yet. */
+	/* Twice: a thread about to sleep again looks asleep before that sleep is counted. */
 	for (int look = 0; look < 2; look++) {
 		if (look)
 			nanosleep(&pause, NULL);
@@ -354,7 +354,7 @@ static void put_region(struct uffd_line *line, int32_t pid, uint64_t page)
 		}
 		used -= (size_t)(from - text);
 		memmove(text, from, used);
-		/* A name longer than the buffer: what is left of its line is no line. */
+		/* A name longer than the buffer: the rest of its line does not parse. */
 		if (used == sizeof(text) - 1)
 			used = 0;
 		n = read(fd, text + used, sizeof(text) - 1 - used);

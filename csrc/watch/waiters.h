@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Which threads wait in the kernel for a userfaultfd, as /proc says, and where.
- * No message is read, since reading an event completes it.  No malloc either: a
- * thread that waits in fork(3) holds its locks.
+ * Find the threads that wait in the kernel for a userfaultfd, from /proc.  This reads no
+ * messages, since reading an event completes it, and does not call malloc: a thread that
+ * waits in fork(3) holds its locks.
  */
 #ifndef UFFD_WAITERS_H
 #define UFFD_WAITERS_H
@@ -15,36 +15,36 @@
 
 struct uffd_waiter {
 	int32_t thread_id;
-	bool is_event;	/* it waits for its event to be read, else for a page */
-	uint64_t mark;	/* another one: it has gone on since */
+	bool is_event;	/* waits for its event to be read, else for a page */
+	uint64_t mark;	/* changes once the thread has continued */
 };
 
 struct uffd_fdinfo {
-	uint64_t pending;	/* faults whose message nobody has read */
-	uint64_t waiting;	/* these, and those that were read and not resolved */
+	uint64_t pending;	/* faults whose message has not been read */
+	uint64_t waiting;	/* these, and faults read but not resolved */
 };
 
-/* 0, or -errno: not a userfaultfd, or it cannot be told. */
+/* 0, or -errno: not a userfaultfd, or its fdinfo cannot be read. */
 int uffd_waiters_fdinfo(int fd, struct uffd_fdinfo *info_ret);
 
-/* Threads of a process that wait for any userfaultfd; `pid` 0: of this one. */
+/* Find a process's threads that wait for any userfaultfd; `pid` 0: this process. */
 uint32_t uffd_waiters_find(int32_t pid, struct uffd_waiter *waiters_ret, uint32_t capacity);
-/* Whether it still waits as it did. */
+/* Whether the thread has been waiting ever since. */
 bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter);
 
 /*
- * The page that a thread waits for, if it waits for this userfaultfd: UFFDIO_WAKE on
- * a part of the address space makes it fault again, and its message is sent again, if
- * the page lies there.  So this is for faults whose messages nobody has read.  It
- * should be in [low, high).
+ * Find the page that a thread waits for, if it waits for this userfaultfd: UFFDIO_WAKE on
+ * a part of the address space makes the thread fault again if the page is in that part.
+ * That also sends the message again, so use this only for faults whose messages have not
+ * been read.  [low, high): where the page should be.
  */
 bool uffd_waiters_page(int fd, int32_t pid, const struct uffd_waiter *waiter, uint64_t low,
 		       uint64_t high, uint64_t *page_ret);
 
-/* Also of one that nobody has waited for; not of -1, some process. */
+/* True also for a zombie; false for -1, an unknown process. */
 bool uffd_waiters_has_exited(int32_t pid);
 
-/* Put into words: the thread, a page and its mapping, the system call it is in. */
+/* Describe a thread, a page and its mapping, and the system call a thread is in. */
 void uffd_waiters_put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id);
 void uffd_waiters_put_page(struct uffd_line *line, int32_t pid, uint64_t page);
 void uffd_waiters_put_call(struct uffd_line *line, int32_t pid, int32_t thread_id);

@@ -20,30 +20,30 @@
 #include "uffd_shim.h"
 
 #define NS_PER_S	1000000000ull
-/* How often to look: a poll(2) of each descriptor, and no more while nobody waits there. */
+/* How often to look: one poll(2) of each descriptor, and more only if a thread waits. */
 #define PERIOD_NS	(NS_PER_S / 2)
 #define LIMIT_NS	(2 * NS_PER_S)
-/* A process that was given the descriptor may be busy; it may also have exited. */
+/* While a process that was sent the descriptor lives: it may be busy. */
 #define SENT_LIMIT_NS	(10 * NS_PER_S)
 #define WAITERS		16
 #define STACK_SIZE	(96u << 10)
-/* For the end of the thread: long enough unless the machine is overloaded. */
+/* How long to wait for the thread's end: enough unless the machine is overloaded. */
 #define PAUSE_LIMIT_NS	(NS_PER_S / 5)
 #define READ_COUNTERS	64u
 
 struct entry {
 	struct uffd_watched watched;
-	uint32_t reads;		/* when the waiters were found */
-	bool said;		/* of these waiters */
+	uint32_t reads;		/* the read counter at the last look */
+	bool said;		/* a line about these waiters was written */
 	uint64_t since_ns;
 	uint32_t count;
 	struct uffd_waiter waiters[WAITERS];
 };
 
-/* All under the lock.  A thread that waits in fork(3) has the locks of malloc: it is not called. */
+/* All under the lock.  Do not call malloc: a thread that waits in fork(3) holds its locks. */
 static struct watch {
 	pthread_mutex_t lock;
-	pthread_cond_t changed;		/* for the thread, and of it */
+	pthread_cond_t changed;		/* signals the thread, and the thread's end */
 	struct entry *entries;
 	uint32_t count, capacity;
 	bool is_running, is_paused;
@@ -83,7 +83,7 @@ static void init_locks(void)
 	pthread_condattr_destroy(&attributes);
 }
 
-/* In the child of a fork, where there is no such thread and the descriptors are its parent's. */
+/* In the child of a fork: it has no such thread, and the entries are the parent's. */
 static void forget_parent(void)
 {
 	init_locks();
@@ -98,7 +98,7 @@ static void init(void)
 	pthread_atfork(NULL, NULL, forget_parent);
 }
 
-/* What to say */
+/* The line */
 
 static uint64_t limit_of(const struct entry *entry)
 {
@@ -141,7 +141,7 @@ static void put_advice(struct uffd_line *line, const struct entry *entry)
 	}
 }
 
-/* False: it waits for another userfaultfd, or not any more. */
+/* Returns false if the thread waits for another userfaultfd, or no longer. */
 static bool put_waiter(struct uffd_line *line, const struct entry *entry,
 		       const struct uffd_waiter *waiter, uint64_t now)
 {
@@ -168,7 +168,7 @@ static bool put_waiter(struct uffd_line *line, const struct entry *entry,
 	return true;
 }
 
-/* Never wait for whoever reads stderr: forks and close() wait for this thread. */
+/* Never block on stderr: forks and close() wait for this thread. */
 static bool is_writable(int fd)
 {
 	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
@@ -192,9 +192,9 @@ static void say(struct entry *entry, uint64_t now)
 		entry->count = 0;
 }
 
-/* What to look at */
+/* Looking */
 
-/* Somebody reads, or nobody waits. */
+/* The messages are read, or no thread waits. */
 static void reset(struct entry *entry)
 {
 	entry->count = 0;
@@ -202,8 +202,8 @@ static void reset(struct entry *entry)
 }
 
 /*
- * Whether messages of one kind wait, and nobody has read others meanwhile.  Where
- * faults were read that are not resolved, somebody is at work.
+ * Whether messages of one kind are queued, and none were read since the last look.  If
+ * faults were read but not resolved, a reader is at work.
  */
 static bool has_unread(struct entry *entry, bool *is_event_ret)
 {
@@ -213,7 +213,7 @@ static bool has_unread(struct entry *entry, bool *is_event_ret)
 	bool is_same = entry->reads == now;
 
 	entry->reads = now;
-	/* A blocking one says POLLERR, whatever waits there. */
+	/* A blocking userfaultfd gives POLLERR, whether messages are queued or not. */
 	if (poll(&poll_fd, 1, 0) != 1 || !(poll_fd.revents & (POLLIN | POLLERR)))
 		return false;
 	if (uffd_waiters_fdinfo(entry->watched.fd, &info) || info.pending != info.waiting)
@@ -304,7 +304,7 @@ static int create_thread(size_t stack_size)
 		pthread_attr_setstacksize(&attributes, stack_size);
 	r = pthread_create(&thread, &attributes, watch_main, NULL);
 	pthread_attr_destroy(&attributes);
-	/* It waits for the lock, which we have. */
+	/* The thread still exists: it waits for the lock, which we hold. */
 	if (!r)
 		pthread_setname_np(thread, "uffd-watch");
 	return r;
@@ -318,7 +318,7 @@ static void start_thread(void)
 		return;
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
-	/* EINVAL: the thread-local data of this program's libraries are larger than that. */
+	/* EINVAL: the thread-local data of the program's libraries does not fit. */
 	watch.is_running = !create_thread(STACK_SIZE + (size_t)PTHREAD_STACK_MIN) ||
 			   !create_thread(0);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -406,7 +406,7 @@ static bool waits_for_forks(void)
 	return false;
 }
 
-/* It has unlocked for the last time, and is gone a moment later. */
+/* The thread has unlocked for the last time and exits in a moment. */
 static void await_exit(uint64_t give_up)
 {
 	while (!syscall(SYS_tgkill, getpid(), watch.thread_id, 0) && uffd_now_ns() < give_up)
