@@ -14,6 +14,12 @@
 #include "queue.h"
 #include "space.h"
 
+/*
+ * An ioctl checks that its source ends within the address space: from here on, if the place
+ * is free, it may be as long as any mapping.
+ */
+#define LOW_HINT	UINT64_C(0x100000)
+
 static bool init_descriptors(struct uffd_engine *engine)
 {
 	engine->wake_fd = engine->stop_fd = engine->watchdog_fd = engine->owner_pidfd = -1;
@@ -48,7 +54,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
 	struct uffd_engine *engine;
-	void *zeros;
+	void *zeros, *unreadable;
 	int r = -ENOMEM;
 
 	*ret = NULL;
@@ -72,13 +78,16 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	LIST_INIT(&engine->spaces);
 	atomic_store(&engine->next_id, 1);
 	pthread_mutex_init(&engine->keeper_lock, NULL);
+	pthread_mutex_init(&engine->registered_lock, NULL);
 	engine->shared = options->shared ? options->shared : uffd_alloc(sizeof(*engine->shared));
 	zeros = mmap(NULL, ZEROS_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	engine->zeros = zeros == MAP_FAILED ? NULL : zeros;
+	unreadable = mmap((void *)LOW_HINT, BASE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	engine->unreadable = unreadable == MAP_FAILED ? NULL : unreadable;
 	if (!init_descriptors(engine)) {
 		r = -errno;
 		*call_ret = "epoll_create1";
-	} else if (engine->shared && engine->zeros) {
+	} else if (engine->shared && engine->zeros && engine->unreadable) {
 		r = space_create(engine, options->fd, false, options->layout_events,
 				 options->owner_pid, NEXT_NUMBER, &engine->primary);
 		*call_ret = r == -ENOMEM ? NULL : "pidfd_open";
@@ -110,6 +119,8 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 		munmap((void *)(uintptr_t)huge_zeros, HUGE_ZEROS_SIZE);
 	if (engine->zeros)
 		munmap((void *)(uintptr_t)engine->zeros, ZEROS_SIZE);
+	if (engine->unreadable)
+		munmap((void *)(uintptr_t)engine->unreadable, BASE_PAGE);
 	if (engine->epoll_fd >= 0)
 		close(engine->epoll_fd);
 	pthread_cond_destroy(&engine->requests_changed);
@@ -120,6 +131,7 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_mutex_destroy(&engine->spaces_lock);
 	pthread_rwlock_destroy(&engine->gate);
 	pthread_mutex_destroy(&engine->keeper_lock);
+	pthread_mutex_destroy(&engine->registered_lock);
 	uffd_free(engine->deferred.faults);
 	uffd_free(engine->strays.faults);
 	if (!engine->options.shared)

@@ -10,6 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "grown.h"
 #include "inline.h"
 #include "range.h"
 #include "resolve.h"
@@ -34,6 +35,15 @@ static __thread struct {
 	uint64_t address;
 	unsigned int count;
 } repeated __attribute__((tls_model("initial-exec")));
+
+/* Whether the same place may fault again: not for good. */
+static bool may_repeat(uint64_t address)
+{
+	if (repeated.address != address)
+		repeated.count = 0;
+	repeated.address = address;
+	return ++repeated.count < REPEAT_LIMIT;
+}
 
 /* The signal does not tell the kind of fault: guess it from the error code and the range. */
 static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t error)
@@ -149,10 +159,7 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 		repeated.count = 0;
 		return true;
 	}
-	if (repeated.address != address)
-		repeated.count = 0;
-	repeated.address = address;
-	return ++repeated.count < REPEAT_LIMIT;
+	return may_repeat(address);
 }
 
 /* The caller is a reader of the table, and no longer one when this returns. */
@@ -169,15 +176,36 @@ static bool resolve_outside(struct uffd_range *range, unsigned int shard, uint64
 	return ours;
 }
 
+/* A page that a mapping has grown by: each kind of fault that it may be is tried once. */
+static bool resolve_grown_inline(uint64_t address, uint64_t error)
+{
+	bool is_protected = error & FAULT_PRESENT && error & FAULT_WRITE;
+	enum uffd_fault_kind kind = is_protected ? UFFD_KIND_WP : UFFD_KIND_MISSING;
+	enum outcome outcome = resolve_grown(&uffd_inline_table, address, kind);
+
+	/* It is there for others, or the page cache holds it. */
+	if (outcome == OUTCOME_PRESENT && kind == UFFD_KIND_MISSING) {
+		outcome = resolve_grown(&uffd_inline_table, address, UFFD_KIND_MINOR);
+		if (outcome == OUTCOME_STRAY)
+			outcome = OUTCOME_PRESENT;
+	}
+	if (outcome == OUTCOME_DEFER)
+		uffd_back_off(repeated.address == address ? repeated.count : 0);
+	return outcome != OUTCOME_STRAY && may_repeat(address);
+}
+
 static bool resolve_sigbus(uint64_t address, uint64_t error)
 {
 	unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
 	struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
 
+	bool ours;
+
 	if (range)
 		return resolve_outside(range, shard, address, error);
+	ours = resolve_grown_inline(address, error);
 	uffd_table_leave(&uffd_inline_table, shard);
-	return false;
+	return ours;
 }
 
 /*

@@ -13,6 +13,7 @@
 #include "layout.h"
 #include "pending.h"
 #include "range.h"
+#include "registered.h"
 #include "report.h"
 #include "say.h"
 #include "space.h"
@@ -118,6 +119,7 @@ static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 
 	if (!expected) {
 		cut(space, start, end, 0, NULL);
+		unlist_registered(space, start, end);
 		return;
 	}
 	if (start < expected->start)
@@ -145,6 +147,7 @@ static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uin
 	struct uffd_range *moved[MOVED_AT_ONCE];
 	size_t found;
 
+	move_registered(space, from, to, length);
 	expect_unmap(space, from, from + length);
 	make_room(space, to, to + length);
 	do {
@@ -206,6 +209,7 @@ static void follow_fork(struct uffd_space *parent, int fd)
 	if (child) {
 		states_fd = report_states_file(parent);
 		r = clone_ranges(parent, child, states_fd);
+		clone_registered(parent, child);
 		report_fork(child, states_fd);
 		if (states_fd >= 0)
 			close(states_fd);

@@ -7,10 +7,12 @@
 
 #include "gate.h"
 #include "range.h"
+#include "registered.h"
 #include "report.h"
 #include "serve.h"
 #include "slices.h"
 #include "space.h"
+#include "stats.h"
 
 static int ensure_zeros(struct uffd_engine *engine, uint64_t page_size)
 {
@@ -117,6 +119,50 @@ int uffd_engine_set_ioctls(struct uffd_engine *engine, const struct uffd_range_r
 		atomic_store_explicit(&range->ioctls, ioctls, memory_order_relaxed);
 	close_access(&access);
 	return range ? 0 : -ENOENT;
+}
+
+int uffd_engine_note_registered(struct uffd_engine *engine, uint32_t number, uint64_t start,
+				uint64_t end)
+{
+	struct uffd_space *space = space_get(engine, number);
+	int r;
+
+	if (!space)
+		return -ESRCH;
+	/* An event of what was unmapped here before would take it from the list again. */
+	wait_for_layout(space);
+	gate_enter(space);
+	r = list_registered(space, start, end);
+	gate_leave(space);
+	/* Nobody takes it for grown any more. */
+	await_work(engine);
+	space_put(space);
+	return r;
+}
+
+int uffd_engine_know_registered(struct uffd_engine *engine, uint32_t number)
+{
+	struct uffd_space *space = space_get(engine, number);
+
+	if (!space)
+		return -ESRCH;
+	atomic_store(&space->knows_registered, true);
+	space_put(space);
+	return 0;
+}
+
+int uffd_engine_note_unregistered(struct uffd_engine *engine, uint32_t number, uint64_t start,
+				  uint64_t end)
+{
+	struct uffd_space *space = space_get(engine, number);
+
+	if (!space)
+		return -ESRCH;
+	gate_enter(space);
+	unlist_registered(space, start, end);
+	gate_leave(space);
+	space_put(space);
+	return 0;
 }
 
 void uffd_engine_refuse(struct uffd_engine *engine)

@@ -15,6 +15,17 @@ int uffd_engine_add(struct uffd_engine *engine, uint32_t space,
 int uffd_engine_set_ioctls(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			   uint64_t ioctls);
 
+/*
+ * What is registered in a space, besides what is put in, and what is not any more: before
+ * the ioctl, and after it.  Once all of it is known, a fault elsewhere that is one mapping
+ * with a range is taken for that mapping's growth.
+ */
+int uffd_engine_note_registered(struct uffd_engine *engine, uint32_t space, uint64_t start,
+				uint64_t end);
+int uffd_engine_know_registered(struct uffd_engine *engine, uint32_t space);
+int uffd_engine_note_unregistered(struct uffd_engine *engine, uint32_t space, uint64_t start,
+				  uint64_t end);
+
 /* From now on, poison pages instead of filling them from a source. */
 void uffd_engine_refuse(struct uffd_engine *engine);
 

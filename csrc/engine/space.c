@@ -11,6 +11,7 @@
 #include "expected.h"
 #include "page_table.h"
 #include "range.h"
+#include "registered.h"
 #include "report.h"
 #include "space.h"
 #include "stats.h"
@@ -60,6 +61,7 @@ int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t layout
 	space->layout_events = layout_events;
 	space->pagemap_fd = open_page_table(owner_pid);
 	uffd_table_init(&space->own_table);
+	uffd_table_init(&space->registered);
 	space->table = engine->table ? engine->table : &space->own_table;
 	atomic_store(&space->references, 1);
 
@@ -101,6 +103,7 @@ void space_put(struct uffd_space *space)
 		close(space->owner_pidfd);
 	drop_expected(space, 0, UINT64_MAX);
 	uffd_table_deinit(&space->own_table);
+	free_registered(space);
 	uffd_free(space);
 }
 

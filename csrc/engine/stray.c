@@ -12,6 +12,7 @@
 #include <errno.h>
 
 #include "fill.h"
+#include "grown.h"
 #include "pending.h"
 #include "range.h"
 #include "say.h"
@@ -63,7 +64,11 @@ static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, 
 enum outcome note_stray(const struct deferred_fault *fault, bool last_try)
 {
 	struct uffd_engine *engine = fault->space->engine;
+	enum outcome outcome = resolve_grown(fault->space->table, fault->address,
+					     fault_kind(fault->flags));
 
+	if (outcome != OUTCOME_STRAY && !(outcome == OUTCOME_DEFER && last_try))
+		return outcome;
 	if (last_try || atomic_load(&engine->refusing))
 		return refuse_unserved(fault->space, fault->address, last_try);
 	if (layout_is_changing(fault->space))

@@ -101,7 +101,7 @@ static size_t count_at_or_below(const uint64_t *starts, size_t count, uint64_t a
 	return (size_t)(base - starts);
 }
 
-struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address)
+struct uffd_range *uffd_table_before(struct uffd_table *table, uint64_t address)
 {
 	struct uffd_range *range;
 	uint64_t before, after;
@@ -127,7 +127,14 @@ struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address)
 		atomic_thread_fence(memory_order_acquire);
 		after = atomic_load_explicit(&table->sequence, memory_order_relaxed);
 	} while (before != after);
-	return range && address < range->end ? range : NULL;
+	return range;
+}
+
+struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address)
+{
+	struct uffd_range *range = uffd_table_before(table, address);
+
+	return range && address < __atomic_load_n(&range->end, __ATOMIC_RELAXED) ? range : NULL;
 }
 
 struct uffd_range *uffd_table_next(struct uffd_table *table, uint64_t address)

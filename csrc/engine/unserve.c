@@ -13,10 +13,12 @@
 #include "barrier.h"
 #include "fill.h"
 #include "gate.h"
+#include "grown.h"
 #include "patience.h"
 #include "populate.h"
 #include "put.h"
 #include "range.h"
+#include "registered.h"
 #include "report.h"
 #include "save.h"
 #include "slices.h"
@@ -283,11 +285,15 @@ static int drop_piece(struct uffd_space *space, const struct piece *piece, bool 
 	*last_ret = !range || atomic_load(&range->pages->references) == 1;
 	if (!range)
 		return 0;
+	if (unregister)
+		unregister_grown(range);
 	/* ENOMEM also means that the process is gone; EINVAL, that the memory is gone. */
 	if (unregister &&
 	    uffd_shim_unregister(space->fd, range->start, range->end - range->start) == -ENOMEM &&
 	    !space_is_dead(space))
 		return -ENOMEM;
+	if (unregister)
+		unlist_registered(space, range->start, range->end);
 	range_remove(range);
 	return 0;
 }

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pyuffd import lowlevel
-from pyuffd._abi import Event, Fork, Pagefault
+from pyuffd._abi import Event, Fork, Pagefault, RegisterMode
 from pyuffd._errors import EventsBusyError
 from pyuffd._pages import PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
     from pyuffd._uffd import Userfaultfd
+
+
+class Owner(Protocol):
+    """Whoever answers the faults of a userfaultfd, and must hear of what is done beside it."""
+
+    def _registers(self, uffd: Userfaultfd, start: int, length: int) -> None:
+        """Be told of a range that is about to be registered."""
+
+    def _unregistered(self, uffd: Userfaultfd, start: int, length: int) -> None:
+        """Be told of a range that was unregistered."""
+
+    def _served_mode(self, uffd: Userfaultfd, start: int, length: int) -> RegisterMode | None:
+        """Return the modes that memory in the range is served in, or None."""
 
 
 class EventClaims:
@@ -21,9 +34,9 @@ class EventClaims:
     def __init__(self) -> None:
         self.unread: deque[Event] = deque()  # read for events(), and not delivered
         self.is_awaited = False
-        self._owner: weakref.ref[object] | None = None
+        self._owner: weakref.ref[Owner] | None = None
 
-    def claim(self, uffd: Userfaultfd, owner: object) -> None:
+    def claim(self, uffd: Userfaultfd, owner: Owner) -> None:
         """Keep everybody but `owner` from reading events, as long as it lives or `release`s them.
 
         Page faults that were read and not delivered are sent again: their threads are woken, and
@@ -33,7 +46,7 @@ class EventClaims:
             ValueError: they belong to another one.
             EventsBusyError: a task waits for them.
         """
-        other = self._owner() if self._owner is not None else None
+        other = self.owner
         if other is not None and other is not owner:
             raise ValueError(f"{uffd!r} has a handler already: {other!r}")
         if self.is_awaited:
@@ -48,16 +61,21 @@ class EventClaims:
     @property
     def is_owned(self) -> bool:
         """Whether they are somebody's."""
-        return self._owner is not None and self._owner() is not None
+        return self.owner is not None
 
-    def release(self, owner: object) -> None:
+    @property
+    def owner(self) -> Owner | None:
+        """Whose they are, if it lives."""
+        return self._owner() if self._owner is not None else None
+
+    def release(self, owner: Owner) -> None:
         """Let others read again."""
-        if self._owner is not None and self._owner() is owner:
+        if self.owner is owner:
             self._owner = None
 
     def check(self, uffd: Userfaultfd) -> None:
         """Raise EventsBusyError while they are somebody's."""
-        owner = self._owner() if self._owner is not None else None
+        owner = self.owner
         if owner is not None:
             raise EventsBusyError(
                 f"{owner!r} reads the events of {uffd!r} itself, until it stops: whoever else took"

@@ -42,7 +42,7 @@ from pyuffd._errors import (
     UffdPermissionError,
     UnsupportedFeatureError,
 )
-from pyuffd._event_claims import EventClaims
+from pyuffd._event_claims import EventClaims, Owner
 from pyuffd._left import LeftBehind, Number, check_target, tidy
 from pyuffd._opening import negotiated, open_uffd, probe_api
 from pyuffd._owned import Descriptor
@@ -359,6 +359,12 @@ class Userfaultfd(CloseCallbacks):
             raise ValueError("register needs at least one mode")
         fd = self.fileno()
         check_target(start, length, self._memory_key)
+        owner = self._claims.owner
+        if owner is not None:
+            served = owner._served_mode(self, start, length)
+            if served is not None and not is_subset(mode, served):
+                raise self._served_by(owner, "register", start, length, "serve it anew")
+            owner._registers(self, start, length)
         if not mode & RegisterMode.WP:
             for first, end, old in self._registered.overlapping(start, start + length):
                 if old & RegisterMode.WP and not is_subset(mode, old):
@@ -381,11 +387,36 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_UNREGISTER(2const).  Blocks: no.
         """
         start, length = _checked(range_or_start, length)
+        fd = self.fileno()
+        self._refuse_served("unregister", start, length, "use handler.unserve()")
         try:
-            lowlevel.unregister(self.fileno(), start, length)
+            lowlevel.unregister(fd, start, length)
         except UffdOSError as error:
             raise self._explained(error, start, length) from None
         self._note_unregistered(start, length)
+        owner = self._claims.owner
+        if owner is not None:
+            owner._unregistered(self, start, length)
+
+    def _refuse_served(self, what: str, start: int, length: int, instead: str) -> None:
+        """Raise ValueError where a handler serves memory in the range: it promises something."""
+        owner = self._claims.owner
+        if owner is not None and owner._served_mode(self, start, length) is not None:
+            raise self._served_by(owner, what, start, length, instead)
+
+    def _served_by(
+        self, owner: Owner, what: str, start: int, length: int, instead: str
+    ) -> ValueError:
+        return ValueError(
+            f"{what} [{start:#x}, +{length:#x}): {owner!r} serves memory there, and would not know"
+            f" of it: {instead}"
+        )
+
+    def _registered_ranges(self) -> list[tuple[int, int]]:
+        """Return start and length of what this object has registered."""
+        if not self._registered:
+            return []
+        return [(a, b - a) for a, b, _ in self._registered.overlapping(*self._registered.span)]
 
     def _has_registered(self, start: int, end: int) -> bool:
         """Whether this object registered anything in [start, end)."""
@@ -555,8 +586,15 @@ class Userfaultfd(CloseCallbacks):
         start, length = _checked(range_or_start, length)
         if mode == WriteprotectMode.WP | WriteprotectMode.DONTWAKE:
             raise ValueError("DONTWAKE goes with taking protection off, not with WP")
+        fd = self.fileno()
+        self._refuse_served(
+            "writeprotect",
+            start,
+            length,
+            "use handler.writeprotect(), and handler.preserve(unprotect=True) to lift it",
+        )
         try:
-            lowlevel.writeprotect(self.fileno(), start, length, mode)
+            lowlevel.writeprotect(fd, start, length, mode)
         except UffdOSError as error:
             raise self._explained(error, start, length) from None
 
@@ -572,7 +610,9 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_RWPROTECT; needs Feature.RWP and RegisterMode.RWP; Linux 7.3.
         """
         start, length = _checked(range_or_start, length)
-        lowlevel.rwprotect(self.fileno(), start, length, mode)
+        fd = self.fileno()
+        self._refuse_served("rwprotect", start, length, "handlers know no such faults")
+        lowlevel.rwprotect(fd, start, length, mode)
 
     def set_mode(
         self,
@@ -586,6 +626,12 @@ class Userfaultfd(CloseCallbacks):
         """
         if enable & disable:
             raise ValueError(f"{Feature(enable & disable)!r} both enabled and disabled")
+        self.fileno()
+        if self._claims.is_owned:
+            raise ValueError(
+                f"set_mode: {self._claims.owner!r} was made for the features {self.features!r}:"
+                " stop it first"
+            )
         lowlevel.set_mode(self.fileno(), enable, disable)
         self.features = Feature((self.features | enable) & ~int(disable))
 
@@ -737,7 +783,7 @@ class Userfaultfd(CloseCallbacks):
 
     # Events
 
-    def _claim_events(self, owner: object) -> None:
+    def _claim_events(self, owner: Owner) -> None:
         """Refuse events to everybody but `owner`, until it ends or gives them back; for handlers.
 
         Raises:
@@ -747,7 +793,7 @@ class Userfaultfd(CloseCallbacks):
         self._claims.claim(self, owner)
         self._update_watch()
 
-    def _release_events(self, owner: object) -> None:
+    def _release_events(self, owner: Owner) -> None:
         """Take back a `claim_events`."""
         self._claims.release(owner)
         self._watch.is_answered = False

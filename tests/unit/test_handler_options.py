@@ -28,6 +28,9 @@ class FakeUserfaultfd:
     def fileno(self) -> int:
         return self._fd
 
+    def _registered_ranges(self) -> list[tuple[int, int]]:
+        return []
+
     def _hold_open(self) -> None:
         """It outlives the handler."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyuffd.handlers._types import (
         Ended,
         Failure,
@@ -41,6 +43,14 @@ class Backend(Protocol):
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
+
+    def list_registered(
+        self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
+    ) -> None:
+        """Tell what is registered, (start, length) each, or about to be; all of it at first."""
+
+    def unlist_registered(self, space: int, start: int, length: int) -> None:
+        """Tell what is registered no more."""
 
     def unserve(
         self,

@@ -33,7 +33,7 @@ from pyuffd.handlers._types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Buffer
 
@@ -262,6 +262,21 @@ class Engine(SoleOwner):
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
         lib.uffd_engine_set_ioctls(self._engine(), _ref(served), ioctls)
+
+    def list_registered(
+        self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
+    ) -> None:
+        """Tell what is registered, (start, length) each, or about to be; all of it at first."""
+        for start, length in ranges:
+            code = lib.uffd_engine_note_registered(self._engine(), space, start, start + length)
+            if code:
+                raise_errno("note a registered range", -code, start, length)
+        if is_all:
+            lib.uffd_engine_know_registered(self._engine(), space)
+
+    def unlist_registered(self, space: int, start: int, length: int) -> None:
+        """Tell what is registered no more."""
+        lib.uffd_engine_note_unregistered(self._engine(), space, start, start + length)
 
     def unserve(
         self,

@@ -61,7 +61,9 @@ from pyuffd.handlers._serving import (
     local_mapping,
     maps_holes,
     register,
+    served_mode,
     take_back,
+    tell_registered,
     touched_by,
     warn_of_merging,
 )
@@ -220,6 +222,7 @@ class Handler(SoleOwner):
         try:
             uffd._claim_events(self)
             engine = self._make_engine()
+            tell_registered(engine, uffd, 0)
             uffd._on_close(self.stop)
             self._engine = engine  # last: until here nobody stops it
         except BaseException:
@@ -258,6 +261,8 @@ class Handler(SoleOwner):
                 uffd: self._add_space(engine, uffd) if uffd is not self.uffd else 0
                 for uffd in self._spaces
             }
+            for uffd, space in spaces.items():
+                tell_registered(engine, uffd, space)
             if self._started:
                 engine.start(self._cpus)
             if isinstance(old, Engine):  # so it is: "auto" began with the native driver
@@ -281,6 +286,26 @@ class Handler(SoleOwner):
             layout_events=int(uffd.features & LAYOUT_EVENTS),
             owner_pid=self._owners.of(uffd),
         )
+
+    # What a userfaultfd tells of what is done beside the handler; without the lock, which may be
+    # held for long.
+
+    def _registers(self, uffd: Userfaultfd, start: int, length: int) -> None:
+        engine, space = self._engine, self._spaces.get(uffd)
+        if engine is not None and space is not None and not uffd.adopted:
+            with suppress(ClosedError, HelperLostError):
+                engine.list_registered(space, [(start, length)])
+
+    def _unregistered(self, uffd: Userfaultfd, start: int, length: int) -> None:
+        engine, space = self._engine, self._spaces.get(uffd)
+        if engine is not None and space is not None and not uffd.adopted:
+            with suppress(ClosedError, HelperLostError):
+                engine.unlist_registered(space, start, length)
+
+    def _served_mode(self, uffd: Userfaultfd, start: int, length: int) -> RegisterMode | None:
+        if self._engine is None or self._pid != os.getpid():
+            return None
+        return served_mode(list(self._served.values()), uffd, start, length)
 
     def _running_engine(self) -> Backend:
         if self._pid != os.getpid():
@@ -457,7 +482,9 @@ class Handler(SoleOwner):
             check_uffd(self.driver, uffd)
             uffd._claim_events(self)
             try:
-                self._spaces[uffd] = self._add_space(engine, uffd)
+                space = self._add_space(engine, uffd)
+                tell_registered(engine, uffd, space)
+                self._spaces[uffd] = space
             except BaseException:
                 uffd._release_events(self)
                 raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import os
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -249,6 +251,26 @@ def take_back(
         log.debug("%s", error)
     if unregister:
         uffd._note_unregistered(start, length)
+
+
+def tell_registered(engine: Backend, uffd: Userfaultfd, space: int) -> None:
+    """Tell an engine what is registered, where that is known: of an adopted one only in part."""
+    if not uffd.adopted:
+        engine.list_registered(space, uffd._registered_ranges(), is_all=True)
+
+
+def served_mode(
+    all_served: Iterable[Served], uffd: Userfaultfd, start: int, length: int
+) -> RegisterMode | None:
+    """Return the modes that all served memory in a range has, or None where there is none."""
+    modes = [
+        one.mode
+        for one in all_served
+        if one.uffd is uffd
+        and one.id.start < start + length
+        and start < one.id.start + one.id.length
+    ]
+    return functools.reduce(operator.and_, modes) if modes else None
 
 
 def leaves_holes(region: RangeLike, uffd: Userfaultfd, mode: RegisterMode) -> bool:

@@ -17,6 +17,8 @@ class Call(IntEnum):
     ADD = auto()
     FIND = auto()
     SET_IOCTLS = auto()
+    LIST_REGISTERED = auto()
+    UNLIST_REGISTERED = auto()
     UNSERVE = auto()
     START = auto()
     END = auto()
@@ -77,6 +79,8 @@ KINDS = {call: _PLAIN for call in Call} | {
     Call.END: Kind(waits=True, changes_book=True),
     Call.REFUSE: Kind(changes_book=True),
     Call.DRAIN: Kind(waits=True),
+    Call.LIST_REGISTERED: Kind(waits=True),
+    Call.UNLIST_REGISTERED: Kind(waits=True),
     Call.POPULATE: Kind(waits=True),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Unpack
@@ -119,6 +120,16 @@ class RemoteEngine(SoleOwner):
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell which ioctls the registered range takes."""
         self._call(Call.SET_IOCTLS, served, int(ioctls))
+
+    def list_registered(
+        self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
+    ) -> None:
+        """Tell what is registered; a worker that takes over is not told."""
+        self._call(Call.LIST_REGISTERED, space, tuple(ranges), is_all)
+
+    def unlist_registered(self, space: int, start: int, length: int) -> None:
+        """Tell what is registered no more."""
+        self._call(Call.UNLIST_REGISTERED, space, start, length)
 
     def unserve(
         self,

@@ -95,6 +95,8 @@ class WorkerProcess:
             Call.ADD: self.add,
             Call.FIND: self.find,
             Call.SET_IOCTLS: engine.set_ioctls,
+            Call.LIST_REGISTERED: self.list_registered,
+            Call.UNLIST_REGISTERED: engine.unlist_registered,
             Call.UNSERVE: self.unserve,
             Call.START: self.start,
             Call.END: engine.end,
@@ -247,6 +249,12 @@ class WorkerProcess:
         self._space_fds[space] = fds[0]
         self._space_keys[key] = space
         return space
+
+    def list_registered(
+        self, space: int, ranges: tuple[tuple[int, int], ...], is_all: bool
+    ) -> None:
+        """Note what is registered in the owner."""
+        self._engine.list_registered(space, ranges, is_all=is_all)
 
     def find_space(self, key: int) -> int | None:
         """Return the space that an `add_space` made whose caller was interrupted."""

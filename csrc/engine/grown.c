@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The part that a mapping has grown by.
+ *
+ * It is registered, though nobody has registered it, and one mapping with a piece that ends
+ * before it.  Its pages are zeros, or what the file holds: the source has nothing for them.
+ * The kernel may merge what was registered next to a piece into its mapping as well, which
+ * is the business of whoever registered that: so the list of those (registered.c) decides.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+
+#include "grown.h"
+#include "page_table.h"
+#include "put.h"
+#include "registered.h"
+#include "stats.h"
+
+/* The end of user memory (x86-64, unless more is asked for). */
+#define USER_END	UINT64_C(0x7ffffffff000)
+
+/*
+ * Whether [the last page of a piece, end) is one mapping.  A copy from memory that nobody
+ * can read changes nothing, and says ENOENT where it would leave its first mapping; then
+ * EFAULT, or of a page that is there EEXIST.  It works for other processes as well.
+ */
+static int is_one_mapping(const struct uffd_range *piece, uint64_t end, bool *one_ret)
+{
+	uint64_t unreadable = (uint64_t)(uintptr_t)piece->space->engine->unreadable;
+	uint64_t start = piece->end - piece->page_size;
+	int64_t done;
+	int r = uffd_shim_copy(piece->space->fd, start, unreadable, end - start,
+			       UFFDIO_COPY_MODE_DONTWAKE, &done);
+
+	*one_ret = r == -EFAULT || r == -EEXIST || r == -ENOMEM;
+	return r == -EAGAIN || r == -ESRCH ? r : 0;
+}
+
+static enum outcome put_grown(struct uffd_range *piece, uint64_t page, enum uffd_fault_kind kind)
+{
+	struct uffd_engine *engine = piece->space->engine;
+	struct uffd_fill_result result = { 0 };
+	uint64_t entry;
+	int r;
+
+	if (kind == UFFD_KIND_WP)
+		r = uffd_shim_writeprotect(piece->space->fd, page, piece->page_size, 0);
+	else if (kind == UFFD_KIND_MINOR)
+		r = put_continue(piece, page, piece->page_size, &result);
+	else
+		r = put_zeros(piece, page, piece->page_size, FILL_MISSING, &result);
+	if (r == -EAGAIN || r == -ENOMEM || (r == 0 && result.deferred))
+		return OUTCOME_DEFER;
+	if (r == -ENOENT || r == -ESRCH) {
+		count(engine, COUNTER(layout_changed), 1);
+		return OUTCOME_GONE;
+	}
+	if (r)
+		return OUTCOME_STRAY;
+	if (result.already_present) {
+		/* EEXIST is also said where no huge page is free. */
+		if (piece->page_size > BASE_PAGE && kind == UFFD_KIND_MISSING &&
+		    read_entries(piece, page, 1, &entry) && !(entry & UFFD_PM_PRESENT))
+			return OUTCOME_DEFER;
+		wake_again(piece, page, page + piece->page_size);
+		count(engine, COUNTER(already_present), 1);
+		return OUTCOME_PRESENT;
+	}
+	if (result.done)
+		count(engine, COUNTER(filled_pages), 1);
+	return OUTCOME_RESOLVED;
+}
+
+enum outcome resolve_grown(struct uffd_table *table, uint64_t address, enum uffd_fault_kind kind)
+{
+	struct uffd_range *piece = uffd_table_before(table, address);
+	uint64_t page;
+	bool one;
+	int r;
+
+	if (!piece || address >= USER_END || is_registered(piece->space, address))
+		return OUTCOME_STRAY;
+	page = address & ~(piece->page_size - 1);
+	r = is_one_mapping(piece, page + piece->page_size, &one);
+	if (r)
+		return r == -EAGAIN ? OUTCOME_DEFER : OUTCOME_GONE;
+	return one ? put_grown(piece, page, kind) : OUTCOME_STRAY;
+}
+
+/* Where the mapping of a piece ends, looked for up to `limit`. */
+static uint64_t end_of_mapping(const struct uffd_range *piece, uint64_t limit)
+{
+	uint64_t end = piece->end, step = piece->page_size;
+	bool one = true;
+
+	while (one && limit - end >= step && is_one_mapping(piece, end + step, &one) == 0)
+		if (one)
+			end += step, step *= 2;
+	for (; step >= piece->page_size; step /= 2)
+		if (limit - end >= step && is_one_mapping(piece, end + step, &one) == 0 && one)
+			end += step;
+	return end;
+}
+
+void unregister_grown(struct uffd_range *range)
+{
+	struct uffd_space *space = range->space;
+	struct uffd_range *next;
+	uint64_t limit, end;
+
+	if (is_registered(space, range->end))
+		return;
+	limit = next_registered(space, range->end, USER_END);
+	next = uffd_table_next(space->table, range->end);
+	if (next && next->start < limit)
+		limit = next->start;
+	end = range->end < limit ? end_of_mapping(range, limit) : range->end;
+	if (end > range->end)
+		uffd_shim_unregister(space->fd, range->end, end - range->end);
+}
