@@ -33,8 +33,8 @@ enum uffd_residency {
 /* Facts about a mapping, for uffd_pagemap_residency(). */
 #define UFFD_MAPPING_SHARED	(1u << 0) /* MAP_SHARED: its PTEs never hold swap entries */
 #define UFFD_MAPPING_FILE	(1u << 1) /* backed by a page cache (file, shmem, hugetlb) */
-#define UFFD_MAPPING_MINCORE	(1u << 2) /* mincore(2) is right here */
-#define UFFD_MAPPING_SEEK	(1u << 3) /* SEEK_DATA and SEEK_HOLE are right for file_fd */
+#define UFFD_MAPPING_MINCORE	(1u << 2) /* mincore(2) is reliable on it */
+#define UFFD_MAPPING_SEEK	(1u << 3) /* SEEK_DATA and SEEK_HOLE are reliable on file_fd */
 
 void uffd_pagemap_free(void *memory);
 

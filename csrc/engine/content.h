@@ -54,7 +54,7 @@ struct uffd_range_spec {
 	uint64_t local;		/* the same memory mapped here, not registered; 0: none */
 	uint64_t preserve;	/* where to save old content before the first write; 0: none */
 	uint32_t writes_cache;	/* an absent page is filled by writing the source to `local` */
-	uint32_t maps_holes;	/* Linux cannot protect holes: map them first */
+	uint32_t maps_holes;	/* Linux would leave holes unprotected: map them first */
 	uint32_t shared;	/* MAP_SHARED: a fork has the same pages, not copies */
 	int32_t states_fd;	/* a file for the states, for a successor; borrowed; -1: none */
 	uint64_t states_offset;	/* page-aligned */

@@ -65,7 +65,7 @@ static bool end_leader(struct uffd_engine *engine, struct patience *patience)
 	return true;
 }
 
-static void lead_on(struct uffd_engine *engine)
+static void take_over(struct uffd_engine *engine)
 {
 	engine->end.leads = true;
 	engine->leader_id = (uint32_t)syscall(SYS_gettid);
@@ -188,7 +188,7 @@ int uffd_engine_end(struct uffd_engine *engine, uint64_t patience_ns)
 		if (engine->options.is_inline)
 			;
 		else if (!atomic_load(&engine->thread_running) || end_leader(engine, &patience))
-			lead_on(engine);
+			take_over(engine);
 		uffd_engine_abandon(engine, 0, 0);
 		/* Repeat for pieces that were moved or forked in the meantime. */
 		while (take_out_all(engine, false, &patience) ||

@@ -52,7 +52,7 @@ static enum uffd_fault_kind first_guess(const struct uffd_range *range, uint64_t
 
 	if ((error & FAULT_PRESENT) && write && (range->mode & UFFDIO_REGISTER_MODE_WP))
 		return UFFD_KIND_WP;
-	/* COPY fails with EEXIST if only the page cache holds the page, but not if it is private. */
+	/* COPY fails with EEXIST if only the page cache has the page; not in private mappings. */
 	if (range->mode & UFFDIO_REGISTER_MODE_MINOR &&
 	    (range->content->writes_cache || !range->content->shared ||
 	     !(range->mode & UFFDIO_REGISTER_MODE_MISSING)))

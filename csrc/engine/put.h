@@ -29,7 +29,7 @@ int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fil
 		struct uffd_fill_result *result_ret);
 int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
-/* Poison one page for good; returns its new state. */
+/* Poison one page, even over a write-protect marker; returns its new state. */
 uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret);
 void poison_page(struct uffd_range *range, uint64_t page);
 

@@ -17,7 +17,7 @@ struct populate {
 	int error;
 };
 
-/* `fault` or `populate`: the origin of the request; the other is NULL or both are. */
+/* Queue a request, for a fault or for a call of populate; the other is NULL. */
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
 		   const struct deferred_fault *fault, struct populate *populate);
 void free_requests(struct uffd_engine *engine);

@@ -44,7 +44,7 @@ bool leads_after_watchdog(struct uffd_engine *engine)
 	return false;
 }
 
-/* The caller is about to be busy: if it was the leader, find another. */
+/* The caller is about to be busy: if there is no leader now, find one. */
 static void pass_the_lead(struct uffd_engine *engine)
 {
 	if (engine->leader != LEADER_NONE)

@@ -37,7 +37,7 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 	say_page_fails(range, page, error, stage);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
 		r = space_kill(range->space, thread_id, page);
-	/* If a fork's process is not found, note that and poison the page. */
+	/* If the process cannot be found (a fork), poison the page instead of killing. */
 	if (r && r != -ESRCH)
 		note_failure(engine, page, range->page_size, r, UFFD_FAILED_RESOLVE);
 	poisons = poisons || r;

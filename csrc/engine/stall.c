@@ -22,8 +22,8 @@ static void abandon(struct uffd_request *request, struct uffd_request *copy_ret,
 }
 
 /* Clean up after an abandoned request, from a copy: the request may be freed by now. */
-static void forget(struct uffd_engine *engine, struct uffd_request *copy, int error,
-		   enum uffd_failure_stage stage)
+static void clean_up(struct uffd_engine *engine, struct uffd_request *copy, int error,
+		     enum uffd_failure_stage stage)
 {
 	give_up_pages(engine, copy, copy->offset, copy->offset + copy->length, error, stage);
 	atomic_fetch_sub(&engine->outstanding, 1);
@@ -47,7 +47,7 @@ void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 				abandon(request, &copy, i == 0);
 			pthread_mutex_unlock(&engine->requests_lock);
 			if (request)
-				forget(engine, &copy, -error, UFFD_FAILED_NOTHING);
+				clean_up(engine, &copy, -error, UFFD_FAILED_NOTHING);
 		} while (request);
 	}
 }
@@ -141,6 +141,6 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 					 "threads that touch it keep waiting");
 			continue;
 		}
-		forget(engine, &copy, -ETIMEDOUT, UFFD_FAILED_STALLED);
+		clean_up(engine, &copy, -ETIMEDOUT, UFFD_FAILED_STALLED);
 	}
 }

@@ -26,7 +26,7 @@ int uffd_keeper_follow_parent(int32_t parent)
 	return getppid() == parent ? 0 : -ESRCH;
 }
 
-/* The holder keeps the worker's sockets open: shut them down, so that the keeper sees its end. */
+/* This keeps the worker's sockets open; when it ends, shut them down so that the keeper notices. */
 static noreturn void hold(int32_t keeper, int32_t worker, const int32_t *sockets, uint32_t count)
 {
 	struct pollfd ended = { .events = POLLIN };

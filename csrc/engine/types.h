@@ -81,7 +81,7 @@ struct uffd_recent_fault {
 	uint64_t address;
 	uint64_t latency_ns;	/* from the read (inline: from the signal) to resolved */
 	uint32_t flags;		/* UFFD_PAGEFAULT_FLAG_* */
-	uint32_t thread_id;	/* 0 where the kernel does not say */
+	uint32_t thread_id;	/* 0: the kernel does not say */
 };
 
 struct uffd_failure {

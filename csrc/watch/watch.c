@@ -131,7 +131,8 @@ static void put_advice(struct uffd_line *line, const struct entry *entry)
 					     ? ", which has exited"
 					     : ", which has not read it either");
 	} else {
-		uffd_line_text(line, ": call read_events() and answer, or serve it with a Handler");
+		uffd_line_text(line, ": call read_events() and handle the messages, or"
+				     " serve it with a Handler");
 	}
 	if (entry->count > 1) {
 		uffd_line_text(line, " (");
@@ -234,7 +235,7 @@ static void begin_with(struct entry *entry, bool is_event, uint64_t now)
 			entry->waiters[entry->count++] = found[i];
 }
 
-static void drop_those_who_went_on(struct entry *entry, bool is_event)
+static void drop_continued(struct entry *entry, bool is_event)
 {
 	uint32_t kept = 0;
 
@@ -254,7 +255,7 @@ static void look_at(struct entry *entry)
 		reset(entry);
 		return;
 	}
-	drop_those_who_went_on(entry, is_event);
+	drop_continued(entry, is_event);
 	if (!entry->count)
 		begin_with(entry, is_event, now);
 	else if (!entry->said && now - entry->since_ns >= limit_of(entry))
