@@ -89,7 +89,7 @@ struct uffd_space {
 	struct uffd_table *table;	/* its own, or the process's for inline */
 	struct uffd_table own_table;
 	struct uffd_table registered;	/* served or not; see registered.h */
-	_Atomic bool knows_registered;	/* we are told of all of it */
+	_Atomic bool knows_registered;	/* `registered` is complete */
 };
 
 struct deferred_fault {
@@ -168,7 +168,7 @@ struct uffd_engine {
 	uint64_t last_reap_ns;
 
 	const void *zeros;			/* 2 MiB of zeros to copy from */
-	const void *unreadable;			/* a page that nobody can copy from */
+	const void *unreadable;			/* a page that cannot be copied from */
 	_Atomic(const void *) huge_zeros;	/* 1 GiB of them, once such a page is served */
 
 	/* The leader's: it alone reads descriptors. */
@@ -205,7 +205,7 @@ struct uffd_engine {
 	uint64_t last_taken_ns;
 
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
-	pthread_mutex_t registered_lock;	/* who changes the lists of what is registered */
+	pthread_mutex_t registered_lock;	/* for changes of the spaces' `registered` */
 
 	pthread_t thread;
 	bool inline_started;	/* changed by one thread at a time */

@@ -15,8 +15,8 @@
 #include "space.h"
 
 /*
- * An ioctl checks that its source ends within the address space: from here on, if the place
- * is free, it may be as long as any mapping.
+ * Where to map the unreadable page, if the address is free.  An ioctl checks that its source
+ * ends within the address space: from here a source may be as long as any mapping.
  */
 #define LOW_HINT	UINT64_C(0x100000)
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 /*
- * The part that a mapping has grown by.
+ * Memory that a mapping has grown by.
  *
- * It is registered, though nobody has registered it, and one mapping with a piece that ends
- * before it.  Its pages are zeros, or what the file holds: the source has nothing for them.
- * The kernel may merge what was registered next to a piece into its mapping as well, which
- * is the business of whoever registered that: so the list of those (registered.c) decides.
+ * It is registered without a call of UFFDIO_REGISTER, and it is in one mapping with a piece
+ * that ends before it.  Fill its pages with zeros, or with the file's content: the source
+ * has nothing for them.  The kernel may also merge a piece's mapping with memory that was
+ * registered next to it, and the faults there are not ours to resolve.  The list of
+ * registered memory (registered.c) tells the two apart.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -16,13 +17,14 @@
 #include "registered.h"
 #include "stats.h"
 
-/* The end of user memory (x86-64, unless more is asked for). */
+/* The end of user memory (x86-64, unless more was asked for). */
 #define USER_END	UINT64_C(0x7ffffffff000)
 
 /*
- * Whether [the last page of a piece, end) is one mapping.  A copy from memory that nobody
- * can read changes nothing, and says ENOENT where it would leave its first mapping; then
- * EFAULT, or of a page that is there EEXIST.  It works for other processes as well.
+ * Whether [the last page of a piece, end) is one mapping.  Try to copy from unreadable
+ * memory, which changes nothing: this fails with ENOENT if the target leaves its first
+ * mapping, otherwise with EFAULT, or with EEXIST if the page is present.  It works for
+ * other processes as well.
  */
 static int is_one_mapping(const struct uffd_range *piece, uint64_t end, bool *one_ret)
 {
@@ -58,7 +60,7 @@ static enum outcome put_grown(struct uffd_range *piece, uint64_t page, enum uffd
 	if (r)
 		return OUTCOME_STRAY;
 	if (result.already_present) {
-		/* EEXIST is also said where no huge page is free. */
+		/* A fill also fails with EEXIST if no huge page is free. */
 		if (piece->page_size > BASE_PAGE && kind == UFFD_KIND_MISSING &&
 		    read_entries(piece, page, 1, &entry) && !(entry & UFFD_PM_PRESENT))
 			return OUTCOME_DEFER;
@@ -87,7 +89,7 @@ enum outcome resolve_grown(struct uffd_table *table, uint64_t address, enum uffd
 	return one ? put_grown(piece, page, kind) : OUTCOME_STRAY;
 }
 
-/* Where the mapping of a piece ends, looked for up to `limit`. */
+/* Find the end of a piece's mapping, up to `limit`. */
 static uint64_t end_of_mapping(const struct uffd_range *piece, uint64_t limit)
 {
 	uint64_t end = piece->end, step = piece->page_size;

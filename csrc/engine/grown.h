@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Mappings that have grown: mremap(2) makes a registered mapping longer, registration
- * included, and sends no event (measured on Linux 6.18).
+ * Mappings that have grown: mremap(2) extends a registered mapping together with its
+ * registration, and sends no event (measured on Linux 6.18).
  */
 #ifndef UFFD_ENGINE_GROWN_H
 #define UFFD_ENGINE_GROWN_H
@@ -9,11 +9,11 @@
 #include "core.h"
 
 /*
- * Zeros for a page that a mapping has grown by, or what the page cache holds there.
- * OUTCOME_STRAY: it is none.  For readers of the table; async-signal-safe.
+ * Fill a page that a mapping has grown by with zeros, or map the page cache's page.
+ * OUTCOME_STRAY: it is no such page.  For readers of the table; async-signal-safe.
  */
 enum outcome resolve_grown(struct uffd_table *table, uint64_t address, enum uffd_fault_kind kind);
-/* What a piece has grown by goes with it; before that is unregistered, and taken out. */
+/* Unregister what a piece has grown by; call before the piece is unregistered and removed. */
 void unregister_grown(struct uffd_range *range);
 
 #endif /* UFFD_ENGINE_GROWN_H */

@@ -36,7 +36,7 @@ static __thread struct {
 	unsigned int count;
 } repeated __attribute__((tls_model("initial-exec")));
 
-/* Whether the same place may fault again: not for good. */
+/* Count a fault that was not resolved; false if there were too many on this address. */
 static bool may_repeat(uint64_t address)
 {
 	if (repeated.address != address)
@@ -176,14 +176,14 @@ static bool resolve_outside(struct uffd_range *range, unsigned int shard, uint64
 	return ours;
 }
 
-/* A page that a mapping has grown by: each kind of fault that it may be is tried once. */
+/* For a page that a mapping has grown by: try each possible kind of fault once. */
 static bool resolve_grown_inline(uint64_t address, uint64_t error)
 {
 	bool is_protected = error & FAULT_PRESENT && error & FAULT_WRITE;
 	enum uffd_fault_kind kind = is_protected ? UFFD_KIND_WP : UFFD_KIND_MISSING;
 	enum outcome outcome = resolve_grown(&uffd_inline_table, address, kind);
 
-	/* It is there for others, or the page cache holds it. */
+	/* Present, or only the page cache holds it. */
 	if (outcome == OUTCOME_PRESENT && kind == UFFD_KIND_MISSING) {
 		outcome = resolve_grown(&uffd_inline_table, address, UFFD_KIND_MINOR);
 		if (outcome == OUTCOME_STRAY)

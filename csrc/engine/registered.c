@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 /*
- * The list of what was registered in an address space.
+ * The list of the memory registered in an address space.
  *
- * Too much in it does little harm: growth into that is refused.  What it lacks would be given
- * zeros, so entries are added before others go, and never cut in two.
+ * A superfluous entry does little harm: growth into it is refused.  Memory that the list
+ * lacks would be filled with zeros.  So add entries before removing others, and never
+ * split one.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,7 +27,7 @@ bool is_registered(struct uffd_space *space, uint64_t address)
 
 static void drop_entry(struct uffd_space *space, struct uffd_range *entry)
 {
-	/* Where a reader may still be at it, it is left alone for good. */
+	/* Leak it if a reader may still use it. */
 	if (uffd_table_remove(&space->registered, entry))
 		uffd_free(entry);
 }
@@ -46,7 +47,7 @@ static int add_entry(struct uffd_space *space, uint64_t start, uint64_t end)
 	return r;
 }
 
-/* The parts of [start, end) that are not listed yet. */
+/* Add the parts of [start, end) that are not listed yet. */
 static int add_gaps(struct uffd_space *space, uint64_t start, uint64_t end)
 {
 	int r = 0;

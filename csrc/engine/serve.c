@@ -129,12 +129,12 @@ int uffd_engine_note_registered(struct uffd_engine *engine, uint32_t number, uin
 
 	if (!space)
 		return -ESRCH;
-	/* An event of what was unmapped here before would take it from the list again. */
+	/* Wait for the event of an earlier unmapping here, which would unlist it again. */
 	wait_for_layout(space);
 	gate_enter(space);
 	r = list_registered(space, start, end);
 	gate_leave(space);
-	/* Nobody takes it for grown any more. */
+	/* Afterwards no thread treats it as grown. */
 	await_work(engine);
 	space_put(space);
 	return r;

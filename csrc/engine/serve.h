@@ -16,9 +16,9 @@ int uffd_engine_set_ioctls(struct uffd_engine *engine, const struct uffd_range_r
 			   uint64_t ioctls);
 
 /*
- * What is registered in a space, besides what is put in, and what is not any more: before
- * the ioctl, and after it.  Once all of it is known, a fault elsewhere that is one mapping
- * with a range is taken for that mapping's growth.
+ * Note memory that is registered in a space besides its ranges, before the ioctl, and
+ * memory that was unregistered, after it.  Once all of it is known, a fault in other memory
+ * that is in one mapping with a range counts as growth of that mapping.
  */
 int uffd_engine_note_registered(struct uffd_engine *engine, uint32_t space, uint64_t start,
 				uint64_t end);

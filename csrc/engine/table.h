@@ -98,7 +98,7 @@ static inline void uffd_table_leave(struct uffd_table *table, unsigned int shard
 /* The range that holds the address, or NULL.  Call between enter and leave. */
 struct uffd_range *uffd_table_find(struct uffd_table *table, uint64_t address);
 
-/* The last range that begins at or before the address, or NULL.  Likewise. */
+/* The last range that starts at or before the address, or NULL.  Call as above. */
 struct uffd_range *uffd_table_before(struct uffd_table *table, uint64_t address);
 
 /* The first range that ends behind the address, or NULL.  For writers of the table. */
