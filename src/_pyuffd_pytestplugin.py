@@ -1,4 +1,4 @@
-"""The pytest plugin of `pyuffd.testing`: its marks and fixtures.
+"""The pytest plugin of `pyuffd.testing`: its marks and fixtures, and the strict mode of skips.
 
 pytest imports this wherever pyuffd is installed, so it stands outside the package and imports it
 only in tests that use it.
@@ -6,7 +6,8 @@ only in tests that use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,25 @@ if TYPE_CHECKING:
     from pyuffd.testing import FaultingChild
 
 
+# pyuffd's own suites say so: with PYUFFD_TESTS=require no skip at all is let pass.
+EVERY_SKIP = "pyuffd_require_every_skip"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Know what a configuration file may say."""
+    text = "PYUFFD_TESTS=require is about all skips, not only those of needs*()"
+    parser.addini(EVERY_SKIP, text, type="bool", default=False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the mark, for --strict-markers."""
+    """Know the mark, for --strict-markers; refuse a mode that nobody knows."""
     config.addinivalue_line(
         "markers", "pyuffd_need(need): what a test needs; made by needs*() of pyuffd.testing"
     )
+    if "PYUFFD_TESTS" in os.environ:
+        from pyuffd.testing._skips import check_mode
+
+        check_mode()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -30,6 +45,39 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         from pyuffd.testing import require
 
         require(mark)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Report a skip as a failure where PYUFFD_TESTS=require says so."""
+    report = yield
+    error = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(error, pytest.skip.Exception) and not _may_be_skipped(item.config, error):
+        report.outcome = "failed"
+        report.longrepr = f"PYUFFD_TESTS=require: skipped: {error}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same of a module that skips itself, which no need does."""
+    report = yield
+    if report.outcome == "skipped" and not _may_be_skipped(collector.config, Exception()):
+        report.outcome = "failed"
+        report.longrepr = f"PYUFFD_TESTS=require: module skipped: {report.longreprtext}"
+    return report
+
+
+def _may_be_skipped(config: pytest.Config, error: BaseException) -> bool:
+    if "PYUFFD_TESTS" not in os.environ:
+        return True
+    from pyuffd.testing._skips import may_be_skipped
+
+    return may_be_skipped(error, others=not config.getini(EVERY_SKIP))
 
 
 @pytest.fixture

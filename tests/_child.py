@@ -27,7 +27,7 @@ from pyuffd.testing._run import (
     dotted,
     wait_for_end,
 )
-from tests._need import skip
+from pyuffd.testing._skips import skip
 from tests._zygote import Zygote
 
 __all__ = [

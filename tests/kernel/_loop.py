@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests._need import Need
+from tests._need import Need, marked
 
 _CONTROL = "/dev/loop-control"
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -29,7 +29,7 @@ def needs_loop_device() -> pytest.MarkDecorator:
             return ["loop-device"], str(error)
         return [], ""
 
-    return pytest.mark.need(Need("loop devices", missing))
+    return marked(Need("loop devices", missing))
 
 
 class Device:

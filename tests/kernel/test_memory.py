@@ -10,7 +10,7 @@ import pytest
 
 from pyuffd import _memory
 from pyuffd.testing._need import needs_hugetlb_mremap
-from tests._need import HUGE_PAGE, needs_hugepages, needs_privilege
+from tests._need import HUGE_PAGE, marked, needs_hugepages, needs_privilege
 from tests.kernel._mounts import mounted
 
 PAGES = 4
@@ -19,7 +19,7 @@ PROT_NONE, PROT_RW = 0, mmap.PROT_READ | mmap.PROT_WRITE
 
 @needs_privilege()
 @needs_hugepages(PAGES)
-@pytest.mark.need(needs_hugetlb_mremap())
+@marked(needs_hugetlb_mremap())
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 2), (3, 1), (0, PAGES)])
 def test_moved_private_huge_pages_are_given_back(first: int, count: int) -> None:
     length = count * HUGE_PAGE

@@ -17,7 +17,7 @@ import pytest
 from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import Need, needs, needs_kernel_faults
+from tests._need import Need, marked, needs, needs_kernel_faults
 from tests.kernel._serving import states
 
 FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
@@ -84,7 +84,7 @@ def needs_io_uring() -> pytest.MarkDecorator:
             return ["io_uring"], str(error)
         return [], ""
 
-    return pytest.mark.need(Need("io_uring", missing))
+    return marked(Need("io_uring", missing))
 
 
 def read_into(pinned: str) -> None:

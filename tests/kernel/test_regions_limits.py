@@ -25,7 +25,7 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import HUGE_PAGE, Need, free_hugepages, needs_hugepages
+from tests._need import HUGE_PAGE, Need, free_hugepages, marked, needs_hugepages
 
 GIB = 1 << 30
 MCL_FUTURE = 2
@@ -41,7 +41,7 @@ def needs_overcommit_guess() -> pytest.MarkDecorator:
         mode = OVERCOMMIT.read_text().strip()
         return ([] if mode == "0" else ["overcommit"]), f"it is {mode}"
 
-    return pytest.mark.need(Need("vm.overcommit_memory=0", missing))
+    return marked(Need("vm.overcommit_memory=0", missing))
 
 
 def more_than_memory() -> int:

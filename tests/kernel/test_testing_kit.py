@@ -440,6 +440,17 @@ def test_what_ended_while_this_thread_was_kept_waiting_is_no_leak(
     assert not undo
 
 
+def test_a_thread_that_was_passed_over_is_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_leaks, "_threads_before", set())
+    # Each time it lists them twice before the body and once after it.
+    listed: list[list[str]] = [["thread 1 (old)"], [], [], [], [], ["thread 1 (old)"]]
+    monkeypatch.setattr(_leaks, "_threads", lambda: iter(listed.pop(0)))
+    for _ in range(2):
+        with no_leaks(settle_s=0, **only("threads")):
+            pass
+    assert not listed
+
+
 def test_an_exception_of_the_body_goes_on() -> None:
     undo: list[Callable[[], None]] = []
     with pytest.raises(LookupError), no_leaks():
@@ -679,6 +690,23 @@ def test_plugin_fails_instead_if_told(suite: Callable[..., tuple[int, str]]) -> 
         PYUFFD_TESTS_MAY_LACK="0x4000000000000000 hugepages-2048kB",
     )
     assert status == 0, output
+
+
+def test_skips_of_others_stay_skips(suite: Callable[..., tuple[int, str]]) -> None:
+    text = """
+        import pytest
+
+        def test_tired(): pytest.skip("tired")
+    """
+    status, output = suite(text, PYUFFD_TESTS="require")
+    assert status == 0, output
+    assert "1 skipped" in output
+
+
+def test_a_mode_that_nobody_knows_is_refused(suite: Callable[..., tuple[int, str]]) -> None:
+    status, output = suite("def test(): ...", PYUFFD_TESTS="perhaps")
+    assert status == pytest.ExitCode.USAGE_ERROR, output
+    assert "PYUFFD_TESTS='perhaps'" in output
 
 
 @needs_kernel_faults()

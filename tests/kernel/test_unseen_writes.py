@@ -13,7 +13,7 @@ import pytest
 from pyuffd import Feature, Handler, PageBit, Pagemap, Region, RegisterMode, Userfaultfd
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import Need, needs_privilege
+from tests._need import Need, marked, needs_privilege
 
 KSM = Path("/sys/kernel/mm/ksm")
 MADV_MERGEABLE, MADV_UNMERGEABLE = 12, 13
@@ -30,7 +30,7 @@ def needs_ksm() -> pytest.MarkDecorator:
         run = (KSM / "run").read_text().strip()
         return ([] if run == "0" else ["ksm"]), f"it is {run}"
 
-    return pytest.mark.need(Need("KSM that is off", missing))
+    return marked(Need("KSM that is off", missing))
 
 
 @contextlib.contextmanager

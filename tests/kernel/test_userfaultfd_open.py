@@ -32,6 +32,7 @@ from tests._need import (
     CAPABILITIES,
     Need,
     kernel_features,
+    marked,
     needs,
     needs_kernel_faults,
     needs_privilege,
@@ -50,7 +51,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 
 
 def needs_device() -> pytest.MarkDecorator:
-    return pytest.mark.need(
+    return marked(
         Need(
             "a readable /dev/userfaultfd",
             lambda: ([] if os.access(DEVICE, os.R_OK | os.W_OK) else ["device"], "none found"),
@@ -67,7 +68,7 @@ def needs_refusal() -> pytest.MarkDecorator:
         keys = ["unprivileged_userfaultfd=0"] if allowed else []
         return keys + (["closed-device"] if open_to_all else []), "anyone may open one"
 
-    return pytest.mark.need(Need("userfaultfd refused to unprivileged users", missing))
+    return marked(Need("userfaultfd refused to unprivileged users", missing))
 
 
 def become_nobody() -> None:

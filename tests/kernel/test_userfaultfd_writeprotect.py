@@ -22,7 +22,7 @@ from pyuffd import (
     WriteprotectMode,
 )
 from tests._memory import Memory
-from tests._need import Need, kernel_features, needs, needs_kernel_faults
+from tests._need import Need, kernel_features, marked, needs, needs_kernel_faults
 from tests.kernel._faults import (
     WAIT_S,
     Task,
@@ -262,7 +262,7 @@ def lacks(feature: Feature) -> pytest.MarkDecorator:
         has = kernel_features() & int(feature)
         return (["old-kernel"] if has else []), f"the kernel offers {kernel_features():#x}"
 
-    return pytest.mark.need(Need(f"a kernel without {feature!r}", missing))
+    return marked(Need(f"a kernel without {feature!r}", missing))
 
 
 @lacks(Feature.RWP)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pyuffd.testing._skips import lack_of
 from tests._child import ROOT, ChildFailure, run_child, wait_for_end
-from tests._need import Need, require
+from tests._need import Need, marked, require
 
 # Long past every budget used here, so that only the time limit ends it.
 FOREVER_S = 600
@@ -86,14 +87,27 @@ def test_skip_in_a_child_skips_the_test() -> None:
         run_child(skip_here)
 
 
+def lack_a_moon() -> None:
+    require(marked(Need("a moon", lambda: (["moon"], "the sky is empty"))))
+
+
+def test_need_of_a_child_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYUFFD_TESTS_MAY_LACK", "moon")
+    with pytest.raises(pytest.skip.Exception) as caught:
+        run_child(lack_a_moon)
+    lack = lack_of(caught.value)
+    assert lack is not None
+    assert (lack.keys, lack.may_be) == (["moon"], True)
+
+
 def test_unmet_need_names_what_was_found() -> None:
     need = Need("a moon", lambda: (["moon"], "the sky is empty"))
     with pytest.raises(pytest.skip.Exception, match="needs a moon; the sky is empty"):
-        require(pytest.mark.need(need))
+        require(marked(need))
 
 
 def test_met_need_lets_the_test_run() -> None:
-    require(pytest.mark.need(Need("air", lambda: ([], "air"))))
+    require(marked(Need("air", lambda: ([], "air"))))
 
 
 @pytest.fixture
@@ -104,9 +118,9 @@ def suite(tmp_path: Path) -> Path:
         textwrap.dedent(
             """
             import pytest
-            from tests._need import Need
+            from tests._need import Need, marked
 
-            MOON = pytest.mark.need(Need("a moon", lambda: (["moon"], "no moon")))
+            MOON = marked(Need("a moon", lambda: (["moon"], "no moon")))
 
             @MOON
             def test_marked(): ...

@@ -26,8 +26,8 @@ from pyuffd.testing._needs import (
     needs_ioctl,
     needs_privilege,
     needs_swap,
-    require,
 )
+from pyuffd.testing._skips import require
 
 __all__ = [
     "MEMORY_TYPES",

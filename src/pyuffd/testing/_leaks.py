@@ -33,6 +33,12 @@ class LeakError(AssertionError):
         return type(self), (self.leaks,)
 
 
+_THREAD = "thread "
+# Listing /proc/self/task passes over a thread while another one, of the code before this, exits:
+# all that were there before some body are remembered.
+_threads_before: set[str] = set()
+
+
 @contextmanager
 def no_leaks(
     *,
@@ -75,7 +81,10 @@ def no_leaks(
         )
         if wanted
     ]
-    before = {name for look in looks for name in look()}
+    # Twice, as a thread may be passed over.
+    before = {name for _ in range(2) for look in looks for name in look()}
+    _threads_before.update(name for name in before if name.startswith(_THREAD))
+    before |= _threads_before
     yield
     deadline = time.monotonic() + settle_s
     while True:
@@ -100,7 +109,7 @@ def _threads() -> Iterator[str]:
     for thread in os.listdir("/proc/self/task"):
         with suppress(FileNotFoundError, ProcessLookupError):
             name = Path(f"/proc/self/task/{thread}/comm").read_text().strip()
-            yield f"thread {thread} ({name})"
+            yield f"{_THREAD}{thread} ({name})"
 
 
 def _processes() -> Iterator[str]:

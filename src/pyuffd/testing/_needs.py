@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pyuffd.testing import _need
 from pyuffd.testing._memory_types import HUGE_PAGE
-from pyuffd.testing._need import Lack, Need
+from pyuffd.testing._need import Need
 
 if TYPE_CHECKING:
     import pytest
@@ -27,7 +27,7 @@ def needs(feature: IntFlag) -> pytest.MarkDecorator:
         reason of the skip says what was found. With `PYUFFD_TESTS=require` in the environment
         the test fails instead, unless `PYUFFD_TESTS_MAY_LACK` names what is lacking.
     """
-    return _mark(_need.needs(feature))
+    return marked(_need.needs(feature))
 
 
 def needs_ioctl(
@@ -44,42 +44,33 @@ def needs_ioctl(
     Returns:
         A mark, as from `needs`.
     """
-    return _mark(_need.needs_ioctl(ioctl, memory, mode, features))
+    return marked(_need.needs_ioctl(ioctl, memory, mode, features))
 
 
 def needs_privilege(*capabilities: str) -> pytest.MarkDecorator:
     """Skip unless this process has these capabilities; CAP_SYS_ADMIN if none is named."""
     if unknown := set(capabilities) - set(_need.CAPABILITIES):
         raise ValueError(f"{sorted(unknown)}: known are {sorted(_need.CAPABILITIES)}")
-    return _mark(_need.needs_privilege(*capabilities))
+    return marked(_need.needs_privilege(*capabilities))
 
 
 def needs_hugepages(count: int, size: int = HUGE_PAGE) -> pytest.MarkDecorator:
     """Skip unless `count` huge pages of `size` bytes are free when the test begins."""
-    return _mark(_need.needs_hugepages(count, size))
+    return marked(_need.needs_hugepages(count, size))
 
 
 def needs_swap() -> pytest.MarkDecorator:
     """Skip unless some swap is on."""
-    return _mark(_need.needs_swap())
+    return marked(_need.needs_swap())
 
 
-def require(mark: pytest.MarkDecorator | pytest.Mark) -> None:
-    """Check a mark of `needs*` now: for fixtures, and for the middle of a test."""
-    import pytest
-
-    for need in mark.args:
-        try:
-            need.check()
-        except Lack as lack:
-            if _need.strict() and not lack.may_be:
-                pytest.fail(f"PYUFFD_TESTS=require: {lack.reason}", pytrace=False)
-            skip = pytest.skip.Exception(lack.reason)
-            vars(skip)["may_lack"] = lack.may_be
-            raise skip from None
+def needs_kernel_faults() -> pytest.MarkDecorator:
+    """Skip where this user may handle the faults of user code only, not those of system calls."""
+    return marked(_need.needs_kernel_faults())
 
 
-def _mark(need: Need) -> pytest.MarkDecorator:
+def marked(need: Need) -> pytest.MarkDecorator:
+    """Return the mark that skips a test unless a need is met."""
     import pytest
 
     return pytest.mark.pyuffd_need(need)

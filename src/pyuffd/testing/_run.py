@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pyuffd.testing._need import Lack, strict
+from pyuffd.testing._skips import lack_of
 from pyuffd.testing._user_mode import make_do
 
 # Interpreter start and imports, not counted in the budget of the code under test; generous
@@ -252,12 +253,13 @@ def perform(call: str, reply: int) -> None:
             code = compile(target, "<child source>", "exec")
             faulthandler.dump_traceback_later(request["budget_s"], exit=True)
             exec(code, {"__name__": "__main__"})
-    except Lack as lack:
-        answer["skipped"] = [lack.keys, lack.reason]
+    except Lack as error:
+        answer["skipped"] = [error.keys, error.reason]
     except BaseException as error:
         if type(error).__name__ != "Skipped":  # pytest's, which need not be installed
             raise
-        answer["skipped"] = [[], str(error)]
+        lack = lack_of(error)
+        answer["skipped"] = [lack.keys if lack else [], str(error)]
     os.write(reply, json.dumps(answer).encode())
 
 

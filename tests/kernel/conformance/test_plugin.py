@@ -175,6 +175,12 @@ def test_require_turns_a_skip_into_a_failure_unless_it_is_allowed(
     assert made.results["t.lack.any"].outcome == outcome
 
 
+def test_require_holds_where_plugins_are_not_loaded_by_themselves(tmp_path: Path) -> None:
+    env = {"PYUFFD_TESTS": "require", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    made, _ = run(tmp_path, "-k", "lack", status=1, env=env)
+    assert made.results["t.lack.any"].outcome == "failed"
+
+
 def test_stall_ends_its_worker_only(tmp_path: Path) -> None:
     made, output = run(tmp_path, "-n", "1", "-k", "good or stall", status=1)
     assert made.results["t.stall.anon"].outcome == "failed"
