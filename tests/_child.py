@@ -1,4 +1,4 @@
-"""Run code that may stall in a child process: the conformance suite's way, for every test.
+"""Run code that may stall in a child process: the kit's way, from a zygote.
 
 Functions run in a fork of a zygote (tests/_zygote.py); source text, and whatever wants another
 environment from its start, in a fresh process. PYUFFD_FRESH_CHILDREN=1 makes all of them fresh.
@@ -15,33 +15,9 @@ from typing import Any
 
 from pyuffd.testing import _run
 from pyuffd.testing._need import Lack
-from pyuffd.testing._run import (
-    SCALE,
-    STARTUP_S,
-    Child,
-    ChildFailure,
-    ChildResult,
-    Expect,
-    FreshChild,
-    Request,
-    dotted,
-    wait_for_end,
-)
+from pyuffd.testing._run import Child, ChildResult, Expect, FreshChild, Request
 from pyuffd.testing._skips import skip
 from tests._zygote import Zygote
-
-__all__ = [
-    "ROOT",
-    "SCALE",
-    "STARTUP_S",
-    "ChildFailure",
-    "ChildResult",
-    "Expect",
-    "dotted",
-    "run_child",
-    "wait_for_end",
-    "zygote",
-]
 
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = os.environ.get("PYUFFD_FRESH_CHILDREN") == "1"

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-from tests._child import wait_for_end
+from pyuffd.testing._run import wait_for_end
 from tests.engine_mutants._mutants import ROOT, Mutant
 
 BUILDS = ROOT / "build/engine-mutants"

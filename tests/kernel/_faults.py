@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 
 from pyuffd import Feature, Pagefault, RegisterMode, Userfaultfd
 from pyuffd._abi import Event
-from tests._child import SCALE
-from tests._need import kernel_features
+from pyuffd.testing._need import kernel_features
+from pyuffd.testing._run import SCALE
 
 WAIT_S = 8.0 * SCALE
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests._need import Need, marked
+from pyuffd.testing._need import Need
+from pyuffd.testing._needs import marked
 
 _CONTROL = "/dev/loop-control"
 _LOOP_CTL_GET_FREE = 0x4C82

@@ -22,9 +22,8 @@ from pyuffd import (
     Remove,
     Userfaultfd,
 )
-from pyuffd.testing import FaultingChild, layout_change_pending
+from pyuffd.testing import FaultingChild, layout_change_pending, needs, needs_privilege, require
 from tests._child import run_child
-from tests._need import needs, needs_privilege, require
 from tests.kernel._faults import Task, no_events, readable, registered
 from tests.kernel._serving import wait_for_stalled, wait_until
 

@@ -22,8 +22,8 @@ from pyuffd import (
     Region,
     Userfaultfd,
 )
+from pyuffd.testing import needs
 from tests._child import run_child
-from tests._need import needs
 from tests.kernel._serving import is_lost
 from tests.process._pitfalls import Pages
 

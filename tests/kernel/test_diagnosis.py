@@ -30,9 +30,10 @@ from pyuffd import (
     _diagnose,
     _memory,
 )
+from pyuffd.testing import needs_hugepages
+from pyuffd.testing._memory_types import HUGE_PAGE
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import HUGE_PAGE, needs_hugepages
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")

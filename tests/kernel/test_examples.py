@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pyuffd import Feature
+from pyuffd.testing import needs, needs_hugepages
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
-from tests._need import needs, needs_hugepages, needs_kernel_faults
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 BUDGET_S = 20.0

@@ -34,9 +34,11 @@ from pyuffd import (
     ZeroSource,
     _memory,
 )
+from pyuffd.testing import needs_hugepages, needs_privilege
+from pyuffd.testing._memory_types import HUGE_PAGE
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE, memory_params
-from tests._need import HUGE_PAGE, needs_hugepages, needs_kernel_faults, needs_privilege
 from tests.kernel._mounts import mounted
 from tests.kernel._serving import (
     Driver,

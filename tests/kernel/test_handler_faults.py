@@ -24,9 +24,9 @@ from pyuffd import (
     RegisterMode,
     ZeroSource,
 )
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs_kernel_faults
 from tests.kernel._serving import (
     Driver,
     both_drivers,

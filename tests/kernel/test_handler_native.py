@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from pyuffd import BufferSource, Handler, HandlerError, Region, UffdOSError, ZeroSource
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs_kernel_faults
 from tests.kernel._serving import (
     content,
     handler_of,

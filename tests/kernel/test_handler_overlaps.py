@@ -11,9 +11,9 @@ from typing import Literal
 import pytest
 
 from pyuffd import BufferSource, Handler, HandoverRange, Region, RegisterMode, ZeroSource
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs_kernel_faults
 from tests.kernel._serving import Driver, handler_of, with_both_drivers
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR

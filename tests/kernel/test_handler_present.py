@@ -18,10 +18,10 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.testing import needs_privilege
 from pyuffd.testing._opening import only_user_mode
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs_privilege
 from tests.kernel._serving import (
     Driver,
     content,

@@ -25,8 +25,8 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.testing import needs
 from tests._memory import PAGE
-from tests._need import needs
 from tests.kernel._serving import Driver, both_drivers, handler_of, open_fds, thread_names
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR

@@ -23,9 +23,9 @@ from pyuffd import (
     ZeroSource,
     lowlevel,
 )
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs
 from tests.kernel._serving import content, run_threads, states
 from tests.process._pitfalls import LAYOUT
 

@@ -20,10 +20,9 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd.handlers.process._remote import RemoteEngine
-from pyuffd.testing import kill
+from pyuffd.testing import kill, needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs
 from tests.kernel._faults import Task
 from tests.kernel._serving import content, is_lost, wait_for_stalled, wait_until
 

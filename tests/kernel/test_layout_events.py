@@ -13,9 +13,9 @@ import threading
 import pytest
 
 from pyuffd import CallableSource, Feature, HandlerError, PageState, Region, _memory
-from pyuffd.testing import GatedSource
+from pyuffd.testing import GatedSource, require
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._barriers import Point, holding
-from tests._need import needs_kernel_faults, require
 from tests.kernel._faults import Task
 from tests.kernel._serving import (
     is_lost,

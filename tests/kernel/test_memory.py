@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from pyuffd import _memory
+from pyuffd.testing import needs_hugepages, needs_privilege
+from pyuffd.testing._memory_types import HUGE_PAGE
 from pyuffd.testing._need import needs_hugetlb_mremap
-from tests._need import HUGE_PAGE, marked, needs_hugepages, needs_privilege
+from pyuffd.testing._needs import marked
 from tests.kernel._mounts import mounted
 
 PAGES = 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pyuffd import Feature
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_params
-from tests._need import needs
 from tests.stress._programs import DRIVERS, FEATURES, attempt, make
 
 SEED = 20_000

@@ -8,10 +8,9 @@ from typing import Literal, get_args
 import pytest
 
 from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd, _memory
-from pyuffd.testing import FaultingChild
+from pyuffd.testing import FaultingChild, needs
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs
 from tests.kernel._serving import states
 
 Driver = Literal["native", "thread", "process"]

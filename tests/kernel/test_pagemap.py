@@ -23,9 +23,9 @@ from pyuffd import (
     Userfaultfd,
     WriteprotectMode,
 )
+from pyuffd.testing import needs, needs_privilege, needs_swap
 from tests._child import run_child
 from tests._memory import PAGE, Memory
-from tests._need import needs, needs_privilege, needs_swap
 
 TASK_SIZE = 0x7FFF_FFFF_F000
 NOBODY = 65534

@@ -28,8 +28,9 @@ from pyuffd import (
     Userfaultfd,
     lowlevel,
 )
+from pyuffd.testing import needs, needs_hugepages, needs_privilege, needs_swap
+from pyuffd.testing._memory_types import HUGE_PAGE
 from tests._memory import PAGE, Memory
-from tests._need import HUGE_PAGE, needs, needs_hugepages, needs_privilege, needs_swap
 
 PRESENT, WRITTEN = PageCategory.PRESENT, PageCategory.WRITTEN
 EVERYTHING = PageCategory(0x1FF)

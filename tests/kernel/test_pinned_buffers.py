@@ -15,9 +15,11 @@ import tempfile
 import pytest
 
 from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd
+from pyuffd.testing import needs
+from pyuffd.testing._need import Need
+from pyuffd.testing._needs import marked, needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import Need, marked, needs, needs_kernel_faults
 from tests.kernel._serving import states
 
 FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED

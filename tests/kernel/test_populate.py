@@ -22,9 +22,10 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.testing import needs_hugepages
+from pyuffd.testing._memory_types import HUGE_PAGE
 from tests._child import run_child
 from tests._memory import PAGE, memory_of, memory_params
-from tests._need import HUGE_PAGE, needs_hugepages
 from tests.kernel._serving import WAIT_S, is_lost, states, wait_until
 
 MIB = 1 << 20

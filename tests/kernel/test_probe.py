@@ -11,13 +11,8 @@ import pytest
 
 import pyuffd
 from pyuffd import Feature, Ioctl, KernelSupport, RegisterMode, Userfaultfd, probe
-from tests._need import (
-    MEMORY_TYPES,
-    kernel_features,
-    needs,
-    needs_hugepages,
-    range_ioctls,
-)
+from pyuffd.testing import MEMORY_TYPES, needs, needs_hugepages
+from pyuffd.testing._need import kernel_features, range_ioctls
 
 pytestmark = needs(Feature(0))
 

@@ -18,11 +18,10 @@ from pyuffd import (
     Userfaultfd,
     probe,
 )
-from pyuffd.testing import MEMORY_TYPES
+from pyuffd.testing import MEMORY_TYPES, needs
 from tests import _readme
 from tests._child import run_child
 from tests._memory import Memory
-from tests._need import needs
 
 TABLE = _readme.table("memory")
 MODES = {

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from pyuffd import Region, RegionKind, UffdOSError, UffdPermissionError, Userfaultfd
-from tests._need import HUGE_PAGE, free_hugepages, needs_hugepages, needs_privilege
+from pyuffd.testing import needs_hugepages, needs_privilege
+from pyuffd.testing._huge_pages import free_hugepages
+from pyuffd.testing._memory_types import HUGE_PAGE
 from tests.kernel._mounts import mounted
 
 PAGE = 4096

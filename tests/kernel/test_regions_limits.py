@@ -23,9 +23,13 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.testing import needs_hugepages
+from pyuffd.testing._huge_pages import free_hugepages
+from pyuffd.testing._memory_types import HUGE_PAGE
+from pyuffd.testing._need import Need
+from pyuffd.testing._needs import marked
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import HUGE_PAGE, Need, free_hugepages, marked, needs_hugepages
 
 GIB = 1 << 30
 MCL_FUTURE = 2

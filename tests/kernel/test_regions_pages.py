@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pyuffd import Region, UffdOSError
+from pyuffd.testing import needs_swap
 from tests._memory import Memory
-from tests._need import needs_swap
 
 PAGE = 4096
 HUGE = 2 << 20

@@ -22,9 +22,10 @@ from pyuffd import (
     Userfaultfd,
     residency,
 )
+from pyuffd.testing import needs, needs_hugepages, needs_privilege, needs_swap
+from pyuffd.testing._memory_types import HUGE_PAGE
 from tests._child import run_child
 from tests._memory import PAGE, Memory
-from tests._need import HUGE_PAGE, needs, needs_hugepages, needs_privilege, needs_swap
 
 HOLE, SWAPPED, RESIDENT, MAPPED, PRIVATE, POISON, UNKNOWN = PageResidency
 NOBODY = 65534

@@ -54,10 +54,10 @@ from pyuffd.testing import (
     Step,
     WrongLengthSource,
     layout_change_pending,
+    needs,
     no_leaks,
 )
 from tests._child import run_child
-from tests._need import needs
 
 PAGE = 4096
 ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

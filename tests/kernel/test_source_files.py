@@ -24,9 +24,10 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.testing import needs_hugepages
+from pyuffd.testing._memory_types import HUGE_PAGE
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import HUGE_PAGE, needs_hugepages
 from tests.kernel._loop import loop_device, needs_loop_device
 from tests.kernel._serving import content, is_lost
 

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import pytest
 
 from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd, ZeroSource
+from pyuffd.testing import needs, needs_swap
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs, needs_swap
 from tests.kernel._faults import Task
 from tests.kernel._serving import states
 

@@ -51,14 +51,15 @@ from pyuffd.testing import (
     kill,
     layout_change_pending,
     layout_is_changing,
+    needs,
     needs_privilege,
     no_leaks,
 )
 from pyuffd.testing import needs as kit_needs
+from pyuffd.testing import needs_privilege as privilege
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import ROOT, run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs, needs_kernel_faults
-from tests._need import needs_privilege as privilege
 from tests.kernel._faults import Task, registered
 from tests.kernel._serving import wait_for_stalled, wait_until
 

@@ -29,9 +29,10 @@ from pyuffd import (
     Region,
     Userfaultfd,
 )
+from pyuffd.testing import needs
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._barriers import Point, holding
 from tests._child import run_child
-from tests._need import needs, needs_kernel_faults
 from tests.kernel._serving import is_lost, wait_until
 from tests.process._pitfalls import (
     ALL,

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from pyuffd import Feature, Handler, PageBit, Pagemap, Region, RegisterMode, Userfaultfd
+from pyuffd.testing import needs_privilege
+from pyuffd.testing._need import Need
+from pyuffd.testing._needs import marked
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import Need, marked, needs_privilege
 
 KSM = Path("/sys/kernel/mm/ksm")
 MADV_MERGEABLE, MADV_UNMERGEABLE = 12, 13

@@ -22,8 +22,8 @@ from pyuffd import (
     Userfaultfd,
     WriteprotectMode,
 )
+from pyuffd.testing import needs
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import needs
 from tests.kernel._faults import Task, next_fault, no_events, registered
 
 pytestmark = needs(Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS)

@@ -26,8 +26,9 @@ from pyuffd import (
     ZeropageMode,
 )
 from pyuffd import _memory as raw
+from pyuffd.testing import needs, needs_ioctl
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import needs, needs_ioctl, needs_kernel_faults
 from tests.kernel._faults import Task, next_fault, no_events, registered, wait_for_pending
 
 pytestmark = needs(Feature(0))

@@ -28,9 +28,9 @@ from pyuffd import (
 )
 from pyuffd import _memory as raw
 from pyuffd._abi import Event
+from pyuffd.testing import needs, needs_privilege
 from tests._child import run_child
 from tests._memory import Memory
-from tests._need import needs, needs_privilege
 from tests.kernel._faults import (
     WAIT_S,
     Task,

@@ -24,8 +24,8 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd import _memory as raw
+from pyuffd.testing import needs
 from tests._memory import Memory
-from tests._need import needs
 from tests.kernel._faults import (
     WAIT_S,
     Task,

@@ -18,9 +18,9 @@ from pyuffd import (
     UffdOSError,
     Userfaultfd,
 )
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs
 from tests.kernel._faults import Task, fork, next_fault, no_events, registered
 
 pytestmark = needs(Feature.MOVE)

@@ -27,16 +27,10 @@ from pyuffd import (
     Userfaultfd,
     lowlevel,
 )
+from pyuffd.testing import needs, needs_privilege
+from pyuffd.testing._need import CAPABILITIES, Need, kernel_features
+from pyuffd.testing._needs import marked, needs_kernel_faults
 from tests._child import run_child
-from tests._need import (
-    CAPABILITIES,
-    Need,
-    kernel_features,
-    marked,
-    needs,
-    needs_kernel_faults,
-    needs_privilege,
-)
 from tests.kernel._faults import Task, next_fault, offered, open_files
 
 pytestmark = needs(Feature(0))

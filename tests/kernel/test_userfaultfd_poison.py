@@ -19,9 +19,10 @@ from pyuffd import (
     UffdOSError,
     Userfaultfd,
 )
+from pyuffd.testing import needs
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import needs, needs_kernel_faults
 from tests.kernel._faults import Task, next_fault, no_events, registered
 from tests.kernel._serving import peek
 

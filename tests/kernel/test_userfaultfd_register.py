@@ -26,9 +26,10 @@ from pyuffd import (
     WriteprotectMode,
 )
 from pyuffd import _memory as raw
+from pyuffd.testing import needs
+from pyuffd.testing._need import kernel_features, range_ioctls
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import kernel_features, needs, range_ioctls
 from tests.kernel._faults import Task, next_fault, no_events, registered, wait_for_pending
 from tests.kernel.test_userfaultfd_open import CALLS
 

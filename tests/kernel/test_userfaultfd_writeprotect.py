@@ -21,8 +21,10 @@ from pyuffd import (
     Userfaultfd,
     WriteprotectMode,
 )
+from pyuffd.testing import needs
+from pyuffd.testing._need import Need, kernel_features
+from pyuffd.testing._needs import marked, needs_kernel_faults
 from tests._memory import Memory
-from tests._need import Need, kernel_features, marked, needs, needs_kernel_faults
 from tests.kernel._faults import (
     WAIT_S,
     Task,

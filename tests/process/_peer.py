@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tests._child import ROOT, SCALE, STARTUP_S, dotted
+from pyuffd.testing._run import SCALE, STARTUP_S, dotted
+from tests._child import ROOT
 
 BUDGET_S = 15.0
 _PR_SET_PDEATHSIG = 1

@@ -27,10 +27,10 @@ from pyuffd import (
     Region,
     Userfaultfd,
 )
-from pyuffd.testing import layout_is_changing
-from tests._child import Expect, run_child
+from pyuffd.testing import layout_is_changing, needs, needs_hugepages
+from pyuffd.testing._run import Expect
+from tests._child import run_child
 from tests._memory import DEFAULT_HUGE_PAGES, Memory, memory_of
-from tests._need import needs, needs_hugepages
 from tests.kernel._faults import Task
 from tests.kernel._serving import is_lost, wait_until
 

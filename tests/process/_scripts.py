@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tests._child import SCALE
+from pyuffd.testing._run import SCALE
 
 How = Literal["file", "-c", "stdin", "-m", "folder"]
 LIMIT_S = 30.0

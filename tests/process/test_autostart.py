@@ -25,9 +25,9 @@ from pyuffd import (
     ZeroSource,
 )
 from pyuffd.handlers import _engine
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs
 from tests.kernel._serving import open_fds, thread_names, wait_for_stalled, wait_until
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE, content

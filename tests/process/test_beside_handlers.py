@@ -17,9 +17,9 @@ from pyuffd import (
     Userfaultfd,
     WriteprotectMode,
 )
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import needs
 from tests.kernel._serving import content, states
 from tests.process._pitfalls import Data, Pages
 

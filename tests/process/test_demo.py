@@ -21,9 +21,8 @@ import pytest
 
 from pyuffd import Region
 from pyuffd.cli import _demo_restore, _demo_snapshot, _demo_work, demo, main
-from pyuffd.testing import MEMORY_TYPES, _huge_pages
+from pyuffd.testing import MEMORY_TYPES, _huge_pages, needs_hugepages, needs_privilege
 from tests._child import ROOT, run_child
-from tests._need import needs_hugepages, needs_privilege, without_userfaultfd
 
 TIMEOUT_S = 60
 NOBODY = "65534"
@@ -180,7 +179,7 @@ def _may_fault_in_kernel() -> bool:
     )
 
 
-@without_userfaultfd
+@pytest.mark.without_userfaultfd
 def test_where_nothing_can_be_opened_it_says_what_doctor_says() -> None:
     refused = (sys.executable, str(ROOT / "tests" / "seccomp_deny.py"))
     done = command(prefix=refused)

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from pyuffd.cli import main
+from pyuffd.testing import needs_privilege
 from tests._child import ROOT, run_child
-from tests._need import needs_privilege
 
 DEVICE = "/dev/userfaultfd"
 NOBODY = 65534

@@ -22,9 +22,9 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs
 from tests.kernel._faults import Task
 from tests.kernel._serving import wait_for_stalled
 from tests.process import _process_sources as sources

@@ -26,9 +26,11 @@ from pyuffd import (
     WriteprotectMode,
     lowlevel,
 )
+from pyuffd.testing import needs, needs_privilege
+from pyuffd.testing._need import kernel_features
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import kernel_features, needs, needs_kernel_faults, needs_privilege
 from tests.kernel._faults import Task, fork, next_events, next_fault, no_events
 from tests.process._peer import Link, peer
 

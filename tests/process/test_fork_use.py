@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from pyuffd import ClosedError, Feature, PageExistsError, Region, Userfaultfd
+from pyuffd.testing import needs
 from tests._child import run_child
-from tests._need import needs
 from tests.kernel._faults import Task, fork, next_fault
 from tests.kernel.test_userfaultfd_open import CALLS
 

@@ -16,10 +16,9 @@ import pytest
 from pyuffd import BufferSource, Feature, Handler, Region, RegisterMode, Userfaultfd, ZeroSource
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._checks import Driver
-from pyuffd.testing import FaultingChild
+from pyuffd.testing import FaultingChild, needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs
 from tests.process._pitfalls import Data
 
 PAGES = 4

@@ -26,10 +26,9 @@ from pyuffd import (
     _memory,
 )
 from pyuffd._memory import Agent, Interrupted
-from pyuffd.testing import GatedSource
+from pyuffd.testing import GatedSource, needs
 from tests._barriers import Point, holding
 from tests._child import run_child
-from tests._need import needs
 from tests.kernel._faults import Task
 from tests.kernel._serving import in_fork, is_lost, open_fds, states, wait_until
 from tests.process._peer import Link, peer

@@ -31,9 +31,9 @@ from pyuffd import (
     Region,
     Userfaultfd,
 )
+from pyuffd.testing import needs
 from tests import _readme
 from tests._child import run_child
-from tests._need import needs
 
 PAGE = 4096
 LENGTH = 64 * PAGE

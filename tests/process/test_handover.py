@@ -27,9 +27,10 @@ from pyuffd import (
     recv_uffd,
     send_uffd,
 )
+from pyuffd.testing import needs, needs_privilege
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs, needs_kernel_faults, needs_privilege
 from tests.kernel._faults import next_events
 from tests.process._peer import Link, peer
 

@@ -22,8 +22,8 @@ from pyuffd import BufferSource, CallableSource, Handler, Region, Userfaultfd
 from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.handlers.process._start import HelperLostError
 from pyuffd.testing import no_leaks
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
-from tests._need import needs_kernel_faults
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE, content
 from tests.process._scripts import run_program

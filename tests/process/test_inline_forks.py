@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from pyuffd import AsyncSource, BufferSource, ClosedError, Feature, Handler, Region, Userfaultfd
+from pyuffd.testing import needs
 from tests._child import run_child
-from tests._need import needs
 from tests.kernel._serving import in_fork, peek, wait_until
 
 PAGE = 4096

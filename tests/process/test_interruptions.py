@@ -11,8 +11,8 @@ import random
 import pytest
 
 from pyuffd import Feature
+from pyuffd.testing import needs
 from tests._child import run_child
-from tests._need import needs
 from tests.process._interrupted import SCENARIOS
 from tests.process._interruptions import How, pester, places, sweep
 

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests import _machine
-from tests._child import ROOT, wait_for_end
-from tests._need import needs_privilege
+from pyuffd.testing import _machine, needs_privilege
+from pyuffd.testing._run import wait_for_end
+from tests._child import ROOT
 
 pytestmark = needs_privilege("CAP_SYS_ADMIN")
 
 CONTROLLER = """
 import signal, sys
-from tests import _machine
+from pyuffd.testing import _machine
 reservation = _machine.reserve(1)
 print(reservation.pid, flush=True)
 sys.stdin.read()

@@ -16,10 +16,10 @@ from typing import Literal
 import pytest
 
 from pyuffd import BufferSource, CallableSource, Feature, FileSource, Fork, Handler, HandlerError
-from pyuffd.testing import FaultingChild
-from tests._child import SCALE, run_child
+from pyuffd.testing import FaultingChild, needs
+from pyuffd.testing._run import SCALE
+from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs
 from tests.kernel._serving import wait_until
 
 Driver = Literal["native", "thread", "process"]

@@ -39,9 +39,9 @@ from pyuffd import (
 )
 from pyuffd.handlers._checks import Driver
 from pyuffd.handover import HandoverRange
-from pyuffd.testing import FaultingChild
+from pyuffd.testing import FaultingChild, needs, needs_privilege
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import ROOT, run_child
-from tests._need import needs, needs_kernel_faults, needs_privilege
 from tests.kernel._faults import fork
 from tests.kernel._serving import in_fork, wait_until
 from tests.process._peer import Link, peer

@@ -39,11 +39,10 @@ from pyuffd import (
     lowlevel,
     pagemap,
 )
-from pyuffd.testing import GatedSource
+from pyuffd.testing import GatedSource, needs_privilege
 from tests._barriers import Point, holding
 from tests._child import run_child
 from tests._memory import memory_of
-from tests._need import needs_privilege
 from tests.kernel._faults import Task, next_fault, wait_for_pending
 from tests.kernel._serving import (
     in_fork,

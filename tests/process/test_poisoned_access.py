@@ -24,9 +24,9 @@ from pyuffd import (
     UffdOSError,
     Userfaultfd,
 )
+from pyuffd.testing import needs, needs_hugepages
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
-from tests._need import needs, needs_hugepages
 from tests.kernel._serving import content, in_fork
 from tests.kernel.test_userfaultfd_open import drop_capability
 from tests.process.test_failures_said import DRIVERS, IN_PYTHON, serve_failing, uffd_for

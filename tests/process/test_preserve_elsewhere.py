@@ -24,11 +24,11 @@ from pyuffd import (
     _memory,
 )
 from pyuffd.handlers._checks import Driver
-from pyuffd.testing import FaultingChild
+from pyuffd.testing import FaultingChild, needs, needs_privilege
 from pyuffd.testing._memory_types import MemoryName
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import memory_params
-from tests._need import needs, needs_kernel_faults, needs_privilege
 from tests.kernel._serving import content, in_fork, wait_until
 from tests.process._peer import Link, peer
 from tests.process.test_forks import agent

@@ -32,8 +32,9 @@ from pyuffd import (
     ZeroSource,
 )
 from pyuffd.handlers.process._remote import RemoteEngine
+from pyuffd.testing import needs
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import ROOT, run_child
-from tests._need import needs, needs_kernel_faults
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE, content
 

@@ -30,9 +30,10 @@ from pyuffd import (
     ZeroSource,
     _memory,
 )
+from pyuffd.testing import needs
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._barriers import Point
 from tests._child import run_child
-from tests._need import needs, needs_kernel_faults
 from tests.kernel._faults import Task
 from tests.kernel._serving import wait_for_stalled
 from tests.process import _process_sources as sources

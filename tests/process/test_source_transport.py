@@ -8,7 +8,7 @@ import pytest
 
 from pyuffd import CallableSource
 from pyuffd.handlers.process import _transport
-from tests._need import needs_kernel_faults
+from pyuffd.testing._needs import needs_kernel_faults
 from tests.process._scripts import How, run_program
 
 pytestmark = needs_kernel_faults()

@@ -26,9 +26,9 @@ from pyuffd.testing import (
     GatedSource,
     WrongLengthSource,
 )
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._barriers import Point, holding
 from tests._child import run_child
-from tests._need import needs_kernel_faults
 from tests.kernel._faults import Task
 from tests.kernel._serving import (
     ending_thread,

@@ -24,9 +24,10 @@ from pyuffd import (
     Region,
     Userfaultfd,
 )
+from pyuffd.testing import needs_privilege
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs_kernel_faults, needs_privilege
 from tests.kernel._faults import Task
 from tests.kernel._mounts import mounted
 from tests.kernel._serving import is_lost, wait_for_stalled

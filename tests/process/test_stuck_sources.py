@@ -21,9 +21,9 @@ from pyuffd import (
     _memory,
 )
 from pyuffd.handlers import _aftermath
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE, memory_of, memory_params
-from tests._need import needs_kernel_faults
 from tests.kernel._faults import Task
 from tests.kernel._serving import is_lost, thread_names, wait_for_stalled, wait_until
 from tests.process._pitfalls import with_and_without_events

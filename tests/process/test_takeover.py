@@ -11,11 +11,10 @@ import pytest
 
 from pyuffd import BufferSource, Feature, Handler, Region, RegisterMode, ZeroSource
 from pyuffd.handlers._checks import Driver
-from pyuffd.testing import FaultingChild
+from pyuffd.testing import FaultingChild, needs
 from pyuffd.testing._memory_types import MemoryName
 from tests._child import run_child
 from tests._memory import memory_params
-from tests._need import needs
 from tests.kernel._faults import fork
 from tests.process._pitfalls import Data
 

@@ -28,10 +28,10 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd.handover import recv_uffd, send_uffd
-from pyuffd.testing import no_leaks
-from tests._child import SCALE, ChildResult, run_child
+from pyuffd.testing import needs, no_leaks
+from pyuffd.testing._run import SCALE, ChildResult
+from tests._child import run_child
 from tests._memory import PAGE, memory_of, memory_params
-from tests._need import needs
 from tests.kernel._serving import thread_names, wait_until
 
 Reader = Literal["handler", "user"]

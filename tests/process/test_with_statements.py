@@ -21,9 +21,9 @@ from pyuffd import (
     RegisterMode,
     Userfaultfd,
 )
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
-from tests._need import needs
 from tests.kernel._serving import content, is_lost
 
 Driver = Literal["native", "inline", "thread", "process"]

@@ -40,7 +40,7 @@ from pyuffd import (
 )
 from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.testing import MEMORY_TYPES, kill
-from tests._child import SCALE
+from pyuffd.testing._run import SCALE
 from tests._memory import memory_of
 from tests.stress._worlds import HEAD, LOST, ZERO, A, Content, Rules, World
 

@@ -13,9 +13,9 @@ import time
 import pytest
 
 from pyuffd import Feature
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_params
-from tests._need import needs
 from tests.stress._programs import DRIVERS, FEATURES, attempt, make, shorten
 
 SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)

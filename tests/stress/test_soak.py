@@ -32,8 +32,8 @@ from pyuffd import (
     Userfaultfd,
     _memory,
 )
+from pyuffd.testing import needs
 from tests._child import run_child
-from tests._need import needs
 from tests.kernel._serving import open_fds, thread_names, wait_until
 from tests.process._pitfalls import BOTH, EVENTS, Driver
 

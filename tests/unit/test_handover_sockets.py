@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pyuffd import ClosedError, HandoverError, connect_unix, handover, listen_unix, send_uffd
-from tests._need import needs_privilege
+from pyuffd.testing import needs_privilege
 
 PAGE = 4096
 NOBODY = 65534

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from pyuffd.testing import require
+from pyuffd.testing._need import Need
+from pyuffd.testing._needs import marked
+from pyuffd.testing._run import ChildFailure, wait_for_end
 from pyuffd.testing._skips import lack_of
-from tests._child import ROOT, ChildFailure, run_child, wait_for_end
-from tests._need import Need, marked, require
+from tests._child import ROOT, run_child
 
 # Long past every budget used here, so that only the time limit ends it.
 FOREVER_S = 600
@@ -118,7 +121,8 @@ def suite(tmp_path: Path) -> Path:
         textwrap.dedent(
             """
             import pytest
-            from tests._need import Need, marked
+            from pyuffd.testing._need import Need
+            from pyuffd.testing._needs import marked
 
             MOON = marked(Need("a moon", lambda: (["moon"], "no moon")))
 

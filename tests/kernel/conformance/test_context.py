@@ -14,8 +14,8 @@ from pyuffd import Feature, Pagefault, RegisterMode, Remove, WriteprotectMode, _
 from pyuffd._memory import Interrupted
 from pyuffd.conformance import Case, Context, Variant
 from pyuffd.conformance._context import Mismatch
+from pyuffd.testing import needs
 from tests._child import run_child
-from tests._need import needs
 
 SYS_GETPID = 39
 VARIANTS = (Variant("now", "MOVE", features=Feature.MOVE), Variant("never", "", lacks=Feature.MOVE))
