@@ -76,7 +76,8 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		      &result);
 	uffd_barrier(UFFD_BARRIER_PLACED);
 	if (r == 0 && result.already_present &&
-	    lacks_huge_page(range, at, request->since_ns)) {
+	    (request->is_fault ? lacks_huge_page(range, at, request->since_ns)
+			       : is_lacking(range, at))) {
 		r = -ENOMEM;
 		goto out;
 	}
@@ -158,6 +159,19 @@ void give_up_pages(struct uffd_engine *engine, const struct uffd_request *reques
 	space_put(space);
 }
 
+/*
+ * How long pages are tried again that cannot be put in place.  Nobody waits for those of a
+ * populate, and its source, which has answered, must not be taken for a stalled one.
+ */
+static uint64_t patience_with(const struct uffd_engine *engine, const struct uffd_request *request)
+{
+	uint64_t limit = engine->options.stall_limit_ns;
+
+	if (request->is_fault || !limit)
+		return engine->options.retry_limit_ns;
+	return lower(engine->options.retry_limit_ns, limit / 2);
+}
+
 int answer_request(struct uffd_engine *engine, struct uffd_request *request, const void *data)
 {
 	uint64_t offset = request->offset, end = request->offset + request->length;
@@ -177,7 +191,7 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 		if (r != -EAGAIN && r != -ENOMEM)
 			break;
 		if (attempt == 0)
-			give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+			give_up = uffd_now_ns() + patience_with(engine, request);
 		else if (uffd_now_ns() > give_up)
 			break;
 		count(engine, COUNTER(retried), attempt == 0);
@@ -185,6 +199,9 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 	}
 	if (r && r != -ESRCH)
 		give_up_pages(engine, request, offset, end, r, UFFD_FAILED_RESOLVE);
+	/* The page that populate is told of. */
+	if (r)
+		request->address += offset - request->offset;
 	if (__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE))
 		r = -ECANCELED;
 	else if (r == 0 && request->is_fault)

@@ -195,11 +195,19 @@ static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 			   uint64_t *done_ret)
 {
 	struct fill_run run = fill_absent(range, at, end);
+	uint64_t page = run.from;
 
 	wake_again(range, run.from, run.past);
 	*error_ret = run.error;
 	*done_ret = run.filled;
-	return run.past;
+	if (!is_huge(range))
+		return run.past;
+	/* Said to be there, and absent still: no huge page is free for it. */
+	while (page < run.past && atomic_load(state_of(range, page)) != UFFD_PAGE_ABSENT)
+		page += range->page_size;
+	if (page < run.past)
+		*error_ret = -ENOMEM;
+	return page;
 }
 
 int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref *ref,
@@ -210,6 +218,7 @@ int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref
 	struct uffd_range *range;
 	uint64_t page_size = 0, reached;
 	struct access access;
+	int r;
 
 	*result_ret = (struct uffd_populate_result){ 0 };
 	if (!open_access(engine, ref->space, &access))
@@ -228,7 +237,10 @@ int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref
 	if (by_request)
 		return populate_by_request(engine, ref, page_size, offset, offset + length,
 					   chunk, result_ret);
-	return for_slices(&(struct slices){ engine, *ref, offset, offset + length, fill_slice,
-					    fill_reach },
-			  &result_ret->filled, &reached);
+	r = for_slices(&(struct slices){ engine, *ref, offset, offset + length, fill_slice,
+					 fill_reach },
+		       &result_ret->filled, &reached);
+	if (r == -ENOMEM)
+		result_ret->failed_at = ref->start + reached;
+	return r;
 }

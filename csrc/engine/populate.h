@@ -7,7 +7,7 @@
 
 struct uffd_populate_result {
 	uint64_t filled;	/* bytes */
-	uint64_t failed_at;	/* the first page that its worker could not fill; 0: none */
+	uint64_t failed_at;	/* the first page that could not be filled; 0: not known */
 };
 
 /*

@@ -139,13 +139,18 @@ void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
 			atomic_store(state_of(range, at), state_of_existing(range, at));
 }
 
+bool is_lacking(const struct uffd_range *range, uint64_t page)
+{
+	return is_huge(range) && state_of_existing(range, page) == UFFD_PAGE_ABSENT;
+}
+
 /*
  * With no huge page free, a woken thread just faults again.  So if a fill says EEXIST in
  * step after step, the page is missing: defer the fault and let the thread sleep.
  */
 bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion)
 {
-	if (!is_huge(range) || state_of_existing(range, page) != UFFD_PAGE_ABSENT)
+	if (!is_lacking(range, page))
 		return false;
 	if (atomic_exchange(&range->exists_at, page) != page)
 		atomic_store(&range->exists_count, 0);

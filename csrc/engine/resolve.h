@@ -15,6 +15,8 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 /* Set the states of [at, past), which a fill has put in place or found present. */
 void set_filled(struct uffd_range *range, uint64_t at, uint64_t past,
 		const struct uffd_fill_result *result);
+/* Whether a huge page is missing that a fill has just found "present". */
+bool is_lacking(const struct uffd_range *range, uint64_t page);
 /* Whether a huge page is missing although fills fail with EEXIST, by how often they did. */
 bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion);
 #define EXISTS_LIMIT		8

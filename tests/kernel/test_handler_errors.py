@@ -56,7 +56,9 @@ from tests.kernel._serving import (
     wait_until,
     with_both_drivers,
 )
+from tests.process._pitfalls import Data
 
+AnyDriver = Literal["native", "inline", "thread", "process"]
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 CLOCK_NANOSLEEP = 230
 ABSENT, CLEAN = PageState.ABSENT, PageState.CLEAN
@@ -393,7 +395,7 @@ def test_retry_limit() -> None:
 
 
 @contextlib.contextmanager
-def unreserved_huge_pages(pages: int, *, have: int) -> Iterator[Region]:
+def unreserved_huge_pages(pages: int, *, have: int, shared: bool = True) -> Iterator[Region]:
     """Huge pages of a file, of which only so many can be had at a time."""
     reserve_nothing = 0x4000  # MAP_NORESERVE
     with (
@@ -404,7 +406,7 @@ def unreserved_huge_pages(pages: int, *, have: int) -> Iterator[Region]:
         start = _memory.mmap(
             pages * HUGE_PAGE,
             mmap.PROT_READ | mmap.PROT_WRITE,
-            mmap.MAP_SHARED | reserve_nothing,
+            (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | reserve_nothing,
             file.fileno(),
         )
         try:
@@ -426,7 +428,10 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         handler.serve(region, CallableSource(source.read) if driver == "thread" else source)
         handler.start()
         assert region.read(HUGE_PAGE, 8) == data[HUGE_PAGE:][:8]
-        handler.populate(region, 0, HUGE_PAGE)  # says nothing, and marks nothing as there
+        with pytest.raises(UffdOSError, match="quota") as caught:
+            handler.populate(region)
+        assert caught.value.errno == errno.ENOMEM
+        assert (caught.value.start, caught.value.data["completed"]) == (region.start, 0)
         assert states(handler, region) == [ABSENT, CLEAN, ABSENT]
         read: list[bytes] = []
         thread = threading.Thread(target=lambda: read.append(region.read(0, HUGE_PAGE)))
@@ -437,7 +442,44 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         _memory.madvise(region.start + HUGE_PAGE, HUGE_PAGE, MADV_REMOVE)
         thread.join()
         assert read == [data[:HUGE_PAGE]]
-        assert handler.stats().failed == 0
+        failed = driver == "thread"  # stop() tells of what a worker could not fill as well
+        assert bool(handler.stats().failed) == failed
+        with pytest.raises(HandlerError, match="quota") if failed else contextlib.nullcontext():
+            handler.stop()
+
+
+def fills_what_it_can(driver: AnyDriver, shared: bool) -> None:
+    """`completed` is what was filled before there was no huge page left."""
+    from pyuffd.handlers import _handler
+
+    _handler.RETRY_LIMIT_S = 0.2
+    features = Feature.SIGBUS if driver == "inline" else Feature(0)
+    with (
+        unreserved_huge_pages(3, have=2, shared=shared) as region,
+        Userfaultfd(features=features) as uffd,
+        Handler(uffd, driver=driver) as handler,
+    ):
+        data = content(region.length)
+        asks = driver in ("thread", "process")
+        handler.serve(region, Data(data) if asks else BufferSource(data))
+        with pytest.raises(UffdOSError, match=r"no huge page was free .*quota") as caught:
+            handler.populate(region)
+        assert caught.value.errno == errno.ENOMEM
+        assert caught.value.start == region.start + 2 * HUGE_PAGE
+        assert caught.value.data["completed"] == 2 * HUGE_PAGE
+        assert states(handler, region) == [CLEAN, CLEAN, ABSENT]
+        assert handler.populate(region, 0, 2 * HUGE_PAGE) == 0
+        assert region.read(0, 2 * HUGE_PAGE) == data[: 2 * HUGE_PAGE]
+        with pytest.raises(HandlerError) if asks else contextlib.nullcontext():
+            handler.stop()
+
+
+@needs_privilege()
+@needs_hugepages(2)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "private"])
+@pytest.mark.parametrize("driver", ["native", "inline", "thread", "process"])
+def test_populate_without_huge_pages(driver: AnyDriver, shared: bool) -> None:
+    run_child(fills_what_it_can, driver, shared)
 
 
 @needs_privilege()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyuffd._abi import PagefaultFlag
 from pyuffd._closing import SoleOwner
+from pyuffd._diagnose import why_unresolved
 from pyuffd._errors import ClosedError, HandlerError, raise_errno
 from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
@@ -155,6 +156,7 @@ class Engine(SoleOwner):
         self.life = _Life(out)
         self._pointer: Any = ffi.gc(out[0], self.life.end)
         self._inline = inline
+        self._owner_pid = owner_pid
         self._owners: dict[int, object] = {}
         self._added_last: tuple[int, int, int, Any] | None = None
 
@@ -393,14 +395,13 @@ class Engine(SoleOwner):
         if code:
             failed = out.failed_at
             at = (failed, None) if failed else (start, length)
-            hint = self._why_not_populated(failed, -code) if failed else ""
+            hint = self._why_not_populated(served, failed, -code) if failed else ""
             raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
         return int(out.filled)
 
-    def _why_not_populated(self, address: int, code: int) -> str:
-        """Say why a worker had no content for a page that `populate` asked for."""
-        del address, code
-        return ""
+    def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
+        """Say why a page could not be filled that `populate` asked for."""
+        return "" if served.space else why_unresolved(code, address, self._owner_pid or "self")
 
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
         """Save protected pages, and unprotect them if asked to; return the bytes saved."""

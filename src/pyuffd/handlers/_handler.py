@@ -828,8 +828,9 @@ class Handler(SoleOwner):
         Raises:
             ValueError: not served, pages outside the region, or a bad chunk.
             UffdOSError: EIO - the source raised (it is the cause); ETIMEDOUT - it did not answer
-                in time. `start` is the first page without content, `completed` how many bytes
-                were filled; these need not be the first ones, where there are several workers.
+                in time; ENOMEM - no huge page has been free for it for a while. `start` is the
+                first page without content, `completed` how many bytes were filled; these need
+                not be the first ones, where there are several workers.
         """
         engine, served, first, pages = self._pages(region, offset, length)
         if chunk is not None and (chunk <= 0 or chunk % served.page_size):

@@ -174,13 +174,13 @@ class WorkedEngine(Engine):
             causes = {at: self._not_populated.pop(at, None) for at in failed}
             raise error from causes.get(error.start or 0)
 
-    def _why_not_populated(self, address: int, code: int) -> str:
+    def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
         error = self._not_populated.get(address)
         if error is not None:
             return f"the source raised {type(error).__name__}: {error}"
         if code == errno.ETIMEDOUT:
             return "the source did not answer within stall_timeout_s"
-        return ""
+        return super()._why_not_populated(served, address, code)
 
     def _failed_at(self, request: Request, error: BaseException) -> int:
         if request.abandoned:
