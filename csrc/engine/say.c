@@ -71,7 +71,7 @@ static const char *stage_text(enum uffd_failure_stage stage)
 	switch (stage) {
 	case UFFD_FAILED_SOURCE:	return "its content could not be read: ";
 	case UFFD_FAILED_STALLED:	return "";
-	case UFFD_FAILED_UNSERVED:	return "its range is registered, and no handler serves it";
+	case UFFD_FAILED_UNSERVED:	return "this memory is registered, but no handler serves it";
 	case UFFD_FAILED_READ:		return "a userfaultfd could not be read: ";
 	case UFFD_FAILED_FORK:		return "a fork could not be followed: ";
 	default:			return "it could not be put in place: ";
