@@ -232,7 +232,7 @@ def nobodys(driver: Driver) -> None:
 @pytest.mark.parametrize("driver", ["native", "thread", "process"])
 def test_registered_and_not_served(driver: Driver) -> None:
     ended = run_child(nobodys, driver, expect=-signal.SIGBUS, budget_s=20)
-    assert f"page {ended.stdout.split()[-1]}: its range is registered, and no" in ended.stderr
+    assert f"page {ended.stdout.split()[-1]}: this memory is registered, but no" in ended.stderr
 
 
 def stalls(on_error: Literal["poison", "stall"]) -> None:
