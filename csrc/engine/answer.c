@@ -160,8 +160,8 @@ void give_up_pages(struct uffd_engine *engine, const struct uffd_request *reques
 }
 
 /*
- * How long pages are tried again that cannot be put in place.  Nobody waits for those of a
- * populate, and its source, which has answered, must not be taken for a stalled one.
+ * How long to retry pages that cannot be put in place.  No thread waits for populate's pages,
+ * and its source, which has answered, must not appear stalled: retry them for less long.
  */
 static uint64_t patience_with(const struct uffd_engine *engine, const struct uffd_request *request)
 {
@@ -199,7 +199,7 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 	}
 	if (r && r != -ESRCH)
 		give_up_pages(engine, request, offset, end, r, UFFD_FAILED_RESOLVE);
-	/* The page that populate is told of. */
+	/* The page for populate to report. */
 	if (r)
 		request->address += offset - request->offset;
 	if (__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE))

@@ -26,19 +26,6 @@
 /* Search pages in slices, so that faults get in between. */
 #define ASK_SLICE		(4u << 20)
 
-/* The chunk grows up to this: a request then costs a thousandth of the copying. */
-#define PACED_LIMIT		(1u << 20)
-/* Requests kept queued, so that no worker waits for us. */
-#define BACKLOG			32
-/* Search pages in slices, so that faults get in between. */
-#define ASK_SLICE		(4u << 20)
-
-struct serving {
-	uint32_t space;
-	uint64_t id;
-	uint64_t start;
-};
-
 /* Wait until another request may be queued; returns an error if none may be. */
 static int await_turn(struct uffd_engine *engine, struct populate *populate)
 {
@@ -202,7 +189,7 @@ static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 	*done_ret = run.filled;
 	if (!is_huge(range))
 		return run.past;
-	/* Said to be there, and absent still: no huge page is free for it. */
+	/* Found present by the fill, and still absent: no huge page is free for it. */
 	while (page < run.past && atomic_load(state_of(range, page)) != UFFD_PAGE_ABSENT)
 		page += range->page_size;
 	if (page < run.past)
