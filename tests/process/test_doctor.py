@@ -60,7 +60,7 @@ def doctor(*arguments: str, user: int | None = None, seccomp_errno: int | None =
     """Run the command in this process, after taking away what is asked."""
     if user is not None:
         # Imported while their files can be read.
-        for module in ("psutil", "pyuffd._probe", "pyuffd.cli.doctor"):
+        for module in ("pyuffd._probe", "pyuffd.cli.doctor"):
             importlib.import_module(module)
         os.setgroups([])
         os.setresgid(user, user, user)

