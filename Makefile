@@ -63,7 +63,7 @@ test-refused: $(VENV)/.installed-test
 	env -u PYUFFD_TESTS $(BIN)/python tests/seccomp_deny.py $(RUN_TESTS) -q tests/kernel tests/process $(PYTEST_ARGS)
 
 dev: $(VENV)/.build-tools
-	$(INSTALL) '.[test,dev]'
+	$(INSTALL) . --group dev
 	$(BIN)/python csrc/build_stub.py
 	@touch $(VENV)/.installed-dev $(VENV)/.installed-test $(VENV)/.installed
 
@@ -116,8 +116,9 @@ $(BIN)/python:
 	else echo "$(PYTHON) cannot make a virtual environment: install python3-venv (apt-get install python3-venv)." >&2; \
 	exit 1; fi
 
-$(VENV)/.build-tools: | $(BIN)/python
-	$(PIP) --upgrade 'setuptools>=77' 'cffi>=1.17' wheel
+# The pip that comes with a Python may be too old to know dependency groups.
+$(VENV)/.build-tools: pyproject.toml | $(BIN)/python
+	$(PIP) --upgrade 'pip>=25.1' 'setuptools>=77' 'cffi>=1.17' wheel
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.build-tools $(BUILD_INPUTS)
@@ -125,9 +126,9 @@ $(VENV)/.installed: $(VENV)/.build-tools $(BUILD_INPUTS)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.build-tools $(BUILD_INPUTS)
-	$(INSTALL) '.[test]'
+	$(INSTALL) . --group test
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.build-tools $(BUILD_INPUTS)
-	$(INSTALL) '.[test,dev]'
+	$(INSTALL) . --group dev
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

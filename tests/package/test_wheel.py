@@ -110,7 +110,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert sources <= set(names)
 
 
-def test_runtime_dependencies_are_cffi_and_psutil(wheel: Path) -> None:
+def test_the_runtime_dependency_is_cffi(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(f"pyuffd-{VERSION}.dist-info/METADATA").decode()
     required = [
@@ -118,7 +118,7 @@ def test_runtime_dependencies_are_cffi_and_psutil(wheel: Path) -> None:
         for line in metadata.splitlines()
         if line.startswith("Requires-Dist: ") and "extra ==" not in line
     ]
-    assert sorted(name.partition(">")[0] for name in required) == ["cffi", "psutil"]
+    assert sorted(name.partition(">")[0] for name in required) == ["cffi"]
 
 
 def test_installed_wheel_opens_a_userfaultfd(python: Path, tmp_path: Path) -> None:

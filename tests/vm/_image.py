@@ -21,7 +21,7 @@ from typing import BinaryIO
 ROOT = Path(__file__).resolve().parents[2]
 
 # What the tests import beside the standard library; --with adds to it.
-DISTRIBUTIONS = ("pyuffd", "pytest", "pytest-xdist")
+DISTRIBUTIONS = ("pyuffd", "psutil", "pytest", "pytest-xdist")
 # What the tests read of the repository.
 REPOSITORY = ("pyproject.toml", "README.md", "src", "tests", "csrc", "docs", "examples")
 

@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     run_ = actions.add_parser(
         "run",
         help="run the cases",
-        description="Run the cases with pytest (pip install pyuffd[test]). Exit status: 0 if all"
+        description="Run the cases with pytest (pip install pyuffd[testing]). Exit status: 0 if all"
         " passed or were skipped for what is missing, 1 if one failed or the kernel warned that it"
         " is broken, others are pytest's. PYUFFD_TESTS=require turns skips into failures.",
     )
@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("pytest") is None:
-        print("pyuffd: running the suite needs pytest: pip install 'pyuffd[test]'", file=sys.stderr)
+        print(
+            "pyuffd: running the suite needs pytest: pip install 'pyuffd[testing]'", file=sys.stderr
+        )
         return EXIT_ERROR
     if args.pytest_args and not args.pytest_args[0].startswith("-"):
         word = args.pytest_args[0]

@@ -5,7 +5,8 @@ Cases are data (`Case`) with a function each; `pyuffd conformance run`, or pytes
 behaviour nobody expected is a failure that prints what was seen.  Nothing here looks at a kernel
 version: features, ioctls and hardware decide.
 
-Listing cases and comparing reports needs no pytest; running them does (`pip install pyuffd[test]`).
+Listing cases and comparing reports needs no pytest; running them does
+(`pip install pyuffd[testing]`).
 """
 
 from __future__ import annotations
