@@ -264,6 +264,8 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 	unsigned int attempt = 0;
 	int r = 0;
 
+	/* A thread whose fault was just resolved may be ahead of the page's state. */
+	await_work(engine);
 	while (offset < end && r == 0) {
 		struct uffd_range *range;
 		struct access access;
