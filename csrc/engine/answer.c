@@ -128,6 +128,7 @@ static void give_up_page(const struct uffd_request *request, struct uffd_range *
 		if (!request->is_fault)
 			note_failure(range->space->engine, page, range->page_size, error, stage);
 		unclaim(range, page, page + range->page_size, UFFD_PAGE_ABSENT);
+		atomic_fetch_add(&range->space->engine->given_back, 1);
 	}
 }
 

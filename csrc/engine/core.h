@@ -96,7 +96,8 @@ struct deferred_fault {
 	struct uffd_space *space;
 	uint64_t address;
 	uint64_t flags;
-	uint64_t since_ns;
+	uint64_t since_ns;	/* retried since then */
+	uint64_t read_ns;
 	uint32_t thread_id;
 };
 
@@ -219,7 +220,11 @@ struct uffd_engine {
 	_Atomic bool is_unwatched;	/* nothing reports the owner's exit: poll for it */
 	_Atomic bool owner_exited;
 	_Atomic bool stop;
-	_Atomic uint64_t idle_passes;	/* passes of the loop that found no work */
+	/* See drain.c. */
+	_Atomic uint64_t passes;		/* steps of the loop */
+	_Atomic uint64_t deferred_since_ns;	/* the oldest deferred fault; UINT64_MAX: none */
+	_Atomic uint64_t given_back;		/* pages absent again that threads may wait for */
+	_Atomic uint64_t drained_ns;		/* requests after this time are not drained */
 
 	struct engine_shared *shared;
 

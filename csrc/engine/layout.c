@@ -31,10 +31,12 @@ static struct uffd_range *overlapping(struct uffd_space *space, uint64_t start, 
 /* The page was dropped while in flight: queue a fault, so that its waiters get zeros. */
 static void answer_with_zeros(struct uffd_range *range, uint64_t page)
 {
+	uint64_t now = uffd_now_ns();
 	struct deferred_fault fault = {
 		.space = range->space,
 		.address = page,
-		.since_ns = uffd_now_ns(),
+		.since_ns = now,
+		.read_ns = now,
 	};
 
 	defer_fault(range->space->engine, &fault);

@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "drain.h"
 #include "loop.h"
 #include "pending.h"
 #include "prefetch.h"
@@ -190,6 +191,7 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 		uffd_engine_step(engine, &handled);
 		if (is_dismissed(engine))
 			return;
+		note_pass(engine);
 		if (engine->forks_followed != forks)
 			reap_spaces(engine, REAP_AT_FORK);
 		if (handled) {
@@ -222,8 +224,6 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 		}
 		if (is_dismissed(engine))
 			return;
-		if (!handled && !atomic_load(&engine->outstanding))
-			atomic_fetch_add(&engine->idle_passes, 1);
 		if (spin->now_ns && uffd_now_ns() - spin->last_fault_ns < spin->now_ns) {
 			sched_yield();
 			continue;

@@ -22,10 +22,6 @@
 #include "stray.h"
 #include "base/clock.h"
 
-#define DRAIN_CHECK_NS		200000
-/* The queue is certainly empty once two whole passes found nothing. */
-#define DRAIN_PASSES		2
-
 /* With workers: sleep until there has been no leader for a while, then lead. */
 static void stand_by(struct uffd_engine *engine)
 {
@@ -163,6 +159,7 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	engine->leaves_strays = false;
 	atomic_store(&engine->stop, false);
 	atomic_store(&engine->thread_done, false);
+	atomic_store(&engine->deferred_since_ns, UINT64_MAX);
 	r = open_descriptors(engine, call_ret);
 	if (r == 0) {
 		*call_ret = "pthread_create";
@@ -173,23 +170,6 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	else
 		engine->thread_running = true;
 	return r;
-}
-
-int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns)
-{
-	uint64_t enough = atomic_load(&engine->idle_passes) + DRAIN_PASSES;
-	uint64_t give_up = uffd_now_ns() + limit_ns;
-	struct timespec pause = { .tv_nsec = DRAIN_CHECK_NS };
-
-	if (!engine->thread_running)
-		return 0;
-	while (atomic_load(&engine->idle_passes) < enough) {
-		if (uffd_now_ns() >= give_up || atomic_load(&engine->end.hurried))
-			return -ETIMEDOUT;
-		kick_leader(engine);
-		nanosleep(&pause, NULL);
-	}
-	return 0;
 }
 
 void native_end(struct uffd_engine *engine)

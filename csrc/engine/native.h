@@ -7,8 +7,6 @@
 
 int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count,
 		      const char **call_ret);
-/* Wait until no fault that was waiting at the call is left to resolve; -ETIMEDOUT. */
-int uffd_native_drain(struct uffd_engine *engine, uint64_t limit_ns);
 
 /* End the thread of an engine without ranges: another engine continues with its userfaultfds. */
 void uffd_native_stop(struct uffd_engine *engine);

@@ -46,7 +46,10 @@ void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 			if (request)
 				abandon(request, &copy, i == 0);
 			pthread_mutex_unlock(&engine->requests_lock);
-			if (request)
+			/* Nobody promised to wait for what was asked for since. */
+			if (request && copy.since_ns > atomic_load(&engine->drained_ns))
+				clean_up(engine, &copy, 0, UFFD_FAILED_NOTHING);
+			else if (request)
 				clean_up(engine, &copy, -error, UFFD_FAILED_NOTHING);
 		} while (request);
 	}

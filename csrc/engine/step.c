@@ -190,6 +190,7 @@ static bool step_space(struct uffd_space *space, uint32_t *handled)
 			.address = message->arg.pagefault.address,
 			.flags = message->arg.pagefault.flags,
 			.since_ns = now,
+			.read_ns = now,
 			.thread_id = message->arg.pagefault.ptid,
 		};
 

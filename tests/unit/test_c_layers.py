@@ -32,7 +32,7 @@ FLOORS = [
     {"engine/save", "engine/states", "engine/serve"},
     {"engine/resolve"},
     {"engine/prefetch", "engine/answer", "engine/populate", "engine/inline"},
-    {"engine/step", "engine/stall"},
+    {"engine/drain", "engine/step", "engine/stall"},
     {"engine/loop", "engine/patience"},
     {"engine/request", "engine/unserve"},
     {"engine/native"},
