@@ -18,9 +18,10 @@ from pyuffd import (
     Region,
     Userfaultfd,
 )
-from tests._child import SCALE, run_child
+from pyuffd.testing._needs import needs_kernel_faults
+from pyuffd.testing._run import SCALE
+from tests._child import run_child
 from tests._memory import PAGE
-from tests._need import needs_kernel_faults
 from tests.kernel._serving import wait_until
 from tests.process._pitfalls import with_and_without_events
 
