@@ -187,7 +187,8 @@ static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 	wake_again(range, run.from, run.past);
 	*error_ret = run.error;
 	*done_ret = run.filled;
-	if (!is_huge(range))
+	/* CONTINUE alone needs no free page. */
+	if (!is_huge(range) || !(range->mode & UFFDIO_REGISTER_MODE_MISSING))
 		return run.past;
 	/* Found present by the fill, and still absent: no huge page is free for it. */
 	while (page < run.past && atomic_load(state_of(range, page)) != UFFD_PAGE_ABSENT)
