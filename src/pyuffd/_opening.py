@@ -1,4 +1,4 @@
-"""Opening a userfaultfd, by the system call or the device, and knowing one again (layer L2)."""
+"""Open a userfaultfd by the system call or the device, and inspect a received one (layer L2)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ FDINFO_FEATURES_MASK = 0x7FFF_FFFF  # bit 31 is the kernel's own UFFD_FEATURE_IN
 
 
 def probe_api(flags: int) -> tuple[Feature, Ioctl]:
-    """Return the features and ioctls of this kernel, asked on a descriptor of its own."""
+    """Return the features and ioctls of this kernel, asked on a temporary descriptor."""
     with open_uffd(flags) as descriptor:
         features, ioctls = lowlevel.api(descriptor.number, 0)
     return Feature(features), Ioctl(ioctls)
 
 
 def open_uffd(flags: int) -> Descriptor:
-    """Open a userfaultfd by the system call or, where that is refused, by the device."""
+    """Open a userfaultfd by the system call or, if that is refused, by the device."""
     refusals: list[UffdOSError] = []
     for attempt in (lowlevel.owned_syscall, lowlevel.owned_device):
         try:
             return attempt(flags)
         except UffdOSError as error:
             refusals.append(error)
-    from pyuffd import _refusals  # few are refused
+    from pyuffd import _refusals  # rarely needed
 
     code, by_device = (error.errno or errno.EPERM for error in refusals)
     hint = _refusals.hint(code, by_device, privilege_would_do=_would_with_privilege(flags))
@@ -36,7 +36,7 @@ def open_uffd(flags: int) -> Descriptor:
 
 
 def _would_with_privilege(flags: int) -> bool:
-    """USER_MODE_ONLY needs no privilege: where it is granted, it is for lack of one."""
+    """Return whether a lack of privilege is the reason: USER_MODE_ONLY, which needs none, works."""
     if flags & USER_MODE_ONLY:
         return False
     try:
@@ -52,7 +52,7 @@ def _read_text(path: str) -> str:
 
 
 def negotiated(fd: int) -> tuple[Feature, Ioctl]:
-    """Read the features and ioctls of a userfaultfd that is already set up."""
+    """Return the features and ioctls of a userfaultfd whose handshake is done."""
     try:
         target = os.readlink(f"/proc/self/fd/{fd}")
     except OSError as error:
@@ -66,4 +66,4 @@ def negotiated(fd: int) -> tuple[Feature, Ioctl]:
             if not features & ~FDINFO_FEATURES_MASK:
                 raise ValueError(f"file descriptor {fd} has not done its UFFDIO_API handshake")
             return Feature(features & FDINFO_FEATURES_MASK), Ioctl(ioctls)
-    raise ValueError(f"the kernel says nothing about userfaultfd {fd} in its fdinfo")
+    raise ValueError(f"/proc/self/fdinfo/{fd} has no line about the userfaultfd's API")

@@ -1,4 +1,4 @@
-"""Which modes a userfaultfd has registered where (layer L1)."""
+"""The registered ranges of a userfaultfd and their modes (layer L1)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ def is_subset(mode: RegisterMode, of: RegisterMode) -> bool:
 
 
 class RangeModes:
-    """Which modes this object registered where: disjoint ranges in address order.
+    """The ranges that one object registered, with their modes: disjoint, in address order.
 
-    A change is one assignment, so that an exception of a signal handler comes before or after it.
+    Each change is one assignment, so an exception raised by a signal handler comes before or after
+    it.
     """
 
     def __init__(self) -> None:
@@ -26,11 +27,11 @@ class RangeModes:
 
     @property
     def span(self) -> tuple[int, int]:
-        """From the first start to the last end; there must be a range."""
+        """The first start and the last end; there must be a range."""
         return self._rows[0][0], self._rows[-1][1]
 
     def copy(self) -> RangeModes:
-        """Return a record of its own with the same ranges."""
+        """Return an independent copy."""
         other = RangeModes()
         other._rows = self._rows.copy()
         return other
@@ -41,7 +42,7 @@ class RangeModes:
         return [(max(a, start), min(b, end), mode) for a, b, mode in rows]
 
     def set(self, start: int, end: int, mode: RegisterMode) -> None:
-        """Note `mode` for [start, end), as the kernel does: a subset leaves what was there."""
+        """Note `mode` for [start, end), as the kernel does: a subset of the old mode is ignored."""
         kept = [row for row in self.overlapping(start, end) if is_subset(mode, row[2])]
         rows: list[_Row] = []
         at = start
@@ -51,7 +52,7 @@ class RangeModes:
         self._replace(start, end, rows)
 
     def clear(self, start: int, end: int) -> None:
-        """Forget [start, end), splitting what reaches over its ends."""
+        """Remove [start, end), cutting ranges that extend beyond it."""
         self._replace(start, end, [])
 
     def _replace(self, start: int, end: int, rows: list[_Row]) -> None:

@@ -1,6 +1,6 @@
 """`Userfaultfd`: one descriptor, its ioctls and its events (layer L2).
 
-Nothing here resolves a fault by itself; `pyuffd.Handler` does.
+Nothing here resolves faults without being called; `pyuffd.Handler` does.
 """
 
 from __future__ import annotations
@@ -61,19 +61,20 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-# EAGAIN ends when the thread that changes the layout runs again: 12 ms on a busy machine.
+# EAGAIN ends once the thread that changes the layout has run again: 12 ms on a busy machine.
 FILL_RETRY_S = 1.0
 MAP_NORESERVE = 0x4000  # not in the mmap module
 ZEROS_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-READ_BATCH = 64  # messages per read(2): 2 KiB, one page-table's worth of faults in one go
+READ_BATCH = 64  # messages per read(2), 2 KiB
 
 
 @dataclass(frozen=True, slots=True)
 class FillResult:
-    """What a `fill_*` call left behind, all in bytes.
+    """The result of a `fill_*` call, in bytes.
 
-    `done` was filled now, `already_present` was there before (its waiters were woken), and
-    `deferred` could not be filled because the layout kept changing: fill it again later.
+    `done` bytes were filled by this call. `already_present` bytes were present before; the threads
+    that waited for them were woken. `deferred` bytes could not be filled because the layout kept
+    changing: fill the range again later.
     """
 
     done: int
@@ -91,20 +92,21 @@ class Userfaultfd(CloseCallbacks):
         nonblocking: Open with O_NONBLOCK. A blocking userfaultfd cannot be polled (POLLERR).
 
     Attributes:
-        features: What was asked for and granted.
-        supported: Everything this kernel offers.
+        features: The enabled features.
+        supported: The features that this kernel supports.
         ioctls: The ioctls of the descriptor itself.
-        adopted: Whether it came from elsewhere, and may govern another process's memory.
-        owner_pid: The process whose memory it governs; None if that is unknown. It may be set
-            on an adopted one, where the sender was not the owner.
+        adopted: Whether it was received from a process, with `from_fd` or as a fork's descriptor.
+            It may then govern another process's memory.
+        owner_pid: The process whose memory it governs; None if that is unknown. It can be set on
+            an adopted userfaultfd, for a sender that is not the owner.
 
     Raises:
-        UnsupportedFeatureError: a feature this kernel does not have.
-        UffdPermissionError: EPERM or EACCES from every way to open; `hint` names the knobs.
-            EPERM for EVENT_FORK without CAP_SYS_PTRACE.
+        UnsupportedFeatureError: a feature that this kernel does not support.
+        UffdPermissionError: EPERM or EACCES - the system call and the device both refused; `hint`
+            names the settings that allow it. EPERM - EVENT_FORK without CAP_SYS_PTRACE.
 
-    Kernel: userfaultfd(2), UFFDIO_API(2const). A probe descriptor is asked what is supported and
-        closed, then a second one enables `features`: one descriptor takes one handshake.
+    Kernel: userfaultfd(2), UFFDIO_API(2const). One descriptor can do one handshake, so a first
+        descriptor asks what is supported and is closed; a second one enables `features`.
     GIL: released in every call.  Threads: safe, apart from close().  Blocks: see each method.
 
     Example:
@@ -155,41 +157,42 @@ class Userfaultfd(CloseCallbacks):
 
     @classmethod
     def from_fd(cls, fd: int, *, owner_pid: int | None = None) -> Self:
-        """Adopt a userfaultfd received from another process, and own it from here on.
+        """Adopt a userfaultfd that another process opened; the object owns it from then on.
 
         Args:
-            fd: The descriptor, handshake done by its sender. It is closed with this object; if
-                this call raises, it stays the caller's.
-            owner_pid: The process whose memory it governs: the one that opened it, which need not
-                be the one that sent it. None if that is unknown: what needs it is refused then.
+            fd: The descriptor. Its sender has done the handshake. It is closed with this object;
+                if this call raises, it stays the caller's.
+            owner_pid: The process whose memory it governs: the process that opened it, which may
+                differ from the one that sent it. None if it is unknown; calls that need to know it
+                then raise.
 
         Raises:
-            ValueError: not a userfaultfd, or the handshake has not been done; an `owner_pid`
+            ValueError: not a userfaultfd, the handshake has not been done, or an `owner_pid`
                 below 1.
 
-        Kernel: the features come from /proc/self/fdinfo. O_NONBLOCK and FD_CLOEXEC are set: the
-            flags of a received descriptor are its sender's.
+        Kernel: the features are read from /proc/self/fdinfo. O_NONBLOCK and FD_CLOEXEC are set,
+            since a received descriptor has the flags that its sender gave it.
         """
         self = cls._prepared(fd, owner_pid)
         return self._number.descriptor.adopt(fd, self)  # last: until here it is the caller's
 
     @classmethod
     def _from_descriptor(cls, descriptor: Descriptor) -> Self:
-        """Adopt a userfaultfd from another owner; if this raises ValueError, it stays there."""
+        """Move a userfaultfd here from `descriptor`, which keeps it if this raises ValueError."""
         self = cls._prepared(descriptor.number, None)
         descriptor.move_to(self._number.descriptor)
         return self
 
     @classmethod
     def _prepared(cls, fd: int, owner_pid: int | None) -> Self:
-        """Return an object for a userfaultfd that it does not have yet."""
+        """Return an object for the userfaultfd `fd`, which it does not own yet."""
         _check_pid(owner_pid)
         features, ioctls = negotiated(fd)
         os.set_blocking(fd, False)
         os.set_inheritable(fd, False)
         self = cls.__new__(cls)
         try:
-            # Asked of a new descriptor, without privilege: fdinfo mixes in the ioctls of ranges.
+            # Ask a new descriptor, which needs no privilege: fdinfo adds the ioctls of ranges.
             self.supported, ioctls = probe_api(os.O_CLOEXEC | USER_MODE_ONLY)
         except UffdOSError:
             self.supported = features
@@ -215,7 +218,7 @@ class Userfaultfd(CloseCallbacks):
         self._claims = EventClaims()
         self._watch = Watch()
         tidy()
-        self._number = Number(descriptor)  # last: a signal's exception may leave the rest undone
+        self._number = Number(descriptor)  # last: a signal handler may raise at any line above
 
     # The descriptor
 
@@ -223,8 +226,8 @@ class Userfaultfd(CloseCallbacks):
         """Return the file descriptor.
 
         Raises:
-            ClosedError: closed, detached, or this is a fork of the process that opened it (the
-                descriptor would act on the parent's memory).
+            ClosedError: closed, detached, or called in a fork of the process that made the object
+                (the descriptor would act on the parent's memory).
         """
         fd = self._number.fd
         if fd < 0:
@@ -237,7 +240,7 @@ class Userfaultfd(CloseCallbacks):
 
     @property
     def owner_pid(self) -> int | None:
-        """The process whose memory it governs, or None."""
+        """The pid of the process whose memory it governs, or None."""
         return self._owner_pid
 
     @owner_pid.setter
@@ -245,7 +248,7 @@ class Userfaultfd(CloseCallbacks):
         _check_pid(pid)
         if not self.adopted and pid != self._owner_pid:
             raise ValueError(
-                f"{self!r} was opened by process {self._owner_pid}, and governs its memory"
+                f"{self!r} was opened by process {self._owner_pid} and governs its memory"
             )
         self._owner_pid = pid
 
@@ -257,8 +260,8 @@ class Userfaultfd(CloseCallbacks):
     def detach(self) -> int:
         """Give up ownership and return the descriptor; the object is closed afterwards.
 
-        It has another number where a handler that stopped has left a thread behind, which may
-        use the old one.
+        The descriptor usually keeps its number. If a stopped handler left a thread behind, that
+        thread may still use the number, so a duplicate with another number is returned.
         """
         fd = self.fileno()
         self._run_before_close()
@@ -271,11 +274,11 @@ class Userfaultfd(CloseCallbacks):
         return copy.release()
 
     def _hold_open(self) -> None:
-        """Keep the descriptor open after close(), until `let_close`; for a handler that stops."""
+        """Keep the descriptor open after close(), until `_let_close`; for a handler that stops."""
         self._number.hold()
 
     def _let_close(self) -> None:
-        """Undo a `hold_open`."""
+        """Undo a `_hold_open`."""
         self._number.release()
 
     def _leave_behind(self, left: LeftBehind) -> None:
@@ -284,15 +287,16 @@ class Userfaultfd(CloseCallbacks):
 
     @property
     def _memory_key(self) -> object:
-        """Names the memory it governs, as far as that is known."""
+        """A key for the address space that it governs: the owner's pid, if that is known."""
         return self._owner_pid or f"of {id(self)}"
 
     def close(self) -> None:
         """Stop the handlers that use this descriptor, then close it.
 
-        Ranges become unregistered: threads still waiting (there are none behind a Handler) go on
-        with zero pages, so do not use this to get rid of a stalled thread. Where stopping a handler
-        is interrupted the descriptor stays open, and the next call goes on.
+        Closing unregisters all ranges. A thread that still waits continues with a zero-filled page,
+        so do not close a userfaultfd to free a stalled thread; a Handler that stops leaves none
+        waiting. If stopping a handler is interrupted, the descriptor stays open and the next call
+        continues.
         """
         if not self.closed and self._pid == os.getpid():
             try:
@@ -304,7 +308,7 @@ class Userfaultfd(CloseCallbacks):
         self._end()
 
     def _end(self) -> None:
-        """Close what is open; again without complaint."""
+        """Close what is open; may be called again."""
         self._claims.drop()
         if self._pid == os.getpid():
             self._watch.end()
@@ -333,24 +337,25 @@ class Userfaultfd(CloseCallbacks):
         mode: RegisterMode = RegisterMode.MISSING,
         granted: lowlevel.Granted | None = None,
     ) -> Ioctl:
-        """Register a range and return the ioctls it takes.
+        """Register a range and return the ioctls that it supports.
 
-        Registering again with other modes replaces them; a subset of the current modes changes
-        nothing. A range that would lose WP is unprotected first: on hugetlb memory a write to a
-        page left protected never returns (measured on Linux 6.18). That covers what this object
-        registered; unprotect what the sender of an adopted descriptor did yourself.
+        Registering again with other modes replaces the modes; a subset of the current modes changes
+        nothing. If a range would lose WP it is unprotected first: on hugetlb memory a write to a
+        page left protected never returns (measured on Linux 6.18). This covers ranges that this
+        object registered. Ranges that the sender of an adopted descriptor registered you must
+        unprotect yourself.
 
         Args:
             range_or_start: A range object, or the address, aligned to the page size.
             length: Bytes, a multiple of the page size; not with a range object.
             mode: Which faults to deliver.
-            granted: Gets the ioctls as well, also where this call is interrupted; for handlers.
+            granted: Receives the ioctls too, even if this call is interrupted; for handlers.
 
         Raises:
             ValueError: a bad range, or no mode.
             UffdOSError: EINVAL - unmapped, or memory that cannot be registered in this mode.
             RangeBusyError: EBUSY - registered with another userfaultfd, or a thread that a
-                handler left behind may still write there (`Handler.stop`).
+                handler left behind may still write to the range (see `Handler.stop`).
 
         Kernel: UFFDIO_REGISTER(2const).  Blocks: no.
         """
@@ -368,7 +373,7 @@ class Userfaultfd(CloseCallbacks):
         if not mode & RegisterMode.WP:
             for first, end, old in self._registered.overlapping(start, start + length):
                 if old & RegisterMode.WP and not is_subset(mode, old):
-                    # ENOENT: what was registered here has been unmapped since.
+                    # ENOENT: the registered memory has been unmapped since.
                     with suppress(LayoutChangedError):
                         lowlevel.writeprotect(fd, first, end - first, 0)
         try:
@@ -380,9 +385,9 @@ class Userfaultfd(CloseCallbacks):
         return ioctls
 
     def unregister(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
-        """Unregister a range: protection is lifted, and threads that wait go on.
+        """Unregister a range: protection is lifted, and threads that wait continue.
 
-        A missing page that nobody resolved reads as zeros from then on: resolve or poison first.
+        A page that is still missing reads as zeros from then on, so resolve or poison it first.
 
         Kernel: UFFDIO_UNREGISTER(2const).  Blocks: no.
         """
@@ -423,7 +428,7 @@ class Userfaultfd(CloseCallbacks):
         return bool(self._registered.overlapping(start, end))
 
     def _note_unregistered(self, start: int, length: int) -> None:
-        """Be told that a range was unregistered by other means than `unregister`."""
+        """Note that a range was unregistered by other means than `unregister`."""
         self._registered.clear(start, start + length)
         if not self._registered:
             self._watch.end()
@@ -431,7 +436,7 @@ class Userfaultfd(CloseCallbacks):
     def wake(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
         """Let every thread that waits in the range try its access again.
 
-        Kernel: UFFDIO_WAKE(2const). A page still missing sends its event again.
+        Kernel: UFFDIO_WAKE(2const). A thread that finds its page still missing faults again.
         """
         start, length = _checked(range_or_start, length)
         lowlevel.wake(self.fileno(), start, length)
@@ -483,7 +488,7 @@ class Userfaultfd(CloseCallbacks):
     ) -> int:
         """Fill missing pages with zeros; return the bytes filled.
 
-        Hugetlb ranges do not take it (EINVAL): copy zeros. Errors as for `copy`.
+        Hugetlb ranges do not support it (EINVAL): copy zeros instead. Errors as for `copy`.
 
         Kernel: UFFDIO_ZEROPAGE(2const).
         """
@@ -547,9 +552,9 @@ class Userfaultfd(CloseCallbacks):
         *,
         mode: PoisonMode = PoisonMode(0),  # noqa: B008
     ) -> int:
-        """Mark missing pages so that whoever touches them gets SIGBUS; return the bytes marked.
+        """Mark missing pages so that an access raises SIGBUS; return the bytes marked.
 
-        The marks outlive unregistering; MADV_DONTNEED takes them away, and `copy` replaces them.
+        The marks outlive unregistering. MADV_DONTNEED removes them, and `copy` replaces them.
 
         Raises:
             PageExistsError: EEXIST - a page is present.
@@ -570,10 +575,10 @@ class Userfaultfd(CloseCallbacks):
         *,
         mode: WriteprotectMode = WriteprotectMode.WP,
     ) -> None:
-        """Write-protect a range, or with mode 0 unprotect it and wake its waiters.
+        """Write-protect a range, or with mode 0 unprotect it and wake the threads that wait.
 
-        Missing pages of anonymous memory are protected only with Feature.WP_UNPOPULATED; without
-        it the call succeeds and their first write goes unseen.
+        Missing pages of anonymous memory are protected only with Feature.WP_UNPOPULATED. Without
+        it the call succeeds, but the first write to such a page causes no write-protect fault.
 
         Raises:
             ValueError: a bad range, or WP together with DONTWAKE.
@@ -585,7 +590,7 @@ class Userfaultfd(CloseCallbacks):
         """
         start, length = _checked(range_or_start, length)
         if mode == WriteprotectMode.WP | WriteprotectMode.DONTWAKE:
-            raise ValueError("DONTWAKE goes with taking protection off, not with WP")
+            raise ValueError("DONTWAKE can only be used when removing protection, not with WP")
         fd = self.fileno()
         self._refuse_served(
             "writeprotect",
@@ -605,7 +610,7 @@ class Userfaultfd(CloseCallbacks):
         *,
         mode: RwprotectMode = RwprotectMode.RWP,
     ) -> None:
-        """Protect a range against reads and writes, or with mode 0 lift that and wake.
+        """Protect a range against reads and writes, or with mode 0 unprotect it and wake.
 
         Kernel: UFFDIO_RWPROTECT; needs Feature.RWP and RegisterMode.RWP; Linux 7.3.
         """
@@ -620,12 +625,12 @@ class Userfaultfd(CloseCallbacks):
         enable: Feature = Feature(0),  # noqa: B008
         disable: Feature = Feature(0),  # noqa: B008
     ) -> None:
-        """Switch features of the open descriptor; Linux knows Feature.RWP_ASYNC here.
+        """Enable or disable features of the open descriptor; Linux allows Feature.RWP_ASYNC only.
 
         Kernel: UFFDIO_SET_MODE; Linux 7.3.
         """
         if enable & disable:
-            raise ValueError(f"{Feature(enable & disable)!r} both enabled and disabled")
+            raise ValueError(f"{Feature(enable & disable)!r} is both enabled and disabled")
         self.fileno()
         if self._claims.is_owned:
             raise ValueError(
@@ -646,16 +651,17 @@ class Userfaultfd(CloseCallbacks):
         mode: CopyMode = CopyMode(0),  # noqa: B008
         retry_s: float = FILL_RETRY_S,
     ) -> FillResult:
-        """Fill every missing page of a range with a copy, and wake whoever waits for one.
+        """Fill every missing page of a range with a copy, and wake the threads that wait for them.
 
-        Goes on behind pages that are present, and retries while the layout changes.
+        Pages that are present are skipped. EAGAIN is retried while the layout changes.
 
         Args:
-            dst: A range object (its page size counts), or an address of small pages.
+            dst: A range object, which has a page size, or an address in memory of 4 KiB pages.
             src: Address in this process, or a buffer, of at least the range's length.
-            length: Bytes; by default the range's, or the buffer's.
+            length: Bytes; by default the range's length, or the buffer's.
             mode: As for `copy`.
-            retry_s: How long EAGAIN without progress is retried; the rest is then `deferred`.
+            retry_s: How long to retry EAGAIN without progress, in seconds. What could not be filled
+                by then is `deferred`.
 
         Raises:
             ValueError: a bad range, or a source that is too short.
@@ -685,7 +691,7 @@ class Userfaultfd(CloseCallbacks):
         *,
         retry_s: float = FILL_RETRY_S,
     ) -> FillResult:
-        """Fill every missing page of a range with zeros, on hugetlb memory by copying them.
+        """Fill every missing page of a range with zeros; on hugetlb memory, copy zeros.
 
         Errors as for `fill_copy`.
         """
@@ -739,9 +745,9 @@ class Userfaultfd(CloseCallbacks):
         mode: MoveMode = MoveMode(0),  # noqa: B008
         retry_s: float = FILL_RETRY_S,
     ) -> FillResult:
-        """Move pages of the owner to every missing page of a range; as `fill_copy` otherwise.
+        """Move the owner's pages to every missing page of a range; as `fill_copy` otherwise.
 
-        A source page whose destination is present stays where it is.
+        If a destination page is present, its source page stays where it is.
         """
         start, size = resolve_range(dst, length)
         page_size = page_size_of(dst)
@@ -773,8 +779,8 @@ class Userfaultfd(CloseCallbacks):
     def _explained(
         self, error: UffdOSError, start: int, length: int, mode: int = 0, src: int = 0
     ) -> UffdOSError:
-        """Return the error with its cause as a hint, where the memory can be looked at."""
-        from pyuffd import _diagnose  # few programs fail
+        """Return the error with its cause as a hint, if the memory can be inspected."""
+        from pyuffd import _diagnose  # rarely needed
 
         pid = getattr(self, "owner_pid", None if self.adopted else self._pid)
         own = tuple((a, b) for a, b, _ in self._registered.overlapping(start, start + length))
@@ -784,28 +790,28 @@ class Userfaultfd(CloseCallbacks):
     # Events
 
     def _claim_events(self, owner: Owner) -> None:
-        """Refuse events to everybody but `owner`, until it ends or gives them back; for handlers.
+        """Reserve the events for `owner` until it is gone or releases them; for handlers.
 
         Raises:
-            ValueError: another one has them.
+            ValueError: another owner has them.
             EventsBusyError: a task waits for them.
         """
         self._claims.claim(self, owner)
         self._update_watch()
 
     def _release_events(self, owner: Owner) -> None:
-        """Take back a `claim_events`."""
+        """Undo a `_claim_events`."""
         self._claims.release(owner)
         self._watch.is_answered = False
         self._update_watch()
 
     def note_answered(self) -> None:
-        """Be told that the owner of the events runs, until `release_events`."""
+        """Note that the owner of the events runs, until `_release_events`."""
         self._watch.is_answered = True
         self._watch.end()
 
     def note_sent(self, pid: int) -> None:
-        """Be told that a process (0: unknown) got the descriptor; it may be the one that reads."""
+        """Note that a process (0: unknown) was sent the descriptor and may read the events."""
         self._watch.note_sent(pid)
         self._update_watch()
 
@@ -816,12 +822,12 @@ class Userfaultfd(CloseCallbacks):
     def read_events(self, max_events: int = READ_BATCH) -> list[Event]:
         """Return the queued events, at most `max_events`, in the kernel's order.
 
-        Page faults come before layout events that are older (measured): read until the list is
-        empty, and apply Remove, Unmap, Remap and Fork before resolving faults. The descriptors of
-        Fork events are yours to close.
+        The kernel returns page faults before older layout events (measured). So read until the list
+        is empty, and apply Remove, Unmap, Remap and Fork before resolving faults. The caller must
+        close the userfaultfds of Fork events.
 
         Raises:
-            EventsBusyError: a Handler of this userfaultfd, which reads for itself, has not stopped.
+            EventsBusyError: a Handler of this userfaultfd has not stopped; it reads the events.
 
         Blocks: never, unless opened with `nonblocking=False`.
         """
@@ -838,15 +844,15 @@ class Userfaultfd(CloseCallbacks):
     def events(self) -> AsyncIterator[Event]:
         """Return the events for `async for`, in the running asyncio loop, until close().
 
-        Everything queued is read at once; layout events come before the page faults read with
-        them, so that events can be handled one by one. A task that is cancelled, or leaves the
-        loop, loses none: what was read and not delivered comes first from the next iterator and
-        from read_events(). Batches leave other tasks their turn.
+        Everything queued is read at once. Layout events are delivered before the page faults read
+        with them, so that events can be handled one by one. A task that is cancelled or leaves the
+        `async for` loses no event: events that were read but not delivered come first from the next
+        iterator and from read_events(). Other tasks get their turn between batches.
 
         Raises:
             ClosedError: closed already. Closing it later ends the iteration.
             ValueError: opened with `nonblocking=False`.
-            EventsBusyError: (when iterated) another task waits for the events, or a Handler has
+            EventsBusyError: (when iterated) another task waits for the events, or a Handler reads
                 them.
 
         GIL: released while waiting.  Threads: one loop at a time.  Blocks: never; it awaits.
@@ -878,7 +884,7 @@ class Userfaultfd(CloseCallbacks):
         return parse_event(raw)
 
     def _forked(self, descriptor: Descriptor, fd: int) -> Self:
-        """Own the descriptor of a child, which has this one's features and registrations."""
+        """Return a child's userfaultfd, with the features and registrations of this one."""
         os.set_blocking(fd, False)
         os.set_inheritable(fd, False)
         child = type(self).__new__(type(self))
@@ -891,8 +897,8 @@ class Userfaultfd(CloseCallbacks):
 def _check_pid(pid: int | None) -> None:
     if pid is not None and pid < 1:
         raise ValueError(
-            f"owner_pid {pid} is no process; None says that the owner is unknown (it may be in a"
-            " PID namespace that hides it)"
+            f"owner_pid {pid} is not a process; pass None for an unknown owner (it may be in a PID"
+            " namespace that hides it)"
         )
 
 
@@ -909,7 +915,7 @@ def _check_move(dst: int, src: int, length: int) -> None:
 
 
 def _source(src: int | Buffer, length: int | None) -> tuple[int, int, object]:
-    """Return (address, length, what must stay alive meanwhile) of a copy's source."""
+    """Return (address, length, object that must stay alive during the copy) of a source."""
     if isinstance(src, int):
         if length is None:
             raise ValueError(f"source address {src:#x} needs a length")
