@@ -1,4 +1,4 @@
-"""Files that pages can be read from: opening them, their size, and why others cannot (layer L2)."""
+"""Files that pages can be read from: open them, refuse others, find their size (layer L2)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ FileLike = str | os.PathLike[str] | IO[bytes] | int
 
 _BLKGETSIZE64 = 0x80081272  # _IOR(0x12, 114, size_t)
 _MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13
-# ENODEV from most that cannot, EIO from procfs, EINVAL where only private mappings work (9p).
+# ENODEV from most files that cannot be mapped, EIO from procfs, EINVAL from file systems with
+# private mappings only (9p).
 _NOT_MAPPABLE = (errno.ENODEV, errno.EIO, errno.EINVAL)
 _ZERO_DEVICE = os.makedev(1, 5)
 _INSTEAD = "read it into memory for a BufferSource, or use a CallableSource"
 
 
 def open_source(file: FileLike) -> Descriptor:
-    """Return a descriptor of the caller's own for a file that can be mapped and read by offset.
+    """Return a new descriptor, the caller's, of a file that can be mapped and read by offset.
 
     Raises:
         ValueError: a directory, pipe, socket or character device, or a file without pages.
         UffdPermissionError: EACCES - a descriptor that is open for writing only.
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     if isinstance(file, (str, os.PathLike)):
-        _check_kind(os.stat(file), os.fspath(file))  # opening a FIFO would wait for a writer
+        _check_kind(os.stat(file), os.fspath(file))  # opening a FIFO would block until a writer
         opened = Descriptor.open(file, os.O_RDONLY)
     else:
         opened = Descriptor.duplicate(file if isinstance(file, int) else file.fileno())
@@ -48,28 +49,28 @@ def open_source(file: FileLike) -> Descriptor:
 
 
 def size_of(fd: int) -> int:
-    """Return the bytes of a file or a block device as they are now."""
+    """Return the present size in bytes of a file or a block device."""
     status = os.fstat(fd)
     if not stat.S_ISBLK(status.st_mode):
         return status.st_size
-    # Seeking to the end would move the position of the descriptor this is a duplicate of.
+    # Not by seeking, which would move the position of the descriptor that this duplicates.
     (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
     return int(size)
 
 
 def mapping_unit(fd: int) -> int:
-    """Return the page size of a file's mappings: that of its hugetlbfs, or 4 KiB."""
+    """Return the page size of a file's mappings: that of its hugetlbfs mount, or 4 KiB."""
     magic, block_size = _memory.fstatfs(fd)
     return block_size if magic == HUGETLBFS_MAGIC else PAGE_SIZE
 
 
 def name_of(fd: int) -> str:
-    """Return the path of an open file, as the kernel knows it."""
+    """Return the kernel's name of an open file: its path."""
     return os.readlink(name_in_proc(fd))
 
 
 def name_in_proc(fd: int) -> str:
-    """Return the path by which this process can open an open file once more."""
+    """Return a path by which this process can open the same file again."""
     return f"/proc/self/fd/{fd}"
 
 
@@ -83,20 +84,20 @@ def _check_kind(status: os.stat_result, name: str) -> None:
         kind = "pipe" if stat.S_ISFIFO(mode) else "socket"
         raise ValueError(f"{name} is a {kind}, which cannot be read by offset: {_INSTEAD}")
     if stat.S_ISCHR(mode) and status.st_rdev == _ZERO_DEVICE:
-        raise ValueError(f"{name} has no end: ZeroSource() is the source of zeros")
+        raise ValueError(f"{name} has no end: use ZeroSource() for zeros")
     kind = "a character device" if stat.S_ISCHR(mode) else "not a file on any file system"
     raise ValueError(f"{name} is {kind}, without a size: {_INSTEAD}")
 
 
 def _without_direct(descriptor: Descriptor) -> Descriptor:
-    """Return one whose reads need not be aligned, in the place of one with O_DIRECT."""
+    """Return the descriptor, or if it has O_DIRECT (aligned reads only) a new one without."""
     if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
         return descriptor
     return Descriptor.open(name_in_proc(descriptor.number), os.O_RDONLY)
 
 
 def _check_mappable(fd: int) -> None:
-    """Map a page, which is never touched: UFFDIO_COPY reads a file's pages from a mapping."""
+    """Check that the file can be mapped, as UFFDIO_COPY reads its pages from a mapping."""
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
         raise UffdPermissionError(
             errno.EACCES, "mmap", hint=f"{name_of(fd)} is open for writing only", fd=fd

@@ -1,7 +1,7 @@
 """Where page content comes from (layer L4).
 
-Zeros, memory of this process and a file are read by the C engine without Python; what is called
-for its content needs a driver that can call Python.
+The C engine reads zeros, memory of this process and files without Python. Any other source is
+called for its content, which needs a driver that can call Python.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class PageSource(Protocol):
-    """What a handler fills pages from: bytes by offset, counted from the start of its region."""
+    """The content of a region's pages, as bytes by offset from the start of the region."""
 
     @property
     def length(self) -> int | None:
-        """Bytes there are, or None when there is no end."""
+        """The number of bytes, or None if the source has no end."""
 
     def read(self, offset: int, length: int) -> Buffer:
-        """Return exactly `length` bytes, zero-padded behind the source's end."""
+        """Return exactly `length` bytes, padded with zeros beyond the end of the source."""
 
 
 class ZeroSource:
-    """Zeros without end: fills like fresh memory, but seen by the handler."""
+    """Zeros without end: the region is like fresh memory, but the handler sees its faults."""
 
     @property
     def length(self) -> int | None:
-        """None: zeros do not end."""
+        """None: the source has no end."""
         return None
 
     def read(self, offset: int, length: int) -> bytes:
@@ -56,11 +56,11 @@ class ZeroSource:
 class BufferSource(SoleOwner):
     """Memory of this process: bytes, bytearray, a numpy array, a memoryview of a region.
 
-    The engine copies straight from it, so what it holds when a page is asked for is what the page
-    gets. The object keeps the buffer alive and from being resized.
+    The engine copies directly from the buffer: a page gets what the buffer holds when the page is
+    filled. The object keeps the buffer alive and prevents its being resized.
 
     Args:
-        data: A contiguous buffer. Pages of it may be missing only where somebody else resolves
+        data: A contiguous buffer. Pages of it may be missing only if another handler resolves
             their faults: a handler refuses a source in memory that it serves itself.
 
     Raises:
@@ -73,8 +73,8 @@ class BufferSource(SoleOwner):
     """
 
     _instead = (
-        "it is memory of one process; make another of the same buffer, or for another process"
-        " put the bytes into a memfd and make a FileSource of that"
+        "it is memory of one process; make another BufferSource of the same buffer or, for another"
+        " process, write the bytes to a memfd and make a FileSource of it"
     )
 
     def __init__(self, data: Buffer) -> None:
@@ -85,11 +85,11 @@ class BufferSource(SoleOwner):
 
     @property
     def length(self) -> int:
-        """Bytes in the buffer."""
+        """The size of the buffer in bytes."""
         return self._length
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset`, zero-padded behind the end."""
+        """Return `length` bytes from `offset`, padded with zeros beyond the end."""
         available = max(0, min(length, self._length - offset))
         data = _memory.read(self.address + offset, available) if available else b""
         return data.ljust(length, b"\0")
@@ -99,19 +99,20 @@ class BufferSource(SoleOwner):
 
 
 class FileSource(Closing):
-    """A file, read through the page cache (one copy) as pages are asked for.
+    """A file, read through the page cache (one copy) when pages are filled.
 
-    If it is truncated while it is served, the pages that are lost go the way of the handler's
-    `on_error`; their content is never made up. Seal a memfd (F_SEAL_SHRINK) to save the check.
-    What is appended to it later is not served, and a file renamed to its path is not looked at.
+    If the file is truncated while it is served, the handler's `on_error` applies to the pages that
+    are lost; they are never filled with zeros. A memfd sealed with F_SEAL_SHRINK needs no check for
+    that. Data appended later are not served. If another file is renamed to the path, the source
+    keeps reading the file it opened.
 
     Args:
         file: A path, a file object or a descriptor of a regular file or a block device; pyuffd
             keeps a descriptor of its own.
-        offset: Byte of the file that the region's first byte gets; any alignment.
+        offset: Offset in the file of the region's first byte, in bytes; any alignment.
 
     Raises:
-        ValueError: a negative offset, or one at or behind the file's end; a directory, a pipe, a
+        ValueError: a negative offset, or one at or beyond the file's end; a directory, a pipe, a
             socket, a character device, or a file that cannot be mapped (procfs, sysfs).
         UffdPermissionError: EACCES - a descriptor that is open for writing only.
         OSError: the file cannot be opened.
@@ -133,12 +134,12 @@ class FileSource(Closing):
 
     @property
     def name(self) -> str:
-        """The path of the file, as the kernel knows it."""
+        """The kernel's name of the file: its path."""
         return _source_files.name_of(self.fileno())
 
     @property
     def length(self) -> int:
-        """Bytes from the offset to the end of the file, as long as it is now."""
+        """Bytes from the offset to the end of the file, at its present size."""
         return max(0, _source_files.size_of(self.fileno()) - self.offset)
 
     def fileno(self) -> int:
@@ -149,7 +150,7 @@ class FileSource(Closing):
         return fd
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset`, zero-padded behind the end of the file."""
+        """Return `length` bytes from `offset`, padded with zeros beyond the end of the file."""
         data = bytearray()
         while len(data) < length:
             at = self.offset + offset + len(data)
@@ -160,7 +161,7 @@ class FileSource(Closing):
         return bytes(data).ljust(length, b"\0")
 
     def close(self) -> None:
-        """Close the descriptor; what serves from it already has its own."""
+        """Close the descriptor; a handler that serves the file has a duplicate."""
         self._descriptor.close()
 
     def __del__(self) -> None:
@@ -176,13 +177,14 @@ class FileSource(Closing):
 class CallableSource:
     """A Python function that is called for the content of pages.
 
-    The handler's workers call it, several at once with `workers` above 1; what it raises, and an
-    answer of another length, goes the way of the handler's `on_error` and is raised by stop().
+    The handler's workers call it, several at once with `workers` above 1. If it raises, or returns
+    another number of bytes, the handler's `on_error` applies to the pages and stop() raises
+    HandlerError.
 
     Args:
         function: Called with (offset, length) in bytes from the start of the region, both
             multiples of its page size; returns exactly `length` bytes.
-        length: Bytes there are, or None when there is no end.
+        length: The number of bytes, or None if the source has no end.
 
     Raises:
         ValueError: a coroutine function (see `AsyncSource`), or something that is not callable.
@@ -215,19 +217,19 @@ class CallableSource:
 
 
 class AsyncSource:
-    """A coroutine function that is run in an asyncio event loop for the content of pages.
+    """A coroutine function that is called in an asyncio event loop for the content of pages.
 
-    The handler's workers wait for it, so as many of its coroutines run at once as there are
-    workers. The loop must keep running while pages are asked for: stop the handler with
-    `async with handler` or `await asyncio.to_thread(handler.stop)`, not from the loop's own
-    thread. A cancelled coroutine fails its pages like any other exception. With the process
-    driver the coroutines run in a loop of the helper process.
+    Each of the handler's workers waits for one coroutine, so at most `workers` of them run at
+    once. The loop must keep running while pages are fetched, so do not stop the handler from the
+    loop's own thread: use `async with handler` or `await asyncio.to_thread(handler.stop)`. If a
+    coroutine raises or is cancelled, `on_error` applies to its pages. With the process driver the
+    coroutines run in a loop of the worker process.
 
     Args:
         function: As for `CallableSource`.
-        loop: The loop to run it in; by default the one that runs now, or else one that this
-            module runs in a thread.
-        length: Bytes there are, or None when there is no end.
+        loop: The loop to run it in; by default the running loop, or else one that this module runs
+            in a thread.
+        length: The number of bytes, or None if the source has no end.
 
     Raises:
         ValueError: not a coroutine function.
@@ -257,7 +259,7 @@ class AsyncSource:
         return self._length
 
     def read(self, offset: int, length: int) -> Buffer:
-        """Run the coroutine in its loop and wait for it, from another thread."""
+        """Run the coroutine in its loop and wait for it; not from the loop's own thread."""
         import asyncio
 
         async def run() -> Buffer:
@@ -267,7 +269,7 @@ class AsyncSource:
         return asyncio.run_coroutine_threadsafe(run(), loop).result()
 
     def __reduce__(self) -> tuple[Callable[..., AsyncSource], tuple[object, ...]]:
-        """Leave the loop behind."""
+        """Pickle without the loop."""
         return _async_source_elsewhere, (self.function, self._length)
 
     def __repr__(self) -> str:
@@ -280,12 +282,12 @@ def _async_source_elsewhere(
     return AsyncSource(function, length=length)
 
 
-_loops: list[asyncio.AbstractEventLoop] = []  # one, once it is needed
+_loops: list[asyncio.AbstractEventLoop] = []  # at most one
 _loops_lock = threading.Lock()
 
 
 def _forget_loops() -> None:
-    """In the child of a fork the loop's thread does not exist."""
+    """Forget the loop in the child of a fork, where its thread does not exist."""
     global _loops_lock
     _loops.clear()
     _loops_lock = threading.Lock()

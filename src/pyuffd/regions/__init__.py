@@ -1,4 +1,4 @@
-"""Memory to register: `Region` maps it, or adopts what somebody else mapped (layer L3)."""
+"""Memory to register: `Region` maps memory, or describes an existing mapping (layer L3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Making mappings: one function per constructor of `Region`, which has the documentation."""
+"""Make mappings: one function per constructor of `Region`, where they are documented."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def memfd(
 
 
 def shm(name: str, length: int, *, reserve: bool) -> Mapping:
-    """Create or open POSIX shared memory; until its name is settled a new file goes with it."""
+    """Create or open POSIX shared memory; closing it removes a new file until `name.settle()`."""
     check_length(length, PAGE_SIZE)
     path = _files.shm_path(name)
     return _named(path, length, RegionKind.SHM, shared=True, reserve=reserve)
 
 
 def hugetlbfs(path: str, length: int, *, shared: bool, noreserve: bool) -> Mapping:
-    """Create or open a file on a hugetlbfs mount; its name as for `shm`."""
+    """Create or open a file on a hugetlbfs mount; a new file as for `shm`."""
     kind, path = RegionKind.HUGETLBFS, os.path.abspath(path)
     return _named(path, length, kind, shared=shared, reserve=False, noreserve=noreserve)
 
@@ -113,7 +113,7 @@ def file(
 
 
 def at(address: int, length: int, page_size: int | None) -> Mapping:
-    """Describe memory that somebody else mapped."""
+    """Describe memory that other code mapped."""
     least = PAGE_SIZE if page_size is None else check_page_size(page_size)
     check_range(address, length, least, name="address")
     found = _maps.describe(address, length, ask_page_size=page_size is None)
@@ -133,8 +133,10 @@ def at(address: int, length: int, page_size: int | None) -> Mapping:
 def alias(mapping: Mapping) -> Mapping:
     """Map the same shared memory once more, at another address."""
     if mapping.fd is None or not mapping.shared:
-        what = "shared memory whose file is not known" if mapping.shared else "private memory"
-        raise ValueError(f"{mapping.kind.value} region at {mapping.start:#x} is {what}: no alias")
+        what = "shared memory whose file is unknown" if mapping.shared else "private memory"
+        raise ValueError(
+            f"the {mapping.kind.value} region at {mapping.start:#x} is {what}, which has no alias"
+        )
     with Descriptor.duplicate(mapping.fd) as file:
         writable = _files.is_writable(file.number)
         memory = map_memory(
@@ -173,7 +175,7 @@ def _named(
         if kind is RegionKind.HUGETLBFS and found.kind is not kind:
             raise ValueError(f"{path} is not on a hugetlbfs mount")
         check_length(length, found.page_size)
-        if found.size == 0:  # new, or its creator has not come to this line yet
+        if found.size == 0:  # new, or its creator has not set the size yet
             _files.set_size(file.number, length)
         return _map_file(
             file,
@@ -200,7 +202,7 @@ def _map_file(
     noreserve: bool = False,
     name: FileName | None = None,
 ) -> Mapping:
-    """Map a file; when it returns, file and name are the mapping's."""
+    """Map a file; the mapping returned owns file and name."""
     fd = file.number
     _files.check_access(fd, shared=shared, writable=writable)
     _files.check_size(fd, found.size, offset, length)

@@ -1,4 +1,4 @@
-"""Files as memory: opening them, what kind and size they are, and whether they can be touched."""
+"""Files as memory: open them, find their kind and size, and check that they can be mapped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHM_FOLDER = "/dev/shm"
 NAME_MAX = 255
 NEW_FILE_MODE = 0o600
 F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in the fcntl module
-STAT_BLOCK = 512  # the unit of st_blocks, whatever the file system's own is
+STAT_BLOCK = 512  # the unit of st_blocks on every file system
 
 
 class HasFileno(Protocol):
@@ -38,16 +38,16 @@ FileLike = int | str | os.PathLike[str] | HasFileno
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What an open file offers as memory."""
+    """What must be known of an open file to map it; sizes in bytes."""
 
     kind: RegionKind
     page_size: int
     size: int
-    in_memory: bool  # tmpfs or hugetlbfs: a hole takes memory even when it is only read
+    in_memory: bool  # tmpfs or hugetlbfs: even reading a hole allocates memory
 
 
 def facts(fd: int) -> FileFacts:
-    """Look at an open file; raise ValueError unless it is a regular file."""
+    """Return what is known of an open file; raise ValueError unless it is a regular file."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{describe(fd)} is not a regular file")
@@ -63,7 +63,7 @@ def facts(fd: int) -> FileFacts:
 
 
 def describe(fd: int) -> str:
-    """Return what the kernel calls an open file."""
+    """Return the kernel's name of an open file."""
     return os.readlink(f"/proc/self/fd/{fd}")
 
 
@@ -72,14 +72,14 @@ def own(file: FileLike, *, writable: bool) -> Descriptor:
     if isinstance(file, int):
         return Descriptor.duplicate(file)
     if isinstance(file, (str, os.PathLike)):
-        if stat.S_ISFIFO(os.stat(file).st_mode):  # opening it would wait for a writer
+        if stat.S_ISFIFO(os.stat(file).st_mode):  # opening it would block until a writer comes
             raise ValueError(f"{os.fspath(file)} is not a regular file")
         return Descriptor.open(file, os.O_RDWR if writable else os.O_RDONLY)
     return Descriptor.duplicate(file.fileno())
 
 
 def set_size(fd: int, length: int) -> None:
-    """Make a file as long as memory that is to be mapped from it."""
+    """Set the size of a file whose memory is to be mapped."""
     try:
         os.ftruncate(fd, length)
     except OSError as error:
@@ -87,7 +87,7 @@ def set_size(fd: int, length: int) -> None:
 
 
 def open_or_create(path: str, name: FileName) -> Descriptor:
-    """Open a file for reading and writing; if it is new, `name` removes it for now."""
+    """Open or create a file for reading and writing; closing `name` removes a new one."""
     flags = os.O_RDWR | os.O_NOFOLLOW
     while True:
         with suppress(FileExistsError):
@@ -102,9 +102,11 @@ def shm_path(name: str) -> str:
     """Return the file of a POSIX shared memory name, by shm_open(3)'s rules."""
     plain = name.removeprefix("/")
     if not plain or plain in (".", "..") or "/" in plain or "\0" in plain:
-        raise ValueError(f"{name!r} is not a shared memory name: one path component, like '/name'")
+        raise ValueError(
+            f"{name!r} is not a shared memory name: it must be one path component, like '/name'"
+        )
     if len(os.fsencode(plain)) > NAME_MAX:
-        raise ValueError(f"shared memory name of more than {NAME_MAX} bytes")
+        raise ValueError(f"the shared memory name has more than {NAME_MAX} bytes")
     return f"{SHM_FOLDER}/{plain}"
 
 
@@ -114,10 +116,10 @@ def is_writable(fd: int) -> bool:
 
 
 def check_access(fd: int, *, shared: bool, writable: bool) -> None:
-    """Raise UffdPermissionError, saying why, if the mapping would be refused."""
+    """Raise UffdPermissionError, with the reason, if mmap(2) would refuse the mapping."""
     mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     if mode == os.O_WRONLY:
-        hint = f"{describe(fd)} is open write-only: a mapping needs to read"
+        hint = f"{describe(fd)} is open write-only: a mapping needs read access"
     elif not shared or not writable or is_writable(fd):
         return
     elif mode == os.O_RDONLY:
@@ -131,18 +133,18 @@ def check_access(fd: int, *, shared: bool, writable: bool) -> None:
 
 
 def check_size(fd: int, size: int, offset: int, length: int) -> None:
-    """Raise ValueError if the file ends before the region does: touching that is SIGBUS."""
+    """Raise ValueError if the file ends before the region: accesses beyond it raise SIGBUS."""
     if offset + length > size:
         raise ValueError(
-            f"{describe(fd)} has {size:#x} bytes, fewer than {length:#x} from offset {offset:#x} on"
+            f"{describe(fd)} has {size:#x} bytes, fewer than {length:#x} from offset {offset:#x}"
         )
 
 
 def check_space(fd: int, offset: int, length: int) -> None:
-    """Raise ENOSPC if the file system cannot hold the region: touching it would be SIGBUS.
+    """Raise ENOSPC if the file system cannot hold the region: an access would raise SIGBUS.
 
-    The blocks that the file has already may lie outside the region, and others may take what is
-    free now, so this finds what is certain to fail; `reserve` makes sure.
+    This finds only what is certain to fail: blocks that the file has already may lie outside the
+    region, and the free space may be used up later. `reserve` makes sure.
     """
     file_system = os.fstatvfs(fd)
     needed = length - os.fstat(fd).st_blocks * STAT_BLOCK
@@ -153,7 +155,7 @@ def check_space(fd: int, offset: int, length: int) -> None:
 
 
 def reserve(fd: int, offset: int, length: int) -> None:
-    """Allocate the range now; raise ENOSPC with the sizes if the file system is too full."""
+    """Allocate the range now; raise ENOSPC, with the sizes, if there is too little space."""
     try:
         _memory.fallocate(fd, 0, offset, length)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What one mapping is, and how it gets its place in the address space."""
+"""The description of one mapping, and mmap(2) with alignment and hints."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE, round_up
 PROT_NONE = 0  # not in the mmap module
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 ADDRESS_SPACE = 1 << 56  # user addresses with five levels of page tables
-ALIGN_TRIES = 8  # each fails only if another thread maps into the gap at that very moment
+ALIGN_TRIES = 8  # a try fails only if another thread maps into the gap at that moment
 
 
 class RegionKind(Word):
-    """What is behind a region; `Region.page_size` tells huge pages from base pages.
+    """The kind of memory of a region. `Region.page_size` tells huge pages from base pages.
 
     Attributes:
         ANONYMOUS: Private memory with no file (`Region.anonymous`).
@@ -29,7 +29,7 @@ class RegionKind(Word):
         SHM: POSIX shared memory (`Region.shm`).
         HUGETLBFS: A file on a hugetlbfs mount (`Region.hugetlbfs`).
         FILE: Any other file (`Region.file`).
-        ADDRESS: Memory that somebody else mapped (`Region.at`).
+        ADDRESS: Memory that other code mapped (`Region.at`).
     """
 
     ANONYMOUS = "anonymous"
@@ -42,9 +42,9 @@ class RegionKind(Word):
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One range of the address space, and what ends with it: its memory, its file, its name.
+    """One range of the address space, with the owners of its memory, its file and its name.
 
-    Of memory that somebody else mapped all three are empty.
+    All three owners are empty for memory that other code mapped.
     """
 
     start: int
@@ -61,15 +61,15 @@ class Mapping:
 
     @property
     def fd(self) -> int | None:
-        """The descriptor of the file behind it, or None."""
+        """The descriptor of its file, or None."""
         return self.file.number if self.file.is_open else None
 
     def without_memory(self) -> Mapping:
-        """Return the same without the memory, which stays mapped while others refer to it."""
+        """Return a copy that does not own the memory, which its other owners keep mapped."""
         return replace(self, memory=MappedMemory())
 
     def close(self) -> None:
-        """End all three, whatever one of them raises; again without complaint."""
+        """Close all three, even if closing one of them raises; may be called again."""
         with self.file, self.name, self.memory:
             pass
 
@@ -79,7 +79,7 @@ def check_length(length: int, page_size: int) -> None:
     if length <= 0:
         raise ValueError(f"length {length:#x} must be above zero")
     if length >= ADDRESS_SPACE:
-        raise ValueError(f"length {length:#x} is more than an address space")
+        raise ValueError(f"length {length:#x} is larger than the address space")
     if length % page_size:
         raise ValueError(f"length {length:#x} is not a multiple of the page size {page_size:#x}")
 
@@ -93,7 +93,7 @@ def map_memory(
     fd: int = -1,
     offset: int = 0,
 ) -> MappedMemory:
-    """mmap(2), aligned so that transparent huge pages fit; say what there is too little of."""
+    """mmap(2), aligned so that transparent huge pages fit; an error's hint names what ran out."""
     try:
         if page_size == PAGE_SIZE and length >= HUGE_PAGE_2M:
             return _map_aligned(length, prot, flags, fd, offset)
@@ -126,12 +126,12 @@ def _raise_shortage(length: int, page_size: int, fd: int) -> NoReturn:
 
 
 def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int) -> MappedMemory:
-    """Map so that address and file offset are equal modulo 2 MiB, as a huge page needs it."""
+    """Map with address and file offset equal modulo 2 MiB, as huge pages require."""
     shift = offset % HUGE_PAGE_2M
     nothing = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     for _ in range(ALIGN_TRIES):
         with MappedMemory.map(length + 2 * HUGE_PAGE_2M, PROT_NONE, nothing) as gap:
-            # A hint, not MAP_FIXED: whoever takes the gap first keeps it.
+            # A hint, not MAP_FIXED: another thread may map into the gap first.
             wanted = round_up(gap.start, HUGE_PAGE_2M) + shift
         with MappedMemory.map(length, prot, flags, fd, offset, wanted) as memory:
             if memory.start % HUGE_PAGE_2M == shift:

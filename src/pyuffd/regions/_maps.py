@@ -1,4 +1,4 @@
-"""What kind of memory somebody else mapped, for `Region.at`."""
+"""The kind of an existing mapping, for `Region.at`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Found:
 
 
 def describe(address: int, length: int, *, ask_page_size: bool) -> Found:
-    """Describe a mapped, readable range of one kind; raise ValueError if it is not that.
+    """Describe a range; raise ValueError unless it is mapped, readable and of one kind.
 
-    smaps walks page tables, so the page size is asked for only where the caller needs it; nothing
-    is faulted in either way.
+    The page size comes from smaps, which walks page tables, so it is read only if the caller needs
+    it. No page is faulted in either way.
     """
     vmas = list(_vmas.overlapping(address, address + length, details=ask_page_size))
     at = address

@@ -1,4 +1,4 @@
-"""`Region`: one mapped range of memory, and everything done to it without holding the GIL."""
+"""`Region`: one mapped range of memory, and what can be done to it without holding the GIL."""
 
 from __future__ import annotations
 
@@ -31,25 +31,27 @@ DIGEST_PART = 256 << 10  # stays in the cache between copying and hashing
 
 
 class Region(CloseCallbacks):
-    """A range of mapped memory; made by one of the class methods, never directly.
+    """A range of mapped memory. The class methods make one; do not call the class.
 
     It may be registered with a `Userfaultfd`, so its methods touch it only through C calls that
-    release the GIL; `memoryview()` and numpy arrays over it do not, and are for memory whose
-    faults are resolved by a native handler or another process.
+    release the GIL. `memoryview()` and numpy arrays over it hold the GIL during an access. Use them
+    only if the faults are resolved without the GIL of this process: by a native handler or by
+    another process.
 
     Attributes:
-        start: First address. ClosedError once closed: the range may be somebody else's by then.
+        start: First address. Raises ClosedError once closed, since the range may be mapped anew.
         length: Bytes, a multiple of the page size; also `len(region)`.
-        page_size: The unit of its faults: 4096, or the huge page size.
-        kind: What is behind it.
-        fd: Its own descriptor of that, or None; closed with the region.
-        shared: Writes go to the file, where other mappings see them.
+        page_size: The unit of its faults in bytes: 4096, or the huge page size.
+        kind: The kind of memory, a `RegionKind`.
+        fd: The region's own descriptor of its file, or None; closed with the region.
+        shared: Whether writes go to the file, where other mappings see them.
         writable: False for a read-only mapping.
         offset: Where in the file it begins, in bytes.
-        was_served: A Handler has served it: what it holds came from there.
+        was_served: Whether a Handler has served it, so that its content may come from there.
 
-    A fork's copy of the region is the child's own: it may be used, and closing it unmaps it there
-    only. The callbacks of `on_close` and `unlink` stay with the process that made the region.
+    After a fork the child's copy of the region belongs to the child: it can be used, and closing it
+    unmaps it in the child only. `on_close` callbacks and `unlink` take effect only in the process
+    that made the region.
 
     GIL: released in every method that touches or maps memory.  Threads: safe, apart from
         close().  Blocks: a method that touches memory waits until the faults it causes are
@@ -74,10 +76,10 @@ class Region(CloseCallbacks):
         self._pid = os.getpid()
         self._before_close = []
         self.was_served = False
-        self._exports: list[weakref.ref[Buffer]] = []  # buffers over the memory
+        self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
         self._exports_lock = RLock()
         self._why_lost: list[Callable[[int], BaseException | None]] = []
-        self._open = True  # last: a signal's exception may leave the rest undone
+        self._open = True  # last: a signal handler may raise at any line above
 
     # Constructors
 
@@ -85,27 +87,27 @@ class Region(CloseCallbacks):
     def anonymous(
         cls, length: int, *, huge_page_size: int | None = None, noreserve: bool = False
     ) -> Self:
-        """Map private anonymous memory, zeros until written.
+        """Map private anonymous memory, which reads as zeros until it is written.
 
-        From 2 MiB on it is aligned to 2 MiB, so that transparent huge pages fit.
+        Memory of 2 MiB or more is aligned to 2 MiB, so that transparent huge pages fit.
 
         Args:
             length: Bytes, a multiple of the page size.
             huge_page_size: Use hugetlb pages of this size in bytes instead.
-            noreserve: Map more than the machine has, of which only a part will be used: Linux
-                refuses more than its memory and swap at once otherwise (vm.overcommit_memory).
-                What is used must still be there: no free huge page is SIGBUS, and too little
-                memory the out-of-memory killer.
+            noreserve: Reserve no memory. This allows a mapping larger than the machine's memory
+                and swap, which Linux otherwise refuses (vm.overcommit_memory), for a program that
+                uses a part of it. If memory runs out later, an access gets SIGBUS (huge pages) or
+                the kernel starts the out-of-memory killer.
 
         Raises:
-            ValueError: a bad length, or a huge page size this machine does not have.
+            ValueError: a bad length, or a huge page size that this machine does not support.
             UffdOSError: ENOMEM - `hint` names the limit: vm.overcommit_memory, vm.max_map_count,
-                a resource limit, or too few huge pages; then it says how many are free and the
-                command for more, and `needed_pages` and `free_pages` are set.
-                EAGAIN - memory is locked as it is mapped, and RLIMIT_MEMLOCK is too low.
+                a resource limit, or too few huge pages. For huge pages it says how many are free
+                and which command adds more, and `needed_pages` and `free_pages` are set.
+                EAGAIN - the process locks new mappings (mlockall), and RLIMIT_MEMLOCK is too low.
 
-        Kernel: mmap(2). Huge pages are reserved here, so touching them later cannot fail, unless
-            `noreserve` says not to.
+        Kernel: mmap(2). Without `noreserve` huge pages are reserved by this call, so an access
+            cannot fail for lack of one.
         """
         return cls(_create.anonymous(length, huge_page_size, noreserve=noreserve))
 
@@ -123,11 +125,11 @@ class Region(CloseCallbacks):
 
         Args:
             length: Bytes, a multiple of the page size.
-            shared: False maps it copy-on-write; the memfd itself stays zeros.
-            huge_page_size: Make it of hugetlb pages of this size in bytes.
-            seal: Fix its size and its seals, so that nobody it is sent to can truncate it and
-                turn this mapping's pages into SIGBUS.
-            noreserve: As for `anonymous`; of use with shared=False, and for huge pages.
+            shared: False maps it copy-on-write; writes do not reach the memfd.
+            huge_page_size: Use hugetlb pages of this size in bytes.
+            seal: Seal its size and its set of seals, so that no receiver can truncate it, which
+                would make accesses to this mapping raise SIGBUS.
+            noreserve: As for `anonymous`; it has an effect with shared=False and for huge pages.
 
         Raises:
             ValueError: as for `anonymous`.
@@ -151,17 +153,17 @@ class Region(CloseCallbacks):
 
         Args:
             name: As for shm_open(3), "/name" or "name".
-            length: Bytes, a multiple of the page size; what exists must be at least as long.
+            length: Bytes, a multiple of the page size; existing memory must be at least as long.
             reserve: As for `file`.
             unlink: Remove the name when this region is closed.
 
         Raises:
             ValueError: a bad name or length, or existing memory that is shorter.
-            UffdOSError: ENOSPC - /dev/shm is too full.
-            OSError: the name exists and may not be opened.
+            UffdOSError: ENOSPC - /dev/shm has too little space.
+            OSError: the name exists and cannot be opened.
         """
         mapping = _create.shm(name, length, reserve=reserve)
-        return mapping.name.settle(unlink, cls(mapping))  # until here a new file goes with it
+        return mapping.name.settle(unlink, cls(mapping))  # a failure before removes a new file
 
     @classmethod
     def hugetlbfs(
@@ -173,11 +175,11 @@ class Region(CloseCallbacks):
         unlink: bool = False,
         noreserve: bool = False,
     ) -> Self:
-        """Create or open a file on a hugetlbfs mount; the mount says the page size.
+        """Create or open a file on a hugetlbfs mount; the mount determines the page size.
 
         Args:
             path: The file.
-            length: Bytes, a multiple of that page size; an existing file must be as long.
+            length: Bytes, a multiple of that page size; an existing file must be at least as long.
             shared: False maps it copy-on-write.
             unlink: Remove the file when this region is closed.
             noreserve: As for `anonymous`: reserve no huge pages.
@@ -204,8 +206,9 @@ class Region(CloseCallbacks):
     ) -> Self:
         """Map part of an existing file: on tmpfs, a received memfd, on hugetlbfs.
 
-        userfaultfd serves tmpfs, memfd and hugetlb; other files are mapped, but not registered.
-        A file truncated afterwards gives SIGBUS, which only a sealed memfd rules out.
+        A userfaultfd supports files on tmpfs and hugetlbfs, and memfds. Other files can be mapped
+        but not registered. If the file is truncated later, an access raises SIGBUS; only a sealed
+        memfd prevents that.
 
         Args:
             file: A path, a descriptor or an open file. It stays the caller's: the region uses a
@@ -215,18 +218,19 @@ class Region(CloseCallbacks):
             shared: False maps it copy-on-write.
             writable: False maps it read-only. Linux registers a shared mapping with a userfaultfd
                 only if its descriptor is open for writing (EPERM).
-            reserve: Allocate all of it now, so that touching it cannot fail for lack of space.
-                Its pages are then in the page cache: they give minor faults, not missing ones.
-                Without it only space that is certain to be lacking is noticed.
-            noreserve: As for `anonymous`; of use with shared=False, and for huge pages.
+            reserve: Allocate all of it now, so that an access cannot fail for lack of space.
+                Its pages are then in the page cache, so they cause minor faults instead of missing
+                faults. Without `reserve` this call fails only if the space certainly does not
+                suffice.
+            noreserve: As for `anonymous`; it has an effect with shared=False and for huge pages.
 
         Raises:
             ValueError: a bad length or offset, a file that ends before the region, not a regular
-                file, or `reserve` and `noreserve` at once.
-            UffdPermissionError: EACCES - shared and writable of a descriptor that is read-only
-                or sealed against writing.
-            UffdOSError: ENOSPC - the file system is too full: touching the region would be
-                SIGBUS. ENOMEM - too few huge pages; see `anonymous`.
+                file, or both `reserve` and `noreserve`.
+            UffdPermissionError: EACCES - a shared, writable mapping of a descriptor that is
+                read-only or sealed against writing, or any mapping of a write-only one.
+            UffdOSError: ENOSPC - the file system has too little space: an access to the region
+                would raise SIGBUS. ENOMEM - too few huge pages; see `anonymous`.
             OSError: the file cannot be opened.
         """
         return cls(
@@ -243,13 +247,13 @@ class Region(CloseCallbacks):
 
     @classmethod
     def at(cls, address: int, length: int, page_size: int | None = None) -> Self:
-        """Describe memory of this process that somebody else mapped; never unmapped from here.
+        """Describe memory of this process that other code mapped; it is never unmapped from here.
 
         Args:
             address: First byte, aligned to the page size.
             length: Bytes, a multiple of the page size.
-            page_size: The size of its pages, taken on trust; None asks /proc/self/smaps, which
-                takes time in a process with many mappings.
+            page_size: The size of its pages in bytes, which is not checked. None reads it from
+                /proc/self/smaps, which is slow in a process with many mappings.
 
         Raises:
             ValueError: not aligned, or not mapped, readable and of one kind throughout.
@@ -257,15 +261,15 @@ class Region(CloseCallbacks):
         return cls(_create.at(address, length, page_size))
 
     def alias(self) -> Self:
-        """Map the same memory a second time; what one writes the other sees.
+        """Map the same memory a second time; each mapping shows what is written to the other.
 
         The new region owns a duplicate of the descriptor and is writable if the descriptor is.
-        Filling a page through it and resolving the fault with UFFDIO_CONTINUE is what minor
-        faults are for.
+        It serves to resolve minor faults: write the page through the alias, then call
+        `Userfaultfd.continue_` on the registered region.
 
         Raises:
             ValueError: private memory, or shared memory that was adopted with `at`.
-            UffdOSError: ENOMEM - no room for it.
+            UffdOSError: ENOMEM - no room for another mapping.
         """
         self._check_open()
         return type(self)(_create.alias(self._mapping))
@@ -290,12 +294,12 @@ class Region(CloseCallbacks):
 
     @property
     def kind(self) -> RegionKind:
-        """What is behind it."""
+        """The kind of memory."""
         return self._mapping.kind
 
     @property
     def fd(self) -> int | None:
-        """The descriptor of the memory behind it, or None; it stays the region's."""
+        """The descriptor of its file, which stays the region's; None without one, or if closed."""
         return self._mapping.fd if self._open else None
 
     @property
@@ -330,13 +334,13 @@ class Region(CloseCallbacks):
     # Its content
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
-        """Return `length` bytes from `offset` on; to the end by default.
+        """Return `length` bytes from `offset`; to the end by default.
 
         Raises:
-            PagePoisonedError: a page's content is lost; also from `write`, `fill`, `touch` and
-                `digest`. A view or an array over such a page raises SIGBUS.
+            PagePoisonedError: the content of a page is lost; also from `write`, `fill`, `touch`
+                and `digest`. Through a view or an array, an access to such a page raises SIGBUS.
             UffdOSError: EFAULT - SIGBUS for another reason, which `hint` names: a file that was
-                truncated, or no huge page left.
+                truncated, or no free huge page.
         """
         at, length = self._span(offset, length)
         try:
@@ -363,9 +367,10 @@ class Region(CloseCallbacks):
             raise self._here(error) from self._cause_of(error)
 
     def touch(self, offset: int = 0, length: int | None = None, write: bool = False) -> None:
-        """Access every page of a part once, so that it is there; with `write`, writable.
+        """Access every page of a part once, so that it is present; with `write`, writable.
 
-        A write puts back the byte it found, which another thread's write to that byte may lose.
+        With `write` a byte of each page is read and written back. If another thread writes that
+        byte at the same time, its write may be lost.
         """
         at, length = self._span(offset, length, write=write)
         first = round_down(at, self.page_size)
@@ -376,7 +381,7 @@ class Region(CloseCallbacks):
 
     def digest(self, name: str = "sha256", offset: int = 0, length: int | None = None) -> bytes:
         """Return the digest of the content, or of a part, by a hashlib algorithm."""
-        import hashlib  # 2 ms of import that few programs need
+        import hashlib  # 2 ms, and rarely needed
 
         at, length = self._span(offset, length)
         state = hashlib.new(name)
@@ -384,7 +389,7 @@ class Region(CloseCallbacks):
         for done in range(0, length, DIGEST_PART):
             if length - done < len(part):
                 del part[length - done :]
-            # Not hashed in place, where a page that is lost would be SIGBUS.
+            # Copy before hashing: hashed in place, a page that is lost would raise SIGBUS.
             try:
                 _memory.read_into(part, at + done)
             except PagePoisonedError as error:
@@ -393,14 +398,14 @@ class Region(CloseCallbacks):
         return state.digest()
 
     def on_loss(self, why: Callable[[int], BaseException | None]) -> None:
-        """Ask `why` about a page that turns out to be lost, by its address; for handlers."""
+        """Add a function that returns why the page at an address is lost; for handlers."""
         self._why_lost.append(why)
 
     def _here(self, error: PagePoisonedError) -> PagePoisonedError:
-        """Say where in this region the page is."""
+        """Add to the error where in this region the page is."""
         page, start = error.start or 0, self._mapping.start
         if not start <= page < start + self.length:
-            return error  # in what is written, or read into
+            return error  # the page is in the buffer that is read or written
         return PagePoisonedError(
             error.errno or 0,
             error.op,
@@ -424,35 +429,36 @@ class Region(CloseCallbacks):
             ValueError: offset or length not a multiple of the page size.
             UffdOSError: the kernel's errno.
 
-        Blocks: MADV_DONTNEED, MADV_REMOVE and MADV_FREE, until the Remove event is read where
-            Feature.EVENT_REMOVE is on.
+        Blocks: with Feature.EVENT_REMOVE enabled, MADV_DONTNEED, MADV_REMOVE and MADV_FREE block
+            until the Remove event is read.
         """
         at, length = self._pages(offset, length)
         _memory.madvise(at, length, advice)
 
     def advise_thp(self, enable: bool = True, offset: int = 0, length: int | None = None) -> None:
-        """Ask for transparent huge pages here, or refuse them.
+        """Ask for transparent huge pages in a part, or refuse them.
 
         Raises:
-            ValueError: hugetlb memory, which has its own.
+            ValueError: hugetlb memory, or not whole pages.
             UffdOSError: EINVAL - a kernel without CONFIG_TRANSPARENT_HUGEPAGE.
 
-        Kernel: MADV_HUGEPAGE, MADV_NOHUGEPAGE; whether shared memory follows is decided by
-            /sys/kernel/mm/transparent_hugepage/shmem_enabled.
+        Kernel: MADV_HUGEPAGE, MADV_NOHUGEPAGE. For shared memory the setting
+            /sys/kernel/mm/transparent_hugepage/shmem_enabled decides whether they have an effect.
         """
         if self.page_size != PAGE_SIZE:
-            raise ValueError(f"{self!r} is hugetlb memory: no transparent huge pages")
+            raise ValueError(f"{self!r} is hugetlb memory, which has no transparent huge pages")
         self.madvise(mmap.MADV_HUGEPAGE if enable else mmap.MADV_NOHUGEPAGE, offset, length)
 
     def pageout(self, offset: int = 0, length: int | None = None) -> None:
-        """Ask the kernel to move pages out to swap; `residency()` tells which went.
+        """Ask the kernel to move pages to swap; `residency()` tells which pages moved.
 
-        Pages that others map too stay, and shared ones are RESIDENT until they are written.
-        Without swap Linux would return success and keep every page, so that is an error here.
+        Pages that other processes map too stay. Pages of shared memory are RESIDENT until they have
+        been written to swap. Without free swap Linux would return success and keep every page; this
+        method raises an error instead.
 
         Raises:
             ValueError: hugetlb memory, which is never swapped; or not whole pages.
-            UffdOSError: ENOSPC - no swap, or none free.
+            UffdOSError: ENOSPC - no swap, or no free swap.
 
         Kernel: MADV_PAGEOUT; Linux 5.4.
         """
@@ -465,25 +471,26 @@ class Region(CloseCallbacks):
         _memory.madvise(at, length, MADV_PAGEOUT)
 
     def punch_hole(self, offset: int = 0, length: int | None = None) -> None:
-        """Give the memory of whole pages back.
+        """Free the memory of whole pages.
 
-        Shared memory loses the pages in every mapping and reads as zeros. Private memory loses
-        this mapping's own copies only: anonymous memory reads as zeros, a private file mapping
-        as the file, whose pages stay in the page cache.
+        Pages of shared memory are removed from the file, and read as zeros in every mapping. Of
+        private memory only this mapping's own copies are removed: anonymous memory then reads as
+        zeros, and a private file mapping as the file, whose pages stay in the page cache.
 
         Raises:
             ValueError: offset or length not a multiple of the page size, or read-only memory.
-            UffdOSError: EPERM - sealed against writing; EOPNOTSUPP - the file system cannot.
+            UffdOSError: EPERM - sealed against writing; EOPNOTSUPP - the file system does not
+                support it.
 
-        Kernel: MADV_REMOVE (which punches the hole that fallocate(2) would, and unlike it sends
-            a Remove event), MADV_DONTNEED for private memory.
-        Blocks: until the Remove event is read where Feature.EVENT_REMOVE is on.
+        Kernel: MADV_REMOVE for shared memory (as fallocate(2) with FALLOC_FL_PUNCH_HOLE, but it
+            sends a Remove event), MADV_DONTNEED for private memory.
+        Blocks: with Feature.EVENT_REMOVE enabled, until the Remove event is read.
         """
         at, length = self._pages(offset, length, write=True)
         _memory.madvise(at, length, mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED)
 
     def residency(self, offset: int = 0, length: int | None = None) -> Residency:
-        """Tell for each page whether it is a hole, swapped out, resident or mapped here.
+        """Return for each page whether it is a hole, swapped out, resident or mapped here.
 
         Raises:
             ValueError: offset or length not a multiple of the page size.
@@ -500,18 +507,21 @@ class Region(CloseCallbacks):
     def memoryview(self) -> builtins.memoryview:
         """Return a view of the memory, without copying.
 
-        While it, a slice of it or an array over it lives, the memory stays mapped, also after
-        close().
+        The memory stays mapped, even after close(), as long as the view, a slice of it or an array
+        over it is alive.
 
-        GIL: held while Python reads or writes through it: on registered memory only where faults
-            are resolved by a native handler or another process.
+        GIL: held while Python reads or writes through it. Use it on registered memory only if the
+            faults are resolved by a native handler or another process.
         """
         start, length = self._span(0, None)
         return self._export(start, length)
 
     @property
     def __array_interface__(self) -> dict[str, object]:
-        """What `numpy.asarray(region)` asks for: the bytes, not copied; rules as `memoryview`."""
+        """For `numpy.asarray(region)`: the bytes, not copied; the rules are those of `memoryview`.
+
+        The array has shape (length,) and dtype uint8.
+        """
         return {
             "version": 3,
             "shape": (self.length,),
@@ -528,33 +538,33 @@ class Region(CloseCallbacks):
         return view if self.writable else view.toreadonly()
 
     def _living_exports(self) -> list[weakref.ref[Buffer]]:
-        # Asked, not told: an exception in a weak reference's callback would be lost.
+        # Asked here, since an exception in a weak reference's callback would be lost.
         return [buffer for buffer in self._exports if buffer() is not None]
 
     # Its end
 
     def outlives_close(self) -> bool:
-        """Whether the memory stays mapped when the region is closed now.
+        """Return whether the memory stays mapped if the region is closed now.
 
-        It does where it was adopted with `at`, or while a memoryview or array over it is alive.
+        It does if it was adopted with `at`, or while a memoryview or an array over it is alive.
         """
         return not self._mapping.memory.start or bool(self._living_exports())
 
     def close(self) -> None:
-        """Stop the handlers that serve it, unmap it (not after `at`) and close its descriptor.
+        """End serving it, unmap it (unless it was adopted with `at`) and close its descriptor.
 
-        While memoryviews or arrays over it are alive the memory stays mapped, until the last of
-        them is gone. What a handler had not filled is poisoned then, as by `Handler.unserve`.
+        The memory stays mapped until the last memoryview or array over it is gone. In memory that
+        stays mapped, pages that a handler had not filled are poisoned, as by `Handler.unserve`.
 
-        Blocks: until the Unmap event is read where Feature.EVENT_UNMAP is on.
+        Blocks: with Feature.EVENT_UNMAP enabled, until the Unmap event is read.
         """
         if self._open:
             if self._pid == os.getpid():
                 self._run_before_close()
             self._open = False
-        # Each of these can be interrupted, and done again.
+        # If one of these is interrupted, the next call does it again.
         if self._living_exports():
-            self._mapping = self._mapping.without_memory()  # the views have it
+            self._mapping = self._mapping.without_memory()  # the views own it
         self._mapping.close()
 
     def __del__(self) -> None:
@@ -571,7 +581,7 @@ class Region(CloseCallbacks):
             raise ClosedError("this region is closed")
 
     def _span(self, offset: int, length: int | None, *, write: bool = False) -> tuple[int, int]:
-        """Return (address, bytes) of a part, or raise ValueError if it is not inside."""
+        """Return (address, bytes) of a part; raise ValueError if it is outside the region."""
         self._check_open()
         if length is None:
             length = self.length - offset
