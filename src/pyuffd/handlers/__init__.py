@@ -1,4 +1,4 @@
-"""Fault handlers: who resolves faults, and when (layer L4)."""
+"""Fault handlers: `Handler` and its drivers, which resolve faults (layer L4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a handler leaves behind where a page source holds up its threads (layer L4)."""
+"""Threads that a handler leaves behind because a page source does not return (layer L4)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pyuffd.handlers._serving import Served
 from pyuffd.handlers._types import PATIENCE_S, Held
 from pyuffd.regions import Region
 
-# How long a signal may wait while a range is taken out.
+# How long a signal may be delayed while a range is taken out.
 SLICE_S = 0.05
-# Whoever has just put a page in place leaves within this time.
+# A thread that has just put a page in place leaves the range within this time.
 LEAVE_S = 1.0
 LOOK_S = 0.001
 
 
 def views_of(all_served: Iterable[Served]) -> list[memoryview]:
-    """Return views that keep mapped what the engine itself reads and writes for its ranges."""
+    """Return views that keep the memory mapped which the engine reads and writes for its ranges."""
     views = []
     for served in all_served:
         for memory in served.touched:
@@ -47,7 +47,7 @@ def thread_name(thread_id: int) -> str:
 
 
 def take_out(engine: Backend, served: Served, *, seal: bool) -> None:
-    """Take a range out; wait for whoever is at its pages, in slices that signals can interrupt."""
+    """Take a range out; wait for the threads at its pages, in slices that signals can interrupt."""
     give_up_at = time.monotonic() + PATIENCE_S
     while (left_s := give_up_at - time.monotonic()) > 0:
         if engine.unserve(served.id, seal=seal, patience_s=min(SLICE_S, left_s), gently=True):
@@ -56,7 +56,7 @@ def take_out(engine: Backend, served: Served, *, seal: bool) -> None:
 
 
 def held_at(engine: Backend, served: Served) -> tuple[Held, ...]:
-    """Return who does not leave a range that has been taken out."""
+    """Return the threads that do not leave a range that has been taken out."""
     give_up_at = time.monotonic() + LEAVE_S
     while not engine.is_remote:
         held = tuple(
@@ -69,10 +69,10 @@ def held_at(engine: Backend, served: Served) -> tuple[Held, ...]:
 
 
 def _is_over(engine: Engine, numbers: Collection[int]) -> bool:
-    """Whether nobody is at these ranges any more, which were taken out."""
+    """Return whether no thread is at these ranges, which were taken out, any more."""
     try:
         return not any(one.number in numbers for one in engine.held())
-    except ClosedError:  # it has ended meanwhile
+    except ClosedError:  # the engine has ended
         return engine.life.free_if_deserted()
 
 
@@ -83,7 +83,7 @@ def leave_behind(
     uffds: Iterable[Userfaultfd],
     views: list[memoryview],
 ) -> None:
-    """Keep what threads that are still inside may touch, and let nobody else get it."""
+    """Keep the memory and descriptors that the threads still inside may use from being reused."""
     by_number = {served.id.number: served for served in all_served}
     names = tuple(sorted({thread_name(one.thread_id) for one in held}))
     keep = (engine, by_number, views)
@@ -101,7 +101,7 @@ def leave_behind(
 
 
 def describe(held: Iterable[Held], all_served: Iterable[Served], *, is_remote: bool) -> str:
-    """Say who is held up by which source, at which page."""
+    """Return which thread is held up by which source, at which page."""
     sources = {served.id.number: served.source for served in all_served}
 
     def who(one: Held) -> str:
@@ -130,7 +130,7 @@ def completed(
     is_remote: bool,
     waited_s: float,
 ) -> HandlerError | None:
-    """Return the error of stop() with the source and the threads that are left behind named."""
+    """Return the error of stop(), with the source and the threads left behind in its text."""
     left = describe(held, all_served, is_remote=is_remote)
     if error is None and not left:
         return None

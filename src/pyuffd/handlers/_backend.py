@@ -1,4 +1,4 @@
-"""What a `Handler` needs of an engine, wherever that runs (layer L4)."""
+"""The interface between a `Handler` and an engine, in this process or another (layer L4)."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """An engine of this process, with or without workers, or one in a helper process.
+    """An engine in this process, with or without workers, or one in the worker process.
 
-    `calls_python` says that it can read sources in Python, `is_remote` that it does not have
-    the memory of this process.
+    `calls_python`: it can call sources in Python. `is_remote`: it runs in another process, without
+    the memory of this one.
     """
 
     calls_python: bool
     is_remote: bool
 
     def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
-        """Serve another userfaultfd as well; `owner_pid` 0 is unknown."""
+        """Serve another userfaultfd too; return its space. `owner_pid` 0 is unknown."""
 
     def remove_space(self, space: int) -> None:
-        """Forget it."""
+        """Forget a userfaultfd whose ranges have been taken out."""
 
     def add(self, spec: RangeSpec) -> RangeId:
         """Put a range in."""
 
     def find(self, space: int, start: int) -> RangeId | None:
-        """Return what an `add` that was interrupted has put in there, if it has."""
+        """Return the range that an interrupted `add` has put in there, or None."""
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
-        """Tell which ioctls the registered range takes."""
+        """Tell the engine which ioctls the registered range supports."""
 
     def list_registered(
         self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
@@ -61,34 +61,34 @@ class Backend(Protocol):
         patience_s: float = ...,
         gently: bool = False,
     ) -> bool:
-        """Take a range out; wait so long for threads at its pages.
+        """Take a range out; wait at most `patience_s` for threads at its pages.
 
-        False: `gently` it was not taken out, as somebody is still there.
+        With `gently`, return False and leave it in if a thread is still there.
         """
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
 
     def end(self, patience_s: float) -> Ended:
-        """Take out every range and end the driver; wait so long for whoever is held up."""
+        """Take out every range and end the driver; wait `patience_s` at most for its threads."""
 
     def progress(self) -> object:
-        """Return something that changes as long as the end gets on."""
+        """Return a value that changes while the end makes progress."""
 
     def held(self) -> tuple[Held, ...]:
-        """Return who is at pages of a range at the moment."""
+        """Return the threads at pages of ranges."""
 
     def hurry(self, patience_s: float) -> None:
-        """From any thread: let drain and end wait no longer than this."""
+        """Let drain and end, in other threads, wait no longer than this."""
 
     def drain(self, limit_ns: int) -> bool:
-        """Wait until the faults that wait now are resolved; False when the time ran out."""
+        """Wait until the faults that wait now are resolved; return False after the limit."""
 
     def refuse(self) -> None:
-        """Poison what is asked for from now on."""
+        """Poison pages that fault from now on."""
 
     def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
-        """Poison the pages that wait for a worker; note it as a failure."""
+        """Poison the pages that wait for a worker, of one range or all; `failed` counts them."""
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages, `chunk` bytes at a time by workers; return the bytes filled."""
@@ -97,7 +97,7 @@ class Backend(Protocol):
         """Save protected pages; return the bytes saved."""
 
     def take_in(self, served: RangeId) -> None:
-        """Note the pages that are there already."""
+        """Note the pages that are present."""
 
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
         """Write-protect pages; return their states as they were when they were protected."""
@@ -107,27 +107,27 @@ class Backend(Protocol):
 
     @property
     def spaces(self) -> int:
-        """Address spaces that are followed."""
+        """The number of address spaces served."""
 
     @property
     def owner_exited(self) -> bool:
-        """Whether the process whose memory is served is gone."""
+        """Whether the process whose memory is served has exited."""
 
     @property
     def source_failure(self) -> SourceFailure | None:
-        """What a source raised first."""
+        """The first exception of a source."""
 
     def failure_at(self, address: int) -> SourceFailure | None:
-        """What is known of why a page was lost; perhaps of another one."""
+        """Return why a page was lost, or the first failure, which may be of another page."""
 
     def stats(self) -> HandlerStats:
-        """Sum up the counters."""
+        """Return the sums of the counters."""
 
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last."""
 
     def failure(self) -> Failure | None:
-        """Return what went wrong, or None."""
+        """Return the first failure and the number of failures, or None."""
 
     def destroy(self) -> None:
         """Free it; the driver has stopped and no range is left."""

@@ -1,4 +1,4 @@
-"""What a `Handler` accepts, and the error it ends with (layer L4)."""
+"""Checks of the arguments of a `Handler`, and the error that stop() raises (layer L4)."""
 
 from __future__ import annotations
 
@@ -28,34 +28,36 @@ LAYOUT_EVENTS = (
     Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 )
 STOP_LIMIT_S = 10.0
-LONGEST_S = 1e9  # in nanoseconds it fits into 64 bits; some thirty years
-MAX_WORKERS = 1024  # threads of one process; more would only fight for the interpreter
+LONGEST_S = 1e9  # about thirty years; in nanoseconds it fits into 64 bits
+MAX_WORKERS = 1024  # threads of one process; more would only compete for the GIL
 
 
 def choose_driver(driver: Driver, uffd: Userfaultfd) -> Driver:
-    """Return the driver that "auto" stands for; ValueError where it cannot work."""
+    """Return the driver, chosen for "auto"; raise ValueError if it cannot work."""
     if not hasattr(uffd, "features"):
         raise TypeError(f"{uffd!r} is not a Userfaultfd; Userfaultfd.from_fd() adopts a descriptor")
     has_sigbus = bool(uffd.features & Feature.SIGBUS)
     if driver not in DRIVERS:
-        raise ValueError(f"driver {driver!r} is none of {', '.join(map(repr, DRIVERS))}")
+        raise ValueError(f"driver {driver!r} is not one of {', '.join(map(repr, DRIVERS))}")
     if driver == "auto":
         return "inline" if has_sigbus else "native"
     if driver == "inline" and not has_sigbus:
         raise ValueError("driver='inline' needs Userfaultfd(features=Feature.SIGBUS)")
     if driver != "inline" and has_sigbus:
         raise ValueError(
-            "a userfaultfd with Feature.SIGBUS sends no messages: driver='inline' goes with it"
+            "a userfaultfd with Feature.SIGBUS sends no messages: use driver='inline' with it"
         )
     return driver
 
 
 def check_uffd(driver: str, uffd: Userfaultfd) -> None:
-    """Raise ValueError unless the driver can follow this userfaultfd."""
+    """Raise ValueError unless the driver supports this userfaultfd."""
     events = uffd.features & LAYOUT_EVENTS
     if driver == "inline":
         if events:
-            raise ValueError(f"the inline driver reads no messages, so it cannot have {events!r}")
+            raise ValueError(
+                f"the inline driver reads no messages, so it does not support {events!r}"
+            )
     elif not fcntl.fcntl(uffd.fileno(), fcntl.F_GETFL) & os.O_NONBLOCK:
         raise ValueError(f"driver={driver!r} needs a userfaultfd opened with nonblocking=True")
 
@@ -69,9 +71,9 @@ def check_options(
     workers: int,
     stall_timeout_s: float | None,
 ) -> None:
-    """Raise ValueError for options that are bad or do not go together."""
+    """Raise ValueError for bad options, and for options that cannot be combined."""
     if on_error not in POLICIES:
-        raise ValueError(f"on_error {on_error!r} is none of {', '.join(map(repr, POLICIES))}")
+        raise ValueError(f"on_error {on_error!r} is not one of {', '.join(map(repr, POLICIES))}")
     if prefetch < 0:
         raise ValueError(f"prefetch {prefetch:#x} is negative")
     if spin_us is not None and spin_us < 0:
@@ -83,9 +85,12 @@ def check_options(
     if driver != "inline":
         return
     if on_error == "stall":
-        raise ValueError("the inline driver has no other thread to leave one stalled for")
+        raise ValueError(
+            "on_error='stall' does not work with driver='inline': it has no other thread that"
+            " could resolve the fault later"
+        )
     if cpus or spin_us is not None:
-        raise ValueError("the inline driver has no thread: cpus and spin_us are for the others")
+        raise ValueError("driver='inline' has no thread: cpus and spin_us have no effect with it")
 
 
 def check_timeout(timeout_s: float | None) -> float:
@@ -98,7 +103,7 @@ def check_timeout(timeout_s: float | None) -> float:
 
 
 def check_cpus(cpus: Iterable[int] | None) -> list[int]:
-    """Return the CPUs in order; [] for any."""
+    """Return the CPUs in ascending order; [] for any CPU."""
     if cpus is None:
         return []
     wanted = sorted(set(cpus))
@@ -114,7 +119,7 @@ def region_numbers(region: RangeLike) -> tuple[int, int, int]:
     if not (hasattr(region, "start") and hasattr(region, "length")):
         raise TypeError(
             f"{type(region).__name__} is not a region: Region.at(address, length) describes memory"
-            " that somebody else mapped"
+            " that other code mapped"
         )
     page_size = check_page_size(page_size_of(region))
     start, length = region.start, region.length
@@ -125,26 +130,26 @@ def region_numbers(region: RangeLike) -> tuple[int, int, int]:
 def check_mode(
     mode: RegisterMode, source: PageSource | None, preserve: Buffer | None, features: Feature
 ) -> None:
-    """Raise ValueError unless mode, source, preserve and the userfaultfd go together."""
+    """Raise ValueError unless mode, source, preserve and the features can be combined."""
     known = RegisterMode.MISSING | RegisterMode.WP | RegisterMode.MINOR
     if not mode or int(mode) & ~int(known):
         raise ValueError(f"a Handler serves MISSING, WP and MINOR, not {mode!r}")
     if mode & RegisterMode.MISSING and source is None:
-        raise ValueError("missing faults need a source; ZeroSource() is the one for zeros")
+        raise ValueError("missing faults need a source; use ZeroSource() for zeros")
     if mode == RegisterMode.WP and source is not None:
-        raise ValueError("write-protect faults alone take no source: the pages are there")
+        raise ValueError("RegisterMode.WP alone fills no pages: pass None as the source")
     if mode & RegisterMode.WP and features & Feature.WP_ASYNC:
         raise ValueError(
-            "with Feature.WP_ASYNC the kernel lifts protection by itself and sends no fault, so a"
+            "with Feature.WP_ASYNC the kernel lifts the protection without sending a fault, so a"
             " Handler would see no write: register the range and use Pagemap.scan(), or open the"
             " Userfaultfd without WP_ASYNC"
         )
     if preserve is not None and mode != RegisterMode.WP:
-        raise ValueError(f"preserve goes with RegisterMode.WP alone, not with {mode!r}")
+        raise ValueError(f"preserve needs mode=RegisterMode.WP, not {mode!r}")
 
 
 def preserve_buffer(preserve: Buffer | None, length: int) -> tuple[int, object]:
-    """Return address and owner of the buffer old content goes to; (0, None) without one."""
+    """Return address and owner of the buffer for old content; (0, None) without one."""
     if preserve is None:
         return 0, None
     if memoryview(preserve).readonly:

@@ -1,8 +1,8 @@
-"""The end of a handler, in a thread of its own (layer L4).
+"""End a handler in a thread of its own (layer L4).
 
-Whoever waits for it can be interrupted by a signal's exception at any line, and what was promised
-of the pages is kept all the same: the ending goes on. The first interruption cuts it short, and it
-is waited for; the second one leaves at once.
+A signal handler may raise at any line in the thread that waits for the end. The ending thread is
+not interrupted, so every page is still poisoned and every region unregistered. The first exception
+cuts the ending short, and the waiting thread still waits for it; a second one is raised at once.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from pyuffd._errors import HandlerError
 
 log = logging.getLogger(__name__)
 
-# How soon a waiting thread looks again, for signals and for an ending that is held up itself.
+# How often a waiting thread looks for signals and for progress of the ending.
 LOOK_S = 0.2
-# For what comes behind the limits that the ending itself keeps, as long as nothing gets on there.
+# How long to wait, without any progress, after the limit that the ending itself keeps has passed.
 REST_LIMIT_S = 10.0
-# Once a limit has passed, or the ending was cut short, what is left of an ioctl is not waited for.
+# How long to wait for page sources after the limit has passed or the ending was cut short.
 GRACE_S = 0.2
 
 
 class Ending:
     """Ends a handler once; `work` returns the error that stop() raises.
 
-    `cut_short` is called when whoever waits is interrupted; `progress` returns something that
-    changes as long as the work gets on.
+    `cut_short` is called when the waiting thread is interrupted. `progress` returns a value that
+    changes while the work makes progress.
 
-    Threads: safe, and of use inside a signal handler that interrupted the waiting.
+    Threads: safe, and usable in a signal handler that interrupted the waiting thread.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Ending:
         return max(GRACE_S, self._give_up_at - time.monotonic())
 
     def wait(self) -> None:
-        """Wait for the end, which this begins, and raise its error unless that was done."""
+        """Start the ending if needed, wait for it, and raise its error, once."""
         if self._worker == threading.get_ident():
-            return  # closed something whose callbacks stop the handler
+            return  # the ending closed an object whose callback stops the handler
         try:
             self._go_on()
         except BaseException:
@@ -76,11 +76,11 @@ class Ending:
             raise error
 
     def cut_short(self) -> None:
-        """Wait for no page source any more."""
+        """Stop waiting for page sources."""
         self.is_cut_short = True
         try:
             self._cut_short()
-        except Exception as error:  # it may be over by now, or its helper lost
+        except Exception as error:  # the handler may have ended, or its helper may be lost
             log.debug("cutting the end of a handler short: %s", error)
 
     def _go_on(self) -> None:
@@ -89,23 +89,23 @@ class Ending:
         self._join()
 
     def _start(self) -> bool:
-        """Start a thread; False where none can be started: at the interpreter's end.
+        """Start the thread; return False if none can be started, as when the interpreter exits.
 
-        When this is interrupted nobody knows whether there is one, and the next call starts
-        another; one of them does the work.
+        If this is interrupted it is unknown whether the thread exists, and the next call starts
+        another. Only one of them does the work.
         """
         with self._start_lock:
             if not self._is_started:
                 try:
                     threading.Thread(target=self._run, name=self._name, daemon=True).start()
                 except RuntimeError as error:
-                    log.debug("no thread to end a handler: %s", error)
+                    log.debug("cannot start a thread that ends the handler: %s", error)
                     return False
                 self._is_started = True
         return True
 
     def _run(self) -> None:
-        """Do the work, unless that is done; every step of it may be done again."""
+        """Do the work unless it has been done; every step of it may be repeated."""
         with self._work_lock:
             if self._is_over.is_set():
                 return
@@ -127,12 +127,12 @@ class Ending:
             limit_s = GRACE_S if self.is_cut_short else self._limit_s
             if now - since > limit_s + REST_LIMIT_S:
                 raise HandlerError(
-                    f"a handler's end does not get on: it is left to thread {self._name!r},"
+                    f"stopping a handler makes no progress: thread {self._name!r} continues it,"
                     " and ranges that are not unregistered yet stay registered"
                 )
 
     def _look(self) -> object:
         try:
             return self._progress()
-        except Exception:  # nothing can be asked any more: it is in its last steps
+        except Exception:  # in its last steps the ending has no engine to ask
             return None

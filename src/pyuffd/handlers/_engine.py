@@ -1,4 +1,4 @@
-"""The C engine as an object: arguments in, exceptions out, no policy (layer L4)."""
+"""The C engine as an object: converts arguments and errors, without policy (layer L4)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECENT_MEANWHILE = 64  # faults between counting and copying the recent ones
+RECENT_MEANWHILE = 64  # room for faults that come between counting and copying the recent ones
 KINDS = ("missing", "wp", "minor")
 HELD_CAPACITY = 256
 LEAVE_NS = 1_000_000_000
@@ -67,18 +67,18 @@ _COUNTERS = [
 
 
 def label_bytes(label: str) -> bytes:
-    """Return what fits of a label, without half a character at its end."""
+    """Return a label, cut to what fits in whole characters."""
     raw = label.encode(errors="backslashreplace")[: lib.UFFD_LABEL_SIZE - 1]
     return raw.decode(errors="ignore").encode()
 
 
 def shared_size() -> int:
-    """Bytes of what outlives an engine (`shared` below)."""
+    """Return the bytes of memory that outlives an engine (`shared` below)."""
     return int(lib.uffd_engine_shared_size())
 
 
 class _Life:
-    """The C engine's memory, which is freed when no call and no thread is inside any more."""
+    """The C engine's memory, freed when no call and no thread is inside the engine."""
 
     def __init__(self, place: Any) -> None:
         self._place = place
@@ -86,13 +86,13 @@ class _Life:
         self._is_unused = self._is_freed = False
 
     def end(self, pointer: object) -> None:
-        """No call is inside, and none will come: the last reference to the pointer is gone."""
+        """Note that no call is inside and none will come: the last pointer to it is gone."""
         del pointer
         self._is_unused = True
         self.free_if_deserted()
 
     def free_if_deserted(self) -> bool:
-        """Free it if that can be; return whether it is gone."""
+        """Free it if it is unused; return whether it is freed."""
         with self._lock:
             if self._is_unused and not self._is_freed:
                 self._is_freed = bool(lib.uffd_engine_discard(self._place))
@@ -102,10 +102,10 @@ class _Life:
 class Engine(SoleOwner):
     """One `struct uffd_engine`; the userfaultfds are borrowed.
 
-    `has_workers` says that threads will call `next_request`, `stall_limit_ns` how long a request
-    may take (0: for ever), `stall_signal` which signal shows the tracebacks then (0: none).
-    `keeper_fd` and `shared` are for an engine that may be killed (engine/successor.h): the stream
-    its reports go to, and the address of memory that a successor gets as well.
+    `has_workers` says that threads will call `next_request`. `stall_limit_ns` is the longest that a
+    request may last (0: no limit), and `stall_signal` the signal that then writes the tracebacks
+    (0: none). `keeper_fd` and `shared` are for an engine that may be killed (engine/successor.h):
+    the stream for its reports, and the address of memory that its successor gets too.
     """
 
     calls_python = False
@@ -152,7 +152,7 @@ class Engine(SoleOwner):
         code = lib.uffd_engine_create(options, out, call)
         if code:
             raise_start_error("make a fault engine", -code, _name(call))
-        # Whoever calls the engine has a reference meanwhile: it is freed behind the last one.
+        # Each call holds a reference to the pointer, so the memory is freed after the last call.
         self.life = _Life(out)
         self._pointer: Any = ffi.gc(out[0], self.life.end)
         self._inline = inline
@@ -166,11 +166,11 @@ class Engine(SoleOwner):
         return self._pointer
 
     def destroy(self) -> None:
-        """Free it, as soon as no thread is inside any more."""
+        """Free it as soon as no thread is inside."""
         self._pointer = None
 
     def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
-        """Serve another userfaultfd as well; return the number of its space."""
+        """Serve another userfaultfd too; return the number of its space."""
         out = ffi.new("uint32_t *")
         try:
             code = lib.uffd_engine_add_space(self._engine(), fd, layout_events, owner_pid, out)
@@ -178,39 +178,40 @@ class Engine(SoleOwner):
                 raise_errno("serve another userfaultfd", -code)
             return int(out[0])
         except BaseException:
-            if out[0]:  # interrupted: nobody knows of it
+            if out[0]:  # interrupted: the caller does not know of it
                 self.remove_space(out[0])
             raise
 
     def adopt_space(
         self, fd: int, space: int, *, is_fork: bool, layout_events: int, owner_pid: int
     ) -> None:
-        """Go on with a space of another engine; a fork's descriptor is the engine's from now on."""
+        """Continue a space of another engine; this engine then owns a fork's descriptor."""
         engine = self._engine()
         code = lib.uffd_engine_adopt_space(engine, fd, is_fork, layout_events, owner_pid, space)
         if code:
             raise_errno("take over a userfaultfd", -code)
 
     def expect_unmap(self, space: int, start: int, end: int) -> None:
-        """Expect an UNMAP event of what another engine's space has moved away."""
+        """Expect an UNMAP event for memory that moved away while another engine served it."""
         code = lib.uffd_engine_expect_unmap(self._engine(), space, start, end)
         if code:
             raise_errno("take over a userfaultfd", -code, start, end - start)
 
     def replay(self, reported: int) -> None:
-        """Apply the events that a dead engine had read, behind the last one it reported."""
+        """Apply the events that a dead engine had read, after the last one that it reported."""
         lib.uffd_engine_replay(self._engine(), reported)
 
     def remove_space(self, space: int) -> None:
         """Forget a userfaultfd whose ranges have been taken out."""
         code = lib.uffd_engine_remove_space(self._engine(), space, LEAVE_NS)
         if code == -errno.EBUSY:
-            log.warning("a thread is held up, and may still use a userfaultfd that is closed")
+            log.warning("a thread does not return and may still use a userfaultfd that is closed")
 
     def add(self, given: RangeSpec, *, states_fd: int = -1, taken: Taken | None = None) -> RangeId:
-        """Put a range in; its `owner` is kept until it is taken out.
+        """Put a range in; its `owner` is kept alive until it is taken out.
 
-        `states_fd`: a file for the pages' states; `taken`: go on where another engine was.
+        `states_fd` is a file for the pages' states. With `taken` the range continues where another
+        engine served it.
         """
         content = given.content
         spec = ffi.new("struct uffd_range_spec *")
@@ -252,17 +253,17 @@ class Engine(SoleOwner):
         return served
 
     def find(self, space: int, start: int) -> RangeId | None:
-        """Return what an `add` that was interrupted has put in there, if it has."""
+        """Return the range that an interrupted `add` has put in there, or None."""
         if self._added_last is None or self._added_last[:2] != (space, start):
             return None
         _, _, length, out = self._added_last
         return RangeId(space, int(out[0]), start, length) if out[0] else None
 
     def _added(self, served: RangeId, given: RangeSpec) -> None:
-        """Told of a range before it is registered."""
+        """Called with a range before it is registered."""
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
-        """Tell which ioctls the registered range takes."""
+        """Tell the engine which ioctls the registered range supports."""
         lib.uffd_engine_set_ioctls(self._engine(), _ref(served), ioctls)
 
     def list_registered(
@@ -289,10 +290,10 @@ class Engine(SoleOwner):
         patience_s: float = PATIENCE_S,
         gently: bool = False,
     ) -> bool:
-        """Take a range out everywhere; the arguments as in engine/types.h.
+        """Take a range out in every space; the arguments are those of engine/types.h.
 
-        Return False if somebody is still at a page, which happens `gently` only: then the range
-        is served as before.
+        Only with `gently`: return False if a thread still works on a page; the range is then served
+        as before.
         """
         flags = (lib.UFFD_UNSERVE_SEAL if seal else 0) | (
             lib.UFFD_UNSERVE_UNREGISTER if unregister else 0
@@ -322,18 +323,18 @@ class Engine(SoleOwner):
             code = lib.uffd_native_start(self._engine(), cpus, len(cpus), call)
         if code:
             raise_start_error("start a fault handler", -code, _name(call) or "sigaction")
-        # Who had the descriptor before us may have died with faults that it had read.
+        # A process that had the descriptor before may have died after it read faults.
         if not self._inline:
             lib.uffd_engine_wake_read(self._engine())
 
     def stop(self) -> None:
-        """Stop a native driver that serves nothing; another engine reads its userfaultfds."""
+        """Stop a native driver without ranges, so that another engine can read its userfaultfds."""
         lib.uffd_native_stop(self._engine())
 
     def end(self, patience_s: float) -> Ended:
         """Seal and take out every range, and end the driver.
 
-        Whoever is held up by a source is waited for so long, all waits together, and left then.
+        Wait at most `patience_s` in all for threads that are held up by a source, then leave them.
         """
         engine = self._engine()
         stays = lib.uffd_engine_end(engine, int(patience_s * 1e9)) != 0
@@ -342,15 +343,15 @@ class Engine(SoleOwner):
         return Ended(self.held(), stays)
 
     def hurry(self, patience_s: float) -> None:
-        """From any thread: let drain and end wait no longer than this."""
+        """Let drain and end, in other threads, wait no longer than this."""
         lib.uffd_engine_hurry(self._engine(), int(patience_s * 1e9))
 
     def progress(self) -> object:
-        """Return something that changes as long as the end gets on."""
+        """Return a value that changes while the end makes progress."""
         return lib.uffd_engine_progress(self._engine())
 
     def held(self) -> tuple[Held, ...]:
-        """Return who is at pages of a range at the moment, for good after the end."""
+        """Return the threads at pages of ranges; after the end, those that never left."""
         out = ffi.new("struct uffd_held[]", HELD_CAPACITY)
         found = lib.uffd_engine_held(self._engine(), out, HELD_CAPACITY)
         return tuple(
@@ -359,35 +360,35 @@ class Engine(SoleOwner):
         )
 
     def drain(self, limit_ns: int) -> bool:
-        """Wait until the faults that wait now are resolved; False when the time ran out."""
+        """Wait until the faults that wait now are resolved; return False after the limit."""
         return self._inline or lib.uffd_native_drain(self._engine(), limit_ns) == 0
 
     def leave_strays(self) -> None:
-        """Leave faults that nobody serves to the engine that comes after this one."""
+        """Leave faults in ranges that are not served to the next engine of these userfaultfds."""
         lib.uffd_engine_leave_strays(self._engine())
 
     def wake_all(self) -> None:
-        """Let every thread that waits ask again."""
+        """Wake every thread that waits, so that it faults again."""
         lib.uffd_engine_wake_all(self._engine())
 
     def refuse(self) -> None:
-        """Poison what is asked for from now on."""
+        """Poison pages that fault from now on."""
         lib.uffd_engine_refuse(self._engine())
 
     def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
-        """Poison the pages that wait for a worker, of one range or of all; note it as failure."""
+        """Poison the pages that wait for a worker, of one range or all; `failed` counts them."""
         code = errno.ETIMEDOUT if failed else 0
         lib.uffd_engine_abandon(self._engine(), served.number if served else 0, code)
 
     @property
     def hung(self) -> int:
-        """How many workers have not come back with a page that was abandoned."""
+        """The number of workers that have not returned with a page that was given up."""
         return int(lib.uffd_engine_hung(self._engine()))
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages; return the bytes filled.
 
-        Workers are asked for `chunk` bytes at a time; 0: for as many as they are quick with.
+        Workers are asked for `chunk` bytes at a time, or with 0 for as many as they answer quickly.
         """
         out = ffi.new("struct uffd_populate_result *")
         start = served.start + offset
@@ -400,7 +401,7 @@ class Engine(SoleOwner):
         return int(out.filled)
 
     def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
-        """Say why a page could not be filled that `populate` asked for."""
+        """Return why `populate` could not fill a page, or ""."""
         return "" if served.space else why_unresolved(code, address, self._owner_pid or "self")
 
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
@@ -424,7 +425,7 @@ class Engine(SoleOwner):
         return int(out[0])
 
     def take_in(self, served: RangeId) -> None:
-        """Note the pages that are there already, as far as the owner's page table tells."""
+        """Note the pages that are present, as far as the owner's page table can be read."""
         lib.uffd_engine_take_in(self._engine(), _ref(served))
 
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
@@ -455,12 +456,12 @@ class Engine(SoleOwner):
 
     @property
     def spaces(self) -> int:
-        """Address spaces that are followed: the userfaultfds served, and living forks."""
+        """The number of address spaces served: one for each userfaultfd and each living fork."""
         return int(lib.uffd_engine_spaces(self._engine()))
 
     @property
     def owner_exited(self) -> bool:
-        """Whether the process whose memory is served is gone (`watch_owner`)."""
+        """Whether the process whose memory is served has exited (needs `watch_owner`)."""
         return bool(lib.uffd_engine_owner_exited(self._engine()))
 
     def answer_requests(
@@ -468,8 +469,8 @@ class Engine(SoleOwner):
     ) -> None:
         """Fetch pages until the engine stops.
 
-        `read` gets a range's number, an offset and a length, and returns as many bytes. What it
-        raises goes to `fail`, whose errno goes into the error policy.
+        `read` is called with a range's number, an offset and a length, and returns that many bytes.
+        If it raises, `fail` is called with the exception and returns the errno for `on_error`.
         """
         engine = self._engine()
         request = lib.uffd_engine_next_request(engine)
@@ -490,9 +491,9 @@ class Engine(SoleOwner):
                     continue
                 with ffi.from_buffer(data) as pointer:
                     lib.uffd_engine_complete(engine, request, pointer)
-            except BaseException as error:  # whatever it is, the page must not wait
+            except BaseException as error:  # a thread waits for the page, so catch everything
                 if lib.uffd_engine_ask_again(engine, request):
-                    log.debug("source failed; asked again for less", exc_info=error)
+                    log.debug("the source failed; asking again for fewer pages", exc_info=error)
                 else:
                     failed = Request(
                         request.id,
@@ -507,15 +508,15 @@ class Engine(SoleOwner):
 
     @property
     def source_failure(self) -> SourceFailure | None:
-        """What a source raised first; this engine calls none."""
+        """The first exception of a source; None, since this engine calls none."""
         return None
 
     def failure_at(self, address: int) -> SourceFailure | None:
-        """What is known of why a page was lost; perhaps of another one."""
+        """Return why a page was lost, or the first failure, which may be of another page."""
         return known_failure(self.failure(), self.source_failure)
 
     def stats(self) -> HandlerStats:
-        """Sum up the counters."""
+        """Return the sums of the counters."""
         out = ffi.new("struct uffd_stats *")
         lib.uffd_engine_stats(self._engine(), out)
         return HandlerStats(
@@ -528,7 +529,7 @@ class Engine(SoleOwner):
 
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last, newest first."""
-        # There may be room for thousands, and little memory when a handler stops.
+        # Not all the room, which is for thousands: memory may be short when a handler stops.
         capacity = lib.uffd_engine_recent_count(self._engine()) + RECENT_MEANWHILE
         out = ffi.new("struct uffd_recent_fault[]", capacity)
         found = lib.uffd_engine_recent(self._engine(), out, capacity)
@@ -544,7 +545,7 @@ class Engine(SoleOwner):
         ]
 
     def failure(self) -> Failure | None:
-        """Return what went wrong, or None."""
+        """Return the first failure and the number of failures, or None."""
         out = ffi.new("struct uffd_failure *")
         lib.uffd_engine_failure(self._engine(), out)
         if not out.count:
@@ -553,7 +554,7 @@ class Engine(SoleOwner):
 
 
 def follow_parent(parent: int) -> bool:
-    """Be killed when the parent ends; False if it has ended already."""
+    """Have the kernel kill this process when its parent ends; return False if it has ended."""
     code = lib.uffd_keeper_follow_parent(parent)
     if code and code != -errno.ESRCH:
         raise_start_error("follow the keeper process", -code, "prctl")
@@ -568,7 +569,7 @@ def hold_descriptors(shared: int, keeper: int, sockets: list[int]) -> None:
 
 
 def rescue_forks(shared: int) -> list[int]:
-    """Take over the descriptors of forks that a dead child had read and not reported."""
+    """Return the descriptors of forks that a dead child had read but not reported."""
     position, fds = ffi.new("uint32_t *"), []
     while (fd := lib.uffd_keeper_rescue_fork(_pointer(shared), position)) != -errno.ENOENT:
         if fd >= 0:
@@ -595,16 +596,19 @@ def _pointer(address: int) -> Any:
     return ffi.cast("void *", address)
 
 
-_under_faulthandler: list[bool] = []  # whether it was on when it had taken our place
+_under_faulthandler: list[bool] = []  # whether it was enabled when it had replaced our action
 
 
 def _faulthandler_left() -> bool:
-    """Whether faulthandler lay over our handler and was disabled since: its action does nothing."""
+    """Return whether faulthandler replaced our action and was disabled since.
+
+    Its action below ours then does nothing.
+    """
     return bool(_under_faulthandler) and _under_faulthandler[-1] and not faulthandler.is_enabled()
 
 
 def ensure_inline_handler() -> bool:
-    """Put the SIGBUS handler back on top; return whether another had taken its place."""
+    """Install the SIGBUS handler again if another one replaced it; return whether one did."""
     if lib.uffd_inline_is_installed():
         return False
     _under_faulthandler[:] = [faulthandler.is_enabled()]

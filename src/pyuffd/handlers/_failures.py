@@ -1,6 +1,6 @@
-"""Saying what went wrong, before a thread dies or waits of it: on stderr and in the log (layer L4).
+"""Report a failure on stderr and in the log, before a thread dies of it or waits (layer L4).
 
-What fails in C is said there (csrc/engine/say.c), since the thread that waits may hold the GIL.
+C reports its own failures (csrc/engine/say.c), since the thread that waits may hold the GIL.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from pyuffd.handlers._types import Request
     from pyuffd.sources import PageSource
 
-# Each serving has its line, but a program that serves hundreds does not want hundreds.
+# One line for each range, but not hundreds for a program that serves hundreds of ranges.
 SAID_MOST = 8
 REPR_MOST = 120
 
 
 def short_repr(value: object) -> str:
-    """Return one short line; a user's repr may do anything."""
+    """Return the repr as one short line, also if it raises."""
     try:
         text = " ".join(repr(value).split())
     except Exception as error:
@@ -35,7 +35,7 @@ def short_repr(value: object) -> str:
 
 
 def label_of(region: RangeLike, source: PageSource | None) -> str:
-    """Name what is served and where its pages come from."""
+    """Return a name of a region and its source, for messages."""
     if isinstance(region, Region):
         place = short_repr(region)
     else:
@@ -44,21 +44,21 @@ def label_of(region: RangeLike, source: PageSource | None) -> str:
 
 
 def say(fd: int, text: str) -> None:
-    """Write a line, past whatever replaces sys.stderr."""
+    """Write a line to a descriptor, whatever sys.stderr is."""
     if fd >= 0:
         with suppress(OSError):
             os.write(fd, f"pyuffd: {text}\n".encode(errors="backslashreplace"))
 
 
 def tell(log: logging.Logger, fd: int, text: str, error: BaseException) -> None:
-    """Say it on stderr and in the log; once where the log is shown on stderr."""
+    """Write a failure to stderr and the log, but once if the log goes to stderr."""
     if not _shows_on_stderr(log):
         say(fd, text)
     log_error(log, text, error)
 
 
 def log_error(log: logging.Logger, text: str, error: BaseException | None) -> None:
-    """Log it, unless logging is not set up: its last resort is stderr, which has been told."""
+    """Log a failure if logging is set up; its last resort is stderr, where it stands already."""
     if log.hasHandlers():
         log.error("%s", text, exc_info=error)
 
@@ -78,7 +78,7 @@ def _shows_on_stderr(log: logging.Logger) -> bool:
 
 
 def source_text(request: Request, label: str, error: BaseException, on_error: OnError) -> str:
-    """Describe what a source in Python raised, and what happens now."""
+    """Describe an exception of a source in Python, and what happens to the page."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     match on_error:

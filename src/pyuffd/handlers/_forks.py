@@ -1,7 +1,7 @@
-"""A warning before a fork whose child would read zeros for pages that are served (layer L4).
+"""Warn before a fork whose child would read zeros from missing pages (layer L4).
 
-Without Feature.EVENT_FORK the child's copy of a served range is not registered: what is missing
-there is zeros, and in shared memory those zeros are the parent's page from then on.
+Without Feature.EVENT_FORK the child's copy of a served range is not registered, so its missing
+pages read as zeros. In shared memory the zeros then fill the parent's page too.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from pyuffd.handlers._handler import Handler
     from pyuffd.handlers._serving import Served
 
-CALLER = 2  # os.fork() itself has no frame: the hook's is the first, its caller's the second
+CALLER = 2  # os.fork() has no frame: the first is the hook's, the second that of its caller
 LOSES_CONTENT = RegisterMode.MISSING
 MISSED = {PageState.ABSENT, PageState.IN_FLIGHT}
 
 
 class ForkWatch:
-    """What one handler serves, and whether its user has been warned."""
+    """Looks for ranges of one handler that a fork would lose, and notes whether it has warned."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = weakref.ref(handler)
         self.warned = False
-        self._left_out: set[int] = set()  # ranges that forks do not get (MADV_DONTFORK)
+        self._left_out: set[int] = set()  # ranges that forks do not have (MADV_DONTFORK)
         self.pid = os.getpid()
         _watches.add(self)
 
     def lacking(self) -> Served | None:
-        """Return a range of which a fork would read zeros.
+        """Return a range from which a fork would read zeros, or None.
 
-        No lock is taken: a thread that changes what is served may be the one that waits for us.
+        This acquires no lock, since a thread that holds the handler's lock may wait for this fork.
         """
         handler = self._handler()
         if handler is None or handler._engine is None:
@@ -59,7 +59,7 @@ class ForkWatch:
             or not _has_holes(handler, served)
         ):
             return False
-        # Slow, and the last question: the answer ends the asking.
+        # Last because it is slow: afterwards either the user has been warned or the range is noted.
         facts = _memory.look_at(self.pid, served.id.start, served.id.length, all_facts=True)
         if facts & _memory.Maps.NOT_FORKED:
             self._left_out.add(served.id.number)
@@ -67,8 +67,8 @@ class ForkWatch:
 
 
 def _has_holes(handler: Handler, served: Served) -> bool:
-    """Return whether pages are missing, by the page table and the page cache."""
-    from pyuffd._residency import PageResidency, residency  # 5 ms, and few programs fork
+    """Return whether pages are missing, judged by the page table and the page cache."""
+    from pyuffd._residency import PageResidency, residency  # 5 ms, and rarely needed
 
     fd = getattr(served.region, "fd", None)
     where = residency(served.id.start, served.id.length, page_size=served.page_size, fd=fd)
@@ -77,9 +77,9 @@ def _has_holes(handler: Handler, served: Served) -> bool:
         return False
     engine = handler._engine
     if engine is None or engine.is_remote:
-        # The helper is not asked: it may wait for what this thread does next.
+        # Do not ask the helper process: it may wait for what this thread does next.
         return where.count(PageResidency.HOLE) > 0
-    # What was dropped is zeros anyway.
+    # A page that the owner dropped reads as zeros anyway.
     states = engine.states(served.id, 0, len(where))
     holes = (PageResidency.HOLE, PageResidency.UNKNOWN)
     return any(
@@ -89,7 +89,7 @@ def _has_holes(handler: Handler, served: Served) -> bool:
 
 def _before_fork() -> None:
     caller = sys._getframe(1)
-    # A child that calls execve(2) at once: `preexec_fn` makes it a real fork.
+    # subprocess calls this for `preexec_fn` only; its child calls execve(2) soon.
     if caller.f_globals.get("__name__") == "subprocess":
         return
     for watch in list(_watches):
@@ -97,15 +97,15 @@ def _before_fork() -> None:
             continue
         try:
             served = watch.lacking()
-        except (UffdError, OSError, ValueError):  # unmapped, stopped, or not to be looked at
+        except (UffdError, OSError, ValueError):  # unmapped, stopped, or no permission to look
             continue
         if served is None:
             continue
         watch.warned = True
         warnings.warn(
             f"this process forks while pages of [{served.id.start:#x}, +{served.id.length:#x}) are"
-            " missing, and the child reads zeros there: populate() the region before, open the"
-            " userfaultfd with Feature.EVENT_FORK, or madvise(MADV_DONTFORK) it",
+            " missing, and the child reads zeros there: populate() the region before the fork, open"
+            " the userfaultfd with Feature.EVENT_FORK, or madvise(MADV_DONTFORK) the region",
             RuntimeWarning,
             stacklevel=CALLER,
         )

@@ -1,4 +1,4 @@
-"""`Handler`: serves regions through userfaultfds, with one of the engine's drivers (layer L4)."""
+"""`Handler`: serves regions through userfaultfds with one of the engine's drivers (layer L4)."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ log = logging.getLogger(__name__)
 # Longer than any pause between two faults of one thread that was measured on a loaded machine, and
 # short enough that ten faults a second cost 0.05 % of a CPU.
 DEFAULT_SPIN_US = 50.0
-# EAGAIN ends when the thread that changes the layout runs again: 12 ms measured on a busy machine.
+# EAGAIN ends once the thread that changes the layout has run again: 12 ms on a busy machine.
 RETRY_LIMIT_S = 5.0
-# A page source that needs longer than this, with the interpreter free, is too slow to fault on.
+# A page source that needs longer than this, with the GIL free, is too slow for faults.
 STALL_TIMEOUT_S = 2.0
 
 
@@ -105,56 +105,61 @@ class Handler(SoleOwner):
     """Resolve the faults of regions from page sources.
 
     Args:
-        uffd: The userfaultfd; the handler borrows it, and stops when it is closed. With
-            Feature.EVENT_* the handler follows what the owner does to its memory: dropped pages
-            are zeros, moved ranges are served where they are, forks are served like their parent
-            until they exit. Its events are the handler's until stop(): read_events() and events()
-            raise EventsBusyError.
-        driver: "native", a C thread: faults of any thread or process, and of system calls.
-            "inline", in the faulting thread itself by a SIGBUS handler: the fastest, for
-            accesses of this process's own code only; a system call that touches a missing page
-            fails with EFAULT (`populate` first), and a thread that blocks SIGBUS is killed by its
-            first fault outside methods of `Region`. Needs Feature.SIGBUS. "process", for page
-            sources in Python: another process gets a copy of them, and calls them there, so that
-            a thread may fault while it holds the GIL. They must be picklable; lambdas, closures
-            and what a notebook defines need the package cloudpickle. Without it a program whose
-            main module defines a source needs `if __name__ == "__main__":`, as the other process
-            imports that module. If that process is killed another takes its place. "thread":
-            threads of this process call the sources, and C does all else. A thread that faults
-            while it holds the GIL waits for a Python thread that cannot run; after
-            `stall_timeout_s` all tracebacks go to stderr, and `on_error` ends the wait. "auto" is
-            "inline" where the userfaultfd has Feature.SIGBUS, else "native" until a source in
+        uffd: The userfaultfd. The handler borrows it, and stops when it is closed. With
+            Feature.EVENT_* the handler follows the owner's changes of its memory: dropped pages
+            read as zeros, moved ranges are served at their new place, and forks are served like
+            their parent until they exit. Until stop() the handler reads the events: read_events()
+            and events() raise EventsBusyError.
+        driver: What resolves the faults. Each driver also resolves the faults of other processes
+            and of system calls, except "inline".
+            "native": a C thread.
+            "inline": a SIGBUS handler in the faulting thread. It is the fastest, but resolves only
+            faults of this process's own code. A system call that touches a missing page fails with
+            EFAULT (call `populate` first), and a thread that blocks SIGBUS is killed by its first
+            fault outside methods of `Region`. Needs Feature.SIGBUS.
+            "process": for page sources in Python. A worker process gets a copy of the sources and
+            calls them, so that a thread may fault while it holds the GIL. If the worker process is
+            killed, another one replaces it. The sources must be picklable; lambdas, closures and
+            what a notebook defines need the package cloudpickle. Without that package, a program
+            whose main module defines a source needs `if __name__ == "__main__":`, because the
+            worker process imports that module.
+            "thread": for page sources in Python. Threads of this process call them; C does the
+            rest. A thread that faults while it holds the GIL waits for a Python thread that cannot
+            run; after `stall_timeout_s` all tracebacks are written to stderr, and `on_error` ends
+            the wait.
+            "auto": "inline" if the userfaultfd has Feature.SIGBUS, else "native" until a source in
             Python is served, then "process".
-        on_error: What happens to a page whose content cannot be had: "poison" (SIGBUS for whoever
-            touches it), "stall" (its threads wait; stop() poisons it; not with "inline"), "kill"
-            (SIGKILL for the process that touches it; of forks only Feature.THREAD_ID tells
-            which). Never zeros. Where the kernel has no UFFDIO_POISON (before
-            Linux 6.6) "poison" stalls. stop() reports it as HandlerError.
-        stall_timeout_s: How long a page source in Python may take for a page; 2 by default.
-        prefetch: Bytes to fill around a fault besides its own page, which comes first; more
-            when faults come in sequence. A Python source is asked for all of them at once. 0: the
-            page alone.
+        on_error: What happens to a page whose content cannot be read: "poison" (an access raises
+            SIGBUS), "stall" (the threads that access it wait, and stop() poisons it; not with
+            "inline"), "kill" (the process that touches it gets SIGKILL; with Feature.EVENT_FORK
+            this needs Feature.THREAD_ID, which tells the forks apart). The page is never filled
+            with zeros. On a kernel without UFFDIO_POISON (before Linux 6.6) "poison" acts as
+            "stall". stop() raises HandlerError for the failure.
+        stall_timeout_s: How long a page source in Python may need for a page, in seconds; 2 by
+            default.
+        prefetch: Bytes to fill around a fault after its own page; more when faults come in
+            sequence. A Python source is asked for all of them at once. 0 fills the page only.
         workers: How many pages may be fetched by Python sources at the same time.
-        spin_us: How long to wait for the next fault before sleeping, at most; it adapts, down to
-            none when faults are rare. None: 50, or 0 with one CPU in `cpus`, where spinning
-            would keep the faulting thread from running.
-        cpus: CPUs the native thread may run on. The CPU of the faulting thread gives the
-            lowest latency by far; with None the thread looks for it while faults come in quick
+        spin_us: How long the native thread polls for the next fault before it sleeps, at most, in
+            microseconds. It adapts, down to 0 when faults are rare. None: 50, or 0 if `cpus` has
+            one CPU, where spinning would keep the faulting thread from running.
+        cpus: CPUs that the native thread may run on. The latency is by far the lowest on the CPU of
+            the faulting thread; with None the thread looks for that CPU while faults come in quick
             succession.
-        owner_pid: Process whose memory `uffd` governs; `uffd.owner_pid` by default. The exit of
-            another process is noticed, and its faults forgotten.
-        autostart: Whether `with` (or `async with`) starts the handler. False for a program that
-            protects everything first, so that all pages are of one instant, and then calls
-            `start`: until then, whoever touches a missing or protected page waits.
+        owner_pid: Process whose memory `uffd` governs; `uffd.owner_pid` by default. When another
+            process exits, the handler notices and drops its faults.
+        autostart: Whether `with` (or `async with`) starts the handler. Pass False to protect
+            everything before calling `start`, so that all pages are of one instant. Until then a
+            thread that touches a missing or protected page waits.
 
     Raises:
-        ValueError: a userfaultfd or options that do not go together, or a handler that would have
-            to know whose memory it serves, and does not.
-        ProcessGoneError: ESRCH - there is no process `owner_pid`, and yet the memory lives.
+        ValueError: a userfaultfd or options that cannot be combined, or options that require the
+            owner of the memory to be known, and it is not.
+        ProcessGoneError: ESRCH - there is no process `owner_pid`, but the memory still exists.
 
-    Kernel: userfaultfd(2).  GIL: never needed by "native" and "inline"; every method that waits
-    releases it.  Threads: safe.  Blocks: stop() and unserve() until the faults in hand are
-    resolved.
+    Kernel: userfaultfd(2).  GIL: "native" and "inline" never need it; every method that waits
+    releases it.  Threads: safe.  Blocks: stop() and unserve() until the faults that are being
+    resolved have been resolved.
 
     Example:
         >>> from pyuffd import BufferSource, Handler, Region, Userfaultfd
@@ -197,14 +202,14 @@ class Handler(SoleOwner):
             spin_us = 0.0 if len(self._cpus) == 1 else DEFAULT_SPIN_US
         self.uffd = uffd
         self._pid = os.getpid()
-        self._lock = RLock()  # guards what follows; taken before any lock of the C engine
+        self._lock = RLock()  # guards the members below; acquired before any lock of the C engine
         self._spaces: dict[Userfaultfd, int] = {uffd: 0}
         self._served: dict[tuple[int, int], Served] = {}  # by space and start
         self._autostart = autostart
         self._overlaps = Overlaps()
         self._fork_watch = ForkWatch(self)
         self._started = False
-        # Until a region is served without Python and the handler runs.
+        # True until the handler runs and serves a region without Python.
         self._may_move = driver == "auto" and self.driver == "native"
         self._worker_count = workers
         self._options = EngineOptions(
@@ -224,7 +229,7 @@ class Handler(SoleOwner):
             engine = self._make_engine()
             tell_registered(engine, uffd, 0)
             uffd._on_close(self.stop)
-            self._engine = engine  # last: until here nobody stops it
+            self._engine = engine  # last: until here no other code stops it
         except BaseException:
             uffd._forget_on_close(self.stop)
             if engine is not None:
@@ -241,17 +246,17 @@ class Handler(SoleOwner):
         return Engine(fd, inline=self.driver == "inline", **self._options)
 
     def _move_to_process(self, source: PageSource) -> Backend:
-        """Let "auto" become the process driver, for the first source that is in Python."""
+        """Change "auto" to the process driver, for the first source in Python."""
         old = self._running_engine()
         if not self._may_move:
             raise ValueError(
-                f"{source!r} must be read by Python, which the {self.driver} driver does without:"
+                f"{source!r} must be read by Python, which the {self.driver} driver cannot call:"
                 " use a ZeroSource, a BufferSource or a FileSource, or driver='process'"
             )
         if self._served:
             raise ValueError(
-                f"{source!r} must be read by Python, but this handler serves other regions"
-                " without: serve it first, or make the Handler with driver='process'"
+                f"{source!r} must be read by Python, but this handler already serves other regions"
+                " without Python: serve it first, or make the Handler with driver='process'"
             )
         engine: Backend | None = None
         try:
@@ -265,7 +270,7 @@ class Handler(SoleOwner):
                 tell_registered(engine, uffd, space)
             if self._started:
                 engine.start(self._cpus)
-            if isinstance(old, Engine):  # so it is: "auto" began with the native driver
+            if isinstance(old, Engine):  # always true: "auto" began with the native driver
                 old.leave_strays()
                 old.stop()
             self._engine, self._spaces, self._may_move = engine, spaces, False
@@ -329,44 +334,47 @@ class Handler(SoleOwner):
         uffd: Userfaultfd | None = None,
         present: Present | None = None,
     ) -> Ioctl:
-        """Register a region and resolve its faults from now on; return the ioctls it takes.
+        """Register a region and resolve its faults from now on; return the ioctls it supports.
 
-        Missing faults copy the page from `source`; a page that is dropped afterwards
-        (MADV_DONTNEED) is zeros, whatever the source says. With Feature.EVENT_REMOVE that goes for
-        pages of shared memory that were never loaded as well: the event does not say whether they
-        were dropped (MADV_REMOVE) or merely unmapped. Minor faults map what the page cache
-        holds; with a source and no MISSING in the mode they first write the page's content into
-        it, and holes of the page cache are filled from the source as well. Write-protect faults
-        mark the page PageState.DIRTY and unprotect it. With MISSING | WP pages arrive protected.
+        Missing faults copy the page from `source`. A page that the owner drops later
+        (MADV_DONTNEED) reads as zeros. With Feature.EVENT_REMOVE this also applies to pages of
+        shared memory that were never loaded: the event does not tell whether they were dropped
+        (MADV_REMOVE) or only unmapped. Minor faults map the page that the page cache holds. With a
+        source and no MISSING in the mode they first write the page's content to the page cache,
+        and holes of the page cache are filled from the source too. Write-protect faults mark the
+        page PageState.DIRTY and unprotect it. With MISSING | WP pages arrive protected.
 
         Args:
-            region: A `Region`, or anything with start, length and page_size. It must not be
-                closed under the handler other than by Region.close().
-            source: Content, at least up to the region's last page (the rest of that is zeros).
-                None for WP and MINOR: there is nothing to fetch.
-            mode: Which faults to take.
+            region: A `Region`, or anything with start, length and page_size. While it is served,
+                unmap it only by Region.close().
+            source: The content; it must reach at least into the region's last page, whose rest is
+                filled with zeros. MISSING needs one, WP alone must have None, and with MINOR but
+                not MISSING it is optional.
+            mode: Which faults to resolve.
             preserve: For WP: a writable buffer of the region's length that gets the old content
-                of each page before its first write (see `preserve`). A page whose content cannot
-                be saved stays protected, and its writers wait until `preserve` can save it or it
-                is taken out; stop() raises HandlerError, which names it. Forks write their own
-                copies of private memory, which are not saved.
-            local: The same memory mapped in this process and not registered. With `preserve`
-                old content is read there; without it, from the owner of the memory. Made from
-                the region where minor faults have a source.
-            uffd: Another userfaultfd, of this or of another process, whose range it is. The
-                handler borrows it and forgets its ranges when it is closed.
-            present: What to do about pages that are there before, for which no fault comes, so
-                that they never get the source's content: "refuse" (ValueError says how many),
-                "keep" what they hold, "drop" them (memory of this process alone). By default
-                "refuse", but "keep" where they came from a handler: for adopted userfaultfds,
-                and for a Region that was served before, poison marks included.
+                of each page before its first write (see `preserve`). If the content cannot be
+                saved the page stays protected, and threads that write to it wait until `preserve`
+                saves it or the region is no longer served; stop() then raises HandlerError, which
+                names the page. A fork's writes go to its own copies of private memory; those are
+                not saved.
+            local: The same memory mapped in this process and not registered. With `preserve`, old
+                content is read from it; without `local`, from the owner of the memory. With a
+                source and MINOR but not MISSING, content is written through it; by default the
+                handler makes such a mapping of the region.
+            uffd: Another userfaultfd, of this or another process, with which the range is to be
+                registered. The handler borrows it and stops serving its ranges when it is closed.
+            present: What to do about pages that are already present. They cause no missing fault,
+                so they never get the source's content. "refuse" raises ValueError with their
+                number, "keep" keeps what they hold, "drop" drops them (memory of this process
+                only). The default is "refuse", but "keep" if a handler may have filled them: for
+                adopted userfaultfds, and for a Region that was served before, whose poison marks
+                are kept too.
 
         Raises:
-            ValueError: a range that is served already, pages that are there (see `present`), a
-                source that ends before the last page, a mode that does not go with the
-                arguments; or memory that this handler reads or writes (a `BufferSource`,
-                `preserve`, `local`) in memory that it serves.
-            UffdOSError: what UFFDIO_REGISTER says. Nothing is left behind.
+            ValueError: a range that is served already, pages that are present (see `present`), a
+                source that ends before the last page, a mode that contradicts the arguments, or a
+                `BufferSource`, `preserve` or `local` in memory that this handler serves.
+            UffdOSError: UFFDIO_REGISTER failed; the region is not served.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
@@ -393,7 +401,7 @@ class Handler(SoleOwner):
                 and not (mode & RegisterMode.MISSING)
             )
             if writes_cache:
-                # Linux maps zeros for a hole of the page cache, unless that is a missing fault.
+                # Without MISSING, Linux maps zeros for a hole of the page cache.
                 mode |= RegisterMode.MISSING
             memory = range_of(
                 region,
@@ -461,7 +469,7 @@ class Handler(SoleOwner):
                 if isinstance(region, Region):
                     self._follow_close(region, served)
                 self._served[space, start] = served  # last: from here on it is served
-            except BaseException:  # one of a signal handler may come anywhere
+            except BaseException:  # a signal handler may raise at any line
                 if (space, start) not in self._served:
                     take_back(engine, uffd, (space, start, length), granted)
                     self._overlaps.remove(memory)
@@ -510,12 +518,12 @@ class Handler(SoleOwner):
                 except HandlerError as error:
                     errors.append(error)
             if any(one.uffd is uffd for one in self._served.values()):
-                uffd._hold_open()  # for good: what stays registered would become zeros
+                uffd._hold_open()  # never undone: pages that stay registered would become zeros
             else:
                 self._engine.remove_space(self._spaces[uffd])
                 uffd._release_events(self)
                 self._owners.forget(uffd)
-                del self._spaces[uffd]  # last: what was interrupted is done again
+                del self._spaces[uffd]  # last: after an interruption the next call does it again
         if errors:
             raise errors[0]
 
@@ -536,7 +544,7 @@ class Handler(SoleOwner):
         region.on_loss(why_lost)
 
     def _why_lost(self, address: int) -> BaseException | None:
-        """Return what is known of the reason why a page was lost."""
+        """Return why a page was lost, or None if that is unknown."""
         engine, failure = self._engine, self._final_failure
         if engine is not None and self._pid == os.getpid():
             with suppress(ClosedError, HelperLostError):
@@ -551,7 +559,7 @@ class Handler(SoleOwner):
 
     @property
     def must_end(self) -> bool:
-        """Whether it has still to stop before its userfaultfd may be closed."""
+        """Whether the handler must stop before its userfaultfd may be closed."""
         return self._engine is not None and self._pid == os.getpid()
 
     def _region_closes(self, served: Served, *, seal: bool) -> None:
@@ -560,18 +568,19 @@ class Handler(SoleOwner):
                 self._unserve(self._engine, served, seal=seal)
 
     def unserve(self, region: RangeLike | int, *, uffd: Userfaultfd | None = None) -> None:
-        """Stop serving one region and unregister it, wherever its pieces and copies are.
+        """Stop serving one region and unregister it, with all its moved parts and forks' copies.
 
-        Pages that were never filled are poisoned before, so that a later access is SIGBUS and not
-        silent zeros (with a ZeroSource zeros are right, and they are left alone); `populate`
-        first to keep everything. Write-protection is lifted.
+        Pages that were never filled are poisoned first, so that a later access raises SIGBUS
+        instead of reading zeros. Call `populate` before to get all content. With a ZeroSource,
+        where zeros are right, nothing is poisoned. Write-protection is lifted.
 
         Raises:
             ValueError: not served by this handler.
-            HandlerError: the source holds up a thread, which is left behind at a page; that is
-                poisoned. Or pages could not be poisoned: then the region stays registered.
+            HandlerError: the source does not return to a thread that is filling a page; the thread
+                is left behind and the page is poisoned. Or pages could not be poisoned; the region
+                then stays registered.
 
-        Blocks: for at most 10 s until whoever is at the region's pages has left.
+        Blocks: for at most 10 s until no thread works on the region's pages.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
@@ -580,7 +589,7 @@ class Handler(SoleOwner):
             self._unserve(engine, served, seal=True)
 
     def _unserve(self, engine: Backend, served: Served, *, seal: bool) -> None:
-        """Take a range out; a signal's exception leaves it as it was."""
+        """Take a range out; if a signal handler raises, the range is served as before."""
         views = [] if engine.is_remote else views_of([served])
         try:
             take_out(engine, served, seal=seal)
@@ -601,7 +610,7 @@ class Handler(SoleOwner):
             )
 
     def _forget(self, served: Served, *, keep_alias: bool = False) -> None:
-        """Undo what goes with a range that is served no more; again what was interrupted."""
+        """Release what belongs to a range that is no longer served; may be called again."""
         if not self._serves(served):
             return
         self._overlaps.remove(served.memory)
@@ -621,11 +630,11 @@ class Handler(SoleOwner):
             for known, space in self._spaces.items()
             if uffd in (None, known) and (space, start) in self._served
         ]
-        # Processes may have different memory at one address: the object that was served tells.
+        # Processes may have different memory at one address; the object served tells them apart.
         same = [one for one in found if one.region is region]
         if len(same or found) > 1:
             raise ValueError(
-                f"several ranges at {start:#x} are served: give the object that was served, or uffd"
+                f"several ranges at {start:#x} are served: pass the object that was served, or uffd"
             )
         if not found:
             raise ValueError(f"no range at {start:#x} is served by this handler")
@@ -634,15 +643,15 @@ class Handler(SoleOwner):
     # Running
 
     def start(self) -> None:
-        """Start resolving; `with` does it, and on a running handler this does nothing.
+        """Start resolving faults. `with` calls this; on a running handler it does nothing.
 
-        Regions may be served before and after. With write-protection and `autostart=False`, start
-        after `writeprotect` when all pages must be of one instant: a write that waits meanwhile
-        goes on only then.
+        Regions may be served before and after. If all pages must be of one instant, make the
+        handler with `autostart=False` and call this after `writeprotect`: a thread that writes to a
+        protected page waits until the handler starts.
 
         Raises:
             ClosedError: stopped already.
-            UffdOSError: EAGAIN - no more threads.
+            UffdOSError: EAGAIN - the process cannot create another thread.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
@@ -660,22 +669,24 @@ class Handler(SoleOwner):
     def stop(self, drain: bool = True, *, timeout_s: float | None = None) -> None:
         """Stop: resolve or poison what waits, unregister every region, end the driver.
 
-        Pages that nobody asked for are poisoned, as `unserve` says. Twice is fine.
+        Pages that were never filled are poisoned, as by `unserve`. A second call does nothing, or
+        waits for the first.
 
         Args:
-            drain: Resolve the faults that wait now, with their content. False poisons them.
-            timeout_s: How long page sources may take for that; 10 by default. Pages that still
-                wait then are poisoned, too.
+            drain: Fill the pages that threads wait for now. False poisons them.
+            timeout_s: How long page sources may need for that, in seconds; 10 by default. Pages
+                that threads still wait for are then poisoned.
 
         Raises:
-            HandlerError: the content of a page could not be had, or the engine failed, at any
-                time since the start, or a page source holds up a thread, which is left behind;
-                page, source and thread are named. The handler is stopped all the same.
+            HandlerError: since the start, the content of a page could not be read or the engine
+                failed; or a page source does not return to a thread, which is left behind. The
+                error names page, source and thread. The handler is stopped in any case.
             ValueError: a negative `timeout_s`.
 
-        Blocks: no longer than `timeout_s` for page sources, whatever they do. A signal's exception
-            (Ctrl-C) cuts that short: it is raised when every page is poisoned and every region
-            unregistered. A second one is raised at once, and the end goes on in its own thread.
+        Blocks: no longer than `timeout_s` for page sources, even if they never return. If a signal
+            handler raises meanwhile (Ctrl-C), the wait is cut short: the exception is raised when
+            every page is poisoned and every region unregistered. A second exception is raised at
+            once, and a thread finishes stopping.
         """
         limit_s = check_timeout(timeout_s)
         if self._pid != os.getpid():
@@ -694,8 +705,8 @@ class Handler(SoleOwner):
             self._ending.wait()
 
     def _finish(self, ending: Ending) -> HandlerError | None:
-        """End everything; what stop() raises. Each step may be done again."""
-        # Whoever is in serve() may wait for its source. What it puts in then is refused.
+        """End everything; return what stop() raises. Each step may be repeated."""
+        # A thread in serve() may hold the lock and wait. Ranges that it adds later are refused.
         locked = self._lock.acquire(timeout=ending.left_s())
         try:
             engine = self._engine
@@ -719,12 +730,12 @@ class Handler(SoleOwner):
                 self._lock.release()
 
     def _end(self, engine: Backend, ending: Ending) -> HandlerError | None:
-        """Stop an engine and return what it has to complain about."""
+        """Stop an engine and return the error that it reports."""
         all_served, began = list(self._served.values()), time.monotonic()
         views = [] if engine.is_remote else views_of(all_served)
         for uffd in self._spaces:
             uffd._hold_open()
-        # Until this is known; after a lost helper a stand-in holds them itself.
+        # Assumed until it is known; a lost helper holds nothing open, its stand-in does.
         ended = Ended(stays=not engine.is_remote)
         try:
             self._drain(engine, ending)
@@ -743,7 +754,7 @@ class Handler(SoleOwner):
                 for uffd in self._spaces:
                     uffd._let_close()
         error = None if failure is None else handler_error(failure, source_failure)
-        # What a source raised in this process was logged at once.
+        # An exception of a source in this process has been logged already.
         if error is not None and (source_failure is None or engine.is_remote):
             log_error(log, str(error), error.__cause__)
         if ended.stays:
@@ -763,7 +774,7 @@ class Handler(SoleOwner):
         )
 
     def _stand_in(self) -> Engine:
-        """Make an engine of this process, which poisons what a lost helper has left."""
+        """Make an engine in this process that poisons the ranges of a lost helper."""
         engine = Engine(self.uffd.fileno(), **self._options)
         engine.refuse()
         spaces = {
@@ -800,7 +811,7 @@ class Handler(SoleOwner):
         if not drained:
             engine.abandon(failed=failed)
         if failed:
-            log.warning("faults still waited after %.1f s: they are poisoned", limit_s)
+            log.warning("threads still waited after %.1f s: their pages are poisoned", limit_s)
 
     def populate(
         self,
@@ -812,25 +823,26 @@ class Handler(SoleOwner):
     ) -> int:
         """Fill the absent pages of a region now, and return the bytes filled.
 
-        In this thread, or with a source in Python by the workers: start() first. A page whose
-        content cannot be had stays absent, and no more are asked for; `on_error` is for pages
-        that a thread waits for. With a source in Python, stop() reports it as well.
+        This thread fills them or, with a source in Python, the workers, so call start() first. If
+        the content of a page cannot be read, the page stays absent and no further pages are
+        fetched; `on_error` applies only to pages that a thread waits for. With a source in Python,
+        stop() raises the failure too.
 
         Args:
-            region: A region that is served.
-            offset: Where to begin, a multiple of the page size.
+            region: A served region.
+            offset: Where to begin in bytes, a multiple of the page size.
             length: Bytes, a multiple of the page size; to the end by default.
-            chunk: For how many bytes a source in Python is asked at a time, at most; a multiple
-                of the page size. None begins with a page and asks for more, up to 1 MiB, as long
-                as a quarter of `stall_timeout_s` is enough for an answer. A source that raises
-                when it is asked for several pages is asked for half of them, down to one.
+            chunk: Ask a source in Python for at most so many bytes at a time; a multiple of the
+                page size. None begins with a page and asks for more, up to 1 MiB, as long as an
+                answer needs no more than a quarter of `stall_timeout_s`. If a source raises when
+                it is asked for several pages, it is asked for half of them, down to one.
 
         Raises:
             ValueError: not served, pages outside the region, or a bad chunk.
-            UffdOSError: EIO - the source raised (it is the cause); ETIMEDOUT - it did not answer
-                in time; ENOMEM - no huge page has been free for it for a while. `start` is the
-                first page without content, `completed` how many bytes were filled; these need
-                not be the first ones, where there are several workers.
+            UffdOSError: EIO - the source raised; its exception is the cause. ETIMEDOUT - it did not
+                answer in time. ENOMEM - no huge page became free within 5 s. `start` is the first
+                page without content, and `completed` bytes were filled. With several workers some
+                of these may lie after `start`.
         """
         engine, served, first, pages = self._pages(region, offset, length)
         if chunk is not None and (chunk <= 0 or chunk % served.page_size):
@@ -839,7 +851,7 @@ class Handler(SoleOwner):
                 f" {served.page_size:#x}"
             )
         if served.kind is SourceKind.REQUEST and not self._started:
-            raise ValueError("populate needs the workers: start() first")
+            raise ValueError("populate needs running workers: call start() first")
         size = served.page_size
         return engine.populate(served.id, first * size, pages * size, chunk or 0)
 
@@ -848,25 +860,28 @@ class Handler(SoleOwner):
     def writeprotect(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
         """Write-protect pages; return the `PageState` of each as it was when it was protected.
 
-        Reading and protecting are one step: a write comes before it and shows in what is
-        returned, or after it and makes the page DIRTY anew. So rounds beside a running writer
-        lose nothing: copy the pages that come back other than CLEAN, SAVED or ABSENT. From then
-        on the pages are CLEAN.
+        Reading a state and protecting the page are one step. A write before it shows in the
+        returned state; a write after it makes the page DIRTY again. So repeated calls while threads
+        write miss no write: copy the pages whose returned state is not CLEAN, SAVED or ABSENT.
+        After the call the pages are CLEAN.
 
-        On anonymous memory without Feature.WP_UNPOPULATED the missing pages of a range that is
-        registered for WP alone are mapped (as the zero page) first: Linux would leave them
-        unprotected and say nothing.
+        On anonymous memory without Feature.WP_UNPOPULATED, Linux silently leaves missing pages
+        unprotected. If the range is registered for WP only, they are first mapped (as the zero
+        page).
 
         Args:
             region: A served region.
-            offset: Where to begin, a multiple of the page size.
-            length: Bytes, likewise; to the end by default.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+
+        Returns:
+            One byte for each page.
 
         Raises:
             ValueError: not served, or not for RegisterMode.WP; bad pages.
             LayoutChangedError: ENOENT - part of the region was unmapped. The pages before it
-                are protected; those whose states are lost with the error are DIRTY still.
-            PartialResolveError: EAGAIN - the layout has been changing for 5 s; likewise.
+                are protected; pages whose states are lost with the error stay DIRTY.
+            PartialResolveError: EAGAIN - the layout has been changing for 5 s; the states as above.
 
         GIL: released.  Threads: safe.  Blocks: while a layout event is unread.
 
@@ -902,32 +917,33 @@ class Handler(SoleOwner):
         *,
         unprotect: bool = False,
     ) -> int:
-        """Save the pages that are CLEAN still, and return the bytes saved.
+        """Save the pages that are still CLEAN, and return the bytes saved.
 
-        They go to the region's `preserve` buffer. Together with the faults, which save a page
-        before its first write, this gives it every page as it was when `writeprotect` returned.
+        They are copied to the region's `preserve` buffer. Write-protect faults save a page before
+        its first write. After this call the buffer therefore holds every page as it was when
+        `writeprotect` returned.
 
         Args:
             region: A region served with `preserve`.
-            offset: Where to begin, a multiple of the page size.
-            length: Bytes, likewise; to the end by default.
-            unprotect: The pages stay protected (SAVED), so that a later write makes them DIRTY
-                and costs one fault each. True lifts the protection at once, where nobody asks
-                for later writes; the pages are DIRTY then, since that cannot be known any more.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+            unprotect: False keeps the pages protected (SAVED): a later write makes a page DIRTY and
+                costs one fault. True lifts the protection, for a program that need not know of
+                later writes; the pages are then DIRTY, since they may be written at any time.
 
         Raises:
             ValueError: the region was served without `preserve`, or `writeprotect` was never
-                called: the pages are of no instant.
+                called, so that its pages are not of one instant.
             ProcessGoneError: ESRCH - the owner of the memory has exited.
             UffdOSError: EPERM, EFAULT - the owner's memory cannot be read at `start`, the first
-                page that is not saved; `completed` bytes were. It stays protected.
+                page that is not saved. It stays protected; `completed` bytes were saved.
         """
         engine, served, first, pages = self._pages(region, offset, length)
         size = served.page_size
         if served.preserves and not served.was_protected:
             raise ValueError(
-                f"the range at {served.id.start:#x} was never protected, so its pages are of no"
-                " instant: call writeprotect() first"
+                f"the range at {served.id.start:#x} was never protected, so its pages are not of"
+                " one instant: call writeprotect() first"
             )
         return engine.preserve(served.id, first * size, pages * size, unprotect=unprotect)
 
@@ -935,7 +951,7 @@ class Handler(SoleOwner):
 
     @property
     def spaces(self) -> int:
-        """How many address spaces are followed: the userfaultfds served, and living forks."""
+        """The number of address spaces served: one for each userfaultfd and each living fork."""
         return self._running_engine().spaces
 
     @property
@@ -946,22 +962,30 @@ class Handler(SoleOwner):
     def page_states(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
         """Return one `PageState` byte for each page.
 
-        A page whose fault is just being resolved is waited for, as by `stats`. Where the owner's
-        page table can be read it corrects what the handler knows: pages filled beside it are
-        CLEAN, and with RegisterMode.WP every page is DIRTY whose protection is gone, whoever took
-        it off. To read the states and protect the pages again, so that no write in between is
-        lost, use what `writeprotect` returns.
+        This waits for pages that are being resolved, as `stats` does. If the owner's page table can
+        be read, it corrects what the handler knows: pages that other code filled are CLEAN, and
+        with RegisterMode.WP every unprotected page is DIRTY, even if other code removed the
+        protection. To read the states and protect the pages again without missing a write in
+        between, use the states that `writeprotect` returns.
+
+        Args:
+            region: A served region.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+
+        Raises:
+            ValueError: not served, or pages outside the region.
         """
         engine, served, first, pages = self._pages(region, offset, length)
         return engine.states(served.id, first, pages)
 
     def stats(self) -> HandlerStats:
-        """Return the counters; after stop(), the last ones.
+        """Return the counters; after stop(), their last values.
 
-        What a thread has seen resolved is counted: a fault lets its thread go on before it is
-        counted, so this waits, 0.1 s at most, for whoever is at work on a page at the call.
+        A thread continues before its fault is counted. So this call waits, for at most 0.1 s, for
+        the threads that work on a page; a fault that the caller has seen resolved is counted.
 
-        GIL: released.  Threads: safe.  Blocks: for some microseconds as a rule.
+        GIL: released.  Threads: safe.  Blocks: usually for some microseconds.
         """
         if self._engine is None:
             return self._final_stats
@@ -997,7 +1021,7 @@ class Handler(SoleOwner):
         if self._autostart:
             try:
                 self.start()
-            except BaseException:  # nobody else would stop it
+            except BaseException:  # __exit__ is not called
                 self.stop()
                 raise
         return self
@@ -1024,7 +1048,7 @@ class Handler(SoleOwner):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop in another thread, so that an `AsyncSource` of this loop can answer meanwhile."""
+        """Stop in another thread, so that an `AsyncSource` of this loop can still answer."""
         import asyncio
 
         task = asyncio.ensure_future(asyncio.to_thread(self.__exit__, exc_type, exc, traceback))

@@ -1,6 +1,6 @@
-"""Which memory of this process an engine serves, and which it reads and writes (layer L4).
+"""The memory of this process that an engine serves, and that it reads and writes (layer L4).
 
-The engine must never fault in a page that it serves itself: nobody would resolve that fault.
+The engine must never touch a missing page that it serves itself: it could not resolve the fault.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ FILLED = RegisterMode.MISSING | RegisterMode.MINOR
 
 
 class Spans(Generic[T]):
-    """Spans of addresses, which may overlap, each with what it is for.
+    """Spans of addresses, which may overlap, each with its purpose.
 
-    Spans are kept in one sorted list for each power of two that their lengths reach: whatever
-    starts within that power before an address reaches it, so a search looks at few that do not.
+    Spans are kept in one sorted list for each power of two above their lengths. A span of a list
+    that reaches an address starts less than that power before it, so a search looks at few spans
+    that do not reach it.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Spans(Generic[T]):
         self._known: dict[tuple[int, int], list[T]] = {}
 
     def add(self, start: int, length: int, what: T) -> None:
-        """Note a span; again, after an interruption, without harm."""
+        """Note a span; after an interruption this may be repeated."""
         span = (start, start + length)
         self._known.setdefault(span, []).append(what)
         spans = self._lists[length.bit_length()]
@@ -58,7 +59,7 @@ class Spans(Generic[T]):
         self._known.pop(span, None)
 
     def find(self, start: int, length: int) -> T | None:
-        """Return what the first span that reaches into [start, start + length) is for."""
+        """Return the purpose of the first span that reaches into [start, start + length)."""
         end = start + length
         for bits, spans in self._lists.items():
             at = bisect_left(spans, (start - (1 << bits), 0))
@@ -81,7 +82,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Range:
-    """A served range, and the memory that it needs; removing one leaves another alike."""
+    """A served range and the memory that it needs; two with the same values are distinct."""
 
     start: int
     length: int
@@ -103,7 +104,7 @@ def range_of(
     local: RangeLike | None,
     writes_local: bool,
 ) -> Range:
-    """Return what is to be served; `preserve` is address and length, (0, 0) without."""
+    """Return the range to serve; `preserve` is an address and a length, (0, 0) without one."""
     uses = []
     if isinstance(source, BufferSource):
         uses.append(Use(source.address, source.length, False, repr(source)))
@@ -115,16 +116,16 @@ def range_of(
 
 
 class Overlaps:
-    """The ranges that one engine serves, so that none is served from another."""
+    """The ranges that one engine serves, to refuse one whose content is in another."""
 
     def __init__(self) -> None:
-        self._filled: Spans[Range] = Spans()  # whose pages may be missing
-        self._served: Spans[Range] = Spans()  # all of them: writing may fault
+        self._filled: Spans[Range] = Spans()  # ranges whose pages may be missing
+        self._served: Spans[Range] = Spans()  # all ranges: writing to one may fault
         self._read: Spans[tuple[Range, Use]] = Spans()
         self._written: Spans[tuple[Range, Use]] = Spans()
 
     def check(self, new: Range) -> None:
-        """Raise ValueError where the engine would wait for itself, whichever is served first."""
+        """Raise ValueError if the engine would wait for itself with `new` among the ranges."""
         for use in new.uses:
             served = (self._served if use.written else self._filled).find(use.start, use.length)
             if served is None and new.is_here and _faults(use, new) and _meet(use, new):
@@ -144,14 +145,14 @@ class Overlaps:
             )
 
     def add(self, new: Range) -> None:
-        """Note what is served now."""
+        """Note a range that is served from now on."""
         for spans, one in self._entries(new):
             spans.add(one.start, one.length, new)
         for use in new.uses:
             self._spans_of(use).add(use.start, use.length, (new, use))
 
     def remove(self, old: Range) -> None:
-        """Forget what is served no more."""
+        """Forget a range that is no longer served."""
         for spans, one in self._entries(old):
             spans.remove(one.start, one.length, old)
         for use in old.uses:
@@ -168,7 +169,7 @@ class Overlaps:
 
 
 def _faults(use: Use, served: Range) -> bool:
-    """Whether this use of a range's pages may fault: a protected page can be read."""
+    """Return whether this use of a range's pages may fault; reading protected pages does not."""
     return use.written or bool(served.mode & FILLED)
 
 

@@ -1,4 +1,4 @@
-"""Whose memory the userfaultfds of a handler govern, and what that allows (layer L4)."""
+"""The owners of the memory that a handler's userfaultfds govern (layer L4)."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from pyuffd._errors import ProcessGoneError, UffdOSError, raise_errno
 from pyuffd._pages import PAGE_SIZE, RangeLike
 from pyuffd._uffd import Userfaultfd
 
-# The last page of user memory: nobody registers it, so asking about it changes nothing.
+# The last page of user memory, which is never registered, so that an ioctl on it has no effect.
 PROBE_ADDRESS = 0x7FFF_FFFF_E000
 
 
 class Owners:
     """The owners of one handler's userfaultfds, each checked before it is used.
 
-    What would act on the wrong process, or read its memory, is refused here with ValueError.
+    It raises ValueError for what would act on the wrong process, or read its memory.
     """
 
     def __init__(self, driver: str, on_error: str) -> None:
         self._driver = driver
         self._kills = on_error == "kill"
         self._pids: dict[Userfaultfd, int] = {}
-        self._seen: set[Userfaultfd] = set()  # their memory was found in the owner
+        self._seen: set[Userfaultfd] = set()  # those whose memory was found in the owner
 
     def add(self, uffd: Userfaultfd, given: int | None = None) -> int:
-        """Note a userfaultfd's owner and return its pid; 0 where that is unknown.
+        """Note a userfaultfd's owner and return its pid; 0 if that is unknown.
 
         Args:
             uffd: The userfaultfd.
-            given: What the user says it is; the userfaultfd's own `owner_pid` by default.
+            given: The pid that the user gave; by default the userfaultfd's `owner_pid`.
 
         Raises:
-            ValueError: not what it can be, or too little is known for what the handler does.
-            ProcessGoneError: there is no such process, and yet the memory lives.
+            ValueError: an impossible pid, or the owner must be known and is not.
+            ProcessGoneError: there is no such process, but the memory still exists.
         """
         pid = _checked(uffd, given)
         if self._driver == "inline" and pid != os.getpid():
             raise ValueError(
-                f"the inline driver resolves faults of this process's own threads, and {uffd!r}"
-                f" governs the memory of {_named(pid)}: a userfaultfd without Feature.SIGBUS and"
-                " driver='native' serve that"
+                f"the inline driver resolves faults of this process's own threads, but {uffd!r}"
+                f" governs the memory of {_named(pid)}: use a userfaultfd without Feature.SIGBUS"
+                " and driver='native'"
             )
         if self._kills:
             _check_kill(uffd, pid)
@@ -60,31 +60,31 @@ class Owners:
         return self._pids[uffd]
 
     def are_here(self, uffd: Userfaultfd) -> bool:
-        """Return whether the addresses are those of this process."""
+        """Return whether the userfaultfd governs the memory of this process."""
         return self._pids[uffd] == os.getpid()
 
     def check_serving(self, uffd: Userfaultfd, reads_owner: bool, finds_holes: bool) -> None:
-        """Raise ValueError where serving needs to know whose memory it is, and nobody knows."""
+        """Raise ValueError if serving requires a known owner and it is unknown."""
         if self._pids[uffd]:
             return
         if reads_owner:
             raise ValueError(
-                f"preserve= needs local=, a mapping of the same memory here, or the owner that"
-                f" {uffd!r} does not know: set owner_pid to the process that opened it"
+                f"preserve= needs local=, a mapping of the same memory in this process, or the"
+                f" owner of {uffd!r}, which is unknown: set owner_pid to the process that opened it"
             )
         if finds_holes:
             raise ValueError(
-                "Linux leaves missing pages of anonymous memory unprotected, and does not tell:"
-                " the owner must open the userfaultfd with Feature.WP_UNPOPULATED, or owner_pid"
-                f" must say who it is, which {uffd!r} does not know"
+                "Linux silently leaves missing pages of anonymous memory unprotected, and the owner"
+                f" of {uffd!r} is unknown: set owner_pid to the process that opened it, or let the"
+                " owner open it with Feature.WP_UNPOPULATED"
             )
 
     def verify(self, uffd: Userfaultfd, region: RangeLike, *, needed: bool = False) -> None:
-        """Look once whether it is the owner's memory that was registered, where that matters.
+        """Check once, if it matters, that the owner has registered the region.
 
         Raises:
-            ValueError: that process has no such memory.
-            UffdPermissionError: EACCES - it may not be looked at.
+            ValueError: the process has not registered such memory.
+            UffdPermissionError: EACCES - no permission to inspect the process.
         """
         pid = self._pids[uffd]
         if not (needed or self._kills) or self.are_here(uffd) or uffd in self._seen:
@@ -98,25 +98,25 @@ class Owners:
             is_registered = False
         if not is_registered:
             raise ValueError(
-                f"process {pid} has not registered [{region.start:#x}, +{region.length:#x}), which"
-                f" {uffd!r} has: it is not the owner of that memory. Set owner_pid to the process"
+                f"process {pid} has not registered [{region.start:#x}, +{region.length:#x}), but"
+                f" {uffd!r} has: the process does not own that memory. Set owner_pid to the process"
                 " that opened the userfaultfd"
             )
         self._seen.add(uffd)
 
 
 def _named(pid: int) -> str:
-    return f"process {pid}" if pid else "another process, which is unknown"
+    return f"process {pid}" if pid else "an unknown process"
 
 
 def _checked(uffd: Userfaultfd, given: int | None) -> int:
     pid = uffd.owner_pid
     if given is not None:
         if given < 1:
-            raise ValueError(f"owner_pid {given} is no process")
+            raise ValueError(f"owner_pid {given} is not a process")
         if not uffd.adopted and given != pid:
             raise ValueError(
-                f"owner_pid {given}: {uffd!r} was opened by process {pid}, and governs its memory"
+                f"owner_pid {given}: {uffd!r} was opened by process {pid} and governs its memory"
             )
         pid = given
     if pid is None:
@@ -134,16 +134,16 @@ def _check_process(uffd: Userfaultfd, pid: int) -> None:
             raise_errno(
                 f"owner_pid {pid}",
                 errno.ESRCH,
-                hint=f"the memory that {uffd!r} governs lives: it is another process's",
+                hint=f"the memory that {uffd!r} governs still exists, so another process owns it",
             )
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOENT):
             raise
-        raise ValueError(f"owner_pid {pid} is a thread: give the id of its process") from error
+        raise ValueError(f"owner_pid {pid} is a thread: pass the id of its process") from error
 
 
 def _is_orphaned(uffd: Userfaultfd) -> bool:
-    """Return whether the memory that a userfaultfd governs is no more."""
+    """Return whether the memory that a userfaultfd governs is gone."""
     try:
         lowlevel.writeprotect(uffd.fileno(), PROBE_ADDRESS, PAGE_SIZE, 0)
     except ProcessGoneError:
@@ -156,14 +156,14 @@ def _is_orphaned(uffd: Userfaultfd) -> bool:
 def _check_kill(uffd: Userfaultfd, pid: int) -> None:
     if not pid:
         raise ValueError(
-            f"on_error='kill' needs to know whose memory {uffd!r} governs: set owner_pid to the"
+            f"on_error='kill' needs the owner of {uffd!r}, which is unknown: set owner_pid to the"
             " process that opened it"
         )
     if not uffd.features & Feature.EVENT_FORK:
         return
     if not uffd.features & Feature.THREAD_ID:
         raise ValueError(
-            "on_error='kill' with Feature.EVENT_FORK needs Feature.THREAD_ID: it alone says which"
+            "on_error='kill' with Feature.EVENT_FORK needs Feature.THREAD_ID, which tells which"
             " fork touched a page"
         )
     if pid != os.getpid() and _namespace(pid) != _namespace(os.getpid()):

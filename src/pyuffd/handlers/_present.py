@@ -1,4 +1,4 @@
-"""Pages that are there before their range is served: no missing fault ever comes for them."""
+"""Pages that are present before their range is served, and never cause a missing fault."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ def choose_present(
     *,
     is_here: bool,
 ) -> Present | None:
-    """Return what is done about pages that are there; ValueError for what cannot be done.
+    """Return what to do about pages that are present; raise ValueError if it is impossible.
 
-    None: they are what it is about, as for write-protection alone.
+    None: nothing, as for write-protection alone, which is about present pages.
     """
     is_filled = source is not None and mode & (RegisterMode.MISSING | RegisterMode.MINOR)
     if present is not None and present not in POLICIES:
-        raise ValueError(f"present {present!r} is none of {', '.join(map(repr, POLICIES))}")
+        raise ValueError(f"present {present!r} is not one of {', '.join(map(repr, POLICIES))}")
     if present == "drop" and not is_filled:
-        raise ValueError("present='drop' is for regions that get their content from a source")
+        raise ValueError("present='drop' needs a source and RegisterMode.MISSING or MINOR")
     if present == "drop" and (not is_here or uffd.adopted or not isinstance(region, Region)):
         raise ValueError(
-            "present='drop' needs a Region of this process (Region.at for memory that somebody"
-            " else mapped): only the owner of memory can drop it"
+            "present='drop' needs a Region of this process (Region.at for memory that other code"
+            " mapped): only the owner of memory can drop it"
         )
     if present == "drop" and isinstance(region, Region) and _comes_back(region):
         raise ValueError(
-            f"present='drop' of {region!r}: once its own copies are dropped, it shows what is in"
-            " the page cache of its file, and asks for no content"
+            f"present='drop' of {region!r}: without its own copies a private mapping shows the page"
+            " cache of its file, so the pages would not get the source's content"
         )
     if not is_filled:
         return "keep" if present == "keep" else None
     if not is_here or uffd.adopted:
         return "keep"
-    # What an earlier handler left is its content; its poison marks are kept as well.
+    # Pages that an earlier handler filled hold its content; its poison marks are kept too.
     came_from_handler = isinstance(region, Region) and region.was_served
     return present or ("keep" if came_from_handler else "refuse")
 
@@ -65,24 +65,24 @@ def _comes_back(region: Region) -> bool:
 
 
 def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd) -> None:
-    """Refuse pages of this process that are there, or drop them, before the range is served."""
+    """Refuse present pages of this process, or drop them, before the range is served."""
     if present == "drop":
         assert isinstance(region, Region)
         _drop(region, uffd)
     elif present == "refuse" and (first := _first_there(region)):
         pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
         raise ValueError(
-            f"{pages} pages of [{region.start:#x}, +{region.length:#x}) are there already, the"
-            f" first at {first[0].start:#x}: no fault comes for them, so they would keep what they"
-            " hold and never get the source's content. Serve the region before it is touched, or"
-            " say present='drop' to give them up, or present='keep' to leave them as they are"
+            f"{pages} pages of [{region.start:#x}, +{region.length:#x}) are already present, the"
+            f" first at {first[0].start:#x}: they cause no missing fault, so they would never get"
+            " the source's content. Serve the region before it is touched, or pass present='drop'"
+            " to drop these pages or present='keep' to keep what they hold"
         )
 
 
 def _first_there(region: RangeLike) -> PageRanges | None:
-    """Return the first pages that are there; None also where the page table cannot be read.
+    """Return the first pages that are present; None if the page table cannot be read.
 
-    The kernel closes it to a process that has changed its uid (PR_GET_DUMPABLE is 0).
+    The kernel forbids that to a process that has changed its uid (PR_GET_DUMPABLE is 0).
     """
     try:
         return _there(region, at_most=1)
@@ -107,12 +107,12 @@ def _drop(region: Region, uffd: Userfaultfd) -> None:
     end = region.start + region.length
     if uffd.features & Feature.EVENT_REMOVE and uffd._has_registered(region.start, end):
         raise ValueError(
-            "present='drop' of a range that is registered with Feature.EVENT_REMOVE would wait for"
-            " its event to be read: drop the pages before registering it"
+            "present='drop' of a range that is registered with Feature.EVENT_REMOVE would wait"
+            " until its event is read: drop the pages before registering the range"
         )
     if region.shared:
         region.punch_hole()
-    # Of shared memory this takes poison marks away.
+    # In shared memory this removes poison marks.
     try:
         region.madvise(mmap.MADV_DONTNEED)
     except UffdOSError as error:

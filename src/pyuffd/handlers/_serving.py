@@ -1,4 +1,4 @@
-"""One region that is served: its content, its registration, its protection (layer L4)."""
+"""One served region: its content, its registration, its protection (layer L4)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ NEEDED_IOCTL = {
     RegisterMode.WP: Ioctl.WRITEPROTECT,
     RegisterMode.MINOR: Ioctl.CONTINUE,
 }
-# Memory whose holes Linux write-protects without being asked to (Feature.WP_UNPOPULATED).
+# Memory whose holes Linux write-protects even without Feature.WP_UNPOPULATED.
 FILE_BACKED = {RegionKind.MEMFD, RegionKind.SHM, RegionKind.HUGETLBFS, RegionKind.FILE}
 
 
 @dataclass(slots=True)
 class Served:
-    """A region that is served, and what must be undone when it is no more."""
+    """A served region, and what must be undone when it is no longer served."""
 
     id: RangeId
     page_size: int
@@ -50,19 +50,19 @@ class Served:
     kind: SourceKind
     memory: Range
     source: PageSource | None = None
-    touched: tuple[RangeLike, ...] = ()  # what the engine itself reads and writes, besides it
+    touched: tuple[RangeLike, ...] = ()  # other memory that the engine reads and writes for it
     ioctls: int = 0
     alias: Region | None = None
-    is_mergeable: bool = False  # by KSM, and the user was warned
+    is_mergeable: bool = False  # by KSM, and the user has been warned
     preserves: bool = False
     was_protected: bool = False
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
 
 class OnClose:
-    """What a handler, if it lives, does when something that it uses is closed.
+    """The callback by which a handler, if it is alive, learns that an object it uses is closed.
 
-    Called again by the next close as long as `must_end`.
+    As long as `must_end` is true, the next close calls it again.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class OnClose:
 
     @property
     def must_end(self) -> bool:
-        """Whether it has still to be done."""
+        """Whether the callback has not done its work yet."""
         handler = self._handler()
         return handler is not None and handler.must_end and self._is_used(handler)
 
 
 def content_of(source: PageSource | None, region: RangeLike) -> Content:
-    """Return what the engine is to fill a region with; ValueError where that cannot be."""
+    """Return where the engine gets a region's content; raise ValueError if the source is short."""
     if source is None:
         return Content(SourceKind.NONE)
     check_source(source)
@@ -99,7 +99,7 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
     if length is not None and length <= region.length - page_size:
         raise ValueError(
             f"{source!r} has {length:#x} bytes and ends before the last page of a region of"
-            f" {region.length:#x}"
+            f" {region.length:#x} bytes"
         )
     if isinstance(source, FileSource):
         return Content(
@@ -117,7 +117,7 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
 
 
 def check_source(source: object) -> None:
-    """Raise TypeError, naming the class that wraps it, unless this is a page source."""
+    """Raise TypeError, naming a class to wrap it in, unless `source` is a page source."""
     if isinstance(source, PageSource):
         return
     if isinstance(source, (str, os.PathLike)) or hasattr(source, "fileno"):
@@ -126,17 +126,17 @@ def check_source(source: object) -> None:
         wrapped = "CallableSource(...), or an AsyncSource(...) of a coroutine function"
     else:
         wrapped = "BufferSource(...) if it is a buffer"
-    raise TypeError(f"{type(source).__name__} is not a page source: wrap it in a {wrapped}")
+    raise TypeError(f"{type(source).__name__} is not a page source: wrap it in {wrapped}")
 
 
 def check_local(local: RangeLike | None, length: int) -> None:
     """Raise ValueError unless `local` is memory of this process, and long enough."""
-    from pyuffd.handover import HandoverRange  # it is the process driver's as little as ours
+    from pyuffd.handover import HandoverRange  # rarely needed
 
     if local is None:
         return
     if local.length < length:
-        raise ValueError(f"local has {local.length:#x} bytes, the region {length:#x}")
+        raise ValueError(f"local has {local.length:#x} bytes, fewer than the region's {length:#x}")
     if isinstance(local, HandoverRange):
         raise ValueError(
             f"local={local!r} is memory of another process: map its descriptor here, with"
@@ -154,7 +154,7 @@ def check_local(local: RangeLike | None, length: int) -> None:
 def is_shared(
     region: RangeLike, local: RangeLike | None, uffd: Userfaultfd, owner_pid: int
 ) -> bool:
-    """Return whether forks share the region's memory; a private copy is each one's own."""
+    """Return whether forks share the region's memory; of private memory each has a copy."""
     stated = getattr(region, "shared", None)
     if stated is not None:
         return bool(stated)
@@ -162,10 +162,10 @@ def is_shared(
         try:
             found = _memory.look_at(owner_pid, region.start, region.length)
         except UffdOSError:
-            pass  # it may not be looked at
+            pass  # no permission to inspect the owner
         else:
             return bool(found & _memory.Maps.SHARED)
-    # What is mapped here as well is shared.
+    # Memory that can be mapped here too is shared.
     return local is not None
 
 
@@ -180,7 +180,9 @@ def local_mapping(
     if not needed:
         return None, 0
     if not isinstance(region, Region):
-        raise ValueError("minor faults with a source need `local`, or a Region to map again")
+        raise ValueError(
+            "minor faults with a source need `local`, or a Region, of which an alias is made"
+        )
     alias = region.alias()
     return alias, alias.start
 
@@ -188,14 +190,14 @@ def local_mapping(
 def local_file(
     region: RangeLike, length: int, local: RangeLike | None, *, needed: bool
 ) -> tuple[int, int] | None:
-    """Return descriptor and offset of the file that a helper process maps for a region."""
+    """Return descriptor and offset of the file that the worker process maps for a region."""
     if local is None and not needed:
         return None
     mapped = local or region
     if not isinstance(mapped, Region) or not mapped.shared or mapped.fd is None:
         raise ValueError(
             "with driver='process', minor faults with a source need `local`, or the region, to be"
-            " a Region of shared memory with a descriptor: the helper process maps it as well"
+            " a Region of shared memory with a descriptor, which the helper process maps too"
         )
     return mapped.fd, mapped.offset
 
@@ -203,7 +205,7 @@ def local_file(
 def touched_by(
     region: RangeLike, local: RangeLike | None, preserve: object, *, writes_cache: bool
 ) -> tuple[RangeLike, ...]:
-    """Return what must stay mapped while the engine may be at the range's pages."""
+    """Return the memory that must stay mapped while the engine may work on the range's pages."""
     if local is not None and (preserve is not None or writes_cache):
         return (local,)
     return (region,) if preserve is not None else ()
@@ -212,7 +214,7 @@ def touched_by(
 def register(
     engine: Backend, served: Served, check: Callable[[], None], granted: lowlevel.Granted
 ) -> Ioctl:
-    """Register what the engine has, and check it; `take_back` when that fails."""
+    """Register a range of the engine, and check it; the caller calls `take_back` on failure."""
     start, length = served.id.start, served.id.length
     ioctls = served.uffd.register(start, length, mode=served.mode, granted=granted)
     missing = [
@@ -223,11 +225,12 @@ def register(
     check()
     if missing:
         raise ValueError(
-            f"[{start:#x}, +{length:#x}) takes no {', '.join(missing)} (but {ioctls!r})"
+            f"[{start:#x}, +{length:#x}) does not support {', '.join(missing)}, only {ioctls!r}"
         )
     engine.set_ioctls(served.id, ioctls)
     served.ioctls = int(ioctls)
-    # The message of a thread that waits here already may have been read by somebody before us.
+    # The message of a thread that waits here already may have been read before us: wake it, so
+    # that it faults again.
     served.uffd.wake(start, length)
     return ioctls
 
@@ -235,9 +238,9 @@ def register(
 def take_back(
     engine: Backend, uffd: Userfaultfd, place: tuple[int, int, int], granted: lowlevel.Granted
 ) -> None:
-    """Undo what has been done of serving [start, +length) of a space, however far that was."""
+    """Undo the steps of serving [start, +length) of a space that have been done."""
     space, start, length = place
-    # Unregistered, what waits in another process would go on with zeros.
+    # Of another process nothing is unregistered: its waiting threads would continue with zeros.
     unregister = bool(granted.ioctls) and not uffd.adopted
     try:
         found = engine.find(space, start)
@@ -274,7 +277,7 @@ def served_mode(
 
 
 def leaves_holes(region: RangeLike, uffd: Userfaultfd, mode: RegisterMode) -> bool:
-    """Return whether Linux may leave missing pages unprotected, and say nothing."""
+    """Return whether Linux may silently leave missing pages unprotected."""
     return (
         mode == RegisterMode.WP
         and not uffd.features & (Feature.WP_UNPOPULATED | Feature.WP_ASYNC)
@@ -285,12 +288,12 @@ def leaves_holes(region: RangeLike, uffd: Userfaultfd, mode: RegisterMode) -> bo
 def _is_file(region: RangeLike) -> bool:
     if isinstance(region, Region):
         return region.kind in FILE_BACKED
-    # Of another process: it came with its memory, or consists of huge pages, which are files.
+    # A range of another process with a descriptor is a file, and huge pages are files.
     return getattr(region, "fd", None) is not None or page_size_of(region) > PAGE_SIZE
 
 
 def warn_of_merging(served: Served) -> None:
-    """Warn, once, of protected memory that KSM may merge, whose later writes are not seen."""
+    """Warn once of protected memory that KSM may merge, after which writes are not seen."""
     if served.is_mergeable or served.uffd.adopted:
         return
     from pyuffd._diagnose import mergeable
@@ -299,19 +302,19 @@ def warn_of_merging(served: Served) -> None:
     if vma := mergeable(start, start + served.id.length):
         served.is_mergeable = True
         warnings.warn(
-            f"{vma} is mergeable by KSM, which drops write-protection: writes to merged pages may"
-            " go unseen; madvise(MADV_UNMERGEABLE) it",
+            f"{vma} is mergeable by KSM, which drops write-protection, so that writes to merged"
+            " pages may not be seen: call madvise(MADV_UNMERGEABLE) on it",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 def maps_holes(region: RangeLike, uffd: Userfaultfd, mode: RegisterMode, owner_pid: int) -> bool:
-    """Return whether the engine is to map missing pages before it protects them."""
+    """Return whether the engine must map missing pages before it protects them."""
     if not leaves_holes(region, uffd, mode):
         return False
     if owner_pid == os.getpid():
         return True
-    # To map a hole of a file would fill it with zeros.
+    # Only in anonymous memory: mapping a hole of a file would fill it with zeros.
     found = _memory.look_at(owner_pid, region.start, region.length)
     return bool(found & _memory.Maps.ANONYMOUS)

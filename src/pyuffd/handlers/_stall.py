@@ -1,7 +1,7 @@
-"""Showing all Python tracebacks from C, when no Python thread can run (layer L4).
+"""Write all Python tracebacks from C when no Python thread can run (layer L4).
 
-`faulthandler` writes them from a signal handler that needs no GIL; the engine's own thread sends
-itself the signal.
+`faulthandler` writes them in a signal handler that needs no GIL. The engine's own thread sends the
+signal to itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def stall_signal() -> int:
-    """Return a signal on which faulthandler shows all tracebacks; 0 where that cannot be."""
+    """Return a signal on which faulthandler writes all tracebacks; 0 if there is none."""
     if _chosen:
         return _chosen[0]
-    # Without a standard error, another file may have its number.
+    # Without a standard error, descriptor 2 may be another file.
     if sys.__stderr__ is None or not is_inherited(2):
         return 0
     numbers = range(signal.SIGRTMAX, signal.SIGRTMIN, -1)
@@ -30,7 +30,7 @@ def stall_signal() -> int:
         try:
             faulthandler.register(number, file=sys.__stderr__, all_threads=True)
         except (AttributeError, OSError, RuntimeError, ValueError) as error:
-            log.debug("no tracebacks of stalled threads: %s", error)  # no stderr to write to
+            log.debug("no tracebacks of stalled threads: %s", error)  # stderr cannot be written
             return 0
         _chosen.append(number)
         return number

@@ -1,7 +1,7 @@
-"""Threads that fetch page content in Python for the C engine (layer L4).
+"""Workers: threads that call page sources in Python for the C engine (layer L4).
 
-A worker without work runs the engine's loop itself (in C, without the GIL), so that a request
-reaches Python with no hand-over between threads.
+A worker without a request runs the engine's loop (in C, without the GIL), so that a request reaches
+Python without being handed from thread to thread.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RAISED_KEPT = 256  # failures, for whoever touches one of their pages later
+RAISED_KEPT = 256  # failures, kept for later accesses to their pages
 
-# A source that does not return keeps its thread; its page was given up before. Others leave within
-# this time.
+# How long a worker needs to leave, unless its source does not return. Such a worker's page was
+# given up before.
 LEAVE_S = 0.2
 JOIN_SLICE_S = 0.05
 
@@ -74,11 +74,11 @@ class WorkedEngine(Engine):
         self._failed = failed
         self._failure: SourceFailure | None = None
         self._options = options
-        self._not_populated: dict[int, BaseException] = {}  # by address, until populate says so
+        self._not_populated: dict[int, BaseException] = {}  # by address, until populate raises it
         self._sources: dict[int, PageSource] = {}
         self._labels: dict[int, str] = {}
         self._raised: deque[SourceFailure] = deque(maxlen=RAISED_KEPT)
-        self._told: set[int] = set()  # servings that a failure was told of
+        self._told: set[int] = set()  # ranges of which a failure has been reported
         self._hung_before = 0
         self._hurried_until = math.inf
         self._names = [f"uffd-w{fd}-{index}" for index in range(workers)]
@@ -98,7 +98,7 @@ class WorkedEngine(Engine):
         patience_s: float = PATIENCE_S,
         gently: bool = False,
     ) -> bool:
-        """Take a range out; first poison what waits for its source."""
+        """Take a range out; poison the pages that wait for its source first."""
         self.abandon(served)
         done = super().unserve(
             served, seal=seal, unregister=unregister, patience_s=patience_s, gently=gently
@@ -119,17 +119,17 @@ class WorkedEngine(Engine):
         except BaseException:
             self.stop()
             for thread in self._threads:
-                # Not started; or a signal came before the thread could say that it runs.
+                # Not started, or a signal came before the thread was known to run.
                 with suppress(RuntimeError):
                     thread.join(PATIENCE_S)
             raise
 
     def end(self, patience_s: float) -> Ended:
-        """As for every engine, and wait a while for the threads."""
+        """End as every engine does, then wait for the workers."""
         began, hung = time.monotonic(), self._hung_before
         ended = super().end(patience_s)
         while running := [thread for thread in self._threads if thread.is_alive()]:
-            # Those that had been given up before have had their time.
+            # Do not wait again for workers that were given up before.
             limit_s = max(patience_s, LEAVE_S) if len(running) > hung else LEAVE_S
             if time.monotonic() > min(began + limit_s, self._hurried_until):
                 break
@@ -137,22 +137,22 @@ class WorkedEngine(Engine):
         return ended._replace(held=self.held())
 
     def refuse(self) -> None:
-        """Poison what is asked for from now on."""
+        """Poison pages that fault from now on."""
         self._hung_before = self.hung
         super().refuse()
 
     def hurry(self, patience_s: float) -> None:
-        """From any thread: let drain and end wait no longer than this."""
+        """Let drain and end, in other threads, wait no longer than this."""
         self._hurried_until = time.monotonic() + max(patience_s, LEAVE_S)
         super().hurry(patience_s)
 
     @property
     def source_failure(self) -> SourceFailure | None:
-        """What a source raised first."""
+        """The first exception of a source."""
         return self._failure
 
     def failure_at(self, address: int) -> SourceFailure | None:
-        """What a source raised for this page, or what is known of the first failure."""
+        """Return what a source raised for this page, or the first failure."""
         for raised in self._raised:
             if raised.start <= address < raised.start + raised.length:
                 return raised
@@ -165,7 +165,7 @@ class WorkedEngine(Engine):
         return self._sources[number].read(offset, length)
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
-        """Fill absent pages; what a source raised is the cause of the error."""
+        """Fill absent pages; an exception of the source is the cause of the error."""
         try:
             return super().populate(served, offset, length, chunk)
         except UffdOSError as error:
@@ -184,13 +184,13 @@ class WorkedEngine(Engine):
 
     def _failed_at(self, request: Request, error: BaseException) -> int:
         if request.abandoned:
-            log.debug("source failed, too late", exc_info=error)
+            log.debug("the source failed after its page was given up", exc_info=error)
             return errno.ETIMEDOUT
         if request.is_fault:
             self._tell(request, error)
             self._raised.appendleft(SourceFailure(error, request.address, request.length))
         else:  # populate raises it
-            log.debug("source failed", exc_info=error)
+            log.debug("the source failed", exc_info=error)
             self._not_populated[request.address] = error
         if self._failure is None:
             self._failure = SourceFailure(error, request.address, request.length)
@@ -199,9 +199,9 @@ class WorkedEngine(Engine):
         return error.errno if isinstance(error, OSError) and error.errno else errno.EIO
 
     def _tell(self, request: Request, error: BaseException) -> None:
-        """Say it before the first page of a serving is lost; later ones are counted."""
+        """Report a failure before the first page of a range is lost; later ones are counted."""
         if request.number in self._told or len(self._told) >= SAID_MOST:
-            log.debug("source failed", exc_info=error)
+            log.debug("the source failed", exc_info=error)
             return
         self._told.add(request.number)
         options = self._options

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it, in this process or another (layer L4)."""
+"""Arguments and results of an engine, in this process or another (layer L4)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pyuffd._abi import PagefaultFlag, RegisterMode
 from pyuffd._enums import Number
 from pyuffd._shim import lib
 
-# So long threads at a page are waited for before it is poisoned: far longer than a slow disk needs.
+# How long to wait for threads at a page before it is poisoned: far longer than a slow disk needs.
 PATIENCE_S = 10.0
 
 
 class PageState(Number):
-    """What the engine knows of a page; `Handler.page_states` returns one byte each.
+    """The state of a page as the engine knows it; `Handler.page_states` returns one byte for each.
 
     Attributes:
-        ABSENT: Never filled: the next access gets the source's content.
-        IN_FLIGHT: Being filled, saved or poisoned now.
-        CLEAN: There; protected, where the region is served for WP.
-        DIRTY: Written since it was protected, or nobody knows: it never was.
-        REMOVED: Dropped by its owner: zeros from then on, whatever the source says.
-        POISONED: Its content could not be had: whoever touches it gets SIGBUS.
-        SAVED: Its old content was preserved in the background; it is protected still.
+        ABSENT: Never filled; the next access gets the source's content.
+        IN_FLIGHT: Being filled, saved, protected or poisoned now.
+        CLEAN: Present; also write-protected, if the region is served for WP.
+        DIRTY: Written since it was protected, or perhaps written, since it is not protected.
+        REMOVED: Dropped by its owner; it reads as zeros from then on.
+        POISONED: Its content could not be read; an access raises SIGBUS.
+        SAVED: Its old content was saved by `Handler.preserve`; it is still protected.
     """
 
     ABSENT = lib.UFFD_PAGE_ABSENT
@@ -37,12 +37,12 @@ class PageState(Number):
     SAVED = lib.UFFD_PAGE_SAVED
 
 
-# States of pages that somebody is at; only the first of them is ever told to users.
+# States of pages that a thread works on; users are only told the first of them.
 IN_FLIGHT = (lib.UFFD_PAGE_IN_FLIGHT, lib.UFFD_PAGE_REQUESTED)
 
 
 class OnError(IntEnum):
-    """What happens to a page whose content cannot be had."""
+    """What happens to a page whose content cannot be read."""
 
     POISON = lib.UFFD_ON_ERROR_POISON
     STALL = lib.UFFD_ON_ERROR_STALL
@@ -50,7 +50,7 @@ class OnError(IntEnum):
 
 
 class SourceKind(IntEnum):
-    """Which content the engine puts into absent pages."""
+    """Where the content of absent pages comes from."""
 
     NONE = lib.UFFD_SOURCE_NONE
     ZERO = lib.UFFD_SOURCE_ZERO
@@ -60,7 +60,7 @@ class SourceKind(IntEnum):
 
 
 class FailureStage(IntEnum):
-    """What went wrong first."""
+    """What failed; engine/types.h describes each stage."""
 
     NOTHING = lib.UFFD_FAILED_NOTHING
     SOURCE = lib.UFFD_FAILED_SOURCE
@@ -86,7 +86,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How many pages failed, and the first of them."""
+    """The number of pages that failed, and the address, length and errno of the first failure."""
 
     count: int
     address: int
@@ -99,8 +99,14 @@ class Failure:
 class RecentFault:
     """One resolved fault.
 
-    `time_ns` is CLOCK_MONOTONIC when it was resolved, `latency_ns` the time since its message was
-    read (native) or its signal came (inline).
+    Attributes:
+        time_ns: CLOCK_MONOTONIC when it was resolved, in ns.
+        address: The faulting address, which the kernel rounds down to the page without
+            Feature.EXACT_ADDRESS.
+        flags: Which kind of fault it was.
+        thread_id: The faulting thread; 0 without Feature.THREAD_ID.
+        latency_ns: The time until it was resolved, in ns, from reading its message or (inline
+            driver) from its signal.
     """
 
     time_ns: int
@@ -112,9 +118,9 @@ class RecentFault:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """A latency histogram: (upper bound in ns, faults) of every bucket that is not empty.
+    """A latency histogram: (upper bound in ns, number of faults) of every bucket with faults.
 
-    Bounds grow by 12.5 % at most, which is how well a percentile is known.
+    Each bound is at most 12.5 % above the one before, which limits the error of a percentile.
     """
 
     buckets: tuple[tuple[int, int], ...]
@@ -125,7 +131,10 @@ class Latency:
         return sum(faults for _, faults in self.buckets)
 
     def percentile(self, percent: float) -> int:
-        """Return the bound in ns that `percent` of the faults stayed below; 0 without faults."""
+        """Return the latency in ns that `percent` of the faults did not exceed; 0 without faults.
+
+        The result is the upper bound of a bucket.
+        """
         wanted = self.count * percent / 100
         seen = 0
         for bound, faults in self.buckets:
@@ -137,11 +146,28 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class HandlerStats:
-    """Counters since the handler was made, read without stopping it.
+    """Counters since the handler was made. Pages are counted in their region's page size.
 
-    `faults` and `latency` go by kind: "missing", "wp", "minor". `messages` counts what was read:
-    a fault that was interrupted sends several. Pages are of their region's size. `restarts`: how
-    often the process driver's worker process died and another took over.
+    Attributes:
+        faults: Faults that were resolved, by kind: "missing", "wp", "minor".
+        latency: The latency of these faults, by kind.
+        messages: Messages that were read; a fault that was interrupted sends several.
+        filled_pages: Pages that were put in place, by faults, prefetch and `populate`.
+        prefetched_pages: Those of them that `prefetch` filled ahead, except from Python sources.
+        already_present: Faults whose page was already present; their threads were woken.
+        preserved_pages: Pages whose old content was saved.
+        deferred: Faults that were put off, mostly because the layout was changing.
+        retried: Attempts to resolve a fault that had been put off.
+        poisoned_pages: Pages that were poisoned.
+        failed: Failures, such as pages whose content could not be read.
+        layout_changed: Faults in ranges that were gone when they were handled.
+        unserved: Faults in registered ranges that are not served.
+        layout_events: Remove, Unmap, Remap and Fork events that were applied.
+        removed_pages: Pages that the owner dropped.
+        forks: Forks that were followed.
+        requests: Requests for content, to page sources in Python.
+        stalled_requests: Those of them that were not answered within `stall_timeout_s`.
+        restarts: How often the worker process of the process driver died and was replaced.
     """
 
     faults: dict[str, int]
@@ -167,7 +193,7 @@ class HandlerStats:
 
 @dataclass(frozen=True, slots=True)
 class RangeId:
-    """A range as the engine knows it: its space, its number, and where it was served."""
+    """The engine's name of a range: its space, its number, and where it was put in."""
 
     space: int
     number: int
@@ -177,11 +203,11 @@ class RangeId:
 
 @dataclass(frozen=True, slots=True)
 class RangeSpec:
-    """A range that is to be served, and what its faults need.
+    """A range to serve, and what its faults need.
 
-    `local` is the address of the same memory mapped once more, for an engine of this process;
-    `local_file` is descriptor and offset of what another process maps for that. `owner` is kept
-    as long as the range is served. `label` names the range and its source for people.
+    `local` is the address of another mapping of the same memory, for an engine of this process;
+    `local_file` is the descriptor and offset that another process maps instead. `owner` is kept
+    alive as long as the range is served. `label` names the range and its source in messages.
     """
 
     space: int
@@ -194,14 +220,14 @@ class RangeSpec:
     local_file: tuple[int, int] | None = None
     preserve: int = 0
     writes_cache: bool = False
-    maps_holes: bool = False  # Linux would leave them unprotected
+    maps_holes: bool = False  # map missing pages before protecting: Linux would skip them
     shared: bool = False
     owner: object = None
     label: str = ""
 
 
 class ReportKind(IntEnum):
-    """What an engine tells its keeper (engine/successor.h)."""
+    """What an engine reports to the keeper (engine/successor.h)."""
 
     ADDED = lib.UFFD_REPORT_ADDED
     DROPPED = lib.UFFD_REPORT_DROPPED
@@ -212,7 +238,7 @@ class ReportKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a range, where it is by now; `states_offset` is that of the whole range."""
+    """A part of a range at its present address; `states_offset` is that of the whole range."""
 
     number: int
     start: int
@@ -223,7 +249,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What is known of a range that another engine served: a piece of it, its pages' states."""
+    """A piece of a range that another engine served, with the file of its pages' states."""
 
     piece: Piece
     states_fd: int
@@ -231,26 +257,26 @@ class Taken:
 
 
 class Held(NamedTuple):
-    """A thread at pages of a range, perhaps held up there for good."""
+    """A thread that works on pages of a range, and may never leave them."""
 
     number: int  # of the range
     start: int
     length: int
     thread_id: int
-    is_request: bool  # it fetches them: no ioctl of its is under way
+    is_request: bool  # the thread fetches the content, and is not in an ioctl
 
 
 class Ended(NamedTuple):
-    """How an engine ended: who is still inside, and whether ranges had to stay registered."""
+    """How an engine ended: the threads still inside, and whether ranges had to stay registered."""
 
     held: tuple[Held, ...] = ()
     stays: bool = False
 
 
 class Request(NamedTuple):
-    """Pages that were asked for, by a thread that waits for one of them or by `populate`.
+    """Pages that a source in Python is asked for, for a fault or for `populate`.
 
-    `abandoned`: it took too long, and they were given up.
+    `abandoned`: the answer came too late, and the pages were given up.
     """
 
     number: int
@@ -262,7 +288,7 @@ class Request(NamedTuple):
 
 
 class SourceFailure(NamedTuple):
-    """What went wrong in a source, and where; its first failure counts."""
+    """An exception of a page source, and the pages that it was asked for."""
 
     error: BaseException
     start: int
@@ -270,7 +296,7 @@ class SourceFailure(NamedTuple):
 
 
 class EngineOptions(TypedDict):
-    """What every engine is told, in this process or another; `owner_pid` 0 is unknown."""
+    """The options of every engine, in this process or another; `owner_pid` 0 is unknown."""
 
     owner_pid: int
     on_error: OnError
@@ -284,7 +310,7 @@ class EngineOptions(TypedDict):
 
 
 def known_failure(failure: Failure | None, source: SourceFailure | None) -> SourceFailure | None:
-    """Return the first failure as an exception and a place."""
+    """Return the first failure as an exception with its pages."""
     if source is not None or failure is None:
         return source
     error = OSError(failure.error, os.strerror(failure.error))

@@ -1,6 +1,7 @@
-"""The process driver: the engine and its Python sources in processes of their own.
+"""The process driver: the engine and its Python sources in helper processes (layer L4).
 
-`_remote` is what a `Handler` calls, over the connection of `_link` to a helper that `_start`
-starts. There `_keeper` keeps the book and forks `_worker`, which runs the engine. They talk as
-`_wire` says; `_transport` carries page sources, and `_clean` leaves the program's doings behind.
+A `Handler` calls `_remote`, which uses the connection of `_link` to the keeper process, which
+`_start` starts. The keeper (`_keeper`) forks the worker process (`_worker`), which runs the engine
+and its workers, and keeps a `_book` for that process's successor. `_calls` lists the calls, `_wire`
+has their format, `_transport` carries page sources, and `_clean` resets the signals.
 """

@@ -1,4 +1,4 @@
-"""What the keeper knows: enough for a worker to go on where another one died (layer L4)."""
+"""The keeper's book: what a worker process needs to continue where another one died (layer L4)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pyuffd.handlers._types import EngineOptions, Piece, RangeSpec
 
 @dataclass(slots=True)
 class ServedBook:
-    """A range that is served, and its descriptors; the last one holds its pages' states."""
+    """A served range and its descriptors; the last one is the file of its pages' states."""
 
     spec: RangeSpec
     fds: list[int]
     ioctls: int = 0
-    closing_may_hang: bool = False  # it asks the server of a file system
+    closing_may_hang: bool = False  # closing the source's file may wait for a server
 
 
 @dataclass(slots=True)
 class SpaceBook:
-    """An address space: its userfaultfd, and where the pieces of its ranges are."""
+    """An address space: its userfaultfd, and the addresses of the pieces of its ranges."""
 
     fd: int
     is_fork: bool
     layout_events: int
-    owner_pid: int = 0  # 0: unknown, as of every fork
+    owner_pid: int = 0  # 0: unknown, as for every fork
     states_fd: int = -1
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     expected: list[Piece] = field(default_factory=list)  # unmappings whose events are still to come
@@ -32,15 +32,15 @@ class SpaceBook:
 
 @dataclass(slots=True)
 class Book:
-    """What the keeper knows: enough to go on after a worker's death."""
+    """What the keeper knows of the engine, for the successor of a worker process."""
 
     options: EngineOptions
     workers: int
     spaces: dict[int, SpaceBook] = field(default_factory=dict)
     served: dict[int, ServedBook] = field(default_factory=dict)
-    cpus: list[int] | None = None  # of a started engine
-    refusing: bool = False
-    gave_up: bool = False  # refusing because workers died, not because the owner asked
+    cpus: list[int] | None = None  # of a started engine; None: not started
+    refusing: bool = False  # pages that fault are poisoned
+    gave_up: bool = False  # refusing because worker processes died, not because the owner asked
     restarts: int = 0
-    reported: int = 0  # the last layout event that a worker reported
+    reported: int = 0  # the last layout event that a worker process reported
     rescued: list[int] = field(default_factory=list)  # forks that the last one had not reported

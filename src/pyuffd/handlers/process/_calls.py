@@ -1,4 +1,4 @@
-"""What the owner may ask of the helper process, and what comes back (layer L4)."""
+"""The calls that the owner makes to the helper processes, and the answers (layer L4)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Call(IntEnum):
-    """What the owner asks: a method of `Backend`, or what only the process driver needs."""
+    """A call of the owner: a method of `Backend`, or one that only the process driver needs."""
 
     HELLO = auto()
     ADD_SPACE = auto()
@@ -38,29 +38,29 @@ class Call(IntEnum):
     RECENT = auto()
     FAILURE = auto()
     PIDS = auto()
-    REPLACE = auto()  # a worker that does not answer
+    REPLACE = auto()  # replace a worker process that does not answer
     CLOSE = auto()
-    ORPHAN = auto()  # the keeper's: the owner is gone
+    ORPHAN = auto()  # from the keeper: the owner is gone
 
 
 class Answer(IntEnum):
-    """What comes back: DONE and REFUSED for a call, the others unasked (number 0)."""
+    """An answer: DONE or REFUSED to a call, the others without a call (number 0)."""
 
     DONE = auto()
     REFUSED = auto()
-    BROKEN = auto()  # the worker ends with this exception
-    REPLAYED = auto()  # it has applied what the one before had read
-    FAILED = auto()  # a source raised this
-    DIED = auto()  # the helper ends with this exception
+    BROKEN = auto()  # the worker process ends with this exception
+    REPLAYED = auto()  # the worker process has applied the events that its predecessor had read
+    FAILED = auto()  # a source raised this exception
+    DIED = auto()  # the keeper ends with this exception
     WARNING = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How a call is treated on its way.
+    """How a call is handled.
 
-    `waits`: for others, so that a thread of its own answers it. `changes_book`: the keeper notes
-    what came of it. `has_fds`: descriptors come with it.
+    `waits`: it may wait for other threads, so it is answered in a thread of its own.
+    `changes_book`: the keeper notes its result. `has_fds`: it comes with descriptors.
     """
 
     waits: bool = False
@@ -86,7 +86,7 @@ KINDS = {call: _PLAIN for call in Call} | {
 
 
 class Message(NamedTuple):
-    """One message: which call it is or answers, what it says, and the pickled rest."""
+    """One message: the number of the call that it is or answers, its kind, and a pickled body."""
 
     number: int
     word: int  # a `Call`, or an `Answer`

@@ -1,7 +1,7 @@
-"""Helper processes that start clean, whatever the program did to its signals (layer L4).
+"""Reset the signals of the helper processes, whatever the program did to its own (layer L4).
 
-An ignored signal and the mask of blocked ones outlive execve(2): without this a program that
-ignores SIGCHLD would have a keeper that cannot wait for its worker.
+Ignored signals and the mask of blocked ones outlive execve(2). Without this the keeper of a program
+that ignores SIGCHLD could not wait for its worker process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 
-# An ignored one of these cannot be waited for, or is not what the signal is for.
+# These cannot be ignored, or must not be.
 _LEFT_ALONE = {
     signal.SIGKILL,
     signal.SIGSTOP,
@@ -27,17 +27,17 @@ _LEFT_ALONE = {
     signal.SIGSYS,
 }
 SIGNALS = signal.valid_signals() - _LEFT_ALONE
-# What Python ignores from its start.
+# Python ignores these from its start.
 _PYTHON_IGNORES = {signal.SIGPIPE, signal.SIGXFSZ}
 
 
 def clean_keeper(stderr: int) -> None:
-    """Ignore what could end the keeper, and give it our standard error."""
+    """Ignore the signals that could end the keeper, and give it the program's standard error."""
     _set(signal.SIGCHLD, signal.SIG_DFL)
     for number in SIGNALS:
         _set(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    # A descriptor for every region and two for every fork: the usual 1,024 are soon gone.
+    # The usual limit of 1,024 is low for a descriptor for every region and two for every fork.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     sys.stderr.flush()
@@ -47,17 +47,17 @@ def clean_keeper(stderr: int) -> None:
 
 
 def clean_worker() -> None:
-    """Let signals be what they are for the user's code and what it starts.
+    """Restore the default actions, for the user's code and the processes that it starts.
 
-    SIGINT and SIGHUP are for the program, which stops the worker itself.
+    SIGINT and SIGHUP have no effect: the program receives them and stops the worker process.
     """
     for number in SIGNALS:
         _set(number, signal.SIG_IGN if number in _PYTHON_IGNORES else signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGHUP):
-        # Not ignored: what a page source starts would ignore it, too.
+        # Not SIG_IGN, which processes that a page source starts would inherit.
         signal.signal(number, lambda *_: None)
 
 
 def _set(number: int, action: signal.Handlers) -> None:
-    with contextlib.suppress(OSError, ValueError):  # those that the C library keeps for itself
+    with contextlib.suppress(OSError, ValueError):  # some are reserved by the C library
         signal.signal(number, action)

@@ -1,9 +1,9 @@
-"""The keeper of the process driver: starts the worker process, and another when it dies.
+"""The keeper of the process driver: starts the worker process, and another one when it dies (L4).
 
 It runs no code of the user's and has one thread, so that it can fork at any time. It passes the
-owner's calls on to the worker, notes what they change, and holds every descriptor a successor
-needs, those of forks included: they come in the reports of the worker's engine. While it lives
-no userfaultfd is closed with a thread stalled on it (layer L4).
+owner's calls to the worker process, notes what they change, and holds every descriptor that a
+successor needs. The descriptors of forks come in the reports of the worker process's engine. As
+long as the keeper lives, no userfaultfd is closed while a thread waits on it.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from pyuffd.handlers.process._worker import run
 REPORT = struct.Struct("=IIQQQ")  # struct uffd_report
 PIECE = struct.Struct("=QQQQQ")  # struct uffd_report_piece
 
-# A worker that dies this soon, this often in a row, dies of what it serves: poison that.
+# A worker process that dies this soon, this often in a row, dies of its sources: poison instead.
 SHORT_LIFE_S = 1.0
-SHORT_LIFE_STARTS = 10  # or so many times what it needed to start, on a machine that is loaded
+SHORT_LIFE_STARTS = 10  # or within so many times the time that it needed to start, when loaded
 SHORT_LIVES = 5
 GIVE_UP_AFTER = 20
-# A worker that takes no call for so long hangs with the interpreter's lock held.
+# A worker process that accepts no call for so long hangs with the GIL held.
 SEND_LIMIT_S = 10.0
-# Sealing what is left when the owner has gone.
+# How long the worker process may need to seal its ranges after the owner has gone.
 ORPHAN_LIMIT_S = 10.0
 BASE_PAGE = 4096
 # FUSE, NFS, CIFS, SMB2, 9P, Ceph, AFS
 REMOTE = {0x65735546, 0x6969, 0xFF534D42, 0xFE534D42, 0x01021997, 0x00C36400, 0x5346414F}
-# How long there may be no more processes before the keeper gives up.
+# How long fork(2) may fail before the keeper gives up.
 FORK_LIMIT_S = 30.0
 FORK_RETRY_MS = 50
 
@@ -68,7 +68,7 @@ class OwnerGone(Exception):
 
 @dataclass(slots=True)
 class Pending:
-    """A call that has not been answered, and the descriptors it came with."""
+    """A call that has not been answered, with its descriptors."""
 
     message: Message
     fds: list[int]
@@ -83,8 +83,8 @@ class WorkerHandle:
             self.control, theirs = socket.socketpair()
             self.reports, their_reports = socket.socketpair()
         self.born_s = time.monotonic()
-        self.start_s: float | None = None  # what it needed to take over, when it has
-        self.error: bytes | None = None  # what it ended with
+        self.start_s: float | None = None  # how long it needed to take over, once it has
+        self.error: bytes | None = None  # the exception that it ended with
         keeper = os.getpid()
         with theirs, their_reports:
             try:
@@ -110,7 +110,7 @@ class WorkerHandle:
         shared: mmap.mmap,
         not_theirs: list[int],
     ) -> NoReturn:
-        """Be the worker process to its end."""
+        """Run the worker process until it ends."""
         code = 1
         try:
             self.control.close()
@@ -124,7 +124,7 @@ class WorkerHandle:
             except OSError:
                 traceback.print_exception(error)
         finally:
-            with contextlib.suppress(Exception):  # a closed stream of the user's
+            with contextlib.suppress(Exception):  # the user's code may have closed them
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
@@ -137,7 +137,7 @@ class WorkerHandle:
             raise WorkerGone from error
 
     def end(self, limit_s: float) -> int:
-        """Wait for its end, kill it when that takes too long, and return its exit code."""
+        """Wait until it ends, kill it after the limit, and return its exit code."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         if not poll.poll(limit_s * 1000):
@@ -145,11 +145,11 @@ class WorkerHandle:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def rescue_forks(self) -> list[int]:
-        """Take over what it had read of forks and not reported."""
+        """Return the descriptors of forks that it had read but not reported."""
         return rescue_forks(self._shared)
 
     def close(self) -> None:
-        """Close what leads to it, and what it had open."""
+        """Close the connections to it, and the descriptors that the holder keeps open for it."""
         release_holder(self._shared)
         self.control.close()
         self.reports.close()
@@ -157,17 +157,17 @@ class WorkerHandle:
 
 
 class Keeper:
-    """Passes calls on, and keeps the book."""
+    """Passes calls to the worker process, and keeps the book."""
 
     def __init__(self, owner: socket.socket) -> None:
         self._owner = owner
-        self._to_owner = bytearray()  # while it does not read: it may hold its GIL, stalled
+        self._to_owner = bytearray()  # not sent yet: the owner may wait in a fault with the GIL
         self._shared = mmap.mmap(-1, shared_size())
         self._pending: OrderedDict[int, Pending] = OrderedDict()
         self._failure: bytes | None = None
         self._short_lives = 0
         self._closing = False
-        self._replaying = False  # a worker has still to apply what the one before had read
+        self._replaying = False  # a worker process has yet to apply what its predecessor had read
         first, (uffd, self._owner_pidfd) = _wire.receive(owner)
         options, workers = pickle.loads(first.body)
         self._book = Book(options, workers)
@@ -190,7 +190,7 @@ class Keeper:
         return WorkerHandle(self._book, self._shared, not_theirs)
 
     def _start_successor(self) -> WorkerHandle:
-        """Start another worker; there may be no more processes for a moment."""
+        """Start another worker process; retry while fork(2) fails for a moment."""
         give_up = time.monotonic() + FORK_LIMIT_S
         while True:
             try:
@@ -204,7 +204,7 @@ class Keeper:
                 raise OwnerGone
 
     def run(self) -> None:
-        """Work until the owner is done or gone."""
+        """Work until the owner closes the handler or ends."""
         while not self._closing:
             poll = select.poll()
             want = select.POLLIN | (select.POLLOUT if self._to_owner else 0)
@@ -272,14 +272,14 @@ class Keeper:
         self._send_to_owner(Message(number, Answer.DONE, payload))
 
     def _refuse(self, number: int, error: Exception) -> None:
-        """Answer a call that cannot be passed on."""
+        """Answer a call that cannot be passed to the worker process."""
         if not isinstance(error, UffdError):
-            error = HandlerError(f"the helper process cannot do it: {error}")
+            error = HandlerError(f"the helper process failed: {error}")
         payload = _wire.pickled_error(error, with_traceback=False)
         self._send_to_owner(Message(number, Answer.REFUSED, payload))
 
     def tell_end(self, error: BaseException) -> None:
-        """Say what the helper ends with."""
+        """Tell the owner which exception ends the keeper."""
         self._send_to_owner(Message(0, Answer.DIED, _wire.pickled_error(error)))
 
     def _warn(self, text: str) -> None:
@@ -295,11 +295,11 @@ class Keeper:
         except BlockingIOError:
             return
         except OSError:
-            sent = len(self._to_owner)  # it is gone, and its pidfd says so
+            sent = len(self._to_owner)  # the owner is gone, as its pidfd will tell
         del self._to_owner[:sent]
 
     def _owner_is_gone(self) -> None:
-        """Forks and other processes that were served must not read zeros."""
+        """Seal the ranges, so that forks and other served processes do not read zeros."""
         for _ in range(2):
             try:
                 self._worker.send(Message(0, Call.ORPHAN), [])
@@ -339,7 +339,7 @@ class Keeper:
         self._send_to_owner(message)
 
     def _note(self, call: Pending, payload: bytes) -> None:
-        """Write into the book what a call has changed; what it does not keep open is closed."""
+        """Note in the book what a call has changed; close descriptors that it need not keep."""
         what = Call(call.message.word)
         if KINDS[what].changes_book:
             self._notes[what](call.fds, pickle.loads(payload), *pickle.loads(call.message.body))
@@ -358,7 +358,7 @@ class Keeper:
     def _note_unserved(self, _: list[int], done: bool, served: RangeId, *__: object) -> None:
         gone = self._book.served.pop(served.number, None) if done else None
         if gone is not None:
-            # What may hang is left to the end of the process.
+            # A file whose close may hang stays open until the process ends.
             _wire.close_all(gone.fds[1:] if gone.closing_may_hang else gone.fds)
 
     def _note_space(
@@ -371,7 +371,7 @@ class Keeper:
         self._book.cpus = cpus
 
     def _note_ended(self, *_: object) -> None:
-        # Descriptors close with the process: that of a hung file system's file would be waited for.
+        # Leave the descriptors to the end of the process: closing one may hang.
         self._book.cpus = None
         self._book.refusing = True
 
@@ -379,7 +379,7 @@ class Keeper:
         self._book.refusing = True
 
     def _read_report(self) -> None:
-        """Follow where the memory is."""
+        """Read a report of where the pieces are, and note it."""
         try:
             head, fds = _wire.receive_exactly(self._worker.reports, REPORT.size)
         except EOFError as error:
@@ -394,14 +394,14 @@ class Keeper:
         spaces = self._book.spaces
         if kind == ReportKind.FORK and not fds:
             self._warn(
-                "the helper process has no descriptor left for a fork, which will read zeros if a"
-                f" worker is killed: {limit_met(errno.EMFILE)}"
+                "the keeper process has no descriptor left for a fork, which will read zeros if the"
+                f" worker process is killed: {limit_met(errno.EMFILE)}"
             )
         elif kind == ReportKind.FORK:
             spaces[number] = SpaceBook(fds[0], True, id_, states_fd=fds[1] if fds[1:] else -1)
         space = spaces.get(number)
         if space is None:
-            _wire.close_all(fds)  # of a space whose own call is still to be answered
+            _wire.close_all(fds)  # the call that adds the space has not been answered yet
             return
         if kind == ReportKind.GONE:
             if number:
@@ -419,11 +419,11 @@ class Keeper:
             self._book.reported = sequence
 
     def _give_up_worker(self) -> NoReturn:
-        """Let another take over from a worker that does not answer, and poison."""
+        """Kill a worker process that does not answer; its successor poisons."""
         start, length = self._asked_for()
         self._book.refusing = self._book.gave_up = True
         error = HandlerError(
-            "the worker process did not answer: a page source may hold its interpreter's lock",
+            "the worker process did not answer: a page source may hold its GIL",
             start or None,
             length or None,
         )
@@ -433,7 +433,7 @@ class Keeper:
         raise WorkerGone
 
     def _asked_for(self) -> tuple[int, int]:
-        """Return address and length of the first page that a source was asked for; or zeros."""
+        """Return address and length of the first page that a source was asked for, or (0, 0)."""
         for served in self._book.served.values():
             spec = served.spec
             states = os.pread(served.fds[-1], spec.length // spec.page_size, 0)
@@ -443,7 +443,7 @@ class Keeper:
         return 0, 0
 
     def _replace_worker(self) -> None:
-        """Read what the worker had said, and start another that goes on from there."""
+        """Start another worker process, which continues from the last report of this one."""
         lived_s = time.monotonic() - self._worker.born_s
         exit_code = self._bury_worker()
         short_s = SHORT_LIFE_S + SHORT_LIFE_STARTS * (self._worker.start_s or lived_s)
@@ -458,20 +458,20 @@ class Keeper:
         if self._short_lives == SHORT_LIVES:
             self._book.refusing = self._book.gave_up = True
             error = HandlerError(
-                f"the worker process ended {SHORT_LIVES} times in a row: the last one {how}. What"
-                " its sources are asked for is poisoned"
+                f"the worker process ended {SHORT_LIVES} times in a row: the last one {how}. Pages"
+                " that fault from now on are poisoned"
             )
             described = _wire.pickled_error(error, with_traceback=False)
             self._failure = pickle.dumps((described, 0, 0))
         self._book.restarts += 1
-        poisons = ": it poisons what is asked for" if self._book.refusing else ""
+        poisons = ": it poisons pages that fault" if self._book.refusing else ""
         self._warn(f"a worker process {how}, another took over{poisons}")
         self._worker = self._start_successor()
         for call in list(self._pending.values()):
             self._worker.send(call.message, call.fds)
 
     def _bury_worker(self) -> int:
-        """Read what the worker had said, take over what it had not, and return its exit code."""
+        """Read the worker process's last messages, rescue forks, and return its exit code."""
         old = self._worker
         exit_code = old.end(0)
         for sock, read in ((old.reports, self._read_report), (old.control, self._read_reply)):
@@ -481,7 +481,7 @@ class Keeper:
                     read()
             except WorkerGone:
                 pass
-        # What one had not replayed is in our hands already.
+        # If it had not replayed yet, the forks of its predecessor are in the book already.
         if not self._replaying:
             self._book.rescued = old.rescue_forks()
         self._replaying = True
@@ -490,25 +490,25 @@ class Keeper:
 
 
 def _how(exit_code: int, error: bytes | None) -> str:
-    """Say how a worker ended."""
+    """Return in words how a worker process ended."""
     if error is not None:
         cause = _wire.load_error(error)
         return f"ended with {type(cause).__name__}: {cause}"
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
-    why = " (somebody, or the kernel for want of memory)" if exit_code == -signal.SIGKILL else ""
+    why = " (by another process, or by the kernel)" if exit_code == -signal.SIGKILL else ""
     return f"was killed by {signal_name(-exit_code)}{why}"
 
 
 def _is_remote(fd: int) -> bool:
-    """Whether closing a file may wait for a server (statfs(2) has the numbers)."""
+    """Return whether closing a file may wait for a server (statfs(2) lists the numbers)."""
     with contextlib.suppress(UffdError):
         return _memory.fstatfs(fd)[0] & 0xFFFF_FFFF in REMOTE
     return False
 
 
 def _states_file(spec: RangeSpec) -> int:
-    """Return a file for the states of a range's pages, which outlives a worker."""
+    """Return a file for the states of a range's pages, which outlives a worker process."""
     pages = spec.length // spec.page_size
     with named("memfd_create", "keep the states of pages"):
         fd = os.memfd_create("uffd-states", os.MFD_CLOEXEC)
@@ -523,7 +523,7 @@ def _states_file(spec: RangeSpec) -> int:
 
 @contextlib.contextmanager
 def named(call: str, what: str = "start the worker process") -> Iterator[None]:
-    """Name the system call that fails, and the limit it met."""
+    """Raise an error that names the system call that fails, and the limit that it met."""
     try:
         yield
     except OSError as error:
@@ -531,16 +531,16 @@ def named(call: str, what: str = "start the worker process") -> Iterator[None]:
 
 
 def main(fd: int, owner_pid: int, stderr: int) -> None:
-    """Be the keeper of the process at the other end of a socket."""
+    """Run the keeper of the process at the other end of a socket."""
     with socket.socket(fileno=fd) as owner:
         tell: Callable[[BaseException], None] = partial(_tell_end, owner)
         try:
             clean_keeper(stderr)
-            # Of processes that it may take for the wrong ones, it could kill one.
+            # In another PID namespace it could mistake a process for another one, and kill it.
             if os.getppid() != owner_pid:
                 raise HandlerError(
                     "it is not a child of the program: the program has ended, or its children live"
-                    " in another pid namespace (unshare(CLONE_NEWPID))"
+                    " in another PID namespace (unshare(CLONE_NEWPID))"
                 )
             keeper = Keeper(owner)
             tell = keeper.tell_end

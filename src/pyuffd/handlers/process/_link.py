@@ -1,8 +1,8 @@
-"""Calls to the helper process, answered in any order (layer L4).
+"""Calls to the keeper process, answered in any order (layer L4).
 
-One thread sends them and reads the answers, so that an exception from a signal handler never
-leaves half a message in the stream, and a helper that ends while a fork of this process has the
-other end of the socket is noticed.
+One thread sends the calls and reads the answers. No signal handler runs in it, so an exception
+never leaves half a message in the stream. It polls a pidfd too, since a fork of this process may
+hold the other end of the socket open after the keeper has ended.
 """
 
 from __future__ import annotations
@@ -33,29 +33,30 @@ from pyuffd.handlers.process._start import (
 
 log = logging.getLogger(__name__)
 
-# An interpreter starts in 0.1 s, and in some seconds on a machine that is loaded heavily.
+# An interpreter starts in 0.1 s, or in some seconds on a heavily loaded machine.
 START_LIMIT_S = 60.0
-# The helper seals what is left and joins its threads; then it goes, or is killed.
+# How long the helper may need to seal its ranges and join its threads before it is killed.
 EXIT_LIMIT_S = 15.0
-# At the end of a handler, beyond what was asked for: far longer than a busy machine needs.
+# How long to wait, when a handler ends, beyond a call's own limit: far longer than needed.
 ANSWER_LIMIT_S = 10.0
-# The same once the handler's end was interrupted, and somebody waits at a keyboard.
+# The same after the ending was interrupted (Ctrl-C).
 HURRY_LIMIT_S = 1.5
-# A worker is killed, and its successor started.
+# How long it may take to kill a worker process and start its successor.
 REPLACE_LIMIT_S = 20.0
 LOOK_S = 0.1
-# Its end of the socket is closed when it ends.
+# How long a killed helper, or one that has closed its socket, may need to end.
 END_LIMIT_S = 5.0
 
 
 class HelperLink:
-    """A helper process, and the thread that talks to it."""
+    """A keeper process, and the thread that talks to it."""
 
     def __init__(self, name: str) -> None:
         self._numbers = itertools.count(1)
         self._calls: dict[int, _Begun] = {}
         self._queue: deque[_Queued | None] = deque()
-        self._lock = threading.RLock()  # of `_wake` and the start; a signal handler may call
+        # Guards `_wake` and the start; reentrant, as a signal handler may call too.
+        self._lock = threading.RLock()
         self._wake = Descriptor()
         self._ready = self._lost = False
         self._give_up_at = math.inf
@@ -68,7 +69,7 @@ class HelperLink:
         self._not_started: BaseException | None = None
 
     def start(self) -> None:
-        """Start the thread, and it the process; `close` when that fails or is interrupted."""
+        """Start the thread, which starts the process; the caller calls `close` on failure."""
         with starting("eventfd2"):
             self._wake = Descriptor.eventfd()
         try:
@@ -94,17 +95,17 @@ class HelperLink:
         fds: tuple[int, ...] = (),
         limit_s: float | None = None,
     ) -> Any:
-        """Have something done, and return or raise what came of it."""
+        """Make a call and return or raise its result."""
         call = self._begin(what, args, fds)
         if not call.done.wait(limit_s):
-            raise cannot_start(f"it gives no answer for {limit_s:.0f} s")
+            raise cannot_start(f"it gave no answer for {limit_s:.0f} s")
         return self._result(call)
 
     def call_at_end(self, what: Call, *args: object, limit_s: float = 0.0) -> Any:
-        """Have something done that takes no longer than `limit_s`, whatever the sources do.
+        """Make a call that needs at most `limit_s`, even if a source never returns.
 
-        A worker that does not answer, because a source holds its interpreter's lock, is replaced:
-        its successor poisons, and answers. A helper that does not is killed.
+        If the worker process does not answer, because a source holds its GIL, it is replaced, and
+        its successor poisons and answers. If the keeper does not answer, it is killed.
         """
         call = self._begin(what, args, ())
         began = time.monotonic()
@@ -114,7 +115,7 @@ class HelperLink:
         return self._result(call)
 
     def hurry(self, *args: object) -> None:
-        """Tell the worker to hurry, and wait no longer for answers than that needs."""
+        """Tell the worker process to hurry, and wait for answers no longer than it then needs."""
         self._give_up_at = time.monotonic() + HURRY_LIMIT_S
         self.tell(Call.HURRY, *args)
 
@@ -140,7 +141,7 @@ class HelperLink:
         return pickle.loads(call.payload)
 
     def tell(self, what: Call, *args: object) -> None:
-        """Have something done, and do not wait for it."""
+        """Make a call without waiting for its result."""
         message = Message(next(self._numbers), what, pickle.dumps(args))
         self._post(_Queued(_wire.encode(message)))
 
@@ -156,8 +157,8 @@ class HelperLink:
         cause = str(self._died) if self._died is not None else f"it {self._how}"
         error = (
             HelperLostError(
-                f"the helper process {self._process.pid} is gone: {cause}. What is missing stays"
-                " missing until stop() poisons it"
+                f"the helper process {self._process.pid} is gone: {cause}. Missing pages stay"
+                " missing until stop() poisons them"
             )
             if self._ready
             else cannot_start(cause)
@@ -172,8 +173,8 @@ class HelperLink:
             self._talk()
 
     def _start_process(self) -> bool:
-        # In this thread no signal handler runs: between vfork(2) and the line that notes the
-        # process none can come.
+        # No signal handler runs in this thread, so none can raise between vfork(2) and the line
+        # that notes the process.
         with self._lock:
             try:
                 if not self._is_cancelled:
@@ -198,7 +199,7 @@ class HelperLink:
         self._forget_all()
 
     def _step(self) -> bool:
-        """Wait for something to do, and do it; False when the helper has ended."""
+        """Wait for an event and handle it; return False when the helper has ended."""
         poll = select.poll()
         for fd in (self._process.socket.fileno(), self._process.pidfd, self._wake.number):
             poll.register(fd, select.POLLIN)
@@ -223,7 +224,7 @@ class HelperLink:
                     self._process.socket, message.data, message.fds, ended=self._process.pidfd
                 )
             except (EOFError, OSError) as error:
-                # It may have said why; reading goes on until its end.
+                # The helper may have told why: read until its end.
                 log.debug("not sent: %s", error)
             finally:
                 message.close()
@@ -241,7 +242,7 @@ class HelperLink:
             log.warning("%s", pickle.loads(payload))
 
     def _forget_all(self) -> None:
-        """Tell everybody who waits that there will be no answer."""
+        """Let every thread that waits know that there will be no answer."""
         while self._queue:
             with contextlib.suppress(IndexError):  # another thread does the same
                 message = self._queue.popleft()
@@ -253,8 +254,8 @@ class HelperLink:
                 call.done.set()
 
     def close(self, limit_s: float | None = None) -> None:
-        """End the helper: it goes when its work is done, or is killed; twice is fine."""
-        with self._lock:  # which the thread has while it starts the process
+        """Let the helper end, and kill it after `limit_s`; may be called again."""
+        with self._lock:  # the thread holds it while it starts the process
             self._is_cancelled = True
         if self._process.pidfd < 0:
             self._process.undo_start()
@@ -263,14 +264,14 @@ class HelperLink:
         if self._thread.ident is not None and self._ready:
             self._post(None)
             if not self._process.ended(EXIT_LIMIT_S if limit_s is None else limit_s):
-                log.warning("the helper process %d does not end: it is killed", self._process.pid)
+                log.warning("the helper process %d does not end: killing it", self._process.pid)
         self._process.kill()
         if not self._process.ended(END_LIMIT_S):
-            # So it is with FUSE: an answer that was asked for is waited for, SIGKILL or not. Its
-            # parts stay open, and its thread ends when it does.
+            # FUSE, for example, waits for an answer to a request even after SIGKILL. The socket and
+            # the pidfd stay open, and the thread ends when the helper does.
             log.warning(
-                "the helper process %d cannot be killed, as a file system gives it no answer: it"
-                " is left behind",
+                "the helper process %d cannot be killed, since it waits for a file system: it is"
+                " left behind",
                 self._process.pid,
             )
             return
@@ -283,11 +284,11 @@ class HelperLink:
 
 
 class _Queued:
-    """Bytes to be sent, with descriptors of its own."""
+    """Bytes to send, with duplicates of the descriptors to send."""
 
     def __init__(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         self.data = data
-        # Duplicates: an interrupted caller may close its own before they are sent.
+        # An interrupted caller may close its own before they are sent.
         self._owners = [Descriptor.duplicate(fd) for fd in fds]
 
     @property

@@ -1,8 +1,7 @@
-"""The engine in a helper process, as the owner of the memory sees it (layer L4).
+"""The engine in the worker process, as seen by the process of the `Handler` (layer L4).
 
-Two processes stand behind it: the keeper (`_keeper`) and its fork, the worker
-(`_worker`), which runs the engine and the page sources. Calls go over one socket
-(`_link`). Nothing here is needed to resolve a fault.
+Calls go over one socket (`_link`) to the keeper (`_keeper`), and from there to the worker process
+(`_worker`), which runs the engine and the page sources. No call is needed to resolve a fault.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from pyuffd.handlers.process._link import HelperLink
 from pyuffd.handlers.process._start import HelperLostError, starting
 from pyuffd.handlers.process._transport import pack
 
-# What a worker needs to poison a terabyte.
+# How long a worker process needs to poison a terabyte.
 SEAL_LIMIT_S = 60.0
 ENDED_LIMIT_S = 3.0
 
 
 class RemoteEngine(SoleOwner):
-    """A `Backend` in another process; `workers` threads there call the page sources."""
+    """A `Backend` in another process, where `workers` threads call the page sources."""
 
     calls_python = True
     is_remote = True
@@ -57,7 +56,7 @@ class RemoteEngine(SoleOwner):
         try:
             self._link.start()
             with starting("pidfd_open"):
-                own = Descriptor.of_process(os.getpid())  # the helper sees by it that we have ended
+                own = Descriptor.of_process(os.getpid())  # tells the keeper when we end
             with own:
                 self._link.introduce((options, workers), (fd, own.number))
         except BaseException:
@@ -65,15 +64,15 @@ class RemoteEngine(SoleOwner):
             raise
 
     def __del__(self) -> None:
-        # Does something to one that never got to its user: an exception came between. In a fork the
-        # helper is the parent's.
+        # Needed if an exception came before the object reached its user. In a fork the helper
+        # belongs to the parent.
         if hasattr(self, "_link") and self._pid == os.getpid():
             self._link.close()
 
     # What a Handler calls
 
     def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
-        """Serve another userfaultfd as well."""
+        """Serve another userfaultfd too; return its space."""
         self._added_spaces += 1
         key = self._added_spaces
         try:
@@ -81,26 +80,26 @@ class RemoteEngine(SoleOwner):
         except BaseException:
             with suppress(HelperLostError):
                 space = self._call(Call.FIND_SPACE, key)
-                if space is not None:  # interrupted: nobody knows of it
+                if space is not None:  # interrupted: the caller does not know of it
                     self.remove_space(space)
             raise
 
     def remove_space(self, space: int) -> None:
-        """Forget it."""
+        """Forget a userfaultfd whose ranges have been taken out."""
         self._call(Call.REMOVE_SPACE, space)
 
     def add(self, spec: RangeSpec) -> RangeId:
-        """Put a range in; what it needs of this process is sent."""
+        """Put a range in; its source and descriptors are sent to the worker process."""
         content = spec.content
         if content.kind is SourceKind.MEMORY:
             raise ValueError(
-                f"{content.owner!r} lies in this process, where the helper process cannot read"
-                " it: put it into a memfd and serve a FileSource, or use driver='thread'"
+                f"{content.owner!r} is memory of this process, which the helper process cannot"
+                " read: write it to a memfd and serve a FileSource, or use driver='thread'"
             )
         if spec.preserve:
             raise ValueError(
-                "preserve= is memory of this process, where the helper process cannot write:"
-                " serve that region with another Handler, of driver='native'"
+                "preserve= is memory of this process, which the helper process cannot write:"
+                " serve the region with another Handler, with driver='native'"
             )
         fds: list[int] = [content.fd] if content.kind is SourceKind.FILE else []
         if spec.local_file:
@@ -113,12 +112,12 @@ class RemoteEngine(SoleOwner):
         return served
 
     def find(self, space: int, start: int) -> RangeId | None:
-        """Return what an `add` that was interrupted has put in there, if it has."""
+        """Return the range that an interrupted `add` has put in there, or None."""
         found: RangeId | None = self._call(Call.FIND, space, start)
         return found
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
-        """Tell which ioctls the registered range takes."""
+        """Tell the engine which ioctls the registered range supports."""
         self._call(Call.SET_IOCTLS, served, int(ioctls))
 
     def list_registered(
@@ -148,7 +147,7 @@ class RemoteEngine(SoleOwner):
         self._call(Call.START, cpus)
 
     def end(self, patience_s: float) -> Ended:
-        """Take out every range and end the driver; wait so long for whoever is held up."""
+        """Take out every range and end the driver; wait `patience_s` at most for its threads."""
         ended: Ended = self._link.call_at_end(
             Call.END, patience_s, limit_s=SEAL_LIMIT_S + patience_s
         )
@@ -156,27 +155,27 @@ class RemoteEngine(SoleOwner):
         return ended
 
     def progress(self) -> object:
-        """Say that it gets on: the helper process keeps its own limits."""
+        """Return a value that always changes: the helper process keeps its own limits."""
         return time.monotonic()
 
     def held(self) -> tuple[Held, ...]:
-        """Return who is at pages of a range at the moment."""
+        """Return the threads at pages of ranges."""
         return tuple(self._call(Call.HELD))
 
     def hurry(self, patience_s: float) -> None:
-        """From any thread: let drain and end wait no longer than this."""
+        """Let drain and end, in other threads, wait no longer than this."""
         self._link.hurry(patience_s)
 
     def drain(self, limit_ns: int) -> bool:
-        """Wait until the faults that wait now are resolved; False when the time ran out."""
+        """Wait until the faults that wait now are resolved; return False after the limit."""
         return bool(self._link.call_at_end(Call.DRAIN, limit_ns, limit_s=limit_ns / 1e9))
 
     def refuse(self) -> None:
-        """Poison what is asked for from now on."""
+        """Poison pages that fault from now on."""
         self._link.call_at_end(Call.REFUSE)
 
     def abandon(self, served: RangeId | None = None, *, failed: bool = False) -> None:
-        """Poison the pages that wait for a worker; note it as a failure."""
+        """Poison the pages that wait for a worker, of one range or all; `failed` counts them."""
         self._link.call_at_end(Call.ABANDON, served, failed)
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
@@ -184,11 +183,11 @@ class RemoteEngine(SoleOwner):
         return int(self._call(Call.POPULATE, served, offset, length, chunk))
 
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
-        """Save protected pages: there are none, `add` has no preserve."""
+        """Raise ValueError, since `add` refuses ranges with `preserve`."""
         raise ValueError(f"the range at {served.start:#x} was served without preserve=")
 
     def take_in(self, served: RangeId) -> None:
-        """Note the pages that are there already."""
+        """Note the pages that are present."""
         self._call(Call.TAKE_IN, served)
 
     def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
@@ -201,21 +200,21 @@ class RemoteEngine(SoleOwner):
 
     @property
     def spaces(self) -> int:
-        """Address spaces that are followed."""
+        """The number of address spaces served."""
         return int(self._call(Call.SPACES))
 
     @property
     def owner_exited(self) -> bool:
-        """Whether the process whose memory is served is gone."""
+        """Whether the process whose memory is served has exited."""
         return bool(self._call(Call.OWNER_EXITED))
 
     def failure_at(self, address: int) -> SourceFailure | None:
-        """What is known of why a page was lost; perhaps of another one."""
+        """Return why a page was lost, or the first failure, which may be of another page."""
         return known_failure(self.failure(), self.source_failure)
 
     @property
     def source_failure(self) -> SourceFailure | None:
-        """What a source raised first."""
+        """The first exception of a source."""
         found = self._call(Call.SOURCE_FAILURE)
         if found is None:
             return None
@@ -223,7 +222,7 @@ class RemoteEngine(SoleOwner):
         return SourceFailure(_wire.load_error(blob), start, length)
 
     def stats(self) -> HandlerStats:
-        """Sum up the counters."""
+        """Return the sums of the counters."""
         stats: HandlerStats = self._call(Call.STATS)
         return stats
 
@@ -232,17 +231,17 @@ class RemoteEngine(SoleOwner):
         return list(self._call(Call.RECENT))
 
     def failure(self) -> Failure | None:
-        """Return what went wrong, or None."""
+        """Return the first failure and the number of failures, or None."""
         failure: Failure | None = self._call(Call.FAILURE)
         return failure
 
     def pids(self) -> tuple[int, int]:
-        """Return the process ids of the keeper and of the worker."""
+        """Return the pids of the keeper and of the worker process."""
         keeper, worker = self._call(Call.PIDS)
         return keeper, worker
 
     def destroy(self) -> None:
-        """End the helper process."""
+        """End the helper processes."""
         self._link.tell(Call.CLOSE)
-        # After the end it has nothing left that anybody waits for.
+        # After `end` no thread waits for it any more.
         self._link.close(ENDED_LIMIT_S if self._has_ended else None)

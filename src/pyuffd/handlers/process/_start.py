@@ -1,4 +1,4 @@
-"""Starting the helper process whatever state the program is in, and how it ended (layer L4)."""
+"""Start the keeper process in whatever state the program is, and tell how it ended (layer L4)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pyuffd import _limits
 from pyuffd._errors import HandlerError, limit_met
 from pyuffd._owned import Descriptor
 
-STDIO = 3  # 0, 1 and 2 are the helper's standard streams, whatever they are here
-# A worker and a holder end at once; what a page source had started may live on.
+STDIO = 3  # 0, 1 and 2 are the helper's standard streams, even if they are other files here
+# Worker process and holder end at once; processes that a page source started may live longer.
 ORPHANS_LIMIT_S = 1.0
 ORPHANS_POLL_S = 0.005
-_SESSION = 3  # the field of /proc/PID/stat, behind the name
+_SESSION = 3  # the field of /proc/PID/stat, counted after the name
 
-# Start this copy of pyuffd, whatever the helper would find; what it needs is where we found it.
-# Without the folder of the script or the working directory, whose files may shadow others.
+# Start this copy of pyuffd, whichever the helper would find, with our sys.path after its own. The
+# folder of the script and the working directory are left out: their files may shadow others.
 _PROGRAM = """\
 import sys
 from importlib import util
@@ -42,24 +42,24 @@ main({fd}, {pid}, {stderr})
 
 
 class HelperLostError(HandlerError):
-    """The helper process is gone: it was killed, or could not start."""
+    """The helper process has ended, was killed, or could not start."""
 
 
 class HelperProcess:
-    """The keeper, as the process that started it sees it.
+    """The keeper, as seen by the process that started it.
 
     Attributes: `pid`; `pidfd`, readable when it has ended; `socket`, our end of the connection.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # of what follows
+        self._lock = threading.Lock()  # guards the members below
         self._how = ""
         self._said = Descriptor()
         self._pidfd = Descriptor()
         self._popen: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; `undo_start` when that fails, or whoever wanted it is interrupted."""
+        """Start it; the caller calls `undo_start` after a failure or an interruption."""
         with starting("socketpair"):
             self.socket, theirs = _socketpair()
         with theirs, _standard_error() as stderr:
@@ -71,13 +71,13 @@ class HelperProcess:
 
     @property
     def pidfd(self) -> int:
-        """Readable when it has ended; -1 where there is none."""
+        """A descriptor that is readable when the keeper has ended; -1 without a keeper."""
         return self._pidfd.number
 
     def _start(self, fd: int, stderr: int) -> subprocess.Popen[bytes]:
-        """Start an interpreter; vfork(2) copies no memory, so no EVENT_FORK has to be read for it.
+        """Start an interpreter. subprocess uses vfork(2), which causes no Fork event.
 
-        It starts clean (`_clean`), as it inherits which signals are ignored and blocked.
+        The interpreter inherits the ignored and blocked signals, which `_clean` resets.
         """
         program = _PROGRAM.format(
             path=[entry for entry in sys.path if entry],
@@ -97,28 +97,28 @@ class HelperProcess:
             )
 
     def undo_start(self) -> None:
-        """End what may have been started, without a word."""
+        """End the process if it was started, without a message."""
         if self._popen is not None:
             self._popen.kill()
             self._popen.wait()
         self.close()
 
-    # What it says while it starts
+    # What it writes while it starts
 
     def _open_said(self) -> None:
-        with contextlib.suppress(OSError):  # it says it to our standard error then
+        with contextlib.suppress(OSError):  # without the memfd it writes to our standard error
             self._said = Descriptor.memfd("uffd-helper-stderr", os.MFD_CLOEXEC)
 
     @property
     def said(self) -> str:
-        """What it wrote to its standard error before it was ready."""
+        """The text that it wrote to its standard error before it was ready."""
         if not self._said.is_open:
             return ""
         size = os.fstat(self._said.number).st_size
         return os.pread(self._said.number, size, 0).decode(errors="replace").strip()
 
     def is_ready(self) -> None:
-        """Pass on what it said."""
+        """Write to our standard error what it wrote while it started."""
         if (said := self.said) and sys.stderr is not None:
             print(said, file=sys.stderr)
         self._said.close()
@@ -126,7 +126,7 @@ class HelperProcess:
     # Its end
 
     def ended(self, limit_s: float) -> bool:
-        """Wait for its end, so long at most."""
+        """Wait at most `limit_s` for its end; return whether it has ended."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(limit_s * 1000))
@@ -137,7 +137,7 @@ class HelperProcess:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def how(self) -> str:
-        """Reap it when it has ended, and say how it did."""
+        """Reap it after it has ended, and return in words how it ended."""
         with self._lock:
             if not self._how:
                 self._how = self._reap()
@@ -148,29 +148,29 @@ class HelperProcess:
         with contextlib.suppress(ChildProcessError):
             status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
         if self._popen is not None:
-            self._popen.poll()  # it is gone, whatever that says
+            self._popen.poll()  # only to tell Popen that the process has ended
         self._reap_orphans()
         if status is None:
-            # SIGCHLD is ignored here, or some code waits for all children.
-            how = "has ended; how is unknown, as this program waits for it in its place"
+            # SIGCHLD is ignored in this process, or other code waits for all children.
+            how = "has ended; how is unknown, as other code of this program has reaped it"
         elif status.si_code == os.CLD_EXITED:
             how = f"has ended with exit code {status.si_status}"
         else:
             how = f"was killed by {signal_name(status.si_status)}"
             if status.si_status == signal.SIGKILL:
-                how += " (by somebody, or by the kernel for want of memory: see dmesg)"
+                how += " (by another process, or by the kernel for lack of memory: see dmesg)"
         lines = self.said.splitlines()
         if not lines:
             return how
-        # Interpreters say this in many ways.
+        # Interpreters word a lack of memory in many ways.
         memory = any(word in lines[-1].lower() for word in ("memory", "failed to map"))
         hint = _limits.why(errno.ENOMEM, "mmap") if memory else ""
         return f"{how}; its last words: {lines[-1]}" + (f"; {hint}" if hint else "")
 
     def _reap_orphans(self) -> None:
-        """Reap its children, which are ours if this process is the one that orphans go to.
+        """Reap its children, which become ours if this process is a child subreaper.
 
-        They end when the keeper does, and are of the session that it began.
+        They end when the keeper does, and belong to the session that it created.
         """
         give_up = time.monotonic() + ORPHANS_LIMIT_S
         while (orphans := _children_of_session(self.pid)) and time.monotonic() < give_up:
@@ -180,7 +180,7 @@ class HelperProcess:
             time.sleep(ORPHANS_POLL_S)
 
     def close(self) -> None:
-        """Close what leads to it, after its end; twice is fine."""
+        """Close the connection to it after its end; may be called again."""
         if hasattr(self, "socket"):
             self.socket.close()
         self._said.close()
@@ -188,7 +188,7 @@ class HelperProcess:
 
 
 def _children_of_session(session: int) -> list[int]:
-    """Return which children of this process belong to a session."""
+    """Return the children of this process that belong to a session."""
     found = []
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError):  # a thread that has ended
@@ -209,19 +209,19 @@ def signal_name(number: int) -> str:
 
 
 def cannot_start(cause: str) -> HelperLostError:
-    """Return the error of a helper that never was."""
+    """Return the error for a helper process that could not be started."""
     return HelperLostError(f"the helper process could not be started: {cause}")
 
 
 @contextlib.contextmanager
 def starting(call: str) -> Iterator[None]:
-    """Name the system call that fails, and the limit it met."""
+    """Raise an error that names the system call that fails, and the limit that it met."""
     try:
         yield
     except (OSError, subprocess.SubprocessError) as error:
         code = (isinstance(error, OSError) and error.errno) or 0
         file = getattr(error, "filename", None)
-        # Popen raises what vfork(2) says, and what the child says, which names the file.
+        # Popen raises errors of vfork(2), and those of the child, which name the file.
         hint = limit_met(code) if file else _limits.why(code, call)
         text = os.strerror(code) if code else str(error)
         raise cannot_start(f"{file or call}: {text}" + (f"; {hint}" if hint else "")) from error
@@ -230,7 +230,7 @@ def starting(call: str) -> Iterator[None]:
 def _socketpair() -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair()
     try:
-        return _above_stdio(ours), _above_stdio(theirs)  # what is printed here goes to neither
+        return _above_stdio(ours), _above_stdio(theirs)  # printing must not write to a socket
     except BaseException:
         ours.close()
         theirs.close()
@@ -238,7 +238,7 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
 
 
 def _above_stdio(sock: socket.socket) -> socket.socket:
-    """Move a socket that has the number of a standard stream."""
+    """Return the socket, with another number if it has that of a standard stream."""
     if sock.fileno() >= STDIO:
         return sock
     with sock, Descriptor.duplicate(sock.fileno(), STDIO) as descriptor:
@@ -246,7 +246,7 @@ def _above_stdio(sock: socket.socket) -> socket.socket:
 
 
 def _standard_error() -> Descriptor:
-    """Give a number to our standard error that the helper can use when it is ready, if any."""
+    """Duplicate our standard error, if any, for the helper to use when it is ready."""
     if not is_inherited(2):
         return Descriptor()
     with starting("fcntl"):
@@ -254,7 +254,7 @@ def _standard_error() -> Descriptor:
 
 
 def is_inherited(fd: int) -> bool:
-    """Whether a standard stream is open; what closes at exec(2) has its number by accident."""
+    """Return whether a standard stream is open; a close-on-exec file has its number by chance."""
     try:
         return not fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     except OSError:
@@ -269,17 +269,17 @@ def _interpreter() -> str:
     """Return the interpreter that multiprocessing would start."""
     spawn: Any = sys.modules.get("multiprocessing.spawn")
     found = os.fsdecode((spawn.get_executable() if spawn else sys.executable) or "")
-    # A frozen program is its own interpreter, and would run itself.
+    # The interpreter of a frozen program is the program itself, which would run again.
     if not found or (getattr(sys, "frozen", False) and found == sys.executable):
         raise cannot_start(
-            f"the driver starts a Python interpreter, and sys.executable is {found!r}, of a program"
-            " that is frozen or embeds Python: name one by"
+            f"the driver must start a Python interpreter, but sys.executable is {found!r}, as in a"
+            " program that is frozen or embeds Python: set one with"
             " multiprocessing.spawn.set_executable(), or use driver='thread'"
         )
     return found
 
 
 def _flags() -> list[str]:
-    """Return the options of this interpreter, as multiprocessing does."""
+    """Return the command-line options of this interpreter, as multiprocessing does."""
     flags: list[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()
     return flags

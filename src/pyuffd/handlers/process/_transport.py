@@ -1,9 +1,9 @@
-"""How a page source gets to the helper process, by name or by value (layer L4).
+"""Send a page source to the worker process, by name or by value (layer L4).
 
-Functions and classes of a module travel by name. The main module has the name `__main__` in every
-process, so what it defines travels by value, which needs cloudpickle, as lambdas and closures do.
-Without cloudpickle the helper imports the program's main module under another name, as
-multiprocessing does.
+Functions and classes of a module are sent by name. Every process has another main module under the
+name `__main__`, so functions and classes of the main module are sent by value, like lambdas and
+closures; this needs cloudpickle. Without cloudpickle the worker process imports the program's main
+module under another name, as multiprocessing does.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ INSTALL = "install cloudpickle (pip install 'pyuffd[cloudpickle]')"
 class PackedSource:
     """A page source for another process.
 
-    `main` says how to import the program's main module, and is empty where that is not needed;
-    `path` is where this process imports from, `argv` what it was started with.
+    `main` tells how to import the program's main module, and is empty if that is not needed. `path`
+    and `argv` are this process's sys.path and sys.argv.
     """
 
     blob: bytes
@@ -44,10 +44,10 @@ class PackedSource:
 
 
 class HandlerAtImportError(BaseException):
-    """A Handler is made by a module that the helper process imports to load a page source.
+    """A module that the worker process imports to load a page source makes a Handler.
 
-    The program has no main guard, and would run once more. Not an Exception: a program that
-    catches those would run on.
+    The program has no main guard, and would run a second time. This is not an Exception, so that
+    a program that catches those does not continue.
     """
 
 
@@ -55,10 +55,10 @@ class HandlerAtImportError(BaseException):
 
 
 def pack(source: object) -> PackedSource:
-    """Return a page source as it is sent.
+    """Return a page source in the form in which it is sent.
 
     Raises:
-        ValueError: it cannot be sent; says what would help.
+        ValueError: it cannot be sent; the message tells what would help.
     """
     by_name: bytes | Exception
     try:
@@ -74,16 +74,17 @@ def pack(source: object) -> PackedSource:
         refused = by_name if by_value is None else by_value
         advice = f"{INSTALL}, " if by_value is None else ""
         raise ValueError(
-            f"{source!r} cannot be sent to the helper process ({refused}): {advice}make it of"
-            " functions and classes at the top level of a module and of data that can be pickled,"
+            f"{source!r} cannot be sent to the helper process ({refused}): {advice}build it from"
+            " functions and classes at the top level of a module and data that can be pickled,"
             " or use driver='thread'"
         ) from refused
     main = _main_module()
     if not main:
         raise ValueError(
-            f"{source!r} needs what this program's main module defines, and the helper process"
-            " cannot import that module: it is no file (python -c, standard input, an interactive"
-            f" session, a notebook) or a __main__.py. {_advice(by_value)}, or use driver='thread'"
+            f"{source!r} needs what this program's main module defines, but the helper process"
+            " cannot import that module: it is not a file (python -c, standard input, an"
+            " interactive session, a notebook) or it is a __main__.py."
+            f" {_advice(by_value)}, or use driver='thread'"
         )
     return _packed(by_name, main)
 
@@ -93,7 +94,7 @@ def _packed(blob: bytes, main: dict[str, str] | None = None) -> PackedSource:
 
 
 def _advice(by_value: Exception | None) -> str:
-    """Say what helps, with the reason why cloudpickle did not where it is there."""
+    """Return what would help and, if cloudpickle is installed, why it failed."""
     if by_value is None:
         return f"{INSTALL.capitalize()}, put the page source into a module of its own"
     return f"Put the page source into a module of its own: cloudpickle cannot send it ({by_value})"
@@ -106,14 +107,14 @@ def names_main(blob: bytes) -> bool:
     for _, arg, _ in pickletools.genops(blob):
         if isinstance(arg, str) and arg in MAIN_NAMES:
             return True
-        # A pickle within the pickle.
+        # A pickle inside the pickle.
         if isinstance(arg, bytes | bytearray) and any(name.encode() in arg for name in MAIN_NAMES):
             return True
     return False
 
 
 def _by_value(source: object) -> bytes | Exception | None:
-    """Pickle with what the main module defines by value; None without cloudpickle."""
+    """Pickle objects of the main module by value; return None without cloudpickle."""
     try:
         cloudpickle: Any = importlib.import_module("cloudpickle")
     except ImportError:
@@ -121,14 +122,14 @@ def _by_value(source: object) -> bytes | Exception | None:
     try:
         with _main_by_value(cloudpickle):
             blob: bytes = cloudpickle.dumps(source)
-    except Exception as error:  # whatever the object's classes raise
+    except Exception as error:  # the object's classes may raise anything
         return error
     return blob
 
 
 @contextmanager
 def _main_by_value(cloudpickle: Any) -> Iterator[None]:
-    """Let cloudpickle treat the main module of a child of multiprocessing as it treats others."""
+    """Let cloudpickle send the main module of a child of multiprocessing by value too."""
     main = sys.modules.get("__mp_main__")
     name = getattr(main, "__name__", "")
     if name != "__mp_main__" or name in cloudpickle.list_registry_pickle_by_value():
@@ -142,15 +143,15 @@ def _main_by_value(cloudpickle: Any) -> Iterator[None]:
 
 
 def _main_module() -> dict[str, str]:
-    """Say how the helper can import the main module of this program; empty if it cannot.
+    """Return how the worker process can import this program's main module; empty if it cannot.
 
-    As multiprocessing.spawn.get_preparation_data does, which chooses the program's start method
+    multiprocessing.spawn.get_preparation_data does the same, but sets the program's start method
     as a side effect.
     """
     main = sys.modules["__main__"]
     name = getattr(getattr(main, "__spec__", None), "name", None)
     if name is not None:
-        # multiprocessing leaves a __main__.py alone: it has no guard.
+        # multiprocessing does not import a __main__.py, which has no main guard.
         is_main = name == "__main__" or name.endswith(".__main__")
         return {} if is_main else {"init_main_from_name": name}
     path = getattr(main, "__file__", None)
@@ -160,7 +161,7 @@ def _main_module() -> dict[str, str]:
 
 
 def _path() -> list[str]:
-    """Return sys.path as it means the same in a process with another working directory."""
+    """Return sys.path with absolute paths, for a process with another working directory."""
     found = []
     for entry in sys.path:
         with suppress(FileNotFoundError):  # relative to a working directory that was removed
@@ -172,7 +173,7 @@ def _path() -> list[str]:
 
 
 class _Loading:
-    """Whether a page source is being loaded, and where a Handler was made by what that imports."""
+    """Whether a page source is being loaded, and where an imported module made a Handler."""
 
     running = False
     refused = ""
@@ -182,7 +183,7 @@ def unpack(packed: PackedSource) -> PageSource:
     """Load a page source.
 
     Raises:
-        ValueError: it cannot be loaded; says what would help.
+        ValueError: it cannot be loaded; the message tells what would help.
     """
     sys.path[:] = [*packed.path, *(entry for entry in sys.path if entry not in packed.path)]
     sys.argv = list(packed.argv)
@@ -193,19 +194,19 @@ def unpack(packed: PackedSource) -> PageSource:
         if packed.main:
             _import_main(packed.main)
         source: PageSource = pickle.loads(packed.blob)
-        if _Loading.refused:  # and caught
+        if _Loading.refused:  # the module caught the exception
             raise HandlerAtImportError
     except HandlerAtImportError:
         raise ValueError(
             f"to load the page source the helper process imports {what}, which makes a Handler"
-            f" when it is imported ({_Loading.refused}): put what the program does under"
+            f" when it is imported ({_Loading.refused}): put the program's statements under"
             ' `if __name__ == "__main__":`, or put the source into a module of its own,'
             f"{_or(packed)}"
         ) from None
-    except BaseException as error:  # whatever the user's modules raise, SystemExit too
+    except BaseException as error:  # the user's modules may raise anything, even SystemExit
         advice = why_error(error) or (
-            f"it is found by its name in {what}, which must do its work under"
-            f' `if __name__ == "__main__":` and be importable there,{_or(packed)}'
+            f"it is found by its name in {what}, which must be importable there and do its work"
+            f' under `if __name__ == "__main__":`,{_or(packed)}'
         )
         raise ValueError(
             f"the page source cannot be loaded in the helper process ({type(error).__name__}:"
@@ -233,9 +234,9 @@ def _import_main(main: dict[str, str]) -> None:
 
 
 def refuse_while_loading() -> None:
-    """Raise HandlerAtImportError where a helper process is loading a page source.
+    """Raise HandlerAtImportError if this worker process is loading a page source.
 
-    Called by the Handler's constructor.
+    The Handler's constructor calls it.
     """
     if _Loading.running:
         caller = sys._getframe(2)  # of the Handler's constructor

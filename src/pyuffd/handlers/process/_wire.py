@@ -1,6 +1,6 @@
 """Messages between the processes of the process driver, over a stream socket (layer L4).
 
-Both ends are this library's: nothing here guards against a hostile peer.
+Both ends are this library's, so nothing here guards against a hostile peer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONTROL_SIZE = socket.CMSG_LEN(MAX_FDS * array("i").itemsize)
 
 
 class DescriptorsLostError(Exception):
-    """A message came without its descriptors; `message` is the rest of it."""
+    """A message came without its descriptors; `message` is complete otherwise."""
 
     def __init__(self, message: Message) -> None:
         super().__init__(f"descriptors did not arrive; {limit_met(errno.EMFILE)}")
@@ -41,7 +41,7 @@ def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> No
 
 
 def encode(message: Message, fd_count: int = 0) -> bytes:
-    """Return a message as it is sent."""
+    """Return the bytes of a message."""
     number, word, body = message
     return _HEADER.pack(len(body), fd_count, number, word) + body
 
@@ -51,10 +51,10 @@ def sendall(
 ) -> None:
     """Send bytes and descriptors.
 
-    `ended`: a pidfd of the other process, whose end of the socket may live on in a fork.
+    `ended`: a pidfd of the other process; a fork may keep its end of the socket open.
 
     Raises:
-        EOFError: `ended` says so.
+        EOFError: the other process has ended.
     """
     view = memoryview(data)
     flags = socket.MSG_NOSIGNAL  # the program may have SIGPIPE at its default
@@ -76,8 +76,8 @@ def receive(sock: socket.socket, *, ended: int = -1) -> tuple[Message, list[int]
     """Return the next message and its descriptors.
 
     Raises:
-        EOFError: the peer is gone, perhaps in the middle of a message.
-        DescriptorsLostError: this process may not open so many; the message is whole.
+        EOFError: the peer has ended, perhaps in the middle of a message.
+        DescriptorsLostError: this process cannot open so many descriptors.
     """
     head, fds = receive_exactly(sock, _HEADER.size, ended=ended)
     try:
@@ -135,13 +135,13 @@ def close_all(fds: list[int]) -> None:
 
 
 def pickled_error(error: BaseException, *, with_traceback: bool = True) -> bytes:
-    """Pickle an exception for `load_error`, its traceback as a note."""
+    """Pickle an exception for `load_error`, with its traceback as a note."""
     if with_traceback:
         text = "".join(traceback.format_exception(error)).rstrip()
         error.add_note(f"in the helper process:\n{text}")
     file = io.BytesIO()
     blob = b""
-    with contextlib.suppress(Exception):  # whatever a class of the user's raises
+    with contextlib.suppress(Exception):  # the user's classes may raise anything
         _ErrorPickler(file, pickle.HIGHEST_PROTOCOL).dump(error)
         blob = file.getvalue()
     described = f"{type(error).__qualname__}: {error}"
@@ -151,7 +151,7 @@ def pickled_error(error: BaseException, *, with_traceback: bool = True) -> bytes
 
 
 def load_error(payload: bytes) -> BaseException:
-    """Return the exception; one that this process cannot make is described by a RuntimeError."""
+    """Return the exception, or a RuntimeError that describes it if it cannot be unpickled here."""
     blob, described, notes, below = pickle.loads(payload)
     error: BaseException = RuntimeError(described)
     if blob:
@@ -164,7 +164,7 @@ def load_error(payload: bytes) -> BaseException:
 
 
 class _ErrorPickler(pickle.Pickler):
-    """Names classes of the program's main module as its own process knows them."""
+    """Pickles classes of the main module so that the program finds them in its `__main__`."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, type) and obj.__module__ in MAIN_NAMES:

@@ -1,7 +1,7 @@
-"""The worker process of the process driver: an engine, its threads, and calls from the owner.
+"""The worker process of the process driver: an engine, its workers, and calls of the owner (L4).
 
-It is a fork of the keeper (`_keeper`), which knows what an earlier worker served; if there was
-one that died, this one goes on where it was (layer L4).
+It is a fork of the keeper (`_keeper`), whose book tells what an earlier worker process served. If
+that one died, this one continues from there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 def run(
     keeper: int, control: socket.socket, reports: socket.socket, book: Book, shared: mmap.mmap
 ) -> None:
-    """Serve until the keeper says that it is enough, or ends."""
+    """Serve until the keeper tells to stop, or ends."""
     clean_worker()
     if not follow_parent(keeper):
         return
@@ -57,7 +57,9 @@ def run(
             _memory.buffer_address(shared)[0], keeper, [control.fileno(), reports.fileno()]
         )
     except OSError as error:
-        log.warning("a fork is lost if this process is killed as it reads of it: %s", error)
+        log.warning(
+            "if this process is killed while it reads a Fork event, the fork is lost: %s", error
+        )
     worker = WorkerProcess(control, reports, book, shared)
     worker.take_over(book)
     worker.answer_calls()
@@ -116,10 +118,10 @@ class WorkerProcess:
             Call.FAILURE: self.failure,
         }
 
-    # Going on after another worker
+    # Continuing after another worker process
 
     def take_over(self, book: Book) -> None:
-        """Serve what is in the book, as far as it is served already."""
+        """Serve the ranges of the book, as the worker process before did."""
         for number, space in book.spaces.items():
             if number:
                 self._engine.adopt_space(
@@ -136,7 +138,7 @@ class WorkerProcess:
         self._engine.replay(book.reported)
         self._reply(Message(0, Answer.REPLAYED))
         _wire.close_all(book.rescued)
-        # The engine has what it needs of them; the keeper has its own.
+        # The engine has duplicates of those that it needs; the keeper has its own.
         for served in book.served.values():
             _wire.close_all(served.fds)
         for number, space in book.spaces.items():
@@ -156,13 +158,13 @@ class WorkerProcess:
         spec = book.spec
         self._served[id_] = RangeId(spec.space, id_, spec.start, spec.length)
         try:
-            # Who only poisons reads no source: it may be what the other worker hung in.
+            # A process that only poisons loads no source, in which its predecessor may have hung.
             content, local = (
                 (_unread(spec), None) if refusing else _open(spec, book.fds, retry=True)
             )
         except (OSError, ValueError) as error:
-            # Its faults are refused as unserved: no zeros.
-            log.error("[%#x, +%#x) was not taken over: %s", spec.start, spec.length, error)
+            # Faults in it are poisoned as those of any range that is not served.
+            log.error("[%#x, +%#x) could not be taken over: %s", spec.start, spec.length, error)
             return
         for number, space in spaces.items():
             own_states = space.states_fd < 0 or spec.shared
@@ -179,14 +181,14 @@ class WorkerProcess:
     # Calls
 
     def answer_calls(self) -> None:
-        """Do what the owner asks for, in order; what may wait has a thread of its own."""
+        """Answer the owner's calls in order; a call that may wait gets a thread of its own."""
         while True:
             try:
                 message, fds = _wire.receive(self._control)
             except EOFError:
                 return  # the keeper is gone
             except _wire.DescriptorsLostError as error:
-                lost = HandlerError(f"the worker process cannot do it: {error}")
+                lost = HandlerError(f"the worker process failed: {error}")
                 described = _wire.pickled_error(lost, with_traceback=False)
                 self._reply(Message(error.message.number, Answer.REFUSED, described))
                 continue
@@ -201,7 +203,7 @@ class WorkerProcess:
                 self._answer(message, fds)
 
     def _answer_beside(self, message: Message, fds: list[int]) -> bool:
-        """Answer in a thread of its own; False where there may be no more."""
+        """Answer in a new thread; return False if none can be started."""
         try:
             threading.Thread(target=self._answer, args=(message, fds), daemon=True).start()
         except RuntimeError:
@@ -230,21 +232,21 @@ class WorkerProcess:
         self._reply(Message(0, Answer.FAILED, body))
 
     def hello(self) -> None:
-        """Say that the engine is there."""
+        """Answer once the engine exists."""
 
     def start(self, cpus: list[int]) -> None:
-        """Start; the workers run the loop, so that they need the CPUs as well."""
+        """Start the engine; the workers run its loop too, so all threads get the CPUs."""
         if cpus:
             os.sched_setaffinity(0, cpus)
         self._engine.start(cpus)
 
     def find(self, space: int, start: int) -> RangeId | None:
-        """Return the range that was put in there, if there is one."""
+        """Return the range that was put in there, or None."""
         served = self._served.values()
         return next((one for one in served if (one.space, one.start) == (space, start)), None)
 
     def add_space(self, layout_events: int, owner_pid: int, key: int, fds: list[int]) -> int:
-        """Serve another userfaultfd as well; `find_space` knows it by `key`."""
+        """Serve another userfaultfd too; `find_space` finds its space by `key`."""
         space = self._engine.add_space(fds[0], layout_events=layout_events, owner_pid=owner_pid)
         self._space_fds[space] = fds[0]
         self._space_keys[key] = space
@@ -257,7 +259,7 @@ class WorkerProcess:
         self._engine.list_registered(space, ranges, is_all=is_all)
 
     def find_space(self, key: int) -> int | None:
-        """Return the space that an `add_space` made whose caller was interrupted."""
+        """Return the space that an interrupted `add_space` made, or None."""
         return self._space_keys.get(key)
 
     def remove_space(self, space: int) -> None:
@@ -301,15 +303,15 @@ class WorkerProcess:
         return done
 
     def abandon(self, served: RangeId | None, failed: bool) -> None:
-        """Poison the pages that wait for a source."""
+        """Poison the pages that wait for a worker, of one range or all."""
         self._engine.abandon(served, failed=failed)
 
     def stats(self) -> object:
-        """Return the counters, of earlier workers as well."""
+        """Return the counters of this worker process, and how many died before it."""
         return replace(self._engine.stats(), restarts=self._restarts)
 
     def failure(self) -> Failure | None:
-        """Return what went wrong; the death of workers comes first."""
+        """Return the first failure; repeated deaths of worker processes come before others."""
         failure = self._engine.failure()
         if not self._gave_up:
             return failure
@@ -317,15 +319,15 @@ class WorkerProcess:
         return Failure(pages, 0, 0, errno.EOWNERDEAD, FailureStage.SOURCE)
 
     def spaces(self) -> int:
-        """Return how many address spaces are followed."""
+        """Return the number of address spaces served."""
         return self._engine.spaces
 
     def owner_exited(self) -> bool:
-        """Return whether the process whose memory is served is gone."""
+        """Return whether the process whose memory is served has exited."""
         return self._engine.owner_exited
 
     def _seal_all(self) -> None:
-        """Nobody is left to serve for: forks and other processes get SIGBUS, not zeros."""
+        """Seal all ranges after the owner's end: forks and others get SIGBUS instead of zeros."""
         self._engine.refuse()
         self._engine.abandon()
         for served in list(self._served.values()):
@@ -336,7 +338,7 @@ class WorkerProcess:
 
 
 class _LostSource:
-    """Stands for a source that the successor of a dead worker could not load."""
+    """Replaces a source that the successor of a dead worker process could not load."""
 
     length = None
 
@@ -344,7 +346,7 @@ class _LostSource:
         self._error = error
 
     def read(self, offset: int, length: int) -> Buffer:
-        """Raise what loading it raised."""
+        """Raise the error that loading the source raised."""
         raise OSError(errno.EIO, f"the page source is lost: {self._error}") from self._error
 
 
@@ -362,11 +364,11 @@ def _load(packed: object, *, retry: bool) -> PageSource | None:
 def _unread(spec: RangeSpec) -> Content:
     if spec.content.kind in (SourceKind.ZERO, SourceKind.NONE):
         return Content(spec.content.kind)
-    return Content(SourceKind.REQUEST, owner=_LostSource(OSError(errno.EIO, "not read any more")))
+    return Content(SourceKind.REQUEST, owner=_LostSource(OSError(errno.EIO, "it is not read now")))
 
 
 def _open(spec: RangeSpec, fds: list[int], *, retry: bool) -> tuple[Content, mmap.mmap | None]:
-    """Return the content, and the range's memory mapped here where that is needed."""
+    """Return the content, and if needed a mapping of the range's memory in this process."""
     files = list(fds)
     has_file = spec.content.kind is SourceKind.FILE
     content = replace(
