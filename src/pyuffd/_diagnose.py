@@ -1,7 +1,7 @@
-"""Why the kernel refused an ioctl: what /proc says of the memory, after the failure (layer L2).
+"""Find out from /proc why the kernel refused an ioctl, after the failure (layer L2).
 
-EINVAL of UFFDIO_REGISTER has a dozen causes, and the kernel names none.  Nothing here is asked
-before something has failed, nothing raises, and what cannot be told is left out.
+EINVAL of UFFDIO_REGISTER has a dozen causes, and the kernel does not tell which.  Nothing here runs
+before a failure, nothing raises, and a cause that is not certain is not reported.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feat
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What was asked for, and of whom.
+    """The request that was refused.
 
-    `pid` is the process whose memory it is, or None where nobody knows; `src` the address that a
-    copy reads in this process, or a move in the owner's memory.
+    `pid` is the process whose memory it is, or None if that is unknown. `src` is the address that
+    a copy reads in this process, or a move in the owner's memory.
     """
 
     op: str
@@ -41,16 +41,16 @@ class Asked:
     mode: int = 0
     src: int = 0
     features: Feature = Feature(0)  # noqa: RUF009 - an immutable flag
-    own: tuple[tuple[int, int], ...] = ()  # what is registered with the same userfaultfd
+    own: tuple[tuple[int, int], ...] = ()  # ranges registered with the same userfaultfd
 
     @property
     def end(self) -> int:
-        """The first address behind the range."""
+        """The first address after the range."""
         return self.start + self.length
 
 
 def explained(error: UffdOSError, asked: Asked) -> UffdOSError:
-    """Return the error with what caused it as its hint, if that can be told."""
+    """Return the error with its cause as the hint, if the cause can be found."""
     if error.hint:
         return error
     hint = ""
@@ -64,8 +64,8 @@ def _causes(code: int, error: UffdOSError, asked: Asked) -> Iterator[str]:
         case errno.EAGAIN:
             if not error.data.get("completed") and asked.features & _EVENTS:
                 yield (
-                    "the owner is forking or changing its mappings, and waits for the event to be"
-                    " read: read_events(), then try again"
+                    "the owner is forking or changing its mappings, and waits until the event is"
+                    " read: call read_events(), then try again"
                 )
         case errno.ENOMEM:
             yield from _no_memory(asked)
@@ -84,24 +84,24 @@ def _causes(code: int, error: UffdOSError, asked: Asked) -> Iterator[str]:
 
 
 def why_unresolved(code: int, address: int, pid: int | str = "self") -> str:
-    """Say why a page could not be put in place for seconds: no huge page, as a rule."""
+    """Return why a page could not be put in place for seconds, if a huge page lacks; else ""."""
     if code not in (errno.EAGAIN, errno.ENOMEM):
         return ""
     with suppress(Exception):
         for vma in _vmas.overlapping(address, address + 1, pid=pid, details=True):
             if vma.page_size > PAGE_SIZE:
                 return (
-                    "no huge page was free for it (or the mount's or the control group's quota is"
-                    f" met): {_machine.shortage(vma.page_size, 1, -1)}"
+                    "no huge page was free for it (or the limit of the mount or the control group"
+                    f" is reached): {_machine.shortage(vma.page_size, 1, -1)}"
                 )
     return ""
 
 
 def mergeable(start: int, end: int, pid: int | str = "self") -> Vma | None:
-    """Return the first mapping of a range that KSM may merge pages of (MADV_MERGEABLE).
+    """Return the first mapping of a range whose pages KSM may merge (MADV_MERGEABLE), or None.
 
-    It replaces a write-protected page by a shared one and forgets the protection (Linux 6.18):
-    later writes may go unseen.  smaps is read only where the process has such memory at all.
+    KSM replaces a write-protected page with a shared one and loses the protection (Linux 6.18), so
+    later writes may not be seen.  smaps is read only if the process has such memory.
     """
     with suppress(Exception):
         stat = Path(f"/proc/{pid}/ksm_stat")
@@ -132,7 +132,7 @@ def _not_aligned(asked: Asked, vmas: list[Vma]) -> Iterator[str]:
         ends = [at for at in (asked.start, asked.end) if vma.start <= at <= vma.end]
         if size > PAGE_SIZE and any(at % size for at in ends):
             yield (
-                f"{vma} is made of huge pages of {size:#x} bytes: address and length must be"
+                f"{vma} consists of huge pages of {size:#x} bytes: address and length must be"
                 " multiples of that"
             )
 
@@ -149,7 +149,7 @@ def _no_memory(asked: Asked) -> Iterator[str]:
             yield _machine.shortage(vma.page_size, pages, -1)
     if problem := _machine.too_many_mappings(asked.pid):
         yield problem
-    yield "no memory is left, or the limit of a memory control group or of a tmpfs is met"
+    yield "no memory is left, or the limit of a memory control group or a tmpfs is reached"
 
 
 # Registering
@@ -165,8 +165,8 @@ def _not_registrable(code: int, asked: Asked, vmas: list[Vma]) -> Iterator[str]:
         for vma in vmas:
             if vma.shared and "mw" not in vma.flags:
                 yield (
-                    f"{vma} ({vma.path}) is shared memory mapped without write permission: map it"
-                    " from a descriptor that is open for writing (O_RDWR) and not sealed"
+                    f"{vma} ({vma.path}) is shared memory whose descriptor does not allow writing:"
+                    " map it from one that is open for writing (O_RDWR) and not sealed"
                 )
         return
     yield from _not_aligned(asked, vmas)
@@ -191,7 +191,7 @@ def _bad_modes(asked: Asked) -> Iterator[str]:
     if asked.mode & RegisterMode.RWP and not asked.features & Feature.RWP:
         yield "RegisterMode.RWP needs a userfaultfd with Feature.RWP (Linux 7.3)"
     if asked.mode & RegisterMode.RWP and asked.mode & RegisterMode.WP:
-        yield "RegisterMode.RWP and RegisterMode.WP exclude each other"
+        yield "RegisterMode.RWP and RegisterMode.WP cannot be combined"
 
 
 def _wrong_memory(asked: Asked, vma: Vma) -> Iterator[str]:
@@ -199,13 +199,13 @@ def _wrong_memory(asked: Asked, vma: Vma) -> Iterator[str]:
     if kind == "file":
         only_wp = asked.mode == RegisterMode.WP and not asked.features & Feature.WP_ASYNC
         otherwise = (
-            "with Feature.WP_ASYNC its writes can be tracked"
+            "writes to it can be tracked with Feature.WP_ASYNC"
             if only_wp
             else "serve a Region.anonymous from a FileSource instead"
         )
         yield (
             f"{vma} is mapped from {vma.path}, an ordinary file: only anonymous memory, tmpfs"
-            f" (memfd, shared memory) and hugetlb can be registered; {otherwise}"
+            f" (memfd, shared memory) and hugetlb memory can be registered; {otherwise}"
         )
     if kind == "special":
         what = vma.path or "the memory of a device"
@@ -213,7 +213,7 @@ def _wrong_memory(asked: Asked, vma: Vma) -> Iterator[str]:
     if kind == "anon" and asked.mode & RegisterMode.MINOR:
         yield (
             f"{vma} is anonymous memory, which has no page cache: RegisterMode.MINOR is for shared"
-            " memory (memfd) and hugetlb"
+            " memory (memfd) and hugetlb memory"
         )
 
 
@@ -233,7 +233,7 @@ def kind_of(vma: Vma, pid: int | str = "self") -> str:
 
 
 def _file_systems(pid: int | str) -> dict[int, str]:
-    """Return the type of each mounted file system by device."""
+    """Return the type of each mounted file system, by device number."""
     found = {}
     for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
         fields = line.split()
@@ -252,7 +252,7 @@ def _not_fillable(code: int, asked: Asked, vmas: list[Vma]) -> Iterator[str]:
         yield from _not_aligned(asked, vmas)
     for vma in vmas:
         if not vma.flags & _REGISTERED:
-            yield f"{vma} is not registered: register() it first"
+            yield f"{vma} is not registered: call register() first"
         elif (protects or asked.mode & CopyMode.WP) and "uw" not in vma.flags:
             wanted = "writeprotect()" if protects else "CopyMode.WP"
             yield (
@@ -260,16 +260,16 @@ def _not_fillable(code: int, asked: Asked, vmas: list[Vma]) -> Iterator[str]:
                 " with RegisterMode.MISSING | RegisterMode.WP"
             )
         if "ZEROPAGE" in asked.op and vma.page_size > PAGE_SIZE:
-            yield f"{vma} is made of huge pages, which UFFDIO_ZEROPAGE cannot fill: copy zeros"
+            yield f"{vma} consists of huge pages, which UFFDIO_ZEROPAGE cannot fill: copy zeros"
         if "CONTINUE" in asked.op.upper() and kind_of(vma, asked.pid or "self") == "anon":
-            yield f"{vma} is anonymous memory, which has no page cache to continue from"
+            yield f"{vma} is anonymous memory, which has no page cache"
     if code == errno.ENOENT and len(vmas) > 1 and not protects:
         yield (
-            f"the range spans {len(vmas)} mappings, and one call must stay inside one: split it at"
+            f"the range spans {len(vmas)} mappings, but must lie in one mapping: split it at"
             f" {vmas[0].end:#x}"
         )
     if code == errno.EINVAL and asked.mode & ~3:
-        yield f"mode {asked.mode:#x} has bits that are unknown"
+        yield f"mode {asked.mode:#x} has unknown bits"
 
 
 def _not_movable(asked: Asked, vmas: list[Vma]) -> Iterator[str]:
@@ -284,26 +284,26 @@ def _not_movable(asked: Asked, vmas: list[Vma]) -> Iterator[str]:
             yield f"{name} spans {len(parts)} mappings: split it at {parts[0].end:#x}"
         for vma in parts:
             if kind_of(vma, pid) != "anon":
-                yield f"{name} {vma} is not anonymous memory, the only kind that can be moved"
+                yield f"{name} {vma} is not anonymous memory: no other memory can be moved"
     for vma in vmas:
         if not vma.flags & _REGISTERED:
-            yield f"dst {vma} is not registered: register() it first"
+            yield f"dst {vma} is not registered: call register() first"
     dst, source = vmas[0], sources[0]
     if not source.writable:
         yield f"src {source} is not writable"
     if dst.permissions != source.permissions:
-        yield f"dst is mapped {dst.permissions} and src {source.permissions}: they must be alike"
+        yield f"dst is mapped {dst.permissions} and src {source.permissions}: they must be equal"
     if ("lo" in dst.flags) != ("lo" in source.flags):
         yield "one of dst and src is locked (mlock) and the other is not"
     if not asked.mode & 2:
-        yield "a page of src is missing: MoveMode.ALLOW_SRC_HOLES skips such"
+        yield "a page of src is missing: MoveMode.ALLOW_SRC_HOLES skips missing pages"
 
 
 def _unreadable(asked: Asked) -> Iterator[str]:
     if "CONTINUE" in asked.op.upper():
         yield (
-            "the page cache lacks a page of it: write it through another mapping of the same"
-            " memory first (Region.alias)"
+            "the page cache lacks a page of the range: write it first through another mapping of"
+            " the same memory (Region.alias)"
         )
     if "COPY" in asked.op.upper():
         src = Asked(asked.op, asked.src, asked.length, None)
@@ -315,6 +315,6 @@ def _unreadable(asked: Asked) -> Iterator[str]:
                 yield f"the source: {vma} is not readable"
     if asked.op.startswith(_FILLS):
         yield (
-            "the file behind the source, or behind the range, ends before it, or a page of the"
-            " source is poisoned"
+            "the file of the source or of the range is too short, or a page of the source is"
+            " poisoned"
         )

@@ -1,7 +1,7 @@
-"""The exceptions (layer L1), and `raise_errno`, the one way from an errno to one of them.
+"""The exceptions (layer L1), and `raise_errno`, which turns an errno into one of them.
 
-Each class is also the builtin that Python picks for the errno (PEP 3151), so that
-`except FileExistsError` keeps working; `errno` is set, the rest are attributes, and all pickle.
+Each class is also the builtin class that Python chooses for the errno (PEP 3151), so that
+`except FileExistsError` works. `errno` is set, further data are attributes, and all can be pickled.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from typing import Any, Literal, NoReturn, Self
 
 
 class UffdError(Exception):
-    """Root of everything pyuffd raises on purpose, apart from ValueError for bad arguments."""
+    """The base class of pyuffd's exceptions; bad arguments raise ValueError or TypeError."""
 
 
 class UffdOSError(UffdError, OSError):
-    """A system call failed.
+    """A system call failed; `errno` says why.
 
-    Attributes: `op`, the operation in the manual's words; `start` and `length`, the range in
-    bytes, or None; the data of the subclass; `hint`, what would make it work, or "".
+    Attributes:
+        op: The operation, such as "UFFDIO_COPY".
+        start: The address of its range, or None.
+        length: The length of its range in bytes, or None.
+        hint: The likely cause, or what would make it work; "" if that is unknown.
+        data: The further data of the error by name, which are attributes too.
     """
 
     op: str
@@ -81,11 +85,17 @@ def _rebuild(
 
 
 class UffdPermissionError(UffdOSError, PermissionError):
-    """EPERM or EACCES: opening, or EVENT_FORK without CAP_SYS_PTRACE; `hint` names the knob."""
+    """EPERM or EACCES, as from opening a userfaultfd without privilege; `hint` names a remedy."""
 
 
 class UnsupportedFeatureError(UffdOSError):
-    """This kernel does not have what was asked: `requested`, `supported`, `missing` as masks."""
+    """This kernel does not support what was requested.
+
+    Attributes:
+        requested: The requested bits.
+        supported: The bits that this kernel supports.
+        missing: The requested bits that it does not support.
+    """
 
     requested: int
     supported: int
@@ -97,28 +107,37 @@ class RangeBusyError(UffdOSError):
 
 
 class PageExistsError(UffdOSError, FileExistsError):
-    """EEXIST: the page is already there.  A waiter may still sleep: wake it, and it is done."""
+    """EEXIST: the page is already present. Threads may still wait for it: wake them."""
 
 
 class PartialResolveError(UffdOSError, BlockingIOError):
-    """EAGAIN: only `completed` bytes were done, or the layout is changing; retry the rest."""
+    """EAGAIN: a part was done, or the layout is changing; retry the rest.
+
+    Attributes:
+        completed: The number of bytes that were done.
+    """
 
     completed: int
 
 
 class LayoutChangedError(UffdOSError, FileNotFoundError):
-    """ENOENT: the range is gone, has moved, or is not registered for this."""
+    """ENOENT: the range is gone, has moved, or is not registered in the needed mode."""
 
 
 class ProcessGoneError(UffdOSError, ProcessLookupError):
-    """ESRCH (ENOSPC before Linux 4.13): the owner's address space is gone; drop the work."""
+    """ESRCH (ENOSPC before Linux 4.13): the process, or its address space, is gone."""
 
 
 class PagePoisonedError(UffdOSError):
-    """EHWPOISON: a page was touched whose content is lost; direct access to it raises SIGBUS.
+    """EHWPOISON: an access to a page whose content is lost; a direct access raises SIGBUS.
 
-    Attributes: `start` and `length`, the page; `address`, the byte that was touched; `offset`,
-    where the page is in its region, or None. What a handler knows of the reason is the cause.
+    If a handler knows why the content is lost, that is the exception's `__cause__`.
+
+    Attributes:
+        start: The address of the page.
+        length: The size of the page in bytes.
+        address: The address of the access.
+        offset: The offset of the page in its region in bytes, or None.
     """
 
     address: int
@@ -126,17 +145,22 @@ class PagePoisonedError(UffdOSError):
 
 
 class ClosedError(UffdError, ValueError):
-    """The object was closed, or belongs to the process this one was forked from."""
+    """The object is closed, or it belongs to the process from which this one was forked."""
 
 
 class HandlerError(UffdError, RuntimeError):
-    """A handler or its page source failed; `start` and `length` name the pages, if known."""
+    """A handler or its page source failed.
+
+    Attributes:
+        start: The address of the first page that failed, or None.
+        length: The length in bytes, or None.
+    """
 
     start: int | None
     length: int | None
 
     def __init__(self, text: str, start: int | None = None, length: int | None = None) -> None:
-        """Keep the range that could not be resolved beside the text."""
+        """Store the text and the range."""
         super().__init__(text, start, length)
         self.start = start
         self.length = length
@@ -161,10 +185,12 @@ HandoverReason = Literal[
 
 
 class HandoverError(UffdError):
-    """Handing a userfaultfd over failed; nothing that was received is left open.
+    """Handing over a userfaultfd failed; all descriptors that were received are closed.
 
-    Attributes: `reason`, what for, one word of `HandoverReason`; `pid` and `uid`, the peer as
-    the kernel names it, or None.
+    Attributes:
+        reason: The kind of failure, one of `HandoverReason`; `recv_uffd` describes them.
+        pid: The peer's pid, from the kernel, or None.
+        uid: The peer's effective user, from the kernel, or None.
     """
 
     reason: HandoverReason
@@ -174,7 +200,7 @@ class HandoverError(UffdError):
     def __init__(
         self, reason: HandoverReason, text: str, pid: int | None = None, uid: int | None = None
     ) -> None:
-        """Keep the reason and the peer beside the text."""
+        """Store the reason, the text and the peer."""
         super().__init__(reason, text, pid, uid)
         self.reason = reason
         self.pid = pid
@@ -186,7 +212,7 @@ class HandoverError(UffdError):
 
 
 class EventsBusyError(UffdError, RuntimeError):
-    """The events of this userfaultfd are another one's: a waiting task's, or a Handler's."""
+    """A waiting task or a Handler reads the events of this userfaultfd already."""
 
 
 _BY_ERRNO: dict[int, type[UffdOSError]] = {
@@ -209,7 +235,7 @@ def raise_errno(
     hint: str = "",
     **data: Any,
 ) -> NoReturn:
-    """Raise the exception that stands for `code`, a positive errno, of operation `op`."""
+    """Raise the exception for the positive errno `code` of operation `op`."""
     hint = hint or limit_met(code)
     cls = _BY_ERRNO.get(code, UffdOSError)
     if cls is PartialResolveError:
@@ -217,15 +243,15 @@ def raise_errno(
     raise cls(code, op, start, length, hint, **data)
 
 
-# errno: the limit, what it counts, the option of ulimit
+# errno: (the limit, what it counts, the option of ulimit)
 _LIMITS = {
-    errno.EMFILE: ("RLIMIT_NOFILE", "descriptors of one process", "-n"),
-    errno.EFBIG: ("RLIMIT_FSIZE", "bytes of a file, memfds too", "-f"),
+    errno.EMFILE: ("RLIMIT_NOFILE", "descriptors of a process", "-n"),
+    errno.EFBIG: ("RLIMIT_FSIZE", "bytes of a file or memfd", "-f"),
 }
 
 
 def limit_met(code: int) -> str:
-    """Return which limit a system call met, where the errno alone says that; else ""."""
+    """Return the limit that a system call met, if the errno alone tells it; else ""."""
     if code == errno.ENFILE:
         return "the system has as many open files as fs.file-max allows: raise it (sysctl)"
     if code not in _LIMITS:
@@ -233,10 +259,10 @@ def limit_met(code: int) -> str:
     name, what, option = _LIMITS[code]
     try:
         import resource
-    except (ImportError, OSError):  # for want of a descriptor, it may be
+    except (ImportError, OSError):  # perhaps for lack of a descriptor
         return f"{name} ({what}): raise it (`ulimit {option}`)"
     soft, hard = resource.getrlimit(getattr(resource, name))
-    # A file system has a limit of its own.
+    # No limit of the process: the file system's own was met.
     if soft == resource.RLIM_INFINITY:
         return ""
     both = " and its hard limit are" if soft == hard else " is"

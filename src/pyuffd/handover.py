@@ -1,10 +1,10 @@
-"""Hand a userfaultfd to another process over a UNIX socket, with the ranges it serves (layer L4).
+"""Hand a userfaultfd to another process over a UNIX socket, with its ranges (layer L4).
 
 `send_uffd` and `recv_uffd` move it; `listen_unix` and `connect_unix` make sockets that only this
-user can reach.  docs/handover.md has the message, byte by byte.
+user can connect to.  docs/handover.md describes the message, byte by byte.
 
-Whatever a peer sends is bounded before it is read and checked before it is used, and every
-descriptor that came with a message that is refused is closed.
+Data from a peer are bounded before they are read and checked before they are used.  If a message is
+refused, every descriptor that came with it is closed.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ __all__ = [
 ]
 
 # The message: magic, version, bytes per range, number of ranges, number of descriptors.
-MAGIC = b"pyuffd\x00\x1a"  # not text, and a NUL, so that no line-based protocol sends it
+MAGIC = b"pyuffd\x00\x1a"  # not text, so that no line-based protocol sends it
 VERSION = 1
 _HEADER = struct.Struct("<8sHHII")
-# start, length, page size, offset, which descriptor holds the memory (0: none), reserved.
+# start, length, page size, offset, number of the memory's descriptor (0: none), reserved.
 _RANGE = struct.Struct("<QQQQII")
 
-# A guest has tens of ranges, a process with every mapping registered some thousands.
+# A virtual machine has tens of ranges, a process that registers every mapping some thousands.
 MAX_REGIONS = 4096
-# The kernel takes at most 253 descriptors with one message (SCM_MAX_FD); one is the userfaultfd.
+# The kernel sends at most 253 descriptors with one message (SCM_MAX_FD); one is the userfaultfd.
 MAX_MEMORY_FDS = 252
-# A handover is a few system calls; a peer that needs longer is stuck, or not there to help.
+# A handover needs a few system calls; a peer that needs longer is stuck or hostile.
 TIMEOUT_S = 10.0
 PATH_LIMIT = 107  # sun_path, less its NUL
 FILE_LIMIT = 1 << 63  # off_t
@@ -69,11 +69,11 @@ class HandoverRange:
     Attributes:
         start: First address, in the owner's address space.
         length: Bytes, a multiple of `page_size`.
-        page_size: The unit of its faults.
-        offset: Where it begins in `fd`, or, without one, in whatever image owner and
+        page_size: The unit of its faults in bytes.
+        offset: Where it begins in `fd` in bytes or, without `fd`, in an image that owner and
             receiver agreed on.
-        fd: A descriptor of the memory behind it, owned by the `Handover`, or None.
-            `Region.file(fd, length, offset=offset)` maps the same memory here.
+        fd: A descriptor of its memory, owned by the `Handover`, or None.
+            `Region.file(fd, length, offset=offset)` maps the same memory in this process.
     """
 
     start: int
@@ -89,7 +89,7 @@ class HandoverRange:
         return self
 
     def __reduce__(self) -> tuple[type[Self], tuple[int, int, int, int]]:
-        """Refuse where there is a descriptor: its number means nothing in another process."""
+        """Raise TypeError with a descriptor, whose number has no meaning in another process."""
         if self.fd is not None:
             raise TypeError("a HandoverRange with a descriptor cannot be pickled: use send_uffd()")
         return type(self), (self.start, self.length, self.page_size, self.offset)
@@ -103,20 +103,21 @@ class HandoverRange:
 
 
 class Handover(SoleOwner):
-    """What `recv_uffd` got: a context manager that closes it all.
+    """The result of `recv_uffd`: a context manager that closes all its descriptors.
 
     Attributes:
-        uffd: The userfaultfd, adopted; it acts on the memory of its owner. `uffd.owner_pid` is the
-            process that sent it. Where that is a broker, which passes on what others have opened,
-            set it to the owner's, or to None.
-        regions: The ranges, in the order they were sent.
-        pid: The process that connected or made the socket pair, as the kernel noted it then: 0
-            if it is not visible from here. By now it may be another process's.
+        uffd: The adopted userfaultfd; it acts on the memory of its owner. `uffd.owner_pid` is the
+            process that sent it. If the sender is a broker, which passes on userfaultfds that
+            others opened, set `uffd.owner_pid` to the owner's pid or to None.
+        regions: The ranges, in the order in which they were sent.
+        pid: The process that connected or made the socket pair, as the kernel recorded it then; 0
+            if that process is in a PID namespace that is not visible from here. The pid may have
+            been reused since.
         uid: That process's effective user.
         gid: That process's effective group.
     """
 
-    _instead = "pass its parts on with send_uffd()"
+    _instead = "send its parts with send_uffd()"
 
     def __init__(
         self,
@@ -133,7 +134,8 @@ class Handover(SoleOwner):
     def close(self) -> None:
         """Close the userfaultfd and the memory descriptors.
 
-        The owner's threads that still wait go on with zero pages: resolve them before.
+        Threads of the owner that still wait continue with zero-filled pages, unless another
+        process has the userfaultfd open: resolve their faults first.
         """
         self.uffd.close()
         for descriptor in self._memory:
@@ -146,7 +148,7 @@ class Handover(SoleOwner):
         self.close()
 
     def __del__(self) -> None:
-        # The userfaultfd may have been taken out; it warns for itself.
+        # The userfaultfd may be in use elsewhere, and warns on its own.
         if hasattr(self, "gid") and any(descriptor.is_open for descriptor in self._memory):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             for descriptor in self._memory:
@@ -168,29 +170,30 @@ def send_uffd(
     allow_uids: Iterable[int] | None = None,
     timeout_s: float | None = TIMEOUT_S,
 ) -> None:
-    """Send a userfaultfd and the ranges it serves; `uffd` stays open here, and the caller's.
+    """Send a userfaultfd and its ranges; `uffd` stays open, and stays the caller's.
 
-    Register first. Whoever has the descriptor decides what the missing pages hold. While this
-    process keeps its own copy, the receiver's death leaves threads waiting; once it is closed,
-    that death gives them zero pages.
+    Register the ranges first. A process that has the descriptor decides what the missing pages
+    hold. If the receiver dies while this process has the userfaultfd open, threads that fault wait;
+    if this process has closed it, they continue with zero-filled pages.
 
     Args:
         sock: A connected UNIX stream socket.
         uffd: The userfaultfd of this process's memory.
-        regions: `Region`s, or anything with `start` and `length`; `page_size` and `offset` are
-            sent where there are any.
+        regions: `Region`s, or anything with `start` and `length`. Their `page_size` and `offset`
+            are sent if they have them.
         memory: Send the `fd` of each region that has one, so that the receiver can map it too.
-        allow_uids: Users that may have it; by default the own effective one, and root.
-        timeout_s: How long a peer that does not read is waited for, in all; None for ever.
+        allow_uids: Users that may receive it; by default this process's effective user, and root.
+        timeout_s: How long to wait in all for a peer that does not read, in seconds; None for no
+            limit.
 
     Raises:
         ValueError: overlapping, unaligned or too many ranges, or not such a socket.
         ClosedError: the userfaultfd is closed.
-        HandoverError: "refused" - another user, nothing was sent; "closed" or "timeout" - the
-            connection is of no use any more.
+        HandoverError: "refused" - the peer is another user, and nothing was sent; "closed" or
+            "timeout" - the connection can no longer be used.
 
     Kernel: sendmsg(2) with SCM_RIGHTS and SCM_CREDENTIALS; SO_PEERCRED of unix(7).
-    GIL: released.  Threads: safe, one call per socket.  Blocks: until it is written.
+    GIL: released.  Threads: safe, one call per socket.  Blocks: until the message is written.
     """
     ranges, fds = _described(regions, memory)
     message = bytearray(_HEADER.pack(MAGIC, VERSION, _RANGE.size, len(ranges), 1 + len(fds)))
@@ -205,7 +208,7 @@ def send_uffd(
         try:
             sent = peer.sendmsg(left, [_own_credentials(), *control])
         except OSError as error:
-            # In a user namespace without an id for us: the receiver asks SO_PEERCRED.
+            # This user namespace has no id for us; the receiver then asks SO_PEERCRED.
             if error.errno not in (errno.EINVAL, errno.EPERM):
                 raise
             sent = peer.sendmsg(left, control)
@@ -223,26 +226,28 @@ def recv_uffd(
 ) -> Handover:
     """Receive what `send_uffd` sent, check all of it, and adopt the userfaultfd.
 
-    Reads not one byte beyond the message. After an error the connection is of no use any more.
-    The process that sent the message is taken for the owner of the memory (`uffd.owner_pid`).
+    It reads no byte beyond the message. After an error the connection can no longer be used. The
+    process that sent the message is assumed to own the memory (`uffd.owner_pid`).
 
     Args:
         sock: A connected UNIX stream socket.
-        allow_uids: Users whose userfaultfd is taken; by default the own effective one, and root.
-        max_regions: The most ranges to take; more are refused before they are read.
-        timeout_s: How long to wait, in all, however slowly the peer writes; None for ever.
+        allow_uids: Users that may send; by default this process's effective user, and root.
+        max_regions: The largest number of ranges to accept; more are refused before they are read.
+        timeout_s: How long to wait in all, however slowly the peer writes, in seconds; None for no
+            limit.
 
     Raises:
         ValueError: not such a socket, or a bad argument.
-        HandoverError: `reason` says which. "refused" - another user, nothing was read; "closed" -
-            the peer went away; "timeout"; "format", "version" - not a message of ours; "too-large"
-            - more ranges than `max_regions`; "truncated" - descriptors were lost, by too many
-            being sent or by this process's RLIMIT_NOFILE; "descriptors" - none, too many, or not
-            where they belong; "not-a-userfaultfd"; "ranges" - unaligned, overlapping, out of
-            bounds; "memory" - not memory, or too short. Every received descriptor is closed.
+        HandoverError: `reason` is one of: "refused" - the peer is another user, and nothing was
+            read; "closed" - the peer closed the connection; "timeout"; "format", "version" - not a
+            message of this library or version; "too-large" - more ranges than `max_regions`;
+            "truncated" - descriptors were lost, because too many were sent or because of this
+            process's RLIMIT_NOFILE; "descriptors" - none, too many, or some that no range uses;
+            "not-a-userfaultfd"; "ranges" - unaligned, overlapping or out of bounds; "memory" - not
+            memory, or too short. Every received descriptor is closed.
 
     Kernel: recvmsg(2) with SCM_RIGHTS and SCM_CREDENTIALS; SO_PEERCRED of unix(7).
-    GIL: released.  Threads: safe, one call per socket.  Blocks: until it is there.
+    GIL: released.  Threads: safe, one call per socket.  Blocks: until the message has been read.
 
     Example:
         >>> import os, socket
@@ -262,13 +267,14 @@ def recv_uffd(
         header = peer.receive(_HEADER.size, received)
         magic, version, range_size, count, fd_count = _HEADER.unpack(header)
         if magic != MAGIC:
-            raise _Refusal("format", f"not a handover: it begins with {header[:8]!r}")
+            raise _Refusal("format", f"not a handover message: it begins with {header[:8]!r}")
         if (version, range_size) != (VERSION, _RANGE.size):
             raise _Refusal(
-                "version", f"version {version}, {range_size} bytes per range: unknown here"
+                "version",
+                f"version {version} with {range_size} bytes per range is not supported",
             )
         if count > max_regions:
-            raise _Refusal("too-large", f"{count} ranges, and {max_regions} are taken")
+            raise _Refusal("too-large", f"{count} ranges, more than the {max_regions} allowed")
         if not 1 <= fd_count <= 1 + MAX_MEMORY_FDS:
             raise _Refusal("descriptors", f"{fd_count} descriptors announced")
         if len(received) != fd_count:
@@ -286,7 +292,7 @@ def recv_uffd(
 
 
 def _described(regions: Iterable[RangeLike], memory: bool) -> tuple[list[HandoverRange], list[int]]:
-    """Return the ranges of some regions, and the distinct descriptors behind them."""
+    """Return the ranges of some regions, and the distinct descriptors of their memory."""
     ranges = []
     for region in regions:
         fd = getattr(region, "fd", None) if memory else None
@@ -297,24 +303,26 @@ def _described(regions: Iterable[RangeLike], memory: bool) -> tuple[list[Handove
     _check_ranges(ranges)
     fds = list(dict.fromkeys(each.fd for each in ranges if each.fd is not None))
     if len(fds) > MAX_MEMORY_FDS:
-        raise ValueError(f"{len(fds)} memory descriptors; one message takes {MAX_MEMORY_FDS}")
+        raise ValueError(
+            f"{len(fds)} memory descriptors; one message can have at most {MAX_MEMORY_FDS}"
+        )
     return ranges, fds
 
 
 def _parsed(body: bytes, memory_fds: Sequence[int]) -> tuple[HandoverRange, ...]:
-    """Turn the body of a message into ranges that can be used as they are."""
+    """Return the ranges of a message's body, checked."""
     ranges = []
     unused = set(memory_fds)
     for start, length, page_size, offset, which, reserved in _RANGE.iter_unpack(body):
         if reserved:
             raise _Refusal("format", f"reserved bits {reserved:#x} are set")
         if which > len(memory_fds):
-            raise _Refusal("descriptors", f"a range in descriptor {which} of {len(memory_fds)}")
+            raise _Refusal("descriptors", f"a range names descriptor {which} of {len(memory_fds)}")
         fd = memory_fds[which - 1] if which else None
         unused.discard(-1 if fd is None else fd)
         ranges.append(HandoverRange(start, length, page_size, offset, fd))
     if unused:
-        raise _Refusal("descriptors", f"{len(unused)} descriptors that no range uses")
+        raise _Refusal("descriptors", f"no range uses {len(unused)} of the descriptors")
     try:
         _check_ranges(ranges)
     except ValueError as error:
@@ -341,9 +349,9 @@ def _check_ranges(ranges: Sequence[HandoverRange]) -> None:
 def _check_memory(each: HandoverRange, fd: int) -> None:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
-        raise _Refusal("memory", f"the descriptor for {each!r} is no memory")
+        raise _Refusal("memory", f"the descriptor of {each!r} is not memory")
     if each.offset + each.length > status.st_size:
-        raise _Refusal("memory", f"{each!r} ends behind its memory of {status.st_size:#x} bytes")
+        raise _Refusal("memory", f"{each!r} ends after its memory of {status.st_size:#x} bytes")
 
 
 def _adopted(received: Received) -> Userfaultfd:
@@ -360,15 +368,15 @@ def _own_credentials() -> tuple[int, int, bytes]:
 
 
 class _Refusal(Exception):
-    # Raised where the peer is not known; `_Peer.errors` makes it a HandoverError.
+    # Raised where the peer is unknown; `_Peer.errors` turns it into a HandoverError.
     def __init__(self, reason: HandoverReason, text: str) -> None:
         super().__init__(reason, text)
         self.reason, self.text = reason, text
 
 
 class _Peer:
-    # A checked connection with one deadline for all that is done on it. What a message means is
-    # not known here, so that another program's handshake can use it too.
+    # A checked connection with one deadline for all calls. It does not know the format of a
+    # message, so that another program's handshake can use it too.
     def __init__(
         self, sock: socket.socket, allow_uids: Iterable[int] | None, timeout_s: float | None
     ) -> None:
@@ -383,7 +391,7 @@ class _Peer:
         if uid == -1:
             raise ValueError(f"{sock!r} is not connected")
         if self.credentials[1] not in allowed:
-            text = f"user {self.credentials[1]} is none of {sorted(allowed)}"
+            text = f"user {self.credentials[1]} is not one of {sorted(allowed)}"
             raise self._error("refused", text)
 
     def _error(self, reason: HandoverReason, text: str) -> HandoverError:
@@ -405,7 +413,7 @@ class _Peer:
 
     @contextmanager
     def names_sender(self) -> Iterator[None]:
-        """Have the kernel name who sent what is received meanwhile."""
+        """Let the kernel attach the sender's credentials to what is received meanwhile."""
         was = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         try:
@@ -414,11 +422,11 @@ class _Peer:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, was)
 
     def sender_pid(self, received: Received) -> int | None:
-        """Return the process that sent the message, or None where it cannot be told."""
+        """Return the pid of the process that sent the message, or None if it is unknown."""
         if received.sender:
             return received.sender
-        # Credentials that were not sent are 0, and so are those of a PID namespace that is hidden
-        # from here. The peer of a pair that this process made is this process, whoever sends.
+        # The pid is 0 without credentials, or from a PID namespace that is hidden from here. Of a
+        # socket pair that this process made, SO_PEERCRED names this process, whoever sends.
         pid = self.credentials[0]
         return pid if pid not in (0, os.getpid()) else None
 
@@ -443,23 +451,25 @@ class _Peer:
             if received.is_truncated:
                 raise _Refusal(
                     "truncated",
-                    "descriptors were lost on the way: more than a handover has, or more than"
+                    "descriptors were lost: there were more than a handover can have, or more than"
                     " this process may open (RLIMIT_NOFILE)",
                 )
             if not count:
-                raise _Refusal("closed", f"the peer closed after {done} of {length} bytes")
+                raise _Refusal(
+                    "closed", f"the peer closed the connection after {done} of {length} bytes"
+                )
             done += count
         return bytes(data)
 
 
 class UnixListener(SoleOwner):
-    """A listening UNIX socket of this user's, made by `listen_unix`.
+    """A listening UNIX socket that only this user can connect to, made by `listen_unix`.
 
     Attributes:
-        path: Where it is; removed by close(), if it is still this socket's.
+        path: The path of its file. close() removes the file if it is still this socket's.
     """
 
-    _instead = "connect_unix(path) reaches it from anywhere"
+    _instead = "any process of this user can connect with connect_unix(path)"
 
     def __init__(self, sock: socket.socket, path: str) -> None:
         self._sock = sock
@@ -477,14 +487,14 @@ class UnixListener(SoleOwner):
         """Return the next connection, a blocking stream socket.
 
         Raises:
-            HandoverError: "timeout" - nobody connected in time.
+            HandoverError: "timeout" - no process connected in time.
             ClosedError: the listener is closed.
         """
         deadline = _deadline(timeout_s)
         while True:
             if not _wait(self.fileno(), select.POLLIN, deadline):
-                raise HandoverError("timeout", f"nobody connected to {self.path} in time")
-            # Somebody else who shares the listener may be faster.
+                raise HandoverError("timeout", f"no process connected to {self.path} in time")
+            # Another process that shares the listener may be faster.
             with suppress(BlockingIOError):
                 connection, _ = self._sock.accept()
                 connection.setblocking(True)
@@ -506,11 +516,11 @@ class UnixListener(SoleOwner):
         except OSError:
             self._sock.close()
             raise
-        self._sock.close()  # last: what was interrupted before is done by the next close()
+        self._sock.close()  # last: after an interruption the next close() does the rest
 
     def _unlink(self) -> None:
         if self._identity is None and self._sock.getsockname() == self.path:
-            self._identity = _identity(self.path)  # interrupted when it had just been bound
+            self._identity = _identity(self.path)  # `_listen` was interrupted after bind(2)
         if (
             self._pid == os.getpid()
             and self._identity is not None
@@ -536,17 +546,17 @@ class UnixListener(SoleOwner):
 
 
 def listen_unix(path: str | os.PathLike[str], *, backlog: int = BACKLOG) -> UnixListener:
-    """Listen at `path` with a socket that nobody but this user can connect to.
+    """Listen at `path` with a socket that only this user (and root) can connect to.
 
-    Its file has mode 0600 from its first instant, whatever the umask, which is not changed.
+    The file has mode 0600 from its creation, whatever the umask is; the umask is not changed.
 
     Args:
-        path: At most 107 bytes; nothing may be there yet.
+        path: At most 107 bytes; it must not exist yet.
         backlog: How many connections may wait to be accepted.
 
     Raises:
         ValueError: a path that is empty, too long or abstract.
-        OSError: EADDRINUSE - something is there; or the directory's errno.
+        OSError: EADDRINUSE - the path exists; or an errno of the directory.
 
     Kernel: bind(2) gives the file the mode of the socket's own inode, less the umask.
     """
@@ -567,20 +577,20 @@ def connect_unix(
     """Connect to a listener and return the blocking stream socket.
 
     Args:
-        path: Where it listens; at most 107 bytes.
-        timeout_s: How long to wait while its queue is full; None for ever.
+        path: The listener's path; at most 107 bytes.
+        timeout_s: How long to wait while its queue is full, in seconds; None for no limit.
 
     Raises:
         ValueError: a path that is empty, too long or abstract.
-        HandoverError: "timeout" - its queue is full and stays so.
-        OSError: ENOENT - nothing is there; ECONNREFUSED - nobody listens; EACCES - another
-            user's.
+        HandoverError: "timeout" - its queue stays full.
+        OSError: ENOENT - the path does not exist; ECONNREFUSED - no process listens; EACCES - it
+            belongs to another user.
     """
     name = _checked_path(path)
     _deadline(timeout_s)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # A non-blocking connect to a full queue fails at once, and nothing tells when to try again.
+        # Blocking, as a non-blocking connect to a full queue fails at once and cannot be polled.
         seconds = 0.0 if timeout_s is None else max(timeout_s, 1e-6)
         limit = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -599,9 +609,11 @@ def _checked_path(path: str | os.PathLike[str]) -> str:
     name = os.fspath(path)
     size = len(os.fsencode(name))
     if not 1 <= size <= PATH_LIMIT:
-        raise ValueError(f"a socket's path has 1 to {PATH_LIMIT} bytes, this has {size}: {name!r}")
+        raise ValueError(
+            f"a socket's path must have 1 to {PATH_LIMIT} bytes, but {name!r} has {size}"
+        )
     if "\0" in name:
-        raise ValueError(f"{name!r} is abstract: no permissions keep others from it")
+        raise ValueError(f"{name!r} is abstract, without permissions that keep other users out")
     return name
 
 

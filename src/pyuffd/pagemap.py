@@ -1,8 +1,8 @@
 """Page tables from user space: /proc/PID/pagemap and PAGEMAP_SCAN (layer L2).
 
-Results stay packed, as the kernel wrote them: no Python object per page or range is made before
-one is asked for.  Nothing here touches the memory it asks about, so nothing here can fault there.
-Where the content of a page is that no page table shows is `pyuffd._residency`'s business.
+Results stay packed, as the kernel wrote them: a Python object for a page or range is made only when
+it is asked for.  Nothing here touches the memory in question, so nothing here faults there.  For
+pages that no page table shows, `pyuffd._residency` tells where their content is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WORDS = 3
 
 
 class PageRange(NamedTuple):
-    """Pages [start, end); `categories` are those of `return_mask` that all of them share."""
+    """The pages [start, end); `categories` are the ones of `return_mask` that all of them have."""
 
     start: int
     end: int
@@ -43,8 +43,8 @@ class PageRange(NamedTuple):
 class PageRanges:
     """Ranges of pages in ascending order, packed as 64-bit (start, end, categories) triples.
 
-    Iterating and indexing make a `PageRange` at a time; a slice shares the memory.  numpy takes
-    the object as it is, as a read-only array of shape (len, 3): `numpy.asarray(ranges)`.
+    Iterating and indexing make one `PageRange` at a time.  `numpy.asarray(ranges)` is a read-only
+    array of shape (len, 3) and dtype uint64 of the same memory.
     """
 
     __slots__ = ("_view",)
@@ -84,7 +84,7 @@ class PageRanges:
 
     @property
     def bytes(self) -> int:
-        """The sum of their sizes."""
+        """The sum of their sizes in bytes."""
         return lowlevel.pagemap_bytes(self._view)
 
     def pages(self, page_size: int = PAGE_SIZE) -> int:
@@ -96,7 +96,7 @@ class PageRanges:
         return self._view
 
     def __buffer__(self, flags: int) -> builtins.memoryview:
-        """Rows of three numbers: from Python 3.12 on numpy asks here first, unless it fails."""
+        """Return rows of three numbers; from Python 3.12 on numpy calls this first."""
         if not len(self):
             raise BufferError("a buffer of no rows cannot have the shape of rows")
         return self._view.cast("B").cast("Q", shape=(len(self), _WORDS))
@@ -118,8 +118,9 @@ def _ranges_from_bytes(packed: bytes) -> PageRanges:
 class PageEntries:
     """The pagemap entries of a range, packed: one 64-bit number for each 4 KiB.
 
-    A huge page has one entry for each 4 KiB of it too.  Indexing gives the raw number; `at` the
-    known bits of an address.  numpy takes the object as it is, without a copy.
+    A huge page also has one entry for each 4 KiB.  Indexing returns the raw number; `at` returns
+    the known bits for an address.  `numpy.asarray(entries)` is a read-only array of shape (len,)
+    and dtype uint64 of the same memory.
     """
 
     __slots__ = ("_start", "_view")
@@ -135,7 +136,7 @@ class PageEntries:
 
     @property
     def length(self) -> int:
-        """The bytes of address space they describe."""
+        """The bytes of address space that they describe."""
         return len(self._view) * PAGE_SIZE
 
     def __len__(self) -> int:
@@ -173,7 +174,7 @@ class PageEntries:
     def where(self, bits: PageBit, *, clear: PageBit = PageBit(0)) -> PageRanges:  # noqa: B008
         """Return the runs of pages that have all of `bits` and none of `clear`.
 
-        Their `categories` are 0: those are PAGEMAP_SCAN's.
+        Their `categories` are 0, as only PAGEMAP_SCAN has categories.
 
         GIL: released.
         """
@@ -196,7 +197,7 @@ _KNOWN_BITS = sum(PageBit)
 
 
 def _condition(bits: int, clear: int) -> tuple[int, int]:
-    """Return (mask, value) that an entry with all of `bits` and none of `clear` has."""
+    """Return (mask, value): entry & mask == value if it has all of `bits` and none of `clear`."""
     if bits & clear:
         raise ValueError(f"bits {bits & clear:#x} cannot be both set and clear")
     return int(bits) | int(clear), int(bits)
@@ -208,10 +209,12 @@ def _entries_from_bytes(start: int, packed: bytes) -> PageEntries:
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """What `Pagemap.scan` found.
+    """The result of `Pagemap.scan`.
 
-    `walk_end` is where it stopped: the end of the range, or, when `vec_len` or `max_pages` was
-    reached before, the address to scan on from.
+    Attributes:
+        ranges: The matching pages.
+        walk_end: Where the walk ended: the end of the range or, if `vec_len` or `max_pages` was
+            reached before, the address from which to continue.
     """
 
     ranges: PageRanges
@@ -224,16 +227,17 @@ class ScanResult:
 class Pagemap(Closing):
     """Open /proc/PID/pagemap: the page table of this process, or of another one.
 
-    It belongs to the address space that the process has now: after its exit or execve(2),
-    everything raises ProcessGoneError.  That of this process means nothing in a forked child,
-    where it raises ClosedError; open another there.
+    It belongs to the address space that the process has when it is opened. After the process's exit
+    or execve(2), calls raise ProcessGoneError. A Pagemap of this process raises ClosedError in a
+    forked child, which must open another one.
 
     Args:
-        pid: Process to look at; None for this one. Another user's needs CAP_SYS_PTRACE.
+        pid: The process; None for this one. Another user's process needs CAP_SYS_PTRACE.
 
     Raises:
+        ValueError: a `pid` below 1.
         ProcessGoneError: ESRCH - there is no such process.
-        UffdPermissionError: EACCES - no permission to ptrace it.
+        UffdPermissionError: EACCES - no permission to ptrace the process.
 
     Threads: safe, except for `close` while another thread is inside a call.
 
@@ -250,7 +254,7 @@ class Pagemap(Closing):
 
     def __init__(self, pid: int | None = None) -> None:
         if pid is not None and pid <= 0:
-            raise ValueError(f"pid {pid} is not that of a process")
+            raise ValueError(f"pid {pid} is not a process")
         self._pid = pid
         self._owner = os.getpid()
         path = f"/proc/{'self' if pid is None else pid}/pagemap"
@@ -270,7 +274,7 @@ class Pagemap(Closing):
 
     @property
     def pid(self) -> int:
-        """The process it was opened for."""
+        """The process for which it was opened."""
         return self._owner if self._pid is None else self._pid
 
     @property
@@ -282,13 +286,15 @@ class Pagemap(Closing):
         """Return the file descriptor, which stays this object's.
 
         Raises:
-            ClosedError: it was closed, or is that of the process this one was forked from.
+            ClosedError: it was closed, or it is the Pagemap of the process that forked this one.
         """
         fd = self._descriptor.number
         if fd < 0:
-            raise ClosedError("Pagemap is closed")
+            raise ClosedError("this pagemap is closed")
         if self._pid is None and self._owner != os.getpid():
-            raise ClosedError(f"Pagemap is that of process {self._owner}, which forked this one")
+            raise ClosedError(
+                f"this pagemap belongs to process {self._owner}, not to its fork {os.getpid()}"
+            )
         return fd
 
     def close(self) -> None:
@@ -312,11 +318,11 @@ class Pagemap(Closing):
             length: Bytes, a multiple of 4 KiB; with an address only.
 
         Returns:
-            One entry for each 4 KiB, also where nothing is mapped (0).
+            One entry for each 4 KiB; 0 where nothing is mapped.
 
         Raises:
             ProcessGoneError: ESRCH - the address space is gone.
-            UffdOSError: EFAULT - the range leaves the address space.
+            UffdOSError: EFAULT - the range extends beyond the address space.
             ClosedError: as for `fileno`.
 
         Kernel: frame numbers (bits 0-54) are 0 without CAP_SYS_ADMIN.
@@ -339,7 +345,7 @@ class Pagemap(Closing):
         vec_len: int | None = None,
         flags: ScanFlag = ScanFlag(0),  # noqa: B008
     ) -> ScanResult:
-        """PAGEMAP_SCAN of a range, repeated until the whole of it is walked.
+        """PAGEMAP_SCAN of a range, repeated until the whole range is walked.
 
         A page matches if, after the categories in `category_inverted` are flipped, it has all of
         `category_mask` and, unless that is 0, at least one of `category_anyof_mask`.
@@ -347,47 +353,47 @@ class Pagemap(Closing):
         Args:
             range_or_start: A range object, or an address; a multiple of 4 KiB.
             length: Bytes, a multiple of 4 KiB; with an address only.
-            category_mask: All of these.
-            category_anyof_mask: And any of these.
+            category_mask: A page must have all of these.
+            category_anyof_mask: And at least one of these.
             category_inverted: Flip these first.
-            return_mask: Categories to report and to tell ranges apart by; None for those of
+            return_mask: Categories to report; a range ends where they change. None for those of
                 the two masks.
-            max_pages: Stop after this many matching pages; 0 for no limit.
-            vec_len: Stop after this many ranges, to bound the memory of the result; None for no
-                limit; 0 to report none, when only WP_MATCHING matters.
-            flags: WP_MATCHING write-protects what matched, in the same step as it is reported;
-                CHECK_WPASYNC refuses memory not registered WP with Feature.WP_ASYNC.
+            max_pages: Stop after this many matching pages of 4 KiB; 0 for no limit.
+            vec_len: Stop after this many ranges, to bound the memory of the result. None for no
+                limit; 0 reports none, for a scan that only write-protects (WP_MATCHING).
+            flags: WP_MATCHING write-protects the matching pages in the same step that reports them.
+                CHECK_WPASYNC refuses memory that is not registered for WP with Feature.WP_ASYNC.
 
         Returns:
-            The matching pages and where the walk ended.
+            The matching pages, and where the walk ended.
 
         Raises:
             UnsupportedFeatureError: ENOTTY - no PAGEMAP_SCAN; EINVAL - an unknown category or
                 flag, see `missing`.
             UffdPermissionError: EPERM - CHECK_WPASYNC met memory that is not WP_ASYNC.
             ProcessGoneError: ESRCH - the address space is gone.
-            UffdOSError: EFAULT - the range leaves the address space; ENOSPC - WP_MATCHING and a
-                max_pages less than the hugetlb page that comes first.
-            Each carries `partial`, the ScanResult up to the error: with WP_MATCHING those
-            pages are protected again and will not be reported a second time.
+            UffdOSError: EFAULT - the range extends beyond the address space; ENOSPC - WP_MATCHING
+                with a `max_pages` smaller than the first matching hugetlb page.
+            Each of these has `partial`, the ScanResult up to the error. With WP_MATCHING its pages
+            are protected again, so another scan does not report them.
 
-        Kernel: Linux 6.7. WRITTEN is the absence of write-protection: memory that was never
-            protected counts as written, and so does a hole without a marker, unless its whole
-            page table is missing. On hugetlb it is reported for pages that are present only.
+        Kernel: Linux 6.7. WRITTEN means that a page is not write-protected. Memory that was never
+            protected therefore counts as written, and so does a hole without a marker, unless its
+            whole page table is missing. On hugetlb memory only present pages can be WRITTEN.
         GIL: released.
         Blocks: no.
         """
         start, length = _checked(range_or_start, length)
-        # Plain numbers from here on: IntFlag arithmetic takes as long as a small scan.
+        # Plain numbers from here on: IntFlag arithmetic is as slow as a small scan.
         wanted, anyof = int(category_mask), int(category_anyof_mask)
         inverted, flag_bits = int(category_inverted), int(flags)
         reported = wanted | anyof if return_mask is None else int(return_mask)
         limit = MASK_LIMIT - 1 if vec_len is None else vec_len
         for value in (wanted, anyof, inverted, reported, flag_bits, limit, max_pages):
             if not 0 <= value < MASK_LIMIT:
-                raise ValueError(f"{value:#x} is not a number of 64 bits")
+                raise ValueError(f"{value:#x} is not an unsigned 64-bit number")
         if max_pages and not limit:
-            raise ValueError(f"max_pages {max_pages:#x} counts nothing with vec_len 0")
+            raise ValueError(f"max_pages {max_pages:#x} has no effect with vec_len 0")
         fd = self.fileno()
         packed, walk_end, code = lowlevel.pagemap_scan_all(
             fd,
@@ -415,7 +421,7 @@ class Pagemap(Closing):
         return result
 
     def scan_support(self) -> tuple[PageCategory, ScanFlag]:
-        """Return the categories and flags this kernel's PAGEMAP_SCAN takes; none without it.
+        """Return the categories and flags that PAGEMAP_SCAN supports here; none without it.
 
         GIL: released.
         """
@@ -458,11 +464,11 @@ class Pagemap(Closing):
                     partial=partial,
                 )
         elif code == errno.ENOSPC:
-            hint = "max_pages is less than one hugetlb page, which is protected whole or not at all"
+            hint = "max_pages is smaller than a hugetlb page, which is only protected as a whole"
         elif code == errno.EPERM:
             hint = (
-                "CHECK_WPASYNC met memory that is not registered for RegisterMode.WP with a"
-                f" userfaultfd of Feature.WP_ASYNC, at {partial.walk_end:#x} or behind"
+                "CHECK_WPASYNC met memory that is not registered for RegisterMode.WP with"
+                f" Feature.WP_ASYNC, at {partial.walk_end:#x} or after it"
             )
         raise_errno("PAGEMAP_SCAN", code, start, length, hint=hint, partial=partial)
 

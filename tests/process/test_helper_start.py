@@ -236,7 +236,7 @@ def fails(match: str) -> str:
 def in_a_new_pid_namespace() -> None:
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWPID):
         pytest.skip("unshare(CLONE_NEWPID) needs CAP_SYS_ADMIN")
-    fails(r"another pid namespace \(unshare\(CLONE_NEWPID\)\)")
+    fails(r"another PID namespace \(unshare\(CLONE_NEWPID\)\)")
 
 
 def test_in_a_new_pid_namespace() -> None:

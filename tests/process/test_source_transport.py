@@ -152,7 +152,7 @@ def test_how_the_program_was_started(how: How, cloudpickle: bool, tmp_path: Path
     assert (done.stdout, done.returncode) == ("", 1)
     last = done.stderr.splitlines()[-1]
     assert "Install cloudpickle" in last
-    assert "is no file" in last
+    assert "is not a file" in last
 
 
 # The main module without a guard
