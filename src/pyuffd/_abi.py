@@ -1,7 +1,7 @@
 """Flags, enums and event classes in the manual pages' words (layer L1).
 
 The numbers come from the compiled shim, which keeps its own copy of the kernel's; nothing here
-calls the kernel.  Bits that this version has no name for are kept, printed and passed on.
+calls the kernel.  Bits without a name in this version are kept, printed and passed on.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ MESSAGE_SIZE = 32
 
 
 class Feature(Flag):
-    """Feature bits of UFFDIO_API(2const): asked for with `Userfaultfd(features=...)`.
+    """Feature bits of UFFDIO_API(2const): requested with `Userfaultfd(features=...)`.
 
     Attributes:
-        PAGEFAULT_FLAG_WP: Write-protect faults exist (RegisterMode.WP). Linux delivers them whether
-            this bit is asked for or not.
-        EVENT_FORK: A fork is announced (`Fork`), and the child's memory comes with a userfaultfd
-            of its own. Needs CAP_SYS_PTRACE.
-        EVENT_REMAP: mremap(2) is announced (`Remap`), and what it moved stays registered.
-        EVENT_REMOVE: Dropped pages (MADV_DONTNEED, MADV_REMOVE) are announced (`Remove`).
+        PAGEFAULT_FLAG_WP: Write-protect faults are supported (RegisterMode.WP). Linux delivers them
+            even if this bit is not requested.
+        EVENT_FORK: A fork sends an event (`Fork`) with a userfaultfd for the child's memory. Needs
+            CAP_SYS_PTRACE.
+        EVENT_REMAP: mremap(2) sends an event (`Remap`), and the memory stays registered at its new
+            place.
+        EVENT_REMOVE: Dropping pages (MADV_DONTNEED, MADV_REMOVE) sends an event (`Remove`).
         MISSING_HUGETLBFS: Hugetlb memory can be registered for missing faults.
         MISSING_SHMEM: Shared memory can be registered for missing faults.
-        EVENT_UNMAP: munmap(2) is announced (`Unmap`).
-        SIGBUS: A fault raises SIGBUS in the thread that touched the page, and sends no message.
-        THREAD_ID: Page-fault events say which thread waits (`Pagefault.thread_id`).
+        EVENT_UNMAP: munmap(2) sends an event (`Unmap`).
+        SIGBUS: A fault raises SIGBUS in the faulting thread and sends no message.
+        THREAD_ID: Page-fault events name the faulting thread (`Pagefault.thread_id`).
         MINOR_HUGETLBFS: Hugetlb memory can be registered for minor faults.
         MINOR_SHMEM: Shared memory can be registered for minor faults.
-        EXACT_ADDRESS: Page-fault events give the address touched instead of that of its page.
-        WP_HUGETLBFS_SHMEM: Shared memory and hugetlb can be write-protected.
+        EXACT_ADDRESS: Page-fault events have the faulting address instead of that of its page.
+        WP_HUGETLBFS_SHMEM: Shared memory and hugetlb memory can be write-protected.
         WP_UNPOPULATED: Missing anonymous pages can be write-protected too.
-        POISON: UFFDIO_POISON exists: pages that raise SIGBUS when they are touched.
+        POISON: UFFDIO_POISON is supported, which marks pages so that an access raises SIGBUS.
         WP_ASYNC: The kernel lifts write protection itself and sends no message; PAGEMAP_SCAN
             tells which pages were written (PageCategory.WRITTEN).
-        MOVE: UFFDIO_MOVE exists: anonymous pages are filled by moving others there.
-        RWP: Pages can be protected against reads as well (RegisterMode.RWP; Linux 7.3).
+        MOVE: UFFDIO_MOVE is supported, which fills anonymous pages by moving other pages.
+        RWP: Pages can be protected against reads too (RegisterMode.RWP; Linux 7.3).
         RWP_ASYNC: The kernel lifts that protection itself and sends no message (Linux 7.3).
     """
 
@@ -73,10 +74,10 @@ class RegisterMode(Flag):
     """Modes of UFFDIO_REGISTER(2const): which faults of a range are delivered.
 
     Attributes:
-        MISSING: Accesses to pages that are not there.
+        MISSING: Accesses to missing pages.
         WP: Writes to pages that were write-protected with UFFDIO_WRITEPROTECT.
-        MINOR: Accesses to pages that the page cache holds and this mapping does not map yet;
-            shared memory and hugetlb only.
+        MINOR: Accesses to pages that the page cache holds but this mapping does not map yet;
+            shared memory and hugetlb memory only.
         RWP: Accesses of any kind to pages protected with UFFDIO_RWPROTECT (Linux 7.3).
     """
 
@@ -109,7 +110,7 @@ class ZeropageMode(Flag):
 
 
 class WriteprotectMode(Flag):
-    """Modes of UFFDIO_WRITEPROTECT(2const); without WP the protection is taken off.
+    """Modes of UFFDIO_WRITEPROTECT(2const); without WP the protection is removed.
 
     Attributes:
         WP: Protect the pages.
@@ -155,7 +156,7 @@ class MoveMode(Flag):
 
 
 class RwprotectMode(Flag):
-    """Modes of UFFDIO_RWPROTECT (Linux 7.3); without RWP the protection is taken off.
+    """Modes of UFFDIO_RWPROTECT (Linux 7.3); without RWP the protection is removed.
 
     Attributes:
         RWP: Protect the pages against reads and writes.
@@ -175,13 +176,13 @@ class Ioctl(Flag):
         WAKE: `Userfaultfd.wake`.
         COPY: `Userfaultfd.copy`.
         ZEROPAGE: `Userfaultfd.zeropage`; not for hugetlb memory.
-        MOVE: `Userfaultfd.move`; Linux sets it for shared memory too, and refuses it there.
+        MOVE: `Userfaultfd.move`; Linux sets the bit for shared memory too, but refuses the ioctl.
         WRITEPROTECT: `Userfaultfd.writeprotect`; only of ranges registered for WP.
         CONTINUE: `Userfaultfd.continue_`; only of shared memory registered for MINOR.
         POISON: `Userfaultfd.poison`.
         RWPROTECT: `Userfaultfd.rwprotect` (Linux 7.3).
         SET_MODE: `Userfaultfd.set_mode` (Linux 7.3).
-        API: The handshake, which opening does.
+        API: The handshake, which opening a userfaultfd does.
     """
 
     REGISTER = 1 << lib._UFFDIO_REGISTER
@@ -204,7 +205,7 @@ class PagefaultFlag(Flag):
     Attributes:
         WRITE: The access was a write.
         WP: A write to a page that is write-protected.
-        MINOR: The page cache holds the page, and it is not mapped here.
+        MINOR: The page cache holds the page, but this mapping does not map it.
         RWP: An access to a page protected with UFFDIO_RWPROTECT (Linux 7.3).
     """
 
@@ -222,7 +223,7 @@ class EventCode(Number):
         FORK: The owner forked (`Fork`).
         REMAP: Registered memory moved (`Remap`).
         REMOVE: Pages were dropped (`Remove`).
-        UNMAP: A mapping is gone (`Unmap`).
+        UNMAP: Memory was unmapped (`Unmap`).
     """
 
     PAGEFAULT = lib.UFFD_EVENT_PAGEFAULT
@@ -234,10 +235,12 @@ class EventCode(Number):
 
 @dataclass(frozen=True, slots=True)
 class Pagefault:
-    """A thread waits for a page.
+    """A thread waits for a page. One access may send several of these, as after a signal.
 
-    `address` is page-aligned unless Feature.EXACT_ADDRESS was asked for; `thread_id` is 0 without
-    Feature.THREAD_ID.  One access may send several of these (Linux resends after a signal).
+    Attributes:
+        address: The faulting address; without Feature.EXACT_ADDRESS the address of its page.
+        flags: The kind of fault.
+        thread_id: The faulting thread; 0 without Feature.THREAD_ID.
     """
 
     address: int
@@ -250,7 +253,7 @@ class Pagefault:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """The owner forked; `uffd` governs the child's copy of the registered ranges and is yours."""
+    """The owner forked. `uffd` governs the child's copy of the registered ranges; close it."""
 
     uffd: Userfaultfd
 
@@ -274,7 +277,7 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Unmap:
-    """The mapping of [start, end) is gone (munmap, or the old place after an mremap)."""
+    """The memory of [start, end) was unmapped, by munmap(2) or as the old place of mremap(2)."""
 
     start: int
     end: int
@@ -282,7 +285,7 @@ class Unmap:
 
 @dataclass(frozen=True, slots=True)
 class UnknownEvent:
-    """An event this version has no class for: its code and the whole 32-byte message."""
+    """An event without a class in this version: its code and the whole 32-byte message."""
 
     code: int
     raw: bytes
@@ -325,13 +328,13 @@ class PageCategory(Flag):
 
     Attributes:
         WPALLOWED: The page lies in a range that is registered for write protection.
-        WRITTEN: It was written since it was protected, or never was protected.
+        WRITTEN: It was written since it was protected, or it was never protected.
         FILE: It is mapped from a file or from shared memory.
         PRESENT: It is in memory and mapped.
-        SWAPPED: It is on swap, or a mark is in its place (see `PageBit`).
+        SWAPPED: It is on swap, or a marker is in its place (see `PageBit`).
         PFNZERO: It is the zero page.
         HUGE: It is part of a huge page.
-        SOFT_DIRTY: It was written since /proc/PID/clear_refs was last told to forget.
+        SOFT_DIRTY: It was written since its soft-dirty bit was cleared by /proc/PID/clear_refs.
         GUARD: It belongs to a guard region (MADV_GUARD_INSTALL).
         ACCESSED: It was accessed since it was protected (Linux 7.3).
     """
@@ -364,14 +367,14 @@ class PageBit(Flag):
     """Bits of a /proc/PID/pagemap entry (PM_* in fs/proc/task_mmu.c).
 
     Attributes:
-        SOFT_DIRTY: Written since /proc/PID/clear_refs was last told to forget.
+        SOFT_DIRTY: Written since this bit was cleared by /proc/PID/clear_refs.
         MMAP_EXCLUSIVE: No other process maps the page.
         UFFD_WP: Write-protected through a userfaultfd.
         GUARD_REGION: Part of a guard region (MADV_GUARD_INSTALL).
         FILE: Mapped from a file or from shared memory.
-        SWAP: On swap. Also set for marks, which hold no data: of write-protected pages that are
-            not mapped (with UFFD_WP), of poisoned and of guard pages; `residency` tells them
-            apart.
+        SWAP: On swap. It is also set for markers, which hold no data: those of write-protected
+            pages that are not mapped (with UFFD_WP), of poisoned pages and of guard pages.
+            `residency` tells them apart.
         PRESENT: In memory and mapped.
     """
 

@@ -14,21 +14,21 @@ from pyuffd._errors import EventsBusyError
 if TYPE_CHECKING:
     from pyuffd._uffd import Userfaultfd
 
-READ_BATCH = 64  # messages at a time, as read_events() takes them
+READ_BATCH = 64  # messages for each read_events()
 
-# How long close() in another thread waits for the loop to let go of the descriptor: a loop that
-# is not blocked does so at its next turn.
+# How long close() in another thread waits until the loop has removed the descriptor. A loop that is
+# not blocked does so in its next iteration.
 LET_GO_S = 5.0
 
 
 class EventIterator(SoleOwner):
-    """The events of one userfaultfd, as they come; made by `Userfaultfd.events`."""
+    """Iterates over the events of one userfaultfd; made by `Userfaultfd.events`."""
 
-    _instead = "ask Userfaultfd.events() for another"
+    _instead = "Userfaultfd.events() makes another"
 
     def __init__(self, uffd: Userfaultfd) -> None:
         if os.get_blocking(uffd.fileno()):
-            raise ValueError(f"{uffd!r} is blocking: the kernel does not let it be polled")
+            raise ValueError(f"{uffd!r} is blocking: the kernel cannot poll it")
         self._uffd = uffd
 
     def __aiter__(self) -> Self:
@@ -39,18 +39,18 @@ class EventIterator(SoleOwner):
             self._uffd._claims.check(self._uffd)
         unread = self._uffd._claims.unread
         while not unread:
-            # Also when more is queued in the kernel: each batch gives other tasks their turn.
+            # Await even if more is queued in the kernel, so that other tasks get their turn.
             if not await self._readable():
                 raise StopAsyncIteration
-            # No await from reading to the end of __anext__: a cancelled task has either taken an
-            # event or left it where the next one finds it.
+            # No await from reading to the end of __anext__: a cancelled task has either returned an
+            # event or left it for the next reader.
             self._read()
         return unread.popleft()
 
     def _read(self) -> None:
         events: list[Event] = []
         try:
-            # A short batch has emptied the queue. Reading until nothing comes would never end
+            # A short batch has emptied the queue. Reading until the queue is empty would never end
             # while a thread changes the layout in a loop.
             while len(batch := self._uffd.read_events(READ_BATCH)) == READ_BATCH:
                 events += batch
@@ -78,8 +78,8 @@ class EventIterator(SoleOwner):
                 ready.set_result(is_open)
 
         def closing() -> None:
-            # The loop must let go first: its epoll would go on reporting a descriptor of which
-            # another process has a copy.
+            # The loop must remove the descriptor before it is closed: epoll continues to report one
+            # of which another process has a copy.
             if loop.is_closed():
                 return
             if threading.get_ident() == home or not loop.is_running():

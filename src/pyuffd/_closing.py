@@ -1,4 +1,4 @@
-"""What objects that own something share: no copies, closing under their users (layer L1)."""
+"""Base classes of objects that own resources: no copies, and callbacks before close (layer L1)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ log = logging.getLogger(__name__)
 
 
 def attach(exc: BaseException, error: BaseException, what: str) -> None:
-    """Keep `error`, which came while the one of a with statement's body was on its way, with it.
+    """Keep `error`, raised by a context manager's exit, with `exc`, raised by the body.
 
-    It is logged, a note of `exc` says it, and it is the last of its `__context__` chain.
+    `error` is logged, added to `exc` as a note, and put at the end of the `__context__` chain of
+    `exc`.
     """
     if error is exc:
         return
     cause = error.__cause__
     because = "" if cause is None else f" (because of {type(cause).__name__}: {cause})"
-    if log.hasHandlers():  # else its last resort is stderr, where the traceback says it
+    if log.hasHandlers():  # otherwise logging writes to stderr, where the traceback has it too
         log.error("%s: %s%s", what, error, because)
     exc.add_note(f"and {what}: {error}{because}")
-    # Python has made `exc` the context of `error`: that would be a circle.
+    # Python has made `exc` the context of `error`, which would make a circle.
     error.__context__ = None
     seen = {id(error)}
     last = exc
@@ -34,25 +35,25 @@ def attach(exc: BaseException, error: BaseException, what: str) -> None:
 
 
 class SoleOwner:
-    """Mixin: what the object owns ends once, so it is neither copied nor pickled.
+    """Mixin for an object that owns a resource: it can be neither copied nor pickled.
 
-    A copy would be a second owner, which closes or unmaps under the first; unpickled in another
-    process, an address or a descriptor is that of something else, or of nothing.
+    A copy would be a second owner, and would close or unmap the resource under the first. In
+    another process an address or a descriptor means something else, or nothing.
     """
 
-    _instead: ClassVar[str]  # the sentence of the TypeError that says what to do
+    _instead: ClassVar[str]  # the part of the TypeError's text that says what to do
 
     def __reduce__(self) -> NoReturn:
-        """Refuse copy.copy, copy.deepcopy and pickle; a subclass may know better."""
+        """Refuse copy.copy, copy.deepcopy and pickle, unless a subclass overrides this."""
         raise TypeError(
             f"{type(self).__name__} objects cannot be copied or pickled: {self._instead}"
         )
 
 
 class Closing(SoleOwner):
-    """Mixin: a context manager that closes; an error of that is kept with the body's."""
+    """Mixin: a context manager that closes the object; its errors are kept with the body's."""
 
-    _what: ClassVar[str]  # is closed, for the note
+    _what: ClassVar[str]  # the object's name in messages
 
     def close(self) -> None:
         """Close what the object owns."""
@@ -76,40 +77,40 @@ class Closing(SoleOwner):
 
 
 class CloseCallbacks(Closing):
-    """Mixin: others may ask to be told before the object goes away; handlers stop there."""
+    """Mixin: callbacks before the object is closed, for handlers that use it."""
 
     _before_close: list[Callable[[], None]]
 
     def _on_close(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when closing begins, newest first; handlers stop here.
+        """Call `callback` when closing begins, the newest first.
 
-        One with an attribute `must_end`, or the bound method of an object that has it, is called
-        again by the next close as long as that is true: nothing is closed after an exception that
-        came before it was done.
+        If the callback, or the object whose bound method it is, has a true attribute `must_end`
+        after the call, an exception came before it was done: the object stays open, and the next
+        close calls it again.
         """
         self._before_close.append(callback)
 
     def _forget_on_close(self, callback: Callable[[], None]) -> None:
-        """Take back an `on_close`; unknown callbacks are ignored."""
+        """Undo an `_on_close`; unknown callbacks are ignored."""
         if callback in self._before_close:
             self._before_close.remove(callback)
 
     def _run_before_close(self) -> None:
-        """Call them all; the first exception is raised when that is done."""
+        """Call all callbacks, then raise the first exception."""
         first: BaseException | None = None
         for callback in reversed(self._before_close.copy()):
             try:
                 callback()
-            except BaseException as error:  # the others must be told all the same
+            except BaseException as error:  # the other callbacks must be called too
                 first = first or error
-            # Only now: what was interrupted is called again.
+            # Only now, so that an interrupted callback is called again.
             if not _must_end(callback):
                 self._forget_on_close(callback)
         if first is not None:
             raise first
 
     def _may_close(self) -> bool:
-        """Whether nobody is left who was interrupted before it had ended."""
+        """Whether every callback has done its work."""
         return not any(_must_end(callback) for callback in self._before_close)
 
 

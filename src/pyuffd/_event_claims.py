@@ -1,4 +1,4 @@
-"""Who reads the events of a userfaultfd: one reader, or each takes the other's (layer L2)."""
+"""The one reader of a userfaultfd's events: two would each miss events (layer L2)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol):
-    """Whoever answers the faults of a userfaultfd, and must hear of what is done beside it."""
+    """The object that resolves a userfaultfd's faults, and is told of calls by other code."""
 
     def _registers(self, uffd: Userfaultfd, start: int, length: int) -> None:
-        """Be told of a range that is about to be registered."""
+        """Learn of a range that is about to be registered."""
 
     def _unregistered(self, uffd: Userfaultfd, start: int, length: int) -> None:
-        """Be told of a range that was unregistered."""
+        """Learn of a range that was unregistered."""
 
     def _served_mode(self, uffd: Userfaultfd, start: int, length: int) -> RegisterMode | None:
-        """Return the modes that memory in the range is served in, or None."""
+        """Return the modes in which memory of the range is served, or None."""
 
 
 class EventClaims:
-    """The events of one userfaultfd that were read and not delivered, and whose they are."""
+    """The owner of one userfaultfd's events, and the events that were read but not delivered."""
 
     def __init__(self) -> None:
         self.unread: deque[Event] = deque()  # read for events(), and not delivered
@@ -37,13 +37,13 @@ class EventClaims:
         self._owner: weakref.ref[Owner] | None = None
 
     def claim(self, uffd: Userfaultfd, owner: Owner) -> None:
-        """Keep everybody but `owner` from reading events, as long as it lives or `release`s them.
+        """Let only `owner` read events until it is gone or calls `release`.
 
-        Page faults that were read and not delivered are sent again: their threads are woken, and
-        ask again. Layout events stay here for who reads after `owner`: what they told of is over.
+        For page faults that were read but not delivered, the threads are woken, so that they fault
+        again. Layout events stay here for the next reader after `owner`: they are already complete.
 
         Raises:
-            ValueError: they belong to another one.
+            ValueError: they belong to another owner.
             EventsBusyError: a task waits for them.
         """
         other = self.owner
@@ -51,7 +51,7 @@ class EventClaims:
             raise ValueError(f"{uffd!r} has a handler already: {other!r}")
         if self.is_awaited:
             raise EventsBusyError(
-                f"a task waits for the events of {uffd!r}: cancel it before a Handler is made"
+                f"a task waits for the events of {uffd!r}: cancel it before making a Handler"
             )
         self._owner = weakref.ref(owner)
         for event in [event for event in self.unread if isinstance(event, Pagefault)]:
@@ -60,12 +60,12 @@ class EventClaims:
 
     @property
     def is_owned(self) -> bool:
-        """Whether they are somebody's."""
+        """Whether the events have an owner."""
         return self.owner is not None
 
     @property
     def owner(self) -> Owner | None:
-        """Whose they are, if it lives."""
+        """The owner of the events, or None; it is not kept alive."""
         return self._owner() if self._owner is not None else None
 
     def release(self, owner: Owner) -> None:
@@ -74,16 +74,16 @@ class EventClaims:
             self._owner = None
 
     def check(self, uffd: Userfaultfd) -> None:
-        """Raise EventsBusyError while they are somebody's."""
+        """Raise EventsBusyError while the events have an owner."""
         owner = self.owner
         if owner is not None:
             raise EventsBusyError(
-                f"{owner!r} reads the events of {uffd!r} itself, until it stops: whoever else took"
-                " one would leave its thread waiting"
+                f"{owner!r} reads the events of {uffd!r} until it stops: if other code read one,"
+                " the thread of that event could wait forever"
             )
 
     def drop(self) -> None:
-        """Forget what was not delivered."""
+        """Discard the events that were not delivered."""
         while self.unread:
             event = self.unread.popleft()
             if isinstance(event, Fork):

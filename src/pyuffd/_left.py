@@ -1,9 +1,8 @@
-"""Threads that a page source holds up, left behind by the handler they worked for (layer L2).
+"""Threads that a stopped handler left behind because a page source holds them up (layer L2).
 
-In the kernel nothing but SIGKILL ends such a wait, so a handler that stops leaves the thread
-behind. It must do no harm when it comes back after all: the ioctl it is in may still copy to its
-addresses, whichever userfaultfd they are registered with by then; and it may use the number of the
-descriptor once more.
+In the kernel only SIGKILL ends such a wait, so a handler that stops leaves the thread behind. The
+thread must do no harm if it continues later: its ioctl may still copy to its addresses, even if
+they are registered with another userfaultfd by then, and it may use the descriptor's number again.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from pyuffd._owned import Descriptor
 
 @dataclass(eq=False, slots=True)
 class LeftBehind:
-    """Threads that are left behind; `keep` is what they may still touch.
+    """Threads that are left behind; `keep` keeps alive what they may still use.
 
-    `targets` are spans (start, end) of the memory that `memory` names, `is_over` tells whether
-    they have left.
+    `targets` are spans (start, end) of the address space that `memory` names. `is_over` tells
+    whether the threads have left.
     """
 
     threads: tuple[str, ...]
@@ -35,18 +34,18 @@ class LeftBehind:
 
 
 _left: list[LeftBehind] = []
-_inert: list[tuple[Descriptor, list[LeftBehind]]] = []  # numbers that nobody may get yet
+_inert: list[tuple[Descriptor, list[LeftBehind]]] = []  # numbers that must not be reused yet
 _lock = threading.Lock()
 
 
 def note(left: LeftBehind) -> None:
-    """Keep what threads that are left behind may still touch, until they are gone."""
+    """Keep what threads left behind may still use, until they are gone."""
     with _lock:
         _left.append(left)
 
 
 def tidy() -> None:
-    """Forget the threads that are gone by now, and what was kept for them."""
+    """Forget the threads that are gone, and what was kept for them."""
     if not _left and not _inert:
         return
     with _lock:
@@ -58,12 +57,12 @@ def tidy() -> None:
     for descriptor, users in over:
         if all(one.pid == pid for one in users):
             descriptor.close()
-        else:  # a fork's copy of the number, which another file may have by now
+        else:  # noted before a fork; in the child another file may have the number
             descriptor.release()
 
 
 def check_target(start: int, length: int, memory: object) -> None:
-    """Raise RangeBusyError where a thread that is left behind may still copy into a range."""
+    """Raise RangeBusyError if a thread that is left behind may still copy into a range."""
     tidy()
     for one in _left:
         for first, end in one.targets:
@@ -73,13 +72,13 @@ def check_target(start: int, length: int, memory: object) -> None:
                     errno.EBUSY,
                     start,
                     length,
-                    hint=f"thread {', '.join(one.threads)}, left behind by a handler that"
-                    " stopped because a page source held it up, may still write there",
+                    hint=f"thread {', '.join(one.threads)} may still write there: a page source"
+                    " held it up when its handler stopped",
                 )
 
 
 class Number:
-    """A descriptor, and who may still use its number when its owner closes it."""
+    """A descriptor, with the users of its number other than its owner."""
 
     def __init__(self, descriptor: Descriptor) -> None:
         self.descriptor = descriptor
@@ -89,15 +88,15 @@ class Number:
 
     @property
     def fd(self) -> int:
-        """The number, as long as it is its owner's; -1 afterwards."""
+        """The number, or -1 after its owner has closed it."""
         return -1 if self._is_closed else self.descriptor.number
 
     def hold(self) -> None:
-        """Keep it open as it is, whatever its owner does."""
+        """Keep it open even if its owner closes it."""
         self._users += 1
 
     def release(self) -> None:
-        """Undo a `hold`; closes what the owner has closed meanwhile."""
+        """Undo a `hold`; close it if its owner has closed it meanwhile."""
         self._users -= 1
         self._end()
 
@@ -107,13 +106,13 @@ class Number:
 
     @property
     def is_free(self) -> bool:
-        """Whether nobody but its owner uses it."""
+        """Whether only its owner uses it."""
         tidy()
         self._left = [one for one in self._left if one in _left]
         return not self._users and not self._left
 
     def close(self) -> None:
-        """Close it for its owner; again without complaint."""
+        """Close it for its owner; may be called again."""
         self._is_closed = True
         self._end()
 
@@ -129,9 +128,9 @@ class Number:
 
 
 def _make_inert(fd: int) -> None:
-    """Let ioctls on this number say ENOTTY, and nobody else get it."""
+    """Replace the file of this number, so that ioctls fail with ENOTTY and it is not reused."""
     try:
         with Descriptor.open(os.devnull, os.O_RDWR) as null:
             os.dup2(null.number, fd, inheritable=False)
-    except OSError:  # too many are open: then it stays what it is, with nothing registered
+    except OSError:  # too many open files: it stays a userfaultfd without registered ranges
         return

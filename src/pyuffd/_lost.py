@@ -1,4 +1,4 @@
-"""What it means that an access met SIGBUS: a poisoned page, or which other reason (layer L2)."""
+"""Find out why an access met SIGBUS: a poisoned page, or another reason (layer L2)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pyuffd._vmas import Vma, overlapping
 from pyuffd.pagemap import Pagemap
 
 EHWPOISON = 133  # in Python's errno since 3.14
-# What a marker shows that is for no write-protection and no guard page, but for poison.
+# The bits of an entry that tell the marker of a poisoned page from other markers.
 _MARKER = PageBit.PRESENT | PageBit.SWAP | PageBit.UFFD_WP | PageBit.GUARD_REGION
 
 
 def lost_error(op: str, address: int) -> UffdOSError:
-    """Return what to raise for an access to `address` that met SIGBUS."""
+    """Return the exception for an access to `address` that met SIGBUS."""
     vma = next(overlapping(address, address + 1, details=True), None)
     if vma is None:
         return UffdOSError(errno.EFAULT, op, address, hint="it has been unmapped")
@@ -33,14 +33,14 @@ def lost_error(op: str, address: int) -> UffdOSError:
         op,
         page,
         vma.page_size,
-        hint="its content could not be had, or its handler stopped before it was loaded",
+        hint="its content could not be read, or its handler stopped before it was loaded",
         address=address,
         offset=None,
     )
 
 
 def _other_reason(vma: Vma, page: int) -> str:
-    """Say why, where the page is not poisoned; "" where it is."""
+    """Return why the access met SIGBUS; "" if the page is poisoned."""
     with suppress(OSError):
         if _is_poison(vma, page):
             return ""
@@ -48,7 +48,7 @@ def _other_reason(vma: Vma, page: int) -> str:
     if size is not None and vma.offset + (page - vma.start) >= size:
         return f"SIGBUS: the file {vma.path} was truncated to {size:#x} bytes"
     if vma.page_size > PAGE_SIZE:
-        # A poisoned huge page looks like a missing one (measured), as does one that was not free.
+        # A poisoned huge page looks like a missing one (measured), as if none had been free.
         free = _free_huge_pages(vma.page_size)
         return "" if free else "SIGBUS: no huge page is free, or it is poisoned"
     if "um" in vma.flags or "ui" in vma.flags:
@@ -64,18 +64,18 @@ def _other_reason(vma: Vma, page: int) -> str:
 def _is_poison(vma: Vma, page: int) -> bool:
     states = residency(page, vma.page_size, page_size=vma.page_size, fd=None).states
     if states[0] in (PageResidency.POISON, PageResidency.SWAPPED):
-        # Without CAP_SYS_ADMIN they are the same; what is on swap comes back with no SIGBUS.
+        # Without CAP_SYS_ADMIN they look the same; a page on swap causes no SIGBUS.
         return True
     with Pagemap() as pagemap:
         entry = pagemap.read(page, PAGE_SIZE)[0]
-    # As told of shared memory, which has no swap entries in the page table.
+    # Shared memory has no swap entries in the page table, so this entry is a marker.
     return entry & _MARKER.value == PageBit.SWAP.value
 
 
 def _file_size(vma: Vma) -> int | None:
     if not vma.inode:
         return None
-    with suppress(OSError):  # needs a capability, and knows files without a name as well
+    with suppress(OSError):  # needs a capability; finds files without a name too
         return os.stat(f"/proc/self/map_files/{vma.start:x}-{vma.end:x}").st_size
     with suppress(OSError):
         found = os.stat(vma.path)
@@ -91,6 +91,6 @@ def _file_size(vma: Vma) -> int | None:
 
 def _free_huge_pages(page_size: int) -> int:
     with suppress(OSError, ValueError):
-        if page_size in _machine.sizes():  # or /sys is hidden
+        if page_size in _machine.sizes():  # empty if /sys is hidden
             return _machine.free_pages(page_size)
     return 1

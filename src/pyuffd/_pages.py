@@ -1,4 +1,4 @@
-"""Page arithmetic and the checks every range passes before it reaches the kernel (layer L1)."""
+"""Page arithmetic, and the checks of every range before it reaches the kernel (layer L1)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ ADDRESS_LIMIT = 1 << 64
 
 @runtime_checkable
 class RangeLike(Protocol):
-    """Anything that has a place and a size in memory; a `Region` is one."""
+    """An object with an address and a length, such as a `Region`; it may have a `page_size`."""
 
     @property
     def start(self) -> int:
-        """First address, in bytes."""
+        """First address."""
 
     @property
     def length(self) -> int:
@@ -36,7 +36,7 @@ def round_up(value: int, page_size: int) -> int:
 def check_page_size(page_size: int) -> int:
     """Return `page_size` if x-86-64 maps pages of it, else raise ValueError."""
     if page_size not in (PAGE_SIZE, HUGE_PAGE_2M, HUGE_PAGE_1G):
-        raise ValueError(f"page size {page_size:#x} is none of 0x1000, 0x200000, 0x40000000")
+        raise ValueError(f"page size {page_size:#x} is not one of 0x1000, 0x200000, 0x40000000")
     return page_size
 
 
@@ -69,10 +69,10 @@ def resolve_range(range_or_start: RangeLike | int, length: int | None) -> tuple[
             raise ValueError(f"start {range_or_start:#x} needs a length")
         return range_or_start, length
     if length is not None:
-        raise ValueError("give a range object, or start and length, not both")
+        raise ValueError("pass a range object, or start and length, but not both")
     return range_or_start.start, range_or_start.length
 
 
 def page_size_of(range_or_start: RangeLike | int) -> int:
-    """Return the page size a range object declares, else the base page size."""
+    """Return the page size of a range object that has one, else the base page size."""
     return int(getattr(range_or_start, "page_size", PAGE_SIZE))

@@ -12,16 +12,16 @@ from pyuffd._pages import PAGE_SIZE
 _HEAD = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)"
 )
-_SHARED = 3  # its place in the permissions
+_SHARED = 3  # index in the permissions
 
 
 @dataclass(frozen=True, slots=True)
 class Vma:
     """One mapping.
 
-    `flags` are the two-letter ones of smaps ("um", "uw" and "ui" where a userfaultfd is
-    registered for missing, write-protect and minor faults); they and the page size are known only
-    where details were asked for.
+    `flags` are the two-letter flags of smaps; "um", "uw" and "ui" mean that it is registered with a
+    userfaultfd for missing, write-protect and minor faults. Flags and page size are known only if
+    details were requested.
     """
 
     start: int
@@ -41,7 +41,7 @@ class Vma:
 
     @property
     def writable(self) -> bool:
-        """Whether it may be written now."""
+        """Whether it is mapped for writing now."""
         return "w" in self.permissions
 
     def __str__(self) -> str:
@@ -51,10 +51,10 @@ class Vma:
 def overlapping(
     start: int, end: int, *, pid: int | str = "self", details: bool = False
 ) -> Iterator[Vma]:
-    """Yield the mappings that overlap [start, end), in address order, reading no further.
+    """Yield the mappings that overlap [start, end), in address order.
 
-    Details come from smaps, which walks the page tables of every mapping up to the last one:
-    nothing is faulted, but it takes time in a large process.
+    Details come from smaps, which walks the page tables of every mapping up to the last one. No
+    page is faulted in, but it is slow in a large process.
     """
     vma: Vma | None = None
     source = f"/proc/{pid}/{'smaps' if details else 'maps'}"

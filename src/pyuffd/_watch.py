@@ -1,7 +1,8 @@
-"""Telling the thread that looks for those who wait where nobody answers what to look at (layer L2).
+"""Tell the watching thread which userfaultfds have no running handler (layer L2).
 
-The thread is C (csrc/watch/watch.c), as whoever waits may hold the GIL. It exists only while there
-is a userfaultfd with something registered and no handler that runs.
+The thread reports on stderr threads that wait although no code reads the userfaultfd. It runs in C
+(csrc/watch/watch.c), since the waiting thread may hold the GIL. It exists only while a userfaultfd
+has registered ranges and no running handler.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SOME_PROCESS = -1
 
 
 def stderr_fd() -> int:
-    """Return the descriptor of stderr, or -1 where this program has none."""
+    """Return the descriptor of stderr, or -1 if this program has none."""
     with suppress(AttributeError, OSError, ValueError):
         if sys.__stderr__ is not None and sys.__stderr__.fileno() == STDERR:
             return STDERR
@@ -30,20 +31,20 @@ def stderr_fd() -> int:
 
 
 class Watch:
-    """Whether one userfaultfd is looked at: while something is registered and nobody answers."""
+    """Has one userfaultfd watched while it has registered ranges and no running handler."""
 
     def __init__(self) -> None:
-        self.is_answered = False  # by a handler that runs
+        self.is_answered = False  # by a running handler
         self._sent_to = 0
-        self._fd = -1  # while it is looked at
+        self._fd = -1  # the descriptor while it is watched
 
     def note_sent(self, pid: int) -> None:
-        """Be told that another process got the descriptor, which may be the one that reads it."""
-        # Of a socket pair the kernel knows only who made it.
+        """Note that another process was sent the descriptor and may read the events."""
+        # For a socket pair the kernel knows only the process that made it.
         self._sent_to = pid if pid not in (0, os.getpid()) else SOME_PROCESS
 
     def update(self, uffd: Userfaultfd) -> None:
-        """Begin or end looking, by what is true now."""
+        """Begin or end watching, depending on the present state."""
         pid = uffd.owner_pid
         if self.is_answered or pid is None or not uffd._registered or not _is_wanted():
             self.end()
@@ -60,7 +61,7 @@ class Watch:
         )
 
     def end(self) -> None:
-        """Look no more; before the descriptor is closed."""
+        """End watching; call it before the descriptor is closed."""
         if self._fd >= 0:
             lowlevel.watch_end(self._fd)
             self._fd = -1
@@ -70,5 +71,5 @@ def _is_wanted() -> bool:
     return os.environ.get("PYUFFD_WATCH") != "0"
 
 
-if sys.version_info >= (3, 12):  # which warns of a fork of a process that has threads
+if sys.version_info >= (3, 12):  # warns of a fork in a process with threads
     os.register_at_fork(before=lowlevel.watch_pause, after_in_parent=lowlevel.watch_resume)

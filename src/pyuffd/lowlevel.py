@@ -1,8 +1,8 @@
-"""One function per system call and ioctl, arguments as the manual has them (layer L2).
+"""One function per system call and ioctl, with the arguments of the manual page (layer L2).
 
-Addresses, lengths and modes go to the kernel unchecked; an errno comes back as an exception of
-`pyuffd._errors` with the kernel's partial count kept.  Every call releases the GIL.  Use
-`Userfaultfd` unless you need exactly this.
+Addresses, lengths and modes go to the kernel unchecked. An errno becomes an exception of
+`pyuffd._errors`, with the kernel's partial count.  Every call releases the GIL.  Use `Userfaultfd`
+unless you need exactly this.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def api(fd: int, features: int) -> tuple[int, int]:
 
 
 class Granted:
-    """The ioctls that a range takes: 0 until the kernel has registered it."""
+    """The ioctls that a range supports: 0 until the kernel has registered it."""
 
     def __init__(self) -> None:
         self._cell: Any = ffi.new("uint64_t *")
@@ -79,9 +79,9 @@ class Granted:
 
 
 def register(fd: int, start: int, length: int, mode: int, granted: Granted | None = None) -> int:
-    """UFFDIO_REGISTER; return the mask of ioctls that the range takes.
+    """UFFDIO_REGISTER; return the mask of ioctls that the range supports.
 
-    `granted` has it as well, also where this call is interrupted.
+    `granted` receives it too, even if this call is interrupted.
     """
     granted = granted or Granted()
     code = lib.uffd_shim_register(fd, start, length, mode, granted._cell)
@@ -91,14 +91,14 @@ def register(fd: int, start: int, length: int, mode: int, granted: Granted | Non
 
 
 def unregister(fd: int, start: int, length: int) -> None:
-    """UFFDIO_UNREGISTER: whoever waits in the range goes on, with zero pages."""
+    """UFFDIO_UNREGISTER: threads that wait in the range continue, with zero-filled pages."""
     code = lib.uffd_shim_unregister(fd, start, length)
     if code:
         raise_errno("UFFDIO_UNREGISTER", -code, start, length)
 
 
 def wake(fd: int, start: int, length: int) -> None:
-    """UFFDIO_WAKE: whoever waits in the range tries its access again."""
+    """UFFDIO_WAKE: threads that wait in the range try their access again."""
     code = lib.uffd_shim_wake(fd, start, length)
     if code:
         raise_errno("UFFDIO_WAKE", -code, start, length)
@@ -132,14 +132,14 @@ def move(fd: int, dst: int, src: int, length: int, mode: int = 0) -> int:
 
 
 def writeprotect(fd: int, start: int, length: int, mode: int) -> None:
-    """UFFDIO_WRITEPROTECT: put protection on, or take it off and wake."""
+    """UFFDIO_WRITEPROTECT: protect the range, or remove the protection and wake."""
     code = lib.uffd_shim_writeprotect(fd, start, length, mode)
     if code:
         raise_errno("UFFDIO_WRITEPROTECT", -code, start, length, mode=mode)
 
 
 def continue_(fd: int, start: int, length: int, mode: int = 0) -> int:
-    """UFFDIO_CONTINUE: map what the page cache holds; return the bytes mapped."""
+    """UFFDIO_CONTINUE: map pages of the page cache; return the bytes mapped."""
     out = ffi.new("int64_t *")
     code = lib.uffd_shim_continue(fd, start, length, mode, out)
     if code:
@@ -148,7 +148,7 @@ def continue_(fd: int, start: int, length: int, mode: int = 0) -> int:
 
 
 def poison(fd: int, start: int, length: int, mode: int = 0) -> int:
-    """UFFDIO_POISON: whoever touches the range gets SIGBUS; return the bytes poisoned."""
+    """UFFDIO_POISON: make accesses to the range raise SIGBUS; return the bytes poisoned."""
     out = ffi.new("int64_t *")
     code = lib.uffd_shim_poison(fd, start, length, mode, out)
     if code:
@@ -157,14 +157,14 @@ def poison(fd: int, start: int, length: int, mode: int = 0) -> int:
 
 
 def rwprotect(fd: int, start: int, length: int, mode: int) -> None:
-    """UFFDIO_RWPROTECT (Linux 7.3): make the next access of any kind a fault."""
+    """UFFDIO_RWPROTECT (Linux 7.3): make the next access fault, whether read or write."""
     code = lib.uffd_shim_rwprotect(fd, start, length, mode)
     if code:
         raise_errno("UFFDIO_RWPROTECT", -code, start, length, mode=mode)
 
 
 def set_mode(fd: int, enable: int, disable: int) -> None:
-    """UFFDIO_SET_MODE (Linux 7.3): switch features of an open userfaultfd."""
+    """UFFDIO_SET_MODE (Linux 7.3): enable and disable features of an open userfaultfd."""
     code = lib.uffd_shim_set_mode(fd, enable, disable)
     if code:
         raise_errno("UFFDIO_SET_MODE", -code, enable=enable, disable=disable)
@@ -180,9 +180,10 @@ def fill(
     page_size: int,
     limit_ns: int,
 ) -> tuple[int, int, int]:
-    """Repeat one filling ioctl over a range; return the bytes (done, already there, put off).
+    """Repeat one filling ioctl over a range; return the bytes (done, already present, deferred).
 
-    Partial results go on, EEXIST wakes and skips a page, EAGAIN is retried for `limit_ns`.
+    After a partial result it continues; at EEXIST it wakes and skips a page; EAGAIN is retried for
+    `limit_ns`.
     """
     request = ffi.new("struct uffd_fill *")
     request.op = op
@@ -215,7 +216,7 @@ def read(fd: int, size: int) -> bytes:
     return bytes(memoryview(buffer)[:count])
 
 
-# Who waits where nobody reads (csrc/watch/watch.h).
+# The thread that reports threads waiting for events that are not read (csrc/watch/watch.h).
 
 
 def watch_begin(
@@ -228,7 +229,7 @@ def watch_begin(
     by_handler: bool,
     has_forks: bool,
 ) -> None:
-    """Let a thread say on stderr when somebody waits in vain; again with what is known now."""
+    """Let the watching thread look at a userfaultfd; a second call updates what it knows."""
     watched = ffi.new("struct uffd_watched *")
     watched.fd, watched.owner_pid, watched.sent_to = fd, owner_pid, sent_to
     watched.say_fd, watched.has_forks = say_fd, has_forks
@@ -238,12 +239,12 @@ def watch_begin(
 
 
 def watch_end(fd: int) -> None:
-    """Take back a `watch_begin`; before the descriptor is closed."""
+    """Undo a `watch_begin`; call it before the descriptor is closed."""
     lib.uffd_watch_end(fd)
 
 
 def watch_pause() -> None:
-    """End the thread until `watch_resume`, unless forks may wait for their event."""
+    """End the watching thread until `watch_resume`, unless a fork may wait for its event."""
     lib.uffd_watch_pause()
 
 
@@ -257,8 +258,8 @@ def ioctl_number(nr: int) -> int:
     return lib.uffd_shim_ioctl_number(nr)
 
 
-# /proc/PID/pagemap.  Packed results are read-only memoryviews: of 64-bit numbers ("Q"), and
-# ranges as three of them each (start, end, categories).
+# /proc/PID/pagemap.  Packed results are read-only memoryviews of 64-bit numbers ("Q"); a range is
+# three of them (start, end, categories).
 
 MAPPING_SHARED = lib.UFFD_MAPPING_SHARED
 MAPPING_FILE = lib.UFFD_MAPPING_FILE
@@ -271,7 +272,7 @@ _RANGE_WORDS = 3
 
 
 def pagemap_alive(fd: int) -> None:
-    """Raise ProcessGoneError if the address space of an open pagemap has gone."""
+    """Raise ProcessGoneError if the address space of an open pagemap is gone."""
     code = lib.uffd_pagemap_alive(fd)
     if code:
         raise_errno("pagemap", -code)
@@ -359,8 +360,8 @@ def pagemap_scan_all(
 ) -> tuple[memoryview, int, int]:
     """PAGEMAP_SCAN until the range is walked or a limit is met.
 
-    Returns (ranges, walk_end, errno): an error late in the range must not lose what was found,
-    and perhaps write-protected, before it, so this one does not raise it.
+    Returns (ranges, walk_end, errno). It does not raise the error, so that the pages found before
+    it, which may be write-protected now, are not lost.
     """
     arg = ffi.new("struct uffd_pm_scan_arg *")
     arg.flags, arg.start, arg.end = flags, start, end
