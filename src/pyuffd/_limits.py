@@ -1,4 +1,4 @@
-"""Which limit kept a process, a thread, a descriptor or a file from being made (layer L2)."""
+"""Find the limit that prevents a process, a thread, a descriptor or a file (layer L2)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pyuffd._errors import UffdOSError, UffdPermissionError, limit_met
 from pyuffd._machine import PROC
 
 CGROUPS = "/sys/fs/cgroup"
-# Calls that give EAGAIN when there may be no more processes or threads.
+# Calls that fail with EAGAIN at the limit of processes or threads.
 MAKE_TASKS = ("clone", "fork", "vfork", "pthread_create")
-# What glibc gives a thread's stack where RLIMIT_STACK does not say.
+# The size of a thread's stack in glibc if RLIMIT_STACK is unlimited.
 STACK = 2 << 20
 SECCOMP_FILTER = "2"  # of /proc/PID/status
 
 
 def raise_start_error(what: str, code: int, call: str) -> NoReturn:
-    """Raise for a system call that a driver needs to start; `call` is its name.
+    """Raise the error of a system call that a driver needs to start; `call` is its name.
 
-    EAGAIN is no PartialResolveError here: it means that there may be no more threads.
+    EAGAIN is not a PartialResolveError here: it means that a limit of threads is reached.
     """
     cls = UffdPermissionError if code in (errno.EPERM, errno.EACCES) else UffdOSError
     raise cls(code, f"{what}: {call}", hint=why(code, call))
 
 
 def start_thread(thread: threading.Thread) -> None:
-    """Start a thread; where there may be no more, say which limit is met."""
+    """Start a thread; if that fails, raise an error that names the limit."""
     try:
         thread.start()
     except RuntimeError as error:
@@ -41,7 +41,7 @@ def start_thread(thread: threading.Thread) -> None:
 
 
 def why(code: int, call: str) -> str:
-    """Return which limit or filter made a system call fail, and what changes it; "" if unknown."""
+    """Return the limit or filter that made a system call fail, and a remedy; "" if unknown."""
     with suppress(OSError, ValueError, KeyError):
         if code == errno.EAGAIN and call in MAKE_TASKS:
             return why_no_task()
@@ -53,7 +53,7 @@ def why(code: int, call: str) -> str:
 
 
 def why_error(error: BaseException) -> str:
-    """Return which limit an exception of Python's is about; "" if it is about none."""
+    """Return the limit that an exception of Python is about; "" if there is none."""
     if isinstance(error, MemoryError):
         return why(errno.ENOMEM, "mmap")
     code = error.errno if isinstance(error, OSError) else None
@@ -61,9 +61,9 @@ def why_error(error: BaseException) -> str:
 
 
 def why_no_task() -> str:
-    """Return which limit keeps this process from making threads and processes.
+    """Return which limits prevent this process from making threads and processes.
 
-    The limits that are met, or else all that there are: what was used may have ended meanwhile.
+    If no limit is reached any more, because tasks have ended meanwhile, return all limits.
     """
     limits = list(_task_limits())
     met = [text for text, used, limit in limits if used + 1 >= limit]
@@ -75,10 +75,15 @@ def _task_limits() -> Iterator[tuple[str, int, int]]:
 
     # Threads of a process are in one namespace.
     if os.readlink(PROC / "self/ns/pid") != _pid_namespace_of_children():
-        yield "children live in another pid namespace (unshare(CLONE_NEWPID)): no threads", 1, 0
+        yield (
+            "children live in another PID namespace (unshare(CLONE_NEWPID)), so that Linux allows"
+            " no threads",
+            1,
+            0,
+        )
     uid = os.getuid()
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if soft != resource.RLIM_INFINITY and uid:  # root's have no limit
+    if soft != resource.RLIM_INFINITY and uid:  # root has no limit
         used = _tasks_of(uid)
         text = f"RLIMIT_NPROC is {soft}, and user {uid} has {used} processes and threads"
         yield f"{text}: raise it (`ulimit -u`)", used, soft
@@ -98,7 +103,7 @@ def _task_limits() -> Iterator[tuple[str, int, int]]:
 
 
 def _pid_namespace_of_children() -> str:
-    """Return the name of the namespace; "" for one that has no process yet."""
+    """Return the name of the children's PID namespace; "" if it has no process yet."""
     try:
         return os.readlink(PROC / "self/ns/pid_for_children")
     except FileNotFoundError:
@@ -113,7 +118,7 @@ def _cgroup_limits() -> Iterator[tuple[str, int, int]]:
         root = f"{CGROUPS}/pids" if controllers else CGROUPS
         folder = path
         while True:
-            with suppress(OSError, ValueError):  # "max" is none
+            with suppress(OSError, ValueError):  # "max" means no limit
                 with open(f"{root}{folder}/pids.max") as limit_file:
                     limit = int(limit_file.read())
                 with open(f"{root}{folder}/pids.current") as used_file:

@@ -1,4 +1,4 @@
-"""What this machine has and allows, and what to do when it is too little (layer L2)."""
+"""The resources and limits of this machine, and how to raise them (layer L2)."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def page_size_for(huge_page_size: int | None) -> int:
 
 
 def size_bits(page_size: int) -> int:
-    """Return the page size as mmap(2) and memfd_create(2) take it in their flags."""
+    """Return the page size as flags of mmap(2) and memfd_create(2)."""
     return (page_size.bit_length() - 1) << SIZE_SHIFT
 
 
 def free_pages(page_size: int) -> int:
-    """Return how many huge pages of this size are neither used nor promised to a mapping."""
+    """Return how many huge pages of this size are neither used nor reserved."""
     return _count(page_size, "free_hugepages") - _count(page_size, "resv_hugepages")
 
 
 def shortage(page_size: int, needed: int, fd: int) -> str:
-    """Say how many pages are free of how many, and the command that would provide the rest."""
+    """Return how many huge pages are free and needed, and the command that adds the rest."""
     total, free = _count(page_size, "nr_hugepages"), free_pages(page_size)
     kib = page_size >> 10
     text = f"{free} of {total} huge pages of {kib} KiB are free, {needed} are needed"
@@ -67,10 +67,10 @@ def shortage(page_size: int, needed: int, fd: int) -> str:
 
 
 def why_no_memory(length: int, *, accounted: bool) -> str:
-    """Return which limit a mapping that got ENOMEM met, and what raises it; "" if it is not told.
+    """Return the limit that a mapping with ENOMEM met, and how to raise it; "" if unknown.
 
-    `accounted` says that the kernel counts it as memory that may be used: it is private and
-    writable, and not mapped with MAP_NORESERVE.
+    `accounted`: the kernel counts the mapping's memory as committed, because it is private and
+    writable and not mapped with MAP_NORESERVE.
     """
     with suppress(OSError, ValueError, KeyError):
         return next(_memory_limits(length, accounted), "")
@@ -106,35 +106,35 @@ def _memory_limits(length: int, accounted: bool) -> Iterator[str]:
             )
     elif accounted and length > (total := _meminfo("MemTotal") + _meminfo("SwapTotal")):
         yield (
-            f"vm.overcommit_memory is {mode}, which refuses more at once than the"
-            f" {human_size(total)} of memory and swap: noreserve=True, or"
+            f"vm.overcommit_memory is {mode}, which refuses a mapping larger than the"
+            f" {human_size(total)} of memory and swap: use noreserve=True, or"
             " `sysctl vm.overcommit_memory=1`"
         )
     yield f"the address space may have no gap of {human_size(length)}"
 
 
 def too_many_mappings(pid: int | str = "self") -> str:
-    """Say that a process has as many mappings as vm.max_map_count allows, or return ""."""
+    """Return that a process has as many mappings as vm.max_map_count allows; else ""."""
     limit = int((PROC / "sys/vm/max_map_count").read_text())
     with (PROC / str(pid) / "maps").open("rb") as maps:
         count = sum(1 for _ in maps)
-    # Registering the middle of a mapping makes three of one, which the kernel refuses before that.
+    # Registering the middle of a mapping splits it into three, so the kernel refuses earlier.
     if count + _SPLIT < limit:
         return ""
     return (
-        f"{count} mappings, and vm.max_map_count is {limit}: join ranges, or"
+        f"there are {count} mappings, and vm.max_map_count is {limit}: join ranges, or"
         f" `sysctl vm.max_map_count={2 * limit}`"
     )
 
 
 def why_locked() -> str:
-    """Say why mmap(2) may give EAGAIN: memory that is locked as soon as it is mapped."""
+    """Return the hint for EAGAIN of mmap(2): new mappings are locked in memory."""
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return (
-        f"memory is locked as it is mapped (mlockall), and RLIMIT_MEMLOCK is {human_size(limit)}:"
-        " raise it (`ulimit -l`), or unlock (munlockall)"
+        "new mappings are locked in memory (mlockall), and RLIMIT_MEMLOCK is"
+        f" {human_size(limit)}: raise it (`ulimit -l`), or unlock them (munlockall)"
     )
 
 

@@ -1,12 +1,11 @@
 """Memory by address, through C calls that release the GIL (layer L2).
 
-It is this process's own, unless a pid says whose.
+It is memory of this process, unless a function has a pid.
 
-Registered memory is touched here and nowhere else: a Python-level access (`memoryview[i]`,
-`mmap` slices, `ffi.memmove`) holds the GIL while it faults, and stops a Python fault handler
-with it.  Every function here can block until somebody resolves the fault.  Where an access meets
-SIGBUS it raises PagePoisonedError, or UffdOSError where that is not the reason; what comes before
-the page is done.
+Registered memory is touched only here: a Python-level access (`memoryview[i]`, `mmap` slices,
+`ffi.memmove`) holds the GIL while it faults, which stops a fault handler in Python.  Every access
+here may block until the fault is resolved.  An access that meets SIGBUS raises PagePoisonedError,
+or UffdOSError if the page is not poisoned; the bytes before that page have been accessed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pyuffd._shim import ffi, lib
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# The mmap module's name is taken by mmap(2) here.
+# Here `mmap` is mmap(2), not the module, so its constants are repeated.
 _MADV_NORMAL, _MADV_RANDOM = 0, 1
 _MREMAP_TO = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
 _TRACE_HINT = "looking into another process needs permission to ptrace it"
@@ -34,7 +33,7 @@ def read(start: int, length: int) -> bytes:
     """Return `length` bytes of memory."""
     target = bytearray(length)
     read_into(target, start)
-    return bytes(target)  # a copy, but of private memory
+    return bytes(target)  # copies private memory, which does not fault
 
 
 def read_into(target: Buffer, start: int) -> None:
@@ -69,13 +68,13 @@ def touch(start: int, length: int, step: int, *, write: bool) -> None:
 
 
 def unguard() -> None:
-    """Die of SIGBUS from now on, as of an access by the program itself; for processes in tests."""
+    """Let SIGBUS kill the process from now on, as for an access by the program; for tests."""
     lib.uffd_shim_unguard()
 
 
 def raise_lost(op: str, address: int) -> NoReturn:
-    """Raise what an access says that met SIGBUS."""
-    from pyuffd._lost import lost_error  # on the way out only
+    """Raise the exception for an access that met SIGBUS."""
+    from pyuffd._lost import lost_error  # rarely needed
 
     raise lost_error(op, address)
 
@@ -100,14 +99,14 @@ def mmap(
 
 
 def munmap(start: int, length: int) -> None:
-    """munmap(2); waits for its event to be read where EVENT_UNMAP is on."""
+    """munmap(2); with EVENT_UNMAP it waits until its event is read."""
     code = lib.uffd_shim_munmap(start, length)
     if code:
         raise_errno("munmap", -code, start, length)
 
 
 def mremap(start: int, length: int, new_length: int, flags: int, to: int = 0) -> int:
-    """mremap(2); return the new address; waits for its event where EVENT_REMAP is on."""
+    """mremap(2); return the new address. With EVENT_REMAP it waits until its event is read."""
     out = ffi.new("uint64_t *")
     code = lib.uffd_shim_mremap(start, length, new_length, flags, to, out)
     if code:
@@ -116,13 +115,13 @@ def mremap(start: int, length: int, new_length: int, flags: int, to: int = 0) ->
 
 
 def move(start: int, length: int, to: int, page_size: int) -> None:
-    """Move pages to an address, over what is mapped there; waits as `mremap` does."""
+    """Move pages to an address, replacing what is mapped there; waits as `mremap` does."""
     if page_size > PAGE_SIZE:
         # Linux since 5.16 (commit 550a7d60bd5e, "mm, hugepages: add mremap() support for hugepage
-        # backed vma") forgets the reservations of a private hugetlb mapping of which a part is
-        # moved: those of the rest stay promised to nobody until the next boot. So the part is
-        # made a mapping of its own first, by advice that means nothing to hugetlb; the kernel
-        # does not join hugetlb mappings again.
+        # backed vma") loses the reservations of a private hugetlb mapping of which a part is moved:
+        # those of the rest stay reserved, but unusable, until the next boot. So first make the part
+        # a mapping of its own, by advice that has no effect on hugetlb memory. The kernel does not
+        # merge hugetlb mappings again.
         madvise(start, length, _MADV_RANDOM)
         madvise(start, length, _MADV_NORMAL)
     mremap(start, length, length, _MREMAP_TO, to)
@@ -136,7 +135,7 @@ def mprotect(start: int, length: int, prot: int) -> None:
 
 
 def madvise(start: int, length: int, advice: int) -> None:
-    """madvise(2); waits for its event to be read where EVENT_REMOVE is on."""
+    """madvise(2); with EVENT_REMOVE, dropping pages waits until the event is read."""
     code = lib.uffd_shim_madvise(start, length, advice)
     if code:
         raise_errno("madvise", -code, start, length, advice=advice)
@@ -151,28 +150,28 @@ def memfd_create(name: str, flags: int) -> int:
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), for its modes (punching a hole); os.posix_fallocate has none."""
+    """fallocate(2); os.posix_fallocate has no modes (for punching a hole)."""
     code = lib.uffd_shim_fallocate(fd, mode, offset, length)
     if code:
         raise_errno("fallocate", -code, offset, length, mode=mode)
 
 
 def buffer_of(address: int, length: int, *, keeps: object) -> Buffer:
-    """Return a writable buffer over memory, weak-referenceable, which keeps an object alive."""
-    # The buffer keeps its pointer, and the pointer its destructor: a list's method, which runs no
-    # Python that could be interrupted.
+    """Return a writable buffer over memory; it keeps an object alive and has weak references."""
+    # The buffer keeps the pointer alive, and the pointer its destructor: a list's method, which
+    # runs no Python code that could be interrupted.
     pointer = ffi.gc(ffi.cast("char *", address), [keeps].append)
     buffer: Buffer = ffi.buffer(pointer, length)
     return buffer
 
 
 class Maps(IntFlag):
-    """What `look_at` finds: the first two of some of the range, the others of all of it."""
+    """What `look_at` finds out about a range."""
 
-    ANONYMOUS = lib.UFFD_MAPS_ANONYMOUS
-    SHARED = lib.UFFD_MAPS_SHARED
-    REGISTERED = lib.UFFD_MAPS_REGISTERED
-    NOT_FORKED = lib.UFFD_MAPS_NOT_FORKED
+    ANONYMOUS = lib.UFFD_MAPS_ANONYMOUS  # some of it is anonymous
+    SHARED = lib.UFFD_MAPS_SHARED  # some of it is shared
+    REGISTERED = lib.UFFD_MAPS_REGISTERED  # all of it is registered with a userfaultfd
+    NOT_FORKED = lib.UFFD_MAPS_NOT_FORKED  # all of it is left out of forks, or wiped there
 
 
 def look_at(pid: int, start: int, length: int, *, all_facts: bool = False) -> Maps:
@@ -180,11 +179,11 @@ def look_at(pid: int, start: int, length: int, *, all_facts: bool = False) -> Ma
 
     Raises:
         ProcessGoneError: there is no such process.
-        UffdPermissionError: EACCES - it may not be looked at.
-        UffdOSError: EFAULT - not all of the range is mapped.
+        UffdPermissionError: EACCES - no permission to ptrace it.
+        UffdOSError: EFAULT - part of the range is not mapped.
 
-    Kernel: /proc/PID/maps; smaps for `all_facts`, for which the kernel walks the page tables of
-        everything mapped below the range's end.
+    Kernel: /proc/PID/maps; with `all_facts` smaps, for which the kernel walks the page tables of
+        all mappings below the range's end.
     """
     out = ffi.new("uint32_t *")
     code = lib.uffd_owner_look(pid, start, length, all_facts, out)
@@ -198,7 +197,7 @@ def touch_in(pid: int, start: int, length: int, step: int) -> None:
     """Read a byte of each page of another process, so that the missing ones are mapped.
 
     Raises:
-        UffdPermissionError: EPERM - it may not be ptraced.
+        UffdPermissionError: EPERM - no permission to ptrace it.
         UffdOSError: EFAULT - a page cannot be read.
 
     Kernel: process_vm_readv(2).
@@ -227,7 +226,7 @@ class Interrupted(NamedTuple):
 
 
 def guarded_read(start: int, length: int) -> bytes | Interrupted:
-    """Read memory; return the SIGBUS or SIGSEGV that it met instead of dying of it."""
+    """Read memory; if the access meets SIGBUS or SIGSEGV, return that signal."""
     target, signal = bytearray(length), ffi.new("struct uffd_signal *")
     with ffi.from_buffer(target, require_writable=True) as pointer:
         number = lib.uffd_guarded_read(start, pointer, length, signal)
@@ -235,7 +234,7 @@ def guarded_read(start: int, length: int) -> bytes | Interrupted:
 
 
 def guarded_write(start: int, data: Buffer) -> Interrupted | None:
-    """Write memory; return the SIGBUS or SIGSEGV that it met instead of dying of it."""
+    """Write memory; if the access meets SIGBUS or SIGSEGV, return that signal."""
     signal = ffi.new("struct uffd_signal *")
     with ffi.from_buffer(data) as pointer:
         number = lib.uffd_guarded_write(start, pointer, len(pointer), signal)
@@ -243,13 +242,13 @@ def guarded_write(start: int, data: Buffer) -> Interrupted | None:
 
 
 class Agent(SoleOwner):
-    """A forked child without Python that touches its memory and makes system calls when told.
+    """A forked child without Python that accesses its memory and makes system calls on request.
 
     It dies with the thread that forked it.  `fd` is a stream socket whose other end the child
-    serves; close it, and the child ends.
+    reads; when it is closed the child ends.
 
-    Blocks: forking, until the Fork event is read where EVENT_FORK is on; each request, until the
-        faults it causes are resolved.
+    Blocks: forking, with EVENT_FORK enabled, until the Fork event is read; each request, until the
+        faults that it causes are resolved.
     """
 
     _instead = "it is a child of this process"

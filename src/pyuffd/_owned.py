@@ -1,12 +1,12 @@
-"""What system calls make, owned from the call on: descriptors, mappings, names (layer L2).
+"""Owners of what system calls make: descriptors, mappings, file names (layer L2).
 
-A signal handler may raise between any two steps of Python, also between the return of a C
-function and the line that notes what it returned. So an owner here is made empty, and the C
-function itself fills it. Whatever is interrupted then, the last reference to the owner ends what
-it has, and `close` of an object that consists of owners can be interrupted and called again.
+A signal handler may raise between any two steps of Python, even between the return of a C function
+and the line that notes its result. So an owner is made empty, and the C function itself fills it.
+Whichever line is interrupted, the last reference to the owner closes what it holds. The `close` of
+an object that consists of owners can be interrupted and called again.
 
-A class that has an owner makes everything else first and assigns the owner last: it is whole, and
-worth a ResourceWarning, when it has that.
+A class that has an owner makes everything else first and assigns the owner last: the object is then
+complete, and deserves a ResourceWarning.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Descriptor(SoleOwner):
 
     @classmethod
     def open(cls, path: str | bytes | os.PathLike[str], flags: int, mode: int = 0) -> Self:
-        """open(2), close-on-exec; errors as those of os.open."""
+        """open(2), close-on-exec; raises what os.open does."""
         self = cls()
         self._open(path, lambda name: lib.uffd_owned_open(name, flags, mode, self._cell))
         return self
 
     @classmethod
     def create(cls, path: str, flags: int, mode: int, name: FileName) -> Self:
-        """Create a file that does not exist, and own its name, which is to be removed."""
+        """Create a new file; `name` owns its name, and removes it until it is settled."""
         self = cls()
         self._open(
             path, lambda raw: lib.uffd_owned_create(raw, flags, mode, self._cell, name._cell)
@@ -83,7 +83,7 @@ class Descriptor(SoleOwner):
 
     @classmethod
     def duplicate(cls, fd: int, least: int = 0) -> Self:
-        """Another descriptor of an open file, close-on-exec; its number is not below `least`."""
+        """Duplicate a descriptor, close-on-exec, with a number of at least `least`."""
         self = cls()
         code = lib.uffd_owned_duplicate(fd, least, self._cell)
         if code:
@@ -110,7 +110,7 @@ class Descriptor(SoleOwner):
 
     def _open(self, path: str | bytes | os.PathLike[str], call: Callable[[bytes], int]) -> None:
         name = _path(path)
-        # Here a signal handler runs, and may raise, between two attempts.
+        # Between two attempts a signal handler can run, and may raise.
         while (code := call(name)) == -errno.EINTR:
             pass
         if code:
@@ -118,7 +118,7 @@ class Descriptor(SoleOwner):
 
     @property
     def number(self) -> int:
-        """The descriptor, -1 when it is closed or was given up."""
+        """The descriptor; -1 if it is closed or was released or moved."""
         return int(self._cell[0])
 
     def fileno(self) -> int:
@@ -127,11 +127,11 @@ class Descriptor(SoleOwner):
 
     @property
     def is_open(self) -> bool:
-        """Whether there is one."""
+        """Whether it owns a descriptor."""
         return self.number >= 0
 
     def close(self) -> None:
-        """Close it; again without complaint."""
+        """Close it; may be called again."""
         code = lib.uffd_owned_close(self._cell)
         if code:
             raise OSError(-code, os.strerror(-code))
@@ -143,19 +143,19 @@ class Descriptor(SoleOwner):
         return other
 
     def move_to(self, other: Descriptor) -> None:
-        """Give it to another owner, which has none."""
+        """Move it to another, empty owner."""
         lib.uffd_owned_move(self._cell, other._cell)
 
-    # Ownership passes at an assignment, on the line that also returns: an exception comes before
-    # both or not at all.
+    # Ownership passes in an assignment on the line that also returns, so that an exception comes
+    # before both or not at all.
 
     def release(self) -> int:
-        """Give it up, and return it."""
+        """Give up ownership and return the descriptor."""
         number = self.number
         self._cell[0] = -1; return number  # noqa: E702  # fmt: skip
 
     def adopt(self, number: int, returns: T) -> T:
-        """Own a descriptor from here on, and return what the caller is to return."""
+        """Own a descriptor from here on, and return `returns` for the caller."""
         self._cell[0] = number; return returns  # noqa: E702  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -190,7 +190,7 @@ class MappedMemory(SoleOwner):
         return int(self._cell.start)
 
     def close(self) -> None:
-        """Unmap it; again without complaint. Waits for its event where EVENT_UNMAP is on."""
+        """Unmap it; may be called again. With EVENT_UNMAP it waits until the event is read."""
         start, length = self.start, int(self._cell.length)
         code = lib.uffd_owned_munmap(self._cell)
         if code:
@@ -203,7 +203,7 @@ class MappedMemory(SoleOwner):
         return other
 
     def release(self) -> int:
-        """Let it stay for good, and return its address."""
+        """Give up ownership, so that it stays mapped, and return its address."""
         start = self.start
         self._cell.start = 0; return start  # noqa: E702  # fmt: skip
 
@@ -217,7 +217,7 @@ class MappedMemory(SoleOwner):
 class FileName(SoleOwner):
     """The name of a file, removed by `close` or with the last reference to this object.
 
-    Unless it is to stay, or is gone or another file's by then; a fork never removes it.
+    It is not removed if `settle` or `note` says so, if another file has the name, or in a fork.
     """
 
     _instead = "a name is removed once"
@@ -226,18 +226,18 @@ class FileName(SoleOwner):
         self._cell: Any = ffi.gc(ffi.new("struct uffd_name *"), lib.uffd_owned_unlink)
 
     def note(self, path: str, fd: int) -> None:
-        """Own the name of a file that was there before, which is to stay until `settle`."""
+        """Own the name of an existing file, which is not removed before `settle`."""
         code = lib.uffd_owned_name(_path(path), fd, self._cell)
         if code:
             raise OSError(-code, os.strerror(-code), path)
 
     def settle(self, is_removed: bool, returns: T) -> T:
-        """Decide what becomes of it at the end, and return what the caller is to return."""
+        """Decide whether `close` removes it, and return `returns` for the caller."""
         pid = os.getpid() if is_removed else 0
         self._cell.pid = pid; return returns  # noqa: E702  # fmt: skip
 
     def close(self) -> None:
-        """Remove it if it is to be removed; again without complaint."""
+        """Remove the name unless it shall stay; may be called again."""
         code = lib.uffd_owned_unlink(self._cell)
         if code:
             raise OSError(-code, os.strerror(-code))
@@ -256,38 +256,38 @@ class FileName(SoleOwner):
 
 
 class Received(SoleOwner):
-    """Descriptors that come over a socket; what is not taken is closed at the end."""
+    """Descriptors received over a socket; those that are not taken are closed at the end."""
 
     _instead = "take() makes a Descriptor of each"
-    capacity = lib.UFFD_RECEIVED_MAX  # what one message can bring
+    capacity = lib.UFFD_RECEIVED_MAX  # descriptors that one message can have
 
     def __init__(self) -> None:
         self._cell: Any = ffi.gc(ffi.new("struct uffd_received *"), lib.uffd_owned_close_received)
 
     def __len__(self) -> int:
-        """All that came; those above the capacity are closed already."""
+        """The number of all received descriptors; those above the capacity are closed already."""
         return int(self._cell.count)
 
     @property
     def numbers(self) -> list[int]:
-        """The descriptors, which stay this object's; -1 where one was taken."""
+        """The descriptors, which stay this object's; -1 for one that was taken."""
         return list(self._cell.fds[0 : min(len(self), self.capacity)])
 
     @property
     def sender(self) -> int:
-        """The process that sent the first message which says so; 0 if none does."""
+        """The pid in the first credentials that were received; 0 without any."""
         return int(self._cell.sender)
 
     @property
     def is_truncated(self) -> bool:
-        """Whether the kernel had to drop some."""
+        """Whether the kernel dropped some."""
         return bool(self._cell.is_truncated)
 
     def receive(self, sock: int, target: Buffer) -> int:
-        """Read bytes, and the descriptors with them; return how many, 0 at the stream's end.
+        """Read bytes and descriptors; return the number of bytes, 0 at the stream's end.
 
         Raises:
-            BlockingIOError: there is nothing; it never waits.
+            BlockingIOError: there is nothing to read; it never waits.
             ConnectionError: the peer is gone.
         """
         with ffi.from_buffer(target, require_writable=True) as pointer:
@@ -297,7 +297,7 @@ class Received(SoleOwner):
         return count
 
     def take(self, index: int) -> Descriptor:
-        """Return a descriptor, owned by the caller from here on."""
+        """Return a descriptor, which the caller then owns."""
         if not 0 <= index < min(len(self), self.capacity):
             raise IndexError(f"descriptor {index} of {len(self)}")
         descriptor = Descriptor()
@@ -305,7 +305,7 @@ class Received(SoleOwner):
         return descriptor
 
     def close(self) -> None:
-        """Close what was not taken."""
+        """Close the descriptors that were not taken."""
         lib.uffd_owned_close_received(self._cell)
 
     def __enter__(self) -> Self:

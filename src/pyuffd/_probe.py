@@ -1,8 +1,8 @@
 """What this kernel and this user can do with userfaultfd (layer L2).
 
-`probe` asks the kernel by doing: it opens, shakes hands and registers scratch ranges that are
-never touched.  Nothing is derived from the version.  What the machine has (huge pages, swap,
-limits) is not here but in `pyuffd doctor`.
+`probe` tries: it opens userfaultfds, does the handshake, and registers scratch ranges that are
+never touched.  Nothing is derived from the kernel's version.  `pyuffd doctor` tells what the
+machine has (huge pages, swap, limits).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 _MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13
 _MFD_HUGETLB_2MB = 0x4 | 21 << 26  # MFD_HUGETLB | MFD_HUGE_2MB; not in every libc's os module
 
-# name: (page size, MAP_* sharing, flags of the memfd behind it or None)
+# name: (page size, MAP_* sharing, flags of its memfd or None)
 _MEMORY_TYPES: dict[str, tuple[int, int, int | None]] = {
     "anon": (PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, None),
     "shmem": (PAGE_SIZE, mmap.MAP_SHARED, 0),
@@ -41,13 +41,13 @@ _SCAN_ARGUMENT = struct.Struct("=12Q")
 
 @dataclass(frozen=True, slots=True)
 class OpenSupport:
-    """One way to get a userfaultfd.
+    """One way to open a userfaultfd.
 
     Attributes:
-        works: Whether this process can open one this way now.
-        errno: The kernel's answer, 0 if it works.
-        reason: Why it does not work, "" if it does.
-        command: What root would run to make it work, "" if no command would.
+        works: Whether this process can now open one this way.
+        errno: The kernel's errno; 0 if it works.
+        reason: Why it does not work; "" if it does.
+        command: The command by which root makes it work; "" if there is none.
     """
 
     works: bool
@@ -58,11 +58,11 @@ class OpenSupport:
 
 @dataclass(frozen=True, slots=True)
 class RegisterSupport:
-    """What UFFDIO_REGISTER said to a scratch range.
+    """The result of UFFDIO_REGISTER for a scratch range.
 
     Attributes:
-        ioctls: The ioctls the range takes; empty if it was refused.
-        errno: The kernel's answer, 0 if it was registered.
+        ioctls: The ioctls that the range supports; empty if it was refused.
+        errno: The kernel's errno; 0 if it was registered.
     """
 
     ioctls: Ioctl
@@ -71,18 +71,19 @@ class RegisterSupport:
 
 @dataclass(frozen=True, slots=True)
 class KernelSupport:
-    """What `probe` found.
+    """The result of `probe`.
 
     Attributes:
-        release: The kernel's name for its version; information only.
-        features: The mask of UFFDIO_API, with bits that have no name here.
-        refused: Features the kernel has but does not grant to this process (EPERM).
+        release: The kernel's release string; information only.
+        features: The mask of UFFDIO_API, including bits without a name here.
+        refused: Features that the kernel supports but does not grant to this process (EPERM).
         ioctls: The ioctls of the descriptor itself.
-        opens: "syscall", "device" and "user_mode_only" (the system call with
-            UFFD_USER_MODE_ONLY), each with what it takes.
-        memory: By memory type ("anon", "shmem", "shmem-private", "hugetlb", "hugetlb-private")
-            and register mode, one mode at a time. Hugetlb is asked without needing huge pages.
-        scan_categories: The categories PAGEMAP_SCAN knows; empty where there is no PAGEMAP_SCAN.
+        opens: The ways to open a userfaultfd: "syscall", "device" and "user_mode_only" (the system
+            call with UFFD_USER_MODE_ONLY).
+        memory: The support by memory type ("anon", "shmem", "shmem-private", "hugetlb",
+            "hugetlb-private") and register mode, one mode at a time. Hugetlb needs no free huge
+            page for this.
+        scan_categories: The categories that PAGEMAP_SCAN supports; empty without PAGEMAP_SCAN.
     """
 
     release: str
@@ -100,7 +101,7 @@ class KernelSupport:
 
     @property
     def kernel_faults(self) -> bool:
-        """Whether faults of system calls can be handled too, not only those of user code."""
+        """Whether faults of system calls can be handled too, besides those of user code."""
         return self.opens["syscall"].works or self.opens["device"].works
 
     @property
@@ -110,18 +111,18 @@ class KernelSupport:
 
     @property
     def pagemap_scan(self) -> bool:
-        """Whether /proc/PID/pagemap takes PAGEMAP_SCAN."""
+        """Whether /proc/PID/pagemap supports PAGEMAP_SCAN."""
         return bool(self.scan_categories)
 
 
 def probe() -> KernelSupport:
     """Find out what this kernel lets this process do with userfaultfd.
 
-    A refusal is an answer, not an exception: where nothing can be opened, `features` is empty,
-    `opens` says what would help and every register mode carries the errno of the system call.
+    A refusal raises no exception: if no userfaultfd can be opened, `features` is empty, `opens`
+    tells what would help, and every register mode has the errno of the system call.
 
     Returns:
-        What was found; nothing is kept open or mapped.
+        The result; nothing is kept open or mapped.
 
     Kernel: userfaultfd(2), UFFDIO_API(2const), UFFDIO_REGISTER(2const), ioctl_pagemap_scan(2).
     GIL: released in every userfaultfd call.  Threads: safe.  Blocks: no.
@@ -185,7 +186,7 @@ def _probe_opens() -> dict[str, OpenSupport]:
             codes[way] = 0
         except UffdOSError as error:
             codes[way] = error.errno or errno.EIO
-    # USER_MODE_ONLY needs no privilege, so where it is refused too, it is not for lack of one.
+    # USER_MODE_ONLY needs no privilege: if it is refused too, the reason is another one.
     privilege_would_do = codes["user_mode_only"] in (0, errno.EINVAL)
     return {
         way: OpenSupport(True) if not code else OpenSupport(False, code, *explain(code))
@@ -216,7 +217,7 @@ def _probe_memory(way: str, features: Feature) -> dict[str, dict[RegisterMode, R
     memory: dict[str, dict[RegisterMode, RegisterSupport]] = {name: {} for name in _MEMORY_TYPES}
     for mode in RegisterMode:
         with _opened(way) as fd:
-            # The only mode that has to be asked for in the handshake.
+            # RWP is the only mode that must be requested in the handshake.
             lowlevel.api(fd, features & Feature.RWP if mode == RegisterMode.RWP else 0)
             for name in _MEMORY_TYPES:
                 memory[name][mode] = _register_scratch(fd, name, mode)

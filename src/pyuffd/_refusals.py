@@ -1,6 +1,6 @@
 """Why a userfaultfd cannot be opened here, and what would change it (layer L2).
 
-`pyuffd doctor` and the error of `Userfaultfd()` say the same, and it is said here.
+`pyuffd doctor` and the error of `Userfaultfd()` both use these texts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _USER_MODE = (
 
 
 def hint(by_syscall: int, by_device: int, *, privilege_would_do: bool) -> str:
-    """Return what to do where the system call and the device have given these errnos."""
+    """Return what to do after the system call and the device failed with these errnos."""
     parts = []
     for way, (reason, command) in (
         ("the system call", explain_syscall(by_syscall, privilege_would_do)),
@@ -43,14 +43,14 @@ def explain_syscall(code: int, privilege_would_do: bool) -> tuple[str, str]:
         )
     if code in (errno.EPERM, errno.EACCES, errno.ENOSYS) and _has_seccomp_filter():
         return (
-            "a seccomp filter refuses the system call, as those of containers do; profile.json is"
-            " to be the runtime's own profile with userfaultfd among the calls it allows",
+            "a seccomp filter refuses the system call, as those of containers do; profile.json"
+            " must be the runtime's own profile with userfaultfd among the allowed calls",
             f"docker run --security-opt seccomp=profile.json --device {lowlevel.DEVICE}",
         )
     if code == errno.ENOSYS:
         return "this kernel is built without CONFIG_USERFAULTFD", ""
     if code == errno.EINVAL:
-        return "this kernel does not know UFFD_USER_MODE_ONLY (Linux 5.11)", ""
+        return "this kernel does not support UFFD_USER_MODE_ONLY (Linux 5.11)", ""
     if code in (errno.EPERM, errno.EACCES):
         return "a security module refuses the system call", ""
     return os.strerror(code), ""
@@ -66,24 +66,27 @@ def explain_device(code: int) -> tuple[str, str]:
         )
     if code == errno.EPERM:
         return (
-            "the device control group, of a container perhaps, refuses it",
+            "the device control group, perhaps a container's, refuses it",
             f"docker run --device {device}",
         )
     if code == errno.ENOENT:
         minor = _misc_minor("userfaultfd")
         if minor is None:
-            return "this kernel has none (Linux 6.1)", ""
+            return "this kernel has no such device (Linux 6.1)", ""
         if _has_seccomp_filter():
             return (
-                "the kernel has it, but it has no node here, as in containers",
+                "the kernel has the device, but there is no node for it, as in containers",
                 f"docker run --device {device}",
             )
-        return "the kernel has it, but it has no node", f"mknod -m 600 {device} c 10 {minor}"
+        return (
+            "the kernel has the device, but there is no node for it",
+            f"mknod -m 600 {device} c 10 {minor}",
+        )
     return os.strerror(code), ""
 
 
 def _where() -> str:
-    """Root of a user namespace has every capability, but not where this is asked."""
+    """Return " in the initial user namespace" from another one, whose root lacks CAP_SYS_PTRACE."""
     try:
         initial = Path("/proc/self/uid_map").read_text().split() == _ALL_USERS
     except OSError:

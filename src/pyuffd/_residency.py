@@ -1,6 +1,6 @@
 """Residency: where the content of each page of a mapping is (layer L2).
 
-pagemap says what is mapped; for the rest this module asks the page cache and the file.
+pagemap tells which pages are mapped; for the others this module asks the page cache and the file.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ class PageResidency(Number):
     """Where the content of a page is, as seen from one mapping of it.
 
     Attributes:
-        HOLE: Nowhere: never written, or dropped. It reads as zeros (or is missing, where
-            registered).
-        SWAPPED: On swap (and perhaps in the swap cache still), or on disk for a file of a disk
-            filesystem.
-        RESIDENT: In the page cache, but not mapped here: the next access maps it without reading
-            it in.
-        MAPPED: Mapped here.
-        PRIVATE: Mapped here, and a copy of its own: a private file mapping that was written to.
+        HOLE: Nowhere: the page was never written, or it was dropped. It reads as zeros, or in a
+            registered range causes a missing fault.
+        SWAPPED: On swap (perhaps also in the swap cache), or for a file of a disk file system on
+            disk.
+        RESIDENT: In the page cache but not mapped: the next access maps it without I/O.
+        MAPPED: Mapped by this mapping.
+        PRIVATE: Mapped, and a copy of its own: a private file mapping that was written to.
         POISON: Poisoned (UFFDIO_POISON): an access raises SIGBUS.
         UNKNOWN: The kernel does not tell; see `residency`.
     """
@@ -53,7 +52,15 @@ class PageResidency(Number):
 
 
 class Residency:
-    """The state of each page of a range, one byte each in `states` (values of PageResidency)."""
+    """The state of each page of a range.
+
+    `numpy.asarray` of it is an array of shape (len,) and dtype uint8.
+
+    Attributes:
+        start: First address.
+        page_size: Bytes of a page.
+        states: One byte for each page, a value of `PageResidency`.
+    """
 
     __slots__ = ("page_size", "start", "states")
 
@@ -107,27 +114,27 @@ def residency(
     page_size: int | None = None,
     fd: int | None = None,
 ) -> Residency:
-    """Tell for each page of this process's memory where its content is.
+    """Return where the content of each page of a range of this process's memory is.
 
-    pagemap alone cannot: a page of shared memory that is swapped out looks like a hole, and a
-    write-protected one like a swapped one wherever it is.  So pages that are not mapped are asked
-    for at the page cache (mincore(2), cachestat(2)) and the file (SEEK_DATA).  It is a picture of
-    a moment: pages that move meanwhile may be told by their old or new state.
+    pagemap alone does not tell: a page of shared memory that is swapped out looks like a hole, and
+    a write-protected page that is not mapped always looks like a swapped one.  So for pages that
+    are not mapped this asks the page cache (mincore(2), cachestat(2)) and the file (SEEK_DATA).
+    If a page moves during the call, its old or its new state may be returned.
 
-    What the kernel does not tell is UNKNOWN:
+    UNKNOWN are:
     - write-protected private pages that are not mapped (swapped or a hole), without CAP_SYS_ADMIN;
-      a poisoned private page shows as SWAPPED then, a poisoned shared one as UNKNOWN;
+      a poisoned private page is then SWAPPED, and a poisoned shared page UNKNOWN;
     - hugetlb pages that are not mapped (resident or a hole), unless the file has either no page
-      or all of them allocated, or all of those it has are mapped here;
-    - file pages that are not mapped, if the caller may not write the file nor owns it (mincore(2)
-      then claims that all are resident) or if the file cannot be opened.
+      or all pages allocated, or unless all its allocated pages are mapped here;
+    - file pages that are not mapped, if the caller can neither write the file nor owns it
+      (mincore(2) then returns that all are resident), or if the file cannot be opened.
 
     Args:
         range_or_start: A range object, or an address; a multiple of the page size.
         length: Bytes, a multiple of the page size; with an address only.
         page_size: Page size of the mapping; None for that of the range object, else 4 KiB.
-        fd: The file mapped there; None for that of the range object. It is opened a second time
-            and its position left alone. Without one the mapping's own file is opened, which
+        fd: The mapped file; None for that of the range object. The file is opened again, so the
+            position of `fd` does not change. Without an fd the mapping's own file is opened, which
             needs CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN).
 
     Raises:
@@ -136,7 +143,7 @@ def residency(
 
     Kernel: before Linux 6.5 (no cachestat) shared pages on swap show as RESIDENT as long as they
         stay in the swap cache too.
-    GIL: released, but for reading /proc/self/maps.
+    GIL: released, except while /proc/self/maps is read.
     Blocks: no.
     """
     if page_size is None:
@@ -203,7 +210,7 @@ def _fill(
     file_fd, status = _open_mapped(mapping, fd)
     try:
         huge = page_size != PAGE_SIZE
-        if status is None or stat.S_ISREG(status.st_mode):  # /dev/zero is as good as anonymous
+        if status is None or stat.S_ISREG(status.st_mode):  # treat /dev/zero as anonymous
             kind |= lowlevel.MAPPING_FILE
             huge |= status is not None and status.st_blksize in (HUGE_PAGE_2M, HUGE_PAGE_1G)
             if not huge:
@@ -228,7 +235,7 @@ def _fill(
 
 
 def _open_mapped(mapping: _Mapping, fd: int | None) -> tuple[int, os.stat_result | None]:
-    """Open the mapped file anew, so that seeking moves nobody's position; (-1, None) if refused."""
+    """Open the mapped file again, to leave other positions alone; (-1, None) if refused."""
     path = mapping.link
     if fd is not None:
         if not _is_mapped(os.fstat(fd), mapping):
@@ -242,7 +249,7 @@ def _open_mapped(mapping: _Mapping, fd: int | None) -> tuple[int, os.stat_result
 
 
 def _is_mapped(status: os.stat_result, mapping: _Mapping) -> bool:
-    """Compare inodes, and devices where maps shows the one that stat does (btrfs: another)."""
+    """Compare inode and device; on btrfs the device in maps differs from that of stat(2)."""
     if (status.st_dev, status.st_ino) == (mapping.device, mapping.inode):
         return True
     try:
@@ -252,9 +259,9 @@ def _is_mapped(status: os.stat_result, mapping: _Mapping) -> bool:
 
 
 def _mincore_is_true(mapping: _Mapping, status: os.stat_result | None, file_fd: int) -> bool:
-    """mincore(2) answers only who may write the file or owns it; to others all is resident."""
+    """Return whether mincore(2) tells the truth: the caller owns the file or can write it."""
     if status is None:
-        return mapping.name.startswith("/dev/zero")  # MAP_SHARED|MAP_ANONYMOUS: its maker's
+        return mapping.name.startswith("/dev/zero")  # MAP_SHARED|MAP_ANONYMOUS: the caller's
     return status.st_uid == os.geteuid() or os.access(
         f"/proc/self/fd/{file_fd}", os.W_OK, effective_ids=True
     )

@@ -404,7 +404,7 @@ class Userfaultfd(CloseCallbacks):
             owner._unregistered(self, start, length)
 
     def _refuse_served(self, what: str, start: int, length: int, instead: str) -> None:
-        """Raise ValueError where a handler serves memory in the range: it promises something."""
+        """Raise ValueError if a handler serves memory in the range."""
         owner = self._claims.owner
         if owner is not None and owner._served_mode(self, start, length) is not None:
             raise self._served_by(owner, what, start, length, instead)
@@ -413,12 +413,12 @@ class Userfaultfd(CloseCallbacks):
         self, owner: Owner, what: str, start: int, length: int, instead: str
     ) -> ValueError:
         return ValueError(
-            f"{what} [{start:#x}, +{length:#x}): {owner!r} serves memory there, and would not know"
-            f" of it: {instead}"
+            f"{what} [{start:#x}, +{length:#x}): {owner!r} serves memory there and would not know"
+            f" of this call: {instead}"
         )
 
     def _registered_ranges(self) -> list[tuple[int, int]]:
-        """Return start and length of what this object has registered."""
+        """Return start and length of each range that this object has registered."""
         if not self._registered:
             return []
         return [(a, b - a) for a, b, _ in self._registered.overlapping(*self._registered.span)]

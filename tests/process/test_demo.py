@@ -198,7 +198,7 @@ def test_where_nothing_can_be_opened_it_says_what_doctor_says() -> None:
         assert f"`{ways[name]['command']}`" in done.stderr, name
     # A profile that allows one call more, not none at all; and the device.
     assert "--security-opt seccomp=profile.json --device /dev/userfaultfd" in done.stderr
-    assert "the runtime's own profile with userfaultfd among the calls" in done.stderr
+    assert "the runtime's own profile with userfaultfd among the allowed calls" in done.stderr
     assert "unconfined" not in done.stderr
 
 

@@ -267,9 +267,9 @@ def test_refusal_of_the_system_call_is_explained(
 @pytest.mark.parametrize(
     ("seccomp", "minor", "reason", "command"),
     [
-        (False, None, "this kernel has none", ""),
-        (True, None, "this kernel has none", ""),
-        (False, 257, "it has no node", "mknod -m 600 /dev/userfaultfd c 10 257"),
+        (False, None, "this kernel has no such device", ""),
+        (True, None, "this kernel has no such device", ""),
+        (False, 257, "there is no node for it", "mknod -m 600 /dev/userfaultfd c 10 257"),
         (True, 257, "as in containers", "docker run --device /dev/userfaultfd"),
     ],
 )
