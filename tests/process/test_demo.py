@@ -133,7 +133,7 @@ def test_input_that_cannot_be_used(path: str, complaint: str) -> None:
 
 def test_empty_input(tmp_path: Path) -> None:
     done = command("--input", str(tmp_path))
-    complaint = f"pyuffd: {tmp_path} holds no bytes that can be read\n"
+    complaint = f"pyuffd: {tmp_path} has no content that can be read\n"
     assert (done.returncode, done.stderr) == (2, complaint)
 
 
@@ -265,7 +265,7 @@ def test_child_waits_where_it_cannot_be_tracked() -> None:
     child = run_child(demo_without_tracking, budget_s=TIMEOUT_S)
     assert child.value == 0
     assert {row[-1] for row in rows(child.stdout).values()} == {"yes"}
-    assert "Left out    saving while the child goes on: an old kernel" in child.stdout
+    assert "Left out    saving while the child runs: an old kernel" in child.stdout
 
 
 def test_replayed_memory_is_that_of_step_by_step_edits() -> None:

@@ -21,7 +21,7 @@ COMMANDS = {
     ),
     "doctor": (
         "pyuffd.cli.doctor",
-        "say what this kernel and this user can do, and what is missing",
+        "report what this kernel and this user can do, and what is missing",
     ),
     "demo": (
         "pyuffd.cli.demo",
@@ -41,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of this process by default.
 
     Returns:
-        What the command returned; 2 after a usage error, or an expected error that was put on
-        stderr in one sentence; 130 after Ctrl-C; 141 when the reader of stdout is gone.
+        The command's exit status; 2 after a usage error, or an expected error, which is written to
+        stderr in one sentence; 130 after Ctrl-C; 141 if the reader of stdout is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered would raise again when the interpreter flushes at exit.
+        # Otherwise buffered text would raise again when the interpreter flushes stdout at exit.
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())
         os.close(devnull)

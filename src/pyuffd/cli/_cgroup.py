@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# cgroup v1 says "no limit" with the largest multiple of the page size that a long holds.
+# In cgroup v1 the largest multiple of the page size that fits a long means "no limit".
 _V1_UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The tightest limit on the way from this process's group up to the root; None if none.
+    """The lowest limit among this process's group and those above it; None without a limit.
 
-    `memory`, `swap` and `hugetlb_2m` are bytes, `cpus` is processors' worth of time.
+    `memory`, `swap` and `hugetlb_2m` are in bytes, `cpus` is a number of processors.
     """
 
     memory: int | None
@@ -88,7 +88,7 @@ def _folders(proc: Path, controller: str) -> Iterator[tuple[int, Path]]:
         version = {"cgroup": 1, "cgroup2": 2}.get(kind)
         if version not in groups or (version == 1 and controller not in options.split(",")):
             continue
-        # In a container the group's own path may lie outside of what is mounted.
+        # In a container the group's path may lie outside the mounted tree.
         inner = os.path.relpath(groups[version], root)
         folder = Path(mount_point) if inner.startswith("..") else Path(mount_point, inner)
         while folder.is_relative_to(mount_point):

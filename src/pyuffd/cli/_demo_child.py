@@ -1,7 +1,7 @@
-"""The demo's child process: keeps a working set in memory and never stops changing it (layer L6).
+"""The demo's child process: has a working set in memory and changes it all the time (layer L6).
 
-Its messages, and those it is sent, are JSON on a SOCK_SEQPACKET socket, whose descriptor is its
-first argument. It ends when told to, or when the other end of the socket is closed.
+Messages in both directions are JSON on a SOCK_SEQPACKET socket, whose descriptor is the first
+argument. The child ends when told to, or when the other end of the socket is closed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRACKING = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
 def main() -> None:
-    """Do what the socket says until it ends."""
+    """Follow the orders on the socket until it is closed."""
     with (
         socket.socket(fileno=int(sys.argv[1])) as parent,
         contextlib.suppress(EOFError, ConnectionError),
@@ -43,8 +43,8 @@ def main() -> None:
 def _hand_over(parent: socket.socket, region: Region, digest: str) -> None:
     """Send the memory and a userfaultfd of this process, and keep no copy of the latter.
 
-    So this process cannot be left waiting in a fault: the kernel lets it go on when the last
-    descriptor is closed, at the latest by the end of the parent.
+    So this process never waits in a fault for long: the kernel lets it continue when the last
+    descriptor is closed, at the latest when the parent ends.
     """
     message: dict[str, object] = {
         "start": region.start,

@@ -19,9 +19,9 @@ DRIVERS: tuple[Driver, ...] = ("native", "inline")
 
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
-# Around each fault; small, so that many random reads find their page missing.
+# Small, so that many random reads find their page missing.
 PREFETCH = 64 << 10
-# Fewer huge pages than that leave nothing to prefetch.
+# With fewer huge pages there would be nothing to prefetch.
 PREFETCH_HUGE = 2 * HUGE_PAGE
 RANDOM_READS = 512
 
@@ -30,7 +30,7 @@ class NotAllowedError(DemoError):
     """This kernel, user or machine does not allow a memory type or driver; the text says why."""
 
 
-# As a row of the table names them.
+# The names in the table's rows.
 LABELS = {
     "anon": "anonymous",
     "shmem": "shmem shared",
@@ -42,16 +42,16 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Restored:
-    """One restore: what it took, and whether every byte came back.
+    """The result of one restore.
 
     Attributes:
         memory: Name of the memory type.
-        driver: Who resolved the faults.
+        driver: The handler's driver.
         faults: Faults resolved.
-        latencies_ns: Sorted times of single reads of missing pages, in random order, as the
-            Python code that read them saw them.
-        prefetched: Pages filled before anybody asked for them.
-        bytes_per_s: Of the rest, read in order; 0 if nothing was left.
+        latencies_ns: Sorted times of single reads of missing pages, in random order, measured by
+            the Python code that read them.
+        prefetched: Pages filled before they were accessed.
+        bytes_per_s: The speed of reading the rest in order; 0 if nothing was left.
         verified: The region's SHA-256 is the expected one.
     """
 
@@ -77,13 +77,13 @@ def restore(
     Args:
         image: The file.
         length: Its bytes, a multiple of the memory's page size.
-        expected: SHA-256 of what must come back, in hexadecimal.
-        memory: Where to.
-        driver: Who resolves the faults.
-        seed: Of the random order.
+        expected: SHA-256 of the image, in hexadecimal.
+        memory: The type of memory to restore into.
+        driver: The handler's driver.
+        seed: The seed of the random order.
 
     Raises:
-        NotAllowedError: the memory cannot be had, or not be registered in this way.
+        NotAllowedError: the memory cannot be mapped, or cannot be registered in this way.
         HandlerError: a fault could not be resolved.
     """
     features = memory.missing_feature | (Feature.SIGBUS if driver == "inline" else Feature(0))
@@ -125,7 +125,7 @@ def is_restored(region: Region, expected: str) -> bool:
 def _read_at_random(region: Region, stride: int, seed: int) -> list[int]:
     """Read one page in some of the chunks of `stride` bytes; return the sorted times in ns.
 
-    At most every second chunk, so that as much is left to be read in order.
+    It reads at most every second chunk, so that as much is left to be read in order.
     """
     rng = random.Random(seed)
     chunks = range(0, region.length, stride)
@@ -141,7 +141,7 @@ def _read_at_random(region: Region, stride: int, seed: int) -> list[int]:
 
 
 def why_no_huge_pages(length: int) -> str:
-    """Return why so many bytes of huge pages cannot be used here, whoever provides them, or ""."""
+    """Return why so many bytes of huge pages cannot be used here at all, or ""."""
     if not POOL.exists():
         return "this machine has no huge pages of 2 MiB"
     limit = _cgroup.limits().hugetlb_2m

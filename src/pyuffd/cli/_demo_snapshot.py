@@ -26,7 +26,7 @@ from pyuffd.cli._demo_work import (
     send,
 )
 
-# The instant comes when the memory is well mixed; on a slow machine, after the time at the latest.
+# The instant comes after so many edits, or on a slow machine after this time.
 EDITS_BEFORE = 100_000
 WAIT_S = 2.0
 POLL_S = 0.001
@@ -44,22 +44,22 @@ class Range:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the image holds and how it was made.
+    """The content of the image and how it was made.
 
     Attributes:
         length: Bytes of the image.
         edit: How many edits the child had made at the instant.
-        image_edit: The number that the image itself says.
+        image_edit: The number of edits that the image has.
         digest: SHA-256 of the image.
-        expected: SHA-256 of what the memory must have held: the files and the edits, done again.
+        expected: SHA-256 of the memory's expected content: the files with the edits repeated.
         paused_s: The pause that the child measured.
-        longest_s: The longest time the child measured between two other edits.
+        longest_s: The longest time between two other edits that the child measured.
         protect_s: How long write-protecting took, a part of the pause.
         save_s: From the end of the pause until the last page was saved.
         write_s: How long writing the file took then.
         edits_meanwhile: Edits from the instant until the file was written.
         saved_behind: Pages saved in the background.
-        faults: The handler's counters; None where the child had to wait for the whole image.
+        faults: The handler's counters; None if the child had to wait for the whole image.
         refused: Why faults of system calls could not be handled, or "".
         untracked: Why the child had to wait for the whole image, or "".
     """
@@ -82,12 +82,12 @@ class Snapshot:
 
     @property
     def verified(self) -> bool:
-        """Whether the image is the memory of that instant."""
+        """Whether the image is the memory at that instant."""
         return self.digest == self.expected and self.image_edit == self.edit
 
     @property
     def saved_by_faults(self) -> int:
-        """Pages saved because the child was about to write them."""
+        """Pages saved just before the child wrote to them."""
         return self.faults.preserved_pages - self.saved_behind if self.faults else 0
 
 
@@ -140,7 +140,7 @@ class Child:
         return f"the child process ended {how}"
 
     def close(self) -> None:
-        """Let it end, and if it does not, make it."""
+        """Let it end, and kill it if it does not."""
         self._socket.close()
         try:
             self._process.wait(END_TIMEOUT_S)
@@ -157,11 +157,11 @@ def take_snapshot(
     """Start a child that changes `work`, and write its memory of one instant to a file.
 
     Args:
-        work: What `path` and `limit` give; the child reads it again.
+        work: The working set of `path` and `limit`, which the child reads again.
         path: As for `collect`.
         limit: As for `collect`.
-        seed: Of the edits.
-        image: Gets the image; an empty file.
+        seed: The seed of the edits.
+        image: An empty file for the image.
 
     Raises:
         DemoError: the child ended early, or read other content than `work`.
@@ -173,7 +173,9 @@ def take_snapshot(
         child.tell(path=None if path is None else os.fspath(path), limit=limit, seed=seed)
         hello, memory, uffd = _shake_hands(child, stack)
         if hello["content"] != hashlib.sha256(work.content).hexdigest():
-            raise DemoError(f"{work.origin} changed while it was read: give an --input that rests")
+            raise DemoError(
+                f"{work.origin} changed while it was read: use an --input that does not change"
+            )
         _wait_for_edit(child, memory, EDITS_BEFORE)
         if uffd is not None:
             there = Range(int(str(hello["start"])), memory.length)
@@ -258,10 +260,10 @@ def _pause(child: Child) -> int:
 
 
 def _save_while_it_runs(child: Child, there: Range, memory: Region, uffd: Userfaultfd) -> _Taken:
-    """Write-protect the child's memory, let it go on and save the pages, those it writes first.
+    """Write-protect the child's memory, let it continue, and save each page before its first write.
 
     The faults are resolved by a C thread, which reads the pages through `memory`: a mapping of
-    this process, which is not registered, so that nothing here can wait for itself.
+    this process, which is not registered, so that the thread cannot wait for itself.
     """
     content = bytearray(there.length)
     with Handler(uffd, owner_pid=child.pid, autostart=False) as handler:
@@ -273,14 +275,14 @@ def _save_while_it_runs(child: Child, there: Range, memory: Region, uffd: Userfa
         handler.start()
         child.tell(do="go on")
         began = time.perf_counter()
-        # One page at least is to be saved because it is written, however fast the rest goes.
+        # Wait until at least one page has been saved by a fault, however fast the rest is saved.
         _wait_for_edit(child, memory, edit + 1)
         try:
             behind = handler.preserve(there, unprotect=True)
         except pyuffd.ProcessGoneError:
             child.reply()
             raise
-    # The handler has stopped, so the last page that a fault had in hand is saved too.
+    # The handler has stopped, so the page of the last fault is saved too.
     save_s = time.perf_counter() - began
     return _Taken(content, edit, protect_s, save_s, behind // PAGE, handler.stats())
 

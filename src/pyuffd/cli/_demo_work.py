@@ -1,4 +1,4 @@
-"""What the demo's two processes share: the working set, its edits and how they talk (layer L6)."""
+"""Code of the demo's two processes: the working set, its edits and their messages (layer L6)."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ MIB = 1 << 20
 HUGE_PAGE = 2 * MIB
 PAGE = 4096
 
-# The last bytes of the memory count the edits made, so that the image says itself which it holds.
+# The last bytes of the memory count the edits made, so that the image tells which edits it has.
 COUNTER = struct.Struct("<Q")
-# One to three pages for an edit.
+# An edit changes one to three pages.
 MAX_EDIT = 2 * PAGE
 
 NOT_LIBRARY = {"__pycache__", "site-packages", "dist-packages"}
 
 MESSAGE_LIMIT = 64 << 10
-# Far longer than anything the other process does between two messages.
+# Far longer than the other process needs between two messages.
 REPLY_TIMEOUT_S = 60.0
 
 
 class DemoError(pyuffd.UffdError):
-    """The demo cannot go on; the text is for the user."""
+    """The demo cannot continue; the text is for the user."""
 
 
 @dataclass(frozen=True)
 class WorkingSet:
-    """Content of real files, one behind the other."""
+    """The content of real files, one after the other."""
 
     origin: Path
     content: bytes
@@ -59,8 +59,8 @@ def collect(path: Path | None, limit: int) -> WorkingSet:
         limit: Bytes, a multiple of the huge page size.
 
     Raises:
-        OSError: the path is not there or cannot be read.
-        DemoError: it is neither a file nor a directory, or holds no bytes.
+        OSError: the path does not exist or cannot be read.
+        DemoError: it is neither a file nor a directory, or has no content.
     """
     origin = path or Path(sysconfig.get_path("stdlib"))
     kind = origin.stat().st_mode
@@ -83,7 +83,7 @@ def collect(path: Path | None, limit: int) -> WorkingSet:
         content += data
         files += bool(data)
     if not content:
-        raise DemoError(f"{origin} holds no bytes that can be read")
+        raise DemoError(f"{origin} has no content that can be read")
     return WorkingSet(origin, bytes(content), files, unreadable)
 
 
@@ -113,10 +113,10 @@ def _read(path: Path, room: int) -> bytes:
 
 
 def edit_forever(memory: memoryview | bytearray, content: bytes, seed: int) -> Iterator[int]:
-    """Make edit after edit, and yield how many were made after each.
+    """Make edit after edit, and yield their number after each.
 
-    An edit copies a slice of the content to another place in the memory. Where from and where to
-    depends on the seed and the edit's number alone.
+    An edit copies a slice of the content to another place in the memory. Source and target depend
+    only on the seed and the edit's number.
     """
     rng = random.Random(seed).random
     source = memoryview(content)
@@ -145,7 +145,7 @@ def replay(content: bytes, length: int, seed: int, edits: int) -> bytearray:
 
 
 def open_userfaultfd(features: Feature = Feature(0)) -> tuple[Userfaultfd, str]:  # noqa: B008
-    """Open a userfaultfd with what this user may do; return it and what was refused, or ""."""
+    """Open a userfaultfd as this user is allowed to; return it and why it is limited, or ""."""
     try:
         return Userfaultfd(features=features), ""
     except pyuffd.UffdPermissionError as error:

@@ -95,7 +95,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Mode:
-    """What registering one memory type in one mode gave."""
+    """The result of registering one memory type in one mode."""
 
     works: bool
     errno: str | None
@@ -113,7 +113,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class User:
-    """The process that asked."""
+    """The process that ran `pyuffd doctor`."""
 
     uid: int
     capabilities: list[str]
@@ -139,7 +139,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class HugePages:
-    """The pool of one huge page size; `reserved` are promised to mappings, but still free."""
+    """The pool of one huge page size; `reserved` pages are free, but reserved by mappings."""
 
     size: int
     total: int
@@ -150,7 +150,7 @@ class HugePages:
 
 @dataclass(frozen=True)
 class Shm:
-    """/dev/shm, where POSIX shared memory lives, in bytes; None if it is not there."""
+    """/dev/shm, which holds POSIX shared memory, in bytes; None if it does not exist."""
 
     total: int | None
     free: int | None
@@ -166,7 +166,7 @@ class Thp:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of this process and the kernel's knobs."""
+    """Limits of this process, and the kernel's settings."""
 
     max_map_count: int | None
     memlock_soft: int | None
@@ -188,7 +188,7 @@ class Cpus:
 
 @dataclass(frozen=True)
 class Python:
-    """The interpreter; `gil` says whether the lock is on now."""
+    """The interpreter; `gil` tells whether the GIL is enabled now."""
 
     implementation: str
     version: str
@@ -198,7 +198,7 @@ class Python:
 
 @dataclass(frozen=True)
 class Missing:
-    """A thing that is not there, and what root would run to have it."""
+    """Something that is missing, and the command by which root provides it."""
 
     what: str
     why: str
@@ -207,7 +207,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `pyuffd doctor` knows."""
+    """The whole report of `pyuffd doctor`."""
 
     schema: int
     pyuffd: str
@@ -291,7 +291,7 @@ def make_report() -> Report:
 
 
 def _lacking(support: KernelSupport) -> Feature:
-    """Return the known features this kernel has not; none where it could not be asked."""
+    """Return the known features that this kernel lacks; none if no userfaultfd could be opened."""
     lacking = Feature(0)
     for feature in Feature:
         if support.usable and feature not in support.features:
@@ -461,7 +461,7 @@ def _missing_features(support: KernelSupport) -> Iterator[Missing]:
     for since, names in by_version.items():
         yield Missing(", ".join(names), f"came with Linux {since}", None)
     if not support.pagemap_scan:
-        yield Missing("PAGEMAP_SCAN", "/proc/self/pagemap does not take it; Linux 6.7 does", None)
+        yield Missing("PAGEMAP_SCAN", "it came with Linux 6.7", None)
 
 
 def _missing_memory(
@@ -505,6 +505,6 @@ def _missing_memory(
     if limits.max_map_count is not None and limits.max_map_count < DEFAULT_MAX_MAP_COUNT:
         yield Missing(
             "mappings",
-            f"vm.max_map_count is {limits.max_map_count}; a registered range takes one or more",
+            f"vm.max_map_count is {limits.max_map_count}; a registered range is a mapping or more",
             f"sysctl vm.max_map_count={DEFAULT_MAX_MAP_COUNT}",
         )

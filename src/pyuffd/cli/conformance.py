@@ -31,28 +31,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "run",
         help="run the cases",
         description="Run the cases with pytest (pip install pyuffd[testing]). Exit status: 0 if all"
-        " passed or were skipped for what is missing, 1 if one failed or the kernel warned that it"
-        " is broken, others are pytest's. PYUFFD_TESTS=require turns skips into failures.",
+        " passed or were skipped because something is missing, 1 if one failed or the kernel logged"
+        " a warning; others are pytest's. PYUFFD_TESTS=require turns skips into failures.",
     )
     run_.add_argument("-k", metavar="EXPR", help="only the cases whose ids match, as pytest's -k")
     run_.add_argument("-n", metavar="N", help="run in N processes (pytest-xdist)")
     run_.add_argument("--report", metavar="FILE", help="write FILE.json and FILE.html")
     run_.add_argument("--slow", action="store_true", help="run the slow cases too")
-    run_.add_argument("pytest_args", nargs="*", metavar="ARG", help="for pytest, after --")
+    run_.add_argument("pytest_args", nargs="*", metavar="ARG", help="pytest arguments, after --")
     list_ = actions.add_parser("list", help="list the cases", description="List the cases' ids.")
     list_.add_argument("--markdown", action="store_true", help="print docs/conformance.md")
     diff = actions.add_parser(
         "diff",
         help="compare two reports",
-        description="Print what differs between two JSON reports, one id a line. Exit status: 0 if"
-        " nothing does, 1 if something does, 2 if one cannot be read.",
+        description="Print the differences between two JSON reports, one id a line. Exit status: 0"
+        " if there is none, 1 if there are some, 2 if a report cannot be read.",
     )
     diff.add_argument("before", metavar="A")
     diff.add_argument("after", metavar="B")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what was asked; return the exit status."""
+    """Run the requested action; return the exit status."""
     match args.action:
         case "run":
             return _run(args)
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
         return EXIT_ERROR
     if args.pytest_args and not args.pytest_args[0].startswith("-"):
         word = args.pytest_args[0]
-        print(f"pyuffd: {word!r}: to choose cases, say -k {word!r}", file=sys.stderr)
+        print(f"pyuffd: {word!r}: to choose cases, pass -k {word!r}", file=sys.stderr)
         return EXIT_ERROR
     if args.report is not None and not Path(args.report).resolve().parent.is_dir():
         print(f"pyuffd: --report {args.report}: there is no such folder", file=sys.stderr)
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     suite = importlib.util.find_spec("pyuffd.conformance.test_suite")
     assert suite is not None
     assert suite.origin is not None
-    # Not the configuration of whatever project the user stands in.
+    # Do not use the configuration of the project in the working directory.
     with tempfile.TemporaryDirectory(prefix="pyuffd-") as folder:
         configuration = Path(folder, "pytest.ini")
         configuration.write_text("[pytest]\n")
@@ -91,11 +91,14 @@ def _run(args: argparse.Namespace) -> int:
             arguments.append("--uffd-slow")
         if args.report is not None:
             arguments.append(f"--uffd-report={os.path.abspath(args.report)}")
-        # In a process of its own: pytest wants to be there before what it runs.
+        # In a process of its own: pytest must be imported before the modules that it tests.
         command = [sys.executable, "-P", "-m", "pytest", *arguments, *args.pytest_args]
         status = subprocess.run(command, check=False).returncode
     if status == EXIT_NO_CASE:
-        print(f"pyuffd: no case matches -k {args.k!r}; conformance list has them", file=sys.stderr)
+        print(
+            f"pyuffd: no case matches -k {args.k!r}; `pyuffd conformance list` lists the cases",
+            file=sys.stderr,
+        )
     return status
 
 
@@ -129,6 +132,6 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _named(path: str) -> str:
-    """Return the JSON file of what `--report` was given, as well as a file of that name."""
+    """Return the path, or the JSON file that `--report PATH` wrote."""
     whole = Path(path + ".json")
     return str(whole) if not Path(path).exists() and whole.exists() else path

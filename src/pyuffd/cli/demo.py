@@ -40,11 +40,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the `demo` command."""
     parser = subparsers.add_parser(
         "demo",
-        description="Write an image of a child process's memory at one instant, while it goes on"
-        " changing it; restore the image lazily into every type of memory that this machine"
-        " allows; compare every byte.",
+        description="Write an image of a child process's memory at one instant, while the child"
+        " continues to change it; restore the image lazily into every type of memory that this"
+        " machine allows; compare every byte.",
         epilog="Exit status: 0 if everything that ran was verified, 1 if not, 2 on an error."
-        " NO_COLOR switches colours off.",
+        " NO_COLOR disables colours.",
     )
     parser.add_argument(
         "--input",
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _ending_cleanly() -> Iterator[None]:
-    """Turn the signals that end a program into an exception, so that all is given back."""
+    """Turn the signals that end a program into an exception, so that everything is cleaned up."""
     old = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
@@ -101,7 +101,7 @@ class _Demo:
         self._left_out: dict[str, list[str]] = {}
 
     def run(self) -> int:
-        uffd, refused = open_userfaultfd()  # or there is nothing to show
+        uffd, refused = open_userfaultfd()  # raises if the demo cannot run here
         uffd.close()
         self._say("pyuffd demo: snapshot a running process, restore it lazily, check every byte")
         work = collect(self._path, self._limit)
@@ -196,10 +196,10 @@ class _Demo:
                 f" the child's longest wait was {it.longest_s * 1e3:.2f} ms"
             )
         else:
-            self._leave_out("saving while the child goes on", it.untracked)
+            self._leave_out("saving while the child runs", it.untracked)
         self._say(
             f"SHA-256     {it.digest[:16]}... of the image;"
-            f" {it.expected[:16]}... of the files with the {it.edit:,} edits done again: "
+            f" {it.expected[:16]}... of the files with the {it.edit:,} edits repeated: "
             + (self._paint("same", _GREEN) if it.verified else self._paint("DIFFERENT", _RED))
         )
 

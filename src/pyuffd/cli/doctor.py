@@ -26,10 +26,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the `doctor` command."""
     parser = subparsers.add_parser(
         "doctor",
-        description="Say what this kernel and this user can do with userfaultfd, found by trying,"
-        " and the command for each thing that is missing.",
+        description="Report what this kernel and this user can do with userfaultfd, found by"
+        " trying, and the command for each thing that is missing.",
         epilog="Exit status: 0 if a userfaultfd can be opened in any way, 1 if not, 2 on an error."
-        " NO_COLOR switches colours off.",
+        " NO_COLOR disables colours.",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON, as docs/doctor.md describes it"
@@ -63,7 +63,7 @@ class _Page:
             ("Features", self._features()),
             ("Ioctls of a registered range, by memory type and register mode", self._memory()),
             ("Machine", self._machine()),
-            ("Missing, and what root would run to have it", self._missing()),
+            ("Missing, and the command by which root provides it", self._missing()),
         ):
             lines = list(body)
             if lines:
@@ -92,7 +92,7 @@ class _Page:
             verdict = "userfaultfd works here, for faults of user code and of system calls."
             yield self._paint(verdict, _GREEN)
         elif report.usable:
-            yield self._paint("userfaultfd works here with user_mode_only=True alone:", _YELLOW)
+            yield self._paint("userfaultfd works here with user_mode_only=True only:", _YELLOW)
             yield "a system call that touches a missing page fails with EFAULT instead of waiting."
         else:
             yield self._paint("userfaultfd cannot be used here.", _RED)
@@ -107,7 +107,7 @@ class _Page:
     def _features(self) -> Iterator[str]:
         features = self._report.features
         if not self._report.usable:
-            yield from self._row("mask", "unknown: there is nothing to ask")
+            yield from self._row("mask", "unknown: no userfaultfd can be opened")
         else:
             yield from self._row("mask", features.mask)
             granted = [name for name in features.supported if name not in features.refused]
@@ -156,7 +156,7 @@ class _Page:
         yield from self._row("control group", self._cgroup())
         yield from self._row("CPUs", f"{report.cpus.usable} usable of {report.cpus.online}")
         for pool in report.huge_pages:
-            promised = f", {pool.reserved} of them promised" if pool.reserved else ""
+            promised = f", {pool.reserved} of them reserved" if pool.reserved else ""
             yield from self._row(
                 f"{size_text(pool.size)} pages", f"{pool.free} free of {pool.total}{promised}"
             )
@@ -214,7 +214,7 @@ class _Page:
         for missing in self._report.missing:
             yield from _wrap(f"{missing.what}: {missing.why}", WIDTH - 2, indent="  ")
             if missing.command:
-                # Continued lines can be copied as they stand.
+                # With backslashes, so that the lines can be copied and run.
                 lines = _wrap(missing.command, WIDTH - 8, keep_words=True)
                 for number, line in enumerate(lines):
                     more = " \\" if number + 1 < len(lines) else ""

@@ -47,10 +47,10 @@ class Backend(Protocol):
     def list_registered(
         self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
     ) -> None:
-        """Tell what is registered, (start, length) each, or about to be; all of it at first."""
+        """Note ranges (start, length) that are, or will be, registered; `is_all`: no others are."""
 
     def unlist_registered(self, space: int, start: int, length: int) -> None:
-        """Tell what is registered no more."""
+        """Note that a range is no longer registered."""
 
     def unserve(
         self,

@@ -269,7 +269,7 @@ class Engine(SoleOwner):
     def list_registered(
         self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
     ) -> None:
-        """Tell what is registered, (start, length) each, or about to be; all of it at first."""
+        """Note ranges (start, length) that are, or will be, registered; `is_all`: no others are."""
         for start, length in ranges:
             code = lib.uffd_engine_note_registered(self._engine(), space, start, start + length)
             if code:
@@ -278,7 +278,7 @@ class Engine(SoleOwner):
             lib.uffd_engine_know_registered(self._engine(), space)
 
     def unlist_registered(self, space: int, start: int, length: int) -> None:
-        """Tell what is registered no more."""
+        """Note that a range is no longer registered."""
         lib.uffd_engine_note_unregistered(self._engine(), space, start, start + length)
 
     def unserve(

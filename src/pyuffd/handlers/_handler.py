@@ -292,8 +292,8 @@ class Handler(SoleOwner):
             owner_pid=self._owners.of(uffd),
         )
 
-    # What a userfaultfd tells of what is done beside the handler; without the lock, which may be
-    # held for long.
+    # The userfaultfd calls these when its own methods are used while the handler serves. They do
+    # not acquire the lock, which may be held for long.
 
     def _registers(self, uffd: Userfaultfd, start: int, length: int) -> None:
         engine, space = self._engine, self._spaces.get(uffd)

@@ -257,7 +257,7 @@ def take_back(
 
 
 def tell_registered(engine: Backend, uffd: Userfaultfd, space: int) -> None:
-    """Tell an engine what is registered, where that is known: of an adopted one only in part."""
+    """Tell an engine all registered ranges, unless `uffd` is adopted and not all are known."""
     if not uffd.adopted:
         engine.list_registered(space, uffd._registered_ranges(), is_all=True)
 
@@ -265,7 +265,7 @@ def tell_registered(engine: Backend, uffd: Userfaultfd, space: int) -> None:
 def served_mode(
     all_served: Iterable[Served], uffd: Userfaultfd, start: int, length: int
 ) -> RegisterMode | None:
-    """Return the modes that all served memory in a range has, or None where there is none."""
+    """Return the modes that all served memory in a range has, or None without such memory."""
     modes = [
         one.mode
         for one in all_served

@@ -123,11 +123,11 @@ class RemoteEngine(SoleOwner):
     def list_registered(
         self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
     ) -> None:
-        """Tell what is registered; a worker that takes over is not told."""
+        """Note registered ranges; the successor of a worker process does not learn of them."""
         self._call(Call.LIST_REGISTERED, space, tuple(ranges), is_all)
 
     def unlist_registered(self, space: int, start: int, length: int) -> None:
-        """Tell what is registered no more."""
+        """Note that a range is no longer registered."""
         self._call(Call.UNLIST_REGISTERED, space, start, length)
 
     def unserve(
