@@ -840,7 +840,7 @@ class Handler(SoleOwner):
         Raises:
             ValueError: not served, pages outside the region, or a bad chunk.
             UffdOSError: EIO - the source raised; its exception is the cause. ETIMEDOUT - it did not
-                answer in time. ENOMEM - no huge page became free within 5 s. `start` is the first
+                answer in time. ENOMEM - no huge page became free in time. `start` is the first
                 page without content, and `completed` bytes were filled. With several workers some
                 of these may lie after `start`.
         """
