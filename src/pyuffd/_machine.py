@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from pyuffd._arguments import check_int
 from pyuffd._pages import PAGE_SIZE
 
 PROC = Path("/proc")
@@ -32,9 +33,10 @@ def page_size_for(huge_page_size: int | None) -> int:
     if huge_page_size is None:
         return PAGE_SIZE
     known = sizes()
+    check_int("huge_page_size", huge_page_size)
     if huge_page_size not in known:
         has = ", ".join(map(hex, known)) or "no huge pages"
-        raise ValueError(f"huge page size {huge_page_size:#x}: this machine has {has}")
+        raise ValueError(f"huge_page_size {huge_page_size:#x}: this machine has {has}")
     return huge_page_size
 
 

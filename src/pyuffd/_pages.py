@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from pyuffd._arguments import check_int, shown
+
 PAGE_SIZE = 4096
 HUGE_PAGE_2M = 2 << 20
 HUGE_PAGE_1G = 1 << 30
@@ -35,8 +37,9 @@ def round_up(value: int, page_size: int) -> int:
 
 def check_page_size(page_size: int) -> int:
     """Return `page_size` if x-86-64 maps pages of it, else raise ValueError."""
+    check_int("page_size", page_size)
     if page_size not in (PAGE_SIZE, HUGE_PAGE_2M, HUGE_PAGE_1G):
-        raise ValueError(f"page size {page_size:#x} is not one of 0x1000, 0x200000, 0x40000000")
+        raise ValueError(f"page_size {page_size:#x} is not one of 0x1000, 0x200000, 0x40000000")
     return page_size
 
 
@@ -45,6 +48,7 @@ def check_range(
 ) -> None:
     """Raise ValueError unless [start, start + length) is a non-empty, aligned range of memory."""
     check_aligned(name, start, page_size)
+    check_int("length", length)
     if length <= 0:
         raise ValueError(f"length {length:#x} must be above zero")
     check_aligned("length", length, page_size)
@@ -54,6 +58,7 @@ def check_range(
 
 def check_aligned(name: str, value: int, page_size: int) -> None:
     """Raise ValueError unless `value` is a non-negative multiple of the page size."""
+    check_int(name, value)
     if value < 0:
         raise ValueError(f"{name} {value:#x} is negative")
     if value >= ADDRESS_LIMIT:
@@ -62,17 +67,48 @@ def check_aligned(name: str, value: int, page_size: int) -> None:
         raise ValueError(f"{name} {value:#x} is not a multiple of the page size {page_size:#x}")
 
 
-def resolve_range(range_or_start: RangeLike | int, length: int | None) -> tuple[int, int]:
+def resolve_range(
+    range_or_start: RangeLike | int, length: int | None, *, name: str = "range_or_start"
+) -> tuple[int, int]:
     """Return (start, length) of a range object, or of two numbers."""
-    if isinstance(range_or_start, int):
+    if is_address(range_or_start):
+        start = check_int("start", range_or_start)
         if length is None:
-            raise ValueError(f"start {range_or_start:#x} needs a length")
-        return range_or_start, length
+            raise ValueError(f"start {start:#x} needs a length")
+        return start, check_int("length", length)
+    check_region(range_or_start, name)
     if length is not None:
         raise ValueError("pass a range object, or start and length, but not both")
-    return range_or_start.start, range_or_start.length
+    return range_or_start.start, range_or_start.length  # type: ignore[union-attr]
+
+
+def is_address(value: object) -> bool:
+    """Return whether this is a number, and no range object."""
+    if isinstance(value, int):
+        return True
+    is_object = isinstance(value, type) or hasattr(value, "length")
+    return hasattr(value, "__index__") and not is_object
+
+
+def check_region(region: object, name: str = "region") -> None:
+    """Raise TypeError unless this is a range object."""
+    if isinstance(region, type) or not (hasattr(region, "start") and hasattr(region, "length")):
+        raise TypeError(
+            f"{name}: {shown(region)} is not a region: Region.at(address, length) describes memory"
+            " that other code mapped"
+        )
+    check_int(f"{name}.start", region.start)
+    check_int(f"{name}.length", region.length)
+
+
+def start_of(region: RangeLike | int, name: str = "region") -> int:
+    """Return the address of a range object, or the one that is given itself."""
+    if is_address(region):
+        return check_int(name, region)
+    check_region(region, name)
+    return region.start  # type: ignore[union-attr]
 
 
 def page_size_of(range_or_start: RangeLike | int) -> int:
     """Return the page size of a range object that has one, else the base page size."""
-    return int(getattr(range_or_start, "page_size", PAGE_SIZE))
+    return check_int("page_size", getattr(range_or_start, "page_size", PAGE_SIZE))

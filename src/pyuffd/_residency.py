@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pyuffd import _vmas, lowlevel
+from pyuffd._arguments import FD_LIMIT, check_int
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._pages import (
@@ -84,7 +85,7 @@ class Residency:
 
     def count(self, state: PageResidency) -> int:
         """Return the number of pages in a state."""
-        return self.states.count(state)
+        return self.states.count(check_int("state", state, 0, 256))
 
     def counts(self) -> dict[PageResidency, int]:
         """Return the number of pages in each state that occurs."""
@@ -96,7 +97,9 @@ class Residency:
         GIL: released.
         """
         return PageRanges(
-            lowlevel.pagemap_state_runs(self.states, self.start, self.page_size, state)
+            lowlevel.pagemap_state_runs(
+                self.states, self.start, self.page_size, check_int("state", state, 0, 256)
+            )
         )
 
     def __buffer__(self, flags: int) -> memoryview:
@@ -150,6 +153,8 @@ def residency(
         page_size = page_size_of(range_or_start)
     if fd is None:
         fd = getattr(range_or_start, "fd", None)
+    else:
+        check_int("fd", fd, 0, FD_LIMIT)
     start, length = resolve_range(range_or_start, length)
     check_page_size(page_size)
     check_range(start, length, page_size)

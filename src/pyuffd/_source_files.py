@@ -11,6 +11,7 @@ import struct
 from typing import IO
 
 from pyuffd import _memory
+from pyuffd._arguments import check_descriptor, check_path
 from pyuffd._errors import UffdOSError, UffdPermissionError
 from pyuffd._owned import Descriptor, MappedMemory
 from pyuffd._pages import PAGE_SIZE
@@ -37,10 +38,11 @@ def open_source(file: FileLike) -> Descriptor:
         OSError: the file cannot be opened.
     """
     if isinstance(file, (str, os.PathLike)):
+        check_path("file", file)
         _check_kind(os.stat(file), os.fspath(file))  # opening a FIFO would block until a writer
         opened = Descriptor.open(file, os.O_RDONLY)
     else:
-        opened = Descriptor.duplicate(file if isinstance(file, int) else file.fileno())
+        opened = Descriptor.duplicate(check_descriptor("file", file))
     with opened:
         _check_kind(os.fstat(opened.number), name_of(opened.number))
         with _without_direct(opened) as descriptor:

@@ -34,6 +34,14 @@ from pyuffd._abi import (
     message_code,
     parse_event,
 )
+from pyuffd._arguments import (
+    FD_LIMIT,
+    check_buffer,
+    check_flags,
+    check_int,
+    check_pid,
+    check_seconds,
+)
 from pyuffd._closing import CloseCallbacks
 from pyuffd._errors import (
     ClosedError,
@@ -50,8 +58,10 @@ from pyuffd._pages import (
     PAGE_SIZE,
     RangeLike,
     check_range,
+    is_address,
     page_size_of,
     resolve_range,
+    start_of,
 )
 from pyuffd._range_modes import RangeModes, is_subset
 from pyuffd._watch import Watch
@@ -65,6 +75,7 @@ if TYPE_CHECKING:
 FILL_RETRY_S = 1.0
 MAP_NORESERVE = 0x4000  # not in the mmap module
 ZEROS_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+READ_MOST = 1 << 16  # messages at once; 2 MiB are zeroed for them
 READ_BATCH = 64  # messages per read(2), 2 KiB
 
 
@@ -130,6 +141,7 @@ class Userfaultfd(CloseCallbacks):
         user_mode_only: bool = False,
         nonblocking: bool = True,
     ) -> None:
+        check_flags("features", features, Feature)
         flags = os.O_CLOEXEC | (os.O_NONBLOCK if nonblocking else 0)
         if user_mode_only:
             flags |= USER_MODE_ONLY
@@ -186,7 +198,8 @@ class Userfaultfd(CloseCallbacks):
     @classmethod
     def _prepared(cls, fd: int, owner_pid: int | None) -> Self:
         """Return an object for the userfaultfd `fd`, which it does not own yet."""
-        _check_pid(owner_pid)
+        check_int("fd", fd, 0, FD_LIMIT)
+        check_pid("owner_pid", owner_pid)
         features, ioctls = negotiated(fd)
         os.set_blocking(fd, False)
         os.set_inheritable(fd, False)
@@ -245,7 +258,7 @@ class Userfaultfd(CloseCallbacks):
 
     @owner_pid.setter
     def owner_pid(self, pid: int | None) -> None:
-        _check_pid(pid)
+        check_pid("owner_pid", pid)
         if not self.adopted and pid != self._owner_pid:
             raise ValueError(
                 f"{self!r} was opened by process {self._owner_pid} and governs its memory"
@@ -360,6 +373,7 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_REGISTER(2const).  Blocks: no.
         """
         start, length = _checked(range_or_start, length)
+        check_flags("mode", mode, RegisterMode)
         if not mode:
             raise ValueError("register needs at least one mode")
         fd = self.fileno()
@@ -472,6 +486,7 @@ class Userfaultfd(CloseCallbacks):
         """
         address, length, owner = _source(src, length)
         check_range(dst, length, name="dst")
+        check_flags("mode", mode, CopyMode)
         try:
             done = lowlevel.copy(self.fileno(), dst, address, length, mode)
         except UffdOSError as error:
@@ -493,6 +508,7 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_ZEROPAGE(2const).
         """
         start, length = _checked(range_or_start, length)
+        check_flags("mode", mode, ZeropageMode)
         try:
             return lowlevel.zeropage(self.fileno(), start, length, mode)
         except UffdOSError as error:
@@ -518,6 +534,7 @@ class Userfaultfd(CloseCallbacks):
         """
         check_range(dst, length, name="dst")
         _check_move(dst, src, length)
+        check_flags("mode", mode, MoveMode)
         try:
             return lowlevel.move(self.fileno(), dst, src, length, mode)
         except UffdOSError as error:
@@ -540,6 +557,7 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_CONTINUE(2const); shmem and hugetlb registered with RegisterMode.MINOR.
         """
         start, length = _checked(range_or_start, length)
+        check_flags("mode", mode, ContinueMode)
         try:
             return lowlevel.continue_(self.fileno(), start, length, mode)
         except UffdOSError as error:
@@ -563,6 +581,7 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_POISON(2const); needs Feature.POISON; Linux 6.6.
         """
         start, length = _checked(range_or_start, length)
+        check_flags("mode", mode, PoisonMode)
         try:
             return lowlevel.poison(self.fileno(), start, length, mode)
         except UffdOSError as error:
@@ -589,6 +608,7 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_WRITEPROTECT(2const).
         """
         start, length = _checked(range_or_start, length)
+        check_flags("mode", mode, WriteprotectMode)
         if mode == WriteprotectMode.WP | WriteprotectMode.DONTWAKE:
             raise ValueError("DONTWAKE can only be used when removing protection, not with WP")
         fd = self.fileno()
@@ -615,6 +635,7 @@ class Userfaultfd(CloseCallbacks):
         Kernel: UFFDIO_RWPROTECT; needs Feature.RWP and RegisterMode.RWP; Linux 7.3.
         """
         start, length = _checked(range_or_start, length)
+        check_flags("mode", mode, RwprotectMode)
         fd = self.fileno()
         self._refuse_served("rwprotect", start, length, "handlers know no such faults")
         lowlevel.rwprotect(fd, start, length, mode)
@@ -629,6 +650,8 @@ class Userfaultfd(CloseCallbacks):
 
         Kernel: UFFDIO_SET_MODE; Linux 7.3.
         """
+        check_flags("enable", enable, Feature)
+        check_flags("disable", disable, Feature)
         if enable & disable:
             raise ValueError(f"{Feature(enable & disable)!r} is both enabled and disabled")
         self.fileno()
@@ -672,12 +695,14 @@ class Userfaultfd(CloseCallbacks):
 
         Kernel: UFFDIO_COPY(2const), UFFDIO_WAKE(2const).  Blocks: up to `retry_s` at a time.
         """
-        if not isinstance(dst, int):
-            length = dst.length if length is None else length
-            if length > dst.length:
-                raise ValueError(f"length {length:#x} is more than the range's {dst.length:#x}")
+        check_flags("mode", mode, CopyMode)
+        start = start_of(dst, "dst")
+        most = None if is_address(dst) else resolve_range(dst, None)[1]
+        if most is not None:
+            length = most if length is None else check_int("length", length)
+            if length > most:
+                raise ValueError(f"length {length:#x} is more than the range's {most:#x}")
         address, length, owner = _source(src, length)
-        start = dst if isinstance(dst, int) else dst.start
         result = self._fill(
             lowlevel.FillOp.COPY, start, address, length, mode, page_size_of(dst), retry_s
         )
@@ -720,6 +745,7 @@ class Userfaultfd(CloseCallbacks):
             UffdOSError: EFAULT - the page cache lacks the page at `start`.
         """
         start, size = resolve_range(range_or_start, length)
+        check_flags("mode", mode, ContinueMode)
         page_size = page_size_of(range_or_start)
         return self._fill(lowlevel.FillOp.CONTINUE, start, 0, size, mode, page_size, retry_s)
 
@@ -733,6 +759,7 @@ class Userfaultfd(CloseCallbacks):
     ) -> FillResult:
         """Poison every missing page of a range; as `fill_copy` otherwise."""
         start, size = resolve_range(range_or_start, length)
+        check_flags("mode", mode, PoisonMode)
         page_size = page_size_of(range_or_start)
         return self._fill(lowlevel.FillOp.POISON, start, 0, size, mode, page_size, retry_s)
 
@@ -749,7 +776,8 @@ class Userfaultfd(CloseCallbacks):
 
         If a destination page is present, its source page stays where it is.
         """
-        start, size = resolve_range(dst, length)
+        start, size = resolve_range(dst, length, name="dst")
+        check_flags("mode", mode, MoveMode)
         page_size = page_size_of(dst)
         check_range(start, size, page_size, name="dst")
         _check_move(start, src, size)
@@ -766,9 +794,7 @@ class Userfaultfd(CloseCallbacks):
         retry_s: float,
     ) -> FillResult:
         check_range(start, length, page_size, name="dst")
-        if retry_s < 0:
-            raise ValueError(f"retry_s {retry_s} is negative")
-        limit_ns = int(retry_s * 1e9)
+        limit_ns = int(check_seconds("retry_s", retry_s) * 1e9)
         try:
             return FillResult(
                 *lowlevel.fill(op, self.fileno(), start, src, length, mode, page_size, limit_ns)
@@ -831,8 +857,10 @@ class Userfaultfd(CloseCallbacks):
 
         Blocks: never, unless opened with `nonblocking=False`.
         """
+        max_events = check_int("max_events", max_events)
         if max_events < 1:
             raise ValueError(f"max_events {max_events} must be above zero")
+        max_events = min(max_events, READ_MOST)
         fd = self.fileno()
         self._claims.check(self)
         unread = self._claims.unread
@@ -894,14 +922,6 @@ class Userfaultfd(CloseCallbacks):
         return child
 
 
-def _check_pid(pid: int | None) -> None:
-    if pid is not None and pid < 1:
-        raise ValueError(
-            f"owner_pid {pid} is not a process; pass None for an unknown owner (it may be in a PID"
-            " namespace that hides it)"
-        )
-
-
 def _checked(range_or_start: RangeLike | int, length: int | None) -> tuple[int, int]:
     start, size = resolve_range(range_or_start, length)
     check_range(start, size, page_size_of(range_or_start))
@@ -919,12 +939,13 @@ def _source(src: int | Buffer, length: int | None) -> tuple[int, int, object]:
     if isinstance(src, int):
         if length is None:
             raise ValueError(f"source address {src:#x} needs a length")
+        check_int("length", length)
         if src < 0 or src + length > 1 << 64:
-            raise ValueError(f"source {src:#x} + {length:#x} is not in the address space")
+            raise ValueError(f"src {src:#x} + {length:#x} is not in the address space")
         return src, length, None
+    check_buffer("src", src)
     address, size, owner = _memory.buffer_address(src)
-    if length is None:
-        length = size
+    length = size if length is None else check_int("length", length)
     if length > size:
-        raise ValueError(f"the source has {size:#x} bytes, fewer than {length:#x}")
+        raise ValueError(f"length {length:#x} is more than the {size:#x} bytes of src")
     return address, length, owner

@@ -24,10 +24,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self
 
+from pyuffd._arguments import check_int, check_path, check_seconds, shown
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, HandoverError, HandoverReason
 from pyuffd._owned import Descriptor, Received
-from pyuffd._pages import RangeLike, check_aligned, check_page_size, check_range, page_size_of
+from pyuffd._pages import (
+    RangeLike,
+    check_aligned,
+    check_page_size,
+    check_range,
+    check_region,
+    page_size_of,
+)
 from pyuffd._uffd import Userfaultfd
 
 __all__ = [
@@ -54,6 +62,7 @@ MAX_MEMORY_FDS = 252
 # A handover needs a few system calls; a peer that needs longer is stuck or hostile.
 TIMEOUT_S = 10.0
 PATH_LIMIT = 107  # sun_path, less its NUL
+LONGEST_POLL_MS = (1 << 31) - 1  # an int of C
 FILE_LIMIT = 1 << 63  # off_t
 BACKLOG = 16
 
@@ -195,6 +204,8 @@ def send_uffd(
     Kernel: sendmsg(2) with SCM_RIGHTS and SCM_CREDENTIALS; SO_PEERCRED of unix(7).
     GIL: released.  Threads: safe, one call per socket.  Blocks: until the message is written.
     """
+    if isinstance(uffd, type) or not hasattr(uffd, "note_sent"):
+        raise TypeError(f"uffd must be a Userfaultfd, not {shown(uffd)}")
     ranges, fds = _described(regions, memory)
     message = bytearray(_HEADER.pack(MAGIC, VERSION, _RANGE.size, len(ranges), 1 + len(fds)))
     for each in ranges:
@@ -260,8 +271,7 @@ def recv_uffd(
         ...         (handover.regions[0].start == region.start, handover.pid == os.getpid())
         (True, True)
     """
-    if max_regions < 0:
-        raise ValueError(f"max_regions {max_regions} is negative")
+    check_int("max_regions", max_regions, 0)
     peer = _Peer(sock, allow_uids, timeout_s)
     with peer.errors(), peer.names_sender(), Received() as received:
         header = peer.receive(_HEADER.size, received)
@@ -294,7 +304,10 @@ def recv_uffd(
 def _described(regions: Iterable[RangeLike], memory: bool) -> tuple[list[HandoverRange], list[int]]:
     """Return the ranges of some regions, and the distinct descriptors of their memory."""
     ranges = []
+    if isinstance(regions, (str, type)) or not isinstance(regions, Iterable):
+        raise TypeError(f"regions must be several regions, not {shown(regions)}")
     for region in regions:
+        check_region(region, "regions")
         fd = getattr(region, "fd", None) if memory else None
         offset = int(getattr(region, "offset", 0))
         ranges.append(HandoverRange(region.start, region.length, page_size_of(region), offset, fd))
@@ -374,17 +387,25 @@ class _Refusal(Exception):
         self.reason, self.text = reason, text
 
 
+def _uids(allow_uids: Iterable[int]) -> set[int]:
+    if isinstance(allow_uids, (str, bytes, type)) or not isinstance(allow_uids, Iterable):
+        raise TypeError(f"allow_uids must be numbers of users, not {shown(allow_uids)}")
+    return {check_int("allow_uids", uid) for uid in allow_uids}
+
+
 class _Peer:
     # A checked connection with one deadline for all calls. It does not know the format of a
     # message, so that another program's handshake can use it too.
     def __init__(
         self, sock: socket.socket, allow_uids: Iterable[int] | None, timeout_s: float | None
     ) -> None:
+        if not isinstance(sock, socket.socket):
+            raise TypeError(f"sock must be a socket, not {shown(sock)}")
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             raise ValueError(f"{sock!r} is not a UNIX stream socket")
         self._sock = sock
         self._deadline = _deadline(timeout_s)
-        allowed = {os.geteuid(), 0} if allow_uids is None else set(allow_uids)
+        allowed = {os.geteuid(), 0} if allow_uids is None else _uids(allow_uids)
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         pid, uid, gid = _PEER.unpack(raw)
         self.credentials = pid, uid & 0xFFFF_FFFF, gid & 0xFFFF_FFFF
@@ -561,6 +582,7 @@ def listen_unix(path: str | os.PathLike[str], *, backlog: int = BACKLOG) -> Unix
     Kernel: bind(2) gives the file the mode of the socket's own inode, less the umask.
     """
     name = _checked_path(path)
+    check_int("backlog", backlog, 0, 1 << 31)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     listener = UnixListener(sock, name)
     try:
@@ -591,7 +613,7 @@ def connect_unix(
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Blocking, as a non-blocking connect to a full queue fails at once and cannot be polled.
-        seconds = 0.0 if timeout_s is None else max(timeout_s, 1e-6)
+        seconds = 0.0 if timeout_s is None else max(check_seconds("timeout_s", timeout_s), 1e-6)
         limit = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         sock.connect(name)
@@ -606,14 +628,16 @@ def connect_unix(
 
 
 def _checked_path(path: str | os.PathLike[str]) -> str:
-    name = os.fspath(path)
+    if isinstance(path, str) and "\0" in path:
+        raise ValueError(
+            f"path {path!r} is abstract, without permissions that keep other users out"
+        )
+    name = check_path("path", path)
     size = len(os.fsencode(name))
     if not 1 <= size <= PATH_LIMIT:
         raise ValueError(
-            f"a socket's path must have 1 to {PATH_LIMIT} bytes, but {name!r} has {size}"
+            f"path {name!r} has {size} bytes, but a socket's path must have 1 to {PATH_LIMIT}"
         )
-    if "\0" in name:
-        raise ValueError(f"{name!r} is abstract, without permissions that keep other users out")
     return name
 
 
@@ -630,13 +654,11 @@ def _identity(path: str) -> tuple[int, int] | None:
 def _deadline(timeout_s: float | None) -> float | None:
     if timeout_s is None:
         return None
-    if not timeout_s >= 0:
-        raise ValueError(f"timeout_s {timeout_s} is negative")
-    return time.monotonic() + timeout_s
+    return time.monotonic() + check_seconds("timeout_s", timeout_s)
 
 
 def _wait(fd: int, event: int, deadline: float | None) -> bool:
     poll = select.poll()
     poll.register(fd, event)
     left_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-    return bool(poll.poll(left_ms))
+    return bool(poll.poll(None if left_ms is None else min(left_ms, LONGEST_POLL_MS)))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pyuffd import lowlevel
 from pyuffd._abi import PageBit, PageCategory, ScanFlag
+from pyuffd._arguments import check_flags, check_int, check_pid
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, UffdOSError, UnsupportedFeatureError, raise_errno
 from pyuffd._owned import Descriptor
@@ -27,6 +28,7 @@ MASK_LIMIT = 1 << 64
 
 _RANGE = struct.Struct("=QQQ")
 _WORDS = 3
+_MASKS = ("category_mask", "category_anyof_mask", "category_inverted", "return_mask")
 
 
 class PageRange(NamedTuple):
@@ -89,7 +91,7 @@ class PageRanges:
 
     def pages(self, page_size: int = PAGE_SIZE) -> int:
         """Return the number of pages of `page_size` bytes in all of them."""
-        return self.bytes // page_size
+        return self.bytes // check_int("page_size", page_size, 1)
 
     def memoryview(self) -> builtins.memoryview:
         """Return the packed triples as a read-only view of 64-bit numbers (format "Q")."""
@@ -160,7 +162,7 @@ class PageEntries:
         Raises:
             IndexError: the address lies outside the range.
         """
-        if not self._start <= address < self._start + self.length:
+        if not self._start <= check_int("address", address) < self._start + self.length:
             raise IndexError(f"{address:#x} is not in [{self._start:#x}, +{self.length:#x})")
         return PageBit(self._view[(address - self._start) // PAGE_SIZE] & _KNOWN_BITS)
 
@@ -198,6 +200,8 @@ _KNOWN_BITS = sum(PageBit)
 
 def _condition(bits: int, clear: int) -> tuple[int, int]:
     """Return (mask, value): entry & mask == value if it has all of `bits` and none of `clear`."""
+    check_flags("bits", bits, PageBit)
+    check_flags("clear", clear, PageBit)
     if bits & clear:
         raise ValueError(f"bits {bits & clear:#x} cannot be both set and clear")
     return int(bits) | int(clear), int(bits)
@@ -253,8 +257,7 @@ class Pagemap(Closing):
     _instead = "open another with Pagemap(pid)"
 
     def __init__(self, pid: int | None = None) -> None:
-        if pid is not None and pid <= 0:
-            raise ValueError(f"pid {pid} is not a process")
+        check_pid("pid", pid)
         self._pid = pid
         self._owner = os.getpid()
         path = f"/proc/{'self' if pid is None else pid}/pagemap"
@@ -384,14 +387,18 @@ class Pagemap(Closing):
         Blocks: no.
         """
         start, length = _checked(range_or_start, length)
+        masks = (category_mask, category_anyof_mask, category_inverted, return_mask or 0)
+        for name, mask in zip(_MASKS, masks, strict=True):
+            check_flags(name, mask, PageCategory)
+        check_flags("flags", flags, ScanFlag)
+        check_int("max_pages", max_pages, 0)
+        if vec_len is not None:
+            check_int("vec_len", vec_len, 0)
         # Plain numbers from here on: IntFlag arithmetic is as slow as a small scan.
         wanted, anyof = int(category_mask), int(category_anyof_mask)
         inverted, flag_bits = int(category_inverted), int(flags)
         reported = wanted | anyof if return_mask is None else int(return_mask)
         limit = MASK_LIMIT - 1 if vec_len is None else vec_len
-        for value in (wanted, anyof, inverted, reported, flag_bits, limit, max_pages):
-            if not 0 <= value < MASK_LIMIT:
-                raise ValueError(f"{value:#x} is not an unsigned 64-bit number")
         if max_pages and not limit:
             raise ValueError(f"max_pages {max_pages:#x} has no effect with vec_len 0")
         fd = self.fileno()

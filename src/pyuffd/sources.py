@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pyuffd import _memory, _source_files
+from pyuffd._arguments import check_buffer, check_int, shown
 from pyuffd._closing import Closing, SoleOwner
 from pyuffd._errors import ClosedError
 
@@ -78,6 +79,7 @@ class BufferSource(SoleOwner):
     )
 
     def __init__(self, data: Buffer) -> None:
+        check_buffer("data", data)
         self.address, self._length, self._owner = _memory.buffer_address(data)
         self._view = memoryview(data)
         if not self._length:
@@ -122,8 +124,7 @@ class FileSource(Closing):
     _instead = "it holds a descriptor; serve it by itself, or open the file once more"
 
     def __init__(self, file: _source_files.FileLike, offset: int = 0) -> None:
-        if offset < 0:
-            raise ValueError(f"offset {offset:#x} is negative")
+        check_int("offset", offset, 0)
         with _source_files.open_source(file) as descriptor:
             size = _source_files.size_of(descriptor.number)
             if offset >= size:
@@ -197,9 +198,9 @@ class CallableSource:
 
     def __init__(self, function: Callable[[int, int], Buffer], length: int | None = None) -> None:
         if not callable(function):
-            raise ValueError(f"{function!r} cannot be called")
+            raise ValueError(f"function: {shown(function)} cannot be called")
         if inspect.iscoroutinefunction(function):
-            raise ValueError(f"{function!r} is a coroutine function: use AsyncSource")
+            raise ValueError(f"function {function!r} is a coroutine function: use AsyncSource")
         self.function = function
         self._length = _check_length(length)
 
@@ -243,7 +244,9 @@ class AsyncSource:
         length: int | None = None,
     ) -> None:
         if not inspect.iscoroutinefunction(function):
-            raise ValueError(f"{function!r} is not a coroutine function")
+            raise ValueError(f"function: {shown(function)} is not a coroutine function")
+        if loop is not None and not hasattr(loop, "call_soon_threadsafe"):
+            raise TypeError(f"loop must be an asyncio event loop, not {shown(loop)}")
         if loop is None:
             import asyncio
 
@@ -308,6 +311,4 @@ def _own_loop() -> asyncio.AbstractEventLoop:
 
 
 def _check_length(length: int | None) -> int | None:
-    if length is not None and length <= 0:
-        raise ValueError(f"length {length:#x} must be above zero")
-    return length
+    return None if length is None else check_int("length", length, 1)

@@ -9,9 +9,24 @@ from typing import TYPE_CHECKING, Literal
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
+from pyuffd._arguments import (
+    LONGEST_S,
+    check_buffer,
+    check_flags,
+    check_int,
+    check_number,
+    check_seconds,
+    shown,
+)
 from pyuffd._diagnose import why_unresolved
 from pyuffd._errors import HandlerError
-from pyuffd._pages import RangeLike, check_page_size, check_range, page_size_of
+from pyuffd._pages import (
+    RangeLike,
+    check_page_size,
+    check_range,
+    check_region,
+    page_size_of,
+)
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._types import Failure, FailureStage, SourceFailure
 from pyuffd.sources import PageSource
@@ -28,14 +43,12 @@ LAYOUT_EVENTS = (
     Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 )
 STOP_LIMIT_S = 10.0
-LONGEST_S = 1e9  # about thirty years; in nanoseconds it fits into 64 bits
 MAX_WORKERS = 1024  # threads of one process; more would only compete for the GIL
 
 
 def choose_driver(driver: Driver, uffd: Userfaultfd) -> Driver:
     """Return the driver, chosen for "auto"; raise ValueError if it cannot work."""
-    if not hasattr(uffd, "features"):
-        raise TypeError(f"{uffd!r} is not a Userfaultfd; Userfaultfd.from_fd() adopts a descriptor")
+    check_is_uffd(uffd)
     has_sigbus = bool(uffd.features & Feature.SIGBUS)
     if driver not in DRIVERS:
         raise ValueError(f"driver {driver!r} is not one of {', '.join(map(repr, DRIVERS))}")
@@ -48,6 +61,14 @@ def choose_driver(driver: Driver, uffd: Userfaultfd) -> Driver:
             "a userfaultfd with Feature.SIGBUS sends no messages: use driver='inline' with it"
         )
     return driver
+
+
+def check_is_uffd(uffd: object) -> None:
+    """Raise TypeError for what cannot be a userfaultfd."""
+    if isinstance(uffd, type) or not hasattr(uffd, "features"):
+        raise TypeError(
+            f"uffd: {shown(uffd)} is not a Userfaultfd; Userfaultfd.from_fd() adopts a descriptor"
+        )
 
 
 def check_uffd(driver: str, uffd: Userfaultfd) -> None:
@@ -74,13 +95,12 @@ def check_options(
     """Raise ValueError for bad options, and for options that cannot be combined."""
     if on_error not in POLICIES:
         raise ValueError(f"on_error {on_error!r} is not one of {', '.join(map(repr, POLICIES))}")
-    if prefetch < 0:
-        raise ValueError(f"prefetch {prefetch:#x} is negative")
-    if spin_us is not None and spin_us < 0:
-        raise ValueError(f"spin_us {spin_us} is negative")
-    if not 1 <= workers <= MAX_WORKERS:
+    check_int("prefetch", prefetch, 0)
+    if spin_us is not None:
+        check_number("spin_us", spin_us, LONGEST_S * 1e6)
+    if not 1 <= check_int("workers", workers) <= MAX_WORKERS:
         raise ValueError(f"workers {workers} is not between 1 and {MAX_WORKERS}")
-    if stall_timeout_s is not None and stall_timeout_s <= 0:
+    if stall_timeout_s is not None and not check_number("stall_timeout_s", stall_timeout_s):
         raise ValueError(f"stall_timeout_s {stall_timeout_s} must be above zero")
     if driver != "inline":
         return
@@ -97,16 +117,16 @@ def check_timeout(timeout_s: float | None) -> float:
     """Return the limit of stop() in seconds."""
     if timeout_s is None:
         return STOP_LIMIT_S
-    if not timeout_s >= 0:
-        raise ValueError(f"timeout_s {timeout_s} must not be negative")
-    return min(timeout_s, LONGEST_S)
+    return check_seconds("timeout_s", timeout_s)
 
 
 def check_cpus(cpus: Iterable[int] | None) -> list[int]:
     """Return the CPUs in ascending order; [] for any CPU."""
     if cpus is None:
         return []
-    wanted = sorted(set(cpus))
+    if isinstance(cpus, (str, bytes, type)) or not isinstance(cpus, Iterable):
+        raise TypeError(f"cpus must be numbers of CPUs, not {shown(cpus)}")
+    wanted = sorted({check_int("cpus", cpu) for cpu in cpus})
     allowed = os.sched_getaffinity(0)
     bad = [cpu for cpu in wanted if cpu not in allowed]
     if bad or not wanted:
@@ -116,11 +136,7 @@ def check_cpus(cpus: Iterable[int] | None) -> list[int]:
 
 def region_numbers(region: RangeLike) -> tuple[int, int, int]:
     """Return start, length and page size of a range that can be served."""
-    if not (hasattr(region, "start") and hasattr(region, "length")):
-        raise TypeError(
-            f"{type(region).__name__} is not a region: Region.at(address, length) describes memory"
-            " that other code mapped"
-        )
+    check_region(region)
     page_size = check_page_size(page_size_of(region))
     start, length = region.start, region.length
     check_range(start, length, page_size)
@@ -131,6 +147,7 @@ def check_mode(
     mode: RegisterMode, source: PageSource | None, preserve: Buffer | None, features: Feature
 ) -> None:
     """Raise ValueError unless mode, source, preserve and the features can be combined."""
+    check_flags("mode", mode, RegisterMode)
     known = RegisterMode.MISSING | RegisterMode.WP | RegisterMode.MINOR
     if not mode or int(mode) & ~int(known):
         raise ValueError(f"a Handler serves MISSING, WP and MINOR, not {mode!r}")
@@ -152,6 +169,7 @@ def preserve_buffer(preserve: Buffer | None, length: int) -> tuple[int, object]:
     """Return address and owner of the buffer for old content; (0, None) without one."""
     if preserve is None:
         return 0, None
+    check_buffer("preserve", preserve)
     if memoryview(preserve).readonly:
         raise ValueError("preserve must be a writable buffer")
     address, size, owner = _memory.buffer_address(preserve)

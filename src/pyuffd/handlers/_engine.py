@@ -478,7 +478,7 @@ class Engine(SoleOwner):
             length = request.length
             try:
                 data = read(request.id, request.offset, length)
-                size = len(data) if type(data) is bytes else memoryview(data).nbytes
+                size = len(data) if type(data) is bytes else _size_of(data, request)
                 if size != length:
                     raise HandlerError(
                         f"a page source returned {size:#x} bytes for {length:#x} at offset"
@@ -582,6 +582,16 @@ def rescue_forks(shared: int) -> list[int]:
 def release_holder(shared: int) -> None:
     """End the process that shared a dead child's descriptors."""
     lib.uffd_keeper_release_holder(_pointer(shared))
+
+
+def _size_of(data: object, request: Any) -> int:
+    try:
+        return memoryview(data).nbytes  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"the page source returned {type(data).__name__}, and no buffer, for"
+            f" {request.length:#x} bytes at offset {request.offset:#x}"
+        ) from None
 
 
 def _name(call: Any) -> str:

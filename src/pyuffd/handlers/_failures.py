@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyuffd.handlers._types import Request
     from pyuffd.sources import PageSource
 
+OWN_FOLDER = os.path.dirname(__file__) + os.sep
 # One line for each range, but not hundreds for a program that serves hundreds of ranges.
 SAID_MOST = 8
 REPR_MOST = 120
@@ -81,6 +82,8 @@ def source_text(request: Request, label: str, error: BaseException, on_error: On
     """Describe an exception of a source in Python, and what happens to the page."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    if frames and frames[-1].filename.startswith(OWN_FOLDER):
+        where = ""  # what it returned was wrong, and found to be so here
     match on_error:
         case OnError.POISON:
             now = "it is poisoned: threads that touch it get SIGBUS"

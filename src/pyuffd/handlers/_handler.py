@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyuffd._abi import Ioctl, RegisterMode
+from pyuffd._arguments import check_int
 from pyuffd._closing import SoleOwner, attach
 from pyuffd._errors import ClosedError, HandlerError, UffdOSError
-from pyuffd._pages import RangeLike, check_range
+from pyuffd._pages import RangeLike, check_range, start_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd._watch import stderr_fd
 from pyuffd.handlers._aftermath import (
@@ -34,6 +35,7 @@ from pyuffd.handlers._checks import (
     Driver,
     Policy,
     check_cpus,
+    check_is_uffd,
     check_mode,
     check_options,
     check_timeout,
@@ -380,6 +382,8 @@ class Handler(SoleOwner):
         with self._lock:
             engine = self._running_engine()
             start, length, page_size = region_numbers(region)
+            if uffd is not None:
+                check_is_uffd(uffd)
             uffd = uffd or self.uffd
             check_mode(mode, source, preserve, uffd.features)
             if uffd not in self._spaces:
@@ -624,7 +628,7 @@ class Handler(SoleOwner):
         self._served.pop((served.id.space, served.id.start), None)  # last
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:
-        start = region if isinstance(region, int) else region.start
+        start = start_of(region)
         found = [
             self._served[space, start]
             for known, space in self._spaces.items()
@@ -845,7 +849,7 @@ class Handler(SoleOwner):
                 of these may lie after `start`.
         """
         engine, served, first, pages = self._pages(region, offset, length)
-        if chunk is not None and (chunk <= 0 or chunk % served.page_size):
+        if chunk is not None and (check_int("chunk", chunk, 1) <= 0 or chunk % served.page_size):
             raise ValueError(
                 f"chunk {chunk:#x} is not a positive multiple of the page size"
                 f" {served.page_size:#x}"
@@ -1002,8 +1006,8 @@ class Handler(SoleOwner):
     ) -> tuple[Backend, Served, int, int]:
         engine = self._running_engine()
         served = self._find(region)
-        if length is None:
-            length = served.id.length - offset
+        offset = check_int("offset", offset)
+        length = served.id.length - offset if length is None else check_int("length", length)
         check_range(offset, length, served.page_size, name="offset")
         if offset + length > served.id.length:
             raise ValueError(

@@ -7,6 +7,7 @@ import os
 
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature
+from pyuffd._arguments import check_pid
 from pyuffd._errors import ProcessGoneError, UffdOSError, raise_errno
 from pyuffd._pages import PAGE_SIZE, RangeLike
 from pyuffd._uffd import Userfaultfd
@@ -112,8 +113,7 @@ def _named(pid: int) -> str:
 def _checked(uffd: Userfaultfd, given: int | None) -> int:
     pid = uffd.owner_pid
     if given is not None:
-        if given < 1:
-            raise ValueError(f"owner_pid {given} is not a process")
+        check_pid("owner_pid", given)
         if not uffd.adopted and given != pid:
             raise ValueError(
                 f"owner_pid {given}: {uffd!r} was opened by process {pid} and governs its memory"

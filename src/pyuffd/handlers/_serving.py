@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
+from pyuffd._arguments import check_int
 from pyuffd._errors import UffdOSError
-from pyuffd._pages import PAGE_SIZE, RangeLike, page_size_of
+from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._overlaps import Range
@@ -96,7 +97,7 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
         return Content(SourceKind.ZERO, owner=source)
     length = source.length
     page_size = page_size_of(region)
-    if length is not None and length <= region.length - page_size:
+    if length is not None and check_int("source.length", length) <= region.length - page_size:
         raise ValueError(
             f"{source!r} has {length:#x} bytes and ends before the last page of a region of"
             f" {region.length:#x} bytes"
@@ -118,15 +119,25 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
 
 def check_source(source: object) -> None:
     """Raise TypeError, naming a class to wrap it in, unless `source` is a page source."""
+    if isinstance(source, type):
+        raise TypeError(
+            f"source: {source.__name__} is a class, and no page source: give an instance,"
+            f" {source.__name__}(...)"
+        )
     if isinstance(source, PageSource):
         return
+    if callable(getattr(source, "read", None)) and not hasattr(source, "fileno"):
+        raise TypeError(
+            f"source: {type(source).__name__} has read(), but no `length`, which a page source"
+            " needs as well: bytes, or None where there is no end"
+        )
     if isinstance(source, (str, os.PathLike)) or hasattr(source, "fileno"):
         wrapped = "FileSource(...)"
     elif callable(source):
         wrapped = "CallableSource(...), or an AsyncSource(...) of a coroutine function"
     else:
         wrapped = "BufferSource(...) if it is a buffer"
-    raise TypeError(f"{type(source).__name__} is not a page source: wrap it in {wrapped}")
+    raise TypeError(f"source: {type(source).__name__} is not a page source: wrap it in {wrapped}")
 
 
 def check_local(local: RangeLike | None, length: int) -> None:
@@ -135,6 +146,7 @@ def check_local(local: RangeLike | None, length: int) -> None:
 
     if local is None:
         return
+    check_region(local, "local")
     if local.length < length:
         raise ValueError(f"local has {local.length:#x} bytes, fewer than the region's {length:#x}")
     if isinstance(local, HandoverRange):

@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import NamedTuple, TypedDict
 
 from pyuffd._abi import PagefaultFlag, RegisterMode
+from pyuffd._arguments import check_number
 from pyuffd._enums import Number
 from pyuffd._shim import lib
 
@@ -135,6 +136,7 @@ class Latency:
 
         The result is the upper bound of a bucket.
         """
+        check_number("percent", percent, 100)
         wanted = self.count * percent / 100
         seen = 0
         for bound, faults in self.buckets:

@@ -8,6 +8,7 @@ import mmap
 import os
 
 from pyuffd import _machine
+from pyuffd._arguments import check_path
 from pyuffd._errors import UffdOSError
 from pyuffd._owned import Descriptor, FileName
 from pyuffd._pages import PAGE_SIZE, check_aligned, check_page_size, check_range
@@ -75,10 +76,13 @@ def shm(name: str, length: int, *, reserve: bool) -> Mapping:
     return _named(path, length, RegionKind.SHM, shared=True, reserve=reserve)
 
 
-def hugetlbfs(path: str, length: int, *, shared: bool, noreserve: bool) -> Mapping:
+def hugetlbfs(
+    path: str | os.PathLike[str], length: int, *, shared: bool, noreserve: bool
+) -> Mapping:
     """Create or open a file on a hugetlbfs mount; a new file as for `shm`."""
-    kind, path = RegionKind.HUGETLBFS, os.path.abspath(path)
-    return _named(path, length, kind, shared=shared, reserve=False, noreserve=noreserve)
+    kind, name = RegionKind.HUGETLBFS, os.path.abspath(check_path("path", path))
+    check_length(length, PAGE_SIZE)
+    return _named(name, length, kind, shared=shared, reserve=False, noreserve=noreserve)
 
 
 def file(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pyuffd import _memory
+from pyuffd._arguments import check_descriptor, check_path
 from pyuffd._errors import UffdPermissionError, raise_errno
 from pyuffd._owned import Descriptor, FileName
 from pyuffd._pages import PAGE_SIZE
@@ -69,13 +70,12 @@ def describe(fd: int) -> str:
 
 def own(file: FileLike, *, writable: bool) -> Descriptor:
     """Return a new descriptor for a path, or a duplicate of an open one."""
-    if isinstance(file, int):
-        return Descriptor.duplicate(file)
     if isinstance(file, (str, os.PathLike)):
+        check_path("file", file)
         if stat.S_ISFIFO(os.stat(file).st_mode):  # opening it would block until a writer comes
             raise ValueError(f"{os.fspath(file)} is not a regular file")
         return Descriptor.open(file, os.O_RDWR if writable else os.O_RDONLY)
-    return Descriptor.duplicate(file.fileno())
+    return Descriptor.duplicate(check_descriptor("file", file))
 
 
 def set_size(fd: int, length: int) -> None:
@@ -100,7 +100,7 @@ def open_or_create(path: str, name: FileName) -> Descriptor:
 
 def shm_path(name: str) -> str:
     """Return the file of a POSIX shared memory name, by shm_open(3)'s rules."""
-    plain = name.removeprefix("/")
+    plain = check_path("name", name).removeprefix("/")
     if not plain or plain in (".", "..") or "/" in plain or "\0" in plain:
         raise ValueError(
             f"{name!r} is not a shared memory name: it must be one path component, like '/name'"

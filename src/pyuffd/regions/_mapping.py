@@ -9,6 +9,7 @@ from math import ceil
 from typing import NoReturn
 
 from pyuffd import _machine
+from pyuffd._arguments import check_int
 from pyuffd._enums import Word
 from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd._owned import Descriptor, FileName, MappedMemory
@@ -76,6 +77,7 @@ class Mapping:
 
 def check_length(length: int, page_size: int) -> None:
     """Raise ValueError unless `length` is a positive multiple of the page size."""
+    check_int("length", length)
     if length <= 0:
         raise ValueError(f"length {length:#x} must be above zero")
     if length >= ADDRESS_SPACE:

@@ -12,6 +12,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Self
 
 from pyuffd import _machine, _memory
+from pyuffd._arguments import check_buffer, check_int, shown
 from pyuffd._closing import CloseCallbacks
 from pyuffd._errors import ClosedError, PagePoisonedError, raise_errno
 from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
@@ -72,6 +73,11 @@ class Region(CloseCallbacks):
     )
 
     def __init__(self, mapping: Mapping) -> None:
+        if not isinstance(mapping, Mapping):
+            raise TypeError(
+                f"Region({shown(mapping)}): regions are made by Region.anonymous(length), memfd(),"
+                " shm(), hugetlbfs(), file() or at()"
+            )
         self._mapping = mapping
         self._pid = os.getpid()
         self._before_close = []
@@ -189,7 +195,7 @@ class Region(CloseCallbacks):
             UffdOSError: ENOMEM - too few huge pages in the pool or on the mount; see `anonymous`.
             OSError: the file cannot be opened or created.
         """
-        mapping = _create.hugetlbfs(os.fspath(path), length, shared=shared, noreserve=noreserve)
+        mapping = _create.hugetlbfs(path, length, shared=shared, noreserve=noreserve)
         return mapping.name.settle(unlink, cls(mapping))
 
     @classmethod
@@ -350,6 +356,8 @@ class Region(CloseCallbacks):
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy a contiguous buffer to `offset`."""
+        check_int("offset", offset)
+        check_buffer("data", data)
         at, _ = self._span(offset, memoryview(data).nbytes, write=True)
         try:
             _memory.write(at, data)
@@ -358,8 +366,8 @@ class Region(CloseCallbacks):
 
     def fill(self, value: int, offset: int = 0, length: int | None = None) -> None:
         """Set every byte, or those of a part, to `value`."""
-        if not 0 <= value <= 255:
-            raise ValueError(f"byte value {value} is not in 0..255")
+        if not 0 <= check_int("value", value) <= 255:
+            raise ValueError(f"value {shown(value)} is not in 0..255")
         at, length = self._span(offset, length, write=True)
         try:
             _memory.fill(at, length, value)
@@ -384,7 +392,14 @@ class Region(CloseCallbacks):
         import hashlib  # 2 ms, and rarely needed
 
         at, length = self._span(offset, length)
-        state = hashlib.new(name)
+        if not isinstance(name, str):
+            raise TypeError(f"name must be that of a hashlib algorithm, not {shown(name)}")
+        try:
+            state = hashlib.new(name)
+        except ValueError as error:
+            raise ValueError(f"name {name!r} is no algorithm of hashlib") from error
+        if not state.digest_size:
+            raise ValueError(f"name {name!r}: its digests have no length of their own")
         part = bytearray(min(length, DIGEST_PART))
         for done in range(0, length, DIGEST_PART):
             if length - done < len(part):
@@ -399,6 +414,8 @@ class Region(CloseCallbacks):
 
     def on_loss(self, why: Callable[[int], BaseException | None]) -> None:
         """Add a function that returns why the page at an address is lost; for handlers."""
+        if not callable(why):
+            raise TypeError(f"why must be a function of an address, not {shown(why)}")
         self._why_lost.append(why)
 
     def _here(self, error: PagePoisonedError) -> PagePoisonedError:
@@ -433,7 +450,7 @@ class Region(CloseCallbacks):
             until the Remove event is read.
         """
         at, length = self._pages(offset, length)
-        _memory.madvise(at, length, advice)
+        _memory.madvise(at, length, check_int("advice", advice, 0, 1 << 31))
 
     def advise_thp(self, enable: bool = True, offset: int = 0, length: int | None = None) -> None:
         """Ask for transparent huge pages in a part, or refuse them.
@@ -583,11 +600,12 @@ class Region(CloseCallbacks):
     def _span(self, offset: int, length: int | None, *, write: bool = False) -> tuple[int, int]:
         """Return (address, bytes) of a part; raise ValueError if it is outside the region."""
         self._check_open()
-        if length is None:
-            length = self.length - offset
+        offset = check_int("offset", offset)
+        length = self.length - offset if length is None else check_int("length", length)
         if offset < 0 or length < 0 or offset + length > self.length:
             raise ValueError(
-                f"offset {offset:#x} + {length:#x} is outside the region of {self.length:#x} bytes"
+                f"offset {offset:#x}, length {length:#x} is outside the region of"
+                f" {self.length:#x} bytes"
             )
         if write and not self.writable:
             raise ValueError(f"{self!r} is read-only")

@@ -1,0 +1,136 @@
+"""Whether an argument is of the kind it must be; an error that names it otherwise (layer L1).
+
+What a value must be besides that, aligned for example, is known where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sized
+from operator import index
+from typing import TypeVar, cast
+
+WORD_LIMIT = 1 << 64
+FD_LIMIT = 1 << 31  # of descriptors and process ids: an int of C
+LONGEST_S = 1e9  # in nanoseconds it fits into 64 bits; some thirty years
+SHOWN_MOST = 60
+
+_Value = TypeVar("_Value")
+
+
+def shown(value: object) -> str:
+    """Return type and value of something that was given, in one short line."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    if value is None or kind == "ellipsis":
+        return repr(value)
+    if isinstance(value, (str, bytes, bytearray, float, int)):
+        text = repr(value if isinstance(value, float | int) else value[:SHOWN_MOST])
+        return f"{kind} {text[:SHOWN_MOST]}"
+    if isinstance(value, Sized) and isinstance(value, (list, tuple, dict, set, frozenset)):
+        return f"a {kind} of {len(value)}"
+    return f"a {kind}"
+
+
+def check_int(name: str, value: object, least: int | None = None, below: int = WORD_LIMIT) -> int:
+    """Return a whole number that is at least `least` (0, 1; None: anything) and below `below`."""
+    if not isinstance(value, int):
+        if isinstance(value, type) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an int, not {shown(value)}")
+        try:
+            value = index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an int, not {shown(value)}") from None
+    if least is not None and not least <= value < below:
+        if value < least:
+            what = "must be above zero" if least == 1 else "is negative"
+            raise ValueError(f"{name} {_number(value)} {what}")
+        raise ValueError(f"{name} {_number(value)} is too large: it must be below {below:#x}")
+    return value
+
+
+def check_number(name: str, value: object, most: float = LONGEST_S) -> float:
+    """Return a number from 0 to `most`."""
+    if isinstance(value, (str, bytes, type)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, not {shown(value)}")
+    number = cast("float", value)
+    if number != number:
+        raise ValueError(f"{name} is nan: it must be a number")
+    if number < 0:
+        raise ValueError(f"{name} {_number(number)} is negative")
+    if number > most:
+        raise ValueError(f"{name} {_number(number)} is more than {most:g}")
+    return number
+
+
+def check_seconds(name: str, value: object) -> float:
+    """Return seconds to wait, at most the longest there are; infinity is fine."""
+    return min(check_number(name, value, float("inf")), LONGEST_S)
+
+
+def check_flags(name: str, value: _Value, kind: type[int]) -> _Value:
+    """Return bits of a flag class; of a plain number as well."""
+    if not isinstance(value, int):
+        example = next(iter(kind.__members__), "...")  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{name} must be a {kind.__name__}, such as {kind.__name__}.{example}, not"
+            f" {shown(value)}"
+        )
+    if not 0 <= value < WORD_LIMIT:
+        raise ValueError(f"{name} {_number(value)} is not a number of 64 bits")
+    return value
+
+
+def check_buffer(name: str, value: object) -> None:
+    """Raise unless this is a buffer in one piece."""
+    try:
+        view = memoryview(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a buffer (bytes, a bytearray, a memoryview, an array), not"
+            f" {shown(value)}"
+        ) from None
+    with view:
+        if not view.c_contiguous:
+            raise BufferError(f"{name} is a buffer with gaps: it must be contiguous")
+
+
+def check_path(name: str, value: object) -> str:
+    """Return a path as text."""
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(path, str):
+        raise TypeError(f"{name} must be a path, a str or a PathLike of one, not {shown(value)}")
+    if "\0" in path:
+        raise ValueError(f"{name} {shown(path)} has a NUL in it")
+    return path
+
+
+def check_descriptor(name: str, value: object) -> int:
+    """Return a file descriptor, from its number or of an open file."""
+    if not isinstance(value, int):
+        fileno = None if isinstance(value, type) else getattr(value, "fileno", None)
+        if not callable(fileno):
+            raise TypeError(
+                f"{name} must be a path, a descriptor or an open file, not {shown(value)}"
+            )
+        value = fileno()
+    return check_int(name, value, 0, FD_LIMIT)
+
+
+def check_pid(name: str, value: int | None) -> None:
+    """Raise unless this may be a process id, or None."""
+    if value is None:
+        return
+    check_int(name, value)
+    if value < 1 or value >= FD_LIMIT:
+        raise ValueError(
+            f"{name} {_number(value)} is not a process; pass None for an unknown owner (it may be in"
+            " a PID namespace that hides it)"
+        )
+
+
+def _number(value: float) -> str:
+    if not isinstance(value, int):
+        return str(value)
+    return f"{value:#x}" if abs(value) < WORD_LIMIT else f"of {value.bit_length()} bits"
