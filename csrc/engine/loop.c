@@ -237,6 +237,10 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 
 uint32_t uffd_engine_owner_exited(struct uffd_engine *engine)
 {
+	/* After the end nobody is told of an exit. */
+	bool is_unwatched = atomic_load(&engine->is_unwatched) ||
+			    (engine->options.watch_owner && atomic_load(&engine->end.over));
+
 	return atomic_load(&engine->owner_exited) ||
-	       (atomic_load(&engine->is_unwatched) && space_is_dead(engine->primary));
+	       (is_unwatched && space_is_dead(engine->primary));
 }

@@ -169,6 +169,14 @@ class HandlerError(UffdError, RuntimeError):
         return str(self.args[0])
 
 
+class HelperLostError(HandlerError):
+    """The helper process has ended, was killed, or could not start.
+
+    Raised by the methods of the `Handler`; stop() does its work all the same, poisons what is
+    missing, and raises it then.
+    """
+
+
 HandoverReason = Literal[
     "closed",
     "timeout",

@@ -271,6 +271,16 @@ class AsyncSource:
         loop = self.loop or _own_loop()
         return asyncio.run_coroutine_threadsafe(run(), loop).result()
 
+    def runs_here(self) -> bool:
+        """Whether its loop runs in this thread, and waits for whoever asks."""
+        import asyncio
+
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            return False
+        return running is self.loop or (self.loop is None and running in _loops)
+
     def __reduce__(self) -> tuple[Callable[..., AsyncSource], tuple[object, ...]]:
         """Pickle without the loop."""
         return _async_source_elsewhere, (self.function, self._length)

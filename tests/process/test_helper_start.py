@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from pyuffd import BufferSource, CallableSource, Handler, Region, Userfaultfd
+from pyuffd._errors import HelperLostError
 from pyuffd.handlers.process._remote import RemoteEngine
-from pyuffd.handlers.process._start import HelperLostError
 from pyuffd.testing import no_leaks
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child

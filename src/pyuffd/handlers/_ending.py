@@ -10,9 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pyuffd._errors import HandlerError
+from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._serving import Served
+from pyuffd.handlers._threads import WorkedEngine
+from pyuffd.sources import AsyncSource
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +26,26 @@ LOOK_S = 0.2
 REST_LIMIT_S = 10.0
 # How long to wait for page sources after the limit has passed or the ending was cut short.
 GRACE_S = 0.2
+
+
+def refuse_sources_thread(engine: Backend, all_served: Iterable[Served]) -> None:
+    """Raise HandlerError in a thread that a page source needs: it would wait for itself."""
+    if isinstance(engine, WorkedEngine) and engine.works_here():
+        raise HandlerError(
+            "a handler cannot be stopped, nor its userfaultfd closed, by its own page source: the"
+            " end waits for the source's answer. Let another thread call stop() or close()"
+        )
+    if engine.is_remote:  # the coroutines run in a loop of the helper process
+        return
+    for served in list(all_served):
+        if isinstance(served.source, AsyncSource) and served.source.runs_here():
+            raise HandlerError(
+                "stop() was called in the loop's own thread, which must be free for the"
+                f" coroutines of {served.source!r}: use `async with handler`, or"
+                " `await asyncio.to_thread(handler.stop)`",
+                served.id.start,
+                served.id.length,
+            )
 
 
 class Ending:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 from pyuffd._abi import Ioctl, RegisterMode
 from pyuffd._arguments import check_int
 from pyuffd._closing import SoleOwner, attach
-from pyuffd._errors import ClosedError, HandlerError, UffdOSError
+from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdOSError
 from pyuffd._pages import RangeLike, check_range, start_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd._watch import stderr_fd
@@ -45,7 +45,7 @@ from pyuffd.handlers._checks import (
     preserve_buffer,
     region_numbers,
 )
-from pyuffd.handlers._ending import GRACE_S, Ending
+from pyuffd.handlers._ending import GRACE_S, Ending, refuse_sources_thread
 from pyuffd.handlers._engine import Engine, ensure_inline_handler
 from pyuffd.handlers._failures import label_of, log_error
 from pyuffd.handlers._forks import ForkWatch
@@ -83,7 +83,6 @@ from pyuffd.handlers._types import (
     known_failure,
 )
 from pyuffd.handlers.process._remote import RemoteEngine
-from pyuffd.handlers.process._start import HelperLostError
 from pyuffd.handlers.process._transport import refuse_while_loading
 from pyuffd.lowlevel import Granted
 from pyuffd.regions import Region
@@ -189,6 +188,7 @@ class Handler(SoleOwner):
     ) -> None:
         self._engine: Backend | None = None
         self._final_failure: SourceFailure | None = None
+        self._final_owner_exited = False
         self._ending: Ending | None = None
         self._ending_lock = RLock()
         refuse_while_loading()
@@ -685,6 +685,9 @@ class Handler(SoleOwner):
             HandlerError: since the start, the content of a page could not be read or the engine
                 failed; or a page source does not return to a thread, which is left behind. The
                 error names page, source and thread. The handler is stopped in any case.
+            HandlerError: called by a page source, or in the thread of the loop that an
+                `AsyncSource` runs in: this would wait for itself, so nothing is done.
+            HelperLostError: the helper process is gone. The handler is stopped.
             ValueError: a negative `timeout_s`.
 
         Blocks: no longer than `timeout_s` for page sources, even if they never return. If a signal
@@ -695,6 +698,11 @@ class Handler(SoleOwner):
         limit_s = check_timeout(timeout_s)
         if self._pid != os.getpid():
             return  # before the lock, which a thread of the parent may have held at the fork
+        if self._engine is not None:
+            refuse_sources_thread(self._engine, self._served.values())
+        self._stop(drain, limit_s)
+
+    def _stop(self, drain: bool, limit_s: float) -> None:
         with self._ending_lock:
             if self._ending is None and self._engine is not None:
                 self._drains = drain
@@ -745,6 +753,7 @@ class Handler(SoleOwner):
             self._drain(engine, ending)
             ended = engine.end(ending.left_s())
             self._final_stats, self._final_faults = engine.stats(), engine.recent()
+            self._final_owner_exited = engine.owner_exited
             failure, source_failure = engine.failure(), engine.source_failure
             self._final_failure = known_failure(failure, source_failure)
             at_work = {one.number for one in ended.held if not one.is_request}
@@ -955,12 +964,21 @@ class Handler(SoleOwner):
 
     @property
     def spaces(self) -> int:
-        """The number of address spaces served: one for each userfaultfd and each living fork."""
+        """The number of address spaces served: one for each userfaultfd and each living fork.
+
+        Raises:
+            ClosedError: the handler has stopped.
+        """
         return self._running_engine().spaces
 
     @property
     def owner_exited(self) -> bool:
-        """Whether the process whose memory `uffd` governs has exited, or called execve(2)."""
+        """Whether the process whose memory `uffd` governs has exited, or called execve(2).
+
+        After stop(): whether it had when the handler stopped.
+        """
+        if self._engine is None:
+            return self._final_owner_exited
         return self._running_engine().owner_exited
 
     def page_states(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
@@ -1026,7 +1044,7 @@ class Handler(SoleOwner):
             try:
                 self.start()
             except BaseException:  # __exit__ is not called
-                self.stop()
+                self._stop(True, check_timeout(None))
                 raise
         return self
 
@@ -1068,7 +1086,7 @@ class Handler(SoleOwner):
         if getattr(self, "_engine", None) is not None and self._pid == os.getpid():
             warnings.warn(f"unstopped {self!r}", ResourceWarning, source=self, stacklevel=2)
             try:
-                self.stop()
+                self._stop(True, check_timeout(None))
             except HandlerError as error:
                 log.error("%s", error)
 

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd._arguments import check_int
-from pyuffd._errors import UffdOSError
+from pyuffd._errors import HelperLostError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._overlaps import Range
 from pyuffd.handlers._types import Content, RangeId, SourceKind
-from pyuffd.handlers.process._start import HelperLostError
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 

@@ -158,6 +158,10 @@ class WorkedEngine(Engine):
                 return raised
         return super().failure_at(address)
 
+    def works_here(self) -> bool:
+        """Whether this is one of its threads: a page source is the caller."""
+        return threading.current_thread() in self._threads
+
     def _work(self) -> None:
         self.answer_requests(self._read, self._failed_at)
 

@@ -20,12 +20,12 @@ import time
 from collections import deque
 from typing import Any
 
+from pyuffd._errors import HelperLostError
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._calls import Answer, Call, Message
 from pyuffd.handlers.process._start import (
-    HelperLostError,
     HelperProcess,
     cannot_start,
     starting,

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Unpack
 
 from pyuffd._closing import SoleOwner
+from pyuffd._errors import HelperLostError
 from pyuffd._owned import Descriptor
 from pyuffd.handlers._types import (
     PATIENCE_S,
@@ -32,7 +33,7 @@ from pyuffd.handlers._types import (
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._calls import Call
 from pyuffd.handlers.process._link import HelperLink
-from pyuffd.handlers.process._start import HelperLostError, starting
+from pyuffd.handlers.process._start import starting
 from pyuffd.handlers.process._transport import pack
 
 # How long a worker process needs to poison a terabyte.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd import _limits
-from pyuffd._errors import HandlerError, limit_met
+from pyuffd._errors import HelperLostError, limit_met
 from pyuffd._owned import Descriptor
 
 STDIO = 3  # 0, 1 and 2 are the helper's standard streams, even if they are other files here
@@ -39,10 +39,6 @@ spec.loader.exec_module(sys.modules["pyuffd"])
 from pyuffd.handlers.process._keeper import main
 main({fd}, {pid}, {stderr})
 """
-
-
-class HelperLostError(HandlerError):
-    """The helper process has ended, was killed, or could not start."""
 
 
 class HelperProcess:
