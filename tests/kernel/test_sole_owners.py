@@ -39,7 +39,7 @@ from pyuffd import (
     _owned,
 )
 from pyuffd._async import EventIterator
-from pyuffd._closing import CloseCallbacks, SoleOwner
+from pyuffd._closing import CloseCallbacks, Closing, SoleOwner
 from pyuffd.conformance._context import Access, Child, Context, Monitor
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._threads import WorkedEngine
@@ -210,7 +210,7 @@ def _all_owners() -> set[type[SoleOwner]]:
 
 
 def test_every_owner_is_tried_here() -> None:
-    assert _all_owners() - {CloseCallbacks} == set(MAKERS)
+    assert _all_owners() - {CloseCallbacks, Closing} == set(MAKERS)
 
 
 @pytest.mark.parametrize(

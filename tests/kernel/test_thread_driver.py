@@ -192,7 +192,7 @@ def test_deadlock_ends_in_sigbus(name: str) -> None:
     assert "most recent call first" in shown
     function = HOLDING[name].__name__
     assert f"in {function}" in shown, "the traceback shows who faults"
-    assert "_workers.py" in shown, "and who would have had to answer"
+    assert "_threads.py" in shown, "and who would have had to answer"
 
 
 @needs(Feature(0))
