@@ -263,7 +263,7 @@ def test_diff_command_says_what_is_wrong_with_a_file(
 
 @pytest.mark.parametrize(
     ("arguments", "hint"),
-    [(["wp-series"], "say -k 'wp-series'"), (["--report", "/no/such/file"], "no such folder")],
+    [(["wp-series"], "pass -k 'wp-series'"), (["--report", "/no/such/file"], "no such folder")],
 )
 def test_run_command_says_what_is_wrong(
     arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
