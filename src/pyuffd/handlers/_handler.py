@@ -690,7 +690,9 @@ class Handler(SoleOwner):
             HelperLostError: the helper process is gone. The handler is stopped.
             ValueError: a negative `timeout_s`.
 
-        Blocks: no longer than `timeout_s` for page sources, even if they never return. If a signal
+        Blocks: no longer than `timeout_s` for page sources, even if they never return. A helper
+            process that does not answer (stopped, frozen) gets 5 s more as a rule, and is killed
+            then: a thread of this process poisons what is missing. If a signal
             handler raises meanwhile (Ctrl-C), the wait is cut short: the exception is raised when
             every page is poisoned and every region unregistered. A second exception is raised at
             once, and a thread finishes stopping.

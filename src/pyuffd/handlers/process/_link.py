@@ -38,7 +38,9 @@ START_LIMIT_S = 60.0
 # How long the helper may need to seal its ranges and join its threads before it is killed.
 EXIT_LIMIT_S = 15.0
 # How long to wait, when a handler ends, beyond a call's own limit: far longer than needed.
-ANSWER_LIMIT_S = 10.0
+ANSWER_LIMIT_S = 5.0
+# The keeper runs no code of the user's: one that says nothing for so long is frozen (SIGSTOP).
+KEEPER_LIMIT_S = 5.0
 # The same after the ending was interrupted (Ctrl-C).
 HURRY_LIMIT_S = 1.5
 # How long it may take to kill a worker process and start its successor.
@@ -65,7 +67,7 @@ class HelperLink:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._process = HelperProcess()
         self._begun = threading.Event()
-        self._is_cancelled = False
+        self._is_cancelled = self._is_ending = False
         self._not_started: BaseException | None = None
 
     def start(self) -> None:
@@ -96,23 +98,46 @@ class HelperLink:
         limit_s: float | None = None,
     ) -> Any:
         """Make a call and return or raise its result."""
+        if self._is_ending and limit_s is None and not fds:
+            return self.call_at_end(what, *args)
         call = self._begin(what, args, fds)
         if not call.done.wait(limit_s):
             raise cannot_start(f"it gave no answer for {limit_s:.0f} s")
         return self._result(call)
 
-    def call_at_end(self, what: Call, *args: object, limit_s: float = 0.0) -> Any:
+    def call_at_end(
+        self, what: Call, *args: object, limit_s: float = 0.0, patience_s: float | None = None
+    ) -> Any:
         """Make a call that needs at most `limit_s`, even if a source never returns.
 
         If the worker process does not answer, because a source holds its GIL, it is replaced, and
-        its successor poisons and answers. If the keeper does not answer, it is killed.
+        its successor poisons and answers. If the keeper does not answer, it is killed. Neither
+        has to say anything within `patience_s`, the limit by default: a source may need so long.
         """
-        call = self._begin(what, args, ())
-        began = time.monotonic()
+        self._is_ending = True
+        call, began = self._begin(what, args, ()), time.monotonic()
+        listen_at = began + (limit_s if patience_s is None else patience_s)
+        # The keeper answers one of them, and the worker the other.
+        keeper, worker = self._begin(Call.PIDS, (), ()), self._begin(Call.SPACES, (), ())
+        since = began
         while not call.done.wait(LOOK_S):
-            if time.monotonic() > min(began + limit_s + ANSWER_LIMIT_S, self._give_up_at):
+            now = time.monotonic()
+            if keeper.done.is_set() and worker.done.is_set():
+                keeper, worker = self._begin(Call.PIDS, (), ()), self._begin(Call.SPACES, (), ())
+                since = now
+            silent_s = now - max(since, listen_at)
+            if silent_s > KEEPER_LIMIT_S and not keeper.done.is_set():
+                self._kill(call)
+            elif silent_s > ANSWER_LIMIT_S or now > min(
+                began + limit_s + ANSWER_LIMIT_S, self._give_up_at
+            ):
                 self._replace_worker(call)
         return self._result(call)
+
+    def _kill(self, call: _Begun) -> None:
+        log.warning("the helper process %d does not answer: it is killed", self._process.pid)
+        self._process.kill()
+        call.done.wait(END_LIMIT_S)
 
     def hurry(self, *args: object) -> None:
         """Tell the worker process to hurry, and wait for answers no longer than it then needs."""
@@ -121,10 +146,10 @@ class HelperLink:
 
     def _replace_worker(self, call: _Begun) -> None:
         self._give_up_at = math.inf
+        keeper = self._begin(Call.PIDS, (), ())
         self.tell(Call.REPLACE)
-        if not call.done.wait(REPLACE_LIMIT_S):
-            self._process.kill()
-            call.done.wait(END_LIMIT_S)
+        if not keeper.done.wait(KEEPER_LIMIT_S) or not call.done.wait(REPLACE_LIMIT_S):
+            self._kill(call)
 
     def _begin(self, what: Call, args: tuple[object, ...], fds: tuple[int, ...]) -> _Begun:
         number, call = next(self._numbers), _Begun()

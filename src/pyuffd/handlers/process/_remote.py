@@ -150,7 +150,7 @@ class RemoteEngine(SoleOwner):
     def end(self, patience_s: float) -> Ended:
         """Take out every range and end the driver; wait `patience_s` at most for its threads."""
         ended: Ended = self._link.call_at_end(
-            Call.END, patience_s, limit_s=SEAL_LIMIT_S + patience_s
+            Call.END, patience_s, limit_s=SEAL_LIMIT_S + patience_s, patience_s=patience_s
         )
         self._has_ended = True
         return ended
