@@ -125,7 +125,7 @@ def check_pid(name: str, value: int | None) -> None:
     check_int(name, value)
     if value < 1 or value >= FD_LIMIT:
         raise ValueError(
-            f"{name} {_number(value)} is not a process; pass None for an unknown owner (it may be in"
+            f"{name} {_number(value)} is not a process; pass None for an unknown one (it may be in"
             " a PID namespace that hides it)"
         )
 
