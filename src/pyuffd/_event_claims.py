@@ -48,7 +48,9 @@ class EventClaims:
         """
         other = self.owner
         if other is not None and other is not owner:
-            raise ValueError(f"{uffd!r} has a handler already: {other!r}")
+            raise ValueError(
+                f"{uffd!r} has a handler already, which must be closed first: {other!r}"
+            )
         if self.is_awaited:
             raise EventsBusyError(
                 f"a task waits for the events of {uffd!r}: cancel it before making a Handler"

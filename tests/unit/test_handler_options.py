@@ -125,7 +125,7 @@ def test_blocking_descriptor(pipe: int) -> None:
 def test_tells_and_forgets_the_userfaultfd(pipe: int) -> None:
     uffd = FakeUserfaultfd(pipe, Feature(0))
     handler = Handler(cast("Userfaultfd", uffd))
-    assert uffd.callbacks == [handler.stop]
+    assert uffd.callbacks == [handler._at_close]
     handler.stop()
     assert uffd.callbacks == []
     handler.stop()

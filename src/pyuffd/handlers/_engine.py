@@ -205,7 +205,9 @@ class Engine(SoleOwner):
         """Forget a userfaultfd whose ranges have been taken out."""
         code = lib.uffd_engine_remove_space(self._engine(), space, LEAVE_NS)
         if code == -errno.EBUSY:
-            log.warning("a thread does not return and may still use a userfaultfd that is closed")
+            log.warning(
+                "pyuffd: a thread does not return and may still use a userfaultfd that is closed"
+            )
 
     def add(self, given: RangeSpec, *, states_fd: int = -1, taken: Taken | None = None) -> RangeId:
         """Put a range in; its `owner` is kept alive until it is taken out.
@@ -575,7 +577,7 @@ def rescue_forks(shared: int) -> list[int]:
         if fd >= 0:
             fds.append(int(fd))
         else:
-            log.error("a fork's descriptor is lost: %s", os.strerror(-fd))
+            log.error("pyuffd: a fork's descriptor is lost: %s", os.strerror(-fd))
     return fds
 
 

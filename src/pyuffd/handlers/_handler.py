@@ -132,10 +132,11 @@ class Handler(SoleOwner):
             Python is served, then "process".
         on_error: What happens to a page whose content cannot be read: "poison" (an access raises
             SIGBUS), "stall" (the threads that access it wait, and stop() poisons it; not with
-            "inline"), "kill" (the process that touches it gets SIGKILL; with Feature.EVENT_FORK
-            this needs Feature.THREAD_ID, which tells the forks apart). The page is never filled
-            with zeros. On a kernel without UFFDIO_POISON (before Linux 6.6) "poison" acts as
-            "stall". stop() raises HandlerError for the failure.
+            "inline"; where a source in Python does not return, its worker is busy, so with
+            workers=1 every other page waits as well), "kill" (the process that touches it gets
+            SIGKILL; with Feature.EVENT_FORK this needs Feature.THREAD_ID, which tells the forks
+            apart). The page is never filled with zeros. On a kernel without UFFDIO_POISON
+            (before Linux 6.6) "poison" acts as "stall". stop() raises HandlerError for the failure.
         stall_timeout_s: How long a page source in Python may need for a page, in seconds; 2 by
             default.
         prefetch: Bytes to fill around a fault after its own page; more when faults come in
@@ -208,6 +209,7 @@ class Handler(SoleOwner):
         self._spaces: dict[Userfaultfd, int] = {uffd: 0}
         self._served: dict[tuple[int, int], Served] = {}  # by space and start
         self._autostart = autostart
+        self._at_close = OnClose(self, lambda handler: handler.stop(), lambda _: True)
         self._overlaps = Overlaps()
         self._fork_watch = ForkWatch(self)
         self._started = False
@@ -230,10 +232,10 @@ class Handler(SoleOwner):
             uffd._claim_events(self)
             engine = self._make_engine()
             tell_registered(engine, uffd, 0)
-            uffd._on_close(self.stop)
+            uffd._on_close(self._at_close)
             self._engine = engine  # last: until here no other code stops it
         except BaseException:
-            uffd._forget_on_close(self.stop)
+            uffd._forget_on_close(self._at_close)
             if engine is not None:
                 engine.destroy()
             uffd._release_events(self)
@@ -427,7 +429,9 @@ class Handler(SoleOwner):
                 if (space, start) not in self._served:
                     settle_present(policy, region, uffd)
                 if self._started and self.driver == "inline" and ensure_inline_handler():
-                    log.warning("another SIGBUS handler had replaced pyuffd's; it is back on top")
+                    log.warning(
+                        "pyuffd: another SIGBUS handler had replaced ours, which is back on top"
+                    )
                 served = Served(
                     engine.add(
                         RangeSpec(
@@ -472,6 +476,7 @@ class Handler(SoleOwner):
                 self._overlaps.add(memory)
                 if isinstance(region, Region):
                     self._follow_close(region, served)
+                self._at_close.keeps = self
                 self._served[space, start] = served  # last: from here on it is served
             except BaseException:  # a signal handler may raise at any line
                 if (space, start) not in self._served:
@@ -664,6 +669,7 @@ class Handler(SoleOwner):
                 return
             engine.start(self._cpus)
             self._started = True
+            self._at_close.keeps = self
             for uffd in self._spaces:
                 uffd.note_answered()
             if self._served:
@@ -739,7 +745,8 @@ class Handler(SoleOwner):
             for uffd in self._spaces:
                 uffd._release_events(self)
             _running.discard(self)
-            self.uffd._forget_on_close(self.stop)
+            self.uffd._forget_on_close(self._at_close)
+            self._at_close.keeps = None
             if locked:
                 self._lock.release()
 
@@ -778,7 +785,8 @@ class Handler(SoleOwner):
             )
         held = ended.held
         if ending.is_cut_short and held:
-            log.warning("%s", describe(held, all_served, is_remote=engine.is_remote))
+            left = describe(held, all_served, is_remote=engine.is_remote)
+            log.warning("pyuffd: %r: %s", self, left)
             held = ()
         return completed(
             error,
@@ -826,7 +834,11 @@ class Handler(SoleOwner):
         if not drained:
             engine.abandon(failed=failed)
         if failed:
-            log.warning("threads still waited after %.1f s: their pages are poisoned", limit_s)
+            log.warning(
+                "pyuffd: %r: threads still waited after %.1f s: their pages are poisoned",
+                self,
+                limit_s,
+            )
 
     def populate(
         self,
@@ -855,7 +867,8 @@ class Handler(SoleOwner):
         Raises:
             ValueError: not served, pages outside the region, or a bad chunk.
             UffdOSError: EIO - the source raised; its exception is the cause. ETIMEDOUT - it did not
-                answer in time. ENOMEM - no huge page became free in time. `start` is the first
+                answer in time. ENOMEM - no huge page became free in time. ENODATA - the file of a
+                FileSource was truncated. `start` is the first
                 page without content, and `completed` bytes were filled. With several workers some
                 of these may lie after `start`.
         """
@@ -1090,7 +1103,7 @@ class Handler(SoleOwner):
             try:
                 self._stop(True, check_timeout(None))
             except HandlerError as error:
-                log.error("%s", error)
+                log.error("pyuffd: %r: %s", self, error)
 
     def __repr__(self) -> str:
         if self._engine is None:
@@ -1109,4 +1122,4 @@ def _stop_all() -> None:
         try:
             handler.stop()
         except HandlerError as error:
-            log.error("at exit: %s", error)
+            log.error("pyuffd: at exit: %r: %s", handler, error)

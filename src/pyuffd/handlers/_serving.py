@@ -65,6 +65,8 @@ class OnClose:
     As long as `must_end` is true, the next close calls it again.
     """
 
+    keeps: Handler | None = None  # where the handler is to live as long as what it uses
+
     def __init__(
         self,
         handler: Handler,

@@ -37,6 +37,7 @@ class Call(IntEnum):
     STATS = auto()
     RECENT = auto()
     FAILURE = auto()
+    FAILURE_AT = auto()
     PIDS = auto()
     REPLACE = auto()  # replace a worker process that does not answer
     CLOSE = auto()

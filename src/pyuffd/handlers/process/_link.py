@@ -135,7 +135,9 @@ class HelperLink:
         return self._result(call)
 
     def _kill(self, call: _Begun) -> None:
-        log.warning("the helper process %d does not answer: it is killed", self._process.pid)
+        log.warning(
+            "pyuffd: the helper process %d does not answer: it is killed", self._process.pid
+        )
         self._process.kill()
         call.done.wait(END_LIMIT_S)
 
@@ -264,7 +266,7 @@ class HelperLink:
         elif answer == Answer.DIED:
             self._died = _wire.load_error(payload)
         else:
-            log.warning("%s", pickle.loads(payload))
+            log.warning("pyuffd: %s", pickle.loads(payload))
 
     def _forget_all(self) -> None:
         """Let every thread that waits know that there will be no answer."""
@@ -289,14 +291,16 @@ class HelperLink:
         if self._thread.ident is not None and self._ready:
             self._post(None)
             if not self._process.ended(EXIT_LIMIT_S if limit_s is None else limit_s):
-                log.warning("the helper process %d does not end: killing it", self._process.pid)
+                log.warning(
+                    "pyuffd: the helper process %d does not end: killing it", self._process.pid
+                )
         self._process.kill()
         if not self._process.ended(END_LIMIT_S):
             # FUSE, for example, waits for an answer to a request even after SIGKILL. The socket and
             # the pidfd stay open, and the thread ends when the helper does.
             log.warning(
-                "the helper process %d cannot be killed, since it waits for a file system: it is"
-                " left behind",
+                "pyuffd: the helper process %d cannot be killed, since it waits for a file system:"
+                " it is left behind",
                 self._process.pid,
             )
             return

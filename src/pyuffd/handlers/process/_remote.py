@@ -211,6 +211,11 @@ class RemoteEngine(SoleOwner):
 
     def failure_at(self, address: int) -> SourceFailure | None:
         """Return why a page was lost, or the first failure, which may be of another page."""
+        found = self._call(Call.FAILURE_AT, address)
+        if found is not None and found[1] <= address < found[1] + found[2]:
+            blob, start, length = found
+            return SourceFailure(_wire.load_error(blob), start, length)
+        # An earlier worker may have seen it.
         return known_failure(self.failure(), self.source_failure)
 
     @property

@@ -58,7 +58,8 @@ def run(
         )
     except OSError as error:
         log.warning(
-            "if this process is killed while it reads a Fork event, the fork is lost: %s", error
+            "pyuffd: if this process is killed while it reads a Fork event, the fork is lost: %s",
+            error,
         )
     worker = WorkerProcess(control, reports, book, shared)
     worker.take_over(book)
@@ -116,6 +117,7 @@ class WorkerProcess:
             Call.STATS: self.stats,
             Call.RECENT: engine.recent,
             Call.FAILURE: self.failure,
+            Call.FAILURE_AT: self.failure_at,
         }
 
     # Continuing after another worker process
@@ -164,7 +166,9 @@ class WorkerProcess:
             )
         except (OSError, ValueError) as error:
             # Faults in it are poisoned as those of any range that is not served.
-            log.error("[%#x, +%#x) could not be taken over: %s", spec.start, spec.length, error)
+            log.error(
+                "pyuffd: [%#x, +%#x) could not be taken over: %s", spec.start, spec.length, error
+            )
             return
         for number, space in spaces.items():
             own_states = space.states_fd < 0 or spec.shared
@@ -317,6 +321,13 @@ class WorkerProcess:
             return failure
         pages = self._engine.stats().poisoned_pages
         return Failure(pages, 0, 0, errno.EOWNERDEAD, FailureStage.SOURCE)
+
+    def failure_at(self, address: int) -> tuple[bytes, int, int] | None:
+        """Return what a source raised for this page, or what is known of the first failure."""
+        found = self._engine.failure_at(address)
+        if found is None:
+            return None
+        return _wire.pickled_error(found.error), found.start, found.length
 
     def spaces(self) -> int:
         """Return the number of address spaces served."""
