@@ -46,7 +46,7 @@ class Watch:
     def update(self, uffd: Userfaultfd) -> None:
         """Begin or end watching, depending on the present state."""
         pid = uffd.owner_pid
-        if self.is_answered or pid is None or not uffd._registered or not _is_wanted():
+        if self.is_answered or pid is None or not uffd._registered or not is_wanted():
             self.end()
             return
         self._fd = uffd.fileno()
@@ -67,7 +67,7 @@ class Watch:
             self._fd = -1
 
 
-def _is_wanted() -> bool:
+def is_wanted() -> bool:
     return os.environ.get("PYUFFD_WATCH") != "0"
 
 

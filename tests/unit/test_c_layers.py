@@ -16,7 +16,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLOORS = [
     {"uffd_abi", "base/line", "base/clock"},
     {"uffd_shim", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
-    {"watch/waiters"},
+    {"watch/helper", "watch/waiters"},
     {"watch/watch"},
     {"uffd_owned", "access/access"},
     {"engine/base", "engine/alloc"},

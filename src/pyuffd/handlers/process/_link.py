@@ -20,9 +20,12 @@ import time
 from collections import deque
 from typing import Any
 
+from pyuffd import lowlevel
 from pyuffd._errors import HelperLostError
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
+from pyuffd._watch import is_wanted, stderr_fd
+from pyuffd.handlers._failures import log_error
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._calls import Answer, Call, Message
 from pyuffd.handlers.process._start import (
@@ -68,6 +71,7 @@ class HelperLink:
         self._process = HelperProcess()
         self._begun = threading.Event()
         self._is_cancelled = self._is_ending = False
+        self._is_watched = self._is_leaving = False
         self._not_started: BaseException | None = None
 
     def start(self) -> None:
@@ -89,6 +93,17 @@ class HelperLink:
         self.call(Call.HELLO, limit_s=START_LIMIT_S)
         self._ready = True
         self._process.is_ready()
+        # The thread that faults may hold the GIL: C must say it when the helper is killed.
+        if is_wanted():
+            lowlevel.watch_helper(self._process.pidfd, self._process.pid, say_fd=stderr_fd())
+            self._is_watched = True
+
+    def leave(self) -> None:
+        """From now on it is no news that the helper ends."""
+        self._is_leaving = True
+        if self._is_watched:
+            lowlevel.watch_end(self._process.pidfd)
+            self._is_watched = False
 
     def call(
         self,
@@ -138,6 +153,7 @@ class HelperLink:
         log.warning(
             "pyuffd: the helper process %d does not answer: it is killed", self._process.pid
         )
+        self.leave()
         self._process.kill()
         call.done.wait(END_LIMIT_S)
 
@@ -224,6 +240,8 @@ class HelperLink:
             self._how = "has closed its connection"
         self._lost = True
         self._forget_all()
+        if self._ready and not self._is_leaving:
+            log_error(log, str(self._lost_error()), self._died)
 
     def _step(self) -> bool:
         """Wait for an event and handle it; return False when the helper has ended."""
@@ -282,6 +300,7 @@ class HelperLink:
 
     def close(self, limit_s: float | None = None) -> None:
         """Let the helper end, and kill it after `limit_s`; may be called again."""
+        self.leave()
         with self._lock:  # the thread holds it while it starts the process
             self._is_cancelled = True
         if self._process.pidfd < 0:

@@ -248,6 +248,7 @@ class RemoteEngine(SoleOwner):
 
     def destroy(self) -> None:
         """End the helper processes."""
+        self._link.leave()
         self._link.tell(Call.CLOSE)
         # After `end` no thread waits for it any more.
         self._link.close(ENDED_LIMIT_S if self._has_ended else None)
