@@ -52,10 +52,14 @@ REMOVE = Feature.EVENT_REMOVE
 
 
 def plug(address: int, length: int) -> None:
-    """Keep a hole of a region free of others' memory, which the region's close() would unmap."""
+    """Keep a hole of a region free of others' memory, which the region's close() would unmap.
+
+    Page by page: something may have been moved into a part of it.
+    """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-    with contextlib.suppress(FileExistsError):
-        _memory.mmap(length, PROT_NONE, flags, address=address)
+    for at in range(address, address + length, mmap.PAGESIZE):
+        with contextlib.suppress(FileExistsError):
+            _memory.mmap(mmap.PAGESIZE, PROT_NONE, flags, address=at)
 
 
 def unmap(region: Region, first: int, count: int) -> None:
