@@ -23,8 +23,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALL := $(PIP) --no-build-isolation --editable
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-# Many tests wait, so there is work for one process more than there are CPUs.
-TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
+# Many tests wait, so there is work for two processes more than there are CPUs.
+TEST_PROCESSES ?= $(shell expr $$(nproc) + 2)
 RUN_TESTS := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist worksteal
 
 # The program is an ordinary Python, so the sanitizer's run-time library is loaded before it. Signals are left to
