@@ -40,6 +40,9 @@ static int map_cached(const struct uffd_fill *fill, uint64_t at)
 	int r = uffd_shim_continue(fill->fd, fill->dst + at, fill->page_size, fill->cached_mode,
 				   &done);
 
+	/* Without CONTINUE for this memory, nobody can tell. */
+	if (r == -EINVAL)
+		return -EEXIST;
 	if (r == -EFAULT)
 		return fill->page_size > BASE_PAGE ? -ENOMEM : -EAGAIN;
 	return r;

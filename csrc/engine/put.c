@@ -64,7 +64,9 @@ static uint64_t copy_mode(const struct uffd_range *range)
  */
 static bool maps_cached(const struct uffd_range *range, enum fill_for why)
 {
-	return why == FILL_AHEAD && range->mode & UFFDIO_REGISTER_MODE_MINOR;
+	/* COPY says EEXIST of a huge page that the cache holds, and if none is free. */
+	return why == FILL_AHEAD && (range->mode & UFFDIO_REGISTER_MODE_MINOR ||
+				     (is_huge(range) && range->content->shared));
 }
 
 /* A private mapping shows the page cache until it has copies of its own. */

@@ -380,7 +380,8 @@ class Userfaultfd(CloseCallbacks):
         check_target(start, length, self._memory_key)
         owner = self._claims.owner
         if owner is not None:
-            served = owner._served_mode(self, start, length)
+            # A handler's own call, which has `granted`, has looked at that already.
+            served = owner._served_mode(self, start, length) if granted is None else None
             if served is not None and not is_subset(mode, served):
                 raise self._served_by(owner, "register", start, length, "serve it anew")
             owner._registers(self, start, length)

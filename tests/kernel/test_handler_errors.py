@@ -428,7 +428,7 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         handler.serve(region, CallableSource(source.read) if driver == "thread" else source)
         handler.start()
         assert region.read(HUGE_PAGE, 8) == data[HUGE_PAGE:][:8]
-        with pytest.raises(UffdOSError, match="quota") as caught:
+        with pytest.raises(UffdOSError, match="limit of the mount") as caught:
             handler.populate(region)
         assert caught.value.errno == errno.ENOMEM
         assert (caught.value.start, caught.value.data["completed"]) == (region.start, 0)
@@ -444,7 +444,7 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         assert read == [data[:HUGE_PAGE]]
         failed = driver == "thread"  # stop() tells of what a worker could not fill as well
         assert bool(handler.stats().failed) == failed
-        with pytest.raises(HandlerError, match="quota") if failed else contextlib.nullcontext():
+        with pytest.raises(HandlerError, match="limit of the mount") if failed else contextlib.nullcontext():
             handler.stop()
 
 
@@ -462,7 +462,7 @@ def fills_what_it_can(driver: AnyDriver, shared: bool) -> None:
         data = content(region.length)
         asks = driver in ("thread", "process")
         handler.serve(region, Data(data) if asks else BufferSource(data))
-        with pytest.raises(UffdOSError, match=r"no huge page was free .*quota") as caught:
+        with pytest.raises(UffdOSError, match=r"no huge page was free .*limit of the mount") as caught:
             handler.populate(region)
         assert caught.value.errno == errno.ENOMEM
         assert caught.value.start == region.start + 2 * HUGE_PAGE
@@ -503,7 +503,7 @@ def no_huge_page_for_good() -> None:
             handler.stop()
         assert caught.value.start == region.start + HUGE_PAGE
         assert "huge page" in str(caught.value)
-        assert "quota" in str(caught.value)
+        assert "limit of the mount" in str(caught.value)
         assert is_lost(region, HUGE_PAGE, 1)
         assert region.read(0, HUGE_PAGE) == data[:HUGE_PAGE]
 

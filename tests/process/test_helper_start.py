@@ -504,7 +504,7 @@ def stopped_helper() -> None:
 
 def test_a_helper_that_hangs() -> None:
     result = run_child(stopped_helper)
-    assert "is killed" in result.stderr
+    assert "killing it" in result.stderr
 
 
 # The standard streams are descriptors like others

@@ -96,7 +96,7 @@ def test_fork_waits(driver: Driver) -> None:
     ended = run_child(waits, driver, LACKS_S, budget_s=30)
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("pyuffd: ")]
     assert "RLIMIT_NOFILE of process " in line
-    assert f"its hard limit {HARD}" in line
+    assert f"hard limit {HARD}" in line
 
 
 def test_faults_beside_it_are_not_given_up() -> None:

@@ -136,8 +136,10 @@ def touches(
     ):
         region = make.pages(3)
         prepare(region, mode)
-        registered(uffd, region, reader, mode)
-        if mode == "wp":
+        handler = registered(uffd, region, reader, mode)
+        if mode == "wp" and handler is not None:
+            handler.writeprotect(region)
+        elif mode == "wp":
             uffd.writeprotect(region)
         print(f"{region.start:#x} {region.start + region.page_size:#x}", flush=True)
         touch(region, mode, with_gil)

@@ -71,6 +71,7 @@ class HelperLink:
         self._process = HelperProcess()
         self._begun = threading.Event()
         self._is_cancelled = self._is_ending = False
+        self._is_left_behind = False
         self._is_watched = self._is_leaving = False
         self._not_started: BaseException | None = None
 
@@ -301,6 +302,8 @@ class HelperLink:
     def close(self, limit_s: float | None = None) -> None:
         """Let the helper end, and kill it after `limit_s`; may be called again."""
         self.leave()
+        if self._is_left_behind:
+            return
         with self._lock:  # the thread holds it while it starts the process
             self._is_cancelled = True
         if self._process.pidfd < 0:
@@ -315,6 +318,7 @@ class HelperLink:
                 )
         self._process.kill()
         if not self._process.ended(END_LIMIT_S):
+            self._is_left_behind = True
             # FUSE, for example, waits for an answer to a request even after SIGKILL. The socket and
             # the pidfd stay open, and the thread ends when the helper does.
             log.warning(
