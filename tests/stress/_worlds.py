@@ -147,10 +147,8 @@ class Rules:
             return w._replace(pte="cache", cache=source, wp=self.wp, engine=C)
         if self.missing and not cached:
             return self._put(w, source, C)
-        if cached and (self.minor or self.private):
+        if cached and (self.minor or self.private or self.huge):
             return w._replace(pte="cache", wp=self.wp, engine=C)
-        if cached and self.huge:
-            return w  # EEXIST also means that no huge page is free
         if cached:
             return w._replace(engine=D if self.wp and not w.wp else C)
         return w
