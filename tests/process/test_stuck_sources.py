@@ -135,7 +135,7 @@ def check_left_behind(driver: str) -> None:
 
 
 def left_threads() -> list[str]:
-    return [name for name in thread_names() if name.startswith("uffd-")]
+    return [name for name in thread_names() if name.startswith("uffd-h")]
 
 
 @pytest.mark.parametrize("driver", ["native"])
