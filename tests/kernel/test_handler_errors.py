@@ -444,7 +444,11 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         assert read == [data[:HUGE_PAGE]]
         failed = driver == "thread"  # stop() tells of what a worker could not fill as well
         assert bool(handler.stats().failed) == failed
-        with pytest.raises(HandlerError, match="limit of the mount") if failed else contextlib.nullcontext():
+        with (
+            pytest.raises(HandlerError, match="limit of the mount")
+            if failed
+            else contextlib.nullcontext()
+        ):
             handler.stop()
 
 
@@ -462,7 +466,9 @@ def fills_what_it_can(driver: AnyDriver, shared: bool) -> None:
         data = content(region.length)
         asks = driver in ("thread", "process")
         handler.serve(region, Data(data) if asks else BufferSource(data))
-        with pytest.raises(UffdOSError, match=r"no huge page was free .*limit of the mount") as caught:
+        with pytest.raises(
+            UffdOSError, match=r"no huge page was free .*limit of the mount"
+        ) as caught:
             handler.populate(region)
         assert caught.value.errno == errno.ENOMEM
         assert caught.value.start == region.start + 2 * HUGE_PAGE
