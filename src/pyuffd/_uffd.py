@@ -827,7 +827,9 @@ class Userfaultfd(CloseCallbacks):
         self._update_watch()
 
     def _release_events(self, owner: Owner) -> None:
-        """Undo a `_claim_events`."""
+        """Undo a `_claim_events`; does nothing if the events belong to another owner."""
+        if self._claims.owner not in (owner, None):
+            return
         self._claims.release(owner)
         self._watch.is_answered = False
         self._update_watch()

@@ -382,6 +382,28 @@ def served_slowly() -> None:
             thread.join()
 
 
+def refused_beside() -> None:
+    """A second handler is refused; the first one goes on answering, slowly."""
+
+    def slow(_offset: int, length: int) -> bytes:
+        with pytest.raises(ValueError, match="has a handler already"):
+            Handler(uffd)
+        time.sleep(SILENT_S)
+        return b"s" * length
+
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(2 * PAGE) as region,
+        Handler(uffd, driver="thread", stall_timeout_s=60) as handler,
+    ):
+        handler.serve(region, CallableSource(slow))
+        with pytest.raises(ValueError, match="has a handler already"):
+            Handler(uffd)
+        assert "uffd-watch" not in thread_names()
+        for thread in touch_later(region, 2):
+            thread.join()
+
+
 def read_by_a_child() -> None:
     """A fork has the descriptor; nothing was said about that to anybody."""
     with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
@@ -429,6 +451,7 @@ def sent_to_a_monitor() -> None:
         read_beside_the_library,
         read_by_a_task,
         served_slowly,
+        refused_beside,
         read_by_a_child,
         sent_to_a_monitor,
     ],

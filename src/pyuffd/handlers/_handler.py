@@ -497,23 +497,28 @@ class Handler(SoleOwner):
             if self.driver == "inline":
                 raise ValueError("the inline driver serves this process's one userfaultfd")
             check_uffd(self.driver, uffd)
-            uffd._claim_events(self)
+            closes = OnClose(
+                self,
+                lambda handler: handler._uffd_closes(uffd),
+                lambda handler: uffd in handler._spaces,
+            )
+            space = None
             try:
+                uffd._claim_events(self)
                 space = self._add_space(engine, uffd)
                 tell_registered(engine, uffd, space)
-                self._spaces[uffd] = space
+                uffd._on_close(closes)
+                if self._started:
+                    uffd.note_answered()
+                self._spaces[uffd] = space  # last: until here it is undone
             except BaseException:
+                self._spaces.pop(uffd, None)
+                uffd._forget_on_close(closes)
+                if space is not None:
+                    with suppress(HelperLostError):
+                        engine.remove_space(space)
                 uffd._release_events(self)
                 raise
-            if self._started:
-                uffd.note_answered()
-            uffd._on_close(
-                OnClose(
-                    self,
-                    lambda handler: handler._uffd_closes(uffd),
-                    lambda handler: uffd in handler._spaces,
-                )
-            )
         return self._spaces[uffd]
 
     def _uffd_closes(self, uffd: Userfaultfd) -> None:
