@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
@@ -25,7 +25,7 @@ from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
 if TYPE_CHECKING:
-    from pyuffd.handlers._handler import Handler
+    from pyuffd.handlers._base import HandlerBase
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +59,22 @@ class Served:
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
 
-class OnClose:
+H = TypeVar("H", bound="HandlerBase")
+
+
+class OnClose(Generic[H]):
     """The callback by which a handler, if it is alive, learns that an object it uses is closed.
 
     As long as `must_end` is true, the next close calls it again.
     """
 
-    keeps: Handler | None = None  # where the handler is to live as long as what it uses
+    keeps: H | None = None  # where the handler is to live as long as what it uses
 
     def __init__(
         self,
-        handler: Handler,
-        end: Callable[[Handler], None],
-        is_used: Callable[[Handler], bool],
+        handler: H,
+        end: Callable[[H], None],
+        is_used: Callable[[H], bool],
     ) -> None:
         self._handler = weakref.ref(handler)
         self._end = end

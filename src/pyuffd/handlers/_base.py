@@ -1,0 +1,162 @@
+"""What the parts of `Handler` share: its state, and finding what it serves (layer L4)."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pyuffd._arguments import check_int
+from pyuffd._closing import SoleOwner
+from pyuffd._errors import ClosedError, HelperLostError
+from pyuffd._pages import RangeLike, check_range, start_of
+from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._checks import LAYOUT_EVENTS
+from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._serving import Served, served_mode
+from pyuffd.handlers._threads import WorkedEngine
+from pyuffd.handlers.process._remote import RemoteEngine
+from pyuffd.regions import Region
+
+if TYPE_CHECKING:
+    from threading import RLock
+
+    from pyuffd._abi import RegisterMode
+    from pyuffd._uffd import Userfaultfd
+    from pyuffd.handlers._checks import Driver
+    from pyuffd.handlers._ending import Ending
+    from pyuffd.handlers._overlaps import Overlaps
+    from pyuffd.handlers._owners import Owners
+    from pyuffd.handlers._serving import OnClose
+    from pyuffd.handlers._types import (
+        EngineOptions,
+        HandlerStats,
+        RecentFault,
+        SourceFailure,
+    )
+
+
+class HandlerBase(SoleOwner):
+    """The state of a `Handler`, which makes it; every part of the class has this one's methods."""
+
+    uffd: Userfaultfd
+    driver: Driver
+
+    _pid: int
+    _engine: Backend | None
+    _options: EngineOptions
+    _worker_count: int
+    _cpus: list[int]
+    _owners: Owners
+    _lock: RLock  # guards the members below; acquired before any lock of the C engine
+    _spaces: dict[Userfaultfd, int]
+    _served: dict[tuple[int, int], Served]  # by space and start
+    _overlaps: Overlaps
+    _started: bool
+    _may_move: bool  # true until the handler runs and serves a region without Python
+    _at_close: OnClose[Any]
+
+    _ending: Ending | None
+    _ending_lock: RLock
+    _drains: bool
+    _final_failure: SourceFailure | None
+    _final_owner_exited: bool
+    _final_stats: HandlerStats
+    _final_faults: list[RecentFault]
+
+    def _make_engine(self) -> Backend:
+        fd = self.uffd.fileno()
+        if self.driver == "process":
+            return RemoteEngine(fd, workers=self._worker_count, **self._options)
+        if self.driver == "thread":
+            return WorkedEngine(fd, workers=self._worker_count, **self._options)
+        return Engine(fd, inline=self.driver == "inline", **self._options)
+
+    def _add_space(self, engine: Backend, uffd: Userfaultfd) -> int:
+        return engine.add_space(
+            uffd.fileno(),
+            layout_events=int(uffd.features & LAYOUT_EVENTS),
+            owner_pid=self._owners.of(uffd),
+        )
+
+    # The userfaultfd calls these when its own methods are used while the handler serves. They do
+    # not acquire the lock, which may be held for long.
+
+    def _registers(self, uffd: Userfaultfd, start: int, length: int) -> None:
+        engine, space = self._engine, self._spaces.get(uffd)
+        if engine is not None and space is not None and not uffd.adopted:
+            with suppress(ClosedError, HelperLostError):
+                engine.list_registered(space, [(start, length)])
+
+    def _unregistered(self, uffd: Userfaultfd, start: int, length: int) -> None:
+        engine, space = self._engine, self._spaces.get(uffd)
+        if engine is not None and space is not None and not uffd.adopted:
+            with suppress(ClosedError, HelperLostError):
+                engine.unlist_registered(space, start, length)
+
+    def _served_mode(self, uffd: Userfaultfd, start: int, length: int) -> RegisterMode | None:
+        if self._engine is None or self._pid != os.getpid():
+            return None
+        return served_mode(list(self._served.values()), uffd, start, length)
+
+    def _running_engine(self) -> Backend:
+        if self._pid != os.getpid():
+            raise ClosedError(
+                f"this handler belongs to process {self._pid}, not to its fork {os.getpid()}"
+            )
+        if self._engine is None:
+            raise ClosedError("this handler has stopped")
+        return self._engine
+
+    def _serves(self, served: Served) -> bool:
+        return self._served.get((served.id.space, served.id.start)) is served
+
+    @property
+    def must_end(self) -> bool:
+        """Whether the handler must stop before its userfaultfd may be closed."""
+        return self._engine is not None and self._pid == os.getpid()
+
+    def _forget(self, served: Served, *, keep_alias: bool = False) -> None:
+        """Release what belongs to a range that is no longer served; may be called again."""
+        if not self._serves(served):
+            return
+        self._overlaps.remove(served.memory)
+        served.uffd._note_unregistered(served.id.start, served.id.length)
+        if served.alias is not None and not keep_alias:
+            served.alias.close()
+        if isinstance(served.region, Region):
+            served.region.was_served = True
+            for callback in served.on_close:
+                served.region._forget_on_close(callback)
+        self._served.pop((served.id.space, served.id.start), None)  # last
+
+    def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:
+        start = start_of(region)
+        found = [
+            self._served[space, start]
+            for known, space in self._spaces.items()
+            if uffd in (None, known) and (space, start) in self._served
+        ]
+        # Processes may have different memory at one address; the object served tells them apart.
+        same = [one for one in found if one.region is region]
+        if len(same or found) > 1:
+            raise ValueError(
+                f"several ranges at {start:#x} are served: pass the object that was served, or uffd"
+            )
+        if not found:
+            raise ValueError(f"no range at {start:#x} is served by this handler")
+        return (same or found)[0]
+
+    def _pages(
+        self, region: RangeLike, offset: int, length: int | None
+    ) -> tuple[Backend, Served, int, int]:
+        engine = self._running_engine()
+        served = self._find(region)
+        offset = check_int("offset", offset)
+        length = served.id.length - offset if length is None else check_int("length", length)
+        check_range(offset, length, served.page_size, name="offset")
+        if offset + length > served.id.length:
+            raise ValueError(
+                f"offset {offset:#x} + {length:#x} is outside a region of {served.id.length:#x}"
+            )
+        return engine, served, offset // served.page_size, length // served.page_size

@@ -1,0 +1,386 @@
+"""`Handler.serve` and `unserve`: which regions a handler serves (layer L4)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from pyuffd._abi import Ioctl, RegisterMode
+from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdOSError
+from pyuffd._pages import RangeLike
+from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers._aftermath import describe, held_at, leave_behind, take_out, views_of
+from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._base import HandlerBase
+from pyuffd.handlers._checks import (
+    check_is_uffd,
+    check_mode,
+    check_uffd,
+    preserve_buffer,
+    region_numbers,
+)
+from pyuffd.handlers._engine import Engine, ensure_inline_handler
+from pyuffd.handlers._failures import label_of
+from pyuffd.handlers._overlaps import range_of
+from pyuffd.handlers._present import Present, choose_present, settle_present
+from pyuffd.handlers._serving import (
+    OnClose,
+    Served,
+    check_local,
+    content_of,
+    is_shared,
+    leaves_holes,
+    local_file,
+    local_mapping,
+    maps_holes,
+    register,
+    take_back,
+    tell_registered,
+    touched_by,
+    warn_of_merging,
+)
+from pyuffd.handlers._types import RangeSpec, SourceKind
+from pyuffd.lowlevel import Granted
+from pyuffd.regions import Region
+from pyuffd.sources import PageSource
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
+
+
+class ServesRegions(HandlerBase):
+    """The part of `Handler` that takes regions in and out."""
+
+    def serve(
+        self,
+        region: RangeLike,
+        source: PageSource | None,
+        *,
+        mode: RegisterMode = RegisterMode.MISSING,
+        preserve: Buffer | None = None,
+        local: RangeLike | None = None,
+        uffd: Userfaultfd | None = None,
+        present: Present | None = None,
+    ) -> Ioctl:
+        """Register a region and resolve its faults from now on; return the ioctls it supports.
+
+        Missing faults copy the page from `source`. A page that the owner drops later
+        (MADV_DONTNEED) reads as zeros. With Feature.EVENT_REMOVE this also applies to pages of
+        shared memory that were never loaded: the event does not tell whether they were dropped
+        (MADV_REMOVE) or only unmapped. Minor faults map the page that the page cache holds. With a
+        source and no MISSING in the mode they first write the page's content to the page cache,
+        and holes of the page cache are filled from the source too. Write-protect faults mark the
+        page PageState.DIRTY and unprotect it. With MISSING | WP pages arrive protected.
+
+        Args:
+            region: A `Region`, or anything with start, length and page_size. While it is served,
+                unmap it only by Region.close().
+            source: The content; it must reach at least into the region's last page, whose rest is
+                filled with zeros. MISSING needs one, WP alone must have None, and with MINOR but
+                not MISSING it is optional.
+            mode: Which faults to resolve.
+            preserve: For WP: a writable buffer of the region's length that gets the old content
+                of each page before its first write (see `preserve`). If the content cannot be
+                saved the page stays protected, and threads that write to it wait until `preserve`
+                saves it or the region is no longer served; stop() then raises HandlerError, which
+                names the page. A fork's writes go to its own copies of private memory; those are
+                not saved.
+            local: The same memory mapped in this process and not registered. With `preserve`, old
+                content is read from it; without `local`, from the owner of the memory. With a
+                source and MINOR but not MISSING, content is written through it; by default the
+                handler makes such a mapping of the region.
+            uffd: Another userfaultfd, of this or another process, with which the range is to be
+                registered. The handler borrows it and stops serving its ranges when it is closed.
+            present: What to do about pages that are already present. They cause no missing fault,
+                so they never get the source's content. "refuse" raises ValueError with their
+                number, "keep" keeps what they hold, "drop" drops them (memory of this process
+                only). The default is "refuse", but "keep" if a handler may have filled them: for
+                adopted userfaultfds, and for a Region that was served before, whose poison marks
+                are kept too.
+
+        Raises:
+            ValueError: a range that is served already, pages that are present (see `present`), a
+                source that ends before the last page, a mode that contradicts the arguments, or a
+                `BufferSource`, `preserve` or `local` in memory that this handler serves.
+            UffdOSError: UFFDIO_REGISTER failed; the region is not served.
+        """
+        self._running_engine()  # before the lock, which a thread of the parent may have held
+        with self._lock:
+            engine = self._running_engine()
+            start, length, page_size = region_numbers(region)
+            if uffd is not None:
+                check_is_uffd(uffd)
+            uffd = uffd or self.uffd
+            check_mode(mode, source, preserve, uffd.features)
+            if uffd not in self._spaces:
+                self._owners.add(uffd)
+            reads_owner = preserve is not None and local is None
+            self._owners.check_serving(uffd, reads_owner, leaves_holes(region, uffd, mode))
+            policy = choose_present(
+                present, region, source, mode, uffd, is_here=self._owners.are_here(uffd)
+            )
+            content = content_of(source, region)
+            check_local(local, length)
+            if source is not None and content.kind is SourceKind.REQUEST:
+                engine = engine if engine.calls_python else self._move_to_process(source)
+            sink, sink_owner = preserve_buffer(preserve, length)
+            space = self._space_of(engine, uffd)
+            writes_cache = (
+                source is not None
+                and mode & RegisterMode.MINOR
+                and not (mode & RegisterMode.MISSING)
+            )
+            if writes_cache:
+                # Without MISSING, Linux maps zeros for a hole of the page cache.
+                mode |= RegisterMode.MISSING
+            memory = range_of(
+                region,
+                mode,
+                is_here=self._owners.are_here(uffd),
+                source=source,
+                preserve=(sink, length if sink else 0),
+                local=None if engine.is_remote else local,
+                writes_local=bool(writes_cache),
+            )
+            alias, local_start, file = None, 0, None
+            if engine.is_remote:
+                file = local_file(region, length, local, needed=bool(writes_cache))
+            else:
+                alias, local_start = local_mapping(region, length, local, needed=bool(writes_cache))
+            granted, on_close = Granted(), list[Callable[[], None]]()
+            try:
+                self._overlaps.check(memory)
+                if (space, start) not in self._served:
+                    settle_present(policy, region, uffd)
+                if self._started and self.driver == "inline" and ensure_inline_handler():
+                    log.warning(
+                        "pyuffd: another SIGBUS handler had replaced ours, which is back on top"
+                    )
+                served = Served(
+                    engine.add(
+                        RangeSpec(
+                            space,
+                            start,
+                            length,
+                            page_size,
+                            mode,
+                            content,
+                            local=local_start,
+                            local_file=file,
+                            preserve=sink,
+                            writes_cache=bool(writes_cache),
+                            maps_holes=maps_holes(region, uffd, mode, self._owners.of(uffd)),
+                            shared=is_shared(region, local, uffd, self._owners.of(uffd)),
+                            owner=(sink_owner, local, region),
+                            label=label_of(region, source),
+                        )
+                    ),
+                    page_size,
+                    mode,
+                    region,
+                    uffd,
+                    content.kind,
+                    memory,
+                    source,
+                    touched_by(region, local, preserve, writes_cache=bool(writes_cache)),
+                    alias=alias,
+                    preserves=preserve is not None,
+                    on_close=on_close,
+                )
+                ioctls = register(
+                    engine,
+                    served,
+                    lambda: self._owners.verify(uffd, region, needed=reads_owner),
+                    granted,
+                )
+                if policy == "keep":
+                    engine.take_in(served.id)
+                if self._started:
+                    self._may_move = False
+                self._overlaps.add(memory)
+                if isinstance(region, Region):
+                    self._follow_close(region, served)
+                self._at_close.keeps = self
+                self._served[space, start] = served  # last: from here on it is served
+            except BaseException:  # a signal handler may raise at any line
+                if (space, start) not in self._served:
+                    take_back(engine, uffd, (space, start, length), granted)
+                    self._overlaps.remove(memory)
+                    for callback in on_close:
+                        region._forget_on_close(callback)  # type: ignore[attr-defined]
+                    if alias is not None:
+                        alias.close()
+                raise
+            if mode & RegisterMode.WP:
+                warn_of_merging(served)
+            return ioctls
+
+    def _move_to_process(self, source: PageSource) -> Backend:
+        """Change "auto" to the process driver, for the first source in Python."""
+        old = self._running_engine()
+        if not self._may_move:
+            raise ValueError(
+                f"{source!r} must be read by Python, which the {self.driver} driver cannot call:"
+                " use a ZeroSource, a BufferSource or a FileSource, or driver='process'"
+            )
+        if self._served:
+            raise ValueError(
+                f"{source!r} must be read by Python, but this handler already serves other regions"
+                " without Python: serve it first, or make the Handler with driver='process'"
+            )
+        engine: Backend | None = None
+        try:
+            self.driver = "process"
+            engine = self._make_engine()
+            spaces = {
+                uffd: self._add_space(engine, uffd) if uffd is not self.uffd else 0
+                for uffd in self._spaces
+            }
+            for uffd, space in spaces.items():
+                tell_registered(engine, uffd, space)
+            if self._started:
+                engine.start(self._cpus)
+            if isinstance(old, Engine):  # always true: "auto" began with the native driver
+                old.leave_strays()
+                old.stop()
+            self._engine, self._spaces, self._may_move = engine, spaces, False
+        except BaseException:
+            if self._engine is old:
+                self.driver = "native"
+                if engine is not None:
+                    engine.destroy()
+                if self._started:
+                    old.start(self._cpus)
+            raise
+        old.destroy()
+        return engine
+
+    def _space_of(self, engine: Backend, uffd: Userfaultfd) -> int:
+        """Return the engine's number for a userfaultfd, a new one the first time."""
+        if uffd not in self._spaces:
+            if self.driver == "inline":
+                raise ValueError("the inline driver serves this process's one userfaultfd")
+            check_uffd(self.driver, uffd)
+            closes = OnClose(
+                self,
+                lambda handler: handler._uffd_closes(uffd),
+                lambda handler: uffd in handler._spaces,
+            )
+            space = None
+            try:
+                uffd._claim_events(self)
+                space = self._add_space(engine, uffd)
+                tell_registered(engine, uffd, space)
+                uffd._on_close(closes)
+                if self._started:
+                    uffd.note_answered()
+                self._spaces[uffd] = space  # last: until here it is undone
+            except BaseException:
+                self._spaces.pop(uffd, None)
+                uffd._forget_on_close(closes)
+                if space is not None:
+                    with suppress(HelperLostError):
+                        engine.remove_space(space)
+                uffd._release_events(self)
+                raise
+        return self._spaces[uffd]
+
+    def _uffd_closes(self, uffd: Userfaultfd) -> None:
+        with self._lock:
+            if self._engine is None or self._pid != os.getpid():
+                return
+            errors: list[HandlerError] = []
+            for served in [one for one in self._served.values() if one.uffd is uffd]:
+                try:
+                    self._unserve(self._engine, served, seal=True)
+                except HandlerError as error:
+                    errors.append(error)
+            if any(one.uffd is uffd for one in self._served.values()):
+                uffd._hold_open()  # never undone: pages that stay registered would become zeros
+            else:
+                self._engine.remove_space(self._spaces[uffd])
+                uffd._release_events(self)
+                self._owners.forget(uffd)
+                del self._spaces[uffd]  # last: after an interruption the next call does it again
+        if errors:
+            raise errors[0]
+
+    def _follow_close(self, region: Region, served: Served) -> None:
+        region_closes = OnClose(
+            self,
+            lambda handler: handler._region_closes(served, seal=region.outlives_close()),
+            lambda handler: handler._serves(served),
+        )
+        served.on_close.append(region_closes)
+        region._on_close(region_closes)
+        reference = weakref.ref(self)
+
+        def why_lost(address: int) -> BaseException | None:
+            handler = reference()
+            return None if handler is None else handler._why_lost(address)
+
+        region.on_loss(why_lost)
+
+    def _why_lost(self, address: int) -> BaseException | None:
+        """Return why a page was lost, or None if that is unknown."""
+        engine, failure = self._engine, self._final_failure
+        if engine is not None and self._pid == os.getpid():
+            with suppress(ClosedError, HelperLostError):
+                found = engine.failure_at(address)
+                failure = failure if found is None else found
+        if failure is None or not failure.start <= address < failure.start + failure.length:
+            return None
+        return failure.error
+
+    def _region_closes(self, served: Served, *, seal: bool) -> None:
+        with self._lock:
+            if self._engine is not None and self._serves(served) and self._pid == os.getpid():
+                self._unserve(self._engine, served, seal=seal)
+
+    def unserve(self, region: RangeLike | int, *, uffd: Userfaultfd | None = None) -> None:
+        """Stop serving one region and unregister it, with all its moved parts and forks' copies.
+
+        Pages that were never filled are poisoned first, so that a later access raises SIGBUS
+        instead of reading zeros. Call `populate` before to get all content. With a ZeroSource,
+        where zeros are right, nothing is poisoned. Write-protection is lifted.
+
+        Raises:
+            ValueError: not served by this handler.
+            HandlerError: the source does not return to a thread that is filling a page; the thread
+                is left behind and the page is poisoned. Or pages could not be poisoned; the region
+                then stays registered.
+
+        Blocks: for at most 10 s until no thread works on the region's pages.
+        """
+        self._running_engine()  # before the lock, which a thread of the parent may have held
+        with self._lock:
+            engine = self._running_engine()
+            served = self._find(region, uffd)
+            self._unserve(engine, served, seal=True)
+
+    def _unserve(self, engine: Backend, served: Served, *, seal: bool) -> None:
+        """Take a range out; if a signal handler raises, the range is served as before."""
+        views = [] if engine.is_remote else views_of([served])
+        try:
+            take_out(engine, served, seal=seal)
+        except UffdOSError as error:
+            raise HandlerError(
+                f"the region at {served.id.start:#x} stays registered: {error}",
+                served.id.start,
+                served.id.length,
+            ) from error
+        held = held_at(engine, served)
+        self._forget(served, keep_alias=bool(held))
+        if held and isinstance(engine, Engine):
+            leave_behind(engine, held, [served], [served.uffd], views)
+            raise HandlerError(
+                f"the page source did not answer: {describe(held, [served], is_remote=False)}",
+                held[0].start,
+                held[0].length,
+            )

@@ -1,0 +1,207 @@
+"""`Handler.stop`: every page poisoned, every region unregistered, the driver ended (layer L4)."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+import weakref
+
+from pyuffd._errors import HandlerError, HelperLostError
+from pyuffd.handlers._aftermath import completed, describe, leave_behind, views_of
+from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._base import HandlerBase
+from pyuffd.handlers._checks import check_timeout, handler_error
+from pyuffd.handlers._ending import GRACE_S, Ending, refuse_sources_thread
+from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._failures import log_error
+from pyuffd.handlers._types import (
+    Content,
+    Ended,
+    RangeSpec,
+    SourceKind,
+    known_failure,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Stops(HandlerBase):
+    """The part of `Handler` that ends it."""
+
+    def stop(self, drain: bool = True, *, timeout_s: float | None = None) -> None:
+        """Stop: resolve or poison what waits, unregister every region, end the driver.
+
+        Pages that were never filled are poisoned, as by `unserve`. A second call does nothing, or
+        waits for the first.
+
+        Args:
+            drain: Fill the pages that threads wait for now. False poisons them.
+            timeout_s: How long page sources may need for that, in seconds; 10 by default. Pages
+                that threads still wait for are then poisoned.
+
+        Raises:
+            HandlerError: since the start, the content of a page could not be read or the engine
+                failed; or a page source does not return to a thread, which is left behind. The
+                error names page, source and thread. The handler is stopped in any case.
+            HandlerError: called by a page source, or in the thread of the loop that an
+                `AsyncSource` runs in: this would wait for itself, so nothing is done.
+            HelperLostError: the helper process is gone. The handler is stopped.
+            ValueError: a negative `timeout_s`.
+
+        Blocks: no longer than `timeout_s` for page sources, even if they never return. A helper
+            process that does not answer (stopped, frozen) gets 5 s more as a rule, and is killed
+            then: a thread of this process poisons what is missing. If a signal
+            handler raises meanwhile (Ctrl-C), the wait is cut short: the exception is raised when
+            every page is poisoned and every region unregistered. A second exception is raised at
+            once, and a thread finishes stopping.
+        """
+        limit_s = check_timeout(timeout_s)
+        if self._pid != os.getpid():
+            return  # before the lock, which a thread of the parent may have held at the fork
+        if self._engine is not None:
+            refuse_sources_thread(self._engine, self._served.values())
+        self._stop(drain, limit_s)
+
+    def _stop(self, drain: bool, limit_s: float) -> None:
+        with self._ending_lock:
+            if self._ending is None and self._engine is not None:
+                self._drains = drain
+                self._ending = Ending(
+                    f"uffd-stop-{self.uffd.fileno()}",
+                    self._finish,
+                    lambda: self._running_engine().hurry(GRACE_S),
+                    lambda: self._running_engine().progress(),
+                    limit_s,
+                )
+        if self._ending is not None:
+            self._ending.wait()
+
+    def _finish(self, ending: Ending) -> HandlerError | None:
+        """End everything; return what stop() raises. Each step may be repeated."""
+        # A thread in serve() may hold the lock and wait. Ranges that it adds later are refused.
+        locked = self._lock.acquire(timeout=ending.left_s())
+        try:
+            engine = self._engine
+            if engine is None:
+                return None
+            try:
+                return self._end(engine, ending)
+            except HelperLostError as lost:
+                engine.destroy()
+                stand_in = self._stand_in()
+                ending.cut_short()
+                self._end(stand_in, ending)
+                return lost
+        finally:
+            self._engine = None
+            for uffd in self._spaces:
+                uffd._release_events(self)
+            running.discard(self)
+            self.uffd._forget_on_close(self._at_close)
+            self._at_close.keeps = None
+            if locked:
+                self._lock.release()
+
+    def _end(self, engine: Backend, ending: Ending) -> HandlerError | None:
+        """Stop an engine and return the error that it reports."""
+        all_served, began = list(self._served.values()), time.monotonic()
+        views = [] if engine.is_remote else views_of(all_served)
+        for uffd in self._spaces:
+            uffd._hold_open()
+        # Assumed until it is known; a lost helper holds nothing open, its stand-in does.
+        ended = Ended(stays=not engine.is_remote)
+        try:
+            self._drain(engine, ending)
+            ended = engine.end(ending.left_s())
+            self._final_stats, self._final_faults = engine.stats(), engine.recent()
+            self._final_owner_exited = engine.owner_exited
+            failure, source_failure = engine.failure(), engine.source_failure
+            self._final_failure = known_failure(failure, source_failure)
+            at_work = {one.number for one in ended.held if not one.is_request}
+            for served in all_served:
+                self._forget(served, keep_alias=served.id.number in at_work)
+            engine.destroy()
+        finally:
+            if isinstance(engine, Engine) and not engine.life.free_if_deserted():
+                leave_behind(engine, ended.held, all_served, self._spaces, views)
+            if not ended.stays:
+                for uffd in self._spaces:
+                    uffd._let_close()
+        error = None if failure is None else handler_error(failure, source_failure)
+        # An exception of a source in this process has been logged already.
+        if error is not None and (source_failure is None or engine.is_remote):
+            log_error(log, str(error), error.__cause__)
+        if ended.stays:
+            error = error or HandlerError(
+                "pages could not be poisoned: their ranges stay registered"
+            )
+        held = ended.held
+        if ending.is_cut_short and held:
+            left = describe(held, all_served, is_remote=engine.is_remote)
+            log.warning("pyuffd: %r: %s", self, left)
+            held = ()
+        return completed(
+            error,
+            held,
+            all_served,
+            is_remote=engine.is_remote,
+            waited_s=time.monotonic() - began,
+        )
+
+    def _stand_in(self) -> Engine:
+        """Make an engine in this process that poisons the ranges of a lost helper."""
+        engine = Engine(self.uffd.fileno(), **self._options)
+        engine.refuse()
+        spaces = {
+            uffd: self._add_space(engine, uffd) if uffd is not self.uffd else 0
+            for uffd in self._spaces
+        }
+        for key, served in list(self._served.items()):
+            kind = SourceKind.REQUEST if served.kind is SourceKind.FILE else served.kind
+            served.id = engine.add(
+                RangeSpec(
+                    spaces[served.uffd],
+                    served.id.start,
+                    served.id.length,
+                    served.page_size,
+                    served.mode,
+                    Content(kind),
+                )
+            )
+            engine.set_ioctls(served.id, served.ioctls)
+            del self._served[key]
+            self._served[served.id.space, served.id.start] = served
+        engine.start([])
+        engine.wake_all()
+        return engine
+
+    def _drain(self, engine: Backend, ending: Ending) -> None:
+        if not self._started:
+            return
+        limit_s = ending.left_s()
+        waits = self._drains and not ending.is_cut_short
+        drained = waits and engine.drain(int(limit_s * 1e9))
+        failed = waits and not drained and not ending.is_cut_short
+        engine.refuse()
+        if not drained:
+            engine.abandon(failed=failed)
+        if failed:
+            log.warning(
+                "pyuffd: %r: threads still waited after %.1f s: their pages are poisoned",
+                self,
+                limit_s,
+            )
+
+
+running: weakref.WeakSet[Stops] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for handler in list(running):
+        try:
+            handler.stop()
+        except HandlerError as error:
+            log.error("pyuffd: at exit: %r: %s", handler, error)

@@ -1,0 +1,102 @@
+"""Seeing which pages are written: protecting them, and saving what they held (layer L4)."""
+
+from __future__ import annotations
+
+from pyuffd._abi import RegisterMode
+from pyuffd._pages import RangeLike
+from pyuffd.handlers._base import HandlerBase
+from pyuffd.handlers._serving import warn_of_merging
+
+
+class TracksWrites(HandlerBase):
+    """The part of `Handler` that protects and saves pages."""
+
+    def writeprotect(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
+        """Write-protect pages; return the `PageState` of each as it was when it was protected.
+
+        Reading a state and protecting the page are one step. A write before it shows in the
+        returned state; a write after it makes the page DIRTY again. So repeated calls while threads
+        write miss no write: copy the pages whose returned state is not CLEAN, SAVED or ABSENT.
+        After the call the pages are CLEAN.
+
+        On anonymous memory without Feature.WP_UNPOPULATED, Linux silently leaves missing pages
+        unprotected. If the range is registered for WP only, they are first mapped (as the zero
+        page).
+
+        Args:
+            region: A served region.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+
+        Returns:
+            One byte for each page.
+
+        Raises:
+            ValueError: not served, or not for RegisterMode.WP; bad pages.
+            LayoutChangedError: ENOENT - part of the region was unmapped. The pages before it
+                are protected; pages whose states are lost with the error stay DIRTY.
+            PartialResolveError: EAGAIN - the layout has been changing for 5 s; the states as above.
+
+        GIL: released.  Threads: safe.  Blocks: while a layout event is unread.
+
+        Example:
+            >>> from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd
+            >>> with (
+            ...     Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP) as uffd,
+            ...     Region.anonymous(8192) as region,
+            ...     Handler(uffd) as handler,
+            ... ):
+            ...     _ = handler.serve(region, None, mode=RegisterMode.WP)
+            ...     _ = handler.writeprotect(region)
+            ...     region.write(4096, b"new")
+            ...     [PageState(state).name for state in handler.writeprotect(region)]
+            ['CLEAN', 'DIRTY']
+        """
+        self._running_engine()  # before the lock, which a thread of the parent may have held
+        with self._lock:
+            engine, served, first, pages = self._pages(region, offset, length)
+            if not served.mode & RegisterMode.WP:
+                raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
+            warn_of_merging(served)
+            size = served.page_size
+            states = engine.writeprotect(served.id, first * size, pages * size, pages)
+            served.was_protected = True
+            return states
+
+    def preserve(
+        self,
+        region: RangeLike,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        unprotect: bool = False,
+    ) -> int:
+        """Save the pages that are still CLEAN, and return the bytes saved.
+
+        They are copied to the region's `preserve` buffer. Write-protect faults save a page before
+        its first write. After this call the buffer therefore holds every page as it was when
+        `writeprotect` returned.
+
+        Args:
+            region: A region served with `preserve`.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+            unprotect: False keeps the pages protected (SAVED): a later write makes a page DIRTY and
+                costs one fault. True lifts the protection, for a program that need not know of
+                later writes; the pages are then DIRTY, since they may be written at any time.
+
+        Raises:
+            ValueError: the region was served without `preserve`, or `writeprotect` was never
+                called, so that its pages are not of one instant.
+            ProcessGoneError: ESRCH - the owner of the memory has exited.
+            UffdOSError: EPERM, EFAULT - the owner's memory cannot be read at `start`, the first
+                page that is not saved. It stays protected; `completed` bytes were saved.
+        """
+        engine, served, first, pages = self._pages(region, offset, length)
+        size = served.page_size
+        if served.preserves and not served.was_protected:
+            raise ValueError(
+                f"the range at {served.id.start:#x} was never protected, so its pages are not of"
+                " one instant: call writeprotect() first"
+            )
+        return engine.preserve(served.id, first * size, pages * size, unprotect=unprotect)
