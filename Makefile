@@ -23,19 +23,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALL := $(PIP) --no-build-isolation --editable
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-# Many tests wait, so there is work for two processes more than there are CPUs.
+# Many tests wait, so two processes more than there are CPUs have work.
 TEST_PROCESSES ?= $(shell expr $$(nproc) + 2)
 RUN_TESTS := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist worksteal
 
 # The program is an ordinary Python, so the sanitizer's run-time library is loaded before it. Signals are left to
-# Python and to the tests; what Python itself never frees is not a leak of ours. Modules in C++ (matplotlib's) throw
-# through it, which it only allows when libstdc++ is there from the start.
+# Python and to the tests; what Python itself never frees is not our leak. Modules in C++ (matplotlib's) throw
+# exceptions through it, which works only if libstdc++ is loaded from the start.
 ASAN_DIR := $(CURDIR)/build/asan
 ASAN_ENV = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:abort_on_error=1 \
 	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=3 PYUFFD_FRESH_CHILDREN=1 PYTHONPATH=$(ASAN_DIR)
 
-# As above. Python itself is not instrumented, so what it does is not looked at; the first report fails the test.
+# As above. Python itself is not instrumented, so its accesses are ignored; the first report fails the test.
 TSAN_DIR := $(CURDIR)/build/tsan
 TSAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:halt_on_error=1:exitcode=66:suppressions=$(CURDIR)/tests/tsan.supp \
@@ -43,7 +43,7 @@ TSAN_ENV = LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
 TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests/kernel/test_fault_races.py tests/kernel/test_thread_driver.py \
 	tests/kernel/test_adopted_descriptors.py tests/kernel/test_async_source.py tests/process/test_forks.py \
 	tests/process/test_stopping.py tests/process/test_pitfalls.py tests/process/test_process_driver*.py
-# Its vfork() is a fork(), which sends the event that this test is there to see avoided.
+# ThreadSanitizer turns vfork() into fork(), which sends the event that this test must not see.
 TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_without_a_fork
 
 .PHONY: demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants engine-mutants clean
@@ -93,14 +93,14 @@ tsan: $(VENV)/.installed-test
 soak: $(VENV)/.installed-test
 	PYUFFD_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m stress tests/stress/test_soak.py tests/stress/test_model.py tests/process/test_forks.py $(PYTEST_ARGS)
 
-# Both need QEMU and take their time; docs/kernels.md says how long, and what else they need.
+# Both need QEMU and much time; docs/kernels.md says how long, and what else they need.
 kernels: $(VENV)/.installed-test
 	$(BIN)/python -m tests.vm._matrix $(KERNELS_ARGS)
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python -m tests.vm._mutants $(MUTANTS_ARGS)
 
-# One fix of a pitfall taken away at a time: docs/engine-mutants.md says which test notices.
+# Removes one fix of a pitfall at a time: docs/engine-mutants.md lists the tests that notice.
 engine-mutants: $(VENV)/.installed-test
 	$(BIN)/python -m tests.engine_mutants $(ENGINE_MUTANTS_ARGS)
 

@@ -1,5 +1,5 @@
-"""Benchmarks: each one a ratio of pyuffd to a bare C program that ran beside it.
+"""Benchmarks: each one is a ratio of pyuffd to a bare C program in the same run.
 
-``python -m benchmarks.run`` runs them. `bench_*.py` say what is compared with what, `c/` holds the
-C programs, `_members.py` is pyuffd's side of each pair.
+``python -m benchmarks.run`` runs them. `bench_*.py` define what is compared with what, `c/` has the
+C programs, and `_members.py` is pyuffd's side of each pair.
 """

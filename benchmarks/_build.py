@@ -14,7 +14,7 @@ _COMPILE = ("gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread
 
 @dataclass(frozen=True)
 class Programs:
-    """Paths of what was built."""
+    """Paths of the programs that were built."""
 
     fault: str
     fill: str

@@ -35,10 +35,10 @@ _PAGE = 4096
 _HUGE = 2 << 20
 _DIRTY_STEP = 10
 _RARE_FAULTS_PER_S = 20
-#: What the native driver takes by itself when it may run on any CPU.
+#: The native driver's default when it may run on any CPU.
 _SPIN_US = 50
 
-#: Instead of a CPU for the handler: none is named, or all of them are.
+#: In place of a CPU for the handler: name none, or name all of them.
 ANY_CPU = -1
 ALL_CPUS = -2
 
@@ -47,7 +47,7 @@ Answer: TypeAlias = "tuple[int, array[int]]"
 
 
 def handler_cpus(cpu: int) -> list[int] | None:
-    """Return what `Handler(cpus=)` is given."""
+    """Return the argument `cpus` of the Handler."""
     if cpu == ALL_CPUS:
         return sorted(os.sched_getaffinity(0))
     return None if cpu == ANY_CPU else [cpu]
@@ -76,7 +76,7 @@ def _region(memory: str, length: int) -> Region:
 
 
 def _populate_and_release(region: Region, memory: str) -> None:
-    """Touch every page, so that the hypervisor has backed it, and drop them again."""
+    """Touch every page, so that the hypervisor backs it, and drop them again."""
     region.fill(1)
     if memory == "anon":
         region.madvise(mmap.MADV_DONTNEED)
@@ -121,7 +121,7 @@ class _Fault:
         cpus = handler_cpus(args.handler_cpu)
         mode = RegisterMode[args.kind.upper()]
         source = BufferSource(self._source) if mode is RegisterMode.MISSING else None
-        # With one CPU to run on the handler does not spin unless told to: it assumes the faulter's.
+        # On one CPU, which may be the faulting thread's, the handler does not spin unless told to.
         spin_us = _SPIN_US if args.handler_cpu not in (ANY_CPU, ALL_CPUS, args.cpu) else None
         handler = Handler(
             uffd, driver=args.driver, cpus=cpus, prefetch=0, spin_us=spin_us, autostart=False
@@ -142,7 +142,7 @@ class _Fault:
 
 
 class _Regions:
-    """Latency of one 4 KiB missing fault, the same pages served as one region or as many."""
+    """Latency of one 4 KiB missing fault, with the same pages served as one region or as many."""
 
     def __init__(self, toucher: Toucher, args: argparse.Namespace) -> None:
         self._toucher = toucher
@@ -236,7 +236,7 @@ class _Scan:
 
 
 class _Rare:
-    """CPU time of this process, less that of the faulting thread, while faults are rare."""
+    """CPU time of this process without the faulting thread's, while faults are rare."""
 
     def __init__(self, toucher: Toucher, args: argparse.Namespace) -> None:
         self._toucher = toucher
@@ -260,7 +260,7 @@ class _Rare:
 
 
 class _Memory:
-    """Bytes of address space that a served region of each of two sizes costs beside itself."""
+    """Bytes of address space that serving a region of a given size costs, besides the region."""
 
     def __init__(self, toucher: Toucher, args: argparse.Namespace) -> None:
         del toucher

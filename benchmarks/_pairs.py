@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-#: A round takes well under a second; a member that needs this long is stuck.
+#: A round lasts well under a second; a member that needs this long is stuck.
 _ROUND_LIMIT_S = 60.0
 
 _HEADER = struct.Struct("=QQ")
@@ -54,7 +54,7 @@ class Member:
         self.close()
 
     def close(self) -> None:
-        """End the process; it is killed if it does not go by itself."""
+        """End the process; kill it if it does not exit."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -71,7 +71,7 @@ class Member:
         """Run one round and return what was measured.
 
         Raises:
-            MemberError: the process ended or took longer than a round may take.
+            MemberError: the process ended, or needed longer than a round may last.
         """
         process = self._process
         assert process.stdin is not None
@@ -96,7 +96,7 @@ class Member:
 
 
 def run_pairs(base: Sequence[str], ours: Sequence[str], rounds: int) -> list[tuple[Round, Round]]:
-    """Run both members `rounds` times in turn; which one is first alternates.
+    """Run both members `rounds` times in turn; they take turns at being first.
 
     Each does one round first that is not counted.
     """
@@ -117,7 +117,7 @@ def run_pairs(base: Sequence[str], ours: Sequence[str], rounds: int) -> list[tup
 
 @dataclass(frozen=True)
 class Target:
-    """The bound a number must keep: at most (``<=``) or at least (``>=``) `value`."""
+    """The bound that a number must keep: at most (``<=``) or at least (``>=``) `value`."""
 
     relation: Literal["<=", ">="]
     value: float

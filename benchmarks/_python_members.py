@@ -42,7 +42,7 @@ class _Range:
 
 
 def _region(pages: int) -> Region:
-    """Return anonymous memory that has been used once and is missing again."""
+    """Return anonymous memory whose pages were used once and are missing again."""
     region = Region.anonymous(pages * _PAGE)
     region.madvise(mmap.MADV_NOHUGEPAGE)
     region.fill(1)
@@ -123,7 +123,7 @@ def _end(child: int) -> None:
 
 
 class _Slow:
-    """Threads that fault on pages whose source takes 1 ms; the samples are their latencies."""
+    """Threads that fault on pages whose source needs 1 ms; the samples are their latencies."""
 
     def __init__(self, toucher: Toucher, args: argparse.Namespace) -> None:
         self._toucher = toucher
@@ -149,7 +149,7 @@ class _Slow:
 
 
 class _Protected(_Slow):
-    """Write-protect faults meanwhile: the samples are theirs."""
+    """Write-protect faults beside such faults; the samples are their latencies."""
 
     def _touch(self, handler: Handler, region: Region) -> Touched:
         with Region.anonymous(self._args.protected * _PAGE) as protected:
@@ -163,7 +163,7 @@ class _Protected(_Slow):
                 protected.start, order, page_size=_PAGE, write=True, pause_ns=1_000_000
             )
             if not slow.is_alive():
-                raise RuntimeError("the slow faults came to an end first")
+                raise RuntimeError("the slow faults ended first")
             slow.join()
             handler.unserve(protected)
         return touched

@@ -1,4 +1,4 @@
-"""Where the numbers come from and how they are shown: environment, table, Markdown, JSON."""
+"""The environment of a run, and its results as a table, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TITLES = ("what", "base p50", "pyuffd p50", "unit", "ratio p50", "ratio p99", "
 
 
 def environment() -> dict[str, object]:
-    """Return what a reader needs to judge the numbers."""
+    """Return the facts that a reader needs to judge the numbers."""
     with Userfaultfd() as uffd:
         supported = int(uffd.supported)
     return {

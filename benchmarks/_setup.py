@@ -1,4 +1,4 @@
-"""What every benchmark module is given, and the memory they need: backed pages, huge pages."""
+"""The settings of every benchmark module, and the memory it needs: backed pages, huge pages."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def warm_memory(length: int) -> Iterator[None]:
     """Have about `length` bytes of free memory that the hypervisor has backed.
 
     A guest may report free blocks of 2 MiB and more to its hypervisor (free page reporting), which
-    takes them away; the first use after that is several times slower, at times of its own choosing.
-    So this maps and touches the memory and gives it back but for one page in each 512 KiB:
-    the blocks between these are too small to be reported, and the allocator prefers small ones.
+    takes them away at any time; the first use after that is several times slower. So this maps and
+    touches the memory, and gives back all but one page in each 512 KiB: the blocks between these
+    are too small to be reported, and the allocator prefers small ones.
     """
     length -= length % _HUGE
     with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
@@ -72,7 +72,7 @@ def warm_memory(length: int) -> Iterator[None]:
 
 @contextmanager
 def huge_pages(pages: int) -> Iterator[str]:
-    """Have `pages` free 2 MiB pages inside the ``with`` block and put the pool back after it.
+    """Have `pages` free 2 MiB pages inside the ``with`` block; restore the pool after it.
 
     Yields:
         An empty string, or why there are too few.

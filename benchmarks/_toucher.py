@@ -27,10 +27,10 @@ class _Job(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Touched:
-    """What the faulting threads measured.
+    """The measurements of the faulting threads.
 
     Attributes:
-        wall_ns: from the first touch to the end of the last one.
+        wall_ns: from the first touch to the end of the last.
         cpu_ns: CPU time of the faulting threads.
         samples: latency of each touch in ns; empty if they were not timed.
     """
@@ -79,7 +79,7 @@ class Toucher:
             order: page indexes in the order they are touched.
             page_size: bytes from one page to the next.
             threads: number of faulting threads; it divides ``len(order)``.
-            cpu: CPU of the first thread, the next ones take the CPUs after it; -1: any.
+            cpu: CPU of the first thread; the others run on the CPUs after it. -1: any.
             write: write a byte instead of reading one.
             timed: time each touch.
             pause_ns: sleep before each touch.

@@ -1,7 +1,7 @@
 """Latency of one missing fault while other threads want the CPUs.
 
-The base case is the native driver too, its thread left to the scheduler by naming every CPU: what
-the search for a CPU costs where it cannot gain anything.
+The base case is the native driver with every CPU named, which leaves its thread to the scheduler.
+So this measures what the search for a CPU costs when it cannot gain anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks._setup import Setup
 
 _PAGES = 4096
 _QUICK_PAGES = 1024
-# One round is a fraction of a second, and what the scheduler does to it is mostly chance.
+# One round lasts a fraction of a second, and depends on what the scheduler happens to do.
 _ROUNDS_FACTOR = 3
 _SETTLE_S = 0.5
 _LIMITS = Target("<=", 1.2)
@@ -27,7 +27,7 @@ _LIMITS = Target("<=", 1.2)
 
 @contextmanager
 def _busy_threads(count: int) -> Iterator[None]:
-    """Have `count` processes that compute, and end them."""
+    """Run `count` processes that compute, inside the ``with`` block."""
     with ExitStack() as stack:
         for _ in range(count):
             process = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])

@@ -16,9 +16,9 @@ _QUICK_PAGES = 1024
 def run(setup: Setup) -> Iterator[Row | Skipped]:
     """Yield a row for each kind of fault and each pair of programs.
 
-    The faulting thread has a CPU of its own in every pair. "native" as it comes may run where the
-    scheduler puts it, and so may the C program: whether the two threads share a CPU decides more
-    than the program does, so the same pair also runs with both handlers on the other CPU.
+    The faulting thread has a CPU of its own in every pair. By default the scheduler places
+    the native thread, and that of the C program. Whether the two threads share a CPU matters more
+    than the program, so the same pair also runs with both handlers on the other CPU.
     """
     cpu, other = setup.faulter_cpu, setup.other_cpu
     for kind in ("missing", "wp", "minor"):

@@ -1,4 +1,4 @@
-"""Page sources in Python: the process and the thread driver against bare C, and many at once."""
+"""Page sources in Python: process and thread driver against bare C, and many faults at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PAGES = 8192
 _QUICK_PAGES = 2048
 _MODULE = "_python_members"
 _THREADS = 64
-#: 64 pages for each thread; one worker alone gets fewer, or its round would take 4 s.
+#: 64 pages for each thread; a single worker gets fewer, since its round would last 4 s.
 _SLOW_PAGES = 4096
 _SLOW_PAGES_ALONE = 512
 _PROTECTED_PAGES = 64
@@ -100,7 +100,7 @@ def _start(setup: Setup) -> Row:
 
 
 def _alone(setup: Setup, name: str, unit: str, scale: float, target: Target, *words: object) -> Row:
-    """Return the row of a member that is compared with a bound, not with another."""
+    """Return the row of a member that is compared with a bound, not with another member."""
     with Member(setup.member(*words, module=_MODULE)) as member:
         member.round()
         rounds = [member.round() for _ in range(setup.rounds)]

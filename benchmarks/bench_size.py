@@ -13,7 +13,7 @@ from benchmarks._setup import Setup
 _PAGE = 4096
 _REGIONS = 10_000
 _SMALL, _LARGE = 1 << 30, 5 << 30
-#: Interpreters started per module: an import takes milliseconds and varies by tens of per cent.
+#: Interpreters started per module: an import needs milliseconds and varies by tens of per cent.
 _IMPORTS = 15
 
 _TIME_IMPORT = (

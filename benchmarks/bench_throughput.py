@@ -19,7 +19,7 @@ _MIB_PER_S = 1e9 / (1 << 20)
 def run(setup: Setup) -> Iterator[Row | Skipped]:
     """Yield the rows of sequential restore, then that of two threads faulting at once."""
     for memory in ("anon", "shmem", "hugetlb"):
-        # Each member of the pair maps its region for the time of its round.
+        # Each member of the pair maps its region only during its round.
         length = _QUICK_RESTORE if setup.quick else _RESTORE
         needed = huge_pages(2 * length // _HUGE) if memory == "hugetlb" else nullcontext("")
         with needed as lacking:

@@ -33,7 +33,7 @@ _BENCHMARKS = {
 }
 _ROUNDS = 9
 _QUICK_ROUNDS = 5
-#: Both members of a pair keep a source of 1 GiB, and one of them at a time a region.
+#: Both members of a pair keep a source of 1 GiB, and one at a time a region.
 _WARM = 4 << 30
 _QUICK_WARM = 1 << 30
 
@@ -53,7 +53,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run what was asked for; return 1 if a benchmark did not get to its end."""
+    """Run the benchmarks asked for; return 1 if one of them did not finish."""
     args = _arguments()
     # Like Ctrl-C, so that huge pages are put back.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

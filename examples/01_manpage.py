@@ -1,8 +1,8 @@
 """The demonstration of userfaultfd(2): a thread fills each page with a letter when it is touched.
 
 The fault-handling thread is a Python thread here, so the main thread must not hold the GIL while
-it faults. `Region.read` does not; indexing a memoryview or an array would, and hang for ever.
-`pyuffd.Handler`, which the other examples use, has no such rule: it needs no Python.
+it faults. `Region.read` does not; indexing a memoryview or an array would, and never return.
+`pyuffd.Handler`, which most other examples use, has no such rule: it needs no Python.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def handle_faults(uffd: Userfaultfd, page_size: int, stop_fd: int) -> None:
         for event in uffd.read_events():
             assert isinstance(event, Pagefault)  # no other event was asked for
             page = event.address - event.address % page_size
-            # Not copy(): one access may send its event twice, and fill_copy() takes a page that is
-            # there already for done and wakes who waits for it.
+            # Not copy(): one access may send its event twice, and fill_copy() accepts a page that
+            # is present already, and wakes the threads that wait for it.
             print(f"    fault at {event.address:#x}, {event.flags!r}: filled with {letter:c}")
             if uffd.fill_copy(page, bytes([letter]) * page_size).done:
                 letter += 1
 
 
 def main() -> None:
-    """Touch every kilobyte of a region, and print what is there."""
+    """Read a byte of every kilobyte of a region, and print it."""
     stop_fd = os.eventfd(0)
     with Userfaultfd() as uffd, Region.anonymous(PAGES * 4096) as region:
         uffd.register(region)

@@ -28,7 +28,7 @@ def use(region: Region) -> None:
 
 
 def main() -> None:
-    """Write a file, map it lazily, and say how much of it was read."""
+    """Write a file, map it lazily, and print how much of it was read."""
     with tempfile.NamedTemporaryFile() as file:
         np.arange(NUMBERS, dtype=np.int64).tofile(file.name)
         size = NUMBERS * 8

@@ -1,7 +1,7 @@
 """Which pages of shared memory were written: by write-protect faults, and by PAGEMAP_SCAN.
 
-With a Handler each first write to a page is a fault, which marks the page and lets the write go
-on. With Feature.WP_ASYNC the kernel does that itself, and PAGEMAP_SCAN reads the result and
+With a Handler the first write to a page is a fault, which marks the page and lets the write
+continue. With Feature.WP_ASYNC the kernel does that itself, and PAGEMAP_SCAN reads the result and
 protects again in one step. Either way only writes through this mapping are seen: not those of
 other mappings, write(2) on the memfd, or another process.
 """
@@ -64,7 +64,7 @@ def by_scan(region: Region) -> None:
 
 
 def main() -> None:
-    """Do what this kernel can."""
+    """Show each way that this kernel supports."""
     support = probe()
     with Region.memfd(PAGES * PAGE) as region:
         region.fill(0x2E)

@@ -1,4 +1,4 @@
-"""Minor faults: pages that are in the page cache already, and are looked at before they are mapped.
+"""Minor faults: pages in the page cache, which a program sees and changes before they are mapped.
 
 The content arrives through an alias, a second mapping of the same memfd that is not registered.
 The first touch of each page of the registered mapping is then a minor fault, and UFFDIO_CONTINUE

@@ -1,8 +1,8 @@
-"""Pages whose content cannot be had: they are poisoned, never filled with zeros.
+"""Pages whose content cannot be read: they are poisoned, never filled with zeros.
 
 A file is truncated while a region is served from it; one line on stderr says so. A system call that
 touches a lost page fails with EFAULT, a method of Region raises PagePoisonedError, stop() raises
-HandlerError, and a program that touches the page itself gets SIGBUS; so that is done in a child.
+HandlerError, and a program that touches the page itself gets SIGBUS, so a child process does that.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def half_lost() -> Iterator[Region]:
 
 
 def send_page(region: Region, page: int) -> str:
-    """Let a system call read a page of the region; return what came of it."""
+    """Let a system call read a page of the region; return the result as text."""
     file = os.memfd_create("out")
     try:
         with region.memoryview() as view, view[page * PAGE : (page + 1) * PAGE] as part:

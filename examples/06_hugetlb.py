@@ -1,7 +1,7 @@
 """Huge pages: one fault brings 2 MiB.
 
-A hugetlb region has faults, ioctls and states of its own page size; nothing else differs. Where
-there are no huge pages to be had the example says how to get some.
+A hugetlb region has faults, ioctls and states of its own page size; nothing else differs. If
+no huge pages are available the example says how to get some.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     content = b"".join(bytes([ord("a") + page]) * HUGE_PAGE for page in range(PAGES))
     with Userfaultfd() as uffd, region, Handler(uffd) as handler:
         ioctls = handler.serve(region, BufferSource(content))
-        print(f"{region!r}\ntakes {ioctls!r}")
+        print(f"{region!r}\nsupports {ioctls!r}")
         for page in (1, 3):
             for offset in (0, HUGE_PAGE // 2, HUGE_PAGE - 1):
                 letter = region.read(page * HUGE_PAGE + offset, 1)

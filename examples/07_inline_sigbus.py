@@ -37,7 +37,7 @@ def main() -> None:
         handler.serve(region, BufferSource(content))
         with region.memoryview() as view:
             for page in (0, 10, 20):
-                assert view[page * PAGE] == content[page * PAGE]  # GIL held, and no matter
+                assert view[page * PAGE] == content[page * PAGE]  # holds the GIL, harmlessly
         fault = handler.recent_faults()[0]
         print(f"{handler.stats().faults['missing']} faults; the last in thread {fault.thread_id}")
 

@@ -1,8 +1,8 @@
-"""A monitor in another process: it is handed a userfaultfd and serves its faults with asyncio.
+"""A monitor in another process: it receives a userfaultfd and serves its faults with asyncio.
 
 This program starts itself again as the owner of the memory. The owner registers a region, sends
 its userfaultfd over a socket and reads; the monitor fills each page when it is asked for, while
-other tasks of its loop go on.
+other tasks of its loop continue.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAGE = 4096
 
 
 def owner(fd: int) -> None:
-    """Read memory that somebody else fills."""
+    """Read memory that another process fills."""
     with Region.anonymous(PAGES * PAGE) as region, Userfaultfd() as uffd:
         uffd.register(region)
         with socket.socket(fileno=fd) as sock:
@@ -50,7 +50,7 @@ async def monitor(handover: Handover, process: asyncio.subprocess.Process) -> in
 
 
 async def main() -> None:
-    """Start the owner, take its userfaultfd and be its monitor."""
+    """Start the owner, receive its userfaultfd and serve its faults."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         fd = theirs.fileno()

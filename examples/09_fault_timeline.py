@@ -1,4 +1,4 @@
-"""Draw when which page of a region was faulted in, and how long each fault took.
+"""Draw which page of a region was faulted in when, and how long each fault lasted.
 
 `Handler.recent_faults()` holds the last faults of every CPU. Needs matplotlib
 (`pip install pyuffd[plot]`); the picture goes to the file named on the command line.
@@ -53,7 +53,7 @@ def draw(region: Region, faults: list[RecentFault], path: Path) -> None:
 
 
 def main() -> None:
-    """Fault a region in and draw it."""
+    """Fault in a region and draw its faults."""
     default = Path(tempfile.gettempdir()) / "fault-timeline.png"
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else default
     region, faults = fault_in_some_order()

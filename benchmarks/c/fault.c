@@ -10,8 +10,8 @@
  *                        but saves a system call
  *              spinning  a handler thread that calls read(2) on a non-blocking descriptor all the time
  *              sigbus    UFFD_FEATURE_SIGBUS, resolved by the faulting thread itself
- * THREADS      faulting threads; each takes an equal share of the pages
- * CPU          CPU of the first faulting thread (the next ones take the CPUs after it), -1: any
+ * THREADS      faulting threads; each has an equal share of the pages
+ * CPU          CPU of the first faulting thread (the others run on the CPUs after it), -1: any
  * HANDLER_CPU  CPU of the handler thread, -1: any
  */
 #define _GNU_SOURCE
@@ -89,7 +89,7 @@ static void on_sigbus(int signal, siginfo_t *info, void *context)
 	errno = saved;
 }
 
-/* Every page faults once, so the handler is done when it has resolved as many as there are. */
+/* Every page faults once, so the handler ends after as many faults as there are pages. */
 static void *handler_thread(void *arg)
 {
 	(void)arg;

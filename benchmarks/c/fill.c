@@ -3,7 +3,7 @@
  * fill MEMORY LENGTH: fill a registered region in order, by UFFDIO_COPYs of 2 MiB.
  *
  * The wall time is that of the copies alone. The one sample of a round is that plus the time a
- * thread takes to read one byte of every page afterwards.
+ * thread needs to read one byte of every page afterwards.
  */
 #include "bench.h"
 #include "toucher.h"

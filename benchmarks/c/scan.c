@@ -49,7 +49,7 @@ static void do_scan(const struct scan *scan)
 	};
 	long n = ioctl(scan->pagemap, UFFD_PAGEMAP_SCAN, &arg);
 
-	/* walk_end says nothing: Linux 6.18 leaves it at the last of the batches of 512 that was full. */
+	/* Do not use walk_end: Linux 6.18 leaves it at the last full batch of 512. */
 	if (n < 0 || (uint64_t)n != dirty_pages)
 		die("PAGEMAP_SCAN returned %ld", n);
 }
