@@ -1,4 +1,4 @@
-"""The engine's named points (csrc/engine/barrier.h), where a test can hold one of its threads."""
+"""The engine's named points (csrc/engine/barrier.h), where a test can stop one of its threads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import IntEnum
 
 from pyuffd._shim import lib
 
-WAIT_NS = 10_000_000_000  # only against a bug: the thread that is held is on its way
+WAIT_NS = 10_000_000_000  # passes only if there is a bug: the thread is on its way
 
 
 class Point(IntEnum):
-    """Where the first thread that comes stops; engine/barrier.h says when each one is passed."""
+    """A point where the first thread that comes stops; engine/barrier.h describes each."""
 
     STEP_READ = lib.UFFD_BARRIER_STEP_READ
     STEP_APPLIED = lib.UFFD_BARRIER_STEP_APPLIED
@@ -26,24 +26,24 @@ class Point(IntEnum):
 
 
 class Held:
-    """A point that is armed."""
+    """An armed point."""
 
     def __init__(self, point: Point) -> None:
         self.point = point
 
     def wait(self) -> None:
-        """Return when a thread stands at the point; it stays there."""
+        """Wait until a thread is at the point; it stays there."""
         code = lib.uffd_barrier_wait(self.point, WAIT_NS)
-        assert code == 0, f"nobody came to {self.point.name}: {code}"
+        assert code == 0, f"no thread came to {self.point.name}: {code}"
 
     def release(self) -> None:
-        """Let the thread go on, and those that come after it."""
+        """Let the thread continue, and those that come after it."""
         lib.uffd_barrier_release(self.point)
 
 
 @contextmanager
 def holding(point: Point) -> Iterator[Held]:
-    """Hold the next thread that comes to a point, until it is released or the block ends."""
+    """Stop the next thread that comes to a point, until it is released or the block ends."""
     code = lib.uffd_barrier_arm(point)
     assert code == 0, f"{point.name} cannot be armed: {code}"
     held = Held(point)

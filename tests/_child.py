@@ -1,7 +1,8 @@
-"""Run code that may stall in a child process: the kit's way, from a zygote.
+"""Run code that may stall in a child process, as `pyuffd.testing` does, but from a zygote.
 
-Functions run in a fork of a zygote (tests/_zygote.py); source text, and whatever wants another
-environment from its start, in a fresh process. PYUFFD_FRESH_CHILDREN=1 makes all of them fresh.
+Functions run in a fork of a zygote (tests/_zygote.py). Source text, and what needs another
+environment from its start, runs in a fresh process. PYUFFD_FRESH_CHILDREN=1 makes all of them
+fresh.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _zygotes: list[Zygote] = []
 
 
 def zygote() -> Zygote:
-    """Return the zygote of this process, which is started when it is needed first."""
+    """Return the zygote of this process; start it when it is first needed."""
     if not _zygotes:
         started = Zygote()
         atexit.register(started.__exit__)
@@ -49,8 +50,8 @@ def run_child(
     Args:
         target: a module-level function, its name as `package.module:function`, or source text.
         *args: positional arguments of the function; JSON carries them, so tuples arrive as lists.
-        budget_s: seconds the code may take; scaled by PYUFFD_BUDGET_SCALE.
-        expect: the return code that is right (negative for a signal), "timeout", or None for any.
+        budget_s: seconds that the code may need; scaled by PYUFFD_BUDGET_SCALE.
+        expect: the expected return code (negative for a signal), "timeout", or None for any.
         env: environment variables to add.
         **kwargs: keyword arguments of the function, through JSON.
 

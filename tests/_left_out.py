@@ -1,4 +1,4 @@
-"""How many tests a run left out, and what would run them: one sentence for its end."""
+"""One sentence for the end of a run: how many tests it left out, and what would run them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyuffd import KernelSupport, probe
 
 
 def left_out(skipped: int, ran: int, support: KernelSupport | None = None) -> str:
-    """Return the sentence, by what this process finds when it tries to open a userfaultfd."""
+    """Return the sentence, which depends on how this process can open a userfaultfd."""
     support = support or probe()
     why, command = _why(support)
     count = f"Left out {skipped:,} of {skipped + ran:,} tests: {why}"
@@ -24,7 +24,7 @@ def _why(support: KernelSupport) -> tuple[str, str]:
     way = support.opens["syscall"]
     if support.usable:
         return (
-            f"userfaultfd handles the faults of user code only here ({way.reason})",
+            f"here userfaultfd handles only the faults of user code ({way.reason})",
             as_root or way.command,
         )
     return f"no userfaultfd can be opened here ({way.reason})", way.command

@@ -11,7 +11,7 @@ from pyuffd.testing import MEMORY_TYPES, MemoryType, needs_hugepages
 from pyuffd.testing._memory_types import SMALL_PAGE
 
 PAGE = SMALL_PAGE
-# What a test of the hugetlb types may use without saying so with needs_hugepages().
+# A test of the hugetlb types may use so many without needs_hugepages().
 DEFAULT_HUGE_PAGES = 16
 
 
@@ -41,7 +41,7 @@ class Memory:
         return self.make(count * self.page_size)
 
     def close(self) -> None:
-        """Close every region this made."""
+        """Close every region that this object made."""
         self._open.close()
 
 

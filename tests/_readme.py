@@ -1,4 +1,4 @@
-"""README.md and docs/*.md as the tests read them: their tables and their programs."""
+"""The tables and programs of README.md and docs/*.md, for the tests."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def table(name: str) -> dict[str, dict[str, str]]:
 
 
 def programs(page: Path) -> list[str]:
-    """Return the Python programs of a page; consoles and shell lines are none."""
+    """Return the Python programs of a page, without consoles and shell lines."""
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)

@@ -1,7 +1,7 @@
-"""A process that children of tests are forked from: as good as fresh, in a tenth of the time.
+"""A process that forks the children of tests: as good as fresh ones, in a tenth of the time.
 
 It has imported what most tests need, has one thread, and has never opened a userfaultfd. A child
-leaves its loop and ends as any Python program does.
+leaves the loop and ends like any Python program.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ NEEDED = (
     "tests._memory",
 )
 LENGTH = 4  # bytes of a message's length
-LIMIT_S = 30.0  # forking takes milliseconds
+LIMIT_S = 30.0  # forking needs milliseconds
 
 
 class Zygote:
-    """The process, as those who want children see it; one child at a time."""
+    """The zygote, as seen by a test; it has one child at a time."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()

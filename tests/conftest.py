@@ -1,4 +1,4 @@
-"""Fixtures, the reservation and the skip summary that all tests share."""
+"""Fixtures, the reserve of huge pages and swap, and the summary of skips for all tests."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests._left_out import left_out
 from tests._memory import Memory, memory_of, memory_params
 
 TESTS = Path(__file__).parent
-# The folders whose tests use the kernel's resources: these get huge pages and swap, and may leak.
+# The folders whose tests use the kernel's resources: they get huge pages and swap, and may leak.
 KERNEL_FOLDERS = tuple(TESTS / name for name in ("kernel", "process", "stress"))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the conformance suite's plugin take huge pages and swap, for the kernel's tests."""
+    """Let the conformance suite's plugin reserve huge pages and swap for tests of the kernel."""
     if not config.option.collectonly and _asks_for_kernel_tests(config):
         config.option.uffd_reserve = True
 
@@ -37,7 +37,7 @@ def _asks_for_kernel_tests(config: pytest.Config) -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check that a test of the kernel's folders has a userfaultfd, before its fixtures are made."""
+    """Skip a test of the kernel folders without a userfaultfd, before its fixtures are made."""
     if _is_of_the_kernel(item) and not any(item.iter_markers("without_userfaultfd")):
         require(needs(Feature(0)))
 

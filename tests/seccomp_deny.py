@@ -1,8 +1,8 @@
-"""Run a command under a seccomp filter that refuses userfaultfd(2), as those of containers do.
+"""Run a command under a seccomp filter that refuses userfaultfd(2), like those of containers.
 
     python tests/seccomp_deny.py COMMAND...
 
-/dev/userfaultfd is hidden by the same filter's refusal of its ioctl, USERFAULTFD_IOC_NEW.
+The filter also makes /dev/userfaultfd useless: it refuses the ioctl USERFAULTFD_IOC_NEW.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROGRAM = (
 
 
 def deny() -> None:
-    """Let neither this process nor its children open a userfaultfd from here on."""
+    """Keep this process and its children from opening a userfaultfd from now on."""
     libc = ctypes.CDLL(None, use_errno=True)
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in PROGRAM)
     buffer = ctypes.create_string_buffer(code, len(code))

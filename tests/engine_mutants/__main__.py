@@ -1,8 +1,8 @@
-"""Break the library on purpose, one fix of a pitfall at a time, and see which tests notice.
+"""Break the library on purpose, one fix of a pitfall at a time, and check that tests notice.
 
-Each mutant of mutants.toml is applied to a copy of the sources under build/engine-mutants, the
+Each mutant of mutants.toml is applied to a copy of the sources under build/engine-mutants. The
 extension is built there, and the tests that the mutant names run with it. The unmodified copy
-must pass all of them; with a mutant each must fail, every time.
+must pass all of them; with a mutant each of them must fail, every time.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def try_out(mutant: Mutant, tests: dict[str, str], times: int) -> list[Run]:
 
 
 def caught(runs: Sequence[Run], test: str) -> bool:
-    """Whether a test noticed, each time."""
+    """Whether a test noticed every time."""
     return all(run.ended[test] in ("failed", "hung") for run in runs)
 
 
 def end_children() -> None:
-    """Kill what is left of the tests."""
+    """Kill the remaining processes of the tests."""
     for pid in child_pids():
         os.kill(pid, signal.SIGKILL)
 
@@ -61,14 +61,13 @@ def lines(every: Sequence[Mutant], results: Sequence[Sequence[Run]], tests: int)
     yield ""
     yield (
         "Written by `make engine-mutants`; do not edit. Each row is this library with one small "
-        "change (`tests/engine_mutants/mutants.toml`) that takes one fix of a pitfall away. The "
-        f"tests named beside it fail with that change, all {len(results[0])} times that each was "
-        f"run; without a change all {tests} of them pass. *hangs*: the test ran into its time "
-        "limit. Where the same test catches several mutants, each takes away a different part of "
-        "what it checks."
+        "change (`tests/engine_mutants/mutants.toml`) that removes one fix of a pitfall. The tests "
+        f"named beside it fail with that change every time (runs of each: {len(results[0])}); "
+        f"without a change all {tests} of them pass. *hangs*: the test ran into its time limit. "
+        "If one test catches several mutants, each removes a different part of what it checks."
     )
     yield ""
-    yield "| pitfall | mutant | what it takes away | file | caught by |"
+    yield "| pitfall | mutant | what it removes | file | caught by |"
     yield "|---|---|---|---|---|"
     for mutant, runs in zip(every, results, strict=True):
         names = []
@@ -83,18 +82,18 @@ def lines(every: Sequence[Mutant], results: Sequence[Sequence[Run]], tests: int)
 
 
 def main() -> int:
-    """Try all, write the page; 0 if every mutant is caught and the unmodified library passes."""
+    """Run all, write the page; return 0 if tests catch every mutant and pass without one."""
     parser = argparse.ArgumentParser(prog="tests.engine_mutants", description=__doc__)
     parser.add_argument("--times", type=int, default=3, help="runs of each mutant (default: 3)")
     parser.add_argument("--parallel", type=int, default=1, help="mutants at a time")
-    parser.add_argument("names", nargs="*", help="some only; docs/engine-mutants.md stays")
+    parser.add_argument("names", nargs="*", help="only these; docs/engine-mutants.md stays")
     options = parser.parse_args()
     every = [m for m in mutants() if not options.names or m.name in options.names]
     if unknown := set(options.names) - {mutant.name for mutant in every}:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     wrong, results = [], []
-    # What a killed test leaves behind becomes a child of this process, and ends with it.
+    # Processes that a killed test leaves behind become children of this one, which kills them.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         build = Build(None)
@@ -115,7 +114,7 @@ def main() -> int:
     except (RunError, StaleMutantError, KeyboardInterrupt) as error:
         print(f"engine-mutants: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
         end_children()
-        os._exit(2)  # the pool's threads would go on with what is left
+        os._exit(2)  # the pool's threads would continue with the rest
     end_children()
     if not options.names:
         PAGE.write_text("\n".join(lines(every, results, len(tests))) + "\n")

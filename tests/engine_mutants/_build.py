@@ -1,4 +1,4 @@
-"""A copy of the sources, changed or not, the extension built in it, and tests run with it."""
+"""A copy of the sources with or without a mutant, its extension, and runs of its tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engine_mutants._mutants import ROOT, Mutant
 BUILDS = ROOT / "build/engine-mutants"
 UNMODIFIED = "unmodified"
 COPIED = ("csrc", "src", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-# Where a mutant hangs, its test waits in vain for as long as it may: half of the usual is enough.
+# The test of a mutant that hangs waits until its limit: half of the usual limit is enough.
 SCALE = 0.5
 # Each test has a time limit of its own; this is for pytest itself.
 TEST_LIMIT_S = 60.0

@@ -1,4 +1,4 @@
-"""The library broken on purpose: what mutants.toml says, and whether it still fits the sources."""
+"""The mutants of mutants.toml, and whether they still fit the sources."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ DATA = Path(__file__).with_name("mutants.toml")
 
 
 class StaleMutantError(Exception):
-    """A mutant does not fit the sources any more."""
+    """A mutant no longer fits the sources."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One small change that takes the fix of one pitfall away.
+    """One small change that removes the fix of one pitfall.
 
     Attributes:
         name: Its name.
         pitfall: The pitfall's number.
-        takes: What it takes away, in a few words.
+        takes: What it removes, in a few words.
         file: The file it changes, relative to the root.
         old: Text that is in the file exactly once.
-        new: What stands there instead.
+        new: The text that replaces it.
         caught_by: The tests that must fail, each of them, every time.
     """
 
@@ -54,7 +54,7 @@ class Mutant:
 
 
 def mutants() -> list[Mutant]:
-    """Return all of them, by the pitfalls' numbers."""
+    """Return all of them, in the order of the pitfalls' numbers."""
     entries = tomllib.loads(DATA.read_text())["mutant"]
     every = [Mutant(**{**entry, "caught_by": tuple(entry["caught_by"])}) for entry in entries]
     return sorted(every, key=lambda mutant: mutant.pitfall)

@@ -1,4 +1,4 @@
-"""A build that cannot succeed ends with one sentence that says what to do."""
+"""A build that cannot succeed ends with one sentence that tells what to do."""
 
 from __future__ import annotations
 

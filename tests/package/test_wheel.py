@@ -1,4 +1,4 @@
-"""The built wheel: its tag, what is in it, and that it works where only it is installed."""
+"""The built wheel: its tag, its content, and that it works in a clean environment."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 
 @contextlib.contextmanager
 def once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
-    """A folder that all of xdist's processes share, and whether it has to be filled."""
+    """Yield a folder that all processes of xdist share, and whether this one must fill it."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with open(f"{folder}.lock", "w") as lock:
@@ -60,7 +60,7 @@ def once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, boo
 
 
 def copy_source(copy: Path) -> None:
-    """Copy what a build reads, so that building leaves the tree alone."""
+    """Copy the files that a build reads, so that it does not change the tree."""
     copy.mkdir()
     skipped = shutil.ignore_patterns("*.so", "*.o", "__pycache__", "*.egg-info")
     for name in ("src", "csrc"):
@@ -75,7 +75,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with once(tmp_path_factory, "source") as (source, empty):
         if empty:
             copy_source(source)
-            # The build tools of this environment, so that nothing is downloaded.
+            # Use the build tools of this environment, so that nothing is downloaded.
             options = ("--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", "dist")
             run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=source)
     (built,) = (source / "dist").iterdir()
@@ -84,7 +84,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel, and of this one only the run-time dependencies."""
+    """An environment with the wheel, and only the run-time dependencies of this one."""
     with once(tmp_path_factory, "installed") as (folder, empty):
         python = folder / "bin" / "python"
         if empty:

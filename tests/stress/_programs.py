@@ -1,7 +1,7 @@
-"""Random programs against served memory: made from a seed, run against the model, made shorter.
+"""Random programs for served memory: made from a seed, run against the model, shortened.
 
-A program is a setting and a list of steps. A step that does not go with the setting, or with what
-is left of the program, does nothing: so every part of a program is one as well.
+A program is a setting and a list of steps. A step that does not fit the setting, or the steps
+before it, does nothing. So every part of a program is a program too.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ MINORS = Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
 MADV_FREE, MADV_REMOVE, MADV_PAGEOUT = 8, 9, 21
 MAYMOVE, FIXED = 1, 2
 SINK = "sink"
-LIMIT_S = 15.0  # for a program that needs some hundredths
+LIMIT_S = 15.0  # a program needs some hundredths of a second
 
 SMALL_PAGES, HUGE_PAGES = 12, 4
 DRIVERS = ("native", "inline", "thread", "process")
-# The least that every setting needs.
+# Every setting needs these.
 FEATURES = WP_FEATURES | MINORS | Feature.WP_UNPOPULATED | Feature.SIGBUS | Feature.POISON
 
 
 @dataclass
 class Setting:
-    """What a program is run with."""
+    """The memory and the handler of a program."""
 
     memory: str = "anon"
     mode: int = int(MISSING)
@@ -72,12 +72,12 @@ class Setting:
     unpopulated: bool = True
     prefetch: int = 0  # pages
     preserve: bool = False
-    before: list[int] = field(default_factory=list)  # pages of the file that are there before
+    before: list[int] = field(default_factory=list)  # pages that the file has from the start
 
 
 @dataclass
 class Program:
-    """A setting and what is done in it; `seed` is where they came from."""
+    """A setting and steps, made from `seed`."""
 
     seed: int
     setting: Setting
@@ -103,7 +103,7 @@ def _choose_setting(chance: random.Random, drivers: tuple[str, ...], names: list
     sources = ["zero", "file", "python"] if python else ["zero", "buffer", "buffer", "file"]
     if mode == WP:
         sources = ["none"]
-    elif not mode & MISSING:  # only a mapping of shared memory can be filled by way of its file
+    elif not mode & MISSING:  # only shared memory can be filled through its file
         sources = [*sources, "none"] if shared else ["none"]
     events = Feature(0)
     if driver != "inline":
@@ -178,7 +178,7 @@ def make(seed: int, drivers: tuple[str, ...], names: list[str], length: int = 40
 
 
 class Disagreement(Exception):
-    """What was observed is in no possible world."""
+    """An observation fits no possible world."""
 
 
 def page_of_source(page: int) -> Content:
@@ -190,7 +190,7 @@ def head_of(number: int) -> bytes:
 
 
 class Run:
-    """One program, under way."""
+    """One run of a program."""
 
     def __init__(self, program: Program, stack: contextlib.ExitStack) -> None:
         setting = self.setting = program.setting
@@ -216,7 +216,7 @@ class Run:
             unpopulated=setting.unpopulated,
         )
         if self.rules.writes_cache:
-            # Holes of the file are asked for as well.
+            # Holes of the file cause missing faults as well.
             self.rules = Rules(**{**self.rules.__dict__, "missing": True})
         features = events | WP_FEATURES | MINORS
         if setting.unpopulated:
@@ -281,7 +281,7 @@ class Run:
     # Worlds
 
     def change(self, pages: Iterable[int], how: Callable[[World], Any]) -> None:
-        """Let something happen to pages; `how` returns a world or several."""
+        """Change the worlds of pages; `how` returns the world that follows, or several."""
         for page in pages:
             after: set[World] = set()
             for world in self.worlds[page]:
@@ -290,7 +290,7 @@ class Run:
             self.worlds[page] = after
 
     def let_pass(self) -> None:
-        """What may have happened meanwhile."""
+        """Add what may have happened meanwhile."""
         for page in range(self.count):
             source = self.source(page)
             self.change(
@@ -301,7 +301,7 @@ class Run:
             )
 
     def keep(self, page: int, what: str, seen: object, after: dict[World, object]) -> None:
-        """Keep the worlds in which this was to be seen."""
+        """Keep the worlds that predict what was seen."""
         left = {world for world, predicted in after.items() if predicted == seen}
         if not left:
             self.disagree(page, what, seen, set(after.values()))
@@ -321,7 +321,7 @@ class Run:
         self.let_pass()
 
     def access(self, how: str, function: Callable[[], Any]) -> Any:
-        """Do it here or in a thread."""
+        """Call a function here or in a thread."""
         if how != "thread":
             return function()
         result: list[Any] = []
@@ -428,7 +428,7 @@ class Run:
         found = self.handler.writeprotect(self.region, first * self.size, (end - first) * self.size)
         for page, state in zip(range(first, end), map(PageState, found), strict=True):
             possible = [pair for w in self.worlds[page] for pair in self.rules.protect(w)]
-            # A worker wakes the reader of a page before it notes the page's state.
+            # A worker wakes the reader of a page before it stores the page's state.
             may_be_at_it = self.prefetches or self.setting.source == "python"
             if state is PageState.IN_FLIGHT and may_be_at_it:
                 self.worlds[page] = {w for _, w in possible}
@@ -458,7 +458,7 @@ class Run:
                 self.disagree(page, "what was preserved", got, instant)
 
     def advise(self, pages: range, advice: int) -> bool:
-        """madvise(2), page by page where they were moved apart; whether it was taken."""
+        """madvise(2) page by page, as they may be apart; return whether it succeeded."""
         for page in pages:
             try:
                 _memory.madvise(self.addresses[page], self.size, advice)
@@ -468,7 +468,7 @@ class Run:
 
     @property
     def may_drop(self) -> bool:
-        # What is dropped while it is preserved is lost, and stop() says so.
+        # A page that is dropped while it is preserved is lost, and stop() raises for it.
         return self.saved is None
 
     def do_dontneed(self, first: int, end: int) -> None:
@@ -525,7 +525,7 @@ class Run:
             raise Disagreement(f"a fork ended with {status} after {answers}")
         self.faulted()
         self.let_pass()
-        # What one is in the parent, and what in the fork.
+        # The page in the parent, and in the fork.
         pairs = {
             page: {(w, c) for w in self.worlds[page] for c in self.rules.child(w)}
             for page in {page for _, page, _ in does}
@@ -561,7 +561,7 @@ class Run:
         try:
             _memory.mremap(start, length, length, MAYMOVE | FIXED, to)
         except UffdOSError:
-            return  # several mappings: it moves one at a time
+            return  # several mappings: mremap moves one at a time
         for page in range(first, end):
             self.addresses[page] += to - start
 
@@ -571,7 +571,7 @@ class Run:
         _memory.mprotect(at, self.size, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def do_restart(self, *_: int) -> None:
-        # Inline, the mark of a huge page, which no page table shows, is a SIGBUS like any other.
+        # The page table does not show the poison of a huge page, which is a SIGBUS to the driver.
         unclear = self.rules.huge and self.setting.driver == "inline"
         if self.moved or not self.may_drop or unclear:
             return
@@ -597,7 +597,7 @@ class Run:
         )
 
     def end(self) -> None:
-        """Look at everything once more, and stop."""
+        """Check every page once more, and stop."""
         self.let_pass()
         self.do_states(0, self.count)
         for page in range(self.count):
@@ -656,7 +656,7 @@ def run(program: Program) -> str:
 
 
 def attempt(program: Program) -> str:
-    """Run a program in a fork of its own; return what went wrong, death and hanging included."""
+    """Run a program in a fork; return what went wrong, which includes death and hanging."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -668,7 +668,7 @@ def attempt(program: Program) -> str:
             os._exit(0)
     os.close(writing)
     pidfd = os.pidfd_open(pid)
-    for number in (signal.SIGABRT, signal.SIGKILL):  # the first has its threads printed
+    for number in (signal.SIGABRT, signal.SIGKILL):  # the first prints its threads
         if select.select([pidfd], [], [], LIMIT_S * SCALE)[0]:
             break
         os.kill(pid, number)
@@ -695,7 +695,7 @@ def pieces(length: int) -> Iterator[tuple[int, int]]:
 def shorten(
     program: Program, fails: Callable[[Program], str], limit_s: float = 60.0
 ) -> tuple[Program | None, str]:
-    """Drop steps as long as it fails; return the shortest that was found, and how it fails."""
+    """Drop steps while the program still fails; return the shortest one and its failure."""
     give_up = time.monotonic() + limit_s
     found: Program | None = None
     why = fails(program)

@@ -1,8 +1,8 @@
-"""What a page may be, by what was done to it: a model of Linux and of the engine.
+"""A model of Linux and of the engine: the possible states of a page after each operation.
 
-A `World` is one possible truth about a page. An operation makes the worlds that may follow from
-one; where nobody can say (prefetching, MADV_FREE, reclaim) there are several. What is observed
-leaves the worlds that agree with it. No world left: the program has found a fault.
+A `World` is one possible truth about a page. An operation turns a world into those that may follow;
+there are several if the outcome is unknown (prefetching, MADV_FREE, reclaim). An observation
+removes the worlds that contradict it. If no world is left, the program has found a fault.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pyuffd import PageState
 Content = tuple[bytes, bytes]  # the first HEAD bytes, and the byte that fills the rest
 HEAD = 16
 ZERO: Content = (bytes(HEAD), b"\0")
-LOST = "lost"  # what an access meets at a poisoned page
+LOST = "lost"  # the result of an access to a poisoned page
 
 A, C, D, R, P, S = (
     PageState.ABSENT,
@@ -29,7 +29,7 @@ A, C, D, R, P, S = (
 
 
 class World(NamedTuple):
-    """A page as the kernel and the engine have it.
+    """A page, as the kernel and the engine know it.
 
     Attributes:
         pte: "none"; "own", a private copy; "cache", a page of the file; "poison", a mark.
@@ -49,12 +49,12 @@ class World(NamedTuple):
 
     @property
     def there(self) -> bool:
-        """Whether the page table has a page."""
+        """Whether the page table maps a page."""
         return self.pte in ("own", "cache")
 
     @property
     def content(self) -> Content:
-        """What an access finds, the page being there."""
+        """The content that an access finds if the page is present."""
         found = self.mine if self.pte == "own" else self.cache
         assert found is not None
         return found
@@ -62,7 +62,7 @@ class World(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What the rules of a program's memory depend on."""
+    """The rules for a program's memory, and what they depend on."""
 
     has_file: bool
     private: bool
@@ -85,7 +85,7 @@ class Rules:
         return w._replace(pte="cache", cache=content, wp=self.wp, engine=engine)
 
     def _fault(self, w: World, source: Content) -> World:
-        """The page is not in the page table: what the kernel does, or asks for."""
+        """The page is not in the page table: the kernel maps one, or sends a fault."""
         hole = not self.has_file or w.cache is None
         if hole and not self.missing:
             # Linux gives zeros; private huge pages get no page of the file.
@@ -123,7 +123,7 @@ class Rules:
         return w._replace(cache=(head, (w.cache or ZERO)[1]))
 
     def found(self, w: World) -> Content | str:
-        """What an access that came through has met."""
+        """Return what a finished access has found."""
         return LOST if w.pte == "poison" else w.content
 
     # What the handler does
@@ -132,7 +132,7 @@ class Rules:
         """A page that is filled ahead, by prefetch or populate."""
         yield self._filled(w, source)
         if w.pte == "poison" and self.huge:
-            # The page table does not show the mark, so it may be filled over.
+            # The page table does not show the mark, so a fill may replace it.
             yield self._filled(w._replace(pte="none"), source)
 
     def _filled(self, w: World, source: Content) -> World:
@@ -154,7 +154,7 @@ class Rules:
         return w
 
     def protect(self, w: World) -> Iterator[tuple[PageState, World]]:
-        """writeprotect(): what it may return, and the page afterwards."""
+        """writeprotect(): the states that it may return, each with the page afterwards."""
         armed = w.there or (w.pte == "none" and (self.has_file or self.unpopulated))
         for seen in self.reported(w):
             if w.engine is A:
@@ -172,7 +172,7 @@ class Rules:
         return w._replace(engine=D if unprotect else S, wp=w.wp and not unprotect)
 
     def stop(self, w: World) -> World:
-        """stop(): what was never filled is poisoned, nothing is protected any more."""
+        """stop(): pages that were never filled are poisoned, and no page stays protected."""
         w = w._replace(wp=False)
         marked = (A,) if self.private else (A, P)
         if self.has_source and w.engine in marked and w.pte == "none":
@@ -189,7 +189,7 @@ class Rules:
         return w
 
     def reported(self, w: World) -> set[PageState]:
-        """What page_states() may say."""
+        """Return the states that page_states() may return."""
         tracked, state = self.wp, w.engine
         if state is A:
             if w.pte == "poison" and not self.huge:
@@ -224,13 +224,13 @@ class Rules:
             yield gone._replace(wp=False)
 
     def punch(self, w: World, *, by_madvise: bool) -> Iterator[World]:
-        """MADV_REMOVE, or fallocate(2) of the file: what is not our own goes."""
+        """MADV_REMOVE, or fallocate(2) of the file: all but private copies are dropped."""
         if by_madvise:
             w = self._noticed(w)
         w = w._replace(cache=None)
         if w.pte == "own":
             yield w
-            if w.mine == ZERO or self.huge:  # the zero page is nobody's own; huge pages go anyway
+            if w.mine == ZERO or self.huge:  # not a real copy; huge pages go anyway
                 yield w._replace(pte="none", mine=None)
                 yield w._replace(pte="none", mine=None, wp=False)
             return
@@ -251,13 +251,13 @@ class Rules:
         yield w
         if w.pte == "cache":
             yield w._replace(pte="none")
-            if w.cache == ZERO:  # a hole that was read: nothing was ever written there
+            if w.cache == ZERO:  # a hole that was read, and never written
                 yield w._replace(pte="none", cache=None)
 
     def by_itself(
         self, w: World, source: Content, *, prefetches: bool, has_faulted: bool
     ) -> Iterator[World]:
-        """What may happen at any time, once some page was faulted on."""
+        """Yield what may happen at any time after the first fault."""
         yield w
         if w.lazy:
             yield w._replace(pte="none", mine=None, wp=False, lazy=False)
@@ -278,7 +278,7 @@ class Rules:
         wp = w.wp and served
         yield w._replace(wp=wp)
         if self.has_file and not w.mine:
-            # Linux need not copy the entries of a file's pages.
+            # Linux may leave out the entries of a file's pages.
             yield w._replace(pte="none", wp=wp)
             yield w._replace(pte="none", wp=False)
 
@@ -291,7 +291,7 @@ class Rules:
         return w if head is None else unserved.write(w, source, head)
 
     def after_child(self, w: World, child: World) -> World:
-        """The parent's page, once a fork has done something to its own."""
+        """The parent's page after a fork has accessed its own."""
         if self.has_file:
             w = w._replace(cache=child.cache)
         return w._replace(engine=child.engine) if self.forks and not self.private else w

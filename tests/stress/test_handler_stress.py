@@ -1,4 +1,4 @@
-"""Handlers under everything at once, for a while, from a printed seed."""
+"""Handlers under all operations at once, for a while, from a printed seed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def everything(driver: Driver, name: str, seed: int) -> None:
 
         def dropper(chance: random.Random) -> None:
             region.punch_hole(chance.randrange(pages) * size, size)
-            time.sleep(chance.random() / 1000)  # so that there is something to drop
+            time.sleep(chance.random() / 1000)  # so that there is a page to drop
 
         def populater(chance: random.Random) -> None:
             first = chance.randrange(pages)
@@ -95,7 +95,7 @@ def test_everything_at_once(driver: Driver, name: str) -> None:
 
 
 def populate_against_writers(driver: Driver, name: str, seed: int) -> None:
-    """populate() from one thread, writes to the pages it has just put there from others."""
+    """populate() in one thread, while others write to the pages that it has just filled."""
     print("seed", seed)
     until(time.monotonic() + SECONDS, functools.partial(populate_once, driver, name, seed))
 
@@ -163,7 +163,7 @@ def test_regions_come_and_go(driver: Driver) -> None:
 
 
 def stop_while_faulting(name: str, seed: int) -> None:
-    """stop() at any moment: what a thread reads is the content, or the kernel says EFAULT."""
+    """stop() at any moment: a thread reads the content, or the kernel says EFAULT."""
     print("seed", seed)
     chance = random.Random(seed)
     until(time.monotonic() + SECONDS, functools.partial(stop_once, name, chance))

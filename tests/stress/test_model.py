@@ -1,7 +1,7 @@
-"""Random programs against a model of what each page may be (`_worlds`), in the soak.
+"""Random programs against the model of a page in `_worlds`, in the soak.
 
 PYUFFD_SEED is the first program's seed, PYUFFD_SOAK_S the seconds. A program that disagrees with
-the model is made shorter, and printed with its seed and what was seen.
+the model is shortened, and printed with its seed and what was seen.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Threads and processes that do everything at once to three regions, checked against a model.
+"""Threads and processes that use three regions in all ways at once, checked against a model.
 
-Every page belongs to one worker at a time; its model says what the worker must find. A worker
+Every page belongs to one worker at a time, whose model tells what it must find there. A worker
 reads, writes, drops, punches, moves and forks its pages; all the workers share the regions, the
 userfaultfd and the handler. PYUFFD_SEED sets the seed, PYUFFD_SOAK_S the seconds.
 """
@@ -39,7 +39,7 @@ from tests.process._pitfalls import BOTH, EVENTS, Driver
 
 SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
 SOAK_S = float(os.environ.get("PYUFFD_SOAK_S", "60"))
-# What `make test` has time for.
+# `make test` has time for this much.
 SHORT_S = 2.5
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -48,13 +48,13 @@ RUN = 8  # pages that a worker has of each region
 PAGES = SLOTS * RUN
 THREADS, CHILDREN = 4, 2
 MAYMOVE, FIXED = 1, 2
-STALLED_S = 10.0  # without a step in this time a worker has stalled
+STALLED_S = 10.0  # a worker that does no step in this time has stalled
 
 ZEROS = bytes(PAGE)
 
 
 def pattern(region: int, page: int) -> bytes:
-    """What a page's source says."""
+    """Return the content of a page, as its source has it."""
     return bytes([1 + (region * 83 + page) % 255]) * PAGE
 
 
@@ -71,7 +71,7 @@ class Piece:
 
 
 class Worker:
-    """Does one random step after the other to its pages."""
+    """Does random steps to its pages, one after the other."""
 
     def __init__(self, pieces: list[Piece], chance: random.Random, depth: int) -> None:
         self.pieces = pieces
@@ -119,7 +119,7 @@ class Worker:
         piece, index = self.pick()
         count = self.chance.randrange(1, RUN - index + 1)
         if piece.shared:
-            # An engine that calls them removed may not put zeros over what is there.
+            # Fill them first: the engine calls them removed, so absent ones would be zeros.
             for page in range(index, index + count):
                 self.check(piece, page)
         _memory.madvise(piece.start + index * PAGE, count * PAGE, mmap.MADV_DONTNEED)
@@ -133,26 +133,26 @@ class Worker:
         piece.model[index] = ZEROS
 
     def move(self) -> None:
-        """Move a piece to somewhere else; what was mapped there is gone."""
+        """Move a piece to new addresses, replacing the mapping there."""
         piece = self.chance.choice(self.pieces)
         length = RUN * PAGE
         to = _memory.mmap(length, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         piece.start = _memory.mremap(piece.start, length, length, MAYMOVE | FIXED, to)
 
     def split(self) -> None:
-        """Make two mappings of one, and one again."""
+        """Split a mapping in two, and join the parts again."""
         piece, index = self.pick()
         at = piece.start + index * PAGE
-        # A private mapping is given its anon_vma with its first page. Cut before that, its parts
-        # may be given one each, by faults and prefetching meanwhile: they stay apart for good,
-        # and mremap() takes one mapping at a time (EFAULT).
+        # A private mapping gets its anon_vma with its first page. If it is split before that,
+        # faults and prefetching may give its parts one each. Then they never join again, and
+        # mremap() fails with EFAULT, since it moves one mapping at a time.
         self.check(piece, (index + 1) % RUN)
         _memory.mprotect(at, PAGE, mmap.PROT_READ)
         self.check(piece, index)
         _memory.mprotect(at, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def fork(self) -> None:
-        """A fork finds all it should; its private pages are its own, shared ones it only reads."""
+        """A fork checks its pages, reads shared ones, and changes private ones, its own copies."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
@@ -198,7 +198,7 @@ FLAGS = (mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.MAP_SHARED, mmap.MAP_PRIVAT
 
 
 def mapped(flags: int) -> Region:
-    """Map memory that stays until the process ends: its places are used again by others."""
+    """Map memory until the process ends, since workers reuse its addresses."""
     fd = -1
     if not flags & mmap.MAP_ANONYMOUS:
         fd = os.memfd_create("soak")
@@ -292,7 +292,7 @@ def soak(driver: Driver, seconds: float, seed: int) -> dict[str, int]:
 
 
 def watch_threads(workers: list[Worker], until: float) -> None:
-    """Run the workers in threads; fail when one does no step any more."""
+    """Run the workers in threads; fail when one makes no more steps."""
     errors: list[BaseException] = []
 
     def run(worker: Worker) -> None:
@@ -313,7 +313,7 @@ def watch_threads(workers: list[Worker], until: float) -> None:
             stalled_s = now - since[index]
             assert stalled_s < STALLED_S, f"stalled for {stalled_s:.0f} s in {worker.doing}"
         threads[0].join(0.05)
-        time.sleep(0.01)  # to look again, not to wait for something
+        time.sleep(0.01)  # how often to look
     if errors:
         raise errors[0]
 

@@ -1,4 +1,4 @@
-"""Numbers and messages against tables written out here, not taken from any header.
+"""Numbers and messages, compared with tables written out here and not copied from a header.
 
 The ioctl numbers carry direction and struct size: direction << 30 | size << 16 | 0xAA << 8 | nr,
 direction 2 for _IOR, 1 for _IOW, 3 for _IOWR.
@@ -248,7 +248,7 @@ def test_addresses_print_in_hex() -> None:
 
 
 def test_reading_gives_events_in_order(tmp_path: os.PathLike[str]) -> None:
-    """Whole messages come out of `lowlevel.read` as they lie in a file."""
+    """`lowlevel.read` returns whole messages, here from a file."""
     path = os.path.join(tmp_path, "messages")
     names = ["pagefault", "remap", "remove", "unmap", "unknown"]
     with open(path, "wb") as file:

@@ -1,4 +1,4 @@
-"""The layer rule for the C: what a file includes stands below it, and headers hold what is used."""
+"""The layer rule for the C: a file includes lower floors only; headers declare what is used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
-# From the ground up. A module is a .c file with its header, or either alone; it includes modules of
-# lower floors, and none of its own.
+# From bottom to top. A module is a .c file with its header, or either alone. It includes modules of
+# lower floors, and none of its own floor.
 FLOORS = [
     {"uffd_abi", "base/line", "base/clock"},
     {"uffd_shim", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
@@ -51,7 +51,7 @@ def module(path: Path, root: Path = CSRC) -> str:
 
 
 def includes(path: Path, root: Path = CSRC) -> Iterator[str]:
-    """Yield the modules whose headers a file includes, its own apart."""
+    """Yield the modules whose headers a file includes, without its own."""
     for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
         beside = path.parent / name
         target = module(beside if beside.exists() else root / name, root)
@@ -63,13 +63,13 @@ def floor_of(name: str) -> int:
     for number, modules in enumerate(FLOORS):
         if name in modules:
             return number
-    raise AssertionError(f"csrc/{name} stands on no floor: add it to FLOORS")
+    raise AssertionError(f"csrc/{name} is on no floor: add it to FLOORS")
 
 
 def back_references(root: Path = CSRC) -> list[str]:
-    """Return every include of a module that does not stand below."""
+    """Return every include of a module that is not on a lower floor."""
     return [
-        f"{path.relative_to(root)} includes {target}.h, which does not stand below it"
+        f"{path.relative_to(root)} includes {target}.h, which is not on a lower floor"
         for path in sources(root)
         for target in includes(path, root)
         if floor_of(target) >= floor_of(module(path, root))
@@ -94,7 +94,7 @@ def prototypes(header: Path) -> set[str]:
 
 
 def used_inline(header: Path) -> frozenset[str]:
-    """Return the words of a header besides its prototypes."""
+    """Return the words of a header without its prototypes."""
     return frozenset(re.findall(r"\w+", PROTOTYPE.sub("", without_comments(header.read_text()))))
 
 

@@ -1,4 +1,4 @@
-"""The command line: dispatch, exit statuses, the doctor's page and the keys of its JSON."""
+"""The command line: dispatch, exit statuses, the page of `doctor` and the keys of its JSON."""
 
 from __future__ import annotations
 

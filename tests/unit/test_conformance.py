@@ -1,4 +1,4 @@
-"""The conformance suite's own parts: the cases' table, reports, the kernel's log, commands."""
+"""The parts of the conformance suite: table of cases, reports, the kernel's log, commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exception tree: which errno becomes what, with which data, and that all of it pickles."""
+"""The exceptions: which errno becomes which class with which data, and that all can be pickled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TREE = [
     (errno.EINVAL, UffdOSError, OSError),
     (errno.EFAULT, UffdOSError, OSError),
     (errno.ENOMEM, UffdOSError, OSError),
-    # A full tmpfs or no free huge page, not an owner that has gone.
+    # A full tmpfs or no free huge page, not an owner that has exited.
     (errno.ENOSPC, UffdOSError, OSError),
     (9999, UffdOSError, OSError),
 ]

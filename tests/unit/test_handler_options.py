@@ -1,4 +1,4 @@
-"""What a Handler decides before it asks the kernel anything, and what it reports."""
+"""What a Handler decides before any system call, and what it reports."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class FakeUserfaultfd:
         return []
 
     def _hold_open(self) -> None:
-        """It outlives the handler."""
+        """Do nothing: it outlives the handler."""
 
     def _let_close(self) -> None:
-        """See above."""
+        """Do nothing, as above."""
 
     def _claim_events(self, owner: object) -> None:
-        """Nobody else reads a pipe."""
+        """Do nothing: no other code reads a pipe."""
 
     def _release_events(self, owner: object) -> None:
-        """See above."""
+        """Do nothing, as above."""
 
     def _on_close(self, callback: object) -> None:
         self.callbacks.append(callback)

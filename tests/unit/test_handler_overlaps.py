@@ -1,4 +1,4 @@
-"""Spans of memory and what they are for: against a search of all of them."""
+"""Spans of memory and their purposes, compared with a search of all spans."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_ends_do_not_belong_to_it() -> None:
 
 
 def seconds_for(count: int) -> float:
-    """CPU time of adding spans that lie apart, each searched for before."""
+    """CPU time of adding spans that do not touch, each after a search for it."""
     spans: Spans[int] = Spans()
     began = time.thread_time()
     for index in range(count):
@@ -59,11 +59,11 @@ def seconds_for(count: int) -> float:
 
 def test_time_does_not_grow_with_their_number() -> None:
     few, many = 2_000, 32_000
-    # What else runs here slows one of a pair down, and the collector looks at all of the session's
-    # objects: the best pair tells.
+    # Other processes slow one of a pair down, and the collector visits all objects of the session:
+    # use the best pair.
     gc.disable()
     try:
         times = min(seconds_for(many) / seconds_for(few) for _ in range(5))
     finally:
         gc.enable()
-    assert times < 3 * many / few  # it would be the square of that
+    assert times < 3 * many / few  # quadratic time would be the square of that

@@ -1,4 +1,4 @@
-"""Messages of hostile and broken peers: each a named error, and no descriptor left open."""
+"""Messages of hostile and broken peers: each is a named error and leaves no descriptor open."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HUGE = 2 << 20
 START = 0x7F00_0000_0000
 HEADER = struct.Struct("<8sHHII")
 RANGE = struct.Struct("<QQQQII")
-# For a peer that goes on existing and says nothing more.
+# For a peer that stays connected and sends nothing more.
 SHORT_S = 0.05
 
 Row = tuple[int, ...]
@@ -38,17 +38,17 @@ def message(
     count: int | None = None,
     fds: int = 1,
 ) -> bytes:
-    """Return the bytes of a message, right unless told otherwise."""
+    """Return the bytes of a message; it is valid unless an argument changes that."""
     head = HEADER.pack(magic, version, size, len(rows) if count is None else count, fds)
     return head + b"".join(RANGE.pack(*row) for row in rows)
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """What a peer sends, piece by piece, and what must come of it."""
+    """What a peer sends, piece by piece, and the expected error."""
 
     reason: str
-    pieces: tuple[tuple[bytes, int], ...]  # bytes, and how many descriptors beside them
+    pieces: tuple[tuple[bytes, int], ...]  # bytes, and the number of descriptors with them
     closes: bool = True
 
 
@@ -118,7 +118,7 @@ HOSTILE = {
     "inside-out-of-order": says(
         "ranges", message((START + PAGE, PAGE, PAGE, 0, 0, 0), (START, HUGE, HUGE, 0, 0, 0))
     ),
-    # Memory, which here is the end of a pipe
+    # Memory; here it is the end of a pipe
     "memory-is-a-pipe": says("memory", message((*GOOD[:4], 1, 0), fds=2), 2),
     "memory-offset-unaligned": says("ranges", message((START, PAGE, PAGE, 8, 1, 0), fds=2), 2),
 }
@@ -126,7 +126,7 @@ HOSTILE = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """Every descriptor that a test received is closed."""
+    """Check that every descriptor that a test received is closed."""
     before = set(os.listdir("/proc/self/fd"))
     yield
     assert set(os.listdir("/proc/self/fd")) == before
@@ -146,7 +146,7 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
 
 @contextlib.contextmanager
 def pipe() -> Iterator[int]:
-    """The reading end of a pipe; it is a descriptor like any other."""
+    """The reading end of a pipe, as any descriptor."""
     reading, writing = os.pipe()
     os.close(writing)
     try:
@@ -199,14 +199,14 @@ def test_memory_that_is_none_or_too_short(
 
 def test_reset_by_the_peer(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
-    # What it has not read makes its closing a reset.
+    # Unread data turn its close into a reset.
     ours.send(b"unread")
     theirs.close()
     assert refused(ours).reason == "closed"
 
 
 def test_time_limit_is_for_all_of_it(pair: tuple[socket.socket, socket.socket]) -> None:
-    """A peer that sends a byte now and then does not hold the receiver for longer."""
+    """A peer that sends a byte now and then does not delay the receiver for longer."""
     ours, theirs = pair
     data, stop = message(*[GOOD] * 1000), threading.Event()
 
@@ -310,7 +310,7 @@ def test_mutated_message(seed: int) -> None:
         if data:
             send(theirs, bytes(data), [fd] * count)
         theirs.close()
-        # A pipe is no userfaultfd, so none can be accepted.
+        # A pipe is no userfaultfd, so it is refused.
         assert refused(ours).reason
 
 

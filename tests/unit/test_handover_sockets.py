@@ -1,4 +1,4 @@
-"""Sockets that only their user can reach, and sending to peers that are not what they should be."""
+"""Sockets that only their user can reach, and sending to the wrong peers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def umask(value: int) -> Iterator[None]:
 
 def fork() -> int:
     with warnings.catch_warnings():
-        # Test runners have threads, and the forks here do next to nothing.
+        # Test runners have threads, and the forks here do almost nothing.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
 
 class Range:
-    """A range that is nobody's; what is sent is not looked at by the kernel."""
+    """A range that does not exist: the kernel does not look at what is sent."""
 
     def __init__(self, start: int = PAGE, length: int = PAGE, **more: int) -> None:
         self.start, self.length = start, length
@@ -50,13 +50,13 @@ class Range:
 
 
 class Uffd:
-    """Stands for a userfaultfd: a descriptor that can be sent."""
+    """Replaces a userfaultfd: a descriptor that can be sent."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def note_sent(self, pid: int) -> None:
-        assert pid == os.getpid()  # who made the socket pair
+        assert pid == os.getpid()  # the process that made the socket pair
 
     def fileno(self) -> int:
         return self.fd
@@ -82,7 +82,7 @@ def send(sock: socket.socket, uffd: Uffd, *ranges: Range, **options: object) -> 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177])
 def test_mode_is_0600_whatever_the_umask(tmp_path: Path, mask: int) -> None:
-    # bind(2) is the only call that gives the file a mode, so this is its mode from the beginning.
+    # Only bind(2) sets the mode of the file, so this is its mode from the start.
     with umask(mask), listen_unix(tmp_path / "s") as listener:
         status = os.lstat(listener.path)
         assert stat.S_ISSOCK(status.st_mode)
@@ -101,7 +101,7 @@ def test_mode_is_not_changed_after_bind(tmp_path: Path, monkeypatch: pytest.Monk
 
 @needs_privilege("CAP_SYS_ADMIN")
 def test_another_user_cannot_connect() -> None:
-    # pytest's own folders let nobody in, so they would prove nothing.
+    # pytest's own folders are closed to other users, so they would prove nothing.
     with tempfile.TemporaryDirectory() as folder, umask(0):
         os.chmod(folder, 0o755)
         with listen_unix(f"{folder}/s") as listener:

@@ -1,4 +1,4 @@
-"""What `help()` prints: every member of every enum described, and nothing that only ints do."""
+"""What `help()` prints: each member of each enum is described, and int's methods are left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Growing the pool of huge pages, with a kernel's arithmetic in place of a kernel's pool."""
+"""Growing the pool of huge pages, with the kernel's arithmetic in place of its pool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyuffd.testing._huge_pages import Grown
 
 
 class Pool:
-    """What set_max_huge_pages() of mm/hugetlb.c does with the counters."""
+    """Does to the counters what set_max_huge_pages() of mm/hugetlb.c does."""
 
     def __init__(
         self, total: int, *, used: int = 0, reserved: int = 0, surplus: int = 0, room: int = 1000

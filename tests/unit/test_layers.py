@@ -26,7 +26,7 @@ LAYERS = [
     },
     {"cli", "__main__", ""},
 ]
-# Within a layer: the suites stand on the kit.
+# Within a layer: the suite is built on the kit.
 BELOW = {"testing": "conformance"}
 MAY_IMPORT_SHIM = {
     *("_abi", "_owned", "lowlevel", "_memory"),
@@ -105,7 +105,7 @@ def is_module(dotted: str) -> bool:
 
 
 def circles(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Return the edges that lie on a circle, or between two."""
+    """Return the edges that are on a circle, or between two."""
     while True:
         sources, targets = {source for source, _ in edges}, {target for _, target in edges}
         kept = {(a, b) for a, b in edges if a in targets and b in sources}

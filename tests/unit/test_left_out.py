@@ -1,4 +1,4 @@
-"""What a run of the tests says at its end about those that it left out."""
+"""The sentence at the end of a test run about the tests that it left out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ USER_MODE = support(NO_PRIVILEGE, CLOSED, YES)
 CONTAINER = support(FILTERED, CLOSED, FILTERED)
 OTHER_KERNEL = support(NO_KERNEL, NO_KERNEL, NO_KERNEL)
 
-USER_CODE_ONLY = "userfaultfd handles the faults of user code only here (no CAP_SYS_PTRACE)"
+USER_CODE_ONLY = "here userfaultfd handles only the faults of user code (no CAP_SYS_PTRACE)"
 NONE = "no userfaultfd can be opened here"
 LACKING = "the kernel, this user or the machine lack what they need"
 
@@ -80,7 +80,7 @@ def test_it_is_asked_of_this_process() -> None:
 
 
 class Reporter:
-    """What pytest_terminal_summary uses of pytest's."""
+    """The part of pytest's reporter that pytest_terminal_summary uses."""
 
     def __init__(self, skipped: list[str], passed: int) -> None:
         reports = [type("Report", (), {"longrepr": ("file", 1, reason)}) for reason in skipped]

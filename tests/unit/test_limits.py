@@ -1,4 +1,4 @@
-"""Which limit kept something from being made."""
+"""Which limit made a system call fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without limits, of user 7, who has three threads."""
+    """A machine without limits; user 7 has three threads."""
     monkeypatch.setattr(_limits, "PROC", tmp_path)
     monkeypatch.setattr(_limits, "CGROUPS", str(tmp_path / "cgroup"))
     monkeypatch.setattr(os, "getuid", lambda: 7)
@@ -69,7 +69,7 @@ def test_old_cgroups(machine: Path) -> None:
 
 
 def test_no_limit_is_met(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something has ended meanwhile: all limits are told."""
+    """Usage has shrunk since the failure, so the text names all limits."""
     limit(monkeypatch, "RLIMIT_NPROC", 400)
     (machine / "cgroup/a/pids.max").write_text("max\n")
     (machine / "cgroup/pids.current").write_text("7\n")

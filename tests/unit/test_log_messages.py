@@ -1,4 +1,4 @@
-"""Logging's last resort prints the message alone: it must say who is speaking."""
+"""Logging's last resort prints only the message, which must name pyuffd."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "pyuffd"
-# Logs only where logging is set up, and says it on stderr itself.
+# It logs only if logging is configured, and writes to stderr itself.
 SAYS_ITSELF = {"handlers/_failures.py", "_closing.py"}
 NOT_THE_LIBRARY = {"cli", "testing", "conformance"}
 

@@ -1,4 +1,4 @@
-"""Owners of what system calls make: filled by the call, emptied once."""
+"""Owners of the results of system calls: the call fills them, and they are emptied once."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Interrupted(Exception):
 
 
 def test_a_signal_handler_runs_while_opening(tmp_path: Path) -> None:
-    """Opening a FIFO waits for its other end; a handler that raises ends that."""
+    """Opening a FIFO waits for its other end; a signal handler that raises ends the wait."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     runs = []
@@ -162,7 +162,7 @@ def test_memory_that_stays() -> None:
     with mapped() as owner:
         start = owner.release()
     assert is_mapped(start)
-    # A mapping in its place is unmapped with its own owner.
+    # Its own owner unmaps a mapping that took the place.
     fixed = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_FIXED
     with MappedMemory.map(PAGE, mmap.PROT_READ, fixed, address=start):
         pass

@@ -1,4 +1,4 @@
-"""The packed results of pagemap: made from arrays here, so no kernel is asked."""
+"""The packed results of pagemap, made from arrays here, without the kernel."""
 
 from __future__ import annotations
 

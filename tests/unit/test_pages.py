@@ -1,4 +1,4 @@
-"""Page arithmetic and the checks that a range passes before it reaches the kernel."""
+"""Page arithmetic, and the checks of a range before it reaches the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of what was registered where, against a model with one entry per page."""
+"""The record of registered ranges, compared with a model that has one entry per page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGES = 24
 
 
 class Model:
-    """What the kernel does: a subset of a page's modes leaves it, anything else replaces them."""
+    """As the kernel does: a subset of a page's modes changes nothing, other modes replace them."""
 
     def __init__(self) -> None:
         self.pages: list[RegisterMode | None] = [None] * PAGES

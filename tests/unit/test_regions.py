@@ -1,4 +1,4 @@
-"""Region's parts that need no kernel: names, the state of the machine, /proc/self/maps."""
+"""The parts of Region that need no kernel: names, state of the machine, /proc/self/maps."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_meminfo_is_in_bytes() -> None:
 
 
 def fake_proc(folder: Path, *, mode: int, mappings: int, sizes: dict[str, int]) -> Path:
-    """Write what a /proc says of memory, in KiB."""
+    """Write the files of a /proc that describe memory, in KiB."""
     (folder / "sys/vm").mkdir(parents=True)
     (folder / "sys/vm/overcommit_memory").write_text(f"{mode}\n")
     (folder / "sys/vm/max_map_count").write_text("100\n")

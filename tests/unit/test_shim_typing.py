@@ -1,4 +1,4 @@
-"""The C boundary has one list of names: uffd_shim.cdef, _shim.pyi and the compiled module agree."""
+"""uffd_shim.cdef, _shim.pyi and the compiled module have the same names."""
 
 from __future__ import annotations
 

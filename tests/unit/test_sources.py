@@ -1,4 +1,4 @@
-"""Page sources by themselves: lengths, reads, bad arguments, ownership."""
+"""Page sources without a handler: lengths, reads, bad arguments, ownership."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_file_that_has_no_pages(path: Path, kind: str, error: type[Exception], n
 
 
 def test_direct_io_needs_no_alignment(path: Path) -> None:
-    """O_DIRECT would refuse to read a tail, or an offset, that is not a multiple of a sector."""
+    """With O_DIRECT a read of a tail or offset that is no multiple of a sector would fail."""
     os.truncate(path, len(DATA) - 100)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:

@@ -18,7 +18,7 @@ from pyuffd.testing._run import ChildFailure, wait_for_end
 from pyuffd.testing._skips import lack_of
 from tests._child import ROOT, run_child
 
-# Long past every budget used here, so that only the time limit ends it.
+# Longer than every budget used here, so that only the time limit ends it.
 FOREVER_S = 600
 
 
@@ -32,7 +32,7 @@ def die(number: int) -> None:
 
 
 def hold_the_gil() -> None:
-    # One C call that never lets another Python thread run.
+    # One C call that keeps every other Python thread from running.
     sum(iter(int, 1))
 
 

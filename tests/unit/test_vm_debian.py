@@ -1,4 +1,4 @@
-"""tests/vm/get-kernel, with programs in apt's place that play a mirror."""
+"""tests/vm/get-kernel, with programs in place of apt that imitate a mirror."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.vm import _debian
 from tests.vm._debian import KernelNotFoundError, Package
 
-# Where this machine's apt finds Debian: the label tells the security archive from the other.
+# Where apt finds Debian: the label tells the security archive from the other.
 TARGETS = (
     "Debian\tDebian\thttp://mirror/debian/\nDebian\tDebian-Security\thttp://mirror/security/\n"
 )

@@ -1,4 +1,4 @@
-"""tests/vm/run: how a guest can end, with a program in QEMU's place that plays the guest."""
+"""tests/vm/run: the ways in which a guest can end; a program in place of QEMU imitates it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_command_s_status_and_files_come_back(play: PlayGuest) -> None:
         ("say incomplete", Status.NOT_UNPACKED, "memory"),
         (UP + "say no-userfaultfd", Status.NO_USERFAULTFD, "CONFIG_USERFAULTFD"),
         (UP + "echo 'Kernel panic'", Status.DIED, "console.log"),
-        # A status without the files, or with half of them, is no end of a run.
+        # A status without all of the files is no end of a run.
         (UP + "say status 0", Status.DIED, "console.log"),
         (UP + SEND + "truncate -s 20 $archive; say status 0", Status.DIED, "console.log"),
         ("say no-python 127", Status.NO_BOOT, "127"),
