@@ -1,4 +1,4 @@
-"""Threads that fault or change the layout, and what then comes out of the userfaultfd."""
+"""Threads that fault or change the layout, and the messages that the userfaultfd then has."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 class Task(Generic[T]):
-    """A thread that runs one call, which may stall; its end is waited for with a limit.
+    """A thread that runs one call, which may stall; waiting for its end has a limit.
 
-    Daemonic: a test that fails leaves it to the closing of the userfaultfd to let it go.
+    It is a daemon: after a failed test, closing the userfaultfd lets it continue.
     """
 
     def __init__(self, function: Callable[..., T], *args: object) -> None:
@@ -81,7 +81,7 @@ def next_fault(uffd: Userfaultfd) -> Pagefault:
 
 
 def no_events(uffd: Userfaultfd) -> bool:
-    """Return whether nothing is queued; for after the causing thread has been joined."""
+    """Return whether nothing is queued; call it after joining the thread that would cause it."""
     return uffd.read_events() == []
 
 
@@ -98,7 +98,7 @@ def registered(
 
 
 def offered(features: Feature) -> Feature:
-    """Return those of the features that this kernel has."""
+    """Return the features that this kernel has, of those given."""
     return Feature(int(features) & kernel_features())
 
 
@@ -108,7 +108,7 @@ def open_files() -> int:
 
 
 def wait_for_pending(uffd: Userfaultfd, count: int) -> None:
-    """Wait until exactly this many faults are queued and unread, by the kernel's own count."""
+    """Wait until the kernel counts exactly this many faults that are queued and unread."""
     path = Path(f"/proc/self/fdinfo/{uffd.fileno()}")
     deadline = time.monotonic() + WAIT_S
     while (pending := int(path.read_text().split("pending:")[1].split()[0])) != count:
@@ -117,7 +117,7 @@ def wait_for_pending(uffd: Userfaultfd, count: int) -> None:
 
 
 def fork() -> int:
-    """Fork; a watchdog's C thread is no reason for Python 3.12's warning about threads."""
+    """Fork without Python 3.12's warning about threads: a watchdog's C thread does no harm."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()

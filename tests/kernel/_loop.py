@@ -1,4 +1,4 @@
-"""Loop devices: a file as a block device, for as long as a test needs it."""
+"""Loop devices: a file as a block device, while a test needs it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pyuffd.testing._needs import marked
 _CONTROL = "/dev/loop-control"
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_SET_FD, _LOOP_CLR_FD, _LOOP_SET_CAPACITY = 0x4C00, 0x4C01, 0x4C07
-_TRIES = 20  # another process may take the free one first
+_TRIES = 20  # another process may get the free one first
 
 
 def needs_loop_device() -> pytest.MarkDecorator:
-    """Skip unless a file can be made a block device here."""
+    """Skip unless a file can become a block device here."""
 
     def missing() -> tuple[list[str], str]:
         try:
@@ -34,7 +34,7 @@ def needs_loop_device() -> pytest.MarkDecorator:
 
 
 class Device:
-    """A block device of a file without a name; `path` is the device's."""
+    """A block device made of a file without a name; `path` is the path of the device."""
 
     def __init__(self, path: str, fd: int, backing: int) -> None:
         self.path = path
@@ -42,12 +42,12 @@ class Device:
         self._backing = backing
 
     def write(self, data: bytes) -> None:
-        """Write from the first byte on."""
+        """Write to the start of the device."""
         assert os.pwrite(self._fd, data, 0) == len(data)
         os.fsync(self._fd)
 
     def resize(self, length: int) -> None:
-        """Give the device another size."""
+        """Change the size of the device."""
         os.ftruncate(self._backing, length)
         fcntl.ioctl(self._fd, _LOOP_SET_CAPACITY)
 

@@ -1,4 +1,4 @@
-"""Small file systems that no path leads to: such a mount ends with its descriptor."""
+"""Small file systems without a path: such a mount ends with its descriptor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 
 @contextlib.contextmanager
 def mounted(file_system: str, **options: str) -> Iterator[str]:
-    """Mount a file system and yield a folder path that is valid in this process meanwhile."""
+    """Mount a file system, and yield a path of its folder that is valid inside the block."""
     context = _syscall(_NR_FSOPEN, file_system.encode(), _CLOEXEC)
     try:
         for key, value in options.items():

@@ -1,4 +1,4 @@
-"""What the tests of the fault handlers share: a served region, and waiting for what must happen."""
+"""Helpers for the tests of handlers: a served region, and waiting for what must happen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests._memory import Memory, memory_of, memory_params
 
 Driver = Literal["native", "inline"]
 DRIVERS: tuple[Driver, ...] = ("native", "inline")
-# Only against a bug: every wait is for something that must happen soon.
+# Passes only if there is a bug: every wait is for something that must happen soon.
 WAIT_S = 20.0
 
 both_drivers = pytest.mark.parametrize("driver", DRIVERS)
@@ -34,7 +34,7 @@ Check = Callable[[Driver, str], None]
 
 
 def everywhere(check: Check, *names: str, drivers: tuple[Driver, ...] = DRIVERS) -> Any:
-    """Make a test that runs `check(driver, memory type)` in a child for each of both."""
+    """Make a test that runs `check(driver, memory type)` in a child for each pair."""
 
     @pytest.mark.parametrize("driver", drivers)
     @pytest.mark.parametrize("name", memory_params(*names))
@@ -75,7 +75,7 @@ def serving(
     features: Feature = Feature(0),  # noqa: B008
     **options: Any,
 ) -> Iterator[tuple[Handler, Memory]]:
-    """A handler as `handler_of`, and a factory of regions that outlive it."""
+    """A handler as from `handler_of`, and a factory of regions that outlive it."""
     with (
         contextlib.closing(memory_of(name)) as memory,
         handler_of(driver, features, **options) as handler,
@@ -84,7 +84,7 @@ def serving(
 
 
 def content(length: int, seed: int = 1) -> bytes:
-    """Return bytes that differ from page to page and hold no page of zeros."""
+    """Return bytes that differ from page to page and have no page of zeros."""
     return random.Random(seed).randbytes(length)
 
 
@@ -94,7 +94,7 @@ def states(handler: Handler, region: Any) -> list[PageState]:
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:
-    """Return when something has happened; it must."""
+    """Wait until something has happened; fail if it does not."""
     deadline = time.monotonic() + WAIT_S
     while not happened():
         if time.monotonic() > deadline:
@@ -103,7 +103,7 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
 
 
 def wait_for_stalled(uffd: Userfaultfd, threads: int) -> None:
-    """Return when this many faults wait, whether their messages were read or not."""
+    """Wait until this many faults wait, whether their messages were read or not."""
 
     def stalled() -> bool:
         info = Path(f"/proc/self/fdinfo/{uffd.fileno()}").read_text()
@@ -114,7 +114,7 @@ def wait_for_stalled(uffd: Userfaultfd, threads: int) -> None:
 
 
 def run_threads(*functions: Callable[[], object]) -> None:
-    """Run functions at once, each in a thread; raise the first exception of any."""
+    """Run functions at once, each in a thread; raise the first exception."""
     errors: list[BaseException] = []
     barrier = threading.Barrier(len(functions))
 
@@ -140,9 +140,9 @@ def in_fork(function: Callable[[], object]) -> int:
     It exits 0, with 1 after an exception, or by its signal, and runs no exit handlers.
     """
     with warnings.catch_warnings():
-        # Python 3.12 warns of every thread, also of C threads that hold no lock of Python's.
+        # Python 3.12 warns of every thread, even of C threads that hold no Python lock.
         warnings.simplefilter("ignore", DeprecationWarning)
-        # Tests of what forks read know that it is zeros.
+        # Tests of what forks read expect zeros.
         warnings.simplefilter("ignore", RuntimeWarning)
         pid = os.fork()
     if pid == 0:
@@ -157,7 +157,7 @@ def in_fork(function: Callable[[], object]) -> int:
 
 
 def open_fds() -> set[str]:
-    """Name the descriptors of this process, but the one that lists them."""
+    """Return the descriptors of this process by name, without the one that lists them."""
     names = set()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -166,7 +166,7 @@ def open_fds() -> set[str]:
 
 
 def thread_names() -> list[str]:
-    """Name the threads of this process."""
+    """Return the names of the threads of this process."""
     names = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -175,13 +175,13 @@ def thread_names() -> list[str]:
 
 
 def is_lost(region: Any, offset: int = 0, length: int | None = None) -> bool:
-    """Whether user code would get SIGBUS: then the kernel gets EFAULT."""
+    """Whether user code would get SIGBUS, for which the kernel gets EFAULT."""
     if not only_user_mode():
         return is_efault(region, offset, length)
-    # Here the kernel gets it wherever a page is missing.
+    # Here the kernel gets EFAULT for every missing page.
     try:
         _memory.read(region.start + offset, region.page_size if length is None else length)
-    except UffdOSError:  # a poisoned huge page is not told from one that the pool has not
+    except UffdOSError:  # a poisoned huge page looks like one that the pool lacks
         return True
     return False
 
@@ -200,14 +200,14 @@ def is_efault(region: Any, offset: int = 0, length: int | None = None) -> bool:
 
 
 def peek(region: Any, offset: int = 0, n: int = 1) -> bytes:
-    """Read as a program's own code does, without the GIL: SIGBUS where a method would raise."""
+    """Read like a program's own code, without the GIL: SIGBUS where a method would raise."""
     target = ctypes.create_string_buffer(n)
     ctypes.memmove(target, region.start + offset, n)
     return target.raw
 
 
 def wait_in_system_call(thread: threading.Thread, number: int) -> None:
-    """Return when a thread is inside this system call."""
+    """Wait until a thread is inside this system call."""
 
     def inside() -> bool:
         line = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text()
@@ -217,7 +217,7 @@ def wait_in_system_call(thread: threading.Thread, number: int) -> None:
 
 
 def ending_thread() -> threading.Thread:
-    """The thread that ends the handler, once it is there."""
+    """Wait for the thread that ends the handler, and return it."""
 
     def found() -> list[threading.Thread]:
         return [

@@ -1,4 +1,4 @@
-"""One handler for several userfaultfds: its own process's and other processes'."""
+"""One handler for several userfaultfds, of its own process and of others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MANY = 200
 
 @pitfall(16, "several-descriptors", drivers=ALL, memory=SMALL, features=LAYOUT)
 def several(at: Setting) -> None:
-    """Each range is resolved through its own descriptor; events go to the right one."""
+    """Each range is resolved through its own descriptor, and events apply to the right one."""
     with at.serving() as (handler, memory), Userfaultfd(features=LAYOUT) as other:
         ours, theirs = memory.pages(3), memory.pages(3)
         data, more = Pages(3, memory.page_size), Pages(3, memory.page_size, seed=2)
@@ -40,7 +40,7 @@ def several(at: Setting) -> None:
         assert ours.read() == data.all
         theirs.punch_hole(0, memory.page_size)
         assert page(theirs, 0) == bytes(memory.page_size)
-        # Forgotten, it may be served anew.
+        # The handler has forgotten it, so it may be served again.
         handler.unserve(theirs, uffd=other)
         theirs.punch_hole()
         handler.serve(theirs, at.source(data.all), uffd=other)
@@ -49,9 +49,9 @@ def several(at: Setting) -> None:
 
 @pitfall(16, "one-of-several-closes", drivers=ALL, memory=SMALL)
 def one_closes(at: Setting) -> None:
-    """A closed descriptor's ranges are sealed first, and the others are served on.
+    """The ranges of a closing descriptor are sealed first; the others are served as before.
 
-    Closed while the leader polls it, its number could be another file's in the next moment.
+    If it closed while the leader polls it, another file could get its number.
     """
     with at.serving() as (handler, memory):
         ours, theirs = memory.pages(2), memory.pages(2)
@@ -73,7 +73,7 @@ def one_closes(at: Setting) -> None:
 
 @pitfall(16, "closed-while-it-waits", drivers=ALL)
 def closed_while_faulting(at: Setting) -> None:
-    """Threads fault through descriptors that close under them: content or SIGBUS, never zeros."""
+    """Threads fault while descriptors close: they get content or SIGBUS, never zeros."""
     with at.serving() as (handler, memory):
         data = Pages(8, memory.page_size)
         handler.start()
@@ -91,7 +91,7 @@ def closed_while_faulting(at: Setting) -> None:
 
 @pitfall(16, f"{MANY}-descriptors", drivers=ALL, budget_s=20)
 def many(at: Setting) -> None:
-    """Each of many is served, and none is left behind."""
+    """A handler serves each of many descriptors, and leaves none behind."""
     with at.serving() as (handler, memory):
         handler.start()
         before = open_fds()
@@ -113,7 +113,7 @@ def many(at: Setting) -> None:
 
 @pitfall(16, "descriptors-of-processes", drivers=ALL, features=EVENTS, budget_s=20)
 def of_processes(at: Setting) -> None:
-    """Two other processes and this one; one of them forks, one of them is killed."""
+    """Two other processes and this one: one forks, one is killed."""
     data, theirs = Pages(3, PAGE), Pages(3, PAGE, seed=2)
     with (
         at.serving() as (handler, memory),
@@ -139,7 +139,7 @@ def of_processes(at: Setting) -> None:
 
 @pitfall(7, "one-descriptor-one-handler", drivers=ALL)
 def claimed(at: Setting) -> None:
-    """Two readers of one descriptor would take each other's messages."""
+    """Two readers of one descriptor would read each other's messages."""
     with at.serving() as (handler, memory), Userfaultfd() as other:
         region = memory.pages(1)
         data = Pages(1, memory.page_size)

@@ -1,4 +1,4 @@
-"""`async for event in uffd.events()`: order, cancellation, closing, other tasks beside it."""
+"""`async for event in uffd.events()`: order, cancellation, closing, other tasks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = needs(REMOVE)
 
 
 def check(function: Callable[[], Coroutine[None, None, None]]) -> Callable[[], None]:
-    """Make a coroutine function a check that runs in a loop, in a child process."""
+    """Turn a coroutine function into a check that runs in a loop, in a child process."""
 
     def run() -> None:
         asyncio.run(asyncio.wait_for(function(), WAIT_S))
@@ -54,7 +54,7 @@ def test_in_a_child(function: Callable[[], None]) -> None:
 
 
 def stalled_reads(uffd: Userfaultfd, region: Region, count: int) -> list[Task[bytes]]:
-    """Let this many threads wait for a page each."""
+    """Make this many threads wait for a page each."""
     tasks = [Task(region.read, page * region.page_size, 1) for page in range(count)]
     wait_for_stalled(uffd, count)
     return tasks
@@ -72,7 +72,7 @@ async def next_of(events: AsyncIterator[Event]) -> Event:
 
 @check
 async def serves_beside_other_tasks() -> None:
-    """Each batch leaves other tasks their turn; all pages arrive."""
+    """Other tasks run between the batches; all pages arrive."""
     pages, turns = 256, 0
 
     async def other_work() -> None:
@@ -100,7 +100,7 @@ async def events_come_one_by_one_and_none_is_lost() -> None:
     with Region.anonymous(8 * PAGE) as region, registered(region) as uffd:
         tasks = stalled_reads(uffd, region, 8)
         first = await anext(uffd.events())
-        # Seven have been read and not delivered: half for another iterator, half for read_events.
+        # Seven were read and not delivered: another iterator gets half, read_events the rest.
         assert not readable(uffd)
         seen = [first]
         async for event in uffd.events():
@@ -134,7 +134,7 @@ async def cancelled_while_it_waits() -> None:
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(anext(events), 0.01)
-        # The loop has let go of the descriptor each time.
+        # The loop has unregistered the descriptor each time.
         assert not asyncio.get_running_loop().remove_reader(uffd.fileno())
         (reading,) = stalled_reads(uffd, region, 1)
         resolve(uffd, await anext(events))
@@ -143,14 +143,14 @@ async def cancelled_while_it_waits() -> None:
 
 @check
 async def cancelled_when_the_event_is_there() -> None:
-    """The cancellation comes between the descriptor's readiness and the task's turn."""
+    """The task is cancelled after the descriptor became ready and before the task runs."""
     loop = asyncio.get_running_loop()
     with Region.anonymous(PAGE) as region, registered(region) as uffd:
         events = uffd.events()
         task = asyncio.create_task(next_of(events))
         await asyncio.sleep(0)
         again = os.dup(uffd.fileno())
-        # Ready in the same turn of the loop, as the same file is.
+        # Ready in the same turn of the loop, as it is the same file.
         loop.add_reader(again, task.cancel)
         (reading,) = stalled_reads(uffd, region, 1)
         with pytest.raises(asyncio.CancelledError):
@@ -197,7 +197,7 @@ async def collect(events: AsyncIterator[Event]) -> list[Event]:
 
 @check
 async def closing_after_the_loop() -> None:
-    """A loop that is gone is not asked to let go."""
+    """A loop that has ended is not asked to unregister the descriptor."""
     uffd = Userfaultfd()
 
     def other_loop() -> None:
@@ -247,7 +247,7 @@ async def undelivered_forks_are_closed() -> None:
 
 
 def waiting_threads(pid: int) -> int:
-    """Count the threads that wait for a layout event to be read."""
+    """Return how many threads wait for a layout event to be read."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     places = [(task / "wchan").read_text() for task in tasks]
     return places.count("userfaultfd_event_wait_completion")

@@ -47,7 +47,7 @@ async def served(fetch: Fetch, **options: Any) -> AsyncIterator[tuple[Handler, R
 
 
 async def read(region: Region, index: int) -> bytes:
-    """Read a page in another thread, while the loop goes on."""
+    """Read a page in another thread, while the loop runs."""
     return await asyncio.to_thread(region.read, index * PAGE, PAGE)
 
 
@@ -75,7 +75,7 @@ def test_pages_from_coroutines() -> None:
 
 
 async def together() -> None:
-    """Every worker has a coroutine under way: none returns before all have begun."""
+    """Every worker runs a coroutine: none returns before all have begun."""
     workers = 4  # fewer than the threads of asyncio.to_thread
     begun = 0
     all_begun = asyncio.Event()
@@ -119,7 +119,7 @@ def test_exception() -> None:
 
 
 async def cancelled() -> None:
-    """A cancelled coroutine loses its page, and no thread stays stalled."""
+    """A cancelled coroutine loses its page, and no thread keeps waiting."""
     tasks: dict[int, asyncio.Task[Any]] = {}
     begun = asyncio.Semaphore(0)
 
@@ -153,7 +153,7 @@ def test_cancelled_coroutines() -> None:
 
 
 async def cancelled_block() -> None:
-    """Cancelling the task that serves stops the handler, with the data for those who wait."""
+    """Cancelling the serving task stops the handler; waiting threads still get their data."""
     begun = asyncio.Event()
     go = asyncio.Event()
 
@@ -188,7 +188,7 @@ def test_cancelled_server() -> None:
 
 
 async def busy() -> None:
-    """Beside tasks that keep the loop busy pages come, and the tasks go on."""
+    """Pages arrive while tasks keep the loop busy, and the tasks continue."""
     ticks = 0
     over = asyncio.Event()
 
@@ -221,7 +221,7 @@ def test_beside_busy_tasks() -> None:
 
 
 async def from_the_loop() -> None:
-    """Touched from the loop's own thread the page cannot come: an error, not a hang."""
+    """A page touched by the loop's own thread cannot arrive: an error, not a hang."""
 
     async def fetch(offset: int, length: int) -> bytes:
         return DATA.all[offset : offset + length]
@@ -237,7 +237,7 @@ def test_fault_in_the_loops_own_thread() -> None:
 
 
 def loop_is_closed() -> None:
-    """A source whose loop has ended fails its pages; nobody waits for ever."""
+    """A source whose loop has ended fails its pages; no thread waits forever."""
 
     async def fetch(offset: int, length: int) -> bytes:
         return DATA.all[offset : offset + length]
@@ -268,7 +268,7 @@ def test_closed_loop() -> None:
 
 
 def without_a_loop() -> None:
-    """No loop runs and none is given: the source has one of its own, in a thread."""
+    """Without a running or given loop the source has one of its own, in a thread."""
 
     async def fetch(offset: int, length: int) -> bytes:
         await asyncio.sleep(0)

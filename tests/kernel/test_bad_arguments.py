@@ -1,4 +1,4 @@
-"""Every public call and parameter, with values that are wrong: an error that names it."""
+"""Every public call and parameter with wrong values: an error that names the parameter."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ BAD_FUNCTION = {"None": None, "str": "x", "int": 5}
 
 
 def optional(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that are wrong where None is right."""
+    """Return the values that are wrong for a parameter that may be None."""
     return {name: value for name, value in table.items() if name != "None"}
 
 
 class World:
-    """Objects to call; what they are made of is closed with them."""
+    """The objects to call, closed together with their parts."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.uffd = stack.enter_context(Userfaultfd())
@@ -95,7 +95,7 @@ def world() -> Iterator[World]:
 Call = Callable[[World, Any], object]
 R = "range_or_start"
 
-# Which call, which parameter, values that are wrong for it, and the call with such a value.
+# The call, the parameter, wrong values for it, and a function that passes such a value.
 ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
     ("Userfaultfd", "features", BAD_FLAGS, lambda _, v: Userfaultfd(features=v)),
     ("from_fd", "fd", BAD_INT, lambda _, v: Userfaultfd.from_fd(v)),
@@ -425,7 +425,7 @@ def test_class_in_place_of_a_source(world: World) -> None:
 
 
 def test_numbers_of_another_kind(world: World) -> None:
-    """What is an index is a number, and infinity a time to wait."""
+    """Objects with __index__ are numbers, and infinity is a time to wait."""
 
     class Index:
         def __init__(self, value: int) -> None:

@@ -1,4 +1,4 @@
-"""Errors of the ioctls say their cause: class, errno, and what the hint names."""
+"""Errors of the ioctls tell their cause: class, errno, and the text of the hint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def libc(name: str, *args: int) -> None:
 
 
 class Memory:
-    """Memory of several kinds, and a userfaultfd that the registered ones belong to."""
+    """Memory of several kinds, and the userfaultfd with which some of it is registered."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -96,7 +96,7 @@ class Memory:
         return region
 
     def beside_a_file(self) -> tuple[int, int]:
-        """Return a range whose first mapping is fine and whose second is not."""
+        """Return a range whose first mapping is valid and whose second is not."""
         region = self._stack.enter_context(Region.anonymous(2 * PAGE))
         with tempfile.TemporaryFile(dir="/var/tmp") as file:
             file.write(bytes(PAGE))

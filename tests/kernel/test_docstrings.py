@@ -1,4 +1,4 @@
-"""The examples in docstrings run, each module's in a child: what they touch may stall."""
+"""The examples in docstrings run, in one child for each module, since they may stall."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MODULES = [
     for path in sorted(PACKAGE.rglob("*.py"))
     if ">>> " in path.read_text()
 ]
-# Where a newcomer begins; their docstrings show how.
+# Newcomers begin with these; their docstrings show how.
 SHOWN = ["Userfaultfd", "Region", "Handler", "BufferSource", "Pagemap", "probe"]
 
 
 def run(name: str) -> list[int]:
-    """Run the examples of a module; return how many failed and how many there were."""
+    """Run the examples of a module; return how many failed, and how many there are."""
     result = doctest.testmod(importlib.import_module(name))
     return [result.failed, result.attempted]
 

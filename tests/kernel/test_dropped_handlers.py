@@ -1,4 +1,4 @@
-"""A handler that nobody refers to any more, and the claim it has on its userfaultfd."""
+"""A handler without references, and its claim on its userfaultfd."""
 
 from __future__ import annotations
 

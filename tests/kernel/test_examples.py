@@ -1,4 +1,4 @@
-"""Every example runs, says what it did, and is as short as promised."""
+"""Every example runs, prints what it did, and is as short as promised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ sys.argv = [{path!r}]
 runpy.run_path({path!r}, run_name="__main__")
 """
 
-# Its needs, and lines that it prints when everything works.
+# The needs of each example, and lines that it prints if everything works.
 EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
     "01_manpage": ([], ["filled with C"]),
     "02_lazy_file_numpy": ([], ["sum of numbers 3999990 to 3999999: 39999945", "pages loaded"]),
@@ -47,7 +47,7 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
 }
 
 
-# What the library itself says on stderr.
+# The lines that the library itself writes to stderr.
 SAID = {"05_poison": "pyuffd: page "}
 
 

@@ -1,4 +1,4 @@
-"""Faults that meet something else half-way: a fill, a drop, the end of their range."""
+"""Faults that race with a fill, a drop, or the end of their range."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ SYS_CLOCK_NANOSLEEP = 230
 
 @pitfall(3, "dropped-before-it-is-noted", drivers=BOTH, memory=SMALL)
 def dropped(at: Setting) -> None:
-    """A page is in place and dropped again before its state says that it is there.
+    """A page is filled and dropped again before its state says that it is present.
 
-    Who faults on it then is taken for one that waits for the fill, which wakes nobody any more.
+    A thread that faults on it then seems to wait for the fill, which wakes no thread any more.
     """
     with at.served(3) as (handler, region, data):
         with holding(Point.PLACED) as point:
@@ -62,9 +62,9 @@ def dropped(at: Setting) -> None:
 
 @pitfall(3, "dropped-page-is-next-in-line", drivers=BOTH, memory=EVERY)
 def next_in_line(at: Setting) -> None:
-    """A page that was filled and dropped is touched when its neighbours are to be filled next.
+    """A page that was filled and dropped is touched just before its neighbours are filled.
 
-    Its state says that it is there; filling the others answers nobody who waits for it.
+    Its state says that it is present; filling the others does not wake a thread that waits for it.
     """
     with at.serving(prefetch=1 << 30) as (handler, memory):
         region = memory.pages(4)
@@ -84,7 +84,7 @@ def next_in_line(at: Setting) -> None:
 
 @pitfall(3, "poisoned-and-dropped-again", drivers=("thread",), memory=EVERY)
 def poisoned_and_dropped(at: Setting) -> None:
-    """A page is poisoned and dropped again before its state says so; who faults on it must ask."""
+    """A page is poisoned and dropped before its state says so; a thread must fault on it again."""
     with at.serving() as (handler, memory):
         region = memory.pages(2)
         handler.serve(region, FailingSource(ZeroSource(), OSError(errno.EIO, "no content")))
@@ -93,7 +93,7 @@ def poisoned_and_dropped(at: Setting) -> None:
             first = losing(region, 0)
             point.wait()
             assert first.result()
-            region.madvise(mmap.MADV_DONTNEED, 0, memory.page_size)  # takes the mark away
+            region.madvise(mmap.MADV_DONTNEED, 0, memory.page_size)  # removes the mark
             second = losing(region, 0)
             wait_until(lambda: handler.stats().messages == 2, "the fault is seen")
             assert second.running
@@ -104,7 +104,7 @@ def poisoned_and_dropped(at: Setting) -> None:
 
 @pitfall(3, "given-back", memory=SMALL)
 def given_back(at: Setting) -> None:
-    """A thread waits for a page of populate(), which then cannot have it: the thread must ask."""
+    """A thread waits for a page that populate() then cannot get: the thread must fault again."""
     with at.serving() as (handler, memory):
         region = memory.pages(3)
         data = Pages(3, memory.page_size)
@@ -150,9 +150,9 @@ def asked_before(at: Setting) -> None:
 
 @pitfall(12, "sealed-over-markers", drivers=BOTH, memory=SMALL, features=MARKERS)
 def sealed_markers(at: Setting) -> None:
-    """Missing pages that are protected hold markers, which POISON takes for pages.
+    """Missing pages that are protected have markers, on which POISON fails as on pages.
 
-    Unregistering takes the markers away and leaves zeros.
+    Unregistering removes the markers and leaves zeros.
     """
     with at.serving(MARKERS) as (handler, memory):
         region = memory.pages(3)
@@ -168,7 +168,7 @@ def sealed_markers(at: Setting) -> None:
 
 @pitfall(15, "poison-over-a-marker", drivers=("thread",), memory=SMALL, features=MARKERS)
 def poisoned_marker(at: Setting) -> None:
-    """The content of a protected, missing page cannot be had: POISON says EEXIST to its marker."""
+    """No content for a protected, missing page: POISON fails on its marker with EEXIST."""
     with at.serving(MARKERS) as (handler, memory):
         region = memory.pages(2)
         data = Pages(2, memory.page_size)
@@ -185,7 +185,7 @@ def poisoned_marker(at: Setting) -> None:
 
 @pitfall(15, "punched-before-continue", memory=("shmem",), features=Feature.MINOR_SHMEM)
 def punched(at: Setting) -> None:
-    """The page cache loses the page after the minor fault: EFAULT, and a missing fault next."""
+    """The page cache loses the page after the minor fault: EFAULT, then a missing fault."""
     with at.serving(Feature.MINOR_SHMEM) as (handler, memory):
         region = memory.pages(2)
         cached, data = Pages(2, memory.page_size, seed=2), Pages(2, memory.page_size)
@@ -204,7 +204,7 @@ def punched(at: Setting) -> None:
 
 @pitfall(16, "closed-in-the-middle-of-a-step", memory=SMALL)
 def closed_in_a_step(at: Setting) -> None:
-    """A descriptor closes when the leader is at its message: its number could be another's next."""
+    """A descriptor closes while the leader handles its message; another file may get its number."""
     with at.serving() as (handler, memory), Userfaultfd() as other:
         ours, theirs = memory.pages(2), memory.pages(2)
         data = Pages(2, memory.page_size)

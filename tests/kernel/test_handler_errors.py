@@ -1,6 +1,7 @@
-"""Handler: content that cannot be had, and what stop() does with what was not loaded.
+"""Handler: content that cannot be read, and what stop() does with pages that were not loaded.
 
-Never zeros: the toucher gets SIGBUS (EFAULT in the kernel), waits, or is killed.
+Never zeros: a thread that touches such a page gets SIGBUS (the kernel EFAULT), waits, or is
+killed.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def serve_file(handler: Handler, region: Region, file: IO[bytes], mode: Register
 
 
 def expect_failure(handler: Handler, address: int, page_size: int, pages: int) -> None:
-    """Stop, and check the error: its place, its cause, how many pages."""
+    """Stop, and check the error: its place, its cause, the number of pages."""
     with pytest.raises(HandlerError) as caught:
         handler.stop()
     error = caught.value
@@ -105,7 +106,7 @@ def truncated(name: str, mode: int, protect_first: bool) -> None:
             handler.start()
             assert not is_lost(region)
             file.truncate(2 * size + 100)
-            assert is_lost(region, 2 * size)  # the file reads as zeros here, to the page's end
+            assert is_lost(region, 2 * size)  # the rest of the page reads as zeros
             assert is_lost(region, 3 * size)
             assert is_lost(region, 3 * size)  # and stays lost
             assert not is_lost(region, size)
@@ -177,7 +178,7 @@ def test_truncated_file_of_minor_faults_is_sigbus(driver: Driver, name: str) -> 
 
 
 def two_threads(name: str) -> None:
-    """Two threads ask for a page that is lost: the second message does not undo the poison."""
+    """Two threads touch a page that is lost: the second message does not undo the poison."""
     with serving("native", name) as (handler, memory):
         region = memory.pages(1)
         with file_of(content(region.length)) as file:
@@ -203,7 +204,7 @@ def test_two_threads_on_a_lost_page(name: str) -> None:
 
 
 def populate_truncated(driver: Driver) -> None:
-    """What is still in the file is filled, and the error says how much that was."""
+    """The pages that the file still has are filled, and the error tells how many."""
     with serving(driver, "anon") as (handler, memory):
         region = memory.pages(16)
         data = content(region.length)
@@ -218,7 +219,7 @@ def populate_truncated(driver: Driver) -> None:
             assert error.data["completed"] == 8 * PAGE
             assert region.read(0, 8 * PAGE) == data[: 8 * PAGE]
             file.seek(8 * PAGE)
-            file.write(data[8 * PAGE :])  # it is all there again
+            file.write(data[8 * PAGE :])  # the file has all of it again
             assert handler.populate(region) == 8 * PAGE
             assert region.read() == data
 
@@ -227,7 +228,7 @@ test_populate_of_a_truncated_file = with_both_drivers(populate_truncated)
 
 
 def source_protected() -> None:
-    """A source buffer that nobody may read any more is EFAULT, hence poison."""
+    """A source buffer that became unreadable is EFAULT, and its pages are poisoned."""
     with serving("native", "anon") as (handler, memory):
         region, source = memory.pages(2), memory.pages(2)
         handler.serve(region, BufferSource(source.memoryview()))
@@ -242,7 +243,7 @@ def source_protected() -> None:
         assert isinstance(error.__cause__, OSError)
         assert error.__cause__.errno == errno.EFAULT
         assert error.start == region.start
-        gc.collect()  # the source's view of its region
+        gc.collect()  # the source has a view of its region
 
 
 def test_source_that_cannot_be_read() -> None:
@@ -266,7 +267,7 @@ def stall(name: str) -> None:
             wait_until(lambda: handler.stats().failed == 1, "the page is given up")
             wait_for_stalled(handler.uffd, 1)
             assert lost == []
-            assert not is_lost(region)  # the others are served on
+            assert not is_lost(region)  # the others are still served
             assert states(handler, region)[1] is PageState.ABSENT
             expect_failure(handler, region.start + size, size, 1)
             thread.join()
@@ -320,12 +321,12 @@ def test_kill(driver: Driver) -> None:
     assert run_child(kill, driver, expect=-signal.SIGKILL).stdout == "touching\n"
 
 
-# Put off, and tried again
+# Deferred, and retried
 
 
 @contextlib.contextmanager
 def sparse_region(folder: str) -> Iterator[Region]:
-    """Four pages of a file that has no memory yet."""
+    """Four pages of a file without memory yet."""
     with open(f"{folder}/region", "wb+", buffering=0) as file:
         file.truncate(4 * PAGE)
         with Region.file(file, 4 * PAGE) as region:
@@ -333,7 +334,7 @@ def sparse_region(folder: str) -> Iterator[Region]:
 
 
 def full_tmpfs(driver: Driver) -> None:
-    """While there is no memory for a page its fault waits; then it is resolved as always."""
+    """A fault waits while there is no memory for its page, and is then resolved."""
     with (
         mounted("tmpfs", size="32k") as folder,
         serving(driver, "anon") as (handler, _),
@@ -367,7 +368,7 @@ def test_retry_without_memory(driver: Driver) -> None:
 
 
 def full_tmpfs_for_good() -> None:
-    """After the limit the page goes the way of on_error."""
+    """After the limit on_error applies to the page."""
     from pyuffd.handlers import _handler
 
     _handler.RETRY_LIMIT_S = 0.05
@@ -396,7 +397,7 @@ def test_retry_limit() -> None:
 
 @contextlib.contextmanager
 def unreserved_huge_pages(pages: int, *, have: int, shared: bool = True) -> Iterator[Region]:
-    """Huge pages of a file, of which only so many can be had at a time."""
+    """Huge pages of a file in a mount that limits how many exist at a time."""
     reserve_nothing = 0x4000  # MAP_NORESERVE
     with (
         mounted("hugetlbfs", pagesize="2M", size=str(have * HUGE_PAGE)) as folder,
@@ -416,7 +417,7 @@ def unreserved_huge_pages(pages: int, *, have: int, shared: bool = True) -> Iter
 
 
 def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
-    """Where no huge page is free Linux 6.18 says EEXIST: the fault waits, and no zeros come."""
+    """If no huge page is free Linux 6.18 says EEXIST: the fault waits and never gets zeros."""
     features = Feature.SIGBUS if driver == "inline" else Feature(0)
     with (
         unreserved_huge_pages(3, have=1) as region,
@@ -442,7 +443,7 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         _memory.madvise(region.start + HUGE_PAGE, HUGE_PAGE, MADV_REMOVE)
         thread.join()
         assert read == [data[:HUGE_PAGE]]
-        failed = driver == "thread"  # stop() tells of what a worker could not fill as well
+        failed = driver == "thread"  # stop() also reports what a worker could not fill
         assert bool(handler.stats().failed) == failed
         with (
             pytest.raises(HandlerError, match="limit of the mount")
@@ -453,7 +454,7 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
 
 
 def fills_what_it_can(driver: AnyDriver, shared: bool) -> None:
-    """`completed` is what was filled before there was no huge page left."""
+    """`completed` counts what was filled before the huge pages ran out."""
     from pyuffd.handlers import _handler
 
     _handler.RETRY_LIMIT_S = 0.2
@@ -538,11 +539,11 @@ def test_retry_limit_without_huge_pages_is_sigbus_inline() -> None:
     assert run_child(no_huge_page_inline, expect=-signal.SIGBUS).stdout == "touching\n"
 
 
-# What stop() leaves
+# What remains after stop()
 
 
 def stop_seals(driver: Driver, name: str) -> None:
-    """Loaded pages stay, pages that never came are lost, with a ZeroSource they are zeros."""
+    """Loaded pages stay; pages that were never loaded are lost, or zeros with a ZeroSource."""
     with serving(driver, name) as (handler, memory):
         loaded, zero, protected = memory.pages(3), memory.pages(2), memory.pages(2)
         size, data = memory.page_size, content(loaded.length)
@@ -592,7 +593,7 @@ def test_read_after_stop_is_sigbus(driver: Driver, how: str) -> None:
 
 
 def never_started(name: str) -> None:
-    """Threads that wait for a handler which never starts are not given zeros by its stop()."""
+    """Threads that wait for a handler which never starts get no zeros from its stop()."""
     with serving("native", name) as (handler, memory):
         region = memory.pages(2)
         handler.serve(region, BufferSource(content(region.length)))
@@ -617,7 +618,7 @@ def test_stop_without_start(name: str) -> None:
 
 
 def stop_with_waiters(name: str, drain: bool) -> None:
-    """A source whose own pages are missing holds the native thread up while stop() begins."""
+    """A source whose own pages are missing blocks the native thread while stop() begins."""
     with (
         serving("native", name) as (handler, memory),
         Userfaultfd() as slow,
@@ -654,10 +655,10 @@ def stop_with_waiters(name: str, drain: bool) -> None:
         for thread in (*waiting, stopper):
             thread.join()
         assert results == {0: data[:size], 1: not drain, 2: not drain}
-        assert is_lost(region, 2 * size)  # asked for by nobody
+        assert is_lost(region, 2 * size)  # no thread asked for it
         assert is_lost(region, size) is not drain
         assert region.read(0, size) == data[:size]
-        gc.collect()  # the source's view of its region
+        gc.collect()  # the source has a view of its region
 
 
 @needs_kernel_faults()

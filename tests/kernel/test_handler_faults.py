@@ -83,7 +83,7 @@ test_buffer_source = everywhere(buffer, "anon", "shmem", "hugetlb")
 
 
 def late_serve(driver: Driver, name: str) -> None:
-    """A region served while the handler runs, and a source object that nobody else holds."""
+    """A region served while the handler runs, and a source without other references."""
     with serving(driver, name) as (handler, memory):
         handler.start()
         region = memory.pages(2)
@@ -115,7 +115,7 @@ test_file_source = everywhere(file_source)
 
 
 def file_tail_variants(driver: Driver, name: str) -> None:
-    """Every way the end of the source can fall, through faults, prefetch and populate."""
+    """Every place where the source can end, with faults, prefetch and populate."""
     for tail in (1, -1, 0, 5):
         for way in ("fault", "prefetch", "populate"):
             prefetch = 0 if way == "fault" else 64 << 20
@@ -139,7 +139,7 @@ test_file_source_end = everywhere(file_tail_variants, "anon", "shmem", "hugetlb"
 
 
 def longer_source(driver: Driver) -> None:
-    """What a source has behind the region's end does not matter."""
+    """A source may be longer than the region."""
     with serving(driver, "anon") as (handler, memory):
         region = memory.pages(2)
         data = content(5 * PAGE + 3)
@@ -191,7 +191,7 @@ test_kinds_of_buffers = with_both_drivers(buffer_kinds)
 
 
 def dropped(driver: Driver, name: str) -> None:
-    """A page that its owner drops after it was loaded is zeros, whatever the source says."""
+    """A page that its owner drops after it was loaded is zeros, whatever the source has."""
     with serving(driver, name, prefetch=1 << 30) as (handler, memory):
         region = memory.pages(4)
         data = content(region.length)
@@ -218,7 +218,7 @@ test_removed_page_is_zero = everywhere(dropped)
 
 
 def minor(driver: Driver, name: str) -> None:
-    """What the page cache holds is mapped, without a source."""
+    """Pages that the page cache has are mapped, without a source."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(3)
         data = content(region.length)
@@ -236,7 +236,7 @@ test_minor_without_source = everywhere(minor, "shmem", "hugetlb")
 
 
 def minor_with_source(driver: Driver, name: str) -> None:
-    """The source's content replaces what the page cache holds, as the page is first touched."""
+    """The first touch of a page replaces what the page cache has with the source's content."""
     with serving(driver, name) as (handler, memory), tempfile.TemporaryFile() as file:
         with_buffer, with_file, with_zeros = (memory.pages(3) for _ in range(3))
         data = content(with_buffer.length)
@@ -255,7 +255,7 @@ def minor_with_source(driver: Driver, name: str) -> None:
         assert with_file.read() == data[:length] + bytes(100)
         assert with_zeros.read() == bytes(with_zeros.length)
         assert handler.stats().faults == {"missing": 0, "wp": 0, "minor": 9}
-        # Loaded pages are the program's: only the mapping comes back.
+        # Loaded pages belong to the program: only the mapping is restored.
         with_buffer.write(0, b"own")
         with_buffer.madvise(mmap.MADV_DONTNEED)
         assert with_buffer.read() == b"own" + data[3:]
@@ -265,7 +265,7 @@ test_minor_with_source = everywhere(minor_with_source, "shmem", "hugetlb")
 
 
 def minor_local(driver: Driver) -> None:
-    """With `local` anything that stands for a range can be served."""
+    """With `local`, any object that describes a range can be served."""
     with serving(driver, "shmem") as (handler, memory):
         region = memory.pages(2)
         region.fill(1)
@@ -282,7 +282,7 @@ test_minor_with_local = with_both_drivers(minor_local)
 
 
 def minor_holes(driver: Driver, name: str) -> None:
-    """Memory that is not in the page cache yet gets the source's content too, never zeros."""
+    """Pages that are not in the page cache yet get the source's content too, never zeros."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(3)
         data = content(region.length)
@@ -332,7 +332,7 @@ def write_protect(driver: Driver, name: str) -> None:
         region.write(3 * memory.page_size, b"z")
         assert states(handler, region) == [CLEAN, CLEAN, CLEAN, DIRTY]
         handler.stop()
-        region.fill(2)  # nothing is protected any more
+        region.fill(2)  # no page is protected any more
         assert region.read() == b"\2" * region.length
 
 
@@ -340,7 +340,7 @@ test_write_protect = everywhere(write_protect)
 
 
 def write_protect_holes(driver: Driver, name: str) -> None:
-    """A first write to a page that was never there is seen too."""
+    """The first write to a page that was never present is seen too."""
     for features in (Feature(0), Feature.WP_UNPOPULATED):
         with serving(driver, name, features) as (handler, memory):
             region = memory.pages(3)
@@ -435,7 +435,7 @@ def minor_and_wp(driver: Driver, name: str) -> None:
 test_minor_and_wp = everywhere(minor_and_wp, "shmem", "hugetlb")
 
 
-# Kernel-side access
+# Accesses by the kernel
 
 
 def system_calls_native(name: str) -> None:
@@ -490,7 +490,7 @@ def system_calls_inline(name: str) -> None:
         assert handler.stats().faults["missing"] == 0
         assert region.read() == data
         del view, caught
-        gc.collect()  # the tracebacks' frames hold slices of it
+        gc.collect()  # the tracebacks' frames have slices of it
 
 
 @pytest.mark.parametrize("name", ["anon", "shmem", "shmem-private"])
@@ -538,7 +538,7 @@ test_populate_minor = everywhere(populate_minor, "shmem", "hugetlb")
 
 
 def parts(driver: Driver) -> None:
-    """page_states and populate take parts of a region, and refuse what is outside."""
+    """page_states and populate accept parts of a region, and refuse pages outside."""
     with serving(driver, "anon") as (handler, memory):
         region = memory.pages(4)
         handler.serve(region, ZeroSource())

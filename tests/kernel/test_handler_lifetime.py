@@ -1,4 +1,4 @@
-"""Handler: the order in which things end, forks, interpreter exit, and what an error leaves."""
+"""Handler: the order in which objects end, forks, interpreter exit, and the state after errors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def unserve(driver: Driver, name: str) -> None:
         handler.populate(second)
         handler.unserve(second.start)  # by address
         assert second.read() == data
-        # Free to be served anew: by its own content, or by a source after it was dropped.
+        # It may be served again: with its own content, or from a source after it was dropped.
         second.punch_hole()
         handler.serve(second, BufferSource(data[::-1]))
         assert second.read() == data[::-1]
@@ -125,7 +125,7 @@ test_userfaultfd_closed_while_served = with_both_drivers(userfaultfd_closes)
 
 
 def failure_closes() -> None:
-    """The handler's failure comes out of Userfaultfd.close(), which closes all the same."""
+    """Userfaultfd.close() raises the handler's failure, and closes anyway."""
     uffd = Userfaultfd()
     handler = Handler(uffd)
     with Region.anonymous(PAGE) as region, tempfile.TemporaryFile(buffering=0) as file:
@@ -147,7 +147,7 @@ def test_userfaultfd_closes_after_a_failure() -> None:
 
 
 def exception_kept(driver: Driver, fails: bool) -> None:
-    """The body's exception stays, and what the handler has to say is a note on it."""
+    """The body's exception stays, and the handler's failure is a note on it."""
     with (
         Region.anonymous(2 * PAGE) as region,
         tempfile.TemporaryFile(buffering=0) as file,
@@ -205,7 +205,7 @@ def forked(driver: Driver) -> None:
             handler.uffd.close()
 
         assert in_fork(child) == 0
-        # The parent's handler has felt nothing of that.
+        # The parent's handler was not affected.
         assert region.read() == data
         assert handler.stats().faults["missing"] == 2
 
@@ -214,7 +214,7 @@ test_forked_child = with_both_drivers(forked)
 
 
 def fork_exits(driver: Driver) -> None:
-    """A fork that runs the exit handlers leaves its parent's handler alone."""
+    """A fork that runs the exit handlers does not touch its parent's handler."""
     with serving(driver, "shmem") as (handler, memory):
         region = memory.pages(2)
         data = content(region.length)
@@ -255,7 +255,7 @@ def test_left_running_at_exit_by_exception(driver: Driver) -> None:
 
 
 def waits_at_exit() -> None:
-    """A thread that waits when the exit handlers run is not given zeros."""
+    """A thread that waits when the exit handlers run gets no zeros."""
     region = Region.anonymous(PAGE)
     uffd = Userfaultfd()
     handler = Handler(uffd)
@@ -327,7 +327,7 @@ test_stop_from_several_threads = with_both_drivers(stop_by_many_threads)
 
 
 def dropped_without_stop(driver: Driver) -> None:
-    """Closing the userfaultfd is enough; nothing is left of a handler nobody stopped."""
+    """Closing the userfaultfd is enough: a handler that was not stopped leaves nothing behind."""
     fds = open_fds()
     features = Feature.SIGBUS if driver == "inline" else Feature(0)
     for _ in range(3):
@@ -342,7 +342,7 @@ def dropped_without_stop(driver: Driver) -> None:
             del handler
     gc.collect()
     assert open_fds() == fds
-    # Not the whole list: it can lack a living thread while another one exits.
+    # Do not compare the whole list: it can lack a living thread while another one exits.
     wait_until(
         lambda: not any(name.startswith("uffd-") for name in thread_names()), "the threads are gone"
     )
@@ -352,7 +352,7 @@ test_handler_dropped_without_stop = with_both_drivers(dropped_without_stop)
 
 
 def many_handlers(driver: Driver) -> None:
-    """Handlers that live side by side, each on its own userfaultfd, and end in any order."""
+    """Handlers on userfaultfds of their own run at the same time, and end in any order."""
     fds = open_fds()
     regions = [Region.anonymous(2 * PAGE) for _ in range(6)]
     features = Feature.SIGBUS if driver == "inline" else Feature(0)

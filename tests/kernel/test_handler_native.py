@@ -1,4 +1,4 @@
-"""The native driver's thread: its name, signals, CPUs, spinning."""
+"""The thread of the native driver: name, signals, CPUs, spinning."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def spinning(spin_us: float) -> None:
         for page in range(0, 64, 2):
             assert region.read(page * PAGE, 8) == data[page * PAGE :][:8]
         task = handler_thread(handler)
-        # It goes to sleep by itself, and a fault wakes it.
+        # It goes to sleep, and a fault wakes it.
         wait_until(lambda: status(task, "State").startswith("S"), "the thread sleeps")
         assert region.read() == data
 
@@ -112,7 +112,7 @@ def test_spinning(spin_us: float) -> None:
 
 
 def signals() -> None:
-    """Signals interrupt the faulting threads: faults are sent again, and every page comes once."""
+    """Signals interrupt faulting threads: faults are sent again, and each page is filled once."""
     with serving("native", "anon") as (handler, memory):
         region = memory.pages(512)
         data = content(region.length)
@@ -150,7 +150,7 @@ def test_signals_do_not_disturb() -> None:
 
 
 def interval_timer() -> None:
-    """The same by a timer that fires every millisecond, with faults in other threads too."""
+    """The same with a timer that fires every millisecond, and faults in other threads too."""
     with serving("native", "anon") as (handler, memory):
         region = memory.pages(1024)
         data = content(region.length)
@@ -181,9 +181,9 @@ def test_bad_cpus(cpus: list[int]) -> None:
 
 
 def no_threads() -> None:
-    """Without room for a thread start() says so, and the handler can be stopped."""
-    # Address space: a new thread needs a stack, nothing else here needs as much. glibc keeps
-    # that of a thread that has ended (the child's first watchdog): let another have it.
+    """If no thread can be created start() says so, and the handler can be stopped."""
+    # Limit the address space: a new thread needs a stack, and nothing else here needs as much.
+    # glibc keeps the stack of a thread that has ended (the child's first watchdog): use it up.
     threads = 3 if "libtsan" in os.environ.get("LD_PRELOAD", "") else 2
     wait_until(lambda: len(os.listdir("/proc/self/task")) == threads, "one watchdog is left")
     release = threading.Event()
@@ -212,9 +212,9 @@ def test_no_room_for_the_thread() -> None:
 
 
 def unserved() -> None:
-    """A range that the program registered itself, with nobody to serve it: named, not stalled.
+    """A range that the program registered, and no handler serves: an error, not a stall.
 
-    It is waited for, for a while: the range may be served next.
+    The engine waits for a while, as the range may be served next.
     """
     with Region.anonymous(PAGE) as region, handler_of("native") as handler:
         handler.start()

@@ -1,4 +1,4 @@
-"""A handler does not serve memory that it reads or writes itself, whichever was served first."""
+"""A handler refuses to serve memory that it reads or writes itself, in either order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Use = Literal["source", "preserve", "local read", "local written"]
 
 @dataclass(frozen=True)
 class Row:
-    """What memory is used for, how it is served, and whether the engine would wait for itself."""
+    """A use of memory, how it is served, and whether the engine would wait for itself."""
 
     use: Use
     mode: RegisterMode
@@ -46,7 +46,7 @@ ids = [f"{row.use}-{row.mode.name}" for row in TABLE]
 
 
 def using(handler: Handler, memory: Region, use: Use) -> Callable[[], object]:
-    """Return a call that serves something else by means of this memory."""
+    """Return a call that serves another region by means of this memory."""
     if use == "source":
         other = Region.anonymous(memory.length)
         return lambda: handler.serve(other, BufferSource(memory.memoryview()))
@@ -70,7 +70,7 @@ def serving(handler: Handler, memory: Region, mode: RegisterMode) -> Callable[[]
 
 @contextlib.contextmanager
 def refused(memory: Region, expected: bool) -> Iterator[None]:
-    """Check that a call is refused, and says which memory it is about."""
+    """Check that a call is refused with an error that names the memory."""
     if not expected:
         yield
         return
@@ -148,7 +148,7 @@ def check_memory_of_two_handlers() -> None:
 
 @needs_kernel_faults()
 def test_memory_of_two_handlers() -> None:
-    """Another handler's memory is a good source: that one resolves its faults."""
+    """Memory of another handler can be a source: the other handler resolves its faults."""
     run_child(check_memory_of_two_handlers)
 
 
@@ -169,5 +169,5 @@ def check_many_ranges() -> None:
 
 
 def test_many_ranges() -> None:
-    """The time for one more range does not grow with those that are served."""
+    """The time for one more range does not grow with the number of served ranges."""
     run_child(check_many_ranges, budget_s=60)

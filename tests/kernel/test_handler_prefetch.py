@@ -25,7 +25,7 @@ def present(handler: Handler, region: Region) -> set[int]:
 
 
 def expect(handler: Handler, region: Region, pages: set[int], touched: int) -> None:
-    """Check which pages are there after so many faults, all counted."""
+    """Check which pages are present after so many faults, and that all are counted."""
     wait_until(lambda: len(present(handler, region)) >= len(pages), "prefetching ends")
     assert present(handler, region) == pages
     assert sum(handler.stats().faults.values()) == touched
@@ -53,7 +53,7 @@ test_chunks = everywhere(chunks, "anon", "shmem", "hugetlb")
 
 
 def odd_chunk(driver: Driver) -> None:
-    """A chunk that is no multiple of anything still fills whole pages with the right bytes."""
+    """A chunk that is no multiple of the page size still fills whole pages correctly."""
     for prefetch in (1, 100, PAGE - 1, PAGE + 1, 3 * PAGE + 5):
         with serving(driver, "anon", prefetch=prefetch) as (handler, memory):
             region = memory.pages(16)
@@ -70,7 +70,7 @@ test_odd_chunk = with_both_drivers(odd_chunk)
 
 
 def readahead(driver: Driver) -> None:
-    """Faults in sequence double what is filled ahead, up to eight chunks; a jump starts anew."""
+    """Faults in sequence double what is filled ahead, up to eight chunks; a jump resets it."""
     with serving(driver, "anon", prefetch=4 * PAGE) as (handler, memory):
         region = memory.pages(200)
         data = content(region.length)
@@ -89,7 +89,7 @@ test_sequential_readahead = with_both_drivers(readahead)
 
 
 def whole_sequence(driver: Driver, name: str) -> None:
-    """Reading on and on takes few faults, every page once."""
+    """Reading in sequence causes few faults and fills each page once."""
     with serving(driver, name, prefetch=2 << 20) as (handler, memory):
         region = memory.make(16 << 20)
         pages = region.length // memory.page_size
@@ -100,7 +100,7 @@ def whole_sequence(driver: Driver, name: str) -> None:
         wait_until(lambda: handler.stats().filled_pages == pages, "every page is filled once")
         assert region.read() == data
         # One for each span, which doubles; a reader beside the native driver catches up with
-        # some, and then waits for 2 MiB more.
+        # some of them, and then waits for another 2 MiB.
         most = 5 if driver == "inline" else 5 + (region.length >> 21)
         assert sum(handler.stats().faults.values()) <= min(most, pages)
 
@@ -109,7 +109,7 @@ test_sequential_read = everywhere(whole_sequence, "anon", "shmem", "hugetlb")
 
 
 def neighbours(driver: Driver) -> None:
-    """A chunk never leaves its region, though another one begins where it ends."""
+    """A chunk never crosses the end of its region, even if another region begins there."""
     with serving(driver, "anon", prefetch=1 << 40) as (handler, memory):
         whole = memory.pages(12)
         parts = [
@@ -136,7 +136,7 @@ test_never_beyond_the_region = with_both_drivers(neighbours)
 
 
 def own_page_first(driver: Driver) -> None:
-    """The fault's own page does not depend on its chunk: lost pages there fail nobody."""
+    """The fault's own page does not depend on its chunk: lost pages in it cause no failure."""
     with (
         serving(driver, "anon", prefetch=8 * PAGE) as (handler, memory),
         tempfile.TemporaryFile() as file,
@@ -177,7 +177,7 @@ test_minor = everywhere(minor, "shmem", "hugetlb")
 
 
 def already_there(driver: Driver) -> None:
-    """Pages that were populated, written or removed before are left as they are."""
+    """Pages that were populated, written or removed before are not changed."""
     with serving(driver, "anon", prefetch=1 << 30) as (handler, memory):
         region = memory.pages(6)
         data = content(region.length)

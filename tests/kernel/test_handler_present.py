@@ -1,4 +1,4 @@
-"""Pages that are there before serve(): refused, kept or dropped."""
+"""Pages that are present before serve(): refused, kept or dropped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MCL_FUTURE = 2
 
 
 def refused(driver: Driver, name: str) -> None:
-    """ValueError before anything is done: how many, which first, and what to do."""
+    """ValueError before any change: it tells how many, the first one, and what to do."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(4)
         size = memory.page_size
@@ -57,7 +57,7 @@ test_refused = everywhere(refused)
 
 
 def kept(driver: Driver, name: str) -> None:
-    """What is there stays; what is not comes from the source."""
+    """Present pages stay; the others come from the source."""
     for mode in (MISSING, MISSING | WP):
         with serving(driver, name, TRACKING) as (handler, memory):
             region = memory.pages(3)
@@ -77,7 +77,7 @@ test_kept = everywhere(kept)
 
 
 def dropped(driver: Driver, name: str) -> None:
-    """Everything comes from the source."""
+    """All pages come from the source."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(3)
         data = content(region.length)
@@ -105,7 +105,7 @@ test_cannot_be_dropped = everywhere(comes_back, "shmem-private")
 
 
 def after_a_handler(driver: Driver, name: str) -> None:
-    """What an earlier handler left came from there: content, and poison."""
+    """Content and poison of an earlier handler are kept."""
     with serving(driver, name) as (first, memory):
         region = memory.pages(3)
         size, data = memory.page_size, content(region.length)
@@ -118,7 +118,7 @@ def after_a_handler(driver: Driver, name: str) -> None:
             second.start()
             assert states(second, region)[1] == CLEAN
             assert region.read(size, size) == data[size : 2 * size]
-            # Private poison is not seen without CAP_SYS_ADMIN: the inline driver fills that page.
+            # Without CAP_SYS_ADMIN private poison is invisible: the inline driver fills that page.
             if driver != "inline" or name != "anon" or not only_user_mode():
                 assert is_lost(region, 0, size)
         with handler_of(driver) as third:
@@ -131,7 +131,7 @@ test_served_again = everywhere(after_a_handler, "anon", "shmem")
 
 
 def locked() -> None:
-    """mlockall(MCL_FUTURE) fills what is mapped: refused, and dropped on request."""
+    """mlockall(MCL_FUTURE) fills new mappings: refused, and dropped on request."""
     assert ctypes.CDLL(None).mlockall(MCL_FUTURE) == 0
     with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region, Handler(uffd) as handler:
         data = content(region.length)
@@ -165,7 +165,7 @@ test_misused = with_both_drivers(misused)
 
 
 def many() -> None:
-    """Looking costs little: serving many small regions takes about as long as it did."""
+    """The check is cheap: serving many small regions needs about as long as without it."""
     with Userfaultfd() as uffd, Handler(uffd) as handler:
         regions = [Region.anonymous(PAGE) for _ in range(500)]
         began = time.thread_time()

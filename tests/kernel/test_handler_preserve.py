@@ -1,4 +1,4 @@
-"""Handler(preserve=...): a snapshot of one instant, of memory that is being written."""
+"""Handler(preserve=...): a snapshot of one instant, while threads write to the memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STRIDE = 61  # bytes between two writes of a round: each page is written many ti
 
 
 def snapshot(driver: Driver, name: str) -> None:
-    """Threads write all over it from the instant on; the copy holds every byte from before."""
+    """Threads write everywhere after the instant; the copy has every byte from before."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(4 if memory.is_hugetlb else 64)
         before = content(region.length)
@@ -43,7 +43,7 @@ def snapshot(driver: Driver, name: str) -> None:
                 for at in range(0, 4096, STRIDE):
                     region.write(page * memory.page_size + at, b"\xaa\x55")
                 if page == first:
-                    rounds.wait()  # every writer has written when saving begins
+                    rounds.wait()  # saving begins after every writer has written
             region.fill(0x11, first * memory.page_size, memory.page_size)
 
         def save() -> None:
@@ -100,7 +100,7 @@ test_writers_wait_for_start = everywhere(
 
 
 def holes(driver: Driver, name: str) -> None:
-    """Pages that were never there are zeros in the copy."""
+    """Pages that were never present are zeros in the copy."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(4)
         region.write(0, b"page 0")
@@ -119,7 +119,7 @@ test_holes = everywhere(holes)
 
 
 def parts(driver: Driver, name: str) -> None:
-    """preserve() takes parts; stop() saves what is left; the copy can be taken anew."""
+    """preserve() accepts parts; stop() saves the rest; the copy can be made again."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(4)
         size, data = memory.page_size, content(region.length)
@@ -132,7 +132,7 @@ def parts(driver: Driver, name: str) -> None:
         assert kept == bytes(size) + data[size : 3 * size] + bytes(size)
         saved, clean = PageState.SAVED, PageState.CLEAN
         assert states(handler, region) == [clean, saved, saved, clean]
-        region.write(size, b"free")  # not saved again: it is of a later instant
+        region.write(size, b"free")  # not saved again: it belongs to a later instant
         assert states(handler, region) == [clean, PageState.DIRTY, saved, clean]
         assert kept[size : size + 5] == data[size : size + 5]
         then = [PageState(state) for state in handler.writeprotect(region)]
@@ -143,14 +143,14 @@ def parts(driver: Driver, name: str) -> None:
         handler.stop()
         expected = data[:size] + b"free" + data[size + 4 :]
         assert kept == expected
-        kept.append(0)  # nobody holds it any more
+        kept.append(0)  # it has no other references
 
 
 test_parts_and_stop = everywhere(parts, "anon", "shmem", "hugetlb")
 
 
 def unprotected(driver: Driver, name: str) -> None:
-    """preserve(unprotect=True) lets later writes pass, and says that it does not know of them."""
+    """preserve(unprotect=True) lets later writes pass, and the states say DIRTY."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(3)
         region.fill(1)
@@ -170,7 +170,7 @@ test_unprotect = everywhere(unprotected)
 
 
 def never_protected(driver: Driver, name: str) -> None:
-    """Before writeprotect() there is no instant of which the pages could be."""
+    """Before writeprotect() the pages are not of one instant."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(2)
         region.fill(1)
@@ -192,7 +192,7 @@ test_never_protected = everywhere(never_protected, "anon", "shmem", "hugetlb")
 
 
 def taken_off(driver: Driver) -> None:
-    """Protection that others took off before the page was saved is told: stop() raises."""
+    """If other code lifts the protection before the page is saved, stop() raises."""
     with serving(driver, "anon", MARKERS) as (handler, memory):
         region = memory.pages(2)
         region.fill(1)

@@ -1,4 +1,4 @@
-"""Handler.serve(): what it refuses, with the values in hex, and that nothing is left behind."""
+"""Handler.serve(): what it refuses, with the values in hex, leaving nothing behind."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def region() -> Iterator[Region]:
 
 
 def mappings() -> list[str]:
-    """List the mappings of files, which the heap's growing does not change."""
+    """Return the mappings of files, which the growth of the heap does not change."""
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
 
 
 def is_registered(region: Region) -> bool:
-    """Whether any userfaultfd has the range: another one may not register it then."""
+    """Whether any userfaultfd has the range, by trying to register it with another one."""
     with Userfaultfd() as other:
         try:
             other.register(region)
@@ -63,7 +63,7 @@ def is_registered(region: Region) -> bool:
 
 
 def own_threads() -> list[str]:
-    """Name the threads, but the one that watches: it comes and goes by itself."""
+    """Return the names of the threads without the watching one, which comes and goes."""
     return [name for name in thread_names() if name != "uffd-watch"]
 
 
@@ -168,7 +168,7 @@ def test_source_inside_served_range(handler: Handler, region: Region) -> None:
             )
 
     check()
-    gc.collect()  # the tracebacks hold the source, and it holds the region
+    gc.collect()  # the tracebacks refer to the source, which refers to the region
 
 
 def test_source_that_needs_python(handler: Handler, region: Region) -> None:
@@ -221,7 +221,7 @@ def test_preserve(handler: Handler, region: Region) -> None:
     refused(handler, ValueError, serve(readonly), region=region)
     refused(handler, ValueError, serve(enough, MISSING), region=region)
     refused(handler, ValueError, serve(enough, MISSING | WP), region=region)
-    enough.append(0)  # nobody holds it
+    enough.append(0)  # it has no references
     handler.serve(region, None, mode=WP)
     refused(handler, ValueError, lambda: handler.preserve(region), region.start)
 
@@ -368,7 +368,7 @@ def test_driver_needs_its_feature(driver: Driver) -> None:
 
 
 def test_user_mode_only(region: Region) -> None:
-    """It works, apart from accesses of the kernel."""
+    """It works, except for accesses by the kernel."""
     with Userfaultfd(user_mode_only=True) as uffd, Handler(uffd) as handler:
         handler.serve(region, BufferSource(b"u" * region.length))
         handler.start()

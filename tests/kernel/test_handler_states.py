@@ -1,4 +1,4 @@
-"""What page_states() and writeprotect() say of a page, and that it is true."""
+"""The states that page_states() and writeprotect() return are true."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pages_written(told: bytes) -> list[int]:
 
 
 def rounds(driver: Driver, name: str, events: bool) -> None:
-    """Rounds beside writers lose nothing: the copy of what was told is the memory in the end."""
+    """Rounds beside writers lose no write: a copy of the reported pages equals the memory."""
     features = LAYOUT if events else Feature(0)
     pages = 4 if name.startswith("hugetlb") else 64
     with tracking(driver, name, pages, features) as (handler, region):
@@ -109,7 +109,7 @@ def test_rounds_beside_writers(driver: Driver, events: bool, name: str) -> None:
 
 
 def never_protected(driver: Driver, name: str) -> None:
-    """Served for WP and never protected: nobody knows what is written."""
+    """Served for WP and never protected: unknown writes, so every page is DIRTY."""
     with tracking(driver, name, 2) as (handler, region):
         region.fill(1)
         handler.serve(region, None, mode=WP)
@@ -120,7 +120,7 @@ def never_protected(driver: Driver, name: str) -> None:
         assert states(handler, region) == [CLEAN] * 2
         region.write(0, b"changed")
         assert states(handler, region) == [DIRTY, CLEAN]
-        # Taken off beside the handler.
+        # Lifted beside the handler.
         lowlevel.writeprotect(handler.uffd.fileno(), region.start, region.length, 0)
         assert states(handler, region) == [DIRTY] * 2
         assert list(handler.writeprotect(region)) == [DIRTY] * 2
@@ -128,7 +128,7 @@ def never_protected(driver: Driver, name: str) -> None:
 
 
 def parts(driver: Driver, name: str) -> None:
-    """A part of a region is protected, and told of."""
+    """Only a part of a region is protected and reported."""
     with tracking(driver, name, 4) as (handler, region):
         size = region.page_size
         region.fill(1)
@@ -144,7 +144,7 @@ def parts(driver: Driver, name: str) -> None:
 
 
 def arrive_protected(driver: Driver, name: str) -> None:
-    """MISSING | WP: what arrives is clean until it is written; what is absent stays so."""
+    """MISSING | WP: pages arrive clean and become dirty when written; absent ones stay so."""
     with tracking(driver, name, 4) as (handler, region):
         size = region.page_size
         handler.serve(region, ZeroSource(), mode=MISSING | WP)
@@ -159,7 +159,7 @@ def arrive_protected(driver: Driver, name: str) -> None:
 
 
 def filled_beside(driver: Driver, name: str) -> None:
-    """Pages that others fill are there, protected or not."""
+    """Pages that other code fills are present, protected or not."""
     with tracking(driver, name, 5) as (handler, region):
         size = region.page_size
         handler.serve(region, ZeroSource(), mode=MISSING | WP)
@@ -197,7 +197,7 @@ def test_states_are_true(driver: Driver, name: str) -> None:
 
 
 def freed_and_written(driver: Driver, mode: int, armed: bool) -> None:
-    """MADV_FREE sends REMOVE; a page written again is kept, and holds data."""
+    """MADV_FREE sends REMOVE; a page that is written again is kept, with its data."""
     with tracking(driver, "anon", 8, Feature.EVENT_REMOVE) as (handler, region):
         size = region.page_size
         if mode == WP:
@@ -230,8 +230,8 @@ def test_freed_and_written_again(mode: RegisterMode, armed: bool) -> None:
 def not_loaded(name: str, events: bool) -> None:
     """MADV_DONTNEED of a shared page that was never loaded.
 
-    Linux keeps what shared memory holds; a page that is not loaded has nothing to keep. With
-    EVENT_REMOVE the handler is told of a dropped range, as for MADV_REMOVE, and says zeros.
+    Linux keeps the content of shared memory; a page that is not loaded has none. With
+    EVENT_REMOVE the handler gets the same event as for MADV_REMOVE, and makes the page zeros.
     """
     with tracking("native", name, 3, Feature.EVENT_REMOVE if events else Feature(0)) as at:
         handler, region = at

@@ -33,9 +33,9 @@ from tests.kernel._serving import (
     with_both_drivers,
 )
 
-# What each CPU's ring holds.
+# The size of each CPU's ring.
 RING = 64
-# How long a reader waits for a fault that is being counted, at most.
+# The longest time that a reader waits for a fault that is being counted.
 AWAIT_S = 0.1
 
 
@@ -57,7 +57,7 @@ def exact_counts(driver: Driver, name: str) -> None:
     assert {kind: latency.count for kind, latency in stats.latency.items()} == stats.faults
     assert stats.messages == (5 if driver == "native" else 0)
     assert (stats.filled_pages, stats.prefetched_pages, stats.already_present) == (4, 0, 0)
-    assert stats.poisoned_pages == 1  # page 4, which nobody asked for, by stop()
+    assert stats.poisoned_pages == 1  # page 4, by stop(): no thread touched it
     nothing = ("preserved_pages", "deferred", "retried", "failed", "layout_changed", "unserved")
     assert {getattr(stats, name) for name in (*nothing, "layout_events")} == {0}
 
@@ -66,7 +66,7 @@ test_exact_counts = everywhere(exact_counts, "anon", "shmem", "hugetlb")
 
 
 def woken() -> None:
-    """The thread that faulted runs before its fault is counted; who asks waits for that."""
+    """The faulting thread continues before its fault is counted; readers wait for the count."""
     with serving("native", "anon") as (handler, memory):
         region = memory.pages(2)
         handler.serve(region, ZeroSource())
@@ -146,7 +146,7 @@ test_recent_faults = everywhere(recent, "anon", "shmem", "hugetlb")
 
 
 def ring(driver: Driver) -> None:
-    """The latest are kept, at least 64 of them, and never one twice."""
+    """The latest are kept, at least 64 of them, each once."""
     with serving(driver, "anon") as (handler, memory):
         region = memory.pages(1000)
         handler.serve(region, ZeroSource())
@@ -164,7 +164,7 @@ test_ring_of_recent_faults = with_both_drivers(ring)
 
 
 def while_running(driver: Driver) -> None:
-    """Readers in other threads neither stop the faults nor see torn entries."""
+    """Readers in other threads neither delay the faults nor see torn entries."""
     with serving(driver, "anon") as (handler, memory):
         region = memory.pages(4096)
         handler.serve(region, ZeroSource())

@@ -1,4 +1,4 @@
-"""Faults in ranges that are registered and not served: waited for, for a while, then refused."""
+"""Faults in ranges that are registered and not served: they wait for a while, then fail."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def source(driver: Driver, data: bytes) -> BufferSource | Bytes:
 
 
 def served_late(driver: Driver, memory: str) -> None:
-    """A thread that is there before serve() gets the content, not SIGBUS."""
+    """A thread that faults before serve() gets the content, not SIGBUS."""
     with (
         contextlib.closing(memory_of(memory)) as make,
         Userfaultfd() as uffd,
@@ -111,7 +111,7 @@ def test_refused_in_time(driver: Driver) -> None:
 
 
 def worker_dies() -> None:
-    """What a killed worker had read is asked for again, also where nobody serves yet."""
+    """Faults that a killed worker had read are sent again, also in ranges not served yet."""
     with (
         Userfaultfd() as uffd,
         Region.anonymous(2 * PAGE) as served,
@@ -138,7 +138,7 @@ def test_the_worker_dies() -> None:
 
 
 def in_python() -> None:
-    """The same for "auto", which has become the process driver meanwhile."""
+    """The same with "auto", which becomes the process driver meanwhile."""
     with (
         Userfaultfd() as uffd,
         Region.anonymous(2 * PAGE) as region,

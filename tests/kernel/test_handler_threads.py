@@ -24,7 +24,7 @@ THREADS = 8
 
 
 def one_page(driver: Driver, name: str) -> None:
-    """Threads that fault on one page at once: it is filled once, and all see it whole."""
+    """Threads fault on one page at once: it is filled once, and all see all of it."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(2)
         data = content(region.length)
@@ -43,7 +43,7 @@ test_threads_on_one_page = everywhere(one_page, "anon", "shmem", "hugetlb")
 
 
 def waiting_together(name: str) -> None:
-    """Their messages wait in the queue when the handler starts: one page, one fill."""
+    """Their messages are queued when the handler starts: one page, one fill."""
     with serving("native", name) as (handler, memory):
         region = memory.pages(2)
         data = content(region.length)
@@ -61,7 +61,7 @@ def waiting_together(name: str) -> None:
         assert read == [data[9:18]] * THREADS
         stats = handler.stats()
         assert stats.faults == {"missing": 1, "wp": 0, "minor": 0}
-        # start() wakes whoever waits: a thread that comes back later finds the page.
+        # start() wakes all waiting threads: one that faults again later finds the page.
         assert stats.filled_pages == 1
         assert stats.already_present < THREADS
 
@@ -172,7 +172,7 @@ def thousands(driver: Driver) -> None:
 test_thousands_of_regions = with_both_drivers(thousands)
 
 
-# The point of the library: each of these holds the GIL while it faults.
+# The purpose of the library: each of these holds the GIL while it faults.
 
 
 def holding_the_gil(driver: Driver, name: str) -> None:

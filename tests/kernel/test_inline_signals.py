@@ -1,4 +1,4 @@
-"""The inline driver's SIGBUS handler beside other ones, other signals and many threads."""
+"""The SIGBUS handler of the inline driver beside others, other signals and many threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BUS_ERROR = "Fatal Python error: Bus error"
 
 @pytest.fixture(scope="session")
 def sigbus_library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A C library with a SIGBUS handler of its own."""
+    """A C library with its own SIGBUS handler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler; neither cc nor gcc is there")
@@ -123,7 +123,7 @@ def faulthandler_disabled(when: str) -> None:
 
 @pytest.mark.parametrize("when", ["running", "stopped"])
 def test_faulthandler_disabled_again(when: str) -> None:
-    """A SIGBUS nobody can resolve still kills when the handler in between has gone."""
+    """A SIGBUS that cannot be resolved still kills after the handler in between is gone."""
     died = run_child(faulthandler_disabled, when, expect=-SIGBUS, budget_s=5)
     assert died.stdout == "touching\n"
     assert BUS_ERROR not in died.stderr
@@ -145,7 +145,7 @@ def unowned(default: int) -> None:
 
 @pytest.mark.parametrize("default", [signal.SIG_DFL, signal.SIG_IGN])
 def test_unowned_sigbus_is_fatal(default: signal.Handlers) -> None:
-    """Of a fault the kernel kills even where SIGBUS is ignored."""
+    """The kernel kills for a fault's SIGBUS even if SIGBUS is ignored."""
     died = run_child(unowned, int(default), expect=-SIGBUS)
     assert died.stdout == "touching\n"
 
@@ -215,7 +215,7 @@ def own_handler(path: str, flags: int) -> None:
     with started() as (handler, region, data), truncated_file() as other:
         assert not library.is_installed(flags)
         assert region.read(0, PAGE) == data[:PAGE]
-        assert library.count() == 0  # ours are not its business
+        assert library.count() == 0  # it does not see ours
         assert library.guarded_read(other.start + 5) == -1
         assert (library.count(), library.address()) == (1, other.start + 5)
         assert library.guarded_read(region.start + PAGE) == data[PAGE]
@@ -237,7 +237,7 @@ def test_own_handler(sigbus_library: str, flags: int) -> None:
 
 
 def own_handler_in_threads(path: str) -> None:
-    """Jumping out of the handler leaves nothing locked: regions come and go meanwhile."""
+    """Jumping out of the handler leaves no lock held: regions can still come and go."""
     library = load(path)
     library.install(0)
     with started() as (handler, region, data), truncated_file() as other:
@@ -317,7 +317,7 @@ def test_errno_and_signal_mask_survive(sigbus_library: str) -> None:
     run_child(thread_state, sigbus_library)
 
 
-# The action before it comes back
+# The previous action is restored
 
 
 def restored() -> None:
@@ -352,7 +352,7 @@ def test_previous_action_comes_back() -> None:
 
 
 def threads_and_timer(name: str) -> None:
-    """A timer fires each millisecond into a Python handler while threads fault."""
+    """A timer calls a Python handler every millisecond while threads fault."""
     fired: list[int] = []
     signal.signal(signal.SIGALRM, lambda *_: fired.append(1))
     with serving("inline", name) as (handler, memory):
@@ -384,7 +384,7 @@ def test_interval_timer(name: str) -> None:
 
 
 def same_pages(threads: int) -> None:
-    """All threads go over the same pages in the same order, so that they meet."""
+    """All threads touch the same pages in the same order, so that they collide."""
     with serving("inline", "anon", prefetch=4 * PAGE) as (handler, memory):
         region = memory.pages(1024)
         data = content(region.length)
@@ -448,5 +448,5 @@ def blocks_sigbus(how: str, memory: str) -> None:
 @pytest.mark.parametrize("memory", memory_params())
 @pytest.mark.parametrize(("how", "ends"), [("plain", -SIGBUS), ("method", 0), ("populated", 0)])
 def test_a_thread_that_blocks_sigbus(how: str, ends: int, memory: str) -> None:
-    """Linux kills for a fault's signal that is blocked; Region's methods unblock it meanwhile."""
+    """Linux kills a thread that blocks its fault's signal; methods of Region unblock it."""
     run_child(blocks_sigbus, how, memory, expect=ends)

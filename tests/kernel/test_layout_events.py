@@ -1,6 +1,6 @@
-"""Layout events in order: pages dropped, mappings gone, moved and used again, with both drivers.
+"""Layout events in order: pages dropped, mappings removed, moved and reused, with both drivers.
 
-What a check would see without the engine's rules is in its docstring.
+The docstring of a check tells what it would see without the engine's rules.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ REMOVE = Feature.EVENT_REMOVE
 
 
 def plug(address: int, length: int) -> None:
-    """Keep a hole of a region free of others' memory, which the region's close() would unmap.
+    """Fill a hole of a region, so that no other memory gets there: the region's close() unmaps it.
 
-    Page by page: something may have been moved into a part of it.
+    It works page by page, as other memory may have been moved into a part of the hole.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
     for at in range(address, address + length, mmap.PAGESIZE):
@@ -78,13 +78,13 @@ def map_at(address: int, length: int, page_size: int, flags: int = MAP_FIXED) ->
     return Region.at(address, length, page_size)
 
 
-# Where the sanitizers allow memory, above every program's own: the kernel maps downwards from far
-# above, so a hole in a room is nobody's choice.
+# The sanitizers allow memory here, above every program's own. The kernel maps downwards from far
+# above, so no mapping is placed in a hole here by chance.
 ROOMS = itertools.count(0x5660_0000_0000, 1 << 30)
 
 
 def room(length: int) -> int:
-    """Return an address where this much memory can be moved to, and again when it has moved on."""
+    """Return an address to which so much memory can be moved, more than once."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
     start = _memory.mmap(length, PROT_NONE, flags, address=next(ROOMS))
     AFTER_CHECK.callback(_memory.munmap, start, length)  # huge pages are few
@@ -120,7 +120,7 @@ def removed(at: Setting) -> None:
 
 @pitfall(11, "removed-while-absent", drivers=ALL, memory=EVERY, features=REMOVE)
 def removed_while_absent(at: Setting) -> None:
-    """A page that is dropped before anybody read it is zeros too, for faults and populate."""
+    """A page that is dropped before any access is zeros too, for faults and populate."""
     with at.served(4, REMOVE) as (handler, region, data):
         region.punch_hole(data.size, 2 * data.size)
         assert [PageState(state).name for state in handler.page_states(region)] == [
@@ -154,7 +154,7 @@ def removed_at(at: Setting, where: Point) -> None:
         reader = reading(region, 1)
         point.wait()
         region.punch_hole(data.size, data.size)
-        # The thread that waits for the worker is let go at once: zeros need no worker.
+        # The thread that waits for the worker continues at once: zeros need no worker.
         assert reader.result() == data.zeros
         point.release()
         wait_until(lambda: handler.stats().requests == 1, "one request")
@@ -169,15 +169,15 @@ def removed_while_requested(at: Setting) -> None:
 
 @pitfall(11, "removed-before-the-answer", drivers=("thread",), memory=EVERY, features=REMOVE)
 def removed_before_the_answer(at: Setting) -> None:
-    """As before, at the last moment: the source has answered, the page is not in place."""
+    """As before, at the last moment: the source has answered, and the page is not filled yet."""
     removed_at(at, Point.COMPLETE)
 
 
 @pitfall(11, "removed-and-being-zeroed", drivers=("thread",), memory=EVERY, features=REMOVE)
 def removed_and_being_zeroed(at: Setting) -> None:
-    """The answer comes while another thread is putting zeros where the page was dropped.
+    """The answer comes while another thread fills the dropped page with zeros.
 
-    Taken for the page it was asked for, it would get the old content.
+    If the page seemed to be still requested, it would get the old content.
     """
     with at.serving(REMOVE) as (handler, memory):
         region = memory.pages(3)
@@ -205,7 +205,7 @@ def removed_and_being_zeroed(at: Setting) -> None:
 
 @pitfall(11, "fault-and-remove-in-one-batch", drivers=BOTH, memory=EVERY, features=REMOVE)
 def one_batch(at: Setting) -> None:
-    """read() gives the fault before the older REMOVE: in queue order it would be stale."""
+    """read() returns the fault before the older REMOVE; handled in that order it would be stale."""
     with at.serving(REMOVE) as (handler, memory):
         region = memory.pages(3)
         data = Pages(3, memory.page_size)
@@ -217,7 +217,7 @@ def one_batch(at: Setting) -> None:
         with holding(Point.STEP_READ) as point:
             handler.start()
             point.wait()
-            dropper.result()  # it goes on: from here on the kernel takes copies again
+            dropper.result()  # it continues: from now on the kernel allows copies again
         assert reader.result() == data.zeros
         assert region.read() == data.of(0, None, 2)
 
@@ -238,7 +238,7 @@ def populate_claimed(at: Setting) -> None:
 
 @pitfall(11, "populate-between-read-and-applied", drivers=BOTH, memory=EVERY, features=REMOVE)
 def populate_after_read(at: Setting) -> None:
-    """REMOVE is read, so the kernel takes copies again, but the engine has not acted on it yet.
+    """REMOVE was read, so the kernel allows copies again, but the engine has not applied it yet.
 
     Without the gate populate() puts the dropped page's old content in here.
     """
@@ -257,7 +257,7 @@ def populate_after_read(at: Setting) -> None:
 def put_off(at: Setting) -> None:
     """Faults that come while the layout changes get EAGAIN, and the kernel sends them once.
 
-    Without the queue of deferred faults their threads would wait for ever.
+    Without the queue of deferred faults their threads would wait forever.
     """
     with at.served(6, REMOVE) as (handler, region, data):
         with holding(Point.STEP_APPLIED) as point:
@@ -276,10 +276,9 @@ def put_off(at: Setting) -> None:
 
 @pitfall(2, "refusal-is-put-off", drivers=BOTH, memory=SMALL, features=REMOVE | Feature.POISON)
 def refusal_put_off(at: Setting) -> None:
-    """A fault that finds no served range while the layout changes is looked at again.
+    """A fault that finds no served range while the layout changes is retried.
 
-    A range moved there may be on its way into the table. EAGAIN taken for an answer, its thread
-    would wait for ever.
+    A range may be moving there. If EAGAIN were final, the thread would wait forever.
     """
     require(needs_kernel_faults())
     with at.served(2, REMOVE) as (handler, region, data):
@@ -305,7 +304,7 @@ def refusal_put_off(at: Setting) -> None:
 
 @pitfall(11, "partial-unmap-splits", drivers=ALL, memory=EVERY, features=LAYOUT)
 def partial_unmap(at: Setting) -> None:
-    """What is left on both sides is served, each page with its own content."""
+    """The rest on both sides is served, each page with its own content."""
     with at.served(6, LAYOUT) as (handler, region, data):
         unmap(region, 2, 2)
         assert page(region, 5) == data[5]
@@ -321,7 +320,7 @@ def partial_unmap(at: Setting) -> None:
 
 @pitfall(11, "address-used-again", drivers=ALL, memory=EVERY, features=LAYOUT)
 def used_again(at: Setting) -> None:
-    """Another mapping at an unmapped address is served what it was given, not what was there."""
+    """Another mapping at an unmapped address gets its own content, not that of the old one."""
     with at.served(6, LAYOUT) as (handler, region, data):
         assert page(region, 2) == data[2]
         unmap(region, 2, 2)
@@ -331,7 +330,7 @@ def used_again(at: Setting) -> None:
         assert new.read() == fresh.all
         assert region.read(0, 2 * data.size) == data.of(0, 1)
         assert region.read(4 * data.size) == data.of(4, 5)
-        # Mapped over: the kernel unmaps first, and tells.
+        # Mapped over: the kernel unmaps first, and sends the event.
         over = map_at(new.start, data.size, data.size)
         assert over.read() == data.zeros
         assert page(new, 1) == fresh[1]
@@ -340,10 +339,10 @@ def used_again(at: Setting) -> None:
 
 @pitfall(11, "answer-for-an-address-used-again", drivers=("thread",), memory=EVERY, features=LAYOUT)
 def stale_answer(at: Setting) -> None:
-    """A slow source's answer comes when the address belongs to another mapping.
+    """The answer of a slow source comes when its address belongs to another mapping.
 
-    Found by address instead of by serving, it would land in the new mapping, where somebody waits
-    for the same page.
+    If the range were found by address, the answer would land in the new mapping, where a thread
+    waits for the same page.
     """
     with at.served(2, LAYOUT) as (handler, region, data):
         fresh = Pages(2, data.size, seed=2)
@@ -356,7 +355,7 @@ def stale_answer(at: Setting) -> None:
             handler.serve(new, gate)
             reader = reading(new, 0)
             gate.wait_for_reads(1)
-        # By the worker that had the stale answer: the other one is at the gate.
+        # By the worker with the stale answer: the other one is at the gate.
         assert page(new, 1) == fresh[1]
         assert states(handler, new) == [PageState.IN_FLIGHT, PageState.CLEAN]
         gate.open()
@@ -431,7 +430,7 @@ def moved(at: Setting) -> None:
 
 @pitfall(11, "moved-in-part", drivers=ALL, memory=EVERY, features=LAYOUT)
 def moved_in_part(at: Setting) -> None:
-    """Content and state of a moved piece go by its offset in what was served."""
+    """Content and states of a moved piece depend on its offset in the served range."""
     with at.served(6, LAYOUT) as (handler, region, data):
         assert page(region, 2) == data[2]
         region.punch_hole(data.size, data.size)
@@ -446,7 +445,7 @@ def moved_in_part(at: Setting) -> None:
 
 @pitfall(11, "moved-over-a-served-range", drivers=ALL, memory=SMALL, features=LAYOUT)
 def moved_over(at: Setting) -> None:
-    """What lay at the destination is gone, the rest of its range is not."""
+    """The pages at the destination are gone; the rest of their range is not."""
     with at.serving(LAYOUT) as (handler, memory):
         region, other = memory.pages(2), memory.pages(4)
         data, theirs = Pages(2, memory.page_size), Pages(4, memory.page_size, seed=2)
@@ -476,7 +475,7 @@ def moved_while_requested(at: Setting) -> None:
 
 @pitfall(4, "unserved-where-it-was-moved-to", drivers=ALL, memory=EVERY, features=LAYOUT)
 def unserve_moved(at: Setting) -> None:
-    """Sealing goes to the pieces where they are; by their old place they would become zeros."""
+    """Sealing finds the pieces at their new place; at the old one it would leave zeros."""
     with at.served(4, LAYOUT) as (handler, region, data):
         assert page(region, 1) == data[1]
         first = move(region, 0, 2, room(2 * data.size))
@@ -502,7 +501,7 @@ def removed_then_moved(at: Setting) -> None:
 def event_after_unregister(at: Setting) -> None:
     """A madvise that began before the range was unregistered still waits for a reader.
 
-    The handler that stops reads it; else that thread waits until the userfaultfd is closed.
+    The stopping handler reads it; otherwise the thread waits until the userfaultfd is closed.
     """
     with at.serving(LAYOUT) as (handler, memory):
         region = memory.pages(2)
@@ -521,7 +520,7 @@ def event_after_unregister(at: Setting) -> None:
 
 @pitfall(11, "no-lock-that-the-reader-needs", memory=SMALL, features=REMOVE)
 def reader_goes_on(at: Setting) -> None:
-    """A thread that waits for its event must not hold up those whose faults came before."""
+    """A thread that waits for its event must not delay threads whose faults came before."""
     with at.served(4, REMOVE) as (handler, region, data):
         with holding(Point.FILL_CLAIMED) as point:
             populater = Task(handler.populate, region, 0, data.size)

@@ -1,8 +1,8 @@
-"""Layout events whose order or delay nobody would choose.
+"""Layout events that come late or in an unlikely order.
 
-munmap(2) of pages that two userfaultfds watch says so to one after the other, each waiting for a
-reader, and until the end both say EAGAIN: with the first one in its hand, a test keeps the second
-one's layout changing, without an event to read, for as long as it likes.
+munmap(2) of pages of two userfaultfds sends its event to one after the other and waits for each
+reader, and until the end both say EAGAIN. So by not reading the first event, a test keeps the
+layout of the second one changing, without an event to read, for as long as it likes.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from tests.process._pitfalls import (
 )
 
 REMOVE = Feature.EVENT_REMOVE
-YIELDS = 64  # as often the leader only yields before it waits for work (csrc/engine/native.c)
+YIELDS = 64  # the leader yields this often before it waits for work (csrc/engine/loop.c)
 
 
 class Unmapping:
-    """An munmap(2) that is done and has not returned."""
+    """An munmap(2) that has unmapped the memory and has not returned."""
 
     def __init__(self, first: Userfaultfd, task: Task[None]) -> None:
         self._first = first
         self._task = task
 
     def end(self) -> None:
-        """Let it say so to the second userfaultfd, and return."""
+        """Let it send its event to the second userfaultfd, and return."""
         assert [type(event) for event in self._first.read_events()] == [Unmap]
         self._task.result()
 
 
 @contextmanager
 def unmapping(handler: Handler, whole: Region, pages: int) -> Iterator[Unmapping]:
-    """Unmap the first pages of a region, of which the handler serves all but the first."""
+    """Unmap the first pages of a region, all of which the handler serves but the first."""
     with Userfaultfd(features=LAYOUT) as first:
         first.register(whole.start, whole.page_size)
         length = pages * whole.page_size
@@ -64,7 +64,7 @@ def unmapping(handler: Handler, whole: Region, pages: int) -> Iterator[Unmapping
 
 @pitfall(2, "put-off-without-a-message", memory=SMALL, features=LAYOUT)
 def no_message(at: Setting) -> None:
-    """The layout stays in change and no message comes: only a timer tries a fault again."""
+    """The layout keeps changing and no message comes: only a timer retries a fault."""
     with at.serving(LAYOUT) as (handler, memory):
         whole = memory.pages(4)
         size = whole.page_size
@@ -84,7 +84,7 @@ def no_message(at: Setting) -> None:
 
 @pitfall(2, "put-off-too-long", drivers=BOTH, memory=SMALL, features=LAYOUT)
 def too_long(at: Setting) -> None:
-    """After a time it is an error. POISON says EAGAIN too, so the thread must not be forgotten."""
+    """After a while it is an error. POISON fails with EAGAIN too, so the thread must be woken."""
     _handler.RETRY_LIMIT_S = 0.05
     with at.serving(LAYOUT) as (handler, memory):
         whole = memory.pages(4)
@@ -131,7 +131,7 @@ def moved_after(at: Setting) -> None:
         for region, content in ((first, data), (second, more), (spare, data)):
             handler.serve(region, at.source(content.all))
         handler.start()
-        # To a place that nobody else is given once it is left: what the second move lands on.
+        # To a place that no other mapping gets when it is free again: the second move ends there.
         first = move(first, 0, 2, room(first.length))
         to = room(first.length)
         with holding(Point.STEP_APPLIED) as point:
@@ -149,7 +149,7 @@ def moved_after(at: Setting) -> None:
 
 @pitfall(11, "answered-before-the-zeros", drivers=("thread",), memory=SMALL, features=REMOVE)
 def answered_first(at: Setting) -> None:
-    """A dropped page's old content comes when the REMOVE is known and the zeros are not there."""
+    """Old content of a dropped page comes after the REMOVE was applied, before the zeros."""
     with at.served(3, REMOVE) as (handler, region, data):
         with holding(Point.COMPLETE) as answer, holding(Point.STEP_APPLIED) as leader:
             populater = Task(handler.populate, region, data.size, data.size)

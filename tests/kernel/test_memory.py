@@ -1,4 +1,4 @@
-"""Memory by address: what a call leaves as it was, beside what it is for."""
+"""Memory by address: what a call leaves unchanged, besides its purpose."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROT_NONE, PROT_RW = 0, mmap.PROT_READ | mmap.PROT_WRITE
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 2), (3, 1), (0, PAGES)])
 def test_moved_private_huge_pages_are_given_back(first: int, count: int) -> None:
     length = count * HUGE_PAGE
-    # A mount of its own: the counters of the machine's pool are everybody's.
+    # A mount of its own, since all processes share the counters of the machine's pool.
     with mounted("hugetlbfs", pagesize="2M", size=str(PAGES * HUGE_PAGE)) as folder:
 
         def unreserved() -> int:
@@ -41,7 +41,7 @@ def test_moved_private_huge_pages_are_given_back(first: int, count: int) -> None
         _memory.move(part, length, to, HUGE_PAGE)
         assert unreserved() == 0
         assert _memory.read(to, 5) == b"moved"
-        # Not as one: what was moved has left a hole, which may be somebody's by now.
+        # Not as one: the move has left a hole, which another mapping may fill by now.
         for rest, end in (start, part), (part + length, start + PAGES * HUGE_PAGE):
             if rest < end:
                 _memory.munmap(rest, end - rest)

@@ -1,4 +1,4 @@
-"""The memory fixture gives what its name says, as the kernel sees it."""
+"""The memory fixture makes the type that its name says, as the kernel sees it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests._memory import memory_params
 from tests.stress._programs import DRIVERS, FEATURES, attempt, make
 
 SEED = 20_000
-# A helper process takes a while to start, and some programs start several.
+# A helper process needs a while to start, and some programs start several.
 PROGRAMS = {"process": 2}
 
 

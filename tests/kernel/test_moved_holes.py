@@ -1,4 +1,4 @@
-"""Missing pages that Linux would leave unprotected, where their mapping has been moved."""
+"""Missing pages that Linux would leave unprotected, after their mapping was moved."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PROT_NONE = 0  # not in the mmap module
 
 
 def move(start: int, length: int) -> int:
-    """Move memory to where nothing else was."""
+    """Move memory to an unused place."""
     place = _memory.mmap(length, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return _memory.mremap(start, length, length, MAYMOVE | FIXED, place)
 
 
 def moved(driver: Driver) -> None:
-    """Nobody touches what lies at the old place: nothing, or somebody else's memory."""
+    """The engine does not touch the old place, whether it is unmapped or other memory."""
     with (
         Userfaultfd(features=LAYOUT) as uffd,
         Region.anonymous(4 * PAGE) as region,
@@ -70,7 +70,7 @@ def test_only_what_is_asked_for() -> None:
 
 
 def unreadable() -> None:
-    """Memory that cannot be read cannot be mapped so: an error, and no SIGSEGV."""
+    """Unreadable memory cannot be mapped by reading it: an error, and no SIGSEGV."""
     with (
         Userfaultfd(features=WP) as uffd,
         Region.anonymous(4 * PAGE) as region,

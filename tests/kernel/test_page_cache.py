@@ -1,4 +1,4 @@
-"""What the page cache holds already: which content a page gets, by whatever way it is filled."""
+"""The content of a page that the page cache has already, for each way of filling it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def fd_of(region: Region) -> int:
 
 def check(driver: Driver, name: str) -> None:
     private = not MEMORY_TYPES[name].shared
-    # The source's content goes into the file, which has to be shared for that.
+    # The source's content is written to the file, which must be shared for that.
     for mode in [mode for mode in MODES if mode & MISSING or not private]:
         for way in get_args(Way):
             one_way(driver, name, mode, way)
@@ -82,7 +82,7 @@ def one_way(driver: Driver, name: str, mode: RegisterMode, way: Way) -> None:
         with Region.file(fd_of(region)) as other:
             for page in IN_CACHE:
                 other.write(page * size, b"in the page cache")
-                if mode & MISSING:  # the page is there, and nobody asks for its content
+                if mode & MISSING:  # the page is present, and its content is not asked for
                     expected[page * size : (page + 1) * size] = other.read(page * size, size)
         handler.serve(region, source, mode=mode)
         handler.start()
@@ -92,7 +92,7 @@ def one_way(driver: Driver, name: str, mode: RegisterMode, way: Way) -> None:
             region.touch(0, size)
             filled = {*range(PAGES)}
             if mode == MISSING and memory.is_hugetlb:
-                # EEXIST of a page that is not mapped: it may be that no huge page is free.
+                # EEXIST for a page that is not mapped may mean that no huge page is free.
                 filled -= {*IN_CACHE}
             wait_until(
                 lambda: PageState.ABSENT not in {states(handler, region)[page] for page in filled},
@@ -118,7 +118,7 @@ def test_pages_in_the_cache(driver: Driver, name: str) -> None:
 
 
 def filled_beside(driver: Driver, name: str) -> None:
-    """A page that somebody else maps and writes keeps what was written, whatever comes later."""
+    """A page that another mapping has written keeps that content, whatever comes later."""
     memory = memory_of(name)
     size = memory.page_size
     features = Feature.MINOR_HUGETLBFS if memory.is_hugetlb else Feature.MINOR_SHMEM

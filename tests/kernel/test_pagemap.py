@@ -30,7 +30,7 @@ from tests._memory import PAGE, Memory
 TASK_SIZE = 0x7FFF_FFFF_F000
 NOBODY = 65534
 
-# A process that maps 8 pages, writes the first two, and says where they are.
+# A process that maps 8 pages, writes the first two, and prints their address.
 OTHER = """
 import sys
 from pyuffd import Region
@@ -168,7 +168,7 @@ os.execvp("cat", ["cat"])
         with Pagemap(other.pid) as pagemap:
             pagemap.read(start, PAGE)
             other.stdin.write(b"\n")
-            # Only cat answers; what Python's readline took ahead it never sees.
+            # Only cat answers: it does not see what Python's readline has read ahead.
             while not select.select([other.stdout], [], [], 0.01)[0]:
                 other.stdin.write(b"?\n")
             with pytest.raises(ProcessGoneError):

@@ -1,4 +1,4 @@
-"""PAGEMAP_SCAN: every argument, and the loop around the ioctl."""
+"""PAGEMAP_SCAN: all arguments, and the loop around the ioctl."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_part_of_a_range(uffd: Userfaultfd, pagemap: Pagemap) -> None:
 def test_ranges_beyond_every_internal_limit(
     count: int, uffd: Userfaultfd, pagemap: Pagemap
 ) -> None:
-    """512 is the kernel's lot of ranges, 43690 what the first ioctl has room for."""
+    """The kernel returns 512 ranges at a time; the first ioctl has room for 43690."""
     with small_pages(2 * count) as region:
         track(uffd, region)
         for _ in range(2):
@@ -198,7 +198,7 @@ def test_max_pages_with_protection(uffd: Userfaultfd, pagemap: Pagemap) -> None:
 
 @needs_hugepages(4)
 def test_max_pages_and_hugetlb(uffd: Userfaultfd, pagemap: Pagemap) -> None:
-    """A page of which only a part would be protected is left for the next call."""
+    """A page that would be protected only in part is left for the next call."""
     with Region.memfd(4 * HUGE_PAGE, huge_page_size=HUGE_PAGE) as region:
         track(uffd, region)
         region.fill(1)
@@ -299,7 +299,7 @@ def test_two_mappings_and_a_gap(uffd: Userfaultfd, pagemap: Pagemap) -> None:
 
 
 def test_an_error_does_not_lose_what_was_protected(uffd: Userfaultfd, pagemap: Pagemap) -> None:
-    """The kernel protects the tracked part, then refuses the rest without saying how far it got."""
+    """The kernel protects the tracked part, then fails without telling how far it got."""
     with small_pages(20) as region:
         track(uffd, region)
         uffd.unregister(region.start + 10 * PAGE, 10 * PAGE)
@@ -323,7 +323,7 @@ def test_memory_that_is_not_wp_async_is_refused(pagemap: Pagemap) -> None:
         assert caught.value.errno == errno.EPERM
         assert "WP_ASYNC" in caught.value.hint
         assert len(caught.value.data["partial"].ranges) == 0
-        # WP_MATCHING alone passes over it.
+        # WP_MATCHING alone skips it.
         pagemap.scan(region, category_mask=WRITTEN, flags=ScanFlag.WP_MATCHING)
         assert pagemap.read(region).count(PageBit.UFFD_WP) == 0
 
@@ -396,7 +396,7 @@ def test_one_ioctl(uffd: Userfaultfd, pagemap: Pagemap) -> None:
 
 
 def test_no_write_is_lost_while_threads_write(uffd: Userfaultfd, pagemap: Pagemap) -> None:
-    """Copying what each scan reports, and scanning once more at the end, makes a true copy."""
+    """Copying what each scan reports, with one last scan at the end, gives a true copy."""
     stop = threading.Event()
 
     def write(region: Region, seed: int) -> None:

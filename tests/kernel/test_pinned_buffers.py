@@ -1,7 +1,7 @@
-"""Writes through io_uring's fixed buffers, pinned before the protection: the kernel shows none.
+"""Writes through fixed buffers of io_uring that were pinned before the protection are not seen.
 
-Registering a buffer pins its pages; READ_FIXED then writes to them behind the page table. That is
-the limit which the README names. Pinned after the protection, or not pinned, all are seen.
+Registering a buffer pins its pages; READ_FIXED then writes to them past the page table. The README
+names this limit. If the buffer is pinned after the protection, or not pinned, all writes are seen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WRITTEN = [2, 3]
 
 
 class Ring:
-    """As much of io_uring as one request at a time needs."""
+    """The part of io_uring that one request at a time needs."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -51,12 +51,12 @@ class Ring:
         return result
 
     def pin(self, region: Region) -> None:
-        """Register the region as the fixed buffer 0."""
+        """Register the region as fixed buffer 0."""
         vector = ctypes.create_string_buffer(struct.pack("QQ", region.start, region.length))
         self._call(REGISTER, self.fd, REGISTER_BUFFERS, vector, 1)
 
     def read(self, fd: int, address: int, length: int, *, fixed: bool) -> int:
-        """Read from the file's start into memory; return the bytes, or -errno."""
+        """Read the start of a file into memory; return the number of bytes, or -errno."""
         op = READ_FIXED if fixed else READ
         sqe = struct.pack("BBHiQQIIQQQQ", op, 0, 0, fd, 0, address, length, 0, 0, 0, 0, 0)
         self._sqes[: len(sqe)] = sqe
@@ -77,7 +77,7 @@ class Ring:
 
 
 def needs_io_uring() -> pytest.MarkDecorator:
-    """Skip where a sysctl, a seccomp filter or the kernel's configuration forbids it."""
+    """Skip if a sysctl, a seccomp filter or the kernel's configuration forbids io_uring."""
 
     def missing() -> tuple[list[str], str]:
         try:

@@ -1,4 +1,4 @@
-"""populate() of sources in Python: how much is asked for at a time, and what fails with what."""
+"""populate() with sources in Python: how much it asks for at a time, and how it fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STALL_S = 0.5
 
 
 def content_of(offset: int, length: int) -> bytes:
-    """Return the page's number, in every 8 bytes of it."""
+    """Return a page that has its number in every 8 bytes."""
     return b"".join(
         (at // PAGE + 1).to_bytes(8, "little") * (PAGE // 8)
         for at in range(offset, offset + length, PAGE)
@@ -41,7 +41,7 @@ def content_of(offset: int, length: int) -> bytes:
 
 
 class Source:
-    """Content by `content_of`, with a record of what was asked for."""
+    """Content from `content_of`, with a record of the requests."""
 
     def __init__(self, before: Callable[[int, int], object] = lambda offset, length: None) -> None:
         self.asked: list[tuple[int, int]] = []
@@ -119,7 +119,7 @@ def huge_by_default() -> None:
 
 
 def holes() -> None:
-    """Only what is absent is asked for, and no request spans a page that is there."""
+    """Only absent pages are asked for, and no request spans a page that is present."""
     source = Source()
     with serving(source, 64 * PAGE) as (handler, region):
         for page in (0, 9, 10, 63):
@@ -144,7 +144,7 @@ def slow_by_page(chunk: int | None) -> None:
 
 @pytest.mark.parametrize("chunk", [None, PAGE])
 def test_slow_source_is_not_taken_for_a_stalled_one(chunk: int | None) -> None:
-    """It needs 20 ms for each page: 48 of them, queued at once, or as one chunk, are too many."""
+    """It needs 20 ms for each page: 48 pages, queued at once or as one chunk, are too many."""
     run_child(slow_by_page, chunk)
 
 
@@ -211,15 +211,15 @@ def small_chunk() -> None:
                 handler.populate(region, chunk=chunk)
 
 
-# What fails
+# Failures
 
 
 class Bad(Exception):
-    """What a source raises."""
+    """The exception of a source."""
 
 
 class BrokenAt:
-    """Raise when a page is among those that are asked for."""
+    """Raise if the request contains a certain page."""
 
     def __init__(self, *pages: int) -> None:
         self.pages = set(pages)
@@ -255,7 +255,7 @@ def one_bad_page(chunk: int | None, workers: int) -> None:
         assert set(found) == {PageState.ABSENT, PageState.CLEAN}
         if workers == 1:
             assert set(found[:37]) == {PageState.CLEAN}
-        broken.pages.clear()  # nothing was lost by it
+        broken.pages.clear()  # no page was lost
         assert handler.populate(region, chunk=chunk) == 256 * PAGE - error.data["completed"]
         assert region.read() == content_of(0, 256 * PAGE)
         with pytest.raises(HandlerError) as caught:
@@ -286,7 +286,7 @@ def test_a_source_that_is_down_is_not_asked_for_every_page() -> None:
 
 
 def page_at_a_time() -> None:
-    """A source that ignores the length it is asked for has always worked page by page."""
+    """A source that ignores the length of the request works page by page."""
 
     def page(offset: int, length: int) -> bytes:
         del length
@@ -324,7 +324,7 @@ def test_source_that_hangs() -> None:
 
 
 def waited_for(mended: bool) -> None:
-    """A thread waits for a page that populate() is to bring, and does not."""
+    """A thread waits for a page that populate() then fails to fill."""
     asked, release = threading.Event(), threading.Event()
 
     def before(offset: int, length: int) -> None:

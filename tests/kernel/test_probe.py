@@ -1,4 +1,4 @@
-"""`probe`: its answers are those that plain system calls get."""
+"""`probe` gives the answers that plain system calls get."""
 
 from __future__ import annotations
 

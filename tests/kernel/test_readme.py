@@ -1,4 +1,4 @@
-"""README.md says what this kernel does; its programs and those of docs/ run."""
+"""README.md tells what this kernel does; its programs and those of docs/ run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ALL_OF_IT = (
     | Feature.POISON
     | Feature.MOVE
 )
-# The kernel sets the bit for shmem too, and answers EINVAL.
+# The kernel sets the bit for shmem too, but the ioctl fails with EINVAL.
 BIT_WITHOUT_OPERATION = {("MOVE", "shmem"), ("MOVE", "shmem-private")}
 
 PROGRAMS = [
@@ -81,7 +81,7 @@ def test_table_against_the_operations(memory: Memory, operation: str) -> None:
 
 
 def do(operation: str, memory: Memory) -> str:
-    """Do one operation on a page; return what a cell of the table says of it."""
+    """Do one operation on a page; return the matching cell of the table."""
     features = ALL_OF_IT | Feature.PAGEFAULT_FLAG_WP
     size = memory.page_size
     target, source = memory.pages(1), memory.pages(1)

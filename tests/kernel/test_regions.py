@@ -1,4 +1,4 @@
-"""Region: content, aliases, and what holds for every memory type."""
+"""Region: content, aliases, and what every memory type has in common."""
 
 from __future__ import annotations
 
@@ -249,12 +249,12 @@ def fork_uses_and_closes_its_own_copy(name: str) -> None:
 
 @pytest.mark.parametrize("name", memory_params())
 def test_nothing_holds_the_gil(name: str) -> None:
-    """A Python thread serves the faults of every method: with the GIL held they would never end."""
+    """A Python thread serves the faults of every method: one that held the GIL would hang."""
     run_child(serve_while_touching, name, budget_s=20)
 
 
 def filled(uffd: Userfaultfd, address: int, content: bytes) -> bool:
-    """Resolve a missing fault; return whether that is done, or has to wait for a layout event."""
+    """Resolve a missing fault; return False if it must wait for a layout event."""
     try:
         uffd.copy(address, content)
     except PageExistsError:

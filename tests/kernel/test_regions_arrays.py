@@ -1,4 +1,4 @@
-"""Region as Python and numpy see it: zero copy, and alive as long as it is looked at."""
+"""Region in Python and numpy: no copies, and mapped as long as a view of it is alive."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_view_keeps_the_memory_mapped(memory: Memory, derive: Callable[[Region
 
 
 def test_the_exception_of_the_body_is_kept() -> None:
-    """Its traceback holds the frame, and the frame holds the array."""
+    """Its traceback refers to the frame, and the frame to the array."""
     starts: list[int] = []
 
     def work() -> None:

@@ -25,7 +25,7 @@ SHM_FILE = Path("/dev/shm") / NAME[1:]
 
 
 def mappings() -> set[str]:
-    """Return the lines of /proc/self/maps that this module's memory could be in."""
+    """Return the lines of /proc/self/maps that may belong to this module's memory."""
     known = ("memfd:pyuffd", "/pyuffd-test", "anon_hugepage", "huge-file", "tmpfs-file")
     return {line for line in Path("/proc/self/maps").read_text().splitlines() if has(line, known)}
 
@@ -324,7 +324,7 @@ def test_full_tmpfs() -> None:
         with no_trace(), pytest.raises(UffdOSError) as caught:
             Region.file(path, 32 * PAGE, reserve=True)
         assert caught.value.errno == errno.ENOSPC
-        with Region.file(path, 16 * PAGE) as region:  # what it holds already needs no space
+        with Region.file(path, 16 * PAGE) as region:  # what it has already needs no space
             assert region.read(0, 1) == b"\1"
 
 
@@ -469,7 +469,7 @@ def test_hugetlbfs_on_another_file_system(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-# Somebody else's memory
+# Memory of other code
 
 
 @pytest.mark.parametrize("page_size", [None, PAGE])

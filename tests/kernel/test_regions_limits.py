@@ -1,4 +1,4 @@
-"""Mappings that meet a limit: the error names it.  Regions larger than memory, by `noreserve`."""
+"""Mappings that meet a limit: the error names it.  Regions larger than memory (`noreserve`)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
 
 
 def needs_overcommit_guess() -> pytest.MarkDecorator:
-    """Skip unless Linux refuses what is obviously too much (vm.overcommit_memory 0)."""
+    """Skip unless Linux refuses mappings that are obviously too large (vm.overcommit_memory 0)."""
 
     def missing() -> tuple[list[str], str]:
         mode = OVERCOMMIT.read_text().strip()
@@ -49,7 +49,7 @@ def needs_overcommit_guess() -> pytest.MarkDecorator:
 
 
 def more_than_memory() -> int:
-    """Return more bytes than this machine has of memory and swap."""
+    """Return a length above the memory and swap of this machine."""
     sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     kib = sum(int(sizes[key].split()[0]) for key in ("MemTotal", "SwapTotal"))
     return (kib // (1 << 20) + 2) * GIB
@@ -124,7 +124,7 @@ def sparse_python_source() -> None:
 
 
 def test_python_source_for_more_than_memory() -> None:
-    """Taking it out poisons millions of absent pages."""
+    """Stopping to serve it poisons millions of absent pages."""
     run_child(sparse_python_source, budget_s=60)
 
 

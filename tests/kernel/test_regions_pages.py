@@ -1,4 +1,4 @@
-"""Region's pages: advice, page-out, hole punching and what residency() then says."""
+"""The pages of a Region: advice, page-out, hole punching, and the residency() afterwards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_punch_hole_gives_the_memory_back(memory: Memory) -> None:
     region.punch_hole(0, 2 * memory.page_size)
     after = names(region)
     assert set(after[2:]) <= {"MAPPED", "PRIVATE"}
-    # The file's own page, which Linux made before it was copied, stays in the page cache.
+    # The file's own page, which Linux made before copying it, stays in the page cache.
     left = "RESIDENT" if memory.name == "shmem-private" else "HOLE"
     assert after[:2] == [left, left]
 

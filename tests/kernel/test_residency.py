@@ -78,7 +78,7 @@ def test_swapped_shared_memory() -> None:
         alias.pageout(2 * PAGE, 2 * PAGE)
         assert states(region) == [HOLE, RESIDENT, SWAPPED, SWAPPED, RESIDENT, HOLE]
         assert states(alias) == [HOLE, MAPPED, SWAPPED, SWAPPED, MAPPED, HOLE]
-        # Asking did not bring them back; reading does.
+        # residency() did not bring them back; reading does.
         assert alias.read(2 * PAGE, 1) == b"\7"
         assert states(alias)[2] == MAPPED
 
@@ -171,7 +171,7 @@ def address_of(mapping: mmap.mmap) -> int:
 @needs_swap()
 @needs_privilege()
 def test_shared_memory_without_a_descriptor() -> None:
-    """The kernel's link to the mapped file serves instead."""
+    """The kernel's link to the mapped file is used instead."""
     with Region.memfd(4 * PAGE) as region, region.alias() as alias:
         alias.fill(1, 0, 2 * PAGE)
         alias.pageout(PAGE, PAGE)
@@ -180,7 +180,7 @@ def test_shared_memory_without_a_descriptor() -> None:
 
 
 def without_privilege() -> list[str]:
-    """Of root's memory, as somebody who may neither write its file nor open it again."""
+    """Residency of root's memory, for a user who may neither write its file nor reopen it."""
     with (
         Region.memfd(3 * PAGE) as region,
         region.alias() as alias,
@@ -194,7 +194,7 @@ def without_privilege() -> list[str]:
         os.fchmod(fd_of(region), 0o600)
         os.setgroups([])
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        # Only what is open counts from here on: dropping privilege hid /proc/self.
+        # From now on only open descriptors work: dropping privilege hid /proc/self.
         make_dumpable()
         return [state.name for part in (region, anonymous) for state in residency(part)]
 
@@ -213,7 +213,7 @@ def test_what_is_not_told_is_unknown() -> None:
 
 @needs_hugepages(3)
 def test_hugetlb_page_cache() -> None:
-    """Hugetlbfs tells neither by mincore(2) nor by seeking, but how much it has allocated."""
+    """Hugetlbfs supports neither mincore(2) nor seeking, but tells how much it has allocated."""
     with Region.memfd(3 * HUGE_PAGE, huge_page_size=HUGE_PAGE) as region, region.alias() as alias:
         assert states(region) == [HOLE] * 3
         alias.fill(1, 0, 1)

@@ -1,4 +1,4 @@
-"""Whatever owns a descriptor, a mapping, a thread or a process has no second owner."""
+"""A descriptor, a mapping, a thread or a process never gets a second owner."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ async def content_later(offset: int, length: int) -> bytes:
     return content(offset, length)
 
 
-# Sources that go to the helper process of the process driver, and other values.
+# Sources that are sent to the helper process of the process driver, and other values.
 SENT: list[Any] = [
     ZeroSource(),
     CallableSource(content, length=8192),
@@ -192,7 +192,7 @@ SENT: list[Any] = [
     HandoverRange(PAGE, PAGE, PAGE),
 ]
 
-# Bytes that were read from the kernel and results of a run, and nothing else.
+# Bytes read from the kernel, and results of a run.
 VALUES = {pyuffd.PageRanges, pyuffd.PageEntries, pyuffd.Residency, pyuffd.conformance.Report}
 
 
@@ -205,7 +205,7 @@ def _all_owners() -> set[type[SoleOwner]]:
     while new:
         new = [each for one in new for each in one.__subclasses__()]
         found.update(new)
-    # Classes of the tests themselves are their own concern.
+    # Classes of the tests themselves do not count.
     return {each for each in found if each.__module__.startswith("pyuffd")}
 
 
@@ -217,7 +217,7 @@ def test_every_owner_is_tried_here() -> None:
     "module", [pyuffd, pyuffd.testing, pyuffd.conformance], ids=lambda module: module.__name__
 )
 def test_a_public_class_is_a_value_or_a_sole_owner(module: Any) -> None:
-    """Whoever adds a class decides which of both it is."""
+    """Every new class must be declared to be one or the other."""
     sent = {type(source) for source in SENT}
     undecided = [
         each
@@ -260,13 +260,13 @@ def refused(name: str) -> None:
 @needs(REMOVE)
 @pytest.mark.parametrize("name", sorted(each.__name__ for each in MAKERS))
 def test_refused(name: str) -> None:
-    """copy, deepcopy and pickle, and afterwards everything is as it was."""
+    """copy, deepcopy and pickle fail, and change nothing."""
     run_child(refused, name, budget_s=30)
 
 
 @pytest.mark.parametrize("source", SENT, ids=lambda source: type(source).__name__)
 def test_sent(source: Any) -> None:
-    """What the process driver sends to its helper goes on being sent."""
+    """The process driver can still send its sources to the helper."""
     for duplicate in (
         copy.copy(source),
         copy.deepcopy(source),
@@ -276,7 +276,7 @@ def test_sent(source: Any) -> None:
 
 
 def test_a_range_with_a_descriptor() -> None:
-    """It does not own it: copies are fine, but its number is this process's."""
+    """It does not own it: copies are allowed, but the number belongs to this process."""
     given = HandoverRange(PAGE, PAGE, PAGE, fd=0)
     assert copy.copy(given) == copy.deepcopy(given) == given
     with pytest.raises(TypeError):
@@ -284,7 +284,7 @@ def test_a_range_with_a_descriptor() -> None:
 
 
 def the_memory_stays() -> None:
-    """What was to be copied works on, and so does the file that got the next descriptor."""
+    """The object still works, and so does the file that got the next descriptor."""
     uffd, region = Userfaultfd(), Region.memfd(PAGE)
     region.write(0, b"mine")
     for owner in (uffd, region):
@@ -309,7 +309,7 @@ def _in_a_process(given: Any) -> None:
 
 
 def by_multiprocessing(method: str) -> None:
-    """A Region cannot be sent to another process, and a fork has it."""
+    """A Region cannot be sent to another process, but a fork inherits it."""
     with Region.memfd(PAGE) as region:
         process = multiprocessing.get_context(method).Process(target=_in_a_process, args=(region,))  # type: ignore[attr-defined]
         if method == "fork":

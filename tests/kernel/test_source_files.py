@@ -1,4 +1,4 @@
-"""Files of odd kinds as page sources: block devices, huge pages, direct I/O; and what is none."""
+"""Unusual files as page sources: block devices, huge pages, direct I/O; and files without pages."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def file_of_huge_pages(driver: str, offset: int) -> None:
 @drivers
 @pytest.mark.parametrize("offset", [0, PAGE, HUGE_PAGE - PAGE, HUGE_PAGE + 5])
 def test_file_of_huge_pages(driver: str, offset: int) -> None:
-    """Its mapping begins and ends at huge pages, wherever the content lies in it."""
+    """Its mapping begins and ends at huge pages, wherever the content begins."""
     run_child(file_of_huge_pages, driver, offset)
 
 
@@ -152,7 +152,7 @@ def test_direct_io_file_that_ends_inside_a_page(driver: str, offset: int) -> Non
 
 
 def appended(driver: str) -> None:
-    """What the file gains later is not served: its last page was read when it was served."""
+    """Bytes appended later are not served: serve() has read the last page."""
     data = content(PAGE + 100)
     with tempfile.NamedTemporaryFile(buffering=0) as file:
         file.write(data)
@@ -241,7 +241,7 @@ def fifo(writable: bool, shared: bool) -> None:
 @pytest.mark.parametrize("writable", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_named_pipe_is_refused_at_once(writable: bool, shared: bool) -> None:
-    """Opening one for reading waits until somebody opens it for writing."""
+    """Opening a FIFO for reading waits until it is opened for writing."""
     run_child(fifo, writable, shared)
 
 

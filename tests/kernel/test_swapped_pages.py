@@ -1,4 +1,4 @@
-"""Write-protected pages that were swapped out: the next write faults on a page that is there."""
+"""Write-protected pages that were swapped out: the next write faults on a present page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Driver = Literal["native", "inline", "thread", "process"]
 
 
 def swap_out(region: Region) -> None:
-    """A page that was just used may be kept the first time."""
+    """The kernel may keep a page that was just used, so repeat it."""
     for _ in range(5):
         region.pageout()
         if not any(state.name in ("MAPPED", "PRIVATE") for state in region.residency()):

@@ -1,4 +1,4 @@
-"""`pyuffd.testing`: what it says about a test is true, and it leaves nothing behind itself."""
+"""`pyuffd.testing`: its reports are true, and it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def child_pids_of(pid: int) -> list[str]:
 def test_child_killed_by_poison_says_so() -> None:
     with FaultingChild(2, features=Feature.POISON) as child:
         child.uffd.fill_poison(child.region)
-        # A fork has the poison too, and takes the signal instead.
+        # A fork has the poison too, and gets the signal instead.
         assert child.run("fork", "read", 0, 1).returncode == -signal.SIGBUS
         with pytest.raises(FaultingChildError) as caught:
             child.run("read", 0, 1)
@@ -355,7 +355,7 @@ def leak_thread() -> Callable[[], None]:
 
 def fork() -> int:
     with warnings.catch_warnings():
-        # Test runners have threads, and the forks here do next to nothing.
+        # Test runners have threads, and the forks here do almost nothing.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
@@ -614,7 +614,7 @@ def test_kill_returns_when_it_is_dead() -> None:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    """Run a test file of somebody else's, with nothing of this repository but the package."""
+    """Run a test file that uses only the package, and nothing else of this repository."""
 
     def run(text: str, *args: str, **env: str) -> tuple[int, str]:
         (tmp_path / "test_theirs.py").write_text(textwrap.dedent(text))
@@ -750,7 +750,7 @@ def test_unknown_capability() -> None:
     assert kit_needs(Ioctl.COPY).name == "pyuffd_need"
 
 
-# The document; its programs run in test_readme.py
+# The document; test_readme.py runs its programs
 
 
 def shown_files() -> Iterator[object]:

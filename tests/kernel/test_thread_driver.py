@@ -1,7 +1,7 @@
 """Faults of code that holds the GIL, with the handlers that can and cannot serve them.
 
 The native driver needs no Python, so every row of the table works. With the thread driver a page
-source cannot run: the wait ends, after `stall_timeout_s`, in tracebacks and `on_error`.
+source cannot run: after `stall_timeout_s` the wait ends with tracebacks and `on_error`.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def with_preexec(mapping: mmap.mmap, region: Region) -> None:
     subprocess.run([sys.executable, "-S", "-c", ""], check=True, preexec_fn=lambda: None)
 
 
-# What waits, with the GIL held, for an event to be read; the readers are in C.
+# Calls that hold the GIL and wait for an event to be read; C reads it.
 EVENTFUL: dict[str, Access] = {
     "mmap.madvise": drop,
     "mmap.resize": resize,
@@ -138,7 +138,7 @@ EVENTFUL: dict[str, Access] = {
 def served(driver: str, features: Feature, **options: Any) -> Iterator[tuple[mmap.mmap, Region]]:
     """An mmap object of missing pages, served."""
     mapping = mmap.mmap(-1, PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Not by a buffer, which would keep it from being resized.
+    # Not through a buffer, which would prevent resizing.
     address = np.frombuffer(mapping, np.uint8).ctypes.data
     with (
         Region.at(address, PAGES * PAGE, PAGE) as region,
@@ -185,9 +185,9 @@ def test_layout_changes_that_hold_the_gil(driver: str) -> None:
     "name", [pytest.param(name, id=f"pitfall.1.thread-{name}") for name in HOLDING]
 )
 def test_deadlock_ends_in_sigbus(name: str) -> None:
-    """The access waits for the source, the source for the GIL: not for ever, and not in silence."""
+    """The access waits for the source, which waits for the GIL: it ends, and is reported."""
     ended = run_child(do, "thread", name, stall_timeout_s=STALL_S, expect=-signal.SIGBUS)
-    # The child shows its tracebacks at the SIGBUS once more.
+    # The child writes its tracebacks once more for the SIGBUS.
     shown = ended.stderr.split("Fatal Python error")[0]
     assert "most recent call first" in shown
     function = HOLDING[name].__name__
@@ -207,7 +207,7 @@ def test_deadlock_ends_in_sigkill(name: str) -> None:
 @needs(Feature(0))
 @pytest.mark.parametrize("name", [pytest.param("mmap-index", id="pitfall.1.thread-report")])
 def test_deadlock_is_reported_only(name: str) -> None:
-    """on_error="stall" leaves the process to hang, but says where."""
+    """With on_error="stall" the process hangs, but reports where."""
     ended = run_child(
         do,
         "thread",
@@ -235,7 +235,7 @@ def long_call(at: Setting, on_error: str) -> None:
         if on_error == "stall":
             with holding(Point.REQUEST_TAKEN) as point:
                 reader = reading(region, 1)
-                point.wait()  # the page has been asked for: what comes now is late
+                point.wait()  # the page was requested: the answer is late now
                 usleep(600_000)
             assert reader.result() == data[1]
             assert handler.stats().stalled_requests == 1
@@ -243,26 +243,26 @@ def long_call(at: Setting, on_error: str) -> None:
                 handler.stop()
             return
         reader = reading(region, 1)
-        usleep(20_000)  # less than the time-out: nothing happens
+        usleep(20_000)  # less than the limit: nothing happens
         assert reader.result() == data[1]
         assert handler.stats().stalled_requests == 0
 
 
 @pitfall(1, "long-call-is-reported", drivers=("thread",))
 def long_call_reported(at: Setting) -> None:
-    """on_error="stall": once the GIL is free the page comes, however late."""
+    """on_error="stall": once the GIL is free the page arrives, however late."""
     long_call(at, "stall")
 
 
 @pitfall(1, "short-call-is-waited-for", drivers=("thread",))
 def short_call(at: Setting) -> None:
-    """Holding the GIL for less than the time-out is no error."""
+    """Holding the GIL for less than the limit is no error."""
     long_call(at, "poison")
 
 
 @pitfall(1, "gil-free-accesses", drivers=ALL, marks=(needs_kernel_faults(),))
 def gil_free(at: Setting) -> None:
-    """What releases the GIL works with both drivers, kernel-side accesses among them."""
+    """Calls that release the GIL work with both drivers, also if the kernel accesses the page."""
     with at.served(8) as (_, region, data):
         target = ctypes.create_string_buffer(data.size)
         ctypes.memmove(target, region.start, data.size)
@@ -281,7 +281,7 @@ def gil_free(at: Setting) -> None:
 
 @pitfall(1, "source-that-faults-itself", drivers=("thread",))
 def recursive(at: Setting) -> None:
-    """A source that reads what it is asked for: another worker gets the request, then none is left.
+    """A source reads the page that it must fill: each worker gets the request, until none is left.
 
     It must end in an error; a lock held around the call would make it a silent hang.
     """

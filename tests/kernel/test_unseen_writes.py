@@ -1,4 +1,4 @@
-"""Writes that write-protection cannot see: pages that KSM has merged, and how that is noticed."""
+"""Writes that write-protection does not see: pages merged by KSM, and how that is noticed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIMIT_S = 20
 
 
 def needs_ksm() -> pytest.MarkDecorator:
-    """Skip unless the kernel has KSM and nobody uses it."""
+    """Skip unless the kernel has KSM and it is not in use."""
 
     def missing() -> tuple[list[str], str]:
         if not KSM.exists():
@@ -69,13 +69,13 @@ def merged() -> None:
                 time.sleep(0.01)
         protected = pagemap.read(region).count(PageBit.UFFD_WP)
         assert protected < PAGES
-        # The page table tells: what has lost its protection counts as written, though it is not.
+        # The page table shows it: a page without protection counts as written, though it is not.
         states = handler.page_states(region)
         assert states.count(PageState.CLEAN) == protected
         assert states.count(PageState.DIRTY) == PAGES - protected
         for page in range(PAGES):
             region.write(page * PAGE, b"new")
-        # Those writes faulted on nothing, so their old content was not saved.
+        # Those writes caused no fault, so the old content was not saved.
         assert handler.stats().faults["wp"] == handler.stats().preserved_pages == protected
         assert image.count(b"\7" * PAGE) == protected
         assert set(handler.page_states(region)) == {PageState.DIRTY}
@@ -86,9 +86,9 @@ def merged() -> None:
 @needs_ksm()
 @needs_privilege("CAP_SYS_ADMIN")
 def test_merging_drops_protection() -> None:
-    """As Linux 6.18 does: the states err on the safe side, and `preserve` misses writes.
+    """On Linux 6.18 the states err on the safe side, and `preserve` misses writes.
 
-    What a kernel that keeps it does to this test is to be looked at.
+    If this fails on a kernel that keeps the protection, look at what it does.
     """
     run_child(merged, budget_s=40)
 

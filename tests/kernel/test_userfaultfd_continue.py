@@ -39,7 +39,7 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Memory]:
 
 
 def with_alias(memory: Memory, pages: int) -> tuple[Region, Region]:
-    """Return a region of which the file has every page, and an empty mapping of it."""
+    """Return a region whose file has every page, and an empty mapping of it."""
     filled = memory.pages(pages)
     for number in range(pages):
         filled.write(number * memory.page_size, bytes([number + 1]))

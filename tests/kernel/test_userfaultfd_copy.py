@@ -267,7 +267,7 @@ def test_one_copy_wakes_everyone(memory: Memory) -> None:
 
 
 def test_nobody_saw_the_page_half_filled(memory: Memory) -> None:
-    """A waiter reads the whole page as it was copied, however often it looks."""
+    """A waiting thread always reads the whole page as it was copied."""
     region = memory.pages(1)
     data = bytes(range(256)) * (memory.page_size // 256)
     with registered(region) as uffd:

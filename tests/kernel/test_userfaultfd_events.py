@@ -1,4 +1,4 @@
-"""Layout events through `read_events`: who causes them waits until they are read."""
+"""Layout events through `read_events`: the thread that causes one waits until it is read."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SYS_FORK = 57
 
 
 def read_until_done(uffd: Userfaultfd, task: Task[Any]) -> list[Event]:
-    """Read events while a thread changes the layout, one batch for each call it waits in."""
+    """Read events while a thread changes the layout, one batch for each call that waits."""
     events = next_events(uffd)
     task.result()
     return events + uffd.read_events()
@@ -84,7 +84,7 @@ def test_punching_a_hole_through_the_mapping(memory: Memory) -> None:
 
 
 def test_a_removed_page_is_missing_again(memory: Memory) -> None:
-    """Where the file still has the page, dropping it from the mapping is no missing fault."""
+    """If the file still has the page, dropping it from the mapping causes no missing fault."""
     region = memory.pages(1)
     with registered(region, features=REMOVE) as uffd:
         uffd.copy(region.start, b"\x01" * memory.page_size)
@@ -133,7 +133,7 @@ def move_away(length: int, start: int, to: int) -> int:
 
 
 def test_remap() -> None:
-    """The registration, and what was there, go along to the new place."""
+    """The registration and the content move to the new place."""
     prot, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     length = 2 * PAGE
     old, new = raw.mmap(length, prot, flags), raw.mmap(length, prot, flags)
@@ -183,7 +183,7 @@ CHANGING = {
 @needs(Feature.POISON | Feature.MOVE)
 @pytest.mark.parametrize("call", CHANGING)
 def test_the_layout_is_changing(call: str) -> None:
-    """Until the event is read nothing can be filled; waking and registering go on."""
+    """Until the event is read no page can be filled; waking and registering still work."""
     features = REMOVE | Feature.MOVE
     mode = RegisterMode.MISSING | RegisterMode.WP
     with Region.anonymous(4 * PAGE) as region, registered(region, mode, features) as uffd:
@@ -230,7 +230,7 @@ def fork_with_protection() -> dict[str, bool]:
     ):
         region.fill(1)
         uffd.writeprotect(region)
-        # The child never gets further than taking the GIL: it is killed below.
+        # The child never gets past acquiring the GIL: it is killed below.
         task = Task(lambda: int(fork()) or libc.pause())
         (event,) = next_events(uffd)
         assert isinstance(event, Fork)

@@ -1,4 +1,4 @@
-"""The `fill_*` calls: mixed ranges, waking, and a layout that keeps changing."""
+"""The `fill_*` calls: mixed ranges, waking, a layout that keeps changing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_zero_over_mixed_pages(memory: Memory, present: list[int]) -> None:
 
 
 def test_offsets_are_kept_over_skipped_pages(memory: Memory) -> None:
-    """Each page gets its own part of the source, whatever was skipped before it."""
+    """Each page gets its own part of the source, even if pages before it were skipped."""
     region = memory.pages(4)
     size = memory.page_size
     region.write(size, b"\x09")
@@ -115,7 +115,7 @@ def test_negative_retry() -> None:
 
 
 def test_copy_wakes_who_waits_for_a_present_page(memory: Memory) -> None:
-    """A batch filled with DONTWAKE leaves a sleeper, which EEXIST alone would not wake."""
+    """After a fill with DONTWAKE a thread still sleeps; EEXIST alone would not wake it."""
     region = memory.pages(2)
     size = memory.page_size
     with registered(region) as uffd:
@@ -164,7 +164,7 @@ def test_unregistered_part(memory: Memory) -> None:
         with pytest.raises(LayoutChangedError) as caught:
             uffd.fill_copy(region, bytes(3 * size))
         assert caught.value.errno == errno.ENOENT
-        # One ioctl stays within one mapping: what is registered is filled all the same.
+        # One ioctl stays within one mapping; the whole registered range is filled anyway.
         assert caught.value.start == region.start + 2 * size
         assert caught.value.data["completed"] == 2 * size
         assert uffd.fill_zero(region_part(region, 2)) == FillResult(0, 2 * size, 0)
@@ -195,7 +195,7 @@ def test_source_that_ends_early(memory: Memory) -> None:
         assert firsts(region) == [9, 1, 1]
 
 
-# EAGAIN: a REMOVE event that nobody has read
+# EAGAIN: a REMOVE event that was not read
 
 
 FILLS: dict[str, Callable[[Userfaultfd, Region, float], FillResult]] = {
@@ -238,7 +238,7 @@ def test_unread_event_hides_what_is_present() -> None:
 @needs(Feature.EVENT_REMOVE)
 @pytest.mark.parametrize("fill", FILLS)
 def test_goes_on_when_another_thread_reads_the_event(memory: Memory, fill: str) -> None:
-    """The fill is started while the event is unread; only then may the reader read it."""
+    """The fill starts while the event is unread; only then may the reader read it."""
     region, other = memory.pages(2), memory.pages(1)
     other.fill(1)
     with registered(region, features=Feature.EVENT_REMOVE) as uffd:

@@ -1,4 +1,4 @@
-"""UFFDIO_MOVE: pages change their place without being copied."""
+"""UFFDIO_MOVE: pages move without being copied."""
 
 from __future__ import annotations
 

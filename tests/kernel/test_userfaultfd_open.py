@@ -1,4 +1,4 @@
-"""Opening, the handshake, closing; what an unprivileged user is told."""
+"""Opening, the handshake, closing, and the errors for an unprivileged user."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def become_nobody() -> None:
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    # A process that changed its user cannot look at itself in /proc.
+    # A process that changed its user cannot read its own files in /proc.
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 def drop_capability(name: str) -> None:
-    """Take one capability from this process for good, keeping its user."""
+    """Drop one capability of this process permanently, keeping its user."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = ctypes.create_string_buffer(struct.pack("<II", CAPABILITY_VERSION_3, 0))
     data = ctypes.create_string_buffer(24)
@@ -217,7 +217,7 @@ def test_each_known_feature(bit: int) -> None:
 
 @needs_kernel_faults()
 def test_everything_this_kernel_offers() -> None:
-    # The two kinds of write-protection do not go together.
+    # The two kinds of write-protection exclude each other.
     wanted = Feature(kernel_features() & ~int(Feature.RWP | Feature.RWP_ASYNC | Feature.WP_ASYNC))
     with Userfaultfd(features=wanted) as uffd:
         assert uffd.features == wanted
@@ -422,7 +422,7 @@ except UffdPermissionError as error:
 @needs_refusal()
 @needs_privilege("CAP_SYS_ADMIN")
 def test_a_user_namespace_is_named() -> None:
-    """It gives every capability, but not the one that is asked for."""
+    """It gives every capability, but not in the namespace that counts."""
     command = [sys.executable, "-c", IN_A_USER_NAMESPACE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "no user namespace" in done.stderr:
@@ -487,7 +487,7 @@ def test_user_mode_only_turns_kernel_access_into_efault() -> None:
                 os.readv(zeros, [view[:16]])
             assert caught.value.errno == errno.EFAULT
             assert uffd.read_events() == []
-            # The same access, once the page is there.
+            # The same access, once the page is present.
             uffd.copy(region.start, b"\xff" * PAGE)
             assert os.readv(zeros, [view[:16]]) == 16
             assert region.read(0, 17) == bytes(16) + b"\xff"

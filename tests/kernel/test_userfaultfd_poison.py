@@ -1,4 +1,4 @@
-"""UFFDIO_POISON: SIGBUS for who touches the page, EFAULT for the kernel, never zeros."""
+"""UFFDIO_POISON: SIGBUS for a thread that touches the page, EFAULT for the kernel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = needs(Feature.POISON)
 
 
 def kernel_reads(region: Region, offset: int = 0) -> int:
-    """Let the kernel read one byte of a region: its errno, or 0."""
+    """Let the kernel read one byte of a region; return the errno, or 0."""
     sink = os.memfd_create("sink")
     view = region.memoryview()
     try:
@@ -44,7 +44,7 @@ def kernel_reads(region: Region, offset: int = 0) -> int:
 
 
 def touch_poison(name: str, waits: bool) -> None:
-    """Touch a poisoned page, or be waiting for it when it is poisoned."""
+    """Touch a poisoned page, or a missing one that is then poisoned."""
     factory = memory_of(name)
     region = factory.pages(1)
     with registered(region) as uffd:

@@ -1,4 +1,4 @@
-"""UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, and the checks every range passes first."""
+"""UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, and the checks of their ranges."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MASKS = {
     "hugetlb": HUGETLB,
     "hugetlb-private": HUGETLB,
 }
-# Ioctls and modes that came with a feature, and are absent where it is.
+# Ioctls and modes that came with a feature, and are absent without it.
 IOCTL_FEATURES = {
     Ioctl.POISON: Feature.POISON,
     Ioctl.MOVE: Feature.MOVE,
@@ -96,7 +96,7 @@ def modes_at(address: int) -> RegisterMode:
     return mode
 
 
-# What a range takes
+# What a range supports
 
 
 @pytest.mark.parametrize("mode", range(1, 8))
@@ -142,7 +142,7 @@ def test_by_address_or_by_region(memory: Memory) -> None:
         assert modes_at(region.start) == MISSING
 
 
-# Bad input: a closed userfaultfd would be ClosedError, if the range were not looked at first
+# Bad input: a closed userfaultfd would be ClosedError, if the range were not checked first
 
 
 TOP = 1 << 64
@@ -260,7 +260,7 @@ def test_busy(memory: Memory) -> None:
             other.register(region)
         assert caught.value.errno == errno.EBUSY
         assert (caught.value.start, caught.value.length) == (region.start, region.length)
-        # Nothing was registered before the busy part was met.
+        # Nothing before the busy part was registered.
         assert modes_at(region.start) == RegisterMode(0)
         owner.unregister(second, memory.page_size)
         other.register(region)
@@ -344,7 +344,7 @@ def test_other_modes_replace(memory: Memory) -> None:
 
 @NEEDS_WP
 def test_a_subset_changes_nothing(memory: Memory) -> None:
-    """Neither the modes nor the protection, although WP is not among what was asked for."""
+    """It changes neither the modes nor the protection, although WP was not asked for."""
     region = memory.pages(1)
     region.fill(1)
     with registered(region, MISSING | WP) as uffd, Pagemap() as pagemap:
@@ -383,7 +383,7 @@ def lose_wp(memory: str, pages: int, first: int, count: int) -> dict[str, object
 @NEEDS_WP
 @pytest.mark.parametrize("memory", memory_params())
 def test_protection_goes_with_its_registration(memory: str) -> None:
-    """On hugetlb memory the write would never return if a page were left protected."""
+    """On hugetlb memory the write would never return if a page stayed protected."""
     assert run_child(lose_wp, memory, 4, 1, 2, budget_s=8).value == {
         "protected": [True, False, False, True],
         "modes": [WP, MISSING, MISSING, WP],
@@ -394,7 +394,7 @@ def test_protection_goes_with_its_registration(memory: str) -> None:
 
 @NEEDS_WP
 def test_modes_of_a_mapping_that_is_gone() -> None:
-    """What was registered at an address does not hold for what is mapped there next."""
+    """A registration does not apply to the next mapping at the same address."""
     with Userfaultfd() as uffd:
         region = Region.anonymous(4 * PAGE)
         start, length = region.start, region.length

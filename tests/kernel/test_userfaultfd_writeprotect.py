@@ -1,4 +1,4 @@
-"""UFFDIO_WRITEPROTECT on every memory type, and what its Linux 7.3 siblings say before that."""
+"""UFFDIO_WRITEPROTECT on every memory type, and its Linux 7.3 siblings on older kernels."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_waking_without_unprotecting_faults_again(memory: Memory) -> None:
 
 
 def test_missing_and_protected(memory: Memory) -> None:
-    """A write to a hole is a missing fault, then free: nothing protected the new page."""
+    """A write to a hole is one missing fault: the new page is not protected."""
     region = memory.pages(1)
     with registered(region, MISSING | WP) as uffd:
         task = Task(region.write, 0, b"\x02")
@@ -223,7 +223,7 @@ def test_unknown_mode(memory: Memory) -> None:
 
 
 def test_partly_registered(memory: Memory) -> None:
-    """What lies before the part that is not registered has been changed."""
+    """The pages before the unregistered part have been changed."""
     region = memory.pages(2)
     size = memory.page_size
     region.fill(1)
@@ -258,7 +258,7 @@ def test_while_an_event_is_unread(memory: Memory) -> None:
 
 
 def lacks(feature: Feature) -> pytest.MarkDecorator:
-    """The kernel does not have this feature: what is asked of it must come back as an error."""
+    """The kernel lacks this feature: using it must be an error."""
 
     def missing() -> tuple[list[str], str]:
         has = kernel_features() & int(feature)
@@ -284,7 +284,7 @@ def test_rwp_on_a_kernel_without_it(memory: Memory) -> None:
         with pytest.raises(UffdOSError) as caught:
             uffd.register(region, mode=RegisterMode.RWP)
         assert caught.value.errno == errno.EINVAL
-        # The refused registration has taken nothing away.
+        # The refused registration has changed nothing.
         uffd.writeprotect(region)
     assert open_files() == before
 

@@ -1,4 +1,4 @@
-"""What cases work with: guarded accesses, children, messages, and an end that frees everybody."""
+"""The context of cases: guarded accesses, children, messages, and an end that frees all threads."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_access_to_poison_is_sigbus(ctx: Context) -> None:
     start = missing(ctx)
     ctx.uffd.poison(start, ctx.page)
     seen = ctx.read(start)
-    # si_code is BUS_MCEERR_AR only where the kernel has CONFIG_MEMORY_FAILURE.
+    # si_code is BUS_MCEERR_AR only if the kernel has CONFIG_MEMORY_FAILURE.
     assert isinstance(seen, Interrupted)
     assert (seen.number, seen.address) == (signal.SIGBUS, start)
 

@@ -1,4 +1,4 @@
-"""The plugin on cases made for the purpose: failures, a stall, a kernel that is broken."""
+"""The plugin with cases made for these tests: failures, a stall, a broken kernel."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ if "own-log" not in os.environ:
     plugin.Kmsg = Log
 '''
 
-# A program's lines have another facility than the kernel's; else they are alike.
+# A program's lines have another facility than the kernel's; otherwise they look the same.
 OWN_LOG = (
     CASES
     + '''
@@ -123,7 +123,7 @@ needs_kernel_log = pytest.mark.skipif(
 def run(
     folder: Path, *args: str, status: int, env: dict[str, str] | None = None, cases: str = CASES
 ) -> tuple[Report, str]:
-    """Run cases of the purpose; return the report and the output."""
+    """Run cases made for these tests; return the report and the output."""
     (folder / "conftest.py").write_text(cases)
     (folder / "test_it.py").write_text("from pyuffd.conformance.test_suite import test\n")
     (folder / "pytest.ini").write_text("[pytest]\n")
@@ -199,7 +199,7 @@ def test_broken_kernel_fails_the_run_and_names_the_case(tmp_path: Path) -> None:
 
 
 def run_with_log(folder: Path, *args: str, status: int, **env: str) -> tuple[Report, str]:
-    """Run cases that write into the log that there is, which has to hold nothing else's lines."""
+    """Run cases that write to the real log, to which nothing else may write meanwhile."""
     with Path(tempfile.gettempdir(), "pyuffd-own-log.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return run(folder, *args, status=status, env={"own-log": "", **env}, cases=OWN_LOG)
@@ -211,7 +211,7 @@ def test_warning_in_the_log_fails_the_run_and_names_the_case(tmp_path: Path, wor
     made, output = run_with_log(tmp_path, "-n", workers, "-k", "t.warns", status=1)
     (message,) = made.fatal
     assert "t.warns.shmem" in message.tests
-    assert set(message.tests) <= {"t.warns.shmem", "t.warns.anon"}  # which may run beside it
+    assert set(message.tests) <= {"t.warns.shmem", "t.warns.anon"}  # which may run at the same time
     assert made.counts()["passed"] == 2
     assert "kernel BROKEN: WARNING: CPU: 0" in output
 
