@@ -1,4 +1,4 @@
-"""A file system (FUSE, in a child process) that stops answering when it is told to."""
+"""A file system (FUSE, in a child process) that stops answering when told to."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Server:
                 os._exit(1)
 
     def hang(self) -> None:
-        """Answer no reads, no closing and no questions for the size any more."""
+        """Stop answering reads, closes and questions for the size."""
         self._flag[0] = 1
 
     def _serve(self) -> None:

@@ -1,6 +1,6 @@
-"""Scenarios for `_interruptions`: an armed part, and around it what a careful program does.
+"""Scenarios for `_interruptions`: an armed part inside what a careful program does.
 
-Here one object at a time; `_interrupted_handlers` has those of handlers.
+These have one object at a time; `_interrupted_handlers` has those with handlers.
 
 Run one: `python -m tests.process._interrupted SCENARIO lines|checks [FIRST END STEP]`, or
 `SCENARIO signals RUNS`.
@@ -31,7 +31,7 @@ def open_userfaultfd(at: Interrupter) -> None:
 
 
 def adopt_userfaultfd(at: Interrupter) -> None:
-    """If from_fd() raises the descriptor is the caller's, else the object's."""
+    """If from_fd() raises the descriptor stays the caller's; otherwise the object owns it."""
     with Userfaultfd() as uffd:
         fd = os.dup(uffd.fileno())
         taken = None
@@ -69,7 +69,7 @@ def map_shared_memory(at: Interrupter) -> None:
 
 
 def keep_shared_memory(at: Interrupter) -> None:
-    """The name stays if the constructor returned, and only then."""
+    """The name stays only if the constructor returned."""
     made = None
     with at.armed():
         made = Region.shm(MARK, PAGES * PAGE)
@@ -79,7 +79,7 @@ def keep_shared_memory(at: Interrupter) -> None:
 
 
 def map_existing_shared_memory(at: Interrupter) -> None:
-    """A name that was there before is removed at the end of a region, not of an attempt."""
+    """An existing name is removed at the end of a region, but not by a failed attempt."""
     made = None
     Region.shm(MARK, PAGES * PAGE).close()
     with at.armed():
@@ -98,7 +98,7 @@ def map_file(at: Interrupter) -> None:
 
 
 def close_region(at: Interrupter) -> None:
-    """A close that was interrupted goes on when it is called again."""
+    """A close that was interrupted continues when it is called again."""
     region = Region.shm(MARK, PAGES * PAGE, unlink=True)
     with at.armed():
         region.close()
@@ -107,7 +107,7 @@ def close_region(at: Interrupter) -> None:
 
 
 def view_region(at: Interrupter) -> None:
-    """What was interrupted keeps no region from being closed."""
+    """After an interrupted call the region can still be closed."""
     with Region.memfd(PAGES * PAGE) as region, at.armed():
         region.memoryview().release()
         region.digest()
@@ -129,7 +129,7 @@ def refuse_file_source(at: Interrupter) -> None:
 
 
 def hand_over(at: Interrupter) -> None:
-    """What came over a socket is the Handover's, or nobody's."""
+    """The Handover owns what came over a socket, or it is closed."""
     ours, theirs = socket.socketpair()
     with ours, theirs, Userfaultfd() as uffd, Region.memfd(PAGE) as region:
         send_uffd(theirs, uffd, [region], memory=True)

@@ -34,7 +34,7 @@ CONTENT = bytes(range(1, 9)) * 512
 
 
 def content(offset: int, length: int) -> bytes:
-    """Return content without a zero in it."""
+    """Return content without zeros."""
     return CONTENT * (length // len(CONTENT))
 
 
@@ -45,7 +45,7 @@ def slow_content(offset: int, length: int) -> bytes:
 
 
 class Reader:
-    """A thread that reads the beginning of a page."""
+    """Start a thread that reads the first bytes of a page."""
 
     def __init__(self, region: Region, offset: int) -> None:
         self._place = f"offset {offset:#x}"
@@ -58,7 +58,7 @@ class Reader:
         self._seen.append(_memory.guarded_read(address, 8))
 
     def check(self) -> None:
-        """Content or a signal, never zeros, and never a hang."""
+        """Check for content or a signal, never zeros, and never a hang."""
         self._thread.join(HANGS_S)
         assert self._seen, f"reading {self._place} hangs"
         assert self._seen[0] != bytes(8), f"zeros at {self._place}"
@@ -91,7 +91,7 @@ class Setting:
         return Region.memfd(size) if self.kind == "minor" else Region.anonymous(size)
 
     def source(self) -> PageSource:
-        """Return one of the kind that the driver is for."""
+        """Return a source of the kind that the driver is for."""
         if self.driver in ("process", "thread", "auto"):
             return CallableSource(content)
         return BufferSource(CONTENT * PAGES)
@@ -99,7 +99,7 @@ class Setting:
     def serve(
         self, handler: Handler, region: Region, source: PageSource, uffd: Userfaultfd | None = None
     ) -> None:
-        """Serve it, with what goes with that."""
+        """Serve the region with the arguments that belong to it."""
         if self.kind == "minor":
             handler.serve(region, source, mode=RegisterMode.MINOR, uffd=uffd)
         elif self.kind == "protected":
@@ -109,7 +109,7 @@ class Setting:
 
 
 def live(at: Interrupter, setting: Setting, armed: str) -> None:
-    """A handler from its beginning to its end; `armed` names the part that is interrupted."""
+    """A handler from start to end; `armed` names the part that is interrupted."""
 
     def part(name: str) -> contextlib.AbstractContextManager[None]:
         return at.armed() if name == armed else contextlib.nullcontext()
@@ -121,7 +121,7 @@ def live(at: Interrupter, setting: Setting, armed: str) -> None:
         handler: Handler | None = None
         with part("make"):
             handler = Handler(uffd, driver=setting.driver)
-        if handler is None:  # another one can be made
+        if handler is None:  # another handler can be made
             gc.collect()
             handler = Handler(uffd, driver=setting.driver)
         stack.callback(handler.stop)
@@ -130,7 +130,7 @@ def live(at: Interrupter, setting: Setting, armed: str) -> None:
             setting.serve(handler, region, source)
             served = True
         if not served:
-            # Either it is served, or it is as before and can be.
+            # Either it is served, or it is unchanged and can be served.
             with contextlib.suppress(ValueError):
                 setting.serve(handler, region, source)
         early = Reader(region, PAGE) if setting.driver != "inline" else None
@@ -157,7 +157,7 @@ def live(at: Interrupter, setting: Setting, armed: str) -> None:
 
 
 def use_with(at: Interrupter, setting: Setting) -> None:
-    """All of it in one with statement, and nothing done afterwards but to close the rest."""
+    """All of it in one with statement; afterwards only the rest is closed."""
     with setting.region() as region:
         served = False
         with setting.uffd() as uffd, at.armed(), Handler(uffd, driver=setting.driver) as handler:
@@ -170,7 +170,7 @@ def use_with(at: Interrupter, setting: Setting) -> None:
 
 
 def stop_while_one_waits(at: Interrupter, driver: Driver) -> None:
-    """Stop what has not started, or whose source is slow."""
+    """Stop a handler that has not started, or whose source is slow."""
     in_python = driver in ("process", "thread")
     source = CallableSource(slow_content) if in_python else BufferSource(CONTENT * PAGES)
     with Userfaultfd() as uffd, Region.anonymous(PAGES * PAGE) as region:
@@ -185,7 +185,7 @@ def stop_while_one_waits(at: Interrupter, driver: Driver) -> None:
         handler.stop()
         reader.check()
         check_no_zeros(region)
-    # A source that did not answer in time keeps its thread, which keeps the descriptor.
+    # A source that did not answer in time blocks its thread, which needs the descriptor.
     give_up = time.monotonic() + HANGS_S
     while any(thread.name.startswith("uffd-w") for thread in threading.enumerate()):
         assert time.monotonic() < give_up
@@ -194,7 +194,7 @@ def stop_while_one_waits(at: Interrupter, driver: Driver) -> None:
 
 
 def serve_running(at: Interrupter, setting: Setting, *, of_another: bool) -> None:
-    """Serve a range, of another userfaultfd perhaps, with a handler that runs."""
+    """Serve a range, perhaps of another userfaultfd, with a running handler."""
     with (
         setting.uffd() as uffd,
         setting.uffd() as another,
@@ -213,7 +213,7 @@ def serve_running(at: Interrupter, setting: Setting, *, of_another: bool) -> Non
 
 
 def close_region_under_its_handler(at: Interrupter) -> None:
-    """The handler serves on."""
+    """The handler continues to serve."""
     with Userfaultfd() as uffd, Region.anonymous(PAGES * PAGE) as region, Handler(uffd) as handler:
         handler.serve(region, BufferSource(CONTENT * PAGES))
         region.touch(0, PAGE)
@@ -224,7 +224,7 @@ def close_region_under_its_handler(at: Interrupter) -> None:
 
 
 def close_userfaultfd_under_its_handler(at: Interrupter) -> None:
-    """It is not closed before the handler has ended."""
+    """The userfaultfd is not closed before the handler has ended."""
     with Region.anonymous(PAGES * PAGE) as region, Userfaultfd() as uffd, Handler(uffd) as handler:
         handler.serve(region, BufferSource(CONTENT * PAGES))
         region.touch(0, PAGE)
@@ -237,7 +237,7 @@ def close_userfaultfd_under_its_handler(at: Interrupter) -> None:
 
 
 def close_second_userfaultfd(at: Interrupter) -> None:
-    """Nor is one before its ranges were taken out."""
+    """A second userfaultfd is not closed before its ranges were taken out."""
     with (
         Region.anonymous(PAGES * PAGE) as region,
         Userfaultfd() as uffd,
@@ -253,7 +253,7 @@ def close_second_userfaultfd(at: Interrupter) -> None:
 
 
 def protect(at: Interrupter) -> None:
-    """Write-protect and preserve: a write does not hang, and what was there before it is kept."""
+    """Write-protect and preserve: a write does not hang, and the old content is kept."""
     kept = bytearray(PAGES * PAGE)
     with (
         Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP) as uffd,

@@ -1,19 +1,19 @@
-"""Calls interrupted everywhere: what a signal handler's exception must not leave behind.
+"""Calls interrupted everywhere: a signal handler's exception must leave nothing behind.
 
-A scenario is a function that arms a part of what it does. `sweep` runs it once for each place of
-pyuffd that the armed part passes, every time in a fork of its own, with an exception raised there:
+A scenario is a function that arms a part of its body. `sweep` runs it once for each place of pyuffd
+that the armed part passes, each time in a fork, with an exception raised there:
 
 - "lines": before each line, as a trace function sees them;
-- "checks": where CPython itself looks for signals, which is between two instructions: after a call
-  of C, at the start of a function and at the end of a loop's pass. This finds what lies between a
-  C function's return and the store of what it returned, which no line separates.
+- "checks": where CPython itself checks for signals, which is between two instructions: after a call
+  of C, at the start of a function and at the end of a loop's pass. This finds the place between
+  the return of a C function and the store of its result, which no line separates.
 
-`pester` does the same with real signals, at random instants. Afterwards the process has to hold
-what it held before: descriptors, mappings, threads, children, names of files.
+`pester` does the same with real signals, at random instants. Afterwards the process must have what
+it had before: descriptors, mappings, threads, children, names of files.
 
-Two artefacts of "lines" are known, both at the end of a `with` block, where no signal handler runs:
-before what leaves it the statement's line is passed once more, and a lock stays taken then; and an
-exception in the place of another one that leaves the block makes CPython lose count of references
+"lines" has two known artefacts, both at the end of a `with` block, where no signal handler runs.
+The line of the statement is passed once more before the block is left, and a lock then stays held.
+And an exception that replaces another one leaving the block makes CPython lose count of references
 (3.11 to 3.13), so that place is left out.
 """
 
@@ -42,12 +42,12 @@ from pyuffd.testing import _leaks
 
 PACKAGE = str(Path(pyuffd.__file__).parent)
 SETTLE_S = 5.0
-# A scenario that takes longer hangs; the watchdog ends it whatever holds the GIL.
+# A scenario that needs longer hangs; the watchdog ends it, whichever thread holds the GIL.
 LIMIT_S = 40
 SHARED = "/memfd:"
-# Anonymous memory is the allocator's as well; what a scenario maps itself is larger than that.
+# The allocator maps anonymous memory too; the mappings of scenarios are larger.
 LARGE = 1 << 40
-# Of seconds, from a microsecond to what a helper process needs to start: some runs end before.
+# In seconds, from a microsecond to the start of a helper process: some runs end before.
 EXPONENTS = -6.0, -0.3
 AGAIN_US = 20
 
@@ -56,7 +56,7 @@ Scenario = Callable[["Interrupter"], None]
 
 
 class Injected(BaseException):
-    """What a signal handler raised."""
+    """The exception of a signal handler."""
 
 
 class Interrupter:
@@ -66,7 +66,7 @@ class Interrupter:
 
     @contextlib.contextmanager
     def armed(self) -> Iterator[None]:
-        """Interrupt what is called inside; the exception ends there."""
+        """Interrupt the calls inside the block, which catches the exception."""
         try:
             self.on()
             try:
@@ -84,20 +84,20 @@ class Interrupter:
 
 
 class Tracer(Interrupter):
-    """Raises at the places of some numbers, counted from 1; without any it only counts."""
+    """Raises at the places with these numbers, counted from 1; without numbers it only counts."""
 
     def __init__(self, at: Iterable[int], how: How) -> None:
         self.at = set(at)
         self.seen = 0
         self._how = how
-        self._after_call: dict[FrameType, int | None] = {}  # where the call was, of C if any
+        self._after_call: dict[FrameType, int | None] = {}  # the place of the call of C, if any
 
     def on(self) -> None:
-        """Trace what is called from now on."""
+        """Begin to trace."""
         sys.settrace(self._enter)
 
     def off(self) -> None:
-        """Trace no more."""
+        """End tracing."""
         sys.settrace(None)
         self._after_call.clear()
 
@@ -121,7 +121,7 @@ class Tracer(Interrupter):
             call = self._after_call.pop(frame, None)
             if name.startswith("CALL"):
                 self._after_call[frame] = frame.f_lasti
-            # What is raised here is handled as at the call, unless a block ends between them.
+            # An exception here is handled as at the call, unless a block ends between them.
             after_call = call is not None and _handler(frame, call) == _handler(frame)
             if after_call or name.startswith(("RESUME", "JUMP_BACKWARD")):
                 self._pass(frame)
@@ -134,7 +134,7 @@ class Tracer(Interrupter):
         if self.seen in self.at:
             place = f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
             self.place += f"[{place} in {frame.f_code.co_name}]"
-            self._after_call.clear()  # frames, which hold what they hold
+            self._after_call.clear()  # frames, which keep their objects alive
             raise Injected(self.place)
 
 
@@ -143,14 +143,14 @@ def _instruction(frame: FrameType) -> str:
 
 
 def _handler(frame: FrameType, at: int | None = None) -> int | None:
-    """Return where a frame goes on after an exception, here or at another instruction."""
+    """Return where a frame continues after an exception, here or at another instruction."""
     offset = frame.f_lasti if at is None else at
     table: Any = getattr(dis, "_parse_exception_table")(frame.f_code)  # noqa: B009
     return next((one.target for one in table if one.start <= offset < one.end), None)
 
 
 def _is_plain(code: CodeType) -> bool:
-    """Whether a call of it is no call of C: nothing is checked when it returns."""
+    """Whether calling it is no call of C: signals are not checked when it returns."""
     generator = 0x20  # CO_GENERATOR
     return code.co_name != "__init__" and not code.co_flags & generator
 
@@ -177,7 +177,7 @@ class Timer(Interrupter):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_on:
             return
-        if not _is_inside(frame):  # between two calls: what they returned is the scenario's to keep
+        if not _is_inside(frame):  # between two calls: the scenario keeps their results
             signal.setitimer(signal.ITIMER_REAL, AGAIN_US / 1e6)
             return
         self._is_on = False
@@ -186,7 +186,7 @@ class Timer(Interrupter):
 
 
 def _is_inside(frame: FrameType | None) -> bool:
-    """Whether a scenario has called pyuffd, which has not returned."""
+    """Whether the scenario is inside a call of pyuffd."""
     while frame is not None and frame.f_code.co_filename != __file__:
         if frame.f_code.co_filename.startswith(PACKAGE):
             return True
@@ -210,7 +210,7 @@ def _count(scenario: Scenario, how: How) -> tuple[str, str]:
 def sweep(scenario: Scenario, how: How, numbers: Iterable[int], twice: int = 0) -> list[str]:
     """Interrupt a scenario at the places of these numbers; return what went wrong.
 
-    `twice`: and once more so many places later, where the first exception is on its way.
+    `twice`: raise again so many places later, while the first exception propagates.
     """
     wrong = []
     for number in numbers:
@@ -226,11 +226,11 @@ def _once_at(scenario: Scenario, at: Iterable[int], how: How) -> tuple[str, str]
 
 
 def pester(scenario: Scenario, seed: int, runs: int) -> list[str]:
-    """Interrupt a scenario at random instants, every time in the same fork."""
+    """Interrupt a scenario at random instants, always in the same fork."""
 
     def repeat() -> tuple[str, str]:
         timer = Timer(random.Random(seed))
-        scenario(Interrupter())  # what is made once and stays: imports, caches
+        scenario(Interrupter())  # made once and kept: imports, caches
         for run in range(runs):
             faulthandler.dump_traceback_later(LIMIT_S, exit=True)
             place, verdict = _once(scenario, timer)
@@ -243,10 +243,10 @@ def pester(scenario: Scenario, seed: int, runs: int) -> list[str]:
 
 
 def _in_fork(function: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """Run a function in a fork; return what it returns, or a verdict of how it ended."""
+    """Run a function in a fork; return its result, or a sentence on how it ended."""
     with tempfile.TemporaryFile() as errors:
         read_fd, write_fd = os.pipe()
-        # Its thread is not in the fork, which would wait for it before it starts its own.
+        # The fork lacks its thread, and would wait for it before starting its own.
         faulthandler.cancel_dump_traceback_later()
         pid = os.fork()
         if pid == 0:
@@ -295,13 +295,13 @@ def _once(scenario: Scenario, interrupter: Interrupter) -> tuple[str, str]:
 
 
 def _owned(held: set[str]) -> set[str]:
-    """Leave out what ends by itself, and may have been about to: threads and processes."""
+    """Leave out threads and processes that end by themselves, and may be about to."""
     return {name for name in held if not name.startswith(("thread ", "process "))}
 
 
 def _held() -> set[str]:
     held = {name for look in (_leaks._fds, _leaks._threads, _leaks._processes) for name in look()}
-    # Not smaps, which walks the page tables: that would be most of the time.
+    # Not smaps, which walks the page tables and would dominate the run time.
     held |= {line for line in Path("/proc/self/maps").read_text().splitlines() if SHARED in line}
     held |= {f"name {path}" for folder in FOLDERS for path in Path(folder).glob(f"*{MARK}*")}
     address_space = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf(
@@ -311,13 +311,13 @@ def _held() -> set[str]:
     return held
 
 
-# Names of files that scenarios make, so that they are found.
+# Scenarios give their files such names, so that they are found.
 MARK = f"pyuffd-interrupted-{os.getpid()}"
 FOLDERS = ("/dev/shm", tempfile.gettempdir())
 
 
 def main(scenarios: dict[str, Scenario]) -> None:
-    """Sweep one scenario as the command line says, and print what went wrong."""
+    """Sweep the scenario of the command line, and print what went wrong."""
     name, how, *rest = sys.argv[1:]
     if how == "signals":
         wrong = pester(scenarios[name], random.randrange(1 << 32), int(rest[0]))

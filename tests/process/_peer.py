@@ -1,7 +1,7 @@
-"""Another process that owns memory, with a socket to hand descriptors and values over.
+"""Another process that owns memory, with a socket for descriptors and values.
 
-The peer is started fresh (no fork) and ends with this process.  Both sides send JSON, and any
-number of descriptors beside it.
+The peer is started fresh (no fork) and ends with this process.  Both sides send JSON with any
+number of descriptors.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Link:
 
 @contextmanager
 def peer(function: Callable[..., None], *args: Any) -> Iterator[Link]:
-    """Run `function(link, *args)` in another process; it must have ended well at the end."""
+    """Run `function(link, *args)` in another process, which must succeed before the block ends."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         command = [sys.executable, "-P", "-W", "error", "-m", "tests.process._peer"]

@@ -1,9 +1,9 @@
-"""Checks of what goes wrong with userfaultfd, by the numbers of the known pitfalls.
+"""Checks of the known pitfalls of userfaultfd, by their numbers.
 
-A module notes its checks with `@pitfall(number, name)` and ends with `test_pitfalls =
-checks_of(__name__)`. Each check is a test with the id `pitfall.<number>.<name>`, run in a child
-process for all its drivers and kinds of memory; hugetlb memory makes an id of its own, with
-`.hugetlb` behind it.
+A module marks its checks with `@pitfall(number, name)` and ends with `test_pitfalls =
+checks_of(__name__)`. Each check is a test with the id `pitfall.<number>.<name>`, and runs in a
+child process with all its drivers and kinds of memory. Hugetlb memory has an id of its own, which
+ends in `.hugetlb`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ NAMES = {
 Driver = Literal["native", "thread", "process"]
 NATIVE: tuple[Driver, ...] = ("native",)
 BOTH: tuple[Driver, ...] = ("native", "thread")
-# For checks that hold no thread of the engine or of a source: those are elsewhere here.
+# For checks that stop no thread of an engine or source in this process.
 ALL: tuple[Driver, ...] = (*BOTH, "process")
 
 ANON = ("anon",)
@@ -76,7 +76,7 @@ with_and_without_events = pytest.mark.parametrize(
 
 @dataclass(frozen=True)
 class Setting:
-    """With which driver and memory a check runs."""
+    """The driver and memory with which a check runs."""
 
     driver: Driver
     memory: str
@@ -105,7 +105,7 @@ class Setting:
         features: Feature = Feature(0),  # noqa: B008
         **options: Any,
     ) -> Iterator[tuple[Handler, Region, Pages]]:
-        """A started handler, its one region, and what the region's pages hold."""
+        """A started handler, its one region, and the content of the region's pages."""
         with self.serving(features, **options) as (handler, memory):
             region = memory.pages(pages)
             data = Pages(pages, memory.page_size)
@@ -114,7 +114,7 @@ class Setting:
             yield handler, region, data
 
     def source(self, data: bytes) -> PageSource:
-        """A source of the kind that the driver is for."""
+        """Return a source of the kind that the driver is for."""
         if self.driver == "process":
             return Data(data)
         if self.driver == "thread":
@@ -123,7 +123,7 @@ class Setting:
 
 
 class Data:
-    """A source in Python that can be sent."""
+    """A source in Python that can be pickled."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -135,7 +135,7 @@ class Data:
 
 
 class Pages:
-    """Content that differs from page to page and from seed to seed, and is nowhere zero."""
+    """Content that differs from page to page and from seed to seed, and has no zeros."""
 
     def __init__(self, count: int, size: int, seed: int = 1) -> None:
         self.size = size
@@ -148,18 +148,18 @@ class Pages:
         return self.all[page * self.size : (page + 1) * self.size]
 
     def of(self, *pages: int | None) -> bytes:
-        """The content of some pages in a row; None is a page of zeros."""
+        """The content of some consecutive pages; None is a page of zeros."""
         return b"".join(self.zeros if page is None else self[page] for page in pages)
 
 
 Check = Callable[[Setting], object]
 
-NANOSLEEP, FUTEX, CLOCK_NANOSLEEP = "35", "202", "230"  # as /proc/PID/syscall has them
+NANOSLEEP, FUTEX, CLOCK_NANOSLEEP = "35", "202", "230"  # as /proc/PID/syscall shows them
 
 
 @dataclass(frozen=True)
 class Case:
-    """One check and how it is run."""
+    """One check, and how to run it."""
 
     number: int
     name: str
@@ -176,7 +176,7 @@ class Case:
 
 
 CASES: dict[str, list[Case]] = {}
-AFTER_CHECK = contextlib.ExitStack()  # for what a check must not leave to the next one
+AFTER_CHECK = contextlib.ExitStack()  # undoes what a check must not leave to the next one
 
 
 def pitfall(
@@ -190,7 +190,7 @@ def pitfall(
     expect: Expect = 0,
     marks: tuple[Any, ...] = (),
 ) -> Callable[[Check], Check]:
-    """Note a function as a check of a pitfall; `features` are what the kernel must have."""
+    """Mark a function as a check of a pitfall; the kernel must have `features`."""
     assert number in NAMES
 
     def note(check: Check) -> Check:
@@ -238,10 +238,10 @@ def checks_of(module: str) -> Any:
 
 
 def run_check(module: str, function: str, drivers: Sequence[Driver], memory: list[str]) -> None:
-    """Run a check for each driver and kind of memory, and say which is under way."""
+    """Run a check for each driver and kind of memory, and print which one is running."""
     check = getattr(importlib.import_module(module), function)
     for driver in drivers:
-        # A process for each handler takes its time: private and shared memory will do.
+        # Starting a process for each handler is slow: private and shared memory must do.
         for name in memory[:2] if driver == "process" else memory:
             print(driver, name, file=sys.stderr, flush=True)
             with AFTER_CHECK:
@@ -259,12 +259,12 @@ def reading(region: Region, index: int) -> Task[bytes]:
 
 
 def losing(region: Region, index: int) -> Task[bool]:
-    """Begin to see in another thread whether a page is lost."""
+    """Begin to check in another thread whether a page is lost."""
     return Task(is_lost, region, index * region.page_size, region.page_size)
 
 
 def wait_blocked(task: Task[Any], call: int | None = None) -> None:
-    """Return when a thread sleeps in the kernel, in this system call if one is named."""
+    """Wait until a thread sleeps in the kernel, in this system call if one is given."""
     folder = Path(f"/proc/self/task/{task.native_id}")
 
     def blocked() -> bool:
@@ -276,19 +276,19 @@ def wait_blocked(task: Task[Any], call: int | None = None) -> None:
 
 
 def wait_changing(uffd: Userfaultfd, task: Task[Any], call: int) -> None:
-    """Return when a thread has changed the layout and waits for its event to be read."""
+    """Wait until a thread has changed the layout and waits for its event to be read."""
     wait_until(lambda: layout_is_changing(uffd), "the layout is changing")
     wait_blocked(task, call)
 
 
 def over_or_blocked(task: Task[Any]) -> None:
-    """Return when a thread has ended, or waits for a lock or for the time to try again."""
+    """Wait until a thread has ended, or waits for a lock or before a retry."""
     path = Path(f"/proc/self/task/{task.native_id}/syscall")
 
     def settled() -> bool:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             number, *args = path.read_text().split()
-            # Who waits for the GIL is in futex(2) as well, but with a time-out.
+            # A thread that waits for the GIL is in futex(2) too, but with a time-out.
             waits = number in (CLOCK_NANOSLEEP, NANOSLEEP) or (number == FUTEX and args[3] == "0x0")
             return not task.running or waits
         return True
@@ -297,11 +297,11 @@ def over_or_blocked(task: Task[Any]) -> None:
 
 
 def failed(handler: Handler) -> bool:
-    """Whether a running handler has noted a failure, which stop() would raise."""
+    """Whether a running handler has a failure, which stop() would raise."""
     assert handler._engine is not None
     return handler._engine.failure() is not None
 
 
 def all_pitfalls() -> set[int]:
-    """The numbers that the modules imported so far have checks of."""
+    """The numbers of the pitfalls that the imported modules have checks of."""
     return {case.number for cases in CASES.values() for case in cases}

@@ -1,4 +1,4 @@
-"""Page sources that can be sent to the helper process: they are found by name in this module."""
+"""Page sources for the helper process, which finds them by name in this module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["PAGE"]
 
 
 def content(length: int, seed: int = 0) -> bytes:
-    """Return what `page` says for a region: each page its own byte."""
+    """Return the content of a region: each page has its own byte, from `page`."""
     return b"".join(bytes([(seed + index) % 251 + 1]) * PAGE for index in range(length // PAGE))
 
 
@@ -48,7 +48,7 @@ class StubbornError(Exception):
 
 
 def stubborn(offset: int, length: int) -> bytes:
-    """Fail, in a way that cannot be sent."""
+    """Fail with an exception that cannot be pickled."""
     raise StubbornError("kept here")
 
 
@@ -58,24 +58,24 @@ def refused(offset: int, length: int) -> bytes:
 
 
 def short(offset: int, length: int) -> bytes:
-    """Return too little."""
+    """Return too few bytes."""
     return b"x" * (length - 1)
 
 
 def hanging(offset: int, length: int) -> bytes:
-    """Take far too long."""
+    """Need far too long."""
     time.sleep(3600)
     return bytes(length)
 
 
 def slow(offset: int, length: int) -> bytes:
-    """Take 50 ms."""
+    """Need 50 ms."""
     time.sleep(0.05)
     return page(offset, length)
 
 
 def talking(offset: int, length: int) -> bytes:
-    """Return the bytes of `content`, and write to the standard streams, whatever these are."""
+    """Return the bytes of `content`, and write to the standard streams."""
     for fd in (1, 2):
         os.write(fd, b"asked\n")
     print("for", offset, flush=True)
@@ -83,11 +83,11 @@ def talking(offset: int, length: int) -> bytes:
 
 
 def ignored_signals(offset: int, length: int) -> bytes:
-    """Return which signals a process ignores that is started here."""
+    """Return which signals a process ignores if it is started here."""
     program = "grep SigIgn /proc/self/status"
     text = subprocess.run(["sh", "-c", program], capture_output=True, check=True).stdout
-    # 32 and 33 are the C library's own: a program started by its posix_spawn() (by make, say) may
-    # be left with them ignored, and sigaction() does not touch them.
+    # 32 and 33 belong to the C library: a program started by its posix_spawn() (by make, for
+    # example) may have them ignored, and sigaction() does not change them.
     ignored = int(text.split()[1], 16) & ~(1 << 31 | 1 << 32)
     return ignored.to_bytes(8, "little").ljust(length, b"\0")
 
@@ -112,7 +112,7 @@ class Noting(Source):
         self.path = path
 
     def read(self, offset: int, length: int) -> bytes:
-        """Note, and return `content`."""
+        """Write the call, and return `content`."""
         with Path(self.path).open("a") as file:
             file.write(f"{offset} {length}\n")
         return super().read(offset, length)
@@ -136,13 +136,13 @@ class KilledOnce(Source):
 
 
 def crashing(offset: int, length: int) -> bytes:
-    """End its process in the usual way of C code that goes wrong."""
+    """End its process in the usual way of faulty C code."""
     ctypes.string_at(0)
     return bytes(length)
 
 
 class Gate(Source):
-    """Says that it was called, and waits for a file to exist."""
+    """Reports that it was called, and waits for a file to exist."""
 
     def __init__(self, called: str, path: str) -> None:
         super().__init__(0)
@@ -159,9 +159,9 @@ class Gate(Source):
 
 
 class Points(Source):
-    """Lets the test hold the first worker at the engine's points (`WorkerPoints`).
+    """Lets the test stop the first worker process at the engine's points (`WorkerPoints`).
 
-    With a file `die` in the folder, the next worker that loads this is killed by it.
+    If the folder has a file `die`, this object kills the next worker process that loads it.
     """
 
     def __init__(self, folder: str) -> None:
@@ -176,7 +176,7 @@ class Points(Source):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Listen from the first call on; return `content`."""
+        """Listen after the first call; return `content`."""
         try:
             os.close(os.open(f"{self.folder}/listening", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -200,7 +200,7 @@ class Points(Source):
 
 
 class WorkerPoints:
-    """The other end of `Points`, in the test."""
+    """The end of `Points` in the test."""
 
     def __init__(self, folder: str) -> None:
         self.source = Points(folder)
@@ -208,7 +208,7 @@ class WorkerPoints:
             os.mkfifo(f"{folder}/{name}")
 
     def connect(self) -> None:
-        """Return when the worker listens; its source has been asked for a page."""
+        """Wait until the worker process listens; its source has been asked for a page."""
         self._commands = open(f"{self.source.folder}/commands", "w")  # noqa: SIM115
         self._answers = open(f"{self.source.folder}/answers")  # noqa: SIM115
 
@@ -217,18 +217,18 @@ class WorkerPoints:
         assert self._answers.readline() == "0\n", f"{name} {point.name}"
 
     def arm(self, point: Point) -> None:
-        """Let the worker's next thread that comes to the point stop there."""
+        """Stop the worker process's next thread that comes to the point."""
         self._ask("arm", point)
 
     def wait(self, point: Point) -> None:
-        """Return when one stands there."""
+        """Wait until a thread is there."""
         self._ask("wait", point)
 
     def release(self, point: Point) -> None:
-        """Let it go on."""
+        """Let it continue."""
         self._ask("release", point)
 
     def close(self) -> None:
-        """Let go of the pipes."""
+        """Close the pipes."""
         self._commands.close()
         self._answers.close()

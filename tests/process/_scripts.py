@@ -24,7 +24,7 @@ def without_cloudpickle(folder: Path) -> str:
 
 
 def command_line(folder: Path, program: str, how: How) -> list[str]:
-    """Return how to start a program, which is written where it has to be."""
+    """Write a program where it must be, and return how to start it."""
     if how == "-c":
         return ["-c", program]
     if how == "stdin":

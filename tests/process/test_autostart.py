@@ -1,4 +1,4 @@
-"""`with Handler(...)` starts it: nobody waits because start() was forgotten."""
+"""`with Handler(...)` starts it: no thread waits because start() was forgotten."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = needs(Feature(0))
 
 
 def source_for(driver: Driver, data: bytes) -> PageSource:
-    """A source that every driver takes: the process driver has none in memory."""
+    """A source that every driver supports: the process driver has none in memory."""
     if driver != "process":
         return BufferSource(data)
     with open(os.memfd_create("content"), "w+b") as file:
@@ -62,7 +62,7 @@ def by_with(driver: Driver, memory: str) -> None:
             handler.serve(region, source_for(driver, data))
             assert region.read() == data
             handler.start()
-            with handler:  # started and stopped once more: as good as close()
+            with handler:  # this starts and stops it once more, like close()
                 assert "running" in repr(handler)
             assert "stopped" in repr(handler)
         with pytest.raises(ClosedError), handler:
@@ -91,7 +91,7 @@ def test_async_with_starts(driver: Driver) -> None:
 
 
 def not_by_itself(driver: Driver) -> None:
-    """Protect first, at leisure; what was written meanwhile waits for start()."""
+    """Protect first, slowly; writes meanwhile wait for start()."""
     with uffd_for(driver, WP) as uffd, Region.anonymous(2 * PAGE) as region:
         region.fill(1)
         with Handler(uffd, driver=driver, autostart=False) as handler:
@@ -133,7 +133,7 @@ def test_write_protection(driver: Driver) -> None:
 
 
 def forked(driver: Driver) -> None:
-    """fork() waits for its event to be read, which a forgotten start() would never do."""
+    """fork() waits for its event to be read, forever if start() was forgotten."""
     with (
         uffd_for(driver, Feature.EVENT_FORK) as uffd,
         Region.anonymous(2 * PAGE) as region,
@@ -164,7 +164,7 @@ def to_the_process_driver(started: bool) -> None:
         Handler(uffd, autostart=started) as handler,
         Region.anonymous(PAGE) as second,
     ):
-        with pytest.raises(ValueError):  # a space of its own for `other`, and no range in it
+        with pytest.raises(ValueError):  # `other` gets a space of its own, without ranges
             handler.serve(second, BufferSource(b""), uffd=other)
         assert str(handler.driver) == "native"
         handler.serve(region, CallableSource(sources.page))
@@ -185,7 +185,7 @@ def test_auto_takes_the_process_driver(started: bool) -> None:
 
 
 def stays_native(unserve: bool) -> None:
-    """What the native engine has done is not thrown away."""
+    """The results of the native engine are not lost."""
     with (
         Userfaultfd() as uffd,
         Region.anonymous(PAGE) as region,
@@ -207,7 +207,7 @@ def test_auto_stays_native_once_it_served(unserve: bool) -> None:
     run_child(stays_native, unserve)
 
 
-# What goes wrong at the start
+# Failures at the start
 
 
 def start_fails(driver: Driver) -> None:
@@ -229,7 +229,7 @@ def start_fails(driver: Driver) -> None:
 
 
 class Broken:
-    """The compiled module, but for one function, which says EAGAIN."""
+    """The compiled module, except that one function fails with EAGAIN."""
 
     def __init__(self, lib: Any, name: str) -> None:
         self._lib, self._name = lib, name

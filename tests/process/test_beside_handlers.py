@@ -1,4 +1,4 @@
-"""What is done to a userfaultfd beside its handler: refused where a promise would break."""
+"""Calls of a userfaultfd beside its handler are refused if a promise would break."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRIVERS: tuple[Driver, ...] = ("native", "inline", "thread", "process")
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 WP_EVERYWHERE = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
-# Each is given the address and the length of a page.
+# Each gets the address and the length of a page.
 REFUSED: dict[str, tuple[Callable[[Userfaultfd, int, int], object], str]] = {
     "writeprotect": (lambda uffd, at, n: uffd.writeprotect(at, n), "handler.writeprotect"),
     "unprotect": (
@@ -53,7 +53,7 @@ def handler_of(driver: Driver) -> Iterator[Handler]:
 
 
 def refuses(driver: Driver, memory: str) -> None:
-    """Nothing has happened then: the states are true, and the content comes."""
+    """A refused call changes nothing: the states are true, and the content arrives."""
     with contextlib.closing(memory_of(memory)) as make, handler_of(driver) as handler:
         region = make.pages(3)
         data = content(region.length)
@@ -120,7 +120,7 @@ def is_allowed_elsewhere(make: Memory) -> None:
 
 
 def allowed_elsewhere(memory: str) -> None:
-    """Ranges that it does not serve, or not any more, are its user's."""
+    """Ranges that the handler does not serve, or no longer serves, belong to its user."""
     with contextlib.closing(memory_of(memory)) as make:
         is_allowed_elsewhere(make)
 
@@ -132,7 +132,7 @@ def test_allowed_elsewhere(memory: str) -> None:
 
 
 def fills_beside(driver: Driver, memory: str) -> None:
-    """Filling is not refused: the page table tells of it."""
+    """Filling is not refused: the page table shows it."""
     with contextlib.closing(memory_of(memory)) as make, handler_of(driver) as handler:
         region = make.pages(4)
         data = content(region.length)

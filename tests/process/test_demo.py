@@ -1,4 +1,4 @@
-"""`pyuffd demo` as a program: what it verifies, what it leaves out, and what it leaves behind."""
+"""`pyuffd demo` as a program: what it verifies, leaves out, and leaves behind."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def command(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Complet
 
 
 def rows(text: str) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Return the table: what follows memory type and driver, by these."""
+    """Return the rows of the table, by memory type and driver."""
     return {(row[1], row[2]): row.groups()[2:] for row in ROW.finditer(text)}
 
 
@@ -147,8 +147,8 @@ def test_size_out_of_range(size: str) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="there is no setpriv")
 def test_unprivileged_user_is_told_what_was_left_out() -> None:
-    # The one capability left lets this user reach the interpreter and the library, wherever they
-    # are installed; it opens neither the device nor the huge page pool.
+    # The remaining capability lets this user reach the interpreter and the library, wherever they
+    # are installed; it opens neither the device nor the pool of huge pages.
     keep = "-all,+dac_read_search"
     done = command(
         *("--size", "512"),  # of huge pages, more than the tests have reserved
@@ -196,13 +196,13 @@ def test_where_nothing_can_be_opened_it_says_what_doctor_says() -> None:
     for name in ("syscall", "device"):
         assert ways[name]["reason"] in done.stderr, name
         assert f"`{ways[name]['command']}`" in done.stderr, name
-    # A profile that allows one call more, not none at all; and the device.
+    # A profile that allows one more call, not the absence of one; and the device.
     assert "--security-opt seccomp=profile.json --device /dev/userfaultfd" in done.stderr
     assert "the runtime's own profile with userfaultfd among the allowed calls" in done.stderr
     assert "unconfined" not in done.stderr
 
 
-# What is not right is not called verified
+# Wrong content is not called verified
 
 
 def test_changed_byte_is_detected() -> None:
@@ -220,7 +220,7 @@ def test_changed_byte_is_detected() -> None:
 
 
 def demo_with(damage: str) -> int:
-    """Run the command with something broken in it."""
+    """Run the command with one part of it broken."""
     take = _demo_snapshot.take_snapshot
 
     def take_and_damage(*arguments: Any) -> _demo_snapshot.Snapshot:
@@ -250,7 +250,7 @@ def test_damage_gives_exit_status_1(damage: str) -> None:
 
 
 def demo_without_tracking() -> int:
-    """Run the command as where shared memory cannot be write-protected."""
+    """Run the command as on a kernel that cannot write-protect shared memory."""
     shake_hands = _demo_snapshot._shake_hands
 
     def shake_hands_without(*arguments: Any) -> tuple[dict[str, object], Region, None]:

@@ -57,15 +57,15 @@ def keys_of(value: object, prefix: str = "") -> set[str]:
 
 
 def doctor(*arguments: str, user: int | None = None, seccomp_errno: int | None = None) -> int:
-    """Run the command in this process, after taking away what is asked."""
+    """Run the command in this process, after dropping what the arguments name."""
     if user is not None:
-        # Imported while their files can be read.
+        # Import them while their files can be read.
         for module in ("pyuffd._probe", "pyuffd.cli.doctor"):
             importlib.import_module(module)
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-        # A change of user makes /proc/self root's until the next execve, as no real user's is.
+        # After a change of user root owns /proc/self until the next execve.
         prctl(_PR_SET_DUMPABLE, 1)
     if seccomp_errno is not None:
         refuse_userfaultfd(seccomp_errno)
@@ -112,7 +112,7 @@ def page(**how: Any) -> str:
 def test_printed_keys_are_the_documented_ones() -> None:
     _, found = report()
     documented = set(KEY.findall((ROOT / "docs" / "doctor.md").read_text()))
-    # An empty list says nothing about its elements.
+    # An empty list shows nothing about its elements.
     printed = keys_of(found)
     for name in ("huge_pages", "missing"):
         if not found[name]:
@@ -217,7 +217,7 @@ def on_terminal(**environment: str) -> bytes:
         while True:
             try:
                 read = os.read(leader, 4096)
-            except OSError:  # EIO: the last writer is gone
+            except OSError:  # EIO: the last writer has closed it
                 break
             if not read:
                 break

@@ -1,4 +1,4 @@
-"""The events of a userfaultfd are its handler's: whoever else took one would lose it."""
+"""The handler owns the events of its userfaultfd: other readers would lose them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def uffd_for(driver: Driver) -> Userfaultfd:
 
 
 def refuses(uffd: Userfaultfd) -> None:
-    """Every way to read an event says no."""
+    """Every way to read an event is refused."""
     with pytest.raises(EventsBusyError, match="Handler"):
         uffd.read_events()
     with pytest.raises(EventsBusyError, match="Handler"):
@@ -81,7 +81,7 @@ def test_refused_until_stop(driver: Driver) -> None:
 
 
 def a_task_waits(driver: Driver) -> None:
-    """A handler would leave the task waiting for ever: it is refused instead."""
+    """With a handler the task would wait forever, so the handler is refused."""
 
     async def main() -> None:
         with uffd_for(driver) as uffd:
@@ -102,7 +102,7 @@ def test_not_beside_a_waiting_task(driver: Driver) -> None:
     run_child(a_task_waits, driver)
 
 
-# What was read before there was a handler
+# Messages that were read before the handler existed
 
 
 def source_of(driver: Driver) -> Any:
@@ -110,7 +110,7 @@ def source_of(driver: Driver) -> Any:
 
 
 def taken_before(driver: Driver, memory: str) -> None:
-    """A message that somebody has read and done nothing about is sent again."""
+    """A fault whose message was read and not handled is sent again."""
     with contextlib.closing(memory_of(memory)) as make, Userfaultfd() as uffd:
         region = make.pages(2)
         size = region.page_size
@@ -153,7 +153,7 @@ def test_write_faults_read_before(driver: Driver) -> None:
 
 
 def not_delivered(driver: Driver) -> None:
-    """Faults that events() read and nobody got are sent again; layout events are kept."""
+    """Faults that events() read and did not deliver are sent again; layout events are kept."""
     with (
         Userfaultfd(features=Feature.EVENT_REMOVE) as uffd,
         Region.anonymous(4 * PAGE) as region,

@@ -1,4 +1,4 @@
-"""Nobody dies or waits of a failed page without a word: stderr, the log, populate()'s exception."""
+"""A failed page is always reported: on stderr, in the log, by the exception of populate()."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.kernel._serving import content, is_lost
 Driver = Literal["native", "inline", "thread", "process"]
 DRIVERS: tuple[Driver, ...] = ("native", "inline", "thread", "process")
 IN_PYTHON = ("thread", "process")
-INLINE = ("inline", "stall")  # there is no such thing
+INLINE = ("inline", "stall")  # it does not exist
 
 pytestmark = needs(Feature.POISON)
 
 
 class Failing:
-    """A source in Python with a bug: it has the first page, and another one from the third on."""
+    """A source in Python with a bug: it has the first page only."""
 
     def __init__(self, data: bytes, size: int) -> None:
         self.data, self.size, self.length = data, size, len(data)
@@ -52,7 +52,7 @@ class Failing:
 
 
 class Kept:
-    """What is logged."""
+    """The log records."""
 
     def __init__(self) -> None:
         handler = logging.handlers.BufferingHandler(1 << 10)
@@ -79,7 +79,7 @@ def reason(driver: Driver) -> str:
     return "KeyError" if driver in IN_PYTHON else "truncated"
 
 
-# A thread that dies of it
+# A thread that dies of the failed page
 
 
 def dies(driver: Driver, memory: str, on_error: Literal["poison", "kill"]) -> None:
@@ -114,7 +114,7 @@ def test_said_before_it_dies(driver: Driver, memory: str, on_error: str) -> None
         assert "test_failures_said.py" in line  # where it was raised
 
 
-# Later ones are counted, and the log has it
+# Later failures are counted, and the log has them
 
 
 def counted(driver: Driver, shown: bool) -> None:
@@ -147,7 +147,7 @@ def counted(driver: Driver, shown: bool) -> None:
 @pytest.mark.parametrize("shown", [False, True], ids=["log", "log-on-stderr"])
 @pytest.mark.parametrize("driver", ["native", "thread", "process"])
 def test_said_once_and_logged(driver: Driver, shown: bool) -> None:
-    """One line for the first page; with a log on stderr that line is not doubled by Python."""
+    """One line for the first page; a log on stderr does not repeat it."""
     ended = run_child(counted, driver, shown)
     lines = [line for line in ended.stderr.splitlines() if "could not be read" in line]
     assert sum(line.startswith("pyuffd: page") for line in lines) == (
@@ -195,7 +195,7 @@ def test_each_region_has_its_line(driver: Driver, regions: int, lines: int) -> N
 
 
 def no_stderr(driver: Driver) -> None:
-    """A program without stderr: descriptor 2 is some file of its own, which is left alone."""
+    """A program without stderr: descriptor 2 is a file of its own, which stays unchanged."""
     assert sys.__stderr__ is not None
     sys.stderr = sys.__stderr__ = None  # type: ignore[misc]
     file = os.memfd_create("data")
@@ -213,7 +213,7 @@ def test_without_stderr(driver: Driver) -> None:
     run_child(no_stderr, driver)
 
 
-# Other ways to fail
+# Other failures
 
 
 def nobodys(driver: Driver) -> None:
@@ -288,7 +288,7 @@ def populates(driver: Driver, memory: str, on_error: Literal["poison", "stall"])
         if driver in IN_PYTHON:
             assert isinstance(caught.value.__cause__, KeyError)
             assert "no page at" in str(caught.value.__cause__)
-        # What another region fails of is no error here.
+        # The failure of another region is no error here.
         if driver in IN_PYTHON:
             handler.serve(good, Failing(data, 2 * size))
             assert handler.populate(good) == 2 * size

@@ -1,4 +1,4 @@
-"""A userfaultfd handed to another process: adoption, serving it there, the owner's death."""
+"""A userfaultfd in another process: adoption, serving it there, the owner's death."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ WP = RegisterMode.WP
 PR_SET_DUMPABLE = 4
 
 
-# What the owners of memory do
+# The owners of the memory
 
 
 def lend(link: Link, memory: str, features: int, blocking: bool = False) -> None:
-    """Register four missing pages, hand the userfaultfd over, and read them when told."""
+    """Register four missing pages, send the userfaultfd, and read the pages when told."""
     factory = memory_of(memory)
     region = factory.pages(4)
     with Userfaultfd(features=Feature(features), nonblocking=not blocking) as uffd:
@@ -60,7 +60,7 @@ def lend(link: Link, memory: str, features: int, blocking: bool = False) -> None
 
 
 def lend_protected(link: Link, memory: str) -> None:
-    """Write, register for write-protect faults, hand over, and write again when told."""
+    """Write, register for write-protect faults, send the userfaultfd, and write again when told."""
     factory = memory_of(memory)
     region = factory.pages(2)
     region.fill(1)
@@ -269,7 +269,7 @@ def test_fork_event_gives_the_child_s_userfaultfd() -> None:
                 child.copy(start + PAGE, b"\x2a" * PAGE)
                 assert link.value() == 42
                 assert no_events(uffd)
-                # The child has been reaped: its memory is gone, its parent's is not.
+                # The child was reaped: its memory is gone, its parent's is not.
                 with pytest.raises(ProcessGoneError):
                     child.copy(start, bytes(PAGE))
             assert child.closed
@@ -283,7 +283,7 @@ def test_fork_event_gives_the_child_s_userfaultfd() -> None:
 
 @pytest.fixture
 def orphan() -> Iterator[tuple[Userfaultfd, int]]:
-    """An adopted userfaultfd whose owner has exited, and where its two pages were."""
+    """An adopted userfaultfd whose owner has exited, and the address of its two pages."""
     with peer(lend_and_exit) as link:
         start, (fd,) = link.receive(1)
         with Userfaultfd.from_fd(fd) as uffd:
@@ -312,7 +312,7 @@ def test_owner_s_death(orphan: tuple[Userfaultfd, int]) -> None:
         assert isinstance(error, ProcessLookupError), name
         assert error.errno == errno.ESRCH
         assert error.start == start
-        # The kernel leaves the count alone here.
+        # The kernel does not change the count here.
         assert getattr(error, "completed", 0) == 0
     assert uffd.read_events() == []
     uffd.wake(start, PAGE)

@@ -1,4 +1,4 @@
-"""A region that its owner closes while a fork still has missing pages: never zeros there."""
+"""The owner closes a region while a fork still lacks pages of it: never zeros there."""
 
 from __future__ import annotations
 

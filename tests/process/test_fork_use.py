@@ -1,4 +1,4 @@
-"""A userfaultfd in a forked child: refused there, and none the worse for it in the parent."""
+"""A userfaultfd in a forked child is refused, and still works in the parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fork whose child would read zeros in a served region warns, once, and no other does."""
+"""A fork whose child would read zeros in a served region warns once; other forks do not warn."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_ways_beside_a_helper_process(name: str) -> None:
 
 @dataclass(frozen=True)
 class Quiet:
-    """What makes a fork harmless."""
+    """Circumstances that make a fork harmless."""
 
     features: Feature = Feature(0)  # noqa: RUF009 - an immutable flag
     mode: RegisterMode = RegisterMode.MISSING
@@ -180,7 +180,7 @@ def test_quiet(name: str) -> None:
 
 
 def not_started() -> None:
-    """Registered and not started, zeros it is for the child as well."""
+    """Without start() the child reads zeros too."""
     with Region.anonymous(4096) as region, Userfaultfd() as uffd:
         handler = Handler(uffd)
         handler.serve(region, BufferSource(b"c" * 4096))
@@ -195,7 +195,7 @@ def test_not_started() -> None:
 
 
 def of_others() -> None:
-    """Another process's memory is not this one's to fork."""
+    """A fork does not copy another process's memory."""
     with FaultingChild(1, mode=None) as child, Handler(child.uffd) as handler:
         region: RangeLike = child.region
         handler.serve(region, BufferSource(b"c" * 4096))
@@ -209,7 +209,7 @@ def test_of_others() -> None:
 
 
 def child_of_a_fork() -> None:
-    """The parent's handlers are not the child's."""
+    """The child does not warn of its parent's handlers."""
     with (
         Region.anonymous(4096) as region,
         Userfaultfd() as uffd,

@@ -1,4 +1,4 @@
-"""Forks of the process whose memory is served: trees of them, their memory, and their ends."""
+"""Forks of the process whose memory is served: trees of forks, their memory, their ends."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def agent() -> Iterator[Agent]:
 
 
 def wait_alone(handler: Handler) -> None:
-    """Wait until the handler follows no fork any more."""
+    """Wait until the handler no longer follows any fork."""
     wait_until(lambda: handler.spaces == 1, "the forks' descriptors are closed")
 
 
 @pitfall(14, "child-and-grandchild", drivers=ALL, memory=EVERY, features=EVENTS)
 def tree(at: Setting) -> None:
-    """Pages that nobody had read at the fork are served in the whole tree, never zeros."""
+    """Pages that were missing at the fork are served in the whole tree, never zeros."""
     with at.served(4, EVENTS) as (handler, region, data):
         assert page(region, 1) == data[1]
 
@@ -92,7 +92,7 @@ def tree(at: Setting) -> None:
 
 @pitfall(14, "memory-of-its-own", drivers=ALL, memory=EVERY, features=EVENTS)
 def copy_on_write(at: Setting) -> None:
-    """Private pages are the fork's own after the fork, shared ones are not."""
+    """After the fork the child has its own private pages, and shares the shared ones."""
     with at.served(4, EVENTS) as (_, region, data), agent() as child:
         shared = region.shared
         assert child.write(region.start, b"child") is None
@@ -107,7 +107,7 @@ def copy_on_write(at: Setting) -> None:
 
 @pitfall(14, "parent-and-child-on-one-page", drivers=("thread",), memory=SMALL, features=FORK)
 def same_page(at: Setting) -> None:
-    """Both wait for the same page, the child's request made while the parent's is under way."""
+    """Parent and child wait for the same page; the child asks while the parent's request runs."""
     with at.serving(FORK) as (handler, memory):
         region = memory.pages(2)
         data = Pages(2, memory.page_size)
@@ -118,7 +118,7 @@ def same_page(at: Setting) -> None:
         gate.wait_for_reads(1)
         with agent() as child:
             theirs = Task(child.read, region.start + data.size, 64)
-            # Shared memory has one page for both, so one request may do.
+            # Shared memory has one page for both, so one request may suffice.
             if region.shared:
                 wait_until(lambda: handler.stats().messages >= 3, "both faults and the fork")
             else:
@@ -130,7 +130,7 @@ def same_page(at: Setting) -> None:
 
 @pitfall(14, "fork-while-a-page-is-filled", drivers=BOTH, memory=SMALL, features=FORK)
 def in_flight(at: Setting) -> None:
-    """The child's copy of a page state says "in flight", but nobody is at work for the child."""
+    """The child's copy of a state says "in flight", but no thread works for the child."""
     with at.served(3, FORK) as (_, region, data):
         point = Point.COMPLETE if at.driver == "thread" else Point.FILL_CLAIMED
         if at.driver == "native":
@@ -156,9 +156,9 @@ def in_flight(at: Setting) -> None:
 
 @pitfall(14, "removed-on-one-side", drivers=ALL, memory=SMALL, features=EVENTS)
 def removed(at: Setting) -> None:
-    """A dropped page is zeros for whom it was dropped: the dropper, or with shared memory all.
+    """A dropped page is zeros for the process that dropped it; with shared memory, for all.
 
-    A fork with page states of its own would put the source's content back into shared memory.
+    If the fork had states of its own, the source's content would return to shared memory.
     """
     with at.served(4, EVENTS) as (_, region, data), agent() as child:
         region.punch_hole(0, data.size)
@@ -171,16 +171,16 @@ def removed(at: Setting) -> None:
 
 
 def waits_in_madvise(pid: int) -> bool:
-    """Whether a process has a layout event that nobody has read."""
+    """Whether a process has an unread layout event."""
     call = Path(f"/proc/{pid}/syscall").read_text().split()[0]
     return call == str(SYS_MADVISE) and "event_wait" in Path(f"/proc/{pid}/stack").read_text()
 
 
 @pitfall(14, "removed-in-the-child-while-filled", memory=("shmem", "hugetlb"), features=EVENTS)
 def removed_while_filled(at: Setting) -> None:
-    """A fill in one address space and a drop in another: what was dropped before stays dropped.
+    """A fill in one address space and a drop in another: a page dropped before stays dropped.
 
-    The kernel holds up the fill by EAGAIN only in the space that changes.
+    The kernel refuses the fill with EAGAIN only in the space that changes.
     """
     with at.served(3, EVENTS) as (handler, region, data), agent() as child:
         start = region.start + data.size
@@ -199,7 +199,7 @@ def removed_while_filled(at: Setting) -> None:
 
 @pitfall(14, "ends-at-once", drivers=ALL, features=EVENTS, budget_s=20)
 def ends_at_once(at: Setting) -> None:
-    """Children that exit, exec or are killed before they touch anything: every fd is closed."""
+    """Children exit, exec or are killed before they touch memory: every fd is closed."""
     with at.served(2, EVENTS) as (handler, region, data):
         before = open_fds()
         assert in_fork(lambda: None) == 0
@@ -214,7 +214,7 @@ def ends_at_once(at: Setting) -> None:
 
 
 def ends_by_then(handler: Handler, region: Region, data: Pages, forks: int) -> None:
-    """Fork often; the descriptors of forks that ended do not pile up."""
+    """Fork often; the descriptors of ended forks do not accumulate."""
     most = 0
     for number in range(forks):
         pid = os.fork()
@@ -232,7 +232,7 @@ def ends_by_then(handler: Handler, region: Region, data: Pages, forks: int) -> N
 
 @pitfall(14, f"{MANY}-forks", features=EVENTS, budget_s=30)
 def many(at: Setting) -> None:
-    """Without reaping, each fork keeps a descriptor for ever: nothing says that it has exited."""
+    """Without reaping, each fork would keep a descriptor forever: no event reports its exit."""
     with at.served(2, EVENTS) as (handler, region, data):
         before = open_fds()
         ends_by_then(handler, region, data, MANY)
@@ -250,7 +250,7 @@ def very_many(at: Setting) -> None:
 
 @pitfall(14, "fork-and-signals", drivers=ALL, features=EVENTS, budget_s=20)
 def signals(at: Setting) -> None:
-    """A fork that a signal interrupts is tried again, and may leave an event of no child."""
+    """A fork that a signal interrupts is retried, and may leave an event without a child."""
     with at.served(2, EVENTS) as (handler, region, data):
         before = open_fds()
         alarms = []
@@ -272,14 +272,14 @@ def signals(at: Setting) -> None:
 
 @pitfall(14, "no-descriptor-left", drivers=BOTH, features=EVENTS, budget_s=20)
 def no_descriptor(at: Setting) -> None:
-    """read() says EMFILE for a fork's event: the fork waits, and all else goes on."""
+    """read() fails with EMFILE for a fork's event: the fork waits, everything else continues."""
     with at.served(4, EVENTS) as (handler, region, data):
         ours, theirs = socket.socketpair()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         lowest_free = os.dup(0)
         os.close(lowest_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-        # os.fork() would keep the GIL, and this thread with it.
+        # os.fork() would hold the GIL and stop this thread.
         forker = Task(Agent, theirs.fileno(), ours.fileno())
         wait_until(lambda: handler.stats().deferred > 0, "EMFILE was met")
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -294,7 +294,7 @@ def no_descriptor(at: Setting) -> None:
 
 @pitfall(14, "stopped-with-living-children", drivers=ALL, memory=EVERY, features=EVENTS)
 def stopped(at: Setting) -> None:
-    """stop() poisons what children lack as well; closing their fds would give them zeros."""
+    """stop() also poisons what children lack; closing their fds would give them zeros."""
     with at.served(3, EVENTS) as (handler, region, data), agent() as child:
         assert child.read(region.start, 64) == data[0][:64]
         region.touch(data.size, 1)
@@ -308,7 +308,7 @@ def stopped(at: Setting) -> None:
 
 @pitfall(14, "unserved-with-living-children", drivers=ALL, memory=SMALL, features=EVENTS)
 def unserved(at: Setting) -> None:
-    """unserve() takes the range from every fork; another range is served on in them."""
+    """unserve() takes the range out in every fork; another range is still served there."""
     with at.serving(EVENTS) as (handler, memory):
         first, second = memory.pages(2), memory.pages(2)
         data = Pages(2, memory.page_size)
@@ -325,7 +325,7 @@ def unserved(at: Setting) -> None:
 
 @pitfall(14, "parents-object-in-the-child", drivers=BOTH)
 def parents_object(at: Setting) -> None:
-    """A fork has the descriptor too, but what it does with it happens to the parent's memory."""
+    """A fork has the descriptor too, but the descriptor acts on the parent's memory."""
     with at.served(2) as (handler, region, data):
 
         def child() -> None:
@@ -341,7 +341,7 @@ def parents_object(at: Setting) -> None:
 
 @pitfall(14, "moved-in-the-child", drivers=ALL, memory=ANON, features=EVENTS)
 def moved(at: Setting) -> None:
-    """A fork changes its own layout; its parent's stays."""
+    """A fork changes its own layout, not its parent's."""
     with at.served(4, EVENTS) as (_, region, data):
 
         def child() -> None:
@@ -358,7 +358,7 @@ def moved(at: Setting) -> None:
 
 @pitfall(12, "protection-in-a-child", memory=SMALL, features=EVENTS)
 def protection(at: Setting) -> None:
-    """With EVENT_FORK a child keeps the protection: its writes are its own, and are noticed."""
+    """With EVENT_FORK a child keeps the protection: its writes are its own, and cause faults."""
     both = RegisterMode.MISSING | RegisterMode.WP
     with at.serving(EVENTS) as (handler, memory):
         region = memory.pages(3)
@@ -370,7 +370,7 @@ def protection(at: Setting) -> None:
             assert child.write(region.start, b"child") is None
             assert child.read(region.start, 5) == b"child"
             found = states(handler, region)
-            # Shared memory has one state for all who map it.
+            # Shared memory has one state for all processes that map it.
             assert found[0] == (PageState.DIRTY if region.shared else PageState.CLEAN)
             assert found[1:] == [PageState.CLEAN] * 2
             region.write(data.size, b"parent")
@@ -382,7 +382,7 @@ def protection(at: Setting) -> None:
 
 
 def own_and_fork(link: Link) -> None:
-    """Hand a userfaultfd over, fork, and exit before the fork reads."""
+    """Send a userfaultfd, fork, and exit before the fork reads."""
     size = os.sysconf("SC_PAGE_SIZE")
     with Region.anonymous(3 * size) as region, Userfaultfd(features=EVENTS) as uffd:
         link.send([region.start, region.length], [uffd.fileno()])

@@ -1,4 +1,4 @@
-"""stop() where the helper processes are frozen: a debugger, SIGSTOP, a cgroup's freezer."""
+"""stop() while the helper processes are frozen: a debugger, SIGSTOP, a cgroup's freezer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.kernel._serving import is_lost, wait_for_stalled, wait_until
 pytestmark = needs_kernel_faults()
 
 LIMIT_S = 1.0
-REST_S = 10.0 * SCALE  # it was above 30 s
+REST_S = 10.0 * SCALE  # without the limit it was above 30 s
 
 
 def filled(offset: int, length: int) -> bytes:
@@ -28,7 +28,7 @@ def filled(offset: int, length: int) -> bytes:
 
 
 def session(leader: int) -> list[int]:
-    """Return the helper processes: the keeper began a session."""
+    """Return the helper processes, which are those of the keeper's session."""
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -64,7 +64,7 @@ def check(who: str, drain: bool) -> None:
     assert isinstance(engine, RemoteEngine)
     keeper, worker = engine.pids()
     freeze({"all": session(keeper), "keeper": [keeper], "worker": [worker]}[who])
-    # With a keeper that is frozen alone, the worker goes on serving.
+    # If only the keeper is frozen, the worker process continues to serve.
     reader = Task(is_lost, region, PAGE, PAGE)
     if who != "keeper":
         wait_for_stalled(uffd, 1)

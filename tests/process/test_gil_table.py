@@ -1,4 +1,4 @@
-"""The GIL table of README.md, measured: each cell by doing it.
+"""The GIL table of README.md: each cell is tried.
 
 A cell that says "hangs" is tried in a child of its own, which has to be killed; the others of a
 column share a child.
@@ -50,9 +50,9 @@ FEATURES: dict[str, Feature] = {}
 
 
 def action(row: str, features: Feature = Feature(0)) -> Callable[[Action], Action]:  # noqa: B008
-    """Note a function as the action of a row.
+    """Mark a function as the action of a row.
 
-    It is done to a region whose pages are missing; the region is the memory of the mmap object.
+    It gets a region with missing pages, which is the memory of the mmap object.
     """
 
     def note(function: Action) -> Action:
@@ -152,7 +152,7 @@ def _subprocess(region: Region, mapping: mmap.mmap) -> None:
 
 @contextlib.contextmanager
 def served_by_python(region: Region, features: Feature) -> Iterator[None]:
-    """Serve a region by a thread of this process that runs Python code."""
+    """Serve a region with a thread of this process that runs Python code."""
     stop_fd = os.eventfd(0)
     with Userfaultfd(features=features) as uffd:
         uffd.register(region)
@@ -182,7 +182,7 @@ def _python_loop(uffd: Userfaultfd, stop_fd: int) -> None:
 
 @contextlib.contextmanager
 def served_by_handler(region: Region, features: Feature, driver: str) -> Iterator[None]:
-    """Serve a region by a Handler, under "process" from a function in Python."""
+    """Serve a region with a Handler; with "process" from a function in Python."""
     if driver == INLINE:
         features |= Feature.SIGBUS
     source = CallableSource(some_bytes) if driver == PROCESS else BufferSource(CONTENT)
@@ -194,13 +194,13 @@ def served_by_handler(region: Region, features: Feature, driver: str) -> Iterato
 
 
 def some_bytes(offset: int, length: int) -> bytes:
-    """Return what CONTENT has there."""
+    """Return the part of CONTENT there."""
     del offset
     return BYTE * length
 
 
 def measure(column: str, rows: list[str]) -> dict[str, str]:
-    """Do the actions of some rows; return what a cell of the table says of each."""
+    """Do the actions of some rows; return the matching cell of the table for each."""
     found = {}
     for row in rows:
         print(row, flush=True)

@@ -1,6 +1,6 @@
-"""Served mappings that grow: what came later is zeros, or what the file holds there.
+"""Served mappings that grow: the new part is zeros, or the content of the file.
 
-mremap(2) makes a registered mapping longer, registration included, and sends no event (measured
+mremap(2) makes a registered mapping longer, registers the new part, and sends no event (measured
 on Linux 6.18).
 """
 
@@ -47,7 +47,7 @@ LAYOUT = Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
 
 @dataclass
 class Pages:
-    """Pages in a row, of a mapping that may have more."""
+    """Consecutive pages of a mapping that may have more."""
 
     start: int
     length: int
@@ -55,15 +55,15 @@ class Pages:
     page_size: int = PAGE
 
     def page(self, index: int) -> bytes:
-        """Read one, also behind the end."""
+        """Read a page, also behind the end."""
         return _memory.read(self.start + index * PAGE, PAGE)
 
     def part(self, first: int, count: int) -> Pages:
-        """Some of them."""
+        """Return some of them."""
         return Pages(self.start + first * PAGE, count * PAGE, self.shared)
 
     def grow(self, count: int, flags: int = 0) -> Pages:
-        """Make the mapping longer, by so many pages; it was as long as these."""
+        """Make the mapping, which has these pages, longer by so many."""
         length = self.length + count * PAGE
         return Pages(_memory.mremap(self.start, self.length, length, flags), length, self.shared)
 
@@ -107,7 +107,7 @@ def handler_of(driver: Driver, features: Feature = NOTHING) -> Iterator[Handler]
 
 
 def grows(driver: Driver, memory: str, features: Feature, modes: RegisterMode) -> None:
-    """In place, twice: zeros, which stay what is written; the old part has its content."""
+    """It grows in place, twice: zeros, and writes stay; the old part keeps its content."""
     with mapped(memory, 2) as region, handler_of(driver, features) as handler:
         data = content(2 * PAGE)
         handler.serve(region, source(driver, data), mode=modes)
@@ -124,7 +124,7 @@ def grows(driver: Driver, memory: str, features: Feature, modes: RegisterMode) -
         assert again.page(5)[:5] == b"later"
         assert again.page(0) == data[:PAGE]
         assert len(handler.page_states(region)) == 2
-        handler.stop()  # and nothing has failed
+        handler.stop()  # and no fault has failed
         assert handler.stats().unserved == 0
         assert Task(again.page, 4).result() == bytes(PAGE), "what it grew by is unregistered too"
 
@@ -139,7 +139,7 @@ MODES = {
 CROSSED = [
     pytest.param(driver, memory, mode, id=f"{driver}-{memory}-{mode}", marks=needs(MODES[mode][0]))
     for driver, memory, mode in itertools.product(DRIVERS, MEMORY, MODES)
-    if driver != "inline" or not MODES[mode][0] & LAYOUT  # it takes no events
+    if driver != "inline" or not MODES[mode][0] & LAYOUT  # it supports no events
 ]
 
 
@@ -150,7 +150,7 @@ def test_grows(driver: Driver, memory: str, mode: str) -> None:
 
 
 def shows_the_file(driver: Driver, memory: str) -> None:
-    """What the page cache holds in the new part is mapped, with minor faults and without."""
+    """Pages that the page cache has in the new part are mapped, with minor faults or without."""
     modes = MISSING | MINOR if memory == "shmem" else MISSING
     with mapped(memory, 2) as region, handler_of(driver, Feature.MINOR_SHMEM) as handler:
         handler.serve(region, source(driver, content(2 * PAGE)), mode=modes)
@@ -167,7 +167,7 @@ def test_shows_the_file(driver: Driver, memory: str) -> None:
 
 
 def moves(driver: Driver, memory: str) -> None:
-    """Growth that moves the mapping: the event tells of the old part only."""
+    """The mapping moves as it grows: the event names the old part only."""
     with mapped(memory, 2) as region, handler_of(driver, LAYOUT) as handler:
         data = content(2 * PAGE)
         handler.serve(region, source(driver, data))
@@ -196,7 +196,7 @@ def test_moves(driver: Driver, memory: str) -> None:
 
 
 def waits_beside(driver: Driver, memory: str, order: str) -> None:
-    """What was registered next to a served range is in one mapping with it, and is not grown."""
+    """Memory registered next to a served range is in one mapping with it, but is no growth."""
     with (
         mapped(memory, 4) as region,
         Userfaultfd(features=LAYOUT if order == "moved" else NOTHING) as uffd,
@@ -239,7 +239,7 @@ def test_waits_beside(driver: Driver, memory: str, order: str) -> None:
 
 
 def forks(when: str) -> None:
-    """The child of a fork has what its parent had, and its mapping may grow as well."""
+    """The child of a fork has its parent's ranges, and its mapping may grow too."""
     with mapped("anon", 2) as region, handler_of("native", Feature.EVENT_FORK) as handler:
         data = content(2 * PAGE)
         handler.serve(region, source("native", data))
@@ -261,7 +261,7 @@ def test_forks(when: str) -> None:
 
 
 def is_refused(how: str) -> None:
-    """Where it is not known what is registered, nothing is taken for grown."""
+    """If the registered memory is unknown, nothing counts as growth."""
     with mapped("anon", 2) as region, Userfaultfd() as uffd:
         driver: Driver = "process" if how == "took-over" else "native"
         owned = uffd

@@ -1,4 +1,4 @@
-"""A userfaultfd and its ranges from one process to another, over a socket made for it."""
+"""Sending a userfaultfd and its ranges to another process, over a socket made for that."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def content(page: int, size: int) -> bytes:
     return bytes([65 + page]) * size
 
 
-# What the owners of memory do
+# The owners of the memory
 
 
 def lend(link: Link, path: str, memory: str, memory_too: bool) -> None:
-    """Hand over two regions of missing pages, and read them when told."""
+    """Send two regions of missing pages, and read them when told."""
     factory = memory_of(memory)
     with factory.pages(2) as first, factory.pages(1) as second, Userfaultfd() as uffd:
         for region in (first, second):
@@ -79,7 +79,7 @@ def lend_as_nobody(link: Link, path: str) -> None:
                 link.value()
 
 
-# What those do who take it
+# The receivers
 
 
 @needs_kernel_faults()
@@ -166,7 +166,7 @@ def test_other_messages_on_the_stream_are_left_alone() -> None:
 
 
 def test_as_many_ranges_as_are_taken() -> None:
-    """More than the socket holds: both ends are at work at once."""
+    """More than the socket's buffer: both ends must work at once."""
     count = handover.MAX_REGIONS
     run_child(many_ranges, count)
 
@@ -226,7 +226,7 @@ def test_no_descriptors_left_in_this_process() -> None:
 
 
 def receive_at_the_limit() -> None:
-    """The kernel cuts off what the limit does not let it install."""
+    """The kernel cuts off the descriptors that exceed the limit."""
     ours, theirs = socket.socketpair()
     with ours, theirs, Userfaultfd() as uffd, Region.memfd(PAGE) as region:
         send_uffd(theirs, uffd, [region], memory=True)

@@ -1,4 +1,4 @@
-"""The helper process starts and ends well, whatever the program did before."""
+"""The helper process starts and ends properly, whatever the program did before."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def serving(function: Callable[[int, int], bytes]) -> Iterator[tuple[Handler, Re
 
 
 def use() -> None:
-    """Serve, replace a worker, stop, and leave nothing behind."""
+    """Serve, replace a worker process, stop, and leave nothing behind."""
     with no_leaks(), serving(sources.talking) as (handler, region):
         assert region.read(0, PAGE) == content(PAGE)
         kill_worker(handler)
         assert region.read() == content(LENGTH)
 
 
-# What the program did
+# Actions of the program
 
 
 def ignored_children() -> None:
@@ -119,7 +119,7 @@ def closing(*fds: int) -> Callable[[], None]:
 
 
 def daemonised() -> None:
-    """As daemons do, after which others' descriptors have these numbers."""
+    """As daemons do; afterwards other descriptors get these numbers."""
     for fd in range(3):
         os.close(fd)
         os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
@@ -140,7 +140,7 @@ def environment() -> None:
 
 
 def bad_directory() -> None:
-    """Modules that the helper needs as well, none of them good."""
+    """Modules with names that the helper needs, all of them broken."""
     for name in ("select", "resource", "socket", "pickle", "pyuffd", "cffi"):
         Path(f"{name}.py").write_text("raise ImportError('not this one')")
     sys.path.insert(0, "")
@@ -155,7 +155,7 @@ def prctl(option: int, value: int) -> Callable[[], None]:
 
 
 def forking_threads() -> None:
-    """Forks that live longer than the helper, with whatever descriptors there were."""
+    """Forks that outlive the helper, with all descriptors that existed."""
 
     def fork() -> None:
         while True:
@@ -214,7 +214,7 @@ def used_beside_forks() -> None:
                 handler.serve(region, CallableSource(sources.page))
                 assert region.read(0, PAGE) == content(PAGE)
                 os.kill(processes(handler)[0], signal.SIGKILL)
-                # A fork has the other end of the socket: that it is open says nothing.
+                # A fork has the other end of the socket, so its being open shows nothing.
                 with pytest.raises(HelperLostError, match=r"SIGKILL|unknown"):
                     while True:
                         handler.stats()
@@ -227,7 +227,7 @@ def test_beside_forks() -> None:
 
 
 def fails(match: str) -> str:
-    """Make no handler, leave nothing behind, and return what is said."""
+    """Fail to make a handler, leave nothing behind, and return the message."""
     with no_leaks(), Userfaultfd() as uffd, pytest.raises(HelperLostError, match=match) as caught:
         Handler(uffd, driver="process")
     return str(caught.value)
@@ -308,7 +308,7 @@ def keeper_is_sent_signals() -> None:
             os.kill(worker, number)
         assert region.read() == content(LENGTH)
         assert processes(handler) == (keeper, worker)
-        # What ends the worker is what ends any process; another takes over.
+        # The worker process dies of the signals that end any process; another one takes over.
         kill_worker(handler, signal.SIGTERM)
         assert handler.stats().restarts == 1
 
@@ -318,7 +318,7 @@ def test_signals_to_the_helper() -> None:
 
 
 def group_is_sent_signals() -> None:
-    """As a terminal sends them, when it hangs up as well, and a shell's kill."""
+    """As sent by a terminal, also when it hangs up, and by a shell's kill."""
     numbers = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP, signal.SIGTERM)
     for number in numbers:
         signal.signal(number, lambda *_: None)
@@ -336,7 +336,7 @@ def test_signals_to_the_process_group() -> None:
 
 def what_a_source_starts() -> None:
     with serving(sources.ignored_signals) as (_, region):
-        # What Python itself ignores, subprocess sets back.
+        # subprocess resets the signals that Python itself ignores.
         seen = region.read(0, 8)
         assert seen == bytes(8), seen.hex()
 
@@ -345,12 +345,12 @@ def test_what_a_source_starts_ignores_no_signal() -> None:
     run_child(what_a_source_starts)
 
 
-# What HelperLostError says
+# The text of HelperLostError
 
 
 @contextlib.contextmanager
 def interpreter(program: str) -> Iterator[None]:
-    """Let a shell script be the interpreter."""
+    """Use a shell script as the interpreter."""
     path = Path.cwd() / "interpreter"
     path.write_text(f"#!/bin/sh\n{program}\n")
     path.chmod(0o755)
@@ -435,11 +435,11 @@ def test_what_it_says_at_its_start_is_passed_on(
 
 
 def lost(how: str) -> None:
-    """The promise holds, and the error says what happened."""
+    """The promise holds, and the error tells what happened."""
     logging.disable()
     if how == "unknown":
         ignored_children()
-    if how == "orphans":  # this process is asked to reap them, as the first of a container is
+    if how == "orphans":  # this process must reap them, like the first one of a container
         prctl(PR_SET_CHILD_SUBREAPER, 1)()
         how = "SIGKILL"
     with no_leaks(), Userfaultfd() as uffd, Region.anonymous(LENGTH) as region:
@@ -466,7 +466,7 @@ def test_how_the_helper_was_lost(how: str) -> None:
 
 
 def keeper_without_descriptors() -> None:
-    """It cannot start another worker, says so, and what is missing is poisoned."""
+    """It cannot start another worker process and says so; missing pages are poisoned."""
     logging.disable()
     with no_leaks(), Userfaultfd() as uffd, Region.anonymous(LENGTH) as region:
         handler = Handler(uffd, driver="process")
@@ -487,7 +487,7 @@ def test_a_keeper_that_cannot_start_a_worker() -> None:
 
 
 def stopped_helper() -> None:
-    """A helper that does not end is killed, and nothing is left of it."""
+    """A helper that does not end is killed, and leaves nothing behind."""
     from pyuffd.handlers.process import _link
 
     _link.EXIT_LIMIT_S = 0.5
@@ -507,7 +507,7 @@ def test_a_helper_that_hangs() -> None:
     assert "killing it" in result.stderr
 
 
-# The standard streams are descriptors like others
+# The standard streams are ordinary descriptors
 
 
 def low_numbers(driver: str) -> None:
@@ -529,7 +529,7 @@ def test_descriptors_with_the_numbers_of_streams(driver: str) -> None:
 
 @needs_kernel_faults()
 def test_output_of_a_source(tmp_path: Path) -> None:
-    """It goes where the program's goes."""
+    """It goes to the same place as the program's."""
     program = FLAGGED.replace(
         "    return", "    print('asked for', offset, flush=True)\n    return"
     )
@@ -547,6 +547,6 @@ def inherited() -> None:
     os.set_inheritable(write, True)
     with Userfaultfd() as uffd, Handler(uffd, driver="process") as handler:
         os.close(write)
-        assert select.select([read], [], [], 0)[0] == [read]  # nobody else has the other end
+        assert select.select([read], [], [], 0)[0] == [read]  # no other process has the other end
         assert handler.driver == "process"
     os.close(read)

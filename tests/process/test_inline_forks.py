@@ -1,4 +1,4 @@
-"""The inline driver in a fork: the child's own handlers work, and its parent's are not its."""
+"""The inline driver in a fork: the child has handlers of its own, not its parent's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def serve_own(fill: int) -> None:
 
 
 def forks(depth: int) -> None:
-    """Each generation has handlers of its own, while its parent's run."""
+    """Each generation has its own handlers, while its parent's run."""
     with (
         Userfaultfd(features=Feature.SIGBUS) as uffd,
         Region.anonymous(4 * PAGE) as region,
@@ -43,7 +43,7 @@ def forks(depth: int) -> None:
         assert region.read(0, 1) == b"p"
 
         def child() -> None:
-            # What in_fork() has put there instead is not what a program does.
+            # in_fork() has replaced the action, which no program does.
             serve_own(depth)
             # The parent's range is not registered here, and not served.
             assert region.read(0, 1) == b"p"
@@ -62,7 +62,7 @@ def test_forks(depth: int) -> None:
 
 
 def keeps_the_action() -> None:
-    """The action is inherited with the fork; a SIGBUS that is nobody's still kills."""
+    """The fork inherits the action; a SIGBUS that is not pyuffd's still kills."""
     with (
         Userfaultfd(features=Feature.SIGBUS) as uffd,
         Region.anonymous(PAGE) as region,
@@ -87,7 +87,7 @@ def test_keeps_the_action() -> None:
 
 
 def while_others_fault() -> None:
-    """A thread that does not exist in the child was inside the handler, or its heap."""
+    """A thread that does not exist in the child was inside the handler or its heap."""
     with (
         Userfaultfd(features=Feature.SIGBUS) as uffd,
         Region.anonymous(4 * PAGE) as region,
@@ -142,7 +142,7 @@ async def answer(offset: int, length: int) -> bytes:
 
 
 def async_source_in_a_fork() -> None:
-    """The loop that runs coroutines is a thread, which a fork does not have."""
+    """The loop that runs coroutines is in a thread, which a fork does not have."""
     source = AsyncSource(answer)
     assert source.read(0, 2) == b"aa"
 
@@ -157,7 +157,7 @@ def test_async_source_in_a_fork() -> None:
 
 
 def parents_lock() -> None:
-    """A fork is refused at once, whatever its parent's threads were doing."""
+    """A handler in a fork refuses at once, whatever its parent's threads were doing."""
     with (
         Userfaultfd() as uffd,
         Region.anonymous(PAGE) as region,

@@ -1,4 +1,4 @@
-"""stop() interrupted by a signal's exception: it is raised soon, and the promise holds."""
+"""stop() interrupted by a signal's exception: it raises soon, and the promise holds."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.process._pitfalls import with_and_without_events
 
 PAGES = 16
 SLOW_S = 4.0
-# Tenths of a second, on a machine with much else to do.
+# Tenths of a second, on a busy machine.
 SOON_S = 2.0
-# What a source is given by an end that was cut short, so that the second signal comes before it.
+# An end that was cut short waits this long for a source; the second signal comes before that.
 LONG_GRACE_S = 2.0
 SECOND_S = 0.1
 AT_ONCE_S = 1.0
@@ -35,7 +35,7 @@ WAYS = ("stop", "stop-twice", "exit", "close", "uffd-close")
 
 
 class Slow:
-    """Data, and one page that takes its time."""
+    """Data, and one slow page."""
 
     length = PAGES * PAGE
 
@@ -63,7 +63,7 @@ def interrupted(after_s: float, times: int = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def twice(after_s: float) -> Iterator[None]:
-    """Interrupt this process, and once more when that was noticed: it is left at once."""
+    """Interrupt this process, and again when that was noticed: stop() raises at once."""
     noticed: list[float] = []
 
     def notice(number: int, frame: object) -> None:
@@ -107,13 +107,13 @@ def check_interrupted(driver: str, way: str, features: int) -> None:
     wait_for_stalled(uffd, 1)
     with twice(0.3) if way == "stop-twice" else interrupted(0.3):
         end(way, handler, uffd)
-    handler.stop()  # nothing is left to do but to wait, and nothing to complain about
+    handler.stop()  # only waiting is left, and there is no failure
     uffd.close()
     assert reader.result(), "zeros for a page that was asked for"
     assert is_lost(region, 9 * PAGE, PAGE), "zeros for a page that was not"
     region.close()
     assert not child_pids()
-    # The source returns some time, and its thread with it.
+    # The source returns eventually, and so does its thread.
     wait_until(lambda: set(os.listdir("/proc/self/task")) <= tasks, "all threads end")
     Userfaultfd().close()  # the next one tidies up
     assert open_fds() <= before

@@ -1,6 +1,6 @@
-"""A signal handler that raises, anywhere: nothing is left behind, and what was begun can be ended.
+"""A signal handler that raises, anywhere: nothing is left behind, and calls can be repeated.
 
-PYUFFD_SEED says which places are tried; `-m stress` tries all of them.
+PYUFFD_SEED chooses the places that are tried; `-m stress` tries all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.process._interruptions import How, pester, places, sweep
 
 SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
 HOWS: tuple[How, ...] = ("lines", "checks")
-# What `make test` has time for: a helper process needs half a second of a CPU to start.
+# `make test` has time for few of these: a helper process needs half a second of a CPU to start.
 HELPERS = [name for name in SCENARIOS if name.startswith(("process-", "auto-"))]
 QUICK = [name for name in SCENARIOS if name not in HELPERS]
 STOPS = ["native-stop", "thread-stop", "native-waiting", "thread-waiting"]
@@ -28,7 +28,7 @@ MANY_RUNS = 1000
 MANY_HELPER_RUNS = 100
 BUDGET_S = 60.0
 STRESS_BUDGET_S = 1800.0
-# How many places later the second one may come.
+# The second exception may come this many places later.
 SOON = range(1, 40)
 
 pytestmark = needs(Feature(0))

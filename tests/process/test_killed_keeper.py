@@ -1,4 +1,4 @@
-"""The keeper of the process driver is killed: who waits is told, GIL or not."""
+"""The keeper of the process driver is killed: this is said on stderr, with or without the GIL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def filled(offset: int, length: int) -> bytes:
 
 
 def kill_keeper(handler: Handler) -> None:
-    """Kill it, and wait until the worker has gone with it: until then it serves."""
+    """Kill it, and wait until the worker process has ended too: until then it serves."""
     engine = handler._engine
     assert isinstance(engine, RemoteEngine)
     keeper, worker = engine.pids()
@@ -37,7 +37,7 @@ def kill_keeper(handler: Handler) -> None:
 
 
 def hang(with_gil: bool) -> None:
-    """Fault on a page that nobody fills, holding the GIL or not."""
+    """Fault on a page that is never filled, with or without the GIL."""
     uffd, region = Userfaultfd(), Region.anonymous(2 * PAGE)
     handler = Handler(uffd, driver="process")
     handler.serve(region, CallableSource(filled))
@@ -63,7 +63,7 @@ def test_said_at_once(with_gil: bool) -> None:
 
 
 def quiet() -> None:
-    """A handler that stops says nothing of its helper."""
+    """A handler that stops writes nothing about its helper."""
     reading, writing = os.pipe()
     os.dup2(writing, 2)
     for _ in range(3):

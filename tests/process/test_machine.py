@@ -1,4 +1,4 @@
-"""What a session takes of the machine is given back, however the session ends."""
+"""A session gives back what it reserved of the machine, however it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No descriptor is left for a fork's userfaultfd: it waits, with a word, and nothing is lost."""
+"""No descriptor is left for a fork's userfaultfd: the fork waits, which is said on stderr."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.kernel._serving import wait_until
 Driver = Literal["native", "thread", "process"]
 DRIVERS: tuple[Driver, ...] = ("native", "thread", "process")
 LACKS_S = 1.0
-RETRY_LIMIT_S = 5.0  # of a fault that is put off
+RETRY_LIMIT_S = 5.0  # of a deferred fault
 HARD = 4096
 
 pytestmark = needs(Feature.EVENT_FORK)
@@ -40,7 +40,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def no_descriptors(*pids: int) -> Iterator[None]:
-    """Leave no number to these processes below their limit (of descriptors)."""
+    """Leave these processes no descriptor below their limit."""
     for pid in pids:
         free = 0
         while os.path.lexists(f"/proc/{pid}/fd/{free}"):
@@ -78,7 +78,7 @@ def waits(driver: Driver, lacks_s: float) -> None:
             fork = child.begin("fork", "read", PAGE, 2)
             time.sleep(lacks_s)
             assert fork.running
-            # The layout changes until then, so it is put off: for longer than other faults.
+            # The layout changes until then, so it is deferred, for longer than other faults.
             other = child.begin("read", 0, 2, thread=1)
             time.sleep(lacks_s)
             assert other.running

@@ -1,4 +1,4 @@
-"""Whose memory a userfaultfd governs: what is known of it, what needs it, and who is killed."""
+"""The owner of a userfaultfd's memory: how it is known, what needs it, and who is killed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ pytestmark = needs(Feature(0))
 
 
 class Broken:
-    """A page source that has every page but the fifth; it can be sent to another process."""
+    """A page source that has every page but the fifth; it can be pickled."""
 
     length = None
 
@@ -70,7 +70,7 @@ class Broken:
 
 
 def broken_source(driver: Driver) -> PageSource:
-    """A source that has no fifth page, of the kind that a driver reads."""
+    """A source without a fifth page, of the kind that a driver reads."""
     if driver != "native":
         return Broken()
     fd = os.memfd_create("cut-short")
@@ -81,13 +81,13 @@ def broken_source(driver: Driver) -> PageSource:
 
 
 def cut(source: PageSource) -> None:
-    """Take the fifth page and what follows from a file, once it is served."""
+    """Truncate a file before the fifth page, once it is served."""
     if isinstance(source, FileSource):
         os.ftruncate(os.open(f"/proc/self/fd/{source.fileno()}", os.O_RDWR), 4 * PAGE)
         source.close()
 
 
-# What is known
+# How the owner is known
 
 
 def own_values() -> None:
@@ -123,7 +123,7 @@ def test_own_values() -> None:
 
 
 def hand_over(link: Link, path: str, how: str) -> None:
-    """Send a userfaultfd of this process, by a way that a name stands for."""
+    """Send a userfaultfd of this process, in the named way."""
     with contextlib.ExitStack() as stack:
         if how == "connects":
             sock = connect_unix(path)
@@ -134,7 +134,7 @@ def hand_over(link: Link, path: str, how: str) -> None:
         else:
             sock = socket.socket(fileno=os.dup(link.receive(1)[1][0]))
         stack.enter_context(sock)
-        # A process that has neither connected nor listened.
+        # A process that neither connected nor listened.
         pid = fork() if how.endswith("a-fork-sends") else 0
         if pid:
             assert os.waitpid(pid, 0)[1] == 0
@@ -151,7 +151,7 @@ def hand_over(link: Link, path: str, how: str) -> None:
 @needs_kernel_faults()
 @pytest.mark.parametrize("how", ["connects", "listens", "inherits", "inherits-and-a-fork-sends"])
 def test_the_sender_is_the_owner(tmp_path: Path, how: str) -> None:
-    """Also where the socket's peer, as the kernel noted it, is another process or this one."""
+    """Also if the kernel notes another process, or this one, as the socket's peer."""
     path = str(tmp_path / "s")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listen_unix(path)) if how == "connects" else None
@@ -173,7 +173,7 @@ def test_the_sender_is_the_owner(tmp_path: Path, how: str) -> None:
 
 
 def without_credentials(made_here: bool) -> None:
-    """A sender of another make says nothing: the socket's peer it is, unless that is us."""
+    """Another sender names no owner: then it is the socket's peer, unless that is this process."""
     import tests.unit.test_handover_peers as wire
 
     with (
@@ -207,14 +207,14 @@ def test_without_credentials(made_here: bool, tmp_path: Path, monkeypatch: Any) 
 
 
 def monitor_elsewhere(path: str, on_error: str) -> None:
-    """In a PID namespace of its own: serve, as far as the handler is willing to."""
+    """Serve in a PID namespace of its own, as far as the handler allows it."""
     with connect_unix(path) as sock, recv_uffd(sock) as received:
         assert received.pid == 0
         assert received.uffd.owner_pid is None
         if on_error == "kill":
             with pytest.raises(ValueError):
                 Handler(received.uffd, on_error="kill")
-            # The lowest number of all is that of this namespace's first process.
+            # The lowest number is that of this namespace's first process.
             with pytest.raises(ValueError):
                 Handler(received.uffd, on_error="kill", owner_pid=received.pid)
             os._exit(0)
@@ -241,7 +241,7 @@ def test_monitor_in_another_pid_namespace(tmp_path: Path, on_error: str) -> None
                 send_uffd(sock, uffd, [region])
                 if on_error == "poison":
                     assert sock.recv(1)
-                    # A process that owns no more than this exits before the monitor.
+                    # A process that owns only this exits before the monitor.
                     uffd.unregister(region)
                     uffd.close()
         finally:
@@ -320,7 +320,7 @@ CROSSINGS = [
 
 @contextlib.contextmanager
 def userfaultfd(whose: str, features: Feature) -> Iterator[tuple[Userfaultfd, Any, int]]:
-    """A userfaultfd of a kind, its range, and the pid that a Handler is to be told or 0."""
+    """A userfaultfd of some kind, its range, and the pid to pass to a Handler, or 0."""
     if whose == "own":
         with Userfaultfd(features=features) as uffd, Region.anonymous(8 * PAGE) as region:
             yield uffd, region, 0
@@ -356,7 +356,7 @@ def cross(case: Crossing) -> None:
                     handler.writeprotect(region)
                 handler.start()
                 assert not handler.owner_exited
-        # Refused or not, another handler may have it.
+        # Even if it was refused, another handler may use it.
         if case.driver != "inline" or case.whose == "own":
             Handler(uffd).stop()
 
@@ -377,7 +377,7 @@ def second_userfaultfd(primary: str) -> None:
         with pytest.raises(ValueError):
             handler.serve(theirs, ZeroSource(), uffd=second)
         assert handler.spaces == 1
-        # It was not taken either.
+        # It was not claimed either.
         Handler(second).stop()
         second.owner_pid = os.getppid()  # neither dead nor the owner
         with pytest.raises(ValueError):
@@ -413,7 +413,7 @@ def wrong_owner() -> None:
             Handler(child.uffd, owner_pid=ids[0])
         over.set()
         thread.join()
-        # Alive, and somebody else.
+        # Alive, and another process.
         with (
             FaultingChild(pages=1) as other,
             Handler(child.uffd, owner_pid=other.pid, on_error="kill", autostart=False) as handler,
@@ -432,7 +432,7 @@ def test_wrong_owner() -> None:
 
 
 def wrong_owner_exits(driver: Driver) -> None:
-    """The exit of a process that does not own the memory ends nothing."""
+    """The exit of a process that does not own the memory changes nothing."""
     with (
         FaultingChild(pages=2, mode=None) as child,
         FaultingChild(pages=1) as stranger,
@@ -458,12 +458,12 @@ def test_wrong_owner_exits(driver: Driver) -> None:
 
 
 def holes_of_another_process() -> None:
-    """Missing pages are found in the owner, and nothing here is touched at its addresses."""
+    """Missing pages are found in the owner, and memory here at the same address is not touched."""
     with (
         FaultingChild(pages=8, mode=None, features=PFWP, content=b"x" * 2 * PAGE) as child,
         Handler(child.uffd) as handler,
     ):
-        # What a mistake would touch.
+        # A mistake would touch this.
         address = child.region.start
         here = ctypes.CDLL(None).mmap
         here.restype, here.argtypes = ctypes.c_uint64, [ctypes.c_uint64] * 6
@@ -484,7 +484,7 @@ def test_holes_of_another_process() -> None:
 
 
 def own_holes_beside_another_process() -> None:
-    """The second userfaultfd is this process's: its holes are found though the first's is not."""
+    """The second userfaultfd belongs to this process, the first does not: its holes are found."""
     with (
         FaultingChild(pages=1, mode=None) as child,
         Userfaultfd(features=PFWP) as own,
@@ -504,7 +504,7 @@ def test_own_holes_beside_another_process() -> None:
 
 
 def same_addresses() -> None:
-    """A fork has its memory where its parent has: objects tell them apart, numbers do not."""
+    """A fork has its memory at its parent's addresses: objects tell them apart, numbers do not."""
     ours, theirs = socket.socketpair()
     with (
         ours,
@@ -525,7 +525,7 @@ def same_addresses() -> None:
             assert (there.start, theirs_at_data.start) == (region.start, data.start)
             a = BufferSource(b"a" * 2 * PAGE)
             handler.serve(there, a, uffd=received.uffd)
-            # Memory of this process, at an address that the other process has missing.
+            # Memory of this process, at an address where the other process has missing pages.
             with data.memoryview() as view:
                 handler.serve(theirs_at_data, BufferSource(view), uffd=received.uffd)
             handler.serve(region, a)
@@ -546,7 +546,7 @@ def test_same_addresses() -> None:
 
 
 def locals_refused() -> None:
-    """`local` is memory of this process, mapped and long enough, that no fault stops."""
+    """`local` must be memory of this process, mapped, long enough, and free of faults."""
     with (
         FaultingChild(pages=2, memory="shmem", mode=None, features=PFWP) as child,
         Region.memfd(2 * PAGE) as mine,
@@ -574,7 +574,7 @@ def locals_refused() -> None:
 
 
 class Range:
-    """A range that says nothing about itself."""
+    """A range without further attributes."""
 
     def __init__(self, start: int, length: int = 2 * PAGE) -> None:
         self.start, self.length = start, length
@@ -589,7 +589,7 @@ def test_locals_refused() -> None:
 
 
 def hit(driver: Driver, primary: str) -> None:
-    """With two owners, the one whose page could not be had, and nobody else."""
+    """With two owners, the one whose page could not be read, and no other process."""
     with (
         FaultingChild(pages=8, mode=None) as innocent,
         FaultingChild(pages=8, mode=None) as hit,
@@ -622,7 +622,7 @@ def test_hit(driver: Driver, primary: str) -> None:
 
 
 def own_fork_is_hit(driver: Driver, pages: str) -> None:
-    """A fork that touches the page ends; its parent, other forks and the helper live."""
+    """A fork that touches the page is killed; its parent, other forks and the helper live."""
     with Userfaultfd(features=FORK | THREAD_ID) as uffd:
         region = Region.anonymous(8 * PAGE) if pages == "anon" else Region.memfd(8 * PAGE)
         handler = Handler(uffd, driver=driver, on_error="kill")
@@ -658,7 +658,7 @@ def test_own_fork_is_hit(driver: Driver, pages: str) -> None:
 
 
 def another_fork_is_hit(driver: Driver) -> None:
-    """The same of forks of another process."""
+    """The same with forks of another process."""
     with (
         FaultingChild(pages=8, mode=None, features=FORK | THREAD_ID) as child,
         Handler(child.uffd, driver=driver, on_error="kill") as handler,
@@ -683,7 +683,7 @@ def test_another_fork_is_hit(driver: Driver) -> None:
 
 
 def fork_in_a_namespace() -> None:
-    """Its thread ids are of another namespace: nobody else is killed, and it reads no zeros."""
+    """Its thread ids belong to another namespace: no process is killed, and it reads no zeros."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Userfaultfd(features=FORK | THREAD_ID) as uffd, Region.anonymous(8 * PAGE) as region:
         handler = Handler(uffd, driver="thread", on_error="kill")
@@ -696,7 +696,7 @@ def fork_in_a_namespace() -> None:
             assert os.getpid() == 1
             region.read(4 * PAGE, 1)
 
-        # It is process 1 there, and gets the signal that its first process is not spared.
+        # It is process 1 there, and only this signal reaches the first process of a namespace.
         assert in_fork(touch_it) in (-signal.SIGBUS, 1)
         assert helper.poll() is None
         assert region.read(PAGE, 1) == b"c"
@@ -713,7 +713,7 @@ def test_fork_in_a_namespace() -> None:
 
 
 def populate_kills_nobody(driver: Driver) -> None:
-    """Nobody has touched the page; who does is killed then."""
+    """No process has touched the page; one that does is killed then."""
     with (
         FaultingChild(pages=8, mode=None) as child,
         Handler(child.uffd, driver=driver, on_error="kill") as handler,

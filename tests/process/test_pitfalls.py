@@ -1,4 +1,4 @@
-"""The known pitfalls that have no file of their own, and that each of the sixteen has checks."""
+"""The known pitfalls without a file of their own; each of the sixteen must have checks."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_every_pitfall_has_a_check() -> None:
 
 @pitfall(2, "populate-tries-again", drivers=BOTH, memory=SMALL, features=REMOVE)
 def populate_again(at: Setting) -> None:
-    """A prefault that meets EAGAIN is not done: it goes on when the event has been read."""
+    """A prefault that meets EAGAIN is not complete: it continues when the event has been read."""
     with at.served(5, REMOVE) as (handler, region, data):
         with holding(Point.STEP_APPLIED) as point:
             reader = reading(region, 4)
@@ -115,7 +115,7 @@ def populate_again(at: Setting) -> None:
             populater = Task(handler.populate, region, 0, 4 * data.size)
         assert reader.result() == data[4]
         dropper.result()
-        # The page that was dropped is zeros, filled by nobody or by the first of both.
+        # The dropped page is zeros, whether it was filled before the drop or not at all.
         assert populater.result() in (3 * data.size, 4 * data.size)
         assert region.read() == data.of(0, None, 2, 3, 4)
         assert handler.stats().failed == 0
@@ -123,7 +123,7 @@ def populate_again(at: Setting) -> None:
 
 @pitfall(2, "writeprotect-tries-again", drivers=BOTH, memory=SMALL, features=REMOVE | WP_EVERYWHERE)
 def writeprotect_again(at: Setting) -> None:
-    """Protecting that meets EAGAIN has protected nothing: it goes on when the event is read."""
+    """A write-protect that meets EAGAIN has no effect: it continues when the event is read."""
     with at.serving(REMOVE | WP_EVERYWHERE) as (handler, memory):
         region = memory.pages(4)
         data = Pages(4, memory.page_size)
@@ -150,7 +150,7 @@ def writeprotect_again(at: Setting) -> None:
 
 @pitfall(3, "copy-without-wake", drivers=ALL, memory=EVERY)
 def copy_without_wake(at: Setting) -> None:
-    """The page is there, its reader sleeps on: the handler's EEXIST must wake it."""
+    """The page is present and its reader still sleeps: after EEXIST the handler must wake it."""
     with at.serving() as (handler, memory):
         region = memory.pages(2)
         data = Pages(2, memory.page_size)
@@ -168,7 +168,7 @@ def copy_without_wake(at: Setting) -> None:
 
 @pitfall(3, "fill-wakes", memory=EVERY)
 def fill_wakes(at: Setting) -> None:
-    """fill_copy() and fill_zero() on a page that is there wake who waits for it."""
+    """fill_copy() and fill_zero() on a present page wake the threads that wait for it."""
     with contextlib.closing(memory_of(at.memory)) as memory, Userfaultfd() as uffd:
         for index in range(2):
             region = memory.pages(1)
@@ -192,11 +192,11 @@ def fill_wakes(at: Setting) -> None:
 
 @pitfall(5, "a-page-in-the-middle", drivers=ALL, memory=EVERY)
 def in_the_middle(at: Setting) -> None:
-    """A fill stops at a page that is there, and goes on behind it with the right content."""
+    """A fill stops at a present page, and continues behind it with the right content."""
     with at.served(5) as (handler, region, data):
         handler.uffd.copy(region.start + 2 * data.size, data.zeros)
         filled = handler.populate(region)
-        # A Python source is asked page by page, and put_answer counts what it was asked for.
+        # A Python source is asked page by page, and put_answer counts the requested pages.
         assert filled in (4 * data.size, 5 * data.size)
         assert region.read() == data.of(0, 1, None, 3, 4)
         assert states(handler, region) == [PageState.CLEAN] * 5
@@ -204,7 +204,7 @@ def in_the_middle(at: Setting) -> None:
 
 @pitfall(5, "counts", memory=EVERY)
 def counts(at: Setting) -> None:
-    """The short count of copy() is kept, and fill_copy() adds both kinds of pages up."""
+    """The short count of copy() is kept, and fill_copy() counts both kinds of pages."""
     with at.serving() as (handler, memory):
         region = memory.pages(4)
         data = Pages(4, memory.page_size)
@@ -220,7 +220,7 @@ def counts(at: Setting) -> None:
 
 @pitfall(7, "asked-and-granted")
 def handshake(at: Setting) -> None:
-    """The kernel returns all it supports: `features` is what was asked for."""
+    """The kernel returns all that it supports; `features` has only what was asked for."""
     with Userfaultfd(features=Feature.THREAD_ID) as uffd, Userfaultfd() as plain:
         assert uffd.features == Feature.THREAD_ID
         assert plain.features == Feature(0)
@@ -248,7 +248,7 @@ def unprivileged(at: Setting) -> None:
 
 @pitfall(8, "descriptor-flags")
 def descriptor(at: Setting) -> None:
-    """Close-on-exec always; an adopted descriptor is made nonblocking, whatever the sender did."""
+    """Always close-on-exec; an adopted descriptor becomes nonblocking, whatever the sender did."""
     with Userfaultfd() as uffd, Userfaultfd(nonblocking=False) as blocking:
         for one in (uffd, blocking):
             assert fcntl.fcntl(one.fileno(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
@@ -269,8 +269,8 @@ def refusal() -> UffdPermissionError | None:
 
 @pitfall(8, "refused-with-reasons")
 def refused(at: Setting) -> None:
-    """A process without privileges learns which knob would allow it, and what works without."""
-    # Nobody may be unable to read the interpreter's library: what is imported late comes first.
+    """A process without privilege learns which setting would allow it, and what works without."""
+    # The user nobody may not be able to read the interpreter's library: import everything first.
     codecs.lookup("ascii")
     for late in ("_refusals", "_probe", "_vmas", "_diagnose", "_left", "_limits"):
         importlib.import_module(f"pyuffd.{late}")
@@ -278,7 +278,7 @@ def refused(at: Setting) -> None:
     def child() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
         error = refusal()
-        if error is not None:  # this machine may allow it to everybody
+        if error is not None:  # this machine may allow it to all users
             assert error.hint
             assert "user_mode_only" in str(error)
         with (
@@ -288,7 +288,7 @@ def refused(at: Setting) -> None:
         ):
             handler.serve(region, BufferSource(b"x" * PAGE))
             handler.start()
-            # Kernel-side access is no fault with it, but EFAULT.
+            # With it, an access by the kernel is no fault, but EFAULT.
             assert is_efault(region, 0)
             assert region.read(0, 1) == b"x"
 
@@ -331,7 +331,7 @@ def ready_then_nothing(at: Setting) -> None:
 
 @pitfall(9, "blocking-descriptor-is-refused")
 def blocking(at: Setting) -> None:
-    """poll() reports POLLERR for ever on a blocking userfaultfd: a loop would spin on it."""
+    """poll() always reports POLLERR on a blocking userfaultfd: a loop would spin on it."""
     with Userfaultfd(nonblocking=False) as uffd:
         poll = select.poll()
         poll.register(uffd, select.POLLIN)
@@ -366,7 +366,7 @@ def interrupt(reader: Task[bytes]) -> None:
 
 @pitfall(10, "interrupted-while-it-is-resolved", memory=EVERY)
 def interrupted(at: Setting) -> None:
-    """The access is interrupted when its message has been read, and sends another one."""
+    """The access is interrupted after its message was read, and sends another one."""
     with at.served(2) as (handler, region, data):
         with holding(Point.STEP_APPLIED) as point:
             reader = reading(region, 1)
@@ -412,14 +412,14 @@ def two_threads(at: Setting) -> None:
         assert [reader.result() for reader in readers] == [data[1]] * 2
         stats = handler.stats()
         assert stats.faults == {"missing": 1, "wp": 0, "minor": 0}
-        # start() wakes both: one that comes back when the page is there sends no message.
+        # start() wakes both: one that comes back when the page is present sends no message.
         assert stats.filled_pages == 1
         assert stats.already_present == stats.messages - 1 <= 1
 
 
 @pitfall(10, "woken-without-a-page", drivers=ALL, memory=SMALL)
 def woken(at: Setting) -> None:
-    """WAKE alone makes the thread ask again; asking again is harmless."""
+    """WAKE alone makes the thread fault again, which is harmless."""
     with at.serving() as (handler, memory):
         region = memory.pages(1)
         data = Pages(1, memory.page_size)
@@ -430,7 +430,7 @@ def woken(at: Setting) -> None:
         for _ in range(20):
             handler.uffd.wake(region.start, data.size)
         assert reader.result() == data[0]
-        handler.stop()  # the counters are written after the waking
+        handler.stop()  # the counters are written after the wake
         assert handler.stats().filled_pages == 1
 
 
@@ -439,7 +439,7 @@ def woken(at: Setting) -> None:
 
 @pitfall(12, "missing-pages-are-protected", memory=SMALL, features=Feature.PAGEFAULT_FLAG_WP)
 def holes(at: Setting) -> None:
-    """WRITEPROTECT of pages that are not there says 0 and protects nothing: missed writes."""
+    """WRITEPROTECT of missing pages returns 0 and protects nothing: missed writes."""
     with at.serving() as (handler, memory):
         region = memory.pages(4)
         region.write(0, b"there")
@@ -494,7 +494,7 @@ def two_mappings(at: Setting) -> None:
     features=Feature.MINOR_SHMEM | Feature.WP_HUGETLBFS_SHMEM,
 )
 def minor_protected(at: Setting) -> None:
-    """CONTINUE has a mode for it, as COPY has: protecting afterwards would miss writes."""
+    """CONTINUE has a mode for it, like COPY: protecting afterwards would miss writes."""
     with at.serving(Feature.MINOR_SHMEM | Feature.WP_HUGETLBFS_SHMEM) as (handler, memory):
         region = memory.pages(2)
         data = Pages(2, memory.page_size)
@@ -515,7 +515,7 @@ def minor_protected(at: Setting) -> None:
     features=Feature.PAGEFAULT_FLAG_WP,
 )
 def lifted_first(at: Setting) -> None:
-    """A page left protected in a range that lost WP: hugetlb memory loops in the kernel for ever.
+    """A page left protected in a range that lost WP: on hugetlb a write never returns.
 
     On other memory bit 57 of its pagemap entry stays, and says that it is protected.
     """
@@ -536,9 +536,9 @@ def lifted_first(at: Setting) -> None:
 
 @pitfall(13, "split-by-mprotect", drivers=ALL, memory=SMALL)
 def split(at: Setting) -> None:
-    """A range of several VMAs: an ioctl across them says ENOENT and does nothing.
+    """A range of several VMAs: an ioctl across them fails with ENOENT and does nothing.
 
-    Taken for "the range is gone" populate would fail, and stop() would seal nothing: zeros.
+    If that meant "the range is gone", populate would fail, and stop() would not seal: zeros.
     """
     with at.served(9) as (handler, region, data):
         size = data.size
@@ -563,7 +563,7 @@ def split_sealed(at: Setting) -> None:
 
 @pitfall(13, "prefetch-across-a-split", drivers=ALL, memory=SMALL)
 def prefetch_split(at: Setting) -> None:
-    """A chunk around a fault that lies in two VMAs: the fault's own page comes in any case."""
+    """The chunk around a fault lies in two VMAs: the fault's own page is filled anyway."""
     with at.serving(prefetch=8 * PAGE) as (handler, memory):
         region = memory.pages(8)
         data = Pages(8, memory.page_size)
@@ -588,7 +588,7 @@ def addresses(at: Setting) -> None:
 
 @pitfall(13, "zeros-of-any-size", drivers=BOTH, memory=EVERY)
 def zeros(at: Setting) -> None:
-    """Huge pages take no ZEROPAGE: zeros are copied."""
+    """Huge pages do not support ZEROPAGE: zeros are copied."""
     with at.serving() as (handler, memory):
         region, other = memory.pages(2), memory.pages(2)
         handler.serve(region, ZeroSource())
@@ -605,7 +605,7 @@ def zeros(at: Setting) -> None:
 
 @pitfall(15, "poison-where-a-page-is", memory=EVERY, features=Feature.POISON)
 def poison_present(at: Setting) -> None:
-    """EEXIST: the content stays; fill_poison() says so instead of failing."""
+    """EEXIST: the content stays; fill_poison() counts it instead of failing."""
     with at.serving() as (handler, memory):
         region = memory.pages(2)
         data = Pages(2, memory.page_size)
@@ -647,14 +647,14 @@ def move_errors(at: Setting) -> None:
             uffd.move(region.start, source.start, PAGE)
         os.close(went)
         os.waitpid(pid, 0)
-        source.write(0, b"moved")  # its own again
+        source.write(0, b"moved")  # no longer shared
         uffd.fill_move(region.start, source.start, PAGE)
         assert region.read(0, 5) == b"moved"
 
 
 @pitfall(15, "move-around-a-page", features=Feature.MOVE)
 def move_around(at: Setting) -> None:
-    """A page that is there stays, and the rest comes from the right places."""
+    """A present page stays, and the rest comes from the right places."""
     data = Pages(3, PAGE)
     with (
         Userfaultfd(features=Feature.MOVE) as uffd,
@@ -672,7 +672,7 @@ def move_around(at: Setting) -> None:
 
 @pitfall(15, "continue-needs-the-page", memory=("shmem",), features=Feature.MINOR_SHMEM)
 def continue_hole(at: Setting) -> None:
-    """CONTINUE maps what the page cache has: EFAULT for a hole, EEXIST for what is mapped."""
+    """CONTINUE maps pages of the page cache: EFAULT for a hole, EEXIST for a mapped page."""
     with at.serving(Feature.MINOR_SHMEM) as (handler, memory):
         region = memory.pages(2)
         handler.uffd.register(region, mode=RegisterMode.MINOR)
@@ -692,7 +692,7 @@ def continue_hole(at: Setting) -> None:
 
 @pitfall(16, "source-is-kept", drivers=BOTH)
 def source_is_kept(at: Setting) -> None:
-    """Nobody but the handler has the source; its memory must be there as long as it is served."""
+    """Only the handler refers to the source; its memory must live as long as it is served."""
     with at.serving() as (handler, memory):
         region = memory.pages(2)
         data = Pages(2, memory.page_size)

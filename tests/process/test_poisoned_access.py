@@ -51,7 +51,7 @@ ACCESSES: dict[str, Callable[[Region, int], object]] = {
 
 @contextlib.contextmanager
 def lost_pages(driver: Driver, memory: Memory) -> Iterator[tuple[Handler, Region]]:
-    """A region whose first page is there, and the others not to be read."""
+    """A region whose first page can be read from its source, and the others cannot."""
     with (
         uffd_for(driver) as uffd,
         contextlib.suppress(HandlerError),
@@ -87,7 +87,7 @@ def test_every_method_raises(driver: Driver, name: str) -> None:
 
 
 def accesses_unseen(driver: Driver, name: str) -> None:
-    """As a user without CAP_SYS_ADMIN, to whom the page table does not tell poison from swap."""
+    """As a user without CAP_SYS_ADMIN: the page table does not tell poison from swap."""
     drop_capability("CAP_SYS_ADMIN")
     accesses(driver, name)
 
@@ -125,7 +125,7 @@ def test_pages_that_a_stop_poisoned(driver: Driver, name: str) -> None:
     run_child(after_the_stop, driver, name)
 
 
-# Other reasons for SIGBUS
+# Other causes of SIGBUS
 
 
 def truncated(huge: bool, privileged: bool) -> None:
@@ -151,7 +151,7 @@ def test_a_truncated_file(huge: bool, privileged: bool) -> None:
 
 
 def no_driver() -> None:
-    """Feature.SIGBUS, and nobody resolves in the faulting thread."""
+    """Feature.SIGBUS, without a driver that resolves in the faulting thread."""
     with Userfaultfd(features=Feature.SIGBUS) as uffd, Region.anonymous(PAGE) as region:
         uffd.register(region)
         with pytest.raises(UffdOSError, match="inline") as caught:
@@ -200,7 +200,7 @@ def test_beside_faulthandler(driver: Driver, order: str) -> None:
 
 
 def still_dies() -> None:
-    """Direct access to the page is SIGBUS as before, and faulthandler says where."""
+    """Direct access to the page is SIGBUS as before, and faulthandler reports where."""
     with (
         contextlib.closing(memory_of("anon")) as memory,
         lost_pages("native", memory) as (_, region),
@@ -217,7 +217,7 @@ def test_direct_access_is_still_fatal() -> None:
 
 
 def python_handler() -> None:
-    """A Python handler of SIGBUS stays, for signals that are sent."""
+    """A Python handler of SIGBUS is kept for signals that are sent."""
     seen: list[int] = []
     signal.signal(signal.SIGBUS, lambda number, _: seen.append(number))
     with (
@@ -270,7 +270,7 @@ def test_many_threads(driver: Driver) -> None:
 
 
 def blocked(driver: Driver) -> None:
-    """Where SIGBUS is blocked the kernel kills at once; the mask is as it was afterwards."""
+    """If SIGBUS is blocked the kernel kills at once; afterwards the mask is unchanged."""
     with (
         contextlib.closing(memory_of("anon")) as memory,
         lost_pages(driver, memory) as (_, region),

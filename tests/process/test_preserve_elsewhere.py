@@ -1,4 +1,4 @@
-"""Handler(preserve=...) of memory that is not this process's own, and of memory that forks have."""
+"""Handler(preserve=...) of another process's memory, and of memory that forks have."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ pytestmark = needs(PFWP)
 def protected(
     child: FaultingChild, driver: Driver, local: Region | None = None, **options: Any
 ) -> Iterator[tuple[Handler, bytearray]]:
-    """A handler that saves what the child writes; all is of the instant when this begins."""
+    """A handler that saves what the child writes; the instant is the start of this block."""
     kept = bytearray(b"?" * child.region.length)
     with Handler(child.uffd, driver=driver, **options) as handler:
         handler.serve(child.region, None, mode=WP, preserve=kept, local=local)
@@ -58,7 +58,7 @@ def protected(
 
 
 def image(driver: Driver, name: MemoryName, by_local: bool) -> None:
-    """Old content of what is written, and of the rest; what was missing is zeros."""
+    """The old content of all pages, written or not; missing ones are zeros."""
     size = 2 << 20 if name.startswith("hugetlb") else PAGE
     before = content(3 * size)
     with FaultingChild(PAGES, memory=name, mode=None, features=PFWP, content=before) as child:
@@ -74,7 +74,7 @@ def image(driver: Driver, name: MemoryName, by_local: bool) -> None:
             assert handler.preserve(child.region) == (PAGES - 2) * size
             assert kept == before.ljust(PAGES * size, b"\0")
             child.run("write", 0, b"free")
-            # Once more, of another instant.
+            # Again, for another instant.
             handler.writeprotect(child.region)
             child.run("write", 0, b"FREE")
             child.run("write", 2 * size, b"late")
@@ -98,7 +98,7 @@ def test_image_by_local(driver: Driver, name: str) -> None:
 
 
 def owner_dies(driver: Driver) -> None:
-    """What was not saved by then is missed, aloud."""
+    """Pages that were not saved by then are lost, with an error."""
     with FaultingChild(PAGES, mode=None, features=PFWP, content=b"x" * PAGES * PAGE) as child:
         with (
             pytest.raises(HandlerError) as caught,
@@ -129,7 +129,7 @@ class Remote:
 
 
 def owner_of_an_unreadable_page(link: Link, policy: str) -> None:
-    """Write a page that nobody may read, and another one."""
+    """Write an unreadable page, and another one."""
     features = PFWP | Feature.WP_UNPOPULATED
     with Region.anonymous(PAGES * PAGE) as region, Userfaultfd(features=features) as uffd:
         region.fill(1)
@@ -166,7 +166,7 @@ def unreadable(policy: str) -> None:
                 handler.preserve(there)
             assert caught.value.errno == errno.EFAULT
             assert caught.value.start == start + PAGE
-            # The others are saved, and the writer goes on when nothing is left to be done for it.
+            # The others are saved, and the writer continues once nothing can be done for it.
             assert handler.preserve(there, 2 * PAGE) == 3 * PAGE
             assert handler.preserve(there, 0, PAGE) == 0
             handler_fails(handler, start + PAGE)
@@ -193,7 +193,7 @@ def test_unreadable(policy: str) -> None:
 
 
 def forbidden() -> None:
-    """EPERM: the monitor gives up the right to read the owner's memory."""
+    """EPERM: the monitor drops the privilege to read the owner's memory."""
     with FaultingChild(PAGES, mode=None, features=PFWP, content=b"x" * PAGES * PAGE) as child:
         kept = bytearray(b"?" * child.region.length)
         handler = Handler(child.uffd)
@@ -205,7 +205,7 @@ def forbidden() -> None:
         wait_until(lambda: handler.stats().failed == 1, "the page is given up")
         with pytest.raises(PermissionError):
             handler.preserve(child.region)
-        # Its writer was woken to ask again, and waits again.
+        # Its writer was woken, faults again, and waits again.
         wait_until(lambda: handler.stats().failed == 2, "the page is given up again")
         assert step.running
         os.setresuid(0, 0, 0)
@@ -219,7 +219,7 @@ def forbidden() -> None:
 @needs_privilege("CAP_SYS_PTRACE")
 def test_forbidden() -> None:
     if os.geteuid():
-        pytest.skip("only root gives up a right and takes it again")
+        pytest.skip("only root can drop a privilege and regain it")
     run_child(forbidden)
 
 
@@ -245,7 +245,7 @@ def own_forks(driver: Driver, name: str, check: str) -> None:
 
 
 def parent_writes_first(handler: Handler, region: Region) -> None:
-    """What the fork saves of its page is not what the parent has there by now."""
+    """The fork's page no longer has the content of its parent's page."""
     with agent() as child:
         region.write(0, b"parent")
         assert child.write(region.start, b"child") is None
@@ -261,7 +261,7 @@ def child_writes_alone(handler: Handler, region: Region) -> None:
 
 
 def stopped_with_a_child(handler: Handler, region: Region) -> None:
-    """stop() goes through the fork's pages too, and its private ones are not what is wanted."""
+    """stop() visits the fork's pages too, and must not save its private ones."""
     with agent() as child:
         region.write(0, b"parent")
         handler.preserve(region, 0, 2 * PAGE)
@@ -271,7 +271,7 @@ def stopped_with_a_child(handler: Handler, region: Region) -> None:
 
 
 def moved_in_the_parent(handler: Handler, region: Region) -> None:
-    """The parent has its memory elsewhere by then."""
+    """The parent has moved its memory by then."""
     with agent() as child:
         to = _memory.mmap(PAGES * PAGE, 0, 0x22)
         _memory.mremap(region.start, PAGES * PAGE, PAGES * PAGE, 3, to)
@@ -300,7 +300,7 @@ def test_own_forks(driver: Driver, name: str, check: str) -> None:
 
 
 def forks_elsewhere(driver: Driver, name: MemoryName) -> None:
-    """Forks of another process, whose memory says by its mapping whether they share it."""
+    """Forks of another process; its mapping tells whether they share the memory."""
     before = content(PAGES * PAGE)
     features = PFWP | FORK
     with (

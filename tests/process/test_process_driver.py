@@ -40,7 +40,7 @@ from tests.process._process_sources import PAGE, content
 
 LENGTH = 16 * PAGE
 NO_FEATURES = Feature(0)
-# Well below the 10 s for a source that may yet answer.
+# Well below the 10 s for a source that may still answer.
 HUNG_STOP_S = 5.0
 
 
@@ -67,7 +67,7 @@ def processes(handler: Handler) -> tuple[int, int]:
 
 
 def stopped(handler: Handler) -> HandlerError:
-    """Stop a handler that has something to complain about."""
+    """Stop a handler that has a failure to report."""
     with pytest.raises(HandlerError) as caught:
         handler.stop()
     handler.uffd.close()
@@ -109,7 +109,7 @@ def coroutine() -> None:
 
 
 def two_regions() -> None:
-    """Each its own source, and one that C reads, beside each other."""
+    """Regions with sources of their own, and one with a source that C reads."""
     handler, first = serve(sources.Source(1))
     second, zeros = Region.anonymous(LENGTH), Region.anonymous(LENGTH)
     handler.serve(second, sources.Source(2))
@@ -119,7 +119,7 @@ def two_regions() -> None:
     assert zeros.read() == bytes(LENGTH)
     handler.unserve(second)
     assert second.read() == content(LENGTH, 2)
-    second.madvise(mmap.MADV_DONTNEED)  # what is there stays, in a region that was served
+    second.madvise(mmap.MADV_DONTNEED)  # present pages stay, in a region that was served
     handler.serve(second, sources.Source(3))
     assert second.read(PAGE, PAGE) == content(2 * PAGE, 3)[PAGE:]
     handler.stop()
@@ -145,7 +145,7 @@ def prefetch_calls_once() -> None:
 
 
 def minor() -> None:
-    """A source of minor faults fills the page cache from the other process."""
+    """A source for minor faults fills the page cache from the other process."""
     with Userfaultfd(features=Feature.MINOR_SHMEM | Feature.MISSING_SHMEM) as uffd:
         region = Region.memfd(LENGTH)
         with Handler(uffd, driver="process") as handler:
@@ -243,7 +243,7 @@ def auto() -> None:
 
 
 def beside_a_registered_range() -> None:
-    """Starting the helper sends no EVENT_FORK, which nobody would read yet."""
+    """Starting the helper sends no EVENT_FORK, since no thread would read it yet."""
     with (
         Userfaultfd(features=Feature.EVENT_FORK) as uffd,
         Region.anonymous(LENGTH) as registered,
@@ -283,7 +283,7 @@ def test_what_cannot_be_sent_is_refused() -> None:
     run_child(refusals)
 
 
-# What goes wrong in a source
+# Failures of a source
 
 
 def failing(name: str, cause: str) -> None:
@@ -335,7 +335,7 @@ def test_source_that_takes_too_long() -> None:
     assert "hanging" in result.stderr  # its traceback
 
 
-# The interpreter's lock is held, and nobody cares
+# The interpreter's lock is held, which does no harm
 
 ACTIONS: dict[str, Any] = {}
 
@@ -361,9 +361,9 @@ def _ffi(region: Region) -> None:
 
 
 def _madvise(region: Region) -> None:
-    """The mmap module keeps the lock while the event waits to be read."""
+    """The mmap module holds the lock while the event waits to be read."""
     assert region.read(0, PAGE) == content(PAGE)
-    libc = ctypes.PyDLL(None, use_errno=True)  # a PyDLL keeps the lock as well
+    libc = ctypes.PyDLL(None, use_errno=True)  # a PyDLL call holds the lock too
     address = ctypes.c_void_p(region.start)
     assert libc.madvise(address, ctypes.c_size_t(PAGE), mmap.MADV_DONTNEED) == 0
     assert region.read(0, PAGE) == bytes(PAGE)
@@ -420,7 +420,7 @@ def test_holding_the_interpreter_lock(name: str) -> None:
 
 
 def run_until_it_ends(how: str, pipe: int) -> None:
-    """Tell the pids of the helper processes and end as told."""
+    """Print the pids of the helper processes, and end as told."""
     handler, region = serve(CallableSource(sources.page))
     assert region.read(0, 1) == content(PAGE)[:1]
     os.write(pipe, json.dumps(processes(handler)).encode())
@@ -428,7 +428,7 @@ def run_until_it_ends(how: str, pipe: int) -> None:
     if how == "exec":
         os.execv(sys.executable, [sys.executable, "-c", ""])
     if how == "fork":
-        # The child has our end of the socket, and lives on for a while.
+        # The child has our end of the socket, and outlives us for a while.
         if os.fork() == 0:
             time.sleep(60)
         os._exit(0)

@@ -1,4 +1,4 @@
-"""Handler(driver="process"): the worker process dies, or the keeper as well, or the owner."""
+"""Handler(driver="process"): the worker process dies, or the keeper too, or the owner."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def kill_worker(handler: Handler) -> None:
-    """Kill it, and wait until another is there."""
+    """Kill the worker process, and wait until another one runs."""
     _, worker = processes(handler)
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: processes(handler)[1] != worker, "another worker is there")
@@ -66,7 +66,7 @@ def in_threads(count: int, action: Callable[[int], object]) -> list[threading.Th
 
 
 def faults_wait() -> None:
-    """Threads wait for pages the dead worker was asked for: they get their data."""
+    """Threads wait for pages that the dead worker process was asked for: they get their data."""
     called, go = str(Path.cwd() / "called"), str(Path.cwd() / "go")
     handler, region = serve(sources.Gate(called, go), workers=4, stall_timeout_s=60)
     read: dict[int, bytes] = {}
@@ -91,7 +91,7 @@ def faults_wait() -> None:
 
 
 def killed_by_its_source() -> None:
-    """With the interpreter's lock held here, nobody here could help."""
+    """With the interpreter's lock held, no thread of this process could help."""
     handler, region = serve(sources.KilledOnce(str(Path.cwd() / "killed")))
     with region.memoryview() as view:
         assert view[PAGE] == content(2 * PAGE)[PAGE]
@@ -100,7 +100,7 @@ def killed_by_its_source() -> None:
 
 
 def crashing() -> None:
-    """A page whose source ends every worker: poisoned after some tries."""
+    """A page whose source ends every worker process is poisoned after some attempts."""
     handler, region = serve(CallableSource(sources.crashing))
     other = Region.anonymous(LENGTH)
     handler.serve(other, ZeroSource())
@@ -114,7 +114,7 @@ def crashing() -> None:
 
 
 def states_survive() -> None:
-    """What was removed is zeros, what is dirty is known, what is served stays served."""
+    """Removed pages are zeros, dirty ones are known, and served ranges stay served."""
     fd = os.memfd_create("source")
     os.write(fd, content(LENGTH, 5))
     handler, region = serve(
@@ -160,7 +160,7 @@ def states_survive() -> None:
 
 
 def moved_memory() -> None:
-    """A successor serves what was moved where it is, and not what was unmapped."""
+    """A successor serves moved pages at their new place, and no unmapped ones."""
     libc_move = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
     handler, region = serve(
         CallableSource(sources.page),
@@ -174,7 +174,7 @@ def moved_memory() -> None:
     assert to.read(0, 4 * PAGE) == content(8 * PAGE)[4 * PAGE :]
     assert region.read(0, 4 * PAGE) == content(4 * PAGE)
     assert region.read(8 * PAGE, 4 * PAGE) == content(12 * PAGE)[8 * PAGE :]
-    # The address of what was unmapped can be served again.
+    # The unmapped address can be served again.
     _map_at(start + 12 * PAGE, 4 * PAGE)
     again = Region.at(start + 12 * PAGE, 4 * PAGE, PAGE)
     handler.serve(again, sources.Source(77))
@@ -183,7 +183,7 @@ def moved_memory() -> None:
 
 
 def _map_at(address: int, length: int) -> None:
-    """Map fresh memory where nothing is."""
+    """Map new memory at a free address."""
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
     fixed = 0x100000  # MAP_FIXED_NOREPLACE
@@ -199,7 +199,7 @@ def _map_at(address: int, length: int) -> None:
 
 
 def forks() -> None:
-    """Children and grandchildren are served on by the successor, each by its own states."""
+    """The successor serves children and grandchildren, each by its own states."""
     handler, region = serve(
         CallableSource(sources.page), features=Feature.EVENT_FORK | Feature.EVENT_REMOVE
     )
@@ -251,7 +251,7 @@ def fork_descriptors() -> None:
 
 
 def many_regions() -> None:
-    """More than a process may have descriptors by default."""
+    """More ranges than a process may have descriptors by default."""
     count = 1200
     handler, first = serve(CallableSource(sources.page))
     regions = [Region.anonymous(PAGE) for _ in range(count)]
@@ -302,7 +302,7 @@ def repeatedly() -> None:
 
 
 def both_killed() -> None:
-    """Nobody reads zeros; the next call says so, and stop() poisons."""
+    """No thread reads zeros; the next call raises, and stop() poisons."""
     handler, region = serve(CallableSource(sources.page))
     assert region.read(0, PAGE) == content(PAGE)
     keeper, worker = processes(handler)
@@ -333,7 +333,7 @@ def both_killed() -> None:
 
 
 def owner_killed(pipe: int) -> None:
-    """The owner of a fork's parent dies; the fork lives on, with poison instead of zeros."""
+    """The owner of a fork's parent dies; the fork lives, and gets poison instead of zeros."""
     handler, region = serve(CallableSource(sources.page), features=Feature.EVENT_FORK)
     owner = os.getpid()
     if os.fork() == 0:
@@ -362,7 +362,7 @@ class Range:
 
 
 def foreign_owner(pipe: int) -> None:
-    """Who serves another process's memory is killed: that process gets poison as well."""
+    """The process that serves another one's memory is killed: the other one gets poison too."""
     ours, theirs = socket.socketpair()
     owner = os.fork()
     if owner == 0:
@@ -405,7 +405,7 @@ SYS_MREMAP = 25
 
 @contextlib.contextmanager
 def held_worker(features: Feature) -> Iterator[tuple[Handler, Region, sources.WorkerPoints]]:
-    """A worker that can be held; the region's first page is there."""
+    """A worker process that can be stopped; the region's first page is present."""
     points = sources.WorkerPoints(str(Path.cwd()))
     handler, region = serve(points.source, features=features)
     region.touch(0, PAGE)
@@ -417,10 +417,10 @@ def held_worker(features: Feature) -> Iterator[tuple[Handler, Region, sources.Wo
 
 
 def drop_and_wait(handler: Handler, region: Region, offset: int) -> None:
-    """Drop a page, and return when the worker has applied the event.
+    """Drop a page, and wait until the worker process has applied the event.
 
     madvise() returns as soon as the event is read: a point armed then could catch its batch, and
-    nobody would read the event that the test is about.
+    the event that the test is about would not be read.
     """
     region.madvise(mmap.MADV_DONTNEED, offset, PAGE)
     wait_until(
@@ -429,7 +429,7 @@ def drop_and_wait(handler: Handler, region: Region, offset: int) -> None:
 
 
 def dropped_in_hand() -> None:
-    """The owner has gone on: what it dropped may not come from the source."""
+    """The owner has continued: a page that it dropped must not come from the source."""
     with held_worker(LAYOUT) as (handler, region, points):
         points.arm(Point.STEP_READ)
         region.madvise(mmap.MADV_DONTNEED, 0, 2 * PAGE)
@@ -463,7 +463,7 @@ def moved_in_hand() -> None:
 
 
 def unmapped_in_hand() -> None:
-    """The address is free for others: they are served, and what was there is not."""
+    """The address is free: another range there is served, the old one is not."""
     with held_worker(LAYOUT) as (handler, region, points):
         points.arm(Point.STEP_READ)
         _memory.munmap(region.start + 14 * PAGE, 2 * PAGE)
@@ -477,7 +477,7 @@ def unmapped_in_hand() -> None:
 
 
 def fork_in_hand(die: bool = False) -> None:
-    """The dead alone had the child's descriptor: closed with it, the child would read zeros."""
+    """Only the dead process had the child's descriptor, whose close would give the child zeros."""
     with held_worker(LAYOUT | Feature.EVENT_FORK) as (handler, region, points):
         drop_and_wait(handler, region, 3 * PAGE)
         points.arm(Point.STEP_READ)
@@ -497,23 +497,23 @@ def fork_in_hand(die: bool = False) -> None:
 
 
 def fork_in_two_hands() -> None:
-    """The successor is killed before it has got to it."""
+    """The successor is killed before it has applied the event."""
     fork_in_hand(die=True)
 
 
 def unmapping_to_come() -> None:
-    """A successor takes the UNMAP that follows a REMAP for what it is.
+    """A successor recognises the UNMAP that follows a REMAP.
 
-    Memory is moved from A, and other memory to A, before the UNMAP of A is sent: it may not take
-    the new memory out.
+    Memory moves away from A, and other memory to A, before the UNMAP of A is sent: it must not
+    take the new memory out.
     """
     with held_worker(LAYOUT) as (handler, region, points):
-        # Smaller than anything that the interpreter maps when a thread starts: nobody takes A.
+        # Smaller than any mapping that the interpreter makes for a new thread, so A stays free.
         a, size = region.start + 4 * PAGE, 2 * PAGE
         points.arm(Point.STEP_APPLIED)
         region.madvise(mmap.MADV_DONTNEED, 3 * PAGE, PAGE)
         points.wait(Point.STEP_APPLIED)
-        # Nobody reads: both are made, in this order, and wait for their first events to be read.
+        # No thread reads: both moves are done, in this order, and wait until their events are read.
         other = Region.anonymous(size)
         first = Task(_memory.mremap, a, size, size, MOVE, other.start)
         wait_blocked(first, SYS_MREMAP)

@@ -66,7 +66,7 @@ def test_end_inside_a_message(pair: Pair, sent: int) -> None:
 
 
 def test_descriptors_that_do_not_come(pair: Pair) -> None:
-    """What was sent is known, and the next message is read as it is."""
+    """The message with lost descriptors is known, and the next message is read correctly."""
     ours, theirs = pair
     ours.sendall(_wire.encode(FIRST, 1))
     _wire.send(ours, NEXT)
@@ -79,7 +79,7 @@ def test_descriptors_that_do_not_come(pair: Pair) -> None:
 
 @pytest.mark.parametrize("what", ["send", "receive"])
 def test_a_process_that_has_ended(pair: Pair, what: str) -> None:
-    """A fork of ours may have its end of the socket, and nobody reads or writes there."""
+    """A fork of ours may have the other end of the socket, without reading or writing."""
     ours, _ = pair
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         pidfd = os.pidfd_open(child.pid)
@@ -103,7 +103,7 @@ def without_sigpipe() -> None:
 
 
 def test_nobody_reads() -> None:
-    """A program may have SIGPIPE as it is by default."""
+    """A program may have the default action of SIGPIPE."""
     run_child(without_sigpipe)
 
 

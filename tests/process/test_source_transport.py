@@ -1,4 +1,4 @@
-"""Page sources on their way to the helper process: by name, by value, and the main module."""
+"""How page sources are sent to the helper process: by name, by value, and the main module."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def function(offset, length):
     return bytes([page_number(offset)]) * length
 """
 
-# Found by their names in the main module.
+# Defined in the main module, with names.
 NAMED = (
     FUNCTION
     + """
@@ -79,7 +79,7 @@ def named():
 )
 NAMED_COUNT = 6
 
-# These have no name that leads to them.
+# These cannot be found by a name.
 NAMELESS = """
 def nameless():
     first = 1
@@ -129,7 +129,7 @@ if __name__ == "__main__":
 
 
 def test_without_cloudpickle(tmp_path: Path) -> None:
-    """What has a name works, for the rest a sentence names cloudpickle."""
+    """Named objects work; for the others the error names cloudpickle."""
     program = USE + NAMED + NAMELESS + WITHOUT_CLOUDPICKLE
     done = run_program(tmp_path, program, cloudpickle=False)
     assert (done.stderr, done.returncode) == ("", 0)
@@ -193,7 +193,7 @@ def test_no_main_guard(what: str, tmp_path: Path) -> None:
 
 
 def test_a_module_that_does_its_work_at_import(tmp_path: Path) -> None:
-    """Each helper would start another one, and so on."""
+    """Otherwise each helper would start another one."""
     (tmp_path / "application.py").write_text(USE + FUNCTION + UNGUARDED_USE)
     done = run_program(tmp_path, "import application\n")
     assert (done.stdout, done.returncode) == ("", 1)
@@ -216,7 +216,7 @@ def test_a_module_that_does_its_work_at_import(tmp_path: Path) -> None:
     ids=["exit", "exception", "process"],
 )
 def test_a_main_module_that_cannot_be_imported(at_import: str, said: str, tmp_path: Path) -> None:
-    """What ends the import does not end the program."""
+    """An exception that ends the import does not end the program."""
     program = f'if __name__ != "__main__":\n    {at_import}\n' + USE + FUNCTION
     program += """
 if __name__ == "__main__":
@@ -231,7 +231,7 @@ if __name__ == "__main__":
     assert '`if __name__ == "__main__":`' in done.stdout
 
 
-# What the helper process knows of the program
+# What the helper process knows about the program
 
 OWN_ERROR = (
     USE
@@ -296,7 +296,7 @@ def test_modules_found_since_the_helper_started(tmp_path: Path) -> None:
 
 
 def test_arguments_of_the_program(tmp_path: Path) -> None:
-    """A main module that looks at them when it is imported finds the same."""
+    """A main module that reads them when it is imported finds the same."""
     program = "import sys\nword = sys.argv[1]\n" + USE + FUNCTION + GUARDED_USE
     done = run_program(tmp_path, program, cloudpickle=False, arguments=["word"])
     assert (done.stdout, done.stderr, done.returncode) == (USED, "", 0)

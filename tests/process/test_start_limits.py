@@ -1,4 +1,4 @@
-"""Each driver under each limit, and with each system call refused: it works, or says why."""
+"""Each driver under each limit, and with each system call refused: it works or says why."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def handler_of(driver: str, uffd: Userfaultfd, region: Region) -> Iterator[Handl
 
 
 def attempt(driver: str) -> str:
-    """Use a driver; return what is wrong, or "" where it works. Nothing is left behind."""
+    """Use a driver, leaving nothing behind; return its failure, or "" if it works."""
     problem = ""
     with uffd_for(driver) as uffd, Region.anonymous(LENGTH) as region, no_leaks():
         try:
@@ -67,10 +67,10 @@ def attempt(driver: str) -> str:
 
 
 def few_descriptors(driver: str) -> list[str]:
-    """Allow one descriptor more each time, until it works."""
+    """Allow one more descriptor each time, until it works."""
     found = []
     with uffd_for(driver) as uffd, Region.anonymous(LENGTH) as region:
-        attempt("native")  # imports what it imports
+        attempt("native")  # does its imports
         first = len(os.listdir("/proc/self/fd"))
         for limit in range(first, first + 40):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
@@ -110,7 +110,7 @@ def test_descriptors_of_every_process(driver: str, limit: int) -> None:
 
 
 def many_regions() -> str:
-    """More regions than the helper can have descriptors: it says so, and serves the others."""
+    """More regions than the helper's descriptors allow: an error, and the others are served."""
     with contextlib.ExitStack() as stack:
         uffd = stack.enter_context(Userfaultfd())
         handler = stack.enter_context(Handler(uffd, driver="process"))
@@ -143,12 +143,12 @@ def test_a_region_too_many() -> None:
 
 CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24
 PR_CAPBSET_DROP = 24
-# Of no account, and nobody else's: RLIMIT_NPROC counts all processes of a user.
+# An unused user id: RLIMIT_NPROC counts all processes of a user.
 UID = 64000 + os.getpid() % 1000
 
 
 def without_privilege_for_limits() -> None:
-    """Be root for files, and an ordinary user for RLIMIT_NPROC, as is whatever is started."""
+    """Stay root for files, but become an ordinary user for RLIMIT_NPROC, with all children."""
     libc = ctypes.CDLL(None, use_errno=True)
     os.setresuid(UID, 0, 0)
     for capability in (CAP_SYS_ADMIN, CAP_SYS_RESOURCE):
@@ -162,7 +162,7 @@ def without_privilege_for_limits() -> None:
 
 
 def few_tasks(driver: str) -> list[str]:
-    """Allow one process or thread more each time, until it works."""
+    """Allow one more process or thread each time, until it works."""
     without_privilege_for_limits()
     found = []
     for limit in range(1, 12):
@@ -174,7 +174,7 @@ def few_tasks(driver: str) -> list[str]:
     return found
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_threads_and_processes(driver: str) -> None:
     result = run_child(few_tasks, driver, budget_s=60)
@@ -188,7 +188,7 @@ def test_threads_and_processes(driver: str) -> None:
 
 
 def starts_later(driver: str) -> None:
-    """A handler whose start failed can be started when there is room."""
+    """A handler whose start failed can be started when the limit allows it."""
     without_privilege_for_limits()
     with uffd_for(driver) as uffd, Region.anonymous(LENGTH) as region:
         handler = Handler(uffd, driver=driver, workers=WORKERS, autostart=False)  # type: ignore[arg-type]
@@ -198,14 +198,14 @@ def starts_later(driver: str) -> None:
         with pytest.raises(UffdOSError) as caught:
             handler.start()
         assert caught.value.errno == errno.EAGAIN
-        assert len(os.listdir("/proc/self/task")) <= used + 1  # one may still exit
+        assert len(os.listdir("/proc/self/task")) <= used + 1  # one may still be exiting
         resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))
         handler.start()
         assert region.read() == content(LENGTH)
         handler.stop()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
 def test_a_failed_start_is_undone() -> None:
     run_child(starts_later, "thread")
 
@@ -217,7 +217,7 @@ MIB = 1 << 20
 
 def limited(driver: str, name: str, room: int) -> str:
     number = getattr(resource, f"RLIMIT_{name}")
-    attempt(driver)  # everything is imported, and the allocators have what they need
+    attempt(driver)  # all imports are done, and the allocators have their memory
     used = 0
     if name in ("AS", "DATA"):
         from pyuffd._machine import status
@@ -252,12 +252,12 @@ def test_limits(driver: str, name: str, room: int, said: str) -> None:
 
 
 def test_address_space_for_the_process_driver() -> None:
-    """Whether 2 MiB are enough for its threads here depends on what is mapped already."""
+    """Whether 2 MiB suffice for its threads depends on what is mapped already."""
     problem = run_child(limited, "process", "AS", 2 * MIB, budget_s=20).value
     assert problem == "" or "RLIMIT_AS" in problem, problem
 
 
-# A filter of system calls, as containers have
+# A filter of system calls, like those of containers
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 ALLOW, ERRNO = 0x7FFF0000, 0x50000
@@ -280,7 +280,7 @@ CALLS = {
 
 
 def deny(call: str, code: int) -> None:
-    """Refuse a system call from now on, here and in whatever is started."""
+    """Refuse a system call from now on, here and in all children."""
 
     def instruction(operation: int, yes: int, no: int, value: int) -> bytes:
         return struct.pack("HBBI", operation, yes, no, value)

@@ -1,4 +1,4 @@
-"""stop() where it would wait for itself, and what a stopped handler still tells."""
+"""stop() where it would wait for itself, and what a stopped handler still reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DATA = b"x" * PAGE
 
 
 def check_source(what: str) -> None:
-    """A page source that stops its own handler is told so at once, and the page arrives."""
+    """A page source that stops its own handler gets an error at once, and the page arrives."""
     refused: list[BaseException] = []
 
     def read(offset: int, length: int) -> bytes:
@@ -68,7 +68,7 @@ def test_from_a_source(what: str) -> None:
 
 
 def check_loop(name: str) -> None:
-    """stop() in the loop's thread says what to do; nothing is lost, and the right way works."""
+    """stop() in the loop's thread tells what to do; no page is lost, and the right way works."""
 
     async def fetch(offset: int, length: int) -> bytes:
         await asyncio.sleep(0.2)
@@ -97,7 +97,7 @@ def test_in_the_loops_thread(name: str) -> None:
 
 
 def check_other_loop() -> None:
-    """The loop of another thread is free meanwhile."""
+    """The loop runs in another thread, which is free meanwhile."""
 
     async def fetch(offset: int, length: int) -> bytes:
         return DATA

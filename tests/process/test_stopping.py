@@ -1,4 +1,4 @@
-"""Handlers stop and processes die while faults wait: with the data or SIGBUS, never zeros."""
+"""Handlers stop and processes die while faults wait: data or SIGBUS, never zeros."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def drains(at: Setting) -> None:
 
 @pitfall(4, "stop-without-draining", memory=EVERY)
 def refuses(at: Setting) -> None:
-    """stop(drain=False) poisons what waits; unregistering alone would let it go on with zeros."""
+    """stop(drain=False) poisons pages with waiters; unregistering alone would give them zeros."""
     with at.serving() as (handler, memory):
         region = memory.pages(4)
         data = Pages(4, memory.page_size)
@@ -91,7 +91,7 @@ def refuses(at: Setting) -> None:
             point.wait()
             wait_for_stalled(handler.uffd, 3)
             stopper = Task(handler.stop, False)
-            # It refuses, and waits for the leader.
+            # stop() refuses faults, and waits for the leader.
             wait_in_system_call(ending_thread(), SYS_CLOCK_NANOSLEEP)
         stopper.result()
         assert [reader.result() for reader in readers] == [True] * 3
@@ -99,7 +99,7 @@ def refuses(at: Setting) -> None:
 
 @pitfall(4, "stop-without-a-slow-source", drivers=THREAD, memory=SMALL)
 def abandons(at: Setting) -> None:
-    """stop(drain=False) does not wait for a source to poison the pages that wait for it."""
+    """stop(drain=False) poisons requested pages without waiting for their source."""
     with at.serving(workers=1) as (handler, memory):
         region = memory.pages(3)
         data = Pages(3, memory.page_size)
@@ -118,7 +118,7 @@ def abandons(at: Setting) -> None:
 
 @pitfall(4, "unserve-under-a-slow-source", drivers=THREAD, memory=SMALL)
 def unserves(at: Setting) -> None:
-    """unserve() poisons what a source has been asked for; its late answer changes nothing."""
+    """unserve() poisons requested pages; the late answer changes nothing."""
     with at.serving() as (handler, memory):
         region, other = memory.pages(2), memory.pages(1)
         data = Pages(2, memory.page_size)
@@ -137,7 +137,7 @@ def unserves(at: Setting) -> None:
 
 @pitfall(4, "exception-in-the-body", drivers=ALL)
 def exception(at: Setting) -> None:
-    """The with statement stops as stop() does: with the content."""
+    """The with statement stops like stop(): waiting threads get the content."""
     size = os.sysconf("SC_PAGE_SIZE")
     data = Pages(2, size)
     with Region.anonymous(2 * size) as region, Userfaultfd() as uffd:
@@ -151,14 +151,14 @@ def exception(at: Setting) -> None:
 
 
 def delayed(at: Setting, data: Pages) -> PageSource:
-    """A source that is slow where it is Python's."""
+    """A source that is slow if the driver calls Python."""
     source = at.source(data.all)
     return source if at.driver == "native" else DelayedSource(source, 0.1)
 
 
 @pitfall(4, "stopped-while-sealed", memory=SMALL)
 def sealed(at: Setting) -> None:
-    """Between sealing and unregistering a fault is not given zeros."""
+    """A fault between sealing and unregistering gets no zeros."""
     with at.served(3) as (handler, region, data):
         region.touch(0, 1)
         with holding(Point.UNSERVE_SEALED) as point:
@@ -213,13 +213,13 @@ def test_exit_by_exception(driver: Driver) -> None:
 
 @pytest.mark.parametrize("how", ["os._exit(3)", "os.kill(os.getpid(), signal.SIGTERM)"])
 def test_exit_with_a_stalled_thread(how: str) -> None:
-    """A thread that waits in the kernel does not keep its process from dying."""
+    """A thread that waits in the kernel does not keep its process alive."""
     status = 3 if "_exit" in how else -signal.SIGTERM
     run_child(RUNNING.format(driver="thread", more=STALLED + how), expect=status)
 
 
 def test_interrupt_with_a_stalled_thread() -> None:
-    """Ctrl-C is Python's as ever, and the exit handlers stop the handler: within its limits."""
+    """Ctrl-C works as usual, and the exit handlers stop the handler within its limits."""
     interrupt = "signal.pthread_kill(threading.get_ident(), signal.SIGINT); time.sleep(9)"
     source = RUNNING.format(driver="thread", more=STALLED + interrupt)
     source = source.replace("threading.Event().wait()", "time.sleep(1)")
@@ -229,7 +229,7 @@ def test_interrupt_with_a_stalled_thread() -> None:
 
 @pitfall(6, "owner-is-killed", drivers=ALL)
 def owner_dies(at: Setting) -> None:
-    """The userfaultfd of a dead process stays silent for ever; a pidfd tells."""
+    """The userfaultfd of a dead process reports nothing; a pidfd does."""
     size = os.sysconf("SC_PAGE_SIZE")
     data = Pages(4, size)
     with FaultingChild(pages=4, mode=None, features=EVENTS) as child:
@@ -246,7 +246,7 @@ def owner_dies(at: Setting) -> None:
             child.kill()
             wait_until(lambda: handler.owner_exited, "the owner's exit is noticed")
             gate.open()
-            # populate has nobody to fill pages for, and says so.
+            # populate raises: the process for which to fill pages is gone.
             with pytest.raises(OSError) as caught:
                 handler.populate(child.region)
             assert caught.value.errno in (errno.ESRCH, errno.EIO)
@@ -255,7 +255,7 @@ def owner_dies(at: Setting) -> None:
 
 @pitfall(6, "owner-was-dead-before", drivers=ALL)
 def owner_was_dead(at: Setting) -> None:
-    """pidfd_open says ESRCH: the handler starts and knows."""
+    """pidfd_open fails with ESRCH: the handler starts and knows."""
     with FaultingChild(pages=1, mode=RegisterMode.MISSING) as child:
         child.kill()
         with Handler(child.uffd, driver=at.driver, owner_pid=child.pid) as handler:
@@ -265,7 +265,7 @@ def owner_was_dead(at: Setting) -> None:
 
 @pitfall(6, "one-of-two-owners-dies", drivers=ALL)
 def one_of_two(at: Setting) -> None:
-    """The death of one process does not end the service of another one."""
+    """The death of one process does not end serving another one."""
     size = os.sysconf("SC_PAGE_SIZE")
     data = Pages(4, size)
     with (
@@ -288,7 +288,7 @@ def one_of_two(at: Setting) -> None:
 
 @pitfall(16, "slow-pages-in-parallel", drivers=THREAD, memory=SMALL)
 def parallel(at: Setting) -> None:
-    """As many reads at once as there are workers; served in turn the first would hold up all."""
+    """As many reads at once as workers; one after the other, the first would block all."""
     with at.serving(workers=8) as (handler, memory):
         region = memory.pages(9)
         data = Pages(9, memory.page_size)
@@ -304,7 +304,7 @@ def parallel(at: Setting) -> None:
 
 @pitfall(16, "write-protect-beside-slow-reads", drivers=THREAD, memory=SMALL)
 def protect_beside(at: Setting) -> None:
-    """With every worker busy, faults that need none are resolved all the same."""
+    """While every worker is busy, faults that need none are still resolved."""
     with at.serving(workers=2, stall_timeout_s=60.0) as (handler, memory):
         slow, protected, zeros = memory.pages(4), memory.pages(2), memory.pages(1)
         data = Pages(4, memory.page_size)
@@ -346,7 +346,7 @@ def source_raises(at: Setting) -> None:
 
 @pitfall(4, "source-answers-wrongly", drivers=(*THREAD, "process"), memory=SMALL)
 def wrong_length(at: Setting) -> None:
-    """Too few bytes would read beyond the answer, too many hide that it is another page's."""
+    """Too few bytes would make C read past the answer; too many may be another page's."""
     for extra in (-1, 1, -4096):
         with at.serving() as (handler, memory):
             region = memory.pages(2)
@@ -401,7 +401,7 @@ def too_slow(at: Setting) -> None:
 
 @pitfall(16, "stall-reports-only", drivers=THREAD)
 def stall_reports(at: Setting) -> None:
-    """on_error="stall": the thread waits on, and gets its page when the source has it."""
+    """on_error="stall": the thread keeps waiting, and gets its page when the source has it."""
     with at.serving(stall_timeout_s=0.1, on_error="stall") as (handler, memory):
         region = memory.pages(2)
         data = Pages(2, memory.page_size)
@@ -419,7 +419,7 @@ def stall_reports(at: Setting) -> None:
 
 @pitfall(16, "stall-kills", drivers=THREAD, memory=ANON, expect=-signal.SIGKILL)
 def stall_kills(at: Setting) -> None:
-    """on_error="kill": the owner ends, with nothing wrong in it."""
+    """on_error="kill": the owner is killed, though it did nothing wrong."""
     with at.serving(stall_timeout_s=0.1, on_error="kill") as (handler, memory):
         region = memory.pages(2)
         handler.serve(region, GatedSource(at.source(Pages(2, memory.page_size).all)))

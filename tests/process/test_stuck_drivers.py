@@ -1,4 +1,4 @@
-"""Sources that hold up whoever reads them, by driver: Python, files, and threads beside."""
+"""Sources that block the thread that reads them, by driver: Python, files, other threads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.process._pitfalls import with_and_without_events
 
 LIMIT_S = 0.5
 REST_S = 10.0  # on a busy machine
-HELPER_REST_S = 25.0  # a helper process that does not answer has ten seconds for it
+HELPER_REST_S = 25.0  # a helper process has ten seconds to answer
 PAGES = 64
 
 
@@ -52,11 +52,11 @@ def with_the_lock(offset: int, length: int) -> bytes:
 
 
 def from_a_pipe(offset: int, length: int) -> bytes:
-    return os.read(os.pipe()[0], length)  # nobody writes
+    return os.read(os.pipe()[0], length)  # no process writes
 
 
 def stopped(handler: Handler, rest_s: float = REST_S) -> HandlerError:
-    """Stop within the limit; return what is complained about."""
+    """Stop within the limit; return the failure."""
     began = time.monotonic()
     with pytest.raises(HandlerError) as caught:
         handler.stop(timeout_s=LIMIT_S)
@@ -78,7 +78,7 @@ def check_python(driver: str, name: str, features: int) -> None:
     handler.start()
     reader = Task(is_lost, region, PAGE, PAGE)
     wait_for_stalled(uffd, 1)
-    time.sleep(0.2)  # it is read, and asked for
+    time.sleep(0.2)  # it is read, and requested
     error = stopped(handler, HELPER_REST_S)
     assert error.start == region.start + PAGE
     assert repr(source) in str(error)
@@ -134,7 +134,7 @@ def test_inline() -> None:
 
 
 def check_populate(features: int) -> None:
-    """Who populates waits for the source where nobody waits for it: the handler just ends."""
+    """populate() waits for the source, and no thread waits for the page: the handler just ends."""
     handler, region, never_, start = waiting_for_another(Feature(features), "native")
     populater = Task(handler.populate, region)
     wait_for_stalled(never_, 1)
@@ -183,7 +183,7 @@ def test_interpreter_exit(driver: str) -> None:
 
 @contextlib.contextmanager
 def hung_file() -> Iterator[tuple[Server, str]]:
-    """A file of a file system that answers until it is told to hang."""
+    """A file on a file system that answers until it is told to hang."""
     connection = connect()
     options = {"fd": str(connection), "rootmode": "40000", "user_id": "0", "group_id": "0"}
     with mounted("fuse", **options) as folder:
@@ -193,7 +193,7 @@ def hung_file() -> Iterator[tuple[Server, str]]:
         finally:
             os.kill(server.pid, signal.SIGKILL)
             os.waitpid(server.pid, 0)
-            os.close(connection)  # whoever waits for it gets an error
+            os.close(connection)  # threads that wait for it get an error
 
 
 def check_hung_file(driver: str, way: str) -> None:
@@ -210,7 +210,7 @@ def check_hung_file(driver: str, way: str) -> None:
         reader = Task(is_lost, region, (PAGES - 1) * PAGE, PAGE)
         time.sleep(0.3)
         began = time.monotonic()
-        if way == "unserve":  # of the other one, which nobody waits for: closing its file may
+        if way == "unserve":  # of the other one, for which no thread waits: closing its file may
             handler.unserve(other)
             assert time.monotonic() - began < REST_S
         error = stopped(handler, HELPER_REST_S)

@@ -1,4 +1,4 @@
-"""Sources that hold up whoever reads them, for good: stop() returns, and nobody reads zeros."""
+"""Sources that block their reader forever: stop() returns, and no thread reads zeros."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Stuck:
         self.handler.start()
 
     def reading(self, page: int) -> Task[bool]:
-        """Begin to read a page, and see whether it is lost."""
+        """Begin to read a page, and check whether it is lost."""
         size = self.region.page_size
         return Task(is_lost, self.region, page * size, size)
 
@@ -111,7 +111,7 @@ def test_unserve(driver: str, memory: str) -> None:
 
 
 def check_left_behind(driver: str) -> None:
-    """The thread is named, its descriptor's number is nobody's, and it writes nowhere."""
+    """The thread is named, its descriptor's number is not reused, and it writes nowhere."""
     stuck = Stuck(driver, "anon", Feature(0))
     stuck.reading(1)
     wait_for_stalled(stuck.never, 1)
@@ -123,7 +123,7 @@ def check_left_behind(driver: str) -> None:
     stuck.uffd.close()
     assert os.readlink(f"/proc/self/fd/{fd}") == os.devnull
     with Userfaultfd() as other:
-        # UFFDIO_COPY does not look whose registration it meets.
+        # UFFDIO_COPY does not check whose registration its target has.
         stuck.region.close()
         _memory.mmap(length, 3, MAP_AT | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0, start)
         with pytest.raises(RangeBusyError, match="may still write there"):

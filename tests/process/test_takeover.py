@@ -1,4 +1,4 @@
-"""Whoever takes a descriptor over sends the faults again that a dead handler had in hand."""
+"""A handler that takes a descriptor over gets the faults that a dead handler had read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Dies = Literal["before-serve", "before-start"]
 
 
 def read_and_die(fd: int) -> None:
-    """Read a fault in a process of its own, which is killed before it can answer."""
+    """Read a fault in another process, which is killed before it can answer."""
     pid = fork()
     if pid == 0:
         poll = select.poll()
@@ -91,7 +91,7 @@ def test_takeover_of_minor_faults(driver: str, name: str, dies: str) -> None:
 
 
 def several_spaces() -> None:
-    """Also where the descriptor is not the handler's first."""
+    """Also if the descriptor is not the handler's first."""
     with FaultingChild(1) as first, FaultingChild(1) as second:
         steps = [child.begin("read", 0, 1) for child in (first, second)]
         for child in (first, second):

@@ -1,4 +1,4 @@
-"""Whoever waits where nobody reads the userfaultfd does not wait without a word (stderr)."""
+"""A thread that waits while nobody reads the userfaultfd is reported on stderr."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MINOR = Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
 MODES = {"missing": Feature(0), "wp": WP, "minor": MINOR}
 LATE_S = 20.0  # the line comes after 2 s, and the machine may be busy
 SAID_S = 2.0
-SILENT_S = 3.5  # what nothing is said of; otherwise it would be after 2.5 s
+SILENT_S = 3.5  # to see that nothing is written; otherwise a line would come after 2.5 s
 BUDGET_S = 2 * LATE_S
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -50,11 +50,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 pytestmark = needs(Feature(0))
 
 
-# Who waits in vain ends as soon as that has been said
+# A process that waits in vain ends as soon as that was reported
 
 
 def end_when_said() -> None:
-    """Let another process copy stderr, and end this one with SIGTERM after a line of pyuffd's."""
+    """Let another process copy stderr, and end this one with SIGTERM after a line from pyuffd."""
     reading, writing = os.pipe()
     parent = os.getpid()
     if os.fork() == 0:
@@ -91,7 +91,7 @@ def advice(reader: Reader) -> str:
 def registered(
     uffd: Userfaultfd, region: Region, reader: Reader, mode: str = "missing"
 ) -> Handler | None:
-    """Register it by a handler that does not start, or without one."""
+    """Register it with a handler that does not start, or without one."""
     modes = RegisterMode[mode.upper()]
     if reader == "user":
         uffd.register(region, mode=modes)
@@ -192,7 +192,7 @@ def test_page_by_reader(reader: Reader, events: bool, with_gil: bool) -> None:
 
 
 def test_page_of_a_blocking_userfaultfd() -> None:
-    """The kernel does not let it be polled."""
+    """The kernel does not allow polling it."""
     check_touch("missing", "anon", "user", blocking=True)
 
 
@@ -227,18 +227,18 @@ def test_event(what: str, reader: Reader) -> None:
     assert advice(reader) in line
 
 
-# How often, and what is done about it afterwards
+# How often it is written, and what happens afterwards
 
 
 def wait_until_said(count: int) -> None:
-    """Wait until so many lines stand in this child's stderr, which is a file."""
+    """Wait until this child's stderr, which is a file, has so many lines."""
     give_up = time.monotonic() + LATE_S * SCALE
     while os.pread(2, 1 << 16, 0).count(b"pyuffd:") < count and time.monotonic() < give_up:
         time.sleep(0.1)
 
 
 def waits_twice() -> None:
-    """Said once, however long it lasts; again of a new wait. The answer is right all the same."""
+    """Written once, however long it lasts, and again for a new wait. The answer is right anyway."""
     with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
         uffd.register(region)
         for number, page in enumerate((0, 2), 1):
@@ -264,7 +264,7 @@ def test_said_once_for_each_wait() -> None:
 
 
 def starts_late() -> None:
-    """What waits, and was told of, is served as if nothing had been."""
+    """Waits that were reported are served as usual."""
     with Userfaultfd(features=EVENTS) as uffd, Region.anonymous(2 * PAGE) as region:
         handler = registered(uffd, region, "handler")
         assert handler is not None
@@ -306,7 +306,7 @@ def test_can_be_switched_off() -> None:
     assert "pyuffd: " not in ended.stderr
 
 
-# Where somebody answers, however slowly
+# If there is an answer, however slow
 
 
 def touch_later(region: Region, pages: int) -> list[threading.Thread]:
@@ -335,7 +335,7 @@ def read_by_hand() -> None:
 
 
 def read_beside_the_library() -> None:
-    """By os.read() of the number, which this library sees nothing of."""
+    """By os.read() of the number, which this library does not see."""
     with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
         uffd.register(region)
         threads = touch_later(region, 4)
@@ -383,7 +383,7 @@ def served_slowly() -> None:
 
 
 def refused_beside() -> None:
-    """A second handler is refused; the first one goes on answering, slowly."""
+    """A second handler is refused; the first one keeps answering, slowly."""
 
     def slow(_offset: int, length: int) -> bytes:
         with pytest.raises(ValueError, match="has a handler already"):
@@ -405,7 +405,7 @@ def refused_beside() -> None:
 
 
 def read_by_a_child() -> None:
-    """A fork has the descriptor; nothing was said about that to anybody."""
+    """A fork has the descriptor, which this library does not know."""
     with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
         uffd.register(region)
         pid = os.fork()
@@ -425,7 +425,7 @@ def read_by_a_child() -> None:
 
 
 def sent_to_a_monitor() -> None:
-    """It has been sent, and the other process takes its time before it reads at all."""
+    """It was sent, and the other process does not read for a while."""
     ours, theirs = socket.socketpair()
     with ours, theirs, Userfaultfd() as uffd, Region.anonymous(2 * PAGE) as region:
         uffd.register(region)
@@ -514,7 +514,7 @@ def test_there_is_a_thread_only_while_it_is_needed() -> None:
 
 
 def in_forks() -> None:
-    """A fork has no such thread, and makes one for what is its own."""
+    """A fork has no such thread, and makes one for its own userfaultfds."""
     with Userfaultfd() as uffd, Region.anonymous(PAGE) as region:
         uffd.register(region)
         pid = os.fork()
@@ -530,7 +530,7 @@ def in_forks() -> None:
 
 
 def test_forks() -> None:
-    """Without EVENT_FORK the thread is no reason for Python to warn of a fork (3.12)."""
+    """Without EVENT_FORK the thread does not make Python warn of a fork (3.12)."""
     run_child(in_forks)
 
 

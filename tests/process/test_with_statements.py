@@ -144,7 +144,7 @@ def check_both(error: BaseException, records: Records) -> None:
 
 
 def body_and_handler(driver: Driver, first: str, context: bool) -> None:
-    """`first`: what is closed first, with the exception on its way."""
+    """`first`: the object that is closed first, while the exception propagates."""
     records = Records()
     caught: list[KeyError] = []
     try:
