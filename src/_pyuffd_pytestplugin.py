@@ -1,7 +1,7 @@
 """The pytest plugin of `pyuffd.testing`: its marks and fixtures, and the strict mode of skips.
 
-pytest imports this wherever pyuffd is installed, so it stands outside the package and imports it
-only in tests that use it.
+pytest imports this wherever pyuffd is installed, so it is outside the package and imports it only
+in tests that use it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from pyuffd.testing import FaultingChild
 
 
-# pyuffd's own suites say so: with PYUFFD_TESTS=require no skip at all is let pass.
+# pyuffd's own suites set this: with PYUFFD_TESTS=require every skip is then a failure.
 EVERY_SKIP = "pyuffd_require_every_skip"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Know what a configuration file may say."""
-    text = "PYUFFD_TESTS=require is about all skips, not only those of needs*()"
+    """Declare the setting of the configuration file."""
+    text = "PYUFFD_TESTS=require applies to all skips, not only those of needs*()"
     parser.addini(EVERY_SKIP, text, type="bool", default=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the mark, for --strict-markers; refuse a mode that nobody knows."""
+    """Declare the mark, for --strict-markers; refuse an unknown mode."""
     config.addinivalue_line(
         "markers", "pyuffd_need(need): what a test needs; made by needs*() of pyuffd.testing"
     )
@@ -51,7 +51,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Report a skip as a failure where PYUFFD_TESTS=require says so."""
+    """Report a skip as a failure if PYUFFD_TESTS=require demands it."""
     report = yield
     error = call.excinfo.value if call.excinfo is not None else None
     if isinstance(error, pytest.skip.Exception) and not _may_be_skipped(item.config, error):
@@ -64,7 +64,7 @@ def pytest_runtest_makereport(
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """The same of a module that skips itself, which no need does."""
+    """The same for a module that skips itself, which no need does."""
     report = yield
     if report.outcome == "skipped" and not _may_be_skipped(collector.config, Exception()):
         report.outcome = "failed"
@@ -82,7 +82,7 @@ def _may_be_skipped(config: pytest.Config, error: BaseException) -> bool:
 
 @pytest.fixture
 def faulting_child() -> Iterator[Callable[..., FaultingChild]]:
-    """Make `pyuffd.testing.FaultingChild`s with the arguments given; they end with the test."""
+    """Make a `pyuffd.testing.FaultingChild` for each call; they end with the test."""
     from pyuffd.testing import FaultingChild
 
     with ExitStack() as children:
@@ -97,7 +97,7 @@ def faulting_child() -> Iterator[Callable[..., FaultingChild]]:
 def pyuffd_no_leaks() -> Iterator[None]:
     """Fail a test that leaves descriptors, mappings, threads or child processes behind.
 
-    Request it before the fixtures whose traces count: it looks when those after it are gone.
+    Request it before the fixtures that it must check: it looks after those behind it have ended.
     """
     from pyuffd.testing import no_leaks
 

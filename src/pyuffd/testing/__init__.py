@@ -1,7 +1,7 @@
-"""A kit for testing what uses userfaultfd: needs, faulting processes, injected faults (layer L5).
+"""A kit for tests of userfaultfd programs: needs, faulting processes, injected faults (layer L5).
 
-docs/testing.md shows it at work.  With pytest installed its plugin is loaded by itself; only the
-`needs*` functions need pytest (`pip install pyuffd[testing]`), the rest works with any runner.
+docs/testing.md shows how to use it.  If pytest is installed it loads the plugin by itself.  Only
+the `needs*` functions need pytest (`pip install pyuffd[testing]`); the rest works with any runner.
 """
 
 from __future__ import annotations

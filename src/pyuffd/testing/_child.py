@@ -27,9 +27,9 @@ Command = Literal["read", "write", "touch", "madvise", "munmap", "mremap", "fork
 
 _COMMANDS = ("read", "write", "touch", "madvise", "munmap", "mremap", "fork", "exit")
 
-# Interpreter start and imports take seconds on a loaded machine, with a sanitizer.
+# Interpreter start and imports need seconds on a loaded machine, with a sanitizer.
 START_S = 30.0
-STEP_S = 10.0  # only against a bug: a step whose faults are resolved takes no time
+STEP_S = 10.0  # passes only if there is a bug: a step whose faults are resolved ends at once
 
 
 class FaultingChildError(UffdError):
@@ -43,7 +43,7 @@ class FaultingChildError(UffdError):
     returncode: int | None
 
     def __init__(self, text: str, errno: int | None = None, returncode: int | None = None) -> None:
-        """Keep the errno and the return code beside the text."""
+        """Keep the errno and the return code with the text."""
         super().__init__(text, errno, returncode)
         self.errno = errno
         self.returncode = returncode
@@ -59,7 +59,7 @@ class ForkResult:
     Attributes:
         pid: Its process id, reaped by now.
         returncode: Exit status, or the negative number of the signal that ended it.
-        value: What its command returned; None after a signal.
+        value: The result of its command; None after a signal.
     """
 
     pid: int
@@ -68,7 +68,7 @@ class ForkResult:
 
 
 class Step(SoleOwner):
-    """A command under way in a `FaultingChild`; made by `begin`."""
+    """A running command of a `FaultingChild`; made by `begin`."""
 
     _instead = "its child is a process of this one"
 
@@ -104,10 +104,10 @@ class Step(SoleOwner):
 
 
 class FaultingChild(SoleOwner):
-    """A Python process with a region and a userfaultfd, which it hands to the test.
+    """A Python process with a region and a userfaultfd, which it sends to the test.
 
-    It does what it is told, one step after the other or in several threads, and waits in the
-    kernel whenever the test has not resolved its fault. No copy of the userfaultfd stays in it.
+    It runs the test's commands, one after the other or in several threads, and waits in the kernel
+    until the test resolves its faults. It keeps no copy of the userfaultfd.
 
     Args:
         pages: Pages in the region.
@@ -122,24 +122,24 @@ class FaultingChild(SoleOwner):
     Attributes:
         pid: Its process id.
         uffd: The userfaultfd, of the child's memory.
-        region: Where that is; `region.fd` is the memfd behind it, or None.
+        region: The place of that memory; `region.fd` is the memfd behind it, or None.
 
-    Commands of `begin` and `run`, offsets counting from the region's start:
+    Commands of `begin` and `run`, with offsets from the start of the region:
 
     - `"read", offset, length` returns bytes; `"write", offset, data`;
     - `"touch", offset, length=1`, keyword `write=True` for write accesses, one in each page;
     - `"madvise", advice, offset, length`; `"munmap", offset, length`;
     - `"mremap", offset, length` moves pages and returns their new address, for `base=`;
-    - `"fork", command, ...` runs a command in a fork, and returns a `ForkResult` when it ended;
+    - `"fork", command, ...` runs a command in a fork, and returns a `ForkResult` when it ends;
       without a command the fork exits at once;
     - `"exit", status` ends the child.
 
     Raises:
         ValueError: bad arguments.
-        FaultingChildError: the child could not do it: no privilege, no huge pages, ...
+        FaultingChildError: the child could not set it up: no privilege, no huge pages, ...
 
-    GIL: the child's accesses do not hold its GIL; its forks do.  Threads: of the test: one.
-    Blocks: no longer than the time-outs.
+    GIL: the child's accesses do not hold its GIL; its forks do.  Threads: use it in one thread of
+    the test.  Blocks: no longer than the time-outs.
 
     Example:
         >>> from pyuffd.testing import FaultingChild
@@ -176,7 +176,7 @@ class FaultingChild(SoleOwner):
         ours, theirs = socket.socketpair()
         with theirs:
             self._socket = ours
-            # A group of its own, which ends as one.
+            # A process group of its own, which is killed as one.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pyuffd.testing._child_main", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -207,7 +207,7 @@ class FaultingChild(SoleOwner):
         self._socket.settimeout(START_S)
         with suppress(ConnectionError):  # reading says more
             self._socket.sendall(_wire.packed(order))
-        # Byte by byte: what follows the reply is the handover, and has its descriptors.
+        # Byte by byte: the handover and its descriptors follow the reply.
         reply = None
         while reply is None:
             try:
@@ -238,13 +238,13 @@ class FaultingChild(SoleOwner):
         thread: int = 0,
         **options: bool,
     ) -> Step:
-        """Tell the child to do something, and return at once.
+        """Begin a command in the child, and return at once.
 
         Args:
             command: See the class.
             *args: Its arguments.
             base: Count offsets from this address of the child instead.
-            thread: Which of the child's threads does it; each does one step after the other.
+            thread: The child's thread that runs it; each thread runs one step after the other.
             **options: The command's keywords.
         """
         if command not in _COMMANDS:
@@ -267,7 +267,7 @@ class FaultingChild(SoleOwner):
         return step
 
     def done(self, timeout_s: float = STEP_S) -> Any:
-        """Wait for the end of the step begun last; see `Step.done`."""
+        """Wait for the end of the latest step; see `Step.done`."""
         if not self._steps:
             raise ValueError("no step has begun")
         return self._steps[-1].done(timeout_s)
@@ -281,11 +281,11 @@ class FaultingChild(SoleOwner):
         timeout_s: float = STEP_S,
         **options: bool,
     ) -> Any:
-        """Begin a step and wait for its end: for what does not fault, or is resolved elsewhere."""
+        """Begin a step and wait for its end; for steps whose faults other code resolves, if any."""
         return self.begin(command, *args, base=base, thread=thread, **options).done(timeout_s)
 
     def next_event(self, timeout_s: float = STEP_S) -> Event:
-        """Wait for the next event of the userfaultfd and return it, and only it.
+        """Wait for the next event of the userfaultfd, and return only that one.
 
         Raises:
             TimeoutError: there was none in time.
@@ -318,12 +318,12 @@ class FaultingChild(SoleOwner):
         return self.wait()
 
     def close(self) -> None:
-        """Kill the child and its forks, then close the userfaultfd and all else."""
+        """Kill the child and its forks, then close the userfaultfd and everything else."""
         process, self._process = self._process, None
         if process is None:
             return
         if process.returncode is None:
-            # Not reaped, so the group is still its own.
+            # Not reaped yet, so the group is still its own.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -353,7 +353,7 @@ class FaultingChild(SoleOwner):
         return number in self._replies or self._ended
 
     def _receive(self, timeout_s: float) -> None:
-        """Take what the child has sent; wait for it, or for the child's end, up to a time."""
+        """Read what the child has sent; wait for that, or for the child's end, up to a time."""
         if self._ended:
             return
         poll = select.poll()

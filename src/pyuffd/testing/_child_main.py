@@ -1,7 +1,7 @@
-"""What a `FaultingChild` runs: a region, a userfaultfd it hands over, and orders from the test.
+"""The program of a `FaultingChild`: it makes a region, sends a userfaultfd, and runs orders.
 
-Orders run in threads of their own, so that one that waits for a page does not keep the next from
-being taken. The process ends when the test's end of the socket is closed, stalled or not.
+Orders of the test run in threads of their own, so that one that waits for a page does not delay
+the next. The process ends when the test's end of the socket is closed, even if its threads wait.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Worker:
         self._orders: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
 
     def take(self, order: dict[str, Any]) -> None:
-        """Give an order to its thread."""
+        """Pass an order to its thread."""
         number = order["thread"]
         if number not in self._orders:
             self._orders[number] = queue.SimpleQueue()
@@ -91,7 +91,7 @@ class Worker:
         _memory.munmap(start + offset, length)
 
     def do_mremap(self, start: int, offset: int, length: int) -> int:
-        # A free place, aligned for every page size; what is around it is given back.
+        # A free place, aligned for every page size; the memory around it is unmapped.
         page_size = self._region.page_size
         room = _memory.mmap(length + page_size, PROT_NONE, RESERVED)
         to = -(-room // page_size) * page_size
@@ -103,8 +103,8 @@ class Worker:
         return to
 
     def _fork(self, args: list[Any], options: dict[str, Any], base: int | None) -> dict[str, Any]:
-        """Fork, run a command in the child, and tell how that ended."""
-        # A file, not a pipe: a fork of another thread's may hold a copy and live longer.
+        """Fork, run a command in the child, and return how it ended."""
+        # A file, not a pipe: another thread's fork may have a copy and live longer.
         result = os.memfd_create("fork-result", os.MFD_CLOEXEC)
         try:
             with warnings.catch_warnings():
@@ -112,7 +112,7 @@ class Worker:
                 pid = os.fork()
             if pid == 0:
                 try:
-                    # Only its parent may keep the test waiting for the end of the stream.
+                    # The test waits for the end of the stream: only the parent may keep it open.
                     self._connection.close()
                     order = {"command": args[0] if args else "exit", "args": args[1:] or [0]}
                     outcome = self._outcome({**order, "options": options, "base": base})
@@ -162,10 +162,10 @@ def main() -> None:
                 return
             connection.sendall(_wire.packed({}))
             send_uffd(connection, uffd, [region], memory=True)
-            # No copy stays here: this process must not keep its own threads waiting.
+            # Keep no copy, so that this process's threads continue when the test closes its own.
             uffd.close()
             worker = Worker(connection, region)
-    # Not an ordinary exit: threads may be stalled.
+    # Not an ordinary exit: threads may wait in a fault.
     os._exit(0)
 
 

@@ -1,8 +1,8 @@
-"""The pool of 2 MiB huge pages, made larger for a while and small again.
+"""Enlarging the pool of 2 MiB huge pages for a while.
 
-What is written to nr_hugepages is the size of the pool without its surplus: pages that are in use
-or reserved although the pool was to be smaller. A larger number first turns surplus pages into
-pages of the pool, which makes none of them free, so they come on top of what is asked for.
+The number in nr_hugepages is the size of the pool without its surplus pages: those that are in use
+or reserved although the pool was made smaller. A larger number first turns surplus pages into
+ordinary ones, which frees none of them, so they are added to the requested number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POOL = POOLS / "hugepages-2048kB"
 
 
 class Grown(NamedTuple):
-    """By how much the pool has grown; both are to be given back.
+    """By how much the pool has grown; both numbers must be given back.
 
     Attributes:
         added: Free pages that it did not have before.
@@ -31,12 +31,12 @@ class Grown(NamedTuple):
 
 
 def free_hugepages(size: int = HUGE_PAGE) -> int:
-    """Return how many huge pages of this size nobody uses or has reserved."""
+    """Return how many huge pages of this size are neither used nor reserved."""
     return free_pages(size)
 
 
 def add(count: int) -> Grown:
-    """Add free pages to the pool; fewer where memory is short, none where this user may not."""
+    """Add free pages to the pool: fewer if memory is short, none if this user may not."""
     with contextlib.suppress(OSError), _locked():
         return _grow(count)
     return Grown(0, 0)
@@ -46,14 +46,14 @@ def add(count: int) -> Grown:
 def huge_pages(count: int) -> Iterator[None]:
     """Have so many huge pages of 2 MiB available inside the `with` block.
 
-    Adds to the machine's pool what is lacking, as far as there is memory for it and this user may,
-    and makes the pool smaller again by as much. A mapping that gets too few says so.
+    Missing pages are added to the machine's pool, as far as there is memory and this user may, and
+    removed afterwards. A mapping that does not get enough pages raises an error.
 
     Args:
         count: Pages that are neither used nor reserved.
 
     GIL: released.  Threads: safe; processes that use this, or pyuffd's own tests, take turns.
-    Blocks: while the kernel makes room in memory, which can take seconds.
+    Blocks: while the kernel makes room in memory, up to seconds.
 
     Example:
         >>> from pyuffd.testing import huge_pages
@@ -71,8 +71,8 @@ def huge_pages(count: int) -> Iterator[None]:
 
 
 def give_back(count: int) -> None:
-    """Make the pool smaller; of its pages, those in use or reserved become surplus."""
-    with contextlib.suppress(OSError), _locked():  # not allowed: nor was it to add any
+    """Make the pool smaller; pages that are in use or reserved become surplus pages."""
+    with contextlib.suppress(OSError), _locked():  # not allowed, so it could not add any either
         _resize(max(_size() - count, 0))
 
 
@@ -91,7 +91,7 @@ def _size() -> int:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """Keep others who use this module from changing the pool between our reads and our write."""
+    """Keep other users of this module from changing the pool between our reads and our write."""
     with (POOL / "nr_hugepages").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
     from pyuffd._uffd import Userfaultfd
 
-WAIT_S = 10.0  # only against a bug: every wait is for something that happens at once
+WAIT_S = 10.0  # passes only if there is a bug: every wait is for something that happens at once
 POLL_S = 0.001
 
 
 class _Wrapped:
-    # A source that passes another one's content on; `at` are offsets, None all of them.
+    # A source with the content of another one; `at` are offsets, None means all.
     def __init__(self, source: PageSource, at: Iterable[int] | None) -> None:
         self.source = source
         self.at = None if at is None else frozenset(at)
 
     @property
     def length(self) -> int | None:
-        """Bytes in the source behind it."""
+        """The length of the other source in bytes."""
         return self.source.length
 
     def _is_hit(self, offset: int, length: int) -> bool:
@@ -81,8 +81,8 @@ class FailingSource(_Wrapped):
         source: Where the content comes from.
         error: What is raised.
         at: Only by reads that contain one of these offsets; all by default.
-        times: By how many reads at most; None by every one. Counted where it is read: each
-            helper process counts for itself.
+        times: By how many reads at most; None: by every one. The process that reads it counts, so
+            each helper process counts for itself.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class WrongLengthSource(_Wrapped):
         self.extra = extra
 
     def read(self, offset: int, length: int) -> Buffer:
-        """Return more or less than was asked for."""
+        """Return more or fewer bytes than requested."""
         data = bytes(self.source.read(offset, length))
         if not self._is_hit(offset, length):
             return data
@@ -128,9 +128,9 @@ class WrongLengthSource(_Wrapped):
 
 
 class GatedSource(SoleOwner, _Wrapped):
-    """Another source's pages, each read held at a gate until the test opens it.
+    """Another source's pages; each read waits at a gate until the test opens it.
 
-    For sources that are read in this process: a gate cannot be sent to another one.
+    For sources that are read in this process: a gate cannot be sent to another process.
 
     Args:
         source: Where the content comes from.
@@ -149,7 +149,7 @@ class GatedSource(SoleOwner, _Wrapped):
         >>> reader.join()
     """
 
-    _instead = "its gate is in this process; where another one reads, use a DelayedSource"
+    _instead = "its gate is in this process; if another process reads it, use a DelayedSource"
 
     def __init__(self, source: PageSource, *, at: Iterable[int] | None = None) -> None:
         super().__init__(source, at)
@@ -168,10 +168,10 @@ class GatedSource(SoleOwner, _Wrapped):
         return self.source.read(offset, length)
 
     def wait_for_reads(self, count: int, *, timeout_s: float = WAIT_S) -> list[int]:
-        """Wait until `count` reads are held; return the offsets of all that are, in order.
+        """Wait until `count` reads are at the gate; return the offsets of all of them, in order.
 
         Raises:
-            TimeoutError: not so many came in time.
+            TimeoutError: fewer came in time.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._held) >= count, timeout_s):
@@ -179,7 +179,7 @@ class GatedSource(SoleOwner, _Wrapped):
             return list(self._held)
 
     def open(self) -> None:
-        """Let every read go on, now and from now on."""
+        """Let every read continue, now and later."""
         with self._changed:
             self._is_open = True
             self._changed.notify_all()
@@ -205,7 +205,7 @@ class PendingChange(SoleOwner):
         """Read the Remove event, and let the thread finish.
 
         Returns:
-            Everything read, the Remove included; nothing if somebody else read it.
+            Everything that was read, with the Remove event; nothing if other code has read it.
 
         Raises:
             TimeoutError: the thread does not finish.
@@ -235,8 +235,8 @@ def layout_change_pending(
     """Hold a layout change open: in the body every ioctl that fills or protects gets EAGAIN.
 
     A thread drops pages of the region, and the kernel makes it wait until its Remove event is
-    read. The pages' content is lost. At the end of the body, or by `release()`, the event is
-    read; page faults read with it come from the next read_events() again.
+    read. The content of the pages is lost. The end of the body, or `release()`, reads the event;
+    the next read_events() returns page faults that were read with it.
 
     Args:
         uffd: A userfaultfd of this process, with Feature.EVENT_REMOVE and no handler.
@@ -265,7 +265,7 @@ def layout_change_pending(
         0
     """
     if not uffd.features & Feature.EVENT_REMOVE:
-        raise ValueError(f"{uffd!r} has no Feature.EVENT_REMOVE: nothing would wait")
+        raise ValueError(f"{uffd!r} has no Feature.EVENT_REMOVE: madvise would not wait")
     length = region.page_size if length is None else length
     failed: list[BaseException] = []
 
@@ -282,7 +282,7 @@ def layout_change_pending(
         if not thread.is_alive() or time.monotonic() > deadline:
             if failed:
                 raise failed[0]
-            raise TimeoutError(f"madvise waits for nobody: is {region!r} registered with {uffd!r}?")
+            raise TimeoutError(f"madvise does not wait: is {region!r} registered with {uffd!r}?")
         time.sleep(POLL_S)
     start = region.start + offset
     pending = PendingChange(uffd, start, start + length, thread)
@@ -296,7 +296,7 @@ def layout_change_pending(
 def layout_is_changing(uffd: Userfaultfd) -> bool:
     """Return whether a layout event is unread, so that filling would get EAGAIN.
 
-    Asked with a copy to address 0, which the kernel refuses in any case; nothing is changed.
+    It tries to copy to address 0, which always fails, so nothing is changed.
     """
     try:
         uffd.copy(0, bytes(PAGE_SIZE))
@@ -310,14 +310,14 @@ def layout_is_changing(uffd: Userfaultfd) -> bool:
 def kill(
     process: int | subprocess.Popen[Any], *, number: int = signal.SIGKILL, timeout_s: float = WAIT_S
 ) -> None:
-    """Send a signal to a process and wait until it has ended; reaping stays its parent's.
+    """Send a signal to a process and wait until it has ended; its parent must still reap it.
 
-    For helpers that must be seen to die: `kill(pid)` for each of `child_pids()`.
+    To see helpers die: `kill(pid)` for each of `child_pids()`.
 
     Args:
         process: A process id, or a Popen.
         number: The signal.
-        timeout_s: How long it may take to end.
+        timeout_s: How long it may need to end.
 
     Raises:
         ProcessLookupError: there is no such process.

@@ -1,4 +1,4 @@
-"""What a piece of code leaves behind in this process."""
+"""Find what a piece of code leaves behind in this process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SETTLE_S = 2.0
 POLL_S = 0.005
 
 _FIRST_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)")
-# Shared memory and huge pages in all their shapes; other mappings come and go with malloc.
+# All kinds of shared memory and huge pages; other mappings come and go with malloc.
 _MEMORY = re.compile(r"/memfd:|/dev/shm/|/dev/zero|/SYSV|/anon_hugepage")
 # Registered with a userfaultfd: missing, write-protected, minor.
 _REGISTERED = {"um", "uw", "ui"}
 
 
 class LeakError(AssertionError):
-    """Something was left behind; `leaks` names each."""
+    """Something was left behind; `leaks` has the names."""
 
     def __init__(self, leaks: list[str]) -> None:
         """Keep the list."""
@@ -34,8 +34,8 @@ class LeakError(AssertionError):
 
 
 _THREAD = "thread "
-# Listing /proc/self/task passes over a thread while another one, of the code before this, exits:
-# all that were there before some body are remembered.
+# A listing of /proc/self/task can lack a thread while another one exits, so all threads that were
+# seen before any body are remembered.
 _threads_before: set[str] = set()
 
 
@@ -50,20 +50,20 @@ def no_leaks(
 ) -> Iterator[None]:
     """Check that the body leaves nothing behind in this process.
 
-    Not looked at after an exception of the body, which goes on as it is.
+    After an exception of the body nothing is checked, and the exception propagates.
 
     Args:
         fds: File descriptors.
-        mappings: Shared memory (memfd, POSIX, huge pages), and whatever is registered with a
-            userfaultfd. Plain anonymous memory is the allocator's as well, and not looked at.
+        mappings: Shared memory (memfd, POSIX, huge pages), and memory registered with a
+            userfaultfd. Plain anonymous memory is not checked, as the allocator uses it too.
         threads: Threads, C threads too.
-        processes: Children that run, or were not waited for.
-        settle_s: How long what is ending may take to be gone.
+        processes: Children that run or were not reaped.
+        settle_s: How long to wait for things that are just ending.
 
     Raises:
-        LeakError: something that was not there before is there; an AssertionError.
+        LeakError: something exists that did not exist before; an AssertionError.
 
-    GIL: held at times.  Threads: those of others count.  Blocks: up to `settle_s`.
+    GIL: held at times.  Threads: leaks of other threads count too.  Blocks: up to `settle_s`.
 
     Example:
         >>> from pyuffd import Region
@@ -81,14 +81,14 @@ def no_leaks(
         )
         if wanted
     ]
-    # Twice, as a thread may be passed over.
+    # Twice, as a listing may lack a thread.
     before = {name for _ in range(2) for look in looks for name in look()}
     _threads_before.update(name for name in before if name.startswith(_THREAD))
     before |= _threads_before
     yield
     deadline = time.monotonic() + settle_s
     while True:
-        # What was seen in time may end before this thread runs again: only a later look counts.
+        # A thing seen in time may end before this thread runs again: only a later look counts.
         is_late = time.monotonic() >= deadline
         leaks = [name for look in looks for name in look() if name not in before]
         if not leaks:
@@ -135,7 +135,7 @@ def _mappings() -> Iterator[str]:
 
 
 def child_pids() -> set[int]:
-    """Return the child processes of this process, those that nobody waited for included."""
+    """Return the child processes of this process, including those that were not reaped."""
     pids: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):

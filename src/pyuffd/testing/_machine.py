@@ -1,10 +1,10 @@
-"""Huge pages and swap for one test session, taken when root and given back in every case.
+"""Huge pages and swap for one test session: reserved as root, and always given back.
 
-The session's controller calls `reserve`, which starts a keeper process that takes the resources
-and holds them until the controller asks for their release or is gone, even by SIGKILL. What is
-held stands in a state file under a lock, as one entry per keeper, so that sessions can run side
-by side, and what a killed keeper held is given back by the next one. Page counts are added and
-subtracted, never set: other programs' pages stay theirs.
+The session's controller calls `reserve`. This starts a keeper process, which reserves the resources
+until the controller asks for their release or has ended, even by SIGKILL. A state file under a lock
+has one entry per keeper. So sessions can run at the same time, and the next keeper gives back what
+a killed one had. Page counts are added and subtracted, never set, so other programs keep their
+pages.
 
 The keeper's command line is `python -m pyuffd.testing._machine CONTROLLER_PID HUGE_PAGES
 SWAP_BYTES`.
@@ -32,13 +32,12 @@ from pyuffd.testing import _huge_pages
 # Emptied at boot, as the reservations are.
 STATE = Path("/run/pyuffd-machine.json")
 
-# 128 MiB for each worker: 32 MiB source and destination areas, an alias and a snapshot beside
-# them.
+# 128 MiB for each test process: source and destination areas of 32 MiB, an alias and a snapshot.
 HUGE_PAGES_PER_WORKER = 64
 SWAP_BYTES = 256 << 20
-# The keeper's answer; defragmenting memory for huge pages takes seconds on a full machine.
+# For the keeper's answer; defragmenting memory for huge pages lasts seconds on a full machine.
 START_TIMEOUT_S = 60
-# swapoff has to read back whatever still is out.
+# swapoff must read back all pages that are still swapped out.
 STOP_TIMEOUT_S = 60
 
 _SWAP_MAGIC = b"SWAPSPACE2"
@@ -47,7 +46,7 @@ _PAGE = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """What one keeper holds; pid and start time name the process beyond reuse of the pid.
+    """The resources of one keeper; pid and start time identify it even if the pid is reused.
 
     Attributes:
         pid: Of the keeper.
@@ -73,7 +72,7 @@ class Reservation:
         self.pid = keeper.pid
 
     def release(self) -> None:
-        """Give everything back; return once that is done."""
+        """Give everything back, and wait until that is done."""
         assert self._keeper.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._keeper.stdin.close()
@@ -83,9 +82,9 @@ class Reservation:
 
 
 def reserve(workers: int) -> Reservation | None:
-    """Take huge pages and swap for this many test processes; None if this user may not.
+    """Reserve huge pages and swap for this many test processes; return None if this user may not.
 
-    `PYUFFD_TESTS_RESERVE=no` says that the machine has been prepared, and takes nothing.
+    With `PYUFFD_TESTS_RESERVE=no`, for a machine that was prepared, it reserves nothing.
     """
     if os.environ.get("PYUFFD_TESTS_RESERVE") == "no":
         return None
@@ -108,7 +107,7 @@ def reserve(workers: int) -> Reservation | None:
 
 @contextlib.contextmanager
 def use(*, alone: bool) -> Iterator[None]:
-    """Use the machine together with other cases of this user, or while none of them runs."""
+    """Use the machine together with other cases of this user, or exclusively."""
     with Path(tempfile.gettempdir(), f"pyuffd-machine-{os.geteuid()}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
@@ -138,7 +137,7 @@ def _start_time(pid: int) -> str:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return ""
-    # Nobody may have reaped it.
+    # It may not have been reaped.
     return "" if fields[0] in "ZX" else fields[19]
 
 
@@ -160,7 +159,7 @@ def _swap_call(name: str, path: str) -> str:
 
 
 def _swap_on(length: int) -> tuple[str | None, str]:
-    """Make a swap file where the file system allows one; return its path and a note."""
+    """Make a swap file on a file system that allows one; return its path and a note."""
     refused = []
     for folder in dict.fromkeys(["/var/tmp", tempfile.gettempdir(), os.getcwd()]):
         try:
@@ -185,7 +184,7 @@ def _swap_on(length: int) -> tuple[str | None, str]:
 
 
 def _give_back(entries: list[Entry], pid: int) -> None:
-    """Take a keeper's entry from the list, and what it held from the machine."""
+    """Remove a keeper's entry from the list, and give its resources back."""
     entry = next(entry for entry in entries if entry.pid == pid)
     entries.remove(entry)
     if entry.swap_file is not None:
@@ -193,7 +192,7 @@ def _give_back(entries: list[Entry], pid: int) -> None:
         Path(entry.swap_file).unlink(missing_ok=True)
     pages = entry.huge_pages
     if entries:
-        # Surplus again, these pages would be missing among those the others have added.
+        # If these pages became surplus again, the others' additions would lack them.
         heir = entries[0]
         entries[0] = replace(heir, counted_in=heir.counted_in + entry.counted_in)
     else:
@@ -223,8 +222,8 @@ def _keep(controller: int, huge_pages: int, swap_bytes: int) -> None:
         entries.append(Entry(os.getpid(), start_time, pages, swap_file, counted_in))
     with contextlib.suppress(BrokenPipeError):
         print(f"reserved {pages} huge pages of 2 MiB, {note}", flush=True)
-    # stdin ends when the controller asks for the release; a fork of it that lives on may hold the
-    # other end.
+    # stdin ends when the controller asks for the release. But if it dies, a fork of it may still
+    # have the other end.
     select.select([sys.stdin, gone], [], [])
     with _state() as entries:
         _give_back(entries, os.getpid())

@@ -1,4 +1,4 @@
-"""The memory types that userfaultfd serves: the one table of them."""
+"""The table of the memory types that userfaultfd serves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MemoryType:
 
     @property
     def missing_feature(self) -> Feature:
-        """What the kernel must have to register it for missing faults."""
+        """The features that the kernel needs to register it for missing faults."""
         if self.is_anon:
             return Feature(0)
         return Feature.MISSING_HUGETLBFS if self.is_hugetlb else Feature.MISSING_SHMEM

@@ -1,11 +1,11 @@
-"""What cases and tests need from the kernel, the user and the machine.
+"""The needs of cases and tests: of the kernel, the user and the machine.
 
-A `Need` that is not met raises `Lack` with a reason that says what was found, which pytest shows
+A `Need` that is not met raises `Lack` with a reason that tells what was found, which pytest shows
 as a skip. `PYUFFD_TESTS=require` turns every skip into a failure, except for the needs named in
 `PYUFFD_TESTS_MAY_LACK` (their keys, separated by spaces: `RWP`, `swap`, `hugepages-1048576kB`,
 ...).
 
-The kernel is asked about userfaultfd with plain syscalls, not with the code under test.
+Plain system calls ask the kernel about userfaultfd, not the code under test.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CAPABILITIES = {
 
 @dataclass(frozen=True)
 class Need:
-    """A condition of a test; `missing` returns the keys that are lacking and what was found."""
+    """A condition of a test; `missing` returns the lacking keys, and what was found."""
 
     what: str
     missing: Callable[[], tuple[list[str], str]]
@@ -55,7 +55,7 @@ class Need:
 
 
 class Lack(Exception):
-    """A need is not met: its keys, and a reason that says what was found."""
+    """A need is not met: its keys, and a reason that tells what was found."""
 
     def __init__(self, keys: list[str], reason: str) -> None:
         super().__init__(reason)
@@ -70,7 +70,7 @@ class Lack(Exception):
 
 
 def strict() -> bool:
-    """Return whether PYUFFD_TESTS asks that nothing is skipped."""
+    """Return whether PYUFFD_TESTS turns skips into failures."""
     mode = os.environ.get("PYUFFD_TESTS", "")
     if mode not in {"", "require"}:
         raise ValueError(f"PYUFFD_TESTS={mode!r}: only 'require' is known")
@@ -127,7 +127,7 @@ def needs_kernel_faults() -> Need:
 
     def missing() -> tuple[list[str], str]:
         kernel_features()  # or there are none
-        found = "this user may handle those of user code only" if only_user_mode() else ""
+        found = "this user may handle only those of user code" if only_user_mode() else ""
         return (["kernel-faults"] if found else []), found
 
     return Need("faults of system calls", missing)
@@ -155,7 +155,7 @@ def needs_swap() -> Need:
 
 
 def needs_device() -> Need:
-    """/dev/userfaultfd is there and may be opened."""
+    """/dev/userfaultfd exists and may be opened."""
 
     def missing() -> tuple[list[str], str]:
         found = "" if os.access(_DEVICE, os.R_OK | os.W_OK) else f"{_DEVICE} cannot be opened"
@@ -178,7 +178,7 @@ def needs_thp() -> Need:
 
 
 def needs_hugetlb_mremap() -> Need:
-    """The kernel can mremap hugetlb memory (Linux 5.16), told by what came with 5.19."""
+    """The kernel can mremap hugetlb memory (Linux 5.16); a feature of Linux 5.19 shows it."""
 
     def missing() -> tuple[list[str], str]:
         offered = kernel_features()
@@ -212,7 +212,7 @@ def _may_follow_forks() -> bool:
 
 @functools.cache
 def range_ioctls(memory: str, mode: int, features: int = 0) -> int:
-    """Return the mask that UFFDIO_REGISTER gives for a memory type and mode; 0 if it refuses."""
+    """Return the mask that UFFDIO_REGISTER returns for a memory type and mode; 0 if it fails."""
     of = MEMORY_TYPES[memory]
     if of.is_hugetlb:
         needs_hugepages(1).check()

@@ -1,4 +1,4 @@
-"""What a test needs of kernel, user and machine, as pytest marks.
+"""The needs of a test of kernel, user and machine, as pytest marks.
 
 pytest is imported when a mark is made, not before: the other parts of the kit work without it.
 """
@@ -24,7 +24,7 @@ def needs(feature: IntFlag) -> pytest.MarkDecorator:
 
     Returns:
         A mark: a decorator, an item of `pytestmark`, or the `marks` of `pytest.param`. The
-        reason of the skip says what was found. With `PYUFFD_TESTS=require` in the environment
+        reason of the skip tells what was found. With `PYUFFD_TESTS=require` in the environment
         the test fails instead, unless `PYUFFD_TESTS_MAY_LACK` names what is lacking.
     """
     return marked(_need.needs(feature))
@@ -65,7 +65,7 @@ def needs_swap() -> pytest.MarkDecorator:
 
 
 def needs_kernel_faults() -> pytest.MarkDecorator:
-    """Skip where this user may handle the faults of user code only, not those of system calls."""
+    """Skip if this user may handle only faults of user code, not those of system calls."""
     return marked(_need.needs_kernel_faults())
 
 

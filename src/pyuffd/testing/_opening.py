@@ -1,7 +1,7 @@
-"""How the tests of this process open a userfaultfd, asked with plain syscalls.
+"""How the tests of this process open a userfaultfd, tried with plain system calls.
 
-Where this user may handle the faults of user code only (UFFD_USER_MODE_ONLY), most tests can make
-do with that: `_user_mode.make_do` says that they shall.
+If this user may handle only faults of user code (UFFD_USER_MODE_ONLY), they suffice for most
+tests, and `_user_mode.make_do` makes the tests use them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _making_do = False
 
 
 def set_making_do(is_on: bool) -> None:
-    """Say whether the tests of this process make do with the faults of user code."""
+    """Set whether the tests of this process use faults of user code if these are all."""
     global _making_do
     _making_do = is_on
 
 
 def only_user_mode() -> bool:
-    """Whether the tests of this process make do with the faults of user code, as these are all."""
+    """Whether the tests of this process use faults of user code, since these are all."""
     return _making_do and _may_open_nothing_else()
 
 
 @functools.cache
 def _may_open_nothing_else() -> bool:
-    """Whether this user may open a userfaultfd with UFFD_USER_MODE_ONLY and no other."""
+    """Whether this user may open only userfaultfds with UFFD_USER_MODE_ONLY."""
     ways: list[Callable[[], int]] = [_of_any_faults, lambda: open_syscall(O_FLAGS | USER_MODE_ONLY)]
     for number, way in enumerate(ways):
         try:
@@ -46,10 +46,10 @@ def _may_open_nothing_else() -> bool:
 
 
 def open_userfaultfd(flags: int = O_FLAGS) -> int:
-    """Return a new userfaultfd before its handshake, as the tests of this process use it.
+    """Return a new userfaultfd before its handshake, of the kind that these tests use.
 
     Raises:
-        OSError: none can be opened; the text says what each way answered.
+        OSError: none can be opened; the text has the error of each way.
     """
     return open_syscall(flags | USER_MODE_ONLY) if only_user_mode() else _of_any_faults(flags)
 

@@ -30,7 +30,7 @@ from pyuffd.testing._user_mode import make_do
 # Interpreter start and imports, not counted in the budget of the code under test; generous
 # because a loaded machine with a sanitizer needs seconds for it.
 STARTUP_S = 20.0
-# How long after the child's own watchdog the parent waits before it kills.
+# How long the parent waits after the child's own watchdog before it kills the child.
 MARGIN_S = 3.0
 # Sanitizer builds and slow machines set PYUFFD_BUDGET_SCALE to stretch every budget.
 SCALE = float(os.environ.get("PYUFFD_BUDGET_SCALE", "1"))
@@ -43,15 +43,15 @@ Expect = int | Literal["timeout"] | None
 
 @dataclass(frozen=True)
 class ChildResult:
-    """How a child ended and what it said.
+    """How a child ended, and its output.
 
     Attributes:
         returncode: exit status, or the negative number of the signal that ended it.
         stdout: what it printed.
         stderr: its error output, with all Python tracebacks if it ran out of time.
-        timed_out: it used up its budget.
+        timed_out: it exceeded its budget.
         elapsed_s: wall time including interpreter start.
-        value: what the function returned, through JSON; None for source text.
+        value: the result of the function, through JSON; None for source text.
     """
 
     returncode: int
@@ -78,7 +78,7 @@ class ChildResult:
 
 @dataclass(frozen=True)
 class Request:
-    """What a child is to do, and the files that it fills: its answer, its output, its errors."""
+    """The order of a child, and the files that it writes: its answer, its output, its errors."""
 
     target: str
     args: tuple[Any, ...]
@@ -91,7 +91,7 @@ class Request:
 
     @property
     def call(self) -> str:
-        """The part that a child has to be told, as JSON."""
+        """The part that the child must read, as JSON."""
         names = ("target", "args", "kwargs", "budget_s")
         return json.dumps({name: getattr(self, name) for name in names})
 
@@ -134,7 +134,7 @@ class FreshChild:
 
 
 class ChildFailure(AssertionError):
-    """The child did not end as expected; `result` says how it did."""
+    """The child did not end as expected; `result` tells how it ended."""
 
     def __init__(self, expect: Expect, result: ChildResult) -> None:
         super().__init__(f"expected {expect!r}, but {result.describe()}")
@@ -142,7 +142,7 @@ class ChildFailure(AssertionError):
 
 
 def dotted(function: Callable[..., Any]) -> str:
-    """Return the `module:name` by which a child finds a module-level function."""
+    """Return the `module:name` with which a child finds a module-level function."""
     if "." in function.__qualname__ or "<" in function.__qualname__:
         raise ValueError(f"{function.__qualname__} is not a module-level function")
     return f"{function.__module__}:{function.__name__}"
@@ -164,18 +164,18 @@ def run_child(
     Args:
         target: a module-level function, its name as `package.module:function`, or source text.
         *args: positional arguments of the function; JSON carries them, so tuples arrive as lists.
-        budget_s: seconds the code may take; scaled by PYUFFD_BUDGET_SCALE.
-        expect: the return code that is right (negative for a signal), "timeout", or None for any.
+        budget_s: seconds that the code may need; scaled by PYUFFD_BUDGET_SCALE.
+        expect: the expected return code (negative for a signal), "timeout", or None for any.
         env: environment variables to add.
         paths: folders to import from first.
-        start: how the process is made.
+        start: the function that starts the process.
         **kwargs: keyword arguments of the function, through JSON.
 
     Returns:
         How the child ended.
 
     Raises:
-        Lack: raised in the child, or a skip of pytest's there.
+        Lack: raised in the child, or pytest skipped there.
         ChildFailure: the child ended differently from `expect`.
     """
     if callable(target):
@@ -183,14 +183,14 @@ def run_child(
     budget = budget_s * SCALE
     started = time.monotonic()
     reply = os.memfd_create("child-reply", 0)
-    # Files, not pipes: a grandchild that keeps them open cannot make the parent wait.
+    # Files, not pipes: a grandchild that keeps them open must not make the parent wait.
     out, err = os.memfd_create("child-stdout"), os.memfd_create("child-stderr")
     try:
         path = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")]))
         environment = {**os.environ, "PYTHONPATH": path, **(env or {})}
         child = start(Request(target, args, kwargs, budget, reply, out, err, environment))
         killed = not wait_for_end(child.pid, STARTUP_S * SCALE + budget + MARGIN_S)
-        # Not reaped yet, so the group's number is still ours: take its other members along.
+        # Not reaped yet, so the group's number is still ours: kill its other members too.
         os.killpg(child.pid, signal.SIGKILL)
         returncode = child.reap()
         stderr = _contents(err)
@@ -234,7 +234,7 @@ def _contents(fd: int) -> str:
 
 
 def perform(call: str, reply: int) -> None:
-    """Do in the child what was asked for, and write the answer."""
+    """Carry out the order in the child, and write the answer."""
     os.set_inheritable(reply, False)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     request = json.loads(call)
@@ -256,7 +256,7 @@ def perform(call: str, reply: int) -> None:
     except Lack as error:
         answer["skipped"] = [error.keys, error.reason]
     except BaseException as error:
-        if type(error).__name__ != "Skipped":  # pytest's, which need not be installed
+        if type(error).__name__ != "Skipped":  # of pytest, which need not be installed
             raise
         lack = lack_of(error)
         answer["skipped"] = [lack.keys if lack else [], str(error)]

@@ -1,7 +1,7 @@
-"""What is lacking becomes a skip of pytest's: here, and nowhere else.
+"""Turn a `Lack` into a skip of pytest: here, and nowhere else.
 
-Whether the skip is a failure instead (PYUFFD_TESTS=require) is for the hook of the plugin,
-`_pyuffd_pytestplugin`, to say, which finds the `Lack` in the skip.
+The hook of the plugin, `_pyuffd_pytestplugin`, finds the `Lack` in the skip, and decides whether
+the skip is a failure instead (PYUFFD_TESTS=require).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def skip(lack: Lack) -> NoReturn:
 
 
 def lack_of(error: BaseException) -> Lack | None:
-    """Return what a skip is for; None for one that no need has made."""
+    """Return the `Lack` of a skip; None if no need has caused it."""
     return vars(error).get("lack")
 
 
 def may_be_skipped(error: BaseException, *, others: bool) -> bool:
-    """Whether a skip may stay one; `others` says that of skips that no need has made."""
+    """Whether a skip may stay a skip; `others` decides for skips that no need has caused."""
     if not strict():
         return True
     lack = lack_of(error)
@@ -37,7 +37,7 @@ def may_be_skipped(error: BaseException, *, others: bool) -> bool:
 
 
 def check_mode() -> None:
-    """Refuse a value of PYUFFD_TESTS that nobody knows."""
+    """Refuse an unknown value of PYUFFD_TESTS."""
     import pytest
 
     try:
@@ -47,7 +47,7 @@ def check_mode() -> None:
 
 
 def require(mark: pytest.MarkDecorator | pytest.Mark) -> None:
-    """Check a mark of `needs*` now: for fixtures, and for the middle of a test."""
+    """Check a mark of `needs*` now, in a fixture or in the middle of a test."""
     for need in mark.args:
         try:
             need.check()

@@ -1,4 +1,4 @@
-"""Tests where the faults of user code are all that this user may handle (UFFD_USER_MODE_ONLY)."""
+"""Tests of a user who may handle only faults of user code (UFFD_USER_MODE_ONLY)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pyuffd.testing._opening import only_user_mode, set_making_do
 
 
 def make_do(*, strictly: bool) -> None:
-    """Let the tests of this process make do with the faults of user code, if these are all.
+    """Make the tests of this process use faults of user code, if these are all.
 
-    `Userfaultfd` and `FaultingChild` then open such descriptors unless they are told otherwise,
-    and so do the needs; a test that needs more says so with needs_kernel_faults().
+    `Userfaultfd` and `FaultingChild` then open such descriptors unless an argument says otherwise,
+    and so do the needs; a test that needs more declares it with needs_kernel_faults().
 
     Args:
-        strictly: Nothing may be left out: change nothing, so that what needs privilege fails.
+        strictly: No test may be left out: change nothing, so that tests without privilege fail.
     """
     set_making_do(not strictly)
     if not only_user_mode():

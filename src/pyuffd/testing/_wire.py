@@ -1,4 +1,4 @@
-"""Messages between a test and its faulting child: JSON behind a length, on a stream socket."""
+"""Messages between a test and its faulting child: a length and JSON, on a stream socket."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ LENGTH = struct.Struct("<I")
 
 
 def packed(message: dict[str, Any]) -> bytes:
-    """Return a message as it is sent."""
+    """Return a message in the form in which it is sent."""
     text = json.dumps(message).encode()
     return LENGTH.pack(len(text)) + text
 
 
 def unpacked(buffer: bytearray) -> dict[str, Any] | None:
-    """Take the first whole message off a buffer, or return None."""
+    """Remove the first whole message from a buffer and return it, or return None."""
     if len(buffer) < LENGTH.size:
         return None
     (length,) = LENGTH.unpack_from(buffer)
@@ -30,7 +30,7 @@ def unpacked(buffer: bytearray) -> dict[str, Any] | None:
 
 
 def portable(value: Any) -> Any:
-    """Make bytes fit for JSON, in arguments and results."""
+    """Make bytes in arguments and results representable in JSON."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return {"base64": base64.b64encode(value).decode()}
     return value
