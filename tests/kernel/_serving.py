@@ -22,6 +22,7 @@ from pyuffd import Feature, Handler, PageState, UffdOSError, Userfaultfd, _memor
 from pyuffd.testing._opening import only_user_mode
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
+from tests._tasks import of_threads
 
 Driver = Literal["native", "inline"]
 DRIVERS: tuple[Driver, ...] = ("native", "inline")
@@ -167,11 +168,7 @@ def open_fds() -> set[str]:
 
 def thread_names() -> list[str]:
     """Return the names of the threads of this process."""
-    names = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            names.append((task / "comm").read_text().strip())
-    return sorted(names)
+    return sorted(name.strip() for name in of_threads("self", "comm").values())
 
 
 def is_lost(region: Any, offset: int = 0, length: int | None = None) -> bool:

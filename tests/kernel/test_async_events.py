@@ -7,7 +7,6 @@ import mmap
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 
 import pytest
 
@@ -24,6 +23,7 @@ from pyuffd import (
 )
 from pyuffd.testing import FaultingChild, layout_change_pending, needs, needs_privilege, require
 from tests._child import run_child
+from tests._tasks import of_threads
 from tests.kernel._faults import Task, no_events, readable, registered
 from tests.kernel._serving import wait_for_stalled, wait_until
 
@@ -248,8 +248,7 @@ async def undelivered_forks_are_closed() -> None:
 
 def waiting_threads(pid: int) -> int:
     """Return how many threads wait for a layout event to be read."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    places = [(task / "wchan").read_text() for task in tasks]
+    places = list(of_threads(pid, "wchan").values())
     return places.count("userfaultfd_event_wait_completion")
 
 

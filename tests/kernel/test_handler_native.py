@@ -16,6 +16,7 @@ from pyuffd import BufferSource, Handler, HandlerError, Region, UffdOSError, Zer
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._tasks import of_threads
 from tests.kernel._serving import (
     content,
     handler_of,
@@ -30,13 +31,9 @@ from tests.kernel._serving import (
 def handler_thread(handler: Handler) -> Path:
     """Return the /proc folder of a handler's thread."""
     name = f"uffd-h{handler.uffd.fileno()}"
-    found = [
-        task
-        for task in Path("/proc/self/task").iterdir()
-        if (task / "comm").read_text().strip() == name
-    ]
-    assert len(found) == 1, f"{name} among {thread_names()}"
-    return found[0]
+    names = of_threads("self", "comm")
+    (found,) = (thread for thread, its in names.items() if its.strip() == name)
+    return Path(f"/proc/self/task/{found}")
 
 
 def status(task: Path, key: str) -> str:

@@ -23,7 +23,7 @@ from pyuffd import (
     Userfaultfd,
     WriteprotectMode,
 )
-from pyuffd.testing import needs, needs_privilege, needs_swap
+from pyuffd.testing import needs, needs_privilege, needs_swap, swap_out
 from tests._child import run_child
 from tests._memory import PAGE, Memory
 
@@ -80,7 +80,7 @@ def test_write_protected_pages(memory: Memory) -> None:
 def test_swapped_pages_of_anonymous_memory() -> None:
     with Region.anonymous(4 * PAGE) as region, Pagemap() as pagemap:
         region.fill(1)
-        region.pageout(PAGE, 2 * PAGE)
+        swap_out(region, PAGE, 2 * PAGE)
         entries = pagemap.read(region)
         (run,) = entries.where(PageBit.SWAP, clear=PageBit.PRESENT)
         assert (run.start, run.end) == (region.start + PAGE, region.start + 3 * PAGE)

@@ -28,7 +28,7 @@ from pyuffd import (
     Userfaultfd,
     lowlevel,
 )
-from pyuffd.testing import needs, needs_hugepages, needs_privilege, needs_swap
+from pyuffd.testing import needs, needs_hugepages, needs_privilege, needs_swap, swap_out
 from pyuffd.testing._memory_types import HUGE_PAGE
 from tests._memory import PAGE, Memory
 
@@ -283,7 +283,7 @@ def test_huge_pages(pagemap: Pagemap) -> None:
 def test_swapped_pages(pagemap: Pagemap) -> None:
     with small_pages(8) as region:
         region.fill(1)
-        region.pageout(2 * PAGE, 3 * PAGE)
+        swap_out(region, 2 * PAGE, 3 * PAGE)
         found = pagemap.scan(region, category_mask=PageCategory.SWAPPED)
         assert indexes(found.ranges, region) == [(2, 5)]
 

@@ -22,7 +22,7 @@ from pyuffd import (
     Userfaultfd,
     residency,
 )
-from pyuffd.testing import needs, needs_hugepages, needs_privilege, needs_swap
+from pyuffd.testing import needs, needs_hugepages, needs_privilege, needs_swap, swap_out
 from pyuffd.testing._memory_types import HUGE_PAGE
 from tests._child import run_child
 from tests._memory import PAGE, Memory
@@ -75,7 +75,7 @@ def test_page_cache_of_another_mapping() -> None:
 def test_swapped_shared_memory() -> None:
     with Region.memfd(6 * PAGE) as region, region.alias() as alias:
         alias.fill(7, PAGE, 4 * PAGE)
-        alias.pageout(2 * PAGE, 2 * PAGE)
+        swap_out(alias, 2 * PAGE, 2 * PAGE)
         assert states(region) == [HOLE, RESIDENT, SWAPPED, SWAPPED, RESIDENT, HOLE]
         assert states(alias) == [HOLE, MAPPED, SWAPPED, SWAPPED, MAPPED, HOLE]
         # residency() did not bring them back; reading does.
@@ -87,7 +87,7 @@ def test_swapped_shared_memory() -> None:
 def test_swapped_anonymous_memory() -> None:
     with Region.anonymous(4 * PAGE) as region:
         region.fill(1, 0, 3 * PAGE)
-        region.pageout(PAGE, PAGE)
+        swap_out(region, PAGE, PAGE)
         assert states(region) == [MAPPED, SWAPPED, MAPPED, HOLE]
 
 
@@ -100,7 +100,7 @@ def test_markers_are_not_swap(uffd: Userfaultfd) -> None:
         region.fill(1, 2 * PAGE, 3 * PAGE)
         uffd.register(region, mode=RegisterMode.WP)
         uffd.writeprotect(region.start + PAGE, 3 * PAGE)
-        region.pageout(2 * PAGE, 2 * PAGE)
+        swap_out(region, 2 * PAGE, 2 * PAGE)
         assert states(region) == [HOLE, HOLE, SWAPPED, SWAPPED, MAPPED]
 
 
@@ -111,7 +111,7 @@ def test_markers_in_shared_memory(uffd: Userfaultfd) -> None:
         alias.fill(1, 0, 2 * PAGE)
         uffd.register(region, mode=RegisterMode.WP)
         uffd.writeprotect(region)
-        alias.pageout(PAGE, PAGE)
+        swap_out(alias, PAGE, PAGE)
         assert states(region) == [RESIDENT, SWAPPED, HOLE, HOLE]
         region.touch(0, PAGE)
         assert states(region)[0] == MAPPED
@@ -123,7 +123,7 @@ def test_private_mapping_of_shared_memory() -> None:
         os.pwrite(fd_of(region), b"x" * 3 * PAGE, 0)
         region.fill(1, PAGE, 1)
         region.fill(1, 4 * PAGE, 2 * PAGE)
-        region.pageout(5 * PAGE, PAGE)
+        swap_out(region, 5 * PAGE, PAGE)
         assert states(region) == [RESIDENT, PRIVATE, RESIDENT, HOLE, PRIVATE, SWAPPED]
         region.touch(0, PAGE)
         assert states(region)[:2] == [MAPPED, PRIVATE]
@@ -174,7 +174,7 @@ def test_shared_memory_without_a_descriptor() -> None:
     """The kernel's link to the mapped file is used instead."""
     with Region.memfd(4 * PAGE) as region, region.alias() as alias:
         alias.fill(1, 0, 2 * PAGE)
-        alias.pageout(PAGE, PAGE)
+        swap_out(alias, PAGE, PAGE)
         found = residency(region.start, region.length)
         assert list(found) == [RESIDENT, SWAPPED, HOLE, HOLE]
 

@@ -60,6 +60,7 @@ from pyuffd.testing import needs_privilege as privilege
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import ROOT, run_child
 from tests._memory import memory_of, memory_params
+from tests._tasks import of_threads
 from tests.kernel._faults import Task, registered
 from tests.kernel._serving import wait_for_stalled, wait_until
 
@@ -211,11 +212,7 @@ def test_child_forks() -> None:
 
 
 def child_pids_of(pid: int) -> list[str]:
-    return [
-        word
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for word in (task / "children").read_text().split()
-    ]
+    return [word for children in of_threads(pid, "children").values() for word in children.split()]
 
 
 @needs(Feature.POISON)

@@ -14,6 +14,7 @@ from pyuffd.testing._needs import needs_kernel_faults
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._tasks import of_threads
 from tests.kernel._faults import Task
 from tests.kernel._serving import is_lost, wait_for_stalled, wait_until
 
@@ -41,11 +42,8 @@ def session(leader: int) -> list[int]:
 
 def is_frozen(pid: int) -> bool:
     """Whether every thread has stopped."""
-    states = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/stat", encoding="utf-8") as file:
-            states.append(file.read().rpartition(") ")[2][0])
-    return set(states) == {"T"}
+    lines = of_threads(pid, "stat").values()
+    return {line.rpartition(") ")[2][0] for line in lines} == {"T"}
 
 
 def freeze(pids: list[int]) -> None:

@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -20,6 +19,7 @@ from pyuffd.testing import FaultingChild, needs
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._tasks import of_threads
 from tests.kernel._serving import wait_until
 
 Driver = Literal["native", "thread", "process"]
@@ -32,8 +32,8 @@ pytestmark = needs(Feature.EVENT_FORK)
 
 
 def descendants(pid: int) -> Iterator[int]:
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
+    for children in of_threads(pid, "children").values():
+        for child in map(int, children.split()):
             yield child
             yield from descendants(child)
 

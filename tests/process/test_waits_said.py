@@ -32,6 +32,7 @@ from pyuffd.testing import needs, no_leaks
 from pyuffd.testing._run import SCALE, ChildResult
 from tests._child import run_child
 from tests._memory import PAGE, memory_of, memory_params
+from tests._tasks import of_threads
 from tests.kernel._serving import thread_names, wait_until
 
 Reader = Literal["handler", "user"]
@@ -537,9 +538,7 @@ def test_forks() -> None:
 def masks() -> None:
     with Userfaultfd() as uffd, Region.anonymous(PAGE) as region:
         uffd.register(region)
-        for thread in os.listdir("/proc/self/task"):
-            with open(f"/proc/self/task/{thread}/status") as file:
-                status = file.read()
+        for status in of_threads("self", "status").values():
             if "uffd-watch" in status:
                 blocked = re.search(r"SigBlk:\s*(\S+)", status)
                 assert blocked is not None

@@ -49,6 +49,12 @@ def test_sizes(machine: dict[str, int]) -> None:
         _machine.page_size_for(4 << 20)
 
 
+@pytest.mark.usefixtures("machine")
+def test_a_reserve_below_zero() -> None:
+    (_machine.POOLS / "hugepages-2048kB/resv_hugepages").write_text(f"{(1 << 64) - 1}\n")
+    assert _machine.free_pages(HUGE) == 5
+
+
 def test_a_machine_without_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_machine, "POOLS", tmp_path / "none")
     assert _machine.sizes() == []

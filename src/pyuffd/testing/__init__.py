@@ -28,6 +28,7 @@ from pyuffd.testing._needs import (
     needs_swap,
 )
 from pyuffd.testing._skips import require
+from pyuffd.testing._swap import swap_out
 
 __all__ = [
     "MEMORY_TYPES",
@@ -54,4 +55,5 @@ __all__ = [
     "needs_swap",
     "no_leaks",
     "require",
+    "swap_out",
 ]

@@ -1,0 +1,15 @@
+"""What /proc says of the threads of a process."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+
+def of_threads(pid: int | str, file: str) -> dict[int, str]:
+    """Read one file of /proc/PID/task/TID of each thread; those that end meanwhile are left out."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found[int(task.name)] = (task / file).read_text()
+    return found
