@@ -10,6 +10,7 @@ import pytest
 
 from pyuffd import Feature, testing
 from pyuffd.testing import needs, require
+from tests import _crossings
 from tests._child import FRESH, zygote
 from tests._left_out import left_out
 from tests._memory import Memory, memory_of, memory_params
@@ -34,6 +35,20 @@ def _asks_for_kernel_tests(config: pytest.Config) -> bool:
         for path in paths
         for folder in KERNEL_FOLDERS
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a sample of each table of crossings, unless all or single tests are asked for."""
+    if _crossings.ALL or config.option.keyword or any("::" in arg for arg in config.args):
+        return
+    tables: dict[str, list[str]] = {}
+    for item in items:
+        if any(item.iter_markers("crossing")):
+            test, _, rest = item.nodeid.partition("[")
+            tables.setdefault(test, []).append(rest.removesuffix("]"))
+    out = _crossings.left_out(tables)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
+    items[:] = [item for item in items if item.nodeid not in out]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

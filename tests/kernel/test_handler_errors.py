@@ -481,6 +481,7 @@ def fills_what_it_can(driver: AnyDriver, shared: bool) -> None:
             handler.stop()
 
 
+@pytest.mark.crossing
 @needs_privilege()
 @needs_hugepages(2)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "private"])

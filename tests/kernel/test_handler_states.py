@@ -99,6 +99,7 @@ def rounds(driver: Driver, name: str, events: bool) -> None:
         assert handler.writeprotect(region) == bytes([CLEAN]) * pages
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("name", memory_params("anon", "shmem", "hugetlb"))
 @pytest.mark.parametrize(
     ("driver", "events"), [*((driver, False) for driver in DRIVERS), ("native", True)]
@@ -189,6 +190,7 @@ def run_all(driver: Driver, name: str) -> None:
         check(driver, name)
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("name", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
 @needs(TRACKING)

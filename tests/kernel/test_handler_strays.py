@@ -70,6 +70,7 @@ def served_late(driver: Driver, memory: str) -> None:
         assert handler.stats().unserved == 0
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("memory", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_served_late(driver: Driver, memory: str) -> None:
@@ -98,6 +99,7 @@ def refused(driver: Driver, memory: str, how: str) -> None:
         assert task.result()
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("how", ["stop", "stop-at-once"])
 @pytest.mark.parametrize("memory", memory_params("anon", "shmem", "hugetlb"))
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -22,6 +22,7 @@ def check(driver: str, name: str) -> None:
             raise AssertionError(f"{program}\n{why}")
 
 
+@pytest.mark.crossing
 @needs(FEATURES | Feature.EVENT_FORK)
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("name", memory_params())

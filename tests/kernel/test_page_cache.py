@@ -109,6 +109,7 @@ def one_way(driver: Driver, name: str, mode: RegisterMode, way: Way) -> None:
             assert [page for page in range(PAGES) if found[page] != PageState.CLEAN] == [3, 5]
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("driver", get_args(Driver))
 @pytest.mark.parametrize(
     "name", memory_params("shmem", "shmem-private", "hugetlb", "hugetlb-private")
@@ -153,6 +154,7 @@ def filled_beside(driver: Driver, name: str) -> None:
                 assert region.read(3 * size, 7) == b"written", mode
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("driver", get_args(Driver))
 @pytest.mark.parametrize("name", memory_params("shmem", "hugetlb"))
 def test_filled_beside(driver: Driver, name: str) -> None:

@@ -85,6 +85,7 @@ def chunks(name: str, chunk: int, prefetch: int) -> None:
         assert handler.populate(region, chunk=chunk) == 0
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("name", memory_params())
 @pytest.mark.parametrize("prefetch", [0, 1 << 18])
 def test_as_much_as_it_is_told(name: str, prefetch: int) -> None:

@@ -60,6 +60,7 @@ DERIVED: dict[str, Callable[[Region], Any]] = {
 }
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("derive", DERIVED.values(), ids=DERIVED)
 def test_a_view_keeps_the_memory_mapped(memory: Memory, derive: Callable[[Region], Any]) -> None:
     region = memory.pages(1)

@@ -126,6 +126,7 @@ def file_of_huge_pages(driver: str, offset: int) -> None:
             assert mappings("memfd:") == before
 
 
+@pytest.mark.crossing
 @needs_hugepages(2)
 @drivers
 @pytest.mark.parametrize("offset", [0, PAGE, HUGE_PAGE - PAGE, HUGE_PAGE + 5])

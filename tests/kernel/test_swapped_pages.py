@@ -56,6 +56,7 @@ def written_after(driver: Driver, name: str) -> None:
             assert states(handler, region)[0] is PageState.DIRTY, mode
 
 
+@pytest.mark.crossing
 @needs_swap()
 @needs(FEATURES)
 @pytest.mark.parametrize("driver", get_args(Driver))

@@ -45,6 +45,7 @@ def firsts(region: Region) -> list[int]:
     return [region.read(at, 1)[0] for at in range(0, region.length, region.page_size)]
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("present", [[], [0], [3], [1, 2], [0, 2], [0, 1, 2, 3]])
 def test_copy_over_mixed_pages(memory: Memory, present: list[int]) -> None:
     region = memory.pages(4)

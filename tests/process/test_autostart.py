@@ -69,6 +69,7 @@ def by_with(driver: Driver, memory: str) -> None:
             pass
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("memory", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_with_starts(driver: Driver, memory: str) -> None:

@@ -74,6 +74,7 @@ def refuses(driver: Driver, memory: str) -> None:
         assert states(handler, region)[0] == PageState.DIRTY
 
 
+@pytest.mark.crossing
 @needs(WP_EVERYWHERE)
 @pytest.mark.parametrize("memory", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -145,6 +146,7 @@ def fills_beside(driver: Driver, memory: str) -> None:
         assert set(states(handler, region)) == {PageState.CLEAN}
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("memory", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_fills_beside(driver: Driver, memory: str) -> None:

@@ -301,6 +301,7 @@ def children(pid: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],

@@ -124,6 +124,7 @@ def taken_before(driver: Driver, memory: str) -> None:
             assert [task.result() for task in tasks] == [expected[:4], expected[size : size + 4]]
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("memory", memory_params())
 @pytest.mark.parametrize("driver", WITH_MESSAGES)
 def test_messages_read_before(driver: Driver, memory: str) -> None:

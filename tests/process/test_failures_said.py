@@ -97,6 +97,7 @@ def dies(driver: Driver, memory: str, on_error: Literal["poison", "kill"]) -> No
         raise AssertionError("it lives on")
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("on_error", ["poison", "kill"])
 @pytest.mark.parametrize("memory", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -296,6 +297,7 @@ def populates(driver: Driver, memory: str, on_error: Literal["poison", "stall"])
         assert region.read(0, size) == data[:size]
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize(
     ("driver", "on_error"),
     [(driver, on) for driver in DRIVERS for on in ("poison", "stall") if (driver, on) != INLINE],

@@ -48,6 +48,7 @@ def closed(driver: Literal["native", "thread", "process"], memory: str, events: 
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+@pytest.mark.crossing
 @needs(EVENTS)
 @pytest.mark.parametrize("events", [Feature.EVENT_FORK, EVENTS], ids=["fork", "fork-unmap"])
 @pytest.mark.parametrize("memory", memory_params())

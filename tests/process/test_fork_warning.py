@@ -92,6 +92,7 @@ def ways(driver: Driver, name: str) -> None:
                 assert all(f"{region.start:#x}" in text for text in texts)
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("name", memory_params())
 @pytest.mark.parametrize("driver", ["native", "inline", "thread"])
 def test_ways(driver: str, name: str) -> None:

@@ -78,6 +78,7 @@ def check(who: str, drain: bool) -> None:
     region.close()
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("drain", [True, False], ids=["drain", "no-drain"])
 @pytest.mark.parametrize("who", ["all", "keeper", "worker"])
 def test_stop(who: str, drain: bool) -> None:

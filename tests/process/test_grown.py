@@ -143,6 +143,7 @@ CROSSED = [
 ]
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize(("driver", "memory", "mode"), CROSSED)
 def test_grows(driver: Driver, memory: str, mode: str) -> None:
     features, modes = MODES[mode]
@@ -188,6 +189,7 @@ def moves(driver: Driver, memory: str) -> None:
         _memory.munmap(other, PAGE)
 
 
+@pytest.mark.crossing
 @needs(LAYOUT)
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("driver", ["native", "thread", "process"])
@@ -230,6 +232,7 @@ def waits_beside(driver: Driver, memory: str, order: str) -> None:
                 _memory.munmap(first.start, 4 * PAGE)
 
 
+@pytest.mark.crossing
 @needs(LAYOUT)
 @pytest.mark.parametrize("order", ["before", "after", "later", "moved"])
 @pytest.mark.parametrize("memory", MEMORY)

@@ -82,6 +82,7 @@ def lend_as_nobody(link: Link, path: str) -> None:
 # The receivers
 
 
+@pytest.mark.crossing
 @needs_kernel_faults()
 @pytest.mark.parametrize("memory_too", [False, True], ids=["uffd", "uffd-and-memory"])
 @pytest.mark.parametrize("name", memory_params())

@@ -119,6 +119,7 @@ def check_interrupted(driver: str, way: str, features: int) -> None:
     assert open_fds() <= before
 
 
+@pytest.mark.crossing
 @with_and_without_events
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -80,6 +80,7 @@ def accesses(driver: Driver, name: str) -> None:
             BufferSource(region.memoryview()).read(size, 8)
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("name", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_every_method_raises(driver: Driver, name: str) -> None:
@@ -92,6 +93,7 @@ def accesses_unseen(driver: Driver, name: str) -> None:
     accesses(driver, name)
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("name", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_every_method_raises_without_privilege(driver: Driver, name: str) -> None:
@@ -119,6 +121,7 @@ class Failing:
         raise AssertionError("it is asked for nothing")
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("name", memory_params())
 @pytest.mark.parametrize("driver", ["thread", "process"])
 def test_pages_that_a_stop_poisoned(driver: Driver, name: str) -> None:

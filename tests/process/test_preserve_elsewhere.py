@@ -85,6 +85,7 @@ def image(driver: Driver, name: MemoryName, by_local: bool) -> None:
         assert child.run("read", 2 * size, 4) == b"late"
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("name", memory_params())
 def test_image_by_owner(driver: Driver, name: str) -> None:

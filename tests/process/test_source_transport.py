@@ -141,6 +141,7 @@ def test_without_cloudpickle(tmp_path: Path) -> None:
         assert "driver='thread'" in line
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("how", ["file", "-c", "stdin", "-m", "folder"])
 @pytest.mark.parametrize("cloudpickle", [True, False], ids=["cloudpickle", "none"])
 def test_how_the_program_was_started(how: How, cloudpickle: bool, tmp_path: Path) -> None:
@@ -340,6 +341,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize(
     ("method", "name", "cloudpickle"),
     [

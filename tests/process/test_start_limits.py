@@ -102,6 +102,7 @@ def hard_limit(driver: str, limit: int) -> str:
     return attempt(driver)
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("limit", [20, 64])
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_descriptors_of_every_process(driver: str, limit: int) -> None:
@@ -316,6 +317,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_refused_calls(driver: str, call: str) -> None:

@@ -137,6 +137,7 @@ def check_exited(driver: str, exits: bool) -> None:
             assert handler.spaces
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("exits", [True, False], ids=["exits", "lives"])
 @pytest.mark.parametrize("driver", ["native", "thread", "process"])
 def test_owner_exited_after_stop(driver: str, exits: bool) -> None:

@@ -91,6 +91,7 @@ def check_busy(driver: str, features: int, workers: int) -> None:
         assert handler.stats().failed == 0
 
 
+@pytest.mark.crossing
 @with_and_without_events
 @pytest.mark.parametrize(
     ("driver", "workers"), [("thread", 1), ("thread", 2), ("process", 1), ("native", 1)]

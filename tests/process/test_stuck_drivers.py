@@ -88,6 +88,7 @@ def check_python(driver: str, name: str, features: int) -> None:
     region.close()
 
 
+@pytest.mark.crossing
 @with_and_without_events
 @pytest.mark.parametrize(
     ("driver", "name"),
@@ -220,6 +221,7 @@ def check_hung_file(driver: str, way: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.crossing
 @needs_privilege()
 @pytest.mark.skipif(not Path(FUSE).exists(), reason="this kernel has no FUSE")
 @pytest.mark.parametrize("way", ["stop", "unserve"])

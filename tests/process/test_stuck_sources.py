@@ -75,6 +75,7 @@ def check_stop(driver: str, memory: str, features: int) -> None:
     assert is_lost(stuck.region), "a page nobody asked for"
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("memory", memory_params())
 @with_and_without_events
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -104,6 +105,7 @@ def check_unserve(driver: str, memory: str) -> None:
         stuck.handler.stop(timeout_s=LIMIT_S)
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("memory", memory_params("anon", "shmem", "hugetlb"))
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_unserve(driver: str, memory: str) -> None:

@@ -73,6 +73,7 @@ def takeover(driver: Driver, name: MemoryName, mode: int, dies: Dies) -> None:
                 assert child.run("read", size, 4) == b"newo"
 
 
+@pytest.mark.crossing
 @needs(PFWP | MINORS)
 @pytest.mark.parametrize("dies", ["before-serve", "before-start"])
 @pytest.mark.parametrize("driver", ["native", "thread", "process"])
@@ -82,6 +83,7 @@ def test_takeover(driver: str, name: str, mode: RegisterMode, dies: str) -> None
     run_child(takeover, driver, name, int(mode), dies, budget_s=20)
 
 
+@pytest.mark.crossing
 @needs(PFWP | MINORS)
 @pytest.mark.parametrize("dies", ["before-serve", "before-start"])
 @pytest.mark.parametrize("driver", ["native", "thread", "process"])

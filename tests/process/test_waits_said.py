@@ -169,12 +169,14 @@ def check_touch(
     assert advice(reader) in line
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("memory", memory_params())
 @pytest.mark.parametrize("mode", ["missing", pytest.param("wp", marks=needs(WP))])
 def test_page_of_a_handler_that_was_not_started(mode: str, memory: str) -> None:
     check_touch(mode, memory)
 
 
+@pytest.mark.crossing
 @needs(MINOR)
 @pytest.mark.parametrize(
     "memory", memory_params("shmem", "shmem-private", "hugetlb", "hugetlb-private")
@@ -183,6 +185,7 @@ def test_minor_page_of_a_handler_that_was_not_started(memory: str) -> None:
     check_touch("minor", memory)
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("with_gil", [True, False], ids=["gil", "no-gil"])
 @pytest.mark.parametrize(
     "events", [False, pytest.param(True, marks=needs(EVENTS))], ids=["no-events", "events"]
@@ -217,6 +220,7 @@ def changes(what: str, reader: Reader) -> None:
         raise AssertionError("it went on")
 
 
+@pytest.mark.crossing
 @needs(EVENTS)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("what", ["fork", "madvise", "munmap", "mremap"])

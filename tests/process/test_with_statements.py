@@ -98,6 +98,7 @@ def view_of_served(driver: Driver, memory: str, protected: bool, adopted: bool) 
         del view
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("adopted", [False, True], ids=["view", "adopted"])
 @pytest.mark.parametrize("protected", [False, True], ids=["missing", "wp"])
 @pytest.mark.parametrize("memory", memory_params())
@@ -174,6 +175,7 @@ def body_and_handler(driver: Driver, first: str, context: bool) -> None:
     gc.collect()
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("context", [False, True], ids=["alone", "with-a-context"])
 @pytest.mark.parametrize("first", ["handler", "userfaultfd"])
 @pytest.mark.parametrize("driver", ["native", "thread", "process"])

@@ -1,0 +1,47 @@
+"""Tables of states and options: a sample runs by default, all with PYUFFD_CROSSINGS=all."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+ALL = os.environ.get("PYUFFD_CROSSINGS") == "all"
+
+
+def values(test_id: str) -> set[str]:
+    """Return the values that a test's id is made of: `native-anon-events` has three."""
+    return {f"{place}:{word}" for place, word in enumerate(test_id.split("-"))}
+
+
+def sample(ids: Iterable[str]) -> list[str]:
+    """Choose few ids such that every value in one of them is in one that was chosen.
+
+    Greedy: each time an id with the most values that are still missing, of these the first one
+    whose values were chosen least. The same ids give the same choice.
+
+    Example:
+        >>> sample(["native-anon", "native-shmem", "inline-anon", "inline-shmem"])
+        ['native-anon', 'inline-shmem']
+    """
+    rows = {test_id: values(test_id) for test_id in ids}
+    uses = Counter({value: 0 for row in rows.values() for value in row})
+
+    def gain(test_id: str) -> tuple[int, int]:
+        row = rows[test_id]
+        return sum(not uses[value] for value in row), -sum(uses[value] for value in row)
+
+    chosen = []
+    while not all(uses.values()):
+        chosen.append(max(rows, key=gain))
+        uses.update(rows[chosen[-1]])
+    return chosen
+
+
+def left_out(tables: Mapping[str, Sequence[str]]) -> set[str]:
+    """Return the ids of each table, by the name of its test, that no run by default has."""
+    return {
+        f"{test}[{test_id}]"
+        for test, ids in tables.items()
+        for test_id in set(ids) - set(sample(ids))
+    }
