@@ -53,7 +53,7 @@ class SoleOwner:
 class Closing(SoleOwner):
     """Mixin: a context manager that closes the object; its errors are kept with the body's."""
 
-    _what: ClassVar[str]  # the object's name in messages
+    _failed: ClassVar[str]  # what an error of close() means, as "closing the region failed"
 
     def close(self) -> None:
         """Close what the object owns."""
@@ -73,7 +73,7 @@ class Closing(SoleOwner):
         except Exception as error:
             if exc is None:
                 raise
-            attach(exc, error, f"closing the {self._what} failed")
+            attach(exc, error, self._failed)
 
 
 class CloseCallbacks(Closing):

@@ -131,7 +131,7 @@ class Userfaultfd(CloseCallbacks):
     supported: Feature
     ioctls: Ioctl
 
-    _what = "userfaultfd"
+    _failed = "closing the userfaultfd failed"
     _instead = "hand the descriptor to another process with send_uffd(), or duplicate its number"
 
     def __init__(
@@ -396,7 +396,7 @@ class Userfaultfd(CloseCallbacks):
         except UffdOSError as error:
             raise self._explained(error, start, length, mode) from None
         self._registered.set(start, start + length, mode)
-        self._watch.update(self)
+        self._update_watch()
         return ioctls
 
     def unregister(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
@@ -846,7 +846,13 @@ class Userfaultfd(CloseCallbacks):
 
     def _update_watch(self) -> None:
         if not self.closed and self._pid == os.getpid():
-            self._watch.update(self)
+            self._watch.update(
+                self.fileno(),
+                self._registered.span if self._registered else None,
+                owner_pid=self.owner_pid,
+                by_handler=self._claims.is_owned,
+                has_forks=bool(self.features & Feature.EVENT_FORK),
+            )
 
     def read_events(self, max_events: int = READ_BATCH) -> list[Event]:
         """Return the queued events, at most `max_events`, in the kernel's order.

@@ -10,13 +10,8 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from pyuffd import lowlevel
-from pyuffd._abi import Feature
-
-if TYPE_CHECKING:
-    from pyuffd._uffd import Userfaultfd
 
 STDERR = 2
 SOME_PROCESS = -1
@@ -43,21 +38,36 @@ class Watch:
         # For a socket pair the kernel knows only the process that made it.
         self._sent_to = pid if pid not in (0, os.getpid()) else SOME_PROCESS
 
-    def update(self, uffd: Userfaultfd) -> None:
-        """Begin or end watching, depending on the present state."""
-        pid = uffd.owner_pid
-        if self.is_answered or pid is None or not uffd._registered or not is_wanted():
+    def update(
+        self,
+        fd: int,
+        span: tuple[int, int] | None,
+        *,
+        owner_pid: int | None,
+        by_handler: bool,
+        has_forks: bool,
+    ) -> None:
+        """Begin or end watching, depending on the present state.
+
+        Args:
+            fd: The userfaultfd.
+            span: Start and end of what is registered, gaps included; None if nothing is.
+            owner_pid: The process whose memory it governs; None if that is unknown.
+            by_handler: A handler owns the events.
+            has_forks: Feature.EVENT_FORK is on.
+        """
+        if self.is_answered or owner_pid is None or span is None or not is_wanted():
             self.end()
             return
-        self._fd = uffd.fileno()
+        self._fd = fd
         lowlevel.watch_begin(
-            self._fd,
-            uffd._registered.span,
-            owner_pid=pid if pid != os.getpid() else 0,
+            fd,
+            span,
+            owner_pid=owner_pid if owner_pid != os.getpid() else 0,
             sent_to=self._sent_to,
             say_fd=stderr_fd(),
-            by_handler=uffd._claims.is_owned,
-            has_forks=bool(uffd.features & Feature.EVENT_FORK),
+            by_handler=by_handler,
+            has_forks=has_forks,
         )
 
     def end(self) -> None:

@@ -253,7 +253,7 @@ class Pagemap(Closing):
         1
     """
 
-    _what = "pagemap"
+    _failed = "closing the pagemap failed"
     _instead = "open another with Pagemap(pid)"
 
     def __init__(self, pid: int | None = None) -> None:

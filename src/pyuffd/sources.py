@@ -120,7 +120,7 @@ class FileSource(Closing):
         OSError: the file cannot be opened.
     """
 
-    _what = "file source"
+    _failed = "closing the file source failed"
     _instead = "it holds a descriptor; serve it by itself, or open the file once more"
 
     def __init__(self, file: _source_files.FileLike, offset: int = 0) -> None:

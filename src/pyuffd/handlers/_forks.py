@@ -18,7 +18,7 @@ from pyuffd._errors import UffdError
 from pyuffd.handlers._types import PageState, SourceKind
 
 if TYPE_CHECKING:
-    from pyuffd.handlers._handler import Handler
+    from pyuffd.handlers._base import HandlerBase
     from pyuffd.handlers._serving import Served
 
 CALLER = 2  # os.fork() has no frame: the first is the hook's, the second that of its caller
@@ -29,7 +29,7 @@ MISSED = {PageState.ABSENT, PageState.IN_FLIGHT}
 class ForkWatch:
     """Looks for ranges of one handler that a fork would lose, and notes whether it has warned."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: HandlerBase) -> None:
         self._handler = weakref.ref(handler)
         self.warned = False
         self._left_out: set[int] = set()  # ranges that forks do not have (MADV_DONTFORK)
@@ -49,7 +49,7 @@ class ForkWatch:
                 return served
         return None
 
-    def _is_lost(self, handler: Handler, served: Served) -> bool:
+    def _is_lost(self, handler: HandlerBase, served: Served) -> bool:
         if (
             served.kind in (SourceKind.ZERO, SourceKind.NONE)
             or not served.mode & LOSES_CONTENT
@@ -66,7 +66,7 @@ class ForkWatch:
         return not facts & _memory.Maps.NOT_FORKED
 
 
-def _has_holes(handler: Handler, served: Served) -> bool:
+def _has_holes(handler: HandlerBase, served: Served) -> bool:
     """Return whether pages are missing, judged by the page table and the page cache."""
     from pyuffd._residency import PageResidency, residency  # 5 ms, and rarely needed
 

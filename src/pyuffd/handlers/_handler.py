@@ -14,7 +14,7 @@ from threading import RLock
 from types import TracebackType
 from typing import Self
 
-from pyuffd._closing import attach
+from pyuffd._closing import Closing
 from pyuffd._errors import HandlerError
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
@@ -51,7 +51,7 @@ RETRY_LIMIT_S = 5.0
 STALL_TIMEOUT_S = 2.0
 
 
-class Handler(ServesRegions, FillsPages, TracksWrites, Stops):
+class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
     """Resolve the faults of regions from page sources.
 
     Args:
@@ -121,6 +121,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops):
     """
 
     _instead = "a userfaultfd has one handler, in one process; share the object itself"
+    _failed = "the fault handler failed"
 
     def __init__(
         self,
@@ -289,19 +290,6 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops):
                 self._stop(True, check_timeout(None))
                 raise
         return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self.stop()
-        except Exception as error:
-            if exc is None:
-                raise
-            attach(exc, error, "the fault handler failed")
 
     async def __aenter__(self) -> Self:
         return self.__enter__()

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
@@ -23,9 +23,6 @@ from pyuffd.handlers._overlaps import Range
 from pyuffd.handlers._types import Content, RangeId, SourceKind
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
-
-if TYPE_CHECKING:
-    from pyuffd.handlers._base import HandlerBase
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +56,15 @@ class Served:
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
 
-H = TypeVar("H", bound="HandlerBase")
+class MayHaveToEnd(Protocol):
+    """A handler, as `OnClose` sees it."""
+
+    @property
+    def must_end(self) -> bool:
+        """Whether it must stop before an object that it uses may be closed."""
+
+
+H = TypeVar("H", bound=MayHaveToEnd)
 
 
 class OnClose(Generic[H]):

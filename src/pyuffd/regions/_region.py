@@ -66,7 +66,7 @@ class Region(CloseCallbacks):
         b'seen twice'
     """
 
-    _what = "region"
+    _failed = "closing the region failed"
     _instead = (
         "map the same memory once more with alias() or, in another process that was sent its fd,"
         " with Region.file(fd); a fork has it already"
