@@ -50,6 +50,18 @@ from pyuffd._uffd import FillResult, Userfaultfd
 if TYPE_CHECKING:
     from pyuffd._probe import KernelSupport, probe
     from pyuffd._residency import PageResidency, Residency, residency
+    from pyuffd.dirty import (
+        Blind,
+        BlindReason,
+        DirtyRound,
+        DirtyTracker,
+        Grown,
+        LayoutChange,
+        Mapped,
+        Moved,
+        Protected,
+        Unmapped,
+    )
     from pyuffd.handlers import Handler, HandlerStats, Latency, PageState, RecentFault
     from pyuffd.handover import (
         Handover,
@@ -62,6 +74,7 @@ if TYPE_CHECKING:
     )
     from pyuffd.pagemap import PageEntries, Pagemap, PageRange, PageRanges, ScanResult
     from pyuffd.regions import Region, RegionKind
+    from pyuffd.remote import Copied, Mapping, MappingKind, Mappings, Process, Thread
     from pyuffd.sources import (
         AsyncSource,
         BufferSource,
@@ -75,11 +88,14 @@ else:
     _MODULES = {
         "_probe": "KernelSupport probe",
         "_residency": "PageResidency Residency residency",
+        "dirty": "Blind BlindReason DirtyRound DirtyTracker Grown LayoutChange Mapped Moved"
+        " Protected Unmapped",
         "handlers": "Handler HandlerStats Latency PageState RecentFault",
         "handover": "Handover HandoverRange UnixListener connect_unix listen_unix recv_uffd"
         " send_uffd",
         "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
         "regions": "Region RegionKind",
+        "remote": "Copied Mapping MappingKind Mappings Process Thread",
         "sources": "AsyncSource BufferSource CallableSource FileSource PageSource ZeroSource",
     }
     _LAZY = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -102,11 +118,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncSource",
+    "Blind",
+    "BlindReason",
     "BufferSource",
     "CallableSource",
     "ClosedError",
     "ContinueMode",
+    "Copied",
     "CopyMode",
+    "DirtyRound",
+    "DirtyTracker",
     "Event",
     "EventCode",
     "EventsBusyError",
@@ -114,6 +135,7 @@ __all__ = [
     "FileSource",
     "FillResult",
     "Fork",
+    "Grown",
     "Handler",
     "HandlerError",
     "HandlerStats",
@@ -124,8 +146,14 @@ __all__ = [
     "Ioctl",
     "KernelSupport",
     "Latency",
+    "LayoutChange",
     "LayoutChangedError",
+    "Mapped",
+    "Mapping",
+    "MappingKind",
+    "Mappings",
     "MoveMode",
+    "Moved",
     "PageBit",
     "PageCategory",
     "PageEntries",
@@ -141,7 +169,9 @@ __all__ = [
     "Pagemap",
     "PartialResolveError",
     "PoisonMode",
+    "Process",
     "ProcessGoneError",
+    "Protected",
     "RangeBusyError",
     "RecentFault",
     "Region",
@@ -153,12 +183,14 @@ __all__ = [
     "RwprotectMode",
     "ScanFlag",
     "ScanResult",
+    "Thread",
     "UffdError",
     "UffdOSError",
     "UffdPermissionError",
     "UnixListener",
     "UnknownEvent",
     "Unmap",
+    "Unmapped",
     "UnsupportedFeatureError",
     "Userfaultfd",
     "WriteprotectMode",

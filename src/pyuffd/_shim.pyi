@@ -92,6 +92,13 @@ class _Lib:
     UFFD_MAPPING_FILE: int
     UFFD_MAPPING_MINCORE: int
     UFFD_MAPPING_SEEK: int
+    UFFD_ROUND_HOLES_APART: int
+    UFFD_ROUND_PEEK: int
+    UFFD_MAP_READ: int
+    UFFD_MAP_WRITE: int
+    UFFD_MAP_EXECUTE: int
+    UFFD_MAP_SHARED: int
+    UFFD_PACKED: int
     UFFD_MAPS_ANONYMOUS: int
     UFFD_MAPS_SHARED: int
     UFFD_MAPS_REGISTERED: int
@@ -238,6 +245,78 @@ class _Lib:
         offset: int,
         mapping: int,
         states_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_ranges_append(self, ranges: CData, start: int, end: int, /) -> int: ...
+    def uffd_ranges_union(
+        self, a: CData, a_count: int, b: CData, b_count: int, ranges_ret: CData, /
+    ) -> int: ...
+    def uffd_ranges_subtract(
+        self, a: CData, a_count: int, b: CData, b_count: int, ranges_ret: CData, /
+    ) -> int: ...
+    def uffd_ranges_intersect(
+        self, a: CData, a_count: int, b: CData, b_count: int, ranges_ret: CData, /
+    ) -> int: ...
+    UFFD_TRACK_DENSE: int
+    UFFD_TRACK_SPARSE: int
+    UFFD_TRACK_HUGE: int
+    UFFD_BACKING_FILE: int
+    UFFD_BACKING_ZERO: int
+    UFFD_BACKING_COPIED: int
+    def uffd_round(
+        self,
+        pagemap_fd: int,
+        uffd: int,
+        tracked: CData,
+        count: int,
+        flags: int,
+        known: CData,
+        known_count: int,
+        written_ret: CData,
+        dropped_ret: CData,
+        known_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_round_protect(self, uffd: int, vec: CData, count: int, /) -> int: ...
+    def uffd_round_populated(
+        self, pagemap_fd: int, start: int, end: int, bytes_ret: CData, /
+    ) -> int: ...
+    def uffd_maps_read(self, fd: int, maps_ret: CData, /) -> int: ...
+    def uffd_maps_free(self, maps: CData, /) -> None: ...
+    def uffd_maps_page_size(self, fd: int, start: int, page_size_ret: CData, /) -> int: ...
+    def uffd_remote_read(
+        self,
+        pid: int,
+        vec: CData,
+        count: int,
+        target: CData,
+        size: int,
+        base: int,
+        lost_ret: CData,
+        copied_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_remote_read_to_file(
+        self,
+        pid: int,
+        vec: CData,
+        count: int,
+        fd: int,
+        offset: int,
+        base: int,
+        lost_ret: CData,
+        copied_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_remote_write(self, pid: int, start: int, source: CData, length: int, /) -> int: ...
+    def uffd_remote_find(
+        self,
+        pid: int,
+        start: int,
+        end: int,
+        pattern: CData,
+        pattern_length: int,
+        address_ret: CData,
         /,
     ) -> int: ...
     UFFD_FILL_COPY: int

@@ -38,6 +38,11 @@ class PageRange(NamedTuple):
     end: int
     categories: PageCategory
 
+    @property
+    def length(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
     def __repr__(self) -> str:
         return f"PageRange({self.start:#x}, {self.end:#x}, {self.categories!r})"
 

@@ -44,6 +44,10 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
     "07_inline_sigbus": ([needs(Feature.SIGBUS)], ["3 faults", "write(2) wrote 16384"]),
     "08_monitor_asyncio": ([needs_kernel_faults()], ["read ABCDEFGH", "8 pages filled"]),
     "09_fault_timeline": ([needs_kernel_faults()], ["faults drawn in "]),
+    "10_dirty_rounds": (
+        [needs(Feature.WP_ASYNC)],
+        ["round 0: 4 pages", "round 2: 8 pages", "the copy is right", "cannot be seen: nothing"],
+    ),
 }
 
 

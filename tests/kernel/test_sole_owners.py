@@ -28,10 +28,13 @@ from pyuffd import (
     AsyncSource,
     BufferSource,
     CallableSource,
+    DirtyRound,
+    DirtyTracker,
     FileSource,
     Handler,
     Pagemap,
     PageSource,
+    Process,
     Region,
     Userfaultfd,
     ZeroSource,
@@ -139,6 +142,16 @@ def _context() -> Context:
     return Context(next(iter(pyuffd.conformance.load().values())), "anon")
 
 
+def _tracker() -> Iterator[DirtyTracker]:
+    with Region.anonymous(PAGE) as region, DirtyTracker(region) as tracker:
+        yield tracker
+
+
+def _round() -> Iterator[DirtyRound]:
+    with Region.anonymous(PAGE) as region, DirtyTracker(region) as tracker:
+        yield tracker.collect()
+
+
 def _made(generate: Callable[[], Iterator[object]]) -> Callable[[], Made]:
     return contextlib.contextmanager(generate)
 
@@ -148,6 +161,9 @@ MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     Region: lambda: Region.memfd(PAGE),
     Handler: _made(_handler),
     Pagemap: Pagemap,
+    Process: lambda: Process(os.getpid()),
+    DirtyTracker: _made(_tracker),
+    DirtyRound: _made(_round),
     BufferSource: lambda: contextlib.nullcontext(BufferSource(b"x")),
     FileSource: lambda: FileSource(__file__),
     Handover: _made(_handed_over),
@@ -193,7 +209,10 @@ SENT: list[Any] = [
 ]
 
 # Bytes read from the kernel, and results of a run.
-VALUES = {pyuffd.PageRanges, pyuffd.PageEntries, pyuffd.Residency, pyuffd.conformance.Report}
+VALUES = {
+    *(pyuffd.PageRanges, pyuffd.PageEntries, pyuffd.Residency, pyuffd.Mappings),
+    pyuffd.conformance.Report,
+}
 
 
 def _all_owners() -> set[type[SoleOwner]]:

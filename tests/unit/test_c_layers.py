@@ -19,6 +19,8 @@ FLOORS = [
     {"watch/helper", "watch/waiters"},
     {"watch/watch"},
     {"uffd_owned", "access/access"},
+    {"dirty/ranges", "remote/maps"},
+    {"dirty/round", "remote/memory"},
     {"engine/base", "engine/alloc"},
     {"engine/barrier", "engine/fill", "engine/content", "engine/placement"},
     {"engine/table", "engine/types"},

@@ -1,0 +1,134 @@
+"""Rounds of dirty tracking and sets of packed ranges, in C (layer L2).
+
+Everything is packed and in ascending order. Every call releases the GIL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pyuffd._enums import Number
+from pyuffd._errors import raise_errno
+from pyuffd._remote_calls import take_ranges
+from pyuffd._shim import ffi, lib
+
+PEEK = lib.UFFD_ROUND_PEEK
+HOLES_APART = lib.UFFD_ROUND_HOLES_APART
+
+NO_RANGES = memoryview(b"").cast("Q")
+
+
+class Track(Number):
+    """How a mapping is tracked.
+
+    Attributes:
+        DENSE: Every page is protected, holes too.
+        SPARSE: Only populated pages are protected; holes are compared with the round before.
+        HUGE: Hugetlb pages, protected by UFFDIO_WRITEPROTECT.
+    """
+
+    DENSE = lib.UFFD_TRACK_DENSE
+    SPARSE = lib.UFFD_TRACK_SPARSE
+    HUGE = lib.UFFD_TRACK_HUGE
+
+
+class Backing(Number):
+    """What a page without an entry in the page table has.
+
+    Attributes:
+        FILE: What its file holds.
+        ZERO: Zeros: private anonymous memory.
+        COPIED: What its file holds; a page written here is a private copy.
+    """
+
+    FILE = lib.UFFD_BACKING_FILE
+    ZERO = lib.UFFD_BACKING_ZERO
+    COPIED = lib.UFFD_BACKING_COPIED
+
+
+class TrackedRows:
+    """The mappings that a round scans: (start, end, track, backing) of each, in C memory."""
+
+    def __init__(self, rows: list[tuple[int, int, Track, Backing]]) -> None:
+        self._count = len(rows)
+        self._vec: Any = ffi.new("struct uffd_tracked[]", [(*row, 0) for row in rows])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def errors(self) -> list[tuple[int, int]]:
+        """Return index and errno of each mapping whose last scan failed."""
+        if not self._count:
+            return []
+        words = memoryview(ffi.buffer(self._vec)).cast("Q")[4::5]
+        return [(index, code) for index, code in enumerate(words) if code]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a round found, packed; `known` is for the next round to compare with."""
+
+    written: memoryview
+    dropped: memoryview
+    known: memoryview
+
+
+def round_(pagemap_fd: int, uffd: int, rows: TrackedRows, flags: int, known: memoryview) -> Found:
+    """Scan all mappings; `rows.errors()` tells afterwards which scans failed."""
+    results = [ffi.new("struct uffd_page_ranges *") for _ in range(3)]
+    vec = ffi.from_buffer("struct uffd_page_region[]", known)
+    code = lib.uffd_round(pagemap_fd, uffd, rows._vec, len(rows), flags, vec, len(vec), *results)
+    found = Found(*(take_ranges(result) for result in results))
+    if code:
+        raise_errno("PAGEMAP_SCAN", -code)
+    return found
+
+
+def populated(pagemap_fd: int, start: int, end: int) -> int:
+    """Return the bytes of [start, end) that are present or on swap."""
+    out = ffi.new("uint64_t *")
+    code = lib.uffd_round_populated(pagemap_fd, start, end, out)
+    if code:
+        raise_errno("PAGEMAP_SCAN", -code, start, end - start)
+    return int(out[0])
+
+
+def union(a: memoryview, b: memoryview) -> memoryview:
+    """Return the pages that are in either set."""
+    if not len(a) or not len(b):
+        return a if len(a) else b
+    return _combined(lib.uffd_ranges_union, a, b)
+
+
+def subtract(a: memoryview, b: memoryview) -> memoryview:
+    """Return the pages of `a` that are not in `b`."""
+    return _combined(lib.uffd_ranges_subtract, a, b) if len(a) and len(b) else a
+
+
+def intersect(a: memoryview, b: memoryview) -> memoryview:
+    """Return the pages that are in both sets."""
+    return _combined(lib.uffd_ranges_intersect, a, b) if len(a) and len(b) else NO_RANGES
+
+
+def _combined(function: Any, a: memoryview, b: memoryview) -> memoryview:
+    first = ffi.from_buffer("struct uffd_page_region[]", a)
+    second = ffi.from_buffer("struct uffd_page_region[]", b)
+    result = ffi.new("struct uffd_page_ranges *")
+    code = function(first, len(first), second, len(second), result)
+    packed = take_ranges(result)
+    if code:
+        raise_errno("ranges of pages", -code)
+    return packed
+
+
+def state_runs(states: bytes, start: int, page_size: int, state: int) -> memoryview:
+    """Return the runs of pages in one state, of one byte for each page, as ranges from `start`."""
+    result = ffi.new("struct uffd_page_ranges *")
+    code = lib.uffd_pagemap_state_runs(
+        ffi.from_buffer("uint8_t[]", states), len(states), start, page_size, state, result
+    )
+    packed = take_ranges(result)
+    if code:
+        raise_errno("runs of states", -code, start)
+    return packed

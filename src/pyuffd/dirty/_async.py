@@ -1,0 +1,266 @@
+"""Tracking by WP_ASYNC and PAGEMAP_SCAN: nobody waits for anybody, and no message is sent."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import cache
+
+from pyuffd import _dirty_calls as calls
+from pyuffd._abi import USER_MODE_ONLY, Feature, PageCategory, RegisterMode
+from pyuffd._dirty_calls import Backing, Track
+from pyuffd._errors import UffdOSError
+from pyuffd._opening import probe_api
+from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE
+from pyuffd._uffd import Userfaultfd
+from pyuffd.dirty import _blind, _layout, _rows
+from pyuffd.dirty._blind import Blind, BlindReason
+from pyuffd.dirty._layout import LayoutChange, Mapped, Unmapped
+from pyuffd.dirty._round import Pending
+from pyuffd.dirty._rows import Row, Span
+from pyuffd.pagemap import Pagemap
+from pyuffd.regions import Region
+from pyuffd.remote._mappings import Mapping, Mappings
+from pyuffd.remote._process import Process
+
+NEEDED = Feature.WP_ASYNC
+WANTED = Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM
+NO_RANGES = calls.NO_RANGES
+_GONE = (errno.ESRCH, errno.ENOMEM)
+
+
+class AsyncMethod:
+    """The mappings of a process inside a scope, registered with a userfaultfd that has WP_ASYNC."""
+
+    def __init__(self, process: Process, uffd: Userfaultfd, scope: Sequence[Span] | None) -> None:
+        self._process = process
+        self._uffd = uffd
+        self._scope = scope
+        self._may_be_dense = sees_holes()
+        self._flags = 0 if self._may_be_dense else calls.HOLES_APART
+        self._mappings: Mappings = process.mappings()
+        self._rows: list[Row] = []
+        self._refused: dict[Mapping, Blind] = {}
+        self._tracked = calls.TrackedRows([])
+        self._known = NO_RANGES
+        self._set_rows(self._wanted(self._mappings))
+        self._arm()
+
+    # Registering
+
+    def _wanted(self, mappings: Mappings) -> list[Row]:
+        """Return a row for each mapping in scope that can be tracked."""
+        known = {row.mapping: row for row in self._rows}
+        refused: dict[Mapping, Blind] = {}
+        rows = []
+        for mapping in _rows.in_scope(mappings, self._scope):
+            if mapping in self._refused:
+                refused[mapping] = self._refused[mapping]
+            elif not _rows.is_tracked_kind(mapping):
+                refused[mapping] = Blind(
+                    mapping.start, mapping.end, BlindReason.SPECIAL, mapping.path
+                )
+            else:
+                rows.append(known.get(mapping) or self._new_row(mapping))
+        self._refused = refused
+        return rows
+
+    def _new_row(self, mapping: Mapping) -> Row:
+        for row in self._rows:  # a part of one that was split, or one that has grown
+            overlaps = row.start < mapping.end and mapping.start < row.end
+            if overlaps and row.mapping.inode == mapping.inode:
+                return Row(mapping, row.track)
+        pagemap = self._process.pagemap.fileno()
+        track = _rows.chosen_track(mapping, pagemap, may_be_dense=self._may_be_dense)
+        return Row(mapping, track)
+
+    def _set_rows(self, rows: list[Row]) -> None:
+        self._rows = rows
+        self._tracked = calls.TrackedRows([row.packed() for row in rows])
+
+    def _register(self, row: Row) -> bool:
+        """Register a row; note why if the kernel refuses."""
+        try:
+            self._uffd.register(row, mode=RegisterMode.WP)
+        except UffdOSError as error:
+            if error.errno in _GONE:
+                self._process.check()
+            reason = BlindReason.BUSY if error.errno == errno.EBUSY else BlindReason.NOT_REGISTERED
+            detail = (
+                f"{os.strerror(error.errno or 0)}: {row.mapping.path or row.mapping.kind.value}"
+            )
+            self._refused[row.mapping] = Blind(row.start, row.end, reason, detail)
+            return False
+        return True
+
+    def _arm(self) -> None:
+        """Register and protect everything for the first time."""
+        rows = []
+        for row in self._rows:
+            if not self._register(row):
+                continue
+            rows.append(row)
+            if row.track is not Track.SPARSE:
+                try:
+                    self._uffd.writeprotect(row)
+                except UffdOSError:  # unmapped since; the first round says so
+                    self._process.check()
+        self._set_rows(rows)
+        # What these are compared with later.
+        compared = [r for r in rows if r.track is Track.SPARSE or r.backing is Backing.COPIED]
+        tracked = calls.TrackedRows([row.packed() for row in compared])
+        self._known = self._scan(tracked, 0, NO_RANGES).known
+
+    def _scan(self, rows: calls.TrackedRows, flags: int, known: memoryview) -> calls.Found:
+        return calls.round_(
+            self._process.pagemap.fileno(), self._uffd.fileno(), rows, self._flags | flags, known
+        )
+
+    # Rounds
+
+    def collect(self) -> Pending:
+        """Return what was written since the last call, and protect it again."""
+        layout = self._follow()
+        found = self._scan(self._tracked, 0, self._known)
+        result = Pending(found.written, found.dropped, NO_RANGES, tuple(layout))
+        self._known = found.known
+        errors = self._tracked.errors()
+        if errors:
+            result = result.plus(self._look_after(errors, layout))
+        return result
+
+    def peek(self) -> Pending:
+        """Return what `collect` would, and change nothing."""
+        mappings = self._process.mappings()
+        layout: list[LayoutChange] = []
+        if mappings != self._mappings:
+            layout = _layout.changes(*self._both(mappings))
+        found = self._scan(self._tracked, calls.PEEK, self._known)
+        unsure = _rows.packed(
+            (self._rows[index].start, self._rows[index].end) for index, _ in self._tracked.errors()
+        )
+        return Pending(found.written, found.dropped, unsure, tuple(layout))
+
+    def mapped(self) -> memoryview:
+        """Return what is tracked, packed."""
+        return _rows.packed(_rows.merged((row.start, row.end) for row in self._rows))
+
+    def _both(self, mappings: Mappings) -> tuple[list[Mapping], list[Mapping]]:
+        old, new = (
+            [m for m in _rows.in_scope(which, self._scope) if _rows.is_tracked_kind(m)]
+            for which in (self._mappings, mappings)
+        )
+        return old, new
+
+    def _follow(self) -> list[LayoutChange]:
+        """Read the mappings again, and scan those that are there now."""
+        mappings = self._process.mappings()
+        if mappings == self._mappings:
+            return []
+        layout = _layout.changes(*self._both(mappings))
+        rows = self._wanted(mappings)
+        self._mappings = mappings
+        self._set_rows(rows)
+        return layout
+
+    def _look_after(self, errors: list[tuple[int, int]], layout: list[LayoutChange]) -> Pending:
+        """Register what is not, and report it as new; what cannot be looked at is unsure."""
+        new: list[Row] = []
+        unsure: list[Span] = []
+        lost: list[Row] = []
+        for index, code in errors:
+            row = self._rows[index]
+            if code != errno.EPERM:
+                unsure.append((row.start, row.end))
+            elif self._register(row):
+                new.append(row)
+            else:
+                lost.append(row)
+        told = [change for change in layout if not isinstance(change, Unmapped)]
+        replaced = [row for row in new if not _covered(row, told)]
+        unsure += [(row.start, row.end) for row in lost if not _covered(row, told)]
+        result = self._new(new)
+        if lost:
+            self._set_rows([row for row in self._rows if row not in lost])
+        more = [
+            change
+            for row in replaced
+            for change in (Unmapped(row.start, row.end), Mapped(row.start, row.end, row.mapping))
+        ]
+        return result.plus(Pending(NO_RANGES, NO_RANGES, _rows.packed(sorted(unsure)), tuple(more)))
+
+    def _new(self, rows: Iterable[Row]) -> Pending:
+        """Protect mappings that were registered now; report all that they have."""
+        huge = [row for row in rows if row.track is Track.HUGE]
+        others = [row for row in rows if row.track is not Track.HUGE]
+        for row in huge:
+            try:
+                self._uffd.writeprotect(row)
+            except UffdOSError:  # gone again: the next round says so
+                self._process.check()
+        tracked = calls.TrackedRows([row.packed() for row in others])
+        found = self._scan(tracked, 0, NO_RANGES)
+        self._known = calls.union(self._known, found.known)
+        unsure = _rows.packed((others[i].start, others[i].end) for i, _ in tracked.errors())
+        whole = _rows.packed(_rows.merged((row.start, row.end) for row in huge))
+        return Pending(calls.union(found.written, whole), found.dropped, unsure)
+
+    # What is not seen
+
+    def blind(self) -> list[Blind]:
+        """Return what cannot be seen of the mappings."""
+        seen = [b for row in self._rows for b in _blind.of_mapping(row.mapping, sees_drops=False)]
+        return [*seen, *self._refused.values()]
+
+    def close(self) -> None:
+        """Unregister what was registered, for a userfaultfd that stays open."""
+        for row in self._rows:
+            try:
+                self._uffd.unregister(row)
+            except UffdOSError:  # unmapped, or its process is gone
+                continue
+
+
+def _covered(row: Row, changes: Iterable[LayoutChange]) -> bool:
+    return any(change.start <= row.start and row.end <= change.end for change in changes)
+
+
+@cache
+def sees_holes() -> bool:
+    """Return whether one PAGEMAP_SCAN with several categories reports pages that were dropped.
+
+    Before two fixes of July 2026 ("PAGEMAP_SCAN written state for PMD holes") it reports neither
+    single pages nor page tables that are empty again. Asked of memory of this process.
+    """
+    length = 2 * HUGE_PAGE_2M
+    wanted = PageCategory.WRITTEN | PageCategory.PRESENT | PageCategory.SWAPPED
+    with (
+        Userfaultfd(features=supported(), user_mode_only=True) as uffd,
+        Region.anonymous(length) as region,
+        Pagemap() as pagemap,
+    ):
+        if not uffd.features & Feature.WP_UNPOPULATED:
+            return False
+        uffd.register(region, mode=RegisterMode.WP)
+        with suppress(UffdOSError):  # no transparent huge pages
+            region.madvise(mmap.MADV_HUGEPAGE, HUGE_PAGE_2M, HUGE_PAGE_2M)
+        region.write(0, b"x")
+        region.write(HUGE_PAGE_2M, b"x")
+        uffd.writeprotect(region)
+        region.madvise(mmap.MADV_DONTNEED, 0, PAGE_SIZE)
+        region.madvise(mmap.MADV_DONTNEED, HUGE_PAGE_2M, HUGE_PAGE_2M)
+        found = pagemap.scan(region, category_mask=PageCategory.WRITTEN, return_mask=wanted).ranges
+        return found.bytes == PAGE_SIZE + HUGE_PAGE_2M
+
+
+def offered() -> Feature:
+    """Return the features of this kernel."""
+    return probe_api(os.O_CLOEXEC | USER_MODE_ONLY)[0]
+
+
+def supported() -> Feature:
+    """Return what this kernel has of the features that tracking uses."""
+    return WANTED & offered()

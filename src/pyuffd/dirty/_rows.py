@@ -1,0 +1,111 @@
+"""Which mappings are tracked, in which way, and clipping them to what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pyuffd import _dirty_calls as calls
+from pyuffd._dirty_calls import Backing, Track
+from pyuffd.remote._mappings import Mapping, MappingKind, Mappings, clipped
+
+# Protecting a hole makes page tables: 4 KiB for each 2 MiB. Up to this size nobody minds.
+DENSE_BYTES = 64 << 20
+# Above it a mapping must be populated to a quarter.
+DENSE_PART = 4
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One mapping, or its part that is asked for, and how it is tracked."""
+
+    mapping: Mapping
+    track: Track
+
+    @property
+    def start(self) -> int:
+        """First address."""
+        return self.mapping.start
+
+    @property
+    def end(self) -> int:
+        """The address behind the last."""
+        return self.mapping.end
+
+    @property
+    def length(self) -> int:
+        """Size in bytes."""
+        return self.mapping.length
+
+    @property
+    def page_size(self) -> int:
+        """The unit of its faults."""
+        return self.mapping.page_size
+
+    @property
+    def backing(self) -> Backing:
+        """What a page has that is in no page table."""
+        if not self.mapping.inode:
+            return Backing.ZERO
+        return Backing.FILE if self.mapping.shared else Backing.COPIED
+
+    def packed(self) -> tuple[int, int, Track, Backing]:
+        """Return it for C."""
+        return self.start, self.end, self.track, self.backing
+
+
+def in_scope(mappings: Mappings, scope: Sequence[Span] | None) -> Iterator[Mapping]:
+    """Yield the mappings, or their parts, inside sorted spans; all of them if there are none."""
+    if scope is None:
+        yield from mappings
+        return
+    spans = iter(scope)
+    span = next(spans, None)
+    for mapping in mappings:
+        while span is not None and span[1] <= mapping.start:
+            span = next(spans, None)
+        while span is not None and span[0] < mapping.end:
+            yield clipped(mapping, *span)
+            if span[1] > mapping.end:
+                break
+            span = next(spans, None)
+        if span is None:
+            return
+
+
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """Return sorted spans; those that touch or overlap become one."""
+    result: list[Span] = []
+    for start, end in sorted(spans):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
+
+
+def packed(spans: Iterable[Span]) -> memoryview:
+    """Return sorted spans as C takes them."""
+    words = [word for start, end in spans for word in (start, end, 0)]
+    return memoryview(b"".join(word.to_bytes(8, "little") for word in words)).cast("Q")
+
+
+def chosen_track(mapping: Mapping, pagemap_fd: int, *, may_be_dense: bool) -> Track:
+    """Choose how to track a mapping that has not been seen before."""
+    if mapping.kind is MappingKind.HUGETLB:
+        return Track.HUGE
+    if mapping.inode or mapping.shared:
+        return Track.DENSE  # reclaim drops written pages of a file without a trace but the marker
+    if not may_be_dense:
+        return Track.SPARSE
+    if mapping.length <= DENSE_BYTES:
+        return Track.DENSE
+    filled = calls.populated(pagemap_fd, mapping.start, mapping.end)
+    return Track.DENSE if filled * DENSE_PART >= mapping.length else Track.SPARSE
+
+
+def is_tracked_kind(mapping: Mapping) -> bool:
+    """Whether the kernel has a page table for it that says what is written."""
+    return mapping.kind is not MappingKind.SPECIAL

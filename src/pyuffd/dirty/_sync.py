@@ -1,0 +1,156 @@
+"""Tracking by write-protect faults, which the engine resolves: each first write waits for it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from pyuffd import _dirty_calls as calls
+from pyuffd._abi import Feature, PageBit, RegisterMode
+from pyuffd._dirty_calls import Track
+from pyuffd._errors import LayoutChangedError, UffdOSError
+from pyuffd._uffd import Userfaultfd
+from pyuffd.dirty import _blind, _layout, _rows
+from pyuffd.dirty._blind import Blind, BlindReason
+from pyuffd.dirty._round import Pending
+from pyuffd.dirty._rows import Row, Span
+from pyuffd.handlers import Handler, PageState
+from pyuffd.remote._mappings import Mapping, Mappings, clipped
+from pyuffd.remote._process import Process
+
+WANTED = (
+    Feature.PAGEFAULT_FLAG_WP
+    | Feature.WP_HUGETLBFS_SHMEM
+    | Feature.WP_UNPOPULATED
+    | Feature.EVENT_REMOVE
+    | Feature.EVENT_UNMAP
+    | Feature.EVENT_REMAP
+)
+NEEDED = Feature.PAGEFAULT_FLAG_WP
+
+_AS_WRITTEN = (PageState.DIRTY, PageState.IN_FLIGHT)
+NO_RANGES = calls.NO_RANGES
+
+
+class SyncMethod:
+    """The mappings of a process inside a scope, served for write-protect faults."""
+
+    def __init__(self, process: Process, uffd: Userfaultfd, scope: Sequence[Span] | None) -> None:
+        self._process = process
+        self._scope = scope
+        self._refused: dict[Mapping, Blind] = {}
+        self._rows: list[Row] = []
+        self._mappings: Mappings = process.mappings()
+        self._handler = Handler(uffd, driver="native")
+        try:
+            self._handler.start()
+            for mapping in _rows.in_scope(self._mappings, scope):
+                self._serve(mapping)
+        except BaseException:
+            self._handler.stop()
+            raise
+
+    def _serve(self, mapping: Mapping) -> bool:
+        """Serve and protect a mapping; note why if that is refused."""
+        if mapping in self._refused:
+            return False
+        row = Row(mapping, Track.DENSE)
+        reason = BlindReason.NOT_REGISTERED
+        try:
+            if not _rows.is_tracked_kind(mapping):
+                reason, detail = BlindReason.SPECIAL, mapping.path
+            else:
+                self._handler.serve(row, None, mode=RegisterMode.WP)
+                self._handler.writeprotect(row)
+                self._rows.append(row)
+                return True
+        except UffdOSError as error:
+            if error.errno == errno.EBUSY:
+                reason = BlindReason.BUSY
+            detail = f"{os.strerror(error.errno or 0)}: {mapping.path or mapping.kind.value}"
+        self._refused[mapping] = Blind(mapping.start, mapping.end, reason, detail)
+        return False
+
+    def collect(self) -> Pending:
+        """Return what was written since the last call, and protect it again."""
+        mappings = self._process.mappings()
+        written, dropped, unsure = NO_RANGES, NO_RANGES, NO_RANGES
+        gone = []
+        for row in self._rows:
+            try:
+                states = self._handler.writeprotect(row)
+            except (LayoutChangedError, ValueError):
+                gone.append(row)
+                continue
+            more = self._split(row, states)
+            written = calls.union(written, more.written)
+            dropped = calls.union(dropped, more.dropped)
+        result = Pending(written, dropped, unsure)
+        if mappings != self._mappings or gone:
+            result = result.plus(self._follow(mappings, gone))
+        return result
+
+    def peek(self) -> Pending:
+        """Return what `collect` would, and change nothing."""
+        found = Pending()
+        for row in self._rows:
+            try:
+                found = found.plus(self._split(row, self._handler.page_states(row)))
+            except (LayoutChangedError, ValueError):
+                found = found.plus(Pending(unsure=_rows.packed([(row.start, row.end)])))
+        return found
+
+    def _follow(self, mappings: Mappings, gone: Iterable[Row]) -> Pending:
+        """Serve what is new, and let go what is gone."""
+        old, new = (
+            [m for m in _rows.in_scope(which, self._scope) if _rows.is_tracked_kind(m)]
+            for which in (self._mappings, mappings)
+        )
+        layout = _layout.changes(old, new)
+        self._mappings = mappings
+        self._rows = [row for row in self._rows if row not in gone]
+        fresh: list[Span] = []
+        for row in gone:
+            with suppress(UffdOSError, ValueError):
+                self._handler.unserve(row)
+        served = [(row.start, row.end) for row in self._rows]
+        for mapping in new:
+            rest = calls.subtract(
+                _rows.packed([(mapping.start, mapping.end)]), _rows.packed(sorted(served))
+            )
+            for start, end in zip(rest[0::3], rest[1::3], strict=True):
+                part = clipped(mapping, start, end)
+                if self._serve(part) or any(row.start < end and start < row.end for row in gone):
+                    fresh.append((start, end))
+        return Pending(_rows.packed(_rows.merged(fresh)), NO_RANGES, NO_RANGES, tuple(layout))
+
+    def mapped(self) -> memoryview:
+        """Return what is tracked, packed."""
+        return _rows.packed(_rows.merged((row.start, row.end) for row in self._rows))
+
+    def blind(self) -> list[Blind]:
+        """Return what cannot be seen of the mappings."""
+        seen = [b for row in self._rows for b in _blind.of_mapping(row.mapping, sees_drops=True)]
+        return [*seen, *self._refused.values()]
+
+    def close(self) -> None:
+        """Stop the engine: the protection is lifted and the ranges are unregistered."""
+        self._handler.stop()
+
+    def _split(self, row: Row, states: bytes) -> Pending:
+        """Return the written and the dropped pages of a row."""
+        written = NO_RANGES
+        for state in _AS_WRITTEN:
+            runs = calls.state_runs(states, row.start, row.page_size, state)
+            written = calls.union(written, runs)
+        removed = calls.state_runs(states, row.start, row.page_size, PageState.REMOVED)
+        if row.mapping.inode:
+            return Pending(calls.union(written, removed))
+        # The event of MADV_FREE is the same, and its pages keep their content until reclaim.
+        present = NO_RANGES
+        for start, end in zip(removed[0::3], removed[1::3], strict=True):
+            entries = self._process.pagemap.read(start, end - start)
+            present = calls.union(present, entries.where(PageBit.PRESENT).memoryview())
+        return Pending(calls.union(written, present), calls.subtract(removed, present))

@@ -1,0 +1,311 @@
+"""`DirtyTracker`: rounds of what is written, of this process and of others."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Literal, Protocol
+
+from pyuffd import _dirty_calls as calls
+from pyuffd._abi import Feature
+from pyuffd._arguments import shown
+from pyuffd._closing import Closing
+from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError
+from pyuffd._pages import PAGE_SIZE, RangeLike, check_range, page_size_of, resolve_range
+from pyuffd._uffd import Userfaultfd
+from pyuffd.dirty import _async, _rows
+from pyuffd.dirty._blind import Blind, BlindReason
+from pyuffd.dirty._round import DirtyRound, Pending, make
+from pyuffd.pagemap import PageRanges
+from pyuffd.remote import _pinned
+from pyuffd.remote._process import Process
+
+MethodName = Literal["auto", "wp-async", "wp-sync"]
+_METHODS = ("auto", "wp-async", "wp-sync")
+
+# PM_SCAN and WP_ASYNC came together, so one of them tells.
+_NO_ASYNC = "this kernel has no Feature.WP_ASYNC (Linux 6.7), which PAGEMAP_SCAN needs"
+
+
+class _Method(Protocol):
+    def collect(self) -> Pending: ...
+
+    def peek(self) -> Pending: ...
+
+    def mapped(self) -> memoryview: ...
+
+    def blind(self) -> list[Blind]: ...
+
+    def close(self) -> None: ...
+
+
+class DirtyTracker(Closing):
+    """Track which pages are written, in rounds, from the moment that this object is made.
+
+    Args:
+        target: What to track. A `Region`, another range of this process, or several of them. A
+            `Userfaultfd` of this process or another, with `ranges`.
+        ranges: Ranges of the memory that a `Userfaultfd` governs.
+        method: "wp-async" lets the kernel note writes (WP_ASYNC, PAGEMAP_SCAN): a write costs one
+            page fault of a microsecond, and nobody waits. "wp-sync" lets the engine note them, by
+            faults that the writer waits for: for kernels before Linux 6.7, and for memory without
+            a disk's file behind it. "auto" takes the first that the kernel has.
+
+    Attributes:
+        method: "wp-async" or "wp-sync".
+        reason: Why that one was taken, in one sentence.
+
+    Raises:
+        ValueError: a target without ranges that needs them, a bad range, or wp-sync with a
+            userfaultfd of USER_MODE_ONLY: system calls of the target would fail, or kill it.
+        UnsupportedFeatureError: the method that was asked for is not on this kernel.
+
+    Kernel: UFFDIO_WRITEPROTECT(2const), PAGEMAP_SCAN (Linux 6.7).
+    GIL: released while scanning.  Threads: safe.  Blocks: no.
+
+    Example:
+        >>> from pyuffd import DirtyTracker, Region
+        >>> with Region.anonymous(8192) as region, DirtyTracker(region) as tracker:
+        ...     region.write(4096, b"new")
+        ...     with tracker.collect() as round_:
+        ...         offsets = [item.start - region.start for item in round_.written]
+        ...         round_.commit()
+        >>> offsets
+        [4096]
+    """
+
+    _what = "dirty tracker"
+    _instead = "tracking is one registration of the memory"
+
+    def __init__(
+        self,
+        target: RangeLike | Iterable[RangeLike] | Userfaultfd,
+        ranges: Iterable[RangeLike] | None = None,
+        *,
+        method: MethodName = "auto",
+    ) -> None:
+        if method not in _METHODS:
+            raise ValueError(f"method {shown(method)} is not one of {', '.join(_METHODS)}")
+        self._lock = threading.Lock()
+        self._pending = Pending()
+        self._rate = 0.0
+        self._last: DirtyRound | None = None
+        self._maker = os.getpid()
+        self._pinned: memoryview = calls.NO_RANGES
+        with ExitStack() as stack:
+            process, uffd, scope = self._parts(target, ranges, method, stack)
+            self._process = process
+            self._uffd = uffd
+            self._method = self._made(process, uffd, scope)
+            stack.callback(self._method.close)
+            self._pinned = self._pins()
+            self._since = time.monotonic()
+            self._open: ExitStack | None = stack.pop_all()
+
+    def _parts(
+        self,
+        target: object,
+        ranges: Iterable[RangeLike] | None,
+        method: MethodName,
+        stack: ExitStack,
+    ) -> tuple[Process, Userfaultfd, Sequence[_rows.Span] | None]:
+        """Return process, userfaultfd and scope; what is made here is closed by `stack`."""
+        if isinstance(target, Userfaultfd):
+            if ranges is None:
+                raise ValueError(f"{target!r} needs ranges=: which memory is to be tracked?")
+            if target.owner_pid is None:
+                raise ValueError(
+                    f"{target!r} does not say whose memory it governs: set owner_pid first"
+                )
+            self.method, self.reason = _chosen(method, target.features, of_uffd=True)
+            process = stack.enter_context(Process(target.owner_pid))
+            return process, target, _spans(ranges)
+        if ranges is not None:
+            raise ValueError("ranges= goes with a Userfaultfd")
+        several = [target] if hasattr(target, "length") else target
+        scope = _spans(several)  # type: ignore[arg-type]
+        self.method, self.reason = _chosen(method, _async.supported())
+        process = stack.enter_context(Process(os.getpid()))
+        uffd = stack.enter_context(_own_uffd(self.method))
+        return process, uffd, scope
+
+    def _made(
+        self, process: Process, uffd: Userfaultfd, scope: Sequence[_rows.Span] | None
+    ) -> _Method:
+        if self.method == "wp-async":
+            return _async.AsyncMethod(process, uffd, scope)
+        from pyuffd.dirty import _sync  # brings the engine
+
+        return _sync.SyncMethod(process, uffd, scope)
+
+    # Rounds
+
+    def collect(self) -> DirtyRound:
+        """Return what changed since the last committed round, and begin the next one.
+
+        Reading and protecting a page again are one step: a write is in this round or in the next
+        one. What a round had that was not committed is in the next one again.
+
+        Raises:
+            ProcessGoneError: ESRCH - the target has exited, or replaced its memory.
+            ClosedError: closed.
+
+        GIL: released while scanning.  Blocks: no.
+        """
+        with self._lock:
+            self._check_open()
+            now = time.monotonic()
+            new = self._with_pins(self._method.collect())
+            seconds, self._since = now - self._since, now
+            written = PageRanges(new.written).bytes
+            self._rate = written / seconds if seconds > 0 else 0.0
+            pending = self._pending
+            if new.layout and (len(pending.written) or len(pending.dropped)):
+                pending = pending.within(self._method.mapped())
+            self._pending = pending.plus(new)
+            self._last = make(self._pending, seconds, self._commit)
+            return self._last
+
+    def peek(self) -> DirtyRound:
+        """Return what `collect` would, without protecting anything or ending the round.
+
+        Raises:
+            ProcessGoneError: ESRCH - the target has exited, or replaced its memory.
+            ClosedError: closed.
+        """
+        with self._lock:
+            self._check_open()
+            seconds = time.monotonic() - self._since
+            pending = self._pending.plus(self._with_pins(self._method.peek(), peek=True))
+            return make(pending, seconds, None)
+
+    def _commit(self, round_: DirtyRound) -> None:
+        with self._lock:
+            if round_ is not self._last:
+                raise ValueError("a later round has been collected: commit that one")
+            self._pending = Pending()
+
+    def _with_pins(self, found: Pending, *, peek: bool = False) -> Pending:
+        """Add the pinned buffers, of before the scan and of after it."""
+        pins = self._pins()
+        both = calls.union(pins, self._pinned)
+        if not peek:
+            self._pinned = pins
+        if not len(both):
+            return found
+        return found.plus(Pending(unsure=calls.intersect(both, self._method.mapped())))
+
+    def _pins(self) -> memoryview:
+        spans = _rows.merged(
+            (pin.start - pin.start % PAGE_SIZE, -(-pin.end // PAGE_SIZE) * PAGE_SIZE)
+            for pin in _pinned.buffers(self._process.pid)
+        )
+        return _rows.packed(spans)
+
+    @property
+    def rate(self) -> float:
+        """Bytes written a second between the last two rounds; a page counts once a round."""
+        return self._rate
+
+    @property
+    def blind(self) -> tuple[Blind, ...]:
+        """What cannot be seen, in ascending order, with the reason of each range.
+
+        A change that is neither in a round nor in here is a bug.
+        """
+        with self._lock:
+            self._check_open()
+            found = self._method.blind()
+        for pin in _pinned.buffers(self._process.pid):
+            found.append(Blind(pin.start, pin.end, BlindReason.PINNED, pin.detail))
+        return tuple(sorted(found, key=lambda blind: (blind.start, blind.end, blind.reason.value)))
+
+    # Ending
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._open is None
+
+    def close(self) -> None:
+        """Lift the protection and unregister; the target runs on at full speed."""
+        with self._lock:
+            stack, self._open = self._open, None
+        if stack is not None and self._maker == os.getpid():
+            stack.close()
+
+    def _check_open(self) -> None:
+        if self._open is None:
+            raise ClosedError("this tracker is closed")
+        if self._maker != os.getpid():
+            raise ClosedError(f"this tracker belongs to process {self._maker}, not to its fork")
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", None) is not None and self._maker == os.getpid():
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else self.method
+        return f"<DirtyTracker of process {self._process.pid}: {state}>"
+
+
+def _spans(ranges: Iterable[RangeLike]) -> list[_rows.Span]:
+    found = []
+    for item in ranges:
+        start, length = resolve_range(item, None, name="ranges")
+        check_range(start, length, page_size_of(item))
+        found.append((start, start + length))
+    if not found:
+        raise ValueError("no ranges to track")
+    return _rows.merged(found)
+
+
+def _chosen(
+    method: MethodName, features: Feature, *, of_uffd: bool = False
+) -> tuple[Literal["wp-async", "wp-sync"], str]:
+    """Return the method to take, and why."""
+    has_async = bool(features & _async.NEEDED)
+    lack = "the userfaultfd was opened without Feature.WP_ASYNC" if of_uffd else _NO_ASYNC
+    if method == "wp-async" and not has_async:
+        raise UnsupportedFeatureError(
+            22,
+            "tracking by wp-async",
+            hint=lack,
+            requested=int(_async.NEEDED),
+            supported=int(features),
+            missing=int(_async.NEEDED),
+        )
+    if method == "wp-sync" and of_uffd and has_async:
+        raise ValueError("the userfaultfd was opened with Feature.WP_ASYNC: nothing waits for it")
+    if method == "auto":
+        if has_async:
+            return "wp-async", "the kernel notes writes by itself (WP_ASYNC)"
+        return "wp-sync", lack
+    return method, "it was asked for"
+
+
+def _wanted(method: str) -> Feature:
+    if method == "wp-async":
+        return _async.WANTED
+    from pyuffd.dirty import _sync
+
+    return _sync.WANTED
+
+
+def _offered(method: str) -> Feature:
+    offered = _async.offered()
+    needed = _async.NEEDED if method == "wp-async" else Feature.PAGEFAULT_FLAG_WP
+    if not offered & needed:
+        raise UffdError(f"this kernel cannot write-protect memory: {needed!r} is missing")
+    return offered
+
+
+def _own_uffd(method: str) -> Userfaultfd:
+    """Open a userfaultfd of this process; wp-async needs no privilege."""
+    features = _wanted(method) & _offered(method)
+    return Userfaultfd(features=features, user_mode_only=method == "wp-async")

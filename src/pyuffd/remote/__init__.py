@@ -1,0 +1,12 @@
+"""`Process`: a running process that nobody prepared, seen from outside (layer L5).
+
+Its mappings, memory, page table and threads; stopping it; a userfaultfd of its memory. What it
+writes is tracked by `pyuffd.dirty`.
+"""
+
+from __future__ import annotations
+
+from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
+from pyuffd.remote._process import Copied, Process, Thread
+
+__all__ = ["Copied", "Mapping", "MappingKind", "Mappings", "Process", "Thread"]

@@ -1,0 +1,342 @@
+"""`Process`: mappings, memory, page table and threads of a running process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyuffd import _remote_calls as calls
+from pyuffd._arguments import check_buffer, check_descriptor, check_int, check_pid, shown
+from pyuffd._closing import Closing
+from pyuffd._errors import ClosedError, UffdOSError, raise_errno
+from pyuffd._owned import Descriptor
+from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, resolve_range
+from pyuffd.pagemap import Pagemap, PageRanges
+from pyuffd.regions import Region
+from pyuffd.remote._mappings import Kinds, Mappings, read_mappings, with_details
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_PTRACE_HINT = "looking at another user's process needs CAP_SYS_PTRACE"
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """One thread of a process.
+
+    Attributes:
+        tid: Its id, in this process's PID namespace.
+        name: Its name.
+        state: The letter of /proc/PID/stat: R runs, S sleeps, D waits uninterruptibly, T is
+            stopped by a signal, t by a tracer, Z has ended.
+    """
+
+    tid: int
+    name: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """The result of `Process.copy`.
+
+    Attributes:
+        bytes: Bytes in place, those of lost pages included.
+        lost: Pages that could not be read, in whose place are zeros: unmapped since, without
+            permission to read, poisoned, or behind the end of their file.
+    """
+
+    bytes: int
+    lost: PageRanges
+
+
+class Process(Closing):
+    """Look at a running process from outside; it needs no preparation and notices nothing.
+
+    The object belongs to one process and to the memory that it has now: after its exit, or an
+    execve(2), every call raises ProcessGoneError, also if another process has its id by then.
+
+    Args:
+        pid: The process, in this process's PID namespace; any of its threads will do.
+
+    Attributes:
+        pid: Its id.
+        pagemap: Its page table, a `Pagemap`, with PAGEMAP_SCAN.
+
+    Raises:
+        ValueError: a `pid` below 1.
+        ProcessGoneError: ESRCH - no such process; a kernel thread, or one that is exiting: it has
+            no memory.
+        UffdPermissionError: EACCES, EPERM - another user's process, without CAP_SYS_PTRACE.
+
+    Kernel: pidfd_open(2), proc_pid_maps(5), proc_pid_pagemap(5).
+    GIL: released.  Threads: safe, except for close().  Blocks: no, unless a method says so.
+
+    Example:
+        >>> import os
+        >>> from pyuffd import Process
+        >>> with Process(os.getpid()) as process:
+        ...     stack = next(m for m in process.mappings() if m.path == "[stack]")
+        ...     len(process.read(stack.end - 4096, 4096))
+        4096
+    """
+
+    _what = "process"
+    _instead = "make another with Process(pid)"
+
+    def __init__(self, pid: int) -> None:
+        check_pid("pid", pid)
+        self.pid = pid = check_int("pid", pid)
+        self._maker = os.getpid()
+        self._maps = Descriptor()
+        try:
+            descriptor = Descriptor.of_process(pid)
+        except OSError as error:
+            code = error.errno or errno.ESRCH
+            if code != errno.EINVAL and code != errno.ENOENT:  # Linux 6.9 says ENOENT of a thread
+                raise_errno(f"pidfd_open {pid}", code)
+            self.pid = pid = _leader(pid)
+            descriptor = Descriptor.of_process(pid)
+        with descriptor:
+            self.pagemap = Pagemap(pid)
+            try:
+                self._maps = _open(f"/proc/{pid}/maps")
+                self._kinds = Kinds(pid, self._maps.number)
+                self._pidfd = descriptor.moved()
+                self.mappings()  # a process without memory is refused
+                self.check()
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._maps.is_open
+
+    def fileno(self) -> int:
+        """Return the pidfd, which stays this object's; it is readable once the process has ended.
+
+        Raises:
+            ClosedError: closed, or called in a fork of the process that made the object.
+        """
+        if self.closed:
+            raise ClosedError("this process object is closed")
+        if self._maker != os.getpid():
+            raise ClosedError(f"this object belongs to process {self._maker}, not to its fork")
+        return self._pidfd.number
+
+    def close(self) -> None:
+        """Close the descriptors; the process is not touched. A second call does nothing."""
+        self._maps.close()
+        self.pagemap.close()
+        if hasattr(self, "_pidfd"):
+            self._pidfd.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pidfd") and not self.closed and self._maker == os.getpid():
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Process {self.pid}{' closed' if self.closed else ''}>"
+
+    # Whether it is the same
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still is the same process with the same memory: no exit, no execve(2)."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        if poll.poll(0):
+            return False
+        try:
+            return bool(calls.is_alive(self.pagemap.fileno()))
+        except UffdOSError:
+            return False
+
+    def check(self) -> None:
+        """Raise ProcessGoneError unless it still is the same process with the same memory."""
+        if not self.is_running:
+            raise_errno(
+                f"process {self.pid}",
+                errno.ESRCH,
+                hint="it has exited, or has replaced its memory (execve)",
+            )
+
+    # Mappings and threads
+
+    def mappings(self, *, details: bool = False) -> Mappings:
+        """Read its mappings.
+
+        Args:
+            details: Read the VmFlags too, from smaps: the kernel then walks the page tables of the
+                whole process, which takes milliseconds per GiB.
+
+        Returns:
+            All mappings, in ascending order. The kernel reads them piecemeal: for one moment's
+            state stop the process.
+
+        Raises:
+            ProcessGoneError: ESRCH - it has exited, or replaced its memory.
+        """
+        self.fileno()
+        found = read_mappings(self._maps.number, self.pid, self._kinds)
+        return with_details(found, self.pid) if details else found
+
+    def threads(self) -> list[Thread]:
+        """Return its threads, in the kernel's order.
+
+        Raises:
+            ProcessGoneError: ESRCH - it has exited, or replaced its memory.
+        """
+        found = list(_threads(self.pid))
+        self.check()
+        return found
+
+    # Memory
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return memory as bytes; for more than a little use `copy`.
+
+        Raises:
+            ValueError: a bad range.
+            UffdOSError: EFAULT - a page of the range cannot be read; `start` is its address.
+            ProcessGoneError: ESRCH - it has exited, or replaced its memory.
+        """
+        _check_bytes(start, length)
+        target = bytearray(length)
+        if length:
+            copied = self.copy(_packed(start, start + length), target)
+            if len(copied.lost):
+                raise_errno("process_vm_readv", errno.EFAULT, copied.lost[0].start, PAGE_SIZE)
+        return bytes(target)
+
+    def copy(
+        self,
+        ranges: PageRanges | RangeLike,
+        target: Buffer | Region | int | object,
+        *,
+        base: int | None = None,
+        offset: int = 0,
+    ) -> Copied:
+        """Copy memory to a buffer, a region or a file, without a Python object on the way.
+
+        Args:
+            ranges: What to copy: a round's `written`, one mapping, or any range object.
+            target: A writable buffer, a `Region` of this process, or a file: a descriptor or an
+                open file that is written with pwrite(2).
+            base: None packs the ranges, one behind the other. An address puts each byte at its
+                distance from it: a mapping's `start` makes an image of that mapping.
+            offset: Where in the target to begin, in bytes.
+
+        Returns:
+            How much was copied, and what could not be read.
+
+        Raises:
+            ValueError: the target is too small for the ranges, or a range begins below `base`.
+            ProcessGoneError: ESRCH - it has exited, or replaced its memory; what was copied is
+                worthless.
+            UffdOSError: ENOSPC, EIO - writing the file failed.
+
+        Kernel: process_vm_readv(2), 512 ranges a call.  GIL: released.
+        """
+        packed = ranges if isinstance(ranges, PageRanges) else _packed(*_span(ranges))
+        view = packed.memoryview()
+        if base is not None:
+            check_int("base", base, 0, ADDRESS_LIMIT - 1)
+            if len(packed) and packed[0].start < base:
+                raise ValueError(f"range {packed[0].start:#x} begins below base {base:#x}")
+        check_int("offset", offset, 0)
+        self.fileno()
+        if isinstance(target, Region):
+            start, size = _place(target, offset)
+            self._check_fits(packed, size, base)
+            lost, done = calls.read_ranges_to(self.pid, view, start, size, base)
+        elif isinstance(target, int) or hasattr(target, "fileno"):
+            fd = check_descriptor("target", target)
+            lost, done = calls.read_ranges_to_file(self.pid, view, fd, offset, base)
+        else:
+            check_buffer("target", target)
+            with memoryview(target) as buffer, buffer.cast("B") as all_bytes:  # type: ignore[arg-type]
+                if all_bytes.readonly:
+                    raise ValueError("target is a read-only buffer")
+                part = all_bytes[offset:]
+                self._check_fits(packed, len(part), base)
+                lost, done = calls.read_ranges(self.pid, view, part, base)
+                part.release()
+        self.check()  # afterwards: the pid and the memory were the same all the time
+        return Copied(done, PageRanges(lost))
+
+    def _check_fits(self, ranges: PageRanges, size: int, base: int | None) -> None:
+        wanted = ranges.bytes
+        if base is not None and len(ranges):
+            wanted = ranges[-1].end - base
+        if wanted > size:
+            raise ValueError(f"the target has {size:#x} bytes, the ranges need {wanted:#x}")
+
+
+def _place(region: Region, offset: int) -> tuple[int, int]:
+    if not region.writable:
+        raise ValueError(f"target {shown(region)} is read-only")
+    if offset > region.length:
+        raise ValueError(f"offset {offset:#x} is behind the region's end, {region.length:#x}")
+    return region.start + offset, region.length - offset
+
+
+def _span(ranges: RangeLike) -> tuple[int, int]:
+    start, length = resolve_range(ranges, None, name="ranges")
+    _check_bytes(start, length)
+    return start, start + length
+
+
+def _check_bytes(start: int, length: int) -> None:
+    check_int("start", start, 0)
+    check_int("length", length, 0)
+    if start + length > ADDRESS_LIMIT:
+        raise ValueError(f"range {start:#x} + {length:#x} crosses the end of the address space")
+
+
+def _packed(start: int, end: int) -> PageRanges:
+    return PageRanges(memoryview(struct.pack("=3Q", start, end, 0)).cast("Q"))
+
+
+def _open(path: str) -> Descriptor:
+    try:
+        return Descriptor.open(path, os.O_RDONLY)
+    except OSError as error:
+        code = error.errno or errno.EIO
+        if code == errno.ENOENT:
+            code = errno.ESRCH
+        raise_errno(f"open {path}", code, hint="" if code == errno.ESRCH else _PTRACE_HINT)
+
+
+def _leader(tid: int) -> int:
+    """Return the process of a thread."""
+    try:
+        text = Path(f"/proc/{tid}/status").read_text()
+    except OSError:
+        raise_errno(f"process {tid}", errno.ESRCH)
+    return int(text.split("\nTgid:", 1)[1].split(None, 1)[0])
+
+
+def _threads(pid: int) -> Iterator[Thread]:
+    try:
+        names = sorted(os.listdir(f"/proc/{pid}/task"), key=int)
+    except OSError:
+        return
+    for name in names:
+        try:
+            text = Path(f"/proc/{pid}/task/{name}/stat").read_text(errors="replace")
+        except OSError:  # it has ended
+            continue
+        before, _, after = text.rpartition(")")
+        yield Thread(int(name), before.partition("(")[2], after.split()[0])

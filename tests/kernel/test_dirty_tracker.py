@@ -1,0 +1,332 @@
+"""`DirtyTracker` on memory of this process: rounds, what they promise, and bad arguments."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import pytest
+
+from pyuffd import (
+    BlindReason,
+    ClosedError,
+    DirtyTracker,
+    Feature,
+    PageRanges,
+    Process,
+    Region,
+    UnsupportedFeatureError,
+    Userfaultfd,
+    _memory,
+)
+from pyuffd._dirty_calls import Track
+from pyuffd.dirty import Mapped, Unmapped, _async, _rows
+from pyuffd.testing import needs
+from pyuffd.testing._needs import needs_kernel_faults
+from tests._child import run_child
+from tests._memory import PAGE, Memory, memory_of, memory_params
+
+pytestmark = needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM)
+FIXED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+
+
+@pytest.fixture
+def memory(request: pytest.FixtureRequest) -> Iterator[Memory]:
+    made = memory_of(request.param)
+    yield made
+    made.close()
+
+
+def pages(region: Region, ranges: PageRanges) -> list[int]:
+    size = region.page_size
+    return [
+        index
+        for item in ranges
+        for index in range((item.start - region.start) // size, (item.end - region.start) // size)
+    ]
+
+
+@pytest.mark.parametrize("memory", memory_params(), indirect=True)
+def test_rounds_have_what_was_written(memory: Memory) -> None:
+    region = memory.pages(8)
+    region.write(0, b"before")
+    with DirtyTracker(region) as tracker:
+        assert not tracker.collect().written
+        region.write(3 * region.page_size, b"x")
+        region.write(5 * region.page_size, b"x")
+        assert pages(region, tracker.peek().written) == [3, 5]
+        with tracker.collect() as round_:
+            assert pages(region, round_.written) == [3, 5]
+            assert round_.seconds > 0
+        assert tracker.rate > 0
+        region.write(0, b"x")
+        with tracker.collect() as round_:
+            assert pages(region, round_.written) == [0, 3, 5], "it was not committed"
+            round_.commit()
+        with tracker.collect() as round_:
+            assert not round_.written
+
+
+@pytest.mark.parametrize(
+    "method", ["wp-async", pytest.param("wp-sync", marks=needs_kernel_faults())]
+)
+def test_an_exception_loses_nothing(method: Any) -> None:
+    with Region.anonymous(4 * PAGE) as region, DirtyTracker(region, method=method) as tracker:
+        assert tracker.method == method
+        region.write(PAGE, b"x")
+        with pytest.raises(OSError), tracker.collect():
+            raise OSError(28, "no space left")
+        with tracker.collect() as round_:
+            assert pages(region, round_.written) == [1]
+            round_.commit()
+            assert round_.committed
+
+
+def test_only_the_last_round_is_committed_and_once() -> None:
+    with Region.anonymous(PAGE) as region, DirtyTracker(region) as tracker:
+        first, second = tracker.collect(), tracker.collect()
+        with pytest.raises(ValueError, match="later round"):
+            first.commit()
+        second.commit()
+        with pytest.raises(ValueError, match="already"):
+            second.commit()
+        with pytest.raises(ValueError, match="peek"):
+            tracker.peek().commit()
+
+
+def test_dropped_pages_read_as_zeros() -> None:
+    with Region.anonymous(8 * PAGE) as region, DirtyTracker(region) as tracker:
+        region.fill(1)
+        tracker.collect().commit()
+        region.madvise(mmap.MADV_DONTNEED, PAGE, 2 * PAGE)
+        region.write(PAGE, b"again")
+        with tracker.collect() as round_:
+            assert pages(region, round_.written) == [1]
+            assert pages(region, round_.dropped) == [2]
+        region.write(2 * PAGE, b"again")
+        with tracker.collect() as round_:
+            assert pages(region, round_.written) == [1, 2], "written is no longer dropped"
+            assert not round_.dropped
+
+
+def rounds_of_a_sparse_mapping(dense_bytes: int) -> None:
+    """Memory that is mostly holes: they are not protected, and make no page tables."""
+    _rows.DENSE_BYTES = dense_bytes
+    count = 64 << 20 >> 12
+    with Region.anonymous(count * PAGE, noreserve=True) as region:
+        region.write(100 * PAGE, b"before")
+        before = page_tables()
+        with DirtyTracker(region) as tracker:
+            (row,) = tracker._method._rows  # type: ignore[attr-defined]
+            if not dense_bytes:
+                assert row.track is Track.SPARSE
+                assert page_tables() - before < 64, "KiB: only what the pages need themselves"
+            assert not tracker.collect().written
+            region.write(100 * PAGE, b"x")
+            region.write(9000 * PAGE, b"x")
+            with tracker.collect() as round_:
+                assert pages(region, round_.written) == [100, 9000]
+                assert not round_.dropped
+                round_.commit()
+            region.madvise(mmap.MADV_DONTNEED, 100 * PAGE, PAGE)
+            with tracker.collect() as round_:
+                assert not round_.written
+                assert pages(region, round_.dropped) == [100]
+                round_.commit()
+            assert not tracker.collect().dropped
+            region.madvise(mmap.MADV_DONTNEED, 8704 * PAGE, 1024 * PAGE)
+            with tracker.collect() as round_:
+                assert 9000 in pages(region, round_.dropped)
+
+
+def page_tables() -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmPTE"))
+
+
+@pytest.mark.parametrize("dense_bytes", [0, 1 << 40], ids=["sparse", "dense"])
+def test_mostly_holes(dense_bytes: int) -> None:
+    run_child(rounds_of_a_sparse_mapping, dense_bytes)
+
+
+def rounds_where_holes_are_asked_for_apart(name: str) -> None:
+    """As on kernels whose one scan does not see pages that were dropped."""
+    _async.sees_holes = lambda: False  # type: ignore[assignment]
+    memory = memory_of(name)
+    region = memory.pages(8)
+    region.fill(1)
+    with DirtyTracker(region) as tracker:
+        region.write(2 * region.page_size, b"x")
+        assert pages(region, tracker.peek().written) == [2]
+        with tracker.collect() as round_:
+            assert pages(region, round_.written) == [2]
+            round_.commit()
+        if not memory.is_hugetlb:
+            region.write(3 * region.page_size, b"x")
+            region.madvise(mmap.MADV_DONTNEED, 3 * region.page_size, region.page_size)
+            with tracker.collect() as round_:
+                assert pages(region, round_.written) + pages(region, round_.dropped) == [3]
+                round_.commit()
+        assert not tracker.collect().written
+    memory.close()
+
+
+@pytest.mark.parametrize("name", memory_params())
+def test_holes_apart(name: str) -> None:
+    run_child(rounds_where_holes_are_asked_for_apart, name)
+
+
+def new_memory_at_the_same_place() -> None:
+    """Nobody is told of MAP_FIXED; the memory is not registered, which is the alarm."""
+    with Region.anonymous(8 * PAGE) as region, DirtyTracker(region) as tracker:
+        region.fill(1)
+        tracker.collect().commit()
+        _memory.munmap(region.start + 6 * PAGE, 2 * PAGE)
+        _memory.mmap(2 * PAGE, READ_WRITE, FIXED, address=region.start + 2 * PAGE)
+        region.write(2 * PAGE, b"new")
+        with tracker.collect() as round_:
+            assert pages(region, round_.written) == [2]
+            assert pages(region, round_.dropped) == [3]
+            kinds = {type(change) for change in round_.layout}
+            assert kinds == {Mapped, Unmapped}
+            gone = [c for c in round_.layout if isinstance(c, Unmapped)]
+            assert (region.start + 6 * PAGE, region.start + 8 * PAGE) in [
+                (change.start, change.end) for change in gone
+            ]
+            round_.commit()
+        region.write(2 * PAGE, b"seen")
+        assert pages(region, tracker.collect().written) == [2]
+
+
+def test_new_memory_at_the_same_place() -> None:
+    run_child(new_memory_at_the_same_place)
+
+
+def test_several_ranges_and_numpy() -> None:
+    with (
+        Region.anonymous(4 * PAGE) as one,
+        Region.memfd(4 * PAGE) as two,
+        DirtyTracker([one, two]) as tracker,
+    ):
+        one.write(0, b"x")
+        two.write(3 * PAGE, b"x")
+        rows = numpy.asarray(tracker.collect().written)
+        assert sorted(rows[:, 0].tolist()) == sorted([one.start, two.start + 3 * PAGE])
+
+
+REASONS = {
+    "anon": set(),
+    "shmem": {BlindReason.SHARED, BlindReason.FILE_HOLES},
+    "shmem-private": {BlindReason.FILE, BlindReason.FILE_HOLES},
+    "hugetlb": {BlindReason.SHARED, BlindReason.FILE_HOLES, BlindReason.HUGE_DROPS},
+    "hugetlb-private": {BlindReason.FILE_HOLES, BlindReason.HUGE_DROPS},
+}
+
+
+@pytest.mark.parametrize("memory", memory_params(), indirect=True)
+def test_blind(memory: Memory) -> None:
+    region = memory.pages(2)
+    with DirtyTracker(region) as tracker:
+        assert {blind.reason for blind in tracker.blind} == REASONS[memory.name]
+        assert {(b.start, b.end) for b in tracker.blind} <= {
+            (region.start, region.start + region.length)
+        }
+
+
+def test_what_another_userfaultfd_holds_is_blind() -> None:
+    with Userfaultfd() as other, Region.anonymous(4 * PAGE) as region:
+        other.register(region.start, PAGE)
+        with DirtyTracker(region) as tracker:
+            assert [(b.start, b.length, b.reason) for b in tracker.blind] == [
+                (region.start, PAGE, BlindReason.BUSY)
+            ]
+            region.write(2 * PAGE, b"x")
+            assert pages(region, tracker.collect().written) == [2]
+
+
+def test_a_userfaultfd_and_its_ranges() -> None:
+    features = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
+    with Userfaultfd(features=features) as uffd, Region.anonymous(4 * PAGE) as region:
+        with pytest.raises(ValueError, match="ranges="):
+            DirtyTracker(uffd)
+        with DirtyTracker(uffd, [region]) as tracker:
+            region.write(PAGE, b"x")
+            assert pages(region, tracker.collect().written) == [1]
+        # The borrowed descriptor stays open, and nothing is registered with it any more.
+        uffd.unregister(region)
+        with Userfaultfd() as other:
+            other.register(region)
+            other.unregister(region)
+
+
+@needs_kernel_faults()
+def test_a_userfaultfd_without_async_is_served() -> None:
+    features = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
+    with Userfaultfd(features=features) as uffd, Region.anonymous(4 * PAGE) as region:
+        with pytest.raises(UnsupportedFeatureError):
+            DirtyTracker(uffd, [region], method="wp-async")
+        with DirtyTracker(uffd, [region]) as tracker:
+            assert tracker.method == "wp-sync"
+            assert "WP_ASYNC" in tracker.reason
+            region.write(PAGE, b"x")
+            assert pages(region, tracker.collect().written) == [1]
+
+
+def test_a_closed_tracker_leaves_nothing_registered() -> None:
+    with Region.anonymous(4 * PAGE) as region:
+        tracker = DirtyTracker(region)
+        tracker.close()
+        tracker.close()
+        for call in (tracker.collect, tracker.peek, lambda: tracker.blind):
+            with pytest.raises(ClosedError):
+                call()
+        with Process(os.getpid()) as process:
+            mapping = process.mappings(details=True).at(region.start)
+        assert mapping is not None
+        assert "uw" not in mapping.flags
+
+
+BAD: list[tuple[Any, dict[str, Any], type[Exception]]] = [
+    ([], {}, ValueError),
+    (5, {}, TypeError),
+    (None, {}, TypeError),
+    ("text", {}, TypeError),
+    (Region, {}, TypeError),
+]
+
+
+@pytest.mark.parametrize(("target", "options", "error"), BAD)
+def test_bad_targets(target: Any, options: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        DirtyTracker(target, **options)
+
+
+def test_bad_options() -> None:
+    with Region.anonymous(PAGE) as region:
+        with pytest.raises(ValueError, match="wp-async"):
+            DirtyTracker(region, method="soft-dirty")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="ranges="):
+            DirtyTracker(region, [region])
+
+
+def closed_in_a_fork() -> None:
+    with Region.anonymous(PAGE) as region, DirtyTracker(region) as tracker:
+        pid = os.fork()
+        if not pid:
+            try:
+                tracker.collect()
+            except ClosedError:
+                tracker.close()
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        region.write(0, b"x")
+        assert len(tracker.collect().written) == 1
+
+
+def test_closed_in_a_fork() -> None:
+    run_child(closed_in_a_fork)
