@@ -55,12 +55,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(RUN_TESTS) $(PYTEST_ARGS)
 
-# Root's: the tests once more as a user without capabilities, and where no userfaultfd can be opened.
+# Root's: the tests once more as a user without capabilities, and where no userfaultfd can be opened. There nearly all
+# are skipped: one process, as each would collect them all first.
 test-unprivileged: $(VENV)/.installed-test
 	tests/run_without_privilege $(PYTEST_ARGS)
 
 test-refused: $(VENV)/.installed-test
-	env -u PYUFFD_TESTS $(BIN)/python tests/seccomp_deny.py $(RUN_TESTS) -q tests/kernel tests/process $(PYTEST_ARGS)
+	env -u PYUFFD_TESTS $(BIN)/python tests/seccomp_deny.py $(BIN)/python -m pytest -q tests/kernel tests/process $(PYTEST_ARGS)
 
 dev: $(VENV)/.build-tools
 	$(INSTALL) . --group dev
