@@ -35,6 +35,15 @@ class Run:
     wall_s: float
 
 
+def compiler() -> dict[str, str]:
+    """Return the environment of a build: with ccache, where there is one, a mutant is one file."""
+    if "CC" in os.environ or shutil.which("ccache") is None:
+        return dict(os.environ)
+    # The copies lie in different folders, which debug information would name.
+    cache = {"CCACHE_DIR": str(BUILDS / "ccache"), "CCACHE_NOHASHDIR": "1"}
+    return {**os.environ, **cache, "CC": "ccache cc"}
+
+
 class Build:
     """A copy of the sources with one mutant, or with none."""
 
@@ -59,7 +68,9 @@ class Build:
 
     def _compile(self) -> None:
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=self.folder, env=compiler(), capture_output=True, text=True
+        )
         if done.returncode:
             raise RunError(f"{self.folder.name} does not build:\n{done.stderr[-2000:]}")
 
