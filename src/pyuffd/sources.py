@@ -18,6 +18,7 @@ from pyuffd import _memory, _source_files
 from pyuffd._arguments import check_buffer, check_int, shown
 from pyuffd._closing import Closing, SoleOwner
 from pyuffd._errors import ClosedError
+from pyuffd.regions import Region
 
 if TYPE_CHECKING:
     import asyncio
@@ -55,14 +56,15 @@ class ZeroSource:
 
 
 class BufferSource(SoleOwner):
-    """Memory of this process: bytes, bytearray, a numpy array, a memoryview of a region.
+    """Memory of this process: bytes, bytearray, a numpy array, a region or a part of one.
 
     The engine copies directly from the buffer: a page gets what the buffer holds when the page is
     filled. The object keeps the buffer alive and prevents its being resized.
 
     Args:
-        data: A contiguous buffer. Pages of it may be missing only if another handler resolves
-            their faults: a handler refuses a source in memory that it serves itself.
+        data: A contiguous buffer or a `Region`. Pages of it may be missing only if another handler
+            resolves their faults: a handler refuses a source in memory that it serves itself. A
+            region may be closed meanwhile; its memory stays mapped as long as this object lives.
 
     Raises:
         ValueError: an empty buffer.
@@ -78,7 +80,9 @@ class BufferSource(SoleOwner):
         " process, write the bytes to a memfd and make a FileSource of it"
     )
 
-    def __init__(self, data: Buffer) -> None:
+    def __init__(self, data: Buffer | Region) -> None:
+        if isinstance(data, Region):
+            data = data.memoryview()
         check_buffer("data", data)
         self.address, self._length, self._owner = _memory.buffer_address(data)
         self._view = memoryview(data)
@@ -122,6 +126,7 @@ class FileSource(Closing):
 
     _failed = "closing the file source failed"
     _instead = "it holds a descriptor; serve it by itself, or open the file once more"
+    _warns = True  # if it is forgotten; not if the program never saw it
 
     def __init__(self, file: _source_files.FileLike, offset: int = 0) -> None:
         check_int("offset", offset, 0)
@@ -166,7 +171,7 @@ class FileSource(Closing):
         self._descriptor.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor") and self._descriptor.is_open:
+        if hasattr(self, "_descriptor") and self._descriptor.is_open and self._warns:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 

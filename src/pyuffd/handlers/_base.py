@@ -125,7 +125,7 @@ class HandlerBase(SoleOwner):
         if served.alias is not None and not keep_alias:
             served.alias.close()
         if isinstance(served.region, Region):
-            served.region.was_served = True
+            served.region._note_served()
             for callback in served.on_close:
                 served.region._forget_on_close(callback)
         self._served.pop((served.id.space, served.id.start), None)  # last

@@ -65,6 +65,16 @@ class Mapping:
         """The descriptor of its file, or None."""
         return self.file.number if self.file.is_open else None
 
+    def part(self, offset: int, length: int) -> Mapping:
+        """Return the description of a part, which owns no memory and shares file and name."""
+        return replace(
+            self,
+            start=self.start + offset,
+            length=length,
+            offset=self.offset + offset,
+            memory=MappedMemory(),
+        )
+
     def without_memory(self) -> Mapping:
         """Return a copy that does not own the memory, which its other owners keep mapped."""
         return replace(self, memory=MappedMemory())

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import mmap
 import os
-import warnings
-import weakref
-from threading import RLock
 from typing import TYPE_CHECKING, Self
 
 from pyuffd import _machine, _memory
 from pyuffd._arguments import check_buffer, check_int, shown
-from pyuffd._closing import CloseCallbacks
-from pyuffd._errors import ClosedError, PagePoisonedError, raise_errno
+from pyuffd._errors import PagePoisonedError, raise_errno
 from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
 from pyuffd.regions import _create, _files
 from pyuffd.regions._files import FileLike
 from pyuffd.regions._mapping import Mapping, RegionKind
+from pyuffd.regions._parts import Divisible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +27,7 @@ MADV_PAGEOUT = 21  # Linux 5.4; not in the mmap module
 DIGEST_PART = 256 << 10  # stays in the cache between copying and hashing
 
 
-class Region(CloseCallbacks):
+class Region(Divisible):
     """A range of mapped memory. The class methods make one; do not call the class.
 
     It may be registered with a `Userfaultfd`, so its methods touch it only through C calls that
@@ -48,7 +44,10 @@ class Region(CloseCallbacks):
         shared: Whether writes go to the file, where other mappings see them.
         writable: False for a read-only mapping.
         offset: Where in the file it begins, in bytes.
-        was_served: Whether a Handler has served it, so that its content may come from there.
+        was_served: Whether a Handler has served some of it, so that its content may come from
+            there.
+
+    `region[start:stop]`, in bytes, is a part of it: a region as well, of the same memory.
 
     After a fork the child's copy of the region belongs to the child: it can be used, and closing it
     unmaps it in the child only. `on_close` callbacks and `unlink` take effect only in the process
@@ -78,13 +77,7 @@ class Region(CloseCallbacks):
                 f"Region({shown(mapping)}): regions are made by Region.anonymous(length), memfd(),"
                 " shm(), hugetlbfs(), file() or at()"
             )
-        self._mapping = mapping
-        self._pid = os.getpid()
-        self._before_close = []
-        self.was_served = False
-        self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
-        self._exports_lock = RLock()
-        self._why_lost: list[Callable[[int], BaseException | None]] = []
+        self._begin(mapping)
         self._open = True  # last: a signal handler may raise at any line above
 
     # Constructors
@@ -277,7 +270,7 @@ class Region(CloseCallbacks):
             ValueError: private memory, or shared memory that was adopted with `at`.
             UffdOSError: ENOMEM - no room for another mapping.
         """
-        self._check_open()
+        self._pages(0, None)
         return type(self)(_create.alias(self._mapping))
 
     # What it is
@@ -306,7 +299,7 @@ class Region(CloseCallbacks):
     @property
     def fd(self) -> int | None:
         """The descriptor of its file, which stays the region's; None without one, or if closed."""
-        return self._mapping.fd if self._open else None
+        return None if self.closed else self._mapping.fd
 
     @property
     def shared(self) -> bool:
@@ -323,19 +316,15 @@ class Region(CloseCallbacks):
         """Where in its file it begins, in bytes."""
         return self._mapping.offset
 
-    @property
-    def closed(self) -> bool:
-        """Whether close() was called."""
-        return not self._open
-
     def __len__(self) -> int:
         return self._mapping.length
 
     def __repr__(self) -> str:
         it = self._mapping
-        place = f"[{it.start:#x}, +{it.length:#x})" if self._open else "closed"
+        place = "closed" if self.closed else f"[{it.start:#x}, +{it.length:#x})"
         sharing = "shared" if it.shared else "private"
-        return f"<Region {place} {it.kind.value} {sharing} page_size={it.page_size:#x}>"
+        what = "Region" if self._whole is None else "Region, a part,"
+        return f"<{what} {place} {it.kind.value} {sharing} page_size={it.page_size:#x}>"
 
     # Its content
 
@@ -519,83 +508,7 @@ class Region(CloseCallbacks):
         at, length = self._pages(offset, length)
         return residency(at, length, page_size=self.page_size, fd=self.fd)
 
-    # Python's own view of it
-
-    def memoryview(self) -> builtins.memoryview:
-        """Return a view of the memory, without copying.
-
-        The memory stays mapped, even after close(), as long as the view, a slice of it or an array
-        over it is alive.
-
-        GIL: held while Python reads or writes through it. Use it on registered memory only if the
-            faults are resolved by a native handler or another process.
-        """
-        start, length = self._span(0, None)
-        return self._export(start, length)
-
-    @property
-    def __array_interface__(self) -> dict[str, object]:
-        """For `numpy.asarray(region)`: the bytes, not copied; the rules are those of `memoryview`.
-
-        The array has shape (length,) and dtype uint8.
-        """
-        return {
-            "version": 3,
-            "shape": (self.length,),
-            "typestr": "|u1",
-            "data": self.memoryview(),
-        }
-
-    def _export(self, start: int, length: int) -> builtins.memoryview:
-        """Return a view that keeps this region alive and its memory mapped."""
-        buffer = _memory.buffer_of(start, length, keeps=(self, self._mapping.memory))
-        with self._exports_lock:
-            self._exports = [*self._living_exports(), weakref.ref(buffer)]
-        view = memoryview(buffer)
-        return view if self.writable else view.toreadonly()
-
-    def _living_exports(self) -> list[weakref.ref[Buffer]]:
-        # Asked here, since an exception in a weak reference's callback would be lost.
-        return [buffer for buffer in self._exports if buffer() is not None]
-
-    # Its end
-
-    def outlives_close(self) -> bool:
-        """Return whether the memory stays mapped if the region is closed now.
-
-        It does if it was adopted with `at`, or while a memoryview or an array over it is alive.
-        """
-        return not self._mapping.memory.start or bool(self._living_exports())
-
-    def close(self) -> None:
-        """End serving it, unmap it (unless it was adopted with `at`) and close its descriptor.
-
-        The memory stays mapped until the last memoryview or array over it is gone. In memory that
-        stays mapped, pages that a handler had not filled are poisoned, as by `Handler.unserve`.
-
-        Blocks: with Feature.EVENT_UNMAP enabled, until the Unmap event is read.
-        """
-        if self._open:
-            if self._pid == os.getpid():
-                self._run_before_close()
-            self._open = False
-        # If one of these is interrupted, the next call does it again.
-        if self._living_exports():
-            self._mapping = self._mapping.without_memory()  # the views own it
-        self._mapping.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_open", False):
-            return
-        if self._mapping.memory.start and self._pid == os.getpid():
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        self.close()
-
     # Checks
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise ClosedError("this region is closed")
 
     def _span(self, offset: int, length: int | None, *, write: bool = False) -> tuple[int, int]:
         """Return (address, bytes) of a part; raise ValueError if it is outside the region."""
@@ -614,5 +527,6 @@ class Region(CloseCallbacks):
     def _pages(self, offset: int, length: int | None, *, write: bool = False) -> tuple[int, int]:
         at, length = self._span(offset, length, write=write)
         check_aligned("offset", offset, self.page_size)
+        check_aligned("address", at, self.page_size)  # a part of a region may begin anywhere
         check_aligned("length", length, self.page_size)
         return at, length

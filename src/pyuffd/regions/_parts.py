@@ -1,0 +1,230 @@
+"""How long a region's memory stays mapped: its views, its parts, and its end (layer L3)."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import warnings
+import weakref
+from threading import RLock
+from typing import TYPE_CHECKING, NoReturn, Self
+
+from pyuffd import _memory
+from pyuffd._arguments import check_int, shown
+from pyuffd._closing import CloseCallbacks
+from pyuffd._errors import ClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Buffer
+
+    from pyuffd.regions._mapping import Mapping
+
+
+class Divisible(CloseCallbacks):
+    """The part of `Region` that keeps memory mapped: one mapping, its views and its parts.
+
+    A part is a region whose mapping owns no memory and whose `_whole` is the region it belongs to.
+    What ends with the memory is noted with the whole: views, and callbacks before close.
+    """
+
+    _mapping: Mapping
+    _pid: int
+    _open: bool
+
+    def _begin(self, mapping: Mapping) -> None:
+        """Initialize everything but `_open`."""
+        self._mapping = mapping
+        self._pid = os.getpid()
+        self._before_close = []
+        self._whole: Self | None = None
+        self._is_closing = False
+        self._served_spans: list[tuple[int, int]] = []
+        self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
+        self._exports_lock = RLock()
+        self._why_lost: list[Callable[[int], BaseException | None]] = []
+
+    @property
+    def _root(self) -> Self:
+        """The region that owns the memory."""
+        return self if self._whole is None else self._whole
+
+    # Parts
+
+    def __getitem__(self, part: slice) -> Self:
+        """Return a part of the region, `region[a:b]` in bytes, as a region; nothing is copied.
+
+        The part can be used wherever a region can: to register, serve, read, scan or alias it, or
+        as the content of other memory. Its offsets begin with it. It keeps the region alive.
+        Closing the part ends its serving and unmaps nothing; closing the region closes its parts.
+        A part may begin and end anywhere, but what works on pages requires whole pages.
+
+        Raises:
+            ValueError: a part that is empty or reaches outside the region, or a step.
+            TypeError: a number: `read(offset, 1)` returns one byte.
+            ClosedError: the region is closed.
+        """
+        self._check_open()
+        offset, length = span_of(part, self._mapping.length)
+        found = type(self).__new__(type(self))
+        found._begin(self._mapping.part(offset, length))
+        found._whole = self._root
+        found._why_lost = self._root._why_lost
+        found._open = True
+        return found
+
+    # A sequence has these by default; they would fetch each byte by an access of its own.
+    __iter__ = None
+    __contains__ = None
+    __reversed__ = None
+
+    @property
+    def was_served(self) -> bool:
+        """Whether a Handler has served some of it, so that its content may come from there."""
+        start, end = self._mapping.start, self._mapping.start + self._mapping.length
+        return any(first < end and start < past for first, past in self._root._served_spans)
+
+    def _note_served(self) -> None:
+        """Note that a Handler has served it."""
+        span = (self._mapping.start, self._mapping.start + self._mapping.length)
+        if span not in self._root._served_spans:
+            self._root._served_spans.append(span)
+
+    # Python's own view of it
+
+    def memoryview(self) -> builtins.memoryview:
+        """Return a view of the memory, without copying.
+
+        The memory stays mapped, even after close(), as long as the view, a slice of it or an array
+        over it is alive.
+
+        GIL: held while Python reads or writes through it. Use it on registered memory only if the
+            faults are resolved by a native handler or another process.
+        """
+        self._check_open()
+        root = self._root
+        memory = root._mapping.memory
+        buffer = _memory.buffer_of(self._mapping.start, self._mapping.length, keeps=(root, memory))
+        with root._exports_lock:
+            root._exports = [*root._living_exports(), weakref.ref(buffer)]
+        view = memoryview(buffer)
+        return view if self._mapping.writable else view.toreadonly()
+
+    @property
+    def __array_interface__(self) -> dict[str, object]:
+        """For `numpy.asarray(region)`: the bytes, not copied; the rules are those of `memoryview`.
+
+        The array has shape (length,) and dtype uint8.
+        """
+        return {
+            "version": 3,
+            "shape": (self._mapping.length,),
+            "typestr": "|u1",
+            "data": self.memoryview(),
+        }
+
+    def _living_exports(self) -> list[weakref.ref[Buffer]]:
+        # Asked here, since an exception in a weak reference's callback would be lost.
+        return [buffer for buffer in self._exports if buffer() is not None]
+
+    # The end
+
+    def _on_close(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when closing begins; that of a part also when its region is closed."""
+        super()._on_close(callback)
+        if self._whole is not None:
+            self._whole._on_close(callback)
+
+    def _forget_on_close(self, callback: Callable[[], None]) -> None:
+        """Undo an `_on_close`; unknown callbacks are ignored."""
+        super()._forget_on_close(callback)
+        if self._whole is not None:
+            self._whole._forget_on_close(callback)
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called, of the region or of the one that it is a part of."""
+        return not (self._open and self._root._open)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("this region is closed")
+
+    def outlives_close(self) -> bool:
+        """Return whether the memory stays mapped if the region is closed now.
+
+        It does if it was adopted with `at`, while a memoryview or an array over it is alive, and
+        if the region is a part of another one that stays open.
+        """
+        root = self._root
+        if self is not root and not root._is_closing:
+            return True
+        return not root._mapping.memory.start or bool(root._living_exports())
+
+    def close(self) -> None:
+        """End serving it, unmap it (unless it was adopted with `at`) and close its descriptor.
+
+        The memory stays mapped until the last memoryview or array over it is gone. In memory that
+        stays mapped, pages that a handler had not filled are poisoned, as by `Handler.unserve`.
+        Closing a part of a region ends its serving; the memory stays the region's.
+
+        Blocks: with Feature.EVENT_UNMAP enabled, until the Unmap event is read.
+        """
+        if self._open:
+            if self._pid == os.getpid():
+                self._is_closing = True
+                try:
+                    self._run_before_close()
+                except BaseException:
+                    self._is_closing = False
+                    raise
+            self._open = False
+        if self._whole is not None:
+            return
+        # If one of these is interrupted, the next call does it again.
+        if self._living_exports():
+            self._mapping = self._mapping.without_memory()  # the views own it
+        self._mapping.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_open", False) or self._whole is not None:
+            return
+        if self._mapping.memory.start and self._pid == os.getpid():
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        self.close()
+
+
+def span_of(part: object, length: int) -> tuple[int, int]:
+    """Return offset and length of a slice of `length` bytes; negative numbers count from the end.
+
+    Python would cut off what lies outside; memory that is not there is a mistake, and refused.
+    """
+    if not isinstance(part, slice):
+        _refuse_index(part)
+    if part.step is not None and check_int("step", part.step) != 1:
+        raise ValueError(f"step {part.step}: a part of a region is contiguous")
+    begin = 0 if part.start is None else check_int("start", part.start)
+    end = length if part.stop is None else check_int("stop", part.stop)
+    begin += length if begin < 0 else 0
+    end += length if end < 0 else 0
+    shown_part = "".join(
+        (
+            "" if part.start is None else hex(part.start),
+            ":",
+            "" if part.stop is None else hex(part.stop),
+        )
+    )
+    if not (0 <= begin <= length and 0 <= end <= length):
+        raise ValueError(f"[{shown_part}] reaches outside a region of {length:#x} bytes")
+    if begin >= end:
+        raise ValueError(f"[{shown_part}] of a region of {length:#x} bytes is empty")
+    return begin, end - begin
+
+
+def _refuse_index(index: object) -> NoReturn:
+    what = f"[{index}]" if isinstance(index, int) else f"[{shown(index)}]"
+    raise TypeError(
+        f"region{what}: a region has parts, region[start:stop] in bytes; read(offset, length)"
+        " returns bytes, and memoryview() and numpy.asarray(region) index them"
+    )
