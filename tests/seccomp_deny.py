@@ -34,10 +34,26 @@ PROGRAM = (
 
 def deny() -> None:
     """Keep this process and its children from opening a userfaultfd from now on."""
+    _install(PROGRAM)
+
+
+def deny_call(number: int) -> None:
+    """Keep this process and its children from making this system call from now on."""
+    _install(
+        (
+            (LOAD, 0, 0, NUMBER),
+            (EQUAL, 1, 0, number),
+            (RETURN, 0, 0, ALLOW),
+            (RETURN, 0, 0, REFUSE),
+        )
+    )
+
+
+def _install(instructions: tuple[tuple[int, int, int, int], ...]) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in PROGRAM)
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
     buffer = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("@HP", len(PROGRAM), ctypes.addressof(buffer))
+    program = struct.pack("@HP", len(instructions), ctypes.addressof(buffer))
     for arguments in (
         (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
         (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0),

@@ -1,104 +1,12 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
-#include <unistd.h>
 
 #include "alloc.h"
 #include "base.h"
 #include "content.h"
-
-#define BASE_PAGE 4096u
-/* linux/fs.h, linux/magic.h */
-#define BLKGETSIZE64 _IOR(0x12, 114, size_t)
-#define HUGETLBFS_MAGIC 0x958458f6
-
-static int read_file_fully(int fd, void *buffer, uint64_t length, uint64_t offset)
-{
-	uint64_t done = 0;
-
-	while (done < length) {
-		ssize_t n = pread(fd, (char *)buffer + done, length - done, (off_t)(offset + done));
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0)
-			return -errno;
-		if (n == 0)
-			return -ENODATA;
-		done += (uint64_t)n;
-	}
-	return 0;
-}
-
-static bool is_sealed(int fd)
-{
-	int seals = fcntl(fd, F_GET_SEALS);
-
-	return seals >= 0 && (seals & F_SEAL_SHRINK);
-}
-
-/* The unit of the offset and the size of this file's mappings. */
-static uint64_t mapping_unit(int fd)
-{
-	struct statfs fs;
-
-	if (fstatfs(fd, &fs) == 0 && (uint32_t)fs.f_type == HUGETLBFS_MAGIC)
-		return (uint64_t)fs.f_bsize;
-	return BASE_PAGE;
-}
-
-/*
- * Open the file with O_PATH.  Closing an ordinary descriptor of a network file asks its
- * server, which may never answer; closing this one does not, and it tells the size.
- */
-static int name_file(int fd)
-{
-	char path[32];
-	struct stat st;
-
-	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
-		return -1;
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-	return open(path, O_PATH | O_CLOEXEC);
-}
-
-static int open_file(struct uffd_content *content, const struct uffd_range_spec *spec)
-{
-	uint64_t unit = mapping_unit(spec->source_fd);
-	uint64_t lead = spec->source_offset % unit;
-	void *mapping;
-
-	content->fd = spec->writes_cache ? -1 : name_file(spec->source_fd);
-	if (content->fd < 0)
-		content->fd = fcntl(spec->source_fd, F_DUPFD_CLOEXEC, 3);
-	if (content->fd < 0)
-		return -errno;
-	content->file_offset = spec->source_offset;
-	content->sealed = is_sealed(spec->source_fd);
-	if (!content->length)
-		return 0;
-	/*
-	 * Map it, so that UFFDIO_COPY reads the page cache itself.  If the file ends
-	 * early the ioctl fails with EFAULT; nothing else touches the mapping.
-	 */
-	content->mapped = (content->length + lead + unit - 1) & ~(unit - 1);
-	mapping = mmap(NULL, content->mapped, PROT_READ, MAP_SHARED, spec->source_fd,
-		       (off_t)(spec->source_offset - lead));
-	if (mapping == MAP_FAILED) {
-		content->mapped = 0;
-		return -errno;
-	}
-	content->mapping = mapping;
-	content->address = (uint64_t)(uintptr_t)mapping + lead;
-	return 0;
-}
 
 /* The source ends inside the last page: keep a copy, padded with zeros as mmap does. */
 static int keep_tail(struct uffd_content *content, const struct uffd_range_spec *spec)
@@ -109,8 +17,8 @@ static int keep_tail(struct uffd_content *content, const struct uffd_range_spec 
 	if (!content->tail)
 		return -ENOMEM;
 	if (spec->source == UFFD_SOURCE_FILE)
-		return read_file_fully(spec->source_fd, content->tail, left,
-				       spec->source_offset + content->length);
+		return uffd_file_read_from(spec->source_fd, content->tail, left,
+					   spec->source_offset + content->length);
 	memcpy(content->tail, (void *)(uintptr_t)(spec->source_address + content->length), left);
 	return 0;
 }
@@ -119,6 +27,9 @@ static int open_source(struct uffd_content *content, const struct uffd_range_spe
 {
 	int r = 0;
 
+	if (spec->source == UFFD_SOURCE_OVERLAY)
+		return uffd_overlay_create(&spec->overlay, spec->length, spec->page_size,
+					   spec->writes_cache, &content->overlay);
 	if (spec->source != UFFD_SOURCE_MEMORY && spec->source != UFFD_SOURCE_FILE)
 		return 0;
 	if (spec->source_length <= spec->length - spec->page_size)
@@ -126,8 +37,11 @@ static int open_source(struct uffd_content *content, const struct uffd_range_spe
 	content->length = spec->source_length >= spec->length ? spec->length
 							      : spec->length - spec->page_size;
 	content->address = spec->source_address;
-	if (spec->source == UFFD_SOURCE_FILE)
-		r = open_file(content, spec);
+	if (spec->source == UFFD_SOURCE_FILE) {
+		r = uffd_file_open(&content->file, spec->source_fd, spec->source_offset,
+				   content->length, spec->writes_cache);
+		content->address = content->file.address;
+	}
 	if (r == 0 && spec->source_length < spec->length)
 		r = keep_tail(content, spec);
 	return r;
@@ -144,7 +58,7 @@ int uffd_content_create(const struct uffd_range_spec *spec, struct uffd_content 
 	atomic_store(&content->references, 1);
 	content->kind = spec->source;
 	content->page_size = spec->page_size;
-	content->fd = -1;
+	content->file.fd = -1;
 	content->local = spec->local;
 	content->preserve = spec->preserve;
 	content->writes_cache = spec->writes_cache;
@@ -170,10 +84,8 @@ void uffd_content_put(struct uffd_content *content)
 {
 	if (atomic_fetch_sub(&content->references, 1) != 1)
 		return;
-	if (content->mapped)
-		munmap(content->mapping, content->mapped);
-	if (content->fd >= 0)
-		close(content->fd);
+	uffd_file_close(&content->file);
+	uffd_overlay_destroy(content->overlay);
 	uffd_free(content->tail);
 	uffd_free(content);
 }
@@ -185,42 +97,27 @@ uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offse
 	return content->address + offset;
 }
 
-/* The file's size now, in bytes; 0 if it is unknown. */
-static uint64_t file_size(int fd)
-{
-	struct stat st;
-	uint64_t size;
-
-	if (fstat(fd, &st))
-		return 0;
-	if (!S_ISBLK(st.st_mode))
-		return (uint64_t)st.st_size;
-	return ioctl(fd, BLKGETSIZE64, &size) ? 0 : size;
-}
-
 uint64_t uffd_content_covered(const struct uffd_content *content, uint64_t offset,
 			      uint64_t length)
 {
-	uint64_t from = content->file_offset + offset;
-	uint64_t size;
+	uint64_t covered = length;
 
-	if (content->kind != UFFD_SOURCE_FILE || content->sealed || offset >= content->length)
-		return length;
-	size = file_size(content->fd);
-	if (size >= from + length)
-		return length;
-	return size <= from ? 0 : (size - from) & ~(content->page_size - 1);
+	if (content->kind == UFFD_SOURCE_FILE && offset < content->length)
+		covered = uffd_file_covered(&content->file, offset, length);
+	return covered == length ? length : covered & ~(content->page_size - 1);
 }
 
 int uffd_content_read(const struct uffd_content *content, void *target, uint64_t offset,
 		      uint64_t length)
 {
+	if (content->overlay)
+		return uffd_overlay_read(content->overlay, target, offset, length);
 	if (content->kind == UFFD_SOURCE_ZERO)
 		memset(target, 0, length);
 	else if (offset >= content->length)
 		memcpy(target, content->tail, length);
 	else if (content->kind == UFFD_SOURCE_FILE)
-		return read_file_fully(content->fd, target, length, content->file_offset + offset);
+		return uffd_file_read(&content->file, target, offset, length);
 	else
 		memcpy(target, (void *)(uintptr_t)(content->address + offset), length);
 	return 0;

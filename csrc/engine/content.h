@@ -11,6 +11,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "file.h"
+#include "overlay.h"
+
 /* What is known about a page, one byte each. */
 enum uffd_page_state {
 	UFFD_PAGE_ABSENT,
@@ -36,6 +39,7 @@ enum uffd_source_kind {
 	UFFD_SOURCE_MEMORY,
 	UFFD_SOURCE_FILE,
 	UFFD_SOURCE_REQUEST,	/* a worker fetches it, see uffd_engine_next_request */
+	UFFD_SOURCE_OVERLAY,	/* zeros, memory and files, see overlay.h */
 };
 
 /* For messages: describes a range and the source of its pages. */
@@ -51,6 +55,7 @@ struct uffd_range_spec {
 	uint64_t source_address; /* MEMORY: borrowed until the range is taken out */
 	uint64_t source_offset;	/* FILE */
 	uint64_t source_length;	/* in bytes; must reach into the last page */
+	struct uffd_overlay_spec overlay; /* OVERLAY: covers the whole range */
 	uint64_t local;		/* the same memory mapped here, not registered; 0: none */
 	uint64_t preserve;	/* where to save old content before the first write; 0: none */
 	uint32_t writes_cache;	/* an absent page is filled by writing the source to `local` */
@@ -73,11 +78,8 @@ struct uffd_content {
 	uint64_t length;		/* whole pages that can be read at `address` */
 	uint64_t address;		/* of offset 0, in this process */
 	uint8_t *tail;			/* the last page, if the source ends inside it */
-	uint64_t file_offset;
-	void *mapping;			/* of the file, `mapped` bytes */
-	uint64_t mapped;		/* 0: none */
-	int fd;				/* our own descriptor, for the file's size; else -1 */
-	bool sealed;			/* the file cannot shrink */
+	struct uffd_file file;		/* FILE */
+	struct uffd_overlay *overlay;	/* OVERLAY, which has no `address`; else NULL */
 	uint64_t local;
 	uint64_t preserve;
 	bool writes_cache;
@@ -104,7 +106,7 @@ int uffd_content_create(const struct uffd_range_spec *spec, struct uffd_content 
 struct uffd_content *uffd_content_get(struct uffd_content *content);
 void uffd_content_put(struct uffd_content *content);
 
-/* Where the content at an offset can be copied from; a run never crosses `length`. */
+/* Where the content at an offset is, but of an overlay; a run never crosses `length`. */
 uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offset);
 
 /*

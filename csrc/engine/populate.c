@@ -170,7 +170,10 @@ static uint64_t fill_reach(struct uffd_range *range, uint64_t at, uint64_t end,
 		reach->write = content->local + offset;
 		reach->write_length = length;
 	}
-	if (offset < content->length) {
+	if (content->overlay) {
+		reach->overlay_offset = offset;
+		reach->overlay_length = length;
+	} else if (offset < content->length) {
 		reach->read = uffd_content_address(content, offset);
 		reach->read_length =
 			length < content->length - offset ? length : content->length - offset;

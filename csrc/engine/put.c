@@ -212,6 +212,80 @@ static int put_source(struct uffd_range *range, uint64_t at, uint64_t length,
 	return r;
 }
 
+/* A page of several leaves: put it together, then copy it. */
+static int put_mixed(struct uffd_range *range, uint64_t page, enum fill_for why,
+		     struct uffd_fill_result *result_ret)
+{
+	struct uffd_overlay *overlay = range->content->overlay;
+	void *room = uffd_overlay_borrow(overlay);
+	int r;
+
+	if (!room)
+		return -ENOMEM;
+	r = uffd_overlay_read(overlay, room, content_offset(range, page), range->page_size);
+	if (r == 0)
+		r = put_bytes(range, page, range->page_size, (uint64_t)(uintptr_t)room, why,
+			      result_ret);
+	uffd_overlay_give_back(overlay, room);
+	return r;
+}
+
+static uint64_t stretch_covered(const struct uffd_range *range, const struct uffd_stretch *stretch,
+				uint64_t length)
+{
+	uint64_t covered = length;
+
+	if (stretch->file)
+		covered = uffd_file_covered(stretch->file, stretch->file_at, length);
+	return covered == length ? length : covered & ~(range->page_size - 1);
+}
+
+static int put_stretch(struct uffd_range *range, uint64_t at, const struct uffd_stretch *stretch,
+		       enum fill_for why, struct uffd_fill_result *result_ret)
+{
+	uint64_t covered;
+	int r;
+
+	if (stretch->kind == UFFD_STRETCH_MIXED)
+		return put_mixed(range, at, why, result_ret);
+	if (stretch->kind == UFFD_STRETCH_ZERO)
+		return put_zeros(range, at, stretch->length, why, result_ret);
+	covered = stretch_covered(range, stretch, stretch->length);
+	if (!covered)
+		return -ENODATA;
+	r = put_bytes(range, at, covered, stretch->address, why, result_ret);
+	if (r == 0 && stretch_covered(range, stretch, covered) < covered)
+		note_failure(range->space->engine, at, covered, -ENODATA, UFFD_FAILED_SOURCE);
+	return r;
+}
+
+static int put_overlay(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
+		       struct uffd_fill_result *result_ret)
+{
+	uint64_t done = 0;
+	int r = 0;
+
+	while (done < length && r == 0 && !result_ret->deferred) {
+		struct uffd_stretch stretch =
+			uffd_overlay_stretch(range->content->overlay,
+					     content_offset(range, at + done), length - done);
+		struct uffd_fill_result part = { 0 };
+		uint64_t put;
+
+		r = put_stretch(range, at + done, &stretch, why, &part);
+		put = part.done + part.already_present;
+		result_ret->done += part.done;
+		result_ret->already_present += part.already_present;
+		done += put;
+		if (part.deferred)
+			result_ret->deferred = length - done;
+		/* The file has lost the rest: the page behind will say so. */
+		if (put < stretch.length)
+			break;
+	}
+	return r;
+}
+
 int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 		struct uffd_fill_result *result_ret)
 {
@@ -225,6 +299,8 @@ int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fil
 		return put_continue(range, at, length, result_ret);
 	if (content->kind == UFFD_SOURCE_ZERO || content->kind == UFFD_SOURCE_NONE)
 		return put_zeros(range, at, length, why, result_ret);
+	if (content->overlay)
+		return put_overlay(range, at, length, why, result_ret);
 	return put_source(range, at, length, why, result_ret);
 }
 

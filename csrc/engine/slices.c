@@ -80,6 +80,9 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 	close_access(&access);
 	uffd_fault_in(reach.read, reach.read_length, false);
 	uffd_fault_in(reach.write, reach.write_length, true);
+	if (reach.overlay_length)
+		uffd_overlay_fault_in(reach.content->overlay, reach.overlay_offset,
+				      reach.overlay_length);
 	if (reach.content)
 		uffd_content_put(reach.content);
 	return stop;

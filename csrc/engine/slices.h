@@ -24,6 +24,7 @@ struct reach {
 	struct uffd_content *content;
 	uint64_t read, read_length;
 	uint64_t write, write_length;
+	uint64_t overlay_offset, overlay_length;	/* of the content, if it is an overlay */
 };
 
 typedef uint64_t (*slice_work)(struct uffd_range *range, uint64_t at, uint64_t end,

@@ -48,6 +48,7 @@ from pyuffd._errors import (
 from pyuffd._uffd import FillResult, Userfaultfd
 
 if TYPE_CHECKING:
+    from pyuffd._overlay import OverlaySource
     from pyuffd._probe import KernelSupport, probe
     from pyuffd._residency import PageResidency, Residency, residency
     from pyuffd.dirty import (
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
 else:
     # Imported when first asked for, so that `import pyuffd` costs what the kernel interface costs.
     _MODULES = {
+        "_overlay": "OverlaySource",
         "_probe": "KernelSupport probe",
         "_residency": "PageResidency Residency residency",
         "dirty": "Blind BlindReason DirtyRound DirtyTracker Grown LayoutChange Mapped Moved"
@@ -154,6 +156,7 @@ __all__ = [
     "Mappings",
     "MoveMode",
     "Moved",
+    "OverlaySource",
     "PageBit",
     "PageCategory",
     "PageEntries",

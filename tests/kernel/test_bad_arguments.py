@@ -301,7 +301,7 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
     (
         "serve",
         "source",
-        {**BAD_OBJECT, "class": ZeroSource, "path": "a"},
+        {"None": None, "int": 5, "object": object(), "class": ZeroSource, "list": [b"x"]},
         lambda w, v: w.handler.serve(w.other, v),
     ),
     ("serve", "mode", BAD_FLAGS, lambda w, v: w.handler.serve(w.other, ZeroSource(), mode=v)),

@@ -175,7 +175,7 @@ def registered(driver: Any, name: str) -> None:
             uffd.register(region[8:])
 
 
-test_userfaultfd_and_pagemap = everywhere(registered, drivers=("native",))
+test_userfaultfd_and_pagemap = pytest.mark.crossing(everywhere(registered, drivers=("native",)))
 
 
 def served(driver: Any, name: str) -> None:
@@ -209,4 +209,4 @@ def served(driver: Any, name: str) -> None:
         assert not handler._served
 
 
-test_parts_are_served = everywhere(served, drivers=("native", "inline"))
+test_parts_are_served = pytest.mark.crossing(everywhere(served, drivers=("native", "inline")))

@@ -32,6 +32,7 @@ from pyuffd import (
     DirtyTracker,
     FileSource,
     Handler,
+    OverlaySource,
     Pagemap,
     PageSource,
     Process,
@@ -205,6 +206,7 @@ SENT: list[Any] = [
     DelayedSource(ZeroSource(), 0.5),
     FailingSource(ZeroSource(), OSError(5, "disk")),
     WrongLengthSource(ZeroSource(), 1),
+    OverlaySource([(0, 8192, ZeroSource()), (5, 7, CallableSource(content))]),
     HandoverRange(PAGE, PAGE, PAGE),
 ]
 

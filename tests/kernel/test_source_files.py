@@ -170,52 +170,6 @@ def test_file_that_grows_and_is_replaced(driver: str) -> None:
     run_child(appended, driver)
 
 
-def nothing_is_registered(region: Region) -> bool:
-    flags = ""
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if line.startswith(f"{region.start:x}-"):
-            flags = "found"
-        elif flags == "found" and line.startswith("VmFlags:"):
-            return "um" not in line.split()
-    raise AssertionError("not in smaps")
-
-
-def not_a_source(kind: str, named: str) -> None:
-    with open("/proc/self/exe", "rb") as file:
-        source = {
-            "bytes": bytes(PAGE),
-            "path": "/etc/passwd",
-            "path-object": Path("/etc/passwd"),
-            "file": file,
-            "function": not_a_source,
-            "number": 5,
-        }[kind]
-        with (
-            Userfaultfd() as uffd,
-            Region.anonymous(PAGE) as region,
-            Handler(uffd) as handler,
-        ):
-            with pytest.raises(TypeError, match=named):
-                handler.serve(region, cast("Any", source))
-            assert nothing_is_registered(region)
-            handler.serve(region, ZeroSource())
-
-
-@pytest.mark.parametrize(
-    ("kind", "named"),
-    [
-        ("bytes", "BufferSource"),
-        ("path", "FileSource"),
-        ("path-object", "FileSource"),
-        ("file", "FileSource"),
-        ("function", "CallableSource"),
-        ("number", "BufferSource"),
-    ],
-)
-def test_what_is_no_source_names_the_class_that_makes_it_one(kind: str, named: str) -> None:
-    run_child(not_a_source, kind, named)
-
-
 def not_a_region() -> None:
     with Userfaultfd() as uffd, Handler(uffd) as handler, mmap.mmap(-1, PAGE) as mapping:
         for region in (mapping, bytearray(PAGE), PAGE):

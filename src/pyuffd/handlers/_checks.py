@@ -29,6 +29,7 @@ from pyuffd._pages import (
 )
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._types import Failure, FailureStage, SourceFailure
+from pyuffd.regions import Region
 from pyuffd.sources import PageSource
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def region_numbers(region: RangeLike) -> tuple[int, int, int]:
 
 
 def check_mode(
-    mode: RegisterMode, source: PageSource | None, preserve: Buffer | None, features: Feature
+    mode: RegisterMode, source: PageSource | None, preserve: object, features: Feature
 ) -> None:
     """Raise ValueError unless mode, source, preserve and the features can be combined."""
     check_flags("mode", mode, RegisterMode)
@@ -165,10 +166,12 @@ def check_mode(
         raise ValueError(f"preserve needs mode=RegisterMode.WP, not {mode!r}")
 
 
-def preserve_buffer(preserve: Buffer | None, length: int) -> tuple[int, object]:
+def preserve_buffer(preserve: Buffer | Region | None, length: int) -> tuple[int, object]:
     """Return address and owner of the buffer for old content; (0, None) without one."""
     if preserve is None:
         return 0, None
+    if isinstance(preserve, Region):
+        preserve = preserve.memoryview()
     check_buffer("preserve", preserve)
     if memoryview(preserve).readonly:
         raise ValueError("preserve must be a writable buffer")

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterable
 
 from pyuffd._errors import HandlerError
+from pyuffd._overlay import leaves_of
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._serving import Served
 from pyuffd.handlers._threads import WorkedEngine
-from pyuffd.sources import AsyncSource
+from pyuffd.sources import AsyncSource, PageSource
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def refuse_sources_thread(engine: Backend, all_served: Iterable[Served]) -> None
     if engine.is_remote:  # the coroutines run in a loop of the helper process
         return
     for served in list(all_served):
-        if isinstance(served.source, AsyncSource) and served.source.runs_here():
+        if any(_runs_here(leaf) for leaf in leaves_of(served.source)):
             raise HandlerError(
                 "stop() was called in the loop's own thread, which must be free for the"
                 f" coroutines of {served.source!r}: use `async with handler`, or"
@@ -46,6 +47,10 @@ def refuse_sources_thread(engine: Backend, all_served: Iterable[Served]) -> None
                 served.id.start,
                 served.id.length,
             )
+
+
+def _runs_here(source: PageSource) -> bool:
+    return isinstance(source, AsyncSource) and source.runs_here()
 
 
 class Ending:

@@ -24,6 +24,7 @@ from pyuffd.handlers._types import (
     Held,
     Latency,
     OnError,
+    Overlay,
     RangeId,
     RangeSpec,
     RecentFault,
@@ -226,6 +227,7 @@ class Engine(SoleOwner):
         spec.source_address = content.address
         spec.source_offset = content.offset
         spec.source_length = content.length
+        keeps = _fill_overlay(spec.overlay, content.overlay)
         spec.local = given.local
         spec.preserve = given.preserve
         spec.writes_cache = given.writes_cache
@@ -243,10 +245,17 @@ class Engine(SoleOwner):
         out = ffi.new("uint64_t *")
         self._added_last = given.space, given.start, given.length, out
         code = lib.uffd_engine_add(self._engine(), given.space, spec, out)
+        del keeps
         if code == -errno.EEXIST:
             raise ValueError(
                 f"[{given.start:#x}, +{given.length:#x}) overlaps a range that is served already"
             )
+        if content.overlay is not None and code in (-errno.EPERM, -errno.ENOSYS):
+            hint = (
+                "this overlay has pieces that begin or end inside a page, which are put together by"
+                " process_vm_readv(2), and a seccomp filter refuses that"
+            )
+            raise_errno("serve", -code, given.start, given.length, hint=hint)
         if code:
             raise_errno("serve", -code, given.start, given.length)
         served = RangeId(given.space, int(out[0]), given.start, given.length)
@@ -598,6 +607,20 @@ def _size_of(data: object, request: Any) -> int:
 
 def _name(call: Any) -> str:
     return ffi.string(call[0]).decode() if call[0] else ""
+
+
+def _fill_overlay(spec: Any, overlay: Overlay | None) -> object:
+    """Describe an overlay in a `struct uffd_overlay_spec`; return what that refers to."""
+    if overlay is None:
+        return None
+    leaves = ffi.new(
+        "struct uffd_leaf_spec[]",
+        [(leaf.kind, leaf.fd, leaf.address, leaf.offset) for leaf in overlay.leaves],
+    )
+    runs = ffi.from_buffer("struct uffd_run_spec[]", overlay.runs)
+    spec.leaves, spec.leaf_count = leaves, len(leaves)
+    spec.runs, spec.run_count = runs, len(runs)
+    return leaves, runs
 
 
 def _ref(served: RangeId) -> Any:

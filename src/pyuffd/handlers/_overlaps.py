@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pyuffd._abi import RegisterMode
+from pyuffd._overlay import leaves_of
 from pyuffd._pages import RangeLike
 from pyuffd.sources import BufferSource, PageSource
 
@@ -106,8 +107,9 @@ def range_of(
 ) -> Range:
     """Return the range to serve; `preserve` is an address and a length, (0, 0) without one."""
     uses = []
-    if isinstance(source, BufferSource):
-        uses.append(Use(source.address, source.length, False, repr(source)))
+    for leaf in leaves_of(source):
+        if isinstance(leaf, BufferSource):
+            uses.append(Use(leaf.address, leaf.length, False, repr(leaf)))
     if preserve[0]:
         uses.append(Use(*preserve, True, f"preserve={preserve[0]:#x} + {preserve[1]:#x} bytes"))
     if local is not None and (preserve[0] or writes_local):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pyuffd._abi import Ioctl, RegisterMode
 from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdOSError
 from pyuffd._pages import RangeLike
+from pyuffd._source_like import as_source
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._aftermath import describe, held_at, leave_behind, take_out, views_of
 from pyuffd.handlers._backend import Backend
@@ -23,6 +24,7 @@ from pyuffd.handlers._checks import (
     preserve_buffer,
     region_numbers,
 )
+from pyuffd.handlers._content import content_of
 from pyuffd.handlers._engine import Engine, ensure_inline_handler
 from pyuffd.handlers._failures import label_of
 from pyuffd.handlers._overlaps import range_of
@@ -31,7 +33,6 @@ from pyuffd.handlers._serving import (
     OnClose,
     Served,
     check_local,
-    content_of,
     is_shared,
     leaves_holes,
     local_file,
@@ -51,6 +52,8 @@ from pyuffd.sources import PageSource
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from pyuffd._source_like import SourceLike
+
 log = logging.getLogger(__name__)
 
 
@@ -60,10 +63,10 @@ class ServesRegions(HandlerBase):
     def serve(
         self,
         region: RangeLike,
-        source: PageSource | None,
+        source: SourceLike | None,
         *,
         mode: RegisterMode = RegisterMode.MISSING,
-        preserve: Buffer | None = None,
+        preserve: Buffer | Region | None = None,
         local: RangeLike | None = None,
         uffd: Userfaultfd | None = None,
         present: Present | None = None,
@@ -81,16 +84,17 @@ class ServesRegions(HandlerBase):
         Args:
             region: A `Region`, or anything with start, length and page_size. While it is served,
                 unmap it only by Region.close().
-            source: The content; it must reach at least into the region's last page, whose rest is
-                filled with zeros. MISSING needs one, WP alone must have None, and with MINOR but
-                not MISSING it is optional.
+            source: The content: a page source, or a buffer, a `Region`, a path, an open file or a
+                function, which stand for a source of that kind. It must reach at least into the
+                region's last page, whose rest is filled with zeros. MISSING needs one, WP alone
+                must have None, and with MINOR but not MISSING it is optional.
             mode: Which faults to resolve.
-            preserve: For WP: a writable buffer of the region's length that gets the old content
-                of each page before its first write (see `preserve`). If the content cannot be
-                saved the page stays protected, and threads that write to it wait until `preserve`
-                saves it or the region is no longer served; stop() then raises HandlerError, which
-                names the page. A fork's writes go to its own copies of private memory; those are
-                not saved.
+            preserve: For WP: a writable buffer or `Region` of the region's length that gets the old
+                content of each page before its first write (see `preserve`). If the content cannot
+                be saved the page stays protected, and threads that write to it wait until
+                `preserve` saves it or the region is no longer served; stop() then raises
+                HandlerError, which names the page. A fork's writes go to its own copies of private
+                memory; those are not saved.
             local: The same memory mapped in this process and not registered. With `preserve`, old
                 content is read from it; without `local`, from the owner of the memory. With a
                 source and MINOR but not MISSING, content is written through it; by default the
@@ -114,6 +118,7 @@ class ServesRegions(HandlerBase):
         with self._lock:
             engine = self._running_engine()
             start, length, page_size = region_numbers(region)
+            source = None if source is None else as_source(source)
             if uffd is not None:
                 check_is_uffd(uffd)
             uffd = uffd or self.uffd

@@ -14,15 +14,14 @@ from typing import Generic, Protocol, TypeVar
 
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd._arguments import check_int
 from pyuffd._errors import HelperLostError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._overlaps import Range
-from pyuffd.handlers._types import Content, RangeId, SourceKind
+from pyuffd.handlers._types import RangeId, SourceKind
 from pyuffd.regions import Region, RegionKind
-from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
+from pyuffd.sources import PageSource
 
 log = logging.getLogger(__name__)
 
@@ -95,58 +94,6 @@ class OnClose(Generic[H]):
         """Whether the callback has not done its work yet."""
         handler = self._handler()
         return handler is not None and handler.must_end and self._is_used(handler)
-
-
-def content_of(source: PageSource | None, region: RangeLike) -> Content:
-    """Return where the engine gets a region's content; raise ValueError if the source is short."""
-    if source is None:
-        return Content(SourceKind.NONE)
-    check_source(source)
-    if isinstance(source, ZeroSource):
-        return Content(SourceKind.ZERO, owner=source)
-    length = source.length
-    page_size = page_size_of(region)
-    if length is not None and check_int("source.length", length) <= region.length - page_size:
-        raise ValueError(
-            f"{source!r} has {length:#x} bytes and ends before the last page of a region of"
-            f" {region.length:#x} bytes"
-        )
-    if isinstance(source, FileSource):
-        return Content(
-            SourceKind.FILE,
-            fd=source.fileno(),
-            offset=source.offset,
-            length=source.length,
-            owner=source,
-        )
-    if isinstance(source, BufferSource):
-        return Content(
-            SourceKind.MEMORY, address=source.address, length=source.length, owner=source
-        )
-    return Content(SourceKind.REQUEST, owner=source)
-
-
-def check_source(source: object) -> None:
-    """Raise TypeError, naming a class to wrap it in, unless `source` is a page source."""
-    if isinstance(source, type):
-        raise TypeError(
-            f"source: {source.__name__} is a class, and no page source: give an instance,"
-            f" {source.__name__}(...)"
-        )
-    if isinstance(source, PageSource):
-        return
-    if callable(getattr(source, "read", None)) and not hasattr(source, "fileno"):
-        raise TypeError(
-            f"source: {type(source).__name__} has read(), but no `length`, which a page source"
-            " needs as well: bytes, or None where there is no end"
-        )
-    if isinstance(source, (str, os.PathLike)) or hasattr(source, "fileno"):
-        wrapped = "FileSource(...)"
-    elif callable(source):
-        wrapped = "CallableSource(...), or an AsyncSource(...) of a coroutine function"
-    else:
-        wrapped = "BufferSource(...) if it is a buffer"
-    raise TypeError(f"source: {type(source).__name__} is not a page source: wrap it in {wrapped}")
 
 
 def check_local(local: RangeLike | None, length: int) -> None:

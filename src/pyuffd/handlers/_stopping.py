@@ -159,7 +159,8 @@ class Stops(HandlerBase):
             for uffd in self._spaces
         }
         for key, served in list(self._served.items()):
-            kind = SourceKind.REQUEST if served.kind is SourceKind.FILE else served.kind
+            is_file = served.kind in (SourceKind.FILE, SourceKind.OVERLAY)
+            kind = SourceKind.REQUEST if is_file else served.kind
             served.id = engine.add(
                 RangeSpec(
                     spaces[served.uffd],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple, TypedDict
 
@@ -58,6 +58,15 @@ class SourceKind(IntEnum):
     MEMORY = lib.UFFD_SOURCE_MEMORY
     FILE = lib.UFFD_SOURCE_FILE
     REQUEST = lib.UFFD_SOURCE_REQUEST
+    OVERLAY = lib.UFFD_SOURCE_OVERLAY
+
+
+class LeafKind(IntEnum):
+    """What a part of an overlay is."""
+
+    ZERO = lib.UFFD_LEAF_ZERO
+    MEMORY = lib.UFFD_LEAF_MEMORY
+    FILE = lib.UFFD_LEAF_FILE
 
 
 class FailureStage(IntEnum):
@@ -73,6 +82,37 @@ class FailureStage(IntEnum):
     SAVE = lib.UFFD_FAILED_SAVE
 
 
+class Leaf(NamedTuple):
+    """One of the sources of an overlay: an address, or a descriptor and an offset in its file."""
+
+    kind: LeafKind
+    address: int = 0
+    fd: int = -1
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """The sources of a range, and its runs as an array of `struct uffd_run_spec`."""
+
+    leaves: tuple[Leaf, ...]
+    runs: bytes
+
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors of its files, one for each such leaf."""
+        return [leaf.fd for leaf in self.leaves if leaf.kind is LeafKind.FILE]
+
+    def with_fds(self, fds: list[int]) -> Overlay:
+        """Return a copy with these descriptors."""
+        left = list(fds)
+        leaves = (
+            leaf._replace(fd=left.pop(0)) if leaf.kind is LeafKind.FILE else leaf
+            for leaf in self.leaves
+        )
+        return Overlay(tuple(leaves), self.runs)
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
     """Where the engine reads a range's pages; `owner` must live as long as the range."""
@@ -83,6 +123,27 @@ class Content:
     offset: int = 0
     length: int = 0
     owner: object = None
+    overlay: Overlay | None = None
+
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors of the files that it reads."""
+        if self.overlay is not None:
+            return self.overlay.fds
+        return [self.fd] if self.kind is SourceKind.FILE else []
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether it is memory of this process, or some of it is."""
+        leaves = self.overlay.leaves if self.overlay is not None else ()
+        is_memory = any(leaf.kind is LeafKind.MEMORY for leaf in leaves)
+        return is_memory or self.kind is SourceKind.MEMORY
+
+    def with_fds(self, fds: list[int]) -> Content:
+        """Return a copy with these descriptors."""
+        if self.overlay is not None:
+            return replace(self, overlay=self.overlay.with_fds(fds))
+        return replace(self, fd=fds[0]) if fds else self
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from pyuffd import _memory
 from pyuffd._errors import HandlerError, UffdError, limit_met
 from pyuffd._limits import raise_start_error
 from pyuffd.handlers._engine import release_holder, rescue_forks, shared_size
-from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, RangeSpec, ReportKind, SourceKind
+from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, RangeSpec, ReportKind
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book, ServedBook, SpaceBook
 from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
@@ -346,7 +346,7 @@ class Keeper:
         _wire.close_all(call.fds)
 
     def _note_added(self, fds: list[int], served: RangeId, spec: RangeSpec) -> None:
-        may_hang = spec.content.kind is SourceKind.FILE and _is_remote(fds[0])
+        may_hang = any(_is_remote(fd) for fd in fds[: len(spec.content.fds)])
         book = ServedBook(spec, list(fds), closing_may_hang=may_hang)
         self._book.served[served.number] = book
         fds.clear()
@@ -358,8 +358,9 @@ class Keeper:
     def _note_unserved(self, _: list[int], done: bool, served: RangeId, *__: object) -> None:
         gone = self._book.served.pop(served.number, None) if done else None
         if gone is not None:
-            # A file whose close may hang stays open until the process ends.
-            _wire.close_all(gone.fds[1:] if gone.closing_may_hang else gone.fds)
+            # Files whose close may hang stay open until the process ends.
+            left_open = len(gone.spec.content.fds) if gone.closing_may_hang else 0
+            _wire.close_all(gone.fds[left_open:])
 
     def _note_space(
         self, fds: list[int], number: int, layout_events: int, owner_pid: int, _: int

@@ -39,6 +39,8 @@ from pyuffd.handlers.process._transport import pack
 # How long a worker process needs to poison a terabyte.
 SEAL_LIMIT_S = 60.0
 ENDED_LIMIT_S = 3.0
+# Descriptors of a source: a message has those of `local` and of the pages' states as well.
+MAX_FILES = _wire.MAX_FDS - 2
 
 
 class RemoteEngine(SoleOwner):
@@ -92,23 +94,28 @@ class RemoteEngine(SoleOwner):
     def add(self, spec: RangeSpec) -> RangeId:
         """Put a range in; its source and descriptors are sent to the worker process."""
         content = spec.content
-        if content.kind is SourceKind.MEMORY:
+        if content.reads_memory:
             raise ValueError(
-                f"{content.owner!r} is memory of this process, which the helper process cannot"
-                " read: write it to a memfd and serve a FileSource, or use driver='thread'"
+                f"{content.owner!r} is memory of this process, or some of it is, which the helper"
+                " process cannot read: write it to a memfd and serve a FileSource, or use"
+                " driver='thread'"
             )
         if spec.preserve:
             raise ValueError(
                 "preserve= is memory of this process, which the helper process cannot write:"
                 " serve the region with another Handler, with driver='native'"
             )
-        fds: list[int] = [content.fd] if content.kind is SourceKind.FILE else []
+        fds = content.fds
+        if len(fds) > MAX_FILES:
+            raise ValueError(
+                f"{content.owner!r} has {len(fds)} files, more than the {MAX_FILES} that can be"
+                " sent to the helper process: use driver='native'"
+            )
+        unsent = content.with_fds([-1] * len(fds))
         if spec.local_file:
             fds.append(spec.local_file[0])
         source = pack(content.owner) if content.kind is SourceKind.REQUEST else None
-        sent = replace(
-            spec, content=replace(content, address=0, fd=-1, owner=source), local=0, owner=None
-        )
+        sent = replace(spec, content=replace(unsent, address=0, owner=source), local=0, owner=None)
         served: RangeId = self._call(Call.ADD, sent, fds=tuple(fds))
         return served
 

@@ -23,7 +23,7 @@ from pyuffd.handlers.process._calls import Message
 from pyuffd.handlers.process._transport import MAIN_NAMES
 
 _HEADER = struct.Struct("=IIQI")  # body length, descriptors that come with it, number, word
-MAX_FDS = 8
+MAX_FDS = 253  # of one message (SCM_MAX_FD)
 _CONTROL_SIZE = socket.CMSG_LEN(MAX_FDS * array("i").itemsize)
 
 

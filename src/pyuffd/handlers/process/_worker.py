@@ -380,14 +380,11 @@ def _unread(spec: RangeSpec) -> Content:
 
 def _open(spec: RangeSpec, fds: list[int], *, retry: bool) -> tuple[Content, mmap.mmap | None]:
     """Return the content, and if needed a mapping of the range's memory in this process."""
-    files = list(fds)
-    has_file = spec.content.kind is SourceKind.FILE
+    files = len(spec.content.fds)
     content = replace(
-        spec.content,
-        fd=files.pop(0) if has_file else -1,
-        owner=_load(spec.content.owner, retry=retry),
+        spec.content.with_fds(fds[:files]), owner=_load(spec.content.owner, retry=retry)
     )
     if spec.local_file is None:
         return content, None
-    local = mmap.mmap(files[0], spec.length, mmap.MAP_SHARED, offset=spec.local_file[1])
+    local = mmap.mmap(fds[files], spec.length, mmap.MAP_SHARED, offset=spec.local_file[1])
     return content, local

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "base.h"
+#include "file.h"
+
+/* linux/fs.h, linux/magic.h */
+#define BLKGETSIZE64 _IOR(0x12, 114, size_t)
+#define HUGETLBFS_MAGIC 0x958458f6
+
+int uffd_file_read_from(int fd, void *target, uint64_t length, uint64_t offset)
+{
+	uint64_t done = 0;
+
+	while (done < length) {
+		ssize_t n = pread(fd, (char *)target + done, length - done, (off_t)(offset + done));
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		if (n == 0)
+			return -ENODATA;
+		done += (uint64_t)n;
+	}
+	return 0;
+}
+
+static bool is_sealed(int fd)
+{
+	int seals = fcntl(fd, F_GET_SEALS);
+
+	return seals >= 0 && (seals & F_SEAL_SHRINK);
+}
+
+/* The unit of the offset and the size of this file's mappings. */
+static uint64_t mapping_unit(int fd)
+{
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs) == 0 && (uint32_t)fs.f_type == HUGETLBFS_MAGIC)
+		return (uint64_t)fs.f_bsize;
+	return BASE_PAGE;
+}
+
+/*
+ * Open the file with O_PATH.  Closing an ordinary descriptor of a network file asks its
+ * server, which may never answer; closing this one does not, and it tells the size.
+ */
+static int name_file(int fd)
+{
+	char path[32];
+	struct stat st;
+
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+		return -1;
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	return open(path, O_PATH | O_CLOEXEC);
+}
+
+int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t length,
+		   bool can_read)
+{
+	uint64_t unit = mapping_unit(fd);
+	uint64_t lead = offset % unit;
+	void *mapping;
+
+	*file = (struct uffd_file){ .fd = can_read ? -1 : name_file(fd), .offset = offset };
+	if (file->fd < 0)
+		file->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	if (file->fd < 0)
+		return -errno;
+	file->sealed = is_sealed(fd);
+	if (!length)
+		return 0;
+	file->mapped = (length + lead + unit - 1) & ~(unit - 1);
+	mapping = mmap(NULL, file->mapped, PROT_READ, MAP_SHARED, fd, (off_t)(offset - lead));
+	if (mapping == MAP_FAILED) {
+		file->mapped = 0;
+		return -errno;
+	}
+	file->mapping = mapping;
+	file->address = (uint64_t)(uintptr_t)mapping + lead;
+	return 0;
+}
+
+void uffd_file_close(struct uffd_file *file)
+{
+	if (file->mapped)
+		munmap(file->mapping, file->mapped);
+	if (file->fd >= 0)
+		close(file->fd);
+	*file = (struct uffd_file){ .fd = -1 };
+}
+
+/* The file's size now, in bytes; 0 if it is unknown. */
+static uint64_t file_size(int fd)
+{
+	struct stat st;
+	uint64_t size;
+
+	if (fstat(fd, &st))
+		return 0;
+	if (!S_ISBLK(st.st_mode))
+		return (uint64_t)st.st_size;
+	return ioctl(fd, BLKGETSIZE64, &size) ? 0 : size;
+}
+
+uint64_t uffd_file_covered(const struct uffd_file *file, uint64_t at, uint64_t length)
+{
+	uint64_t from = file->offset + at;
+	uint64_t size;
+
+	if (file->sealed)
+		return length;
+	size = file_size(file->fd);
+	if (size >= from + length)
+		return length;
+	return size <= from ? 0 : size - from;
+}
+
+int uffd_file_read(const struct uffd_file *file, void *target, uint64_t at, uint64_t length)
+{
+	return uffd_file_read_from(file->fd, target, length, file->offset + at);
+}

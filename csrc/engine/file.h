@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: MIT */
+/* A file, or a part of one, as the content of pages. */
+#ifndef UFFD_ENGINE_FILE_H
+#define UFFD_ENGINE_FILE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct uffd_file {
+	int fd;			/* our own descriptor, for the file's size; -1: none */
+	bool sealed;		/* the file cannot shrink */
+	uint64_t offset;	/* where in the file the part begins */
+	uint64_t address;	/* where that is mapped */
+	void *mapping;		/* `mapped` bytes; 0: none */
+	uint64_t mapped;
+};
+
+/*
+ * Open `length` bytes from `offset` on, and map them, so that UFFDIO_COPY reads the page
+ * cache itself.  If the file ends early the ioctl fails with EFAULT; nothing else touches
+ * the mapping.  `can_read`: uffd_file_read() will be called.
+ */
+int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t length,
+		   bool can_read);
+void uffd_file_close(struct uffd_file *file);
+
+/* How many of the bytes [at, at + length) of the part the file still has. */
+uint64_t uffd_file_covered(const struct uffd_file *file, uint64_t at, uint64_t length);
+
+/* Read without a fault on a truncated file: -ENODATA. */
+int uffd_file_read(const struct uffd_file *file, void *target, uint64_t at, uint64_t length);
+/* The same from a descriptor that is not opened here. */
+int uffd_file_read_from(int fd, void *target, uint64_t length, uint64_t offset);
+
+#endif /* UFFD_ENGINE_FILE_H */

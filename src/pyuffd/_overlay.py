@@ -1,0 +1,268 @@
+"""`OverlaySource`: content put together from several page sources (layer L4)."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pyuffd._arguments import check_int, shown
+from pyuffd._pages import PAGE_SIZE, round_down, round_up
+from pyuffd._source_like import as_source
+from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from pyuffd._source_like import SourceLike
+
+Gaps = Literal["refuse", "zeros"]
+GAPS = ("refuse", "zeros")
+LARGEST = 1 << 63  # of offsets in files
+IN_C = (FileSource, BufferSource, ZeroSource)  # sources that the engine reads without Python
+
+
+class Run(NamedTuple):
+    """Bytes [start, end) of an overlay, from `offset` on in the leaf of this number."""
+
+    start: int
+    end: int
+    leaf: int
+    offset: int
+
+    def cut(self, start: int, end: int) -> Run:
+        """Return the part of it in [start, end), which meet."""
+        first = max(start, self.start)
+        return Run(first, min(end, self.end), self.leaf, self.offset + first - self.start)
+
+
+class OverlaySource:
+    """Several sources, one over the other: a base image and the differences made since.
+
+    Where pieces overlap, the later one in the list counts. Files, buffers and zeros are put
+    together in C, without Python for a page, by every driver. If a source is in Python, all pages
+    are read by Python, which needs the "process" or the "thread" driver; it is asked for whole
+    pages of 4096 bytes, which may reach beyond its piece.
+
+    Args:
+        pieces: Tuples (offset, length, source): where the piece begins in bytes, how long it is,
+            and its content, beginning with the source's first byte. Offsets and lengths need no
+            alignment. A length of None is the source's own. Anything that `Handler.serve` accepts
+            is a source, another overlay included.
+        gaps: What bytes between the pieces are: "refuse" raises ValueError if there are any,
+            "zeros" makes them zeros.
+        length: The number of bytes; up to the end of the last piece by default.
+
+    Raises:
+        ValueError: no pieces, a gap that is refused, a piece that its source does not fill or that
+            ends after `length`, or a length of None with a source that has no end.
+        TypeError: not tuples of three, or something that is no page source.
+
+    Example:
+        >>> from pyuffd import OverlaySource
+        >>> image = OverlaySource([(0, None, b"base" * 1024), (100, 3, b"new")])
+        >>> image.length, image.read(98, 6)
+        (4096, b'senewe')
+    """
+
+    def __init__(
+        self,
+        pieces: Iterable[tuple[int, int | None, SourceLike]],
+        *,
+        gaps: Gaps = "refuse",
+        length: int | None = None,
+    ) -> None:
+        if gaps not in GAPS:
+            raise ValueError(f"gaps {gaps!r} is not one of {', '.join(map(repr, GAPS))}")
+        if length is not None:
+            check_int("length", length, 1, LARGEST)
+        painter = _Painter()
+        for offset, size, source in reversed(list(_checked(pieces))):
+            painter.put_below(offset, size, source)
+        end = painter.end
+        if length is not None and end > length:
+            raise ValueError(f"the pieces end at {end:#x}, after length {length:#x}")
+        self._length = length or end
+        if not self._length:
+            raise ValueError("an overlay without pieces needs a length, and gaps='zeros'")
+        self.leaves: Sequence[PageSource] = painter.leaves
+        self.runs: Sequence[Run] = _without_gaps(painter, self._length, gaps)
+
+    @property
+    def length(self) -> int:
+        """The number of bytes."""
+        return self._length
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, padded with zeros beyond the end."""
+        data = bytearray()
+        for run in self.runs_in(offset, offset + length):
+            data += self._read_run(run)
+        return bytes(data).ljust(length, b"\0")
+
+    def _read_run(self, run: Run) -> Buffer:
+        leaf, length = self.leaves[run.leaf], run.end - run.start
+        if isinstance(leaf, IN_C):
+            return leaf.read(run.offset, length)
+        # Functions are promised whole pages.
+        first = round_down(run.offset, PAGE_SIZE)
+        whole = round_up(run.offset + length, PAGE_SIZE) - first
+        data = memoryview(leaf.read(first, whole)).cast("B")
+        if len(data) != whole:
+            raise ValueError(
+                f"{leaf!r} returned {len(data):#x} bytes for {whole:#x} at offset {first:#x}"
+            )
+        return data[run.offset - first :][:length]
+
+    def runs_in(self, start: int, end: int) -> Iterator[Run]:
+        """Yield the runs of [start, end), the first and the last one cut to it."""
+        at = bisect_right(self.runs, start, key=lambda run: run.end)
+        while at < len(self.runs) and self.runs[at].start < end:
+            yield self.runs[at].cut(start, end)
+            at += 1
+
+    @property
+    def calls_python(self) -> bool:
+        """Whether a leaf is read by Python."""
+        return not all(isinstance(leaf, IN_C) for leaf in self.leaves)
+
+    def __repr__(self) -> str:
+        return f"OverlaySource({len(self.runs)} runs of {len(self.leaves)} sources)"
+
+
+def _checked(
+    pieces: Iterable[tuple[int, int | None, SourceLike]],
+) -> Iterator[tuple[int, int, PageSource]]:
+    if isinstance(pieces, (str, bytes, type)) or not isinstance(pieces, Iterable):
+        raise TypeError(f"pieces must be tuples (offset, length, source), not {shown(pieces)}")
+    known: dict[int, PageSource] = {}  # one source for an object that is given several times
+    kept = []  # so that no two objects have one id
+    untyped: Iterable[object] = pieces
+    for number, piece in enumerate(untyped):
+        name = f"pieces[{number}]"
+        if not isinstance(piece, tuple) or len(piece) != 3:
+            raise TypeError(f"{name} must be a tuple (offset, length, source), not {shown(piece)}")
+        offset, size, given = piece
+        kept.append(given)
+        check_int(f"{name} offset", offset, 0, LARGEST)
+        if id(given) not in known:
+            known[id(given)] = as_source(given, name)
+        source = known[id(given)]
+        length = source.length
+        if size is None:
+            size = length
+        if size is None:
+            raise ValueError(f"{name}: {source!r} has no end, so the piece needs a length")
+        check_int(f"{name} length", size, 1, LARGEST)
+        if length is not None and size > length:
+            raise ValueError(f"{name} has {size:#x} bytes, but {source!r} has only {length:#x}")
+        yield offset, size, source
+
+
+class _Painter:
+    """Puts pieces below those that were put before."""
+
+    def __init__(self) -> None:
+        self.leaves: list[PageSource] = []
+        self.runs: list[Run] = []
+        self.end = 0
+        self._numbers: dict[int, int] = {}
+        # What is covered, as sorted spans that do not touch.
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def put_below(self, offset: int, length: int, source: PageSource) -> None:
+        end = offset + length
+        self.end = max(self.end, end)
+        for start, stop in self._cover(offset, end):
+            if isinstance(source, OverlaySource):
+                for run in source.runs_in(start - offset, stop - offset):
+                    leaf = self.number_of(source.leaves[run.leaf])
+                    self.runs.append(Run(run.start + offset, run.end + offset, leaf, run.offset))
+            else:
+                self.runs.append(Run(start, stop, self.number_of(source), start - offset))
+
+    def number_of(self, leaf: PageSource) -> int:
+        number = self._numbers.setdefault(id(leaf), len(self.leaves))
+        if number == len(self.leaves):
+            self.leaves.append(leaf)
+        return number
+
+    def _cover(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Cover [start, end), and return what of it was not covered."""
+        first = bisect_left(self._ends, start)
+        last = bisect_right(self._starts, end)
+        bounds = [start]
+        for known, past in zip(self._starts[first:last], self._ends[first:last], strict=True):
+            bounds += (known, past)
+        bounds.append(end)
+        self._starts[first:last] = [min([start, *self._starts[first:last]])]
+        self._ends[first:last] = [max([end, *self._ends[first:last]])]
+        return [(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if a < b]
+
+
+def _without_gaps(painter: _Painter, length: int, gaps: Gaps) -> list[Run]:
+    """Return the runs in order, with zeros in the gaps, and adjacent ones of one leaf joined."""
+    found: list[Run] = []
+    zeros = -1
+
+    def add(run: Run) -> None:
+        before = found[-1] if found else None
+        if before and (before.leaf, before.offset + before.end - before.start) == (
+            run.leaf,
+            run.offset,
+        ):
+            found[-1] = before._replace(end=run.end)
+        else:
+            found.append(run)
+
+    at = 0
+    for run in [*sorted(painter.runs), Run(length, length, -1, 0)]:
+        if at < run.start:
+            if gaps == "refuse":
+                raise ValueError(
+                    f"no piece has the bytes from {at:#x} to {run.start:#x}: pass gaps='zeros' if"
+                    " they are to be zeros"
+                )
+            if zeros < 0:
+                zeros = painter.number_of(ZeroSource())
+            add(Run(at, run.start, zeros, at))
+        if run.start < length:
+            add(run)
+        at = run.end
+    return found
+
+
+def leaves_of(source: PageSource | None) -> Sequence[PageSource]:
+    """Return the sources that this one consists of."""
+    if source is None:
+        return ()
+    return source.leaves if isinstance(source, OverlaySource) else (source,)
+
+
+def packed_runs(source: OverlaySource, length: int) -> tuple[list[PageSource], bytes]:
+    """Return the leaves and runs of a range of `length` bytes, as `struct uffd_run_spec` has them.
+
+    What lies after the end of the source is zeros.
+
+    Raises:
+        ValueError: a leaf has become shorter than what is needed of it.
+    """
+    numbers: dict[int, int] = {}
+    past: dict[int, int] = {}  # how far each leaf is used
+    packed = array("Q")
+    for run in source.runs_in(0, length):
+        packed.extend((run.start, numbers.setdefault(run.leaf, len(numbers)), run.offset))
+        past[run.leaf] = max(past.get(run.leaf, 0), run.offset + run.end - run.start)
+    leaves = [source.leaves[number] for number in numbers]
+    for number, needed in past.items():
+        leaf = source.leaves[number]
+        if leaf.length is not None and leaf.length < needed:
+            raise ValueError(
+                f"{leaf!r} has {leaf.length:#x} bytes by now, and {needed:#x} are needed"
+            )
+    if source.length < length:
+        packed.extend((source.length, len(leaves), 0))
+        leaves.append(ZeroSource())
+    return leaves, packed.tobytes()

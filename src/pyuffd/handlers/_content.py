@@ -1,0 +1,49 @@
+"""Where the engine reads the pages of a region: what it needs to know of a page source."""
+
+from __future__ import annotations
+
+from pyuffd._arguments import check_int
+from pyuffd._overlay import OverlaySource, packed_runs
+from pyuffd._pages import RangeLike, page_size_of
+from pyuffd.handlers._types import Content, Leaf, LeafKind, Overlay, SourceKind
+from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
+
+
+def content_of(source: PageSource | None, region: RangeLike) -> Content:
+    """Return where the engine gets a region's content; raise ValueError if the source is short."""
+    if source is None:
+        return Content(SourceKind.NONE)
+    if isinstance(source, ZeroSource):
+        return Content(SourceKind.ZERO, owner=source)
+    length = source.length
+    page_size = page_size_of(region)
+    if length is not None and check_int("source.length", length) <= region.length - page_size:
+        raise ValueError(
+            f"{source!r} has {length:#x} bytes and ends before the last page of a region of"
+            f" {region.length:#x} bytes"
+        )
+    if isinstance(source, FileSource):
+        return Content(
+            SourceKind.FILE,
+            fd=source.fileno(),
+            offset=source.offset,
+            length=source.length,
+            owner=source,
+        )
+    if isinstance(source, BufferSource):
+        return Content(
+            SourceKind.MEMORY, address=source.address, length=source.length, owner=source
+        )
+    if isinstance(source, OverlaySource) and not source.calls_python:
+        leaves, runs = packed_runs(source, region.length)
+        overlay = Overlay(tuple(_leaf(leaf) for leaf in leaves), runs)
+        return Content(SourceKind.OVERLAY, length=source.length, owner=source, overlay=overlay)
+    return Content(SourceKind.REQUEST, owner=source)
+
+
+def _leaf(source: PageSource) -> Leaf:
+    if isinstance(source, FileSource):
+        return Leaf(LeafKind.FILE, fd=source.fileno(), offset=source.offset)
+    if isinstance(source, BufferSource):
+        return Leaf(LeafKind.MEMORY, address=source.address)
+    return Leaf(LeafKind.ZERO)
