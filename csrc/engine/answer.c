@@ -32,6 +32,27 @@ static void drop_request(struct uffd_engine *engine, struct uffd_request *reques
 	uffd_free(request);
 }
 
+/* Others may fill a requested page as well (uffd_engine_fill), or give it up. */
+static bool claim_requested(struct uffd_range *range, uint64_t page)
+{
+	uint8_t expected = UFFD_PAGE_REQUESTED;
+
+	return atomic_compare_exchange_strong(state_of(range, page), &expected,
+					      UFFD_PAGE_IN_FLIGHT);
+}
+
+/* The answer could not be put in place: its pages wait for another attempt. */
+static void give_back(struct uffd_range *range, uint64_t at, uint64_t end)
+{
+	for (; at < end; at += range->page_size) {
+		uint8_t expected = UFFD_PAGE_IN_FLIGHT;
+
+		/* Unless they were poisoned meanwhile. */
+		atomic_compare_exchange_strong(state_of(range, at), &expected,
+					       UFFD_PAGE_REQUESTED);
+	}
+}
+
 /*
  * Put a run of pages that still wait for the request; the gate is held for one run.
  * A page that was dropped is skipped, whatever its state is now: it is zeros.
@@ -61,7 +82,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	at = range->start + (*offset - range->origin);
 	stop = at;
 	while (stop < range->end && content_offset(range, stop) < end &&
-	       atomic_load(state_of(range, stop)) == UFFD_PAGE_REQUESTED) {
+	       claim_requested(range, stop)) {
 		stop += range->page_size;
 		if (is_huge(range))
 			break;
@@ -79,6 +100,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	    (request->is_fault ? lacks_huge_page(range, at, request->since_ns)
 			       : is_lacking(range, at))) {
 		r = -ENOMEM;
+		give_back(range, at, stop);
 		goto out;
 	}
 	past = at + result.done + result.already_present;
@@ -95,6 +117,8 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		/* Gone, and its event unread: unclaim it, in case it is requested again. */
 		unclaim(range, past, stop, UFFD_PAGE_ABSENT);
 		*offset += stop - past;
+	} else {
+		give_back(range, past, stop);
 	}
 out:
 	let_go(space->table, shard, hold);
@@ -118,7 +142,7 @@ static void abandon_page(struct uffd_range *range, uint64_t page, int error)
 static void give_up_page(const struct uffd_request *request, struct uffd_range *range,
 			 uint64_t page, int error, enum uffd_failure_stage stage)
 {
-	if (atomic_load(state_of(range, page)) != UFFD_PAGE_REQUESTED)
+	if (!claim_requested(range, page))
 		return;
 	if (stage == UFFD_FAILED_NOTHING) {
 		abandon_page(range, page, error);

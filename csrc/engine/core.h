@@ -196,13 +196,15 @@ struct uffd_engine {
 	pthread_cond_t populates_changed;
 	struct request_list queued;
 	struct request_list taken;
+	struct request_list promised;	/* their content comes by uffd_engine_fill() */
+	_Atomic uint32_t promised_count;
 	_Atomic uint32_t queued_count;
 	_Atomic uint32_t idle_workers;
 	enum leader leader;
 	pthread_t leader_thread;	/* when a worker leads */
 	uint64_t leaderless_since_ns;
 	bool watchdog_armed;
-	_Atomic uint32_t outstanding;	/* queued or taken, and not abandoned */
+	_Atomic uint32_t outstanding;	/* in one of the lists, and not abandoned */
 	uint64_t last_taken_ns;
 
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */

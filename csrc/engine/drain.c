@@ -53,7 +53,8 @@ static bool is_drained(struct uffd_engine *engine, uint64_t ns)
 	if (found || !atomic_load(&engine->outstanding))
 		return !found;
 	pthread_mutex_lock(&engine->requests_lock);
-	found = any_before(&engine->queued, ns) || any_before(&engine->taken, ns);
+	found = any_before(&engine->queued, ns) || any_before(&engine->taken, ns) ||
+		any_before(&engine->promised, ns);
 	pthread_mutex_unlock(&engine->requests_lock);
 	return !found;
 }

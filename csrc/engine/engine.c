@@ -75,6 +75,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	pthread_cond_init(&engine->populates_changed, NULL);
 	TAILQ_INIT(&engine->queued);
 	TAILQ_INIT(&engine->taken);
+	TAILQ_INIT(&engine->promised);
 	LIST_INIT(&engine->spaces);
 	atomic_store(&engine->next_id, 1);
 	pthread_mutex_init(&engine->keeper_lock, NULL);

@@ -100,7 +100,7 @@ static int ask_for_all(struct uffd_engine *engine, const struct uffd_range_ref *
 /* Wait for the answers; afterwards no request refers to `populate`. */
 static int finish(struct uffd_engine *engine, struct populate *populate)
 {
-	struct request_list *lists[] = { &engine->queued, &engine->taken };
+	struct request_list *lists[] = { &engine->queued, &engine->taken, &engine->promised };
 	struct uffd_request *request;
 	int r;
 
@@ -108,7 +108,7 @@ static int finish(struct uffd_engine *engine, struct populate *populate)
 	while (populate->outstanding && !atomic_load(&engine->stop))
 		pthread_cond_wait(&engine->populates_changed, &engine->requests_lock);
 	r = populate->outstanding ? -ECANCELED : populate->error;
-	for (size_t i = 0; i < 2; i++)
+	for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++)
 		TAILQ_FOREACH(request, lists[i], link)
 			if (request->populate == populate)
 				request->populate = NULL;
@@ -157,13 +157,14 @@ static int populate_by_request(struct uffd_engine *engine, const struct uffd_ran
 	return r ? r : finished;
 }
 
-static uint64_t fill_reach(struct uffd_range *range, uint64_t at, uint64_t end,
-			   struct reach *reach)
+static uint64_t fill_reach(const struct slices *all, struct uffd_range *range, uint64_t at,
+			   uint64_t end, struct reach *reach)
 {
 	const struct uffd_content *content = range->content;
 	uint64_t stop = run_of(range, &at, end, UFFD_PAGE_ABSENT);
 	uint64_t offset = content_offset(range, at), length = stop - at;
 
+	(void)all;
 	if (at >= end)
 		return end;
 	if (content->writes_cache) {
@@ -181,12 +182,13 @@ static uint64_t fill_reach(struct uffd_range *range, uint64_t at, uint64_t end,
 	return stop;
 }
 
-static uint64_t fill_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
-			   uint64_t *done_ret)
+static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
+			   uint64_t end, int *error_ret, uint64_t *done_ret)
 {
 	struct fill_run run = fill_absent(range, at, end);
 	uint64_t page = run.from;
 
+	(void)all;
 	wake_again(range, run.from, run.past);
 	*error_ret = run.error;
 	*done_ret = run.filled;
@@ -229,7 +231,7 @@ int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref
 		return populate_by_request(engine, ref, page_size, offset, offset + length,
 					   chunk, result_ret);
 	r = for_slices(&(struct slices){ engine, *ref, offset, offset + length, fill_slice,
-					 fill_reach },
+					 fill_reach, NULL },
 		       &result_ret->filled, &reached);
 	if (r == -ENOMEM)
 		result_ret->failed_at = ref->start + reached;

@@ -59,6 +59,11 @@ void free_requests(struct uffd_engine *engine)
 		TAILQ_REMOVE(&engine->taken, request, link);
 		uffd_free(request);
 	}
+	while ((request = TAILQ_FIRST(&engine->promised))) {
+		TAILQ_REMOVE(&engine->promised, request, link);
+		uffd_pages_put(request->pages);
+		uffd_free(request);
+	}
 }
 
 #define GROWTH			8

@@ -15,6 +15,7 @@
 #include "answer.h"
 #include "barrier.h"
 #include "loop.h"
+#include "promise.h"
 #include "queue.h"
 #include "request.h"
 #include "base/clock.h"
@@ -100,5 +101,12 @@ struct uffd_request *uffd_engine_complete_next(struct uffd_engine *engine,
 					       struct uffd_request *request, const void *data)
 {
 	answer_request(engine, request, data);
+	return uffd_engine_next_request(engine);
+}
+
+struct uffd_request *uffd_engine_promise_next(struct uffd_engine *engine,
+					      struct uffd_request *request)
+{
+	promise_request(engine, request);
 	return uffd_engine_next_request(engine);
 }

@@ -15,6 +15,10 @@ struct uffd_request *uffd_engine_next_request(struct uffd_engine *engine);
 struct uffd_request *uffd_engine_complete_next(struct uffd_engine *engine,
 					       struct uffd_request *request, const void *data);
 
+/* The request's content comes by uffd_engine_fill(); wait for the next. */
+struct uffd_request *uffd_engine_promise_next(struct uffd_engine *engine,
+					      struct uffd_request *request);
+
 /* The timer has fired: whether the native thread must lead.  With the requests' lock held. */
 bool leads_after_watchdog(struct uffd_engine *engine);
 

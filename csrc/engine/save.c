@@ -101,11 +101,13 @@ int save_page(struct uffd_range *range, uint64_t page)
 	return n < 0 ? (int)n : 0;
 }
 
-uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach)
+uint64_t preserve_reach(const struct slices *all, struct uffd_range *range, uint64_t at,
+			uint64_t end, struct reach *reach)
 {
 	const struct uffd_content *content = range->content;
 	uint64_t stop = run_of(range, &at, end, UFFD_PAGE_CLEAN);
 
+	(void)all;
 	if (at >= end)
 		return end;
 	reach->write = content->preserve + content_offset(range, at);
@@ -171,15 +173,17 @@ static uint64_t save_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 	return past;
 }
 
-uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
-			uint64_t *done_ret)
+uint64_t preserve_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
+			uint64_t end, int *error_ret, uint64_t *done_ret)
 {
+	(void)all;
 	return save_slice(range, at, end, false, error_ret, done_ret);
 }
 
-static uint64_t preserve_and_free_slice(struct uffd_range *range, uint64_t at, uint64_t end,
-					int *error_ret, uint64_t *done_ret)
+static uint64_t preserve_and_free_slice(const struct slices *all, struct uffd_range *range,
+					uint64_t at, uint64_t end, int *error_ret, uint64_t *done_ret)
 {
+	(void)all;
 	return save_slice(range, at, end, true, error_ret, done_ret);
 }
 
@@ -205,6 +209,6 @@ int uffd_engine_preserve(struct uffd_engine *engine, const struct uffd_range_ref
 		return -EINVAL;
 	return for_slices(&(struct slices){ engine, *ref, offset, offset + length,
 					    unprotect ? preserve_and_free_slice : preserve_slice,
-					    preserve_reach },
+					    preserve_reach, NULL },
 			  saved_ret, reached_ret);
 }

@@ -8,9 +8,10 @@
 
 /* Save a claimed page that is still protected.  -EFAULT, -EPERM, ...: it is not saved. */
 int save_page(struct uffd_range *range, uint64_t page);
-uint64_t preserve_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
-			uint64_t *done_ret);
-uint64_t preserve_reach(struct uffd_range *range, uint64_t at, uint64_t end, struct reach *reach);
+uint64_t preserve_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
+			uint64_t end, int *error_ret, uint64_t *done_ret);
+uint64_t preserve_reach(const struct slices *all, struct uffd_range *range, uint64_t at,
+			uint64_t end, struct reach *reach);
 
 /*
  * Save protected pages now, in this thread.  They stay protected, so that a later write

@@ -74,7 +74,7 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 		uint64_t at = range->start + (offset - range->origin);
 
 		reach.content = uffd_content_get(range->content);
-		at = all->reach(range, at, slice_end(range, offset, all->end), &reach);
+		at = all->reach(all, range, at, slice_end(range, offset, all->end), &reach);
 		stop = content_offset(range, at);
 	}
 	close_access(&access);
@@ -106,7 +106,7 @@ int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
 		at = range->start + (*offset - range->origin);
 		access.hold = leave_with(access.space->table, access.shard, range, at, stop,
 					(uint32_t)syscall(SYS_gettid));
-		at = all->work(range, at, stop, &error, done_ret);
+		at = all->work(all, range, at, stop, &error, done_ret);
 		*offset = content_offset(range, at);
 	}
 	gone = atomic_load(&access.space->gone);

@@ -27,10 +27,12 @@ struct reach {
 	uint64_t overlay_offset, overlay_length;	/* of the content, if it is an overlay */
 };
 
-typedef uint64_t (*slice_work)(struct uffd_range *range, uint64_t at, uint64_t end,
-			       int *error_ret, uint64_t *done_ret);
-typedef uint64_t (*slice_reach)(struct uffd_range *range, uint64_t at, uint64_t end,
-				struct reach *reach);
+struct slices;
+
+typedef uint64_t (*slice_work)(const struct slices *all, struct uffd_range *range, uint64_t at,
+			       uint64_t end, int *error_ret, uint64_t *done_ret);
+typedef uint64_t (*slice_reach)(const struct slices *all, struct uffd_range *range, uint64_t at,
+				uint64_t end, struct reach *reach);
 
 struct slices {
 	struct uffd_engine *engine;
@@ -38,6 +40,7 @@ struct slices {
 	uint64_t offset, end;
 	slice_work work;
 	slice_reach reach;	/* NULL: the work touches nothing that may block */
+	void *context;		/* for the work */
 };
 
 int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret);

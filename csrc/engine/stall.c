@@ -5,6 +5,7 @@
 #include <signal.h>
 
 #include "answer.h"
+#include "promise.h"
 #include "queue.h"
 #include "say.h"
 #include "stall.h"
@@ -12,13 +13,17 @@
 #include "base/clock.h"
 
 /* With the requests' lock held: from now on an answer is too late. */
-static void abandon(struct uffd_request *request, struct uffd_request *copy_ret, bool is_queued)
+static void abandon(struct uffd_engine *engine, struct request_list *list,
+		    struct uffd_request *request, struct uffd_request *copy_ret)
 {
 	__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
 	*copy_ret = *request;
 	request->populate = NULL;
-	if (is_queued && copy_ret->populate)
+	if (list == &engine->queued && copy_ret->populate)
 		copy_ret->populate->queued--;
+	/* No worker has it. */
+	if (list == &engine->promised)
+		forget_promise(engine, request);
 }
 
 /* Clean up after an abandoned request, from a copy: the request may be freed by now. */
@@ -34,17 +39,17 @@ static void clean_up(struct uffd_engine *engine, struct uffd_request *copy, int 
 
 void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 {
-	struct request_list *lists[] = { &engine->queued, &engine->taken };
+	struct request_list *lists[] = { &engine->queued, &engine->taken, &engine->promised };
 	struct uffd_request *request, copy;
 
-	for (size_t i = 0; i < 2; i++) {
+	for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++) {
 		do {
 			pthread_mutex_lock(&engine->requests_lock);
 			TAILQ_FOREACH(request, lists[i], link)
 				if (!request->abandoned && (!id || request->id == id))
 					break;
 			if (request)
-				abandon(request, &copy, i == 0);
+				abandon(engine, lists[i], request, &copy);
 			pthread_mutex_unlock(&engine->requests_lock);
 			/* Nobody promised to wait for what was asked for since. */
 			if (request && copy.since_ns > atomic_load(&engine->drained_ns))
@@ -96,15 +101,20 @@ static uint64_t waited_since(const struct uffd_engine *engine, const struct uffd
 							 : request->since_ns;
 }
 
-static void find_oldest(const struct uffd_engine *engine, struct request_list *list,
-			struct uffd_request **oldest)
+static struct uffd_request *find_oldest(struct uffd_engine *engine, struct request_list **list_ret)
 {
-	struct uffd_request *request;
+	struct request_list *lists[] = { &engine->taken, &engine->queued, &engine->promised };
+	struct uffd_request *request, *oldest = NULL;
 
-	TAILQ_FOREACH(request, list, link)
-		if (!request->abandoned && !request->reported &&
-		    (!*oldest || waited_since(engine, request) < waited_since(engine, *oldest)))
-			*oldest = request;
+	for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++)
+		TAILQ_FOREACH(request, lists[i], link) {
+			if (request->abandoned || request->reported ||
+			    (oldest && waited_since(engine, request) >= waited_since(engine, oldest)))
+				continue;
+			oldest = request;
+			*list_ret = lists[i];
+		}
+	return oldest;
 }
 
 uint64_t fail_stalled_requests(struct uffd_engine *engine)
@@ -114,14 +124,15 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 
 	if (!limit || !atomic_load(&engine->outstanding))
 		return UINT64_MAX;
+	/* A promised page may have been dropped. */
+	settle_promises(engine);
 	for (;;) {
-		struct uffd_request *request = NULL, *taken, copy;
+		struct uffd_request *request, copy;
+		struct request_list *list;
 		uint64_t since;
 
 		pthread_mutex_lock(&engine->requests_lock);
-		find_oldest(engine, &engine->taken, &request);
-		taken = request;
-		find_oldest(engine, &engine->queued, &request);
+		request = find_oldest(engine, &list);
 		since = request ? waited_since(engine, request) : 0;
 		/* A worker may have taken it since we read the clock. */
 		if (!request || now < since || now - since < limit) {
@@ -132,7 +143,7 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 		if (only_report)
 			request->reported = 1;
 		else
-			abandon(request, &copy, request != taken);
+			abandon(engine, list, request, &copy);
 		pthread_mutex_unlock(&engine->requests_lock);
 
 		count(engine, COUNTER(stalled_requests), 1);

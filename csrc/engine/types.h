@@ -124,6 +124,7 @@ struct uffd_request {
 	uint32_t reported;	/* as stalled */
 	uint64_t page_size;
 	struct populate *populate;	/* NULL: for a fault, or its caller has returned */
+	struct uffd_pages *pages;	/* of a promised one */
 };
 
 #endif /* UFFD_ENGINE_TYPES_H */

@@ -38,13 +38,14 @@ static uint8_t state_to_poison(struct uffd_range *range, uint64_t page)
 }
 
 /* Poison a run of absent pages; pages in flight are left out. */
-static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end, int *error_ret,
-			     uint64_t *done_ret)
+static uint64_t poison_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
+			     uint64_t end, int *error_ret, uint64_t *done_ret)
 {
 	struct uffd_fill_result result;
 	uint8_t expected;
 	uint64_t stop, past;
 
+	(void)all;
 	while (at < end && atomic_load(state_of(range, at)) != state_to_poison(range, at))
 		at += range->page_size;
 	if (at >= end)
@@ -68,8 +69,8 @@ static uint64_t poison_slice(struct uffd_range *range, uint64_t at, uint64_t end
 }
 
 /* -EBUSY at the first page in flight. */
-static uint64_t find_in_flight(struct uffd_range *range, uint64_t at, uint64_t end,
-			       int *error_ret, uint64_t *done_ret)
+static uint64_t find_in_flight(const struct slices *all, struct uffd_range *range, uint64_t at,
+			       uint64_t end, int *error_ret, uint64_t *done_ret)
 {
 	*done_ret = 0;
 	for (; at < end; at += range->page_size) {
@@ -81,14 +82,15 @@ static uint64_t find_in_flight(struct uffd_range *range, uint64_t at, uint64_t e
 		}
 		/* The thread that had it has given it back. */
 		if (state == UFFD_PAGE_ABSENT)
-			return poison_slice(range, at, end, error_ret, done_ret);
+			return poison_slice(all, range, at, end, error_ret, done_ret);
 	}
 	return at;
 }
 
-static uint64_t find_in_flight_only(struct uffd_range *range, uint64_t at, uint64_t end,
-				    int *error_ret, uint64_t *done_ret)
+static uint64_t find_in_flight_only(const struct slices *all, struct uffd_range *range, uint64_t at,
+				    uint64_t end, int *error_ret, uint64_t *done_ret)
 {
+	(void)all;
 	*done_ret = 0;
 	while (at < end && !uffd_page_is_in_flight(atomic_load(state_of(range, at))))
 		at += range->page_size;
@@ -97,12 +99,13 @@ static uint64_t find_in_flight_only(struct uffd_range *range, uint64_t at, uint6
 }
 
 /* The thread at this page did not finish in time: poison it. */
-static uint64_t poison_in_flight(struct uffd_range *range, uint64_t at, uint64_t end,
-				 int *error_ret, uint64_t *done_ret)
+static uint64_t poison_in_flight(const struct slices *all, struct uffd_range *range, uint64_t at,
+				 uint64_t end, int *error_ret, uint64_t *done_ret)
 {
 	struct uffd_fill_result result;
 	uint8_t state = atomic_load(state_of(range, at));
 
+	(void)all;
 	(void)end;
 	*done_ret = 0;
 	if (!uffd_page_is_in_flight(state))
@@ -122,9 +125,10 @@ static uint64_t poison_in_flight(struct uffd_range *range, uint64_t at, uint64_t
 	return at + range->page_size;
 }
 
-static uint64_t unprotect_slice(struct uffd_range *range, uint64_t at, uint64_t end,
-				int *error_ret, uint64_t *done_ret)
+static uint64_t unprotect_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
+				uint64_t end, int *error_ret, uint64_t *done_ret)
 {
+	(void)all;
 	*done_ret = 0;
 	*error_ret = uffd_shim_writeprotect(range->space->fd, at, end - at, 0);
 	return *error_ret ? at : end;
@@ -251,7 +255,7 @@ static int seal_piece(struct uffd_engine *engine, const struct piece *piece,
 		      struct patience *patience)
 {
 	struct slices all = { engine, piece->ref, piece->offset, piece->end, preserve_slice,
-			      preserve_reach };
+			      preserve_reach, NULL };
 	struct uffd_populate_result populated;
 	uint64_t offset = piece->offset;
 	int r = 0;
@@ -339,7 +343,7 @@ static void mark_as_staying(struct uffd_engine *engine, const struct piece *piec
 static int seal_in_flight(struct uffd_engine *engine, const struct piece *piece,
 			  struct patience *patience)
 {
-	struct slices all = { engine, piece->ref, piece->offset, piece->end, NULL, NULL };
+	struct slices all = { engine, piece->ref, piece->offset, piece->end, NULL, NULL, NULL };
 
 	return piece->loses_content && piece->can_poison
 		? clear_in_flight(&all, find_in_flight_only, patience) : 0;

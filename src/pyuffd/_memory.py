@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from enum import IntFlag
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import raise_errno
@@ -65,6 +65,29 @@ def touch(start: int, length: int, step: int, *, write: bool) -> None:
     lost = access(start, length, step)
     if lost:
         raise_lost("touch", lost)
+
+
+def read_descriptor(fd: int, at: int | None, start: int, length: int) -> None:
+    """Read bytes of a descriptor into memory: pread(2) from `at`, or read(2) if that is None.
+
+    Raises:
+        UffdOSError: ENODATA - the end came first. EBADF, ECONNRESET, ... of the descriptor.
+    """
+    _transfer("read", lib.uffd_transfer_read, fd, at, start, length)
+
+
+def write_descriptor(fd: int, at: int | None, start: int, length: int) -> None:
+    """Write memory to a descriptor: pwrite(2) to `at`, or write(2) if that is None."""
+    _transfer("write", lib.uffd_transfer_write, fd, at, start, length)
+
+
+def _transfer(op: str, call: Any, fd: int, at: int | None, start: int, length: int) -> None:
+    done, place = ffi.new("uint64_t *"), ffi.cast("void *", start)
+    code = -errno.EINTR
+    while code == -errno.EINTR:  # between two calls a signal handler of Python's runs
+        code = call(fd, -1 if at is None else at, place, length, done)
+    if code:
+        raise_errno(op, -code, start, length, completed=int(done[0]))
 
 
 def unguard() -> None:

@@ -108,7 +108,10 @@ class OverlaySource:
         # Functions are promised whole pages.
         first = round_down(run.offset, PAGE_SIZE)
         whole = round_up(run.offset + length, PAGE_SIZE) - first
-        data = memoryview(leaf.read(first, whole)).cast("B")
+        found = leaf.read(first, whole)
+        if found is None:
+            raise ValueError(f"{leaf!r} returned None: a part of an overlay cannot come by fill()")
+        data = memoryview(found).cast("B")
         if len(data) != whole:
             raise ValueError(
                 f"{leaf!r} returned {len(data):#x} bytes for {whole:#x} at offset {first:#x}"

@@ -326,6 +326,12 @@ class _Lib:
     UFFD_FILL_MOVE: int
     def uffd_fill_run(self, fill: CData, result_ret: CData, /) -> int: ...
     def uffd_now_ns(self, /) -> int: ...
+    def uffd_transfer_read(
+        self, fd: int, at: int, target: CData, length: int, done: CData, /
+    ) -> int: ...
+    def uffd_transfer_write(
+        self, fd: int, at: int, source: CData, length: int, done: CData, /
+    ) -> int: ...
     UFFD_PAGE_ABSENT: int
     UFFD_PAGE_IN_FLIGHT: int
     UFFD_PAGE_CLEAN: int
@@ -419,6 +425,18 @@ class _Lib:
     def uffd_engine_populate(
         self, engine: CData, ref: CData, offset: int, length: int, chunk: int, result_ret: CData, /
     ) -> int: ...
+    def uffd_engine_fill(
+        self,
+        engine: CData,
+        ref: CData,
+        offset: int,
+        length: int,
+        data: CData,
+        unprotected: int,
+        filled_ret: CData,
+        reached_ret: CData,
+        /,
+    ) -> int: ...
     def uffd_engine_preserve(
         self,
         engine: CData,
@@ -459,6 +477,7 @@ class _Lib:
     def uffd_engine_next_request(self, engine: CData, /) -> CData: ...
     def uffd_engine_complete(self, engine: CData, request: CData, data: CData, /) -> int: ...
     def uffd_engine_complete_next(self, engine: CData, request: CData, data: CData, /) -> CData: ...
+    def uffd_engine_promise_next(self, engine: CData, request: CData, /) -> CData: ...
     def uffd_engine_ask_again(self, engine: CData, request: CData, /) -> int: ...
     def uffd_engine_fail(self, engine: CData, request: CData, error: int, /) -> int: ...
     def uffd_native_start(

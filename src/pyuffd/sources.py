@@ -34,8 +34,11 @@ class PageSource(Protocol):
     def length(self) -> int | None:
         """The number of bytes, or None if the source has no end."""
 
-    def read(self, offset: int, length: int) -> Buffer:
-        """Return exactly `length` bytes, padded with zeros beyond the end of the source."""
+    def read(self, offset: int, length: int) -> Buffer | None:
+        """Return exactly `length` bytes, padded with zeros beyond the end of the source.
+
+        None promises that `Handler.fill` will bring them, before `stall_timeout_s` is over.
+        """
 
 
 class ZeroSource:
@@ -189,7 +192,8 @@ class CallableSource:
 
     Args:
         function: Called with (offset, length) in bytes from the start of the region, both
-            multiples of its page size; returns exactly `length` bytes.
+            multiples of its page size; returns exactly `length` bytes, or None to promise that
+            `Handler.fill` will bring them.
         length: The number of bytes, or None if the source has no end.
 
     Raises:
@@ -201,7 +205,9 @@ class CallableSource:
         b'aaa'
     """
 
-    def __init__(self, function: Callable[[int, int], Buffer], length: int | None = None) -> None:
+    def __init__(
+        self, function: Callable[[int, int], Buffer | None], length: int | None = None
+    ) -> None:
         if not callable(function):
             raise ValueError(f"function: {shown(function)} cannot be called")
         if inspect.iscoroutinefunction(function):
@@ -214,7 +220,7 @@ class CallableSource:
         """Bytes there are, or None."""
         return self._length
 
-    def read(self, offset: int, length: int) -> Buffer:
+    def read(self, offset: int, length: int) -> Buffer | None:
         """Call the function."""
         return self.function(offset, length)
 

@@ -274,7 +274,7 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
     ("FileSource", "file", BAD_FILE, lambda _, v: FileSource(v)),
     ("FileSource", "offset", BAD_INT, lambda _, v: FileSource(__file__, v)),
     ("CallableSource", "function", BAD_FUNCTION, lambda _, v: CallableSource(v)),
-    ("CallableSource", "length", optional(BAD_INT), lambda _, v: CallableSource(print, v)),  # type: ignore[arg-type]
+    ("CallableSource", "length", optional(BAD_INT), lambda _, v: CallableSource(print, v)),
     ("AsyncSource", "function", BAD_FUNCTION, lambda _, v: AsyncSource(v)),
     ("AsyncSource", "loop", optional(BAD_OBJECT), lambda _, v: AsyncSource(answer, loop=v)),
     ("AsyncSource", "length", optional(BAD_INT), lambda _, v: AsyncSource(answer, length=v)),
@@ -351,6 +351,23 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
         "chunk",
         optional(BAD_INT) | {"none": 0},
         lambda w, v: w.handler.populate(w.served, chunk=v),
+    ),
+    *(
+        (
+            "fill",
+            parameter,
+            values,
+            lambda w, v, parameter=parameter: w.handler.fill(
+                **{"region": w.served, "offset": 0, "data": bytes(PAGE), parameter: v}
+            ),
+        )
+        for parameter, values in (
+            ("region", BAD_RANGE),
+            ("offset", BAD_INT),
+            ("data", BAD_BUFFER | {"int": -1}),
+            ("length", optional(BAD_INT)),
+            ("data_offset", optional(BAD_INT)),
+        )
     ),
     ("stop", "timeout_s", BAD_SECONDS, lambda w, v: w.handler.stop(timeout_s=v)),
     ("send_uffd", "sock", BAD_OBJECT, lambda w, v: pyuffd.send_uffd(v, w.uffd, [])),

@@ -475,7 +475,7 @@ def test_sources_are_page_sources() -> None:
     ):
         assert isinstance(wrapped, PageSource)
         assert wrapped.length == len(CONTENT)
-        assert bytes(wrapped.read(300, 500)) == CONTENT[300:800]
+        assert bytes(wrapped.read(300, 500) or b"") == CONTENT[300:800]
 
 
 def test_sources_that_can_be_sent_pickle() -> None:
@@ -506,16 +506,16 @@ def test_failing_source_fails_where_and_as_often_as_told() -> None:
         with pytest.raises(OSError) as caught:
             failing.read(offset, PAGE)
         assert caught.value is error
-    assert bytes(failing.read(PAGE, 16)) == CONTENT[PAGE : PAGE + 16]
+    assert bytes(failing.read(PAGE, 16) or b"") == CONTENT[PAGE : PAGE + 16]
 
 
 @pytest.mark.parametrize("extra", [-PAGE - 1, -PAGE, -1, 1, PAGE])
 def test_wrong_length_source(extra: int) -> None:
     wrong = WrongLengthSource(source(), extra, at=[PAGE])
-    data = bytes(wrong.read(PAGE, PAGE))
+    data = bytes(wrong.read(PAGE, PAGE) or b"")
     assert len(data) == max(0, PAGE + extra)
     assert data.startswith(CONTENT[PAGE : PAGE + min(PAGE, len(data))])
-    assert len(bytes(wrong.read(0, PAGE))) == PAGE
+    assert len(bytes(wrong.read(0, PAGE) or b"")) == PAGE
 
 
 def test_gated_source_holds_reads_until_it_opens() -> None:
@@ -526,7 +526,7 @@ def test_gated_source_holds_reads_until_it_opens() -> None:
     assert sorted(gated.wait_for_reads(2)) == [0, PAGE]
     assert all(task.running for task in tasks)
     gated.open()
-    assert [bytes(task.result()) for task in tasks] == [b"\0\1\2\3"] * 2
+    assert [bytes(task.result() or b"") for task in tasks] == [b"\0\1\2\3"] * 2
     gated.read(0, 4)
 
 

@@ -15,7 +15,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # lower floors, and none of its own floor.
 FLOORS = [
     {"uffd_abi", "base/line", "base/clock"},
-    {"uffd_shim", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
+    {"uffd_shim", "uffd_transfer", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
     {"watch/helper", "watch/waiters"},
     {"watch/watch"},
     {"uffd_owned", "access/access"},
@@ -34,8 +34,8 @@ FLOORS = [
     {"engine/grown"},
     {"engine/spaces", "engine/slices", "engine/layout", "engine/stray"},
     {"engine/save", "engine/states", "engine/serve"},
-    {"engine/resolve"},
-    {"engine/prefetch", "engine/answer", "engine/populate", "engine/inline"},
+    {"engine/resolve", "engine/promise"},
+    {"engine/prefetch", "engine/answer", "engine/populate", "engine/supply", "engine/inline"},
     {"engine/drain", "engine/step", "engine/stall"},
     {"engine/loop", "engine/patience"},
     {"engine/request", "engine/unserve"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pyuffd.handlers._bounce import Bounce
     from pyuffd.handlers._types import (
         Ended,
         Failure,
@@ -92,6 +93,14 @@ class Backend(Protocol):
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages, `chunk` bytes at a time by workers; return the bytes filled."""
+
+    def fill(
+        self, served: RangeId, offset: int, source: Bounce | int, length: int, *, unprotected: bool
+    ) -> int:
+        """Fill absent pages; return the bytes filled.
+
+        `source` is an address of this process or, for an engine that `is_remote`, a shared Bounce.
+        """
 
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
         """Save protected pages; return the bytes saved."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pyuffd._abi import RegisterMode
     from pyuffd._uffd import Userfaultfd
+    from pyuffd.handlers._bounce import Bounce
     from pyuffd.handlers._checks import Driver
     from pyuffd.handlers._ending import Ending
     from pyuffd.handlers._overlaps import Overlaps
@@ -52,6 +53,7 @@ class HandlerBase(SoleOwner):
     _spaces: dict[Userfaultfd, int]
     _served: dict[tuple[int, int], Served]  # by space and start
     _overlaps: Overlaps
+    _bounces: list[Bounce]  # free ones
     _started: bool
     _may_move: bool  # true until the handler runs and serves a region without Python
     _at_close: OnClose[Any]

@@ -10,11 +10,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from pyuffd._abi import PagefaultFlag
-from pyuffd._closing import SoleOwner
-from pyuffd._diagnose import why_unresolved
-from pyuffd._errors import ClosedError, HandlerError, raise_errno
+from pyuffd._errors import HandlerError, raise_errno
 from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
+from pyuffd.handlers._engine_pages import EnginePages, pointer_to, range_ref
 from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
@@ -100,7 +99,7 @@ class _Life:
             return self._is_freed
 
 
-class Engine(SoleOwner):
+class Engine(EnginePages):
     """One `struct uffd_engine`; the userfaultfds are borrowed.
 
     `has_workers` says that threads will call `next_request`. `stall_limit_ns` is the longest that a
@@ -155,16 +154,11 @@ class Engine(SoleOwner):
             raise_start_error("make a fault engine", -code, _name(call))
         # Each call holds a reference to the pointer, so the memory is freed after the last call.
         self.life = _Life(out)
-        self._pointer: Any = ffi.gc(out[0], self.life.end)
+        self._pointer = ffi.gc(out[0], self.life.end)
         self._inline = inline
         self._owner_pid = owner_pid
         self._owners: dict[int, object] = {}
         self._added_last: tuple[int, int, int, Any] | None = None
-
-    def _engine(self) -> Any:
-        if self._pointer is None:
-            raise ClosedError("this handler has stopped")
-        return self._pointer
 
     def destroy(self) -> None:
         """Free it as soon as no thread is inside."""
@@ -275,7 +269,7 @@ class Engine(SoleOwner):
 
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell the engine which ioctls the registered range supports."""
-        lib.uffd_engine_set_ioctls(self._engine(), _ref(served), ioctls)
+        lib.uffd_engine_set_ioctls(self._engine(), range_ref(served), ioctls)
 
     def list_registered(
         self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
@@ -312,7 +306,7 @@ class Engine(SoleOwner):
         flags |= lib.UFFD_UNSERVE_GENTLY if gently else 0
         code = lib.uffd_engine_unserve(
             self._engine(),
-            _ref(served),
+            range_ref(served),
             flags,
             int(patience_s * 1e9),
         )
@@ -396,75 +390,6 @@ class Engine(SoleOwner):
         """The number of workers that have not returned with a page that was given up."""
         return int(lib.uffd_engine_hung(self._engine()))
 
-    def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
-        """Fill absent pages; return the bytes filled.
-
-        Workers are asked for `chunk` bytes at a time, or with 0 for as many as they answer quickly.
-        """
-        out = ffi.new("struct uffd_populate_result *")
-        start = served.start + offset
-        code = lib.uffd_engine_populate(self._engine(), _ref(served), offset, length, chunk, out)
-        if code:
-            failed = out.failed_at
-            at = (failed, None) if failed else (start, length)
-            hint = self._why_not_populated(served, failed, -code) if failed else ""
-            raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
-        return int(out.filled)
-
-    def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
-        """Return why `populate` could not fill a page, or ""."""
-        return "" if served.space else why_unresolved(code, address, self._owner_pid or "self")
-
-    def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
-        """Save protected pages, and unprotect them if asked to; return the bytes saved."""
-        out, reached = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        code = lib.uffd_engine_preserve(
-            self._engine(),
-            _ref(served),
-            offset,
-            length,
-            unprotect,
-            out,
-            reached,
-        )
-        if code == -errno.EINVAL:
-            raise ValueError(f"the range at {served.start:#x} was served without preserve=")
-        if code:
-            left = offset + length - int(reached[0])
-            place = served.start + int(reached[0])
-            raise_errno("preserve", -code, place, left, completed=int(out[0]))
-        return int(out[0])
-
-    def take_in(self, served: RangeId) -> None:
-        """Note the pages that are present, as far as the owner's page table can be read."""
-        lib.uffd_engine_take_in(self._engine(), _ref(served))
-
-    def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
-        """Write-protect pages; return their states as they were when they were protected."""
-        out = bytearray(pages)
-        with ffi.from_buffer("uint8_t[]", out) as pointer:
-            code = lib.uffd_engine_writeprotect(
-                self._engine(), _ref(served), offset, length, pointer
-            )
-        if code:
-            raise_errno("write-protect", -code, served.start + offset, length, completed=0)
-        return bytes(out)
-
-    def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
-        """Return the state bytes of some pages."""
-        out = bytearray(pages)
-        with ffi.from_buffer("uint8_t[]", out) as pointer:
-            code = lib.uffd_engine_states(
-                self._engine(),
-                _ref(served),
-                first_page,
-                pages,
-                pointer,
-            )
-        if code:
-            raise_errno("page states", -code, served.start, served.length)
-        return bytes(out)
-
     @property
     def spaces(self) -> int:
         """The number of address spaces served: one for each userfaultfd and each living fork."""
@@ -476,11 +401,14 @@ class Engine(SoleOwner):
         return bool(lib.uffd_engine_owner_exited(self._engine()))
 
     def answer_requests(
-        self, read: Callable[[int, int, int], Buffer], fail: Callable[[Request, BaseException], int]
+        self,
+        read: Callable[[int, int, int], Buffer | None],
+        fail: Callable[[Request, BaseException], int],
     ) -> None:
         """Fetch pages until the engine stops.
 
-        `read` is called with a range's number, an offset and a length, and returns that many bytes.
+        `read` is called with a range's number, an offset and a length, and returns that many bytes,
+        or None where `fill` will bring them.
         If it raises, `fail` is called with the exception and returns the errno for `on_error`.
         """
         engine = self._engine()
@@ -489,6 +417,9 @@ class Engine(SoleOwner):
             length = request.length
             try:
                 data = read(request.id, request.offset, length)
+                if data is None:  # the content comes by `fill`
+                    request = lib.uffd_engine_promise_next(engine, request)
+                    continue
                 size = len(data) if type(data) is bytes else _size_of(data, request)
                 if size != length:
                     raise HandlerError(
@@ -574,7 +505,7 @@ def follow_parent(parent: int) -> bool:
 
 def hold_descriptors(shared: int, keeper: int, sockets: list[int]) -> None:
     """Share this process's descriptors with a new child of the keeper (engine/successor.h)."""
-    code = lib.uffd_keeper_hold_descriptors(_pointer(shared), keeper, sockets, len(sockets))
+    code = lib.uffd_keeper_hold_descriptors(pointer_to(shared), keeper, sockets, len(sockets))
     if code:
         raise_start_error("make a process that holds descriptors", -code, "clone")
 
@@ -582,7 +513,7 @@ def hold_descriptors(shared: int, keeper: int, sockets: list[int]) -> None:
 def rescue_forks(shared: int) -> list[int]:
     """Return the descriptors of forks that a dead child had read but not reported."""
     position, fds = ffi.new("uint32_t *"), []
-    while (fd := lib.uffd_keeper_rescue_fork(_pointer(shared), position)) != -errno.ENOENT:
+    while (fd := lib.uffd_keeper_rescue_fork(pointer_to(shared), position)) != -errno.ENOENT:
         if fd >= 0:
             fds.append(int(fd))
         else:
@@ -592,7 +523,7 @@ def rescue_forks(shared: int) -> list[int]:
 
 def release_holder(shared: int) -> None:
     """End the process that shared a dead child's descriptors."""
-    lib.uffd_keeper_release_holder(_pointer(shared))
+    lib.uffd_keeper_release_holder(pointer_to(shared))
 
 
 def _size_of(data: object, request: Any) -> int:
@@ -621,14 +552,6 @@ def _fill_overlay(spec: Any, overlay: Overlay | None) -> object:
     spec.leaves, spec.leaf_count = leaves, len(leaves)
     spec.runs, spec.run_count = runs, len(runs)
     return leaves, runs
-
-
-def _ref(served: RangeId) -> Any:
-    return ffi.new("struct uffd_range_ref *", (served.space, served.number, served.start))
-
-
-def _pointer(address: int) -> Any:
-    return ffi.cast("void *", address)
 
 
 _under_faulthandler: list[bool] = []  # whether it was enabled when it had replaced our action

@@ -2,10 +2,73 @@
 
 from __future__ import annotations
 
-from pyuffd._arguments import check_int
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyuffd import _memory
+from pyuffd._abi import RegisterMode
+from pyuffd._arguments import FD_LIMIT, check_buffer, check_int, shown
+from pyuffd._errors import UffdOSError
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
+from pyuffd.handlers._bounce import BOUNCE_SIZE, Bounce
 from pyuffd.handlers._types import SourceKind
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from typing_extensions import Buffer
+
+    from pyuffd.handlers._backend import Backend
+    from pyuffd.handlers._serving import Served
+
+    class HasDescriptor(Protocol):
+        """An open file or socket."""
+
+        def fileno(self) -> int:
+            """Return its descriptor."""
+
+
+BOUNCES_KEPT = 4  # as many threads fill at once without making memory for it
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What `fill` was given: an address of this process, or a descriptor to read from.
+
+    `at` is the place in a descriptor, or None for the next bytes of a stream. `owner` keeps the
+    memory alive.
+    """
+
+    length: int | None
+    address: int = 0
+    fd: int = -1
+    at: int | None = None
+    owner: object = None
+
+
+def given(data: Buffer | RangeLike | HasDescriptor | int, at: int | None) -> Given:
+    """Return what `data` means; TypeError for anything else."""
+    if at is not None:
+        check_int("data_offset", at, 0, 1 << 63)
+    if not isinstance(data, type) and callable(getattr(data, "fileno", None)):
+        data = data.fileno()  # type: ignore[union-attr]
+    if isinstance(data, int):
+        return Given(None, fd=check_int("data", data, 0, FD_LIMIT), at=at)
+    if at is not None:
+        raise ValueError("data_offset is for a descriptor: give a slice of the buffer")
+    if not isinstance(data, type) and hasattr(data, "start") and hasattr(data, "length"):
+        start, length = check_int("data.start", data.start), check_int("data.length", data.length)
+        return Given(length, address=start, owner=data)
+    try:
+        check_buffer("data", data)
+    except TypeError:
+        raise TypeError(
+            "data must be a buffer, a region, or an open file, socket or descriptor, not"
+            f" {shown(data)}"
+        ) from None
+    address, size, owner = _memory.buffer_address(data)  # type: ignore[arg-type]
+    return Given(size, address=address, owner=owner)
 
 
 class FillsPages(HandlerBase):
@@ -53,3 +116,135 @@ class FillsPages(HandlerBase):
             raise ValueError("populate needs running workers: call start() first")
         size = served.page_size
         return engine.populate(served.id, first * size, pages * size, chunk or 0)
+
+    def fill(
+        self,
+        region: RangeLike,
+        offset: int,
+        data: Buffer | RangeLike | HasDescriptor | int,
+        length: int | None = None,
+        *,
+        data_offset: int | None = None,
+        keep_protected: bool | None = None,
+    ) -> int:
+        """Fill absent pages with content that the caller has, and return the bytes filled.
+
+        This is for content that comes by itself, as from the sender of a migration, while faults
+        ask for other pages. A page is filled once, by whoever comes first: one that is present,
+        dropped (REMOVED) or poisoned keeps what it has, and its data are not used. The threads that
+        wait for a page go on. A page that a source in Python was asked for is filled as well, and
+        the answer of the source, which may return None, is no longer needed.
+
+        Args:
+            region: A served region.
+            offset: Where to begin in bytes, a multiple of the page size.
+            data: A buffer, a region or range of this process's memory, or a descriptor (an open
+                file or socket, or its number). A descriptor is read in C, `length` bytes from
+                `data_offset`, or the next bytes of a stream; this waits for them.
+            length: Bytes, a multiple of the page size; all of a buffer or region by default, and
+                with a descriptor up to the end of the region.
+            data_offset: Where to begin in the file of a descriptor; None reads on where it is.
+            keep_protected: For a region served with RegisterMode.WP: True (the default) fills
+                protected pages, so that a later write makes them DIRTY. With False the pages are
+                writable and DIRTY.
+
+        Raises:
+            ValueError: not served, or served for WP only; bad pages, data of another length, or
+                data in memory that this handler serves.
+            PartialResolveError: EAGAIN - the layout has been changing, or another thread has been
+                filling a page, for 5 s. `start` is the first page that is not filled, and
+                `completed` bytes were filled; so for the following errors.
+            UffdOSError: EFAULT - the data cannot be read. ENODATA - the descriptor ended before
+                `length` bytes. ENOMEM - no huge page became free in time. Any errno of read(2).
+                What was read of a stream and not filled is lost.
+            LayoutChangedError: ENOENT - part of the region was unmapped.
+
+        Kernel: UFFDIO_COPY(2const).  GIL: released.  Threads: safe.  Blocks: until the descriptor
+        has given the data; no page is held meanwhile.
+
+        Example:
+            >>> from pyuffd import Handler, Region, Userfaultfd, ZeroSource
+            >>> with (
+            ...     Userfaultfd() as uffd,
+            ...     Region.anonymous(8192) as region,
+            ...     Handler(uffd) as handler,
+            ... ):
+            ...     _ = handler.serve(region, ZeroSource())
+            ...     handler.fill(region, 4096, b"pushed".ljust(4096)), region.read(4096, 6)
+            (4096, b'pushed')
+        """
+        what = given(data, data_offset)
+        engine, served, first, pages = self._pages(
+            region, offset, what.length if length is None else length
+        )
+        size = pages * served.page_size
+        if what.length is not None and size > what.length:
+            raise ValueError(f"length {size:#x} is more than the {what.length:#x} bytes of data")
+        unprotected = self._check_fill(served, keep_protected)
+        if what.fd < 0:
+            self._overlaps.check_read(what.address, size, "data")
+        at = first * served.page_size
+        if what.fd < 0 and not engine.is_remote:
+            return engine.fill(served.id, at, what.address, size, unprotected=unprotected)
+        return self._fill_bounced(engine, served, at, what, size, unprotected=unprotected)
+
+    def _check_fill(self, served: Served, keep_protected: bool | None) -> bool:
+        """Return whether the pages are to arrive unprotected."""
+        if served.mode == RegisterMode.WP:
+            raise ValueError(
+                f"the range at {served.id.start:#x} is served for WP only, so that none of its"
+                " pages is ever absent"
+            )
+        if keep_protected and not served.mode & RegisterMode.WP:
+            raise ValueError(
+                f"keep_protected: the range at {served.id.start:#x} is not served for WP"
+            )
+        return bool(served.mode & RegisterMode.WP) and keep_protected is False
+
+    def _fill_bounced(
+        self,
+        engine: Backend,
+        served: Served,
+        offset: int,
+        what: Given,
+        length: int,
+        *,
+        unprotected: bool,
+    ) -> int:
+        """Fill from memory of our own, into which the data are read or copied piece by piece."""
+        filled = done = 0
+        bounce = self._bounce(served.page_size, shared=engine.is_remote)
+        try:
+            while done < length:
+                size = min(bounce.size, length - done)
+                if what.fd >= 0:
+                    at = None if what.at is None else what.at + done
+                    _memory.read_descriptor(what.fd, at, bounce.address, size)
+                else:
+                    _memory.read_into(bounce.view[:size], what.address + done)
+                filled += engine.fill(
+                    served.id, offset + done, bounce, size, unprotected=unprotected
+                )
+                done += size
+        except UffdOSError as error:
+            so_far = 0 if error.op == "read" else getattr(error, "completed", 0)
+            place = served.id.start + offset + done
+            start = place if error.op == "read" else error.start
+            raise _continued(error, start, length - done, filled + so_far) from None
+        finally:
+            if len(self._bounces) < BOUNCES_KEPT:
+                self._bounces.append(bounce)
+        return filled
+
+    def _bounce(self, page_size: int, *, shared: bool) -> Bounce:
+        while self._bounces:
+            bounce = self._bounces.pop()
+            if bounce.size >= page_size and shared == (bounce.fd >= 0):
+                return bounce
+        return Bounce(max(BOUNCE_SIZE, page_size), shared=shared)
+
+
+def _continued(error: UffdOSError, start: int | None, length: int, completed: int) -> UffdOSError:
+    """Return the error of a piece as the one of the whole call."""
+    data = error.data | {"completed": completed}
+    return type(error)(error.errno or 0, "fill", start, length, error.hint, **data)

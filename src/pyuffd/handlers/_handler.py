@@ -161,6 +161,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
         self._autostart = autostart
         self._at_close = OnClose(self, lambda handler: handler.stop(), lambda _: True)
         self._overlaps = Overlaps()
+        self._bounces = []
         self._fork_watch = ForkWatch(self)
         self._started = False
         self._may_move = driver == "auto" and self.driver == "native"

@@ -146,6 +146,14 @@ class Overlaps:
                 " in it, and its faults would wait for each other"
             )
 
+    def check_read(self, start: int, length: int, name: str) -> None:
+        """Raise ValueError if the engine would wait for itself when it reads this memory."""
+        served = self._filled.find(start, length)
+        if served is not None:
+            raise ValueError(
+                f"{name} [{start:#x}, +{length:#x}) lies inside the served range {served}"
+            )
+
     def add(self, new: Range) -> None:
         """Note a range that is served from now on."""
         for spans, one in self._entries(new):

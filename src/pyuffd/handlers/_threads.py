@@ -165,7 +165,7 @@ class WorkedEngine(Engine):
     def _work(self) -> None:
         self.answer_requests(self._read, self._failed_at)
 
-    def _read(self, number: int, offset: int, length: int) -> Buffer:
+    def _read(self, number: int, offset: int, length: int) -> Buffer | None:
         return self._sources[number].read(offset, length)
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:

@@ -67,7 +67,7 @@ class DelayedSource(_Wrapped):
         super().__init__(source, at)
         self.delay_s = delay_s
 
-    def read(self, offset: int, length: int) -> Buffer:
+    def read(self, offset: int, length: int) -> Buffer | None:
         """Sleep, then read from the source."""
         if self._is_hit(offset, length):
             time.sleep(self.delay_s)
@@ -97,7 +97,7 @@ class FailingSource(_Wrapped):
         self.error = error
         self.times = times
 
-    def read(self, offset: int, length: int) -> Buffer:
+    def read(self, offset: int, length: int) -> Buffer | None:
         """Raise the error, or read from the source."""
         if self._is_hit(offset, length) and self.times != 0:
             if self.times is not None:
@@ -119,11 +119,12 @@ class WrongLengthSource(_Wrapped):
         super().__init__(source, at)
         self.extra = extra
 
-    def read(self, offset: int, length: int) -> Buffer:
+    def read(self, offset: int, length: int) -> Buffer | None:
         """Return more or fewer bytes than requested."""
-        data = bytes(self.source.read(offset, length))
-        if not self._is_hit(offset, length):
-            return data
+        found = self.source.read(offset, length)
+        if found is None or not self._is_hit(offset, length):
+            return found
+        data = bytes(found)
         return data[: max(0, length + self.extra)].ljust(max(0, length + self.extra), b"\xa5")
 
 
@@ -157,7 +158,7 @@ class GatedSource(SoleOwner, _Wrapped):
         self._held: list[int] = []
         self._is_open = False
 
-    def read(self, offset: int, length: int) -> Buffer:
+    def read(self, offset: int, length: int) -> Buffer | None:
         """Wait for the gate, then read from the source."""
         if self._is_hit(offset, length):
             with self._changed:

@@ -28,6 +28,7 @@ class Call(IntEnum):
     REFUSE = auto()
     ABANDON = auto()
     POPULATE = auto()
+    FILL = auto()
     TAKE_IN = auto()
     WRITEPROTECT = auto()
     STATES = auto()
@@ -83,6 +84,7 @@ KINDS = {call: _PLAIN for call in Call} | {
     Call.LIST_REGISTERED: Kind(waits=True),
     Call.UNLIST_REGISTERED: Kind(waits=True),
     Call.POPULATE: Kind(waits=True),
+    Call.FILL: Kind(waits=True, has_fds=True),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Unpack
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import HelperLostError
 from pyuffd._owned import Descriptor
+from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
@@ -189,6 +190,15 @@ class RemoteEngine(SoleOwner):
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages; return the bytes filled."""
         return int(self._call(Call.POPULATE, served, offset, length, chunk))
+
+    def fill(
+        self, served: RangeId, offset: int, source: Bounce | int, length: int, *, unprotected: bool
+    ) -> int:
+        """Fill absent pages from a shared Bounce, which the worker process maps too."""
+        if not isinstance(source, Bounce):
+            raise TypeError("the worker process cannot read memory of this one")
+        found = self._call(Call.FILL, served, offset, length, unprotected, fds=(source.fd,))
+        return int(found)
 
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
         """Raise ValueError, since `add` refuses ranges with `preserve`."""

@@ -109,6 +109,7 @@ class WorkerProcess:
             Call.REFUSE: engine.refuse,
             Call.ABANDON: self.abandon,
             Call.POPULATE: engine.populate,
+            Call.FILL: self.fill,
             Call.TAKE_IN: engine.take_in,
             Call.WRITEPROTECT: engine.writeprotect,
             Call.STATES: engine.states,
@@ -294,6 +295,17 @@ class WorkerProcess:
         address = _memory.buffer_address(local)[0] if local is not None else 0
         here = replace(spec, content=content, local=address, local_file=None, owner=local)
         return self._engine.add(here, states_fd=states_fd, taken=taken)
+
+    def fill(
+        self, served: RangeId, offset: int, length: int, unprotected: bool, fds: list[int]
+    ) -> int:
+        """Fill pages from the beginning of a file that the owner has written."""
+        try:
+            data = mmap.mmap(fds[0], length, prot=mmap.PROT_READ)
+        finally:
+            _wire.close_all(fds)
+        address, _, _owner = _memory.buffer_address(data)
+        return self._engine.fill(served, offset, address, length, unprotected=unprotected)
 
     def unserve(
         self, served: RangeId, seal: bool, unregister: bool, patience_s: float, gently: bool

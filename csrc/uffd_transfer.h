@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: MIT */
+/* Whole transfers between a descriptor and memory. */
+#ifndef UFFD_TRANSFER_H
+#define UFFD_TRANSFER_H
+
+#include <stdint.h>
+
+/*
+ * Read exactly `length` bytes: by pread(2) from `at`, or by read(2) if that is negative.
+ * `done` counts them, also before an error; another call goes on behind them.  -EINTR: a
+ * signal came; -ENODATA: the end came first.  Waits also if the descriptor does not block.
+ */
+int uffd_transfer_read(int fd, int64_t at, void *target, uint64_t length, uint64_t *done);
+
+/* Write exactly `length` bytes, likewise. */
+int uffd_transfer_write(int fd, int64_t at, const void *source, uint64_t length, uint64_t *done);
+
+#endif /* UFFD_TRANSFER_H */

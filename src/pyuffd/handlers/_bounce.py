@@ -1,0 +1,55 @@
+"""Memory through which content goes from a descriptor to pages (layer L4)."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import suppress
+
+from pyuffd import _memory
+from pyuffd._closing import SoleOwner
+from pyuffd._errors import UffdOSError
+
+# Small enough to stay in a cache between the read and the copy, large enough that a call from
+# Python is a hundredth of it.
+BOUNCE_SIZE = 1 << 20
+_POPULATE_WRITE = 23
+
+
+class Bounce(SoleOwner):
+    """Memory of this process; with `shared` it is a memfd, which another process can map.
+
+    Threads: needs an external lock.
+    """
+
+    _instead = "it is memory of one call"
+
+    def __init__(self, size: int = BOUNCE_SIZE, *, shared: bool = False) -> None:
+        self.size = size
+        self.fd = -1
+        self._memory: mmap.mmap | None = None
+        if shared:
+            self.fd = os.memfd_create("uffd-bounce", os.MFD_CLOEXEC)
+        try:
+            if shared:
+                os.ftruncate(self.fd, size)
+                self._memory = mmap.mmap(self.fd, size)
+            else:
+                self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.address, _, self._owner = _memory.buffer_address(self._memory)
+            self.view = memoryview(self._memory)
+        except BaseException:
+            self.close()
+            raise
+        with suppress(UffdOSError):  # before Linux 5.14
+            _memory.madvise(self.address, size, _POPULATE_WRITE)
+
+    def close(self) -> None:
+        """Close the descriptor; the memory goes with the object."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            self.close()

@@ -1,0 +1,127 @@
+"""The C engine's calls that work on pages of a range (layer L4)."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from pyuffd._closing import SoleOwner
+from pyuffd._diagnose import why_unresolved
+from pyuffd._errors import ClosedError, raise_errno
+from pyuffd._shim import ffi, lib
+from pyuffd.handlers._bounce import Bounce
+from pyuffd.handlers._types import RangeId
+
+
+class EnginePages(SoleOwner):
+    """The part of `Engine` that fills, protects and saves pages."""
+
+    _pointer: Any
+    _owner_pid: int
+
+    def _engine(self) -> Any:
+        if self._pointer is None:
+            raise ClosedError("this handler has stopped")
+        return self._pointer
+
+    def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
+        """Fill absent pages; return the bytes filled.
+
+        Workers are asked for `chunk` bytes at a time, or with 0 for as many as they answer quickly.
+        """
+        out = ffi.new("struct uffd_populate_result *")
+        start = served.start + offset
+        code = lib.uffd_engine_populate(
+            self._engine(), range_ref(served), offset, length, chunk, out
+        )
+        if code:
+            failed = out.failed_at
+            at = (failed, None) if failed else (start, length)
+            hint = self._why_not_populated(served, failed, -code) if failed else ""
+            raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
+        return int(out.filled)
+
+    def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
+        """Return why `populate` could not fill a page, or ""."""
+        return "" if served.space else why_unresolved(code, address, self._owner_pid or "self")
+
+    def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
+        """Save protected pages, and unprotect them if asked to; return the bytes saved."""
+        out, reached = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        code = lib.uffd_engine_preserve(
+            self._engine(),
+            range_ref(served),
+            offset,
+            length,
+            unprotect,
+            out,
+            reached,
+        )
+        if code == -errno.EINVAL:
+            raise ValueError(f"the range at {served.start:#x} was served without preserve=")
+        if code:
+            left = offset + length - int(reached[0])
+            place = served.start + int(reached[0])
+            raise_errno("preserve", -code, place, left, completed=int(out[0]))
+        return int(out[0])
+
+    def take_in(self, served: RangeId) -> None:
+        """Note the pages that are present, as far as the owner's page table can be read."""
+        lib.uffd_engine_take_in(self._engine(), range_ref(served))
+
+    def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
+        """Write-protect pages; return their states as they were when they were protected."""
+        out = bytearray(pages)
+        with ffi.from_buffer("uint8_t[]", out) as pointer:
+            code = lib.uffd_engine_writeprotect(
+                self._engine(), range_ref(served), offset, length, pointer
+            )
+        if code:
+            raise_errno("write-protect", -code, served.start + offset, length, completed=0)
+        return bytes(out)
+
+    def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
+        """Return the state bytes of some pages."""
+        out = bytearray(pages)
+        with ffi.from_buffer("uint8_t[]", out) as pointer:
+            code = lib.uffd_engine_states(
+                self._engine(),
+                range_ref(served),
+                first_page,
+                pages,
+                pointer,
+            )
+        if code:
+            raise_errno("page states", -code, served.start, served.length)
+        return bytes(out)
+
+    def fill(
+        self, served: RangeId, offset: int, source: Bounce | int, length: int, *, unprotected: bool
+    ) -> int:
+        """Fill absent pages from memory of this process; return the bytes filled."""
+        address = source.address if isinstance(source, Bounce) else source
+        out, reached = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        code = lib.uffd_engine_fill(
+            self._engine(),
+            range_ref(served),
+            offset,
+            length,
+            pointer_to(address),
+            unprotected,
+            out,
+            reached,
+        )
+        if code:
+            place, left = served.start + int(reached[0]), offset + length - int(reached[0])
+            raise_errno("fill", -code, place, left, completed=int(out[0]))
+        return int(out[0])
+
+
+def range_ref(served: RangeId) -> Any:
+    """Return a range's name for C."""
+    return ffi.new("struct uffd_range_ref *", (served.space, served.number, served.start))
+
+
+def pointer_to(address: int) -> Any:
+    """Return a pointer for C."""
+    return ffi.cast("void *", address)
