@@ -303,6 +303,15 @@ class Agent(SoleOwner):
     def _ask(self, op: int, args: list[int], data: bytes = b"") -> Interrupted | int:
         request = ffi.new("struct uffd_agent_request *", {"op": op, "args": args})
         self._send(bytes(ffi.buffer(request)) + data)
+        return self._answer()
+
+    def next_result(self) -> int:
+        """Return the result that a second process gives: a fork in the child answers twice."""
+        reply = self._answer()
+        assert isinstance(reply, int)
+        return reply
+
+    def _answer(self) -> Interrupted | int:
         reply = ffi.new("struct uffd_agent_reply *")
         ffi.buffer(reply)[:] = self._receive(ffi.sizeof(reply[0]))
         signal = reply.signal

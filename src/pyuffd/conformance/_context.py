@@ -41,6 +41,8 @@ LETTERS = (
 )
 WP_LETTER = 3
 PAGES_SHOWN = 8
+_SYS_FORK, _SYS_WAIT4 = 57, 61
+_WAIT_ALL = 0x40000000  # __WALL
 EVENTS_SHOWN = 8
 
 
@@ -161,6 +163,20 @@ class Child(SoleOwner):
     def syscall(self, number: int, *args: int) -> int:
         """Make a system call in it; return the result or -errno."""
         return self._agent.syscall(number, *args)
+
+    def fork(self) -> None:
+        """Have it fork a child of its own, which ends at once.
+
+        Raises:
+            Mismatch: it cannot.
+        """
+        # Both return from the call and answer; one says 0.
+        answers = [self._agent.syscall(_SYS_FORK), self._agent.next_result()]
+        pid = max(answers)
+        if sorted(answers) != [0, pid] or pid <= 0:
+            raise Mismatch(f"fork in the child: saw {answers}, expected 0 and a process")
+        os.kill(pid, signal.SIGKILL)
+        self._agent.syscall(_SYS_WAIT4, pid, 0, _WAIT_ALL, 0)
 
     def pagemap(self, address: int) -> str:
         """Return the state of a page of its own, as `Context.pagemap` does."""
@@ -597,6 +613,12 @@ class Context(SoleOwner):
 
     def _enabled(self) -> str:
         return ", ".join(f"{int(uffd.features):#x}" for uffd in self._uffds) or "nothing"
+
+    def release(self) -> None:
+        """Undo everything made so far, so that the case can begin anew."""
+        self.close()
+        for made in (self._regions, self._accesses, self._uffds, self._monitors, self._children):
+            made.clear()
 
     def close(self) -> None:
         """Undo everything: children, userfaultfds (which lets stalled threads go on), regions."""

@@ -19,13 +19,13 @@ from pathlib import Path
 from pyuffd._abi import Event, Feature, Fork, RegisterMode, Remap, Remove, Unmap
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import Variant, case
-from pyuffd.conformance._context import WAIT_S, Context
+from pyuffd.conformance._context import WAIT_S, Access, Context
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._types import ALL, FILE, missing_features
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import MemoryType
 
-SYS_MMAP, SYS_MPROTECT, SYS_MUNMAP, SYS_MREMAP, SYS_MADVISE = 9, 10, 11, 25, 28
+SYS_MMAP, SYS_MPROTECT, SYS_MUNMAP, SYS_BRK, SYS_MREMAP, SYS_MADVISE = 9, 10, 11, 12, 25, 28
 SYS_FTRUNCATE, SYS_FALLOCATE = 77, 285
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 FIXED_ANONYMOUS = 0x10 | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -54,7 +54,8 @@ class Action:
         outcome: What it must do.
         memory: Where it makes sense.
         sends: The events it sends where it works, for the case's id.
-        by_descriptor: It takes the file, not the mapping.
+        by_descriptor: It acts on the file, not on the mapping.
+        left: The page that is still registered after the call, which others use meanwhile.
         variants: The outcomes that are accepted, if this is not the only one.
     """
 
@@ -66,6 +67,7 @@ class Action:
     memory: tuple[str, ...] = ALL
     by_descriptor: bool = False
     variants: tuple[Variant, ...] = ()
+    left: int = 1
 
 
 def _advice(advice: int) -> Callable[[Region, Region], tuple[int, ...]]:
@@ -78,6 +80,11 @@ def _removed(region: Region) -> list[Event]:
 
 def _unmapped(region: Region) -> list[Event]:
     return [Unmap(region.start, region.start + region.page_size)]
+
+
+def _second_to(region: Region, pages: int) -> Event:
+    """Return the event of an unmapping from the second page on, up to so many pages."""
+    return Unmap(region.start + region.page_size, region.start + pages * region.page_size)
 
 
 def _remove(memory: MemoryType, region: Region, _: Region) -> Outcome:
@@ -191,6 +198,38 @@ ACTIONS = (
         sends="remap-unmap",
         variants=OLD_HUGETLB,
     ),
+    Action(
+        "munmap-more",
+        "takes two mappings away, of which one is registered",
+        lambda region, _: (SYS_MUNMAP, region.start + region.page_size, 2 * region.page_size),
+        lambda _, region, __: (0, [_second_to(region, 3)]),
+        sends="unmap",
+        left=0,
+    ),
+    Action(
+        "mremap-onto",
+        "moves another mapping there",
+        lambda region, other: (
+            SYS_MREMAP,
+            other.start,
+            region.page_size,
+            region.page_size,
+            MREMAP_MAYMOVE | MREMAP_FIXED,
+            region.start,
+        ),
+        lambda _, region, __: (0, _unmapped(region)),
+        sends="unmap",
+        variants=OLD_HUGETLB,
+    ),
+    Action(
+        "mremap-shrink",
+        "makes the mapping shorter",
+        lambda region, _: (SYS_MREMAP, region.start, 2 * region.page_size, region.page_size, 0),
+        lambda _, region, __: (0, [_second_to(region, 2)]),
+        sends="unmap",
+        left=0,
+        variants=OLD_HUGETLB,
+    ),
 )
 
 
@@ -209,15 +248,14 @@ def _expect_asleep(ctx: Context, thread_id: int, process: int | None = None) -> 
         os.sched_yield()
 
 
-def _meanwhile(ctx: Context, region: Region, uffd: Userfaultfd) -> None:
+def _meanwhile(ctx: Context, page: int, uffd: Userfaultfd) -> None:
     """Until the event is read, REGISTER and WAKE work and nothing can be filled."""
-    second = region.start + ctx.page
     source = ctx.make(ctx.page // 4096, "anon")
-    answer = ctx.ioctl("COPY", second, source.start, ctx.page, uffd=uffd)
+    answer = ctx.ioctl("COPY", page, source.start, ctx.page, uffd=uffd)
     ctx.expect("errno of COPY", answer.errno, errno.EAGAIN)
-    answer = ctx.ioctl("REGISTER", second, ctx.page, RegisterMode.MISSING, uffd=uffd)
+    answer = ctx.ioctl("REGISTER", page, ctx.page, RegisterMode.MISSING, uffd=uffd)
     ctx.expect("errno of REGISTER", answer.errno, 0)
-    ctx.expect("errno of WAKE", ctx.ioctl("WAKE", second, ctx.page, uffd=uffd).errno, 0)
+    ctx.expect("errno of WAKE", ctx.ioctl("WAKE", page, ctx.page, uffd=uffd).errno, 0)
 
 
 def _observe(ctx: Context, action: Action, region: Region, other: Region) -> Outcome:
@@ -228,25 +266,30 @@ def _observe(ctx: Context, action: Action, region: Region, other: Region) -> Out
     uffd = ctx.uffd if action.by_descriptor else child.uffd
     call = syscall if action.by_descriptor else child.syscall
     access = ctx.start(call, *action.call(region, other))
+    left = region.start + action.left * ctx.page
+    events = _read_all(ctx, access, uffd, left, None if action.by_descriptor else child.pid)
+    ctx.expect_quiet(child.uffd)
+    # mmap and mremap return addresses.
+    return max(-access.result(), 0), events
+
+
+def _read_all(
+    ctx: Context, access: Access[int], uffd: Userfaultfd, left: int, process: int | None
+) -> list[Event]:
+    """Read the events of a call until it returns; each must find its caller asleep."""
     events: list[Event] = []
     while True:
         ready, _, _ = select.select([uffd.fileno(), access.fileno()], [], [], WAIT_S)
         if uffd.fileno() in ready:
-            if action.by_descriptor:
-                _expect_asleep(ctx, access.thread_id)
-            else:
-                _expect_asleep(ctx, child.pid, child.pid)
+            _expect_asleep(ctx, process or access.thread_id, process)
             ctx.expect("the call is over before its event is read", access.done, False)
             if not events:
-                _meanwhile(ctx, region, uffd)
+                _meanwhile(ctx, left, uffd)
             events += uffd.read_events(1)
         elif ready:
-            break
+            return events
         else:
             ctx.fail("the call and its events", "neither", "one of them")
-    ctx.expect_quiet(child.uffd)
-    # mmap and mremap return addresses.
-    return max(-access.result(), 0), events
 
 
 def _with(extra: Feature) -> Callable[[MemoryType], Feature]:
@@ -255,8 +298,8 @@ def _with(extra: Feature) -> Callable[[MemoryType], Feature]:
 
 def _add(action: Action) -> None:
     def on(ctx: Context) -> None:
-        region, other = ctx.make(2), ctx.make(1)
-        ctx.register(region, RegisterMode.MISSING)
+        region, other = ctx.make(3), ctx.make(1)
+        ctx.register(region, RegisterMode.MISSING, 2)
         seen = _observe(ctx, action, region, other)
         wanted = action.outcome(ctx.memory, region, other)
         if not action.variants:
@@ -265,8 +308,8 @@ def _add(action: Action) -> None:
         ctx.expect_variant("errno and events", seen, usual=wanted, refused=(errno.EINVAL, []))
 
     def off(ctx: Context) -> None:
-        region, other = ctx.make(2), ctx.make(1)
-        ctx.register(region, RegisterMode.MISSING)
+        region, other = ctx.make(3), ctx.make(1)
+        ctx.register(region, RegisterMode.MISSING, 2)
         child = ctx.fork()
         assert child.uffd is not None
         access = ctx.start(child.syscall, *action.call(region, other))
@@ -301,6 +344,31 @@ def _add(action: Action) -> None:
 
 for _action in ACTIONS:
     _add(_action)
+
+
+@case(
+    "event.brk.unmap",
+    origin=ORIGIN,
+    memory=("anon",),
+    features=FORK | Feature.EVENT_UNMAP,
+)
+def brk(ctx: Context) -> None:
+    """brk: takes the end of the heap away; its thread sleeps until the event is read."""
+    # A fork has an event only where something is registered.
+    ctx.register(ctx.make(1), RegisterMode.MISSING)
+    child = ctx.fork()
+    assert child.uffd is not None
+    # brk(2) works to the byte, and maps whole pages.
+    old = child.syscall(SYS_BRK, 0)
+    start = -(-old // ctx.page) * ctx.page
+    end = start + 2 * ctx.page
+    ctx.expect("brk up", child.syscall(SYS_BRK, end), end)
+    child.uffd.register(start, 2 * ctx.page, mode=RegisterMode.MISSING)
+    access = ctx.start(child.syscall, SYS_BRK, start + ctx.page)
+    events = _read_all(ctx, access, child.uffd, start, child.pid)
+    wanted = [Unmap(start + ctx.page, end)]
+    ctx.expect("new end, and events", (access.result(), events), (start + ctx.page, wanted))
+    ctx.expect_quiet(child.uffd)
 
 
 @case("event.fork.fork", origin=ORIGIN, features=lambda kind: missing_features(kind) | FORK)

@@ -13,7 +13,10 @@ from pyuffd.conformance._wp import (
     DATA,
     HOLE,
     MARKER,
+    MISSING_READ,
     UNPROTECT,
+    WRITTEN,
+    expect_fault,
     expect_read,
     expect_silent_write,
     expect_write_fault,
@@ -211,3 +214,108 @@ def anon_collapse(ctx: Context) -> None:
     expect_read(ctx, at + ctx.page, DATA)
     ctx.uffd.writeprotect(region)
     expect_write_fault(ctx, at)
+
+
+# Holes of memory registered for missing faults
+
+HOLES = (0, 5, PAGES - 1)
+
+
+@case(
+    "thp.collapse.holes-stay-missing",
+    origin="mm/khugepaged.c: hpage_collapse_scan_pmd, collapse_file",
+    memory=("anon", "shmem"),
+    features=missing_features,
+    needs=[needs_thp()],
+)
+def collapse_holes(ctx: Context) -> None:
+    """MADV_COLLAPSE over holes registered for missing faults is EBUSY; they stay missing."""
+    _collapse(ctx, _small(ctx))
+    region = ctx.make(PAGES)
+    _fill_around(ctx, region, HOLES)
+    ctx.register(region, RegisterMode.MISSING)
+    _expect_not_collapsed(ctx, region, region, HOLES)
+
+
+@case(
+    "thp.collapse.zero-pages-stay",
+    origin="mm/khugepaged.c: hpage_collapse_scan_pmd",
+    memory=ANON,
+    features=missing_features,
+    needs=[needs_thp()],
+)
+def collapse_zero_pages(ctx: Context) -> None:
+    """MADV_COLLAPSE over zero pages that ZEROPAGE put there is EBUSY too, and they stay."""
+    region = ctx.make(PAGES)
+    _fill_around(ctx, region, HOLES)
+    ctx.register(region, RegisterMode.MISSING)
+    for index in HOLES:
+        ctx.uffd.zeropage(region.start + index * ctx.page, ctx.page)
+    ctx.expect_errno(errno.EBUSY, region.madvise, MADV_COLLAPSE)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), 0)
+    for index in HOLES:
+        expect_read(ctx, region.start + index * ctx.page, 0)
+
+
+@case(
+    "thp.collapse.through-an-alias",
+    origin="mm/khugepaged.c: collapse_file",
+    memory=SHMEM,
+    features=missing_features,
+    needs=[needs_thp()],
+)
+def collapse_alias(ctx: Context) -> None:
+    """MADV_COLLAPSE of another mapping does not fill holes of the one that is registered."""
+    _collapse(ctx, _small(ctx))
+    region = ctx.make(PAGES)
+    _fill_around(ctx, region, HOLES)
+    alias = ctx.alias(region)
+    ctx.register(region, RegisterMode.MISSING)
+    _expect_not_collapsed(ctx, alias, region, HOLES)
+
+
+@case(
+    "thp.collapse.complete-memory",
+    origin="mm/khugepaged.c: hpage_collapse_scan_pmd, collapse_file",
+    memory=("anon", "shmem"),
+    features=missing_features,
+    needs=[needs_thp()],
+)
+def collapse_complete(ctx: Context) -> None:
+    """Memory registered for missing faults without a hole is collapsed, and has its content."""
+    _collapse(ctx, _small(ctx))
+    region = _small(ctx)
+    ctx.register(region, RegisterMode.MISSING)
+    ctx.silently(region.madvise, MADV_COLLAPSE)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
+    expect_read(ctx, region.start + 5 * ctx.page, DATA)
+
+
+def _fill_around(ctx: Context, region: Region, holes: tuple[int, ...]) -> None:
+    """Fill a region with small pages, except for some."""
+    if ctx.memory.is_anon:
+        region.advise_thp(False)
+    for index in range(PAGES):
+        if index not in holes:
+            region.fill(DATA, index * ctx.page, ctx.page)
+    if ctx.memory.is_anon:
+        region.advise_thp()
+    ctx.expect("bytes mapped huge at first", mapped_huge(region.start), 0)
+
+
+def _expect_not_collapsed(
+    ctx: Context, collapsed: Region, region: Region, holes: tuple[int, ...]
+) -> None:
+    ctx.expect_errno(errno.EBUSY, collapsed.madvise, MADV_COLLAPSE)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), 0)
+    for index in holes:
+        at = region.start + index * ctx.page
+        ctx.expect_pagemap(at, HOLE)
+        reading = ctx.start(ctx.read, at)
+        expect_fault(ctx, reading, MISSING_READ, at)
+        ctx.uffd.copy(at, bytes([WRITTEN]) * ctx.page)
+        ctx.expect("the read", reading.result(), bytes([WRITTEN]))
+    for index in range(PAGES):
+        value = WRITTEN if index in holes else DATA
+        if index in holes or index - 1 in holes or index + 1 in holes:
+            expect_read(ctx, region.start + index * ctx.page, value)

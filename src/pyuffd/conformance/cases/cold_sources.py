@@ -1,0 +1,192 @@
+"""UFFDIO_COPY from a source that no page table maps yet, in every mode (layer L5).
+
+The kernel copies with page faults off first.  Where the source is not mapped it lets go of its
+locks, faults the source in, and starts again, and must come back with everything it was asked for.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyuffd import _memory
+from pyuffd._abi import CopyMode, Feature, RegisterMode
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._types import missing_features, missing_wp_features
+from pyuffd.conformance._wp import (
+    expect_read,
+    expect_silent_write,
+    expect_write_fault,
+    in_one_place,
+    present,
+)
+from pyuffd.conformance.cases.errno_read import counters
+from pyuffd.regions import Region
+from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
+from pyuffd.testing._need import Need, needs_swap
+
+PAGES = 2
+FIRST, SECOND = 0x51, 0x52
+MISSING_WRITE = 1
+MADV_PAGEOUT = 21
+ORIGIN = "mm/userfaultfd.c: mfill_copy_folio_retry"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Memory that a page table does not map, or in part.
+
+    `make` returns where it begins and which byte each of its two pages is full of.
+    """
+
+    name: str
+    text: str
+    make: Callable[[Context], tuple[int, tuple[int, int]]]
+    needs: tuple[Need, ...] = ()
+
+
+def _small_pages(ctx: Context) -> int:
+    return PAGES * ctx.page // SMALL_PAGE
+
+
+def _fresh(ctx: Context) -> tuple[int, tuple[int, int]]:
+    return ctx.make(_small_pages(ctx), "anon").start, (0, 0)
+
+
+def _second_fresh(ctx: Context) -> tuple[int, tuple[int, int]]:
+    region = ctx.make(_small_pages(ctx), "anon")
+    region.advise_thp(False)
+    region.fill(FIRST, 0, ctx.page)
+    return region.start, (FIRST, 0)
+
+
+def _fill_pages(ctx: Context, region: Region) -> None:
+    region.fill(FIRST, 0, ctx.page)
+    region.fill(SECOND, ctx.page, ctx.page)
+
+
+def _memfd(ctx: Context) -> tuple[int, tuple[int, int]]:
+    region = ctx.make(_small_pages(ctx), "shmem")
+    assert region.fd is not None
+    with Region.file(region.fd, region.length) as view:
+        _fill_pages(ctx, view)
+    return region.start, (FIRST, SECOND)
+
+
+def _second_memfd(ctx: Context) -> tuple[int, tuple[int, int]]:
+    start, values = _memfd(ctx)
+    # One read maps its neighbours too, unless it was asked not to.
+    _memory.madvise(start, PAGES * ctx.page, mmap.MADV_RANDOM)
+    _memory.touch(start, ctx.page, SMALL_PAGE, write=False)
+    return start, values
+
+
+def _file(ctx: Context, *, evicted: bool) -> tuple[int, tuple[int, int]]:
+    length = PAGES * ctx.page
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:
+        file.write(bytes([FIRST]) * ctx.page + bytes([SECOND]) * ctx.page)
+        file.flush()
+        if evicted:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = _memory.mmap(length, mmap.PROT_READ, mmap.MAP_PRIVATE, file.fileno())
+    ctx.callback(_memory.munmap, start, length)
+    return start, (FIRST, SECOND)
+
+
+def _disk_file(ctx: Context) -> tuple[int, tuple[int, int]]:
+    return _file(ctx, evicted=False)
+
+
+def _evicted_file(ctx: Context) -> tuple[int, tuple[int, int]]:
+    return _file(ctx, evicted=True)
+
+
+def _swapped(ctx: Context) -> tuple[int, tuple[int, int]]:
+    in_one_place(ctx)
+    region = ctx.make(_small_pages(ctx), "anon")
+    region.advise_thp(False)
+    _fill_pages(ctx, region)
+    _memory.madvise(region.start, region.length, MADV_PAGEOUT)
+    return region.start, (FIRST, SECOND)
+
+
+SOURCES = (
+    Source("fresh", "anonymous memory that was never touched", _fresh),
+    Source("second-fresh", "anonymous memory whose second page was never touched", _second_fresh),
+    Source("memfd", "pages of a memfd that nothing maps", _memfd),
+    Source("second-memfd", "pages of a memfd of which the second is not mapped", _second_memfd),
+    Source("disk-file", "a file's pages that are in memory and not mapped", _disk_file),
+    Source("evicted-file", "a file's pages that are not in memory", _evicted_file),
+    Source("swapped", "anonymous memory that is swapped out", _swapped, (needs_swap(),)),
+)
+
+
+def _plain(ctx: Context, source: Source) -> None:
+    region = ctx.make(PAGES)
+    ctx.register(region, RegisterMode.MISSING)
+    start, values = source.make(ctx)
+    answer = ctx.ioctl("COPY", region.start, start, region.length, 0)
+    ctx.expect("errno and .copy", (answer.errno, answer.result), (0, region.length))
+    for index, value in enumerate(values):
+        expect_read(ctx, region.start + index * ctx.page, value)
+
+
+def _protected(ctx: Context, source: Source) -> None:
+    region = ctx.make(PAGES)
+    ctx.register(region, RegisterMode.MISSING | RegisterMode.WP)
+    start, values = source.make(ctx)
+    answer = ctx.ioctl("COPY", region.start, start, region.length, CopyMode.WP)
+    ctx.expect("errno and .copy", (answer.errno, answer.result), (0, region.length))
+    pages = [region.start + index * ctx.page for index in range(PAGES)]
+    states = [ctx.pagemap(at) for at in pages]
+    for index, state in enumerate(states):
+        ctx.expect(f"pagemap of page {index} after COPY with MODE_WP", state, present(ctx))
+    for at, value in zip(pages, values, strict=True):
+        expect_read(ctx, at, value)
+        expect_write_fault(ctx, at)
+        expect_silent_write(ctx, at)
+
+
+def _asleep(ctx: Context, source: Source) -> None:
+    region = ctx.make(PAGES)
+    ctx.register(region, RegisterMode.MISSING)
+    start, values = source.make(ctx)
+    write = ctx.start(ctx.write, region.start, bytes([values[0]]))
+    ctx.expect_fault(MISSING_WRITE, region.start)
+    answer = ctx.ioctl("COPY", region.start, start, region.length, CopyMode.DONTWAKE)
+    ctx.expect("errno and .copy", (answer.errno, answer.result), (0, region.length))
+    ctx.expect("threads that wait after COPY with DONTWAKE", counters(ctx.uffd), (0, 1))
+    ctx.uffd.wake(region)
+    ctx.expect("the write", write.result(), None)
+    for index, value in enumerate(values):
+        expect_read(ctx, region.start + index * ctx.page, value)
+
+
+Run = Callable[[Context, Source], None]
+MODES: tuple[tuple[str, str, Callable[[MemoryType], Feature], Run], ...] = (
+    ("plain", "brings both pages", missing_features, _plain),
+    ("wp", "with MODE_WP brings both pages, and both protected", missing_wp_features, _protected),
+    ("dontwake", "with DONTWAKE brings both pages and wakes nobody", missing_features, _asleep),
+)
+
+
+def _add(
+    source: Source, name: str, text: str, features: Callable[[MemoryType], Feature], run: Run
+) -> None:
+    case(
+        f"UFFDIO_COPY.ok.cold-{source.name}-{name}",
+        summary=f"COPY from {source.text} {text}",
+        origin=ORIGIN,
+        features=features,
+        needs=source.needs,
+    )(lambda ctx: run(ctx, source))
+
+
+for _source in SOURCES:
+    for _mode in MODES:
+        _add(_source, *_mode)

@@ -1,0 +1,189 @@
+"""UFFDIO_MOVE of a page in every state it can have, and what becomes of it afterwards (layer L5).
+
+What is moved must still be there after reclaim: a page that was in swap, came back and was written
+is clean in the swap cache until its page table entry says otherwise.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, PageBit, RegisterMode
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._types import ANON
+from pyuffd.conformance._wp import HOLE, in_one_place, page_out
+from pyuffd.regions import Region
+from pyuffd.testing._need import Need, needs_swap
+
+OLD, NEW, LATER = 0x61, 0x62, 0x63
+ORIGIN = "mm/userfaultfd.c: move_pages_pte"
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of a page; `make` brings it about and returns the byte the page is full of."""
+
+    name: str
+    text: str
+    make: Callable[[Context, Region], int]
+    needs: tuple[Need, ...] = ()
+
+
+def _written(_: Context, source: Region) -> int:
+    source.fill(NEW)
+    return NEW
+
+
+def _zero(ctx: Context, source: Region) -> int:
+    ctx.read(source.start)
+    return 0
+
+
+def _swapped(ctx: Context, source: Region) -> int:
+    source.fill(NEW)
+    page_out(ctx, source)
+    return NEW
+
+
+def _read_back(ctx: Context, source: Region) -> int:
+    _swapped(ctx, source)
+    ctx.expect("byte back from swap", ctx.read(source.start), bytes([NEW]))
+    return NEW
+
+
+def _written_back(ctx: Context, source: Region) -> int:
+    source.fill(OLD)
+    page_out(ctx, source)
+    ctx.expect("byte back from swap", ctx.read(source.start), bytes([OLD]))
+    source.fill(NEW)
+    return NEW
+
+
+def _written_in_swap(ctx: Context, source: Region) -> int:
+    source.fill(OLD)
+    page_out(ctx, source)
+    source.fill(NEW)
+    return NEW
+
+
+def _written_twice(ctx: Context, source: Region) -> int:
+    _written_back(ctx, source)
+    page_out(ctx, source)
+    ctx.expect("byte back from swap", ctx.read(source.start), bytes([NEW]))
+    source.fill(LATER)
+    return LATER
+
+
+def _cold(ctx: Context, source: Region) -> int:
+    source.fill(NEW)
+    source.madvise(20)  # MADV_COLD
+    return NEW
+
+
+def _read_only_and_back(ctx: Context, source: Region) -> int:
+    source.fill(NEW)
+    _memory.mprotect(source.start, source.length, mmap.PROT_READ)
+    _memory.mprotect(source.start, source.length, mmap.PROT_READ | mmap.PROT_WRITE)
+    return NEW
+
+
+SWAP = (needs_swap(),)
+STATES = (
+    State("written", "that was written", _written),
+    State("zero", "of zeros that was only read", _zero),
+    State("swapped", "that is swapped out", _swapped, SWAP),
+    State("read-back", "that came back from swap by a read", _read_back, SWAP),
+    State(
+        "written-back", "that came back from swap by a read and was written", _written_back, SWAP
+    ),
+    State("written-in-swap", "that came back from swap by a write", _written_in_swap, SWAP),
+    State("written-twice", "that was written after its second time in swap", _written_twice, SWAP),
+    State("cold", "that is to be reclaimed soon", _cold),
+    State("read-only-and-back", "that was read-only for a while", _read_only_and_back),
+)
+
+
+def _moved(ctx: Context, state: State) -> tuple[Region, Region, int]:
+    in_one_place(ctx)
+    region, source = ctx.make(1), ctx.make(1)
+    source.madvise(mmap.MADV_DONTFORK)
+    ctx.register(region, RegisterMode.MISSING)
+    value = state.make(ctx, source)
+    answer = ctx.ioctl("MOVE", region.start, source.start, ctx.page)
+    ctx.expect("errno and .move", (answer.errno, answer.result), (0, ctx.page))
+    ctx.expect_pagemap(source.start, HOLE)
+    return region, source, value
+
+
+def _content(ctx: Context, region: Region, when: str, value: int) -> None:
+    seen = ctx.silently(ctx.read, region.start, ctx.page)
+    ctx.expect(f"content {when}", seen, bytes([value]) * ctx.page)
+
+
+def _then_read(ctx: Context, state: State) -> None:
+    region, source, value = _moved(ctx, state)
+    _content(ctx, region, "after MOVE", value)
+    _content(ctx, source, "of the source after MOVE", 0)
+    ctx.expect("a write", ctx.silently(ctx.write, region.start, bytes([LATER])), None)
+    ctx.expect("the byte", ctx.silently(ctx.read, region.start, 2), bytes([LATER, value]))
+
+
+def _then_reclaimed(ctx: Context, state: State) -> None:
+    region, _, value = _moved(ctx, state)
+    # A page in swap is brought back first, which maps it clean.
+    if PageBit.PRESENT not in ctx.bits(region.start):
+        _content(ctx, region, "after MOVE", value)
+    if value:
+        page_out(ctx, region)
+    else:
+        region.pageout()  # a zero page stays
+    _content(ctx, region, "after MOVE and reclaim", value)
+    region.fill(LATER)
+    page_out(ctx, region)
+    _content(ctx, region, "written, and reclaimed again", LATER)
+
+
+def _then_back(ctx: Context, state: State) -> None:
+    region, source, value = _moved(ctx, state)
+    ctx.uffd.register(source, mode=RegisterMode.MISSING)
+    answer = ctx.ioctl("MOVE", source.start, region.start, ctx.page)
+    ctx.expect("errno and .move, back", (answer.errno, answer.result), (0, ctx.page))
+    _content(ctx, source, "after MOVE and back", value)
+    ctx.expect_pagemap(region.start, HOLE)
+    reading = ctx.start(ctx.read, region.start)
+    ctx.expect_fault(0, region.start)
+    ctx.uffd.zeropage(region.start, ctx.page)
+    ctx.expect("byte", reading.result(), b"\0")
+
+
+Run = Callable[[Context, State], None]
+AFTER: tuple[tuple[str, str, Run, tuple[Need, ...]], ...] = (
+    ("", "arrives whole, can be written, and leaves a hole", _then_read, ()),
+    (
+        "-reclaimed",
+        "is there after reclaim, and after the next write and reclaim",
+        _then_reclaimed,
+        SWAP,
+    ),
+    ("-and-back", "can be moved back", _then_back, ()),
+)
+
+
+def _add(state: State, name: str, text: str, run: Run, needs: tuple[Need, ...]) -> None:
+    case(
+        f"UFFDIO_MOVE.ok.page-{state.name}{name}",
+        summary=f"A page {state.text} {text}",
+        origin=ORIGIN,
+        memory=ANON,
+        features=Feature.MOVE,
+        needs=state.needs or needs,
+    )(lambda ctx: run(ctx, state))
+
+
+for _state in STATES:
+    for _after in AFTER:
+        _add(_state, *_after)
