@@ -61,6 +61,8 @@ class Case:
         is_slow: Left out unless asked for.
         run: The case itself.
         is_alone: It does something to the whole machine, so no other case runs meanwhile.
+        is_crossing: It is one of a table of combinations, which the page of the suite shows as
+            such; a part of them is a fair sample.
         is_noisy: The kernel may log warnings about what it does; they are not reported, unless
             they say that the kernel is broken.
     """
@@ -77,6 +79,7 @@ class Case:
     run: Callable[[Context], None]
     is_alone: bool = False
     is_noisy: bool = False
+    is_crossing: bool = False
 
     def features_on(self, memory: MemoryType) -> Feature:
         """Return the feature bits it needs on a memory type."""
@@ -107,6 +110,7 @@ def case(
     slow: bool = False,
     alone: bool = False,
     noisy: bool = False,
+    crossing: bool = False,
     summary: str = "",
 ) -> Callable[[Callable[[Context], None]], Callable[[Context], None]]:
     """Make a function of one `Context` a case; its docstring's first line is the summary.
@@ -124,6 +128,7 @@ def case(
         alone: Let no other case of this user run meanwhile, in whichever process.
         noisy: Leave out of the report what the kernel warns of meanwhile, short of a WARN; only
             for one that is alone, since all cases see the same log.
+        crossing: It is one of a table of combinations.
         summary: For functions that several cases share.
 
     Raises:
@@ -153,6 +158,7 @@ def case(
             function,
             alone,
             noisy,
+            crossing,
         )
         return function
 

@@ -38,12 +38,17 @@ def markdown(cases: Mapping[str, Case]) -> str:
 
 
 def _page(cases: Mapping[str, Case]) -> Iterator[str]:
+    # It needs the parts that crossings are made of, which need what running needs.
+    from pyuffd.conformance import _crossings_page
+
     yield _HEAD
     total = sum(len(case.memory) for case in cases.values())
     yield f"{len(cases)} cases, {total} with their memory types.\n"
     groups: dict[str, list[Case]] = {}
+    crossings = [case for case in cases.values() if case.is_crossing]
     for case in cases.values():
-        groups.setdefault(case.name.partition(".")[0], []).append(case)
+        if not case.is_crossing:
+            groups.setdefault(case.name.partition(".")[0], []).append(case)
     for group, members in groups.items():
         yield f"## {group}\n"
         yield "| case | behaviour | memory | needs | from |"
@@ -58,6 +63,8 @@ def _page(cases: Mapping[str, Case]) -> Iterator[str]:
             )
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         yield ""
+    if crossings:
+        yield from _crossings_page.page(sum(len(case.memory) for case in crossings if case.is_slow))
     if set(_selftests.UNIT_TESTS) <= {name.partition(".")[2] for name in cases}:
         yield from _selftest_pages(cases)
         yield from _left_out()

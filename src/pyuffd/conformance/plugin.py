@@ -116,6 +116,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Begin the report, know the mark, take what the machine has to give."""
     global _reporting
     config.addinivalue_line("markers", "conformance: a case of the conformance suite")
+    config.addinivalue_line("markers", "conformance_crossing: one of a table of combinations")
     if not config.pluginmanager.is_registered(_pyuffd_pytestplugin):
         # Plugins were not to be loaded by themselves; this one has the strict mode.
         config.pluginmanager.register(_pyuffd_pytestplugin)
@@ -154,12 +155,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     is_slow_wanted = metafunc.config.getoption("--uffd-slow")
     params = [
-        pytest.param((case.name, memory), id=case.id_on(memory), marks=pytest.mark.conformance)
+        pytest.param((case.name, memory), id=case.id_on(memory), marks=_marks(case))
         for case in load().values()
         for memory in case.memory
         if is_slow_wanted or not case.is_slow
     ]
     metafunc.parametrize("uffd_case", params)
+
+
+def _marks(case: Case) -> list[pytest.MarkDecorator]:
+    crossing = [pytest.mark.conformance_crossing] if case.is_crossing else []
+    return [pytest.mark.conformance, *crossing]
 
 
 def run_case(stash: pytest.Stash, name: str, memory: str) -> None:

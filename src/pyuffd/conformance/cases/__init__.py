@@ -37,4 +37,5 @@ MODULES = (
     "thp",
     "zap",
     "kernel_access",
+    "crossings",
 )
