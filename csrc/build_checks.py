@@ -21,7 +21,7 @@ _PROBE = "#include <Python.h>\n#include <sys/mman.h>\n#include <linux/futex.h>\n
 
 
 def problem() -> str | None:
-    """Return the sentence that ends the build, or None if it can go on."""
+    """Return the sentence that ends the build, or None if it can continue."""
     machine, pointer_bits = platform.machine(), 64 if sys.maxsize > 2**32 else 32
     if sys.platform != "linux" or machine != "x86_64" or pointer_bits != 64:
         return (

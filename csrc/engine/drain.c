@@ -18,8 +18,8 @@
 /* The first step may have begun before the call. */
 #define PASSES		2
 /*
- * A page that was requested along with another may become absent again; its waiters ask
- * anew.  They are not waited for more often than this.
+ * A page that was requested along with another may become absent again; its waiters then
+ * fault again.  Wait for them at most this often.
  */
 #define ROUNDS		4
 

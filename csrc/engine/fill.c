@@ -40,7 +40,7 @@ static int map_cached(const struct uffd_fill *fill, uint64_t at)
 	int r = uffd_shim_continue(fill->fd, fill->dst + at, fill->page_size, fill->cached_mode,
 				   &done);
 
-	/* Without CONTINUE for this memory, nobody can tell. */
+	/* Without CONTINUE for this memory they cannot be told apart. */
 	if (r == -EINVAL)
 		return -EEXIST;
 	if (r == -EFAULT)

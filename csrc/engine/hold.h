@@ -4,7 +4,7 @@
  *
  * A source may block its reader forever: a file system that stops answering, memory
  * that another userfaultfd never fills.  In the kernel only SIGKILL ends that.  So a
- * thread that reads a source, or writes to the user's memory, first takes a hold on the
+ * thread that reads a source, or writes to the user's memory, first puts a hold on the
  * range and leaves the table.  A range that was taken out is freed when its last hold is
  * released; no thread waits for that.  While a hold lasts, ioctls on its pages may still
  * be under way.

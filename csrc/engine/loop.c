@@ -237,7 +237,7 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 
 uint32_t uffd_engine_owner_exited(struct uffd_engine *engine)
 {
-	/* After the end nobody is told of an exit. */
+	/* After the end no thread notices an exit. */
 	bool is_unwatched = atomic_load(&engine->is_unwatched) ||
 			    (engine->options.watch_owner && atomic_load(&engine->end.over));
 

@@ -128,7 +128,7 @@ enum outcome fill_in_line(struct uffd_range *range, uint64_t page, enum uffd_fau
 	if (!fill_slice_of(range, job, SEQUENTIAL_SLICE, &run))
 		return OUTCOME_DISMISSED;
 	/*
-	 * If this did not fill it (no content, put off, or dropped since it was filled),
+	 * If this did not fill it (no content, deferred, or dropped since it was filled),
 	 * resolve it the ordinary way.
 	 */
 	return run.from <= page && page < run.past &&

@@ -62,7 +62,7 @@ struct uffd_stats {
 	uint64_t prefetched_pages;
 	uint64_t already_present;	/* fills that found the page present and woke its waiters */
 	uint64_t preserved_pages;
-	uint64_t deferred;		/* put off because the layout was changing */
+	uint64_t deferred;		/* because the layout was changing */
 	uint64_t retried;
 	uint64_t poisoned_pages;
 	uint64_t failed;		/* pages whose content was unavailable */

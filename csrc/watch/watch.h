@@ -13,7 +13,7 @@
 
 /* The expected reader. */
 enum uffd_watch_reader {
-	UFFD_WATCH_USER,	/* the program, by itself */
+	UFFD_WATCH_USER,	/* the program itself */
 	UFFD_WATCH_HANDLER,	/* a handler, which has not been started */
 	UFFD_WATCH_HELPER,	/* `fd` is the pidfd of a helper process, `sent_to` its pid */
 };

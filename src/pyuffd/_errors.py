@@ -172,8 +172,8 @@ class HandlerError(UffdError, RuntimeError):
 class HelperLostError(HandlerError):
     """The helper process has ended, was killed, or could not start.
 
-    Raised by the methods of the `Handler`; stop() does its work all the same, poisons what is
-    missing, and raises it then.
+    Raised by the methods of the `Handler`; stop() does its work anyway, poisons missing
+    pages, and then raises it.
     """
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol):
-    """The object that resolves a userfaultfd's faults, and is told of calls by other code."""
+    """The object that resolves a userfaultfd's faults, and learns of calls by other code."""
 
     def _registers(self, uffd: Userfaultfd, start: int, length: int) -> None:
         """Learn of a range that is about to be registered."""

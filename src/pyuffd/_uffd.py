@@ -383,7 +383,7 @@ class Userfaultfd(CloseCallbacks):
             # A handler's own call, which has `granted`, has looked at that already.
             served = owner._served_mode(self, start, length) if granted is None else None
             if served is not None and not is_subset(mode, served):
-                raise self._served_by(owner, "register", start, length, "serve it anew")
+                raise self._served_by(owner, "register", start, length, "serve it again")
             owner._registers(self, start, length)
         if not mode & RegisterMode.WP:
             for first, end, old in self._registered.overlapping(start, start + length):

@@ -446,8 +446,8 @@ class _Peer:
         """Return the pid of the process that sent the message, or None if it is unknown."""
         if received.sender:
             return received.sender
-        # The pid is 0 without credentials, or from a PID namespace that is hidden from here. Of a
-        # socket pair that this process made, SO_PEERCRED names this process, whoever sends.
+        # The pid is 0 without credentials, or if this PID namespace hides the process. For a socket
+        # pair that this process made, SO_PEERCRED always names this process.
         pid = self.credentials[0]
         return pid if pid not in (0, os.getpid()) else None
 

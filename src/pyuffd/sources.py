@@ -283,7 +283,7 @@ class AsyncSource:
         return asyncio.run_coroutine_threadsafe(run(), loop).result()
 
     def runs_here(self) -> bool:
-        """Whether its loop runs in this thread, and waits for whoever asks."""
+        """Return whether its event loop runs in this thread."""
         import asyncio
 
         try:

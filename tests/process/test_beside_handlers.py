@@ -38,7 +38,7 @@ REFUSED: dict[str, tuple[Callable[[Userfaultfd, int, int], object], str]] = {
     "unregister": (lambda uffd, at, n: uffd.unregister(at, n), "handler.unserve"),
     "register-other-modes": (
         lambda uffd, at, n: uffd.register(at, n, mode=RegisterMode.MINOR),
-        "serve it anew",
+        "serve it again",
     ),
     "rwprotect": (lambda uffd, at, n: uffd.rwprotect(at, n), "handler"),
     "set-mode": (lambda uffd, at, n: uffd.set_mode(enable=Feature.RWP_ASYNC), "stop it first"),

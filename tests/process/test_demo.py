@@ -279,7 +279,7 @@ def test_replayed_memory_is_that_of_step_by_step_edits() -> None:
     assert _demo_work.COUNTER.unpack(memory[-8:]) == (50,)
 
 
-# What is left behind
+# Leaks
 
 
 def start(*arguments: str, **how: Any) -> subprocess.Popen[str]:

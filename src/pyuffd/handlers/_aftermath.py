@@ -101,7 +101,7 @@ def leave_behind(
 
 
 def describe(held: Iterable[Held], all_served: Iterable[Served], *, is_remote: bool) -> str:
-    """Return which thread is held up by which source, at which page."""
+    """Return which thread is blocked by which source, at which page."""
     sources = {served.id.number: served.source for served in all_served}
 
     def who(one: Held) -> str:

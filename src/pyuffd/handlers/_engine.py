@@ -339,7 +339,7 @@ class Engine(EnginePages):
     def end(self, patience_s: float) -> Ended:
         """Seal and take out every range, and end the driver.
 
-        Wait at most `patience_s` in all for threads that are held up by a source, then leave them.
+        Wait at most `patience_s` in all for threads that a source blocks, then leave them.
         """
         engine = self._engine()
         stays = lib.uffd_engine_end(engine, int(patience_s * 1e9)) != 0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyuffd.handlers._base import HandlerBase
     from pyuffd.handlers._serving import Served
 
-CALLER = 2  # os.fork() has no frame: the first is the hook's, the second that of its caller
+CALLER = 2  # os.fork() has no frame: the first is the hook's, the second its caller's
 LOSES_CONTENT = RegisterMode.MISSING
 MISSED = {PageState.ABSENT, PageState.IN_FLIGHT}
 

@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 class ServesRegions(HandlerBase):
-    """The part of `Handler` that takes regions in and out."""
+    """The part of `Handler` that serves regions and stops serving them."""
 
     def serve(
         self,

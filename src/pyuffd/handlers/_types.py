@@ -219,8 +219,8 @@ class HandlerStats:
         prefetched_pages: Those of them that `prefetch` filled ahead, except from Python sources.
         already_present: Faults whose page was already present; their threads were woken.
         preserved_pages: Pages whose old content was saved.
-        deferred: Faults that were put off, mostly because the layout was changing.
-        retried: Attempts to resolve a fault that had been put off.
+        deferred: Faults that could not be resolved at once, mostly because the layout was changing.
+        retried: Attempts to resolve a deferred fault.
         poisoned_pages: Pages that were poisoned.
         failed: Failures, such as pages whose content could not be read.
         layout_changed: Faults in ranges that were gone when they were handled.

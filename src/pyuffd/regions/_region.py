@@ -36,7 +36,7 @@ class Region(Divisible):
     another process.
 
     Attributes:
-        start: First address. Raises ClosedError once closed, since the range may be mapped anew.
+        start: First address. Raises ClosedError once closed, since it may be mapped again.
         length: Bytes, a multiple of the page size; also `len(region)`.
         page_size: The unit of its faults in bytes: 4096, or the huge page size.
         kind: The kind of memory, a `RegionKind`.
