@@ -48,6 +48,7 @@ from pyuffd._errors import (
 from pyuffd._uffd import FillResult, Userfaultfd
 
 if TYPE_CHECKING:
+    from pyuffd._lazy import LazyRegion, lazy
     from pyuffd._overlay import OverlaySource
     from pyuffd._probe import KernelSupport, probe
     from pyuffd._residency import PageResidency, Residency, residency
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
 else:
     # Imported when first asked for, so that `import pyuffd` costs what the kernel interface costs.
     _MODULES = {
+        "_lazy": "LazyRegion lazy",
         "_overlay": "OverlaySource",
         "_probe": "KernelSupport probe",
         "_residency": "PageResidency Residency residency",
@@ -150,6 +152,7 @@ __all__ = [
     "Latency",
     "LayoutChange",
     "LayoutChangedError",
+    "LazyRegion",
     "Mapped",
     "Mapping",
     "MappingKind",
@@ -200,6 +203,7 @@ __all__ = [
     "ZeroSource",
     "ZeropageMode",
     "connect_unix",
+    "lazy",
     "listen_unix",
     "probe",
     "recv_uffd",

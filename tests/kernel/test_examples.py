@@ -48,6 +48,10 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
         [needs(Feature.WP_ASYNC)],
         ["round 0: 4 pages", "round 2: 8 pages", "the copy is right", "cannot be seen: nothing"],
     ),
+    "11_callable_source": (
+        [],
+        ["1000 squared is 1000000", "1048575 squared is 1099509530625", "3 of 2048 pages"],
+    ),
 }
 
 

@@ -32,6 +32,7 @@ from pyuffd import (
     DirtyTracker,
     FileSource,
     Handler,
+    LazyRegion,
     OverlaySource,
     Pagemap,
     PageSource,
@@ -41,6 +42,7 @@ from pyuffd import (
     ZeroSource,
     _memory,
     _owned,
+    lazy,
 )
 from pyuffd._async import EventIterator
 from pyuffd._closing import SoleOwner
@@ -160,6 +162,7 @@ def _made(generate: Callable[[], Iterator[object]]) -> Callable[[], Made]:
 MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     Userfaultfd: Userfaultfd,
     Region: lambda: Region.memfd(PAGE),
+    LazyRegion: lambda: lazy(b"x"),
     Handler: _made(_handler),
     Pagemap: Pagemap,
     Process: lambda: Process(os.getpid()),

@@ -7,7 +7,7 @@ import os
 import warnings
 import weakref
 from threading import RLock
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn
 
 from pyuffd import _memory
 from pyuffd._arguments import check_int, shown
@@ -38,7 +38,8 @@ class Divisible(CloseCallbacks):
         self._mapping = mapping
         self._pid = os.getpid()
         self._before_close = []
-        self._whole: Self | None = None
+        self._whole: Divisible | None = None
+        self._keeps: object = None
         self._is_closing = False
         self._served_spans: list[tuple[int, int]] = []
         self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
@@ -46,33 +47,19 @@ class Divisible(CloseCallbacks):
         self._why_lost: list[Callable[[int], BaseException | None]] = []
 
     @property
-    def _root(self) -> Self:
+    def _root(self) -> Divisible:
         """The region that owns the memory."""
         return self if self._whole is None else self._whole
 
     # Parts
 
-    def __getitem__(self, part: slice) -> Self:
-        """Return a part of the region, `region[a:b]` in bytes, as a region; nothing is copied.
-
-        The part can be used wherever a region can: to register, serve, read, scan or alias it, or
-        as the content of other memory. Its offsets begin with it. It keeps the region alive.
-        Closing the part ends its serving and unmaps nothing; closing the region closes its parts.
-        A part may begin and end anywhere, but what works on pages requires whole pages.
-
-        Raises:
-            ValueError: a part that is empty or reaches outside the region, or a step.
-            TypeError: a number: `read(offset, 1)` returns one byte.
-            ClosedError: the region is closed.
-        """
-        self._check_open()
-        offset, length = span_of(part, self._mapping.length)
-        found = type(self).__new__(type(self))
-        found._begin(self._mapping.part(offset, length))
-        found._whole = self._root
-        found._why_lost = self._root._why_lost
-        found._open = True
-        return found
+    def _become_part(self, of: Divisible, offset: int, length: int) -> None:
+        """Initialize a part of a region."""
+        self._begin(of._mapping.part(offset, length))
+        self._whole = of._root
+        self._keeps = of  # what serves its memory may end with it
+        self._why_lost = self._whole._why_lost
+        self._open = True
 
     # A sequence has these by default; they would fetch each byte by an access of its own.
     __iter__ = None
@@ -105,7 +92,7 @@ class Divisible(CloseCallbacks):
         self._check_open()
         root = self._root
         memory = root._mapping.memory
-        buffer = _memory.buffer_of(self._mapping.start, self._mapping.length, keeps=(root, memory))
+        buffer = _memory.buffer_of(self._mapping.start, self._mapping.length, keeps=(self, memory))
         with root._exports_lock:
             root._exports = [*root._living_exports(), weakref.ref(buffer)]
         view = memoryview(buffer)

@@ -14,7 +14,7 @@ from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
 from pyuffd.regions import _create, _files
 from pyuffd.regions._files import FileLike
 from pyuffd.regions._mapping import Mapping, RegionKind
-from pyuffd.regions._parts import Divisible
+from pyuffd.regions._parts import Divisible, span_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -315,6 +315,31 @@ class Region(Divisible):
     def offset(self) -> int:
         """Where in its file it begins, in bytes."""
         return self._mapping.offset
+
+    def __getitem__(self, part: slice) -> Region:
+        """Return a part of the region, `region[a:b]` in bytes, as a region; nothing is copied.
+
+        The part can be used wherever a region can: to register, serve, read, scan or alias it, or
+        as the content of other memory. Its offsets begin with it. It keeps the region alive.
+        Closing the part ends its serving and unmaps nothing; closing the region closes its parts.
+        A part may begin and end anywhere, but what works on pages requires whole pages.
+
+        Raises:
+            ValueError: a part that is empty or reaches outside the region, or a step.
+            TypeError: a number: `read(offset, 1)` returns one byte.
+            ClosedError: the region is closed.
+
+        Example:
+            >>> from pyuffd import Region
+            >>> with Region.anonymous(8192) as region:
+            ...     region[4096:].write(0, b"second page")
+            ...     region.read(4096, 6)
+            b'second'
+        """
+        self._check_open()
+        found = Region.__new__(Region)
+        found._become_part(self, *span_of(part, self.length))
+        return found
 
     def __len__(self) -> int:
         return self._mapping.length
