@@ -17,7 +17,7 @@ NR_IOCTL, NR_USERFAULTFD = 16, 323
 USERFAULTFD_IOC_NEW = 0xAA00
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
-ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
+ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 NUMBER, SECOND_ARGUMENT = 0, 16 + 8  # offsets in struct seccomp_data
 
 # Code, jump if true, jump if false, operand; jumps skip so many instructions.
@@ -28,7 +28,7 @@ PROGRAM = (
     (LOAD, 0, 0, SECOND_ARGUMENT),
     (EQUAL, 1, 0, USERFAULTFD_IOC_NEW),
     (RETURN, 0, 0, ALLOW),
-    (RETURN, 0, 0, REFUSE),
+    (RETURN, 0, 0, ERRNO | errno.EPERM),
 )
 
 
@@ -37,14 +37,14 @@ def deny() -> None:
     _install(PROGRAM)
 
 
-def deny_call(number: int) -> None:
-    """Keep this process and its children from making this system call from now on."""
+def deny_call(number: int, code: int = errno.EPERM) -> None:
+    """Make this system call fail in this process and its children from now on."""
     _install(
         (
             (LOAD, 0, 0, NUMBER),
             (EQUAL, 1, 0, number),
             (RETURN, 0, 0, ALLOW),
-            (RETURN, 0, 0, REFUSE),
+            (RETURN, 0, 0, ERRNO | code),
         )
     )
 

@@ -19,19 +19,25 @@
 #define LOWEST_ADDRESS	0x10000ull
 #define HIGHEST_ADDRESS	0x7ffffffff000ull
 
-int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t layout_events,
-			  int32_t owner_pid, uint32_t *space_ret)
+int space_add(struct uffd_engine *engine, int fd, bool owned, uint32_t layout_events,
+	      int32_t owner_pid, uint32_t number, uint32_t *number_ret)
 {
 	struct uffd_space *space;
-	int r = space_create(engine, fd, false, layout_events, owner_pid, NEXT_NUMBER, &space);
+	int r = space_create(engine, fd, owned, layout_events, owner_pid, number, &space);
 
 	if (r)
 		return r;
-	*space_ret = space->number;
+	*number_ret = space->number;
 	r = watch_space(engine, space);
 	if (r)
 		space_retire(space);
 	return r;
+}
+
+int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t layout_events,
+			  int32_t owner_pid, uint32_t *space_ret)
+{
+	return space_add(engine, fd, false, layout_events, owner_pid, NEXT_NUMBER, space_ret);
 }
 
 static void wake_space(struct uffd_space *space)

@@ -5,6 +5,9 @@
 
 #include "core.h"
 
+/* Create a space and watch it; `number`: as for space_create(). */
+int space_add(struct uffd_engine *engine, int fd, bool owned, uint32_t layout_events,
+	      int32_t owner_pid, uint32_t number, uint32_t *number_ret);
 /*
  * Serve another userfaultfd as well; borrowed.  Space 0 is the engine's own.
  * `owner_pid`: the process it governs; 0: unknown.

@@ -16,6 +16,7 @@
 #include "gate.h"
 #include "layout.h"
 #include "space.h"
+#include "spaces.h"
 #include "successor.h"
 
 int uffd_keeper_follow_parent(int32_t parent)
@@ -103,16 +104,7 @@ void uffd_keeper_release_holder(void *shared)
 int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,
 			    uint32_t layout_events, int32_t owner_pid, uint32_t number)
 {
-	struct uffd_space *space;
-	int r;
-
-	r = space_create(engine, fd, is_fork, layout_events, owner_pid, number, &space);
-	if (r)
-		return r;
-	r = watch_space(engine, space);
-	if (r)
-		space_retire(space);
-	return r;
+	return space_add(engine, fd, is_fork, layout_events, owner_pid, number, &number);
 }
 
 uint64_t uffd_engine_shared_size(void)

@@ -62,9 +62,9 @@ def unmapping(handler: Handler, whole: Region, pages: int) -> Iterator[Unmapping
         plug(whole.start, length)
 
 
-@pitfall(2, "put-off-without-a-message", memory=SMALL, features=LAYOUT)
-def no_message(at: Setting) -> None:
-    """The layout keeps changing and no message comes: only a timer retries a fault."""
+@contextmanager
+def all_but_the_first(at: Setting) -> Iterator[tuple[Handler, Region, Region, Pages]]:
+    """Serve all but the first of four pages; yield handler, memory, served region and content."""
     with at.serving(LAYOUT) as (handler, memory):
         whole = memory.pages(4)
         size = whole.page_size
@@ -72,6 +72,13 @@ def no_message(at: Setting) -> None:
         region = Region.at(whole.start + size, 3 * size, size)
         handler.serve(region, at.source(data.all))
         handler.start()
+        yield handler, whole, region, data
+
+
+@pitfall(2, "put-off-without-a-message", memory=SMALL, features=LAYOUT)
+def no_message(at: Setting) -> None:
+    """The layout keeps changing and no message comes: only a timer retries a fault."""
+    with all_but_the_first(at) as (handler, whole, region, data):
         with unmapping(handler, whole, 2) as change:
             reader = reading(region, 1)
             wait_until(lambda: handler.stats().retried > 2 * YIELDS, "it is tried again")
@@ -86,13 +93,7 @@ def no_message(at: Setting) -> None:
 def too_long(at: Setting) -> None:
     """After a while it is an error. POISON fails with EAGAIN too, so the thread must be woken."""
     _handler.RETRY_LIMIT_S = 0.05
-    with at.serving(LAYOUT) as (handler, memory):
-        whole = memory.pages(4)
-        size = whole.page_size
-        data = Pages(3, size)
-        region = Region.at(whole.start + size, 3 * size, size)
-        handler.serve(region, at.source(data.all))
-        handler.start()
+    with all_but_the_first(at) as (handler, whole, region, data):
         with unmapping(handler, whole, 2) as change:
             reader = reading(region, 1)
             wait_until(lambda: failed(handler), "it is an error")

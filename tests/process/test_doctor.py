@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import re
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from pyuffd.cli import main
 from pyuffd.testing import needs_privilege
 from tests._child import ROOT, run_child
+from tests.seccomp_deny import NR_USERFAULTFD, deny_call
 
 DEVICE = "/dev/userfaultfd"
 NOBODY = 65534
@@ -30,12 +30,6 @@ WAYS = {"syscall", "device", "user_mode_only"}
 MODES = {"MISSING", "WP", "MINOR", "RWP"}
 
 _PR_SET_DUMPABLE = 4
-_PR_SET_SECCOMP = 22
-_PR_SET_NO_NEW_PRIVS = 38
-_NR_USERFAULTFD = 323
-_SECCOMP_MODE_FILTER = 2
-_SECCOMP_RET_ALLOW = 0x7FFF0000
-_SECCOMP_RET_ERRNO = 0x00050000
 
 unprivileged_sysctl = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
@@ -68,7 +62,7 @@ def doctor(*arguments: str, user: int | None = None, seccomp_errno: int | None =
         # After a change of user root owns /proc/self until the next execve.
         prctl(_PR_SET_DUMPABLE, 1)
     if seccomp_errno is not None:
-        refuse_userfaultfd(seccomp_errno)
+        deny_call(NR_USERFAULTFD, seccomp_errno)
     return main(["doctor", *arguments])
 
 
@@ -76,25 +70,6 @@ def prctl(option: int, *arguments: Any) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, *arguments, *[0] * (4 - len(arguments))):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def refuse_userfaultfd(code: int) -> None:
-    """Do what a container's seccomp profile does."""
-    instructions = b"".join(
-        struct.pack("<HBBI", *instruction)
-        for instruction in (
-            (0x20, 0, 0, 0),  # load the number of the system call
-            (0x15, 0, 1, _NR_USERFAULTFD),  # skip the next one unless it is this
-            (0x06, 0, 0, _SECCOMP_RET_ERRNO | code),
-            (0x06, 0, 0, _SECCOMP_RET_ALLOW),
-        )
-    )
-    code_buffer = ctypes.create_string_buffer(instructions, len(instructions))
-    program = ctypes.create_string_buffer(
-        struct.pack("<HxxxxxxQ", len(instructions) // 8, ctypes.addressof(code_buffer)), 16
-    )
-    prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program)
 
 
 def report(**how: Any) -> tuple[int, dict[str, Any]]:

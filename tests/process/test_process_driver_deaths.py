@@ -35,7 +35,7 @@ from pyuffd.testing._needs import needs_kernel_faults
 from tests._barriers import Point
 from tests._child import run_child
 from tests.kernel._faults import Task
-from tests.kernel._serving import wait_for_stalled
+from tests.kernel._serving import is_efault, wait_for_stalled
 from tests.process import _process_sources as sources
 from tests.process._pitfalls import wait_blocked
 from tests.process._process_sources import PAGE, content
@@ -340,13 +340,7 @@ def owner_killed(pipe: int) -> None:
         wait_until(lambda: os.getppid() != owner, "the owner is gone")
         keeper_pid = int(Path("keeper").read_text())
         assert gone(keeper_pid)
-        error = b"none"
-        with region.memoryview() as view:
-            try:
-                os.write(os.pipe()[1], view[:1])
-            except OSError:
-                error = b"EFAULT"
-        os.write(pipe, error)
+        os.write(pipe, b"EFAULT" if is_efault(region, 0, 1) else b"none")
         os._exit(0)
     Path("keeper").write_text(str(processes(handler)[0]))
     os.kill(os.getpid(), signal.SIGKILL)
@@ -374,12 +368,7 @@ def foreign_owner(pipe: int) -> None:
         theirs.send(b"!")
         wait_until(lambda: os.getppid() != server, "the server is gone")
         assert gone(int(Path("keeper").read_text()))
-        error = b"none"
-        with region.memoryview() as view:
-            try:
-                os.write(os.pipe()[1], view[:1])
-            except OSError:
-                error = b"EFAULT"
+        error = b"EFAULT" if is_efault(region, 0, 1) else b"none"
         good = good and region.read(PAGE, PAGE) == content(2 * PAGE)[PAGE:]
         os.write(pipe, error if good else b"wrong")
         os._exit(0)

@@ -29,6 +29,7 @@ from pyuffd.testing import no_leaks
 from tests._child import run_child
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE, content
+from tests.seccomp_deny import deny_call
 
 DRIVERS = ["native", "inline", "thread", "process"]
 PYTHON = ("thread", "process")
@@ -260,8 +261,6 @@ def test_address_space_for_the_process_driver() -> None:
 
 # A filter of system calls, like those of containers
 
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-ALLOW, ERRNO = 0x7FFF0000, 0x50000
 CALLS = {
     "pidfd_open": 434,
     "pidfd_getfd": 438,
@@ -280,29 +279,8 @@ CALLS = {
 }
 
 
-def deny(call: str, code: int) -> None:
-    """Refuse a system call from now on, here and in all children."""
-
-    def instruction(operation: int, yes: int, no: int, value: int) -> bytes:
-        return struct.pack("HBBI", operation, yes, no, value)
-
-    program = b"".join(
-        [
-            instruction(0x20, 0, 0, 0),  # the number of the call
-            instruction(0x15, 0, 1, CALLS[call]),
-            instruction(0x06, 0, 0, ERRNO | code),
-            instruction(0x06, 0, 0, ALLOW),
-        ]
-    )
-    buffer = ctypes.create_string_buffer(program, len(program))
-    filter_ = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_, 0, 0) == 0
-
-
 def denied(driver: str, call: str, code: int) -> str:
-    deny(call, code)
+    deny_call(CALLS[call], code)
     return attempt(driver)
 
 
@@ -331,7 +309,7 @@ def test_refused_calls(driver: str, call: str) -> None:
 
 
 def memory_denied() -> str:
-    deny("memfd_create", errno.EPERM)
+    deny_call(CALLS["memfd_create"])
     with pytest.raises(UffdOSError) as caught:
         Region.memfd(LENGTH)
     return str(caught.value)
