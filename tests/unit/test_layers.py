@@ -155,7 +155,7 @@ def test_a_circle_would_be_found() -> None:
     assert circles(edges) == {("b", "c"), ("c", "b"), ("e", "e")}
 
 
-def test_only_eight_modules_import_the_compiled_module() -> None:
+def test_only_some_modules_import_the_compiled_module() -> None:
     importers = {name for name, target in EDGES if target == "_shim"}
     assert importers <= MAY_IMPORT_SHIM
 
