@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import importlib.util
 import io
 import re
 import subprocess
@@ -135,6 +136,45 @@ def test_python_m(module: str) -> None:
 def test_usage_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert "usage: pyuffd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["doctor"], ["--help"], ["conformance", "list"]])
+def test_closed_stdout(argv: list[str]) -> None:
+    """Whatever the program opened first would become its standard output."""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "pyuffd", *argv],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch("pyuffd: standard output is closed[^\n]*\n", done.stderr)
+
+
+def test_closed_stdout_and_stderr() -> None:
+    command_line = [
+        "sh",
+        "-c",
+        'exec "$@" >&- 2>&-',
+        "sh",
+        sys.executable,
+        "-m",
+        "pyuffd",
+        "doctor",
+    ]
+    assert subprocess.run(command_line, timeout=60, check=False).returncode == 2
+
+
+def test_conformance_in_processes_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "xdist" else find(name)
+    )
+    assert cli.main(["conformance", "run", "-n", "2", "-k", "nothing"]) == 2
+    assert "pip install 'pyuffd[testing]'" in capsys.readouterr().err
 
 
 def test_command_help(capsys: pytest.CaptureFixture[str]) -> None:

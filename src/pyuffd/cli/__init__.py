@@ -42,9 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The command's exit status; 2 after a usage error, or an expected error, which is written to
-        stderr in one sentence; 130 after Ctrl-C; 141 if the reader of stdout is gone.
+        stderr in one sentence, such as a stdout that was closed before (`pyuffd doctor >&-`); 130
+        after Ctrl-C; 141 if the reader of stdout is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:
+        print("pyuffd: standard output is closed, so the result has no place", file=sys.stderr)
+        return EXIT_ERROR
     try:
         status = _run(arguments)
         sys.stdout.flush()

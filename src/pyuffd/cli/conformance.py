@@ -68,6 +68,12 @@ def _run(args: argparse.Namespace) -> int:
             "pyuffd: running the suite needs pytest: pip install 'pyuffd[testing]'", file=sys.stderr
         )
         return EXIT_ERROR
+    if args.n is not None and importlib.util.find_spec("xdist") is None:
+        print(
+            "pyuffd: -n needs pytest-xdist: pip install 'pyuffd[testing]', or run without -n",
+            file=sys.stderr,
+        )
+        return EXIT_ERROR
     if args.pytest_args and not args.pytest_args[0].startswith("-"):
         word = args.pytest_args[0]
         print(f"pyuffd: {word!r}: to choose cases, pass -k {word!r}", file=sys.stderr)
