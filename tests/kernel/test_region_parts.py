@@ -13,11 +13,14 @@ import pytest
 from pyuffd import (
     BufferSource,
     ClosedError,
+    Feature,
     Pagemap,
     PagePoisonedError,
     PageState,
     Region,
+    RegisterMode,
     Userfaultfd,
+    ZeroSource,
     residency,
 )
 from tests._memory import PAGE, Memory
@@ -210,3 +213,36 @@ def served(driver: Any, name: str) -> None:
 
 
 test_parts_are_served = pytest.mark.crossing(everywhere(served, drivers=("native", "inline")))
+
+
+def parts_of_a_served_region(driver: Any, name: str) -> None:
+    """What a handler does to a region it does to a part of it, by offsets in the part."""
+    mode = RegisterMode.MISSING | RegisterMode.WP
+    features = Feature.WP_UNPOPULATED if name == "anon" else Feature.WP_HUGETLBFS_SHMEM
+    with serving(driver, name, features) as (handler, memory):
+        handler.start()
+        page = memory.page_size
+        region = memory.pages(4)
+        handler.serve(region, ZeroSource(), mode=mode)
+        part = region[page : 3 * page]
+        assert handler.populate(part, page) == page
+        assert list(handler.page_states(region)) == [0, 0, PageState.CLEAN, 0]
+        assert list(handler.page_states(part)) == [0, PageState.CLEAN]
+        assert list(handler.page_states(region[:page])) == [0]
+        part.write(page, b"x")
+        assert list(handler.writeprotect(part, page)) == [PageState.DIRTY]
+        assert list(handler.page_states(part)) == [0, PageState.CLEAN]
+        for offset, length in ((2 * page, page), (0, 3 * page), (-page, page), (page, 2 * page)):
+            with pytest.raises(ValueError):
+                handler.page_states(part, offset, length)
+        with pytest.raises(ValueError):
+            handler.page_states(region[8 : page + 8])
+        with pytest.raises(ValueError, match="no range"):
+            handler.unserve(part)
+        with memory.pages(1) as other, pytest.raises(ValueError, match="no range"):
+            handler.page_states(other[:])
+
+
+test_parts_of_a_served_region = pytest.mark.crossing(
+    everywhere(parts_of_a_served_region, drivers=("native", "inline", "process"))
+)

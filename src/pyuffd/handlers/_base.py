@@ -153,12 +153,28 @@ class HandlerBase(SoleOwner):
         self, region: RangeLike, offset: int, length: int | None
     ) -> tuple[Backend, Served, int, int]:
         engine = self._running_engine()
-        served = self._find(region)
+        served, begin, past = self._find_part(region)
         offset = check_int("offset", offset)
-        length = served.id.length - offset if length is None else check_int("length", length)
+        length = past - begin - offset if length is None else check_int("length", length)
         check_range(offset, length, served.page_size, name="offset")
-        if offset + length > served.id.length:
+        if begin + offset + length > past:
             raise ValueError(
-                f"offset {offset:#x} + {length:#x} is outside a region of {served.id.length:#x}"
+                f"offset {offset:#x} + {length:#x} is outside a region of {past - begin:#x}"
             )
+        offset += begin
+        check_range(offset, length, served.page_size, name="start")
         return engine, served, offset // served.page_size, length // served.page_size
+
+    def _find_part(self, region: RangeLike) -> tuple[Served, int, int]:
+        """Return what is served of a region, or of a part of one: offsets in the served range."""
+        start = start_of(region)
+        all_served = list(self._served.values())
+        is_part = isinstance(region, Region) and region._whole is not None
+        if is_part and not any(one.region is region for one in all_served):
+            for served in all_served:
+                offset = start - served.id.start
+                past = offset + region.length
+                if served.memory.is_here and offset >= 0 and past <= served.id.length:
+                    return served, offset, past
+        served = self._find(region)
+        return served, 0, served.id.length
