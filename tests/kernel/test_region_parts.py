@@ -26,6 +26,8 @@ from pyuffd import (
 from tests._memory import PAGE, Memory
 from tests.kernel._serving import content, everywhere, serving
 
+DRIVERS: Any = ("native", "inline", "process")
+
 # slice, offset, length in a region of 0x3000 bytes
 SLICES = [
     (slice(None), 0, 0x3000),
@@ -244,5 +246,5 @@ def parts_of_a_served_region(driver: Any, name: str) -> None:
 
 
 test_parts_of_a_served_region = pytest.mark.crossing(
-    everywhere(parts_of_a_served_region, drivers=("native", "inline", "process"))
+    everywhere(parts_of_a_served_region, drivers=DRIVERS)
 )
