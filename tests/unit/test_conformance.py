@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import Feature, RegisterMode
+from pyuffd import Feature, Region, RegisterMode
 from pyuffd.cli import main
 from pyuffd.conformance import (
     Case,
@@ -26,6 +26,7 @@ from pyuffd.conformance import _case as case_module
 from pyuffd.conformance._context import letters, show
 from pyuffd.conformance._kmsg import parse
 from pyuffd.conformance._report import FAILED, PASSED, SKIPPED, Message
+from pyuffd.conformance._wording import alternatives, places
 from pyuffd.conformance.cases.masks import wanted
 from pyuffd.testing._memory_types import MEMORY_TYPES
 
@@ -217,10 +218,12 @@ def test_html_is_well_formed_and_escapes(tmp_path: Path) -> None:
     text = (tmp_path / "r.html").read_text()
     Parser().feed(text)
     assert open_tags == []
-    assert sorted(links) == ["#a.x.anon", "#group-a"]
+    # A red cell of the overview and a failure's heading lead to the row, the row's to the failure.
+    assert sorted(links) == ["#a.x.anon", "#group-a", "#row-a.x", "#row-a.x"]
     assert set(links) <= set(targets)
     assert len(set(targets)) == len(targets)
     assert "1 passed, 1 failed, 1 skipped" in text
+    assert text.index("&lt;skipped text&gt;") < text.index("&lt;failed text&gt;")
     assert "<failed text>" not in text
     assert "&lt;failed text&gt;" in text
 
@@ -276,3 +279,35 @@ def test_list_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["conformance", "list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [name for case_ in CASES.values() for name in case_.ids]
+
+
+def test_what_tests_bring_about_is_counted_and_the_rest_stands_out() -> None:
+    made = report(x__anon=PASSED)
+    made.messages += [
+        Message("mce: MCE: Killing python:7 due to hardware memory corruption", 3, False, ["a"]),
+        Message("Memory failure: 0x5: already hardware poisoned", 3, False, ["a"]),
+        Message("EXT4-fs: something else", 4, False, ["a"]),
+        Message("WARNING: CPU: 0 PID: 1 at mm/memory-failure.c:1", 4, True, ["a"]),
+    ]
+    lines = list(made.lines())[-3:]
+    assert lines[0].startswith("kernel BROKEN: WARNING")
+    assert lines[1].startswith("kernel warning: EXT4-fs")
+    assert lines[2].endswith("2 about memory errors that poison stands for")
+
+
+def test_addresses_are_pages_of_regions() -> None:
+    with Region.anonymous(3 * 4096) as one, Region.anonymous(4096) as two:
+        text = (
+            f"at {one.start + 4096:#x}, {one.start + 5:#x}, {two.start:#x}, 0x123, 0x7fffdeadb000"
+        )
+        assert places(text, [one]).startswith("at page 1, byte 0x5 of page 0, ")
+        assert "page 1 of region 0, byte 0x5 of page 0 of region 0, page 0 of region 1" in (
+            places(text, [one, two])
+        )
+        assert places(text, [one]).endswith("0x123, 0x7fffdeadb000")
+
+
+def test_alternatives_are_named_by_value() -> None:
+    assert alternatives({"usual": "0", "old": "0", "refused": "22"}) == (
+        "0 (usual, old) or 22 (refused)"
+    )

@@ -16,6 +16,7 @@ EXIT_SAME = 0
 EXIT_DIFFERENT = 1
 EXIT_ERROR = 2
 EXIT_NO_CASE = 5  # pytest's
+EXIT_NOTHING_CHECKED = 77
 
 _ARGUMENTS = ("-p", "pyuffd.conformance.plugin", "-p", "no:cacheprovider", "-q", "-W", "error")
 
@@ -32,7 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="run the cases",
         description="Run the cases with pytest (pip install pyuffd[testing]). Exit status: 0 if all"
         " passed or were skipped because something is missing, 1 if one failed or the kernel logged"
-        " a warning; others are pytest's. PYUFFD_TESTS=require turns skips into failures.",
+        f" a warning, {EXIT_NOTHING_CHECKED} if all were skipped; others are pytest's."
+        " PYUFFD_TESTS=require turns skips into failures.",
     )
     run_.add_argument("-k", metavar="EXPR", help="only the cases whose ids match, as pytest's -k")
     run_.add_argument("-n", metavar="N", help="run in N processes (pytest-xdist)")
@@ -89,6 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         configuration = Path(folder, "pytest.ini")
         configuration.write_text("[pytest]\n")
         arguments = [suite.origin, *_ARGUMENTS, "-c", str(configuration), "--uffd-reserve"]
+        arguments.append("--uffd-nonempty")
         if args.k is not None:
             arguments += ["-k", args.k]
         if args.n is not None:
@@ -103,6 +106,12 @@ def _run(args: argparse.Namespace) -> int:
     if status == EXIT_NO_CASE:
         print(
             f"pyuffd: no case matches -k {args.k!r}; `pyuffd conformance list` lists the cases",
+            file=sys.stderr,
+        )
+    if status == EXIT_NOTHING_CHECKED:
+        print(
+            "pyuffd: nothing was checked: every case lacks something (the reasons are above); the"
+            " suite needs a userfaultfd, and most of it root",
             file=sys.stderr,
         )
     return status

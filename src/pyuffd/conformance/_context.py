@@ -18,7 +18,7 @@ from pyuffd._abi import Event, Feature, Fork, Ioctl, PageBit, Pagefault, Pagefau
 from pyuffd._closing import SoleOwner
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
-from pyuffd.conformance import _raw
+from pyuffd.conformance import _raw, _wording
 from pyuffd.conformance._case import Case
 from pyuffd.conformance._raw import Answer
 from pyuffd.pagemap import Pagemap
@@ -44,6 +44,7 @@ PAGES_SHOWN = 8
 _SYS_FORK, _SYS_WAIT4 = 57, 61
 _WAIT_ALL = 0x40000000  # __WALL
 EVENTS_SHOWN = 8
+SEEN_SHOWN = 40
 
 
 class Mismatch(AssertionError):
@@ -438,7 +439,9 @@ class Context(SoleOwner):
             name for name in self._candidates if name in by_name and _same(seen, by_name[name])
         ]
         if not matching:
-            self.fail(what, seen, *(f"{name}: {show(value)}" for name, value in by_name.items()))
+            possible = {name: by_name[name] for name in self._candidates if name in by_name}
+            texts = {name: show(value) for name, value in (possible or by_name).items()}
+            self._fail(what, seen, _wording.alternatives(texts))
         self._candidates = matching
         self.variant = matching[0]
         return self.variant
@@ -582,8 +585,11 @@ class Context(SoleOwner):
     def fail(self, what: str, seen: object, *wanted: object) -> NoReturn:
         """Fail with what was seen and what was wanted."""
         texts = [value if isinstance(value, str) else show(value) for value in wanted]
+        self._fail(what, seen, " or ".join(dict.fromkeys(texts)))
+
+    def _fail(self, what: str, seen: object, wanted: str) -> NoReturn:
         shown = seen if isinstance(seen, str) else show(seen)
-        raise Mismatch(f"{what}: saw {shown}, expected {' or '.join(texts)}")
+        raise Mismatch(_wording.places(f"{what}: saw {shown}, expected {wanted}", self._regions))
 
     @property
     def _shows_protection(self) -> bool:
@@ -595,7 +601,7 @@ class Context(SoleOwner):
     def describe(self) -> str:
         """Return everything there is to see, for the report of a failure."""
         lines = [f"feature mask {self.offered:#x}, enabled " + self._enabled()]
-        for region in self._regions:
+        for number, region in enumerate(self._regions):
             if region.closed:
                 continue
             pages = min(region.length // region.page_size, PAGES_SHOWN)
@@ -603,12 +609,15 @@ class Context(SoleOwner):
             for index in range(pages):
                 with contextlib.suppress(OSError):
                     states.append(self.pagemap(region.start + index * region.page_size))
-            lines.append(f"{region!r}: {' '.join(states)}")
+            name = f"region {number}: " if len(self._regions) > 1 else ""
+            lines.append(f"{name}{region!r}: {' '.join(states)}")
         for uffd in self._uffds:
             if not uffd.closed and _readable(uffd, 0):
-                lines.append(f"queued: {[show(event) for event in uffd.read_events(EVENTS_SHOWN)]}")
+                queued = f"queued: {[show(event) for event in uffd.read_events(EVENTS_SHOWN)]}"
+                lines.append(_wording.places(queued, self._regions))
         if self._seen:
-            lines += ["seen, in order:", *(f"  {line}" for line in self._seen[-40:])]
+            seen = (_wording.places(line, self._regions) for line in self._seen[-SEEN_SHOWN:])
+            lines += ["seen, in order:", *(f"  {line}" for line in seen)]
         return "\n".join(lines)
 
     def _enabled(self) -> str:

@@ -18,10 +18,11 @@ thead th { position: sticky; top: 0; background: #fff; }
 .verdict.failed { background: #f8c4c4; }
 td.passed { background: #d9f2d9; } td.failed { background: #f8c4c4; font-weight: bold; }
 td.skipped { background: #eee; color: #666; } td.none { border-color: #f4f4f4; }
-table.matrix { width: 100%; table-layout: fixed; } table.matrix th { width: 9em; }
-table.matrix th:first-child { width: auto; } td { overflow-wrap: anywhere; }
+table.wide { width: 100%; table-layout: fixed; } table.wide th { width: 8.5em; }
+table.wide th:first-child { width: auto; } td { overflow-wrap: anywhere; }
 code, pre { font: 12px/1.35 ui-monospace, monospace; }
-pre { background: #f7f7f7; padding: 8px; overflow-x: auto; }
+pre { background: #f7f7f7; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
+code { overflow-wrap: anywhere; } td.failed a { color: #900; } :target { outline: 2px solid #b00; }
 small { color: #666; } .broken { color: #b00020; font-weight: bold; }
 #only:checked ~ details tr.plain { display: none; }
 #only:checked ~ details.plain { display: none; }
@@ -46,11 +47,11 @@ def _page(report: Report) -> Iterator[str]:
         f" pyuffd {escape(report.pyuffd_version)}. Feature mask"
         f" <code>{report.features:#x}</code>: {escape(', '.join(report.feature_names()))}</p>"
     )
+    yield from _skips(report)
     yield from _messages(report)
     yield from _failures(report)
     yield from _groups(report)
     yield from _matrix(report)
-    yield from _skips(report)
     yield "</body></html>"
 
 
@@ -69,10 +70,12 @@ def _messages(report: Report) -> Iterator[str]:
         yield "<li>could not be read: a kernel WARN would not have been seen</li>"
     elif not report.messages:
         yield "<li>no warning appeared</li>"
-    for message in report.messages:
+    for message in report.unexpected:
         kind = ' class="broken"' if message.is_fatal else ""
         text, when = escape(message.text), escape(message.when)
         yield f"<li{kind}><code>{text}</code> <small>{when}</small></li>"
+    for what, count in report.expected_messages().items():
+        yield f"<li><small>{count} about {escape(what)}, which tests bring about</small></li>"
     yield "</ul>"
 
 
@@ -81,7 +84,11 @@ def _failures(report: Report) -> Iterator[str]:
     if failed:
         yield "<h2>What was seen</h2>"
     for result in failed:
-        yield f'<h3 id="{escape(result.id, quote=True)}"><code>{escape(result.id)}</code></h3>'
+        row = escape(f"row-{result.case}", quote=True)
+        yield (
+            f'<h3 id="{escape(result.id, quote=True)}"><a href="#{row}">'
+            f"<code>{escape(result.id)}</code></a></h3>"
+        )
         yield f"<p>{escape(result.summary)}</p><pre>{escape(result.text)}</pre>"
 
 
@@ -106,11 +113,15 @@ def _groups(report: Report) -> Iterator[str]:
     """Yield a short table, one row for each group of cases."""
     shown = _memory(report)
     counts: dict[str, dict[str, Counter[str]]] = {}
+    failed: dict[tuple[str, str], str] = {}
     for result in report.results.values():
-        row = counts.setdefault(_group(result.case), {})
+        group = _group(result.case)
+        row = counts.setdefault(group, {})
         row.setdefault(result.memory, Counter())[result.outcome] += 1
+        if result.outcome == FAILED:
+            failed.setdefault((group, result.memory), f"row-{result.case}")
     yield "<h2>Overview</h2><p>Results by what is checked, and by memory type.</p>"
-    yield f"<table>{_head('', shown)}<tbody>"
+    yield f'<table class="wide">{_head("", shown)}<tbody>'
     for name in _ordered(counts):
         row = counts[name]
         cells = ""
@@ -118,6 +129,8 @@ def _groups(report: Report) -> Iterator[str]:
             seen = row.get(memory, Counter())
             kind = next((what for what in (FAILED, PASSED, SKIPPED) if seen[what]), "none")
             text = ", ".join(f"{seen[what]} {word}" for what, word in _NAMES.items() if seen[what])
+            if target := failed.get((name, memory)):
+                text = f'<a href="#{escape(target, quote=True)}">{text}</a>'
             cells += f'<td class="{kind}">{text}</td>'
         link = escape(f"group-{name}", quote=True)
         yield f'<tr><td><a href="#{link}"><code>{escape(name)}</code></a></td>{cells}</tr>'
@@ -137,7 +150,7 @@ def _matrix(report: Report) -> Iterator[str]:
         link = escape(f"group-{group}", quote=True)
         kind = "" if any(map(_stands_out, rows.values())) else ' class="plain"'
         yield f'<details id="{link}" open{kind}><summary><code>{escape(group)}</code></summary>'
-        yield f'<table class="matrix">{_head("case", shown)}<tbody>'
+        yield f'<table class="wide">{_head("case", shown)}<tbody>'
         yield from (_row(name, row, shown) for name, row in rows.items())
         yield "</tbody></table></details>"
 
@@ -156,7 +169,9 @@ def _row(name: str, row: dict[str, Result], shown: list[str]) -> str:
         cells += f'<td class="{result.outcome}"{hint}>{text}</td>'
     kind = "" if _stands_out(row) else ' class="plain"'
     summary = escape(next(iter(row.values())).summary)
-    return f"<tr{kind}><td><code>{escape(name)}</code><br><small>{summary}</small></td>{cells}</tr>"
+    link = escape(f"row-{name}", quote=True)
+    first = f"<td><code>{escape(name)}</code><br><small>{summary}</small></td>"
+    return f'<tr id="{link}"{kind}>{first}{cells}</tr>'
 
 
 def _stands_out(row: dict[str, Result]) -> bool:
@@ -164,8 +179,11 @@ def _stands_out(row: dict[str, Result]) -> bool:
 
 
 def _skips(report: Report) -> Iterator[str]:
+    reasons = report.skip_reasons()
+    if not reasons:
+        return
     yield "<h2>Skipped, by reason</h2><ul>"
-    for reason, count in report.skip_reasons().most_common():
+    for reason, count in reasons.most_common():
         yield f"<li>{count}: {escape(reason)}</li>"
     yield "</ul>"
 

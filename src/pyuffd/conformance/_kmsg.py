@@ -16,6 +16,21 @@ _FATAL = re.compile(
     r"|blocked for more than|soft lockup|hard LOCKUP|self-detected stall|detected stalls"
     r"|list_(add|del) corruption|VM_(BUG|WARN)|refcount_t: "
 )
+# What the kernel says of what tests do on purpose, and in which words a report counts it.
+_EXPECTED = (
+    (
+        "memory errors that poison stands for",
+        re.compile(r"^(mce: )?(MCE: Killing|Memory failure: )|hardware memory corruption"),
+    ),
+    ("faults that could not be retried", re.compile(r"FAULT_FLAG_ALLOW_RETRY missing")),
+    ("processes out of memory", re.compile(r"oom[-_ ]kill|Out of memory|out of memory")),
+    ("swap areas that came and went", re.compile(r"set_capacity_and_notify|^zram\d+:|swap area")),
+)
+
+
+def expected(text: str) -> str:
+    """Return what a record is about that tests bring about on purpose, or ""."""
+    return next((what for what, pattern in _EXPECTED if pattern.search(text)), "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pyuffd._abi import Feature
+from pyuffd.conformance._kmsg import expected
 from pyuffd.conformance._types import ANY
 from pyuffd.testing._memory_types import MEMORY_TYPES
 
@@ -156,6 +157,17 @@ class Report:
         """The messages in which the kernel says that it is broken."""
         return [message for message in self.messages if message.is_fatal]
 
+    @property
+    def unexpected(self) -> list[Message]:
+        """The messages that no test brings about on purpose, the fatal ones first."""
+        found = [one for one in self.messages if one.is_fatal or not expected(one.text)]
+        return sorted(found, key=lambda message: not message.is_fatal)
+
+    def expected_messages(self) -> Counter[str]:
+        """Return how many of the others there are, by what they are about."""
+        rest = (message for message in self.messages if not message.is_fatal)
+        return Counter(what for message in rest if (what := expected(message.text)))
+
     def matrix(self) -> dict[str, dict[str, Result]]:
         """Return the results by case and memory type."""
         rows: dict[str, dict[str, Result]] = {}
@@ -182,9 +194,12 @@ class Report:
         )
         if not self.log_readable:
             yield "the kernel's log could not be read (it needs CAP_SYSLOG): no WARN would be seen"
-        for message in self.messages:
+        for message in self.unexpected:
             word = "kernel BROKEN" if message.is_fatal else "kernel warning"
             yield f"{word}: {message.text} ({message.when})"
+        if folded := self.expected_messages():
+            parts = ", ".join(f"{count} about {what}" for what, count in folded.items())
+            yield f"kernel messages that the tests bring about: {parts}"
 
 
 def cell_text(result: Result | None) -> str:

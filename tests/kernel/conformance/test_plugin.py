@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pyuffd.conformance import Report
-from pyuffd.conformance.plugin import SUITE
+from pyuffd.conformance.plugin import NOTHING_CHECKED, SUITE
 
 CASES = '''
 import pytest
@@ -61,6 +61,22 @@ def stall(ctx):
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     region.memoryview()[0]
+
+@case("t.pages", origin="x", memory=["anon"])
+def pages(ctx):
+    """Expect another page."""
+    region = ctx.make(3)
+    ctx.expect("address", region.start + 2 * ctx.page, region.start + ctx.page)
+
+@case("t.many", origin="x", memory=["any"])
+def many(ctx):
+    """Expect no pages."""
+    ctx.expect("pages", list(range(1, 16)), "none")
+
+@case("t.alike", origin="x", memory=["any"], variants=[Variant("a", "x"), Variant("b", "x")])
+def alike(ctx):
+    """Expect variants that show the same."""
+    ctx.expect_variant("errno", 3, a=1, b=1)
 
 class Log:
     """A kernel log that has a warning after t.good.shmem."""
@@ -115,6 +131,8 @@ def late():
 )
 
 
+TALK = "pages or many or alike"  # whose failures are about words
+
 needs_kernel_log = pytest.mark.skipif(
     not os.access("/dev/kmsg", os.W_OK), reason="needs a /dev/kmsg that can be written"
 )
@@ -146,7 +164,7 @@ def run(
 
 
 def test_outcomes_variant_and_what_was_seen(tmp_path: Path) -> None:
-    made, output = run(tmp_path, "-k", "not stall", status=1)
+    made, output = run(tmp_path, "-k", f"not ({TALK} or stall)", status=1)
     outcomes = {name: result.outcome for name, result in made.results.items()}
     assert outcomes == {
         "t.good.anon": "passed",
@@ -270,3 +288,18 @@ def test_report_in_a_folder_that_is_not_there_is_refused_first(tmp_path: Path) -
     )
     assert done.returncode == 4
     assert "--uffd-report=none/r: there is no such folder" in done.stderr
+
+
+def test_a_run_that_checked_nothing_is_no_success(tmp_path: Path) -> None:
+    made, _ = run(tmp_path, "-k", "lack", "--uffd-nonempty", status=NOTHING_CHECKED)
+    assert set(made.counts()) == {"skipped"}
+    run(tmp_path, "-k", "lack or good", "--uffd-nonempty", status=0)
+    run(tmp_path, "-k", "lack", status=0)
+
+
+def test_failures_speak_of_pages_and_name_each_alternative_once(tmp_path: Path) -> None:
+    made, _ = run(tmp_path, "-k", TALK, status=1)
+    texts = {name: result.text for name, result in made.results.items()}
+    assert "saw page 2, expected page 1" in texts["t.pages.anon"]
+    assert "[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ... and 5 more], expected none" in texts["t.many.any"]
+    assert "saw 3, expected 1 (a, b)" in texts["t.alike.any"]

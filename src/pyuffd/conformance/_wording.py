@@ -1,0 +1,46 @@
+"""What a failure says: addresses as page numbers, long lists cut, alternatives once (layer L5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from pyuffd.regions import Region
+
+MOST = 10  # addresses, or items of a list, in one sentence
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{5,16}\b")
+_LIST = re.compile(r"\[[^\[\]]*\]")
+
+
+def places(text: str, regions: Sequence[Region]) -> str:
+    """Return a text in which addresses inside regions are page numbers, ten at most in a list.
+
+    A region's number stands with it where there are several: `page 3 of region 1`.
+    """
+    text = _LIST.sub(lambda match: _cut(match[0]), text)
+    return _ADDRESS.sub(lambda match: _place(int(match[0], 16), regions) or match[0], text)
+
+
+def _cut(text: str) -> str:
+    items = text[1:-1].split(", ")
+    if len(items) <= MOST:
+        return text
+    return f"[{', '.join(items[:MOST])}, ... and {len(items) - MOST} more]"
+
+
+def _place(address: int, regions: Sequence[Region]) -> str:
+    for number, region in enumerate(regions):
+        # The end of one is where ranges end.
+        if not region.closed and region.start <= address <= region.start + region.length:
+            page, rest = divmod(address - region.start, region.page_size)
+            where = f"byte {rest:#x} of page {page}" if rest else f"page {page}"
+            return f"{where} of region {number}" if len(regions) > 1 else where
+    return ""
+
+
+def alternatives(by_name: Mapping[str, str]) -> str:
+    """Return what variants would have shown, each value once: `0 (usual, old) or 22 (refused)`."""
+    names: dict[str, list[str]] = {}
+    for name, value in by_name.items():
+        names.setdefault(value, []).append(name)
+    return " or ".join(f"{value} ({', '.join(who)})" for value, who in names.items())
