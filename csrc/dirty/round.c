@@ -129,7 +129,7 @@ static int join(struct uffd_page_ranges *mine, const struct uffd_page_ranges *fo
 	return 0;
 }
 
-/* The holes that the one scan does not see. A write into one now is read with its content. */
+/* The holes that the one scan does not see.  A write into one now is copied with its content. */
 static int add_holes(struct round *round, const struct uffd_tracked *at,
 		     struct uffd_page_ranges *mine)
 {
@@ -204,7 +204,7 @@ static int round_of_sparse(struct round *round, const struct uffd_tracked *at,
 	};
 	int ret = keep_after(scan(round, at, &arg), &round->found, round->written);
 
-	/* Afterwards, so that a page dropped since the scan is told now. */
+	/* Afterwards, so that this reports a page dropped since the scan. */
 	if (!ret)
 		ret = scan_holes(round, at);
 	if (!ret)

@@ -23,7 +23,7 @@ enum uffd_track {
 	UFFD_TRACK_HUGE,
 };
 
-/* What a page without an entry in the page table has. */
+/* The content of a page without an entry in the page table. */
 enum uffd_backing {
 	UFFD_BACKING_FILE, /* what its file holds */
 	UFFD_BACKING_ZERO, /* zeros: private anonymous memory */

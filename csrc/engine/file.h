@@ -29,7 +29,7 @@ uint64_t uffd_file_covered(const struct uffd_file *file, uint64_t at, uint64_t l
 
 /* Read without a fault on a truncated file: -ENODATA. */
 int uffd_file_read(const struct uffd_file *file, void *target, uint64_t at, uint64_t length);
-/* The same from a descriptor that is not opened here. */
+/* The same from a descriptor that was not opened here. */
 int uffd_file_read_from(int fd, void *target, uint64_t length, uint64_t offset);
 
 #endif /* UFFD_ENGINE_FILE_H */

@@ -94,7 +94,7 @@ static bool is_valid(const struct uffd_overlay_spec *spec, uint64_t length)
 	return true;
 }
 
-/* Whether bytes of several runs come together in a page, and have to be copied first. */
+/* Whether a page has bytes of several runs, which must be copied together first. */
 static bool has_mixed(const struct uffd_overlay *overlay)
 {
 	for (uint64_t i = 0; i < overlay->run_count; i++)

@@ -55,7 +55,7 @@ enum uffd_stretch_kind {
 	UFFD_STRETCH_MIXED,	/* one page, of several runs */
 };
 
-/* What the pages from an offset on are made of. */
+/* The origin of the pages from an offset on. */
 struct uffd_stretch {
 	enum uffd_stretch_kind kind;
 	uint64_t length;	/* whole pages */
@@ -75,7 +75,7 @@ struct uffd_stretch uffd_overlay_stretch(const struct uffd_overlay *overlay, uin
 int uffd_overlay_read(const struct uffd_overlay *overlay, void *target, uint64_t offset,
 		      uint64_t length);
 
-/* Fault in what [offset, offset + length) is read from, as far as possible. */
+/* Fault in the memory that [offset, offset + length) is read from, as far as possible. */
 void uffd_overlay_fault_in(const struct uffd_overlay *overlay, uint64_t offset, uint64_t length);
 
 /* Room for one page, NULL if there is none; async-signal-safe. */

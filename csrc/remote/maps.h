@@ -43,7 +43,7 @@ void uffd_maps_free(struct uffd_maps *maps);
 
 /*
  * The page size of the mapping that begins at an address, by an open /proc/PID/maps. -ENOTTY: the
- * kernel cannot say (before Linux 6.11); -ENOENT: there is none.
+ * kernel cannot tell (before Linux 6.11); -ENOENT: there is none.
  */
 int uffd_maps_page_size(int fd, uint64_t start, uint64_t *page_size_ret);
 

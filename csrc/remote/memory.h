@@ -34,7 +34,7 @@ int uffd_remote_read_to_file(int32_t pid, const struct uffd_page_region *vec, ui
 int64_t uffd_remote_write(int32_t pid, uint64_t start, const void *source, uint64_t length);
 
 /*
- * Find a pattern in [start, end): its address, or -ENOENT. What cannot be read is skipped.
+ * Find a pattern in [start, end): its address, or -ENOENT. Unreadable memory is skipped.
  */
 int uffd_remote_find(int32_t pid, uint64_t start, uint64_t end, const void *pattern,
 		     uint64_t pattern_length, uint64_t *address_ret);

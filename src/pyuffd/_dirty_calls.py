@@ -34,7 +34,7 @@ class Track(Number):
 
 
 class Backing(Number):
-    """What a page without an entry in the page table has.
+    """The content of a page without an entry in the page table.
 
     Attributes:
         FILE: What its file holds.

@@ -29,11 +29,11 @@ KINDS = ("anonymous", "memfd")
 
 
 class LazyRegion(Region):
-    """A region that is served from a source, with all that serves it; `lazy` makes one.
+    """A region that is served from a source, with its handler; `lazy` makes one.
 
     It is a `Region`, and is used as one. close(), which `with` calls, stops the handler, closes the
     userfaultfd and, unless the region was given to `lazy`, unmaps the memory. A memoryview, an
-    array or a part of it keeps it alive. After close() an array over it may still be read, but for
+    array or a part of it keeps it alive. After close() an array over it can still be read, except
     pages that were never loaded, which raise SIGBUS: `handler.populate(region)` loads them.
 
     Attributes:

@@ -40,18 +40,18 @@ class Run(NamedTuple):
 class OverlaySource:
     """Several sources, one over the other: a base image and the differences made since.
 
-    Where pieces overlap, the later one in the list counts. Files, buffers and zeros are put
-    together in C, without Python for a page, by every driver. If a source is in Python, all pages
-    are read by Python, which needs the "process" or the "thread" driver; it is asked for whole
-    pages of 4096 bytes, which may reach beyond its piece.
+    Where pieces overlap, the later one in the list counts. With every driver, C puts files, buffers
+    and zeros together, without Python for a page. If a source is in Python, Python reads all pages,
+    which needs the "process" or the "thread" driver; that source is asked for whole pages of 4096
+    bytes, which may reach beyond its piece.
 
     Args:
         pieces: Tuples (offset, length, source): where the piece begins in bytes, how long it is,
             and its content, beginning with the source's first byte. Offsets and lengths need no
             alignment. A length of None is the source's own. Anything that `Handler.serve` accepts
             is a source, another overlay included.
-        gaps: What bytes between the pieces are: "refuse" raises ValueError if there are any,
-            "zeros" makes them zeros.
+        gaps: Bytes between the pieces: "refuse" raises ValueError if there are any, "zeros" makes
+            them zeros.
         length: The number of bytes; up to the end of the last piece by default.
 
     Raises:
@@ -127,7 +127,7 @@ class OverlaySource:
 
     @property
     def calls_python(self) -> bool:
-        """Whether a leaf is read by Python."""
+        """Whether Python reads a leaf."""
         return not all(isinstance(leaf, IN_C) for leaf in self.leaves)
 
     def __repr__(self) -> str:
@@ -139,7 +139,7 @@ def _checked(
 ) -> Iterator[tuple[int, int, PageSource]]:
     if isinstance(pieces, (str, bytes, type)) or not isinstance(pieces, Iterable):
         raise TypeError(f"pieces must be tuples (offset, length, source), not {shown(pieces)}")
-    known: dict[int, PageSource] = {}  # one source for an object that is given several times
+    known: dict[int, PageSource] = {}  # one source for an object that occurs several times
     kept = []  # so that no two objects have one id
     untyped: Iterable[object] = pieces
     for number, piece in enumerate(untyped):
@@ -164,7 +164,7 @@ def _checked(
 
 
 class _Painter:
-    """Puts pieces below those that were put before."""
+    """Adds pieces below those that were added before."""
 
     def __init__(self) -> None:
         self.leaves: list[PageSource] = []
@@ -193,7 +193,7 @@ class _Painter:
         return number
 
     def _cover(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Cover [start, end), and return what of it was not covered."""
+        """Cover [start, end), and return the parts that were not covered before."""
         first = bisect_left(self._ends, start)
         last = bisect_right(self._starts, end)
         bounds = [start]
@@ -247,10 +247,10 @@ def leaves_of(source: PageSource | None) -> Sequence[PageSource]:
 def packed_runs(source: OverlaySource, length: int) -> tuple[list[PageSource], bytes]:
     """Return the leaves and runs of a range of `length` bytes, as `struct uffd_run_spec` has them.
 
-    What lies after the end of the source is zeros.
+    Bytes after the end of the source are zeros.
 
     Raises:
-        ValueError: a leaf has become shorter than what is needed of it.
+        ValueError: a leaf has become shorter than the overlay needs it.
     """
     numbers: dict[int, int] = {}
     past: dict[int, int] = {}  # how far each leaf is used

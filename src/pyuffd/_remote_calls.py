@@ -34,7 +34,7 @@ def maps_read(fd: int, pid: int) -> tuple[bytes, bytes]:
 
 
 def maps_page_size(fd: int, start: int) -> int | None:
-    """Return the page size of the mapping at an address; None if the kernel does not say."""
+    """Return the page size of the mapping at an address; None if the kernel does not tell."""
     out = ffi.new("uint64_t *")
     return None if lib.uffd_maps_page_size(fd, start, out) else int(out[0])
 

@@ -1,4 +1,4 @@
-"""What is taken for a page source: buffers, regions, paths, open files, functions (layer L4)."""
+"""Objects accepted as page sources: buffers, regions, paths, open files, functions (layer L4)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def as_source(value: object, name: str = "source") -> PageSource:
-    """Return a page source for what obviously is the content of pages.
+    """Return a page source for an object that obviously is the content of pages.
 
     A page source is returned as it is. A buffer or a `Region` becomes a BufferSource, a path or an
     open file a FileSource, a function a CallableSource, and a coroutine function an AsyncSource.
@@ -50,7 +50,7 @@ def as_source(value: object, name: str = "source") -> PageSource:
             f"{name}: {value.__name__} is a class, and no page source: give an instance,"
             f" {value.__name__}(...)"
         )
-    if isinstance(value, Region):  # which has read() and length as well
+    if isinstance(value, Region):  # which has read() and length too
         return BufferSource(value)
     if isinstance(value, PageSource):
         return value

@@ -1,6 +1,6 @@
 """`DirtyTracker`: which pages a process writes, round by round (layer L5).
 
-docs/tracking.md says what is seen and what is not.
+docs/tracking.md tells what is seen and what is not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tracking by WP_ASYNC and PAGEMAP_SCAN: nobody waits for anybody, and no message is sent."""
+"""Tracking by WP_ASYNC and PAGEMAP_SCAN: no thread waits, and no message is sent."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class AsyncMethod:
         self._tracked = calls.TrackedRows([row.packed() for row in rows])
 
     def _register(self, row: Row) -> bool:
-        """Register a row; note why if the kernel refuses."""
+        """Register a row; note the reason if the kernel refuses."""
         try:
             self._uffd.register(row, mode=RegisterMode.WP)
         except UffdOSError as error:
@@ -109,7 +109,7 @@ class AsyncMethod:
                 except UffdOSError:  # unmapped since; the first round says so
                     self._process.check()
         self._set_rows(rows)
-        # What these are compared with later.
+        # Later rounds compare with these.
         compared = [r for r in rows if r.track is Track.SPARSE or r.backing is Backing.COPIED]
         tracked = calls.TrackedRows([row.packed() for row in compared])
         self._known = self._scan(tracked, 0, NO_RANGES).known
@@ -156,7 +156,7 @@ class AsyncMethod:
         return old, new
 
     def _follow(self) -> list[LayoutChange]:
-        """Read the mappings again, and scan those that are there now."""
+        """Read the mappings again, and scan those that exist now."""
         mappings = self._process.mappings()
         if mappings == self._mappings:
             return []
@@ -167,7 +167,7 @@ class AsyncMethod:
         return layout
 
     def _look_after(self, errors: list[tuple[int, int]], layout: list[LayoutChange]) -> Pending:
-        """Register what is not, and report it as new; what cannot be looked at is unsure."""
+        """Register new mappings and report them; those that cannot be read are unsure."""
         new: list[Row] = []
         unsure: list[Span] = []
         lost: list[Row] = []
@@ -193,7 +193,7 @@ class AsyncMethod:
         return result.plus(Pending(NO_RANGES, NO_RANGES, _rows.packed(sorted(unsure)), tuple(more)))
 
     def _new(self, rows: Iterable[Row]) -> Pending:
-        """Protect mappings that were registered now; report all that they have."""
+        """Protect mappings that were just registered; report all of their pages."""
         huge = [row for row in rows if row.track is Track.HUGE]
         others = [row for row in rows if row.track is not Track.HUGE]
         for row in huge:
@@ -208,7 +208,7 @@ class AsyncMethod:
         whole = _rows.packed(_rows.merged((row.start, row.end) for row in huge))
         return Pending(calls.union(found.written, whole), found.dropped, unsure)
 
-    # What is not seen
+    # Blind ranges
 
     def blind(self) -> list[Blind]:
         """Return what cannot be seen of the mappings."""

@@ -34,10 +34,10 @@ class Unmapped:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A mapping of a file that is elsewhere now, with its length and place in the file.
+    """A mapping of a file that has moved, with the same length and place in the file.
 
     Its populated pages are in `written` as those of a new mapping. Private anonymous memory that
-    moves is an Unmapped and a Mapped: the kernel does not say that they are the same.
+    moves is an Unmapped and a Mapped: the kernel does not tell that they are the same memory.
 
     Attributes:
         old_start: Its first address before.
@@ -54,7 +54,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """What a mapping has grown by: the stack downwards, the heap and others upwards.
+    """The part by which a mapping has grown: the stack downwards, the heap and others upwards.
 
     Attributes:
         start: First address of the new part.

@@ -15,7 +15,7 @@ from pyuffd.pagemap import PageRanges
 
 @dataclass(slots=True)
 class Pending:
-    """What rounds found that nobody has committed yet, packed."""
+    """What rounds found that was not committed yet, packed."""
 
     written: memoryview = calls.NO_RANGES
     dropped: memoryview = calls.NO_RANGES
@@ -52,10 +52,10 @@ class DirtyRound(SoleOwner):
     `written` and `unsure` from the target.
 
     Attributes:
-        written: Pages written, a `PageRanges`. Copy their content now: it may be younger than the
-            round, and what is written from now on is in the next one.
+        written: Pages written, a `PageRanges`. Copy their content now: it may be newer than the
+            round, and later writes are in the next one.
         dropped: Pages of private memory that were given back (MADV_DONTNEED) and read as zeros.
-        unsure: Pages whose state nobody knows: pinned buffers, ranges that lost their
+        unsure: Pages whose state is unknown: pinned buffers, ranges that lost their
             registration. Treat them as written.
         layout: Changes of the mappings, in the order in which rounds found them.
         seconds: Time since the round before, or since tracking began.
@@ -77,7 +77,7 @@ class DirtyRound(SoleOwner):
         return self._is_committed
 
     def commit(self) -> None:
-        """Say that everything in this round is in safety: the next one has only what is new.
+        """Declare that everything in this round is saved: the next one has only what is new.
 
         Raises:
             ValueError: a later round has been collected, which has all of it again; or it was

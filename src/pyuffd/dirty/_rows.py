@@ -1,4 +1,4 @@
-"""Which mappings are tracked, in which way, and clipping them to what was asked for."""
+"""Which mappings are tracked, and how; clipping them to the requested ranges."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyuffd import _dirty_calls as calls
 from pyuffd._dirty_calls import Backing, Track
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings, clipped
 
-# Protecting a hole makes page tables: 4 KiB for each 2 MiB. Up to this size nobody minds.
+# Protecting a hole makes page tables: 4 KiB for each 2 MiB. Up to this size that is cheap.
 DENSE_BYTES = 64 << 20
 # Above it a mapping must be populated to a quarter.
 DENSE_PART = 4
@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One mapping, or its part that is asked for, and how it is tracked."""
+    """One mapping, or the requested part of it, and how it is tracked."""
 
     mapping: Mapping
     track: Track
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def backing(self) -> Backing:
-        """What a page has that is in no page table."""
+        """The content of a page that is in no page table."""
         if not self.mapping.inode:
             return Backing.ZERO
         return Backing.FILE if self.mapping.shared else Backing.COPIED

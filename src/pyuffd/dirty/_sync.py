@@ -53,7 +53,7 @@ class SyncMethod:
             raise
 
     def _serve(self, mapping: Mapping) -> bool:
-        """Serve and protect a mapping; note why if that is refused."""
+        """Serve and protect a mapping; note the reason if that is refused."""
         if mapping in self._refused:
             return False
         row = Row(mapping, Track.DENSE)
@@ -103,7 +103,7 @@ class SyncMethod:
         return found
 
     def _follow(self, mappings: Mappings, gone: Iterable[Row]) -> Pending:
-        """Serve what is new, and let go what is gone."""
+        """Serve new mappings, and forget those that are gone."""
         old, new = (
             [m for m in _rows.in_scope(which, self._scope) if _rows.is_tracked_kind(m)]
             for which in (self._mappings, mappings)

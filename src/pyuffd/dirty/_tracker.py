@@ -51,13 +51,13 @@ class DirtyTracker(Closing):
             `Userfaultfd` of this process or another, with `ranges`.
         ranges: Ranges of the memory that a `Userfaultfd` governs.
         method: "wp-async" lets the kernel note writes (WP_ASYNC, PAGEMAP_SCAN): a write costs one
-            page fault of a microsecond, and nobody waits. "wp-sync" lets the engine note them, by
-            faults that the writer waits for: for kernels before Linux 6.7, and for memory without
-            a disk's file behind it. "auto" takes the first that the kernel has.
+            page fault of a microsecond, and no thread waits. "wp-sync" lets the engine note them,
+            by faults that the writer waits for: for kernels before Linux 6.7, and for memory
+            without a disk's file behind it. "auto" takes the first that the kernel has.
 
     Attributes:
         method: "wp-async" or "wp-sync".
-        reason: Why that one was taken, in one sentence.
+        reason: Why that one was chosen, in one sentence.
 
     Raises:
         ValueError: a target without ranges that needs them, a bad range, or wp-sync with a
@@ -148,7 +148,7 @@ class DirtyTracker(Closing):
         """Return what changed since the last committed round, and begin the next one.
 
         Reading and protecting a page again are one step: a write is in this round or in the next
-        one. What a round had that was not committed is in the next one again.
+        one. The next round has again what was not committed.
 
         Raises:
             ProcessGoneError: ESRCH - the target has exited, or replaced its memory.
@@ -232,7 +232,7 @@ class DirtyTracker(Closing):
         return self._open is None
 
     def close(self) -> None:
-        """Lift the protection and unregister; the target runs on at full speed."""
+        """Lift the protection and unregister; the target continues at full speed."""
         with self._lock:
             stack, self._open = self._open, None
         if stack is not None and self._maker == os.getpid():
@@ -268,7 +268,7 @@ def _spans(ranges: Iterable[RangeLike]) -> list[_rows.Span]:
 def _chosen(
     method: MethodName, features: Feature, *, of_uffd: bool = False
 ) -> tuple[Literal["wp-async", "wp-sync"], str]:
-    """Return the method to take, and why."""
+    """Return the method to use, and why."""
     has_async = bool(features & _async.NEEDED)
     lack = "the userfaultfd was opened without Feature.WP_ASYNC" if of_uffd else _NO_ASYNC
     if method == "wp-async" and not has_async:

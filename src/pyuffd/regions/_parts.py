@@ -26,7 +26,7 @@ class Divisible(CloseCallbacks):
     """The part of `Region` that keeps memory mapped: one mapping, its views and its parts.
 
     A part is a region whose mapping owns no memory and whose `_whole` is the region it belongs to.
-    What ends with the memory is noted with the whole: views, and callbacks before close.
+    The whole keeps what ends with the memory: views, and callbacks before close.
     """
 
     _mapping: Mapping
@@ -61,7 +61,7 @@ class Divisible(CloseCallbacks):
         self._why_lost = self._whole._why_lost
         self._open = True
 
-    # A sequence has these by default; they would fetch each byte by an access of its own.
+    # A sequence has these by default; they would access each byte separately.
     __iter__ = None
     __contains__ = None
     __reversed__ = None
@@ -112,13 +112,13 @@ class Divisible(CloseCallbacks):
         }
 
     def _living_exports(self) -> list[weakref.ref[Buffer]]:
-        # Asked here, since an exception in a weak reference's callback would be lost.
+        # Check here, since an exception in a weak reference's callback would be lost.
         return [buffer for buffer in self._exports if buffer() is not None]
 
     # The end
 
     def _on_close(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when closing begins; that of a part also when its region is closed."""
+        """Call `callback` when closing begins; for a part also when its region is closed."""
         super()._on_close(callback)
         if self._whole is not None:
             self._whole._on_close(callback)
@@ -185,7 +185,7 @@ class Divisible(CloseCallbacks):
 def span_of(part: object, length: int) -> tuple[int, int]:
     """Return offset and length of a slice of `length` bytes; negative numbers count from the end.
 
-    Python would cut off what lies outside; memory that is not there is a mistake, and refused.
+    Python would cut off the outside. A slice of memory that does not exist is a mistake: refuse it.
     """
     if not isinstance(part, slice):
         _refuse_index(part)

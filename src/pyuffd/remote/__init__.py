@@ -1,4 +1,4 @@
-"""`Process`: a running process that nobody prepared, seen from outside (layer L5).
+"""`Process`: a running process, seen from outside and without its cooperation (layer L5).
 
 Its mappings, memory, page table and threads; stopping it; a userfaultfd of its memory. What it
 writes is tracked by `pyuffd.dirty`.

@@ -1,4 +1,4 @@
-"""A process's mappings: packed, typed when they are asked for, cheap to compare."""
+"""A process's mappings: packed, typed on access, cheap to compare."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HUGE_NAMES = ("/anon_hugepage", "/memfd:", "/SYSV")
 
 
 class MappingKind(Word):
-    """What a mapping is of.
+    """The kind of memory that is mapped.
 
     Attributes:
         ANONYMOUS: Private memory without a file.
@@ -57,7 +57,7 @@ class Mapping:
         device: The file's device, as `os.stat` gives it; 0 without a file.
         inode: The file's inode; 0 without a file.
         path: The file's path, or a name such as "[heap]"; "" without either.
-        kind: What it is of.
+        kind: The kind of memory.
         page_size: The size of its pages in bytes; transparent huge pages do not count.
         flags: The two-letter VmFlags of smaps ("uw": registered for write-protect faults, "dd":
             left out of core dumps); only of mappings that were asked for with details.

@@ -12,13 +12,13 @@ from pyuffd._pages import ADDRESS_LIMIT
 # "    0: 0x7f0123456000/4096"
 _BUFFER = re.compile(r"\s+\d+:\s+0x([0-9a-f]+)/(\d+)")
 _RING = "anon_inode:[io_uring]"
-# Whoever has one of these open may have pinned anything; the kernel does not list it.
+# A process that has one of these open may have pinned any page; the kernel does not list them.
 _DEVICES = ("/dev/vfio/", "/dev/iommu", "/dev/infiniband/", "anon_inode:[vfio")
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A pinned range, or the whole address space where the kernel does not say which."""
+    """A pinned range, or the whole address space if the kernel does not tell which pages."""
 
     start: int
     end: int

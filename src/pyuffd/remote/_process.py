@@ -59,7 +59,7 @@ class Copied:
 
 
 class Process(Closing):
-    """Look at a running process from outside; it needs no preparation and notices nothing.
+    """Look at a running process from outside, without its cooperation.
 
     The object belongs to one process and to the memory that it has now: after its exit, or an
     execve(2), every call raises ProcessGoneError, also if another process has its id by then.
@@ -101,7 +101,7 @@ class Process(Closing):
             descriptor = Descriptor.of_process(pid)
         except OSError as error:
             code = error.errno or errno.ESRCH
-            if code != errno.EINVAL and code != errno.ENOENT:  # Linux 6.9 says ENOENT of a thread
+            if code != errno.EINVAL and code != errno.ENOENT:  # Linux 6.9 says ENOENT for a thread
                 raise_errno(f"pidfd_open {pid}", code)
             self.pid = pid = _leader(pid)
             descriptor = Descriptor.of_process(pid)
@@ -179,11 +179,11 @@ class Process(Closing):
 
         Args:
             details: Read the VmFlags too, from smaps: the kernel then walks the page tables of the
-                whole process, which takes milliseconds per GiB.
+                whole process, which needs milliseconds per GiB.
 
         Returns:
-            All mappings, in ascending order. The kernel reads them piecemeal: for one moment's
-            state stop the process.
+            All mappings, in ascending order. The kernel reads them piece by piece: to get the
+            state of one moment, stop the process.
 
         Raises:
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
@@ -243,8 +243,8 @@ class Process(Closing):
 
         Raises:
             ValueError: the target is too small for the ranges, or a range begins below `base`.
-            ProcessGoneError: ESRCH - it has exited, or replaced its memory; what was copied is
-                worthless.
+            ProcessGoneError: ESRCH - it has exited, or replaced its memory; the copy is
+                useless.
             UffdOSError: ENOSPC, EIO - writing the file failed.
 
         Kernel: process_vm_readv(2), 512 ranges a call.  GIL: released.
