@@ -1,4 +1,4 @@
-"""Pages moved to swap for certain, where MADV_PAGEOUT only asks."""
+"""Move pages to swap until they are there; MADV_PAGEOUT tries only once."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ IN_MEMORY = frozenset({PageResidency.RESIDENT, PageResidency.MAPPED, PageResiden
 def swap_out(region: Region, offset: int = 0, length: int | None = None) -> None:
     """Move whole pages of a region to swap, and return when they are there.
 
-    `Region.pageout()` asks once, and the kernel keeps what it cannot take at that moment: a page
-    that was touched on another CPU and still lies in that CPU's batch of new pages, or one of
-    shared memory whose copy is not written yet. This asks again, on each CPU in turn. Needs swap,
+    `Region.pageout()` tries once, and the kernel keeps pages that it cannot move at that moment: a
+    page that was touched on another CPU and is still in that CPU's batch of new pages, or one of
+    shared memory whose copy is not written yet. This tries again, on each CPU in turn. Needs swap,
     see `needs_swap()`. Holes stay holes.
 
     Args:
-        region: Memory in small pages. Nobody may use the pages meanwhile.
+        region: Memory in small pages. No thread may use the pages meanwhile.
         offset: Where to begin, in bytes, a multiple of the page size.
         length: How many bytes, a multiple of the page size; None is up to the end.
 
     Raises:
         ValueError, UffdOSError: as `Region.pageout()`.
-        TimeoutError: some pages are in memory after 5 s: locked, pinned, or used by somebody.
+        TimeoutError: some pages are in memory after 5 s: locked, pinned, or in use.
 
     Kernel: MADV_PAGEOUT drains the batch of the CPU it runs on only (measured on Linux 6.18).
     GIL: released.  Threads: moves the calling thread from CPU to CPU, and restores its CPUs.
     Blocks: while pages are written.
 
     Example:
-        >>> from pyuffd import PAGE_SIZE, Region
+        >>> from pyuffd import Region
         >>> from pyuffd.testing import swap_out
-        >>> with Region.anonymous(PAGE_SIZE) as region:
+        >>> with Region.anonymous(4096) as region:
         ...     swap_out(region)  # a hole: nothing to move
     """
     until = time.monotonic() + WAIT_S
@@ -54,7 +54,7 @@ def swap_out(region: Region, offset: int = 0, length: int | None = None) -> None
             if time.monotonic() > until:
                 raise TimeoutError(
                     f"{kept} pages of {region!r} are still in memory after {WAIT_S:g} s of "
-                    "MADV_PAGEOUT: locked, pinned, or used by somebody"
+                    "MADV_PAGEOUT: locked, pinned, or in use"
                 )
             time.sleep(0.01)
     finally:
