@@ -1,4 +1,4 @@
-"""Keep a copy of memory up to date by rounds of a DirtyTracker; a failed save loses nothing."""
+"""Keep a copy of memory up to date with rounds of a DirtyTracker; a failed save loses nothing."""
 
 from __future__ import annotations
 

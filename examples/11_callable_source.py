@@ -1,7 +1,7 @@
 """A function as the content of memory: each page is computed when it is first touched.
 
 A helper process calls the function (the "process" driver), so a thread may touch the memory while
-it holds the GIL. The helper finds the function by its name in this module; therefore the program's
+it holds the GIL. The helper finds the function by its name in this module, so the program's
 statements are under `if __name__ == "__main__":`.
 """
 
@@ -21,7 +21,7 @@ def squares(offset: int, length: int) -> bytes:
 
 
 def main() -> None:
-    """Look up a few squares in 8 MiB of which hardly anything is computed."""
+    """Look up a few squares in 8 MiB, of which only a few pages are computed."""
     with pyuffd.lazy(squares, NUMBERS * 8) as memory:
         table = memory.memoryview().cast("Q")
         for number in (12, 1000, NUMBERS - 1):

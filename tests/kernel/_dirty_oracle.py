@@ -1,8 +1,8 @@
-"""A program that does everything to a range of memory, beside a tracker and a byte compare.
+"""A program that changes memory in every way, beside a tracker and a byte compare.
 
-Run by test_dirty_oracle.py in a process of its own. After each round the consumer's image, brought
-up to date by the round alone, must equal the memory, apart from what the tracker says it is blind
-to and what really was changed behind its back.
+test_dirty_oracle.py runs it in a process of its own. After each round the consumer's image, updated
+from the round alone, must equal the memory, except where the tracker reports that it is blind and
+the memory really was changed behind its back.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class World:
             )
 
     def write_behind(self) -> None:
-        """Through the descriptor: no page table sees it."""
+        """Write through the descriptor, which no page table shows."""
         index = self.chance.randrange(self.pages)
         if self.region.fd is not None and not self.memory.is_hugetlb:
             os.pwrite(self.region.fd, self.chance.randbytes(16), index * self.page)
@@ -170,7 +170,7 @@ class World:
             self._set(pages, mapped=False, other=False)
 
     def map_over(self) -> None:
-        """New memory at the same place: the kernel tells nobody."""
+        """Map new memory at the same place: the kernel sends no event."""
         pages = self.some(3)
         prot = mmap.PROT_READ | mmap.PROT_WRITE
         length = len(pages) * self.page
@@ -179,7 +179,7 @@ class World:
             ctypes.memmove(self.at(pages[0]), b"new", 3)
 
     def move_in(self) -> None:
-        """Memory with content is moved into the range."""
+        """Move memory with content into the range."""
         pages = self.some(3)
         length = len(pages) * self.page
         prot = mmap.PROT_READ | mmap.PROT_WRITE
@@ -217,7 +217,7 @@ LAYOUT = ("unmap", "map_over", "move_in", "move_out")
 
 
 class Image:
-    """What a consumer keeps, from rounds alone."""
+    """The image of a consumer, made from rounds alone."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -244,7 +244,7 @@ class Image:
 
 
 def check(world: World, image: Image, tracker: DirtyTracker, where: str) -> None:
-    """The image equals the memory, apart from what was changed behind the tracker's back."""
+    """Check that the image equals the memory, except pages changed behind the tracker's back."""
     different = [i for i in range(world.pages) if image.pages[i] != world.content(i)]
     unexplained = [i for i in different if i not in world.behind]
     assert not unexplained, f"{where}: pages {unexplained[:8]} of {len(unexplained)} went unseen"
@@ -264,7 +264,7 @@ def check(world: World, image: Image, tracker: DirtyTracker, where: str) -> None
 
 
 def run(name: str, method: str, rounds: int, seed: int) -> int:
-    """Do it; return how many pages rounds reported."""
+    """Run it; return how many pages the rounds reported."""
     chance = random.Random(seed)
     memory = MEMORY_TYPES[name]
     pages = HUGE_PAGES if memory.is_hugetlb else SMALL_PAGES

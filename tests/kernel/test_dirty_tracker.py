@@ -1,4 +1,4 @@
-"""`DirtyTracker` on memory of this process: rounds, what they promise, and bad arguments."""
+"""`DirtyTracker` on memory of this process: rounds, their promises, and bad arguments."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_mostly_holes(dense_bytes: int) -> None:
 
 
 def rounds_where_holes_are_asked_for_apart(name: str) -> None:
-    """As on kernels whose one scan does not see pages that were dropped."""
+    """As on kernels whose one scan does not see dropped pages."""
     _async.sees_holes = lambda: False  # type: ignore[assignment]
     memory = memory_of(name)
     region = memory.pages(8)
@@ -181,7 +181,7 @@ def test_holes_apart(name: str) -> None:
 
 
 def new_memory_at_the_same_place() -> None:
-    """Nobody is told of MAP_FIXED; the memory is not registered, which is the alarm."""
+    """MAP_FIXED sends no event; the memory is not registered, which reveals it."""
     with Region.anonymous(8 * PAGE) as region, DirtyTracker(region) as tracker:
         region.fill(1)
         tracker.collect().commit()

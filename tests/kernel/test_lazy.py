@@ -45,7 +45,7 @@ def options(name: str) -> dict[str, Any]:
 
 
 def everything(driver: Any, name: str) -> None:
-    with pyuffd.lazy(b"x"):  # what the first of a process opens stays open
+    with pyuffd.lazy(b"x"):  # descriptors of the first use in a process stay open
         pass
     before = open_fds()
     page_size = MEMORY_TYPES[name].page_size
@@ -117,7 +117,7 @@ def test_of_a_region_that_stays_the_callers() -> None:
 
 
 def kept_by_views() -> None:
-    """What was made of it keeps it alive, and serving."""
+    """Objects made of it keep it alive and served."""
     array = np.asarray(pyuffd.lazy(DATA))
     view = pyuffd.lazy(DATA).memoryview()
     part = pyuffd.lazy(DATA)[PAGE:]
@@ -155,7 +155,7 @@ def broken(offset: int, length: int) -> bytes:
 
 
 def failing() -> None:
-    with pyuffd.lazy(b"x"):  # what the first of a process opens stays open
+    with pyuffd.lazy(b"x"):  # descriptors of the first use in a process stay open
         pass
     before = open_fds()
     with tempfile.NamedTemporaryFile() as file:

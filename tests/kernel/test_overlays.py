@@ -52,7 +52,7 @@ def image(data: bytes) -> Iterator[str]:
 def random_overlay(
     rng: random.Random, size: int, path: str, data: bytes, *, unit: int, has_memory: bool
 ) -> tuple[OverlaySource, bytes]:
-    """Make an overlay of a file, memory and zeros, and what it must contain."""
+    """Return an overlay of a file, memory and zeros, and its expected content."""
     model = bytearray(size)
     pieces: list[tuple[int, int | None, Any]] = []
     for _ in range(rng.randrange(1, 12)):
@@ -123,7 +123,7 @@ test_overlays = pytest.mark.crossing(everywhere(served_overlays, drivers=DRIVERS
 
 
 def truncated(driver: Any, mixed: bool) -> None:
-    """What a file has lost is lost, the other leaves' pages are not; a mixed page is lost whole."""
+    """Pages of a truncated file are lost, mixed ones too; those of other leaves are not."""
     with image(content(4 * PAGE)) as path, contextlib.ExitStack() as stack:
         file = stack.enter_context(FileSource(path))
         size = 4 * PAGE
@@ -152,7 +152,7 @@ def test_a_truncated_file(driver: str, mixed: bool) -> None:
 
 
 def lost_memory(driver: Any) -> None:
-    """Memory of a leaf that cannot be read is an error of the page, and no signal to the thread."""
+    """Unreadable memory of a leaf is an error of the page, and no signal to the thread."""
     with (
         image(content(2 * PAGE)) as path,
         open(path, "r+b") as file,
@@ -283,7 +283,7 @@ def test_the_files_of_an_overlay_outlive_a_worker_process() -> None:
 
 
 def from_python(driver: Any) -> None:
-    """With a source in Python among them, Python reads all of it."""
+    """If one source is in Python, Python reads all of it."""
     overlay = OverlaySource([(0, 4 * PAGE, CallableSource(page_of)), (100, PAGE, ZeroSource())])
     want = bytearray(page_of(0, 4 * PAGE))
     want[100 : 100 + PAGE] = bytes(PAGE)

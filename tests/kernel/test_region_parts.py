@@ -200,11 +200,11 @@ def served(driver: Any, name: str) -> None:
         assert not second.was_served
         handler.serve(second, BufferSource(data * 2))
         assert second.read(page) == data
-        second.close()  # ends its serving, and the page that was never loaded is lost
+        second.close()  # this stops serving it, and the page that was never loaded is lost
         with pytest.raises(PagePoisonedError):
             region.read(2 * page, 1)
         assert region.read(3 * page, page) == data
-        # What a handler has filled is kept when it is served again.
+        # Pages that a handler has filled are kept when it is served again.
         handler.serve(region[3 * page :], data)
         third = region[:page]
         with pytest.raises(ValueError, match="already present"):

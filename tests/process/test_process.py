@@ -24,7 +24,7 @@ from pyuffd.testing import needs_hugepages
 from pyuffd.testing._run import SCALE
 
 PAGE = 4096
-# Maps memory of many kinds, fills it, prints the addresses and does as it is told.
+# Maps memory of many kinds, fills it, prints the addresses, and runs commands.
 PROGRAM = """
 import ctypes, mmap, os, sys, threading
 P = 4096
@@ -62,7 +62,7 @@ for line in sys.stdin:
 
 
 class Target:
-    """A Python process that does what it is told."""
+    """A Python process that runs commands."""
 
     def __init__(self, *args: str) -> None:
         self.popen = subprocess.Popen(
@@ -241,7 +241,7 @@ def test_pagemap_and_threads(target: Target) -> None:
         assert threads[0].tid == target.pid
         assert len(threads) == 2
         assert {thread.state for thread in threads} <= {"S", "R"}
-        # Any of its threads names the process.
+        # The id of any of its threads names the process.
         with Process(threads[1].tid) as same:
             assert same.pid == target.pid
 

@@ -1,4 +1,4 @@
-"""The sample of a table: every value of it is in a test that runs."""
+"""The sample of a table: every value is in a test that runs."""
 
 from __future__ import annotations
 
