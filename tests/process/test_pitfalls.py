@@ -115,7 +115,7 @@ def populate_again(at: Setting) -> None:
             populater = Task(handler.populate, region, 0, 4 * data.size)
         assert reader.result() == data[4]
         dropper.result()
-        # The dropped page is zeros, whether it was filled before the drop or not at all.
+        # The dropped page is zeros, whether populate counts it or not.
         assert populater.result() in (3 * data.size, 4 * data.size)
         assert region.read() == data.of(0, None, 2, 3, 4)
         assert handler.stats().failed == 0

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_layers import words_of_design
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 # From bottom to top. A module is a .c file with its header, or either alone. It includes modules of
@@ -112,6 +114,11 @@ def definitions(source: Path) -> Mapping[str, bool]:
 def test_every_module_stands_on_one_floor() -> None:
     named = [name for modules in FLOORS for name in modules]
     assert sorted(named) == sorted({module(path) for path in sources()})
+
+
+def test_design_names_every_module() -> None:
+    names = {module(path).rpartition("/")[2] for path in sources()}
+    assert names - words_of_design() == set()
 
 
 def test_includes_go_down() -> None:

@@ -104,6 +104,13 @@ def is_module(dotted: str) -> bool:
     )
 
 
+def words_of_design() -> set[str]:
+    """Return the words in code of the table of layers in docs/design.md."""
+    text = (SOURCE.parents[1] / "docs" / "design.md").read_text()
+    table = text[text.index("| layer |") :].partition("\n\n")[0]
+    return {word for code in re.findall(r"`([^`]+)`", table) for word in re.findall(r"\w+", code)}
+
+
 def circles(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
     """Return the edges that are on a circle, or between two."""
     while True:
@@ -115,6 +122,12 @@ def circles(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 EDGES = [(name, target) for name, path in modules() for target in imports(name, path)]
+
+
+def test_design_names_every_module() -> None:
+    """In its table of layers, by module or folder."""
+    parts = {name.partition(".")[0] for name, _ in modules()} - {"", "__main__"}
+    assert parts - words_of_design() == set()
 
 
 def test_the_walk_finds_the_package() -> None:
