@@ -128,6 +128,18 @@ class ProcessGoneError(UffdOSError, ProcessLookupError):
     """ESRCH (ENOSPC before Linux 4.13): the process, or its address space, is gone."""
 
 
+class StopTimeoutError(UffdOSError, TimeoutError):
+    """ETIMEDOUT: a thread did not stop in time; everything runs again.
+
+    Attributes:
+        tid: The thread.
+        state: The letter of its state: D waits in the kernel, uninterruptibly.
+    """
+
+    tid: int
+    state: str
+
+
 class PagePoisonedError(UffdOSError):
     """EHWPOISON: an access to a page whose content is lost; a direct access raises SIGBUS.
 

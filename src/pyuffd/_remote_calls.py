@@ -5,9 +5,14 @@ Addresses and lengths go to the kernel unchecked; results stay packed. Every cal
 
 from __future__ import annotations
 
+import errno
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyuffd._closing import SoleOwner
+from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
+from pyuffd._owned import Descriptor
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -93,3 +98,143 @@ def take_ranges(ranges: Any) -> memoryview:
 def is_alive(pagemap_fd: int) -> bool:
     """Return whether the memory behind an open pagemap still exists: no exit, no execve(2)."""
     return not lib.uffd_pagemap_alive(pagemap_fd)
+
+
+def find(pid: int, start: int, end: int, pattern: bytes) -> int | None:
+    """Return the first address of a pattern in [start, end), or None."""
+    out = ffi.new("uint64_t *")
+    code = lib.uffd_remote_find(pid, start, end, pattern, len(pattern), out)
+    if code == -errno.ENOENT:
+        return None
+    if code:
+        raise_errno("process_vm_readv", -code, start, end - start)
+    return int(out[0])
+
+
+FRAME_BYTES = lib.UFFD_FRAME_MOST  # the memory that an attach needs below a stack pointer
+
+
+class AttachPoint(Number):
+    """How far an attach has come; csrc/remote/attach.h says when each is reached.
+
+    Attributes:
+        BEGIN: Nothing has been done.
+        SEIZED: The thread is traced.
+        STOPPED: It stands.
+        FRAMED: Its way home is written.
+        REDIRECTED: Its registers are those of the first system call.
+        MASKED: All its signals are blocked.
+        MAPPED: The helper's page is mapped.
+        PREPARED: The helper's way out is written.
+        CLONED: The helper exists.
+        OPENED: The helper has a userfaultfd.
+        FETCHED: So has this process.
+        ENDED: The helper has ended.
+        UNMAPPED: Its page is unmapped.
+        HALTED: The thread stands before its own code.
+        UNMASKED: Its signal mask is its own.
+        RESTORED: Its registers are its own.
+        DONE: It runs.
+    """
+
+    BEGIN = lib.UFFD_ATTACH_BEGIN
+    SEIZED = lib.UFFD_ATTACH_SEIZED
+    STOPPED = lib.UFFD_ATTACH_STOPPED
+    FRAMED = lib.UFFD_ATTACH_FRAMED
+    REDIRECTED = lib.UFFD_ATTACH_REDIRECTED
+    MASKED = lib.UFFD_ATTACH_MASKED
+    MAPPED = lib.UFFD_ATTACH_MAPPED
+    PREPARED = lib.UFFD_ATTACH_PREPARED
+    CLONED = lib.UFFD_ATTACH_CLONED
+    OPENED = lib.UFFD_ATTACH_OPENED
+    FETCHED = lib.UFFD_ATTACH_FETCHED
+    ENDED = lib.UFFD_ATTACH_ENDED
+    UNMAPPED = lib.UFFD_ATTACH_UNMAPPED
+    HALTED = lib.UFFD_ATTACH_HALTED
+    UNMASKED = lib.UFFD_ATTACH_UNMASKED
+    RESTORED = lib.UFFD_ATTACH_RESTORED
+    DONE = lib.UFFD_ATTACH_DONE
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """How an attach ended: errno (0: well), how far it came, how long the thread stood."""
+
+    code: int
+    point: AttachPoint
+    stopped_ns: int
+    by_device: bool
+
+
+class Attach:
+    """One attempt to open a userfaultfd in another process; `held` is for tests."""
+
+    def __init__(
+        self,
+        *,
+        tid: int,
+        syscall_ret: int,
+        restorer: int,
+        scratch: int,
+        stack: tuple[int, int],
+        flags: int,
+        device: int,
+        suspend_seccomp: bool,
+        limit_ns: int,
+        hold: int = 0,
+    ) -> None:
+        self._cell: Any = ffi.new("struct uffd_attach *")
+        cell = self._cell
+        cell.tid, cell.syscall_ret, cell.restorer, cell.scratch = (
+            tid,
+            syscall_ret,
+            restorer,
+            scratch,
+        )
+        cell.stack_start, cell.stack_end = stack
+        cell.flags, cell.device, cell.suspend_seccomp = flags, device, suspend_seccomp
+        cell.limit_ns, cell.hold = limit_ns, hold
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it stands still at the point where a test wanted it to."""
+        return bool(self._cell.held)
+
+    def release(self) -> None:
+        """Let it go on."""
+        self._cell.hold = 0
+
+    def run(self, descriptor: Descriptor) -> Attached:
+        """Do it; the descriptor gets the userfaultfd."""
+        code = lib.uffd_attach(self._cell, descriptor._cell)
+        cell = self._cell
+        point = AttachPoint(cell.error or cell.point)
+        return Attached(-code, point, int(cell.stopped_ns), bool(cell.by_device))
+
+
+class StoppedThreads(SoleOwner):
+    """Threads of other processes that stand until `close`, or until this process ends."""
+
+    _instead = "stop them once more"
+
+    def __init__(self) -> None:
+        self._cell: Any = ffi.new("struct uffd_stopped **")
+        self._owned: Any = None
+        self.code = 0
+        self.tid = 0
+        self.threads = 0
+        self.ns = 0
+
+    def stop(self, pids: list[int], limit_ns: int) -> None:
+        """Stop them; `code` is an errno, and then `tid` is the thread that is to blame."""
+        tid, threads, ns = ffi.new("int32_t *"), ffi.new("uint32_t *"), ffi.new("uint64_t *")
+        vec = ffi.new("int32_t[]", pids)
+        self.code = -lib.uffd_stopped_create(vec, len(pids), limit_ns, self._cell, tid, threads, ns)
+        self._owned = ffi.gc(self._cell[0], lib.uffd_stopped_release) if self._cell[0] else None
+        self.tid, self.threads, self.ns = int(tid[0]), int(threads[0]), int(ns[0])
+
+    def close(self) -> None:
+        """Let them go on; may be called again."""
+        owned, self._owned = self._owned, None
+        if owned is not None:
+            ffi.release(owned)

@@ -99,6 +99,7 @@ class _Lib:
     UFFD_MAP_EXECUTE: int
     UFFD_MAP_SHARED: int
     UFFD_PACKED: int
+    UFFD_FRAME_MOST: int
     UFFD_MAPS_ANONYMOUS: int
     UFFD_MAPS_SHARED: int
     UFFD_MAPS_REGISTERED: int
@@ -319,6 +320,36 @@ class _Lib:
         address_ret: CData,
         /,
     ) -> int: ...
+    UFFD_ATTACH_BEGIN: int
+    UFFD_ATTACH_SEIZED: int
+    UFFD_ATTACH_STOPPED: int
+    UFFD_ATTACH_FRAMED: int
+    UFFD_ATTACH_REDIRECTED: int
+    UFFD_ATTACH_MASKED: int
+    UFFD_ATTACH_MAPPED: int
+    UFFD_ATTACH_PREPARED: int
+    UFFD_ATTACH_CLONED: int
+    UFFD_ATTACH_OPENED: int
+    UFFD_ATTACH_FETCHED: int
+    UFFD_ATTACH_ENDED: int
+    UFFD_ATTACH_UNMAPPED: int
+    UFFD_ATTACH_HALTED: int
+    UFFD_ATTACH_UNMASKED: int
+    UFFD_ATTACH_RESTORED: int
+    UFFD_ATTACH_DONE: int
+    def uffd_attach(self, attach: CData, fd_ret: CData, /) -> int: ...
+    def uffd_stopped_create(
+        self,
+        pids: CData,
+        count: int,
+        limit_ns: int,
+        stopped_ret: CData,
+        tid_ret: CData,
+        threads_ret: CData,
+        ns_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_stopped_release(self, stopped: CData, /) -> None: ...
     UFFD_FILL_COPY: int
     UFFD_FILL_ZERO: int
     UFFD_FILL_CONTINUE: int

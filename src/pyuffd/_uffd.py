@@ -196,6 +196,15 @@ class Userfaultfd(CloseCallbacks):
         return self
 
     @classmethod
+    def _opened_in(cls, descriptor: Descriptor, features: Feature, pid: int) -> Self:
+        """Do the handshake of a userfaultfd that was opened in another process, and adopt it."""
+        self = cls.__new__(cls)
+        offered, ioctls = lowlevel.api(descriptor.number, features)
+        self.supported = Feature(offered)
+        self._adopt(descriptor.moved(), features, Ioctl(ioctls), adopted=True, owner_pid=pid)
+        return self
+
+    @classmethod
     def _prepared(cls, fd: int, owner_pid: int | None) -> Self:
         """Return an object for the userfaultfd `fd`, which it does not own yet."""
         check_int("fd", fd, 0, FD_LIMIT)

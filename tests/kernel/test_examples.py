@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyuffd import Feature
-from pyuffd.testing import needs, needs_hugepages
+from pyuffd.testing import needs, needs_hugepages, needs_privilege
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 
@@ -51,6 +51,10 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
     "11_callable_source": (
         [],
         ["1000 squared is 1000000", "1048575 squared is 1099509530625", "3 of 2048 pages"],
+    ),
+    "12_track_process": (
+        [needs(Feature.WP_ASYNC), needs_privilege("CAP_SYS_PTRACE")],
+        ["mappings, method wp-async", "round 2:", "the process was left as it was"],
     ),
 }
 

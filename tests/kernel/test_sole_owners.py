@@ -15,6 +15,7 @@ import os
 import pickle
 import pkgutil
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, get_origin
@@ -46,11 +47,13 @@ from pyuffd import (
 )
 from pyuffd._async import EventIterator
 from pyuffd._closing import SoleOwner
+from pyuffd._remote_calls import StoppedThreads
 from pyuffd.conformance._context import Access, Child, Context, Monitor
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.handover import Handover, HandoverRange, UnixListener, listen_unix, recv_uffd, send_uffd
+from pyuffd.remote._stop import Stop
 from pyuffd.testing import (
     DelayedSource,
     FailingSource,
@@ -150,6 +153,27 @@ def _tracker() -> Iterator[DirtyTracker]:
         yield tracker
 
 
+def _target() -> Iterator[Process]:
+    with (
+        subprocess.Popen(["sleep", "60"]) as child,
+        contextlib.closing(Process(child.pid)) as process,
+    ):
+        yield process
+        child.kill()
+
+
+def _stop() -> Iterator[Stop]:
+    for process in _target():
+        with process.stopped() as stop:
+            yield stop
+
+
+def _stopped_threads() -> Iterator[StoppedThreads]:
+    for process in _target():
+        with process.stopped() as stop:
+            yield stop._held
+
+
 def _round() -> Iterator[DirtyRound]:
     with Region.anonymous(PAGE) as region, DirtyTracker(region) as tracker:
         yield tracker.collect()
@@ -166,6 +190,8 @@ MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     Handler: _made(_handler),
     Pagemap: Pagemap,
     Process: lambda: Process(os.getpid()),
+    Stop: _made(_stop),
+    StoppedThreads: _made(_stopped_threads),
     DirtyTracker: _made(_tracker),
     DirtyRound: _made(_round),
     BufferSource: lambda: contextlib.nullcontext(BufferSource(b"x")),

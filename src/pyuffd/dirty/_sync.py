@@ -20,13 +20,13 @@ from pyuffd.handlers import Handler, PageState
 from pyuffd.remote._mappings import Mapping, Mappings, clipped
 from pyuffd.remote._process import Process
 
+# Without EVENT_REMAP: memory that moves is then no longer registered, and is served anew.
 WANTED = (
     Feature.PAGEFAULT_FLAG_WP
     | Feature.WP_HUGETLBFS_SHMEM
     | Feature.WP_UNPOPULATED
     | Feature.EVENT_REMOVE
     | Feature.EVENT_UNMAP
-    | Feature.EVENT_REMAP
 )
 NEEDED = Feature.PAGEFAULT_FLAG_WP
 

@@ -48,8 +48,10 @@ class DirtyTracker(Closing):
 
     Args:
         target: What to track. A `Region`, another range of this process, or several of them. A
-            `Userfaultfd` of this process or another, with `ranges`.
-        ranges: Ranges of the memory that a `Userfaultfd` governs.
+            `Userfaultfd` of this process or another, with `ranges`. A `Process`: all of its
+            mappings, those to come included, by a userfaultfd that is opened in it (see
+            `Process.attach`).
+        ranges: Ranges of the target's memory; with a `Process` None means everything.
         method: "wp-async" lets the kernel note writes (WP_ASYNC, PAGEMAP_SCAN): a write costs one
             page fault of a microsecond, and no thread waits. "wp-sync" lets the engine note them,
             by faults that the writer waits for: for kernels before Linux 6.7, and for memory
@@ -83,7 +85,7 @@ class DirtyTracker(Closing):
 
     def __init__(
         self,
-        target: RangeLike | Iterable[RangeLike] | Userfaultfd,
+        target: RangeLike | Iterable[RangeLike] | Userfaultfd | Process,
         ranges: Iterable[RangeLike] | None = None,
         *,
         method: MethodName = "auto",
@@ -114,6 +116,11 @@ class DirtyTracker(Closing):
         stack: ExitStack,
     ) -> tuple[Process, Userfaultfd, Sequence[_rows.Span] | None]:
         """Return process, userfaultfd and scope; what is made here is closed by `stack`."""
+        if isinstance(target, Process):
+            self.method, self.reason = _chosen(method, _async.supported())
+            features = _wanted(self.method) & _offered(self.method)
+            scope = None if ranges is None else _spans(ranges)
+            return target, stack.enter_context(target.attach(features)), scope
         if isinstance(target, Userfaultfd):
             if ranges is None:
                 raise ValueError(f"{target!r} needs ranges=: which memory is to be tracked?")
@@ -125,7 +132,7 @@ class DirtyTracker(Closing):
             process = stack.enter_context(Process(target.owner_pid))
             return process, target, _spans(ranges)
         if ranges is not None:
-            raise ValueError("ranges= goes with a Userfaultfd")
+            raise ValueError("ranges= goes with a Userfaultfd or a Process")
         several = [target] if hasattr(target, "length") else target
         scope = _spans(several)  # type: ignore[arg-type]
         self.method, self.reason = _chosen(method, _async.supported())

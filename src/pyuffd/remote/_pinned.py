@@ -26,8 +26,12 @@ class Pin:
 
 
 def buffers(pid: int) -> list[Pin]:
-    """Return what a process has pinned, by its descriptors."""
-    return [pin for fd, link in links(pid) for pin in _of_descriptor(pid, fd, link)]
+    """Return what a process has pinned, by its descriptors; several may be of one ring."""
+    found: dict[tuple[int, int], Pin] = {}
+    for fd, link in links(pid):
+        for pin in _of_descriptor(pid, fd, link):
+            found.setdefault((pin.start, pin.end), pin)
+    return sorted(found.values(), key=lambda pin: (pin.start, pin.end))
 
 
 def links(pid: int) -> Iterator[tuple[int, str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyuffd import _remote_calls as calls
+from pyuffd._abi import Feature
 from pyuffd._arguments import check_buffer, check_descriptor, check_int, check_pid, shown
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, UffdOSError, raise_errno
@@ -24,6 +25,10 @@ from pyuffd.remote._mappings import Kinds, Mappings, read_mappings, with_details
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from pyuffd._remote_calls import Attached
+    from pyuffd._uffd import Userfaultfd
+    from pyuffd.remote._stop import Stop
 
 _PTRACE_HINT = "looking at another user's process needs CAP_SYS_PTRACE"
 
@@ -88,6 +93,8 @@ class Process(Closing):
         ...     len(process.read(stack.end - 4096, 4096))
         4096
     """
+
+    _attached: Attached
 
     _what = "process"
     _instead = "make another with Process(pid)"
@@ -275,6 +282,81 @@ class Process(Closing):
                 part.release()
         self.check()  # afterwards: the pid and the memory were the same all the time
         return Copied(done, PageRanges(lost))
+
+    # Stopping and attaching
+
+    def stopped(self, timeout_s: float = 1.0) -> Stop:
+        """Stop all threads until the end of a `with` block, without a signal that others see.
+
+        Threads made meanwhile are stopped too, until the list is stable, and so are processes that
+        share the memory (vfork, CLONE_VM). However the block ends, by SIGKILL of this process too,
+        they go on where they were: the kernel detaches what a dead tracer traced.
+
+        Args:
+            timeout_s: When to give up; then everything runs again.
+
+        Returns:
+            A context manager with `threads`, `seconds` and `pids`.
+
+        Raises:
+            ValueError: this process itself, or one that shares its memory.
+            StopTimeoutError: ETIMEDOUT - a thread waits in the kernel, uninterruptibly (state D).
+            UffdPermissionError: EPERM - a debugger traces it, or ptrace is refused.
+            ProcessGoneError: ESRCH - it has exited, or replaced its memory.
+
+        Kernel: PTRACE_SEIZE and PTRACE_INTERRUPT of ptrace(2). System calls are restarted, with the
+            time that remains; one with a time limit that signal(7) lists as never restarted
+            (epoll_wait) returns EINTR.
+        GIL: released.  Blocks: up to `timeout_s`.
+        """
+        from pyuffd.remote import _stop
+
+        self.fileno()
+        return _stop.stop(self, timeout_s)
+
+    def attach(
+        self,
+        features: Feature = Feature(0),  # noqa: B008 - an immutable flag
+        *,
+        user_mode_only: bool = False,
+        timeout_s: float = 2.0,
+    ) -> Userfaultfd:
+        """Return a userfaultfd of this process's memory, opened by a system call made in it.
+
+        One thread stands for less than a millisecond on an idle machine; no code is changed, and
+        the table of descriptors is not touched. Closing the userfaultfd, or the end of this
+        process, undoes all registrations.
+
+        Args:
+            features: Feature bits to enable.
+            user_mode_only: Deliver faults of user code only; with Feature.WP_ASYNC.
+            timeout_s: When to give up; the target runs on as before.
+
+        Returns:
+            An adopted `Userfaultfd` whose `owner_pid` is this process.
+
+        Raises:
+            ValueError: this process itself, or `user_mode_only` without Feature.WP_ASYNC.
+            UnsupportedFeatureError: features that this kernel lacks.
+            RangeBusyError: EBUSY - a debugger traces it.
+            UffdPermissionError: EPERM - ptrace is refused; EACCES and EPERM - the target may not
+                open a userfaultfd, and this process may not open /dev/userfaultfd for it.
+            UffdOSError: ENOEXEC - not a 64-bit program; EOPNOTSUPP - a shadow stack, code without a
+                return from signal handlers, or a kernel before Linux 6.9; ETIMEDOUT - its threads
+                cannot be stopped.
+            ProcessGoneError: ESRCH - it has exited, or replaced its memory.
+
+        Kernel: ptrace(2), pidfd_getfd(2). A seccomp filter is suspended meanwhile, which needs
+            CAP_SYS_ADMIN. docs/tracking.md says how it works, and what a SIGKILL leaves.
+        GIL: released.  Blocks: up to `timeout_s`.
+        """
+        from pyuffd.remote import _attach
+
+        self.fileno()
+        uffd, self._attached = _attach.attach(
+            self, features, user_mode_only=user_mode_only, limit_s=timeout_s
+        )
+        return uffd
 
     def _check_fits(self, ranges: PageRanges, size: int, base: int | None) -> None:
         wanted = ranges.bytes

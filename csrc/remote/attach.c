@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "remote/attach.h"
+#include "remote/frame.h"
+#include "remote/inject.h"
+#include "remote/trace.h"
+#include "uffd_abi.h"
+
+#define RED_ZONE 128u
+#define PAGE 4096u
+#define FRAME_ALIGN 64u
+/* The helper's page: its way out, and arguments of its system calls. */
+#define HELPER_BYTES (UFFD_FRAME_MOST + PAGE)
+#define ARGUMENTS_AT UFFD_FRAME_MOST
+#define OWN_STACK (256u << 10)
+#define HOLD_NS 1000000
+#define XSTATE_MOST 16384u
+#define PIDFD_THREAD O_EXCL /* Linux 6.9 */
+
+struct injection {
+	struct uffd_attach *attach;
+	pid_t creator;
+	int32_t *fd_ret;
+	struct uffd_inject calls;
+	/* The thread that was stopped. */
+	uint64_t mask;
+	uint64_t home_sp;
+	uint64_t scratch;
+	uint64_t page;
+	/* The helper's; the thread itself is calls.child. */
+	uint64_t helper_sp;
+	char saved[UFFD_FRAME_MOST];
+	char frame[UFFD_FRAME_MOST];
+	char xstate[XSTATE_MOST] __attribute__((aligned(64)));
+};
+
+/* Note how far it is, and stand still if a test wants that. */
+static void reach(struct injection *in, enum uffd_attach_point point)
+{
+	struct timespec nap = { .tv_nsec = HOLD_NS };
+
+	in->attach->point = point;
+	if (in->attach->hold != (uint32_t)point || !point)
+		return;
+	__atomic_store_n(&in->attach->held, 1, __ATOMIC_SEQ_CST);
+	while (getppid() == in->creator && __atomic_load_n(&in->attach->hold, __ATOMIC_SEQ_CST))
+		nanosleep(&nap, NULL);
+	in->calls.until_ns = uffd_now_ns() + in->attach->limit_ns;
+}
+
+/* Stop the thread, and write down its way home. */
+static int stop(struct injection *in)
+{
+	struct uffd_attach *attach = in->attach;
+	unsigned long options = PTRACE_O_TRACECLONE;
+	int ret;
+
+	if (attach->suspend_seccomp)
+		options |= PTRACE_O_SUSPEND_SECCOMP;
+	ret = uffd_trace_seize(attach->tid, options);
+	if (ret)
+		return ret;
+	reach(in, UFFD_ATTACH_SEIZED);
+	ret = uffd_trace_interrupt(attach->tid);
+	if (!ret)
+		ret = uffd_inject_wait(&in->calls, attach->tid, UFFD_TRACE_TRAP);
+	if (!ret)
+		reach(in, UFFD_ATTACH_STOPPED);
+	return ret;
+}
+
+static int choose_scratch(struct injection *in)
+{
+	const struct uffd_attach *attach = in->attach;
+	uint64_t below = (in->calls.regs.rsp - RED_ZONE - UFFD_FRAME_MOST) & ~(uint64_t)(FRAME_ALIGN - 1);
+
+	in->scratch = attach->scratch;
+	if (in->scratch)
+		return 0;
+	if (in->calls.regs.rsp > attach->stack_end || below < attach->stack_start)
+		return -ENOTSUP;
+	in->scratch = below;
+	return 0;
+}
+
+static int write_home(struct injection *in)
+{
+	struct user_regs_struct home;
+	uint64_t xstate_length = sizeof(in->xstate), length = 0;
+	int ret = uffd_trace_get_regs(in->attach->tid, &in->calls.regs);
+
+	if (!ret)
+		ret = uffd_trace_get_mask(in->attach->tid, &in->mask);
+	if (!ret)
+		ret = uffd_trace_get_xstate(in->attach->tid, in->xstate, &xstate_length);
+	if (!ret)
+		ret = choose_scratch(in);
+	if (!ret)
+		ret = uffd_inject_get(in->attach->tid, in->scratch, in->saved, sizeof(in->saved));
+	if (ret)
+		return ret;
+	home = in->calls.regs;
+	uffd_frame_resume_at(&home);
+	ret = uffd_frame_write(in->frame, in->scratch, in->attach->restorer, &home, in->mask,
+			       in->xstate, xstate_length, &length, &in->home_sp);
+	if (!ret)
+		ret = uffd_inject_put(in->attach->tid, in->scratch, in->frame, length);
+	if (!ret)
+		reach(in, UFFD_ATTACH_FRAMED);
+	return ret;
+}
+
+/* Map the helper's page; from here on the registers are not the thread's own. */
+static int map_page(struct injection *in)
+{
+	const uint64_t arguments[5] = { 0, HELPER_BYTES, PROT_READ | PROT_WRITE,
+					MAP_PRIVATE | MAP_ANONYMOUS, (uint64_t)-1 };
+	struct user_regs_struct regs;
+	int64_t found;
+	int ret;
+
+	uffd_inject_prepare(&in->calls, &regs, in->home_sp, SYS_mmap, arguments);
+	ret = uffd_trace_set_regs(in->attach->tid, &regs);
+	if (ret)
+		return ret;
+	reach(in, UFFD_ATTACH_REDIRECTED);
+	/* Only now: the way home has the mask. */
+	ret = uffd_trace_set_mask(in->attach->tid, UINT64_MAX);
+	if (ret)
+		return ret;
+	reach(in, UFFD_ATTACH_MASKED);
+	found = uffd_inject_finish(&in->calls, in->attach->tid);
+	if (found < 0)
+		return (int)found;
+	in->page = (uint64_t)found;
+	reach(in, UFFD_ATTACH_MAPPED);
+	return 0;
+}
+
+/* What the helper does when nobody tells it anything: exit(0), with all signals blocked. */
+static int prepare_helper(struct injection *in)
+{
+	static const uint64_t exit_arguments[5];
+	struct user_regs_struct out;
+	uint64_t length = 0;
+	int ret;
+
+	uffd_inject_prepare(&in->calls, &out, in->page + UFFD_FRAME_MOST, SYS_exit, exit_arguments);
+	ret = uffd_frame_write(in->frame, in->page, in->attach->restorer, &out, UINT64_MAX, NULL, 0,
+			       &length, &in->helper_sp);
+	if (!ret)
+		ret = uffd_inject_put(in->attach->tid, in->page, in->frame, length);
+	if (!ret)
+		reach(in, UFFD_ATTACH_PREPARED);
+	return ret;
+}
+
+static int make_helper(struct injection *in)
+{
+	/* No CLONE_FILES: its descriptors are a copy. */
+	const uint64_t flags = CLONE_VM | CLONE_FS | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
+	int64_t found = uffd_inject_call(&in->calls, in->attach->tid, in->home_sp, SYS_clone, flags,
+					 in->helper_sp, 0, 0, 0);
+
+	if (found < 0)
+		return (int)found;
+	if (!in->calls.child)
+		return -EPROTO;
+	reach(in, UFFD_ATTACH_CLONED);
+	return uffd_inject_wait(&in->calls, in->calls.child, UFFD_TRACE_TRAP);
+}
+
+static int64_t helper_call(struct injection *in, long number, uint64_t a, uint64_t b, uint64_t c,
+			   uint64_t d)
+{
+	return uffd_inject_call(&in->calls, in->calls.child, in->helper_sp, number, a, b, c, d, 0);
+}
+
+static int fetch(int pidfd, int64_t theirs, int32_t *fd_ret)
+{
+	long fd = syscall(SYS_pidfd_getfd, pidfd, (int)theirs, 0);
+
+	*fd_ret = fd < 0 ? -1 : (int32_t)fd;
+	return fd < 0 ? -errno : 0;
+}
+
+/* Arguments of recvmsg(2), in the helper's page and here alike. */
+struct message {
+	struct msghdr header;
+	struct iovec vec;
+	char control[CMSG_SPACE(sizeof(int))];
+	char byte;
+	int pair[2];
+};
+
+static int send_device(int socket, int device)
+{
+	struct message message = { 0 };
+	struct cmsghdr *control;
+
+	message.byte = 1;
+	message.vec = (struct iovec){ &message.byte, 1 };
+	message.header = (struct msghdr){ .msg_iov = &message.vec, .msg_iovlen = 1,
+					  .msg_control = message.control,
+					  .msg_controllen = sizeof(message.control) };
+	control = CMSG_FIRSTHDR(&message.header);
+	control->cmsg_level = SOL_SOCKET;
+	control->cmsg_type = SCM_RIGHTS;
+	control->cmsg_len = CMSG_LEN(sizeof(device));
+	memcpy(CMSG_DATA(control), &device, sizeof(device));
+	return sendmsg(socket, &message.header, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? -errno : 0;
+}
+
+/* The device descriptor goes to the helper over a pair of sockets that it makes. */
+static int64_t open_by_device(struct injection *in, int pidfd)
+{
+	uint64_t at = in->page + ARGUMENTS_AT;
+	struct message theirs = {
+		.header = {
+			.msg_iov = (void *)(uintptr_t)(at + offsetof(struct message, vec)),
+			.msg_iovlen = 1,
+			.msg_control = (void *)(uintptr_t)(at + offsetof(struct message, control)),
+			.msg_controllen = sizeof(theirs.control),
+		},
+		.vec = { (void *)(uintptr_t)(at + offsetof(struct message, byte)), 1 },
+	};
+	int32_t ours = -1;
+	int device;
+	int64_t ret = uffd_inject_put(in->attach->tid, at, &theirs, sizeof(theirs));
+
+	if (!ret)
+		ret = helper_call(in, SYS_socketpair, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0,
+				  at + offsetof(struct message, pair));
+	if (!ret)
+		ret = uffd_inject_get(in->attach->tid, at, &theirs, sizeof(theirs));
+	if (!ret)
+		ret = fetch(pidfd, theirs.pair[0], &ours);
+	if (!ret)
+		ret = send_device(ours, in->attach->device);
+	if (!ret)
+		ret = helper_call(in, SYS_recvmsg, (uint64_t)theirs.pair[1], at,
+				  MSG_DONTWAIT | MSG_CMSG_CLOEXEC, 0);
+	if (ours >= 0)
+		close(ours);
+	if (ret < 0)
+		return ret;
+	ret = uffd_inject_get(in->attach->tid, at, &theirs, sizeof(theirs));
+	if (ret)
+		return ret;
+	memcpy(&device, theirs.control + CMSG_LEN(0), sizeof(device));
+	return helper_call(in, SYS_ioctl, (uint64_t)device, USERFAULTFD_IOC_NEW,
+			   (uint64_t)in->attach->flags, 0);
+}
+
+static int open_there(struct injection *in)
+{
+	int pidfd = (int)syscall(SYS_pidfd_open, in->calls.child, PIDFD_THREAD);
+	int64_t found;
+	int ret;
+
+	if (pidfd < 0)
+		return errno == EINVAL ? -EOPNOTSUPP : -errno;
+	found = helper_call(in, __NR_userfaultfd, (uint64_t)in->attach->flags, 0, 0, 0);
+	if ((found == -EPERM || found == -EACCES || found == -ENOSYS) && in->attach->device >= 0) {
+		in->attach->by_device = 1;
+		found = open_by_device(in, pidfd);
+	}
+	ret = found < 0 ? (int)found : 0;
+	if (!ret) {
+		reach(in, UFFD_ATTACH_OPENED);
+		ret = fetch(pidfd, found, in->fd_ret);
+	}
+	if (!ret)
+		reach(in, UFFD_ATTACH_FETCHED);
+	close(pidfd);
+	return ret;
+}
+
+/* With the seccomp filter suspended still. */
+static int end_helper(struct injection *in)
+{
+	static const uint64_t arguments[5];
+	struct uffd_trace_state state;
+	struct user_regs_struct regs;
+	int ret;
+
+	uffd_inject_prepare(&in->calls, &regs, in->helper_sp, SYS_exit, arguments);
+	ret = uffd_trace_set_regs(in->calls.child, &regs);
+	while (!ret) {
+		ret = uffd_trace_resume(in->calls.child, 0);
+		if (!ret)
+			ret = uffd_trace_wait(in->calls.child, in->calls.until_ns, &state);
+	}
+	if (ret != -ESRCH)
+		return ret;
+	in->calls.child = 0;
+	reach(in, UFFD_ATTACH_ENDED);
+	return 0;
+}
+
+/* Back to where it was. Whatever failed before, this is tried. */
+static int restore(struct injection *in)
+{
+	pid_t tid = in->attach->tid;
+	struct user_regs_struct regs = in->calls.regs;
+	int ret = 0;
+
+	if (in->page) {
+		int64_t r = uffd_inject_call(&in->calls, tid, in->home_sp, SYS_munmap, in->page,
+					     HELPER_BYTES, 0, 0, 0);
+
+		if (r == -ESRCH)
+			return (int)r;
+		reach(in, UFFD_ATTACH_UNMAPPED);
+	}
+	/* From a stop where the kernel looks whether a system call is to be restarted. */
+	ret = uffd_trace_interrupt(tid);
+	if (!ret)
+		ret = uffd_inject_run_to(&in->calls, tid, UFFD_TRACE_TRAP);
+	if (ret)
+		return ret;
+	reach(in, UFFD_ATTACH_HALTED);
+	/* The mask first: with the registers alone nothing would give it back. */
+	ret = uffd_trace_set_mask(tid, in->mask);
+	if (ret)
+		return ret;
+	reach(in, UFFD_ATTACH_UNMASKED);
+	uffd_trace_restart(tid, &regs);
+	ret = uffd_trace_set_regs(tid, &regs);
+	if (ret)
+		return ret;
+	uffd_inject_put(in->attach->tid, in->scratch, in->saved, sizeof(in->saved));
+	reach(in, UFFD_ATTACH_RESTORED);
+	return 0;
+}
+
+static int inject(struct injection *in)
+{
+	uint64_t begin;
+	bool redirected = false;
+	int ret = stop(in), r;
+
+	if (ret)
+		return ret;
+	begin = uffd_now_ns();
+	ret = write_home(in);
+	if (!ret) {
+		redirected = true;
+		ret = map_page(in);
+	}
+	if (!ret)
+		ret = prepare_helper(in);
+	if (!ret)
+		ret = make_helper(in);
+	if (!ret)
+		ret = open_there(in);
+	/* A helper that cannot be ended keeps its page. */
+	if (in->calls.child && (r = end_helper(in))) {
+		ret = ret ? ret : r;
+		in->page = 0;
+	}
+	if (ret)
+		in->attach->error = in->attach->point;
+	if (redirected && (r = restore(in)))
+		ret = ret ? ret : r;
+	r = uffd_trace_detach(in->attach->tid);
+	in->attach->stopped_ns = uffd_now_ns() - begin;
+	if (!ret && !r)
+		reach(in, UFFD_ATTACH_DONE);
+	return ret ? ret : r;
+}
+
+static int child(void *argument)
+{
+	struct injection *in = argument;
+
+	reach(in, UFFD_ATTACH_BEGIN);
+	in->calls.until_ns = uffd_now_ns() + in->attach->limit_ns;
+	in->attach->error = 0;
+	in->attach->held = 0;
+	return -inject(in);
+}
+
+int uffd_attach(struct uffd_attach *attach, int32_t *fd_ret)
+{
+	struct injection *in = calloc(1, sizeof(*in));
+	char *stack = malloc(OWN_STACK);
+	sigset_t all, before;
+	int ret = in && stack ? 0 : -ENOMEM, status = 0;
+	pid_t pid;
+
+	*fd_ret = -1;
+	if (!ret) {
+		in->attach = attach;
+		in->calls.syscall_ret = attach->syscall_ret;
+		in->fd_ret = fd_ret;
+		in->creator = getpid();
+		/* The child shares the handlers' data: none may run in it. */
+		sigfillset(&all);
+		pthread_sigmask(SIG_SETMASK, &all, &before);
+		/* No exit signal: nobody's SIGCHLD handler and no waitpid(-1) hears of it. */
+		pid = clone(child, stack + OWN_STACK, CLONE_VM | CLONE_FILES | CLONE_VFORK, in);
+		ret = pid < 0 ? -errno : 0;
+		pthread_sigmask(SIG_SETMASK, &before, NULL);
+	}
+	if (!ret) {
+		while (waitpid(pid, &status, __WCLONE) < 0 && errno == EINTR)
+			;
+		/* The kernel has detached what it traced, if it was killed. */
+		ret = WIFEXITED(status) ? -WEXITSTATUS(status) : -EINTR;
+	}
+	free(stack);
+	free(in);
+	return ret;
+}

@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The signal frame by which a thread whose registers were changed restores itself.
+ *
+ * Whoever injects system calls can be killed at any moment; the kernel then lets the thread run
+ * with the registers that it has.  So they are always such that it finds its way home: behind
+ * the injected system call stands a `ret`, which pops the address of rt_sigreturn(2)'s wrapper
+ * from a frame with the thread's own state, as behind a signal handler.
+ */
+#ifndef UFFD_REMOTE_FRAME_H
+#define UFFD_REMOTE_FRAME_H
+
+#include <stdint.h>
+#include <sys/user.h>
+
+/* Address, ucontext and extended state fit; AVX-512 needs 2.7 KiB. */
+#define UFFD_FRAME_MOST 8192u
+
+/*
+ * Write a frame for an address in the target.  `restorer`: "mov $15, %eax; syscall" there.
+ * `xstate`: as the kernel returned it, or NULL for a thread without a state worth keeping.
+ * length_ret: bytes of the frame; sp_ret: the stack pointer before the `ret`.
+ */
+int uffd_frame_write(void *buffer, uint64_t address, uint64_t restorer,
+		     const struct user_regs_struct *regs, uint64_t mask, const void *xstate,
+		     uint64_t xstate_length, uint64_t *length_ret, uint64_t *sp_ret);
+
+/*
+ * Where a thread goes on that stands with these registers, as the kernel would restart its
+ * system call; what waited with a time limit returns EINTR.
+ */
+void uffd_frame_resume_at(struct user_regs_struct *regs);
+
+#endif /* UFFD_REMOTE_FRAME_H */

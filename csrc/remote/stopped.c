@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "remote/stopped.h"
+#include "remote/trace.h"
+
+struct thread {
+	pid_t tid;
+	bool is_held;
+};
+
+struct uffd_stopped {
+	pthread_t tracer;
+	sem_t ready;
+	sem_t release;
+	const int32_t *pids;
+	uint32_t pids_count;
+	uint64_t until_ns;
+	struct thread *threads;
+	uint32_t count;
+	uint32_t capacity;
+	int error;
+	int32_t tid;
+};
+
+static bool is_known(const struct uffd_stopped *stopped, pid_t tid)
+{
+	for (uint32_t i = 0; i < stopped->count; i++)
+		if (stopped->threads[i].tid == tid)
+			return true;
+	return false;
+}
+
+static int add(struct uffd_stopped *stopped, pid_t tid)
+{
+	if (stopped->count == stopped->capacity) {
+		uint32_t capacity = stopped->capacity ? 2 * stopped->capacity : 64;
+		struct thread *more = realloc(stopped->threads, capacity * sizeof(*more));
+
+		if (!more)
+			return -ENOMEM;
+		stopped->threads = more;
+		stopped->capacity = capacity;
+	}
+	stopped->threads[stopped->count++] = (struct thread){ .tid = tid };
+	return 0;
+}
+
+static char state_of(pid_t tid)
+{
+	char path[40], text[512], *end;
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 'X';
+	n = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	if (n <= 0)
+		return 'X';
+	text[n] = '\0';
+	end = strrchr(text, ')');
+	return end && end[1] == ' ' ? end[2] : 'X';
+}
+
+/* Whether a thread waits in vfork(2), clone(2) or clone3(2) until its child has other memory. */
+static bool waits_for_its_child(pid_t tid)
+{
+	char path[40], text[256];
+	ssize_t n;
+	int fd, number = -1;
+
+	snprintf(path, sizeof(path), "/proc/%d/syscall", tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	n = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	if (n <= 0)
+		return false;
+	text[n] = '\0';
+	if (sscanf(text, "%d", &number) != 1)
+		return false;
+	return number == SYS_vfork || number == SYS_clone || number == 435 /* clone3 */;
+}
+
+/* Seize and interrupt the threads of a process that are not known yet; found_ret: whether any. */
+static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
+{
+	char path[40];
+	struct dirent *entry;
+	DIR *folder;
+	int ret = 0;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	folder = opendir(path);
+	if (!folder)
+		return errno == ENOENT ? -ESRCH : -errno;
+	while (!ret && (entry = readdir(folder))) {
+		pid_t tid = (pid_t)atoi(entry->d_name);
+
+		if (tid <= 0 || is_known(stopped, tid))
+			continue;
+		ret = uffd_trace_seize(tid, 0);
+		if (ret == -EPERM || ret == -ESRCH) {
+			char state = state_of(tid);
+
+			/* One that has ended; the process goes on without its first thread. */
+			if (state == 'Z' || state == 'X') {
+				ret = 0;
+				continue;
+			}
+		}
+		stopped->tid = tid;
+		if (!ret)
+			ret = uffd_trace_interrupt(tid);
+		if (!ret)
+			ret = add(stopped, tid);
+		*found_ret = true;
+	}
+	closedir(folder);
+	return ret;
+}
+
+static int wait_for(struct uffd_stopped *stopped, struct thread *thread)
+{
+	struct uffd_trace_state state;
+	int ret;
+
+	if (thread->is_held)
+		return 0;
+	stopped->tid = thread->tid;
+	for (;;) {
+		/* A little at a time, to see what a thread that does not stop waits for. */
+		uint64_t slice = uffd_now_ns() + 5000000;
+
+		ret = uffd_trace_wait(thread->tid,
+				      slice < stopped->until_ns ? slice : stopped->until_ns, &state);
+		if (ret == -ETIMEDOUT && waits_for_its_child(thread->tid))
+			return 0;
+		if (ret == -ETIMEDOUT && uffd_now_ns() < stopped->until_ns)
+			continue;
+		if (ret == -ESRCH) {
+			thread->is_held = true; /* it has ended, which is as good */
+			return 0;
+		}
+		if (ret)
+			return ret;
+		if (state.stop == UFFD_TRACE_TRAP) {
+			thread->is_held = true;
+			return 0;
+		}
+		/* A signal on its way: it is delivered, and the interruption comes after it. */
+		ret = uffd_trace_resume(thread->tid,
+					state.stop == UFFD_TRACE_SIGNAL ? state.signal : 0);
+		if (ret)
+			return ret;
+	}
+}
+
+static int stop_all(struct uffd_stopped *stopped)
+{
+	bool found = true;
+	int ret = 0;
+
+	while (!ret && found) {
+		found = false;
+		for (uint32_t i = 0; !ret && i < stopped->pids_count; i++)
+			ret = seize_new(stopped, stopped->pids[i], &found);
+		for (uint32_t i = 0; !ret && i < stopped->count; i++)
+			ret = wait_for(stopped, &stopped->threads[i]);
+		if (!ret && uffd_now_ns() >= stopped->until_ns)
+			ret = -ETIMEDOUT;
+	}
+	return ret;
+}
+
+/* The end of this thread would detach them as well; but an EINTR that we caused is undone. */
+static void let_go(struct uffd_stopped *stopped)
+{
+	for (uint32_t i = 0; i < stopped->count; i++) {
+		struct user_regs_struct regs, before;
+		pid_t tid = stopped->threads[i].tid;
+
+		if (!stopped->threads[i].is_held)
+			continue;
+		if (!uffd_trace_get_regs(tid, &regs)) {
+			before = regs;
+			uffd_trace_restart(tid, &regs);
+			if (memcmp(&before, &regs, sizeof(regs)))
+				uffd_trace_set_regs(tid, &regs);
+		}
+		uffd_trace_detach(tid);
+	}
+}
+
+static void *trace(void *argument)
+{
+	struct uffd_stopped *stopped = argument;
+
+	prctl(PR_SET_NAME, "uffd-stop");
+	stopped->error = stop_all(stopped);
+	if (stopped->error) {
+		let_go(stopped);
+		sem_post(&stopped->ready);
+		return NULL;
+	}
+	sem_post(&stopped->ready);
+	while (sem_wait(&stopped->release))
+		;
+	let_go(stopped);
+	return NULL;
+}
+
+static void destroy(struct uffd_stopped *stopped)
+{
+	sem_destroy(&stopped->ready);
+	sem_destroy(&stopped->release);
+	free(stopped->threads);
+	free(stopped);
+}
+
+int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
+			struct uffd_stopped **stopped_ret, int32_t *tid_ret, uint32_t *threads_ret,
+			uint64_t *ns_ret)
+{
+	struct uffd_stopped *stopped = calloc(1, sizeof(*stopped));
+	uint64_t begin = uffd_now_ns();
+	sigset_t all, before;
+	int ret;
+
+	*stopped_ret = NULL;
+	*tid_ret = 0;
+	*threads_ret = 0;
+	*ns_ret = 0;
+	if (!stopped)
+		return -ENOMEM;
+	stopped->pids = pids;
+	stopped->pids_count = count;
+	stopped->until_ns = begin + limit_ns;
+	sem_init(&stopped->ready, 0, 0);
+	sem_init(&stopped->release, 0, 0);
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	ret = -pthread_create(&stopped->tracer, NULL, trace, stopped);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (ret) {
+		destroy(stopped);
+		return ret;
+	}
+	while (sem_wait(&stopped->ready))
+		;
+	*ns_ret = uffd_now_ns() - begin;
+	*tid_ret = stopped->tid;
+	*threads_ret = stopped->count;
+	ret = stopped->error;
+	if (ret) {
+		pthread_join(stopped->tracer, NULL);
+		destroy(stopped);
+		return ret;
+	}
+	*stopped_ret = stopped;
+	return 0;
+}
+
+void uffd_stopped_release(struct uffd_stopped *stopped)
+{
+	if (!stopped)
+		return;
+	sem_post(&stopped->release);
+	pthread_join(stopped->tracer, NULL);
+	destroy(stopped);
+}

@@ -1,0 +1,223 @@
+"""A userfaultfd for the memory of a process that nobody prepared."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from pyuffd import _remote_calls as calls
+from pyuffd._abi import USER_MODE_ONLY, Feature, PageBit
+from pyuffd._arguments import check_flags, check_seconds
+from pyuffd._errors import UffdOSError, UnsupportedFeatureError, raise_errno
+from pyuffd._opening import probe_api
+from pyuffd._owned import Descriptor
+from pyuffd._remote_calls import Attached, AttachPoint
+from pyuffd._uffd import Userfaultfd
+from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
+
+if TYPE_CHECKING:
+    from pyuffd.remote._process import Process
+
+DEVICE = "/dev/userfaultfd"
+LIMIT_S = 2.0
+
+# "syscall; ret", and "mov $15, %eax; syscall" in both encodings: the C library's return from a
+# signal handler, which every program that has one needs.
+_SYSCALL_RET = b"\x0f\x05\xc3"
+_RESTORERS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
+# Where they are found at once; other code is looked through after these.
+_LIKELY = ("/ld-linux", "/ld-musl", "/libc", "/ld-")
+_CODE_MOST = 256 << 20
+
+_ELF_CLASS_64, _ELF_X86_64 = 2, 62
+_IDLE_FIRST = {"S": 0, "T": 1, "I": 1, "R": 2}
+
+# Tests hold an attach at one of its points.
+hold: AttachPoint | None = None
+attempts: list[calls.Attach] = []
+
+
+def attach(
+    process: Process, features: Feature, *, user_mode_only: bool = False, limit_s: float = LIMIT_S
+) -> tuple[Userfaultfd, Attached]:
+    """Open a userfaultfd in a process; see `Process.attach`."""
+    check_flags("features", features, Feature)
+    limit_s = check_seconds("timeout_s", limit_s)
+    offered, _ = probe_api(os.O_CLOEXEC | USER_MODE_ONLY)
+    if missing := Feature(int(features) & ~int(offered)):
+        raise UnsupportedFeatureError(
+            errno.EINVAL,
+            "UFFDIO_API",
+            hint=f"this kernel does not have {missing!r}",
+            requested=int(features),
+            supported=int(offered),
+            missing=int(missing),
+        )
+    if user_mode_only and not features & Feature.WP_ASYNC:
+        raise ValueError(
+            "user_mode_only needs Feature.WP_ASYNC: the target's system calls would fail with"
+            " EFAULT where a fault waits for us, and that kills it"
+        )
+    pid = process.pid
+    process.check()
+    status = _refuse(process, pid)
+    mappings = process.mappings()
+    syscall_ret, restorer = _gadgets(process, mappings)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (USER_MODE_ONLY if user_mode_only else 0)
+    stack = next((m for m in mappings if m.kind is MappingKind.STACK), None)
+    scratch = _unused(process, stack)
+    with Descriptor() as fetched, _device() as device:
+        result = None
+        for tid in _candidates(process, any_thread=bool(scratch)):
+            attempt = calls.Attach(
+                tid=tid,
+                syscall_ret=syscall_ret,
+                restorer=restorer,
+                scratch=scratch,
+                stack=(stack.start, stack.end) if stack is not None else (0, 0),
+                flags=flags,
+                device=device.number,
+                suspend_seccomp=status.get("Seccomp", "0") != "0",
+                limit_ns=int(limit_s * 1e9),
+                hold=int(hold or 0),
+            )
+            attempts[:] = [attempt]
+            result = attempt.run(fetched)
+            if result.code not in (errno.ESRCH, errno.ENOTSUP):
+                break
+        if result is None or result.code:
+            process.check()
+            _fail(pid, result)
+        return Userfaultfd._opened_in(fetched, features, pid), result
+
+
+def _refuse(process: Process, pid: int) -> dict[str, str]:
+    """Refuse, before anything is touched, what cannot be attached; return /proc/PID/status."""
+    if pid == os.getpid():
+        raise ValueError("a process cannot attach to itself: make a Userfaultfd()")
+    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if (tracer := status.get("TracerPid", "0")) != "0":
+        _raise(pid, errno.EBUSY, f"process {tracer} traces it (a debugger?)")
+    if status.get("State", "?")[0] in "ZX":
+        _raise(pid, errno.ESRCH, "it is ending")
+    if "shstk" in status.get("x86_Thread_features", ""):
+        _raise(pid, errno.EOPNOTSUPP, "it has a shadow stack, which forbids changing its way")
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as exe:
+            header = exe.read(20)
+    except OSError:  # deleted, or in another mount namespace: the registers tell
+        return status
+    if len(header) == 20 and (header[4], struct.unpack_from("<H", header, 18)[0]) != (
+        _ELF_CLASS_64,
+        _ELF_X86_64,
+    ):
+        _raise(pid, errno.ENOEXEC, "it is not a 64-bit program of x86-64")
+    return status
+
+
+def _gadgets(process: Process, mappings: Mappings) -> tuple[int, int]:
+    """Find the two instruction sequences that bring a thread home in code that it has mapped."""
+    pid = process.pid
+    syscall_ret = restorer = None
+    read = 0
+    for mapping in _code(mappings):
+        read += mapping.length
+        if read > _CODE_MOST:
+            break
+        if syscall_ret is None:
+            syscall_ret = calls.find(pid, mapping.start, mapping.end, _SYSCALL_RET)
+        for pattern in _RESTORERS:
+            if restorer is None:
+                restorer = calls.find(pid, mapping.start, mapping.end, pattern)
+        if syscall_ret is not None and restorer is not None:
+            return syscall_ret, restorer
+    process.check()
+    _raise(
+        pid,
+        errno.EOPNOTSUPP,
+        "its code has no return from a signal handler, which would bring its thread home if we"
+        " were killed meanwhile",
+    )
+
+
+def _code(mappings: Mappings) -> Iterator[Mapping]:
+    code = [m for m in mappings if "x" in m.permissions and "r" in m.permissions]
+    code = [m for m in code if not m.shared and m.path != "[vsyscall]"]
+    return iter(sorted(code, key=lambda m: not any(name in m.path for name in _LIKELY)))
+
+
+def _unused(process: Process, stack: Mapping | None) -> int:
+    """Return the bottom of the first stack if nobody has ever touched it; else 0."""
+    if stack is None or stack.length < 4 * calls.FRAME_BYTES:
+        return 0
+    entries = process.pagemap.read(stack.start, 2 * calls.FRAME_BYTES)
+    touched = entries.count(PageBit.PRESENT) + entries.count(PageBit.SWAP)
+    # A signal that comes at a bad moment needs a little room below it.
+    return 0 if touched else stack.start + calls.FRAME_BYTES
+
+
+def _candidates(process: Process, *, any_thread: bool) -> list[int]:
+    """Return the threads to try, the first thread first; those that cannot be stopped come last."""
+    threads = process.threads()
+    alive = [t for t in threads if t.state not in "ZX"]
+    if not any_thread:
+        alive = [t for t in alive if t.tid == process.pid]
+    return [t.tid for t in sorted(alive, key=lambda t: (t.state == "D", t.tid != process.pid))]
+
+
+def _device() -> Descriptor:
+    try:
+        return Descriptor.open(DEVICE, os.O_RDWR)
+    except OSError:
+        return Descriptor()
+
+
+_BY_POINT = {
+    AttachPoint.BEGIN: "PTRACE_SEIZE",
+    AttachPoint.SEIZED: "PTRACE_INTERRUPT",
+    AttachPoint.MASKED: "mmap in the target",
+    AttachPoint.PREPARED: "clone in the target",
+    AttachPoint.CLONED: "userfaultfd in the target",
+    AttachPoint.OPENED: "pidfd_getfd",
+}
+
+
+def _fail(pid: int, result: Attached | None) -> NoReturn:
+    if result is None:
+        _raise(pid, errno.ESRCH, "it has no thread that could be stopped")
+    code, point = result.code, result.point
+    op = _BY_POINT.get(point, "attaching")
+    hint = ""
+    if code == errno.ETIMEDOUT:
+        hint = f"thread {pid} did not stop in time: it waits uninterruptibly (state D)"
+    elif code == errno.EPERM and point <= AttachPoint.SEIZED:
+        hint = (
+            "it is traced already, ptrace is refused (CAP_SYS_PTRACE, Yama), or it has a seccomp"
+            " filter and suspending it needs CAP_SYS_ADMIN"
+        )
+    elif code in (errno.EPERM, errno.EACCES, errno.ENOSYS) and point is AttachPoint.CLONED:
+        hint = (
+            "the target may not open a userfaultfd (vm.unprivileged_userfaultfd=0), and"
+            f" {DEVICE} could not be opened for it here"
+        )
+    elif code == errno.ENOTSUP and point < AttachPoint.FRAMED:
+        hint = "its first thread is not on its own stack, and no part of that stack is unused"
+    elif code == errno.EOPNOTSUPP:
+        hint = "this kernel has no PIDFD_THREAD (Linux 6.9)"
+    elif code == errno.ENOEXEC:
+        hint = "it is not a 64-bit program of x86-64"
+    elif code == errno.EINTR:
+        hint = "the process that does it was killed"
+    raise_errno(f"{op}, process {pid}", code, hint=hint)
+
+
+def _raise(pid: int, code: int, why: str) -> NoReturn:
+    try:
+        raise_errno(f"attach to process {pid}", code, hint=why)
+    except UffdOSError as error:
+        raise error from None

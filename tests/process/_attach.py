@@ -1,0 +1,133 @@
+"""Attaching and being killed at each point of it; run by test_attach.py in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from pyuffd import Feature, Process, UffdOSError
+from pyuffd._remote_calls import AttachPoint
+from pyuffd.remote import _attach
+from pyuffd.testing._run import SCALE
+
+FEATURES = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
+LIMIT_S = 10 * SCALE
+POINTS = [point for point in AttachPoint if point not in (AttachPoint.BEGIN, AttachPoint.DONE)]
+
+
+def start(program: str, *words: str) -> subprocess.Popen[bytes]:
+    """Start a program of targets.c, and wait until it is ready."""
+    popen = subprocess.Popen(
+        [program, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    assert popen.stdout is not None
+    assert popen.stdout.readline() == b"ready\n"
+    return popen
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+KEPT = ("TracerPid", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "Seccomp", "Threads")
+
+
+def seen(pid: int) -> dict[str, object]:
+    """Return what has to be the same afterwards."""
+    found: dict[str, object] = {key: status(pid)[key] for key in KEPT}
+    found["fd"] = sorted(
+        (name, os.readlink(f"/proc/{pid}/fd/{name}")) for name in os.listdir(f"/proc/{pid}/fd")
+    )
+    return found
+
+
+def wait_until(what: str, condition: object) -> None:
+    give_up = time.monotonic() + LIMIT_S
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < give_up, what
+        time.sleep(0.001)
+
+
+def answers(target: subprocess.Popen[bytes]) -> None:
+    """The target runs, and its registers have kept their values."""
+    target.send_signal(signal.SIGUSR1)
+    assert target.stdout is not None
+    assert target.stdout.readline() == b"kept\n"
+    assert target.poll() is None
+
+
+def helper_of(pid: int) -> int:
+    """Return the process that does the injection for a process."""
+    for task in os.listdir(f"/proc/{pid}/task"):
+        for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
+            # Made without an exec, so it has the name of the thread that made it.
+            if os.readlink(f"/proc/{child}/exe") == os.readlink(f"/proc/{pid}/exe"):
+                return int(child)
+    raise AssertionError("no injection under way")
+
+
+def killed_at_each_point(program: str, whom: str) -> None:
+    """SIGKILL of this process's fork, or of what injects for it: the target notices nothing."""
+    target = start(program, "spin")
+    before = seen(target.pid)
+    mapped = _count_mapped(target.pid)
+    for point in POINTS:
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if not pid:
+            _attach_held(target.pid, point, write_end)
+            os._exit(0)
+        os.close(write_end)
+        assert os.read(read_end, 1) == b"h", point
+        os.close(read_end)
+        os.kill(pid if whom == "us" else helper_of(pid), signal.SIGKILL)
+        os.waitpid(pid, 0)
+        wait_until(f"{point!r}: {seen(target.pid)} {before}", lambda: seen(target.pid) == before)
+        answers(target)
+    # A page for each time that the injection itself was killed half-way, and none otherwise.
+    assert _count_mapped(target.pid) - mapped <= (0 if whom == "us" else len(POINTS) * 12288)
+    target.kill()
+    target.wait()
+
+
+def _count_mapped(pid: int) -> int:
+    with Process(pid) as process:
+        return process.mappings().bytes
+
+
+def _attach_held(pid: int, point: AttachPoint, report: int) -> None:
+    _attach.hold = point
+
+    def tell() -> None:
+        while not (_attach.attempts and _attach.attempts[0].is_held):
+            time.sleep(0.0005)
+        os.write(report, b"h")
+
+    threading.Thread(target=tell, daemon=True).start()
+    with Process(pid) as process:
+        try:
+            process.attach(FEATURES, timeout_s=LIMIT_S).close()
+        except UffdOSError:
+            return  # the injection was killed
+
+
+def many_rounds(program: str, rounds: int) -> list[int]:
+    """Attach and detach; return the nanoseconds that the thread stood, sorted."""
+    target = start(program, "spin")
+    before, mapped = seen(target.pid), _count_mapped(target.pid)
+    times = []
+    with Process(target.pid) as process:
+        for _ in range(rounds):
+            process.attach(FEATURES).close()
+            times.append(process._attached.stopped_ns)
+    answers(target)
+    assert seen(target.pid) == before
+    assert _count_mapped(target.pid) == mapped
+    target.kill()
+    target.wait()
+    return sorted(times)
