@@ -17,6 +17,10 @@
 
 /* Replaces the descriptor in a fork's message. */
 #define TAKEN	UINT32_MAX
+/* Linux 6.5 */
+#ifndef SCM_PIDFD
+#define SCM_PIDFD 0x04
+#endif
 
 static int keep(int fd, int32_t *fd_ret)
 {
@@ -173,10 +177,25 @@ static void note_received(struct uffd_received *received, const struct cmsghdr *
 	}
 }
 
+/* Every read of a message brings one, which may name a process that is gone: a negative number. */
+static void note_pidfd(struct uffd_received *received, const struct cmsghdr *message)
+{
+	int32_t fd;
+
+	memcpy(&fd, CMSG_DATA(message), sizeof(fd));
+	if (fd < 0)
+		return;
+	if (received->pidfd < 0)
+		received->pidfd = fd;
+	else
+		close(fd);
+}
+
 int64_t uffd_owned_receive(int sock, void *buffer, uint64_t size, struct uffd_received *received)
 {
 	/* CMSG_LEN, not CMSG_SPACE: its padding would have room for one more. */
 	_Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(struct ucred)) +
+					      CMSG_SPACE(sizeof(int32_t)) +
 					      CMSG_LEN(UFFD_RECEIVED_MAX * sizeof(int32_t))];
 	struct iovec into = { buffer, size };
 	struct msghdr message = {
@@ -199,6 +218,8 @@ int64_t uffd_owned_receive(int sock, void *buffer, uint64_t size, struct uffd_re
 			note_received(received, at);
 		else if (at->cmsg_type == SCM_CREDENTIALS && !received->sender)
 			memcpy(&received->sender, CMSG_DATA(at), sizeof(received->sender));
+		else if (at->cmsg_type == SCM_PIDFD)
+			note_pidfd(received, at);
 	}
 	received->is_truncated |= !!(message.msg_flags & MSG_CTRUNC);
 	return n;
@@ -215,10 +236,16 @@ void uffd_owned_take(struct uffd_received *received, uint32_t index, int32_t *fd
 	uffd_owned_move(&received->fds[index], fd_ret);
 }
 
+void uffd_owned_take_pidfd(struct uffd_received *received, int32_t *fd_ret)
+{
+	uffd_owned_move(&received->pidfd, fd_ret);
+}
+
 void uffd_owned_close_received(struct uffd_received *received)
 {
 	uint32_t held = received->count < UFFD_RECEIVED_MAX ? received->count : UFFD_RECEIVED_MAX;
 
+	uffd_owned_close(&received->pidfd);
 	for (uint32_t i = 0; i < held; i++)
 		uffd_owned_close(&received->fds[i]);
 }

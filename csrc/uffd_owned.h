@@ -64,6 +64,8 @@ struct uffd_received {
 	uint32_t is_truncated;
 	/* The process that the first credentials name; 0: none came. */
 	int32_t sender;
+	/* A pidfd of that process; -1: none came, initially too. */
+	int32_t pidfd;
 	int32_t fds[UFFD_RECEIVED_MAX];
 };
 
@@ -74,6 +76,8 @@ struct uffd_received {
 int64_t uffd_owned_receive(int sock, void *buffer, uint64_t size, struct uffd_received *received);
 /* Move one descriptor to an owner of its own. */
 void uffd_owned_take(struct uffd_received *received, uint32_t index, int32_t *fd_ret);
+/* Move the pidfd to an owner of its own. */
+void uffd_owned_take_pidfd(struct uffd_received *received, int32_t *fd_ret);
 void uffd_owned_close_received(struct uffd_received *received);
 
 /* Messages of a userfaultfd; a fork's message owns a descriptor, -1 once it is taken. */

@@ -71,9 +71,12 @@ if TYPE_CHECKING:
         HandoverRange,
         UnixListener,
         connect_unix,
+        connect_unix_async,
         listen_unix,
         recv_uffd,
+        recv_uffd_async,
         send_uffd,
+        send_uffd_async,
     )
     from pyuffd.pagemap import PageEntries, Pagemap, PageRange, PageRanges, ScanResult
     from pyuffd.regions import Region, RegionKind
@@ -96,8 +99,8 @@ else:
         "dirty": "Blind BlindReason DirtyRound DirtyTracker Grown LayoutChange Mapped Moved"
         " Protected Unmapped",
         "handlers": "Handler HandlerStats Latency PageState RecentFault",
-        "handover": "Handover HandoverRange UnixListener connect_unix listen_unix recv_uffd"
-        " send_uffd",
+        "handover": "Handover HandoverRange UnixListener connect_unix connect_unix_async"
+        " listen_unix recv_uffd recv_uffd_async send_uffd send_uffd_async",
         "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
         "regions": "Region RegionKind",
         "remote": "Copied Mapping MappingKind Mappings Process Thread",
@@ -205,10 +208,13 @@ __all__ = [
     "ZeroSource",
     "ZeropageMode",
     "connect_unix",
+    "connect_unix_async",
     "lazy",
     "listen_unix",
     "probe",
     "recv_uffd",
+    "recv_uffd_async",
     "residency",
     "send_uffd",
+    "send_uffd_async",
 ]

@@ -262,7 +262,9 @@ class Received(SoleOwner):
     capacity = lib.UFFD_RECEIVED_MAX  # descriptors that one message can have
 
     def __init__(self) -> None:
-        self._cell: Any = ffi.gc(ffi.new("struct uffd_received *"), lib.uffd_owned_close_received)
+        self._cell: Any = ffi.gc(
+            ffi.new("struct uffd_received *", {"pidfd": -1}), lib.uffd_owned_close_received
+        )
 
     def __len__(self) -> int:
         """The number of all received descriptors; those above the capacity are closed already."""
@@ -277,6 +279,12 @@ class Received(SoleOwner):
     def sender(self) -> int:
         """The pid in the first credentials that were received; 0 without any."""
         return int(self._cell.sender)
+
+    def take_pidfd(self) -> Descriptor:
+        """Return a pidfd of the sender, which the caller then owns; empty if none came."""
+        descriptor = Descriptor()
+        lib.uffd_owned_take_pidfd(self._cell, descriptor._cell)
+        return descriptor
 
     @property
     def is_truncated(self) -> bool:

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import ClosedError, HandoverError, connect_unix, handover, listen_unix, send_uffd
+from pyuffd import (
+    ClosedError,
+    HandoverError,
+    _unix_sockets,
+    connect_unix,
+    handover,
+    listen_unix,
+    send_uffd,
+)
 from pyuffd.testing import needs_privilege
 
 PAGE = 4096
@@ -176,7 +184,7 @@ def test_bad_paths(path: str) -> None:
 
 def test_longest_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with listen_unix("x" * handover.PATH_LIMIT) as listener, connect_unix(listener.path):
+    with listen_unix("x" * _unix_sockets.PATH_LIMIT) as listener, connect_unix(listener.path):
         pass
 
 
