@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from pyuffd import _memory, lowlevel
+from pyuffd import _fork_writes, _memory, lowlevel
 from pyuffd._abi import (
     MESSAGE_SIZE,
     USER_MODE_ONLY,
@@ -406,6 +406,8 @@ class Userfaultfd(CloseCallbacks):
             raise self._explained(error, start, length, mode) from None
         self._registered.set(start, start + length, mode)
         self._update_watch()
+        if mode & RegisterMode.WP:
+            _fork_writes.track(self)
         return ioctls
 
     def unregister(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
@@ -446,6 +448,13 @@ class Userfaultfd(CloseCallbacks):
         if not self._registered:
             return []
         return [(a, b - a) for a, b, _ in self._registered.overlapping(*self._registered.span)]
+
+    def _registered_for(self, mode: RegisterMode) -> list[tuple[int, int]]:
+        """Return start and end of each range that this object has registered for a mode."""
+        if not self._registered:
+            return []
+        rows = self._registered.overlapping(*self._registered.span)
+        return [(start, end) for start, end, modes in rows if modes & mode]
 
     def _has_registered(self, start: int, end: int) -> bool:
         """Whether this object registered anything in [start, end)."""

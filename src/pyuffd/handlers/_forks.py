@@ -1,7 +1,8 @@
 """Warn before a fork whose child would read zeros from missing pages (layer L4).
 
 Without Feature.EVENT_FORK the child's copy of a served range is not registered, so its missing
-pages read as zeros. In shared memory the zeros then fill the parent's page too.
+pages read as zeros. In shared memory the zeros then fill the parent's page too. Of writes to
+protected memory `_fork_writes` warns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._errors import UffdError
+from pyuffd._fork_writes import is_of_subprocess
 from pyuffd.handlers._types import PageState, SourceKind
 
 if TYPE_CHECKING:
@@ -88,9 +90,7 @@ def _has_holes(handler: HandlerBase, served: Served) -> bool:
 
 
 def _before_fork() -> None:
-    caller = sys._getframe(1)
-    # subprocess calls this for `preexec_fn` only; its child calls execve(2) soon.
-    if caller.f_globals.get("__name__") == "subprocess":
+    if is_of_subprocess(sys._getframe(1).f_globals):
         return
     for watch in list(_watches):
         if watch.warned or watch.pid != os.getpid():
