@@ -184,17 +184,10 @@ void give_up_pages(struct uffd_engine *engine, const struct uffd_request *reques
 	space_put(space);
 }
 
-/*
- * How long to retry pages that cannot be put in place.  No thread waits for populate's pages,
- * and its source, which has answered, must not appear stalled: retry them for less long.
- */
-static uint64_t patience_with(const struct uffd_engine *engine, const struct uffd_request *request)
+/* Note why the worker retries, for whatever waits behind it; 0: it no longer does. */
+static void note_lack(struct uffd_request *request, int error)
 {
-	uint64_t limit = engine->options.stall_limit_ns;
-
-	if (request->is_fault || !limit)
-		return engine->options.retry_limit_ns;
-	return lower(engine->options.retry_limit_ns, limit / 2);
+	__atomic_store_n(&request->lacks, error, __ATOMIC_RELAXED);
 }
 
 int answer_request(struct uffd_engine *engine, struct uffd_request *request, const void *data)
@@ -206,19 +199,25 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 	int r = 0;
 
 	uffd_barrier(UFFD_BARRIER_COMPLETE);
+	/* From now on the source cannot be called stalled. */
+	__atomic_store_n(&request->answered, 1, __ATOMIC_RELEASE);
 	phase = begin_work(engine);
 	while (offset < end && !__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE)) {
 		r = put_answer(engine, request, &offset, data, &filled);
 		if (r == 0) {
+			if (attempt)
+				note_lack(request, 0);
 			attempt = 0;
 			continue;
 		}
 		if (r != -EAGAIN && r != -ENOMEM)
 			break;
-		if (attempt == 0)
-			give_up = uffd_now_ns() + patience_with(engine, request);
-		else if (uffd_now_ns() > give_up)
+		if (attempt == 0) {
+			give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+			note_lack(request, r);
+		} else if (uffd_now_ns() > give_up) {
 			break;
+		}
 		count(engine, COUNTER(retried), attempt == 0);
 		uffd_back_off(attempt++);
 	}

@@ -29,6 +29,11 @@ static void put_error(struct uffd_line *line, int error, enum uffd_failure_stage
 		{ ENOMEM, "ENOMEM (out of memory)", "ENOMEM (no memory, or no huge page is free)" },
 		{ EAGAIN, NULL, "EAGAIN (no memory, no huge page, or the layout kept changing)" },
 		{ ETIMEDOUT, "the source has not answered in time", NULL },
+		{ EBUSY, "no worker was free: they wait for memory (a huge page?) for other pages",
+		  NULL },
+		{ EDEADLK, "its page source waits for it by itself: the source reads memory that"
+			   " its own handler serves", NULL },
+		{ EOWNERDEAD, "the helper process of its handler has ended", NULL },
 		{ EMFILE, NULL, "EMFILE (no descriptor is free)" },
 		{ ENFILE, NULL, "ENFILE (no descriptor is free)" },
 		{ EEXIST, NULL, "EEXIST" },

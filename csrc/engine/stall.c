@@ -101,60 +101,112 @@ static uint64_t waited_since(const struct uffd_engine *engine, const struct uffd
 							 : request->since_ns;
 }
 
-static struct uffd_request *find_oldest(struct uffd_engine *engine, struct request_list **list_ret)
+/*
+ * The oldest request of a list that waits for a source.  That of a worker that has its
+ * source's answer does not: answer.c limits how long its pages are retried.
+ */
+static struct uffd_request *find_oldest(const struct uffd_engine *engine,
+					struct request_list *list)
 {
-	struct request_list *lists[] = { &engine->taken, &engine->queued, &engine->promised };
 	struct uffd_request *request, *oldest = NULL;
 
-	for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++)
-		TAILQ_FOREACH(request, lists[i], link) {
-			if (request->abandoned || request->reported ||
-			    (oldest && waited_since(engine, request) >= waited_since(engine, oldest)))
-				continue;
+	TAILQ_FOREACH(request, list, link)
+		if (!request->abandoned && !request->reported &&
+		    !__atomic_load_n(&request->answered, __ATOMIC_ACQUIRE) &&
+		    (!oldest || waited_since(engine, request) < waited_since(engine, oldest)))
 			oldest = request;
-			*list_ret = lists[i];
-		}
 	return oldest;
+}
+
+/* Whether a worker waits for memory, for a page whose content it has. */
+static bool any_lacks_memory(const struct uffd_engine *engine)
+{
+	const struct uffd_request *request;
+
+	TAILQ_FOREACH(request, &engine->taken, link)
+		if (__atomic_load_n(&request->lacks, __ATOMIC_RELAXED))
+			return true;
+	return false;
+}
+
+/* The request has been abandoned or, with `only_report`, threads keep waiting. */
+static void give_up(struct uffd_engine *engine, struct uffd_request *copy, int error,
+		    bool only_report)
+{
+	if (!only_report) {
+		clean_up(engine, copy, error, UFFD_FAILED_STALLED);
+		return;
+	}
+	note_failure(engine, copy->address, copy->length, error, UFFD_FAILED_STALLED);
+	say_engine_fails(engine, copy->address, error, UFFD_FAILED_STALLED,
+			 "threads that touch it keep waiting");
+}
+
+/* A request without an answer, when its time is up, and the error that it then ends with. */
+struct stalled {
+	struct uffd_request *request;
+	uint64_t due_ns;
+	int error;
+	struct request_list *list;
+};
+
+/* With the requests' lock held: the first whose time is up. */
+static struct stalled first_stalled(struct uffd_engine *engine)
+{
+	struct request_list *lists[] = { &engine->taken, &engine->queued, &engine->promised };
+	struct stalled first = { .due_ns = UINT64_MAX };
+
+	for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++) {
+		struct stalled next = {
+			.request = find_oldest(engine, lists[i]),
+			.due_ns = engine->options.stall_limit_ns,
+			.error = -ETIMEDOUT,
+			.list = lists[i],
+		};
+
+		if (!next.request)
+			continue;
+		/* No source is at fault: the worker gives its own page up within this limit. */
+		if (lists[i] == &engine->queued && any_lacks_memory(engine)) {
+			next.due_ns = higher(next.due_ns, engine->options.retry_limit_ns);
+			next.error = -EBUSY;
+		}
+		next.due_ns += waited_since(engine, next.request);
+		if (next.due_ns < first.due_ns)
+			first = next;
+	}
+	return first;
 }
 
 uint64_t fail_stalled_requests(struct uffd_engine *engine)
 {
-	uint64_t limit = engine->options.stall_limit_ns, now = uffd_now_ns();
+	uint64_t now = uffd_now_ns();
 	bool only_report = engine->options.on_error == UFFD_ON_ERROR_STALL;
 
-	if (!limit || !atomic_load(&engine->outstanding))
+	if (!engine->options.stall_limit_ns || !atomic_load(&engine->outstanding))
 		return UINT64_MAX;
 	/* A promised page may have been dropped. */
 	settle_promises(engine);
 	for (;;) {
-		struct uffd_request *request, copy;
-		struct request_list *list;
-		uint64_t since;
+		struct uffd_request copy;
+		struct stalled stalled;
 
 		pthread_mutex_lock(&engine->requests_lock);
-		request = find_oldest(engine, &list);
-		since = request ? waited_since(engine, request) : 0;
-		/* A worker may have taken it since we read the clock. */
-		if (!request || now < since || now - since < limit) {
+		stalled = first_stalled(engine);
+		if (now < stalled.due_ns) {
 			pthread_mutex_unlock(&engine->requests_lock);
-			return request ? since + limit : UINT64_MAX;
+			return stalled.due_ns;
 		}
-		copy = *request;
+		copy = *stalled.request;
 		if (only_report)
-			request->reported = 1;
+			stalled.request->reported = 1;
 		else
-			abandon(engine, list, request, &copy);
+			abandon(engine, stalled.list, stalled.request, &copy);
 		pthread_mutex_unlock(&engine->requests_lock);
 
 		count(engine, COUNTER(stalled_requests), 1);
-		show_tracebacks(engine);
-		if (only_report) {
-			note_failure(engine, copy.address, copy.length, -ETIMEDOUT,
-				     UFFD_FAILED_STALLED);
-			say_engine_fails(engine, copy.address, -ETIMEDOUT, UFFD_FAILED_STALLED,
-					 "threads that touch it keep waiting");
-			continue;
-		}
-		clean_up(engine, &copy, -ETIMEDOUT, UFFD_FAILED_STALLED);
+		if (stalled.error == -ETIMEDOUT)
+			show_tracebacks(engine);
+		give_up(engine, &copy, stalled.error, only_report);
 	}
 }

@@ -122,6 +122,8 @@ struct uffd_request {
 	uint32_t is_fault;	/* for a fault, not for populate */
 	uint32_t abandoned;	/* on_error was applied: an answer is too late */
 	uint32_t reported;	/* as stalled */
+	uint32_t answered;	/* its source has returned: the worker puts the pages in place */
+	int32_t lacks;		/* why the worker retries that: -ENOMEM or -EAGAIN; else 0 */
 	uint64_t page_size;
 	struct populate *populate;	/* NULL: for a fault, or its caller has returned */
 	struct uffd_pages *pages;	/* of a promised one */

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyuffd import _machine, _vmas
+from pyuffd import _huge_pages, _machine, _vmas
 from pyuffd._abi import CopyMode, Feature, RegisterMode
 from pyuffd._errors import UffdOSError
 from pyuffd._pages import PAGE_SIZE
@@ -90,10 +90,7 @@ def why_unresolved(code: int, address: int, pid: int | str = "self") -> str:
     with suppress(Exception):
         for vma in _vmas.overlapping(address, address + 1, pid=pid, details=True):
             if vma.page_size > PAGE_SIZE:
-                return (
-                    "no huge page was free for it (or the limit of the mount or the control group"
-                    f" is reached): {_machine.shortage(vma.page_size, 1, -1)}"
-                )
+                return f"no huge page was free for it: {_huge_pages.why_none(vma, pid)}"
     return ""
 
 
@@ -146,7 +143,7 @@ def _no_memory(asked: Asked) -> Iterator[str]:
     for vma in _vmas.overlapping(asked.start, asked.end, pid=asked.pid, details=True):
         if vma.page_size > PAGE_SIZE and asked.op != "UFFDIO_REGISTER":
             pages = max(1, asked.length // vma.page_size)
-            yield _machine.shortage(vma.page_size, pages, -1)
+            yield _huge_pages.why_none(vma, asked.pid, needed=pages)
     if problem := _machine.too_many_mappings(asked.pid):
         yield problem
     yield "no memory is left, or the limit of a memory control group or a tmpfs is reached"

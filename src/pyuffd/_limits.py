@@ -111,23 +111,28 @@ def _pid_namespace_of_children() -> str:
 
 
 def _cgroup_limits() -> Iterator[tuple[str, int, int]]:
+    for folder, files in cgroups("pids"):
+        with suppress(OSError, ValueError):  # "max" means no limit
+            with open(f"{files}/pids.max") as limit_file:
+                limit = int(limit_file.read())
+            with open(f"{files}/pids.current") as used_file:
+                used = int(used_file.read())
+            text = f"pids.max of the cgroup {folder} is {limit}, and {used} are used"
+            yield f"{text}: raise it", used, limit
+
+
+def cgroups(controller: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the folder of each cgroup of this process, the innermost first."""
     for line in (PROC / "self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "pids" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = f"{CGROUPS}/pids" if controllers else CGROUPS
-        folder = path
+        root = f"{CGROUPS}/{controller}" if controllers else CGROUPS
         while True:
-            with suppress(OSError, ValueError):  # "max" means no limit
-                with open(f"{root}{folder}/pids.max") as limit_file:
-                    limit = int(limit_file.read())
-                with open(f"{root}{folder}/pids.current") as used_file:
-                    used = int(used_file.read())
-                text = f"pids.max of the cgroup {folder or '/'} is {limit}, and {used} are used"
-                yield f"{text}: raise it", used, limit
-            if folder in ("", "/"):
+            yield path or "/", f"{root}{path}"
+            if path in ("", "/"):
                 break
-            folder = folder.rpartition("/")[0]
+            path = path.rpartition("/")[0]
 
 
 def _tasks_of(uid: int) -> int:

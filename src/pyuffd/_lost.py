@@ -6,8 +6,8 @@ import errno
 import os
 from contextlib import suppress
 
-from pyuffd import _machine
-from pyuffd._abi import PageBit
+from pyuffd import _huge_pages, _machine
+from pyuffd._abi import PageBit, PageCategory
 from pyuffd._errors import PagePoisonedError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, round_down
 from pyuffd._residency import PageResidency, residency
@@ -17,6 +17,8 @@ from pyuffd.pagemap import Pagemap
 EHWPOISON = 133  # in Python's errno since 3.14
 # The bits of an entry that tell the marker of a poisoned page from other markers.
 _MARKER = PageBit.PRESENT | PageBit.SWAP | PageBit.UFFD_WP | PageBit.GUARD_REGION
+
+_HUGE_POISON = PageCategory.SWAPPED | PageCategory.WRITTEN
 
 
 def lost_error(op: str, address: int) -> UffdOSError:
@@ -41,16 +43,19 @@ def lost_error(op: str, address: int) -> UffdOSError:
 
 def _other_reason(vma: Vma, page: int) -> str:
     """Return why the access met SIGBUS; "" if the page is poisoned."""
+    is_poison: bool | None = None  # unknown
     with suppress(OSError):
-        if _is_poison(vma, page):
-            return ""
+        is_poison = _is_poison(vma, page)
+    if is_poison:
+        return ""
     size = _file_size(vma)
     if size is not None and vma.offset + (page - vma.start) >= size:
         return f"SIGBUS: the file {vma.path} was truncated to {size:#x} bytes"
     if vma.page_size > PAGE_SIZE:
-        # A poisoned huge page looks like a missing one (measured), as if none had been free.
-        free = _free_huge_pages(vma.page_size)
-        return "" if free else "SIGBUS: no huge page is free, or it is poisoned"
+        if is_poison is None and _free_huge_pages(vma.page_size):
+            return ""
+        poisoned = ", or it is poisoned" if is_poison is None else ""
+        return f"SIGBUS: no huge page is free{poisoned}: {_huge_pages.why_none(vma)}"
     if "um" in vma.flags or "ui" in vma.flags:
         return (
             "SIGBUS: its userfaultfd has Feature.SIGBUS, and no started handler of driver='inline'"
@@ -62,12 +67,17 @@ def _other_reason(vma: Vma, page: int) -> str:
 
 
 def _is_poison(vma: Vma, page: int) -> bool:
+    with Pagemap() as pagemap:
+        if vma.page_size > PAGE_SIZE:
+            # An entry of pagemap shows no poison of hugetlb memory. PAGEMAP_SCAN (Linux 6.7) does:
+            # such pages are never swapped, and a marker of write-protection is not WRITTEN.
+            found = pagemap.scan(page, vma.page_size, category_mask=_HUGE_POISON)
+            return bool(len(found.ranges))
+        entry = pagemap.read(page, PAGE_SIZE)[0]
     states = residency(page, vma.page_size, page_size=vma.page_size, fd=None).states
     if states[0] in (PageResidency.POISON, PageResidency.SWAPPED):
         # Without CAP_SYS_ADMIN they look the same; a page on swap causes no SIGBUS.
         return True
-    with Pagemap() as pagemap:
-        entry = pagemap.read(page, PAGE_SIZE)[0]
     # Shared memory has no swap entries in the page table, so this entry is a marker.
     return entry & _MARKER.value == PageBit.SWAP.value
 

@@ -67,7 +67,7 @@ def shortage(page_size: int, needed: int, fd: int) -> str:
         mount = os.fstatvfs(fd)
         if mount.f_blocks:
             left = f"{mount.f_bfree} of its {mount.f_blocks} pages left"
-            text += f"; the mount has {left}: `mount -o remount,size=...`"
+            text += f"; the mount has {left}: use one with a larger size="
     return text
 
 

@@ -27,6 +27,7 @@ from pyuffd import (
     FileSource,
     Handler,
     HandlerError,
+    PagePoisonedError,
     PageState,
     Region,
     RegisterMode,
@@ -40,6 +41,7 @@ from pyuffd.testing._memory_types import HUGE_PAGE
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE, memory_params
+from tests.kernel._faults import Task
 from tests.kernel._mounts import mounted
 from tests.kernel._serving import (
     Driver,
@@ -429,7 +431,7 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         handler.serve(region, CallableSource(source.read) if driver == "thread" else source)
         handler.start()
         assert region.read(HUGE_PAGE, 8) == data[HUGE_PAGE:][:8]
-        with pytest.raises(UffdOSError, match="limit of the mount") as caught:
+        with pytest.raises(UffdOSError, match="hugetlbfs mount of") as caught:
             handler.populate(region)
         assert caught.value.errno == errno.ENOMEM
         assert (caught.value.start, caught.value.data["completed"]) == (region.start, 0)
@@ -446,7 +448,7 @@ def no_huge_page(driver: Literal["native", "inline", "thread"]) -> None:
         failed = driver == "thread"  # stop() also reports what a worker could not fill
         assert bool(handler.stats().failed) == failed
         with (
-            pytest.raises(HandlerError, match="limit of the mount")
+            pytest.raises(HandlerError, match="hugetlbfs mount of")
             if failed
             else contextlib.nullcontext()
         ):
@@ -468,7 +470,7 @@ def fills_what_it_can(driver: AnyDriver, shared: bool) -> None:
         asks = driver in ("thread", "process")
         handler.serve(region, Data(data) if asks else BufferSource(data))
         with pytest.raises(
-            UffdOSError, match=r"no huge page was free .*limit of the mount"
+            UffdOSError, match=r"no huge page was free .*hugetlbfs mount of .* 0 of its 2"
         ) as caught:
             handler.populate(region)
         assert caught.value.errno == errno.ENOMEM
@@ -511,7 +513,7 @@ def no_huge_page_for_good() -> None:
             handler.stop()
         assert caught.value.start == region.start + HUGE_PAGE
         assert "huge page" in str(caught.value)
-        assert "limit of the mount" in str(caught.value)
+        assert "0 of its 1 pages left" in str(caught.value)
         assert is_lost(region, HUGE_PAGE, 1)
         assert region.read(0, HUGE_PAGE) == data[:HUGE_PAGE]
 
@@ -520,6 +522,41 @@ def no_huge_page_for_good() -> None:
 @needs_hugepages(1)
 def test_retry_limit_without_huge_pages() -> None:
     run_child(no_huge_page_for_good)
+
+
+def worker_waits(driver: AnyDriver) -> None:
+    """A source that has answered is not called stalled while its worker waits for a huge page."""
+    from pyuffd.handlers import _handler
+
+    _handler.RETRY_LIMIT_S = 1.0
+    with (
+        unreserved_huge_pages(2, have=1) as region,
+        Region.anonymous(PAGE) as behind,
+        Userfaultfd() as uffd,
+        Handler(uffd, driver=driver, stall_timeout_s=0.2) as handler,
+    ):
+        data = content(region.length)
+        handler.serve(region, Data(data))
+        handler.serve(behind, Data(data[:PAGE]))
+        assert region.read(0, 8) == data[:8]
+        waits = Task(region.touch, HUGE_PAGE, 1)
+        wait_until(lambda: handler.stats().retried > 0, "the page is tried again")
+        # The only worker is busy, but no source is.
+        assert behind.read() == data[:PAGE]
+        with pytest.raises(PagePoisonedError):
+            waits.result()
+        assert handler.stats().stalled_requests == 0
+        with pytest.raises(HandlerError, match="0 of its 1 pages left"):
+            handler.stop()
+
+
+@needs_privilege()
+@needs_hugepages(1)
+@pytest.mark.parametrize("driver", ["thread", "process"])
+def test_a_worker_that_waits_for_a_huge_page(driver: AnyDriver) -> None:
+    ended = run_child(worker_waits, driver, budget_s=30)
+    assert "no huge page is free" in ended.stderr
+    assert "has not answered" not in ended.stderr
 
 
 def no_huge_page_inline() -> None:

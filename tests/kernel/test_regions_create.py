@@ -459,7 +459,7 @@ def test_hugetlbfs_mount_with_a_limit() -> None:
         with no_trace(), pytest.raises(UffdOSError) as caught:
             Region.hugetlbfs(path, 2 * HUGE_PAGE)
         assert caught.value.errno == errno.ENOMEM
-        assert "remount" in caught.value.hint
+        assert "larger size=" in caught.value.hint
         Region.hugetlbfs(path, HUGE_PAGE).close()
 
 

@@ -19,15 +19,17 @@ from pyuffd import (
     Feature,
     Handler,
     HandlerError,
+    Pagemap,
     PagePoisonedError,
     Region,
     UffdOSError,
     Userfaultfd,
 )
-from pyuffd.testing import needs, needs_hugepages
+from pyuffd.testing import needs, needs_hugepages, needs_privilege
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
 from tests.kernel._serving import content, in_fork
+from tests.kernel.test_handler_errors import unreserved_huge_pages
 from tests.kernel.test_userfaultfd_open import drop_capability
 from tests.process.test_failures_said import DRIVERS, IN_PYTHON, serve_failing, uffd_for
 
@@ -151,6 +153,43 @@ def truncated(huge: bool, privileged: bool) -> None:
 @pytest.mark.parametrize("huge", [False, pytest.param(True, marks=needs_hugepages(2))])
 def test_a_truncated_file(huge: bool, privileged: bool) -> None:
     run_child(truncated, huge, privileged)
+
+
+def huge_pages_that_ran_out() -> None:
+    """A page that is poisoned, where none is free, is told from one that cannot be allocated."""
+    from pyuffd import _lost
+
+    _lost._free_huge_pages = lambda page_size: 0
+    for name in ("hugetlb", "hugetlb-private"):
+        with contextlib.closing(memory_of(name)) as memory, Userfaultfd() as uffd:
+            region = memory.pages(2)
+            size = region.page_size
+            region.write(0, b"x")
+            uffd.register(region)
+            uffd.poison(region.start + size, size)
+            for access in ACCESSES.values():
+                with pytest.raises(PagePoisonedError):
+                    access(region, size)
+    _lost._free_huge_pages = lambda page_size: 7
+    for shared in (True, False):
+        with unreserved_huge_pages(2, have=1, shared=shared) as region:
+            region.write(0, b"x")
+            for access in ACCESSES.values():
+                with pytest.raises(UffdOSError, match="0 of its 1 pages left") as caught:
+                    access(region, region.page_size)
+                assert not isinstance(caught.value, PagePoisonedError)
+
+
+def has_scan() -> bool:
+    with Pagemap() as pagemap:
+        return bool(pagemap.scan_support()[0])
+
+
+@pytest.mark.skipif(not has_scan(), reason="this kernel has no PAGEMAP_SCAN (Linux 6.7)")
+@needs_hugepages(4)
+@needs_privilege()
+def test_huge_pages_that_ran_out() -> None:
+    run_child(huge_pages_that_ran_out)
 
 
 def no_driver() -> None:

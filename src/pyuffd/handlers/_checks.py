@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterable
@@ -181,6 +182,12 @@ def preserve_buffer(preserve: Buffer | Region | None, length: int) -> tuple[int,
     return address, owner
 
 
+_NOT_ANSWERED = {
+    errno.EDEADLK: "a page source waits for memory of its own handler, which it would have to read",
+    errno.EBUSY: "no worker was free, since they wait for memory for other pages,",
+}
+
+
 def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerError:
     """Return what stop() raises: the first failure, with the source's exception as its cause."""
     what = {
@@ -192,6 +199,8 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
         FailureStage.STALLED: "a page source did not answer in time",
         FailureStage.SAVE: "the old content of a page could not be saved",
     }.get(failure.stage, "the engine failed")
+    if failure.stage is FailureStage.STALLED:
+        what = _NOT_ANSWERED.get(failure.error, what)
     address, length = failure.address, failure.length
     if not address and source is not None:
         address, length = source.start, source.length
