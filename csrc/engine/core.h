@@ -353,6 +353,12 @@ static inline bool preserves(const struct uffd_range *range)
 	return range->content->preserve && (!range->space->owned || range->content->shared);
 }
 
+/* Whether it resolves faults only if a helper process is killed, without what that could read. */
+static inline bool stands_in(const struct uffd_engine *engine)
+{
+	return engine->options.helper_pid;
+}
+
 static inline bool loses_content(const struct uffd_range *range)
 {
 	return can_be_absent(range) && range->content->kind != UFFD_SOURCE_ZERO &&

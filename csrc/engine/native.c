@@ -19,8 +19,13 @@
 #include "loop.h"
 #include "native.h"
 #include "request.h"
+#include "say.h"
+#include "spaces.h"
 #include "stray.h"
 #include "base/clock.h"
+
+/* A worker process and its holder are killed with the keeper; they end within this time. */
+#define HELPERS_END_MS	1000
 
 /* With workers: sleep until there has been no leader for a while, then lead. */
 static void stand_by(struct uffd_engine *engine)
@@ -46,11 +51,37 @@ static void stand_by(struct uffd_engine *engine)
 	pthread_mutex_unlock(&engine->requests_lock);
 }
 
+/*
+ * Wait until the helper has ended, and nobody is left who could read a message and die with
+ * it.  A process that a page source forked may hold the pipe open, too: do not wait for it.
+ */
+static void await_helper(struct uffd_engine *engine)
+{
+	struct pollfd fds[] = {
+		{ .fd = engine->stop_fd, .events = POLLIN },
+		{ .fd = engine->options.helper_pidfd, .events = POLLIN },
+	};
+
+	while (poll(fds, 2, -1) < 1)
+		;
+	if (atomic_load(&engine->stop))
+		return;
+	fds[1].fd = engine->options.helper_life;
+	poll(fds, 2, HELPERS_END_MS);
+	if (atomic_load(&engine->stop))
+		return;
+	say_helper_ended(engine);
+	/* The kernel sends each fault once: those that the helper had read must come again. */
+	uffd_engine_wake_all(engine);
+}
+
 static void *native_main(void *argument)
 {
 	struct uffd_engine *engine = argument;
 
 	uffd_placement_begin(&engine->placement);
+	if (stands_in(engine))
+		await_helper(engine);
 	while (!atomic_load(&engine->stop)) {
 		if (engine->options.has_workers)
 			stand_by(engine);

@@ -237,6 +237,9 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 			poison_page(range, page);
 			return OUTCOME_FAILED;
 		}
+		if (stands_in(range->space->engine))
+			return apply_on_error(range, page, -EOWNERDEAD, UFFD_FAILED_SOURCE,
+					      thread_of(fault));
 		if (needs_request(range))
 			return ask_for(range, page, fault);
 	}

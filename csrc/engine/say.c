@@ -120,7 +120,7 @@ void say_page_fails(struct uffd_range *range, uint64_t page, int error,
 	struct uffd_line line = { .used = 0 };
 
 	/* Python reports what a source in Python raised, with the exception. */
-	if (stage == UFFD_FAILED_SOURCE && needs_request(range))
+	if (stage == UFFD_FAILED_SOURCE && needs_request(range) && !stands_in(engine))
 		return;
 	if (!may_say(engine, &range->content->said))
 		return;
@@ -182,5 +182,24 @@ void say_read_is_put_off(struct uffd_space *space, int error)
 	uffd_line_text(&line, " cannot be read: ");
 	put_limit(&line, -error);
 	uffd_line_text(&line, "; a fork() waits until it can be, and the read is retried");
+	uffd_line_write(&line, engine->options.say_fd);
+}
+
+void say_helper_ended(struct uffd_engine *engine)
+{
+	static const char *const now[] = {
+		[UFFD_ON_ERROR_POISON] = "missing pages are poisoned as they are touched",
+		[UFFD_ON_ERROR_STALL] = "threads that touch missing pages wait until stop() poisons"
+					" them",
+		[UFFD_ON_ERROR_KILL] = "a process that touches a missing page is killed",
+	};
+	struct uffd_line line = { .used = 0 };
+
+	if (engine->options.say_fd < 0)
+		return;
+	uffd_line_text(&line, "pyuffd: the helper process ");
+	uffd_line_number(&line, (uint64_t)engine->options.helper_pid, 10);
+	uffd_line_text(&line, " of a Handler has ended, perhaps killed: ");
+	uffd_line_text(&line, now[engine->options.on_error]);
 	uffd_line_write(&line, engine->options.say_fd);
 }

@@ -11,5 +11,7 @@ void say_engine_fails(struct uffd_engine *engine, uint64_t address, int error,
 		      enum uffd_failure_stage stage, const char *consequence);
 /* A read failed for lack of descriptors or memory and is retried; one line until it succeeds. */
 void say_read_is_put_off(struct uffd_space *space, int error);
+/* For a stand-in: the helper process has ended. */
+void say_helper_ended(struct uffd_engine *engine);
 
 #endif /* UFFD_ENGINE_SAY_H */

@@ -49,6 +49,10 @@ struct uffd_engine_options {
 	int32_t say_fd;		/* where to write messages on the first failures; -1: nowhere */
 	int32_t keeper_fd;	/* a stream to the keeper (successor.h); borrowed; -1: none */
 	void *shared;		/* state for a successor, zeroed before first use; or NULL */
+	/* For a stand-in, which resolves nothing until the helper that it stands in for has ended: */
+	int32_t helper_pid;	/* the keeper; 0: this engine is no stand-in */
+	int32_t helper_pidfd;
+	int32_t helper_life;	/* the read end of a pipe that the keeper and its children hold */
 };
 
 /* log2 buckets, each divided by 8: latencies are exact to 12.5 %. */

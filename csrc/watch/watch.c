@@ -14,7 +14,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "helper.h"
 #include "waiters.h"
 #include "watch.h"
 #include "base/line.h"
@@ -170,11 +169,19 @@ static bool put_waiter(struct uffd_line *line, const struct entry *entry,
 	return true;
 }
 
+/* Never block on stderr: forks and close() wait for this thread. */
+static bool can_say(int fd)
+{
+	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
+
+	return poll(&poll_fd, 1, 0) == 1 && (poll_fd.revents & POLLOUT);
+}
+
 static void say(struct entry *entry, uint64_t now)
 {
 	struct uffd_line line = { .used = 0 };
 
-	if (!uffd_helper_can_say(entry->watched.say_fd))
+	if (!can_say(entry->watched.say_fd))
 		return;
 	for (uint32_t i = 0; i < entry->count && !entry->said; i++) {
 		if (put_waiter(&line, entry, &entry->waiters[i], now)) {
@@ -244,12 +251,6 @@ static void look_at(struct entry *entry)
 	uint64_t now = uffd_now_ns();
 	bool is_event;
 
-	if (entry->watched.reader == UFFD_WATCH_HELPER) {
-		entry->said = entry->said || uffd_helper_say_end(entry->watched.fd,
-								 entry->watched.sent_to,
-								 entry->watched.say_fd);
-		return;
-	}
 	if (!has_unread(entry, &is_event)) {
 		reset(entry);
 		return;

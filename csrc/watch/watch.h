@@ -15,7 +15,6 @@
 enum uffd_watch_reader {
 	UFFD_WATCH_USER,	/* the program itself */
 	UFFD_WATCH_HANDLER,	/* a handler, which has not been started */
-	UFFD_WATCH_HELPER,	/* `fd` is the pidfd of a helper process, `sent_to` its pid */
 };
 
 struct uffd_watched {

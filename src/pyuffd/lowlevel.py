@@ -238,14 +238,6 @@ def watch_begin(
     lib.uffd_watch_begin(watched)
 
 
-def watch_helper(pidfd: int, pid: int, *, say_fd: int) -> None:
-    """Let a thread say on stderr when a helper process ends before `watch_end`."""
-    watched = ffi.new("struct uffd_watched *")
-    watched.fd, watched.sent_to, watched.say_fd = pidfd, pid, say_fd
-    watched.reader = lib.UFFD_WATCH_HELPER
-    lib.uffd_watch_begin(watched)
-
-
 def watch_end(fd: int) -> None:
     """Undo a `watch_begin`; call it before the descriptor is closed."""
     lib.uffd_watch_end(fd)

@@ -18,7 +18,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLOORS = [
     {"uffd_abi", "base/line", "base/clock"},
     {"uffd_shim", "uffd_transfer", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
-    {"watch/helper", "watch/waiters"},
+    {"watch/waiters"},
     {"watch/watch"},
     {"uffd_owned", "access/access"},
     {"dirty/ranges", "remote/maps"},

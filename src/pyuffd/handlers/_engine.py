@@ -105,7 +105,9 @@ class Engine(EnginePages):
     `has_workers` says that threads will call `next_request`. `stall_limit_ns` is the longest that a
     request may last (0: no limit), and `stall_signal` the signal that then writes the tracebacks
     (0: none). `keeper_fd` and `shared` are for an engine that may be killed (engine/successor.h):
-    the stream for its reports, and the address of memory that its successor gets too.
+    the stream for its reports, and the address of memory that its successor gets too. `helper` is
+    for a stand-in: pid and pidfd of the process whose end it waits for, and a pipe that this
+    process and its children hold open.
     """
 
     calls_python = False
@@ -130,6 +132,7 @@ class Engine(EnginePages):
         say_fd: int = -1,
         keeper_fd: int = -1,
         shared: int = 0,
+        helper: tuple[int, int, int] = (0, -1, -1),
     ) -> None:
         options = ffi.new("struct uffd_engine_options *")
         options.fd = fd
@@ -147,6 +150,7 @@ class Engine(EnginePages):
         options.say_fd = say_fd
         options.keeper_fd = keeper_fd
         options.shared = ffi.cast("void *", shared)
+        options.helper_pid, options.helper_pidfd, options.helper_life = helper
         out = ffi.gc(ffi.new("struct uffd_engine **"), lib.uffd_engine_discard)
         call = ffi.new("char **")
         code = lib.uffd_engine_create(options, out, call)

@@ -16,13 +16,8 @@ from pyuffd.handlers._checks import check_timeout, handler_error
 from pyuffd.handlers._ending import GRACE_S, Ending, refuse_sources_thread
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._failures import log_error
-from pyuffd.handlers._types import (
-    Content,
-    Ended,
-    RangeSpec,
-    SourceKind,
-    known_failure,
-)
+from pyuffd.handlers._types import Ended, known_failure
+from pyuffd.handlers.process._remote import RemoteEngine
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +84,8 @@ class Stops(HandlerBase):
             try:
                 return self._end(engine, ending)
             except HelperLostError as lost:
-                engine.destroy()
-                stand_in = self._stand_in()
                 ending.cut_short()
-                self._end(stand_in, ending)
+                self._end(self._stand_in_for(engine), ending)
                 return lost
         finally:
             self._engine = None
@@ -150,33 +143,18 @@ class Stops(HandlerBase):
             waited_s=time.monotonic() - began,
         )
 
-    def _stand_in(self) -> Engine:
-        """Make an engine in this process that poisons the ranges of a lost helper."""
-        engine = Engine(self.uffd.fileno(), **self._options)
-        engine.refuse()
-        spaces = {
-            uffd: self._add_space(engine, uffd) if uffd is not self.uffd else 0
-            for uffd in self._spaces
-        }
+    def _stand_in_for(self, engine: Backend) -> Engine:
+        """Return an engine of this process that poisons the ranges of a lost helper."""
+        if not isinstance(engine, RemoteEngine):
+            raise TypeError(f"{engine!r} has no helper process")
+        stand_in = engine.take_over()
         for key, served in list(self._served.items()):
-            is_file = served.kind in (SourceKind.FILE, SourceKind.OVERLAY)
-            kind = SourceKind.REQUEST if is_file else served.kind
-            served.id = engine.add(
-                RangeSpec(
-                    spaces[served.uffd],
-                    served.id.start,
-                    served.id.length,
-                    served.page_size,
-                    served.mode,
-                    Content(kind),
-                )
-            )
-            engine.set_ioctls(served.id, served.ioctls)
-            del self._served[key]
-            self._served[served.id.space, served.id.start] = served
-        engine.start([])
-        engine.wake_all()
-        return engine
+            place = stand_in.place_of(served.id)
+            if place is not None:
+                del self._served[key]
+                served.id = place
+                self._served[place.space, place.start] = served
+        return stand_in.engine
 
     def _drain(self, engine: Backend, ending: Ending) -> None:
         if not self._started:

@@ -531,8 +531,12 @@ def named(call: str, what: str = "start the worker process") -> Iterator[None]:
         raise_start_error(what, error.errno or errno.EIO, call)
 
 
-def main(fd: int, owner_pid: int, stderr: int) -> None:
-    """Run the keeper of the process at the other end of a socket."""
+def main(fd: int, owner_pid: int, stderr: int, life: int) -> None:
+    """Run the keeper of the process at the other end of a socket.
+
+    The keeper and its children hold the pipe `life` open, but no program that a page source starts.
+    """
+    os.set_inheritable(life, False)
     with socket.socket(fileno=fd) as owner:
         tell: Callable[[BaseException], None] = partial(_tell_end, owner)
         try:

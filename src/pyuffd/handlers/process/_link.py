@@ -20,11 +20,9 @@ import time
 from collections import deque
 from typing import Any
 
-from pyuffd import lowlevel
 from pyuffd._errors import HelperLostError
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
-from pyuffd._watch import is_wanted, stderr_fd
 from pyuffd.handlers._failures import log_error
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._calls import Answer, Call, Message
@@ -72,7 +70,7 @@ class HelperLink:
         self._begun = threading.Event()
         self._is_cancelled = self._is_ending = False
         self._is_left_behind = False
-        self._is_watched = self._is_leaving = False
+        self._is_leaving = False
         self._not_started: BaseException | None = None
 
     def start(self) -> None:
@@ -94,17 +92,15 @@ class HelperLink:
         self.call(Call.HELLO, limit_s=START_LIMIT_S)
         self._ready = True
         self._process.is_ready()
-        # The thread that faults may hold the GIL: C must say it when the helper is killed.
-        if is_wanted():
-            lowlevel.watch_helper(self._process.pidfd, self._process.pid, say_fd=stderr_fd())
-            self._is_watched = True
+
+    @property
+    def helper(self) -> tuple[int, int, int]:
+        """The helper's pid and pidfd, and the pipe that is closed with its last process."""
+        return self._process.pid, self._process.pidfd, self._process.life
 
     def leave(self) -> None:
         """From now on it is no news that the helper ends."""
         self._is_leaving = True
-        if self._is_watched:
-            lowlevel.watch_end(self._process.pidfd)
-            self._is_watched = False
 
     def call(
         self,
@@ -201,8 +197,8 @@ class HelperLink:
         cause = str(self._died) if self._died is not None else f"it {self._how}"
         error = (
             HelperLostError(
-                f"the helper process {self._process.pid} is gone: {cause}. Missing pages stay"
-                " missing until stop() poisons them"
+                f"the helper process {self._process.pid} is gone: {cause}. on_error applies to"
+                " each missing page that is touched, and stop() poisons the others"
             )
             if self._ready
             else cannot_start(cause)

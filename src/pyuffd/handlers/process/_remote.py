@@ -34,6 +34,7 @@ from pyuffd.handlers._types import (
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._calls import Call
 from pyuffd.handlers.process._link import HelperLink
+from pyuffd.handlers.process._stand_in import StandIn
 from pyuffd.handlers.process._start import starting
 from pyuffd.handlers.process._transport import pack
 
@@ -63,6 +64,7 @@ class RemoteEngine(SoleOwner):
                 own = Descriptor.of_process(os.getpid())  # tells the keeper when we end
             with own:
                 self._link.introduce((options, workers), (fd, own.number))
+            self._stand_in = StandIn(fd, self._link.helper, **options)
         except BaseException:
             self._link.close()
             raise
@@ -71,6 +73,8 @@ class RemoteEngine(SoleOwner):
         # Needed if an exception came before the object reached its user. In a fork the helper
         # belongs to the parent.
         if hasattr(self, "_link") and self._pid == os.getpid():
+            if hasattr(self, "_stand_in"):
+                self._stand_in.dismiss()
             self._link.close()
 
     # What a Handler calls
@@ -80,7 +84,9 @@ class RemoteEngine(SoleOwner):
         self._added_spaces += 1
         key = self._added_spaces
         try:
-            return int(self._call(Call.ADD_SPACE, layout_events, owner_pid, key, fds=(fd,)))
+            space = int(self._call(Call.ADD_SPACE, layout_events, owner_pid, key, fds=(fd,)))
+            self._stand_in.add_space(space, fd, layout_events=layout_events, owner_pid=owner_pid)
+            return space
         except BaseException:
             with suppress(HelperLostError):
                 space = self._call(Call.FIND_SPACE, key)
@@ -90,7 +96,9 @@ class RemoteEngine(SoleOwner):
 
     def remove_space(self, space: int) -> None:
         """Forget a userfaultfd whose ranges have been taken out."""
-        self._call(Call.REMOVE_SPACE, space)
+        with suppress(HelperLostError):  # stop() raises it
+            self._call(Call.REMOVE_SPACE, space)
+        self._stand_in.remove_space(space)
 
     def add(self, spec: RangeSpec) -> RangeId:
         """Put a range in; its source and descriptors are sent to the worker process."""
@@ -118,6 +126,7 @@ class RemoteEngine(SoleOwner):
         source = pack(content.owner) if content.kind is SourceKind.REQUEST else None
         sent = replace(spec, content=replace(unsent, address=0, owner=source), local=0, owner=None)
         served: RangeId = self._call(Call.ADD, sent, fds=tuple(fds))
+        self._stand_in.add(served, spec)
         return served
 
     def find(self, space: int, start: int) -> RangeId | None:
@@ -128,6 +137,7 @@ class RemoteEngine(SoleOwner):
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
         """Tell the engine which ioctls the registered range supports."""
         self._call(Call.SET_IOCTLS, served, int(ioctls))
+        self._stand_in.set_ioctls(served, int(ioctls))
 
     def list_registered(
         self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
@@ -149,14 +159,29 @@ class RemoteEngine(SoleOwner):
         gently: bool = False,
     ) -> bool:
         """Take a range out."""
-        return bool(self._call(Call.UNSERVE, served, seal, unregister, patience_s, gently))
+        try:
+            done = bool(self._call(Call.UNSERVE, served, seal, unregister, patience_s, gently))
+        except HelperLostError:
+            # stop() raises it. Here the caller goes on, perhaps to unmap the range.
+            return self._stand_in.remove(
+                served.number,
+                seal=seal,
+                unregister=unregister,
+                patience_s=patience_s,
+                gently=gently,
+            )
+        if done:
+            self._stand_in.remove(served.number)
+        return done
 
     def start(self, cpus: list[int]) -> None:
         """Start the driver."""
         self._call(Call.START, cpus)
+        self._stand_in.start()
 
     def end(self, patience_s: float) -> Ended:
         """Take out every range and end the driver; wait `patience_s` at most for its threads."""
+        self._stand_in.dismiss()
         ended: Ended = self._link.call_at_end(
             Call.END, patience_s, limit_s=SEAL_LIMIT_S + patience_s, patience_s=patience_s
         )
@@ -177,6 +202,7 @@ class RemoteEngine(SoleOwner):
 
     def drain(self, limit_ns: int) -> bool:
         """Wait until the faults that wait now are resolved; return False after the limit."""
+        self._stand_in.dismiss()
         return bool(self._link.call_at_end(Call.DRAIN, limit_ns, limit_s=limit_ns / 1e9))
 
     def refuse(self) -> None:
@@ -228,7 +254,10 @@ class RemoteEngine(SoleOwner):
 
     def failure_at(self, address: int) -> SourceFailure | None:
         """Return why a page was lost, or the first failure, which may be of another page."""
-        found = self._call(Call.FAILURE_AT, address)
+        try:
+            found = self._call(Call.FAILURE_AT, address)
+        except HelperLostError as lost:
+            return self._stand_in.failure_at(address, lost)
         if found is not None and found[1] <= address < found[1] + found[2]:
             blob, start, length = found
             return SourceFailure(_wire.load_error(blob), start, length)
@@ -265,6 +294,16 @@ class RemoteEngine(SoleOwner):
 
     def destroy(self) -> None:
         """End the helper processes."""
+        self._stand_in.close()
+        self._leave()
+
+    def take_over(self) -> StandIn:
+        """End what is left of a lost helper; return the stand-in, which poisons from now on."""
+        self._stand_in.take_over()
+        self._leave()
+        return self._stand_in
+
+    def _leave(self) -> None:
         self._link.leave()
         self._link.tell(Call.CLOSE)
         # After `end` no thread waits for it any more.

@@ -37,7 +37,7 @@ spec = util.spec_from_file_location("pyuffd", {package!r})
 sys.modules["pyuffd"] = util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pyuffd"])
 from pyuffd.handlers.process._keeper import main
-main({fd}, {pid}, {stderr})
+main({fd}, {pid}, {stderr}, {life})
 """
 
 
@@ -52,15 +52,18 @@ class HelperProcess:
         self._how = ""
         self._said = Descriptor()
         self._pidfd = Descriptor()
+        self._life = Descriptor()
         self._popen: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it; the caller calls `undo_start` after a failure or an interruption."""
         with starting("socketpair"):
             self.socket, theirs = _socketpair()
-        with theirs, _standard_error() as stderr:
+        with starting("pipe2"):
+            self._life, life = _pipe()
+        with theirs, life, _standard_error() as stderr:
             self._open_said()
-            self._popen = self._start(theirs.fileno(), stderr.number)
+            self._popen = self._start(theirs.fileno(), stderr.number, life.number)
         self.pid = self._popen.pid
         with starting("pidfd_open"):
             self._pidfd = Descriptor.of_process(self.pid)
@@ -70,7 +73,12 @@ class HelperProcess:
         """A descriptor that is readable when the keeper has ended; -1 without a keeper."""
         return self._pidfd.number
 
-    def _start(self, fd: int, stderr: int) -> subprocess.Popen[bytes]:
+    @property
+    def life(self) -> int:
+        """The read end of a pipe that is closed when no process of the helper is left."""
+        return self._life.number
+
+    def _start(self, fd: int, stderr: int, life: int) -> subprocess.Popen[bytes]:
         """Start an interpreter. subprocess uses vfork(2), which causes no Fork event.
 
         The interpreter inherits the ignored and blocked signals, which `_clean` resets.
@@ -81,6 +89,7 @@ class HelperProcess:
             fd=fd,
             pid=os.getpid(),
             stderr=stderr,
+            life=life,
         )
         with starting("vfork"):
             return subprocess.Popen(
@@ -88,7 +97,7 @@ class HelperProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=None if is_inherited(1) else subprocess.DEVNULL,
                 stderr=self._said.number if self._said.is_open else _inherited_or_null(2),
-                pass_fds=[fd, stderr] if stderr >= 0 else [fd],
+                pass_fds=[fd, life, stderr] if stderr >= 0 else [fd, life],
                 start_new_session=True,
             )
 
@@ -181,6 +190,7 @@ class HelperProcess:
             self.socket.close()
         self._said.close()
         self._pidfd.close()
+        self._life.close()
 
 
 def _children_of_session(session: int) -> list[int]:
@@ -231,6 +241,16 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
         ours.close()
         theirs.close()
         raise
+
+
+def _pipe() -> tuple[Descriptor, Descriptor]:
+    """Return the ends of a pipe, with other numbers than those of the standard streams."""
+    ends = os.pipe()
+    try:
+        return Descriptor.duplicate(ends[0], STDIO), Descriptor.duplicate(ends[1], STDIO)
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def _above_stdio(sock: socket.socket) -> socket.socket:
