@@ -7,6 +7,7 @@
 #include "answer.h"
 #include "promise.h"
 #include "queue.h"
+#include "resolve.h"
 #include "say.h"
 #include "stall.h"
 #include "stats.h"
@@ -209,4 +210,56 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 			show_tracebacks(engine);
 		give_up(engine, &copy, stalled.error, only_report);
 	}
+}
+
+/* With the requests' lock held: what a thread's source is asked for; NULL: it runs none. */
+static struct uffd_request *fetched_by(struct uffd_engine *engine, uint32_t thread_id)
+{
+	struct uffd_request *request;
+
+	TAILQ_FOREACH(request, &engine->taken, link)
+		if (request->worker_id == thread_id &&
+		    !__atomic_load_n(&request->answered, __ATOMIC_ACQUIRE))
+			return request;
+	return NULL;
+}
+
+static bool asks_for(const struct uffd_request *request, const struct uffd_range *range,
+		     uint64_t page)
+{
+	return request->id == range->id &&
+	       content_offset(range, page) - request->offset < request->length;
+}
+
+void end_own_wait(struct uffd_range *range, uint64_t page, uint32_t thread_id)
+{
+	struct uffd_engine *engine = range->space->engine;
+	bool only_report = engine->options.on_error == UFFD_ON_ERROR_STALL;
+	bool is_only = engine->options.has_workers == 1, is_new = false;
+	uint8_t absent = UFFD_PAGE_ABSENT;
+	struct uffd_request *request, copy;
+
+	pthread_mutex_lock(&engine->requests_lock);
+	request = fetched_by(engine, thread_id);
+	if (!request || !needs_request(range) || !(is_only || asks_for(request, range, page))) {
+		pthread_mutex_unlock(&engine->requests_lock);
+		return;
+	}
+	copy = *request;
+	is_new = !request->abandoned && !request->reported;
+	if (only_report)
+		request->reported = 1;
+	else if (is_new)
+		abandon(engine, &engine->taken, request, &copy);
+	pthread_mutex_unlock(&engine->requests_lock);
+
+	if (is_new) {
+		count(engine, COUNTER(stalled_requests), 1);
+		show_tracebacks(engine);
+		give_up(engine, &copy, -EDEADLK, only_report);
+	}
+	/* Nobody else could fetch this one either. */
+	if (!only_report && is_only &&
+	    atomic_compare_exchange_strong(state_of(range, page), &absent, UFFD_PAGE_IN_FLIGHT))
+		apply_on_error(range, page, -EDEADLK, UFFD_FAILED_STALLED, thread_id);
 }

@@ -14,5 +14,10 @@ void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 uint32_t uffd_engine_hung(struct uffd_engine *engine);
 /* Apply on_error to requests older than the limit; returns when the next one will be. */
 uint64_t fail_stalled_requests(struct uffd_engine *engine);
+/*
+ * Before a fault of this thread is resolved: if the thread runs a source that would have to
+ * fetch the page, it waits for itself.  Apply on_error to what the source was asked for.
+ */
+void end_own_wait(struct uffd_range *range, uint64_t page, uint32_t thread_id);
 
 #endif /* UFFD_ENGINE_STALL_H */

@@ -13,6 +13,7 @@
 #include "range.h"
 #include "resolve.h"
 #include "say.h"
+#include "stall.h"
 #include "stats.h"
 #include "step.h"
 #include "stray.h"
@@ -55,6 +56,8 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		page = page_of(range, fault->address);
 		hold = leave_with(table, shard, range, page, page + range->page_size,
 				  engine->leader_id);
+		if (engine->options.has_workers && fault->thread_id && kind != UFFD_KIND_WP)
+			end_own_wait(range, page, fault->thread_id);
 		in_line = is_next_in_line(range, page, kind);
 		if (engine->job_count && !in_line)
 			engine->jobs[engine->job_count - 1].for_reader = false;

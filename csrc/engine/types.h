@@ -40,7 +40,7 @@ struct uffd_engine_options {
 	uint32_t is_inline;	/* resolve in the faulting thread (Feature.SIGBUS) */
 	uint32_t layout_events;	/* which layout events are on: UFFD_FEATURE_EVENT_* */
 	uint32_t watch_owner;	/* the owner is another process: notice its death */
-	uint32_t has_workers;	/* uffd_engine_next_request is called */
+	uint32_t has_workers;	/* how many threads call uffd_engine_next_request */
 	uint32_t stall_signal;	/* sent to our own thread when a request stalls; 0: none */
 	uint64_t prefetch;	/* bytes filled around a fault, 0: its page alone */
 	uint64_t spin_ns;	/* spin for the next fault at most this long */

@@ -130,6 +130,7 @@ class HandlerBase(SoleOwner):
             served.region._note_served()
             for callback in served.on_close:
                 served.region._forget_on_close(callback)
+            served.region._forget_check(served.check)
         self._served.pop((served.id.space, served.id.start), None)  # last
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:

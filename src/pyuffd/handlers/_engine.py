@@ -102,7 +102,7 @@ class _Life:
 class Engine(EnginePages):
     """One `struct uffd_engine`; the userfaultfds are borrowed.
 
-    `has_workers` says that threads will call `next_request`. `stall_limit_ns` is the longest that a
+    `workers` threads will call `next_request`. `stall_limit_ns` is the longest that a
     request may last (0: no limit), and `stall_signal` the signal that then writes the tracebacks
     (0: none). `keeper_fd` and `shared` are for an engine that may be killed (engine/successor.h):
     the stream for its reports, and the address of memory that its successor gets too. `helper` is
@@ -123,7 +123,7 @@ class Engine(EnginePages):
         inline: bool = False,
         layout_events: int = 0,
         watch_owner: bool = False,
-        has_workers: bool = False,
+        workers: int = 0,
         stall_signal: int = 0,
         stall_limit_ns: int = 0,
         prefetch: int,
@@ -141,7 +141,7 @@ class Engine(EnginePages):
         options.is_inline = inline
         options.layout_events = layout_events
         options.watch_owner = watch_owner
-        options.has_workers = has_workers
+        options.has_workers = workers
         options.stall_signal = stall_signal
         options.stall_limit_ns = stall_limit_ns
         options.prefetch = prefetch

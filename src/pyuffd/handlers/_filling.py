@@ -12,6 +12,7 @@ from pyuffd._errors import UffdOSError
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._bounce import BOUNCE_SIZE, Bounce
+from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import SourceKind
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class FillsPages(HandlerBase):
         if served.kind is SourceKind.REQUEST and not self._started:
             raise ValueError("populate needs running workers: call start() first")
         size = served.page_size
+        if isinstance(engine, WorkedEngine):
+            engine.check_access(served, served.id.start + first * size, pages * size)
         return engine.populate(served.id, first * size, pages * size, chunk or 0)
 
     def fill(

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Ioctl, RegisterMode
@@ -44,6 +45,7 @@ from pyuffd.handlers._serving import (
     touched_by,
     warn_of_merging,
 )
+from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import RangeSpec, SourceKind
 from pyuffd.lowlevel import Granted
 from pyuffd.regions import Region
@@ -331,6 +333,9 @@ class ServesRegions(HandlerBase):
             return None if handler is None else handler._why_lost(address)
 
         region.on_loss(why_lost)
+        if isinstance(self._engine, WorkedEngine):
+            served.check = partial(_check_access, reference, served)
+            region.before_access(served.check)
 
     def _why_lost(self, address: int) -> BaseException | None:
         """Return why a page was lost, or None if that is unknown."""
@@ -389,3 +394,15 @@ class ServesRegions(HandlerBase):
                 held[0].start,
                 held[0].length,
             )
+
+
+def _check_access(
+    reference: weakref.ref[ServesRegions], served: Served, start: int, length: int
+) -> None:
+    """Refuse an access of a page source that would wait for itself."""
+    handler = reference()
+    engine = None if handler is None else handler._engine
+    if handler is None or handler._pid != os.getpid() or not isinstance(engine, WorkedEngine):
+        return
+    with suppress(ClosedError):  # the handler stops meanwhile
+        engine.check_access(served, start, length)

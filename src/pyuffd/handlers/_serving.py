@@ -53,6 +53,7 @@ class Served:
     preserves: bool = False
     was_protected: bool = False
     on_close: list[Callable[[], None]] = field(default_factory=list)
+    check: Callable[[int, int], None] | None = None  # before accesses of the region
 
 
 class MayHaveToEnd(Protocol):

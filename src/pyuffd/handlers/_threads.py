@@ -19,6 +19,13 @@ from pyuffd._errors import UffdOSError
 from pyuffd._limits import start_thread
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._failures import SAID_MOST, source_text, tell
+from pyuffd.handlers._own_memory import (
+    Page,
+    SourceThreads,
+    first_missing,
+    stays_missing,
+    waits_error,
+)
 from pyuffd.handlers._stall import stall_signal
 from pyuffd.handlers._types import (
     PATIENCE_S,
@@ -30,12 +37,14 @@ from pyuffd.handlers._types import (
     SourceFailure,
     SourceKind,
 )
+from pyuffd.sources import AsyncSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from typing_extensions import Buffer
 
+    from pyuffd.handlers._serving import Served
     from pyuffd.sources import PageSource
 
 log = logging.getLogger(__name__)
@@ -65,18 +74,20 @@ class WorkedEngine(Engine):
     ) -> None:
         super().__init__(
             fd,
-            has_workers=True,
+            workers=workers,
             stall_signal=stall_signal(),
             keeper_fd=keeper_fd,
             shared=shared,
             **options,
         )
         self._failed = failed
+        self._source_threads = SourceThreads(workers)
         self._failure: SourceFailure | None = None
         self._options = options
         self._not_populated: dict[int, BaseException] = {}  # by address, until populate raises it
         self._sources: dict[int, PageSource] = {}
         self._labels: dict[int, str] = {}
+        self._places: dict[int, tuple[RangeId, int]] = {}  # with the size of a page
         self._raised: deque[SourceFailure] = deque(maxlen=RAISED_KEPT)
         self._told: set[int] = set()  # ranges of which a failure has been reported
         self._hung_before = 0
@@ -88,6 +99,7 @@ class WorkedEngine(Engine):
         if given.content.kind is SourceKind.REQUEST:
             self._sources[served.number] = given.content.owner  # type: ignore[assignment]
             self._labels[served.number] = given.label
+            self._places[served.number] = served, given.page_size
 
     def unserve(
         self,
@@ -106,6 +118,7 @@ class WorkedEngine(Engine):
         if done:
             self._sources.pop(served.number, None)
             self._labels.pop(served.number, None)
+            self._places.pop(served.number, None)
         return done
 
     def start(self, cpus: list[int]) -> None:
@@ -166,7 +179,44 @@ class WorkedEngine(Engine):
         self.answer_requests(self._read, self._failed_at)
 
     def _read(self, number: int, offset: int, length: int) -> Buffer | None:
-        return self._sources[number].read(offset, length)
+        self._source_threads.begin(number, offset, length)
+        try:
+            return self._sources[number].read(offset, length)
+        finally:
+            self._source_threads.end()
+
+    def check_access(self, served: Served, start: int, length: int) -> None:
+        """Raise HandlerError if this thread would wait for a page that only itself can fetch."""
+        of_loop = isinstance(served.source, AsyncSource) and served.source.runs_here()
+        if served.kind is not SourceKind.REQUEST or not (of_loop or self._source_threads.is_one):
+            return
+        size, number = served.page_size, served.id.number
+        # The access may be of a whole region, of which a part is served.
+        begin = max(start - served.id.start, 0)
+        end = min(start + length - served.id.start, served.id.length)
+        if begin >= end:
+            return
+        first = begin // size
+        pages = -(-end // size) - first
+
+        def look(at: int, count: int) -> bytes:
+            return self.states(served.id, at, count)
+
+        missing = first_missing(look(first, pages))
+        if missing is None:
+            return
+        at = first + missing
+        if (
+            stays_missing(lambda: look(at, 1))
+            if of_loop
+            else self._source_threads.waits_for_itself(Page(number, at * size), self._is_missing)
+        ):
+            label = self._labels.get(number, "a range")
+            raise waits_error(label, served.id.start + at * size, size, of_loop=of_loop)
+
+    def _is_missing(self, page: Page) -> bool:
+        served, size = self._places[page.number]
+        return first_missing(self.states(served, page.offset // size, 1)) is not None
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages; an exception of the source is the cause of the error."""

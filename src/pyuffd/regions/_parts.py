@@ -45,6 +45,7 @@ class Divisible(CloseCallbacks):
         self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
         self._exports_lock = RLock()
         self._why_lost: list[Callable[[int], BaseException | None]] = []
+        self._checks: list[Callable[[int, int], None]] = []
 
     @property
     def _root(self) -> Divisible:
@@ -59,6 +60,7 @@ class Divisible(CloseCallbacks):
         self._whole = of._root
         self._keeps = of  # what serves its memory may end with it
         self._why_lost = self._whole._why_lost
+        self._checks = self._whole._checks
         self._open = True
 
     # A sequence has these by default; they would access each byte separately.

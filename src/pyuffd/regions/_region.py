@@ -361,8 +361,10 @@ class Region(Divisible):
                 and `digest`. Through a view or an array, an access to such a page raises SIGBUS.
             UffdOSError: EFAULT - SIGBUS for another reason, which `hint` names: a file that was
                 truncated, or no free huge page.
+            HandlerError: the thread runs a page source of the region's own handler, which would
+                wait for itself; also from the methods above. Nothing is read.
         """
-        at, length = self._span(offset, length)
+        at, length = self._access(offset, length)
         try:
             return _memory.read(at, length)
         except PagePoisonedError as error:
@@ -372,7 +374,7 @@ class Region(Divisible):
         """Copy a contiguous buffer to `offset`."""
         check_int("offset", offset)
         check_buffer("data", data)
-        at, _ = self._span(offset, memoryview(data).nbytes, write=True)
+        at, _ = self._access(offset, memoryview(data).nbytes, write=True)
         try:
             _memory.write(at, data)
         except PagePoisonedError as error:
@@ -382,7 +384,7 @@ class Region(Divisible):
         """Set every byte, or those of a part, to `value`."""
         if not 0 <= check_int("value", value) <= 255:
             raise ValueError(f"value {shown(value)} is not in 0..255")
-        at, length = self._span(offset, length, write=True)
+        at, length = self._access(offset, length, write=True)
         try:
             _memory.fill(at, length, value)
         except PagePoisonedError as error:
@@ -394,7 +396,7 @@ class Region(Divisible):
         With `write` a byte of each page is read and written back. If another thread writes that
         byte at the same time, its write may be lost.
         """
-        at, length = self._span(offset, length, write=write)
+        at, length = self._access(offset, length, write=write)
         first = round_down(at, self.page_size)
         try:
             _memory.touch(first, at + length - first, self.page_size, write=write)
@@ -405,7 +407,7 @@ class Region(Divisible):
         """Return the digest of the content, or of a part, by a hashlib algorithm."""
         import hashlib  # 2 ms, and rarely needed
 
-        at, length = self._span(offset, length)
+        at, length = self._access(offset, length)
         if not isinstance(name, str):
             raise TypeError(f"name must be that of a hashlib algorithm, not {shown(name)}")
         try:
@@ -431,6 +433,22 @@ class Region(Divisible):
         if not callable(why):
             raise TypeError(f"why must be a function of an address, not {shown(why)}")
         self._why_lost.append(why)
+
+    def before_access(self, check: Callable[[int, int], None]) -> None:
+        """Call a function with address and length before each access; for handlers.
+
+        It may raise, and the access then does not happen.
+        """
+        if not callable(check):
+            raise TypeError(
+                f"check must be a function of an address and a length, not {shown(check)}"
+            )
+        self._checks.append(check)
+
+    def _forget_check(self, check: Callable[[int, int], None] | None) -> None:
+        """Undo a `before_access`; unknown functions are ignored."""
+        if check in self._checks:
+            self._checks.remove(check)
 
     def _here(self, error: PagePoisonedError) -> PagePoisonedError:
         """Add to the error where in this region the page is."""
@@ -548,6 +566,13 @@ class Region(Divisible):
         if write and not self.writable:
             raise ValueError(f"{self!r} is read-only")
         return self._mapping.start + offset, length
+
+    def _access(self, offset: int, length: int | None, *, write: bool = False) -> tuple[int, int]:
+        """Return address and bytes of a part that will be accessed now."""
+        at, length = self._span(offset, length, write=write)
+        for check in self._checks.copy() if self._checks else ():
+            check(at, length)
+        return at, length
 
     def _pages(self, offset: int, length: int | None, *, write: bool = False) -> tuple[int, int]:
         at, length = self._span(offset, length, write=write)
