@@ -416,41 +416,46 @@ class Engine(EnginePages):
         If it raises, `fail` is called with the exception and returns the errno for `on_error`.
         """
         engine = self._engine()
-        request = lib.uffd_engine_next_request(engine)
-        while request:
-            length = request.length
-            try:
-                data = read(request.id, request.offset, length)
-                if data is None:  # the content comes by `fill`
-                    request = lib.uffd_engine_promise_next(engine, request)
-                    continue
-                size = len(data) if type(data) is bytes else _size_of(data, request)
-                if size != length:
-                    raise HandlerError(
-                        f"a page source returned {size:#x} bytes for {length:#x} at offset"
-                        f" {request.offset:#x}",
-                        request.address,
-                        length,
-                    )
-                if type(data) is bytes:  # one call, one release of the GIL
-                    request = lib.uffd_engine_complete_next(engine, request, data)
-                    continue
-                with ffi.from_buffer(data) as pointer:
-                    lib.uffd_engine_complete(engine, request, pointer)
-            except BaseException as error:  # a thread waits for the page, so catch everything
-                if lib.uffd_engine_ask_again(engine, request):
-                    log.debug("the source failed; asking again for fewer pages", exc_info=error)
-                else:
-                    failed = Request(
-                        request.id,
-                        request.offset,
-                        request.address,
-                        length,
-                        bool(request.is_fault),
-                        bool(request.abandoned),
-                    )
-                    lib.uffd_engine_fail(engine, request, fail(failed, error))
+        try:
             request = lib.uffd_engine_next_request(engine)
+            while request:
+                length = request.length
+                try:
+                    data = read(request.id, request.offset, length)
+                    if data is None:  # the content comes by `fill`
+                        request = lib.uffd_engine_promise_next(engine, request)
+                        continue
+                    size = len(data) if type(data) is bytes else _size_of(data, request)
+                    if size != length:
+                        raise HandlerError(
+                            f"a page source returned {size:#x} bytes for {length:#x} at offset"
+                            f" {request.offset:#x}",
+                            request.address,
+                            length,
+                        )
+                    if type(data) is bytes:  # one call, one release of the GIL
+                        request = lib.uffd_engine_complete_next(engine, request, data)
+                        continue
+                    with ffi.from_buffer(data) as pointer:
+                        lib.uffd_engine_complete(engine, request, pointer)
+                except BaseException as error:  # a thread waits for the page, so catch everything
+                    if lib.uffd_engine_ask_again(engine, request):
+                        log.debug("the source failed; asking again for fewer pages", exc_info=error)
+                    else:
+                        failed = Request(
+                            request.id,
+                            request.offset,
+                            request.address,
+                            length,
+                            bool(request.is_fault),
+                            bool(request.abandoned),
+                        )
+                        lib.uffd_engine_fail(engine, request, fail(failed, error))
+                request = lib.uffd_engine_next_request(engine)
+        finally:
+            # The traceback of a source's exception keeps this frame, and the engine would outlive
+            # its end in it.
+            del engine
 
     @property
     def source_failure(self) -> SourceFailure | None:
