@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import Feature, Handler, PageBit, Pagemap, PageState, Region, RegisterMode, Userfaultfd
+from pyuffd import (
+    Feature,
+    Handler,
+    HandlerError,
+    PageBit,
+    Pagemap,
+    PageState,
+    Region,
+    RegisterMode,
+    Userfaultfd,
+)
 from pyuffd.testing import needs_privilege
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
@@ -33,6 +43,14 @@ def needs_ksm() -> pytest.MarkDecorator:
         return ([] if run == "0" else ["ksm"]), f"it is {run}"
 
     return marked(Need("KSM that is off", missing))
+
+
+def wait_for_merging() -> None:
+    deadline = time.monotonic() + LIMIT_S
+    end = int((KSM / "full_scans").read_text()) + 4
+    while int((KSM / "full_scans").read_text()) < end:
+        assert time.monotonic() < deadline, "ksmd does not run"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -62,11 +80,7 @@ def merged() -> None:
         assert pagemap.read(region).count(PageBit.UFFD_WP) == PAGES
         region.madvise(MADV_MERGEABLE)
         with ksm_running():
-            deadline = time.monotonic() + LIMIT_S
-            end = int((KSM / "full_scans").read_text()) + 4
-            while int((KSM / "full_scans").read_text()) < end:
-                assert time.monotonic() < deadline, "ksmd does not run"
-                time.sleep(0.01)
+            wait_for_merging()
         protected = pagemap.read(region).count(PageBit.UFFD_WP)
         assert protected < PAGES
         # The page table shows it: a page without protection counts as written, though it is not.
@@ -91,6 +105,43 @@ def test_merging_drops_protection() -> None:
     If this fails on a kernel that keeps the protection, look at what it does.
     """
     run_child(merged, budget_s=40)
+
+
+def preserved() -> None:
+    """`preserve` saves what merged pages hold by then, and stop() says how many may be wrong."""
+    features = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
+    with (
+        Userfaultfd(features=features) as uffd,
+        Region.anonymous(PAGES * PAGE) as region,
+        Pagemap() as pagemap,
+    ):
+        region.fill(7)
+        image = bytearray(region.length)
+        handler = Handler(uffd)
+        handler.serve(region, None, mode=RegisterMode.WP, preserve=image)
+        handler.start()
+        handler.writeprotect(region)
+        region.madvise(MADV_MERGEABLE)
+        with ksm_running():
+            wait_for_merging()
+        merged = PAGES - pagemap.read(region).count(PageBit.UFFD_WP)
+        assert merged > 0
+        for page in range(0, PAGES, 2):
+            region.write(page * PAGE, b"new")
+        in_time = handler.stats().preserved_pages
+        assert handler.preserve(region) == (PAGES - in_time) * PAGE
+        new = sum(image.startswith(b"new", page * PAGE) for page in range(PAGES))
+        assert new == PAGES // 2 - in_time
+        assert handler.page_states(region).count(PageState.DIRTY) == merged + in_time
+        with pytest.raises(HandlerError, match="no longer protected") as caught:
+            handler.stop()
+        assert f"({merged} pages in all)" in str(caught.value)
+
+
+@needs_ksm()
+@needs_privilege("CAP_SYS_ADMIN")
+def test_preserve_of_merged_pages() -> None:
+    run_child(preserved, budget_s=40)
 
 
 def noticed(when: str) -> None:

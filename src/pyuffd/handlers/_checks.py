@@ -201,6 +201,11 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
     }.get(failure.stage, "the engine failed")
     if failure.stage is FailureStage.STALLED:
         what = _NOT_ANSWERED.get(failure.error, what)
+    elif failure.stage is FailureStage.SAVE and failure.error == errno.ENODATA:
+        what = (
+            "a page was no longer protected when it was saved (KSM had merged it, or other code"
+            " lifted the protection), so the saved content may be newer than the protection,"
+        )
     address, length = failure.address, failure.length
     if not address and source is not None:
         address, length = source.start, source.length
