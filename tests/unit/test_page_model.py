@@ -8,12 +8,13 @@ import pytest
 
 from pyuffd.conformance import _crossing_parts as parts
 from pyuffd.conformance import _page_model as model
+from pyuffd.conformance import _page_states as states
 from pyuffd.conformance import load
 from pyuffd.conformance._page_model import FULL, Entry, Page
 from pyuffd.testing._memory_types import MEMORY_TYPES
 
 ANON, SHMEM, PRIVATE = (MEMORY_TYPES[name] for name in ("anon", "shmem", "shmem-private"))
-PAIRS = [(state, name) for state in parts.STATES for name in state.memory]
+PAIRS = [(state, name) for state in states.STATES for name in state.memory]
 
 
 def test_a_page_that_is_there_is_not_replaced() -> None:
@@ -38,7 +39,7 @@ def test_a_marker_goes_with_protection_and_stays_with_the_file() -> None:
 
 
 @pytest.mark.parametrize(("state", "name"), PAIRS, ids=lambda value: getattr(value, "name", value))
-def test_a_state_and_what_comes_of_it_are_pages_that_can_be(state: parts.State, name: str) -> None:
+def test_a_state_and_what_comes_of_it_are_pages_that_can_be(state: states.State, name: str) -> None:
     memory = MEMORY_TYPES[name]
     start = state.page(memory)
     pages = [start]
@@ -65,6 +66,8 @@ def test_what_cannot_be_has_a_reason(between: parts.Between) -> None:
 
 def test_every_operation_meets_every_state() -> None:
     crossings = {case.name for case in load().values() if case.is_crossing}
-    assert {f"{op.name}.on.{state.name}" for op in parts.OPS for state in parts.STATES} <= crossings
-    for state in parts.STATES:
+    assert {
+        f"{op.name}.on.{state.name}" for op in parts.OPS for state in states.STATES
+    } <= crossings
+    for state in states.STATES:
         assert load()[f"fault.write.{state.name}"].memory == state.memory

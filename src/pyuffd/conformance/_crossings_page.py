@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Iterator
 
 from pyuffd.conformance import _crossing_parts as parts
+from pyuffd.conformance import _page_states as states
 from pyuffd.conformance._page_model import Answer, Entry, Page
 from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryType
 
@@ -30,7 +31,7 @@ def page(slow: int) -> Iterator[str]:
     yield ""
     yield "| state of the page | " + " | ".join(f"`{op.name}`" for op in parts.OPS) + " |"
     yield "|---|" + "---|" * len(parts.OPS)
-    for state in parts.STATES:
+    for state in states.STATES:
         cells = [_cell(state, _answer(op)) for op in parts.OPS]
         yield f"| `{state.name}`: a page {state.text} | " + " | ".join(cells) + " |"
     yield ""
@@ -38,7 +39,7 @@ def page(slow: int) -> Iterator[str]:
     yield ""
     yield "| state of the page | " + " | ".join(f"`{each.name}`" for each in parts.BETWEENS) + " |"
     yield "|---|" + "---|" * len(parts.BETWEENS)
-    for state in parts.STATES:
+    for state in states.STATES:
         cells = [_cell(state, _after(between, state)) for between in parts.BETWEENS]
         yield f"| `{state.name}` | " + " | ".join(cells) + " |"
     yield ""
@@ -46,16 +47,16 @@ def page(slow: int) -> Iterator[str]:
     yield ""
     yield "| what | where | why |"
     yield "|---|---|---|"
-    for state in parts.STATES:
+    for state in states.STATES:
         if lacking := [name for name in MEMORY_TYPES if name not in state.memory]:
-            why = parts.ELSEWHERE[state.memory]
+            why = states.ELSEWHERE[state.memory]
             yield f"| a page {state.text} | {', '.join(lacking)} | {why} |"
     for between in parts.BETWEENS:
         if lacking := [name for name in MEMORY_TYPES if name not in between.memory]:
-            why = parts.ELSEWHERE[between.memory]
+            why = states.ELSEWHERE[between.memory]
             yield f"| `{between.name}` | {', '.join(lacking)} | {why} |"
     for between in parts.BETWEENS:
-        for state in parts.STATES:
+        for state in states.STATES:
             both = [name for name in state.memory if name in between.memory]
             reasons = {parts.why_not(between, state, name) for name in both} - {""}
             for why in sorted(reasons):
@@ -82,7 +83,7 @@ def _answer(op: parts.Op) -> Callable[[Page, MemoryType], str]:
     return text
 
 
-def _after(between: parts.Between, state: parts.State) -> Callable[[Page, MemoryType], str]:
+def _after(between: parts.Between, state: states.State) -> Callable[[Page, MemoryType], str]:
     def text(page: Page, memory: MemoryType) -> str:
         if parts.why_not(between, state, memory.name):
             return "-"
@@ -95,7 +96,7 @@ def _after(between: parts.Between, state: parts.State) -> Callable[[Page, Memory
     return text
 
 
-def _cell(state: parts.State, text: Callable[[Page, MemoryType], str]) -> str:
+def _cell(state: states.State, text: Callable[[Page, MemoryType], str]) -> str:
     by_text: dict[str, list[str]] = {}
     for name in state.memory:
         memory = MEMORY_TYPES[name]

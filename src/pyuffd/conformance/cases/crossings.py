@@ -1,7 +1,8 @@
 """Each operation on a page in each state, with what may happen between, on every memory type (L5).
 
-The parts are in `_crossing_parts`, what must come of them in `_page_model`; here they meet.  Every
-operation meets every state, and every event too; all three at once are slow cases.
+The parts are in `_page_states` and `_crossing_parts`, what must come of them in `_page_model`;
+here they meet. Every operation meets every state, and every event too; all three at once are slow
+cases.
 """
 
 from __future__ import annotations
@@ -15,19 +16,9 @@ from pyuffd._memory import Interrupted
 from pyuffd.conformance import _page_model as model
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Access, Context
-from pyuffd.conformance._crossing_parts import (
-    BETWEENS,
-    OPS,
-    STATES,
-    Between,
-    Op,
-    State,
-    Subject,
-    can_meet,
-    prepare,
-    why_not,
-)
+from pyuffd.conformance._crossing_parts import BETWEENS, OPS, Between, Op, can_meet, why_not
 from pyuffd.conformance._page_model import Entry, Page
+from pyuffd.conformance._page_states import STATES, State, Subject, prepare
 from pyuffd.conformance._types import minor_features, missing_wp_features
 from pyuffd.conformance._wp import (
     HOLE,
