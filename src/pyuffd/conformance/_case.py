@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _NO_FEATURE = Feature(0)
 # `<op>.<errno or ok>.<condition>`, `kselftest.<case>`, `wp-series.<patch>.<behaviour>`, ...
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
-DEFAULT_BUDGET_S = 20.0  # a hundred times what a case takes on an idle machine
+DEFAULT_BUDGET_S = 20.0  # a hundred times as long as a case runs on an idle machine
 
 Features = Feature | Callable[[MemoryType], Feature]
 
@@ -55,7 +55,7 @@ class Case:
         memory: Names of the memory types it runs on; "any" where none matters.
         origin: Where it comes from: a selftest's case, a patch, a manual page's ERRORS entry.
         features: Feature bits the kernel must have, for one memory type or all of them.
-        needs: What else it takes: ioctls, privileges, swap, hardware.
+        needs: What else it needs: ioctls, privileges, swap, hardware.
         variants: The behaviours it accepts, if there is more than one.
         budget_s: Seconds after which the case has stalled.
         is_slow: Left out unless asked for.

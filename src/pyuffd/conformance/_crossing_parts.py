@@ -44,7 +44,7 @@ class Between:
         act: Does it; may change who governs and who touches the page.
         rule: What the model makes of it.
         features: What must be enabled.
-        needs: What else it takes.
+        needs: What else is required.
     """
 
     name: str

@@ -6,12 +6,12 @@ LEFT_OUT: tuple[tuple[str, str], ...] = (
     (
         "`userfaultfd(2)`, ENFILE",
         "The limit `fs.file-max` is the whole machine's: at it, every program's open(2) fails. It"
-        " does not hold for who has CAP_SYS_ADMIN either.",
+        " does not hold for a process with CAP_SYS_ADMIN either.",
     ),
     (
         "`userfaultfd(2)`, ENOMEM; a fork with EVENT_FORK, ENOMEM",
         "The kernel's own object for a descriptor is charged to no control group, so only a"
-        " machine without any memory has none. It takes a kernel with CONFIG_FAILSLAB.",
+        " machine without any memory has none. Checking it needs CONFIG_FAILSLAB.",
     ),
     (
         "`UFFDIO_COPY`, `ZEROPAGE`, ENOSPC",
@@ -23,13 +23,13 @@ LEFT_OUT: tuple[tuple[str, str], ...] = (
         "User space cannot hold a page in that state. Pages that are shared or pinned are checked.",
     ),
     (
-        "`UFFDIO_COPY`, `CONTINUE`, `POISON`, ENOMEM on hugetlb for want of a page table",
+        "`UFFDIO_COPY`, `CONTINUE`, `POISON`, ENOMEM on hugetlb for lack of a page table",
         "One such table serves a whole GiB of addresses, so it is nearly always there. A file"
         " system without huge pages is checked.",
     ),
     (
         "`UFFDIO_CONTINUE` of a page with a memory error",
-        "It takes CONFIG_MEMORY_FAILURE, and the page of memory that is declared broken is lost"
+        "It needs CONFIG_MEMORY_FAILURE, and the page of memory that is declared broken is lost"
         " until the next boot.",
     ),
     (

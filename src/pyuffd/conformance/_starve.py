@@ -134,8 +134,8 @@ def register_without_mappings() -> list[int]:
 class _NoMemory:
     """A memory control group without any memory, for this process; only for one of its own.
 
-    What the kernel needs for a call of this process then is not to be had, and the call fails
-    with ENOMEM.  What a page fault needs is waited for, for ever: nothing may be touched for the
+    The kernel then cannot allocate what a call of this process needs, and the call fails with
+    ENOMEM.  A page fault waits forever for what it needs: nothing may be touched for the
     first time meanwhile.
     """
 

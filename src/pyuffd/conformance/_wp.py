@@ -84,7 +84,7 @@ def page_out(ctx: Context, region: Region) -> None:
     """Swap every page of a region out.
 
     Raises:
-        Lack: the kernel keeps some, for want of swap.
+        Lack: the kernel keeps some, for lack of swap.
     """
     pages = range(region.start, region.start + region.length, ctx.page)
     for _ in range(PAGEOUT_TRIES):

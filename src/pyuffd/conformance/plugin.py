@@ -226,7 +226,7 @@ def _run(case: Case, memory: str, result: dict[str, Any]) -> None:
 
 
 def check_needs(case: Case, memory: str) -> None:
-    """Raise Lack if the kernel or the machine has not what a case takes."""
+    """Raise Lack if the kernel or the machine lacks what a case needs."""
     of = MEMORY_TYPES.get(memory, MEMORY_TYPES["anon"])
     features = case.features_on(of)
     if features:

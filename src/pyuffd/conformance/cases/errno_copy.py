@@ -87,7 +87,7 @@ def copy_second_src_faults(ctx: Context) -> None:
     features=missing_wp_features,
 )
 def copy_wp_unregistered(ctx: Context) -> None:
-    """COPY_MODE_WP takes a range registered WP."""
+    """COPY_MODE_WP needs a range registered WP."""
     target = Target(ctx, COPY)
     target.expect(errno.EINVAL, -errno.EINVAL, mode=CopyMode.WP)
 
@@ -205,7 +205,7 @@ def continue_anon(ctx: Context) -> None:
     features=_continue_wp,
 )
 def continue_wp_unregistered(ctx: Context) -> None:
-    """CONTINUE_MODE_WP takes a range registered WP."""
+    """CONTINUE_MODE_WP needs a range registered WP."""
     target = Target(ctx, CONTINUE)
     target.expect(errno.EINVAL, -errno.EINVAL, mode=ContinueMode.WP)
 
@@ -255,7 +255,7 @@ def poison_access(ctx: Context) -> None:
 
 @case("UFFDIO_POISON.ok.unregister-keeps", origin="UFFDIO_POISON(2const)", features=poison_features)
 def poison_unregister(ctx: Context) -> None:
-    """Poison outlives the registration; MADV_DONTNEED takes it away."""
+    """Poison outlives the registration; MADV_DONTNEED removes it."""
     target = Target(ctx, POISON)
     target.expect(0, ctx.page)
     ctx.uffd.unregister(target.region)

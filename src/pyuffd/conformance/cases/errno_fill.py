@@ -40,7 +40,7 @@ DATA = b"\x5a"
 
 @dataclass(frozen=True)
 class Op:
-    """One ioctl that fills pages, and what it takes.
+    """One ioctl that fills pages, and its arguments.
 
     Attributes:
         name: Its name without UFFDIO_.

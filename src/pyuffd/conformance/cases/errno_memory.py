@@ -1,4 +1,4 @@
-"""ENOMEM: page tables, pages, or mappings that are not to be had (layer L5).
+"""ENOMEM: no memory for page tables, pages or mappings (layer L5).
 
 Each shortage is one process's own: a memory control group, a small file system, or the limit of
 mappings.  What would take the whole machine's is listed in `_left_out`.
@@ -42,7 +42,7 @@ READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 MAP_NORESERVE = 0x4000
 PROT_NONE = 0
 REPLACE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
-# For each ioctl, the mode it takes.
+# For each ioctl, the mode that it needs.
 _MODES = {
     "COPY": RegisterMode.MISSING,
     "ZEROPAGE": RegisterMode.MISSING,
@@ -182,7 +182,7 @@ def zeropage_file_system_full(ctx: Context) -> None:
     ],
 )
 def copy_no_huge_page(ctx: Context) -> None:
-    """No huge page is to be had: an error, and the page is still missing."""
+    """No huge page is available: an error, and the page is still missing."""
     start, source = _sparse(ctx, "hugetlbfs", 2)
     page = ctx.page
     for index in range(2):

@@ -106,7 +106,7 @@ def open_emfile(ctx: Context) -> None:
     ],
 )
 def open_unprivileged(ctx: Context) -> None:
-    """Without privilege, kernel faults are not to be had where the sysctl is 0."""
+    """Without privilege, kernel faults are unavailable where the sysctl is 0."""
     child = _unprivileged(ctx)
     fd = child.syscall(SYS_USERFAULTFD, FLAGS)
     allowed = SYSCTL.read_text().strip() == "1"
@@ -166,7 +166,7 @@ def device_unknown_flag(ctx: Context) -> None:
     memory=ANY,
     needs=[needs_privilege(), needs(Feature.EVENT_FORK)],
     variants=[
-        Variant("EPERM", "EVENT_FORK takes CAP_SYS_PTRACE"),
+        Variant("EPERM", "EVENT_FORK needs CAP_SYS_PTRACE"),
         Variant("no-descriptor", "there is no userfaultfd to ask", lacks=Feature.MINOR_HUGETLBFS),
     ],
 )
@@ -260,7 +260,7 @@ def _add_generic(name: str) -> None:
         f"UFFDIO_{name}.EINVAL.before-api",
         origin="ioctl_userfaultfd(2): EINVAL",
         memory=ANY,
-        summary="Before the handshake the descriptor takes nothing but UFFDIO_API",
+        summary="Before the handshake the descriptor accepts nothing but UFFDIO_API",
     )(before)
     case(
         f"UFFDIO_{name}.EFAULT.argument",

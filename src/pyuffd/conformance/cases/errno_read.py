@@ -1,4 +1,4 @@
-"""read(2), poll(2) and fdinfo of a userfaultfd, and who is woken by what (layer L5)."""
+"""read(2), poll(2) and fdinfo of a userfaultfd, and what wakes a thread (layer L5)."""
 
 from __future__ import annotations
 

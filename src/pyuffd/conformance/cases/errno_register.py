@@ -318,7 +318,7 @@ def again_replaces(ctx: Context) -> None:
 
 
 _LEFT = (
-    Variant("left", "protection stays, and no ioctl takes it off any more"),
+    Variant("left", "protection stays, and no ioctl can remove it any more"),
     Variant("cleared", "protection goes with the WP mode"),
     _REFUSED,
 )
@@ -358,7 +358,7 @@ def _drops_wp(ctx: Context, region: Region) -> bool:
     variants=_LEFT,
 )
 def again_without_wp(ctx: Context) -> None:
-    """A page registered again without WP takes writes silently, and may still look protected."""
+    """A page registered again without WP can be written silently, and may still look protected."""
     region = _protected(ctx, data=True)
     if _drops_wp(ctx, region):
         ctx.expect_variant("pagemap", ctx.pagemap(region.start), left="P??W?", cleared="P??-?")
@@ -465,6 +465,6 @@ def unregister_half(ctx: Context) -> None:
 
 @case("UFFDIO_WAKE.ok.unregistered", origin="UFFDIO_WAKE(2const)", memory=ANY)
 def wake_unregistered(ctx: Context) -> None:
-    """WAKE takes any range of user space; there is nobody to wake."""
+    """WAKE accepts any range of user space; there is nobody to wake."""
     ctx.open()
     _expect(ctx, 0, "WAKE", 1 << 20, SMALL_PAGE)

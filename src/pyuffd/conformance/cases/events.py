@@ -1,4 +1,4 @@
-"""Layout events: which call sends which, and who waits until it is read (layer L5).
+"""Layout events: which call sends which, and waits until it is read (layer L5).
 
 The calls are made in a forked child, whose ranges the Fork event's userfaultfd governs, so that
 no hole opens in this process's address space.
@@ -163,7 +163,7 @@ ACTIONS = (
     ),
     Action(
         "munmap",
-        "takes the mapping away",
+        "unmaps it",
         lambda region, _: (SYS_MUNMAP, region.start, region.page_size),
         lambda _, region, __: (0, _unmapped(region)),
         sends="unmap",
@@ -200,7 +200,7 @@ ACTIONS = (
     ),
     Action(
         "munmap-more",
-        "takes two mappings away, of which one is registered",
+        "unmaps two mappings, one of them registered",
         lambda region, _: (SYS_MUNMAP, region.start + region.page_size, 2 * region.page_size),
         lambda _, region, __: (0, [_second_to(region, 3)]),
         sends="unmap",
@@ -353,7 +353,7 @@ for _action in ACTIONS:
     features=FORK | Feature.EVENT_UNMAP,
 )
 def brk(ctx: Context) -> None:
-    """brk: takes the end of the heap away; its thread sleeps until the event is read."""
+    """brk: unmaps the end of the heap; its thread sleeps until the event is read."""
     # A fork has an event only where something is registered.
     ctx.register(ctx.make(1), RegisterMode.MISSING)
     child = ctx.fork()

@@ -42,7 +42,7 @@ SYS_WAIT4, SYS_PTRACE, SYS_PROCESS_VM_WRITEV = 61, 101, 311
 PTRACE_POKEDATA, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 5, 17, 0x4206, 0x4207
 WALL = 0x40000000
 ORIGIN = "discussion of the series (Hugh Dickins, Alistair Popple): users of pte_none; man page"
-BLOCK = 4096  # O_DIRECT's unit: every device takes it
+BLOCK = 4096  # O_DIRECT's unit: every device supports it
 VALUE = bytes([WRITTEN])
 POKED = int.from_bytes(VALUE * 8, "little")
 

@@ -249,8 +249,8 @@ def mremap_one_registered(ctx: Context) -> None:
     origin="mremap_test: multiple invalid vmas",
     memory=ANY,
     variants=[
-        Variant("moves-many", "mremap takes several mappings: those before the registered move"),
-        Variant("moves-one", "mremap takes a single mapping: EFAULT, and nothing has moved"),
+        Variant("moves-many", "mremap accepts several mappings: those before the registered move"),
+        Variant("moves-one", "mremap accepts a single mapping: EFAULT, and nothing has moved"),
     ],
 )
 def mremap_second_registered(ctx: Context) -> None:

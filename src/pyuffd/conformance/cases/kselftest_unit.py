@@ -54,7 +54,7 @@ def release(region: Region) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL or region.fd is None:
             raise
-        # Private hugetlb before Linux 5.18: a hole in the file takes the private copies along.
+        # Private hugetlb before Linux 5.18: a hole in the file removes the private copies too.
         _memory.fallocate(region.fd, PUNCH_HOLE, 0, region.length)
 
 
@@ -410,7 +410,7 @@ def mmap_changing(ctx: Context) -> None:
     features=wp_features,
 )
 def wp_close(ctx: Context) -> None:
-    """Closing the userfaultfd takes every protection off and lets a waiting writer go on."""
+    """Closing the userfaultfd removes every protection and lets a waiting writer continue."""
     region = ctx.make(2)
     ctx.register(region, RegisterMode.WP)
     region.fill(1)

@@ -49,7 +49,7 @@ class Part:
         make: Maps PART bytes at an address.
         like: The memory type whose modes it can be registered in; none of them if "".
         code: The errno of registering it where that is not EINVAL.
-        needs: What it takes to make it.
+        needs: What making it requires.
     """
 
     name: str

@@ -75,7 +75,7 @@ def blocking_waits(ctx: Context) -> None:
 
 @case("read.ok.as-many-as-queued", origin=ORIGIN, features=missing_features)
 def as_many(ctx: Context) -> None:
-    """A read takes every message that is queued, oldest first, and leaves what has no room."""
+    """A read returns every queued message, oldest first, that has room in its buffer."""
     region = _registered(ctx)
     accesses = []
     for page in range(PAGES):

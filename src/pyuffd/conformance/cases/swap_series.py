@@ -42,7 +42,7 @@ ZONES, MEMINFO = Path("/proc/zoneinfo"), Path("/proc/meminfo")
 REFRESH = Path("/proc/sys/vm/stat_refresh")
 MIGRATION_REFRESHES = 64
 MIGRATION_PAGES, MIGRATION_KEPT = 1 << 16, 1024
-MIGRATION_SHARE = 8  # of the memory that is to be had, an eighth at most
+MIGRATION_SHARE = 8  # of the available memory, an eighth at most
 MIGRATION_TRIES = 3
 LIMIT = 4 << 20
 CHUNK = 64 << 10  # what a child writes at once
@@ -211,7 +211,7 @@ def _below_free_pages(ctx: Context) -> Region:
 
 
 def _available() -> int:
-    """Return how much memory there is to be had, in bytes."""
+    """Return how much memory is available, in bytes."""
     found = re.search(r"MemAvailable: *(\d+) kB", MEMINFO.read_text())
     assert found is not None
     return int(found[1]) << 10

@@ -1,4 +1,4 @@
-"""Who is woken: exactly the threads that wait in the range that was resolved (layer L5).
+"""Resolving a range wakes exactly the threads that wait in it (layer L5).
 
 Three or four threads wait on neighbouring pages.  Each operation resolves those in the middle; the
 others must stay asleep, which fdinfo counts at once, and send no second message.

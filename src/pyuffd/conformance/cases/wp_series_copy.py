@@ -265,7 +265,7 @@ def _page_and_marker(ctx: Context) -> Region:
     features=marker_features,
 )
 def unregister_clears(ctx: Context) -> None:
-    """UNREGISTER takes bits and markers away; a half still registered keeps its own."""
+    """UNREGISTER removes bits and markers; a half still registered keeps its own."""
     region = _page_and_marker(ctx)
     ctx.uffd.unregister(region.start, ctx.page)
     ctx.expect("bit of the unregistered half", ctx.is_protected(region.start), False)
@@ -281,7 +281,7 @@ def unregister_clears(ctx: Context) -> None:
     features=marker_features,
 )
 def close_clears(ctx: Context) -> None:
-    """Closing the userfaultfd takes bits and markers away."""
+    """Closing the userfaultfd removes bits and markers."""
     region = _page_and_marker(ctx)
     ctx.uffd.close()
     ctx.expect_pagemap(region.start + ctx.page, HOLE)
@@ -296,7 +296,7 @@ def close_clears(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def unregister_clears_swapped(ctx: Context) -> None:
-    """UNREGISTER takes the bits of swapped pages away too, and keeps the data."""
+    """UNREGISTER removes the bits of swapped pages too, and keeps the data."""
     in_one_place(ctx)
     region = ctx.make(2)
     ctx.register(region, RegisterMode.WP)

@@ -102,7 +102,7 @@ def cached_is_not_missing(ctx: Context) -> None:
     features=marker_features,
 )
 def mincore_of_marker(ctx: Context) -> None:
-    """Mincore takes a marker for a hole: it asks the page cache, and says no on hugetlb, anon."""
+    """Mincore treats a marker as a hole: it asks the page cache, and says no on hugetlb, anon."""
     region = ctx.make(2)
     is_cached = ctx.memory.is_shmem
     if is_cached:

@@ -98,7 +98,7 @@ def register_again_marker(ctx: Context) -> None:
     memory=HUGETLB,
     features=lambda memory: _features(memory) | Feature.EVENT_FORK,
     variants=[
-        Variant("endless", "the write faults for ever; the thread can be killed"),
+        Variant("endless", "the write faults forever; the thread can be killed"),
         Variant("completes", "the write completes"),
         REFUSED,
     ],
