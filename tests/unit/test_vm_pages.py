@@ -103,7 +103,7 @@ def test_a_tree_is_restored_whatever_happens(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(_mutants, "_BUILD_PROGRAMS", ("make", "patch"))
     monkeypatch.setattr(_mutants, "mutants", lambda: mutants)
-    monkeypatch.setattr(Builder, "_configure", lambda self: None)
+    monkeypatch.setattr(Builder, "configure", lambda self: None)
     builder = Builder(tree, 1)
     with pytest.raises(BuildError, match="bad"):
         builder.image(mutants[0])
@@ -153,3 +153,31 @@ def test_a_kernel_is_good_if_it_ran_and_nothing_failed() -> None:
     assert column("6.12", result("a.b", "anon", "passed")).ok
     assert not column("6.12", result("a.b", "anon", "failed")).ok
     assert not column("6.12", sentence="it did not boot").ok
+
+
+def test_a_folder_of_patches(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="has no"):
+        _mutants.mutants(tmp_path)
+    text = "mm: my change\n\nWhy.\n---\n--- a/mm/a.c\n+++ b/mm/a.c\n"
+    (tmp_path / "0001-mine.patch").write_text(text)
+    (mutant,) = _mutants.mutants(tmp_path)
+    assert (mutant.name, mutant.what, mutant.files) == ("0001-mine", "mm: my change", ["mm/a.c"])
+    assert _mutants.verdicts([mutant], [outcome("unmodified"), outcome("0001-mine", "x.y")]) == []
+
+
+def test_building_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "Makefile").write_text(
+        "kernelversion:\n\t@echo 6.12.1\n"
+        "all:\n\t@echo '  CC      mm/a.o'; echo '  CC      mm/b.o'\n"
+        "bad:\n\t@echo '  CC      mm/a.o'; echo 'mm/a.c:1: error' >&2; exit 1\n"
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_mutants, "_BUILD_PROGRAMS", ("make",))
+    monkeypatch.setattr(_mutants, "PROGRESS_S", 0.0)
+    builder = Builder(tmp_path, 1)
+    builder.make("all")
+    assert "  2 files compiled, now mm/b.o\n" in capsys.readouterr().out
+    with pytest.raises(BuildError, match=r"mm/a\.c:1: error"):
+        builder.make("bad")

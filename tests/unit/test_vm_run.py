@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ class PlayGuest:
         self.folder = folder
         self.console = bytearray()
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setattr(_image, "build", lambda path, job, packages: path.write_bytes(job))
+        monkeypatch.setattr(_image, "build", lambda path, job, *_: path.write_bytes(job))
 
     def __call__(self, script: str, *, run_s: float = 20.0, boot_scale: float = 1.0) -> Result:
         fake = self.folder / _run.QEMU
@@ -133,3 +135,57 @@ def test_report_files_go_where_they_are_brought_back_from() -> None:
 
 def test_reports_are_always_written() -> None:
     assert _run.redirect(["-k", "x=y"]) == (["-k", "x=y", *IN_THE_GUEST], {})
+
+
+def test_test_files_from_outside_the_tree(tmp_path: Path) -> None:
+    inside = _run.ROOT / "tests/unit"
+    test = tmp_path / "mine/test_mine.py"
+    test.parent.mkdir()
+    test.write_text("def test(): pass\n")
+    (tmp_path / "mine/conftest.py").write_text("")
+    arguments, files = _run.from_outside([str(inside), f"{test}::test", "-k", "x"], _run.ROOT)
+    assert arguments == [str(inside), f"{test}::test", "-k", "x"]
+    assert files == {str(test): b"def test(): pass\n", str(test.parent / "conftest.py"): b""}
+    assert sorted(_run.from_outside([str(test.parent)], _run.ROOT)[1]) == sorted(files)
+
+
+def test_what_is_lacking_is_said_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run", "6.12"])
+    monkeypatch.setattr(_run, "find_kernel", lambda name: pytest.fail("fetched"))
+    assert _run.main() == Status.QEMU_ABSENT
+    assert "apt-get install qemu-system-x86" in capsys.readouterr().err
+
+
+def test_two_cpus_have_a_thread_each() -> None:
+    assert (_run.accel(1), _run.accel(2)) == (_run.SINGLE, _run.MULTI)
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_a_fresh_clone_makes_its_environment_first(tmp_path: Path, works: bool) -> None:
+    clone = tmp_path / "clone"
+    (clone / "tests/vm").mkdir(parents=True)
+    script = clone / "tests/vm/run"
+    script.write_bytes((_run.ROOT / "tests/vm/run").read_bytes())
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    # What it makes is a Python that says how it was called.
+    made = "mkdir -p .venv/bin && printf '#!/bin/sh\\necho made $2\\n' > .venv/bin/python"
+    make = f"#!/bin/sh\necho make $*\ncd {clone} && {made} && chmod +x .venv/bin/python\n"
+    (programs / "make").write_text(make if works else "#!/bin/sh\nexit 2\n")
+    (programs / "make").chmod(0o755)
+    base = getattr(sys, "_base_executable", sys.executable)
+    done = subprocess.run(
+        [base, "-I", script, "6.12"],
+        env={"PATH": f"{programs}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert ".venv/.installed-test" in done.stderr
+    if works:
+        assert (done.returncode, done.stdout) == (0, "made 6.12\n")
+    else:
+        assert done.returncode == Status.HOST_LACKS
+        assert "nothing was fetched" in done.stderr

@@ -33,7 +33,7 @@ _VERSION = re.compile(r"[0-9]+\.[0-9]+(\.[0-9]+)*")
 
 
 class KernelNotFoundError(Exception):
-    """There is no such kernel to be had here, and why."""
+    """No such kernel is available here; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="get-kernel",
         description="Print the path of a released kernel, fetched from the Debian mirror that "
-        "this machine's apt uses. Exit status 1: there is none to be had.",
+        "this machine's apt uses. Exit status 1: none is available.",
     )
     parser.add_argument("version", help="a series (6.12: its newest release) or a release")
     parser.add_argument("--refresh", action="store_true", help="look for a newer release")

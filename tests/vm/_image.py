@@ -14,8 +14,9 @@ import stat
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ DISTRIBUTIONS = ("pyuffd", "psutil", "pytest", "pytest-xdist")
 REPOSITORY = ("pyproject.toml", "README.md", "src", "tests", "csrc", "docs", "examples")
 
 # init answers with a sentence of its own unless the last entry has arrived: an initramfs that is
-# cut short for want of memory unpacks silently.
+# cut short for lack of memory unpacks silently.
 LAST = ".complete"
 
 _STDLIB_SKIP = {
@@ -46,13 +47,19 @@ class MissingOnHostError(Exception):
     """Something the image is made of is not on this machine."""
 
 
-def build(path: Path, job: bytes, distributions: Iterable[str] = ()) -> None:
+def build(
+    path: Path,
+    job: bytes,
+    distributions: Iterable[str] = (),
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Write an initramfs.
 
     Args:
         path: the file to write.
         job: what the guest is to do; becomes /vm/job.json.
         distributions: more installed distributions to pack.
+        files: more files, by absolute path.
     """
     busybox = shutil.which("busybox")
     if busybox is None:
@@ -65,6 +72,8 @@ def build(path: Path, job: bytes, distributions: Iterable[str] = ()) -> None:
     tree.data("/bin/busybox", Path(busybox).read_bytes(), 0o755)
     tree.link("/bin/sh", "busybox")
     tree.data("/vm/job.json", job)
+    for extra, data in files.items():
+        tree.data(extra, data)
     tree.data("/vm/python", sys.executable.encode())
     tree.data("/vm/guest", str(ROOT / "tests/vm/_guest.py").encode())
     tree.data("/etc/passwd", _PASSWD)

@@ -1,19 +1,22 @@
 """Kernels broken on purpose, one behaviour each, and which tests of the suite notice.
 
 A patch in mutants/ is one broken kernel. Its text before the first `---` says what it breaks, and
-`Caught-by:` the ids of which at least one has to fail.
+`Caught-by:` the ids of which at least one has to fail; without such a line, any.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,12 +31,14 @@ OUTPUT = _image.ROOT / "build/mutants"
 FRAGMENT = PATCHES / "kernel.config"
 SERIES = "6.12"
 UNMODIFIED = "unmodified"
+ANY_TEST = "*"
 
 # The kernel is small, and several times faster under emulation than a distribution's. A mutant's
 # test waits in vain for as long as it is allowed to.
 SCALE = 4.0
 RUN_S = 300.0
 SELECTION = ("-k", "wp-series")
+PROGRESS_S = 20.0
 
 _BUILD_PROGRAMS = ("make", "gcc", "flex", "bison", "bc", "patch")
 
@@ -80,33 +85,40 @@ class Outcome:
         return sorted(fnmatch.filter(self.failed, pattern))
 
 
-def mutants() -> list[Mutant]:
-    """Return all patches, in order."""
-    return [_read(path) for path in sorted(PATCHES.glob("*.patch"))]
+def mutants(folder: Path = PATCHES) -> list[Mutant]:
+    """Return all patches of a folder, in order.
+
+    Raises:
+        BuildError: there is none.
+    """
+    found = [_read(path) for path in sorted(folder.glob("*.patch"))]
+    if not found:
+        raise BuildError(f"{folder} has no *.patch")
+    return found
 
 
 def _read(path: Path) -> Mutant:
     text = path.read_text()
     head = text.partition("\n---\n")[0]
     caught_by = re.search(r"^Caught-by: (\S+)$", head, re.MULTILINE)
-    if caught_by is None:
-        raise BuildError(f"{path.name} has no Caught-by line")
-    return Mutant(path.stem, head.partition("\n\n")[0].replace("\n", " "), caught_by[1], text)
+    what = head.partition("\n\n")[0].replace("\n", " ")
+    return Mutant(path.stem, what, caught_by[1] if caught_by else ANY_TEST, text)
 
 
 class Builder:
     """One source tree, in which kernels are built one after the other."""
 
-    def __init__(self, tree: Path, jobs: int) -> None:
+    def __init__(self, tree: Path, jobs: int, patches: Sequence[Mutant] = ()) -> None:
         lacking = [name for name in _BUILD_PROGRAMS if shutil.which(name) is None]
         if lacking:
-            raise BuildError(f"building a kernel takes {' and '.join(lacking)}, not installed here")
+            raise BuildError(f"building a kernel needs {' and '.join(lacking)}, not installed here")
         self._tree = tree
         self._jobs = jobs
+        self._patches = patches
         self._images = _debian.cache_dir() / "mutants"
         self._pristine = tree.with_name(f"{tree.name}.pristine")
         self._images.mkdir(parents=True, exist_ok=True)
-        self._release = self._make("-s", "kernelversion").strip()
+        self.release = self.make("-s", "kernelversion").strip()
 
     def image(self, mutant: Mutant | None) -> Path:
         """Return the kernel with one patch, or with none, built unless the cache has it.
@@ -117,36 +129,38 @@ class Builder:
         patch = mutant.text if mutant else ""
         name = mutant.name if mutant else UNMODIFIED
         key = hashlib.sha256((FRAGMENT.read_text() + patch).encode()).hexdigest()[:12]
-        image = self._images / f"{name}-{self._release}-{key}.bzImage"
+        image = self._images / f"{name}-{self.release}-{key}.bzImage"
         if image.exists():
             return image
-        self._configure()
-        self._restore(mutants())
+        self.configure()
+        self._restore([*mutants(), *self._patches])
         try:
             if mutant:
                 self._apply(mutant)
-            self._make("bzImage")
+            self.make("bzImage")
         finally:
-            self._restore(mutants())
+            self._restore([*mutants(), *self._patches])
         partial = image.with_suffix(".partial")
         shutil.copyfile(self._tree / "arch/x86/boot/bzImage", partial)
         partial.rename(image)
         return image
 
-    def _configure(self) -> None:
-        """Merge the fragment into tinyconfig, unless that is what the tree has."""
-        done = self._tree / ".pyuffd-fragment"
-        if done.exists() and done.read_bytes() == FRAGMENT.read_bytes():
+    def configure(self, more: str = "") -> None:
+        """Merge the fragment, and more lines, into tinyconfig, unless that is what the tree has."""
+        done, wanted = self._tree / ".pyuffd-fragment", FRAGMENT.read_text() + more
+        if done.exists() and done.read_text() == wanted:
             return
-        self._make("-s", "tinyconfig")
-        merge = ["scripts/kconfig/merge_config.sh", "-m", ".config", str(FRAGMENT)]
+        fragment = self._tree / ".pyuffd-wanted"
+        fragment.write_text(wanted)
+        self.make("-s", "tinyconfig")
+        merge = ["scripts/kconfig/merge_config.sh", "-m", ".config", fragment.name]
         subprocess.run(merge, cwd=self._tree, check=True, stdout=subprocess.DEVNULL)
-        self._make("-s", "olddefconfig")
+        self.make("-s", "olddefconfig")
         config = (self._tree / ".config").read_text()
-        wanted = re.findall(r"^CONFIG_\w+=.*", FRAGMENT.read_text(), re.MULTILINE)
-        if refused := [line for line in wanted if f"\n{line}\n" not in config]:
-            raise BuildError(f"this kernel's configuration does not take {', '.join(refused)}")
-        done.write_bytes(FRAGMENT.read_bytes())
+        lines = re.findall(r"^CONFIG_\w+=.*", wanted, re.MULTILINE)
+        if refused := [line for line in lines if f"\n{line}\n" not in config]:
+            raise BuildError(f"this kernel's configuration refuses {', '.join(refused)}")
+        done.write_text(wanted)
 
     def _restore(self, patches: Iterable[Mutant]) -> None:
         """Bring back every file that a patch changes; the first time, keep a copy instead."""
@@ -166,18 +180,37 @@ class Builder:
         if done.returncode:
             raise BuildError(f"{mutant.name}: the patch does not apply: {done.stdout.strip()}")
 
-    def _make(self, *arguments: str) -> str:
+    def make(self, *arguments: str) -> str:
+        """Run make at the lowest priority; say now and then how far it is."""
         command = ["nice", "-n", "19", "make", f"-j{self._jobs}", *arguments]
-        done = subprocess.run(command, cwd=self._tree, capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(f"make {arguments[-1]} failed:\n{done.stderr.strip()[-2000:]}")
-        return done.stdout
+        output: list[str] = []
+        compiled, said_at = 0, time.monotonic()
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                command, cwd=self._tree, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                output.append(line)
+                compiled += line.startswith("  CC ")
+                if time.monotonic() - said_at > PROGRESS_S:
+                    said_at = time.monotonic()
+                    print(f"  {compiled} files compiled, now {line.split()[-1]}", flush=True)
+            if process.wait():
+                errors.seek(0)
+                text = errors.read().strip()[-2000:]
+                raise BuildError(f"make {arguments[-1]} failed:\n{text}")
+        return "".join(output)
 
 
-def try_out(name: str, image: Path) -> Outcome:
-    """Run the suite's part about the series on one kernel."""
-    guest = _run.Guest(image, OUTPUT / name, scale=SCALE, run_s=RUN_S)
-    arguments, _ = _run.redirect([*_run.SUITE, *SELECTION])
+def try_out(name: str, image: Path, select: str = SELECTION[1], cpus: int = 1) -> Outcome:
+    """Run the suite's part about the series, or another selection, on one kernel."""
+    guest = _run.Guest(
+        image, OUTPUT / name, scale=SCALE, run_s=RUN_S, accel=_run.accel(cpus), cpus=cpus
+    )
+    arguments, _ = _run.redirect([*_run.SUITE, *(("-k", select) if select else ())])
     result = guest.pytest(*arguments)
     try:
         report = Report.read(result.folder / "report.json")
@@ -257,27 +290,36 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="make -j")
     parser.add_argument("--parallel", type=int, default=1, help="guests at a time")
     parser.add_argument("--build-only", action="store_true", help="do not run them")
+    parser.add_argument("--patches", type=Path, default=PATCHES, help="folder of *.patch files")
+    parser.add_argument(
+        "--select", default=SELECTION[1], help='cases, as for pytest -k; "" for all of them'
+    )
+    parser.add_argument("--unmodified", action="store_true", help="the kernel without a patch only")
+    parser.add_argument("--cpus", type=int, default=1, help="of a guest")
     parser.add_argument(
         "names", nargs="*", help="some mutants only; docs/mutants.md stays as it is"
     )
     options = parser.parse_args()
+    is_usual = not options.names and not options.unmodified and options.cpus == 1
+    is_usual &= (options.patches, options.select) == (PATCHES, SELECTION[1])
     _run.end_with_us()
     try:
-        every = mutants()
+        every = [] if options.unmodified else mutants(options.patches)
         if unknown := set(options.names) - {mutant.name for mutant in every}:
             raise BuildError(f"there is no mutant {', '.join(sorted(unknown))}")
         patches = [m for m in every if m.name in options.names or not options.names]
-        builder = Builder(_debian.source(SERIES), options.jobs)
+        builder = Builder(_debian.source(SERIES), options.jobs, patches)
         images = {}
-        for mutant in [None, *patches]:
+        for number, mutant in enumerate([None, *patches]):
             name = mutant.name if mutant else UNMODIFIED
+            print(f"mutants: building {name}, {number} of {len(patches)} patches", flush=True)
             images[name] = builder.image(mutant)
-            print(f"mutants: built {name}", flush=True)
         if options.build_only:
             return 0
         outcomes = []
+        run = functools.partial(try_out, select=options.select, cpus=options.cpus)
         with ThreadPoolExecutor(options.parallel) as pool:
-            for outcome in pool.map(try_out, images, images.values()):
+            for outcome in pool.map(run, images, images.values()):
                 outcomes.append(outcome)
                 print(
                     f"mutants: {outcome.name}: {outcome.passed} passed, {len(outcome.failed)} "
@@ -287,7 +329,7 @@ def main() -> int:
     except (BuildError, _debian.KernelNotFoundError, _image.MissingOnHostError) as error:
         print(f"mutants: {error}", file=sys.stderr)
         return 2
-    if not options.names:
+    if is_usual:
         PAGE.write_text(page(patches, outcomes))
     wrong = verdicts(patches, outcomes)
     for sentence in wrong:

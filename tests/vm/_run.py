@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -24,6 +24,9 @@ from tests.vm import _debian, _image
 ROOT = _image.ROOT
 QEMU = "qemu-system-x86_64"
 GUEST_OUT = "/out"
+
+# One thread for all CPUs is faster on a busy machine, and lets no two of them run at a time.
+SINGLE, MULTI = "tcg,thread=single", "tcg,thread=multi"
 
 # Time limits are those of real hardware times one factor, in the guest as here; a guest under
 # emulation is 10 to 25 times slower.
@@ -40,7 +43,7 @@ HUGE_PAGE_MIB = 2
 HUGE_PAGES = 128
 SWAP_MIB = 512
 
-# The conformance suite, and what it takes to run a part of it. A case that stalls ends its process,
+# The conformance suite, and what running it needs. A case that stalls ends its process,
 # so it gets a process of its own, which xdist replaces.
 PLUGIN = ("-p", "pyuffd.conformance.plugin")
 SUITE = ("--pyargs", "pyuffd.conformance.test_suite", "-n", "1", "-q")
@@ -63,6 +66,7 @@ _FILES = (
     "junit.xml",
     "report.json",
     "report.html",
+    "gcov.tar",
 )
 _CONSOLE_NOISE = re.compile(rb"\x1b(\[[0-9;?=]*[A-Za-z]|c)|\r")
 
@@ -113,8 +117,11 @@ class Guest:
         swap_mib: size of its swap.
         accel: QEMU's -accel.
         scale: factor on every time limit, in the guest as here.
+        boot_s: limit for the boot, stretched likewise.
         run_s: limit for the run on real hardware; `scale` stretches it.
         packages: more installed distributions to take along.
+        files: more files for the guest, by absolute path.
+        cpus: how many CPUs it has.
         show: called with the console's output.
     """
 
@@ -123,10 +130,13 @@ class Guest:
     memory_mib: int = MEMORY_MIB
     huge_pages: int = HUGE_PAGES
     swap_mib: int = SWAP_MIB
-    accel: str = "tcg,thread=single"
+    accel: str = SINGLE
     scale: float = EMULATION_SCALE
+    boot_s: float = BOOT_S
     run_s: float = RUN_S
     packages: tuple[str, ...] = ()
+    files: dict[str, bytes] = field(default_factory=dict)
+    cpus: int = 1
     show: Callable[[bytes], object] = lambda data: None
 
     def pytest(self, *arguments: str) -> Result:
@@ -153,7 +163,7 @@ class Guest:
             (self.folder / name).unlink(missing_ok=True)
         initramfs, swap = self.folder / "initramfs", self.folder / "swap"
         try:
-            _image.build(initramfs, self._job(command), self.packages)
+            _image.build(initramfs, self._job(command), self.packages, self.files)
             with swap.open("wb") as file:
                 file.truncate(self.swap_mib << 20)
             return _Watch(self, [qemu, *self._qemu_options(initramfs, swap)]).result()
@@ -183,7 +193,8 @@ class Guest:
         serial = ("stdio", "file:control", "file:archive")
         return [
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-            *("-machine", "q35", "-accel", self.accel, "-cpu", "max", "-smp", "1"),
+            *("-machine", "q35", "-accel", self.accel, "-cpu", "max"),
+            *("-smp", str(self.cpus)),
             *("-m", f"{memory}M", "-kernel", str(self.kernel.resolve()), "-initrd", initramfs.name),
             *(word for port in serial for word in ("-serial", port)),
             # Built into Debian's cloud kernels, where virtio_blk is a module.
@@ -256,7 +267,7 @@ class _Watch:
                 elif up_at:
                     deadline, word = up_at + guest.run_s * guest.scale, "run"
                 else:
-                    deadline, word = started + BOOT_S * guest.scale, "boot"
+                    deadline, word = started + guest.boot_s * guest.scale, "boot"
                 if now > deadline:
                     late = word
                     process.kill()
@@ -301,7 +312,7 @@ class _Watch:
             return ended(
                 Status.DIED, f"the guest died during the run; its last words are in {self._console}"
             )
-        waited = f" within {BOOT_S * guest.scale:.0f} s" if late else ""
+        waited = f" within {guest.boot_s * guest.scale:.0f} s" if late else ""
         last = self._said_on_console().strip().rpartition("\n")[2] or "nothing"
         return ended(
             Status.NO_BOOT,
@@ -370,6 +381,41 @@ def find_kernel(name: str) -> Path:
     raise _debian.KernelNotFoundError(f"there is no kernel {name}")
 
 
+def accel(cpus: int) -> str:
+    """Return QEMU's -accel for so many CPUs."""
+    return MULTI if cpus > 1 else SINGLE
+
+
+def lacking() -> str:
+    """Return what this machine lacks to boot any guest, or ""."""
+    if shutil.which(QEMU) is None:
+        return f"there is no {QEMU} here (apt-get install qemu-system-x86)"
+    if shutil.which("busybox") is None:
+        return "there is no busybox here (apt-get install busybox-static)"
+    return ""
+
+
+def from_outside(arguments: Sequence[str], root: Path) -> tuple[list[str], dict[str, bytes]]:
+    """Return pytest's arguments with paths outside the repository absolute, and those files.
+
+    The folder of a test file gives its conftest.py.
+    """
+    changed: list[str] = []
+    files: dict[str, bytes] = {}
+    for argument in arguments:
+        name, colons, rest = argument.partition("::")
+        path = Path(name).absolute()
+        if argument.startswith("-") or not path.exists() or path.is_relative_to(root):
+            changed.append(argument)
+            continue
+        changed.append(f"{path}{colons}{rest}")
+        found = [path, path.parent / "conftest.py"] if path.is_file() else path.rglob("*")
+        for file in found:
+            if file.is_file() and "__pycache__" not in file.parts:
+                files[str(file)] = file.read_bytes()
+    return changed, files
+
+
 def scale() -> float:
     """Return the factor on every time limit."""
     return float(os.environ.get("PYUFFD_BUDGET_SCALE", EMULATION_SCALE))
@@ -387,7 +433,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--huge-pages", type=int, default=HUGE_PAGES, help="of 2 MiB")
     parser.add_argument("--swap", type=int, default=SWAP_MIB, help="MiB")
     parser.add_argument("--run-limit", type=float, default=RUN_S, help="s, on real hardware")
-    parser.add_argument("--accel", default="tcg,thread=single", help="QEMU's -accel")
+    parser.add_argument("--cpus", type=int, default=1, help="CPUs of the guest (races need two)")
+    parser.add_argument(
+        "--accel", help="QEMU's -accel (tcg, with a thread for each CPU where there are several)"
+    )
     parser.add_argument(
         "--with", action="append", default=[], dest="packages", help="installed package to pack"
     )
@@ -407,19 +456,26 @@ def main() -> int:
     """Run `run`."""
     options = _options()
     end_with_us()
+    if sentence := lacking():
+        # Before anything is fetched.
+        absent = shutil.which(QEMU) is None
+        return _fail(Status.QEMU_ABSENT if absent else Status.HOST_LACKS, sentence)
     try:
         kernel = find_kernel(options.kernel)
-        arguments, wanted = redirect(options.pytest or list(SUITE))
+        given, files = from_outside(options.pytest, ROOT)
+        arguments, wanted = redirect(given or list(SUITE))
         guest = Guest(
             kernel=kernel,
             folder=(options.output or ROOT / "build/vm" / kernel.name).resolve(),
             memory_mib=options.memory,
             huge_pages=options.huge_pages,
             swap_mib=options.swap,
-            accel=options.accel,
+            accel=options.accel or accel(options.cpus),
+            cpus=options.cpus,
             scale=scale(),
             run_s=options.run_limit,
             packages=tuple(options.packages),
+            files=files,
             show=_show,
         )
         result = guest.pytest(*arguments)
@@ -434,9 +490,13 @@ def main() -> int:
             shutil.copy(result.folder / name, path)
     print(
         f"run: {kernel.name}: status {result.status}, up after {result.boot_s:.1f} s, "
-        f"{result.wall_s:.1f} s in all, files in {result.folder}",
+        f"{result.wall_s:.1f} s in all",
         file=sys.stderr,
     )
+    # What pytest printed are paths of the guest.
+    for name in _FILES:
+        if (result.folder / name).exists():
+            print(f"run: {result.folder / name}", file=sys.stderr)
     return result.status
 
 
