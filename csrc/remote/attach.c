@@ -51,7 +51,7 @@ struct injection {
 	char xstate[XSTATE_MOST] __attribute__((aligned(64)));
 };
 
-/* Note how far it is, and stand still if a test wants that. */
+/* Note how far it is, and wait if a test asks for that. */
 static void reach(struct injection *in, enum uffd_attach_point point)
 {
 	struct timespec nap = { .tv_nsec = HOLD_NS };
@@ -65,7 +65,7 @@ static void reach(struct injection *in, enum uffd_attach_point point)
 	in->calls.until_ns = uffd_now_ns() + in->attach->limit_ns;
 }
 
-/* Stop the thread, and write down its way home. */
+/* Seize the thread, and stop it. */
 static int stop(struct injection *in)
 {
 	struct uffd_attach *attach = in->attach;
@@ -127,7 +127,7 @@ static int write_home(struct injection *in)
 	return ret;
 }
 
-/* Map the helper's page; from here on the registers are not the thread's own. */
+/* Map the helper's page; from now on the registers are not the thread's own. */
 static int map_page(struct injection *in)
 {
 	const uint64_t arguments[5] = { 0, HELPER_BYTES, PROT_READ | PROT_WRITE,
@@ -141,7 +141,7 @@ static int map_page(struct injection *in)
 	if (ret)
 		return ret;
 	reach(in, UFFD_ATTACH_REDIRECTED);
-	/* Only now: the way home has the mask. */
+	/* Only now: the way home restores the mask. */
 	ret = uffd_trace_set_mask(in->attach->tid, UINT64_MAX);
 	if (ret)
 		return ret;
@@ -154,7 +154,7 @@ static int map_page(struct injection *in)
 	return 0;
 }
 
-/* What the helper does when nobody tells it anything: exit(0), with all signals blocked. */
+/* The helper's way out if it gets no further call: exit(0), with all signals blocked. */
 static int prepare_helper(struct injection *in)
 {
 	static const uint64_t exit_arguments[5];
@@ -315,7 +315,7 @@ static int end_helper(struct injection *in)
 	return 0;
 }
 
-/* Back to where it was. Whatever failed before, this is tried. */
+/* Return to where it was; tried whatever has failed before. */
 static int restore(struct injection *in)
 {
 	pid_t tid = in->attach->tid;
@@ -330,14 +330,14 @@ static int restore(struct injection *in)
 			return (int)r;
 		reach(in, UFFD_ATTACH_UNMAPPED);
 	}
-	/* From a stop where the kernel looks whether a system call is to be restarted. */
+	/* From a stop at which the kernel checks whether to restart a system call. */
 	ret = uffd_trace_interrupt(tid);
 	if (!ret)
 		ret = uffd_inject_run_to(&in->calls, tid, UFFD_TRACE_TRAP);
 	if (ret)
 		return ret;
 	reach(in, UFFD_ATTACH_HALTED);
-	/* The mask first: with the registers alone nothing would give it back. */
+	/* The mask first: once the registers are restored nothing else would restore it. */
 	ret = uffd_trace_set_mask(tid, in->mask);
 	if (ret)
 		return ret;
@@ -412,10 +412,10 @@ int uffd_attach(struct uffd_attach *attach, int32_t *fd_ret)
 		in->calls.syscall_ret = attach->syscall_ret;
 		in->fd_ret = fd_ret;
 		in->creator = getpid();
-		/* The child shares the handlers' data: none may run in it. */
+		/* The child shares the data of signal handlers: none may run in it. */
 		sigfillset(&all);
 		pthread_sigmask(SIG_SETMASK, &all, &before);
-		/* No exit signal: nobody's SIGCHLD handler and no waitpid(-1) hears of it. */
+		/* No exit signal: no SIGCHLD handler and no waitpid(-1) notices it. */
 		pid = clone(child, stack + OWN_STACK, CLONE_VM | CLONE_FILES | CLONE_VFORK, in);
 		ret = pid < 0 ? -errno : 0;
 		pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -423,7 +423,7 @@ int uffd_attach(struct uffd_attach *attach, int32_t *fd_ret)
 	if (!ret) {
 		while (waitpid(pid, &status, __WCLONE) < 0 && errno == EINTR)
 			;
-		/* The kernel has detached what it traced, if it was killed. */
+		/* If it was killed, the kernel has detached the threads that it traced. */
 		ret = WIFEXITED(status) ? -WEXITSTATUS(status) : -EINTR;
 	}
 	free(stack);

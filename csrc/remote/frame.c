@@ -32,7 +32,7 @@ _Static_assert(sizeof(struct frame) == 8 + 304 + 128, "rt_sigframe");
 #define UC_FP_XSTATE 1u
 #define UC_SIGCONTEXT_SS 2u
 #define UC_STRICT_RESTORE_SS 4u
-/* Neither SS_ONSTACK nor SS_DISABLE: the kernel leaves the alternate stack as it is. */
+/* Neither SS_ONSTACK nor SS_DISABLE: the kernel does not change the alternate stack. */
 #define STACK_UNCHANGED 4u
 
 /* The bytes behind the legacy area's registers (struct _fpx_sw_bytes). */
@@ -50,7 +50,7 @@ struct sw_bytes {
 #define FP_MAGIC1 0x46505853u
 #define FP_MAGIC2 0x46505845u
 #define XSTATE_ALIGN 64u
-/* From the tile registers on, state is granted to a process on demand; its frames lack it. */
+/* The kernel grants tile registers and later state on demand; other frames lack it. */
 #define FIRST_DYNAMIC 17u
 
 /* Errors inside the kernel that ask for a restart (include/linux/errno.h). */

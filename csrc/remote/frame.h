@@ -2,10 +2,10 @@
 /*
  * The signal frame by which a thread whose registers were changed restores itself.
  *
- * Whoever injects system calls can be killed at any moment; the kernel then lets the thread run
- * with the registers that it has.  So they are always such that it finds its way home: behind
- * the injected system call stands a `ret`, which pops the address of rt_sigreturn(2)'s wrapper
- * from a frame with the thread's own state, as behind a signal handler.
+ * The process that injects system calls can be killed at any moment; the kernel then lets the
+ * thread run with the registers that it has.  So they always lead it back, its "way home": the
+ * instruction after the injected system call is a `ret`, which pops the address of the wrapper of
+ * rt_sigreturn(2) from a frame with the thread's own state, as after a signal handler.
  */
 #ifndef UFFD_REMOTE_FRAME_H
 #define UFFD_REMOTE_FRAME_H
@@ -26,8 +26,8 @@ int uffd_frame_write(void *buffer, uint64_t address, uint64_t restorer,
 		     uint64_t xstate_length, uint64_t *length_ret, uint64_t *sp_ret);
 
 /*
- * Where a thread goes on that stands with these registers, as the kernel would restart its
- * system call; what waited with a time limit returns EINTR.
+ * Change the registers of a stopped thread to those with which it continues.  As in the kernel,
+ * its system call is restarted; one that waited with a time limit returns EINTR.
  */
 void uffd_frame_resume_at(struct user_regs_struct *regs);
 

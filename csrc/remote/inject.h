@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * System calls made in a thread that stands, by its registers.
+ * System calls made in a stopped thread, through its registers.
  */
 #ifndef UFFD_REMOTE_INJECT_H
 #define UFFD_REMOTE_INJECT_H
@@ -16,13 +16,13 @@ struct uffd_inject {
 	uint64_t syscall_ret;
 	/* When to give up, on the monotonic clock. */
 	uint64_t until_ns;
-	/* Registers of the thread that was stopped: what a system call does not need comes from it. */
+	/* Registers of the stopped thread: a system call keeps those that it does not need. */
 	struct user_regs_struct regs;
 	/* The thread that was made last. */
 	pid_t child;
 };
 
-/* Wait for a stop of one kind, or run to it; other stops are passed. */
+/* Wait for a stop of one kind, or run to it; other stops are passed over. */
 int uffd_inject_wait(struct uffd_inject *in, pid_t tid, enum uffd_trace_stop wanted);
 int uffd_inject_run_to(struct uffd_inject *in, pid_t tid, enum uffd_trace_stop wanted);
 

@@ -121,7 +121,7 @@ static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 		if (ret == -EPERM || ret == -ESRCH) {
 			char state = state_of(tid);
 
-			/* One that has ended; the process goes on without its first thread. */
+			/* One that has ended; the process continues without its first thread. */
 			if (state == 'Z' || state == 'X') {
 				ret = 0;
 				continue;
@@ -147,7 +147,7 @@ static int wait_for(struct uffd_stopped *stopped, struct thread *thread)
 		return 0;
 	stopped->tid = thread->tid;
 	for (;;) {
-		/* A little at a time, to see what a thread that does not stop waits for. */
+		/* In short waits, to see what a thread that does not stop waits for. */
 		uint64_t slice = uffd_now_ns() + 5000000;
 
 		ret = uffd_trace_wait(thread->tid,
@@ -166,7 +166,7 @@ static int wait_for(struct uffd_stopped *stopped, struct thread *thread)
 			thread->is_held = true;
 			return 0;
 		}
-		/* A signal on its way: it is delivered, and the interruption comes after it. */
+		/* A signal is pending: it is delivered, and the interruption comes after it. */
 		ret = uffd_trace_resume(thread->tid,
 					state.stop == UFFD_TRACE_SIGNAL ? state.signal : 0);
 		if (ret)
@@ -191,7 +191,7 @@ static int stop_all(struct uffd_stopped *stopped)
 	return ret;
 }
 
-/* The end of this thread would detach them as well; but an EINTR that we caused is undone. */
+/* The end of this thread would detach them too; this also undoes an EINTR that we caused. */
 static void let_go(struct uffd_stopped *stopped)
 {
 	for (uint32_t i = 0; i < stopped->count; i++) {

@@ -62,7 +62,7 @@ static void classify(pid_t tid, int status, struct uffd_trace_state *state)
 	}
 }
 
-/* Also where another thread of this process has taken the notification by a waitpid(-1). */
+/* Also if another thread of this process has consumed the notification with waitpid(-1). */
 static bool is_trapped(pid_t tid, struct uffd_trace_state *state)
 {
 	siginfo_t info;

@@ -2,8 +2,8 @@
 /*
  * ptrace(2) of one thread, with a time limit for every wait.
  *
- * A tracer is a thread: whoever seizes a thread must make all further calls.  When that thread
- * ends, by whatever way, the kernel detaches what it traces, and the traced threads continue.
+ * A tracer is a thread: the one that seizes a thread must make all further calls.  When it ends,
+ * in any way, the kernel detaches the threads that it traces, and they continue.
  * Everything returns 0 or -errno; -ESRCH: the thread has ended.
  */
 #ifndef UFFD_REMOTE_TRACE_H
@@ -13,7 +13,7 @@
 #include <sys/types.h>
 #include <sys/user.h>
 
-/* Why a thread stands. */
+/* Why a thread is stopped. */
 enum uffd_trace_stop {
 	UFFD_TRACE_SYSCALL,	/* at the entry or exit of a system call */
 	UFFD_TRACE_TRAP,	/* interrupted, or its process is stopped by a signal */
@@ -29,10 +29,10 @@ struct uffd_trace_state {
 	pid_t child;
 };
 
-/* Attach without stopping it; system call stops are told from signals. */
+/* Attach without stopping it; system call stops can be told from signals. */
 int uffd_trace_seize(pid_t tid, unsigned long options);
 int uffd_trace_interrupt(pid_t tid);
-/* Wait until it stands; -ETIMEDOUT after the time on the monotonic clock. */
+/* Wait until it is stopped; -ETIMEDOUT after `until_ns` on the monotonic clock. */
 int uffd_trace_wait(pid_t tid, uint64_t until_ns, struct uffd_trace_state *state_ret);
 /* Let it run to its next system call stop, or to an interruption. */
 int uffd_trace_resume(pid_t tid, int signal);
@@ -46,9 +46,9 @@ int uffd_trace_set_mask(pid_t tid, uint64_t mask);
 int uffd_trace_get_xstate(pid_t tid, void *buffer, uint64_t *length);
 
 /*
- * Some system calls return EINTR after an interruption without a signal, where others are
- * restarted (signal(7)). Change the registers so that one that waits without a time limit is
- * restarted, too; a pending signal ends it with EINTR rightly.
+ * After an interruption without a signal, some system calls return EINTR and others are restarted
+ * (signal(7)).  Change the registers so that a call that waits without a time limit is restarted
+ * too; if a signal is pending, EINTR is right.
  */
 void uffd_trace_restart(pid_t tid, struct user_regs_struct *regs);
 

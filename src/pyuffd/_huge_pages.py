@@ -1,7 +1,7 @@
 """Find out why no huge page could be allocated: the pool, the mount or the cgroup (layer L2).
 
-The kernel allocates a page for whoever fills it, so the cgroup is that of the calling process,
-while the mount is that of the mapping.
+The kernel allocates a page for the process that fills it, so the cgroup is that of the calling
+process, while the mount is that of the mapping.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Work that waits for descriptors, done by a thread or by an asyncio task (layer L1).
 
-The work is a generator. It yields what it waits for, POLLIN or POLLOUT, and goes on when the
+The work is a generator. It yields what it waits for, POLLIN or POLLOUT, and continues when the
 descriptor is ready; it gets a `WaitTimeoutError` when the time is over, and a `WaitEndedError` when
 another thread has ended the wait. What it holds is released however it ends.
 """

@@ -1,4 +1,4 @@
-"""A userfaultfd for the memory of a process that nobody prepared."""
+"""A userfaultfd for the memory of a running process, without its cooperation."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ LIMIT_S = 2.0
 # signal handler, which every program that has one needs.
 _SYSCALL_RET = b"\x0f\x05\xc3"
 _RESTORERS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
-# Where they are found at once; other code is looked through after these.
+# They are found here at once; other code is searched after these.
 _LIKELY = ("/ld-linux", "/ld-musl", "/libc", "/ld-")
 _CODE_MOST = 256 << 20
 
 _ELF_CLASS_64, _ELF_X86_64 = 2, 62
 _IDLE_FIRST = {"S": 0, "T": 1, "I": 1, "R": 2}
 
-# Tests hold an attach at one of its points.
+# Tests stop an attach at one of its points.
 hold: AttachPoint | None = None
 attempts: list[calls.Attach] = []
 
@@ -96,7 +96,7 @@ def attach(
 
 
 def _refuse(process: Process, pid: int) -> dict[str, str]:
-    """Refuse, before anything is touched, what cannot be attached; return /proc/PID/status."""
+    """Refuse a target that cannot be attached, before any change; return /proc/PID/status."""
     if pid == os.getpid():
         raise ValueError("a process cannot attach to itself: make a Userfaultfd()")
     lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
@@ -152,12 +152,12 @@ def _code(mappings: Mappings) -> Iterator[Mapping]:
 
 
 def _unused(process: Process, stack: Mapping | None) -> int:
-    """Return the bottom of the first stack if nobody has ever touched it; else 0."""
+    """Return the bottom of the first stack if it was never touched; otherwise 0."""
     if stack is None or stack.length < 4 * calls.FRAME_BYTES:
         return 0
     entries = process.pagemap.read(stack.start, 2 * calls.FRAME_BYTES)
     touched = entries.count(PageBit.PRESENT) + entries.count(PageBit.SWAP)
-    # A signal that comes at a bad moment needs a little room below it.
+    # A signal at a bad moment needs some room below it.
     return 0 if touched else stack.start + calls.FRAME_BYTES
 
 

@@ -1,4 +1,4 @@
-"""All threads of a process held for a while, and those of others that share its memory."""
+"""Stop all threads of a process for a while, and those of others that share its memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _KCMP, _KCMP_VM = 312, 1
 
 @dataclass(eq=False)
 class Stop(Closing):
-    """A process whose threads all stand; see `Process.stopped`.
+    """A process whose threads are all stopped; see `Process.stopped`.
 
     Attributes:
-        threads: How many stand.
-        seconds: How long it took to stop them.
+        threads: How many are stopped.
+        seconds: The time needed to stop them.
         pids: The processes that were stopped: the target, and those that share its memory.
     """
 
@@ -41,7 +41,7 @@ class Stop(Closing):
     _held: calls.StoppedThreads
 
     def close(self) -> None:
-        """Let all threads go on."""
+        """Let all threads continue."""
         self._held.close()
 
 
