@@ -91,3 +91,28 @@ int uffd_ranges_intersect(const struct uffd_page_region *a, uint64_t a_count,
 	}
 	return ret;
 }
+
+int uffd_ranges_bytes_in(const struct uffd_page_region *a, uint64_t a_count,
+			 const struct uffd_page_region *spans, uint64_t spans_count,
+			 uint64_t *bytes_ret)
+{
+	uint64_t i = 0;
+
+	for (uint64_t j = 0; j < spans_count; j++) {
+		uint64_t bytes = 0;
+
+		while (i < a_count && a[i].end <= spans[j].start)
+			i++;
+		/* The last of them may reach into the next span. */
+		for (uint64_t k = i; k < a_count && a[k].start < spans[j].end; k++) {
+			uint64_t start = a[k].start > spans[j].start ? a[k].start : spans[j].start;
+			uint64_t end = a[k].end < spans[j].end ? a[k].end : spans[j].end;
+
+			bytes += end - start;
+			if (a[k].end <= spans[j].end)
+				i = k + 1;
+		}
+		bytes_ret[j] = bytes;
+	}
+	return 0;
+}

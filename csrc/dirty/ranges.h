@@ -30,4 +30,9 @@ int uffd_ranges_intersect(const struct uffd_page_region *a, uint64_t a_count,
 			  const struct uffd_page_region *b, uint64_t b_count,
 			  struct uffd_page_ranges *ranges_ret);
 
+/* How many bytes of each of the spans, which are sorted and do not overlap, are in a set. */
+int uffd_ranges_bytes_in(const struct uffd_page_region *a, uint64_t a_count,
+			 const struct uffd_page_region *spans, uint64_t spans_count,
+			 uint64_t *bytes_ret);
+
 #endif /* UFFD_DIRTY_RANGES_H */

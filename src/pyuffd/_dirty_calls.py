@@ -111,6 +111,15 @@ def intersect(a: memoryview, b: memoryview) -> memoryview:
     return _combined(lib.uffd_ranges_intersect, a, b) if len(a) and len(b) else NO_RANGES
 
 
+def bytes_in(a: memoryview, spans: memoryview) -> list[int]:
+    """Return how many bytes of each span are in a set."""
+    first = ffi.from_buffer("struct uffd_page_region[]", a)
+    second = ffi.from_buffer("struct uffd_page_region[]", spans)
+    out = ffi.new("uint64_t[]", len(second) or 1)
+    lib.uffd_ranges_bytes_in(first, len(first), second, len(second), out)
+    return list(out[0 : len(second)])
+
+
 def _combined(function: Any, a: memoryview, b: memoryview) -> memoryview:
     first = ffi.from_buffer("struct uffd_page_region[]", a)
     second = ffi.from_buffer("struct uffd_page_region[]", b)

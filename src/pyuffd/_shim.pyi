@@ -259,6 +259,9 @@ class _Lib:
     def uffd_ranges_intersect(
         self, a: CData, a_count: int, b: CData, b_count: int, ranges_ret: CData, /
     ) -> int: ...
+    def uffd_ranges_bytes_in(
+        self, a: CData, a_count: int, spans: CData, spans_count: int, bytes_ret: CData, /
+    ) -> int: ...
     UFFD_TRACK_DENSE: int
     UFFD_TRACK_SPARSE: int
     UFFD_TRACK_HUGE: int

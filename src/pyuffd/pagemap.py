@@ -12,17 +12,17 @@ import errno
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from pyuffd import lowlevel
+from pyuffd import _dirty_calls, lowlevel
 from pyuffd._abi import PageBit, PageCategory, ScanFlag
 from pyuffd._arguments import check_flags, check_int, check_pid
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, UffdOSError, UnsupportedFeatureError, raise_errno
 from pyuffd._owned import Descriptor
-from pyuffd._pages import PAGE_SIZE, RangeLike, check_range, resolve_range
+from pyuffd._pages import PAGE_SIZE, RangeLike, check_aligned, check_range, resolve_range
 
 MASK_LIMIT = 1 << 64
 
@@ -88,6 +88,47 @@ class PageRanges:
 
     def __repr__(self) -> str:
         return f"<PageRanges: {len(self)} ranges, {self.bytes:#x} bytes>"
+
+    @classmethod
+    def of(cls, spans: Iterable[tuple[int, int]]) -> PageRanges:
+        """Return the pages of spans (start, end), which may overlap; their `categories` are 0.
+
+        Raises:
+            ValueError: a span that is not of whole pages, or ends before it begins.
+        """
+        packed: list[tuple[int, int]] = []
+        for start, end in sorted(spans):
+            check_aligned("start", start, PAGE_SIZE)
+            check_aligned("end", end, PAGE_SIZE)
+            if end < start:
+                raise ValueError(f"span [{start:#x}, {end:#x}) ends before it begins")
+            if packed and start <= packed[-1][1]:
+                packed[-1] = (packed[-1][0], max(end, packed[-1][1]))
+            elif end > start:
+                packed.append((start, end))
+        words = b"".join(_RANGE.pack(start, end, 0) for start, end in packed)
+        return cls(memoryview(words).cast("Q"))
+
+    def __or__(self, other: PageRanges) -> PageRanges:
+        """Return the pages that are in either set; `categories` are 0."""
+        return PageRanges(_dirty_calls.union(self._view, other._view))
+
+    def __and__(self, other: PageRanges) -> PageRanges:
+        """Return the pages that are in both sets; `categories` are 0."""
+        return PageRanges(_dirty_calls.intersect(self._view, other._view))
+
+    def __sub__(self, other: PageRanges) -> PageRanges:
+        """Return the pages that are not in the other set; `categories` are 0."""
+        return PageRanges(_dirty_calls.subtract(self._view, other._view))
+
+    def bytes_in(self, spans: Iterable[tuple[int, int]]) -> list[int]:
+        """Return how many bytes of each span are in these ranges.
+
+        Args:
+            spans: (start, end) of each, in ascending order and without overlaps; mappings, say.
+        """
+        words = b"".join(_RANGE.pack(start, end, 0) for start, end in spans)
+        return _dirty_calls.bytes_in(self._view, memoryview(words).cast("Q"))
 
     @property
     def bytes(self) -> int:

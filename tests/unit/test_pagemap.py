@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 from array import array
 
 import pytest
@@ -212,3 +213,58 @@ def test_unclosed_warns() -> None:
 def test_no_such_process() -> None:
     with pytest.raises(ProcessGoneError):
         Pagemap(2**22 + 1)  # above the limit of kernel.pid_max
+
+
+SETS = [
+    # a, b, in either, in both, in a only
+    ([(0, 2)], [(1, 3)], [(0, 3)], [(1, 2)], [(0, 1)]),
+    ([(0, 1), (4, 6)], [(1, 4)], [(0, 6)], [], [(0, 1), (4, 6)]),
+    ([(0, 9)], [(2, 3), (5, 6)], [(0, 9)], [(2, 3), (5, 6)], [(0, 2), (3, 5), (6, 9)]),
+    ([(2, 3), (5, 6)], [(0, 9)], [(0, 9)], [(2, 3), (5, 6)], []),
+    ([], [(1, 2)], [(1, 2)], [], []),
+    ([(1, 2)], [], [(1, 2)], [], [(1, 2)]),
+    ([(1, 2), (3, 4)], [(1, 2), (3, 4)], [(1, 2), (3, 4)], [(1, 2), (3, 4)], []),
+]
+
+
+def _pages(spans: list[tuple[int, int]]) -> PageRanges:
+    return PageRanges.of((start * 4096, end * 4096) for start, end in spans)
+
+
+def _spans(ranges: PageRanges) -> list[tuple[int, int]]:
+    return [(item.start // 4096, item.end // 4096) for item in ranges]
+
+
+@pytest.mark.parametrize(("a", "b", "either", "both", "only"), SETS)
+def test_sets_of_pages(
+    a: list[tuple[int, int]],
+    b: list[tuple[int, int]],
+    either: list[tuple[int, int]],
+    both: list[tuple[int, int]],
+    only: list[tuple[int, int]],
+) -> None:
+    assert _spans(_pages(a) | _pages(b)) == either
+    assert _spans(_pages(b) | _pages(a)) == either
+    assert _spans(_pages(a) & _pages(b)) == both
+    assert _spans(_pages(a) - _pages(b)) == only
+
+
+def test_sets_of_pages_by_chance() -> None:
+    chance = random.Random(5)
+    for _ in range(200):
+        a, b = ({chance.randrange(40) for _ in range(chance.randrange(30))} for _ in range(2))
+        first, second = (_pages([(page, page + 1) for page in pages]) for pages in (a, b))
+        results = [(first | second, a | b), (first & second, a & b), (first - second, a - b)]
+        for found, wanted in results:
+            assert {p for start, end in _spans(found) for p in range(start, end)} == wanted
+        spans = [(0, 7 * 4096), (7 * 4096, 20 * 4096), (30 * 4096, 40 * 4096)]
+        assert first.bytes_in(spans) == [
+            4096 * len(a & set(range(start // 4096, end // 4096))) for start, end in spans
+        ]
+
+
+def test_spans_are_joined_and_checked() -> None:
+    assert _spans(PageRanges.of([(8192, 12288), (0, 4096), (4096, 8192), (0, 0)])) == [(0, 3)]
+    for bad in [(0, 1), (1, 4096), (4096, 0), (-4096, 0)]:
+        with pytest.raises(ValueError):
+            PageRanges.of([bad])

@@ -23,6 +23,10 @@ COMMANDS = {
         "pyuffd.cli.doctor",
         "report what this kernel and this user can do, and what is missing",
     ),
+    "track": (
+        "pyuffd.cli.track",
+        "show what a running process writes, by mapping, live",
+    ),
     "demo": (
         "pyuffd.cli.demo",
         "write a point-in-time snapshot of a running process and restore it lazily",
