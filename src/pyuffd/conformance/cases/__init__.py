@@ -22,6 +22,7 @@ MODULES = (
     "pagemap_scan",
     "scan_many",
     "pagemap_scan_memory",
+    "tracking",
     "kselftest_api",
     "kselftest_unit",
     "kselftest_events",

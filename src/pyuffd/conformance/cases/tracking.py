@@ -1,0 +1,315 @@
+"""What WP_ASYNC reports and what it hides: the behaviours that trackers of writes depend on (L5).
+
+`wp-async.*` has a row for each way in which the content of a tracked page changes, and says of each
+memory type whether PAGEMAP_SCAN reports it afterwards. A hidden change is no bug of the kernel, but
+a tracker has to know of it. `pagemap-scan.*` has the kernel bugs that can be seen without a race.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+
+from pyuffd import _memory
+from pyuffd._abi import PageCategory, RegisterMode, ScanFlag
+from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._pin import Pin, needs_pin, syscall
+from pyuffd.conformance._types import ANON, FILE, SHARED, SMALL
+from pyuffd.conformance._wp import PUNCH_HOLE, move_mapping, page_out, reserve
+from pyuffd.conformance.cases.pagemap_scan import FEATURES, WP_SCAN, WRITTEN, end_of, scan
+from pyuffd.conformance.cases.pagemap_scan_memory import Area
+from pyuffd.pagemap import Pagemap
+from pyuffd.regions import Region
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
+from pyuffd.testing._need import needs_swap
+
+PAGES = 4
+LOCKED = ("anon", "shmem-private")
+MADV_FREE, MADV_COLLAPSE = 8, 25
+SYS_READ, SYS_MADVISE, SYS_MLOCK = 0, 28, 149
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+ORIGIN = "what trackers of writes depend on"
+NONE: list[tuple[int, int]] = []
+SECOND = [(1, 1)]  # of the pages: first, count
+
+
+def tracked(ctx: Context, pages: int = PAGES) -> tuple[Region, Area]:
+    """Map memory of the case's type, write all of it, and track it."""
+    region = ctx.make(pages)
+    region.fill(7)
+    return region, Area(ctx, region.start, pages, region.page_size)
+
+
+def second(region: Region) -> int:
+    """Return the address of the second page."""
+    return region.start + region.page_size
+
+
+def expect_byte(ctx: Context, region: Region, value: int) -> None:
+    """The second page begins with this byte now."""
+    ctx.expect("the second page", region.read(region.page_size, 1)[0], value)
+
+
+# What is reported, and what is not
+
+
+@case("wp-async.write.reported", origin=ORIGIN, features=FEATURES)
+def write(ctx: Context) -> None:
+    """A write is reported, and once."""
+    _, area = tracked(ctx)
+    area.expect("before")
+    area.write(1, 1)
+    area.expect("after a write", *SECOND)
+    area.protect()
+    area.expect("after protecting again")
+
+
+@case("wp-async.read-into.reported", origin=ORIGIN, features=FEATURES)
+def read_into(ctx: Context) -> None:
+    """What read(2) writes is reported."""
+    region, area = tracked(ctx)
+    zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+    ctx.callback(os.close, zero)
+    ctx.silently(syscall, SYS_READ, zero, second(region), 16)
+    area.expect("after read(2)", *SECOND)
+
+
+@case("wp-async.dontneed.reported", origin=ORIGIN, memory=ANON, features=FEATURES)
+def dontneed_of_zeros(ctx: Context) -> None:
+    """MADV_DONTNEED of anonymous memory makes zeros, and is reported."""
+    region, area = tracked(ctx)
+    region.madvise(mmap.MADV_DONTNEED, region.page_size, region.page_size)
+    area.expect("after MADV_DONTNEED", *SECOND)
+    expect_byte(ctx, region, 0)
+
+
+@case("wp-async.dontneed.hidden", origin=ORIGIN, memory=FILE, features=FEATURES)
+def dontneed_of_a_file(ctx: Context) -> None:
+    """MADV_DONTNEED keeps the protection where a file is behind; a private copy is lost unseen."""
+    region, area = tracked(ctx)
+    region.madvise(mmap.MADV_DONTNEED, region.page_size, region.page_size)
+    area.expect("after MADV_DONTNEED")
+    expect_byte(ctx, region, 7 if region.shared else 0)
+
+
+@case("wp-async.punch-hole.hidden", origin=ORIGIN, memory=SHARED, features=FEATURES)
+def punch_hole(ctx: Context) -> None:
+    """A hole punched through the file makes zeros, and is not reported."""
+    region, area = tracked(ctx)
+    assert region.fd is not None
+    _memory.fallocate(region.fd, PUNCH_HOLE, region.page_size, region.page_size)
+    area.expect("after PUNCH_HOLE")
+    expect_byte(ctx, region, 0)
+
+
+@case("wp-async.truncate.hidden", origin=ORIGIN, memory=("shmem",), features=FEATURES)
+def truncate(ctx: Context) -> None:
+    """ftruncate(2) to and fro makes zeros, and is not reported."""
+    region, area = tracked(ctx)
+    assert region.fd is not None
+    os.ftruncate(region.fd, region.page_size)
+    os.ftruncate(region.fd, region.length)
+    area.expect("after ftruncate")
+    expect_byte(ctx, region, 0)
+
+
+@case("wp-async.pwrite.hidden", origin=ORIGIN, memory=("shmem",), features=FEATURES)
+def pwrite(ctx: Context) -> None:
+    """A write through the descriptor is not reported."""
+    region, area = tracked(ctx)
+    assert region.fd is not None
+    os.pwrite(region.fd, b"\x09", region.page_size)
+    area.expect("after pwrite(2)")
+    expect_byte(ctx, region, 9)
+
+
+@case("wp-async.alias.hidden", origin=ORIGIN, memory=SHARED, features=FEATURES)
+def alias(ctx: Context) -> None:
+    """A write through another mapping is not reported."""
+    region, area = tracked(ctx)
+    ctx.alias(region).write(region.page_size, b"\x09")
+    area.expect("after a write elsewhere")
+    expect_byte(ctx, region, 9)
+
+
+@case("wp-async.madv-free.hidden", origin=ORIGIN, memory=ANON, features=FEATURES)
+def madv_free(ctx: Context) -> None:
+    """MADV_FREE alone is not reported: the page keeps its content until it is reclaimed."""
+    region, area = tracked(ctx)
+    region.madvise(MADV_FREE, region.page_size, region.page_size)
+    area.expect("after MADV_FREE")
+    area.write(1, 1)
+    area.expect("after a write to it", *SECOND)
+
+
+@case(
+    "wp-async.mlock.false-reports",
+    origin=ORIGIN,
+    memory=("anon", "shmem-private"),
+    features=FEATURES,
+)
+def mlock(ctx: Context) -> None:
+    """mlock(2) of private memory reports pages that nobody wrote."""
+    region, area = tracked(ctx)
+    ctx.expect("mlock", syscall(SYS_MLOCK, second(region), region.page_size), 0)
+    area.expect("after mlock", *SECOND)
+    expect_byte(ctx, region, 7)
+
+
+@case("wp-async.mprotect.silent", origin=ORIGIN, features=FEATURES)
+def mprotect(ctx: Context) -> None:
+    """mprotect(2) to nothing and back changes nothing, and reports nothing."""
+    region, area = tracked(ctx)
+    for prot in (0, mmap.PROT_READ, READ_WRITE):
+        _memory.mprotect(region.start, region.length, prot)
+    area.expect("after mprotect")
+    area.write(1, 1)
+    area.expect("after a write", *SECOND)
+
+
+@case("wp-async.read-of-a-hole.silent", origin=ORIGIN, features=FEATURES)
+def read_of_a_hole(ctx: Context) -> None:
+    """A protected hole that is read is not reported; the write after it is."""
+    region = ctx.make(PAGES)
+    area = Area(ctx, region.start, PAGES, region.page_size)
+    ctx.silently(_memory.read, second(region), 1)
+    area.expect("after a read")
+    area.write(1, 1)
+    area.expect("after a write", *SECOND)
+
+
+@case("wp-async.fork.own-pages", origin=ORIGIN, memory=SMALL, features=FEATURES)
+def fork(ctx: Context) -> None:
+    """A child's write is not reported for its parent, whose own write afterwards is."""
+    region, area = tracked(ctx)
+    child = ctx.fork_only()
+    child.write(second(region), b"\x09")
+    area.expect("after the child's write")
+    expect_byte(ctx, region, 9 if region.shared else 7)
+    area.write(1, 1)
+    area.expect("after its own", *SECOND)
+
+
+@case("wp-async.mremap.unregistered", origin=ORIGIN, features=FEATURES)
+def mremap(ctx: Context) -> None:
+    """Memory that moves loses its registration, and CHECK_WPASYNC says EPERM there."""
+    region, _ = tracked(ctx)
+    target = reserve(ctx, region.length)
+    move_mapping(ctx, region, target)
+    result = scan(ctx, target, target + region.length, flags=WP_SCAN)
+    ctx.expect("errno", result.errno, errno.EPERM)
+
+
+@case("wp-async.map-over.unregistered", origin=ORIGIN, memory=SMALL, features=FEATURES)
+def map_over(ctx: Context) -> None:
+    """Memory mapped over a tracked page is not registered; CHECK_WPASYNC of all says EPERM."""
+    region, _ = tracked(ctx)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
+    _memory.mmap(region.page_size, READ_WRITE, flags, address=second(region))
+    result = scan(ctx, region.start, end_of(region), flags=WP_SCAN)
+    ctx.expect("errno", result.errno, errno.EPERM)
+
+
+@case("wp-async.pinned.hidden", origin=ORIGIN, memory=SMALL, features=FEATURES, needs=[needs_pin()])
+def pinned(ctx: Context) -> None:
+    """Pinning a page for writing is reported, and after it was protected again nothing is."""
+    region, area = tracked(ctx)
+    pin = Pin(second(region), region.page_size)
+    ring = pin.take(syscall)
+    ctx.callback(os.close, ring)
+    area.expect("after it was pinned", *SECOND)
+    area.protect()
+    area.expect("while it is pinned")
+    pin.drop(syscall, ring)
+
+
+@case(
+    "wp-async.swap.kept",
+    origin=ORIGIN,
+    memory=SMALL,
+    features=FEATURES,
+    needs=[needs_swap()],
+)
+def swap(ctx: Context) -> None:
+    """Swapping a page out and in reports nothing, and forgets no write before it."""
+    region, area = tracked(ctx)
+    area.write(2, 1)
+    page_out(ctx, region)
+    area.expect("on swap", (2, 1))
+    region.read()
+    area.expect("back from swap", (2, 1))
+
+
+# Kernel bugs that can be seen without a race
+
+_HOLES = (
+    Variant("reported", "pages that were dropped are reported as written, as they should be"),
+    Variant("missed", "they are not: before two fixes of July 2026, stable kernels included"),
+)
+
+
+def dropped(ctx: Context, length: int, drop: Callable[[Region], None]) -> int:
+    """Drop all of a tracked region of 2 MiB or more; return the bytes a scan with masks finds."""
+    region = Region.anonymous(length)
+    ctx.enter(region)
+    region.fill(7)
+    uffd = ctx.open()
+    uffd.register(region, mode=RegisterMode.WP)
+    uffd.writeprotect(region)
+    drop(region)
+    with Pagemap() as pagemap:
+        found = pagemap.scan(
+            region,
+            category_anyof_mask=WRITTEN,
+            return_mask=PageCategory.WRITTEN | PageCategory.PRESENT,
+        )
+    return found.ranges.bytes
+
+
+@case(
+    "pagemap-scan.unpopulated.anyof", origin=ORIGIN, memory=ANON, features=FEATURES, variants=_HOLES
+)
+def unpopulated(ctx: Context) -> None:
+    """A dropped page is reported by a scan that asks with category_anyof_mask, too."""
+    found = dropped(
+        ctx, 2 * HUGE_PAGE, lambda region: region.madvise(mmap.MADV_DONTNEED, 0, SMALL_PAGE)
+    )
+    ctx.expect_variant("bytes", found, reported=SMALL_PAGE, missed=0)
+
+
+@case("pagemap-scan.pmd-hole", origin=ORIGIN, memory=ANON, features=FEATURES, variants=_HOLES)
+def pmd_hole(ctx: Context) -> None:
+    """2 MiB dropped at once, whose page table may go with them, are reported."""
+
+    def drop(region: Region) -> None:
+        first = -(-region.start // HUGE_PAGE) * HUGE_PAGE - region.start
+        region.madvise(mmap.MADV_DONTNEED, first, HUGE_PAGE)
+
+    found = dropped(ctx, 2 * HUGE_PAGE, drop)
+    ctx.expect_variant("bytes", found, reported=HUGE_PAGE, missed=0)
+
+
+@case("pagemap-scan.hugetlb-hole", origin=ORIGIN, memory=("hugetlb-private",), features=FEATURES)
+def hugetlb_hole(ctx: Context) -> None:
+    """A hole of hugetlb memory is never written, so a scan for WRITTEN leaves it alone."""
+    region = ctx.make(2)
+    uffd = ctx.open()
+    uffd.register(region, mode=RegisterMode.WP)
+    result = scan(ctx, region.start, end_of(region), flags=ScanFlag(0))
+    ctx.expect("ranges", result.count, 0)
+
+
+@case("wp-async.collapse.refused", origin=ORIGIN, memory=ANON, features=FEATURES)
+def collapse(ctx: Context) -> None:
+    """Protected memory is not collapsed into a huge page, which would lose the protection."""
+    region = Region.anonymous(2 * HUGE_PAGE)
+    ctx.enter(region)
+    region.fill(7)
+    area = Area(ctx, region.start, 2 * HUGE_PAGE // SMALL_PAGE)
+    first = -(-region.start // HUGE_PAGE) * HUGE_PAGE
+    result = syscall(SYS_MADVISE, first, HUGE_PAGE, MADV_COLLAPSE)
+    ctx.expect("madvise", result, -errno.EINVAL)
+    area.expect("afterwards")
