@@ -229,8 +229,8 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 	if (__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE))
 		r = -ECANCELED;
 	else if (r == 0 && request->is_fault)
-		note_fault(engine, request->fault_address, request->flags, request->thread_id,
-			   request->since_ns);
+		note_fault(engine, request->space, request->fault_address, request->flags,
+			   request->thread_id, request->since_ns);
 	drop_request(engine, request, filled, r);
 	end_work(engine, phase);
 	return r;

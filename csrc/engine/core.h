@@ -49,7 +49,23 @@ struct message_log {
 	struct uffd_msg messages[LOG_MESSAGES];
 };
 
-/* Outlives an engine whose process is killed. */
+/*
+ * Demand faults in order.  A thread that resolves one takes the next ticket, unless all
+ * places are taken, writes the fault to the ticket's place and publishes it there; nobody
+ * waits.  One reader at a time takes what is published, in order, and frees the places.
+ */
+struct fault_log {
+	_Alignas(64) _Atomic uint64_t next;	/* ticket */
+	_Atomic uint64_t lost;		/* found no place */
+	_Alignas(64) _Atomic uint64_t taken;	/* tickets below are read */
+	uint64_t capacity;
+	struct log_place {
+		_Atomic uint64_t written;	/* the ticket plus one */
+		struct uffd_logged_fault fault;
+	} places[];
+};
+
+/* Outlives an engine whose process is killed; a `struct fault_log` follows it, if there is one. */
 struct engine_shared {
 	struct stats_shard shards[UFFD_SHARDS];
 	_Atomic uint64_t failures;
@@ -229,6 +245,8 @@ struct uffd_engine {
 	_Atomic uint64_t drained_ns;		/* requests after this time are not drained */
 
 	struct engine_shared *shared;
+	struct fault_log *fault_log;	/* NULL: none */
+	pthread_mutex_t fault_log_lock;	/* one reader at a time */
 
 	struct uffd_holds holds;
 	pthread_mutex_t lost_lock;

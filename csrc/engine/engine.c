@@ -13,6 +13,8 @@
 #include "native.h"
 #include "queue.h"
 #include "space.h"
+#include "stats.h"
+#include "successor.h"
 
 /*
  * Where to map the unreadable page, if the address is free.  An ioctl checks that its source
@@ -80,7 +82,12 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	atomic_store(&engine->next_id, 1);
 	pthread_mutex_init(&engine->keeper_lock, NULL);
 	pthread_mutex_init(&engine->registered_lock, NULL);
-	engine->shared = options->shared ? options->shared : uffd_alloc(sizeof(*engine->shared));
+	pthread_mutex_init(&engine->fault_log_lock, NULL);
+	engine->shared = options->shared
+		? options->shared
+		: uffd_alloc(uffd_engine_shared_size(options->fault_log));
+	if (engine->shared && options->fault_log)
+		fault_log_open(engine, engine->shared + 1);
 	zeros = mmap(NULL, ZEROS_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	engine->zeros = zeros == MAP_FAILED ? NULL : zeros;
 	unreadable = mmap((void *)LOW_HINT, BASE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -132,6 +139,7 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_mutex_destroy(&engine->spaces_lock);
 	pthread_rwlock_destroy(&engine->gate);
 	pthread_mutex_destroy(&engine->keeper_lock);
+	pthread_mutex_destroy(&engine->fault_log_lock);
 	pthread_mutex_destroy(&engine->registered_lock);
 	uffd_free(engine->deferred.faults);
 	uffd_free(engine->strays.faults);

@@ -153,7 +153,7 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 	if (outcome == OUTCOME_RESOLVED) {
 		if (engine->options.prefetch && kind != UFFD_KIND_WP)
 			prefetch_now(range, hold, page);
-		note_fault(engine, address,
+		note_fault(engine, range->space->number, address,
 			   flags_of[kind] | (error & FAULT_WRITE ? UFFD_PAGEFAULT_FLAG_WRITE : 0),
 			   thread_id, began);
 		repeated.count = 0;

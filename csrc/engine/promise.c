@@ -40,7 +40,7 @@ void settle_promises(struct uffd_engine *engine)
 		if (is_awaited(request))
 			continue;
 		if (request->is_fault)
-			note_fault(engine, request->fault_address, request->flags,
+			note_fault(engine, request->space, request->fault_address, request->flags,
 				   request->thread_id, request->since_ns);
 		populate_answered(engine, request, request->length, 0);
 		atomic_fetch_sub(&engine->outstanding, 1);

@@ -67,7 +67,98 @@ uint64_t uffd_histogram_bound(uint32_t bucket)
 	return (uint64_t)(UFFD_HISTOGRAM_SUB + sub + 1) << (exponent - 3);
 }
 
-void note_fault(struct uffd_engine *engine, uint64_t address, uint64_t flags,
+static void log_fault(struct uffd_engine *engine, uint32_t space, uint64_t address,
+		      uint64_t flags, uint32_t thread_id, uint64_t now)
+{
+	struct fault_log *log = engine->fault_log;
+	struct log_place *place;
+	uint64_t ticket;
+
+	if (!log)
+		return;
+	ticket = atomic_load_explicit(&log->next, memory_order_relaxed);
+	do {
+		if (ticket - atomic_load_explicit(&log->taken, memory_order_acquire) >=
+		    log->capacity) {
+			atomic_fetch_add_explicit(&log->lost, 1, memory_order_relaxed);
+			return;
+		}
+	} while (!atomic_compare_exchange_weak_explicit(&log->next, &ticket, ticket + 1,
+							memory_order_acq_rel,
+							memory_order_relaxed));
+	place = &log->places[ticket % log->capacity];
+	place->fault = (struct uffd_logged_fault){
+		.address = address,
+		.time_ns = now,
+		.flags = (uint32_t)flags,
+		.thread_id = thread_id,
+		.space = space,
+	};
+	atomic_store_explicit(&place->written, ticket + 1, memory_order_release);
+}
+
+uint64_t fault_log_size(uint64_t capacity)
+{
+	return capacity ? sizeof(struct fault_log) + capacity * sizeof(struct log_place) : 0;
+}
+
+void fault_log_open(struct uffd_engine *engine, void *memory)
+{
+	struct fault_log *log = memory;
+	uint64_t end = atomic_load(&log->next);
+
+	log->capacity = engine->options.fault_log;
+	/* A thread that was killed has taken these tickets, and will write nothing. */
+	for (uint64_t ticket = atomic_load(&log->taken); ticket < end; ticket++) {
+		struct log_place *place = &log->places[ticket % log->capacity];
+
+		if (atomic_load(&place->written) == ticket + 1)
+			continue;
+		place->fault = (struct uffd_logged_fault){ 0 };
+		atomic_store(&place->written, ticket + 1);
+		atomic_fetch_add(&log->lost, 1);
+	}
+	engine->fault_log = log;
+}
+
+uint32_t uffd_engine_take_faults(struct uffd_engine *engine,
+				 struct uffd_logged_fault *faults_ret, uint32_t capacity,
+				 uint64_t *lost_ret)
+{
+	struct fault_log *log = engine->fault_log;
+	uint32_t found = 0;
+	uint64_t ticket;
+
+	*lost_ret = 0;
+	if (!log)
+		return 0;
+	pthread_mutex_lock(&engine->fault_log_lock);
+	for (ticket = atomic_load(&log->taken); found < capacity; ticket++) {
+		const struct log_place *place = &log->places[ticket % log->capacity];
+
+		if (atomic_load_explicit(&place->written, memory_order_acquire) != ticket + 1)
+			break;
+		faults_ret[found] = place->fault;
+		/* All zeros: lost with a process that was killed. */
+		found += faults_ret[found].time_ns != 0;
+	}
+	atomic_store_explicit(&log->taken, ticket, memory_order_release);
+	*lost_ret = atomic_exchange(&log->lost, 0);
+	pthread_mutex_unlock(&engine->fault_log_lock);
+	return found;
+}
+
+uint64_t uffd_engine_logged_faults(struct uffd_engine *engine)
+{
+	struct fault_log *log = engine->fault_log;
+
+	if (!log)
+		return 0;
+	await_work(engine);
+	return atomic_load(&log->next) - atomic_load(&log->taken);
+}
+
+void note_fault(struct uffd_engine *engine, uint32_t space, uint64_t address, uint64_t flags,
 		uint32_t thread_id, uint64_t began_ns)
 {
 	struct stats_shard *shard = &engine->shared->shards[current_cpu() % UFFD_SHARDS];
@@ -91,6 +182,8 @@ void note_fault(struct uffd_engine *engine, uint64_t address, uint64_t flags,
 	__atomic_store_n(&recent->flags, (uint32_t)flags, __ATOMIC_RELAXED);
 	__atomic_store_n(&recent->thread_id, thread_id, __ATOMIC_RELAXED);
 	__atomic_store_n(&recent->time_ns, now, __ATOMIC_RELEASE);
+	if (kind != UFFD_KIND_WP)
+		log_fault(engine, space, address, flags, thread_id, now);
 }
 
 void note_failure(struct uffd_engine *engine, uint64_t address, uint64_t length, int error,

@@ -85,8 +85,8 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 	let_go(table, shard, hold);
 	uffd_barrier(UFFD_BARRIER_FAULT_WOKEN);
 	if (outcome == OUTCOME_RESOLVED)
-		note_fault(engine, fault->address, fault->flags, fault->thread_id,
-			   fault->since_ns);
+		note_fault(engine, fault->space->number, fault->address, fault->flags,
+			   fault->thread_id, fault->since_ns);
 	return outcome;
 }
 

@@ -17,6 +17,7 @@
 #include "layout.h"
 #include "space.h"
 #include "spaces.h"
+#include "stats.h"
 #include "successor.h"
 
 int uffd_keeper_follow_parent(int32_t parent)
@@ -107,9 +108,9 @@ int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork
 	return space_add(engine, fd, is_fork, layout_events, owner_pid, number, &number);
 }
 
-uint64_t uffd_engine_shared_size(void)
+uint64_t uffd_engine_shared_size(uint64_t fault_log)
 {
-	return sizeof(struct engine_shared);
+	return sizeof(struct engine_shared) + fault_log_size(fault_log);
 }
 
 /*

@@ -16,7 +16,8 @@
 
 #include "core.h"
 
-uint64_t uffd_engine_shared_size(void);
+/* The bytes of `options.shared`, with a log of so many faults. */
+uint64_t uffd_engine_shared_size(uint64_t fault_log);
 
 /* Continue a space of another engine under its number; takes ownership of a fork's fd. */
 int uffd_engine_adopt_space(struct uffd_engine *engine, int fd, uint32_t is_fork,

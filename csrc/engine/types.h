@@ -46,6 +46,7 @@ struct uffd_engine_options {
 	uint64_t spin_ns;	/* spin for the next fault at most this long */
 	uint64_t retry_limit_ns; /* how long a page is retried before on_error */
 	uint64_t stall_limit_ns; /* how long a request may take, 0: no limit */
+	uint64_t fault_log;	/* demand faults kept for uffd_engine_take_faults; 0: none */
 	int32_t say_fd;		/* where to write messages on the first failures; -1: nowhere */
 	int32_t keeper_fd;	/* a stream to the keeper (successor.h); borrowed; -1: none */
 	void *shared;		/* state for a successor, zeroed before first use; or NULL */
@@ -86,6 +87,15 @@ struct uffd_recent_fault {
 	uint64_t latency_ns;	/* from the read (inline: from the signal) to resolved */
 	uint32_t flags;		/* UFFD_PAGEFAULT_FLAG_* */
 	uint32_t thread_id;	/* 0: the kernel does not say */
+};
+
+/* A demand fault: one of a missing page, or a minor one. */
+struct uffd_logged_fault {
+	uint64_t address;
+	uint64_t time_ns;	/* CLOCK_MONOTONIC when it was resolved */
+	uint32_t flags;		/* UFFD_PAGEFAULT_FLAG_* */
+	uint32_t thread_id;	/* 0: the kernel does not say */
+	uint64_t space;
 };
 
 struct uffd_failure {

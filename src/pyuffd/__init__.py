@@ -65,7 +65,15 @@ if TYPE_CHECKING:
         Protected,
         Unmapped,
     )
-    from pyuffd.handlers import Handler, HandlerStats, Latency, PageState, RecentFault
+    from pyuffd.handlers import (
+        FaultLog,
+        Handler,
+        HandlerStats,
+        Latency,
+        LoggedFault,
+        PageState,
+        RecentFault,
+    )
     from pyuffd.handover import (
         Handover,
         HandoverRange,
@@ -98,7 +106,7 @@ else:
         "_residency": "PageResidency Residency residency",
         "dirty": "Blind BlindReason DirtyRound DirtyTracker Grown LayoutChange Mapped Moved"
         " Protected Unmapped",
-        "handlers": "Handler HandlerStats Latency PageState RecentFault",
+        "handlers": "FaultLog Handler HandlerStats Latency LoggedFault PageState RecentFault",
         "handover": "Handover HandoverRange UnixListener connect_unix connect_unix_async"
         " listen_unix recv_uffd recv_uffd_async send_uffd send_uffd_async",
         "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
@@ -139,6 +147,7 @@ __all__ = [
     "Event",
     "EventCode",
     "EventsBusyError",
+    "FaultLog",
     "Feature",
     "FileSource",
     "FillResult",
@@ -157,6 +166,7 @@ __all__ = [
     "LayoutChange",
     "LayoutChangedError",
     "LazyRegion",
+    "LoggedFault",
     "Mapped",
     "Mapping",
     "MappingKind",

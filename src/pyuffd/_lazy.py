@@ -119,6 +119,7 @@ def lazy(
     stall_timeout_s: float | None = None,
     prefetch: int = 0,
     workers: int = 1,
+    fault_log: int = 0,
     mode: RegisterMode = RegisterMode.MISSING,
     present: Present | None = None,
     features: Feature = Feature(0),  # noqa: B008 - an immutable flag
@@ -144,6 +145,7 @@ def lazy(
         stall_timeout_s: As for `Handler`.
         prefetch: As for `Handler`.
         workers: As for `Handler`.
+        fault_log: As for `Handler`.
         mode: As for `Handler.serve`.
         present: As for `Handler.serve`.
         features: As for `Userfaultfd`.
@@ -181,6 +183,7 @@ def lazy(
                 stall_timeout_s=stall_timeout_s,
                 prefetch=prefetch,
                 workers=workers,
+                fault_log=fault_log,
             )
         )
         handler.serve(served, source, mode=mode, present=present)

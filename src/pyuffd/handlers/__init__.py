@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from pyuffd.handlers._fault_log import FaultLog, LoggedFault
 from pyuffd.handlers._handler import Handler
 from pyuffd.handlers._types import HandlerStats, Latency, PageState, RecentFault
 
-__all__ = ["Handler", "HandlerStats", "Latency", "PageState", "RecentFault"]
+__all__ = [
+    "FaultLog",
+    "Handler",
+    "HandlerStats",
+    "Latency",
+    "LoggedFault",
+    "PageState",
+    "RecentFault",
+]

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyuffd.handlers._bounce import Bounce
+    from pyuffd.handlers._fault_log import FaultLog
     from pyuffd.handlers._types import (
         Ended,
         Failure,
@@ -134,6 +135,9 @@ class Backend(Protocol):
 
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last."""
+
+    def take_faults(self) -> FaultLog:
+        """Take what the log of demand faults holds."""
 
     def failure(self) -> Failure | None:
         """Return the first failure and the number of failures, or None."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyuffd.handlers._bounce import Bounce
     from pyuffd.handlers._checks import Driver
     from pyuffd.handlers._ending import Ending
+    from pyuffd.handlers._fault_log import FaultLog
     from pyuffd.handlers._overlaps import Overlaps
     from pyuffd.handlers._owners import Owners
     from pyuffd.handlers._serving import OnClose
@@ -65,6 +66,7 @@ class HandlerBase(SoleOwner):
     _final_owner_exited: bool
     _final_stats: HandlerStats
     _final_faults: list[RecentFault]
+    _final_log: FaultLog
 
     def _make_engine(self) -> Backend:
         fd = self.uffd.fileno()

@@ -14,6 +14,7 @@ from pyuffd._errors import HandlerError, raise_errno
 from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._engine_pages import EnginePages, pointer_to, range_ref
+from pyuffd.handlers._fault_log import FaultLog
 from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 RECENT_MEANWHILE = 64  # room for faults that come between counting and copying the recent ones
 KINDS = ("missing", "wp", "minor")
 HELD_CAPACITY = 256
+TAKEN_MOST = 1 << 24  # faults, half a gigabyte
 LEAVE_NS = 1_000_000_000
 
 
@@ -72,9 +74,9 @@ def label_bytes(label: str) -> bytes:
     return raw.decode(errors="ignore").encode()
 
 
-def shared_size() -> int:
+def shared_size(fault_log: int) -> int:
     """Return the bytes of memory that outlives an engine (`shared` below)."""
-    return int(lib.uffd_engine_shared_size())
+    return int(lib.uffd_engine_shared_size(fault_log))
 
 
 class _Life:
@@ -130,6 +132,7 @@ class Engine(EnginePages):
         spin_ns: int,
         retry_limit_ns: int,
         say_fd: int = -1,
+        fault_log: int = 0,
         keeper_fd: int = -1,
         shared: int = 0,
         helper: tuple[int, int, int] = (0, -1, -1),
@@ -148,6 +151,7 @@ class Engine(EnginePages):
         options.spin_ns = spin_ns
         options.retry_limit_ns = retry_limit_ns
         options.say_fd = say_fd
+        options.fault_log = fault_log
         options.keeper_fd = keeper_fd
         options.shared = ffi.cast("void *", shared)
         options.helper_pid, options.helper_pidfd, options.helper_life = helper
@@ -494,6 +498,16 @@ class Engine(EnginePages):
             )
             for fault in out[0:found]
         ]
+
+    def take_faults(self) -> FaultLog:
+        """Take what the log of demand faults holds."""
+        capacity = min(lib.uffd_engine_logged_faults(self._engine()), TAKEN_MOST)
+        lost = ffi.new("uint64_t *")
+        data = bytearray(capacity * ffi.sizeof("struct uffd_logged_fault"))
+        with ffi.from_buffer("struct uffd_logged_fault[]", data) as pointer:
+            found = lib.uffd_engine_take_faults(self._engine(), pointer, capacity, lost)
+        del data[found * ffi.sizeof("struct uffd_logged_fault") :]
+        return FaultLog(bytes(data), int(lost[0]))
 
     def failure(self) -> Failure | None:
         """Return the first failure and the number of failures, or None."""

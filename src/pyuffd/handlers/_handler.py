@@ -14,6 +14,7 @@ from threading import RLock
 from types import TracebackType
 from typing import Self
 
+from pyuffd._arguments import check_int
 from pyuffd._closing import Closing
 from pyuffd._errors import HandlerError
 from pyuffd._pages import RangeLike
@@ -29,6 +30,7 @@ from pyuffd.handlers._checks import (
     check_uffd,
     choose_driver,
 )
+from pyuffd.handlers._fault_log import FaultLog
 from pyuffd.handlers._filling import FillsPages
 from pyuffd.handlers._forks import ForkWatch
 from pyuffd.handlers._overlaps import Overlaps
@@ -47,6 +49,8 @@ log = logging.getLogger(__name__)
 DEFAULT_SPIN_US = 50.0
 # EAGAIN ends once the thread that changes the layout has run again: 12 ms on a busy machine.
 RETRY_LIMIT_S = 5.0
+# More than 100 million faults are no working set.
+LARGEST_LOG = 1 << 27
 # A page source that needs longer than this, with the GIL free, is too slow for faults.
 STALL_TIMEOUT_S = 2.0
 
@@ -102,6 +106,8 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
         autostart: Whether `with` (or `async with`) starts the handler. Pass False to protect
             everything before calling `start`, so that all pages are of one instant. Until then a
             thread that touches a missing or protected page waits.
+        fault_log: How many demand faults to keep for `take_faults`, at 40 bytes each; the memory is
+            used as faults come. 0 keeps none.
 
     Raises:
         ValueError: a userfaultfd or options that cannot be combined, or options that require the
@@ -136,6 +142,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
         cpus: Iterable[int] | None = None,
         owner_pid: int | None = None,
         autostart: bool = True,
+        fault_log: int = 0,
     ) -> None:
         self._engine = None
         self._final_failure = None
@@ -176,6 +183,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
             spin_ns=int(spin_us * 1000),
             retry_limit_ns=int(RETRY_LIMIT_S * 1e9),
             say_fd=stderr_fd(),
+            fault_log=check_int("fault_log", fault_log, 0, LARGEST_LOG + 1),
         )
         engine = None
         try:
@@ -276,6 +284,35 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
         if self._engine is None:
             return self._final_faults
         return self._running_engine().recent()
+
+    def take_faults(self) -> FaultLog:
+        """Take the demand faults logged since the last call, oldest first.
+
+        A handler made with `fault_log=` logs every missing and minor fault that it resolves, in the
+        order in which it resolved them: what a program needs after a restore, and in which order.
+        Pages filled without a fault, by `prefetch` or `populate`, are not in it, and where several
+        threads wait for one page, one fault is. Writes to protected pages are not logged. When the
+        log is full, the newest faults are lost, and counted (`FaultLog.lost`); the oldest are kept
+        until they are taken. After stop() this returns what was left.
+
+        Raises:
+            ValueError: the handler was made without `fault_log`.
+
+        GIL: released.  Threads: safe; each fault is returned once.  Blocks: as `stats`.
+
+        Example:
+            >>> import pyuffd
+            >>> with pyuffd.lazy(bytes(4 * 4096), fault_log=100) as memory:
+            ...     _ = memory.read(8192, 1), memory.read(0, 1)
+            ...     memory.handler.take_faults().offsets(memory).tolist()
+            [8192, 0]
+        """
+        if not self._options["fault_log"]:
+            raise ValueError("this handler was made without fault_log=, and logs no faults")
+        if self._engine is None:
+            left, self._final_log = self._final_log, FaultLog(b"", 0)
+            return left
+        return self._running_engine().take_faults()
 
     # Context
 

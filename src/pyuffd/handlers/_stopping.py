@@ -109,6 +109,7 @@ class Stops(HandlerBase):
             self._drain(engine, ending)
             ended = engine.end(ending.left_s())
             self._final_stats, self._final_faults = engine.stats(), engine.recent()
+            self._final_log = engine.take_faults()
             self._final_owner_exited = engine.owner_exited
             failure, source_failure = engine.failure(), engine.source_failure
             self._final_failure = known_failure(failure, source_failure)

@@ -370,6 +370,7 @@ class EngineOptions(TypedDict):
     spin_ns: int
     retry_limit_ns: int
     say_fd: int
+    fault_log: int
 
 
 def known_failure(failure: Failure | None, source: SourceFailure | None) -> SourceFailure | None:

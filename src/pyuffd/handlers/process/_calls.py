@@ -37,6 +37,7 @@ class Call(IntEnum):
     SOURCE_FAILURE = auto()
     STATS = auto()
     RECENT = auto()
+    TAKE_FAULTS = auto()
     FAILURE = auto()
     FAILURE_AT = auto()
     PIDS = auto()

@@ -162,7 +162,6 @@ class Keeper:
     def __init__(self, owner: socket.socket) -> None:
         self._owner = owner
         self._to_owner = bytearray()  # not sent yet: the owner may wait in a fault with the GIL
-        self._shared = mmap.mmap(-1, shared_size())
         self._pending: OrderedDict[int, Pending] = OrderedDict()
         self._failure: bytes | None = None
         self._short_lives = 0
@@ -170,6 +169,7 @@ class Keeper:
         self._replaying = False  # a worker process has yet to apply what its predecessor had read
         first, (uffd, self._owner_pidfd) = _wire.receive(owner)
         options, workers = pickle.loads(first.body)
+        self._shared = mmap.mmap(-1, shared_size(options["fault_log"]))
         self._book = Book(options, workers)
         self._notes: dict[Call, Callable[..., None]] = {
             Call.ADD: self._note_added,

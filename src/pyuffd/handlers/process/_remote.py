@@ -17,6 +17,7 @@ from pyuffd._closing import SoleOwner
 from pyuffd._errors import HelperLostError
 from pyuffd._owned import Descriptor
 from pyuffd.handlers._bounce import Bounce
+from pyuffd.handlers._fault_log import FaultLog
 from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
@@ -281,6 +282,11 @@ class RemoteEngine(SoleOwner):
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last."""
         return list(self._call(Call.RECENT))
+
+    def take_faults(self) -> FaultLog:
+        """Take what the log of demand faults holds."""
+        log: FaultLog = self._call(Call.TAKE_FAULTS)
+        return log
 
     def failure(self) -> Failure | None:
         """Return the first failure and the number of failures, or None."""

@@ -117,6 +117,7 @@ class WorkerProcess:
             Call.OWNER_EXITED: self.owner_exited,
             Call.STATS: self.stats,
             Call.RECENT: engine.recent,
+            Call.TAKE_FAULTS: engine.take_faults,
             Call.FAILURE: self.failure,
             Call.FAILURE_AT: self.failure_at,
         }
