@@ -10,7 +10,7 @@ from pyuffd.conformance import _crossing_parts as parts
 from pyuffd.conformance import _page_model as model
 from pyuffd.conformance import _page_states as states
 from pyuffd.conformance import load
-from pyuffd.conformance._page_model import FULL, Entry, Page
+from pyuffd.conformance._page_model import CLOSED, FULL, Entry, Page
 from pyuffd.testing._memory_types import MEMORY_TYPES
 
 ANON, SHMEM, PRIVATE = (MEMORY_TYPES[name] for name in ("anon", "shmem", "shmem-private"))
@@ -48,7 +48,7 @@ def test_a_state_and_what_comes_of_it_are_pages_that_can_be(state: states.State,
     for page in pages:
         assert (page.value is not None) == (page.entry in FULL)
         assert page.wp or page.entry is not Entry.MARKER
-        assert not (page.wp and page.entry in (Entry.NONE, Entry.POISON))
+        assert not (page.wp and page.entry in (Entry.NONE, *CLOSED))
         if memory.shared and page.entry in FULL:
             assert page.value == page.cache
         if memory.is_anon:

@@ -25,10 +25,12 @@ class Entry(Enum):
     MARKER = "a marker"
     POISON = "poison"
     SWAP = "a swap entry"
+    GUARD = "a guard"
 
 
-# Entries with content of their own.
+# Entries with content of their own, and those that no access passes.
 FULL = (Entry.PAGE, Entry.ZERO, Entry.SWAP)
+CLOSED = (Entry.POISON, Entry.GUARD)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _mapped(page: Page, memory: MemoryType, value: int, *, wp: bool) -> Page:
 
 
 def copy(page: Page, memory: MemoryType, value: int, *, wp: bool = False) -> Answer:
-    """COPY: over a hole, a marker or poison; of shared memory the file must have no page either."""
+    """COPY: over a hole, a marker, poison or a guard; a shared file must have no page either."""
     if page.entry in FULL or (memory.shared and page.cache is not None):
         return _refused(errno.EEXIST, page)
     return 0, 1, _mapped(page, memory, value, wp=wp)
@@ -95,7 +97,7 @@ def zeropage(page: Page, memory: MemoryType) -> Answer:
 
 
 def continue_(page: Page, memory: MemoryType, *, wp: bool = False) -> Answer:
-    """CONTINUE: what the file has, over a hole, a marker or poison; EFAULT if it has nothing."""
+    """CONTINUE: what the file has, where COPY could copy; EFAULT if it has nothing."""
     if memory.is_anon:
         return _refused(errno.EINVAL, page)
     if page.cache is None:
@@ -122,10 +124,10 @@ def poison(page: Page, memory: MemoryType) -> Answer:
 
 
 def protect(page: Page) -> Page:
-    """WRITEPROTECT: a page, a swap entry, or a hole, which gets a marker; poison stays poison."""
+    """WRITEPROTECT: a page, a swap entry, or a hole, which gets a marker; others stay."""
     if page.entry is Entry.NONE:
         return replace(page, entry=Entry.MARKER, wp=True)
-    return page if page.entry is Entry.POISON else replace(page, wp=True)
+    return page if page.entry in CLOSED else replace(page, wp=True)
 
 
 def unprotect(page: Page) -> Page:
@@ -143,13 +145,15 @@ def unregister(page: Page) -> Page:
 
 
 def _zapped(page: Page, *, keeps_marker: bool) -> Page:
+    if page.entry is Entry.GUARD:
+        return page
     if page.wp and keeps_marker:
         return replace(page, entry=Entry.MARKER, value=None)
     return replace(page, entry=Entry.NONE, value=None, wp=False)
 
 
 def dontneed(page: Page, memory: MemoryType) -> Page:
-    """MADV_DONTNEED: the entry goes, poison too; protection stays where a file is behind it."""
+    """MADV_DONTNEED: the entry goes, poison too; a guard stays, and protection of a file's page."""
     return _zapped(page, keeps_marker=not memory.is_anon)
 
 
@@ -190,10 +194,10 @@ def inherited(page: Page, memory: MemoryType, *, has_event: bool) -> Page:
     """The page in a forked child.
 
     Without EVENT_FORK the child's range is not registered, and then a page table whose pages could
-    all be faulted in again is not copied (mm/memory.c: vma_needs_copy), poison or not.
+    all be faulted in again is not copied (mm/memory.c: vma_needs_copy), poison or not; guards are.
     """
-    if has_event:
-        return page
+    if has_event or page.entry is Entry.GUARD:
+        return page if has_event else unregister(page)
     page = unregister(page)
     if memory.shared or (page.entry is Entry.PAGE and _is_the_files(page, memory)):
         return replace(page, entry=Entry.NONE, value=None)

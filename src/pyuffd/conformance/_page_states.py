@@ -17,7 +17,7 @@ from pyuffd.conformance._context import Child, Context
 from pyuffd.conformance._page_model import Entry, Page
 from pyuffd.conformance._pin import Pin, needs_pin, syscall
 from pyuffd.conformance._thp import mapped_huge
-from pyuffd.conformance._types import ALL, ANON, FILE, PRIVATE, SMALL
+from pyuffd.conformance._types import ALL, ANON, FILE, PRIVATE, SHMEM, SMALL
 from pyuffd.conformance._wp import (
     DATA,
     IN_FILE,
@@ -32,6 +32,7 @@ from pyuffd.testing._need import Need, needs_swap, needs_thp
 
 NOTHING = Feature(0)
 NEW = 0x77
+MADV_GUARD_INSTALL = 102
 PRIVATE_FILE = ("shmem-private", "hugetlb-private")
 PRIVATE_SMALL = ("anon", "shmem-private")
 
@@ -40,7 +41,8 @@ ELSEWHERE = {
     FILE: "anonymous memory has no file",
     PRIVATE_FILE: "only a private mapping of a file has pages beside the file's",
     PRIVATE_SMALL: "shared memory has zeros in a page of its own, and hugetlb no zero page",
-    SMALL: "huge pages are not swapped",
+    SMALL: "hugetlb has neither swap nor guard pages",
+    SHMEM: "anonymous memory has no file, and hugetlb no guard pages",
     PRIVATE: "the pages of shared memory are in the file, which a fork does not change",
     ANON: "a huge page of shmem falls apart when it is protected: `wp-series.12`",
 }
@@ -131,6 +133,15 @@ def _zero_protected(subject: Subject) -> None:
 
 def _poison(subject: Subject) -> None:
     subject.uffd.poison(subject.at, subject.ctx.page)
+
+
+def _guard(subject: Subject) -> None:
+    region = subject.region
+    try:
+        region.madvise(MADV_GUARD_INSTALL, subject.at - region.start, region.page_size)
+    except OSError:
+        name = subject.ctx.memory.name
+        subject.ctx.lack("guard-regions", f"MADV_GUARD_INSTALL on {name} is EINVAL")
 
 
 def _swapped(subject: Subject) -> None:
@@ -255,6 +266,15 @@ STATES = (
         _poison,
         lambda _: Page(Entry.POISON, cache=IN_FILE),
         Feature.POISON,
+        is_cached=True,
+    ),
+    State("guard", "that is a guard page", SMALL, _guard, lambda _: Page(Entry.GUARD)),
+    State(
+        "cached-guard",
+        "that the file has and that is a guard page",
+        SHMEM,
+        _guard,
+        lambda _: Page(Entry.GUARD, cache=IN_FILE),
         is_cached=True,
     ),
     State(

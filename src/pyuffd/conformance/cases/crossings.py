@@ -17,7 +17,7 @@ from pyuffd.conformance import _page_model as model
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Access, Context
 from pyuffd.conformance._crossing_parts import BETWEENS, OPS, Between, Op, can_meet, why_not
-from pyuffd.conformance._page_model import Entry, Page
+from pyuffd.conformance._page_model import CLOSED, Entry, Page
 from pyuffd.conformance._page_states import STATES, State, Subject, prepare
 from pyuffd.conformance._types import minor_features, missing_wp_features
 from pyuffd.conformance._wp import (
@@ -33,7 +33,7 @@ from pyuffd.conformance._wp import (
 from pyuffd.testing._memory_types import MemoryType
 
 FRESH = 0x66  # what a message about a missing page is answered with
-SIGBUS = 7
+SIGNAL = {Entry.POISON: 7, Entry.GUARD: 11}
 ORIGIN = "the crossings of operations, states and events"
 _MINOR = Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
 Features = Callable[[MemoryType], Feature]
@@ -67,6 +67,8 @@ def _pattern(page: Page, memory: MemoryType) -> str:
             return HOLE
         case Entry.MARKER:
             return MARKER[memory.name]
+        case Entry.GUARD:
+            return "-S--?"
         case Entry.POISON:
             return "----?" if memory.is_hugetlb else "-S--?"
         case Entry.SWAP:
@@ -98,8 +100,8 @@ def _signal(seen: object) -> object:
 def _expect_read(subject: Subject, page: Page) -> Page:
     ctx = subject.ctx
     length = min(ctx.page, 4096)
-    if page.entry is Entry.POISON:
-        ctx.expect("signal of a read", _signal(ctx.silently(subject.read, 1)), SIGBUS)
+    if page.entry in CLOSED:
+        ctx.expect("signal of a read", _signal(ctx.silently(subject.read, 1)), SIGNAL[page.entry])
         return page
     if page.is_missing and page.registered:
         reading = ctx.start(subject.read, length)
@@ -126,8 +128,9 @@ def _read(page: Page, memory: MemoryType) -> Page:
 def _expect_write(subject: Subject, page: Page) -> None:
     ctx = subject.ctx
     data = bytes([WRITTEN])
-    if page.entry is Entry.POISON:
-        ctx.expect("signal of a write", _signal(ctx.silently(subject.write, data)), SIGBUS)
+    if page.entry in CLOSED:
+        seen = _signal(ctx.silently(subject.write, data))
+        ctx.expect("signal of a write", seen, SIGNAL[page.entry])
         return
     rest = page.content
     if page.is_missing and page.registered:
