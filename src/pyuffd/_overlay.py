@@ -130,6 +130,12 @@ class OverlaySource:
         """Whether Python reads a leaf."""
         return not all(isinstance(leaf, IN_C) for leaf in self.leaves)
 
+    def with_leaves(self, leaves: Sequence[PageSource]) -> OverlaySource:
+        """Return the same overlay of other sources, in the order of `leaves`."""
+        other = OverlaySource.__new__(OverlaySource)
+        other._length, other.runs, other.leaves = self._length, self.runs, leaves
+        return other
+
     def __repr__(self) -> str:
         return f"OverlaySource({len(self.runs)} runs of {len(self.leaves)} sources)"
 
@@ -161,6 +167,43 @@ def _checked(
         if length is not None and size > length:
             raise ValueError(f"{name} has {size:#x} bytes, but {source!r} has only {length:#x}")
         yield offset, size, source
+
+
+class SentFile:
+    """Stands for a file among the leaves of an overlay that is sent to another process."""
+
+    length = None
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Raise: the file comes beside the overlay, as a descriptor."""
+        raise RuntimeError(f"file {self.number} of an overlay did not arrive")
+
+
+def without_files(source: OverlaySource) -> OverlaySource:
+    """Return an overlay with the files taken out, which `with_files` puts back."""
+    count = 0
+    leaves: list[PageSource] = []
+    for leaf in source.leaves:
+        leaves.append(SentFile(count) if isinstance(leaf, FileSource) else leaf)
+        count += isinstance(leaf, FileSource)
+    return source.with_leaves(leaves)
+
+
+def with_files(source: OverlaySource, files: Sequence[tuple[int, int]]) -> OverlaySource:
+    """Return an overlay with its files, descriptors and offsets, put back."""
+
+    def opened(fd: int, offset: int) -> FileSource:
+        found = FileSource(fd, offset)
+        found._warns = False
+        return found
+
+    leaves: list[PageSource] = []
+    for leaf in source.leaves:
+        leaves.append(opened(*files[leaf.number]) if isinstance(leaf, SentFile) else leaf)
+    return source.with_leaves(leaves)
 
 
 class _Painter:

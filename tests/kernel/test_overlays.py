@@ -31,6 +31,7 @@ from pyuffd import (
 )
 from tests._child import run_child
 from tests._memory import PAGE
+from tests.kernel._loop import loop_device, needs_loop_device
 from tests.kernel._serving import content, everywhere, is_lost, serving
 from tests.process._process_sources import page as page_of
 from tests.seccomp_deny import deny_call
@@ -293,6 +294,56 @@ def from_python(driver: Any) -> None:
         handler.serve(region, overlay)
         assert region.read() == want
         assert handler.stats().requests
+
+
+def python_over_a_file(driver: Any) -> None:
+    """The files of an overlay that Python reads are sent to the helper process, and to the next."""
+    with (
+        image(data := content(4 * PAGE)) as path,
+        FileSource(path, 10) as first,
+        serving(driver, "anon") as (handler, memory),
+    ):
+        handler.start()
+        region = memory.pages(4)
+        overlay = OverlaySource(
+            [
+                (0, 4 * PAGE - 10, first),
+                (PAGE + 7, PAGE, CallableSource(page_of)),
+                (3 * PAGE, PAGE, path),
+            ]
+        )
+        want = bytearray(data[10:].ljust(4 * PAGE))
+        want[PAGE + 7 : 2 * PAGE + 7] = page_of(0, PAGE)
+        want[3 * PAGE :] = data[:PAGE]
+        handler.serve(region, overlay)
+        assert region.read(0, PAGE) == want[:PAGE]
+        if driver == "process":
+            os.kill(handler._engine.pids()[1], signal.SIGKILL)  # type: ignore[union-attr]
+        assert region.read() == want
+        assert handler.stats().requests
+
+
+@pytest.mark.parametrize("driver", ["thread", "process"])
+def test_a_source_in_python_over_a_file(driver: str) -> None:
+    run_child(python_over_a_file, driver, budget_s=20)
+
+
+def block_device(driver: Any) -> None:
+    data = content(4 * PAGE)
+    with loop_device(len(data)) as device, serving(driver, "anon") as (handler, memory):
+        device.write(data)
+        handler.start()
+        region = memory.pages(4)
+        overlay = OverlaySource([(0, None, device.path), (PAGE, 3, ZeroSource())])
+        handler.serve(region, overlay)
+        want = data[:PAGE] + bytes(3) + data[PAGE + 3 :]
+        assert region.read() == want
+
+
+@needs_loop_device()
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_block_device_among_them(driver: str) -> None:
+    run_child(block_device, driver)
 
 
 @pytest.mark.parametrize("driver", ["thread", "process"])

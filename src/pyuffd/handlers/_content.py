@@ -38,6 +38,10 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
         leaves, runs = packed_runs(source, region.length)
         overlay = Overlay(tuple(_leaf(leaf) for leaf in leaves), runs)
         return Content(SourceKind.OVERLAY, length=source.length, owner=source, overlay=overlay)
+    if isinstance(source, OverlaySource):
+        # Python reads it; its files are named for a helper process, to which they are sent.
+        files = tuple(_leaf(leaf) for leaf in source.leaves if isinstance(leaf, FileSource))
+        return Content(SourceKind.REQUEST, owner=source, overlay=Overlay(files, b""))
     return Content(SourceKind.REQUEST, owner=source)
 
 

@@ -30,6 +30,7 @@ from pyuffd.handlers._types import (
     RecentFault,
     Request,
     SourceFailure,
+    SourceKind,
     Taken,
     known_failure,
 )
@@ -229,7 +230,8 @@ class Engine(EnginePages):
         spec.source_address = content.address
         spec.source_offset = content.offset
         spec.source_length = content.length
-        keeps = _fill_overlay(spec.overlay, content.overlay)
+        is_overlay = content.kind is SourceKind.OVERLAY
+        keeps = _fill_overlay(spec.overlay, content.overlay) if is_overlay else None
         spec.local = given.local
         spec.preserve = given.preserve
         spec.writes_cache = given.writes_cache
@@ -252,7 +254,7 @@ class Engine(EnginePages):
             raise ValueError(
                 f"[{given.start:#x}, +{given.length:#x}) overlaps a range that is served already"
             )
-        if content.overlay is not None and code in (-errno.EPERM, -errno.ENOSYS):
+        if is_overlay and code in (-errno.EPERM, -errno.ENOSYS):
             hint = (
                 "this overlay has pieces that begin or end inside a page, which are put together by"
                 " process_vm_readv(2), and a seccomp filter refuses that"

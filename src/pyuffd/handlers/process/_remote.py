@@ -15,6 +15,7 @@ from typing import Unpack
 
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import HelperLostError
+from pyuffd._overlay import OverlaySource, without_files
 from pyuffd._owned import Descriptor
 from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._fault_log import FaultLog
@@ -124,7 +125,10 @@ class RemoteEngine(SoleOwner):
         unsent = content.with_fds([-1] * len(fds))
         if spec.local_file:
             fds.append(spec.local_file[0])
-        source = pack(content.owner) if content.kind is SourceKind.REQUEST else None
+        source = None
+        if content.kind is SourceKind.REQUEST:
+            owner = content.owner
+            source = pack(without_files(owner) if isinstance(owner, OverlaySource) else owner)
         sent = replace(spec, content=replace(unsent, address=0, owner=source), local=0, owner=None)
         served: RangeId = self._call(Call.ADD, sent, fds=tuple(fds))
         self._stand_in.add(served, spec)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyuffd import _memory
 from pyuffd._errors import HandlerError, UffdError, UffdOSError
+from pyuffd._overlay import OverlaySource, with_files
 from pyuffd.handlers._engine import follow_parent, hold_descriptors
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import (
@@ -394,9 +395,12 @@ def _unread(spec: RangeSpec) -> Content:
 def _open(spec: RangeSpec, fds: list[int], *, retry: bool) -> tuple[Content, mmap.mmap | None]:
     """Return the content, and if needed a mapping of the range's memory in this process."""
     files = len(spec.content.fds)
-    content = replace(
-        spec.content.with_fds(fds[:files]), owner=_load(spec.content.owner, retry=retry)
-    )
+    content = spec.content.with_fds(fds[:files])
+    owner = _load(spec.content.owner, retry=retry)
+    if isinstance(owner, OverlaySource) and content.overlay is not None:
+        leaves = content.overlay.leaves
+        owner = with_files(owner, [(leaf.fd, leaf.offset) for leaf in leaves])
+    content = replace(content, owner=owner)
     if spec.local_file is None:
         return content, None
     local = mmap.mmap(fds[files], spec.length, mmap.MAP_SHARED, offset=spec.local_file[1])
