@@ -80,7 +80,8 @@ static void *native_main(void *argument)
 	struct uffd_engine *engine = argument;
 
 	uffd_placement_begin(&engine->placement);
-	if (stands_in(engine))
+	/* At the end the helper is given up, whether it has ended or not. */
+	if (stands_in(engine) && !atomic_load(&engine->refusing))
 		await_helper(engine);
 	while (!atomic_load(&engine->stop)) {
 		if (engine->options.has_workers)
@@ -109,7 +110,8 @@ static int start_thread(struct uffd_engine *engine, const cpu_set_t *cpus)
 	pthread_attr_destroy(&attributes);
 	if (r)
 		return -r;
-	snprintf(name, sizeof(name), "uffd-h%d", engine->options.fd);
+	snprintf(name, sizeof(name), "uffd-%c%d", stands_in(engine) ? 's' : 'h',
+		 engine->options.fd);
 	pthread_setname_np(engine->thread, name);
 	return 0;
 }

@@ -195,7 +195,9 @@ void say_helper_ended(struct uffd_engine *engine)
 	};
 	struct uffd_line line = { .used = 0 };
 
-	if (engine->options.say_fd < 0)
+	/* The thread may be started again. */
+	if (engine->options.say_fd < 0 ||
+	    atomic_exchange(&engine->said[UFFD_FAILED_NOTHING], true))
 		return;
 	uffd_line_text(&line, "pyuffd: the helper process ");
 	uffd_line_number(&line, (uint64_t)engine->options.helper_pid, 10);

@@ -185,7 +185,8 @@ def kinds_of_pages(name: str) -> None:
 @needs(Feature.POISON | WP_EVERYWHERE)
 @pytest.mark.parametrize("name", memory_params())
 def test_kinds_of_pages(name: str) -> None:
-    run_child(kinds_of_pages, name, budget_s=30)
+    ended = run_child(kinds_of_pages, name, budget_s=30)
+    assert ended.stderr.count("has ended, perhaps killed") == 1  # also after stop()
 
 
 def minor() -> None:
