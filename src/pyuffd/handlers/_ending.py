@@ -8,6 +8,7 @@ cuts the ending short, and the waiting thread still waits for it; a second one i
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -123,6 +124,9 @@ class Ending:
         If this is interrupted it is unknown whether the thread exists, and the next call starts
         another. Only one of them does the work.
         """
+        # Before Python 3.12 a thread that is started now would never run, nor start() return.
+        if sys.is_finalizing():
+            return False
         with self._start_lock:
             if not self._is_started:
                 try:

@@ -37,7 +37,7 @@ from pyuffd.handlers._overlaps import Overlaps
 from pyuffd.handlers._owners import Owners
 from pyuffd.handlers._regions import ServesRegions
 from pyuffd.handlers._serving import OnClose, tell_registered
-from pyuffd.handlers._stopping import Stops, running
+from pyuffd.handlers._stopping import Stops, unstopped
 from pyuffd.handlers._tracking import TracksWrites
 from pyuffd.handlers._types import EngineOptions, HandlerStats, OnError, RecentFault
 from pyuffd.handlers.process._transport import refuse_while_loading
@@ -186,6 +186,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
             fault_log=check_int("fault_log", fault_log, 0, LARGEST_LOG + 1),
         )
         engine = None
+        unstopped.add(self)
         try:
             uffd._claim_events(self)
             engine = self._make_engine()
@@ -224,7 +225,6 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
                 uffd.note_answered()
             if self._served:
                 self._may_move = False
-            running.add(self)
 
     # Looking
 

@@ -91,7 +91,7 @@ class Stops(HandlerBase):
             self._engine = None
             for uffd in self._spaces:
                 uffd._release_events(self)
-            running.discard(self)
+            unstopped.discard(self)
             self.uffd._forget_on_close(self._at_close)
             self._at_close.keeps = None
             if locked:
@@ -175,12 +175,12 @@ class Stops(HandlerBase):
             )
 
 
-running: weakref.WeakSet[Stops] = weakref.WeakSet()
+unstopped: weakref.WeakSet[Stops] = weakref.WeakSet()
 
 
 @atexit.register
 def _stop_all() -> None:
-    for handler in list(running):
+    for handler in list(unstopped):
         try:
             handler.stop()
         except HandlerError as error:

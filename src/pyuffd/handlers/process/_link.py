@@ -15,6 +15,7 @@ import os
 import pickle
 import select
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -324,7 +325,8 @@ class HelperLink:
             )
             return
         self._process.how()
-        if self._thread.ident is not None:
+        # When the interpreter is finalized, a daemon thread neither runs nor ends.
+        if self._thread.ident is not None and not sys.is_finalizing():
             self._thread.join()
         with self._lock:
             self._wake.close()
