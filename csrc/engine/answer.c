@@ -9,8 +9,10 @@
 #include "alloc.h"
 #include "answer.h"
 #include "barrier.h"
+#include "failures.h"
 #include "fill.h"
 #include "gate.h"
+#include "pause.h"
 #include "put.h"
 #include "queue.h"
 #include "range.h"
@@ -130,8 +132,7 @@ out:
 static void abandon_page(struct uffd_range *range, uint64_t page, int error)
 {
 	if (error)
-		note_failure(range->space->engine, page, range->page_size, error,
-			     UFFD_FAILED_STALLED);
+		note_failed_page(range, page, error, UFFD_FAILED_STALLED);
 	poison_page(range, page);
 }
 
@@ -150,14 +151,16 @@ static void give_up_page(const struct uffd_request *request, struct uffd_range *
 		apply_on_error(range, page, error, stage, request->thread_id);
 	} else {
 		if (!request->is_fault)
-			note_failure(range->space->engine, page, range->page_size, error, stage);
+			note_failed_page(range, page, error, stage);
 		unclaim(range, page, page + range->page_size, UFFD_PAGE_ABSENT);
 		atomic_fetch_add(&range->space->engine->given_back, 1);
 	}
 }
 
-void give_up_pages(struct uffd_engine *engine, const struct uffd_request *request,
-		   uint64_t offset, uint64_t end, int error, enum uffd_failure_stage stage)
+/* Nobody answers for these pages any more: `again`, or give them up. */
+static void end_pages(struct uffd_engine *engine, const struct uffd_request *request,
+		      uint64_t offset, uint64_t end, bool again, int error,
+		      enum uffd_failure_stage stage)
 {
 	struct uffd_space *space = space_get(engine, request->space);
 	uint64_t step = request->page_size;
@@ -174,14 +177,31 @@ void give_up_pages(struct uffd_engine *engine, const struct uffd_request *reques
 		shard = uffd_table_enter(space->table, current_cpu());
 		range = find_piece(space, request->id, offset,
 				   request->address + (offset - request->offset));
-		if (range)
-			give_up_page(request, range, range->start + (offset - range->origin),
-				     error, stage);
+		if (range) {
+			uint64_t page = range->start + (offset - range->origin);
+
+			if (!again)
+				give_up_page(request, range, page, error, stage);
+			else if (claim_requested(range, page))
+				unclaim(range, page, page + range->page_size, UFFD_PAGE_ABSENT);
+		}
 		uffd_table_leave(space->table, shard);
 		gate_leave(space);
 	}
 	end_work(engine, phase);
 	space_put(space);
+}
+
+void give_up_pages(struct uffd_engine *engine, const struct uffd_request *request,
+		   uint64_t offset, uint64_t end, int error, enum uffd_failure_stage stage)
+{
+	end_pages(engine, request, offset, end, false, error, stage);
+}
+
+void return_pages(struct uffd_engine *engine, const struct uffd_request *request)
+{
+	end_pages(engine, request, request->offset, request->offset + request->length, true, 0,
+		  UFFD_FAILED_NOTHING);
 }
 
 /* Note why the worker retries, for whatever waits behind it; 0: it no longer does. */
@@ -202,6 +222,11 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 	/* From now on the source cannot be called stalled. */
 	__atomic_store_n(&request->answered, 1, __ATOMIC_RELEASE);
 	phase = begin_work(engine);
+	while (is_paused(engine)) {
+		end_work(engine, phase);
+		await_resumption(engine);
+		phase = begin_work(engine);
+	}
 	while (offset < end && !__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE)) {
 		r = put_answer(engine, request, &offset, data, &filled);
 		if (r == 0) {

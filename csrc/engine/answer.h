@@ -19,5 +19,7 @@ int uffd_engine_fail(struct uffd_engine *engine, struct uffd_request *request, i
 /* Give up pages of [offset, end) that still wait; FAILED_NOTHING poisons them all. */
 void give_up_pages(struct uffd_engine *engine, const struct uffd_request *request,
 		   uint64_t offset, uint64_t end, int error, enum uffd_failure_stage stage);
+/* Make its pages that still wait absent again, so that a new fault asks for them. */
+void return_pages(struct uffd_engine *engine, const struct uffd_request *request);
 
 #endif /* UFFD_ENGINE_ANSWER_H */

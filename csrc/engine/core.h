@@ -12,11 +12,11 @@
 #include "base.h"
 #include "hold.h"
 #include "placement.h"
+#include "shared.h"
 #include "table.h"
 #include "types.h"
 #include "uffd_abi.h"
 
-#define RECENT_PER_SHARD	256
 #define PREFETCH_JOBS		64
 /* Pages up to this size are zeroed from `zeros`, larger ones from `huge_zeros`. */
 #define ZEROS_SIZE		(2u << 20)
@@ -28,51 +28,6 @@
 #define PREFETCH_SLICE		(512u << 10)
 /* Descriptors read in one step of an engine that has many. */
 #define SPACES_AT_ONCE		64
-
-/* Counters of one CPU: written with relaxed adds, summed up by readers. */
-struct stats_shard {
-	_Alignas(64) _Atomic uint64_t counters[sizeof(struct uffd_stats) / sizeof(uint64_t)];
-	_Atomic uint32_t recent_next;
-	struct uffd_recent_fault recent[RECENT_PER_SHARD];
-};
-
-/*
- * Messages are read into memory that outlives this process.  A layout event is erased
- * once it is applied and reported to the keeper; a successor applies what a killed
- * process left here.  Events are numbered: one may be reported but not yet erased.
- */
-#define LOG_MESSAGES		(1u << 16)
-struct message_log {
-	_Atomic uint64_t sequence;	/* of the first message */
-	_Atomic uint32_t space;		/* the messages' source */
-	int32_t holder;			/* the process that shares our descriptors; 0: none */
-	struct uffd_msg messages[LOG_MESSAGES];
-};
-
-/*
- * Demand faults in order.  A thread that resolves one takes the next ticket, unless all
- * places are taken, writes the fault to the ticket's place and publishes it there; nobody
- * waits.  One reader at a time takes what is published, in order, and frees the places.
- */
-struct fault_log {
-	_Alignas(64) _Atomic uint64_t next;	/* ticket */
-	_Atomic uint64_t lost;		/* found no place */
-	_Alignas(64) _Atomic uint64_t taken;	/* tickets below are read */
-	uint64_t capacity;
-	struct log_place {
-		_Atomic uint64_t written;	/* the ticket plus one */
-		struct uffd_logged_fault fault;
-	} places[];
-};
-
-/* Outlives an engine whose process is killed; a `struct fault_log` follows it, if there is one. */
-struct engine_shared {
-	struct stats_shard shards[UFFD_SHARDS];
-	_Atomic uint64_t failures;
-	_Atomic bool failure_known;	/* `failure` has been written */
-	struct uffd_failure failure;
-	struct message_log log;
-};
 
 #define COUNTER(field) (offsetof(struct uffd_stats, field) / sizeof(uint64_t))
 
@@ -142,6 +97,12 @@ enum lead_state {
 	LEAD_FREE,
 	LEAD_HELD_UP,		/* may be blocked: at the pages of a range */
 	LEAD_DISMISSED,
+};
+
+/* See pause.h. */
+struct pause {
+	_Atomic uint64_t until_ns;	/* 0: not paused */
+	_Atomic uint64_t ended_ns;	/* the last one */
 };
 
 /* The end of an engine, see end.c. */
@@ -252,6 +213,7 @@ struct uffd_engine {
 	pthread_mutex_t lost_lock;
 	struct uffd_range *lost;	/* taken out; freed when no longer held */
 	struct ending end;
+	struct pause pause;
 
 	_Atomic uint32_t said_count;	/* lines written by say.c */
 	_Atomic bool said[UFFD_FAILURE_STAGES];

@@ -34,6 +34,7 @@ struct uffd_hold *uffd_hold_take(struct uffd_holds *holds, const struct uffd_ran
 
 void uffd_hold_release(struct uffd_hold *hold)
 {
+	atomic_store_explicit(&hold->is_call, false, memory_order_relaxed);
 	atomic_store_explicit(&hold->range, NULL, memory_order_release);
 }
 
@@ -49,6 +50,14 @@ bool uffd_hold_any(struct uffd_holds *holds)
 {
 	for (unsigned int i = 0; i < UFFD_HOLDS; i++)
 		if (atomic_load(&holds->all[i].range))
+			return true;
+	return false;
+}
+
+bool uffd_hold_any_fault(struct uffd_holds *holds)
+{
+	for (unsigned int i = 0; i < UFFD_HOLDS; i++)
+		if (atomic_load(&holds->all[i].range) && !atomic_load(&holds->all[i].is_call))
 			return true;
 	return false;
 }

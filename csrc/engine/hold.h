@@ -26,6 +26,7 @@ struct uffd_hold {
 	_Atomic uint64_t start;		/* the pages */
 	_Atomic uint64_t end;
 	_Atomic uint32_t thread_id;
+	_Atomic bool is_call;		/* of the program, and not for a fault */
 };
 
 struct uffd_holds {
@@ -45,5 +46,6 @@ void uffd_hold_release(struct uffd_hold *hold);
 /* For a range out of the table whose readers have left: whether a thread is at it. */
 bool uffd_hold_is_on(struct uffd_holds *holds, const struct uffd_range *range);
 bool uffd_hold_any(struct uffd_holds *holds);
+bool uffd_hold_any_fault(struct uffd_holds *holds);
 
 #endif /* UFFD_HOLD_H */

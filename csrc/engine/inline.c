@@ -12,6 +12,7 @@
 
 #include "grown.h"
 #include "inline.h"
+#include "pause.h"
 #include "range.h"
 #include "resolve.h"
 #include "stats.h"
@@ -162,16 +163,22 @@ static bool resolve_inline(struct uffd_range *range, struct uffd_hold *hold, uin
 	return may_repeat(address);
 }
 
-/* The caller is a reader of the table, and no longer one when this returns. */
+/*
+ * The caller is a reader of the table, and no longer one when this returns.  The fault is
+ * not resolved while the engine is paused: `paused_ret`.
+ */
 static bool resolve_outside(struct uffd_range *range, unsigned int shard, uint64_t address,
-			    uint64_t error)
+			    uint64_t error, bool *paused_ret)
 {
 	uint64_t page = page_of(range, address);
 	uint32_t thread_id = (uint32_t)syscall(SYS_gettid);
 	struct uffd_hold *hold = leave_with(&uffd_inline_table, shard, range, page,
 					    page + range->page_size, thread_id);
-	bool ours = resolve_inline(range, hold, address, error, thread_id);
+	bool ours = true;
 
+	*paused_ret = is_paused(range->space->engine);
+	if (!*paused_ret)
+		ours = resolve_inline(range, hold, address, error, thread_id);
 	let_go(&uffd_inline_table, shard, hold);
 	return ours;
 }
@@ -196,15 +203,22 @@ static bool resolve_grown_inline(uint64_t address, uint64_t error)
 
 static bool resolve_sigbus(uint64_t address, uint64_t error)
 {
-	unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
-	struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
+	unsigned int shard, attempt = 0;
+	struct uffd_range *range;
+	bool ours, paused;
 
-	bool ours;
-
-	if (range)
-		return resolve_outside(range, shard, address, error);
-	ours = resolve_grown_inline(address, error);
-	uffd_table_leave(&uffd_inline_table, shard);
+	do {
+		shard = uffd_table_enter(&uffd_inline_table, current_cpu());
+		range = uffd_table_find(&uffd_inline_table, address);
+		if (!range) {
+			ours = resolve_grown_inline(address, error);
+			uffd_table_leave(&uffd_inline_table, shard);
+			return ours;
+		}
+		ours = resolve_outside(range, shard, address, error, &paused);
+		if (paused)
+			uffd_back_off(attempt++);
+	} while (paused);
 	return ours;
 }
 

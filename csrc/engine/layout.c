@@ -10,6 +10,7 @@
 
 #include "alloc.h"
 #include "expected.h"
+#include "failures.h"
 #include "layout.h"
 #include "pending.h"
 #include "range.h"

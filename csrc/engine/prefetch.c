@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <string.h>
 
+#include "pause.h"
 #include "prefetch.h"
 #include "range.h"
 #include "resolve.h"
@@ -83,6 +84,10 @@ bool run_prefetch_slice(struct uffd_engine *engine)
 	if (!engine->job_count)
 		return false;
 	phase = begin_work(engine);
+	if (is_paused(engine)) {
+		end_work(engine, phase);
+		return false;
+	}
 	job = &engine->jobs[engine->job_count - 1];
 	table = job->space->table;
 	shard = uffd_table_enter(table, current_cpu());

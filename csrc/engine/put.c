@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "barrier.h"
+#include "failures.h"
 #include "fill.h"
 #include "page_table.h"
 #include "put.h"

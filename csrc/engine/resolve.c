@@ -7,6 +7,7 @@
 #include <errno.h>
 
 #include "barrier.h"
+#include "failures.h"
 #include "fill.h"
 #include "page_table.h"
 #include "put.h"
@@ -33,7 +34,11 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 	/* This thread was blocked until after the end: there is nothing left to do. */
 	if (atomic_load(&engine->end.over))
 		return OUTCOME_FAILED;
-	note_failure(engine, page, range->page_size, error, stage);
+	/* A page that is there, in a write-protect fault, is not the one that lacks something. */
+	if (atomic_load(state_of(range, page)) == UFFD_PAGE_DIRTY)
+		note_failure(engine, page, range->page_size, error, stage);
+	else
+		note_failed_page(range, page, error, stage);
 	say_page_fails(range, page, error, stage);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
 		r = space_kill(range->space, thread_id, page);
@@ -268,7 +273,7 @@ static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int 
 		return OUTCOME_DEFER;
 	if (error == -ESRCH && space_is_dead(range->space))
 		return gone(range->space, error);
-	note_failure(engine, page, range->page_size, error, UFFD_FAILED_SAVE);
+	note_failed_page(range, page, error, UFFD_FAILED_SAVE);
 	if (engine->options.on_error == UFFD_ON_ERROR_KILL)
 		space_kill(range->space, thread_of(fault), page);
 	return OUTCOME_FAILED;

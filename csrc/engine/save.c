@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "failures.h"
 #include "page_table.h"
 #include "put.h"
 #include "range.h"

@@ -106,6 +106,8 @@ int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
 		at = range->start + (*offset - range->origin);
 		access.hold = leave_with(access.space->table, access.shard, range, at, stop,
 					(uint32_t)syscall(SYS_gettid));
+		if (access.hold)
+			atomic_store(&access.hold->is_call, true);
 		at = all->work(all, range, at, stop, &error, done_ret);
 		*offset = content_offset(range, at);
 	}

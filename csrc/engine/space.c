@@ -9,12 +9,12 @@
 
 #include "alloc.h"
 #include "expected.h"
+#include "failures.h"
 #include "page_table.h"
 #include "range.h"
 #include "registered.h"
 #include "report.h"
 #include "space.h"
-#include "stats.h"
 #include "base/clock.h"
 #include "uffd_owner.h"
 #include "uffd_shim.h"

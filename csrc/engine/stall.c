@@ -5,6 +5,8 @@
 #include <signal.h>
 
 #include "answer.h"
+#include "failures.h"
+#include "pause.h"
 #include "promise.h"
 #include "queue.h"
 #include "resolve.h"
@@ -94,12 +96,11 @@ static void show_tracebacks(struct uffd_engine *engine)
  */
 static uint64_t waited_since(const struct uffd_engine *engine, const struct uffd_request *request)
 {
-	if (request->is_fault)
-		return request->since_ns;
-	if (request->taken_ns)
-		return request->taken_ns;
-	return engine->last_taken_ns > request->since_ns ? engine->last_taken_ns
-							 : request->since_ns;
+	uint64_t since = request->is_fault ? request->since_ns
+		: request->taken_ns ? request->taken_ns
+		: higher(engine->last_taken_ns, request->since_ns);
+
+	return higher(since, atomic_load(&engine->pause.ended_ns));
 }
 
 /*
@@ -138,7 +139,8 @@ static void give_up(struct uffd_engine *engine, struct uffd_request *copy, int e
 		clean_up(engine, copy, error, UFFD_FAILED_STALLED);
 		return;
 	}
-	note_failure(engine, copy->address, copy->length, error, UFFD_FAILED_STALLED);
+	note_failed_offset(engine, copy, copy->is_fault ? copy->fault_offset : copy->offset, error,
+			   UFFD_FAILED_STALLED);
 	say_engine_fails(engine, copy->address, error, UFFD_FAILED_STALLED,
 			 "threads that touch it keep waiting");
 }
@@ -186,6 +188,8 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 
 	if (!engine->options.stall_limit_ns || !atomic_load(&engine->outstanding))
 		return UINT64_MAX;
+	if (is_paused(engine))
+		return atomic_load(&engine->pause.until_ns);
 	/* A promised page may have been dropped. */
 	settle_promises(engine);
 	for (;;) {

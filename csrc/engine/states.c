@@ -114,14 +114,14 @@ int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref 
 	return range ? 0 : -ENOENT;
 }
 
-/* Protecting */
+/* Protecting, and lifting the protection */
 
-/* The new state of a page that had this state and is now protected. */
-static uint8_t armed_state(const struct uffd_range *range, uint8_t seen)
+/* The new state of a page that had this state and is now protected, or no longer. */
+static uint8_t armed_state(const struct uffd_range *range, uint8_t seen, bool protects)
 {
 	if (seen == UFFD_PAGE_REMOVED && can_be_absent(range))
 		return seen;
-	return UFFD_PAGE_CLEAN;
+	return protects ? UFFD_PAGE_CLEAN : UFFD_PAGE_DIRTY;
 }
 
 static bool is_left_alone(uint8_t state)
@@ -193,15 +193,15 @@ static int map_holes(const struct uffd_range *range, uint64_t at, uint64_t lengt
 	return r == -ENOMEM ? 0 : r;
 }
 
-/* Protect [at, past) and return `past`; `states`: the states before. */
-static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t *states,
-			int *error_ret)
+/* Protect [at, past), or lift the protection, and return `past`; `states`: the states before. */
+static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, bool protects,
+			uint8_t *states, int *error_ret)
 {
 	uint64_t entries[PAGES_AT_ONCE], pages, past;
 	uint8_t before[PAGES_AT_ONCE];
 	bool held[PAGES_AT_ONCE], is_known, has_absent = false;
 
-	*error_ret = range->content->maps_holes ? map_holes(range, at, end - at) : 0;
+	*error_ret = protects && range->content->maps_holes ? map_holes(range, at, end - at) : 0;
 	if (*error_ret)
 		return at;
 	pages = hold_run(range, at, end, before, held);
@@ -217,12 +217,13 @@ static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uin
 		has_absent |= before[i] == UFFD_PAGE_ABSENT;
 	}
 	*error_ret = uffd_shim_writeprotect(range->space->fd, at, past - at,
-					    UFFDIO_WRITEPROTECT_MODE_WP);
+					    protects ? UFFDIO_WRITEPROTECT_MODE_WP : 0);
 	for (uint64_t i = 0; i < pages; i++)
 		if (held[i])
 			atomic_store(state_of(range, at + (i << range->page_shift)),
-				     *error_ret ? before[i] : armed_state(range, states[i]));
-	if (*error_ret == 0 && has_absent)
+				     *error_ret ? before[i]
+						: armed_state(range, states[i], protects));
+	if (*error_ret == 0 && protects && has_absent)
 		take_in(range, at, pages, is_known, states);
 	/* Writers that faulted in the meantime wait for this wake. */
 	wake_again(range, at, past);
@@ -258,7 +259,8 @@ static void take_back(struct uffd_engine *engine, const struct uffd_range_ref *r
 }
 
 int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			     uint64_t offset, uint64_t length, uint8_t *states_ret)
+			     uint64_t offset, uint64_t length, uint32_t protects,
+			     uint8_t *states_ret)
 {
 	uint64_t give_up = 0, first = offset, end = offset + length, shift = 12;
 	unsigned int attempt = 0;
@@ -280,7 +282,8 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 			shift = range->page_shift;
 			at = range->start + (offset - range->origin);
 			past = run_end(range, at, at + (end - offset));
-			past = arm_run(range, at, past, states_ret + ((offset - first) >> shift), &r);
+			past = arm_run(range, at, past, protects,
+				       states_ret + ((offset - first) >> shift), &r);
 			offset += past - at;
 		} else {
 			r = atomic_load(&access.space->gone) ? -ESRCH : -ENOENT;
@@ -297,7 +300,7 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 		uffd_back_off(attempt++);
 		r = 0;
 	}
-	if (r)
+	if (r && protects)
 		take_back(engine, ref, first >> shift, (offset - first) >> shift,
 			  states_ret);
 	return r;

@@ -12,9 +12,11 @@ int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *
  * Write-protect pages, and return the state of each at the instant of its protection: a
  * write comes before that and shows in the state, or after it and makes the page dirty
  * again.  On an error, pages that were dirty and protected so far become dirty again.
+ * Or lift the protection (`protects` is 0): the pages that are there are dirty then.
  */
 int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			     uint64_t offset, uint64_t length, uint8_t *states_ret);
+			     uint64_t offset, uint64_t length, uint32_t protects,
+			     uint8_t *states_ret);
 
 /* Note pages that are present already, as far as the owner's page table tells. */
 int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref *ref);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* Counters, latencies, recent faults and the first failure, written without a lock. */
+/* Counters, latencies and recent faults, written without a lock. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
@@ -24,14 +24,19 @@ static bool await_phase(struct uffd_engine *engine, uint64_t give_up)
 }
 
 /* Twice: a thread that read the phase before the first change may begin after it. */
-void await_work(struct uffd_engine *engine)
+bool await_work_until(struct uffd_engine *engine, uint64_t give_up)
 {
-	uint64_t give_up = uffd_now_ns() + AWAIT_LIMIT_NS;
+	bool done;
 
 	pthread_mutex_lock(&engine->await_lock);
-	if (await_phase(engine, give_up))
-		await_phase(engine, give_up);
+	done = await_phase(engine, give_up) && await_phase(engine, give_up);
 	pthread_mutex_unlock(&engine->await_lock);
+	return done;
+}
+
+void await_work(struct uffd_engine *engine)
+{
+	await_work_until(engine, uffd_now_ns() + AWAIT_LIMIT_NS);
 }
 
 enum uffd_fault_kind fault_kind(uint64_t flags)
@@ -184,28 +189,6 @@ void note_fault(struct uffd_engine *engine, uint32_t space, uint64_t address, ui
 	__atomic_store_n(&recent->time_ns, now, __ATOMIC_RELEASE);
 	if (kind != UFFD_KIND_WP)
 		log_fault(engine, space, address, flags, thread_id, now);
-}
-
-void note_failure(struct uffd_engine *engine, uint64_t address, uint64_t length, int error,
-		  enum uffd_failure_stage stage)
-{
-	count(engine, COUNTER(failed), 1);
-	if (atomic_fetch_add(&engine->shared->failures, 1))
-		return;
-	engine->shared->failure.address = address;
-	engine->shared->failure.length = length;
-	engine->shared->failure.error = -error;
-	engine->shared->failure.stage = stage;
-	atomic_store(&engine->shared->failure_known, true);
-}
-
-void uffd_engine_failure(struct uffd_engine *engine, struct uffd_failure *failure_ret)
-{
-	*failure_ret = (struct uffd_failure){ 0 };
-	if (atomic_load(&engine->shared->failure_known)) {
-		*failure_ret = engine->shared->failure;
-		failure_ret->count = atomic_load(&engine->shared->failures);
-	}
 }
 
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Counters, latencies, recent faults and the first failure.  Any thread may write them,
- * without a lock; async-signal-safe.
+ * Counters, latencies and recent faults.  Any thread may write them, without a lock;
+ * async-signal-safe.
  */
 #ifndef UFFD_ENGINE_STATS_H
 #define UFFD_ENGINE_STATS_H
@@ -10,12 +10,12 @@
 
 /* Wait, up to a limit, until all threads now at work on a page have noted its outcome. */
 void await_work(struct uffd_engine *engine);
+/* Returns false if they are still at it at that time. */
+bool await_work_until(struct uffd_engine *engine, uint64_t give_up);
 
 enum uffd_fault_kind fault_kind(uint64_t flags);
 void note_fault(struct uffd_engine *engine, uint32_t space, uint64_t address, uint64_t flags,
 		uint32_t thread_id, uint64_t began_ns);
-void note_failure(struct uffd_engine *engine, uint64_t address, uint64_t length, int error,
-		  enum uffd_failure_stage stage);
 
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret);
 uint32_t uffd_engine_recent_count(struct uffd_engine *engine);
@@ -35,7 +35,6 @@ uint32_t uffd_engine_take_faults(struct uffd_engine *engine,
 				 uint64_t *lost_ret);
 /* How many there are to take, of faults that the caller has seen resolved at least. */
 uint64_t uffd_engine_logged_faults(struct uffd_engine *engine);
-void uffd_engine_failure(struct uffd_engine *engine, struct uffd_failure *failure_ret);
 uint64_t uffd_histogram_bound(uint32_t bucket);
 
 #endif /* UFFD_ENGINE_STATS_H */

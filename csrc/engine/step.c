@@ -6,8 +6,10 @@
 #include <sys/epoll.h>
 
 #include "barrier.h"
+#include "failures.h"
 #include "gate.h"
 #include "layout.h"
+#include "pause.h"
 #include "pending.h"
 #include "prefetch.h"
 #include "range.h"
@@ -100,11 +102,15 @@ void retry_deferred(struct uffd_engine *engine)
 
 	for (size_t i = 0; i < total; i++) {
 		struct deferred_fault fault = list->faults[i];
-		bool last_try;
+		bool last_try, waits = is_paused(engine);
 
 		/* The layout changes until the event is read: do not count that time. */
-		if (fault.space->is_put_off)
+		if (fault.space->is_put_off || waits)
 			fault.since_ns = now;
+		if (waits) {
+			list->faults[kept++] = fault;
+			continue;
+		}
 		last_try = now - fault.since_ns > engine->options.retry_limit_ns;
 		count(engine, COUNTER(retried), 1);
 		outcome = handle_fault(engine, &fault, last_try);
@@ -199,6 +205,10 @@ static bool step_space(struct uffd_space *space, uint32_t *handled)
 
 		if (message->event != UFFD_EVENT_PAGEFAULT)
 			continue;
+		if (is_paused(engine)) {
+			defer_fault(engine, &fault);
+			continue;
+		}
 		outcome = handle_fault(engine, &fault, false);
 		if (outcome == OUTCOME_DISMISSED)
 			return false;

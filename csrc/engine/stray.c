@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
+#include "failures.h"
 #include "fill.h"
 #include "grown.h"
 #include "pending.h"

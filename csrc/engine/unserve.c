@@ -11,6 +11,7 @@
 
 #include "alloc.h"
 #include "barrier.h"
+#include "failures.h"
 #include "fill.h"
 #include "gate.h"
 #include "grown.h"
@@ -23,7 +24,6 @@
 #include "save.h"
 #include "slices.h"
 #include "space.h"
-#include "stats.h"
 #include "unserve.h"
 #include "base/clock.h"
 
@@ -289,6 +289,7 @@ static int drop_piece(struct uffd_space *space, const struct piece *piece, bool 
 	*last_ret = !range || atomic_load(&range->pages->references) == 1;
 	if (!range)
 		return 0;
+	settle_failures(range);
 	if (unregister)
 		unregister_grown(range);
 	/* ENOMEM also means that the process is gone; EINVAL, that the memory is gone. */

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         Unmapped,
     )
     from pyuffd.handlers import (
+        Checkpoint,
         FaultLog,
         Handler,
         HandlerStats,
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
         LoggedFault,
         PageState,
         RecentFault,
+        StateRange,
+        StateRanges,
     )
     from pyuffd.handover import (
         Handover,
@@ -106,7 +109,8 @@ else:
         "_residency": "PageResidency Residency residency",
         "dirty": "Blind BlindReason DirtyRound DirtyTracker Grown LayoutChange Mapped Moved"
         " Protected Unmapped",
-        "handlers": "FaultLog Handler HandlerStats Latency LoggedFault PageState RecentFault",
+        "handlers": "Checkpoint FaultLog Handler HandlerStats Latency LoggedFault PageState"
+        " RecentFault StateRange StateRanges",
         "handover": "Handover HandoverRange UnixListener connect_unix connect_unix_async"
         " listen_unix recv_uffd recv_uffd_async send_uffd send_uffd_async",
         "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
@@ -138,6 +142,7 @@ __all__ = [
     "BlindReason",
     "BufferSource",
     "CallableSource",
+    "Checkpoint",
     "ClosedError",
     "ContinueMode",
     "Copied",
@@ -203,6 +208,8 @@ __all__ = [
     "RwprotectMode",
     "ScanFlag",
     "ScanResult",
+    "StateRange",
+    "StateRanges",
     "StopTimeoutError",
     "Thread",
     "UffdError",

@@ -484,12 +484,35 @@ class _Lib:
         /,
     ) -> int: ...
     def uffd_engine_writeprotect(
-        self, engine: CData, ref: CData, offset: int, length: int, states_ret: CData, /
+        self,
+        engine: CData,
+        ref: CData,
+        offset: int,
+        length: int,
+        protects: int,
+        states_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_runs_of(
+        self,
+        states: CData,
+        pages: int,
+        page_size: int,
+        offset: int,
+        without: int,
+        runs_ret: CData,
+        capacity: int,
+        /,
     ) -> int: ...
     def uffd_engine_take_in(self, engine: CData, ref: CData, /) -> int: ...
     def uffd_engine_states(
         self, engine: CData, ref: CData, first_page: int, pages: int, states_ret: CData, /
     ) -> int: ...
+    def uffd_engine_retry(
+        self, engine: CData, ref: CData, offset: int, length: int, failed_ret: CData, /
+    ) -> int: ...
+    def uffd_engine_pause(self, engine: CData, limit_ns: int, token_ret: CData, /) -> int: ...
+    def uffd_engine_resume(self, engine: CData, token: int, /) -> int: ...
     def uffd_engine_leave_strays(self, engine: CData, /) -> None: ...
     def uffd_engine_wake_all(self, engine: CData, /) -> None: ...
     def uffd_engine_wake_read(self, engine: CData, /) -> None: ...

@@ -635,7 +635,7 @@ class Userfaultfd(CloseCallbacks):
             "writeprotect",
             start,
             length,
-            "use handler.writeprotect(), and handler.preserve(unprotect=True) to lift it",
+            "use handler.writeprotect(), and handler.unprotect() to lift it",
         )
         try:
             lowlevel.writeprotect(fd, start, length, mode)

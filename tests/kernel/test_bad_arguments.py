@@ -284,7 +284,7 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
     (
         "Handler",
         "stall_timeout_s",
-        BAD_LIMIT | {"none": 0},
+        BAD_SECONDS | {"none": 0},
         lambda w, v: Handler(w.uffd, stall_timeout_s=v),
     ),
     ("Handler", "prefetch", BAD_INT, lambda w, v: Handler(w.uffd, prefetch=v)),
@@ -339,7 +339,10 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
                 **{"region": w.served, parameter: v}
             ),
         )
-        for name in ("page_states", "populate", "writeprotect", "preserve")
+        for name in (
+            *("page_states", "populate", "writeprotect", "preserve"),
+            *("unprotect", "checkpoint", "retry"),
+        )
         for parameter, values in (
             ("region", BAD_RANGE),
             ("offset", BAD_INT),
@@ -369,6 +372,7 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
             ("data_offset", optional(BAD_INT)),
         )
     ),
+    ("hold", "limit_s", BAD_SECONDS, lambda w, v: w.handler.hold(v)),
     ("stop", "timeout_s", BAD_SECONDS, lambda w, v: w.handler.stop(timeout_s=v)),
     ("send_uffd", "sock", BAD_OBJECT, lambda w, v: pyuffd.send_uffd(v, w.uffd, [])),
     ("send_uffd", "uffd", BAD_OBJECT, lambda w, v: pyuffd.send_uffd(w.sock, v, [])),

@@ -6,10 +6,8 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,60 +18,32 @@ from pyuffd import (
     FileSource,
     Handler,
     HandlerError,
-    HandlerStats,
-    PageSource,
-    PageState,
     Region,
-    RegisterMode,
     UffdOSError,
     Userfaultfd,
-    ZeroSource,
 )
 from pyuffd.testing import needs
 from tests._child import run_child
-from tests._memory import memory_of, memory_params
+from tests._memory import memory_params
 from tests.kernel._serving import content, is_lost, run_threads, states, wait_until
-
-MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
-TRACKING = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
-ABSENT, CLEAN, DIRTY = PageState.ABSENT, PageState.CLEAN, PageState.DIRTY
-PAGES = 4
-
-Driver = Literal["native", "inline", "thread", "process"]
-DRIVERS: tuple[Driver, ...] = get_args(Driver)
-PYTHON: tuple[Driver, ...] = ("thread", "process")
-Case = Callable[[Handler, str], None]
-
-
-@contextmanager
-def handling(driver: Driver, **options: Any) -> Iterator[Handler]:
-    """A handler that runs; that of the process driver is slow to start, so the cases share it."""
-    features = TRACKING | Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
-    features |= Feature.SIGBUS if driver == "inline" else Feature.EVENT_REMOVE
-    with (
-        Userfaultfd(features=features) as uffd,
-        Handler(uffd, driver=driver, **options) as handler,
-    ):
-        yield handler
-
-
-@contextmanager
-def filling(
-    handler: Handler,
-    name: str,
-    source: PageSource | None = None,
-    mode: RegisterMode = MISSING,
-) -> Iterator[Region]:
-    """A new region of four pages, served."""
-    with closing(memory_of(name)) as memory:
-        region = memory.pages(PAGES)
-        handler.serve(region, source or ZeroSource(), mode=mode)
-        yield region
-
-
-def added(handler: Handler, before: HandlerStats, name: str) -> int:
-    """What a counter has grown by."""
-    return int(getattr(handler.stats(), name)) - int(getattr(before, name))
+from tests.kernel._verbs import (
+    ABSENT,
+    CLEAN,
+    DIRTY,
+    DRIVERS,
+    MINOR,
+    MISSING,
+    PAGES,
+    PYTHON,
+    TRACKING,
+    WP,
+    Case,
+    Driver,
+    added,
+    filling,
+    handling,
+    run_cases,
+)
 
 
 def promise(offset: int, length: int) -> None:
@@ -191,15 +161,6 @@ CASES: dict[str, Case] = {
     case.__name__: case
     for case in (from_memory, from_descriptors, protection, beside_faults, dropped, minor)
 }
-
-
-def run_cases(cases: dict[str, Case], handler: Handler, name: str) -> None:
-    for what, case in cases.items():
-        try:
-            case(handler, name)
-        except BaseException as error:
-            error.add_note(f"{what} with {handler.driver}")
-            raise
 
 
 def check(name: str) -> None:

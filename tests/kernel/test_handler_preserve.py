@@ -150,7 +150,7 @@ test_parts_and_stop = everywhere(parts, "anon", "shmem", "hugetlb")
 
 
 def unprotected(driver: Driver, name: str) -> None:
-    """preserve(unprotect=True) lets later writes pass, and the states say DIRTY."""
+    """preserve(keep_protected=False) lets later writes pass, and the states say DIRTY."""
     with serving(driver, name) as (handler, memory):
         region = memory.pages(3)
         region.fill(1)
@@ -159,7 +159,7 @@ def unprotected(driver: Driver, name: str) -> None:
         handler.writeprotect(region)
         handler.start()
         size = memory.page_size
-        assert handler.preserve(region, 0, 2 * size, unprotect=True) == 2 * size
+        assert handler.preserve(region, 0, 2 * size, keep_protected=False) == 2 * size
         assert states(handler, region) == [PageState.DIRTY] * 2 + [PageState.CLEAN]
         region.write(size, b"free")
         assert handler.stats().faults["wp"] == 0

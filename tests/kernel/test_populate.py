@@ -259,10 +259,8 @@ def one_bad_page(chunk: int | None, workers: int) -> None:
         broken.pages.clear()  # no page was lost
         assert handler.populate(region, chunk=chunk) == 256 * PAGE - error.data["completed"]
         assert region.read() == content_of(0, 256 * PAGE)
-        with pytest.raises(HandlerError) as caught:
-            handler.stop()
-        assert caught.value.start == region.start + 37 * PAGE
-        assert isinstance(caught.value.__cause__, Bad)
+        assert handler.stats().failed > 0
+        handler.stop()  # the failure was mended
         assert handler.stats().poisoned_pages == 0
 
 
@@ -316,8 +314,8 @@ def hung() -> None:
         assert set(states(handler, region)) == {PageState.ABSENT}
         release.set()
         assert handler.populate(region) == 64 * PAGE
-        with pytest.raises(HandlerError):
-            handler.stop()
+        assert handler.stats().failed > 0
+        handler.stop()  # the failure was mended
 
 
 def test_source_that_hangs() -> None:
@@ -355,8 +353,11 @@ def waited_for(mended: bool) -> None:
             thread.join()
         assert errors[0].errno == errno.EIO
         assert lost == [not mended]
+        assert handler.stats().failed > 0
         if mended:
             assert region.read() == content_of(0, PAGE)
+            handler.stop()
+            return
         with pytest.raises(HandlerError):
             handler.stop()
 

@@ -238,9 +238,9 @@ def long_call(at: Setting, on_error: str) -> None:
                 point.wait()  # the page was requested: the answer is late now
                 usleep(600_000)
             assert reader.result() == data[1]
-            assert handler.stats().stalled_requests == 1
-            with pytest.raises(HandlerError):
-                handler.stop()
+            handler.stop()  # what came late is no failure in the end
+            stats = handler.stats()
+            assert (stats.stalled_requests, stats.failed) == (1, 1)
             return
         reader = reading(region, 1)
         usleep(20_000)  # less than the limit: nothing happens

@@ -447,7 +447,7 @@ class Run:
     def do_preserve(self, unprotect: bool) -> None:
         if self.saved is None or all(one is None for one in self.instant):
             return
-        self.handler.preserve(self.region, unprotect=unprotect)
+        self.handler.preserve(self.region, keep_protected=not unprotect)
         self.change(range(self.count), lambda w: self.rules.save(w, unprotect=unprotect))
         for page, instant in enumerate(self.instant):
             if instant is None:

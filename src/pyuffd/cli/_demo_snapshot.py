@@ -278,7 +278,7 @@ def _save_while_it_runs(child: Child, there: Range, memory: Region, uffd: Userfa
         # Wait until at least one page has been saved by a fault, however fast the rest is saved.
         _wait_for_edit(child, memory, edit + 1)
         try:
-            behind = handler.preserve(there, unprotect=True)
+            behind = handler.preserve(there, keep_protected=False)
         except pyuffd.ProcessGoneError:
             child.reply()
             raise

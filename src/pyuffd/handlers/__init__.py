@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pyuffd.handlers._checkpoint import Checkpoint, StateRange, StateRanges
 from pyuffd.handlers._fault_log import FaultLog, LoggedFault
 from pyuffd.handlers._handler import Handler
 from pyuffd.handlers._types import HandlerStats, Latency, PageState, RecentFault
 
 __all__ = [
+    "Checkpoint",
     "FaultLog",
     "Handler",
     "HandlerStats",
@@ -14,4 +16,6 @@ __all__ = [
     "LoggedFault",
     "PageState",
     "RecentFault",
+    "StateRange",
+    "StateRanges",
 ]

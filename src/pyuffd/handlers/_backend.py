@@ -109,8 +109,19 @@ class Backend(Protocol):
     def take_in(self, served: RangeId) -> None:
         """Note the pages that are present."""
 
-    def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
-        """Write-protect pages; return their states as they were when they were protected."""
+    def writeprotect(
+        self, served: RangeId, offset: int, length: int, pages: int, *, protects: bool
+    ) -> bytes:
+        """Protect pages, or lift the protection; return their states as they were then."""
+
+    def pause(self, limit_ns: int) -> int:
+        """Resolve no fault for at most `limit_ns`; return a token for `resume`."""
+
+    def resume(self, token: int) -> bool:
+        """Resolve faults again; return False if this engine did so before."""
+
+    def retry(self, served: RangeId, offset: int, length: int) -> int:
+        """Wake what waits, so that it faults again; return how many pages have failed so far."""
 
     def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
         """Return the state bytes of some pages."""

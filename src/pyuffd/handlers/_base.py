@@ -11,6 +11,7 @@ from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, HelperLostError
 from pyuffd._pages import RangeLike, check_range, start_of
 from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._bounce import BOUNCE_SIZE, Bounce
 from pyuffd.handlers._checks import LAYOUT_EVENTS
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._serving import Served, served_mode
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from pyuffd._abi import RegisterMode
     from pyuffd._uffd import Userfaultfd
-    from pyuffd.handlers._bounce import Bounce
     from pyuffd.handlers._checks import Driver
     from pyuffd.handlers._ending import Ending
     from pyuffd.handlers._fault_log import FaultLog
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         RecentFault,
         SourceFailure,
     )
+
+BOUNCES_KEPT = 4  # as many threads fill at once without making memory for it
 
 
 class HandlerBase(SoleOwner):
@@ -134,6 +136,18 @@ class HandlerBase(SoleOwner):
                 served.region._forget_on_close(callback)
             served.region._forget_check(served.check)
         self._served.pop((served.id.space, served.id.start), None)  # last
+
+    def _bounce(self, page_size: int, *, shared: bool) -> Bounce:
+        """Return memory for content under way; give it to `_keep_bounce` afterwards."""
+        while self._bounces:
+            bounce = self._bounces.pop()
+            if bounce.size >= page_size and shared == (bounce.fd >= 0):
+                return bounce
+        return Bounce(max(BOUNCE_SIZE, page_size), shared=shared)
+
+    def _keep_bounce(self, bounce: Bounce) -> None:
+        if len(self._bounces) < BOUNCES_KEPT:
+            self._bounces.append(bounce)
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:
         start = start_of(region)

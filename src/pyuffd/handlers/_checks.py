@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
@@ -45,6 +46,8 @@ LAYOUT_EVENTS = (
     Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 )
 STOP_LIMIT_S = 10.0
+# A page source that needs longer than this, with the GIL free, is too slow for faults.
+STALL_TIMEOUT_S = 2.0
 MAX_WORKERS = 1024  # threads of one process; more would only compete for the GIL
 
 
@@ -102,7 +105,7 @@ def check_options(
         check_number("spin_us", spin_us, LONGEST_S * 1e6)
     if not 1 <= check_int("workers", workers) <= MAX_WORKERS:
         raise ValueError(f"workers {workers} is not between 1 and {MAX_WORKERS}")
-    if stall_timeout_s is not None and not check_number("stall_timeout_s", stall_timeout_s):
+    if stall_timeout_s is not None and not check_seconds("stall_timeout_s", stall_timeout_s):
         raise ValueError(f"stall_timeout_s {stall_timeout_s} must be above zero")
     if driver != "inline":
         return
@@ -113,6 +116,12 @@ def check_options(
         )
     if cpus or spin_us is not None:
         raise ValueError("driver='inline' has no thread: cpus and spin_us have no effect with it")
+
+
+def stall_limit_ns(stall_timeout_s: float | None) -> int:
+    """Return the limit for the engine; 0 if there is none."""
+    limit_s = STALL_TIMEOUT_S if stall_timeout_s is None else stall_timeout_s
+    return 0 if limit_s == math.inf else max(1, int(min(limit_s, LONGEST_S) * 1e9))
 
 
 def check_timeout(timeout_s: float | None) -> float:

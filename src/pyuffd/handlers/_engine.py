@@ -378,6 +378,18 @@ class Engine(EnginePages):
         """Wait until the faults that wait now are resolved; return False after the limit."""
         return self._inline or lib.uffd_native_drain(self._engine(), limit_ns) == 0
 
+    def pause(self, limit_ns: int) -> int:
+        """Resolve no fault for at most `limit_ns`; return a token for `resume`."""
+        token = ffi.new("uint64_t *")
+        code = lib.uffd_engine_pause(self._engine(), limit_ns, token)
+        if code:
+            raise_errno("hold faults", -code)
+        return int(token[0])
+
+    def resume(self, token: int) -> bool:
+        """Resolve faults again; return False if this engine did so before."""
+        return bool(lib.uffd_engine_resume(self._engine(), token) == 0)
+
     def leave_strays(self) -> None:
         """Leave faults in ranges that are not served to the next engine of these userfaultfds."""
         lib.uffd_engine_leave_strays(self._engine())

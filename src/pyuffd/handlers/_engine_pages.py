@@ -69,16 +69,27 @@ class EnginePages(SoleOwner):
         """Note the pages that are present, as far as the owner's page table can be read."""
         lib.uffd_engine_take_in(self._engine(), range_ref(served))
 
-    def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
-        """Write-protect pages; return their states as they were when they were protected."""
+    def writeprotect(
+        self, served: RangeId, offset: int, length: int, pages: int, *, protects: bool
+    ) -> bytes:
+        """Protect pages, or lift the protection; return their states as they were then."""
         out = bytearray(pages)
         with ffi.from_buffer("uint8_t[]", out) as pointer:
             code = lib.uffd_engine_writeprotect(
-                self._engine(), range_ref(served), offset, length, pointer
+                self._engine(), range_ref(served), offset, length, protects, pointer
             )
         if code:
-            raise_errno("write-protect", -code, served.start + offset, length, completed=0)
+            op = "write-protect" if protects else "unprotect"
+            raise_errno(op, -code, served.start + offset, length, completed=0)
         return bytes(out)
+
+    def retry(self, served: RangeId, offset: int, length: int) -> int:
+        """Wake what waits, so that it faults again; return how many pages have failed so far."""
+        out = ffi.new("uint64_t *")
+        code = lib.uffd_engine_retry(self._engine(), range_ref(served), offset, length, out)
+        if code:
+            raise_errno("retry", -code, served.start + offset, length)
+        return int(out[0])
 
     def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
         """Return the state bytes of some pages."""
@@ -115,6 +126,15 @@ class EnginePages(SoleOwner):
             place, left = served.start + int(reached[0]), offset + length - int(reached[0])
             raise_errno("fill", -code, place, left, completed=int(out[0]))
         return int(out[0])
+
+
+def runs_of(states: bytes, page_size: int, offset: int, without: int) -> bytes:
+    """Pack the runs of pages whose state is not in the mask, as 64-bit (start, end, state)."""
+    most = lib.uffd_runs_of(states, len(states), page_size, offset, without, ffi.NULL, 0)
+    out = bytearray(most * ffi.sizeof("struct uffd_run"))
+    with ffi.from_buffer("struct uffd_run[]", out) as runs:
+        lib.uffd_runs_of(states, len(states), page_size, offset, without, runs, most)
+    return bytes(out)
 
 
 def range_ref(served: RangeId) -> Any:

@@ -11,7 +11,6 @@ from pyuffd._arguments import FD_LIMIT, check_buffer, check_int, shown
 from pyuffd._errors import UffdOSError
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
-from pyuffd.handlers._bounce import BOUNCE_SIZE, Bounce
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import SourceKind
 
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
         def fileno(self) -> int:
             """Return its descriptor."""
-
-
-BOUNCES_KEPT = 4  # as many threads fill at once without making memory for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ class FillsPages(HandlerBase):
         This thread fills them or, with a source in Python, the workers, so call start() first. If
         the content of a page cannot be read, the page stays absent and no further pages are
         fetched; `on_error` applies only to pages that a thread waits for. With a source in Python,
-        stop() raises the failure too.
+        stop() raises the failure too, unless the page has been filled by then.
 
         Args:
             region: A served region.
@@ -235,16 +231,35 @@ class FillsPages(HandlerBase):
             start = place if error.op == "read" else error.start
             raise _continued(error, start, length - done, filled + so_far) from None
         finally:
-            if len(self._bounces) < BOUNCES_KEPT:
-                self._bounces.append(bounce)
+            self._keep_bounce(bounce)
         return filled
 
-    def _bounce(self, page_size: int, *, shared: bool) -> Bounce:
-        while self._bounces:
-            bounce = self._bounces.pop()
-            if bounce.size >= page_size and shared == (bounce.fd >= 0):
-                return bounce
-        return Bounce(max(BOUNCE_SIZE, page_size), shared=shared)
+    def retry(self, region: RangeLike, offset: int = 0, length: int | None = None) -> int:
+        """Try again what has stalled, and return the pages whose content could not be read so far.
+
+        With `on_error="stall"` threads wait for a page whose content could not be read, and with
+        `preserve` for one that could not be saved. Call this once the source has recovered: they
+        fault again, and the source is asked anew, also for the pages that it promised (see
+        `fill`) and that have not come. Pages that are filled in the end are no reason for stop() to
+        raise HandlerError; `stats` still counts the failures. Poisoned pages stay poisoned.
+
+        Args:
+            region: A served region.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+
+        Returns:
+            The number of failed pages that are not filled yet; the first 1,024 that fail are known.
+
+        Raises:
+            ValueError: not served, or pages outside the region.
+            LayoutChangedError: ENOENT - part of the region was unmapped.
+
+        Kernel: UFFDIO_WAKE(2const).  GIL: released.  Threads: safe.  Blocks: no; the threads are
+        woken, and may still wait for the source when this returns.
+        """
+        engine, served, first, pages = self._pages(region, offset, length)
+        return engine.retry(served.id, first * served.page_size, pages * served.page_size)
 
 
 def _continued(error: UffdOSError, start: int | None, length: int, completed: int) -> UffdOSError:

@@ -1,7 +1,7 @@
 """`Handler`: serves regions through userfaultfds with one of the engine's drivers (layer L4).
 
-Its parts are classes of their own, by topic: `_regions`, `_filling`, `_tracking`, `_stopping`; all
-stand on `_base`.
+Its parts are classes of their own, by topic: `_regions`, `_filling`, `_tracking`, `_holding`,
+`_stopping`; all stand on `_base`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from pyuffd.handlers._checks import (
     check_timeout,
     check_uffd,
     choose_driver,
+    stall_limit_ns,
 )
 from pyuffd.handlers._fault_log import FaultLog
 from pyuffd.handlers._filling import FillsPages
 from pyuffd.handlers._forks import ForkWatch
+from pyuffd.handlers._holding import HoldsFaults
 from pyuffd.handlers._overlaps import Overlaps
 from pyuffd.handlers._owners import Owners
 from pyuffd.handlers._regions import ServesRegions
@@ -51,11 +53,9 @@ DEFAULT_SPIN_US = 50.0
 RETRY_LIMIT_S = 5.0
 # More than 100 million faults are no working set.
 LARGEST_LOG = 1 << 27
-# A page source that needs longer than this, with the GIL free, is too slow for faults.
-STALL_TIMEOUT_S = 2.0
 
 
-class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
+class Handler(ServesRegions, FillsPages, TracksWrites, HoldsFaults, Stops, Closing):
     """Resolve the faults of regions from page sources.
 
     Args:
@@ -90,7 +90,8 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
             SIGKILL; with Feature.EVENT_FORK this needs Feature.THREAD_ID, which tells the forks
             apart). The page is never filled with zeros. On a kernel without UFFDIO_POISON
             (before Linux 6.6) "poison" acts as "stall". stop() raises HandlerError for the failure.
-        stall_timeout_s: How long a page source in Python may need for a page, in seconds; 2 by
+        stall_timeout_s: How long a page source in Python may need for a page, in seconds, or
+            math.inf for a source that is waited for as long as it takes; 2 by
             default.
         prefetch: Bytes to fill around a fault after its own page; more when faults come in
             sequence. A Python source is asked for all of them at once. 0 fills the page only.
@@ -178,7 +179,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, Stops, Closing):
             on_error=OnError[on_error.upper()],
             layout_events=int(uffd.features & LAYOUT_EVENTS),
             watch_owner=owner not in (0, self._pid),
-            stall_limit_ns=int((stall_timeout_s or STALL_TIMEOUT_S) * 1e9),
+            stall_limit_ns=stall_limit_ns(stall_timeout_s),
             prefetch=prefetch,
             spin_ns=int(spin_us * 1000),
             retry_limit_ns=int(RETRY_LIMIT_S * 1e9),

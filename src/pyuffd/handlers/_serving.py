@@ -261,7 +261,7 @@ def _is_file(region: RangeLike) -> bool:
     return getattr(region, "fd", None) is not None or page_size_of(region) > PAGE_SIZE
 
 
-def warn_of_merging(served: Served) -> None:
+def warn_of_merging(served: Served, stacklevel: int = 3) -> None:
     """Warn once of protected memory that KSM may merge, after which writes are not seen."""
     if served.is_mergeable or served.uffd.adopted:
         return
@@ -274,7 +274,7 @@ def warn_of_merging(served: Served) -> None:
             f"{vma} is mergeable by KSM, which drops write-protection, so that writes to merged"
             " pages may not be seen: call madvise(MADV_UNMERGEABLE) on it",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -37,9 +37,10 @@ class Stops(HandlerBase):
                 that threads still wait for are then poisoned.
 
         Raises:
-            HandlerError: since the start, the content of a page could not be read or the engine
-                failed; or a page source does not return to a thread, which is left behind. The
-                error names page, source and thread. The handler is stopped in any case.
+            HandlerError: since the start, the content of a page could not be read, and was not read
+                later either (see `retry`), or the engine failed; or a page source does not return
+                to a thread, which is left behind. The error names page, source and thread. The
+                handler is stopped in any case.
             HandlerError: called by a page source, or in the thread of the loop that an
                 `AsyncSource` runs in: this would wait for itself, so nothing is done.
             HelperLostError: the helper process is gone. The handler is stopped.
@@ -112,6 +113,12 @@ class Stops(HandlerBase):
             self._final_log = engine.take_faults()
             self._final_owner_exited = engine.owner_exited
             failure, source_failure = engine.failure(), engine.source_failure
+            if failure is not None and source_failure is not None and failure.address:
+                # The first that failed may have been mended: take the exception of the one that
+                # was not.
+                start, end = source_failure.start, source_failure.start + source_failure.length
+                if not start <= failure.address < end:
+                    source_failure = engine.failure_at(failure.address)
             self._final_failure = known_failure(failure, source_failure)
             at_work = {one.number for one in ended.held if not one.is_request}
             for served in all_served:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pyuffd._abi import RegisterMode
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
+from pyuffd.handlers._checkpoint import Checkpoint, StateRanges
+from pyuffd.handlers._engine_pages import runs_of
 from pyuffd.handlers._serving import warn_of_merging
+from pyuffd.handlers._types import PageState
+
+# Pages in these states were not written since they were protected.
+UNWRITTEN = (PageState.ABSENT, PageState.CLEAN, PageState.SAVED)
 
 
 class TracksWrites(HandlerBase):
@@ -52,16 +58,96 @@ class TracksWrites(HandlerBase):
             ...     [PageState(state).name for state in handler.writeprotect(region)]
             ['CLEAN', 'DIRTY']
         """
+        _, states = self._protect(region, offset, length, protects=True)
+        return states
+
+    def unprotect(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
+        """Lift write-protection; return the `PageState` of each page as it was until then.
+
+        Pages that are present are DIRTY afterwards, since they may be written at any time, and
+        cause no write-protect faults until they are protected again. Absent pages stay absent: in a
+        region served for MISSING | WP they arrive protected.
+
+        Args:
+            region: A served region.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+
+        Returns:
+            One byte for each page: CLEAN and SAVED pages lost their protection.
+
+        Raises:
+            ValueError: not served, or not for RegisterMode.WP; bad pages; or pages that are still
+                to be saved (see `preserve`), which a write would then change.
+            LayoutChangedError: ENOENT - part of the region was unmapped.
+            PartialResolveError: EAGAIN - the layout has been changing for 5 s.
+
+        Kernel: UFFDIO_WRITEPROTECT(2const).  GIL: released.  Threads: safe.  Blocks: while a layout
+        event is unread.
+        """
+        return self._protect(region, offset, length, protects=False)[1]
+
+    def checkpoint(
+        self, region: RangeLike, offset: int = 0, length: int | None = None
+    ) -> Checkpoint:
+        """Return the pages written since the last checkpoint, and protect them again.
+
+        Both are one step against writers: a write before it shows in the result, a write after it
+        shows in the next one. The first checkpoint of a region that was never protected contains
+        every page. `writeprotect` begins a new interval too.
+
+        Args:
+            region: A region served with RegisterMode.WP.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+
+        Raises:
+            ValueError: not served, or not for RegisterMode.WP; bad pages.
+            LayoutChangedError: ENOENT - part of the region was unmapped. The pages before it
+                are protected; pages whose states are lost with the error stay DIRTY.
+            PartialResolveError: EAGAIN - the layout has been changing for 5 s; the states as above.
+
+        Kernel: UFFDIO_WRITEPROTECT(2const), /proc/PID/pagemap.  GIL: released.  Threads: safe.
+        Blocks: while a layout event is unread.
+
+        Example:
+            >>> from pyuffd import Feature, Handler, Region, RegisterMode, Userfaultfd
+            >>> with (
+            ...     Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP) as uffd,
+            ...     Region.anonymous(4 * 4096) as region,
+            ...     Handler(uffd) as handler,
+            ... ):
+            ...     _ = handler.serve(region, None, mode=RegisterMode.WP)
+            ...     _ = handler.checkpoint(region)
+            ...     region.write(4096, b"new")
+            ...     [(run.start, run.end) for run in handler.checkpoint(region).written]
+            [(4096, 8192)]
+        """
+        page_size, states = self._protect(region, offset, length, protects=True)
+        without = sum(1 << state for state in UNWRITTEN)
+        return Checkpoint(StateRanges(runs_of(states, page_size, offset, without)), states)
+
+    def _protect(
+        self, region: RangeLike, offset: int, length: int | None, *, protects: bool
+    ) -> tuple[int, bytes]:
+        """Protect pages or lift the protection; return the page size and the states before."""
         self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
             engine, served, first, pages = self._pages(region, offset, length)
             if not served.mode & RegisterMode.WP:
                 raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
-            warn_of_merging(served)
             size = served.page_size
-            states = engine.writeprotect(served.id, first * size, pages * size, pages)
-            served.was_protected = True
-            return states
+            at, span = first * size, pages * size
+            if protects:
+                warn_of_merging(served, stacklevel=4)
+            elif served.preserves and PageState.CLEAN in engine.states(served.id, first, pages):
+                raise ValueError(
+                    f"pages of the range at {served.id.start:#x} are still to be saved: call"
+                    " preserve(keep_protected=False)"
+                )
+            states = engine.writeprotect(served.id, at, span, pages, protects=protects)
+            served.was_protected = served.was_protected or protects
+            return size, states
 
     def preserve(
         self,
@@ -69,7 +155,7 @@ class TracksWrites(HandlerBase):
         offset: int = 0,
         length: int | None = None,
         *,
-        unprotect: bool = False,
+        keep_protected: bool = True,
     ) -> int:
         """Save the pages that are still CLEAN, and return the bytes saved.
 
@@ -81,8 +167,8 @@ class TracksWrites(HandlerBase):
             region: A region served with `preserve`.
             offset: Where to begin in bytes, a multiple of the page size.
             length: Bytes, a multiple of the page size; to the end by default.
-            unprotect: False keeps the pages protected (SAVED): a later write makes a page DIRTY and
-                costs one fault. True lifts the protection, for a program that need not know of
+            keep_protected: True keeps the pages protected (SAVED): a later write makes a page DIRTY
+                and costs one fault. False lifts the protection, for a program that need not know of
                 later writes; the pages are then DIRTY, since they may be written at any time.
 
         Raises:
@@ -99,4 +185,4 @@ class TracksWrites(HandlerBase):
                 f"the range at {served.id.start:#x} was never protected, so its pages are not of"
                 " one instant: call writeprotect() first"
             )
-        return engine.preserve(served.id, first * size, pages * size, unprotect=unprotect)
+        return engine.preserve(served.id, first * size, pages * size, unprotect=not keep_protected)

@@ -32,6 +32,9 @@ class Call(IntEnum):
     TAKE_IN = auto()
     WRITEPROTECT = auto()
     STATES = auto()
+    PAUSE = auto()
+    RESUME = auto()
+    RETRY = auto()
     SPACES = auto()
     OWNER_EXITED = auto()
     SOURCE_FAILURE = auto()
@@ -85,6 +88,8 @@ KINDS = {call: _PLAIN for call in Call} | {
     Call.LIST_REGISTERED: Kind(waits=True),
     Call.UNLIST_REGISTERED: Kind(waits=True),
     Call.POPULATE: Kind(waits=True),
+    Call.PAUSE: Kind(waits=True),
+    Call.RETRY: Kind(waits=True),
     Call.FILL: Kind(waits=True, has_fds=True),
 }
 

@@ -239,9 +239,23 @@ class RemoteEngine(SoleOwner):
         """Note the pages that are present."""
         self._call(Call.TAKE_IN, served)
 
-    def writeprotect(self, served: RangeId, offset: int, length: int, pages: int) -> bytes:
-        """Write-protect pages; return their states as they were when they were protected."""
-        return bytes(self._call(Call.WRITEPROTECT, served, offset, length, pages))
+    def writeprotect(
+        self, served: RangeId, offset: int, length: int, pages: int, *, protects: bool
+    ) -> bytes:
+        """Protect pages, or lift the protection; return their states as they were then."""
+        return bytes(self._call(Call.WRITEPROTECT, served, offset, length, pages, protects))
+
+    def pause(self, limit_ns: int) -> int:
+        """Resolve no fault for at most `limit_ns`; return a token for `resume`."""
+        return int(self._call(Call.PAUSE, limit_ns))
+
+    def resume(self, token: int) -> bool:
+        """Resolve faults again; return False if this engine did so before."""
+        return bool(self._call(Call.RESUME, token))
+
+    def retry(self, served: RangeId, offset: int, length: int) -> int:
+        """Wake what waits, so that it faults again; return how many pages have failed so far."""
+        return int(self._call(Call.RETRY, served, offset, length))
 
     def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
         """Return the state bytes of some pages."""

@@ -112,8 +112,11 @@ class WorkerProcess:
             Call.POPULATE: engine.populate,
             Call.FILL: self.fill,
             Call.TAKE_IN: engine.take_in,
-            Call.WRITEPROTECT: engine.writeprotect,
+            Call.WRITEPROTECT: self.writeprotect,
             Call.STATES: engine.states,
+            Call.PAUSE: engine.pause,
+            Call.RESUME: engine.resume,
+            Call.RETRY: engine.retry,
             Call.SPACES: self.spaces,
             Call.OWNER_EXITED: self.owner_exited,
             Call.STATS: self.stats,
@@ -308,6 +311,12 @@ class WorkerProcess:
             _wire.close_all(fds)
         address, _, _owner = _memory.buffer_address(data)
         return self._engine.fill(served, offset, address, length, unprotected=unprotected)
+
+    def writeprotect(
+        self, served: RangeId, offset: int, length: int, pages: int, protects: bool
+    ) -> bytes:
+        """Protect pages, or lift the protection."""
+        return self._engine.writeprotect(served, offset, length, pages, protects=protects)
 
     def unserve(
         self, served: RangeId, seal: bool, unregister: bool, patience_s: float, gently: bool

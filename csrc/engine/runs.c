@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include "runs.h"
+
+uint64_t uffd_runs_of(const uint8_t *states, uint64_t pages, uint64_t page_size,
+		      uint64_t offset, uint32_t without, struct uffd_run *runs_ret,
+		      uint64_t capacity)
+{
+	uint64_t found = 0;
+
+	for (uint64_t page = 0, first; page < pages;) {
+		uint8_t state = states[page];
+
+		first = page;
+		while (page < pages && states[page] == state)
+			page++;
+		if (without & 1u << state)
+			continue;
+		if (found < capacity)
+			runs_ret[found] = (struct uffd_run){ offset + first * page_size,
+							     offset + page * page_size, state };
+		found++;
+	}
+	return found;
+}

@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: MIT */
+/* Runs of pages that have one state. */
+#ifndef UFFD_ENGINE_RUNS_H
+#define UFFD_ENGINE_RUNS_H
+
+#include <stdint.h>
+
+struct uffd_run {
+	uint64_t start;
+	uint64_t end;
+	uint64_t state;		/* enum uffd_page_state */
+};
+
+/*
+ * The runs of pages whose state is not among those of the mask `without`, a bit for each;
+ * `offset` is that of the first page.  Returns how many there are, and stores as many as
+ * fit.
+ */
+uint64_t uffd_runs_of(const uint8_t *states, uint64_t pages, uint64_t page_size,
+		      uint64_t offset, uint32_t without, struct uffd_run *runs_ret,
+		      uint64_t capacity);
+
+#endif /* UFFD_ENGINE_RUNS_H */

@@ -1,0 +1,292 @@
+"""Handler.checkpoint, unprotect, preserve and hold: what is written, through every driver."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+from pyuffd import CallableSource, Handler, HandlerError, PageState, RangeBusyError, StateRanges
+from pyuffd.testing import needs
+from tests._child import run_child
+from tests._memory import memory_params
+from tests.kernel._serving import content, run_threads, states, wait_until
+from tests.kernel._verbs import (
+    ABSENT,
+    CLEAN,
+    DIRTY,
+    DRIVERS,
+    MISSING,
+    NEEDED,
+    PAGES,
+    REMOVED,
+    SAVED,
+    WP,
+    Case,
+    added,
+    filling,
+    handling,
+    run_cases,
+)
+
+
+def runs(ranges: StateRanges, size: int) -> list[tuple[int, int, PageState]]:
+    """Return ranges in pages."""
+    return [(start // size, end // size, state) for start, end, state in ranges]
+
+
+def increments(handler: Handler, name: str) -> None:
+    """Each checkpoint has what was written since the last one, in whole and in part."""
+    with filling(handler, name, mode=WP) as region:
+        size = region.page_size
+        first = handler.checkpoint(region)
+        assert runs(first.written, size) == [(0, PAGES, DIRTY)]
+        assert first.states == bytes([DIRTY]) * PAGES
+        assert len(handler.checkpoint(region).written) == 0
+        region.write(0, b"a")
+        region.write(size, b"b")
+        region.write(3 * size, b"c")
+        part = handler.checkpoint(region, size, 2 * size)
+        assert runs(part.written, size) == [(1, 2, DIRTY)]
+        assert part.states == bytes([DIRTY, CLEAN])
+        second = handler.checkpoint(region)
+        assert runs(second.written, size) == [(0, 1, DIRTY), (3, 4, DIRTY)]
+        assert second.written.bytes == 2 * size
+        assert second.written[-1].end == 4 * size
+        table = np.asarray(second.written)
+        assert table.tolist() == [[0, size, DIRTY], [3 * size, 4 * size, DIRTY]]
+        assert handler.checkpoint(region).states == bytes([CLEAN]) * PAGES
+
+
+def of_missing_pages(handler: Handler, name: str) -> None:
+    """What was never loaded is not written; what was dropped is."""
+    with filling(handler, name, mode=MISSING | WP) as region:
+        size = region.page_size
+        region.read(0, 1)
+        region.write(size, b"new")
+        found = handler.checkpoint(region)
+        assert found.states == bytes([CLEAN, DIRTY, ABSENT, ABSENT])
+        assert runs(found.written, size) == [(1, 2, DIRTY)]
+        if handler.driver != "inline":
+            region.madvise(9 if region.shared else 4, size, size)
+            assert runs(handler.checkpoint(region).written, size) == [(1, 2, REMOVED)]
+
+
+def lifted(handler: Handler, name: str) -> None:
+    """unprotect() says what it lifts; writes cost nothing until the next protection."""
+    with filling(handler, name, mode=WP) as region:
+        size = region.page_size
+        assert handler.writeprotect(region) == bytes([DIRTY]) * PAGES
+        region.write(0, b"a")
+        assert handler.unprotect(region, 0, 2 * size) == bytes([DIRTY, CLEAN])
+        assert states(handler, region) == [DIRTY, DIRTY, CLEAN, CLEAN]
+        before = handler.stats()
+        region.write(size, b"b")
+        assert handler.stats().faults == before.faults
+        region.write(2 * size, b"c")
+        assert handler.stats().faults["wp"] == before.faults["wp"] + 1
+        assert handler.checkpoint(region).states == bytes([DIRTY, DIRTY, DIRTY, CLEAN])
+    with filling(handler, name, mode=MISSING | WP) as region:
+        assert handler.unprotect(region) == bytes([ABSENT]) * PAGES
+        region.read(0, 1)
+        region.write(0, b"a")
+        assert handler.checkpoint(region).states == bytes([DIRTY, ABSENT, ABSENT, ABSENT])
+
+
+def preserved(handler: Handler, name: str) -> None:
+    """preserve() keeps the pages protected or not; unprotect() loses none that is unsaved."""
+    if handler.driver == "process":
+        return
+    saved = bytearray(PAGES << 21)
+    with filling(handler, name, mode=WP, preserve=saved) as region:
+        size = region.page_size
+        handler.checkpoint(region)
+        with pytest.raises(ValueError, match="still to be saved"):
+            handler.unprotect(region)
+        assert handler.preserve(region, 0, 2 * size, keep_protected=True) == 2 * size
+        assert handler.preserve(region, 2 * size, size, keep_protected=False) == size
+        assert states(handler, region) == [SAVED, SAVED, DIRTY, CLEAN]
+        assert handler.unprotect(region, 0, size) == bytes([SAVED])
+        region.write(size, b"later")
+        assert states(handler, region) == [DIRTY, DIRTY, DIRTY, CLEAN]
+        assert handler.preserve(region) == size
+        assert saved[: region.length] == b"\1" * region.length
+
+
+def beside_writers(handler: Handler, name: str) -> None:
+    """Copying what each checkpoint says follows threads that write: nothing is missed."""
+    with filling(handler, name, mode=WP) as region:
+        size, over = region.page_size, threading.Event()
+        copy = [b""] * PAGES
+        until = time.monotonic() + 0.3
+
+        def write(seed: int) -> None:
+            chance = random.Random(seed)
+            for number in itertools.count(1):
+                if time.monotonic() > until:
+                    break
+                region.write(chance.randrange(PAGES) * size + 8 * seed, number.to_bytes(8))
+            over.set()
+
+        def take() -> None:
+            for run in handler.checkpoint(region).written:
+                for page in range(run.start // size, run.end // size):
+                    copy[page] = region.read(page * size, 32)
+
+        def follow() -> None:
+            while not over.is_set():
+                take()
+
+        run_threads(follow, lambda: write(1), lambda: write(2))
+        take()
+        assert copy == [region.read(page * size, 32) for page in range(PAGES)]
+
+
+def held(handler: Handler, name: str) -> None:
+    """In the block threads that write, or read a missing page, wait; then they go on."""
+    with filling(handler, name, mode=MISSING | WP) as region:
+        size = region.page_size
+        region.read(0, 2 * size)
+        before = handler.stats()
+        done: list[str] = []
+        with handler.hold(limit_s=60.0) as hold:
+
+            def write() -> None:
+                region.write(0, b"new")
+                done.append("w")
+
+            def read() -> None:
+                region.read(3 * size, 1)
+                done.append("r")
+
+            writer, reader = threading.Thread(target=write), threading.Thread(target=read)
+            for thread in (writer, reader):
+                thread.start()
+                thread.join(0.05)
+            with pytest.raises(RangeBusyError):
+                handler.hold()
+            # What the program asks for is done.
+            assert handler.checkpoint(region).states == bytes([CLEAN, CLEAN, ABSENT, ABSENT])
+            assert handler.fill(region, 2 * size, content(size)) == size
+            assert done == []
+            assert handler.stats().faults == before.faults
+        assert not hold.expired
+        writer.join()
+        reader.join()
+        assert sorted(done) == ["r", "w"]
+        assert states(handler, region) == [DIRTY, CLEAN, CLEAN, CLEAN]
+        hold.release()
+
+
+def expired(handler: Handler, name: str) -> None:
+    """At the limit faults are resolved again, and the end of the block says so."""
+    with filling(handler, name) as region:
+        hold = handler.hold(limit_s=0.05)
+        with pytest.raises(HandlerError, match="longer limit_s"), hold:
+            assert region.read(0, 1) == b"\0"
+        assert hold.expired
+        with pytest.raises(ZeroDivisionError) as raised, handler.hold(limit_s=0.01):
+            region.read(region.page_size, 1)
+            _ = 1 / 0
+        assert "longer limit_s" in raised.value.__notes__[0]
+        with handler.hold() as another:
+            pass
+        assert not another.expired
+
+
+CASES: dict[str, Case] = {
+    case.__name__: case
+    for case in (
+        increments,
+        of_missing_pages,
+        lifted,
+        preserved,
+        beside_writers,
+        held,
+        expired,
+    )
+}
+
+
+def check(name: str) -> None:
+    warnings.simplefilter("ignore")
+    for driver in DRIVERS:
+        with handling(driver) as handler:
+            run_cases(CASES, handler, name)
+
+
+@pytest.mark.parametrize("name", memory_params())
+@needs(NEEDED)
+def test_tracking(name: str) -> None:
+    run_child(check, name, budget_s=60)
+
+
+def answers_wait() -> None:
+    """What a source in Python answers is not put in place while faults are held."""
+    asked, go = threading.Event(), threading.Event()
+
+    def slow(offset: int, length: int) -> bytes:
+        asked.set()
+        go.wait()
+        return content(length)
+
+    with (
+        handling("thread", stall_timeout_s=60.0) as handler,
+        filling(handler, "anon", CallableSource(slow)) as region,
+    ):
+        thread = threading.Thread(target=lambda: region.read(0, 1))
+        thread.start()
+        asked.wait()
+        before = handler.stats()
+        with handler.hold(limit_s=60.0):
+            go.set()
+            thread.join(0.1)
+            assert thread.is_alive()
+            assert added(handler, before, "filled_pages") == 0
+        thread.join()
+        assert region.read(0, 8) == content(region.page_size)[:8]
+
+
+@needs(NEEDED)
+def test_answers_wait() -> None:
+    run_child(answers_wait, budget_s=20)
+
+
+def stopped_while_held() -> None:
+    with handling("native") as handler, filling(handler, "anon") as region:
+        hold = handler.hold(limit_s=60.0)
+        thread = threading.Thread(target=lambda: region.read(0, 1))
+        thread.start()
+        wait_until(lambda: handler.stats().messages > 0, "the fault is read")
+        handler.stop(drain=False)
+        with pytest.raises(HandlerError):
+            hold.release()
+        assert hold.expired
+
+
+@needs(NEEDED)
+def test_stop_ends_a_hold() -> None:
+    run_child(stopped_while_held)
+
+
+def refused() -> None:
+    with handling("native") as handler, filling(handler, "anon") as region:
+        for verb in (handler.checkpoint, handler.unprotect):
+            with pytest.raises(ValueError, match="not served for WP"):
+                verb(region)
+        with filling(handler, "anon", mode=WP) as region:
+            for bad in ((1, 4096), (0, 5 * 4096), (-4096, 4096), (0, 0)):
+                for verb in (handler.checkpoint, handler.unprotect):
+                    with pytest.raises(ValueError):
+                        verb(region, *bad)
+            assert states(handler, region) == [DIRTY] * PAGES
+
+
+@needs(NEEDED)
+def test_refuses_bad_arguments() -> None:
+    run_child(refused)
