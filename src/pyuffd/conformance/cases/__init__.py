@@ -15,6 +15,7 @@ MODULES = (
     "range_parts",
     "waiters",
     "reading",
+    "endings",
     "cold_sources",
     "move_sources",
     "events",

@@ -341,3 +341,38 @@ def _add(op: Op, condition: Condition) -> None:
 for _op in OPS:
     for _condition in _CONDITIONS:
         _add(_op, _condition)
+
+
+# Beyond the end of the file
+
+
+def _add_past_file_end(op: Op, memory: tuple[str, ...], code: int) -> None:
+    def run(ctx: Context) -> None:
+        target = Target(ctx, op)
+        assert target.region.fd is not None
+        os.ftruncate(target.region.fd, ctx.page)
+        target.expect(code, -code, at=ctx.page)
+        if op is not CONTINUE:  # whose first page the truncation has left in the file
+            target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
+        ctx.expect_pagemap(target.start + ctx.page, "-----")
+        os.ftruncate(target.region.fd, 2 * ctx.page)
+        if op is CONTINUE:
+            target.expect(errno.EFAULT, -errno.EFAULT, at=ctx.page)
+        else:
+            target.expect(0, ctx.page, at=ctx.page)
+
+    case(
+        f"UFFDIO_{op.name}.{errno.errorcode[code]}.past-file-end",
+        origin="mm/userfaultfd.c: mfill_file_over_size",
+        memory=memory,
+        features=op.features,
+        summary="The file ends before the page: nothing is filled, and what is before is counted"
+        if op is not CONTINUE
+        else "The file ends before the page: nothing is mapped, and a hole it grows is EFAULT",
+    )(run)
+
+
+_add_past_file_end(COPY, ("shmem", "shmem-private", "hugetlb"), errno.EFAULT)
+_add_past_file_end(ZEROPAGE, ("shmem", "shmem-private"), errno.EFAULT)
+_add_past_file_end(POISON, ("shmem", "shmem-private"), errno.EFAULT)
+_add_past_file_end(CONTINUE, ("shmem", "shmem-private"), errno.EINVAL)

@@ -10,7 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pyuffd._abi import Feature, RegisterMode, WriteprotectMode
+from pyuffd._abi import (
+    ContinueMode,
+    Feature,
+    MoveMode,
+    PoisonMode,
+    RegisterMode,
+    WriteprotectMode,
+    ZeropageMode,
+)
 from pyuffd._memory import Interrupted
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Access, Context
@@ -244,3 +252,47 @@ def _add_unregister(mode: RegisterMode, memory: tuple[str, ...], resolver: Resol
 
 _add_unregister(WP, ALL, next(one for one in RESOLVERS if one.mode is WP))
 _add_unregister(MINOR, FILE, next(one for one in RESOLVERS if one.mode is MINOR))
+
+
+# DONTWAKE of the operations that fill; those of COPY and WRITEPROTECT are with `errno_read`
+
+
+def _dontwake(ctx: Context, name: str, mode: int, start: int) -> tuple[int, int]:
+    words = [start]
+    if name == "MOVE":
+        source = ctx.make(ctx.page // SMALL_PAGE, "anon")
+        source.fill(NEW)
+        words.append(source.start)
+    answer = ctx.ioctl(name, *words, ctx.page, mode)
+    return answer.errno, answer.result
+
+
+def _add_dontwake(resolver: Resolver, mode: int) -> None:
+    name = resolver.name.partition("_")[2]
+
+    def run(ctx: Context) -> None:
+        region, (waiting,) = _asleep(ctx, resolver, 1, 0, False)
+        seen = _dontwake(ctx, name, mode, region.start)
+        ctx.expect("errno and result", seen, (0, ctx.page))
+        ctx.expect("threads that wait after DONTWAKE", counters(ctx.uffd), (0, 1))
+        ctx.expect("the access is over", waiting.done, False)
+        ctx.uffd.wake(region)
+        _expect_over(ctx, resolver, waiting)
+        ctx.expect_quiet()
+
+    case(
+        f"{resolver.name}.ok.dontwake",
+        summary="DONTWAKE fills the page and leaves its thread asleep until UFFDIO_WAKE",
+        origin=f"{resolver.name}(2const)",
+        memory=resolver.memory,
+        features=resolver.features,
+    )(run)
+
+
+for _resolver, _mode in (
+    (RESOLVERS[1], ZeropageMode.DONTWAKE),
+    (RESOLVERS[2], ContinueMode.DONTWAKE),
+    (RESOLVERS[3], MoveMode.DONTWAKE),
+    (RESOLVERS[4], PoisonMode.DONTWAKE),
+):
+    _add_dontwake(_resolver, int(_mode))
