@@ -314,6 +314,31 @@ def test_bad_options() -> None:
             DirtyTracker(region, [region])
 
 
+def test_adjacent_mappings_are_registered_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have tens of thousands, and each call costs more than a small scan."""
+    _async.sees_holes()  # asks the kernel once, with a userfaultfd of its own
+    calls: list[str] = []
+    for name in ("register", "writeprotect", "unregister"):
+        real = getattr(Userfaultfd, name)
+
+        def counted(*args: Any, _name: str = name, _real: Any = real, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(Userfaultfd, name, counted)
+    with Region.anonymous(200 * PAGE) as region:
+        for page in range(0, 200, 2):
+            region.write(page * PAGE, b"x")
+            _memory.mprotect(region.start + (page + 1) * PAGE, PAGE, mmap.PROT_READ)
+        with DirtyTracker(region) as tracker:
+            calls_of_start = calls.copy()
+            for page in range(0, 200, 50):
+                region.write(page * PAGE, b"y")
+            assert pages(region, tracker.collect().written) == [0, 50, 100, 150]
+        assert sorted(calls_of_start) == ["register", "writeprotect"]
+        assert calls[-1] == "unregister"
+
+
 def closed_in_a_fork() -> None:
     with Region.anonymous(PAGE) as region, DirtyTracker(region) as tracker:
         pid = os.fork()

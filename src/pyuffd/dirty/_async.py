@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 
@@ -69,9 +70,12 @@ class AsyncMethod:
         return rows
 
     def _new_row(self, mapping: Mapping) -> Row:
-        for row in self._rows:  # a part of one that was split, or one that has grown
-            overlaps = row.start < mapping.end and mapping.start < row.end
-            if overlaps and row.mapping.inode == mapping.inode:
+        # A part of one that was split, or one that has grown.
+        first = bisect_right(self._rows, mapping.start, key=lambda row: row.end)
+        for row in self._rows[first:]:
+            if row.start >= mapping.end:
+                break
+            if row.mapping.inode == mapping.inode:
                 return Row(mapping, row.track)
         pagemap = self._process.pagemap.fileno()
         track = _rows.chosen_track(mapping, pagemap, may_be_dense=self._may_be_dense)
@@ -96,18 +100,34 @@ class AsyncMethod:
             return False
         return True
 
+    def _registered(self, rows: Iterable[Row]) -> list[Row]:
+        """Register rows, adjacent ones in one call, and return those that the kernel took."""
+        taken: list[Row] = []
+        for run in _runs(rows):
+            try:
+                start, end = run[0].start, run[-1].end
+                self._uffd.register(start, end - start, mode=RegisterMode.WP)
+                taken += run
+            except (UffdOSError, ValueError):
+                taken += [row for row in run if self._register(row)]
+        return taken
+
+    def _protect(self, run: Sequence[Row]) -> bool:
+        """Protect adjacent rows; False if that failed."""
+        try:
+            self._uffd.writeprotect(run[0].start, run[-1].end - run[0].start)
+        except UffdOSError:
+            self._process.check()
+            return False
+        return True
+
     def _arm(self) -> None:
         """Register and protect everything for the first time."""
-        rows = []
-        for row in self._rows:
-            if not self._register(row):
-                continue
-            rows.append(row)
-            if row.track is not Track.SPARSE:
-                try:
-                    self._uffd.writeprotect(row)
-                except UffdOSError:  # unmapped since; the first round says so
-                    self._process.check()
+        rows = self._registered(self._rows)
+        for run in _runs(row for row in rows if row.track is not Track.SPARSE):
+            if not self._protect(run):
+                for row in run:
+                    self._protect([row])  # unmapped since, some of it: the first round says so
         self._set_rows(rows)
         # Later rounds compare with these.
         compared = [r for r in rows if r.track is Track.SPARSE or r.backing is Backing.COPIED]
@@ -168,23 +188,22 @@ class AsyncMethod:
 
     def _look_after(self, errors: list[tuple[int, int]], layout: list[LayoutChange]) -> Pending:
         """Register new mappings and report them; those that cannot be read are unsure."""
-        new: list[Row] = []
-        unsure: list[Span] = []
-        lost: list[Row] = []
-        for index, code in errors:
-            row = self._rows[index]
-            if code != errno.EPERM:
-                unsure.append((row.start, row.end))
-            elif self._register(row):
-                new.append(row)
-            else:
-                lost.append(row)
+        asked = [self._rows[index] for index, code in errors if code == errno.EPERM]
+        new = self._registered(asked)
+        taken = set(new)
+        lost = [row for row in asked if row not in taken]
+        unsure: list[Span] = [
+            (self._rows[index].start, self._rows[index].end)
+            for index, code in errors
+            if code != errno.EPERM
+        ]
         told = [change for change in layout if not isinstance(change, Unmapped)]
         replaced = [row for row in new if not _covered(row, told)]
         unsure += [(row.start, row.end) for row in lost if not _covered(row, told)]
         result = self._new(new)
         if lost:
-            self._set_rows([row for row in self._rows if row not in lost])
+            refused = set(lost)
+            self._set_rows([row for row in self._rows if row not in refused])
         more = [
             change
             for row in replaced
@@ -217,11 +236,22 @@ class AsyncMethod:
 
     def close(self) -> None:
         """Unregister what was registered, for a userfaultfd that stays open."""
-        for row in self._rows:
-            try:
-                self._uffd.unregister(row)
-            except UffdOSError:  # unmapped, or its process is gone
-                continue
+        for run in _runs(self._rows):
+            # ENOENT, EINVAL, ENOMEM: unmapped since, or its process is gone.
+            with suppress(UffdOSError):
+                self._uffd.unregister(run[0].start, run[-1].end - run[0].start)
+
+
+def _runs(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield rows that are adjacent together."""
+    run: list[Row] = []
+    for row in rows:
+        if run and run[-1].end != row.start:
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
 
 
 def _covered(row: Row, changes: Iterable[LayoutChange]) -> bool:
