@@ -26,6 +26,7 @@ from pyuffd import (
     Region,
     Unmapped,
 )
+from pyuffd.remote import _pinned
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
@@ -327,3 +328,29 @@ def test_a_java_virtual_machine(tmp_path: Path) -> None:
 
 def page_tables(pid: int) -> int:
     return int(status(pid)["VmPTE"].split()[0])
+
+
+@needs_io_uring()
+@needs_program("fio")
+def test_the_buffers_of_fio_are_named_as_pinned(tmp_path: Path) -> None:
+    """Its registered buffers are written by the kernel, past the page table."""
+    options = [
+        *("--name=reader", "--ioengine=io_uring", "--fixedbufs=1", "--rw=read", "--thread"),
+        *("--size=4m", "--time_based", "--runtime=60", "--iodepth=4", f"--directory={tmp_path}"),
+        *("--rate=1m", "--output=/dev/null"),
+    ]
+    fio = subprocess.Popen(["fio", *options], cwd=tmp_path)
+    try:
+        wait_until("it has pinned its buffers", lambda: bool(_pinned.buffers(fio.pid)))
+        with Process(fio.pid) as process, DirtyTracker(process) as tracker:
+            pinned_ranges = [b for b in tracker.blind if b.reason is BlindReason.PINNED]
+            assert pinned_ranges
+            with tracker.collect() as round_:
+                unsure = round_.unsure | round_.written
+                spans = [(b.start & -PAGE, (b.end + PAGE - 1) & -PAGE) for b in pinned_ranges]
+                assert unsure.bytes_in(spans) == [end - start for start, end in spans]
+                round_.commit()
+        assert fio.poll() is None
+    finally:
+        fio.send_signal(signal.SIGINT)
+        fio.wait(30 * SCALE)
