@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias, cast
 from benchmarks._toucher import SEED, Touched, Toucher
 from pyuffd import (
     BufferSource,
+    DirtyTracker,
     Feature,
     Handler,
     PageCategory,
@@ -201,7 +202,11 @@ class _Scan:
         self._region = _region("anon", args.length)
         self._region.fill(1)
         self._pagemap = Pagemap()
-        if args.what != "pagemap":
+        if args.what == "track":
+            self._tracker = DirtyTracker(self._region)
+            self._dirty()
+            self._tracker.collect().commit()
+        elif args.what != "pagemap":
             self._uffd = Userfaultfd(features=Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
             self._uffd.register(self._region, mode=RegisterMode.WP)
             self._uffd.writeprotect(self._region)
@@ -217,12 +222,17 @@ class _Scan:
         flags = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC if what == "reset" else ScanFlag(0)
         samples = array("Q")
         for _ in range(self._args.repeats):
-            if what == "reset":
+            if what in ("reset", "track"):
                 self._dirty()
             begin_ns = time.perf_counter_ns()
             if what == "pagemap":
                 found = len(self._pagemap.read(region))
                 expected = region.length // _PAGE
+            elif what == "track":
+                round_ = self._tracker.collect()
+                round_.commit()
+                found = len(round_.written)
+                expected = len(self._dirty_pages)
             else:
                 written = self._pagemap.scan(
                     region, category_mask=PageCategory.WRITTEN, flags=flags
@@ -306,7 +316,7 @@ def _arguments() -> argparse.Namespace:
 
     scan = what.add_parser("scan")
     scan.set_defaults(member=_Scan)
-    scan.add_argument("what", choices=("scan", "reset", "pagemap"))
+    scan.add_argument("what", choices=("scan", "reset", "track", "pagemap"))
     scan.add_argument("length", type=int)
     scan.add_argument("repeats", type=int)
 

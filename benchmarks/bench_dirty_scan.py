@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from benchmarks._pairs import Row, Skipped, Target, latency_row, run_pairs
@@ -12,15 +13,33 @@ _REPEATS = 5
 
 
 def run(setup: Setup) -> Iterator[Row | Skipped]:
-    """Yield the rows of a scan, of a scan that also protects again, and of a pagemap read."""
+    """Yield the rows of scans, of a round of tracking, and of a pagemap read."""
     for what, name, target in (
         ("scan", "PAGEMAP_SCAN / one ioctl", Target("<=", 1.15)),
         ("reset", "PAGEMAP_SCAN that write-protects again / one ioctl", Target("<=", 1.15)),
+        ("track", "DirtyTracker.collect() / one ioctl that does the same", Target("<=", 1.2)),
         ("pagemap", "pagemap read / one pread", Target("<=", 1.2)),
     ):
+        base = "reset" if what == "track" else what
         pairs = run_pairs(
-            command(setup.programs.scan, what, _LENGTH, _REPEATS),
+            command(setup.programs.scan, base, _LENGTH, _REPEATS),
             setup.member("scan", what, _LENGTH, _REPEATS),
             setup.rounds,
         )
         yield latency_row(f"1 GiB: {name}", pairs, target=target, unit="ms")
+    yield from _growth(setup)
+
+
+def _growth(setup: Setup) -> Iterator[Row | Skipped]:
+    """Yield the row that compares a round over 8 times the memory: nothing grows faster than it."""
+    small = _LENGTH // 8 if setup.quick else _LENGTH
+    name = f"DirtyTracker.collect() over {8 * small >> 20} MiB / over {small >> 20} MiB"
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") < 12 * small:
+        yield Skipped(name, "too little memory is free")
+        return
+    pairs = run_pairs(
+        setup.member("scan", "track", small, _REPEATS),
+        setup.member("scan", "track", 8 * small, _REPEATS),
+        setup.rounds,
+    )
+    yield latency_row(name, pairs, target=Target("<=", 9), unit="ms")
