@@ -13,8 +13,8 @@ from pyuffd.handlers._base import HandlerBase
 if TYPE_CHECKING:
     from pyuffd.handlers._backend import Backend
 
-# Longer than a checkpoint of some gigabytes, and short enough that a program which forgets to go on
-# is not taken for one that hangs.
+# Longer than a checkpoint of some gigabytes, and short enough that a program which forgets to
+# continue does not seem to hang.
 HOLD_LIMIT_S = 1.0
 
 
@@ -36,7 +36,7 @@ class Hold:
         """Let faults be resolved again; a second call does nothing.
 
         Raises:
-            HandlerError: the limit came first: faults were resolved while they were to be held.
+            HandlerError: the limit came first: faults were resolved although they should be held.
         """
         with self._lock:
             engine, self._engine = self._engine, None
