@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 
-from pyuffd import FileSource, Pagemap, Region, Userfaultfd
+from pyuffd import FileSource, Pagemap, Region, Userfaultfd, lazy
 from pyuffd.handover import connect_unix, listen_unix, recv_uffd, send_uffd
 from tests.process._interrupted_handlers import HANDLERS
 from tests.process._interruptions import LARGE, MARK, Interrupter, Scenario, main
@@ -151,7 +151,28 @@ def close_listener(at: Interrupter) -> None:
     listener.close()
 
 
+def serve_lazily(at: Interrupter) -> None:
+    with at.armed(), lazy(MARK.encode() * 4096, kind="memfd") as memory:
+        memory.read(PAGE, 1)
+
+
+def close_lazily_served(at: Interrupter) -> None:
+    memory = lazy(MARK.encode() * 4096, kind="memfd")
+    memory.read(0, 1)
+    with at.armed():
+        memory.close()
+    memory.close()
+
+
+def take_a_part(at: Interrupter) -> None:
+    with Region.memfd(PAGES * PAGE) as region, at.armed(), region[PAGE:] as part:
+        part.memoryview().release()
+
+
 OBJECTS: list[Scenario] = [
+    serve_lazily,
+    close_lazily_served,
+    take_a_part,
     hand_over,
     listen,
     close_listener,
