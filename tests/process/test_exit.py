@@ -57,7 +57,8 @@ del one
 }
 
 
-@pytest.mark.parametrize("start", [False, True], ids=["not-started", "started"])
+@pytest.mark.crossing
+@pytest.mark.parametrize("start", [False, True], ids=["unstarted", "started"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_program_ends(program: str, start: bool, tmp_path: object) -> None:
     path = f"{tmp_path}/program.py"

@@ -104,6 +104,7 @@ ENDS = {
 }
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize(("with_gil", "on_error"), ENDS)
 def test_a_waiting_thread_goes_on(with_gil: bool, on_error: Policy) -> None:
     code = f"from tests.process.test_killed_keeper import touch; touch({with_gil}, {on_error!r})"
@@ -183,7 +184,7 @@ def kinds_of_pages(name: str) -> None:
 
 
 @needs(Feature.POISON | WP_EVERYWHERE)
-@pytest.mark.parametrize("name", memory_params())
+@pytest.mark.parametrize("name", memory_params("anon", "shmem", "hugetlb-private"))
 def test_kinds_of_pages(name: str) -> None:
     ended = run_child(kinds_of_pages, name, budget_s=30)
     assert ended.stderr.count("has ended, perhaps killed") == 1  # also after stop()
