@@ -17,7 +17,7 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._memory import Interrupted
 from pyuffd.conformance._case import case
-from pyuffd.conformance._context import WAIT_S, Access, Child, Context
+from pyuffd.conformance._context import WAIT_S, Access, Context
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._types import PRIVATE, missing_features, wp_features
 from pyuffd.conformance._wp import (
@@ -38,8 +38,9 @@ from pyuffd.testing._opening import open_syscall
 
 MADV_POPULATE_WRITE = 23
 USER_MODE_ONLY = 1  # UFFD_USER_MODE_ONLY
-SYS_READ, SYS_OPEN, SYS_PREAD, SYS_PWRITE, SYS_MADVISE = 0, 2, 17, 18, 28
-SYS_WAIT4, SYS_PTRACE, SYS_PROCESS_VM_WRITEV = 61, 101, 311
+SYS_READ, SYS_PREAD, SYS_PWRITE, SYS_MADVISE = 0, 17, 18, 28
+SYS_WAIT4, SYS_PTRACE = 61, 101
+SYS_PROCESS_VM_READV, SYS_PROCESS_VM_WRITEV = 310, 311
 PTRACE_POKEDATA, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 5, 17, 0x4206, 0x4207
 WALL = 0x40000000
 ORIGIN = "discussion of the series (Hugh Dickins, Alistair Popple): users of pte_none; man page"
@@ -106,10 +107,6 @@ def _direct_file(ctx: Context) -> int:
         ctx.callback(os.close, direct)
         return direct
     raise Lack(["O_DIRECT"], "needs a file system with O_DIRECT; no folder for files has it")
-
-
-def _path(fd: int) -> bytes:
-    return os.fsencode(os.readlink(f"/proc/self/fd/{fd}")) + b"\0"
 
 
 def _direct_pread(ctx: Context, at: int) -> Callable[[], int]:
@@ -342,74 +339,49 @@ def user_mode_only_user(ctx: Context) -> None:
 
 
 # A page that a fork shares is copied before it is pinned for reading (FAULT_FLAG_UNSHARE). gup_test
-# pins for long, where a kernel has it; O_DIRECT, on every kernel, for as long as it writes.
+# pins for long, where a kernel has it; process_vm_readv, on every kernel, for as long as it copies.
 
 
-def _shared(ctx: Context) -> tuple[Region, Child, int, int]:
-    """Protect a page and fork; return its file for O_DIRECT here, and the child's."""
-    here = _direct_file(ctx)
-    path = ctypes.create_string_buffer(_path(here))  # where the child has it, too
-    region = protected(ctx)
-    child = ctx.fork()
-    there = child.syscall(SYS_OPEN, ctypes.addressof(path), os.O_WRONLY | os.O_DIRECT, 0)
-    ctx.expect("open in the child", there >= 0, True)
-    return region, child, here, there
+def _pin_briefly(ctx: Context, region: Region, pid: int) -> None:
+    """Read a page of a process with process_vm_readv, which pins it for that."""
+    buffer = ctypes.create_string_buffer(8)
+    local = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), 8)
+    remote = (ctypes.c_uint64 * 2)(region.start, 8)
+    vectors = (ctypes.addressof(local), 1, ctypes.addressof(remote), 1)
+    seen = ctx.silently(syscall, SYS_PROCESS_VM_READV, pid, *vectors, 0)
+    ctx.expect("process_vm_readv and what it read", (seen, buffer.raw), (8, bytes([DATA]) * 8))
+    # A copy of its own, with the protection of the other.
+    ctx.expect_pagemap(region.start, "P--?X", pid=pid)
 
 
-@case(
-    "kernel-access.direct-pwrite.parent-unshares",
-    origin="mm/gup.c: gup_must_unshare",
-    memory=PRIVATE,
-    features=lambda memory: wp_features(memory) | Feature.EVENT_FORK,
-)
-def parent_unshares(ctx: Context) -> None:
-    """O_DIRECT from a protected page that a fork shares: no message, and both keep their bits."""
-    region, child, here, _ = _shared(ctx)
-    written = ctx.silently(syscall, SYS_PWRITE, here, region.start, BLOCK, 0)
-    ctx.expect("pwrite", written, BLOCK)
-    ctx.expect_pagemap(region.start, "P--WX")  # a copy of its own
-    _expect_kept(ctx, region, child)
+def _add_unshare(name: str, who: str, *, is_child: bool, has_event: bool) -> None:
+    def run(ctx: Context) -> None:
+        region = protected(ctx)
+        child = ctx.fork()
+        ctx.expect_pagemap(region.start, "P--W-")
+        _pin_briefly(ctx, region, child.pid if is_child else os.getpid())
+        ctx.expect("parent's bit", ctx.is_protected(region.start), True)
+        ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), has_event)
+        expect_read(ctx, region.start, DATA)
+        expect_write_fault(ctx, region.start)
+        seen = ctx.silently(child.read, region.start, 8)
+        ctx.expect("the child's page after the parent's write", seen, bytes([DATA]) * 8)
+        if child.uffd is not None:
+            expect_write_fault(ctx, region.start, child.uffd, child.write)
+        else:
+            ctx.expect("the child's write", ctx.silently(child.write, region.start, VALUE), None)
+
+    with_event = Feature.EVENT_FORK if has_event else Feature(0)
+    case(
+        f"kernel-access.unshare.{name}",
+        summary=f"Pinning {who} protected page that a fork shares copies it, and no bit is lost",
+        origin="mm/gup.c: gup_must_unshare",
+        memory=PRIVATE,
+        features=lambda memory: wp_features(memory) | with_event,
+    )(run)
 
 
-@case(
-    "kernel-access.direct-pwrite.child-unshares",
-    origin="mm/gup.c: gup_must_unshare",
-    memory=PRIVATE,
-    features=lambda memory: wp_features(memory) | Feature.EVENT_FORK,
-)
-def child_unshares(ctx: Context) -> None:
-    """The same by the child: no message, and both keep their bits."""
-    region, child, _, there = _shared(ctx)
-    written = ctx.silently(child.syscall, SYS_PWRITE, there, region.start, BLOCK, 0)
-    ctx.expect("pwrite in the child", written, BLOCK)
-    ctx.expect_pagemap(region.start, "P--WX", pid=child.pid)  # a copy of its own
-    _expect_kept(ctx, region, child)
-
-
-@case(
-    "kernel-access.direct-pwrite.unregistered-child-unshares",
-    origin="mm/gup.c: gup_must_unshare",
-    memory=PRIVATE,
-    features=wp_features,
-)
-def unregistered_unshares(ctx: Context) -> None:
-    """The same by a child without EVENT_FORK: it has no bit, and the parent keeps its own."""
-    region, child, _, there = _shared(ctx)
-    written = ctx.silently(child.syscall, SYS_PWRITE, there, region.start, BLOCK, 0)
-    ctx.expect("pwrite in the child", written, BLOCK)
-    ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), False)
-    ctx.expect("the child's write", ctx.silently(child.write, region.start, VALUE), None)
-    ctx.expect("parent's bit", ctx.is_protected(region.start), True)
-    expect_read(ctx, region.start, DATA)
-    expect_write_fault(ctx, region.start)
-
-
-def _expect_kept(ctx: Context, region: Region, child: Child) -> None:
-    assert child.uffd is not None
-    ctx.expect("parent's bit", ctx.is_protected(region.start), True)
-    ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
-    expect_read(ctx, region.start, DATA)
-    expect_write_fault(ctx, region.start)
-    seen = ctx.silently(child.read, region.start, 8)
-    ctx.expect("the child's page after the parent's write", seen, bytes([DATA]) * 8)
-    expect_write_fault(ctx, region.start, child.uffd, child.write)
+_add_unshare("parent", "the parent's", is_child=False, has_event=False)
+_add_unshare("parent-with-event", "the parent's", is_child=False, has_event=True)
+_add_unshare("child", "the child's", is_child=True, has_event=False)
+_add_unshare("child-with-event", "the child's", is_child=True, has_event=True)
