@@ -184,8 +184,9 @@ class HandlerError(UffdError, RuntimeError):
 class HelperLostError(HandlerError):
     """The helper process has ended, was killed, or could not start.
 
-    Raised by the methods of the `Handler`; stop() does its work anyway, poisons missing
-    pages, and then raises it.
+    Raised by the methods of the `Handler`. `on_error` applies to each missing page that a thread
+    touches from then on. stop() does its work anyway, poisons the other missing pages, and then
+    raises it.
     """
 
 

@@ -80,7 +80,8 @@ class Handler(ServesRegions, FillsPages, TracksWrites, HoldsFaults, Stops, Closi
             "thread": for page sources in Python. Threads of this process call them; C does the
             rest. A thread that faults while it holds the GIL waits for a Python thread that cannot
             run; after `stall_timeout_s` all tracebacks are written to stderr, and `on_error` ends
-            the wait.
+            the wait. A source that reads memory of its own handler, and would wait for itself, gets
+            HandlerError from the methods of `Region`.
             "auto": "inline" if the userfaultfd has Feature.SIGBUS, else "native" until a source in
             Python is served, then "process".
         on_error: What happens to a page whose content cannot be read: "poison" (an access raises
