@@ -50,6 +50,7 @@ class World:
         self.mapped = [True] * self.pages
         self.other = [False] * self.pages  # private anonymous memory is mapped there now
         self.behind: set[int] = set()
+        self.paged_out: set[int] = set()
         self.mem = os.open("/proc/self/mem", os.O_RDONLY)
 
     def at(self, index: int) -> int:
@@ -88,8 +89,7 @@ class World:
         pages = self.some(most)
         if self.whole(pages):
             call("madvise", self.at(pages[0]), len(pages) * self.page, mmap.MADV_DONTNEED)
-            if self.memory.is_hugetlb:
-                self.behind.update(index for index in pages if not self.other[index])
+            self._dropped(pages)
 
     def dontneed_2mib(self) -> None:
         first = -(-self.start // HUGE_PAGE) * HUGE_PAGE
@@ -97,8 +97,15 @@ class World:
         count = HUGE_PAGE // self.page
         if index + count <= self.pages and self.whole(range(index, index + count)):
             call("madvise", first, HUGE_PAGE, mmap.MADV_DONTNEED)
-            if self.memory.is_hugetlb:
-                self.behind.update(range(index, index + count))
+            self._dropped(range(index, index + count))
+
+    def _dropped(self, pages: range) -> None:
+        """Note what the tracker is blind to: huge pages, and private copies that are on swap."""
+        mine = {index for index in pages if not self.other[index]}
+        if self.memory.is_hugetlb:
+            self.behind |= mine
+        elif self.memory.name == "shmem-private":
+            self.behind |= mine & self.paged_out
 
     def free(self) -> None:
         pages = self.some(4)
@@ -109,6 +116,7 @@ class World:
         pages = self.some(32)
         if self.whole(pages):
             call("madvise", self.at(pages[0]), len(pages) * self.page, MADV_PAGEOUT)
+            self.paged_out.update(pages)
 
     def punch(self) -> None:
         pages = self.some(3)

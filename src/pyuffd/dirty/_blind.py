@@ -16,7 +16,8 @@ class BlindReason(Word):
         SHARED: Shared memory: writes through another mapping, by another process or by write(2) on
             the file go past this page table.
         FILE: A private mapping of a file: pages that were never written here show what others write
-            to the file.
+            to the file, and a private copy that is dropped (MADV_DONTNEED) while it is on swap
+            turns into the file's page unseen.
         FILE_HOLES: Pages dropped through the file (fallocate, ftruncate), or by MADV_REMOVE, turn
             into zeros and are not reported.
         HUGE_DROPS: MADV_DONTNEED of hugetlb pages loses their content and is not reported.
