@@ -25,12 +25,13 @@ enum uffd_page_state {
 	UFFD_PAGE_SAVED,	/* preserved in the background, still protected */
 	UFFD_PAGE_REQUESTED,	/* waits for a worker's answer; reported as IN_FLIGHT */
 	UFFD_PAGE_HELD,		/* in flight but present: being saved, protected, unprotected */
+	UFFD_PAGE_EVICTING,	/* in flight: being dropped by us, to be absent */
+	UFFD_PAGE_EVICTED,	/* the same, and its REMOVE event has been read */
 };
 
 static inline bool uffd_page_is_in_flight(uint8_t state)
 {
-	return state == UFFD_PAGE_IN_FLIGHT || state == UFFD_PAGE_REQUESTED ||
-	       state == UFFD_PAGE_HELD;
+	return state == UFFD_PAGE_IN_FLIGHT || state >= UFFD_PAGE_REQUESTED;
 }
 
 enum uffd_source_kind {

@@ -52,8 +52,13 @@ static void remove_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 		uint64_t stop = lower(end, range->end);
 
 		for (; page < stop; page += range->page_size) {
-			uint8_t was = atomic_exchange(state_of(range, page), UFFD_PAGE_REMOVED);
+			uint8_t was = UFFD_PAGE_EVICTING;
 
+			/* The first event of a page that we drop is our own. */
+			if (atomic_compare_exchange_strong(state_of(range, page), &was,
+							   UFFD_PAGE_EVICTED))
+				continue;
+			was = atomic_exchange(state_of(range, page), UFFD_PAGE_REMOVED);
 			if (uffd_page_is_in_flight(was))
 				answer_with_zeros(range, page);
 			if (was == UFFD_PAGE_CLEAN && preserves(range))

@@ -279,6 +279,20 @@ static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int 
 	return OUTCOME_FAILED;
 }
 
+/*
+ * The message may be older than the page's eviction: a page that is not there was not
+ * written, and stays absent, so that it gets its content and no zeros.
+ */
+static uint8_t unprotected_state(const struct uffd_range *range, uint64_t page, uint8_t was)
+{
+	uint64_t entry;
+
+	if (was != UFFD_PAGE_ABSENT || !can_be_absent(range) ||
+	    !read_entries(range, page, 1, &entry))
+		return UFFD_PAGE_DIRTY;
+	return seen_state(range, was, entry) == UFFD_PAGE_ABSENT ? was : UFFD_PAGE_DIRTY;
+}
+
 static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t page,
 					  const struct deferred_fault *fault)
 {
@@ -297,7 +311,7 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 	 * dirty and unprotected, or as it was before.  Readers of the states wait for us.
 	 */
 	r = uffd_shim_writeprotect(range->space->fd, page, range->page_size, 0);
-	atomic_store(state_of(range, page), UFFD_PAGE_DIRTY);
+	atomic_store(state_of(range, page), unprotected_state(range, page, was));
 	if (r == 0)
 		return OUTCOME_RESOLVED;
 	if (r == -EAGAIN || r == -ENOMEM)

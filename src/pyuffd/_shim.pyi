@@ -508,6 +508,33 @@ class _Lib:
     def uffd_engine_states(
         self, engine: CData, ref: CData, first_page: int, pages: int, states_ret: CData, /
     ) -> int: ...
+    def uffd_engine_peek(
+        self, engine: CData, ref: CData, offset: int, length: int, target: CData, /
+    ) -> int: ...
+    def uffd_engine_evict(
+        self,
+        engine: CData,
+        ref: CData,
+        offset: int,
+        length: int,
+        wanted: CData,
+        written_too: int,
+        evicted_ret: CData,
+        reached_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_engine_evict_to(
+        self,
+        engine: CData,
+        ref: CData,
+        offset: int,
+        length: int,
+        fd: int,
+        written_only: int,
+        evicted_ret: CData,
+        reached_ret: CData,
+        /,
+    ) -> int: ...
     def uffd_engine_retry(
         self, engine: CData, ref: CData, offset: int, length: int, failed_ret: CData, /
     ) -> int: ...

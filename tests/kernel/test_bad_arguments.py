@@ -372,6 +372,22 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
             ("data_offset", optional(BAD_INT)),
         )
     ),
+    *(
+        (
+            "evict",
+            parameter,
+            values,
+            lambda w, v, parameter=parameter: w.handler.evict(
+                **{"region": w.served, "write_back": None, parameter: v}
+            ),
+        )
+        for parameter, values in (
+            ("region", BAD_RANGE),
+            ("offset", BAD_INT),
+            ("length", optional(BAD_INT)),
+            ("write_back", optional(BAD_BUFFER) | {"int": -1, "class": dict}),
+        )
+    ),
     ("hold", "limit_s", BAD_SECONDS, lambda w, v: w.handler.hold(v)),
     ("stop", "timeout_s", BAD_SECONDS, lambda w, v: w.handler.stop(timeout_s=v)),
     ("send_uffd", "sock", BAD_OBJECT, lambda w, v: pyuffd.send_uffd(v, w.uffd, [])),

@@ -56,6 +56,18 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
         [needs(Feature.WP_ASYNC), needs_privilege("CAP_SYS_PTRACE")],
         ["mappings, method wp-async", "round 2:", "the process was left as it was"],
     ),
+    "13_post_copy": (
+        [needs_kernel_faults()],
+        ["4096 pages came, ", "all of the memory has arrived"],
+    ),
+    "14_incremental_snapshot": (
+        [needs(Feature.PAGEFAULT_FLAG_WP)],
+        ["snapshot 0: 2048 pages in 1 ranges", "the increments make up the memory"],
+    ),
+    "15_window": (
+        [needs(Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED), needs_kernel_faults()],
+        ["400 numbers read back; "],
+    ),
 }
 
 

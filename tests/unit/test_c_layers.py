@@ -46,7 +46,7 @@ FLOORS = [
     {"engine/grown"},
     {"engine/spaces", "engine/slices", "engine/layout", "engine/stray"},
     {"engine/save", "engine/states", "engine/serve"},
-    {"engine/resolve", "engine/promise"},
+    {"engine/resolve", "engine/promise", "engine/evict"},
     {"engine/prefetch", "engine/answer", "engine/populate", "engine/supply", "engine/inline"},
     {"engine/drain", "engine/stall", "engine/retry"},
     {"engine/step"},

@@ -120,6 +120,19 @@ class Backend(Protocol):
     def resume(self, token: int) -> bool:
         """Resolve faults again; return False if this engine did so before."""
 
+    def peek(self, served: RangeId, offset: int, length: int, target: int) -> None:
+        """Copy the content of pages to an address of this process."""
+
+    def evict(
+        self, served: RangeId, offset: int, length: int, wanted: bytes, *, written_too: bool
+    ) -> int:
+        """Drop the pages that have a 1 in `wanted`; return the bytes dropped."""
+
+    def evict_to(
+        self, served: RangeId, offset: int, length: int, fd: int, *, written_only: bool
+    ) -> int:
+        """Protect pages, write them to a file, and drop them; return the bytes dropped."""
+
     def retry(self, served: RangeId, offset: int, length: int) -> int:
         """Wake what waits, so that it faults again; return how many pages have failed so far."""
 

@@ -83,6 +83,33 @@ class EnginePages(SoleOwner):
             raise_errno(op, -code, served.start + offset, length, completed=0)
         return bytes(out)
 
+    def peek(self, served: RangeId, offset: int, length: int, target: int) -> None:
+        """Copy the content of pages to an address."""
+        place = pointer_to(target)
+        code = lib.uffd_engine_peek(self._engine(), range_ref(served), offset, length, place)
+        if code:
+            raise_errno("evict", -code, served.start + offset, length, completed=0)
+
+    def evict(
+        self, served: RangeId, offset: int, length: int, wanted: bytes, *, written_too: bool
+    ) -> int:
+        """Drop the pages that have a 1 in `wanted`; return the bytes dropped."""
+        out, reached = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        code = lib.uffd_engine_evict(
+            self._engine(), range_ref(served), offset, length, wanted, written_too, out, reached
+        )
+        return _evicted(served, offset + length, code, out, reached)
+
+    def evict_to(
+        self, served: RangeId, offset: int, length: int, fd: int, *, written_only: bool
+    ) -> int:
+        """Protect pages, write them to a file, and drop them; return the bytes dropped."""
+        out, reached = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        code = lib.uffd_engine_evict_to(
+            self._engine(), range_ref(served), offset, length, fd, written_only, out, reached
+        )
+        return _evicted(served, offset + length, code, out, reached)
+
     def retry(self, served: RangeId, offset: int, length: int) -> int:
         """Wake what waits, so that it faults again; return how many pages have failed so far."""
         out = ffi.new("uint64_t *")
@@ -126,6 +153,13 @@ class EnginePages(SoleOwner):
             place, left = served.start + int(reached[0]), offset + length - int(reached[0])
             raise_errno("fill", -code, place, left, completed=int(out[0]))
         return int(out[0])
+
+
+def _evicted(served: RangeId, end: int, code: int, out: Any, reached: Any) -> int:
+    if code:
+        place, left = served.start + int(reached[0]), end - int(reached[0])
+        raise_errno("evict", -code, place, left, completed=int(out[0]))
+    return int(out[0])
 
 
 def runs_of(states: bytes, page_size: int, offset: int, without: int) -> bytes:

@@ -1,7 +1,7 @@
 """`Handler`: serves regions through userfaultfds with one of the engine's drivers (layer L4).
 
-Its parts are classes of their own, by topic: `_regions`, `_filling`, `_tracking`, `_holding`,
-`_stopping`; all stand on `_base`.
+Its parts are classes of their own, by topic: `_regions`, `_filling`, `_tracking`, `_evicting`,
+`_holding`, `_stopping`; all stand on `_base`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pyuffd.handlers._checks import (
     choose_driver,
     stall_limit_ns,
 )
+from pyuffd.handlers._evicting import EvictsPages
 from pyuffd.handlers._fault_log import FaultLog
 from pyuffd.handlers._filling import FillsPages
 from pyuffd.handlers._forks import ForkWatch
@@ -55,7 +56,7 @@ RETRY_LIMIT_S = 5.0
 LARGEST_LOG = 1 << 27
 
 
-class Handler(ServesRegions, FillsPages, TracksWrites, HoldsFaults, Stops, Closing):
+class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults, Stops, Closing):
     """Resolve the faults of regions from page sources.
 
     Args:

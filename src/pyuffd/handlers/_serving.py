@@ -6,6 +6,7 @@ import functools
 import logging
 import operator
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd._errors import HelperLostError, UffdOSError
+from pyuffd._errors import HandlerError, HelperLostError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
@@ -32,6 +33,27 @@ NEEDED_IOCTL = {
 }
 # Memory whose holes Linux write-protects even without Feature.WP_UNPOPULATED.
 FILE_BACKED = {RegionKind.MEMFD, RegionKind.SHM, RegionKind.HUGETLBFS, RegionKind.FILE}
+
+
+class Turn:
+    """A lock for one call at a time; a call inside another one is refused.
+
+    It is acquired before the handler's lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder = 0
+
+    def __enter__(self) -> None:
+        if self._holder == threading.get_ident():
+            raise HandlerError("write_back evicts the region that it is called for")
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._holder = 0
+        self._lock.release()
 
 
 @dataclass(slots=True)
@@ -52,6 +74,8 @@ class Served:
     is_mergeable: bool = False  # by KSM, and the user has been warned
     preserves: bool = False
     was_protected: bool = False
+    protections: int = 0  # how often it was protected
+    evicting: Turn = field(default_factory=Turn)
     on_close: list[Callable[[], None]] = field(default_factory=list)
     check: Callable[[int, int], None] | None = None  # before accesses of the region
 

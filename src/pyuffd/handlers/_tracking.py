@@ -147,6 +147,7 @@ class TracksWrites(HandlerBase):
                 )
             states = engine.writeprotect(served.id, at, span, pages, protects=protects)
             served.was_protected = served.was_protected or protects
+            served.protections += protects
             return size, states
 
     def preserve(

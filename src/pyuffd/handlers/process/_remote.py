@@ -43,6 +43,10 @@ from pyuffd.handlers.process._transport import pack
 # How long a worker process needs to poison a terabyte.
 SEAL_LIMIT_S = 60.0
 ENDED_LIMIT_S = 3.0
+NO_EVICTION = (
+    "driver='process' cannot evict: its engine is in another process, which cannot drop memory of"
+    " this one. Use driver='native', or driver='thread' for a source in Python"
+)
 # Descriptors of a source: a message has those of `local` and of the pages' states as well.
 MAX_FILES = _wire.MAX_FDS - 2
 
@@ -252,6 +256,22 @@ class RemoteEngine(SoleOwner):
     def resume(self, token: int) -> bool:
         """Resolve faults again; return False if this engine did so before."""
         return bool(self._call(Call.RESUME, token))
+
+    def peek(self, served: RangeId, offset: int, length: int, target: int) -> None:
+        """Raise ValueError, as `evict` does."""
+        raise ValueError(NO_EVICTION)
+
+    def evict(
+        self, served: RangeId, offset: int, length: int, wanted: bytes, *, written_too: bool
+    ) -> int:
+        """Raise ValueError: the worker process cannot drop memory of this one."""
+        raise ValueError(NO_EVICTION)
+
+    def evict_to(
+        self, served: RangeId, offset: int, length: int, fd: int, *, written_only: bool
+    ) -> int:
+        """Raise ValueError, as `evict` does."""
+        raise ValueError(NO_EVICTION)
 
     def retry(self, served: RangeId, offset: int, length: int) -> int:
         """Wake what waits, so that it faults again; return how many pages have failed so far."""

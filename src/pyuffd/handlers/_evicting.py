@@ -1,0 +1,309 @@
+"""Evicting pages: their content is handed over, and their source is asked next time (layer L4)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._arguments import FD_LIMIT, check_int, shown
+from pyuffd._errors import UffdOSError
+from pyuffd._pages import RangeLike
+from pyuffd.handlers._base import HandlerBase
+from pyuffd.handlers._bounce import BOUNCE_SIZE
+from pyuffd.handlers._checkpoint import StateRanges
+from pyuffd.handlers._engine_pages import runs_of
+from pyuffd.handlers._types import PageState, SourceKind
+from pyuffd.handlers.process._remote import NO_EVICTION
+
+if TYPE_CHECKING:
+    from pyuffd.handlers._backend import Backend
+    from pyuffd.handlers._filling import HasDescriptor
+    from pyuffd.handlers._serving import Served
+
+    WriteBack = Callable[[int, memoryview], object] | HasDescriptor | int
+
+# How often a page is handed over that is written meanwhile; a busy page stays.
+ATTEMPTS = 3
+
+
+def _table(*states: PageState) -> bytes:
+    """Return a table for bytes.translate: 1 for these states, else 0."""
+    return bytes(value in states for value in range(256))
+
+
+PRESENT = _table(PageState.CLEAN, PageState.DIRTY, PageState.SAVED, PageState.REMOVED)
+WRITTEN = _table(PageState.DIRTY, PageState.REMOVED)
+DIRTY = _table(PageState.DIRTY)
+
+
+def writer_of(write_back: WriteBack) -> Callable[[int, memoryview], object] | int:
+    """Return the function that content is handed to, or the file; TypeError otherwise."""
+    if isinstance(write_back, type):
+        raise TypeError(f"write_back: {shown(write_back)} takes no content: give an instance")
+    if callable(getattr(write_back, "fileno", None)):
+        write_back = write_back.fileno()  # type: ignore[union-attr]
+    if callable(write_back):
+        return write_back
+    if not isinstance(write_back, int):
+        raise TypeError(
+            "write_back must be a function of (offset, data), an open file or its descriptor, or"
+            f" None, not {shown(write_back)}"
+        )
+    fd = check_int("write_back", write_back, 0, FD_LIMIT)
+    if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
+        raise ValueError(f"write_back: descriptor {fd} is no regular file and no block device")
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise ValueError(f"write_back: descriptor {fd} is open for reading only")
+    return fd
+
+
+class EvictsPages(HandlerBase):
+    """The part of `Handler` that evicts pages."""
+
+    def evict(
+        self,
+        region: RangeLike,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        write_back: WriteBack | None,
+        written_only: bool = False,
+    ) -> int:
+        """Drop pages, so that their source is asked for them again; return the bytes evicted.
+
+        This is for programs that keep a part of something larger in memory. Pages are
+        write-protected, handed over to `write_back`, and dropped if no thread has written to them
+        since; a page that was written is handed over again, up to three times, and stays if it is
+        written still. Then it is ABSENT. A thread that touches it while it is dropped waits, and
+        gets what the source has then: neither zeros nor what the page held before. Shared memory is
+        dropped from its file too, so that no other mapping keeps the old content; a mapping that is
+        not served reads zeros there.
+
+        Poisoned pages stay as they are. Pages that their owner dropped are handed over as zeros;
+        without `write_back` they stay zeros. Linux refuses
+        locked pages (mlock(2)). It does not tell which pages are pinned (io_uring's fixed buffers,
+        vfio, RDMA): a device writes to a pinned page without a fault, so do not evict buffers that
+        are registered for that.
+
+        Args:
+            region: A region of this process's memory, served for MISSING from a source.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+            write_back: What gets the content before a page is dropped: a function called with
+                (offset in the region, content), of which it must not keep the memoryview; a file,
+                or its descriptor, that is written at that offset. Threads may go on with the pages
+                meanwhile. If it raises nothing is dropped of what it has not finished. None drops
+                what was written.
+            written_only: Hand over only pages that were written since they were protected, and drop
+                the others. Right where nothing but evict() protects the region, so that a page that
+                is CLEAN is what the source has.
+
+        Raises:
+            ValueError: not served for MISSING; with `write_back` also not for RegisterMode.WP, as
+                writers could not be seen; memory of another process, or driver="process", whose
+                engine is not in this process; with Feature.EVENT_REMOVE a handler that is not
+                started.
+            UffdOSError: EINVAL - the memory is locked; EACCES, EPERM - shared memory that cannot
+                be written, or is sealed. `start` is the first page that stays, `completed` bytes
+                were evicted.
+            LayoutChangedError: ENOENT - part of the region was unmapped.
+            HandlerError: called by `write_back` itself, for the same region.
+
+        Kernel: UFFDIO_WRITEPROTECT(2const), madvise(2): MADV_DONTNEED or MADV_REMOVE.  GIL:
+        released, except in `write_back`.  Threads: safe.  Blocks: until `write_back` returns; no
+        page is held meanwhile, and another evict() of the region waits.
+
+        Example:
+            >>> from pyuffd import BufferSource, Feature, Handler, Region, RegisterMode, Userfaultfd
+            >>> store = bytearray(b"old".ljust(4096))
+            >>> def write_back(offset, data):
+            ...     store[offset : offset + len(data)] = data
+            >>> with (
+            ...     Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP) as uffd,
+            ...     Region.anonymous(4096) as region,
+            ...     Handler(uffd) as handler,
+            ... ):
+            ...     mode = RegisterMode.MISSING | RegisterMode.WP
+            ...     _ = handler.serve(region, BufferSource(store), mode=mode)
+            ...     region.write(0, b"new")
+            ...     handler.evict(region, write_back=write_back), store[:3], region.read(0, 3)
+            (4096, bytearray(b'new'), b'new')
+        """
+        engine, served, first, pages = self._pages(region, offset, length)
+        size = served.page_size
+        write = None if write_back is None else writer_of(write_back)
+        self._check_evict(engine, served, writes=write is not None)
+        at, span = first * size, pages * size
+        try:
+            if write is None:
+                wanted = bytes([1]) * pages
+                return engine.evict(served.id, at, span, wanted, written_too=True)
+            if isinstance(write, int):
+                with served.evicting, self._lock:
+                    served.was_protected = True
+                    served.protections += 1
+                    return engine.evict_to(served.id, at, span, write, written_only=written_only)
+            # Two calls could write different contents of a page in the wrong order.
+            with served.evicting:
+                return self._evict_by_call(
+                    engine, served, at, span, write, written_only=written_only
+                )
+        except UffdOSError as error:
+            if error.errno == errno.EINVAL:
+                raise error.with_hint(
+                    "the memory is locked: call munlock(2), or do not evict it"
+                ) from None
+            raise
+
+    def _evict_by_call(
+        self,
+        engine: Backend,
+        served: Served,
+        offset: int,
+        length: int,
+        write: Callable[[int, memoryview], object],
+        *,
+        written_only: bool,
+    ) -> int:
+        evicted, window = 0, max(BOUNCE_SIZE, served.page_size)
+        for at in range(offset, offset + length, window):
+            todo = [(at, min(at + window, offset + length))]
+            for _ in range(ATTEMPTS):
+                done, todo = self._evict_runs(
+                    engine, served, todo, write, written_only=written_only
+                )
+                evicted += done
+        return evicted
+
+    def _evict_runs(
+        self,
+        engine: Backend,
+        served: Served,
+        runs: list[tuple[int, int]],
+        write: Callable[[int, memoryview], object],
+        *,
+        written_only: bool,
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Evict runs of pages; return the bytes, and the runs that were written meanwhile.
+
+        Only these are protected again: a page that has come back and was written must stay known as
+        written.
+        """
+        evicted, again = 0, list[tuple[int, int]]()
+        for start, end in runs:
+            done, written = self._evict_window(
+                engine, served, start, end, write, written_only=written_only
+            )
+            evicted += done
+            again += _runs(written, served.page_size, start)
+        return evicted, again
+
+    def _check_evict(self, engine: Backend, served: Served, *, writes: bool) -> None:
+        place = f"the range at {served.id.start:#x}"
+        if not served.mode & RegisterMode.MISSING or served.kind is SourceKind.NONE:
+            raise ValueError(f"{place} is not served for MISSING, so its pages would not come back")
+        if writes and not served.mode & RegisterMode.WP:
+            raise ValueError(
+                f"{place} is not served for WP: writes during write_back would not be seen, and"
+                " lost. Serve it with mode=RegisterMode.MISSING | RegisterMode.WP"
+            )
+        if engine.is_remote:
+            raise ValueError(NO_EVICTION)
+        if not self._owners.are_here(served.uffd):
+            raise ValueError(f"{place} is memory of another process, which only that can drop")
+        if served.uffd.features & Feature.EVENT_REMOVE and not self._started:
+            raise ValueError(
+                "with Feature.EVENT_REMOVE evict needs a running handler: call start()"
+            )
+
+    def _evict_window(
+        self,
+        engine: Backend,
+        served: Served,
+        offset: int,
+        end: int,
+        write: Callable[[int, memoryview], object],
+        *,
+        written_only: bool,
+    ) -> tuple[int, bytes]:
+        """Evict the pages of [offset, end); return the bytes, and what was written meanwhile."""
+        size = served.page_size
+        pages = (end - offset) // size
+        with self._lock:
+            states = engine.writeprotect(served.id, offset, pages * size, pages, protects=True)
+            served.was_protected = True
+            served.protections += 1
+            protections = served.protections
+        wanted = states.translate(PRESENT)
+        handed = _both(wanted, states.translate(WRITTEN)) if written_only else wanted
+        at = offset
+        try:
+            for at, past in _runs(handed, size, offset):
+                for page in self._hand_over(engine, served, at, past - at, write):
+                    index = (page - offset) // size
+                    wanted = wanted[:index] + b"\0" + wanted[index + 1 :]
+        except BaseException:
+            with self._lock:
+                _call_written(engine, served, offset, states, at)
+            raise
+        with self._lock:
+            if served.protections != protections:  # by others: what is written looks unwritten
+                _call_written(engine, served, offset, states, offset)
+                return 0, wanted
+            evicted = engine.evict(served.id, offset, pages * size, wanted, written_too=False)
+            after = engine.states(served.id, offset // size, pages)
+        return evicted, _both(wanted, after.translate(DIRTY))
+
+    def _hand_over(
+        self,
+        engine: Backend,
+        served: Served,
+        offset: int,
+        length: int,
+        write: Callable[[int, memoryview], object],
+    ) -> list[int]:
+        """Hand pages over; return those that were dropped without a notice, and stay."""
+        bounce = self._bounce(served.page_size, shared=False)
+        try:
+            engine.peek(served.id, offset, length, bounce.address)
+        except UffdOSError as error:
+            # With the inline driver the kernel does not wait for a missing page.
+            if error.errno != errno.EFAULT:
+                raise
+            if length == served.page_size:
+                return [offset]
+            pages = range(offset, offset + length, served.page_size)
+            found = (self._hand_over(engine, served, at, served.page_size, write) for at in pages)
+            return [at for one in found for at in one]
+        with bounce.view[:length] as data, data.toreadonly() as readable:
+            write(offset, readable)
+        self._keep_bounce(bounce)
+        return []
+
+
+def _both(one: bytes, other: bytes) -> bytes:
+    """Return ones where both have them."""
+    both = int.from_bytes(one, "little") & int.from_bytes(other, "little")
+    return both.to_bytes(len(one), "little")
+
+
+def _runs(mask: bytes, page_size: int, offset: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs of ones, as offsets."""
+    for run in StateRanges(runs_of(mask, page_size, offset, 1)):
+        yield run.start, run.end
+
+
+def _call_written(
+    engine: Backend, served: Served, offset: int, states: bytes, reached: int
+) -> None:
+    """Call pages written again that were, from `reached` on: nobody has got their content."""
+    size = served.page_size
+    for start, end in _runs(states.translate(DIRTY), size, offset):
+        if end > reached:
+            at = max(start, reached)
+            engine.writeprotect(served.id, at, end - at, (end - at) // size, protects=False)

@@ -1,0 +1,391 @@
+"""Handler.evict: pages go, and come back from the source; nobody sees zeros or what was before."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from pyuffd import FileSource, Handler, HandlerError, PageState, Region, UffdOSError, ZeroSource
+from pyuffd.testing import needs
+from tests._child import run_child
+from tests._memory import memory_params
+from tests.kernel._serving import content, run_threads, states
+from tests.kernel._verbs import (
+    ABSENT,
+    CLEAN,
+    DIRTY,
+    DRIVERS,
+    MINOR,
+    MISSING,
+    NEEDED,
+    PAGES,
+    REMOVED,
+    WP,
+    Case,
+    filling,
+    handling,
+    run_cases,
+)
+
+SECONDS = 0.3
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def store(handler: Handler, name: str) -> Iterator[tuple[Region, int]]:
+    """A region that is served from a file for MISSING and WP; its descriptor may be written."""
+    size = 2 << 20 if name.startswith("hugetlb") else 4096
+    fd = os.memfd_create("store")
+    try:
+        os.write(fd, content(PAGES * size))
+        with FileSource(fd) as source, filling(handler, name, source, MISSING | WP) as region:
+            yield region, fd
+    finally:
+        os.close(fd)
+
+
+def to_a_file(handler: Handler, name: str) -> None:
+    """What was written is in the file, and comes back from there; what is absent stays so."""
+    with store(handler, name) as (region, fd):
+        size, data = region.page_size, content(region.length)
+        region.write(0, b"new")
+        region.read(size, 1)
+        assert handler.evict(region, write_back=fd) == 2 * size
+        assert states(handler, region) == [ABSENT] * PAGES
+        assert os.pread(fd, size, 0) == b"new" + data[3:size]
+        assert region.read(0, region.length) == b"new" + data[3:]
+        assert states(handler, region) == [CLEAN] * PAGES
+        assert handler.evict(region, size, 2 * size, write_back=fd) == 2 * size
+        assert states(handler, region) == [CLEAN, ABSENT, ABSENT, CLEAN]
+        os.pwrite(fd, b"by others", 2 * size)
+        assert region.read(2 * size, 9) == b"by others"
+
+
+def by_a_function(handler: Handler, name: str) -> None:
+    """The function gets all that is there, or what was written only."""
+    with store(handler, name) as (region, fd):
+        size, data = region.page_size, content(region.length)
+        region.write(size, b"new")
+        region.read(0, region.length)
+        got: dict[int, bytes] = {}
+
+        def write(offset: int, view: memoryview) -> None:
+            assert view.readonly
+            got[offset] = bytes(view)
+            os.pwrite(fd, view, offset)
+
+        assert handler.evict(region, write_back=write, written_only=True) == region.length
+        assert got == {size: b"new" + data[size + 3 : 2 * size]}
+        assert region.read(size, 4) == b"new" + data[size + 3 : size + 4]
+        got.clear()
+        region.read(3 * size, 1)
+        assert handler.evict(region, write_back=write) == 2 * size
+        assert got.keys() == {size, 3 * size}
+        assert states(handler, region) == [ABSENT] * PAGES
+
+
+def nothing(handler: Handler, name: str) -> None:
+    """None drops what was written, also where writes are not followed."""
+    with store(handler, name) as (region, fd):
+        region.write(0, b"new")
+        assert handler.evict(region, 0, region.page_size, write_back=None) == region.page_size
+        assert region.read(0, 8) == content(region.length)[:8]
+        with FileSource(fd) as source, filling(handler, name, source) as other:
+            other.write(0, b"new")
+            assert handler.evict(other, write_back=None) == other.page_size
+            assert other.read(0, 8) == content(region.length)[:8]
+
+
+def written_meanwhile(handler: Handler, name: str) -> None:
+    """A page that is written while it is handed over stays, with what was written."""
+    with store(handler, name) as (region, _):
+        size = region.page_size
+        region.write(0, b"first")
+        region.write(size, b"other")
+        calls: list[int] = []
+
+        def write(offset: int, view: memoryview) -> None:
+            calls.append(offset)
+            region.write(0, f"call {len(calls)}".encode())
+
+        assert handler.evict(region, write_back=write) == size
+        assert states(handler, region) == [DIRTY, ABSENT, ABSENT, ABSENT]
+        assert region.read(0, 6) == f"call {len(calls)}".encode()
+        # It cannot wait for itself.
+        with pytest.raises(HandlerError, match="write_back evicts"):
+            handler.evict(region, write_back=lambda *_: handler.evict(region, write_back=print))
+        # Others that protect hide a write: then nothing goes.
+        calls.clear()
+
+        def protect(offset: int, view: memoryview) -> None:
+            region.write(0, b"hidden")
+            handler.checkpoint(region)
+
+        assert handler.evict(region, write_back=protect) == 0
+        assert region.read(0, 6) == b"hidden"
+
+
+def fails(handler: Handler, name: str) -> None:
+    """What nobody has got stays, and counts as written."""
+    with store(handler, name) as (region, fd):
+        size = region.page_size
+        region.write(size, b"new")
+        region.read(2 * size, 1)
+
+        def write(offset: int, view: memoryview) -> None:
+            raise KeyError("full")
+
+        with pytest.raises(KeyError):
+            handler.evict(region, write_back=write)
+        assert states(handler, region) == [ABSENT, DIRTY, CLEAN, ABSENT]
+        sealed = os.memfd_create("full", os.MFD_ALLOW_SEALING)
+        try:
+            LIBC.fcntl(sealed, 1033, 4)  # F_ADD_SEALS, F_SEAL_GROW
+            with pytest.raises(UffdOSError) as failed:
+                handler.evict(region, write_back=sealed)
+        finally:
+            os.close(sealed)
+        assert failed.value.errno == errno.EPERM
+        assert states(handler, region) == [ABSENT, DIRTY, CLEAN, ABSENT]
+        assert region.read(size, 3) == b"new"
+        assert handler.evict(region, write_back=fd) == 2 * size
+
+
+def dropped(handler: Handler, name: str) -> None:
+    """What its owner has dropped is zeros, for the source too; without one it stays that."""
+    if handler.driver == "inline":
+        return
+    with store(handler, name) as (region, fd):
+        size = region.page_size
+        region.read(0, 2 * size)
+        region.madvise(9 if region.shared else 4, 0, size)
+        assert handler.evict(region, write_back=None) == size
+        assert states(handler, region) == [REMOVED, ABSENT, ABSENT, ABSENT]
+        assert handler.evict(region, write_back=fd, written_only=True) == size
+        assert states(handler, region) == [ABSENT] * PAGES
+        assert os.pread(fd, size, 0) == region.read(0, size) == bytes(size)
+
+
+def dropped_unseen(handler: Handler, name: str) -> None:
+    """The inline driver is not told: what is not there cannot be written back, and stays."""
+    if handler.driver != "inline":
+        return
+    with store(handler, name) as (region, fd):
+        size, data = region.page_size, content(region.length)
+        region.read(0, region.length)
+        region.madvise(9 if region.shared else 4, size, size)
+        assert handler.evict(region, write_back=fd) == 3 * size
+        assert region.read(0, region.length) == data[:size] + bytes(size) + data[2 * size :]
+        region.madvise(9 if region.shared else 4, size, size)
+        assert handler.evict(region, write_back=lambda at, view: None) == 3 * size
+        assert region.read(size, size) == bytes(size)
+
+
+def locked(handler: Handler, name: str) -> None:
+    """Linux does not drop locked memory, which is said; nothing is lost."""
+    with store(handler, name) as (region, fd):
+        if region.page_size > 4096:
+            return
+        region.write(0, b"new")
+        assert LIBC.mlock(ctypes.c_void_p(region.start), ctypes.c_size_t(4096)) == 0
+        with pytest.raises(UffdOSError) as refused:
+            handler.evict(region, write_back=None)
+        assert (refused.value.errno, refused.value.start) == (errno.EINVAL, region.start)
+        assert "munlock" in refused.value.hint
+        assert region.read(0, 3) == b"new"
+        assert LIBC.munlock(ctypes.c_void_p(region.start), ctypes.c_size_t(4096)) == 0
+        assert handler.evict(region, 0, 4096, write_back=fd) == 4096
+        assert region.read(0, 3) == b"new"
+
+
+def the_file_too(handler: Handler, name: str) -> None:
+    """Shared memory goes from its file, so that no other mapping keeps the old content."""
+    with store(handler, name) as (region, fd):
+        if not region.shared:
+            return
+        with region.alias() as alias:
+            region.read(0, region.length)
+            assert alias.read(0, 4) == content(4096)[:4]
+            assert handler.evict(region, write_back=fd) == region.length
+            assert os.fstat(region.fd).st_blocks == 0  # type: ignore[arg-type]
+            assert alias.read(0, 4) == bytes(4)
+
+
+def no_write_is_lost(handler: Handler, name: str) -> None:
+    """Threads count in the pages while these are evicted all the time."""
+    with store(handler, name) as (region, fd):
+        size = region.page_size
+        for page in range(PAGES):
+            region.write(page * size, bytes(32))
+        until = time.monotonic() + SECONDS
+        counts = [[0] * PAGES for _ in range(2)]
+
+        def count(thread: int) -> None:
+            chance = random.Random(thread)
+            while time.monotonic() < until:
+                page = chance.randrange(PAGES)
+                at = page * size + 8 * thread
+                assert int.from_bytes(region.read(at, 8), "little") == counts[thread][page]
+                counts[thread][page] += 1
+                region.write(at, counts[thread][page].to_bytes(8, "little"))
+
+        def evict() -> None:
+            while time.monotonic() < until:
+                handler.evict(region, write_back=fd, written_only=True)
+
+        def evict_by_call() -> None:
+            while time.monotonic() < until:
+                handler.evict(region, write_back=lambda at, view: os.pwrite(fd, view, at))
+
+        run_threads(lambda: count(0), lambda: count(1), evict, evict_by_call)
+        for thread in range(2):
+            for page in range(PAGES):
+                found = int.from_bytes(region.read(page * size + 8 * thread, 8), "little")
+                assert found == counts[thread][page]
+
+
+def neither_zeros_nor_old(handler: Handler, name: str) -> None:
+    """A reader sees only what the source has had since the page went, never zeros."""
+    with store(handler, name) as (region, fd):
+        os.pwrite(fd, (1).to_bytes(8, "little"), 0)
+        until = time.monotonic() + SECONDS
+
+        def change() -> None:
+            number = 1
+            while time.monotonic() < until:
+                number += 1
+                os.pwrite(fd, number.to_bytes(8, "little"), 0)
+                handler.evict(region, 0, region.page_size, write_back=None)
+                assert int.from_bytes(region.read(0, 8), "little") == number
+
+        def look() -> None:
+            last = 1
+            while time.monotonic() < until:
+                found = int.from_bytes(region.read(0, 8), "little")
+                assert found >= last
+                last = found
+
+        run_threads(change, look, look)
+
+
+CASES: dict[str, Case] = {
+    case.__name__: case
+    for case in (
+        to_a_file,
+        by_a_function,
+        nothing,
+        written_meanwhile,
+        fails,
+        dropped,
+        dropped_unseen,
+        locked,
+        the_file_too,
+        no_write_is_lost,
+        neither_zeros_nor_old,
+    )
+}
+
+
+def check(name: str) -> None:
+    for driver in DRIVERS:
+        if driver != "process":
+            with handling(driver) as handler:
+                run_cases(CASES, handler, name)
+
+
+@pytest.mark.parametrize("name", memory_params())
+@needs(NEEDED)
+def test_evict(name: str) -> None:
+    run_child(check, name, budget_s=60)
+
+
+def of_minor() -> None:
+    """With MINOR too: what the page cache lost is a missing page again."""
+    with handling("native") as handler, FileSource(__file__) as source:
+        mode = MISSING | MINOR | WP
+        with filling(handler, "shmem", source, mode) as region:
+            first = region.read(0, 3)
+            assert handler.evict(region, write_back=None) == 4096
+            assert states(handler, region)[0] is ABSENT
+            assert region.read(0, 3) == first == b'"""'
+
+
+@needs(NEEDED)
+def test_with_minor_faults() -> None:
+    run_child(of_minor)
+
+
+def refused() -> None:
+    with (
+        handling("native") as handler,
+        filling(handler, "anon", mode=MISSING | WP) as region,
+        filling(handler, "anon") as without_wp,
+        filling(handler, "anon", mode=WP) as without_missing,
+    ):
+        region.write(0, b"new")
+        read_only = os.open(os.devnull, os.O_RDONLY)
+        file = os.open("/proc/self/exe", os.O_RDONLY)
+        pipe = os.pipe()
+        for bad in (read_only, file, *pipe):
+            with pytest.raises(ValueError, match="write_back"):
+                handler.evict(region, write_back=bad)
+            os.close(bad)
+        for wrong in ("text", b"bytes", 1.5, dict, [1]):
+            with pytest.raises(TypeError, match="write_back"):
+                handler.evict(region, write_back=wrong)  # type: ignore[arg-type]
+        for range_ in ((1, 4096), (0, 5 * 4096), (-4096, 4096), (0, 0)):
+            with pytest.raises(ValueError):
+                handler.evict(region, *range_, write_back=None)
+        with pytest.raises(ValueError, match="not served for WP"):
+            handler.evict(without_wp, write_back=print)
+        with pytest.raises(ValueError, match="not served for MISSING"):
+            handler.evict(without_missing, write_back=None)
+        assert states(handler, region)[0] is PageState.DIRTY
+        assert region.read(0, 3) == b"new"
+    with (
+        handling("process") as handler,
+        filling(handler, "anon") as region,
+        pytest.raises(ValueError, match="driver='process' cannot evict"),
+    ):
+        handler.evict(region, write_back=None)
+
+
+@needs(NEEDED)
+def test_refuses_bad_arguments() -> None:
+    run_child(refused, budget_s=20)
+
+
+def before_the_start() -> None:
+    with handling("native", autostart=False) as handler, filling(handler, "anon") as region:
+        with pytest.raises(ValueError, match="start"):
+            handler.evict(region, write_back=None)
+        handler.start()
+        region.write(0, b"x")
+        assert handler.evict(region, write_back=None) == mmap.PAGESIZE
+
+
+@needs(NEEDED)
+def test_needs_a_reader_of_its_events() -> None:
+    run_child(before_the_start)
+
+
+def zeros_come_back() -> None:
+    """From a ZeroSource too."""
+    with handling("native") as handler, filling(handler, "anon", ZeroSource()) as region:
+        region.write(0, b"x")
+        assert handler.evict(region, write_back=None) == 4096
+        assert region.read(0, 1) == b"\0"
+        assert states(handler, region)[0] is CLEAN
+
+
+@needs(NEEDED)
+def test_of_zeros() -> None:
+    run_child(zeros_come_back)
