@@ -93,11 +93,13 @@ if TYPE_CHECKING:
     from pyuffd.regions import Region, RegionKind
     from pyuffd.remote import Copied, Mapping, MappingKind, Mappings, Process, Thread
     from pyuffd.sources import (
+        PROMISED,
         AsyncSource,
         BufferSource,
         CallableSource,
         FileSource,
         PageSource,
+        Promised,
         ZeroSource,
     )
 else:
@@ -116,7 +118,8 @@ else:
         "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
         "regions": "Region RegionKind",
         "remote": "Copied Mapping MappingKind Mappings Process Thread",
-        "sources": "AsyncSource BufferSource CallableSource FileSource PageSource ZeroSource",
+        "sources": "PROMISED AsyncSource BufferSource CallableSource FileSource PageSource"
+        " Promised ZeroSource",
     }
     _LAZY = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -137,6 +140,7 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PROMISED",
     "AsyncSource",
     "Blind",
     "BlindReason",
@@ -196,6 +200,7 @@ __all__ = [
     "PoisonMode",
     "Process",
     "ProcessGoneError",
+    "Promised",
     "Protected",
     "RangeBusyError",
     "RecentFault",

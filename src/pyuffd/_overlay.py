@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pyuffd._arguments import check_int, shown
 from pyuffd._pages import PAGE_SIZE, round_down, round_up
 from pyuffd._source_like import as_source
-from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
+from pyuffd.sources import BufferSource, FileSource, PageSource, Promised, ZeroSource
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -109,8 +109,8 @@ class OverlaySource:
         first = round_down(run.offset, PAGE_SIZE)
         whole = round_up(run.offset + length, PAGE_SIZE) - first
         found = leaf.read(first, whole)
-        if found is None:
-            raise ValueError(f"{leaf!r} returned None: a part of an overlay cannot come by fill()")
+        if isinstance(found, Promised):
+            raise ValueError(f"{leaf!r}: a part of an overlay cannot come by fill()")
         data = memoryview(found).cast("B")
         if len(data) != whole:
             raise ValueError(

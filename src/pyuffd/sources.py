@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pyuffd import _memory, _source_files
@@ -26,6 +27,20 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
+class Promised(Enum):
+    """The type of `PROMISED`."""
+
+    PROMISED = "promised"
+
+    def __repr__(self) -> str:
+        return "PROMISED"
+
+
+#: What a page source returns instead of bytes if `Handler.fill` will bring them. None would be what
+#: a function returns that forgot its `return`.
+PROMISED = Promised.PROMISED
+
+
 @runtime_checkable
 class PageSource(Protocol):
     """The content of a region's pages, as bytes by offset from the start of the region."""
@@ -34,10 +49,11 @@ class PageSource(Protocol):
     def length(self) -> int | None:
         """The number of bytes, or None if the source has no end."""
 
-    def read(self, offset: int, length: int) -> Buffer | None:
+    def read(self, offset: int, length: int) -> Buffer | Promised:
         """Return exactly `length` bytes, padded with zeros beyond the end of the source.
 
-        None promises that `Handler.fill` will bring them, before `stall_timeout_s` is over.
+        `PROMISED` instead says that `Handler.fill` will bring them, before `stall_timeout_s` is
+        over.
         """
 
 
@@ -192,8 +208,8 @@ class CallableSource:
 
     Args:
         function: Called with (offset, length) in bytes from the start of the region, both
-            multiples of its page size; returns exactly `length` bytes, or None to promise that
-            `Handler.fill` will bring them.
+            multiples of its page size; returns exactly `length` bytes, or `PROMISED`
+            where `Handler.fill` will bring them.
         length: The number of bytes, or None if the source has no end.
 
     Raises:
@@ -206,7 +222,7 @@ class CallableSource:
     """
 
     def __init__(
-        self, function: Callable[[int, int], Buffer | None], length: int | None = None
+        self, function: Callable[[int, int], Buffer | Promised], length: int | None = None
     ) -> None:
         if not callable(function):
             raise ValueError(f"function: {shown(function)} cannot be called")
@@ -220,7 +236,7 @@ class CallableSource:
         """Bytes there are, or None."""
         return self._length
 
-    def read(self, offset: int, length: int) -> Buffer | None:
+    def read(self, offset: int, length: int) -> Buffer | Promised:
         """Call the function."""
         return self.function(offset, length)
 

@@ -274,7 +274,7 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
     ("FileSource", "file", BAD_FILE, lambda _, v: FileSource(v)),
     ("FileSource", "offset", BAD_INT, lambda _, v: FileSource(__file__, v)),
     ("CallableSource", "function", BAD_FUNCTION, lambda _, v: CallableSource(v)),
-    ("CallableSource", "length", optional(BAD_INT), lambda _, v: CallableSource(print, v)),
+    ("CallableSource", "length", optional(BAD_INT), lambda _, v: CallableSource(zeros, v)),
     ("AsyncSource", "function", BAD_FUNCTION, lambda _, v: AsyncSource(v)),
     ("AsyncSource", "loop", optional(BAD_OBJECT), lambda _, v: AsyncSource(answer, loop=v)),
     ("AsyncSource", "length", optional(BAD_INT), lambda _, v: AsyncSource(answer, length=v)),
@@ -418,6 +418,10 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
     ("connect_unix", "path", BAD_PATH | {"empty": ""}, lambda _, v: pyuffd.connect_unix(v)),
     ("connect_unix", "timeout_s", BAD_SECONDS, lambda _, v: pyuffd.connect_unix("x", timeout_s=v)),
 ]
+
+
+def zeros(offset: int, length: int) -> bytes:
+    return bytes(length)
 
 
 async def answer(offset: int, length: int) -> bytes:

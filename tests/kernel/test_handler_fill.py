@@ -22,6 +22,7 @@ from pyuffd import (
     UffdOSError,
     Userfaultfd,
 )
+from pyuffd.sources import PROMISED, Promised
 from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_params
@@ -46,8 +47,10 @@ from tests.kernel._verbs import (
 )
 
 
-def promise(offset: int, length: int) -> None:
+def promise(offset: int, length: int) -> Promised:
     """A source whose content comes by fill()."""
+    del offset, length
+    return PROMISED
 
 
 def from_memory(handler: Handler, name: str) -> None:
@@ -179,7 +182,7 @@ def test_fill(name: str) -> None:
 
 
 def promised(handler: Handler, name: str) -> None:
-    """The source returns None: threads wait until the pages come; one that is dropped does not."""
+    """Threads wait until the pages come; one that is dropped does not."""
     before = handler.stats()
     with filling(handler, name, CallableSource(promise)) as region:
         size, data = region.page_size, content(region.length)

@@ -49,6 +49,7 @@ from pyuffd._async import EventIterator
 from pyuffd._closing import SoleOwner
 from pyuffd._remote_calls import StoppedThreads
 from pyuffd.conformance._context import Access, Child, Context, Monitor
+from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers.process._remote import RemoteEngine
@@ -194,6 +195,7 @@ MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     StoppedThreads: _made(_stopped_threads),
     DirtyTracker: _made(_tracker),
     DirtyRound: _made(_round),
+    Bounce: lambda: contextlib.closing(Bounce()),
     BufferSource: lambda: contextlib.nullcontext(BufferSource(b"x")),
     FileSource: lambda: FileSource(__file__),
     Handover: _made(_handed_over),

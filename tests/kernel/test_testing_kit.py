@@ -16,6 +16,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -37,6 +38,7 @@ from pyuffd import (
     WriteprotectMode,
     ZeroSource,
 )
+from pyuffd.sources import Promised
 from pyuffd.testing import (
     DelayedSource,
     FailingSource,
@@ -63,6 +65,9 @@ from tests._memory import memory_of, memory_params
 from tests._tasks import of_threads
 from tests.kernel._faults import Task, registered
 from tests.kernel._serving import wait_for_stalled, wait_until
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 PAGE = 4096
 SHORT_S = 0.05
@@ -462,6 +467,11 @@ def test_an_exception_of_the_body_goes_on() -> None:
 CONTENT = bytes(range(256)) * 64
 
 
+def content_of(answer: Buffer | Promised) -> bytes:
+    assert not isinstance(answer, Promised)
+    return bytes(answer)
+
+
 def source() -> BufferSource:
     return BufferSource(CONTENT)
 
@@ -475,7 +485,7 @@ def test_sources_are_page_sources() -> None:
     ):
         assert isinstance(wrapped, PageSource)
         assert wrapped.length == len(CONTENT)
-        assert bytes(wrapped.read(300, 500) or b"") == CONTENT[300:800]
+        assert content_of(wrapped.read(300, 500)) == CONTENT[300:800]
 
 
 def test_sources_that_can_be_sent_pickle() -> None:
@@ -506,16 +516,16 @@ def test_failing_source_fails_where_and_as_often_as_told() -> None:
         with pytest.raises(OSError) as caught:
             failing.read(offset, PAGE)
         assert caught.value is error
-    assert bytes(failing.read(PAGE, 16) or b"") == CONTENT[PAGE : PAGE + 16]
+    assert content_of(failing.read(PAGE, 16)) == CONTENT[PAGE : PAGE + 16]
 
 
 @pytest.mark.parametrize("extra", [-PAGE - 1, -PAGE, -1, 1, PAGE])
 def test_wrong_length_source(extra: int) -> None:
     wrong = WrongLengthSource(source(), extra, at=[PAGE])
-    data = bytes(wrong.read(PAGE, PAGE) or b"")
+    data = content_of(wrong.read(PAGE, PAGE))
     assert len(data) == max(0, PAGE + extra)
     assert data.startswith(CONTENT[PAGE : PAGE + min(PAGE, len(data))])
-    assert len(bytes(wrong.read(0, PAGE) or b"")) == PAGE
+    assert len(content_of(wrong.read(0, PAGE))) == PAGE
 
 
 def test_gated_source_holds_reads_until_it_opens() -> None:
@@ -526,7 +536,7 @@ def test_gated_source_holds_reads_until_it_opens() -> None:
     assert sorted(gated.wait_for_reads(2)) == [0, PAGE]
     assert all(task.running for task in tasks)
     gated.open()
-    assert [bytes(task.result() or b"") for task in tasks] == [b"\0\1\2\3"] * 2
+    assert [content_of(task.result()) for task in tasks] == [b"\0\1\2\3"] * 2
     gated.read(0, 4)
 
 

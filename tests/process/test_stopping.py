@@ -364,9 +364,9 @@ def wrong_length(at: Setting) -> None:
 
 @pitfall(4, "source-returns-no-bytes", drivers=THREAD)
 def no_bytes(at: Setting) -> None:
-    """A number, text, a view that is not contiguous."""
+    """None, text, a view that is not contiguous."""
     size = os.sysconf("SC_PAGE_SIZE")
-    answers: list[object] = [5, "x" * size, memoryview(bytes(2 * size))[::2]]
+    answers: list[object] = [None, "x" * size, memoryview(bytes(2 * size))[::2]]
     for answer in answers:
         with at.serving() as (handler, memory):
             region = memory.pages(2)

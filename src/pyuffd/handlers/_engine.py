@@ -34,6 +34,7 @@ from pyuffd.handlers._types import (
     Taken,
     known_failure,
 )
+from pyuffd.sources import PROMISED, Promised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -424,13 +425,13 @@ class Engine(EnginePages):
 
     def answer_requests(
         self,
-        read: Callable[[int, int, int], Buffer | None],
+        read: Callable[[int, int, int], Buffer | Promised],
         fail: Callable[[Request, BaseException], int],
     ) -> None:
         """Fetch pages until the engine stops.
 
         `read` is called with a range's number, an offset and a length, and returns that many bytes,
-        or None where `fill` will bring them.
+        or `PROMISED` where `fill` will bring them.
         If it raises, `fail` is called with the exception and returns the errno for `on_error`.
         """
         engine = self._engine()
@@ -440,7 +441,7 @@ class Engine(EnginePages):
                 length = request.length
                 try:
                     data = read(request.id, request.offset, length)
-                    if data is None:  # the content comes by `fill`
+                    if data is PROMISED:  # the content comes by `fill`
                         request = lib.uffd_engine_promise_next(engine, request)
                         continue
                     size = len(data) if type(data) is bytes else _size_of(data, request)

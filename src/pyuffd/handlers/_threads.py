@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyuffd.handlers._serving import Served
-    from pyuffd.sources import PageSource
+    from pyuffd.sources import PageSource, Promised
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class WorkedEngine(Engine):
     def _work(self) -> None:
         self.answer_requests(self._read, self._failed_at)
 
-    def _read(self, number: int, offset: int, length: int) -> Buffer | None:
+    def _read(self, number: int, offset: int, length: int) -> Buffer | Promised:
         self._source_threads.begin(number, offset, length)
         try:
             return self._sources[number].read(offset, length)

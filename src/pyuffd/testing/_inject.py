@@ -18,7 +18,7 @@ from pyuffd._closing import SoleOwner
 from pyuffd._errors import PartialResolveError, UffdOSError
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.regions import Region
-from pyuffd.sources import PageSource
+from pyuffd.sources import PageSource, Promised
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -67,7 +67,7 @@ class DelayedSource(_Wrapped):
         super().__init__(source, at)
         self.delay_s = delay_s
 
-    def read(self, offset: int, length: int) -> Buffer | None:
+    def read(self, offset: int, length: int) -> Buffer | Promised:
         """Sleep, then read from the source."""
         if self._is_hit(offset, length):
             time.sleep(self.delay_s)
@@ -97,7 +97,7 @@ class FailingSource(_Wrapped):
         self.error = error
         self.times = times
 
-    def read(self, offset: int, length: int) -> Buffer | None:
+    def read(self, offset: int, length: int) -> Buffer | Promised:
         """Raise the error, or read from the source."""
         if self._is_hit(offset, length) and self.times != 0:
             if self.times is not None:
@@ -119,10 +119,10 @@ class WrongLengthSource(_Wrapped):
         super().__init__(source, at)
         self.extra = extra
 
-    def read(self, offset: int, length: int) -> Buffer | None:
+    def read(self, offset: int, length: int) -> Buffer | Promised:
         """Return more or fewer bytes than requested."""
         found = self.source.read(offset, length)
-        if found is None or not self._is_hit(offset, length):
+        if isinstance(found, Promised) or not self._is_hit(offset, length):
             return found
         data = bytes(found)
         return data[: max(0, length + self.extra)].ljust(max(0, length + self.extra), b"\xa5")
@@ -158,7 +158,7 @@ class GatedSource(SoleOwner, _Wrapped):
         self._held: list[int] = []
         self._is_open = False
 
-    def read(self, offset: int, length: int) -> Buffer | None:
+    def read(self, offset: int, length: int) -> Buffer | Promised:
         """Wait for the gate, then read from the source."""
         if self._is_hit(offset, length):
             with self._changed:
