@@ -19,6 +19,7 @@ from pyuffd import (
     Region,
     UffdOSError,
 )
+from pyuffd.sources import PROMISED, Promised
 from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_params
@@ -180,8 +181,10 @@ def broken_promises() -> None:
     """retry() has the source asked again for what it promised."""
     asked: list[int] = []
 
-    def promise(offset: int, length: int) -> None:
+    def promise(offset: int, length: int) -> Promised:
+        del length
         asked.append(offset)
+        return PROMISED
 
     with (
         handling("thread", stall_timeout_s=math.inf) as handler,

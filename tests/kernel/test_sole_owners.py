@@ -244,6 +244,7 @@ SENT: list[Any] = [
 # Bytes read from the kernel, and results of a run.
 VALUES = {
     *(pyuffd.PageRanges, pyuffd.PageEntries, pyuffd.Residency, pyuffd.Mappings),
+    pyuffd.StateRanges,
     pyuffd.conformance.Report,
 }
 

@@ -413,8 +413,8 @@ def stall_reports(at: Setting) -> None:
         assert reader.running
         gate.open()
         assert reader.result() == data[1]
-        with pytest.raises(HandlerError):
-            handler.stop()
+        handler.stop()  # mended: no error
+        assert handler.stats().stalled_requests == 1
 
 
 @pitfall(16, "stall-kills", drivers=THREAD, memory=ANON, expect=-signal.SIGKILL)
