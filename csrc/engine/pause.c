@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
  * Pausing.  The pause ends by itself at its limit, noticed by whoever looks next: a program
- * that is stuck in it does not stop its own faults for good.
+ * that is stuck in it does not stop its own faults forever.
  */
 #define _GNU_SOURCE
 #include <errno.h>

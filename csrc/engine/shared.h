@@ -50,7 +50,7 @@ struct fault_log {
 };
 
 /*
- * A page whose content could not be had, or that could not be saved.  It is mended when
+ * A page whose content could not be read, or that could not be saved.  It is mended when
  * that has succeeded after all.
  */
 #define FAILURES_KEPT		1024

@@ -106,7 +106,7 @@ def first_missing(states: bytes) -> int | None:
 
 
 def stays_missing(look: Callable[[], bytes]) -> bool:
-    """Return whether pages are missing for good while this thread does nothing."""
+    """Return whether missing pages stay missing while this thread does nothing."""
     give_up_at = time.monotonic() + PLACING_S
     while (found := look()).count(PageState.IN_FLIGHT) and PageState.ABSENT not in found:
         if time.monotonic() > give_up_at:
