@@ -20,6 +20,7 @@ class Programs:
     fill: str
     scan: str
     toucher: str
+    verbs: str
 
 
 def build(directory: Path) -> Programs:
@@ -30,7 +31,7 @@ def build(directory: Path) -> Programs:
         subprocess.CalledProcessError: it failed; its messages are on standard error.
     """
     common = [str(_C / "bench.c"), str(_C / "toucher.c")]
-    for name in ("fault", "fill", "scan"):
+    for name in ("fault", "fill", "scan", "verbs"):
         subprocess.run(
             [*_COMPILE, str(_C / f"{name}.c"), *common, "-o", str(directory / name)], check=True
         )
@@ -43,4 +44,5 @@ def build(directory: Path) -> Programs:
         fill=str(directory / "fill"),
         scan=str(directory / "scan"),
         toucher=str(toucher),
+        verbs=str(directory / "verbs"),
     )

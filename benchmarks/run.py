@@ -17,6 +17,7 @@ from benchmarks import (
     bench_process,
     bench_size,
     bench_throughput,
+    bench_verbs,
 )
 from benchmarks._build import build
 from benchmarks._pairs import MemberError, Row, Skipped
@@ -28,6 +29,7 @@ _BENCHMARKS = {
     "busy_machine": bench_busy_machine.run,
     "throughput": bench_throughput.run,
     "dirty_scan": bench_dirty_scan.run,
+    "verbs": bench_verbs.run,
     "size": bench_size.run,
     "process": bench_process.run,
 }
