@@ -45,7 +45,8 @@ LONG_S = 60.0  # only against a bug
 OWNER = """
 import sys
 from pyuffd import Region, Userfaultfd, connect_unix, send_uffd
-with Userfaultfd() as uffd, Region.memfd(8192) as region, connect_unix(sys.argv[1]) as sock:
+opened = Userfaultfd(user_mode_only=True)  # for anybody
+with opened as uffd, Region.memfd(8192) as region, connect_unix(sys.argv[1]) as sock:
     uffd.register(region)
     send_uffd(sock, uffd, [region], memory=True)
     sys.stdin.read()

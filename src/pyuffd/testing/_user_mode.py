@@ -12,8 +12,8 @@ from pyuffd.testing._opening import only_user_mode, set_making_do
 def make_do(*, strictly: bool) -> None:
     """Make the tests of this process use faults of user code, if these are all.
 
-    `Userfaultfd` and `FaultingChild` then open such descriptors unless an argument says otherwise,
-    and so do the needs; a test that needs more declares it with needs_kernel_faults().
+    `Userfaultfd`, `lazy` and `FaultingChild` then open such descriptors unless an argument says
+    otherwise, and so do the needs; a test that needs more declares it with needs_kernel_faults().
 
     Args:
         strictly: No test may be left out: change nothing, so that tests without privilege fail.
@@ -21,6 +21,8 @@ def make_do(*, strictly: bool) -> None:
     set_making_do(not strictly)
     if not only_user_mode():
         return
-    for opener in (Userfaultfd, FaultingChild):
-        function: Any = opener.__init__
-        function.__kwdefaults__["user_mode_only"] = True
+    from pyuffd._lazy import lazy  # imports every driver
+
+    openers: list[Any] = [Userfaultfd.__init__, FaultingChild.__init__, lazy]
+    for opener in openers:
+        opener.__kwdefaults__["user_mode_only"] = True
