@@ -4,6 +4,7 @@
 #   make test     install and run the tests, in parallel     make typing   mypy --strict
 #   make dev      install for development, C rebuilt         make bench    benchmarks against bare C
 #   make clean    remove what these made                     make asan     kernel tests, C with AddressSanitizer
+#   make kernel-coverage   which lines of the kernel the conformance suite reaches
 #   make kernels  the conformance suite on other kernels     make mutants  the same on kernels broken on purpose
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
 #   make engine-mutants   the tests of the pitfalls on this library, broken on purpose
@@ -15,6 +16,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 KERNELS_ARGS ?=
 MUTANTS_ARGS ?=
+COVERAGE_ARGS ?=
 ENGINE_MUTANTS_ARGS ?=
 MYPY_ARGS ?= src tests
 SOAK_S ?= 60
@@ -46,7 +48,7 @@ TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests
 # ThreadSanitizer turns vfork() into fork(), which sends the event that this test must not see.
 TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_without_a_fork
 
-.PHONY: demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants engine-mutants clean
+.PHONY: demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage engine-mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -100,6 +102,9 @@ kernels: $(VENV)/.installed-test
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python -m tests.vm._mutants $(MUTANTS_ARGS)
+
+kernel-coverage: $(VENV)/.installed-test
+	$(BIN)/python -m tests.vm._coverage $(COVERAGE_ARGS)
 
 # Removes one fix of a pitfall at a time: docs/engine-mutants.md lists the tests that notice.
 engine-mutants: $(VENV)/.installed-test

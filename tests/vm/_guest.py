@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import json
 import os
 import struct
@@ -20,6 +21,7 @@ CONTROL = "/dev/ttyS1"
 ARCHIVE = "/dev/ttyS2"
 OUT = Path("/out")
 DISK = Path("/dev/nvme0n1")
+COVERAGE = Path("/sys/kernel/debug/gcov")
 ZRAM = Path("/sys/block/zram0/disksize")
 
 _NR_USERFAULTFD = 323
@@ -44,6 +46,8 @@ def main() -> None:
     status = subprocess.run(job["command"], env={**os.environ, **job["env"]}, cwd=job["cwd"])
     with (OUT / "dmesg.txt").open("wb") as file:
         subprocess.run(["dmesg"], stdout=file)
+    if COVERAGE.is_dir():
+        collect_coverage()
     send_files()
     code = status.returncode
     say(f"status {code if code >= 0 else 128 - code}")
@@ -67,6 +71,16 @@ def send_files() -> None:
             archive.add(OUT, arcname=".")
         port.flush()
         termios.tcdrain(port)
+
+
+def collect_coverage() -> None:
+    """Put what a kernel with CONFIG_GCOV_KERNEL has counted into /out."""
+    with tarfile.open(OUT / "gcov.tar", "w") as archive:
+        for file in COVERAGE.rglob("*.gcda"):
+            data = file.read_bytes()  # debugfs does not know how long it is
+            entry = tarfile.TarInfo(str(file.relative_to(COVERAGE)))
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
 
 
 def swap_on(libc: ctypes.CDLL, length: int) -> str | None:
