@@ -12,12 +12,12 @@ import threading
 import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pyuffd import _memory, _source_files
 from pyuffd._arguments import check_buffer, check_int, shown
 from pyuffd._closing import Closing, SoleOwner
+from pyuffd._enums import Word
 from pyuffd._errors import ClosedError
 from pyuffd.regions import Region
 
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-class Promised(Enum):
-    """The type of `PROMISED`."""
+class Promised(Word):
+    """The type of `PROMISED`.
+
+    Attributes:
+        PROMISED: `Handler.fill` will bring the bytes.
+    """
 
     PROMISED = "promised"
 
