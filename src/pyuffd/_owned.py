@@ -30,13 +30,23 @@ T = TypeVar("T")
 MESSAGE_WORDS = 4  # of 8 bytes
 
 
-class Descriptor(SoleOwner):
+class _Owner(SoleOwner):
+    """Something that C notes in a cell, and a destructor that ends it."""
+
+    def __init__(self, memory: Any, destructor: Any) -> None:
+        # The garbage collector runs the destructors of a cycle's members in any order, and cffi
+        # drops its reference to the memory with that. A `__del__` that comes later still finds it.
+        self._memory: Any = memory
+        self._cell: Any = ffi.gc(memory, destructor)
+
+
+class Descriptor(_Owner):
     """A file descriptor, closed by `close` or with the last reference to this object."""
 
     _instead = "duplicate() gives another descriptor of the same file"
 
     def __init__(self) -> None:
-        self._cell: Any = ffi.gc(ffi.new("int32_t *", -1), lib.uffd_owned_close)
+        super().__init__(ffi.new("int32_t *", -1), lib.uffd_owned_close)
 
     @classmethod
     def open(cls, path: str | bytes | os.PathLike[str], flags: int, mode: int = 0) -> Self:
@@ -165,13 +175,13 @@ class Descriptor(SoleOwner):
         self.close()
 
 
-class MappedMemory(SoleOwner):
+class MappedMemory(_Owner):
     """A mapping, unmapped by `close` or with the last reference to this object."""
 
     _instead = "map the memory once more"
 
     def __init__(self) -> None:
-        self._cell: Any = ffi.gc(ffi.new("struct uffd_mapping *"), lib.uffd_owned_munmap)
+        super().__init__(ffi.new("struct uffd_mapping *"), lib.uffd_owned_munmap)
 
     @classmethod
     def map(
@@ -214,7 +224,7 @@ class MappedMemory(SoleOwner):
         self.close()
 
 
-class FileName(SoleOwner):
+class FileName(_Owner):
     """The name of a file, removed by `close` or with the last reference to this object.
 
     It is not removed if `settle` or `note` says so, if another file has the name, or in a fork.
@@ -223,7 +233,7 @@ class FileName(SoleOwner):
     _instead = "a name is removed once"
 
     def __init__(self) -> None:
-        self._cell: Any = ffi.gc(ffi.new("struct uffd_name *"), lib.uffd_owned_unlink)
+        super().__init__(ffi.new("struct uffd_name *"), lib.uffd_owned_unlink)
 
     def note(self, path: str, fd: int) -> None:
         """Own the name of an existing file, which is not removed before `settle`."""
@@ -255,14 +265,14 @@ class FileName(SoleOwner):
         self.close()
 
 
-class Received(SoleOwner):
+class Received(_Owner):
     """Descriptors received over a socket; those that are not taken are closed at the end."""
 
     _instead = "take() makes a Descriptor of each"
     capacity = lib.UFFD_RECEIVED_MAX  # descriptors that one message can have
 
     def __init__(self) -> None:
-        self._cell: Any = ffi.gc(
+        super().__init__(
             ffi.new("struct uffd_received *", {"pidfd": -1}), lib.uffd_owned_close_received
         )
 
@@ -323,16 +333,14 @@ class Received(SoleOwner):
         self.close()
 
 
-class Messages(SoleOwner):
+class Messages(_Owner):
     """Messages of a userfaultfd, and the descriptors that those of forks bring."""
 
     _instead = "a message is read once"
 
     def __init__(self, capacity: int) -> None:
         size = {"capacity": capacity, "data": capacity * MESSAGE_WORDS}
-        self._cell: Any = ffi.gc(
-            ffi.new("struct uffd_messages *", size), lib.uffd_owned_close_forks
-        )
+        super().__init__(ffi.new("struct uffd_messages *", size), lib.uffd_owned_close_forks)
 
     def read(self, fd: int) -> None:
         """read(2), once; there is none afterwards where none was queued."""

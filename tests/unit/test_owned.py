@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pyuffd._owned import Descriptor, FileName, MappedMemory, Messages, Received
+from pyuffd._shim import ffi
 
 PAGE = 4096
 MAP_FIXED = 0x10  # not in the mmap module
@@ -50,6 +51,28 @@ def mapped() -> MappedMemory:
 def test_the_last_reference_closes() -> None:
     fd = Descriptor.open("/dev/null", os.O_RDONLY).number
     assert not is_open(fd)
+
+
+class Closes:
+    """What closes an owner in its `__del__`, as handlers and their helpers do."""
+
+    def __init__(self, owner: Descriptor, seen: list[int]) -> None:
+        self.owner, self.seen, self.cycle = owner, seen, self
+
+    def __del__(self) -> None:
+        others = [ffi.new("int32_t *", 0x7FFF_FFFF) for _ in range(1000)]
+        self.seen.append(self.owner.number)
+        self.owner.close()
+        del others
+
+
+def test_closed_after_the_garbage_collector_did() -> None:
+    """It ends what is in a cycle in the order in which it was made: here the descriptor first."""
+    seen: list[int] = []
+    for _ in range(10):
+        Closes(Descriptor.open("/dev/null", os.O_RDONLY), seen)
+        gc.collect()
+    assert seen == [-1] * 10
 
 
 def test_closes_once() -> None:

@@ -6,14 +6,13 @@ import errno
 import faulthandler
 import logging
 import os
-import threading
 from typing import TYPE_CHECKING, Any
 
 from pyuffd._abi import PagefaultFlag
 from pyuffd._errors import HandlerError, raise_errno
 from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
-from pyuffd.handlers._engine_pages import EnginePages, pointer_to, range_ref
+from pyuffd.handlers._engine_pages import EngineLife, EnginePages, pointer_to, range_ref
 from pyuffd.handlers._fault_log import FaultLog
 from pyuffd.handlers._types import (
     PATIENCE_S,
@@ -81,28 +80,6 @@ def shared_size(fault_log: int) -> int:
     return int(lib.uffd_engine_shared_size(fault_log))
 
 
-class _Life:
-    """The C engine's memory, freed when no call and no thread is inside the engine."""
-
-    def __init__(self, place: Any) -> None:
-        self._place = place
-        self._lock = threading.Lock()
-        self._is_unused = self._is_freed = False
-
-    def end(self, pointer: object) -> None:
-        """Note that no call is inside and none will come: the last pointer to it is gone."""
-        del pointer
-        self._is_unused = True
-        self.free_if_deserted()
-
-    def free_if_deserted(self) -> bool:
-        """Free it if it is unused; return whether it is freed."""
-        with self._lock:
-            if self._is_unused and not self._is_freed:
-                self._is_freed = bool(lib.uffd_engine_discard(self._place))
-            return self._is_freed
-
-
 class Engine(EnginePages):
     """One `struct uffd_engine`; the userfaultfds are borrowed.
 
@@ -163,7 +140,7 @@ class Engine(EnginePages):
         if code:
             raise_start_error("make a fault engine", -code, _name(call))
         # Each call holds a reference to the pointer, so the memory is freed after the last call.
-        self.life = _Life(out)
+        self.life = EngineLife(out)
         self._pointer = ffi.gc(out[0], self.life.end)
         self._inline = inline
         self._owner_pid = owner_pid
