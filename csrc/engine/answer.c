@@ -204,6 +204,16 @@ void return_pages(struct uffd_engine *engine, const struct uffd_request *request
 		  UFFD_FAILED_NOTHING);
 }
 
+/* How long to retry pages that cannot be put in place; no thread waits for populate's pages. */
+static uint64_t patience_with(const struct uffd_engine *engine, const struct uffd_request *request)
+{
+	uint64_t limit = engine->options.stall_limit_ns;
+
+	if (request->is_fault || !limit)
+		return engine->options.retry_limit_ns;
+	return lower(engine->options.retry_limit_ns, limit / 2);
+}
+
 /* Note why the worker retries, for whatever waits behind it; 0: it no longer does. */
 static void note_lack(struct uffd_request *request, int error)
 {
@@ -238,7 +248,7 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 		if (r != -EAGAIN && r != -ENOMEM)
 			break;
 		if (attempt == 0) {
-			give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+			give_up = uffd_now_ns() + patience_with(engine, request);
 			note_lack(request, r);
 		} else if (uffd_now_ns() > give_up) {
 			break;
