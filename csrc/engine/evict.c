@@ -22,6 +22,7 @@
 #include "stats.h"
 #include "uffd_owner.h"
 #include "uffd_transfer.h"
+#include "base/clock.h"
 
 #define PAGES_AT_ONCE	512u
 /* How often a page is written to the file that is written to meanwhile. */
@@ -153,6 +154,59 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 	return r;
 }
 
+/* Find the next wanted page, at `all->offset` or behind it, that somebody is about to fill. */
+static int find_in_flight(struct eviction *all, bool *found_ret)
+{
+	struct uffd_range *range = NULL;
+	struct access access;
+
+	*found_ret = false;
+	while (all->offset < all->end && !*found_ret) {
+		if (!open_access(all->engine, all->ref.space, &access))
+			return -ESRCH;
+		range = find_piece(access.space, all->ref.id, all->offset,
+				   all->ref.start + all->offset);
+		while (range && all->offset < all->end && !*found_ret) {
+			uint64_t at = range->start + (all->offset - range->origin);
+
+			if (at >= range->end)
+				break;
+			*found_ret = all->wanted[(all->offset - all->first) >> range->page_shift] &&
+				     uffd_page_is_in_flight(atomic_load(state_of(range, at)));
+			if (!*found_ret)
+				all->offset += range->page_size;
+		}
+		close_access(&access);
+		if (!range)
+			return -ENOENT;
+	}
+	return 0;
+}
+
+/*
+ * What was read from the source before this call must not come after it: wait once for
+ * each page that is in flight.  One that is later was read later.
+ */
+static int await_fills(const struct eviction *given)
+{
+	uint64_t give_up = uffd_now_ns() + given->engine->options.retry_limit_ns;
+	struct eviction all = *given;
+	unsigned int attempt = 0;
+	bool found;
+	int r;
+
+	for (;;) {
+		r = find_in_flight(&all, &found);
+		if (r || !found)
+			return r;
+		if (atomic_load(&all.engine->end.began))
+			return -ECANCELED;
+		if (uffd_now_ns() > give_up)
+			return -ETIMEDOUT;
+		uffd_back_off(attempt++);
+	}
+}
+
 int uffd_engine_evict(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		      uint64_t offset, uint64_t length, const uint8_t *wanted,
 		      uint32_t written_too, uint64_t *evicted_ret, uint64_t *reached_ret)
@@ -171,6 +225,7 @@ int uffd_engine_evict(struct uffd_engine *engine, const struct uffd_range_ref *r
 	*evicted_ret = 0;
 	/* A thread that goes on may be ahead of its page's state. */
 	await_work(engine);
+	r = await_fills(&all);
 	while (r == 0 && all.offset < all.end)
 		r = atomic_load(&engine->end.began) ? -ECANCELED : evict_run(&all, evicted_ret);
 	*reached_ret = all.offset;

@@ -109,8 +109,9 @@ class EvictsPages(HandlerBase):
                 engine is not in this process; with Feature.EVENT_REMOVE a handler that is not
                 started.
             UffdOSError: EINVAL - the memory is locked; EACCES, EPERM - shared memory that cannot
-                be written, or is sealed. `start` is the first page that stays, `completed` bytes
-                were evicted.
+                be written, or is sealed; ETIMEDOUT - the source does not answer for a page that
+                was asked for before this call. `start` is the first page that stays, `completed`
+                bytes were evicted.
             LayoutChangedError: ENOENT - part of the region was unmapped.
             HandlerError: called by `write_back` itself, for the same region.
 
