@@ -23,11 +23,13 @@ from typing import Any
 from benchmarks._members import Answer, answer_rounds
 from benchmarks._toucher import Toucher
 from pyuffd import (
+    PROMISED,
     CallableSource,
     Feature,
     FileSource,
     Handler,
     Pagefault,
+    Promised,
     Region,
     RegisterMode,
     Userfaultfd,
@@ -180,8 +182,9 @@ def _asked(sock: socket.socket) -> bytes:
 def _by_handler(
     sock: socket.socket, uffd: Userfaultfd, region: Region, toucher: threading.Thread
 ) -> None:
-    def ask(offset: int, length: int) -> None:
+    def ask(offset: int, length: int) -> Promised:
         sock.sendall(_ASK.pack(offset))
+        return PROMISED
 
     with Handler(uffd, driver="thread", stall_timeout_s=math.inf) as handler:
         handler.serve(region, CallableSource(ask))

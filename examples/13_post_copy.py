@@ -1,8 +1,8 @@
 """Post-copy migration over TCP: the receiver works with memory that has not arrived yet.
 
 The sender pushes all of it in order, and a page that is asked for at once. `fill` puts in place
-what comes from the socket, in C, while the source only asks: it returns None, and its page comes by
-`fill` like any other. A page is filled once, whichever way it came first.
+what comes from the socket, in C, while the source only asks: it returns PROMISED, and its page
+comes by `fill` like any other. A page is filled once, whichever way it came first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 
-from pyuffd import CallableSource, Handler, Region, Userfaultfd
+from pyuffd import PROMISED, CallableSource, Handler, Promised, Region, Userfaultfd
 
 PAGE = 4096
 LENGTH = 16 << 20
@@ -52,9 +52,10 @@ def migrate(sock: socket.socket) -> None:
     """Touch pages here and there while the memory arrives, then verify all of it."""
     asked: list[int] = []
 
-    def ask(offset: int, length: int) -> None:
+    def ask(offset: int, length: int) -> Promised:
         asked.append(offset)
         sock.sendall(ASK.pack(offset))
+        return PROMISED
 
     with (
         Userfaultfd() as uffd,

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
-
-from pyuffd import Feature, Handler, HandlerError, Region, Unmap, Userfaultfd, _memory
+from pyuffd import Feature, Handler, Region, Unmap, Userfaultfd, _memory
 from pyuffd.handlers import _handler
 from tests._barriers import Point, holding
 from tests.kernel._faults import Task
@@ -100,8 +98,8 @@ def too_long(at: Setting) -> None:
             assert reader.running
             change.end()
             assert reader.result() == data[1]
-        with pytest.raises(HandlerError):
-            handler.stop()
+        handler.stop()  # the page came after all
+        assert handler.stats().failed
 
 
 @pitfall(11, "moved-before-the-unmap-of-the-other", drivers=BOTH, memory=SMALL, features=LAYOUT)

@@ -58,8 +58,11 @@ def seed() -> int:
 
 @pytest.mark.parametrize(("method", "rounds"), [("wp-async", 8), ("wp-sync", 3)])
 def test_nothing_goes_unseen(method: str, rounds: int) -> None:
-    reported, compared = run_child(ORACLE, method, rounds, seed(), budget_s=60).value
-    assert 0 < reported < compared * 2
+    start = seed()
+    reported, compared = run_child(ORACLE, method, rounds, start, budget_s=60).value
+    assert reported > 0, f"PYUFFD_SEED={start}"
+    # wp-sync may report much that did not change.
+    assert method == "wp-sync" or reported < compared * 2, f"PYUFFD_SEED={start}"
 
 
 @pytest.mark.stress

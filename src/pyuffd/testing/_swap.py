@@ -35,9 +35,13 @@ def swap_out(region: Region, offset: int = 0, length: int | None = None) -> None
 
     Example:
         >>> from pyuffd import Region
-        >>> from pyuffd.testing import swap_out
-        >>> with Region.anonymous(4096) as region:
-        ...     swap_out(region)  # a hole: nothing to move
+        >>> from pyuffd.testing import needs_swap, swap_out
+        >>> @needs_swap()
+        ... def test_content_comes_back():
+        ...     with Region.anonymous(4096) as region:
+        ...         region.write(0, b"x")
+        ...         swap_out(region)
+        ...         assert region.read(0, 1) == b"x"
     """
     until = time.monotonic() + WAIT_S
     first = offset // region.page_size
