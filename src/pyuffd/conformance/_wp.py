@@ -87,10 +87,16 @@ def page_out(ctx: Context, region: Region) -> None:
         Lack: the kernel keeps some, for lack of swap.
     """
     pages = range(region.start, region.start + region.length, ctx.page)
-    for _ in range(PAGEOUT_TRIES):
-        region.pageout()
-        if not any(PageBit.PRESENT in ctx.bits(page) for page in pages):
-            return
+    # Pages that were made on another CPU lie in its batch of new pages, which only it drains.
+    cpus = os.sched_getaffinity(0)
+    try:
+        for cpu in sorted(cpus) * PAGEOUT_TRIES:
+            os.sched_setaffinity(0, {cpu})
+            region.pageout()
+            if not any(PageBit.PRESENT in ctx.bits(page) for page in pages):
+                return
+    finally:
+        os.sched_setaffinity(0, cpus)
     ctx.lack("swap", "MADV_PAGEOUT leaves pages where they are")
 
 

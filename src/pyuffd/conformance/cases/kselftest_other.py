@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pyuffd import _memory
-from pyuffd._abi import Feature, PageBit, RegisterMode
+from pyuffd._abi import Feature, RegisterMode
 from pyuffd._memory import Interrupted
 from pyuffd.conformance import _thp
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import WAIT_S, Context
 from pyuffd.conformance._types import ANON, ANY, HUGETLB, missing_features, wp_features
-from pyuffd.conformance._wp import move_mapping
+from pyuffd.conformance._wp import move_mapping, page_out
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import needs_hugetlb_mremap, needs_privilege, needs_swap, needs_thp
@@ -42,10 +42,7 @@ def _wp_mremap(ctx: Context, region: Region, *, swapped: bool) -> None:
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
     if swapped:
-        region.pageout()
-        left = [page for page in pages if PageBit.PRESENT in ctx.bits(page)]
-        if left:
-            ctx.lack("swap", f"{len(left)} of {len(pages)} pages were not swapped out")
+        page_out(ctx, region)
     unprotected = [hex(page) for page in pages if not ctx.is_protected(page)]
     ctx.expect("pages without the bit before mremap", unprotected, [])
     target = ctx.enter(_reserved(region.length, max(region.length, ctx.page)))

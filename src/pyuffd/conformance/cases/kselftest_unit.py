@@ -32,6 +32,7 @@ from pyuffd.conformance._types import (
     poison_features,
     wp_features,
 )
+from pyuffd.conformance._wp import page_out
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_swap, needs_thp
@@ -435,7 +436,7 @@ def _wp_pagemap(ctx: Context, *, huge: bool) -> None:
     ctx.expect_pagemap(region.start, "P---?", pid=child.pid)
     ctx.expect_pagemap(region.start, "P--W-")
     child.close()
-    region.pageout()
+    page_out(ctx, region)
     ctx.expect_pagemap(region.start, "-S-W-")
     # Of a huge page in swap this is a part.
     ctx.uffd.writeprotect(region.start, ctx.page, mode=UNPROTECT)
