@@ -36,6 +36,8 @@ struct eviction {
 	const uint8_t *wanted;	/* for the page at `first` */
 	uint64_t first;
 	bool written_too;
+	uint64_t give_up_ns;	/* while the next page is in flight */
+	unsigned int attempt;
 };
 
 /* Pages that are claimed and about to be dropped. */
@@ -44,6 +46,7 @@ struct claimed_run {
 	uint64_t address;
 	uint64_t length;
 	int advice;
+	bool is_waiting;	/* for the page behind it */
 	uint8_t before[PAGES_AT_ONCE];
 };
 
@@ -71,6 +74,15 @@ static bool may_go(const struct uffd_range *range, uint8_t state, uint64_t entry
 	return written_too || !tracked || !(entry & UFFD_PM_PRESENT) || entry & UFFD_PM_UFFD_WP;
 }
 
+/* The same, where the entry may be older than the state. */
+static bool may_go_now(const struct uffd_range *range, uint64_t page, uint8_t state, uint64_t entry,
+		       bool written_too)
+{
+	return may_go(range, state, entry, written_too) ||
+	       (!(entry & UFFD_PM_PRESENT) && state == UFFD_PAGE_CLEAN &&
+		read_entries(range, page, 1, &entry) && may_go(range, state, entry, written_too));
+}
+
 /* Claim the next run of pages that may go; a length of 0: there is none before `end`. */
 static void claim_run(struct uffd_range *range, struct eviction *all, struct claimed_run *run)
 {
@@ -87,17 +99,24 @@ static void claim_run(struct uffd_range *range, struct eviction *all, struct cla
 	for (; i < pages; i++, at += range->page_size, all->offset += range->page_size) {
 		uint8_t state = atomic_load(state_of(range, at));
 
-		if (all->wanted[(all->offset - all->first) >> range->page_shift] &&
-		    may_go(range, state, entries[i], all->written_too) &&
-		    atomic_compare_exchange_strong(state_of(range, at), &state,
-						   UFFD_PAGE_EVICTING)) {
-			if (!run->length)
-				run->offset = all->offset, run->address = at;
-			run->before[run->length >> range->page_shift] = state;
-			run->length += range->page_size;
-		} else if (run->length) {
+		if (!all->wanted[(all->offset - all->first) >> range->page_shift] ||
+		    (!uffd_page_is_in_flight(state) &&
+		     !may_go_now(range, at, state, entries[i], all->written_too))) {
+			if (run->length)
+				break;
+			continue;
+		}
+		/* Its content may have been read before this call, and must not come after it. */
+		if (uffd_page_is_in_flight(state) ||
+		    !atomic_compare_exchange_strong(state_of(range, at), &state,
+						    UFFD_PAGE_EVICTING)) {
+			run->is_waiting = true;
 			break;
 		}
+		if (!run->length)
+			run->offset = all->offset, run->address = at;
+		run->before[run->length >> range->page_shift] = state;
+		run->length += range->page_size;
 	}
 	run->advice = range->content->shared ? MADV_REMOVE : MADV_DONTNEED;
 }
@@ -122,6 +141,17 @@ static void end_run(struct uffd_range *range, const struct claimed_run *run, boo
 	wake_again(range, at, end);
 }
 
+/* The next page is in flight: wait a little, and an error if that has lasted too long. */
+static int wait_in_flight(struct eviction *all)
+{
+	if (all->attempt == 0)
+		all->give_up_ns = uffd_now_ns() + all->engine->options.retry_limit_ns;
+	else if (uffd_now_ns() > all->give_up_ns)
+		return -ETIMEDOUT;
+	uffd_back_off(all->attempt++);
+	return 0;
+}
+
 /* Returns an error of the range, or of dropping its pages. */
 static int evict_run(struct eviction *all, uint64_t *evicted)
 {
@@ -138,6 +168,9 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 	close_access(&access);
 	if (!range)
 		return -ENOENT;
+	if (!run.length && run.is_waiting)
+		return wait_in_flight(all);
+	all->attempt = 0;
 	if (!run.length)
 		return 0;
 	r = madvise((void *)(uintptr_t)run.address, run.length, run.advice) ? -errno : 0;
@@ -152,59 +185,6 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 	else
 		*evicted += run.length;
 	return r;
-}
-
-/* Find the next wanted page, at `all->offset` or behind it, that somebody is about to fill. */
-static int find_in_flight(struct eviction *all, bool *found_ret)
-{
-	struct uffd_range *range = NULL;
-	struct access access;
-
-	*found_ret = false;
-	while (all->offset < all->end && !*found_ret) {
-		if (!open_access(all->engine, all->ref.space, &access))
-			return -ESRCH;
-		range = find_piece(access.space, all->ref.id, all->offset,
-				   all->ref.start + all->offset);
-		while (range && all->offset < all->end && !*found_ret) {
-			uint64_t at = range->start + (all->offset - range->origin);
-
-			if (at >= range->end)
-				break;
-			*found_ret = all->wanted[(all->offset - all->first) >> range->page_shift] &&
-				     uffd_page_is_in_flight(atomic_load(state_of(range, at)));
-			if (!*found_ret)
-				all->offset += range->page_size;
-		}
-		close_access(&access);
-		if (!range)
-			return -ENOENT;
-	}
-	return 0;
-}
-
-/*
- * What was read from the source before this call must not come after it: wait once for
- * each page that is in flight.  One that is later was read later.
- */
-static int await_fills(const struct eviction *given)
-{
-	uint64_t give_up = uffd_now_ns() + given->engine->options.retry_limit_ns;
-	struct eviction all = *given;
-	unsigned int attempt = 0;
-	bool found;
-	int r;
-
-	for (;;) {
-		r = find_in_flight(&all, &found);
-		if (r || !found)
-			return r;
-		if (atomic_load(&all.engine->end.began))
-			return -ECANCELED;
-		if (uffd_now_ns() > give_up)
-			return -ETIMEDOUT;
-		uffd_back_off(attempt++);
-	}
 }
 
 int uffd_engine_evict(struct uffd_engine *engine, const struct uffd_range_ref *ref,
@@ -225,7 +205,6 @@ int uffd_engine_evict(struct uffd_engine *engine, const struct uffd_range_ref *r
 	*evicted_ret = 0;
 	/* A thread that goes on may be ahead of its page's state. */
 	await_work(engine);
-	r = await_fills(&all);
 	while (r == 0 && all.offset < all.end)
 		r = atomic_load(&engine->end.began) ? -ECANCELED : evict_run(&all, evicted_ret);
 	*reached_ret = all.offset;
