@@ -38,10 +38,16 @@ def sample(ids: Iterable[str]) -> list[str]:
     return chosen
 
 
-def left_out(tables: Mapping[str, Sequence[str]]) -> set[str]:
-    """Return the ids of each table, by the name of its test, that no run by default has."""
+def left_out(
+    tables: Mapping[str, Sequence[str]], every: Mapping[str, int] | None = None
+) -> set[str]:
+    """Return the ids of each table, by the name of its test, that no run by default has.
+
+    Of a table in `every` each so many-th row runs, instead of a sample with each value.
+    """
+    steps = every or {}
     return {
         f"{test}[{test_id}]"
         for test, ids in tables.items()
-        for test_id in set(ids) - set(sample(ids))
+        for test_id in set(ids) - set(ids[:: steps[test]] if test in steps else sample(ids))
     }

@@ -42,11 +42,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _crossings.ALL or config.option.keyword or any("::" in arg for arg in config.args):
         return
     tables: dict[str, list[str]] = {}
+    every: dict[str, int] = {}
     for item in items:
-        if any(item.iter_markers("crossing")):
+        if marker := item.get_closest_marker("crossing"):
             test, _, rest = item.nodeid.partition("[")
             tables.setdefault(test, []).append(rest.removesuffix("]"))
-    out = _crossings.left_out(tables)
+            if "every" in marker.kwargs:
+                every[test] = marker.kwargs["every"]
+    out = _crossings.left_out(tables, every)
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
     items[:] = [item for item in items if item.nodeid not in out]
 

@@ -28,6 +28,7 @@ def seed() -> int:
     return int(os.environ.get("PYUFFD_SEED") or random.randrange(1 << 32))
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("memory", memory_params())
 def test_nothing_goes_unseen(memory: str, method: str) -> None:

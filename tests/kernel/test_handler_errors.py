@@ -149,6 +149,7 @@ def truncated_sigbus(driver: Driver, name: str, mode: int, protect: bool) -> Non
             os._exit(3)
 
 
+@pytest.mark.crossing
 @both_drivers
 @pytest.mark.parametrize("name", memory_params())
 @pytest.mark.parametrize("mode", [MISSING, MISSING | WP], ids=["missing", "missing-wp"])

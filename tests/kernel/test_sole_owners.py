@@ -313,6 +313,7 @@ def refused(name: str) -> None:
         del it, caught
 
 
+@pytest.mark.crossing(every=3)
 @needs(REMOVE)
 @pytest.mark.parametrize("name", sorted(each.__name__ for each in MAKERS))
 def test_refused(name: str) -> None:

@@ -61,6 +61,7 @@ def block_device(driver: str, offset: int) -> None:
                 assert region.read() == data[offset:].ljust(length, b"\0")
 
 
+@pytest.mark.crossing
 @needs_loop_device()
 @drivers
 @pytest.mark.parametrize("offset", [0, 512, 1000, PAGE])

@@ -200,6 +200,7 @@ def used_after(name: str) -> None:
     use()
 
 
+@pytest.mark.crossing(every=3)
 @pytest.mark.parametrize("name", BEFORE)
 def test_after(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -275,6 +276,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.crossing(every=3)
 @needs_kernel_faults()
 @pytest.mark.parametrize("name", FLAGS)
 def test_options_of_the_interpreter(name: str, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def bother(name: str, seed: int, runs: int) -> None:
 hows = pytest.mark.parametrize("how", HOWS)
 
 
+@pytest.mark.crossing(every=3)
 @pytest.mark.parametrize("name", QUICK)
 def test_at_some_places(name: str) -> None:
     run_child(interrupt, [(name, how) for how in HOWS], SEED, 1, budget_s=BUDGET_S)

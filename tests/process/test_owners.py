@@ -615,6 +615,7 @@ def hit(driver: Driver, primary: str) -> None:
             handler.stop()
 
 
+@pytest.mark.crossing(every=2)
 @pytest.mark.parametrize("primary", ["own", "innocent", "hit"])
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_hit(driver: Driver, primary: str) -> None:

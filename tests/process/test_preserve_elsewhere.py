@@ -291,6 +291,7 @@ MOVES = {moved_in_the_parent.__name__: moved_in_the_parent}
 CHECKS |= MOVES
 
 
+@pytest.mark.crossing
 @needs(FORK)
 @pytest.mark.parametrize("check", [name for name in CHECKS if name not in MOVES])
 @pytest.mark.parametrize("name", ["anon", "shmem"])

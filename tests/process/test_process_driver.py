@@ -456,6 +456,7 @@ def gone(pid: int, limit_s: float = 10.0) -> bool:
     return False
 
 
+@pytest.mark.crossing(every=2)
 @needs_kernel_faults()
 @pytest.mark.parametrize(
     "how",

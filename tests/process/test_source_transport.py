@@ -176,6 +176,7 @@ WITHOUT_GUARD = {
 }
 
 
+@pytest.mark.crossing(every=3)
 @pytest.mark.parametrize("what", WITHOUT_GUARD)
 def test_no_main_guard(what: str, tmp_path: Path) -> None:
     """The second run ends where it makes a Handler, and serve() says why."""

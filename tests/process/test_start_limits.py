@@ -233,6 +233,7 @@ def limited(driver: str, name: str, room: int) -> str:
         resource.setrlimit(number, before)
 
 
+@pytest.mark.crossing(every=2)
 @pytest.mark.parametrize(
     ("driver", "name", "room", "said"),
     [

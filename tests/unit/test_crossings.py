@@ -32,6 +32,11 @@ def test_a_table_of_one_column_stays_whole() -> None:
     assert left_out({"tests/a.py::test": DRIVERS}) == set()
 
 
+def test_every_third_row() -> None:
+    tables = {"a.py::test": list("abcdefg")}
+    assert left_out(tables, {"a.py::test": 3}) == {f"a.py::test[{row}]" for row in "bcef"}
+
+
 def test_names_of_what_is_left_out() -> None:
     rows = ["native-anon", "native-shmem", "inline-anon", "inline-shmem"]
     assert left_out({"a.py::test": rows}) == {"a.py::test[native-shmem]", "a.py::test[inline-anon]"}
