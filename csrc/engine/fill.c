@@ -109,7 +109,8 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 			r = 0;
 			continue;
 		}
-		if (r == -EEXIST && fill->maps_cached) {
+		/* Of private memory the cache was asked above: it has a copy of its own. */
+		if (r == -EEXIST && fill->maps_cached && !fill->asks_cache) {
 			r = map_cached(fill, at);
 			done = r ? 0 : (int64_t)fill->page_size;
 		}
