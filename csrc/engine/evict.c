@@ -97,11 +97,14 @@ static void claim_run(struct uffd_range *range, struct eviction *all, struct cla
 		return;
 	}
 	for (; i < pages; i++, at += range->page_size, all->offset += range->page_size) {
-		uint8_t state = atomic_load(state_of(range, at));
+		uint8_t state = atomic_load(state_of(range, at)), seen = state;
 
+		/* Filled beside the handler, or by Linux from the page cache. */
+		if (state == UFFD_PAGE_ABSENT)
+			seen = seen_state(range, state, entries[i]);
 		if (!all->wanted[(all->offset - all->first) >> range->page_shift] ||
 		    (!uffd_page_is_in_flight(state) &&
-		     !may_go_now(range, at, state, entries[i], all->written_too))) {
+		     !may_go_now(range, at, seen, entries[i], all->written_too))) {
 			if (run->length)
 				break;
 			continue;
