@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Ioctl, RegisterMode
-from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdOSError
+from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdError, UffdOSError
 from pyuffd._pages import RangeLike
 from pyuffd._source_like import as_source
 from pyuffd._uffd import Userfaultfd
@@ -341,7 +341,7 @@ class ServesRegions(HandlerBase):
         """Return why a page was lost, or None if that is unknown."""
         engine, failure = self._engine, self._final_failure
         if engine is not None and self._pid == os.getpid():
-            with suppress(ClosedError, HelperLostError):
+            with suppress(UffdError):  # what explains a loss must not replace it
                 found = engine.failure_at(address)
                 failure = failure if found is None else found
         if failure is None or not failure.start <= address < failure.start + failure.length:

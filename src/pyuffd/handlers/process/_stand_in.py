@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Unpack
 
-from pyuffd._errors import ClosedError, HelperLostError
+from pyuffd._errors import ClosedError, HelperLostError, LayoutChangedError
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._types import (
     PATIENCE_S,
@@ -120,7 +120,10 @@ class StandIn:
             offset = address - place.start
             if 0 <= offset < place.length:
                 size = self._page_sizes[place.number]
-                states = self.engine.states(place, offset // size, 1)
+                try:
+                    states = self.engine.states(place, offset // size, 1)
+                except LayoutChangedError:  # stop() takes the range out just now
+                    return SourceFailure(lost, address, size)
                 if states[0] == PageState.POISONED:
                     return SourceFailure(lost, address, size)
         return None
