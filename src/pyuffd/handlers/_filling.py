@@ -132,7 +132,7 @@ class FillsPages(HandlerBase):
         ask for other pages. A page is filled once, by whoever comes first: one that is present,
         dropped (REMOVED) or poisoned keeps what it has, and its data are not used. The threads that
         wait for a page go on. A page that a source in Python was asked for is filled as well, and
-        the answer of the source, which may return None, is no longer needed.
+        the answer of the source, which may be `PROMISED`, is no longer needed.
 
         Args:
             region: A served region.
