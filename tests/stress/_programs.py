@@ -132,6 +132,9 @@ WEIGHTS = {
     "write": 9,
     "wp": 4,
     "populate": 2,
+    "fill": 3,
+    "evict": 3,
+    "unprotect": 2,
     "states": 4,
     "preserve": 2,
     "dontneed": 3,
@@ -167,6 +170,8 @@ def make(seed: int, drivers: tuple[str, ...], names: list[str], length: int = 40
                 for i in range(chance.randrange(1, 4))
             ]
             steps.append([name, does])
+        elif name == "fill":
+            steps.append([name, page, end, number])
         elif name == "preserve":
             steps.append([name, chance.random() < 0.3])
         else:
@@ -408,6 +413,26 @@ class Run:
             source = self.source(page)
             self.change([page], lambda w, source=source: self.rules.fill(w, source))  # type: ignore[misc]
 
+    def do_fill(self, first: int, end: int, number: int) -> None:
+        if self.mode == WP:
+            return
+        pages = range(first, end)
+        pushed = {page: (head_of(1000 * number + page), b"p") for page in pages}
+        data = b"".join(head + body * (self.size - HEAD) for head, body in pushed.values())
+        self.handler.fill(self.region, first * self.size, data)
+        for page in pages:
+            self.change([page], lambda w, data=pushed[page]: self.rules.push(w, data))  # type: ignore[misc]
+
+    def do_evict(self, first: int, end: int) -> None:
+        may = self.mode & MISSING and self.setting.driver != "process"
+        if not may:
+            return
+        length = (end - first) * self.size
+        evicted = self.handler.evict(self.region, first * self.size, length, write_back=None)
+        if evicted % self.size or evicted > length:
+            raise Disagreement(f"evict returned {evicted:#x} for {length:#x}")
+        self.change(range(first, end), self.rules.evict)
+
     def do_states(self, first: int, end: int) -> None:
         found = self.handler.page_states(self.region, first * self.size, (end - first) * self.size)
         for page, state in zip(range(first, end), map(PageState, found), strict=True):
@@ -425,7 +450,11 @@ class Run:
         if self.mode == WP and not self.rules.unpopulated and not self.rules.has_file:
             self.change(range(first, end), lambda w: self.rules.read(w, ZERO))  # it maps holes
         before = [self.worlds[page] for page in range(self.count)]
-        found = self.handler.writeprotect(self.region, first * self.size, (end - first) * self.size)
+        at, length = first * self.size, (end - first) * self.size
+        if first % 2:
+            found = self.handler.writeprotect(self.region, at, length)
+        else:
+            found = self.checkpoint(at, length)
         for page, state in zip(range(first, end), map(PageState, found), strict=True):
             possible = [pair for w in self.worlds[page] for pair in self.rules.protect(w)]
             # A worker wakes the reader of a page before it stores the page's state.
@@ -443,6 +472,38 @@ class Run:
                 self.rules.read(w, ZERO).content if w.pte != "poison" else ZERO
                 for w in before[page]
             }
+
+    def checkpoint(self, at: int, length: int) -> bytes:
+        """Return the states; the ranges say the same of pages that may have been written."""
+        taken = self.handler.checkpoint(self.region, at, length)
+        ranges = {
+            page: run.state
+            for run in taken.written
+            for page in range(run.start // self.size, run.end // self.size)
+        }
+        unwritten = (PageState.ABSENT, PageState.CLEAN, PageState.SAVED)
+        first = at // self.size
+        states = {first + i: PageState(state) for i, state in enumerate(taken.states)}
+        expected = {page: state for page, state in states.items() if state not in unwritten}
+        if ranges != expected:
+            raise Disagreement(f"checkpoint: ranges {ranges}, states {expected}")
+        return taken.states
+
+    def do_unprotect(self, first: int, end: int) -> None:
+        if not self.mode & WP or self.saved is not None:
+            return
+        found = self.handler.unprotect(self.region, first * self.size, (end - first) * self.size)
+        for page, state in zip(range(first, end), map(PageState, found), strict=True):
+            possible = [pair for w in self.worlds[page] for pair in self.rules.unprotect(w)]
+            if state is PageState.IN_FLIGHT and (
+                self.prefetches or self.setting.source == "python"
+            ):
+                self.worlds[page] = {w for _, w in possible}
+                continue
+            left = {world for seen, world in possible if seen is state}
+            if not left:
+                self.disagree(page, "unprotect", state, {seen for seen, _ in possible})
+            self.worlds[page] = left
 
     def do_preserve(self, unprotect: bool) -> None:
         if self.saved is None or all(one is None for one in self.instant):

@@ -8,7 +8,7 @@ removes the worlds that contradict it. If no world is left, the program has foun
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pyuffd import PageState
@@ -135,6 +135,10 @@ class Rules:
             # The page table does not show the mark, so a fill may replace it.
             yield self._filled(w._replace(pte="none"), source)
 
+    def push(self, w: World, content: Content) -> Iterator[World]:
+        """fill(): UFFDIO_COPY, which fills holes whatever the range is served for."""
+        yield from replace(self, missing=True).fill(w, content)
+
     def _filled(self, w: World, source: Content) -> World:
         if w.engine is not A or w.pte == "poison":
             return w
@@ -164,6 +168,28 @@ class Rules:
             else:
                 engine = R if seen is R and (self.missing or self.minor) else C
             yield seen, w._replace(wp=w.wp or armed, engine=engine)
+
+    def unprotect(self, w: World) -> Iterator[tuple[PageState, World]]:
+        """unprotect(): the states that it may return, each with the page afterwards."""
+        for seen, after in self.protect(w):
+            engine = D if after.engine is C else after.engine
+            yield seen, after._replace(wp=False, engine=A if w.engine is A else engine)
+
+    def evict(self, w: World) -> Iterator[World]:
+        """evict(write_back=None): what is there is dropped, and its source asked again."""
+        if w.engine is P or (w.engine is A and not w.there):
+            yield w
+            return
+        # Dropped, with or without a notice; the mark of poison outlives the page.
+        if not w.there and (self.private or w.engine is R):
+            yield w
+        if not w.there and w.engine is R:
+            return
+        gone = w._replace(pte="none", mine=None, lazy=False, engine=A)
+        if not self.private:
+            gone = gone._replace(cache=None)
+        yield gone
+        yield gone._replace(wp=False)
 
     def save(self, w: World, *, unprotect: bool) -> World:
         """preserve()."""
@@ -266,6 +292,8 @@ class Rules:
                 yield filled
                 if self.forks and not self.private:  # in the page table of a fork
                     yield w._replace(cache=filled.cache, engine=filled.engine)
+            if w.engine is R and w.pte == "none":  # dropped while a source was asked for it
+                yield self._fault(w, ZERO)
         around = has_faulted and not (self.wp or self.minor or self.huge)
         if around and w.pte == "none" and w.cache is not None:
             yield w._replace(pte="cache")  # Linux maps cached neighbours of a page that is read
