@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -13,6 +14,7 @@
 #define BATCH 512u /* iovecs a call; the kernel's limit is 1024 */
 #define STEP (1u << 20) /* bytes through the buffer on the way to a file; stays in the cache */
 #define FIND_STEP (64u << 10)
+#define KCMP_VM 1
 
 static uint64_t min_u64(uint64_t a, uint64_t b)
 {
@@ -214,4 +216,11 @@ int uffd_remote_find(int32_t pid, uint64_t start, uint64_t end, const void *patt
 	}
 	free(buffer);
 	return ret;
+}
+
+int uffd_remote_same_memory(int32_t pid, int32_t other_pid)
+{
+	long r = syscall(SYS_kcmp, pid, other_pid, KCMP_VM, 0, 0);
+
+	return r < 0 ? -errno : r == 0;
 }

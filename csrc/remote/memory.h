@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Copy another process's memory in bulk, by process_vm_readv(2).
+ * Another process's memory: copied in bulk by process_vm_readv(2), and compared by kcmp(2).
  */
 #ifndef UFFD_REMOTE_MEMORY_H
 #define UFFD_REMOTE_MEMORY_H
@@ -38,5 +38,11 @@ int64_t uffd_remote_write(int32_t pid, uint64_t start, const void *source, uint6
  */
 int uffd_remote_find(int32_t pid, uint64_t start, uint64_t end, const void *pattern,
 		     uint64_t pattern_length, uint64_t *address_ret);
+
+/*
+ * Whether two processes share their memory, as after vfork(2): 1, 0, or -errno of kcmp(2)
+ * (-EPERM: we may not trace one of them; -ESRCH: one is gone).
+ */
+int uffd_remote_same_memory(int32_t pid, int32_t other_pid);
 
 #endif /* UFFD_REMOTE_MEMORY_H */

@@ -111,6 +111,11 @@ def find(pid: int, start: int, end: int, pattern: bytes) -> int | None:
     return int(out[0])
 
 
+def shares_memory(pid: int, other_pid: int) -> bool:
+    """Return whether two processes share their memory; False if one may not be traced by us."""
+    return bool(lib.uffd_remote_same_memory(pid, other_pid) == 1)
+
+
 FRAME_BYTES = lib.UFFD_FRAME_MOST  # the memory that an attach needs below a stack pointer
 
 

@@ -324,6 +324,7 @@ class _Lib:
         address_ret: CData,
         /,
     ) -> int: ...
+    def uffd_remote_same_memory(self, pid: int, other_pid: int, /) -> int: ...
     UFFD_ATTACH_BEGIN: int
     UFFD_ATTACH_SEIZED: int
     UFFD_ATTACH_STOPPED: int

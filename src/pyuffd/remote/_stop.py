@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 LIMIT_S = 1.0
 _ROUNDS_MOST = 5  # of processes that come to share the memory while others are stopped
-_KCMP, _KCMP_VM = 312, 1
 
 
 @dataclass(eq=False)
@@ -95,16 +93,9 @@ def _fail(process: Process, held: calls.StoppedThreads) -> None:
 def sharing(pid: int) -> list[int]:
     """Return the processes with this one's memory, itself first: vfork and CLONE_VM make them."""
     found = [pid]
+    # Kernel threads have no memory to compare, and what we may not trace cannot share the memory
+    # of a process that we may.
     for name in os.listdir("/proc"):
-        if name.isdigit() and (other := int(name)) != pid and _same_memory(pid, other):
+        if name.isdigit() and (other := int(name)) != pid and calls.shares_memory(pid, other):
             found.append(other)
     return found
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _same_memory(pid: int, other: int) -> bool:
-    # kcmp(2); kernel threads have no memory to compare, and -EPERM is no sharer of a process that
-    # we may trace.
-    return int(_libc.syscall(_KCMP, pid, other, _KCMP_VM, 0, 0)) == 0
