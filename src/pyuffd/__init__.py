@@ -7,24 +7,17 @@ from typing import TYPE_CHECKING
 from pyuffd._abi import (
     ContinueMode,
     CopyMode,
-    Event,
     EventCode,
     Feature,
-    Fork,
     Ioctl,
     MoveMode,
     PageBit,
     PageCategory,
-    Pagefault,
     PagefaultFlag,
     PoisonMode,
     RegisterMode,
-    Remap,
-    Remove,
     RwprotectMode,
     ScanFlag,
-    UnknownEvent,
-    Unmap,
     WriteprotectMode,
     ZeropageMode,
 )
@@ -46,6 +39,7 @@ from pyuffd._errors import (
     UffdPermissionError,
     UnsupportedFeatureError,
 )
+from pyuffd._events import Event, Fork, Pagefault, Remap, Remove, UnknownEvent, Unmap
 from pyuffd._uffd import FillResult, Userfaultfd
 
 if TYPE_CHECKING:

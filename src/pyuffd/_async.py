@@ -7,9 +7,9 @@ import os
 import threading
 from typing import TYPE_CHECKING, Self
 
-from pyuffd._abi import Event, Pagefault
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import EventsBusyError
+from pyuffd._events import Event, Pagefault
 
 if TYPE_CHECKING:
     from pyuffd._uffd import Userfaultfd

@@ -7,8 +7,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from pyuffd import lowlevel
-from pyuffd._abi import Event, Fork, Pagefault, RegisterMode
+from pyuffd._abi import RegisterMode
 from pyuffd._errors import EventsBusyError
+from pyuffd._events import Event, Fork, Pagefault
 from pyuffd._pages import PAGE_SIZE, round_down
 
 if TYPE_CHECKING:

@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING, Self
 
 from pyuffd import _fork_writes, _memory, lowlevel
 from pyuffd._abi import (
-    MESSAGE_SIZE,
     USER_MODE_ONLY,
     ContinueMode,
     CopyMode,
-    Event,
     EventCode,
     Feature,
-    Fork,
     Ioctl,
     MoveMode,
     PoisonMode,
@@ -30,9 +27,6 @@ from pyuffd._abi import (
     RwprotectMode,
     WriteprotectMode,
     ZeropageMode,
-    fork_fd,
-    message_code,
-    parse_event,
 )
 from pyuffd._arguments import (
     FD_LIMIT,
@@ -51,6 +45,7 @@ from pyuffd._errors import (
     UnsupportedFeatureError,
 )
 from pyuffd._event_claims import EventClaims, Owner
+from pyuffd._events import MESSAGE_SIZE, Event, Fork, fork_fd, message_code, parse_event
 from pyuffd._left import LeftBehind, Number, check_target, tidy
 from pyuffd._opening import negotiated, open_uffd, probe_api
 from pyuffd._owned import Descriptor

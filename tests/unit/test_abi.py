@@ -38,7 +38,8 @@ from pyuffd import (
     ZeropageMode,
     lowlevel,
 )
-from pyuffd._abi import MESSAGE_SIZE, USER_MODE_ONLY, fork_fd, message_code, parse_event
+from pyuffd._abi import USER_MODE_ONLY
+from pyuffd._events import MESSAGE_SIZE, fork_fd, message_code, parse_event
 
 IOCTLS = {
     "REGISTER": 0xC020AA00,

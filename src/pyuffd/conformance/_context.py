@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 from pyuffd import _memory
-from pyuffd._abi import Event, Feature, Fork, Ioctl, PageBit, Pagefault, PagefaultFlag, RegisterMode
+from pyuffd._abi import Feature, Ioctl, PageBit, PagefaultFlag, RegisterMode
 from pyuffd._closing import SoleOwner
+from pyuffd._events import Event, Fork, Pagefault
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance import _raw, _wording

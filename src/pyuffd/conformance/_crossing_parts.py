@@ -14,9 +14,9 @@ from pyuffd._abi import (
     Feature,
     PageBit,
     RegisterMode,
-    Remap,
     WriteprotectMode,
 )
+from pyuffd._events import Remap
 from pyuffd.conformance import _page_model as model
 from pyuffd.conformance._page_model import Page
 from pyuffd.conformance._page_states import ELSEWHERE, NEW, NOTHING, SWAP, State, Subject

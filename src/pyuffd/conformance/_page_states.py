@@ -6,10 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pyuffd._abi import (
-    CopyMode,
-    Feature,
-)
+from pyuffd._abi import CopyMode, Feature
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance import _page_model as model

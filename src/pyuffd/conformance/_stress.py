@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pyuffd._abi import CopyMode, Feature, Pagefault, PagefaultFlag, RegisterMode, WriteprotectMode
+from pyuffd._abi import CopyMode, Feature, PagefaultFlag, RegisterMode, WriteprotectMode
 from pyuffd._errors import PageExistsError
+from pyuffd._events import Pagefault
 from pyuffd._memory import fallocate, read, write
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._context import Context, Mismatch

@@ -15,9 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pyuffd._abi import Event, Feature, RegisterMode
+from pyuffd._abi import Feature, RegisterMode
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import HandoverError, UffdError
+from pyuffd._events import Event
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handover import Handover, HandoverRange, recv_uffd
 from pyuffd.testing import _wire

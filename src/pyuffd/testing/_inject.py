@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pyuffd._abi import Event, Feature, Remove
+from pyuffd._abi import Feature
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import PartialResolveError, UffdOSError
+from pyuffd._events import Event, Remove
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.regions import Region
 from pyuffd.sources import PageSource, Promised

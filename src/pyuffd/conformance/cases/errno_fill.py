@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyuffd import _memory
-from pyuffd._abi import Feature, RegisterMode, Remove
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._events import Remove
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Child, Context
 from pyuffd.conformance._raw import Answer

@@ -12,16 +12,8 @@ import time
 from pathlib import Path
 
 from pyuffd import _memory
-from pyuffd._abi import (
-    MESSAGE_SIZE,
-    CopyMode,
-    Event,
-    Feature,
-    Fork,
-    Ioctl,
-    RegisterMode,
-    WriteprotectMode,
-)
+from pyuffd._abi import CopyMode, Feature, Ioctl, RegisterMode, WriteprotectMode
+from pyuffd._events import MESSAGE_SIZE, Event, Fork
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import case

@@ -7,7 +7,8 @@ import mmap
 import os
 from collections.abc import Callable
 
-from pyuffd._abi import Feature, RegisterMode, Remove, WriteprotectMode
+from pyuffd._abi import Feature, RegisterMode, WriteprotectMode
+from pyuffd._events import Remove
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._types import ALL, HUGETLB, wp_features

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyuffd._abi import Event, Feature, Fork, RegisterMode, Remap, Remove, Unmap
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._events import Event, Fork, Remap, Remove, Unmap
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import WAIT_S, Access, Context

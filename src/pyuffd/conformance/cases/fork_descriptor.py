@@ -13,16 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyuffd._abi import (
-    MESSAGE_SIZE,
-    Feature,
-    Fork,
-    RegisterMode,
-    Remap,
-    Remove,
-    Unmap,
-    WriteprotectMode,
-)
+from pyuffd._abi import Feature, RegisterMode, WriteprotectMode
+from pyuffd._events import MESSAGE_SIZE, Fork, Remap, Remove, Unmap
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import case

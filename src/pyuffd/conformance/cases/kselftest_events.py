@@ -7,17 +7,8 @@ import mmap
 import os
 import select
 
-from pyuffd._abi import (
-    CopyMode,
-    Event,
-    Feature,
-    Pagefault,
-    PagefaultFlag,
-    RegisterMode,
-    Remap,
-    Remove,
-    WriteprotectMode,
-)
+from pyuffd._abi import CopyMode, Feature, PagefaultFlag, RegisterMode, WriteprotectMode
+from pyuffd._events import Event, Pagefault, Remap, Remove
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import Variant, case

@@ -8,15 +8,8 @@ import mmap
 import os
 
 from pyuffd import _memory
-from pyuffd._abi import (
-    Event,
-    Feature,
-    PageCategory,
-    Pagefault,
-    PagefaultFlag,
-    RegisterMode,
-    RwprotectMode,
-)
+from pyuffd._abi import Feature, PageCategory, PagefaultFlag, RegisterMode, RwprotectMode
+from pyuffd._events import Event, Pagefault
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context, Monitor
 from pyuffd.conformance._pin import Pin, needs_pin, syscall

@@ -10,15 +10,14 @@ from pyuffd import _memory
 from pyuffd._abi import (
     ContinueMode,
     CopyMode,
-    Event,
     Feature,
     Ioctl,
     MoveMode,
-    Pagefault,
     PoisonMode,
     RegisterMode,
     WriteprotectMode,
 )
+from pyuffd._events import Event, Pagefault
 from pyuffd._memory import Interrupted
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context, Monitor

@@ -9,7 +9,8 @@ import select
 import time
 from collections.abc import Callable
 
-from pyuffd._abi import MESSAGE_SIZE, Feature, RegisterMode, Remove
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._events import MESSAGE_SIZE, Remove
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
 from pyuffd.conformance._types import SMALL, missing_features

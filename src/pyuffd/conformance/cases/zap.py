@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pyuffd import _memory
-from pyuffd._abi import Feature, RegisterMode, Remap
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._events import Remap
 from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Access, Context
 from pyuffd.conformance._pin import syscall
