@@ -99,6 +99,9 @@ class _Lib:
     UFFD_MAP_EXECUTE: int
     UFFD_MAP_SHARED: int
     UFFD_PACKED: int
+    UFFD_IMAGE_OWN: int
+    UFFD_IMAGE_ALL: int
+    UFFD_IMAGE_OVERWRITE: int
     UFFD_FRAME_MOST: int
     UFFD_MAPS_ANONYMOUS: int
     UFFD_MAPS_SHARED: int
@@ -325,6 +328,34 @@ class _Lib:
         /,
     ) -> int: ...
     def uffd_remote_same_memory(self, pid: int, other_pid: int, /) -> int: ...
+    def uffd_image_copy(
+        self,
+        pid: int,
+        mem_fd: int,
+        vec: CData,
+        count: int,
+        pieces: CData,
+        pieces_count: int,
+        fd: int,
+        flags: int,
+        zero_ret: CData,
+        lost_ret: CData,
+        done_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_image_scan(
+        self,
+        pagemap_fd: int,
+        pieces: CData,
+        what: CData,
+        count: int,
+        unprotected: int,
+        ranges_ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_image_differ(
+        self, a: CData, b: CData, length: int, start: int, ranges_ret: CData, /
+    ) -> int: ...
     UFFD_ATTACH_BEGIN: int
     UFFD_ATTACH_SEIZED: int
     UFFD_ATTACH_STOPPED: int

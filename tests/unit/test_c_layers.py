@@ -23,7 +23,7 @@ FLOORS = [
     {"uffd_owned", "access/access"},
     {"dirty/ranges", "remote/maps"},
     {"dirty/round", "remote/memory", "remote/trace", "remote/frame"},
-    {"remote/inject", "remote/stopped"},
+    {"remote/inject", "remote/stopped", "snapshot/image"},
     {"remote/attach"},
     {"engine/base", "engine/alloc", "engine/runs"},
     {"engine/barrier", "engine/fill", "engine/file", "engine/placement"},

@@ -26,10 +26,10 @@ LAYERS = [
     },
     {"cli", "__main__", ""},
 ]
-# Within a layer: the suite is built on the kit, tracking on looking at processes.
-BELOW = {"testing": "conformance", "remote": "dirty"}
+# Within a layer: the suite is built on the kit; snapshots on tracking, which is built on `Process`.
+BELOW = {"testing": "conformance", "remote": "dirty", "dirty": "snapshot"}
 MAY_IMPORT_SHIM = {
-    *("_abi", "_owned", "lowlevel", "_memory", "_remote_calls", "_dirty_calls"),
+    *("_abi", "_owned", "lowlevel", "_memory", "_remote_calls", "_dirty_calls", "_image_calls"),
     *("handlers._engine", "handlers._engine_pages", "handlers._types"),
 }
 MAY_NOT_IMPORT_LOWLEVEL = LAYERS[5] | LAYERS[6] - {""}

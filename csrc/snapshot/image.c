@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "dirty/ranges.h"
+#include "snapshot/image.h"
+#include "uffd_transfer.h"
+
+#define PAGE 4096u
+#define BATCH 512u /* iovecs a call; the kernel's limit is 1024 */
+#define STEP (1u << 20) /* bytes through the buffer; stays in the cache */
+
+struct image {
+	int32_t pid;
+	int mem_fd;
+	const struct uffd_image_piece *pieces;
+	uint64_t pieces_count;
+	int fd;
+	uint32_t flags;
+	struct uffd_page_ranges *zero;
+	struct uffd_page_ranges *lost;
+};
+
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static bool is_zero(const void *page)
+{
+	const uint64_t *word = page;
+
+	for (unsigned int i = 0; i < PAGE / sizeof(*word); i += 8)
+		if (word[i] | word[i + 1] | word[i + 2] | word[i + 3] | word[i + 4] |
+		    word[i + 5] | word[i + 6] | word[i + 7])
+			return false;
+	return true;
+}
+
+/* The piece that holds an address, or NULL. */
+static const struct uffd_image_piece *piece_at(const struct uffd_image_piece *pieces,
+					       uint64_t count, uint64_t address)
+{
+	uint64_t low = 0, high = count;
+
+	while (low < high) {
+		uint64_t middle = (low + high) / 2;
+
+		if (pieces[middle].end <= address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < count && pieces[low].start <= address ? &pieces[low] : NULL;
+}
+
+static int write_at(int fd, const char *data, uint64_t length, uint64_t offset)
+{
+	uint64_t done = 0;
+	int ret;
+
+	do
+		ret = uffd_transfer_write(fd, (int64_t)offset, data, length, &done);
+	while (ret == -EINTR);
+	return ret;
+}
+
+/* Write pages that are at an address; runs of pages that are not zeros, one call each. */
+static int put(const struct image *image, uint64_t address, const void *data, uint64_t length)
+{
+	const char *from = data;
+	uint64_t at = 0;
+	int ret = 0;
+
+	while (!ret && at < length) {
+		const struct uffd_image_piece *piece = piece_at(image->pieces, image->pieces_count,
+							       address + at);
+		bool zero = is_zero(from + at);
+		uint64_t stop = at, limit;
+
+		if (!piece)
+			return -EINVAL;
+		limit = min_u64(length, piece->end - address);
+		do
+			stop += PAGE;
+		while (stop < limit && is_zero(from + stop) == zero);
+		if (zero)
+			ret = uffd_ranges_append(image->zero, address + at, address + stop);
+		if (!ret && (!zero || image->flags & UFFD_IMAGE_OVERWRITE))
+			ret = write_at(image->fd, from + at, stop - at,
+				       piece->offset + (address + at - piece->start));
+		at = stop;
+	}
+	return ret;
+}
+
+/* Ranges, from a place in one of them on. */
+struct place {
+	const struct uffd_page_region *vec;
+	uint64_t count;
+	uint64_t at;
+	uint64_t inside;
+};
+
+static uint64_t address_of(const struct place *place)
+{
+	return place->vec[place->at].start + place->inside;
+}
+
+static uint64_t rest_of_range(const struct place *place)
+{
+	return place->vec[place->at].end - address_of(place);
+}
+
+static void advance(struct place *place, uint64_t bytes)
+{
+	while (bytes) {
+		uint64_t rest = rest_of_range(place), step = min_u64(bytes, rest);
+
+		place->inside += step;
+		bytes -= step;
+		if (step == rest) {
+			place->at++;
+			place->inside = 0;
+		}
+	}
+}
+
+/* One page that process_vm_readv(2) cannot read. */
+static int read_other_way(const struct image *image, uint64_t address, char *target)
+{
+	ssize_t n = image->mem_fd < 0 ? -1 :
+					pread(image->mem_fd, target, PAGE, (off_t)address);
+
+	if (n == PAGE)
+		return 0;
+	memset(target, 0, PAGE);
+	return uffd_ranges_append(image->lost, address, address + PAGE);
+}
+
+/* Fill the buffer from a place on; bytes_ret: whole pages. */
+static int read_batch(const struct image *image, const struct place *place, char *buffer,
+		      uint64_t *bytes_ret)
+{
+	struct iovec here = { buffer, 0 }, there[BATCH];
+	struct place next = *place;
+	size_t used = 0;
+	ssize_t n;
+
+	while (used < BATCH && next.at < next.count && here.iov_len < STEP) {
+		uint64_t bytes = min_u64(rest_of_range(&next), STEP - here.iov_len);
+
+		there[used++] = (struct iovec){ (void *)(uintptr_t)address_of(&next), bytes };
+		here.iov_len += bytes;
+		advance(&next, bytes);
+	}
+	n = process_vm_readv(image->pid, &here, 1, there, used, 0);
+	if (n >= (ssize_t)PAGE) {
+		*bytes_ret = (uint64_t)n / PAGE * PAGE;
+		return 0;
+	}
+	if (n < 0 && errno != EFAULT)
+		return -errno;
+	*bytes_ret = PAGE;
+	return read_other_way(image, address_of(place), buffer);
+}
+
+/* Write what is in the buffer, and go on behind it. */
+static int write_batch(const struct image *image, struct place *place, const char *buffer,
+		       uint64_t bytes)
+{
+	uint64_t at = 0;
+	int ret = 0;
+
+	while (!ret && at < bytes) {
+		uint64_t length = min_u64(bytes - at, rest_of_range(place));
+
+		ret = put(image, address_of(place), buffer + at, length);
+		at += length;
+		advance(place, length);
+	}
+	return ret;
+}
+
+int uffd_image_copy(int32_t pid, int mem_fd, const struct uffd_page_region *vec, uint64_t count,
+		    const struct uffd_image_piece *pieces, uint64_t pieces_count, int fd,
+		    uint32_t flags, struct uffd_page_ranges *zero_ret,
+		    struct uffd_page_ranges *lost_ret, uint64_t *done_ret)
+{
+	struct image image = { pid, mem_fd, pieces, pieces_count, fd, flags, zero_ret, lost_ret };
+	struct place place = { .vec = vec, .count = count };
+	char *buffer = malloc(STEP);
+	int ret = buffer ? 0 : -ENOMEM;
+
+	*done_ret = 0;
+	while (!ret && place.at < place.count) {
+		uint64_t bytes = 0;
+
+		ret = read_batch(&image, &place, buffer, &bytes);
+		if (!ret)
+			ret = write_batch(&image, &place, buffer, bytes);
+		if (!ret)
+			*done_ret += bytes;
+	}
+	free(buffer);
+	return ret;
+}
+
+int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const uint32_t *what,
+		    uint64_t count, uint32_t unprotected, struct uffd_page_ranges *ranges_ret)
+{
+	struct uffd_page_ranges found = { 0 };
+	int ret = 0;
+
+	for (uint64_t i = 0; !ret && i < count; i++) {
+		struct uffd_pm_scan_arg arg = {
+			.start = pieces[i].start,
+			.end = pieces[i].end,
+			.vec_len = UINT64_MAX,
+			.category_anyof_mask = UFFD_PAGE_IS_PRESENT | UFFD_PAGE_IS_SWAPPED,
+		};
+		uint64_t walked = 0;
+
+		if (what[i] == UFFD_IMAGE_OWN) {
+			arg.category_mask |= UFFD_PAGE_IS_FILE;
+			arg.category_inverted |= UFFD_PAGE_IS_FILE;
+		}
+		if (unprotected)
+			arg.category_mask |= UFFD_PAGE_IS_WRITTEN;
+		found.count = 0;
+		ret = uffd_pagemap_scan_all(pagemap_fd, &arg, &found, &walked);
+		for (uint64_t k = 0; !ret && k < found.count; k++)
+			ret = uffd_ranges_append(ranges_ret, found.vec[k].start, found.vec[k].end);
+	}
+	free(found.vec);
+	return ret;
+}
+
+int uffd_image_differ(const void *a, const void *b, uint64_t length, uint64_t start,
+		      struct uffd_page_ranges *ranges_ret)
+{
+	int ret = 0;
+
+	for (uint64_t at = 0; !ret && at < length; at += PAGE)
+		if (memcmp((const char *)a + at, (const char *)b + at, min_u64(PAGE, length - at)))
+			ret = uffd_ranges_append(ranges_ret, start + at, start + at + PAGE);
+	return ret;
+}

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Another process's memory in a file: each address has its place, and pages of zeros are holes.
+ */
+#ifndef UFFD_SNAPSHOT_IMAGE_H
+#define UFFD_SNAPSHOT_IMAGE_H
+
+#include <stdint.h>
+
+#include "uffd_pagemap.h"
+
+/* Where the bytes of [start, end) are in the file.  Pieces are sorted and do not overlap. */
+struct uffd_image_piece {
+	uint64_t start;
+	uint64_t end;
+	uint64_t offset;
+};
+
+/* What counts as content of a piece, see uffd_image_scan(). */
+#define UFFD_IMAGE_OWN		0u /* pages of the process alone: anonymous, or copied on write */
+#define UFFD_IMAGE_ALL		1u /* those of the file too */
+
+/* The file may hold something at these places: write zeros too. */
+#define UFFD_IMAGE_OVERWRITE	(1u << 0)
+
+/*
+ * Copy ranges to the file.  Memory without PROT_READ is read through `mem_fd`, an open
+ * /proc/PID/mem, unless that is negative.
+ *
+ * zero_ret: pages of zeros, not written unless flags have UFFD_IMAGE_OVERWRITE.  lost_ret: pages
+ * that cannot be read; their place is treated as zeros.  done_ret: bytes done, from the beginning,
+ * also after an error.  -EINVAL: a range outside of the pieces.
+ */
+int uffd_image_copy(int32_t pid, int mem_fd, const struct uffd_page_region *vec, uint64_t count,
+		    const struct uffd_image_piece *pieces, uint64_t pieces_count, int fd,
+		    uint32_t flags, struct uffd_page_ranges *zero_ret,
+		    struct uffd_page_ranges *lost_ret, uint64_t *done_ret);
+
+/*
+ * The content of pieces that is in memory or on swap.  `what`: UFFD_IMAGE_OWN or _ALL for each.
+ * With `unprotected`, only pages without write-protection.
+ */
+int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const uint32_t *what,
+		    uint64_t count, uint32_t unprotected, struct uffd_page_ranges *ranges_ret);
+
+/*
+ * Compare pages of two buffers; append those that differ, as ranges from `start`.
+ */
+int uffd_image_differ(const void *a, const void *b, uint64_t length, uint64_t start,
+		      struct uffd_page_ranges *ranges_ret);
+
+#endif /* UFFD_SNAPSHOT_IMAGE_H */

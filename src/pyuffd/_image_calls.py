@@ -1,0 +1,88 @@
+"""Another process's memory in a file, in C (layer L2).
+
+Everything is packed and in ascending order. Every call releases the GIL.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from pyuffd._errors import raise_errno
+from pyuffd._remote_calls import take_ranges
+from pyuffd._shim import ffi, lib
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_OWN, _ALL = int(lib.UFFD_IMAGE_OWN), int(lib.UFFD_IMAGE_ALL)
+_PIECE = struct.Struct("=3Q")
+
+
+class Pieces:
+    """Where memory is in a file: (start, end, offset, whether file pages count) of each, in C."""
+
+    def __init__(self, pieces: Iterable[tuple[int, int, int, bool]]) -> None:
+        rows = sorted(pieces)
+        for before, row in pairwise(rows):
+            if row[0] < before[1]:
+                raise ValueError(f"pieces overlap at {row[0]:#x}")
+        self._count = len(rows)
+        packed = b"".join(_PIECE.pack(*row[:3]) for row in rows)
+        what = struct.pack(f"={len(rows)}I", *(_ALL if row[3] else _OWN for row in rows))
+        self._vec: Any = ffi.from_buffer("struct uffd_image_piece[]", packed)
+        self._what: Any = ffi.from_buffer("uint32_t[]", what)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def scan(self, pagemap_fd: int, *, unprotected: bool = False) -> memoryview:
+        """Return the pages that are in memory or on swap, packed; by PAGEMAP_SCAN."""
+        found = ffi.new("struct uffd_page_ranges *")
+        code = lib.uffd_image_scan(
+            pagemap_fd, self._vec, self._what, self._count, unprotected, found
+        )
+        packed = take_ranges(found)
+        if code:
+            raise_errno("PAGEMAP_SCAN", -code)
+        return packed
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a copy found, packed; `lost` pages are in `zero` too."""
+
+    zero: memoryview
+    lost: memoryview
+    bytes: int
+
+
+def copy(
+    pid: int, mem_fd: int, ranges: memoryview, pieces: Pieces, fd: int, *, overwrite: bool
+) -> Copied:
+    """Copy packed ranges to their places in a file; pages of zeros are left out."""
+    vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+    zero, lost = ffi.new("struct uffd_page_ranges *"), ffi.new("struct uffd_page_ranges *")
+    done = ffi.new("uint64_t *")
+    flags = lib.UFFD_IMAGE_OVERWRITE if overwrite else 0
+    code = lib.uffd_image_copy(
+        pid, mem_fd, vec, len(vec), pieces._vec, len(pieces), fd, flags, zero, lost, done
+    )
+    found = Copied(take_ranges(zero), take_ranges(lost), int(done[0]))
+    if code:
+        raise_errno("copying memory to a file", -code, completed=found.bytes)
+    return found
+
+
+def differ(a: Buffer, b: Buffer, start: int) -> memoryview:
+    """Return the pages in which two buffers of one length differ, as ranges from `start`."""
+    one, other = ffi.from_buffer("char[]", a), ffi.from_buffer("char[]", b)
+    found = ffi.new("struct uffd_page_ranges *")
+    code = lib.uffd_image_differ(one, other, min(len(one), len(other)), start, found)
+    packed = take_ranges(found)
+    if code:
+        raise_errno("comparing pages", -code, start)
+    return packed

@@ -1,0 +1,99 @@
+"""A program whose memory tells the instant, and what an image of it must show."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from tests._memory import PAGE
+
+MOVED_PAGES = 64
+Read = Callable[[int, int], bytes]
+
+
+def compiled(folder: Path) -> str:
+    """Compile counters.c."""
+    program = folder / "counters"
+    source = Path(__file__).parent / "counters.c"
+    subprocess.run(["cc", "-O2", "-pthread", "-o", program, source], check=True)
+    return str(program)
+
+
+class Counters:
+    """The program while it runs."""
+
+    def __init__(self, program: str, threads: int, pages: int, how: str = "") -> None:
+        self.popen = subprocess.Popen(
+            [program, str(threads), str(pages), how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        assert self.popen.stdout is not None
+        word, *addresses = self.popen.stdout.readline().split()
+        assert word == b"ready"
+        *self.areas, self.moved, self.other = (int(address, 16) for address in addresses)
+        self.pid = self.popen.pid
+        self.pages = pages
+
+    def rounds(self) -> int:
+        """Ask it how far it is; it runs."""
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
+        self.popen.stdin.write(b"\n")
+        return int(self.popen.stdout.readline())
+
+    def works_on(self) -> None:
+        """Wait until every thread has done two more rounds: none waits, none was lost."""
+        before = self.rounds()
+        while self.rounds() < before + 2:
+            assert self.popen.poll() is None
+
+    def close(self) -> None:
+        self.popen.kill()
+        self.popen.communicate()
+
+    def check(self, read: Read, lost: Callable[[int], bool] = lambda address: False) -> None:
+        """An image of one instant: at most one boundary a thread, no effect before its cause."""
+        firsts = []
+        words = []
+        for area in self.areas:
+            both = np.frombuffer(read(area, self.pages * PAGE), "<u8").reshape(self.pages, -1)
+            known = [not lost(area + index * PAGE) for index in range(self.pages)]
+            counted = both[:, 0].astype(np.int64)
+            steps = np.diff(counted[known])
+            assert set(steps.tolist()) <= {0, -1}, (hex(area), counted.tolist())
+            assert int(counted[known][0]) - int(counted[known][-1]) <= 1, counted.tolist()
+            firsts.append(int(counted[0]) if known[0] else None)
+            words.append((both[:, 1], known))
+        for index, (seen, known) in enumerate(words):
+            first = firsts[index - 1]
+            if first is not None:
+                assert int(seen[known].max()) <= first, f"thread {index} saw what is not there"
+        self.check_moved(read, lost)
+
+    def check_moved(self, read: Read, lost: Callable[[int], bool]) -> None:
+        """The memory that is moved to and fro is whole at one of its places."""
+        expected = [0x5EED + index for index in range(MOVED_PAGES)]
+        found = []
+        for address in (self.moved, self.other):
+            try:
+                data = read(address, MOVED_PAGES * PAGE)
+            except LookupError:  # not mapped at the instant
+                continue
+            found.append(np.frombuffer(data, "<u8")[:: PAGE // 8].tolist())
+        assert expected in found or any(lost(self.moved + i * PAGE) for i in range(MOVED_PAGES))
+
+
+@contextmanager
+def counters(program: str, threads: int, pages: int, how: str = "") -> Iterator[Counters]:
+    """Run it for a while."""
+    running = Counters(program, threads, pages, how)
+    try:
+        yield running
+    finally:
+        running.close()
