@@ -6,6 +6,7 @@
 #   make clean    remove what these made                     make asan     kernel tests, C with AddressSanitizer
 #   make kernel-coverage   which lines of the kernel the conformance suite reaches
 #   make kernels  the conformance suite on other kernels     make mutants  the same on kernels broken on purpose
+#   make docs     the site, in build/docs
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
 #   make engine-mutants   the tests of the pitfalls on this library, broken on purpose
 #   make test-unprivileged   the tests as another user (run by root)
@@ -48,7 +49,7 @@ TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests
 # ThreadSanitizer turns vfork() into fork(), which sends the event that this test must not see.
 TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_without_a_fork
 
-.PHONY: demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage engine-mutants clean
+.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage engine-mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -76,6 +77,10 @@ lint: $(VENV)/.installed-dev
 
 typing: $(VENV)/.installed-dev
 	$(BIN)/mypy --strict $(MYPY_ARGS)
+
+# Warnings are errors: a link without a target, a page that no other page leads to, a docstring that does not parse.
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto docs build/docs
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.run
@@ -106,7 +111,7 @@ mutants: $(VENV)/.installed-test
 kernel-coverage: $(VENV)/.installed-test
 	$(BIN)/python -m tests.vm._coverage $(COVERAGE_ARGS)
 
-# Removes one fix of a pitfall at a time: docs/engine-mutants.md lists the tests that notice.
+# Removes one fix of a pitfall at a time: docs/generated/engine-mutants.md lists the tests that notice.
 engine-mutants: $(VENV)/.installed-test
 	$(BIN)/python -m tests.engine_mutants $(ENGINE_MUTANTS_ARGS)
 
@@ -138,3 +143,7 @@ $(VENV)/.installed-test: $(VENV)/.build-tools $(BUILD_INPUTS)
 $(VENV)/.installed-dev: $(VENV)/.build-tools $(BUILD_INPUTS)
 	$(INSTALL) . --group dev
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(VENV)/.installed-docs: $(VENV)/.build-tools $(BUILD_INPUTS)
+	$(INSTALL) . --group docs
+	@touch $@ $(VENV)/.installed

@@ -125,6 +125,7 @@ def residency(
     If a page moves during the call, its old or its new state may be returned.
 
     UNKNOWN are:
+
     - write-protected private pages that are not mapped (swapped or a hole), without CAP_SYS_ADMIN;
       a poisoned private page is then SWAPPED, and a poisoned shared page UNKNOWN;
     - hugetlb pages that are not mapped (resident or a hole), unless the file has either no page

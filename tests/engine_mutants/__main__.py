@@ -22,7 +22,7 @@ from pyuffd.testing import child_pids
 from tests.engine_mutants._build import UNMODIFIED, Build, Run, RunError, id_of
 from tests.engine_mutants._mutants import ROOT, Mutant, StaleMutantError, mutants, test_files
 
-PAGE = ROOT / "docs/engine-mutants.md"
+PAGE = ROOT / "docs/generated/engine-mutants.md"
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -56,7 +56,7 @@ def end_children() -> None:
 
 
 def lines(every: Sequence[Mutant], results: Sequence[Sequence[Run]], tests: int) -> Iterator[str]:
-    """Write docs/engine-mutants.md."""
+    """Write docs/generated/engine-mutants.md."""
     yield "# The library broken on purpose"
     yield ""
     yield (
@@ -86,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.engine_mutants", description=__doc__)
     parser.add_argument("--times", type=int, default=3, help="runs of each mutant (default: 3)")
     parser.add_argument("--parallel", type=int, default=1, help="mutants at a time")
-    parser.add_argument("names", nargs="*", help="only these; docs/engine-mutants.md stays")
+    parser.add_argument("names", nargs="*", help="only these; the page stays as it is")
     options = parser.parse_args()
     every = [m for m in mutants() if not options.names or m.name in options.names]
     if unknown := set(options.names) - {mutant.name for mutant in every}:

@@ -1,9 +1,12 @@
-"""README.md tells what this kernel does; its programs and those of docs/ run."""
+"""README.md and docs/ tell what this kernel does, and their programs run."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import re
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +21,9 @@ from pyuffd import (
     Userfaultfd,
     probe,
 )
-from pyuffd.testing import MEMORY_TYPES, needs
+from pyuffd.testing import MEMORY_TYPES, needs, needs_privilege
+from pyuffd.testing._needs import needs_kernel_faults
+from pyuffd.testing._run import Expect
 from tests import _readme
 from tests._child import run_child
 from tests._memory import Memory
@@ -49,10 +54,37 @@ ALL_OF_IT = (
 # The kernel sets the bit for shmem too, but the ioctl fails with EINVAL.
 BIT_WITHOUT_OPERATION = {("MOVE", "shmem"), ("MOVE", "shmem-private")}
 
+# A program of a page is a file in a folder of its own, as if a reader had saved it.
+RUN = """
+import os, runpy, sys
+os.chdir({folder!r})
+sys.argv = ["program.py"]
+runpy.run_path("program.py", run_name="__main__")
+"""
+# What differs from run to run.
+VARIES = re.compile(r"0x[0-9a-f]+|\b\d+(?:\.\d+)?\b")
+HANG_S = 1.0
+EXPECTED: dict[str, Expect] = {"": 0, "error": 1, "hangs": "timeout"}
+# Beside these there are Sphinx's directives, in braces.
+KNOWN_FENCES = {"python", "py", "text", "c", "json", "yaml"}
+
+
+def marks(program: _readme.Program) -> list[pytest.MarkDecorator]:
+    """Return what a program needs, from the names in the comment before it."""
+    return [
+        needs_kernel_faults()
+        if name == "kernel-faults"
+        else needs_privilege(name)
+        if name.startswith("CAP_")
+        else needs(Feature[name])
+        for name in program.needs
+    ]
+
+
 PROGRAMS = [
-    pytest.param(source, id=f"{page.name}-{number}")
+    pytest.param(program, id=f"{page.relative_to(_readme.ROOT)}-{number}", marks=marks(program))
     for page in _readme.PAGES
-    for number, source in enumerate(_readme.programs(page))
+    for number, program in enumerate(_readme.programs(page))
 ]
 
 
@@ -118,10 +150,37 @@ def do(operation: str, memory: Memory) -> str:
     return "yes"
 
 
+def ends(program: _readme.Program) -> Expect:
+    """Return how the child is expected to end."""
+    if program.ends in EXPECTED:
+        return EXPECTED[program.ends]
+    return -signal.Signals[program.ends]
+
+
 def test_there_is_a_program() -> None:
     assert len(_readme.programs(_readme.README)) >= 1
 
 
-@pytest.mark.parametrize("source", PROGRAMS)
-def test_program(source: str) -> None:
-    assert run_child(source).stdout
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program(program: _readme.Program, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(program.source)
+    result = run_child(
+        RUN.format(folder=str(tmp_path)),
+        budget_s=HANG_S if program.ends == "hangs" else 10,
+        expect=ends(program),
+    )
+    found = [VARIES.sub("N", line) for line in (result.stdout + result.stderr).splitlines()]
+    assert found or program.ends
+    for line in program.output:
+        expected = VARIES.sub("N", line)
+        assert expected in found, f"not printed: {line}\n{result.stdout}{result.stderr}"
+        del found[: found.index(expected) + 1]
+
+
+def test_an_unknown_fence_is_no_program_that_nobody_runs() -> None:
+    """Blocks of Python are `python` and run here, or `py` and run by test_testing_kit.py."""
+    for page in _readme.PAGES:
+        fences = set(re.findall(r"^\s*```([^{\s]\S*)", page.read_text(), re.MULTILINE))
+        assert fences <= KNOWN_FENCES, page
+        if "py" in fences:
+            assert page.name == "testing.md"

@@ -1,4 +1,4 @@
-"""The GIL table of README.md: each cell is tried.
+"""The GIL table of docs/concepts/gil.md: each cell is tried.
 
 A cell that says "hangs" is tried in a child of its own, which has to be killed; the others of a
 column share a child.

@@ -1,7 +1,7 @@
 """Which lines and branches of the kernel the conformance suite reaches.
 
 A small kernel counts in the files that matter (CONFIG_GCOV_KERNEL), runs the suite, and its counts
-become docs/kernel-coverage.md. What is not reached has a reason in unreached.toml.
+become docs/generated/kernel-coverage.md. What is not reached has a reason in unreached.toml.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from tests.vm import _debian, _image, _run
 from tests.vm._mutants import SERIES, Builder, BuildError
 
-PAGE = _image.ROOT / "docs/kernel-coverage.md"
+PAGE = _image.ROOT / "docs/generated/kernel-coverage.md"
 OUTPUT = _image.ROOT / "build/kernel-coverage"
 REASONS = Path(__file__).with_name("unreached.toml")
 CONFIG = "CONFIG_GCOV_KERNEL=y\n"
@@ -204,7 +204,7 @@ def stale(sources: Sequence[Source]) -> list[tuple[str, str, str]]:
 
 
 def page(sources: Sequence[Source], release: str, ended: str) -> str:
-    """Return docs/kernel-coverage.md."""
+    """Return docs/generated/kernel-coverage.md."""
     return "\n".join(_lines(sources, release, ended)) + "\n"
 
 

@@ -13,7 +13,7 @@ from pyuffd.conformance import Result as CaseResult
 from tests.vm import _debian, _image, _run
 
 VERSIONS = ("5.10", "6.1", "6.12", "6.18", "7.3")
-PAGE = _image.ROOT / "docs/kernel-matrix.md"
+PAGE = _image.ROOT / "docs/generated/kernel-matrix.md"
 OUTPUT = _image.ROOT / "build/kernels"
 
 # A distribution's kernel under emulation.
@@ -69,7 +69,7 @@ def run(version: str, arguments: Sequence[str]) -> Column:
 
 
 def page(columns: Sequence[Column]) -> str:
-    """Return docs/kernel-matrix.md."""
+    """Return docs/generated/kernel-matrix.md."""
     return "\n".join(_lines(columns)) + "\n"
 
 
@@ -78,7 +78,8 @@ def _lines(columns: Sequence[Column]) -> Iterator[str]:
     yield ""
     yield (
         "Written by `make kernels`; do not edit. Debian's kernels in QEMU guests without hardware "
-        "virtualisation; `tests/vm/run 6.12` repeats one. docs/conformance.md describes the cases."
+        "virtualisation; `tests/vm/run 6.12` repeats one. docs/generated/conformance.md describes "
+        "the cases."
     )
     yield ""
     yield "| | " + " | ".join(column.version for column in columns) + " |"

@@ -26,7 +26,7 @@ from pyuffd.conformance import Report
 from tests.vm import _debian, _image, _run
 
 PATCHES = _image.ROOT / "tests/vm/mutants"
-PAGE = _image.ROOT / "docs/mutants.md"
+PAGE = _image.ROOT / "docs/generated/mutants.md"
 OUTPUT = _image.ROOT / "build/mutants"
 FRAGMENT = PATCHES / "kernel.config"
 SERIES = "6.12"
@@ -246,7 +246,7 @@ def verdicts(patches: Sequence[Mutant], outcomes: Sequence[Outcome]) -> list[str
 
 
 def page(patches: Sequence[Mutant], outcomes: Sequence[Outcome]) -> str:
-    """Return docs/mutants.md."""
+    """Return docs/generated/mutants.md."""
     return "\n".join(_lines(patches, outcomes)) + "\n"
 
 
@@ -297,7 +297,7 @@ def main() -> int:
     parser.add_argument("--unmodified", action="store_true", help="the kernel without a patch only")
     parser.add_argument("--cpus", type=int, default=1, help="of a guest")
     parser.add_argument(
-        "names", nargs="*", help="some mutants only; docs/mutants.md stays as it is"
+        "names", nargs="*", help="some mutants only; docs/generated/mutants.md stays as it is"
     )
     options = parser.parse_args()
     is_usual = not options.names and not options.unmodified and options.cpus == 1

@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     run_.add_argument("--slow", action="store_true", help="run the slow cases too")
     run_.add_argument("pytest_args", nargs="*", metavar="ARG", help="pytest arguments, after --")
     list_ = actions.add_parser("list", help="list the cases", description="List the cases' ids.")
-    list_.add_argument("--markdown", action="store_true", help="print docs/conformance.md")
+    list_.add_argument("--markdown", action="store_true", help="print the page of all cases")
     diff = actions.add_parser(
         "diff",
         help="compare two reports",

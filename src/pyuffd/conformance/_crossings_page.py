@@ -1,4 +1,7 @@
-"""The part of docs/conformance.md about the crossings: what comes of each, and what cannot be."""
+"""The part of docs/generated/conformance.md about the crossings.
+
+What comes of each, and what cannot be.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the suite does not check, and why not; for docs/conformance.md."""
+"""What the suite does not check, and why not; for docs/generated/conformance.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/conformance.md, from the cases."""
+"""docs/generated/conformance.md, from the cases."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The kernel's own selftests, result by result, as ids of this suite.
 
-From the selftests of Linux 7.3, for docs/conformance.md; a test sees to it that every id exists.
+From the selftests of Linux 7.3, for docs/generated/conformance.md; a test sees to it that every id
+exists.
 """
 
 from __future__ import annotations

@@ -1,0 +1,64 @@
+"""What is public is what the reference pages in docs/reference/ describe: no name more or less."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import re
+from collections import Counter
+from types import ModuleType
+
+import pytest
+
+import pyuffd
+import pyuffd.testing
+from pyuffd import UffdOSError
+from pyuffd._errors import raise_errno
+from tests import _readme
+
+DESCRIBED = re.compile(
+    r"^\.\. (?:autoclass|autofunction|autodata|py:data):: ([\w.]+)", re.MULTILINE
+)
+PAGES = sorted((_readme.DOCS / "reference").glob("*.md"))
+
+
+def described() -> Counter[str]:
+    """Return how many times each name is described."""
+    return Counter(name for page in PAGES for name in DESCRIBED.findall(page.read_text()))
+
+
+@pytest.mark.parametrize("module", [pyuffd, pyuffd.testing])
+def test_every_public_name_has_its_place_in_the_reference(module: ModuleType) -> None:
+    """A new public name gets a directive in the page of its topic; one that goes loses it."""
+    names = {f"{module.__name__}.{name}" for name in module.__all__}
+    found = {name for name in described() if name.rpartition(".")[0] == module.__name__}
+    assert found == names
+
+
+def test_no_name_is_described_twice() -> None:
+    assert [name for name, count in described().items() if count > 1] == []
+
+
+def test_public_names_do_not_overlap_with_private_modules() -> None:
+    assert [name for name in pyuffd.__all__ if name.startswith("_")] == []
+
+
+def test_every_class_is_described_with_its_members() -> None:
+    """A page with autoclass alone would leave its methods out."""
+    bare = re.compile(r"^\.\. autoclass:: ([\w.]+)\n(?!   :members:)", re.MULTILINE)
+    assert [name for page in PAGES for name in bare.findall(page.read_text())] == []
+
+
+def test_the_table_of_errnos() -> None:
+    table = _readme.table("errno")
+    named = {row for row in table if hasattr(errno, row)}
+    for row in named:
+        with pytest.raises(UffdOSError) as raised:
+            raise_errno("ioctl", getattr(errno, row))
+        cells = table[row]
+        assert cells["exception"] == f"`{type(raised.value).__name__}`"
+        assert isinstance(raised.value, getattr(builtins, cells["also"]))
+    for name in set(errno.errorcode.values()) - named:
+        with pytest.raises(UffdOSError) as raised:
+            raise_errno("ioctl", getattr(errno, name))
+        assert type(raised.value) is UffdOSError, name
