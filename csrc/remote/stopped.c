@@ -26,7 +26,9 @@ struct thread {
 struct uffd_stopped {
 	pthread_t tracer;
 	sem_t ready;
-	sem_t release;
+	sem_t wake;
+	/* What the tracer is woken for; NULL: to let the threads go. */
+	struct uffd_register_sets *wanted;
 	const int32_t *pids;
 	uint32_t pids_count;
 	uint64_t until_ns;
@@ -210,6 +212,22 @@ static void let_go(struct uffd_stopped *stopped)
 	}
 }
 
+static int read_registers(struct uffd_stopped *stopped, struct uffd_register_sets *sets)
+{
+	int ret = 0;
+
+	for (uint32_t i = 0; !ret && i < stopped->count; i++) {
+		const struct thread *thread = &stopped->threads[i];
+
+		stopped->tid = thread->tid;
+		ret = thread->is_held ? uffd_registers_append(sets, thread->tid) :
+					uffd_registers_append_waiting(sets, thread->tid);
+		if (ret == -ESRCH)
+			ret = 0;
+	}
+	return ret;
+}
+
 static void *trace(void *argument)
 {
 	struct uffd_stopped *stopped = argument;
@@ -222,8 +240,14 @@ static void *trace(void *argument)
 		return NULL;
 	}
 	sem_post(&stopped->ready);
-	while (sem_wait(&stopped->release))
-		;
+	for (;;) {
+		while (sem_wait(&stopped->wake))
+			;
+		if (!stopped->wanted)
+			break;
+		stopped->error = read_registers(stopped, stopped->wanted);
+		sem_post(&stopped->ready);
+	}
 	let_go(stopped);
 	return NULL;
 }
@@ -231,7 +255,7 @@ static void *trace(void *argument)
 static void destroy(struct uffd_stopped *stopped)
 {
 	sem_destroy(&stopped->ready);
-	sem_destroy(&stopped->release);
+	sem_destroy(&stopped->wake);
 	free(stopped->threads);
 	free(stopped);
 }
@@ -255,7 +279,7 @@ int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
 	stopped->pids_count = count;
 	stopped->until_ns = begin + limit_ns;
 	sem_init(&stopped->ready, 0, 0);
-	sem_init(&stopped->release, 0, 0);
+	sem_init(&stopped->wake, 0, 0);
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	ret = -pthread_create(&stopped->tracer, NULL, trace, stopped);
@@ -279,11 +303,24 @@ int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
 	return 0;
 }
 
+int uffd_stopped_registers(struct uffd_stopped *stopped, struct uffd_register_sets *sets_ret)
+{
+	*sets_ret = (struct uffd_register_sets){ 0 };
+	stopped->wanted = sets_ret;
+	sem_post(&stopped->wake);
+	while (sem_wait(&stopped->ready))
+		;
+	stopped->wanted = NULL;
+	if (stopped->error)
+		uffd_registers_free(sets_ret);
+	return stopped->error;
+}
+
 void uffd_stopped_release(struct uffd_stopped *stopped)
 {
 	if (!stopped)
 		return;
-	sem_post(&stopped->release);
+	sem_post(&stopped->wake);
 	pthread_join(stopped->tracer, NULL);
 	destroy(stopped);
 }

@@ -10,6 +10,8 @@
 
 #include <stdint.h>
 
+#include "remote/registers.h"
+
 struct uffd_stopped;
 
 /*
@@ -21,6 +23,12 @@ struct uffd_stopped;
 int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
 			struct uffd_stopped **stopped_ret, int32_t *tid_ret, uint32_t *threads_ret,
 			uint64_t *ns_ret);
+
+/*
+ * The registers of all of them, in the order of the lists.  A thread that has ended meanwhile
+ * (SIGKILL) is left out; one that waits in vfork(2) has UFFD_REGISTERS_PARTIAL.
+ */
+int uffd_stopped_registers(struct uffd_stopped *stopped, struct uffd_register_sets *sets_ret);
 
 /* Let them continue, and free it; may be NULL. */
 void uffd_stopped_release(struct uffd_stopped *stopped);

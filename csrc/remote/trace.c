@@ -19,6 +19,7 @@
 /* A stop comes within microseconds; after that its thread waits for a CPU, or does not stop. */
 #define SPIN_NS 300000
 #define NAP_NS 50000
+#define PEEKED 8 /* pending signals read at once */
 
 static int result(long r)
 {
@@ -125,6 +126,14 @@ int uffd_trace_set_regs(pid_t tid, const struct user_regs_struct *regs)
 	return result(ptrace(PTRACE_SETREGSET, tid, NT_PRSTATUS, &vec));
 }
 
+int uffd_trace_get_fpregs(pid_t tid, struct user_fpregs_struct *regs_ret)
+{
+	struct iovec vec = { regs_ret, sizeof(*regs_ret) };
+	int ret = result(ptrace(PTRACE_GETREGSET, tid, NT_PRFPREG, &vec));
+
+	return ret ? ret : vec.iov_len == sizeof(*regs_ret) ? 0 : -ENOEXEC;
+}
+
 int uffd_trace_get_mask(pid_t tid, uint64_t *mask_ret)
 {
 	return result(ptrace(PTRACE_GETSIGMASK, tid, sizeof(*mask_ret), mask_ret));
@@ -153,6 +162,28 @@ static bool signal_is_pending(pid_t tid)
 		return true;
 	args.flags = PTRACE_PEEKSIGINFO_SHARED;
 	return ptrace(PTRACE_PEEKSIGINFO, tid, &args, &info) > 0;
+}
+
+int uffd_trace_get_signals(pid_t tid, int32_t *stop_signal_ret, uint64_t *pending_ret)
+{
+	siginfo_t info[PEEKED];
+	struct __ptrace_peeksiginfo_args args = { .nr = PEEKED };
+	int n;
+
+	*stop_signal_ret = 0;
+	*pending_ret = 0;
+	if (ptrace(PTRACE_GETSIGINFO, tid, 0, &info[0]))
+		return -errno;
+	/* A stop of ptrace's own tells the signal that has stopped the process, or SIGTRAP. */
+	if (info[0].si_signo != SIGTRAP && info[0].si_code >> 8 == EVENT_STOP)
+		*stop_signal_ret = info[0].si_signo;
+	while ((n = (int)ptrace(PTRACE_PEEKSIGINFO, tid, &args, info)) > 0) {
+		for (int i = 0; i < n; i++)
+			if (info[i].si_signo >= 1 && info[i].si_signo <= 64)
+				*pending_ret |= 1ull << (info[i].si_signo - 1);
+		args.off += (uint64_t)n;
+	}
+	return n < 0 && errno == ESRCH ? -ESRCH : 0;
 }
 
 static bool waits_without_limit(const struct user_regs_struct *regs)

@@ -40,10 +40,17 @@ int uffd_trace_detach(pid_t tid);
 
 int uffd_trace_get_regs(pid_t tid, struct user_regs_struct *regs_ret);
 int uffd_trace_set_regs(pid_t tid, const struct user_regs_struct *regs);
+int uffd_trace_get_fpregs(pid_t tid, struct user_fpregs_struct *regs_ret);
 int uffd_trace_get_mask(pid_t tid, uint64_t *mask_ret);
 int uffd_trace_set_mask(pid_t tid, uint64_t mask);
 /* The extended state in the format of XSAVE; length: in and out. */
 int uffd_trace_get_xstate(pid_t tid, void *buffer, uint64_t *length);
+
+/*
+ * The signal that has stopped a stopped thread's process, or 0; and the signals that wait for the
+ * thread alone, bit 0 is signal 1.
+ */
+int uffd_trace_get_signals(pid_t tid, int32_t *stop_signal_ret, uint64_t *pending_ret);
 
 /*
  * After an interruption without a signal, some system calls return EINTR and others are restarted

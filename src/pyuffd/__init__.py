@@ -85,7 +85,17 @@ if TYPE_CHECKING:
     )
     from pyuffd.pagemap import PageEntries, Pagemap, PageRange, PageRanges, ScanResult
     from pyuffd.regions import Region, RegionKind
-    from pyuffd.remote import Copied, Mapping, MappingKind, Mappings, Process, Thread
+    from pyuffd.remote import (
+        Copied,
+        Mapping,
+        MappingKind,
+        Mappings,
+        Process,
+        RegisterSet,
+        Stop,
+        Thread,
+    )
+    from pyuffd.snapshot import CoreFile, write_core
     from pyuffd.sources import (
         PROMISED,
         AsyncSource,
@@ -111,7 +121,8 @@ else:
         " listen_unix recv_uffd recv_uffd_async send_uffd send_uffd_async",
         "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
         "regions": "Region RegionKind",
-        "remote": "Copied Mapping MappingKind Mappings Process Thread",
+        "remote": "Copied Mapping MappingKind Mappings Process RegisterSet Stop Thread",
+        "snapshot": "CoreFile write_core",
         "sources": "PROMISED AsyncSource BufferSource CallableSource FileSource PageSource"
         " Promised ZeroSource",
     }
@@ -145,6 +156,7 @@ __all__ = [
     "ContinueMode",
     "Copied",
     "CopyMode",
+    "CoreFile",
     "DirtyRound",
     "DirtyTracker",
     "Event",
@@ -201,6 +213,7 @@ __all__ = [
     "Region",
     "RegionKind",
     "RegisterMode",
+    "RegisterSet",
     "Remap",
     "Remove",
     "Residency",
@@ -209,6 +222,7 @@ __all__ = [
     "ScanResult",
     "StateRange",
     "StateRanges",
+    "Stop",
     "StopTimeoutError",
     "Thread",
     "UffdError",
@@ -233,4 +247,5 @@ __all__ = [
     "residency",
     "send_uffd",
     "send_uffd_async",
+    "write_core",
 ]

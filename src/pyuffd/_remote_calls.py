@@ -217,6 +217,27 @@ class Attach:
         return Attached(-code, point, int(cell.stopped_ns), bool(cell.by_device))
 
 
+RegisterRow = tuple[int, bool, int, int, int, bytes, bytes, bytes]
+
+
+def _register_rows(sets: Any) -> list[RegisterRow]:
+    """Return (tid, whether partial, stop signal, pending, blocked, three sets) of each thread."""
+    xstates = ffi.buffer(sets.xstates, sets.xstates_length) if sets.xstates_length else b""
+    return [
+        (
+            row.tid,
+            bool(row.flags & lib.UFFD_REGISTERS_PARTIAL),
+            row.stop_signal,
+            row.pending,
+            row.blocked,
+            bytes(ffi.buffer(row.general)),
+            bytes(ffi.buffer(row.floating)),
+            bytes(xstates[row.xstate_at : row.xstate_at + row.xstate_length]),
+        )
+        for row in sets.vec[0 : sets.count]
+    ]
+
+
 class StoppedThreads(SoleOwner):
     """Threads of other processes that stand until `close`, or until this process ends."""
 
@@ -237,6 +258,19 @@ class StoppedThreads(SoleOwner):
         self.code = -lib.uffd_stopped_create(vec, len(pids), limit_ns, self._cell, tid, threads, ns)
         self._owned = ffi.gc(self._cell[0], lib.uffd_stopped_release) if self._cell[0] else None
         self.tid, self.threads, self.ns = int(tid[0]), int(threads[0]), int(ns[0])
+
+    @property
+    def holds(self) -> bool:
+        """Whether they stand."""
+        return self._owned is not None
+
+    def registers(self) -> list[RegisterRow]:
+        """Return the registers of all that have not ended."""
+        sets = ffi.gc(ffi.new("struct uffd_register_sets *"), lib.uffd_registers_free)
+        code = lib.uffd_stopped_registers(self._owned, sets)
+        if code:
+            raise_errno("PTRACE_GETREGSET", -code)
+        return _register_rows(sets)
 
     def close(self) -> None:
         """Let them go on; may be called again."""

@@ -103,6 +103,7 @@ class _Lib:
     UFFD_IMAGE_ALL: int
     UFFD_IMAGE_OVERWRITE: int
     UFFD_FRAME_MOST: int
+    UFFD_REGISTERS_PARTIAL: int
     UFFD_MAPS_ANONYMOUS: int
     UFFD_MAPS_SHARED: int
     UFFD_MAPS_REGISTERED: int
@@ -374,6 +375,7 @@ class _Lib:
     UFFD_ATTACH_RESTORED: int
     UFFD_ATTACH_DONE: int
     def uffd_attach(self, attach: CData, fd_ret: CData, /) -> int: ...
+    def uffd_registers_free(self, sets: CData, /) -> None: ...
     def uffd_stopped_create(
         self,
         pids: CData,
@@ -385,6 +387,7 @@ class _Lib:
         ns_ret: CData,
         /,
     ) -> int: ...
+    def uffd_stopped_registers(self, stopped: CData, sets_ret: CData, /) -> int: ...
     def uffd_stopped_release(self, stopped: CData, /) -> None: ...
     UFFD_FILL_COPY: int
     UFFD_FILL_ZERO: int

@@ -148,7 +148,16 @@ def test_the_end_of_the_target() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["x"], ["1", "--interval", "0"], ["1", "--top", "0"], ["1", "--seconds", "nan"]]
+    "words",
+    [
+        [],
+        ["x"],
+        ["0"],
+        ["-1"],
+        ["1", "--interval", "0"],
+        ["1", "--top", "0"],
+        ["1", "--seconds", "nan"],
+    ],
 )
 def test_bad_arguments(words: list[str]) -> None:
     result = subprocess.run(command(*words), capture_output=True, text=True, timeout=LIMIT_S)

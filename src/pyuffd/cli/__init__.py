@@ -27,6 +27,10 @@ COMMANDS = {
         "pyuffd.cli.track",
         "show what a running process writes, by mapping, live",
     ),
+    "core": (
+        "pyuffd.cli.core",
+        "write an ELF core of a running process, which runs on",
+    ),
     "demo": (
         "pyuffd.cli.demo",
         "write a point-in-time snapshot of a running process and restore it lazily",

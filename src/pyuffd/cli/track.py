@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from pyuffd import DirtyTracker, Process, ProcessGoneError
 from pyuffd.cli._heat import Heat
+from pyuffd.cli._words import pid
 from pyuffd.cli._written import Sample, Written
 
 EXIT_MISSING = 2
@@ -42,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout is gone. A live table needs rich"
         " (pip install 'pyuffd[cli]'), --png needs matplotlib (pip install 'pyuffd[plot]').",
     )
-    parser.add_argument("pid", type=int, metavar="PID", help="the process, or one of its threads")
+    parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
     parser.add_argument(
         "--interval", type=_seconds, default=1.0, metavar="S", help="seconds a round (1)"
     )

@@ -8,5 +8,15 @@ from __future__ import annotations
 
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Copied, Process, Thread
+from pyuffd.remote._stop import RegisterSet, Stop
 
-__all__ = ["Copied", "Mapping", "MappingKind", "Mappings", "Process", "Thread"]
+__all__ = [
+    "Copied",
+    "Mapping",
+    "MappingKind",
+    "Mappings",
+    "Process",
+    "RegisterSet",
+    "Stop",
+    "Thread",
+]

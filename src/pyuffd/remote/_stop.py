@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +12,39 @@ from typing import TYPE_CHECKING
 from pyuffd import _remote_calls as calls
 from pyuffd._arguments import check_seconds
 from pyuffd._closing import Closing
-from pyuffd._errors import StopTimeoutError, raise_errno
+from pyuffd._errors import ClosedError, StopTimeoutError, raise_errno
 
 if TYPE_CHECKING:
     from pyuffd.remote._process import Process
 
 LIMIT_S = 1.0
 _ROUNDS_MOST = 5  # of processes that come to share the memory while others are stopped
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterSet:
+    """The registers of a stopped thread, as the notes of an ELF core have them.
+
+    Attributes:
+        tid: The thread.
+        partial: Whether only the registers are known that a system call keeps: the thread waits in
+            vfork(2) for its child, and cannot be stopped.
+        stop_signal: The signal that has stopped the process (SIGSTOP), or 0.
+        pending: Signals that wait for this thread alone; bit 0 is signal 1.
+        blocked: Signals that it blocks, likewise.
+        general: 27 registers of 8 bytes, as in NT_PRSTATUS.
+        floating: 512 bytes, as in NT_FPREGSET.
+        extended: The vector registers and others, as in NT_X86_XSTATE; empty if there is none.
+    """
+
+    tid: int
+    partial: bool
+    stop_signal: int
+    pending: int
+    blocked: int
+    general: bytes
+    floating: bytes
+    extended: bytes
 
 
 @dataclass(eq=False)
@@ -28,6 +55,7 @@ class Stop(Closing):
         threads: How many are stopped.
         seconds: The time needed to stop them.
         pids: The processes that were stopped: the target, and those that share its memory.
+        since: When stopping them began, by `time.monotonic`.
     """
 
     _what = "stop"
@@ -36,7 +64,23 @@ class Stop(Closing):
     threads: int
     seconds: float
     pids: tuple[int, ...]
+    since: float
     _held: calls.StoppedThreads
+
+    def registers(self) -> list[RegisterSet]:
+        """Return the registers of all stopped threads, those of `pids` behind each other.
+
+        A thread that has been killed meanwhile is left out.
+
+        Raises:
+            ClosedError: the threads run again.
+            UffdOSError: ENOEXEC - a thread runs 32-bit code.
+
+        Kernel: PTRACE_GETREGSET and PTRACE_PEEKSIGINFO of ptrace(2).  GIL: released.
+        """
+        if not self._held.holds:
+            raise ClosedError("the threads run again")
+        return [RegisterSet(*row) for row in self._held.registers()]
 
     def close(self) -> None:
         """Let all threads continue."""
@@ -54,12 +98,13 @@ def stop(process: Process, limit_s: float) -> Stop:
         if os.getpid() in pids:
             raise ValueError(f"process {process.pid} shares its memory with this process")
         held = calls.StoppedThreads()
+        since = time.monotonic()
         held.stop(pids, int(limit_s * 1e9))
         if held.code:
             _fail(process, held)
         now = sharing(process.pid)
         if set(now) <= set(pids):
-            return Stop(held.threads, held.ns / 1e9, tuple(pids), held)
+            return Stop(held.threads, held.ns / 1e9, tuple(pids), since, held)
         held.close()
         pids = now
     raise_errno(

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <cpuid.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "remote/registers.h"
+
+#define SETS_FIRST 64u
+/* Room for one thread's extended state; with AMX it has 11 KiB. */
+#define XSTATE_MOST (64u << 10)
+
+_Static_assert(sizeof(((struct uffd_registers *)0)->general) == sizeof(struct user_regs_struct),
+	       "general registers");
+_Static_assert(sizeof(((struct uffd_registers *)0)->floating) == sizeof(struct user_fpregs_struct),
+	       "floating point registers");
+
+static int grow(void **array, uint64_t *capacity, uint64_t wanted, size_t size)
+{
+	uint64_t more = *capacity ? *capacity : SETS_FIRST;
+	void *moved;
+
+	if (wanted <= *capacity)
+		return 0;
+	while (more < wanted)
+		more *= 2;
+	moved = realloc(*array, more * size);
+	if (!moved)
+		return -ENOMEM;
+	*array = moved;
+	*capacity = more;
+	return 0;
+}
+
+static int append(struct uffd_register_sets *sets, const struct uffd_registers *registers)
+{
+	int ret = grow((void **)&sets->vec, &sets->capacity, sets->count + 1, sizeof(*sets->vec));
+
+	if (!ret)
+		sets->vec[sets->count++] = *registers;
+	return ret;
+}
+
+/* Parts of the extended state behind the first 576 bytes, which are the same on all CPUs. */
+#define XSTATE_FIXED 576u
+#define XSTATE_FEATURES_AT 464u /* the kernel's note of the features that are enabled */
+#define XSTATE_CPUID 0xdu
+
+struct component {
+	uint32_t number;
+	uint32_t offset;
+	uint32_t size;
+};
+
+/* Where Intel's CPUs have them. */
+static const struct component STANDARD[] = {
+	{ 2, 576, 256 }, /* AVX */
+	{ 3, 960, 64 }, /* MPX: bounds */
+	{ 4, 1024, 64 }, /* and their configuration */
+	{ 5, 1088, 64 }, /* AVX-512: masks */
+	{ 6, 1152, 512 }, /* upper halves */
+	{ 7, 1664, 1024 }, /* further registers */
+	{ 9, 2688, 8 }, /* PKRU */
+};
+#define STANDARD_COUNT (sizeof(STANDARD) / sizeof(STANDARD[0]))
+#define STANDARD_MOST 2696u
+
+/*
+ * Where this CPU has a component; 0: unknown, or its size is another one.
+ */
+static uint32_t offset_here(const struct component *component)
+{
+	uint32_t size, offset, c, d;
+
+	if (!__get_cpuid_count(XSTATE_CPUID, component->number, &size, &offset, &c, &d))
+		return 0;
+	return size == component->size ? offset : 0;
+}
+
+/*
+ * AMD's CPUs leave no room for components that they lack, so the others are elsewhere.  Debuggers
+ * (gdb before 14) know one layout only, and drop all vector registers of a shorter state.
+ */
+static uint64_t to_standard(uint8_t *xstate, uint64_t length)
+{
+	uint8_t moved[STANDARD_MOST] = { 0 };
+	uint64_t features, end = XSTATE_FIXED;
+	int differs = 0;
+
+	if (length < XSTATE_FIXED || length > STANDARD_MOST)
+		return length;
+	memcpy(&features, xstate + XSTATE_FEATURES_AT, sizeof(features));
+	memcpy(moved, xstate, XSTATE_FIXED);
+	for (size_t i = 0; i < STANDARD_COUNT; i++) {
+		const struct component *component = &STANDARD[i];
+		uint32_t at;
+
+		if (!(features >> component->number & 1))
+			continue;
+		features &= ~(1ull << component->number);
+		at = offset_here(component);
+		if (!at || at + component->size > length)
+			return length;
+		memcpy(moved + component->offset, xstate + at, component->size);
+		end = component->offset + component->size;
+		differs |= at != component->offset;
+	}
+	/* What is left besides x87 and SSE has an unknown place. */
+	if (!differs || features & ~3ull)
+		return length;
+	memcpy(xstate, moved, end);
+	return end;
+}
+
+static int append_xstate(struct uffd_register_sets *sets, struct uffd_registers *registers)
+{
+	uint64_t at = sets->xstates_length, length = XSTATE_MOST;
+	int ret = grow((void **)&sets->xstates, &sets->xstates_capacity, at + length, 1);
+
+	if (ret)
+		return ret;
+	ret = uffd_trace_get_xstate(registers->tid, sets->xstates + at, &length);
+	if (ret)
+		return ret == -ESRCH ? ret : 0; /* a CPU without XSAVE has none */
+	registers->xstate_at = at;
+	registers->xstate_length = to_standard(sets->xstates + at, length);
+	sets->xstates_length += registers->xstate_length;
+	return 0;
+}
+
+int uffd_registers_append(struct uffd_register_sets *sets, int32_t tid)
+{
+	struct uffd_registers registers = { .tid = tid };
+	int ret = uffd_trace_get_regs(tid, (struct user_regs_struct *)registers.general);
+
+	if (!ret)
+		ret = uffd_trace_get_fpregs(tid, (struct user_fpregs_struct *)registers.floating);
+	if (!ret)
+		ret = uffd_trace_get_mask(tid, &registers.blocked);
+	if (!ret)
+		ret = uffd_trace_get_signals(tid, &registers.stop_signal, &registers.pending);
+	if (!ret)
+		ret = append_xstate(sets, &registers);
+	return ret ? ret : append(sets, &registers);
+}
+
+int uffd_registers_append_waiting(struct uffd_register_sets *sets, int32_t tid)
+{
+	struct uffd_registers registers = { .tid = tid, .flags = UFFD_REGISTERS_PARTIAL };
+	struct user_regs_struct *regs = (struct user_regs_struct *)registers.general;
+	unsigned long long number, a, b, c, d, e, f, sp, ip;
+	char path[40], text[256];
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/syscall", tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return errno == ENOENT ? -ESRCH : -errno;
+	n = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	if (n <= 0)
+		return -ESRCH;
+	text[n] = '\0';
+	if (sscanf(text, "%llu %llx %llx %llx %llx %llx %llx %llx %llx", &number, &a, &b, &c, &d,
+		   &e, &f, &sp, &ip) != 9)
+		return -ESRCH; /* it does not wait in a system call any more */
+	regs->orig_rax = number;
+	regs->rdi = a;
+	regs->rsi = b;
+	regs->rdx = c;
+	regs->r10 = d;
+	regs->r8 = e;
+	regs->r9 = f;
+	regs->rsp = sp;
+	regs->rip = ip;
+	regs->rax = (uint64_t)-ENOSYS; /* what the kernel puts there at the entry */
+	return append(sets, &registers);
+}
+
+void uffd_registers_free(struct uffd_register_sets *sets)
+{
+	free(sets->vec);
+	free(sets->xstates);
+	*sets = (struct uffd_register_sets){ 0 };
+}

@@ -1,0 +1,204 @@
+"""`pyuffd core`: an ELF core of a running process (layer L6)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from pyuffd import CoreFile, Process, write_core
+from pyuffd.cli._words import pid
+
+EXIT_TERMINATED = 143
+
+MIB = float(1 << 20)
+METHODS = ("auto", "stopped")
+# For the first line only: what a core is written with on a machine that is not busy.
+EXPECTED_RATE = 1 << 30
+RESIDENT = ("RssAnon", "RssShmem", "VmSwap")
+
+
+class _Terminated(Exception):
+    pass
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `core` command."""
+    parser = subparsers.add_parser(
+        "core",
+        description="Write an ELF core of a running process: its memory and the registers of all"
+        " its threads, of one instant. It runs on afterwards. gdb, lldb, eu-stack, drgn, pystack"
+        " and py-spy open it as they open the core of a crash.",
+        epilog="Exit status: 0 when the core is complete, 2 on an error, 130 after Ctrl-C, 143"
+        " after SIGTERM. Unless it is 0 there is no file, and the process runs on as before. The"
+        " file has mode 0600, and replaces nothing. A progress bar needs rich"
+        " (pip install 'pyuffd[cli]').",
+    )
+    parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
+    parser.add_argument("-o", "--output", metavar="FILE", help="where to put it (core.PID)")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="all memory that can be read, also what coredump_filter and MADV_DONTDUMP leave out",
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, default="auto", help="how to copy the memory (auto)"
+    )
+    parser.add_argument(
+        "--max-stall", type=_seconds, metavar="S", help="give up if it has to stand for longer"
+    )
+    parser.add_argument("--sync", action="store_true", help="wait until the file is on the disk")
+    parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1e9 seconds")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the core."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with Process(args.pid) as target:
+            path = args.output or f"core.{target.pid}"
+            if not args.json:
+                _announce(target)
+            with _bar(quiet=args.json) as progress:
+                core = write_core(
+                    target,
+                    path,
+                    method=args.method,
+                    full=args.full,
+                    max_stall_s=args.max_stall,
+                    durable=args.sync,
+                    progress=progress,
+                )
+    except _Terminated:
+        return EXIT_TERMINATED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if args.json:
+        print(json.dumps(_as_json(core)))
+    else:
+        _show(core)
+    return 0
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _announce(target: Process) -> None:
+    """Say what is stopped, and for how long it probably has to stand."""
+    size = _resident(target.pid)
+    name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace").rstrip("\n")
+    print(
+        f"process {target.pid} ({name}) has {len(target.threads())} threads and"
+        f" {size / MIB:.1f} MiB of its own; it stands while they are copied: about"
+        f" {size / EXPECTED_RATE + 0.01:.2f} s where neither CPU nor disk is busy",
+        flush=True,
+    )
+
+
+def _resident(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields[key].split()[0]) << 10 for key in RESIDENT if key in fields)
+
+
+# What is printed
+
+
+def _show(core: CoreFile) -> None:
+    rate = core.bytes / MIB / core.seconds
+    rows = [
+        ("file", core.path),
+        ("memory", f"{core.bytes / MIB:.1f} MiB with content; with holes {core.length / MIB:.1f}"),
+        ("threads", str(core.threads)),
+        ("mappings", str(core.mappings)),
+        ("pause", f"{core.pause_s:.3f} s"),
+        ("in all", f"{core.seconds:.3f} s, {rate:.0f} MiB/s"),
+        *_gaps(core),
+    ]
+    width = max(len(what) for what, _ in rows)
+    for what, text in rows:
+        print(f"{what:<{width}}  {text}")
+
+
+def _gaps(core: CoreFile) -> list[tuple[str, str]]:
+    gaps = []
+    if len(core.lost):
+        gaps.append(("not readable", f"{core.lost.bytes / MIB:.1f} MiB, zeros in the file"))
+    if core.unseen:
+        size = sum(mapping.length for mapping in core.unseen)
+        text = f"{size / MIB:.1f} MiB of shared memory, except what the process has touched"
+        gaps.append(("not seen", f"{text} (needs CAP_CHECKPOINT_RESTORE)"))
+    if core.partial:
+        tids = ", ".join(map(str, core.partial))
+        gaps.append(("registers missing", f"of threads that wait in vfork: {tids}"))
+    return gaps
+
+
+def _as_json(core: CoreFile) -> dict[str, Any]:
+    return {
+        "path": core.path,
+        "method": core.method,
+        "reason": core.reason,
+        "threads": core.threads,
+        "mappings": core.mappings,
+        "bytes": core.bytes,
+        "length": core.length,
+        "pause_s": round(core.pause_s, 6),
+        "seconds": round(core.seconds, 6),
+        "lost_bytes": core.lost.bytes,
+        "unseen_bytes": sum(mapping.length for mapping in core.unseen),
+        "partial_threads": list(core.partial),
+    }
+
+
+_Progress = Callable[[int, int], None]
+
+
+def _bar(*, quiet: bool) -> AbstractContextManager[_Progress | None]:
+    if quiet or not sys.stderr.isatty():
+        return nullcontext()
+    try:
+        return _Bar()
+    except ImportError:
+        return nullcontext()
+
+
+class _Bar:
+    """A progress bar on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("copied", total=None)
+
+    def __enter__(self) -> _Progress:
+        self._progress.start()
+        return self._show
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def _show(self, done: int, of: int) -> None:
+        self._progress.update(self._task, completed=done, total=of)

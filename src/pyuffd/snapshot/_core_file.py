@@ -1,0 +1,138 @@
+"""A new file that has no name until it is complete, and never replaces another."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+from pyuffd._closing import Closing
+from pyuffd._errors import UffdOSError
+from pyuffd._owned import Descriptor, FileName
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_MODE = 0o600  # a core holds secrets
+# What file systems without O_TMPFILE say; EISDIR and ENOENT come from kernels without it.
+_NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+_AT_RENAME_NOREPLACE = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NewFile(Closing):
+    """A file without a name, in the folder where it will get one.
+
+    Where the file system supports it, the file has no name at all until `publish` (O_TMPFILE), so
+    nothing remains of it, however this process ends. Elsewhere it has a hidden name of its own
+    until then, which `close` removes.
+
+    Args:
+        path: The name that it will get. A link at that place is not followed, and is in the way as
+            any other file is.
+
+    Raises:
+        ValueError: a path without a name at its end.
+        FileExistsError: EEXIST - there is something with this name.
+        OSError: the folder does not exist, or cannot be written.
+    """
+
+    _failed = "removing the unfinished file failed"
+    _instead = "make another file"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = os.fspath(path)
+        folder, self._name = os.path.split(self.path)
+        if self._name in ("", ".", ".."):
+            raise ValueError(f"path {self.path!r} does not end with the name of a file")
+        self._folder = Descriptor.open(folder or ".", os.O_PATH | os.O_DIRECTORY)
+        self._hidden = FileName()
+        self._refuse_existing()
+        try:
+            self._file = _unnamed(self._folder.number)
+            if self._file is None:
+                self._file = self._hidden_file()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, folder or ".") from None
+        os.fchmod(self._file.number, _MODE)  # whatever the umask says
+
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this object's."""
+        assert self._file is not None
+        return self._file.number
+
+    def publish(self, *, durable: bool) -> None:
+        """Give it its name, if nothing else has the name by now.
+
+        Args:
+            durable: Wait until the content and the name are on the disk.
+        """
+        here = self._folder.number
+        if durable:
+            os.fsync(self.fileno())
+        try:
+            if self._hidden_name:
+                self._rename(here)
+            else:
+                os.link(
+                    f"/proc/self/fd/{self.fileno()}",
+                    self._name,
+                    src_dir_fd=here,
+                    dst_dir_fd=here,
+                    follow_symlinks=True,
+                )
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from None
+        if durable:
+            with Descriptor.open(f"/proc/self/fd/{here}", os.O_RDONLY | os.O_DIRECTORY) as folder:
+                os.fsync(folder.number)
+
+    def close(self) -> None:
+        """Close it; without `publish` nothing is left of it."""
+        self._hidden.close()
+        if self._file is not None:
+            self._file.close()
+        self._folder.close()
+
+    _hidden_name = ""
+
+    def _refuse_existing(self) -> None:
+        try:
+            os.lstat(self._name, dir_fd=self._folder.number)
+        except FileNotFoundError:
+            return
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path)
+
+    def _hidden_file(self) -> Descriptor:
+        self._hidden_name = f".{self._name[:200]}.{secrets.token_hex(8)}"
+        path = f"/proc/self/fd/{self._folder.number}/{self._hidden_name}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        return Descriptor.create(path, flags, _MODE, self._hidden)
+
+    def _rename(self, here: int) -> None:
+        old, new = os.fsencode(self._hidden_name), os.fsencode(self._name)
+        if not _libc.renameat2(here, old, here, new, _AT_RENAME_NOREPLACE):
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))
+        # No such rename here (NFS): a second name, which fails if it exists, instead.
+        os.link(self._hidden_name, self._name, src_dir_fd=here, dst_dir_fd=here)
+        os.unlink(self._hidden_name, dir_fd=here)
+
+
+def _unnamed(folder: int) -> Descriptor | None:
+    try:
+        return Descriptor.open(f"/proc/self/fd/{folder}", os.O_TMPFILE | os.O_RDWR, _MODE)
+    except OSError as error:
+        if error.errno in _NO_TMPFILE:
+            return None
+        raise
+
+
+def fail_write(error: OSError, path: str) -> UffdOSError:
+    """Return the error of a failed write with the name of the file."""
+    code = error.errno or errno.EIO
+    return UffdOSError(code, f"write {path}")

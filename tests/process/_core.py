@@ -1,0 +1,96 @@
+"""Targets whose cores are looked at, and what pyelftools reads in a core."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from elftools.elf.elffile import ELFFile
+
+from tests.process._attach import status
+
+PAGE = 4096
+
+
+@dataclass
+class Target:
+    """A program of core_target.c that is ready."""
+
+    program: str
+    popen: subprocess.Popen[bytes]
+    places: dict[str, tuple[int, int]]
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    @classmethod
+    def start(cls, program: str, *words: object) -> Self:
+        popen = subprocess.Popen([program, *map(str, words)], stdout=subprocess.PIPE)
+        places: dict[str, tuple[int, int]] = {}
+        assert popen.stdout is not None
+        for line in popen.stdout:
+            if line == b"ready\n":
+                return cls(program, popen, places)
+            name, start, length = line.decode().split()
+            places[name] = int(start, 16), int(length, 16)
+        raise AssertionError(f"{words} ended: {popen.wait()}")
+
+    def runs(self) -> bool:
+        """Whether it lives, untraced."""
+        found = status(self.pid)
+        return self.popen.poll() is None and found["TracerPid"] == "0"
+
+    def end(self) -> None:
+        self.popen.kill()
+        self.popen.communicate()
+
+
+def pages(length: int, first: int) -> bytes:
+    """Return what core_target.c's fill() writes."""
+    return b"".join(bytes([first + at % 100 + 1]) * PAGE for at in range(length // PAGE))
+
+
+class Core:
+    """A core file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - close() closes it
+        self.elf = ELFFile(self._file)
+        self.loads: list[Any] = [s for s in self.elf.iter_segments() if s["p_type"] == "PT_LOAD"]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def load(self, address: int) -> Any:
+        """Return the segment that holds an address."""
+        found = [s for s in self.loads if 0 <= address - s["p_vaddr"] < s["p_memsz"]]
+        assert len(found) == 1, f"{len(found)} segments hold {address:#x}"
+        return found[0]
+
+    def read(self, address: int, length: int) -> bytes | None:
+        """Return memory; None if the file does not have all of it."""
+        result = b""
+        while length:
+            part = self.load(address)
+            inside = address - part["p_vaddr"]
+            count = min(length, part["p_memsz"] - inside)
+            if inside + count > part["p_filesz"]:
+                return None
+            self._file.seek(part["p_offset"] + inside)
+            result += self._file.read(count)
+            address, length = address + count, length - count
+        return result
+
+    def notes(self, kind: str | int) -> list[Any]:
+        """Return the notes of one kind."""
+        segments: list[Any] = [s for s in self.elf.iter_segments() if s["p_type"] == "PT_NOTE"]
+        return [note for one in segments for note in one.iter_notes() if note["n_type"] == kind]

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Programs whose cores are looked at: core_target MODE [NUMBER].
+ *
+ * Each prints lines "NAME ADDRESS LENGTH" of what a core of it should have, then "ready", and waits.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#define PAGE 4096ul
+#define MIB (1ul << 20)
+
+int answer = 4242;
+static volatile int sink;
+
+static void say(const char *name, const void *start, size_t length)
+{
+	printf("%s %lx %lx\n", name, (unsigned long)start, (unsigned long)length);
+}
+
+static void ready(void)
+{
+	puts("ready");
+	fflush(stdout);
+}
+
+static void *map(size_t length, int prot, int flags, int fd, off_t offset)
+{
+	void *start = mmap(NULL, length, prot, flags, fd, offset);
+
+	if (start == MAP_FAILED) {
+		perror("mmap");
+		exit(1);
+	}
+	return start;
+}
+
+/* Each page has another content, by its number. */
+static void fill(unsigned char *start, size_t length, int from)
+{
+	for (size_t at = 0; at < length; at += PAGE)
+		memset(start + at, from + (int)(at / PAGE) % 100 + 1, PAGE);
+}
+
+__attribute__((noinline)) static void last_step(int number)
+{
+	for (;;)
+		pause();
+	sink = number;
+}
+
+__attribute__((noinline)) static void first_step(int number)
+{
+	last_step(number + 1);
+	sink = number;
+}
+
+static pthread_barrier_t started;
+
+static void *work(void *argument)
+{
+	pthread_barrier_wait(&started);
+	first_step((int)(intptr_t)argument);
+	return NULL;
+}
+
+static void threads(int count)
+{
+	pthread_attr_t attr;
+	pthread_t thread;
+
+	pthread_barrier_init(&started, NULL, (unsigned int)count + 1);
+	pthread_attr_init(&attr);
+	pthread_attr_setstacksize(&attr, 64 << 10);
+	for (intptr_t i = 0; i < count; i++)
+		if (pthread_create(&thread, &attr, work, (void *)i))
+			exit(1);
+	pthread_barrier_wait(&started);
+	usleep(20000);
+	ready();
+	first_step(-1);
+}
+
+/* A value in a vector register, above the part that SSE has. */
+__attribute__((target("avx"), noinline)) static void vector(void)
+{
+	uint64_t value[4] __attribute__((aligned(32))) = { 0x1111, 0x2222, 0x3333, 0x4444 };
+
+	ready();
+	__asm__ volatile("vmovdqa (%0), %%ymm9\n"
+			 "1: pause\n"
+			 "jmp 1b\n"
+			 :
+			 : "r"(value)
+			 : "xmm9", "memory");
+}
+
+static void memory(const char *folder)
+{
+	const int anonymous = MAP_PRIVATE | MAP_ANONYMOUS;
+	unsigned char *start = map(16 * PAGE, PROT_READ | PROT_WRITE, anonymous, -1, 0);
+	char path[4096];
+	int fd;
+
+	fill(start, 16 * PAGE, 0);
+	madvise(start + 4 * PAGE, 4 * PAGE, MADV_DONTNEED); /* a hole */
+	say("anonymous", start, 16 * PAGE);
+
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, anonymous, -1, 0);
+	say("untouched", start, 8 * PAGE);
+
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, anonymous, -1, 0);
+	fill(start, 8 * PAGE, 10);
+	mprotect(start, 8 * PAGE, PROT_NONE);
+	say("unreadable", start, 8 * PAGE);
+
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, anonymous, -1, 0);
+	fill(start, 8 * PAGE, 20);
+	madvise(start, 8 * PAGE, MADV_DONTDUMP);
+	say("dontdump", start, 8 * PAGE);
+
+	start = map(1ul << 40, PROT_NONE, anonymous | MAP_NORESERVE, -1, 0);
+	say("reserved", start, 1ul << 40);
+
+	start = map(64ul << 30, PROT_READ | PROT_WRITE, anonymous | MAP_NORESERVE, -1, 0);
+	madvise(start, 64ul << 30, MADV_NOHUGEPAGE);
+	fill(start + (40ul << 30), 2 * PAGE, 30);
+	say("scattered", start + (40ul << 30), 2 * PAGE);
+
+	fd = memfd_create("shared", 0);
+	if (ftruncate(fd, (off_t)(8ul << 30)) || pwrite(fd, "behind", 6, (off_t)(3 * PAGE)) != 6)
+		exit(1);
+	start = map(8ul << 30, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	fill(start, PAGE, 40);
+	say("memfd", start, 16 * PAGE); /* page 3 is not in the page table */
+
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+	fill(start + PAGE, PAGE, 50);
+	say("memfd_private", start, 8 * PAGE);
+
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	fill(start, 8 * PAGE, 60);
+	say("shared_anonymous", start, 8 * PAGE);
+
+	snprintf(path, sizeof(path), "%s/data\nwith a newline", folder);
+	fd = open(path, O_RDWR | O_CREAT, 0600);
+	start = malloc(8 * PAGE);
+	fill(start, 8 * PAGE, 70);
+	if (write(fd, start, 8 * PAGE - 100) != (ssize_t)(8 * PAGE - 100))
+		exit(1);
+	start = map(10 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+	fill(start + PAGE, PAGE, 80);
+	say("modified_file", start, 8 * PAGE); /* two pages more are behind its end */
+	start = map(8 * PAGE, PROT_READ, MAP_PRIVATE, fd, 0);
+	sink = *start;
+	say("file", start, 8 * PAGE);
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	sink = *start;
+	say("shared_file", start, 8 * PAGE);
+
+	start = mmap(NULL, 2 * MIB, PROT_READ | PROT_WRITE, anonymous | MAP_HUGETLB, -1, 0);
+	if (start != MAP_FAILED) {
+		fill(start, 2 * MIB, 90);
+		say("hugetlb", start, 2 * MIB);
+	}
+	ready();
+	first_step(0);
+}
+
+/* Signals wait: one for the thread, one for the process. */
+static void pending(void)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	sigaddset(&set, SIGUSR2);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	pthread_kill(pthread_self(), SIGUSR1);
+	kill(getpid(), SIGUSR2);
+	ready();
+	first_step(0);
+}
+
+__attribute__((noinline)) static void wait_for_child(void)
+{
+	if (!vfork()) {
+		pause();
+		_exit(0);
+	}
+}
+
+static void many(size_t count)
+{
+	unsigned char *start = map(count * PAGE, PROT_READ | PROT_WRITE,
+				   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	madvise(start, count * PAGE, MADV_NOHUGEPAGE);
+	fill(start, count * PAGE, 0);
+	for (size_t i = 0; i < count; i += 2)
+		if (mprotect(start + i * PAGE, PAGE, PROT_READ)) {
+			perror("mprotect");
+			exit(1);
+		}
+	say("many", start, count * PAGE);
+	ready();
+	first_step(0);
+}
+
+static void big(size_t length)
+{
+	unsigned char *start = map(length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+				   0);
+
+	fill(start, length, 0);
+	say("big", start, length);
+	ready();
+	first_step(0);
+}
+
+int main(int count, char **words)
+{
+	const char *mode = count > 1 ? words[1] : "";
+	const char *word = count > 2 ? words[2] : "0";
+	size_t number = strtoul(word, NULL, 10);
+
+	if (!strcmp(mode, "threads"))
+		threads((int)number);
+	else if (!strcmp(mode, "vector"))
+		vector();
+	else if (!strcmp(mode, "memory"))
+		memory(word);
+	else if (!strcmp(mode, "pending"))
+		pending();
+	else if (!strcmp(mode, "vfork")) {
+		ready();
+		wait_for_child();
+	} else if (!strcmp(mode, "many"))
+		many(number);
+	else if (!strcmp(mode, "big"))
+		big(number * MIB);
+	return 1;
+}

@@ -1,0 +1,661 @@
+"""`write_core`: what is in the file, the states of targets, and every way to fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pyuffd import Process, ProcessGoneError, StopTimeoutError, UffdOSError, write_core
+from pyuffd.snapshot import _core_file
+from pyuffd.testing import needs_hugepages, needs_privilege
+from tests._child import run_child
+from tests.kernel._mounts import mounted
+from tests.process._attach import status, wait_until
+from tests.process._core import PAGE, Core, Target, pages
+
+pytestmark = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
+STOP_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    source = Path(__file__).parent / "core_target.c"
+    path = tmp_path_factory.mktemp("core") / "core_target"
+    words = ["cc", "-O1", "-g", "-Wall", "-Werror", "-fno-omit-frame-pointer", "-pthread"]
+    subprocess.run([*words, "-o", path, source], check=True)
+    return str(path)
+
+
+@pytest.fixture
+def start(program: str) -> Iterator[Callable[..., Target]]:
+    targets: list[Target] = []
+
+    def begin(*words: object) -> Target:
+        targets.append(Target.start(program, *words))
+        return targets[-1]
+
+    yield begin
+    for target in targets:
+        target.end()
+
+
+@pytest.fixture(scope="module")
+def sleeper(program: str) -> Iterator[Target]:
+    """One that no test changes."""
+    target = Target.start(program, "threads", 3)
+    yield target
+    target.end()
+
+
+# What is in it
+
+
+def contents(core: Core, target: Target) -> dict[str, bytes | None]:
+    return {
+        name: core.read(start, min(length, 16 * PAGE))
+        for name, (start, length) in target.places.items()
+    }
+
+
+def test_memory_of_all_kinds(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("memory", tmp_path)
+    path = tmp_path / "core"
+    with Process(target.pid) as process:
+        shmem = process.mappings().at(target.places["memfd"][0])
+        assert shmem is not None
+        mapped = f"/proc/{target.pid}/map_files/{shmem.start:x}-{shmem.end:x}"
+        before = os.stat(mapped).st_blocks
+        written = write_core(process, path)
+        assert os.stat(mapped).st_blocks == before, "reading a sparse file made it larger"
+    anonymous = bytearray(pages(16 * PAGE, 0))
+    anonymous[4 * PAGE : 8 * PAGE] = bytes(4 * PAGE)
+    shared = bytearray(16 * PAGE)
+    shared[:PAGE] = pages(PAGE, 40)
+    shared[3 * PAGE : 3 * PAGE + 6] = b"behind"
+    private = bytearray(shared[: 8 * PAGE])
+    private[PAGE : 2 * PAGE] = pages(PAGE, 50)
+    modified = bytearray(pages(8 * PAGE, 70))
+    modified[-100:] = bytes(100)
+    modified[PAGE : 2 * PAGE] = pages(PAGE, 80)
+    expected = {
+        "anonymous": bytes(anonymous),
+        "untouched": bytes(8 * PAGE),
+        "unreadable": pages(8 * PAGE, 10),
+        "dontdump": None,
+        "reserved": None,
+        "scattered": pages(2 * PAGE, 30),
+        "memfd": bytes(shared),
+        "memfd_private": bytes(private),
+        "shared_anonymous": pages(8 * PAGE, 60),
+        "modified_file": bytes(modified),
+        "file": None,
+        "shared_file": None,
+    }
+    with Core(path) as core:
+        found = contents(core, target)
+        found.pop("hugetlb", None)
+        assert found == expected
+        names = core.notes("NT_FILE")[0]["n_desc"]["filename"]
+        assert any(name.endswith(b"/data\nwith a newline") for name in names)
+        # Each mapping has a segment, also one without content.
+        start_, length = target.places["reserved"]
+        assert (core.load(start_)["p_memsz"], core.load(start_)["p_filesz"]) == (length, 0)
+    assert written.length == path.stat().st_size < 20 << 30
+    # What the filter leaves out costs nothing, nor do a terabyte reserved and two sparse mappings.
+    # The two pages behind the end of a file cannot be read.
+    assert written.bytes < 8 << 20
+    assert path.stat().st_blocks * 512 < written.bytes + (1 << 20)
+    assert written.lost.bytes == 2 * PAGE
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not written.unseen
+    assert target.runs()
+
+
+@pytest.mark.parametrize(
+    ("dump_filter", "full", "there"),
+    [
+        # Bit by bit; the header of an ELF file is in `test_first_pages`.
+        (0x00, False, set()),
+        (0x01, False, {"anonymous", "untouched", "unreadable", "memfd_private", "modified_file"}),
+        (0x02, False, {"memfd", "shared_anonymous"}),
+        (0x04, False, {"memfd_private", "modified_file", "file"}),
+        (0x08, False, {"shared_file"}),
+        (
+            0x00,
+            True,
+            {
+                *("anonymous", "untouched", "unreadable", "memfd_private", "modified_file"),
+                *("memfd", "shared_anonymous", "file", "shared_file", "dontdump"),
+            },
+        ),
+    ],
+)
+def test_coredump_filter(
+    start: Callable[..., Target], tmp_path: Path, dump_filter: int, full: bool, there: set[str]
+) -> None:
+    target = start("memory", tmp_path)
+    Path(f"/proc/{target.pid}/coredump_filter").write_text(f"{dump_filter:#x}")
+    with Process(target.pid) as process:
+        write_core(process, tmp_path / "core", full=full)
+    with Core(tmp_path / "core") as core:
+        found = {name for name, content in contents(core, target).items() if content is not None}
+    assert found - {"scattered", "hugetlb"} == there
+    assert ("scattered" in found) == ("anonymous" in there)
+
+
+@needs_hugepages(1)
+@pytest.mark.parametrize(("dump_filter", "is_there"), [(0x20, True), (0x5F, False)])
+def test_huge_pages(
+    start: Callable[..., Target], tmp_path: Path, dump_filter: int, is_there: bool
+) -> None:
+    target = start("memory", tmp_path)
+    Path(f"/proc/{target.pid}/coredump_filter").write_text(f"{dump_filter:#x}")
+    place = target.places["hugetlb"]
+    with Process(target.pid) as process:
+        write_core(process, tmp_path / "core")
+    with Core(tmp_path / "core") as core:
+        assert core.read(*place) == (pages(place[1], 90) if is_there else None)
+
+
+def test_first_pages_of_elf_files_and_the_vdso(sleeper: Target, tmp_path: Path) -> None:
+    with Process(sleeper.pid) as process:
+        write_core(process, tmp_path / "core")
+        mappings = list(process.mappings())
+    with Core(tmp_path / "core") as core:
+        heads = [m for m in mappings if m.inode and not m.offset]
+        assert len(heads) >= 3  # the program, libc, ld.so
+        for mapping in heads:
+            assert (core.read(mapping.start, 4) or b"")[:4] == b"\x7fELF", mapping
+        vdso = next(m for m in mappings if m.path == "[vdso]")
+        assert (core.read(vdso.start, vdso.length) or b"")[:4] == b"\x7fELF"
+
+
+def test_notes(sleeper: Target, tmp_path: Path) -> None:
+    with Process(sleeper.pid) as process:
+        written = write_core(process, tmp_path / "core")
+        tids = [thread.tid for thread in process.threads()]
+    found = status(sleeper.pid)
+    assert written.threads == len(tids) == 4
+    with Core(tmp_path / "core") as core:
+        states = core.notes("NT_PRSTATUS")
+        assert [struct.unpack_from("<i", n["n_descdata"], 32)[0] for n in states] == tids
+        for kind in ("NT_FPREGSET", "NT_SIGINFO", 0x202):
+            assert len(core.notes(kind)) == 4, kind
+        (about,) = core.notes("NT_PRPSINFO")
+        info = about["n_desc"]
+        assert info["pr_pid"] == sleeper.pid
+        assert info["pr_ppid"] == os.getpid()
+        assert info["pr_uid"] == os.getuid()
+        assert info["pr_sid"] == os.getsid(sleeper.pid)
+        assert info["pr_fname"].rstrip(b"\0") == found["Name"].encode()
+        assert info["pr_psargs"].startswith(sleeper.program.encode()[:60])
+        (auxv,) = core.notes("NT_AUXV")
+        assert auxv["n_descdata"] == Path(f"/proc/{sleeper.pid}/auxv").read_bytes()
+
+
+def test_registers(start: Callable[..., Target], tmp_path: Path) -> None:
+    """The upper half of a vector register, and the instruction pointer, of a thread that runs."""
+    target = start("vector")
+    with Process(target.pid) as process:
+        with process.stopped(STOP_S) as stop:
+            (registers,) = stop.registers()
+        write_core(process, tmp_path / "core")
+    high = registers.extended[576 + 9 * 16 :][:16]
+    low = registers.extended[160 + 9 * 16 :][:16]
+    assert struct.unpack("<4Q", low + high) == (0x1111, 0x2222, 0x3333, 0x4444)
+    with Core(tmp_path / "core") as core:
+        (note,) = core.notes(0x202)
+        assert note["n_descdata"][576 + 9 * 16 :][:16] == high
+        (state,) = core.notes("NT_PRSTATUS")
+        general = struct.unpack_from("<27Q", state["n_descdata"], 112)
+        assert abs(general[16] - struct.unpack_from("<27Q", registers.general)[16]) < 16
+
+
+# States of targets
+
+
+def first_status(path: Path) -> tuple[int, int, int, int]:
+    """Return (signal, pending, blocked, tid) of the first thread."""
+    with Core(path) as core:
+        data = core.notes("NT_PRSTATUS")[0]["n_descdata"]
+        (info,) = core.notes("NT_SIGINFO")[:1]
+    number = struct.unpack_from("<i", info["n_descdata"])[0]
+    return number, *struct.unpack_from("<QQ", data, 16), struct.unpack_from("<i", data, 32)[0]
+
+
+def test_pending_signals(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("pending")
+    with Process(target.pid) as process:
+        write_core(process, tmp_path / "core")
+    both = 1 << (signal.SIGUSR1 - 1) | 1 << (signal.SIGUSR2 - 1)
+    only = 1 << (signal.SIGUSR1 - 1)
+    assert first_status(tmp_path / "core") == (0, only, both, target.pid)
+    assert int(status(target.pid)["SigPnd"], 16) == only, "still pending"
+
+
+def test_stopped_by_a_signal(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("threads", 2)
+    target.popen.send_signal(signal.SIGSTOP)
+    wait_until("it is stopped", lambda: status(target.pid)["State"][0] == "T")
+    with Process(target.pid) as process:
+        written = write_core(process, tmp_path / "core")
+    assert written.threads == 3
+    assert first_status(tmp_path / "core")[0] == signal.SIGSTOP
+    wait_until("it is stopped again", lambda: status(target.pid)["State"][0] == "T")
+
+
+def test_many_threads(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("threads", 300)
+    with Process(target.pid) as process:
+        assert write_core(process, tmp_path / "core").threads == 301
+    with Core(tmp_path / "core") as core:
+        pointers = {
+            struct.unpack_from("<27Q", note["n_descdata"], 112)[19]
+            for note in core.notes("NT_PRSTATUS")
+        }
+        assert len(pointers) == 301, "each has a stack of its own"
+    assert target.runs()
+
+
+def test_a_thread_that_waits_in_vfork(start: Callable[..., Target], tmp_path: Path) -> None:
+    """It cannot be stopped; the registers of its system call are known."""
+    target = start("vfork")
+    children = f"/proc/{target.pid}/task/{target.pid}/children"
+    wait_until("the child", lambda: Path(children).read_text())
+    child = int(Path(children).read_text())
+    try:
+        with Process(target.pid) as process:
+            written = write_core(process, tmp_path / "core")
+            assert written.partial == (target.pid,)
+            assert written.threads == 1
+            words = Path(f"/proc/{target.pid}/syscall").read_text().split()
+            with Core(tmp_path / "core") as core:
+                (note,) = core.notes("NT_PRSTATUS")
+                general = struct.unpack_from("<27Q", note["n_descdata"], 112)
+                assert general[15] == int(words[0])
+                assert (general[19], general[16]) == (int(words[7], 16), int(words[8], 16))
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_many_mappings(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("many", 10_000)
+    with Process(target.pid) as process:
+        assert write_core(process, tmp_path / "core").mappings > 10_000
+    address, length = target.places["many"]
+    with Core(tmp_path / "core") as core:
+        for at in (0, 1, 4999, length // PAGE - 1):
+            assert core.read(address + at * PAGE, PAGE) == bytes([at % 100 + 1]) * PAGE
+
+
+@pytest.mark.stress
+def test_more_mappings_than_a_header_counts(start: Callable[..., Target], tmp_path: Path) -> None:
+    limit = Path("/proc/sys/vm/max_map_count")
+    before = limit.read_text()
+    limit.write_text("200000")
+    try:
+        target = start("many", 70_000)
+        with Process(target.pid) as process:
+            assert write_core(process, tmp_path / "core").mappings > 70_000
+        address, _ = target.places["many"]
+        with Core(tmp_path / "core") as core:
+            assert core.elf.num_segments() > 70_000
+            assert core.read(address + 69_999 * PAGE, PAGE) == bytes([69_999 % 100 + 1]) * PAGE
+    finally:
+        limit.write_text(before)
+
+
+def test_ids_inside_a_pid_namespace(program: str, tmp_path: Path) -> None:
+    """As in a core that the kernel writes: what the process itself sees."""
+    words = ["unshare", "--pid", "--fork", program, "threads", "1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as popen:
+        assert popen.stdout is not None
+        assert popen.stdout.readline() == b"ready\n"
+        children = Path(f"/proc/{popen.pid}/task/{popen.pid}/children").read_text()
+        pid = int(children)
+        try:
+            with Process(pid) as process:
+                write_core(process, tmp_path / "core")
+        finally:
+            os.kill(pid, signal.SIGKILL)
+        with Core(tmp_path / "core") as core:
+            states = core.notes("NT_PRSTATUS")
+            assert [struct.unpack_from("<i", n["n_descdata"], 32)[0] for n in states] == [1, 2]
+            assert core.notes("NT_PRPSINFO")[0]["n_desc"]["pr_pid"] == 1
+
+
+# Every way to fail: there is no file, and the target runs
+
+
+def fails(
+    target: Target,
+    path: Path | str,
+    expected: type[Exception],
+    code: int | None = None,
+    *,
+    runs: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    max_stall_s: float | None = None,
+) -> BaseException:
+    with Process(target.pid) as process, pytest.raises(expected) as caught:
+        write_core(process, path, progress=progress, max_stall_s=max_stall_s)
+    if code is not None:
+        assert isinstance(caught.value, OSError)
+        assert caught.value.errno == code
+    assert target.runs() is runs
+    return caught.value
+
+
+def test_a_file_of_that_name(sleeper: Target, tmp_path: Path) -> None:
+    path = tmp_path / "core"
+    path.write_text("precious")
+    fails(sleeper, path, FileExistsError, errno.EEXIST)
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_of_that_name(sleeper: Target, tmp_path: Path, exists: bool) -> None:
+    path, other = tmp_path / "core", tmp_path / "other"
+    if exists:
+        other.write_text("precious")
+    path.symlink_to(other)
+    fails(sleeper, path, FileExistsError, errno.EEXIST)
+    assert path.is_symlink()
+    assert other.exists() == exists
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("event", ["file", "link", "removed"])
+def test_the_name_is_taken_meanwhile(
+    sleeper: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: bool, event: str
+) -> None:
+    if hidden:  # a file system without O_TMPFILE
+        monkeypatch.setattr(_core_file, "_unnamed", lambda _folder: None)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "core"
+
+    def meanwhile(_done: int, _of: int) -> None:
+        if event == "removed":
+            for name in folder.iterdir():
+                name.unlink()
+            if folder.exists():
+                folder.rmdir()
+        elif event == "file" and not path.exists():
+            path.write_text("precious")
+        elif event == "link" and not path.is_symlink():
+            path.symlink_to(tmp_path / "other")
+
+    code = errno.ENOENT if event == "removed" else errno.EEXIST
+    fails(sleeper, path, OSError, code, progress=meanwhile)
+    assert not (tmp_path / "other").exists()
+    if event == "removed":
+        assert not folder.exists()
+    else:
+        assert list(folder.iterdir()) == [path], "nothing else is left"
+        assert path.is_symlink() or path.read_text() == "precious"
+
+
+def test_a_file_system_without_unnamed_files(
+    sleeper: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core_file, "_unnamed", lambda _folder: None)
+    with Process(sleeper.pid) as process:
+        write_core(process, tmp_path / "core", durable=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "core"]
+    assert stat.S_IMODE((tmp_path / "core").stat().st_mode) == 0o600
+
+
+def test_a_umask_changes_nothing(sleeper: Target, tmp_path: Path) -> None:
+    before = os.umask(0o777)
+    try:
+        with Process(sleeper.pid) as process:
+            write_core(process, tmp_path / "core", durable=True)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "core").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("nowhere/core", errno.ENOENT),
+        ("/proc/core", None),  # a folder in which nobody makes files
+        ("file/core", errno.ENOTDIR),
+    ],
+)
+def test_a_folder_that_cannot_be_written(
+    sleeper: Target, tmp_path: Path, path: str, code: int | None
+) -> None:
+    (tmp_path / "file").touch()
+    fails(sleeper, tmp_path / path, OSError, code)
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "x/"])
+def test_no_name_for_a_file(sleeper: Target, tmp_path: Path, path: str) -> None:
+    fails(sleeper, f"{tmp_path}/{path}", ValueError)
+
+
+def test_disk_full(start: Callable[..., Target]) -> None:
+    target = start("big", 8)
+    with mounted("tmpfs", size="1M") as folder:
+        fails(target, f"{folder}/core", UffdOSError, errno.ENOSPC)
+        assert os.listdir(folder) == []
+        assert os.statvfs(folder).f_bfree > 0, "its space is free again"
+
+
+def test_a_file_larger_than_allowed(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("big", 8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        fails(target, tmp_path / "core", UffdOSError, errno.EFBIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, which pytest would take for its own."""
+
+
+def test_an_exception_in_the_middle(start: Callable[..., Target], tmp_path: Path) -> None:
+    """As Ctrl-C raises one there: the target stands at that moment."""
+    target = start("big", 200)
+    calls = []
+
+    def interrupt(done: int, of: int) -> None:
+        calls.append((done, of))
+        assert status(target.pid)["State"][0] == "t"
+        if len(calls) == 2:
+            raise Interrupted
+
+    with Process(target.pid) as process, pytest.raises(Interrupted):
+        write_core(process, tmp_path / "core", progress=interrupt)
+    assert calls[1][0] > calls[0][0] > 0
+    assert calls[1][1] >= 200 << 20
+    assert list(tmp_path.iterdir()) == []
+    assert target.runs()
+
+
+def test_stands_too_long(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("big", 200)
+    fails(target, tmp_path / "core", UffdOSError, errno.ETIMEDOUT, max_stall_s=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_in_the_middle(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("big", 200)
+
+    def kill(_done: int, _of: int) -> None:
+        target.popen.kill()
+        target.popen.wait()
+
+    with Process(target.pid) as process, pytest.raises(ProcessGoneError):
+        write_core(process, tmp_path / "core", progress=kill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traced_by_a_debugger(start: Callable[..., Target], tmp_path: Path) -> None:
+    target = start("threads", 1)
+    with Process(target.pid) as process, Process(target.pid) as other:
+        with other.stopped(STOP_S), pytest.raises(UffdOSError) as caught:
+            write_core(process, tmp_path / "core")
+        assert caught.value.errno == errno.EPERM
+        assert not isinstance(caught.value, StopTimeoutError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gone_before(sleeper: Target, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as popen, Process(popen.pid) as process:
+        popen.kill()
+        popen.wait()
+        with pytest.raises(ProcessGoneError):
+            write_core(process, tmp_path / "core")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_this_process(tmp_path: Path) -> None:
+    with Process(os.getpid()) as process, pytest.raises(ValueError):
+        write_core(process, tmp_path / "core")
+
+
+@pytest.mark.parametrize("bad", [{"method": "x"}, {"max_stall_s": 0.0}, {"max_stall_s": -1.0}])
+def test_bad_arguments(sleeper: Target, tmp_path: Path, bad: dict[str, object]) -> None:
+    with Process(sleeper.pid) as process, pytest.raises(ValueError):
+        write_core(process, tmp_path / "core", **bad)  # type: ignore[arg-type]
+
+
+def as_nobody(pid: int, folder: str) -> str:
+    """Run in a child process."""
+    with Process(pid) as process:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        try:
+            write_core(process, f"{folder}/core")
+        except OSError as error:
+            return f"{type(error).__name__} {error.errno}"
+    return "written"
+
+
+def test_without_the_privilege(sleeper: Target) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # other users get there
+        os.chmod(folder, 0o777)
+        said = run_child("tests.process.test_core:as_nobody", sleeper.pid, folder).value
+        assert said in (f"UffdPermissionError {errno.EPERM}", f"UffdPermissionError {errno.EACCES}")
+        assert os.listdir(folder) == []
+    assert sleeper.runs()
+
+
+def as_nobody_its_own(program: str, folder: str) -> tuple[int, bool, str | None]:
+    """Run in a child process: a core of a process of the same user, without capabilities."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    target = Target.start(program, "memory", folder)
+    try:
+        with Process(target.pid) as process:
+            written = write_core(process, f"{folder}/core")
+        with Core(f"{folder}/core") as core:
+            start, _ = target.places["memfd"]
+            touched = core.read(start, PAGE) == pages(PAGE, 40)
+            there = core.read(start + 3 * PAGE, 6)
+            return len(written.unseen), touched, None if there is None else there.decode()
+    finally:
+        target.end()
+
+
+def test_shared_memory_that_cannot_be_seen(program: str) -> None:
+    """It is named; what the process has touched is there."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        os.chmod(folder, 0o777)
+        copy = shutil.copy(program, folder)
+        child = run_child("tests.process.test_core:as_nobody_its_own", copy, folder)
+    # Two of the memfd, and the shared anonymous one.
+    assert child.value == [3, True, "\0" * 6]
+
+
+# The command
+
+
+def command(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pyuffd", "core", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+    )
+
+
+def test_command(sleeper: Target, tmp_path: Path) -> None:
+    result = command(sleeper.pid, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    path = tmp_path / f"core.{sleeper.pid}"
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"process {sleeper.pid} (core_target) has 4 threads and ")
+    assert any(line.startswith("pause ") for line in lines)
+    assert path.stat().st_size > 0
+    again = command(sleeper.pid, cwd=tmp_path)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+
+
+def test_command_json(sleeper: Target, tmp_path: Path) -> None:
+    import json
+
+    path = tmp_path / "c"
+    result = command(sleeper.pid, "-o", path, "--json", "--full", "--method", "stopped", "--sync")
+    found = json.loads(result.stdout)
+    assert found["threads"] == 4
+    assert found["length"] == path.stat().st_size
+    assert 0 < found["pause_s"] < found["seconds"]
+    assert found["method"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["x"], ["1", "--method", "x"], ["1", "--max-stall", "0"], ["0"], ["999999999"]]
+)
+def test_command_with_bad_arguments(words: list[str], tmp_path: Path) -> None:
+    result = command(*words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_command_and_signals(
+    start: Callable[..., Target], tmp_path: Path, number: int, expected: int
+) -> None:
+    """While the target stands; the read end of a full pipe would not hold it, so it is large."""
+    target = start("big", 512)
+    words = [sys.executable, "-m", "pyuffd", "core", str(target.pid), "--json"]
+    for _ in range(10):  # where the machine is so busy that the signal comes too late
+        with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE) as popen:
+            while popen.poll() is None and status(target.pid)["State"][0] != "t":
+                pass
+            popen.send_signal(number)
+            popen.communicate(timeout=120)
+        if popen.returncode == expected:
+            break
+        (tmp_path / f"core.{target.pid}").unlink()
+    assert popen.returncode == expected
+    assert list(tmp_path.iterdir()) == []
+    wait_until("it runs", target.runs)
