@@ -23,9 +23,8 @@ LEFT_OUT: tuple[tuple[str, str], ...] = (
         "User space cannot hold a page in that state. Pages that are shared or pinned are checked.",
     ),
     (
-        "`UFFDIO_COPY`, `CONTINUE`, `POISON`, ENOMEM on hugetlb for lack of a page table",
-        "One such table serves a whole GiB of addresses, so it is nearly always there. A file"
-        " system without huge pages is checked.",
+        "`UFFDIO_CONTINUE`, `POISON`, ENOMEM on hugetlb for lack of a page table",
+        "They make it as COPY does, which is checked. A file system without huge pages is, too.",
     ),
     (
         "`UFFDIO_CONTINUE` of a page with a memory error",

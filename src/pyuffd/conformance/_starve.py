@@ -9,15 +9,18 @@ import gc
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from pyuffd import _memory
-from pyuffd._abi import Feature, RegisterMode
+from pyuffd._abi import Feature, MoveMode, RegisterMode
+from pyuffd._events import MESSAGE_SIZE
 from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._memcg import memory_group
 from pyuffd.conformance._pin import syscall
-from pyuffd.conformance._raw import Answer, ioctl
+from pyuffd.conformance._raw import ioctl
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, MEMORY_TYPES, SMALL_PAGE
 from pyuffd.testing._need import Lack, Need, needs_privilege
@@ -32,6 +35,15 @@ _MOST_MAPPINGS = 1 << 18
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 _PROT_NONE = 0
 _TABLE = HUGE_PAGE  # a page table maps this much, at a multiple of it
+_MAP_HUGETLB = 0x40000
+# A fork needs less than the limit for itself, and more for so many mappings of 250 bytes each.
+_FORK_LIMIT = 2 << 20
+_FORK_MAPPINGS = 16 << 10
+# For a thread that has read an event, which the fork has waited for, to say so.
+_AFTERWARDS_S = 0.2
+_SYS_FORK, _SYS_EXIT_GROUP = 57, 231
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -131,15 +143,15 @@ def register_without_mappings() -> list[int]:
         return there + parts()
 
 
-class _NoMemory:
-    """A memory control group without any memory, for this process; only for one of its own.
+class _Starved:
+    """A memory control group with next to no memory, for this process; only for one of its own.
 
     The kernel then cannot allocate what a call of this process needs, and the call fails with
     ENOMEM.  A page fault waits forever for what it needs: nothing may be touched for the
     first time meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = 0) -> None:
         parent, old = memory_group()
         self._group = Path(tempfile.mkdtemp(prefix="pyuffd-", dir=parent))
         self._files: list[int] = []
@@ -150,7 +162,7 @@ class _NoMemory:
             Path("/proc/self/oom_score_adj").write_text("-1000")
         for name in ("memory.max", "memory.limit_in_bytes"):
             if (self._group / name).exists():
-                (self._group / name).write_text("0")
+                (self._group / name).write_text(str(limit))
         self._enter = self._open(self._group)
         self._leave = self._open(old)
         self._pid = str(os.getpid()).encode()
@@ -161,11 +173,11 @@ class _NoMemory:
         self._files.append(fd)
         return fd
 
-    def ioctl(self, fd: int, name: str, *words: int) -> Answer:
-        """Make an ioctl, of a kind that was made before, in the group."""
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call, of a kind that was made before, in the group."""
         os.write(self._enter, self._pid)
         try:
-            return ioctl(fd, name, *words)
+            return function(*args, **kwargs)
         finally:
             os.write(self._leave, self._pid)
 
@@ -176,9 +188,7 @@ class _NoMemory:
         self._group.rmdir()
 
 
-def ioctl_without_memory(
-    name: str, memory: str, mode: int, features: int, has_table: bool
-) -> list[int]:
+def ioctl_without_memory(name: str, memory: str, mode: int, features: int, lacks: str) -> list[int]:
     """Make an ioctl on a page without memory, and again with it; for `run_child`.
 
     Args:
@@ -186,22 +196,23 @@ def ioctl_without_memory(
         memory: The memory type.
         mode: The mode to register in.
         features: The features to enable.
-        has_table: Let there be a page table.
+        lacks: What the place lacks: "page", "page-table", or "anon-vma", the kernel's record of
+            who maps private memory.
 
     Returns:
         errno and result field without memory, and both with it.
     """
     of = MEMORY_TYPES[memory]
-    gc.disable()
-    libc = ctypes.CDLL(None, use_errno=True)
-    # Every page that is mapped now is there, and this process's own, before there are no more.
-    if libc.mlockall(_MCL_CURRENT):
-        raise OSError(ctypes.get_errno(), "mlockall")
+    _hold_what_is_there()
     with (
+        contextlib.ExitStack() as stack,
         Userfaultfd(features=Feature(features)) as uffd,
         of.make(4 * _TABLE) as region,
-        Region.anonymous(4 * of.page_size) as source,
+        of.make(4 * of.page_size) as new,
     ):
+        # Else it may be one mapping with the next.
+        new.madvise(mmap.MADV_DONTFORK)
+        source = stack.enter_context(Region.anonymous(4 * of.page_size))
         if name == "CONTINUE":
             assert region.fd is not None
             with Region.file(region.fd, region.length) as view:
@@ -209,22 +220,112 @@ def ioctl_without_memory(
         source.fill(1)
         table = -(-region.start // _TABLE) * _TABLE
         uffd.register(table, 3 * _TABLE, mode=RegisterMode(mode))
+        uffd.register(new, mode=RegisterMode(mode))
 
         def words(at: int, source_page: int) -> tuple[int, ...]:
             is_from = source.start + source_page * of.page_size
             middle = (is_from,) if name in ("COPY", "MOVE") else ()
             return at, *middle, of.page_size, int(name == "WRITEPROTECT")
 
-        where = words(table + _TABLE, 2)
+        where = words(new.start if lacks == "anon-vma" else table + _TABLE, 2)
         fd = uffd.fileno()
-        if has_table:
+        if lacks == "page":
             ioctl(fd, name, *words(table + _TABLE + of.page_size, 0))
-        with contextlib.closing(_NoMemory()) as group:
-            # Whatever Python itself needs for such a call, it has after the first.
-            ioctl(fd, name, *words(table, 1))
-            without = group.ioctl(fd, name, *where)
-        again = ioctl(fd, name, *where)
-        return [without.errno, without.result, again.errno, again.result]
+        return _without_and_with(fd, name, words(table, 1), where)
+
+
+def _hold_what_is_there() -> None:
+    """Keep every page that is mapped now, as this process's own, before there are no more."""
+    gc.disable()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(_MCL_CURRENT):
+        raise OSError(ctypes.get_errno(), "mlockall")
+
+
+def _without_and_with(
+    fd: int, name: str, first: tuple[int, ...], where: tuple[int, ...]
+) -> list[int]:
+    with contextlib.closing(_Starved()) as group:
+        # Whatever Python itself needs for such a call, it has after the first.
+        ioctl(fd, name, *first)
+        without = group.call(ioctl, fd, name, *where)
+    again = ioctl(fd, name, *where)
+    return [without.errno, without.result, again.errno, again.result]
+
+
+def fill_without_directory(name: str, is_huge: bool, boundary: int, holes: bool) -> list[int]:
+    """Fill a page whose page table's own table lacks memory, and again; for `run_child`.
+
+    Args:
+        name: COPY or MOVE.
+        is_huge: Of hugetlb.
+        boundary: What the table that is missing maps, in bytes.
+        holes: MOVE from such a place, with ALLOW_SRC_HOLES, and not to it.
+
+    Returns:
+        As `ioctl_without_memory`.
+    """
+    _hold_what_is_there()
+    page = HUGE_PAGE if is_huge else SMALL_PAGE
+    flags = _PRIVATE | (_MAP_HUGETLB if is_huge else 0)
+    # Four huge pages on each side of a multiple of the boundary.
+    length = 3 * boundary + 8 * HUGE_PAGE
+    start = _memory.mmap(length, mmap.PROT_READ | mmap.PROT_WRITE, flags)
+    _memory.madvise(start, length, mmap.MADV_DONTFORK)
+    try:
+        edge = -(-(start + 4 * HUGE_PAGE) // boundary) * boundary
+        with (
+            Userfaultfd(features=Feature.MOVE if name == "MOVE" else Feature(0)) as uffd,
+            Region.anonymous(4 * page) as source,
+        ):
+            source.madvise(mmap.MADV_DONTFORK)
+            source.fill(1)
+            below = edge - 4 * HUGE_PAGE
+            uffd.register(below, 8 * HUGE_PAGE, mode=RegisterMode.MISSING)
+            # The same mapping, and the table before the one that is missing.
+            ioctl(uffd.fileno(), name, below, source.start, page)
+            if holes:
+                where = below + 2 * page, edge + 2 * page, page, int(MoveMode.ALLOW_SRC_HOLES)
+            else:
+                where = edge, source.start + 2 * page, page, 0
+            first = below + page, source.start + page, page
+            return _without_and_with(uffd.fileno(), name, first, where)
+    finally:
+        _memory.munmap(start, length)
+
+
+def fork_without_memory(features: int) -> list[int]:
+    """Fork where there is memory for a part of the mappings only; for `run_child`.
+
+    Returns:
+        errno of the fork, how many events came, and what COPY fills afterwards or -errno.
+    """
+    _hold_what_is_there()
+    libc = ctypes.CDLL(None, use_errno=True)
+    mprotect = libc.mprotect
+    mprotect.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+    # The registered pages lie below, and the kernel copies in the order of addresses.
+    length = 2 * _FORK_MAPPINGS * SMALL_PAGE
+    start = _memory.mmap(length, _PROT_NONE, _PRIVATE)
+    for at in range(start, start + length, 2 * SMALL_PAGE):
+        mprotect(at, SMALL_PAGE, mmap.PROT_READ | (0 if at > start else mmap.PROT_WRITE))
+    seen: list[bytes] = []
+    with Userfaultfd(features=Feature(features), nonblocking=False) as uffd:
+        uffd.register(start, SMALL_PAGE, mode=RegisterMode.MISSING)
+        # It sleeps in the call, if all is well: a thread that runs would fault on what the fork has
+        # shared, in vain and with Python's lock.
+        reader = threading.Thread(
+            target=lambda: seen.append(os.read(uffd.fileno(), MESSAGE_SIZE)), daemon=True
+        )
+        reader.start()
+        with contextlib.closing(_Starved(_FORK_LIMIT)) as group:
+            pid = group.call(syscall, _SYS_FORK)
+            if not pid:
+                syscall(_SYS_EXIT_GROUP, 0)
+        reader.join(_AFTERWARDS_S)
+        source = ctypes.create_string_buffer(SMALL_PAGE)
+        answer = ioctl(uffd, "COPY", start, ctypes.addressof(source), SMALL_PAGE)
+        return [-pid if pid < 0 else 0, len(seen), answer.result]
 
 
 def needs_kernel_accounting() -> Need:

@@ -16,6 +16,8 @@ from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._memcg import needs_memcg
 from pyuffd.conformance._starve import (
+    fill_without_directory,
+    fork_without_memory,
     ioctl_without_memory,
     needs_kernel_accounting,
     needs_map_limit,
@@ -33,7 +35,7 @@ from pyuffd.conformance._types import (
     wp_features,
 )
 from pyuffd.conformance.cases.errno_fill import DATA
-from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_hugepages, needs_privilege
 
 NO_MEMORY = errno.ENOMEM, -errno.ENOMEM
@@ -68,12 +70,24 @@ def _features(name: str, memory: MemoryType) -> Feature:
             return missing_features(memory)
 
 
-def _add_starved(name: str, memory: tuple[str, ...], *, has_table: bool = False) -> None:
-    what = "no-page" if has_table else "no-page-table"
-    full = f"UFFDIO_{name}.ENOMEM.{what}"
+_STARVED = (
+    needs_privilege("CAP_SYS_ADMIN", "CAP_IPC_LOCK"),
+    needs_memcg(),
+    needs_kernel_accounting(),
+)
+_NO_MEMORY = "There is no memory for {}: nothing is changed; the next time there is"
+_LACKS = {
+    "page": "its page",
+    "page-table": "a page table",
+    "anon-vma": "the kernel's record of who maps private memory",
+}
+
+
+def _add_starved(name: str, memory: tuple[str, ...], lacks: str = "page-table") -> None:
+    full = f"UFFDIO_{name}.ENOMEM.no-{lacks}"
 
     def run(ctx: Context) -> None:
-        words = (int(_MODES[name]), int(_features(name, ctx.memory)), has_table)
+        words = (int(_MODES[name]), int(_features(name, ctx.memory)), lacks)
         child = ctx.run_child(ioctl_without_memory, name, ctx.memory.name, *words)
         first, second = child.value[:2], child.value[2:]
         ctx.expect("errno without memory", first[0], errno.ENOMEM)
@@ -83,31 +97,93 @@ def _add_starved(name: str, memory: tuple[str, ...], *, has_table: bool = False)
         else:
             ctx.expect("errno with memory", second[0], 0)
 
-    missing = "its page" if has_table else "a page table"
     case(
         full,
         origin=f"UFFDIO_{name}(2const): ENOMEM",
         memory=memory,
         features=lambda kind: _features(name, kind),
-        needs=[
-            needs_privilege("CAP_SYS_ADMIN", "CAP_IPC_LOCK"),
-            needs_memcg(),
-            needs_kernel_accounting(),
-        ],
+        needs=_STARVED,
         budget_s=BUDGET_S,
         alone=True,
         noisy=True,  # with control groups of version 2 the kernel tells of a killer without victim
-        summary=f"There is no memory for {missing}: nothing is changed; the next time there is",
+        summary=_NO_MEMORY.format(_LACKS[lacks]),
     )(run)
 
 
-_add_starved("COPY", SMALL, has_table=True)
+_add_starved("COPY", SMALL, "page")
+_add_starved("COPY", ("anon", "shmem-private"), "anon-vma")
+_add_starved("MOVE", ANON, "anon-vma")
 _add_starved("COPY", SMALL)
 _add_starved("ZEROPAGE", SMALL)
 _add_starved("MOVE", ANON)
 _add_starved("CONTINUE", SHMEM)
 _add_starved("POISON", SMALL)
 _add_starved("WRITEPROTECT", SMALL)
+
+
+# Tables of tables, each at the first address of its own: what lacks it is on the other side of it.
+_GIB = 1 << 30
+_DIRECTORIES: tuple[tuple[str, str, str, int, bool, str], ...] = (
+    ("COPY", "anon", "no-page-middle-directory", _GIB, False, "the table of its page table"),
+    ("COPY", "anon", "no-page-upper-directory", 512 * _GIB, False, "the table above that"),
+    ("COPY", "hugetlb-private", "no-page-middle-directory", _GIB, False, "its page table"),
+    ("MOVE", "anon", "no-page-middle-directory", _GIB, False, "the table of its page table"),
+    ("MOVE", "anon", "src-no-page-table", HUGE_PAGE, True, "the page table of a hole"),
+    ("MOVE", "anon", "src-no-page-middle-directory", _GIB, True, "the table above that"),
+)
+
+
+def _add_directory(
+    name: str, memory: str, what: str, boundary: int, holes: bool, text: str
+) -> None:
+    def run(ctx: Context) -> None:
+        words = (name, ctx.memory.is_hugetlb, boundary, holes)
+        child = ctx.run_child(fill_without_directory, *words)
+        ctx.expect("errno and result without memory", child.value[:2], [*NO_MEMORY])
+        ctx.expect("errno and result with memory", child.value[2:], [0, ctx.page])
+
+    kind = "-hugetlb" if memory == "hugetlb-private" else ""
+    case(
+        f"UFFDIO_{name}.ENOMEM.{what}{kind}",
+        origin="mm/userfaultfd.c: mm_alloc_pmd",
+        memory=(memory,),
+        features=lambda kind: _features(name, kind),
+        needs=_STARVED,
+        budget_s=BUDGET_S,
+        alone=True,
+        noisy=True,
+        summary=_NO_MEMORY.format(text),
+    )(run)
+
+
+for _directory in _DIRECTORIES:
+    _add_directory(*_directory)
+
+
+_EVENT = (
+    Variant("none", "nobody is told of a fork that has failed"),
+    Variant("told", "the Fork event comes all the same; fixed in Linux 6.12"),
+)
+
+
+@case(
+    "fork.ENOMEM.mappings",
+    origin="fs/userfaultfd.c: dup_userfaultfd_fail",
+    memory=ANY,
+    features=Feature.EVENT_FORK,
+    needs=[*_STARVED, needs_map_limit()],
+    variants=_EVENT,
+    budget_s=BUDGET_S,
+    alone=True,
+    noisy=True,
+)
+def fork_fails(ctx: Context) -> None:
+    """A fork that fails in the middle of the mappings sends no event, and filling goes on."""
+    child = ctx.run_child(fork_without_memory, int(Feature.EVENT_FORK))
+    code, events, copied = child.value
+    ctx.expect("errno", code, errno.ENOMEM)
+    ctx.expect("bytes that COPY fills afterwards", copied, ctx.page)
+    ctx.expect_variant("events", events, none=0, told=1)
 
 
 # No page in the file system

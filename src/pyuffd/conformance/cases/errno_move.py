@@ -15,10 +15,13 @@ from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import Pin, needs_pin, syscall
 from pyuffd.conformance._types import ANON, FILE, missing_features
+from pyuffd.conformance._wp import page_out
 from pyuffd.conformance.cases.errno_fill import DATA, MOVE, Target
 from pyuffd.regions import Region
+from pyuffd.testing._need import needs_swap
 
-SYS_MLOCK, SYS_MUNLOCK = 149, 150
+SYS_MLOCK, SYS_MUNLOCK, SYS_MLOCK2 = 149, 150, 325
+MLOCK_ONFAULT = 1
 ORIGIN = "UFFDIO_MOVE(2const): "
 # Above vm.mmap_min_addr, below which the answer is EINVAL, and below any program.
 UNMAPPED = 0x100000
@@ -114,6 +117,105 @@ def src_locked(ctx: Context) -> None:
     target = Target(ctx, MOVE)
     ctx.expect("mlock", syscall(SYS_MLOCK, target.source, 2 * ctx.page), 0)
     _refused(ctx, target, errno.EINVAL)
+
+
+@case(
+    "UFFDIO_MOVE.ok.both-locked", origin="UFFDIO_MOVE(2const)", memory=ANON, features=Feature.MOVE
+)
+def both_locked(ctx: Context) -> None:
+    """Between two mlocked ranges a page can be moved."""
+    target = Target(ctx, MOVE)
+    for start in (target.start, target.source):
+        # Without its pages, which would be asked for.
+        ctx.expect("mlock2", syscall(SYS_MLOCK2, start, 2 * ctx.page, MLOCK_ONFAULT), 0)
+    target.expect(0, ctx.page)
+    ctx.expect("byte", ctx.silently(ctx.read, target.start), DATA)
+    for start in (target.start, target.source):
+        ctx.expect("munlock", syscall(SYS_MUNLOCK, start, 2 * ctx.page), 0)
+
+
+@case(
+    "UFFDIO_MOVE.EINVAL.both-read-only",
+    origin=ORIGIN + "EINVAL",
+    memory=ANON,
+    features=Feature.MOVE,
+)
+def both_read_only(ctx: Context) -> None:
+    """Nothing is moved between two ranges that cannot be written."""
+    target = Target(ctx, MOVE)
+    for start in (target.start, target.source):
+        _memory.mprotect(start, 2 * ctx.page, mmap.PROT_READ)
+    _refused(ctx, target, errno.EINVAL)
+
+
+@case(
+    "UFFDIO_MOVE.EINVAL.src-past-end", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
+)
+def src_past_end(ctx: Context) -> None:
+    """The source reaches into another mapping: nothing is moved."""
+    target = Target(ctx, MOVE)
+    _memory.mprotect(target.source + ctx.page, ctx.page, mmap.PROT_READ)
+    _refused(ctx, target, errno.EINVAL, length=2 * ctx.page)
+
+
+# What a page table may have in the place of a page: the mode to register the source in, and what
+# makes it.
+_ENTRIES: tuple[tuple[str, str, RegisterMode, Feature], ...] = (
+    ("src-poison", "poison", RegisterMode.MISSING, Feature.POISON),
+    ("src-marker", "a write-protect marker", RegisterMode.WP, Feature.WP_UNPOPULATED),
+)
+
+
+def _add_entry(name: str, text: str, mode: RegisterMode, feature: Feature) -> None:
+    def run(ctx: Context) -> None:
+        target = Target(ctx, MOVE)
+        source = ctx.make(1)
+        ctx.uffd.register(source, mode=mode)
+        if feature is Feature.POISON:
+            ctx.uffd.poison(source)
+        else:
+            ctx.uffd.writeprotect(source)
+        before = ctx.pagemap(source.start)
+        for flags in (0, MoveMode.ALLOW_SRC_HOLES):
+            target.expect(errno.EFAULT, -errno.EFAULT, source=source.start, mode=int(flags))
+        ctx.expect("pagemap of the source", ctx.pagemap(source.start), before)
+        ctx.expect_pagemap(target.start, "-----")
+
+    case(
+        f"UFFDIO_MOVE.EFAULT.{name}",
+        origin="mm/userfaultfd.c: move_pages_pte",
+        memory=ANON,
+        features=Feature.MOVE | feature | Feature.PAGEFAULT_FLAG_WP,
+        summary=f"The source has {text} and no page, which is no hole either",
+    )(run)
+
+
+for _entry in _ENTRIES:
+    _add_entry(*_entry)
+
+
+@case(
+    "UFFDIO_MOVE.EBUSY.src-shared-swapped",
+    origin=ORIGIN + "EBUSY",
+    memory=ANON,
+    features=Feature.MOVE,
+    needs=[needs_swap()],
+)
+def src_shared_swapped(ctx: Context) -> None:
+    """A page in swap that a fork has shared is busy; alone in it again, it can be moved."""
+    region, source = ctx.make(1), ctx.make(1)
+    source.fill(DATA[0])
+    page_out(ctx, source)
+    ctx.register(region, RegisterMode.MISSING)
+    child = ctx.fork()
+    for when in ("child alive", "child ended"):
+        answer = ctx.ioctl("MOVE", region.start, source.start, ctx.page)
+        ctx.expect(when, (answer.errno, answer.result), (errno.EBUSY, -errno.EBUSY))
+        child.close()
+    ctx.expect("a write", ctx.write(source.start, DATA), None)
+    answer = ctx.ioctl("MOVE", region.start, source.start, ctx.page)
+    ctx.expect("errno and move after a write", (answer.errno, answer.result), (0, ctx.page))
+    ctx.expect("byte", ctx.silently(ctx.read, region.start), DATA)
 
 
 def _with_hole(ctx: Context) -> tuple[Target, Region]:

@@ -42,7 +42,7 @@ AFTER_API = (
 )
 
 
-def _fresh(ctx: Context, flags: int = FLAGS) -> int:
+def fresh(ctx: Context, flags: int = FLAGS) -> int:
     """Return a descriptor without a handshake, which closes with the case."""
     fd = _opening.open_userfaultfd(flags)
     ctx.callback(os.close, fd)
@@ -50,7 +50,7 @@ def _fresh(ctx: Context, flags: int = FLAGS) -> int:
 
 
 def _ready(ctx: Context) -> int:
-    fd = _fresh(ctx)
+    fd = fresh(ctx)
     ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
     return fd
 
@@ -64,7 +64,7 @@ def _unprivileged(ctx: Context) -> Child:
 @case("userfaultfd.ok.cloexec-nonblock", origin="userfaultfd(2): DESCRIPTION", memory=ANY)
 def open_flags(ctx: Context) -> None:
     """O_CLOEXEC and O_NONBLOCK are set on the descriptor as asked for."""
-    both, neither = _fresh(ctx), _fresh(ctx, 0)
+    both, neither = fresh(ctx), fresh(ctx, 0)
     ctx.expect("O_CLOEXEC", [os.get_inheritable(fd) for fd in (both, neither)], [False, True])
     ctx.expect("O_NONBLOCK", [os.get_blocking(fd) for fd in (both, neither)], [False, True])
 
@@ -190,7 +190,7 @@ def api_event_fork(ctx: Context) -> None:
 @case("UFFDIO_API.ok.reply", origin="UFFDIO_API(2const): DESCRIPTION", memory=ANY)
 def api_reply(ctx: Context) -> None:
     """The reply has every feature of the kernel, whatever was asked for, and is the same again."""
-    answers = [ctx.ioctl("API", API, asked, uffd=_fresh(ctx)) for asked in (0, ctx.offered & 0x80)]
+    answers = [ctx.ioctl("API", API, asked, uffd=fresh(ctx)) for asked in (0, ctx.offered & 0x80)]
     for answer in answers:
         ctx.expect("reply", (answer.errno, answer.words[:2]), (0, (API, ctx.offered)))
 
@@ -208,7 +208,7 @@ def api_features(ctx: Context) -> None:
 
 
 def _refused_once(ctx: Context, api: int, features: int) -> None:
-    fd = _fresh(ctx)
+    fd = fresh(ctx)
     answer = ctx.ioctl("API", api, features, uffd=fd)
     ctx.expect("refusal", (answer.errno, answer.words), (errno.EINVAL, (0, 0, 0)))
     ctx.expect("errno of a second try", ctx.ioctl("API", API, uffd=fd).errno, 0)
@@ -226,13 +226,13 @@ def api_second(ctx: Context) -> None:
 @case("UFFDIO_API.EFAULT.argument", origin="UFFDIO_API(2const): EFAULT", memory=ANY)
 def api_argument(ctx: Context) -> None:
     """An argument outside the address space is EFAULT."""
-    ctx.expect_errno(errno.EFAULT, fcntl.ioctl, _fresh(ctx), _raw.request("API"), 0)
+    ctx.expect_errno(errno.EFAULT, fcntl.ioctl, fresh(ctx), _raw.request("API"), 0)
 
 
 @case("ioctl.EINVAL.unknown", origin="ioctl_userfaultfd(2)", memory=ANY)
 def unknown_ioctl(ctx: Context) -> None:
     """A request number that is no UFFDIO_* is EINVAL, before the handshake and after."""
-    fd = _fresh(ctx)
+    fd = fresh(ctx)
     ctx.expect_errno(errno.EINVAL, fcntl.ioctl, fd, UNKNOWN_IOCTL, 0)
     ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
     ctx.expect_errno(errno.EINVAL, fcntl.ioctl, fd, UNKNOWN_IOCTL, 0)
@@ -250,7 +250,7 @@ def _add_generic(name: str) -> None:
     def before(ctx: Context) -> None:
         region = ctx.make(1)
         words = (region.start, region.length, 1) if name == "REGISTER" else (region.start, 4096)
-        answer = ctx.ioctl(name, *words, uffd=_fresh(ctx))
+        answer = ctx.ioctl(name, *words, uffd=fresh(ctx))
         ctx.expect("errno", answer.errno, errno.EINVAL)
 
     def argument(ctx: Context) -> None:

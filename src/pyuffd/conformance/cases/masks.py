@@ -17,6 +17,7 @@ from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._types import ANY, minor_features, missing_features, wp_features
 from pyuffd.conformance.cases.errno_register import disk_page
+from pyuffd.conformance.cases.scan_arguments import special_mapping
 from pyuffd.testing._memory_types import HUGE_PAGE, MEMORY_TYPES, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import Need, needs_hugepages
 
@@ -193,3 +194,19 @@ def disk_file(ctx: Context) -> None:
     start = disk_page(ctx, mmap.MAP_SHARED)
     ctx.open()
     check_mask(ctx, MEMORY_TYPES["anon"], RegisterMode.WP, start, SMALL_PAGE)
+
+
+@case(
+    "UFFDIO_REGISTER.EINVAL.special-mapping",
+    origin="include/linux/userfaultfd_k.h: vma_can_userfault",
+    memory=ANY,
+)
+def special(ctx: Context) -> None:
+    """The kernel's own code in every process cannot be registered, nor unregistered."""
+    start, end = special_mapping(ctx, "vdso")
+    ctx.open()
+    for mode in range(1, 8):
+        answer = ctx.ioctl("REGISTER", start, end - start, mode)
+        ctx.expect(f"errno of REGISTER, mode {mode}", answer.errno, errno.EINVAL)
+    answer = ctx.ioctl("UNREGISTER", start, end - start)
+    ctx.expect("errno of UNREGISTER", answer.errno, errno.EINVAL)

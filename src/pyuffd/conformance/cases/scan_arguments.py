@@ -1,0 +1,180 @@
+"""PAGEMAP_SCAN: arguments that cannot be written, and what is no memory to scan (layer L5)."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+from pathlib import Path
+
+from pyuffd import _memory
+from pyuffd._abi import PageCategory
+from pyuffd.conformance import _thp
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._types import ANY, SMALL
+from pyuffd.conformance.cases.pagemap_scan import (
+    FEATURES,
+    PAGEMAP_SCAN,
+    PRESENT,
+    SIZE,
+    WP_SCAN,
+    WRITTEN,
+    end_of,
+    scan,
+    written,
+)
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
+from pyuffd.testing._need import needs_thp
+
+SYS_IOCTL = 16
+UNKNOWN_IOCTL = 0xC0606611
+MADV_COLLAPSE = 25
+ORIGIN = "fs/proc/task_mmu.c: do_pagemap_scan"
+SOFT_DIRTY_BIT = 55
+PAGES = 4
+
+
+def _pagemap(ctx: Context, pid: int | str = "self") -> int:
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    ctx.callback(os.close, fd)
+    return fd
+
+
+def _argument(start: int, end: int, vec: int, room: int, flags: int = 0) -> bytes:
+    words = (SIZE, flags, start, end, 0, vec, room, 0, 0, int(WRITTEN), 0, int(WRITTEN))
+    return struct.pack("=12Q", *words)
+
+
+@case("PAGEMAP_SCAN.EFAULT.argument", origin=ORIGIN, memory=ANY, features=FEATURES)
+def argument(ctx: Context) -> None:
+    """The argument is no memory that can be read."""
+    seen = syscall(SYS_IOCTL, _pagemap(ctx), PAGEMAP_SCAN, 1 << 63)
+    ctx.expect("result", seen, -errno.EFAULT)
+
+
+@case("PAGEMAP_SCAN.EFAULT.argument-read-only", origin=ORIGIN, memory=ANY, features=FEATURES)
+def argument_read_only(ctx: Context) -> None:
+    """walk_end cannot be written: EFAULT, although the ranges have been."""
+    region = written(ctx, PAGES)
+    page, vector = ctx.make(1, "anon"), ctx.make(1, "anon")
+    page.write(0, _argument(region.start, end_of(region), vector.start, 1))
+    _memory.mprotect(page.start, SMALL_PAGE, mmap.PROT_READ)
+    seen = syscall(SYS_IOCTL, _pagemap(ctx), PAGEMAP_SCAN, page.start)
+    ctx.expect("result", seen, -errno.EFAULT)
+    found = struct.unpack("=3Q", vector.read(0, 24))
+    ctx.expect("the range", found, (region.start, end_of(region), int(WRITTEN)))
+
+
+@case("PAGEMAP_SCAN.EFAULT.vec-read-only", origin=ORIGIN, memory=ANY, features=FEATURES)
+def vec_read_only(ctx: Context) -> None:
+    """The vector can be read and not written: EFAULT."""
+    region = written(ctx, PAGES)
+    vector = ctx.make(1, "anon")
+    vector.fill(0)
+    _memory.mprotect(vector.start, SMALL_PAGE, mmap.PROT_READ)
+    result = scan(ctx, region.start, end_of(region), vec=vector.start, vec_len=PAGES, room=0)
+    ctx.expect("errno", result.errno, errno.EFAULT)
+    ctx.expect("pages written", scan(ctx, region.start, end_of(region)).pages, PAGES)
+
+
+@case("PAGEMAP_SCAN.ESRCH.owner-gone", origin=ORIGIN, memory=ANY, features=FEATURES)
+def owner_gone(ctx: Context) -> None:
+    """The process whose pagemap it is has ended."""
+    region = written(ctx, PAGES)
+    child = ctx.fork_only()
+    fd = _pagemap(ctx, child.pid)
+    child.close()
+    page = ctx.make(1, "anon")
+    page.write(0, _argument(region.start, end_of(region), 0, 0))
+    ctx.expect("result", syscall(SYS_IOCTL, fd, PAGEMAP_SCAN, page.start), -errno.ESRCH)
+
+
+@case("PAGEMAP_SCAN.EINVAL.ioctl-unknown", origin=ORIGIN, memory=ANY, features=FEATURES)
+def unknown(ctx: Context) -> None:
+    """A request of pagemap that is no PAGEMAP_SCAN."""
+    seen = syscall(SYS_IOCTL, _pagemap(ctx), UNKNOWN_IOCTL, 0)
+    ctx.expect("result", seen, -errno.EINVAL)
+
+
+def special_mapping(ctx: Context, name: str) -> tuple[int, int]:
+    """Return the bounds of a mapping that the kernel makes in every process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(f"[{name}]"):
+            start, _, end = line.partition(" ")[0].partition("-")
+            return int(start, 16), int(end, 16)
+    ctx.lack(name, f"this kernel has no [{name}]")
+
+
+@case("PAGEMAP_SCAN.ok.vvar", origin="fs/proc/task_mmu.c: VM_PFNMAP", memory=ANY, features=FEATURES)
+def vvar(ctx: Context) -> None:
+    """The kernel's own data page, which every process has, is no page to report."""
+    start, end = special_mapping(ctx, "vvar")
+    seen = scan(ctx, start, end, mask=int(PRESENT), returned=int(PRESENT))
+    ctx.expect("errno and ranges", (seen.errno, seen.count), (0, 0))
+
+
+# clear_refs leaves out hugetlb.
+@case("PAGEMAP_SCAN.ok.soft-dirty", origin="fs/proc/task_mmu.c", memory=SMALL, features=FEATURES)
+def soft_dirty(ctx: Context) -> None:
+    """SOFT_DIRTY is a new mapping, and a page written since clear_refs; not one that was read."""
+    region = ctx.make(2)
+    region.fill(1)
+    if not ctx.bits(region.start) & (1 << SOFT_DIRTY_BIT):
+        ctx.lack("soft-dirty", "the kernel has no CONFIG_MEM_SOFT_DIRTY")
+    category = int(PageCategory.SOFT_DIRTY)
+
+    def pages() -> list[int]:
+        seen = scan(ctx, region.start, end_of(region), mask=category, returned=category)
+        return [(start - region.start) // ctx.page for start, *_ in seen.ranges]
+
+    ctx.expect("pages of a new mapping", pages(), [0])
+    Path("/proc/self/clear_refs").write_text("4")
+    ctx.expect("pages after clear_refs", pages(), [])
+    ctx.read(region.start)
+    ctx.expect("pages after a read", pages(), [])
+    ctx.write(region.start + ctx.page, b"\1")
+    ctx.expect("pages after a write", pages(), [1])
+
+
+@case(
+    "PAGEMAP_SCAN.ok.huge-page-of-a-file",
+    origin="fs/proc/task_mmu.c: pagemap_thp_category",
+    memory=("shmem",),
+    features=FEATURES,
+    needs=[needs_thp()],
+)
+def huge_file(ctx: Context) -> None:
+    """A transparent huge page of shared memory is FILE, PRESENT and HUGE, in one range."""
+    region = ctx.make(2 * HUGE_PAGE // SMALL_PAGE)
+    start = -(-region.start // HUGE_PAGE) * HUGE_PAGE
+    region.fill(1)
+    try:
+        _memory.madvise(start, HUGE_PAGE, MADV_COLLAPSE)
+    except OSError as error:
+        ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
+    if not _thp.mapped_huge(start):
+        ctx.lack("THP", "the kernel gave no transparent huge page")
+    wanted = int(PageCategory.FILE | PRESENT | PageCategory.HUGE)
+    seen = scan(ctx, start, start + HUGE_PAGE, mask=int(PageCategory.FILE), returned=wanted)
+    ctx.expect("ranges", seen.ranges, ((start, start + HUGE_PAGE, wanted),))
+
+
+@case(
+    "PAGEMAP_SCAN.ok.hugetlb-part",
+    origin="fs/proc/task_mmu.c: pagemap_scan_hugetlb_entry",
+    memory=("hugetlb", "hugetlb-private"),
+    features=FEATURES,
+)
+def hugetlb_part(ctx: Context) -> None:
+    """A limit inside a huge page is where a scan that protects stops, before that page."""
+    region = written(ctx, 2)
+    whole = ctx.page // SMALL_PAGE
+    seen = scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), max_pages=whole + whole // 2)
+    ctx.expect("errno and pages", (seen.errno, seen.pages), (0, whole))
+    ctx.expect("pages walked", (seen.walk_end - region.start) // SMALL_PAGE, whole)
+    left = scan(ctx, region.start, end_of(region))
+    wanted = ((region.start + ctx.page, end_of(region), int(WRITTEN)),)
+    ctx.expect("what is still written", left.ranges, wanted)
