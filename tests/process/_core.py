@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,24 @@ class Target:
     @classmethod
     def start(cls, program: str, *words: object) -> Self:
         popen = subprocess.Popen([program, *map(str, words)], stdout=subprocess.PIPE)
-        places: dict[str, tuple[int, int]] = {}
-        assert popen.stdout is not None
-        for line in popen.stdout:
+        self = cls(program, popen, {})
+        self.read_places()
+        return self
+
+    def read_places(self) -> None:
+        """Read what it prints, until it is ready."""
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
             if line == b"ready\n":
-                return cls(program, popen, places)
+                return
             name, start, length = line.decode().split()
-            places[name] = int(start, 16), int(length, 16)
-        raise AssertionError(f"{words} ended: {popen.wait()}")
+            self.places[name] = int(start, 16), int(length, 16)
+        raise AssertionError(f"{self.popen.args!r} ended: {self.popen.wait()}")
+
+    def go_on(self) -> None:
+        """Let it do what it waits with, and wait until it is ready again."""
+        self.popen.send_signal(signal.SIGUSR1)
+        self.read_places()
 
     def runs(self) -> bool:
         """Whether it lives, untraced."""

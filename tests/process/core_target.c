@@ -227,6 +227,47 @@ static void big(size_t length)
 	first_step(0);
 }
 
+static void note(int number)
+{
+	(void)number;
+}
+
+/* After a signal it maps memory that belongs into no core. */
+static void later(void)
+{
+	sigset_t set, before;
+	unsigned char *start;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	sigprocmask(SIG_BLOCK, &set, &before);
+	signal(SIGUSR1, note);
+	ready();
+	sigsuspend(&before);
+	start = map(64 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	madvise(start, 64 * PAGE, MADV_DONTDUMP);
+	fill(start, 64 * PAGE, 0);
+	start[PAGE] = 'x';
+	say("later", start, 64 * PAGE);
+	ready();
+	first_step(0);
+}
+
+/* After a signal it is another program. */
+static void other(char **words)
+{
+	sigset_t set, before;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	sigprocmask(SIG_BLOCK, &set, &before);
+	signal(SIGUSR1, note);
+	ready();
+	sigsuspend(&before);
+	execl("/proc/self/exe", words[0], "threads", "0", NULL);
+	exit(1);
+}
+
 int main(int count, char **words)
 {
 	const char *mode = count > 1 ? words[1] : "";
@@ -248,5 +289,9 @@ int main(int count, char **words)
 		many(number);
 	else if (!strcmp(mode, "big"))
 		big(number * MIB);
+	else if (!strcmp(mode, "later"))
+		later();
+	else if (!strcmp(mode, "other"))
+		other(words);
 	return 1;
 }

@@ -14,11 +14,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from pyuffd import Process, ProcessGoneError, StopTimeoutError, UffdOSError, write_core
-from pyuffd.snapshot import _core_file
+from pyuffd.snapshot import _core, _core_file
+from pyuffd.snapshot._core_places import CoreLayout
 from pyuffd.testing import needs_hugepages, needs_privilege
 from tests._child import run_child
 from tests.kernel._mounts import mounted
@@ -221,6 +223,32 @@ def test_registers(start: Callable[..., Target], tmp_path: Path) -> None:
         (state,) = core.notes("NT_PRSTATUS")
         general = struct.unpack_from("<27Q", state["n_descdata"], 112)
         assert abs(general[16] - struct.unpack_from("<27Q", registers.general)[16]) < 16
+
+
+class Changing(CoreLayout):
+    """Lets the target go on after its mappings were read, and before it is stopped."""
+
+    target: ClassVar[Target]
+
+    def __init__(self, process: Process, first: int, *, full: bool) -> None:
+        super().__init__(process, first, full=full)
+        self.target.go_on()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_memory_that_is_new_and_not_to_be_dumped(
+    start: Callable[..., Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """Its mark is read when the process runs again; nothing of it stays in the file."""
+    target = Changing.target = start("later")
+    monkeypatch.setattr(_core, "CoreLayout", Changing)
+    with Process(target.pid) as process:
+        write_core(process, tmp_path / "core", full=full)
+    secret = bytes([1]) * 100
+    with Core(tmp_path / "core") as core:
+        found = core.read(*target.places["later"])
+    assert (found is None) == (not full)
+    assert (secret in (tmp_path / "core").read_bytes()) == full
 
 
 # States of targets
@@ -507,6 +535,15 @@ def test_killed_in_the_middle(start: Callable[..., Target], tmp_path: Path) -> N
 
     with Process(target.pid) as process, pytest.raises(ProcessGoneError):
         write_core(process, tmp_path / "core", progress=kill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_program_in_the_middle(
+    start: Callable[..., Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Changing.target = start("other")
+    monkeypatch.setattr(_core, "CoreLayout", Changing)
+    fails(target, tmp_path / "core", ProcessGoneError, errno.ESRCH)
     assert list(tmp_path.iterdir()) == []
 
 

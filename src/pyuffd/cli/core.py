@@ -152,7 +152,6 @@ def _as_json(core: CoreFile) -> dict[str, Any]:
     return {
         "path": core.path,
         "method": core.method,
-        "reason": core.reason,
         "threads": core.threads,
         "mappings": core.mappings,
         "bytes": core.bytes,

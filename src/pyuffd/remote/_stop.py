@@ -66,6 +66,12 @@ class Stop(Closing):
     pids: tuple[int, ...]
     since: float
     _held: calls.StoppedThreads
+    _until: float | None = None
+
+    @property
+    def pause_s(self) -> float:
+        """How long it has stood so far, or stood until it was closed."""
+        return (time.monotonic() if self._until is None else self._until) - self.since
 
     def registers(self) -> list[RegisterSet]:
         """Return the registers of all stopped threads, those of `pids` behind each other.
@@ -85,6 +91,8 @@ class Stop(Closing):
     def close(self) -> None:
         """Let all threads continue."""
         self._held.close()
+        if self._until is None:
+            self._until = time.monotonic()
 
 
 def stop(process: Process, limit_s: float) -> Stop:

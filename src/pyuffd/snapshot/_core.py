@@ -5,23 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyuffd._arguments import check_seconds
-from pyuffd._errors import raise_errno
-from pyuffd.snapshot import _core_copy, _core_elf, _core_plan
+from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd.pagemap import PageRanges
+from pyuffd.snapshot import _capture, _core_elf
 from pyuffd.snapshot._core_about import About
-from pyuffd.snapshot._core_file import NewFile
+from pyuffd.snapshot._core_file import NewFile, punch, write
+from pyuffd.snapshot._core_places import VDSO, CoreLayout
 
 if TYPE_CHECKING:
-    from pyuffd.pagemap import PageRanges
-    from pyuffd.remote import Mapping, Process
+    from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop
+    from pyuffd.snapshot._capture import Captured, Placed, Progress
+    from pyuffd.snapshot._core_elf import Segment
 
 METHODS = ("auto", "stopped")
-_FIRST = _core_elf.PAGE_SIZE  # where memory begins in the file; the header is before it
+_FIRST = _core_elf.PAGE_SIZE  # where memory begins in the file; the ELF header is before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,6 @@ class CoreFile:
     Attributes:
         path: The file.
         method: How the memory was copied: "stopped".
-        reason: Why so.
         threads: Threads in it.
         mappings: Mappings in it.
         bytes: Bytes of memory in it that are not holes.
@@ -47,7 +49,6 @@ class CoreFile:
 
     path: str
     method: str
-    reason: str
     threads: int
     mappings: int
     bytes: int
@@ -124,8 +125,7 @@ def write_core(
     process.check()
     with NewFile(path) as file:
         core = _Core(process, file, full=full, max_stall_s=max_stall_s, progress=progress)
-        core.prepare()
-        core.take()
+        core.capture()
         core.finish()
         process.check()
         file.publish(durable=durable)
@@ -134,6 +134,12 @@ def write_core(
 
 class _Core:
     """A core that is being written."""
+
+    _captured: Captured
+    _segments: list[Segment]
+    _registers: list[RegisterSet]
+    _length = 0
+    _stop: Stop | None = None
 
     def __init__(
         self,
@@ -146,19 +152,11 @@ class _Core:
     ) -> None:
         self._process = process
         self._file = file
-        self._full = full
         self._max_stall_s = max_stall_s
         self._progress = progress
-        self._bytes = 0
-        self._length = 0
-        self._pause_s = 0.0
-
-    def prepare(self) -> None:
-        """Read what need not be of the same instant."""
-        process = self._process
         try:
             self._about = About(process)
-            self._filter = _core_plan.read_filter(process.pid)
+            self._layout = CoreLayout(process, _FIRST, full=full)
         except OSError as error:
             process.check()
             raise_errno(
@@ -166,59 +164,69 @@ class _Core:
                 error.errno or errno.EIO,
                 hint="looking at another user's process needs CAP_SYS_PTRACE",
             )
-        self._flags = _core_plan.Flags(process.mappings(details=True))
 
-    def take(self) -> None:
-        """Stop the process, and read its registers and its memory."""
-        with self._process.stopped() as stop:
-            self._clock = _core_copy.Clock(stop.since, self._max_stall_s)
-            registers = stop.registers()
-            tids = set(self._about.tids())
-            self._registers = [one for one in registers if one.tid in tids]
-            self._memory = _core_copy.look(
-                self._process, self._flags, self._filter, full=self._full
-            )
-            self._segments = _core_plan.lay_out(self._memory.parts, self._memory.data, _FIRST)
-            self._lost = _core_copy.copy(
-                self._process, self._memory, self._segments, self._file.fileno(), self._tell
-            )
-        self._pause_s = time.monotonic() - stop.since
+    def capture(self) -> None:
+        """Write the memory of one instant, and read the registers of the same."""
+        options = _capture.Options(progress=self._tell, in_stop=self._in_stop)
+        self._captured = _capture.capture(
+            self._process, self._layout, self._file.fileno(), options=options
+        )
 
-    def _tell(self, count: int) -> None:
-        self._bytes += count
-        of = self._memory.data.bytes
-        self._clock.check(self._bytes, of)
+    def _in_stop(self, stop: Stop, _mappings: Mappings, _layout: Sequence[Placed]) -> None:
+        self._stop = stop
+        tids = set(self._about.tids())
+        self._registers = [one for one in stop.registers() if one.tid in tids]
+
+    def _tell(self, progress: Progress) -> None:
+        if progress.phase == "stop" and self._stop is not None and self._max_stall_s is not None:
+            done = progress.bytes / (progress.total or 1)
+            if self._stop.pause_s > self._max_stall_s:
+                raise UffdOSError(
+                    errno.ETIMEDOUT,
+                    f"process {self._process.pid} stands too long",
+                    hint=f"{self._max_stall_s:g} s were allowed; {done:.0%} is copied",
+                )
         if self._progress is not None:
-            self._progress(self._bytes, of)
+            self._progress(progress.bytes, progress.total)
 
     def finish(self) -> None:
-        """Write notes and headers behind the memory, and the ELF header at last."""
+        """Write the vdso, then notes and headers behind the memory, and the ELF header last."""
         fd = self._file.fileno()
+        left_out = self._layout.left_out()
+        self._segments = self._layout.segments(left_out)
+        out = {one.mapping for one in left_out}
+        for placed in self._layout.placed:
+            if placed.mapping in out:
+                punch(fd, placed.offset, placed.end - placed.start)
+            elif placed.mapping.path == VDSO:
+                write(
+                    fd, self._process.read(placed.start, placed.end - placed.start), placed.offset
+                )
         end = max((part.offset + part.size for part in self._segments), default=_FIRST)
-        notes_at = max(end, _FIRST)
-        notes = self._about.notes(self._registers, (one.mapping for one in self._memory.parts))
-        phdrs_at = notes_at + len(notes) + -len(notes) % 8
-        headers = _core_elf.program_headers(notes_at, len(notes), self._segments)
+        notes = self._about.notes(self._registers, (one.mapping for one in self._layout.parts))
+        phdrs_at = end + len(notes) + -len(notes) % 8
+        headers = _core_elf.program_headers(end, len(notes), self._segments)
         count = len(self._segments) + 1
         shdr_at = phdrs_at + len(headers)
-        tail = notes.ljust(phdrs_at - notes_at, b"\0") + headers + _core_elf.section_header(count)
-        _core_copy.write(fd, tail, notes_at)
-        _core_copy.write(fd, _core_elf.elf_header(phdrs_at, count, shdr_at), 0)
-        self._length = notes_at + len(tail)
+        tail = notes.ljust(phdrs_at - end, b"\0") + headers + _core_elf.section_header(count)
+        write(fd, tail, end)
+        write(fd, _core_elf.elf_header(phdrs_at, count, shdr_at), 0)
+        self._length = end + len(tail)
 
     def result(self, seconds: float) -> CoreFile:
         """Return what the caller is told."""
+        captured = self._captured
+        assert self._stop is not None
         return CoreFile(
             path=self._file.path,
-            method="stopped",
-            reason="",
+            method=captured.method,
             threads=len(self._registers),
-            mappings=len(self._memory.parts),
-            bytes=self._bytes,
+            mappings=len(self._layout.parts),
+            bytes=PageRanges(captured.data).bytes,
             length=self._length,
-            pause_s=self._pause_s,
+            pause_s=self._stop.pause_s,
             seconds=seconds,
-            lost=self._lost,
+            lost=PageRanges(captured.lost),
             partial=tuple(one.tid for one in self._registers if one.partial),
-            unseen=tuple(self._memory.unseen),
+            unseen=tuple(self._layout.unseen),
         )

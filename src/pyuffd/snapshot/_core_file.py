@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _MODE = 0o600  # a core holds secrets
 # What file systems without O_TMPFILE say; EISDIR and ENOENT come from kernels without it.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
-_AT_RENAME_NOREPLACE = 1
+_RENAME_NOREPLACE = 1
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_ZEROS = 1 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -113,7 +115,7 @@ class NewFile(Closing):
 
     def _rename(self, here: int) -> None:
         old, new = os.fsencode(self._hidden_name), os.fsencode(self._name)
-        if not _libc.renameat2(here, old, here, new, _AT_RENAME_NOREPLACE):
+        if not _libc.renameat2(here, old, here, new, _RENAME_NOREPLACE):
             return
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
@@ -132,7 +134,22 @@ def _unnamed(folder: int) -> Descriptor | None:
         raise
 
 
-def fail_write(error: OSError, path: str) -> UffdOSError:
-    """Return the error of a failed write with the name of the file."""
-    code = error.errno or errno.EIO
-    return UffdOSError(code, f"write {path}")
+def write(fd: int, content: bytes, offset: int) -> None:
+    """Write all of it."""
+    view = memoryview(content)
+    while view:
+        try:
+            done = os.pwrite(fd, view, offset)
+        except OSError as error:
+            raise UffdOSError(error.errno or errno.EIO, "writing the core") from None
+        view, offset = view[done:], offset + done
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Remove a part of a file, or write zeros where the file system cannot do that."""
+    flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    if not _libc.fallocate(fd, flags, ctypes.c_long(offset), ctypes.c_long(length)):
+        return
+    end = min(offset + length, os.fstat(fd).st_size)
+    for at in range(offset, end, _ZEROS):
+        write(fd, bytes(min(_ZEROS, end - at)), at)
