@@ -110,13 +110,17 @@ static bool is_mended(const struct failed_page *page, const struct uffd_range *r
 	       (state == UFFD_PAGE_CLEAN && page->failure.stage != UFFD_FAILED_SAVE);
 }
 
-void settle_failures(struct uffd_range *range)
+void settle_failures(struct uffd_range *range, uint64_t offset, uint64_t end)
 {
 	struct engine_shared *shared = range->space->engine->shared;
 
-	for (uint32_t i = 0, kept = pages_kept(shared); i < kept; i++)
-		if (is_of(&shared->failed[i], range) && is_mended(&shared->failed[i], range))
-			atomic_store(&shared->failed[i].mended, true);
+	for (uint32_t i = 0, kept = pages_kept(shared); i < kept; i++) {
+		struct failed_page *page = &shared->failed[i];
+
+		if (is_of(page, range) && page->offset >= offset && page->offset < end &&
+		    is_mended(page, range))
+			atomic_store(&page->mended, true);
+	}
 }
 
 uint64_t count_failed(struct uffd_range *range, uint64_t offset, uint64_t end)

@@ -14,8 +14,8 @@ void note_failed_page(struct uffd_range *range, uint64_t page, int error,
 /* The same by the page's offset in a range of a space, as a request knows it. */
 void note_failed_offset(struct uffd_engine *engine, const struct uffd_request *request,
 			uint64_t offset, int error, enum uffd_failure_stage stage);
-/* Before a piece is taken out: which of its failed pages are mended. */
-void settle_failures(struct uffd_range *range);
+/* Before pages [offset, end) are taken out: which of those that failed are mended. */
+void settle_failures(struct uffd_range *range, uint64_t offset, uint64_t end);
 /* The failed pages of [offset, end) of a range that are not mended. */
 uint64_t count_failed(struct uffd_range *range, uint64_t offset, uint64_t end);
 

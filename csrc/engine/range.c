@@ -62,34 +62,34 @@ void range_remove(struct uffd_range *range)
 	range_discard(range);
 }
 
-static bool holds(const struct uffd_range *range, struct uffd_space *space, uint64_t id,
-		  uint64_t offset)
+static bool has_some_of(const struct uffd_range *range, const struct uffd_space *space, uint64_t id,
+			uint64_t offset, uint64_t end)
 {
-	return range && range->space == space && range->id == id && offset >= range->origin &&
-	       offset - range->origin < range->end - range->start;
+	return range && range->space == space && range->id == id && range->origin < end &&
+	       range->origin + (range->end - range->start) > offset;
+}
+
+struct uffd_range *piece_in(struct uffd_space *space, uint64_t id, uint64_t offset, uint64_t end,
+			    uint64_t hint)
+{
+	struct uffd_range *range = uffd_table_find(space->table, hint);
+
+	if (has_some_of(range, space, id, offset, end))
+		return range;
+	/* Moved since: a linear search, rare. */
+	for (range = uffd_table_next(space->table, 0);
+	     range && !has_some_of(range, space, id, offset, end);)
+		range = uffd_table_next(space->table, range->end);
+	return range;
 }
 
 struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t offset,
 			      uint64_t hint)
 {
-	struct uffd_range *range = uffd_table_find(space->table, hint);
-
-	if (holds(range, space, id, offset))
-		return range;
-	/* Moved since: a linear search, rare. */
-	for (range = uffd_table_next(space->table, 0); range && !holds(range, space, id, offset);)
-		range = uffd_table_next(space->table, range->end);
-	return range;
+	return piece_in(space, id, offset, offset + 1, hint);
 }
 
 struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint)
 {
-	struct uffd_range *range = uffd_table_find(space->table, hint);
-
-	if (range && range->space == space && range->id == id)
-		return range;
-	for (range = uffd_table_next(space->table, 0);
-	     range && (range->space != space || range->id != id);)
-		range = uffd_table_next(space->table, range->end);
-	return range;
+	return piece_in(space, id, 0, UINT64_MAX, hint);
 }

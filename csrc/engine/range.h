@@ -43,5 +43,8 @@ void range_free(struct uffd_range *range);
 struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t offset,
 			      uint64_t hint);
 struct uffd_range *any_piece(struct uffd_space *space, uint64_t id, uint64_t hint);
+/* A piece of a range that has some of [offset, end). */
+struct uffd_range *piece_in(struct uffd_space *space, uint64_t id, uint64_t offset, uint64_t end,
+			    uint64_t hint);
 
 #endif /* UFFD_ENGINE_RANGE_H */

@@ -40,7 +40,19 @@ static void clean_up(struct uffd_engine *engine, struct uffd_request *copy, int 
 	pthread_mutex_unlock(&engine->requests_lock);
 }
 
-void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
+/* Requests of one range, or (id 0) of all, that ask for nothing outside [offset, end). */
+struct asked {
+	uint64_t id, offset, end;
+};
+
+static bool is_among(const struct uffd_request *request, const struct asked *asked)
+{
+	return !request->abandoned &&
+	       (!asked->id || (request->id == asked->id && request->offset >= asked->offset &&
+			       request->offset + request->length <= asked->end));
+}
+
+static void abandon_all(struct uffd_engine *engine, const struct asked *asked, int error)
 {
 	struct request_list *lists[] = { &engine->queued, &engine->taken, &engine->promised };
 	struct uffd_request *request, copy;
@@ -49,7 +61,7 @@ void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 		do {
 			pthread_mutex_lock(&engine->requests_lock);
 			TAILQ_FOREACH(request, lists[i], link)
-				if (!request->abandoned && (!id || request->id == id))
+				if (is_among(request, asked))
 					break;
 			if (request)
 				abandon(engine, lists[i], request, &copy);
@@ -58,9 +70,51 @@ void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
 			if (request && copy.since_ns > atomic_load(&engine->drained_ns))
 				clean_up(engine, &copy, 0, UFFD_FAILED_NOTHING);
 			else if (request)
-				clean_up(engine, &copy, -error, UFFD_FAILED_NOTHING);
+				clean_up(engine, &copy, error, UFFD_FAILED_NOTHING);
 		} while (request);
 	}
+}
+
+void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error)
+{
+	abandon_all(engine, &(struct asked){ id, 0, UINT64_MAX }, -error);
+}
+
+/* The n-th request that asks for some of these pages of a range. */
+static bool copy_overlapping(struct uffd_engine *engine, const struct asked *asked, uint32_t n,
+			     struct uffd_request *copy_ret)
+{
+	struct request_list *lists[] = { &engine->queued, &engine->taken, &engine->promised };
+	struct uffd_request *request;
+	bool found = false;
+
+	pthread_mutex_lock(&engine->requests_lock);
+	for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]) && !found; i++)
+		TAILQ_FOREACH(request, lists[i], link) {
+			if (request->id != asked->id || request->offset >= asked->end ||
+			    request->offset + request->length <= asked->offset || n--)
+				continue;
+			*copy_ret = *request;
+			found = true;
+			break;
+		}
+	pthread_mutex_unlock(&engine->requests_lock);
+	return found;
+}
+
+void uffd_engine_abandon_part(struct uffd_engine *engine, uint64_t id, uint64_t offset,
+			      uint64_t length)
+{
+	struct asked asked = { id, offset, offset + length };
+	struct uffd_request copy;
+
+	abandon_all(engine, &asked, 0);
+	/* What is asked for together with pages outside: the request goes on for those. */
+	for (uint32_t n = 0; copy_overlapping(engine, &asked, n, &copy); n++)
+		give_up_pages(engine, &copy, higher(copy.offset, asked.offset),
+			      lower(copy.offset + copy.length, asked.end), 0,
+			      UFFD_FAILED_NOTHING);
+	settle_promises(engine);
 }
 
 uint32_t uffd_engine_hung(struct uffd_engine *engine)

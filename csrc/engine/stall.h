@@ -10,6 +10,9 @@
  * other than 0 note that as a failure.
  */
 void uffd_engine_abandon(struct uffd_engine *engine, uint64_t id, int32_t error);
+/* The same for pages [offset, offset + length) of one range. */
+void uffd_engine_abandon_part(struct uffd_engine *engine, uint64_t id, uint64_t offset,
+			      uint64_t length);
 /* The number of workers that still fetch an abandoned page. */
 uint32_t uffd_engine_hung(struct uffd_engine *engine);
 /* Apply on_error to requests older than the limit; returns when the next one will be. */

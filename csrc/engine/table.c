@@ -181,6 +181,11 @@ static int grow(struct uffd_table *table)
 	return 0;
 }
 
+static int make_room(struct uffd_table *table)
+{
+	return atomic_load(&table->count) + table->reserved >= table->capacity ? grow(table) : 0;
+}
+
 /* Each store is atomic, as searches run concurrently; they discard what they found. */
 static void put(struct uffd_table *table, size_t at, uint64_t start, struct uffd_range *range)
 {
@@ -207,8 +212,8 @@ int uffd_table_insert(struct uffd_table *table, struct uffd_range *range)
 	if ((at > 0 && ranges[at - 1]->end > range->start) ||
 	    (at < count && ranges[at]->start < range->end))
 		r = -EEXIST;
-	else if (count == table->capacity)
-		r = grow(table);
+	else
+		r = make_room(table);
 	if (r == 0) {
 		begin_change(table);
 		for (size_t i = count; i > at; i--)
@@ -246,25 +251,76 @@ bool uffd_table_is_quiet(struct uffd_table *table)
 	return wait_for_readers(table, 0);
 }
 
-bool uffd_table_remove(struct uffd_table *table, struct uffd_range *range)
+/* With the table locked. */
+static void exchange(struct uffd_table *table, const struct uffd_range *range,
+		     struct uffd_range *const *parts, size_t n)
 {
-	size_t at, count;
-	sigset_t old;
-	bool is_quiet;
+	size_t count = atomic_load(&table->count);
+	size_t at = count_at_or_below(atomic_load(&table->starts), count, range->start) - 1;
 
-	lock_table(table, &old);
-	count = atomic_load(&table->count);
-	at = count_at_or_below(atomic_load(&table->starts), count, range->start);
 	begin_change(table);
-	for (size_t i = at; i < count; i++)
-		move_entry(table, i - 1, i);
-	atomic_store(&table->count, count - 1);
+	if (n == 2)
+		for (size_t i = count; i > at + 1; i--)
+			move_entry(table, i, i - 1);
+	if (n == 0)
+		for (size_t i = at + 1; i < count; i++)
+			move_entry(table, i - 1, i);
+	for (size_t i = 0; i < n; i++)
+		put(table, at + i, parts[i]->start, parts[i]);
+	atomic_store(&table->count, count + n - 1);
 	end_change(table);
-	unlock_table(table, &old);
+}
+
+static bool await_readers(struct uffd_table *table)
+{
+	bool is_quiet;
 
 	atomic_thread_fence(memory_order_seq_cst);
 	is_quiet = wait_for_readers(table, atomic_load(&table->is_held_up) ? HELD_UP_LIMIT_NS
 									   : READERS_LIMIT_NS);
 	atomic_store(&table->is_held_up, !is_quiet);
 	return is_quiet;
+}
+
+bool uffd_table_remove(struct uffd_table *table, struct uffd_range *range)
+{
+	sigset_t old;
+
+	lock_table(table, &old);
+	exchange(table, range, NULL, 0);
+	unlock_table(table, &old);
+	return await_readers(table);
+}
+
+bool uffd_table_replace(struct uffd_table *table, struct uffd_range *range,
+			struct uffd_range *const *parts, size_t count)
+{
+	sigset_t old;
+
+	lock_table(table, &old);
+	exchange(table, range, parts, count);
+	table->reserved--;
+	unlock_table(table, &old);
+	return await_readers(table);
+}
+
+int uffd_table_reserve(struct uffd_table *table)
+{
+	sigset_t old;
+	int r;
+
+	lock_table(table, &old);
+	r = make_room(table);
+	table->reserved += r == 0;
+	unlock_table(table, &old);
+	return r;
+}
+
+void uffd_table_unreserve(struct uffd_table *table)
+{
+	sigset_t old;
+
+	lock_table(table, &old);
+	table->reserved--;
+	unlock_table(table, &old);
 }

@@ -57,6 +57,7 @@ struct uffd_table {
 	_Atomic uint64_t sequence;
 	_Atomic size_t count;
 	size_t capacity;
+	size_t reserved;		/* entries that uffd_table_replace() will add */
 	_Atomic(uint64_t *) starts;
 	_Atomic(struct uffd_range **) ranges;
 	void *outgrown;			/* old arrays that a reader may still use */
@@ -78,6 +79,16 @@ int uffd_table_insert(struct uffd_table *table, struct uffd_range *range);
  * there are holds (hold.h): then do not free the range.
  */
 bool uffd_table_remove(struct uffd_table *table, struct uffd_range *range);
+/*
+ * Put `count` parts of a range, 0 to 2 and in order, in its place, in one step: a search
+ * finds the range or the parts.  Needs a reservation, which it uses up; returns as
+ * uffd_table_remove().
+ */
+bool uffd_table_replace(struct uffd_table *table, struct uffd_range *range,
+			struct uffd_range *const *parts, size_t count);
+/* Room for the entry that a replacement may add: 0 or -ENOMEM. */
+int uffd_table_reserve(struct uffd_table *table);
+void uffd_table_unreserve(struct uffd_table *table);
 /* Whether all readers that were inside at the call have left; does not wait. */
 bool uffd_table_is_quiet(struct uffd_table *table);
 

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * Take ranges out.  Absent pages are poisoned first, since they would read as zeros.
- *
- * Wait for pages in flight, but not forever: a source may block the thread that fills
- * one.  Then poison it as well.  If that thread copies over the poison after all, the
- * content is right; once the range is unregistered it copies nothing.
+ * Take ranges, or parts of them, out.  A part is cut out of its piece: what is left of the
+ * piece replaces it in the table in one step, so that no fault there finds nothing.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -12,148 +9,43 @@
 #include "alloc.h"
 #include "barrier.h"
 #include "failures.h"
-#include "fill.h"
 #include "gate.h"
 #include "grown.h"
-#include "patience.h"
-#include "populate.h"
-#include "put.h"
 #include "range.h"
 #include "registered.h"
 #include "report.h"
-#include "save.h"
+#include "seal.h"
 #include "slices.h"
 #include "space.h"
+#include "uffd_shim.h"
 #include "unserve.h"
-#include "base/clock.h"
 
-/*
- * Forks that share memory share its states, but poison belongs to one address space: a
- * page poisoned in another space must be poisoned here too.
- */
-static uint8_t state_to_poison(struct uffd_range *range, uint64_t page)
-{
-	return range->content->shared && atomic_load(state_of(range, page)) == UFFD_PAGE_POISONED
-		? UFFD_PAGE_POISONED : UFFD_PAGE_ABSENT;
-}
-
-/* Poison a run of absent pages; pages in flight are left out. */
-static uint64_t poison_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
-			     uint64_t end, int *error_ret, uint64_t *done_ret)
-{
-	struct uffd_fill_result result;
-	uint8_t expected;
-	uint64_t stop, past;
-
-	(void)all;
-	while (at < end && atomic_load(state_of(range, at)) != state_to_poison(range, at))
-		at += range->page_size;
-	if (at >= end)
-		return end;
-	expected = state_to_poison(range, at);
-	stop = at;
-	while (stop < end && atomic_compare_exchange_strong(state_of(range, stop), &expected,
-							    UFFD_PAGE_IN_FLIGHT))
-		stop += range->page_size;
-	if (stop == at)
-		return at;	/* just claimed by another thread: look again */
-	*error_ret = poison_pages(range, at, stop - at, &result);
-	past = at + result.done + result.already_present;
-	set_states(range, at, past, UFFD_PAGE_POISONED);
-	wake_again(range, at, past);
-	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
-	if (*error_ret == 0 && result.deferred)
-		*error_ret = -EAGAIN;
-	*done_ret = result.done;
-	return past;
-}
-
-/* -EBUSY at the first page in flight. */
-static uint64_t find_in_flight(const struct slices *all, struct uffd_range *range, uint64_t at,
-			       uint64_t end, int *error_ret, uint64_t *done_ret)
-{
-	*done_ret = 0;
-	for (; at < end; at += range->page_size) {
-		uint8_t state = atomic_load(state_of(range, at));
-
-		if (uffd_page_is_in_flight(state)) {
-			*error_ret = -EBUSY;
-			return at;
-		}
-		/* The thread that had it has given it back. */
-		if (state == UFFD_PAGE_ABSENT)
-			return poison_slice(all, range, at, end, error_ret, done_ret);
-	}
-	return at;
-}
-
-static uint64_t find_in_flight_only(const struct slices *all, struct uffd_range *range, uint64_t at,
-				    uint64_t end, int *error_ret, uint64_t *done_ret)
-{
-	(void)all;
-	*done_ret = 0;
-	while (at < end && !uffd_page_is_in_flight(atomic_load(state_of(range, at))))
-		at += range->page_size;
-	*error_ret = at < end ? -EBUSY : 0;
-	return at;
-}
-
-/* The thread at this page did not finish in time: poison it. */
-static uint64_t poison_in_flight(const struct slices *all, struct uffd_range *range, uint64_t at,
-				 uint64_t end, int *error_ret, uint64_t *done_ret)
-{
-	struct uffd_fill_result result;
-	uint8_t state = atomic_load(state_of(range, at));
-
-	(void)all;
-	(void)end;
-	*done_ret = 0;
-	if (!uffd_page_is_in_flight(state))
-		return at;
-	*error_ret = poison_pages(range, at, range->page_size, &result);
-	if (*error_ret == 0 && result.deferred)
-		*error_ret = -EAGAIN;
-	if (*error_ret)
-		return at;
-	/* If it is present, the fill has come after all: a claimed page has no marker. */
-	if (result.done && !atomic_load(&range->space->engine->end.hurried))
-		note_failure(range->space->engine, at, range->page_size, -ETIMEDOUT,
-			     UFFD_FAILED_STALLED);
-	atomic_compare_exchange_strong(state_of(range, at), &state,
-				       result.done ? UFFD_PAGE_POISONED : UFFD_PAGE_CLEAN);
-	*done_ret = result.done;
-	return at + range->page_size;
-}
-
-static uint64_t unprotect_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
-				uint64_t end, int *error_ret, uint64_t *done_ret)
-{
-	(void)all;
-	*done_ret = 0;
-	*error_ret = uffd_shim_writeprotect(range->space->fd, at, end - at, 0);
-	return *error_ret ? at : end;
-}
-
-struct piece {
-	struct uffd_range_ref ref;	/* `start` as if the whole range had moved with it */
-	uint64_t offset, end, page_size, mode;
-	bool loses_content, can_poison, asks, preserves;
+/* What to take out of a range: offsets. */
+struct span {
+	uint64_t offset, end;
 };
 
+static const struct span WHOLE = { 0, UINT64_MAX };
+
+static bool is_part(const struct span *span)
+{
+	return span->end != WHOLE.end;
+}
+
 static bool look_at_piece(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			  struct piece *piece)
+			  const struct span *span, struct piece *piece)
 {
 	struct uffd_range *range;
 	struct access access;
 
 	if (!open_access(engine, ref->space, &access))
 		return false;
-	range = any_piece(access.space, ref->id, ref->start);
+	range = piece_in(access.space, ref->id, span->offset, span->end, ref->start + span->offset);
 	if (range)
 		*piece = (struct piece){
 			.ref = { ref->space, range->id, range->start - range->origin },
-			.offset = range->origin,
-			.end = range->origin + range->end - range->start,
+			.offset = higher(range->origin, span->offset),
+			.end = lower(range->origin + range->end - range->start, span->end),
 			.page_size = range->page_size,
 			.mode = range->mode,
 			.can_poison = has_ioctl(range, _UFFDIO_POISON),
@@ -165,146 +57,99 @@ static bool look_at_piece(struct uffd_engine *engine, const struct uffd_range_re
 	return range;
 }
 
-/* Work on a piece from *offset on; EAGAIN and ENOMEM are retried. */
-static int work_on(struct slices *all, uint64_t *offset, struct patience *patience)
+/* What stays of a range without [from, stop): up to two pieces; -ENOMEM. */
+static int make_rest(const struct uffd_range *range, uint64_t from, uint64_t stop,
+		     struct uffd_range *rest[2], size_t *count_ret)
 {
-	while (*offset < all->end) {
-		uint64_t done;
-		int r = do_slice(all, offset, &done);
+	uint64_t starts[] = { range->start, stop }, ends[] = { from, range->end };
 
-		if (r == 0)
-			rest(patience);
-		else if ((r != -EAGAIN && r != -ENOMEM) || !wait_on(patience))
-			return r;
+	*count_ret = 0;
+	for (size_t i = 0; i < 2; i++) {
+		struct uffd_range *piece;
+
+		if (starts[i] == ends[i])
+			continue;
+		piece = range_create(range->space, range, starts[i], ends[i],
+				     content_offset(range, starts[i]));
+		if (!piece)
+			return -ENOMEM;
+		rest[(*count_ret)++] = piece;
 	}
 	return 0;
 }
 
-/* No page may be in flight when its range is unregistered: its waiters would read zeros. */
-static int clear_in_flight(struct slices *all, slice_work find, struct patience *patience)
+static int unregister(struct uffd_range *range, uint64_t from, uint64_t stop)
 {
-	uint64_t offset = all->offset;
-	int r = 0;
+	struct uffd_space *space = range->space;
 
-	while (r == 0) {
-		all->work = find;
-		r = work_on(all, &offset, patience);
-		if (r != -EBUSY)
-			break;
-		if (wait_on(patience)) {
-			r = 0;
-			continue;
-		}
-		if (patience->is_gentle)
-			return -ETIME;
-		/* Poison that page, then continue. */
-		all->work = poison_in_flight;
-		r = do_slice(all, &offset, &(uint64_t){ 0 });
-		if (r == -EAGAIN)
-			uffd_back_off(patience->attempt++);
-	}
-	return r;
-}
-
-static int seal_absent(struct slices *all, struct patience *patience)
-{
-	uint64_t offset = all->offset;
-	int r;
-
-	all->work = poison_slice;
-	r = work_on(all, &offset, patience);
-	return r ? r : clear_in_flight(all, find_in_flight, patience);
-}
-
-static void note_unsaved_in(const struct slices *all)
-{
-	struct uffd_range *range;
-	struct access access;
-
-	if (!open_access(all->engine, all->ref.space, &access))
-		return;
-	range = any_piece(access.space, all->ref.id, all->ref.start + all->offset);
-	if (range)
-		note_unsaved(range);
-	close_access(&access);
-}
-
-/*
- * Save all pages; skip one that cannot be saved, or whose saving thread does not finish
- * in time.
- */
-static int save_all(struct slices *all, const struct piece *piece, struct patience *patience)
-{
-	uint64_t offset = piece->offset;
-	int r;
-
-	while ((r = work_on(all, &offset, patience)) && r != -ENOENT && r != -ESRCH) {
-		bool is_stalled = r == -EAGAIN || r == -ENOMEM;
-
-		note_failure(all->engine, piece->ref.start + offset, piece->page_size, r,
-			     is_stalled ? UFFD_FAILED_STALLED : UFFD_FAILED_SAVE);
-		offset += piece->page_size;
-	}
-	if (r == -ESRCH)
-		note_unsaved_in(all);
-	return r;
-}
-
-/* Returns an error if absent pages would become zeros. */
-static int seal_piece(struct uffd_engine *engine, const struct piece *piece,
-		      struct patience *patience)
-{
-	struct slices all = { engine, piece->ref, piece->offset, piece->end, preserve_slice,
-			      preserve_reach, NULL };
-	struct uffd_populate_result populated;
-	uint64_t offset = piece->offset;
-	int r = 0;
-
-	if (piece->preserves)
-		r = save_all(&all, piece, patience);
-	all.reach = NULL;
-	all.work = unprotect_slice;
-	offset = piece->offset;
-	if (r == 0 && piece->mode & UFFDIO_REGISTER_MODE_WP)
-		r = work_on(&all, &offset, patience);
-	/* The owner may be gone; memory that was unregistered is unprotected. */
-	if (r == -ENOENT || r == -ESRCH || !piece->loses_content)
-		return 0;
-	if (r == 0 && piece->can_poison)
-		return seal_absent(&all, patience);
-	if (r == 0 && piece->asks && atomic_load(&engine->end.began))
-		return -EBUSY;
-	if (r == 0)
-		r = uffd_engine_populate(engine, &piece->ref, piece->offset,
-					 piece->end - piece->offset, 0, &populated);
-	return r;
-}
-
-/* `last_ret`: it was the range's last piece in this space. */
-static int drop_piece(struct uffd_space *space, const struct piece *piece, bool unregister,
-		      bool *last_ret)
-{
-	struct uffd_range *range = any_piece(space, piece->ref.id, piece->ref.start + piece->offset);
-
-	*last_ret = !range || atomic_load(&range->pages->references) == 1;
-	if (!range)
-		return 0;
-	settle_failures(range);
-	if (unregister)
+	if (stop == range->end)
 		unregister_grown(range);
 	/* ENOMEM also means that the process is gone; EINVAL, that the memory is gone. */
-	if (unregister &&
-	    uffd_shim_unregister(space->fd, range->start, range->end - range->start) == -ENOMEM &&
-	    !space_is_dead(space))
+	if (uffd_shim_unregister(space->fd, from, stop - from) == -ENOMEM && !space_is_dead(space))
 		return -ENOMEM;
-	if (unregister)
-		unlist_registered(space, range->start, range->end);
-	range_remove(range);
+	unlist_registered(space, from, stop);
 	return 0;
 }
 
-static int close_and_drop(struct uffd_engine *engine, const struct piece *piece, bool unregister,
-			  struct patience *patience, bool *last_ret)
+/* Take [from, stop) out of a piece; after an error all of it is still served. */
+static int cut_out(struct uffd_range *range, uint64_t from, uint64_t stop, bool unregisters)
+{
+	struct uffd_table *table = range->space->table;
+	struct uffd_range *rest[2];
+	size_t count;
+	int r = make_rest(range, from, stop, rest, &count);
+	int reserved = r ? r : uffd_table_reserve(table);
+
+	r = reserved;
+	if (r == 0 && unregisters)
+		r = unregister(range, from, stop);
+	if (r) {
+		while (count--)
+			range_free(rest[count]);
+		if (reserved == 0)
+			uffd_table_unreserve(table);
+		return r;
+	}
+	range->has_readers = !uffd_table_replace(table, range, rest, count);
+	range_discard(range);
+	return 0;
+}
+
+/* `last_ret`: nothing else is left to be taken out in this space. */
+static int drop_piece(struct uffd_space *space, const struct piece *piece, const struct span *span,
+		      bool unregisters, bool *last_ret)
+{
+	struct uffd_range *range = find_piece(space, piece->ref.id, piece->offset,
+					      piece->ref.start + piece->offset);
+	uint64_t from, stop;
+	int r = 0;
+
+	*last_ret = false;
+	if (!range)
+		return 0;
+	/* It may have been cut meanwhile: take out no more than what was sealed. */
+	from = range->start + (piece->offset - range->origin);
+	stop = lower(range->end, from + (piece->end - piece->offset));
+	*last_ret = atomic_load(&range->pages->references) == 1 ||
+		    (piece->offset == span->offset &&
+		     piece->offset + (stop - from) == span->end);
+	settle_failures(range, content_offset(range, from), content_offset(range, stop));
+	if (from > range->start || stop < range->end) {
+		*last_ret = *last_ret && is_part(span);
+		r = cut_out(range, from, stop, unregisters);
+	} else {
+		r = unregisters ? unregister(range, from, stop) : 0;
+		if (r == 0)
+			range_remove(range);
+	}
+	if (r == 0 && is_part(span))
+		report_pieces(space);
+	return r;
+}
+
+static int close_and_drop(struct uffd_engine *engine, const struct piece *piece,
+			  const struct span *span, bool unregisters, struct patience *patience,
+			  bool *last_ret)
 {
 	struct uffd_space *space = space_get(engine, piece->ref.space);
 	int r;
@@ -321,7 +166,7 @@ static int close_and_drop(struct uffd_engine *engine, const struct piece *piece,
 		}
 		engine->end.ignores_gate = true;
 	}
-	r = drop_piece(space, piece, unregister, last_ret);
+	r = drop_piece(space, piece, span, unregisters, last_ret);
 	gate_leave(space);
 	space_put(space);
 	return r;
@@ -340,25 +185,16 @@ static void mark_as_staying(struct uffd_engine *engine, const struct piece *piec
 	close_access(&access);
 }
 
-/* The memory goes away: only threads that wait already must not read zeros. */
-static int seal_in_flight(struct uffd_engine *engine, const struct piece *piece,
-			  struct patience *patience)
-{
-	struct slices all = { engine, piece->ref, piece->offset, piece->end, NULL, NULL, NULL };
-
-	return piece->loses_content && piece->can_poison
-		? clear_in_flight(&all, find_in_flight_only, patience) : 0;
-}
-
-int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint32_t flags,
-	       struct patience *patience)
+/* Take out what overlaps a span, piece by piece. */
+static int unserve_span(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			const struct span *span, uint32_t flags, struct patience *patience)
 {
 	struct piece piece;
 	bool last;
 	int r = 0;
 
 	do {
-		if (!look_at_piece(engine, ref, &piece))
+		if (!look_at_piece(engine, ref, span, &piece))
 			break;
 		if (flags & UFFD_UNSERVE_SEAL)
 			r = seal_piece(engine, &piece, patience);
@@ -368,15 +204,22 @@ int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uin
 			r = 0;
 		uffd_barrier(UFFD_BARRIER_UNSERVE_SEALED);
 		if (r == 0)
-			r = close_and_drop(engine, &piece, flags & UFFD_UNSERVE_UNREGISTER, patience,
-					   &last);
+			r = close_and_drop(engine, &piece, span, flags & UFFD_UNSERVE_UNREGISTER,
+					   patience, &last);
 		if (r && ends(engine))
 			mark_as_staying(engine, &piece);
 		if (r)
 			return r;
 	} while (!last);
-	report_dropped(engine, ref->space, ref->id);
+	if (!is_part(span))
+		report_dropped(engine, ref->space, ref->id);
 	return 0;
+}
+
+int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint32_t flags,
+	       struct patience *patience)
+{
+	return unserve_span(engine, ref, &WHOLE, flags, patience);
 }
 
 /* List the numbers of all forks in `forks_ret`, which the caller frees. */
@@ -397,15 +240,15 @@ static size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
 	return found;
 }
 
-int uffd_engine_unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			uint32_t flags, uint64_t patience_ns)
+static int unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+		   const struct span *span, uint32_t flags, uint64_t patience_ns)
 {
 	struct patience patience = {
 		.engine = engine,
 		.left_ns = (int64_t)patience_ns,
 		.is_gentle = flags & UFFD_UNSERVE_GENTLY,
 	};
-	int r = unserve_in(engine, ref, flags, &patience), other;
+	int r = unserve_span(engine, ref, span, flags, &patience), other;
 	uint32_t *forks;
 	size_t found = list_forks(engine, &forks);
 
@@ -413,10 +256,23 @@ int uffd_engine_unserve(struct uffd_engine *engine, const struct uffd_range_ref 
 	while (found--) {
 		struct uffd_range_ref there = { forks[found], ref->id, ref->start };
 
-		other = unserve_in(engine, &there, flags | UFFD_UNSERVE_SEAL, &patience);
+		other = unserve_span(engine, &there, span, flags | UFFD_UNSERVE_SEAL, &patience);
 		r = r ? r : other;
 	}
 	uffd_free(forks);
 	free_lost(engine);
 	return r;
+}
+
+int uffd_engine_unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			uint32_t flags, uint64_t patience_ns)
+{
+	return unserve(engine, ref, &WHOLE, flags, patience_ns);
+}
+
+int uffd_engine_unserve_part(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			     uint64_t offset, uint64_t length, uint32_t flags,
+			     uint64_t patience_ns)
+{
+	return unserve(engine, ref, &(struct span){ offset, offset + length }, flags, patience_ns);
 }

@@ -19,7 +19,15 @@
 int uffd_engine_unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			uint32_t flags, uint64_t patience_ns);
 
-/* The same for one space only. */
+/*
+ * The same for [offset, offset + length) of a range: what is left of a piece stays served,
+ * without an instant in which a fault there is not.
+ */
+int uffd_engine_unserve_part(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			     uint64_t offset, uint64_t length, uint32_t flags,
+			     uint64_t patience_ns);
+
+/* A whole range, in one space only. */
 int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint32_t flags,
 	       struct patience *patience);
 

@@ -12,6 +12,7 @@ from pyuffd._errors import ClosedError, HandlerError
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._serving import Served
 from pyuffd.handlers._types import PATIENCE_S, Held
 from pyuffd.regions import Region
@@ -46,21 +47,31 @@ def thread_name(thread_id: int) -> str:
         return f"thread {thread_id}"
 
 
-def take_out(engine: Backend, served: Served, *, seal: bool) -> None:
-    """Take a range out; wait for the threads at its pages, in slices that signals can interrupt."""
+def take_out(engine: Backend, served: Served, *, seal: bool, part: Part | None = None) -> None:
+    """Take a range or a part of it out.
+
+    Wait for the threads at its pages, in slices that signals can interrupt.
+    """
     give_up_at = time.monotonic() + PATIENCE_S
     while (left_s := give_up_at - time.monotonic()) > 0:
-        if engine.unserve(served.id, seal=seal, patience_s=min(SLICE_S, left_s), gently=True):
+        limit_s = min(SLICE_S, left_s)
+        if engine.unserve(served.id, seal=seal, patience_s=limit_s, gently=True, part=part):
             return
-    engine.unserve(served.id, seal=seal, patience_s=0)
+    engine.unserve(served.id, seal=seal, patience_s=0, part=part)
 
 
-def held_at(engine: Backend, served: Served) -> tuple[Held, ...]:
-    """Return the threads that do not leave a range that has been taken out."""
+def held_at(engine: Backend, served: Served, part: Part | None = None) -> tuple[Held, ...]:
+    """Return the threads that do not leave a range, or a part of one, that has been taken out."""
+    begin, end = part or (0, served.id.length)
+    start, past = served.id.start + begin, served.id.start + end
     give_up_at = time.monotonic() + LEAVE_S
     while not engine.is_remote:
         held = tuple(
-            one for one in engine.held() if one.number == served.id.number and not one.is_request
+            one
+            for one in engine.held()
+            if one.number == served.id.number
+            and not one.is_request
+            and (part is None or (one.start < past and start < one.start + one.length))
         )
         if not held or time.monotonic() > give_up_at:
             return held
@@ -117,7 +128,7 @@ def describe(held: Iterable[Held], all_served: Iterable[Served], *, is_remote: b
 def source_at(address: int | None, all_served: Iterable[Served]) -> str:
     """Return the source of the range that was served at an address, as text; "" if unknown."""
     for served in all_served:
-        if address is not None and 0 <= address - served.id.start < served.id.length:
+        if address is not None and served.has_some_of(address, 1):
             return repr(served.source)
     return ""
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from pyuffd.handlers._bounce import Bounce
     from pyuffd.handlers._fault_log import FaultLog
+    from pyuffd.handlers._served_parts import Part
     from pyuffd.handlers._types import (
         Ended,
         Failure,
@@ -62,8 +63,9 @@ class Backend(Protocol):
         unregister: bool = True,
         patience_s: float = ...,
         gently: bool = False,
+        part: Part | None = None,
     ) -> bool:
-        """Take a range out; wait at most `patience_s` for threads at its pages.
+        """Take a range or a part of it out; wait at most `patience_s` for threads at its pages.
 
         With `gently`, return False and leave it in if a thread is still there.
         """

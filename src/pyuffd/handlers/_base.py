@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from pyuffd._arguments import check_int
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, HelperLostError
-from pyuffd._pages import RangeLike, check_range, start_of
+from pyuffd._pages import RangeLike, check_range, is_address, start_of
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._bounce import BOUNCE_SIZE, Bounce
 from pyuffd.handlers._checks import LAYOUT_EVENTS
 from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._served_parts import Part, holds, shown, without
 from pyuffd.handlers._serving import Served, served_mode
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers.process._remote import RemoteEngine
@@ -115,7 +116,7 @@ class HandlerBase(SoleOwner):
         return self._engine
 
     def _serves(self, served: Served) -> bool:
-        return self._served.get((served.id.space, served.id.start)) is served
+        return self._served.get(served.key) is served
 
     @property
     def must_end(self) -> bool:
@@ -126,8 +127,10 @@ class HandlerBase(SoleOwner):
         """Release what belongs to a range that is no longer served; may be called again."""
         if not self._serves(served):
             return
-        self._overlaps.remove(served.memory)
-        served.uffd._note_unregistered(served.id.start, served.id.length)
+        for memory in served.memory:
+            self._overlaps.remove(memory)
+        for start, length in served.spans():
+            served.uffd._note_unregistered(start, length)
         if served.alias is not None and not keep_alias:
             served.alias.close()
         if isinstance(served.region, Region):
@@ -135,7 +138,27 @@ class HandlerBase(SoleOwner):
             for callback in served.on_close:
                 served.region._forget_on_close(callback)
             served.region._forget_check(served.check)
-        self._served.pop((served.id.space, served.id.start), None)  # last
+        self._served.pop(served.key, None)  # last
+
+    def _forget_part(self, served: Served, begin: int, end: int) -> None:
+        """Note that a part of a range is no longer served; may be called again."""
+        served.uffd._note_unregistered(served.id.start + begin, end - begin)
+        if isinstance(served.region, Region):
+            served.region._note_served(begin, end - begin)
+        left = without(served.parts, begin, end)
+        old = list(served.memory)
+        new = old[0].parts((served.id.start + first, past - first) for first, past in left)
+        served.memory = old + new  # until all of this is done
+        for memory in new:
+            self._overlaps.add(memory)
+        for memory in old:
+            self._overlaps.remove(memory)
+        served.memory = new
+        key = served.key
+        self._served[served.id.space, served.id.start + left[0][0]] = served
+        served.parts = left
+        if key != served.key:
+            self._served.pop(key, None)
 
     def _bounce(self, page_size: int, *, shared: bool) -> Bounce:
         """Return memory for content under way; give it to `_keep_bounce` afterwards."""
@@ -149,7 +172,8 @@ class HandlerBase(SoleOwner):
         if len(self._bounces) < BOUNCES_KEPT:
             self._bounces.append(bounce)
 
-    def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served:
+    def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served | None:
+        """Return the range that begins where a region does, if it is served."""
         start = start_of(region)
         found = [
             self._served[space, start]
@@ -162,9 +186,7 @@ class HandlerBase(SoleOwner):
             raise ValueError(
                 f"several ranges at {start:#x} are served: pass the object that was served, or uffd"
             )
-        if not found:
-            raise ValueError(f"no range at {start:#x} is served by this handler")
-        return (same or found)[0]
+        return next(iter(same or found), None)
 
     def _pages(
         self, region: RangeLike, offset: int, length: int | None
@@ -180,18 +202,30 @@ class HandlerBase(SoleOwner):
             )
         offset += begin
         check_range(offset, length, served.page_size, name="start")
+        if not holds(served.parts, offset, offset + length):
+            raise ValueError(
+                f"not all of [{served.id.start + offset:#x}, +{length:#x}) is served as one range:"
+                f" this one has only {shown(served.parts, served.id.start)}"
+            )
         return engine, served, offset // served.page_size, length // served.page_size
 
     def _find_part(self, region: RangeLike) -> tuple[Served, int, int]:
         """Return what is served of a region, or of a part of one: offsets in the served range."""
-        start = start_of(region)
-        all_served = list(self._served.values())
-        is_part = isinstance(region, Region) and region._whole is not None
-        if is_part and not any(one.region is region for one in all_served):
-            for served in all_served:
-                offset = start - served.id.start
-                past = offset + region.length
-                if served.memory.is_here and offset >= 0 and past <= served.id.length:
-                    return served, offset, past
         served = self._find(region)
-        return served, 0, served.id.length
+        if is_address(region):
+            length = 0 if served is None else served.parts[-1][1] - served.parts[0][0]
+        else:
+            length = region.length
+        start = start_of(region)
+        if served is None or not holds(served.parts, *_offsets(served, start, length)):
+            others = [one for one in self._served.values() if one.is_here]
+            whole = [one for one in others if one.region is region]
+            whole += [one for one in others if holds(one.parts, *_offsets(one, start, length))]
+            served = whole[0] if whole else served
+        if served is None:
+            raise ValueError(f"no range at {start:#x} is served by this handler")
+        return served, *_offsets(served, start, length)
+
+
+def _offsets(served: Served, start: int, length: int) -> Part:
+    return start - served.id.start, start - served.id.start + length

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from pyuffd.handlers._served_parts import Part
+
 log = logging.getLogger(__name__)
 
 RECENT_MEANWHILE = 64  # room for faults that come between counting and copying the recent ones
@@ -282,8 +284,9 @@ class Engine(EnginePages):
         unregister: bool = True,
         patience_s: float = PATIENCE_S,
         gently: bool = False,
+        part: Part | None = None,
     ) -> bool:
-        """Take a range out in every space; the arguments are those of engine/types.h.
+        """Take a range, or a part of it, out in every space; see engine/unserve.h.
 
         Only with `gently`: return False if a thread still works on a page; the range is then served
         as before.
@@ -292,16 +295,18 @@ class Engine(EnginePages):
             lib.UFFD_UNSERVE_UNREGISTER if unregister else 0
         )
         flags |= lib.UFFD_UNSERVE_GENTLY if gently else 0
-        code = lib.uffd_engine_unserve(
-            self._engine(),
-            range_ref(served),
-            flags,
-            int(patience_s * 1e9),
-        )
+        engine, ref, patience_ns = self._engine(), range_ref(served), int(patience_s * 1e9)
+        begin, end = part or (0, served.length)
+        if part is None:
+            code = lib.uffd_engine_unserve(engine, ref, flags, patience_ns)
+        else:
+            code = lib.uffd_engine_unserve_part(engine, ref, begin, end - begin, flags, patience_ns)
         if code == -errno.ETIME:
             return False
         if code:
-            raise_errno("unserve", -code, served.start, served.length)
+            raise_errno("unserve", -code, served.start + begin, end - begin)
+        if part is not None:
+            return True
         self._owners.pop(served.number, None)
         if self._added_last is not None and int(self._added_last[3][0]) == served.number:
             self._added_last = None
@@ -384,6 +389,10 @@ class Engine(EnginePages):
         """Poison the pages that wait for a worker, of one range or all; `failed` counts them."""
         code = errno.ETIMEDOUT if failed else 0
         lib.uffd_engine_abandon(self._engine(), served.number if served else 0, code)
+
+    def abandon_part(self, served: RangeId, begin: int, end: int) -> None:
+        """Poison the pages of a part that wait for a worker."""
+        lib.uffd_engine_abandon_part(self._engine(), served.number, begin, end - begin)
 
     @property
     def hung(self) -> int:

@@ -62,18 +62,24 @@ class ForkWatch:
         ):
             return False
         # Last because it is slow: afterwards either the user has been warned or the range is noted.
-        facts = _memory.look_at(self.pid, served.id.start, served.id.length, all_facts=True)
-        if facts & _memory.Maps.NOT_FORKED:
-            self._left_out.add(served.id.number)
-        return not facts & _memory.Maps.NOT_FORKED
+        for start, length in served.spans():
+            facts = _memory.look_at(self.pid, start, length, all_facts=True)
+            if facts & _memory.Maps.NOT_FORKED:
+                self._left_out.add(served.id.number)
+                return False
+        return True
 
 
 def _has_holes(handler: HandlerBase, served: Served) -> bool:
     """Return whether pages are missing, judged by the page table and the page cache."""
+    return any(_part_has_holes(handler, served, begin, end) for begin, end in served.parts)
+
+
+def _part_has_holes(handler: HandlerBase, served: Served, begin: int, end: int) -> bool:
     from pyuffd._residency import PageResidency, residency  # 5 ms, and rarely needed
 
-    fd = getattr(served.region, "fd", None)
-    where = residency(served.id.start, served.id.length, page_size=served.page_size, fd=fd)
+    fd, size = getattr(served.region, "fd", None), served.page_size
+    where = residency(served.id.start + begin, end - begin, page_size=size, fd=fd)
     unsure = where.count(PageResidency.UNKNOWN)
     if not where.count(PageResidency.HOLE) and not unsure:
         return False
@@ -82,7 +88,7 @@ def _has_holes(handler: HandlerBase, served: Served) -> bool:
         # Do not ask the helper process: it may wait for what this thread does next.
         return where.count(PageResidency.HOLE) > 0
     # A page that the owner dropped reads as zeros anyway.
-    states = engine.states(served.id, 0, len(where))
+    states = engine.states(served.id, begin // size, len(where))
     holes = (PageResidency.HOLE, PageResidency.UNKNOWN)
     return any(
         state in MISSED and page in holes for state, page in zip(states, where.states, strict=True)

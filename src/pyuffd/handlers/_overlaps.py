@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from pyuffd._abi import RegisterMode
@@ -94,6 +94,11 @@ class Range:
     def __str__(self) -> str:
         return f"[{self.start:#x}, +{self.length:#x})"
 
+    def parts(self, spans: Iterable[tuple[int, int]]) -> list[Range]:
+        """Return parts of it as ranges; the first one has what it uses."""
+        found = [Range(start, length, self.mode, self.is_here, ()) for start, length in spans]
+        return [replace(found[0], uses=self.uses), *found[1:]]
+
 
 def range_of(
     region: RangeLike,
@@ -144,6 +149,15 @@ class Overlaps:
             raise ValueError(
                 f"the range {new} cannot be served: {use.what} of the served range {other} lies"
                 " in it, and its faults would wait for each other"
+            )
+
+    def check_drop(self, start: int, length: int) -> None:
+        """Raise ValueError if pages would be dropped that are served already."""
+        served = self._served.find(start, length)
+        if served is not None:
+            raise ValueError(
+                f"present='drop' of [{start:#x}, +{length:#x}): the range {served} is served; call"
+                " unserve() first"
             )
 
     def check_read(self, start: int, length: int, name: str) -> None:

@@ -11,8 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Ioctl, RegisterMode
+from pyuffd._arguments import check_int
 from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdError, UffdOSError
-from pyuffd._pages import RangeLike
+from pyuffd._pages import RangeLike, check_range, is_address, start_of
 from pyuffd._source_like import as_source
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._aftermath import describe, held_at, leave_behind, take_out, views_of
@@ -30,6 +31,7 @@ from pyuffd.handlers._engine import Engine, ensure_inline_handler
 from pyuffd.handlers._failures import label_of
 from pyuffd.handlers._overlaps import range_of
 from pyuffd.handlers._present import Present, choose_present, settle_present
+from pyuffd.handlers._served_parts import Part, without
 from pyuffd.handlers._serving import (
     OnClose,
     Served,
@@ -164,6 +166,8 @@ class ServesRegions(HandlerBase):
             try:
                 self._overlaps.check(memory)
                 if (space, start) not in self._served:
+                    if policy == "drop":
+                        self._overlaps.check_drop(start, length)
                     settle_present(policy, region, uffd)
                 if self._started and self.driver == "inline" and ensure_inline_handler():
                     log.warning(
@@ -193,7 +197,7 @@ class ServesRegions(HandlerBase):
                     region,
                     uffd,
                     content.kind,
-                    memory,
+                    [memory],
                     source,
                     touched_by(region, local, preserve, writes_cache=bool(writes_cache)),
                     alias=alias,
@@ -217,7 +221,8 @@ class ServesRegions(HandlerBase):
                 self._served[space, start] = served  # last: from here on it is served
             except BaseException:  # a signal handler may raise at any line
                 if (space, start) not in self._served:
-                    take_back(engine, uffd, (space, start, length), granted)
+                    known = {one.id.number for one in self._served.values()}
+                    take_back(engine, uffd, (space, start, length), granted, known)
                     self._overlaps.remove(memory)
                     for callback in on_close:
                         region._forget_on_close(callback)  # type: ignore[attr-defined]
@@ -353,40 +358,138 @@ class ServesRegions(HandlerBase):
             if self._engine is not None and self._serves(served) and self._pid == os.getpid():
                 self._unserve(self._engine, served, seal=seal)
 
-    def unserve(self, region: RangeLike | int, *, uffd: Userfaultfd | None = None) -> None:
-        """Stop serving one region and unregister it, with all its moved parts and forks' copies.
+    def unserve(
+        self,
+        region: RangeLike | int,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        uffd: Userfaultfd | None = None,
+    ) -> None:
+        """Stop serving a region, or a part of one, and unregister it, wherever it was moved to.
 
         Pages that were never filled are poisoned first, so that a later access raises SIGBUS
-        instead of reading zeros. Call `populate` before to get all content. With a ZeroSource,
-        where zeros are right, nothing is poisoned. Write-protection is lifted.
+        instead of reading zeros. Threads that wait for such a page get that too, and those that
+        wait for a page which is being filled get its content. Call `populate` before to get all
+        content. With a ZeroSource, where zeros are right, nothing is poisoned. Write-protection is
+        lifted. Forks' copies are taken out too.
+
+        The rest of a region stays served, without an instant in which a fault there would find
+        nothing. A part may be served again, from another source: with `present="drop"` all of it
+        comes from there, otherwise what it holds stays.
+
+        Args:
+            region: A served region or a part of one, `region[a:b]`, or the address where a region
+                begins. All that is served of it is taken out, also what was served in parts.
+            offset: Where to begin in the region in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+            uffd: The userfaultfd, if several processes have served memory at this address.
 
         Raises:
-            ValueError: not served by this handler.
+            ValueError: nothing of it is served by this handler, or pages outside the region.
             HandlerError: the source does not return to a thread that is filling a page; the thread
                 is left behind and the page is poisoned. Or pages could not be poisoned; the region
                 then stays registered.
 
-        Blocks: for at most 10 s until no thread works on the region's pages.
+        GIL: released.  Threads: safe.  Blocks: for at most 10 s until no thread works on the pages.
+
+        Example:
+            >>> from pyuffd import Handler, Region, Userfaultfd
+            >>> with (
+            ...     Userfaultfd() as uffd,
+            ...     Region.anonymous(12288) as region,
+            ...     Handler(uffd) as handler,
+            ... ):
+            ...     _ = handler.serve(region, b"a" * 12288)
+            ...     middle = region[4096:8192]
+            ...     handler.unserve(middle)
+            ...     _ = handler.serve(middle, b"b" * 4096, present="drop")
+            ...     [region.read(offset, 1) for offset in (0, 4096, 8192)]
+            [b'a', b'b', b'a']
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
             engine = self._running_engine()
-            served = self._find(region, uffd)
-            self._unserve(engine, served, seal=True)
+            errors: list[HandlerError] = []
+            for served, part in self._served_of(region, offset, length, uffd):
+                try:
+                    self._unserve(engine, served, seal=True, part=part)
+                except HandlerError as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
-    def _unserve(self, engine: Backend, served: Served, *, seal: bool) -> None:
-        """Take a range out; if a signal handler raises, the range is served as before."""
+    def _served_of(
+        self, region: RangeLike | int, offset: int, length: int | None, uffd: Userfaultfd | None
+    ) -> list[tuple[Served, Part | None]]:
+        """Return the ranges that a region has, each with the part of it, or None for all of it."""
+        check_int("offset", offset, 0)
+        served, start = self._find(region, uffd), start_of(region)
+        if not is_address(region):
+            extent = region.length  # type: ignore[union-attr]
+        elif served is not None:
+            extent = served.id.start + served.id.length - start
+        else:
+            raise ValueError(f"no range at {start:#x} is served by this handler")
+        # Only where it has holes can another range be in it.
+        is_whole = served is not None and served.parts == [(0, extent)]
+        if (
+            served is not None
+            and (is_whole or is_address(region))
+            and (offset, length) == (0, None)
+        ):
+            return [(served, None)]
+        length = extent - offset if length is None else check_int("length", length, 1)
+        if length <= 0 or offset + length > extent:
+            raise ValueError(f"offset {offset:#x} + {length:#x} is outside a region of {extent:#x}")
+        found = self._served_in(region, start + offset, length, uffd)
+        if not found:
+            raise ValueError(f"no range at {start + offset:#x} is served by this handler")
+        parts = []
+        for one in found:
+            begin = max(start + offset - one.id.start, 0)
+            end = min(start + offset + length - one.id.start, one.id.length)
+            check_range(begin, end - begin, one.page_size, name="offset")
+            parts.append((one, (begin, end) if without(one.parts, begin, end) else None))
+        return parts
+
+    def _served_in(
+        self, region: RangeLike | int, start: int, length: int, uffd: Userfaultfd | None
+    ) -> list[Served]:
+        """Return the ranges that have some of [start, +length), all of one address space."""
+        found = [
+            one
+            for one in self._served.values()
+            if uffd in (None, one.uffd) and one.has_some_of(start, length)
+        ]
+        same = [one for one in found if one.region is region]
+        here = [one for one in found if one.is_here]
+        chosen = same or (here if uffd is None and isinstance(region, Region) else found)
+        if len({one.id.space for one in chosen}) > 1:
+            raise ValueError(
+                f"several ranges at {start:#x} are served: pass the object that was served, or uffd"
+            )
+        return [one for one in found if chosen and one.id.space == chosen[0].id.space]
+
+    def _unserve(
+        self, engine: Backend, served: Served, *, seal: bool, part: Part | None = None
+    ) -> None:
+        """Take a range or a part out; if a signal handler raises, it is served as before."""
         views = [] if engine.is_remote else views_of([served])
+        begin, end = part or (0, served.id.length)
         try:
-            take_out(engine, served, seal=seal)
+            take_out(engine, served, seal=seal, part=part)
         except UffdOSError as error:
             raise HandlerError(
-                f"the region at {served.id.start:#x} stays registered: {error}",
-                served.id.start,
-                served.id.length,
+                f"the region at {served.id.start + begin:#x} stays registered: {error}",
+                served.id.start + begin,
+                end - begin,
             ) from error
-        held = held_at(engine, served)
-        self._forget(served, keep_alias=bool(held))
+        held = held_at(engine, served, part)
+        if part is None:
+            self._forget(served, keep_alias=bool(held))
+        else:
+            self._forget_part(served, *part)
         if held and isinstance(engine, Engine):
             leave_behind(engine, held, [served], [served.uffd], views)
             raise HandlerError(

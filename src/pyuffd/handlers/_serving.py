@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._overlaps import Range
+from pyuffd.handlers._served_parts import Part, reaches
 from pyuffd.handlers._types import RangeId, SourceKind
 from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import PageSource
@@ -66,7 +67,7 @@ class Served:
     region: RangeLike
     uffd: Userfaultfd
     kind: SourceKind
-    memory: Range
+    memory: list[Range]  # one for each part
     source: PageSource | None = None
     touched: tuple[RangeLike, ...] = ()  # other memory that the engine reads and writes for it
     ioctls: int = 0
@@ -78,6 +79,29 @@ class Served:
     evicting: Turn = field(default_factory=Turn)
     on_close: list[Callable[[], None]] = field(default_factory=list)
     check: Callable[[int, int], None] | None = None  # before accesses of the region
+    parts: list[Part] = field(default_factory=list)  # what is still served of the range
+
+    def __post_init__(self) -> None:
+        self.parts = self.parts or [(0, self.id.length)]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its space, and the address where it begins."""
+        return self.id.space, self.id.start + self.parts[0][0]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is memory of this process."""
+        return self.memory[0].is_here
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Return start and length of each part."""
+        return [(self.id.start + begin, end - begin) for begin, end in self.parts]
+
+    def has_some_of(self, start: int, length: int) -> bool:
+        """Return whether a part of it lies in the range."""
+        begin = start - self.id.start
+        return reaches(self.parts, begin, begin + length)
 
 
 class MayHaveToEnd(Protocol):
@@ -229,15 +253,22 @@ def register(
 
 
 def take_back(
-    engine: Backend, uffd: Userfaultfd, place: tuple[int, int, int], granted: lowlevel.Granted
+    engine: Backend,
+    uffd: Userfaultfd,
+    place: tuple[int, int, int],
+    granted: lowlevel.Granted,
+    known: Collection[int],
 ) -> None:
-    """Undo the steps of serving [start, +length) of a space that have been done."""
+    """Undo the steps of serving [start, +length) of a space that have been done.
+
+    `known` are the numbers of the ranges that are served: one of them may have begun there before.
+    """
     space, start, length = place
     # Of another process nothing is unregistered: its waiting threads would continue with zeros.
     unregister = bool(granted.ioctls) and not uffd.adopted
     try:
         found = engine.find(space, start)
-        if found is not None:
+        if found is not None and found.number not in known:
             engine.unserve(found, seal=False, unregister=unregister)
     except HelperLostError as error:
         log.debug("%s", error)
@@ -259,13 +290,7 @@ def served_mode(
     all_served: Iterable[Served], uffd: Userfaultfd, start: int, length: int
 ) -> RegisterMode | None:
     """Return the modes that all served memory in a range has, or None without such memory."""
-    modes = [
-        one.mode
-        for one in all_served
-        if one.uffd is uffd
-        and one.id.start < start + length
-        and start < one.id.start + one.id.length
-    ]
+    modes = [one.mode for one in all_served if one.uffd is uffd and one.has_some_of(start, length)]
     return functools.reduce(operator.and_, modes) if modes else None
 
 

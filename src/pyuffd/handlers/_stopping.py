@@ -161,7 +161,7 @@ class Stops(HandlerBase):
             if place is not None:
                 del self._served[key]
                 served.id = place
-                self._served[place.space, place.start] = served
+                self._served[served.key] = served
         return stand_in.engine
 
     def _drain(self, engine: Backend, ending: Ending) -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from pyuffd.handlers._served_parts import Part
     from pyuffd.handlers._serving import Served
     from pyuffd.sources import PageSource, Promised
 
@@ -109,13 +110,22 @@ class WorkedEngine(Engine):
         unregister: bool = True,
         patience_s: float = PATIENCE_S,
         gently: bool = False,
+        part: Part | None = None,
     ) -> bool:
-        """Take a range out; poison the pages that wait for its source first."""
-        self.abandon(served)
+        """Take a range, or a part of it, out; poison the pages that wait for its source first."""
+        if part is None:
+            self.abandon(served)
+        else:
+            self.abandon_part(served, *part)
         done = super().unserve(
-            served, seal=seal, unregister=unregister, patience_s=patience_s, gently=gently
+            served,
+            seal=seal,
+            unregister=unregister,
+            patience_s=patience_s,
+            gently=gently,
+            part=part,
         )
-        if done:
+        if done and part is None:
             self._sources.pop(served.number, None)
             self._labels.pop(served.number, None)
             self._places.pop(served.number, None)

@@ -74,9 +74,10 @@ class Divisible(CloseCallbacks):
         start, end = self._mapping.start, self._mapping.start + self._mapping.length
         return any(first < end and start < past for first, past in self._root._served_spans)
 
-    def _note_served(self) -> None:
-        """Note that a Handler has served it."""
-        span = (self._mapping.start, self._mapping.start + self._mapping.length)
+    def _note_served(self, offset: int = 0, length: int | None = None) -> None:
+        """Note that a Handler has served it, or a part of it."""
+        start = self._mapping.start + offset
+        span = (start, start + (self._mapping.length if length is None else length))
         if span not in self._root._served_spans:
             self._root._served_spans.append(span)
 

@@ -355,8 +355,9 @@ class Keeper:
         if served.number in self._book.served:
             self._book.served[served.number].ioctls = ioctls
 
-    def _note_unserved(self, _: list[int], done: bool, served: RangeId, *__: object) -> None:
-        gone = self._book.served.pop(served.number, None) if done else None
+    def _note_unserved(self, _: list[int], done: bool, served: RangeId, *how: object) -> None:
+        is_part = how[-1] is not None  # the engine reports which pieces are left
+        gone = self._book.served.pop(served.number, None) if done and not is_part else None
         if gone is not None:
             # Files whose close may hang stay open until the process ends.
             left_open = len(gone.spec.content.fds) if gone.closing_may_hang else 0

@@ -19,6 +19,7 @@ from pyuffd._overlay import OverlaySource, without_files
 from pyuffd._owned import Descriptor
 from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._fault_log import FaultLog
+from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
@@ -166,10 +167,12 @@ class RemoteEngine(SoleOwner):
         unregister: bool = True,
         patience_s: float = PATIENCE_S,
         gently: bool = False,
+        part: Part | None = None,
     ) -> bool:
-        """Take a range out."""
+        """Take a range, or a part of it, out."""
         try:
-            done = bool(self._call(Call.UNSERVE, served, seal, unregister, patience_s, gently))
+            found = self._call(Call.UNSERVE, served, seal, unregister, patience_s, gently, part)
+            done = bool(found)
         except HelperLostError:
             # stop() raises it. Here the caller goes on, perhaps to unmap the range.
             return self._stand_in.remove(
@@ -178,9 +181,10 @@ class RemoteEngine(SoleOwner):
                 unregister=unregister,
                 patience_s=patience_s,
                 gently=gently,
+                part=part,
             )
         if done:
-            self._stand_in.remove(served.number)
+            self._stand_in.remove(served.number, part=part)
         return done
 
     def start(self, cpus: list[int]) -> None:

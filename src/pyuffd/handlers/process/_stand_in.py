@@ -14,6 +14,7 @@ from typing import Unpack
 
 from pyuffd._errors import ClosedError, HelperLostError, LayoutChangedError
 from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._types import (
     PATIENCE_S,
     Content,
@@ -73,12 +74,12 @@ class StandIn:
         )
         # Only the helper process reads the events: what it has let go may still be here.
         for number, old in list(self._ranges.items()):
-            if (
-                old.space == here.space
-                and old.start < spec.start + spec.length
-                and spec.start < old.start + old.length
-            ):
-                self.remove(number)
+            begin, end = spec.start - old.start, spec.start + spec.length - old.start
+            if old.space != here.space or begin >= old.length or end <= 0:
+                continue
+            is_whole = begin <= 0 and end >= old.length
+            part = None if is_whole else (max(begin, 0), min(end, old.length))
+            self.remove(number, part=part)
         found = self.engine.find(here.space, spec.start)  # an interrupted call put it in
         place = self.engine.add(here) if found is None else found
         self._page_sizes[place.number] = spec.page_size
@@ -97,15 +98,23 @@ class StandIn:
         unregister: bool = False,
         patience_s: float = PATIENCE_S,
         gently: bool = False,
+        part: Part | None = None,
     ) -> bool:
-        """Take a range out as an engine does; without arguments its memory is left alone."""
+        """Take a range, or a part of it, out; without arguments its memory is left alone."""
         if number not in self._ranges:
             return True
         place = self._ranges[number]
         if not self.engine.unserve(
-            place, seal=seal, unregister=unregister, patience_s=patience_s, gently=gently
+            place,
+            seal=seal,
+            unregister=unregister,
+            patience_s=patience_s,
+            gently=gently,
+            part=part,
         ):
             return False
+        if part is not None:
+            return True
         self._page_sizes.pop(place.number, None)
         del self._ranges[number]
         return True

@@ -21,6 +21,7 @@ from pyuffd import _memory
 from pyuffd._errors import HandlerError, UffdError, UffdOSError
 from pyuffd._overlay import OverlaySource, with_files
 from pyuffd.handlers._engine import follow_parent, hold_descriptors
+from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import (
     Content,
@@ -252,8 +253,9 @@ class WorkerProcess:
 
     def find(self, space: int, start: int) -> RangeId | None:
         """Return the range that was put in there, or None."""
-        served = self._served.values()
-        return next((one for one in served if (one.space, one.start) == (space, start)), None)
+        found = [one for one in self._served.values() if (one.space, one.start) == (space, start)]
+        # An older one has been cut: the newest is the one that `add` has put in.
+        return max(found, key=lambda one: one.number, default=None)
 
     def add_space(self, layout_events: int, owner_pid: int, key: int, fds: list[int]) -> int:
         """Serve another userfaultfd too; `find_space` finds its space by `key`."""
@@ -319,13 +321,24 @@ class WorkerProcess:
         return self._engine.writeprotect(served, offset, length, pages, protects=protects)
 
     def unserve(
-        self, served: RangeId, seal: bool, unregister: bool, patience_s: float, gently: bool
+        self,
+        served: RangeId,
+        seal: bool,
+        unregister: bool,
+        patience_s: float,
+        gently: bool,
+        part: Part | None,
     ) -> bool:
-        """Take a range out."""
+        """Take a range, or a part of it, out."""
         done = self._engine.unserve(
-            served, seal=seal, unregister=unregister, patience_s=patience_s, gently=gently
+            served,
+            seal=seal,
+            unregister=unregister,
+            patience_s=patience_s,
+            gently=gently,
+            part=part,
         )
-        if done:
+        if done and part is None:
             self._served.pop(served.number, None)
         return done
 
