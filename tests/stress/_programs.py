@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import itertools
 import mmap
 import os
 import random
@@ -145,6 +146,7 @@ WEIGHTS = {
     "fork": 2,
     "move": 2,
     "split": 1,
+    "swap": 2,
     "file": 2,
     "restart": 1,
     "kill": 1,
@@ -186,8 +188,9 @@ class Disagreement(Exception):
     """An observation fits no possible world."""
 
 
-def page_of_source(page: int) -> Content:
-    return (b"source %09d" % page, bytes([65 + page % 26]))
+def page_of_source(page: int, number: int) -> Content:
+    """The content of a page in the source of a range."""
+    return (b"source %09d" % (page + 1000 * number), bytes([65 + (page + number) % 26]))
 
 
 def head_of(number: int) -> bytes:
@@ -232,6 +235,9 @@ class Run:
         if not memory.is_anon:
             assert self.region.fd is not None
             self.alias = stack.enter_context(Region.file(self.region.fd))
+        # What each page is served from; those of one number are one range.
+        self.ranges = [0] * self.count
+        self.served_before = 0
         self.worlds = [{World("none", False, None, None, A)} for _ in range(self.count)]
         if self.alias is not None:
             for page in setting.before:
@@ -241,22 +247,32 @@ class Run:
         self.saved = bytearray(self.region.length) if setting.preserve else None
         self.instant: list[set[Content] | None] = [None] * self.count
         self.uffd = stack.enter_context(Userfaultfd(features=features))
-        self.source_object = self.make_source()
         self.prefetches = self.has_faulted = False
         self.handler: Handler
         self.serve()
 
     def source(self, page: int) -> Content:
-        return page_of_source(page) if self.rules.has_source else ZERO
+        return page_of_source(page, self.ranges[page]) if self.rules.has_source else ZERO
 
-    def make_source(self) -> PageSource | None:
+    def parts(self, first: int, end: int) -> Iterator[tuple[range, Region]]:
+        """The runs of pages that are of one range, each as a region."""
+        at = first
+        for _, run in itertools.groupby(self.ranges[first:end]):
+            past = at + len(list(run))
+            yield range(at, past), self.region[at * self.size : past * self.size]
+            at = past
+
+    def joined(self, call: Callable[[Region], bytes], first: int, end: int) -> bytes:
+        return b"".join(call(part) for _, part in self.parts(first, end))
+
+    def make_source(self, first: int, end: int) -> PageSource | None:
         kind = self.setting.source
         if kind == "none":
             return None
         if kind == "zero":
             return ZeroSource()
         data = b"".join(
-            head + body * (self.size - HEAD) for head, body in map(self.source, range(self.count))
+            head + body * (self.size - HEAD) for head, body in map(self.source, range(first, end))
         )
         if kind == "buffer":
             return BufferSource(data)
@@ -266,22 +282,25 @@ class Run:
             os.truncate(fd, len(data))
             os.pwrite(fd, data, 0)
             return self.stack.enter_context(FileSource(fd))
-        return CallableSource(Pages(self.size))
+        return CallableSource(Pages(self.size, first, self.ranges[first]))
 
     def serve(self) -> None:
         options: dict[str, Any] = {"prefetch": self.setting.prefetch * self.size}
         self.handler = Handler(self.uffd, driver=self.setting.driver, **options)  # type: ignore[arg-type]
+        self.serve_part(0, self.count)
+        self.handler.start()
+        self.change(range(self.count), self.rules.serve)
+
+    def serve_part(self, first: int, end: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             self.handler.serve(
-                self.region,
-                self.source_object,
+                self.region[first * self.size : end * self.size],
+                self.make_source(first, end),
                 mode=self.mode,
                 preserve=self.saved,
                 present="keep",
             )
-        self.handler.start()
-        self.change(range(self.count), self.rules.serve)
 
     # Worlds
 
@@ -408,7 +427,8 @@ class Run:
     def do_populate(self, first: int, end: int) -> None:
         if self.mode == WP:
             return
-        self.handler.populate(self.region, first * self.size, (end - first) * self.size)
+        for _, part in self.parts(first, end):
+            self.handler.populate(part)
         for page in range(first, end):
             source = self.source(page)
             self.change([page], lambda w, source=source: self.rules.fill(w, source))  # type: ignore[misc]
@@ -418,8 +438,9 @@ class Run:
             return
         pages = range(first, end)
         pushed = {page: (head_of(1000 * number + page), b"p") for page in pages}
-        data = b"".join(head + body * (self.size - HEAD) for head, body in pushed.values())
-        self.handler.fill(self.region, first * self.size, data)
+        for run, part in self.parts(first, end):
+            bytes_of = (head + body * (self.size - HEAD) for head, body in map(pushed.get, run))  # type: ignore[misc]
+            self.handler.fill(part, 0, b"".join(bytes_of))
         for page in pages:
             self.change([page], lambda w, data=pushed[page]: self.rules.push(w, data))  # type: ignore[misc]
 
@@ -428,13 +449,15 @@ class Run:
         if not may:
             return
         length = (end - first) * self.size
-        evicted = self.handler.evict(self.region, first * self.size, length, write_back=None)
+        evicted = sum(
+            self.handler.evict(part, write_back=None) for _, part in self.parts(first, end)
+        )
         if evicted % self.size or evicted > length:
             raise Disagreement(f"evict returned {evicted:#x} for {length:#x}")
         self.change(range(first, end), self.rules.evict)
 
     def do_states(self, first: int, end: int) -> None:
-        found = self.handler.page_states(self.region, first * self.size, (end - first) * self.size)
+        found = self.joined(self.handler.page_states, first, end)
         for page, state in zip(range(first, end), map(PageState, found), strict=True):
             if state is PageState.IN_FLIGHT and self.prefetches:
                 continue
@@ -450,11 +473,8 @@ class Run:
         if self.mode == WP and not self.rules.unpopulated and not self.rules.has_file:
             self.change(range(first, end), lambda w: self.rules.read(w, ZERO))  # it maps holes
         before = [self.worlds[page] for page in range(self.count)]
-        at, length = first * self.size, (end - first) * self.size
-        if first % 2:
-            found = self.handler.writeprotect(self.region, at, length)
-        else:
-            found = self.checkpoint(at, length)
+        protect = self.handler.writeprotect if first % 2 else self.checkpoint
+        found = self.joined(protect, first, end)
         for page, state in zip(range(first, end), map(PageState, found), strict=True):
             possible = [pair for w in self.worlds[page] for pair in self.rules.protect(w)]
             # A worker wakes the reader of a page before it stores the page's state.
@@ -473,17 +493,16 @@ class Run:
                 for w in before[page]
             }
 
-    def checkpoint(self, at: int, length: int) -> bytes:
+    def checkpoint(self, part: Region) -> bytes:
         """Return the states; the ranges say the same of pages that may have been written."""
-        taken = self.handler.checkpoint(self.region, at, length)
+        taken = self.handler.checkpoint(part)
         ranges = {
             page: run.state
             for run in taken.written
             for page in range(run.start // self.size, run.end // self.size)
         }
         unwritten = (PageState.ABSENT, PageState.CLEAN, PageState.SAVED)
-        first = at // self.size
-        states = {first + i: PageState(state) for i, state in enumerate(taken.states)}
+        states = dict(enumerate(map(PageState, taken.states)))
         expected = {page: state for page, state in states.items() if state not in unwritten}
         if ranges != expected:
             raise Disagreement(f"checkpoint: ranges {ranges}, states {expected}")
@@ -492,7 +511,7 @@ class Run:
     def do_unprotect(self, first: int, end: int) -> None:
         if not self.mode & WP or self.saved is not None:
             return
-        found = self.handler.unprotect(self.region, first * self.size, (end - first) * self.size)
+        found = self.joined(self.handler.unprotect, first, end)
         for page, state in zip(range(first, end), map(PageState, found), strict=True):
             possible = [pair for w in self.worlds[page] for pair in self.rules.unprotect(w)]
             if state is PageState.IN_FLIGHT and (
@@ -639,7 +658,23 @@ class Run:
         self.handler.stop()
         self.prefetches = False
         self.change(range(self.count), self.rules.stop)
+        self.ranges = [0] * self.count
         self.serve()
+
+    def do_swap(self, first: int, end: int) -> None:
+        """Serve a part from another source."""
+        pages = range(first, end)
+        is_moved = any(self.addresses[at] != self.region.start + at * self.size for at in pages)
+        # See do_restart.
+        if is_moved or not self.may_drop or (self.rules.huge and self.setting.driver == "inline"):
+            return
+        self.handler.unserve(self.region, first * self.size, (end - first) * self.size)
+        self.let_pass()
+        self.change(pages, self.rules.stop)
+        self.served_before += 1
+        self.ranges[first:end] = [self.served_before] * len(pages)
+        self.serve_part(first, end)
+        self.change(pages, self.rules.serve)
 
     def do_kill(self, *_: int) -> None:
         engine = self.handler._engine
@@ -675,16 +710,16 @@ class Run:
 class Pages:
     """A source in Python, also in another process."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, first: int, number: int) -> None:
+        self.size, self.first, self.number = size, first, number
 
     def __call__(self, offset: int, length: int) -> bytes:
         """Return the pages asked for."""
-        first = offset // self.size
-        return b"".join(
-            head + body * (self.size - HEAD)
-            for head, body in map(page_of_source, range(first, first + length // self.size))
+        first = self.first + offset // self.size
+        pages = (
+            page_of_source(page, self.number) for page in range(first, first + length // self.size)
         )
+        return b"".join(head + body * (self.size - HEAD) for head, body in pages)
 
 
 def _written(world: World, head: bytes) -> World:
