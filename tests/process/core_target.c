@@ -6,13 +6,16 @@
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -227,6 +230,55 @@ static void big(size_t length)
 	first_step(0);
 }
 
+/*
+ * Memory registered with a userfaultfd that nobody serves: who touches a missing page waits.
+ * Its file has content that is not in the page table.
+ */
+static void registered(void)
+{
+	int fd = memfd_create("registered", 0), uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	unsigned char *start, page[PAGE];
+
+	memset(page, 7, PAGE);
+	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api) || ftruncate(fd, 8 * PAGE) ||
+	    pwrite(fd, page, PAGE, 2 * PAGE) != (ssize_t)PAGE)
+		exit(1);
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	reg.range.start = (uintptr_t)start;
+	reg.range.len = 8 * PAGE;
+	if (ioctl(uffd, UFFDIO_REGISTER, &reg))
+		exit(1);
+	say("registered", start, 8 * PAGE);
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	fill(start, PAGE, 0);
+	reg.range.start = (uintptr_t)start;
+	if (ioctl(uffd, UFFDIO_REGISTER, &reg))
+		exit(1);
+	say("anonymous", start, 8 * PAGE);
+	ready();
+	first_step(0);
+}
+
+/* Huge pages of a file: one that the process has written, one that is only in the file. */
+static void huge_file(void)
+{
+	int fd = memfd_create("huge", MFD_HUGETLB);
+	unsigned char *start, *other;
+
+	if (fd < 0 || ftruncate(fd, (off_t)(4 * MIB)))
+		exit(1);
+	start = map(4 * MIB, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	other = map(4 * MIB, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	fill(start, PAGE, 0);
+	fill(other + 2 * MIB, PAGE, 1);
+	munmap(other, 4 * MIB);
+	say("huge", start, 4 * MIB);
+	ready();
+	first_step(0);
+}
+
 static void note(int number)
 {
 	(void)number;
@@ -289,6 +341,10 @@ int main(int count, char **words)
 		many(number);
 	else if (!strcmp(mode, "big"))
 		big(number * MIB);
+	else if (!strcmp(mode, "registered"))
+		registered();
+	else if (!strcmp(mode, "huge_file"))
+		huge_file();
 	else if (!strcmp(mode, "later"))
 		later();
 	else if (!strcmp(mode, "other"))

@@ -171,6 +171,30 @@ def test_huge_pages(
         assert core.read(*place) == (pages(place[1], 90) if is_there else None)
 
 
+def test_memory_registered_with_a_userfaultfd(start: Callable[..., Target], tmp_path: Path) -> None:
+    """A read of a missing page through the mapping would wait for a handler that stands."""
+    target = start("registered")
+    assert command(target.pid, "-o", tmp_path / "core").returncode == 0
+    with Core(tmp_path / "core") as core:
+        shared = core.read(*target.places["registered"])
+        assert shared == bytes(2 * PAGE) + b"\7" * PAGE + bytes(5 * PAGE)
+        assert core.read(*target.places["anonymous"]) == pages(PAGE, 0) + bytes(7 * PAGE)
+
+
+@needs_hugepages(2)
+def test_huge_pages_of_a_file(start: Callable[..., Target], tmp_path: Path) -> None:
+    """Also one that is not in the process's page table."""
+    target = start("huge_file")
+    Path(f"/proc/{target.pid}/coredump_filter").write_text("0x40")
+    with Process(target.pid) as process:
+        write_core(process, tmp_path / "core")
+    address, length = target.places["huge"]
+    with Core(tmp_path / "core") as core:
+        expected = pages(PAGE, 0).ljust(length // 2, b"\0")
+        assert core.read(address, length) == (expected + pages(PAGE, 1)).ljust(length, b"\0")
+    assert (tmp_path / "core").stat().st_blocks * 512 < 3 << 20
+
+
 def test_first_pages_of_elf_files_and_the_vdso(sleeper: Target, tmp_path: Path) -> None:
     with Process(sleeper.pid) as process:
         write_core(process, tmp_path / "core")

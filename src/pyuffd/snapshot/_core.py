@@ -17,6 +17,7 @@ from pyuffd.snapshot import _capture, _core_elf
 from pyuffd.snapshot._core_about import About
 from pyuffd.snapshot._core_file import NewFile, punch, write
 from pyuffd.snapshot._core_places import VDSO, CoreLayout
+from pyuffd.snapshot._core_shared import copy_files
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop
@@ -139,6 +140,7 @@ class _Core:
     _segments: list[Segment]
     _registers: list[RegisterSet]
     _length = 0
+    _shared = 0  # bytes of memfds and the like
     _stop: Stop | None = None
 
     def __init__(
@@ -176,18 +178,26 @@ class _Core:
         self._stop = stop
         tids = set(self._about.tids())
         self._registers = [one for one in stop.registers() if one.tid in tids]
+        self._shared = copy_files(
+            self._process, self._layout.files, self._file.fileno(), self._tell_of_stop
+        )
 
     def _tell(self, progress: Progress) -> None:
-        if progress.phase == "stop" and self._stop is not None and self._max_stall_s is not None:
-            done = progress.bytes / (progress.total or 1)
-            if self._stop.pause_s > self._max_stall_s:
-                raise UffdOSError(
-                    errno.ETIMEDOUT,
-                    f"process {self._process.pid} stands too long",
-                    hint=f"{self._max_stall_s:g} s were allowed; {done:.0%} is copied",
-                )
-        if self._progress is not None:
+        if progress.phase == "stop":
+            self._tell_of_stop(progress.bytes, progress.total)
+        elif self._progress is not None:
             self._progress(progress.bytes, progress.total)
+
+    def _tell_of_stop(self, done: int, total: int) -> None:
+        limit_s = self._max_stall_s
+        if limit_s is not None and self._stop is not None and self._stop.pause_s > limit_s:
+            raise UffdOSError(
+                errno.ETIMEDOUT,
+                f"process {self._process.pid} stands too long",
+                hint=f"{limit_s:g} s were allowed; {done / (total or 1):.0%} is copied",
+            )
+        if self._progress is not None:
+            self._progress(done, total)
 
     def finish(self) -> None:
         """Write the vdso, then notes and headers behind the memory, and the ELF header last."""
@@ -222,7 +232,7 @@ class _Core:
             method=captured.method,
             threads=len(self._registers),
             mappings=len(self._layout.parts),
-            bytes=PageRanges(captured.data).bytes,
+            bytes=PageRanges(captured.data).bytes + self._shared,
             length=self._length,
             pause_s=self._stop.pause_s,
             seconds=seconds,

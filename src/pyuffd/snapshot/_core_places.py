@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from pyuffd._abi import PageCategory
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, MappingKind, Mappings, Process
 from pyuffd.snapshot import _core_plan as plan
+from pyuffd.snapshot import _core_shared as shared
 from pyuffd.snapshot._capture import Placed
 from pyuffd.snapshot._core_elf import PAGE_SIZE, Segment
 from pyuffd.snapshot._core_plan import Part
@@ -26,7 +28,7 @@ BLOCK = 1 << 30
 VDSO = "[vdso]"
 
 _CONTENT = PageCategory.PRESENT | PageCategory.SWAPPED
-_FILES = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE, MappingKind.SHMEM, MappingKind.HUGETLB)
+_DISK_FILES = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,14 @@ class CoreLayout:
         placed: Their places, also that of the vdso, which is not captured: it never changes, and is
             not in the page table.
         unknown: Mappings whose VmFlags are not known: they are new.
-        unseen: Mappings of shared memory whose file cannot be opened.
+        files: The places of mapped memfds and the like, whose content is read from the file.
+        unseen: Such mappings whose file cannot be opened.
     """
 
     parts: list[Wanted]
     placed: list[Placed]
     unknown: list[Mapping]
+    files: list[Placed]
     unseen: list[Mapping]
 
     def __init__(self, process: Process, first: int, *, full: bool) -> None:
@@ -90,7 +94,7 @@ class CoreLayout:
 
     def __call__(self, mappings: Mappings) -> Sequence[Placed]:
         """Return what of these mappings goes where."""
-        self.unknown, self.unseen = [], []
+        self.unknown, self.files, self.unseen = [], [], []
         self.parts = self._with_headers([self._wanted(m) for m in mappings if _is_of_process(m)])
         self.placed = [placed for one in self.parts for placed in self._placed(one)]
         return [placed for placed in self.placed if placed.mapping.path != VDSO]
@@ -125,11 +129,17 @@ class CoreLayout:
         """Keep a first page only where it begins as an ELF file does."""
         heads = [one.mapping for one in parts if one.part is Part.HEADER]
         new = [m for m in heads if _key(m) not in self._headers]
-        if new:
-            pages = PageRanges.of((m.start, m.start + PAGE_SIZE) for m in new)
+        on_disk = [m for m in new if not shared.is_file_of_memory(m)]
+        for m in new:
+            self._headers[_key(m)] = False
+            with suppress(OSError), ExitStack() as stack:
+                if m not in on_disk and (fd := self._opened(m, stack)) is not None:
+                    self._headers[_key(m)] = os.pread(fd, 4, 0) == plan.ELF_MAGIC
+        if on_disk:
+            pages = PageRanges.of((m.start, m.start + PAGE_SIZE) for m in on_disk)
             text = bytearray(pages.bytes)
             self._process.copy(pages, text)
-            for m, at in zip(new, range(0, len(text), PAGE_SIZE), strict=True):
+            for m, at in zip(on_disk, range(0, len(text), PAGE_SIZE), strict=True):
                 self._headers[_key(m)] = text.startswith(plan.ELF_MAGIC, at)
         elf = {m.start for m in heads if self._headers[_key(m)]}
         return [
@@ -140,49 +150,54 @@ class CoreLayout:
         ]
 
     def _placed(self, one: Wanted) -> Iterator[Placed]:
-        m = one.mapping
-        whole = m.kind in _FILES
         if one.part is Part.NOTHING:
             return
-        if one.part is Part.HEADER:
-            spans = [(m.start, m.start + PAGE_SIZE)]
-        else:
-            spans = list(self._spans(m))
+        m = one.mapping
+        with ExitStack() as stack:
+            file = self._opened(m, stack) if shared.is_file_of_memory(m) else None
+            if one.part is Part.HEADER:
+                spans = [(m.start, m.start + PAGE_SIZE)]
+            elif m.length > BLOCK:
+                spans = list(self._blocks(m, file))
+            else:
+                spans = [(m.start, m.end)] if self._is_memory(m) else []
+        # Without its file, at least what the process has in its page table.
+        whole = m.kind in _DISK_FILES or (shared.is_file_of_memory(m) and file is None)
         for first, last in spans:
             for start, end, offset in self._places.of(first, last):
-                yield Placed(m, start, end, offset, whole)
+                placed = Placed(m, start, end, offset, whole)
+                if file is not None:
+                    self.files.append(placed)
+                yield placed
 
-    def _spans(self, m: Mapping) -> Iterator[tuple[int, int]]:
-        """Yield the parts of a mapping in which something may be."""
-        if m.kind is MappingKind.SHMEM:
-            yield from self._spans_of_shmem(m)
-        elif m.length <= BLOCK:
-            # Small memory that was never touched reads as zeros, unless it is only reserved.
-            if m.permissions[0] == "r" or self._first_page(m, own=False) is not None:
-                yield m.start, m.end
-        elif m.inode and m.kind is not MappingKind.HUGETLB:
-            yield m.start, m.end
-        else:
-            at = m.start
-            while at < m.end and (page := self._first_page(m, at, own=False)) is not None:
-                block = m.start + (page - m.start) // BLOCK * BLOCK
-                at = min(block + BLOCK, m.end)
-                yield block, at
-
-    def _spans_of_shmem(self, m: Mapping) -> Iterator[tuple[int, int]]:
+    def _opened(self, m: Mapping, stack: ExitStack) -> int | None:
         try:
-            fd = os.open(
-                f"/proc/{self._process.pid}/map_files/{m.start:x}-{m.end:x}",
-                os.O_RDONLY | os.O_CLOEXEC,
-            )
+            return stack.enter_context(shared.open_mapped(self._process.pid, m)).number
         except OSError:
             self.unseen.append(m)
+            return None
+
+    def _is_memory(self, m: Mapping) -> bool:
+        """Whether it is more than reserved; memory that was never touched reads as zeros."""
+        return m.permissions[0] == "r" or self._first_page(m, own=False) is not None
+
+    def _blocks(self, m: Mapping, file: int | None) -> Iterator[tuple[int, int]]:
+        """Yield the blocks of a long mapping in which something is."""
+        if m.kind in _DISK_FILES:
             yield m.start, m.end
             return
-        try:
-            yield from ((m.start, m.end),) if m.length <= BLOCK else _blocks_of_file(fd, m)
-        finally:
-            os.close(fd)
+        at = m.start
+        while at < m.end:
+            first = self._first_page(m, at, own=False)
+            if file is not None and m.kind is MappingKind.SHMEM:
+                first = min(first or m.end, _first_data(file, m, at))
+            elif file is not None and m.shared:
+                first = at  # hugetlbfs does not tell where a file has content
+            if first is None or first >= m.end:
+                return
+            block = m.start + (first - m.start) // BLOCK * BLOCK
+            at = min(block + BLOCK, m.end)
+            yield block, at
 
     def left_out(self) -> list[Wanted]:
         """Return the new mappings that turn out to be marked by MADV_DONTDUMP.
@@ -236,17 +251,9 @@ def _key(m: Mapping) -> tuple[int, int, int]:
     return m.start, m.device, m.inode
 
 
-def _blocks_of_file(fd: int, m: Mapping) -> Iterator[tuple[int, int]]:
-    """Yield the blocks of a long mapping in which its file has content."""
-    at = m.offset
-    while at < m.offset + m.length:
-        try:
-            first = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing any more
-            return
-        block = m.start + (first - m.offset) // BLOCK * BLOCK
-        if block >= m.end:
-            return
-        end = min(block + BLOCK, m.end)
-        yield block, end
-        at = end - m.start + m.offset
+def _first_data(fd: int, m: Mapping, address: int) -> int:
+    """Return the first address from one on at which a file has content; the end without any."""
+    try:
+        return os.lseek(fd, address - m.start + m.offset, os.SEEK_DATA) - m.offset + m.start
+    except OSError:  # ENXIO
+        return m.end
