@@ -43,7 +43,7 @@ html_theme_options = {"navigation_with_keys": True}
 # Pages show which language a block is in; one without a language is a shell or a diagram.
 highlight_language = "none"
 pygments_style = "default"
-pygments_dark_style = "native"
+pygments_dark_style = "github-dark"
 
 myst_enable_extensions = ["deflist", "attrs_inline", "attrs_block", "colon_fence"]
 myst_heading_anchors = 4

@@ -13,7 +13,7 @@ PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 
 # A program; before it a comment with what it needs and how it ends, behind it lines that it prints.
 PROGRAM = re.compile(
-    r"(?:^<!-- run: (?P<how>.*) -->\n)?"
+    r"(?:^<!-- run: (?P<how>[^\n]*) -->\n)?"
     r"^```python\n(?P<source>.*?)^```$"
     r"(?:\n\n<!-- output -->\n```text\n(?P<output>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
@@ -28,7 +28,8 @@ class Program:
         source: Its text.
         output: Lines that it prints, among others, in this order; empty if the page shows none.
         needs: What the kernel and the user must have: names of features and capabilities.
-        ends: How it ends: "" for status 0, "error", the name of a signal, or "hangs".
+        ends: How it ends: "" for status 0, "warning" for 0 after a warning, "error" for 1, the
+            name of a signal, or "hangs".
     """
 
     source: str

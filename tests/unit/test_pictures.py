@@ -1,0 +1,25 @@
+"""The pictures of the site are what their program draws from today's results."""
+
+from __future__ import annotations
+
+import runpy
+import xml.etree.ElementTree as ET
+
+from tests import _readme
+
+DRAW = _readme.DOCS / "pictures" / "draw.py"
+
+
+def test_the_pictures_are_up_to_date() -> None:
+    """`python docs/pictures/draw.py` writes them."""
+    drawn = dict(runpy.run_path(str(DRAW))["pictures"]())
+    assert sorted(drawn) == sorted(DRAW.parent.glob("*.svg"))
+    for path, text in drawn.items():
+        assert path.read_text() == text, path.name
+        ET.fromstring(text)
+
+
+def test_every_picture_is_shown_in_both_themes() -> None:
+    pages = "".join(page.read_text() for page in _readme.PAGES)
+    for path in DRAW.parent.glob("*.svg"):
+        assert f"pictures/{path.name}" in pages
