@@ -231,14 +231,16 @@ static void big(size_t length)
 }
 
 /*
- * Memory registered with a userfaultfd that nobody serves: who touches a missing page waits.
- * Its file has content that is not in the page table.
+ * Memory registered with a userfaultfd that nobody serves: a thread that touches a page which is not
+ * in the page table waits.  The file has content that is not.
  */
 static void registered(void)
 {
 	int fd = memfd_create("registered", 0), uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
-	struct uffdio_api api = { .api = UFFD_API };
-	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_MINOR_SHMEM };
+	struct uffdio_register reg = {
+		.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
+	};
 	unsigned char *start, page[PAGE];
 
 	memset(page, 7, PAGE);
@@ -254,6 +256,7 @@ static void registered(void)
 	start = map(8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	fill(start, PAGE, 0);
 	reg.range.start = (uintptr_t)start;
+	reg.mode = UFFDIO_REGISTER_MODE_MISSING;
 	if (ioctl(uffd, UFFDIO_REGISTER, &reg))
 		exit(1);
 	say("anonymous", start, 8 * PAGE);
