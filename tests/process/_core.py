@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Self
 
 from elftools.elf.elffile import ELFFile
 
+from pyuffd import Process
+from pyuffd.testing._run import SCALE
 from tests.process._attach import status
 
 PAGE = 4096
@@ -48,6 +51,13 @@ class Target:
         """Let it do what it waits with, and wait until it is ready again."""
         self.popen.send_signal(signal.SIGUSR1)
         self.read_places()
+
+    def vector_is_loaded(self) -> bool:
+        """Whether mode "vector" has come to its loop, with the value in ymm9."""
+        with Process(self.pid) as process, process.stopped(10 * SCALE) as stop:
+            extended = stop.registers()[0].extended
+        low, high = extended[160 + 9 * 16 :][:16], extended[576 + 9 * 16 :][:16]
+        return struct.unpack("<4Q", low + high) == (0x1111, 0x2222, 0x3333, 0x4444)
 
     def runs(self) -> bool:
         """Whether it lives, untraced."""

@@ -99,6 +99,7 @@ def test_gdb_sees_what_it_sees_in_a_core_of_gcore(stopped: Written, tmp_path: Pa
 def test_gdb_sees_vector_registers(program: str, tmp_path: Path) -> None:
     target = Target.start(program, "vector")
     try:
+        wait_until("it is in its loop", target.vector_is_loaded)
         with Process(target.pid) as process:
             write_core(process, tmp_path / "core")
     finally:

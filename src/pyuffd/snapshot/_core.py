@@ -16,8 +16,9 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.snapshot import _capture, _core_elf
 from pyuffd.snapshot._core_about import About
 from pyuffd.snapshot._core_file import NewFile, punch, write
-from pyuffd.snapshot._core_places import VDSO, CoreLayout
+from pyuffd.snapshot._core_places import CoreLayout
 from pyuffd.snapshot._core_shared import copy_files
+from pyuffd.snapshot._core_wanted import VDSO
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop

@@ -5,18 +5,18 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pyuffd._abi import PageCategory
-from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, MappingKind, Mappings, Process
+from pyuffd.remote._mappings import keys_of
 from pyuffd.snapshot import _core_plan as plan
 from pyuffd.snapshot import _core_shared as shared
 from pyuffd.snapshot._capture import Placed
 from pyuffd.snapshot._core_elf import PAGE_SIZE, Segment
 from pyuffd.snapshot._core_plan import Part
+from pyuffd.snapshot._core_wanted import VDSO, Choice, Chooser, Wanted, first_page
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,18 +25,8 @@ if TYPE_CHECKING:
 # file's length, which file systems limit (ext4: 16 TiB). So of a mapping that is longer only those
 # blocks of this size have a place in which something is.
 BLOCK = 1 << 30
-VDSO = "[vdso]"
 
-_CONTENT = PageCategory.PRESENT | PageCategory.SWAPPED
 _DISK_FILES = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A mapping, and how much of it belongs into the core: NOTHING, HEADER or ALL."""
-
-    mapping: Mapping
-    part: Part
 
 
 class Places:
@@ -66,6 +56,18 @@ class Places:
             start = stop
 
 
+@dataclass(slots=True)
+class _Known:
+    """What was decided about a mapping; it holds as long as the mapping is the same."""
+
+    wanted: Wanted
+    placed: list[Placed]
+    is_new: bool
+    has_file: bool
+    is_unseen: bool
+    is_settled: bool
+
+
 class CoreLayout:
     """Decides what goes where; the last call, made in the stop, counts.
 
@@ -87,99 +89,62 @@ class CoreLayout:
     def __init__(self, process: Process, first: int, *, full: bool) -> None:
         self._process = process
         self._full = full
-        self._filter = plan.read_filter(process.pid)
+        mappings = process.mappings(details=True)
+        self._chooser = Chooser(process, mappings, full=full)
         self._places = Places(first)
-        self._flags = plan.Flags(process.mappings(details=True))
-        self._headers: dict[tuple[int, int, int], bool] = {}
+        self._known: dict[tuple[int | bytes, ...], _Known] = {}
+        self(mappings)  # so that little is new in the stop
 
     def __call__(self, mappings: Mappings) -> Sequence[Placed]:
         """Return what of these mappings goes where."""
-        self.unknown, self.files, self.unseen = [], [], []
-        self.parts = self._with_headers([self._wanted(m) for m in mappings if _is_of_process(m)])
-        self.placed = [placed for one in self.parts for placed in self._placed(one)]
+        keys = list(keys_of(mappings))
+        new = [
+            index
+            for index, key in enumerate(keys)
+            if (known := self._known.get(key)) is None or not known.is_settled
+        ]
+        for index, choice in zip(new, self._chooser.choose(mappings[i] for i in new), strict=True):
+            self._known[keys[index]] = self._decided(choice)
+        every = [known for key in keys if not _is_kernels(known := self._known[key])]
+        self.parts = [known.wanted for known in every]
+        self.placed = [placed for known in every for placed in known.placed]
+        self.unknown = [known.wanted.mapping for known in every if known.is_new]
+        self.files = [placed for known in every if known.has_file for placed in known.placed]
+        self.unseen = [known.wanted.mapping for known in every if known.is_unseen]
         return [placed for placed in self.placed if placed.mapping.path != VDSO]
 
-    def _wanted(self, mapping: Mapping) -> Wanted:
-        if mapping.path == VDSO:
-            return Wanted(mapping, Part.ALL)
-        flags = self._flags.of(mapping)
-        if flags is None:
-            self.unknown.append(mapping)
-        part, otherwise = plan.wanted(mapping, flags or frozenset(), self._filter, full=self._full)
-        if part is Part.IF_WRITTEN:
-            part = Part.ALL if self._first_page(mapping, own=True) is not None else otherwise
-        return Wanted(mapping, part)
-
-    def _first_page(self, mapping: Mapping, start: int | None = None, *, own: bool) -> int | None:
-        """Return the first page from an address on that is there, or is the process's own."""
-        start = mapping.start if start is None else start
-        file = PageCategory.FILE if own else PageCategory(0)
-        found = self._process.pagemap.scan(
-            start,
-            mapping.end - start,
-            category_mask=file,
-            category_inverted=file,
-            category_anyof_mask=_CONTENT,
-            return_mask=PageCategory(0),
-            max_pages=1,
-        ).ranges
-        return found[0].start if len(found) else None
-
-    def _with_headers(self, parts: list[Wanted]) -> list[Wanted]:
-        """Keep a first page only where it begins as an ELF file does."""
-        heads = [one.mapping for one in parts if one.part is Part.HEADER]
-        new = [m for m in heads if _key(m) not in self._headers]
-        on_disk = [m for m in new if not shared.is_file_of_memory(m)]
-        for m in new:
-            self._headers[_key(m)] = False
-            with suppress(OSError), ExitStack() as stack:
-                if m not in on_disk and (fd := self._opened(m, stack)) is not None:
-                    self._headers[_key(m)] = os.pread(fd, 4, 0) == plan.ELF_MAGIC
-        if on_disk:
-            pages = PageRanges.of((m.start, m.start + PAGE_SIZE) for m in on_disk)
-            text = bytearray(pages.bytes)
-            self._process.copy(pages, text)
-            for m, at in zip(on_disk, range(0, len(text), PAGE_SIZE), strict=True):
-                self._headers[_key(m)] = text.startswith(plan.ELF_MAGIC, at)
-        elf = {m.start for m in heads if self._headers[_key(m)]}
-        return [
-            Wanted(one.mapping, Part.NOTHING)
-            if one.part is Part.HEADER and one.mapping.start not in elf
-            else one
-            for one in parts
-        ]
-
-    def _placed(self, one: Wanted) -> Iterator[Placed]:
-        if one.part is Part.NOTHING:
-            return
-        m = one.mapping
+    def _decided(self, choice: Choice) -> _Known:
+        m, part = choice.wanted.mapping, choice.wanted.part
+        if part is Part.NOTHING:
+            return _Known(choice.wanted, [], choice.is_new, False, False, choice.is_settled)
+        of_memory = shared.is_file_of_memory(m)
         with ExitStack() as stack:
-            file = self._opened(m, stack) if shared.is_file_of_memory(m) else None
-            if one.part is Part.HEADER:
+            file = shared.try_open(self._process.pid, m, stack) if of_memory else None
+            if part is Part.HEADER:
                 spans = [(m.start, m.start + PAGE_SIZE)]
             elif m.length > BLOCK:
                 spans = list(self._blocks(m, file))
             else:
                 spans = [(m.start, m.end)] if self._is_memory(m) else []
         # Without its file, at least what the process has in its page table.
-        whole = m.kind in _DISK_FILES or (shared.is_file_of_memory(m) and file is None)
-        for first, last in spans:
-            for start, end, offset in self._places.of(first, last):
-                placed = Placed(m, start, end, offset, whole)
-                if file is not None:
-                    self.files.append(placed)
-                yield placed
-
-    def _opened(self, m: Mapping, stack: ExitStack) -> int | None:
-        try:
-            return stack.enter_context(shared.open_mapped(self._process.pid, m)).number
-        except OSError:
-            self.unseen.append(m)
-            return None
+        whole = m.kind in _DISK_FILES or (of_memory and file is None)
+        placed = [
+            Placed(m, start, end, offset, whole)
+            for first, last in spans
+            for start, end, offset in self._places.of(first, last)
+        ]
+        return _Known(
+            choice.wanted,
+            placed,
+            choice.is_new,
+            file is not None,
+            of_memory and file is None,
+            choice.is_settled and m.length <= BLOCK,
+        )
 
     def _is_memory(self, m: Mapping) -> bool:
         """Whether it is more than reserved; memory that was never touched reads as zeros."""
-        return m.permissions[0] == "r" or self._first_page(m, own=False) is not None
+        return m.permissions[0] == "r" or first_page(self._process, m) is not None
 
     def _blocks(self, m: Mapping, file: int | None) -> Iterator[tuple[int, int]]:
         """Yield the blocks of a long mapping in which something is."""
@@ -188,7 +153,7 @@ class CoreLayout:
             return
         at = m.start
         while at < m.end:
-            first = self._first_page(m, at, own=False)
+            first = first_page(self._process, m, at)
             if file is not None and m.kind is MappingKind.SHMEM:
                 first = min(first or m.end, _first_data(file, m, at))
             elif file is not None and m.shared:
@@ -243,12 +208,9 @@ class CoreLayout:
         return segments
 
 
-def _is_of_process(mapping: Mapping) -> bool:
-    return mapping.path != "[vsyscall]"  # the kernel's, at the same place in every process
-
-
-def _key(m: Mapping) -> tuple[int, int, int]:
-    return m.start, m.device, m.inode
+def _is_kernels(known: _Known) -> bool:
+    """Whether it is a page of the kernel that is at the same place in every process."""
+    return known.wanted.mapping.path == "[vsyscall]"
 
 
 def _first_data(fd: int, m: Mapping, address: int) -> int:

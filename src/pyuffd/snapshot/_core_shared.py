@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 from pyuffd._abi import PageCategory
 from pyuffd._owned import Descriptor
@@ -31,6 +32,14 @@ def is_file_of_memory(mapping: Mapping) -> bool:
 def open_mapped(pid: int, mapping: Mapping) -> Descriptor:
     """Open what is mapped, whatever its name is by now; OSError without the privilege."""
     return Descriptor.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDONLY)
+
+
+def try_open(pid: int, mapping: Mapping, stack: ExitStack) -> int | None:
+    """Open it until the end of the stack; None without the privilege."""
+    try:
+        return stack.enter_context(open_mapped(pid, mapping)).number
+    except OSError:
+        return None
 
 
 def copy_files(
