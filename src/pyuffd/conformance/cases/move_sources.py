@@ -6,7 +6,9 @@ is clean in the swap cache until its page table entry says otherwise.
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,10 +16,14 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, PageBit, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
+from pyuffd.conformance._pin import Pin, needs_pin, syscall
+from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import ANON
 from pyuffd.conformance._wp import HOLE, in_one_place, page_out
+from pyuffd.conformance.cases.pagemap_scan_memory import huge_area
 from pyuffd.regions import Region
-from pyuffd.testing._need import Need, needs_swap
+from pyuffd.testing._memory_types import HUGE_PAGE
+from pyuffd.testing._need import Need, needs_swap, needs_thp
 
 OLD, NEW, LATER = 0x61, 0x62, 0x63
 ORIGIN = "mm/userfaultfd.c: move_pages_pte"
@@ -187,3 +193,61 @@ def _add(state: State, name: str, text: str, run: Run, needs: tuple[Need, ...]) 
 for _state in STATES:
     for _after in AFTER:
         _add(_state, *_after)
+
+
+# Busy pages of a transparent huge page, of which one small page is to be moved
+
+
+def _huge_source(ctx: Context) -> tuple[Region, int]:
+    start = huge_area(ctx, 1)
+    _memory.fill(start, HUGE_PAGE, NEW)
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.MISSING)
+    return region, start
+
+
+def _expect_busy(ctx: Context, region: Region, start: int, when: str) -> None:
+    # In a thread: a kernel that tries again and again does so until this one gives up.
+    moving = ctx.start(ctx.ioctl, "MOVE", region.start, start + ctx.page, ctx.page)
+    answer = moving.result()
+    seen = answer.errno, answer.result
+    ctx.expect(f"errno and .move, {when}", seen, (errno.EBUSY, -errno.EBUSY))
+    ctx.expect_pagemap(region.start, HOLE)
+
+
+@case(
+    "UFFDIO_MOVE.EBUSY.src-shared-huge",
+    origin="mm/userfaultfd.c: move_pages",
+    memory=ANON,
+    features=Feature.MOVE,
+    needs=[needs_thp()],
+)
+def shared_huge(ctx: Context) -> None:
+    """A page of a huge page that a fork has shared is busy, and the huge page stays one."""
+    region, start = _huge_source(ctx)
+    child = ctx.fork()
+    _expect_busy(ctx, region, start, "child alive")
+    ctx.expect("bytes mapped huge", mapped_huge(start), HUGE_PAGE)
+    child.close()
+    _expect_busy(ctx, region, start, "child ended")
+
+
+@case(
+    "UFFDIO_MOVE.EBUSY.src-pinned-huge",
+    origin="mm/userfaultfd.c: move_pages_pte, split_folio",
+    memory=ANON,
+    features=Feature.MOVE,
+    needs=[needs_thp(), needs_pin()],
+)
+def pinned_huge(ctx: Context) -> None:
+    """A page of a huge page that is pinned elsewhere is busy; unpinned, it can be moved."""
+    region, start = _huge_source(ctx)
+    _memory.madvise(start, HUGE_PAGE, mmap.MADV_DONTFORK)
+    pin = Pin(start, ctx.page)
+    ring = pin.take(syscall)
+    ctx.callback(os.close, ring)
+    _expect_busy(ctx, region, start, "pinned")
+    pin.drop(syscall, ring)
+    answer = ctx.ioctl("MOVE", region.start, start + ctx.page, ctx.page)
+    ctx.expect("errno and .move, unpinned", (answer.errno, answer.result), (0, ctx.page))
+    _content(ctx, region, "after MOVE", NEW)
