@@ -237,6 +237,8 @@ def exit_clears(ctx: Context) -> None:
 )
 def core_dump(ctx: Context) -> None:
     """A process that dumps its core leaves missing pages out, and asks nobody for them."""
+    if not CORE_PATTERN.exists():
+        ctx.lack("core_pattern", "the kernel has no CONFIG_COREDUMP")
     if "|" in (pattern := CORE_PATTERN.read_text()) or "/" in pattern:
         ctx.lack("core_pattern", f"cores go to {pattern.strip()}")
     region = ctx.make(4)
