@@ -174,15 +174,19 @@ def _first_line(text: str) -> str:
 
 def main() -> int:
     """Run all kernels, write the page; 0 if nothing failed on any."""
-    parser = argparse.ArgumentParser(prog="kernels", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="kernels",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="Whatever else is given goes to pytest.",
+    )
     parser.add_argument("--version", action="append", dest="versions", help="this one only")
-    parser.add_argument("pytest", nargs=argparse.REMAINDER, help="more arguments for pytest")
-    options = parser.parse_args()
+    options, pytest = parser.parse_known_args()
     _run.end_with_us()
     columns = []
     for version in options.versions or VERSIONS:
         try:
-            column = run(version, options.pytest)
+            column = run(version, pytest)
         except (_debian.KernelNotFoundError, _image.MissingOnHostError) as error:
             print(f"kernels: {version}: {error}", file=sys.stderr)
             return 2
@@ -192,7 +196,7 @@ def main() -> int:
             f" {column.count('skipped')} skipped, {column.wall_s:.0f} s {column.sentence}",
             flush=True,
         )
-    if not options.versions and not options.pytest:
+    if not options.versions and not pytest:
         PAGE.write_text(page(columns))
     return 0 if all(column.ok for column in columns) else 1
 
