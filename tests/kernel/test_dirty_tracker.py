@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -202,8 +202,22 @@ def new_memory_at_the_same_place() -> None:
         assert pages(region, tracker.collect().written) == [2]
 
 
-def test_new_memory_at_the_same_place() -> None:
-    run_child(new_memory_at_the_same_place)
+def new_memory_with_other_permissions() -> None:
+    """It does not pass for the old memory after an mprotect(2)."""
+    with Region.anonymous(8 * PAGE) as region, DirtyTracker(region) as tracker:
+        region.fill(1)
+        tracker.collect().commit()
+        _memory.mmap(2 * PAGE, mmap.PROT_READ, FIXED, address=region.start + 2 * PAGE)
+        place = (region.start + 2 * PAGE, region.start + 4 * PAGE)
+        with tracker.collect() as round_:
+            for kind in (Mapped, Unmapped):
+                found = [c for c in round_.layout if isinstance(c, kind)]
+                assert place in [(change.start, change.end) for change in found]
+
+
+@pytest.mark.parametrize("how", [new_memory_at_the_same_place, new_memory_with_other_permissions])
+def test_new_memory_at_the_same_place(how: Callable[[], None]) -> None:
+    run_child(how)
 
 
 def test_several_ranges_and_numpy() -> None:

@@ -19,7 +19,7 @@ from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _blind, _layout, _rows
 from pyuffd.dirty._blind import Blind, BlindReason
-from pyuffd.dirty._layout import LayoutChange, Mapped, Unmapped
+from pyuffd.dirty._layout import LayoutChange, Mapped, Protected, Unmapped
 from pyuffd.dirty._round import Pending
 from pyuffd.dirty._rows import Row, Span
 from pyuffd.pagemap import Pagemap
@@ -197,7 +197,8 @@ class AsyncMethod:
             for index, code in errors
             if code != errno.EPERM
         ]
-        told = [change for change in layout if not isinstance(change, Unmapped)]
+        # mprotect(2) keeps the registration: without it, other memory is there.
+        told = [change for change in layout if not isinstance(change, Unmapped | Protected)]
         replaced = [row for row in new if not _covered(row, told)]
         unsure += [(row.start, row.end) for row in lost if not _covered(row, told)]
         result = self._new(new)
