@@ -211,6 +211,21 @@ int uffd_image_copy(int32_t pid, int mem_fd, const struct uffd_page_region *vec,
 	return ret;
 }
 
+int uffd_image_write(const struct uffd_page_region *vec, uint64_t count, const void *data,
+		     const struct uffd_image_piece *pieces, uint64_t pieces_count, int fd,
+		     uint32_t flags, struct uffd_page_ranges *zero_ret)
+{
+	struct image image = { -1, -1, pieces, pieces_count, fd, flags, zero_ret, NULL };
+	const char *from = data;
+	int ret = 0;
+
+	for (uint64_t i = 0; !ret && i < count; i++) {
+		ret = put(&image, vec[i].start, from, vec[i].end - vec[i].start);
+		from += vec[i].end - vec[i].start;
+	}
+	return ret;
+}
+
 int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const uint32_t *what,
 		    uint64_t count, uint32_t unprotected, struct uffd_page_ranges *ranges_ret)
 {

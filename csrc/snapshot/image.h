@@ -37,6 +37,13 @@ int uffd_image_copy(int32_t pid, int mem_fd, const struct uffd_page_region *vec,
 		    struct uffd_page_ranges *lost_ret, uint64_t *done_ret);
 
 /*
+ * Write ranges whose content is in memory already, packed in `data`: as above, without losses.
+ */
+int uffd_image_write(const struct uffd_page_region *vec, uint64_t count, const void *data,
+		     const struct uffd_image_piece *pieces, uint64_t pieces_count, int fd,
+		     uint32_t flags, struct uffd_page_ranges *zero_ret);
+
+/*
  * The content of pieces that is in memory or on swap.  `what`: UFFD_IMAGE_OWN or _ALL for each.
  * With `unprotected`, only pages without write-protection.
  */

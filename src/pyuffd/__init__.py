@@ -33,6 +33,8 @@ from pyuffd._errors import (
     PartialResolveError,
     ProcessGoneError,
     RangeBusyError,
+    SnapshotError,
+    SnapshotFormatError,
     StopTimeoutError,
     UffdError,
     UffdOSError,
@@ -95,7 +97,17 @@ if TYPE_CHECKING:
         Stop,
         Thread,
     )
-    from pyuffd.snapshot import CoreFile, write_core
+    from pyuffd.snapshot import (
+        CoreFile,
+        RunState,
+        Snapshot,
+        SnapshotGap,
+        SnapshotProgress,
+        SnapshotRegion,
+        SnapshotReport,
+        SnapshotRun,
+        write_core,
+    )
     from pyuffd.sources import (
         PROMISED,
         AsyncSource,
@@ -122,7 +134,8 @@ else:
         "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
         "regions": "Region RegionKind",
         "remote": "Copied Mapping MappingKind Mappings Process RegisterSet Stop Thread",
-        "snapshot": "CoreFile write_core",
+        "snapshot": "CoreFile RunState Snapshot SnapshotGap SnapshotProgress SnapshotRegion"
+        " SnapshotReport SnapshotRun write_core",
         "sources": "PROMISED AsyncSource BufferSource CallableSource FileSource PageSource"
         " Promised ZeroSource",
     }
@@ -217,9 +230,18 @@ __all__ = [
     "Remap",
     "Remove",
     "Residency",
+    "RunState",
     "RwprotectMode",
     "ScanFlag",
     "ScanResult",
+    "Snapshot",
+    "SnapshotError",
+    "SnapshotFormatError",
+    "SnapshotGap",
+    "SnapshotProgress",
+    "SnapshotRegion",
+    "SnapshotReport",
+    "SnapshotRun",
     "StateRange",
     "StateRanges",
     "Stop",

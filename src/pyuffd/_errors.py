@@ -232,6 +232,52 @@ class HandoverError(UffdError):
         return f"{self.args[1]}{peer}"
 
 
+SnapshotReason = Literal["busy", "shared", "stalled", "parent", "ended"]
+
+
+class SnapshotError(UffdError, RuntimeError):
+    """A snapshot was not taken; the process runs on as before, and nothing is left of it.
+
+    Attributes:
+        reason: "busy": another snapshot of the process is being taken. "shared": it has memory that
+            others write too, which has no instant. "stalled": it would have had to wait for longer
+            than `max_stall_s`. "parent": the parent is not the snapshot that the tracker or the
+            memory belongs to. "ended": the process has exited or replaced its memory meanwhile.
+    """
+
+    reason: SnapshotReason
+
+    def __init__(self, reason: SnapshotReason, text: str) -> None:
+        """Store the reason and the text."""
+        super().__init__(reason, text)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class SnapshotFormatError(UffdError, ValueError):
+    """The files of a snapshot are not what they should be: truncated, changed, or incomplete.
+
+    Attributes:
+        path: The file.
+        offset: Where in it, in bytes, or None.
+    """
+
+    path: str
+    offset: int | None
+
+    def __init__(self, path: str, text: str, offset: int | None = None) -> None:
+        """Store the place and the text."""
+        super().__init__(path, text, offset)
+        self.path = path
+        self.offset = offset
+
+    def __str__(self) -> str:
+        place = "" if self.offset is None else f", offset {self.offset:#x}"
+        return f"{self.path}{place}: {self.args[1]}"
+
+
 class EventsBusyError(UffdError, RuntimeError):
     """A waiting task or a Handler reads the events of this userfaultfd already."""
 

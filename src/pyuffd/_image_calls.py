@@ -77,6 +77,23 @@ def copy(
     return found
 
 
+def write(
+    ranges: memoryview, data: Buffer, pieces: Pieces, fd: int, *, overwrite: bool
+) -> memoryview:
+    """Write packed ranges whose content is packed in a buffer; return the pages of zeros."""
+    vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+    zero = ffi.new("struct uffd_page_ranges *")
+    flags = lib.UFFD_IMAGE_OVERWRITE if overwrite else 0
+    with ffi.from_buffer("char[]", data) as pointer:
+        code = lib.uffd_image_write(
+            vec, len(vec), pointer, pieces._vec, len(pieces), fd, flags, zero
+        )
+    packed = take_ranges(zero)
+    if code:
+        raise_errno("writing memory to a file", -code)
+    return packed
+
+
 def differ(a: Buffer, b: Buffer, start: int) -> memoryview:
     """Return the pages in which two buffers of one length differ, as ranges from `start`."""
     one, other = ffi.from_buffer("char[]", a), ffi.from_buffer("char[]", b)

@@ -344,6 +344,18 @@ class _Lib:
         done_ret: CData,
         /,
     ) -> int: ...
+    def uffd_image_write(
+        self,
+        vec: CData,
+        count: int,
+        data: CData,
+        pieces: CData,
+        pieces_count: int,
+        fd: int,
+        flags: int,
+        zero_ret: CData,
+        /,
+    ) -> int: ...
     def uffd_image_scan(
         self,
         pagemap_fd: int,

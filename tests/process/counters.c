@@ -25,6 +25,7 @@
 #define PAGE 4096u
 #define WORDS (PAGE / 8)
 #define MOST 64
+#define FIXED (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED)
 
 static unsigned int threads;
 static uint64_t pages;
@@ -41,7 +42,8 @@ static void move_memory(uint64_t n)
 	for (unsigned int i = 0; i < 64; i++)
 		if (from[i * WORDS] != 0x5eed + i)
 			abort();
-	if (mremap((void *)from, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)to) != to)
+	if (mremap((void *)from, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)to) != to ||
+	    mmap((void *)from, length, PROT_NONE, FIXED, -1, 0) != from)
 		abort();
 }
 
@@ -110,7 +112,6 @@ int main(int argc, char **argv)
 		for (uint64_t page = 0; page < pages; page++)
 			areas[i][page * WORDS] = 0;
 	}
-	move_memory(1);
 	for (unsigned int i = 0; i < threads; i++) {
 		pthread_t thread;
 

@@ -13,14 +13,17 @@ import pytest
 
 from pyuffd import MappingKind, Mappings, PageRanges, Process, UffdOSError
 from pyuffd.remote._stop import Stop
-from pyuffd.snapshot._capture import Captured, Options, Placed, Used, capture
+from pyuffd.snapshot._capture import Captured, Options, Placed, Places, Used
+from pyuffd.snapshot._methods import capture
 from pyuffd.testing import needs_privilege
+from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
 from tests.process._attach import status
 from tests.process._counters import compiled, counters
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE")
-METHODS: list[Used] = ["stopped"]
+METHODS: list[Used] = ["stopped", "precopy"]
+LIMIT_S = 0.2 * SCALE
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +40,19 @@ def image(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def own_memory(mappings: Mappings) -> list[Placed]:
-    """Put all private memory one behind the other."""
-    placed: list[Placed] = []
-    offset = 0
-    for mapping in mappings:
-        if not mapping.shared and mapping.kind is not MappingKind.SPECIAL:
-            placed.append(Placed(mapping, mapping.start, mapping.end, offset))
-            offset += mapping.length
-    return placed
+class OwnMemory:
+    """Puts all private memory one behind the other."""
+
+    def __init__(self) -> None:
+        self._places = Places()
+
+    def __call__(self, mappings: Mappings) -> list[Placed]:
+        return [
+            Placed(mapping, *part)
+            for mapping in mappings
+            if not mapping.shared and mapping.kind is not MappingKind.SPECIAL
+            for part in self._places.of(mapping.start, mapping.end)
+        ]
 
 
 def reader(fd: int, captured: Captured) -> Callable[[int, int], bytes]:
@@ -58,35 +65,41 @@ def reader(fd: int, captured: Captured) -> Callable[[int, int], bytes]:
     return read
 
 
+@pytest.mark.parametrize("how", ["s", "dms"])
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_of_one_instant(method: Used, program: str, tmp_path: Path) -> None:
-    """Registers could be read in the stop: all threads stand, and the layout is that of then."""
-    seen: list[tuple[str, int]] = []
+def test_memory_of_one_instant(method: Used, how: str, program: str, tmp_path: Path) -> None:
+    """The content, the layout and what is read in the stop are of one instant."""
+    seen: list[tuple[set[str], int]] = []
 
     def in_stop(stop: Stop, mappings: Mappings, layout: Sequence[Placed]) -> None:
-        states = {thread.state for thread in process.threads()}
-        seen.append(("".join(states), len(layout)))
+        seen.append(({thread.state for thread in process.threads()}, len(layout)))
 
     with (
-        counters(program, 3, 300) as target,
+        counters(program, 3, 300, how) as target,
         Process(target.pid) as process,
         image(tmp_path / "pages") as fd,
     ):
-        found = capture(process, own_memory, fd, method=method, options=Options(in_stop=in_stop))
+        options = Options(in_stop=in_stop, max_stall_s=LIMIT_S)
+        found = capture(process, OwnMemory(), fd, method=method, options=options)
         target.works_on()
         target.check(reader(fd, found))
         assert status(target.pid)["TracerPid"] == "0"
-    assert seen == [("t", len(found.layout))]
-    assert found.method == method
-    assert PageRanges(found.lost).bytes == 0
-    assert os.stat(tmp_path / "pages").st_blocks * 512 <= PageRanges(found.data).bytes + 64 * PAGE
+        assert seen == [({"t"}, len(found.layout))]
+        assert found.method == method
+        assert PageRanges(found.lost).bytes == 0
+        # The memory that moves is in one of its two places.
+        places = PageRanges.of((at, at + 64 * PAGE) for at in (target.moved, target.other))
+        assert (PageRanges(found.data) & places).bytes == 64 * PAGE
+        # Nothing out of date is left in the file.
+        size = os.stat(tmp_path / "pages").st_blocks * 512
+        assert size <= PageRanges(found.data).bytes + 64 * PAGE
 
 
 def test_a_file_system_that_is_full(program: str, tmp_path: Path) -> None:
     """The errno is the file system's, and the target goes on."""
     with counters(program, 2, 300) as target, Process(target.pid) as process:
         with open("/dev/full", "wb", buffering=0) as full, pytest.raises(UffdOSError) as caught:
-            capture(process, own_memory, full.fileno())
+            capture(process, OwnMemory(), full.fileno())
         assert caught.value.errno == 28
         assert status(target.pid)["TracerPid"] == "0"
         target.works_on()

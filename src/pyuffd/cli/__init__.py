@@ -31,6 +31,13 @@ COMMANDS = {
         "pyuffd.cli.core",
         "write an ELF core of a running process, which runs on",
     ),
+    "snapshot": (
+        "pyuffd.cli.snapshot",
+        "write the memory of a running process, as it is at one instant, to a directory",
+    ),
+    "info": ("pyuffd.cli.info", "show what a snapshot is of"),
+    "verify": ("pyuffd.cli.verify", "check a snapshot and its parents"),
+    "flatten": ("pyuffd.cli.flatten", "make one snapshot of an incremental one and its parents"),
     "demo": (
         "pyuffd.cli.demo",
         "write a point-in-time snapshot of a running process and restore it lazily",

@@ -97,6 +97,8 @@ class DirtyTracker(Closing):
         self._rate = 0.0
         self._last: DirtyRound | None = None
         self._maker = os.getpid()
+        # The snapshot since which everything is reported; a commit of anybody else ends that.
+        self._snapshot: str | None = None
         self._pinned: memoryview = calls.NO_RANGES
         with ExitStack() as stack:
             process, uffd, scope = self._parts(target, ranges, method, stack)
@@ -195,6 +197,12 @@ class DirtyTracker(Closing):
             if round_ is not self._last:
                 raise ValueError("a later round has been collected: commit that one")
             self._pending = Pending()
+            self._snapshot = None
+
+    def _put_back(self, pending: Pending) -> None:
+        """Report this again: what came of committed rounds was lost."""
+        with self._lock:
+            self._pending = pending.plus(self._pending)
 
     def _with_pins(self, found: Pending, *, peek: bool = False) -> Pending:
         """Add the pinned buffers, of before the scan and of after it."""

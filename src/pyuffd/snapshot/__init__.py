@@ -5,6 +5,20 @@ docs/snapshots.md tells how it is taken, and describes the files; docs/core.md i
 
 from __future__ import annotations
 
+from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._core import CoreFile, write_core
+from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
+from pyuffd.snapshot._snapshot import Snapshot
+from pyuffd.snapshot._take import SnapshotReport
 
-__all__ = ["CoreFile", "write_core"]
+__all__ = [
+    "CoreFile",
+    "RunState",
+    "Snapshot",
+    "SnapshotGap",
+    "SnapshotProgress",
+    "SnapshotRegion",
+    "SnapshotReport",
+    "SnapshotRun",
+    "write_core",
+]

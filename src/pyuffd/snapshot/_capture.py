@@ -1,22 +1,28 @@
-"""Write the memory of a process, as it is at one instant, to a file.
+"""Parts of every method that writes the memory of a process, as it is at one instant, to a file.
 
 The caller says where each mapping goes, so that a snapshot's pages and an ELF core are written by
-the same code. What cannot be told from the file, the states of the pages, is returned.
+the same code (`_methods.capture`). What the file cannot tell, the states of its pages, is returned.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
+from pyuffd import _memory
+from pyuffd import _remote_calls as remote_calls
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
+from pyuffd.dirty._round import Pending
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Process
@@ -28,6 +34,15 @@ Used = Literal["cow", "precopy", "stopped"]
 # How much is copied before somebody may look at the clock, or at Ctrl-C.
 SLICE = 32 << 20
 STOP_LIMIT_S = 1.0
+# What the stop may copy to memory; the file gets it afterwards.
+MEMORY = 48 << 20
+STOP_SLICE = 4 << 20
+MADV_POPULATE_WRITE = 23
+# Bytes a second that one CPU copies from another process, before anything was measured.
+READ_SPEED = 1e9
+# Bytes a second, before anything was measured.
+SPEED = 1e9
+PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 _WORDS = 3
 
@@ -52,11 +67,12 @@ class Placed:
     whole: bool = False
 
 
+# Called with the mappings, in the stop and perhaps before; an address keeps its place (`Places`).
 Layout = Callable[[Mappings], Sequence[Placed]]
 
 
 @dataclass
-class Progress:
+class SnapshotProgress:
     """How far it is; a callback may show it.
 
     Attributes:
@@ -78,7 +94,7 @@ class Options:
     max_stall_s: float = 0.05
     rounds: int = 8
     rate: float | None = None
-    progress: Callable[[Progress], None] | None = None
+    progress: Callable[[SnapshotProgress], None] | None = None
     in_stop: Callable[[Stop, Mappings, Sequence[Placed]], None] | None = None
 
 
@@ -95,11 +111,14 @@ class Captured:
         dropped: How many bytes of `lost` were given back by the process while it was captured.
         pause_s: How long the process stood.
         instant_ns: Time of day of the instant, while it stood.
+        absent: Pages without content that had some in an earlier image, if only what was written
+            since is in this one.
         rounds: Rounds before the stop.
         faults: Pages saved because a thread was about to write them.
         swept: Pages saved by the sweep.
         longest_wait_s: The longest time that a fault waited for us.
         stop_bytes: Bytes copied while the process stood.
+        changes: What a tracker reported, and will not report again.
     """
 
     method: Used
@@ -107,6 +126,7 @@ class Captured:
     data: memoryview = ranges.NO_RANGES
     zero: memoryview = ranges.NO_RANGES
     lost: memoryview = ranges.NO_RANGES
+    absent: memoryview = ranges.NO_RANGES
     dropped: int = 0
     pause_s: float = 0.0
     instant_ns: int = 0
@@ -115,6 +135,7 @@ class Captured:
     swept: int = 0
     longest_wait_s: float = 0.0
     stop_bytes: int = 0
+    changes: Pending | None = None
 
 
 # Tests wait here, or kill the process.
@@ -142,16 +163,20 @@ class Writer:
         self._mem = _open_mem(process.pid)
         self._begin = time.monotonic()
         self._bytes = 0
-        self.data = self.zero = self.lost = ranges.NO_RANGES
+        self.speed = SPEED  # bytes a second, of the last copy that was long enough to tell
+        self.read_speed = READ_SPEED
+        self._memory: mmap.mmap | None = None
+        self._taken = ranges.NO_RANGES
+        self.data = self.zero = self.lost = self._written = ranges.NO_RANGES
 
     def copy(
         self, pages: memoryview, pieces: calls.Pieces, phase: str, *, slow: bool = False
     ) -> None:
         """Copy pages to their places; what was there is replaced."""
-        progress = Progress(phase, 0, PageRanges(pages).bytes)
+        progress = SnapshotProgress(phase, 0, PageRanges(pages).bytes)
+        begin = time.perf_counter()
         for part in slices(pages, SLICE):
-            known = ranges.union(self.data, self.lost)
-            overwrite = bool(len(ranges.intersect(part, known)))
+            overwrite = bool(len(ranges.intersect(part, self._written)))
             copied = calls.copy(
                 self._process.pid, self._mem.number, part, pieces, self._fd, overwrite=overwrite
             )
@@ -162,20 +187,91 @@ class Writer:
                 self._options.progress(progress)
             if slow:
                 self._wait()
+        seconds = time.perf_counter() - begin
+        if progress.total >= SLICE and seconds > 0:
+            self.speed = progress.total / seconds
+
+    def prepare(self) -> None:
+        """Get the memory that `take` needs, before the stop."""
+        if self._memory is None:
+            self._memory = mmap.mmap(-1, MEMORY, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # Linux 5.14
+                self._memory.madvise(MADV_POPULATE_WRITE)
+
+    def take(self, pages: memoryview, pieces: calls.Pieces, until_s: float) -> bool:
+        """Copy pages in the stop: to memory, as the file may wait for its disk.
+
+        What memory has no room for goes to the file. Returns False if that has not come to its end
+        at a time of the monotonic clock; then nothing was taken.
+        """
+        assert self._memory is not None
+        self._taken = ranges.NO_RANGES
+        begin, done = time.perf_counter(), 0
+        room = memoryview(self._memory)
+        try:
+            for part in slices(pages, STOP_SLICE):
+                if time.monotonic() > until_s:
+                    self._taken = ranges.NO_RANGES
+                    return False
+                size = PageRanges(part).bytes
+                if done + size > MEMORY:
+                    self.copy(part, pieces, "stop")
+                    continue
+                lost, _ = remote_calls.read_ranges(
+                    self._process.pid, part, room[done : done + size], None
+                )
+                if len(lost):  # without PROT_READ: /proc/PID/mem has it
+                    self.copy(part, pieces, "stop")
+                    continue
+                self._taken = ranges.union(self._taken, part)
+                done += size
+        finally:
+            room.release()
+            if done >= STOP_SLICE:
+                self.read_speed = done / (time.perf_counter() - begin)
+        return True
+
+    def write_taken(self, pieces: calls.Pieces) -> None:
+        """Write what `take` copied to memory."""
+        taken, self._taken = self._taken, ranges.NO_RANGES
+        if not len(taken):
+            return
+        assert self._memory is not None
+        overwrite = bool(len(ranges.intersect(taken, self._written)))
+        zero = calls.write(taken, self._memory, pieces, self._fd, overwrite=overwrite)
+        self._note(taken, calls.Copied(zero, ranges.NO_RANGES, 0))
 
     def _note(self, pages: memoryview, copied: calls.Copied) -> None:
         empty = ranges.subtract(copied.zero, copied.lost)
-        self.data = ranges.union(
-            ranges.subtract(self.data, pages), ranges.subtract(pages, copied.zero)
-        )
+        full = ranges.subtract(pages, copied.zero)
+        self._written = ranges.union(self._written, full)
+        self.data = ranges.union(ranges.subtract(self.data, pages), full)
         self.zero = ranges.union(ranges.subtract(self.zero, pages), empty)
         self.lost = ranges.union(ranges.subtract(self.lost, pages), copied.lost)
 
     def forget(self, pages: memoryview) -> None:
-        """Pages were dropped: they are zeros in the process, and nothing at all in the snapshot."""
+        """Pages were dropped: what was copied of them is out of date."""
         self.data = ranges.subtract(self.data, pages)
         self.zero = ranges.subtract(self.zero, pages)
         self.lost = ranges.subtract(self.lost, pages)
+
+    def without_content(self, pages: memoryview) -> memoryview:
+        """Return the pages of which nothing is known."""
+        for known in (self.data, self.zero, self.lost):
+            pages = ranges.subtract(pages, known)
+        return pages
+
+    def punch(self, parts: Iterable[Placed]) -> None:
+        """Make holes of what was written to the file and is out of date."""
+        stale = PageRanges(ranges.subtract(self._written, self.data))
+        if not len(stale):
+            return
+        for part in parts:
+            span = PageRanges.of([(part.start, part.end)])
+            for each in stale & span:
+                _memory.fallocate(
+                    self._fd, PUNCH_HOLE, part.offset + each.start - part.start, each.length
+                )
 
     def _wait(self) -> None:
         if self._options.rate:
@@ -183,13 +279,19 @@ class Writer:
             time.sleep(max(0.0, due - time.monotonic()))
 
     def result(self, captured: Captured) -> Captured:
-        """Put the states in."""
-        captured.data, captured.zero, captured.lost = self.data, self.zero, self.lost
+        """Put in the states of the pages that are in the layout."""
+        spans = PageRanges.of((part.start, part.end) for part in captured.layout).memoryview()
+        captured.data = ranges.intersect(self.data, spans)
+        captured.zero = ranges.intersect(self.zero, spans)
+        captured.lost = ranges.intersect(self.lost, spans)
         return captured
 
     def close(self) -> None:
-        """Close /proc/PID/mem."""
+        """Close /proc/PID/mem, and free the memory."""
         self._mem.close()
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
 
     def __enter__(self) -> Writer:
         return self
@@ -225,35 +327,6 @@ def slices(pages: memoryview, most: int) -> Iterator[memoryview]:
 
 def _packed(words: list[int]) -> memoryview:
     return memoryview(struct.pack(f"={len(words)}Q", *words)).cast("Q")
-
-
-def capture(
-    process: Process,
-    layout_of: Layout,
-    fd: int,
-    *,
-    method: Used = "stopped",
-    options: Options | None = None,
-) -> Captured:
-    """Write the memory of a process at one instant to a file.
-
-    Args:
-        process: The process.
-        layout_of: Called with the mappings; returns what goes where. It is called in the stop, and
-            may be called before it with the mappings of that time.
-        fd: The file, empty at the places of the layout.
-        method: "stopped": everything is copied in the stop.
-        options: Limits; callbacks. `in_stop` is called when all threads are stopped, with the stop,
-            the mappings and their places, to read what else has to be of the same instant.
-
-    Raises:
-        ProcessGoneError: ESRCH - it has exited, or replaced its memory.
-        StopTimeoutError: ETIMEDOUT - it cannot be stopped.
-        UffdOSError: ENOSPC, EIO, EFBIG - writing the file failed.
-    """
-    options = options or Options()
-    with Writer(process, fd, options) as writer:
-        return writer.result(_stopped(process, layout_of, writer, options))
 
 
 def content(
@@ -293,7 +366,45 @@ def _data_of(fd: int, part: Placed) -> Iterator[tuple[int, int]]:
             yield first + shift, min(at, end) + shift
 
 
-def _stopped(process: Process, layout_of: Layout, writer: Writer, options: Options) -> Captured:
+class Places:
+    """Gives every address one place in a file, whatever is mapped there meanwhile.
+
+    A layout that is asked more than once must not move anything.
+    """
+
+    def __init__(self, offset: int = 0) -> None:
+        self._known: list[tuple[int, int, int]] = []
+        self.end = offset
+
+    def of(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the parts (start, end, offset) of a range, in ascending order."""
+        first = bisect_right(self._known, start, key=lambda known: known[1])
+        new: list[tuple[int, int, int]] = []
+        at = start
+        for known in self._known[first:]:
+            if known[0] >= end:
+                break
+            if at < known[0]:
+                new.append(self._new(at, known[0]))
+                yield new[-1]
+                at = known[0]
+            stop = min(end, known[1])
+            yield at, stop, known[2] + at - known[0]
+            at = stop
+        if at < end:
+            new.append(self._new(at, end))
+            yield new[-1]
+        for part in new:
+            insort(self._known, part)
+
+    def _new(self, start: int, end: int) -> tuple[int, int, int]:
+        part = (start, end, self.end)
+        self.end += end - start
+        return part
+
+
+def stopped(process: Process, layout_of: Layout, writer: Writer, options: Options) -> Captured:
+    """Copy everything in the stop."""
     captured = Captured("stopped")
     begin = time.perf_counter()
     with process.stopped(options.stop_limit_s) as stop:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pyuffd._arguments import check_seconds
 from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd.pagemap import PageRanges
-from pyuffd.snapshot import _capture, _core_elf
+from pyuffd.snapshot import _capture, _core_elf, _methods
 from pyuffd.snapshot._core_about import About
 from pyuffd.snapshot._core_file import NewFile, punch, write
 from pyuffd.snapshot._core_places import CoreLayout
@@ -22,7 +22,7 @@ from pyuffd.snapshot._core_wanted import VDSO
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop
-    from pyuffd.snapshot._capture import Captured, Placed, Progress
+    from pyuffd.snapshot._capture import Captured, Placed, SnapshotProgress
     from pyuffd.snapshot._core_elf import Segment
 
 METHODS = ("auto", "stopped")
@@ -171,7 +171,7 @@ class _Core:
     def capture(self) -> None:
         """Write the memory of one instant, and read the registers of the same."""
         options = _capture.Options(progress=self._tell, in_stop=self._in_stop)
-        self._captured = _capture.capture(
+        self._captured = _methods.capture(
             self._process, self._layout, self._file.fileno(), options=options
         )
 
@@ -183,7 +183,7 @@ class _Core:
             self._process, self._layout.files, self._file.fileno(), self._tell_of_stop
         )
 
-    def _tell(self, progress: Progress) -> None:
+    def _tell(self, progress: SnapshotProgress) -> None:
         if progress.phase == "stop":
             self._tell_of_stop(progress.bytes, progress.total)
         elif self._progress is not None:

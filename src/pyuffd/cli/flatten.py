@@ -1,0 +1,40 @@
+"""`pyuffd flatten`: one snapshot out of an incremental one and its parents (layer L6)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from pyuffd import Snapshot
+from pyuffd.cli._progress import progress_shown
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `flatten` command."""
+    parser = subparsers.add_parser(
+        "flatten",
+        description="Write one snapshot without parents, with the content of an incremental one."
+        " Everything is checked on the way; the parents may be deleted afterwards.",
+        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C. After an error there is no new"
+        " directory.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="the snapshot")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="the directory, which must not exist"
+    )
+    parser.add_argument(
+        "--no-sync", action="store_true", help="do not wait until everything is on the disk"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write it."""
+    with Snapshot.open(args.directory) as snapshot, progress_shown(quiet=args.json) as shown:
+        depth = snapshot.depth
+        new = snapshot.flatten(args.output, durable=not args.no_sync, progress=shown)
+    if args.json:
+        print(json.dumps({"path": args.output, "id": new, "depth": depth}))
+    else:
+        print(f"{args.output}: {new}, of {depth + 1} snapshots")
+    return 0

@@ -1,0 +1,160 @@
+"""`pyuffd snapshot`: the memory of a running process at one instant (layer L6)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from dataclasses import asdict
+from types import FrameType
+
+from pyuffd import Process, Snapshot, SnapshotReport
+from pyuffd.cli._progress import MIB, progress_shown
+
+EXIT_TERMINATED = 143
+GAPS_SHOWN = 5
+
+
+class _Terminated(Exception):
+    pass
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `snapshot` command."""
+    parser = subparsers.add_parser(
+        "snapshot",
+        description="Write the memory of a running process, as it is at one instant, to a new"
+        " directory. The process needs no preparation and runs on, except for a pause.",
+        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM. After an error"
+        " or a signal there is no directory, and the process runs on as before.",
+    )
+    parser.add_argument("pid", type=int, metavar="PID", help="the process, or one of its threads")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="the directory, which must not exist"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("auto", "precopy", "stopped"),
+        default="auto",
+        help="precopy copies while it runs, and the last pages in a stop; stopped copies everything"
+        " in the stop",
+    )
+    parser.add_argument(
+        "--parent", metavar="DIR", help="a snapshot of this process: write only what is different"
+    )
+    parser.add_argument(
+        "--shared",
+        choices=("refuse", "pause", "skip"),
+        default="refuse",
+        help="memory that other processes may write: refuse it, copy it in the stop, or leave it"
+        " out",
+    )
+    parser.add_argument(
+        "--max-stall",
+        type=_seconds,
+        default=0.05,
+        metavar="S",
+        help="give up rather than let the process stand for longer (0.05)",
+    )
+    parser.add_argument(
+        "--rate", type=_rate, metavar="MIB", help="copy at most so many MiB a second"
+    )
+    parser.add_argument(
+        "--no-sync", action="store_true", help="do not wait until everything is on the disk"
+    )
+    parser.add_argument(
+        "--compress",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="LEVEL",
+        help="compress by zstd, 1 to 22 (3); needs zstandard: pip install 'pyuffd[snapshot]'",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.001 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.001 and 3600 seconds")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above zero")
+    return value * MIB
+
+
+def run(args: argparse.Namespace) -> int:
+    """Take the snapshot."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with Process(args.pid) as target:
+            if not args.json:
+                print(_announcement(args, target), flush=True)
+            with progress_shown(quiet=args.json) as shown:
+                report = Snapshot.take(
+                    target,
+                    args.output,
+                    method=args.method,
+                    shared=args.shared,
+                    parent=args.parent,
+                    max_stall_s=args.max_stall,
+                    rate=args.rate,
+                    durable=not args.no_sync,
+                    compress=args.compress,
+                    progress=shown,
+                )
+    except ValueError as error:
+        print(f"pyuffd: {error}", file=sys.stderr)
+        return 2
+    except _Terminated:
+        return EXIT_TERMINATED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(json.dumps(asdict(report)) if args.json else _table(report))
+    return 0
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _announcement(args: argparse.Namespace, target: Process) -> str:
+    mappings = target.mappings()
+    own = [m for m in mappings if not m.shared]
+    size = sum(m.length for m in own) / MIB
+    if args.method == "stopped":
+        pause = "it stands while all of it is copied"
+    else:
+        pause = f"it is to stand for at most {args.max_stall:g} s"
+    return f"process {target.pid}: {len(own)} private mappings of {size:.0f} MiB; {pause}"
+
+
+def _table(report: SnapshotReport) -> str:
+    seconds = max(report.seconds, 1e-9)
+    rows = [
+        ("snapshot", report.path),
+        ("method", f"{report.method}: {report.reason}"),
+        ("pause", f"{report.pause_s * 1e3:.1f} ms, {report.stop_bytes / MIB:.1f} MiB copied in it"),
+        ("rounds", f"{report.rounds} before it"),
+        ("content", f"{report.bytes / MIB:.1f} MiB"),
+        ("time", f"{report.seconds:.2f} s, {report.bytes / MIB / seconds:.0f} MiB/s"),
+    ]
+    if report.method == "cow":
+        waited = f"{report.longest_wait_s * 1e3:.2f} ms"
+        rows[3:4] = [
+            ("saved", f"{report.faults} pages by faults, {report.swept} by the sweep"),
+            ("longest wait", waited),
+            ("dropped", f"{report.dropped / MIB:.1f} MiB, given back before they were saved"),
+        ]
+    lines = [f"{name:>13}  {text}" for name, text in rows]
+    gaps = [gap for gap in report.gaps if gap.reason != "special"]
+    for gap in gaps[:GAPS_SHOWN]:
+        lines.append(f"{'gap':>13}  {gap.reason}: {gap.length / MIB:.1f} MiB {gap.detail}")
+    if len(gaps) > GAPS_SHOWN:
+        lines.append(f"{'':>13}  and {len(gaps) - GAPS_SHOWN} more gaps")
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""A new directory that appears complete or not at all, and reading one without following links."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pyuffd._owned import Descriptor
+from pyuffd.snapshot._format import PAGES
+
+_RENAMEAT2, _NOREPLACE = 316, 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NewDirectory:
+    """Files that are written under a temporary name, and appear under their own at the end.
+
+    Entering removes what snapshots with this name left that were killed. Leaving without `settle`
+    removes the files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, durable: bool) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.id = uuid.uuid4().hex
+        self._durable = durable
+        self._temporary = self.path.with_name(f".{self.path.name}.{self.id[:8]}.tmp")
+        self.pages = Descriptor()
+        if os.path.lexists(self.path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path))
+
+    def __enter__(self) -> NewDirectory:
+        for stale in self._stale():
+            shutil.rmtree(stale, ignore_errors=True)
+        os.mkdir(self._temporary, 0o700)
+        try:
+            self.pages = self._create(PAGES)
+            # Whoever finds it locked knows that it is not stale.
+            fcntl.flock(self.pages.number, fcntl.LOCK_EX)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.pages.close()
+        self._remove()
+
+    def _stale(self) -> Iterator[Path]:
+        for other in self.path.parent.glob(f".{self.path.name}.????????.tmp"):
+            with suppress(OSError), _opened(other / PAGES, os.O_RDWR) as pages:
+                fcntl.flock(pages.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield other
+                continue
+            # One that was killed before it had a file; one that has some stays.
+            with suppress(OSError):
+                os.rmdir(other)
+
+    def _create(self, name: str) -> Descriptor:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        return Descriptor.open(self._temporary / name, flags, 0o600)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a whole file."""
+        with self._create(name) as file:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(file.number, view) :]
+            if self._durable:
+                os.fsync(file.number)
+
+    def replace_pages(self) -> Descriptor:
+        """Begin a second file that takes the place of `pages` in `settle`."""
+        return self._create(PAGES + ".new")
+
+    def pages_replaced(self, file: Descriptor) -> None:
+        """It is complete."""
+        os.rename(self._temporary / (PAGES + ".new"), self._temporary / PAGES)
+        fcntl.flock(file.number, fcntl.LOCK_EX)
+        self.pages.close()
+        self.pages = file
+
+    def sync_pages(self) -> None:
+        """Wait until the pages are on the disk, unless that was not asked for."""
+        if self._durable:
+            os.fsync(self.pages.number)
+
+    def settle(self) -> None:
+        """Give the directory its name, if nobody else has taken it meanwhile."""
+        if self._durable:
+            _sync_directory(self._temporary)
+        _rename_new(self._temporary, self.path)
+        if self._durable:
+            _sync_directory(self.path.parent)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    with Descriptor.open(path, os.O_RDONLY | os.O_DIRECTORY) as folder:
+        os.fsync(folder.number)
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename, and never replace: rename(2) would replace an empty directory."""
+    here = -100  # AT_FDCWD
+    if not _libc.syscall(
+        _RENAMEAT2, here, os.fsencode(source), here, os.fsencode(target), _NOREPLACE
+    ):
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.ENOSYS, errno.EINVAL):  # a file system without the flag
+        raise OSError(code, os.strerror(code), str(target))
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target)
+
+
+def _opened(path: Path, flags: int) -> Descriptor:
+    return Descriptor.open(path, flags | os.O_NOFOLLOW)
+
+
+def open_directory(path: str | os.PathLike[str]) -> Descriptor:
+    """Open a snapshot's directory; a symbolic link is refused (ENOTDIR or ELOOP)."""
+    return Descriptor.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+
+def open_in(folder: Descriptor, name: str) -> Descriptor:
+    """Open a file of a directory for reading; a symbolic link is refused (ELOOP)."""
+    return Descriptor.open(f"/proc/self/fd/{folder.number}/{name}", os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def write_at(fd: int, content: bytes, offset: int) -> None:
+    """Write all of it."""
+    view = memoryview(content)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done

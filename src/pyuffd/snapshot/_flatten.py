@@ -1,0 +1,79 @@
+"""`flatten`: one snapshot without parents out of a chain of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pyuffd.snapshot import _format, _sums
+from pyuffd.snapshot._capture import Places, SnapshotProgress, at_barrier
+from pyuffd.snapshot._files import NewDirectory, write_at
+from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotRun
+from pyuffd.snapshot._reading import Image, Part
+
+
+def flatten(
+    image: Image,
+    path: str | os.PathLike[str],
+    *,
+    durable: bool,
+    progress: Callable[[SnapshotProgress], None] | None,
+) -> str:
+    """Write the snapshot; see `Snapshot.flatten`."""
+    with NewDirectory(path, durable=durable) as directory:
+        sum_name, sum_ = _sums.best_sum()
+        places = Places()
+        done = SnapshotProgress("flatten", 0, sum(region.length for region in image.regions))
+        runs: list[SnapshotRun] = []
+        regions: list[dict[str, Any]] = []
+        for region, fields in zip(image.regions, image.manifest["regions"], strict=True):
+            parts = list(places.of(region.start, region.end))
+            regions.append({**fields, "places": [list(part) for part in parts]})
+            base = parts[0][2] - region.start
+            for part in _cut(image.parts(region.start, region.end)):
+                state = RunState.ABSENT if part.run is None else part.run.state
+                run = SnapshotRun(part.start, part.end - part.start, state)
+                if state is RunState.DATA:
+                    content = image.read_part(part)
+                    write_at(directory.pages.number, content, base + part.start)
+                    run = run._replace(
+                        offset=base + part.start, stored=run.length, checksum=sum_(content)
+                    )
+                runs.append(run)
+                done.bytes += run.length
+                if progress is not None:
+                    progress(done)
+        at_barrier("captured")
+        directory.sync_pages()
+        packed = Runs.of(runs).pack()
+        directory.write(_format.RUNS, packed)
+        manifest = {key: value for key, value in image.manifest.items() if key != _format.SEAL}
+        manifest |= {
+            "id": directory.id,
+            "parent": None,
+            "depth": 0,
+            "regions": regions,
+            "checksum": sum_name,
+            "compression": None,
+            "pages_bytes": os.fstat(directory.pages.number).st_size,
+            "runs_sha256": hashlib.sha256(packed).hexdigest(),
+        }
+        directory.write(_format.MANIFEST, _format.seal(manifest))
+        at_barrier("written")
+        directory.settle()
+        return directory.id
+
+
+def _cut(parts: Iterator[Part]) -> Iterator[Part]:
+    """Cut data at multiples of the size of a chunk; other states stay whole."""
+    for part in parts:
+        if part.run is None or part.run.state is not RunState.DATA:
+            yield part
+            continue
+        at = part.start
+        while at < part.end:
+            stop = min(part.end, (at // CHUNK + 1) * CHUNK)
+            yield part._replace(start=at, end=stop)
+            at = stop

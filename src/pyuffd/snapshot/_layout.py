@@ -1,0 +1,100 @@
+"""Which mappings a snapshot has, and where they are in its file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from pyuffd import _image_calls as calls
+from pyuffd._errors import SnapshotError
+from pyuffd._pages import HUGE_PAGE_2M
+from pyuffd.dirty import _rows
+from pyuffd.pagemap import PageRanges
+from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
+from pyuffd.remote._process import Process
+from pyuffd.snapshot._capture import Placed, Places
+from pyuffd.snapshot._format import SnapshotGap
+
+Shared = Literal["refuse", "pause", "skip"]
+SHARED_WAYS = ("refuse", "pause", "skip")
+
+# A file system may end at 16 TiB. Reservations above this size get places where they are populated,
+# in units of this size.
+RESERVED_BYTES = 256 << 30
+UNIT = 1 << 30
+
+
+class SnapshotLayout:
+    """Gives every mapping its place; what is left out becomes a gap.
+
+    Attributes:
+        mappings: The mappings of the last call that are in the snapshot, gaps included.
+        gaps: Those of the last call.
+    """
+
+    def __init__(
+        self, process: Process, shared: Shared, scope: Sequence[tuple[int, int]] | None
+    ) -> None:
+        self._process = process
+        self._shared = shared
+        self._scope = scope
+        self._places = Places()
+        self.mappings: list[Mapping] = []
+        self.gaps: list[SnapshotGap] = []
+        self.skipped = PageRanges.of([])
+
+    def __call__(self, mappings: Mappings) -> Sequence[Placed]:
+        """Return the places of mappings.
+
+        Raises:
+            SnapshotError: "shared" - memory that others write too.
+        """
+        self.mappings, self.gaps = [], []
+        placed: list[Placed] = []
+        skipped: list[tuple[int, int]] = []
+        for mapping in _rows.in_scope(mappings, self._scope):
+            if mapping.kind is MappingKind.SPECIAL or mapping.path.startswith("anon_inode:"):
+                self._gap(mapping, "special")
+                continue
+            self.mappings.append(mapping)
+            if mapping.shared and not self._keeps(mapping):
+                skipped.append((mapping.start, mapping.end))
+                continue
+            for span in self._spans(mapping):
+                for part in self._places.of(*span):
+                    placed.append(Placed(mapping, *part, whole=mapping.shared))
+        self.skipped = PageRanges.of(skipped)
+        return placed
+
+    def _gap(self, mapping: Mapping, reason: str) -> None:
+        self.gaps.append(
+            SnapshotGap(mapping.start, mapping.length, reason, mapping.path or mapping.kind.value)
+        )
+
+    def _keeps(self, mapping: Mapping) -> bool:
+        """Decide about a shared mapping."""
+        if mapping.kind is MappingKind.SHARED_FILE and not mapping.writable:
+            self._gap(mapping, "file")
+            return False
+        if self._shared == "refuse":
+            raise SnapshotError(
+                "shared",
+                f"process {self._process.pid} shares {mapping}: others may write it, so it has no"
+                ' instant; shared="pause" copies it while the process stands, "skip" leaves it out',
+            )
+        self._gap(mapping, "shared")
+        return self._shared == "pause"
+
+    def _spans(self, mapping: Mapping) -> Iterator[tuple[int, int]]:
+        if mapping.length <= RESERVED_BYTES:
+            yield mapping.start, mapping.end
+            return
+        piece = calls.Pieces([(mapping.start, mapping.end, 0, True)])
+        units = {
+            unit
+            for found in PageRanges(piece.scan(self._process.pagemap.fileno()))
+            for unit in range(found.start // UNIT, -(-found.end // UNIT))
+        }
+        assert UNIT % HUGE_PAGE_2M == 0
+        for unit in sorted(units):
+            yield max(unit * UNIT, mapping.start), min((unit + 1) * UNIT, mapping.end)

@@ -1,0 +1,213 @@
+"""Copy while the process runs, and copy again what it has written meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from pyuffd import _dirty_calls as ranges
+from pyuffd._errors import SnapshotError
+from pyuffd.dirty import BlindReason, DirtyRound, DirtyTracker, Moved, Protected
+from pyuffd.dirty._round import Pending
+from pyuffd.pagemap import PageRanges
+from pyuffd.remote._process import Process
+from pyuffd.snapshot._capture import (
+    MEMORY,
+    Captured,
+    Layout,
+    Options,
+    Placed,
+    Writer,
+    at_barrier,
+    content,
+    pieces_of,
+)
+
+# Where the tracker does not see what changes: copied in the stop.
+UNSEEN = (
+    BlindReason.SHARED,
+    BlindReason.HUGE_DROPS,
+    BlindReason.NOT_REGISTERED,
+    BlindReason.BUSY,
+)
+# A round that leaves more than this part of the one before does not get ahead of the process.
+SHRINKS = 0.8
+# The part of the limit that copying may need; the rest is for stopping and scanning.
+COPY_PART = 0.5
+
+
+@dataclass
+class _Changes:
+    """What rounds reported, added up."""
+
+    all: Pending
+    absent: memoryview = ranges.NO_RANGES
+
+
+def captured(
+    process: Process,
+    layout_of: Layout,
+    writer: Writer,
+    options: Options,
+    tracker: DirtyTracker | None,
+    *,
+    only_changes: bool = False,
+) -> Captured:
+    """Write the memory of a process at one instant; see `_methods.capture`."""
+    changes = _Changes(Pending())
+    with ExitStack() as stack:
+        mine = tracker is None
+        if tracker is None:
+            tracker = stack.enter_context(DirtyTracker(process, method="wp-async"))
+        try:
+            result = _Rounds(process, layout_of, writer, options, tracker, changes).run(
+                only_changes=only_changes
+            )
+        except BaseException:
+            if not mine:
+                tracker._put_back(changes.all)
+            raise
+        result.changes = changes.all
+        return result
+
+
+class _Rounds:
+    def __init__(
+        self,
+        process: Process,
+        layout_of: Layout,
+        writer: Writer,
+        options: Options,
+        tracker: DirtyTracker,
+        changes: _Changes,
+    ) -> None:
+        self._process = process
+        self._layout_of = layout_of
+        self._writer = writer
+        self._options = options
+        self._tracker = tracker
+        self._changes = changes
+        self._seen: list[Placed] = []
+
+    def run(self, *, only_changes: bool) -> Captured:
+        """Copy in rounds until the rest is small enough, then the rest in the stop."""
+        left = ranges.NO_RANGES
+        if not only_changes:
+            with self._tracker.collect() as round_:
+                self._add(round_)
+                round_.commit()
+            left = self._everything()
+        result = Captured("precopy")
+        before = 0
+        for number in range(self._options.rounds):
+            result.rounds = number + (not only_changes)
+            self._copy(left)
+            at_barrier(f"round {number}")
+            left = self._round()
+            size = PageRanges(left).bytes
+            if self._fits(size) and self._stop(left, result):
+                self._writer.punch([*self._seen, *result.layout])
+                result.absent = self._writer.without_content(self._changes.absent)
+                return result
+            if before and size > SHRINKS * before and number >= 2 and not self._fits(size):
+                break
+            before = size
+        raise SnapshotError(
+            "stalled",
+            f"process {self._process.pid} writes {self._tracker.rate / 1e6:.0f} MB/s, and the file"
+            f" gets {self._writer.speed / 1e6:.0f} MB/s: after {result.rounds} rounds"
+            f" {size / 1e6:.0f} MB are left, and it would stand for longer than max_stall_s"
+            f" ({self._options.max_stall_s:g} s)",
+        )
+
+    def _fits(self, size: float) -> bool:
+        return size <= min(MEMORY, self._writer.read_speed * self._options.max_stall_s * COPY_PART)
+
+    def _everything(self) -> memoryview:
+        layout = self._layout_of(self._process.mappings())
+        self._seen = list(layout)
+        return content(self._process, layout, pieces_of(layout))
+
+    def _add(self, round_: DirtyRound) -> None:
+        pending = Pending(
+            round_.written.memoryview(),
+            round_.dropped.memoryview(),
+            round_.unsure.memoryview(),
+            round_.layout,
+        )
+        self._changes.all = self._changes.all.plus(pending)
+        gone = ranges.union(pending.dropped, _replaced(round_))
+        self._writer.forget(gone)
+        self._changes.absent = ranges.union(self._changes.absent, gone)
+
+    def _round(self) -> memoryview:
+        """End a round; return what has to be copied."""
+        with self._tracker.collect() as round_:
+            self._add(round_)
+            round_.commit()
+            return ranges.union(round_.written.memoryview(), round_.unsure.memoryview())
+
+    def _copy(self, pages: memoryview) -> None:
+        """Copy pages while the process runs; what is lost by that is in a later round."""
+        if not len(pages):
+            return
+        layout = self._layout_of(self._process.mappings())
+        self._seen = list(layout)
+        wanted = ranges.intersect(pages, content(self._process, layout, pieces_of(layout)))
+        self._writer.copy(wanted, pieces_of(layout), "before", slow=True)
+
+    def _stop(self, left: memoryview, result: Captured) -> bool:
+        """Copy the rest in the stop; False if it would be too much."""
+        process, options = self._process, self._options
+        self._writer.prepare()
+        begin = time.perf_counter()
+        until_s = time.monotonic() + options.max_stall_s
+        with process.stopped(options.stop_limit_s) as stop:
+            at_barrier("stopped")
+            result.instant_ns = time.time_ns()
+            mappings = process.mappings()
+            layout = self._layout_of(mappings)
+            pieces = pieces_of(layout)
+            spans = PageRanges.of((part.start, part.end) for part in layout).memoryview()
+            left = ranges.intersect(ranges.union(left, self._round()), spans)
+            if not self._fits(PageRanges(left).bytes * COPY_PART):
+                self._tracker._put_back(Pending(unsure=left))  # the next round has it
+                return False
+            if not self._writer.take(left, pieces, until_s):
+                self._tracker._put_back(Pending(unsure=left))
+                return False
+            unseen = ranges.subtract(self._unseen(layout), left)
+            self._writer.copy(unseen, pieces, "stop")  # its length was agreed to
+            if options.in_stop is not None:
+                options.in_stop(stop, mappings, layout)
+            process.check()
+            result.layout = layout
+            result.stop_bytes = PageRanges(left).bytes + PageRanges(unseen).bytes
+            at_barrier("copied")
+        result.pause_s = time.perf_counter() - begin
+        at_barrier("resumed")
+        self._writer.write_taken(pieces)
+        return True
+
+    def _unseen(self, layout: Sequence[Placed]) -> memoryview:
+        """Return the pages that the tracker says nothing about."""
+        gaps = [gap for gap in self._tracker.blind if gap.reason in UNSEEN]
+        parts = [
+            part
+            for part in layout
+            if any(gap.start < part.end and part.start < gap.end for gap in gaps)
+        ]
+        return content(self._process, parts, pieces_of(parts))
+
+
+def _replaced(round_: DirtyRound) -> memoryview:
+    """Return where other memory is now than before, or none."""
+    spans = []
+    for change in round_.layout:
+        if not isinstance(change, Protected):
+            spans.append((change.start, change.end))
+        if isinstance(change, Moved):
+            spans.append((change.old_start, change.old_start + change.end - change.start))
+    return PageRanges.of(spans).memoryview()

@@ -1,0 +1,227 @@
+"""`Image`: a snapshot's files, opened and checked; content through its parents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+from pyuffd._closing import Closing
+from pyuffd._errors import SnapshotFormatError
+from pyuffd._owned import Descriptor
+from pyuffd.snapshot import _sums
+from pyuffd.snapshot._files import open_directory, open_in
+from pyuffd.snapshot._format import (
+    MANIFEST,
+    MANIFEST_MOST,
+    PAGES,
+    RUNS,
+    RunState,
+    SnapshotRegion,
+    SnapshotRun,
+    read_runs,
+    unseal,
+)
+
+# Chunks kept, since neighbours are often read together.
+_KEPT = 8
+_DEPTH_MOST = 1000
+
+
+class Part(NamedTuple):
+    """A part of a run, and the image that has its content; `run` is None where there is none."""
+
+    start: int
+    end: int
+    image: Image
+    run: SnapshotRun | None
+
+
+class Image(Closing):
+    """The files of a snapshot and of its parents."""
+
+    _what = "snapshot"
+    _instead = "open it once more"
+
+    def __init__(self, path: str | os.PathLike[str], *, depth: int = 0) -> None:
+        self.path = os.path.abspath(path)
+        self.parent: Image | None = None
+        self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        with ExitStack() as stack:
+            folder = stack.enter_context(open_directory(self.path))
+            raw = _read(folder, self.path, MANIFEST, MANIFEST_MOST)
+            self.manifest: dict[str, Any] = unseal(self._place(MANIFEST), raw)
+            self.manifest_sha256 = hashlib.sha256(raw).hexdigest()
+            self._pages = stack.enter_context(_file(folder, self.path, PAGES))
+            try:
+                self._read_tables(folder)
+            except (KeyError, TypeError, ValueError) as error:
+                if isinstance(error, SnapshotFormatError):
+                    raise
+                raise SnapshotFormatError(
+                    self._place(MANIFEST), f"a field is missing or wrong: {error!r}"
+                ) from None
+            if (parent := self.manifest["parent"]) is not None:
+                if depth >= _DEPTH_MOST:
+                    raise SnapshotFormatError(self.path, "too many parents")
+                self.parent = stack.enter_context(self._find(parent, depth + 1))
+            self._open: ExitStack | None = stack.pop_all()
+
+    def _place(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def _read_tables(self, folder: Descriptor) -> None:
+        manifest = self.manifest
+        self.id, self.depth = str(manifest["id"]), int(manifest["depth"])
+        self.pid, self.start_ticks = (
+            int(manifest["target"]["pid"]),
+            int(manifest["target"]["start_ticks"]),
+        )
+        length = os.fstat(self._pages.number).st_size
+        if length != manifest["pages_bytes"]:
+            raise SnapshotFormatError(
+                self._place(PAGES), f"{length} bytes instead of {manifest['pages_bytes']}"
+            )
+        raw = _read(folder, self.path, RUNS, None)
+        self.runs = read_runs(self._place(RUNS), raw, manifest["runs_sha256"], length)
+        self.regions = [SnapshotRegion(**_known(each)) for each in manifest["regions"]]
+        self._sum = _sums.sum_named(self._place(MANIFEST), manifest["checksum"])
+        self._unpack = None
+        if manifest["compression"] is not None:
+            if manifest["compression"] != "zstd":
+                raise SnapshotFormatError(
+                    self._place(MANIFEST), f"unknown compression {manifest['compression']!r}"
+                )
+            self._unpack = _sums.decompressor()
+
+    # Parents
+
+    def _find(self, wanted: dict[str, Any], depth: int) -> Image:
+        """Open the parent, wherever it is by now: its hash names it."""
+        for path in self._candidates(str(wanted["path"])):
+            with suppress(OSError), open_directory(path) as folder:
+                raw = _read(folder, path, MANIFEST, MANIFEST_MOST)
+                if hashlib.sha256(raw).hexdigest() == wanted["sha256"]:
+                    return Image(path, depth=depth)
+        raise SnapshotFormatError(
+            self.path,
+            f"its parent {wanted['id']} is neither at {wanted['path']!r} nor beside it, or was"
+            " changed",
+        )
+
+    def _candidates(self, hint: str) -> Iterator[str]:
+        here = os.path.dirname(self.path)
+        yield os.path.join(here, hint)
+        with suppress(OSError):
+            for name in sorted(os.listdir(here)):
+                if not name.startswith("."):
+                    yield os.path.join(here, name)
+
+    # Content
+
+    def parts(self, start: int, end: int) -> Iterator[Part]:
+        """Yield what is known of [start, end), through the parents, in order."""
+        reached = start
+        for run in self.runs.within(start, end):
+            first, last = max(run.start, start), min(run.end, end)
+            if first > reached:
+                yield Part(reached, first, self, None)
+            if run.state is RunState.PARENT:
+                if self.parent is None:
+                    raise SnapshotFormatError(self.path, f"{first:#x} needs a parent, and has none")
+                yield from self.parent.parts(first, last)
+            else:
+                yield Part(first, last, self, run)
+            reached = last
+        if reached < end:
+            yield Part(reached, end, self, None)
+
+    def chunk(self, run: SnapshotRun) -> bytes:
+        """Return the content of a run of data, and check it."""
+        known = self._chunks.get(run.start)
+        if known is not None:
+            self._chunks.move_to_end(run.start)
+            return known
+        content = self._chunk(run)
+        self._chunks[run.start] = content
+        if len(self._chunks) > _KEPT:
+            self._chunks.popitem(last=False)
+        return content
+
+    def _chunk(self, run: SnapshotRun) -> bytes:
+        content = os.pread(self._pages.number, run.stored, run.offset)
+        if run.stored < run.length:
+            if self._unpack is None:
+                raise SnapshotFormatError(
+                    self._place(PAGES), "shorter than the run, and not compressed", run.offset
+                )
+            try:
+                content = self._unpack(content, run.length)
+            except ValueError as error:
+                raise SnapshotFormatError(self._place(PAGES), str(error), run.offset) from None
+        if len(content) != run.length or self._sum(content) != run.checksum:
+            raise SnapshotFormatError(
+                self._place(PAGES),
+                f"the content of [{run.start:#x}, {run.end:#x}) is not what was written: its"
+                " checksum differs",
+                run.offset,
+            )
+        return content
+
+    def region_at(self, address: int) -> SnapshotRegion | None:
+        """Return the region that holds an address."""
+        return next((r for r in self.regions if r.start <= address < r.end), None)
+
+    def read_part(self, part: Part) -> bytes:
+        """Return the content of a part; LookupError where there is none."""
+        run = part.run
+        if run is not None and run.state is RunState.DATA:
+            content = part.image.chunk(run)
+            return content[part.start - run.start : part.end - run.start]
+        region = self.region_at(part.start)
+        if run is None or region is None:
+            raise LookupError(f"{part.start:#x} was not mapped")
+        if run.state is RunState.ZERO or (run.state is RunState.ABSENT and not region.inode):
+            return bytes(part.end - part.start)
+        raise LookupError(
+            f"the snapshot does not have [{part.start:#x}, {part.end:#x}) of {region}:"
+            f" {run.state.value}"
+        )
+
+    # Ending
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+        return self._open is None
+
+    def close(self) -> None:
+        """Close the files, and the parents'."""
+        stack, self._open = self._open, None
+        if stack is not None:
+            stack.close()
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in SnapshotRegion.__slots__}
+
+
+def _file(folder: Descriptor, path: str, name: str) -> Descriptor:
+    try:
+        return open_in(folder, name)
+    except FileNotFoundError:
+        raise SnapshotFormatError(os.path.join(path, name), "the file is missing") from None
+
+
+def _read(folder: Descriptor, path: str, name: str, most: int | None) -> bytes:
+    with _file(folder, path, name) as file:
+        size = os.fstat(file.number).st_size
+        if most is not None and size > most:
+            raise SnapshotFormatError(os.path.join(path, name), f"{size} bytes are too many")
+        parts = []
+        while data := os.read(file.number, 1 << 24):
+            parts.append(data)
+        return b"".join(parts)

@@ -1,0 +1,280 @@
+"""`Snapshot`: the memory of a process at one instant, read from files."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from pyuffd._arguments import check_int
+from pyuffd._closing import Closing
+from pyuffd._errors import ClosedError, SnapshotFormatError
+from pyuffd._pages import RangeLike
+from pyuffd.dirty import DirtyTracker
+from pyuffd.remote._process import Process
+from pyuffd.snapshot import _flatten, _take
+from pyuffd.snapshot._capture import Method, SnapshotProgress
+from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
+from pyuffd.snapshot._layout import Shared
+from pyuffd.snapshot._reading import Image
+from pyuffd.snapshot._take import SnapshotReport
+
+MAX_STALL_S = 0.05
+# Each parent costs a look for every page that is read.
+DEPTH_WARNED = 8
+
+
+class Snapshot(Closing):
+    """The memory of a process at one instant, in a directory; a context manager.
+
+    `take` writes one, `open` reads one. Reading checks every chunk that it touches.
+
+    Attributes:
+        path: The directory.
+        id: Its id, which its children name.
+        manifest: The content of manifest.json, as docs/snapshots.md describes it.
+
+    Threads: needs an external lock.
+
+    Example:
+        >>> import subprocess, sys, tempfile
+        >>> from pyuffd import Process, Snapshot
+        >>> child = subprocess.Popen(
+        ...     [sys.executable, "-c", "print(flush=True); input()"],
+        ...     stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        ... )
+        >>> _ = child.stdout.readline()
+        >>> with tempfile.TemporaryDirectory() as folder, Process(child.pid) as target:
+        ...     done = Snapshot.take(target, f"{folder}/first", method="stopped", durable=False)
+        ...     with Snapshot.open(f"{folder}/first") as snapshot:
+        ...         snapshot.verify()
+        ...         stack = next(r for r in snapshot.regions if r.path == "[stack]")
+        ...         len(snapshot.read(stack.end - 4096, 4096))
+        4096
+        >>> _ = child.communicate()
+    """
+
+    _what = "snapshot"
+    _instead = "open it once more"
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.path = image.path
+        self.id = str(image.manifest["id"])
+        self.manifest: dict[str, Any] = image.manifest
+        self._maker = os.getpid()
+
+    @classmethod
+    def take(
+        cls,
+        target: Process,
+        path: str | os.PathLike[str],
+        *,
+        method: Method = "auto",
+        ranges: Iterable[RangeLike] | None = None,
+        shared: Shared = "refuse",
+        parent: str | os.PathLike[str] | None = None,
+        tracker: DirtyTracker | None = None,
+        max_stall_s: float = MAX_STALL_S,
+        rounds: int = 8,
+        rate: float | None = None,
+        durable: bool = True,
+        compress: int | None = None,
+        progress: Callable[[SnapshotProgress], None] | None = None,
+    ) -> SnapshotReport:
+        """Write the memory of a running process, as it is at one instant, to a new directory.
+
+        The process runs on, except for a pause. A snapshot that fails, or is killed, leaves no
+        directory with this name, and does not change its parent.
+
+        Args:
+            target: The process.
+            path: The directory, which must not exist; its folder must.
+            method: "precopy" copies while the process runs, then again what it has written
+                meanwhile, and the last of it in the stop. "stopped" copies everything in the stop.
+                "auto" chooses; the report says why.
+            ranges: Parts of its memory; everything by default.
+            shared: What to do about memory that other processes may write, which has no instant:
+                "refuse" the snapshot, copy it in the "pause", or "skip" it.
+            parent: Another snapshot of this process: this one has only what is different. Without a
+                tracker, all memory is read and compared.
+            tracker: With `parent`, only what this tracker reports is read: the time needed follows
+                the pages written. The parent must be the last snapshot that was taken with the
+                tracker. Without `parent`, the tracker reports what is written from the instant on.
+            max_stall_s: A process that would have to stand for longer ends the snapshot instead.
+            rounds: Rounds of copying before that.
+            rate: Copy at most so many bytes a second, outside of the stop.
+            durable: Return when everything is on the disk.
+            compress: A level of zstd, 1 to 22, for each chunk, after the stop; needs zstandard.
+            progress: Called now and then.
+
+        Raises:
+            ValueError: bad arguments.
+            FileExistsError: EEXIST - there is something with this name.
+            SnapshotError: "busy", "shared", "stalled", "parent", "ended"; see there.
+            SnapshotFormatError: the parent is damaged.
+            StopTimeoutError: ETIMEDOUT - the process cannot be stopped.
+            UffdPermissionError: EPERM, EACCES - ptrace is refused.
+            OSError: ENOSPC, EIO, EFBIG and others - writing the files failed.
+
+        Kernel: WP_ASYNC and PAGEMAP_SCAN (Linux 6.7) for precopy; ptrace(2).
+        GIL: released while copying.  Blocks: as long as it lasts.
+        """
+        request = _take.checked(
+            path,
+            method=method,
+            shared=shared,
+            ranges=ranges,
+            parent=parent,
+            tracker=tracker,
+            max_stall_s=max_stall_s,
+            rounds=rounds,
+            rate=rate,
+            durable=durable,
+            compress=compress,
+            progress=progress,
+        )
+        report = _take.take(target, request)
+        with cls.open(report.path) as taken:
+            if taken.depth >= DEPTH_WARNED:
+                warnings.warn(
+                    f"{report.path} has {taken.depth} parents, and every read looks through them:"
+                    " flatten() makes one snapshot of all",
+                    stacklevel=2,
+                )
+        return report
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Snapshot:
+        """Open a snapshot and its parents for reading.
+
+        Parents are found by the hash of their manifest, at the place that was noted or beside the
+        snapshot, whatever their names are by now.
+
+        Raises:
+            SnapshotFormatError: files are missing, truncated or changed, or a parent is not found.
+            OSError: the directory cannot be opened, or is a symbolic link.
+        """
+        return cls(Image(path))
+
+    # What is in it
+
+    @property
+    def depth(self) -> int:
+        """How many parents it has, one behind the other."""
+        depth, image = 0, self._checked()
+        while image.parent is not None:
+            depth, image = depth + 1, image.parent
+        return depth
+
+    @property
+    def regions(self) -> Sequence[SnapshotRegion]:
+        """The mappings of the process at the instant, in ascending order."""
+        return tuple(self._checked().regions)
+
+    @property
+    def runs(self) -> Sequence[SnapshotRun]:
+        """The table of runs: what this snapshot, without its parents, knows of every page."""
+        return self._checked().runs
+
+    @property
+    def gaps(self) -> Sequence[SnapshotGap]:
+        """Where it does not have the content of the instant, and why."""
+        return tuple(SnapshotGap(**each) for each in self._checked().manifest["gaps"])
+
+    def state(self, address: int) -> RunState | None:
+        """Return what is known of a page; None if it was not mapped. PARENT is looked up there."""
+        check_int("address", address, 0)
+        part = next(self._checked().parts(address, address + 1))
+        return None if part.run is None else part.run.state
+
+    def read(self, address: int, length: int) -> bytes:
+        """Return memory as it was at the instant.
+
+        `numpy.frombuffer(snapshot.read(address, 8 * n), "<u8")` is an array of it.
+
+        Args:
+            address: Any address.
+            length: Bytes; any number.
+
+        Raises:
+            LookupError: a part of it was not mapped, or the snapshot does not have it: its state is
+                LOST or SHARED, or ABSENT in a mapping of a file, where the file has it.
+            SnapshotFormatError: a chunk of the file was changed.
+        """
+        check_int("address", address, 0)
+        check_int("length", length, 0)
+        image = self._checked()
+        return b"".join(image.read_part(part) for part in image.parts(address, address + length))
+
+    def verify(self, progress: Callable[[SnapshotProgress], None] | None = None) -> None:
+        """Read everything, in the parents too, and compare it with the checksums.
+
+        Raises:
+            SnapshotFormatError: chunks were changed; `offset` is that of the first, and the message
+                tells how many there are.
+        """
+        images = [self._checked()]
+        while (parent := images[-1].parent) is not None:
+            images.append(parent)
+        data = [
+            (image, run) for image in images for run in image.runs if run.state is RunState.DATA
+        ]
+        done = SnapshotProgress("verify", 0, sum(run.length for _, run in data))
+        bad: list[SnapshotFormatError] = []
+        for image, run in data:
+            try:
+                image._chunk(run)
+            except SnapshotFormatError as error:
+                bad.append(error)
+            done.bytes += run.length
+            if progress is not None:
+                progress(done)
+        if bad:
+            more = f" ({len(bad)} chunks are bad)" if len(bad) > 1 else ""
+            raise SnapshotFormatError(bad[0].path, f"{bad[0].args[1]}{more}", bad[0].offset)
+
+    def flatten(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        durable: bool = True,
+        progress: Callable[[SnapshotProgress], None] | None = None,
+    ) -> str:
+        """Write one snapshot without parents, uncompressed, with the same content; return its id.
+
+        Everything is checked on the way.
+
+        Raises:
+            FileExistsError: EEXIST - there is something with this name.
+            SnapshotFormatError: a chunk was changed.
+            OSError: ENOSPC, EIO and others - writing the files failed.
+        """
+        return _flatten.flatten(self._checked(), path, durable=durable, progress=progress)
+
+    # Ending
+
+    def _checked(self) -> Image:
+        if self._image.closed:
+            raise ClosedError("this snapshot is closed")
+        return self._image
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._image.closed
+
+    def close(self) -> None:
+        """Close the files. A second call does nothing."""
+        self._image.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_maker") and not self.closed and self._maker == os.getpid():
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        target = self.manifest["target"]
+        state = " closed" if self.closed else ""
+        return f"<Snapshot {self.path} of process {target['pid']} ({target['name']}){state}>"

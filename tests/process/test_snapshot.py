@@ -1,0 +1,583 @@
+"""`Snapshot`: taking, reading, chains, damage, and what failures and kills leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pyuffd import (
+    ClosedError,
+    DirtyTracker,
+    Feature,
+    Process,
+    RunState,
+    Snapshot,
+    SnapshotError,
+    SnapshotFormatError,
+)
+from pyuffd.cli import main
+from pyuffd.snapshot import _capture, _sums
+from pyuffd.snapshot._capture import Used
+from pyuffd.testing import needs, needs_privilege
+from pyuffd.testing._run import SCALE
+from tests._memory import PAGE
+from tests.process._attach import status
+from tests.process._counters import Counters, compiled, counters
+
+pytestmark = [
+    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
+    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
+]
+METHODS: list[Used] = ["stopped", "precopy"]
+LIMIT_S = 0.2 * SCALE
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return compiled(tmp_path_factory.mktemp("counters"))
+
+
+def take(target: Process, path: Path, **options: object) -> object:
+    kept: dict[str, object] = {"max_stall_s": LIMIT_S, "durable": False} | options
+    return Snapshot.take(target, path, **kept)  # type: ignore[arg-type]
+
+
+def unharmed(target: Counters) -> None:
+    """It works on, is not traced, and nothing of it is registered."""
+    target.works_on()
+    assert status(target.pid)["TracerPid"] == "0"
+    smaps = Path(f"/proc/{target.pid}/smaps").read_text()
+    assert not any(" uw" in line for line in smaps.splitlines() if line.startswith("VmFlags"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_read_is_of_one_instant(method: Used, program: str, tmp_path: Path) -> None:
+    with counters(program, 3, 300, "dms") as target, Process(target.pid) as process:
+        report = Snapshot.take(
+            process, tmp_path / "one", method=method, max_stall_s=LIMIT_S, durable=True
+        )
+        unharmed(target)
+        assert (report.method, report.path) == (method, str(tmp_path / "one"))
+        assert 0 < report.pause_s < report.seconds
+        with Snapshot.open(tmp_path / "one") as snapshot:
+            target.check(snapshot.read)
+            snapshot.verify()
+            assert snapshot.state(target.areas[0]) is RunState.DATA
+            assert snapshot.state(0x1000) is None
+            assert {r.path for r in snapshot.regions} >= {"[stack]"}
+            # Every page of every region has a run.
+            covered = sum(run.length for run in snapshot.runs)
+            assert covered == sum(region.length for region in snapshot.regions)
+            with pytest.raises(LookupError):
+                snapshot.read(0x1000, 1)
+        with pytest.raises(ClosedError):
+            snapshot.read(target.areas[0], 1)
+    modes = {
+        name: os.stat(tmp_path / "one" / name).st_mode & 0o777
+        for name in os.listdir(tmp_path / "one")
+    }
+    assert modes == {"manifest.json": 0o600, "pages": 0o600, "runs": 0o600}
+    assert os.listdir(tmp_path) == ["one"]
+
+
+@pytest.mark.parametrize("how", ["compare", "tracker"])
+def test_a_chain_and_its_flat_copy(how: str, program: str, tmp_path: Path) -> None:
+    """Each snapshot of a chain is of its own instant, and the flat copy has the same content."""
+    with counters(program, 2, 400, "dms") as target, Process(target.pid) as process:
+        tracker = DirtyTracker(process) if how == "tracker" else None
+        parent: Path | None = None
+        images = []
+        for number in range(4):
+            path = tmp_path / str(number)
+            take(process, path, parent=parent, tracker=tracker)
+            parent = path
+            target.works_on()
+        if tracker is not None:
+            tracker.close()
+        unharmed(target)
+        for number in range(4):
+            with Snapshot.open(tmp_path / str(number)) as snapshot:
+                assert snapshot.depth == number
+                target.check(snapshot.read)
+                images.append(snapshot.read(target.areas[0], 400 * PAGE))
+                if number == 3:
+                    states = {run.state for run in snapshot.runs}
+                    assert RunState.PARENT in states
+                    snapshot.flatten(tmp_path / "flat", durable=False)
+        assert len(set(images)) == 4
+        for number in range(4):
+            shutil.move(tmp_path / str(number), tmp_path / f"moved {number}")
+        # By hash and not by name.
+        with Snapshot.open(tmp_path / "moved 3") as last, Snapshot.open(tmp_path / "flat") as flat:
+            assert flat.depth == 0
+            flat.verify()
+            assert flat.regions == last.regions
+            for region in last.regions:
+                for address in range(region.start, region.end, 64 * PAGE):
+                    length = min(64 * PAGE, region.end - address)
+                    try:
+                        expected = last.read(address, length)
+                    except LookupError:
+                        continue
+                    assert flat.read(address, length) == expected
+        shutil.rmtree(tmp_path / "moved 1")
+        with pytest.raises(SnapshotFormatError):
+            Snapshot.open(tmp_path / "moved 3")
+
+
+def test_a_tracker_of_another_snapshot(program: str, tmp_path: Path) -> None:
+    """What was written since the parent is known only to the tracker that the parent had."""
+    with (
+        counters(program, 1, 16, "s") as target,
+        Process(target.pid) as process,
+        DirtyTracker(process) as tracker,
+    ):
+        take(process, tmp_path / "1")
+        with pytest.raises(SnapshotError) as caught:
+            take(process, tmp_path / "2", parent=tmp_path / "1", tracker=tracker)
+        assert caught.value.reason == "parent"
+        take(process, tmp_path / "2", tracker=tracker)
+        with tracker.collect() as round_:
+            round_.commit()  # from here on the tracker knows less
+        with pytest.raises(SnapshotError):
+            take(process, tmp_path / "3", parent=tmp_path / "2", tracker=tracker)
+        with (
+            counters(program, 1, 16, "s") as other,
+            Process(other.pid) as stranger,
+            pytest.raises(SnapshotError) as caught,
+        ):
+            take(stranger, tmp_path / "3", parent=tmp_path / "2")
+        assert caught.value.reason == "parent"
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_a_failed_incremental_loses_nothing(program: str, tmp_path: Path) -> None:
+    """The next one has what the failed one had collected."""
+    with (
+        counters(program, 2, 200, "s") as target,
+        Process(target.pid) as process,
+        DirtyTracker(process) as tracker,
+    ):
+        take(process, tmp_path / "1", tracker=tracker)
+        target.works_on()
+
+        def fail(progress: object) -> None:
+            if getattr(progress, "phase", "") == "sums":
+                raise OSError(28, os.strerror(28))
+
+        with pytest.raises(OSError) as caught:
+            take(process, tmp_path / "2", parent=tmp_path / "1", tracker=tracker, progress=fail)
+        assert caught.value.errno == 28
+        take(process, tmp_path / "3", parent=tmp_path / "1", tracker=tracker)
+        with Snapshot.open(tmp_path / "3") as snapshot:
+            target.check(snapshot.read)
+    assert sorted(os.listdir(tmp_path)) == ["1", "3"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"method": "fast"},
+        {"shared": "yes"},
+        {"max_stall_s": -1.0},
+        {"rounds": 0},
+        {"rate": 0},
+        {"compress": 23},
+        {"ranges": []},
+    ],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_bad_arguments(bad: dict[str, object], tmp_path: Path) -> None:
+    with Process(os.getpid()) as process, pytest.raises(ValueError):
+        Snapshot.take(process, tmp_path / "one", **bad)  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_replaced_and_no_link_is_followed(program: str, tmp_path: Path) -> None:
+    with counters(program, 1, 16, "s") as target, Process(target.pid) as process:
+        (tmp_path / "file").write_text("mine")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "folder")
+        (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+        for name in ("file", "folder", "link", "dangling"):
+            with pytest.raises(FileExistsError):
+                take(process, tmp_path / name)
+        take(process, tmp_path / "one")
+        (tmp_path / "alias").symlink_to(tmp_path / "one")
+        with pytest.raises(OSError):
+            Snapshot.open(tmp_path / "alias")
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        (tmp_path / "two" / "pages").unlink()
+        (tmp_path / "two" / "pages").symlink_to(tmp_path / "one" / "pages")
+        with pytest.raises(OSError):
+            Snapshot.open(tmp_path / "two")
+        with pytest.raises(FileNotFoundError):
+            take(process, tmp_path / "no" / "such")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+SHARED = """
+import ctypes, mmap, sys
+shared = mmap.mmap(-1, 4 * 4096)
+shared[0:6] = b"shared"
+print(ctypes.addressof(ctypes.c_char.from_buffer(shared)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_shared_memory(tmp_path: Path) -> None:
+    """Refused by name; copied in the stop, or left out, and marked in both cases."""
+    popen = subprocess.Popen(
+        [sys.executable, "-c", SHARED], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert popen.stdout is not None
+    address = int(popen.stdout.readline())
+    try:
+        with Process(popen.pid) as process:
+            with pytest.raises(SnapshotError) as caught:
+                take(process, tmp_path / "refused")
+            assert caught.value.reason == "shared"
+            for method in METHODS:
+                for shared in ("pause", "skip"):
+                    path = tmp_path / f"{method} {shared}"
+                    report = take(process, path, method=method, shared=shared)
+                    gaps = report.not_of_one_instant  # type: ignore[attr-defined]
+                    assert address in {gap.start for gap in gaps}
+                    with Snapshot.open(path) as snapshot:
+                        if shared == "pause":
+                            assert snapshot.read(address, 6) == b"shared"
+                            continue
+                        assert snapshot.state(address) is RunState.SHARED
+                        with pytest.raises(LookupError):
+                            snapshot.read(address, 1)
+    finally:
+        popen.communicate()
+
+
+def test_two_at_once(program: str, tmp_path: Path) -> None:
+    """The second is refused, with the name of the first."""
+    with counters(program, 1, 16, "s") as target, Process(target.pid) as process:
+        inner: list[SnapshotError] = []
+
+        def again(progress: object) -> None:
+            if not inner:
+                with pytest.raises(SnapshotError) as caught:
+                    take(process, tmp_path / "second")
+                inner.append(caught.value)
+
+        take(process, tmp_path / "first", progress=again)
+        take(process, tmp_path / "third")
+    assert inner[0].reason == "busy"
+    assert str(tmp_path / "first") in str(inner[0])
+    assert sorted(os.listdir(tmp_path)) == ["first", "third"]
+
+
+# Failures
+
+
+@contextmanager
+def tmpfs(path: Path, size: str) -> Iterator[Path]:
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_disk(method: Used, program: str, tmp_path: Path) -> None:
+    with (
+        tmpfs(tmp_path / "small", "1m") as folder,
+        counters(program, 2, 400, "s") as target,
+        Process(target.pid) as process,
+    ):
+        with pytest.raises(OSError) as caught:
+            take(process, folder / "one", method=method)
+        assert caught.value.errno == 28
+        assert os.listdir(folder) == []
+        unharmed(target)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_directory_is_removed_meanwhile(method: Used, program: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def remove(progress: object) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    with counters(program, 1, 100, "s") as target, Process(target.pid) as process:
+        with pytest.raises(FileNotFoundError):
+            take(process, folder / "one", method=method, progress=remove)
+        unharmed(target)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_process_ends_meanwhile(
+    method: Used, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(name: str) -> None:
+        if name == "stopped":
+            target.popen.kill()
+            wait_until(lambda: not process.is_running)
+
+    monkeypatch.setattr(_capture, "barrier", kill)
+    with (
+        counters(program, 1, 100, "s") as target,
+        Process(target.pid) as process,
+        pytest.raises(SnapshotError) as caught,
+    ):
+        take(process, tmp_path / "one", method=method)
+    assert caught.value.reason == "ended"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_process_that_writes_too_fast(program: str, tmp_path: Path) -> None:
+    """It is not made to stand for longer than it may: the snapshot ends."""
+    with counters(program, 2, 4000) as target, Process(target.pid) as process:
+        with pytest.raises(SnapshotError) as caught:
+            Snapshot.take(process, tmp_path / "one", method="precopy", max_stall_s=0.001)
+        assert caught.value.reason == "stalled"
+        unharmed(target)
+    assert os.listdir(tmp_path) == []
+
+
+POINTS = {
+    "stopped": ("begun", "stopped", "copied", "captured", "pages", "written"),
+    "precopy": ("round 0", "stopped", "copied", "resumed", "captured", "written"),
+}
+
+
+@contextmanager
+def standing_at(point: str, target: Process, path: Path, **options: object) -> Iterator[int]:
+    """Fork a process that takes a snapshot and stands still at a point."""
+    there, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+
+        def stand(name: str) -> None:
+            if name == point:
+                os.write(write_end, b"t")
+                time.sleep(1000)
+
+        _capture.barrier = stand
+        try:
+            with Process(target.pid) as mine:
+                take(mine, path, **options)
+        finally:
+            os._exit(1)
+    os.close(write_end)
+    try:
+        assert os.read(there, 1) == b"t", point
+        yield pid
+    finally:
+        os.close(there)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_each_point(method: Used, program: str, tmp_path: Path) -> None:
+    """No snapshot, a parent without damage, and a process that works on."""
+    with counters(program, 2, 200, "s") as target, Process(target.pid) as process:
+        take(process, tmp_path / "parent")
+        for point in POINTS[method]:
+            with standing_at(
+                point, process, tmp_path / "one", method=method, parent=tmp_path / "parent"
+            ):
+                pass
+            unharmed(target)
+            assert not (tmp_path / "one").exists(), point
+            with Snapshot.open(tmp_path / "parent") as snapshot:
+                snapshot.verify()
+        # What they left is removed by the next one.
+        assert len(list(tmp_path.iterdir())) > 1
+        take(process, tmp_path / "one")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "parent"]
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def taken(program: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chain of two."""
+    folder = tmp_path_factory.mktemp("taken")
+    with counters(program, 1, 40, "s") as target, Process(target.pid) as process:
+        take(process, folder / "first")
+        target.works_on()
+        take(process, folder / "second", parent=folder / "first")
+    return folder
+
+
+def read_all(path: Path) -> None:
+    with Snapshot.open(path) as snapshot:
+        snapshot.verify()
+
+
+def flipped(path: Path, at: int, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages"])
+def test_each_flipped_bit_is_found(which: str, name: str, taken: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(taken, copy)
+    file = copy / which / name
+    original = file.read_bytes()
+    with Snapshot.open(taken / which) as snapshot:
+        data = [run for run in snapshot.runs if run.state is RunState.DATA]
+    places = (
+        [run.offset + run.stored * k // 3 for run in data[:4] for k in (0, 1, 2)]
+        if name == "pages"
+        else range(0, len(original), max(1, len(original) // 12))
+    )
+    for number, at in enumerate(places):
+        flipped(file, at, number % 8)
+        with pytest.raises(SnapshotFormatError):
+            read_all(copy / "second")
+        file.write_bytes(original)
+    read_all(copy / "second")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages"])
+def test_truncated_and_missing(name: str, taken: Path, tmp_path: Path) -> None:
+    for length in (0, 1, -1):
+        copy = tmp_path / f"copy {length}"
+        shutil.copytree(taken / "first", copy)
+        os.truncate(copy / name, length if length >= 0 else os.path.getsize(copy / name) - 1)
+        with pytest.raises(SnapshotFormatError):
+            read_all(copy)
+    (copy / name).unlink()
+    with pytest.raises(SnapshotFormatError):
+        read_all(copy)
+
+
+@pytest.mark.parametrize("how", ["cp", "tar", "cat"])
+def test_copies_without_holes(how: str, taken: Path, tmp_path: Path) -> None:
+    """Holes save space, and mean nothing."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for file in ("manifest.json", "runs", "pages"):
+            source, target = taken / name / file, tmp_path / name / file
+            if how == "cp":
+                subprocess.run(["cp", "--sparse=never", source, target], check=True)
+            elif how == "cat":
+                with open(target, "wb") as out:
+                    subprocess.run(["cat", source], stdout=out, check=True)
+        if how == "tar":
+            packed = subprocess.run(
+                ["tar", "-C", taken, "-cf", "-", name], check=True, capture_output=True
+            ).stdout
+            subprocess.run(["tar", "-C", tmp_path, "-xf", "-"], input=packed, check=True)
+    read_all(tmp_path / "second")
+
+
+def test_compression(program: str, tmp_path: Path) -> None:
+    with counters(program, 2, 400, "s") as target, Process(target.pid) as process:
+        take(process, tmp_path / "packed", compress=3)
+        with Snapshot.open(tmp_path / "packed") as snapshot:
+            target.check(snapshot.read)
+            snapshot.verify()
+            snapshot.flatten(tmp_path / "flat", durable=False)
+        with Snapshot.open(tmp_path / "flat") as flat:
+            target.check(flat.read)
+    sizes = [os.stat(tmp_path / name / "pages").st_blocks for name in ("packed", "flat")]
+    assert 4 * sizes[0] < sizes[1]
+    flipped(tmp_path / "packed" / "pages", 100, 3)
+    with pytest.raises(SnapshotFormatError):
+        read_all(tmp_path / "packed")
+
+
+def test_the_checksum_of_the_standard_library(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    with counters(program, 1, 40, "s") as target, Process(target.pid) as process:
+        take(process, tmp_path / "one")
+    with Snapshot.open(tmp_path / "one") as snapshot:
+        assert snapshot.manifest["checksum"] == "crc32"
+        snapshot.verify()
+    assert [name for name in _sums._SUMS] == ["xxh3_64", "crc32"]
+
+
+# The commands
+
+
+def test_the_commands(program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        return code, *capsys.readouterr()
+
+    with counters(program, 2, 200, "s") as target:
+        pid, one, two = str(target.pid), str(tmp_path / "one"), str(tmp_path / "two")
+        options = ("--max-stall", str(LIMIT_S), "--no-sync")
+        code, out, _ = run("snapshot", pid, "-o", one, *options)
+        assert (code, out.splitlines()[0].split("; ")[1]) == (
+            0,
+            f"it is to stand for at most {LIMIT_S:g} s",
+        )
+        code, out, error = run("snapshot", pid, "-o", two, "--parent", one, "--json", *options)
+        assert (code, json.loads(out)["path"], error) == (0, two, "")
+        info = json.loads(run("info", two, "--json")[1])
+        assert (info["depth"], info["target"]["pid"]) == (1, target.pid)
+        assert info["bytes"]["parent"] > 0
+        assert "incremental, 1 parent" in run("info", two)[1]
+        assert run("verify", two)[:2] == (0, f"{two}: good\n")
+        flat = str(tmp_path / "flat")
+        code, out, _ = run("flatten", two, "-o", flat, "--no-sync", "--json")
+        assert (code, json.loads(out)["depth"]) == (0, 1)
+        assert run("flatten", two, "-o", flat)[0] == 2
+        flipped(tmp_path / "one" / "runs", 60, 1)
+        code, out, error = run("verify", two)
+        assert (code, out, "SHA-256" in error) == (1, "", True)
+        assert not json.loads(run("verify", two, "--json")[1])["good"]
+        assert run("snapshot", pid, "-o", one)[0] == 2
+        assert run("snapshot", pid, "-o", str(tmp_path / "x"), "--compress", "99")[0] == 2
+        unharmed(target)
+    assert run("snapshot", pid, "-o", str(tmp_path / "gone"))[0] == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command(
+    number: signal.Signals, code: int, program: str, tmp_path: Path
+) -> None:
+    """While it copies at a low rate; the process works on and there is no directory."""
+    with counters(program, 2, 400, "s") as target:
+        words = ["snapshot", str(target.pid), "-o", str(tmp_path / "one"), "--rate", "0.0001"]
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "pyuffd", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert popen.stdout is not None
+        popen.stdout.readline()
+        wait_until(lambda: bool(list(tmp_path.glob(".one.*/pages"))))
+        popen.send_signal(number)
+        popen.communicate(timeout=10 * SCALE)
+        assert popen.returncode == code
+        assert os.listdir(tmp_path) == []
+        unharmed(target)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 10 * SCALE
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
