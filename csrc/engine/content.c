@@ -30,6 +30,9 @@ static int open_source(struct uffd_content *content, const struct uffd_range_spe
 	if (spec->source == UFFD_SOURCE_OVERLAY)
 		return uffd_overlay_create(&spec->overlay, spec->length, spec->page_size,
 					   spec->writes_cache, &content->overlay);
+	if (spec->source == UFFD_SOURCE_REQUEST && spec->overlay.run_count)
+		return uffd_overlay_create(&spec->overlay, spec->length, spec->page_size, false,
+					   &content->outline);
 	if (spec->source != UFFD_SOURCE_MEMORY && spec->source != UFFD_SOURCE_FILE)
 		return 0;
 	if (spec->source_length <= spec->length - spec->page_size)
@@ -86,6 +89,7 @@ void uffd_content_put(struct uffd_content *content)
 		return;
 	uffd_file_close(&content->file);
 	uffd_overlay_destroy(content->overlay);
+	uffd_overlay_destroy(content->outline);
 	uffd_free(content->tail);
 	uffd_free(content);
 }
@@ -105,6 +109,21 @@ uint64_t uffd_content_covered(const struct uffd_content *content, uint64_t offse
 	if (content->kind == UFFD_SOURCE_FILE && offset < content->length)
 		covered = uffd_file_covered(&content->file, offset, length);
 	return covered == length ? length : covered & ~(content->page_size - 1);
+}
+
+uint64_t uffd_content_stretch(const struct uffd_content *content, uint64_t offset,
+			      uint64_t length, bool *zeros_ret)
+{
+	const struct uffd_overlay *overlay = content->overlay ? content->overlay : content->outline;
+	struct uffd_stretch stretch;
+
+	/* The page cache, to which zeros were to be written, may hold something else. */
+	*zeros_ret = content->kind == UFFD_SOURCE_ZERO && !content->writes_cache;
+	if (!overlay)
+		return length;
+	stretch = uffd_overlay_stretch(overlay, offset, length);
+	*zeros_ret = stretch.kind == UFFD_STRETCH_ZERO && !content->writes_cache;
+	return stretch.length;
 }
 
 int uffd_content_read(const struct uffd_content *content, void *target, uint64_t offset,

@@ -326,6 +326,15 @@ static inline bool needs_request(const struct uffd_range *range)
 	return range->content->kind == UFFD_SOURCE_REQUEST;
 }
 
+/* Whether the page is zeros by what its source is. */
+static inline bool is_zeros(const struct uffd_range *range, uint64_t page)
+{
+	bool zeros;
+
+	uffd_content_stretch(range->content, content_offset(range, page), range->page_size, &zeros);
+	return zeros;
+}
+
 /* Whether to save old content before the page is written. */
 static inline bool preserves(const struct uffd_range *range)
 {

@@ -137,7 +137,7 @@ static int open_leaves(struct uffd_overlay *overlay, const struct uffd_overlay_s
 		};
 	overlay->leaf_count = spec->leaf_count;
 	measure_leaves(overlay);
-	for (uint64_t i = 0; i < spec->leaf_count && r == 0; i++) {
+	for (uint64_t i = 0; i < spec->leaf_count && r == 0 && !spec->is_outline; i++) {
 		struct leaf *leaf = &overlay->leaves[i];
 
 		if (leaf->kind != UFFD_LEAF_FILE || !leaf->file_to)
@@ -171,7 +171,7 @@ int uffd_overlay_create(const struct uffd_overlay_spec *spec, uint64_t length,
 		memcpy(overlay->runs, spec->runs, spec->run_count * sizeof(*overlay->runs));
 		r = open_leaves(overlay, spec);
 	}
-	if (r == 0 && (is_read || has_mixed(overlay)))
+	if (r == 0 && !spec->is_outline && (is_read || has_mixed(overlay)))
 		r = check_copying();
 	if (r) {
 		uffd_overlay_destroy(overlay);

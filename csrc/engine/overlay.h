@@ -36,6 +36,7 @@ struct uffd_overlay_spec {
 	uint64_t leaf_count;
 	const struct uffd_run_spec *runs;	/* by start; the first begins at 0 */
 	uint64_t run_count;
+	uint32_t is_outline;	/* only tells where zeros are: no leaf is opened or read */
 };
 
 struct uffd_overlay;

@@ -302,6 +302,9 @@ int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fil
 		return put_zeros(range, at, length, why, result_ret);
 	if (content->overlay)
 		return put_overlay(range, at, length, why, result_ret);
+	/* Workers are asked for all else. */
+	if (content->outline && is_zeros(range, at))
+		return put_zeros(range, at, length, why, result_ret);
 	return put_source(range, at, length, why, result_ret);
 }
 

@@ -237,7 +237,7 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 	/* Fill it through the page cache, even if that has a hole here. */
 	if (was == UFFD_PAGE_ABSENT && range->content->writes_cache)
 		kind = UFFD_KIND_MINOR;
-	if (was == UFFD_PAGE_ABSENT && is_lost_when_dropped(range, kind)) {
+	if (was == UFFD_PAGE_ABSENT && is_lost_when_dropped(range, kind) && !is_zeros(range, page)) {
 		if (atomic_load(&range->space->engine->refusing)) {
 			poison_page(range, page);
 			return OUTCOME_FAILED;

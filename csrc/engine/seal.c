@@ -31,19 +31,24 @@ static uint8_t state_to_poison(struct uffd_range *range, uint64_t page)
 		? UFFD_PAGE_POISONED : UFFD_PAGE_ABSENT;
 }
 
-/* Poison a run of absent pages; pages in flight are left out. */
+/* Poison a run of absent pages; pages in flight, and those that are zeros, are left out. */
 static uint64_t poison_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
 			     uint64_t end, int *error_ret, uint64_t *done_ret)
 {
 	struct uffd_fill_result result;
+	uint64_t stop, past, length;
 	uint8_t expected;
-	uint64_t stop, past;
+	bool zeros;
 
 	(void)all;
 	while (at < end && atomic_load(state_of(range, at)) != state_to_poison(range, at))
 		at += range->page_size;
 	if (at >= end)
 		return end;
+	length = uffd_content_stretch(range->content, content_offset(range, at), end - at, &zeros);
+	if (zeros)
+		return at + length;
+	end = at + length;
 	expected = state_to_poison(range, at);
 	stop = at;
 	while (stop < end && atomic_compare_exchange_strong(state_of(range, stop), &expected,

@@ -9,6 +9,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "alloc.h"
 #include "gate.h"
 #include "space.h"
 #include "spaces.h"
@@ -38,6 +39,23 @@ int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t layout_ev
 			  int32_t owner_pid, uint32_t *space_ret)
 {
 	return space_add(engine, fd, false, layout_events, owner_pid, NEXT_NUMBER, space_ret);
+}
+
+size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
+{
+	struct uffd_space *space;
+	size_t found = 0;
+
+	*forks_ret = NULL;
+	pthread_mutex_lock(&engine->spaces_lock);
+	if (atomic_load(&engine->space_count) > 1)
+		*forks_ret = uffd_alloc(atomic_load(&engine->space_count) * sizeof(**forks_ret));
+	if (*forks_ret)
+		LIST_FOREACH(space, &engine->spaces, link)
+			if (space->owned)
+				(*forks_ret)[found++] = space->number;
+	pthread_mutex_unlock(&engine->spaces_lock);
+	return found;
 }
 
 static void wake_space(struct uffd_space *space)

@@ -17,6 +17,7 @@
 #include "seal.h"
 #include "slices.h"
 #include "space.h"
+#include "spaces.h"
 #include "uffd_shim.h"
 #include "unserve.h"
 
@@ -220,24 +221,6 @@ int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uin
 	       struct patience *patience)
 {
 	return unserve_span(engine, ref, &WHOLE, flags, patience);
-}
-
-/* List the numbers of all forks in `forks_ret`, which the caller frees. */
-static size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
-{
-	struct uffd_space *space;
-	size_t found = 0;
-
-	*forks_ret = NULL;
-	pthread_mutex_lock(&engine->spaces_lock);
-	if (atomic_load(&engine->space_count) > 1)
-		*forks_ret = uffd_alloc(atomic_load(&engine->space_count) * sizeof(**forks_ret));
-	if (*forks_ret)
-		LIST_FOREACH(space, &engine->spaces, link)
-			if (space->owned)
-				(*forks_ret)[found++] = space->number;
-	pthread_mutex_unlock(&engine->spaces_lock);
-	return found;
 }
 
 static int unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from pyuffd._arguments import check_int, shown
 from pyuffd._pages import PAGE_SIZE, round_down, round_up
@@ -129,6 +129,13 @@ class OverlaySource:
     def calls_python(self) -> bool:
         """Whether Python reads a leaf."""
         return not all(isinstance(leaf, IN_C) for leaf in self.leaves)
+
+    @classmethod
+    def _of_runs(cls, leaves: Sequence[PageSource], runs: Sequence[Run], length: int) -> Self:
+        """Return an overlay of runs that follow each other from 0 to `length`."""
+        self = cls.__new__(cls)
+        self._length, self.runs, self.leaves = length, runs, leaves
+        return self
 
     def with_leaves(self, leaves: Sequence[PageSource]) -> OverlaySource:
         """Return the same overlay of other sources, in the order of `leaves`."""

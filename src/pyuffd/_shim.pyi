@@ -510,6 +510,9 @@ class _Lib:
     def uffd_engine_populate(
         self, engine: CData, ref: CData, offset: int, length: int, chunk: int, result_ret: CData, /
     ) -> int: ...
+    def uffd_engine_load(
+        self, engine: CData, ref: CData, offset: int, length: int, chunk: int, result_ret: CData, /
+    ) -> int: ...
     def uffd_engine_fill(
         self,
         engine: CData,

@@ -48,7 +48,7 @@ FLOORS = [
     {"engine/save", "engine/states", "engine/serve"},
     {"engine/resolve", "engine/promise", "engine/evict"},
     {"engine/prefetch", "engine/answer", "engine/populate", "engine/supply", "engine/inline"},
-    {"engine/drain", "engine/stall", "engine/retry"},
+    {"engine/drain", "engine/stall", "engine/retry", "engine/load"},
     {"engine/step"},
     {"engine/loop", "engine/patience"},
     {"engine/request", "engine/seal"},

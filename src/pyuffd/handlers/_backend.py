@@ -97,6 +97,9 @@ class Backend(Protocol):
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages, `chunk` bytes at a time by workers; return the bytes filled."""
 
+    def load(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
+        """Fill absent pages that have content, in forks too; return the bytes filled."""
+
     def fill(
         self, served: RangeId, offset: int, source: Bounce | int, length: int, *, unprotected: bool
     ) -> int:

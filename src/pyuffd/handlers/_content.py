@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyuffd._arguments import check_int
 from pyuffd._overlay import OverlaySource, packed_runs
 from pyuffd._pages import RangeLike, page_size_of
-from pyuffd.handlers._types import Content, Leaf, LeafKind, Overlay, SourceKind
+from pyuffd.handlers._types import Content, Leaf, LeafKind, Overlay, SourceKind, outline_of
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
 
@@ -41,7 +41,14 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
     if isinstance(source, OverlaySource):
         # Python reads it; its files are named for a helper process, to which they are sent.
         files = tuple(_leaf(leaf) for leaf in source.leaves if isinstance(leaf, FileSource))
-        return Content(SourceKind.REQUEST, owner=source, overlay=Overlay(files, b""))
+        leaves, runs = packed_runs(source, region.length)
+        everything = Content(SourceKind.OVERLAY, overlay=Overlay(tuple(map(_leaf, leaves)), runs))
+        return Content(
+            SourceKind.REQUEST,
+            owner=source,
+            overlay=Overlay(files, b""),
+            outline=outline_of(everything),
+        )
     return Content(SourceKind.REQUEST, owner=source)
 
 
@@ -50,4 +57,5 @@ def _leaf(source: PageSource) -> Leaf:
         return Leaf(LeafKind.FILE, fd=source.fileno(), offset=source.offset)
     if isinstance(source, BufferSource):
         return Leaf(LeafKind.MEMORY, address=source.address)
-    return Leaf(LeafKind.ZERO)
+    # What only Python can read is no memory, but it is not zeros either.
+    return Leaf(LeafKind.ZERO if isinstance(source, ZeroSource) else LeafKind.MEMORY)

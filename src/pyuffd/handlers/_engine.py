@@ -49,6 +49,7 @@ KINDS = ("missing", "wp", "minor")
 HELD_CAPACITY = 256
 TAKEN_MOST = 1 << 24  # faults, half a gigabyte
 LEAVE_NS = 1_000_000_000
+_OUTLINE_LEAVES = [(lib.UFFD_LEAF_MEMORY, -1, 0, 0), (lib.UFFD_LEAF_ZERO, -1, 0, 0)]
 
 
 _COUNTERS = [
@@ -211,7 +212,10 @@ class Engine(EnginePages):
         spec.source_offset = content.offset
         spec.source_length = content.length
         is_overlay = content.kind is SourceKind.OVERLAY
-        keeps = _fill_overlay(spec.overlay, content.overlay) if is_overlay else None
+        if content.kind is SourceKind.REQUEST and content.outline:
+            keeps = _fill_outline(spec.overlay, content.outline)
+        else:
+            keeps = _fill_overlay(spec.overlay, content.overlay if is_overlay else None)
         spec.local = given.local
         spec.preserve = given.preserve
         spec.writes_cache = given.writes_cache
@@ -575,6 +579,16 @@ def _fill_overlay(spec: Any, overlay: Overlay | None) -> object:
     runs = ffi.from_buffer("struct uffd_run_spec[]", overlay.runs)
     spec.leaves, spec.leaf_count = leaves, len(leaves)
     spec.runs, spec.run_count = runs, len(runs)
+    return leaves, runs
+
+
+def _fill_outline(spec: Any, outline: bytes) -> object:
+    """Describe where a content has zeros; return what that refers to."""
+    leaves = ffi.new("struct uffd_leaf_spec[]", _OUTLINE_LEAVES)
+    runs = ffi.from_buffer("struct uffd_run_spec[]", outline)
+    spec.leaves, spec.leaf_count = leaves, len(leaves)
+    spec.runs, spec.run_count = runs, len(runs)
+    spec.is_outline = 1
     return leaves, runs
 
 

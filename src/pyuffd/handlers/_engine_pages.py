@@ -66,6 +66,17 @@ class EnginePages(SoleOwner):
             raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
         return int(out.filled)
 
+    def load(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
+        """Fill absent pages that have content, in forks too; return the bytes filled."""
+        out = ffi.new("struct uffd_populate_result *")
+        code = lib.uffd_engine_load(self._engine(), range_ref(served), offset, length, chunk, out)
+        if code:
+            failed = out.failed_at
+            at = (failed, None) if failed else (served.start + offset, length)
+            hint = self._why_not_populated(served, failed, -code) if failed else ""
+            raise_errno("load", -code, *at, hint=hint, completed=int(out.filled))
+        return int(out.filled)
+
     def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
         """Return why `populate` could not fill a page, or ""."""
         return "" if served.space else why_unresolved(code, address, self._owner_pid or "self")

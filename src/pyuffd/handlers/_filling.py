@@ -104,17 +104,70 @@ class FillsPages(HandlerBase):
                 of these may lie after `start`.
         """
         engine, served, first, pages = self._pages(region, offset, length)
+        self._check_chunk(served, chunk, "populate")
+        size = served.page_size
+        if isinstance(engine, WorkedEngine):
+            engine.check_access(served, served.id.start + first * size, pages * size)
+        return engine.populate(served.id, first * size, pages * size, chunk or 0)
+
+    def load(
+        self,
+        region: RangeLike,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        chunk: int | None = None,
+    ) -> int:
+        """Fill the absent pages that have content, in forks too, and return the bytes filled.
+
+        Afterwards `unserve` loses nothing. Unlike `populate` this leaves pages that are zeros by
+        what their source is (a ZeroSource, the gaps of an OverlaySource) to their faults, so that
+        memory which a process has only reserved is not used up; it skips what the owner has
+        unmapped, and follows what was moved. The copies that forks have of the region are filled
+        after it, those of private memory each with pages of its own.
+
+        Args:
+            region: A served region.
+            offset: Where to begin in bytes, a multiple of the page size.
+            length: Bytes, a multiple of the page size; to the end by default.
+            chunk: As for `populate`.
+
+        Raises:
+            ValueError: not served, pages outside the region, or a bad chunk.
+            UffdOSError: as `populate`.
+            ProcessGoneError: ESRCH - the process has exited; what its forks have was filled.
+
+        Kernel: UFFDIO_COPY(2const).  GIL: released.  Threads: safe; several threads fill several
+        parts at once.  Blocks: until the pages are filled. A fault waits for one slice of 4 MiB at
+        most.
+
+        Example:
+            >>> from pyuffd import Handler, OverlaySource, Region, Userfaultfd
+            >>> image = OverlaySource([(4096, 4096, b"x" * 4096)], gaps="zeros", length=1 << 20)
+            >>> with (
+            ...     Userfaultfd() as uffd,
+            ...     Region.anonymous(1 << 20) as region,
+            ...     Handler(uffd) as handler,
+            ... ):
+            ...     _ = handler.serve(region, image)
+            ...     handler.load(region)
+            4096
+        """
+        engine, served, first, pages = self._pages(region, offset, length)
+        self._check_chunk(served, chunk, "load")
+        size = served.page_size
+        if isinstance(engine, WorkedEngine):
+            engine.check_access(served, served.id.start + first * size, pages * size)
+        return engine.load(served.id, first * size, pages * size, chunk or 0)
+
+    def _check_chunk(self, served: Served, chunk: int | None, what: str) -> None:
         if chunk is not None and (check_int("chunk", chunk, 1) <= 0 or chunk % served.page_size):
             raise ValueError(
                 f"chunk {chunk:#x} is not a positive multiple of the page size"
                 f" {served.page_size:#x}"
             )
         if served.kind is SourceKind.REQUEST and not self._started:
-            raise ValueError("populate needs running workers: call start() first")
-        size = served.page_size
-        if isinstance(engine, WorkedEngine):
-            engine.check_access(served, served.id.start + first * size, pages * size)
-        return engine.populate(served.id, first * size, pages * size, chunk or 0)
+            raise ValueError(f"{what} needs running workers: call start() first")
 
     def fill(
         self,

@@ -240,6 +240,18 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
         """
         return self._running_engine().spaces
 
+    def space_of(self, uffd: Userfaultfd) -> int:
+        """Return the number that `LoggedFault.space` has for faults of this userfaultfd's memory.
+
+        Raises:
+            ValueError: nothing is served with it.
+        """
+        self._running_engine()
+        space = self._spaces.get(uffd)
+        if space is None:
+            raise ValueError(f"this handler serves nothing with {uffd!r}")
+        return space
+
     @property
     def owner_exited(self) -> bool:
         """Whether the process whose memory `uffd` governs has exited, or called execve(2).

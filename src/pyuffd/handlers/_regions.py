@@ -35,6 +35,7 @@ from pyuffd.handlers._served_parts import Part, without
 from pyuffd.handlers._serving import (
     OnClose,
     Served,
+    check_ioctls,
     check_local,
     is_shared,
     leaves_holes,
@@ -74,6 +75,7 @@ class ServesRegions(HandlerBase):
         local: RangeLike | None = None,
         uffd: Userfaultfd | None = None,
         present: Present | None = None,
+        ioctls: Ioctl | None = None,
     ) -> Ioctl:
         """Register a region and resolve its faults from now on; return the ioctls it supports.
 
@@ -111,6 +113,9 @@ class ServesRegions(HandlerBase):
                 only). The default is "refuse", but "keep" if a handler may have filled them: for
                 adopted userfaultfds, and for a Region that was served before, whose poison marks
                 are kept too.
+            ioctls: For memory that the owner of an adopted userfaultfd registers itself, before or
+                after this call: the ioctls that it then supports. The handler registers nothing,
+                and calls no page present before its fill finds it so.
 
         Raises:
             ValueError: a range that is served already, pages that are present (see `present`), a
@@ -131,6 +136,7 @@ class ServesRegions(HandlerBase):
                 self._owners.add(uffd)
             reads_owner = preserve is not None and local is None
             self._owners.check_serving(uffd, reads_owner, leaves_holes(region, uffd, mode))
+            check_ioctls(ioctls, uffd, present)
             policy = choose_present(
                 present, region, source, mode, uffd, is_here=self._owners.are_here(uffd)
             )
@@ -204,13 +210,16 @@ class ServesRegions(HandlerBase):
                     preserves=preserve is not None,
                     on_close=on_close,
                 )
+                is_registered_later = ioctls is not None
                 ioctls = register(
                     engine,
                     served,
                     lambda: self._owners.verify(uffd, region, needed=reads_owner),
                     granted,
+                    ioctls,
                 )
-                if policy == "keep":
+                # What is there before its owner has mapped and registered it is something else.
+                if policy == "keep" and not is_registered_later:
                     engine.take_in(served.id)
                 if self._started:
                     self._may_move = False

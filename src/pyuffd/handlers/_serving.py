@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
+from pyuffd._arguments import check_flags
 from pyuffd._errors import HandlerError, HelperLostError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
@@ -228,12 +229,33 @@ def touched_by(
     return (region,) if preserve is not None else ()
 
 
+def check_ioctls(ioctls: Ioctl | None, uffd: Userfaultfd, present: str | None) -> None:
+    """Raise ValueError for ioctls of a range that this handler has to register itself."""
+    if ioctls is None:
+        return
+    check_flags("ioctls", ioctls, Ioctl)
+    if not uffd.adopted:
+        raise ValueError(
+            f"ioctls= is for memory that its owner registers, and {uffd!r} was opened here"
+        )
+    if present not in (None, "keep"):
+        raise ValueError(f"present={present!r} with ioctls=: the memory may not be mapped yet")
+
+
 def register(
-    engine: Backend, served: Served, check: Callable[[], None], granted: lowlevel.Granted
+    engine: Backend,
+    served: Served,
+    check: Callable[[], None],
+    granted: lowlevel.Granted,
+    ioctls: Ioctl | None,
 ) -> Ioctl:
-    """Register a range of the engine, and check it; the caller calls `take_back` on failure."""
+    """Register a range of the engine, and check it; the caller calls `take_back` on failure.
+
+    With `ioctls` its owner registers it.
+    """
     start, length = served.id.start, served.id.length
-    ioctls = served.uffd.register(start, length, mode=served.mode, granted=granted)
+    if ioctls is None:
+        ioctls = served.uffd.register(start, length, mode=served.mode, granted=granted)
     missing = [
         str(ioctl.name)
         for one_mode, ioctl in NEEDED_IOCTL.items()

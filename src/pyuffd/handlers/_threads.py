@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Unpack
 
 from pyuffd._errors import UffdOSError
@@ -40,7 +40,7 @@ from pyuffd.handlers._types import (
 from pyuffd.sources import AsyncSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from typing_extensions import Buffer
 
@@ -230,8 +230,18 @@ class WorkedEngine(Engine):
 
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages; an exception of the source is the cause of the error."""
-        try:
+        with self._explained(served, offset, length):
             return super().populate(served, offset, length, chunk)
+
+    def load(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
+        """Fill absent pages that have content; errors are explained as by `populate`."""
+        with self._explained(served, offset, length):
+            return super().load(served, offset, length, chunk)
+
+    @contextmanager
+    def _explained(self, served: RangeId, offset: int, length: int) -> Iterator[None]:
+        try:
+            yield
         except UffdOSError as error:
             first = served.start + offset
             failed = {at for at in self._not_populated.copy() if 0 <= at - first < length}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple, TypedDict
@@ -14,6 +15,7 @@ from pyuffd._shim import lib
 
 # How long to wait for threads at a page before it is poisoned: far longer than a slow disk needs.
 PATIENCE_S = 10.0
+_RUN_WORDS = 3  # of struct uffd_run_spec
 
 
 class PageState(Number):
@@ -124,6 +126,7 @@ class Content:
     length: int = 0
     owner: object = None
     overlay: Overlay | None = None
+    outline: bytes = b""  # REQUEST: where it has zeros, see `outline_of`
 
     @property
     def fds(self) -> list[int]:
@@ -144,6 +147,23 @@ class Content:
         if self.overlay is not None:
             return replace(self, overlay=self.overlay.with_fds(fds))
         return replace(self, fd=fds[0]) if fds else self
+
+
+def outline_of(content: Content) -> bytes:
+    """Return the runs of a content as those of two leaves, 1 if it is zeros and 0 if not.
+
+    It is empty if all of the content, or none of it, may be zeros.
+    """
+    overlay = content.overlay
+    if content.outline or overlay is None or not overlay.runs:
+        return content.outline
+    words = memoryview(overlay.runs).cast("Q")
+    outline = array("Q")
+    for at in range(0, len(words), _RUN_WORDS):
+        is_zeros = int(overlay.leaves[words[at + 1]].kind is LeafKind.ZERO)
+        if not outline or outline[-2] != is_zeros:
+            outline.extend((words[at], is_zeros, 0))
+    return outline.tobytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class Call(IntEnum):
     REFUSE = auto()
     ABANDON = auto()
     POPULATE = auto()
+    LOAD = auto()
     FILL = auto()
     TAKE_IN = auto()
     WRITEPROTECT = auto()
@@ -88,6 +89,7 @@ KINDS = {call: _PLAIN for call in Call} | {
     Call.LIST_REGISTERED: Kind(waits=True),
     Call.UNLIST_REGISTERED: Kind(waits=True),
     Call.POPULATE: Kind(waits=True),
+    Call.LOAD: Kind(waits=True),
     Call.PAUSE: Kind(waits=True),
     Call.RETRY: Kind(waits=True),
     Call.FILL: Kind(waits=True, has_fds=True),

@@ -230,6 +230,10 @@ class RemoteEngine(SoleOwner):
         """Fill absent pages; return the bytes filled."""
         return int(self._call(Call.POPULATE, served, offset, length, chunk))
 
+    def load(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
+        """Fill absent pages that have content, in forks too; return the bytes filled."""
+        return int(self._call(Call.LOAD, served, offset, length, chunk))
+
     def fill(
         self, served: RangeId, offset: int, source: Bounce | int, length: int, *, unprotected: bool
     ) -> int:

@@ -24,6 +24,7 @@ from pyuffd.handlers._types import (
     RangeSpec,
     SourceFailure,
     SourceKind,
+    outline_of,
 )
 
 _READ = (SourceKind.FILE, SourceKind.OVERLAY)
@@ -67,7 +68,7 @@ class StandIn:
         here = replace(
             spec,
             space=self._spaces[spec.space],
-            content=Content(kind),
+            content=Content(kind, outline=outline_of(spec.content)),
             local=0,
             local_file=None,
             owner=None,

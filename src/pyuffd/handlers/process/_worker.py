@@ -32,6 +32,7 @@ from pyuffd.handlers._types import (
     SourceFailure,
     SourceKind,
     Taken,
+    outline_of,
 )
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book, ServedBook, SpaceBook
@@ -111,6 +112,7 @@ class WorkerProcess:
             Call.REFUSE: engine.refuse,
             Call.ABANDON: self.abandon,
             Call.POPULATE: engine.populate,
+            Call.LOAD: engine.load,
             Call.FILL: self.fill,
             Call.TAKE_IN: engine.take_in,
             Call.WRITEPROTECT: self.writeprotect,
@@ -411,7 +413,8 @@ def _load(packed: object, *, retry: bool) -> PageSource | None:
 def _unread(spec: RangeSpec) -> Content:
     if spec.content.kind in (SourceKind.ZERO, SourceKind.NONE):
         return Content(spec.content.kind)
-    return Content(SourceKind.REQUEST, owner=_LostSource(OSError(errno.EIO, "it is not read now")))
+    lost = _LostSource(OSError(errno.EIO, "it is not read now"))
+    return Content(SourceKind.REQUEST, owner=lost, outline=outline_of(spec.content))
 
 
 def _open(spec: RangeSpec, fds: list[int], *, retry: bool) -> tuple[Content, mmap.mmap | None]:
