@@ -23,6 +23,7 @@ from pyuffd._abi import (
 )
 from pyuffd._errors import (
     ClosedError,
+    CriuError,
     EventsBusyError,
     HandlerError,
     HandoverError,
@@ -170,6 +171,7 @@ __all__ = [
     "Copied",
     "CopyMode",
     "CoreFile",
+    "CriuError",
     "DirtyRound",
     "DirtyTracker",
     "Event",

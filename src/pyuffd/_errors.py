@@ -256,6 +256,27 @@ class SnapshotError(UffdError, RuntimeError):
         return str(self.args[1])
 
 
+CriuReason = Literal["image", "restore", "page-server"]
+
+
+class CriuError(UffdError):
+    """An image of CRIU, its restore or its page server broke CRIU's format, or failed.
+
+    Attributes:
+        reason: Which of them: "image", "restore" or "page-server".
+    """
+
+    reason: CriuReason
+
+    def __init__(self, reason: CriuReason, text: str) -> None:
+        """Store the reason and the text."""
+        super().__init__(reason, text)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 class SnapshotFormatError(UffdError, ValueError):
     """The files of a snapshot are not what they should be: truncated, changed, or incomplete.
 

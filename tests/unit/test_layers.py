@@ -22,7 +22,7 @@ LAYERS = [
     {"sources", "handlers", "handover"},
     {
         *("conformance", "dirty", "snapshot", "migration", "pager", "remote", "integrations"),
-        "testing",
+        *("criu", "testing"),
     },
     {"cli", "__main__", ""},
 ]

@@ -38,6 +38,10 @@ COMMANDS = {
     "info": ("pyuffd.cli.info", "show what a snapshot is of"),
     "verify": ("pyuffd.cli.verify", "check a snapshot and its parents"),
     "flatten": ("pyuffd.cli.flatten", "make one snapshot of an incremental one and its parents"),
+    "criu-lazy-pages": (
+        "pyuffd.cli.criu_lazy_pages",
+        "serve the pages of `criu restore --lazy-pages`, in place of `criu lazy-pages`",
+    ),
     "demo": (
         "pyuffd.cli.demo",
         "write a point-in-time snapshot of a running process and restore it lazily",

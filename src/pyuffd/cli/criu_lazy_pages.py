@@ -1,0 +1,253 @@
+"""`pyuffd criu-lazy-pages`: what `criu restore --lazy-pages` connects to (layer L6)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyuffd.criu import LazyPages, RestoreReport
+
+EXIT_FAILED = 1
+EXIT_MISSING = 2
+
+MIB = float(1 << 20)
+PROGRESS_S = 1.0
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `criu-lazy-pages` command."""
+    parser = subparsers.add_parser(
+        "criu-lazy-pages",
+        description="Serve the pages of `criu restore --lazy-pages`, in place of `criu lazy-pages`:"
+        " the processes run at once, what they touch comes first, and the rest is filled in the"
+        " background. Options with the names of CRIU's mean the same.",
+        epilog="Exit status: 0 if all restores were served, 1 if one failed, 2 on an error before."
+        " SIGTERM or Ctrl-C: restores that run are completed, and no more are served; the second"
+        " one ends at once, and poisons what has not been filled.",
+    )
+    parser.add_argument(
+        "-D", "--images-dir", default=".", metavar="DIR", help="the images (this folder)"
+    )
+    parser.add_argument(
+        "-W", "--work-dir", metavar="DIR", help="where CRIU looks for the socket (that of images)"
+    )
+    parser.add_argument(
+        "-o", "--log-file", metavar="FILE", help="where messages go, in the work dir (stderr)"
+    )
+    parser.add_argument("-v", dest="verbosity", nargs="?", const="1", help="-v4: all messages")
+    parser.add_argument(
+        "-d", "--daemon", action="store_true", help="run in the background once it listens"
+    )
+    parser.add_argument("--pidfile", metavar="FILE", help="write the pid, in the work dir")
+    parser.add_argument(
+        "--status-fd",
+        type=int,
+        metavar="FD",
+        help="write a zero byte to this descriptor, and close it, once it listens",
+    )
+    parser.add_argument(
+        "--restores",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="serve N restores of these images (1); 0: any number, until SIGTERM",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="threads that fill in the background (one for each CPU, up to 8)",
+    )
+    parser.add_argument(
+        "--working-set",
+        metavar="FILE",
+        help="fill the pages that this file names first; write it if it is not of these images",
+    )
+    parser.add_argument(
+        "--record-for",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="when the working set is written: only answer faults for so many seconds (5)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below zero")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until the restores are complete."""
+    if importlib.util.find_spec("google.protobuf") is None:
+        print("pyuffd: CRIU's images need protobuf: pip install 'pyuffd[criu]'", file=sys.stderr)
+        return EXIT_MISSING
+    started = _Background() if args.daemon else None
+    if started is not None and started.is_parent:
+        return started.wait()
+    work_dir = os.path.abspath(args.work_dir or args.images_dir)
+    _set_up_log(args, work_dir)
+    _raise_limit()
+    from pyuffd.criu import LazyPages
+
+    out = _Output(is_json=args.json)
+    with LazyPages(
+        os.path.abspath(args.images_dir),
+        work_dir=work_dir,
+        restores=args.restores,
+        threads=args.threads or None,
+        working_set=args.working_set,
+        record_s=args.record_for,
+        finished=out.restored,
+    ) as server:
+        before = _stop_at_signals(server)
+        try:
+            if args.pidfile:
+                with open(os.path.join(work_dir, args.pidfile), "w", encoding="ascii") as file:
+                    file.write(str(os.getpid()))
+            out.listening(os.path.join(work_dir, os.path.basename(server.path)))
+            _tell_ready(args.status_fd)
+            if started is not None:
+                started.tell()
+            with _Progress(server, out):
+                reports = server.serve()
+        finally:
+            for number, action in before.items():
+                signal.signal(number, action)
+    return EXIT_FAILED if any(report.error for report in reports) else 0
+
+
+def _set_up_log(args: argparse.Namespace, work_dir: str) -> None:
+    level = logging.DEBUG if (args.verbosity or "0").strip("v") >= "4" else logging.WARNING
+    path = os.path.join(work_dir, args.log_file) if args.log_file else None
+    logging.basicConfig(filename=path, level=level, format="%(asctime)s %(message)s")
+
+
+def _raise_limit() -> None:
+    """Use all descriptors that this process may have: each mapping needs a few."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _tell_ready(status_fd: int | None) -> None:
+    if status_fd is not None:
+        os.write(status_fd, b"\0")
+        os.close(status_fd)
+
+
+def _stop_at_signals(server: LazyPages) -> dict[int, Any]:
+    seen: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        server.stop(now=bool(seen))
+        seen.append(number)
+
+    return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+class _Background:
+    """A child that goes on in the background; the parent waits until it listens."""
+
+    def __init__(self) -> None:
+        self._ready, ready = os.pipe()
+        self.is_parent = os.fork() != 0
+        if self.is_parent:
+            os.close(ready)
+            return
+        os.close(self._ready)
+        self._ready = ready
+        os.setsid()
+
+    def wait(self) -> int:
+        """Return the exit status of the parent."""
+        with open(self._ready, "rb") as pipe:
+            return 0 if pipe.read(1) else EXIT_MISSING
+
+    def tell(self) -> None:
+        """Let the parent end."""
+        os.write(self._ready, b"\0")
+        os.close(self._ready)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.close(null)
+
+
+class _Output:
+    """What is printed, one line at a time."""
+
+    def __init__(self, *, is_json: bool) -> None:
+        self._is_json = is_json
+        self._lock = threading.Lock()
+
+    def _print(self, event: str, text: str, **data: object) -> None:
+        with self._lock:
+            print(json.dumps({"event": event, **data}) if self._is_json else text, flush=True)
+
+    def listening(self, path: str) -> None:
+        """Tell where the socket is."""
+        self._print("listening", f"listening at {path}", socket=path)
+
+    def progress(self, report: RestoreReport) -> None:
+        """Tell how far a restore is."""
+        loaded, content = report.loaded_bytes, report.content_bytes
+        self._print(
+            "progress",
+            f"restore {report.number}: {loaded / MIB:.0f} of {content / MIB:.0f} MiB",
+            number=report.number,
+            loaded_bytes=loaded,
+            content_bytes=content,
+        )
+
+    def restored(self, report: RestoreReport) -> None:
+        """Tell what became of a restore."""
+        if report.error:
+            text = f"restore {report.number} failed: {report.error}"
+        else:
+            text = (
+                f"restore {report.number}: {report.processes} processes,"
+                f" {report.content_bytes / MIB:.1f} MiB filled in {report.drained_s:.2f} s,"
+                f" {report.faults} pages by faults (p50 {report.fault_p50_us:.0f} us, p99"
+                f" {report.fault_p99_us:.0f} us)"
+            )
+            text += f", {report.hot_bytes / MIB:.1f} MiB of them hot" if report.hot_bytes else ""
+            recorded = report.recorded_pages
+            text += f"; working set of {recorded} pages written" if recorded else ""
+        self._print("restore", text, **report.as_dict())
+
+
+class _Progress:
+    """A thread that tells about restores that run."""
+
+    def __init__(self, server: LazyPages, out: _Output) -> None:
+        self._server = server
+        self._out = out
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="criu-progress")
+
+    def _run(self) -> None:
+        while not self._ended.wait(PROGRESS_S):
+            for report in self._server.reports:
+                if report.arrived_s and not report.drained_s and not report.error:
+                    self._out.progress(report)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self._thread.join()
