@@ -9,6 +9,7 @@
 #   make docs     the site, in build/docs
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
 #   make engine-mutants   the tests of the pitfalls on this library, broken on purpose
+#   make criu     the tests with a real CRIU, which it fetches from Debian
 #   make test-unprivileged   the tests as another user (run by root)
 #   make test-refused        the tests where no userfaultfd can be opened
 
@@ -49,7 +50,7 @@ TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests
 # ThreadSanitizer turns vfork() into fork(), which sends the event that this test must not see.
 TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_without_a_fork
 
-.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage engine-mutants clean
+.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage engine-mutants criu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -114,6 +115,11 @@ kernel-coverage: $(VENV)/.installed-test
 # Removes one fix of a pitfall at a time: docs/generated/engine-mutants.md lists the tests that notice.
 engine-mutants: $(VENV)/.installed-test
 	$(BIN)/python -m tests.engine_mutants $(ENGINE_MUTANTS_ARGS)
+
+# Real processes, dumped and restored; into the cache of this user, nothing is installed.
+criu: $(VENV)/.installed-test
+	$(BIN)/python -m tests.criu._get
+	$(BIN)/python -m pytest -m "stress or not stress" tests/criu tests/process/test_criu_lazy_pages.py tests/unit/test_criu_images.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .tox .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/pyuffd/_shim*.so csrc/*.o csrc/*/*.o
