@@ -124,8 +124,18 @@ static void claim_run(struct uffd_range *range, struct eviction *all, struct cla
 	run->advice = range->content->shared ? MADV_REMOVE : MADV_DONTNEED;
 }
 
+/*
+ * What a page is that has been dropped.  Its owner had dropped it before, and nobody has
+ * handed the zeros over: the source would bring back what was there before that.
+ */
+static uint8_t dropped_state(uint8_t before, bool written_too)
+{
+	return before == UFFD_PAGE_REMOVED && written_too ? UFFD_PAGE_REMOVED : UFFD_PAGE_ABSENT;
+}
+
 /* The pages are absent or, if they could not be dropped, what they were. */
-static void end_run(struct uffd_range *range, const struct claimed_run *run, bool dropped)
+static void end_run(struct uffd_range *range, const struct claimed_run *run, bool written_too,
+		    bool dropped)
 {
 	uint64_t at = range->start + (run->offset - range->origin);
 	uint64_t end = lower(at + run->length, range->end);
@@ -133,7 +143,7 @@ static void end_run(struct uffd_range *range, const struct claimed_run *run, boo
 
 	for (uint64_t page = at, i = 0; page < end; page += range->page_size, i++) {
 		uint8_t evicting = UFFD_PAGE_EVICTING, evicted = UFFD_PAGE_EVICTED;
-		uint8_t now = UFFD_PAGE_ABSENT;
+		uint8_t now = dropped_state(run->before[i], written_too);
 
 		if (!dropped && read_entries(range, page, 1, &entry) && entry & UFFD_PM_PRESENT)
 			now = run->before[i];
@@ -181,7 +191,7 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 		return -ESRCH;
 	range = find_piece(access.space, all->ref.id, run.offset, run.address);
 	if (range)
-		end_run(range, &run, r == 0);
+		end_run(range, &run, all->written_too, r == 0);
 	close_access(&access);
 	if (r)
 		all->offset = run.offset;

@@ -169,9 +169,27 @@ def dropped(handler: Handler, name: str) -> None:
         region.madvise(9 if region.shared else 4, 0, size)
         assert handler.evict(region, write_back=None) == size
         assert states(handler, region) == [REMOVED, ABSENT, ABSENT, ABSENT]
+        # Touched since, they are there, and stay zeros nevertheless.
+        assert region.read(0, 1) == b"\0"
+        assert handler.evict(region, write_back=None) == size
+        assert states(handler, region) == [REMOVED, ABSENT, ABSENT, ABSENT]
+        assert region.read(0, size) == bytes(size)
         assert handler.evict(region, write_back=fd, written_only=True) == size
         assert states(handler, region) == [ABSENT] * PAGES
         assert os.pread(fd, size, 0) == region.read(0, size) == bytes(size)
+        # Written since, it is a page that was written.
+        region.madvise(9 if region.shared else 4, 0, size)
+        os.pwrite(fd, b"source", 0)
+        region.write(0, b"new")
+        assert states(handler, region)[0] is DIRTY
+        assert handler.evict(region, 0, size, write_back=None) == size
+        assert region.read(0, 6) == b"source"
+        with FileSource(fd) as source, filling(handler, name, source) as other:
+            other.read(0, 1)
+            other.madvise(9 if other.shared else 4, 0, size)
+            other.write(0, b"new")
+            assert handler.evict(other, write_back=None) == size
+            assert other.read(0, size) == bytes(size)
 
 
 def dropped_unseen(handler: Handler, name: str) -> None:

@@ -185,7 +185,8 @@ class Rules:
             yield w
         if not w.there and w.engine is R:
             return
-        gone = w._replace(pte="none", mine=None, lazy=False, engine=A)
+        # What its owner dropped stays zeros: the source has what was there before.
+        gone = w._replace(pte="none", mine=None, lazy=False, engine=R if w.engine is R else A)
         if not self.private:
             gone = gone._replace(cache=None)
         yield gone

@@ -84,21 +84,24 @@ class EvictsPages(HandlerBase):
         dropped from its file too, so that no other mapping keeps the old content; a mapping that is
         not served reads zeros there.
 
-        Poisoned pages stay as they are. Pages that their owner dropped are handed over as zeros;
-        without `write_back` they stay zeros. Linux refuses
-        locked pages (mlock(2)). It does not tell which pages are pinned (io_uring's fixed buffers,
-        vfio, RDMA): a device writes to a pinned page without a fault, so do not evict buffers that
-        are registered for that.
+        Poisoned pages stay as they are. Pages that their owner dropped are handed over as zeros,
+        and come from the source then. Without `write_back` the source would bring back what the
+        owner had dropped, so they read as zeros again; only one that was written after that, and so
+        is DIRTY (RegisterMode.WP), counts as any page that was written. Linux refuses locked pages
+        (mlock(2)). It does not tell which pages are pinned (io_uring's fixed buffers, vfio, RDMA):
+        a device writes to a pinned page without a fault, so do not evict buffers that are
+        registered for that.
 
         Args:
             region: A region of this process's memory, served for MISSING from a source.
             offset: Where to begin in bytes, a multiple of the page size.
             length: Bytes, a multiple of the page size; to the end by default.
             write_back: What gets the content before a page is dropped: a function called with
-                (offset in the region, content), of which it must not keep the memoryview; a file,
-                or its descriptor, that is written at that offset. Threads may go on with the pages
-                meanwhile. If it raises nothing is dropped of what it has not finished. None drops
-                what was written.
+                (offset, content), of which it must not keep the memoryview; a file, or its
+                descriptor, that is written at that offset. It is the offset at which the source is
+                asked, also if `region` is a part of what is served. Threads may go on with the
+                pages meanwhile. If it raises nothing is dropped of what it has not finished. None
+                drops what was written.
             written_only: Hand over only pages that were written since they were protected, and drop
                 the others. Right where nothing but evict() protects the region, so that a page that
                 is CLEAN is what the source has.
