@@ -280,17 +280,22 @@ static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int 
 }
 
 /*
- * The message may be older than the page's eviction: a page that is not there was not
- * written, and stays absent, so that it gets its content and no zeros.
+ * The message may be older than the page's eviction, its drop, or its poison, which lifting
+ * the protection leaves in place (Linux 6.18): a page that is not there was not written.  It
+ * stays what it was, so that it gets its content, zeros, or no content as before.
  */
 static uint8_t unprotected_state(const struct uffd_range *range, uint64_t page, uint8_t was)
 {
 	uint64_t entry;
+	uint8_t seen;
 
-	if (was != UFFD_PAGE_ABSENT || !can_be_absent(range) ||
-	    !read_entries(range, page, 1, &entry))
+	if (was != UFFD_PAGE_REMOVED && was != UFFD_PAGE_POISONED &&
+	    (was != UFFD_PAGE_ABSENT || !can_be_absent(range)))
 		return UFFD_PAGE_DIRTY;
-	return seen_state(range, was, entry) == UFFD_PAGE_ABSENT ? was : UFFD_PAGE_DIRTY;
+	if (!read_entries(range, page, 1, &entry))
+		return UFFD_PAGE_DIRTY;
+	seen = seen_state(range, UFFD_PAGE_ABSENT, entry);
+	return seen == UFFD_PAGE_CLEAN || seen == UFFD_PAGE_DIRTY ? UFFD_PAGE_DIRTY : was;
 }
 
 static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t page,

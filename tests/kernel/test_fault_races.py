@@ -10,10 +10,14 @@ import pytest
 
 from pyuffd import (
     BufferSource,
+    CopyMode,
     Feature,
     FileSource,
     HandlerError,
+    PagePoisonedError,
     PageState,
+    PoisonMode,
+    Region,
     RegisterMode,
     Userfaultfd,
     ZeroSource,
@@ -21,7 +25,7 @@ from pyuffd import (
 from pyuffd.testing import FailingSource
 from tests._barriers import Point, holding
 from tests.kernel._faults import Task, wait_for_pending
-from tests.kernel._serving import is_lost, states, wait_until
+from tests.kernel._serving import is_lost, states, wait_for_stalled, wait_until
 from tests.process._pitfalls import (
     BOTH,
     EVERY,
@@ -200,6 +204,45 @@ def punched(at: Setting) -> None:
             region.punch_hole(data.size, data.size)
         assert reader.result() == data[1]
         assert handler.stats().failed == 0
+
+
+@pitfall(12, "fault-older-than-the-mark", drivers=("thread",), features=Feature.PAGEFAULT_FLAG_WP)
+def older_than_poison(at: Setting) -> None:
+    """A write-protect fault is handled when its page has been poisoned: it stays poisoned."""
+    with at.serving(Feature.PAGEFAULT_FLAG_WP) as (handler, memory):
+        region = memory.pages(2)
+        handler.serve(
+            region,
+            FailingSource(ZeroSource(), OSError(errno.EIO, "no content"), at=[0]),
+            mode=MISSING | WP,
+        )
+        handler.start()
+        assert losing(region, 0).result()
+        # Others put a page there, and take it away again while the leader is busy.
+        region.madvise(mmap.MADV_DONTNEED, 0, memory.page_size)
+        handler.uffd.copy(region.start, bytes(memory.page_size), mode=CopyMode.WP)
+        with holding(Point.FAULT_CLAIMED) as point:
+            reader = reading(region, 1)
+            point.wait()
+            writer = Task(writes, region)
+            wait_for_stalled(handler.uffd, 2)
+            region.madvise(mmap.MADV_DONTNEED, 0, memory.page_size)
+            # Waking the thread would take its fault back.
+            handler.uffd.poison(region.start, memory.page_size, mode=PoisonMode.DONTWAKE)
+        reader.result()
+        assert writer.result()
+        assert states(handler, region)[0] is PageState.POISONED
+        with pytest.raises(HandlerError):
+            handler.stop()
+
+
+def writes(region: Region) -> bool:
+    """Whether a write finds a page without content."""
+    try:
+        region.write(0, b"x")
+    except PagePoisonedError:
+        return True
+    return False
 
 
 @pitfall(16, "closed-in-the-middle-of-a-step", memory=SMALL)
