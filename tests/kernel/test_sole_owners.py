@@ -51,6 +51,7 @@ from pyuffd._remote_calls import StoppedThreads
 from pyuffd.conformance._context import Access, Child, Context, Monitor
 from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._holding import Hold
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.handover import Handover, HandoverRange, UnixListener, listen_unix, recv_uffd, send_uffd
@@ -105,6 +106,11 @@ def _pending() -> Iterator[PendingChange]:
 def _handler() -> Iterator[Handler]:
     with Userfaultfd() as uffd, Handler(uffd) as handler:
         yield handler
+
+
+def _hold() -> Iterator[Hold]:
+    with Userfaultfd() as uffd, Handler(uffd) as handler, handler.hold() as hold:
+        yield hold
 
 
 def _events() -> Iterator[object]:
@@ -189,6 +195,7 @@ MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     Region: lambda: Region.memfd(PAGE),
     LazyRegion: lambda: lazy(b"x"),
     Handler: _made(_handler),
+    Hold: _made(_hold),
     Pagemap: Pagemap,
     Process: lambda: Process(os.getpid()),
     Stop: _made(_stop),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from pyuffd._arguments import check_seconds
+from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, HandlerError, HelperLostError
 from pyuffd.handlers._base import HandlerBase
 
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 HOLD_LIMIT_S = 1.0
 
 
-class Hold:
+class Hold(Closing):
     """Faults are held until `release`, or until the limit; a context manager.
 
     Attributes:
         expired: Whether the limit came first, so that faults were resolved meanwhile.
     """
+
+    _instead = "it ends once"
+    _failed = "the hold ended too early"
 
     def __init__(self, engine: Backend, limit_s: float) -> None:
         self._limit_s = limit_s
@@ -31,6 +34,10 @@ class Hold:
         self._lock = threading.Lock()
         self.expired = False
         self._token = engine.pause(int(limit_s * 1e9))
+
+    def close(self) -> None:
+        """Release, as the end of the block does."""
+        self.release()
 
     def release(self) -> None:
         """Let faults be resolved again; a second call does nothing.
@@ -51,22 +58,6 @@ class Hold:
                 f"faults were to be held, and were resolved again after {self._limit_s:g} s: ask"
                 " for a longer limit_s, or do less while they are held"
             )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self.release()
-        except HandlerError as error:
-            if exc is None:
-                raise
-            exc.add_note(str(error))
 
 
 class HoldsFaults(HandlerBase):
