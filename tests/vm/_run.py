@@ -176,6 +176,7 @@ class Guest:
             "PYUFFD_BUDGET_SCALE": f"{self.scale:g}",
             # The guest has its huge pages and swap already.
             "PYUFFD_TESTS_RESERVE": "no",
+            "PYUFFD_TESTS_DISPOSABLE": "yes",
             "PYTHONDONTWRITEBYTECODE": "1",
             "COLUMNS": "100",
         }

@@ -25,6 +25,8 @@ MODULES = (
     "pagemap_scan",
     "scan_many",
     "scan_arguments",
+    "scan_protects",
+    "odd_ranges",
     "pagemap_scan_memory",
     "tracking",
     "kselftest_api",
