@@ -21,6 +21,7 @@ from pyuffd.testing._need import needs_privilege, needs_swap, needs_thp
 
 MISSING = RegisterMode.MISSING
 GIB = 1 << 30
+ENDS = ((1 << 56) - SMALL_PAGE, (1 << 47) - SMALL_PAGE)
 MADV_PAGEOUT = 21
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
 
@@ -137,3 +138,17 @@ def huge_swapped(ctx: Context) -> None:
     ctx.expect("its neighbours", ctx.read(start, 1), DATA)
     if answer.errno:
         ctx.expect_pagemap(region.start, HOLE)
+
+
+@case("UFFDIO_WAKE.ok.up-to-the-end", origin="fs/userfaultfd.c: validate_range", memory=ANY)
+def last_page(ctx: Context) -> None:
+    """A range may end where the addresses of user space do, and no page behind that."""
+    ctx.open()
+    # With page tables of five levels, and of four.
+    ends = [end for end in ENDS if not ctx.ioctl("WAKE", end - SMALL_PAGE, SMALL_PAGE).errno]
+    ctx.expect("there is a last page", bool(ends), True)
+    end = ends[0]
+    for start, length in ((end - SMALL_PAGE, 2 * SMALL_PAGE), (end, SMALL_PAGE)):
+        answer = ctx.ioctl("WAKE", start, length)
+        ctx.expect("errno of a range that goes on", answer.errno, errno.EINVAL)
+    ctx.expect("errno of everything", ctx.ioctl("WAKE", 0, end).errno, 0)
