@@ -5,6 +5,7 @@
 #   make dev      install for development, C rebuilt         make bench    benchmarks against bare C
 #   make clean    remove what these made                     make asan     kernel tests, C with AddressSanitizer
 #   make kernel-coverage   which lines of the kernel the conformance suite reaches
+#   make machine-mutants   the same kernel broken by machine, in hundreds of places
 #   make kernels  the conformance suite on other kernels     make mutants  the same on kernels broken on purpose
 #   make docs     the site, in build/docs
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
@@ -19,6 +20,7 @@ PYTEST_ARGS ?=
 KERNELS_ARGS ?=
 MUTANTS_ARGS ?=
 COVERAGE_ARGS ?=
+MACHINE_MUTANTS_ARGS ?=
 ENGINE_MUTANTS_ARGS ?=
 MYPY_ARGS ?= src tests
 SOAK_S ?= 60
@@ -50,7 +52,7 @@ TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests
 # ThreadSanitizer turns vfork() into fork(), which sends the event that this test must not see.
 TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_without_a_fork
 
-.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage engine-mutants criu clean
+.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage machine-mutants engine-mutants criu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -111,6 +113,9 @@ mutants: $(VENV)/.installed-test
 
 kernel-coverage: $(VENV)/.installed-test
 	$(BIN)/python -m tests.vm._coverage $(COVERAGE_ARGS)
+
+machine-mutants: $(VENV)/.installed-test
+	$(BIN)/python -m tests.vm._machine_mutants $(MACHINE_MUTANTS_ARGS)
 
 # Removes one fix of a pitfall at a time: docs/generated/engine-mutants.md lists the tests that notice.
 engine-mutants: $(VENV)/.installed-test

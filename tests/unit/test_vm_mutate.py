@@ -1,0 +1,214 @@
+"""tests/vm: C functions broken by machine, and what is made of the verdicts."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vm import _machine_mutants, _mutate
+from tests.vm._mutate import Mutant
+
+SOURCE = """\
+#include <linux/types.h>
+
+static int check(struct vma *vma, unsigned long len)
+{
+	if (vma->registered && len < vma->length)
+		return -EINVAL;
+	if (unlikely(!vma->ctx)) {
+		flags |= WANTED;
+		wake(vma, len);
+	}
+	spin_lock(&vma->lock);
+	pte = pte_mkdirty(pte);
+	return 0;
+}
+
+static bool may(int a,
+		int b)
+{
+	while (a < b)
+		a++;
+	return true;
+}
+"""
+
+
+def mutants(text: str = SOURCE) -> tuple[str, list[Mutant]]:
+    return _mutate.mutate("mm/a.c", text, lambda name, was: True, 1)
+
+
+def test_functions_are_found() -> None:
+    assert [name for name, *_ in _mutate.functions(SOURCE)] == ["check", "may"]
+
+
+def test_each_kind_of_mutant() -> None:
+    _, found = mutants()
+    kinds = [(mutant.line, mutant.kind, mutant.becomes) for mutant in found]
+    assert kinds == [
+        (5, "negate", "!(vma->registered && len < vma->length)"),
+        (5, "never", "false"),
+        (5, "drop-left", "len < vma->length"),
+        (5, "drop-right", "vma->registered"),
+        (5, "bound", "vma->registered && len <= vma->length"),
+        (6, "succeed", "0"),
+        (7, "negate", "!(unlikely(!vma->ctx))"),
+        (7, "never", "false"),
+        (8, "keep", "flags as it was"),
+        (9, "skip", "nothing"),
+        (12, "keep", "pte as it was"),
+        (13, "fail", "-EINVAL"),
+        (19, "bound", "a <= b"),
+        (21, "fail", "false"),
+    ]
+    assert [mutant.number for mutant in found] == list(range(1, 15))
+
+
+def test_a_lock_is_not_left_out() -> None:
+    assert "spin_lock" not in " ".join(mutant.was for mutant in mutants()[1])
+
+
+def test_a_call_inside_an_expression_is_left_in() -> None:
+    text = """\
+#include <linux/types.h>
+
+static int f(int a)
+{
+	bool b = first(a) &&
+		second(a);
+	third(a,
+		b);
+	if (a)
+		fourth(a);
+	else
+		fifth(a);
+out:
+	sixth(a);
+	return a;
+}
+"""
+    calls = [mutant.was for mutant in mutants(text)[1] if mutant.kind == "skip"]
+    assert calls == ["third(a, b);", "fourth(a);", "fifth(a);", "sixth(a);"]
+
+
+def test_tests_are_chosen_from_every_case() -> None:
+    some = _machine_mutants.choose(one_of=8, types=2)
+    cases = {name.rpartition(".")[0] for name in some}
+    assert len(some) <= 2 * len(cases)
+    assert "UFFDIO_COPY.ok.page" in cases
+    assert not any("stress" in name for name in some)
+
+
+def test_without_a_mutant_a_file_stays_as_it_is() -> None:
+    assert _mutate.mutate("a.c", SOURCE, lambda name, was: False, 1) == (SOURCE, [])
+
+
+PROGRAM = """\
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static unsigned int mutant;
+#define pyuffd_is(number) (mutant == (number))
+
+static int within(int at, int end)
+{
+	int ret = 0;
+
+	if (at >= 0 && at < end)
+		ret |= 2;
+	if (ret)
+		return 0;
+	return 7;
+}
+
+int main(int argc, char **argv)
+{
+	mutant = atoi(argv[1]);
+	printf("%d %d %d", within(0, 4), within(4, 4), within(-1, 4));
+	return argc != 2;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+def test_one_at_a_time_is_on(tmp_path: Path) -> None:
+    text, found = _mutate.mutate("a.c", PROGRAM, lambda name, was: name == "within", 1)
+    (tmp_path / "a.c").write_text(text.replace(_mutate.INCLUDE, ""))
+    subprocess.run(["gcc", "-w", "-o", tmp_path / "a", tmp_path / "a.c"], check=True)
+
+    def run(number: int) -> str:
+        return subprocess.run([tmp_path / "a", str(number)], capture_output=True, text=True).stdout
+
+    assert run(0) == "0 7 7"
+    seen = {(mutant.kind, mutant.was): run(mutant.number) for mutant in found}
+    assert seen["negate", "at >= 0 && at < end"] == "7 0 0"
+    assert seen["never", "at >= 0 && at < end"] == "7 7 7"
+    assert seen["drop-left", "at >= 0 && at < end"] == "0 7 0"
+    assert seen["drop-right", "at >= 0 && at < end"] == "0 0 7"
+    assert seen["keep", "2"] == "7 7 7"
+    assert seen["fail", "0"] == "-22 7 7" or ("fail", "0") not in seen
+
+
+REACHED = {
+    "a.b.anon": {"test": "a.b.anon", "outcome": "", "took": 0.2, "places": [1, 2]},
+    "a.b.shmem": {"test": "a.b.shmem", "outcome": "", "took": 0.1, "places": [1]},
+    "a.c.anon": {"test": "a.c.anon", "outcome": "", "took": 0.3, "places": [1]},
+    "a.d.anon": {"test": "a.d.anon", "outcome": "skipped", "took": 0.0, "places": [1]},
+}
+
+
+def test_a_mutant_meets_what_reaches_it_different_tests_first() -> None:
+    _, found = mutants()
+    plan = _machine_mutants.plan_for(found[0], REACHED, None)
+    assert plan == ["a.b.shmem", "a.b.anon", "a.c.anon"] or plan[0] == "a.b.shmem"
+    assert sorted(plan) == ["a.b.anon", "a.b.shmem", "a.c.anon"]
+    assert _machine_mutants.plan_for(found[0], REACHED, 1) == ["a.b.shmem"]
+    assert _machine_mutants.plan_for(found[2], REACHED, None) == []
+
+
+def test_a_guest_that_ends_leaves_a_verdict() -> None:
+    verdicts: dict[int, dict[str, object]] = {}
+    lines: list[dict[str, object]] = [
+        {"kind": "trying", "mutant": 1},
+        {"kind": "verdict", "mutant": 1, "verdict": "caught", "test": "a.b.anon", "text": "x"},
+        {"kind": "trying", "mutant": 2},
+    ]
+    _machine_mutants._take(verdicts, lines, "it died", {1: 40, 2: 3})
+    assert verdicts[1]["verdict"] == "caught"
+    assert (verdicts[2]["verdict"], verdicts[2]["text"]) == ("died", "it died")
+
+
+def test_a_survivor_is_tried_again_with_more_tests() -> None:
+    survivor = {"verdict": "survives", "met": 3}
+    assert not _machine_mutants._is_open(survivor, 3)
+    assert _machine_mutants._is_open(survivor, 4)
+    assert not _machine_mutants._is_open({"verdict": "caught", "met": 3}, 4)
+    assert [_machine_mutants._is_open(None, tests) for tests in (0, 1)] == [False, True]
+
+
+def test_a_reason_is_shown_beside_its_survivor(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found = mutants()
+    known = {_machine_mutants.key_of(found[1]): "it cannot be"}
+    monkeypatch.setattr(_machine_mutants, "reasons", lambda: known)
+    verdicts = {2: {"verdict": "survives", "test": "", "text": "", "met": 3}}
+    page = _machine_mutants.page(found, REACHED, verdicts, "6.12.1")
+    assert "| it cannot be | yes |" in page
+
+
+def test_page_counts_and_lists_survivors() -> None:
+    _, found = mutants()
+    verdicts: dict[int, dict[str, Any]] = {
+        1: {"verdict": "caught", "test": "a.b.anon", "text": "errno | 0x7f1234567000", "met": 2},
+        2: {"verdict": "survives", "test": "", "text": "", "met": 3},
+    }
+    page = _machine_mutants.page(found, REACHED, verdicts, "6.12.1")
+    assert "**2 tried, 1 noticed, 1 survived**" in page
+    row = next(line for line in page.splitlines() if line.startswith("| mm/a.c:5:never | `check`"))
+    assert _machine_mutants.MISSING in row
+    assert "errno \\| ADDRESS" in page
+    assert "| mm/a.c | `may` | 2 |" in page

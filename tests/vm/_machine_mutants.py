@@ -1,0 +1,402 @@
+"""Kernels broken by machine: which tests of the conformance suite notice each of the mutants.
+
+One kernel has them all (`_mutate`), and one at a time is on (`_mutate_guest`). First every test
+runs on the kernel as it is, which says what it reaches; then each mutant meets the tests that reach
+it, the quickest first, until one fails. A guest that a mutant has ended, or left in a bad state, is
+booted again and goes on with the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyuffd.conformance import load
+from tests.vm import _debian, _image, _mutate, _mutate_guest, _run
+from tests.vm._mutants import SERIES, Builder, BuildError
+from tests.vm._mutate import Mutant
+
+OUTPUT = _image.ROOT / "build/machine-mutants"
+PAGE = _image.ROOT / "docs/generated/machine-mutants.md"
+REASONS = Path(__file__).with_name("equivalent.toml")
+MISSING = "**a case is missing**"
+UNSURE = "it has not met every test"
+# Time limits of a small kernel under emulation: a mutant's test waits in vain for as long.
+SCALE = 2.0
+BOOT_SCALE = 40.0
+RUN_S = 3600.0
+# Tests a mutant meets first. Only what survives them meets all others that reach it.
+FIRST = 40
+ONE_OF = 4
+TYPES = 5
+SEED = 6
+
+_WORDS = re.compile(r"uffd|userfaultfd|pte_marker")
+_OTHERS = (
+    *("memory", "hugetlb", "mprotect", "mremap", "shmem", "huge_memory", "khugepaged", "swapfile"),
+    *("rmap", "migrate", "gup", "madvise"),
+)
+_LEFT_OUT = ("userfaultfd_init", "init_once_userfaultfd_ctx")
+
+
+def _is_wanted(file: str, function: str, text: str) -> bool:
+    if function in _LEFT_OUT:
+        return False
+    if file in ("fs/userfaultfd.c", "mm/userfaultfd.c"):
+        return True
+    if file == "fs/proc/task_mmu.c":
+        return "pagemap_scan" in function or "uffd_wp" in function
+    return _WORDS.search(text) is not None
+
+
+FILES = (
+    *("mm/userfaultfd.c", "fs/userfaultfd.c", "fs/proc/task_mmu.c"),
+    *(f"mm/{name}.c" for name in _OTHERS),
+)
+
+
+def mutate_tree(pristine: Path, tree: Path) -> list[Mutant]:
+    """Write every mutant into the files of a tree; return them in order of their numbers."""
+    every: list[Mutant] = []
+    texts: dict[str, str] = {}
+    for file in FILES:
+        text = (pristine / file).read_text()
+        wanted = functools.partial(_is_wanted, file)
+        texts[file], mutants = _mutate.mutate(file, text, wanted, len(every) + 1)
+        every += mutants
+    size = f"#define PYUFFD_MUTANTS {len(every) + 1}\n"
+    texts["mm/userfaultfd.c"] += size + _mutate.DEFINITIONS
+    texts["include/linux/pyuffd_mutant.h"] = _mutate.HEADER
+    for file, text in texts.items():
+        # Make compiles what is newer.
+        if not (tree / file).exists() or (tree / file).read_text() != text:
+            (tree / file).write_text(text)
+    return every
+
+
+def build(jobs: int) -> tuple[Path, list[Mutant]]:
+    """Return the kernel with all mutants, and what they are."""
+    pristine = _debian.source(SERIES)
+    tree = pristine.with_name(f"{pristine.name}.mutated")
+    if not (tree / "Makefile").exists():
+        shutil.copytree(pristine, tree, symlinks=True)
+    every = mutate_tree(pristine, tree)
+    builder = Builder(tree, jobs)
+    builder.configure()
+    print(f"machine-mutants: building a kernel with {len(every)} mutants", flush=True)
+    builder.make("bzImage")
+    return tree / "arch/x86/boot/bzImage", every
+
+
+def choose(one_of: int, types: int) -> list[str]:
+    """Return the ids that mutants meet.
+
+    Args:
+        one_of: Of the crossings, one of so many.
+        types: Of each case, at most so many memory types.
+    """
+    found: list[str] = []
+    for place, case in enumerate(load().values()):
+        if case.is_slow or case.is_alone or any(word in case.name for word in _mutate_guest.LONG):
+            continue
+        # Not the same ones of each case.
+        first = place % len(case.ids)
+        ids = (case.ids[first:] + case.ids[:first])[:types]
+        found += [
+            name
+            for number, name in enumerate(ids)
+            if not case.is_crossing or (place + number) % one_of == 0
+        ]
+    return found
+
+
+def said(kernel: Path, name: str, plan: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Boot with a plan; return what the guest said, and how it ended."""
+    guest = _run.Guest(
+        kernel,
+        OUTPUT / name,
+        scale=SCALE,
+        boot_s=_run.BOOT_S * BOOT_SCALE,
+        run_s=RUN_S,
+        files={str(_mutate_guest.PLAN): json.dumps(plan).encode()},
+        show=_progress(),
+    )
+    result = guest.run([sys.executable, "-m", "tests.vm._mutate_guest"])
+    lines = []
+    for line in (result.folder / "console.log").read_text(errors="replace").splitlines():
+        _, mark, text = line.partition(_mutate_guest.MARK)
+        if mark:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:  # the kernel spoke in between
+                continue
+    return lines, result.sentence
+
+
+def _progress() -> Any:
+    started = time.monotonic()
+    counts = Counter[str]()
+
+    def show(data: bytes) -> None:
+        before = sum(counts.values())
+        counts.update(re.findall(r'"kind": "(test|verdict)"', data.decode(errors="replace")))
+        after = sum(counts.values())
+        if after // 50 != before // 50:
+            took = time.monotonic() - started
+            print(f"machine-mutants: {after} done in {took:.0f} s", flush=True)
+
+    return show
+
+
+def reach(kernel: Path, tests: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run tests on the kernel as it is, those that an earlier run has not had.
+
+    Returns:
+        By id, the outcome, the time and the places of every test so far.
+
+    Raises:
+        BuildError: it does not get to their end.
+    """
+    file = OUTPUT / "reach.json"
+    found: dict[str, dict[str, Any]] = {}
+    if file.exists() and file.stat().st_mtime > kernel.stat().st_mtime:
+        found = json.loads(file.read_text())
+    if new := [test for test in tests if test not in found]:
+        lines, sentence = said(kernel, "reach", {"tests": new})
+        found |= {line["test"]: line for line in lines if line["kind"] == "test"}
+        if not any(line["kind"] == "done" for line in lines):
+            raise BuildError(f"the kernel with all mutants off does not run the suite: {sentence}")
+        file.write_text(json.dumps(found))
+    return found
+
+
+def plan_for(mutant: Mutant, reached: dict[str, dict[str, Any]], most: int | None) -> list[str]:
+    """Return the tests that reach a mutant, the quickest first, and different ones before all."""
+    able = [line for line in reached.values() if not line["outcome"]]
+    able = [line for line in able if mutant.number in line["places"]]
+    able.sort(key=lambda line: line["took"])
+    seen = Counter[str]()
+    ranked = []
+    for line in able:
+        name = line["test"].rpartition(".")[0].rpartition(".")[0]
+        ranked.append((seen[name], line["took"], line["test"]))
+        seen[name] += 1
+    ranked.sort()
+    return [test for _, _, test in ranked[:most]]
+
+
+def judge(
+    kernel: Path, mutants: Sequence[Mutant], reached: dict[str, dict[str, Any]], until: float
+) -> dict[int, dict[str, Any]]:
+    """Return a verdict for each mutant, or for as many as there is time for."""
+    file = OUTPUT / "verdicts.json"
+    verdicts: dict[int, dict[str, Any]] = {}
+    if file.exists() and file.stat().st_mtime > kernel.stat().st_mtime:
+        verdicts = {int(key): value for key, value in json.loads(file.read_text()).items()}
+    for most in (FIRST, None):
+        waiting = [
+            mutant
+            for mutant in mutants
+            if _is_open(verdicts.get(mutant.number), len(plan_for(mutant, reached, most)))
+        ]
+        while waiting and time.monotonic() < until:
+            part = waiting[:60]
+            plans = [(mutant.number, plan_for(mutant, reached, most)) for mutant in part]
+            left = max(until - time.monotonic(), 0)
+            plan = {"mutants": plans, "seconds": left}
+            lines, sentence = said(kernel, "judge", plan)
+            _take(verdicts, lines, sentence, {number: len(tests) for number, tests in plans})
+            file.write_text(json.dumps(verdicts))
+            lengths = {m.number: len(plan_for(m, reached, most)) for m in waiting}
+            waiting = [m for m in waiting if _is_open(verdicts.get(m.number), lengths[m.number])]
+            print(f"machine-mutants: {len(verdicts)} judged, {_summary(verdicts)}", flush=True)
+    return verdicts
+
+
+def _is_open(verdict: dict[str, Any] | None, tests: int) -> bool:
+    """Return whether so many tests may tell something new of a mutant."""
+    met = 0 if verdict is None else verdict["met"]
+    return tests > met and (verdict is None or verdict["verdict"] == "survives")
+
+
+def _take(
+    verdicts: dict[int, dict[str, Any]],
+    lines: list[dict[str, Any]],
+    sentence: str,
+    met: dict[int, int],
+) -> None:
+    """Take what a guest has said; `met` is how many tests each mutant was to meet."""
+    trying = None
+    for line in lines:
+        if line["kind"] == "trying":
+            trying = line["mutant"]
+        elif line["kind"] == "verdict":
+            verdicts[line["mutant"]] = {**line, "met": met[line["mutant"]]}
+            trying = None
+    if trying is not None:
+        text = sentence or "the guest ended"
+        verdicts[trying] = {"verdict": "died", "test": "", "text": text, "met": met[trying]}
+
+
+def _summary(verdicts: dict[int, dict[str, Any]]) -> str:
+    counts = Counter(verdict["verdict"] for verdict in verdicts.values())
+    return ", ".join(f"{count} {word}" for word, count in counts.most_common())
+
+
+def reasons() -> dict[tuple[str, str, str, str], str]:
+    """Return why nothing can notice a mutant, by file, function, kind and what was there."""
+    rows = tomllib.loads(REASONS.read_text())["mutant"]
+    return {(row["file"], row["function"], row["kind"], row["was"]): row["why"] for row in rows}
+
+
+def key_of(mutant: Mutant) -> tuple[str, str, str, str]:
+    """Return what names a mutant in the list of reasons, wherever its line is."""
+    return mutant.file, mutant.function, mutant.kind, mutant.was
+
+
+# The page
+
+NOTICED = ("caught", "stalled", "stuck", "kernel", "died")
+
+
+def page(
+    mutants: Sequence[Mutant],
+    reached: dict[str, dict[str, Any]],
+    verdicts: dict[int, dict[str, Any]],
+    release: str,
+) -> str:
+    """Return docs/generated/machine-mutants.md."""
+    return "\n".join(_lines(mutants, reached, verdicts, release)) + "\n"
+
+
+def _lines(
+    mutants: Sequence[Mutant],
+    reached: dict[str, dict[str, Any]],
+    verdicts: dict[int, dict[str, Any]],
+    release: str,
+) -> Iterator[str]:
+    places = {number for line in reached.values() for number in line["places"]}
+    judged = [mutant for mutant in mutants if mutant.number in verdicts]
+    noticed = [m for m in judged if verdicts[m.number]["verdict"] in NOTICED]
+    survivors = [m for m in judged if m not in noticed]
+    yield "# Kernels broken by machine"
+    yield ""
+    yield (
+        f"Written by `make machine-mutants`; do not edit. Linux {release} in one kernel with"
+        f" {len(mutants)} mutants of its functions, of which one at a time is on. {len(reached)}"
+        f" tests of the conformance suite reach {len(places)} of the mutants. Mutants were tried in"
+        f" an order by chance (seed {SEED}), as many as there was time for: **{len(judged)}"
+        f" tried, {len(noticed)} noticed, {len(survivors)} survived**. A survivor has met every"
+        " test that reaches it if the last column says so. docs/kernels.md says how to go on."
+    )
+    yield ""
+    yield "| file | mutants | reached by a test | tried | noticed | survived |"
+    yield "|---|---|---|---|---|---|"
+    for file in FILES:
+        own = [mutant for mutant in mutants if mutant.file == file]
+        yield (
+            f"| {file} | {len(own)} | {sum(m.number in places for m in own)} |"
+            f" {sum(m.file == file for m in judged)} | {sum(m.file == file for m in noticed)} |"
+            f" {sum(m.file == file for m in survivors)} |"
+        )
+    yield ""
+    yield "How they were noticed:"
+    yield ""
+    words = {
+        "caught": "a test failed",
+        "stalled": "a test never ended",
+        "stuck": "a test could not be killed",
+        "kernel": "the kernel said that it is broken",
+        "died": "the guest ended",
+    }
+    counts = Counter(verdicts[m.number]["verdict"] for m in noticed)
+    yield from (f"- {text}: {counts[word]}" for word, text in words.items() if counts[word])
+    yield ""
+    yield "## Survivors"
+    yield ""
+    yield "| mutant | function | was | became | why nothing notices | met all tests that reach it |"
+    yield "|---|---|---|---|---|---|"
+    known = reasons()
+    for mutant in survivors:
+        has_met = verdicts[mutant.number]["met"] >= len(plan_for(mutant, reached, None))
+        everything = "yes" if has_met else "no"
+        why = known.get(key_of(mutant), MISSING if has_met else UNSURE)
+        yield (
+            f"| {mutant.name} | `{mutant.function}` | `{_code(mutant.was)}` |"
+            f" `{_code(mutant.becomes)}` | {why} | {everything} |"
+        )
+    yield ""
+    yield "## Functions whose mutants no test reaches"
+    yield ""
+    missed: dict[tuple[str, str], int] = {}
+    for mutant in mutants:
+        if mutant.number not in places:
+            key = mutant.file, mutant.function
+            missed[key] = missed.get(key, 0) + 1
+    yield "| file | function | mutants not reached |"
+    yield "|---|---|---|"
+    for (file, function), count in missed.items():
+        yield f"| {file} | `{function}` | {count} |"
+    yield ""
+    yield "## What noticed each"
+    yield ""
+    yield "| mutant | function | was | became | noticed by | what it said |"
+    yield "|---|---|---|---|---|---|"
+    for mutant in noticed:
+        verdict = verdicts[mutant.number]
+        text = re.sub(r"0x[0-9a-f]{6,}", "ADDRESS", verdict["text"])[:120]
+        yield (
+            f"| {mutant.name} | `{mutant.function}` | `{_code(mutant.was)}` |"
+            f" `{_code(mutant.becomes)}` | `{verdict['test'] or '-'}` ({verdict['verdict']}) |"
+            f" {_code(text)} |"
+        )
+
+
+def _code(text: str) -> str:
+    return text.replace("|", "\\|").replace("`", "'") or "(nothing)"
+
+
+def main() -> int:
+    """Build, find out what is reached, judge, write the page."""
+    parser = argparse.ArgumentParser(prog="machine-mutants", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="make -j")
+    parser.add_argument("--minutes", type=float, default=600, help="for judging mutants")
+    parser.add_argument("--count", type=int, help="judge no more than so many")
+    parser.add_argument("--function", action="append", help="only mutants of this function")
+    parser.add_argument("--crossings", type=int, default=ONE_OF, help="run one of so many")
+    parser.add_argument("--types", type=int, default=TYPES, help="of memory, for each case")
+    parser.add_argument("--again", action="store_true", help="write the page again, run nothing")
+    options = parser.parse_args()
+    _run.end_with_us()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    try:
+        kernel, every = build(options.jobs)
+        reached = reach(kernel, choose(options.crossings, options.types))
+        print(f"machine-mutants: {len(reached)} tests have run", flush=True)
+        chosen = [m for m in every if not options.function or m.function in options.function]
+        random.Random(SEED).shuffle(chosen)
+        until = time.monotonic() + (0 if options.again else options.minutes * 60)
+        verdicts = judge(kernel, chosen[: options.count], reached, until)
+    except (BuildError, _debian.KernelNotFoundError, _image.MissingOnHostError) as error:
+        print(f"machine-mutants: {error}", file=sys.stderr)
+        return 2
+    release = Builder(_debian.source(SERIES), 1).release
+    PAGE.write_text(page(every, reached, verdicts, release))
+    print(f"machine-mutants: {_summary(verdicts)}; {PAGE}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

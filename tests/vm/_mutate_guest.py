@@ -1,0 +1,108 @@
+"""In the guest: which tests reach which mutants, and which of them notice a mutant that is on.
+
+What is found goes to the console line by line, as JSON behind a mark, because a mutant may end the
+guest at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pyuffd.conformance._case import load
+from pyuffd.conformance._kmsg import Kmsg
+from tests.vm import _cases
+
+PLAN = Path("/vm/plan.json")
+MARK = "mutant: "
+KNOBS = Path("/sys/kernel/debug/pyuffd")
+# What every healthy kernel passes, and soon.
+CONTROL = ["UFFDIO_COPY.ok.page.anon", "UFFDIO_COPY.ok.page.hugetlb", "UFFDIO_COPY.ok.page.shmem"]
+# Tests that do something to the whole machine, or take long by nature: not for one mutant each.
+LONG = ("stress", "starve", "memory-pressure", "swapoff", "migration", "transact", "small-vec")
+
+
+def main() -> None:
+    """Do what the plan says."""
+    plan = json.loads(PLAN.read_text())
+    if "tests" in plan:
+        _reach(plan["tests"])
+    until = time.monotonic() + plan.get("seconds", math.inf)
+    for number, tests in plan.get("mutants", []):
+        if time.monotonic() > until:
+            say(kind="late")
+            break
+        if not _try(number, tests):
+            say(kind="reboot", after=number)
+            break
+    else:
+        say(kind="done")
+
+
+def say(**what: Any) -> None:
+    """Tell the host."""
+    sys.stdout.write(f"\n{MARK}{json.dumps(what)}\n")
+    sys.stdout.flush()
+
+
+def _set(name: str, number: int) -> None:
+    (KNOBS / name).write_text(str(number))
+
+
+def _reach(tests: list[str]) -> None:
+    """Run all tests on the kernel as it is, and say what each reaches."""
+    cases = load()
+    _set("mutant", 0)
+    for number, test in enumerate(tests, 1):
+        name, memory = _cases.split(test)
+        _set("round", number)
+        started = time.monotonic()
+        outcome = _cases.run(cases[name], memory)
+        took = time.monotonic() - started
+        _set("round", 0)
+        raw = (KNOBS / "reached").read_bytes()
+        rounds = struct.unpack(f"={len(raw) // 4}I", raw)
+        places = [place for place, last in enumerate(rounds) if last == number]
+        say(kind="test", test=test, outcome=outcome, took=round(took, 4), places=places)
+
+
+def _try(number: int, tests: list[str]) -> bool:
+    """Switch a mutant on and run tests until one notices; return whether the guest can go on."""
+    say(kind="trying", mutant=number)
+    with contextlib.closing(Kmsg()) as log:
+        verdict, last, text = _first_that_notices(number, tests)
+        records = log.read()
+    _set("mutant", 0)
+    broken = [record.text for record in records if record.is_fatal]
+    if broken and verdict == "survives":
+        verdict, text = "kernel", broken[0]
+    say(kind="verdict", mutant=number, verdict=verdict, test=last, text=text)
+    # A mutant may leave something behind, for instance a page that nobody can have any more.
+    healthy = not broken and verdict not in ("stuck", "stalled")
+    return healthy and _first_that_notices(0, CONTROL)[0] == "survives"
+
+
+def _first_that_notices(number: int, tests: list[str]) -> tuple[str, str, str]:
+    """Return caught, stalled or survives, the test that noticed, and what it said."""
+    switch = functools.partial(_switch, number)
+    for test, outcome in _cases.outcomes(tests, switch):
+        if outcome == _cases.STALLED:
+            return "stalled", test, f"nothing for {_cases.STALL_S:g} s"
+        if outcome not in (_cases.PASSED, _cases.SKIPPED):
+            return "caught", test, outcome
+    return "survives", "", ""
+
+
+def _switch(number: int, is_on: bool) -> None:
+    _set("mutant", number if is_on else 0)
+
+
+if __name__ == "__main__":
+    main()
