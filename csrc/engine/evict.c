@@ -25,6 +25,8 @@
 #include "base/clock.h"
 
 #define PAGES_AT_ONCE	512u
+/* Of the page table, for a run that may be short. */
+#define FEW_ENTRIES	8u
 /* How often a page is written to the file that is written to meanwhile. */
 #define ATTEMPTS	3
 
@@ -83,22 +85,30 @@ static bool may_go_now(const struct uffd_range *range, uint64_t page, uint8_t st
 		read_entries(range, page, 1, &entry) && may_go(range, state, entry, written_too));
 }
 
-/* Claim the next run of pages that may go; a length of 0: there is none before `end`. */
+/*
+ * Claim the next run of pages that may go; a length of 0: there is none before `end`.  The
+ * page table is read right before, and no further than twice as far as the run goes.
+ */
 static void claim_run(struct uffd_range *range, struct eviction *all, struct claimed_run *run)
 {
-	uint64_t at = range->start + (all->offset - range->origin), end, pages, i = 0;
+	uint64_t at = range->start + (all->offset - range->origin), end, pages, i = 0, known = 0;
 	uint64_t entries[PAGES_AT_ONCE];
 
 	end = lower(range->end, at + (all->end - all->offset));
 	pages = lower((end - at) >> range->page_shift, PAGES_AT_ONCE);
 	run->length = 0;
-	if (!read_entries(range, at, pages, entries)) {
-		all->offset = all->end;
-		return;
-	}
 	for (; i < pages; i++, at += range->page_size, all->offset += range->page_size) {
 		uint8_t state = atomic_load(state_of(range, at)), seen = state;
 
+		if (i == known) {
+			uint64_t more = lower(known ? known : FEW_ENTRIES, pages - known);
+
+			if (!read_entries(range, at, more, entries + known)) {
+				all->offset = run->length ? all->offset : all->end;
+				break;
+			}
+			known += more;
+		}
 		/* Filled beside the handler, or by Linux from the page cache. */
 		if (state == UFFD_PAGE_ABSENT)
 			seen = seen_state(range, state, entries[i]);
