@@ -107,13 +107,15 @@ class _Verb:
 
     def _evict(self) -> int:
         args, region, handler = self._args, self._region, self._handler
+        pieces = array("Q")
         for at in range(0, args.length, 2 * args.piece):
-            handler.populate(region, at, args.piece)
+            pieces.extend((at, at + args.piece))
+        ranges = memoryview(pieces).cast("B").cast("Q", (len(pieces) // 2, 2))
+        handler.populate(region, ranges=ranges)
         handler.unprotect(region)
         begin_ns = time.perf_counter_ns()
         evicted = handler.evict(region, write_back=self._file)
-        for at in range(0, args.length, 2 * args.piece):
-            handler.populate(region, at, args.piece)
+        handler.populate(region, ranges=ranges)
         took_ns = time.perf_counter_ns() - begin_ns
         if evicted != args.length // 2:
             raise RuntimeError(f"{evicted:#x} bytes, not {args.length // 2:#x}")

@@ -203,37 +203,88 @@ static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, u
 	return page;
 }
 
+/* What filling the absent pages of a range depends on. */
+struct needs {
+	bool is_filled, by_request;
+	uint64_t page_size;
+};
+
+static int look_up(struct uffd_engine *engine, const struct uffd_range_ref *ref, struct needs *ret)
+{
+	struct uffd_range *range;
+	struct access access;
+
+	if (!open_access(engine, ref->space, &access))
+		return -ESRCH;
+	range = any_piece(access.space, ref->id, ref->start);
+	if (range)
+		*ret = (struct needs){ can_be_absent(range), needs_request(range),
+				       range->page_size };
+	close_access(&access);
+	return range ? 0 : -ENOENT;
+}
+
+static int populate_run(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			const struct needs *needs, uint64_t offset, uint64_t end, uint64_t chunk,
+			struct uffd_populate_result *result_ret)
+{
+	uint64_t reached;
+	int r;
+
+	*result_ret = (struct uffd_populate_result){ 0 };
+	if (needs->by_request)
+		return populate_by_request(engine, ref, needs->page_size, offset, end, chunk,
+					   result_ret);
+	r = for_slices(&(struct slices){ engine, *ref, offset, end, fill_slice, fill_reach, NULL },
+		       &result_ret->filled, &reached);
+	if (r == -ENOMEM)
+		result_ret->failed_at = ref->start + reached;
+	return r;
+}
+
 int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			 uint64_t offset, uint64_t length, uint64_t chunk,
 			 struct uffd_populate_result *result_ret)
 {
-	bool absent = false, by_request = false;
-	struct uffd_range *range;
-	uint64_t page_size = 0, reached;
-	struct access access;
-	int r;
+	struct needs needs;
+	int r = look_up(engine, ref, &needs);
 
 	*result_ret = (struct uffd_populate_result){ 0 };
-	if (!open_access(engine, ref->space, &access))
-		return -ESRCH;
-	range = any_piece(access.space, ref->id, ref->start);
-	if (range) {
-		absent = can_be_absent(range);
-		by_request = needs_request(range);
-		page_size = range->page_size;
+	if (r || !needs.is_filled)
+		return r;
+	return populate_run(engine, ref, &needs, offset, offset + length, chunk, result_ret);
+}
+
+static bool are_ranges(const uint64_t *words, uint64_t width, uint64_t count, uint64_t limit,
+		       uint64_t page_size)
+{
+	for (uint64_t i = 0; i < count; i++, words += width)
+		if (words[0] >= words[1] || words[1] > limit ||
+		    (words[0] | words[1]) & (page_size - 1))
+			return false;
+	return true;
+}
+
+int uffd_engine_populate_ranges(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+				uint64_t offset, uint64_t length, const uint64_t *words,
+				uint64_t width, uint64_t count, uint64_t chunk,
+				struct uffd_populate_result *result_ret)
+{
+	struct needs needs;
+	int r = look_up(engine, ref, &needs);
+
+	*result_ret = (struct uffd_populate_result){ 0 };
+	if (r == 0 && !are_ranges(words, width, count, length, needs.page_size))
+		r = -EINVAL;
+	if (r || !needs.is_filled)
+		return r;
+	for (; count-- && r == 0; words += width) {
+		struct uffd_populate_result part;
+
+		r = populate_run(engine, ref, &needs, offset + words[0], offset + words[1], chunk,
+				 &part);
+		result_ret->filled += part.filled;
+		result_ret->failed_at = part.failed_at;
 	}
-	close_access(&access);
-	if (!range)
-		return -ENOENT;
-	if (!absent)
-		return 0;
-	if (by_request)
-		return populate_by_request(engine, ref, page_size, offset, offset + length,
-					   chunk, result_ret);
-	r = for_slices(&(struct slices){ engine, *ref, offset, offset + length, fill_slice,
-					 fill_reach, NULL },
-		       &result_ret->filled, &reached);
-	if (r == -ENOMEM)
-		result_ret->failed_at = ref->start + reached;
 	return r;
 }

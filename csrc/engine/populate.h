@@ -17,5 +17,14 @@ struct uffd_populate_result {
 int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			 uint64_t offset, uint64_t length, uint64_t chunk,
 			 struct uffd_populate_result *result_ret);
+/*
+ * The same for some ranges of [offset, offset + length): `width` words each, of which the
+ * first two are where it begins and ends, counted from `offset`.  -EINVAL: one is no range
+ * of whole pages in there; nothing is done.
+ */
+int uffd_engine_populate_ranges(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+				uint64_t offset, uint64_t length, const uint64_t *words,
+				uint64_t width, uint64_t count, uint64_t chunk,
+				struct uffd_populate_result *result_ret);
 
 #endif /* UFFD_ENGINE_POPULATE_H */

@@ -510,6 +510,19 @@ class _Lib:
     def uffd_engine_populate(
         self, engine: CData, ref: CData, offset: int, length: int, chunk: int, result_ret: CData, /
     ) -> int: ...
+    def uffd_engine_populate_ranges(
+        self,
+        engine: CData,
+        ref: CData,
+        offset: int,
+        length: int,
+        words: CData,
+        width: int,
+        count: int,
+        chunk: int,
+        result_ret: CData,
+        /,
+    ) -> int: ...
     def uffd_engine_load(
         self, engine: CData, ref: CData, offset: int, length: int, chunk: int, result_ret: CData, /
     ) -> int: ...

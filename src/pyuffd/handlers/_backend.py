@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from pyuffd.handlers._bounce import Bounce
     from pyuffd.handlers._fault_log import FaultLog
+    from pyuffd.handlers._packed import Packed
     from pyuffd.handlers._served_parts import Part
     from pyuffd.handlers._types import (
         Ended,
@@ -99,6 +100,11 @@ class Backend(Protocol):
 
     def load(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages that have content, in forks too; return the bytes filled."""
+
+    def populate_ranges(
+        self, served: RangeId, offset: int, length: int, ranges: Packed, chunk: int = 0
+    ) -> int:
+        """Fill absent pages of ranges in [offset, +length); return the bytes filled."""
 
     def fill(
         self, served: RangeId, offset: int, source: Bounce | int, length: int, *, unprotected: bool

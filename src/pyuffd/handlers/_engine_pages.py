@@ -11,6 +11,7 @@ from pyuffd._diagnose import why_unresolved
 from pyuffd._errors import ClosedError, raise_errno
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._bounce import Bounce
+from pyuffd.handlers._packed import Packed
 from pyuffd.handlers._types import RangeId
 
 
@@ -62,6 +63,33 @@ class EnginePages(SoleOwner):
         if code:
             failed = out.failed_at
             at = (failed, None) if failed else (start, length)
+            hint = self._why_not_populated(served, failed, -code) if failed else ""
+            raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
+        return int(out.filled)
+
+    def populate_ranges(
+        self, served: RangeId, offset: int, length: int, ranges: Packed, chunk: int = 0
+    ) -> int:
+        """Fill absent pages of ranges in [offset, +length); return the bytes filled."""
+        out = ffi.new("struct uffd_populate_result *")
+        count = len(ranges.words) // 8 // ranges.width
+        with ffi.from_buffer("uint64_t[]", ranges.words) as words:
+            code = lib.uffd_engine_populate_ranges(
+                self._engine(),
+                range_ref(served),
+                offset,
+                length,
+                words,
+                ranges.width,
+                count,
+                chunk,
+                out,
+            )
+        if code == -errno.EINVAL:
+            raise ValueError(f"ranges: one of them is no range of whole pages in {length:#x} bytes")
+        if code:
+            failed = out.failed_at
+            at = (failed, None) if failed else (served.start + offset, length)
             hint = self._why_not_populated(served, failed, -code) if failed else ""
             raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
         return int(out.filled)

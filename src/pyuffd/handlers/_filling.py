@@ -11,6 +11,7 @@ from pyuffd._arguments import FD_LIMIT, check_buffer, check_int, shown
 from pyuffd._errors import UffdOSError
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
+from pyuffd.handlers._packed import packed
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import SourceKind
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyuffd.handlers._backend import Backend
+    from pyuffd.handlers._packed import Ranges
     from pyuffd.handlers._serving import Served
 
     class HasDescriptor(Protocol):
@@ -77,6 +79,7 @@ class FillsPages(HandlerBase):
         offset: int = 0,
         length: int | None = None,
         *,
+        ranges: Ranges | None = None,
         chunk: int | None = None,
     ) -> int:
         """Fill the absent pages of a region now, and return the bytes filled.
@@ -90,25 +93,41 @@ class FillsPages(HandlerBase):
             region: A served region.
             offset: Where to begin in bytes, a multiple of the page size.
             length: Bytes, a multiple of the page size; to the end by default.
+            ranges: Instead of offset and length: many ranges, filled in this order by one call
+                in C. They are pairs of offsets (start, end), an array of two or three columns of
+                64-bit numbers, whose third is not used, or what `checkpoint` has returned.
             chunk: Ask a source in Python for at most so many bytes at a time; a multiple of the
                 page size. None begins with a page and asks for more, up to 1 MiB, as long as an
                 answer needs no more than a quarter of `stall_timeout_s`. If a source raises when
                 it is asked for several pages, it is asked for half of them, down to one.
 
         Raises:
-            ValueError: not served, pages outside the region, or a bad chunk.
+            ValueError: not served, pages outside the region, or a bad chunk. One of the `ranges` is
+                bad: then nothing is filled.
             UffdOSError: EIO - the source raised; its exception is the cause. ETIMEDOUT - it did not
                 answer in time. ENOMEM - no huge page became free in time. ENODATA - the file of a
                 FileSource was truncated. `start` is the first
                 page without content, and `completed` bytes were filled. With several workers some
                 of these may lie after `start`.
+
+        Example:
+            >>> import pyuffd
+            >>> with pyuffd.lazy(b"page".ljust(4096) * 8, fault_log=10) as memory:
+            ...     memory.handler.populate(memory, ranges=[(0, 4096), (8192, 16384)])
+            12288
         """
+        some = None if ranges is None else packed(ranges)
+        if some is not None and (offset, length) != (0, None):
+            raise ValueError("populate takes either offset and length, or ranges")
         engine, served, first, pages = self._pages(region, offset, length)
         self._check_chunk(served, chunk, "populate")
         size = served.page_size
+        at, span = first * size, pages * size
         if isinstance(engine, WorkedEngine):
-            engine.check_access(served, served.id.start + first * size, pages * size)
-        return engine.populate(served.id, first * size, pages * size, chunk or 0)
+            engine.check_access(served, served.id.start + at, span)
+        if some is not None:
+            return engine.populate_ranges(served.id, at, span, some, chunk or 0)
+        return engine.populate(served.id, at, span, chunk or 0)
 
     def load(
         self,

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from pyuffd.handlers._packed import Packed
     from pyuffd.handlers._served_parts import Part
     from pyuffd.handlers._serving import Served
     from pyuffd.sources import PageSource, Promised
@@ -232,6 +233,13 @@ class WorkedEngine(Engine):
         """Fill absent pages; an exception of the source is the cause of the error."""
         with self._explained(served, offset, length):
             return super().populate(served, offset, length, chunk)
+
+    def populate_ranges(
+        self, served: RangeId, offset: int, length: int, ranges: Packed, chunk: int = 0
+    ) -> int:
+        """Fill absent pages of ranges; errors are explained as by `populate`."""
+        with self._explained(served, offset, length):
+            return super().populate_ranges(served, offset, length, ranges, chunk)
 
     def load(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages that have content; errors are explained as by `populate`."""

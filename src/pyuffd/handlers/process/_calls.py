@@ -28,6 +28,7 @@ class Call(IntEnum):
     REFUSE = auto()
     ABANDON = auto()
     POPULATE = auto()
+    POPULATE_RANGES = auto()
     LOAD = auto()
     FILL = auto()
     TAKE_IN = auto()
@@ -89,6 +90,7 @@ KINDS = {call: _PLAIN for call in Call} | {
     Call.LIST_REGISTERED: Kind(waits=True),
     Call.UNLIST_REGISTERED: Kind(waits=True),
     Call.POPULATE: Kind(waits=True),
+    Call.POPULATE_RANGES: Kind(waits=True),
     Call.LOAD: Kind(waits=True),
     Call.PAUSE: Kind(waits=True),
     Call.RETRY: Kind(waits=True),

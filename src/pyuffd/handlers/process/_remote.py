@@ -19,6 +19,7 @@ from pyuffd._overlay import OverlaySource, without_files
 from pyuffd._owned import Descriptor
 from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._fault_log import FaultLog
+from pyuffd.handlers._packed import Packed
 from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._types import (
     PATIENCE_S,
@@ -229,6 +230,12 @@ class RemoteEngine(SoleOwner):
     def populate(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages; return the bytes filled."""
         return int(self._call(Call.POPULATE, served, offset, length, chunk))
+
+    def populate_ranges(
+        self, served: RangeId, offset: int, length: int, ranges: Packed, chunk: int = 0
+    ) -> int:
+        """Fill absent pages of ranges in [offset, +length); return the bytes filled."""
+        return int(self._call(Call.POPULATE_RANGES, served, offset, length, ranges, chunk))
 
     def load(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages that have content, in forks too; return the bytes filled."""

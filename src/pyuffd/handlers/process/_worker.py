@@ -112,6 +112,7 @@ class WorkerProcess:
             Call.REFUSE: engine.refuse,
             Call.ABANDON: self.abandon,
             Call.POPULATE: engine.populate,
+            Call.POPULATE_RANGES: engine.populate_ranges,
             Call.LOAD: engine.load,
             Call.FILL: self.fill,
             Call.TAKE_IN: engine.take_in,
