@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -14,9 +13,6 @@ from pathlib import Path
 
 from pyuffd._owned import Descriptor
 from pyuffd.snapshot._format import PAGES
-
-_RENAMEAT2, _NOREPLACE = 316, 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NewDirectory:
@@ -109,18 +105,15 @@ def _sync_directory(path: Path) -> None:
 
 
 def _rename_new(source: Path, target: Path) -> None:
-    """Rename, and never replace: rename(2) would replace an empty directory."""
-    here = -100  # AT_FDCWD
-    if not _libc.syscall(
-        _RENAMEAT2, here, os.fsencode(source), here, os.fsencode(target), _NOREPLACE
-    ):
-        return
-    code = ctypes.get_errno()
-    if code not in (errno.ENOSYS, errno.EINVAL):  # a file system without the flag
-        raise OSError(code, os.strerror(code), str(target))
+    """Rename a directory; rename(2) replaces nothing but an empty directory."""
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(source, target)
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        raise
 
 
 def _opened(path: Path, flags: int) -> Descriptor:
