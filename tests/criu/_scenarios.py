@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pyuffd.criu import LazyPages, RestoreReport
+from pyuffd.criu import LazyPages, RemotePages, RestoreReport, tls_context
 from pyuffd.testing._run import SCALE
 from tests.criu._programs import children_of, served, serving
 
@@ -27,17 +30,31 @@ class Criu:
         for path in (self.images, self.work):
             path.mkdir(exist_ok=True)
 
-    def start(self, command: str, *options: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: str, *options: str, before: Sequence[str] = (), fd: int = -1
+    ) -> subprocess.Popen[bytes]:
         """Start a command of CRIU, with its log in the work dir."""
         return subprocess.Popen(
             [
+                *before,
                 *(CRIU, command, "-D", str(self.images), "-W", str(self.work)),
                 *("-o", f"{command}.log", "-v4", *options),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            pass_fds=[fd] if fd >= 0 else [],
         )
+
+    def start_ready(self, command: str, *options: str) -> subprocess.Popen[bytes]:
+        """Start a command, and wait until it says that it is ready."""
+        ready, status = os.pipe()
+        process = self.start(command, "--status-fd", str(status), *options, fd=status)
+        os.close(status)
+        with open(ready, "rb") as pipe:
+            if not pipe.read(1):
+                self.check(command, process)
+        return process
 
     def run(self, command: str, *options: str) -> None:
         """Run a command of CRIU."""
@@ -54,6 +71,10 @@ class Criu:
         """Dump a process, which ends."""
         self.run("dump", "-t", str(process.pid), *options)
         assert process.wait(LIMIT_S * SCALE) == -signal.SIGKILL
+        # Its children are ours by now, and their pids are in use until they are reaped.
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, 0):
+                pass
 
     def restore(self, *options: str) -> int:
         """Restore lazily, and return the pid; the process is then a child of this one."""
@@ -112,6 +133,7 @@ def numbers(folder: str, mib: int, changes: bool, restores: int, threads: int) -
     codes = []
     with served(criu.images, work_dir=criu.work, restores=restores, threads=threads) as server:
         for _ in range(restores):
+            (Path(folder) / "ready").touch()
             codes.append(status_after_signal(criu.restore()))
     return [codes, told(server.reports)]
 
@@ -133,3 +155,182 @@ def worker_killed(folder: str, mib: int) -> Any:
                 os.kill(min(children_of(keeper)), signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return [code, told(reports)]
+
+
+def redis(folder: str, keys: int) -> Any:
+    """Restore a redis-server with threads: what it holds has the digest that it had."""
+    criu = Criu(folder)
+    path = str(Path(folder) / "redis")
+    server = subprocess.Popen(
+        [
+            *("redis-server", "--port", "0", "--unixsocket", path, "--save", ""),
+            *("--enable-debug-command", "yes", "--dir", folder),
+        ],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: os.path.exists(path))
+    _asked_of_redis(path, f"DEBUG POPULATE {keys} key 100")
+    before = [_asked_of_redis(path, words) for words in ("DEBUG DIGEST", "DBSIZE")]
+    criu.dump(server)
+    with served(criu.images, work_dir=criu.work) as lazy:
+        pid = criu.restore()
+        first = _asked_of_redis(path, f"GET key:{keys // 2}")
+        after = [_asked_of_redis(path, words) for words in ("DEBUG DIGEST", "DBSIZE")]
+    threads = len(os.listdir(f"/proc/{pid}/task"))
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+    return [before, after, first, threads, told(lazy.reports)]
+
+
+def _asked_of_redis(path: str, words: str) -> str:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(LIMIT_S * SCALE)
+        sock.connect(path)
+        sock.sendall(words.encode() + b"\r\n")
+        return sock.recv(1 << 16).decode()
+
+
+TREE = """
+import hashlib, os, signal, sys, threading, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+for _ in range(3):
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+zombie = os.fork()
+if zombie == 0:
+    os._exit(7)
+child = os.fork()
+who = os.getpid()
+data = os.urandom(1 << 20) * 30
+strings = [f"{who} {number}" * 3 for number in range(100_000)]
+def digest():
+    return hashlib.sha256(data + "".join(strings).encode()).hexdigest()
+expected = digest()
+open(sys.argv[1] + str(int(child == 0)), "w").close()
+signal.sigwait([signal.SIGUSR1])
+is_right = digest() == expected
+if child == 0:
+    os._exit(0 if is_right else 1)
+os.kill(child, signal.SIGUSR1)
+codes = [os.waitpid(pid, 0)[1] >> 8 for pid in (child, zombie)]
+os._exit(0 if is_right and codes == [0, 7] else 2)
+"""
+
+
+def tree(folder: str) -> Any:
+    """Restore a parent and a child of Python, with threads, and a zombie."""
+    criu = Criu(folder)
+    script = Path(folder) / "tree.py"
+    script.write_text(TREE)
+    ready = str(Path(folder) / "ready")
+    process = subprocess.Popen(
+        [sys.executable, str(script), ready],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: os.path.exists(ready + "0") and os.path.exists(ready + "1"))
+    criu.dump(process)
+    with served(criu.images, work_dir=criu.work) as lazy:
+        code = status_after_signal(criu.restore())
+    return [code, told(lazy.reports)]
+
+
+@contextmanager
+def large_pipes() -> Iterator[None]:
+    """CRIU's page server needs pipes of 4 MiB, which only a privilege allows otherwise."""
+    limit = Path("/proc/sys/fs/pipe-max-size")
+    before = limit.read_text()
+    limit.write_text(str(4 << 20))
+    try:
+        yield
+    finally:
+        limit.write_text(before)
+
+
+def free_port() -> int:
+    """Return a port that was free just now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def remote(folder: str, mib: int, tls: bool) -> Any:
+    """Restore with pages from `criu page-server`, twice."""
+    criu = Criu(folder)
+    build(folder)
+    criu.dump(start_target(folder, str(mib)))
+    port = free_port()
+    address = ["--address", "127.0.0.1", "--port", str(port)]
+    context = None
+    options: list[str] = []
+    if tls:
+        files = {name: str(Path(folder) / f"{name}.pem") for name in ("cacert", "cert", "key")}
+        make_certificates(folder)
+        options = ["--tls", *(w for name, path in files.items() for w in (f"--tls-{name}", path))]
+        context = tls_context(cacert=files["cacert"], cert=files["cert"], key=files["key"])
+    with large_pipes():
+        server = criu.start_ready("page-server", "--lazy-pages", *address, *options)
+        codes = []
+        try:
+            with (
+                RemotePages("127.0.0.1", port, tls=context) as pages,
+                served(criu.images, work_dir=criu.work, restores=2, page_server=pages) as lazy,
+            ):
+                for _ in range(2):
+                    (Path(folder) / "ready").touch()
+                    codes.append(status_after_signal(criu.restore()))
+            criu.check("page-server", server)
+        finally:
+            server.kill()
+            server.wait()
+    return [codes, told(lazy.reports)]
+
+
+def make_certificates(folder: str) -> None:
+    """Make an authority, and a certificate for both sides."""
+    here = Path(folder)
+    openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "basicConstraints=critical,CA:TRUE"]
+    subject += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    out = ["-keyout", str(here / "key.pem"), "-out", str(here / "cert.pem")]
+    subprocess.run([*openssl, *subject, *out], check=True, capture_output=True)
+    (here / "cacert.pem").write_bytes((here / "cert.pem").read_bytes())
+
+
+def migrate(folder: str, mib: int) -> Any:
+    """Restore in another PID namespace what `criu dump --lazy-pages` holds frozen."""
+    criu = Criu(folder)
+    build(folder)
+    source = start_target(folder, str(mib))
+    port = free_port()
+    with large_pipes():
+        dump = criu.start_ready(
+            "dump",
+            *("--lazy-pages", "--address", "127.0.0.1", "--port", str(port)),
+            *("-t", str(source.pid)),
+        )
+        try:
+            with (
+                RemotePages("127.0.0.1", port) as pages,
+                served(criu.images, work_dir=criu.work, page_server=pages) as lazy,
+            ):
+                restore = criu.start(
+                    "restore",
+                    "--lazy-pages",
+                    before=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"],
+                )
+                wait_for(lambda: lazy.reports and lazy.reports[0].arrived_s)
+                inner = children_of(children_of(restore.pid)[0])[0]
+                os.kill(inner, signal.SIGUSR1)
+                wait_for(lambda: not (Path(folder) / "ready").exists())
+                restore.wait(LIMIT_S * SCALE)
+            criu.check("dump", dump)
+            code = source.wait(LIMIT_S * SCALE)
+        finally:
+            dump.kill()
+            dump.wait()
+    return [code, told(lazy.reports)]

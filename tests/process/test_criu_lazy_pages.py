@@ -10,21 +10,25 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("google.protobuf")
 
 from pyuffd import CriuError, Feature, Userfaultfd
-from pyuffd.criu import LazyPages, RestoreReport
+from pyuffd.criu import Images, LazyPages, RemotePages, RestoreReport
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests.criu._client import FINISHED
-from tests.criu._images import PAGE
+from tests.criu._images import LAZY, PAGE, pattern, write_pagemap
+from tests.criu._page_server import Server as PageServer
 from tests.criu._programs import (
     PID,
     ROOT,
@@ -327,6 +331,82 @@ def test_stop_in_the_middle(tmp_path: Path) -> None:
         assert client.ask("page", 0, 9) == stamps[9]
         with pytest.raises(EOFError):
             client.ask("page", 0, 10)
+
+
+@contextmanager
+def page_server(
+    folder: Path, client: Client, **options: Any
+) -> Iterator[tuple[LazyPages, PageServer]]:
+    """Serve the client's first region, all of whose pages a page server has."""
+    start = client.starts[0]
+    write_pagemap(folder, PID, [(start, PAGES, LAZY)])
+    server = PageServer("4.2", {PID: start}, most=7)
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=server.serve, args=(theirs,))
+    thread.start()
+    try:
+        with (
+            RemotePages(ours) as pages,
+            served(folder, page_server=pages, **options) as lazy,
+        ):
+            yield lazy, server
+    finally:
+        theirs.close()
+        thread.join()
+
+
+PAGES = 600
+REMOTE = [int.from_bytes(pattern(number)[:8], "little") for number in range(PAGES)]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_pages_of_a_page_server(tmp_path: Path, is_killed: bool) -> None:
+    """The connection outlives a worker process that is killed."""
+    with Client(PAGES + 10) as client:
+        write_images(tmp_path, client.starts, (PAGES + 10,), [])
+        hot = {"working_set": tmp_path / "hot", "record_s": 1.0} if is_killed else {}
+        with page_server(tmp_path, client, **hot) as (lazy, server):
+            keeper = lazy._spare.handler()._running_engine().pids()[0]  # type: ignore[union-attr]
+            client.connect(lazy)
+            assert client.ask("page", 0, 99) == REMOTE[99]
+            if is_killed:
+                os.kill(min(children_of(keeper)), signal.SIGKILL)
+            assert client.ask("stamps") == REMOTE + [0] * 10
+        (report,) = lazy.reports
+        assert report.error is None
+        assert report.helper_restarts == is_killed
+        assert report.content_bytes == PAGES * PAGE
+        assert sum(count for _, count in server.asked) >= PAGES
+        assert server.was_closed
+        assert client.ask("registered") == 0
+        assert client.ask("stamps") == REMOTE + [0] * 10
+
+
+def test_a_page_server_that_goes_away(tmp_path: Path) -> None:
+    """What it had not sent is poisoned, and the rest is right."""
+    with Client(PAGES) as client:
+        write_images(tmp_path, client.starts, (PAGES,), [])
+        hot = {"working_set": tmp_path / "hot", "record_s": 600}
+        with page_server(tmp_path, client, **hot) as (lazy, server):
+            client.connect(lazy)
+            assert client.ask("page", 0, 99) == REMOTE[99]
+            server.stop()
+            lazy.stop(now=True)
+        assert lazy.reports[0].error
+        assert client.ask("page", 0, 99) == REMOTE[99]
+        with pytest.raises(EOFError):
+            client.ask("page", 0, 100)
+
+
+def test_remote_images_need_a_page_server(tmp_path: Path) -> None:
+    with Client(4) as client:
+        write_images(tmp_path, client.starts, (4,), [])
+        write_pagemap(tmp_path, PID, [(client.starts[0], 4, LAZY)])
+    with pytest.raises(ValueError, match="is_remote"):
+        LazyPages(Images(tmp_path, is_remote=True))
+    program = command("-D", tmp_path, "--page-server")
+    _, err = program.communicate(timeout=60 * SCALE)
+    assert (program.returncode, "--port" in err) == (2, True)
 
 
 def test_a_socket_that_a_dead_server_has_left(tmp_path: Path) -> None:

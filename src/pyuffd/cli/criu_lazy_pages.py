@@ -11,12 +11,16 @@ import resource
 import signal
 import sys
 import threading
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pyuffd import CriuError
 
 if TYPE_CHECKING:
-    from pyuffd.criu import LazyPages, RestoreReport
+    from pyuffd.criu import Images, LazyPages, RemotePages, RestoreReport
+
+    Wire = Literal["4.1", "4.2"]
 
 EXIT_FAILED = 1
 EXIT_MISSING = 2
@@ -81,6 +85,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="S",
         help="when the working set is written: only answer faults for so many seconds (5)",
     )
+    remote = parser.add_argument_group("pages from a page server, instead of files here")
+    remote.add_argument(
+        "--page-server", action="store_true", help="ask the page server at --address and --port"
+    )
+    remote.add_argument("--address", default="127.0.0.1", help="its host (127.0.0.1)")
+    remote.add_argument("--port", type=_count, help="its port")
+    remote.add_argument(
+        "--wire",
+        choices=("4.1", "4.2"),
+        help="its format: that of CRIU 4.2 and newer, or of older ones (as the images tell)",
+    )
+    remote.add_argument("--tls", action="store_true", help="use TLS")
+    remote.add_argument("--tls-cacert", default="/etc/pki/CA/cacert.pem", metavar="FILE")
+    remote.add_argument("--tls-cacrl", metavar="FILE")
+    remote.add_argument("--tls-cert", default="/etc/pki/criu/cert.pem", metavar="FILE")
+    remote.add_argument("--tls-key", default="/etc/pki/criu/private/key.pem", metavar="FILE")
+    remote.add_argument("--tls-no-cn-verify", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
 
 
@@ -102,16 +123,35 @@ def run(args: argparse.Namespace) -> int:
     work_dir = os.path.abspath(args.work_dir or args.images_dir)
     _set_up_log(args, work_dir)
     _raise_limit()
+    from pyuffd.criu import Images
+
+    images = Images(os.path.abspath(args.images_dir), is_remote=args.page_server)
+    with _page_server(args, images) as page_server:
+        reports = _serve(args, images, work_dir, page_server, started)
+        is_failed = any(report.error for report in reports)
+        if is_failed and page_server is not None:
+            page_server.abandon()
+    return EXIT_FAILED if is_failed else 0
+
+
+def _serve(
+    args: argparse.Namespace,
+    images: Images,
+    work_dir: str,
+    page_server: RemotePages | None,
+    started: _Background | None,
+) -> list[RestoreReport]:
     from pyuffd.criu import LazyPages
 
     out = _Output(is_json=args.json)
     with LazyPages(
-        os.path.abspath(args.images_dir),
+        images,
         work_dir=work_dir,
         restores=args.restores,
         threads=args.threads or None,
         working_set=args.working_set,
         record_s=args.record_for,
+        page_server=page_server,
         finished=out.restored,
     ) as server:
         before = _stop_at_signals(server)
@@ -124,11 +164,33 @@ def run(args: argparse.Namespace) -> int:
             if started is not None:
                 started.tell()
             with _Progress(server, out):
-                reports = server.serve()
+                return server.serve()
         finally:
             for number, action in before.items():
                 signal.signal(number, action)
-    return EXIT_FAILED if any(report.error for report in reports) else 0
+
+
+def _page_server(
+    args: argparse.Namespace, images: Images
+) -> AbstractContextManager[RemotePages | None]:
+    """Connect to the page server, if there is one."""
+    if not args.page_server:
+        return nullcontext()
+    if args.port is None:
+        raise CriuError("page-server", "--page-server needs --port")
+    from pyuffd.criu import RemotePages, tls_context
+
+    tls = None
+    if args.tls:
+        tls = tls_context(
+            cacert=args.tls_cacert,
+            cacrl=args.tls_cacrl,
+            cert=args.tls_cert,
+            key=args.tls_key,
+            verifies_name=not args.tls_no_cn_verify,
+        )
+    wire: Wire = args.wire or ("4.2" if images.has_long_counts else "4.1")
+    return RemotePages(args.address, args.port, wire=wire, tls=tls)
 
 
 def _set_up_log(args: argparse.Namespace, work_dir: str) -> None:

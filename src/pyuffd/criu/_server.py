@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import select
 import socket
@@ -11,6 +12,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 
 from pyuffd._arguments import check_int, check_path, check_seconds
@@ -20,6 +22,8 @@ from pyuffd._owned import Descriptor
 from pyuffd._uffd import Userfaultfd
 from pyuffd._unix_sockets import UnixListener, listen_unix
 from pyuffd.criu._images import Images
+from pyuffd.criu._page_server import RemotePages
+from pyuffd.criu._remote import PageBroker
 from pyuffd.criu._restore import (
     Restore,
     RestoreOptions,
@@ -38,6 +42,9 @@ MOST_THREADS = 8
 # Restores at the same time; more wait to be accepted.
 MOST_RESTORES = 64
 RECORD_S = 5.0
+# Requests to a page server under way. Faults are asked for behind those that are under way.
+REMOTE_WORKERS = 8
+REMOTE_CHUNK = 128 << 10
 # Demand faults of a second or so on a fast machine, until they are looked at.
 LOGGED_FAULTS = 1 << 20
 
@@ -61,6 +68,9 @@ class LazyPages(Closing):
         working_set: A file with the pages that an earlier restore touched first: they are filled
             first. If the file does not exist, or is one of other images, this restore writes it.
         record_s: How long a restore that writes the working set only answers faults, in seconds.
+        page_server: Where the lazy pages are, if they are not in files here. The images must have
+            been read with is_remote=True; a folder is. The caller closes it, after this object:
+            one connection serves all restores.
         finished: Called with a `RestoreReport` at the end of each restore, in a thread of this
             server.
 
@@ -96,9 +106,16 @@ class LazyPages(Closing):
         threads: int | None = None,
         working_set: str | os.PathLike[str] | None = None,
         record_s: float = RECORD_S,
+        page_server: RemotePages | None = None,
         finished: Callable[[RestoreReport], None] | None = None,
     ) -> None:
-        self._images = images if isinstance(images, Images) else Images(images)
+        is_remote = page_server is not None
+        self._images = images if isinstance(images, Images) else Images(images, is_remote=is_remote)
+        if self._images.is_remote != is_remote:
+            raise ValueError(
+                f"page_server={page_server!r}, but the images were read with is_remote="
+                f"{self._images.is_remote}"
+            )
         folder = self._images.folder if work_dir is None else check_path("work_dir", work_dir)
         self._limit = check_int("restores", restores, 0)
         if threads is not None:
@@ -111,6 +128,9 @@ class LazyPages(Closing):
             remote=None,
             ioctls=ioctls_of_private_memory(),
         )
+        self._broker = None if page_server is None else PageBroker(page_server)
+        if self._broker is not None:
+            self._options = replace(self._options, remote=self._broker.source, chunk=REMOTE_CHUNK)
         self._finished = finished
         self.path = os.path.join(folder, SOCKET_NAME)
         self.reports: list[RestoreReport] = []
@@ -201,7 +221,8 @@ class LazyPages(Closing):
         return stack.enter_context(spare).handler()
 
     def _new_spare(self) -> _Spare:
-        return _Spare(fault_log=LOGGED_FAULTS if self._options.working_set else 0)
+        log_size = LOGGED_FAULTS if self._options.working_set else 0
+        return _Spare(log_size, REMOTE_WORKERS if self._broker is not None else 1)
 
     def close(self) -> None:
         """Stop now, and remove the socket."""
@@ -210,6 +231,8 @@ class LazyPages(Closing):
         spare, self._spare = self._spare, None
         if spare is not None:
             spare.close()
+        if self._broker is not None:
+            self._broker.close()
         for descriptor in (self._ended, self._refusing, self._folder):
             descriptor.close()
 
@@ -223,8 +246,9 @@ class _Spare(Closing):
     _failed = "stopping a handler failed"
     _instead = "it owns a handler"
 
-    def __init__(self, fault_log: int) -> None:
+    def __init__(self, fault_log: int, workers: int) -> None:
         self._fault_log = fault_log
+        self._workers = workers
         self._handler: Handler | None = None
         self._uffd: Userfaultfd | None = None
         self._error: BaseException | None = None
@@ -235,7 +259,13 @@ class _Spare(Closing):
         try:
             # Of this process, and for no memory: those of restored processes are added to it.
             self._uffd = Userfaultfd()
-            self._handler = Handler(self._uffd, driver="process", fault_log=self._fault_log)
+            self._handler = Handler(
+                self._uffd,
+                driver="process",
+                workers=self._workers,
+                fault_log=self._fault_log,
+                stall_timeout_s=math.inf,  # RemotePages has a limit of its own
+            )
             self._handler.start()
         except BaseException as error:
             self._error = error
