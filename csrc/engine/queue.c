@@ -5,6 +5,21 @@
 #include "queue.h"
 #include "base/clock.h"
 
+/* A thread waits for a fault's pages: before those that populate asks for. */
+static void insert_request(struct uffd_engine *engine, struct uffd_request *request)
+{
+	struct uffd_request *first = NULL;
+
+	if (request->is_fault)
+		TAILQ_FOREACH(first, &engine->queued, link)
+			if (first->populate)
+				break;
+	if (first)
+		TAILQ_INSERT_BEFORE(first, request, link);
+	else
+		TAILQ_INSERT_TAIL(&engine->queued, request, link);
+}
+
 bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
 		   const struct deferred_fault *fault, struct populate *populate)
 {
@@ -30,7 +45,7 @@ bool queue_request(struct uffd_range *range, uint64_t at, uint64_t end,
 	request->populate = populate;
 	count(engine, COUNTER(requests), 1);
 	pthread_mutex_lock(&engine->requests_lock);
-	TAILQ_INSERT_TAIL(&engine->queued, request, link);
+	insert_request(engine, request);
 	atomic_fetch_add(&engine->outstanding, 1);
 	if (populate) {
 		populate->queued++;

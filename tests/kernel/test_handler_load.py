@@ -6,8 +6,12 @@ import ctypes
 import mmap
 import os
 import tempfile
+import threading
+import time
 from functools import partial
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -24,10 +28,11 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_params
-from tests.kernel._serving import content, is_lost, states
+from tests.kernel._serving import content, is_lost, states, wait_for_stalled, wait_until
 from tests.kernel._verbs import (
     ABSENT,
     CLEAN,
@@ -258,6 +263,82 @@ def registered_later() -> None:
 @needs(Feature.EVENT_REMOVE)
 def test_memory_that_its_owner_registers_later() -> None:
     run_child(registered_later)
+
+
+def faults_before_it_is_added() -> None:
+    """A fault that comes in the middle of serve() finds the source."""
+    added_, data = WorkedEngine._added, content(PAGE)
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.1)
+        added_(*args)
+
+    with (
+        Userfaultfd() as owners,
+        Region.anonymous(PAGE) as region,
+        Userfaultfd.from_fd(os.dup(owners.fileno())) as adopted,
+        Handler(adopted, driver="thread") as handler,
+    ):
+        owners.register(region)
+        seen: list[bytes] = []
+        thread = threading.Thread(target=lambda: seen.append(region.read()))
+        thread.start()
+        wait_for_stalled(owners, 1)
+        with mock.patch.object(WorkedEngine, "_added", slowly):
+            source = CallableSource(partial(part_of, data))
+            toucher = threading.Thread(target=touch_after, args=(handler, adopted, region))
+            toucher.start()
+            handler.serve(region, source, ioctls=Ioctl.COPY | Ioctl.POISON | Ioctl.WAKE)
+        toucher.join()
+        thread.join()
+        assert seen == [data]
+        assert handler.stats().failed == 0
+
+
+def touch_after(handler: Handler, uffd: Userfaultfd, region: Region) -> None:
+    """Wake the thread that waits once the range is in, before serve() does."""
+    for _ in range(50):
+        time.sleep(0.002)
+        uffd.wake(region)
+
+
+def test_faults_that_come_before_serve_returns() -> None:
+    run_child(faults_before_it_is_added)
+
+
+def faults_come_first() -> None:
+    """A page that a thread waits for is asked for before those that load() has queued."""
+    asked: list[int] = []
+    go = threading.Semaphore(0)
+
+    def read(offset: int, length: int) -> bytes:
+        asked.append(offset // PAGE)
+        go.acquire()
+        return bytes(length)
+
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(100 * PAGE) as region,
+        Handler(uffd, driver="thread", stall_timeout_s=60) as handler,
+    ):
+        handler.serve(region, CallableSource(read))
+        loads = threading.Thread(target=handler.load, args=(region,), kwargs={"chunk": PAGE})
+        loads.start()
+        wait_until(lambda: handler.stats().requests > 20, "the queue is filled")
+        touches = threading.Thread(target=region.read, args=(90 * PAGE, 1))
+        touches.start()
+        wait_for_stalled(uffd, 1)
+        before = handler.stats().requests
+        go.release()
+        wait_until(lambda: len(asked) > 1 or handler.stats().requests > before, "the next one")
+        go.release(1000)
+        touches.join()
+        loads.join()
+    assert asked.index(90) <= 3, asked
+
+
+def test_faults_come_before_what_load_has_queued() -> None:
+    run_child(faults_come_first)
 
 
 def never_registered() -> None:

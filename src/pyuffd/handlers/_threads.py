@@ -36,6 +36,7 @@ from pyuffd.handlers._types import (
     Request,
     SourceFailure,
     SourceKind,
+    Taken,
 )
 from pyuffd.sources import AsyncSource
 
@@ -88,6 +89,7 @@ class WorkedEngine(Engine):
         self._options = options
         self._not_populated: dict[int, BaseException] = {}  # by address, until populate raises it
         self._sources: dict[int, PageSource] = {}
+        self._adding = threading.RLock()
         self._labels: dict[int, str] = {}
         self._places: dict[int, tuple[RangeId, int]] = {}  # with the size of a page
         self._raised: deque[SourceFailure] = deque(maxlen=RAISED_KEPT)
@@ -96,6 +98,11 @@ class WorkedEngine(Engine):
         self._hurried_until = math.inf
         self._names = [f"uffd-w{fd}-{index}" for index in range(workers)]
         self._threads: list[threading.Thread] = []
+
+    def add(self, given: RangeSpec, *, states_fd: int = -1, taken: Taken | None = None) -> RangeId:
+        """Put a range in; faults of memory that is registered already may come at once."""
+        with self._adding:
+            return super().add(given, states_fd=states_fd, taken=taken)
 
     def _added(self, served: RangeId, given: RangeSpec) -> None:
         if given.content.kind is SourceKind.REQUEST:
@@ -192,9 +199,16 @@ class WorkedEngine(Engine):
     def _read(self, number: int, offset: int, length: int) -> Buffer | Promised:
         self._source_threads.begin(number, offset, length)
         try:
-            return self._sources[number].read(offset, length)
+            return self._source(number).read(offset, length)
         finally:
             self._source_threads.end()
+
+    def _source(self, number: int) -> PageSource:
+        source = self._sources.get(number)
+        if source is None:
+            with self._adding:  # until it is noted below
+                source = self._sources[number]
+        return source
 
     def check_access(self, served: Served, start: int, length: int) -> None:
         """Raise HandlerError if this thread would wait for a page that only itself can fetch."""
