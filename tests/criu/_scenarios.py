@@ -334,3 +334,36 @@ def migrate(folder: str, mib: int) -> Any:
             dump.kill()
             dump.wait()
     return [code, told(lazy.reports)]
+
+
+def compare(folder: str, mib: int, rounds: int) -> Any:
+    """Time a restore, until all is filled and the server has ended, in turn with CRIU's server."""
+    criu = Criu(folder)
+    build(folder)
+    criu.dump(start_target(folder, str(mib)))
+    ours = [sys.executable, "-m", "pyuffd", "criu-lazy-pages"]
+    times: dict[str, list[tuple[float, float]]] = {"criu": [], "pyuffd": []}
+    for _ in range(rounds):
+        for name, command in (("criu", [CRIU, "lazy-pages"]), ("pyuffd", ours)):
+            times[name].append(_timed(criu, command))
+    return times
+
+
+def _timed(criu: Criu, command: Sequence[str]) -> tuple[float, float]:
+    """Return the seconds that `criu restore` needed, and those until its server had ended."""
+    socket_path = criu.work / "lazy-pages.socket"
+    socket_path.unlink(missing_ok=True)
+    log = criu.work / "server.log"
+    folders = ["-D", str(criu.images), "-W", str(criu.work)]
+    with log.open("w") as out:
+        server = subprocess.Popen([*command, *folders], stdout=out, stderr=out)
+    wait_for(socket_path.exists)
+    time.sleep(1.0)  # until it waits
+    began = time.monotonic()
+    pid = criu.restore()
+    restored = time.monotonic()
+    assert server.wait(LIMIT_S * SCALE) == 0, log.read_text()
+    ended = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return restored - began, ended - began

@@ -201,18 +201,18 @@ def test_the_command(tmp_path: Path) -> None:
         stamps = write_images(tmp_path / "images", client.starts, pages, runs)
         program = command(
             *("-D", tmp_path / "images", "-W", work, "--json", "--pidfile", "pid"),
-            *("--status-fd", str(status)),
+            *("-d", "--status-fd", str(status)),
         )
         os.close(status)
         assert os.read(ready, 2) == b"\0"
         os.close(ready)
-        assert int((work / "pid").read_text()) == program.pid
+        assert program.wait(60 * SCALE) == 0, "it goes on in the background"
+        assert int((work / "pid").read_text()) != program.pid
         client.connect(f"/proc/{os.getpid()}/fd/{here}/lazy-pages.socket")
         os.close(here)
         assert client.ask("stamps") == stamps[0]
         out, _ = program.communicate(timeout=60 * SCALE)
     events = [json.loads(line) for line in out.splitlines()]
-    assert program.returncode == 0
     assert events[0] == {"event": "listening", "socket": str(work / "lazy-pages.socket")}
     assert events[-1]["event"] == "restore"
     assert events[-1]["content_bytes"] == 500 * PAGE

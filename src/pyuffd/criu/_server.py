@@ -207,6 +207,9 @@ class LazyPages(Closing):
                 restore.run(RestoreSocket(sock, self._ended.number))
             except (UffdError, OSError) as error:
                 report.error = report.error or str(error)
+            except Exception as error:
+                log.exception("pyuffd: restore %d", number)
+                report.error = report.error or f"{type(error).__name__}: {error}"
             finally:
                 with self._lock:
                     del self._running[number]
