@@ -66,9 +66,9 @@ class Residency:
     __slots__ = ("page_size", "start", "states")
 
     def __init__(self, start: int, page_size: int, states: bytes) -> None:
-        self.start = start
-        self.page_size = page_size
-        self.states = states
+        self.start: int = start
+        self.page_size: int = page_size
+        self.states: bytes = states
 
     def __len__(self) -> int:
         return len(self.states)

@@ -128,6 +128,10 @@ class Handover(SoleOwner):
         gid: That process's effective group.
     """
 
+    pid: int
+    uid: int
+    gid: int
+
     _instead = "send its parts with send_uffd()"
 
     def __init__(

@@ -14,7 +14,7 @@ import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from pyuffd import _dirty_calls, lowlevel
 from pyuffd._abi import PageBit, PageCategory, ScanFlag
@@ -81,7 +81,7 @@ class PageRanges:
     def __eq__(self, other: object) -> bool:
         return self._view == other._view if isinstance(other, PageRanges) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None]  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _ranges_from_bytes, (self._view.tobytes(),)

@@ -103,6 +103,8 @@ class BufferSource(SoleOwner):
         " process, write the bytes to a memfd and make a FileSource of it"
     )
 
+    address: int
+
     def __init__(self, data: Buffer | Region) -> None:
         if isinstance(data, Region):
             data = data.memoryview()

@@ -96,8 +96,8 @@ class Access(SoleOwner, Generic[T]):
         self._value: T
         self._error: BaseException | None = None
         self._returned = os.eventfd(0, os.EFD_CLOEXEC)
-        self.thread_id = 0
-        self.done = False
+        self.thread_id: int = 0
+        self.done: bool = False
         self._thread = threading.Thread(target=self._run, name="uffd-access", daemon=True)
         self._thread.start()
 
@@ -150,7 +150,7 @@ class Child(SoleOwner):
         self._context = context
         self._agent = agent
         self._end = end
-        self.pid = agent.pid
+        self.pid: int = agent.pid
         self.uffd: Userfaultfd | None = None
         self._is_running = True
 
@@ -293,9 +293,9 @@ class Context(SoleOwner):
     def __init__(self, case: Case, memory: str) -> None:
         self.case = case
         self.memory: MemoryType = MEMORY_TYPES.get(memory, MEMORY_TYPES["anon"])
-        self.page = self.memory.page_size
-        self.offered = kernel_features()
-        self.variant = ""
+        self.page: int = self.memory.page_size
+        self.offered: int = kernel_features()
+        self.variant: str = ""
         self._candidates = [
             variant.name for variant in case.variants if variant.possible(self.offered)
         ]

@@ -80,6 +80,9 @@ class DirtyTracker(Closing):
         [4096]
     """
 
+    method: str
+    reason: str
+
     _what = "dirty tracker"
     _instead = "tracking is one registration of the memory"
 

@@ -23,6 +23,8 @@ class Bounce(SoleOwner):
     """
 
     _instead = "it is memory of one call"
+    fd: int
+    address: int
 
     def __init__(self, size: int = BOUNCE_SIZE, *, shared: bool = False) -> None:
         self.size = size
@@ -37,7 +39,7 @@ class Bounce(SoleOwner):
             else:
                 self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.address, _, self._owner = _memory.buffer_address(self._memory)
-            self.view = memoryview(self._memory)
+            self.view: memoryview = memoryview(self._memory)
         except BaseException:
             self.close()
             raise

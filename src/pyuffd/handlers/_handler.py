@@ -154,7 +154,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
         self._ending_lock = RLock()
         refuse_while_loading()
         self._cpus = check_cpus(cpus)
-        self.driver = choose_driver(driver, uffd)
+        self.driver: Driver = choose_driver(driver, uffd)
         check_uffd(self.driver, uffd)
         check_options(
             self.driver, on_error, prefetch, spin_us, self._cpus, workers, stall_timeout_s

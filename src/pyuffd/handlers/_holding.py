@@ -32,7 +32,7 @@ class Hold(Closing):
         self._limit_s = limit_s
         self._engine: Backend | None = engine
         self._lock = threading.Lock()
-        self.expired = False
+        self.expired: bool = False
         self._token = engine.pause(int(limit_s * 1e9))
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from pyuffd.handlers._aftermath import describe, held_at, leave_behind, take_out
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checks import (
+    Driver,
     check_is_uffd,
     check_mode,
     check_uffd,
@@ -273,7 +274,7 @@ class ServesRegions(HandlerBase):
             self._engine, self._spaces, self._may_move = engine, spaces, False
         except BaseException:
             if self._engine is old:
-                self.driver = "native"
+                self.driver: Driver = "native"
                 if engine is not None:
                     engine.destroy()
                 if self._started:

@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pyuffd import _remote_calls as calls
 from pyuffd import _vmas
@@ -132,7 +132,7 @@ class Mappings:
             return NotImplemented
         return self._packed == other._packed and self._names == other._names
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None]  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"<Mappings: {len(self)}, {self.bytes:#x} bytes>"

@@ -94,6 +94,7 @@ class Process(Closing):
         4096
     """
 
+    pid: int
     _attached: Attached
 
     _what = "process"
@@ -113,7 +114,7 @@ class Process(Closing):
             self.pid = pid = _leader(pid)
             descriptor = Descriptor.of_process(pid)
         with descriptor:
-            self.pagemap = Pagemap(pid)
+            self.pagemap: Pagemap = Pagemap(pid)
             try:
                 self._maps = _open(f"/proc/{pid}/maps")
                 self._kinds = Kinds(pid, self._maps.number)

@@ -185,7 +185,7 @@ class FaultingChild(SoleOwner):
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
-        self.pid = self._process.pid
+        self.pid: int = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
         order = {
             "memory": memory,

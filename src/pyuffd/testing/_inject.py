@@ -34,7 +34,7 @@ class _Wrapped:
     # A source with the content of another one; `at` are offsets, None means all.
     def __init__(self, source: PageSource, at: Iterable[int] | None) -> None:
         self.source = source
-        self.at = None if at is None else frozenset(at)
+        self.at: frozenset[int] | None = None if at is None else frozenset(at)
 
     @property
     def length(self) -> int | None:

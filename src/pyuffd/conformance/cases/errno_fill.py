@@ -90,9 +90,9 @@ class Target:
     def __init__(self, ctx: Context, op: Op, pages: int = 2, registered: int | None = None) -> None:
         self._ctx = ctx
         self._op = op
-        self.page = ctx.page
-        self.region = ctx.make(pages)
-        self.start = self.region.start
+        self.page: int = ctx.page
+        self.region: Region = ctx.make(pages)
+        self.start: int = self.region.start
         if op is CONTINUE:
             fill_file(ctx, self.region)
         # A page that a fork has shared cannot be moved.
@@ -100,7 +100,7 @@ class Target:
         if op is MOVE:
             source.madvise(mmap.MADV_DONTFORK)
         source.fill(DATA[0])
-        self.source = source.start
+        self.source: int = source.start
         if registered != 0:
             ctx.register(self.region, op.mode, registered)
         else:
