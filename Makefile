@@ -8,6 +8,9 @@
 #   make machine-mutants   the same kernel broken by machine, in hundreds of places
 #   make kernels  the conformance suite on other kernels     make mutants  the same on kernels broken on purpose
 #   make docs     the site, in build/docs
+#   make dist     sdist and manylinux wheel in dist/, reproducible and checked
+#   make verifytypes  pyright: are the types of all public names known?
+#   make changelog   what the fragments in changes/ become
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
 #   make engine-mutants   the tests of the pitfalls on this library, broken on purpose
 #   make criu     the tests with a real CRIU, which it fetches from Debian
@@ -22,6 +25,7 @@ MUTANTS_ARGS ?=
 COVERAGE_ARGS ?=
 MACHINE_MUTANTS_ARGS ?=
 ENGINE_MUTANTS_ARGS ?=
+DIST_ARGS ?=
 MYPY_ARGS ?= src tests
 SOAK_S ?= 60
 
@@ -84,6 +88,18 @@ typing: $(VENV)/.installed-dev
 # Warnings are errors: a link without a target, a page that no other page leads to, a docstring that does not parse.
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto docs build/docs
+
+.PHONY: dist changelog verifytypes
+# DIST_ARGS='--try python3.11 python3.13' also installs both in clean environments of these.
+dist: $(VENV)/.installed-release
+	$(BIN)/python -m release.build $(DIST_ARGS)
+
+# A checker other than mypy must know the type of every public name.
+verifytypes: $(VENV)/.installed-release
+	cd src && PYTHONPATH=. ../$(BIN)/pyright --pythonpath ../$(BIN)/python --verifytypes pyuffd --ignoreexternal
+
+changelog: $(VENV)/.installed-release
+	$(BIN)/towncrier build --draft
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.run
@@ -158,3 +174,7 @@ $(VENV)/.installed-dev: $(VENV)/.build-tools $(BUILD_INPUTS)
 $(VENV)/.installed-docs: $(VENV)/.build-tools $(BUILD_INPUTS)
 	$(INSTALL) . --group docs
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-release: $(VENV)/.build-tools
+	$(PIP) --group release
+	@touch $@

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
+import pyuffd
 from tests._child import ROOT
 
 pytestmark = pytest.mark.package
 
-VERSION = "0.1.0"
+VERSION = pyuffd.__version__
 PROBE = """
 import pyuffd
 assert pyuffd.__version__ == {version!r}, pyuffd.__version__
