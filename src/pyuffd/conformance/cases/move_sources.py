@@ -251,3 +251,71 @@ def pinned_huge(ctx: Context) -> None:
     answer = ctx.ioctl("MOVE", region.start, start + ctx.page, ctx.page)
     ctx.expect("errno and .move, unpinned", (answer.errno, answer.result), (0, ctx.page))
     _content(ctx, region, "after MOVE", NEW)
+
+
+@case(
+    "UFFDIO_MOVE.ok.first-page-of-huge",
+    origin="mm/userfaultfd.c: move_splits_huge_pmd",
+    memory=ANON,
+    features=Feature.MOVE,
+    needs=[needs_thp()],
+)
+def first_of_huge(ctx: Context) -> None:
+    """The first page of a huge page is moved alone, even to where a huge page could be."""
+    start = huge_area(ctx, 1)
+    _memory.fill(start, HUGE_PAGE, NEW)
+    _memory.madvise(start, HUGE_PAGE, mmap.MADV_DONTFORK)
+    region = ctx.make(2 * HUGE_PAGE // ctx.page)
+    ctx.register(region, RegisterMode.MISSING)
+    to = -(-region.start // HUGE_PAGE) * HUGE_PAGE
+    answer = ctx.ioctl("MOVE", to, start, ctx.page)
+    ctx.expect("errno and .move", (answer.errno, answer.result), (0, ctx.page))
+    seen = ctx.silently(ctx.read, to, ctx.page)
+    ctx.expect("content", seen, bytes([NEW]) * ctx.page)
+    ctx.expect_pagemap(to + ctx.page, HOLE)
+    ctx.expect_pagemap(start, HOLE)
+    ctx.expect("the next page", ctx.read(start + ctx.page), bytes([NEW]))
+
+
+@case(
+    "UFFDIO_MOVE.ok.src-huge-zero",
+    origin="mm/userfaultfd.c: move_pages",
+    memory=ANON,
+    features=Feature.MOVE,
+    needs=[needs_thp()],
+)
+def huge_zero(ctx: Context) -> None:
+    """A page of a huge zero page is moved as a zero page, and leaves a hole in it."""
+    source, region = ctx.make(2 * HUGE_PAGE // ctx.page), ctx.make(1)
+    source.advise_thp()
+    source.madvise(mmap.MADV_DONTFORK)
+    start = -(-source.start // HUGE_PAGE) * HUGE_PAGE
+    ctx.expect("byte", ctx.read(start), b"\0")
+    ctx.register(region, RegisterMode.MISSING)
+    answer = ctx.ioctl("MOVE", region.start, start + ctx.page, ctx.page)
+    # Without a huge zero page there was one small page, and no second.
+    if answer.errno == errno.ENOENT:
+        ctx.lack("THP", "the kernel gave no huge zero page")
+    ctx.expect("errno and .move", (answer.errno, answer.result), (0, ctx.page))
+    _content(ctx, region, "after MOVE", 0)
+    ctx.expect_pagemap(start + ctx.page, HOLE)
+    ctx.expect_pagemap(start, "P????")
+
+
+@case(
+    "UFFDIO_MOVE.EEXIST.dst-huge",
+    origin="mm/userfaultfd.c: move_pages",
+    memory=ANON,
+    features=Feature.MOVE,
+    needs=[needs_thp()],
+)
+def onto_huge(ctx: Context) -> None:
+    """Nothing is moved onto a huge page, which stays one."""
+    start, source = huge_area(ctx, 1), ctx.make(1)
+    source.madvise(mmap.MADV_DONTFORK)
+    source.fill(NEW)
+    ctx.open().register(start, HUGE_PAGE, mode=RegisterMode.MISSING)
+    answer = ctx.ioctl("MOVE", start + ctx.page, source.start, ctx.page)
+    ctx.expect("errno and .move", (answer.errno, answer.result), (errno.EEXIST, -errno.EEXIST))
+    ctx.expect("bytes mapped huge", mapped_huge(start), HUGE_PAGE)
+    _content(ctx, source, "of the source", NEW)

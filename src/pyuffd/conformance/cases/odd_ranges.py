@@ -7,13 +7,19 @@ import mmap
 import os
 
 from pyuffd import _memory
-from pyuffd._abi import Feature, MoveMode, RegisterMode
+from pyuffd._abi import Feature, MoveMode, PageBit, RegisterMode, WriteprotectMode
 from pyuffd._events import Unmap
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._starve import small_file_system
 from pyuffd.conformance._types import ANON, ANY
-from pyuffd.conformance._wp import HOLE, MAP_NORESERVE, READ_WRITE, expect_fault
+from pyuffd.conformance._wp import (
+    HOLE,
+    MAP_NORESERVE,
+    READ_WRITE,
+    expect_fault,
+    expect_write_fault,
+)
 from pyuffd.conformance.cases.errno_fill import DATA, MOVE, OPS, Op, Target
 from pyuffd.conformance.cases.pagemap_scan_memory import huge_area
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
@@ -22,7 +28,7 @@ from pyuffd.testing._need import needs_privilege, needs_swap, needs_thp
 MISSING = RegisterMode.MISSING
 GIB = 1 << 30
 ENDS = ((1 << 56) - SMALL_PAGE, (1 << 47) - SMALL_PAGE)
-MADV_PAGEOUT = 21
+MADV_PAGEOUT, MAP_HUGETLB = 21, 0x40000
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
 
 
@@ -152,3 +158,46 @@ def last_page(ctx: Context) -> None:
         answer = ctx.ioctl("WAKE", start, length)
         ctx.expect("errno of a range that goes on", answer.errno, errno.EINVAL)
     ctx.expect("errno of everything", ctx.ioctl("WAKE", 0, end).errno, 0)
+
+
+@case(
+    "UFFDIO_WRITEPROTECT.ok.huge-zero-page",
+    origin="mm/huge_memory.c: __split_huge_zero_page_pmd",
+    memory=ANON,
+    features=Feature.PAGEFAULT_FLAG_WP,
+    needs=[needs_thp()],
+)
+def huge_zero(ctx: Context) -> None:
+    """A huge zero page that was protected whole stays so in its parts, but where it is undone."""
+    region = ctx.make(2 * HUGE_PAGE // SMALL_PAGE)
+    region.advise_thp()
+    start = -(-region.start // HUGE_PAGE) * HUGE_PAGE
+    ctx.register(region, RegisterMode.WP)
+    ctx.expect("byte", ctx.read(start), b"\0")
+    ctx.uffd.writeprotect(start, HUGE_PAGE)
+    second = start + SMALL_PAGE
+    ctx.uffd.writeprotect(second, SMALL_PAGE, mode=WriteprotectMode(0))
+    if not ctx.bits(start) & PageBit.PRESENT:
+        ctx.lack("THP", "the kernel gave no huge zero page")
+    bits = [ctx.is_protected(at) for at in (start, second, second + SMALL_PAGE)]
+    ctx.expect("protected", bits, [True, False, True])
+    ctx.expect("a write where it is undone", ctx.silently(ctx.write, second, b"\1"), None)
+    expect_write_fault(ctx, start)
+
+
+@case(
+    "UFFDIO_WRITEPROTECT.ok.hugetlb-hole-without-table",
+    origin="mm/hugetlb.c: hugetlb_change_protection",
+    memory=("hugetlb-private",),
+    features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
+)
+def hugetlb_without_table(ctx: Context) -> None:
+    """Holes in a GiB without a page table can be protected; undoing it where nothing is is fine."""
+    start = _memory.mmap(4 * GIB, READ_WRITE, PRIVATE | MAP_HUGETLB)
+    ctx.callback(_memory.munmap, start, 4 * GIB)
+    first = -(-start // GIB) * GIB + GIB // 2
+    ctx.open()
+    for at, is_wanted in ((first, True), (first + GIB, False)):
+        ctx.uffd.register(at, ctx.page, mode=RegisterMode.WP)
+        ctx.uffd.writeprotect(at, ctx.page, mode=WriteprotectMode(int(is_wanted)))
+        ctx.expect("protected", ctx.is_protected(at), is_wanted)

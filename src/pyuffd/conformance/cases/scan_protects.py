@@ -16,7 +16,7 @@ from pyuffd.conformance._case import Variant, case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import ANON, ANY, HUGETLB
-from pyuffd.conformance._wp import MARKER, page_out
+from pyuffd.conformance._wp import MAP_NORESERVE, MARKER, READ_WRITE, page_out
 from pyuffd.conformance.cases.pagemap_scan import (
     FEATURES,
     PRESENT,
@@ -37,6 +37,8 @@ PAGES = 3
 HUGE = PageCategory.HUGE
 SWAPPED = int(PageCategory.SWAPPED)
 PER_HUGE = HUGE_PAGE // SMALL_PAGE
+GIB = 1 << 30
+MAP_HUGETLB = 0x40000
 DISPOSABLE = "PYUFFD_TESTS_DISPOSABLE"
 
 
@@ -280,18 +282,19 @@ def _needs_disposable() -> Need:
 @case(
     "PAGEMAP_SCAN.ok.protects-hugetlb-hole",
     origin="fs/proc/task_mmu.c: pagemap_scan_hugetlb_hole_wp",
-    memory=HUGETLB,
+    memory=("hugetlb-private",),
     features=FEATURES,
     needs=[_needs_disposable()],
     slow=True,
 )
 def hugetlb_hole(ctx: Context) -> None:
-    """A scan that asks for anything protects a hole; kernels without a fix wait here forever."""
-    region = ctx.make(2)
-    ctx.register(region, RegisterMode.WP)
-    seen = scan(
-        ctx, region.start, end_of(region), flags=int(ScanFlag.WP_MATCHING), mask=0, returned=0
-    )
+    """A scan for anything protects a hole without a table; kernels without a fix wait forever."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_HUGETLB
+    start = _memory.mmap(3 * GIB, READ_WRITE, flags)
+    ctx.callback(_memory.munmap, start, 3 * GIB)
+    edge = -(-start // GIB) * GIB + GIB // 2
+    ctx.open().register(edge, ctx.page, mode=RegisterMode.WP)
+    asked = {"flags": int(ScanFlag.WP_MATCHING), "mask": 0, "returned": 0}
+    seen = scan(ctx, edge, edge + ctx.page, **asked)
     ctx.expect("errno", seen.errno, 0)
-    for at in (region.start, region.start + ctx.page):
-        ctx.expect_pagemap(at, MARKER[ctx.memory.name])
+    ctx.expect_pagemap(edge, MARKER[ctx.memory.name])
