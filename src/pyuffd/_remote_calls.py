@@ -269,7 +269,8 @@ class StoppedThreads(SoleOwner):
         sets = ffi.gc(ffi.new("struct uffd_register_sets *"), lib.uffd_registers_free)
         code = lib.uffd_stopped_registers(self._owned, sets)
         if code:
-            raise_errno("PTRACE_GETREGSET", -code)
+            hint = "it runs 32-bit code" if code == -errno.ENOEXEC else ""
+            raise_errno("PTRACE_GETREGSET", -code, hint=hint)
         return _register_rows(sets)
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from tests._child import run_child
 from tests.kernel._mounts import mounted
 from tests.process._attach import status, wait_until
 from tests.process._core import PAGE, Core, Target, pages
+from tests.process.test_track_process import needs_program
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 STOP_S = 10.0
@@ -367,6 +368,58 @@ def test_more_mappings_than_a_header_counts(start: Callable[..., Target], tmp_pa
             assert core.read(address + 69_999 * PAGE, PAGE) == bytes([69_999 % 100 + 1]) * PAGE
     finally:
         limit.write_text(before)
+
+
+@needs_program("java")
+@pytest.mark.stress
+def test_a_java_virtual_machine_with_a_terabyte_reserved(tmp_path: Path) -> None:
+    source = tmp_path / "Sleeper.java"
+    source.write_text(
+        "public class Sleeper { public static void main(String[] a) throws Exception {\n"
+        'System.out.println("ready"); Thread.sleep(10000000); } }\n'
+    )
+    for collector in ("G1", "Z"):
+        words = ["java", f"-XX:+Use{collector}GC", "-Xms64m", "-Xmx1000g", source]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as machine:
+            try:
+                assert machine.stdout is not None
+                assert b"ready\n" in iter(machine.stdout.readline, b"")  # after warnings
+                assert int(status(machine.pid)["VmSize"].split()[0]) > 1000 << 20
+                path = tmp_path / f"core.{collector}"
+                with Process(machine.pid) as process:
+                    written = write_core(process, path)
+                assert written.threads > 10
+                assert path.stat().st_blocks * 512 < 1 << 30
+                assert path.stat().st_size < 8 << 30
+            finally:
+                machine.kill()
+
+
+THIRTY_TWO = """
+.globl _start
+_start: mov $29, %eax
+int $0x80
+jmp _start
+"""
+
+
+def test_a_program_of_32_bits(tmp_path: Path) -> None:
+    """It has other registers; refused, and it runs on."""
+    program = tmp_path / "program"
+    (tmp_path / "program.s").write_text(THIRTY_TWO)
+    subprocess.run(["as", "--32", "-o", tmp_path / "o", tmp_path / "program.s"], check=True)
+    subprocess.run(["ld", "-m", "elf_i386", "-o", program, tmp_path / "o"], check=True)
+    try:
+        popen = subprocess.Popen([program])
+    except OSError as error:
+        pytest.skip(f"this kernel runs no 32-bit programs: {error}")
+    target = Target(str(program), popen, {})
+    try:
+        wait_until("it waits", lambda: status(popen.pid)["State"][0] == "S")
+        fails(target, tmp_path / "core", UffdOSError, errno.ENOEXEC)
+        assert not (tmp_path / "core").exists()
+    finally:
+        target.end()
 
 
 def test_ids_inside_a_pid_namespace(program: str, tmp_path: Path) -> None:
