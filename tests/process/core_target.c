@@ -163,6 +163,9 @@ static void memory(const char *folder)
 	start = map(10 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
 	fill(start + PAGE, PAGE, 80);
 	say("modified_file", start, 8 * PAGE); /* two pages more are behind its end */
+	start = map(8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+	sink = *start;
+	say("unwritten_file", start, 8 * PAGE);
 	start = map(8 * PAGE, PROT_READ, MAP_PRIVATE, fd, 0);
 	sink = *start;
 	say("file", start, 8 * PAGE);

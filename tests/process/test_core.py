@@ -18,18 +18,33 @@ from typing import ClassVar
 
 import pytest
 
-from pyuffd import Process, ProcessGoneError, StopTimeoutError, UffdOSError, write_core
+from pyuffd import (
+    Feature,
+    Process,
+    ProcessGoneError,
+    RegisterMode,
+    SnapshotError,
+    SnapshotProgress,
+    StopTimeoutError,
+    UffdOSError,
+    write_core,
+)
 from pyuffd.snapshot import _core, _core_file
 from pyuffd.snapshot._core_places import CoreLayout
 from pyuffd.testing import needs_hugepages, needs_privilege
+from pyuffd.testing._run import SCALE
 from tests._child import run_child
 from tests.kernel._mounts import mounted
 from tests.process._attach import status, wait_until
 from tests.process._core import PAGE, Core, Target, pages
+from tests.process._counters import compiled, counters
 from tests.process.test_track_process import needs_program
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 STOP_S = 10.0
+METHODS = ("stopped", "precopy")
+# No test depends on how busy the machine is.
+LONG_S = 5.0 * SCALE
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +87,8 @@ def contents(core: Core, target: Target) -> dict[str, bytes | None]:
     }
 
 
-def test_memory_of_all_kinds(start: Callable[..., Target], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_of_all_kinds(start: Callable[..., Target], tmp_path: Path, method: str) -> None:
     target = start("memory", tmp_path)
     path = tmp_path / "core"
     with Process(target.pid) as process:
@@ -80,7 +96,8 @@ def test_memory_of_all_kinds(start: Callable[..., Target], tmp_path: Path) -> No
         assert shmem is not None
         mapped = f"/proc/{target.pid}/map_files/{shmem.start:x}-{shmem.end:x}"
         before = os.stat(mapped).st_blocks
-        written = write_core(process, path)
+        written = write_core(process, path, method=method, max_stall_s=LONG_S)
+        assert written.method == method
         assert os.stat(mapped).st_blocks == before, "reading a sparse file made it larger"
     anonymous = bytearray(pages(16 * PAGE, 0))
     anonymous[4 * PAGE : 8 * PAGE] = bytes(4 * PAGE)
@@ -103,6 +120,7 @@ def test_memory_of_all_kinds(start: Callable[..., Target], tmp_path: Path) -> No
         "memfd_private": bytes(private),
         "shared_anonymous": pages(8 * PAGE, 60),
         "modified_file": bytes(modified),
+        "unwritten_file": None,
         "file": None,
         "shared_file": None,
     }
@@ -133,14 +151,14 @@ def test_memory_of_all_kinds(start: Callable[..., Target], tmp_path: Path) -> No
         (0x00, False, set()),
         (0x01, False, {"anonymous", "untouched", "unreadable", "memfd_private", "modified_file"}),
         (0x02, False, {"memfd", "shared_anonymous"}),
-        (0x04, False, {"memfd_private", "modified_file", "file"}),
+        (0x04, False, {"memfd_private", "modified_file", "unwritten_file", "file"}),
         (0x08, False, {"shared_file"}),
         (
             0x00,
             True,
             {
                 *("anonymous", "untouched", "unreadable", "memfd_private", "modified_file"),
-                *("memfd", "shared_anonymous", "file", "shared_file", "dontdump"),
+                *("memfd", "shared_anonymous", "file", "shared_file", "dontdump", "unwritten_file"),
             },
         ),
     ],
@@ -151,7 +169,7 @@ def test_coredump_filter(
     target = start("memory", tmp_path)
     Path(f"/proc/{target.pid}/coredump_filter").write_text(f"{dump_filter:#x}")
     with Process(target.pid) as process:
-        write_core(process, tmp_path / "core", full=full)
+        write_core(process, tmp_path / "core", method="stopped", full=full)
     with Core(tmp_path / "core") as core:
         found = {name for name, content in contents(core, target).items() if content is not None}
     assert found - {"scattered", "hugetlb"} == there
@@ -212,6 +230,8 @@ def test_first_pages_of_elf_files_and_the_vdso(sleeper: Target, tmp_path: Path) 
 def test_notes(sleeper: Target, tmp_path: Path) -> None:
     with Process(sleeper.pid) as process:
         written = write_core(process, tmp_path / "core")
+        # What malloc has reserved for threads is 64 MiB for each.
+        assert written.length < 32 << 20
         tids = [thread.tid for thread in process.threads()]
     found = status(sleeper.pid)
     assert written.threads == len(tids) == 4
@@ -260,20 +280,107 @@ class Changing(CoreLayout):
         self.target.go_on()
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("full", [False, True])
 def test_memory_that_is_new_and_not_to_be_dumped(
-    start: Callable[..., Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+    start: Callable[..., Target],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    full: bool,
+    method: str,
 ) -> None:
     """Its mark is read when the process runs again; nothing of it stays in the file."""
     target = Changing.target = start("later")
     monkeypatch.setattr(_core, "CoreLayout", Changing)
     with Process(target.pid) as process:
-        write_core(process, tmp_path / "core", full=full)
+        write_core(process, tmp_path / "core", method=method, full=full)
     secret = bytes([1]) * 100
     with Core(tmp_path / "core") as core:
         found = core.read(*target.places["later"])
     assert (found is None) == (not full)
     assert (secret in (tmp_path / "core").read_bytes()) == full
+
+
+# Methods that copy while the process runs
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return compiled(tmp_path_factory.mktemp("counters"))
+
+
+@pytest.mark.parametrize("how", ["s", "dms"])
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_of_one_instant(counting: str, tmp_path: Path, method: str, how: str) -> None:
+    """Its threads write, drop, move and map memory meanwhile; the core shows one moment of that."""
+    with counters(counting, 3, 300, how) as target, Process(target.pid) as process:
+        written = write_core(process, tmp_path / "core", method=method, max_stall_s=LONG_S)
+        target.works_on()
+        assert status(target.pid)["TracerPid"] == "0"
+    assert written.method == method
+    with Core(tmp_path / "core") as core:
+
+        def read(address: int, length: int) -> bytes:
+            found = core.read(address, length)
+            if found is None:
+                raise LookupError(hex(address))
+            return found
+
+        target.check(read)
+
+
+def test_the_process_writes_too_fast(counting: str, tmp_path: Path) -> None:
+    """Named if a limit was given; otherwise it is stopped in the end."""
+    with counters(counting, 2, 3000) as target, Process(target.pid) as process:
+        for method in ("precopy", "auto"):
+            with pytest.raises(SnapshotError) as caught:
+                write_core(process, tmp_path / "core", method=method, max_stall_s=1e-6)
+            assert caught.value.reason == "stalled"
+            assert list(tmp_path.iterdir()) == []
+            target.works_on()
+
+
+def test_auto_stops_it_in_the_end(
+    counting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "STALL_S", 1e-6)
+    with counters(counting, 2, 3000) as target, Process(target.pid) as process:
+        written = write_core(process, tmp_path / "core")
+        assert written.method == "stopped"
+        assert written.reason.startswith("precopy did not get ahead: ")
+        target.works_on()
+        with Core(tmp_path / "core") as core:
+            target.check(lambda address, length: core.read(address, length) or b"")
+    assert os.listdir(tmp_path) == ["core"]
+
+
+def test_auto_without_tracking(start: Callable[..., Target], tmp_path: Path) -> None:
+    """Its memory is registered with a userfaultfd in all ways already."""
+    target = start("threads", 0)
+    with Process(target.pid) as process, process.attach(Feature.WP_ASYNC) as uffd:
+        for mapping in process.mappings():
+            if mapping.writable and not mapping.inode:
+                uffd.register(mapping.start, mapping.length, mode=RegisterMode.WP)
+        written = write_core(process, tmp_path / "core")
+    assert written.method in ("precopy", "stopped")
+    with Core(tmp_path / "core") as core:
+        assert core.notes("NT_PRSTATUS")
+
+
+def test_two_at_once(sleeper: Target, tmp_path: Path) -> None:
+    """The second is refused, with the first's name."""
+    said: list[str] = []
+
+    def second(_progress: SnapshotProgress) -> None:
+        with Process(sleeper.pid) as other, pytest.raises(SnapshotError) as caught:
+            write_core(other, tmp_path / "other")
+        assert caught.value.reason == "busy"
+        said.append(str(caught.value))
+
+    with Process(sleeper.pid) as process:
+        write_core(process, tmp_path / "core", progress=second)
+    assert str(os.getpid()) in said[0]
+    assert os.listdir(tmp_path) == ["core"]
 
 
 # States of targets
@@ -379,7 +486,7 @@ def test_a_java_virtual_machine_with_a_terabyte_reserved(tmp_path: Path) -> None
         'System.out.println("ready"); Thread.sleep(10000000); } }\n'
     )
     for collector in ("G1", "Z"):
-        words = ["java", f"-XX:+Use{collector}GC", "-Xms64m", "-Xmx1000g", source]
+        words = ["java", f"-XX:+Use{collector}GC", "-Xms64m", "-Xmx1000g", str(source)]
         with subprocess.Popen(words, stdout=subprocess.PIPE) as machine:
             try:
                 assert machine.stdout is not None
@@ -451,11 +558,12 @@ def fails(
     code: int | None = None,
     *,
     runs: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[SnapshotProgress], None] | None = None,
+    method: str = "stopped",
     max_stall_s: float | None = None,
 ) -> BaseException:
     with Process(target.pid) as process, pytest.raises(expected) as caught:
-        write_core(process, path, progress=progress, max_stall_s=max_stall_s)
+        write_core(process, path, method=method, progress=progress, max_stall_s=max_stall_s)
     if code is not None:
         assert isinstance(caught.value, OSError)
         assert caught.value.errno == code
@@ -492,7 +600,7 @@ def test_the_name_is_taken_meanwhile(
     folder.mkdir()
     path = folder / "core"
 
-    def meanwhile(_done: int, _of: int) -> None:
+    def meanwhile(_progress: SnapshotProgress) -> None:
         if event == "removed":
             for name in folder.iterdir():
                 name.unlink()
@@ -583,14 +691,14 @@ def test_an_exception_in_the_middle(start: Callable[..., Target], tmp_path: Path
     target = start("big", 200)
     calls = []
 
-    def interrupt(done: int, of: int) -> None:
-        calls.append((done, of))
+    def interrupt(progress: SnapshotProgress) -> None:
+        calls.append((progress.bytes, progress.total))
         assert status(target.pid)["State"][0] == "t"
         if len(calls) == 2:
             raise Interrupted
 
     with Process(target.pid) as process, pytest.raises(Interrupted):
-        write_core(process, tmp_path / "core", progress=interrupt)
+        write_core(process, tmp_path / "core", method="stopped", progress=interrupt)
     assert calls[1][0] > calls[0][0] > 0
     assert calls[1][1] >= 200 << 20
     assert list(tmp_path.iterdir()) == []
@@ -603,24 +711,26 @@ def test_stands_too_long(start: Callable[..., Target], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_in_the_middle(start: Callable[..., Target], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_in_the_middle(start: Callable[..., Target], tmp_path: Path, method: str) -> None:
     target = start("big", 200)
 
-    def kill(_done: int, _of: int) -> None:
+    def kill(_progress: SnapshotProgress) -> None:
         target.popen.kill()
         target.popen.wait()
 
     with Process(target.pid) as process, pytest.raises(ProcessGoneError):
-        write_core(process, tmp_path / "core", progress=kill)
+        write_core(process, tmp_path / "core", method=method, progress=kill)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_another_program_in_the_middle(
-    start: Callable[..., Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     target = Changing.target = start("other")
     monkeypatch.setattr(_core, "CoreLayout", Changing)
-    fails(target, tmp_path / "core", ProcessGoneError, errno.ESRCH)
+    fails(target, tmp_path / "core", ProcessGoneError, errno.ESRCH, method=method)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -722,7 +832,7 @@ def test_command(sleeper: Target, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     path = tmp_path / f"core.{sleeper.pid}"
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"process {sleeper.pid} (core_target) has 4 threads and ")
+    assert lines[0].startswith(f"process {sleeper.pid} (core_target), 4 threads, ")
     assert any(line.startswith("pause ") for line in lines)
     assert path.stat().st_size > 0
     again = command(sleeper.pid, cwd=tmp_path)
@@ -751,19 +861,31 @@ def test_command_with_bad_arguments(words: list[str], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def is_under_way(pid: int, target: int, method: str) -> bool:
+    """Whether the target stands, or its writes are tracked."""
+    if method == "stopped":
+        return status(target)["TracerPid"] != "0"
+    try:
+        fds = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:  # one is closed meanwhile
+        return False
+    return "anon_inode:[userfaultfd]" in fds
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("number", "expected"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_command_and_signals(
-    start: Callable[..., Target], tmp_path: Path, number: int, expected: int
+    start: Callable[..., Target], tmp_path: Path, number: int, expected: int, method: str
 ) -> None:
     """While the target stands; the read end of a full pipe would not hold it, so it is large."""
-    target = start("big", 512)
-    words = [sys.executable, "-m", "pyuffd", "core", str(target.pid), "--json"]
+    target = start("big", 256 if method == "stopped" else 64)
+    words = [sys.executable, "-m", "pyuffd", "core", str(target.pid), "--method", method, "--json"]
     for _ in range(10):  # where the machine is so busy that the signal comes too late
         with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE) as popen:
-            while popen.poll() is None and status(target.pid)["State"][0] != "t":
+            while popen.poll() is None and not is_under_way(popen.pid, target.pid, method):
                 pass
             popen.send_signal(number)
             popen.communicate(timeout=120)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from pyuffd import CoreFile, Process, write_core
+from pyuffd.cli._progress import MIB, progress_shown
 from pyuffd.cli._words import pid
 
 EXIT_TERMINATED = 143
 
-MIB = float(1 << 20)
-METHODS = ("auto", "stopped")
+METHODS = ("auto", "precopy", "stopped")
 # For the first line only: what a core is written with on a machine that is not busy.
 EXPECTED_RATE = 1 << 30
+# The limit of write_core, if none is given.
+STALL_S = 0.05
 RESIDENT = ("RssAnon", "RssShmem", "VmSwap")
 
 
@@ -48,10 +47,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="all memory that can be read, also what coredump_filter and MADV_DONTDUMP leave out",
     )
     parser.add_argument(
-        "--method", choices=METHODS, default="auto", help="how to copy the memory (auto)"
+        "--method",
+        choices=METHODS,
+        default="auto",
+        help="precopy copies while it runs, and the last pages in a stop; stopped copies everything"
+        " in the stop; auto (the default) tries one after the other",
     )
     parser.add_argument(
-        "--max-stall", type=_seconds, metavar="S", help="give up if it has to stand for longer"
+        "--max-stall",
+        type=_seconds,
+        metavar="S",
+        help="give up if it has to stand for longer (without it, auto may end with a long stop)",
     )
     parser.add_argument("--sync", action="store_true", help="wait until the file is on the disk")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
@@ -71,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         with Process(args.pid) as target:
             path = args.output or f"core.{target.pid}"
             if not args.json:
-                _announce(target)
-            with _bar(quiet=args.json) as progress:
+                print(_announcement(args, target), flush=True)
+            with progress_shown(quiet=args.json) as shown:
                 core = write_core(
                     target,
                     path,
@@ -80,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
                     full=args.full,
                     max_stall_s=args.max_stall,
                     durable=args.sync,
-                    progress=progress,
+                    progress=shown,
                 )
     except _Terminated:
         return EXIT_TERMINATED
@@ -97,15 +103,18 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def _announce(target: Process) -> None:
+def _announcement(args: argparse.Namespace, target: Process) -> str:
     """Say what is stopped, and for how long it probably has to stand."""
     size = _resident(target.pid)
     name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace").rstrip("\n")
-    print(
-        f"process {target.pid} ({name}) has {len(target.threads())} threads and"
-        f" {size / MIB:.1f} MiB of its own; it stands while they are copied: about"
-        f" {size / EXPECTED_RATE + 0.01:.2f} s where neither CPU nor disk is busy",
-        flush=True,
+    if args.method == "stopped":
+        pause = f"while all is copied, {size / EXPECTED_RATE + 0.01:.2f} s or more"
+    else:
+        pause = f"for at most {args.max_stall or STALL_S:g} s, if it does not write too fast"
+    threads = len(target.threads())
+    return (
+        f"process {target.pid} ({name}), {threads} threads, {size / MIB:.1f} MiB of its own:"
+        f" it is to stand {pause}"
     )
 
 
@@ -125,7 +134,8 @@ def _show(core: CoreFile) -> None:
         ("memory", f"{core.bytes / MIB:.1f} MiB with content; with holes {core.length / MIB:.1f}"),
         ("threads", str(core.threads)),
         ("mappings", str(core.mappings)),
-        ("pause", f"{core.pause_s:.3f} s"),
+        ("method", f"{core.method}: {core.reason}"),
+        ("pause", f"{core.pause_s * 1e3:.1f} ms, {core.stop_bytes / MIB:.1f} MiB copied in it"),
         ("in all", f"{core.seconds:.3f} s, {rate:.0f} MiB/s"),
         *_gaps(core),
     ]
@@ -156,48 +166,11 @@ def _as_json(core: CoreFile) -> dict[str, Any]:
         "mappings": core.mappings,
         "bytes": core.bytes,
         "length": core.length,
+        "reason": core.reason,
         "pause_s": round(core.pause_s, 6),
+        "stop_bytes": core.stop_bytes,
         "seconds": round(core.seconds, 6),
         "lost_bytes": core.lost.bytes,
         "unseen_bytes": sum(mapping.length for mapping in core.unseen),
         "partial_threads": list(core.partial),
     }
-
-
-_Progress = Callable[[int, int], None]
-
-
-def _bar(*, quiet: bool) -> AbstractContextManager[_Progress | None]:
-    if quiet or not sys.stderr.isatty():
-        return nullcontext()
-    try:
-        return _Bar()
-    except ImportError:
-        return nullcontext()
-
-
-class _Bar:
-    """A progress bar on stderr."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-        columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task("copied", total=None)
-
-    def __enter__(self) -> _Progress:
-        self._progress.start()
-        return self._show
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def _show(self, done: int, of: int) -> None:
-        self._progress.update(self._task, completed=done, total=of)

@@ -6,26 +6,32 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pyuffd._arguments import check_seconds
-from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd._arguments import check_seconds, shown
+from pyuffd._errors import ProcessGoneError, SnapshotError, UffdOSError, raise_errno
+from pyuffd.dirty import DirtyTracker
 from pyuffd.pagemap import PageRanges
-from pyuffd.snapshot import _capture, _core_elf, _methods
+from pyuffd.snapshot import _core_elf
+from pyuffd.snapshot._capture import Options, SnapshotProgress, at_barrier
 from pyuffd.snapshot._core_about import About
 from pyuffd.snapshot._core_file import NewFile, punch, write
 from pyuffd.snapshot._core_places import CoreLayout
-from pyuffd.snapshot._core_shared import copy_files
+from pyuffd.snapshot._core_shared import FilesCopied, copy_files
 from pyuffd.snapshot._core_wanted import VDSO
+from pyuffd.snapshot._lock import only_one
+from pyuffd.snapshot._methods import capture
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop
-    from pyuffd.snapshot._capture import Captured, Placed, SnapshotProgress
+    from pyuffd.snapshot._capture import Captured, Placed, Used
     from pyuffd.snapshot._core_elf import Segment
 
-METHODS = ("auto", "stopped")
+METHODS = ("auto", "precopy", "stopped")
+# The longest stop of a method that copies while the process runs, unless the caller says.
+STALL_S = 0.05
 _FIRST = _core_elf.PAGE_SIZE  # where memory begins in the file; the ELF header is before it
 
 
@@ -35,12 +41,14 @@ class CoreFile:
 
     Attributes:
         path: The file.
-        method: How the memory was copied: "stopped".
+        method: How the memory was copied: "precopy" or "stopped".
+        reason: Why so, in one sentence.
         threads: Threads in it.
         mappings: Mappings in it.
         bytes: Bytes of memory in it that are not holes.
         length: The length of the file in bytes, with its holes.
         pause_s: How long the process stood.
+        stop_bytes: Bytes copied while it stood.
         seconds: How long all of it lasted.
         lost: Pages that could not be read, which are zeros in the file: poisoned, or behind the end
             of a mapped file.
@@ -50,27 +58,40 @@ class CoreFile:
     """
 
     path: str
-    method: str
+    method: Used
+    reason: str
     threads: int
     mappings: int
     bytes: int
     length: int
     pause_s: float
+    stop_bytes: int
     seconds: float
     lost: PageRanges
     partial: tuple[int, ...]
     unseen: tuple[Mapping, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """The checked arguments of `write_core`."""
+
+    path: str
+    full: bool
+    max_stall_s: float | None
+    durable: bool
+    progress: Callable[[SnapshotProgress], None] | None
+
+
 def write_core(
     process: Process,
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     method: str = "auto",
     full: bool = False,
     max_stall_s: float | None = None,
     durable: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[SnapshotProgress], None] | None = None,
 ) -> CoreFile:
     """Write an ELF core of a running process, which runs on afterwards.
 
@@ -81,13 +102,17 @@ def write_core(
     Args:
         process: The process.
         path: Where to put it. A link there is not followed.
-        method: "stopped" copies while the process stands; "auto" chooses.
+        method: "precopy" copies while the process runs, then again what it has written meanwhile,
+            and the last of it in a stop. "stopped" copies everything in the stop. "auto" is
+            "precopy", and "stopped" where that is impossible or does not get ahead of the process;
+            the result says why.
         full: Write all memory that can be read, whatever the process's coredump_filter and
             MADV_DONTDUMP say. Without it, a core has what the kernel's own would have, see core(5).
-        max_stall_s: The longest time that the process may stand; None: as long as the copy lasts.
+        max_stall_s: The longest time that the process may stand. None: 0.05 with "precopy", and as
+            long as the copy lasts with "stopped".
         durable: Wait until the file is on the disk.
-        progress: Called with the bytes copied and the bytes in all, often, in the thread of the
-            caller. An exception of it ends the writing.
+        progress: Called now and then, in the thread of the caller. An exception of it ends the
+            writing.
 
     Returns:
         What was written, and for how long the process stood.
@@ -95,14 +120,18 @@ def write_core(
     Raises:
         ValueError: an unknown method, a path that is no file name, or this process itself.
         FileExistsError: EEXIST - something has this name.
-        UffdOSError: ETIMEDOUT - `max_stall_s` is over; ENOEXEC - a 32-bit program; ENOSPC, EIO -
-            writing failed.
+        SnapshotError: "busy" - another core or snapshot of it is being written; "stalled" - with
+            "precopy", it writes faster than it can be copied.
+        UffdOSError: ETIMEDOUT - with "stopped", `max_stall_s` is over; ENOEXEC - a 32-bit program;
+            ENOSPC, EIO, EFBIG - writing failed; others - with "precopy", a userfaultfd cannot be
+            opened in it, see `Process.attach`.
         OSError: the folder cannot be written.
         StopTimeoutError, UffdPermissionError: as `Process.stopped` raises them.
         ProcessGoneError: ESRCH - it has exited, or replaced its memory.
         After each of them the process runs, and there is no file.
 
-    Kernel: PTRACE_GETREGSET of ptrace(2), process_vm_readv(2), PAGEMAP_SCAN (Linux 6.7).
+    Kernel: PTRACE_GETREGSET of ptrace(2), process_vm_readv(2), PAGEMAP_SCAN (Linux 6.7); WP_ASYNC
+        for precopy.
     GIL: released.  Blocks: until it is written.
 
     Example:
@@ -116,22 +145,54 @@ def write_core(
         1
     """
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"method {shown(method)} is not one of {', '.join(METHODS)}")
     if max_stall_s is not None:
         max_stall_s = check_seconds("max_stall_s", max_stall_s)
         if not max_stall_s:
             raise ValueError("max_stall_s 0 leaves no time to stop the process")
     if process.pid == os.getpid():
         raise ValueError("a process cannot write a core of itself: it would have to stop")
-    begin = time.monotonic()
     process.check()
-    with NewFile(path) as file:
-        core = _Core(process, file, full=full, max_stall_s=max_stall_s, progress=progress)
-        core.capture()
+    request = _Request(os.fspath(path), full, max_stall_s, durable, progress)
+    begin = time.monotonic()
+    with only_one(process):
+        core = _by_method(process, request, method)
+    return replace(core, seconds=time.monotonic() - begin)
+
+
+def _by_method(process: Process, request: _Request, method: str) -> CoreFile:
+    if method == "stopped":
+        return _written(process, request, None, "it was asked for")
+    reason = "it was asked for" if method == "precopy" else "the process does not wait for us"
+    with ExitStack() as stack:
+        try:
+            tracker = stack.enter_context(DirtyTracker(process, method="wp-async"))
+        except UffdOSError as error:
+            if method == "precopy" or isinstance(error, ProcessGoneError):
+                raise
+            return _written(process, request, None, f"its writes cannot be tracked: {error}")
+        try:
+            return _written(process, request, tracker, reason)
+        except SnapshotError as error:
+            if method == "precopy" or request.max_stall_s is not None or error.reason != "stalled":
+                raise
+            why = str(error)
+    return _written(process, request, None, f"precopy did not get ahead: {why}")
+
+
+def _written(
+    process: Process, request: _Request, tracker: DirtyTracker | None, reason: str
+) -> CoreFile:
+    """Write a core by one method: with a tracker while the process runs."""
+    with NewFile(request.path) as file:
+        core = _Core(process, file, request)
+        core.capture(tracker)
+        at_barrier("captured")
         core.finish()
         process.check()
-        file.publish(durable=durable)
-        return core.result(time.monotonic() - begin)
+        at_barrier("written")
+        file.publish(durable=request.durable)
+        return core.result(reason)
 
 
 class _Core:
@@ -141,25 +202,16 @@ class _Core:
     _segments: list[Segment]
     _registers: list[RegisterSet]
     _length = 0
-    _shared = 0  # bytes of memfds and the like
+    _shared: FilesCopied  # memfds and the like
     _stop: Stop | None = None
 
-    def __init__(
-        self,
-        process: Process,
-        file: NewFile,
-        *,
-        full: bool,
-        max_stall_s: float | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
+    def __init__(self, process: Process, file: NewFile, request: _Request) -> None:
         self._process = process
         self._file = file
-        self._max_stall_s = max_stall_s
-        self._progress = progress
+        self._request = request
         try:
             self._about = About(process)
-            self._layout = CoreLayout(process, _FIRST, full=full)
+            self._layout = CoreLayout(process, _FIRST, full=request.full)
         except OSError as error:
             process.check()
             raise_errno(
@@ -168,11 +220,20 @@ class _Core:
                 hint="looking at another user's process needs CAP_SYS_PTRACE",
             )
 
-    def capture(self) -> None:
+    def capture(self, tracker: DirtyTracker | None) -> None:
         """Write the memory of one instant, and read the registers of the same."""
-        options = _capture.Options(progress=self._tell, in_stop=self._in_stop)
-        self._captured = _methods.capture(
-            self._process, self._layout, self._file.fileno(), options=options
+        options = Options(
+            max_stall_s=self._request.max_stall_s or STALL_S,
+            progress=self._tell,
+            in_stop=self._in_stop,
+        )
+        self._captured = capture(
+            self._process,
+            self._layout,
+            self._file.fileno(),
+            method="stopped" if tracker is None else "precopy",
+            options=options,
+            tracker=tracker,
         )
 
     def _in_stop(self, stop: Stop, _mappings: Mappings, _layout: Sequence[Placed]) -> None:
@@ -180,25 +241,25 @@ class _Core:
         tids = set(self._about.tids())
         self._registers = [one for one in stop.registers() if one.tid in tids]
         self._shared = copy_files(
-            self._process, self._layout.files, self._file.fileno(), self._tell_of_stop
+            self._process, self._layout.files, self._file.fileno(), self._tell_of_files
         )
 
-    def _tell(self, progress: SnapshotProgress) -> None:
-        if progress.phase == "stop":
-            self._tell_of_stop(progress.bytes, progress.total)
-        elif self._progress is not None:
-            self._progress(progress.bytes, progress.total)
+    def _tell_of_files(self, done: int, total: int) -> None:
+        self._tell(SnapshotProgress("stop", done, total))
 
-    def _tell_of_stop(self, done: int, total: int) -> None:
-        limit_s = self._max_stall_s
-        if limit_s is not None and self._stop is not None and self._stop.pause_s > limit_s:
+    def _tell(self, progress: SnapshotProgress) -> None:
+        limit_s, stop = self._request.max_stall_s, self._stop
+        if progress.phase != "stop" or stop is None:
+            limit_s = None
+        if limit_s is not None and stop is not None and stop.pause_s > limit_s:
             raise UffdOSError(
                 errno.ETIMEDOUT,
                 f"process {self._process.pid} stands too long",
-                hint=f"{limit_s:g} s were allowed; {done / (total or 1):.0%} is copied",
+                hint=f"{limit_s:g} s were allowed;"
+                f" {progress.bytes / (progress.total or 1):.0%} is copied",
             )
-        if self._progress is not None:
-            self._progress(done, total)
+        if self._request.progress is not None:
+            self._request.progress(progress)
 
     def finish(self) -> None:
         """Write the vdso, then notes and headers behind the memory, and the ELF header last."""
@@ -224,20 +285,22 @@ class _Core:
         write(fd, _core_elf.elf_header(phdrs_at, count, shdr_at), 0)
         self._length = end + len(tail)
 
-    def result(self, seconds: float) -> CoreFile:
+    def result(self, reason: str) -> CoreFile:
         """Return what the caller is told."""
         captured = self._captured
         assert self._stop is not None
         return CoreFile(
             path=self._file.path,
             method=captured.method,
+            reason=reason,
             threads=len(self._registers),
             mappings=len(self._layout.parts),
-            bytes=PageRanges(captured.data).bytes + self._shared,
+            bytes=PageRanges(captured.data).bytes + self._shared.bytes,
             length=self._length,
             pause_s=self._stop.pause_s,
-            seconds=seconds,
-            lost=PageRanges(captured.lost),
+            stop_bytes=captured.stop_bytes + self._shared.bytes,
+            seconds=0.0,
+            lost=PageRanges(captured.lost) | PageRanges.of(self._shared.lost),
             partial=tuple(one.tid for one in self._registers if one.partial),
             unseen=tuple(self._layout.unseen),
         )

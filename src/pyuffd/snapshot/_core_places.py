@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from pyuffd.remote import Mapping, MappingKind, Mappings, Process
 from pyuffd.remote._mappings import keys_of
+from pyuffd.snapshot import _core_pages
 from pyuffd.snapshot import _core_plan as plan
 from pyuffd.snapshot import _core_shared as shared
-from pyuffd.snapshot._capture import Placed
+from pyuffd.snapshot._capture import Placed, Places
 from pyuffd.snapshot._core_elf import PAGE_SIZE, Segment
 from pyuffd.snapshot._core_plan import Part
-from pyuffd.snapshot._core_wanted import VDSO, Choice, Chooser, Wanted, first_page
+from pyuffd.snapshot._core_wanted import VDSO, Choice, Chooser, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,33 +29,6 @@ BLOCK = 1 << 30
 _DISK_FILES = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)
 
 
-class Places:
-    """Places in a file, by address: an address that has one keeps it."""
-
-    def __init__(self, first: int) -> None:
-        self._next = first
-        self._rows: list[tuple[int, int, int]] = []  # start, end, offset; in ascending order
-
-    def of(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, end, offset) of the pieces of a range; what has no place gets one."""
-        rows = self._rows
-        index = bisect.bisect_right(rows, (start, 1 << 64, 0))
-        if index and rows[index - 1][1] > start:
-            index -= 1
-        while start < end:
-            if index < len(rows) and rows[index][0] <= start:
-                first, last, offset = rows[index]
-                stop = min(last, end)
-                yield start, stop, offset + start - first
-            else:
-                stop = min(rows[index][0], end) if index < len(rows) else end
-                rows.insert(index, (start, stop, self._next))
-                yield start, stop, self._next
-                self._next += stop - start
-            index += 1
-            start = stop
-
-
 @dataclass(slots=True)
 class _Known:
     """What was decided about a mapping; it holds as long as the mapping is the same."""
@@ -63,7 +36,7 @@ class _Known:
     wanted: Wanted
     placed: list[Placed]
     is_new: bool
-    has_file: bool
+    of_memory: bool
     is_unseen: bool
     is_settled: bool
 
@@ -76,7 +49,8 @@ class CoreLayout:
         placed: Their places, also that of the vdso, which is not captured: it never changes, and is
             not in the page table.
         unknown: Mappings whose VmFlags are not known: they are new.
-        files: The places of mapped memfds and the like, whose content is read from the file.
+        files: The places of mapped memfds and the like, which are not captured: `copy_files` is
+            for them.
         unseen: Such mappings whose file cannot be opened.
     """
 
@@ -109,9 +83,14 @@ class CoreLayout:
         self.parts = [known.wanted for known in every]
         self.placed = [placed for known in every for placed in known.placed]
         self.unknown = [known.wanted.mapping for known in every if known.is_new]
-        self.files = [placed for known in every if known.has_file for placed in known.placed]
+        self.files = [placed for known in every if known.of_memory for placed in known.placed]
         self.unseen = [known.wanted.mapping for known in every if known.is_unseen]
-        return [placed for placed in self.placed if placed.mapping.path != VDSO]
+        return [
+            placed
+            for known in every
+            if not known.of_memory and known.wanted.mapping.path != VDSO
+            for placed in known.placed
+        ]
 
     def _decided(self, choice: Choice) -> _Known:
         m, part = choice.wanted.mapping, choice.wanted.part
@@ -126,8 +105,7 @@ class CoreLayout:
                 spans = list(self._blocks(m, file))
             else:
                 spans = [(m.start, m.end)] if self._is_memory(m) else []
-        # Without its file, at least what the process has in its page table.
-        whole = m.kind in _DISK_FILES or (of_memory and file is None)
+        whole = m.kind in _DISK_FILES
         placed = [
             Placed(m, start, end, offset, whole)
             for first, last in spans
@@ -137,14 +115,17 @@ class CoreLayout:
             choice.wanted,
             placed,
             choice.is_new,
-            file is not None,
+            of_memory,
             of_memory and file is None,
             choice.is_settled and m.length <= BLOCK,
         )
 
     def _is_memory(self, m: Mapping) -> bool:
         """Whether it is more than reserved; memory that was never touched reads as zeros."""
-        return m.permissions[0] == "r" or first_page(self._process, m) is not None
+        if m.permissions[0] == "r":
+            return True
+        own = _core_pages.own(self._process, m.start, m.end, any_will_do=True)
+        return len(own) > 0
 
     def _blocks(self, m: Mapping, file: int | None) -> Iterator[tuple[int, int]]:
         """Yield the blocks of a long mapping in which something is."""
@@ -153,7 +134,7 @@ class CoreLayout:
             return
         at = m.start
         while at < m.end:
-            first = first_page(self._process, m, at)
+            first = _core_pages.first(self._process, at, m.end)
             if file is not None and m.kind is MappingKind.SHMEM:
                 first = min(first or m.end, _first_data(file, m, at))
             elif file is not None and m.shared:

@@ -1,7 +1,8 @@
 """The content of mapped memfds, tmpfs files and hugetlb files, read from the files themselves.
 
 Reading it through the mapping would do harm: it fills holes of the file, and if the memory is
-registered with a userfaultfd for missing or minor faults, it waits for a handler, which stands.
+registered with a userfaultfd for missing or minor faults, it waits for a handler, which stands. So
+only pages that the process has copied are read there.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 
-from pyuffd._abi import PageCategory
 from pyuffd._owned import Descriptor
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, MappingKind, Process
+from pyuffd.snapshot import _core_pages
 from pyuffd.snapshot._capture import Placed
 from pyuffd.snapshot._core_elf import PAGE_SIZE
 from pyuffd.snapshot._core_file import write
@@ -42,57 +44,71 @@ def try_open(pid: int, mapping: Mapping, stack: ExitStack) -> int | None:
         return None
 
 
+@dataclass
+class FilesCopied:
+    """What `copy_files` has done: bytes with content, and the ranges that cannot be read."""
+
+    bytes: int = 0
+    lost: list[tuple[int, int]] = field(default_factory=list)
+
+
 def copy_files(
     process: Process, parts: Sequence[Placed], fd: int, tell: Callable[[int, int], None]
-) -> int:
-    """Copy the content of mapped files to its places; return the number of bytes.
+) -> FilesCopied:
+    """Copy mapped files of memory to their places, and what a private mapping has copied of them.
 
-    `tell` is called with the bytes done and those in all. Pages that a private mapping has copied
-    are left to others.
+    The process stands. `tell` is called with the bytes done and those in all. Of a file that cannot
+    be opened, the pages are copied that are in the process's page table.
     """
-    work = [(part, start, end) for part in parts for start, end in _spans(process, part)]
-    total = sum(end - start for _, start, end in work)
-    done = written = 0
-    for part, start, end in work:
+    result = FilesCopied()
+    of_file, of_process = _work(process, parts)
+    total = sum(end - start for _, start, end in of_file)
+    total += sum(ranges.bytes for _, ranges in of_process)
+    done = 0
+    for part, start, end in of_file:
         with open_mapped(process.pid, part.mapping) as file:
             for content, at in _read(file.number, part.mapping, start, end):
                 done += len(content)
                 if content.count(0) < len(content):
                     write(fd, content, part.offset + at - part.start)
-                    written += len(content)
+                    result.bytes += len(content)
                 tell(done, total)
-    return written
+    for part, ranges in of_process:
+        copied = process.copy(ranges, fd, base=part.start, offset=part.offset)
+        result.bytes += copied.bytes - copied.lost.bytes
+        result.lost += [(page.start, page.end) for page in copied.lost]
+        done += copied.bytes
+        tell(done, total)
+    return result
 
 
-def _spans(process: Process, part: Placed) -> Iterator[tuple[int, int]]:
-    """Yield the addresses whose content is to be read."""
-    m = part.mapping
-    if m.kind is MappingKind.SHMEM:
-        with open_mapped(process.pid, m) as file:
-            found = PageRanges.of(_extents(file.number, part))
-    else:
-        found = PageRanges.of([(part.start, part.end)])  # hugetlbfs does not tell its holes
-    if not m.shared:
-        found -= _own(process, part)
-    for one in found:
-        yield one.start, one.end
-
-
-def _own(process: Process, part: Placed) -> PageRanges:
-    file = PageCategory.FILE
-    scan = process.pagemap.scan(
-        part.start,
-        part.end - part.start,
-        category_mask=file,
-        category_inverted=file,
-        category_anyof_mask=PageCategory.PRESENT | PageCategory.SWAPPED,
-        return_mask=PageCategory(0),
-    )
-    return scan.ranges
+def _work(
+    process: Process, parts: Sequence[Placed]
+) -> tuple[list[tuple[Placed, int, int]], list[tuple[Placed, PageRanges]]]:
+    """Return what is to be read from files, and what from the process."""
+    of_file: list[tuple[Placed, int, int]] = []
+    of_process: list[tuple[Placed, PageRanges]] = []
+    for part in parts:
+        m = part.mapping
+        try:
+            with open_mapped(process.pid, m) as file:
+                found = PageRanges.of(_extents(file.number, part))
+        except OSError:
+            of_process.append((part, _core_pages.present(process, part.start, part.end)))
+            continue
+        if not m.shared:
+            own = _core_pages.own(process, part.start, part.end)
+            of_process.append((part, own))
+            found -= own
+        of_file += ((part, one.start, one.end) for one in found)
+    return of_file, [(part, ranges) for part, ranges in of_process if len(ranges)]
 
 
 def _extents(fd: int, part: Placed) -> Iterator[tuple[int, int]]:
     """Yield the addresses at which a file has content, by whole pages."""
+    if part.mapping.kind is MappingKind.HUGETLB:  # it does not tell
+        yield part.start, part.end
+        return
     shift = part.mapping.start - part.mapping.offset
     at, last = part.start - shift, part.end - shift
     while at < last:

@@ -7,17 +7,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from pyuffd._abi import PageCategory
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, Process
+from pyuffd.snapshot import _core_pages
 from pyuffd.snapshot import _core_plan as plan
 from pyuffd.snapshot import _core_shared as shared
 from pyuffd.snapshot._core_elf import PAGE_SIZE
 from pyuffd.snapshot._core_plan import Part
 
 VDSO = "[vdso]"
-
-_CONTENT = PageCategory.PRESENT | PageCategory.SWAPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,8 @@ class Chooser:
         part, otherwise = plan.wanted(mapping, flags or frozenset(), self._filter, full=self._full)
         is_settled = True
         if part is Part.IF_WRITTEN:
-            is_written = first_page(self._process, mapping, own=True) is not None
+            own = _core_pages.own(self._process, mapping.start, mapping.end, any_will_do=True)
+            is_written = bool(len(own))
             part = Part.ALL if is_written else otherwise
             is_settled = is_written or not mapping.writable
         return Choice(Wanted(mapping, part), flags is None, is_settled)
@@ -96,21 +95,3 @@ class Chooser:
                 if text.startswith(plan.ELF_MAGIC, at):
                     found.add(m.start)
         return found
-
-
-def first_page(
-    process: Process, mapping: Mapping, start: int | None = None, *, own: bool = False
-) -> int | None:
-    """Return the first page from an address on that is there, or that is the process's own."""
-    start = mapping.start if start is None else start
-    file = PageCategory.FILE if own else PageCategory(0)
-    found = process.pagemap.scan(
-        start,
-        mapping.end - start,
-        category_mask=file,
-        category_inverted=file,
-        category_anyof_mask=_CONTENT,
-        return_mask=PageCategory(0),
-        max_pages=1,
-    ).ranges
-    return found[0].start if len(found) else None
