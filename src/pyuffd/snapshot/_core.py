@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 METHODS = ("auto", "precopy", "stopped")
 # The longest stop of a method that copies while the process runs, unless the caller says.
 STALL_S = 0.05
+# A thread that wants to run stops when it gets a CPU: on a busy machine that lasts.
+STOP_LIMIT_S = 5.0
 _FIRST = _core_elf.PAGE_SIZE  # where memory begins in the file; the ELF header is before it
 
 
@@ -223,6 +225,7 @@ class _Core:
     def capture(self, tracker: DirtyTracker | None) -> None:
         """Write the memory of one instant, and read the registers of the same."""
         options = Options(
+            stop_limit_s=STOP_LIMIT_S,
             max_stall_s=self._request.max_stall_s or STALL_S,
             progress=self._tell,
             in_stop=self._in_stop,
