@@ -109,7 +109,8 @@ class EvictsPages(HandlerBase):
         Raises:
             ValueError: not served for MISSING; with `write_back` also not for RegisterMode.WP, as
                 writers could not be seen; memory of another process, or driver="process", whose
-                engine is not in this process; with Feature.EVENT_REMOVE a handler that is not
+                engine is in another process, which Linux does not let drop memory of this one
+                (process_madvise(2)); with Feature.EVENT_REMOVE a handler that is not
                 started.
             UffdOSError: EINVAL - the memory is locked; EACCES, EPERM - shared memory that cannot
                 be written, or is sealed; ETIMEDOUT - the source does not answer for a page that
