@@ -110,7 +110,9 @@ def full(driver: Any) -> None:
         assert (len(log), log.lost) == (0, 0)
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    "driver", [pytest.param("native", id="pitfall.16.full-fault-log"), *DRIVERS[1:]]
+)
 def test_a_full_log(driver: str) -> None:
     run_child(full, driver)
 

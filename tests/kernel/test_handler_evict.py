@@ -325,6 +325,23 @@ def test_evict(name: str) -> None:
     run_child(check, name, budget_s=60)
 
 
+def check_one(case: str) -> None:
+    with handling("native") as handler:
+        CASES[case](handler, "anon")
+
+
+@needs(NEEDED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("dropped", id="pitfall.11.evicted-after-it-was-dropped"),
+        pytest.param("neither_zeros_nor_old", id="pitfall.11.evicted-under-readers"),
+    ],
+)
+def test_pitfalls(case: str) -> None:
+    run_child(check_one, case)
+
+
 def of_minor() -> None:
     """With MINOR too: what the page cache lost is a missing page again."""
     with handling("native") as handler, FileSource(__file__) as source:

@@ -174,7 +174,9 @@ def lost_memory(driver: Any) -> None:
             handler.stop()
 
 
-@pytest.mark.parametrize("driver", ["native", "thread"])
+@pytest.mark.parametrize(
+    "driver", [pytest.param("native", id="pitfall.5.overlay-of-lost-memory"), "thread"]
+)
 def test_memory_that_cannot_be_read(driver: str) -> None:
     run_child(lost_memory, driver)
 

@@ -340,6 +340,19 @@ def test_parts(name: str) -> None:
     run_child(check, name, budget_s=60)
 
 
+def beside_readers(driver: Driver) -> None:
+    with handling(driver) as handler:
+        readers_of_the_rest(handler, "anon")
+
+
+@needs(NEEDED | Feature.POISON)
+@pytest.mark.parametrize(
+    "driver", [pytest.param("inline", id="pitfall.16.part-cut-beside-readers")]
+)
+def test_pitfalls(driver: Driver) -> None:
+    run_child(beside_readers, driver)
+
+
 def promises(offset: int, length: int) -> Promised:
     return PROMISED
 
