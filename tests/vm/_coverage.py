@@ -7,6 +7,7 @@ become docs/generated/kernel-coverage.md. What is not reached has a reason in un
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.vm import _debian, _image, _run
+from pyuffd.conformance import load
+from tests.vm import _cover_guest, _debian, _image, _run
 from tests.vm._mutants import SERIES, Builder, BuildError
 
 PAGE = _image.ROOT / "docs/generated/kernel-coverage.md"
@@ -28,8 +30,13 @@ OUTPUT = _image.ROOT / "build/kernel-coverage"
 REASONS = Path(__file__).with_name("unreached.toml")
 CONFIG = "CONFIG_GCOV_KERNEL=y\n"
 SCALE = 10.0
-RUN_S = 600.0
+MINUTES = 120.0
+# What the guest may need beside the tests: to boot, and to send its counts.
+MORE_S = 600.0
 MISSING = "**a case is missing**"
+
+# Left out elsewhere because a kernel that fails them has to be started again.
+NEED_A_GUEST = ("PAGEMAP_SCAN.ok.protects-hugetlb-hole",)
 
 # Whole files, functions of one, and lines of the others that name what it is about.
 WHOLE = ("fs/userfaultfd.c", "mm/userfaultfd.c")
@@ -43,6 +50,8 @@ OTHERS = tuple(
     )
 )
 _WORDS = re.compile(r"uffd|userfaultfd|pte_marker")
+# What they check is never so, so one way out of them is for a broken kernel only.
+_ASSERTION = re.compile(r"\b\w*(BUG|WARN)(_ON)?(_ONCE)?\(|\b\w+_assert_\w+\(|\bassert_\w+\(")
 FILES = (*WHOLE, SCAN, *OTHERS)
 
 
@@ -56,6 +65,11 @@ class Line:
     branches: list[int] = field(default_factory=list)
 
 
+# Many lines are the same, as `goto out;`; what is before tells them apart.
+_NEAR = 8
+_CONDITIONS = ("if (", "} else if (", "for (", "list_for_each")
+
+
 @dataclass
 class Source:
     """One file: its text and its lines that have code and are of interest."""
@@ -65,8 +79,17 @@ class Source:
     lines: dict[int, Line]
 
     def of(self, line: Line) -> str:
-        """Return the text of a line."""
-        return " ".join(self.text[line.number - 1].split())
+        """Return the text of a line, behind the condition that it hangs on, if one is near."""
+        text = " ".join(self.text[line.number - 1].split())
+        if text.startswith(_CONDITIONS):
+            return text
+        for before in reversed(self.text[max(line.number - 1 - _NEAR, 0) : line.number - 1]):
+            condition = " ".join(before.split())
+            if condition.startswith(_CONDITIONS):
+                return f"{condition} ... {text}"
+            if condition in ("}", "{") or condition.endswith(":"):
+                break
+        return text
 
 
 @dataclass(frozen=True)
@@ -120,19 +143,44 @@ def _profile(tree: Path) -> None:
             makefile.write_text(text + line)
 
 
-def run(kernel: Path, arguments: Sequence[str]) -> str:
-    """Run the suite; return what it said last, and leave gcov.tar in the folder.
+def chosen(patterns: Sequence[str], *, crossings: bool) -> list[str]:
+    """Return the ids that match one of the patterns; all of them if there is none."""
+    every = [
+        name
+        for case in load().values()
+        for name in case.ids
+        if not case.is_slow or case.name in NEED_A_GUEST
+        if crossings or not case.is_crossing
+    ]
+    if patterns:
+        every = [name for name in every if any(fnmatch.fnmatch(name, one) for one in patterns)]
+    if not every:
+        raise BuildError(f"there is no case {' or '.join(patterns)}")
+    return every
+
+
+def run(kernel: Path, wanted: Sequence[str], minutes: float, counts: Path) -> str:
+    """Run tests; return how they ended, and leave the counts in a file.
 
     Raises:
         BuildError: there are no counts.
     """
-    guest = _run.Guest(kernel, OUTPUT, scale=SCALE, run_s=RUN_S, show=_show)
-    result = guest.pytest(*_run.redirect([*_run.SUITE, *arguments])[0])
-    if not (OUTPUT / "gcov.tar").exists():
+    plan = json.dumps({"tests": list(wanted), "seconds": 60 * minutes}).encode()
+    guest = _run.Guest(
+        kernel,
+        OUTPUT / "guest",
+        scale=SCALE,
+        run_s=(60 * minutes + MORE_S) / SCALE,
+        files={str(_cover_guest.PLAN): plan},
+        show=_show,
+    )
+    result = guest.run([sys.executable, "-m", "tests.vm._cover_guest"])
+    if not (result.folder / "gcov.tar").exists():
         raise BuildError(result.sentence or "the kernel has no counts")
-    console = (OUTPUT / "console.log").read_text(errors="replace")
-    found = re.findall(r"^\d+ passed, \d+ failed, \d+ skipped", console, re.MULTILINE)
-    return found[-1] if found else result.sentence
+    (result.folder / "gcov.tar").rename(counts)
+    console = (result.folder / "console.log").read_text(errors="replace")
+    found = re.findall(r"^ended: (.*)$", console, re.MULTILINE)
+    return found[-1] if found else "it died"
 
 
 def _show(data: bytes) -> None:
@@ -140,27 +188,47 @@ def _show(data: bytes) -> None:
     sys.stdout.flush()
 
 
-def read(tree: Path) -> list[Source]:
-    """Bring the counts to where gcov looks for them, and read what it says."""
-    with tarfile.open(OUTPUT / "gcov.tar") as archive:
+def read(tree: Path, runs: Sequence[Path]) -> list[Source]:
+    """Bring the counts of each run to where gcov looks for them, and read what it says of all."""
+    entries: dict[str, list[Mapping[str, Any]]] = {file: [] for file in FILES}
+    for counts in runs:
+        _unpack(counts, tree)
+        for file in FILES:
+            entries[file] += _entries(tree, file)
+    texts = {file: (tree / file).read_text().splitlines() for file in FILES}
+    return [source(file, texts[file], entries[file]) for file in FILES]
+
+
+def source(file: str, text: list[str], entries: Sequence[Mapping[str, Any]]) -> Source:
+    """Return what counts of a file: the lines of interest, and branches of no assertion."""
+    lines = {}
+    for number, line in merged(entries).items():
+        if _is_wanted(file, line, text[number - 1]):
+            lines[number] = line
+            if _ASSERTION.search(text[number - 1]):
+                line.branches.clear()
+    return Source(file, text, lines)
+
+
+def _unpack(counts: Path, tree: Path) -> None:
+    with tarfile.open(counts) as archive:
         for member in archive.getmembers():
             name = f"/{member.name}"
             data = archive.extractfile(member)
             if data is not None and name.startswith(f"{tree}/"):
                 Path(name).write_bytes(data.read())
-    sources = []
-    for file in FILES:
-        counts = (tree / file).with_suffix(".gcda")
-        command = ["gcov", "--json-format", "--branch-probabilities", "--stdout", str(counts)]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True)
-        text = (tree / file).read_text().splitlines()
-        found: dict[int, Line] = {}
-        for part in json.loads(done.stdout)["files"]:
-            if part["file"] == file:
-                found = merged(part["lines"])
-        lines = {n: line for n, line in found.items() if _is_wanted(file, line, text[n - 1])}
-        sources.append(Source(file, text, lines))
-    return sources
+
+
+def _entries(tree: Path, file: str) -> list[Mapping[str, Any]]:
+    counts = (tree / file).with_suffix(".gcda")
+    command = ["gcov", "--json-format", "--branch-probabilities", "--stdout", str(counts)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True)
+    return [
+        line
+        for part in json.loads(done.stdout)["files"]
+        if part["file"] == file
+        for line in part["lines"]
+    ]
 
 
 def merged(entries: Sequence[Mapping[str, Any]]) -> dict[int, Line]:
@@ -192,6 +260,20 @@ def reasons() -> dict[tuple[str, str, str], str]:
     return {(row["file"], row["function"], row["text"]): row["why"] for row in rows}
 
 
+def reachable(source: Source, known: Mapping[tuple[str, str, str], str]) -> list[Line]:
+    """Return the lines that have no reason to be missed, and their branches but those to these."""
+    lines = list(source.lines.values())
+    missed = [
+        not line.count and (source.file, line.function, source.of(line)) in known for line in lines
+    ]
+    kept = []
+    for line, is_missed, leads_to_missed in zip(lines, missed, [*missed[1:], False], strict=True):
+        if not is_missed:
+            branches = [taken for taken in line.branches if taken or not leads_to_missed]
+            kept.append(Line(line.number, line.function, line.count, branches))
+    return kept
+
+
 def stale(sources: Sequence[Source]) -> list[tuple[str, str, str]]:
     """Return the lines that have a reason and are reached, or are not there any more."""
     missed = {
@@ -215,14 +297,21 @@ def _lines(sources: Sequence[Source], release: str, ended: str) -> Iterator[str]
         f"Written by `make kernel-coverage`; do not edit. Linux {release}, small configuration, in"
         f" a guest with one CPU: {ended}. Of {' and '.join(WHOLE)} all lines count, of {SCAN} the"
         " functions of PAGEMAP_SCAN, and of the others the lines that name userfaultfd or markers."
-        " A branch is one that the compiler made; error checks that user space cannot fail have"
-        " some, too."
+        " A branch is one that the compiler made, of conditions that are not assertions (BUG_ON,"
+        " WARN_ON and the like); error checks that user space cannot fail have some, too."
     )
     yield ""
-    yield "| file | lines | branches |"
-    yield "|---|---|---|"
-    for source in sources:
-        yield f"| {source.file} | {count(list(source.lines.values()))} |"
+    yield (
+        "Lines that have a reason in the last table cannot be reached on purpose; the last two"
+        " columns leave them out, and the branches that lead to them."
+    )
+    yield ""
+    yield "| file | lines | branches | lines, of those | branches, of those |"
+    yield "|---|---|---|---|---|"
+    known = reasons()
+    for one in sources:
+        share = count(reachable(one, known))
+        yield f"| {one.file} | {count(list(one.lines.values()))} | {share} |"
     yield ""
     yield "## By function"
     yield ""
@@ -239,7 +328,6 @@ def _lines(sources: Sequence[Source], release: str, ended: str) -> Iterator[str]
     yield ""
     yield "| file | function | line | why |"
     yield "|---|---|---|---|"
-    known = reasons()
     for source in sources:
         for line in source.lines.values():
             if not line.count:
@@ -249,29 +337,44 @@ def _lines(sources: Sequence[Source], release: str, ended: str) -> Iterator[str]
                 yield f"| {source.file} | `{line.function}` | `{text}` | {why} |"
 
 
+def _runs() -> list[Path]:
+    """Return the counts of the last run and of those added to it, in order."""
+    return sorted(OUTPUT.glob("run-*.tar"), key=lambda path: int(path.stem.partition("-")[2]))
+
+
 def main() -> int:
     """Build, run, write the page."""
     parser = argparse.ArgumentParser(prog="kernel-coverage", description=__doc__)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="make -j")
-    parser.add_argument(
-        "--again", action="store_true", help="write the page from the last run's counts"
-    )
-    parser.add_argument("pytest", nargs=argparse.REMAINDER, help="more arguments for pytest")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="end the run after so many")
+    parser.add_argument("--without-crossings", action="store_true", help="leave the tables out")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--add", action="store_true", help="add the counts of this run to the last's")
+    how.add_argument("--again", action="store_true", help="write the page again, run nothing")
+    parser.add_argument("ids", nargs="*", help="patterns of ids, as UFFDIO_COPY.*; all of them")
     options = parser.parse_args()
     _run.end_with_us()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
     try:
         kernel, tree, release = build(options.jobs)
-        ended = OUTPUT / "ended"
         if not options.again:
-            said = run(kernel, options.pytest)
-            ended.write_text(said)
-        sources = read(tree)
+            wanted = chosen(options.ids, crossings=not options.without_crossings)
+            kept = _runs() if options.add else []
+            for old in set(_runs()) - set(kept):
+                old.unlink()
+            counts = OUTPUT / f"run-{len(kept) + 1}.tar"
+            said = run(kernel, wanted, options.minutes, counts)
+            counts.with_suffix(".txt").write_text(said)
+        if not _runs():
+            raise BuildError("there are no counts yet")
+        sources = read(tree, _runs())
+        ended = "; ".join(counts.with_suffix(".txt").read_text() for counts in _runs())
     except (BuildError, _debian.KernelNotFoundError, _image.MissingOnHostError) as error:
         print(f"kernel-coverage: {error}", file=sys.stderr)
         return 2
-    PAGE.write_text(page(sources, release, ended.read_text()))
-    for source in sources:
-        print(f"kernel-coverage: {source.file}: {count(list(source.lines.values()))}", flush=True)
+    PAGE.write_text(page(sources, release, ended))
+    for one in sources:
+        print(f"kernel-coverage: {one.file}: {count(list(one.lines.values()))}", flush=True)
     for line in stale(sources):
         print(f"kernel-coverage: {REASONS.name} has a reason without need: {line}", file=sys.stderr)
     return 1 if stale(sources) else 0
