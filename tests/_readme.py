@@ -30,12 +30,14 @@ class Program:
         needs: What the kernel and the user must have: names of features and capabilities.
         ends: How it ends: "" for status 0, "warning" for 0 after a warning, "error" for 1, the
             name of a signal, or "hangs".
+        numbers_vary: Whether the numbers in its output differ from run to run.
     """
 
     source: str
     output: list[str]
     needs: list[str]
     ends: str
+    numbers_vary: bool
 
 
 def table(name: str) -> dict[str, dict[str, str]]:
@@ -63,6 +65,7 @@ def programs(page: Path) -> list[Program]:
                 (match["output"] or "").splitlines(),
                 how["needs"].split(",") if "needs" in how else [],
                 how.get("ends", ""),
+                how.get("varies") == "numbers",
             )
         )
     return found
