@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -337,20 +338,27 @@ def migrate(folder: str, mib: int) -> Any:
 
 
 def compare(folder: str, mib: int, rounds: int) -> Any:
-    """Time a restore, until all is filled and the server has ended, in turn with CRIU's server."""
+    """Time restores, until all is filled and the server has ended, in turn with CRIU's server.
+
+    Returns, for each, the seconds of `criu restore`, of all, and of CPU in the server.
+    """
     criu = Criu(folder)
     build(folder)
     criu.dump(start_target(folder, str(mib)))
     ours = [sys.executable, "-m", "pyuffd", "criu-lazy-pages"]
-    times: dict[str, list[tuple[float, float]]] = {"criu": [], "pyuffd": []}
+    times: dict[str, list[tuple[float, float, float]]] = {"criu": [], "pyuffd": []}
     for _ in range(rounds):
         for name, command in (("criu", [CRIU, "lazy-pages"]), ("pyuffd", ours)):
             times[name].append(_timed(criu, command))
     return times
 
 
-def _timed(criu: Criu, command: Sequence[str]) -> tuple[float, float]:
-    """Return the seconds that `criu restore` needed, and those until its server had ended."""
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _timed(criu: Criu, command: Sequence[str]) -> tuple[float, float, float]:
     socket_path = criu.work / "lazy-pages.socket"
     socket_path.unlink(missing_ok=True)
     log = criu.work / "server.log"
@@ -361,9 +369,9 @@ def _timed(criu: Criu, command: Sequence[str]) -> tuple[float, float]:
     time.sleep(1.0)  # until it waits
     began = time.monotonic()
     pid = criu.restore()
-    restored = time.monotonic()
+    restored, before_s = time.monotonic(), _cpu_s()
     assert server.wait(LIMIT_S * SCALE) == 0, log.read_text()
-    ended = time.monotonic()
+    ended, cpu_s = time.monotonic(), _cpu_s() - before_s
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return restored - began, ended - began
+    return restored - began, ended - began, cpu_s
