@@ -227,7 +227,7 @@ int uffd_image_write(const struct uffd_page_region *vec, uint64_t count, const v
 }
 
 int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const uint32_t *what,
-		    uint64_t count, uint32_t unprotected, struct uffd_page_ranges *ranges_ret)
+		    uint64_t count, uint32_t flags, struct uffd_page_ranges *ranges_ret)
 {
 	struct uffd_page_ranges found = { 0 };
 	int ret = 0;
@@ -245,7 +245,9 @@ int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const
 			arg.category_mask |= UFFD_PAGE_IS_FILE;
 			arg.category_inverted |= UFFD_PAGE_IS_FILE;
 		}
-		if (unprotected)
+		if (flags & UFFD_IMAGE_PRESENT)
+			arg.category_anyof_mask = UFFD_PAGE_IS_PRESENT;
+		if (flags & UFFD_IMAGE_UNPROTECTED)
 			arg.category_mask |= UFFD_PAGE_IS_WRITTEN;
 		found.count = 0;
 		ret = uffd_pagemap_scan_all(pagemap_fd, &arg, &found, &walked);

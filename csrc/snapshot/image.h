@@ -23,6 +23,10 @@ struct uffd_image_piece {
 /* The file may hold something at these places: write zeros too. */
 #define UFFD_IMAGE_OVERWRITE	(1u << 0)
 
+/* For uffd_image_scan(): only pages without write-protection; only those in memory. */
+#define UFFD_IMAGE_UNPROTECTED	(1u << 1)
+#define UFFD_IMAGE_PRESENT	(1u << 2)
+
 /*
  * Copy ranges to the file.  Memory without PROT_READ is read through `mem_fd`, an open
  * /proc/PID/mem, unless that is negative.
@@ -45,10 +49,10 @@ int uffd_image_write(const struct uffd_page_region *vec, uint64_t count, const v
 
 /*
  * The content of pieces that is in memory or on swap.  `what`: UFFD_IMAGE_OWN or _ALL for each.
- * With `unprotected`, only pages without write-protection.
+ * Markers of write-protection count as on swap: see the flags.
  */
 int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const uint32_t *what,
-		    uint64_t count, uint32_t unprotected, struct uffd_page_ranges *ranges_ret);
+		    uint64_t count, uint32_t flags, struct uffd_page_ranges *ranges_ret);
 
 /*
  * Compare pages of two buffers; append those that differ, as ranges from `start`.

@@ -39,12 +39,14 @@ class Pieces:
     def __len__(self) -> int:
         return self._count
 
-    def scan(self, pagemap_fd: int, *, unprotected: bool = False) -> memoryview:
+    def scan(
+        self, pagemap_fd: int, *, unprotected: bool = False, present: bool = False
+    ) -> memoryview:
         """Return the pages that are in memory or on swap, packed; by PAGEMAP_SCAN."""
         found = ffi.new("struct uffd_page_ranges *")
-        code = lib.uffd_image_scan(
-            pagemap_fd, self._vec, self._what, self._count, unprotected, found
-        )
+        flags = lib.UFFD_IMAGE_UNPROTECTED if unprotected else 0
+        flags |= lib.UFFD_IMAGE_PRESENT if present else 0
+        code = lib.uffd_image_scan(pagemap_fd, self._vec, self._what, self._count, flags, found)
         packed = take_ranges(found)
         if code:
             raise_errno("PAGEMAP_SCAN", -code)

@@ -102,6 +102,8 @@ class _Lib:
     UFFD_IMAGE_OWN: int
     UFFD_IMAGE_ALL: int
     UFFD_IMAGE_OVERWRITE: int
+    UFFD_IMAGE_UNPROTECTED: int
+    UFFD_IMAGE_PRESENT: int
     UFFD_FRAME_MOST: int
     UFFD_REGISTERS_PARTIAL: int
     UFFD_MAPS_ANONYMOUS: int
@@ -362,13 +364,30 @@ class _Lib:
         pieces: CData,
         what: CData,
         count: int,
-        unprotected: int,
+        flags: int,
         ranges_ret: CData,
         /,
     ) -> int: ...
     def uffd_image_differ(
         self, a: CData, b: CData, length: int, start: int, ranges_ret: CData, /
     ) -> int: ...
+    UFFD_OWED_NOT: int
+    UFFD_OWED_YES: int
+    UFFD_OWED_TAKEN: int
+    UFFD_OWED_DATA: int
+    UFFD_OWED_ZERO: int
+    UFFD_OWED_DROPPED: int
+    UFFD_OWED_UNREADABLE: int
+    def uffd_saver_create(self, options: CData, saver_ret: CData, /) -> int: ...
+    def uffd_saver_arm(self, saver: CData, vec: CData, count: int, registers: int, /) -> int: ...
+    def uffd_saver_take_noted(self, saver: CData, ranges_ret: CData, /) -> int: ...
+    def uffd_saver_begin(
+        self, saver: CData, parts: CData, parts_count: int, pages: CData, count: int, /
+    ) -> int: ...
+    def uffd_saver_wait(self, saver: CData, limit_ns: int, /) -> int: ...
+    def uffd_saver_stats(self, saver: CData, stats_ret: CData, /) -> None: ...
+    def uffd_saver_ranges(self, saver: CData, state: int, ranges_ret: CData, /) -> int: ...
+    def uffd_saver_destroy(self, saver: CData, /) -> None: ...
     UFFD_ATTACH_BEGIN: int
     UFFD_ATTACH_SEIZED: int
     UFFD_ATTACH_STOPPED: int

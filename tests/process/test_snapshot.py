@@ -26,7 +26,7 @@ from pyuffd import (
     SnapshotFormatError,
 )
 from pyuffd.cli import main
-from pyuffd.snapshot import _capture, _sums
+from pyuffd.snapshot import _capture, _precopy, _sums
 from pyuffd.snapshot._capture import Used
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
@@ -38,7 +38,7 @@ pytestmark = [
     needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
     needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
 ]
-METHODS: list[Used] = ["stopped", "precopy"]
+METHODS: list[Used] = ["stopped", "precopy", "cow"]
 LIMIT_S = 0.2 * SCALE
 
 
@@ -52,12 +52,33 @@ def take(target: Process, path: Path, **options: object) -> object:
     return Snapshot.take(target, path, **kept)  # type: ignore[arg-type]
 
 
+def check(target: Counters, snapshot: Snapshot) -> None:
+    """Only what is marked as lost may be missing."""
+
+    def read(address: int, length: int) -> bytes:
+        # In pieces, since a part may be lost.
+        return b"".join(
+            bytes(PAGE) if lost(at) else snapshot.read(at, PAGE)
+            for at in range(address, address + length, PAGE)
+        )
+
+    def lost(address: int) -> bool:
+        return snapshot.state(address) is RunState.LOST
+
+    target.check(read, lost)
+
+
 def unharmed(target: Counters) -> None:
     """It works on, is not traced, and nothing of it is registered."""
     target.works_on()
     assert status(target.pid)["TracerPid"] == "0"
-    smaps = Path(f"/proc/{target.pid}/smaps").read_text()
-    assert not any(" uw" in line for line in smaps.splitlines() if line.startswith("VmFlags"))
+    # What a SIGKILL leaves ends a moment later.
+    wait_until(lambda: not is_registered(target.pid))
+
+
+def is_registered(pid: int) -> bool:
+    lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    return any(" uw" in line for line in lines if line.startswith("VmFlags"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,9 +91,9 @@ def test_what_is_read_is_of_one_instant(method: Used, program: str, tmp_path: Pa
         assert (report.method, report.path) == (method, str(tmp_path / "one"))
         assert 0 < report.pause_s < report.seconds
         with Snapshot.open(tmp_path / "one") as snapshot:
-            target.check(snapshot.read)
+            check(target, snapshot)
             snapshot.verify()
-            assert snapshot.state(target.areas[0]) is RunState.DATA
+            assert snapshot.state(target.areas[0]) in (RunState.DATA, RunState.LOST)
             assert snapshot.state(0x1000) is None
             assert {r.path for r in snapshot.regions} >= {"[stack]"}
             # Every page of every region has a run.
@@ -347,6 +368,37 @@ def test_the_process_ends_meanwhile(
     assert os.listdir(tmp_path) == []
 
 
+def test_stopped_while_it_saves(program: str, tmp_path: Path) -> None:
+    """SIGSTOP of ours: the protection is lifted, the process works on, and the snapshot ends."""
+    with counters(program, 2, 400) as target, Process(target.pid) as process:
+        with standing_at(
+            "begun sweep", process, tmp_path / "one", method="cow", max_stall_s=0.05, rate=1e5
+        ) as pid:
+            os.kill(pid, signal.SIGSTOP)
+            target.works_on()
+            os.kill(pid, signal.SIGCONT)
+        unharmed(target)
+    assert not (tmp_path / "one").exists()
+
+
+def test_too_fast_for_precopy(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The method auto takes cow then, and says so."""
+
+    def stall(*_arguments: object, **_options: object) -> None:
+        raise SnapshotError("stalled", "it writes too fast")
+
+    monkeypatch.setattr(_precopy, "captured", stall)
+    with counters(program, 2, 400) as target, Process(target.pid) as process:
+        take(process, tmp_path / "one")
+        unharmed(target)
+        with Snapshot.open(tmp_path / "one") as snapshot:
+            assert snapshot.manifest["method"] == "cow"
+            assert "too fast" in snapshot.manifest["reason"]
+            check(target, snapshot)
+
+
 def test_a_process_that_writes_too_fast(program: str, tmp_path: Path) -> None:
     """It is not made to stand for longer than it may: the snapshot ends."""
     with counters(program, 2, 4000) as target, Process(target.pid) as process:
@@ -360,6 +412,7 @@ def test_a_process_that_writes_too_fast(program: str, tmp_path: Path) -> None:
 POINTS = {
     "stopped": ("begun", "stopped", "copied", "captured", "pages", "written"),
     "precopy": ("round 0", "stopped", "copied", "resumed", "captured", "written"),
+    "cow": ("attached", "armed", "stopped", "saves", "resumed", "swept", "captured", "written"),
 }
 
 
@@ -383,7 +436,7 @@ def standing_at(point: str, target: Process, path: Path, **options: object) -> I
             os._exit(1)
     os.close(write_end)
     try:
-        assert os.read(there, 1) == b"t", point
+        assert os.read(there, 1000) == b"t", point
         yield pid
     finally:
         os.close(there)

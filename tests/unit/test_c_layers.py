@@ -24,6 +24,8 @@ FLOORS = [
     {"dirty/ranges", "remote/maps"},
     {"dirty/round", "remote/memory", "remote/trace", "remote/frame"},
     {"remote/inject", "remote/registers", "snapshot/image"},
+    {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages"},
+    {"snapshot/saver"},
     {"remote/attach", "remote/stopped"},
     {"engine/base", "engine/alloc", "engine/runs"},
     {"engine/barrier", "engine/fill", "engine/file", "engine/placement"},

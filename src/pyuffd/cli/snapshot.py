@@ -35,10 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--method",
-        choices=("auto", "precopy", "stopped"),
+        choices=("auto", "precopy", "cow", "stopped"),
         default="auto",
-        help="precopy copies while it runs, and the last pages in a stop; stopped copies everything"
-        " in the stop",
+        help="precopy copies while it runs, and the last pages in a stop; cow stops it shortly, and"
+        " saves each page before its first write; stopped copies everything in the stop",
     )
     parser.add_argument(
         "--parent", metavar="DIR", help="a snapshot of this process: write only what is different"

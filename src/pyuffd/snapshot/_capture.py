@@ -249,6 +249,22 @@ class Writer:
         self.zero = ranges.union(ranges.subtract(self.zero, pages), empty)
         self.lost = ranges.union(ranges.subtract(self.lost, pages), copied.lost)
 
+    @property
+    def fd(self) -> int:
+        """The file."""
+        return self._fd
+
+    @property
+    def mem_fd(self) -> int:
+        """An open /proc/PID/mem, or -1."""
+        return self._mem.number
+
+    def add(self, data: memoryview, zero: memoryview, lost: memoryview) -> None:
+        """Somebody else has written these."""
+        self.data = ranges.union(self.data, data)
+        self.zero = ranges.union(self.zero, zero)
+        self.lost = ranges.union(self.lost, lost)
+
     def forget(self, pages: memoryview) -> None:
         """Pages were dropped: what was copied of them is out of date."""
         self.data = ranges.subtract(self.data, pages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyuffd.dirty import DirtyTracker
 from pyuffd.remote._process import Process
-from pyuffd.snapshot import _precopy
+from pyuffd.snapshot import _cow, _precopy
 from pyuffd.snapshot._capture import Captured, Layout, Options, Used, Writer, stopped
 
 
@@ -27,7 +27,7 @@ def capture(
         fd: The file, empty at the places of the layout.
         method: "stopped": everything is copied in the stop. "precopy": it is copied while the
             process runs, and what it has written meanwhile is copied again, the last of it in the
-            stop.
+            stop. "cow": a short stop; afterwards a page is saved before its first write.
         options: Limits; callbacks. `in_stop` is called when all threads are stopped, with the stop,
             the mappings and their places, to read what else has to be of the same instant.
         tracker: Of the process, with method "precopy": it reports from the instant on.
@@ -43,6 +43,8 @@ def capture(
     with Writer(process, fd, options) as writer:
         if method == "stopped":
             captured = stopped(process, layout_of, writer, options)
+        elif method == "cow":
+            captured = _cow.captured(process, layout_of, writer, options)
         else:
             captured = _precopy.captured(
                 process, layout_of, writer, options, tracker, only_changes=only_changes

@@ -92,8 +92,10 @@ class Snapshot(Closing):
             target: The process.
             path: The directory, which must not exist; its folder must.
             method: "precopy" copies while the process runs, then again what it has written
-                meanwhile, and the last of it in the stop. "stopped" copies everything in the stop.
-                "auto" chooses; the report says why.
+                meanwhile, and the last of it in the stop. "cow" protects it while it runs, and
+                stops it shortly; afterwards each page is saved before its first write, which waits
+                for that. "stopped" copies everything in the stop. "auto" chooses, and takes cow if
+                the process writes too fast for precopy; the report says why.
             ranges: Parts of its memory; everything by default.
             shared: What to do about memory that other processes may write, which has no instant:
                 "refuse" the snapshot, copy it in the "pause", or "skip" it.
@@ -102,7 +104,8 @@ class Snapshot(Closing):
             tracker: With `parent`, only what this tracker reports is read: the time needed follows
                 the pages written. The parent must be the last snapshot that was taken with the
                 tracker. Without `parent`, the tracker reports what is written from the instant on.
-            max_stall_s: A process that would have to stand for longer ends the snapshot instead.
+            max_stall_s: A process that would have to stand for longer, or a thread of it that would
+                have to wait for longer for a page, ends the snapshot instead.
             rounds: Rounds of copying before that.
             rate: Copy at most so many bytes a second, outside of the stop.
             durable: Return when everything is on the disk.

@@ -180,6 +180,8 @@ def take(process: Process, request: Request) -> SnapshotReport:
         try:
             captured = _captured(process, layout, directory, request, method)
             at_barrier("captured")
+            if captured.method != method:
+                reason = "the process writes too fast for precopy"
             report = _finish(identity, layout, directory, request, captured, reason, parent, begin)
         except BaseException as error:
             _put_back(request.tracker, captured, since)
@@ -221,10 +223,31 @@ def _chosen(request: Request) -> tuple[Used, str]:
         return "precopy", "the tracker tells what is written"
     if _async.supported() & Feature.WP_ASYNC:
         return "precopy", "the process does not wait for us, and this kernel has WP_ASYNC"
-    return "stopped", "this kernel has no WP_ASYNC (Linux 6.7), which precopy needs"
+    return (
+        "stopped",
+        "this kernel has no WP_ASYNC (Linux 6.7), and no PAGEMAP_SCAN, which others need",
+    )
 
 
 def _captured(
+    process: Process,
+    layout: SnapshotLayout,
+    directory: NewDirectory,
+    request: Request,
+    method: Used,
+) -> Captured:
+    """Capture; if precopy was chosen here and does not get ahead, cow does."""
+    try:
+        return _captured_by(process, layout, directory, request, method)
+    except SnapshotError as error:
+        may_change = request.method == "auto" and request.tracker is None
+        if error.reason != "stalled" or not may_change or method == "cow":
+            raise
+    os.ftruncate(directory.pages.number, 0)
+    return _captured_by(process, layout, directory, request, "cow")
+
+
+def _captured_by(
     process: Process,
     layout: SnapshotLayout,
     directory: NewDirectory,

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A process that ends the protection of a target's memory when nobody answers its faults: this
+ * process was stopped by a signal, or waits for its swap.
+ */
+#ifndef UFFD_SNAPSHOT_GUARD_H
+#define UFFD_SNAPSHOT_GUARD_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define UFFD_GUARD_SPANS 65536u
+
+/* Shared with the guard. */
+struct uffd_guarded {
+	/* Counts messages that were answered, and looks for some. */
+	_Atomic uint64_t beat;
+	/* A message may have been read that is not answered yet. */
+	_Atomic uint32_t busy;
+	/* The guard has ended the protection. */
+	_Atomic uint32_t ended;
+	/* What is registered. */
+	_Atomic uint32_t count;
+	struct {
+		uint64_t start;
+		uint64_t end;
+	} spans[UFFD_GUARD_SPANS];
+};
+
+struct uffd_guard {
+	struct uffd_guarded *shared;
+	pid_t pid;
+};
+
+/* Start it; it ends with the thread that calls this, at the latest. */
+int uffd_guard_start(struct uffd_guard *guard, int uffd, uint64_t limit_ns);
+/* -ENOSPC: too many. */
+int uffd_guard_add(struct uffd_guard *guard, uint64_t start, uint64_t end);
+/* Lift the protection of all that was added: what the guard does, by this process. */
+void uffd_guard_lift(const struct uffd_guarded *shared, int uffd);
+/* Wait until it has ended, and free it. */
+void uffd_guard_stop(struct uffd_guard *guard);
+
+#endif /* UFFD_SNAPSHOT_GUARD_H */

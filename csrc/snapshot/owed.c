@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "dirty/ranges.h"
+#include "snapshot/owed.h"
+
+#define PAGE 4096u
+
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static uint64_t max_u64(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+/* The first piece that ends behind an address, or NULL. */
+static struct uffd_owed_piece *piece_from(struct uffd_owed *owed, uint64_t address)
+{
+	uint64_t low = 0, high = owed->count;
+
+	while (low < high) {
+		uint64_t middle = (low + high) / 2;
+
+		if (owed->pieces[middle].end <= address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < owed->count ? &owed->pieces[low] : NULL;
+}
+
+static int new_part(struct uffd_owed_part *part, const struct uffd_image_piece *at)
+{
+	/* Untouched pages of it cost nothing: a reservation of terabytes has states too. */
+	void *states = mmap(NULL, (at->end - at->start) / PAGE, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (states == MAP_FAILED)
+		return -ENOMEM;
+	part->at = *at;
+	part->states = states;
+	return 0;
+}
+
+static void owe(struct uffd_owed *owed, const struct uffd_page_region *range)
+{
+	uint64_t at = range->start;
+
+	for (uint64_t i = 0; i < owed->count && at < range->end; i++) {
+		struct uffd_owed_piece *piece = &owed->pieces[i];
+		uint64_t first = max_u64(at, piece->start), last = min_u64(range->end, piece->end);
+
+		if (first >= last)
+			continue;
+		memset((void *)(piece->states + (first - piece->start) / PAGE), UFFD_OWED_YES,
+		       (last - first) / PAGE);
+		owed->left += (last - first) / PAGE;
+		at = last;
+	}
+}
+
+int uffd_owed_init(struct uffd_owed *owed, const struct uffd_image_piece *parts,
+		   uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count)
+{
+	int ret = 0;
+
+	*owed = (struct uffd_owed){ .capacity = parts_count + 64 };
+	owed->parts = calloc(parts_count + 1, sizeof(*owed->parts));
+	owed->pieces = calloc(owed->capacity, sizeof(*owed->pieces));
+	if (!owed->parts || !owed->pieces)
+		ret = -ENOMEM;
+	for (uint64_t i = 0; !ret && i < parts_count; i++) {
+		ret = new_part(&owed->parts[i], &parts[i]);
+		if (ret)
+			break;
+		owed->parts_count++;
+		owed->pieces[owed->count++] = (struct uffd_owed_piece){
+			parts[i].start, parts[i].end, parts[i].offset, owed->parts[i].states,
+		};
+	}
+	for (uint64_t i = 0; !ret && i < count; i++) {
+		/* From the first piece that can hold it. */
+		struct uffd_owed_piece *first = piece_from(owed, pages[i].start);
+		struct uffd_owed rest = *owed;
+
+		if (!first)
+			break;
+		rest.pieces = first;
+		rest.count = owed->count - (uint64_t)(first - owed->pieces);
+		owe(&rest, &pages[i]);
+		owed->left = rest.left;
+	}
+	if (ret)
+		uffd_owed_deinit(owed);
+	return ret;
+}
+
+void uffd_owed_deinit(struct uffd_owed *owed)
+{
+	for (uint64_t i = 0; i < owed->parts_count; i++)
+		munmap((void *)owed->parts[i].states,
+		       (owed->parts[i].at.end - owed->parts[i].at.start) / PAGE);
+	free(owed->parts);
+	free(owed->pieces);
+	*owed = (struct uffd_owed){ 0 };
+}
+
+uint64_t uffd_owed_next(struct uffd_owed *owed, uint64_t address, uint64_t end, uint64_t most,
+			struct uffd_owed_piece **piece_ret, uint64_t *address_ret)
+{
+	struct uffd_owed_piece *piece = piece_from(owed, address);
+	const struct uffd_owed_piece *behind = owed->pieces + owed->count;
+
+	for (; piece && piece < behind && piece->start < end; piece++) {
+		uint64_t first = (max_u64(address, piece->start) - piece->start) / PAGE;
+		uint64_t last = (min_u64(end, piece->end) - piece->start) / PAGE;
+		const uint8_t *states = (const uint8_t *)piece->states;
+		const uint8_t *found = memchr(states + first, UFFD_OWED_YES, last - first);
+		uint64_t pages = 0;
+
+		if (!found)
+			continue;
+		first = (uint64_t)(found - states);
+		while (pages < most && first + pages < last &&
+		       states[first + pages] == UFFD_OWED_YES)
+			pages++;
+		*piece_ret = piece;
+		*address_ret = piece->start + first * PAGE;
+		return pages;
+	}
+	return 0;
+}
+
+void uffd_owed_settle(struct uffd_owed *owed, struct uffd_owed_piece *piece, uint64_t address,
+		      enum uffd_owed_state state)
+{
+	atomic_store(&piece->states[(address - piece->start) / PAGE], (uint8_t)state);
+	owed->left--;
+	owed->dropped += state == UFFD_OWED_DROPPED;
+}
+
+static int grow(struct uffd_owed *owed)
+{
+	struct uffd_owed_piece *more;
+
+	if (owed->count + 2 <= owed->capacity)
+		return 0;
+	more = realloc(owed->pieces, 2 * owed->capacity * sizeof(*more));
+	if (!more)
+		return -ENOMEM;
+	owed->pieces = more;
+	owed->capacity *= 2;
+	return 0;
+}
+
+/* Have a piece begin at an address, if one crosses it. */
+static int cut(struct uffd_owed *owed, uint64_t address)
+{
+	struct uffd_owed_piece *piece = piece_from(owed, address);
+	struct uffd_owed_piece second;
+	int ret;
+
+	if (!piece || piece->start >= address)
+		return 0;
+	ret = grow(owed);
+	if (ret)
+		return ret;
+	piece = piece_from(owed, address);
+	second = (struct uffd_owed_piece){
+		address,
+		piece->end,
+		piece->offset + (address - piece->start),
+		piece->states + (address - piece->start) / PAGE,
+	};
+	piece->end = address;
+	memmove(piece + 2, piece + 1,
+		(size_t)(owed->pieces + owed->count - (piece + 1)) * sizeof(*piece));
+	piece[1] = second;
+	owed->count++;
+	return 0;
+}
+
+static int by_address(const void *a, const void *b)
+{
+	const struct uffd_owed_piece *one = a, *other = b;
+
+	return one->start < other->start ? -1 : one->start > other->start;
+}
+
+int uffd_owed_move(struct uffd_owed *owed, uint64_t from, uint64_t to, uint64_t length)
+{
+	int ret = cut(owed, from);
+
+	if (!ret)
+		ret = cut(owed, from + length);
+	if (ret)
+		return ret;
+	for (uint64_t i = 0; i < owed->count; i++) {
+		struct uffd_owed_piece *piece = &owed->pieces[i];
+
+		if (piece->start >= from && piece->end <= from + length) {
+			piece->start += to - from;
+			piece->end += to - from;
+		}
+	}
+	qsort(owed->pieces, owed->count, sizeof(*owed->pieces), by_address);
+	return 0;
+}
+
+int uffd_owed_remove(struct uffd_owed *owed, uint64_t start, uint64_t end)
+{
+	uint64_t kept = 0;
+	int ret = cut(owed, start);
+
+	if (!ret)
+		ret = cut(owed, end);
+	for (uint64_t i = 0; !ret && i < owed->count; i++)
+		if (owed->pieces[i].start < start || owed->pieces[i].end > end)
+			owed->pieces[kept++] = owed->pieces[i];
+	if (!ret)
+		owed->count = kept;
+	return ret;
+}
+
+int uffd_owed_ranges(const struct uffd_owed *owed, uint8_t state,
+		     struct uffd_page_ranges *ranges_ret)
+{
+	int ret = 0;
+
+	for (uint64_t i = 0; !ret && i < owed->parts_count; i++) {
+		const struct uffd_owed_part *part = &owed->parts[i];
+		const uint8_t *states = (const uint8_t *)part->states;
+		uint64_t pages = (part->at.end - part->at.start) / PAGE, at = 0;
+
+		while (!ret && at < pages) {
+			const uint8_t *found = memchr(states + at, state, pages - at);
+			uint64_t first;
+
+			if (!found)
+				break;
+			first = (uint64_t)(found - states);
+			for (at = first; at < pages && states[at] == state; at++)
+				;
+			ret = uffd_ranges_append(ranges_ret, part->at.start + first * PAGE,
+						 part->at.start + at * PAGE);
+		}
+	}
+	return ret;
+}

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+#include "snapshot/ring.h"
+#include "uffd_transfer.h"
+
+#define PAGE 4096u
+
+struct entry {
+	uint64_t first;
+	uint64_t pages;
+	uint64_t skipped; /* at the end of the memory, before this one */
+	uint64_t offset;
+	_Atomic uint8_t *states;
+};
+
+struct uffd_ring {
+	pthread_t writer;
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	int fd;
+	char *memory;
+	uint64_t capacity;
+	/* Page numbers that only grow; used: [tail, head). */
+	uint64_t head, tail;
+	struct entry *entries;
+	uint64_t first_entry, last_entry;
+	uint64_t reserved, skipped;
+	bool stop;
+	int error;
+};
+
+static bool is_zero(const char *page)
+{
+	static const char zeros[PAGE];
+
+	return !memcmp(page, zeros, PAGE);
+}
+
+static int write_entry(struct uffd_ring *ring, const struct entry *entry)
+{
+	const char *from = ring->memory + entry->first * PAGE;
+	int ret = 0;
+
+	for (uint64_t i = 0; !ret && i < entry->pages;) {
+		bool zero = is_zero(from + i * PAGE);
+		uint64_t stop = i + 1, done = 0;
+
+		while (stop < entry->pages && is_zero(from + stop * PAGE) == zero)
+			stop++;
+		if (!zero)
+			do
+				ret = uffd_transfer_write(ring->fd,
+							  (int64_t)(entry->offset + i * PAGE),
+							  from + i * PAGE, (stop - i) * PAGE, &done);
+			while (ret == -EINTR);
+		for (; !ret && i < stop; i++)
+			atomic_store(&entry->states[i], zero ? UFFD_RING_ZERO : UFFD_RING_DATA);
+	}
+	return ret;
+}
+
+static void *write_all(void *argument)
+{
+	struct uffd_ring *ring = argument;
+
+	prctl(PR_SET_NAME, "uffd-write");
+	pthread_mutex_lock(&ring->lock);
+	while (!ring->stop) {
+		struct entry entry;
+		int ret;
+
+		if (ring->first_entry == ring->last_entry || ring->error) {
+			pthread_cond_wait(&ring->changed, &ring->lock);
+			continue;
+		}
+		entry = ring->entries[ring->first_entry % ring->capacity];
+		pthread_mutex_unlock(&ring->lock);
+		ret = write_entry(ring, &entry);
+		pthread_mutex_lock(&ring->lock);
+		ring->first_entry++;
+		ring->tail += entry.pages + entry.skipped;
+		if (ret)
+			ring->error = ret;
+		pthread_cond_broadcast(&ring->changed);
+	}
+	pthread_mutex_unlock(&ring->lock);
+	return NULL;
+}
+
+int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
+{
+	struct uffd_ring *ring = calloc(1, sizeof(*ring));
+	pthread_condattr_t monotonic;
+	sigset_t all, before;
+	int ret;
+
+	*ring_ret = NULL;
+	if (!ring)
+		return -ENOMEM;
+	ring->fd = fd;
+	ring->capacity = pages;
+	ring->entries = calloc(pages, sizeof(*ring->entries));
+	ring->memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (ring->memory == MAP_FAILED || !ring->entries) {
+		if (ring->memory != MAP_FAILED)
+			munmap(ring->memory, pages * PAGE);
+		free(ring->entries);
+		free(ring);
+		return -ENOMEM;
+	}
+	pthread_mutex_init(&ring->lock, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&ring->changed, &monotonic);
+	pthread_condattr_destroy(&monotonic);
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	ret = -pthread_create(&ring->writer, NULL, write_all, ring);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (ret) {
+		munmap(ring->memory, pages * PAGE);
+		free(ring->entries);
+		free(ring);
+		return ret;
+	}
+	*ring_ret = ring;
+	return 0;
+}
+
+int uffd_ring_reserve(struct uffd_ring *ring, uint64_t pages, uint64_t until_ns, void **memory_ret)
+{
+	struct timespec until = { (time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u) };
+	uint64_t at, skipped = 0;
+	int ret = 0;
+
+	pthread_mutex_lock(&ring->lock);
+	at = ring->head % ring->capacity;
+	if (at + pages > ring->capacity)
+		skipped = ring->capacity - at;
+	while (!ret && !ring->error && ring->head + skipped + pages > ring->tail + ring->capacity)
+		ret = -pthread_cond_timedwait(&ring->changed, &ring->lock, &until);
+	if (ring->error)
+		ret = ring->error;
+	ring->reserved = pages;
+	ring->skipped = skipped;
+	*memory_ret = ret ? NULL : ring->memory + (ring->head + skipped) % ring->capacity * PAGE;
+	pthread_mutex_unlock(&ring->lock);
+	return ret;
+}
+
+void uffd_ring_commit(struct uffd_ring *ring, uint64_t pages, uint64_t offset,
+		      _Atomic uint8_t *states)
+{
+	pthread_mutex_lock(&ring->lock);
+	ring->entries[ring->last_entry++ % ring->capacity] = (struct entry){
+		.first = (ring->head + ring->skipped) % ring->capacity,
+		.pages = pages,
+		.skipped = ring->skipped,
+		.offset = offset,
+		.states = states,
+	};
+	ring->head += pages + ring->skipped;
+	pthread_cond_broadcast(&ring->changed);
+	pthread_mutex_unlock(&ring->lock);
+}
+
+uint64_t uffd_ring_room(struct uffd_ring *ring)
+{
+	uint64_t room;
+
+	pthread_mutex_lock(&ring->lock);
+	room = ring->capacity - (ring->head - ring->tail);
+	pthread_mutex_unlock(&ring->lock);
+	return room;
+}
+
+int uffd_ring_error(struct uffd_ring *ring, uint32_t wait)
+{
+	int ret;
+
+	pthread_mutex_lock(&ring->lock);
+	while (wait && !ring->error && ring->first_entry != ring->last_entry)
+		pthread_cond_wait(&ring->changed, &ring->lock);
+	ret = ring->error;
+	pthread_mutex_unlock(&ring->lock);
+	return ret;
+}
+
+void uffd_ring_destroy(struct uffd_ring *ring)
+{
+	if (!ring)
+		return;
+	pthread_mutex_lock(&ring->lock);
+	ring->stop = true;
+	pthread_cond_broadcast(&ring->changed);
+	pthread_mutex_unlock(&ring->lock);
+	pthread_join(ring->writer, NULL);
+	pthread_mutex_destroy(&ring->lock);
+	pthread_cond_destroy(&ring->changed);
+	munmap(ring->memory, ring->capacity * PAGE);
+	free(ring->entries);
+	free(ring);
+}

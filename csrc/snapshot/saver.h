@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Save the pages of another process as they were at one instant, while it runs.
+ *
+ * A thread reads the messages of a userfaultfd with synchronous write-protection.  Before the
+ * instant it only notes which pages lost their protection; afterwards it saves a page before its
+ * first write goes through, and sweeps over the others meanwhile.  It needs no Python.
+ */
+#ifndef UFFD_SNAPSHOT_SAVER_H
+#define UFFD_SNAPSHOT_SAVER_H
+
+#include <stdint.h>
+
+#include "snapshot/image.h"
+
+struct uffd_saver_options {
+	int32_t pid;
+	int32_t uffd;
+	int32_t pagemap_fd;
+	int32_t mem_fd;
+	int32_t fd;
+	/* Pages of memory between the process and the file. */
+	uint64_t memory_pages;
+	/* A thread of the process waits for no longer; then the protection ends. */
+	uint64_t max_stall_ns;
+	/* Of the sweep, in bytes a second; 0: no limit. */
+	uint64_t rate;
+};
+
+struct uffd_saver_stats {
+	uint64_t faults;	/* pages saved because of one */
+	uint64_t swept;
+	uint64_t before;	/* faults before the instant */
+	uint64_t left;		/* pages that are still owed */
+	uint64_t dropped;	/* pages given back before they were saved */
+	uint64_t longest_ns;	/* that a fault waited for us */
+	int32_t error;		/* -errno that ended it; -ETIMEDOUT: of the limit */
+};
+
+struct uffd_saver;
+
+int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_saver **saver_ret);
+/* Register a range and protect it; noted for the case that the protection must end. */
+int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec, uint64_t count,
+		   uint32_t registers);
+/* Ranges that lost their protection since the last call; -errno of the saver. */
+int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret);
+/* The instant: the pages of the parts are owed from now on.  The process stands. */
+int uffd_saver_begin(struct uffd_saver *saver, const struct uffd_image_piece *parts,
+		     uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);
+/* Wait until nothing is owed, or for a time; 0: done, -EAGAIN: not yet, or its error. */
+int uffd_saver_wait(struct uffd_saver *saver, uint64_t limit_ns);
+void uffd_saver_stats(struct uffd_saver *saver, struct uffd_saver_stats *stats_ret);
+/* Pages in a state of enum uffd_owed_state; only after it is done. */
+int uffd_saver_ranges(struct uffd_saver *saver, uint32_t state,
+		      struct uffd_page_ranges *ranges_ret);
+/* End it: nothing is protected any more.  May be NULL. */
+void uffd_saver_destroy(struct uffd_saver *saver);
+
+#endif /* UFFD_SNAPSHOT_SAVER_H */

@@ -1,0 +1,110 @@
+"""Saving another process's pages before they are written, in C (layer L2).
+
+Every call releases the GIL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pyuffd._closing import SoleOwner
+from pyuffd._errors import raise_errno
+from pyuffd._image_calls import Pieces
+from pyuffd._remote_calls import take_ranges
+from pyuffd._shim import ffi, lib
+
+DATA = lib.UFFD_OWED_DATA
+ZERO = lib.UFFD_OWED_ZERO
+DROPPED = lib.UFFD_OWED_DROPPED
+UNREADABLE = lib.UFFD_OWED_UNREADABLE
+
+
+@dataclass(frozen=True, slots=True)
+class SaverStats:
+    """Pages, and the longest time that a fault waited; `error` is an errno."""
+
+    faults: int
+    swept: int
+    before: int
+    left: int
+    dropped: int
+    longest_ns: int
+    error: int
+
+
+class Saver(SoleOwner):
+    """A thread that reads a userfaultfd; nothing is protected after `close`."""
+
+    _instead = "make another saver"
+
+    def __init__(
+        self,
+        *,
+        pid: int,
+        uffd: int,
+        pagemap_fd: int,
+        mem_fd: int,
+        fd: int,
+        memory_pages: int,
+        max_stall_ns: int,
+        rate: int,
+    ) -> None:
+        options = ffi.new(
+            "struct uffd_saver_options *",
+            (pid, uffd, pagemap_fd, mem_fd, fd, memory_pages, max_stall_ns, rate),
+        )
+        cell = ffi.new("struct uffd_saver **")
+        code = lib.uffd_saver_create(options, cell)
+        self._owned: Any = ffi.gc(cell[0], lib.uffd_saver_destroy)
+        if code:
+            raise_errno("saving pages", -code)
+
+    def arm(self, ranges: memoryview, *, registers: bool) -> int:
+        """Register ranges, or protect registered ones; return an errno."""
+        vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+        return -int(lib.uffd_saver_arm(self._owned, vec, len(vec), registers))
+
+    def take_noted(self) -> tuple[memoryview, int]:
+        """Return ranges that lost their protection since, unsorted, and an errno."""
+        noted = ffi.new("struct uffd_page_ranges *")
+        code = lib.uffd_saver_take_noted(self._owned, noted)
+        return take_ranges(noted), -code
+
+    def begin(self, parts: Pieces, pages: memoryview) -> int:
+        """Owe the pages from now on; return an errno."""
+        vec = ffi.from_buffer("struct uffd_page_region[]", pages)
+        return -int(lib.uffd_saver_begin(self._owned, parts._vec, len(parts), vec, len(vec)))
+
+    def wait(self, limit_s: float) -> int:
+        """Wait until all is saved; return an errno, EAGAIN if it is not yet."""
+        return -int(lib.uffd_saver_wait(self._owned, int(limit_s * 1e9)))
+
+    def stats(self) -> SaverStats:
+        """Return the counters."""
+        cell = ffi.new("struct uffd_saver_stats *")
+        lib.uffd_saver_stats(self._owned, cell)
+        return SaverStats(
+            cell.faults,
+            cell.swept,
+            cell.before,
+            cell.left,
+            cell.dropped,
+            cell.longest_ns,
+            -cell.error,
+        )
+
+    def ranges(self, state: int) -> memoryview:
+        """Return the pages in a state, by their address at the instant."""
+        found = ffi.new("struct uffd_page_ranges *")
+        code = lib.uffd_saver_ranges(self._owned, state, found)
+        packed = take_ranges(found)
+        if code:
+            raise_errno("saving pages", -code)
+        return packed
+
+    def close(self) -> None:
+        """End it; may be called again."""
+        owned, self._owned = self._owned, None
+        if owned is not None:
+            ffi.release(owned)

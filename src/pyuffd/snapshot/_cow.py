@@ -1,0 +1,284 @@
+"""Protect while the process runs, stop it shortly, and save each page before its first write."""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+from pyuffd import _dirty_calls as ranges
+from pyuffd import _image_calls as calls
+from pyuffd import _saver_calls as saver_calls
+from pyuffd._abi import Feature
+from pyuffd._errors import SnapshotError, raise_errno
+from pyuffd._pages import PAGE_SIZE
+from pyuffd._saver_calls import Saver
+from pyuffd.dirty import _rows
+from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
+from pyuffd.pagemap import PageRanges
+from pyuffd.remote._mappings import MappingKind
+from pyuffd.remote._process import Process
+from pyuffd.snapshot._capture import (
+    Captured,
+    Layout,
+    Options,
+    Placed,
+    SnapshotProgress,
+    Writer,
+    at_barrier,
+    content,
+    pieces_of,
+)
+
+NEEDED = (
+    Feature.PAGEFAULT_FLAG_WP
+    | Feature.WP_UNPOPULATED
+    | Feature.EVENT_REMAP
+    | Feature.EVENT_REMOVE
+    | Feature.EVENT_UNMAP
+)
+PROTECTED = (MappingKind.ANONYMOUS, MappingKind.HEAP, MappingKind.STACK)
+# Between the process and the file: 32 MiB.
+MEMORY_PAGES = 8192
+# Protecting again what was written, before the stop: until it is so few pages, or so often.
+FEW_PAGES = 512
+AGAIN_MOST = 4
+SLICE_S = 0.05
+
+
+def captured(process: Process, layout_of: Layout, writer: Writer, options: Options) -> Captured:
+    """Write the memory of a process at one instant; see `_methods.capture`."""
+    with ExitStack() as stack:
+        uffd = stack.enter_context(process.attach(NEEDED))
+        at_barrier("attached")
+        saver = Saver(
+            pid=process.pid,
+            uffd=uffd.fileno(),
+            pagemap_fd=process.pagemap.fileno(),
+            mem_fd=writer.mem_fd,
+            fd=writer.fd,
+            memory_pages=MEMORY_PAGES,
+            max_stall_ns=int(options.max_stall_s * 1e9),
+            rate=int(options.rate or 0),
+        )
+        stack.callback(saver.close)
+        return _Cow(process, layout_of, writer, options, saver).run()
+
+
+class _Cow:
+    def __init__(
+        self,
+        process: Process,
+        layout_of: Layout,
+        writer: Writer,
+        options: Options,
+        saver: Saver,
+    ) -> None:
+        self._process = process
+        self._pagemap = process.pagemap.fileno()
+        self._layout_of = layout_of
+        self._writer = writer
+        self._options = options
+        self._saver = saver
+        self._registered = ranges.NO_RANGES
+        self._populated = ranges.NO_RANGES
+        # Written, dropped, unmapped or moved since.
+        self._touched = ranges.NO_RANGES
+        # Where only populated pages are protected: see `_rows.chosen_track`.
+        self._sparse = ranges.NO_RANGES
+
+    def run(self) -> Captured:
+        """Arm, stop, and wait for the sweep."""
+        self._arm(self._layout_of(self._process.mappings()))
+        at_barrier("armed")
+        for _ in range(AGAIN_MOST):
+            noted = self._noted()
+            self._protect_again(noted)
+            if PageRanges(noted).pages() <= FEW_PAGES:
+                break
+        self._writer.prepare()
+        result = Captured("cow")
+        self._stop(result)
+        at_barrier("resumed")
+        self._writer.write_taken(pieces_of(result.layout))
+        self._sweep(result)
+        return result
+
+    # Before the stop
+
+    def _arm(self, layout: Sequence[Placed]) -> None:
+        parts = [part for part in layout if _is_protected(part)]
+        before = pieces_of(parts).scan(self._pagemap)
+        filled = ranges.bytes_in(before, _rows.packed((part.start, part.end) for part in parts))
+        dense: list[tuple[int, int]] = []
+        sparse: list[tuple[int, int]] = []
+        for part, size in zip(parts, filled, strict=True):
+            length = part.end - part.start
+            is_dense = length <= DENSE_BYTES or size * DENSE_PART >= length
+            (dense if is_dense else sparse).append((part.start, part.end))
+        self._sparse = _packed(sparse)
+        self._register(_packed((part.start, part.end) for part in parts))
+        whole = ranges.intersect(_packed(dense), self._registered)
+        some = ranges.intersect(ranges.intersect(before, self._sparse), self._registered)
+        failed = self._protect(ranges.union(whole, some))
+        # The stop looks at these as if they were new.
+        self._registered = ranges.subtract(self._registered, failed)
+        # A hole was neither registered nor protected; what is mapped there later sends no event.
+        now = {(m.start, m.end, m.permissions) for m in self._process.mappings()}
+        same = (
+            (part.start, part.end)
+            for part in parts
+            if (part.mapping.start, part.mapping.end, part.mapping.permissions) in now
+        )
+        self._registered = ranges.intersect(self._registered, _packed(same))
+        after = pieces_of(parts).scan(self._pagemap, present=True)
+        self._populated = ranges.intersect(ranges.union(before, after), self._registered)
+
+    def _register(self, spans: memoryview) -> None:
+        """Register spans, each mapping by itself if not all at once."""
+        for span in PageRanges(spans):
+            one = PageRanges.of([(span.start, span.end)]).memoryview()
+            code = self._saver.arm(one, registers=True)
+            if not code:
+                self._registered = ranges.union(self._registered, one)
+            elif code in (errno.ESRCH, errno.ENOMEM):
+                self._process.check()
+
+    def _protect(self, pages: memoryview) -> memoryview:
+        """Protect ranges; return those where it failed, since their mappings change meanwhile."""
+        failed: list[tuple[int, int]] = []
+        if len(pages) and self._saver.arm(pages, registers=False):
+            self._process.check()
+            for each in PageRanges(pages):
+                span = (each.start, each.end)
+                if self._saver.arm(_packed([span]), registers=False):
+                    failed.append(span)
+        return _packed(failed)
+
+    def _noted(self) -> memoryview:
+        noted, code = self._saver.take_noted()
+        self._fail(code)
+        found = PageRanges.of(zip(noted[0::3], noted[1::3], strict=True)).memoryview()
+        self._touched = ranges.union(self._touched, found)
+        return found
+
+    def _protect_again(self, noted: memoryview) -> None:
+        """Protect what was written since, so that the stop has less to do."""
+        pieces = _pieces(ranges.intersect(noted, self._registered))
+        self._touched = ranges.union(
+            self._touched, self._protect(pieces.scan(self._pagemap, unprotected=True))
+        )
+
+    # The stop
+
+    def _stop(self, result: Captured) -> None:
+        process, options = self._process, self._options
+        begin = time.perf_counter()
+        with process.stopped(options.stop_limit_s) as stop:
+            at_barrier("stopped")
+            result.instant_ns = time.time_ns()
+            mappings = process.mappings()
+            layout = result.layout = self._layout_of(mappings)
+            parts = [part for part in layout if _is_protected(part)]
+            owed = self._owed(parts)
+            others = self._others(layout, parts)
+            self._writer.take(others, pieces_of(layout), math.inf)
+            if options.in_stop is not None:
+                options.in_stop(stop, mappings, layout)
+            process.check()
+            self._fail(self._saver.begin(pieces_of(parts), owed))
+            result.stop_bytes = PageRanges(others).bytes
+            at_barrier("saves")
+        result.pause_s = time.perf_counter() - begin
+
+    def _owed(self, parts: Sequence[Placed]) -> memoryview:
+        """Protect what is not protected yet; return all pages with content."""
+        self._noted()
+        spans = _packed((part.start, part.end) for part in parts)
+        old = ranges.subtract(ranges.intersect(self._registered, spans), self._touched)
+        old = ranges.subtract(old, self._unregistered(parts))
+        new = ranges.subtract(spans, old)
+        self._registered = old
+        rows = [(part.start, part.end) for part in parts]
+        for row, size in zip(rows, ranges.bytes_in(new, _rows.packed(rows)), strict=True):
+            if size:
+                self._register(_packed([row]))
+        # Without protection: written since, new, or in memory of which only some was protected.
+        look = _pieces(ranges.intersect(new, self._registered))
+        sparse = _pieces(ranges.intersect(self._sparse, old)).scan(self._pagemap, unprotected=True)
+        failed = self._protect(ranges.union(look.scan(self._pagemap, unprotected=True), sparse))
+        self._registered = ranges.subtract(self._registered, failed)
+        # What was moved is protected, and in another place than before.
+        content = ranges.union(look.scan(self._pagemap), sparse)
+        found = ranges.union(ranges.intersect(self._populated, old), content)
+        return ranges.subtract(found, failed)
+
+    def _unregistered(self, parts: Sequence[Placed]) -> memoryview:
+        """Return mappings that are not registered: one page of each tells."""
+        return _packed(
+            (part.start, part.end)
+            for part in parts
+            if self._saver.arm(_packed([(part.start, part.start + PAGE_SIZE)]), registers=False)
+        )
+
+    def _others(self, layout: Sequence[Placed], parts: Sequence[Placed]) -> memoryview:
+        """Return the content that cannot be protected."""
+        mine = set(map(id, parts))
+        rest = [part for part in layout if id(part) not in mine]
+        found = content(self._process, rest, pieces_of(rest))
+        spans = _packed((part.start, part.end) for part in parts)
+        refused = ranges.subtract(spans, self._registered)
+        return ranges.union(found, _pieces(refused).scan(self._pagemap))
+
+    # Behind it
+
+    def _sweep(self, result: Captured) -> None:
+        at_barrier("begun sweep")
+        total = self._saver.stats().left
+        progress = SnapshotProgress("sweep", 0, total * 4096)
+        while True:
+            code = self._saver.wait(SLICE_S)
+            stats = self._saver.stats()
+            progress.bytes = progress.total - stats.left * 4096
+            if self._options.progress is not None:
+                self._options.progress(progress)
+            if code != errno.EAGAIN:
+                break
+        at_barrier("swept")
+        self._fail(code)
+        result.faults, result.swept = stats.faults, stats.swept
+        result.longest_wait_s = stats.longest_ns / 1e9
+        dropped = self._saver.ranges(saver_calls.DROPPED)
+        result.dropped = PageRanges(dropped).bytes
+        self._writer.add(
+            self._saver.ranges(saver_calls.DATA),
+            self._saver.ranges(saver_calls.ZERO),
+            ranges.union(dropped, self._saver.ranges(saver_calls.UNREADABLE)),
+        )
+
+    def _fail(self, code: int) -> None:
+        if not code:
+            return
+        self._process.check()
+        if code == errno.ETIMEDOUT:
+            raise SnapshotError(
+                "stalled",
+                f"a thread of process {self._process.pid} waited for longer than max_stall_s"
+                f" ({self._options.max_stall_s:g} s) for a page to be saved: the protection was"
+                " lifted",
+            )
+        raise_errno("saving pages", code)
+
+
+def _is_protected(part: Placed) -> bool:
+    return not part.mapping.inode and part.mapping.kind in PROTECTED and not part.whole
+
+
+def _packed(spans: Iterable[tuple[int, int]]) -> memoryview:
+    return PageRanges.of(spans).memoryview()
+
+
+def _pieces(pages: memoryview) -> calls.Pieces:
+    return calls.Pieces((each.start, each.end, 0, False) for each in PageRanges(pages))
