@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
 
 from pyuffd import (
     BufferSource,
+    CallableSource,
     Feature,
     Handler,
+    PageSource,
     PageState,
     Region,
     RegisterMode,
+    UffdError,
     Userfaultfd,
     ZeroSource,
 )
-from pyuffd.testing import needs_privilege
+from pyuffd.testing import MEMORY_TYPES, needs_privilege
 from pyuffd.testing._opening import only_user_mode
 from tests._child import run_child
-from tests._memory import PAGE
+from tests._memory import PAGE, memory_params
 from tests.kernel._serving import (
     Driver,
     content,
@@ -38,6 +44,7 @@ POISONED = PageState.POISONED
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 TRACKING = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 MCL_FUTURE = 2
+ROUNDS = 60
 
 
 def refused(driver: Driver, name: str) -> None:
@@ -89,6 +96,94 @@ def dropped(driver: Driver, name: str) -> None:
 
 
 test_dropped = everywhere(dropped, "anon", "shmem", "hugetlb", "hugetlb-private")
+
+
+def same(value: int, _offset: int, length: int) -> bytes:
+    """Return the content of a source for the helper process."""
+    return bytes([value]) * length
+
+
+def read_meanwhile(driver: str, name: str) -> None:
+    """A thread that touches a page between its drop and its registration makes no zeros of it."""
+    features = Feature.SIGBUS if driver == "inline" else Feature(0)
+    with (
+        Userfaultfd(features=features) as uffd,
+        MEMORY_TYPES[name].make(8 * MEMORY_TYPES[name].page_size) as region,
+        Handler(uffd, driver=driver) as handler,  # type: ignore[arg-type]
+    ):
+        size = region.page_size
+        half = region[4 * size :]
+
+        def source(value: int) -> PageSource:
+            if driver == "process":
+                return CallableSource(partial(same, value))
+            return BufferSource(bytes([value]) * region.length)
+
+        handler.serve(region, source(255))
+        handler.populate(region)
+        ends = threading.Event()
+
+        def touch() -> None:
+            while not ends.is_set():
+                with suppress(UffdError):  # poisoned, or not served just now
+                    region.read(5 * size, 1)
+
+        reader = threading.Thread(target=touch)
+        reader.start()
+        try:
+            for number in range(ROUNDS // 3 if driver == "process" else ROUNDS):
+                handler.unserve(half)
+                handler.serve(half, source(1 + number), present="drop")
+                assert region.read(5 * size, 1) == bytes([1 + number])
+        finally:
+            ends.set()
+            reader.join()
+
+
+@pytest.mark.parametrize("driver", ["native", "inline", "process"])
+@pytest.mark.parametrize("name", memory_params("anon", "shmem", "hugetlb-private"))
+def test_dropped_while_others_read(driver: str, name: str) -> None:
+    run_child(read_meanwhile, driver, name)
+
+
+def poison_is_kept(driver: Driver) -> None:
+    """A thread that touches a poisoned page at any time gets no content of the next source."""
+    features = Feature.SIGBUS if driver == "inline" else Feature(0)
+    with (
+        Userfaultfd(features=features) as uffd,
+        Region.anonymous(4 * PAGE) as region,
+        Handler(uffd, driver=driver) as handler,
+    ):
+        handler.serve(region, BufferSource(b"a" * region.length))
+        part = region[PAGE : 2 * PAGE]
+        handler.unserve(part)
+        found: set[str] = set()
+        ends = threading.Event()
+
+        def touch() -> None:
+            while not ends.is_set():
+                try:
+                    found.add(repr(region.read(PAGE, 1)))
+                except UffdError as error:
+                    found.add(type(error).__name__)
+
+        reader = threading.Thread(target=touch)
+        reader.start()
+        try:
+            for _ in range(ROUNDS):
+                handler.serve(part, BufferSource(b"b" * PAGE), present="keep")
+                handler.unserve(part)
+        finally:
+            ends.set()
+            reader.join()
+        assert not {one for one in found if one.startswith("b'")}, found
+        assert is_lost(region, PAGE, 1)
+
+
+@needs_privilege("CAP_SYS_ADMIN")  # to see poison marks
+@pytest.mark.parametrize("driver", ["native", "inline"])
+def test_poison_is_kept_while_others_read(driver: Driver) -> None:
+    run_child(poison_is_kept, driver)
 
 
 def comes_back(driver: Driver, name: str) -> None:

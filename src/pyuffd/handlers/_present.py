@@ -8,10 +8,17 @@ from typing import Literal
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
-from pyuffd._errors import UffdOSError, UffdPermissionError, UnsupportedFeatureError
+from pyuffd._errors import (
+    HandlerError,
+    UffdOSError,
+    UffdPermissionError,
+    UnsupportedFeatureError,
+)
 from pyuffd._pages import PAGE_SIZE, RangeLike
 from pyuffd._uffd import Userfaultfd
-from pyuffd.handlers._serving import FILE_BACKED
+from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._serving import FILE_BACKED, Served
+from pyuffd.lowlevel import Granted
 from pyuffd.pagemap import Pagemap, PageRanges
 from pyuffd.regions import Region
 from pyuffd.sources import PageSource
@@ -20,6 +27,8 @@ Present = Literal["refuse", "keep", "drop"]
 POLICIES = ("refuse", "keep", "drop")
 MADV_DONTNEED_LOCKED = 24  # Linux 5.18; not in the mmap module
 THERE = PageCategory.PRESENT | PageCategory.SWAPPED
+# A thread that touches the memory all the time comes in between once in some attempts.
+ATTEMPTS = 1000
 
 
 def choose_present(
@@ -69,7 +78,7 @@ def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd
     if present == "drop":
         assert isinstance(region, Region)
         _drop(region, uffd)
-    elif present == "refuse" and (first := _first_there(region)):
+    if present == "refuse" and (first := _first_there(region)):
         pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
         raise ValueError(
             f"{pages} pages of [{region.start:#x}, +{region.length:#x}) are already present, the"
@@ -77,6 +86,39 @@ def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd
             " the source's content. Serve the region before it is touched, or pass present='drop'"
             " to drop these pages or present='keep' to keep what they hold"
         )
+
+
+def register_empty(
+    region: RangeLike, uffd: Userfaultfd, mode: RegisterMode, granted: Granted
+) -> None:
+    """Register memory of this process in which no page is present.
+
+    A thread that touches it after it was dropped and before it is registered gets a page of zeros.
+    Nobody serves the range yet, so all pages that are present afterwards are of that kind.
+    """
+    assert isinstance(region, Region)
+    for _ in range(ATTEMPTS):
+        uffd.register(region.start, region.length, mode=mode, granted=granted)
+        if not is_touched(region):
+            return
+        uffd.unregister(region)
+        _drop(region, uffd)
+    raise HandlerError(
+        f"present='drop' of {region!r}: other threads touch it all the time, and make pages of"
+        f" zeros before it can be registered ({ATTEMPTS} attempts)"
+    )
+
+
+def drop_zeros(engine: Backend, served: Served, region: RangeLike) -> None:
+    """As `register_empty`, for a range that is served already."""
+    if is_touched(region):
+        wanted = bytes([1]) * (region.length // served.page_size)
+        engine.evict(served.id, 0, region.length, wanted, written_too=True)
+
+
+def is_touched(region: RangeLike) -> bool:
+    """Return whether a page has been touched since all were dropped."""
+    return bool(_first_there(region))
 
 
 def _first_there(region: RangeLike) -> PageRanges | None:
@@ -110,8 +152,6 @@ def _drop(region: Region, uffd: Userfaultfd) -> None:
             "present='drop' of a range that is registered with Feature.EVENT_REMOVE would wait"
             " until its event is read: drop the pages before registering the range"
         )
-    if region.shared:
-        region.punch_hole()
     # In shared memory this removes poison marks.
     try:
         region.madvise(mmap.MADV_DONTNEED)
@@ -120,3 +160,6 @@ def _drop(region: Region, uffd: Userfaultfd) -> None:
             raise
         # Locked memory: mlockall(MCL_FUTURE) fills it as it is mapped.
         _memory.madvise(region.start, region.length, MADV_DONTNEED_LOCKED)
+    # Last: a page that is touched later is in the page table, where it is noticed.
+    if region.shared:
+        region.punch_hole()

@@ -31,7 +31,13 @@ from pyuffd.handlers._content import content_of
 from pyuffd.handlers._engine import Engine, ensure_inline_handler
 from pyuffd.handlers._failures import label_of
 from pyuffd.handlers._overlaps import range_of
-from pyuffd.handlers._present import Present, choose_present, settle_present
+from pyuffd.handlers._present import (
+    Present,
+    choose_present,
+    drop_zeros,
+    register_empty,
+    settle_present,
+)
 from pyuffd.handlers._served_parts import Part, without
 from pyuffd.handlers._serving import (
     OnClose,
@@ -172,10 +178,14 @@ class ServesRegions(HandlerBase):
             granted, on_close = Granted(), list[Callable[[], None]]()
             try:
                 self._overlaps.check(memory)
+                # The inline driver must know the range first: its faults do not wait.
+                answers_at_once = self.driver == "inline" and self._started
                 if (space, start) not in self._served:
                     if policy == "drop":
                         self._overlaps.check_drop(start, length)
                     settle_present(policy, region, uffd)
+                    if policy == "drop" and not answers_at_once:
+                        register_empty(region, uffd, mode, granted)
                 if self._started and self.driver == "inline" and ensure_inline_handler():
                     log.warning(
                         "pyuffd: another SIGBUS handler had replaced ours, which is back on top"
@@ -212,6 +222,9 @@ class ServesRegions(HandlerBase):
                     on_close=on_close,
                 )
                 is_registered_later = ioctls is not None
+                if policy == "keep" and not is_registered_later:
+                    # From its registration on, a fault in a page with a poison mark would fill it.
+                    engine.take_in(served.id)
                 ioctls = register(
                     engine,
                     served,
@@ -222,6 +235,8 @@ class ServesRegions(HandlerBase):
                 # What is there before its owner has mapped and registered it is something else.
                 if policy == "keep" and not is_registered_later:
                     engine.take_in(served.id)
+                if policy == "drop" and answers_at_once:
+                    drop_zeros(engine, served, region)
                 if self._started:
                     self._may_move = False
                 self._overlaps.add(memory)

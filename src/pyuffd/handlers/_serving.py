@@ -292,6 +292,8 @@ def take_back(
         found = engine.find(space, start)
         if found is not None and found.number not in known:
             engine.unserve(found, seal=False, unregister=unregister)
+        elif found is None and unregister:  # registered before the engine knew of it
+            lowlevel.unregister(uffd.fileno(), start, length)
     except HelperLostError as error:
         log.debug("%s", error)
         if unregister:
