@@ -60,7 +60,7 @@ class Counters:
 
     def check(self, read: Read, lost: Callable[[int], bool] = lambda address: False) -> None:
         """An image of one instant: at most one boundary a thread, no effect before its cause."""
-        firsts = []
+        firsts: list[int | None] = []
         words = []
         for area in self.areas:
             both = np.frombuffer(read(area, self.pages * PAGE), "<u8").reshape(self.pages, -1)
@@ -72,14 +72,17 @@ class Counters:
                 known = [
                     is_known and not gone for is_known, gone in zip(known, dropped, strict=True)
                 ]
+            words.append((both[:, 1], known))
+            if not any(known):  # it has not begun
+                firsts.append(None)
+                continue
             steps = np.diff(counted[known])
             assert set(steps.tolist()) <= {0, -1}, (hex(area), counted.tolist())
             assert int(counted[known][0]) - int(counted[known][-1]) <= 1, counted.tolist()
             firsts.append(int(counted[0]) if known[0] else None)
-            words.append((both[:, 1], known))
         for index, (seen, known) in enumerate(words):
             first = firsts[index - 1]
-            if first is not None:
+            if first is not None and any(known):
                 assert int(seen[known].max()) <= first, f"thread {index} saw what is not there"
         self.check_moved(read, lost)
 

@@ -26,7 +26,7 @@ from pyuffd import (
     SnapshotFormatError,
 )
 from pyuffd.cli import main
-from pyuffd.snapshot import _capture, _precopy, _sums
+from pyuffd.snapshot import _capture, _format, _precopy, _sums
 from pyuffd.snapshot._capture import Used
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
@@ -48,7 +48,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def take(target: Process, path: Path, **options: object) -> object:
-    kept: dict[str, object] = {"max_stall_s": LIMIT_S, "durable": False} | options
+    limit = None if options.get("method") == "stopped" else LIMIT_S
+    kept: dict[str, object] = {"max_stall_s": limit, "durable": False} | options
     return Snapshot.take(target, path, **kept)  # type: ignore[arg-type]
 
 
@@ -522,6 +523,129 @@ def test_truncated_and_missing(name: str, taken: Path, tmp_path: Path) -> None:
     (copy / name).unlink()
     with pytest.raises(SnapshotFormatError):
         read_all(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages"])
+def test_no_regular_file(name: str, taken: Path, tmp_path: Path) -> None:
+    """A FIFO would wait for its writer."""
+    copy = tmp_path / "copy"
+    shutil.copytree(taken / "first", copy)
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(SnapshotFormatError, match="regular"):
+        Snapshot.open(copy)
+
+
+def test_a_table_without_an_end(taken: Path, tmp_path: Path) -> None:
+    """It is refused by its length, before it is read."""
+    copy = tmp_path / "copy"
+    shutil.copytree(taken / "first", copy)
+    os.truncate(copy / "runs", 1 << 40)
+    with pytest.raises(SnapshotFormatError, match=str(1 << 40)):
+        Snapshot.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("start", "\0"),
+        ("start", -PAGE),
+        ("start", True),
+        ("length", 0),
+        ("length", 1 << 65),
+        ("page_size", 4096.0),
+        ("path", None),
+        ("inode", []),
+    ],
+)
+def test_fields_of_another_type(name: str, value: object, taken: Path, tmp_path: Path) -> None:
+    """Whoever can make the hashes right can write anything."""
+    copy = tmp_path / "copy"
+    shutil.copytree(taken / "first", copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["regions"][1][name] = value
+    del manifest["manifest_sha256"]
+    (copy / "manifest.json").write_bytes(_format.seal(manifest))
+    with pytest.raises(SnapshotFormatError):
+        Snapshot.open(copy)
+
+
+RESERVES = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+W = ctypes.c_size_t
+at = libc.mmap(W(0), W(20 << 40), 3, 0x4022, -1, W(0))
+ctypes.memset(at + (12 << 40), 7, 4096)
+print(at + (12 << 40), flush=True)
+input()
+"""
+
+
+@contextmanager
+def python(text: str) -> Iterator[tuple[Process, int]]:
+    """Run a program in Python that prints a number."""
+    pipe = subprocess.PIPE
+    program = subprocess.Popen([sys.executable, "-c", text], stdin=pipe, stdout=pipe)
+    try:
+        assert program.stdout is not None
+        number = int(program.stdout.readline())
+        with Process(program.pid) as process:
+            yield process, number
+    finally:
+        program.kill()
+        program.communicate()
+
+
+def test_terabytes_reserved(tmp_path: Path) -> None:
+    """They cost nothing, also in the flat copy of a chain."""
+    with python(RESERVES) as (process, address):
+        take(process, tmp_path / "0", method="stopped")
+        take(process, tmp_path / "1", method="stopped", parent=tmp_path / "0")
+    with Snapshot.open(tmp_path / "1") as snapshot:
+        snapshot.flatten(tmp_path / "flat", durable=False)
+    with Snapshot.open(tmp_path / "flat") as flat:
+        flat.verify()
+        assert flat.read(address, PAGE) == b"\7" * PAGE
+        assert flat.read(address + PAGE, 1) == b"\0"
+
+
+MAPS = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+W = ctypes.c_size_t
+at = libc.mmap(W(0), W(1000 * 8192), 3, 0x22, -1, W(0))
+for page in range(0, 2000, 2):
+    ctypes.memset(at + page * 4096, 7, 16)
+    libc.mprotect(ctypes.c_void_p(at + page * 4096 + 4096), W(4096), 0)
+print(at, flush=True)
+input()
+"""
+
+
+def test_many_mappings(tmp_path: Path) -> None:
+    """A process is not stopped if reading its mappings is too long by itself."""
+    with python(MAPS) as (process, address):
+        with pytest.raises(SnapshotError, match="mappings are read") as caught:
+            take(process, tmp_path / "0", method="precopy", max_stall_s=0.001)
+        assert caught.value.reason == "stalled"
+        assert os.listdir(tmp_path) == []
+        report = Snapshot.take(
+            process, tmp_path / "0", method="precopy", max_stall_s=10 * SCALE, durable=False
+        )
+        assert report.pause_s < 2 * SCALE  # 0.04 s on an idle machine
+    with Snapshot.open(tmp_path / "0") as snapshot:
+        assert snapshot.read(address + 100 * 8192, 17) == b"\7" * 16 + b"\0"
+
+
+def test_a_limit_for_stopped(program: str, tmp_path: Path) -> None:
+    with counters(program, 2, 4000) as target, Process(target.pid) as process:
+        with pytest.raises(SnapshotError, match="max_stall_s") as caught:
+            take(process, tmp_path / "0", method="stopped", max_stall_s=0.0005)
+        assert caught.value.reason == "stalled"
+        assert os.listdir(tmp_path) == []
+        unharmed(target)
 
 
 @pytest.mark.parametrize("how", ["cp", "tar", "cat"])

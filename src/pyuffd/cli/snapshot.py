@@ -12,6 +12,8 @@ from types import FrameType
 from pyuffd import Process, Snapshot, SnapshotReport
 from pyuffd.cli._progress import MIB, progress_shown
 
+MAX_STALL_S = 0.05  # without --max-stall
+
 EXIT_TERMINATED = 143
 GAPS_SHOWN = 5
 
@@ -53,9 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--max-stall",
         type=_seconds,
-        default=0.05,
         metavar="S",
-        help="give up rather than let the process stand for longer (0.05)",
+        help="give up rather than let the process stand for longer (0.05; with stopped, no limit)",
     )
     parser.add_argument(
         "--rate", type=_rate, metavar="MIB", help="copy at most so many MiB a second"
@@ -130,7 +131,7 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     if args.method == "stopped":
         pause = "it stands while all of it is copied"
     else:
-        pause = f"it is to stand for at most {args.max_stall:g} s"
+        pause = f"it is to stand for at most {args.max_stall or MAX_STALL_S:g} s"
     return f"process {target.pid}: {len(own)} private mappings of {size:.0f} MiB; {pause}"
 
 

@@ -6,6 +6,7 @@ the same code (`_methods.capture`). What the file cannot tell, the states of its
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -20,6 +21,7 @@ from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd import _memory
 from pyuffd import _remote_calls as remote_calls
+from pyuffd._errors import SnapshotError
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.dirty._round import Pending
@@ -92,6 +94,7 @@ class Options:
 
     stop_limit_s: float = STOP_LIMIT_S
     max_stall_s: float = 0.05
+    stopped_s: float = math.inf  # for method "stopped", which needs as long as the copy lasts
     rounds: int = 8
     rate: float | None = None
     progress: Callable[[SnapshotProgress], None] | None = None
@@ -170,9 +173,19 @@ class Writer:
         self.data = self.zero = self.lost = self._written = ranges.NO_RANGES
 
     def copy(
-        self, pages: memoryview, pieces: calls.Pieces, phase: str, *, slow: bool = False
+        self,
+        pages: memoryview,
+        pieces: calls.Pieces,
+        phase: str,
+        *,
+        slow: bool = False,
+        until_s: float = math.inf,
     ) -> None:
-        """Copy pages to their places; what was there is replaced."""
+        """Copy pages to their places; what was there is replaced.
+
+        Raises:
+            SnapshotError: "stalled" - it lasted until a time of the monotonic clock.
+        """
         progress = SnapshotProgress(phase, 0, PageRanges(pages).bytes)
         begin = time.perf_counter()
         for part in slices(pages, SLICE):
@@ -182,6 +195,13 @@ class Writer:
             )
             self._note(part, copied)
             progress.bytes += copied.bytes
+            if time.monotonic() > until_s:
+                raise SnapshotError(
+                    "stalled",
+                    f"process {self._process.pid} would stand for longer than max_stall_s: after"
+                    f" {self._options.stopped_s:g} s {progress.bytes / 1e6:.0f} of"
+                    f" {progress.total / 1e6:.0f} MB were copied",
+                )
             self._bytes += copied.bytes
             if self._options.progress is not None:
                 self._options.progress(progress)
@@ -264,6 +284,10 @@ class Writer:
         self.data = ranges.union(self.data, data)
         self.zero = ranges.union(self.zero, zero)
         self.lost = ranges.union(self.lost, lost)
+
+    def empty(self, pages: memoryview) -> None:
+        """Note pages that are zeros, without reading them."""
+        self._note(pages, calls.Copied(pages, ranges.NO_RANGES, 0))
 
     def forget(self, pages: memoryview) -> None:
         """Pages were dropped: what was copied of them is out of date."""
@@ -390,10 +414,14 @@ class Places:
 
     def __init__(self, offset: int = 0) -> None:
         self._known: list[tuple[int, int, int]] = []
+        self._whole: dict[tuple[int, int], int] = {}  # ranges that are one part
         self.end = offset
 
     def of(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yield the parts (start, end, offset) of a range, in ascending order."""
+        if (offset := self._whole.get((start, end))) is not None:
+            yield start, end, offset
+            return
         first = bisect_right(self._known, start, key=lambda known: known[1])
         new: list[tuple[int, int, int]] = []
         at = start
@@ -412,6 +440,7 @@ class Places:
             yield new[-1]
         for part in new:
             insort(self._known, part)
+            self._whole[part[0], part[1]] = part[2]
 
     def _new(self, start: int, end: int) -> tuple[int, int, int]:
         part = (start, end, self.end)
@@ -423,6 +452,7 @@ def stopped(process: Process, layout_of: Layout, writer: Writer, options: Option
     """Copy everything in the stop."""
     captured = Captured("stopped")
     begin = time.perf_counter()
+    until_s = time.monotonic() + options.stopped_s
     with process.stopped(options.stop_limit_s) as stop:
         at_barrier("stopped")
         captured.instant_ns = time.time_ns()
@@ -432,7 +462,7 @@ def stopped(process: Process, layout_of: Layout, writer: Writer, options: Option
             options.in_stop(stop, mappings, captured.layout)
         pieces = pieces_of(captured.layout)
         pages = content(process, captured.layout, pieces)
-        writer.copy(pages, pieces, "stop")
+        writer.copy(pages, pieces, "stop", until_s=until_s)
         captured.stop_bytes = PageRanges(pages).bytes
         at_barrier("copied")
         process.check()

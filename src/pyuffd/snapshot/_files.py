@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -126,8 +127,18 @@ def open_directory(path: str | os.PathLike[str]) -> Descriptor:
 
 
 def open_in(folder: Descriptor, name: str) -> Descriptor:
-    """Open a file of a directory for reading; a symbolic link is refused (ELOOP)."""
-    return Descriptor.open(f"/proc/self/fd/{folder.number}/{name}", os.O_RDONLY | os.O_NOFOLLOW)
+    """Open a file of a directory for reading.
+
+    Raises:
+        OSError: ELOOP - a symbolic link; EINVAL - a FIFO, a device or a directory.
+    """
+    # A FIFO would wait for its writer.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = Descriptor.open(f"/proc/self/fd/{folder.number}/{name}", flags)
+    if not stat.S_ISREG(os.fstat(file.number).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", name)
+    return file
 
 
 def write_at(fd: int, content: bytes, offset: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pyuffd.snapshot import _format, _sums
 from pyuffd.snapshot._capture import Places, SnapshotProgress, at_barrier
 from pyuffd.snapshot._files import NewDirectory, write_at
-from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotRun
+from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotRegion, SnapshotRun
+from pyuffd.snapshot._layout import RESERVED_BYTES, UNIT
 from pyuffd.snapshot._reading import Image, Part
 
 
@@ -29,18 +30,20 @@ def flatten(
         runs: list[SnapshotRun] = []
         regions: list[dict[str, Any]] = []
         for region, fields in zip(image.regions, image.manifest["regions"], strict=True):
-            parts = list(places.of(region.start, region.end))
-            regions.append({**fields, "places": [list(part) for part in parts]})
-            base = parts[0][2] - region.start
-            for part in _cut(image.parts(region.start, region.end)):
+            parts = list(_cut(image.parts(region.start, region.end)))
+            placed = [each for span in _spans(region, parts) for each in places.of(*span)]
+            regions.append({**fields, "places": [list(each) for each in placed]})
+            at = 0
+            for part in parts:
                 state = RunState.ABSENT if part.run is None else part.run.state
                 run = SnapshotRun(part.start, part.end - part.start, state)
                 if state is RunState.DATA:
                     content = image.read_part(part)
-                    write_at(directory.pages.number, content, base + part.start)
-                    run = run._replace(
-                        offset=base + part.start, stored=run.length, checksum=sum_(content)
-                    )
+                    while placed[at][1] <= part.start:
+                        at += 1
+                    offset = placed[at][2] + part.start - placed[at][0]
+                    write_at(directory.pages.number, content, offset)
+                    run = run._replace(offset=offset, stored=run.length, checksum=sum_(content))
                 runs.append(run)
                 done.bytes += run.length
                 if progress is not None:
@@ -64,6 +67,20 @@ def flatten(
         at_barrier("written")
         directory.settle()
         return directory.id
+
+
+def _spans(region: SnapshotRegion, parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
+    """Yield what gets a place in the file: of large reservations only what has content."""
+    if region.length <= RESERVED_BYTES:
+        yield region.start, region.end
+        return
+    units = {
+        part.start // UNIT
+        for part in parts
+        if part.run is not None and part.run.state is RunState.DATA
+    }
+    for unit in sorted(units):
+        yield max(unit * UNIT, region.start), min((unit + 1) * UNIT, region.end)
 
 
 def _cut(parts: Iterator[Part]) -> Iterator[Part]:

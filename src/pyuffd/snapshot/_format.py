@@ -141,6 +141,16 @@ class Runs(Sequence[SnapshotRun]):
         )
 
 
+def runs_length(count: int) -> int:
+    """Return the length of the file `runs` with so many rows."""
+    return _HEADER.size + count * _ROW.size
+
+
+def runs_count(head: bytes) -> int:
+    """Return how many rows the file `runs` says it has; -1 if it has no header."""
+    return int(_HEADER.unpack_from(head)[3]) if len(head) >= _HEADER.size else -1
+
+
 def read_runs(path: str, raw: bytes, sha256: str, pages_length: int) -> Runs:
     """Check the content of the file `runs`, and return it."""
 

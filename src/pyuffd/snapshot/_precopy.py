@@ -12,6 +12,7 @@ from pyuffd._errors import SnapshotError
 from pyuffd.dirty import BlindReason, DirtyRound, DirtyTracker, Moved, Protected
 from pyuffd.dirty._round import Pending
 from pyuffd.pagemap import PageRanges
+from pyuffd.remote._mappings import MappingKind
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import (
     MEMORY,
@@ -34,6 +35,8 @@ UNSEEN = (
 )
 # A round that leaves more than this part of the one before does not get ahead of the process.
 SHRINKS = 0.8
+# How often the work that every stop needs is timed: a busy machine may be to blame.
+ATTEMPTS = 3
 # The part of the limit that copying may need; the rest is for stopping and scanning.
 COPY_PART = 0.5
 
@@ -105,7 +108,7 @@ class _Rounds:
             result.rounds = number + (not only_changes)
             self._copy(left)
             at_barrier(f"round {number}")
-            left = self._round()
+            left = self._end_round()
             size = PageRanges(left).bytes
             if self._fits(size) and self._stop(left, result):
                 self._writer.punch([*self._seen, *result.layout])
@@ -121,6 +124,25 @@ class _Rounds:
             f" {size / 1e6:.0f} MB are left, and it would stand for longer than max_stall_s"
             f" ({self._options.max_stall_s:g} s)",
         )
+
+    def _end_round(self) -> memoryview:
+        """End a round, and do what every stop begins with: raise if that alone is too long."""
+        left = ranges.NO_RANGES
+        seconds: list[float] = []
+        while not seconds or (seconds[-1] > self._options.max_stall_s and len(seconds) < ATTEMPTS):
+            begin = time.perf_counter()
+            left = ranges.union(left, self._round())
+            mappings = self._process.mappings()
+            pieces_of(self._layout_of(mappings))
+            seconds.append(time.perf_counter() - begin)
+        if min(seconds) > self._options.max_stall_s:
+            raise SnapshotError(
+                "stalled",
+                f"process {self._process.pid} would stand for {min(seconds):.2f} s while its"
+                f" {len(mappings)} mappings are read, and max_stall_s is"
+                f" {self._options.max_stall_s:g} s",
+            )
+        return left
 
     def _fits(self, size: float) -> bool:
         return size <= min(MEMORY, self._writer.read_speed * self._options.max_stall_s * COPY_PART)
@@ -172,6 +194,16 @@ class _Rounds:
             pieces = pieces_of(layout)
             spans = PageRanges.of((part.start, part.end) for part in layout).memoryview()
             left = ranges.intersect(ranges.union(left, self._round()), spans)
+            if time.monotonic() > until_s:
+                self._tracker._put_back(Pending(unsure=left))
+                raise SnapshotError(
+                    "stalled",
+                    f"process {process.pid} has {len(mappings)} mappings: reading them while it"
+                    f" stands needs longer than max_stall_s ({options.max_stall_s:g} s)",
+                )
+            empty = _holes(process, layout, left)
+            self._writer.empty(empty)
+            left = ranges.subtract(left, empty)
             if not self._fits(PageRanges(left).bytes * COPY_PART):
                 self._tracker._put_back(Pending(unsure=left))  # the next round has it
                 return False
@@ -200,6 +232,16 @@ class _Rounds:
             if any(gap.start < part.end and part.start < gap.end for gap in gaps)
         ]
         return content(self._process, parts, pieces_of(parts))
+
+
+def _holes(process: Process, layout: Sequence[Placed], pages: memoryview) -> memoryview:
+    """Return pages of files in memory that are not there: reading them would fill the file."""
+    parts = [part for part in layout if part.mapping.kind is MappingKind.SHMEM]
+    spans = PageRanges.of((part.start, part.end) for part in parts).memoryview()
+    wanted = ranges.intersect(pages, spans)
+    if not len(wanted):
+        return wanted
+    return ranges.subtract(wanted, content(process, parts, pieces_of(parts)))
 
 
 def _replaced(round_: DirtyRound) -> memoryview:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 from pyuffd._closing import Closing
 from pyuffd._errors import SnapshotFormatError
 from pyuffd._owned import Descriptor
+from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd.snapshot import _sums
 from pyuffd.snapshot._files import open_directory, open_in
 from pyuffd.snapshot._format import (
@@ -23,12 +25,15 @@ from pyuffd.snapshot._format import (
     SnapshotRegion,
     SnapshotRun,
     read_runs,
+    runs_count,
+    runs_length,
     unseal,
 )
 
 # Chunks kept, since neighbours are often read together.
 _KEPT = 8
 _DEPTH_MOST = 1000
+_TEXTS = ("permissions", "kind", "path")  # fields of a region; the others are numbers
 
 
 class Part(NamedTuple):
@@ -85,9 +90,10 @@ class Image(Closing):
             raise SnapshotFormatError(
                 self._place(PAGES), f"{length} bytes instead of {manifest['pages_bytes']}"
             )
-        raw = _read(folder, self.path, RUNS, None)
+        self.regions = list(_regions(manifest["regions"]))
+        pages = sum(region.length for region in self.regions) // PAGE_SIZE
+        raw = _read(folder, self.path, RUNS, runs_length(pages), is_length=runs_length)
         self.runs = read_runs(self._place(RUNS), raw, manifest["runs_sha256"], length)
-        self.regions = [SnapshotRegion(**_known(each)) for each in manifest["regions"]]
         self._sum = _sums.sum_named(self._place(MANIFEST), manifest["checksum"])
         self._unpack = None
         if manifest["compression"] is not None:
@@ -205,8 +211,23 @@ class Image(Closing):
             stack.close()
 
 
-def _known(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: fields[name] for name in SnapshotRegion.__slots__}
+def _regions(rows: list[dict[str, Any]]) -> Iterator[SnapshotRegion]:
+    reached = 0
+    for row in rows:
+        fields = {name: row[name] for name in SnapshotRegion.__slots__}
+        for name, value in fields.items():
+            if type(value) is not (str if name in _TEXTS else int):
+                raise TypeError(f"{name} of a region is {value!r}")
+        region = SnapshotRegion(**fields)
+        if (
+            region.start < reached
+            or region.length <= 0
+            or (region.start | region.length) % PAGE_SIZE
+            or region.end > ADDRESS_LIMIT
+        ):
+            raise ValueError(f"the region at {region.start:#x} overlaps, or is not of whole pages")
+        reached = region.end
+        yield region
 
 
 def _file(folder: Descriptor, path: str, name: str) -> Descriptor:
@@ -214,13 +235,28 @@ def _file(folder: Descriptor, path: str, name: str) -> Descriptor:
         return open_in(folder, name)
     except FileNotFoundError:
         raise SnapshotFormatError(os.path.join(path, name), "the file is missing") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise SnapshotFormatError(os.path.join(path, name), "not a regular file") from None
 
 
-def _read(folder: Descriptor, path: str, name: str, most: int | None) -> bytes:
+def _read(
+    folder: Descriptor,
+    path: str,
+    name: str,
+    most: int,
+    *,
+    is_length: Callable[[int], int] | None = None,
+) -> bytes:
     with _file(folder, path, name) as file:
         size = os.fstat(file.number).st_size
-        if most is not None and size > most:
+        if size > most:
             raise SnapshotFormatError(os.path.join(path, name), f"{size} bytes are too many")
+        if is_length is not None and size != is_length(runs_count(os.pread(file.number, 64, 0))):
+            raise SnapshotFormatError(
+                os.path.join(path, name), f"{size} bytes: truncated, or longer than its table"
+            )
         parts = []
         while data := os.read(file.number, 1 << 24):
             parts.append(data)

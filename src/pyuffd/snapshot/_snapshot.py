@@ -20,7 +20,6 @@ from pyuffd.snapshot._layout import Shared
 from pyuffd.snapshot._reading import Image
 from pyuffd.snapshot._take import SnapshotReport
 
-MAX_STALL_S = 0.05
 # Each parent costs a look for every page that is read.
 DEPTH_WARNED = 8
 
@@ -76,7 +75,7 @@ class Snapshot(Closing):
         shared: Shared = "refuse",
         parent: str | os.PathLike[str] | None = None,
         tracker: DirtyTracker | None = None,
-        max_stall_s: float = MAX_STALL_S,
+        max_stall_s: float | None = None,
         rounds: int = 8,
         rate: float | None = None,
         durable: bool = True,
@@ -105,7 +104,8 @@ class Snapshot(Closing):
                 the pages written. The parent must be the last snapshot that was taken with the
                 tracker. Without `parent`, the tracker reports what is written from the instant on.
             max_stall_s: A process that would have to stand for longer, or a thread of it that would
-                have to wait for longer for a page, ends the snapshot instead.
+                have to wait for longer for a page, ends the snapshot instead. None: 0.05, and with
+                "stopped" as long as the copy lasts.
             rounds: Rounds of copying before that.
             rate: Copy at most so many bytes a second, outside of the stop.
             durable: Return when everything is on the disk.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import hashlib
+import math
 import os
 import platform
 import time
@@ -40,6 +41,7 @@ from pyuffd.snapshot._methods import capture
 from pyuffd.snapshot._reading import Image
 
 METHODS = ("auto", "cow", "precopy", "stopped")
+MAX_STALL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Request:
     scope: Sequence[tuple[int, int]] | None
     parent: str | None
     tracker: DirtyTracker | None
-    max_stall_s: float
+    max_stall_s: float | None
     rounds: int
     rate: float | None
     durable: bool
@@ -110,7 +112,7 @@ def checked(
     ranges: Iterable[RangeLike] | None,
     parent: str | os.PathLike[str] | None,
     tracker: DirtyTracker | None,
-    max_stall_s: float,
+    max_stall_s: float | None,
     rounds: int,
     rate: float | None,
     durable: bool,
@@ -123,7 +125,7 @@ def checked(
     if shared not in SHARED_WAYS:
         raise ValueError(f"shared {shown(shared)} is not one of {', '.join(SHARED_WAYS)}")
     if tracker is not None and (method not in ("auto", "precopy") or tracker.method != "wp-async"):
-        raise ValueError("tracker needs method precopy, and to be one of method wp-async")
+        raise ValueError("tracker: needs method='precopy' or 'auto', and one that is wp-async")
     if rate is not None and not rate > 0:
         raise ValueError(f"rate {shown(rate)} must be above zero, in bytes a second")
     check_int("rounds", rounds, 1)
@@ -140,7 +142,7 @@ def checked(
         None if ranges is None else _spans(ranges),
         None if parent is None else os.fspath(parent),
         tracker,
-        check_seconds("max_stall_s", max_stall_s),
+        None if max_stall_s is None else check_seconds("max_stall_s", max_stall_s),
         rounds,
         rate,
         durable,
@@ -255,7 +257,8 @@ def _captured_by(
     method: Used,
 ) -> Captured:
     options = Options(
-        max_stall_s=request.max_stall_s,
+        max_stall_s=MAX_STALL_S if request.max_stall_s is None else request.max_stall_s,
+        stopped_s=math.inf if request.max_stall_s is None else request.max_stall_s,
         rounds=request.rounds,
         rate=request.rate,
         progress=request.progress,
