@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -88,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
                     durable=args.sync,
                     progress=shown,
                 )
+    except ValueError as error:
+        print(f"pyuffd: {error}", file=sys.stderr)
+        return 2
     except _Terminated:
         return EXIT_TERMINATED
     finally:

@@ -133,7 +133,9 @@ def _fail(process: Process, held: calls.StoppedThreads) -> None:
         raise StopTimeoutError(
             errno.ETIMEDOUT,
             f"stop process {process.pid}",
-            hint="a thread in state D waits in the kernel and cannot be stopped",
+            hint="a thread in state D waits in the kernel and cannot be stopped"
+            if state == "D"
+            else "its thread did not get a CPU in time: the machine is busy",
             tid=held.tid,
             state=state,
         )
