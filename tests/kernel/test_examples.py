@@ -68,6 +68,10 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
         [needs(Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED), needs_kernel_faults()],
         ["400 numbers read back; "],
     ),
+    "16_snapshot_process": (
+        [needs(Feature.WP_ASYNC), needs_privilege("CAP_SYS_PTRACE")],
+        ["it stood for"],
+    ),
 }
 
 

@@ -16,6 +16,7 @@ import pickle
 import pkgutil
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, get_origin
@@ -39,6 +40,7 @@ from pyuffd import (
     PageSource,
     Process,
     Region,
+    Snapshot,
     Userfaultfd,
     ZeroSource,
     _memory,
@@ -48,7 +50,11 @@ from pyuffd import (
 from pyuffd._async import EventIterator
 from pyuffd._closing import SoleOwner
 from pyuffd._remote_calls import StoppedThreads
+from pyuffd._saver_calls import Saver
 from pyuffd.conformance._context import Access, Child, Context, Monitor
+from pyuffd.criu._page_server import RemotePages
+from pyuffd.criu._remote import PageBroker
+from pyuffd.criu._server import LazyPages, _Spare
 from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._holding import Hold
@@ -56,6 +62,8 @@ from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.handover import Handover, HandoverRange, UnixListener, listen_unix, recv_uffd, send_uffd
 from pyuffd.remote._stop import Stop
+from pyuffd.snapshot._core_file import NewFile
+from pyuffd.snapshot._reading import Image
 from pyuffd.testing import (
     DelayedSource,
     FailingSource,
@@ -186,6 +194,52 @@ def _round() -> Iterator[DirtyRound]:
         yield tracker.collect()
 
 
+def _image() -> Iterator[Snapshot]:
+    with tempfile.TemporaryDirectory() as folder:
+        for process in _target():
+            Snapshot.take(process, f"{folder}/one", method="stopped", durable=False)
+        with Snapshot.open(f"{folder}/one") as snapshot:
+            yield snapshot
+
+
+def _files() -> Iterator[Image]:
+    for snapshot in _image():
+        yield snapshot._image
+
+
+def _new_file() -> Iterator[NewFile]:
+    with tempfile.TemporaryDirectory() as folder, NewFile(f"{folder}/core") as file:
+        yield file
+
+
+def _saver() -> Iterator[Saver]:
+    with Userfaultfd() as uffd, Pagemap() as pagemap, tempfile.TemporaryFile() as file:
+        saver = Saver(
+            pid=os.getpid(),
+            uffd=uffd.fileno(),
+            pagemap_fd=pagemap.fileno(),
+            mem_fd=-1,
+            fd=file.fileno(),
+            memory_pages=16,
+            max_stall_ns=10**9,
+            rate=0,
+        )
+        with contextlib.closing(saver):
+            yield saver
+
+
+def _remote_pages() -> Iterator[RemotePages]:
+    ours, theirs = socket.socketpair()
+    with theirs, RemotePages(ours) as pages:
+        yield pages
+
+
+def _broker() -> Iterator[PageBroker]:
+    for pages in _remote_pages():
+        with PageBroker(pages) as broker:
+            yield broker
+
+
 def _made(generate: Callable[[], Iterator[object]]) -> Callable[[], Made]:
     return contextlib.contextmanager(generate)
 
@@ -200,6 +254,12 @@ MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     Process: lambda: Process(os.getpid()),
     Stop: _made(_stop),
     StoppedThreads: _made(_stopped_threads),
+    Snapshot: _made(_image),
+    Image: _made(_files),
+    NewFile: _made(_new_file),
+    Saver: _made(_saver),
+    RemotePages: _made(_remote_pages),
+    PageBroker: _made(_broker),
     DirtyTracker: _made(_tracker),
     DirtyRound: _made(_round),
     Bounce: lambda: contextlib.closing(Bounce()),
@@ -253,7 +313,10 @@ VALUES = {
     *(pyuffd.PageRanges, pyuffd.PageEntries, pyuffd.Residency, pyuffd.Mappings),
     pyuffd.StateRanges,
     pyuffd.conformance.Report,
+    pyuffd.SnapshotProgress,
 }
+# They own a running server, and are closed in the tests of it; Closing refuses their copies.
+SERVERS = {LazyPages, _Spare}
 
 
 def _all_owners() -> set[type[SoleOwner]]:
@@ -273,7 +336,8 @@ def test_every_owner_is_tried_here() -> None:
     """A base class is tried through its subclasses."""
     owners = _all_owners()
     assert set(MAKERS) <= owners
-    assert not {each for each in owners if not any(issubclass(one, each) for one in MAKERS)}
+    tried = {*MAKERS, *SERVERS}
+    assert not {each for each in owners if not any(issubclass(one, each) for one in tried)}
 
 
 @pytest.mark.parametrize(

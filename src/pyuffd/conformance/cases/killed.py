@@ -255,7 +255,7 @@ def core_dump(ctx: Context) -> None:
     Path(f"/proc/{child.pid}/coredump_filter").write_text(ANON_SHARED)
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(child.pid, resource.RLIMIT_CORE, unlimited)
-    os.kill(child.pid, signal.SIGQUIT)
+    os.kill(child.pid, signal.SIGXCPU)  # one that nobody ignores
     ended = ctx.start(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT).result()
     assert ended is not None
     ctx.expect("how it ended", ended.si_code, os.CLD_DUMPED)
