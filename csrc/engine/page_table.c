@@ -10,6 +10,8 @@
 
 #include "page_table.h"
 
+#define PAGES_AT_ONCE	512u
+
 #define ENTRIES_AT_ONCE	64
 
 /* A swap entry as CAP_SYS_ADMIN sees it, see uffd_pagemap.c; without it this reads as 0. */
@@ -124,5 +126,28 @@ uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry
 		return tracked && !protected ? UFFD_PAGE_DIRTY : state;
 	default:
 		return state;
+	}
+}
+
+void note_present(struct uffd_range *range)
+{
+	uint64_t entries[PAGES_AT_ONCE];
+
+	for (uint64_t at = range->start, n; at < range->end; at += n << range->page_shift) {
+		n = lower((range->end - at) >> range->page_shift, PAGES_AT_ONCE);
+		if (!read_entries(range, at, n, entries))
+			break;
+		for (uint64_t i = 0; i < n; i++) {
+			_Atomic uint8_t *state = state_of(range, at + (i << range->page_shift));
+			uint8_t was = atomic_load(state);
+
+			/* In ranges with only WP, pages may have been protected before. */
+			if (was == UFFD_PAGE_ABSENT)
+				atomic_compare_exchange_strong(state, &was,
+							       seen_state(range, was, entries[i]));
+			else if (was == UFFD_PAGE_DIRTY && entries[i] & UFFD_PM_UFFD_WP &&
+				 !range->content->preserve)
+				atomic_compare_exchange_strong(state, &was, UFFD_PAGE_CLEAN);
+		}
 	}
 }

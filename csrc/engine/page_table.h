@@ -16,5 +16,7 @@ uint64_t unmapped_run(const struct uffd_range *range, uint64_t at, uint64_t leng
 int open_page_table(int pid);
 /* Correct a state of ours by what the page table says. */
 uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry);
+/* Note the pages of a range that are present already. */
+void note_present(struct uffd_range *range);
 
 #endif /* UFFD_ENGINE_PAGE_TABLE_H */

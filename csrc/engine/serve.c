@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "gate.h"
+#include "page_table.h"
 #include "range.h"
 #include "registered.h"
 #include "report.h"
@@ -72,6 +73,9 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 	uffd_content_put(like.content);
 	if (!range)
 		return -ENOMEM;
+	/* Its faults do not wait: one in a poisoned page that looks absent would fill it. */
+	if (space->engine->options.is_inline)
+		note_present(range);
 	/*
 	 * An unmapping of what was here before may be under way, and its event would
 	 * take this range out again: wait until it has been read.

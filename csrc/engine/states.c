@@ -85,31 +85,14 @@ int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *
 
 int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref *ref)
 {
-	uint64_t entries[PAGES_AT_ONCE];
 	struct uffd_range *range;
 	struct access access;
 
 	if (!open_access(engine, ref->space, &access))
 		return -ESRCH;
 	range = any_piece(access.space, ref->id, ref->start);
-	for (uint64_t at = range ? range->start : 0, n; range && at < range->end;
-	     at += n << range->page_shift) {
-		n = lower((range->end - at) >> range->page_shift, PAGES_AT_ONCE);
-		if (!read_entries(range, at, n, entries))
-			break;
-		for (uint64_t i = 0; i < n; i++) {
-			_Atomic uint8_t *state = state_of(range, at + (i << range->page_shift));
-			uint8_t was = atomic_load(state);
-
-			/* In ranges with only WP, pages may have been protected before. */
-			if (was == UFFD_PAGE_ABSENT)
-				atomic_compare_exchange_strong(state, &was,
-							       seen_state(range, was, entries[i]));
-			else if (was == UFFD_PAGE_DIRTY && entries[i] & UFFD_PM_UFFD_WP &&
-				 !range->content->preserve)
-				atomic_compare_exchange_strong(state, &was, UFFD_PAGE_CLEAN);
-		}
-	}
+	if (range)
+		note_present(range);
 	close_access(&access);
 	return range ? 0 : -ENOENT;
 }

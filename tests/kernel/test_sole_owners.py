@@ -230,7 +230,7 @@ def _saver() -> Iterator[Saver]:
 
 def _remote_pages() -> Iterator[RemotePages]:
     ours, theirs = socket.socketpair()
-    with theirs, RemotePages(ours) as pages:
+    with RemotePages(ours) as pages, theirs:
         yield pages
 
 

@@ -77,7 +77,8 @@ def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd
     """Refuse present pages of this process, or drop them, before the range is served."""
     if present == "drop":
         assert isinstance(region, Region)
-        _drop(region, uffd)
+        _check_drop(region, uffd)
+        _drop(region)
     if present == "refuse" and (first := _first_there(region)):
         pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
         raise ValueError(
@@ -89,7 +90,7 @@ def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd
 
 
 def register_empty(
-    region: RangeLike, uffd: Userfaultfd, mode: RegisterMode, granted: Granted
+    region: RangeLike, uffd: Userfaultfd, mode: RegisterMode, granted: Granted, *, started: bool
 ) -> None:
     """Register memory of this process in which no page is present.
 
@@ -101,11 +102,15 @@ def register_empty(
         uffd.register(region.start, region.length, mode=mode, granted=granted)
         if not is_touched(region):
             return
+        if started or not uffd.features & Feature.EVENT_REMOVE:
+            _drop(region)
+            return
+        # Nobody would read the event of dropping registered memory.
         uffd.unregister(region)
-        _drop(region, uffd)
+        _drop(region)
     raise HandlerError(
         f"present='drop' of {region!r}: other threads touch it all the time, and make pages of"
-        f" zeros before it can be registered ({ATTEMPTS} attempts)"
+        f" zeros before it can be registered ({ATTEMPTS} attempts); start the handler first"
     )
 
 
@@ -145,13 +150,16 @@ def _there(region: RangeLike, at_most: int | None = None) -> PageRanges:
         return found.ranges
 
 
-def _drop(region: Region, uffd: Userfaultfd) -> None:
+def _check_drop(region: Region, uffd: Userfaultfd) -> None:
     end = region.start + region.length
     if uffd.features & Feature.EVENT_REMOVE and uffd._has_registered(region.start, end):
         raise ValueError(
             "present='drop' of a range that is registered with Feature.EVENT_REMOVE would wait"
             " until its event is read: drop the pages before registering the range"
         )
+
+
+def _drop(region: Region) -> None:
     # In shared memory this removes poison marks.
     try:
         region.madvise(mmap.MADV_DONTNEED)

@@ -185,7 +185,7 @@ class ServesRegions(HandlerBase):
                         self._overlaps.check_drop(start, length)
                     settle_present(policy, region, uffd)
                     if policy == "drop" and not answers_at_once:
-                        register_empty(region, uffd, mode, granted)
+                        register_empty(region, uffd, mode, granted, started=self._started)
                 if self._started and self.driver == "inline" and ensure_inline_handler():
                     log.warning(
                         "pyuffd: another SIGBUS handler had replaced ours, which is back on top"
@@ -222,9 +222,6 @@ class ServesRegions(HandlerBase):
                     on_close=on_close,
                 )
                 is_registered_later = ioctls is not None
-                if policy == "keep" and not is_registered_later:
-                    # From its registration on, a fault in a page with a poison mark would fill it.
-                    engine.take_in(served.id)
                 ioctls = register(
                     engine,
                     served,
