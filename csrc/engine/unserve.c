@@ -88,6 +88,8 @@ static int unregister(struct uffd_range *range, uint64_t from, uint64_t stop)
 	/* ENOMEM also means that the process is gone; EINVAL, that the memory is gone. */
 	if (uffd_shim_unregister(space->fd, from, stop - from) == -ENOMEM && !space_is_dead(space))
 		return -ENOMEM;
+	/* Linux wakes only those that wait for a missing page. */
+	uffd_shim_wake(space->fd, from, stop - from);
 	unlist_registered(space, from, stop);
 	return 0;
 }

@@ -410,7 +410,9 @@ class Userfaultfd(CloseCallbacks):
 
         A page that is still missing reads as zeros from then on, so resolve or poison it first.
 
-        Kernel: UFFDIO_UNREGISTER(2const).  Blocks: no.
+        Kernel: UFFDIO_UNREGISTER(2const), and UFFDIO_WAKE: by itself it leaves threads asleep that
+        wait for a WP or MINOR fault, unless the range is registered for MISSING too (measured on
+        Linux 6.18).  Blocks: no.
         """
         start, length = _checked(range_or_start, length)
         fd = self.fileno()
@@ -419,6 +421,9 @@ class Userfaultfd(CloseCallbacks):
             lowlevel.unregister(fd, start, length)
         except UffdOSError as error:
             raise self._explained(error, start, length) from None
+        # Linux wakes only those that wait for a missing page.
+        with suppress(UffdOSError):
+            lowlevel.wake(fd, start, length)
         self._note_unregistered(start, length)
         owner = self._claims.owner
         if owner is not None:

@@ -91,7 +91,10 @@ def register(fd: int, start: int, length: int, mode: int, granted: Granted | Non
 
 
 def unregister(fd: int, start: int, length: int) -> None:
-    """UFFDIO_UNREGISTER: threads that wait in the range continue, with zero-filled pages."""
+    """UFFDIO_UNREGISTER: threads that wait for missing pages continue, with zero-filled pages.
+
+    Linux wakes them only if the range is registered for MISSING: others need `wake`.
+    """
     code = lib.uffd_shim_unregister(fd, start, length)
     if code:
         raise_errno("UFFDIO_UNREGISTER", -code, start, length)

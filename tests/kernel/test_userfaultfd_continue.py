@@ -59,6 +59,15 @@ def test_minor_fault(shared: Memory) -> None:
         assert no_events(uffd)
 
 
+def test_unregister_lets_a_waiter_go(shared: Memory) -> None:
+    _, region = with_alias(shared, 1)
+    with region, registered(region, MINOR) as uffd:
+        task = Task(region.read, 0, 1)
+        next_fault(uffd)
+        uffd.unregister(region)
+        assert task.result() == b"\x01"
+
+
 def test_minor_write_fault(shared: Memory) -> None:
     filled, region = with_alias(shared, 1)
     with region, registered(region, MINOR) as uffd:

@@ -307,6 +307,20 @@ def test_unregister_lets_a_waiter_go_with_zeros(memory: Memory) -> None:
         assert task.result() == bytes(8)
 
 
+@NEEDS_WP
+def test_unregister_lets_a_writer_go(memory: Memory) -> None:
+    """Linux by itself wakes only those that wait for a missing page."""
+    region = memory.pages(1)
+    region.fill(1)
+    with registered(region, WP) as uffd:
+        uffd.writeprotect(region)
+        task = Task(region.write, 0, b"\x02")
+        next_fault(uffd)
+        uffd.unregister(region)
+        task.result()
+        assert region.read(0, 1) == b"\x02"
+
+
 def test_closing_lets_a_waiter_go_with_zeros(memory: Memory) -> None:
     region = memory.pages(1)
     with registered(region) as uffd:
