@@ -42,7 +42,7 @@ from tests.process.test_track_process import needs_program
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 STOP_S = 10.0
-METHODS = ("stopped", "precopy")
+METHODS = ("stopped", "precopy", "cow")
 # No test depends on how busy the machine is.
 LONG_S = 5.0 * SCALE
 

@@ -16,7 +16,7 @@ from pyuffd.cli._words import pid
 
 EXIT_TERMINATED = 143
 
-METHODS = ("auto", "precopy", "stopped")
+METHODS = ("auto", "precopy", "cow", "stopped")
 # For the first line only: what a core is written with on a machine that is not busy.
 EXPECTED_RATE = 1 << 30
 # The limit of write_core, if none is given.
@@ -51,8 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--method",
         choices=METHODS,
         default="auto",
-        help="precopy copies while it runs, and the last pages in a stop; stopped copies everything"
-        " in the stop; auto (the default) tries one after the other",
+        help="precopy copies while it runs, and the last pages in a stop; cow stops it shortly, and"
+        " saves each page before its first write; stopped copies everything in the stop; auto (the"
+        " default) tries one after the other",
     )
     parser.add_argument(
         "--max-stall",

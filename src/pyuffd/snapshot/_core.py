@@ -6,9 +6,8 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pyuffd._arguments import check_seconds, shown
 from pyuffd._errors import ProcessGoneError, SnapshotError, UffdOSError, raise_errno
@@ -26,10 +25,10 @@ from pyuffd.snapshot._methods import capture
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop
-    from pyuffd.snapshot._capture import Captured, Placed, Used
+    from pyuffd.snapshot._capture import Captured, Method, Placed, Used
     from pyuffd.snapshot._core_elf import Segment
 
-METHODS = ("auto", "precopy", "stopped")
+METHODS = ("auto", "cow", "precopy", "stopped")
 # The longest stop of a method that copies while the process runs, unless the caller says.
 STALL_S = 0.05
 # A thread that wants to run stops when it gets a CPU: on a busy machine that lasts.
@@ -43,7 +42,7 @@ class CoreFile:
 
     Attributes:
         path: The file.
-        method: How the memory was copied: "precopy" or "stopped".
+        method: How the memory was copied: "precopy", "cow" or "stopped".
         reason: Why so, in one sentence.
         threads: Threads in it.
         mappings: Mappings in it.
@@ -105,13 +104,14 @@ def write_core(
         process: The process.
         path: Where to put it. A link there is not followed.
         method: "precopy" copies while the process runs, then again what it has written meanwhile,
-            and the last of it in a stop. "stopped" copies everything in the stop. "auto" is
-            "precopy", and "stopped" where that is impossible or does not get ahead of the process;
-            the result says why.
+            and the last of it in a stop. "cow" stops it shortly; afterwards each page is saved
+            before its first write, which waits for that. "stopped" copies everything in the stop.
+            "auto" is "precopy"; "cow" if that does not get ahead of the process; "stopped" where
+            its writes cannot be tracked. The result says why.
         full: Write all memory that can be read, whatever the process's coredump_filter and
             MADV_DONTDUMP say. Without it, a core has what the kernel's own would have, see core(5).
-        max_stall_s: The longest time that the process may stand. None: 0.05 with "precopy", and as
-            long as the copy lasts with "stopped".
+        max_stall_s: The longest time that the process may stand, or a write of it wait. None: 0.05
+            with "precopy" and "cow", and as long as the copy lasts with "stopped".
         durable: Wait until the file is on the disk.
         progress: Called now and then, in the thread of the caller. An exception of it ends the
             writing.
@@ -158,37 +158,48 @@ def write_core(
     request = _Request(os.fspath(path), full, max_stall_s, durable, progress)
     begin = time.monotonic()
     with only_one(process):
-        core = _by_method(process, request, method)
+        core = _by_method(process, request, cast("Method", method))
     return replace(core, seconds=time.monotonic() - begin)
 
 
-def _by_method(process: Process, request: _Request, method: str) -> CoreFile:
-    if method == "stopped":
-        return _written(process, request, None, "it was asked for")
-    reason = "it was asked for" if method == "precopy" else "the process does not wait for us"
-    with ExitStack() as stack:
+def _by_method(process: Process, request: _Request, method: Method) -> CoreFile:
+    if method == "stopped" or method == "cow":
+        return _written(process, request, method, "it was asked for")
+    is_final = method == "precopy"
+    try:
+        tracker = DirtyTracker(process, method="wp-async")
+    except UffdOSError as error:
+        if is_final or isinstance(error, ProcessGoneError):
+            raise
+        return _written(process, request, "stopped", f"its writes cannot be tracked: {error}")
+    with tracker:
+        reason = "it was asked for" if is_final else "the process does not wait for us"
         try:
-            tracker = stack.enter_context(DirtyTracker(process, method="wp-async"))
-        except UffdOSError as error:
-            if method == "precopy" or isinstance(error, ProcessGoneError):
-                raise
-            return _written(process, request, None, f"its writes cannot be tracked: {error}")
-        try:
-            return _written(process, request, tracker, reason)
+            return _written(process, request, "precopy", reason, tracker)
         except SnapshotError as error:
-            if method == "precopy" or request.max_stall_s is not None or error.reason != "stalled":
+            if is_final or error.reason != "stalled":
                 raise
-            why = str(error)
-    return _written(process, request, None, f"precopy did not get ahead: {why}")
+            why = f"precopy did not get ahead: {error}"
+    try:
+        return _written(process, request, "cow", why)
+    except SnapshotError as error:
+        if request.max_stall_s is not None or error.reason != "stalled":
+            raise
+        why = f"{why}; cow: {error}"
+    return _written(process, request, "stopped", why)
 
 
 def _written(
-    process: Process, request: _Request, tracker: DirtyTracker | None, reason: str
+    process: Process,
+    request: _Request,
+    method: Used,
+    reason: str,
+    tracker: DirtyTracker | None = None,
 ) -> CoreFile:
-    """Write a core by one method: with a tracker while the process runs."""
+    """Write a core by one method; precopy has a tracker."""
     with NewFile(request.path) as file:
         core = _Core(process, file, request)
-        core.capture(tracker)
+        core.capture(method, tracker)
         at_barrier("captured")
         core.finish()
         process.check()
@@ -222,7 +233,7 @@ class _Core:
                 hint="looking at another user's process needs CAP_SYS_PTRACE",
             )
 
-    def capture(self, tracker: DirtyTracker | None) -> None:
+    def capture(self, method: Used, tracker: DirtyTracker | None) -> None:
         """Write the memory of one instant, and read the registers of the same."""
         options = Options(
             stop_limit_s=STOP_LIMIT_S,
@@ -234,7 +245,7 @@ class _Core:
             self._process,
             self._layout,
             self._file.fileno(),
-            method="stopped" if tracker is None else "precopy",
+            method=method,
             options=options,
             tracker=tracker,
         )
