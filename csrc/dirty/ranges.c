@@ -2,27 +2,25 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "base/array.h"
 #include "dirty/ranges.h"
 
 #define FIRST_CAPACITY 64u
 
 int uffd_ranges_append(struct uffd_page_ranges *ranges, uint64_t start, uint64_t end)
 {
+	int ret;
+
 	if (start >= end)
 		return 0;
 	if (ranges->count && ranges->vec[ranges->count - 1].end == start) {
 		ranges->vec[ranges->count - 1].end = end;
 		return 0;
 	}
-	if (ranges->count == ranges->capacity) {
-		uint64_t capacity = ranges->capacity ? 2 * ranges->capacity : FIRST_CAPACITY;
-		struct uffd_page_region *vec = realloc(ranges->vec, capacity * sizeof(*vec));
-
-		if (!vec)
-			return -ENOMEM;
-		ranges->vec = vec;
-		ranges->capacity = capacity;
-	}
+	ret = uffd_array_grow((void **)&ranges->vec, &ranges->capacity, ranges->count + 1,
+			      FIRST_CAPACITY, sizeof(*ranges->vec));
+	if (ret)
+		return ret;
 	ranges->vec[ranges->count++] = (struct uffd_page_region){ .start = start, .end = end };
 	return 0;
 }

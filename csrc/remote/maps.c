@@ -8,6 +8,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include "base/array.h"
 #include "remote/maps.h"
 
 #define TEXT_FIRST (64u << 10)
@@ -136,30 +137,13 @@ static bool parse(const char *at, const char *end, struct uffd_map *map, const c
 	return map->end > map->start;
 }
 
-static int grow(void **array, uint64_t *capacity, uint64_t wanted, uint64_t first, size_t size)
-{
-	uint64_t more = *capacity ? *capacity : first;
-	void *moved;
-
-	if (wanted <= *capacity)
-		return 0;
-	while (more < wanted)
-		more *= 2;
-	moved = realloc(*array, more * size);
-	if (!moved)
-		return -ENOMEM;
-	*array = moved;
-	*capacity = more;
-	return 0;
-}
-
 static int add(struct uffd_maps *maps, struct uffd_map *map, const char *name)
 {
-	int ret = grow((void **)&maps->vec, &maps->capacity, maps->count + 1, ROWS_FIRST,
+	int ret = uffd_array_grow((void **)&maps->vec, &maps->capacity, maps->count + 1, ROWS_FIRST,
 		       sizeof(*maps->vec));
 
 	if (!ret)
-		ret = grow((void **)&maps->names, &maps->names_capacity,
+		ret = uffd_array_grow((void **)&maps->names, &maps->names_capacity,
 			   maps->names_length + map->name_length, NAMES_FIRST, 1);
 	if (ret)
 		return ret;

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/array.h"
 #include "remote/registers.h"
 
 #define SETS_FIRST 64u
@@ -19,26 +20,10 @@ _Static_assert(sizeof(((struct uffd_registers *)0)->general) == sizeof(struct us
 _Static_assert(sizeof(((struct uffd_registers *)0)->floating) == sizeof(struct user_fpregs_struct),
 	       "floating point registers");
 
-static int grow(void **array, uint64_t *capacity, uint64_t wanted, size_t size)
-{
-	uint64_t more = *capacity ? *capacity : SETS_FIRST;
-	void *moved;
-
-	if (wanted <= *capacity)
-		return 0;
-	while (more < wanted)
-		more *= 2;
-	moved = realloc(*array, more * size);
-	if (!moved)
-		return -ENOMEM;
-	*array = moved;
-	*capacity = more;
-	return 0;
-}
-
 static int append(struct uffd_register_sets *sets, const struct uffd_registers *registers)
 {
-	int ret = grow((void **)&sets->vec, &sets->capacity, sets->count + 1, sizeof(*sets->vec));
+	int ret = uffd_array_grow((void **)&sets->vec, &sets->capacity, sets->count + 1,
+				  SETS_FIRST, sizeof(*sets->vec));
 
 	if (!ret)
 		sets->vec[sets->count++] = *registers;
@@ -119,7 +104,8 @@ static uint64_t to_standard(uint8_t *xstate, uint64_t length)
 static int append_xstate(struct uffd_register_sets *sets, struct uffd_registers *registers)
 {
 	uint64_t at = sets->xstates_length, length = XSTATE_MOST;
-	int ret = grow((void **)&sets->xstates, &sets->xstates_capacity, at + length, 1);
+	int ret = uffd_array_grow((void **)&sets->xstates, &sets->xstates_capacity, at + length,
+				  SETS_FIRST, 1);
 
 	if (ret)
 		return ret;

@@ -14,9 +14,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "base/array.h"
 #include "base/clock.h"
 #include "remote/stopped.h"
 #include "remote/trace.h"
+
+#define THREADS_FIRST 64u
 
 struct thread {
 	pid_t tid;
@@ -34,7 +37,7 @@ struct uffd_stopped {
 	uint64_t until_ns;
 	struct thread *threads;
 	uint32_t count;
-	uint32_t capacity;
+	uint64_t capacity;
 	int error;
 	int32_t tid;
 };
@@ -49,15 +52,11 @@ static bool is_known(const struct uffd_stopped *stopped, pid_t tid)
 
 static int add(struct uffd_stopped *stopped, pid_t tid)
 {
-	if (stopped->count == stopped->capacity) {
-		uint32_t capacity = stopped->capacity ? 2 * stopped->capacity : 64;
-		struct thread *more = realloc(stopped->threads, capacity * sizeof(*more));
+	int ret = uffd_array_grow((void **)&stopped->threads, &stopped->capacity,
+				  stopped->count + 1, THREADS_FIRST, sizeof(*stopped->threads));
 
-		if (!more)
-			return -ENOMEM;
-		stopped->threads = more;
-		stopped->capacity = capacity;
-	}
+	if (ret)
+		return ret;
 	stopped->threads[stopped->count++] = (struct thread){ .tid = tid };
 	return 0;
 }
