@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+
+
+def seconds(shortest: float, longest: float) -> Callable[[str], float]:
+    """Return the type of a time within limits."""
+
+    def convert(text: str) -> float:
+        value = float(text)
+        if not shortest <= value <= longest:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not between {shortest:g} and {longest:g} seconds"
+            )
+        return value
+
+    convert.__name__ = "number of seconds"  # argparse's name of what is no number
+    return convert
 
 
 def pid(text: str) -> int:

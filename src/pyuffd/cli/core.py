@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pyuffd import CoreFile, Process, write_core
 from pyuffd.cli._progress import MIB, progress_shown
-from pyuffd.cli._words import pid
-
-EXIT_TERMINATED = 143
+from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
+from pyuffd.cli._words import pid, seconds
 
 METHODS = ("auto", "precopy", "cow", "stopped")
 # For the first line only: what a core is written with on a machine that is not busy.
@@ -22,10 +19,6 @@ EXPECTED_RATE = 1 << 30
 # The limit of write_core, if none is given.
 STALL_S = 0.05
 RESIDENT = ("RssAnon", "RssShmem", "VmSwap")
-
-
-class _Terminated(Exception):
-    pass
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--max-stall",
-        type=_seconds,
+        type=seconds(1e-6, 1e9),
         metavar="S",
         help="give up if it has to stand for longer (without it, auto may end with a long stop)",
     )
@@ -65,18 +58,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1e9 seconds")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     """Write the core."""
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with Process(args.pid) as target:
+        with ended_by_sigterm(), Process(args.pid) as target:
             path = args.output or f"core.{target.pid}"
             if not args.json:
                 print(_announcement(args, target), flush=True)
@@ -93,19 +78,13 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"pyuffd: {error}", file=sys.stderr)
         return 2
-    except _Terminated:
+    except Terminated:
         return EXIT_TERMINATED
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if args.json:
         print(json.dumps(_as_json(core)))
     else:
         _show(core)
     return 0
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 def _announcement(args: argparse.Namespace, target: Process) -> str:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from dataclasses import asdict
-from types import FrameType
 
 from pyuffd import Process, Snapshot, SnapshotReport
 from pyuffd.cli._progress import MIB, progress_shown
+from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
+from pyuffd.cli._words import pid, seconds
 
 MAX_STALL_S = 0.05  # without --max-stall
-
-EXIT_TERMINATED = 143
 GAPS_SHOWN = 5
-
-
-class _Terminated(Exception):
-    pass
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,10 +22,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "snapshot",
         description="Write the memory of a running process, as it is at one instant, to a new"
         " directory. The process needs no preparation and runs on, except for a pause.",
-        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM. After an error"
-        " or a signal there is no directory, and the process runs on as before.",
+        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM. Unless it"
+        " is 0 there is no directory, and the process runs on as before.",
     )
-    parser.add_argument("pid", type=int, metavar="PID", help="the process, or one of its threads")
+    parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="the directory, which must not exist"
     )
@@ -54,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--max-stall",
-        type=_seconds,
+        type=seconds(0.001, 3600),
         metavar="S",
         help="give up rather than let the process stand for longer (0.05; with stopped, no limit)",
     )
@@ -75,13 +69,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0.001 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0.001 and 3600 seconds")
-    return value
-
-
 def _rate(text: str) -> float:
     value = float(text)
     if not value > 0:
@@ -91,9 +78,8 @@ def _rate(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Take the snapshot."""
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with Process(args.pid) as target:
+        with ended_by_sigterm(), Process(args.pid) as target:
             if not args.json:
                 print(_announcement(args, target), flush=True)
             with progress_shown(quiet=args.json) as shown:
@@ -112,16 +98,10 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"pyuffd: {error}", file=sys.stderr)
         return 2
-    except _Terminated:
+    except Terminated:
         return EXIT_TERMINATED
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(json.dumps(asdict(report)) if args.json else _table(report))
     return 0
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 def _announcement(args: argparse.Namespace, target: Process) -> str:

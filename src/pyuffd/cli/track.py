@@ -5,31 +5,25 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from types import FrameType
 from typing import Any, Protocol
 
 from pyuffd import DirtyTracker, Process, ProcessGoneError
 from pyuffd.cli._heat import Heat
-from pyuffd.cli._words import pid
+from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
+from pyuffd.cli._words import pid, seconds
 from pyuffd.cli._written import Sample, Written
 
 EXIT_MISSING = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 MIB = float(1 << 20)
 SHORTEST_S = 0.01
 WINDOWS_S = (1, 10, 60)
 BLIND_SHOWN = 5
-
-
-class _Terminated(Exception):
-    pass
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,23 +37,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout is gone. A live table needs rich"
         " (pip install 'pyuffd[cli]'), --png needs matplotlib (pip install 'pyuffd[plot]').",
     )
+    duration = seconds(SHORTEST_S, 1e9)
     parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
     parser.add_argument(
-        "--interval", type=_seconds, default=1.0, metavar="S", help="seconds a round (1)"
+        "--interval",
+        type=duration,
+        default=1.0,
+        metavar="S",
+        help="seconds a round (1)",
     )
-    parser.add_argument("--seconds", type=_seconds, metavar="S", help="end after this time")
+    parser.add_argument("--seconds", type=duration, metavar="S", help="end after this time")
     parser.add_argument("--top", type=_count, default=15, metavar="N", help="mappings shown (15)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a round")
     parser.add_argument(
         "--png", metavar="FILE", help="draw a heat map, address by time, at the end"
     )
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not SHORTEST_S <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not between {SHORTEST_S} and 1e9 seconds")
-    return value
 
 
 def _count(text: str) -> int:
@@ -77,23 +69,17 @@ def run(args: argparse.Namespace) -> int:
     if args.png:
         with open(args.png, "ab"):  # fails now, not after an hour
             pass
-    before = signal.signal(signal.SIGTERM, _terminate)
     heat = Heat() if args.png else None
     status = 0
     try:
-        with Process(args.pid) as target, DirtyTracker(target) as tracker:
+        with ended_by_sigterm(), Process(args.pid) as target, DirtyTracker(target) as tracker:
             status = _follow(args, target, tracker, heat)
-    except _Terminated:
+    except Terminated:
         status = EXIT_TERMINATED
     finally:
-        signal.signal(signal.SIGTERM, before)
         if heat is not None:
             heat.draw(args.png)
     return status
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 def _follow(
