@@ -19,7 +19,6 @@ from typing import Literal
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
-from pyuffd import _memory
 from pyuffd import _remote_calls as remote_calls
 from pyuffd._errors import SnapshotError
 from pyuffd._owned import Descriptor
@@ -29,6 +28,7 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Process
 from pyuffd.remote._stop import Stop
+from pyuffd.snapshot._output import punch
 
 Method = Literal["auto", "cow", "precopy", "stopped"]
 Used = Literal["cow", "precopy", "stopped"]
@@ -44,7 +44,6 @@ MADV_POPULATE_WRITE = 23
 READ_SPEED = 1e9
 # Bytes a second, before anything was measured.
 SPEED = 1e9
-PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 _WORDS = 3
 
@@ -309,9 +308,7 @@ class Writer:
         for part in parts:
             span = PageRanges.of([(part.start, part.end)])
             for each in stale & span:
-                _memory.fallocate(
-                    self._fd, PUNCH_HOLE, part.offset + each.start - part.start, each.length
-                )
+                punch(self._fd, part.offset + each.start - part.start, each.length)
 
     def _wait(self) -> None:
         if self._options.rate:

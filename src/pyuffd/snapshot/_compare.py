@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
-from pyuffd import _memory
 from pyuffd.pagemap import PageRanges
-from pyuffd.snapshot._capture import PUNCH_HOLE, Captured, Placed
+from pyuffd.snapshot._capture import Captured, Placed
 from pyuffd.snapshot._format import CHUNK, RunState
+from pyuffd.snapshot._output import punch
 from pyuffd.snapshot._reading import Image
 
 
@@ -30,10 +30,10 @@ def unchanged(parent: Image, captured: Captured, fd: int) -> memoryview:
     return PageRanges.of(same).memoryview()
 
 
-def punch(layout: Sequence[Placed], pages: memoryview, fd: int) -> None:
+def free(layout: Sequence[Placed], pages: memoryview, fd: int) -> None:
     """Free the places of pages in the file."""
     for part, start, end in _in_parts(layout, pages, 1 << 62):
-        _memory.fallocate(fd, PUNCH_HOLE, part.offset + start - part.start, end - start)
+        punch(fd, part.offset + start - part.start, end - start)
 
 
 def _in_parts(

@@ -16,12 +16,13 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.snapshot import _core_elf
 from pyuffd.snapshot._capture import Options, SnapshotProgress, at_barrier
 from pyuffd.snapshot._core_about import About
-from pyuffd.snapshot._core_file import NewFile, punch, write
+from pyuffd.snapshot._core_file import NewFile, write
 from pyuffd.snapshot._core_places import CoreLayout
 from pyuffd.snapshot._core_shared import FilesCopied, copy_files
 from pyuffd.snapshot._core_wanted import VDSO
 from pyuffd.snapshot._lock import only_one
 from pyuffd.snapshot._methods import capture
+from pyuffd.snapshot._output import punch
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop

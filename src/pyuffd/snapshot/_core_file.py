@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import secrets
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from pyuffd._closing import Closing
 from pyuffd._errors import UffdOSError
 from pyuffd._owned import Descriptor, FileName
+from pyuffd.snapshot._output import write_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 _MODE = 0o600  # a core holds secrets
 # What file systems without O_TMPFILE say; EISDIR and ENOENT come from kernels without it.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
-_RENAME_NOREPLACE = 1
-_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
-_ZEROS = 1 << 20
-_libc = ctypes.CDLL(None, use_errno=True)
+# What link(2) says where there are no hard links.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class NewFile(Closing):
@@ -114,15 +112,16 @@ class NewFile(Closing):
         return Descriptor.create(path, flags, _MODE, self._hidden)
 
     def _rename(self, here: int) -> None:
-        old, new = os.fsencode(self._hidden_name), os.fsencode(self._name)
-        if not _libc.renameat2(here, old, here, new, _RENAME_NOREPLACE):
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(code, os.strerror(code))
-        # No such rename here (NFS): a second name, which fails if it exists, instead.
-        os.link(self._hidden_name, self._name, src_dir_fd=here, dst_dir_fd=here)
-        os.unlink(self._hidden_name, dir_fd=here)
+        try:  # a second name, which fails if it exists
+            os.link(self._hidden_name, self._name, src_dir_fd=here, dst_dir_fd=here)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A file system such as FAT, where nothing but rename(2) gives a name.
+            self._refuse_existing()
+            os.rename(self._hidden_name, self._name, src_dir_fd=here, dst_dir_fd=here)
+        else:
+            os.unlink(self._hidden_name, dir_fd=here)
 
 
 def _unnamed(folder: int) -> Descriptor | None:
@@ -136,20 +135,7 @@ def _unnamed(folder: int) -> Descriptor | None:
 
 def write(fd: int, content: bytes, offset: int) -> None:
     """Write all of it."""
-    view = memoryview(content)
-    while view:
-        try:
-            done = os.pwrite(fd, view, offset)
-        except OSError as error:
-            raise UffdOSError(error.errno or errno.EIO, "writing the core") from None
-        view, offset = view[done:], offset + done
-
-
-def punch(fd: int, offset: int, length: int) -> None:
-    """Remove a part of a file, or write zeros where the file system cannot do that."""
-    flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-    if not _libc.fallocate(fd, flags, ctypes.c_long(offset), ctypes.c_long(length)):
-        return
-    end = min(offset + length, os.fstat(fd).st_size)
-    for at in range(offset, end, _ZEROS):
-        write(fd, bytes(min(_ZEROS, end - at)), at)
+    try:
+        write_at(fd, content, offset)
+    except OSError as error:
+        raise UffdOSError(error.errno or errno.EIO, "writing the core") from None

@@ -139,11 +139,3 @@ def open_in(folder: Descriptor, name: str) -> Descriptor:
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", name)
     return file
-
-
-def write_at(fd: int, content: bytes, offset: int) -> None:
-    """Write all of it."""
-    view = memoryview(content)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done

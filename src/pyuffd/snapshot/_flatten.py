@@ -9,9 +9,10 @@ from typing import Any
 
 from pyuffd.snapshot import _format, _sums
 from pyuffd.snapshot._capture import Places, SnapshotProgress, at_barrier
-from pyuffd.snapshot._files import NewDirectory, write_at
+from pyuffd.snapshot._files import NewDirectory
 from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotRegion, SnapshotRun
 from pyuffd.snapshot._layout import RESERVED_BYTES, UNIT
+from pyuffd.snapshot._output import write_at
 from pyuffd.snapshot._reading import Image, Part
 
 

@@ -33,11 +33,12 @@ from pyuffd.snapshot._capture import (
     Used,
     at_barrier,
 )
-from pyuffd.snapshot._files import NewDirectory, write_at
+from pyuffd.snapshot._files import NewDirectory
 from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotGap, SnapshotRun
 from pyuffd.snapshot._layout import SHARED_WAYS, Shared, SnapshotLayout
 from pyuffd.snapshot._lock import only_one
 from pyuffd.snapshot._methods import capture
+from pyuffd.snapshot._output import write_at
 from pyuffd.snapshot._reading import Image
 
 METHODS = ("auto", "cow", "precopy", "stopped")
@@ -290,7 +291,7 @@ def _finish(
         of_parent = _compare.unchanged(parent, captured, directory.pages.number)
         captured.data = ranges.subtract(captured.data, of_parent)
         captured.zero = ranges.subtract(captured.zero, of_parent)
-        _compare.punch(captured.layout, of_parent, directory.pages.number)
+        _compare.free(captured.layout, of_parent, directory.pages.number)
     elif parent is not None:
         of_parent = _rest(layout, captured, parent)
     sum_name, sum_ = _sums.best_sum()
