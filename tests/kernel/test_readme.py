@@ -70,7 +70,7 @@ runpy.run_path(os.path.abspath("program.py"), run_name="__main__")
 ADDRESSES = re.compile(r"0x[0-9a-f]+")
 VARIES = re.compile(r"0x[0-9a-f]+|\b\d+(?:\.\d+)?\b|(?:/[\w.-]+)+(?=/)")
 # Programs that hang say so after two seconds.
-HANG_S = 4.0
+HANG_S = 8.0  # the watch speaks after two seconds, once Python has started
 EXPECTED: dict[str, Expect] = {"": 0, "warning": 0, "error": 1, "hangs": "timeout"}
 # Beside these there are Sphinx's directives, in braces.
 KNOWN_FENCES = {"python", "py", "text", "c", "json", "yaml"}
