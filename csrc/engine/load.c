@@ -123,7 +123,10 @@ int uffd_engine_load(struct uffd_engine *engine, const struct uffd_range_ref *re
 	r = load_in(engine, ref, offset, offset + length, chunk, result_ret);
 	if (r && r != -ESRCH)
 		return r;
-	found = list_forks(engine, &forks);
+	/* A fork that is not looked at would read zeros later. */
+	other = list_forks(engine, &forks, &found);
+	if (other)
+		r = other;
 	for (i = 0; i < found && (!r || r == -ESRCH); i++) {
 		struct uffd_range_ref fork = { forks[i], ref->id, ref->start };
 

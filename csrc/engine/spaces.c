@@ -41,21 +41,27 @@ int uffd_engine_add_space(struct uffd_engine *engine, int fd, uint32_t layout_ev
 	return space_add(engine, fd, false, layout_events, owner_pid, NEXT_NUMBER, space_ret);
 }
 
-size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret)
+int list_forks(struct uffd_engine *engine, uint32_t **forks_ret, size_t *count_ret)
 {
 	struct uffd_space *space;
-	size_t found = 0;
+	size_t most;
+	int r = 0;
 
 	*forks_ret = NULL;
+	*count_ret = 0;
 	pthread_mutex_lock(&engine->spaces_lock);
-	if (atomic_load(&engine->space_count) > 1)
-		*forks_ret = uffd_alloc(atomic_load(&engine->space_count) * sizeof(**forks_ret));
+	most = atomic_load(&engine->space_count);
+	if (most > 1) {
+		*forks_ret = uffd_alloc(most * sizeof(**forks_ret));
+		if (!*forks_ret)
+			r = -ENOMEM;
+	}
 	if (*forks_ret)
 		LIST_FOREACH(space, &engine->spaces, link)
-			if (space->owned)
-				(*forks_ret)[found++] = space->number;
+			if (space->owned && *count_ret < most)
+				(*forks_ret)[(*count_ret)++] = space->number;
 	pthread_mutex_unlock(&engine->spaces_lock);
-	return found;
+	return r;
 }
 
 static void wake_space(struct uffd_space *space)

@@ -26,8 +26,8 @@ void uffd_engine_wake_all(struct uffd_engine *engine);
  * have died.  Others keep waiting: a woken thread counts as not waiting until it runs.
  */
 void uffd_engine_wake_read(struct uffd_engine *engine);
-/* List the numbers of all forks in `forks_ret`, which the caller frees. */
-size_t list_forks(struct uffd_engine *engine, uint32_t **forks_ret);
+/* List the numbers of all forks in `forks_ret`, which the caller frees; -ENOMEM. */
+int list_forks(struct uffd_engine *engine, uint32_t **forks_ret, size_t *count_ret);
 uint32_t uffd_engine_spaces(struct uffd_engine *engine);
 
 #endif /* UFFD_ENGINE_SPACES_H */

@@ -233,10 +233,13 @@ static int unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		.left_ns = (int64_t)patience_ns,
 		.is_gentle = flags & UFFD_UNSERVE_GENTLY,
 	};
-	int r = unserve_span(engine, ref, span, flags, &patience), other;
 	uint32_t *forks;
-	size_t found = list_forks(engine, &forks);
+	size_t found;
+	int r = unserve_span(engine, ref, span, flags, &patience), other;
 
+	/* Afterwards, as a thread may have forked meanwhile. */
+	other = list_forks(engine, &forks, &found);
+	r = r ? r : other;
 	/* Memory that goes away here lives on in a fork. */
 	while (found--) {
 		struct uffd_range_ref there = { forks[found], ref->id, ref->start };

@@ -44,7 +44,10 @@ def packed(ranges: Ranges) -> Packed:
 def _packed_pairs(ranges: Iterable[Sequence[int]]) -> Packed:
     words = array("Q")
     try:
-        for start, end, *_ in ranges:
+        for pair in ranges:
+            if len(pair) < 2:
+                raise TypeError
+            start, end, *_ = pair
             words.append(check_int("ranges", start, 0, 1 << 64))
             words.append(check_int("ranges", end, 0, 1 << 64))
     except TypeError:
