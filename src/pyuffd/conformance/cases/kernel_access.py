@@ -19,6 +19,7 @@ from pyuffd._memory import Interrupted
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import PRIVATE, missing_features, wp_features
 from pyuffd.conformance._wp import (
     DATA,
@@ -33,7 +34,8 @@ from pyuffd.conformance._wp import (
     protected,
 )
 from pyuffd.regions import Region
-from pyuffd.testing._need import Lack, Need, needs_kernel_faults, needs_privilege
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
+from pyuffd.testing._need import Lack, Need, needs_kernel_faults, needs_privilege, needs_thp
 from pyuffd.testing._opening import open_syscall
 
 MADV_POPULATE_WRITE = 23
@@ -336,6 +338,56 @@ def user_mode_only_user(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY, user space's own write to a protected page gives message 3."""
     ctx.open(user_mode_only=True)
     expect_write_fault(ctx, protected(ctx).start)
+
+
+# What debuggers do: FOLL_FORCE writes to private memory that its own process cannot write.
+
+READ_ONLY_ORIGIN = "mm/gup.c: can_follow_write_pte, can_follow_write_pmd"
+
+
+def _expect_forced_write_fails(ctx: Context, region: Region, at: int) -> None:
+    _memory.mprotect(region.start, region.length, mmap.PROT_READ)
+    ctx.expect("result", ctx.silently(_proc_mem(ctx, at)), -errno.EIO)
+    _memory.mprotect(region.start, region.length, READ_WRITE)
+    ctx.expect("bit", ctx.is_protected(at), True)
+    expect_read(ctx, at, DATA)
+    expect_write_fault(ctx, at)
+
+
+@case(
+    "access.proc-mem.read-only",
+    origin=READ_ONLY_ORIGIN,
+    memory=("anon", "shmem-private"),
+    features=wp_features,
+)
+def proc_mem_read_only(ctx: Context) -> None:
+    """/proc/PID/mem writes to a page that is read-only, but not to one that is protected too."""
+    region = protected(ctx, 2)
+    _expect_forced_write_fails(ctx, region, region.start)
+    at = region.start + ctx.page
+    ctx.uffd.writeprotect(at, ctx.page, mode=UNPROTECT)
+    _memory.mprotect(region.start, region.length, mmap.PROT_READ)
+    ctx.expect("result without protection", ctx.silently(_proc_mem(ctx, at)), 1)
+    ctx.expect("first byte", ctx.silently(ctx.read, at), VALUE)
+
+
+@case(
+    "access.proc-mem.read-only-huge",
+    origin=READ_ONLY_ORIGIN,
+    memory=("anon",),
+    features=wp_features,
+    needs=[needs_thp()],
+)
+def proc_mem_read_only_huge(ctx: Context) -> None:
+    """The same where a transparent huge page is mapped: EIO, and the page stays protected."""
+    region = ctx.make(HUGE_PAGE // SMALL_PAGE)
+    region.advise_thp()
+    region.fill(DATA)
+    if mapped_huge(region.start) != HUGE_PAGE:
+        ctx.lack("THP", "the kernel gave no transparent huge page")
+    ctx.register(region, RegisterMode.WP)
+    ctx.uffd.writeprotect(region)
+    _expect_forced_write_fails(ctx, region, region.start + 5 * ctx.page)
 
 
 # A page that a fork shares is copied before it is pinned for reading (FAULT_FLAG_UNSHARE). gup_test

@@ -291,6 +291,58 @@ def collapse_complete(ctx: Context) -> None:
     expect_read(ctx, region.start + 5 * ctx.page, DATA)
 
 
+@case(
+    "thp.collapse.private-file",
+    origin="mm/khugepaged.c: collapse_pte_mapped_thp",
+    memory=("shmem-private",),
+    features=missing_features,
+    needs=[needs_thp()],
+)
+def collapse_private_file(ctx: Context) -> None:
+    """A private mapping of a file that is huge by now is mapped huge, and reads the file."""
+    region = _huge_file_below(ctx)
+    ctx.silently(region.madvise, MADV_COLLAPSE)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
+    for index in HOLES:
+        expect_read(ctx, region.start + index * ctx.page, DATA)
+    at = region.start + 5 * ctx.page
+    ctx.silently(ctx.write, at, bytes([WRITTEN]) * ctx.page)
+    expect_read(ctx, at, WRITTEN)
+    expect_read(ctx, at + ctx.page, DATA)
+
+
+@case(
+    "thp.collapse.private-file-with-copy",
+    origin="mm/khugepaged.c: collapse_pte_mapped_thp",
+    memory=("shmem-private",),
+    features=missing_features,
+    needs=[needs_thp()],
+)
+def collapse_private_file_with_copy(ctx: Context) -> None:
+    """A page that COPY put above a file that is huge by now keeps MADV_COLLAPSE (EINVAL) away."""
+    region = _huge_file_below(ctx)
+    at = region.start + 5 * ctx.page
+    ctx.uffd.copy(at, bytes([WRITTEN]) * ctx.page)
+    ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), 0)
+    expect_read(ctx, at, WRITTEN)
+    for address in (region.start, at - ctx.page, at + ctx.page):
+        expect_read(ctx, address, DATA)
+
+
+def _huge_file_below(ctx: Context) -> Region:
+    """Register a private mapping with a page table for a file that becomes huge after that."""
+    region = ctx.make(PAGES)
+    assert region.fd is not None
+    ctx.register(region, RegisterMode.MISSING)
+    with Region.file(region.fd, region.length) as view:
+        view.fill(DATA)
+        expect_read(ctx, region.start + ctx.page, DATA)
+        ctx.expect("bytes mapped huge at first", mapped_huge(region.start), 0)
+        _collapse(ctx, view)
+    return region
+
+
 def _fill_around(ctx: Context, region: Region, holes: tuple[int, ...]) -> None:
     """Fill a region with small pages, except for some."""
     if ctx.memory.is_anon:
