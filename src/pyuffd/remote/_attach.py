@@ -99,7 +99,8 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
     """Refuse a target that cannot be attached, before any change; return /proc/PID/status."""
     if pid == os.getpid():
         raise ValueError("a process cannot attach to itself: make a Userfaultfd()")
-    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    tid = process.memory_tid
+    lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
     status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
     if (tracer := status.get("TracerPid", "0")) != "0":
         _raise(pid, errno.EBUSY, f"process {tracer} traces it (a debugger?)")
@@ -108,7 +109,7 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
     if "shstk" in status.get("x86_Thread_features", ""):
         _raise(pid, errno.EOPNOTSUPP, "it has a shadow stack, which forbids changing its way")
     try:
-        with open(f"/proc/{pid}/exe", "rb") as exe:
+        with open(f"/proc/{tid}/exe", "rb") as exe:
             header = exe.read(20)
     except OSError:  # deleted, or in another mount namespace: the registers tell
         return status
@@ -122,7 +123,7 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
 
 def _gadgets(process: Process, mappings: Mappings) -> tuple[int, int]:
     """Find the two instruction sequences that bring a thread home in code that it has mapped."""
-    pid = process.pid
+    pid, tid = process.pid, process.memory_tid
     syscall_ret = restorer = None
     read = 0
     for mapping in _code(mappings):
@@ -130,10 +131,10 @@ def _gadgets(process: Process, mappings: Mappings) -> tuple[int, int]:
         if read > _CODE_MOST:
             break
         if syscall_ret is None:
-            syscall_ret = calls.find(pid, mapping.start, mapping.end, _SYSCALL_RET)
+            syscall_ret = calls.find(tid, mapping.start, mapping.end, _SYSCALL_RET)
         for pattern in _RESTORERS:
             if restorer is None:
-                restorer = calls.find(pid, mapping.start, mapping.end, pattern)
+                restorer = calls.find(tid, mapping.start, mapping.end, pattern)
         if syscall_ret is not None and restorer is not None:
             return syscall_ret, restorer
     process.check()
@@ -152,13 +153,16 @@ def _code(mappings: Mappings) -> Iterator[Mapping]:
 
 
 def _unused(process: Process, stack: Mapping | None) -> int:
-    """Return the bottom of the first stack if it was never touched; otherwise 0."""
+    """Return the bottom of the first stack if the process has not used it; otherwise 0."""
     if stack is None or stack.length < 4 * calls.FRAME_BYTES:
         return 0
+    # A signal at a bad moment needs some room below it.
     entries = process.pagemap.read(stack.start, 2 * calls.FRAME_BYTES)
     touched = entries.count(PageBit.PRESENT) + entries.count(PageBit.SWAP)
-    # A signal at a bad moment needs some room below it.
-    return 0 if touched else stack.start + calls.FRAME_BYTES
+    # An earlier attach has left zeros, as it had found them, and so does whoever reads it.
+    if touched and process.read(stack.start, 3 * calls.FRAME_BYTES).strip(b"\0"):
+        return 0
+    return stack.start + calls.FRAME_BYTES
 
 
 def _candidates(process: Process, *, any_thread: bool) -> list[int]:
@@ -189,7 +193,12 @@ _BY_POINT = {
 
 def _fail(pid: int, result: Attached | None) -> NoReturn:
     if result is None:
-        _raise(pid, errno.ESRCH, "it has no thread that could be stopped")
+        _raise(
+            pid,
+            errno.EOPNOTSUPP,
+            "its first thread has ended or is ending, and no part of that stack is unused, which"
+            " would bring another thread home if we were killed meanwhile",
+        )
     code, point = result.code, result.point
     op = _BY_POINT.get(point, "attaching")
     hint = ""
