@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ ANY_TEST = "*"
 # test waits in vain for as long as it is allowed to.
 SCALE = 4.0
 RUN_S = 300.0
-SELECTION = ("-k", "wp-series")
+SELECTION = ("-k", "wp-series or wp-async or pagemap-scan")
 PROGRESS_S = 20.0
 
 _BUILD_PROGRAMS = ("make", "gcc", "flex", "bison", "bc", "patch")
@@ -256,13 +257,13 @@ def _lines(patches: Sequence[Mutant], outcomes: Sequence[Outcome]) -> Iterator[s
     yield ""
     yield (
         f"Written by `make mutants`; do not edit. Each row is Linux {unmodified.release} with one "
-        "patch of `tests/vm/mutants`, which breaks one thing that the series *userfaultfd-wp: "
-        "Support shmem and hugetlbfs* gave. A mutant is caught if a test fails whose id names the "
-        "patch of the series (the number in the mutant's name)."
+        "patch of `tests/vm/mutants`, which breaks one thing: those with a number, what that patch "
+        "of the series *userfaultfd-wp: Support shmem and hugetlbfs* gave; the others, what "
+        "trackers of writes depend on. A mutant is caught if a test fails that its patch names."
     )
     yield ""
     yield (
-        f"Unmodified: {unmodified.passed} tests of `{' '.join(SELECTION)}` pass, "
+        f"Unmodified: {unmodified.passed} tests of `{shlex.join(SELECTION)}` pass, "
         f"{len(unmodified.failed)} fail, {unmodified.wall_s:.0f} s."
     )
     yield ""
