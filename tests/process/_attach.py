@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def seen(pid: int) -> dict[str, object]:
     return found
 
 
-def wait_until(what: str, condition: object) -> None:
+def wait_until(what: object, condition: object) -> None:
     give_up = time.monotonic() + LIMIT_S
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < give_up, what
@@ -93,6 +94,68 @@ def killed_at_each_point(program: str, whom: str) -> None:
     assert _count_mapped(target.pid) - mapped <= (0 if whom == "us" else len(POINTS) * 12288)
     target.kill()
     target.wait()
+
+
+# What another thread of the target does meanwhile, by the byte that tells it to.
+DEEDS = {"exit": b"x", "exec": b"e", "fork": b"f"}
+
+
+def deed_at_each_point(program: str, deed: str) -> None:
+    """At each point of an attach the target exits, executes a program, or forks."""
+    for point in POINTS:
+        target = start(program, "obey")
+        assert target.stdin is not None
+        assert target.stdout is not None
+        errors: list[UffdOSError] = []
+        _attach.hold = point
+        with Process(target.pid) as process:
+            thread = threading.Thread(target=_attach_noting, args=(process, errors))
+            thread.start()
+            wait_until(
+                f"held at {point!r}", lambda: _attach.attempts and _attach.attempts[0].is_held
+            )
+            _attach.hold = None
+            target.stdin.write(DEEDS[deed])
+            if deed == "fork":
+                assert target.stdout.readline() == b"forked\n", point
+            else:
+                # It waits for the traced thread, and that one for us.
+                wait_until(f"{deed} at {point!r}", lambda pid=target.pid: _is_ending(pid))
+            _attach.attempts[0].release()
+            thread.join(LIMIT_S)
+            assert not thread.is_alive(), point
+        if deed == "exit":
+            assert target.wait(LIMIT_S) == 7, point
+            assert [error.errno for error in errors] in ([], [errno.ESRCH]), point
+        else:
+            if deed == "exec":
+                assert target.stdout.readline() == b"ready\n", point
+                assert [error.errno for error in errors] in ([], [errno.ESRCH]), point
+            else:
+                assert not errors, point
+            assert status(target.pid)["TracerPid"] == "0"
+            answers(target)
+        target.kill()
+        target.communicate()
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a thread of it has been killed, the first one but in an exit of all."""
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+        states = [
+            Path(f"/proc/{pid}/task/{tid}/stat").read_text().rpartition(") ")[2][0] for tid in tasks
+        ]
+    except OSError:
+        return True
+    return len(tasks) == 1 or bool({"Z", "X"} & {*states})
+
+
+def _attach_noting(process: Process, errors: list[UffdOSError]) -> None:
+    try:
+        process.attach(FEATURES, timeout_s=LIMIT_S).close()
+    except UffdOSError as error:
+        errors.append(error)
 
 
 def _count_mapped(pid: int) -> int:

@@ -3,6 +3,7 @@
  * Programs that notice what is done to them: targets MODE [MILLISECONDS].
  *
  * spin: all registers keep their values, forever; a line for each SIGUSR1 while they do.
+ * obey: the same, and a second thread that exits, executes "spin" or forks, as the first byte of standard input says.
  * Others make one system call and print its result, errno, and the milliseconds that it took.
  */
 #define _GNU_SOURCE
@@ -12,6 +13,7 @@
 #include <linux/futex.h>
 #include <linux/seccomp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -97,6 +99,23 @@ static void spin(void)
 	abort();
 }
 
+static void *obey(void *program)
+{
+	char word;
+
+	if (read(0, &word, 1) != 1 || word == 'x')
+		_exit(7);
+	if (word == 'e')
+		execl(program, program, "spin", (char *)NULL);
+	if (word == 'f' && !fork()) {
+		puts("forked");
+		fflush(stdout);
+		_exit(0);
+	}
+	for (;;)
+		pause();
+}
+
 /* A filter that kills whoever opens a userfaultfd. */
 static void forbid(void)
 {
@@ -161,6 +180,13 @@ int main(int argc, char **argv)
 
 	if (argc > 2 && !strcmp(argv[argc - 1], "seccomp"))
 		forbid();
+	if (argc > 1 && !strcmp(argv[1], "obey")) {
+		pthread_t thread;
+
+		if (pthread_create(&thread, NULL, obey, argv[0]))
+			abort();
+		spin();
+	}
 	if (argc < 2 || !strcmp(argv[1], "spin"))
 		spin();
 	puts("ready");

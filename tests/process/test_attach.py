@@ -42,7 +42,7 @@ def program() -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # other users get there
         os.chmod(folder, 0o755)
         target = f"{folder}/targets"
-        subprocess.run(["cc", "-O2", "-Wall", "-o", target, source], check=True)
+        subprocess.run(["cc", "-O2", "-Wall", "-pthread", "-o", target, source], check=True)
         yield target
 
 
@@ -304,7 +304,7 @@ def test_what_is_not_x86_64_is_refused(ended: list[subprocess.Popen[bytes]]) -> 
     ended.append(target)
 
     class Elsewhere:
-        pid = memory_tid = target.pid
+        pid = target.pid
 
         def check(self) -> None: ...
 

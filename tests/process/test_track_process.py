@@ -6,10 +6,8 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from tests._child import run_child
 from tests._memory import PAGE
 from tests.kernel.test_pinned_buffers import Ring, needs_io_uring
 from tests.process._attach import status, wait_until
+from tests.process._redis import redis
 
 pytestmark = [
     needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
@@ -248,46 +247,20 @@ def test_pinned_buffers_are_named() -> None:
     run_child(pinned)
 
 
-def _command(port: int, *words: str) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), 10 * SCALE) as connection:
-        text = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
-        connection.sendall(text.encode())
-        return connection.recv(1 << 16)
-
-
 @needs_program("redis-server")
 @pytest.mark.parametrize("user", ["root", "nobody"])
-def test_redis(user: str, tmp_path: Path) -> None:
+def test_redis(user: str) -> None:
     """As root and as another user, while it is busy: its answers are what they were."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        ["redis-server", "--port", str(port), "--save", "", "--io-threads", "2"],
-        stdout=subprocess.DEVNULL,
-        user=user,
-        cwd="/",
-    )
-    try:
-        give_up = time.monotonic() + 10 * SCALE
-        while True:
-            try:
-                assert _command(port, "PING") == b"+PONG\r\n"
-                break
-            except OSError:
-                assert time.monotonic() < give_up
-                time.sleep(0.01)
+    with redis(user) as server:
         with Process(server.pid) as process:
             for number in range(10):
                 with DirtyTracker(process) as tracker:
-                    assert _command(port, "SET", f"key{number}", "x" * 9000) == b"+OK\r\n"
+                    assert server.ask("SET", f"key{number}", "x" * 9000) == b"+OK\r\n"
                     with tracker.collect() as round_:
                         assert round_.written.bytes >= 8192
                         round_.commit()
         for number in range(10):
-            assert b"x" * 9000 in _command(port, "GET", f"key{number}")
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(30 * SCALE)
+            assert b"x" * 9000 in server.ask("GET", f"key{number}")
 
 
 @needs_program("java")

@@ -33,6 +33,11 @@ _RESTORERS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0
 _LIKELY = ("/ld-linux", "/ld-musl", "/libc", "/ld-")
 _CODE_MOST = 256 << 20
 
+# A signal at a bad moment needs some room below the frame.
+_ROOM = 2 * calls.FRAME_BYTES
+# An injection that was killed leaves a frame in the first one.
+_PLACES = 4
+
 _ELF_CLASS_64, _ELF_X86_64 = 2, 62
 _IDLE_FIRST = {"S": 0, "T": 1, "I": 1, "R": 2}
 
@@ -99,8 +104,7 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
     """Refuse a target that cannot be attached, before any change; return /proc/PID/status."""
     if pid == os.getpid():
         raise ValueError("a process cannot attach to itself: make a Userfaultfd()")
-    tid = process.memory_tid
-    lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
+    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
     status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
     if (tracer := status.get("TracerPid", "0")) != "0":
         _raise(pid, errno.EBUSY, f"process {tracer} traces it (a debugger?)")
@@ -109,7 +113,7 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
     if "shstk" in status.get("x86_Thread_features", ""):
         _raise(pid, errno.EOPNOTSUPP, "it has a shadow stack, which forbids changing its way")
     try:
-        with open(f"/proc/{tid}/exe", "rb") as exe:
+        with open(f"/proc/{pid}/exe", "rb") as exe:
             header = exe.read(20)
     except OSError:  # deleted, or in another mount namespace: the registers tell
         return status
@@ -123,7 +127,7 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
 
 def _gadgets(process: Process, mappings: Mappings) -> tuple[int, int]:
     """Find the two instruction sequences that bring a thread home in code that it has mapped."""
-    pid, tid = process.pid, process.memory_tid
+    pid = process.pid
     syscall_ret = restorer = None
     read = 0
     for mapping in _code(mappings):
@@ -131,10 +135,10 @@ def _gadgets(process: Process, mappings: Mappings) -> tuple[int, int]:
         if read > _CODE_MOST:
             break
         if syscall_ret is None:
-            syscall_ret = calls.find(tid, mapping.start, mapping.end, _SYSCALL_RET)
+            syscall_ret = calls.find(pid, mapping.start, mapping.end, _SYSCALL_RET)
         for pattern in _RESTORERS:
             if restorer is None:
-                restorer = calls.find(tid, mapping.start, mapping.end, pattern)
+                restorer = calls.find(pid, mapping.start, mapping.end, pattern)
         if syscall_ret is not None and restorer is not None:
             return syscall_ret, restorer
     process.check()
@@ -153,16 +157,17 @@ def _code(mappings: Mappings) -> Iterator[Mapping]:
 
 
 def _unused(process: Process, stack: Mapping | None) -> int:
-    """Return the bottom of the first stack if the process has not used it; otherwise 0."""
-    if stack is None or stack.length < 4 * calls.FRAME_BYTES:
+    """Return a place near the bottom of the first stack that holds nothing; 0 if there is none."""
+    if stack is None or stack.length < 2 * _ROOM:
         return 0
-    # A signal at a bad moment needs some room below it.
-    entries = process.pagemap.read(stack.start, 2 * calls.FRAME_BYTES)
-    touched = entries.count(PageBit.PRESENT) + entries.count(PageBit.SWAP)
-    # An earlier attach has left zeros, as it had found them, and so does whoever reads it.
-    if touched and process.read(stack.start, 3 * calls.FRAME_BYTES).strip(b"\0"):
-        return 0
-    return stack.start + calls.FRAME_BYTES
+    for number in range(min(_PLACES, stack.length // 2 // _ROOM)):
+        start = stack.start + number * _ROOM
+        entries = process.pagemap.read(start, _ROOM)
+        touched = entries.count(PageBit.PRESENT) + entries.count(PageBit.SWAP)
+        # An attach before this one has left zeros.
+        if not touched or not any(process.read(start, _ROOM)):
+            return start + calls.FRAME_BYTES
+    return 0
 
 
 def _candidates(process: Process, *, any_thread: bool) -> list[int]:
@@ -193,12 +198,7 @@ _BY_POINT = {
 
 def _fail(pid: int, result: Attached | None) -> NoReturn:
     if result is None:
-        _raise(
-            pid,
-            errno.EOPNOTSUPP,
-            "its first thread has ended or is ending, and no part of that stack is unused, which"
-            " would bring another thread home if we were killed meanwhile",
-        )
+        _raise(pid, errno.ESRCH, "it has no thread that could be stopped")
     code, point = result.code, result.point
     op = _BY_POINT.get(point, "attaching")
     hint = ""
