@@ -304,7 +304,7 @@ def test_what_is_not_x86_64_is_refused(ended: list[subprocess.Popen[bytes]]) -> 
     ended.append(target)
 
     class Elsewhere:
-        pid = target.pid
+        pid = memory_tid = target.pid
 
         def check(self) -> None: ...
 

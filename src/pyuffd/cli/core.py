@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _announcement(args: argparse.Namespace, target: Process) -> str:
     """Say what is stopped, and for how long it probably has to stand."""
-    size = _resident(target.pid)
+    size = _resident(target.memory_tid)
     name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace").rstrip("\n")
     if args.method == "stopped":
         pause = f"while all is copied, {size / EXPECTED_RATE + 0.01:.2f} s or more"

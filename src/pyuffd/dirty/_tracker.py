@@ -220,7 +220,7 @@ class DirtyTracker(Closing):
     def _pins(self) -> memoryview:
         spans = _rows.merged(
             (pin.start - pin.start % PAGE_SIZE, -(-pin.end // PAGE_SIZE) * PAGE_SIZE)
-            for pin in _pinned.buffers(self._process.pid)
+            for pin in _pinned.buffers(self._process.memory_tid)
         )
         return _rows.packed(spans)
 
@@ -238,7 +238,7 @@ class DirtyTracker(Closing):
         with self._lock:
             self._check_open()
             found = self._method.blind()
-        for pin in _pinned.buffers(self._process.pid):
+        for pin in _pinned.buffers(self._process.memory_tid):
             found.append(Blind(pin.start, pin.end, BlindReason.PINNED, pin.detail))
         return tuple(sorted(found, key=lambda blind: (blind.start, blind.end, blind.reason.value)))
 

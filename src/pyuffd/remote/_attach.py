@@ -104,7 +104,8 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
     """Refuse a target that cannot be attached, before any change; return /proc/PID/status."""
     if pid == os.getpid():
         raise ValueError("a process cannot attach to itself: make a Userfaultfd()")
-    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    tid = process.memory_tid
+    lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
     status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
     if (tracer := status.get("TracerPid", "0")) != "0":
         _raise(pid, errno.EBUSY, f"process {tracer} traces it (a debugger?)")
@@ -113,7 +114,7 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
     if "shstk" in status.get("x86_Thread_features", ""):
         _raise(pid, errno.EOPNOTSUPP, "it has a shadow stack, which forbids changing its way")
     try:
-        with open(f"/proc/{pid}/exe", "rb") as exe:
+        with open(f"/proc/{tid}/exe", "rb") as exe:
             header = exe.read(20)
     except OSError:  # deleted, or in another mount namespace: the registers tell
         return status
@@ -127,7 +128,7 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
 
 def _gadgets(process: Process, mappings: Mappings) -> tuple[int, int]:
     """Find the two instruction sequences that bring a thread home in code that it has mapped."""
-    pid = process.pid
+    pid, tid = process.pid, process.memory_tid
     syscall_ret = restorer = None
     read = 0
     for mapping in _code(mappings):
@@ -135,10 +136,10 @@ def _gadgets(process: Process, mappings: Mappings) -> tuple[int, int]:
         if read > _CODE_MOST:
             break
         if syscall_ret is None:
-            syscall_ret = calls.find(pid, mapping.start, mapping.end, _SYSCALL_RET)
+            syscall_ret = calls.find(tid, mapping.start, mapping.end, _SYSCALL_RET)
         for pattern in _RESTORERS:
             if restorer is None:
-                restorer = calls.find(pid, mapping.start, mapping.end, pattern)
+                restorer = calls.find(tid, mapping.start, mapping.end, pattern)
         if syscall_ret is not None and restorer is not None:
             return syscall_ret, restorer
     process.check()
@@ -198,7 +199,12 @@ _BY_POINT = {
 
 def _fail(pid: int, result: Attached | None) -> NoReturn:
     if result is None:
-        _raise(pid, errno.ESRCH, "it has no thread that could be stopped")
+        _raise(
+            pid,
+            errno.EOPNOTSUPP,
+            "its first thread has ended or is ending, and no part of that stack is unused, which"
+            " would bring another thread home if we were killed meanwhile",
+        )
     code, point = result.code, result.point
     op = _BY_POINT.get(point, "attaching")
     hint = ""

@@ -16,12 +16,13 @@ from pyuffd import _remote_calls as calls
 from pyuffd._abi import Feature
 from pyuffd._arguments import check_buffer, check_descriptor, check_int, check_pid, shown
 from pyuffd._closing import Closing
-from pyuffd._errors import ClosedError, UffdOSError, raise_errno
+from pyuffd._errors import ClosedError, ProcessGoneError, UffdOSError, raise_errno
 from pyuffd._owned import Descriptor
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, resolve_range
 from pyuffd.pagemap import Pagemap, PageRanges
 from pyuffd.regions import Region
 from pyuffd.remote._mappings import Kinds, Mappings, read_mappings, with_details
+from pyuffd.remote._through import has_memory, thread_with_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -113,11 +114,11 @@ class Process(Closing):
                 raise_errno(f"pidfd_open {pid}", code)
             self.pid = pid = _leader(pid)
             descriptor = Descriptor.of_process(pid)
+        self._thread = thread_with_memory(pid)
         with descriptor:
-            self.pagemap: Pagemap = Pagemap(pid)
+            self.pagemap: Pagemap = Pagemap(self._thread)
             try:
-                self._maps = _open(f"/proc/{pid}/maps")
-                self._kinds = Kinds(pid, self._maps.number)
+                self._open_maps()
                 self._pidfd = descriptor.moved()
                 self.mappings()  # a process without memory is refused
                 self.check()
@@ -141,6 +142,19 @@ class Process(Closing):
         if self._maker != os.getpid():
             raise ClosedError(f"this object belongs to process {self._maker}, not to its fork")
         return self._pidfd.number
+
+    @property
+    def memory_tid(self) -> int:
+        """The thread by whose id its memory is reached: `pid` until the first thread has ended."""
+        if not has_memory(self.pid, self._thread):
+            self._thread = thread_with_memory(self.pid)
+        return self._thread
+
+    def _open_maps(self) -> None:
+        self._opened_by = self.memory_tid
+        self._maps.close()
+        self._maps = _open(f"/proc/{self._opened_by}/maps")
+        self._kinds = Kinds(self._opened_by, self._maps.number)
 
     def close(self) -> None:
         """Close the descriptors; the process is not touched. A second call does nothing."""
@@ -197,8 +211,15 @@ class Process(Closing):
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
         """
         self.fileno()
-        found = read_mappings(self._maps.number, self.pid, self._kinds)
-        return with_details(found, self.pid) if details else found
+        try:
+            found = read_mappings(self._maps.number, self.pid, self._kinds)
+        except ProcessGoneError:
+            # The kernel reads them by the thread for which the file was opened, which has ended.
+            if self.memory_tid == self._opened_by:
+                raise
+            self._open_maps()
+            found = read_mappings(self._maps.number, self.pid, self._kinds)
+        return with_details(found, self.memory_tid) if details else found
 
     def threads(self) -> list[Thread]:
         """Return its threads, in the kernel's order.
@@ -268,10 +289,10 @@ class Process(Closing):
         if isinstance(target, Region):
             start, size = _place(target, offset)
             self._check_fits(packed, size, base)
-            lost, done = calls.read_ranges_to(self.pid, view, start, size, base)
+            lost, done = calls.read_ranges_to(self.memory_tid, view, start, size, base)
         elif isinstance(target, int) or hasattr(target, "fileno"):
             fd = check_descriptor("target", target)
-            lost, done = calls.read_ranges_to_file(self.pid, view, fd, offset, base)
+            lost, done = calls.read_ranges_to_file(self.memory_tid, view, fd, offset, base)
         else:
             check_buffer("target", target)
             with memoryview(target) as buffer, buffer.cast("B") as all_bytes:  # type: ignore[arg-type]
@@ -279,7 +300,7 @@ class Process(Closing):
                     raise ValueError("target is a read-only buffer")
                 part = all_bytes[offset:]
                 self._check_fits(packed, len(part), base)
-                lost, done = calls.read_ranges(self.pid, view, part, base)
+                lost, done = calls.read_ranges(self.memory_tid, view, part, base)
                 part.release()
         self.check()  # afterwards: the pid and the memory were the same all the time
         return Copied(done, PageRanges(lost))

@@ -101,7 +101,7 @@ def stop(process: Process, limit_s: float) -> Stop:
     if process.pid == os.getpid():
         raise ValueError("a process cannot stop itself")
     process.check()
-    pids = sharing(process.pid)
+    pids = sharing(process.pid, process.memory_tid)
     for _ in range(_ROUNDS_MOST):
         if os.getpid() in pids:
             raise ValueError(f"process {process.pid} shares its memory with this process")
@@ -110,7 +110,7 @@ def stop(process: Process, limit_s: float) -> Stop:
         held.stop(pids, int(limit_s * 1e9))
         if held.code:
             _fail(process, held)
-        now = sharing(process.pid)
+        now = sharing(process.pid, process.memory_tid)
         if set(now) <= set(pids):
             return Stop(held.threads, held.ns / 1e9, tuple(pids), since, held)
         held.close()
@@ -145,12 +145,17 @@ def _fail(process: Process, held: calls.StoppedThreads) -> None:
     raise_errno(f"stop process {process.pid}", held.code, hint=hint, tid=held.tid)
 
 
-def sharing(pid: int) -> list[int]:
-    """Return the processes with this one's memory, itself first: vfork and CLONE_VM make them."""
+def sharing(pid: int, tid: int) -> list[int]:
+    """Return the processes with this one's memory, itself first: vfork and CLONE_VM make them.
+
+    Args:
+        pid: The process.
+        tid: A thread of it that has not ended.
+    """
     found = [pid]
     # Kernel threads have no memory to compare, and what we may not trace cannot share the memory
     # of a process that we may.
     for name in os.listdir("/proc"):
-        if name.isdigit() and (other := int(name)) != pid and calls.shares_memory(pid, other):
+        if name.isdigit() and (other := int(name)) != pid and calls.shares_memory(tid, other):
             found.append(other)
     return found

@@ -162,7 +162,7 @@ class Writer:
         self._process = process
         self._fd = fd
         self._options = options
-        self._mem = _open_mem(process.pid)
+        self._mem = _open_mem(process.memory_tid)
         self._begin = time.monotonic()
         self._bytes = 0
         self.speed = SPEED  # bytes a second, of the last copy that was long enough to tell
@@ -190,7 +190,12 @@ class Writer:
         for part in slices(pages, SLICE):
             overwrite = bool(len(ranges.intersect(part, self._written)))
             copied = calls.copy(
-                self._process.pid, self._mem.number, part, pieces, self._fd, overwrite=overwrite
+                self._process.memory_tid,
+                self._mem.number,
+                part,
+                pieces,
+                self._fd,
+                overwrite=overwrite,
             )
             self._note(part, copied)
             progress.bytes += copied.bytes
@@ -237,7 +242,7 @@ class Writer:
                     self.copy(part, pieces, "stop")
                     continue
                 lost, _ = remote_calls.read_ranges(
-                    self._process.pid, part, room[done : done + size], None
+                    self._process.memory_tid, part, room[done : done + size], None
                 )
                 if len(lost):  # without PROT_READ: /proc/PID/mem has it
                     self.copy(part, pieces, "stop")
@@ -371,7 +376,7 @@ def content(
 ) -> memoryview:
     """Return the pages of a layout that have content, packed."""
     found = pieces.scan(process.pagemap.fileno(), unprotected=unprotected)
-    more = [span for part in layout if part.whole for span in _of_file(process.pid, part)]
+    more = [span for part in layout if part.whole for span in _of_file(process.memory_tid, part)]
     return ranges.union(found, PageRanges.of(more).memoryview())
 
 

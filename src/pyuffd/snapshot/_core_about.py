@@ -43,8 +43,8 @@ class About:
         self._nested = len(self._status["NSpid"].split()) > 1
         self._name = b""
         self._stat = self._read(pid)
-        self.auxv = Path(f"/proc/{pid}/auxv").read_bytes()
-        self._arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
+        self.auxv = Path(f"/proc/{process.memory_tid}/auxv").read_bytes()
+        self._arguments = Path(f"/proc/{process.memory_tid}/cmdline").read_bytes()
         self._ids = self._own_ids()
         for tid in self.tids():
             self._read(tid)

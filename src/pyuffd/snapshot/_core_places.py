@@ -98,7 +98,7 @@ class CoreLayout:
             return _Known(choice.wanted, [], choice.is_new, False, False, choice.is_settled)
         of_memory = shared.is_file_of_memory(m)
         with ExitStack() as stack:
-            file = shared.try_open(self._process.pid, m, stack) if of_memory else None
+            file = shared.try_open(self._process.memory_tid, m, stack) if of_memory else None
             if part is Part.HEADER:
                 spans = [(m.start, m.start + PAGE_SIZE)]
             elif m.length > BLOCK:

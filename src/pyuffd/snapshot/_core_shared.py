@@ -66,7 +66,7 @@ def copy_files(
     total += sum(ranges.bytes for _, ranges in of_process)
     done = 0
     for part, start, end in of_file:
-        with open_mapped(process.pid, part.mapping) as file:
+        with open_mapped(process.memory_tid, part.mapping) as file:
             for content, at in _read(file.number, part.mapping, start, end):
                 done += len(content)
                 if content.count(0) < len(content):
@@ -91,7 +91,7 @@ def _work(
     for part in parts:
         m = part.mapping
         try:
-            with open_mapped(process.pid, m) as file:
+            with open_mapped(process.memory_tid, m) as file:
                 found = PageRanges.of(_extents(file.number, part))
         except OSError:
             of_process.append((part, _core_pages.present(process, part.start, part.end)))

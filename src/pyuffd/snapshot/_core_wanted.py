@@ -48,7 +48,7 @@ class Chooser:
     def __init__(self, process: Process, mappings: Iterable[Mapping], *, full: bool) -> None:
         self._process = process
         self._full = full
-        self._filter = plan.read_filter(process.pid)
+        self._filter = plan.read_filter(process.memory_tid)
         self._flags = plan.Flags(mappings)
 
     def choose(self, mappings: Iterable[Mapping]) -> Iterator[Choice]:
@@ -84,7 +84,7 @@ class Chooser:
                 on_disk.append(m)
                 continue
             with suppress(OSError), ExitStack() as stack:
-                fd = shared.try_open(self._process.pid, m, stack)
+                fd = shared.try_open(self._process.memory_tid, m, stack)
                 if fd is not None and os.pread(fd, len(plan.ELF_MAGIC), 0) == plan.ELF_MAGIC:
                     found.add(m.start)
         if on_disk:

@@ -54,7 +54,7 @@ def captured(process: Process, layout_of: Layout, writer: Writer, options: Optio
         uffd = stack.enter_context(process.attach(NEEDED))
         at_barrier("attached")
         saver = Saver(
-            pid=process.pid,
+            pid=process.memory_tid,
             uffd=uffd.fileno(),
             pagemap_fd=process.pagemap.fileno(),
             mem_fd=writer.mem_fd,

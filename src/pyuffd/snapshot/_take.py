@@ -433,9 +433,9 @@ def identity_of(process: Process) -> dict[str, Any]:
     """Return what a process is; pid and start time name it until the next boot."""
     stat = Path(f"/proc/{process.pid}/stat").read_bytes().decode(errors="replace")
     before, _, after = stat.rpartition(")")
-    words = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+    words = Path(f"/proc/{process.memory_tid}/cmdline").read_bytes().split(b"\0")
     try:
-        exe = os.readlink(f"/proc/{process.pid}/exe")
+        exe = os.readlink(f"/proc/{process.memory_tid}/exe")
     except OSError:
         exe = ""
     return {
