@@ -43,7 +43,13 @@ RUN_TESTS := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dis
 ASAN_DIR := $(CURDIR)/build/asan
 ASAN_ENV = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:use_sigaltstack=0:abort_on_error=1 \
-	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=3 PYUFFD_FRESH_CHILDREN=1 PYTHONPATH=$(ASAN_DIR)
+	PYTHONMALLOC=malloc PYUFFD_BUDGET_SCALE=6 PYUFFD_FRESH_CHILDREN=1 PYTHONPATH=$(ASAN_DIR)
+# AddressSanitizer maps memory of its own at any time: it ends the process where that fails (limits, a memory cgroup that is
+# full), and may land in a gap that a test left. Its mlock() and mlockall() do nothing.
+ASAN_SUITE := tests/kernel/conformance/test_conformance.py::test
+ASAN_WITHOUT := $(foreach name,COPY.ENOMEM MOVE.ENOMEM ZEROPAGE.ENOMEM WRITEPROTECT.ENOMEM \
+	REGISTER.ok.across-a-gap,--deselect '$(ASAN_SUITE)[UFFDIO_$(name)') $(foreach name,test_diagnosis.py::test_too_many_mappings \
+	test_handler_present.py::test_locked_memory test_regions_limits.py,--deselect tests/kernel/$(name))
 
 # As above. Python itself is not instrumented, so its accesses are ignored; the first report fails the test.
 TSAN_DIR := $(CURDIR)/build/tsan
@@ -108,7 +114,7 @@ asan: $(VENV)/.installed-test
 	rm -rf $(ASAN_DIR)
 	PYUFFD_SANITIZE=address $(PIP) --no-build-isolation --no-deps --target $(ASAN_DIR) .
 	$(ASAN_ENV) $(BIN)/python -c 'import pyuffd._shim as s; assert "$(ASAN_DIR)" in s.__file__, s.__file__'
-	$(ASAN_ENV) $(RUN_TESTS) tests/kernel $(PYTEST_ARGS)
+	$(ASAN_ENV) $(RUN_TESTS) tests/kernel $(ASAN_WITHOUT) $(PYTEST_ARGS)
 
 tsan: $(VENV)/.installed-test
 	rm -rf $(TSAN_DIR)

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pyuffd import (
@@ -751,8 +752,19 @@ def run(program: Program) -> str:
     return ""
 
 
+def _wait_for_other_threads() -> None:
+    """Wait until they sleep: AddressSanitizer's malloc() hangs in a fork if one is in it."""
+    own, give_up = str(threading.get_native_id()), time.monotonic() + 5
+    while time.monotonic() < give_up:
+        others = (path for path in Path("/proc/self/task").iterdir() if path.name != own)
+        if all((path / "stat").read_text().rpartition(")")[2].split()[0] == "S" for path in others):
+            return
+        time.sleep(0.01)
+
+
 def attempt(program: Program) -> str:
     """Run a program in a fork; return what went wrong, which includes death and hanging."""
+    _wait_for_other_threads()
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
