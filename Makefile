@@ -62,6 +62,9 @@ TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests
 # ThreadSanitizer turns vfork() into fork(), which sends the event that this test must not see.
 TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_without_a_fork
 
+# Hundreds of short processes import the library and the tests: compiled once, even where the environment forbids it.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage machine-mutants engine-mutants criu clean
 .DELETE_ON_ERROR:
 
