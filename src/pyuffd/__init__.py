@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from pyuffd._overlay import OverlaySource
     from pyuffd._probe import KernelSupport, probe
     from pyuffd._residency import PageResidency, Residency, residency
+    from pyuffd._working_set import WorkingSet, WorkingSetRun
     from pyuffd.dirty import (
         Blind,
         BlindReason,
@@ -126,6 +127,7 @@ else:
         "_overlay": "OverlaySource",
         "_probe": "KernelSupport probe",
         "_residency": "PageResidency Residency residency",
+        "_working_set": "WorkingSet WorkingSetRun",
         "dirty": "Blind BlindReason DirtyRound DirtyTracker Grown LayoutChange Mapped Moved"
         " Protected Unmapped",
         "handlers": "Checkpoint FaultLog Handler HandlerStats Latency LoggedFault PageState"
@@ -258,6 +260,8 @@ __all__ = [
     "Unmapped",
     "UnsupportedFeatureError",
     "Userfaultfd",
+    "WorkingSet",
+    "WorkingSetRun",
     "WriteprotectMode",
     "ZeroSource",
     "ZeropageMode",

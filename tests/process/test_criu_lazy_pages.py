@@ -22,8 +22,9 @@ import pytest
 
 pytest.importorskip("google.protobuf")
 
-from pyuffd import CriuError, Feature, Userfaultfd
+from pyuffd import CriuError, Feature, Userfaultfd, _working_set_files
 from pyuffd.criu import Images, LazyPages, RemotePages, RestoreReport
+from pyuffd.criu._working_set import length_of
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests.criu._client import FINISHED
@@ -136,8 +137,44 @@ def test_a_working_set_is_written_and_filled_first(tmp_path: Path) -> None:
                 client.ask("page", 0, page)
         assert reports[0].recorded_pages == 5
         assert reports[0].hot_bytes == 0
-    data = array.array("Q", hot.read_bytes()[56:])
-    assert [page - client.starts[0] // PAGE for page in data[1::2]] == [0, 300, 7, 8, 90]
+        images = Images(tmp_path / "images")
+        known = _working_set_files.load(str(hot), images.id, length_of(images))
+        assert known is not None
+        pages_of_it = [
+            page // PAGE
+            for run in known
+            for page in range(run.offset, run.offset + run.length, PAGE)
+        ]
+        assert pages_of_it == [0, 300, 7, 8, 90]
+
+
+def test_a_working_set_that_is_damaged_is_recorded_anew(tmp_path: Path) -> None:
+    """One that is whole is filled first; what it names is never content."""
+    pages, runs = (512,), [(0, 0, 512)]
+    hot = tmp_path / "hot"
+    hot.write_bytes(b"pyuffdws" + bytes(80))
+    with Client(*pages) as client:
+        write_images(tmp_path / "images", client.starts, pages, runs)
+        images = Images(tmp_path / "images")
+        with (
+            LazyPages(images, working_set=hot, record_s=0.5) as server,
+            serving(server) as reports,
+        ):
+            client.connect(server)
+            client.ask("page", 0, 77)
+        assert (reports[0].recorded_pages, reports[0].hot_bytes) == (2, 0)
+    with Client(*pages) as client:
+        stamps = write_images(tmp_path / "images", client.starts, pages, runs)[0]
+        images = Images(tmp_path / "images")
+        _working_set_files.add(str(hot), images.id, length_of(images), [(500, 12), (3, 1)])
+        with (
+            LazyPages(images, working_set=hot) as server,
+            serving(server) as reports,
+        ):
+            client.connect(server)
+            assert client.ask("stamps") == stamps
+        assert reports[0].recorded_pages == 0
+        assert 0 < reports[0].hot_bytes < 30 * PAGE
 
 
 @pytest.mark.parametrize("who", ["worker", "worker, in the middle"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +12,12 @@ import pytest
 pytest.importorskip("google.protobuf")
 
 from pyuffd import CriuError
+from pyuffd._working_set import ID_BYTES
 from pyuffd.criu import Images, _records, _schema
 from pyuffd.criu._content import SLICE, Files, slices, source_of
 from pyuffd.criu._images import LazySpan
 from pyuffd.criu._pagemaps import Run
-from pyuffd.criu._working_set import WorkingSet
+from pyuffd.criu._working_set import length_of, places_of
 from tests.criu._images import (
     LAZY,
     PAGE,
@@ -265,47 +266,17 @@ def test_slices_cover_the_content_once() -> None:
     assert covered == span.content_bytes
 
 
-def test_a_working_set_comes_back(tmp_path: Path) -> None:
+def test_the_image_of_a_working_set(tmp_path: Path) -> None:
+    """The spans of all processes, one behind the other."""
     images = Images(tree(tmp_path))
-    path = str(tmp_path / "hot")
-    found = WorkingSet(images.id)
-    found.add(10, [BASE + 7 * PAGE + 5, BASE + PAGE, BASE + 2 * PAGE, BASE + 7 * PAGE])
-    found.add(10, [BASE + (1 << 20)])
-    found.save(path)
-    again = WorkingSet.load(path, images)
-    assert again is not None
-    assert len(again) == 4
-    assert list(again.runs(images.tasks[10])) == [
-        (0, 7 * PAGE, PAGE),
-        (0, PAGE, 2 * PAGE),
-        (1, 0, PAGE),
-    ]
-    assert os.listdir(tmp_path).count("hot") == 1
-
-
-def test_a_working_set_names_memory_that_is_not_there(tmp_path: Path) -> None:
-    images = Images(tree(tmp_path))
-    found = WorkingSet(images.id, [(10, 0), (10, 1 << 60), (99, BASE // PAGE), (1 << 63, 0)])
-    assert list(found.runs(images.tasks[10])) == []
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"",
-        lambda data: data[:40],
-        lambda data: data[:-8],
-        lambda data: b"x" + data[1:],
-        lambda data: data[:8] + b"\2" + data[9:],
-        lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:],
-        lambda data: data[:48] + (1 << 40).to_bytes(8, "little") + data[56:],
-        lambda data: data[:48] + bytes(8) + data[56:],
-    ],
-    ids=["empty", "cut head", "cut", "magic", "version", "other images", "huge", "none"],
-)
-def test_a_damaged_working_set_is_none(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    images = Images(tree(tmp_path))
-    path = tmp_path / "hot"
-    WorkingSet(images.id, [(10, BASE // PAGE)]).save(str(path))
-    path.write_bytes(damage(path.read_bytes()))
-    assert WorkingSet.load(str(path), images) is None
+    places = places_of(images)
+    assert list(places) == list(images.tasks)
+    flat = [place for each in places.values() for place in each]
+    spans = [span for task in images.tasks.values() for span in task.spans]
+    assert [place.length for place in flat] == [span.length for span in spans]
+    assert [place.memory for place in flat] == list(range(len(spans)))
+    assert [place.offset for place in flat[1:]] == list(
+        itertools.accumulate(place.length for place in flat[:-1])
+    )
+    assert flat[-1].offset + flat[-1].length == length_of(images)
+    assert len(images.id) == ID_BYTES

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pyuffd import _working_set_files
 from pyuffd._abi import Ioctl
 from pyuffd._errors import (
     ClosedError,
@@ -24,11 +25,13 @@ from pyuffd._errors import (
     UffdOSError,
 )
 from pyuffd._pages import PAGE_SIZE
+from pyuffd._recording import Recording, Watched
 from pyuffd._uffd import Userfaultfd
+from pyuffd._working_set import WorkingSet, parts
 from pyuffd.criu._content import Files, slices, source_of
 from pyuffd.criu._images import Images, LazySpan, TaskImage
 from pyuffd.criu._restore_socket import RestoreSocket
-from pyuffd.criu._working_set import WorkingSet
+from pyuffd.criu._working_set import GAP, length_of, places_of
 from pyuffd.handlers import Handler
 from pyuffd.sources import PageSource
 
@@ -37,8 +40,6 @@ log = logging.getLogger(__name__)
 # Memory is short, or a process changes its layout without end: then try again, until stop().
 _RETRIED = (errno.EAGAIN, errno.ENOMEM)
 _RETRY_S = 0.2
-# How often the demand faults are looked at that a working set is recorded from.
-_LOOK_S = 0.05
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -221,17 +222,30 @@ class Restore:
 
     def _fill(self) -> None:
         path = self._options.working_set
-        hot = None if path is None else WorkingSet.load(path, self._images)
+        hot = None if path is None else self._load_set(path)
         if hot is not None:
             self._in_threads(self._hot_parts(hot), is_hot=True)
         elif path is not None:
             self._record(path)
         self._in_threads(self._all_parts())
 
+    def _load_set(self, path: str) -> WorkingSet | None:
+        known = _working_set_files.load(path, self._images.id, length_of(self._images))
+        if known is not None and known.problem:
+            log.info("pyuffd: the working set %s is not used: %s", path, known.problem)
+            return None
+        return known
+
     def _hot_parts(self, hot: WorkingSet) -> Iterator[tuple[ServedTask, ServedSpan, int, int]]:
-        for task in self._tasks.values():
-            for number, offset, length in hot.runs(task.image):
-                yield task, task.spans[number][0], offset, length
+        places = places_of(self._images)
+        spans: dict[int, tuple[ServedTask, ServedSpan]] = {}
+        for pid, task in self._tasks.items():
+            for place, (served, _) in zip(places[pid], task.spans, strict=True):
+                spans[place.memory] = (task, served)
+        known = [place for each in places.values() for place in each]
+        for number, begin, end in parts(hot.often(), known, gap=GAP):
+            if number in spans:
+                yield *spans[number], begin, end - begin
 
     def _all_parts(self) -> Iterator[tuple[ServedTask, ServedSpan, int, int]]:
         for task in self._tasks.values():
@@ -294,25 +308,22 @@ class Restore:
 
     def _record(self, path: str) -> None:
         """Serve faults only, for some time, and note which pages they are."""
-        found = WorkingSet(self._images.id)
-        pids = {
-            self._handler.space_of(task.uffd): pid
+        places = places_of(self._images)
+        watched = [
+            Watched(self._handler.space_of(task.uffd), served.start, served.length, (place,))
             for pid, task in self._tasks.items()
-            if task.spans
-        }
-        until = time.monotonic() + self._options.record_s
-        while not self._stopped.is_set() and time.monotonic() < until:
-            self._stopped.wait(min(_LOOK_S, max(0.0, until - time.monotonic())))
-            for fault in self._handler.take_faults():
-                if fault.space in pids:
-                    found.add(pids[fault.space], [fault.address])
-        if len(found):
-            try:
-                found.save(path)
-            except OSError as error:
-                log.warning("pyuffd: the working set is not saved: %s", error)
-            else:
-                self.report.recorded_pages = len(found)
+            for place, (served, _) in zip(places[pid], task.spans, strict=True)
+        ]
+        recording = Recording(self._handler.take_faults, watched, self._options.record_s)
+        recording.run(self._stopped)
+        if not len(recording):
+            return
+        try:
+            _working_set_files.add(path, self._images.id, length_of(self._images), recording.runs)
+        except OSError as error:
+            log.warning("pyuffd: the working set is not saved: %s", error)
+        else:
+            self.report.recorded_pages = len(recording)
 
     # The end
 

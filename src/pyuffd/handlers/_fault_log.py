@@ -81,6 +81,11 @@ class FaultLog(Sequence[LoggedFault]):
         """The addresses in order, as a view of 64-bit numbers."""
         return memoryview(self.data).cast("Q")[::_WORDS]
 
+    @property
+    def spaces(self) -> memoryview:
+        """The spaces in order, as `LoggedFault.space`, as a view of 64-bit numbers."""
+        return memoryview(self.data).cast("Q")[_WORDS - 1 :: _WORDS]
+
     def offsets(self, region: RangeLike, *, space: int = 0) -> array[int]:
         """Return the offsets of a region's pages in the order of their first faults, each once.
 
@@ -91,10 +96,9 @@ class FaultLog(Sequence[LoggedFault]):
         check_region(region)
         check_int("space", space, 0)
         start, end, page_size = region.start, region.start + region.length, page_size_of(region)
-        spaces = memoryview(self.data).cast("Q")[_WORDS - 1 :: _WORDS]
         seen = dict.fromkeys(
             round_down(address - start, page_size)
-            for address, its_space in zip(self.addresses, spaces, strict=True)
+            for address, its_space in zip(self.addresses, self.spaces, strict=True)
             if start <= address < end and its_space == space
         )
         return array("Q", seen)
