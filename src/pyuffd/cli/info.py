@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 from typing import Any
 
-from pyuffd import RunState, Snapshot
+from pyuffd import RunState, Snapshot, WorkingSet
 from pyuffd.cli._progress import MIB
 
 REGIONS_SHOWN = 20
@@ -16,18 +18,36 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the `info` command."""
     parser = subparsers.add_parser(
         "info",
-        description="Show what a snapshot is of: the process, the instant, its parents, and its"
-        " largest mappings. Checks the tables, not the content (see `pyuffd verify`).",
-        epilog="Exit status: 0, 2 if it is damaged or no snapshot.",
+        description="Show what a snapshot is of: the process, the instant, its parents, its"
+        " largest mappings, and its working sets. Checks the tables, not the content (see `pyuffd"
+        " verify`).",
+        epilog="Exit status: 0, 2 if it is damaged or no snapshot, or has no working set to draw."
+        " --png needs matplotlib (pip install 'pyuffd[plot]').",
     )
     parser.add_argument("directory", metavar="DIR", help="the snapshot")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--png",
+        metavar="FILE",
+        help="draw a working set: where it is in the mappings, and in which order it was touched",
+    )
+    parser.add_argument(
+        "--working-set",
+        metavar="NAME",
+        help="with --png: which one; the first that can be used by default",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Show it."""
+    if args.png and importlib.util.find_spec("matplotlib") is None:
+        print("pyuffd: --png needs matplotlib: pip install 'pyuffd[plot]'", file=sys.stderr)
+        return 2
     with Snapshot.open(args.directory) as snapshot:
-        facts = _facts(snapshot)
+        sets = snapshot.working_sets()
+        facts = _facts(snapshot, sets)
+        if args.png and not _draw(args.png, snapshot, sets, args.working_set):
+            return 2
     if args.json:
         print(json.dumps(facts))
         return 0
@@ -47,10 +67,35 @@ def run(args: argparse.Namespace) -> int:
     for gap in facts["gaps"]:
         if gap["reason"] != "special":
             print(f"gap: {gap['reason']}, {gap['length'] / MIB:.2f} MiB {gap['detail']}")
+    for name, known in facts["working_sets"].items():
+        if known["problem"]:
+            print(f"working set {name} is not used: {known['problem']}")
+            continue
+        times = "once" if known["recordings"] == 1 else f"{known['recordings']} times"
+        print(
+            f"working set {name}: {known['bytes'] / MIB:.2f} MiB in {known['runs']} runs, recorded"
+            f" {times}; {known['often_bytes'] / MIB:.2f} MiB of it mostly touched"
+        )
     return 0
 
 
-def _facts(snapshot: Snapshot) -> dict[str, Any]:
+def _draw(path: str, snapshot: Snapshot, sets: dict[str, WorkingSet], name: str | None) -> bool:
+    from pyuffd.cli import _hot_map
+
+    if name is None:
+        name = next((each for each, known in sets.items() if not known.problem), None)
+    known = None if name is None else sets.get(name)
+    if known is None or known.problem:
+        why = f": {known.problem}" if known is not None else ""
+        what = "working set" if name is None else f"working set {name}"
+        print(f"pyuffd: {snapshot.path} has no {what} to draw{why}", file=sys.stderr)
+        return False
+    title = f"working set {name} of process {snapshot.manifest['target']['pid']}"
+    _hot_map.draw(path, title, snapshot.regions, known)
+    return True
+
+
+def _facts(snapshot: Snapshot, sets: dict[str, WorkingSet]) -> dict[str, Any]:
     sizes = {state.value: 0 for state in RunState}
     for run_ in snapshot.runs:
         sizes[run_.state.value] += run_.length
@@ -63,4 +108,14 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
         "bytes": sizes,
         "regions": snapshot.manifest["regions"],
         "gaps": snapshot.manifest["gaps"],
+        "working_sets": {
+            name: {
+                "recordings": known.recordings,
+                "runs": len(known),
+                "bytes": known.length,
+                "often_bytes": sum(run.length for run in known.often()),
+                "problem": known.problem,
+            }
+            for name, known in sets.items()
+        },
     }

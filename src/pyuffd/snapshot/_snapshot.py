@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 from pyuffd._arguments import check_int
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, SnapshotFormatError
-from pyuffd._pages import RangeLike
+from pyuffd._pages import PAGE_SIZE, RangeLike, check_aligned, check_region, page_size_of
+from pyuffd._recording import Recording, Until, Watched, check_until
+from pyuffd._uffd import Userfaultfd
+from pyuffd._working_set import WorkingSet
 from pyuffd.dirty import DirtyTracker
+from pyuffd.handlers import Handler
 from pyuffd.remote._process import Process
-from pyuffd.snapshot import _flatten, _take
+from pyuffd.snapshot import _flatten, _take, _working_sets
 from pyuffd.snapshot._capture import Method, SnapshotProgress
 from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
 from pyuffd.snapshot._layout import Shared
@@ -255,6 +260,114 @@ class Snapshot(Closing):
             OSError: ENOSPC, EIO and others - writing the files failed.
         """
         return _flatten.flatten(self._checked(), path, durable=durable, progress=progress)
+
+    # Working sets
+
+    def working_sets(self) -> dict[str, WorkingSet]:
+        """Return the recorded working sets by name.
+
+        One whose file is damaged, or is of another snapshot, has a `WorkingSet.problem` and no
+        pages.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        return _working_sets.load_all(self._checked())
+
+    def working_set(self, name: str) -> WorkingSet | None:
+        """Return a working set, as `working_sets` does; None if there is none with this name."""
+        return _working_sets.load(self._checked(), name)
+
+    def image_offset(self, address: int) -> int:
+        """Return where an address is in the image, as `WorkingSetRun.offset` counts.
+
+        The image is `regions`, one behind the other.
+
+        Raises:
+            LookupError: it was not mapped.
+        """
+        check_int("address", address, 0)
+        offset = 0
+        for region in self._checked().regions:
+            if region.start <= address < region.end:
+                return offset + address - region.start
+            offset += region.length
+        raise LookupError(f"{address:#x} was not mapped")
+
+    def record(
+        self,
+        name: str,
+        handler: Handler,
+        memory: Iterable[tuple[RangeLike, int]],
+        *,
+        uffd: Userfaultfd | None = None,
+        until: Until = "settled",
+        stop: threading.Event | None = None,
+    ) -> WorkingSet:
+        """Note which pages of memory that has this snapshot's content are touched, and save them.
+
+        Demand faults count, in the order of their first touch; what is filled without a fault does
+        not, so nothing should be filled in the background meanwhile. Faults that the log already
+        has count too, and are taken out of it. If there is a working set with this name, this is
+        one more recording of it.
+
+        Args:
+            name: Up to 64 letters, digits, ".", "_" and "-".
+            handler: It serves the memory, and was made with `fault_log=`.
+            memory: Pairs of a region and the address in the snapshot whose content it has.
+            uffd: The userfaultfd of the memory, if it is another one than the handler's.
+            until: Seconds, or "settled": until less than 2 % of the pages were touched in the last
+                second, and for a minute at most.
+            stop: Ends it early; what was recorded by then is saved.
+
+        Returns:
+            The working set as it is now. If nothing was touched, it is not saved.
+
+        Raises:
+            ValueError: a bad name, no fault log, or memory that is no part of the snapshot.
+            OSError: the file cannot be written.
+
+        GIL: released while waiting.  Threads: may be called in a thread of its own.  Blocks: as
+        `until` says.
+
+        Example:
+            Record what a program touches in ten seconds::
+
+                with pyuffd.lazy(source, fault_log=1 << 20) as memory:
+                    start_the_program(memory)
+                    snapshot.record("startup", memory.handler, [(memory, address)], until=10)
+        """
+        image = self._checked()
+        _working_sets.check_name(name)
+        until = check_until(until)
+        pairs = [(region, check_int("address", address, 0)) for region, address in memory]
+        for region, address in pairs:
+            check_region(region)
+            check_aligned("address", address, PAGE_SIZE)
+        parts = _working_sets.places(
+            image,
+            [(address, region.length, page_size_of(region)) for region, address in pairs],
+        )
+        for (region, address), found in zip(pairs, parts, strict=True):
+            if not found:
+                raise ValueError(
+                    f"the snapshot has nothing at [{address:#x}, {address + region.length:#x})"
+                )
+        space = 0 if uffd is None else handler.space_of(uffd)
+        recording = Recording(
+            handler.take_faults,
+            [
+                Watched(space, region.start, region.length, tuple(found))
+                for (region, _), found in zip(pairs, parts, strict=True)
+            ],
+            until,
+        )
+        recording.run(threading.Event() if stop is None else stop)
+        if not len(recording):
+            return _working_sets.load(image, name) or WorkingSet(
+                _working_sets.image_id(image), _working_sets.image_length(image)
+            )
+        return _working_sets.add(image, name, recording.runs)
 
     # Ending
 

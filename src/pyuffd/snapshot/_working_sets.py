@@ -1,0 +1,86 @@
+"""The working sets of a snapshot: files beside its own, which are hints and never content."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+from pyuffd import _working_set_files
+from pyuffd._working_set import ID_BYTES, Place, Run, WorkingSet
+from pyuffd.snapshot._reading import Image
+
+SUFFIX = ".working-set"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: object) -> str:
+    """Return the name of a working set, which becomes a part of that of its file."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a working set must be a str, not {type(name).__name__}")
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:80]!r} is no name of a working set: up to 64 letters, digits, '.', '_' and"
+            " '-', the first a letter or a digit"
+        )
+    return name
+
+
+def image_id(image: Image) -> bytes:
+    """Return what its working sets are bound to."""
+    return image.id.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
+
+
+def image_length(image: Image) -> int:
+    """Return the size of all its regions."""
+    return sum(region.length for region in image.regions)
+
+
+def load(image: Image, name: str) -> WorkingSet | None:
+    """Return a working set, with a `problem` if it cannot be used; None if there is none."""
+    path = os.path.join(image.path, check_name(name) + SUFFIX)
+    return _working_set_files.load(path, image_id(image), image_length(image))
+
+
+def load_all(image: Image) -> dict[str, WorkingSet]:
+    """Return all working sets by name, in its order."""
+    found = {}
+    for entry in sorted(os.listdir(image.path)):
+        name = entry.removesuffix(SUFFIX)
+        if name == entry or not _NAME.fullmatch(name):
+            continue
+        if (known := load(image, name)) is not None:
+            found[name] = known
+    return found
+
+
+def add(image: Image, name: str, recorded: Iterable[Run], filled: Iterable[Run] = ()) -> WorkingSet:
+    """Add a recording to a working set, and return it."""
+    path = os.path.join(image.path, check_name(name) + SUFFIX)
+    return _working_set_files.add(path, image_id(image), image_length(image), recorded, filled)
+
+
+def places(image: Image, memory: Sequence[tuple[int, int, int]]) -> list[list[Place]]:
+    """Return where parts of memory are in the image, for each: one place for each mapping.
+
+    Args:
+        image: The image.
+        memory: For each: the address in the snapshot, bytes, and the size of its pages.
+    """
+    found: list[list[Place]] = [[] for _ in memory]
+    offset = 0
+    for region in image.regions:
+        for number, (address, length, page_size) in enumerate(memory):
+            begin, end = max(address, region.start), min(address + length, region.end)
+            if begin < end:
+                found[number].append(
+                    Place(
+                        offset + begin - region.start,
+                        end - begin,
+                        number,
+                        begin - address,
+                        page_size,
+                    )
+                )
+        offset += region.length
+    return found
