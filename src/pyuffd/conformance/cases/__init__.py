@@ -44,5 +44,6 @@ MODULES = (
     "thp",
     "zap",
     "kernel_access",
+    "races",
     "crossings",
 )
