@@ -101,6 +101,8 @@ if TYPE_CHECKING:
     )
     from pyuffd.snapshot import (
         CoreFile,
+        Restore,
+        RestoreStats,
         RunState,
         Snapshot,
         SnapshotGap,
@@ -137,8 +139,8 @@ else:
         "pagemap": "PageEntries Pagemap PageRange PageRanges ScanResult",
         "regions": "Region RegionKind",
         "remote": "Copied Mapping MappingKind Mappings Process RegisterSet Stop Thread",
-        "snapshot": "CoreFile RunState Snapshot SnapshotGap SnapshotProgress SnapshotRegion"
-        " SnapshotReport SnapshotRun write_core",
+        "snapshot": "CoreFile Restore RestoreStats RunState Snapshot SnapshotGap SnapshotProgress"
+        " SnapshotRegion SnapshotReport SnapshotRun write_core",
         "sources": "PROMISED AsyncSource BufferSource CallableSource FileSource PageSource"
         " Promised ZeroSource",
     }
@@ -234,6 +236,8 @@ __all__ = [
     "Remap",
     "Remove",
     "Residency",
+    "Restore",
+    "RestoreStats",
     "RunState",
     "RwprotectMode",
     "ScanFlag",

@@ -232,17 +232,18 @@ class HandoverError(UffdError):
         return f"{self.args[1]}{peer}"
 
 
-SnapshotReason = Literal["busy", "shared", "stalled", "parent", "ended"]
+SnapshotReason = Literal["busy", "shared", "stalled", "parent", "ended", "gaps"]
 
 
 class SnapshotError(UffdError, RuntimeError):
-    """A snapshot was not taken; the process runs on as before, and nothing is left of it.
+    """A snapshot was not taken, or not restored; what it is of is as before, and nothing is left.
 
     Attributes:
         reason: "busy": another snapshot of the process is being taken. "shared": it has memory that
             others write too, which has no instant. "stalled": it would have had to wait for longer
             than `max_stall_s`. "parent": the parent is not the snapshot that the tracker or the
             memory belongs to. "ended": the process has exited or replaced its memory meanwhile.
+            "gaps": the snapshot does not have all of the memory that is to be restored.
     """
 
     reason: SnapshotReason

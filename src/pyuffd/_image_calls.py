@@ -6,7 +6,7 @@ Everything is packed and in ascending order. Every call releases the GIL.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -105,3 +105,42 @@ def differ(a: Buffer, b: Buffer, start: int) -> memoryview:
     if code:
         raise_errno("comparing pages", -code, start)
     return packed
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Where the content of a range is, in the files of a snapshot and its parents.
+
+    Attributes:
+        runs: Packed (offset, leaf, offset in the leaf); leaf 0 is zeros, leaf n + 1 the nth file.
+        others: Packed (start, end, number of the state) of what is neither data nor zeros; 0 is
+            memory that was not mapped.
+        pieces: Packed (start, end, bytes of data), which cover all data.
+        data_bytes: Bytes of data.
+        is_packed: Whether some of it is compressed, so that the offsets in files mean nothing.
+    """
+
+    runs: memoryview
+    others: memoryview
+    pieces: memoryview
+    data_bytes: int
+    is_packed: bool
+
+
+def resolve_chain(tables: Sequence[bytes], start: int, end: int, piece: int) -> Chain:
+    """Look up [start, end) in tables of runs, the newest first, as `_format.Runs` packs them.
+
+    Raises:
+        UffdOSError: EINVAL - a run refers to a parent that is not there.
+    """
+    found = ffi.new("struct uffd_chain *")
+    owners = [ffi.from_buffer("uint64_t[]", table) for table in tables]
+    rows = ffi.new(
+        "struct uffd_chain_table[]",
+        [(owner, len(table) // 48) for owner, table in zip(owners, tables, strict=True)],
+    )
+    code = lib.uffd_chain_resolve(rows, len(tables), start, end, piece, found)
+    runs, others, pieces = map(take_ranges, (found.runs, found.others, found.pieces))
+    if code:
+        raise_errno("snapshot", -code, start, end - start)
+    return Chain(runs, others, pieces, int(found.data_bytes), bool(found.is_packed))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pyuffd._arguments import check_int, shown
 from pyuffd._pages import PAGE_SIZE, round_down, round_up
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Gaps = Literal["refuse", "zeros"]
 GAPS = ("refuse", "zeros")
+_PACKED = struct.Struct("=3Q")
 LARGEST = 1 << 63  # of offsets in files
 IN_C = (FileSource, BufferSource, ZeroSource)  # sources that the engine reads without Python
 
@@ -35,6 +37,30 @@ class Run(NamedTuple):
         """Return the part of it in [start, end), which meet."""
         first = max(start, self.start)
         return Run(first, min(end, self.end), self.leaf, self.offset + first - self.start)
+
+
+class PackedRuns(Sequence[Run]):
+    """Runs as C has them: (start, leaf, offset), 64-bit numbers each; the last ends at `length`."""
+
+    def __init__(self, words: bytes, length: int) -> None:
+        self.words = words
+        self._length = length
+
+    def __len__(self) -> int:
+        return len(self.words) // _PACKED.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"run {index} of {count}")
+        index %= count
+        start, leaf, offset = _PACKED.unpack_from(self.words, index * _PACKED.size)
+        end = self._length
+        if index + 1 < count:
+            end = _PACKED.unpack_from(self.words, (index + 1) * _PACKED.size)[0]
+        return Run(start, end, leaf, offset)
 
 
 class OverlaySource:
@@ -136,6 +162,11 @@ class OverlaySource:
         self = cls.__new__(cls)
         self._length, self.runs, self.leaves = length, runs, leaves
         return self
+
+    @classmethod
+    def _of_packed(cls, leaves: Sequence[PageSource], words: bytes, length: int) -> Self:
+        """Return the same of runs that are packed, and whose leaves are long enough."""
+        return cls._of_runs(leaves, PackedRuns(words, length), length)
 
     def with_leaves(self, leaves: Sequence[PageSource]) -> OverlaySource:
         """Return the same overlay of other sources, in the order of `leaves`."""
@@ -302,6 +333,8 @@ def packed_runs(source: OverlaySource, length: int) -> tuple[list[PageSource], b
     Raises:
         ValueError: a leaf has become shorter than the overlay needs it.
     """
+    if isinstance(source.runs, PackedRuns) and source.length == length:
+        return list(source.leaves), source.runs.words
     numbers: dict[int, int] = {}
     past: dict[int, int] = {}  # how far each leaf is used
     packed = array("Q")

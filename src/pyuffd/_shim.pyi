@@ -331,6 +331,9 @@ class _Lib:
         /,
     ) -> int: ...
     def uffd_remote_same_memory(self, pid: int, other_pid: int, /) -> int: ...
+    def uffd_chain_resolve(
+        self, tables: CData, depth: int, start: int, end: int, piece: int, ret: CData, /
+    ) -> int: ...
     def uffd_image_copy(
         self,
         pid: int,

@@ -24,7 +24,7 @@ FLOORS = [
     {"dirty/ranges", "remote/maps"},
     {"dirty/round", "remote/memory", "remote/trace", "remote/frame"},
     {"remote/inject", "remote/registers", "snapshot/image"},
-    {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages"},
+    {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages", "snapshot/chain"},
     {"snapshot/saver"},
     {"remote/attach", "remote/stopped"},
     {"engine/base", "engine/alloc", "engine/runs"},

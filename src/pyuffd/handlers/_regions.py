@@ -441,6 +441,16 @@ class ServesRegions(HandlerBase):
         if errors:
             raise errors[0]
 
+    def _release(self, region: RangeLike) -> None:
+        """Stop serving a region whose absent pages are right as the kernel has them.
+
+        Nothing is poisoned. For a caller who has filled all that has content.
+        """
+        with self._lock:
+            engine = self._running_engine()
+            served, _ = self._served_of(region, 0, None, None)[0]
+            self._unserve(engine, served, seal=False)
+
     def _served_of(
         self, region: RangeLike | int, offset: int, length: int | None, uffd: Userfaultfd | None
     ) -> list[tuple[Served, Part | None]]:

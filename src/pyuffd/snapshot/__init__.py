@@ -8,11 +8,14 @@ from __future__ import annotations
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._core import CoreFile, write_core
 from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
+from pyuffd.snapshot._restore import Restore, RestoreStats
 from pyuffd.snapshot._snapshot import Snapshot
 from pyuffd.snapshot._take import SnapshotReport
 
 __all__ = [
     "CoreFile",
+    "Restore",
+    "RestoreStats",
     "RunState",
     "Snapshot",
     "SnapshotGap",

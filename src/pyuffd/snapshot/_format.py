@@ -126,6 +126,11 @@ class Runs(Sequence[SnapshotRun]):
                 yield run
             index += 1
 
+    @property
+    def rows(self) -> bytes:
+        """The rows as they are in the file `runs`, behind its header."""
+        return self._packed
+
     def pack(self) -> bytes:
         """Return the content of the file `runs`."""
         return _HEADER.pack(_MAGIC, VERSION, _ROW.size, len(self), 0) + self._packed

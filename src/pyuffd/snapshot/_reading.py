@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -29,6 +31,7 @@ from pyuffd.snapshot._format import (
     runs_length,
     unseal,
 )
+from pyuffd.sources import FileSource
 
 # Chunks kept, since neighbours are often read together.
 _KEPT = 8
@@ -55,6 +58,7 @@ class Image(Closing):
         self.path = os.path.abspath(path)
         self.parent: Image | None = None
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        self._holds, self._closes, self._holding = 0, False, threading.Lock()
         with ExitStack() as stack:
             folder = stack.enter_context(open_directory(self.path))
             raw = _read(folder, self.path, MANIFEST, MANIFEST_MOST)
@@ -177,6 +181,28 @@ class Image(Closing):
             )
         return content
 
+    def check_chunk(self, run: SnapshotRun) -> None:
+        """Raise SnapshotFormatError if the content of a run of data is not what was written."""
+        self._chunk(run)
+
+    def pages_fileno(self) -> int:
+        """Return the descriptor of the file `pages`."""
+        return self._pages.number
+
+    def pages_source(self) -> FileSource | None:
+        """Return the file `pages` as a page source; None if it is empty."""
+        if not os.fstat(self._pages.number).st_size:
+            return None
+        source = FileSource(self._pages.number)
+        source._warns = False  # a program never sees it
+        return source
+
+    def regions_in(self, start: int, end: int) -> list[SnapshotRegion]:
+        """Return the regions that touch [start, end)."""
+        first = bisect_right(self.regions, start, key=lambda region: region.end)
+        last = bisect_left(self.regions, end, key=lambda region: region.start)
+        return self.regions[first:last]
+
     def region_at(self, address: int) -> SnapshotRegion | None:
         """Return the region that holds an address."""
         return next((r for r in self.regions if r.start <= address < r.end), None)
@@ -202,10 +228,29 @@ class Image(Closing):
     @property
     def closed(self) -> bool:
         """Whether it is closed."""
-        return self._open is None
+        return self._open is None or self._closes
+
+    def hold(self) -> None:
+        """Keep the files open until `let_go`, also after `close`."""
+        with self._holding:
+            self._holds += 1
+
+    def let_go(self) -> None:
+        """Undo a `hold`."""
+        with self._holding:
+            self._holds -= 1
+            if self._closes:
+                self._close_unless_held()
 
     def close(self) -> None:
         """Close the files, and the parents'."""
+        with self._holding:
+            self._closes = True
+            self._close_unless_held()
+
+    def _close_unless_held(self) -> None:
+        if self._holds:
+            return
         stack, self._open = self._open, None
         if stack is not None:
             stack.close()

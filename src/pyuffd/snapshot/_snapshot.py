@@ -18,11 +18,14 @@ from pyuffd._working_set import WorkingSet
 from pyuffd.dirty import DirtyTracker
 from pyuffd.handlers import Handler
 from pyuffd.remote._process import Process
-from pyuffd.snapshot import _flatten, _take, _working_sets
+from pyuffd.snapshot import _flatten, _restore, _take, _working_sets
 from pyuffd.snapshot._capture import Method, SnapshotProgress
+from pyuffd.snapshot._content import Gaps
 from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
 from pyuffd.snapshot._layout import Shared
 from pyuffd.snapshot._reading import Image
+from pyuffd.snapshot._restore import Mode, Regions, Restore, Verify
+from pyuffd.snapshot._share import Shares
 from pyuffd.snapshot._take import SnapshotReport
 
 # Each parent costs a look for every page that is read.
@@ -68,6 +71,7 @@ class Snapshot(Closing):
         self.id = str(image.manifest["id"])
         self.manifest: dict[str, Any] = image.manifest
         self._maker = os.getpid()
+        self._all_shares: Shares | None = None
 
     @classmethod
     def take(
@@ -369,6 +373,79 @@ class Snapshot(Closing):
             )
         return _working_sets.add(image, name, recording.runs)
 
+    # Restoring
+
+    def restore(
+        self,
+        regions: Regions,
+        *,
+        mode: Mode = "auto",
+        gaps: Gaps = "refuse",
+        verify: Verify = "drain",
+        handler: Handler | None = None,
+        threads: int | None = None,
+        rate: float | None = None,
+        paused: bool = False,
+    ) -> Restore:
+        """Give memory the snapshot's content back, lazily: it is usable when this returns.
+
+        A page that is touched is filled at once; threads in C fill the rest, in pieces of 1 MiB, so
+        that a fault waits for one such piece at most. Chains of snapshots are looked through
+        beforehand, in C. Pages of compressed snapshots are decompressed by Python, in a helper
+        process.
+
+        Args:
+            regions: Where each part goes: pairs of a `SnapshotRegion`, or any address of the
+                snapshot that is a multiple of 4096, and a region that was never touched; a mapping,
+                or a list of pairs. A region gets as much as it is long.
+            mode: "copy" fills pages of any kind of memory, which is independent of the files
+                afterwards. "minor" fills one memfd, which all restores of this object map
+                copy-on-write, so that they share the pages that they do not write. "map" maps the
+                files themselves, copy-on-write: nothing is filled or checked, and the files must
+                stay as they are as long as the memory is used. Both replace the mapping of the
+                region, which must be private anonymous memory of this process with small pages; a
+                page that is dropped (MADV_DONTNEED) has the snapshot's content again. "auto" is
+                "map" where that is possible and the faster way (a local file system, the image in
+                the page cache), otherwise "copy"; `Restore.why` tells.
+            gaps: What to do about pages whose content the snapshot does not have: LOST, SHARED, and
+                ABSENT in mappings of files. "refuse" raises SnapshotError, "poison" makes an access
+                raise SIGBUS, "zeros" makes them zeros. Pages that are ZERO, or ABSENT in other
+                memory, are zeros.
+            verify: When chunks are compared with their checksums: "first", before anything is
+                restored; "drain", by the background before it fills them, so that a page that is
+                touched earlier is not checked before; "no". Compressed chunks always are.
+            handler: A running handler that serves the regions, "copy" only. By default the restore
+                has one of its own, which follows memory that is dropped or moved, but no forks.
+            threads: How many fill; by default one for each CPU, 4 at most.
+            rate: Bytes a second that they fill at most. `Restore.rate` changes it.
+            paused: Whether to begin with a pause, until `Restore.resume`.
+
+        Raises:
+            ValueError: bad arguments; memory that was not mapped at the instant, or that has pages;
+                a mode that the regions cannot have.
+            SnapshotError: "gaps".
+            SnapshotFormatError: a file was cut; with "first", a chunk was changed.
+            UffdOSError: what opening a userfaultfd, registering and mapping raise.
+
+        Kernel: UFFDIO_COPY, UFFDIO_CONTINUE (Linux 5.14).  GIL: released.  Blocks: no, except with
+        verify="first".
+        """
+        options = _restore.checked(
+            mode=mode,
+            gaps=gaps,
+            verify=verify,
+            handler=handler,
+            threads=threads,
+            rate=rate,
+            paused=paused,
+        )
+        return Restore(self, _restore.place(self._checked(), regions), options)
+
+    def _shares(self) -> Shares:
+        if self._all_shares is None:
+            self._all_shares = Shares()
+        return self._all_shares
+
     # Ending
 
     def _checked(self) -> Image:
@@ -382,7 +459,9 @@ class Snapshot(Closing):
         return self._image.closed
 
     def close(self) -> None:
-        """Close the files. A second call does nothing."""
+        """Close the files; restores that run keep what they need. A second call does nothing."""
+        if self._all_shares is not None:
+            self._all_shares.close()
         self._image.close()
 
     def __del__(self) -> None:

@@ -1,0 +1,222 @@
+"""`Drain`: threads that work through a list of pieces, in the background."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+# A rate is kept to within so long; a longer sleep would let a new rate wait.
+_SLEEP_MOST_S = 0.1
+
+
+class Batch:
+    """Jobs that are done before all others, and an event for when they are done."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._done = threading.Event()
+        if not count:
+            self._done.set()
+
+    def _one_done(self) -> None:
+        self._left -= 1
+        if self._left <= 0:
+            self._done.set()
+
+    def _given_up(self) -> None:
+        self._done.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until its jobs are done, or the drain has ended; return whether that is so."""
+        return self._done.wait(timeout_s)
+
+
+class Drain(Generic[T]):
+    """Threads that call `work` with one piece after the other, and `finish` after the last.
+
+    Args:
+        work: Does one piece, and returns the bytes that count for the rate.
+        finish: Called once by the last thread, after all pieces, unless the drain was stopped.
+        pieces: What is to be done, in this order.
+        threads: How many.
+        rate: At most so many bytes a second, all threads together; None is no limit.
+        paused: Whether to begin with a pause.
+
+    Threads: safe.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[T], int],
+        finish: Callable[[], None],
+        pieces: Iterable[T],
+        *,
+        threads: int,
+        rate: float | None = None,
+        paused: bool = False,
+    ) -> None:
+        self._work = work
+        self._finish = finish
+        self._pieces = deque(pieces)
+        self._first: deque[tuple[Callable[[], int], Batch]] = deque()
+        self._changed = threading.Condition()
+        self._rate = rate
+        self._due = 0.0
+        self._paused = paused
+        self._stopped = False
+        self._ended = threading.Event()
+        self._running = max(1, min(threads, len(self._pieces) or 1))
+        self.error: BaseException | None = None
+        self._threads = [
+            threading.Thread(target=self._run, name=f"uffd-restore-{number}", daemon=True)
+            for number in range(self._running)
+        ]
+        for number, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: those that run do it
+                if not number:
+                    raise
+                with self._changed:
+                    self._running -= len(self._threads) - number
+                    nobody = not self._running
+                del self._threads[number:]
+                if nobody:
+                    self._end()
+                break
+
+    # Steering
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes a second at most, or None."""
+        return self._rate
+
+    def set_rate(self, rate: float | None) -> None:
+        """Change the rate, from now on."""
+        with self._changed:
+            self._rate, self._due = rate, 0.0
+            self._changed.notify_all()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it pauses."""
+        return self._paused
+
+    def pause(self, paused: bool) -> None:
+        """Begin no more pieces, or go on."""
+        with self._changed:
+            self._paused = paused
+            self._changed.notify_all()
+
+    def first(self, jobs: Iterable[Callable[[], int]]) -> Batch:
+        """Do these jobs before all other pieces, in this order, after earlier ones of the kind.
+
+        Each returns bytes, as `work` does.
+        """
+        wanted = list(jobs)
+        batch = Batch(len(wanted))
+        with self._changed:
+            if self._ended.is_set() or self._stopped:
+                batch._given_up()
+            else:
+                self._first.extend((job, batch) for job in wanted)
+        return batch
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end; return whether it has ended."""
+        return self._ended.wait(timeout_s)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all threads are done."""
+        return self._ended.is_set()
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it ended before everything was done."""
+        return self._stopped
+
+    def stop(self) -> None:
+        """Begin nothing more, and wait for what was begun."""
+        with self._changed:
+            self._stopped = self._stopped or not self._ended.is_set()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    # Threads
+
+    def _run(self) -> None:
+        try:
+            while (job := self._next()) is not None:
+                done = job()
+                if done:
+                    self._count(done)
+        except BaseException as error:
+            self._fail(error)
+        with self._changed:
+            self._running -= 1
+            is_last = not self._running
+        if is_last:
+            self._end()
+
+    def _next(self) -> Callable[[], int] | None:
+        """Return what to do now; None at the end."""
+        with self._changed:
+            while True:
+                if self._stopped:
+                    return None
+                if not self._first and not self._pieces:
+                    return None
+                late = self._due - time.monotonic() if self._rate is not None else 0.0
+                if self._paused:
+                    self._changed.wait()
+                elif late > 0:
+                    self._changed.wait(min(late, _SLEEP_MOST_S))
+                else:
+                    break
+            if self._first:
+                return self._one_of_first(*self._first.popleft())
+            piece = self._pieces.popleft()
+        return lambda: self._work(piece)
+
+    def _one_of_first(self, job: Callable[[], int], batch: Batch) -> Callable[[], int]:
+        def run() -> int:
+            try:
+                return job()
+            finally:
+                with self._changed:
+                    batch._one_done()
+
+        return run
+
+    def _count(self, done: int) -> None:
+        with self._changed:
+            if self._rate is not None:
+                self._due = max(self._due, time.monotonic()) + done / self._rate
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self.error = self.error or error
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _end(self) -> None:
+        try:
+            if not self._stopped:
+                self._finish()
+        except BaseException as error:
+            self.error = self.error or error
+        finally:
+            with self._changed:
+                for _, batch in self._first:
+                    batch._given_up()
+                self._first.clear()
+                self._ended.set()

@@ -1,0 +1,416 @@
+"""`Restore`: a snapshot's memory in regions again, usable at once, filled in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from pyuffd._arguments import check_int, check_number, shown
+from pyuffd._closing import Closing
+from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
+from pyuffd.handlers import Handler
+from pyuffd.snapshot import _restore_map as maps
+from pyuffd.snapshot._capture import SnapshotProgress
+from pyuffd.snapshot._content import (
+    GAPS,
+    Files,
+    Gaps,
+    Placed,
+    Sums,
+    chain_of,
+    check_files,
+    check_gaps,
+)
+from pyuffd.snapshot._drain import Batch, Drain
+from pyuffd.snapshot._format import SnapshotRegion
+from pyuffd.snapshot._reading import Image
+from pyuffd.snapshot._serve import Serving
+from pyuffd.snapshot._share import Shares
+
+if TYPE_CHECKING:
+    from pyuffd.snapshot._snapshot import Snapshot
+
+Mode = Literal["auto", "copy", "minor", "map"]
+UsedMode = Literal["copy", "minor", "map"]
+MODES = ("auto", "copy", "minor", "map")
+Verify = Literal["first", "drain", "no"]
+VERIFY = ("first", "drain", "no")
+Where = SnapshotRegion | int
+Regions = (
+    Mapping[int, RangeLike] | Mapping[SnapshotRegion, RangeLike] | Iterable[tuple[Where, RangeLike]]
+)
+# More threads than this wait for each other in the kernel.
+THREADS_MOST = 4
+THREADS_LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreStats:
+    """What a restore has done so far.
+
+    Attributes:
+        faults: Pages that were filled because a thread touched them.
+        fault_p50_us: The time that half of these did not exceed, from reading the message.
+        fault_p99_us: The time that 99 % of them did not exceed.
+        loaded_bytes: Bytes that the background has filled.
+        ready_s: Seconds until the memory was usable.
+        seconds: Seconds until everything was in place, or up to now.
+    """
+
+    faults: int
+    fault_p50_us: float
+    fault_p99_us: float
+    loaded_bytes: int
+    ready_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a restore is done; `Snapshot.restore` describes it."""
+
+    mode: Mode
+    gaps: Gaps
+    verify: Verify
+    handler: Handler | None
+    threads: int
+    rate: float | None
+    paused: bool
+
+
+def checked(
+    *,
+    mode: Mode,
+    gaps: Gaps,
+    verify: Verify,
+    handler: Handler | None,
+    threads: int | None,
+    rate: float | None,
+    paused: bool,
+) -> Options:
+    """Check options; ValueError before anything happens."""
+    for name, value, known in (
+        ("mode", mode, MODES),
+        ("gaps", gaps, GAPS),
+        ("verify", verify, VERIFY),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, known))}")
+    if handler is not None and not isinstance(handler, Handler):
+        raise TypeError(f"handler must be a Handler, not {shown(handler)}")
+    if handler is not None and mode in ("map", "minor"):
+        raise ValueError(f"mode={mode!r} maps the memory anew, and has no use for your handler")
+    if threads is None:
+        threads = min(len(os.sched_getaffinity(0)), THREADS_MOST)
+    check_int("threads", threads, 1, THREADS_LIMIT + 1)
+    return Options(mode, gaps, verify, handler, threads, check_rate(rate), bool(paused))
+
+
+def check_rate(rate: float | None) -> float | None:
+    """Return bytes a second, checked."""
+    if rate is None:
+        return None
+    check_number("rate", rate, float("inf"))
+    if not rate > 0:
+        raise ValueError(f"rate {rate!r} is not positive; pause() stops filling")
+    return float(rate)
+
+
+def place(image: Image, regions: Regions) -> list[Placed]:
+    """Return regions with their content, checked."""
+    pairs = regions.items() if isinstance(regions, Mapping) else regions
+    images = chain_of(image)
+    found: list[Placed] = []
+    for number, pair in enumerate(pairs):
+        name = f"regions[{number}]"
+        given: object = pair
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise TypeError(f"{name} must be a pair (address, region), not {shown(given)}")
+        where, region = given
+        start = where.start if isinstance(where, SnapshotRegion) else where
+        check_int(f"{name} address", start, 0, ADDRESS_LIMIT)
+        check_region(region, name)
+        if start % PAGE_SIZE:
+            raise ValueError(f"{name}: address {start:#x} is not a multiple of {PAGE_SIZE:#x}")
+        if start + region.length > ADDRESS_LIMIT:
+            raise ValueError(f"{name}: {start:#x} + {region.length:#x} is no memory of a process")
+        found.append(Placed(images, start, region))
+    if not found:
+        raise ValueError("regions: nothing to restore")
+    spans = sorted((each.region.start, each.region.length) for each in found)
+    for (start, length), (other, _) in pairwise(spans):
+        if start + length > other:
+            raise ValueError(f"regions overlap at {other:#x}")
+    return found
+
+
+class Restore(Closing):
+    """Memory that gets a snapshot's content back; `Snapshot.restore` makes one.
+
+    The memory is usable from the beginning: a page that is touched before it is filled is filled
+    first. Threads in the background fill the rest. Afterwards nothing is registered and no thread
+    is left, so that the memory is as fast as any other.
+
+    close(), which `with` calls, stops it: pages without content are poisoned then, so that an
+    access raises SIGBUS and never reads zeros. Call `wait` first to get everything.
+
+    Attributes:
+        method: "copy": pages are filled through userfaultfd. "minor": the content is in one memfd,
+            which all restores of this snapshot object share, and pages are mapped from there.
+            "map": the image's files are mapped copy-on-write, without userfaultfd.
+        why: Why this method.
+
+    Threads: safe, apart from close().
+
+    Example:
+        >>> import subprocess, sys, tempfile
+        >>> from pyuffd import Process, Region, Snapshot
+        >>> child = subprocess.Popen(
+        ...     [sys.executable, "-c", "print(flush=True); input()"],
+        ...     stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        ... )
+        >>> _ = child.stdout.readline()
+        >>> with tempfile.TemporaryDirectory() as folder, Process(child.pid) as target:
+        ...     done = Snapshot.take(target, f"{folder}/first", method="stopped", durable=False)
+        ...     with Snapshot.open(f"{folder}/first") as snapshot:
+        ...         heap = next(r for r in snapshot.regions if r.path == "[heap]")
+        ...         with (
+        ...             Region.anonymous(heap.length) as region,
+        ...             snapshot.restore({heap: region}, mode="copy") as restore,
+        ...         ):
+        ...             restore.wait(), region.read() == snapshot.read(heap.start, heap.length)
+        (True, True)
+        >>> _ = child.communicate()
+    """
+
+    _failed = "ending the restore failed"
+    _instead = "it owns a userfaultfd and threads; share the object itself"
+    _serving: Serving | None = None
+    _drain: Drain[tuple[Placed, int, int, int]] | None = None
+
+    def __init__(self, snapshot: Snapshot, placed: Sequence[Placed], options: Options) -> None:
+        self._began = time.monotonic()
+        self._pid = os.getpid()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._placed = placed
+        self._ended_at = 0.0
+        self._path = snapshot.path
+        images = placed[0].images
+        check_files(images)
+        check_gaps(placed, options.gaps, snapshot.path)
+        sums = Sums(images)
+        if options.verify == "first":
+            for each in placed:
+                sums.check(each.start, each.end)
+        self.total = sum(each.chain.data_bytes for each in placed)
+        files = Files(images)
+        try:
+            self.method, self.why = _choose(placed, files, options)
+            if self.method != "copy":
+                _check_empty(placed)
+            if self.method == "map":
+                maps.map_all(placed, files)
+            else:
+                self._serving = Serving(
+                    placed,
+                    files,
+                    handler=options.handler,
+                    shares=snapshot._shares() if self.method == "minor" else None,
+                    poisons=options.gaps == "poison",
+                    sums=sums if options.verify == "drain" else None,
+                    threads=options.threads,
+                )
+        finally:
+            files.close()
+        self._ready_s = time.monotonic() - self._began
+        if self._serving is None or self._serving.is_complete:
+            self._serving = None
+            self._ended_at = time.monotonic()
+            if self.method == "minor":
+                self.why += "; its memfd has everything already, so that nothing faults"
+            return
+        for each in placed:
+            self._follow_close(each)
+        self._serving.on_end = weakref.WeakMethod(self._note_end)
+        self._drain = Drain(
+            self._serving.load,
+            self._serving.finish,
+            self._serving.pieces(),
+            threads=options.threads,
+            rate=options.rate,
+            paused=options.paused,
+        )
+
+    def _note_end(self) -> None:
+        self._ended_at = time.monotonic()
+
+    def _follow_close(self, placed: Placed) -> None:
+        """Take a region out before it is unmapped; what the handler serves follows by itself."""
+        serving = self._serving
+        follow = getattr(placed.region, "_on_close", None)
+        if follow is not None and serving is not None and self.method == "minor":
+            follow(partial(serving.take_out, placed))
+
+    # Looking
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is in place, and nothing registered."""
+        drain = self._drain
+        return drain is None or (drain.ended and drain.error is None and not drain.was_stopped)
+
+    @property
+    def progress(self) -> SnapshotProgress:
+        """How far it is: bytes of data in place, by the background, and in all."""
+        serving = self._serving
+        done = self.total if serving is None else serving.passed_bytes
+        return SnapshotProgress("restore", min(done, self.total), self.total)
+
+    @property
+    def stats(self) -> RestoreStats:
+        """What it has done so far; with a handler of yours the faults are those of the handler."""
+        until = self._ended_at or time.monotonic()
+        serving = self._serving
+        faults, p50, p99, loaded = (0, 0.0, 0.0, 0) if serving is None else serving.counts()
+        return RestoreStats(faults, p50, p99, loaded, self._ready_s, until - self._began)
+
+    # Steering
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes a second that the background fills at most; None is no limit. It can be changed."""
+        return None if self._drain is None else self._drain.rate
+
+    @rate.setter
+    def rate(self, rate: float | None) -> None:
+        rate = check_rate(rate)
+        if self._drain is not None:
+            self._drain.set_rate(rate)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the background pauses."""
+        return self._drain is not None and self._drain.paused
+
+    def pause(self) -> None:
+        """Fill nothing more in the background, until `resume`; faults are served as before."""
+        if self._drain is not None:
+            self._drain.pause(True)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        if self._drain is not None:
+            self._drain.pause(False)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything is in place; return whether it is.
+
+        Args:
+            timeout_s: How long at most, in seconds.
+
+        Raises:
+            SnapshotFormatError: a chunk is not what was written. The pages of it that nobody had
+                touched by then are poisoned.
+            HandlerError: content could not be read; its pages are poisoned.
+            UffdOSError: the same, found in the background: ENODATA - a file was truncated; EFAULT -
+                it cannot be read (EIO).
+
+        GIL: released.  Threads: safe.  Blocks: until then, also while it pauses.
+        """
+        if timeout_s is not None:
+            check_number("timeout_s", timeout_s, float("inf"))
+        if self._drain is None:
+            return True
+        ended = self._drain.wait(timeout_s)
+        if ended and self._drain.error is not None:
+            raise self._drain.error
+        return ended and not self._drain.was_stopped
+
+    def load_first(self, ranges: Iterable[tuple[int, int]]) -> Batch:
+        """Fill these parts before all others, in this order; see `Serving.jobs`.
+
+        Args:
+            ranges: Addresses (start, end) in the snapshot; what is not restored is skipped.
+
+        Returns:
+            An object whose `wait(timeout_s)` returns when they are in place.
+        """
+        if self._drain is None or self._serving is None:
+            return Batch(0)
+        return self._drain.first(self._serving.jobs(ranges))
+
+    # Ending
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """End it; pages that are not filled yet are poisoned. A second call does nothing.
+
+        Raises:
+            HandlerError: content could not be read.
+
+        Blocks: until the pieces that are being filled are done.
+        """
+        self._closed = True
+        if os.getpid() != self._pid:
+            return
+        if self._drain is not None:
+            self._drain.stop()
+        if self._serving is not None:
+            self._serving.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_closed", True) or self._pid != os.getpid():
+            return
+        if self._drain is None or (self._drain.ended and self._serving is None):
+            return
+        if not self._drain.ended:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        with suppress(Exception):
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "done" if self.done else "running"
+        return f"<Restore of {self._path} by {self.method}, {state}>"
+
+
+def _check_empty(placed: Sequence[Placed]) -> None:
+    from pyuffd.handlers._present import is_touched
+
+    for each in placed:
+        if is_touched(each.region):
+            raise ValueError(
+                f"the region at {each.region.start:#x} has pages already, which would be lost:"
+                " restore into memory that was never touched"
+            )
+
+
+def _choose(placed: Sequence[Placed], files: Files, options: Options) -> tuple[UsedMode, str]:
+    if options.mode in ("copy", "minor"):
+        if options.mode == "minor":
+            Shares.check(placed, poisons=options.gaps == "poison")
+        return options.mode, "asked for"
+    cannot = maps.why_impossible(
+        placed, has_handler=options.handler is not None, poisons=options.gaps == "poison"
+    )
+    if options.mode == "map":
+        if cannot is not None:
+            raise ValueError(f"mode='map': {cannot}")
+        return "map", "asked for"
+    reason = cannot or maps.why_slower(placed, files)
+    if reason is None:
+        return "map", "the image is here and in the page cache, so mapping it is the fastest way"
+    return "copy", f"mapping the image is not the better way: {reason}"

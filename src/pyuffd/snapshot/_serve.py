@@ -1,0 +1,327 @@
+"""Serving the faults of a restore, and filling its pieces."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._errors import (
+    ClosedError,
+    HandlerError,
+    LayoutChangedError,
+    ProcessGoneError,
+    SnapshotFormatError,
+    UffdOSError,
+)
+from pyuffd._pages import round_up
+from pyuffd._uffd import Userfaultfd
+from pyuffd.handlers import Handler
+from pyuffd.snapshot import _restore_map as maps
+from pyuffd.snapshot._content import PIECE, Files, Placed, Sums
+from pyuffd.snapshot._share import PrivateMapping, Share, Shares
+
+if TYPE_CHECKING:
+    import weakref
+
+    from pyuffd._pages import RangeLike
+
+# What the owner drops must not come back by the background, and what it moves is followed.
+FOLLOWED = Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
+# A private mapping of a file shows the file again after it was dropped.
+FOLLOWED_MINOR = Feature.EVENT_REMAP | Feature.EVENT_UNMAP
+# Memory is short, or the layout changes without end: then try again.
+_RETRIED = (errno.EAGAIN, errno.ENOMEM)
+_RETRY_S = 0.2
+Piece = tuple[Placed, int, int, int]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Part:
+    """A part of what is served."""
+
+    start: int
+    length: int
+    page_size: int
+
+
+class Serving:
+    """The handler of a restore, and what it serves.
+
+    Attributes:
+        is_complete: Nothing has to be filled: it never served anything.
+        passed_bytes: Bytes of data that the background has passed.
+        on_end: Called when everything is in place.
+    """
+
+    def __init__(
+        self,
+        placed: Sequence[Placed],
+        files: Files,
+        *,
+        handler: Handler | None,
+        shares: Shares | None,
+        poisons: bool,
+        sums: Sums | None,
+        threads: int,
+    ) -> None:
+        self._placed = sorted(placed, key=lambda each: each.start)
+        self._sums = sums
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._errors: list[BaseException] = []
+        self._is_ours = handler is None
+        self._shares: dict[int, Share] = {}
+        self._mappings: dict[int, PrivateMapping] = {}
+        self._out: set[int] = set()
+        self._skipped = self._ended = self._all_passed = False
+        self.passed_bytes = self._loaded = 0
+        self.on_end: weakref.WeakMethod[Callable[[], None]] | None = None
+        self._poisons = poisons
+        self._image = placed[0].images[0]
+        with ExitStack() as made:
+            if shares is not None:
+                for each in placed:
+                    share = self._shares[id(each)] = shares.of(each)
+                    made.callback(maps.clear, each.region.start, each.region.length)
+                    self._mappings[id(each)] = share.map_over(each.region)
+                    made.callback(share.give_back)
+            self.is_complete = bool(self._shares) and all(
+                share.is_complete for share in self._shares.values()
+            )
+            if self.is_complete:
+                made.pop_all()
+                self._give_back()
+                return
+            if handler is None:
+                followed = FOLLOWED_MINOR if self._shares else FOLLOWED
+                uffd = made.enter_context(Userfaultfd(features=followed))
+                packed = any(each.chain.is_packed for each in placed)
+                handler = made.enter_context(Handler(uffd, workers=threads if packed else 1))
+            self.handler = handler
+            for each in placed:
+                made.callback(partial(self._unserve_quietly, each))
+                self._serve(each, files)
+            made.pop_all()
+        self._image.hold()
+
+    def _serve(self, placed: Placed, files: Files) -> None:
+        source = placed.source(files)
+        share = self._shares.get(id(placed))
+        mode = RegisterMode.MISSING if share is None else RegisterMode.MINOR
+        region = self._served_as(placed)
+        present = None
+        if self._poisons and placed.gaps:
+            self._poison(placed, mode)
+            present = "keep"
+        self.handler.serve(
+            region,
+            source,
+            mode=mode,
+            local=None if share is None else share.region,
+            present=present,  # type: ignore[arg-type]
+        )
+
+    def _served_as(self, placed: Placed) -> RangeLike:
+        return self._mappings.get(id(placed), placed.region)
+
+    def _poison(self, placed: Placed, mode: RegisterMode) -> None:
+        """Poison gaps before anybody can touch them: no fault is answered yet."""
+        from pyuffd.handlers._present import is_touched
+
+        region, uffd = placed.region, self.handler.uffd
+        page = placed.page_size
+        for gap in placed.gaps:
+            if (gap.start - placed.start) % page or (gap.end - placed.start) % page:
+                raise ValueError(
+                    f"gaps='poison': the gap at {gap.start:#x} is a part of a page of {page:#x}"
+                )
+        if is_touched(region):
+            raise ValueError(f"the region at {region.start:#x} has pages already")
+        uffd.register(region.start, region.length, mode=mode)
+        for gap in placed.gaps:
+            at = region.start + gap.start - placed.start
+            uffd.poison(at, gap.end - gap.start)
+
+    # Filling
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield what the background has to fill."""
+        for placed in self._placed:
+            for offset, end, size in placed.pieces():
+                yield placed, offset, end, size
+
+    def load(self, piece: Piece) -> int:
+        """Fill a piece; return the bytes filled."""
+        placed, offset, end, size = piece
+        done = 0
+        if self._sums is not None and not placed.chain.is_packed:
+            try:
+                self._sums.check(placed.start + offset, placed.start + end)
+            except (SnapshotFormatError, OSError) as error:
+                self._spoil(placed, offset, end, error)
+                return 0
+        done = self._retried(placed, partial(self._load, placed, offset, end - offset))
+        with self._lock:
+            self.passed_bytes += size
+        return done
+
+    def _load(self, placed: Placed, offset: int, length: int) -> int:
+        chunk = max(PIECE, placed.page_size) if placed.chain.is_packed else None
+        if id(placed) in self._mappings:
+            # The engine cannot know that holes of the memfd are zeros, and would fill them.
+            ranges = list(placed.data_in(offset, offset + length))
+            return self._populate(placed, ranges, chunk)
+        return self.handler.load(self._served_as(placed), offset, length, chunk=chunk)
+
+    def _spoil(self, placed: Placed, offset: int, end: int, error: BaseException) -> None:
+        """Note an error; nobody gets what is left of these pages."""
+        self._note(error)
+        with suppress(ValueError, ClosedError, HandlerError):
+            self.handler.unserve(self._served_as(placed), offset, end - offset)
+
+    def jobs(self, ranges: Iterable[tuple[int, int]]) -> Iterator[Callable[[], int]]:
+        """Yield calls that fill ranges of snapshot addresses, each some of them, in order.
+
+        One call fills ranges of one region, up to the size of a piece, in C.
+        """
+        waiting: list[tuple[int, int]] = []
+        size, last = 0, None
+        for start, end in ranges:
+            for placed in self._placed_in(start, end):
+                page = placed.page_size
+                first = max(start - placed.start, 0) // page * page
+                past = min(round_up(end - placed.start, page), placed.region.length)
+                if waiting and (placed is not last or size >= PIECE):
+                    assert last is not None
+                    yield partial(self._fill_ranges, last, waiting)
+                    waiting, size = [], 0
+                waiting.append((first, past))
+                size, last = size + past - first, placed
+        if waiting and last is not None:
+            yield partial(self._fill_ranges, last, waiting)
+
+    def _placed_in(self, start: int, end: int) -> Iterator[Placed]:
+        for placed in self._placed:
+            if placed.start < end and start < placed.end:
+                yield placed
+
+    def _fill_ranges(self, placed: Placed, ranges: list[tuple[int, int]]) -> int:
+        return self._retried(placed, partial(self._populate, placed, ranges))
+
+    def _populate(
+        self, placed: Placed, ranges: list[tuple[int, int]], chunk: int | None = None
+    ) -> int:
+        """Fill ranges, in this order, by one call."""
+        if not ranges:
+            return 0
+        # What is around them may be taken out already.
+        first, past = min(start for start, _ in ranges), max(end for _, end in ranges)
+        part = Part(placed.region.start + first, past - first, placed.page_size)
+        moved = [(start - first, end - first) for start, end in ranges]
+        return self.handler.populate(part, ranges=moved, chunk=chunk)
+
+    def _retried(self, placed: Placed, call: Callable[[], int]) -> int:
+        while not self._stopped.is_set():
+            try:
+                done = call()
+            except (LayoutChangedError, ProcessGoneError):
+                self._skipped = True  # unmapped: nobody misses it
+                return 0
+            except ValueError:
+                is_gone = id(placed) in self._out or getattr(placed.region, "closed", False)
+                if not is_gone and not self._errors:  # with errors, parts were taken out
+                    raise
+                self._skipped = True
+                return 0
+            except UffdOSError as error:
+                if error.errno not in _RETRIED:
+                    self._note(error)
+                    return 0
+                self._stopped.wait(_RETRY_S)
+                continue
+            with self._lock:
+                self._loaded += done
+            return done
+        return 0
+
+    def _note(self, error: BaseException) -> None:
+        with self._lock:
+            self._errors.append(error)
+
+    def counts(self) -> tuple[int, float, float, int]:
+        """Return faults, two percentiles of their latency, and bytes loaded."""
+        stats = self.handler.stats()
+        kinds = [stats.latency[kind] for kind in ("missing", "minor") if kind in stats.latency]
+        most = max(kinds, key=lambda one: one.count)
+        faults = sum(stats.faults.get(kind, 0) for kind in ("missing", "minor"))
+        return faults, most.percentile(50) / 1000, most.percentile(99) / 1000, self._loaded
+
+    # The end
+
+    def take_out(self, placed: Placed) -> None:
+        """Serve a region no longer; pages that were not filled are poisoned."""
+        with self._lock:
+            if id(placed) in self._out:
+                return
+            self._out.add(id(placed))
+            # What is absent then is zeros, as the memfd has them.
+            is_filled = self._all_passed and not self._errors and not self._skipped
+        with suppress(ValueError, ClosedError):
+            if is_filled and id(placed) in self._mappings:
+                self.handler._release(self._served_as(placed))
+            else:
+                self.handler.unserve(self._served_as(placed))
+
+    def _unserve_quietly(self, placed: Placed) -> None:
+        with suppress(HandlerError):
+            self.take_out(placed)
+
+    def finish(self) -> None:
+        """Take everything out; raise the first error."""
+        self._all_passed = True
+        self._end()
+        if self.on_end is not None and (call := self.on_end()) is not None:
+            call()
+        if self._errors:
+            raise self._errors[0]
+
+    def close(self) -> None:
+        """End it in the middle: what is not filled is poisoned."""
+        if self._ended:
+            return
+        self._stopped.set()
+        self._skipped = True
+        known = len(self._errors)
+        self._end()
+        if len(self._errors) > known:
+            raise self._errors[known]
+
+    def _end(self) -> None:
+        for placed in self._placed:
+            try:
+                self.take_out(placed)
+            except HandlerError as error:
+                self._note(error)
+        if self._is_ours:
+            try:
+                self.handler.stop()
+            except HandlerError as error:
+                self._note(error)
+            self.handler.uffd.close()
+        self._ended = True
+        if not self._errors and not self._skipped:
+            for share in self._shares.values():
+                share.complete()
+        self._give_back()
+        self._image.let_go()
+
+    def _give_back(self) -> None:
+        for placed in self._placed:
+            if (share := self._shares.get(id(placed))) is not None:
+                share.give_back()
