@@ -3,16 +3,18 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "base/clock.h"
 #include "dirty/ranges.h"
 #include "dirty/round.h"
 #include "uffd_shim.h"
 
 #define POPULATED (UFFD_PAGE_IS_PRESENT | UFFD_PAGE_IS_SWAPPED)
+/* The reader of events gets a CPU in less. */
+#define BUSY_NS 200000000u
 #define RESET (UFFD_PM_SCAN_WP_MATCHING | UFFD_PM_SCAN_CHECK_WPASYNC)
 
 struct round {
 	int pagemap_fd;
-	int uffd;
 	uint32_t flags;
 	struct uffd_page_ranges *written;
 	struct uffd_page_ranges *dropped;
@@ -51,13 +53,31 @@ static int keep_after(int error, const struct uffd_page_ranges *found,
 	return error ? error : ret;
 }
 
+/* While an event waits to be read, the kernel protects nothing. */
+static int protect(int uffd, const struct uffd_page_region *at)
+{
+	uint64_t until_ns = 0;
+
+	for (unsigned int attempt = 0;; attempt++) {
+		int ret = uffd_shim_writeprotect(uffd, at->start, at->end - at->start,
+						 UFFDIO_WRITEPROTECT_MODE_WP);
+
+		if (ret != -EAGAIN)
+			return ret;
+		if (!until_ns)
+			until_ns = uffd_now_ns() + BUSY_NS;
+		else if (uffd_now_ns() > until_ns)
+			return ret;
+		uffd_back_off(attempt);
+	}
+}
+
 int uffd_round_protect(int uffd, const struct uffd_page_region *vec, uint64_t count)
 {
 	int ret = 0;
 
 	for (uint64_t i = 0; i < count; i++) {
-		int r = uffd_shim_writeprotect(uffd, vec[i].start, vec[i].end - vec[i].start,
-					       UFFDIO_WRITEPROTECT_MODE_WP);
+		int r = protect(uffd, &vec[i]);
 
 		if (r && !ret)
 			ret = r;
@@ -136,7 +156,7 @@ static int add_holes(struct round *round, const struct uffd_tracked *at,
 	int ret = scan_holes(round, at);
 
 	if (!ret && !peeks(round))
-		ret = uffd_round_protect(round->uffd, round->found.vec, round->found.count);
+		ret = uffd_round_protect((int)at->uffd, round->found.vec, round->found.count);
 	return ret ? ret : join(mine, &round->found);
 }
 
@@ -227,7 +247,7 @@ static int round_of_huge(struct round *round, const struct uffd_tracked *at)
 	int ret = scan(round, at, &arg);
 
 	if (!ret && !peeks(round))
-		ret = uffd_round_protect(round->uffd, round->found.vec, round->found.count);
+		ret = uffd_round_protect((int)at->uffd, round->found.vec, round->found.count);
 	return keep_after(ret, &round->found, round->written);
 }
 
@@ -273,14 +293,13 @@ static int round_of(struct round *round, const struct uffd_tracked *at,
 	return round_of_file(round, at, mine, mine_count);
 }
 
-int uffd_round(int pagemap_fd, int uffd, struct uffd_tracked *tracked, uint64_t count,
-	       uint32_t flags, const struct uffd_page_region *known, uint64_t known_count,
+int uffd_round(int pagemap_fd, struct uffd_tracked *tracked, uint64_t count, uint32_t flags,
+	       const struct uffd_page_region *known, uint64_t known_count,
 	       struct uffd_page_ranges *written_ret, struct uffd_page_ranges *dropped_ret,
 	       struct uffd_page_ranges *known_ret)
 {
 	struct round round = {
 		.pagemap_fd = pagemap_fd,
-		.uffd = uffd,
 		.flags = flags,
 		.written = written_ret,
 		.dropped = dropped_ret,

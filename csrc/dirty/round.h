@@ -44,6 +44,8 @@ struct uffd_tracked {
 	uint64_t end;
 	uint64_t track;
 	uint64_t backing;
+	/* The userfaultfd that it is registered with. */
+	uint64_t uffd;
 	/* Set by uffd_round(): 0, or the errno that ended the scan of this mapping. */
 	uint64_t error;
 };
@@ -56,8 +58,8 @@ struct uffd_tracked {
  * round compares with: the holes of sparse mappings, and private copies of a file's pages; `known`
  * is that of the round before.
  */
-int uffd_round(int pagemap_fd, int uffd, struct uffd_tracked *tracked, uint64_t count,
-	       uint32_t flags, const struct uffd_page_region *known, uint64_t known_count,
+int uffd_round(int pagemap_fd, struct uffd_tracked *tracked, uint64_t count, uint32_t flags,
+	       const struct uffd_page_region *known, uint64_t known_count,
 	       struct uffd_page_ranges *written_ret, struct uffd_page_ranges *dropped_ret,
 	       struct uffd_page_ranges *known_ret);
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._remote_calls import take_ranges
@@ -48,9 +49,9 @@ class Backing(Number):
 
 
 class TrackedRows:
-    """The mappings that a round scans: (start, end, track, backing) of each, in C memory."""
+    """The mappings that a round scans: (start, end, track, backing, userfaultfd), in C memory."""
 
-    def __init__(self, rows: list[tuple[int, int, Track, Backing]]) -> None:
+    def __init__(self, rows: list[tuple[int, int, Track, Backing, int]]) -> None:
         self._count = len(rows)
         self._vec: Any = ffi.new("struct uffd_tracked[]", [(*row, 0) for row in rows])
 
@@ -61,7 +62,7 @@ class TrackedRows:
         """Return index and errno of each mapping whose last scan failed."""
         if not self._count:
             return []
-        words = memoryview(ffi.buffer(self._vec)).cast("Q")[4::5]
+        words = memoryview(ffi.buffer(self._vec)).cast("Q")[5::6]
         return [(index, code) for index, code in enumerate(words) if code]
 
 
@@ -74,15 +75,43 @@ class Found:
     known: memoryview
 
 
-def round_(pagemap_fd: int, uffd: int, rows: TrackedRows, flags: int, known: memoryview) -> Found:
+def round_(pagemap_fd: int, rows: TrackedRows, flags: int, known: memoryview) -> Found:
     """Scan all mappings; `rows.errors()` tells afterwards which scans failed."""
     results = [ffi.new("struct uffd_page_ranges *") for _ in range(3)]
     vec = ffi.from_buffer("struct uffd_page_region[]", known)
-    code = lib.uffd_round(pagemap_fd, uffd, rows._vec, len(rows), flags, vec, len(vec), *results)
+    code = lib.uffd_round(pagemap_fd, rows._vec, len(rows), flags, vec, len(vec), *results)
     found = Found(*(take_ranges(result) for result in results))
     if code:
         raise_errno("PAGEMAP_SCAN", -code)
     return found
+
+
+class DropReader(SoleOwner):
+    """A process that reads the REMOVE events of a userfaultfd, until `close`."""
+
+    _instead = "make another reader"
+
+    def __init__(self, uffd: int) -> None:
+        cell = ffi.new("struct uffd_drops **")
+        code = lib.uffd_drops_create(uffd, cell)
+        if code:
+            raise_errno("starting a reader of events", -code)
+        self._owned: Any = ffi.gc(cell[0], lib.uffd_drops_destroy)
+
+    def take(self) -> tuple[memoryview, bool]:
+        """Return the ranges of the events since the last call, and whether some are lost."""
+        result, lost = ffi.new("struct uffd_page_ranges *"), ffi.new("uint32_t *")
+        code = lib.uffd_drops_take(self._owned, result, lost)
+        packed = take_ranges(result)
+        if code:
+            raise_errno("events of dropped memory", -code)
+        return packed, bool(lost[0])
+
+    def close(self) -> None:
+        """End it; may be called again."""
+        owned, self._owned = self._owned, None
+        if owned is not None:
+            ffi.release(owned)
 
 
 def populated(pagemap_fd: int, start: int, end: int) -> int:

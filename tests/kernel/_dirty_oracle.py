@@ -42,9 +42,12 @@ def call(name: str, *args: int) -> int | None:
 class World:
     """The memory, the operations on it, and the pages that were changed behind the tracker."""
 
-    def __init__(self, memory: MemoryType, region: Region, chance: random.Random) -> None:
+    def __init__(
+        self, memory: MemoryType, region: Region, chance: random.Random, *, sees_drops: bool
+    ) -> None:
         self.memory, self.region, self.chance = memory, region, chance
         self.page = memory.page_size
+        self.sees_drops = sees_drops
         self.pages = region.length // self.page
         self.start = region.start
         self.mapped = [True] * self.pages
@@ -103,7 +106,7 @@ class World:
         """Note what the tracker is blind to: huge pages, and private copies that are on swap."""
         mine = {index for index in pages if not self.other[index]}
         if self.memory.is_hugetlb:
-            self.behind |= mine
+            self.behind |= set() if self.sees_drops else mine
         elif self.memory.name == "shmem-private":
             self.behind |= mine & self.paged_out
 
@@ -128,6 +131,15 @@ class World:
                 pages[0] * self.page,
                 len(pages) * self.page,
             )
+            self.behind.update(index for index in pages if self.is_file(index))
+
+    def remove(self) -> None:
+        """Punch a hole through the mapping; only shared memory has that."""
+        pages = self.some(3)
+        if self.whole(pages) and not (
+            call("madvise", self.at(pages[0]), len(pages) * self.page, mmap.MADV_REMOVE) is None
+            or self.sees_drops
+        ):
             self.behind.update(index for index in pages if self.is_file(index))
 
     def truncate(self) -> None:
@@ -219,7 +231,7 @@ class World:
 
 SIMPLE = (
     *("write", "write", "write", "read_into", "dontneed", "dontneed_2mib", "free", "page_out"),
-    *("punch", "truncate", "write_behind", "fork", "protect", "lock", "collapse"),
+    *("punch", "remove", "truncate", "write_behind", "fork", "protect", "lock", "collapse"),
 )
 LAYOUT = ("unmap", "map_over", "move_in", "move_out")
 
@@ -271,7 +283,7 @@ def check(world: World, image: Image, tracker: DirtyTracker, where: str) -> None
     world.behind.clear()
 
 
-def run(name: str, method: str, rounds: int, seed: int) -> int:
+def run(name: str, method: str, watch_drops: bool, rounds: int, seed: int) -> int:
     """Run it; return how many pages the rounds reported."""
     chance = random.Random(seed)
     memory = MEMORY_TYPES[name]
@@ -279,11 +291,12 @@ def run(name: str, method: str, rounds: int, seed: int) -> int:
     reported = 0
     operations = SIMPLE if method == "wp-sync" or memory.is_hugetlb else SIMPLE + LAYOUT
     with memory.make(pages * memory.page_size) as region:
-        world = World(memory, region, chance)
+        sees_drops = watch_drops or method == "wp-sync"
+        world = World(memory, region, chance, sees_drops=sees_drops)
         for _ in range(20):
             world.write()
         world.behind.clear()
-        with DirtyTracker(region, method=method) as tracker:  # type: ignore[arg-type]
+        with DirtyTracker(region, method=method, watch_drops=watch_drops) as tracker:  # type: ignore[arg-type]
             image = Image(world)
             for number in range(rounds):
                 done = [chance.choice(operations) for _ in range(chance.randint(1, 6))]

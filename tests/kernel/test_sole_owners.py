@@ -49,6 +49,7 @@ from pyuffd import (
 )
 from pyuffd._async import EventIterator
 from pyuffd._closing import SoleOwner
+from pyuffd._dirty_calls import DropReader
 from pyuffd._remote_calls import StoppedThreads
 from pyuffd._saver_calls import Saver
 from pyuffd.conformance._context import Access, Child, Context, Monitor
@@ -194,6 +195,11 @@ def _round() -> Iterator[DirtyRound]:
         yield tracker.collect()
 
 
+def _drop_reader() -> Iterator[DropReader]:
+    with Userfaultfd() as uffd, contextlib.closing(DropReader(uffd.fileno())) as reader:
+        yield reader
+
+
 def _image() -> Iterator[Snapshot]:
     with tempfile.TemporaryDirectory() as folder:
         for process in _target():
@@ -262,6 +268,7 @@ MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     PageBroker: _made(_broker),
     DirtyTracker: _made(_tracker),
     DirtyRound: _made(_round),
+    DropReader: _made(_drop_reader),
     Bounce: lambda: contextlib.closing(Bounce()),
     BufferSource: lambda: contextlib.nullcontext(BufferSource(b"x")),
     FileSource: lambda: FileSource(__file__),

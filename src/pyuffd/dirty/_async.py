@@ -19,6 +19,7 @@ from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _blind, _layout, _rows
 from pyuffd.dirty._blind import Blind, BlindReason
+from pyuffd.dirty._drops import DropWatch, is_watched
 from pyuffd.dirty._layout import LayoutChange, Mapped, Protected, Unmapped
 from pyuffd.dirty._round import Pending
 from pyuffd.dirty._rows import Row, Span
@@ -30,15 +31,23 @@ from pyuffd.remote._process import Process
 NEEDED = Feature.WP_ASYNC
 WANTED = Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM
 NO_RANGES = calls.NO_RANGES
+_CONTENT = PageCategory.PRESENT | PageCategory.SWAPPED
 _GONE = (errno.ESRCH, errno.ENOMEM)
 
 
 class AsyncMethod:
     """The mappings of a process inside a scope, registered with a userfaultfd that has WP_ASYNC."""
 
-    def __init__(self, process: Process, uffd: Userfaultfd, scope: Sequence[Span] | None) -> None:
+    def __init__(
+        self,
+        process: Process,
+        uffd: Userfaultfd,
+        scope: Sequence[Span] | None,
+        watch: DropWatch | None = None,
+    ) -> None:
         self._process = process
         self._uffd = uffd
+        self._watch = watch
         self._scope = scope
         self._may_be_dense = sees_holes()
         self._flags = 0 if self._may_be_dense else calls.HOLES_APART
@@ -83,12 +92,32 @@ class AsyncMethod:
 
     def _set_rows(self, rows: list[Row]) -> None:
         self._rows = rows
-        self._tracked = calls.TrackedRows([row.packed() for row in rows])
+        self._tracked = self._packed(rows)
+
+    def _packed(self, rows: Iterable[Row]) -> calls.TrackedRows:
+        return calls.TrackedRows([row.packed(self._uffd_of(row).fileno()) for row in rows])
+
+    def _uffd_of(self, row: Row) -> Userfaultfd:
+        """Return the userfaultfd that a row is registered with: with one, each drop waits."""
+        return self._watch.uffd if self._watch and is_watched(row.mapping) else self._uffd
+
+    def _runs(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+        """Yield rows together that are adjacent and registered with one userfaultfd."""
+        run: list[Row] = []
+        for row in rows:
+            if run and (
+                run[-1].end != row.start or self._uffd_of(row) is not self._uffd_of(run[0])
+            ):
+                yield run
+                run = []
+            run.append(row)
+        if run:
+            yield run
 
     def _register(self, row: Row) -> bool:
         """Register a row; note the reason if the kernel refuses."""
         try:
-            self._uffd.register(row, mode=RegisterMode.WP)
+            self._uffd_of(row).register(row, mode=RegisterMode.WP)
         except UffdOSError as error:
             if error.errno in _GONE:
                 self._process.check()
@@ -103,10 +132,10 @@ class AsyncMethod:
     def _registered(self, rows: Iterable[Row]) -> list[Row]:
         """Register rows, adjacent ones in one call, and return those that the kernel took."""
         taken: list[Row] = []
-        for run in _runs(rows):
+        for run in self._runs(rows):
             try:
                 start, end = run[0].start, run[-1].end
-                self._uffd.register(start, end - start, mode=RegisterMode.WP)
+                self._uffd_of(run[0]).register(start, end - start, mode=RegisterMode.WP)
                 taken += run
             except (UffdOSError, ValueError):
                 taken += [row for row in run if self._register(row)]
@@ -124,28 +153,29 @@ class AsyncMethod:
     def _arm(self) -> None:
         """Register and protect everything for the first time."""
         rows = self._registered(self._rows)
-        for run in _runs(row for row in rows if row.track is not Track.SPARSE):
+        for run in self._runs(row for row in rows if row.track is not Track.SPARSE):
             if not self._protect(run):
                 for row in run:
                     self._protect([row])  # unmapped since, some of it: the first round says so
         self._set_rows(rows)
         # Later rounds compare with these.
         compared = [r for r in rows if r.track is Track.SPARSE or r.backing is Backing.COPIED]
-        tracked = calls.TrackedRows([row.packed() for row in compared])
+        tracked = self._packed(compared)
         self._known = self._scan(tracked, 0, NO_RANGES).known
 
     def _scan(self, rows: calls.TrackedRows, flags: int, known: memoryview) -> calls.Found:
-        return calls.round_(
-            self._process.pagemap.fileno(), self._uffd.fileno(), rows, self._flags | flags, known
-        )
+        return calls.round_(self._process.pagemap.fileno(), rows, self._flags | flags, known)
 
     # Rounds
 
     def collect(self) -> Pending:
         """Return what was written since the last call, and protect it again."""
         layout = self._follow()
+        # Before the scan: what has been dropped by now is seen by it.
+        drops = self._watch.collect(self._watched()) if self._watch else (NO_RANGES, NO_RANGES)
         found = self._scan(self._tracked, 0, self._known)
         result = Pending(found.written, found.dropped, NO_RANGES, tuple(layout))
+        result = result.plus(self._with_drops(*drops))
         self._known = found.known
         errors = self._tracked.errors()
         if errors:
@@ -162,7 +192,33 @@ class AsyncMethod:
         unsure = _rows.packed(
             (self._rows[index].start, self._rows[index].end) for index, _ in self._tracked.errors()
         )
+        if self._watch:
+            watched = self._watched()
+            drops = calls.intersect(self._watch.peek(watched), watched)
+            unsure = calls.union(unsure, drops)
         return Pending(found.written, found.dropped, unsure, tuple(layout))
+
+    def _watched(self) -> memoryview:
+        rows = (row for row in self._rows if is_watched(row.mapping))
+        return _rows.packed(_rows.merged((row.start, row.end) for row in rows))
+
+    def _with_drops(self, still: memoryview, settled: memoryview) -> Pending:
+        """Return what events report: content is unknown while it is being dropped."""
+        watched = self._watched()
+        still, settled = calls.intersect(still, watched), calls.intersect(settled, watched)
+        if not len(settled):
+            return Pending(unsure=still)
+        # A hole of shared memory shows what its file has, one of private memory zeros. The marker
+        # of a huge page that was protected looks like a page under migration, so it is written.
+        private = [row for row in self._rows if is_watched(row.mapping) and not row.mapping.shared]
+        mine = _rows.packed((row.start, row.end) for row in private)
+        dropped = NO_RANGES
+        for start, end in _pairs(calls.intersect(settled, mine)):
+            found = self._process.pagemap.scan(
+                start, end - start, category_mask=_CONTENT, category_inverted=_CONTENT
+            )
+            dropped = calls.union(dropped, found.ranges.memoryview())
+        return Pending(calls.subtract(settled, dropped), dropped, still)
 
     def mapped(self) -> memoryview:
         """Return what is tracked, packed."""
@@ -218,10 +274,10 @@ class AsyncMethod:
         others = [row for row in rows if row.track is not Track.HUGE]
         for row in huge:
             try:
-                self._uffd.writeprotect(row)
+                self._uffd_of(row).writeprotect(row)
             except UffdOSError:  # gone again: the next round says so
                 self._process.check()
-        tracked = calls.TrackedRows([row.packed() for row in others])
+        tracked = self._packed(others)
         found = self._scan(tracked, 0, NO_RANGES)
         self._known = calls.union(self._known, found.known)
         unsure = _rows.packed((others[i].start, others[i].end) for i, _ in tracked.errors())
@@ -232,27 +288,24 @@ class AsyncMethod:
 
     def blind(self) -> list[Blind]:
         """Return what cannot be seen of the mappings."""
-        seen = [b for row in self._rows for b in _blind.of_mapping(row.mapping, sees_drops=False)]
+        sees_drops = self._watch is not None
+        seen = [
+            b for row in self._rows for b in _blind.of_mapping(row.mapping, sees_drops=sees_drops)
+        ]
         return [*seen, *self._refused.values()]
 
     def close(self) -> None:
         """Unregister what was registered, for a userfaultfd that stays open."""
-        for run in _runs(self._rows):
+        for run in self._runs(self._rows):
             # ENOENT, EINVAL, ENOMEM: unmapped since, or its process is gone.
             with suppress(UffdOSError):
-                self._uffd.unregister(run[0].start, run[-1].end - run[0].start)
+                self._uffd_of(run[0]).unregister(run[0].start, run[-1].end - run[0].start)
+        if self._watch:
+            self._watch.close()
 
 
-def _runs(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield rows that are adjacent together."""
-    run: list[Row] = []
-    for row in rows:
-        if run and run[-1].end != row.start:
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
+def _pairs(ranges: memoryview) -> Iterator[Span]:
+    return zip(ranges[0::3], ranges[1::3], strict=True)
 
 
 def _covered(row: Row, changes: Iterable[LayoutChange]) -> bool:

@@ -18,9 +18,10 @@ class BlindReason(Word):
         FILE: A private mapping of a file: pages that were never written here show what others write
             to the file, and a private copy that is dropped (MADV_DONTNEED) while it is on swap
             turns into the file's page unseen.
-        FILE_HOLES: Pages dropped through the file (fallocate, ftruncate), or by MADV_REMOVE, turn
-            into zeros and are not reported.
-        HUGE_DROPS: MADV_DONTNEED of hugetlb pages loses their content and is not reported.
+        FILE_HOLES: Pages dropped through the file (fallocate, ftruncate) turn into zeros and are
+            not reported; those dropped by MADV_REMOVE are with `watch_drops`.
+        HUGE_DROPS: MADV_DONTNEED of hugetlb pages loses their content and is not reported, without
+            `watch_drops`.
         PINNED: Pages pinned for direct access: io_uring's fixed buffers are written by the kernel,
             and vfio's or RDMA's by devices, past the page table.
         NOT_REGISTERED: The kernel does not register it; `detail` has its answer.

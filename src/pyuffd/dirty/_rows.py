@@ -51,9 +51,9 @@ class Row:
             return Backing.ZERO
         return Backing.FILE if self.mapping.shared else Backing.COPIED
 
-    def packed(self) -> tuple[int, int, Track, Backing]:
-        """Return it for C."""
-        return self.start, self.end, self.track, self.backing
+    def packed(self, uffd: int) -> tuple[int, int, Track, Backing, int]:
+        """Return it for C, with the userfaultfd that it is registered with."""
+        return self.start, self.end, self.track, self.backing, uffd
 
 
 def in_scope(mappings: Mappings, scope: Sequence[Span] | None) -> Iterator[Mapping]:

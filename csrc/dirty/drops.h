@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A process that reads the REMOVE events of a userfaultfd with WP_ASYNC, and notes their ranges.
+ *
+ * Whoever drops memory waits until its event was read.  The reader is a process, so that it reads
+ * while this one is stopped by a signal; it shares this one's memory, and ends with it.
+ */
+#ifndef UFFD_DIRTY_DROPS_H
+#define UFFD_DIRTY_DROPS_H
+
+#include <stdint.h>
+
+#include "uffd_pagemap.h"
+
+struct uffd_drops;
+
+/* Start it.  The userfaultfd is O_NONBLOCK, and nobody else reads it. */
+int uffd_drops_create(int uffd, struct uffd_drops **drops_ret);
+
+/*
+ * Take what was noted since the last call: sorted ranges, to be freed with uffd_pagemap_free().
+ * The memory of an event is dropped some time after it was read.
+ *
+ * lost_ret: set if events may be missing, because there were too many or the reader was killed;
+ * another one has been started then.
+ */
+int uffd_drops_take(struct uffd_drops *drops, struct uffd_page_ranges *ranges_ret,
+		    uint32_t *lost_ret);
+
+/* End it, and free it.  In a fork of this process: free it. */
+void uffd_drops_destroy(struct uffd_drops *drops);
+
+#endif /* UFFD_DIRTY_DROPS_H */
