@@ -46,6 +46,7 @@ class Drain(Generic[T]):
         threads: How many.
         rate: At most so many bytes a second, all threads together; None is no limit.
         paused: Whether to begin with a pause.
+        held: Whether to do no pieces until `hold(False)`, but what `first` was given.
 
     Threads: safe.
     """
@@ -59,6 +60,7 @@ class Drain(Generic[T]):
         threads: int,
         rate: float | None = None,
         paused: bool = False,
+        held: bool = False,
     ) -> None:
         self._work = work
         self._finish = finish
@@ -68,6 +70,7 @@ class Drain(Generic[T]):
         self._rate = rate
         self._due = 0.0
         self._paused = paused
+        self._held = held
         self._stopped = False
         self._ended = threading.Event()
         self._running = max(1, min(threads, len(self._pieces) or 1))
@@ -114,6 +117,12 @@ class Drain(Generic[T]):
             self._paused = paused
             self._changed.notify_all()
 
+    def hold(self, held: bool) -> None:
+        """Do no more pieces, but what `first` is given; or go on."""
+        with self._changed:
+            self._held = held
+            self._changed.notify_all()
+
     def first(self, jobs: Iterable[Callable[[], int]]) -> Batch:
         """Do these jobs before all other pieces, in this order, after earlier ones of the kind.
 
@@ -126,6 +135,7 @@ class Drain(Generic[T]):
                 batch._given_up()
             else:
                 self._first.extend((job, batch) for job in wanted)
+                self._changed.notify_all()
         return batch
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -173,10 +183,11 @@ class Drain(Generic[T]):
             while True:
                 if self._stopped:
                     return None
-                if not self._first and not self._pieces:
+                is_held = self._held and not self._first
+                if not self._first and not self._pieces and not is_held:
                     return None
                 late = self._due - time.monotonic() if self._rate is not None else 0.0
-                if self._paused:
+                if self._paused or is_held:
                     self._changed.wait()
                 elif late > 0:
                     self._changed.wait(min(late, _SLEEP_MOST_S))

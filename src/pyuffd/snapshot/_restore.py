@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -16,8 +17,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pyuffd._arguments import check_int, check_number, shown
 from pyuffd._closing import Closing
+from pyuffd._errors import UffdError
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
+from pyuffd._recording import Until, check_until
+from pyuffd._working_set import WorkingSet
 from pyuffd.handlers import Handler
+from pyuffd.snapshot import _restore_hot, _working_sets
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._content import (
@@ -38,6 +43,8 @@ from pyuffd.snapshot._share import Shares
 
 if TYPE_CHECKING:
     from pyuffd.snapshot._snapshot import Snapshot
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "copy", "minor", "map"]
 UsedMode = Literal["copy", "minor", "map"]
@@ -62,6 +69,7 @@ class RestoreStats:
         fault_p50_us: The time that half of these did not exceed, from reading the message.
         fault_p99_us: The time that 99 % of them did not exceed.
         loaded_bytes: Bytes that the background has filled.
+        hot_bytes: Those of them that a working set named, and that were filled first.
         ready_s: Seconds until the memory was usable.
         seconds: Seconds until everything was in place, or up to now.
     """
@@ -70,6 +78,7 @@ class RestoreStats:
     fault_p50_us: float
     fault_p99_us: float
     loaded_bytes: int
+    hot_bytes: int
     ready_s: float
     seconds: float
 
@@ -85,6 +94,9 @@ class Options:
     threads: int
     rate: float | None
     paused: bool
+    working_set: str | WorkingSet | None = None
+    record: str | None = None
+    record_until: Until = "settled"
 
 
 def checked(
@@ -96,6 +108,9 @@ def checked(
     threads: int | None,
     rate: float | None,
     paused: bool,
+    working_set: str | WorkingSet | None = None,
+    record: str | None = None,
+    record_until: Until = "settled",
 ) -> Options:
     """Check options; ValueError before anything happens."""
     for name, value, known in (
@@ -109,10 +124,29 @@ def checked(
         raise TypeError(f"handler must be a Handler, not {shown(handler)}")
     if handler is not None and mode in ("map", "minor"):
         raise ValueError(f"mode={mode!r} maps the memory anew, and has no use for your handler")
+    if isinstance(working_set, str):
+        _working_sets.check_name(working_set)
+    if record is not None:
+        _working_sets.check_name(record)
+        if mode == "map":
+            raise ValueError("mode='map' has no faults that could be recorded")
+        if handler is not None and not handler._options["fault_log"]:
+            raise ValueError("record: the handler was made without fault_log=")
     if threads is None:
         threads = min(len(os.sched_getaffinity(0)), THREADS_MOST)
     check_int("threads", threads, 1, THREADS_LIMIT + 1)
-    return Options(mode, gaps, verify, handler, threads, check_rate(rate), bool(paused))
+    return Options(
+        mode,
+        gaps,
+        verify,
+        handler,
+        threads,
+        check_rate(rate),
+        bool(paused),
+        working_set,
+        record,
+        check_until(record_until),
+    )
 
 
 def check_rate(rate: float | None) -> float | None:
@@ -168,6 +202,9 @@ class Restore(Closing):
             which all restores of this snapshot object share, and pages are mapped from there.
             "map": the image's files are mapped copy-on-write, without userfaultfd.
         why: Why this method.
+        working_set: What is filled first, or None. If it has a `problem`, nothing is.
+        recorded: The working set that was recorded, when it is; None if nothing was touched.
+        record_error: Why a recording was not saved, or None.
 
     Threads: safe, apart from close().
 
@@ -206,6 +243,13 @@ class Restore(Closing):
         self._ended_at = 0.0
         self._path = snapshot.path
         images = placed[0].images
+        self.working_set = _restore_hot.of_image(images[0], options.working_set)
+        self.recorded: WorkingSet | None = None
+        self.record_error: Exception | None = None
+        self._hot = _restore_hot.Hot(images[0], placed, self.working_set)
+        self._hot_batch = Batch(0)
+        self._record_stop = threading.Event()
+        self._recorder: threading.Thread | None = None
         check_files(images)
         check_gaps(placed, options.gaps, snapshot.path)
         sums = Sums(images)
@@ -229,6 +273,7 @@ class Restore(Closing):
                     poisons=options.gaps == "poison",
                     sums=sums if options.verify == "drain" else None,
                     threads=options.threads,
+                    fault_log=_restore_hot.LOGGED_FAULTS if options.record else 0,
                 )
         finally:
             files.close()
@@ -249,7 +294,39 @@ class Restore(Closing):
             threads=options.threads,
             rate=options.rate,
             paused=options.paused,
+            held=True,
         )
+        self._hot_batch = self._drain.first(self._hot.jobs(self._serving.jobs))
+        if options.record is None:
+            self._drain.hold(False)
+        else:
+            self._recorder = threading.Thread(
+                target=self._record,
+                args=(options.record, options.record_until, self._serving, self._drain),
+                name="uffd-record",
+                daemon=True,
+            )
+            self._recorder.start()
+
+    def _record(
+        self,
+        name: str,
+        until: Until,
+        serving: Serving,
+        drain: Drain[tuple[Placed, int, int, int]],
+    ) -> None:
+        """Note demand faults while nothing but the working set is filled; then go on."""
+        try:
+            recording = self._hot.recording(serving.handler, until)
+            recording.run(self._record_stop)
+            if len(recording):
+                image = self._placed[0].images[0]
+                self.recorded = _working_sets.add(image, name, recording.runs, self._hot.untold())
+        except (UffdError, OSError) as error:
+            self.record_error = error
+            log.warning("pyuffd: the working set %s is not saved: %s", name, error)
+        finally:
+            drain.hold(False)
 
     def _note_end(self) -> None:
         self._ended_at = time.monotonic()
@@ -282,7 +359,8 @@ class Restore(Closing):
         until = self._ended_at or time.monotonic()
         serving = self._serving
         faults, p50, p99, loaded = (0, 0.0, 0.0, 0) if serving is None else serving.counts()
-        return RestoreStats(faults, p50, p99, loaded, self._ready_s, until - self._began)
+        hot = self._hot.filled_bytes
+        return RestoreStats(faults, p50, p99, loaded, hot, self._ready_s, until - self._began)
 
     # Steering
 
@@ -336,6 +414,27 @@ class Restore(Closing):
             raise self._drain.error
         return ended and not self._drain.was_stopped
 
+    def wait_hot(self, timeout_s: float | None = None) -> bool:
+        """Wait until the working set is in place, or there is none; return whether it is.
+
+        Args:
+            timeout_s: How long at most, in seconds.
+
+        GIL: released.  Threads: safe.  Blocks: until then, also while it pauses.
+        """
+        if timeout_s is not None:
+            check_number("timeout_s", timeout_s, float("inf"))
+        return self._hot_batch.wait(timeout_s)
+
+    def stop_recording(self) -> None:
+        """End the recording now, save it, and fill the rest; without one this does nothing.
+
+        Blocks: until it is saved.
+        """
+        self._record_stop.set()
+        if self._recorder is not None and self._recorder is not threading.current_thread():
+            self._recorder.join()
+
     def load_first(self, ranges: Iterable[tuple[int, int]]) -> Batch:
         """Fill these parts before all others, in this order; see `Serving.jobs`.
 
@@ -368,6 +467,8 @@ class Restore(Closing):
         if os.getpid() != self._pid:
             return
         if self._drain is not None:
+            self._drain.hold(True)
+            self.stop_recording()
             self._drain.stop()
         if self._serving is not None:
             self._serving.close()
@@ -403,6 +504,8 @@ def _choose(placed: Sequence[Placed], files: Files, options: Options) -> tuple[U
         if options.mode == "minor":
             Shares.check(placed, poisons=options.gaps == "poison")
         return options.mode, "asked for"
+    if options.mode == "auto" and options.record is not None:
+        return "copy", "faults are recorded, and mappings have none"
     cannot = maps.why_impossible(
         placed, has_handler=options.handler is not None, poisons=options.gaps == "poison"
     )

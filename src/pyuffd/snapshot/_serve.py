@@ -69,6 +69,7 @@ class Serving:
         poisons: bool,
         sums: Sums | None,
         threads: int,
+        fault_log: int = 0,
     ) -> None:
         self._placed = sorted(placed, key=lambda each: each.start)
         self._sums = sums
@@ -102,7 +103,8 @@ class Serving:
                 followed = FOLLOWED_MINOR if self._shares else FOLLOWED
                 uffd = made.enter_context(Userfaultfd(features=followed))
                 packed = any(each.chain.is_packed for each in placed)
-                handler = made.enter_context(Handler(uffd, workers=threads if packed else 1))
+                workers = threads if packed else 1
+                handler = made.enter_context(Handler(uffd, workers=workers, fault_log=fault_log))
             self.handler = handler
             for each in placed:
                 made.callback(partial(self._unserve_quietly, each))

@@ -386,6 +386,9 @@ class Snapshot(Closing):
         threads: int | None = None,
         rate: float | None = None,
         paused: bool = False,
+        working_set: str | WorkingSet | None = None,
+        record: str | None = None,
+        record_until: Until = "settled",
     ) -> Restore:
         """Give memory the snapshot's content back, lazily: it is usable when this returns.
 
@@ -419,6 +422,13 @@ class Snapshot(Closing):
             threads: How many fill; by default one for each CPU, 4 at most.
             rate: Bytes a second that they fill at most. `Restore.rate` changes it.
             paused: Whether to begin with a pause, until `Restore.resume`.
+            working_set: What is filled first, in its order: the name of a working set of this
+                snapshot, or one. If it cannot be used, everything is filled as without it;
+                `Restore.working_set` tells.
+            record: Record the demand faults of this restore as a working set with this name, or as
+                one more recording of it. Until that ends, the background fills the `working_set`
+                and nothing else; "auto" is "copy" then. A handler of yours needs `fault_log=`.
+            record_until: When the recording ends: seconds, or "settled", as for `record`.
 
         Raises:
             ValueError: bad arguments; memory that was not mapped at the instant, or that has pages;
@@ -438,6 +448,9 @@ class Snapshot(Closing):
             threads=threads,
             rate=rate,
             paused=paused,
+            working_set=working_set,
+            record=record,
+            record_until=record_until,
         )
         return Restore(self, _restore.place(self._checked(), regions), options)
 
