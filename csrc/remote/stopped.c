@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -12,6 +13,8 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/array.h"
@@ -20,6 +23,10 @@
 #include "remote/trace.h"
 
 #define THREADS_FIRST 64u
+#define HELPER_STACK (256u << 10)
+/* How often the tracer looks whether its process runs, and how often it must find that it does not. */
+#define LOOK_NS 10000000
+#define LOOKS 5u
 
 struct thread {
 	pid_t tid;
@@ -28,6 +35,10 @@ struct thread {
 
 struct uffd_stopped {
 	pthread_t tracer;
+	pid_t owner;
+	/* Whether the threads were let go because the owner did not run. */
+	_Atomic bool lost;
+	bool ended;
 	sem_t ready;
 	sem_t wake;
 	/* What the tracer is woken for; NULL: to let the threads go. */
@@ -227,27 +238,110 @@ static int read_registers(struct uffd_stopped *stopped, struct uffd_register_set
 	return ret;
 }
 
-static void *trace(void *argument)
+/* Wait until the owner wants something; 0, or -ETIMEDOUT: it does not run, so it cannot. */
+static int wait_for_owner(struct uffd_stopped *stopped)
+{
+	unsigned int looks = 0;
+
+	for (;;) {
+		struct timespec until;
+		char state;
+
+		clock_gettime(CLOCK_REALTIME, &until);
+		until.tv_nsec += LOOK_NS;
+		if (until.tv_nsec >= 1000000000) {
+			until.tv_nsec -= 1000000000;
+			until.tv_sec++;
+		}
+		if (!sem_timedwait(&stopped->wake, &until))
+			return 0;
+		if (errno != ETIMEDOUT)
+			continue;
+		/* A tracer of the owner (strace) stops it again and again, and shortly. */
+		state = state_of(stopped->owner);
+		looks = state == 'T' || state == 't' ? looks + 1 : 0;
+		if (looks >= LOOKS)
+			return -ETIMEDOUT;
+	}
+}
+
+static void hold(struct uffd_stopped *stopped)
+{
+	for (;;) {
+		if (stopped->lost) {
+			while (sem_wait(&stopped->wake))
+				;
+		} else if (wait_for_owner(stopped)) {
+			stopped->lost = true;
+			let_go(stopped);
+			continue;
+		}
+		if (!stopped->wanted)
+			break;
+		stopped->error = stopped->lost ? -ETIMEDOUT :
+						 read_registers(stopped, stopped->wanted);
+		sem_post(&stopped->ready);
+	}
+	if (!stopped->lost)
+		let_go(stopped);
+}
+
+/* Returns 0 when the threads have been let go, or why they were not stopped. */
+static int trace(struct uffd_stopped *stopped)
+{
+	int ret;
+
+	prctl(PR_SET_NAME, "uffd-stop");
+	ret = stop_all(stopped);
+	if (ret) {
+		let_go(stopped);
+		return ret;
+	}
+	stopped->error = 0;
+	sem_post(&stopped->ready);
+	hold(stopped);
+	return 0;
+}
+
+/*
+ * A process of its own in the same memory: a signal that stops the owner (SIGSTOP, SIGTSTP) does
+ * not stop it, so that it can let the threads go.
+ */
+static int helper(void *argument)
 {
 	struct uffd_stopped *stopped = argument;
 
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != stopped->owner)
+		return 0;
+	setsid();
+	stopped->error = trace(stopped);
+	return 0;
+}
+
+static void *run(void *argument)
+{
+	struct uffd_stopped *stopped = argument;
+	char *stack = malloc(HELPER_STACK);
+	pid_t pid = -1;
+
 	prctl(PR_SET_NAME, "uffd-stop");
-	stopped->error = stop_all(stopped);
-	if (stopped->error) {
-		let_go(stopped);
-		sem_post(&stopped->ready);
-		return NULL;
-	}
-	sem_post(&stopped->ready);
-	for (;;) {
-		while (sem_wait(&stopped->wake))
+	stopped->error = -EPERM;
+	/* This thread waits until it has ended, so that it can use this thread's local variables. */
+	if (stack)
+		pid = clone(helper, stack + HELPER_STACK,
+			    CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_VFORK, stopped);
+	if (pid > 0)
+		while (waitpid(pid, NULL, __WCLONE) < 0 && errno == EINTR)
 			;
-		if (!stopped->wanted)
-			break;
-		stopped->error = read_registers(stopped, stopped->wanted);
-		sem_post(&stopped->ready);
+	free(stack);
+	if (stopped->error == -EPERM) {
+		/* Yama lets only ancestors trace, which the helper is not. */
+		stopped->count = 0;
+		stopped->error = trace(stopped);
 	}
-	let_go(stopped);
+	if (stopped->error)
+		sem_post(&stopped->ready);
 	return NULL;
 }
 
@@ -277,11 +371,12 @@ int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
 	stopped->pids = pids;
 	stopped->pids_count = count;
 	stopped->until_ns = begin + limit_ns;
+	stopped->owner = getpid();
 	sem_init(&stopped->ready, 0, 0);
 	sem_init(&stopped->wake, 0, 0);
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	ret = -pthread_create(&stopped->tracer, NULL, trace, stopped);
+	ret = -pthread_create(&stopped->tracer, NULL, run, stopped);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (ret) {
 		destroy(stopped);
@@ -315,11 +410,20 @@ int uffd_stopped_registers(struct uffd_stopped *stopped, struct uffd_register_se
 	return stopped->error;
 }
 
+int uffd_stopped_end(struct uffd_stopped *stopped)
+{
+	if (!stopped->ended) {
+		stopped->ended = true;
+		sem_post(&stopped->wake);
+		pthread_join(stopped->tracer, NULL);
+	}
+	return stopped->lost ? -ETIMEDOUT : 0;
+}
+
 void uffd_stopped_release(struct uffd_stopped *stopped)
 {
 	if (!stopped)
 		return;
-	sem_post(&stopped->wake);
-	pthread_join(stopped->tracer, NULL);
+	uffd_stopped_end(stopped);
 	destroy(stopped);
 }

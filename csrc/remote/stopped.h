@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Hold all threads of some processes, by a thread of this process that traces them.
+ * Hold all threads of some processes, by a helper of this process that traces them.
  *
  * When it ends, by a release or with this process, the kernel lets them continue: their registers
- * are not changed while they are stopped.
+ * are not changed while they are stopped.  The helper is a process in the same memory.  When this
+ * process is stopped itself, by a signal or a debugger, for 50 ms or more, it lets them go.
  */
 #ifndef UFFD_REMOTE_STOPPED_H
 #define UFFD_REMOTE_STOPPED_H
@@ -30,7 +31,10 @@ int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
  */
 int uffd_stopped_registers(struct uffd_stopped *stopped, struct uffd_register_sets *sets_ret);
 
-/* Let them continue, and free it; may be NULL. */
+/* Let them continue; -ETIMEDOUT: they did already, as this process was stopped meanwhile. */
+int uffd_stopped_end(struct uffd_stopped *stopped);
+
+/* The same, and free it; may be NULL. */
 void uffd_stopped_release(struct uffd_stopped *stopped);
 
 #endif /* UFFD_REMOTE_STOPPED_H */

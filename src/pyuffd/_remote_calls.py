@@ -250,6 +250,7 @@ class StoppedThreads(SoleOwner):
         self.tid = 0
         self.threads = 0
         self.ns = 0
+        self.lost = False
 
     def stop(self, pids: list[int], limit_ns: int) -> None:
         """Stop them; `code` is an errno, and then `tid` is the thread that is to blame."""
@@ -270,11 +271,14 @@ class StoppedThreads(SoleOwner):
         code = lib.uffd_stopped_registers(self._owned, sets)
         if code:
             hint = "it runs 32-bit code" if code == -errno.ENOEXEC else ""
+            if code == -errno.ETIMEDOUT:
+                hint = "it was let go, since this process was stopped by a signal or a debugger"
             raise_errno("PTRACE_GETREGSET", -code, hint=hint)
         return _register_rows(sets)
 
     def close(self) -> None:
-        """Let them go on; may be called again."""
+        """Let them go on; may be called again. Afterwards `lost` tells whether they did before."""
         owned, self._owned = self._owned, None
         if owned is not None:
+            self.lost = bool(lib.uffd_stopped_end(owned))
             ffi.release(owned)

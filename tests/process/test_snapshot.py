@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from pyuffd import (
     Snapshot,
     SnapshotError,
     SnapshotFormatError,
+    StopTimeoutError,
 )
 from pyuffd.cli import main
 from pyuffd.snapshot import _capture, _format, _precopy, _sums
@@ -382,6 +383,24 @@ def test_stopped_while_it_saves(program: str, tmp_path: Path) -> None:
     assert not (tmp_path / "one").exists()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_in_the_stop(method: Used, program: str, tmp_path: Path) -> None:
+    """SIGSTOP of ours while the process stands: it is let go, and the snapshot ends."""
+    with counters(program, 2, 100) as target, Process(target.pid) as process:
+        with standing_at(
+            "stopped", process, tmp_path / "one", method=method, until_told=True
+        ) as pid:
+            assert status(target.pid)["TracerPid"] != "0"
+            os.kill(pid, signal.SIGSTOP)
+            target.works_on()  # it would wait without an end
+            assert status(target.pid)["TracerPid"] == "0"
+            os.kill(pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGUSR1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+        unharmed(target)
+    assert os.listdir(tmp_path) == []
+
+
 def test_too_fast_for_precopy(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,31 +437,47 @@ POINTS = {
 
 
 @contextmanager
-def standing_at(point: str, target: Process, path: Path, **options: object) -> Iterator[int]:
-    """Fork a process that takes a snapshot and stands still at a point."""
+def standing_at(
+    point: str, target: Process, path: Path, until_told: bool = False, **options: object
+) -> Iterator[int]:
+    """Fork a process that takes a snapshot and stands still at a point, until SIGUSR1 if told."""
     there, write_end = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     pid = os.fork()
     if not pid:
 
         def stand(name: str) -> None:
             if name == point:
                 os.write(write_end, b"t")
-                time.sleep(1000)
+                if until_told:
+                    signal.sigwait({signal.SIGUSR1})
+                else:
+                    time.sleep(1000)
 
         _capture.barrier = stand
         try:
             with Process(target.pid) as mine:
                 take(mine, path, **options)
+        except (StopTimeoutError, SnapshotError) as error:
+            # With cow, the pages that were protected already are unprotected first.
+            named = isinstance(error, StopTimeoutError) or error.reason == "stalled"
+            os._exit(3 if named else 4)
+        except BaseException as error:
+            # pytest shows it with the failure
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
         finally:
             os._exit(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     os.close(write_end)
     try:
         assert os.read(there, 1000) == b"t", point
         yield pid
     finally:
         os.close(there)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -88,6 +88,28 @@ class Stop(Closing):
             raise ClosedError("the threads run again")
         return [RegisterSet(*row) for row in self._held.registers()]
 
+    def check(self) -> None:
+        """Raise if the threads have run while they should have stood; call it after the block.
+
+        They are let go early when this process is stopped itself (SIGSTOP, Ctrl-Z, a debugger) for
+        50 ms or more: nobody could tell how long they would have to stand. What was read of them
+        then is of no instant.
+
+        Raises:
+            StopTimeoutError: ETIMEDOUT - they have run.
+            ValueError: the block has not ended.
+        """
+        if self._held.holds:
+            raise ValueError("the threads still stand: check after the block")
+        if self._held.lost:
+            raise StopTimeoutError(
+                errno.ETIMEDOUT,
+                f"keep process {self.pids[0]} stopped",
+                hint="this process was stopped itself, by a signal or a debugger, so it was let go",
+                tid=self.pids[0],
+                state="T",
+            )
+
     def close(self) -> None:
         """Let all threads continue."""
         self._held.close()

@@ -469,4 +469,5 @@ def stopped(process: Process, layout_of: Layout, writer: Writer, options: Option
         at_barrier("copied")
         process.check()
     captured.pause_s = time.perf_counter() - begin
+    stop.check()
     return captured

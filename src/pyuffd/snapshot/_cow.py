@@ -192,6 +192,7 @@ class _Cow:
             result.stop_bytes = PageRanges(others).bytes
             at_barrier("saves")
         result.pause_s = time.perf_counter() - begin
+        stop.check()
 
     def _owed(self, parts: Sequence[Placed]) -> memoryview:
         """Protect what is not protected yet; return all pages with content."""

@@ -219,6 +219,7 @@ class _Rounds:
             result.stop_bytes = PageRanges(left).bytes + PageRanges(unseen).bytes
             at_barrier("copied")
         result.pause_s = time.perf_counter() - begin
+        stop.check()
         at_barrier("resumed")
         self._writer.write_taken(pieces)
         return True
