@@ -21,6 +21,7 @@ class Programs:
     scan: str
     toucher: str
     verbs: str
+    writers: str
 
 
 def build(directory: Path) -> Programs:
@@ -31,7 +32,7 @@ def build(directory: Path) -> Programs:
         subprocess.CalledProcessError: it failed; its messages are on standard error.
     """
     common = [str(_C / "bench.c"), str(_C / "toucher.c")]
-    for name in ("fault", "fill", "scan", "verbs"):
+    for name in ("fault", "fill", "scan", "verbs", "writers"):
         subprocess.run(
             [*_COMPILE, str(_C / f"{name}.c"), *common, "-o", str(directory / name)], check=True
         )
@@ -45,4 +46,5 @@ def build(directory: Path) -> Programs:
         scan=str(directory / "scan"),
         toucher=str(toucher),
         verbs=str(directory / "verbs"),
+        writers=str(directory / "writers"),
     )

@@ -16,6 +16,7 @@ from benchmarks import (
     bench_fault_latency,
     bench_process,
     bench_size,
+    bench_snapshot,
     bench_throughput,
     bench_verbs,
 )
@@ -32,6 +33,7 @@ _BENCHMARKS = {
     "verbs": bench_verbs.run,
     "size": bench_size.run,
     "process": bench_process.run,
+    "snapshot": bench_snapshot.run,
 }
 _ROUNDS = 9
 _QUICK_ROUNDS = 5
