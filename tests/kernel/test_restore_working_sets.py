@@ -139,6 +139,31 @@ BAD: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def several_regions() -> None:
+    """Two parts of the image in one order; and one part of it in two regions."""
+    with image() as snapshot:
+        good = snapshot.read(START, PAGES * PAGE)
+        pages = (900, 310, 950, 7)
+        _working_sets.add(snapshot._image, "hot", [(7 + page, 1) for page in pages])
+        for second, order in ((800, [900, 310, 950, 7]), (300, [310, 7, 310])):
+            with (
+                Region.anonymous(500 * PAGE) as one,
+                Region.anonymous(300 * PAGE) as two,
+                snapshot.restore(
+                    [(START, one), (START + second * PAGE, two)], mode="copy", working_set="hot"
+                ) as restore,
+            ):
+                assert [(at - START) // PAGE for at, _ in restore._hot.ranges()] == order
+                assert restore.wait_hot(WAIT_S)
+                assert restore.wait(WAIT_S)
+                assert one.read() == good[: 500 * PAGE]
+                assert two.read() == good[second * PAGE : (second + 300) * PAGE]
+
+
+def test_several_regions() -> None:
+    run_child(several_regions, budget_s=60)
+
+
 def no_set_changes_a_byte() -> None:
     """Damaged, foreign, hostile but well-formed, or not there: all bytes are right."""
     with image() as snapshot:

@@ -71,6 +71,7 @@ class Drain(Generic[T]):
         self._due = 0.0
         self._paused = paused
         self._held = held
+        self._busy_first = 0
         self._stopped = False
         self._ended = threading.Event()
         self._running = max(1, min(threads, len(self._pieces) or 1))
@@ -183,7 +184,8 @@ class Drain(Generic[T]):
             while True:
                 if self._stopped:
                     return None
-                is_held = self._held and not self._first
+                # Pieces would compete with them for the disk.
+                is_held = not self._first and (self._held or self._busy_first > 0)
                 if not self._first and not self._pieces and not is_held:
                     return None
                 late = self._due - time.monotonic() if self._rate is not None else 0.0
@@ -194,6 +196,7 @@ class Drain(Generic[T]):
                 else:
                     break
             if self._first:
+                self._busy_first += 1
                 return self._one_of_first(*self._first.popleft())
             piece = self._pieces.popleft()
         return lambda: self._work(piece)
@@ -205,6 +208,8 @@ class Drain(Generic[T]):
             finally:
                 with self._changed:
                     batch._one_done()
+                    self._busy_first -= 1
+                    self._changed.notify_all()
 
         return run
 

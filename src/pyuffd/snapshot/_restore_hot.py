@@ -7,18 +7,21 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 
 from pyuffd._arguments import shown
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Recording, Until, Watched
-from pyuffd._working_set import Run, WorkingSet, parts
+from pyuffd._working_set import Place, Run, WorkingSet, parts
 from pyuffd.handlers import Handler
 from pyuffd.snapshot import _working_sets
 from pyuffd.snapshot._content import PIECE, Placed
 from pyuffd.snapshot._reading import Image
 
-# Pages whose file is read ahead of the filling: enough requests for a disk to have many at once.
-AHEAD = 32 * PIECE
+# Windows of 1 MiB whose files are read ahead of the filling, so that a disk has many requests at
+# once; and how many more each window asks for, until so many are ahead.
+AHEAD = 32
+READ_AT_ONCE = 4
 # Faults that may come between two looks of the recording; a fault needs microseconds.
 LOGGED_FAULTS = 1 << 16
 # A range of the snapshot's addresses: start and end.
@@ -62,39 +65,51 @@ class Hot:
         self._known = known
         self.filled_bytes = 0
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
+        self._windows: list[list[Range]] = []
+        self._read_to = 0
 
     def ranges(self) -> Iterator[Range]:
         """Yield what is filled first, in order."""
         if self._known is None or self._known.problem:
             return
-        # Memory may have the same part of the image twice: each by itself.
-        for number, places in enumerate(self._parts):
-            start = self._placed[number].start
-            for _, begin, end in parts(self._known.often(), places):
+        for places in self._in_order():
+            for number, begin, end in parts(self._known.often(), places):
+                start = self._placed[number].start
                 yield start + begin, start + end
+
+    def _in_order(self) -> list[list[Place]]:
+        """Return all places; each memory by itself if two have the same part of the image."""
+        places = sorted(place for each in self._parts for place in each)
+        for before, place in pairwise(places):
+            if before.offset + before.length > place.offset:
+                return self._parts
+        return [places]
 
     def jobs(self, fill: Fill) -> Iterator[Callable[[], int]]:
         """Yield calls that fill it, some of it each; `fill` makes calls for ranges."""
-        windows = list(_windows(self.ranges()))
-        ahead = AHEAD // PIECE
-        for number, window in enumerate(windows):
-            late = windows[: ahead + 1] if not number else windows[number + ahead :][:1]
-            yield partial(self._fill, fill, window, late)
+        self._windows = list(_windows(self.ranges()))
+        for number, window in enumerate(self._windows):
+            yield partial(self._fill, fill, number, window)
 
-    def _fill(self, fill: Fill, window: Sequence[Range], late: Sequence[Sequence[Range]]) -> int:
-        self._read_ahead(late)
+    def _fill(self, fill: Fill, number: int, window: Sequence[Range]) -> int:
+        with self._reading:
+            # Its own, and some more: another thread goes on with those meanwhile.
+            late = min(number + AHEAD, self._read_to + READ_AT_ONCE)
+            for each in self._windows[self._read_to : max(number + 1, late)]:
+                self._read_ahead(each)
+                self._read_to += 1
         done = sum(call() for call in fill(window))
         with self._lock:
             self.filled_bytes += done
         return done
 
-    def _read_ahead(self, windows: Sequence[Sequence[Range]]) -> None:
+    def _read_ahead(self, window: Sequence[Range]) -> None:
         """Ask the kernel to read the files; a hint, which may fail."""
-        for window in windows:
-            for start, end in window:
-                for placed in self._placed:
-                    if placed.start < end and start < placed.end:
-                        _will_need(placed, max(start, placed.start), min(end, placed.end))
+        for start, end in window:
+            for placed in self._placed:
+                if placed.start < end and start < placed.end:
+                    _will_need(placed, max(start, placed.start), min(end, placed.end))
 
     # Recording
 
