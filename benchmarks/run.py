@@ -19,6 +19,7 @@ from benchmarks import (
     bench_snapshot,
     bench_throughput,
     bench_verbs,
+    bench_working_set,
 )
 from benchmarks._build import build
 from benchmarks._pairs import MemberError, Row, Skipped
@@ -34,6 +35,7 @@ _BENCHMARKS = {
     "size": bench_size.run,
     "process": bench_process.run,
     "snapshot": bench_snapshot.run,
+    "working_set": bench_working_set.run,
 }
 _ROUNDS = 9
 _QUICK_ROUNDS = 5
