@@ -247,7 +247,7 @@ class Restore(Closing):
         self.recorded: WorkingSet | None = None
         self.record_error: Exception | None = None
         self._hot = _restore_hot.Hot(images[0], placed, self.working_set)
-        self._hot_batch = Batch(0)
+        self._hot_found = self._hot_filled = Batch(0)
         self._record_stop = threading.Event()
         self._recorder: threading.Thread | None = None
         check_files(images)
@@ -296,7 +296,10 @@ class Restore(Closing):
             paused=options.paused,
             held=True,
         )
-        self._hot_batch = self._drain.first(self._hot.jobs(self._serving.jobs))
+        # What it fills is found in the background, since that needs a look at each of its runs.
+        self._hot_found = self._drain.first(
+            [partial(self._find_hot, self._serving, self._drain)] if self.working_set else []
+        )
         if options.record is None:
             self._drain.hold(False)
         else:
@@ -307,6 +310,10 @@ class Restore(Closing):
                 daemon=True,
             )
             self._recorder.start()
+
+    def _find_hot(self, serving: Serving, drain: Drain[tuple[Placed, int, int, int]]) -> int:
+        self._hot_filled = drain.first(self._hot.jobs(serving.jobs))
+        return 0
 
     def _record(
         self,
@@ -424,7 +431,10 @@ class Restore(Closing):
         """
         if timeout_s is not None:
             check_number("timeout_s", timeout_s, float("inf"))
-        return self._hot_batch.wait(timeout_s)
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self._hot_found.wait(timeout_s):
+            return False
+        return self._hot_filled.wait(None if until is None else until - time.monotonic())
 
     def stop_recording(self) -> None:
         """End the recording now, save it, and fill the rest; without one this does nothing.
