@@ -312,7 +312,7 @@ class Restore(Closing):
             self._recorder.start()
 
     def _find_hot(self, serving: Serving, drain: Drain[tuple[Placed, int, int, int]]) -> int:
-        self._hot_filled = drain.first(self._hot.jobs(serving.jobs))
+        self._hot_filled = drain.first(self._hot.jobs(serving.fill_ranges))
         return 0
 
     def _record(

@@ -24,10 +24,10 @@ AHEAD = 32
 READ_AT_ONCE = 4
 # Faults that may come between two looks of the recording; a fault needs microseconds.
 LOGGED_FAULTS = 1 << 16
-# A range of the snapshot's addresses: start and end.
+# A part of a region: begin and end.
 Range = tuple[int, int]
-# Makes calls that fill ranges, and return the bytes filled.
-Fill = Callable[[Sequence[Range]], Iterator[Callable[[], int]]]
+# Fills ranges of a region, and returns the bytes filled.
+Fill = Callable[[Placed, list[Range]], int]
 
 
 def of_image(image: Image, given: str | WorkingSet | None) -> WorkingSet | None:
@@ -66,17 +66,14 @@ class Hot:
         self.filled_bytes = 0
         self._lock = threading.Lock()
         self._reading = threading.Lock()
-        self._windows: list[list[Range]] = []
+        self._windows: list[tuple[int, list[Range]]] = []
         self._read_to = 0
 
-    def ranges(self) -> Iterator[Range]:
-        """Yield what is filled first, in order."""
-        if self._known is None or self._known.problem:
-            return
-        for places in self._in_order():
-            for number, begin, end in parts(self._known.often(), places):
-                start = self._placed[number].start
-                yield start + begin, start + end
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (number of a region, begin, end) of what is filled first, in order."""
+        if self._known is not None and not self._known.problem:
+            for places in self._in_order():
+                yield from parts(self._known.often(), places)
 
     def _in_order(self) -> list[list[Place]]:
         """Return all places; each memory by itself if two have the same part of the image."""
@@ -87,29 +84,23 @@ class Hot:
         return [places]
 
     def jobs(self, fill: Fill) -> Iterator[Callable[[], int]]:
-        """Yield calls that fill it, some of it each; `fill` makes calls for ranges."""
+        """Yield calls that fill it, some of it each; `fill` fills ranges of a region."""
         self._windows = list(_windows(self.ranges()))
-        for number, window in enumerate(self._windows):
-            yield partial(self._fill, fill, number, window)
+        for number in range(len(self._windows)):
+            yield partial(self._fill, fill, number)
 
-    def _fill(self, fill: Fill, number: int, window: Sequence[Range]) -> int:
+    def _fill(self, fill: Fill, number: int) -> int:
         with self._reading:
             # Its own, and some more: another thread goes on with those meanwhile.
             late = min(number + AHEAD, self._read_to + READ_AT_ONCE)
-            for each in self._windows[self._read_to : max(number + 1, late)]:
-                self._read_ahead(each)
+            for each, window in self._windows[self._read_to : max(number + 1, late)]:
+                _will_need(self._placed[each], window)
                 self._read_to += 1
-        done = sum(call() for call in fill(window))
+        each, window = self._windows[number]
+        done = fill(self._placed[each], window)
         with self._lock:
             self.filled_bytes += done
         return done
-
-    def _read_ahead(self, window: Sequence[Range]) -> None:
-        """Ask the kernel to read the files; a hint, which may fail."""
-        for start, end in window:
-            for placed in self._placed:
-                if placed.start < end and start < placed.end:
-                    _will_need(placed, max(start, placed.start), min(end, placed.end))
 
     # Recording
 
@@ -137,22 +128,24 @@ class Hot:
         return found
 
 
-def _windows(ranges: Iterator[Range]) -> Iterator[list[Range]]:
+def _windows(ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, list[Range]]]:
+    """Yield (number of a region, ranges of it): up to 1 MiB that comes one after the other."""
     window: list[Range] = []
-    size = 0
-    for start, end in ranges:
-        window.append((start, end))
-        size += end - start
-        if size >= PIECE:
-            yield window
+    size, last = 0, -1
+    for number, begin, end in ranges:
+        if window and (number != last or size >= PIECE):
+            yield last, window
             window, size = [], 0
+        window.append((begin, end))
+        size, last = size + end - begin, number
     if window:
-        yield window
+        yield last, window
 
 
-def _will_need(placed: Placed, start: int, end: int) -> None:
-    for number, offset, length in placed.files_in(start - placed.start, end - placed.start):
-        with suppress(OSError):
-            os.posix_fadvise(
-                placed.images[number].pages_fileno(), offset, length, os.POSIX_FADV_WILLNEED
-            )
+def _will_need(placed: Placed, window: Sequence[Range]) -> None:
+    """Ask the kernel to read the files; a hint, which may fail."""
+    files = [image.pages_fileno() for image in placed.images]
+    for begin, end in window:
+        for number, offset, length in placed.files_in(begin, end):
+            with suppress(OSError):
+                os.posix_fadvise(files[number], offset, length, os.POSIX_FADV_WILLNEED)

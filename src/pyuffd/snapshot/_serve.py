@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -201,19 +202,20 @@ class Serving:
                 past = min(round_up(end - placed.start, page), placed.region.length)
                 if waiting and (placed is not last or size >= PIECE):
                     assert last is not None
-                    yield partial(self._fill_ranges, last, waiting)
+                    yield partial(self.fill_ranges, last, waiting)
                     waiting, size = [], 0
                 waiting.append((first, past))
                 size, last = size + past - first, placed
         if waiting and last is not None:
-            yield partial(self._fill_ranges, last, waiting)
+            yield partial(self.fill_ranges, last, waiting)
 
     def _placed_in(self, start: int, end: int) -> Iterator[Placed]:
         for placed in self._placed:
             if placed.start < end and start < placed.end:
                 yield placed
 
-    def _fill_ranges(self, placed: Placed, ranges: list[tuple[int, int]]) -> int:
+    def fill_ranges(self, placed: Placed, ranges: list[tuple[int, int]]) -> int:
+        """Fill ranges of a region, in this order, by one call in C; return the bytes filled."""
         return self._retried(placed, partial(self._populate, placed, ranges))
 
     def _populate(
@@ -225,7 +227,8 @@ class Serving:
         # What is around them may be taken out already.
         first, past = min(start for start, _ in ranges), max(end for _, end in ranges)
         part = Part(placed.region.start + first, past - first, placed.page_size)
-        moved = [(start - first, end - first) for start, end in ranges]
+        words = array("Q", [each - first for pair in ranges for each in pair])
+        moved = memoryview(words).cast("B").cast("Q", [len(ranges), 2])
         return self.handler.populate(part, ranges=moved, chunk=chunk)
 
     def _retried(self, placed: Placed, call: Callable[[], int]) -> int:
