@@ -3,18 +3,21 @@
     python docs/pictures/draw.py
 
 writes them beside this file; `tests/unit/test_pictures.py` fails while they are out of date. The
-latencies are those of benchmarks/RESULTS.md.
+latencies are those of benchmarks/RESULTS.md, the timeline that of timeline.json, which
+`record_timeline.py` writes.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+TIMELINE = HERE / "timeline.json"
 RESULTS = HERE.parents[1] / "benchmarks" / "RESULTS.md"
 WIDTH = 600
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
@@ -352,6 +355,92 @@ def latency(colours: Colours) -> str:
     return drawing.svg("Latency of a missing fault by driver")
 
 
+CHART_HEIGHT = 54
+
+
+def timeline(colours: Colours) -> str:
+    """Return the timeline of a snapshot by method cow, of a real run."""
+    run = json.loads(TIMELINE.read_text())
+    at = run["events"]
+    end = at["swept"]
+    drawing = Drawing(colours)
+
+    def x_of(time_ms: float) -> float:
+        return LANE_X + time_ms * TIME / end
+
+    drawing.text(
+        8,
+        drawing.y + 14,
+        f"snapshot of {run['mib']} MiB by cow: it stood for {run['pause_ms']:.0f} ms",
+        colours.text,
+        15,
+        font_weight="600",
+    )
+    drawing.y += 26
+    lanes = {
+        "process": [
+            (0, at["stopped"], "runs", colours.free),
+            (at["stopped"], at["resumed"], "", colours.bad),
+            (at["resumed"], end, "runs; a first write waits", colours.free),
+        ],
+        "pyuffd": [
+            (at["attached"], at["armed"], "protects all", colours.kernel),
+            (at["armed"], at["stopped"], "again", colours.other),
+            (at["stopped"], at["resumed"], "", colours.bad),
+            (at["resumed"], end, "saves every page", colours.gil),
+        ],
+    }
+    top = drawing.y
+    for name, boxes in lanes.items():
+        drawing.text(8, drawing.y + 20, name, colours.faint, 13)
+        for start, stop, text, colour in boxes:
+            x, width = x_of(start), x_of(stop) - x_of(start)
+            drawing.rect(round(x, 1), drawing.y, round(width, 1), LANE_HEIGHT, colour)
+            if text:
+                middle = round(x + width / 2, 1)
+                drawing.text(middle, drawing.y + 20, text, colours.text, 12, text_anchor="middle")
+        drawing.y += LANE_HEIGHT + 8
+    draw_charts(drawing, run["saved"], x_of, at["resumed"])
+    for name, text, anchor in (
+        ("stopped", "stop", "end"),
+        ("resumed", "resume", "start"),
+    ):
+        x = round(x_of(at[name]), 1)
+        drawing.line(x, top - 4, x, drawing.y, ' stroke-dasharray="3 3"')
+        side = -4 if anchor == "end" else 4
+        drawing.text(x + side, drawing.y - 4, text, colours.bad, 12, text_anchor=anchor)
+    for tick in range(0, int(end) + 1, 100):
+        x = round(x_of(tick), 1)
+        drawing.line(x, drawing.y, x, drawing.y + 5)
+        drawing.text(x, drawing.y + 18, f"{tick}", colours.faint, 12, text_anchor="middle")
+    drawing.line(LANE_X, drawing.y, LANE_X + TIME, drawing.y)
+    drawing.text(8, drawing.y + 18, "milliseconds", colours.faint, 12)
+    drawing.y += 26
+    return drawing.svg("Timeline of a snapshot: protect, stop, resume, faults, sweep")
+
+
+def draw_charts(
+    drawing: Drawing, saved: list[list[float]], x_of: Callable[[float], float], resumed: float
+) -> None:
+    """Draw how many pages the writes of the process and the sweep have saved so far."""
+    for name, column, colour in (
+        ("before a write", 1, drawing.colours.other),
+        ("by the sweep", 2, drawing.colours.gil),
+    ):
+        most = saved[-1][column]
+        bottom = drawing.y + CHART_HEIGHT
+        points = [(x_of(resumed), bottom)]
+        points += [(x_of(row[0]), bottom - row[column] / most * CHART_HEIGHT) for row in saved]
+        points.append((points[-1][0], bottom))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        drawing.elements.append(f'<polygon points="{path}" fill="{colour}"/>')
+        drawing.text(8, bottom - 34, "pages saved", drawing.colours.faint, 12)
+        drawing.text(8, bottom - 18, name, drawing.colours.faint, 12)
+        drawing.text(8, bottom - 2, f"{most:,.0f}", drawing.colours.text, 12)
+        drawing.y += CHART_HEIGHT + 12
+    drawing.y += 8
+
+
 def pictures() -> Iterator[tuple[Path, str]]:
     """Yield each file and its content."""
     for suffix, colours in THEMES.items():
@@ -364,6 +453,7 @@ def pictures() -> Iterator[tuple[Path, str]]:
             paths([NATIVE, INLINE, PROCESS, THREAD], "The way of a fault, by driver", colours),
         )
         yield HERE / f"latency{suffix}.svg", latency(colours)
+        yield HERE / f"timeline{suffix}.svg", timeline(colours)
 
 
 def main() -> None:
