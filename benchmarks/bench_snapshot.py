@@ -317,7 +317,7 @@ class _Peak(threading.Thread):
         total = 0
         for pid in self._pids:
             for one in (pid, *_children(pid)):
-                total += _private(one)
+                total += _memory(one)
         return total
 
     def run(self) -> None:
@@ -339,12 +339,13 @@ def _children(pid: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
-def _private(pid: int) -> int:
+def _memory(pid: int) -> int:
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0
-    found = re.findall(r"^Private_(?:Clean|Dirty): +(\d+) kB", text, re.MULTILINE)
+    # A page that parent and child share counts once.
+    found = re.findall(r"^Pss: +(\d+) kB", text, re.MULTILINE)
     return sum(map(int, found)) << 10
 
 
