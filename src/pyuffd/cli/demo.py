@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from pyuffd.cli import _demo_program as programs
 from pyuffd.cli import _demo_restore as restoring
 from pyuffd.cli._demo_restore import DRIVERS, LABELS, Restored
 from pyuffd.cli._demo_snapshot import Snapshot, take_snapshot
@@ -26,6 +27,14 @@ MAX_SIZE_MIB = 1024
 
 EXIT_VERIFIED = 0
 EXIT_NOT_VERIFIED = 1
+
+# Of the data that the unprepared program has.
+PROGRAM_MIN, PROGRAM_MAX = MIB, 16 * MIB
+PROGRAM_WORDS = {
+    "full": "Snapshot    ",
+    "incremental": "Increment   ",
+    "core": "Core        ",
+}
 
 _BOLD, _RED, _GREEN = "1", "31", "32"
 
@@ -110,10 +119,12 @@ class _Demo:
             snapshot = take_snapshot(work, self._path, self._limit, self._seed, image)
             self._tell_snapshot(snapshot)
             rows = self._restore(image, snapshot)
+        program = self._look_at_program(work)
         if refused:
             self._leave_out("faults of system calls", refused)
         self._tell_left_out()
         verified = snapshot.verified and bool(rows) and all(row.verified for row in rows)
+        verified = verified and (program is None or program.verified)
         self._say()
         if verified:
             verdict = f"Verified: the image, and all of its {len(rows)} restored copies."
@@ -149,6 +160,20 @@ class _Demo:
             else:
                 self._tell_row(row)
                 yield row
+
+    def _look_at_program(self, work: WorkingSet) -> programs.Result | None:
+        content = work.content
+        if len(content) < PROGRAM_MIN:
+            content *= -(-PROGRAM_MIN // len(content))
+        try:
+            result = programs.run(content[:PROGRAM_MAX])
+        except programs.NotAllowedError as error:
+            self._leave_out("snapshots and a core of a program that was not prepared", str(error))
+            return None
+        if result.why:
+            self._leave_out("saving that program while it runs", result.why)
+        self._tell_program(result)
+        return result
 
     # What is said
 
@@ -221,6 +246,25 @@ class _Demo:
         ).rstrip()
         answer = self._paint("yes", _GREEN) if row.verified else self._paint("NO", _RED)
         print(f"{line}  {answer}", flush=True)
+
+    def _tell_program(self, it: programs.Result) -> None:
+        self._say()
+        self._say(
+            f"Program     process {it.pid}, Python with {it.length / MIB:.1f} MiB of files in its"
+            f" own memory, which a thread of it edits all the time; it was not prepared, and made"
+            f" {it.edits:,} more edits meanwhile"
+        )
+        for image in it.images:
+            answer = self._paint("same", _GREEN)
+            if not image.check.verified:
+                answer = self._paint("DIFFERENT", _RED)
+            self._say(
+                f"{PROGRAM_WORDS[image.what]}{image.bytes / MIB:.1f} MiB by {image.method} in"
+                f" {image.seconds:.2f} s; the program stood for {image.pause_s * 1e3:.1f} ms,"
+                f" after {image.check.edit:,} edits; read back and compared: {answer}"
+            )
+        if not it.goes_on:
+            self._say(self._paint("            the program does NOT work on", _RED))
 
     def _leave_out(self, what: str, why: str) -> None:
         self._left_out.setdefault(why, []).append(what)
