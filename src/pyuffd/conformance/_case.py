@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Feature
@@ -167,13 +168,25 @@ def case(
 
 def load() -> dict[str, Case]:
     """Import every module of cases and return the cases by name, in the table's order."""
+    place = _imported()
+    if len(_in_order) != len(_cases):
+        # One of them may have been imported by itself before.
+        last = len(place)
+        order = sorted(_cases.values(), key=lambda case: place.get(case.run.__module__, last))
+        _in_order.clear()
+        _in_order.update((case.name, case) for case in order)
+    return _in_order.copy()
+
+
+# Each case that runs is looked up among all: they are sorted when there are more than before.
+_in_order: dict[str, Case] = {}
+
+
+@cache
+def _imported() -> dict[str, int]:
     from pyuffd.conformance.cases import MODULES
 
     names = [f"pyuffd.conformance.cases.{module}" for module in MODULES]
     for name in names:
         importlib.import_module(name)
-    # One of them may have been imported by itself before.
-    place = {name: index for index, name in enumerate(names)}
-    return dict(
-        sorted(_cases.items(), key=lambda item: place.get(item[1].run.__module__, len(place)))
-    )
+    return {name: index for index, name in enumerate(names)}
