@@ -1,8 +1,8 @@
 """Run code that may stall in a child process, as `pyuffd.testing` does, but from a zygote.
 
-Functions run in a fork of a zygote (tests/_zygote.py). Source text, and what needs another
-environment from its start, runs in a fresh process. PYUFFD_FRESH_CHILDREN=1 makes all of them
-fresh.
+Functions run in a fork of a zygote (tests/_zygote.py), also those given by name. Source text, and
+what needs another environment from its start, runs in a fresh process. PYUFFD_FRESH_CHILDREN=1
+makes all of them fresh.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from pyuffd.testing import _run
 from pyuffd.testing._need import Lack
-from pyuffd.testing._run import Child, ChildResult, Expect, FreshChild, Request
+from pyuffd.testing._run import DOTTED, Child, ChildResult, Expect, FreshChild, Request
 from pyuffd.testing._skips import skip
 from tests._zygote import Zygote
 
@@ -62,7 +62,8 @@ def run_child(
         ChildFailure: the child ended differently from `expect`.
     """
     start: Callable[[Request], Child] = FreshChild
-    forked = callable(target) and not env and not FRESH and _one_at_a_time.acquire(blocking=False)
+    is_function = callable(target) or DOTTED.fullmatch(target) is not None
+    forked = is_function and not env and not FRESH and _one_at_a_time.acquire(blocking=False)
     try:
         if forked:
             start = zygote().fork

@@ -14,24 +14,33 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from pyuffd.testing._run import Request, perform
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = (
+    "asyncio",
+    "multiprocessing",
+    "numpy",
+    "psutil",
     "pytest",
+    "resource",
     "pyuffd.testing._run",
+    "pyuffd.dirty",
     "pyuffd.handlers",
     "pyuffd.handover",
     "pyuffd.pagemap",
     "pyuffd.regions",
+    "pyuffd.remote",
+    "pyuffd.snapshot",
     "pyuffd.sources",
     "pyuffd.testing",
     "tests._barriers",
     "tests._memory",
 )
+# numpy's library for matrices starts threads when it is imported, which a fork would not have.
+WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
 LENGTH = 4  # bytes of a message's length
 LIMIT_S = 30.0  # forking needs milliseconds
 
@@ -47,7 +56,7 @@ class Zygote:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-P", "-W", "error", "-m", __name__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, **WITHOUT_THREADS, "PYTHONPATH": path},
                 pass_fds=[theirs.fileno()],
             )
 
@@ -109,11 +118,16 @@ def _become_child(fds: list[int], environment: dict[str, str], folder: str) -> N
     random.seed()
 
 
+def threads() -> int:
+    """Return the number of threads of this process, also of those that run no Python."""
+    return len(os.listdir("/proc/self/task"))
+
+
 def serve(sock: socket.socket) -> None:
     """Fork a child for each request, until the other end closes."""
     for name in NEEDED:
         importlib.import_module(name)
-    assert threading.active_count() == 1
+    assert threads() == 1
     gc.freeze()
     while True:
         head, fds, _, _ = socket.recv_fds(sock, LENGTH, 3)

@@ -242,13 +242,5 @@ def test_what_does_not_hang(column: str) -> None:
 @needs(Feature.EVENT_FORK)
 @pytest.mark.parametrize(("row", "column"), HANGING)
 def test_what_hangs(row: str, column: str) -> None:
-    program = f"from {__name__} import measure; measure({column!r}, [{row!r}])"
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=_readme.ROOT, stdout=subprocess.PIPE, text=True) as child:
-        try:
-            assert child.stdout is not None
-            assert child.stdout.readline() == f"{row}\n"
-            with pytest.raises(subprocess.TimeoutExpired):
-                child.wait(HANG_S)
-        finally:
-            child.kill()
+    result = run_child(measure, column, [row], budget_s=HANG_S, expect="timeout")
+    assert result.stdout == f"{row}\n"

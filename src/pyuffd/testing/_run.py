@@ -35,7 +35,8 @@ MARGIN_S = 3.0
 # Sanitizer builds and slow machines set PYUFFD_BUDGET_SCALE to stretch every budget.
 SCALE = float(os.environ.get("PYUFFD_BUDGET_SCALE", "1"))
 
-_DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# How a function is named: `package.module:function`. Everything else is source text.
+DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _PR_SET_PDEATHSIG = 1
 
 Expect = int | Literal["timeout"] | None
@@ -244,7 +245,7 @@ def perform(call: str, reply: int) -> None:
     answer: dict[str, Any] = {}
     make_do(strictly=strict())
     try:
-        if _DOTTED.fullmatch(target):
+        if DOTTED.fullmatch(target):
             module, name = target.split(":")
             function = getattr(importlib.import_module(module), name)
             faulthandler.dump_traceback_later(request["budget_s"], exit=True)
