@@ -1,0 +1,99 @@
+"""Snapshots on disks that fail or are slow: the errno, no files, and a process that works on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyuffd import Feature
+from pyuffd.testing import needs, needs_privilege
+from pyuffd.testing._run import SCALE
+from tests.process._attach import status
+from tests.process._counters import compiled, counters
+
+pytestmark = [
+    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
+    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
+]
+# (method, errno, bytes that the disk has room for, microseconds of each write)
+DISKS = [
+    ("stopped", errno.EIO, 0, 0),
+    ("precopy", errno.EIO, 1 << 19, 0),
+    ("precopy", errno.ENOSPC, 0, 0),
+    ("cow", errno.EIO, 0, 0),
+    ("cow", errno.ENOSPC, 1 << 19, 0),
+    ("cow", 0, 0, 2000),
+    ("precopy", 0, 0, 2000),
+]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("disks")
+    library = folder / "disk_faults.so"
+    source = Path(__file__).parent / "disk_faults.c"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return compiled(folder), str(library)
+
+
+@pytest.mark.parametrize(("method", "code", "room", "wait_us"), DISKS)
+def test_disk(
+    method: str, code: int, room: int, wait_us: int, programs: tuple[str, str], tmp_path: Path
+) -> None:
+    program, library = programs
+    with counters(program, 2, 400, "s") as target:
+        words = ["snapshot", str(target.pid), "-o", str(tmp_path / "one"), "--method", method]
+        if method != "stopped":
+            words += ["--max-stall", str(0.5 * SCALE)]
+        done = subprocess.run(
+            [sys.executable, "-m", "pyuffd", *words, "--no-sync"],
+            capture_output=True,
+            text=True,
+            timeout=30 * SCALE,
+            env={
+                **os.environ,
+                "LD_PRELOAD": library,
+                "DISK_ERRNO": str(code),
+                "DISK_BYTES": str(room),
+                "DISK_US": str(wait_us),
+            },
+        )
+        target.works_on()
+        assert status(target.pid)["TracerPid"] == "0"
+    if code:
+        assert (done.returncode, os.strerror(code) in done.stderr) == (2, True), done.stderr
+        assert os.listdir(tmp_path) == []
+    else:
+        assert done.returncode == 0, done.stderr
+        checked = subprocess.run(
+            [sys.executable, "-m", "pyuffd", "verify", str(tmp_path / "one")],
+            capture_output=True,
+            check=False,
+        )
+        assert checked.returncode == 0
+
+
+def test_a_disk_that_is_too_slow(programs: tuple[str, str], tmp_path: Path) -> None:
+    """The memory between the process and the file is full: the snapshot ends, not the process."""
+    program, library = programs
+    with counters(program, 2, 6000, "s") as target:
+        limit = ("--max-stall", str(0.1 * SCALE))
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pyuffd", "snapshot", str(target.pid)),
+                *("-o", str(tmp_path / "one"), "--method", "cow", *limit, "--no-sync"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60 * SCALE,
+            env={**os.environ, "LD_PRELOAD": library, "DISK_US": str(int(1e6 * SCALE))},
+        )
+        target.works_on()
+        assert status(target.pid)["TracerPid"] == "0"
+    assert (done.returncode, "longer than max_stall_s" in done.stderr) == (2, True), done.stderr
+    assert os.listdir(tmp_path) == []
