@@ -85,7 +85,7 @@ test-refused: $(VENV)/.installed-test
 dev: $(VENV)/.build-tools
 	$(INSTALL) . --group dev
 	$(BIN)/python csrc/build_stub.py
-	@touch $(VENV)/.installed-dev $(VENV)/.installed-test $(VENV)/.installed
+	@touch $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -172,17 +172,18 @@ $(VENV)/.installed: $(VENV)/.build-tools $(BUILD_INPUTS)
 	$(INSTALL) .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.build-tools $(BUILD_INPUTS)
-	$(INSTALL) . --group test
-	@touch $@ $(VENV)/.installed
+# The C is built once, by `.installed`; these add what other targets need.
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --group test
+	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.build-tools $(BUILD_INPUTS)
-	$(INSTALL) . --group dev
-	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --group dev
+	@touch $(VENV)/.installed-test $@
 
-$(VENV)/.installed-docs: $(VENV)/.build-tools $(BUILD_INPUTS)
-	$(INSTALL) . --group docs
-	@touch $@ $(VENV)/.installed
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --group docs
+	@touch $@
 
 $(VENV)/.installed-release: $(VENV)/.build-tools
 	$(PIP) --group release
