@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from pyuffd._arguments import shown
 from pyuffd._pages import PAGE_SIZE
@@ -66,8 +67,8 @@ class Hot:
         self.filled_bytes = 0
         self._lock = threading.Lock()
         self._reading = threading.Lock()
-        self._windows: list[tuple[int, list[Range]]] = []
-        self._read_to = 0
+        self._source: Iterator[tuple[int, list[Range]]] = iter(())
+        self._found: deque[tuple[int, list[Range]]] = deque()
 
     def ranges(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number of a region, begin, end) of what is filled first, in order."""
@@ -83,24 +84,42 @@ class Hot:
                 return self._parts
         return [places]
 
-    def jobs(self, fill: Fill) -> Iterator[Callable[[], int]]:
-        """Yield calls that fill it, some of it each; `fill` fills ranges of a region."""
-        self._windows = list(_windows(self.ranges()))
-        for number in range(len(self._windows)):
-            yield partial(self._fill, fill, number)
+    def jobs(self, fill: Fill) -> list[Callable[[], int]]:
+        """Return calls that fill it, some of it each; `fill` fills ranges of a region."""
+        if self._known is None or self._known.problem:
+            return []
+        self._source = _windows(self.ranges())
+        # Windows are found while others are filled: the program is touching pages already.
+        steps = self._known.length // PIECE
+        return [*[partial(self._fill, fill)] * steps, partial(self._fill_rest, fill)]
 
-    def _fill(self, fill: Fill, number: int) -> int:
+    def _fill(self, fill: Fill) -> int:
         with self._reading:
             # Its own, and some more: another thread goes on with those meanwhile.
-            late = min(number + AHEAD, self._read_to + READ_AT_ONCE)
-            for each, window in self._windows[self._read_to : max(number + 1, late)]:
+            wanted = min(AHEAD, len(self._found) + READ_AT_ONCE)
+            for each, window in islice(self._source, wanted - len(self._found)):
                 _will_need(self._placed[each], window)
-                self._read_to += 1
-        each, window = self._windows[number]
+                self._found.append((each, window))
+            if not self._found:
+                return 0
+            each, window = self._found.popleft()
         done = fill(self._placed[each], window)
         with self._lock:
             self.filled_bytes += done
         return done
+
+    def _fill_rest(self, fill: Fill) -> int:
+        """Fill what is left: windows end early where another region begins."""
+        done = 0
+        while not self._is_exhausted():
+            done += self._fill(fill)
+        return done
+
+    def _is_exhausted(self) -> bool:
+        with self._reading:
+            if not self._found:
+                self._found.extend(islice(self._source, 1))
+            return not self._found
 
     # Recording
 
