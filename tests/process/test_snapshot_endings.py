@@ -1,0 +1,106 @@
+"""A process that exits, execs or forks at each point: a good snapshot or a named error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pyuffd import Feature, Process, Snapshot, SnapshotError
+from pyuffd.snapshot import _capture
+from pyuffd.testing import needs, needs_privilege
+from pyuffd.testing._run import SCALE
+
+pytestmark = [
+    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
+    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
+]
+TARGET = """
+import os, sys
+data = bytearray(b"d" * (4 << 20))
+print("ready", flush=True)
+for line in sys.stdin:
+    if line == "exec\\n":
+        os.execv(sys.executable, [sys.executable, "-c", "print('done', flush=True); input()"])
+    if line == "exit\\n":
+        os._exit(0)
+    if line == "fork\\n" and not os.fork():
+        data[:] = bytes(len(data))
+        os._exit(0)
+    print("done", flush=True)
+"""
+POINTS = [
+    ("stopped", "begun"),
+    ("stopped", "captured"),
+    ("precopy", "begun"),
+    ("precopy", "round 0"),
+    ("precopy", "resumed"),
+    ("cow", "attached"),
+    ("cow", "armed"),
+    ("cow", "resumed"),
+    ("cow", "begun sweep"),
+    ("cow", "swept"),
+]
+
+
+@pytest.mark.crossing
+@pytest.mark.parametrize("event", ["exit", "exec", "fork"])
+@pytest.mark.parametrize(("method", "point"), POINTS)
+def test_it_ends_or_forks(
+    method: str, point: str, event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = subprocess.PIPE
+    popen = subprocess.Popen([sys.executable, "-c", TARGET], stdin=pipe, stdout=pipe, bufsize=0)
+    assert popen.stdin is not None
+    assert popen.stdout is not None
+    assert popen.stdout.readline() == b"ready\n"
+    happened: list[str] = []
+    failed = ""
+
+    def happen(name: str) -> None:
+        if name != point or happened:
+            return
+        happened.append(name)
+        assert popen.stdin is not None
+        popen.stdin.write(f"{event}\n".encode())
+        if event == "exit":
+            popen.wait(10 * SCALE)
+        elif event == "exec":
+            give_up = time.monotonic() + 10 * SCALE
+            while process.is_running:
+                assert time.monotonic() < give_up
+                time.sleep(0.005)
+
+    limit = None if method == "stopped" else SCALE
+    try:
+        with Process(popen.pid) as process:
+            monkeypatch.setattr(_capture, "barrier", happen)
+            try:
+                Snapshot.take(
+                    process,
+                    tmp_path / "one",
+                    method=method,  # type: ignore[arg-type]
+                    max_stall_s=limit,
+                    durable=False,
+                )
+            except SnapshotError as error:
+                failed = error.reason
+            if failed:
+                assert (failed, event == "fork") == ("ended", False)
+                assert os.listdir(tmp_path) == []
+            else:
+                with Snapshot.open(tmp_path / "one") as snapshot:
+                    snapshot.verify()
+                if event == "fork":
+                    assert process.is_running
+        assert happened == [point]
+        if event != "exit":
+            assert popen.stdout.readline() == b"done\n"
+            assert popen.poll() is None
+    finally:
+        popen.kill()
+        popen.communicate()
