@@ -180,17 +180,34 @@ def _python_loop(uffd: Userfaultfd, stop_fd: int) -> None:
                     child.close()
 
 
-@contextlib.contextmanager
-def served_by_handler(region: Region, features: Feature, driver: str) -> Iterator[None]:
-    """Serve a region with a Handler; with "process" from a function in Python."""
-    if driver == INLINE:
-        features |= Feature.SIGBUS
-    source = CallableSource(some_bytes) if driver == PROCESS else BufferSource(CONTENT)
-    with Userfaultfd(features=features) as uffd, Handler(uffd) as handler:
-        handler.serve(region, source)
+class Handlers:
+    """A handler of a driver for each set of features; with "process" it calls Python."""
+
+    def __init__(self, driver: str, stack: contextlib.ExitStack) -> None:
+        self._driver = driver
+        self._stack = stack
+        self._by_features: dict[Feature, Handler] = {}
+
+    @contextlib.contextmanager
+    def served(self, region: Region, features: Feature) -> Iterator[None]:
+        """Serve a region, by the handler that is there or a new one."""
+        driver = self._driver
+        source = CallableSource(some_bytes) if driver == PROCESS else BufferSource(CONTENT)
+        handler = self._by_features.get(features)
+        if handler is None:
+            more = Feature.SIGBUS if driver == INLINE else Feature(0)
+            uffd = self._stack.enter_context(Userfaultfd(features=features | more))
+            handler = self._stack.enter_context(Handler(uffd))
+            handler.serve(region, source)
+            handler.start()
+            self._by_features[features] = handler
+        else:
+            handler.serve(region, source)
         assert handler.driver == driver
-        handler.start()
-        yield
+        try:
+            yield
+        finally:
+            handler.unserve(region)
 
 
 def some_bytes(offset: int, length: int) -> bytes:
@@ -202,24 +219,26 @@ def some_bytes(offset: int, length: int) -> bytes:
 def measure(column: str, rows: list[str]) -> dict[str, str]:
     """Do the actions of some rows; return the matching cell of the table for each."""
     found = {}
-    for row in rows:
-        print(row, flush=True)
-        features = FEATURES[row]
-        mapping = mmap.mmap(-1, LENGTH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        with Region.at(address, LENGTH, PAGE) as region:
-            try:
-                if column == PYTHON:
-                    with served_by_python(region, features):
+    with contextlib.ExitStack() as stack:
+        handlers = Handlers(column, stack)
+        for row in rows:
+            print(row, flush=True)
+            features = FEATURES[row]
+            mapping = mmap.mmap(-1, LENGTH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+            with Region.at(address, LENGTH, PAGE) as region:
+                try:
+                    if column == PYTHON:
+                        serving = served_by_python(region, features)
+                    else:
+                        serving = handlers.served(region, features)
+                    with serving:
                         ACTIONS[row](region, mapping)
-                else:
-                    with served_by_handler(region, features, column):
-                        ACTIONS[row](region, mapping)
-                found[row] = "works"
-            except OSError as error:
-                found[row] = errno.errorcode[error.errno or 0]
-            except ValueError:
-                found[row] = "refused"
+                    found[row] = "works"
+                except OSError as error:
+                    found[row] = errno.errorcode[error.errno or 0]
+                except ValueError:
+                    found[row] = "refused"
     return found
 
 
