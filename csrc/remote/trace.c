@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -44,6 +45,12 @@ int uffd_trace_resume(pid_t tid, int signal)
 int uffd_trace_detach(pid_t tid)
 {
 	return result(ptrace(PTRACE_DETACH, tid, 0, 0));
+}
+
+int uffd_trace_allow(int32_t pid)
+{
+	/* EINVAL: a kernel without Yama, which restricts nobody. */
+	return prctl(PR_SET_PTRACER, pid) && errno != EINVAL ? -errno : 0;
 }
 
 static void classify(pid_t tid, int status, struct uffd_trace_state *state)

@@ -37,6 +37,8 @@ int uffd_trace_wait(pid_t tid, uint64_t until_ns, struct uffd_trace_state *state
 /* Let it run to its next system call stop, or to an interruption. */
 int uffd_trace_resume(pid_t tid, int signal);
 int uffd_trace_detach(pid_t tid);
+/* Let a process trace this one, where Yama (ptrace_scope 1) wants that said; 0: nobody in particular. */
+int uffd_trace_allow(int32_t pid);
 
 int uffd_trace_get_regs(pid_t tid, struct user_regs_struct *regs_ret);
 int uffd_trace_set_regs(pid_t tid, const struct user_regs_struct *regs);

@@ -116,6 +116,12 @@ def shares_memory(pid: int, other_pid: int) -> bool:
     return bool(lib.uffd_remote_same_memory(pid, other_pid) == 1)
 
 
+def allow_tracer(pid: int) -> None:
+    """Let a process trace this one, where the kernel wants that said (Yama's ptrace_scope 1)."""
+    if code := -int(lib.uffd_trace_allow(pid)):
+        raise_errno("PR_SET_PTRACER", code)
+
+
 FRAME_BYTES = lib.UFFD_FRAME_MOST  # the memory that an attach needs below a stack pointer
 
 

@@ -233,7 +233,8 @@ class SnapshotGap:
         length: Bytes.
         reason: "shared": left out, or copied in the stop although others write it. "file": a shared
             mapping of a file that the process cannot write. "special": the kernel's own pages, or
-            its devices. "dropped": the process gave it back before it was saved. "unreadable".
+            its devices. "dropped": the process gave it back before it was saved. "unfilled": a
+            userfaultfd fills it when it is touched, which nobody had done. "unreadable".
         detail: More about it: the file's name.
     """
 

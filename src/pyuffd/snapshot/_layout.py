@@ -30,6 +30,7 @@ class SnapshotLayout:
     Attributes:
         mappings: The mappings of the last call that are in the snapshot, gaps included.
         gaps: Those of the last call.
+        lazy: Memory that a userfaultfd fills when it is touched, as `find_lazy` found it.
     """
 
     def __init__(
@@ -41,7 +42,12 @@ class SnapshotLayout:
         self._places = Places()
         self.mappings: list[Mapping] = []
         self.gaps: list[SnapshotGap] = []
-        self.skipped = PageRanges.of([])
+        self.skipped = self.lazy = PageRanges.of([])
+
+    def find_lazy(self) -> None:
+        """Find memory whose absent pages are not zeros: somebody handles its missing faults."""
+        mappings = self._process.mappings(details=True)
+        self.lazy = PageRanges.of((m.start, m.end) for m in mappings if "um" in m.flags)
 
     def __call__(self, mappings: Mappings) -> Sequence[Placed]:
         """Return the places of mappings.

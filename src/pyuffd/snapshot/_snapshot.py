@@ -17,16 +17,17 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd._working_set import WorkingSet
 from pyuffd.dirty import DirtyTracker
 from pyuffd.handlers import Handler
-from pyuffd.remote._process import Process
-from pyuffd.snapshot import _flatten, _restore, _take, _working_sets
+from pyuffd.snapshot import _flatten, _restore, _take, _targets, _working_sets
 from pyuffd.snapshot._capture import Method, SnapshotProgress
 from pyuffd.snapshot._content import Gaps
 from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
+from pyuffd.snapshot._helper import take_by_helper
 from pyuffd.snapshot._layout import Shared
 from pyuffd.snapshot._reading import Image
 from pyuffd.snapshot._restore import Mode, Regions, Restore, Verify
 from pyuffd.snapshot._share import Shares
 from pyuffd.snapshot._take import SnapshotReport
+from pyuffd.snapshot._targets import Target
 
 # Each parent costs a look for every page that is read.
 DEPTH_WARNED = 8
@@ -76,7 +77,7 @@ class Snapshot(Closing):
     @classmethod
     def take(
         cls,
-        target: Process,
+        target: Target,
         path: str | os.PathLike[str],
         *,
         method: Method = "auto",
@@ -97,7 +98,10 @@ class Snapshot(Closing):
         directory with this name, and does not change its parent.
 
         Args:
-            target: The process.
+            target: A process, this one too. Or memory of this process: a `Region`, another range,
+                or several of them. Or a `Userfaultfd` with `ranges`: memory of the process that it
+                governs. A snapshot of this process is taken by a helper process, which stops all
+                threads of this one for the pause.
             path: The directory, which must not exist; its folder must.
             method: "precopy" copies while the process runs, then again what it has written
                 meanwhile, and the last of it in the stop. "cow" protects it while it runs, and
@@ -122,8 +126,9 @@ class Snapshot(Closing):
             progress: Called now and then.
 
         Raises:
-            ValueError: bad arguments.
+            ValueError: bad arguments; a userfaultfd without `ranges`, a tracker of this process.
             FileExistsError: EEXIST - there is something with this name.
+            HelperLostError: the helper process could not start, or was killed.
             SnapshotError: "busy", "shared", "stalled", "parent", "ended"; see there.
             SnapshotFormatError: the parent is damaged.
             StopTimeoutError: ETIMEDOUT - the process cannot be stopped.
@@ -147,7 +152,8 @@ class Snapshot(Closing):
             compress=compress,
             progress=progress,
         )
-        report = _take.take(target, request)
+        with _targets.resolved(target, request) as (process, request):
+            report = take_by_helper(request) if process is None else _take.take(process, request)
         with cls.open(report.path) as taken:
             if taken.depth >= DEPTH_WARNED:
                 warnings.warn(

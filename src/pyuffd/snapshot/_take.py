@@ -140,7 +140,7 @@ def checked(
         str(name),
         method,
         shared,
-        None if ranges is None else _spans(ranges),
+        None if ranges is None else spans_of(ranges),
         None if parent is None else os.fspath(parent),
         tracker,
         None if max_stall_s is None else check_seconds("max_stall_s", max_stall_s),
@@ -152,7 +152,8 @@ def checked(
     )
 
 
-def _spans(items: Iterable[RangeLike]) -> list[tuple[int, int]]:
+def spans_of(items: Iterable[RangeLike]) -> list[tuple[int, int]]:
+    """Return ranges, checked and merged, as (start, end)."""
     found = []
     for item in items:
         start, length = resolve_range(item, None, name="ranges")
@@ -175,6 +176,7 @@ def take(process: Process, request: Request) -> SnapshotReport:
         identity = identity_of(process)
         layout = SnapshotLayout(process, request.shared, request.scope)
         layout(process.mappings())  # refuses what it refuses before anything is done
+        layout.find_lazy()
         directory = stack.enter_context(NewDirectory(request.path, durable=request.durable))
         at_barrier("begun")
         method, reason = _chosen(request)
@@ -294,6 +296,10 @@ def _finish(
         _compare.free(captured.layout, of_parent, directory.pages.number)
     elif parent is not None:
         of_parent = _rest(layout, captured, parent)
+    unfilled = ranges.intersect(_unknown(layout, captured), layout.lazy.memoryview())
+    unfilled = ranges.subtract(unfilled, of_parent)
+    gaps = (*layout.gaps, *_lost_gaps(captured), *_gaps(unfilled, "unfilled"))
+    captured.lost = ranges.union(captured.lost, unfilled)
     sum_name, sum_ = _sums.best_sum()
     runs = list(_runs(layout, captured, of_parent))
     runs = _stored(directory, runs, sum_, request)
@@ -301,7 +307,6 @@ def _finish(
     at_barrier("pages")
     packed = Runs.of(runs).pack()
     directory.write(_format.RUNS, packed)
-    gaps = (*layout.gaps, *_lost_gaps(captured))
     report = SnapshotReport(
         path=request.path,
         id=directory.id,
@@ -334,18 +339,26 @@ def _finish(
 
 def _rest(layout: SnapshotLayout, captured: Captured, parent: Image) -> memoryview:
     """Return what a tracker did not report: it is as in the parent."""
-    rest = PageRanges.of((m.start, m.end) for m in layout.mappings).memoryview()
-    for known in (captured.data, captured.zero, captured.lost, captured.absent):
-        rest = ranges.subtract(rest, known)
-    rest = ranges.subtract(rest, layout.skipped.memoryview())
+    rest = ranges.subtract(_unknown(layout, captured), captured.absent)
     theirs = PageRanges.of((region.start, region.end) for region in parent.regions)
     return ranges.intersect(rest, theirs.memoryview())
 
 
+def _unknown(layout: SnapshotLayout, captured: Captured) -> memoryview:
+    """Return the pages that have no content in this snapshot."""
+    rest = PageRanges.of((m.start, m.end) for m in layout.mappings).memoryview()
+    for known in (captured.data, captured.zero, captured.lost):
+        rest = ranges.subtract(rest, known)
+    return ranges.subtract(rest, layout.skipped.memoryview())
+
+
 def _lost_gaps(captured: Captured) -> Iterator[SnapshotGap]:
-    for each in PageRanges(captured.lost):
-        dropped = captured.method == "cow"
-        yield SnapshotGap(each.start, each.length, "dropped" if dropped else "unreadable")
+    return _gaps(captured.lost, "dropped" if captured.method == "cow" else "unreadable")
+
+
+def _gaps(packed: memoryview, reason: str) -> Iterator[SnapshotGap]:
+    for each in PageRanges(packed):
+        yield SnapshotGap(each.start, each.length, reason)
 
 
 def _runs(

@@ -1,0 +1,177 @@
+"""A snapshot of this very process: a helper process takes it, since nobody can stop himself.
+
+The helper is told what to do by one pickled request, and answers with pickled progress and one
+pickled result, all by one socket. It does not need the GIL of this process, whose threads it stops
+as it stops those of any other.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from contextlib import closing, suppress
+from dataclasses import replace
+from types import FrameType
+from typing import Any, NoReturn
+
+from pyuffd import _remote_calls as calls
+from pyuffd._errors import HelperLostError
+from pyuffd._owned import Descriptor
+from pyuffd.remote._process import Process
+from pyuffd.snapshot._capture import SnapshotProgress
+from pyuffd.snapshot._take import Request, SnapshotReport, take
+
+_LENGTH = struct.Struct("=Q")
+# The helper's snapshot leaves nothing if it ends by itself; it may have to wait for its disk.
+END_S = 10.0
+_PROGRAM = (
+    "import sys; sys.path[:] = {path!r};"
+    " from pyuffd.snapshot._helper import main; main({fd}, {pid})"
+)
+
+
+def take_by_helper(request: Request) -> SnapshotReport:
+    """Take a snapshot of this process; see `Snapshot.take`."""
+    ours, theirs = socket.socketpair()
+    with closing(ours):
+        with theirs:
+            helper = _start(theirs.fileno())
+        try:
+            calls.allow_tracer(helper.pid)
+            with suppress(ConnectionError):  # it has ended: `_result` says how
+                _send(ours, replace(request, progress=None))
+            return _result(ours, helper, request)
+        finally:
+            _end(helper)
+
+
+def _start(fd: int) -> subprocess.Popen[bytes]:
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise HelperLostError(
+            f"a snapshot of one's own process needs a Python interpreter that can be started, but"
+            f" sys.executable is {sys.executable!r}, as in a program that is frozen or embeds"
+            " Python: take the snapshot from another process"
+        )
+    program = _PROGRAM.format(path=[entry for entry in sys.path if entry], fd=fd, pid=os.getpid())
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[fd],
+        start_new_session=True,
+    )
+
+
+def _result(
+    ours: socket.socket, helper: subprocess.Popen[bytes], request: Request
+) -> SnapshotReport:
+    while True:
+        message = _receive(ours)
+        if isinstance(message, SnapshotProgress):
+            if request.progress is not None:
+                request.progress(message)
+        elif isinstance(message, SnapshotReport):
+            return message
+        elif isinstance(message, BaseException):
+            raise message
+        else:
+            code = helper.wait()
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+            raise HelperLostError(f"the process that takes the snapshot ended {how}")
+
+
+def _end(helper: subprocess.Popen[bytes]) -> None:
+    """Wait until it has ended; if it was to do more, it cleans up first."""
+    with suppress(ProcessLookupError):
+        helper.terminate()
+    try:
+        helper.wait(END_S)
+    except BaseException:
+        helper.kill()
+        helper.wait()
+        raise
+
+
+def _send(to: socket.socket, what: object) -> None:
+    packed = pickle.dumps(what)
+    to.sendall(_LENGTH.pack(len(packed)) + packed)
+
+
+def _receive(ours: socket.socket) -> Any:
+    """Return the next message, or None at the end."""
+    (length,) = _LENGTH.unpack(_exactly(ours, _LENGTH.size) or bytes(_LENGTH.size))
+    packed = _exactly(ours, length) if length else b""
+    return pickle.loads(packed) if packed else None
+
+
+def _exactly(ours: socket.socket, length: int) -> bytes:
+    found = bytearray()
+    while len(found) < length:
+        try:
+            part = ours.recv(length - len(found))
+        except ConnectionError:
+            return b""
+        if not part:
+            return b""
+        found += part
+    return bytes(found)
+
+
+# In the helper
+
+
+def main(fd: int, pid: int) -> NoReturn:
+    """Do one request of the process `pid`, and end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other side decides, and says so by SIGTERM
+    signal.signal(signal.SIGTERM, _terminate)
+    with socket.socket(fileno=fd) as theirs, Descriptor.of_process(pid) as owner:
+        threading.Thread(target=_follow, args=(owner.number,), daemon=True).start()
+        request = _receive(theirs)
+        if request is None:
+            os._exit(0)
+        try:
+            with Process(pid) as process:
+                answer: object = take(process, replace(request, progress=_Sender(theirs)))
+        except Exception as error:
+            answer = _portable(error)
+        with suppress(OSError):
+            _send(theirs, answer)
+    sys.exit(0)
+
+
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _follow(pidfd: int) -> None:
+    """End when the process that is to be saved has ended."""
+    select.select([pidfd], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Sender:
+    """Sends progress, as long as there is room: who is to read it may be stopped."""
+
+    def __init__(self, to: socket.socket) -> None:
+        self._to = to
+
+    def __call__(self, progress: SnapshotProgress) -> None:
+        if select.select([], [self._to], [], 0)[1]:
+            with suppress(OSError):
+                _send(self._to, progress)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return the error as it can be sent: without what pickle refuses."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return HelperLostError(f"the process that takes the snapshot failed: {error!r}")
+    return error
