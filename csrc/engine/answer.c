@@ -320,10 +320,10 @@ int uffd_engine_ask_again(struct uffd_engine *engine, struct uffd_request *reque
 	pthread_mutex_lock(&engine->requests_lock);
 	/* A populate that has failed already must not wait for more. */
 	again = !request->abandoned && !(request->populate && request->populate->error);
-	before = *request;
+	copy_request(&before, request);
 	if (again && second) {
 		request->length = request->length / 2 & ~(request->page_size - 1);
-		*second = *request;
+		copy_request(second, request);
 		second->offset += request->length;
 		second->address += request->length;
 		second->length = before.length - request->length;

@@ -34,7 +34,7 @@ static void break_promises(struct uffd_engine *engine, const struct uffd_range_r
 		if (request) {
 			populate_answered(engine, request, 0, -ECANCELED);
 			atomic_fetch_sub(&engine->outstanding, 1);
-			copy = *request;
+			copy_request(&copy, request);
 			forget_promise(engine, request);
 		}
 		pthread_mutex_unlock(&engine->requests_lock);

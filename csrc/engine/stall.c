@@ -20,7 +20,7 @@ static void abandon(struct uffd_engine *engine, struct request_list *list,
 		    struct uffd_request *request, struct uffd_request *copy_ret)
 {
 	__atomic_store_n(&request->abandoned, 1, __ATOMIC_RELEASE);
-	*copy_ret = *request;
+	copy_request(copy_ret, request);
 	request->populate = NULL;
 	if (list == &engine->queued && copy_ret->populate)
 		copy_ret->populate->queued--;
@@ -94,7 +94,7 @@ static bool copy_overlapping(struct uffd_engine *engine, const struct asked *ask
 			if (request->id != asked->id || request->offset >= asked->end ||
 			    request->offset + request->length <= asked->offset || n--)
 				continue;
-			*copy_ret = *request;
+			copy_request(copy_ret, request);
 			found = true;
 			break;
 		}
@@ -303,7 +303,7 @@ void end_own_wait(struct uffd_range *range, uint64_t page, uint32_t thread_id)
 		pthread_mutex_unlock(&engine->requests_lock);
 		return;
 	}
-	copy = *request;
+	copy_request(&copy, request);
 	is_new = !request->abandoned && !request->reported;
 	if (only_report)
 		request->reported = 1;

@@ -5,7 +5,9 @@
 #ifndef UFFD_ENGINE_TYPES_H
 #define UFFD_ENGINE_TYPES_H
 
+#include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/queue.h>
 
 #include "content.h"
@@ -136,11 +138,19 @@ struct uffd_request {
 	uint32_t is_fault;	/* for a fault, not for populate */
 	uint32_t abandoned;	/* on_error was applied: an answer is too late */
 	uint32_t reported;	/* as stalled */
-	uint32_t answered;	/* its source has returned: the worker puts the pages in place */
-	int32_t lacks;		/* why the worker retries that: -ENOMEM or -EAGAIN; else 0 */
 	uint64_t page_size;
 	struct populate *populate;	/* NULL: for a fault, or its caller has returned */
 	struct uffd_pages *pages;	/* of a promised one */
+	/* The worker writes these without the lock; copy_request() reads them so. */
+	uint32_t answered;	/* its source has returned: the worker puts the pages in place */
+	int32_t lacks;		/* why the worker retries that: -ENOMEM or -EAGAIN; else 0 */
 };
+
+static inline void copy_request(struct uffd_request *to, const struct uffd_request *from)
+{
+	memcpy(to, from, offsetof(struct uffd_request, answered));
+	to->answered = __atomic_load_n(&from->answered, __ATOMIC_RELAXED);
+	to->lacks = __atomic_load_n(&from->lacks, __ATOMIC_RELAXED);
+}
 
 #endif /* UFFD_ENGINE_TYPES_H */
