@@ -94,7 +94,6 @@ def latencies(driver: Driver) -> None:
         handler.start()
         began = time.monotonic_ns()
         region.touch()
-        took = time.monotonic_ns() - began
         histogram = handler.stats().latency["missing"]
         assert histogram.count == 100
         bounds = [bound for bound, _ in histogram.buckets]
@@ -103,7 +102,8 @@ def latencies(driver: Driver) -> None:
         assert histogram.percentile(100) == bounds[-1]
         recent = handler.recent_faults()
         assert max(fault.latency_ns for fault in recent) < bounds[-1]
-        assert sum(fault.latency_ns for fault in recent) <= took
+        # A thread that was woken may fault again before the clock is read: the sum proves nothing.
+        assert max(fault.latency_ns for fault in recent) <= time.monotonic_ns() - began
 
 
 test_latencies = with_both_drivers(latencies)
