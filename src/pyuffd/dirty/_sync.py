@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from pyuffd import _dirty_calls as calls
 from pyuffd._abi import Feature, PageBit, RegisterMode
@@ -32,6 +33,7 @@ NEEDED = Feature.PAGEFAULT_FLAG_WP
 
 _AS_WRITTEN = (PageState.DIRTY, PageState.IN_FLIGHT)
 NO_RANGES = calls.NO_RANGES
+_READ_BYTES = 1 << 30
 
 
 class SyncMethod:
@@ -52,8 +54,11 @@ class SyncMethod:
             self._handler.stop()
             raise
 
-    def _serve(self, mapping: Mapping) -> bool:
-        """Serve and protect a mapping; note the reason if that is refused."""
+    def _serve(self, mapping: Mapping, fresh: list[memoryview] | None = None) -> bool:
+        """Serve and protect a mapping; note the reason if that is refused.
+
+        `fresh` gets its pages with content: all but the holes of private anonymous memory.
+        """
         if mapping in self._refused:
             return False
         row = Row(mapping, Track.DENSE)
@@ -63,7 +68,15 @@ class SyncMethod:
                 reason, detail = BlindReason.SPECIAL, mapping.path
             else:
                 self._handler.serve(row, None, mode=RegisterMode.WP)
-                self._handler.writeprotect(row)
+                # Afterwards protected holes look like pages on swap.
+                if fresh is not None and not mapping.inode and not mapping.shared:
+                    populated = self._with_content(mapping, PageBit.PRESENT, PageBit.SWAP)
+                    self._handler.writeprotect(row)
+                    fresh.append(self._populated(mapping, populated))
+                else:
+                    self._handler.writeprotect(row)
+                    if fresh is not None:
+                        fresh.append(_rows.packed([(row.start, row.end)]))
                 self._rows.append(row)
                 return True
         except UffdOSError as error:
@@ -72,6 +85,23 @@ class SyncMethod:
             detail = f"{os.strerror(error.errno or 0)}: {mapping.path or mapping.kind.value}"
         self._refused[mapping] = Blind(mapping.start, mapping.end, reason, detail)
         return False
+
+    def _populated(self, mapping: Mapping, before: memoryview) -> memoryview:
+        """Return the pages that had content when they were protected; `before`: earlier."""
+        after = self._with_content(mapping, PageBit.PRESENT)
+        if _swapped(
+            self._process.memory_tid
+        ):  # one of them may have been written and swapped since
+            return _rows.packed([(mapping.start, mapping.end)])
+        return calls.union(before, after)
+
+    def _with_content(self, mapping: Mapping, *bits: PageBit) -> memoryview:
+        found = NO_RANGES
+        for start in range(mapping.start, mapping.end, _READ_BYTES):
+            entries = self._process.pagemap.read(start, min(_READ_BYTES, mapping.end - start))
+            for bit in bits:
+                found = calls.union(found, entries.where(bit).memoryview())
+        return found
 
     def collect(self) -> Pending:
         """Return what was written since the last call, and protect it again."""
@@ -111,20 +141,30 @@ class SyncMethod:
         layout = _layout.changes(old, new)
         self._mappings = mappings
         self._rows = [row for row in self._rows if row not in gone]
-        fresh: list[Span] = []
         for row in gone:
             with suppress(UffdOSError, ValueError):
                 self._handler.unserve(row)
         served = [(row.start, row.end) for row in self._rows]
+        fresh: list[memoryview] = []
+        unserved: list[Span] = []
+        again: list[Span] = []
         for mapping in new:
             rest = calls.subtract(
                 _rows.packed([(mapping.start, mapping.end)]), _rows.packed(sorted(served))
             )
             for start, end in zip(rest[0::3], rest[1::3], strict=True):
                 part = clipped(mapping, start, end)
-                if self._serve(part) or any(row.start < end and start < row.end for row in gone):
-                    fresh.append((start, end))
-        return Pending(_rows.packed(_rows.merged(fresh)), NO_RANGES, NO_RANGES, tuple(layout))
+                was_served = any(row.start < end and start < row.end for row in gone)
+                if self._serve(part, fresh):
+                    again += [(start, end)] if was_served else []
+                elif was_served:
+                    unserved.append((start, end))
+        written = _rows.packed(_rows.merged(unserved))
+        for ranges in fresh:
+            written = calls.union(written, ranges)
+        # What has no content any more, where other memory or none of it was before.
+        dropped = calls.subtract(_rows.packed(_rows.merged(again)), written)
+        return Pending(written, dropped, NO_RANGES, tuple(layout))
 
     def mapped(self) -> memoryview:
         """Return what is tracked, packed."""
@@ -154,3 +194,16 @@ class SyncMethod:
             entries = self._process.pagemap.read(start, end - start)
             present = calls.union(present, entries.where(PageBit.PRESENT).memoryview())
         return Pending(calls.union(written, present), calls.subtract(removed, present))
+
+
+def _swapped(tid: int) -> bool:
+    """Whether a process has pages on swap; True if the kernel does not tell.
+
+    VmSwap of /proc/PID/status is a sum over CPUs that may be some pages behind; this walks the
+    page tables.
+    """
+    try:
+        lines = Path(f"/proc/{tid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return True
+    return next((line.split()[1] != "0" for line in lines if line.startswith("Swap:")), True)
