@@ -20,11 +20,12 @@ from pyuffd.conformance._wp import (
     expect_read,
     expect_silent_write,
     expect_write_fault,
+    page_out,
 )
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
-from pyuffd.testing._need import needs_thp
+from pyuffd.testing._need import needs_swap, needs_thp
 
 MADV_COLLAPSE = 25
 ORIGIN = "patch 12: write-protect huge pages of shmem"
@@ -50,6 +51,12 @@ def _collapse(ctx: Context, region: Region) -> None:
         region.madvise(MADV_COLLAPSE)
     except OSError as error:
         ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
+
+
+def _expect_collapse(ctx: Context) -> None:
+    """Try it on memory that nobody has registered; a mapping may not merge with what is left."""
+    with _small(ctx) as region:
+        _collapse(ctx, region)
 
 
 def _protected_pages(ctx: Context, region: Region) -> int:
@@ -164,7 +171,7 @@ def _modes(memory: MemoryType) -> Feature:
 )
 def shmem_collapse(ctx: Context) -> None:
     """Shared memory registered for WP is not collapsed (EINVAL); for missing or minor it is."""
-    _collapse(ctx, _small(ctx))
+    _expect_collapse(ctx)
     for mode in (RegisterMode.MISSING, RegisterMode.MINOR):
         region = _small(ctx)
         ctx.register(region, mode)
@@ -201,7 +208,7 @@ def _small(ctx: Context) -> Region:
 )
 def anon_collapse(ctx: Context) -> None:
     """Anonymous memory is not collapsed while one page is protected (EINVAL), and is afterwards."""
-    _collapse(ctx, _small(ctx))
+    _expect_collapse(ctx)
     region = _small(ctx)
     ctx.register(region, RegisterMode.WP)
     at = region.start + ctx.page
@@ -213,6 +220,27 @@ def anon_collapse(ctx: Context) -> None:
     ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
     expect_read(ctx, at + ctx.page, DATA)
     ctx.uffd.writeprotect(region)
+    expect_write_fault(ctx, at)
+
+
+@case(
+    "thp.collapse.swapped-protected",
+    origin="mm/khugepaged.c: hpage_collapse_scan_pmd",
+    memory=ANON,
+    features=wp_features,
+    needs=[needs_thp(), needs_swap()],
+)
+def collapse_swapped(ctx: Context) -> None:
+    """A protected page in swap keeps MADV_COLLAPSE (EINVAL) away, and stays protected."""
+    _expect_collapse(ctx)
+    region = _small(ctx)
+    ctx.register(region, RegisterMode.WP)
+    at = region.start + ctx.page
+    ctx.uffd.writeprotect(at, ctx.page)
+    page_out(ctx, region)
+    ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
+    ctx.expect("bit", ctx.is_protected(at), True)
+    expect_read(ctx, at, DATA)
     expect_write_fault(ctx, at)
 
 
@@ -230,7 +258,7 @@ HOLES = (0, 5, PAGES - 1)
 )
 def collapse_holes(ctx: Context) -> None:
     """MADV_COLLAPSE over holes registered for missing faults is EBUSY; they stay missing."""
-    _collapse(ctx, _small(ctx))
+    _expect_collapse(ctx)
     region = ctx.make(PAGES)
     _fill_around(ctx, region, HOLES)
     ctx.register(region, RegisterMode.MISSING)
@@ -266,7 +294,7 @@ def collapse_zero_pages(ctx: Context) -> None:
 )
 def collapse_alias(ctx: Context) -> None:
     """MADV_COLLAPSE of another mapping does not fill holes of the one that is registered."""
-    _collapse(ctx, _small(ctx))
+    _expect_collapse(ctx)
     region = ctx.make(PAGES)
     _fill_around(ctx, region, HOLES)
     alias = ctx.alias(region)
@@ -283,7 +311,7 @@ def collapse_alias(ctx: Context) -> None:
 )
 def collapse_complete(ctx: Context) -> None:
     """Memory registered for missing faults without a hole is collapsed, and has its content."""
-    _collapse(ctx, _small(ctx))
+    _expect_collapse(ctx)
     region = _small(ctx)
     ctx.register(region, RegisterMode.MISSING)
     ctx.silently(region.madvise, MADV_COLLAPSE)
