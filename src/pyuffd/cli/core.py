@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd import CoreFile, Process, write_core
+from pyuffd.cli._expected import limited_pause, reading
 from pyuffd.cli._progress import MIB, progress_shown
 from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
 from pyuffd.cli._words import pid, seconds
@@ -92,9 +93,11 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     size = _resident(target.memory_tid)
     name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace").rstrip("\n")
     if args.method == "stopped":
-        pause = f"while all is copied, {size / EXPECTED_RATE + 0.01:.2f} s or more"
+        expected = size / EXPECTED_RATE + 0.01 + reading(target)[1]
+        pause = f"while all is copied, {expected:.2f} s or more"
     else:
-        pause = f"for at most {args.max_stall or STALL_S:g} s, if it does not write too fast"
+        limit_s = args.max_stall or STALL_S
+        pause = limited_pause(target, limit_s, ", if it does not write too fast")
     threads = len(target.threads())
     return (
         f"process {target.pid} ({name}), {threads} threads, {size / MIB:.1f} MiB of its own:"

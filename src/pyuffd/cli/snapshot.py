@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 
 from pyuffd import Process, Snapshot, SnapshotReport
+from pyuffd.cli._expected import limited_pause
 from pyuffd.cli._progress import MIB, progress_shown
 from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
 from pyuffd.cli._words import pid, seconds
@@ -111,7 +112,7 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     if args.method == "stopped":
         pause = "it stands while all of it is copied"
     else:
-        pause = f"it is to stand for at most {args.max_stall or MAX_STALL_S:g} s"
+        pause = f"it is to stand {limited_pause(target, args.max_stall or MAX_STALL_S)}"
     return f"process {target.pid}: {len(own)} private mappings of {size:.0f} MiB; {pause}"
 
 
