@@ -28,6 +28,7 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Process
 from pyuffd.remote._stop import Stop
+from pyuffd.snapshot import _core_pages
 from pyuffd.snapshot._output import punch
 
 Method = Literal["auto", "cow", "precopy", "stopped"]
@@ -376,8 +377,28 @@ def content(
 ) -> memoryview:
     """Return the pages of a layout that have content, packed."""
     found = pieces.scan(process.pagemap.fileno(), unprotected=unprotected)
+    found = _without_marks(process, layout, found)
     more = [span for part in layout if part.whole for span in _of_file(process.memory_tid, part)]
     return ranges.union(found, PageRanges.of(more).memoryview())
+
+
+def _without_marks(process: Process, layout: Sequence[Placed], found: memoryview) -> memoryview:
+    """Leave out pages of private files that are not there and are tracked.
+
+    The scan takes their marks for pages on swap. Reading them would get what the file holds.
+    """
+    files = PageRanges.of(
+        (part.start, part.end)
+        for part in layout
+        if part.mapping.kind in (MappingKind.SHMEM, MappingKind.PRIVATE_FILE) and not part.whole
+    ).memoryview()
+    asked = ranges.intersect(found, files)
+    own = PageRanges.of(
+        (page.start, page.end)
+        for each in PageRanges(asked)
+        for page in _core_pages.own(process, each.start, each.end)
+    ).memoryview()
+    return ranges.union(ranges.subtract(found, asked), ranges.intersect(own, asked))
 
 
 def _of_file(pid: int, part: Placed) -> Iterator[tuple[int, int]]:

@@ -201,9 +201,7 @@ class _Rounds:
                     f"process {process.pid} has {len(mappings)} mappings: reading them while it"
                     f" stands needs longer than max_stall_s ({options.max_stall_s:g} s)",
                 )
-            empty = _holes(process, layout, left)
-            self._writer.empty(empty)
-            left = ranges.subtract(left, empty)
+            left = ranges.subtract(left, self._note_holes(layout, left))
             if not self._fits(PageRanges(left).bytes * COPY_PART):
                 self._tracker._put_back(Pending(unsure=left))  # the next round has it
                 return False
@@ -223,6 +221,21 @@ class _Rounds:
         at_barrier("resumed")
         self._writer.write_taken(pieces)
         return True
+
+    def _note_holes(self, layout: Sequence[Placed], pages: memoryview) -> memoryview:
+        """Note pages of files in memory that are not there; return them."""
+        holes = _holes(self._process, layout, pages)
+        if not len(holes):
+            return holes
+        private = PageRanges.of(
+            (part.start, part.end) for part in layout if not part.mapping.shared
+        ).memoryview()
+        # A private mapping has the file's page there, whatever that holds.
+        of_file = ranges.intersect(holes, private)
+        self._writer.empty(ranges.subtract(holes, of_file))
+        self._writer.forget(of_file)
+        self._changes.absent = ranges.union(self._changes.absent, of_file)
+        return holes
 
     def _unseen(self, layout: Sequence[Placed]) -> memoryview:
         """Return the pages that the tracker says nothing about."""
