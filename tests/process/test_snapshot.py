@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -27,6 +28,7 @@ from pyuffd import (
     StopTimeoutError,
 )
 from pyuffd.cli import main
+from pyuffd.cli._expected import limited_pause
 from pyuffd.snapshot import _capture, _format, _precopy, _sums
 from pyuffd.snapshot._capture import Used
 from pyuffd.testing import needs, needs_privilege
@@ -34,6 +36,9 @@ from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
 from tests.process._attach import status
 from tests.process._counters import Counters, compiled, counters
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 pytestmark = [
     needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
@@ -662,6 +667,10 @@ input()
 def test_many_mappings(tmp_path: Path) -> None:
     """A process is not stopped if reading its mappings is too long by itself."""
     with python(MAPS) as (process, address):
+        # The first line of the commands tells it.
+        told = limited_pause(process, 1e-5)
+        assert f"reading its {len(process.mappings())} mappings" in told
+        assert limited_pause(process, 100) == "for at most 100 s"
         with pytest.raises(SnapshotError, match="mappings are read") as caught:
             take(process, tmp_path / "0", method="precopy", max_stall_s=0.001)
         assert caught.value.reason == "stalled"
@@ -681,6 +690,108 @@ def test_a_limit_for_stopped(program: str, tmp_path: Path) -> None:
         assert caught.value.reason == "stalled"
         assert os.listdir(tmp_path) == []
         unharmed(target)
+
+
+def counted(sum_: _sums.Sum, calls: list[int]) -> _sums.Sum:
+    """Note the length of what is summed."""
+
+    def count(data: Buffer) -> int:
+        calls.append(len(memoryview(data)))
+        return sum_(data)
+
+    return count
+
+
+def test_reading_page_by_page(program: str, tmp_path: Path) -> None:
+    """Every chunk is checked once, in whatever order its pages are read; a parent's too."""
+    with counters(program, 1, 12 * 256, "s") as target, Process(target.pid) as process:
+        area = target.areas[0]
+        take(process, tmp_path / "0", method="stopped")
+        take(process, tmp_path / "1", method="stopped", parent=tmp_path / "0")
+    for name in ("0", "1"):
+        with Snapshot.open(tmp_path / name) as snapshot:
+            expected = snapshot.read(area, 12 * 256 * PAGE)
+        with Snapshot.open(tmp_path / name) as snapshot:
+            image = snapshot._image
+            checked: list[int] = []
+            for each in filter(None, (image, image.parent)):
+                each._sum = counted(each._sum, checked)
+            read = {
+                page: snapshot.read(area + page * PAGE, PAGE)
+                for first in range(256)
+                for page in range(first, 12 * 256, 256)
+            }
+            assert b"".join(read[page] for page in range(12 * 256)) == expected
+            images = filter(None, (image, image.parent))
+            data = sum(run.state is RunState.DATA for each in images for run in each.runs)
+            assert 12 <= len(checked) <= data
+
+
+def test_a_file_cut_while_it_is_open(taken: Path, tmp_path: Path) -> None:
+    """What was checked before is not there any more: an error, and no short result."""
+    shutil.copytree(taken / "first", tmp_path / "one")
+    with Snapshot.open(tmp_path / "one") as snapshot:
+        runs = [run for run in snapshot.runs if run.state is RunState.DATA]
+        for run in runs:
+            snapshot.read(run.start, 16)
+        os.truncate(tmp_path / "one" / "pages", 0)
+        with pytest.raises(SnapshotFormatError):
+            for run in runs:
+                snapshot.read(run.start, 16)
+
+
+PRIVATE_MEMFD = """
+import ctypes, mmap, os, sys
+fd = os.memfd_create("m")
+os.pwrite(fd, b"file", 0)
+os.ftruncate(fd, 8 * 4096)
+area = mmap.mmap(fd, 8 * 4096, mmap.MAP_PRIVATE)
+address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+area[4096:4100] = b"mine"
+area[2 * 4096] = 1
+print(address, flush=True)
+while True:
+    line = sys.stdin.readline()
+    if not line: break
+    area[3 * 4096:3 * 4096 + 4] = b"more"
+    area.madvise(mmap.MADV_DONTNEED, 2 * 4096, 4096)
+    area[5 * 4096]
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "how"), [*((method, "compare") for method in METHODS), ("precopy", "tracker")]
+)
+def test_a_private_memfd(method: Used, how: str, tmp_path: Path) -> None:
+    """A page that was never written, or was dropped, is ABSENT: the file has it."""
+    pipe = subprocess.PIPE
+    program = subprocess.Popen([sys.executable, "-c", PRIVATE_MEMFD], stdin=pipe, stdout=pipe)
+    assert program.stdin is not None
+    assert program.stdout is not None
+    address = int(program.stdout.readline())
+
+    def states(name: str) -> str:
+        with Snapshot.open(tmp_path / name) as snapshot:
+            found = (snapshot.state(address + page * PAGE) for page in range(8))
+            return "".join(state.value[0] if state else "-" for state in found)
+
+    try:
+        with Process(program.pid) as process:
+            tracker = DirtyTracker(process) if how == "tracker" else None
+            take(process, tmp_path / "0", method=method, tracker=tracker)
+            assert states("0") == "addaaaaa"
+            program.stdin.write(b"\n")
+            program.stdin.flush()
+            program.stdout.readline()
+            parent = tmp_path / "0"
+            take(process, tmp_path / "1", method=method, parent=parent, tracker=tracker)
+            assert states("1") == "adadaaaa"
+            if tracker is not None:
+                tracker.close()
+    finally:
+        program.kill()
+        program.communicate()
 
 
 @pytest.mark.parametrize("how", ["cp", "tar", "cat"])

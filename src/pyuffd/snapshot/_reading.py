@@ -58,6 +58,8 @@ class Image(Closing):
         self.path = os.path.abspath(path)
         self.parent: Image | None = None
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        self._good: set[int] = set()  # chunks that were compared with their checksums, by start
+        self._last: SnapshotRun | None = None
         self._holds, self._closes, self._holding = 0, False, threading.Lock()
         with ExitStack() as stack:
             folder = stack.enter_context(open_directory(self.path))
@@ -149,6 +151,32 @@ class Image(Closing):
         if reached < end:
             yield Part(reached, end, self, None)
 
+    def read(self, address: int, length: int) -> bytes:
+        """Return content; LookupError where there is none."""
+        end = address + length
+        run = self._last
+        if run is not None and run.start <= address and end <= run.end:
+            return self._content(run, address, end)
+        if length and (run := self.runs.at(address)) is not None and end <= run.end:
+            if run.state is RunState.DATA:
+                self._last = run
+                return self._content(run, address, end)
+            if run.state is RunState.PARENT and self.parent is not None:
+                return self.parent.read(address, length)
+        return b"".join(self.read_part(part) for part in self.parts(address, end))
+
+    def _content(self, run: SnapshotRun, start: int, end: int) -> bytes:
+        """Return a part of a run of data. All of it is read and checked the first time."""
+        first = start - run.start
+        if run.stored < run.length or run.start not in self._good or run.start in self._chunks:
+            return self.chunk(run)[first : end - run.start]
+        content = os.pread(self._pages.number, end - start, run.offset + first)
+        if len(content) != end - start:
+            raise SnapshotFormatError(
+                self._place(PAGES), "it has become shorter since it was opened", run.offset + first
+            )
+        return content
+
     def chunk(self, run: SnapshotRun) -> bytes:
         """Return the content of a run of data, and check it."""
         known = self._chunks.get(run.start)
@@ -156,6 +184,7 @@ class Image(Closing):
             self._chunks.move_to_end(run.start)
             return known
         content = self._chunk(run)
+        self._good.add(run.start)
         self._chunks[run.start] = content
         if len(self._chunks) > _KEPT:
             self._chunks.popitem(last=False)
@@ -205,14 +234,13 @@ class Image(Closing):
 
     def region_at(self, address: int) -> SnapshotRegion | None:
         """Return the region that holds an address."""
-        return next((r for r in self.regions if r.start <= address < r.end), None)
+        return next(iter(self.regions_in(address, address + 1)), None)
 
     def read_part(self, part: Part) -> bytes:
         """Return the content of a part; LookupError where there is none."""
         run = part.run
         if run is not None and run.state is RunState.DATA:
-            content = part.image.chunk(run)
-            return content[part.start - run.start : part.end - run.start]
+            return part.image._content(run, part.start, part.end)
         region = self.region_at(part.start)
         if run is None or region is None:
             raise LookupError(f"{part.start:#x} was not mapped")

@@ -210,6 +210,9 @@ class Snapshot(Closing):
     def read(self, address: int, length: int) -> bytes:
         """Return memory as it was at the instant.
 
+        A chunk of the file, of up to 1 MiB, is read and compared with its checksum when it is first
+        touched; from then on only the bytes that are asked for are read.
+
         `numpy.frombuffer(snapshot.read(address, 8 * n), "<u8")` is an array of it.
 
         Args:
@@ -223,8 +226,7 @@ class Snapshot(Closing):
         """
         check_int("address", address, 0)
         check_int("length", length, 0)
-        image = self._checked()
-        return b"".join(image.read_part(part) for part in image.parts(address, address + length))
+        return self._checked().read(address, length)
 
     def verify(self, progress: Callable[[SnapshotProgress], None] | None = None) -> None:
         """Read everything, in the parents too, and compare it with the checksums.
