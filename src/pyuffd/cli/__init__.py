@@ -38,6 +38,10 @@ COMMANDS = {
     "info": ("pyuffd.cli.info", "show what a snapshot is of"),
     "verify": ("pyuffd.cli.verify", "check a snapshot and its parents"),
     "flatten": ("pyuffd.cli.flatten", "make one snapshot of an incremental one and its parents"),
+    "restore-bench": (
+        "pyuffd.cli.restore_bench",
+        "restore a snapshot by each method, and show how long each lasts",
+    ),
     "criu-lazy-pages": (
         "pyuffd.cli.criu_lazy_pages",
         "serve the pages of `criu restore --lazy-pages`, in place of `criu lazy-pages`",

@@ -148,10 +148,10 @@ class OnClose(Generic[H]):
 
 def check_local(local: RangeLike | None, length: int) -> None:
     """Raise ValueError unless `local` is memory of this process, and long enough."""
-    from pyuffd.handover import HandoverRange  # rarely needed
-
     if local is None:
         return
+    from pyuffd.handover import HandoverRange  # rarely needed
+
     check_region(local, "local")
     if local.length < length:
         raise ValueError(f"local has {local.length:#x} bytes, fewer than the region's {length:#x}")

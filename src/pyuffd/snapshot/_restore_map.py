@@ -22,7 +22,7 @@ READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 MAPPINGS_MOST = 4096
 # Places of a file that are looked at to tell whether it is in the page cache, how much at each, and
 # which part may be missing.
-PROBES, PROBED = 32, 16 * PAGE_SIZE
+PROBES, PROBED = 8, 64 * PAGE_SIZE
 COLD_MOST = 0.05
 # File systems whose pages come from elsewhere, by their magic numbers (statfs(2)).
 _REMOTE = {

@@ -187,6 +187,16 @@ class Snapshot(Closing):
         return depth
 
     @property
+    def directories(self) -> Sequence[str]:
+        """Where it and its parents are, the newest first."""
+        image: Image | None = self._checked()
+        found = []
+        while image is not None:
+            found.append(image.path)
+            image = image.parent
+        return tuple(found)
+
+    @property
     def regions(self) -> Sequence[SnapshotRegion]:
         """The mappings of the process at the instant, in ascending order."""
         return tuple(self._checked().regions)

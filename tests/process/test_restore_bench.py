@@ -1,0 +1,54 @@
+"""`pyuffd restore-bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pyuffd import Feature, RunState
+from pyuffd.cli import main
+from pyuffd.testing import needs, needs_privilege
+from tests import _images
+
+pytestmark = [needs(Feature.MINOR_SHMEM), needs_privilege("CAP_SYS_PTRACE")]
+START = 0x7F0000000000
+PAGES = 64
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    parent = _images.write(tmp_path / "0", [(START, [_images.data(PAGES)])])
+    parts = [_images.data(1, seed=1), _images.zero(1), _images.Part(PAGES - 2, RunState.PARENT)]
+    return _images.write(tmp_path / "1", [(START, parts)], parent=parent)
+
+
+def test_methods(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["restore-bench", "--json", "--cold", "--rounds", "2", str(chain)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cold"] is True
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["read", "copy", "minor", "map", "auto"]
+    for row in found["rows"]:
+        assert "refused" not in row
+        assert 0 <= row["ready_s"] <= row["first_s"] <= row["placed_s"] <= row["touched_s"]
+        assert row["touched_s"] > 0
+
+
+def test_one_method_as_a_table(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["restore-bench", "--mode", "map", str(chain)]) == 0
+    head, read, mapped = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "MiB/s"
+    assert (read.split()[0], mapped.split()[0]) == ("read", "map")
+
+
+def test_what_is_wrong(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = _images.write(tmp_path / "empty", [(START, [_images.zero(1)])])
+    for arguments, said in (
+        (["--rounds", "0", str(chain)], "is not positive"),
+        ([str(empty)], "has no content"),
+        ([str(tmp_path / "none")], "No such file"),
+    ):
+        assert main(["restore-bench", *arguments]) == 2
+        assert said in capsys.readouterr().err
