@@ -256,7 +256,7 @@ uint64_t fail_stalled_requests(struct uffd_engine *engine)
 			pthread_mutex_unlock(&engine->requests_lock);
 			return stalled.due_ns;
 		}
-		copy = *stalled.request;
+		copy_request(&copy, stalled.request);
 		if (only_report)
 			stalled.request->reported = 1;
 		else
