@@ -6,6 +6,7 @@ Also both sides of the post-copy pair, a Handler and a raw loop of `read_events`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import mmap
 import os
@@ -16,7 +17,7 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -164,7 +165,7 @@ def _send(sock: socket.socket, memory: bytes) -> None:
     """Push all of it, and what is asked for in between; then wait until the other end closes."""
     view = memoryview(memory)
     for offset in range(0, len(memory), _CHUNK):
-        for (page,) in _ASK.iter_unpack(_asked(sock)):
+        for page in _asked(sock):
             sock.sendall(_HEADER.pack(page, _PAGE) + memory[page : page + _PAGE])
         sock.sendall(_HEADER.pack(offset, _CHUNK))
         sock.sendall(view[offset : offset + _CHUNK])
@@ -173,12 +174,11 @@ def _send(sock: socket.socket, memory: bytes) -> None:
         pass
 
 
-def _asked(sock: socket.socket) -> bytes:
-    try:
-        data = sock.recv(64 * _ASK.size, socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return b""
-    return data[: len(data) // _ASK.size * _ASK.size]
+def _asked(sock: socket.socket) -> Iterator[int]:
+    """Yield the pages that were asked for by now; TCP may split a message anywhere."""
+    with contextlib.suppress(BlockingIOError):
+        while len(sock.recv(_ASK.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)) == _ASK.size:
+            yield _ASK.unpack(sock.recv(_ASK.size))[0]
 
 
 def _by_handler(

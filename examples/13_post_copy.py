@@ -7,11 +7,13 @@ comes by `fill` like any other. A page is filled once, whichever way it came fir
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import socket
 import struct
 import threading
+from collections.abc import Iterator
 
 from pyuffd import PROMISED, CallableSource, Handler, Promised, Region, Userfaultfd
 
@@ -23,17 +25,19 @@ ASK = struct.Struct("=Q")  # offset of a page that a thread waits for
 MEMORY = random.Random(1).randbytes(LENGTH)
 
 
+def asked_for(sock: socket.socket) -> Iterator[int]:
+    """Yield the pages that were asked for by now; TCP may split a message anywhere."""
+    with contextlib.suppress(BlockingIOError):
+        while len(sock.recv(ASK.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)) == ASK.size:
+            yield ASK.unpack(sock.recv(ASK.size))[0]
+
+
 def send(sock: socket.socket) -> None:
     """Push everything, and what is asked for in between, until the receiver has all."""
     with sock:
         for offset in range(0, LENGTH, CHUNK):
-            sock.setblocking(False)
-            try:
-                for (page,) in ASK.iter_unpack(sock.recv(64 * ASK.size)):
-                    sock.setblocking(True)
-                    sock.sendall(HEADER.pack(page, PAGE) + MEMORY[page : page + PAGE])
-            except BlockingIOError:
-                sock.setblocking(True)
+            for page in asked_for(sock):
+                sock.sendall(HEADER.pack(page, PAGE) + MEMORY[page : page + PAGE])
             sock.sendall(HEADER.pack(offset, CHUNK))
             sock.sendall(MEMORY[offset : offset + CHUNK])
         sock.shutdown(socket.SHUT_WR)

@@ -1,8 +1,8 @@
 """A window of 64 MiB on a file of 1 GiB, by `evict`: more memory than there is, written and read.
 
 The region is as large as the file, and served from it. Before more than the window is present the
-pages that were touched first are evicted: what was written goes back to the file, and the page is
-read from there when it is touched again.
+pages that were not used for longest are evicted: what was written goes back to the file, and the
+page is read from there when it is touched again.
 """
 
 from __future__ import annotations
