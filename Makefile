@@ -14,6 +14,7 @@
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
 #   make engine-mutants   the tests of the pitfalls on this library, broken on purpose
 #   make criu     the tests with a real CRIU, which it fetches from Debian
+#   make qemu     the tests with guests of QEMU, which must be installed
 #   make test-unprivileged   the tests as another user (run by root)
 #   make test-refused        the tests where no userfaultfd can be opened
 
@@ -68,7 +69,7 @@ TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_wit
 # Hundreds of short processes import the library and the tests: compiled once, even where the environment forbids it.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage machine-mutants engine-mutants criu clean
+.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage machine-mutants engine-mutants criu qemu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -153,6 +154,10 @@ engine-mutants: $(VENV)/.installed-test
 criu: $(VENV)/.installed-test
 	$(BIN)/python -m tests.criu._get
 	$(BIN)/python -m pytest -m "stress or not stress" tests/criu tests/process/test_criu_lazy_pages.py tests/unit/test_criu_images.py $(PYTEST_ARGS)
+
+# Guests of QEMU (apt-get install qemu-system-x86): each kind of memory, each method.
+qemu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "stress or not stress" tests/process/test_qemu.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .tox .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/pyuffd/_shim*.so csrc/*.o csrc/*/*.o
