@@ -238,6 +238,20 @@ static int read_registers(struct uffd_stopped *stopped, struct uffd_register_set
 	return ret;
 }
 
+/* Threads that were killed: their parent, which may be the owner, sees it when the tracer has. */
+static void reap_killed(struct uffd_stopped *stopped)
+{
+	for (uint32_t i = 0; i < stopped->count; i++) {
+		struct thread *thread = &stopped->threads[i];
+		siginfo_t info = { 0 };
+
+		if (thread->is_held &&
+		    !waitid(P_PID, (id_t)thread->tid, &info, WEXITED | WNOHANG | __WALL) &&
+		    info.si_pid)
+			thread->is_held = false;
+	}
+}
+
 /* Wait until the owner wants something; 0, or -ETIMEDOUT: it does not run, so it cannot. */
 static int wait_for_owner(struct uffd_stopped *stopped)
 {
@@ -257,6 +271,7 @@ static int wait_for_owner(struct uffd_stopped *stopped)
 			return 0;
 		if (errno != ETIMEDOUT)
 			continue;
+		reap_killed(stopped);
 		/* A tracer of the owner (strace) stops it again and again, and shortly. */
 		state = state_of(stopped->owner);
 		looks = state == 'T' || state == 't' ? looks + 1 : 0;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -285,3 +287,15 @@ def test_reading_itself_in_a_thread() -> None:
         thread.start()
         thread.join()
         assert found == [b"own"]
+
+
+def test_a_child_that_is_killed_in_the_stop() -> None:
+    """Its parent is told at once, though another process traces it."""
+    with (
+        subprocess.Popen(["sleep", "60"]) as child,
+        Process(child.pid) as target,
+        contextlib.suppress(ProcessGoneError),
+        target.stopped(10 * SCALE),
+    ):
+        child.kill()
+        assert child.wait(10 * SCALE) == -signal.SIGKILL
