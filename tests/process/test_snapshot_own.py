@@ -233,6 +233,22 @@ def test_bad_targets(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["there"]
 
 
+def without_standard_streams(folder: str) -> None:
+    for fd in range(3):
+        os.close(fd)
+    with Region.anonymous(PAGE) as region:
+        region.fill(1)
+        Snapshot.take(region, f"{folder}/a", method="stopped", durable=False)
+        with Snapshot.open(f"{folder}/a") as snapshot:
+            if snapshot.read(region.start, PAGE) != region.read():
+                os._exit(3)
+    os._exit(0)
+
+
+def test_without_standard_streams(tmp_path: Path) -> None:
+    run_child(without_standard_streams, str(tmp_path), budget_s=30)
+
+
 class Refused(Exception):
     pass
 

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from pyuffd import _remote_calls as calls
 from pyuffd._errors import HelperLostError
 from pyuffd._owned import Descriptor
+from pyuffd._stdio import socketpair_above_stdio
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._take import Request, SnapshotReport, take
@@ -39,7 +40,7 @@ _PROGRAM = (
 
 def take_by_helper(request: Request) -> SnapshotReport:
     """Take a snapshot of this process; see `Snapshot.take`."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = socketpair_above_stdio()
     with closing(ours):
         with theirs:
             helper = _start(theirs.fileno())

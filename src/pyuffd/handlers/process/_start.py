@@ -8,7 +8,6 @@ import fcntl
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,8 +19,8 @@ from typing import Any
 from pyuffd import _limits
 from pyuffd._errors import HelperLostError, limit_met
 from pyuffd._owned import Descriptor
+from pyuffd._stdio import STDIO, socketpair_above_stdio
 
-STDIO = 3  # 0, 1 and 2 are the helper's standard streams, even if they are other files here
 # Worker process and holder end at once; processes that a page source started may live longer.
 ORPHANS_LIMIT_S = 1.0
 ORPHANS_POLL_S = 0.005
@@ -58,7 +57,7 @@ class HelperProcess:
     def start(self) -> None:
         """Start it; the caller calls `undo_start` after a failure or an interruption."""
         with starting("socketpair"):
-            self.socket, theirs = _socketpair()
+            self.socket, theirs = socketpair_above_stdio()
         with starting("pipe2"):
             self._life, life = _pipe()
         with theirs, life, _standard_error() as stderr:
@@ -233,16 +232,6 @@ def starting(call: str) -> Iterator[None]:
         raise cannot_start(f"{file or call}: {text}" + (f"; {hint}" if hint else "")) from error
 
 
-def _socketpair() -> tuple[socket.socket, socket.socket]:
-    ours, theirs = socket.socketpair()
-    try:
-        return _above_stdio(ours), _above_stdio(theirs)  # printing must not write to a socket
-    except BaseException:
-        ours.close()
-        theirs.close()
-        raise
-
-
 def _pipe() -> tuple[Descriptor, Descriptor]:
     """Return the ends of a pipe, with other numbers than those of the standard streams."""
     ends = os.pipe()
@@ -251,14 +240,6 @@ def _pipe() -> tuple[Descriptor, Descriptor]:
     finally:
         for end in ends:
             os.close(end)
-
-
-def _above_stdio(sock: socket.socket) -> socket.socket:
-    """Return the socket, with another number if it has that of a standard stream."""
-    if sock.fileno() >= STDIO:
-        return sock
-    with sock, Descriptor.duplicate(sock.fileno(), STDIO) as descriptor:
-        return socket.socket(fileno=descriptor.release())
 
 
 def _standard_error() -> Descriptor:
