@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, get_origin
 
 import pytest
@@ -40,6 +41,7 @@ from pyuffd import (
     PageSource,
     Process,
     Region,
+    Restore,
     Snapshot,
     Userfaultfd,
     ZeroSource,
@@ -77,6 +79,7 @@ from pyuffd.testing import (
     needs,
     no_leaks,
 )
+from tests import _images
 from tests._child import run_child
 
 PAGE = 4096
@@ -200,6 +203,17 @@ def _drop_reader() -> Iterator[DropReader]:
         yield reader
 
 
+def _restore() -> Iterator[Restore]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = _images.write(Path(folder, "one"), [(_images.START, [_images.data(4)])])
+        with (
+            Snapshot.open(path) as snapshot,
+            Region.anonymous(4 * PAGE) as region,
+            snapshot.restore({_images.START: region}, mode="copy", paused=True) as restore,
+        ):
+            yield restore
+
+
 def _image() -> Iterator[Snapshot]:
     with tempfile.TemporaryDirectory() as folder:
         for process in _target():
@@ -261,6 +275,7 @@ MAKERS: dict[type[SoleOwner], Callable[[], Made]] = {
     Stop: _made(_stop),
     StoppedThreads: _made(_stopped_threads),
     Snapshot: _made(_image),
+    Restore: _made(_restore),
     Image: _made(_files),
     NewFile: _made(_new_file),
     Saver: _made(_saver),

@@ -343,10 +343,11 @@ def test_the_process_writes_too_fast(counting: str, tmp_path: Path) -> None:
 def test_auto_stops_it_in_the_end(
     counting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Precopy does not get ahead; then cow does only if nobody writes during its sweep."""
     monkeypatch.setattr(_core, "STALL_S", 1e-6)
     with counters(counting, 2, 3000) as target, Process(target.pid) as process:
         written = write_core(process, tmp_path / "core")
-        assert written.method == "stopped"
+        assert written.method in ("cow", "stopped")
         assert written.reason.startswith("precopy did not get ahead: ")
         target.works_on()
         with Core(tmp_path / "core") as core:
