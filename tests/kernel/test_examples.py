@@ -72,6 +72,10 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
         [needs(Feature.WP_ASYNC), needs_privilege("CAP_SYS_PTRACE")],
         ["it stood for"],
     ),
+    "17_restore": (
+        [needs(Feature.WP_ASYNC), needs_kernel_faults(), needs_privilege("CAP_SYS_PTRACE")],
+        ["32 MiB saved", "300 pages were waited for, and recorded", "working set: 0 pages"],
+    ),
 }
 
 
