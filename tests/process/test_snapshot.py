@@ -20,20 +20,27 @@ from pyuffd import (
     ClosedError,
     DirtyTracker,
     Feature,
+    PageBit,
     Process,
+    Region,
+    RegisterMode,
     RunState,
     Snapshot,
     SnapshotError,
     SnapshotFormatError,
     StopTimeoutError,
+    Userfaultfd,
+    write_core,
 )
 from pyuffd.cli import main
 from pyuffd.cli._expected import limited_pause
-from pyuffd.snapshot import _capture, _format, _precopy, _sums
+from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _sums
 from pyuffd.snapshot._capture import Used
-from pyuffd.testing import needs, needs_privilege
+from pyuffd.testing import needs, needs_privilege, needs_swap, swap_out
 from pyuffd.testing._run import SCALE
+from tests._child import run_child
 from tests._memory import PAGE
+from tests.kernel.test_userfaultfd_open import drop_capability
 from tests.process._attach import status
 from tests.process._counters import Counters, compiled, counters
 
@@ -792,6 +799,57 @@ def test_a_private_memfd(method: Used, how: str, tmp_path: Path) -> None:
     finally:
         program.kill()
         program.communicate()
+
+
+UNTOUCHED = """
+import ctypes, mmap
+areas = [mmap.mmap(-1, 4 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+starts = [ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in areas]
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(starts[1]), ctypes.c_size_t(4 << 20), 0) == 0
+print(*starts, flush=True)
+input()
+"""
+
+
+def test_memory_that_was_never_touched(tmp_path: Path) -> None:
+    """Nothing gives it pages, readable or not; their marks look like pages on swap."""
+    pipe = subprocess.PIPE
+    program = subprocess.Popen([sys.executable, "-c", UNTOUCHED], stdin=pipe, stdout=pipe)
+    assert program.stdout is not None
+    starts = [int(word) for word in program.stdout.readline().split()]
+    try:
+        with Process(program.pid) as process:
+            for method in METHODS:
+                take(process, tmp_path / method, method=method)
+                write_core(process, tmp_path / f"core.{method}", method=method)
+                for start in starts:
+                    entries = process.pagemap.read(start, 4 << 20)
+                    assert entries.count(PageBit.PRESENT) == 0, method
+                with Snapshot.open(tmp_path / method) as snapshot:
+                    assert {snapshot.state(start) for start in starts} == {RunState.ABSENT}
+    finally:
+        program.kill()
+        program.communicate()
+
+
+def protected_on_swap() -> None:
+    features = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
+    with Region.memfd(4 * PAGE, shared=False) as region, Userfaultfd(features=features) as uffd:
+        region.fill(1)
+        uffd.register(region, mode=RegisterMode.WP)
+        uffd.writeprotect(region)
+        swap_out(region)
+        for _ in range(2):
+            with Process(os.getpid()) as process:
+                own = _own_pages.own(process, region.start, region.start + region.length)
+                assert own.bytes == region.length
+            drop_capability("CAP_SYS_ADMIN")
+
+
+@needs_swap()
+def test_a_protected_page_on_swap_is_content() -> None:
+    """Also for those from whom the kernel hides what a page on swap is."""
+    run_child(protected_on_swap)
 
 
 @pytest.mark.parametrize("how", ["cp", "tar", "cat"])

@@ -28,7 +28,7 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Process
 from pyuffd.remote._stop import Stop
-from pyuffd.snapshot import _core_pages
+from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._output import punch
 
 Method = Literal["auto", "cow", "precopy", "stopped"]
@@ -383,22 +383,15 @@ def content(
 
 
 def _without_marks(process: Process, layout: Sequence[Placed], found: memoryview) -> memoryview:
-    """Leave out pages of private files that are not there and are tracked.
+    """Leave out pages that are not there and are tracked: the scan takes them for pages on swap.
 
-    The scan takes their marks for pages on swap. Reading them would get what the file holds.
+    Reading one would give the process a page of zeros, or what the file behind it holds.
     """
-    files = PageRanges.of(
-        (part.start, part.end)
-        for part in layout
-        if part.mapping.kind in (MappingKind.SHMEM, MappingKind.PRIVATE_FILE) and not part.whole
-    ).memoryview()
-    asked = ranges.intersect(found, files)
-    own = PageRanges.of(
-        (page.start, page.end)
-        for each in PageRanges(asked)
-        for page in _core_pages.own(process, each.start, each.end)
-    ).memoryview()
-    return ranges.union(ranges.subtract(found, asked), ranges.intersect(own, asked))
+    parts = [part for part in layout if not part.whole]
+    if not parts or not len(found):
+        return found
+    start, end = min(part.start for part in parts), max(part.end for part in parts)
+    return ranges.subtract(found, _own_pages.marks(process, start, end).memoryview())
 
 
 def _of_file(pid: int, part: Placed) -> Iterator[tuple[int, int]]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from pyuffd.remote import Mapping, MappingKind, Mappings, Process
 from pyuffd.remote._mappings import keys_of
-from pyuffd.snapshot import _core_pages
 from pyuffd.snapshot import _core_plan as plan
 from pyuffd.snapshot import _core_shared as shared
+from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import Placed, Places
 from pyuffd.snapshot._core_elf import PAGE_SIZE, Segment
 from pyuffd.snapshot._core_plan import Part
@@ -124,7 +124,7 @@ class CoreLayout:
         """Whether it is more than reserved; memory that was never touched reads as zeros."""
         if m.permissions[0] == "r":
             return True
-        own = _core_pages.own(self._process, m.start, m.end, any_will_do=True)
+        own = _own_pages.own(self._process, m.start, m.end, any_will_do=True)
         return len(own) > 0
 
     def _blocks(self, m: Mapping, file: int | None) -> Iterator[tuple[int, int]]:
@@ -134,7 +134,7 @@ class CoreLayout:
             return
         at = m.start
         while at < m.end:
-            first = _core_pages.first(self._process, at, m.end)
+            first = _own_pages.first(self._process, at, m.end)
             if file is not None and m.kind is MappingKind.SHMEM:
                 first = min(first or m.end, _first_data(file, m, at))
             elif file is not None and m.shared:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pyuffd._owned import Descriptor
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, MappingKind, Process
-from pyuffd.snapshot import _core_pages
+from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import Placed
 from pyuffd.snapshot._core_elf import PAGE_SIZE
 from pyuffd.snapshot._core_file import write
@@ -94,10 +94,10 @@ def _work(
             with open_mapped(process.memory_tid, m) as file:
                 found = PageRanges.of(_extents(file.number, part))
         except OSError:
-            of_process.append((part, _core_pages.present(process, part.start, part.end)))
+            of_process.append((part, _own_pages.present(process, part.start, part.end)))
             continue
         if not m.shared:
-            own = _core_pages.own(process, part.start, part.end)
+            own = _own_pages.own(process, part.start, part.end)
             of_process.append((part, own))
             found -= own
         of_file += ((part, one.start, one.end) for one in found)

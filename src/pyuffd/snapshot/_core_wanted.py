@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, Process
-from pyuffd.snapshot import _core_pages
 from pyuffd.snapshot import _core_plan as plan
 from pyuffd.snapshot import _core_shared as shared
+from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._core_elf import PAGE_SIZE
 from pyuffd.snapshot._core_plan import Part
 
@@ -70,7 +70,7 @@ class Chooser:
         part, otherwise = plan.wanted(mapping, flags or frozenset(), self._filter, full=self._full)
         is_settled = True
         if part is Part.IF_WRITTEN:
-            own = _core_pages.own(self._process, mapping.start, mapping.end, any_will_do=True)
+            own = _own_pages.own(self._process, mapping.start, mapping.end, any_will_do=True)
             is_written = bool(len(own))
             part = Part.ALL if is_written else otherwise
             is_settled = is_written or not mapping.writable

@@ -11,11 +11,11 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Process
 
 # Bits of a pagemap entry on swap: 5 of the type, then the offset. Types from 16 on are not swap
-# files, and the mark has the offset 1. Without CAP_SYS_ADMIN all of them are zero.
+# files, and the mark has the offset 1. Without CAP_SYS_ADMIN all of them are zero, and a mark is
+# taken for a page on swap: to read one too many costs a page of zeros, to read none would lose one.
 _FRAME = (1 << 55) - 1
 _MARK = PageBit(1 << 4 | 1 << 5)
 _NOT_IN_A_MARK = PageBit(_FRAME & ~0xF & ~_MARK)
-_HIDDEN = PageBit(_FRAME)
 
 _FILE = PageCategory.FILE
 _NONE = PageCategory(0)
@@ -55,11 +55,21 @@ def own(process: Process, start: int, end: int, *, any_will_do: bool = False) ->
         category_inverted=_FILE,
         return_mask=_NONE,
     ).ranges
+    return found | (swapped - _marks(process, swapped))
+
+
+def marks(process: Process, start: int, end: int) -> PageRanges:
+    """Return the pages that are not there, and have a mark."""
+    scan = process.pagemap.scan
+    mask = PageCategory.SWAPPED
+    return _marks(process, scan(start, end - start, category_mask=mask, return_mask=_NONE).ranges)
+
+
+def _marks(process: Process, swapped: PageRanges) -> PageRanges:
+    found = PageRanges.of([])
     for part in swapped:
         entries = process.pagemap.read(part.start, part.length)
-        marks = entries.where(_MARK, clear=_NOT_IN_A_MARK)
-        hidden = entries.where(PageBit.SWAP | PageBit.UFFD_WP, clear=_HIDDEN)
-        found |= PageRanges.of([(part.start, part.end)]) - marks - hidden
+        found |= entries.where(_MARK, clear=_NOT_IN_A_MARK)
     return found
 
 
