@@ -272,13 +272,11 @@ class StoppedThreads(SoleOwner):
         return self._owned is not None
 
     def registers(self) -> list[RegisterRow]:
-        """Return the registers of all that have not ended."""
+        """Return the registers of all that have not ended; ETIMEDOUT: they were let go early."""
         sets = ffi.gc(ffi.new("struct uffd_register_sets *"), lib.uffd_registers_free)
         code = lib.uffd_stopped_registers(self._owned, sets)
         if code:
             hint = "it runs 32-bit code" if code == -errno.ENOEXEC else ""
-            if code == -errno.ETIMEDOUT:
-                hint = "it was let go, since this process was stopped by a signal or a debugger"
             raise_errno("PTRACE_GETREGSET", -code, hint=hint)
         return _register_rows(sets)
 

@@ -21,9 +21,11 @@ from pyuffd import (
     Process,
     ProcessGoneError,
     Region,
+    StopTimeoutError,
 )
 from pyuffd.testing import needs_hugepages
 from pyuffd.testing._run import SCALE
+from tests._child import run_child
 
 PAGE = 4096
 # Maps memory of many kinds, fills it, prints the addresses, and runs commands.
@@ -299,3 +301,25 @@ def test_a_child_that_is_killed_in_the_stop() -> None:
     ):
         child.kill()
         assert child.wait(10 * SCALE) == -signal.SIGKILL
+
+
+def stopped_ourselves() -> None:
+    with (
+        subprocess.Popen(["sleep", "60"]) as child,
+        Process(child.pid) as target,
+        target.stopped(10 * SCALE) as stop,
+    ):
+        assert len(stop.registers()) == 1
+        wake = f"sleep 0.3; kill -CONT {os.getpid()}"
+        with subprocess.Popen(["sh", "-c", wake]):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        with pytest.raises(StopTimeoutError, match="stopped itself"):
+            stop.registers()
+        child.kill()
+    with pytest.raises(StopTimeoutError, match="stopped itself"):
+        stop.check()
+
+
+def test_a_stop_is_lost_while_we_are_stopped() -> None:
+    """What is read afterwards would be of no instant."""
+    run_child(stopped_ourselves)

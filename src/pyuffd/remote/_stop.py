@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pyuffd import _remote_calls as calls
 from pyuffd._arguments import check_seconds
 from pyuffd._closing import Closing
-from pyuffd._errors import ClosedError, StopTimeoutError, raise_errno
+from pyuffd._errors import ClosedError, StopTimeoutError, UffdOSError, raise_errno
 
 if TYPE_CHECKING:
     from pyuffd.remote._process import Process
@@ -80,13 +80,19 @@ class Stop(Closing):
 
         Raises:
             ClosedError: the threads run again.
+            StopTimeoutError: ETIMEDOUT - they were let go early; see `check`.
             UffdOSError: ENOEXEC - a thread runs 32-bit code.
 
         Kernel: PTRACE_GETREGSET and PTRACE_PEEKSIGINFO of ptrace(2).  GIL: released.
         """
         if not self._held.holds:
             raise ClosedError("the threads run again")
-        return [RegisterSet(*row) for row in self._held.registers()]
+        try:
+            return [RegisterSet(*row) for row in self._held.registers()]
+        except UffdOSError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            raise self._let_go() from error
 
     def check(self) -> None:
         """Raise if the threads have run while they should have stood; call it after the block.
@@ -102,13 +108,16 @@ class Stop(Closing):
         if self._held.holds:
             raise ValueError("the threads still stand: check after the block")
         if self._held.lost:
-            raise StopTimeoutError(
-                errno.ETIMEDOUT,
-                f"keep process {self.pids[0]} stopped",
-                hint="this process was stopped itself, by a signal or a debugger, so it was let go",
-                tid=self.pids[0],
-                state="T",
-            )
+            raise self._let_go()
+
+    def _let_go(self) -> StopTimeoutError:
+        return StopTimeoutError(
+            errno.ETIMEDOUT,
+            f"keep process {self.pids[0]} stopped",
+            hint="this process was stopped itself, by a signal or a debugger, so it was let go",
+            tid=self.pids[0],
+            state="T",
+        )
 
     def close(self) -> None:
         """Let all threads continue."""
