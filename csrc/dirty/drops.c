@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -14,6 +15,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "dirty/drops.h"
 #include "dirty/ranges.h"
 #include "uffd_abi.h"
@@ -21,6 +23,8 @@
 #define RING 65536u /* a power of two */
 #define STACK_BYTES 32768u
 #define MESSAGES 32u
+/* A reader that is stopped, or gets no CPU, does not stop a round. */
+#define NOTED_NS 1000000000u
 /* Linux 5.3 and 5.9; the build machine's headers may be older. */
 #define SYS_PIDFD_OPEN 434
 #define SYS_CLOSE_RANGE 436
@@ -38,6 +42,8 @@ struct uffd_drops {
 	/* The reader writes at `head`, this process reads at `tail`. */
 	_Atomic uint64_t head;
 	_Atomic uint64_t tail;
+	/* Odd while events may have been read that are not noted yet. */
+	_Atomic uint64_t turn;
 	_Atomic uint32_t lost;
 	struct {
 		uint64_t start;
@@ -119,6 +125,8 @@ static READER int read_events(void *argument)
 			continue;
 		if (n < 0 || polled[1].revents || polled[2].revents || polled[0].revents & ~POLLIN)
 			raw(SYS_exit_group, 0, 0, 0);
+		/* Reading lets the thread that drops go on: it may call uffd_drops_take() before note(). */
+		atomic_fetch_add(&drops->turn, 1);
 		n = raw(SYS_read, drops->uffd, (long)messages, sizeof(messages));
 		for (long i = 0; i < n / (long)sizeof(*messages); i++) {
 			const struct uffd_msg *at = &messages[i];
@@ -128,6 +136,7 @@ static READER int read_events(void *argument)
 			else if (at->event == UFFD_EVENT_FORK)
 				raw(SYS_close, (long)at->arg.fork.ufd, 0, 0);
 		}
+		atomic_fetch_add(&drops->turn, 1);
 	}
 	return 0; /* not reached, which gcc does not see */
 }
@@ -136,6 +145,8 @@ static int start(struct uffd_drops *drops)
 {
 	sigset_t all, before;
 
+	/* One that was killed may have left it odd. */
+	atomic_store(&drops->turn, 0);
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, &before);
 	/* No signal at its end, so that the program's own waits do not see it. */
@@ -194,31 +205,54 @@ static int by_start(const void *a, const void *b)
 	return (first->start > second->start) - (first->start < second->start);
 }
 
+static bool has_ended(struct uffd_drops *drops)
+{
+	if (drops->reader > 0 &&
+	    waitpid(drops->reader, NULL, WNOHANG | __WCLONE) == drops->reader)
+		drops->reader = -1;
+	return drops->reader <= 0;
+}
+
+/* Wait until all that the reader has read is noted; false if it does not get there. */
+static bool is_all_noted(struct uffd_drops *drops)
+{
+	uint64_t turn = atomic_load(&drops->turn), limit = uffd_now_ns() + NOTED_NS;
+
+	for (unsigned int attempt = 0; turn % 2 && atomic_load(&drops->turn) == turn; attempt++) {
+		if (has_ended(drops) || uffd_now_ns() > limit)
+			return false;
+		uffd_back_off(attempt);
+	}
+	return true;
+}
+
 int uffd_drops_take(struct uffd_drops *drops, struct uffd_page_ranges *ranges_ret,
 		    uint32_t *lost_ret)
 {
-	uint64_t tail = atomic_load_explicit(&drops->tail, memory_order_relaxed);
-	uint64_t head = atomic_load_explicit(&drops->head, memory_order_acquire);
-	uint64_t count = head - tail, reached = 0;
 	struct uffd_page_region *vec = NULL;
+	uint64_t tail, head, count, reached = 0;
 	int ret = 0;
 
-	*lost_ret = atomic_exchange(&drops->lost, 0);
-	if (waitpid(drops->reader, NULL, WNOHANG | __WCLONE) == drops->reader) {
-		*lost_ret = 1;
-		drops->reader = -1;
+	if (!is_all_noted(drops))
+		atomic_store(&drops->lost, 1);
+	tail = atomic_load_explicit(&drops->tail, memory_order_relaxed);
+	head = atomic_load_explicit(&drops->head, memory_order_acquire);
+	count = head - tail;
+	/* Killed, or missing since another could not be started. */
+	if (has_ended(drops)) {
+		atomic_store(&drops->lost, 1);
 		ret = start(drops);
 	}
-	if (ret || !count)
-		return ret;
-	vec = calloc(count, sizeof(*vec));
-	if (!vec)
-		return -ENOMEM;
-	for (uint64_t i = 0; i < count; i++) {
+	if (!ret && count) {
+		vec = calloc(count, sizeof(*vec));
+		ret = vec ? 0 : -ENOMEM;
+	}
+	for (uint64_t i = 0; !ret && i < count; i++) {
 		vec[i].start = drops->ring[(tail + i) % RING].start;
 		vec[i].end = drops->ring[(tail + i) % RING].end;
 	}
-	qsort(vec, count, sizeof(*vec), by_start);
+	if (vec)
+		qsort(vec, count, sizeof(*vec), by_start);
 	for (uint64_t i = 0; !ret && i < count; i++) {
 		ret = uffd_ranges_append(ranges_ret, vec[i].start > reached ? vec[i].start : reached,
 					 vec[i].end);
@@ -226,9 +260,12 @@ int uffd_drops_take(struct uffd_drops *drops, struct uffd_page_ranges *ranges_re
 			reached = vec[i].end;
 	}
 	free(vec);
-	if (!ret)
-		atomic_store_explicit(&drops->tail, head, memory_order_release);
-	return ret;
+	/* After an error the next call has all of it again. */
+	if (ret)
+		return ret;
+	*lost_ret = atomic_exchange(&drops->lost, 0);
+	atomic_store_explicit(&drops->tail, head, memory_order_release);
+	return 0;
 }
 
 void uffd_drops_destroy(struct uffd_drops *drops)

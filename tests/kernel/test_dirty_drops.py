@@ -5,17 +5,20 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from pyuffd import BlindReason, DirtyTracker, Feature, Region, RegisterMode, Userfaultfd
+from pyuffd._dirty_calls import DropReader
 from pyuffd.dirty import _drops
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._needs import needs_kernel_faults
@@ -23,6 +26,7 @@ from pyuffd.testing._run import SCALE
 from tests._child import run_child
 from tests._memory import PAGE, Memory, memory_of, memory_params
 from tests.kernel.test_dirty_tracker import pages
+from tests.kernel.test_userfaultfd_open import become_nobody
 from tests.process._attach import wait_until
 
 pytestmark = needs(
@@ -133,17 +137,41 @@ def test_a_range_is_reported_until_it_is_dropped() -> None:
 
 
 def reader_of(pid: int) -> int:
-    """Return the process that reads events for a process."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
+    """Return the process that reads events for a process; wait until it has its name."""
+    found: list[int] = []
+
+    def is_found() -> bool:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
                 text = Path(f"/proc/{name}/stat").read_text()
-            except OSError:
-                continue
-            before, _, after = text.rpartition(") ")
-            if before.endswith("(uffd-drops") and int(after.split()[1]) == pid:
-                return int(name)
-    raise AssertionError("no reader")
+                before, _, after = text.rpartition(") ")
+                if before.endswith("(uffd-drops") and int(after.split()[1]) == pid:
+                    found.append(int(name))
+        return bool(found)
+
+    wait_until("there is a reader", is_found)
+    return found[0]
+
+
+def dropped_and_collected_at_once() -> None:
+    with Region.memfd(4 * PAGE) as region, DirtyTracker(region, watch_drops=True) as tracker:
+        region.fill(1)
+        tracker.collect().commit()
+        # It goes on as soon as the reader has read, before the reader does anything else.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        reader = reader_of(os.getpid())
+        os.sched_setaffinity(reader, os.sched_getaffinity(0))
+        os.sched_setscheduler(reader, os.SCHED_IDLE, os.sched_param(0))
+        for number in range(100):
+            region.madvise(mmap.MADV_REMOVE, number % 4 * PAGE, PAGE)
+            with tracker.collect() as round_:
+                assert number % 4 in pages(region, round_.unsure | round_.written), number
+                round_.commit()
+            region.write(number % 4 * PAGE, b"x")
+
+
+def test_a_drop_is_in_the_next_round() -> None:
+    run_child(dropped_and_collected_at_once)
 
 
 def reader_is_killed() -> None:
@@ -168,6 +196,31 @@ def reader_is_killed() -> None:
 
 def test_a_killed_reader_is_replaced() -> None:
     run_child(reader_is_killed)
+
+
+def no_other_reader() -> None:
+    with Userfaultfd() as uffd:
+        become_nobody()
+        drops = DropReader(uffd.fileno())
+        reader = reader_of(os.getpid())
+        # The other one is a child too, which must not be mistaken for the one that is missing.
+        with closing(drops), closing(DropReader(uffd.fileno())):
+            assert drops.take()[1] is False
+            os.kill(reader, signal.SIGKILL)
+            wait_until("it ends", lambda: state(reader) == "Z")
+            most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, most))
+            for _ in range(2):
+                with pytest.raises(OSError, match="temporarily unavailable"):
+                    drops.take()
+            resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+            assert [drops.take()[1], drops.take()[1]] == [True, False]
+
+
+@needs_privilege()
+def test_a_reader_that_cannot_be_replaced() -> None:
+    """That something may be missing is said as soon as there is a reader again."""
+    run_child(no_other_reader)
 
 
 TARGET = """
