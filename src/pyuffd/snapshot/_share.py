@@ -50,7 +50,11 @@ class Share:
             fd = self.region.fd if self._sealed is None else self._sealed.number
         assert fd is not None
         flags = mmap.MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
-        _memory.mmap(region.length, READ_WRITE, flags, fd, 0, region.start)
+        try:
+            _memory.mmap(region.length, READ_WRITE, flags, fd, 0, region.start)
+        except BaseException:
+            self.give_back()
+            raise
         return PrivateMapping(region.start, region.length)
 
     def complete(self) -> None:
