@@ -7,13 +7,16 @@ import builtins
 import importlib
 import os
 import re
-from collections.abc import Iterator
+import tomllib
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
@@ -32,6 +35,7 @@ release = version = pyuffd.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -59,6 +63,16 @@ python_maximum_signature_line_length = 80
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
+
+# Filled at the end of this file: the site is built without the network.
+intersphinx_mapping: dict[str, tuple[str, str]] = {}
+# Each class in a signature leads somewhere; `region` and other arguments lead nowhere.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:(?!class).*", ".*"),
+    # Constructors of objects that users only get.
+    ("py:class", r"pyuffd\.(.*\.)?_.*|Placed|Options"),
+]
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -94,6 +108,24 @@ def _fields(paragraph: list[str]) -> list[str]:
     return [f":{name}: {text.strip()}" for name, text in zip(names, texts, strict=True)]
 
 
+def _as_of_a_method(self: Any) -> list[str]:
+    """Read an attribute's docstring: napoleon takes what is before a colon for its type."""
+    self._what = "method"
+    self._parse()
+    return []
+
+
+GoogleDocstring._parse_attribute_docstring = _as_of_a_method
+
+
+def leave_out_sequences(
+    app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object
+) -> bool | None:
+    """Leave out what sequences inherit."""
+    inherited = (tuple.count, tuple.index, Sequence.count, Sequence.index)
+    return True if any(obj is each for each in inherited) else None
+
+
 def _public() -> dict[str, str]:
     names = {}
     for module in (pyuffd.testing, pyuffd):
@@ -105,7 +137,10 @@ PUBLIC = _public()
 
 
 def find_public_name(app: Sphinx, env: Any, node: Any, contnode: nodes.Element) -> Any:
-    """Resolve `Handler`, `Handler.stop` and `_uffd.Userfaultfd` to the public name's page."""
+    """Resolve `Handler`, `Handler.stop` and `_uffd.Userfaultfd` to the public name's page.
+
+    Names of types that are not public, such as `RangeLike`, lead to the glossary of types.
+    """
     if node.get("refdomain") != "py":
         return None
     parts = node["reftarget"].split(".")
@@ -118,6 +153,9 @@ def find_public_name(app: Sphinx, env: Any, node: Any, contnode: nodes.Element) 
                 return make_refnode(
                     app.builder, node["refdoc"], found.docname, found.node_id, contnode, target
                 )
+    term = env.get_domain("std").objects.get(("term", parts[-1]))
+    if term and app.builder is not None:
+        return make_refnode(app.builder, node["refdoc"], *term, contnode, parts[-1])
     return None
 
 
@@ -126,6 +164,28 @@ def leave_builtins_alone(app: Sphinx, doctree: nodes.document) -> None:
     for node in list(doctree.findall(pending_xref)):
         if node.get("refdomain") == "py" and hasattr(builtins, node["reftarget"]):
             node.replace_self(node.children)
+
+
+INVENTORY = """# Sphinx inventory version 2
+# Project: {}
+# Version:
+# The remainder of this file is compressed using zlib.
+"""
+
+
+def write_inventories(folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Write what `external.toml` tells of other projects' names as files for intersphinx."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for project, entry in tomllib.loads((HERE / "external.toml").read_text()).items():
+        lines = ""
+        for name, (role, page, *anchor) in entry["names"].items():
+            lines += f"{name} py:{role} 1 {page}#{anchor[0] if anchor else name} -\n"
+        file = folder / f"{project}.inv"
+        file.write_bytes(INVENTORY.format(project).encode() + zlib.compress(lines.encode()))
+        yield project, (entry["url"], str(file))
+
+
+intersphinx_mapping.update(write_inventories(HERE.parent / "build" / "inventories"))
 
 
 class Commands(SphinxDirective):
@@ -157,6 +217,7 @@ def setup(app: Sphinx) -> None:
     """Connect what this file adds to autodoc and to references."""
     # Before napoleon, which would take the fields for a part of the section above them.
     app.connect("autodoc-process-docstring", facts_as_fields, priority=400)
+    app.connect("autodoc-skip-member", leave_out_sequences)
     app.connect("missing-reference", find_public_name)
     app.connect("doctree-read", leave_builtins_alone)
     app.add_directive("commands", Commands)
