@@ -232,7 +232,7 @@ class HandoverError(UffdError):
         return f"{self.args[1]}{peer}"
 
 
-SnapshotReason = Literal["busy", "shared", "stalled", "parent", "ended", "gaps"]
+SnapshotReason = Literal["busy", "shared", "stalled", "parent", "ended", "gaps", "registers"]
 
 
 class SnapshotError(UffdError, RuntimeError):
@@ -244,6 +244,7 @@ class SnapshotError(UffdError, RuntimeError):
             than `max_stall_s`. "parent": the parent is not the snapshot that the tracker or the
             memory belongs to. "ended": the process has exited or replaced its memory meanwhile.
             "gaps": the snapshot does not have all of the memory that is to be restored.
+            "registers": it has no registers, which a core needs.
     """
 
     reason: SnapshotReason

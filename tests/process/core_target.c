@@ -107,6 +107,22 @@ __attribute__((target("avx"), noinline)) static void vector(void)
 			 : "xmm9", "memory");
 }
 
+/* A counter in a register, and in memory one instruction later. */
+static void counts(void)
+{
+	uint64_t *counter = map(PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	say("counter", counter, sizeof(*counter));
+	ready();
+	__asm__ volatile("xorl %%r12d, %%r12d\n"
+			 "1: incq %%r12\n"
+			 "movq %%r12, (%0)\n"
+			 "jmp 1b\n"
+			 :
+			 : "r"(counter)
+			 : "r12", "memory");
+}
+
 static void memory(const char *folder)
 {
 	const int anonymous = MAP_PRIVATE | MAP_ANONYMOUS;
@@ -336,6 +352,8 @@ int main(int count, char **words)
 		threads((int)number);
 	else if (!strcmp(mode, "vector"))
 		vector();
+	else if (!strcmp(mode, "count"))
+		counts();
 	else if (!strcmp(mode, "memory"))
 		memory(word);
 	else if (!strcmp(mode, "pending"))

@@ -121,7 +121,7 @@ def test_what_is_read_is_of_one_instant(method: Used, program: str, tmp_path: Pa
         name: os.stat(tmp_path / "one" / name).st_mode & 0o777
         for name in os.listdir(tmp_path / "one")
     }
-    assert modes == {"manifest.json": 0o600, "pages": 0o600, "runs": 0o600}
+    assert modes == dict.fromkeys(("manifest.json", "notes", "pages", "runs"), 0o600)
     assert os.listdir(tmp_path) == ["one"]
 
 
@@ -538,7 +538,7 @@ def flipped(path: Path, at: int, bit: int) -> None:
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
-@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages"])
+@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages", "notes"])
 def test_each_flipped_bit_is_found(which: str, name: str, taken: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(taken, copy)
@@ -559,7 +559,7 @@ def test_each_flipped_bit_is_found(which: str, name: str, taken: Path, tmp_path:
     read_all(copy / "second")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages"])
+@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages", "notes"])
 def test_truncated_and_missing(name: str, taken: Path, tmp_path: Path) -> None:
     for length in (0, 1, -1):
         copy = tmp_path / f"copy {length}"
@@ -572,7 +572,7 @@ def test_truncated_and_missing(name: str, taken: Path, tmp_path: Path) -> None:
         read_all(copy)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages"])
+@pytest.mark.parametrize("name", ["manifest.json", "runs", "pages", "notes"])
 def test_no_regular_file(name: str, taken: Path, tmp_path: Path) -> None:
     """A FIFO would wait for its writer."""
     copy = tmp_path / "copy"
@@ -857,7 +857,7 @@ def test_copies_without_holes(how: str, taken: Path, tmp_path: Path) -> None:
     """Holes save space, and mean nothing."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        for file in ("manifest.json", "runs", "pages"):
+        for file in ("manifest.json", "runs", "pages", "notes"):
             source, target = taken / name / file, tmp_path / name / file
             if how == "cp":
                 subprocess.run(["cp", "--sparse=never", source, target], check=True)

@@ -102,6 +102,7 @@ def test_recorded_and_read(snapshot: Snapshot) -> None:
     snapshot.verify()
     assert sorted(os.listdir(snapshot.path)) == [
         "manifest.json",
+        "notes",
         "pages",
         "runs",
         "startup.working-set",

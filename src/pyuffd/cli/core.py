@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pyuffd import CoreFile, Process, write_core
+from pyuffd import CoreFile, Process, Snapshot, write_core
 from pyuffd.cli._expected import limited_pause, reading
 from pyuffd.cli._progress import MIB, progress_shown
 from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
@@ -34,7 +34,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " file has mode 0600, and replaces nothing. A progress bar needs rich"
         " (pip install 'pyuffd[cli]').",
     )
-    parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "pid", type=pid, nargs="?", metavar="PID", help="the process, or one of its threads"
+    )
+    what.add_argument(
+        "--from", dest="snapshot", metavar="DIR", help="a snapshot that was taken, needs -o"
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="where to put it (core.PID)")
     parser.add_argument(
         "--full",
@@ -62,6 +68,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Write the core."""
     try:
+        if args.snapshot is not None:
+            return _run_from(args)
         with ended_by_sigterm(), Process(args.pid) as target:
             path = args.output or f"core.{target.pid}"
             if not args.json:
@@ -81,11 +89,31 @@ def run(args: argparse.Namespace) -> int:
         return 2
     except Terminated:
         return EXIT_TERMINATED
+    _print(args, core)
+    return 0
+
+
+def _run_from(args: argparse.Namespace) -> int:
+    """Write the core of a snapshot."""
+    if args.full or args.method != "auto" or args.max_stall is not None:
+        raise ValueError("--from: --full, --method and --max-stall are for running processes")
+    if args.output is None:
+        raise ValueError("--from needs -o FILE")
+    with (
+        ended_by_sigterm(),
+        Snapshot.open(args.snapshot) as snapshot,
+        progress_shown(quiet=args.json) as shown,
+    ):
+        core = snapshot.write_core(args.output, durable=args.sync, progress=shown)
+    _print(args, core)
+    return 0
+
+
+def _print(args: argparse.Namespace, core: CoreFile) -> None:
     if args.json:
         print(json.dumps(_as_json(core)))
     else:
         _show(core)
-    return 0
 
 
 def _announcement(args: argparse.Namespace, target: Process) -> str:

@@ -16,7 +16,7 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.snapshot import _core_elf
 from pyuffd.snapshot._capture import Options, SnapshotProgress, at_barrier
 from pyuffd.snapshot._core_about import About
-from pyuffd.snapshot._core_file import NewFile, write
+from pyuffd.snapshot._core_file import NewFile, write, write_ends
 from pyuffd.snapshot._core_places import CoreLayout
 from pyuffd.snapshot._core_shared import FilesCopied, copy_files
 from pyuffd.snapshot._core_wanted import VDSO
@@ -39,7 +39,7 @@ _FIRST = _core_elf.PAGE_SIZE  # where memory begins in the file; the ELF header 
 
 @dataclass(frozen=True, slots=True)
 class CoreFile:
-    """The result of `write_core`.
+    """The result of `write_core` and `Snapshot.write_core`.
 
     Attributes:
         path: The file.
@@ -291,14 +291,7 @@ class _Core:
                 )
         end = max((part.offset + part.size for part in self._segments), default=_FIRST)
         notes = self._about.notes(self._registers, (one.mapping for one in self._layout.parts))
-        phdrs_at = end + len(notes) + -len(notes) % 8
-        headers = _core_elf.program_headers(end, len(notes), self._segments)
-        count = len(self._segments) + 1
-        shdr_at = phdrs_at + len(headers)
-        tail = notes.ljust(phdrs_at - end, b"\0") + headers + _core_elf.section_header(count)
-        write(fd, tail, end)
-        write(fd, _core_elf.elf_header(phdrs_at, count, shdr_at), 0)
-        self._length = end + len(tail)
+        self._length = write_ends(fd, end, self._segments, notes)
 
     def result(self, reason: str) -> CoreFile:
         """Return what the caller is told."""

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 from pyuffd._closing import Closing
 from pyuffd._errors import UffdOSError
 from pyuffd._owned import Descriptor, FileName
+from pyuffd.snapshot import _core_elf
 from pyuffd.snapshot._output import write_at
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from pyuffd.snapshot._core_elf import Segment
 
 _MODE = 0o600  # a core holds secrets
 # What file systems without O_TMPFILE say; EISDIR and ENOENT come from kernels without it.
@@ -139,3 +143,14 @@ def write(fd: int, content: bytes, offset: int) -> None:
         write_at(fd, content, offset)
     except OSError as error:
         raise UffdOSError(error.errno or errno.EIO, "writing the core") from None
+
+
+def write_ends(fd: int, end: int, segments: Sequence[Segment], notes: bytes) -> int:
+    """Write notes and headers behind the memory, and the ELF header last; return the length."""
+    phdrs_at = end + len(notes) + -len(notes) % 8
+    headers = _core_elf.program_headers(end, len(notes), segments)
+    count = len(segments) + 1
+    tail = notes.ljust(phdrs_at - end, b"\0") + headers + _core_elf.section_header(count)
+    write(fd, tail, end)
+    write(fd, _core_elf.elf_header(phdrs_at, count, phdrs_at + len(headers)), 0)
+    return end + len(tail)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # blocks of this size have a place in which something is.
 BLOCK = 1 << 30
 
-_DISK_FILES = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)
+DISK_FILES = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)
 
 
 @dataclass(slots=True)
@@ -105,7 +105,7 @@ class CoreLayout:
                 spans = list(self._blocks(m, file))
             else:
                 spans = [(m.start, m.end)] if self._is_memory(m) else []
-        whole = m.kind in _DISK_FILES
+        whole = m.kind in DISK_FILES
         placed = [
             Placed(m, start, end, offset, whole)
             for first, last in spans
@@ -129,7 +129,7 @@ class CoreLayout:
 
     def _blocks(self, m: Mapping, file: int | None) -> Iterator[tuple[int, int]]:
         """Yield the blocks of a long mapping in which something is."""
-        if m.kind in _DISK_FILES:
+        if m.kind in DISK_FILES:
             yield m.start, m.end
             return
         at = m.start

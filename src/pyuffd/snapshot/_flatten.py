@@ -24,6 +24,7 @@ def flatten(
     progress: Callable[[SnapshotProgress], None] | None,
 ) -> str:
     """Write the snapshot; see `Snapshot.flatten`."""
+    notes = image.notes()
     with NewDirectory(path, durable=durable) as directory:
         sum_name, sum_ = _sums.best_sum()
         places = Places()
@@ -53,6 +54,8 @@ def flatten(
         directory.sync_pages()
         packed = Runs.of(runs).pack()
         directory.write(_format.RUNS, packed)
+        if notes is not None:
+            directory.write(_format.NOTES, notes)
         manifest = {key: value for key, value in image.manifest.items() if key != _format.SEAL}
         manifest |= {
             "id": directory.id,

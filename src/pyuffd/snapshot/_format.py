@@ -16,7 +16,7 @@ from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 
 FORMAT = "pyuffd-snapshot"
 VERSION = 1
-MANIFEST, PAGES, RUNS = "manifest.json", "pages", "runs"
+MANIFEST, PAGES, RUNS, NOTES = "manifest.json", "pages", "runs", "notes"
 # No run of data is longer, so that reading one page needs a checksum of this much at most.
 CHUNK = 1 << 20
 # Larger manifests are refused before they are read.

@@ -21,6 +21,7 @@ from pyuffd.snapshot._files import open_directory, open_in
 from pyuffd.snapshot._format import (
     MANIFEST,
     MANIFEST_MOST,
+    NOTES,
     PAGES,
     RUNS,
     RunState,
@@ -67,6 +68,9 @@ class Image(Closing):
             self.manifest: dict[str, Any] = unseal(self._place(MANIFEST), raw)
             self.manifest_sha256 = hashlib.sha256(raw).hexdigest()
             self._pages = stack.enter_context(_file(folder, self.path, PAGES))
+            self._notes: Descriptor | None = None
+            if self.manifest.get("notes_sha256") is not None:
+                self._notes = stack.enter_context(_file(folder, self.path, NOTES))
             try:
                 self._read_tables(folder)
             except (KeyError, TypeError, ValueError) as error:
@@ -96,6 +100,8 @@ class Image(Closing):
             raise SnapshotFormatError(
                 self._place(PAGES), f"{length} bytes instead of {manifest['pages_bytes']}"
             )
+        if self._notes is not None:
+            self._check_notes_length(os.fstat(self._notes.number).st_size)
         self.regions = list(_regions(manifest["regions"]))
         pages = sum(region.length for region in self.regions) // PAGE_SIZE
         raw = _read(folder, self.path, RUNS, runs_length(pages), is_length=runs_length)
@@ -108,6 +114,32 @@ class Image(Closing):
                     self._place(MANIFEST), f"unknown compression {manifest['compression']!r}"
                 )
             self._unpack = _sums.decompressor()
+
+    # Notes
+
+    @property
+    def notes_path(self) -> str:
+        """Where the file `notes` is, if there is one."""
+        return self._place(NOTES)
+
+    def _check_notes_length(self, length: int) -> None:
+        if length != self.manifest["notes_bytes"]:
+            raise SnapshotFormatError(
+                self.notes_path, f"{length} bytes instead of {self.manifest['notes_bytes']}"
+            )
+
+    def notes(self) -> bytes | None:
+        """Return the content of the file `notes`, checked; None if the snapshot has none."""
+        if self._notes is None:
+            return None
+        length = os.fstat(self._notes.number).st_size
+        self._check_notes_length(length)
+        content = os.pread(self._notes.number, length, 0)
+        if hashlib.sha256(content).hexdigest() != self.manifest["notes_sha256"]:
+            raise SnapshotFormatError(
+                self.notes_path, "its SHA-256 is not the one in the manifest: it was changed"
+            )
+        return content
 
     # Parents
 

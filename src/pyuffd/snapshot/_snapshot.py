@@ -17,9 +17,10 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd._working_set import WorkingSet
 from pyuffd.dirty import DirtyTracker
 from pyuffd.handlers import Handler
-from pyuffd.snapshot import _flatten, _restore, _take, _targets, _working_sets
+from pyuffd.snapshot import _core_from, _flatten, _restore, _take, _targets, _working_sets
 from pyuffd.snapshot._capture import Method, SnapshotProgress
 from pyuffd.snapshot._content import Gaps
+from pyuffd.snapshot._core import CoreFile
 from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
 from pyuffd.snapshot._helper import take_by_helper
 from pyuffd.snapshot._layout import Shared
@@ -251,6 +252,8 @@ class Snapshot(Closing):
         data = [
             (image, run) for image in images for run in image.runs if run.state is RunState.DATA
         ]
+        for image in images:
+            image.notes()
         done = SnapshotProgress("verify", 0, sum(run.length for _, run in data))
         bad: list[SnapshotFormatError] = []
         for image, run in data:
@@ -282,6 +285,46 @@ class Snapshot(Closing):
             OSError: ENOSPC, EIO and others - writing the files failed.
         """
         return _flatten.flatten(self._checked(), path, durable=durable, progress=progress)
+
+    def write_core(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        durable: bool = False,
+        progress: Callable[[SnapshotProgress], None] | None = None,
+    ) -> CoreFile:
+        """Write an ELF core of the process as it was at the instant, for debuggers.
+
+        It has what the snapshot and its parents have, whatever coredump_filter and MADV_DONTDUMP
+        said, and the registers of all threads. Everything that is read is checked. Pages of mapped
+        files that the process had not written are in those files only, which debuggers look for by
+        their names.
+
+        Args:
+            path: Where to put it. A link there is not followed.
+            durable: Wait until the file is on the disk.
+            progress: Called now and then.
+
+        Returns:
+            What was written. `method`, `reason`, `pause_s` and `stop_bytes` are those of the
+            snapshot; `lost` are its LOST pages, which are zeros in the file. Memory that was left
+            out (SHARED) is not in the file.
+
+        Raises:
+            SnapshotError: "registers" - the snapshot is not of a whole process, or was taken by a
+                pyuffd that did not save them.
+            SnapshotFormatError: a file was changed.
+            ValueError: a path that is no file name.
+            FileExistsError: EEXIST - something has this name.
+            UffdOSError: ENOSPC, EIO, EFBIG - writing failed.
+            OSError: the folder cannot be written.
+            After each of them there is no file.
+
+        GIL: released while reading and writing.  Blocks: until it is written.
+        """
+        return _core_from.write_core(
+            self._checked(), os.fspath(path), durable=durable, progress=progress
+        )
 
     # Working sets
 

@@ -33,6 +33,7 @@ from pyuffd.snapshot._capture import (
     Used,
     at_barrier,
 )
+from pyuffd.snapshot._core_notes import Notes
 from pyuffd.snapshot._files import NewDirectory
 from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotGap, SnapshotRun
 from pyuffd.snapshot._layout import SHARED_WAYS, Shared, SnapshotLayout
@@ -183,11 +184,14 @@ def take(process: Process, request: Request) -> SnapshotReport:
         captured = None
         since = None if request.tracker is None else request.tracker._snapshot
         try:
-            captured = _captured(process, layout, directory, request, method)
+            notes = None if request.scope is not None else Notes(process)
+            captured = _captured(process, layout, directory, request, method, notes)
             at_barrier("captured")
             if captured.method != method:
                 reason = "the process writes too fast for precopy"
-            report = _finish(identity, layout, directory, request, captured, reason, parent, begin)
+            report = _finish(
+                identity, layout, directory, request, captured, reason, parent, begin, notes
+            )
         except BaseException as error:
             _put_back(request.tracker, captured, since)
             if isinstance(error, ProcessGoneError):
@@ -240,16 +244,17 @@ def _captured(
     directory: NewDirectory,
     request: Request,
     method: Used,
+    notes: Notes | None,
 ) -> Captured:
     """Capture; if precopy was chosen here and does not get ahead, cow does."""
     try:
-        return _captured_by(process, layout, directory, request, method)
+        return _captured_by(process, layout, directory, request, method, notes)
     except SnapshotError as error:
         may_change = request.method == "auto" and request.tracker is None
         if error.reason != "stalled" or not may_change or method == "cow":
             raise
     os.ftruncate(directory.pages.number, 0)
-    return _captured_by(process, layout, directory, request, "cow")
+    return _captured_by(process, layout, directory, request, "cow", notes)
 
 
 def _captured_by(
@@ -258,6 +263,7 @@ def _captured_by(
     directory: NewDirectory,
     request: Request,
     method: Used,
+    notes: Notes | None,
 ) -> Captured:
     options = Options(
         max_stall_s=MAX_STALL_S if request.max_stall_s is None else request.max_stall_s,
@@ -265,6 +271,7 @@ def _captured_by(
         rounds=request.rounds,
         rate=request.rate,
         progress=request.progress,
+        in_stop=None if notes is None else notes.in_stop,
     )
     return capture(
         process,
@@ -286,6 +293,7 @@ def _finish(
     reason: str,
     parent: Image | None,
     begin: float,
+    notes: Notes | None,
 ) -> SnapshotReport:
     """Sums, tables, and the name; the process runs."""
     of_parent = ranges.NO_RANGES
@@ -307,6 +315,9 @@ def _finish(
     at_barrier("pages")
     packed = Runs.of(runs).pack()
     directory.write(_format.RUNS, packed)
+    of_threads = None if notes is None else notes.pack()
+    if of_threads is not None:
+        directory.write(_format.NOTES, of_threads)
     report = SnapshotReport(
         path=request.path,
         id=directory.id,
@@ -329,6 +340,8 @@ def _finish(
         "compression": None if request.compress is None else "zstd",
         "pages_bytes": os.fstat(directory.pages.number).st_size,
         "runs_sha256": hashlib.sha256(packed).hexdigest(),
+        "notes_bytes": None if of_threads is None else len(of_threads),
+        "notes_sha256": None if of_threads is None else hashlib.sha256(of_threads).hexdigest(),
     }
     directory.write(_format.MANIFEST, _format.seal(manifest))
     at_barrier("written")
