@@ -8,9 +8,9 @@ from __future__ import annotations
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._core import CoreFile, write_core
 from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
+from pyuffd.snapshot._request import SnapshotReport
 from pyuffd.snapshot._restore import Restore, RestoreStats
 from pyuffd.snapshot._snapshot import Snapshot
-from pyuffd.snapshot._take import SnapshotReport
 
 __all__ = [
     "CoreFile",

@@ -27,7 +27,8 @@ from pyuffd._owned import Descriptor
 from pyuffd._stdio import socketpair_above_stdio
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import SnapshotProgress
-from pyuffd.snapshot._take import Request, SnapshotReport, take
+from pyuffd.snapshot._request import Request, SnapshotReport
+from pyuffd.snapshot._take import take
 
 _LENGTH = struct.Struct("=Q")
 # The helper's snapshot leaves nothing if it ends by itself; it may have to wait for its disk.

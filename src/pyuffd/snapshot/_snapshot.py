@@ -5,36 +5,41 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
-from pyuffd._arguments import check_int
-from pyuffd._closing import Closing
-from pyuffd._errors import ClosedError, SnapshotFormatError
-from pyuffd._pages import PAGE_SIZE, RangeLike, check_aligned, check_region, page_size_of
-from pyuffd._recording import Recording, Until, Watched, check_until
+from pyuffd._pages import RangeLike
+from pyuffd._recording import Until
 from pyuffd._uffd import Userfaultfd
 from pyuffd._working_set import WorkingSet
 from pyuffd.dirty import DirtyTracker
 from pyuffd.handlers import Handler
-from pyuffd.snapshot import _core_from, _flatten, _restore, _take, _targets, _working_sets
+from pyuffd.snapshot import (
+    _core_from,
+    _flatten,
+    _recorded,
+    _request,
+    _restore,
+    _take,
+    _targets,
+    _working_sets,
+)
 from pyuffd.snapshot._capture import Method, SnapshotProgress
 from pyuffd.snapshot._content import Gaps
 from pyuffd.snapshot._core import CoreFile
-from pyuffd.snapshot._format import RunState, SnapshotGap, SnapshotRegion, SnapshotRun
 from pyuffd.snapshot._helper import take_by_helper
 from pyuffd.snapshot._layout import Shared
+from pyuffd.snapshot._opened import Opened
 from pyuffd.snapshot._reading import Image
+from pyuffd.snapshot._request import SnapshotReport
 from pyuffd.snapshot._restore import Mode, Regions, Restore, Verify
 from pyuffd.snapshot._share import Shares
-from pyuffd.snapshot._take import SnapshotReport
 from pyuffd.snapshot._targets import Target
 
 # Each parent costs a look for every page that is read.
 DEPTH_WARNED = 8
 
 
-class Snapshot(Closing):
+class Snapshot(Opened):
     """The memory of a process at one instant, in a directory; a context manager.
 
     `take` writes one, `open` reads one. Reading checks every chunk that it touches.
@@ -64,15 +69,8 @@ class Snapshot(Closing):
         >>> _ = child.communicate()
     """
 
-    _what = "snapshot"
-    _instead = "open it once more"
-
     def __init__(self, image: Image) -> None:
-        self._image = image
-        self.path = image.path
-        self.id = str(image.manifest["id"])
-        self.manifest: dict[str, Any] = image.manifest
-        self._maker = os.getpid()
+        super().__init__(image)
         self._all_shares: Shares | None = None
 
     @classmethod
@@ -139,7 +137,7 @@ class Snapshot(Closing):
         Kernel: WP_ASYNC and PAGEMAP_SCAN (Linux 6.7) for precopy; ptrace(2).
         GIL: released while copying.  Blocks: as long as it lasts.
         """
-        request = _take.checked(
+        request = _request.checked(
             path,
             method=method,
             shared=shared,
@@ -164,109 +162,7 @@ class Snapshot(Closing):
                 )
         return report
 
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Snapshot:
-        """Open a snapshot and its parents for reading.
-
-        Parents are found by the hash of their manifest, at the place that was noted or beside the
-        snapshot, whatever their names are by now.
-
-        Raises:
-            SnapshotFormatError: files are missing, truncated or changed, or a parent is not found.
-            OSError: the directory cannot be opened, or is a symbolic link.
-        """
-        return cls(Image(path))
-
-    # What is in it
-
-    @property
-    def depth(self) -> int:
-        """How many parents it has, one behind the other."""
-        depth, image = 0, self._checked()
-        while image.parent is not None:
-            depth, image = depth + 1, image.parent
-        return depth
-
-    @property
-    def directories(self) -> Sequence[str]:
-        """Where it and its parents are, the newest first."""
-        image: Image | None = self._checked()
-        found = []
-        while image is not None:
-            found.append(image.path)
-            image = image.parent
-        return tuple(found)
-
-    @property
-    def regions(self) -> Sequence[SnapshotRegion]:
-        """The mappings of the process at the instant, in ascending order."""
-        return tuple(self._checked().regions)
-
-    @property
-    def runs(self) -> Sequence[SnapshotRun]:
-        """The table of runs: what this snapshot, without its parents, knows of every page."""
-        return self._checked().runs
-
-    @property
-    def gaps(self) -> Sequence[SnapshotGap]:
-        """Where it does not have the content of the instant, and why."""
-        return tuple(SnapshotGap(**each) for each in self._checked().manifest["gaps"])
-
-    def state(self, address: int) -> RunState | None:
-        """Return what is known of a page; None if it was not mapped. PARENT is looked up there."""
-        check_int("address", address, 0)
-        part = next(self._checked().parts(address, address + 1))
-        return None if part.run is None else part.run.state
-
-    def read(self, address: int, length: int) -> bytes:
-        """Return memory as it was at the instant.
-
-        A chunk of the file, of up to 1 MiB, is read and compared with its checksum when it is first
-        touched; from then on only the bytes that are asked for are read.
-
-        `numpy.frombuffer(snapshot.read(address, 8 * n), "<u8")` is an array of it.
-
-        Args:
-            address: Any address.
-            length: Bytes; any number.
-
-        Raises:
-            LookupError: a part of it was not mapped, or the snapshot does not have it: its state is
-                LOST or SHARED, or ABSENT in a mapping of a file, where the file has it.
-            SnapshotFormatError: a chunk of the file was changed.
-        """
-        check_int("address", address, 0)
-        check_int("length", length, 0)
-        return self._checked().read(address, length)
-
-    def verify(self, progress: Callable[[SnapshotProgress], None] | None = None) -> None:
-        """Read everything, in the parents too, and compare it with the checksums.
-
-        Raises:
-            SnapshotFormatError: chunks were changed; `offset` is that of the first, and the message
-                tells how many there are.
-        """
-        images = [self._checked()]
-        while (parent := images[-1].parent) is not None:
-            images.append(parent)
-        data = [
-            (image, run) for image in images for run in image.runs if run.state is RunState.DATA
-        ]
-        for image in images:
-            image.notes()
-        done = SnapshotProgress("verify", 0, sum(run.length for _, run in data))
-        bad: list[SnapshotFormatError] = []
-        for image, run in data:
-            try:
-                image._chunk(run)
-            except SnapshotFormatError as error:
-                bad.append(error)
-            done.bytes += run.length
-            if progress is not None:
-                progress(done)
-        if bad:
-            more = f" ({len(bad)} chunks are bad)" if len(bad) > 1 else ""
-            raise SnapshotFormatError(bad[0].path, f"{bad[0].args[1]}{more}", bad[0].offset)
+    # What becomes of it
 
     def flatten(
         self,
@@ -343,22 +239,6 @@ class Snapshot(Closing):
         """Return a working set, as `working_sets` does; None if there is none with this name."""
         return _working_sets.load(self._checked(), name)
 
-    def image_offset(self, address: int) -> int:
-        """Return where an address is in the image, as `WorkingSetRun.offset` counts.
-
-        The image is `regions`, one behind the other.
-
-        Raises:
-            LookupError: it was not mapped.
-        """
-        check_int("address", address, 0)
-        offset = 0
-        for region in self._checked().regions:
-            if region.start <= address < region.end:
-                return offset + address - region.start
-            offset += region.length
-        raise LookupError(f"{address:#x} was not mapped")
-
     def record(
         self,
         name: str,
@@ -402,37 +282,9 @@ class Snapshot(Closing):
                     start_the_program(memory)
                     snapshot.record("startup", memory.handler, [(memory, address)], until=10)
         """
-        image = self._checked()
-        _working_sets.check_name(name)
-        until = check_until(until)
-        pairs = [(region, check_int("address", address, 0)) for region, address in memory]
-        for region, address in pairs:
-            check_region(region)
-            check_aligned("address", address, PAGE_SIZE)
-        parts = _working_sets.places(
-            image,
-            [(address, region.length, page_size_of(region)) for region, address in pairs],
+        return _recorded.record(
+            self._checked(), name, handler, memory, uffd=uffd, until=until, stop=stop
         )
-        for (region, address), found in zip(pairs, parts, strict=True):
-            if not found:
-                raise ValueError(
-                    f"the snapshot has nothing at [{address:#x}, {address + region.length:#x})"
-                )
-        space = 0 if uffd is None else handler.space_of(uffd)
-        recording = Recording(
-            handler.take_faults,
-            [
-                Watched(space, region.start, region.length, tuple(found))
-                for (region, _), found in zip(pairs, parts, strict=True)
-            ],
-            until,
-        )
-        recording.run(threading.Event() if stop is None else stop)
-        if not len(recording):
-            return _working_sets.load(image, name) or WorkingSet(
-                _working_sets.image_id(image), _working_sets.image_length(image)
-            )
-        return _working_sets.add(image, name, recording.runs)
 
     # Restoring
 
@@ -520,30 +372,8 @@ class Snapshot(Closing):
             self._all_shares = Shares()
         return self._all_shares
 
-    # Ending
-
-    def _checked(self) -> Image:
-        if self._image.closed:
-            raise ClosedError("this snapshot is closed")
-        return self._image
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._image.closed
-
     def close(self) -> None:
         """Close the files; restores that run keep what they need. A second call does nothing."""
         if self._all_shares is not None:
             self._all_shares.close()
-        self._image.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_maker") and not self.closed and self._maker == os.getpid():
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
-
-    def __repr__(self) -> str:
-        target = self.manifest["target"]
-        state = " closed" if self.closed else ""
-        return f"<Snapshot {self.path} of process {target['pid']} ({target['name']}){state}>"
+        super().close()

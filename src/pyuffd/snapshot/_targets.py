@@ -15,7 +15,7 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import DirtyTracker
 from pyuffd.regions import Region
 from pyuffd.remote._process import Process
-from pyuffd.snapshot._take import Request, spans_of
+from pyuffd.snapshot._request import Request, spans_of
 
 Target = Process | Userfaultfd | RangeLike | Iterable[RangeLike]
 

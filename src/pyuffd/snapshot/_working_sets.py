@@ -36,6 +36,16 @@ def image_length(image: Image) -> int:
     return sum(region.length for region in image.regions)
 
 
+def offset_of(image: Image, address: int) -> int:
+    """Return where an address is in the image: its regions, one behind the other."""
+    offset = 0
+    for region in image.regions:
+        if region.start <= address < region.end:
+            return offset + address - region.start
+        offset += region.length
+    raise LookupError(f"{address:#x} was not mapped")
+
+
 def load(image: Image, name: str) -> WorkingSet | None:
     """Return a working set, with a `problem` if it cannot be used; None if there is none."""
     path = os.path.join(image.path, check_name(name) + SUFFIX)
