@@ -14,8 +14,9 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, TypeAlias, cast
+
+import psutil
 
 from benchmarks._toucher import SEED, Touched, Toucher
 from pyuffd import (
@@ -278,16 +279,11 @@ class _Memory:
 
     def round(self) -> Answer:
         with Userfaultfd() as uffd, Region.anonymous(self._length) as region:
-            before = _address_space()
+            before = psutil.Process().memory_info().vms
             with Handler(uffd, driver="native") as handler:
                 handler.serve(region, ZeroSource())
-                grown = _address_space() - before
+                grown = psutil.Process().memory_info().vms - before
         return 1, array("Q", [max(grown, 0)])
-
-
-def _address_space() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[0]
-    return int(pages) * mmap.PAGESIZE
 
 
 def _arguments() -> argparse.Namespace:

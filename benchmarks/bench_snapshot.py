@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from benchmarks._pairs import MemberError, Row, Skipped, Target, ratio_row
 from benchmarks._setup import Setup
 from pyuffd import DirtyTracker, Process, Snapshot, SnapshotReport, StopTimeoutError, write_core
@@ -333,10 +335,9 @@ class _Peak(threading.Thread):
 
 def _children(pid: int) -> list[int]:
     try:
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.NoSuchProcess:
         return []
-    return [int(word) for word in text.split()]
 
 
 def _memory(pid: int) -> int:

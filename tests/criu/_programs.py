@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -11,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pyuffd.criu import LazyPages, RestoreReport
 from pyuffd.testing._run import SCALE
@@ -123,8 +124,4 @@ def write_images(
 
 def children_of(pid: int) -> list[int]:
     """Return the pids of a process's children."""
-    found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
-            found += [int(word) for word in file.read().split()]
-    return found
+    return [child.pid for child in psutil.Process(pid).children()]

@@ -13,8 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from pathlib import Path
 
+import psutil
 import pytest
 
 from pyuffd import BlindReason, DirtyTracker, Feature, Region, RegisterMode, Userfaultfd
@@ -136,17 +136,19 @@ def test_a_range_is_reported_until_it_is_dropped() -> None:
     run_child(dropped_late)
 
 
+def has_status(pid: int, status: str) -> bool:
+    return psutil.Process(pid).status() == status
+
+
 def reader_of(pid: int) -> int:
     """Return the process that reads events for a process; wait until it has its name."""
     found: list[int] = []
 
     def is_found() -> bool:
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with suppress(OSError):
-                text = Path(f"/proc/{name}/stat").read_text()
-                before, _, after = text.rpartition(") ")
-                if before.endswith("(uffd-drops") and int(after.split()[1]) == pid:
-                    found.append(int(name))
+        for child in psutil.Process(pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if child.name() == "uffd-drops":
+                    found.append(child.pid)
         return bool(found)
 
     wait_until("there is a reader", is_found)
@@ -207,7 +209,7 @@ def no_other_reader() -> None:
         with closing(drops), closing(DropReader(uffd.fileno())):
             assert drops.take()[1] is False
             os.kill(reader, signal.SIGKILL)
-            wait_until("it ends", lambda: state(reader) == "Z")
+            wait_until("it ends", lambda: has_status(reader, psutil.STATUS_ZOMBIE))
             most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
             resource.setrlimit(resource.RLIMIT_NPROC, (0, most))
             for _ in range(2):
@@ -268,7 +270,10 @@ def test_nobody_waits_for_a_tracker_that_is(how: str) -> None:
             reader = reader_of(tracker.pid)
             if how == "stopped":
                 tracker.send_signal(signal.SIGSTOP)
-                wait_until("it is stopped", lambda: state(tracker.pid) == "T")
+                wait_until(
+                    "it is stopped",
+                    lambda: has_status(tracker.pid, psutil.STATUS_STOPPED),
+                )
             elif how == "killed":
                 tracker.kill()
             else:
@@ -304,11 +309,7 @@ def target_start(target: subprocess.Popen[str]) -> tuple[int, int]:
 
 
 def ended(pid: int) -> bool:
-    return not os.path.exists(f"/proc/{pid}") or state(pid) == "Z"
-
-
-def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    return not psutil.pid_exists(pid) or has_status(pid, psutil.STATUS_ZOMBIE)
 
 
 def test_a_thread_in_the_call_is_not_outside() -> None:
@@ -323,7 +324,7 @@ def test_a_thread_in_the_call_is_not_outside() -> None:
 
     thread = threading.Thread(target=spin)
     with subprocess.Popen(["sleep", "600"]) as sleeper:
-        wait_until("it sleeps", lambda: state(sleeper.pid) == "S")
+        wait_until("it sleeps", lambda: has_status(sleeper.pid, psutil.STATUS_SLEEPING))
         assert _drops._is_outside(sleeper.pid)
         sleeper.kill()
     assert _drops._is_outside(threading.get_native_id())

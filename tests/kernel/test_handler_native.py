@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pyuffd import BufferSource, Handler, HandlerError, Region, UffdOSError, ZeroSource
@@ -189,7 +190,7 @@ def no_threads() -> None:
     with serving("native", "anon") as (handler, memory):
         region = memory.pages(1)
         handler.serve(region, ZeroSource())
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+        used = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
         fds = os.listdir("/proc/self/fd")
         with pytest.raises(UffdOSError) as caught:

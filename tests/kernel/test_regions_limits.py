@@ -10,6 +10,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pyuffd import (
@@ -50,9 +51,8 @@ def needs_overcommit_guess() -> pytest.MarkDecorator:
 
 def more_than_memory() -> int:
     """Return a length above the memory and swap of this machine."""
-    sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    kib = sum(int(sizes[key].split()[0]) for key in ("MemTotal", "SwapTotal"))
-    return (kib // (1 << 20) + 2) * GIB
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    return (total // GIB + 2) * GIB
 
 
 def refused(length: int, **options: Any) -> UffdOSError:

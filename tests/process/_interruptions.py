@@ -37,6 +37,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Literal
 
+import psutil
+
 import pyuffd
 from pyuffd.testing import _leaks
 
@@ -304,9 +306,7 @@ def _held() -> set[str]:
     # Not smaps, which walks the page tables and would dominate the run time.
     held |= {line for line in Path("/proc/self/maps").read_text().splitlines() if SHARED in line}
     held |= {f"name {path}" for folder in FOLDERS for path in Path(folder).glob(f"*{MARK}*")}
-    address_space = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
+    address_space = psutil.Process().memory_info().vms
     held.add(f"{address_space // LARGE} TiB of address space")
     return held
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pyuffd import (
@@ -176,8 +177,7 @@ def test_in_other_namespaces(program: str, ended: list[subprocess.Popen[bytes]])
     assert outer.stdout is not None
     if outer.stdout.readline() != b"ready\n":
         pytest.skip("unshare(1) cannot make user and PID namespaces here")
-    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
-    (pid,) = map(int, children.read_text().split())
+    (pid,) = (child.pid for child in psutil.Process(outer.pid).children())
     attached(pid)
     os.kill(pid, signal.SIGUSR1)
     assert outer.stdout.readline() == b"kept\n"
@@ -213,9 +213,9 @@ def test_a_vfork_child_and_its_parent(program: str, ended: list[subprocess.Popen
     """They share the memory: both are stopped; the parent waits in the kernel anyway."""
     target = start(program, "vfork", "60000")
     ended.append(target)
-    children = Path(f"/proc/{target.pid}/task/{target.pid}/children")
-    wait_until("it has a child", lambda: bool(children.read_text().split()))
-    child = int(children.read_text().split()[0])
+    children = psutil.Process(target.pid).children
+    wait_until("it has a child", children)
+    child = children()[0].pid
     attached(child)
     for pid in (target.pid, child):
         with Process(pid) as process, process.stopped(10 * SCALE) as stop:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import psutil
 import pytest
 
 from pyuffd import (
@@ -433,9 +434,9 @@ def test_many_threads(start: Callable[..., Target], tmp_path: Path) -> None:
 def test_a_thread_that_waits_in_vfork(start: Callable[..., Target], tmp_path: Path) -> None:
     """It cannot be stopped; the registers of its system call are known."""
     target = start("vfork")
-    children = f"/proc/{target.pid}/task/{target.pid}/children"
-    wait_until("the child", lambda: Path(children).read_text())
-    child = int(Path(children).read_text())
+    children = psutil.Process(target.pid).children
+    wait_until("the child", children)
+    (child,) = (each.pid for each in children())
     try:
         with Process(target.pid) as process:
             written = write_core(process, tmp_path / "core")
@@ -536,8 +537,7 @@ def test_ids_inside_a_pid_namespace(program: str, tmp_path: Path) -> None:
     with subprocess.Popen(words, stdout=subprocess.PIPE) as popen:
         assert popen.stdout is not None
         assert popen.stdout.readline() == b"ready\n"
-        children = Path(f"/proc/{popen.pid}/task/{popen.pid}/children").read_text()
-        pid = int(children)
+        (pid,) = (child.pid for child in psutil.Process(popen.pid).children())
         try:
             with Process(pid) as process:
                 write_core(process, tmp_path / "core")

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 
+import psutil
 import pytest
 
 from pyuffd import (
@@ -345,17 +346,13 @@ def forking_source() -> None:
         engine = handler._engine
         assert isinstance(engine, RemoteEngine)
         _, worker = engine.pids()
-        with open(f"/proc/{worker}/task/{worker}/children", encoding="ascii") as file:
-            children = file.read().split()
-        for task in os.listdir(f"/proc/{worker}/task"):
-            with open(f"/proc/{worker}/task/{task}/children", encoding="ascii") as file:
-                children += file.read().split()
+        children = psutil.Process(worker).children()
         kill_keeper(handler)
         try:
             lost(region, PAGE)
         finally:
-            for pid in set(children):
-                os.kill(int(pid), signal.SIGKILL)
+            for child in children:
+                child.kill()
 
 
 @needs(Feature.POISON)

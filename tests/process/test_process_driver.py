@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pyuffd import (
@@ -447,10 +448,9 @@ def gone(pid: int, limit_s: float = 10.0) -> bool:
     give_up = time.monotonic() + limit_s
     while time.monotonic() < give_up:
         try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state in "ZX":
+            if psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.01)
     return False
