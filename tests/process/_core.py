@@ -93,14 +93,19 @@ class Core:
 
     def load(self, address: int) -> Any:
         """Return the segment that holds an address."""
-        found = [s for s in self.loads if 0 <= address - s["p_vaddr"] < s["p_memsz"]]
+        found = self._holding(address)
         assert len(found) == 1, f"{len(found)} segments hold {address:#x}"
         return found[0]
 
+    def _holding(self, address: int) -> list[Any]:
+        return [s for s in self.loads if 0 <= address - s["p_vaddr"] < s["p_memsz"]]
+
     def read(self, address: int, length: int) -> bytes | None:
-        """Return memory; None if the file does not have all of it."""
+        """Return memory; None if the file does not have all of it, or it is not mapped."""
         result = b""
         while length:
+            if not self._holding(address):
+                return None
             part = self.load(address)
             inside = address - part["p_vaddr"]
             count = min(length, part["p_memsz"] - inside)
