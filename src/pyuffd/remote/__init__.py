@@ -7,8 +7,9 @@ writes is tracked by `pyuffd.dirty`.
 from __future__ import annotations
 
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
-from pyuffd.remote._process import Copied, Process, Thread
+from pyuffd.remote._process import Copied, Process
 from pyuffd.remote._stop import RegisterSet, Stop
+from pyuffd.remote._threads import Thread
 
 __all__ = [
     "Copied",

@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from pyuffd import _remote_calls as calls
 from pyuffd._abi import USER_MODE_ONLY, Feature, PageBit
@@ -18,9 +18,7 @@ from pyuffd._owned import Descriptor
 from pyuffd._remote_calls import Attached, AttachPoint
 from pyuffd._uffd import Userfaultfd
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
-
-if TYPE_CHECKING:
-    from pyuffd.remote._process import Process
+from pyuffd.remote._target import Target
 
 DEVICE = "/dev/userfaultfd"
 LIMIT_S = 2.0
@@ -47,7 +45,7 @@ attempts: list[calls.Attach] = []
 
 
 def attach(
-    process: Process, features: Feature, *, user_mode_only: bool = False, limit_s: float = LIMIT_S
+    process: Target, features: Feature, *, user_mode_only: bool = False, limit_s: float = LIMIT_S
 ) -> tuple[Userfaultfd, Attached]:
     """Open a userfaultfd in a process; see `Process.attach`."""
     check_flags("features", features, Feature)
@@ -100,7 +98,7 @@ def attach(
         return Userfaultfd._opened_in(fetched, features, pid), result
 
 
-def _refuse(process: Process, pid: int) -> dict[str, str]:
+def _refuse(process: Target, pid: int) -> dict[str, str]:
     """Refuse a target that cannot be attached, before any change; return /proc/PID/status."""
     if pid == os.getpid():
         raise ValueError("a process cannot attach to itself: make a Userfaultfd()")
@@ -126,7 +124,7 @@ def _refuse(process: Process, pid: int) -> dict[str, str]:
     return status
 
 
-def _gadgets(process: Process, mappings: Mappings) -> tuple[int, int]:
+def _gadgets(process: Target, mappings: Mappings) -> tuple[int, int]:
     """Find the two instruction sequences that bring a thread home in code that it has mapped."""
     pid, tid = process.pid, process.memory_tid
     syscall_ret = restorer = None
@@ -157,7 +155,7 @@ def _code(mappings: Mappings) -> Iterator[Mapping]:
     return iter(sorted(code, key=lambda m: not any(name in m.path for name in _LIKELY)))
 
 
-def _unused(process: Process, stack: Mapping | None) -> int:
+def _unused(process: Target, stack: Mapping | None) -> int:
     """Return a place near the bottom of the first stack that holds nothing; 0 if there is none."""
     if stack is None or stack.length < 2 * _ROOM:
         return 0
@@ -171,7 +169,7 @@ def _unused(process: Process, stack: Mapping | None) -> int:
     return 0
 
 
-def _candidates(process: Process, *, any_thread: bool) -> list[int]:
+def _candidates(process: Target, *, any_thread: bool) -> list[int]:
     """Return the threads to try, the first thread first; those that cannot be stopped come last."""
     threads = process.threads()
     alive = [t for t in threads if t.state not in "ZX"]

@@ -7,7 +7,6 @@ import os
 import select
 import struct
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, resolve_range
 from pyuffd.pagemap import Pagemap, PageRanges
 from pyuffd.regions import Region
 from pyuffd.remote._mappings import Kinds, Mappings, read_mappings, with_details
+from pyuffd.remote._threads import Thread, threads_of
 from pyuffd.remote._through import has_memory, thread_with_memory
 
 if TYPE_CHECKING:
@@ -32,22 +32,6 @@ if TYPE_CHECKING:
     from pyuffd.remote._stop import Stop
 
 _PTRACE_HINT = "looking at another user's process needs CAP_SYS_PTRACE"
-
-
-@dataclass(frozen=True, slots=True)
-class Thread:
-    """One thread of a process.
-
-    Attributes:
-        tid: Its id, in this process's PID namespace.
-        name: Its name.
-        state: The letter of /proc/PID/stat: R runs, S sleeps, D waits uninterruptibly, T is
-            stopped by a signal, t by a tracer, Z has ended.
-    """
-
-    tid: int
-    name: str
-    state: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +211,7 @@ class Process(Closing):
         Raises:
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
         """
-        found = list(_threads(self.pid))
+        found = list(threads_of(self.pid))
         self.check()
         return found
 
@@ -430,17 +414,3 @@ def _leader(tid: int) -> int:
     except OSError:
         raise_errno(f"process {tid}", errno.ESRCH)
     return int(text.split("\nTgid:", 1)[1].split(None, 1)[0])
-
-
-def _threads(pid: int) -> Iterator[Thread]:
-    try:
-        names = sorted(os.listdir(f"/proc/{pid}/task"), key=int)
-    except OSError:
-        return
-    for name in names:
-        try:
-            text = Path(f"/proc/{pid}/task/{name}/stat").read_text(errors="replace")
-        except OSError:  # it has ended
-            continue
-        before, _, after = text.rpartition(")")
-        yield Thread(int(name), before.partition("(")[2], after.split()[0])

@@ -7,15 +7,12 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pyuffd import _remote_calls as calls
 from pyuffd._arguments import check_seconds
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, StopTimeoutError, UffdOSError, raise_errno
-
-if TYPE_CHECKING:
-    from pyuffd.remote._process import Process
+from pyuffd.remote._target import Target
 
 LIMIT_S = 1.0
 _ROUNDS_MOST = 5  # of processes that come to share the memory while others are stopped
@@ -126,7 +123,7 @@ class Stop(Closing):
             self._until = time.monotonic()
 
 
-def stop(process: Process, limit_s: float) -> Stop:
+def stop(process: Target, limit_s: float) -> Stop:
     """Stop a process; see `Process.stopped`."""
     limit_s = check_seconds("timeout_s", limit_s)
     if process.pid == os.getpid():
@@ -153,7 +150,7 @@ def stop(process: Process, limit_s: float) -> Stop:
     )
 
 
-def _fail(process: Process, held: calls.StoppedThreads) -> None:
+def _fail(process: Target, held: calls.StoppedThreads) -> None:
     process.check()
     if held.code == errno.ETIMEDOUT:
         try:
