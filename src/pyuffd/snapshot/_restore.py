@@ -8,12 +8,12 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pyuffd._arguments import check_int, check_number, shown
 from pyuffd._closing import Closing
@@ -40,9 +40,6 @@ from pyuffd.snapshot._format import SnapshotRegion
 from pyuffd.snapshot._reading import Image
 from pyuffd.snapshot._serve import Serving
 from pyuffd.snapshot._share import Shares
-
-if TYPE_CHECKING:
-    from pyuffd.snapshot._snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -234,14 +231,16 @@ class Restore(Closing):
     _serving: Serving | None = None
     _drain: Drain[tuple[Placed, int, int, int]] | None = None
 
-    def __init__(self, snapshot: Snapshot, placed: Sequence[Placed], options: Options) -> None:
+    def __init__(
+        self, path: str, shares: Callable[[], Shares], placed: Sequence[Placed], options: Options
+    ) -> None:
         self._began = time.monotonic()
         self._pid = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
         self._placed = placed
         self._ended_at = 0.0
-        self._path = snapshot.path
+        self._path = path
         images = placed[0].images
         self.working_set = _restore_hot.of_image(images[0], options.working_set)
         self.recorded: WorkingSet | None = None
@@ -251,7 +250,7 @@ class Restore(Closing):
         self._record_stop = threading.Event()
         self._recorder: threading.Thread | None = None
         check_files(images)
-        check_gaps(placed, options.gaps, snapshot.path)
+        check_gaps(placed, options.gaps, path)
         sums = Sums(images)
         if options.verify == "first":
             for each in placed:
@@ -269,7 +268,7 @@ class Restore(Closing):
                     placed,
                     files,
                     handler=options.handler,
-                    shares=snapshot._shares() if self.method == "minor" else None,
+                    shares=shares() if self.method == "minor" else None,
                     poisons=options.gaps == "poison",
                     sums=sums if options.verify == "drain" else None,
                     threads=options.threads,

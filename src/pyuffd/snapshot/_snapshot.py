@@ -365,7 +365,7 @@ class Snapshot(Opened):
             record=record,
             record_until=record_until,
         )
-        return Restore(self, _restore.place(self._checked(), regions), options)
+        return Restore(self.path, self._shares, _restore.place(self._checked(), regions), options)
 
     def _shares(self) -> Shares:
         if self._all_shares is None:
