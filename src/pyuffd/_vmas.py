@@ -17,7 +17,7 @@ _SHARED = 3  # index in the permissions
 
 @dataclass(frozen=True, slots=True)
 class Vma:
-    """One mapping.
+    """A line of /proc/PID/maps; `remote.Mapping` adds what kind of memory it is.
 
     `flags` are the two-letter flags of smaps; "um", "uw" and "ui" mean that it is registered with a
     userfaultfd for missing, write-protect and minor faults. Flags and page size are known only if
@@ -35,13 +35,18 @@ class Vma:
     flags: frozenset[str] = frozenset()
 
     @property
+    def length(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
+    @property
     def shared(self) -> bool:
-        """Whether writes go to the file."""
+        """Whether writes go to the file, where other mappings see them."""
         return self.permissions[_SHARED] == "s"
 
     @property
     def writable(self) -> bool:
-        """Whether it is mapped for writing now."""
+        """Whether it can be written now."""
         return "w" in self.permissions
 
     def __str__(self) -> str:

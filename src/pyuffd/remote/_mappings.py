@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pyuffd import _remote_calls as calls
@@ -46,7 +46,7 @@ class MappingKind(Word):
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(_vmas.Vma):
     """One mapping of a process.
 
     Attributes:
@@ -63,31 +63,7 @@ class Mapping:
             left out of core dumps); only of mappings that were asked for with details.
     """
 
-    start: int
-    end: int
-    permissions: str
-    offset: int
-    device: int
-    inode: int
-    path: str
-    kind: MappingKind
-    page_size: int = PAGE_SIZE
-    flags: frozenset[str] = frozenset()
-
-    @property
-    def length(self) -> int:
-        """Size in bytes."""
-        return self.end - self.start
-
-    @property
-    def shared(self) -> bool:
-        """Whether writes go to the file, where other mappings see them."""
-        return self.permissions.endswith("s")
-
-    @property
-    def writable(self) -> bool:
-        """Whether it can be written now."""
-        return "w" in self.permissions
+    kind: MappingKind = field(kw_only=True)
 
     def __str__(self) -> str:
         return f"[{self.start:#x}, {self.end:#x}) {self.permissions} {self.path or self.kind.value}"
@@ -182,9 +158,9 @@ class Mappings:
             device,
             inode,
             path,
-            kind,
             page_size,
             self._details.get(start, frozenset()),
+            kind=kind,
         )
 
 
