@@ -79,10 +79,10 @@ static void *native_main(void *argument)
 {
 	struct uffd_engine *engine = argument;
 
-	uffd_placement_begin(&engine->placement);
 	/* At the end the helper is given up, whether it has ended or not. */
 	if (stands_in(engine) && !atomic_load(&engine->refusing))
 		await_helper(engine);
+	uffd_placement_begin(&engine->placement);
 	while (!atomic_load(&engine->stop)) {
 		if (engine->options.has_workers)
 			stand_by(engine);
