@@ -42,8 +42,9 @@ from pyuffd._errors import (
     UffdPermissionError,
     UnsupportedFeatureError,
 )
-from pyuffd._events import Event, Fork, Pagefault, Remap, Remove, UnknownEvent, Unmap
-from pyuffd._uffd import FillResult, Userfaultfd
+from pyuffd._events import Pagefault, Remap, Remove, UnknownEvent, Unmap
+from pyuffd._uffd import Event, Fork, Userfaultfd
+from pyuffd._uffd_fill import FillResult
 
 if TYPE_CHECKING:
     from pyuffd._lazy import LazyRegion, lazy

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable
+from typing import Generic, Protocol, Self, TypeVar
 
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import EventsBusyError
-from pyuffd._events import Event, Pagefault
-
-if TYPE_CHECKING:
-    from pyuffd._uffd import Userfaultfd
+from pyuffd._event_claims import EventClaims
+from pyuffd._events import Pagefault
 
 READ_BATCH = 64  # messages for each read_events()
 
@@ -21,12 +20,28 @@ READ_BATCH = 64  # messages for each read_events()
 LET_GO_S = 5.0
 
 
-class EventIterator(SoleOwner):
+Event = TypeVar("Event")
+
+
+class Readable(Protocol[Event]):
+    """A `Userfaultfd`, as far as it is needed here."""
+
+    _claims: EventClaims[Self, Event]
+
+    @property
+    def closed(self) -> bool: ...
+    def fileno(self) -> int: ...
+    def read_events(self, max_events: int) -> list[Event]: ...
+    def _on_close(self, callback: Callable[[], None]) -> None: ...
+    def _forget_on_close(self, callback: Callable[[], None]) -> None: ...
+
+
+class EventIterator(SoleOwner, Generic[Event]):
     """Iterates over the events of one userfaultfd; made by `Userfaultfd.events`."""
 
     _instead = "Userfaultfd.events() makes another"
 
-    def __init__(self, uffd: Userfaultfd) -> None:
+    def __init__(self, uffd: Readable[Event]) -> None:
         if os.get_blocking(uffd.fileno()):
             raise ValueError(f"{uffd!r} is blocking: the kernel cannot poll it")
         self._uffd = uffd

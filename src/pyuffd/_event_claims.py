@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import Generic, Protocol, TypeVar
 
 from pyuffd import lowlevel
 from pyuffd._abi import RegisterMode
 from pyuffd._errors import EventsBusyError
-from pyuffd._events import Event, Fork, Pagefault
+from pyuffd._events import Pagefault
 from pyuffd._pages import PAGE_SIZE, round_down
 
-if TYPE_CHECKING:
-    from pyuffd._uffd import Userfaultfd
+
+class Claimed(Protocol):
+    """A userfaultfd whose events are read."""
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
 
 
-class Owner(Protocol):
+# A userfaultfd, and its events: a Fork event has another userfaultfd, which only that layer knows.
+Uffd = TypeVar("Uffd", bound=Claimed)
+UffdIn = TypeVar("UffdIn", bound=Claimed, contravariant=True)
+Event = TypeVar("Event")
+
+
+class Owner(Protocol[UffdIn]):
     """The object that resolves a userfaultfd's faults, and learns of calls by other code."""
 
-    def _registers(self, uffd: Userfaultfd, start: int, length: int) -> None:
+    def _registers(self, uffd: UffdIn, start: int, length: int) -> None:
         """Learn of a range that is about to be registered."""
 
-    def _unregistered(self, uffd: Userfaultfd, start: int, length: int) -> None:
+    def _unregistered(self, uffd: UffdIn, start: int, length: int) -> None:
         """Learn of a range that was unregistered."""
 
-    def _served_mode(self, uffd: Userfaultfd, start: int, length: int) -> RegisterMode | None:
+    def _served_mode(self, uffd: UffdIn, start: int, length: int) -> RegisterMode | None:
         """Return the modes in which memory of the range is served, or None."""
 
 
-class EventClaims:
+class EventClaims(Generic[Uffd, Event]):
     """The owner of one userfaultfd's events, and the events that were read but not delivered."""
 
     def __init__(self) -> None:
         self.unread: deque[Event] = deque()  # read for events(), and not delivered
         self.is_awaited = False
-        self._owner: weakref.ref[Owner] | None = None
+        self._owner: weakref.ref[Owner[Uffd]] | None = None
 
-    def claim(self, uffd: Userfaultfd, owner: Owner) -> None:
+    def claim(self, uffd: Uffd, owner: Owner[Uffd]) -> None:
         """Let only `owner` read events until it is gone or calls `release`.
 
         For page faults that were read but not delivered, the threads are woken, so that they fault
@@ -67,16 +77,16 @@ class EventClaims:
         return self.owner is not None
 
     @property
-    def owner(self) -> Owner | None:
+    def owner(self) -> Owner[Uffd] | None:
         """The owner of the events, or None; it is not kept alive."""
         return self._owner() if self._owner is not None else None
 
-    def release(self, owner: Owner) -> None:
+    def release(self, owner: Owner[Uffd]) -> None:
         """Let others read again."""
         if self.owner is owner:
             self._owner = None
 
-    def check(self, uffd: Userfaultfd) -> None:
+    def check(self, uffd: Uffd) -> None:
         """Raise EventsBusyError while the events have an owner."""
         owner = self.owner
         if owner is not None:
@@ -84,10 +94,3 @@ class EventClaims:
                 f"{owner!r} reads the events of {uffd!r} until it stops: if other code read one,"
                 " the thread of that event could wait forever"
             )
-
-    def drop(self) -> None:
-        """Discard the events that were not delivered."""
-        while self.unread:
-            event = self.unread.popleft()
-            if isinstance(event, Fork):
-                event.uffd.close()

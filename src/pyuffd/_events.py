@@ -1,15 +1,11 @@
-"""The events that a userfaultfd sends (layer L2)."""
+"""The events that a userfaultfd sends, without Fork, which has a `Userfaultfd` (layer L2)."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pyuffd._abi import EventCode, PagefaultFlag
-
-if TYPE_CHECKING:
-    from pyuffd._uffd import Userfaultfd
 
 MESSAGE_SIZE = 32
 
@@ -30,13 +26,6 @@ class Pagefault:
 
     def __repr__(self) -> str:
         return f"Pagefault(address={self.address:#x}, flags={self.flags!r}, tid={self.thread_id})"
-
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """The owner forked. `uffd` governs the child's copy of the registered ranges; close it."""
-
-    uffd: Userfaultfd
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +61,7 @@ class UnknownEvent:
     raw: bytes
 
 
-Event = Pagefault | Fork | Remap | Remove | Unmap | UnknownEvent
+PlainEvent = Pagefault | Remap | Remove | Unmap | UnknownEvent
 
 _HEAD = struct.Struct("=B7x")
 _ARGUMENTS = struct.Struct("=QQQ")
@@ -88,7 +77,7 @@ def fork_fd(raw: bytes) -> int:
     return int(_ARGUMENTS.unpack_from(raw, _HEAD.size)[0]) & 0xFFFFFFFF
 
 
-def parse_event(raw: bytes) -> Event:
+def parse_event(raw: bytes) -> PlainEvent:
     """Turn one 32-byte message into its event; a FORK message needs the caller (`fork_fd`)."""
     first, second, third = _ARGUMENTS.unpack_from(raw, _HEAD.size)
     match message_code(raw):

@@ -13,25 +13,35 @@ import sys
 import warnings
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pyuffd import _vmas
 from pyuffd._abi import Feature, RegisterMode
 
-if TYPE_CHECKING:
-    from pyuffd._uffd import Userfaultfd
-
-    Ranges = tuple[tuple[int, int], ...]
+Ranges = tuple[tuple[int, int], ...]
 
 _CALLER = 2  # os.fork() has no frame: the first is the hook's, the second that of its caller
 _NOT_FORKED = "dc"  # in smaps: MADV_DONTFORK
 _WARNED = None
 
+
+class Tracked(Protocol):
+    """A `Userfaultfd`, as far as it is needed here."""
+
+    adopted: bool
+    features: Feature
+    _pid: int
+
+    @property
+    def closed(self) -> bool: ...
+    def _registered_for(self, mode: RegisterMode) -> list[tuple[int, int]]: ...
+
+
 # What was harmless at an earlier fork, since reading smaps is slow.
-_seen: weakref.WeakKeyDictionary[Userfaultfd, Ranges | None] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakKeyDictionary[Tracked, Ranges | None] = weakref.WeakKeyDictionary()
 
 
-def track(uffd: Userfaultfd) -> None:
+def track(uffd: Tracked) -> None:
     """Look at the ranges of a userfaultfd before each fork: some are registered for WP."""
     if not uffd.adopted and not uffd.features & Feature.EVENT_FORK:
         _seen.setdefault(uffd, ())
@@ -62,7 +72,7 @@ def _before_fork() -> None:
         )
 
 
-def _unseen(uffd: Userfaultfd) -> tuple[int, int] | None:
+def _unseen(uffd: Tracked) -> tuple[int, int] | None:
     """Return a range in which the child's writes would go unseen, or None."""
     before = _seen.get(uffd)
     if before is _WARNED or uffd.closed or uffd._pid != os.getpid():

@@ -82,6 +82,13 @@ def resolve_range(
     return range_or_start.start, range_or_start.length  # type: ignore[union-attr]
 
 
+def checked_range(range_or_start: RangeLike | int, length: int | None) -> tuple[int, int]:
+    """Return start and length of a range that is aligned to its pages, or raise ValueError."""
+    start, size = resolve_range(range_or_start, length)
+    check_range(start, size, page_size_of(range_or_start))
+    return start, size
+
+
 def is_address(value: object) -> bool:
     """Return whether this is a number, and no range object."""
     if isinstance(value, int):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from pyuffd import Feature, Pagefault, RegisterMode, Userfaultfd
-from pyuffd._events import Event
+from pyuffd._uffd import Event
 from pyuffd.testing._need import kernel_features
 from pyuffd.testing._run import SCALE
 

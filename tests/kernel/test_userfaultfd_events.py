@@ -27,7 +27,7 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd import _memory as raw
-from pyuffd._events import Event
+from pyuffd._uffd import Event
 from pyuffd.testing import needs, needs_privilege
 from tests._child import run_child
 from tests._memory import Memory

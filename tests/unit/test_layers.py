@@ -68,10 +68,10 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def imports(name: str, path: Path) -> Iterator[str]:
-    """Yield what a file imports of pyuffd at run time, as names below pyuffd."""
+    """Yield what a file imports of pyuffd, for types and in functions too, by name below it."""
     full = f"pyuffd.{name}".rstrip(".")
     package = full if path.name == "__init__.py" else full.rpartition(".")[0]
-    for node in nodes_at_run_time(ast.parse(path.read_text(), path)):
+    for node in statements(ast.parse(path.read_text(), path)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -88,15 +88,12 @@ def imports(name: str, path: Path) -> Iterator[str]:
                 yield target.removeprefix("pyuffd").removeprefix(".")
 
 
-def nodes_at_run_time(node: ast.AST) -> Iterator[ast.AST]:
-    """Walk the statements of a tree, without the bodies of `if TYPE_CHECKING:`."""
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk the statements of a tree, the bodies of `if TYPE_CHECKING:` included."""
     yield node
-    children = ast.iter_child_nodes(node)
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-        children = iter(node.orelse)
-    for child in children:
+    for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.expr):  # most of a tree, and no import is in one
-            yield from nodes_at_run_time(child)
+            yield from statements(child)
 
 
 @cache
@@ -167,7 +164,7 @@ def test_order_within_a_layer(lower: str, upper: str) -> None:
 
 
 def test_no_circles() -> None:
-    """At run time, imports inside functions included."""
+    """Imports inside functions and those for types only included."""
     assert circles(set(edges())) == set()
 
 

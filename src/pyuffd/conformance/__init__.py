@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyuffd.conformance._case import Case, Variant, case, load
+from pyuffd.conformance._case import Case, case, load
 from pyuffd.conformance._markdown import markdown
 from pyuffd.conformance._report import Difference, Report, Result, compare
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._writing import write_report
 from pyuffd.testing._memory_types import MemoryType
 

@@ -1,4 +1,4 @@
-"""Cases as data: what a case is, and the table of all of them."""
+"""The table of all cases, and how a function becomes one."""
 
 from __future__ import annotations
 
@@ -9,91 +9,28 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from pyuffd._abi import Feature
+from pyuffd.conformance._spec import NO_FEATURE, Features, Spec, Variant
 from pyuffd.conformance._types import ALL, ANY
-from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryType
+from pyuffd.testing._memory_types import MEMORY_TYPES
+from pyuffd.testing._need import Need
 
 if TYPE_CHECKING:
     from pyuffd.conformance._context import Context
-    from pyuffd.testing._need import Need
 
-_NO_FEATURE = Feature(0)
 # `<op>.<errno or ok>.<condition>`, `kselftest.<case>`, `wp-series.<patch>.<behaviour>`, ...
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 DEFAULT_BUDGET_S = 20.0  # a hundred times as long as a case runs on an idle machine
 
-Features = Feature | Callable[[MemoryType], Feature]
 
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One of the behaviours a case accepts, and how user space tells that it has this one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case(Spec):
+    """One behaviour, on one or more memory types: what `Spec` says, and how to see it.
 
     Attributes:
-        name: What the report shows.
-        text: How it behaves, and how to tell, in one line.
-        features: Accepted only where the kernel has all of these.
-        lacks: Accepted only where the kernel has none of these.
-    """
-
-    name: str
-    text: str
-    features: Feature = _NO_FEATURE
-    lacks: Feature = _NO_FEATURE
-
-    def possible(self, offered: int) -> bool:
-        """Return whether a kernel with these feature bits may behave so."""
-        return not int(self.features) & ~offered and not int(self.lacks) & offered
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One behaviour, on one or more memory types.
-
-    Attributes:
-        name: The id without the memory type.
-        summary: The behaviour in one line.
-        memory: Names of the memory types it runs on; "any" where none matters.
-        origin: Where it comes from: a selftest's case, a patch, a manual page's ERRORS entry.
-        features: Feature bits the kernel must have, for one memory type or all of them.
-        needs: What else it needs: ioctls, privileges, swap, hardware.
-        variants: The behaviours it accepts, if there is more than one.
-        budget_s: Seconds after which the case has stalled.
-        is_slow: Left out unless asked for.
         run: The case itself.
-        is_alone: It does something to the whole machine, so no other case runs meanwhile.
-        is_crossing: It is one of a table of combinations, which the page of the suite shows as
-            such; a part of them is a fair sample.
-        is_noisy: The kernel may log warnings about what it does; they are not reported, unless
-            they say that the kernel is broken.
     """
 
-    name: str
-    summary: str
-    memory: tuple[str, ...]
-    origin: str
-    features: Features
-    needs: tuple[Need, ...]
-    variants: tuple[Variant, ...]
-    budget_s: float
-    is_slow: bool
     run: Callable[[Context], None]
-    is_alone: bool = False
-    is_noisy: bool = False
-    is_crossing: bool = False
-
-    def features_on(self, memory: MemoryType) -> Feature:
-        """Return the feature bits it needs on a memory type."""
-        return self.features if isinstance(self.features, Feature) else self.features(memory)
-
-    def id_on(self, memory: str) -> str:
-        """Return the id of the case on a memory type."""
-        return f"{self.name}.{memory}"
-
-    @property
-    def ids(self) -> list[str]:
-        """The ids, one for each memory type."""
-        return [self.id_on(memory) for memory in self.memory]
 
 
 _cases: dict[str, Case] = {}
@@ -104,7 +41,7 @@ def case(
     *,
     origin: str,
     memory: Sequence[str] = ALL,
-    features: Features = _NO_FEATURE,
+    features: Features = NO_FEATURE,
     needs: Iterable[Need] = (),
     variants: Iterable[Variant] = (),
     budget_s: float = DEFAULT_BUDGET_S,
@@ -147,19 +84,19 @@ def case(
         if unknown := set(memory) - {*MEMORY_TYPES, *ANY}:
             raise ValueError(f"case {name!r}: no memory types {sorted(unknown)}")
         _cases[name] = Case(
-            name,
-            text,
-            tuple(memory),
-            origin,
-            features,
-            tuple(needs),
-            tuple(variants),
-            budget_s,
-            slow,
-            function,
-            alone,
-            noisy,
-            crossing,
+            name=name,
+            summary=text,
+            memory=tuple(memory),
+            origin=origin,
+            features=features,
+            needs=tuple(needs),
+            variants=tuple(variants),
+            budget_s=budget_s,
+            is_slow=slow,
+            is_alone=alone,
+            is_noisy=noisy,
+            is_crossing=crossing,
+            run=function,
         )
         return function
 

@@ -16,12 +16,12 @@ from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, PageBit, PagefaultFlag, RegisterMode
 from pyuffd._closing import SoleOwner
-from pyuffd._events import Event, Fork, Pagefault
+from pyuffd._events import Pagefault
 from pyuffd._memory import Interrupted
-from pyuffd._uffd import Userfaultfd
+from pyuffd._uffd import Event, Fork, Userfaultfd
 from pyuffd.conformance import _raw, _wording
-from pyuffd.conformance._case import Case
 from pyuffd.conformance._raw import Answer
+from pyuffd.conformance._spec import Spec
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryType
@@ -278,7 +278,7 @@ class Context(SoleOwner):
     """One run of a case on one memory type; everything it makes is undone at the end.
 
     Attributes:
-        case: The case.
+        case: What the case declares.
         memory: The memory type; for cases that run on "any", anonymous memory.
         page: The page size of that memory.
         uffd: The userfaultfd that `open` made first.
@@ -290,7 +290,7 @@ class Context(SoleOwner):
 
     _instead = "it undoes what one run has made"
 
-    def __init__(self, case: Case, memory: str) -> None:
+    def __init__(self, case: Spec, memory: str) -> None:
         self.case = case
         self.memory: MemoryType = MEMORY_TYPES.get(memory, MEMORY_TYPES["anon"])
         self.page: int = self.memory.page_size

@@ -18,8 +18,7 @@ from typing import Any, Literal, Self
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import HandoverError, UffdError
-from pyuffd._events import Event
-from pyuffd._uffd import Userfaultfd
+from pyuffd._uffd import Event, Userfaultfd
 from pyuffd.handover import Handover, HandoverRange, recv_uffd
 from pyuffd.testing import _wire
 from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryName

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from pyuffd._abi import Feature
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import PartialResolveError, UffdOSError
-from pyuffd._events import Event, Remove
+from pyuffd._events import Remove
 from pyuffd._pages import PAGE_SIZE
+from pyuffd._uffd import Event
 from pyuffd.regions import Region
 from pyuffd.sources import PageSource, Promised
 

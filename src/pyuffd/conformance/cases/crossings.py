@@ -15,11 +15,12 @@ from typing import Any
 from pyuffd._abi import Feature
 from pyuffd._memory import Interrupted
 from pyuffd.conformance import _page_model as model
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Access, Context
 from pyuffd.conformance._crossing_parts import BETWEENS, OPS, Between, Op, can_meet, why_not
 from pyuffd.conformance._page_model import CLOSED, Entry, Page
 from pyuffd.conformance._page_states import STATES, State, Subject, prepare
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import minor_features, missing_wp_features
 from pyuffd.conformance._wp import (
     HOLE,

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._events import Remove
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Child, Context
 from pyuffd.conformance._raw import Answer
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import (
     ALL,
     ANON,

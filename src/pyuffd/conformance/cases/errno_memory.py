@@ -12,9 +12,10 @@ import os
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._memcg import needs_memcg
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._starve import (
     fill_without_directory,
     fork_without_memory,

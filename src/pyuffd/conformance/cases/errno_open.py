@@ -14,8 +14,9 @@ from pathlib import Path
 from pyuffd._abi import USER_MODE_ONLY, Feature
 from pyuffd._memory import buffer_address
 from pyuffd.conformance import _raw
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Child, Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANY
 from pyuffd.testing import _opening
 from pyuffd.testing._need import needs, needs_device, needs_kernel_faults, needs_privilege

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pyuffd import _memory
 from pyuffd._abi import CopyMode, Feature, Ioctl, RegisterMode, WriteprotectMode
-from pyuffd._events import MESSAGE_SIZE, Event, Fork
+from pyuffd._events import MESSAGE_SIZE
 from pyuffd._memory import Interrupted
-from pyuffd._uffd import Userfaultfd
+from pyuffd._uffd import Event, Fork, Userfaultfd
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
 from pyuffd.conformance._pin import syscall

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import (
     ALL,
     ANY,

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from pyuffd._abi import Feature, RegisterMode, WriteprotectMode
 from pyuffd._events import Remove
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ALL, HUGETLB, wp_features
 from pyuffd.conformance.cases.errno_fill import KERNEL_ADDRESS, LAYOUT, UNKNOWN_MODE, orphan
 from pyuffd.regions import Region

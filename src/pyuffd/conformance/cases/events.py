@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyuffd._abi import Feature, RegisterMode
-from pyuffd._events import Event, Fork, Remap, Remove, Unmap
-from pyuffd._uffd import Userfaultfd
-from pyuffd.conformance._case import Variant, case
+from pyuffd._events import Remap, Remove, Unmap
+from pyuffd._uffd import Event, Fork, Userfaultfd
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ALL, FILE, missing_features
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import MemoryType

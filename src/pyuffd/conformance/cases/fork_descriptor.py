@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyuffd._abi import Feature, RegisterMode, WriteprotectMode
-from pyuffd._events import MESSAGE_SIZE, Fork, Remap, Remove, Unmap
+from pyuffd._events import MESSAGE_SIZE, Remap, Remove, Unmap
 from pyuffd._memory import Interrupted
-from pyuffd._uffd import Userfaultfd
+from pyuffd._uffd import Fork, Userfaultfd
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Child, Context
 from pyuffd.conformance._types import (

@@ -8,12 +8,13 @@ import os
 import select
 
 from pyuffd._abi import CopyMode, Feature, PagefaultFlag, RegisterMode, WriteprotectMode
-from pyuffd._events import Event, Pagefault, Remap, Remove
+from pyuffd._events import Pagefault, Remap, Remove
 from pyuffd._memory import Interrupted
-from pyuffd._uffd import Userfaultfd
-from pyuffd.conformance._case import Variant, case
+from pyuffd._uffd import Event, Userfaultfd
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Child, Context
 from pyuffd.conformance._pin import Pin, ReadPin, needs_pin, needs_read_pin, syscall
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import missing_features, wp_features
 from pyuffd.conformance.cases.kselftest_unit import UNPROTECT, WP_WRITE, content, release
 from pyuffd.testing._memory_types import MemoryType

@@ -15,8 +15,9 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._memory import Interrupted
 from pyuffd.conformance import _thp
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANON, ANY, HUGETLB, missing_features, wp_features
 from pyuffd.conformance._wp import move_mapping, page_out
 from pyuffd.regions import Region

@@ -9,7 +9,8 @@ import os
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, PageCategory, PagefaultFlag, RegisterMode, RwprotectMode
-from pyuffd._events import Event, Pagefault
+from pyuffd._events import Pagefault
+from pyuffd._uffd import Event
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context, Monitor
 from pyuffd.conformance._pin import Pin, needs_pin, syscall

@@ -17,10 +17,12 @@ from pyuffd._abi import (
     RegisterMode,
     WriteprotectMode,
 )
-from pyuffd._events import Event, Pagefault
+from pyuffd._events import Pagefault
 from pyuffd._memory import Interrupted
-from pyuffd.conformance._case import Variant, case
+from pyuffd._uffd import Event
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context, Monitor
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import (
     ANON,

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, RegisterMode
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANY, minor_features, missing_features, wp_features
 from pyuffd.conformance.cases.errno_register import disk_page
 from pyuffd.conformance.cases.scan_arguments import special_mapping

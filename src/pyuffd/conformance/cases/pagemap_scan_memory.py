@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pyuffd import _memory
 from pyuffd._abi import PageCategory, RegisterMode, ScanFlag
 from pyuffd.conformance import _thp
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ALL, ANON, ANY
 from pyuffd.conformance.cases.errno_register import disk_page
 from pyuffd.conformance.cases.pagemap_scan import FEATURES, ORIGIN, WP_SCAN, WRITTEN

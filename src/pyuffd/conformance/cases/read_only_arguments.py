@@ -15,9 +15,10 @@ from pyuffd import _memory
 from pyuffd._abi import RegisterMode
 from pyuffd._events import Remove
 from pyuffd.conformance import _raw
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANY, missing_features, wp_features
 from pyuffd.conformance._wp import WP_WRITE, expect_fault
 from pyuffd.conformance.cases.errno_fill import DATA, LAYOUT, OPS, POISON, ZEROPAGE, Op, Target

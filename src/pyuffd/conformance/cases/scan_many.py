@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pyuffd import _memory
 from pyuffd._abi import ScanFlag
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import SMALL
 from pyuffd.conformance.cases.pagemap_scan import (
     FEATURES,

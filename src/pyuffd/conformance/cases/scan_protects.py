@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 from pyuffd import _memory
 from pyuffd._abi import PageCategory, RegisterMode, ScanFlag
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import ANON, ANY, HUGETLB
 from pyuffd.conformance._wp import MAP_NORESERVE, MARKER, READ_WRITE, page_out

@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 from pyuffd import _memory
 from pyuffd._abi import PageCategory, RegisterMode, ScanFlag
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import Pin, needs_pin, syscall
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANON, FILE, SHARED, SMALL
 from pyuffd.conformance._wp import PUNCH_HOLE, move_mapping, page_out, reserve
 from pyuffd.conformance.cases.pagemap_scan import FEATURES, WP_SCAN, WRITTEN, end_of, scan

@@ -20,8 +20,9 @@ from pyuffd._abi import (
     ZeropageMode,
 )
 from pyuffd._memory import Interrupted
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Access, Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import (
     ALL,
     ANON,

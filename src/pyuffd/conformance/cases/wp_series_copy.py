@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 
 from pyuffd._abi import ContinueMode, CopyMode, Feature, RegisterMode
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import (
     ANON,
     FILE,

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from pyuffd._abi import Feature, RegisterMode
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Access, Child, Context
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import HUGETLB, SMALL, missing_features, wp_features
 from pyuffd.conformance._wp import (
     DATA,

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._events import Remap
-from pyuffd.conformance._case import Variant, case
+from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Access, Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ALL, FILE, HUGETLB, PRIVATE, SHARED, SHMEM, SMALL, wp_features
 from pyuffd.conformance._wp import (
     DATA,
