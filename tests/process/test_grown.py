@@ -263,10 +263,57 @@ def test_forks(when: str) -> None:
     run_child(forks, when)
 
 
+def replace_worker(handler: Handler) -> None:
+    """Kill the worker process, and wait until another one serves."""
+    engine = handler._engine
+    assert isinstance(engine, RemoteEngine)
+    kill(engine.pids()[1])
+    wait_until(lambda: handler.stats().restarts == 1, "another worker took over")
+
+
+def after_a_kill(features: Feature) -> None:
+    """The next worker process knows what is registered: what is beside, and what is growth."""
+    data = content(4 * PAGE)
+    with (
+        mapped("anon", 2) as region,
+        mapped("anon", 4) as both,
+        handler_of("process", features) as handler,
+    ):
+        handler.serve(region, Data(data[: 2 * PAGE]))
+        first, beside = both.part(0, 2), both.part(2, 2)
+        handler.serve(first, Data(data[: 2 * PAGE]))
+        handler.uffd.register(beside)
+        replace_worker(handler)
+        assert region.page(0) == data[:PAGE]
+        assert region.grow(2).page(3) == bytes(PAGE)
+        messages = handler.stats().messages
+        reader = Task(beside.page, 1)
+        wait_until(lambda: handler.stats().messages > messages, "the message is read")
+        handler.serve(beside, Data(data[2 * PAGE :]))
+        assert reader.result() == data[3 * PAGE :]
+        handler.stop()  # and no fault has failed
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param(NOTHING, id="no-events"),
+        pytest.param(LAYOUT, id="events", marks=needs(LAYOUT)),
+    ],
+)
+def test_grows_after_a_kill(features: Feature) -> None:
+    run_child(after_a_kill, features, budget_s=20)
+
+
 def is_refused(how: str) -> None:
     """If the registered memory is unknown, nothing counts as growth."""
-    with mapped("anon", 2) as region, Userfaultfd() as uffd:
-        driver: Driver = "process" if how == "took-over" else "native"
+    features = LAYOUT if how == "unmapped-and-killed" else NOTHING
+    with (
+        mapped("anon", 2) as region,
+        mapped("anon", 2) as other,
+        Userfaultfd(features=features) as uffd,
+    ):
+        driver: Driver = "process" if how == "unmapped-and-killed" else "native"
         owned = uffd
         if how == "adopted":
             owned = Userfaultfd.from_fd(os.dup(uffd.fileno()), owner_pid=os.getpid())
@@ -276,11 +323,11 @@ def is_refused(how: str) -> None:
             stack.callback(owned.close)
             data = content(2 * PAGE)
             handler.serve(region, source(driver, data))
-            if how == "took-over":
-                engine = handler._engine
-                assert isinstance(engine, RemoteEngine)
-                kill(engine.pids()[1])
-                wait_until(lambda: handler.stats().restarts == 1, "another worker took over")
+            if how == "unmapped-and-killed":
+                # The keeper does not follow what the events of a change say about other memory.
+                handler.serve(other, source(driver, data))
+                _memory.munmap(other.start, PAGE)
+                replace_worker(handler)
                 assert region.page(0) == data[:PAGE]
             grown = region.grow(2)
             assert is_lost(grown, 3 * PAGE, PAGE)
@@ -288,9 +335,11 @@ def is_refused(how: str) -> None:
                 handler.stop()
 
 
-@pytest.mark.parametrize("how", ["adopted", "took-over"])
+@pytest.mark.parametrize(
+    "how", ["adopted", pytest.param("unmapped-and-killed", marks=needs(LAYOUT))]
+)
 def test_is_refused(how: str) -> None:
-    run_child(is_refused, how)
+    run_child(is_refused, how, budget_s=20)
 
 
 def refuses_growth(memory: str) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pyuffd._abi import Feature
 from pyuffd.handlers._types import EngineOptions, Piece, RangeSpec
+
+Range = tuple[int, int]  # start, length
 
 
 @dataclass(slots=True)
@@ -28,6 +32,28 @@ class SpaceBook:
     states_fd: int = -1
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     expected: list[Piece] = field(default_factory=list)  # unmappings whose events are still to come
+    registered: set[Range] | None = None  # what the owner has listed; None: not all is known
+
+    def list_registered(self, ranges: Sequence[Range], *, is_all: bool) -> None:
+        """Note registered ranges (start, length); `is_all`: no others are."""
+        if is_all and self.registered is None:
+            self.registered = set()
+        if self.registered is not None:
+            self.registered.update(ranges)
+
+    def unlist_registered(self, start: int, length: int) -> None:
+        """Note that a range is no longer registered; what is listed too much does little harm."""
+        if self.registered is not None:
+            self.registered.discard((start, length))
+
+    def note_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Note where the pieces are now, after a change of the layout or of a range."""
+        self.pieces, self.expected = {}, [piece for piece in pieces if not piece.number]
+        for piece in pieces:
+            if piece.number:
+                self.pieces.setdefault(piece.number, []).append(piece)
+        if self.layout_events & Feature.EVENT_REMAP:
+            self.registered = None  # memory that is not served may have moved too
 
 
 @dataclass(slots=True)

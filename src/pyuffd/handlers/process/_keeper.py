@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -32,7 +32,7 @@ from pyuffd._limits import raise_start_error
 from pyuffd.handlers._engine import release_holder, rescue_forks, shared_size
 from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, RangeSpec, ReportKind
 from pyuffd.handlers.process import _wire
-from pyuffd.handlers.process._book import Book, ServedBook, SpaceBook
+from pyuffd.handlers.process._book import Book, Range, ServedBook, SpaceBook
 from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
 from pyuffd.handlers.process._clean import clean_keeper
 from pyuffd.handlers.process._start import signal_name
@@ -174,6 +174,8 @@ class Keeper:
         self._notes: dict[Call, Callable[..., None]] = {
             Call.ADD: self._note_added,
             Call.SET_IOCTLS: self._note_ioctls,
+            Call.LIST_REGISTERED: self._note_listed,
+            Call.UNLIST_REGISTERED: self._note_unlisted,
             Call.UNSERVE: self._note_unserved,
             Call.ADD_SPACE: self._note_space,
             Call.START: self._note_started,
@@ -355,6 +357,16 @@ class Keeper:
         if served.number in self._book.served:
             self._book.served[served.number].ioctls = ioctls
 
+    def _note_listed(
+        self, _: list[int], __: None, number: int, ranges: Sequence[Range], is_all: bool
+    ) -> None:
+        if number in self._book.spaces:
+            self._book.spaces[number].list_registered(ranges, is_all=is_all)
+
+    def _note_unlisted(self, _: list[int], __: None, number: int, start: int, length: int) -> None:
+        if number in self._book.spaces:
+            self._book.spaces[number].unlist_registered(start, length)
+
     def _note_unserved(self, _: list[int], done: bool, served: RangeId, *how: object) -> None:
         is_part = how[-1] is not None  # the engine reports which pieces are left
         gone = self._book.served.pop(served.number, None) if done and not is_part else None
@@ -362,6 +374,9 @@ class Keeper:
             # Files whose close may hang stay open until the process ends.
             left_open = len(gone.spec.content.fds) if gone.closing_may_hang else 0
             _wire.close_all(gone.fds[left_open:])
+            if how[1]:  # it was unregistered too
+                spec = gone.spec
+                self._note_unlisted([], None, spec.space, spec.start, spec.length)
 
     def _note_space(
         self, fds: list[int], number: int, layout_events: int, owner_pid: int, _: int
@@ -414,10 +429,7 @@ class Keeper:
         elif kind == ReportKind.ADDED:
             space.pieces.setdefault(id_, []).extend(pieces)
         else:
-            space.pieces, space.expected = {}, [piece for piece in pieces if not piece.number]
-            for piece in pieces:
-                if piece.number:
-                    space.pieces.setdefault(piece.number, []).append(piece)
+            space.note_pieces(pieces)
             self._book.reported = sequence
 
     def _give_up_worker(self) -> NoReturn:

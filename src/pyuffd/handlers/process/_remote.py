@@ -153,7 +153,7 @@ class RemoteEngine(SoleOwner):
     def list_registered(
         self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False
     ) -> None:
-        """Note registered ranges; the successor of a worker process does not learn of them."""
+        """Note registered ranges (start, length); `is_all`: no others are."""
         self._call(Call.LIST_REGISTERED, space, tuple(ranges), is_all)
 
     def unlist_registered(self, space: int, start: int, length: int) -> None:

@@ -145,6 +145,8 @@ class WorkerProcess:
                 )
             for unmap in space.expected:
                 self._engine.expect_unmap(number, unmap.start, unmap.end)
+            if space.registered is not None:
+                self._engine.list_registered(number, sorted(space.registered), is_all=True)
         for id_, served in book.served.items():
             self._take_over_range(id_, served, book.spaces, refusing=book.refusing)
         self._engine.replay(book.reported)
