@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -25,6 +27,7 @@ _Static_assert(sizeof(struct header) <= HEADER_SIZE, "header");
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct header *unused[CLASSES];
+static _Atomic int64_t until_failure;	/* 0 or less: none is to fail */
 
 static void *map(size_t size)
 {
@@ -61,12 +64,26 @@ static struct header *from_slab(uint32_t size_class)
 	return block;
 }
 
+static bool is_to_fail(void)
+{
+	return __builtin_expect(atomic_load_explicit(&until_failure, memory_order_relaxed) > 0,
+				0) &&
+	       atomic_fetch_sub(&until_failure, 1) == 1;
+}
+
+int64_t uffd_alloc_fail_nth(int64_t n)
+{
+	return atomic_exchange(&until_failure, n);
+}
+
 void *uffd_alloc(size_t size)
 {
 	size_t whole = size + HEADER_SIZE;
 	uint32_t size_class = 0;
 	struct header *block;
 
+	if (is_to_fail())
+		return NULL;
 	while (size_class < CLASSES && (size_t)1 << (FIRST_SHIFT + size_class) < whole)
 		size_class++;
 	if (size_class < CLASSES) {

@@ -10,6 +10,7 @@
 #define UFFD_ALLOC_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* Zeroed, aligned to 64 bytes; NULL if out of memory.  Not async-signal-safe. */
 void *uffd_alloc(size_t size);
@@ -19,5 +20,10 @@ void uffd_free(void *memory);
  * may have been changing the old one; leak the parent's blocks.
  */
 void uffd_alloc_forget_parent(void);
+/*
+ * For tests: let the nth allocation from now on fail, in any thread; 0: none.  Returns how many
+ * were left until the one that was to fail before; 0 or less: it has failed.
+ */
+int64_t uffd_alloc_fail_nth(int64_t n);
 
 #endif /* UFFD_ALLOC_H */

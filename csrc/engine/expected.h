@@ -13,11 +13,14 @@
 
 #include "core.h"
 
-/* An UNMAP of [start, end) is still to come. */
+/* An UNMAP of [start, end) is still to come.  Out of memory: a failure is noted. */
 void expect_unmap(struct uffd_space *space, uint64_t start, uint64_t end);
-/* Remove one that overlaps [start, end), keeping its parts outside; NULL: none. */
-struct expected_unmap *take_expected(struct uffd_space *space, uint64_t start, uint64_t end);
-/* For a range added at [start, end): it was mapped after every unmapping expected there. */
-void drop_expected(struct uffd_space *space, uint64_t start, uint64_t end);
+/*
+ * Remove the part in [start, end) of one that overlaps that; false: none does.  `from_ret`,
+ * `to_ret`: that part.
+ */
+bool take_expected(struct uffd_space *space, uint64_t start, uint64_t end, uint64_t *from_ret,
+		   uint64_t *to_ret);
+void drop_expected(struct uffd_space *space);
 
 #endif /* UFFD_ENGINE_EXPECTED_H */

@@ -8,7 +8,7 @@
 #include <errno.h>
 #include <unistd.h>
 
-#include "alloc.h"
+#include "cut.h"
 #include "expected.h"
 #include "failures.h"
 #include "layout.h"
@@ -84,57 +84,50 @@ static struct uffd_range *piece_of(const struct uffd_range *range, uint64_t star
 
 static void insert(struct uffd_space *space, struct uffd_range *range)
 {
-	if (!range)
-		return;
-	if (uffd_table_insert(space->table, range)) {
-		note_failure(space->engine, range->start, range->end - range->start, -EEXIST,
+	int r = range ? uffd_table_insert(space->table, range) : 0;
+
+	if (r) {
+		note_failure(space->engine, range->start, range->end - range->start, r,
 			     UFFD_FAILED_RESOLVE);
 		range_free(range);
 	}
 }
 
 /*
- * Take [start, end) out of the table.  Return the pieces cut out in `moved`, with
- * their new addresses, unless `moved` is NULL.
+ * Take [start, end) out of the table.  Without memory a piece stays whole, and this is noted:
+ * its rest is served on, and nothing faults where it is no longer mapped.
  */
-#define MOVED_AT_ONCE 64
-
-static size_t cut(struct uffd_space *space, uint64_t start, uint64_t end, uint64_t to,
-		  struct uffd_range **moved)
+static void cut(struct uffd_space *space, uint64_t start, uint64_t end)
 {
 	struct uffd_range *range;
-	size_t found = 0;
+	struct cut parts;
 
-	while (found < MOVED_AT_ONCE && (range = overlapping(space, start, end))) {
+	while ((range = overlapping(space, start, end))) {
 		uint64_t from = higher(start, range->start), stop = lower(end, range->end);
+		int r = cut_begin(range, from, stop, &parts);
 
-		range->has_readers = !uffd_table_remove(space->table, range);
-		if (range->start < from)
-			insert(space, piece_of(range, range->start, from, range->start));
-		if (stop < range->end)
-			insert(space, piece_of(range, stop, range->end, stop));
-		if (moved && (moved[found] = piece_of(range, from, stop, from - start + to)))
-			found++;
-		range_discard(range);
+		if (r == 0)
+			cut_finish(&parts);
+		else
+			note_failure(space->engine, from, stop - from, r, UFFD_FAILED_RESOLVE);
+		start = stop;
 	}
-	return found;
 }
 
 /* Skip the parts that were expected to be unmapped; take the rest out of the table. */
 static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 {
-	struct expected_unmap *expected = take_expected(space, start, end);
+	uint64_t from, to;
 
-	if (!expected) {
-		cut(space, start, end, 0, NULL);
+	if (!take_expected(space, start, end, &from, &to)) {
+		cut(space, start, end);
 		unlist_registered(space, start, end);
 		return;
 	}
-	if (start < expected->start)
-		unmap_pages(space, start, expected->start);
-	if (expected->end < end)
-		unmap_pages(space, expected->end, end);
-	uffd_free(expected);
+	if (start < from)
+		unmap_pages(space, start, from);
+	if (to < end)
+		unmap_pages(space, to, end);
 }
 
 /* Pieces in the table at the new addresses were unmapped by the move, or before it. */
@@ -142,27 +135,31 @@ static void make_room(struct uffd_space *space, uint64_t start, uint64_t end)
 {
 	struct uffd_range *range;
 
-	while ((range = overlapping(space, start, end))) {
-		uint64_t from = higher(start, range->start), stop = lower(end, range->end);
+	for (uint64_t at = start; (range = overlapping(space, at, end));) {
+		uint64_t from = higher(at, range->start);
 
-		expect_unmap(space, from, stop);
-		cut(space, from, stop, 0, NULL);
+		at = lower(end, range->end);
+		expect_unmap(space, from, at);
+		cut(space, from, at);
 	}
 }
 
+/* A piece is put where it is now before it is taken out where it was. */
 static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uint64_t length)
 {
-	struct uffd_range *moved[MOVED_AT_ONCE];
-	size_t found;
+	uint64_t at = from, end = from + length;
+	struct uffd_range *range;
 
 	move_registered(space, from, to, length);
-	expect_unmap(space, from, from + length);
+	expect_unmap(space, from, end);
 	make_room(space, to, to + length);
-	do {
-		found = cut(space, from, from + length, to, moved);
-		for (size_t i = 0; i < found; i++)
-			insert(space, moved[i]);
-	} while (found == MOVED_AT_ONCE);
+	while ((range = overlapping(space, at, end))) {
+		uint64_t start = higher(at, range->start);
+
+		at = lower(end, range->end);
+		insert(space, piece_of(range, start, at, start - from + to));
+		cut(space, start, at);
+	}
 }
 
 static int clone_ranges(struct uffd_space *parent, struct uffd_space *child, int states_fd)

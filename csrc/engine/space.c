@@ -101,7 +101,7 @@ void space_put(struct uffd_space *space)
 		close(space->pagemap_fd);
 	if (space->owner_pidfd >= 0)
 		close(space->owner_pidfd);
-	drop_expected(space, 0, UINT64_MAX);
+	drop_expected(space);
 	uffd_table_deinit(&space->own_table);
 	free_registered(space);
 	uffd_free(space);

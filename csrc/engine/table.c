@@ -299,7 +299,7 @@ bool uffd_table_replace(struct uffd_table *table, struct uffd_range *range,
 
 	lock_table(table, &old);
 	exchange(table, range, parts, count);
-	table->reserved--;
+	table->reserved -= count == 2;
 	unlock_table(table, &old);
 	return await_readers(table);
 }

@@ -81,8 +81,8 @@ int uffd_table_insert(struct uffd_table *table, struct uffd_range *range);
 bool uffd_table_remove(struct uffd_table *table, struct uffd_range *range);
 /*
  * Put `count` parts of a range, 0 to 2 and in order, in its place, in one step: a search
- * finds the range or the parts.  Needs a reservation, which it uses up; returns as
- * uffd_table_remove().
+ * finds the range or the parts.  Two parts need a reservation, which they use up; returns
+ * as uffd_table_remove().
  */
 bool uffd_table_replace(struct uffd_table *table, struct uffd_range *range,
 			struct uffd_range *const *parts, size_t count);

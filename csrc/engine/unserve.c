@@ -8,6 +8,7 @@
 
 #include "alloc.h"
 #include "barrier.h"
+#include "cut.h"
 #include "failures.h"
 #include "gate.h"
 #include "grown.h"
@@ -58,27 +59,6 @@ static bool look_at_piece(struct uffd_engine *engine, const struct uffd_range_re
 	return range;
 }
 
-/* What stays of a range without [from, stop): up to two pieces; -ENOMEM. */
-static int make_rest(const struct uffd_range *range, uint64_t from, uint64_t stop,
-		     struct uffd_range *rest[2], size_t *count_ret)
-{
-	uint64_t starts[] = { range->start, stop }, ends[] = { from, range->end };
-
-	*count_ret = 0;
-	for (size_t i = 0; i < 2; i++) {
-		struct uffd_range *piece;
-
-		if (starts[i] == ends[i])
-			continue;
-		piece = range_create(range->space, range, starts[i], ends[i],
-				     content_offset(range, starts[i]));
-		if (!piece)
-			return -ENOMEM;
-		rest[(*count_ret)++] = piece;
-	}
-	return 0;
-}
-
 static int unregister(struct uffd_range *range, uint64_t from, uint64_t stop)
 {
 	struct uffd_space *space = range->space;
@@ -97,25 +77,18 @@ static int unregister(struct uffd_range *range, uint64_t from, uint64_t stop)
 /* Take [from, stop) out of a piece; after an error all of it is still served. */
 static int cut_out(struct uffd_range *range, uint64_t from, uint64_t stop, bool unregisters)
 {
-	struct uffd_table *table = range->space->table;
-	struct uffd_range *rest[2];
-	size_t count;
-	int r = make_rest(range, from, stop, rest, &count);
-	int reserved = r ? r : uffd_table_reserve(table);
+	struct cut cut;
+	int r = cut_begin(range, from, stop, &cut);
 
-	r = reserved;
-	if (r == 0 && unregisters)
-		r = unregister(range, from, stop);
-	if (r) {
-		while (count--)
-			range_free(rest[count]);
-		if (reserved == 0)
-			uffd_table_unreserve(table);
+	if (r)
 		return r;
-	}
-	range->has_readers = !uffd_table_replace(table, range, rest, count);
-	range_discard(range);
-	return 0;
+	if (unregisters)
+		r = unregister(range, from, stop);
+	if (r)
+		cut_cancel(&cut);
+	else
+		cut_finish(&cut);
+	return r;
 }
 
 /* `last_ret`: nothing else is left to be taken out in this space. */

@@ -9,10 +9,22 @@ import contextlib
 import itertools
 import mmap
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
-from pyuffd import CallableSource, Feature, HandlerError, PageState, Region, _memory
+from pyuffd import (
+    CallableSource,
+    Feature,
+    Handler,
+    HandlerError,
+    PageState,
+    Region,
+    UffdOSError,
+    _memory,
+)
+from pyuffd._shim import lib
 from pyuffd.testing import GatedSource, require
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._barriers import Point, holding
@@ -530,6 +542,91 @@ def reader_goes_on(at: Setting) -> None:
         for task in (populater, dropper):
             task.result()
         assert region.read() == data.of(0, 1, 2, None)
+
+
+# Without memory
+
+# Pages [first, past) of six that are unmapped or moved: a part of a piece, or all of it.
+PARTS = [(0, 2), (2, 4), (4, 6), (0, 6)]
+
+
+def until_all_succeed(once: Callable[[int], bool]) -> None:
+    """Let the first allocation fail, then the second, until all of a change succeed."""
+    tries = itertools.count(1)
+    while once(next(tries)):
+        pass
+
+
+def apply_without_memory(
+    handler: Handler, region: Region, change: Callable[[], None], nth: int
+) -> bool:
+    """Make a change, whose nth allocation in the engine fails; return whether there was one."""
+    lib.uffd_alloc_fail_nth(nth)
+    try:
+        change()
+        # The gate is closed until the event has been applied.
+        with contextlib.suppress(UffdOSError):
+            handler.page_states(region)
+    finally:
+        left = lib.uffd_alloc_fail_nth(0)
+    return left <= 0
+
+
+@pitfall(11, "unmapped-without-memory", drivers=BOTH, features=LAYOUT, budget_s=30)
+def unmapped_without_memory(at: Setting) -> None:
+    """What an unmapping leaves of a range is served on, whichever allocation fails.
+
+    If the range were taken out before its rest is put in, the rest would be lost.
+    """
+
+    def once(first: int, past: int, nth: int) -> bool:
+        with contextlib.ExitStack() as stack:
+            handler, region, data = stack.enter_context(at.served(6, LAYOUT))
+            lacked = apply_without_memory(
+                handler, region, lambda: unmap(region, first, past - first), nth
+            )
+            for number in (*range(first), *range(past, 6)):
+                assert page(region, number) == data[number]
+            assert handler.stats().unserved == 0
+            assert bool(handler.stats().failed) is lacked
+            if lacked:
+                with pytest.raises(HandlerError, match="memory"):
+                    handler.stop()
+        return lacked
+
+    for first, past in PARTS:
+        until_all_succeed(partial(once, first, past))
+
+
+@pitfall(11, "moved-without-memory", drivers=BOTH, features=LAYOUT, budget_s=30)
+def moved_without_memory(at: Setting) -> None:
+    """What a move leaves behind is served on, whichever allocation fails; the failure is told."""
+
+    def once(first: int, past: int, nth: int) -> bool:
+        there: list[Region] = []
+        with contextlib.ExitStack() as stack:
+            handler, region, data = stack.enter_context(at.served(6, LAYOUT))
+            to = room((past - first) * data.size)
+            lacked = apply_without_memory(
+                handler,
+                region,
+                lambda: there.append(move(region, first, past - first, to)),
+                nth,
+            )
+            for number in (*range(first), *range(past, 6)):
+                assert page(region, number) == data[number]
+            failed = bool(handler.stats().failed)
+            if not failed:
+                assert there[0].read() == data.of(*range(first, past))
+            assert handler.stats().unserved == 0
+            assert failed or not lacked or nth == 1
+            if failed:
+                with pytest.raises(HandlerError, match="memory"):
+                    handler.stop()
+        return lacked
+
+    for first, past in PARTS:
+        until_all_succeed(partial(once, first, past))
 
 
 test_pitfalls = checks_of(__name__)

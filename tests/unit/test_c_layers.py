@@ -34,7 +34,7 @@ FLOORS = [
     {"engine/table", "engine/types"},
     {"engine/hold", "engine/shared"},
     {"engine/core"},
-    {"engine/stats", "engine/gate", "engine/page_table", "engine/expected", "engine/report"},
+    {"engine/stats", "engine/gate", "engine/page_table", "engine/report"},
     {
         "engine/failures",
         "engine/pause",
@@ -44,6 +44,7 @@ FLOORS = [
         "engine/range",
         "engine/registered",
     },
+    {"engine/expected", "engine/cut"},
     {"engine/space", "engine/put"},
     {"engine/grown"},
     {"engine/spaces", "engine/slices", "engine/layout", "engine/stray"},
