@@ -26,6 +26,8 @@ from pyuffd import DirtyTracker, Process, Snapshot, SnapshotReport, StopTimeoutE
 
 _MIB = 1 << 20
 _THREADS = 8
+_THREADS_OF_REGISTERS = (1, 8, 100)
+_REGISTERS_MIB = 32
 _PAGES_PER_S = 20_000
 #: Larger than any pause: a stalled snapshot would give no number.
 _STALL_S = 5.0
@@ -50,6 +52,8 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
         with _writers(setup, size, 0) as target:
             yield _throughput(setup, target, size, folder)
             yield from _incremental(setup, target, size, folder)
+        for threads in _THREADS_OF_REGISTERS:
+            yield _registers(setup, threads, folder)
         yield _growth(setup, size, folder)
         yield from _redis(setup, folder)
 
@@ -57,9 +61,9 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
 class _Target:
     """The C program, and what it says."""
 
-    def __init__(self, program: str, size: int, rate: int) -> None:
+    def __init__(self, program: str, size: int, rate: int, threads: int) -> None:
         self.popen = subprocess.Popen(
-            [program, str(size), str(_THREADS), str(rate)],
+            [program, str(size), str(threads), str(rate)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -85,8 +89,8 @@ class _Target:
 
 
 @contextmanager
-def _writers(setup: Setup, size: int, rate: int) -> Iterator[_Target]:
-    target = _Target(setup.programs.writers, size, rate)
+def _writers(setup: Setup, size: int, rate: int, threads: int = _THREADS) -> Iterator[_Target]:
+    target = _Target(setup.programs.writers, size, rate, threads)
     try:
         yield target
     finally:
@@ -218,6 +222,25 @@ def _incremental(setup: Setup, target: _Target, size: int, folder: Path) -> Iter
     name = f"{size} MiB: incremental with 1 % written / full"
     yield ratio_row(f"{name}, elapsed", times, unit="ms", target=Target("<=", 0.1))
     yield ratio_row(f"{name}, bytes", sizes, unit="MiB", target=Target("<=", 0.1))
+
+
+def _registers(setup: Setup, threads: int, folder: Path) -> Row:
+    """Return the pause of a whole process beside that of all its memory, without registers."""
+    pairs = []
+    with _writers(setup, _REGISTERS_MIB, _PAGES_PER_S // 40, threads) as target:
+        for _ in range(2 * setup.rounds):
+            pauses = []
+            for ranges in (target.process.mappings(), None):
+                report = _take(target, folder / "one", "precopy", ranges=ranges)
+                pauses.append(report.pause_s * 1e3)
+                shutil.rmtree(folder / "one")
+            pairs.append((pauses[0], pauses[1]))
+    return ratio_row(
+        f"{_REGISTERS_MIB} MiB, {threads} threads: pause, precopy with registers / without",
+        pairs,
+        unit="ms",
+        target=Target("<=", 1.1),
+    )
 
 
 def _growth(setup: Setup, size: int, folder: Path) -> Row | Skipped:

@@ -3,6 +3,7 @@
 #include <cpuid.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -68,16 +69,17 @@ static uint32_t offset_here(const struct component *component)
 
 /*
  * AMD's CPUs leave no room for components that they lack, so the others are elsewhere.  Debuggers
- * (gdb before 14) know one layout only, and drop all vector registers of a shorter state.
+ * (gdb before 14) know one layout only, and drop all vector registers of a shorter state.  Returns
+ * the length of what was moved to `moved`, or 0 if the state is to stay as it is.
  */
-static uint64_t to_standard(uint8_t *xstate, uint64_t length)
+static uint64_t to_standard(const uint8_t *xstate, uint64_t length, uint8_t *moved)
 {
-	uint8_t moved[STANDARD_MOST] = { 0 };
 	uint64_t features, end = XSTATE_FIXED;
-	int differs = 0;
+	bool differs = false;
 
 	if (length < XSTATE_FIXED || length > STANDARD_MOST)
-		return length;
+		return 0;
+	memset(moved, 0, STANDARD_MOST);
 	memcpy(&features, xstate + XSTATE_FEATURES_AT, sizeof(features));
 	memcpy(moved, xstate, XSTATE_FIXED);
 	for (size_t i = 0; i < STANDARD_COUNT; i++) {
@@ -89,16 +91,43 @@ static uint64_t to_standard(uint8_t *xstate, uint64_t length)
 		features &= ~(1ull << component->number);
 		at = offset_here(component);
 		if (!at || at + component->size > length)
-			return length;
+			return 0;
 		memcpy(moved + component->offset, xstate + at, component->size);
 		end = component->offset + component->size;
 		differs |= at != component->offset;
 	}
 	/* What is left besides x87 and SSE has an unknown place. */
-	if (!differs || features & ~3ull)
-		return length;
-	memcpy(xstate, moved, end);
-	return end;
+	return differs && !(features & ~3ull) ? end : 0;
+}
+
+int uffd_registers_to_standard(struct uffd_register_sets *sets)
+{
+	uint8_t *moved = malloc(sets->xstates_length + sets->count * STANDARD_MOST + 1);
+	uint64_t end = 0;
+
+	if (!moved)
+		return -ENOMEM;
+	for (uint64_t i = 0; i < sets->count; i++) {
+		struct uffd_registers *registers = &sets->vec[i];
+		const uint8_t *xstate = sets->xstates + registers->xstate_at;
+		uint64_t length = 0;
+
+		if (registers->xstate_length)
+			length = to_standard(xstate, registers->xstate_length, moved + end);
+		if (!length) {
+			length = registers->xstate_length;
+			if (length)
+				memcpy(moved + end, xstate, length);
+		}
+		registers->xstate_at = end;
+		registers->xstate_length = length;
+		end += length;
+	}
+	free(sets->xstates);
+	sets->xstates = moved;
+	sets->xstates_length = end;
+	sets->xstates_capacity = end;
+	return 0;
 }
 
 static int append_xstate(struct uffd_register_sets *sets, struct uffd_registers *registers)
@@ -113,7 +142,7 @@ static int append_xstate(struct uffd_register_sets *sets, struct uffd_registers 
 	if (ret)
 		return ret == -ESRCH ? ret : 0; /* a CPU without XSAVE has none */
 	registers->xstate_at = at;
-	registers->xstate_length = to_standard(sets->xstates + at, length);
+	registers->xstate_length = length;
 	sets->xstates_length += registers->xstate_length;
 	return 0;
 }

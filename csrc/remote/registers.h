@@ -24,8 +24,8 @@ struct uffd_registers {
 	uint64_t general[27];
 	uint8_t floating[512];
 	/*
-	 * Bytes of `xstates` with the state as XSAVE writes it on Intel's CPUs, uncompacted; 0 bytes:
-	 * none.
+	 * Bytes of `xstates` with the state as XSAVE writes it, uncompacted: on this CPU, and after
+	 * uffd_registers_to_standard on Intel's; 0 bytes: none.
 	 */
 	uint64_t xstate_at;
 	uint64_t xstate_length;
@@ -49,6 +49,12 @@ int uffd_registers_append(struct uffd_register_sets *sets, int32_t tid);
 
 /* The same for a thread that waits in a system call and was not stopped. */
 int uffd_registers_append_waiting(struct uffd_register_sets *sets, int32_t tid);
+
+/*
+ * Move vector registers to where Intel's CPUs have them.  Asking the CPU where it has them lasts
+ * longer in a virtual machine than reading a thread's registers, so no thread should stand for it.
+ */
+int uffd_registers_to_standard(struct uffd_register_sets *sets);
 
 void uffd_registers_free(struct uffd_register_sets *sets);
 

@@ -226,8 +226,13 @@ class Attach:
 RegisterRow = tuple[int, bool, int, int, int, bytes, bytes, bytes]
 
 
-def _register_rows(sets: Any) -> list[RegisterRow]:
-    """Return (tid, whether partial, stop signal, pending, blocked, three sets) of each thread."""
+def register_rows(sets: Any) -> list[RegisterRow]:
+    """Return (tid, whether partial, stop signal, pending, blocked, three sets) of each thread.
+
+    Once for what `StoppedThreads.registers` has returned.
+    """
+    if code := lib.uffd_registers_to_standard(sets):
+        raise_errno("arranging registers", -code)
     xstates = ffi.buffer(sets.xstates, sets.xstates_length) if sets.xstates_length else b""
     return [
         (
@@ -271,14 +276,17 @@ class StoppedThreads(SoleOwner):
         """Whether they stand."""
         return self._owned is not None
 
-    def registers(self) -> list[RegisterRow]:
-        """Return the registers of all that have not ended; ETIMEDOUT: they were let go early."""
+    def registers(self) -> Any:
+        """Read the registers of all that have not ended, for `register_rows`, which can wait.
+
+        ETIMEDOUT: the threads were let go early.
+        """
         sets = ffi.gc(ffi.new("struct uffd_register_sets *"), lib.uffd_registers_free)
         code = lib.uffd_stopped_registers(self._owned, sets)
         if code:
             hint = "it runs 32-bit code" if code == -errno.ENOEXEC else ""
             raise_errno("PTRACE_GETREGSET", -code, hint=hint)
-        return _register_rows(sets)
+        return sets
 
     def close(self) -> None:
         """Let them go on; may be called again. Afterwards `lost` tells whether they did before."""

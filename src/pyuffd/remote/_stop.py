@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +83,19 @@ class Stop(Closing):
 
         Kernel: PTRACE_GETREGSET and PTRACE_PEEKSIGINFO of ptrace(2).  GIL: released.
         """
+        return self._read_registers()()
+
+    def _read_registers(self) -> Callable[[], list[RegisterSet]]:
+        """Read them; return what makes the result of `registers`, once, which can wait."""
         if not self._held.holds:
             raise ClosedError("the threads run again")
         try:
-            return [RegisterSet(*row) for row in self._held.registers()]
+            sets = self._held.registers()
         except UffdOSError as error:
             if error.errno != errno.ETIMEDOUT:
                 raise
             raise self._let_go() from error
+        return lambda: [RegisterSet(*row) for row in calls.register_rows(sets)]
 
     def check(self) -> None:
         """Raise if the threads have run while they should have stood; call it after the block.

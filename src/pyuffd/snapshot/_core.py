@@ -215,6 +215,8 @@ class _Core:
     _captured: Captured
     _segments: list[Segment]
     _registers: list[RegisterSet]
+    _read: Callable[[], list[RegisterSet]]
+    _tids: set[int] | None
     _length = 0
     _shared: FilesCopied  # memfds and the like
     _stop: Stop | None = None
@@ -253,8 +255,9 @@ class _Core:
 
     def _in_stop(self, stop: Stop, _mappings: Mappings, _layout: Sequence[Placed]) -> None:
         self._stop = stop
-        tids = set(self._about.tids())
-        self._registers = [one for one in stop.registers() if one.tid in tids]
+        self._read = stop._read_registers()
+        # Others that share the memory stand too.
+        self._tids = set(self._about.tids()) if len(stop.pids) > 1 else None
         self._shared = copy_files(
             self._process, self._layout.files, self._file.fileno(), self._tell_of_files
         )
@@ -279,6 +282,9 @@ class _Core:
     def finish(self) -> None:
         """Write the vdso, then notes and headers behind the memory, and the ELF header last."""
         fd = self._file.fileno()
+        self._registers = [
+            one for one in self._read() if self._tids is None or one.tid in self._tids
+        ]
         left_out = self._layout.left_out()
         self._segments = self._layout.segments(left_out)
         out = {one.mapping for one in left_out}

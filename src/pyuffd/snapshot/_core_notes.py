@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyuffd._errors import SnapshotFormatError, UffdOSError
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd.pagemap import PageRanges
+from pyuffd.remote._mappings import keys_of
 from pyuffd.snapshot import _core_elf as elf
 from pyuffd.snapshot import _core_plan as plan
 from pyuffd.snapshot import _core_shared as shared
@@ -48,16 +49,18 @@ class Notes:
             process.check()  # it may have ended
             raise
         self._memory: dict[tuple[int, int, int, int], bytes] = {}
-        self._registers: list[RegisterSet] | None = None
+        self._seen: set[tuple[int | bytes, ...]] = set()
+        self._registers: Callable[[], list[RegisterSet]] | None = None
+        self._tids: set[int] | None = None  # None: all that were stopped
         self._failed: UffdOSError | None = None
-        self._mappings: Sequence[Mapping] = ()
-        self._keep(process.mappings())
+        self._mappings = process.mappings()
+        self._keep(self._mappings)
 
     def in_stop(self, stop: Stop, mappings: Mappings, _layout: Sequence[Placed]) -> None:
         """Read the registers, and memory of mappings that are new; the last call counts."""
-        self._registers = self._failed = None
+        self._registers = self._failed = self._tids = None
         try:
-            registers = stop.registers()
+            self._registers = stop._read_registers()
         except UffdOSError as error:
             if error.errno == errno.ETIMEDOUT:
                 # The threads were let go. `Stop.check`, after the stop, says so.
@@ -66,17 +69,21 @@ class Notes:
             if error.errno != errno.ENOEXEC:
                 raise
             return  # 32-bit code: the snapshot has no notes
-        tids = set(self._about.tids())
-        self._registers = [one for one in registers if one.tid in tids]
-        self._keep(mappings)
+        if len(stop.pids) > 1:  # others share the memory, and stand too
+            self._tids = set(self._about.tids())
+        if mappings != self._mappings:
+            self._keep(mappings)
 
     def pack(self) -> bytes | None:
         """Return the content of the file; None if there is none."""
         if self._failed is not None:
             raise self._failed
-        if not self._registers:
+        if self._registers is None:
             return None
-        parts = [self._about.notes(self._registers, self._mappings)]
+        sets = [one for one in self._registers() if self._tids is None or one.tid in self._tids]
+        if not sets:
+            return None
+        parts = [self._about.notes(sets, self._mappings)]
         for mapping in self._mappings:
             if content := self._memory.get(_key(mapping)):
                 head = _MEMORY.pack(mapping.start, mapping.length, mapping.permissions.encode())
@@ -85,9 +92,13 @@ class Notes:
 
     def _keep(self, mappings: Mappings) -> None:
         """Note the mappings, and read what is not known of them."""
-        self._mappings = [m for m in mappings if m.inode or m.path == VDSO]
+        self._mappings = mappings
         on_disk = []
-        for mapping in self._mappings:
+        for index, row in enumerate(keys_of(mappings)):
+            if row in self._seen:
+                continue
+            self._seen.add(row)
+            mapping = mappings[index]
             key = _key(mapping)
             if key in self._memory or mapping.offset:
                 continue
