@@ -103,7 +103,8 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto docs build/docs
 
 .PHONY: dist changelog verifytypes
-# DIST_ARGS='--try python3.11 python3.13' also installs both in clean environments of these.
+# DIST_ARGS='--try python3.11 python3.13' also installs both in clean environments of these;
+# '--free-threaded python3.14t' makes a wheel for this interpreter too, which has no stable ABI.
 dist: $(VENV)/.installed-release
 	$(BIN)/python -m release.build $(DIST_ARGS)
 

@@ -1,7 +1,8 @@
 """Build the source distribution and the wheel into dist/, twice, and compare (`make dist`).
 
-    python -m release.build                     sdist, manylinux abi3 wheel, checks
-    python -m release.build --try PYTHON ...    ... and install them with these interpreters
+    python -m release.build                            sdist, manylinux abi3 wheel, checks
+    python -m release.build --free-threaded PYTHON     ... and a wheel for this interpreter
+    python -m release.build --try PYTHON ...           ... and install them with these interpreters
 
 The files depend on the commit only: times are the commit's (SOURCE_DATE_EPOCH overrides it), names
 of folders are mapped away, and members are sorted. A free-threaded interpreter gets a wheel with
@@ -39,9 +40,11 @@ def main() -> None:
     """Build, compare, check, and try."""
     parser = argparse.ArgumentParser(description="Build and check what is released.")
     parser.add_argument("--try", nargs="*", default=[], dest="pythons", metavar="PYTHON")
+    parser.add_argument("--free-threaded", metavar="PYTHON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pyuffd-dist-") as folder:
-        first, second = (build(Path(folder, name)) for name in ("one", "two"))
+        builds = (build(Path(folder, name), options.free_threaded) for name in ("one", "two"))
+        first, second = builds
         differing = [a.name for a, b in zip(first, second, strict=True) if digest(a) != digest(b)]
         if differing:
             sys.exit(f"two builds differ: {', '.join(differing)}")
@@ -49,16 +52,20 @@ def main() -> None:
         DIST.mkdir()
         made = [Path(shutil.copy(path, DIST)) for path in first]
     run(sys.executable, "-m", "twine", "check", "--strict", *made)
-    run(sys.executable, "-m", "auditwheel", "show", made[1])
+    sdist, abi3, *others = made
+    for wheel in (abi3, *others):
+        run(sys.executable, "-m", "auditwheel", "show", wheel)
     for python in options.pythons:
-        for file in made:
+        for file in (sdist, abi3):
             attempt(python, file)
+    for wheel in others:
+        attempt(options.free_threaded, wheel)
     for path in made:
         print(f"{digest(path)}  {path.relative_to(ROOT)}")
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """Build in a folder of its own; return the source distribution and the wheel."""
+def build(folder: Path, free_threaded: str | None = None) -> list[Path]:
+    """Build in a folder of its own; return the source distribution and the wheels."""
     environment = {
         **os.environ,
         "SOURCE_DATE_EPOCH": str(epoch()),
@@ -83,15 +90,21 @@ def build(folder: Path) -> tuple[Path, Path]:
     environment["CFLAGS"] = f"{os.environ.get('CFLAGS', '')} -ffile-prefix-map={tree_root}=."
     raw = folder / "raw"
     run(*tool, "--wheel", "--outdir", raw, tree_root, env=environment)
-    (wheel,) = raw.iterdir()
+    if free_threaded:
+        # In an environment of its own; pip brings the build tools for this interpreter.
+        run(free_threaded, "-m", "venv", folder / "free-threaded")
+        words = ("-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps")
+        python = folder / "free-threaded" / "bin" / "python"
+        run(python, *words, "--wheel-dir", raw, tree_root, env=environment)
+    wheels = sorted(raw.iterdir(), key=lambda wheel: "abi3" not in wheel.name)
     repaired = folder / "repaired"
     run(
         *(sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--strip"),
-        *("--wheel-dir", repaired, wheel),
+        *("--wheel-dir", repaired),
+        *wheels,
         env=environment,
     )
-    (manylinux,) = repaired.iterdir()
-    return sdist, manylinux
+    return [sdist, *sorted(repaired.iterdir(), key=lambda wheel: "abi3" not in wheel.name)]
 
 
 def normalize(sdist: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import hashlib
 import mmap
 import os
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from pyuffd import (
     BufferSource,
     CallableSource,
     Feature,
+    FillResult,
     Fork,
     Handler,
     Pagefault,
@@ -32,6 +36,8 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd.testing import needs
+from pyuffd.testing._need import Need
+from pyuffd.testing._needs import marked
 from tests import _readme
 from tests._child import run_child
 
@@ -258,8 +264,53 @@ def test_what_does_not_hang(column: str) -> None:
     assert run_child(measure, column, list(expected), budget_s=30).value == expected
 
 
+def has_gil() -> bool:
+    return getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def needs_gil(there: bool) -> pytest.MarkDecorator:
+    key, found = ("gil", "free-threaded") if there else ("free-threaded", "with a GIL")
+
+    def missing() -> tuple[list[str], str]:
+        return ([], "") if has_gil() == there else ([key], f"this Python is {found}")
+
+    return marked(Need("a Python with a GIL" if there else "a free-threaded Python", missing))
+
+
+@needs_gil(there=True)
 @needs(Feature.EVENT_FORK)
 @pytest.mark.parametrize(("row", "column"), HANGING)
 def test_what_hangs(row: str, column: str) -> None:
     result = run_child(measure, column, [row], budget_s=HANG_S, expect="timeout")
+    assert result.stdout == f"{row}\n"
+
+
+# Whatever stops all threads waits for one that is in Python code, and so in a page fault.
+STOPS_ALL = "`os.fork()` with `EVENT_FORK`"
+FREE = [row for row, column in HANGING if row != STOPS_ALL]
+
+
+@needs_gil(there=False)
+def test_what_works_without_the_gil() -> None:
+    expected = dict.fromkeys(FREE, "works")
+    assert run_child(measure, PYTHON, FREE, budget_s=30).value == expected
+
+
+def stopping_all(row: str) -> None:
+    """The loop collects garbage before it answers, as any allocation may."""
+    fill = Userfaultfd.fill_copy
+
+    def fill_later(uffd: Userfaultfd, *arguments: Any, **more: Any) -> FillResult:
+        gc.collect()
+        return fill(uffd, *arguments, **more)
+
+    with mock.patch.object(Userfaultfd, "fill_copy", fill_later):
+        measure(PYTHON, [row])
+
+
+@needs_gil(there=False)
+@needs(Feature.EVENT_FORK)
+@pytest.mark.parametrize("row", [*FREE, STOPS_ALL])
+def test_what_hangs_without_the_gil(row: str) -> None:
+    result = run_child(stopping_all, row, budget_s=HANG_S, expect="timeout")
     assert result.stdout == f"{row}\n"
