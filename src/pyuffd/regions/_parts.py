@@ -34,7 +34,7 @@ class Divisible(CloseCallbacks):
     _open: bool
 
     def _begin(self, mapping: Mapping) -> None:
-        """Initialize everything but `_open`."""
+        """Set everything but `_open`."""
         self._mapping = mapping
         self._pid = os.getpid()
         self._before_close = []
@@ -55,7 +55,7 @@ class Divisible(CloseCallbacks):
     # Parts
 
     def _become_part(self, of: Divisible, offset: int, length: int) -> None:
-        """Initialize a part of a region."""
+        """Make a part of a region."""
         self._begin(of._mapping.part(offset, length))
         self._whole = of._root
         self._keeps = of  # what serves its memory may end with it
