@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
@@ -193,10 +194,15 @@ def _small(ctx: Context) -> Region:
     if ctx.memory.is_anon:
         region.advise_thp(False)
     region.fill(DATA)
+    ctx.expect("bytes mapped huge at first", mapped_huge(region.start), 0)
+    _allow_huge(ctx, region)
+    return region
+
+
+def _allow_huge(ctx: Context, region: Region) -> None:
+    """Let small pages be collapsed: by MADV_COLLAPSE, and at any time by khugepaged."""
     if ctx.memory.is_anon:
         region.advise_thp()
-    ctx.expect("bytes mapped huge at first", mapped_huge(region.start), 0)
-    return region
 
 
 @case(
@@ -262,6 +268,7 @@ def collapse_holes(ctx: Context) -> None:
     region = ctx.make(PAGES)
     _fill_around(ctx, region, HOLES)
     ctx.register(region, RegisterMode.MISSING)
+    _allow_huge(ctx, region)
     _expect_not_collapsed(ctx, region, region, HOLES)
 
 
@@ -277,6 +284,7 @@ def collapse_zero_pages(ctx: Context) -> None:
     region = ctx.make(PAGES)
     _fill_around(ctx, region, HOLES)
     ctx.register(region, RegisterMode.MISSING)
+    _allow_huge(ctx, region)
     for index in HOLES:
         ctx.uffd.zeropage(region.start + index * ctx.page, ctx.page)
     ctx.expect_errno(errno.EBUSY, region.madvise, MADV_COLLAPSE)
@@ -358,6 +366,30 @@ def collapse_private_file_with_copy(ctx: Context) -> None:
         expect_read(ctx, address, DATA)
 
 
+@case(
+    "thp.collapse.private-file-after-copy",
+    origin="mm/khugepaged.c: collapse_pte_mapped_thp",
+    memory=("shmem-private",),
+    features=missing_features,
+    needs=[needs_thp()],
+)
+def collapse_private_file_after_copy(ctx: Context) -> None:
+    """When such a page has been dropped, the page table goes and the file is mapped huge."""
+    region = _huge_file_below(ctx)
+    at = region.start + 5 * ctx.page
+    ctx.uffd.copy(at, bytes([WRITTEN]) * ctx.page)
+    region.madvise(mmap.MADV_DONTNEED, at - region.start, ctx.page)
+    # Mapped by the page table that the copy keeps, before it goes.
+    expect_read(ctx, region.start, DATA)
+    ctx.silently(region.madvise, MADV_COLLAPSE)
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
+    for address in (region.start, at - ctx.page, at, at + ctx.page):
+        expect_read(ctx, address, DATA)
+    ctx.silently(ctx.write, at, bytes([WRITTEN]) * ctx.page)
+    expect_read(ctx, at, WRITTEN)
+    expect_read(ctx, at + ctx.page, DATA)
+
+
 def _huge_file_below(ctx: Context) -> Region:
     """Register a private mapping with a page table for a file that becomes huge after that."""
     region = ctx.make(PAGES)
@@ -372,14 +404,12 @@ def _huge_file_below(ctx: Context) -> Region:
 
 
 def _fill_around(ctx: Context, region: Region, holes: tuple[int, ...]) -> None:
-    """Fill a region with small pages, except for some."""
+    """Fill a region with small pages, except for some; khugepaged could fill these, too."""
     if ctx.memory.is_anon:
         region.advise_thp(False)
     for index in range(PAGES):
         if index not in holes:
             region.fill(DATA, index * ctx.page, ctx.page)
-    if ctx.memory.is_anon:
-        region.advise_thp()
     ctx.expect("bytes mapped huge at first", mapped_huge(region.start), 0)
 
 
