@@ -19,24 +19,27 @@ import socket
 import struct
 import sys
 import time
-import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
 from pyuffd import _memory
 from pyuffd._errors import HandlerError, UffdError, limit_met
-from pyuffd._limits import raise_start_error
-from pyuffd.handlers._engine import release_holder, rescue_forks, shared_size
+from pyuffd.handlers._engine import shared_size
 from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, RangeSpec, ReportKind
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book, Range, ServedBook, SpaceBook
 from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
 from pyuffd.handlers.process._clean import clean_keeper
-from pyuffd.handlers.process._start import signal_name
-from pyuffd.handlers.process._worker import run
+from pyuffd.handlers.process._worker_handle import (
+    SEND_LIMIT_S,
+    WorkerGone,
+    WorkerHandle,
+    how_ended,
+    named,
+)
 
 REPORT = struct.Struct("=IIQQQ")  # struct uffd_report
 PIECE = struct.Struct("=QQQQQ")  # struct uffd_report_piece
@@ -46,8 +49,6 @@ SHORT_LIFE_S = 1.0
 SHORT_LIFE_STARTS = 10  # or within so many times the time that it needed to start, when loaded
 SHORT_LIVES = 5
 GIVE_UP_AFTER = 20
-# A worker process that accepts no call for so long hangs with the GIL held.
-SEND_LIMIT_S = 10.0
 # How long the worker process may need to seal its ranges after the owner has gone.
 ORPHAN_LIMIT_S = 10.0
 BASE_PAGE = 4096
@@ -56,10 +57,6 @@ REMOTE = {0x65735546, 0x6969, 0xFF534D42, 0xFE534D42, 0x01021997, 0x00C36400, 0x
 # How long fork(2) may fail before the keeper gives up.
 FORK_LIMIT_S = 30.0
 FORK_RETRY_MS = 50
-
-
-class WorkerGone(Exception):
-    """The worker process ended."""
 
 
 class OwnerGone(Exception):
@@ -72,88 +69,6 @@ class Pending:
 
     message: Message
     fds: list[int]
-
-
-class WorkerHandle:
-    """The worker process, as the keeper sees it."""
-
-    def __init__(self, book: Book, shared: mmap.mmap, not_theirs: list[int]) -> None:
-        self._shared, _, self._keepalive = _memory.buffer_address(shared)
-        with named("socketpair"):
-            self.control, theirs = socket.socketpair()
-            self.reports, their_reports = socket.socketpair()
-        self.born_s = time.monotonic()
-        self.start_s: float | None = None  # how long it needed to take over, once it has
-        self.error: bytes | None = None  # the exception that it ended with
-        keeper = os.getpid()
-        with theirs, their_reports:
-            try:
-                with named("fork"):
-                    self.pid = os.fork()
-                if self.pid == 0:
-                    self._be(keeper, theirs, their_reports, book, shared, not_theirs)
-                self.pidfd = -1
-                with named("pidfd_open"):
-                    self.pidfd = os.pidfd_open(self.pid)
-            except BaseException:
-                self.control.close()
-                self.reports.close()
-                raise
-        self.control.settimeout(SEND_LIMIT_S)
-
-    def _be(
-        self,
-        keeper: int,
-        control: socket.socket,
-        reports: socket.socket,
-        book: Book,
-        shared: mmap.mmap,
-        not_theirs: list[int],
-    ) -> NoReturn:
-        """Run the worker process until it ends."""
-        code = 1
-        try:
-            self.control.close()
-            self.reports.close()
-            _wire.close_all(not_theirs)
-            run(keeper, control, reports, book, shared)
-            code = 0
-        except BaseException as error:
-            try:
-                _wire.send(control, Message(0, Answer.BROKEN, _wire.pickled_error(error)))
-            except OSError:
-                traceback.print_exception(error)
-        finally:
-            with contextlib.suppress(Exception):  # the user's code may have closed them
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-
-    def send(self, message: Message, fds: list[int]) -> None:
-        """Pass a message on."""
-        try:
-            _wire.send(self.control, message, tuple(fds))
-        except (OSError, EOFError) as error:
-            raise WorkerGone from error
-
-    def end(self, limit_s: float) -> int:
-        """Wait until it ends, kill it after the limit, and return its exit code."""
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        if not poll.poll(limit_s * 1000):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def rescue_forks(self) -> list[int]:
-        """Return the descriptors of forks that it had read but not reported."""
-        return rescue_forks(self._shared)
-
-    def close(self) -> None:
-        """Close the connections to it, and the descriptors that the holder keeps open for it."""
-        release_holder(self._shared)
-        self.control.close()
-        self.reports.close()
-        os.close(self.pidfd)
 
 
 class Keeper:
@@ -464,7 +379,7 @@ class Keeper:
         self._short_lives = self._short_lives + 1 if lived_s < short_s else 0
         if self._closing:
             sys.exit()
-        how = _how(exit_code, self._worker.error)
+        how = how_ended(exit_code, self._worker.error)
         if self._worker.error is not None and not self._book.restarts:
             raise HandlerError(f"the worker process cannot start: it {how}")
         if self._short_lives >= GIVE_UP_AFTER:
@@ -503,17 +418,6 @@ class Keeper:
         return exit_code
 
 
-def _how(exit_code: int, error: bytes | None) -> str:
-    """Return in words how a worker process ended."""
-    if error is not None:
-        cause = _wire.load_error(error)
-        return f"ended with {type(cause).__name__}: {cause}"
-    if exit_code >= 0:
-        return f"ended with exit code {exit_code}"
-    why = " (by another process, or by the kernel)" if exit_code == -signal.SIGKILL else ""
-    return f"was killed by {signal_name(-exit_code)}{why}"
-
-
 def _is_remote(fd: int) -> bool:
     """Return whether closing a file may wait for a server (statfs(2) lists the numbers)."""
     with contextlib.suppress(UffdError):
@@ -533,15 +437,6 @@ def _states_file(spec: RangeSpec) -> int:
         os.close(fd)
         raise
     return fd
-
-
-@contextlib.contextmanager
-def named(call: str, what: str = "start the worker process") -> Iterator[None]:
-    """Raise an error that names the system call that fails, and the limit that it met."""
-    try:
-        yield
-    except OSError as error:
-        raise_start_error(what, error.errno or errno.EIO, call)
 
 
 def main(fd: int, owner_pid: int, stderr: int, life: int) -> None:
