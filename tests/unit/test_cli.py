@@ -24,6 +24,7 @@ from pyuffd._errors import UffdOSError
 from pyuffd._probe import OpenSupport
 from pyuffd._refusals import explain_device, explain_syscall
 from pyuffd.cli import _cgroup, _report, doctor
+from pyuffd.cli import _report_types as keys
 from tests._child import ROOT
 
 KEY = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
@@ -48,38 +49,38 @@ def keys_of(kind: object, prefix: str = "") -> Iterator[str]:
         yield prefix
 
 
-def report(**changes: Any) -> _report.Report:
+def report(**changes: Any) -> keys.Report:
     """Return the report of a machine on which nothing works."""
-    refused = _report.Way(False, "EPERM", "a seccomp filter " * 12, "docker run " * 20)
-    mode = _report.Mode(False, "EPERM", "0x0", [])
-    values = _report.Report(
-        schema=_report.SCHEMA,
+    refused = keys.Way(False, "EPERM", "a seccomp filter " * 12, "docker run " * 20)
+    mode = keys.Mode(False, "EPERM", "0x0", [])
+    values = keys.Report(
+        schema=keys.SCHEMA,
         pyuffd=pyuffd.__version__,
         usable=False,
         kernel_faults=False,
-        kernel=_report.Kernel("6.1.0", "x86_64"),
-        user=_report.User(1000, [], True, True),
+        kernel=keys.Kernel("6.1.0", "x86_64"),
+        user=keys.User(1000, [], True, True),
         open={"syscall": refused, "device": refused, "user_mode_only": refused},
-        features=_report.Features("0x0", [], [], [], "0x0"),
-        ioctls=_report.Mask("0x0", []),
+        features=keys.Features("0x0", [], [], [], "0x0"),
+        ioctls=keys.Mask("0x0", []),
         memory_types={"anon": {"MISSING": mode}, "shmem": {"MISSING": mode}},
-        pagemap_scan=_report.Mask("0x0", []),
-        memory=_report.Memory(1 << 30, 1 << 29),
-        swap=_report.Swap(0, 0),
+        pagemap_scan=keys.Mask("0x0", []),
+        memory=keys.Memory(1 << 30, 1 << 29),
+        swap=keys.Swap(0, 0),
         huge_pages=[],
         hugetlbfs=[],
-        shm=_report.Shm(None, None),
-        thp=_report.Thp(None, None),
-        limits=_report.Limits(65530, None, None, 1024, None, 0, 0, None),
+        shm=keys.Shm(None, None),
+        thp=keys.Thp(None, None),
+        limits=keys.Limits(65530, None, None, 1024, None, 0, 0, None),
         cgroup=_cgroup.Limits(64 << 20, 0, None, 1.5),
-        cpus=_report.Cpus(4, 2),
-        python=_report.Python("CPython", "3.13.0", True, False),
-        missing=[_report.Missing("something", "of a long name " * 20, "command --option " * 20)],
+        cpus=keys.Cpus(4, 2),
+        python=keys.Python("CPython", "3.13.0", True, False),
+        missing=[keys.Missing("something", "of a long name " * 20, "command --option " * 20)],
     )
     return dataclasses.replace(values, **changes)
 
 
-def page(of: _report.Report, *, colour: bool = False) -> list[str]:
+def page(of: keys.Report, *, colour: bool = False) -> list[str]:
     return list(doctor._Page(of, colour=colour).lines())
 
 
@@ -224,7 +225,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_documented_keys_are_those_of_the_report() -> None:
-    assert documented_keys() == set(keys_of(_report.Report))
+    assert documented_keys() == set(keys_of(keys.Report))
 
 
 def test_every_feature_has_advice() -> None:
@@ -335,7 +336,7 @@ def test_one_seccomp_filter_is_one_missing_thing() -> None:
         scan_categories=pyuffd.PageCategory.WRITTEN,
     )
     assert list(_report._missing_ways(support)) == [
-        _report.Missing("the userfaultfd system call", "a seccomp filter", "docker run")
+        keys.Missing("the userfaultfd system call", "a seccomp filter", "docker run")
     ]
 
 
@@ -355,16 +356,14 @@ def test_page_is_complete_and_fits_where_nothing_works() -> None:
 
 def test_page_continues_a_long_command_so_that_a_shell_reads_it_whole() -> None:
     wanted = "command " + " ".join(f"--option-{number}" for number in range(30))
-    lines = page(report(missing=[_report.Missing("something", "is gone", wanted)]))
+    lines = page(report(missing=[keys.Missing("something", "is gone", wanted)]))
     shown = "\n".join(lines).partition("    # ")[2]
     assert "\\\n" in shown
     assert shown.replace("\\\n", "").split() == wanted.split()
 
 
 def test_page_names_what_this_user_is_refused_apart() -> None:
-    features = _report.Features(
-        "0x3", ["PAGEFAULT_FLAG_WP", "EVENT_FORK"], [], ["EVENT_FORK"], "0x0"
-    )
+    features = keys.Features("0x3", ["PAGEFAULT_FLAG_WP", "EVENT_FORK"], [], ["EVENT_FORK"], "0x0")
     lines = page(report(usable=True, features=features))
     assert [line.split() for line in lines if "EVENT_FORK" in line] == [
         ["not", "for", "this", "user", "EVENT_FORK"]
@@ -373,7 +372,7 @@ def test_page_names_what_this_user_is_refused_apart() -> None:
 
 
 def test_page_shows_bits_without_a_name() -> None:
-    features = _report.Features("0x8000000000000000", [], [], [], "0x8000000000000000")
+    features = keys.Features("0x8000000000000000", [], [], [], "0x8000000000000000")
     lines = page(report(usable=True, kernel_faults=True, features=features))
     assert any(line.split() == ["without", "a", "name", "0x8000000000000000"] for line in lines)
 

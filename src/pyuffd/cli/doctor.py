@@ -11,7 +11,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import TextIO
 
-from pyuffd.cli._report import Mode, Report, make_report, size_text
+from pyuffd.cli._report import make_report, size_text
+from pyuffd.cli._report_types import Mode, Report
 
 WIDTH = 100
 LABEL = 17  # the first column: the longest memory type and the longest knob fit
