@@ -106,6 +106,13 @@ def check_path(name: str, value: object) -> str:
     return path
 
 
+def checked_index(name: str, index: int, count: int) -> int:
+    """Return the index of an item, counted from the end if it is negative, or raise IndexError."""
+    if not -count <= index < count:
+        raise IndexError(f"{name} {index} of {count}")
+    return index % count
+
+
 def check_descriptor(name: str, value: object) -> int:
     """Return a file descriptor, from its number or of an open file."""
     if not isinstance(value, int):

@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from pyuffd._arguments import check_int, shown
+from pyuffd._arguments import check_int, checked_index, shown
 from pyuffd._pages import PAGE_SIZE, round_down, round_up
 from pyuffd._source_like import as_source
 from pyuffd.sources import BufferSource, FileSource, PageSource, Promised, ZeroSource
@@ -52,13 +52,10 @@ class PackedRuns(Sequence[Run]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        count = len(self)
-        if not -count <= index < count:
-            raise IndexError(f"run {index} of {count}")
-        index %= count
+        index = checked_index("run", index, len(self))
         start, leaf, offset = _PACKED.unpack_from(self.words, index * _PACKED.size)
         end = self._length
-        if index + 1 < count:
+        if index + 1 < len(self):
             end = _PACKED.unpack_from(self.words, (index + 1) * _PACKED.size)[0]
         return Run(start, end, leaf, offset)
 

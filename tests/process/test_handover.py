@@ -27,6 +27,7 @@ from pyuffd import (
     recv_uffd,
     send_uffd,
 )
+from pyuffd import _handover_format as form
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
@@ -205,7 +206,7 @@ def test_no_handshake_is_no_userfaultfd() -> None:
     fd = lowlevel.open_syscall(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         with ours, theirs:
-            header = handover._HEADER.pack(handover.MAGIC, 1, 40, 0, 1)
+            header = form.HEADER.pack(form.MAGIC, 1, 40, 0, 1)
             socket.send_fds(theirs, [header], [fd])
             with pytest.raises(HandoverError) as caught:
                 recv_uffd(ours)

@@ -28,13 +28,13 @@ from pyuffd import (
     Userfaultfd,
     connect_unix,
     connect_unix_async,
-    handover,
     listen_unix,
     recv_uffd,
     recv_uffd_async,
     send_uffd,
     send_uffd_async,
 )
+from pyuffd import _handover_format as form
 from tests._child import ROOT, run_child
 from tests._memory import PAGE
 from tests.kernel._serving import open_fds, wait_in_system_call
@@ -256,7 +256,7 @@ def transfer_in_a_loop() -> None:
             # A peer that sends half of it.
             before = open_fds()
             fds = [uffd.fileno()]
-            header = handover._HEADER.pack(handover.MAGIC, handover.VERSION, 40, 1, 1)
+            header = form.HEADER.pack(form.MAGIC, form.VERSION, 40, 1, 1)
             socket.send_fds(theirs, [header], fds)
             with pytest.raises(HandoverError) as caught:
                 await recv_uffd_async(ours, timeout_s=SHORT_S)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import pytest
 
 from pyuffd import HandoverError, UffdError, handover, recv_uffd
+from pyuffd import _handover_format as form
 
 PAGE = 4096
 HUGE = 2 << 20
@@ -32,7 +33,7 @@ GOOD: Row = (START, 4 * PAGE, PAGE, 0, 0, 0)
 
 def message(
     *rows: Row,
-    magic: bytes = handover.MAGIC,
+    magic: bytes = form.MAGIC,
     version: int = 1,
     size: int = RANGE.size,
     count: int | None = None,
@@ -71,7 +72,7 @@ HOSTILE = {
     "zeros": says("format", bytes(64)),
     "ones": says("format", b"\xff" * 64),
     "magic-cut": says("format", message(GOOD, magic=b"pyuffd\0\0")),
-    "magic-reversed": says("format", message(GOOD, magic=handover.MAGIC[::-1])),
+    "magic-reversed": says("format", message(GOOD, magic=form.MAGIC[::-1])),
     # The header
     "version-0": says("version", message(GOOD, version=0)),
     "version-2": says("version", message(GOOD, version=2)),

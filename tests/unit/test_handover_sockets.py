@@ -23,6 +23,7 @@ from pyuffd import (
     listen_unix,
     send_uffd,
 )
+from pyuffd._handover_format import MAX_MEMORY_FDS
 from pyuffd.testing import needs_privilege
 
 PAGE = 4096
@@ -278,7 +279,7 @@ def test_more_memory_than_a_message_takes(
 ) -> None:
     with ExitStack() as stack:
         ranges = []
-        for at in range(handover.MAX_MEMORY_FDS + 1):
+        for at in range(MAX_MEMORY_FDS + 1):
             fd = os.dup(uffd.fd)
             stack.callback(os.close, fd)
             ranges.append(Range(at * PAGE, fd=fd))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pyuffd._arguments import checked_index
 from pyuffd.handlers._types import PageState
 
 _RUN = struct.Struct("=QQQ")
@@ -41,10 +42,8 @@ class StateRanges:
         return len(self._packed) // _RUN.size
 
     def __getitem__(self, index: int) -> StateRange:
-        count = len(self)
-        if not -count <= index < count:
-            raise IndexError(f"range {index} of {count}")
-        start, end, state = _RUN.unpack_from(self._packed, index % count * _RUN.size)
+        index = checked_index("range", index, len(self))
+        start, end, state = _RUN.unpack_from(self._packed, index * _RUN.size)
         return StateRange(start, end, PageState(state))
 
     def __iter__(self) -> Iterator[StateRange]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pyuffd import _remote_calls as calls
 from pyuffd import _vmas
+from pyuffd._arguments import checked_index
 from pyuffd._enums import Word
 from pyuffd._pages import PAGE_SIZE
 
@@ -94,10 +95,8 @@ class Mappings:
         return len(self._packed) // _ROW.size
 
     def __getitem__(self, index: int) -> Mapping:
-        count = len(self)
-        if not -count <= index < count:
-            raise IndexError(f"mapping {index} of {count}")
-        return self._mapping(*_ROW.unpack_from(self._packed, index % count * _ROW.size))
+        index = checked_index("mapping", index, len(self))
+        return self._mapping(*_ROW.unpack_from(self._packed, index * _ROW.size))
 
     def __iter__(self) -> Iterator[Mapping]:
         for row in _ROW.iter_unpack(self._packed):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pyuffd._arguments import checked_index
 from pyuffd._enums import Word
 from pyuffd._errors import SnapshotFormatError
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
@@ -93,10 +94,8 @@ class Runs(Sequence[SnapshotRun]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        count = len(self)
-        if not -count <= index < count:
-            raise IndexError(f"run {index} of {count}")
-        return self._run(*_ROW.unpack_from(self._packed, index % count * _ROW.size))
+        index = checked_index("run", index, len(self))
+        return self._run(*_ROW.unpack_from(self._packed, index * _ROW.size))
 
     def __iter__(self) -> Iterator[SnapshotRun]:
         for row in _ROW.iter_unpack(self._packed):
