@@ -82,18 +82,10 @@ class Userfaultfd(UffdFill):
         True
     """
 
-    def _adopt(
-        self,
-        descriptor: Descriptor,
-        features: Feature,
-        ioctls: Ioctl,
-        *,
-        adopted: bool,
-        owner_pid: int | None = None,
-    ) -> None:
+    def _begin(self) -> None:
+        """Make what needs the open descriptor."""
         self._claims = EventClaims[Userfaultfd, Event]()
         self._watch = Watch()
-        super()._adopt(descriptor, features, ioctls, adopted=adopted, owner_pid=owner_pid)
 
     def _let_go(self) -> None:
         """Stop watching, and discard the events that were read but not delivered."""

@@ -136,6 +136,7 @@ class UffdDescriptor(CloseCallbacks):
         self._pid = os.getpid()
         self._registered = RangeModes()
         self._before_close = []
+        self._begin()
         tidy()
         self._number = Number(descriptor)  # last: a signal handler may raise at any line above
 
@@ -232,6 +233,9 @@ class UffdDescriptor(CloseCallbacks):
             self._number.close()
         else:
             self._number.descriptor.close()
+
+    def _begin(self) -> None:
+        """Make what `_let_go` ends."""
 
     def _let_go(self) -> None:
         """End what needs the open descriptor, before it closes or is given up; may be repeated."""

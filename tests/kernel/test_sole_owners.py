@@ -155,11 +155,10 @@ def _monitor() -> Iterator[Monitor]:
 
 
 def _context_child() -> Iterator[Child]:
-    context = _context()
     ours, theirs = socket.socketpair()
     with theirs:
         agent = _memory.Agent(theirs.fileno(), ours.fileno())
-    with contextlib.closing(Child(context, agent, ours)) as child:
+    with contextlib.closing(Child(lambda _address, _pid: "", agent, ours)) as child:
         yield child
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import select
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, Ioctl, PageBit, PagefaultFlag, RegisterMode
@@ -20,258 +17,25 @@ from pyuffd._events import Pagefault
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Event, Fork, Userfaultfd
 from pyuffd.conformance import _raw, _wording
+from pyuffd.conformance._beside import WAIT_S, Access, Child, Monitor
 from pyuffd.conformance._raw import Answer
 from pyuffd.conformance._spec import Spec
+from pyuffd.conformance._wording import Mismatch, letters, show
 from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryType
 from pyuffd.testing._need import Lack, kernel_features
-from pyuffd.testing._run import SCALE, ChildResult, run_child
+from pyuffd.testing._run import ChildResult, run_child
+
+__all__ = ["WAIT_S", "Access", "Child", "Context", "Mismatch", "Monitor", "letters", "show"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Only against a stall: what is waited for comes within milliseconds.
-WAIT_S = 8.0 * SCALE
-LETTERS = (
-    ("P", PageBit.PRESENT),
-    ("S", PageBit.SWAP),
-    ("F", PageBit.FILE),
-    ("W", PageBit.UFFD_WP),
-    ("X", PageBit.MMAP_EXCLUSIVE),
-)
 WP_LETTER = 3
 PAGES_SHOWN = 8
-_SYS_FORK, _SYS_WAIT4 = 57, 61
-_WAIT_ALL = 0x40000000  # __WALL
 EVENTS_SHOWN = 8
 SEEN_SHOWN = 40
-
-
-class Mismatch(AssertionError):
-    """The kernel did something else than the case accepts; the text says what was seen."""
-
-
-def letters(bits: int) -> str:
-    """Return pagemap bits as `P-FWX`: present, swap, file, write-protected, exclusive."""
-    return "".join(letter if bits & bit else "-" for letter, bit in LETTERS)
-
-
-def show(value: object) -> str:
-    """Return a value as a report shows it."""
-    match value:
-        case bool() | None:
-            return str(value)
-        case OSError():
-            return f"{errno.errorcode.get(value.errno or 0, value.errno)} ({type(value).__name__})"
-        case Interrupted():
-            name = signal.Signals(value.number).name
-            return f"{name} (si_code {value.code}, address {value.address:#x})"
-        case Pagefault():
-            return f"message {int(value.flags)} ({value.flags!r}) at {value.address:#x}"
-        case list():
-            return f"[{', '.join(show(item) for item in value)}]"
-        case int() if value > 0xFFFF:
-            return f"{int(value):#x}"
-        case bytes() if len(value) > 16:
-            return f"{value[:16].hex(' ')} ... ({len(value)} bytes)"
-        case bytes():
-            return value.hex(" ")
-        case _:
-            return str(value) if isinstance(value, Answer) else repr(value)
-
-
-class Access(SoleOwner, Generic[T]):
-    """A call in a thread of its own, because it may wait for a fault to be resolved.
-
-    Attributes:
-        thread_id: The thread's, as messages with Feature.THREAD_ID give it.
-        done: Whether the call has returned.
-    """
-
-    _instead = "its thread makes the call once"
-
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._value: T
-        self._error: BaseException | None = None
-        self._returned = os.eventfd(0, os.EFD_CLOEXEC)
-        self.thread_id: int = 0
-        self.done: bool = False
-        self._thread = threading.Thread(target=self._run, name="uffd-access", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        self.thread_id = threading.get_native_id()
-        try:
-            self._value = self._call()
-        except BaseException as error:
-            self._error = error
-        finally:
-            self.done = True
-            os.eventfd_write(self._returned, 1)
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable once the call has returned."""
-        return self._returned
-
-    def result(self) -> T:
-        """Wait for the call; return its value or raise its exception.
-
-        Raises:
-            Mismatch: it has not returned in time.
-        """
-        if not select.select([self._returned], [], [], WAIT_S)[0]:
-            raise Mismatch(f"the access has not completed within {WAIT_S:g} s")
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def close(self) -> None:
-        """Join the thread."""
-        self._thread.join(WAIT_S)
-        if not self._thread.is_alive() and self._returned >= 0:
-            os.close(self._returned)
-            self._returned = -1
-
-
-class Child(SoleOwner):
-    """A forked child of this process that touches its memory when told.
-
-    Attributes:
-        pid: Its process.
-        uffd: Its own userfaultfd, from the Fork event; None where none was sent.
-    """
-
-    _instead = "it is a child of this process"
-
-    def __init__(self, context: Context, agent: _memory.Agent, end: socket.socket) -> None:
-        self._context = context
-        self._agent = agent
-        self._end = end
-        self.pid: int = agent.pid
-        self.uffd: Userfaultfd | None = None
-        self._is_running = True
-
-    def read(self, start: int, length: int) -> bytes | Interrupted:
-        """Read its memory, or return the signal that met; waits for faults."""
-        return self._agent.read(start, length)
-
-    def write(self, start: int, data: bytes) -> Interrupted | None:
-        """Write its memory, or return the signal that met; waits for faults."""
-        return self._agent.write(start, data)
-
-    def syscall(self, number: int, *args: int) -> int:
-        """Make a system call in it; return the result or -errno."""
-        return self._agent.syscall(number, *args)
-
-    def fork(self) -> None:
-        """Have it fork a child of its own, which ends at once.
-
-        Raises:
-            Mismatch: it cannot.
-        """
-        # Both return from the call and answer; one says 0.
-        answers = [self._agent.syscall(_SYS_FORK), self._agent.next_result()]
-        pid = max(answers)
-        if sorted(answers) != [0, pid] or pid <= 0:
-            raise Mismatch(f"fork in the child: saw {answers}, expected 0 and a process")
-        os.kill(pid, signal.SIGKILL)
-        self._agent.syscall(_SYS_WAIT4, pid, 0, _WAIT_ALL, 0)
-
-    def pagemap(self, address: int) -> str:
-        """Return the state of a page of its own, as `Context.pagemap` does."""
-        return self._context.pagemap(address, pid=self.pid)
-
-    def close(self) -> None:
-        """End it, also where it waits for a fault."""
-        if self._is_running:
-            self._is_running = False
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self._end.close()
-            if self.uffd is not None:
-                self.uffd.close()
-
-
-class Monitor(SoleOwner):
-    """A thread that reads every event of a userfaultfd and gives each to a function.
-
-    Attributes:
-        faults: The page faults it has seen, in order.
-        events: Every other event.
-    """
-
-    _instead = "its thread reads one userfaultfd"
-
-    def __init__(self, uffd: Userfaultfd, resolve: Callable[[Event], None]) -> None:
-        self.uffd = uffd
-        self._resolve = resolve
-        self.faults: list[Pagefault] = []
-        self.events: list[Event] = []
-        self._handled = 0
-        self._progress = threading.Condition()
-        self._error: BaseException | None = None
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name="uffd-monitor", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            while True:
-                ready, _, _ = select.select([self.uffd.fileno(), self._stop], [], [])
-                if self.uffd.fileno() in ready:
-                    for event in self.uffd.read_events():
-                        if isinstance(event, Pagefault):
-                            self.faults.append(event)
-                        else:
-                            self.events.append(event)
-                        self._resolve(event)
-                        with self._progress:
-                            self._handled += 1
-                            self._progress.notify_all()
-                elif ready:
-                    return
-        except BaseException as error:
-            self._error = error
-
-    def wait_handled(self, count: int) -> None:
-        """Wait until `count` messages have been given to the function and it has returned.
-
-        Raises:
-            Mismatch: they have not come in time.
-        """
-        with self._progress:
-            if not self._progress.wait_for(lambda: self._handled >= count, WAIT_S):
-                raise Mismatch(f"{self._handled} messages within {WAIT_S:g} s, expected {count}")
-
-    def count(self, flag: PagefaultFlag) -> int:
-        """Return how many faults had this flag; flag 0 counts missing faults."""
-        kinds = PagefaultFlag.WP | PagefaultFlag.MINOR | PagefaultFlag.RWP
-        return sum(
-            1 for fault in self.faults if (fault.flags & flag if flag else not fault.flags & kinds)
-        )
-
-    def stop(self) -> None:
-        """End the thread once the queue is empty; raise what its function raised."""
-        if self._thread.is_alive() or self._stop >= 0:
-            self._end()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _end(self) -> None:
-        if self._stop < 0:
-            return
-        os.eventfd_write(self._stop, 1)
-        self._thread.join(WAIT_S)
-        os.close(self._stop)
-        self._stop = -1
-
-    def close(self) -> None:
-        """End the thread, whatever happened in it."""
-        self._end()
 
 
 class Context(SoleOwner):
@@ -392,7 +156,7 @@ class Context(SoleOwner):
         end, child_end = socket.socketpair()
         with child_end:
             agent = _memory.Agent(child_end.fileno(), end.fileno())
-        child = Child(self, agent, end)
+        child = Child(lambda address, pid: self.pagemap(address, pid=pid), agent, end)
         self._children.append(child)
         return child
 

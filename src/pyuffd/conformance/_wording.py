@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import signal
 from collections.abc import Mapping, Sequence
 
+from pyuffd._abi import PageBit
+from pyuffd._events import Pagefault
+from pyuffd._memory import Interrupted
+from pyuffd.conformance._raw import Answer
 from pyuffd.regions import Region
 
 MOST = 10  # addresses, or items of a list, in one sentence
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{5,16}\b")
 _LIST = re.compile(r"\[[^\[\]]*\]")
+LETTERS = (
+    ("P", PageBit.PRESENT),
+    ("S", PageBit.SWAP),
+    ("F", PageBit.FILE),
+    ("W", PageBit.UFFD_WP),
+    ("X", PageBit.MMAP_EXCLUSIVE),
+)
+
+
+class Mismatch(AssertionError):
+    """The kernel did something else than the case accepts; the text says what was seen."""
+
+
+def letters(bits: int) -> str:
+    """Return pagemap bits as `P-FWX`: present, swap, file, write-protected, exclusive."""
+    return "".join(letter if bits & bit else "-" for letter, bit in LETTERS)
+
+
+def show(value: object) -> str:
+    """Return a value as a report shows it."""
+    match value:
+        case bool() | None:
+            return str(value)
+        case OSError():
+            return f"{errno.errorcode.get(value.errno or 0, value.errno)} ({type(value).__name__})"
+        case Interrupted():
+            name = signal.Signals(value.number).name
+            return f"{name} (si_code {value.code}, address {value.address:#x})"
+        case Pagefault():
+            return f"message {int(value.flags)} ({value.flags!r}) at {value.address:#x}"
+        case list():
+            return f"[{', '.join(show(item) for item in value)}]"
+        case int() if value > 0xFFFF:
+            return f"{int(value):#x}"
+        case bytes() if len(value) > 16:
+            return f"{value[:16].hex(' ')} ... ({len(value)} bytes)"
+        case bytes():
+            return value.hex(" ")
+        case _:
+            return str(value) if isinstance(value, Answer) else repr(value)
 
 
 def places(text: str, regions: Sequence[Region]) -> str:

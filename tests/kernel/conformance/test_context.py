@@ -24,7 +24,8 @@ VARIANTS = (Variant("now", "MOVE", features=Feature.MOVE), Variant("never", "", 
 @pytest.fixture
 def ctx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
     """A context on anonymous memory whose waits are short."""
-    monkeypatch.setattr("pyuffd.conformance._context.WAIT_S", 0.3)
+    for module in ("_context", "_beside"):
+        monkeypatch.setattr(f"pyuffd.conformance.{module}.WAIT_S", 0.3)
     case = Case(
         name="t.x",
         summary="x",
