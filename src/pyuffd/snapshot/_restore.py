@@ -8,53 +8,27 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Literal
 
-from pyuffd._arguments import check_int, check_number, shown
+from pyuffd._arguments import check_number
 from pyuffd._closing import Closing
 from pyuffd._errors import UffdError
-from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
-from pyuffd._recording import Until, check_until
+from pyuffd._recording import Until
 from pyuffd._working_set import WorkingSet
-from pyuffd.handlers import Handler
 from pyuffd.snapshot import _restore_hot, _working_sets
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._capture import SnapshotProgress
-from pyuffd.snapshot._content import (
-    GAPS,
-    Files,
-    Gaps,
-    Placed,
-    Sums,
-    chain_of,
-    check_files,
-    check_gaps,
-)
+from pyuffd.snapshot._content import Files, Placed, Sums, check_files, check_gaps
 from pyuffd.snapshot._drain import Batch, Drain
-from pyuffd.snapshot._format import SnapshotRegion
-from pyuffd.snapshot._reading import Image
+from pyuffd.snapshot._restore_options import Options, check_rate
+from pyuffd.snapshot._restore_plan import check_empty, choose
 from pyuffd.snapshot._serve import Serving
 from pyuffd.snapshot._share import Shares
 
 log = logging.getLogger(__name__)
-
-Mode = Literal["auto", "copy", "minor", "map"]
-UsedMode = Literal["copy", "minor", "map"]
-MODES = ("auto", "copy", "minor", "map")
-Verify = Literal["first", "drain", "no"]
-VERIFY = ("first", "drain", "no")
-Where = SnapshotRegion | int
-Regions = (
-    Mapping[int, RangeLike] | Mapping[SnapshotRegion, RangeLike] | Iterable[tuple[Where, RangeLike]]
-)
-# More threads than this wait for each other in the kernel.
-THREADS_MOST = 4
-THREADS_LIMIT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,110 +52,6 @@ class RestoreStats:
     hot_bytes: int
     ready_s: float
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a restore is done; `Snapshot.restore` describes it."""
-
-    mode: Mode
-    gaps: Gaps
-    verify: Verify
-    handler: Handler | None
-    threads: int
-    rate: float | None
-    paused: bool
-    working_set: str | WorkingSet | None = None
-    record: str | None = None
-    record_until: Until = "settled"
-
-
-def checked(
-    *,
-    mode: Mode,
-    gaps: Gaps,
-    verify: Verify,
-    handler: Handler | None,
-    threads: int | None,
-    rate: float | None,
-    paused: bool,
-    working_set: str | WorkingSet | None = None,
-    record: str | None = None,
-    record_until: Until = "settled",
-) -> Options:
-    """Check options; ValueError before anything happens."""
-    for name, value, known in (
-        ("mode", mode, MODES),
-        ("gaps", gaps, GAPS),
-        ("verify", verify, VERIFY),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, known))}")
-    if handler is not None and not isinstance(handler, Handler):
-        raise TypeError(f"handler must be a Handler, not {shown(handler)}")
-    if handler is not None and mode in ("map", "minor"):
-        raise ValueError(f"mode={mode!r} maps the memory anew, and has no use for your handler")
-    if isinstance(working_set, str):
-        _working_sets.check_name(working_set)
-    if record is not None:
-        _working_sets.check_name(record)
-        if mode == "map":
-            raise ValueError("mode='map' has no faults that could be recorded")
-        if handler is not None and not handler._options["fault_log"]:
-            raise ValueError("record: the handler was made without fault_log=")
-    if threads is None:
-        threads = min(len(os.sched_getaffinity(0)), THREADS_MOST)
-    check_int("threads", threads, 1, THREADS_LIMIT + 1)
-    return Options(
-        mode,
-        gaps,
-        verify,
-        handler,
-        threads,
-        check_rate(rate),
-        bool(paused),
-        working_set,
-        record,
-        check_until(record_until),
-    )
-
-
-def check_rate(rate: float | None) -> float | None:
-    """Return bytes a second, checked."""
-    if rate is None:
-        return None
-    check_number("rate", rate, float("inf"))
-    if not rate > 0:
-        raise ValueError(f"rate {rate!r} is not positive; pause() stops filling")
-    return float(rate)
-
-
-def place(image: Image, regions: Regions) -> list[Placed]:
-    """Return regions with their content, checked."""
-    pairs = regions.items() if isinstance(regions, Mapping) else regions
-    images = chain_of(image)
-    found: list[Placed] = []
-    for number, pair in enumerate(pairs):
-        name = f"regions[{number}]"
-        given: object = pair
-        if not isinstance(given, tuple) or len(given) != 2:
-            raise TypeError(f"{name} must be a pair (address, region), not {shown(given)}")
-        where, region = given
-        start = where.start if isinstance(where, SnapshotRegion) else where
-        check_int(f"{name} address", start, 0, ADDRESS_LIMIT)
-        check_region(region, name)
-        if start % PAGE_SIZE:
-            raise ValueError(f"{name}: address {start:#x} is not a multiple of {PAGE_SIZE:#x}")
-        if start + region.length > ADDRESS_LIMIT:
-            raise ValueError(f"{name}: {start:#x} + {region.length:#x} is no memory of a process")
-        found.append(Placed(images, start, region))
-    if not found:
-        raise ValueError("regions: nothing to restore")
-    spans = sorted((each.region.start, each.region.length) for each in found)
-    for (start, length), (other, _) in pairwise(spans):
-        if start + length > other:
-            raise ValueError(f"regions overlap at {other:#x}")
-    return found
 
 
 class Restore(Closing):
@@ -258,9 +128,9 @@ class Restore(Closing):
         self.total = sum(each.chain.data_bytes for each in placed)
         files = Files(images)
         try:
-            self.method, self.why = _choose(placed, files, options)
+            self.method, self.why = choose(placed, files, options)
             if self.method != "copy":
-                _check_empty(placed)
+                check_empty(placed)
             if self.method == "map":
                 maps.map_all(placed, files)
             else:
@@ -495,34 +365,3 @@ class Restore(Closing):
     def __repr__(self) -> str:
         state = "closed" if self._closed else "done" if self.done else "running"
         return f"<Restore of {self._path} by {self.method}, {state}>"
-
-
-def _check_empty(placed: Sequence[Placed]) -> None:
-    from pyuffd.handlers._present import is_touched
-
-    for each in placed:
-        if is_touched(each.region):
-            raise ValueError(
-                f"the region at {each.region.start:#x} has pages already, which would be lost:"
-                " restore into memory that was never touched"
-            )
-
-
-def _choose(placed: Sequence[Placed], files: Files, options: Options) -> tuple[UsedMode, str]:
-    if options.mode in ("copy", "minor"):
-        if options.mode == "minor":
-            Shares.check(placed, poisons=options.gaps == "poison")
-        return options.mode, "asked for"
-    if options.mode == "auto" and options.record is not None:
-        return "copy", "faults are recorded, and mappings have none"
-    cannot = maps.why_impossible(
-        placed, has_handler=options.handler is not None, poisons=options.gaps == "poison"
-    )
-    if options.mode == "map":
-        if cannot is not None:
-            raise ValueError(f"mode='map': {cannot}")
-        return "map", "asked for"
-    reason = cannot or maps.why_slower(placed, files)
-    if reason is None:
-        return "map", "the image is here and in the page cache, so mapping it is the fastest way"
-    return "copy", f"mapping the image is not the better way: {reason}"

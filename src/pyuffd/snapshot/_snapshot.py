@@ -18,7 +18,6 @@ from pyuffd.snapshot import (
     _flatten,
     _recorded,
     _request,
-    _restore,
     _take,
     _targets,
     _working_sets,
@@ -31,7 +30,9 @@ from pyuffd.snapshot._layout import Shared
 from pyuffd.snapshot._opened import Opened
 from pyuffd.snapshot._reading import Image
 from pyuffd.snapshot._request import SnapshotReport
-from pyuffd.snapshot._restore import Mode, Regions, Restore, Verify
+from pyuffd.snapshot._restore import Restore
+from pyuffd.snapshot._restore_options import Mode, Verify, checked
+from pyuffd.snapshot._restore_plan import Regions, place
 from pyuffd.snapshot._share import Shares
 from pyuffd.snapshot._targets import Target
 
@@ -353,7 +354,7 @@ class Snapshot(Opened):
         Kernel: UFFDIO_COPY, UFFDIO_CONTINUE (Linux 5.14).  GIL: released.  Blocks: no, except with
         verify="first".
         """
-        options = _restore.checked(
+        options = checked(
             mode=mode,
             gaps=gaps,
             verify=verify,
@@ -365,7 +366,7 @@ class Snapshot(Opened):
             record=record,
             record_until=record_until,
         )
-        return Restore(self.path, self._shares, _restore.place(self._checked(), regions), options)
+        return Restore(self.path, self._shares, place(self._checked(), regions), options)
 
     def _shares(self) -> Shares:
         if self._all_shares is None:
