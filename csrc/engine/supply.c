@@ -113,6 +113,23 @@ static uint64_t supply_reach(const struct slices *all, struct uffd_range *range,
 	return end;
 }
 
+int supply_some(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint64_t offset,
+		uint64_t length, const void *data, uint64_t *filled_ret)
+{
+	struct supply supply = { .data = (uint64_t)(uintptr_t)data, .offset = offset };
+	struct slices all = { engine, *ref, offset, offset + length, supply_slice, NULL, &supply };
+	int r = 0;
+
+	*filled_ret = 0;
+	while (offset < all.end && r == 0) {
+		uint64_t done;
+
+		r = do_slice(&all, &offset, &done);
+		*filled_ret += done;
+	}
+	return r;
+}
+
 int uffd_engine_fill(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		     uint64_t offset, uint64_t length, const void *data, uint32_t unprotected,
 		     uint64_t *filled_ret, uint64_t *reached_ret)

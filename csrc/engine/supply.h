@@ -15,4 +15,11 @@ int uffd_engine_fill(struct uffd_engine *engine, const struct uffd_range_ref *re
 		     uint64_t offset, uint64_t length, const void *data, uint32_t unprotected,
 		     uint64_t *filled_ret, uint64_t *reached_ret);
 
+/*
+ * The same from memory that does not fault, without patience: -EAGAIN at a page that another
+ * thread fills, or while the layout changes.
+ */
+int supply_some(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint64_t offset,
+		uint64_t length, const void *data, uint64_t *filled_ret);
+
 #endif /* UFFD_ENGINE_SUPPLY_H */

@@ -144,3 +144,58 @@ def resolve_chain(tables: Sequence[bytes], start: int, end: int, piece: int) -> 
     if code:
         raise_errno("snapshot", -code, start, end - start)
     return Chain(runs, others, pieces, int(found.data_bytes), bool(found.is_packed))
+
+
+@dataclass(frozen=True, slots=True)
+class HotPlan:
+    """A working set as ranges of memory.
+
+    Attributes:
+        ranges: Rows (begin, end, number of the memory), in the order of filling.
+        windows: (first row, row behind the last, number of the memory) of each.
+        bytes: Bytes of all ranges.
+    """
+
+    ranges: memoryview
+    windows: list[tuple[int, int, int]]
+    bytes: int
+
+    def rows(self, first: int, past: int) -> memoryview:
+        """Return the ranges of a window, as an array of three columns."""
+        flat = self.ranges[3 * first : 3 * past]
+        return flat.cast("B").cast("Q", [past - first, 3])
+
+
+def hot_check(rows: bytes, image_pages: int, recordings: int, most_pages: int) -> bool:
+    """Return whether rows can be those of a working set of an image; see `snapshot/hot.h`."""
+    count = len(rows) // int(lib.UFFD_HOT_ROW_SIZE)
+    source = ffi.from_buffer("char[]", rows)
+    return not lib.uffd_hot_check(source, count, image_pages, recordings, most_pages)
+
+
+def hot_plan(
+    rows: bytes, percent: int, places: Sequence[tuple[int, int, int, int, int]], window: int
+) -> HotPlan:
+    """Turn the rows of a working set's file into ranges of memory; see `snapshot/hot.h`.
+
+    `places` are (offset in the image, length, number of the memory, offset in it, page size).
+    """
+    found = ffi.new("struct uffd_hot_plan *")
+    vec = ffi.new("struct uffd_hot_place[]", [tuple(place) for place in places])
+    count = len(rows) // int(lib.UFFD_HOT_ROW_SIZE)
+    source = ffi.from_buffer("char[]", rows)
+    code = lib.uffd_hot_plan(source, count, percent, vec, len(places), window, found)
+    ranges, windows = take_ranges(found.ranges), take_ranges(found.windows)
+    if code:
+        raise_errno("reading a working set", -code)
+    return HotPlan(ranges, list(_PIECE.iter_unpack(windows)), int(found.bytes))
+
+
+def read_ahead(ranges: memoryview, runs: memoryview, length: int, fds: Sequence[int]) -> None:
+    """Ask the kernel to read the files of rows of a `HotPlan`, all of one memory: a hint.
+
+    `runs` are those of the memory's `Chain`, up to `length`.
+    """
+    vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+    table = ffi.from_buffer("struct uffd_page_region[]", runs)
+    lib.uffd_hot_read_ahead(vec, len(vec), table, len(table), length, list(fds), len(fds))

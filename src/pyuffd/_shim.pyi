@@ -99,6 +99,7 @@ class _Lib:
     UFFD_MAP_EXECUTE: int
     UFFD_MAP_SHARED: int
     UFFD_PACKED: int
+    UFFD_HOT_ROW_SIZE: int
     UFFD_IMAGE_OWN: int
     UFFD_IMAGE_ALL: int
     UFFD_IMAGE_OVERWRITE: int
@@ -337,6 +338,31 @@ class _Lib:
     def uffd_chain_resolve(
         self, tables: CData, depth: int, start: int, end: int, piece: int, ret: CData, /
     ) -> int: ...
+    def uffd_hot_check(
+        self, rows: CData, count: int, image_pages: int, recordings: int, most_pages: int, /
+    ) -> int: ...
+    def uffd_hot_plan(
+        self,
+        rows: CData,
+        count: int,
+        percent: int,
+        places: CData,
+        places_count: int,
+        window: int,
+        ret: CData,
+        /,
+    ) -> int: ...
+    def uffd_hot_read_ahead(
+        self,
+        ranges: CData,
+        count: int,
+        runs: CData,
+        runs_count: int,
+        length: int,
+        fds: CData,
+        fds_count: int,
+        /,
+    ) -> int: ...
     def uffd_image_copy(
         self,
         pid: int,
@@ -565,6 +591,9 @@ class _Lib:
         filled_ret: CData,
         reached_ret: CData,
         /,
+    ) -> int: ...
+    def uffd_engine_fill_from_files(
+        self, engine: CData, ref: CData, rows: CData, count: int, files: CData, filled_ret: CData, /
     ) -> int: ...
     def uffd_engine_preserve(
         self,

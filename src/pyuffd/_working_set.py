@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, overload
 
 from pyuffd._arguments import check_int, check_number
+from pyuffd._image_calls import hot_check
 from pyuffd._pages import PAGE_SIZE
 
 MAGIC = b"pyuffdWS"
@@ -185,6 +186,9 @@ def _check(data: bytes, image_pages: int, recordings: int) -> None:
     """Raise ValueError for rows that cannot be; the checksum tells only of accidents."""
     if not 0 < recordings <= MOST_RECORDINGS:
         raise ValueError(f"{recordings} recordings cannot be")
+    # A restore waits for this. What is wrong is found out again, to be named.
+    if hot_check(data, image_pages, recordings, MOST_PAGES):
+        return
     spans = []
     total = 0
     for page, pages, seen, tried in ROW.iter_unpack(data):
@@ -202,6 +206,7 @@ def _check(data: bytes, image_pages: int, recordings: int) -> None:
         if begin < reached:
             raise ValueError(f"page {begin} is in it twice")
         reached = end
+    raise MemoryError
 
 
 # Several recordings

@@ -11,7 +11,7 @@ from pyuffd._diagnose import why_unresolved
 from pyuffd._errors import ClosedError, raise_errno
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._bounce import Bounce
-from pyuffd.handlers._packed import Packed
+from pyuffd.handlers._packed import FileRuns, Packed
 from pyuffd.handlers._types import RangeId
 
 
@@ -216,6 +216,24 @@ class EnginePages(SoleOwner):
         if code:
             place, left = served.start + int(reached[0]), offset + length - int(reached[0])
             raise_errno("fill", -code, place, left, completed=int(out[0]))
+        return int(out[0])
+
+    def fill_from_files(self, served: RangeId, rows: memoryview, files: FileRuns) -> int:
+        """Fill rows (begin, end, not used) as far as they can be read; return the bytes filled."""
+        vec = ffi.from_buffer("struct uffd_page_region[]", rows)
+        runs = ffi.from_buffer("struct uffd_page_region[]", files.runs)
+        fds = ffi.new("int32_t[]", list(files.fds))
+        content = ffi.new(
+            "struct uffd_content_files *", (runs, len(runs), files.length, fds, len(files.fds))
+        )
+        out = ffi.new("uint64_t *")
+        code = lib.uffd_engine_fill_from_files(
+            self._engine(), range_ref(served), vec, len(vec), content, out
+        )
+        if code == -errno.EINVAL:
+            raise ValueError(f"rows: one of them is no range of whole pages in {files.length:#x}")
+        if code:
+            raise_errno("fill", -code, served.start, served.length, completed=int(out[0]))
         return int(out[0])
 
 

@@ -11,6 +11,7 @@ from pyuffd._arguments import FD_LIMIT, check_buffer, check_int, shown
 from pyuffd._errors import UffdOSError
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
+from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._packed import packed
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import SourceKind
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyuffd.handlers._backend import Backend
-    from pyuffd.handlers._packed import Ranges
+    from pyuffd.handlers._packed import FileRuns, Ranges
     from pyuffd.handlers._serving import Served
 
     class HasDescriptor(Protocol):
@@ -128,6 +129,16 @@ class FillsPages(HandlerBase):
         if some is not None:
             return engine.populate_ranges(served.id, at, span, some, chunk or 0)
         return engine.populate(served.id, at, span, chunk or 0)
+
+    def _fill_from_files(self, region: RangeLike, rows: memoryview, files: FileRuns) -> int | None:
+        """Fill rows (begin, end, not used) from files, in C, as far as they can be read now.
+
+        Returns the bytes filled; None if the engine is elsewhere, where `populate` does it.
+        """
+        engine, served, first, _ = self._pages(region, 0, None)
+        if first or not isinstance(engine, Engine) or isinstance(engine, WorkedEngine):
+            return None
+        return engine.fill_from_files(served.id, rows, files)
 
     def load(
         self,

@@ -24,6 +24,17 @@ class Packed(NamedTuple):
     width: int
 
 
+class FileRuns(NamedTuple):
+    """The content of a range in files: packed rows (offset, leaf, offset in the leaf).
+
+    Leaf 0 is zeros, leaf n + 1 the file of descriptor `fds[n]`.
+    """
+
+    runs: memoryview
+    length: int
+    fds: Sequence[int]
+
+
 def packed(ranges: Ranges) -> Packed:
     """Return ranges as words; TypeError or ValueError for anything else."""
     if isinstance(ranges, StateRanges):

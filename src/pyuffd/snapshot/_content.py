@@ -128,21 +128,6 @@ class Placed:
                 yield max(offset, starts[number]), min(end, stop)
             number += 1
 
-    def files_in(self, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (image of the chain, offset in its file, length) of data in a part of the region.
-
-        Nothing is told of compressed content.
-        """
-        rows, starts = self.chain.runs, self._starts
-        number = max(0, bisect_right(starts, offset) - 1)
-        while number < len(starts) and starts[number] < end and not self.chain.is_packed:
-            start, leaf, at = rows[3 * number : 3 * number + 3]
-            stop = starts[number + 1] if number + 1 < len(starts) else self.length
-            first, past = max(offset, start), min(end, stop)
-            if leaf:
-                yield leaf - 1, at + first - start, past - first
-            number += 1
-
     def source(self, files: Files) -> PageSource:
         """Return its content."""
         length = self.length

@@ -181,7 +181,7 @@ class Restore(Closing):
             self._recorder.start()
 
     def _find_hot(self, serving: Serving, drain: Drain[tuple[Placed, int, int, int]]) -> int:
-        self._hot_filled = drain.first(self._hot.jobs(serving.fill_ranges))
+        self._hot_filled = drain.first(self._hot.jobs(serving.fill_rows))
         return 0
 
     def _record(

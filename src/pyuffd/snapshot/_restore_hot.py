@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
-from itertools import islice, pairwise
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from itertools import pairwise
 
 from pyuffd._arguments import shown
+from pyuffd._image_calls import HotPlan, hot_plan, read_ahead
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Recording, Until, Watched
-from pyuffd._working_set import Place, Run, WorkingSet, parts
+from pyuffd._working_set import SHARE, Place, Run, WorkingSet, parts
 from pyuffd.handlers import Handler
 from pyuffd.snapshot import _working_sets
 from pyuffd.snapshot._content import PIECE, Placed
@@ -25,10 +23,8 @@ AHEAD = 32
 READ_AT_ONCE = 4
 # Faults that may come between two looks of the recording; a fault needs microseconds.
 LOGGED_FAULTS = 1 << 16
-# A part of a region: begin and end.
-Range = tuple[int, int]
-# Fills ranges of a region, and returns the bytes filled.
-Fill = Callable[[Placed, list[Range]], int]
+# Fills ranges of a region, an array of three columns, and returns the bytes filled.
+Fill = Callable[[Placed, memoryview], int]
 
 
 def of_image(image: Image, given: str | WorkingSet | None) -> WorkingSet | None:
@@ -60,21 +56,20 @@ class Hot:
     def __init__(self, image: Image, placed: Sequence[Placed], known: WorkingSet | None) -> None:
         self._image = image
         self._placed = placed
-        self._parts = _working_sets.places(
-            image, [(each.start, each.length, each.page_size) for each in placed]
-        )
         self._known = known
         self.filled_bytes = 0
         self._lock = threading.Lock()
-        self._reading = threading.Lock()
-        self._source: Iterator[tuple[int, list[Range]]] = iter(())
-        self._found: deque[tuple[int, list[Range]]] = deque()
+        self._asking = threading.Lock()
+        # What is filled by one call: a plan, and the first and the last of its rows.
+        self._windows: list[tuple[HotPlan, int, int, int]] = []
+        self._begun = self._asked = 0
 
-    def ranges(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (number of a region, begin, end) of what is filled first, in order."""
-        if self._known is not None and not self._known.problem:
-            for places in self._in_order():
-                yield from parts(self._known.often(), places)
+    @cached_property
+    def _parts(self) -> list[list[Place]]:
+        """Where each memory is in the image."""
+        return _working_sets.places(
+            self._image, [(each.start, each.length, each.page_size) for each in self._placed]
+        )
 
     def _in_order(self) -> list[list[Place]]:
         """Return all places; each memory by itself if two have the same part of the image."""
@@ -85,41 +80,39 @@ class Hot:
         return [places]
 
     def jobs(self, fill: Fill) -> list[Callable[[], int]]:
-        """Return calls that fill it, some of it each; `fill` fills ranges of a region."""
+        """Return calls that fill it, up to 1 MiB each; `fill` fills ranges of a region."""
         if self._known is None or self._known.problem:
             return []
-        self._source = _windows(self.ranges())
-        # Windows are found while others are filled: the program is touching pages already.
-        steps = self._known.length // PIECE
-        return [*[partial(self._fill, fill)] * steps, partial(self._fill_rest, fill)]
+        for places in self._in_order():
+            plan = hot_plan(self._known.data, round(100 * SHARE), places, PIECE)
+            self._windows.extend((plan, *window) for window in plan.windows)
+        return [partial(self._fill, fill)] * len(self._windows)
 
     def _fill(self, fill: Fill) -> int:
-        with self._reading:
-            # Its own, and some more: another thread goes on with those meanwhile.
-            wanted = min(AHEAD, len(self._found) + READ_AT_ONCE)
-            for each, window in islice(self._source, wanted - len(self._found)):
-                _will_need(self._placed[each], window)
-                self._found.append((each, window))
-            if not self._found:
-                return 0
-            each, window = self._found.popleft()
-        done = fill(self._placed[each], window)
+        with self._lock:
+            number = self._begun
+            self._begun += 1
+        # One thread reads ahead; others fill what it has asked for, or wait for it.
+        if self._asking.acquire(blocking=number >= self._asked):
+            try:
+                self._read_ahead(number)
+            finally:
+                self._asking.release()
+        plan, first, past, memory = self._windows[number]
+        done = fill(self._placed[memory], plan.rows(first, past))
         with self._lock:
             self.filled_bytes += done
         return done
 
-    def _fill_rest(self, fill: Fill) -> int:
-        """Fill what is left: windows end early where another region begins."""
-        done = 0
-        while not self._is_exhausted():
-            done += self._fill(fill)
-        return done
-
-    def _is_exhausted(self) -> bool:
-        with self._reading:
-            if not self._found:
-                self._found.extend(islice(self._source, 1))
-            return not self._found
+    def _read_ahead(self, number: int) -> None:
+        """Ask the kernel for a window's files, and for some of the following windows."""
+        wanted = min(number + AHEAD, max(number + 1, self._asked) + READ_AT_ONCE)
+        for plan, first, past, memory in self._windows[self._asked : wanted]:
+            placed = self._placed[memory]
+            if not placed.chain.is_packed:
+                files = [image.pages_fileno() for image in placed.images]
+                read_ahead(plan.rows(first, past), placed.chain.runs, placed.length, files)
+        self._asked = max(self._asked, min(wanted, len(self._windows)))
 
     # Recording
 
@@ -145,26 +138,3 @@ class Hot:
                         offset = place.offset + first - place.at
                         found.append((offset // PAGE_SIZE, (past - first) // PAGE_SIZE))
         return found
-
-
-def _windows(ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, list[Range]]]:
-    """Yield (number of a region, ranges of it): up to 1 MiB that comes one after the other."""
-    window: list[Range] = []
-    size, last = 0, -1
-    for number, begin, end in ranges:
-        if window and (number != last or size >= PIECE):
-            yield last, window
-            window, size = [], 0
-        window.append((begin, end))
-        size, last = size + end - begin, number
-    if window:
-        yield last, window
-
-
-def _will_need(placed: Placed, window: Sequence[Range]) -> None:
-    """Ask the kernel to read the files; a hint, which may fail."""
-    files = [image.pages_fileno() for image in placed.images]
-    for begin, end in window:
-        for number, offset, length in placed.files_in(begin, end):
-            with suppress(OSError):
-                os.posix_fadvise(files[number], offset, length, os.POSIX_FADV_WILLNEED)

@@ -23,6 +23,7 @@ from pyuffd._errors import (
 from pyuffd._pages import round_up
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers import Handler
+from pyuffd.handlers._packed import FileRuns
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._content import PIECE, Files, Placed, Sums
 from pyuffd.snapshot._share import PrivateMapping, Share, Shares
@@ -217,6 +218,25 @@ class Serving:
     def fill_ranges(self, placed: Placed, ranges: list[tuple[int, int]]) -> int:
         """Fill ranges of a region, in this order, by one call in C; return the bytes filled."""
         return self._retried(placed, partial(self._populate, placed, ranges))
+
+    def fill_rows(self, placed: Placed, rows: memoryview) -> int:
+        """Fill ranges of a region, an array of (begin, end, not used), as `fill_ranges` does."""
+        if self._errors:  # parts of it may be taken out
+            words = rows.cast("B").cast("Q")
+            pairs = [(words[at], words[at + 1]) for at in range(0, len(words), 3)]
+            return self.fill_ranges(placed, pairs)
+        return self._retried(placed, partial(self._fill_rows, placed, rows))
+
+    def _fill_rows(self, placed: Placed, rows: memoryview) -> int:
+        region, done = self._served_as(placed), None
+        if not placed.chain.is_packed:
+            files = FileRuns(
+                placed.chain.runs,
+                placed.length,
+                [image.pages_fileno() for image in placed.images],
+            )
+            done = self.handler._fill_from_files(region, rows, files)
+        return self.handler.populate(region, ranges=rows) if done is None else done
 
     def _populate(
         self, placed: Placed, ranges: list[tuple[int, int]], chunk: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from pyuffd import _working_set_files
@@ -78,19 +79,22 @@ def places(image: Image, memory: Sequence[tuple[int, int, int]]) -> list[list[Pl
         memory: For each: the address in the snapshot, bytes, and the size of its pages.
     """
     found: list[list[Place]] = [[] for _ in memory]
-    offset = 0
+    ends, offsets = [region.end for region in image.regions], [0]
     for region in image.regions:
-        for number, (address, length, page_size) in enumerate(memory):
+        offsets.append(offsets[-1] + region.length)
+    for number, (address, length, page_size) in enumerate(memory):
+        at = bisect_right(ends, address)
+        while at < len(ends) and image.regions[at].start < address + length:
+            region = image.regions[at]
             begin, end = max(address, region.start), min(address + length, region.end)
-            if begin < end:
-                found[number].append(
-                    Place(
-                        offset + begin - region.start,
-                        end - begin,
-                        number,
-                        begin - address,
-                        page_size,
-                    )
+            found[number].append(
+                Place(
+                    offsets[at] + begin - region.start,
+                    end - begin,
+                    number,
+                    begin - address,
+                    page_size,
                 )
-        offset += region.length
+            )
+            at += 1
     return found
