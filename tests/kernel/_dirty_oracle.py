@@ -54,6 +54,7 @@ class World:
         self.other = [False] * self.pages  # private anonymous memory is mapped there now
         self.behind: set[int] = set()
         self.paged_out: set[int] = set()
+        self.untouched = range(0)  # the last that was mapped and not touched
         self.mem = os.open("/proc/self/mem", os.O_RDONLY)
 
     def at(self, index: int) -> int:
@@ -198,6 +199,45 @@ class World:
             self._set(pages, mapped=True, other=True)
             ctypes.memmove(self.at(pages[0]), b"new", 3)
 
+    def map_untouched(self) -> None:
+        """Map memory between two gaps, so that it is a mapping of its own."""
+        pages = range(first := self.chance.randrange(1, self.pages - 4), first + 3)
+        around = range(pages[0] - 1, pages[-1] + 2)
+        prot = mmap.PROT_READ | mmap.PROT_WRITE
+        if call("munmap", self.at(around[0]), len(around) * self.page) is not None:
+            self._set(around, mapped=False, other=False)
+            length = len(pages) * self.page
+            if call("mmap", self.at(pages[0]), length, prot, ANON | MAP_FIXED, 2**64 - 1, 0):
+                self._set(pages, mapped=True, other=True)
+                self.untouched = pages
+
+    def move_inside(self) -> None:
+        """Move memory inside the range.
+
+        What was never touched is joined with its new neighbours, and on Linux 6.18 all of it loses
+        its registration then.
+        """
+        source, target = self.untouched or self.some(3), self.some(3)
+        self.untouched = range(0)
+        count = min(len(source), len(target))
+        source, target = source[:count], target[:count]
+        length = count * self.page
+        if (
+            self.whole(source)
+            and not {*source} & {*target}
+            and (self.region.fd is None or all(self.other[index] for index in source))
+            and call(
+                "mremap",
+                self.at(source[0]),
+                length,
+                length,
+                MREMAP_MAYMOVE_FIXED,
+                self.at(target[0]),
+            )
+        ):
+            self._set(source, mapped=False, other=False)
+            self._set(target, mapped=True, other=True)
+
     def move_in(self) -> None:
         """Move memory with content into the range."""
         pages = self.some(3)
@@ -233,7 +273,10 @@ SIMPLE = (
     *("write", "write", "write", "read_into", "dontneed", "dontneed_2mib", "free", "page_out"),
     *("punch", "remove", "truncate", "write_behind", "fork", "protect", "lock", "collapse"),
 )
-LAYOUT = ("unmap", "map_over", "move_in", "move_out")
+LAYOUT = (
+    *("unmap", "map_over", "map_untouched", "map_untouched"),
+    *("move_in", "move_out", "move_inside", "move_inside"),
+)
 
 
 class Image:

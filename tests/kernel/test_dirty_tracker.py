@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from pyuffd.testing import needs
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE, Memory, memory_of, memory_params
+from tests.kernel._dirty_oracle import ANON, MAP_FIXED, MREMAP_MAYMOVE_FIXED, call
 
 pytestmark = needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM)
 FIXED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
@@ -218,6 +220,40 @@ def new_memory_with_other_permissions() -> None:
 @pytest.mark.parametrize("how", [new_memory_at_the_same_place, new_memory_with_other_permissions])
 def test_new_memory_at_the_same_place(how: Callable[[], None]) -> None:
     run_child(how)
+
+
+def joined_by_a_move(is_above: bool) -> None:
+    with Region.anonymous(64 * PAGE) as region:
+        start = region.start
+        region.write(20 * PAGE, b"data")
+        # Between gaps, so that it is a mapping of its own, as old as the other one.
+        call("munmap", start, 10 * PAGE)
+        call("munmap", start + 30 * PAGE, 34 * PAGE)
+        flags = ANON | MAP_FIXED
+        assert call("mmap", start + 50 * PAGE, 10 * PAGE, 3, flags, 2**64 - 1, 0)
+        with DirtyTracker(region) as tracker:
+            tracker.collect().commit()
+            target = start + 30 * PAGE if is_above else start
+            assert call(
+                *("mremap", start + 50 * PAGE, 10 * PAGE, 10 * PAGE),
+                *(MREMAP_MAYMOVE_FIXED, target),
+            )
+            with tracker.collect() as round_:
+                told = {type(change) for change in round_.layout}
+                assert 20 in pages(region, round_.written), round_.layout
+                assert Unmapped in told
+                assert not {*pages(region, round_.written)} & {*pages(region, round_.dropped)}
+                round_.commit()
+            ctypes.memset(start + 21 * PAGE, 1, 1)
+            with tracker.collect() as round_:
+                assert pages(region, round_.written) == [21]
+                round_.commit()
+
+
+@pytest.mark.parametrize("is_above", [False, True], ids=["below", "above"])
+def test_memory_that_is_joined_by_a_move(is_above: bool) -> None:
+    """All of it loses its registration, and its pages stay protected: they are content."""
+    run_child(joined_by_a_move, is_above)
 
 
 def test_several_ranges_and_numpy() -> None:

@@ -269,7 +269,13 @@ class AsyncMethod:
         return result.plus(Pending(NO_RANGES, NO_RANGES, _rows.packed(sorted(unsure)), tuple(more)))
 
     def _new(self, rows: Iterable[Row]) -> Pending:
-        """Protect mappings that were just registered; report all of their pages."""
+        """Protect mappings that were just registered; report all of their pages.
+
+        They may have been registered before. If memory that was never touched is moved beside
+        other memory, the kernel joins the two, and all of it loses its registration (measured on
+        Linux 6.18: userfaultfd_reset_ctx() in mremap(2)). Its pages stay protected, and so are
+        not written.
+        """
         huge = [row for row in rows if row.track is Track.HUGE]
         others = [row for row in rows if row.track is not Track.HUGE]
         for row in huge:
@@ -277,12 +283,19 @@ class AsyncMethod:
                 self._uffd_of(row).writeprotect(row)
             except UffdOSError:  # gone again: the next round says so
                 self._process.check()
+        whole = _rows.packed(_rows.merged((row.start, row.end) for row in huge))
+        content = NO_RANGES
+        for run in self._runs(others):
+            populated = self._process.pagemap.scan(
+                run[0].start, run[-1].end - run[0].start, category_anyof_mask=_CONTENT
+            )
+            content = calls.union(content, populated.ranges.memoryview())
         tracked = self._packed(others)
         found = self._scan(tracked, 0, NO_RANGES)
         self._known = calls.union(self._known, found.known)
+        written = calls.union(calls.union(found.written, content), whole)
         unsure = _rows.packed((others[i].start, others[i].end) for i, _ in tracked.errors())
-        whole = _rows.packed(_rows.merged((row.start, row.end) for row in huge))
-        return Pending(calls.union(found.written, whole), found.dropped, unsure)
+        return Pending(written, calls.subtract(found.dropped, content), unsure)
 
     # Blind ranges
 
