@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import marshal
 import shutil
 import stat
 import sys
@@ -90,3 +92,12 @@ def test_without_busybox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(_image.MissingOnHostError, match="busybox-static"):
         _image.build(tmp_path / "initramfs", b"")
+
+
+def test_the_package_comes_compiled(entries: dict[str, Entry]) -> None:
+    path = Path(_image.__file__).resolve()
+    compiled = entries[importlib.util.cache_from_source(str(path)).lstrip("/")]
+    code = marshal.loads(compiled.data[16:])
+    assert code.co_filename == str(path)
+    # Not checked against the source's time.
+    assert int.from_bytes(compiled.data[4:8], "little") == 1

@@ -7,7 +7,9 @@ root, no cpio(1), no kernel modules.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import py_compile
 import re
 import shutil
 import stat
@@ -25,6 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTIONS = ("pyuffd", "psutil", "pytest", "pytest-xdist")
 # What the tests read of the repository.
 REPOSITORY = ("pyproject.toml", "README.md", "src", "tests", "csrc", "docs", "examples")
+# What it imports of the repository is compiled here, once: an emulated CPU needs longer for that
+# than for booting.
+COMPILED = ("src", "tests/vm")
+BYTECODE = ROOT / "build/vm-bytecode"
 
 # init answers with a sentence of its own unless the last entry has arrived: an initramfs that is
 # cut short for lack of memory unpacks silently.
@@ -83,6 +89,9 @@ def build(
         tree.copy(name)
     for name in _distribution_files([*DISTRIBUTIONS, *distributions]):
         tree.copy(name)
+    for folder in COMPILED:
+        for source in (ROOT / folder).rglob("*.py"):
+            tree.data(importlib.util.cache_from_source(str(source)), _bytecode(source))
     for entry in REPOSITORY:
         for name in _walk(ROOT / entry):
             tree.copy(name)
@@ -157,6 +166,15 @@ class _Tree:
             if parent not in ("/", "") and parent not in self._entries:
                 self.folder(parent)
             self._entries[name] = (mode, source, mtime)
+
+
+def _bytecode(source: Path) -> bytes:
+    """Return the compiled file, which Python uses without a look at the time of its source."""
+    compiled = BYTECODE / f"{source.relative_to(ROOT)}.{sys.implementation.cache_tag}.pyc"
+    if not compiled.exists() or compiled.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        py_compile.compile(str(source), str(compiled), doraise=True, invalidation_mode=mode)
+    return compiled.read_bytes()
 
 
 def _write_entry(out: BinaryIO, number: int, name: str, mode: int, data: bytes, mtime: int) -> None:
