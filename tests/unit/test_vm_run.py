@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +41,9 @@ class PlayGuest:
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setattr(_image, "build", lambda path, job, *_: path.write_bytes(job))
 
-    def __call__(self, script: str, *, run_s: float = 20.0, boot_scale: float = 1.0) -> Result:
+    def __call__(
+        self, script: str, *, run_s: float = 20.0, boot_scale: float = 1.0, **more: Any
+    ) -> Result:
         fake = self.folder / _run.QEMU
         fake.write_text(FAKE + f"T={self.folder}\n" + script)
         fake.chmod(0o755)
@@ -51,6 +55,7 @@ class PlayGuest:
             scale=boot_scale,
             run_s=run_s / boot_scale,
             show=self.console.extend,
+            **more,
         )
         return guest.run(["true"])
 
@@ -96,6 +101,33 @@ def test_a_guest_that_does_not_come_up_is_ended(play: PlayGuest) -> None:
 def test_a_run_that_hangs_is_ended(play: PlayGuest) -> None:
     result = play(UP + "exec sleep 100\n", run_s=0.5)
     assert result.status == Status.HANG
+
+
+def test_a_guest_that_says_nothing_any_more_is_ended(play: PlayGuest) -> None:
+    result = play(UP + "echo hello; exec sleep 100\n", quiet_s=0.3)
+    assert (result.status, result.sentence) == (Status.HANG, "the guest said nothing any more")
+
+
+def test_a_guest_has_to_end_in_time(play: PlayGuest) -> None:
+    result = play(UP + "exec sleep 100\n", until=time.monotonic() + 5)
+    assert result.status == Status.HANG
+
+
+def test_a_guest_whose_clock_counts_is_late_by_the_cpu_it_had(play: PlayGuest) -> None:
+    result = play(UP + "sleep 2\n" + SEND + "say status 0\n", run_s=1.5, counted=True)
+    assert (result.status, result.sentence) == (0, "")
+    result = play(UP + "while :; do :; done\n", run_s=0.5, counted=True)
+    assert result.status == Status.HANG
+
+
+def test_the_clock_of_several_cpus_is_the_host_s(tmp_path: Path) -> None:
+    def options(**more: Any) -> list[str]:
+        guest = Guest(tmp_path, tmp_path, **more)
+        return guest._qemu_options(tmp_path / "initramfs", tmp_path / "swap")
+
+    assert "-icount" in options(counted=True)
+    assert "-icount" not in options()
+    assert "-icount" not in options(counted=True, cpus=2, accel=_run.MULTI)
 
 
 def test_a_guest_that_is_done_but_does_not_power_off_is_ended(

@@ -170,6 +170,7 @@ def run(kernel: Path, wanted: Sequence[str], minutes: float, counts: Path) -> st
         kernel,
         OUTPUT / "guest",
         scale=SCALE,
+        counted=True,
         run_s=(60 * minutes + MORE_S) / SCALE,
         files={str(_cover_guest.PLAN): plan},
         show=_show,

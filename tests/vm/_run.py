@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import selectors
@@ -19,7 +20,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
 
-from tests.vm import _debian, _image
+from tests.vm import _clock, _debian, _image
 
 ROOT = _image.ROOT
 QEMU = "qemu-system-x86_64"
@@ -27,6 +28,10 @@ GUEST_OUT = "/out"
 
 # One thread for all CPUs is faster on a busy machine, and lets no two of them run at a time.
 SINGLE, MULTI = "tcg,thread=single", "tcg,thread=multi"
+# The clock of a guest counts its instructions, 8 ns each. It stands still while the host lets QEMU
+# wait, and jumps to the next tick where the guest has nothing to do: a busy host makes no test
+# late, and waiting in vain is over soon.
+COUNTED = ("-icount", "shift=3,sleep=off")
 
 # Time limits are those of real hardware times one factor, in the guest as here; a guest under
 # emulation is 10 to 25 times slower.
@@ -122,6 +127,10 @@ class Guest:
         packages: more installed distributions to take along.
         files: more files for the guest, by absolute path.
         cpus: how many CPUs it has.
+        counted: its clock counts instructions, if there is one CPU; the limits are of QEMU's CPU
+            time then.
+        quiet_s: limit for saying nothing on the console, of the same clock as the others.
+        until: when it has to end, by `time.monotonic`.
         show: called with the console's output.
     """
 
@@ -137,7 +146,15 @@ class Guest:
     packages: tuple[str, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict)
     cpus: int = 1
+    counted: bool = False
+    quiet_s: float = math.inf
+    until: float = math.inf
     show: Callable[[bytes], object] = lambda data: None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether its clock counts instructions, which several threads cannot do."""
+        return self.counted and self.cpus == 1 and self.accel == SINGLE
 
     def pytest(self, *arguments: str) -> Result:
         """Run pytest with these arguments, paths relative to the repository."""
@@ -195,6 +212,7 @@ class Guest:
         return [
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-machine", "q35", "-accel", self.accel, "-cpu", "max"),
+            *(COUNTED if self.is_counted else ()),
             *("-smp", str(self.cpus)),
             *("-m", f"{memory}M", "-kernel", str(self.kernel.resolve()), "-initrd", initramfs.name),
             *(word for port in serial for word in ("-serial", port)),
@@ -245,31 +263,35 @@ class _Watch:
     ) -> tuple[float, str]:
         """Copy the console until QEMU ends; return when user space was up, and what was late."""
         guest = self._guest
-        up_at = ended_at = 0.0
+        clock = _clock.clock(process.pid, counted=guest.is_counted)
+        up_at = up_on = ended_on = said_on = 0.0
         late = ""
         assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             raw = b" "
             while raw:
+                now = clock()
                 if selector.select(timeout=_POLL_S):
                     raw = os.read(process.stdout.fileno(), 1 << 16)
                     data = _CONSOLE_NOISE.sub(b"", raw)
                     console.write(data)
                     guest.show(data)
-                now = time.monotonic()
+                    said_on = now
                 self._notes = self._said()
                 if not up_at and "up" in self._notes:
-                    up_at = now
-                if not ended_at and self._notes.keys() & {"status", "no-userfaultfd"}:
-                    ended_at = now
-                if ended_at:
-                    deadline, word = ended_at + END_S * guest.scale, ""
+                    up_at, up_on = time.monotonic(), now
+                if not ended_on and self._notes.keys() & {"status", "no-userfaultfd"}:
+                    ended_on = now
+                if ended_on:
+                    deadline, word = ended_on + END_S * guest.scale, ""
                 elif up_at:
-                    deadline, word = up_at + guest.run_s * guest.scale, "run"
+                    deadline, word = up_on + guest.run_s * guest.scale, "run"
                 else:
-                    deadline, word = started + guest.boot_s * guest.scale, "boot"
-                if now > deadline:
+                    deadline, word = guest.boot_s * guest.scale, "boot"
+                if word == "run" and now > max(said_on, up_on) + guest.quiet_s * guest.scale:
+                    deadline, word = 0.0, "quiet"
+                if now > deadline or time.monotonic() > guest.until:
                     late = word
                     process.kill()
         return up_at or started, late
@@ -309,6 +331,8 @@ class _Watch:
                 f"the run was not over after {guest.run_s * guest.scale:.0f} s; how far it came is "
                 f"in {self._console}",
             )
+        if late == "quiet":
+            return ended(Status.HANG, "the guest said nothing any more")
         if "up" in self._notes:
             return ended(
                 Status.DIED, f"the guest died during the run; its last words are in {self._console}"
