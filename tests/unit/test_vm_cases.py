@@ -56,4 +56,4 @@ def test_the_switch_is_off_between_tests_and_in_the_end() -> None:
         written = file.read()
     assert written.startswith(b"+-")
     assert written.endswith(b"-")
-    assert seen == [False]  # in this process; the child has its own
+    assert seen == [False, False]  # in this process; the child has its own

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vm import _machine_mutants, _mutate
+from tests.vm import _cases, _machine_mutants, _mutate, _mutate_guest
 from tests.vm._mutate import Mutant
 
 SOURCE = """\
@@ -177,10 +178,57 @@ def test_a_guest_that_ends_leaves_a_verdict() -> None:
         {"kind": "trying", "mutant": 1},
         {"kind": "verdict", "mutant": 1, "verdict": "caught", "test": "a.b.anon", "text": "x"},
         {"kind": "trying", "mutant": 2},
+        {"kind": "passed", "test": "a.b.anon"},
     ]
-    _machine_mutants._take(verdicts, lines, "it died", {1: 40, 2: 3})
+    plans = {1: ["a.b.anon"], 2: ["a.b.anon", "a.c.anon", "a.d.anon"]}
+    _machine_mutants._take(verdicts, lines, None, plans)
+    assert list(verdicts) == [1]
+    _machine_mutants._take(verdicts, lines, "it died", plans)
     assert verdicts[1]["verdict"] == "caught"
-    assert (verdicts[2]["verdict"], verdicts[2]["text"]) == ("died", "it died")
+    assert verdicts[2] == {"verdict": "died", "test": "a.c.anon", "text": "it died", "met": 3}
+
+
+def test_a_test_of_minutes_meets_only_what_few_others_reach() -> None:
+    _, found = mutants()
+    many = {
+        f"a.{number}.anon": {"test": f"a.{number}.anon", "outcome": "", "took": 1.0, "places": [1]}
+        for number in range(_machine_mutants.FIRST)
+    }
+    long = {"test": "a.long.anon", "outcome": "", "took": 60.0, "places": [1]}
+    assert "a.long.anon" in _machine_mutants.plan_for(found[0], {**REACHED, "long": long}, None)
+    assert "a.long.anon" not in _machine_mutants.plan_for(found[0], {**many, "long": long}, None)
+
+
+class Suite:
+    """Tests whose outcomes are known, in place of those of the conformance suite."""
+
+    def __init__(self, **outcomes: list[str]) -> None:
+        self._outcomes = outcomes
+        self.ran: list[str] = []
+
+    def __call__(self, tests: list[str], switch: Any) -> Generator[tuple[str, str], None, None]:
+        for test in list(tests):
+            self.ran.append(test)
+            yield test, self._outcomes[test].pop(0)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "verdict", "ran"),
+    [
+        ({"a": [""], "b": ["skipped"]}, "survives", ["a", "b"]),
+        ({"a": ["wrong", "wrong"], "b": [""]}, "caught", ["a", "a"]),
+        ({"a": ["wrong", ""], "b": [""]}, "survives", ["a", "a", "b"]),
+        ({"a": ["stalled", "stalled"]}, "stalled", ["a", "a"]),
+        ({"a": ["stuck"], "b": [""]}, "stuck", ["a"]),
+    ],
+)
+def test_what_a_test_does_once_is_not_the_mutant_s(
+    monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, list[str]], verdict: str, ran: list[str]
+) -> None:
+    suite = Suite(**outcomes)
+    monkeypatch.setattr(_cases, "outcomes", suite)
+    assert _mutate_guest._first_that_notices(1, list(outcomes))[0] == verdict
+    assert suite.ran == ran
 
 
 def test_a_survivor_is_tried_again_with_more_tests() -> None:

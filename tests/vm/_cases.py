@@ -6,7 +6,6 @@ process with it, ends that process only; the next one runs in a new one.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -23,6 +22,8 @@ from pyuffd.testing._run import SCALE
 # Long ones have budgets of their own.
 STALL_S = 15.0 * SCALE
 PASSED, SKIPPED, STALLED = "", "skipped", "stalled"
+# It stalled, and cannot be killed.
+STUCK = "stuck"
 
 
 def split(test: str) -> tuple[str, str]:
@@ -71,13 +72,15 @@ def outcomes(
         try:
             for line in _lines(reading, lambda: _limit_s(cases, waiting)):
                 yield waiting.pop(0), line
-            if waiting:
-                yield waiting.pop(0), STALLED
         finally:
             os.close(reading)
+            # Before it is killed, for what a mutant holds, and after, for what it did meanwhile.
             switch(False)
             os.kill(pid, signal.SIGKILL)
-            _wait(pid)
+            has_ended = _wait(pid)
+            switch(False)
+        if waiting:
+            yield waiting.pop(0), STALLED if has_ended else STUCK
 
 
 def _child(
@@ -116,11 +119,11 @@ def _lines(fd: int, limit_s: Callable[[], float]) -> Iterator[str]:
             data += part
 
 
-def _wait(pid: int) -> None:
-    """Wait for a killed child, but not for one that the kernel holds."""
+def _wait(pid: int) -> bool:
+    """Wait for a killed child, but not for one that the kernel holds; return whether it is gone."""
     deadline = time.monotonic() + 5 * SCALE
     while time.monotonic() < deadline:
-        with contextlib.suppress(ChildProcessError):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                return
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
         time.sleep(0.01)
+    return False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +20,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,16 @@ UNSURE = "it has not met every test"
 # Time limits of a small kernel under emulation: a mutant's test waits in vain for as long.
 SCALE = 2.0
 BOOT_SCALE = 40.0
-RUN_S = 3600.0
+RUN_S = 36000.0
+# A test is over in less, or says so; a kernel that hangs never is.
+QUIET_S = 100.0
 # Tests a mutant meets first. Only what survives them meets all others that reach it.
 FIRST = 40
 ONE_OF = 4
 TYPES = 5
 SEED = 6
+# A test that runs longer than this meets only what fewer than FIRST others reach.
+LONG_S = 10.0
 
 _WORDS = re.compile(r"uffd|userfaultfd|pte_marker")
 _OTHERS = (
@@ -122,14 +127,26 @@ def choose(one_of: int, types: int) -> list[str]:
     return found
 
 
-def said(kernel: Path, name: str, plan: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """Boot with a plan; return what the guest said, and how it ended."""
+def said(
+    kernel: Path, name: str, plan: dict[str, Any], until: float = math.inf
+) -> tuple[list[dict[str, Any]], str]:
+    """Boot with a plan; return what the guest said, and how it ended.
+
+    Args:
+        kernel: To boot.
+        name: A folder for the run.
+        plan: What the guest is to do.
+        until: When it has to end, by `time.monotonic`.
+    """
     guest = _run.Guest(
         kernel,
         OUTPUT / name,
         scale=SCALE,
         boot_s=_run.BOOT_S * BOOT_SCALE,
         run_s=RUN_S,
+        counted=True,
+        quiet_s=QUIET_S,
+        until=until,
         files={str(_mutate_guest.PLAN): json.dumps(plan).encode()},
         show=_progress(),
     )
@@ -186,6 +203,8 @@ def plan_for(mutant: Mutant, reached: dict[str, dict[str, Any]], most: int | Non
     """Return the tests that reach a mutant, the quickest first, and different ones before all."""
     able = [line for line in reached.values() if not line["outcome"]]
     able = [line for line in able if mutant.number in line["places"]]
+    quick = [line for line in able if line["took"] < LONG_S]
+    able = quick if len(quick) >= FIRST else able
     able.sort(key=lambda line: line["took"])
     seen = Counter[str]()
     ranked = []
@@ -213,11 +232,10 @@ def judge(
         ]
         while waiting and time.monotonic() < until:
             part = waiting[:60]
-            plans = [(mutant.number, plan_for(mutant, reached, most)) for mutant in part]
-            left = max(until - time.monotonic(), 0)
-            plan = {"mutants": plans, "seconds": left}
-            lines, sentence = said(kernel, "judge", plan)
-            _take(verdicts, lines, sentence, {number: len(tests) for number, tests in plans})
+            plans = {mutant.number: plan_for(mutant, reached, most) for mutant in part}
+            lines, sentence = said(kernel, "judge", {"mutants": list(plans.items())}, until)
+            # What the end of the time cut short has no verdict.
+            _take(verdicts, lines, sentence if time.monotonic() < until else None, plans)
             file.write_text(json.dumps(verdicts))
             lengths = {m.number: len(plan_for(m, reached, most)) for m in waiting}
             waiting = [m for m in waiting if _is_open(verdicts.get(m.number), lengths[m.number])]
@@ -234,20 +252,31 @@ def _is_open(verdict: dict[str, Any] | None, tests: int) -> bool:
 def _take(
     verdicts: dict[int, dict[str, Any]],
     lines: list[dict[str, Any]],
-    sentence: str,
-    met: dict[int, int],
+    sentence: str | None,
+    plans: Mapping[int, Sequence[str]],
 ) -> None:
-    """Take what a guest has said; `met` is how many tests each mutant was to meet."""
-    trying = None
+    """Take what a guest has said.
+
+    Args:
+        verdicts: To add to.
+        lines: What it said.
+        sentence: How it ended; None if it was ended early, which says nothing of the mutant.
+        plans: The tests that each mutant was to meet.
+    """
+    trying, passed = None, 0
     for line in lines:
         if line["kind"] == "trying":
-            trying = line["mutant"]
+            trying, passed = line["mutant"], 0
+        elif line["kind"] == "passed":
+            passed += 1
         elif line["kind"] == "verdict":
-            verdicts[line["mutant"]] = {**line, "met": met[line["mutant"]]}
+            verdicts[line["mutant"]] = {**line, "met": len(plans[line["mutant"]])}
             trying = None
-    if trying is not None:
+    if trying is not None and sentence is not None:
+        plan = plans[trying]
+        test = plan[min(passed, len(plan) - 1)] if plan else ""
         text = sentence or "the guest ended"
-        verdicts[trying] = {"verdict": "died", "test": "", "text": text, "met": met[trying]}
+        verdicts[trying] = {"verdict": "died", "test": test, "text": text, "met": len(plan)}
 
 
 def _summary(verdicts: dict[int, dict[str, Any]]) -> str:
