@@ -19,6 +19,7 @@ from pyuffd import (
     Handler,
     HandlerError,
     PagePoisonedError,
+    RangeBusyError,
     Region,
     RunState,
     Snapshot,
@@ -26,6 +27,7 @@ from pyuffd import (
     SnapshotFormatError,
     UffdOSError,
     Userfaultfd,
+    lazy,
 )
 from pyuffd.snapshot import _content, _restore_map
 from pyuffd.testing import needs
@@ -311,6 +313,31 @@ def test_bad_arguments() -> None:
     run_child(bad_arguments)
 
 
+def served_by_others() -> None:
+    """No method ends what a handler, a tracker or another restore does."""
+    with folder() as path:
+        write(path / "one", [(START, [data(8)])])
+        with Snapshot.open(path / "one") as snapshot:
+            for mode in ("auto", "copy", "minor", "map"):
+                options: dict[str, Any] = {"mode": mode}
+                with lazy(b"L" * 8 * PAGE) as memory:
+                    for region in (memory, memory[: 2 * PAGE]):
+                        with pytest.raises(RangeBusyError):
+                            snapshot.restore({START: region}, **options)
+                    assert memory.read() == b"L" * 8 * PAGE
+                with Region.anonymous(4 * PAGE) as region:
+                    with snapshot.restore({START: region}, mode="copy", paused=True) as first:
+                        with pytest.raises(RangeBusyError):
+                            snapshot.restore({START + 4 * PAGE: region}, **options)
+                        first.resume()
+                        assert first.wait(30)
+                    assert region.read() == snapshot.read(START, 4 * PAGE)
+
+
+def test_served_by_others() -> None:
+    run_child(served_by_others)
+
+
 # Damage
 
 
@@ -340,6 +367,18 @@ def flipped() -> None:
                     for place in (PIECE, at):
                         with pytest.raises(PagePoisonedError):
                             region.read(place, 1)
+            # Mapped: the file's content is there at once, and the background says what it found.
+            for mode in ("map", "auto"):
+                with Region.anonymous(pages * PAGE) as region:
+                    restored = snapshot.restore({START: region}, mode=mode, paused=True)  # type: ignore[arg-type]
+                    with restored as restore:
+                        assert restore.method == "map"
+                        assert not restore.wait(0)
+                        restore.resume()
+                        with pytest.raises(SnapshotFormatError) as caught:
+                            restore.wait(30)
+                        assert caught.value.offset == PIECE
+                    assert region.read(at, 1) == bytes([good[at] ^ 1])
             # As it was asked for: nobody looks.
             with Region.anonymous(pages * PAGE) as region:
                 with snapshot.restore({START: region}, mode="copy", verify="no") as restore:

@@ -224,6 +224,12 @@ class Image(Closing):
 
     def _chunk(self, run: SnapshotRun) -> bytes:
         content = os.pread(self._pages.number, run.stored, run.offset)
+        if len(content) < run.stored:
+            raise SnapshotFormatError(
+                self._place(PAGES),
+                f"the content of [{run.start:#x}, {run.end:#x}) is cut: the file was truncated",
+                run.offset,
+            )
         if run.stored < run.length:
             if self._unpack is None:
                 raise SnapshotFormatError(

@@ -23,8 +23,9 @@ from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._content import Files, Placed, Sums, check_files, check_gaps
 from pyuffd.snapshot._drain import Batch, Drain
+from pyuffd.snapshot._restore_compare import Comparing
 from pyuffd.snapshot._restore_options import Options, check_rate
-from pyuffd.snapshot._restore_plan import check_empty, choose
+from pyuffd.snapshot._restore_plan import check_empty, check_not_registered, choose
 from pyuffd.snapshot._serve import Serving
 from pyuffd.snapshot._share import Shares
 
@@ -100,6 +101,7 @@ class Restore(Closing):
     _instead = "it owns a userfaultfd and threads; share the object itself"
     _serving: Serving | None = None
     _drain: Drain[tuple[Placed, int, int, int]] | None = None
+    _comparing: Comparing | None = None
 
     def __init__(
         self, path: str, shares: Callable[[], Shares], placed: Sequence[Placed], options: Options
@@ -129,10 +131,15 @@ class Restore(Closing):
         files = Files(images)
         try:
             self.method, self.why = choose(placed, files, options)
+            check_empty(placed)
             if self.method != "copy":
-                check_empty(placed)
+                check_not_registered(placed)
             if self.method == "map":
                 maps.map_all(placed, files)
+                if options.verify == "drain":
+                    self._comparing = Comparing(
+                        placed, threads=options.threads, rate=options.rate, paused=options.paused
+                    )
             else:
                 self._serving = Serving(
                     placed,
@@ -241,40 +248,50 @@ class Restore(Closing):
     # Steering
 
     @property
+    def _background(self) -> Drain[tuple[Placed, int, int, int]] | None:
+        return self._drain if self._comparing is None else self._comparing.drain
+
+    @property
     def rate(self) -> float | None:
-        """Bytes a second that the background fills at most; None is no limit. It can be changed."""
-        return None if self._drain is None else self._drain.rate
+        """Bytes a second that the background fills at most; None is no limit. It can be changed.
+
+        With "map" it compares so many at most.
+        """
+        return None if self._background is None else self._background.rate
 
     @rate.setter
     def rate(self, rate: float | None) -> None:
         rate = check_rate(rate)
-        if self._drain is not None:
-            self._drain.set_rate(rate)
+        if self._background is not None:
+            self._background.set_rate(rate)
 
     @property
     def paused(self) -> bool:
         """Whether the background pauses."""
-        return self._drain is not None and self._drain.paused
+        return self._background is not None and self._background.paused
 
     def pause(self) -> None:
         """Fill nothing more in the background, until `resume`; faults are served as before."""
-        if self._drain is not None:
-            self._drain.pause(True)
+        if self._background is not None:
+            self._background.pause(True)
 
     def resume(self) -> None:
         """Go on after `pause`."""
-        if self._drain is not None:
-            self._drain.pause(False)
+        if self._background is not None:
+            self._background.pause(False)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until everything is in place; return whether it is.
+
+        With "map" everything is from the beginning, and this waits until all of it was compared
+        with its checksums, if `verify` is "drain".
 
         Args:
             timeout_s: How long at most, in seconds.
 
         Raises:
             SnapshotFormatError: a chunk is not what was written. The pages of it that nobody had
-                touched by then are poisoned.
+                touched by then are poisoned, except with "map": its pages stay as they are.
             HandlerError: content could not be read; its pages are poisoned.
             UffdOSError: the same, found in the background: ENODATA - a file was truncated; EFAULT -
                 it cannot be read (EIO).
@@ -283,12 +300,12 @@ class Restore(Closing):
         """
         if timeout_s is not None:
             check_number("timeout_s", timeout_s, float("inf"))
-        if self._drain is None:
+        if self._background is None:
             return True
-        ended = self._drain.wait(timeout_s)
-        if ended and self._drain.error is not None:
-            raise self._drain.error
-        return ended and not self._drain.was_stopped
+        ended = self._background.wait(timeout_s)
+        if ended and self._background.error is not None:
+            raise self._background.error
+        return ended and not self._background.was_stopped
 
     def wait_hot(self, timeout_s: float | None = None) -> bool:
         """Wait until the working set is in place, or there is none; return whether it is.
@@ -351,6 +368,8 @@ class Restore(Closing):
             self._drain.stop()
         if self._serving is not None:
             self._serving.close()
+        if self._comparing is not None:
+            self._comparing.close()
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True) or self._pid != os.getpid():

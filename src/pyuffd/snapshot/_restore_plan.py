@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from pyuffd._arguments import check_int, shown
+from pyuffd._errors import UffdError
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
+from pyuffd._uffd import Userfaultfd
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._content import Files, Placed, chain_of
 from pyuffd.snapshot._format import SnapshotRegion
@@ -57,6 +59,18 @@ def check_empty(placed: Sequence[Placed]) -> None:
                 f"the region at {each.region.start:#x} has pages already, which would be lost:"
                 " restore into memory that was never touched"
             )
+
+
+def check_not_registered(placed: Sequence[Placed]) -> None:
+    """Raise RangeBusyError for memory that a handler or a tracker has: a new mapping ends that."""
+    try:
+        uffd = Userfaultfd(user_mode_only=True)
+    except UffdError:  # none can be opened here, so this process has none
+        return
+    with uffd:
+        for each in placed:
+            uffd.register(each.region.start, each.region.length)
+            uffd.unregister(each.region.start, each.region.length)
 
 
 def choose(placed: Sequence[Placed], files: Files, options: Options) -> tuple[UsedMode, str]:

@@ -318,10 +318,12 @@ class Snapshot(Opened):
             mode: "copy" fills pages of any kind of memory, which is independent of the files
                 afterwards. "minor" fills one memfd, which all restores of this object map
                 copy-on-write, so that they share the pages that they do not write. "map" maps the
-                files themselves, copy-on-write: nothing is filled or checked, and the files must
-                stay as they are as long as the memory is used. Both replace the mapping of the
-                region, which must be private anonymous memory of this process with small pages; a
-                page that is dropped (MADV_DONTNEED) has the snapshot's content again. "auto" is
+                files themselves, copy-on-write: nothing is filled, and the files must stay as they
+                are as long as the memory is used. Both replace the mapping of the region, which
+                must be private anonymous memory of this process with small pages; the new one is
+                readable and writable, and a page that is dropped (MADV_DONTNEED) has the snapshot's
+                content again. This object keeps the memfd of each part that was restored by
+                "minor", until it is closed. "auto" is
                 "map" where that is possible and the faster way (a local file system, the image in
                 the page cache), otherwise "copy"; `Restore.why` tells.
             gaps: What to do about pages whose content the snapshot does not have: LOST, SHARED, and
@@ -330,7 +332,8 @@ class Snapshot(Opened):
                 memory, are zeros.
             verify: When chunks are compared with their checksums: "first", before anything is
                 restored; "drain", by the background before it fills them, so that a page that is
-                touched earlier is not checked before; "no". Compressed chunks always are.
+                touched earlier is not checked before; "no". Compressed chunks always are. With
+                "map", the background only compares: `Restore.wait` tells of damage.
             handler: A running handler that serves the regions, "copy" only. By default the restore
                 has one of its own, which follows memory that is dropped or moved, but no forks.
             threads: How many fill; by default one for each CPU, 4 at most.
@@ -349,10 +352,11 @@ class Snapshot(Opened):
                 a mode that the regions cannot have.
             SnapshotError: "gaps".
             SnapshotFormatError: a file was cut; with "first", a chunk was changed.
+            RangeBusyError: memory that a handler, a tracker or another restore has registered.
             UffdOSError: what opening a userfaultfd, registering and mapping raise.
 
         Kernel: UFFDIO_COPY, UFFDIO_CONTINUE (Linux 5.14).  GIL: released.  Blocks: no, except with
-        verify="first".
+        verify="first", and until the helper process runs that decompresses a compressed snapshot.
         """
         options = checked(
             mode=mode,
