@@ -136,6 +136,54 @@ def test_a_range_is_reported_until_it_is_dropped() -> None:
     run_child(dropped_late)
 
 
+def peeked_before_it_is_dropped() -> None:
+    """The thread was seen outside in the round before the event that `peek` reads."""
+    goes = threading.Event()
+    with (
+        Userfaultfd() as slow,
+        Region.anonymous(PAGE) as buffer,
+        Region.memfd(4 * PAGE) as region,
+        DirtyTracker(region, watch_drops=True) as tracker,
+    ):
+        region.fill(1)
+        slow.register(buffer, mode=RegisterMode.MISSING)
+
+        def drop() -> None:
+            goes.wait()
+            region.madvise(mmap.MADV_REMOVE, 2 * PAGE, PAGE)
+
+        dropper = threading.Thread(target=drop, daemon=True)
+        dropper.start()
+        tid = dropper.native_id
+        assert tid is not None
+        wait_until("it sleeps", lambda: _drops._is_outside(tid))
+        # Threads are looked at only after an event.
+        region.madvise(mmap.MADV_REMOVE, 3 * PAGE, PAGE)
+        tracker.collect().commit()
+        # It holds the file's lock, and waits for its buffer.
+        writer = threading.Thread(
+            target=libc.pwrite, args=(region.fd, ctypes.c_void_p(buffer.start), 8, 0)
+        )
+        writer.start()
+        wait_until("it waits", lambda: bool(select.select([slow], [], [], 0)[0]))
+        goes.set()
+        wait_until("its event is read", lambda: 2 in pages(region, tracker.peek().unsure))
+        for _ in range(3):
+            with tracker.collect() as round_:
+                assert 2 in pages(region, round_.unsure)
+                round_.commit()
+        slow.zeropage(buffer)
+        writer.join()
+        dropper.join()
+        with tracker.collect() as round_:
+            assert 2 in pages(region, round_.unsure | round_.written)
+
+
+@needs_kernel_faults()
+def test_a_range_that_peek_saw_is_reported_until_it_is_dropped() -> None:
+    run_child(peeked_before_it_is_dropped)
+
+
 def has_status(pid: int, status: str) -> bool:
     return psutil.Process(pid).status() == status
 

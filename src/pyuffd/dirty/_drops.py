@@ -51,7 +51,8 @@ class DropWatch:
 
     def peek(self, watched: memoryview) -> memoryview:
         """Return the ranges of all events that are not settled."""
-        self._take(watched)
+        # A thread may have come in since the last round saw it outside.
+        self._take(watched, self._round + 1)
         return self._all()
 
     def collect(self, watched: memoryview) -> tuple[memoryview, memoryview]:
@@ -61,7 +62,7 @@ class DropWatch:
             watched: What is registered.
         """
         self._round += 1
-        self._take(watched)
+        self._take(watched, self._round)
         if not self._open:
             return calls.NO_RANGES, calls.NO_RANGES
         until = self._outside_since()
@@ -75,12 +76,13 @@ class DropWatch:
         still_open = self._all()
         return still_open, calls.subtract(settled, still_open)
 
-    def _take(self, watched: memoryview) -> None:
+    def _take(self, watched: memoryview, number: int) -> None:
+        """Take in the events since the last call, as of a round before which nobody was seen."""
         ranges, is_lost = self._reader.take()
         if is_lost:
             ranges = watched
         if len(ranges):
-            self._open.append((self._round, ranges))
+            self._open.append((number, ranges))
 
     def _all(self) -> memoryview:
         found = calls.NO_RANGES
