@@ -214,9 +214,7 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
 
 static int reserve(struct uffd_page_ranges *ranges, uint64_t wanted)
 {
-	if (ranges->count < ranges->capacity)
-		return 0;
-	return resize(ranges, min_u64(wanted, ranges->capacity ? 2 * ranges->capacity : FIRST_RANGES));
+	return wanted <= ranges->capacity ? 0 : resize(ranges, wanted);
 }
 
 /*
@@ -266,8 +264,8 @@ static void walked(const struct uffd_pm_scan_arg *arg, uint64_t found, uint64_t 
 	}
 }
 
-static int scan_all(int fd, const struct uffd_pm_scan_arg *request, struct uffd_page_ranges *ranges,
-		    uint64_t *walk_end)
+static int scan_all(int fd, const struct uffd_pm_scan_arg *request, uint64_t room,
+		    struct uffd_page_ranges *ranges, uint64_t *walk_end)
 {
 	const uint64_t loses = UFFD_PM_SCAN_WP_MATCHING | UFFD_PM_SCAN_CHECK_WPASYNC;
 	uint64_t most = min_u64(request->vec_len, (request->end - request->start) / BASE_PAGE);
@@ -280,11 +278,14 @@ static int scan_all(int fd, const struct uffd_pm_scan_arg *request, struct uffd_
 	arg.size = sizeof(arg);
 	do {
 		if (most) {
-			ret = reserve(ranges, most);
+			uint64_t wanted = min_u64(ranges->count + room, most);
+
+			ret = reserve(ranges, wanted);
 			if (ret)
 				return ret;
 			arg.vec = (uintptr_t)(ranges->vec + ranges->count);
-			arg.vec_len = min_u64(ranges->capacity, most) - ranges->count;
+			arg.vec_len = wanted - ranges->count;
+			room *= 2;
 		} else {
 			arg.vec = 0;
 			arg.vec_len = 0;
@@ -318,9 +319,18 @@ int uffd_pagemap_scan_all(int fd, const struct uffd_pm_scan_arg *request,
 	int ret;
 
 	*walk_end_ret = request->start;
-	ret = scan_all(fd, request, ranges_ret, walk_end_ret);
+	ret = scan_all(fd, request, FIRST_RANGES, ranges_ret, walk_end_ret);
 	shrink(ranges_ret);
 	return ret;
+}
+
+int uffd_pagemap_scan_again(int fd, const struct uffd_pm_scan_arg *request, uint64_t expected,
+			    struct uffd_page_ranges *ranges)
+{
+	uint64_t walk_end = request->start;
+
+	ranges->count = 0;
+	return scan_all(fd, request, expected + 1, ranges, &walk_end);
 }
 
 /* The data or hole extent of a file that the last lookup fell into. */

@@ -77,6 +77,13 @@ int uffd_pagemap_scan_all(int fd, const struct uffd_pm_scan_arg *request,
 			  struct uffd_page_ranges *ranges_ret, uint64_t *walk_end_ret);
 
 /*
+ * The same into an array that was used before, which is emptied first and stays as large as it is.
+ * With at most @expected ranges it is one ioctl.
+ */
+int uffd_pagemap_scan_again(int fd, const struct uffd_pm_scan_arg *request, uint64_t expected,
+			    struct uffd_page_ranges *ranges);
+
+/*
  * Write one enum uffd_residency per page of @page_size bytes, for a range inside one mapping of
  * this process, which maps @file_fd (-1: no file) from @offset on. Moves file_fd's position.
  */

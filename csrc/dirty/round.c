@@ -12,6 +12,8 @@
 /* The reader of events gets a CPU in less. */
 #define BUSY_NS 200000000u
 #define RESET (UFFD_PM_SCAN_WP_MATCHING | UFFD_PM_SCAN_CHECK_WPASYNC)
+/* Room for a little more than the round before has found. */
+#define SPARE 64u
 
 struct round {
 	int pagemap_fd;
@@ -24,29 +26,42 @@ struct round {
 };
 
 /* Scan into `found`, which is emptied first. */
-static int scan(struct round *round, const struct uffd_tracked *at, struct uffd_pm_scan_arg *arg)
+static int scan(struct round *round, struct uffd_tracked *at, struct uffd_pm_scan_arg *arg)
 {
-	uint64_t walked = 0;
+	int ret;
 
 	arg->start = at->start;
 	arg->end = at->end;
 	arg->vec_len = UINT64_MAX;
-	round->found.count = 0;
-	return uffd_pagemap_scan_all(round->pagemap_fd, arg, &round->found, &walked);
+	ret = uffd_pagemap_scan_again(round->pagemap_fd, arg, at->found + at->found / 8 + SPARE,
+				      &round->found);
+	at->found -= at->found / 4;
+	if (at->found < round->found.count)
+		at->found = round->found.count;
+	return ret;
 }
 
-static int keep(const struct uffd_page_ranges *found, struct uffd_page_ranges *ranges)
+/* Append what was found; an array that is empty becomes the found one, which is empty then. */
+static int keep(struct uffd_page_ranges *found, struct uffd_page_ranges *ranges)
 {
 	int ret = 0;
 
+	if (!ranges->count) {
+		struct uffd_page_ranges empty = *ranges;
+
+		for (uint64_t i = 0; i < found->count; i++)
+			found->vec[i].categories = 0;
+		*ranges = *found;
+		*found = empty;
+		return 0;
+	}
 	for (uint64_t i = 0; !ret && i < found->count; i++)
 		ret = uffd_ranges_append(ranges, found->vec[i].start, found->vec[i].end);
 	return ret;
 }
 
 /* The first error matters, but what was found before it is protected now and must be kept. */
-static int keep_after(int error, const struct uffd_page_ranges *found,
-		      struct uffd_page_ranges *ranges)
+static int keep_after(int error, struct uffd_page_ranges *found, struct uffd_page_ranges *ranges)
 {
 	int ret = keep(found, ranges);
 
@@ -91,7 +106,7 @@ static bool peeks(const struct round *round)
 }
 
 /* Pages without content and without a marker; `found` has them afterwards. */
-static int scan_holes(struct round *round, const struct uffd_tracked *at)
+static int scan_holes(struct round *round, struct uffd_tracked *at)
 {
 	struct uffd_pm_scan_arg arg = {
 		.category_inverted = POPULATED,
@@ -102,26 +117,32 @@ static int scan_holes(struct round *round, const struct uffd_tracked *at)
 	return scan(round, at, &arg);
 }
 
-/* One scan tells written from dropped, by whether the page has content. */
-static int split(const struct uffd_page_ranges *found, struct uffd_page_ranges *written,
+/* One scan tells written from dropped, by whether the page has content; `found` is used up. */
+static int split(struct uffd_page_ranges *found, struct uffd_page_ranges *written,
 		 struct uffd_page_ranges *dropped)
 {
+	uint64_t kept = 0;
 	int ret = 0;
 
 	for (uint64_t i = 0; !ret && i < found->count; i++) {
-		const struct uffd_page_region *at = &found->vec[i];
+		struct uffd_page_region at = found->vec[i];
 
-		ret = uffd_ranges_append(at->categories & POPULATED ? written : dropped, at->start,
-					 at->end);
+		if (!(at.categories & POPULATED))
+			ret = uffd_ranges_append(dropped, at.start, at.end);
+		else if (kept && found->vec[kept - 1].end == at.start)
+			found->vec[kept - 1].end = at.end;
+		else
+			found->vec[kept++] = at;
 	}
-	return ret;
+	found->count = kept;
+	return keep_after(ret, found, written);
 }
 
 /*
  * Private anonymous memory in one scan.  The categories are those of the page at the moment that
  * it was protected: a page that gets content later is written, and the next round says so.
  */
-static int round_of_zeros(struct round *round, const struct uffd_tracked *at)
+static int round_of_zeros(struct round *round, struct uffd_tracked *at)
 {
 	struct uffd_pm_scan_arg arg = {
 		.flags = peeks(round) ? 0 : RESET,
@@ -150,7 +171,7 @@ static int join(struct uffd_page_ranges *mine, const struct uffd_page_ranges *fo
 }
 
 /* The holes that the one scan does not see.  A write into one now is copied with its content. */
-static int add_holes(struct round *round, const struct uffd_tracked *at,
+static int add_holes(struct round *round, struct uffd_tracked *at,
 		     struct uffd_page_ranges *mine)
 {
 	int ret = scan_holes(round, at);
@@ -161,7 +182,7 @@ static int add_holes(struct round *round, const struct uffd_tracked *at,
 }
 
 /* Private copies that are no longer there: dropped, or on swap, which looks the same. */
-static int add_lost_copies(struct round *round, const struct uffd_tracked *at,
+static int add_lost_copies(struct round *round, struct uffd_tracked *at,
 			   const struct uffd_page_region *known, uint64_t count,
 			   struct uffd_page_ranges *mine)
 {
@@ -175,14 +196,14 @@ static int add_lost_copies(struct round *round, const struct uffd_tracked *at,
 	int ret = scan(round, at, &arg);
 
 	if (!ret)
-		ret = keep(&round->found, round->known);
-	if (!ret)
 		ret = uffd_ranges_intersect(known, count, &whole, 1, &before);
 	if (!ret)
 		ret = uffd_ranges_subtract(before.vec, before.count, round->found.vec,
 					   round->found.count, &lost);
 	if (!ret)
 		ret = join(mine, &lost);
+	if (!ret)
+		ret = keep(&round->found, round->known);
 	free(before.vec);
 	free(lost.vec);
 	return ret;
@@ -192,7 +213,7 @@ static int add_lost_copies(struct round *round, const struct uffd_tracked *at,
  * A page with a file behind it: whatever is not protected may have been written.  Reclaim and
  * MADV_DONTNEED leave no trace of a written page but the lack of a marker.
  */
-static int round_of_file(struct round *round, const struct uffd_tracked *at,
+static int round_of_file(struct round *round, struct uffd_tracked *at,
 			 const struct uffd_page_region *known, uint64_t count)
 {
 	struct uffd_pm_scan_arg arg = {
@@ -213,7 +234,7 @@ static int round_of_file(struct round *round, const struct uffd_tracked *at,
 	return ret;
 }
 
-static int round_of_sparse(struct round *round, const struct uffd_tracked *at,
+static int round_of_sparse(struct round *round, struct uffd_tracked *at,
 			   const struct uffd_page_region *known, uint64_t count)
 {
 	struct uffd_pm_scan_arg arg = {
@@ -237,7 +258,7 @@ static int round_of_sparse(struct round *round, const struct uffd_tracked *at,
  * Only pages that are reported are protected, and their content is read after that.  So a write
  * between the scan and the ioctl is in this round.
  */
-static int round_of_huge(struct round *round, const struct uffd_tracked *at)
+static int round_of_huge(struct round *round, struct uffd_tracked *at)
 {
 	struct uffd_pm_scan_arg arg = {
 		.flags = UFFD_PM_SCAN_CHECK_WPASYNC,
@@ -278,7 +299,7 @@ static uint64_t known_of(const struct uffd_tracked *at, const struct uffd_page_r
 	return end < count && known[end].start < at->end ? end + 1 - first : end - first;
 }
 
-static int round_of(struct round *round, const struct uffd_tracked *at,
+static int round_of(struct round *round, struct uffd_tracked *at,
 		    const struct uffd_page_region *known, uint64_t count)
 {
 	const struct uffd_page_region *mine;

@@ -48,6 +48,8 @@ struct uffd_tracked {
 	uint64_t uffd;
 	/* Set by uffd_round(): 0, or the errno that ended the scan of this mapping. */
 	uint64_t error;
+	/* Kept by uffd_round(): how many ranges a scan is likely to find; 0 at first. */
+	uint64_t found;
 };
 
 /*

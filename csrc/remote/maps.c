@@ -37,6 +37,11 @@ struct procmap_query {
 _Static_assert(sizeof(struct procmap_query) == 104, "procmap_query");
 
 #define PROCMAP_QUERY _IOWR('f', 17, struct procmap_query)
+/* Of query_flags; the lower bits are permissions, as in vma_flags and in UFFD_MAP_READ and so on. */
+#define COVERING_OR_NEXT 0x10u
+#define PERMISSIONS (UFFD_MAP_READ | UFFD_MAP_WRITE | UFFD_MAP_EXECUTE | UFFD_MAP_SHARED)
+/* PATH_MAX, and what the kernel says behind a path. */
+#define NAME_MOST 4352u
 
 struct text {
 	char *bytes;
@@ -190,6 +195,58 @@ void uffd_maps_free(struct uffd_maps *maps)
 	free(maps->vec);
 	free(maps->names);
 	*maps = (struct uffd_maps){ 0 };
+}
+
+static int query(int fd, uint64_t address, struct uffd_map *map, char *name)
+{
+	struct procmap_query query = {
+		.size = sizeof(query),
+		.query_flags = COVERING_OR_NEXT,
+		.query_addr = address,
+		.vma_name_size = NAME_MOST,
+		.vma_name_addr = (uintptr_t)name,
+	};
+
+	if (ioctl(fd, PROCMAP_QUERY, &query))
+		return -errno;
+	*map = (struct uffd_map){
+		.start = query.vma_start,
+		.end = query.vma_end,
+		.flags = query.vma_flags & PERMISSIONS,
+		.offset = query.vma_offset,
+		.device = makedev(query.dev_major, query.dev_minor),
+		.inode = query.inode,
+		.name_length = query.vma_name_size ? query.vma_name_size - 1 : 0,
+	};
+	return 0;
+}
+
+int uffd_maps_query(int fd, const struct uffd_page_region *vec, uint64_t count, uint64_t most,
+		    struct uffd_maps *maps_ret)
+{
+	char name[NAME_MOST];
+	uint64_t reached = 0;
+	int ret = 0;
+
+	*maps_ret = (struct uffd_maps){ 0 };
+	for (uint64_t i = 0; !ret && i < count; i++) {
+		uint64_t at = vec[i].start > reached ? vec[i].start : reached;
+
+		while (!ret && at < vec[i].end) {
+			struct uffd_map map;
+
+			ret = query(fd, at, &map, name);
+			if (ret || map.start >= vec[i].end)
+				break;
+			ret = maps_ret->count < most ? add(maps_ret, &map, name) : -E2BIG;
+			at = reached = map.end;
+		}
+		if (ret == -ENOENT)
+			ret = 0; /* no mapping from there on */
+	}
+	if (ret)
+		uffd_maps_free(maps_ret);
+	return ret;
 }
 
 int uffd_maps_page_size(int fd, uint64_t start, uint64_t *page_size_ret)

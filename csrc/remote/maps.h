@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include "uffd_abi.h"
+
 #define UFFD_MAP_READ		(1u << 0)
 #define UFFD_MAP_WRITE		(1u << 1)
 #define UFFD_MAP_EXECUTE	(1u << 2)
@@ -39,6 +41,13 @@ struct uffd_maps {
 
 /* Read an open /proc/PID/maps from its beginning. -ESRCH: the process has no memory any more. */
 int uffd_maps_read(int fd, struct uffd_maps *maps_ret);
+
+/*
+ * Read those that overlap ranges in ascending order, by one ioctl each. -ENOTTY: the kernel cannot
+ * (before Linux 6.11); -E2BIG: they are more than @most, so that reading all of them is quicker.
+ */
+int uffd_maps_query(int fd, const struct uffd_page_region *vec, uint64_t count, uint64_t most,
+		    struct uffd_maps *maps_ret);
 void uffd_maps_free(struct uffd_maps *maps);
 
 /*

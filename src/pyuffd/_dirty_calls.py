@@ -53,7 +53,7 @@ class TrackedRows:
 
     def __init__(self, rows: list[tuple[int, int, Track, Backing, int]]) -> None:
         self._count = len(rows)
-        self._vec: Any = ffi.new("struct uffd_tracked[]", [(*row, 0) for row in rows])
+        self._vec: Any = ffi.new("struct uffd_tracked[]", [(*row, 0, 0) for row in rows])
 
     def __len__(self) -> int:
         return self._count
@@ -62,7 +62,7 @@ class TrackedRows:
         """Return index and errno of each mapping whose last scan failed."""
         if not self._count:
             return []
-        words = memoryview(ffi.buffer(self._vec)).cast("Q")[5::6]
+        words = memoryview(ffi.buffer(self._vec)).cast("Q")[5::7]
         return [(index, code) for index, code in enumerate(words) if code]
 
 

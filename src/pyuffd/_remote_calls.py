@@ -24,6 +24,7 @@ MAP_WRITE = lib.UFFD_MAP_WRITE
 MAP_EXECUTE = lib.UFFD_MAP_EXECUTE
 MAP_SHARED = lib.UFFD_MAP_SHARED
 
+_PINNERS_FIRST = 64
 _NO_ROWS = memoryview(b"").cast("Q")
 
 
@@ -33,9 +34,25 @@ def maps_read(fd: int, pid: int) -> tuple[bytes, bytes]:
     code = lib.uffd_maps_read(fd, maps)
     if code:
         raise_errno(f"read /proc/{pid}/maps", -code)
+    return _packed_maps(maps)
+
+
+def _packed_maps(maps: Any) -> tuple[bytes, bytes]:
     size = maps.count * ffi.sizeof("struct uffd_map")
     names = bytes(ffi.buffer(maps.names, maps.names_length)) if maps.names_length else b""
-    return bytes(ffi.buffer(maps.vec, size)), names
+    return bytes(ffi.buffer(maps.vec, size)) if size else b"", names
+
+
+def maps_query(fd: int, pid: int, spans: memoryview, most: int) -> tuple[bytes, bytes] | None:
+    """Read the mappings that overlap packed ranges; None if they are more, or on old kernels."""
+    maps = ffi.gc(ffi.new("struct uffd_maps *"), lib.uffd_maps_free)
+    vec = ffi.from_buffer("struct uffd_page_region[]", spans)
+    code = lib.uffd_maps_query(fd, vec, len(vec), most, maps)
+    if code in (-errno.ENOTTY, -errno.E2BIG):
+        return None
+    if code:
+        raise_errno(f"PROCMAP_QUERY of /proc/{pid}/maps", -code)
+    return _packed_maps(maps)
 
 
 def maps_page_size(fd: int, start: int) -> int | None:
@@ -114,6 +131,18 @@ def find(pid: int, start: int, end: int, pattern: bytes) -> int | None:
 def shares_memory(pid: int, other_pid: int) -> bool:
     """Return whether two processes share their memory; False if one may not be traced by us."""
     return bool(lib.uffd_remote_same_memory(pid, other_pid) == 1)
+
+
+def pinners(pid: int) -> list[int]:
+    """Return the descriptors of a process by which memory may be pinned; [] if it is gone."""
+    capacity = _PINNERS_FIRST
+    while True:
+        fds, count = ffi.new("int32_t[]", capacity), ffi.new("uint64_t *")
+        if lib.uffd_remote_pinners(pid, fds, capacity, count):
+            return []  # it has ended, or may not be looked at
+        if count[0] <= capacity:
+            return list(fds[0 : count[0]])
+        capacity = 2 * int(count[0])
 
 
 def allow_tracer(pid: int) -> None:

@@ -73,6 +73,24 @@ def test_rounds_have_what_was_written(memory: Memory) -> None:
             assert not round_.written
 
 
+@pytest.mark.parametrize("memory", memory_params("anon", "shmem", "shmem-private"), indirect=True)
+def test_rounds_of_any_number_of_ranges(memory: Memory) -> None:
+    """A round has room for what the last one found, and finds more or less than that."""
+    region = memory.pages(4096)
+    region.fill(1)
+    with DirtyTracker(region) as tracker:
+        tracker.collect().commit()
+        for step, count in ((1000, 3), (2, 2048), (3, 1300), (2, 0), (2, 2048), (1, 5)):
+            expected = list(range(0, count * step, step))
+            for index in expected:
+                _memory.write(region.start + index * PAGE, b"x")
+            assert pages(region, tracker.peek().written) == expected
+            with tracker.collect() as round_:
+                assert pages(region, round_.written) == expected
+                assert not round_.dropped
+                round_.commit()
+
+
 @pytest.mark.parametrize(
     "method", ["wp-async", pytest.param("wp-sync", marks=needs_kernel_faults())]
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +26,7 @@ from pyuffd import (
     Region,
     StopTimeoutError,
 )
+from pyuffd.dirty import _rows
 from pyuffd.testing import needs_hugepages
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
@@ -323,3 +327,35 @@ def stopped_ourselves() -> None:
 def test_a_stop_is_lost_while_we_are_stopped() -> None:
     """What is read afterwards would be of no instant."""
     run_child(stopped_ourselves)
+
+
+def test_mappings_of_ranges_are_those_of_the_whole(tmp_path: Path) -> None:
+    """Asked for one by one, they are what the whole file says of them."""
+    path = tmp_path / "mapped"
+    path.write_bytes(bytes(4 * PAGE))
+    with (
+        path.open("r+b") as file,
+        mmap.mmap(file.fileno(), 4 * PAGE) as mapped,
+        Region.memfd(4 * PAGE) as memfd,
+        Region.anonymous(8 * PAGE) as anonymous,
+        Process(os.getpid()) as process,
+    ):
+        path.unlink()  # its path ends with " (deleted)"
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        at = anonymous.start
+        protect = ctypes.CDLL(None).mprotect
+        assert not protect(ctypes.c_void_p(at + 2 * PAGE), ctypes.c_size_t(PAGE), mmap.PROT_READ)
+        shared = (memfd.start, memfd.start + PAGE)
+        whole = process.mappings()
+        stack = next(m for m in whole if m.path == "[stack]")
+        for spans in (
+            [(at, at + PAGE)],
+            [(at, at + 8 * PAGE)],
+            [(at, at + PAGE), (at + PAGE, at + 4 * PAGE), (at + 7 * PAGE, at + 8 * PAGE)],
+            sorted([(address, address + PAGE), shared, (stack.start, stack.end)]),
+            [(PAGE, 2 * PAGE)],
+            [(stack.end, stack.end + PAGE)],
+            [(0, 1 << 47)],
+        ):
+            found = process._mappings_in(_rows.packed(spans))
+            assert list(_rows.in_scope(found, spans)) == list(_rows.in_scope(whole, spans)), spans

@@ -51,13 +51,19 @@ class AsyncMethod:
         self._scope = scope
         self._may_be_dense = sees_holes()
         self._flags = 0 if self._may_be_dense else calls.HOLES_APART
-        self._mappings: Mappings = process.mappings()
+        self._spans = None if scope is None else _rows.packed(scope)
+        self._mappings = self._read_mappings()
         self._rows: list[Row] = []
         self._refused: dict[Mapping, Blind] = {}
         self._tracked = calls.TrackedRows([])
         self._known = NO_RANGES
         self._set_rows(self._wanted(self._mappings))
         self._arm()
+
+    def _read_mappings(self) -> Mappings:
+        if self._spans is None:
+            return self._process.mappings()
+        return self._process._mappings_in(self._spans)
 
     # Registering
 
@@ -172,10 +178,11 @@ class AsyncMethod:
         """Return what was written since the last call, and protect it again."""
         layout = self._follow()
         # Before the scan: what has been dropped by now is seen by it.
-        drops = self._watch.collect(self._watched()) if self._watch else (NO_RANGES, NO_RANGES)
+        drops = self._watch.collect(self._watched()) if self._watch else None
         found = self._scan(self._tracked, 0, self._known)
         result = Pending(found.written, found.dropped, NO_RANGES, tuple(layout))
-        result = result.plus(self._with_drops(*drops))
+        if drops is not None:
+            result = result.plus(self._with_drops(*drops))
         self._known = found.known
         errors = self._tracked.errors()
         if errors:
@@ -184,7 +191,7 @@ class AsyncMethod:
 
     def peek(self) -> Pending:
         """Return what `collect` would, and change nothing."""
-        mappings = self._process.mappings()
+        mappings = self._read_mappings()
         layout: list[LayoutChange] = []
         if mappings != self._mappings:
             layout = _layout.changes(*self._both(mappings))
@@ -233,7 +240,7 @@ class AsyncMethod:
 
     def _follow(self) -> list[LayoutChange]:
         """Read the mappings again, and scan those that exist now."""
-        mappings = self._process.mappings()
+        mappings = self._read_mappings()
         if mappings == self._mappings:
             return []
         layout = _layout.changes(*self._both(mappings))

@@ -21,6 +21,9 @@ _SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
 _SHMEM_NAMES = ("/memfd:", "/dev/zero", "/SYSV", "/dev/shm/", "/drm", "/i915")
 _HUGE_NAMES = ("/anon_hugepage", "/memfd:", "/SYSV")
 
+# A line of the file costs as much as an ioctl.
+_QUERIES_MOST = 64
+
 
 class MappingKind(Word):
     """The kind of memory that is mapped.
@@ -238,6 +241,12 @@ def read_mappings(fd: int, pid: int, kinds: Kinds) -> Mappings:
     """Read an open /proc/PID/maps."""
     packed, names = calls.maps_read(fd, pid)
     return Mappings(packed, names, kinds)
+
+
+def query_mappings(fd: int, pid: int, kinds: Kinds, spans: memoryview) -> Mappings | None:
+    """Read those that overlap packed ranges, by an open /proc/PID/maps; None: read all of them."""
+    found = calls.maps_query(fd, pid, spans, _QUERIES_MOST)
+    return None if found is None else Mappings(*found, kinds)
 
 
 def with_details(mappings: Mappings, pid: int | str) -> Mappings:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pyuffd._pages import ADDRESS_LIMIT
+from pyuffd._remote_calls import pinners
 
 # "    0: 0x7f0123456000/4096"
 _BUFFER = re.compile(r"\s+\d+:\s+0x([0-9a-f]+)/(\d+)")
@@ -28,24 +29,14 @@ class Pin:
 def buffers(pid: int) -> list[Pin]:
     """Return what a process has pinned, by its descriptors; several may be of one ring."""
     found: dict[tuple[int, int], Pin] = {}
-    for fd, link in links(pid):
+    for fd in pinners(pid):
+        try:
+            link = os.readlink(f"/proc/{pid}/fd/{fd}")
+        except OSError:  # closed since
+            continue
         for pin in _of_descriptor(pid, fd, link):
             found.setdefault((pin.start, pin.end), pin)
     return sorted(found.values(), key=lambda pin: (pin.start, pin.end))
-
-
-def links(pid: int) -> Iterator[tuple[int, str]]:
-    """Yield each descriptor of a process, and what it is of."""
-    folder = f"/proc/{pid}/fd"
-    try:
-        names = os.listdir(folder)
-    except OSError:  # it has ended, or may not be looked at
-        return
-    for name in names:
-        try:
-            yield int(name), os.readlink(f"{folder}/{name}")
-        except OSError:  # closed since
-            continue
 
 
 def _of_descriptor(pid: int, fd: int, link: str) -> Iterator[Pin]:

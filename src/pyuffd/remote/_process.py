@@ -7,9 +7,10 @@ import os
 import select
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pyuffd import _remote_calls as calls
 from pyuffd._abi import Feature
@@ -20,7 +21,13 @@ from pyuffd._owned import Descriptor
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, resolve_range
 from pyuffd.pagemap import Pagemap, PageRanges
 from pyuffd.regions import Region
-from pyuffd.remote._mappings import Kinds, Mappings, read_mappings, with_details
+from pyuffd.remote._mappings import (
+    Kinds,
+    Mappings,
+    query_mappings,
+    read_mappings,
+    with_details,
+)
 from pyuffd.remote._threads import Thread, threads_of
 from pyuffd.remote._through import has_memory, thread_with_memory
 
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
     from pyuffd._uffd import Userfaultfd
     from pyuffd.remote._stop import Stop
 
+_T = TypeVar("_T")
 _PTRACE_HINT = "looking at another user's process needs CAP_SYS_PTRACE"
 
 
@@ -194,16 +202,24 @@ class Process(Closing):
         Raises:
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
         """
+        found = self._read(lambda: read_mappings(self._maps.number, self.pid, self._kinds))
+        return with_details(found, self.memory_tid) if details else found
+
+    def _mappings_in(self, spans: memoryview) -> Mappings:
+        """Read its mappings: those that overlap packed ranges, or all if that is quicker."""
+        found = self._read(lambda: query_mappings(self._maps.number, self.pid, self._kinds, spans))
+        return self.mappings() if found is None else found
+
+    def _read(self, read: Callable[[], _T]) -> _T:
         self.fileno()
         try:
-            found = read_mappings(self._maps.number, self.pid, self._kinds)
+            return read()
         except ProcessGoneError:
             # The kernel reads them by the thread for which the file was opened, which has ended.
             if self.memory_tid == self._opened_by:
                 raise
             self._open_maps()
-            found = read_mappings(self._maps.number, self.pid, self._kinds)
-        return with_details(found, self.memory_tid) if details else found
+            return read()
 
     def threads(self) -> list[Thread]:
         """Return its threads, in the kernel's order.

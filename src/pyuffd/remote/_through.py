@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 
 def thread_with_memory(pid: int) -> int:
@@ -24,6 +23,7 @@ def thread_with_memory(pid: int) -> int:
 def has_memory(pid: int, tid: int) -> bool:
     """Whether a thread still is one of the process, and has not ended."""
     try:
-        return Path(f"/proc/{pid}/task/{tid}/statm").read_bytes().split()[0] != b"0"
+        with open(f"/proc/{pid}/task/{tid}/statm", "rb", buffering=0) as file:
+            return not file.read(2).startswith(b"0")
     except OSError:
         return False
