@@ -16,10 +16,13 @@ _COMPILE = ("gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread
 class Programs:
     """Paths of the programs that were built."""
 
+    attach: str
     fault: str
     fill: str
+    rounds: str
     scan: str
     toucher: str
+    tracked: str
     verbs: str
     writers: str
 
@@ -32,7 +35,7 @@ def build(directory: Path) -> Programs:
         subprocess.CalledProcessError: it failed; its messages are on standard error.
     """
     common = [str(_C / "bench.c"), str(_C / "toucher.c")]
-    for name in ("fault", "fill", "scan", "verbs", "writers"):
+    for name in ("attach", "fault", "fill", "rounds", "scan", "tracked", "verbs", "writers"):
         subprocess.run(
             [*_COMPILE, str(_C / f"{name}.c"), *common, "-o", str(directory / name)], check=True
         )
@@ -41,10 +44,13 @@ def build(directory: Path) -> Programs:
         [*_COMPILE, "-shared", "-fPIC", str(_C / "toucher.c"), "-o", str(toucher)], check=True
     )
     return Programs(
+        attach=str(directory / "attach"),
         fault=str(directory / "fault"),
         fill=str(directory / "fill"),
+        rounds=str(directory / "rounds"),
         scan=str(directory / "scan"),
         toucher=str(toucher),
+        tracked=str(directory / "tracked"),
         verbs=str(directory / "verbs"),
         writers=str(directory / "writers"),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from typing import Literal
 import psutil
 
 from benchmarks._pairs import MemberError, Row, Skipped, Target, ratio_row
+from benchmarks._redis import Redis, lacking
 from benchmarks._setup import Setup
 from pyuffd import DirtyTracker, Process, Snapshot, SnapshotReport, StopTimeoutError, write_core
 
@@ -31,10 +31,8 @@ _REGISTERS_MIB = 32
 _PAGES_PER_S = 20_000
 #: Larger than any pause: a stalled snapshot would give no number.
 _STALL_S = 5.0
-_START_S = 60.0
 _ATTEMPTS = 10
 _REDIS_KEYS = 200_000
-_REDIS_VALUE = 1024
 _REDIS_ROUNDS = 3
 _WRITE_CHUNK = 1 << 20
 
@@ -268,66 +266,6 @@ def _growth(setup: Setup, size: int, folder: Path) -> Row | Skipped:
 # redis
 
 
-class _Redis:
-    """A server with keys, and the load on it."""
-
-    def __init__(self, folder: Path, keys: int) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.keys = keys
-        self.popen = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--save", "", "--dir", str(folder)],
-            stdout=subprocess.DEVNULL,
-        )
-        self._wait_for_start()
-        self.command("DEBUG", "POPULATE", str(keys), "key", str(_REDIS_VALUE))
-
-    def _wait_for_start(self) -> None:
-        give_up = time.monotonic() + _START_S
-        while True:
-            try:
-                self.command("PING")
-                return
-            except OSError:
-                if time.monotonic() > give_up:
-                    raise MemberError("redis-server does not answer") from None
-                time.sleep(0.05)
-
-    def command(self, *words: str) -> str:
-        """Return the first line of the answer."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=_START_S) as connection:
-            text = "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
-            connection.sendall(f"*{len(words)}\r\n{text}".encode())
-            answer = connection.makefile("rb").readline()
-        return answer.decode().rstrip()
-
-    def load(self, requests: int) -> tuple[float, float]:
-        """Run redis-benchmark; return requests a second, and p99 in milliseconds."""
-        done = subprocess.run(
-            [
-                *("redis-benchmark", "-p", str(self.port), "-t", "set", "-n", str(requests)),
-                *("-r", str(self.keys), "-d", str(_REDIS_VALUE), "--csv"),
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        fields = [word.strip('"') for word in done.stdout.splitlines()[-1].split(",")]
-        return float(fields[1]), float(fields[6])
-
-    def saves(self) -> bool:
-        """Whether a BGSAVE is under way."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=_START_S) as connection:
-            connection.sendall(b"INFO persistence\r\n")
-            text = connection.recv(1 << 16).decode()
-        return "rdb_bgsave_in_progress:1" in text
-
-    def close(self) -> None:
-        """End it."""
-        self.popen.kill()
-        self.popen.wait()
-
-
 class _Peak(threading.Thread):
     """The most memory that all others with the name, and a process, had beyond what they had."""
 
@@ -375,12 +313,11 @@ def _memory(pid: int) -> int:
 
 def _redis(setup: Setup, folder: Path) -> Iterator[Row | Skipped]:
     """Yield SET while a snapshot is taken, beside undisturbed SET and SET during BGSAVE."""
-    for program in ("redis-server", "redis-benchmark"):
-        if shutil.which(program) is None:
-            yield Skipped("redis SET during a snapshot", f"there is no {program}")
-            return
+    if why := lacking():
+        yield Skipped("redis SET during a snapshot", why)
+        return
     keys = _REDIS_KEYS // 10 if setup.quick else _REDIS_KEYS
-    redis = _Redis(folder, keys)
+    redis = Redis(folder, keys)
     alone: list[tuple[float, float]] = []
     ways: dict[str, list[tuple[float, float, float]]] = {"precopy": [], "cow": [], "BGSAVE": []}
     try:
@@ -409,7 +346,7 @@ def _redis(setup: Setup, folder: Path) -> Iterator[Row | Skipped]:
         )
 
 
-def _loaded(redis: _Redis, process: Process, way: str, folder: Path) -> tuple[float, float, float]:
+def _loaded(redis: Redis, process: Process, way: str, folder: Path) -> tuple[float, float, float]:
     """Return rate, p99 and memory while a snapshot is taken again and again, or redis saves."""
     done = threading.Event()
 

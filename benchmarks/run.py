@@ -18,6 +18,7 @@ from benchmarks import (
     bench_size,
     bench_snapshot,
     bench_throughput,
+    bench_tracking,
     bench_verbs,
     bench_working_set,
 )
@@ -31,6 +32,7 @@ _BENCHMARKS = {
     "busy_machine": bench_busy_machine.run,
     "throughput": bench_throughput.run,
     "dirty_scan": bench_dirty_scan.run,
+    "tracking": bench_tracking.run,
     "verbs": bench_verbs.run,
     "size": bench_size.run,
     "process": bench_process.run,
