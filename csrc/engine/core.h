@@ -203,6 +203,8 @@ struct uffd_engine {
 	_Atomic uint64_t passes;		/* steps of the loop */
 	_Atomic uint64_t deferred_since_ns;	/* the oldest deferred fault; UINT64_MAX: none */
 	_Atomic uint64_t given_back;		/* pages absent again that threads may wait for */
+	/* Faults that met a page in flight, see wake_turned_away(). */
+	_Alignas(64) _Atomic uint64_t turned_away;
 	_Atomic uint64_t drained_ns;		/* requests after this time are not drained */
 
 	struct engine_shared *shared;

@@ -25,6 +25,8 @@
 #define BACKLOG			32
 /* Search pages in slices, so that faults get in between. */
 #define ASK_SLICE		(4u << 20)
+/* Ranges of a file that are close to each other are faulted in at once, up to this. */
+#define GROUP_LIMIT		(1u << 20)
 
 /* Wait until another request may be queued; returns an error if none may be. */
 static int await_turn(struct uffd_engine *engine, struct populate *populate)
@@ -182,14 +184,29 @@ static uint64_t fill_reach(const struct slices *all, struct uffd_range *range, u
 	return stop;
 }
 
+/* The same for whatever is in [at, end), of a file only: reading a little more is harmless. */
+static uint64_t group_reach(const struct slices *all, struct uffd_range *range, uint64_t at,
+			    uint64_t end, struct reach *reach)
+{
+	const struct uffd_content *content = range->content;
+	uint64_t offset = content_offset(range, at);
+
+	(void)all;
+	if (offset < content->length) {
+		reach->read = uffd_content_address(content, offset);
+		reach->read_length = lower(end - at, content->length - offset);
+	}
+	return end;
+}
+
 static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
 			   uint64_t end, int *error_ret, uint64_t *done_ret)
 {
+	uint64_t before = atomic_load(&all->engine->turned_away), page;
 	struct fill_run run = fill_absent(range, at, end);
-	uint64_t page = run.from;
 
-	(void)all;
-	wake_again(range, run.from, run.past);
+	wake_turned_away(range, run.from, run.past, before);
+	page = run.from;
 	*error_ret = run.error;
 	*done_ret = run.filled;
 	/* CONTINUE alone needs no free page. */
@@ -205,7 +222,7 @@ static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, u
 
 /* What filling the absent pages of a range depends on. */
 struct needs {
-	bool is_filled, by_request;
+	bool is_filled, by_request, reads_file;
 	uint64_t page_size;
 };
 
@@ -218,15 +235,20 @@ static int look_up(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		return -ESRCH;
 	range = any_piece(access.space, ref->id, ref->start);
 	if (range)
-		*ret = (struct needs){ can_be_absent(range), needs_request(range),
-				       range->page_size };
+		*ret = (struct needs){
+			can_be_absent(range),
+			needs_request(range),
+			range->content->kind == UFFD_SOURCE_FILE && !range->content->writes_cache,
+			range->page_size,
+		};
 	close_access(&access);
 	return range ? 0 : -ENOENT;
 }
 
+/* `reach`: NULL if all that this touches has been faulted in. */
 static int populate_run(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			const struct needs *needs, uint64_t offset, uint64_t end, uint64_t chunk,
-			struct uffd_populate_result *result_ret)
+			const struct needs *needs, slice_reach reach, uint64_t offset,
+			uint64_t end, uint64_t chunk, struct uffd_populate_result *result_ret)
 {
 	uint64_t reached;
 	int r;
@@ -235,7 +257,7 @@ static int populate_run(struct uffd_engine *engine, const struct uffd_range_ref 
 	if (needs->by_request)
 		return populate_by_request(engine, ref, needs->page_size, offset, end, chunk,
 					   result_ret);
-	r = for_slices(&(struct slices){ engine, *ref, offset, end, fill_slice, fill_reach, NULL },
+	r = for_slices(&(struct slices){ engine, *ref, offset, end, fill_slice, reach, NULL },
 		       &result_ret->filled, &reached);
 	if (r == -ENOMEM)
 		result_ret->failed_at = ref->start + reached;
@@ -252,7 +274,8 @@ int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref
 	*result_ret = (struct uffd_populate_result){ 0 };
 	if (r || !needs.is_filled)
 		return r;
-	return populate_run(engine, ref, &needs, offset, offset + length, chunk, result_ret);
+	return populate_run(engine, ref, &needs, fill_reach, offset, offset + length, chunk,
+			    result_ret);
 }
 
 static bool are_ranges(const uint64_t *words, uint64_t width, uint64_t count, uint64_t limit,
@@ -265,12 +288,30 @@ static bool are_ranges(const uint64_t *words, uint64_t width, uint64_t count, ui
 	return true;
 }
 
+/* How many ranges are faulted in at once: these read no more than twice what they want. */
+static uint64_t group_of(const uint64_t *words, uint64_t width, uint64_t count, uint64_t *end_ret)
+{
+	uint64_t start = words[0], end = words[1], wanted = end - start, n;
+
+	for (n = 1; n < count; n++) {
+		words += width;
+		wanted += words[1] - words[0];
+		if (words[0] < end || words[1] - start > GROUP_LIMIT ||
+		    words[1] - start > 2 * wanted)
+			break;
+		end = words[1];
+	}
+	*end_ret = end;
+	return n;
+}
+
 int uffd_engine_populate_ranges(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 				uint64_t offset, uint64_t length, const uint64_t *words,
 				uint64_t width, uint64_t count, uint64_t chunk,
 				struct uffd_populate_result *result_ret)
 {
 	struct needs needs;
+	uint64_t end;
 	int r = look_up(engine, ref, &needs);
 
 	*result_ret = (struct uffd_populate_result){ 0 };
@@ -278,11 +319,20 @@ int uffd_engine_populate_ranges(struct uffd_engine *engine, const struct uffd_ra
 		r = -EINVAL;
 	if (r || !needs.is_filled)
 		return r;
-	for (; count-- && r == 0; words += width) {
+	for (uint64_t i = 0, past = 0; i < count && r == 0; i++, words += width) {
 		struct uffd_populate_result part;
 
-		r = populate_run(engine, ref, &needs, offset + words[0], offset + words[1], chunk,
-				 &part);
+		if (needs.reads_file && i >= past) {
+			uint64_t n = group_of(words, width, count - i, &end);
+
+			if (n > 1)
+				fault_in_slices(&(struct slices){ engine, *ref, offset + words[0],
+								  offset + end, NULL, group_reach,
+								  NULL });
+			past = n > 1 ? i + n : 0;
+		}
+		r = populate_run(engine, ref, &needs, i < past ? NULL : fill_reach,
+				 offset + words[0], offset + words[1], chunk, &part);
 		result_ret->filled += part.filled;
 		result_ret->failed_at = part.failed_at;
 	}

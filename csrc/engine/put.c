@@ -28,6 +28,17 @@ void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
 		uffd_shim_wake(range->space->fd, at, end - at);
 }
 
+/*
+ * A fault is counted before its page is looked at for the last time (resolve.c), and the count
+ * is read after the states are set: either is seen by the other.
+ */
+void wake_turned_away(struct uffd_range *range, uint64_t at, uint64_t end, uint64_t before)
+{
+	atomic_thread_fence(memory_order_seq_cst);
+	if (atomic_load(&range->space->engine->turned_away) != before)
+		wake_again(range, at, end);
+}
+
 static const void *zeros_for(struct uffd_engine *engine, uint64_t page_size)
 {
 	return page_size <= ZEROS_SIZE ? engine->zeros : atomic_load(&engine->huge_zeros);

@@ -37,5 +37,10 @@ void poison_page(struct uffd_range *range, uint64_t page);
 void unclaim(struct uffd_range *range, uint64_t at, uint64_t end, uint8_t state);
 /* Wake threads that faulted after the ioctl's wake but before the states were set. */
 void wake_again(struct uffd_range *range, uint64_t at, uint64_t end);
+/*
+ * The same, but only if a fault met a page in flight since `before`, the engine's
+ * `turned_away` before the pages were claimed; most often there was none.
+ */
+void wake_turned_away(struct uffd_range *range, uint64_t at, uint64_t end, uint64_t before);
 
 #endif /* UFFD_ENGINE_PUT_H */

@@ -62,6 +62,19 @@ static uint32_t thread_of(const struct deferred_fault *fault)
 	return fault ? fault->thread_id : 0;
 }
 
+/*
+ * Whether another thread has a page.  That thread wakes only faults that it knows of: count
+ * this one, then look again.
+ */
+static bool is_turned_away(struct uffd_range *range, _Atomic uint8_t *state, uint8_t *was)
+{
+	if (!uffd_page_is_in_flight(*was))
+		return false;
+	atomic_fetch_add(&range->space->engine->turned_away, 1);
+	*was = atomic_load(state);
+	return uffd_page_is_in_flight(*was);
+}
+
 /* Claim a page; false if another thread has it.  `was_ret`: its state before. */
 static bool claim(struct uffd_range *range, uint64_t page, uint8_t as, uint8_t *was_ret)
 {
@@ -69,7 +82,7 @@ static bool claim(struct uffd_range *range, uint64_t page, uint8_t as, uint8_t *
 
 	*was_ret = atomic_load_explicit(state, memory_order_acquire);
 	do {
-		if (uffd_page_is_in_flight(*was_ret))
+		if (is_turned_away(range, state, was_ret))
 			return false;
 	} while (!atomic_compare_exchange_weak(state, was_ret, as));
 	uffd_barrier(UFFD_BARRIER_FAULT_CLAIMED);

@@ -88,6 +88,12 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 	return stop;
 }
 
+void fault_in_slices(const struct slices *all)
+{
+	for (uint64_t offset = all->offset; offset < all->end;)
+		offset = fault_in_slice(all, offset);
+}
+
 int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
 {
 	uint64_t limit = all->reach ? fault_in_slice(all, *offset) : all->end, at;
@@ -105,7 +111,7 @@ int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
 
 		at = range->start + (*offset - range->origin);
 		access.hold = leave_with(access.space->table, access.shard, range, at, stop,
-					(uint32_t)syscall(SYS_gettid));
+					 (uint32_t)syscall(SYS_gettid));
 		if (access.hold)
 			atomic_store(&access.hold->is_call, true);
 		at = all->work(all, range, at, stop, &error, done_ret);

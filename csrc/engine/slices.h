@@ -43,6 +43,8 @@ struct slices {
 	void *context;		/* for the work */
 };
 
+/* Only fault in what the work on all of it will touch. */
+void fault_in_slices(const struct slices *all);
 int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret);
 /* `reached_ret`: the offset where the work stopped. */
 int for_slices(const struct slices *all, uint64_t *done_ret, uint64_t *reached_ret);

@@ -15,9 +15,11 @@ import pytest
 
 from pyuffd import FileSource, Handler, HandlerError, PageState, Region, UffdOSError, ZeroSource
 from pyuffd.testing import needs
+from tests._barriers import Point, holding
 from tests._child import run_child
 from tests._memory import memory_params
-from tests.kernel._serving import content, run_threads, states
+from tests.kernel._faults import Task
+from tests.kernel._serving import content, run_threads, states, wait_until
 from tests.kernel._verbs import (
     ABSENT,
     CLEAN,
@@ -208,6 +210,44 @@ def dropped_unseen(handler: Handler, name: str) -> None:
         assert region.read(size, size) == bytes(size)
 
 
+def touched_meanwhile(handler: Handler, name: str) -> None:
+    """A thread that touches a page while it is dropped waits, and then gets the source's content.
+
+    Its fault is found in flight, so whoever drops the page must wake it.
+    """
+    if handler.driver == "inline":  # its threads look again and again
+        return
+    with store(handler, name) as (region, _):
+        size, data = region.page_size, content(region.length)
+        region.write(0, b"new")
+        with holding(Point.EVICT_DROPPED) as dropped:
+            evicting = Task(lambda: handler.evict(region, write_back=None))
+            dropped.wait()
+            before = handler.stats().messages
+            reading = Task(region.read, 0, size)
+            wait_until(lambda: handler.stats().messages > before, "the fault has been read")
+            assert states(handler, region)[0] is PageState.IN_FLIGHT
+        assert reading.result() == data[:size]
+        assert evicting.result() == size
+
+
+def dropped_meanwhile(handler: Handler, name: str) -> None:
+    """What its owner drops while other pages are evicted is zeros, not what the file has by now."""
+    if handler.driver == "inline":
+        return
+    with store(handler, name) as (region, fd):
+        size, data = region.page_size, content(region.length)
+        region.read(0, 1)
+        region.read(2 * size, 1)
+        with holding(Point.EVICT_DROPPED) as dropped:
+            evicting = Task(lambda: handler.evict(region, write_back=fd))
+            dropped.wait()
+            region.madvise(9 if region.shared else 4, 2 * size, size)
+        assert evicting.result() == size
+        assert states(handler, region) == [ABSENT, ABSENT, REMOVED, ABSENT]
+        assert region.read(0, region.length) == data[: 2 * size] + bytes(size) + data[3 * size :]
+
+
 def locked(handler: Handler, name: str) -> None:
     """Linux does not drop locked memory, which is said; nothing is lost."""
     with store(handler, name) as (region, fd):
@@ -306,6 +346,8 @@ CASES: dict[str, Case] = {
         fails,
         dropped,
         dropped_unseen,
+        touched_meanwhile,
+        dropped_meanwhile,
         locked,
         the_file_too,
         no_write_is_lost,
@@ -338,6 +380,8 @@ def check_one(case: str) -> None:
     [
         pytest.param("dropped", id="pitfall.11.evicted-after-it-was-dropped"),
         pytest.param("neither_zeros_nor_old", id="pitfall.11.evicted-under-readers"),
+        pytest.param("touched_meanwhile", id="pitfall.11.touched-while-it-is-evicted"),
+        pytest.param("dropped_meanwhile", id="pitfall.11.dropped-beside-an-eviction"),
     ],
 )
 def test_pitfalls(case: str) -> None:

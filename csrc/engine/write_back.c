@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Hand the content of pages over before they are evicted: to the caller, or to a file.
+ *
+ * No page is held meanwhile.  Pages are protected first, so that one that is written while
+ * it is handed over is known, and stays.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+
+#include "evict.h"
+#include "range.h"
+#include "slices.h"
+#include "states.h"
+#include "uffd_owner.h"
+#include "uffd_transfer.h"
+#include "write_back.h"
+
+#define PAGES_AT_ONCE	512u
+/* How often a page is written to the file that is written to meanwhile. */
+#define ATTEMPTS	3
+
+/* Where a page is now, and how much follows it there. */
+struct place {
+	uint64_t address, left, page_size;
+	int32_t pid;
+};
+
+static int place_of(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint64_t offset,
+		    struct place *ret)
+{
+	struct uffd_range *range;
+	struct access access;
+
+	if (!open_access(engine, ref->space, &access))
+		return -ESRCH;
+	range = find_piece(access.space, ref->id, offset, ref->start + offset);
+	if (range) {
+		ret->address = range->start + (offset - range->origin);
+		ret->left = range->end - ret->address;
+		ret->page_size = range->page_size;
+		ret->pid = access.space->owner_pid;
+	}
+	close_access(&access);
+	return range ? 0 : -ENOENT;
+}
+
+/* Outside the gate: a page that has been dropped faults. */
+int uffd_engine_peek(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+		     uint64_t offset, uint64_t length, void *target)
+{
+	struct place place;
+	int64_t n;
+	int r;
+
+	for (uint64_t done = 0; done < length; done += (uint64_t)n) {
+		r = place_of(engine, ref, offset + done, &place);
+		if (r)
+			return r;
+		n = uffd_owner_read(place.pid, place.address, (char *)target + done,
+				    lower(place.left, length - done));
+		if (n <= 0)
+			return n ? (int)n : -EFAULT;
+	}
+	return 0;
+}
+
+/* Some pages on their way to a file. */
+struct window {
+	uint64_t offset, pages, page_size;
+	uint8_t wanted[PAGES_AT_ONCE];	/* to be evicted */
+	uint8_t states[PAGES_AT_ONCE];	/* as they were when they were protected */
+};
+
+static bool is_present(uint8_t state)
+{
+	return state == UFFD_PAGE_CLEAN || state == UFFD_PAGE_DIRTY ||
+	       state == UFFD_PAGE_SAVED || state == UFFD_PAGE_REMOVED;
+}
+
+static bool is_handed_over(const struct window *window, uint64_t page, bool written_only)
+{
+	uint8_t state = window->states[page];
+
+	return window->wanted[page] &&
+	       (!written_only || state == UFFD_PAGE_DIRTY || state == UFFD_PAGE_REMOVED);
+}
+
+static int write_pages(struct uffd_engine *engine, const struct uffd_range_ref *ref, int fd,
+		       uint64_t offset, uint64_t length, uint64_t *done_ret)
+{
+	struct place place;
+	int r = 0;
+
+	for (*done_ret = 0; r == 0 && *done_ret < length;) {
+		uint64_t at = offset + *done_ret, written = 0;
+
+		r = place_of(engine, ref, at, &place);
+		if (r)
+			return r;
+		do
+			r = uffd_transfer_write(fd, (int64_t)at, (void *)(uintptr_t)place.address,
+						lower(place.left, length - *done_ret), &written);
+		while (r == -EINTR);
+		*done_ret += written;
+	}
+	return r;
+}
+
+/* Returns an error, and the first page that is not in the file. */
+static int write_window(struct uffd_engine *engine, const struct uffd_range_ref *ref, int fd,
+			struct window *window, bool written_only, uint64_t *reached_ret)
+{
+	uint64_t page = 0, first, done;
+	int r = 0;
+
+	while (r == 0 && page < window->pages) {
+		for (; page < window->pages && !is_handed_over(window, page, written_only); page++)
+			;
+		for (first = page; page < window->pages &&
+		     is_handed_over(window, page, written_only); page++)
+			;
+		*reached_ret = first;
+		if (first == page)
+			break;
+		r = write_pages(engine, ref, fd, window->offset + first * window->page_size,
+				(page - first) * window->page_size, &done);
+		if (r == -EFAULT) {
+			/* Dropped without a notice, with the inline driver: it stays. */
+			page = first + done / window->page_size;
+			window->wanted[page++] = 0;
+			r = 0;
+		}
+	}
+	return r;
+}
+
+/* Nobody has their content: call pages written again, from one on. */
+static void call_written(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			 const struct window *window, uint64_t page)
+{
+	uint8_t state;
+
+	for (; page < window->pages; page++)
+		if (window->states[page] == UFFD_PAGE_DIRTY)
+			uffd_engine_writeprotect(engine, ref,
+						 window->offset + page * window->page_size,
+						 window->page_size, 0, &state);
+}
+
+/*
+ * Protect the pages of a window, hand over those that are there, and evict them.  Afterwards
+ * `wanted` is what was written meanwhile.
+ */
+static int evict_window(struct uffd_engine *engine, const struct uffd_range_ref *ref, int fd,
+			struct window *window, bool written_only, uint64_t *evicted)
+{
+	uint64_t length = window->pages * window->page_size, done, reached, page = 0;
+	uint8_t after[PAGES_AT_ONCE];
+	int r = uffd_engine_writeprotect(engine, ref, window->offset, length, 1, window->states);
+
+	if (r)
+		return r;
+	for (uint64_t i = 0; i < window->pages; i++)
+		window->wanted[i] = is_present(window->states[i]);
+	r = write_window(engine, ref, fd, window, written_only, &page);
+	if (r) {
+		call_written(engine, ref, window, page);
+		return r;
+	}
+	r = uffd_engine_evict(engine, ref, window->offset, length, window->wanted, 0, &done,
+			      &reached);
+	*evicted += done;
+	if (r == 0)
+		r = uffd_engine_states(engine, ref, window->offset / window->page_size,
+				       window->pages, after);
+	for (uint64_t i = 0; i < window->pages; i++)
+		window->wanted[i] = r == 0 && window->wanted[i] && after[i] == UFFD_PAGE_DIRTY;
+	return r;
+}
+
+/*
+ * Only what is still to go is protected again: a page that has come back and was written
+ * must stay known as written.
+ */
+static int evict_pages(struct uffd_engine *engine, const struct uffd_range_ref *ref, int fd,
+		       uint64_t offset, uint64_t pages, bool written_only,
+		       unsigned int attempts, uint64_t *evicted)
+{
+	struct window window = { .offset = offset, .pages = pages };
+	struct place place;
+	int r = place_of(engine, ref, offset, &place);
+
+	if (r)
+		return r;
+	window.page_size = place.page_size;
+	r = evict_window(engine, ref, fd, &window, written_only, evicted);
+	for (uint64_t page = 0, first; r == 0 && attempts > 1 && page < pages;) {
+		for (; page < pages && !window.wanted[page]; page++)
+			;
+		for (first = page; page < pages && window.wanted[page]; page++)
+			;
+		if (first < page)
+			r = evict_pages(engine, ref, fd, offset + first * place.page_size,
+					page - first, written_only, attempts - 1, evicted);
+	}
+	return r;
+}
+
+int uffd_engine_evict_to(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			 uint64_t offset, uint64_t length, int32_t fd, uint32_t written_only,
+			 uint64_t *evicted_ret, uint64_t *reached_ret)
+{
+	uint64_t end = offset + length, pages;
+	struct place place;
+	int r = 0;
+
+	*evicted_ret = 0;
+	for (*reached_ret = offset; r == 0 && *reached_ret < end;) {
+		r = place_of(engine, ref, *reached_ret, &place);
+		if (r)
+			break;
+		pages = lower((end - *reached_ret) / place.page_size, PAGES_AT_ONCE);
+		r = evict_pages(engine, ref, fd, *reached_ret, pages, written_only, ATTEMPTS,
+				evicted_ret);
+		if (r == 0)
+			*reached_ret += pages * place.page_size;
+	}
+	return r;
+}
