@@ -253,6 +253,16 @@ void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original)
 	uffd_sigbus_release(to_original);
 }
 
+int uffd_inline_serves(uint64_t address)
+{
+	unsigned int shard = uffd_table_enter(&uffd_inline_table, current_cpu());
+	struct uffd_range *range = uffd_table_find(&uffd_inline_table, address);
+	bool serves = range && range->space->engine->inline_started;
+
+	uffd_table_leave(&uffd_inline_table, shard);
+	return serves;
+}
+
 int uffd_inline_is_installed(void)
 {
 	return uffd_sigbus_is_installed();

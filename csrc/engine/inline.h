@@ -11,6 +11,8 @@ void uffd_inline_stop(struct uffd_engine *engine, uint32_t to_original);
 /* Whether the process's SIGBUS action is ours; install it again. */
 int uffd_inline_is_installed(void);
 int uffd_inline_reinstall(void);
+/* Whether an engine that is started serves the address. */
+int uffd_inline_serves(uint64_t address);
 
 extern struct uffd_table uffd_inline_table;
 

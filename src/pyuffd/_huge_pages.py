@@ -24,11 +24,17 @@ def why_none(vma: Vma, pid: int | str = "self", *, needed: int = 1) -> str:
 
     `pid` is the process that the mapping belongs to.
     """
-    met = [*_full_mount(vma, pid, needed), *_full_cgroups(vma.page_size, needed)]
     pool = _machine.shortage(vma.page_size, needed, -1)
+    met = "; ".join(limits_met(vma, pid, needed=needed))
+    return met or f"{pool}, and neither its mount nor a cgroup has reached its limit now"
+
+
+def limits_met(vma: Vma, pid: int | str = "self", *, needed: int = 1) -> list[str]:
+    """Return the limits that a huge page of a mapping meets."""
+    met = [*_full_mount(vma, pid, needed), *_full_cgroups(vma.page_size, needed)]
     if _machine.free_pages(vma.page_size) < needed:
-        met.append(pool)
-    return "; ".join(met) or f"{pool}, and neither its mount nor a cgroup has reached its limit now"
+        met.append(_machine.shortage(vma.page_size, needed, -1))
+    return met
 
 
 def _full_mount(vma: Vma, pid: int | str, needed: int) -> Iterator[str]:

@@ -18,16 +18,27 @@ EHWPOISON = 133  # in Python's errno since 3.14
 # The bits of an entry that tell the marker of a poisoned page from other markers.
 _MARKER = PageBit.PRESENT | PageBit.SWAP | PageBit.UFFD_WP | PageBit.GUARD_REGION
 
+_SERVED = (
+    "SIGBUS: the handler of driver='inline' that serves it now did not serve it then, or could not"
+    " resolve its fault: stop() raises the reason"
+)
+_NOT_SERVED = (
+    "SIGBUS: its userfaultfd has Feature.SIGBUS, and no started handler of driver='inline' serves"
+    " it"
+)
 _HUGE_POISON = PageCategory.SWAPPED | PageCategory.WRITTEN
 
 
-def lost_error(op: str, address: int) -> UffdOSError:
-    """Return the exception for an access to `address` that met SIGBUS."""
+def lost_error(op: str, address: int, *, is_served: bool) -> UffdOSError:
+    """Return the exception for an access to `address` that met SIGBUS.
+
+    `is_served`: a started handler of driver="inline" serves it now.
+    """
     vma = next(overlapping(address, address + 1, details=True), None)
     if vma is None:
         return UffdOSError(errno.EFAULT, op, address, hint="it has been unmapped")
     page = round_down(address, vma.page_size)
-    reason = _other_reason(vma, page)
+    reason = _other_reason(vma, page, is_served=is_served)
     if reason:
         return UffdOSError(errno.EFAULT, op, page, vma.page_size, hint=reason)
     return PagePoisonedError(
@@ -41,7 +52,7 @@ def lost_error(op: str, address: int) -> UffdOSError:
     )
 
 
-def _other_reason(vma: Vma, page: int) -> str:
+def _other_reason(vma: Vma, page: int, *, is_served: bool) -> str:
     """Return why the access met SIGBUS; "" if the page is poisoned."""
     is_poison: bool | None = None  # unknown
     with suppress(OSError):
@@ -51,19 +62,32 @@ def _other_reason(vma: Vma, page: int) -> str:
     size = _file_size(vma)
     if size is not None and vma.offset + (page - vma.start) >= size:
         return f"SIGBUS: the file {vma.path} was truncated to {size:#x} bytes"
-    if vma.page_size > PAGE_SIZE:
-        if is_poison is None and _free_huge_pages(vma.page_size):
-            return ""
+    is_huge = vma.page_size > PAGE_SIZE
+    if is_huge and is_poison is None and _free_huge_pages(vma.page_size):
+        return ""
+    by_userfaultfd = _is_by_userfaultfd(vma, page)
+    if is_huge and (not by_userfaultfd or _meets_a_limit(vma)):
         poisoned = ", or it is poisoned" if is_poison is None else ""
         return f"SIGBUS: no huge page is free{poisoned}: {_huge_pages.why_none(vma)}"
-    if "um" in vma.flags or "ui" in vma.flags:
-        return (
-            "SIGBUS: its userfaultfd has Feature.SIGBUS, and no started handler of driver='inline'"
-            " serves it"
-        )
+    if by_userfaultfd:
+        return _SERVED if is_served else _NOT_SERVED
     if vma.path:
         return f"SIGBUS: {vma.path} could not be read, or its file system is full"
     return "SIGBUS: a memory error, or no memory"
+
+
+def _is_by_userfaultfd(vma: Vma, page: int) -> bool:
+    if vma.flags & {"um", "ui"}:
+        return True
+    with suppress(OSError), Pagemap() as pagemap:
+        return "uw" in vma.flags and bool(pagemap.read(page, PAGE_SIZE)[0] & PageBit.UFFD_WP)
+    return False
+
+
+def _meets_a_limit(vma: Vma) -> bool:
+    with suppress(OSError, ValueError):
+        return bool(_huge_pages.limits_met(vma))
+    return True
 
 
 def _is_poison(vma: Vma, page: int) -> bool:

@@ -99,7 +99,7 @@ def raise_lost(op: str, address: int) -> NoReturn:
     """Raise the exception for an access that met SIGBUS."""
     from pyuffd._lost import lost_error  # rarely needed
 
-    raise lost_error(op, address)
+    raise lost_error(op, address, is_served=bool(lib.uffd_inline_serves(address)))
 
 
 def buffer_address(data: Buffer) -> tuple[int, int, object]:
