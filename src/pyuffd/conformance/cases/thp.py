@@ -281,6 +281,7 @@ def collapse_holes(ctx: Context) -> None:
 )
 def collapse_zero_pages(ctx: Context) -> None:
     """MADV_COLLAPSE over zero pages that ZEROPAGE put there is EBUSY too, and they stay."""
+    _expect_collapse(ctx)
     region = ctx.make(PAGES)
     _fill_around(ctx, region, HOLES)
     ctx.register(region, RegisterMode.MISSING)
