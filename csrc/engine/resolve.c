@@ -193,6 +193,8 @@ static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 {
 	_Atomic uint8_t *state = state_of(range, page);
 	bool was_absent = was == UFFD_PAGE_ABSENT;
+	/* EFAULT: the page cache has lost it; or else it is what was to be written there. */
+	bool was_cached = kind == UFFD_KIND_MINOR && !range->content->writes_cache;
 
 	if (r == 0 && result->done) {
 		atomic_store(&range->exists_count, 0);
@@ -219,7 +221,7 @@ static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 		atomic_store(state, was);
 		return OUTCOME_DEFER;
 	}
-	if (r == -ENOENT || r == -ESRCH || (r == -EFAULT && kind == UFFD_KIND_MINOR)) {
+	if (r == -ENOENT || r == -ESRCH || (r == -EFAULT && was_cached)) {
 		unclaim(range, page, page + range->page_size, was);
 		return gone(range->space, r);
 	}
