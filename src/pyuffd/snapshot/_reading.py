@@ -134,7 +134,7 @@ class Image(Closing):
             return None
         length = os.fstat(self._notes.number).st_size
         self._check_notes_length(length)
-        content = os.pread(self._notes.number, length, 0)
+        content = _pread(self._notes.number, length, 0)
         if hashlib.sha256(content).hexdigest() != self.manifest["notes_sha256"]:
             raise SnapshotFormatError(
                 self.notes_path, "its SHA-256 is not the one in the manifest: it was changed"
@@ -202,7 +202,7 @@ class Image(Closing):
         first = start - run.start
         if run.stored < run.length or run.start not in self._good or run.start in self._chunks:
             return self.chunk(run)[first : end - run.start]
-        content = os.pread(self._pages.number, end - start, run.offset + first)
+        content = _pread(self._pages.number, end - start, run.offset + first)
         if len(content) != end - start:
             raise SnapshotFormatError(
                 self._place(PAGES), "it has become shorter since it was opened", run.offset + first
@@ -223,7 +223,7 @@ class Image(Closing):
         return content
 
     def _chunk(self, run: SnapshotRun) -> bytes:
-        content = os.pread(self._pages.number, run.stored, run.offset)
+        content = _pread(self._pages.number, run.stored, run.offset)
         if len(content) < run.stored:
             raise SnapshotFormatError(
                 self._place(PAGES),
@@ -320,6 +320,23 @@ class Image(Closing):
         stack, self._open = self._open, None
         if stack is not None:
             stack.close()
+
+
+def _pread(descriptor: int, length: int, offset: int) -> bytes:
+    """Read so much, or up to the end of the file.
+
+    Of a disk that cannot read some of it the kernel returns what comes before, and the error when
+    it is asked for the rest.
+    """
+    content = os.pread(descriptor, length, offset)
+    if len(content) == length:
+        return content
+    parts = [content]
+    while content and (length := length - len(content)):
+        offset += len(content)
+        content = os.pread(descriptor, length, offset)
+        parts.append(content)
+    return b"".join(parts)
 
 
 def _regions(rows: list[dict[str, Any]]) -> Iterator[SnapshotRegion]:
