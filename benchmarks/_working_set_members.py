@@ -11,9 +11,10 @@ import os
 import time
 from array import array
 
+from benchmarks._images import drop, start_of
 from benchmarks._members import Answer, answer_rounds
 from benchmarks._toucher import Toucher
-from benchmarks.bench_working_set import start_of, touched
+from benchmarks.bench_working_set import touched
 from pyuffd import Region, RunState, Snapshot
 
 _PAGE = mmap.PAGESIZE
@@ -70,12 +71,6 @@ class _Bytes:
                 os.preadv(fd, [buffer], offset)
             wall = time.monotonic_ns() - begun
         return wall, array("Q")
-
-
-def drop(image: str) -> None:
-    """Drop an image's pages from the page cache."""
-    with open(f"{image}/pages", "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def main() -> None:

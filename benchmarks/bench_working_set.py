@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import mmap
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks._images import start_of, take
 from benchmarks._pairs import Row, Skipped, Target, ratio_row, run_pairs
 from benchmarks._setup import Setup
-from pyuffd import Process, Region, Snapshot
+from pyuffd import Region, Snapshot
 
 _MIB = 1 << 20
 _PAGE = mmap.PAGESIZE
@@ -20,15 +19,6 @@ _MODULE = "_working_set_members"
 #: One page in so many is touched.
 _TOUCHED_EVERY = 10
 _RECORD_MOST_S = 600
-# No two pages are alike, and none is zeros.
-_PROGRAM = """
-import mmap, os, sys
-memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-for at in range(0, len(memory), 1 << 20):
-    memory[at : at + (1 << 20)] = os.urandom(1 << 20)
-print(flush=True)
-sys.stdin.read()
-"""
 
 
 def run(setup: Setup) -> Iterator[Row | Skipped]:
@@ -37,7 +27,7 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
     # Not in a tmpfs, whose files are never cold.
     with tempfile.TemporaryDirectory(prefix="pyuffd-bench-", dir="/var/tmp") as folder:
         image = Path(folder) / "image"
-        _take(image, length)
+        take(image, length)
         _record(image, length)
 
         def times(base: str) -> list[tuple[float, float]]:
@@ -69,20 +59,6 @@ def touched(length: int) -> list[int]:
     return random.Random(1).sample(range(pages), pages // _TOUCHED_EVERY)
 
 
-def _take(image: Path, length: int) -> None:
-    program = subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(length)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert program.stdout is not None
-    program.stdout.readline()
-    with Process(program.pid) as target:
-        # On the disk, so that its pages can be dropped from memory.
-        Snapshot.take(target, image, method="stopped", durable=True)
-    program.communicate()
-
-
 def _record(image: Path, length: int) -> None:
     with (
         Snapshot.open(image) as snapshot,
@@ -99,8 +75,3 @@ def _record(image: Path, length: int) -> None:
         restore.stop_recording()
         if restore.recorded is None or restore.recorded.length != len(touched(length)) * _PAGE:
             raise RuntimeError("the recording is not what was touched")
-
-
-def start_of(snapshot: Snapshot, length: int) -> int:
-    """Return where the program's memory is in the snapshot."""
-    return next(region.start for region in snapshot.regions if region.length >= length)

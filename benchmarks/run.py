@@ -15,6 +15,7 @@ from benchmarks import (
     bench_dirty_scan,
     bench_fault_latency,
     bench_process,
+    bench_restore,
     bench_size,
     bench_snapshot,
     bench_throughput,
@@ -37,6 +38,7 @@ _BENCHMARKS = {
     "size": bench_size.run,
     "process": bench_process.run,
     "snapshot": bench_snapshot.run,
+    "restore": bench_restore.run,
     "working_set": bench_working_set.run,
 }
 _ROUNDS = 9
