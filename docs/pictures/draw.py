@@ -4,7 +4,7 @@
 
 writes them beside this file; `tests/unit/test_pictures.py` fails while they are out of date. The
 latencies are those of benchmarks/RESULTS.md, the timeline that of timeline.json, which
-`record_timeline.py` writes.
+`record_timeline.py` writes, and the restores those that docs/restore.md shows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TIMELINE = HERE / "timeline.json"
+RESTORES = HERE.parent / "restore.md"
 RESULTS = HERE.parents[1] / "benchmarks" / "RESULTS.md"
 WIDTH = 600
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
@@ -441,6 +442,79 @@ def draw_charts(
     drawing.y += 8
 
 
+RUN = re.compile(r"^\$ pyuffd restore-bench (.*)\n((?:(?!\$|```).*\n)+)", re.MULTILINE)
+RESTORE = re.compile(
+    r"^ +(\w+) +[\d.]+ ms +([\d.]+) ms +([\d.]+) ms +([\d.]+) ms +\d+$", re.MULTILINE
+)
+CHOSEN = re.compile(r"auto is (\w+):")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """One line of `pyuffd restore-bench`, in milliseconds."""
+
+    name: str
+    first: float
+    placed: float
+    read: float
+
+
+def restored() -> Iterator[tuple[bool, list[Restored]]]:
+    """Yield whether the file was cold, and the lines, of each run that the page shows."""
+    for options, lines in RUN.findall(RESTORES.read_text()):
+        chosen = CHOSEN.findall(lines)
+        names = {"read": "read at once", "auto": f"auto ({chosen[0]})"}
+        yield (
+            "--cold" in options,
+            [
+                Restored(names.get(name, name), *map(float, times))
+                for name, *times in RESTORE.findall(lines)
+            ],
+        )
+
+
+def restores(colours: Colours) -> str:
+    """Return bars: the first access and the whole restore, by method, of warm and cold files."""
+    drawing = Drawing(colours)
+    runs = list(restored())
+    longest = max(row.read for _, rows in runs for row in rows)
+    scale = (WIDTH - LANE_X - 90) / longest
+    x = 8.0
+    for colour, text in (
+        (colours.free, "first access"),
+        (colours.gil, "all in place"),
+        (colours.kernel, "all read"),
+    ):
+        drawing.rect(x, drawing.y, 14, 14, colour)
+        drawing.text(x + 19, drawing.y + 12, text, colours.faint, 12)
+        x += 19 + 6.6 * len(text) + 14
+    drawing.y += 24
+    for is_cold, rows in runs:
+        state = "not in the page cache" if is_cold else "in the page cache"
+        title = f"files {state}: first access / all read, milliseconds"
+        drawing.text(8, drawing.y + 14, title, colours.text, 15, font_weight="600")
+        drawing.y += 24
+        for row in rows:
+            draw_restore(drawing, row, scale)
+        drawing.y += 10
+    return drawing.svg("Restores by method: first access and whole time")
+
+
+def draw_restore(drawing: Drawing, row: Restored, scale: float) -> None:
+    """Draw one method: bars to the end, to the last page in place, and to the first access."""
+    colours = drawing.colours
+    drawing.text(8, drawing.y + 16, row.name, colours.text, 13)
+    for time, colour in (
+        (row.read, colours.kernel),
+        (row.placed, colours.gil),
+        (row.first, colours.free),
+    ):
+        drawing.rect(LANE_X, drawing.y, round(max(time * scale, 2), 1), 22, colour)
+    end = round(LANE_X + row.read * scale + 6, 1)
+    drawing.text(end, drawing.y + 16, f"{row.first:.0f} / {row.read:.0f}", colours.text, 12)
+    drawing.y += 28
+
+
 def pictures() -> Iterator[tuple[Path, str]]:
     """Yield each file and its content."""
     for suffix, colours in THEMES.items():
@@ -454,6 +528,7 @@ def pictures() -> Iterator[tuple[Path, str]]:
         )
         yield HERE / f"latency{suffix}.svg", latency(colours)
         yield HERE / f"timeline{suffix}.svg", timeline(colours)
+        yield HERE / f"restore{suffix}.svg", restores(colours)
 
 
 def main() -> None:
