@@ -277,11 +277,8 @@ class _Peak(threading.Thread):
         self.bytes = 0
 
     def _now(self) -> int:
-        total = 0
-        for pid in self._pids:
-            for one in (pid, *_children(pid)):
-                total += _memory(one)
-        return total
+        # redis is a child of this process: it counts once.
+        return sum(map(_memory, {one for pid in self._pids for one in (pid, *_children(pid))}))
 
     def run(self) -> None:
         while not self._done.wait(0.05):

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "base/gentle.h"
 #include "dirty/ranges.h"
 #include "snapshot/image.h"
 #include "uffd_transfer.h"
@@ -187,28 +189,53 @@ static int write_batch(const struct image *image, struct place *place, const cha
 	return ret;
 }
 
+struct copy {
+	struct image image;
+	struct place place;
+	uint64_t done;
+	int ret;
+};
+
+static void copy_all(void *argument)
+{
+	struct copy *copy = argument;
+	char *buffer = malloc(STEP);
+	int ret = buffer ? 0 : -ENOMEM;
+
+	while (!ret && copy->place.at < copy->place.count) {
+		uint64_t bytes = 0;
+
+		ret = read_batch(&copy->image, &copy->place, buffer, &bytes);
+		if (!ret)
+			ret = write_batch(&copy->image, &copy->place, buffer, bytes);
+		if (!ret)
+			copy->done += bytes;
+	}
+	free(buffer);
+	copy->ret = ret;
+}
+
 int uffd_image_copy(int32_t pid, int mem_fd, const struct uffd_page_region *vec, uint64_t count,
 		    const struct uffd_image_piece *pieces, uint64_t pieces_count, int fd,
 		    uint32_t flags, struct uffd_page_ranges *zero_ret,
 		    struct uffd_page_ranges *lost_ret, uint64_t *done_ret)
 {
-	struct image image = { pid, mem_fd, pieces, pieces_count, fd, flags, zero_ret, lost_ret };
-	struct place place = { .vec = vec, .count = count };
-	char *buffer = malloc(STEP);
-	int ret = buffer ? 0 : -ENOMEM;
+	struct copy copy = {
+		{ pid, mem_fd, pieces, pieces_count, fd, flags, zero_ret, lost_ret },
+		{ .vec = vec, .count = count },
+	};
 
-	*done_ret = 0;
-	while (!ret && place.at < place.count) {
-		uint64_t bytes = 0;
+	if (flags & UFFD_IMAGE_GENTLE)
+		uffd_gently(copy_all, &copy);
+	else
+		copy_all(&copy);
+	*done_ret = copy.done;
+	return copy.ret;
+}
 
-		ret = read_batch(&image, &place, buffer, &bytes);
-		if (!ret)
-			ret = write_batch(&image, &place, buffer, bytes);
-		if (!ret)
-			*done_ret += bytes;
-	}
-	free(buffer);
-	return ret;
+void uffd_image_begin_sync(int fd)
+{
+	sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE);
 }
 
 int uffd_image_write(const struct uffd_page_region *vec, uint64_t count, const void *data,
@@ -247,6 +274,8 @@ int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const
 		}
 		if (flags & UFFD_IMAGE_PRESENT)
 			arg.category_anyof_mask = UFFD_PAGE_IS_PRESENT;
+		if (flags & UFFD_IMAGE_SWAPPED)
+			arg.category_anyof_mask = UFFD_PAGE_IS_SWAPPED;
 		if (flags & UFFD_IMAGE_UNPROTECTED)
 			arg.category_mask |= UFFD_PAGE_IS_WRITTEN;
 		found.count = 0;

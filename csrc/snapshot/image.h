@@ -22,10 +22,13 @@ struct uffd_image_piece {
 
 /* The file may hold something at these places: write zeros too. */
 #define UFFD_IMAGE_OVERWRITE	(1u << 0)
+/* For uffd_image_copy(): other threads of the machine get the CPU first. */
+#define UFFD_IMAGE_GENTLE	(1u << 3)
 
-/* For uffd_image_scan(): only pages without write-protection; only those in memory. */
+/* For uffd_image_scan(): only pages without write-protection; only in memory; only on swap. */
 #define UFFD_IMAGE_UNPROTECTED	(1u << 1)
 #define UFFD_IMAGE_PRESENT	(1u << 2)
+#define UFFD_IMAGE_SWAPPED	(1u << 4)
 
 /*
  * Copy ranges to the file.  Memory without PROT_READ is read through `mem_fd`, an open
@@ -39,6 +42,11 @@ int uffd_image_copy(int32_t pid, int mem_fd, const struct uffd_page_region *vec,
 		    const struct uffd_image_piece *pieces, uint64_t pieces_count, int fd,
 		    uint32_t flags, struct uffd_page_ranges *zero_ret,
 		    struct uffd_page_ranges *lost_ret, uint64_t *done_ret);
+
+/*
+ * Have the kernel write new content of the file to the disk.  Errors are those of a later fsync(2).
+ */
+void uffd_image_begin_sync(int fd);
 
 /*
  * Write ranges whose content is in memory already, packed in `data`: as above, without losses.

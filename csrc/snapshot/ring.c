@@ -14,6 +14,9 @@
 #include "uffd_transfer.h"
 
 #define PAGE 4096u
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* the build machine's headers may be older */
+#endif
 
 struct entry {
 	uint64_t first;
@@ -97,6 +100,15 @@ static void *write_all(void *argument)
 	return NULL;
 }
 
+/* Have the memory now, not when a fault waits; huge pages need a tenth of the time. */
+static void populate(char *memory, uint64_t length)
+{
+	madvise(memory, length, MADV_HUGEPAGE);
+	if (madvise(memory, length, MADV_POPULATE_WRITE))
+		for (uint64_t at = 0; at < length; at += PAGE) /* before Linux 5.14 */
+			((volatile char *)memory)[at] = 0;
+}
+
 int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
 {
 	struct uffd_ring *ring = calloc(1, sizeof(*ring));
@@ -111,7 +123,9 @@ int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
 	ring->capacity = pages;
 	ring->entries = calloc(pages, sizeof(*ring->entries));
 	ring->memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (ring->memory != MAP_FAILED)
+		populate(ring->memory, pages * PAGE);
 	if (ring->memory == MAP_FAILED || !ring->entries) {
 		if (ring->memory != MAP_FAILED)
 			munmap(ring->memory, pages * PAGE);

@@ -40,12 +40,25 @@ class Pieces:
         return self._count
 
     def scan(
-        self, pagemap_fd: int, *, unprotected: bool = False, present: bool = False
+        self,
+        pagemap_fd: int,
+        *,
+        unprotected: bool = False,
+        present: bool = False,
+        swapped: bool = False,
     ) -> memoryview:
-        """Return the pages that are in memory or on swap, packed; by PAGEMAP_SCAN."""
+        """Return the pages that are in memory or on swap, packed; by PAGEMAP_SCAN.
+
+        Args:
+            pagemap_fd: An open /proc/PID/pagemap.
+            unprotected: Only those without write-protection.
+            present: Only those in memory.
+            swapped: Only those on swap, or with a mark that looks like it.
+        """
         found = ffi.new("struct uffd_page_ranges *")
         flags = lib.UFFD_IMAGE_UNPROTECTED if unprotected else 0
         flags |= lib.UFFD_IMAGE_PRESENT if present else 0
+        flags |= lib.UFFD_IMAGE_SWAPPED if swapped else 0
         code = lib.uffd_image_scan(pagemap_fd, self._vec, self._what, self._count, flags, found)
         packed = take_ranges(found)
         if code:
@@ -63,13 +76,31 @@ class Copied:
 
 
 def copy(
-    pid: int, mem_fd: int, ranges: memoryview, pieces: Pieces, fd: int, *, overwrite: bool
+    pid: int,
+    mem_fd: int,
+    ranges: memoryview,
+    pieces: Pieces,
+    fd: int,
+    *,
+    overwrite: bool,
+    gentle: bool = False,
 ) -> Copied:
-    """Copy packed ranges to their places in a file; pages of zeros are left out."""
+    """Copy packed ranges to their places in a file; pages of zeros are left out.
+
+    Args:
+        pid: The process, or a thread of it.
+        mem_fd: An open /proc/PID/mem, or -1.
+        ranges: What to copy.
+        pieces: Where it goes.
+        fd: The file.
+        overwrite: The file may have content at these places.
+        gentle: Let other threads of the machine have the CPU first.
+    """
     vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
     zero, lost = ffi.new("struct uffd_page_ranges *"), ffi.new("struct uffd_page_ranges *")
     done = ffi.new("uint64_t *")
     flags = lib.UFFD_IMAGE_OVERWRITE if overwrite else 0
+    flags |= lib.UFFD_IMAGE_GENTLE if gentle else 0
     code = lib.uffd_image_copy(
         pid, mem_fd, vec, len(vec), pieces._vec, len(pieces), fd, flags, zero, lost, done
     )
@@ -94,6 +125,11 @@ def write(
     if code:
         raise_errno("writing memory to a file", -code)
     return packed
+
+
+def begin_sync(fd: int) -> None:
+    """Have the kernel write a file's new content to the disk; fsync(2) waits for it, and tells."""
+    lib.uffd_image_begin_sync(fd)
 
 
 def differ(a: Buffer, b: Buffer, start: int) -> memoryview:

@@ -103,8 +103,10 @@ class _Lib:
     UFFD_IMAGE_OWN: int
     UFFD_IMAGE_ALL: int
     UFFD_IMAGE_OVERWRITE: int
+    UFFD_IMAGE_GENTLE: int
     UFFD_IMAGE_UNPROTECTED: int
     UFFD_IMAGE_PRESENT: int
+    UFFD_IMAGE_SWAPPED: int
     UFFD_FRAME_MOST: int
     UFFD_REGISTERS_PARTIAL: int
     UFFD_MAPS_ANONYMOUS: int
@@ -384,6 +386,7 @@ class _Lib:
         done_ret: CData,
         /,
     ) -> int: ...
+    def uffd_image_begin_sync(self, fd: int, /) -> None: ...
     def uffd_image_write(
         self,
         vec: CData,

@@ -7,20 +7,14 @@ the same code (`_methods.capture`). What the file cannot tell, the states of its
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import struct
-import time
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
-from pyuffd import _remote_calls as remote_calls
-from pyuffd._errors import SnapshotError
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.dirty._round import Pending
@@ -29,24 +23,11 @@ from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Process
 from pyuffd.remote._stop import Stop
 from pyuffd.snapshot import _own_pages
-from pyuffd.snapshot._output import punch
 
 Method = Literal["auto", "cow", "precopy", "stopped"]
 Used = Literal["cow", "precopy", "stopped"]
 
-# How much is copied before somebody may look at the clock, or at Ctrl-C.
-SLICE = 32 << 20
 STOP_LIMIT_S = 1.0
-# What the stop may copy to memory; the file gets it afterwards.
-MEMORY = 48 << 20
-STOP_SLICE = 4 << 20
-MADV_POPULATE_WRITE = 23
-# Bytes a second that one CPU copies from another process, before anything was measured.
-READ_SPEED = 1e9
-# Bytes a second, before anything was measured.
-SPEED = 1e9
-
-_WORDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +78,7 @@ class Options:
     stopped_s: float = math.inf  # for method "stopped", which needs as long as the copy lasts
     rounds: int = 8
     rate: float | None = None
+    durable: bool = False  # somebody will wait for the disk: it may begin early
     progress: Callable[[SnapshotProgress], None] | None = None
     in_stop: Callable[[Stop, Mappings, Sequence[Placed]], None] | None = None
 
@@ -156,222 +138,6 @@ def pieces_of(layout: Sequence[Placed]) -> calls.Pieces:
     return calls.Pieces((part.start, part.end, part.offset, part.whole) for part in layout)
 
 
-class Writer:
-    """Copies memory of a process to a file, and keeps the states of the pages."""
-
-    def __init__(self, process: Process, fd: int, options: Options) -> None:
-        self._process = process
-        self._fd = fd
-        self._options = options
-        self._mem = _open_mem(process.memory_tid)
-        self._begin = time.monotonic()
-        self._bytes = 0
-        self.speed = SPEED  # bytes a second, of the last copy that was long enough to tell
-        self.read_speed = READ_SPEED
-        self._memory: mmap.mmap | None = None
-        self._taken = ranges.NO_RANGES
-        self.data = self.zero = self.lost = self._written = ranges.NO_RANGES
-
-    def copy(
-        self,
-        pages: memoryview,
-        pieces: calls.Pieces,
-        phase: str,
-        *,
-        slow: bool = False,
-        until_s: float = math.inf,
-    ) -> None:
-        """Copy pages to their places; what was there is replaced.
-
-        Raises:
-            SnapshotError: "stalled" - it lasted until a time of the monotonic clock.
-        """
-        progress = SnapshotProgress(phase, 0, PageRanges(pages).bytes)
-        begin = time.perf_counter()
-        for part in slices(pages, SLICE):
-            overwrite = bool(len(ranges.intersect(part, self._written)))
-            copied = calls.copy(
-                self._process.memory_tid,
-                self._mem.number,
-                part,
-                pieces,
-                self._fd,
-                overwrite=overwrite,
-            )
-            self._note(part, copied)
-            progress.bytes += copied.bytes
-            if time.monotonic() > until_s:
-                raise SnapshotError(
-                    "stalled",
-                    f"process {self._process.pid} would stand for longer than max_stall_s: after"
-                    f" {self._options.stopped_s:g} s {progress.bytes / 1e6:.0f} of"
-                    f" {progress.total / 1e6:.0f} MB were copied",
-                )
-            self._bytes += copied.bytes
-            if self._options.progress is not None:
-                self._options.progress(progress)
-            if slow:
-                self._wait()
-        seconds = time.perf_counter() - begin
-        if progress.total >= SLICE and seconds > 0:
-            self.speed = progress.total / seconds
-
-    def prepare(self) -> None:
-        """Get the memory that `take` needs, before the stop."""
-        if self._memory is None:
-            self._memory = mmap.mmap(-1, MEMORY, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with suppress(OSError):  # Linux 5.14
-                self._memory.madvise(MADV_POPULATE_WRITE)
-
-    def take(self, pages: memoryview, pieces: calls.Pieces, until_s: float) -> bool:
-        """Copy pages in the stop: to memory, as the file may wait for its disk.
-
-        What memory has no room for goes to the file. Returns False if that has not come to its end
-        at a time of the monotonic clock; then nothing was taken.
-        """
-        assert self._memory is not None
-        self._taken = ranges.NO_RANGES
-        begin, done = time.perf_counter(), 0
-        room = memoryview(self._memory)
-        try:
-            for part in slices(pages, STOP_SLICE):
-                if time.monotonic() > until_s:
-                    self._taken = ranges.NO_RANGES
-                    return False
-                size = PageRanges(part).bytes
-                if done + size > MEMORY:
-                    self.copy(part, pieces, "stop")
-                    continue
-                lost, _ = remote_calls.read_ranges(
-                    self._process.memory_tid, part, room[done : done + size], None
-                )
-                if len(lost):  # without PROT_READ: /proc/PID/mem has it
-                    self.copy(part, pieces, "stop")
-                    continue
-                self._taken = ranges.union(self._taken, part)
-                done += size
-        finally:
-            room.release()
-            if done >= STOP_SLICE:
-                self.read_speed = done / (time.perf_counter() - begin)
-        return True
-
-    def write_taken(self, pieces: calls.Pieces) -> None:
-        """Write what `take` copied to memory."""
-        taken, self._taken = self._taken, ranges.NO_RANGES
-        if not len(taken):
-            return
-        assert self._memory is not None
-        overwrite = bool(len(ranges.intersect(taken, self._written)))
-        zero = calls.write(taken, self._memory, pieces, self._fd, overwrite=overwrite)
-        self._note(taken, calls.Copied(zero, ranges.NO_RANGES, 0))
-
-    def _note(self, pages: memoryview, copied: calls.Copied) -> None:
-        empty = ranges.subtract(copied.zero, copied.lost)
-        full = ranges.subtract(pages, copied.zero)
-        self._written = ranges.union(self._written, full)
-        self.data = ranges.union(ranges.subtract(self.data, pages), full)
-        self.zero = ranges.union(ranges.subtract(self.zero, pages), empty)
-        self.lost = ranges.union(ranges.subtract(self.lost, pages), copied.lost)
-
-    @property
-    def fd(self) -> int:
-        """The file."""
-        return self._fd
-
-    @property
-    def mem_fd(self) -> int:
-        """An open /proc/PID/mem, or -1."""
-        return self._mem.number
-
-    def add(self, data: memoryview, zero: memoryview, lost: memoryview) -> None:
-        """Somebody else has written these."""
-        self.data = ranges.union(self.data, data)
-        self.zero = ranges.union(self.zero, zero)
-        self.lost = ranges.union(self.lost, lost)
-
-    def empty(self, pages: memoryview) -> None:
-        """Note pages that are zeros, without reading them."""
-        self._note(pages, calls.Copied(pages, ranges.NO_RANGES, 0))
-
-    def forget(self, pages: memoryview) -> None:
-        """Pages were dropped: what was copied of them is out of date."""
-        self.data = ranges.subtract(self.data, pages)
-        self.zero = ranges.subtract(self.zero, pages)
-        self.lost = ranges.subtract(self.lost, pages)
-
-    def without_content(self, pages: memoryview) -> memoryview:
-        """Return the pages of which nothing is known."""
-        for known in (self.data, self.zero, self.lost):
-            pages = ranges.subtract(pages, known)
-        return pages
-
-    def punch(self, parts: Iterable[Placed]) -> None:
-        """Make holes of what was written to the file and is out of date."""
-        stale = PageRanges(ranges.subtract(self._written, self.data))
-        if not len(stale):
-            return
-        for part in parts:
-            span = PageRanges.of([(part.start, part.end)])
-            for each in stale & span:
-                punch(self._fd, part.offset + each.start - part.start, each.length)
-
-    def _wait(self) -> None:
-        if self._options.rate:
-            due = self._begin + self._bytes / self._options.rate
-            time.sleep(max(0.0, due - time.monotonic()))
-
-    def result(self, captured: Captured) -> Captured:
-        """Put in the states of the pages that are in the layout."""
-        spans = PageRanges.of((part.start, part.end) for part in captured.layout).memoryview()
-        captured.data = ranges.intersect(self.data, spans)
-        captured.zero = ranges.intersect(self.zero, spans)
-        captured.lost = ranges.intersect(self.lost, spans)
-        return captured
-
-    def close(self) -> None:
-        """Close /proc/PID/mem, and free the memory."""
-        self._mem.close()
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            memory.close()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _open_mem(pid: int) -> Descriptor:
-    try:
-        return Descriptor.open(f"/proc/{pid}/mem", os.O_RDONLY)
-    except OSError:
-        return Descriptor()  # process_vm_readv(2) says why, or does without
-
-
-def slices(pages: memoryview, most: int) -> Iterator[memoryview]:
-    """Yield packed ranges in parts of at most `most` bytes."""
-    words: list[int] = []
-    left = most
-    for at in range(0, len(pages), _WORDS):
-        start, end = pages[at], pages[at + 1]
-        while start < end:
-            step = min(left, end - start)
-            words += (start, start + step, 0)
-            start += step
-            left -= step
-            if not left:
-                yield _packed(words)
-                words, left = [], most
-    if words:
-        yield _packed(words)
-
-
-def _packed(words: list[int]) -> memoryview:
-    return memoryview(struct.pack(f"={len(words)}Q", *words)).cast("Q")
-
-
 def content(
     process: Process, layout: Sequence[Placed], pieces: calls.Pieces, *, unprotected: bool = False
 ) -> memoryview:
@@ -387,11 +153,13 @@ def _without_marks(process: Process, layout: Sequence[Placed], found: memoryview
 
     Reading one would give the process a page of zeros, or what the file behind it holds.
     """
-    parts = [part for part in layout if not part.whole]
-    if not parts or not len(found):
+    if not len(found):
         return found
-    start, end = min(part.start for part in parts), max(part.end for part in parts)
-    return ranges.subtract(found, _own_pages.marks(process, start, end).memoryview())
+    # Nowhere else: all the memory between two of them may be tracked, and have a mark on each page.
+    parts = pieces_of([part for part in layout if not part.whole])
+    swapped = parts.scan(process.pagemap.fileno(), swapped=True)
+    marks = _own_pages.marks(process, PageRanges(ranges.intersect(swapped, found)))
+    return ranges.subtract(found, marks.memoryview())
 
 
 def _of_file(pid: int, part: Placed) -> Iterator[tuple[int, int]]:
@@ -462,26 +230,3 @@ class Places:
         part = (start, end, self.end)
         self.end += end - start
         return part
-
-
-def stopped(process: Process, layout_of: Layout, writer: Writer, options: Options) -> Captured:
-    """Copy everything in the stop."""
-    captured = Captured("stopped")
-    begin = time.perf_counter()
-    until_s = time.monotonic() + options.stopped_s
-    with process.stopped(options.stop_limit_s) as stop:
-        at_barrier("stopped")
-        captured.instant_ns = time.time_ns()
-        mappings = process.mappings()
-        captured.layout = layout_of(mappings)
-        if options.in_stop is not None:
-            options.in_stop(stop, mappings, captured.layout)
-        pieces = pieces_of(captured.layout)
-        pages = content(process, captured.layout, pieces)
-        writer.copy(pages, pieces, "stop", until_s=until_s)
-        captured.stop_bytes = PageRanges(pages).bytes
-        at_barrier("copied")
-        process.check()
-    captured.pause_s = time.perf_counter() - begin
-    stop.check()
-    return captured

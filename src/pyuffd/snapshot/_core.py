@@ -241,6 +241,7 @@ class _Core:
         options = Options(
             stop_limit_s=STOP_LIMIT_S,
             max_stall_s=self._request.max_stall_s or STALL_S,
+            durable=self._request.durable,
             progress=self._tell,
             in_stop=self._in_stop,
         )

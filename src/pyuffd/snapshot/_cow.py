@@ -26,11 +26,11 @@ from pyuffd.snapshot._capture import (
     Options,
     Placed,
     SnapshotProgress,
-    Writer,
     at_barrier,
     content,
     pieces_of,
 )
+from pyuffd.snapshot._writer import Writer
 
 NEEDED = (
     Feature.PAGEFAULT_FLAG_WP
@@ -98,7 +98,7 @@ class _Cow:
             self._protect_again(noted)
             if PageRanges(noted).pages() <= FEW_PAGES:
                 break
-        self._writer.prepare()
+        self._writer.prepare(self._size_of_others())
         result = Captured("cow")
         self._stop(result)
         at_barrier("resumed")
@@ -223,6 +223,12 @@ class _Cow:
             for part in parts
             if self._saver.arm(_packed([(part.start, part.start + PAGE_SIZE)]), registers=False)
         )
+
+    def _size_of_others(self) -> int:
+        """Return how much the stop will copy, by the mappings of now."""
+        layout = self._layout_of(self._process.mappings())
+        rest = [part for part in layout if not _is_protected(part)]
+        return PageRanges(content(self._process, rest, pieces_of(rest))).bytes
 
     def _others(self, layout: Sequence[Placed], parts: Sequence[Placed]) -> memoryview:
         """Return the content that cannot be protected."""

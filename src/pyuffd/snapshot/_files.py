@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from pyuffd import _image_calls as calls
 from pyuffd._owned import Descriptor
 from pyuffd.snapshot._format import PAGES
 
@@ -82,6 +83,11 @@ class NewDirectory:
         fcntl.flock(file.number, fcntl.LOCK_EX)
         self.pages.close()
         self.pages = file
+
+    def begin_sync(self) -> None:
+        """Let the disk begin with the pages, if somebody will wait for it."""
+        if self._durable:
+            calls.begin_sync(self.pages.number)
 
     def sync_pages(self) -> None:
         """Wait until the pages are on the disk, unless that was not asked for."""

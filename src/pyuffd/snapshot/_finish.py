@@ -52,6 +52,7 @@ def finish(
     captured.lost = ranges.union(captured.lost, unfilled)
     sum_name, sum_ = _sums.best_sum()
     runs = list(_runs(layout, captured, of_parent))
+    directory.begin_sync()
     runs = _stored(directory, runs, sum_, request)
     directory.sync_pages()
     at_barrier("pages")

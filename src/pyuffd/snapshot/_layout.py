@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd._errors import SnapshotError
 from pyuffd._pages import HUGE_PAGE_2M
-from pyuffd.dirty import _rows
+from pyuffd.dirty import DirtyTracker, _rows
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Process
@@ -40,12 +41,22 @@ class SnapshotLayout:
         self._shared = shared
         self._scope = scope
         self._places = Places()
+        self._last: tuple[Mappings, list[Placed]] | None = None
         self.mappings: list[Mapping] = []
         self.gaps: list[SnapshotGap] = []
         self.skipped = self.lazy = PageRanges.of([])
 
-    def find_lazy(self) -> None:
-        """Find memory whose absent pages are not zeros: somebody handles its missing faults."""
+    def find_lazy(self, tracker: DirtyTracker | None) -> None:
+        """Find memory whose absent pages are not zeros: somebody handles its missing faults.
+
+        The flags of mappings cost a walk of all page tables. What a tracker has registered belongs
+        to no other userfaultfd: if that is all, nobody has to look.
+        """
+        if tracker is not None:
+            spans = PageRanges.of((m.start, m.end) for m in self.mappings if _may_be_lazy(m))
+            if not len(ranges.subtract(spans.memoryview(), tracker._method.mapped())):
+                self.lazy = PageRanges.of([])
+                return
         mappings = self._process.mappings(details=True)
         self.lazy = PageRanges.of((m.start, m.end) for m in mappings if "um" in m.flags)
 
@@ -55,6 +66,8 @@ class SnapshotLayout:
         Raises:
             SnapshotError: "shared" - memory that others write too.
         """
+        if self._last is not None and self._last[0] == mappings:
+            return self._last[1]  # in the stop this is nearly always so
         self.mappings, self.gaps = [], []
         placed: list[Placed] = []
         skipped: list[tuple[int, int]] = []
@@ -70,6 +83,8 @@ class SnapshotLayout:
                 for part in self._places.of(*span):
                     placed.append(Placed(mapping, *part, whole=mapping.shared))
         self.skipped = PageRanges.of(skipped)
+        is_fixed = all(mapping.length <= RESERVED_BYTES for mapping in self.mappings)
+        self._last = (mappings, placed) if is_fixed else None
         return placed
 
     def _gap(self, mapping: Mapping, reason: str) -> None:
@@ -104,3 +119,8 @@ class SnapshotLayout:
         assert UNIT % HUGE_PAGE_2M == 0
         for unit in sorted(units):
             yield max(unit * UNIT, mapping.start), min((unit + 1) * UNIT, mapping.end)
+
+
+def _may_be_lazy(mapping: Mapping) -> bool:
+    """Whether a userfaultfd can handle missing faults of it."""
+    return mapping.kind not in (MappingKind.SHARED_FILE, MappingKind.SPECIAL)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pyuffd.dirty import DirtyTracker
 from pyuffd.remote._process import Process
-from pyuffd.snapshot import _cow, _precopy
-from pyuffd.snapshot._capture import Captured, Layout, Options, Used, Writer, stopped
+from pyuffd.snapshot import _cow, _precopy, _stopped
+from pyuffd.snapshot._capture import Captured, Layout, Options, Used
+from pyuffd.snapshot._writer import Writer
 
 
 def capture(
@@ -42,7 +43,7 @@ def capture(
     options = options or Options()
     with Writer(process, fd, options) as writer:
         if method == "stopped":
-            captured = stopped(process, layout_of, writer, options)
+            captured = _stopped.captured(process, layout_of, writer, options)
         elif method == "cow":
             captured = _cow.captured(process, layout_of, writer, options)
         else:

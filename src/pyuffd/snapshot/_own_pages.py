@@ -55,17 +55,11 @@ def own(process: Process, start: int, end: int, *, any_will_do: bool = False) ->
         category_inverted=_FILE,
         return_mask=_NONE,
     ).ranges
-    return found | (swapped - _marks(process, swapped))
+    return found | (swapped - marks(process, swapped))
 
 
-def marks(process: Process, start: int, end: int) -> PageRanges:
-    """Return the pages that are not there, and have a mark."""
-    scan = process.pagemap.scan
-    mask = PageCategory.SWAPPED
-    return _marks(process, scan(start, end - start, category_mask=mask, return_mask=_NONE).ranges)
-
-
-def _marks(process: Process, swapped: PageRanges) -> PageRanges:
+def marks(process: Process, swapped: PageRanges) -> PageRanges:
+    """Return the pages that are not on swap, though they look so: they have a mark."""
     found = PageRanges.of([])
     for part in swapped:
         entries = process.pagemap.read(part.start, part.length)

@@ -15,16 +15,15 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import MappingKind
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import (
-    MEMORY,
     Captured,
     Layout,
     Options,
     Placed,
-    Writer,
     at_barrier,
     content,
     pieces_of,
 )
+from pyuffd.snapshot._writer import MEMORY, Writer
 
 # Where the tracker does not see what changes: copied in the stop.
 UNSEEN = (
@@ -35,6 +34,10 @@ UNSEEN = (
 )
 # A round that leaves more than this part of the one before does not get ahead of the process.
 SHRINKS = 0.8
+# What the stop copies is made small: another round comes first if there is more than this to copy,
+# and the last round has left at most one part in so many.
+FEW = 1 << 20
+WORTH = 2
 # How often the work that every stop needs is timed: a busy machine may be to blame.
 ATTEMPTS = 3
 # The part of the limit that copying may need; the rest is for stopping and scanning.
@@ -103,14 +106,16 @@ class _Rounds:
                 round_.commit()
             left = self._everything()
         result = Captured("precopy")
-        before = 0
+        before = PageRanges(left).bytes
         for number in range(self._options.rounds):
             result.rounds = number + (not only_changes)
             self._copy(left)
             at_barrier(f"round {number}")
             left = self._end_round()
             size = PageRanges(left).bytes
-            if self._fits(size) and self._stop(left, result):
+            shrinks = not before or size * WORTH <= before
+            more = size > FEW and shrinks and number + 1 < self._options.rounds
+            if not more and self._fits(size) and self._stop(left, result):
                 self._writer.punch([*self._seen, *result.layout])
                 result.absent = self._writer.without_content(self._changes.absent)
                 return result
@@ -183,7 +188,7 @@ class _Rounds:
     def _stop(self, left: memoryview, result: Captured) -> bool:
         """Copy the rest in the stop; False if it would be too much."""
         process, options = self._process, self._options
-        self._writer.prepare()
+        self._writer.prepare(PageRanges(left).bytes)
         begin = time.perf_counter()
         until_s = time.monotonic() + options.max_stall_s
         with process.stopped(options.stop_limit_s) as stop:

@@ -36,7 +36,7 @@ def take(process: Process, request: Request) -> SnapshotReport:
         identity = identity_of(process)
         layout = SnapshotLayout(process, request.shared, request.scope)
         layout(process.mappings())  # refuses what it refuses before anything is done
-        layout.find_lazy()
+        layout.find_lazy(request.tracker)
         directory = stack.enter_context(NewDirectory(request.path, durable=request.durable))
         at_barrier("begun")
         method, reason = _chosen(request)
@@ -129,6 +129,7 @@ def _captured_by(
         stopped_s=math.inf if request.max_stall_s is None else request.max_stall_s,
         rounds=request.rounds,
         rate=request.rate,
+        durable=request.durable,
         progress=request.progress,
         in_stop=None if notes is None else notes.in_stop,
     )

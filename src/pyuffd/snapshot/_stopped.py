@@ -1,0 +1,33 @@
+"""Copy everything in the stop."""
+
+from __future__ import annotations
+
+import time
+
+from pyuffd.pagemap import PageRanges
+from pyuffd.remote._process import Process
+from pyuffd.snapshot._capture import Captured, Layout, Options, at_barrier, content, pieces_of
+from pyuffd.snapshot._writer import Writer
+
+
+def captured(process: Process, layout_of: Layout, writer: Writer, options: Options) -> Captured:
+    """Write the memory of a process at one instant; see `_methods.capture`."""
+    result = Captured("stopped")
+    begin = time.perf_counter()
+    until_s = time.monotonic() + options.stopped_s
+    with process.stopped(options.stop_limit_s) as stop:
+        at_barrier("stopped")
+        result.instant_ns = time.time_ns()
+        mappings = process.mappings()
+        result.layout = layout_of(mappings)
+        if options.in_stop is not None:
+            options.in_stop(stop, mappings, result.layout)
+        pieces = pieces_of(result.layout)
+        pages = content(process, result.layout, pieces)
+        writer.copy(pages, pieces, "stop", until_s=until_s)
+        result.stop_bytes = PageRanges(pages).bytes
+        at_barrier("copied")
+        process.check()
+    result.pause_s = time.perf_counter() - begin
+    stop.check()
+    return result

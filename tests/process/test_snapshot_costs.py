@@ -1,0 +1,173 @@
+"""What a snapshot does not do: work that grows with the memory, and not with what was written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pyuffd import (
+    DirtyTracker,
+    MappingKind,
+    PageRanges,
+    Process,
+    Region,
+    SnapshotReport,
+    Userfaultfd,
+)
+from pyuffd import _image_calls as calls
+from pyuffd.dirty._round import Pending
+from pyuffd.snapshot import _own_pages
+from pyuffd.snapshot._capture import Options
+from pyuffd.snapshot._writer import MEMORY, Writer
+from pyuffd.testing import needs_privilege
+from tests._memory import PAGE
+from tests.process._counters import compiled, counters
+from tests.process.test_snapshot import take, wait_until
+
+pytestmark = needs_privilege("CAP_SYS_PTRACE")
+NICER = 5
+ANONYMOUS = MappingKind.ANONYMOUS
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return compiled(tmp_path_factory.mktemp("counters"))
+
+
+@contextmanager
+def file(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def test_what_a_tracker_has_registered_is_not_walked(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel walks all page tables for the flags of mappings."""
+    mappings, walks = Process.mappings, []
+
+    def noted(self: Process, *, details: bool = False) -> object:
+        walks.append(details)
+        return mappings(self, details=details)
+
+    with (
+        counters(program, 2, 400) as target,
+        Process(target.pid) as process,
+        DirtyTracker(process) as tracker,
+    ):
+        monkeypatch.setattr(Process, "mappings", noted)
+        take(process, tmp_path / "1", tracker=tracker)
+        take(process, tmp_path / "2", tracker=tracker, parent=tmp_path / "1")
+        assert walks
+        assert not any(walks)
+        take(process, tmp_path / "3")
+        assert any(walks)  # without it they are
+
+
+def test_marks_are_looked_for_where_content_is(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All protected memory has marks on its holes; the stop copies what is not protected."""
+    marks, looked = _own_pages.marks, []
+
+    def noted(process: Process, swapped: PageRanges) -> PageRanges:
+        looked.append(swapped.bytes)
+        return marks(process, swapped)
+
+    monkeypatch.setattr(_own_pages, "marks", noted)
+    with counters(program, 2, 400) as target, Process(target.pid) as process:
+        take(process, tmp_path / "1", method="cow")
+    assert looked
+    assert sum(looked) < 64 * PAGE
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * PAGE
+
+
+def test_memory_for_the_stop_is_as_large_as_needed(tmp_path: Path) -> None:
+    with Process(os.getpid()) as process, file(tmp_path / "pages") as fd:
+        with Writer(process, fd, Options()) as writer:
+            before = resident()
+            writer.prepare(0)
+            few = resident() - before
+            writer.prepare(MEMORY)
+            all_of_it = resident() - before
+        assert few < 8 << 20
+        assert all_of_it > MEMORY * 9 // 10
+
+
+def nice_of_copier() -> int | None:
+    for tid in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{tid}/comm") as comm:
+                if comm.read() == "uffd-copy\n":
+                    return os.getpriority(os.PRIO_PROCESS, int(tid))
+        except OSError:
+            continue
+    return None
+
+
+def test_who_copies_while_the_process_runs_lets_others_go_first(tmp_path: Path) -> None:
+    """A fault of the copy that nobody answers holds it, so that its priority can be read."""
+    with (
+        Region.anonymous(PAGE) as region,
+        Userfaultfd() as uffd,
+        file(tmp_path / "pages") as fd,
+    ):
+        uffd.register(region)
+        span = (region.start, region.start + PAGE)
+        pages = PageRanges.of([span]).memoryview()
+        pieces = calls.Pieces([(*span, 0, True)])
+        found: list[calls.Copied] = []
+        copier = threading.Thread(
+            target=lambda: found.append(
+                calls.copy(os.getpid(), -1, pages, pieces, fd, overwrite=False, gentle=True)
+            )
+        )
+        copier.start()
+        try:
+            wait_until(lambda: nice_of_copier() is not None)
+            wait_until(lambda: nice_of_copier() == os.getpriority(os.PRIO_PROCESS, 0) + NICER)
+        finally:
+            uffd.copy(region.start, b"x" * PAGE)
+            copier.join()
+        assert os.pread(fd, PAGE, 0) == b"x" * PAGE
+        assert [one.bytes for one in found] == [PAGE]
+
+
+IDLE = "import sys; block = bytearray(b'x') * (8 << 20); print(flush=True); sys.stdin.read()"
+
+
+def test_the_stop_is_made_small(tmp_path: Path) -> None:
+    """What would fit into the stop is copied before it, if that leaves less."""
+    pipe = subprocess.PIPE
+    program = subprocess.Popen([sys.executable, "-c", IDLE], stdin=pipe, stdout=pipe)
+    assert program.stdout is not None
+    program.stdout.readline()
+    try:
+        with Process(program.pid) as process, DirtyTracker(process) as tracker:
+            take(process, tmp_path / "1", tracker=tracker)
+            heap = max(process.mappings(), key=lambda m: m.length * (m.kind is ANONYMOUS))
+            written = PageRanges.of([(heap.start, heap.end)]).memoryview()
+            tracker._put_back(Pending(written=written))
+            report = take(
+                process, tmp_path / "2", tracker=tracker, parent=tmp_path / "1", max_stall_s=10.0
+            )
+        assert isinstance(report, SnapshotReport)
+        assert report.bytes >= 8 << 20
+        assert report.stop_bytes < 1 << 20
+    finally:
+        program.kill()
+        program.communicate()
