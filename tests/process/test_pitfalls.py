@@ -701,6 +701,9 @@ def source_is_kept(at: Setting) -> None:
         source = at.source(data.all)
         there = weakref.ref(source)
         handler.serve(region, source)
+        # The handler notes it as well, but threads of the engine may outlive that note.
+        for served in handler._served.values():
+            served.source = None
         del source
         gc.collect()
         assert there() is not None
