@@ -33,6 +33,7 @@ from pyuffd.testing import needs
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._barriers import Point, holding
 from tests._child import run_child
+from tests._gil import needs_gil
 from tests.kernel._serving import is_lost, wait_until
 from tests.process._pitfalls import (
     ALL,
@@ -180,6 +181,7 @@ def test_layout_changes_that_hold_the_gil(driver: str) -> None:
     run_child(do_all, driver, list(EVENTFUL))
 
 
+@needs_gil(there=True)
 @needs(Feature(0))
 @pytest.mark.parametrize(
     "name", [pytest.param(name, id=f"pitfall.1.thread-{name}") for name in HOLDING]
@@ -195,6 +197,7 @@ def test_deadlock_ends_in_sigbus(name: str) -> None:
     assert "_threads.py" in shown, "and who would have had to answer"
 
 
+@needs_gil(there=True)
 @needs(Feature(0))
 @pytest.mark.parametrize("name", [pytest.param("mmap-index", id="pitfall.1.thread-kill")])
 def test_deadlock_ends_in_sigkill(name: str) -> None:
@@ -204,6 +207,7 @@ def test_deadlock_ends_in_sigkill(name: str) -> None:
     assert "in index" in ended.stderr
 
 
+@needs_gil(there=True)
 @needs(Feature(0))
 @pytest.mark.parametrize("name", [pytest.param("mmap-index", id="pitfall.1.thread-report")])
 def test_deadlock_is_reported_only(name: str) -> None:

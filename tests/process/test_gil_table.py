@@ -36,10 +36,9 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd.testing import needs
-from pyuffd.testing._need import Need
-from pyuffd.testing._needs import marked
 from tests import _readme
 from tests._child import run_child
+from tests._gil import needs_gil
 
 PAGE = 4096
 LENGTH = 64 * PAGE
@@ -262,19 +261,6 @@ def test_the_table_has_every_row_and_column() -> None:
 def test_what_does_not_hang(column: str) -> None:
     expected = {row: cells[column] for row, cells in TABLE.items() if cells[column] != "hangs"}
     assert run_child(measure, column, list(expected), budget_s=30).value == expected
-
-
-def has_gil() -> bool:
-    return getattr(sys, "_is_gil_enabled", lambda: True)()
-
-
-def needs_gil(there: bool) -> pytest.MarkDecorator:
-    key, found = ("gil", "free-threaded") if there else ("free-threaded", "with a GIL")
-
-    def missing() -> tuple[list[str], str]:
-        return ([], "") if has_gil() == there else ([key], f"this Python is {found}")
-
-    return marked(Need("a Python with a GIL" if there else "a free-threaded Python", missing))
 
 
 @needs_gil(there=True)
