@@ -11,10 +11,20 @@ import mmap
 import os
 import struct
 import tempfile
+from contextlib import suppress
 
 import pytest
 
-from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd
+from pyuffd import (
+    BlindReason,
+    DirtyTracker,
+    Feature,
+    Handler,
+    PageState,
+    Region,
+    RegisterMode,
+    Userfaultfd,
+)
 from pyuffd.testing import needs
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked, needs_kernel_faults
@@ -25,6 +35,8 @@ from tests.kernel._serving import states
 FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
 SETUP, ENTER, REGISTER = 425, 426, 427
 REGISTER_BUFFERS, GETEVENTS = 0, 1
+REGISTER_RING_FDS, REGISTERED_RING = 20, 16
+SQE = "BBHiQQI28x"
 READ_FIXED, READ = 4, 22
 SQES_AT = 0x10000000
 PAGES = 8
@@ -58,16 +70,34 @@ class Ring:
     def read(self, fd: int, address: int, length: int, *, fixed: bool) -> int:
         """Read the start of a file into memory; return the number of bytes, or -errno."""
         op = READ_FIXED if fixed else READ
-        sqe = struct.pack("BBHiQQIIQQQQ", op, 0, 0, fd, 0, address, length, 0, 0, 0, 0, 0)
-        self._sqes[: len(sqe)] = sqe
-        (tail,) = struct.unpack_from("I", self._rings, self._sq[1])
-        struct.pack_into("I", self._rings, self._sq[6] + (tail & 7) * 4, 0)
-        struct.pack_into("I", self._rings, self._sq[1], tail + 1)
-        self._call(ENTER, self.fd, 1, 1, GETEVENTS, None, 0)
+        self.submit(struct.pack(SQE, op, 0, 0, fd, 0, address, length))
+        self.enter(self.fd)
         (head,) = struct.unpack_from("I", self._rings, self._cq[0])
         (result,) = struct.unpack_from("i", self._rings, self._cq[5] + (head & 15) * 16 + 8)
         struct.pack_into("I", self._rings, self._cq[0], head + 1)
         return int(result)
+
+    def submit(self, sqe: bytes) -> None:
+        """Queue a request."""
+        self._sqes[: len(sqe)] = sqe
+        (tail,) = struct.unpack_from("I", self._rings, self._sq[1])
+        struct.pack_into("I", self._rings, self._sq[6] + (tail & 7) * 4, 0)
+        struct.pack_into("I", self._rings, self._sq[1], tail + 1)
+
+    def enter(self, ring: int, flags: int = 0) -> int:
+        """Let the kernel take one request, and wait for its end."""
+        return self._call(ENTER, ring, 1, 1, GETEVENTS | flags, None, 0)
+
+    def hide(self) -> int:
+        """Give the ring a number instead of its descriptors; return it."""
+        update = ctypes.create_string_buffer(struct.pack("IIQ", 2**32 - 1, 0, self.fd), 16)
+        assert self._call(REGISTER, self.fd, REGISTER_RING_FDS, update, 1) == 1
+        inode = os.fstat(self.fd).st_ino
+        for name in os.listdir("/proc/self/fd"):  # mmap keeps copies
+            with suppress(OSError):
+                if os.fstat(int(name)).st_ino == inode:
+                    os.close(int(name))
+        return int(struct.unpack("IIQ", update.raw)[0])
 
     def close(self) -> None:
         """Unpin, and close."""
@@ -131,3 +161,59 @@ DIRTY = PageState.DIRTY
 @pytest.mark.parametrize("pinned", ["before", "after", "not"])
 def test_read_into(pinned: str) -> None:
     run_child(read_into, pinned)
+
+
+def tracked_without_descriptor(shown_too: bool) -> None:
+    """A ring that is known by its number, and has no descriptor any more, pins and writes."""
+    other = Ring()
+    with (
+        tempfile.TemporaryFile() as file,
+        Region.anonymous(PAGES * PAGE) as region,
+        Region.anonymous(PAGES * PAGE) as beside,
+    ):
+        file.write(b"f" * PAGE)
+        file.flush()
+        region.fill(1)
+        beside.fill(1)
+        ring = Ring()
+        ring.pin(region)
+        number = ring.hide()
+        if shown_too:
+            other.pin(beside)
+        with DirtyTracker(region) as tracker:
+            tracker.collect().commit()
+            ring.submit(struct.pack(SQE, READ_FIXED, 0, 0, file.fileno(), 0, region.start, PAGE))
+            assert ring.enter(number, REGISTERED_RING) == 1
+            assert region.read(0, 2) == b"ff"
+            pinned = [b for b in tracker.blind if b.reason is BlindReason.PINNED]
+            assert any(b.start <= region.start < b.end for b in pinned)
+            with tracker.collect() as round_:
+                both = round_.written | round_.unsure
+                assert both.bytes_in([(region.start, region.start + PAGE)]) == [PAGE]
+                round_.commit()
+
+
+def tracked_in_huge_pages() -> None:
+    """What counts as a huge page is no buffer that nobody shows."""
+    with Region.anonymous(4 << 20) as region:
+        region.madvise(mmap.MADV_HUGEPAGE)
+        region.fill(1)
+        ring = Ring()
+        ring.pin(region)
+        with DirtyTracker(region) as tracker:
+            (pin,) = (b for b in tracker.blind if b.reason is BlindReason.PINNED)
+            assert (pin.start, pin.length) == (region.start, region.length)
+        ring.close()
+
+
+@needs(Feature.WP_ASYNC)
+@needs_io_uring()
+@pytest.mark.parametrize("shown_too", [False, True], ids=["alone", "beside-another"])
+def test_a_ring_without_a_descriptor_is_noticed(shown_too: bool) -> None:
+    run_child(tracked_without_descriptor, shown_too)
+
+
+@needs(Feature.WP_ASYNC)
+@needs_io_uring()
+def test_huge_pages_are_no_hidden_buffers() -> None:
+    run_child(tracked_in_huge_pages)

@@ -23,7 +23,8 @@ class BlindReason(Word):
         HUGE_DROPS: MADV_DONTNEED of hugetlb pages loses their content and is not reported, without
             `watch_drops`.
         PINNED: Pages pinned for direct access: io_uring's fixed buffers are written by the kernel,
-            and vfio's or RDMA's by devices, past the page table.
+            and vfio's or RDMA's by devices, past the page table. All memory, where the kernel does
+            not list which pages are.
         NOT_REGISTERED: The kernel does not register it; `detail` has its answer.
         BUSY: Another userfaultfd has it registered.
         SPECIAL: The kernel's own pages (vdso, vvar), which it writes itself.

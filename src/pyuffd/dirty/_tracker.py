@@ -15,7 +15,14 @@ from pyuffd._abi import Feature
 from pyuffd._arguments import shown
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError
-from pyuffd._pages import PAGE_SIZE, RangeLike, check_range, page_size_of, resolve_range
+from pyuffd._pages import (
+    ADDRESS_LIMIT,
+    PAGE_SIZE,
+    RangeLike,
+    check_range,
+    page_size_of,
+    resolve_range,
+)
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _async, _rows
 from pyuffd.dirty._blind import Blind, BlindReason
@@ -252,7 +259,11 @@ class DirtyTracker(Closing):
 
     def _pins(self) -> memoryview:
         spans = _rows.merged(
-            (pin.start - pin.start % PAGE_SIZE, -(-pin.end // PAGE_SIZE) * PAGE_SIZE)
+            (
+                pin.start - pin.start % PAGE_SIZE,
+                # Packed ranges have 64 bits, and nothing is mapped in the last page.
+                min(-(-pin.end // PAGE_SIZE) * PAGE_SIZE, ADDRESS_LIMIT - PAGE_SIZE),
+            )
             for pin in _pinned.buffers(self._process.memory_tid)
         )
         return _rows.packed(spans)
