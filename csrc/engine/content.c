@@ -27,12 +27,13 @@ static int open_source(struct uffd_content *content, const struct uffd_range_spe
 {
 	int r = 0;
 
-	if (spec->source == UFFD_SOURCE_OVERLAY)
-		return uffd_overlay_create(&spec->overlay, spec->length, spec->page_size,
-					   spec->writes_cache, &content->overlay);
-	if (spec->source == UFFD_SOURCE_REQUEST && spec->overlay.run_count)
+	if (spec->source == UFFD_SOURCE_REQUEST && spec->overlay.is_outline)
 		return uffd_overlay_create(&spec->overlay, spec->length, spec->page_size, false,
 					   &content->outline);
+	if (spec->source == UFFD_SOURCE_OVERLAY ||
+	    (spec->source == UFFD_SOURCE_REQUEST && spec->overlay.run_count))
+		return uffd_overlay_create(&spec->overlay, spec->length, spec->page_size,
+					   spec->writes_cache, &content->overlay);
 	if (spec->source != UFFD_SOURCE_MEMORY && spec->source != UFFD_SOURCE_FILE)
 		return 0;
 	if (spec->source_length <= spec->length - spec->page_size)
@@ -124,6 +125,14 @@ uint64_t uffd_content_stretch(const struct uffd_content *content, uint64_t offse
 	stretch = uffd_overlay_stretch(overlay, offset, length);
 	*zeros_ret = stretch.kind == UFFD_STRETCH_ZERO && !content->writes_cache;
 	return stretch.length;
+}
+
+bool uffd_content_is_requested(const struct uffd_content *content, uint64_t offset)
+{
+	if (content->kind != UFFD_SOURCE_REQUEST || !content->overlay)
+		return content->kind == UFFD_SOURCE_REQUEST;
+	return uffd_overlay_stretch(content->overlay, offset, content->page_size).kind ==
+	       UFFD_STRETCH_REQUEST;
 }
 
 int uffd_content_read(const struct uffd_content *content, void *target, uint64_t offset,

@@ -56,7 +56,7 @@ struct uffd_range_spec {
 	uint64_t source_address; /* MEMORY: borrowed until the range is taken out */
 	uint64_t source_offset;	/* FILE */
 	uint64_t source_length;	/* in bytes; must reach into the last page */
-	struct uffd_overlay_spec overlay; /* OVERLAY: covers the whole range; REQUEST: an outline */
+	struct uffd_overlay_spec overlay; /* covers the whole range; REQUEST: or none */
 	uint64_t local;		/* the same memory mapped here, not registered; 0: none */
 	uint64_t preserve;	/* where to save old content before the first write; 0: none */
 	uint32_t writes_cache;	/* an absent page is filled by writing the source to `local` */
@@ -80,7 +80,7 @@ struct uffd_content {
 	uint64_t address;		/* of offset 0, in this process */
 	uint8_t *tail;			/* the last page, if the source ends inside it */
 	struct uffd_file file;		/* FILE */
-	struct uffd_overlay *overlay;	/* OVERLAY, which has no `address`; else NULL */
+	struct uffd_overlay *overlay;	/* OVERLAY or REQUEST, without an `address`; else NULL */
 	struct uffd_overlay *outline;	/* where a REQUEST has zeros; NULL: it may have none */
 	uint64_t local;
 	uint64_t preserve;
@@ -124,6 +124,9 @@ uint64_t uffd_content_covered(const struct uffd_content *content, uint64_t offse
  */
 uint64_t uffd_content_stretch(const struct uffd_content *content, uint64_t offset,
 			      uint64_t length, bool *zeros_ret);
+
+/* Whether only a worker can read the page at an offset. */
+bool uffd_content_is_requested(const struct uffd_content *content, uint64_t offset);
 
 /* Write the content into memory of this process, without a fault on a truncated file. */
 int uffd_content_read(const struct uffd_content *content, void *target, uint64_t offset,

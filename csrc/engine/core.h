@@ -322,10 +322,17 @@ static inline uint64_t run_of(struct uffd_range *range, uint64_t *at, uint64_t e
 	return *at < end ? stop : end;
 }
 
-/* Only a worker can read the source. */
-static inline bool needs_request(const struct uffd_range *range)
+/* Only a worker can read the source, or some of it. */
+static inline bool needs_requests(const struct uffd_range *range)
 {
 	return range->content->kind == UFFD_SOURCE_REQUEST;
+}
+
+/* Only a worker can read this page. */
+static inline bool needs_request(const struct uffd_range *range, uint64_t page)
+{
+	return needs_requests(range) &&
+	       uffd_content_is_requested(range->content, content_offset(range, page));
 }
 
 /* Whether the page is zeros by what its source is. */

@@ -97,9 +97,14 @@ static bool is_valid(const struct uffd_overlay_spec *spec, uint64_t length)
 /* Whether a page has bytes of several runs, which must be copied together first. */
 static bool has_mixed(const struct uffd_overlay *overlay)
 {
-	for (uint64_t i = 0; i < overlay->run_count; i++)
-		if (overlay->runs[i].start & (overlay->page_size - 1))
+	for (uint64_t i = 0; i < overlay->run_count; i++) {
+		uint64_t start = overlay->runs[i].start, page = start & ~(overlay->page_size - 1);
+
+		if (start > page &&
+		    uffd_overlay_stretch(overlay, page, overlay->page_size).kind ==
+			    UFFD_STRETCH_MIXED)
 			return true;
+	}
 	return false;
 }
 
@@ -200,6 +205,18 @@ void uffd_overlay_destroy(struct uffd_overlay *overlay)
 
 /* Reading it */
 
+static bool has_request(const struct uffd_overlay *overlay, uint64_t offset, uint64_t end)
+{
+	for (uint64_t run = run_at(overlay, offset); offset < end; run++) {
+		struct part part = part_at(overlay, run, offset, end);
+
+		if (part.leaf->kind == UFFD_LEAF_REQUEST)
+			return true;
+		offset += part.length;
+	}
+	return false;
+}
+
 struct uffd_stretch uffd_overlay_stretch(const struct uffd_overlay *overlay, uint64_t offset,
 					 uint64_t length)
 {
@@ -212,8 +229,12 @@ struct uffd_stretch uffd_overlay_stretch(const struct uffd_overlay *overlay, uin
 	};
 
 	if (!stretch.length) {
-		stretch.kind = UFFD_STRETCH_MIXED;
 		stretch.length = overlay->page_size;
+		stretch.kind = has_request(overlay, offset, offset + stretch.length)
+				       ? UFFD_STRETCH_REQUEST
+				       : UFFD_STRETCH_MIXED;
+	} else if (part.leaf->kind == UFFD_LEAF_REQUEST) {
+		stretch.kind = UFFD_STRETCH_REQUEST;
 	} else if (part.leaf->kind == UFFD_LEAF_FILE) {
 		stretch.file = &part.leaf->file;
 		stretch.file_at = part.at - part.leaf->file_from;
@@ -310,7 +331,7 @@ void uffd_overlay_fault_in(const struct uffd_overlay *overlay, uint64_t offset, 
 	for (uint64_t run = run_at(overlay, offset); offset < end; run++) {
 		struct part part = part_at(overlay, run, offset, end);
 
-		if (part.leaf->kind != UFFD_LEAF_ZERO)
+		if (part.leaf->kind == UFFD_LEAF_MEMORY || part.leaf->kind == UFFD_LEAF_FILE)
 			uffd_fault_in(part.leaf->address + part.at, part.length, false);
 		offset += part.length;
 	}

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Content made of several sources: each byte of a range comes from one leaf, which is
- * zeros, memory of this process, or a file.  Once made, an overlay does not change.
+ * zeros, memory of this process, a file, or what a worker is asked for.  Once made, an
+ * overlay does not change.
  */
 #ifndef UFFD_ENGINE_OVERLAY_H
 #define UFFD_ENGINE_OVERLAY_H
@@ -15,6 +16,7 @@ enum uffd_leaf_kind {
 	UFFD_LEAF_ZERO,
 	UFFD_LEAF_MEMORY,
 	UFFD_LEAF_FILE,
+	UFFD_LEAF_REQUEST,	/* a page with any byte of it is requested from a worker */
 };
 
 struct uffd_leaf_spec {
@@ -54,6 +56,7 @@ enum uffd_stretch_kind {
 	UFFD_STRETCH_ZERO,
 	UFFD_STRETCH_BYTES,	/* of one leaf, at an address */
 	UFFD_STRETCH_MIXED,	/* one page, of several runs */
+	UFFD_STRETCH_REQUEST,	/* whole pages, or one of several runs, one of them REQUEST */
 };
 
 /* The origin of the pages from an offset on. */

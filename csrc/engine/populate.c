@@ -55,12 +55,14 @@ static int ask_next(struct uffd_range *range, uint64_t *offset, uint64_t end,
 	limit = range->end - at < end - *offset ? range->end : at + (end - *offset);
 	if (limit - at > ASK_SLICE && ASK_SLICE >= range->page_size)
 		limit = at + ASK_SLICE;
-	while (at < limit && atomic_load(state_of(range, at)) != UFFD_PAGE_ABSENT)
+	while (at < limit && (atomic_load(state_of(range, at)) != UFFD_PAGE_ABSENT ||
+			      !needs_request(range, at)))
 		at += range->page_size;
 	for (stop = at; stop < limit && stop - at < populate->chunk; stop += range->page_size) {
 		uint8_t expected = UFFD_PAGE_ABSENT;
 
-		if (!atomic_compare_exchange_strong(state_of(range, stop), &expected,
+		if (!needs_request(range, stop) ||
+		    !atomic_compare_exchange_strong(state_of(range, stop), &expected,
 						    UFFD_PAGE_REQUESTED))
 			break;
 	}
@@ -222,7 +224,7 @@ static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, u
 
 /* What filling the absent pages of a range depends on. */
 struct needs {
-	bool is_filled, by_request, reads_file;
+	bool is_filled, by_request, reads_file, is_mixed;
 	uint64_t page_size;
 };
 
@@ -237,8 +239,9 @@ static int look_up(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 	if (range)
 		*ret = (struct needs){
 			can_be_absent(range),
-			needs_request(range),
+			needs_requests(range),
 			range->content->kind == UFFD_SOURCE_FILE && !range->content->writes_cache,
+			needs_requests(range) && range->content->overlay,
 			range->page_size,
 		};
 	close_access(&access);
@@ -246,21 +249,35 @@ static int look_up(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 }
 
 /* `reach`: NULL if all that this touches has been faulted in. */
+static int populate_from_here(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			      slice_reach reach, uint64_t offset, uint64_t end,
+			      struct uffd_populate_result *result)
+{
+	uint64_t reached;
+	int r = for_slices(&(struct slices){ engine, *ref, offset, end, fill_slice, reach, NULL },
+			   &result->filled, &reached);
+
+	if (r == -ENOMEM)
+		result->failed_at = ref->start + reached;
+	return r;
+}
+
+/* Pages whose content is here come first: they keep no worker busy. */
 static int populate_run(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			const struct needs *needs, slice_reach reach, uint64_t offset,
 			uint64_t end, uint64_t chunk, struct uffd_populate_result *result_ret)
 {
-	uint64_t reached;
-	int r;
+	struct uffd_populate_result asked = { 0 };
+	int r = 0;
 
 	*result_ret = (struct uffd_populate_result){ 0 };
-	if (needs->by_request)
-		return populate_by_request(engine, ref, needs->page_size, offset, end, chunk,
-					   result_ret);
-	r = for_slices(&(struct slices){ engine, *ref, offset, end, fill_slice, reach, NULL },
-		       &result_ret->filled, &reached);
-	if (r == -ENOMEM)
-		result_ret->failed_at = ref->start + reached;
+	if (!needs->by_request || needs->is_mixed)
+		r = populate_from_here(engine, ref, reach, offset, end, result_ret);
+	if (r || !needs->by_request)
+		return r;
+	r = populate_by_request(engine, ref, needs->page_size, offset, end, chunk, &asked);
+	result_ret->filled += asked.filled;
+	result_ret->failed_at = asked.failed_at;
 	return r;
 }
 

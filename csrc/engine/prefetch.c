@@ -36,7 +36,7 @@ void plan_prefetch(struct uffd_range *range, uint64_t page, enum uffd_fault_kind
 	struct uffd_engine *engine = range->space->engine;
 	uint64_t from, to;
 
-	if (!engine->options.prefetch || kind == UFFD_KIND_WP || needs_request(range))
+	if (!engine->options.prefetch || kind == UFFD_KIND_WP || needs_request(range, page))
 		return;
 	for (size_t i = 0; i < engine->job_count; i++)
 		if (engine->jobs[i].space == range->space && page >= engine->jobs[i].at &&

@@ -258,6 +258,8 @@ static int put_stretch(struct uffd_range *range, uint64_t at, const struct uffd_
 	uint64_t covered;
 	int r;
 
+	if (stretch->kind == UFFD_STRETCH_REQUEST)
+		return -ENODATA;	/* nobody claims such a page to fill it from here */
 	if (stretch->kind == UFFD_STRETCH_MIXED)
 		return put_mixed(range, at, why, result_ret);
 	if (stretch->kind == UFFD_STRETCH_ZERO)

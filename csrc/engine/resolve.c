@@ -113,9 +113,10 @@ static enum outcome ask_for(struct uffd_range *range, uint64_t page,
 
 	if (range->space->engine->options.prefetch)
 		prefetch_span(range, page, &from, &to);
-	while (end < to && claim_absent(range, end))
+	while (end < to && needs_request(range, end) && claim_absent(range, end))
 		end += range->page_size;
-	while (at > from && claim_absent(range, at - range->page_size))
+	while (at > from && needs_request(range, at - range->page_size) &&
+	       claim_absent(range, at - range->page_size))
 		at -= range->page_size;
 	set_states(range, at, end, UFFD_PAGE_REQUESTED);
 	if (queue_request(range, at, end, fault, NULL))
@@ -260,7 +261,7 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 		if (stands_in(range->space->engine))
 			return apply_on_error(range, page, -EOWNERDEAD, UFFD_FAILED_SOURCE,
 					      thread_of(fault));
-		if (needs_request(range))
+		if (needs_request(range, page))
 			return ask_for(range, page, fault);
 	}
 	if (was == UFFD_PAGE_ABSENT)
@@ -363,6 +364,12 @@ enum outcome resolve_as_leader(struct uffd_range *range, uint64_t page, enum uff
 
 /* Filling more than one page */
 
+/* Claim an absent page whose content is here; the zeros of an outline are. */
+static bool claim_filled(struct uffd_range *range, uint64_t page)
+{
+	return (!needs_request(range, page) || is_zeros(range, page)) && claim_absent(range, page);
+}
+
 struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
 {
 	const struct uffd_content *content = range->content;
@@ -371,14 +378,14 @@ struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
 	uint64_t stop, past;
 	int r;
 
-	while (at < end && !claim_absent(range, at))
+	while (at < end && !claim_filled(range, at))
 		at += range->page_size;
 	if (at >= end)
 		return (struct fill_run){ .from = end, .past = end };
 	if (content->tail && at < tail_at && tail_at < end)
 		end = tail_at;
 	stop = at + range->page_size;
-	while (stop < end && claim_absent(range, stop))
+	while (stop < end && claim_filled(range, stop))
 		stop += range->page_size;
 	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);
 	r = put_content(range, at, stop - at, FILL_AHEAD, &result);

@@ -120,7 +120,7 @@ void say_page_fails(struct uffd_range *range, uint64_t page, int error,
 	struct uffd_line line = { .used = 0 };
 
 	/* Python reports what a source in Python raised, with the exception. */
-	if (stage == UFFD_FAILED_SOURCE && needs_request(range) && !stands_in(engine))
+	if (stage == UFFD_FAILED_SOURCE && needs_request(range, page) && !stands_in(engine))
 		return;
 	if (!may_say(engine, &range->content->said))
 		return;

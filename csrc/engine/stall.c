@@ -299,7 +299,7 @@ void end_own_wait(struct uffd_range *range, uint64_t page, uint32_t thread_id)
 
 	pthread_mutex_lock(&engine->requests_lock);
 	request = fetched_by(engine, thread_id);
-	if (!request || !needs_request(range) || !(is_only || asks_for(request, range, page))) {
+	if (!request || !needs_request(range, page) || !(is_only || asks_for(request, range, page))) {
 		pthread_mutex_unlock(&engine->requests_lock);
 		return;
 	}

@@ -51,7 +51,7 @@ static bool look_at_piece(struct uffd_engine *engine, const struct uffd_range_re
 			.page_size = range->page_size,
 			.mode = range->mode,
 			.can_poison = has_ioctl(range, _UFFDIO_POISON),
-			.asks = needs_request(range),
+			.asks = needs_requests(range),
 			.preserves = preserves(range),
 			.loses_content = loses_content(range),
 		};

@@ -64,9 +64,9 @@ class OverlaySource:
     """Several sources, one over the other: a base image and the differences made since.
 
     Where pieces overlap, the later one in the list counts. With every driver, C puts files, buffers
-    and zeros together, without Python for a page. If a source is in Python, Python reads all pages,
-    which needs the "process" or the "thread" driver; that source is asked for whole pages of 4096
-    bytes, which may reach beyond its piece.
+    and zeros together, without Python for a page. A source in Python needs the "process" or the
+    "thread" driver, and Python reads the pages that have bytes of it, and only these; it is asked
+    for whole pages of 4096 bytes, which may reach beyond its piece.
 
     Args:
         pieces: Tuples (offset, length, source): where the piece begins in bytes, how long it is,
@@ -152,6 +152,10 @@ class OverlaySource:
     def calls_python(self) -> bool:
         """Whether Python reads a leaf."""
         return not all(isinstance(leaf, IN_C) for leaf in self.leaves)
+
+    def is_in_python(self, run: Run) -> bool:
+        """Return whether Python reads the bytes of a run."""
+        return not isinstance(self.leaves[run.leaf], IN_C)
 
     @classmethod
     def _of_runs(cls, leaves: Sequence[PageSource], runs: Sequence[Run], length: int) -> Self:

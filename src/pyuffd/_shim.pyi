@@ -493,6 +493,7 @@ class _Lib:
     UFFD_LEAF_ZERO: int
     UFFD_LEAF_MEMORY: int
     UFFD_LEAF_FILE: int
+    UFFD_LEAF_REQUEST: int
     UFFD_REPORT_ADDED: int
     UFFD_REPORT_DROPPED: int
     UFFD_REPORT_PIECES: int

@@ -30,7 +30,7 @@ from pyuffd import (
     ZeroSource,
 )
 from tests._child import run_child
-from tests._memory import PAGE
+from tests._memory import PAGE, memory_params
 from tests.kernel._loop import loop_device, needs_loop_device
 from tests.kernel._serving import content, everywhere, is_lost, serving
 from tests.process._process_sources import page as page_of
@@ -286,7 +286,7 @@ def test_the_files_of_an_overlay_outlive_a_worker_process() -> None:
 
 
 def from_python(driver: Any) -> None:
-    """If one source is in Python, Python reads all of it."""
+    """Python reads the pages that have bytes of its source, and whatever else is in them."""
     overlay = OverlaySource([(0, 4 * PAGE, CallableSource(page_of)), (100, PAGE, ZeroSource())])
     want = bytearray(page_of(0, 4 * PAGE))
     want[100 : 100 + PAGE] = bytes(PAGE)
@@ -328,6 +328,115 @@ def python_over_a_file(driver: Any) -> None:
 @pytest.mark.parametrize("driver", ["thread", "process"])
 def test_a_source_in_python_over_a_file(driver: str) -> None:
     run_child(python_over_a_file, driver, budget_s=20)
+
+
+def numbered(offset: int, length: int) -> bytes:
+    """Content that differs from one piece of 8 bytes to the next."""
+    return b"".join(at.to_bytes(8, "little") for at in range(offset, offset + length, 8))
+
+
+ASKED = (2, 3)  # of six pages: the first one is all from Python, the second has some bytes of it
+
+
+def python_beside_c(first: FileSource, size: int, driver: Any) -> OverlaySource:
+    pieces: list[Any] = [
+        (0, 6 * size, first),
+        (2 * size, size, CallableSource(numbered)),
+        (3 * size + 100, 200, CallableSource(numbered)),
+        (5 * size, size, ZeroSource()),
+        (3 * size - 100, 50, first),
+    ]
+    if (
+        driver == "thread"
+    ):  # of the process driver it would be a third page that Python is asked for
+        pieces.append((4 * size + 8, 16, b"memory of process"))
+    return OverlaySource(pieces)
+
+
+def asked_by_page(driver: Any, name: str) -> None:
+    """Python is asked for its pages only, by faults, by populate, and with prefetch."""
+    for mode, features, prefetch in combined(driver, name):
+        size = 2 << 20 if name.startswith("hugetlb") else PAGE
+        with (
+            image(content(6 * size)) as path,
+            FileSource(path) as first,
+            serving(driver, name, features, prefetch=prefetch) as (handler, memory),
+        ):
+            handler.start()
+            overlay = python_beside_c(first, size, driver)
+            want = overlay.read(0, 6 * size)
+            region = memory.pages(6)
+            handler.serve(region, overlay, mode=mode)
+            for page in (0, 5, 1, 4):
+                assert region.read(page * size, size) == want[page * size : (page + 1) * size]
+            assert handler.stats().requests == 0
+            assert region.read() == want
+            assert 1 <= handler.stats().requests <= len(ASKED)
+            other = memory.pages(6)
+            before = handler.stats().requests
+            handler.serve(other, overlay, mode=mode)
+            assert handler.populate(other) == 6 * size
+            assert 1 <= handler.stats().requests - before <= len(ASKED)
+            assert other.read() == want
+
+
+@pytest.mark.parametrize("driver", ["thread", "process"])
+@pytest.mark.parametrize("name", memory_params())
+def test_python_is_asked_for_its_pages_only(driver: str, name: str) -> None:
+    run_child(asked_by_page, driver, name, budget_s=30)
+
+
+def truncated_beside_python(driver: Any) -> None:
+    """What a file has lost is not asked of Python, and the other pages are there."""
+    with (
+        image(content(6 * PAGE)) as path,
+        FileSource(path) as first,
+        serving(driver, "anon") as (handler, memory),
+    ):
+        handler.start()
+        region = memory.pages(6)
+        overlay = python_beside_c(first, PAGE, driver)
+        want = overlay.read(0, 6 * PAGE)
+        handler.serve(region, overlay)
+        os.truncate(path, 0)
+        with pytest.raises(PagePoisonedError):
+            region.read(0, 1)
+        assert region.read(5 * PAGE, PAGE) == want[5 * PAGE :]
+        assert handler.stats().requests == 0
+        assert region.read(2 * PAGE, 8) == want[2 * PAGE : 2 * PAGE + 8]
+        with pytest.raises(HandlerError):
+            handler.stop()
+
+
+@pytest.mark.parametrize("driver", ["thread", "process"])
+def test_a_truncated_file_beside_python(driver: str) -> None:
+    run_child(truncated_beside_python, driver)
+
+
+def one_thread_reads_c(driver: Any) -> None:
+    """The only worker may read pages of its own region that C fills; it waits for no other."""
+    size, got = PAGE, list[bytes]()
+    with (
+        image(content(2 * PAGE)) as path,
+        FileSource(path) as first,
+        serving(driver, "anon", workers=1) as (handler, memory),
+    ):
+        region = memory.pages(2)
+
+        def read(offset: int, length: int) -> bytes:
+            got.append(region.read(0, size))
+            return bytes([7]) * length
+
+        handler.start()
+        handler.serve(
+            region, OverlaySource([(0, 2 * size, first), (size, size, CallableSource(read))])
+        )
+        assert region.read(size, 1) == b"\7"
+        assert got == [content(2 * size)[:size]]
+
+
+def test_a_source_reads_what_c_fills() -> None:
+    run_child(one_thread_reads_c, "thread")
 
 
 def block_device(driver: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyuffd._arguments import check_int
 from pyuffd._overlay import OverlaySource, packed_runs
 from pyuffd._pages import RangeLike, page_size_of
-from pyuffd.handlers._types import Content, Leaf, LeafKind, Overlay, SourceKind, outline_of
+from pyuffd.handlers._types import Content, Leaf, LeafKind, Overlay, SourceKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
 
@@ -34,21 +34,14 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
         return Content(
             SourceKind.MEMORY, address=source.address, length=source.length, owner=source
         )
-    if isinstance(source, OverlaySource) and not source.calls_python:
+    if isinstance(source, OverlaySource):
         leaves, runs = packed_runs(source, region.length)
         overlay = Overlay(tuple(_leaf(leaf) for leaf in leaves), runs)
-        return Content(SourceKind.OVERLAY, length=source.length, owner=source, overlay=overlay)
-    if isinstance(source, OverlaySource):
-        # Python reads it; its files are named for a helper process, to which they are sent.
-        files = tuple(_leaf(leaf) for leaf in source.leaves if isinstance(leaf, FileSource))
-        leaves, runs = packed_runs(source, region.length)
-        everything = Content(SourceKind.OVERLAY, overlay=Overlay(tuple(map(_leaf, leaves)), runs))
-        return Content(
-            SourceKind.REQUEST,
-            owner=source,
-            overlay=Overlay(files, b""),
-            outline=outline_of(everything),
-        )
+        if not source.calls_python:
+            return Content(SourceKind.OVERLAY, length=source.length, owner=source, overlay=overlay)
+        # Python is asked for pages with bytes that only it can read; then it reads all of the page.
+        read = OverlaySource._of_packed(leaves, runs, region.length)
+        return Content(SourceKind.REQUEST, owner=read, overlay=overlay)
     return Content(SourceKind.REQUEST, owner=source)
 
 
@@ -57,5 +50,4 @@ def _leaf(source: PageSource) -> Leaf:
         return Leaf(LeafKind.FILE, fd=source.fileno(), offset=source.offset)
     if isinstance(source, BufferSource):
         return Leaf(LeafKind.MEMORY, address=source.address)
-    # What only Python can read is no memory, but it is not zeros either.
-    return Leaf(LeafKind.ZERO if isinstance(source, ZeroSource) else LeafKind.MEMORY)
+    return Leaf(LeafKind.ZERO if isinstance(source, ZeroSource) else LeafKind.REQUEST)

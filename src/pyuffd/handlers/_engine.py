@@ -29,7 +29,6 @@ from pyuffd.handlers._types import (
     RecentFault,
     Request,
     SourceFailure,
-    SourceKind,
     Taken,
     known_failure,
 )
@@ -211,11 +210,11 @@ class Engine(EnginePages):
         spec.source_address = content.address
         spec.source_offset = content.offset
         spec.source_length = content.length
-        is_overlay = content.kind is SourceKind.OVERLAY
-        if content.kind is SourceKind.REQUEST and content.outline:
+        is_overlay = content.overlay is not None
+        if content.outline:
             keeps = _fill_outline(spec.overlay, content.outline)
         else:
-            keeps = _fill_overlay(spec.overlay, content.overlay if is_overlay else None)
+            keeps = _fill_overlay(spec.overlay, content.overlay)
         spec.local = given.local
         spec.preserve = given.preserve
         spec.writes_cache = given.writes_cache

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pyuffd._errors import HandlerError
+from pyuffd._overlay import OverlaySource
 from pyuffd.handlers._types import PageState
 
 # A worker that has its answer puts the pages in place within this time, the event loop blocked or
@@ -98,6 +99,17 @@ class SourceThreads:
             if pages.has(page):
                 return [thread]
         return [*fetching, *([0] if len(fetching) < self._workers else [])]
+
+
+def without_pages_in_c(states: bytes, overlay: OverlaySource, first: int, size: int) -> bytes:
+    """Return the states of pages from `first` on; those that C reads count as present."""
+    found = bytearray(states)
+    for index, state in enumerate(states):
+        if state in MISSING:
+            at = (first + index) * size
+            if not any(overlay.is_in_python(run) for run in overlay.runs_in(at, at + size)):
+                found[index] = PageState.CLEAN
+    return bytes(found)
 
 
 def first_missing(states: bytes) -> int | None:

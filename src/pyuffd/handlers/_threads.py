@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from pyuffd._errors import UffdOSError
 from pyuffd._limits import start_thread
+from pyuffd._overlay import OverlaySource
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._failures import SAID_MOST, source_text, tell
 from pyuffd.handlers._own_memory import (
@@ -25,6 +26,7 @@ from pyuffd.handlers._own_memory import (
     first_missing,
     stays_missing,
     waits_error,
+    without_pages_in_c,
 )
 from pyuffd.handlers._stall import stall_signal
 from pyuffd.handlers._types import (
@@ -225,7 +227,10 @@ class WorkedEngine(Engine):
         pages = -(-end // size) - first
 
         def look(at: int, count: int) -> bytes:
-            return self.states(served.id, at, count)
+            found = self.states(served.id, at, count)
+            if isinstance(served.source, OverlaySource):
+                found = without_pages_in_c(found, served.source, at, size)
+            return found
 
         missing = first_missing(look(first, pages))
         if missing is None:

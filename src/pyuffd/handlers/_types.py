@@ -69,6 +69,7 @@ class LeafKind(IntEnum):
     ZERO = lib.UFFD_LEAF_ZERO
     MEMORY = lib.UFFD_LEAF_MEMORY
     FILE = lib.UFFD_LEAF_FILE
+    REQUEST = lib.UFFD_LEAF_REQUEST
 
 
 class FailureStage(IntEnum):
@@ -104,6 +105,13 @@ class Overlay:
     def fds(self) -> list[int]:
         """The descriptors of its files, one for each such leaf."""
         return [leaf.fd for leaf in self.leaves if leaf.kind is LeafKind.FILE]
+
+    def without_memory(self) -> Overlay:
+        """Return a copy for another process, where a worker is asked for what is memory here."""
+        leaves = (
+            Leaf(LeafKind.REQUEST) if leaf.kind is LeafKind.MEMORY else leaf for leaf in self.leaves
+        )
+        return Overlay(tuple(leaves), self.runs)
 
     def with_fds(self, fds: list[int]) -> Overlay:
         """Return a copy with these descriptors."""

@@ -111,6 +111,9 @@ class RemoteEngine(SoleOwner):
     def add(self, spec: RangeSpec) -> RangeId:
         """Put a range in; its source and descriptors are sent to the worker process."""
         content = spec.content
+        if content.kind is SourceKind.REQUEST and content.overlay is not None:
+            # The sources that are memory are sent with those in Python.
+            content = replace(content, overlay=content.overlay.without_memory())
         if content.reads_memory:
             raise ValueError(
                 f"{content.owner!r} is memory of this process, or some of it is, which the helper"

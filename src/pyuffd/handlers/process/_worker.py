@@ -27,6 +27,7 @@ from pyuffd.handlers._types import (
     Content,
     Failure,
     FailureStage,
+    LeafKind,
     RangeId,
     RangeSpec,
     SourceFailure,
@@ -426,7 +427,7 @@ def _open(spec: RangeSpec, fds: list[int], *, retry: bool) -> tuple[Content, mma
     content = spec.content.with_fds(fds[:files])
     owner = _load(spec.content.owner, retry=retry)
     if isinstance(owner, OverlaySource) and content.overlay is not None:
-        leaves = content.overlay.leaves
+        leaves = [leaf for leaf in content.overlay.leaves if leaf.kind is LeafKind.FILE]
         owner = with_files(owner, [(leaf.fd, leaf.offset) for leaf in leaves])
     content = replace(content, owner=owner)
     if spec.local_file is None:
