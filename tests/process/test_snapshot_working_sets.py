@@ -234,3 +234,25 @@ def test_a_picture_shows_each_page_where_it_is() -> None:
     }
     assert marked == {(0, 0): 3 / 256, (0, 1): 4 / 256, (1, 43): 6 / 256}
     assert [value for value in found[1].grid(4)[0] if value == value] == [3 / 256, 6 / 256]
+
+
+def test_a_flat_copy_has_the_working_sets(snapshot: Snapshot, tmp_path: Path) -> None:
+    """The offsets mean the same pages, so only the id in the files differs."""
+    start, region = area(snapshot)
+    with pyuffd.lazy(snapshot.read(region.start, 1 << 20), fault_log=1000) as memory:
+        for page in (7, 2, 200):
+            memory.read(page * PAGE, 1)
+        known = snapshot.record("startup", memory.handler, [(memory, region.start)], until=0.1)
+    (tmp_path / "one" / "damaged.working-set").write_bytes(b"nothing of the kind")
+    snapshot.flatten(tmp_path / "flat", durable=False)
+    with Snapshot.open(tmp_path / "flat") as flat:
+        (name,) = flat.working_sets()
+        found = flat.working_set(name)
+        assert (name, found.problem if found else None) == ("startup", "")
+        assert found is not None
+        assert list(found) == list(known)
+        assert found[0].offset == start + 7 * PAGE
+        assert found.image_id == flat.id.encode() != known.image_id
+    assert sorted(os.listdir(tmp_path / "flat")) == sorted(
+        ["manifest.json", "notes", "pages", "runs", "startup.working-set"]
+    )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pyuffd.snapshot import _format, _sums
+from pyuffd.snapshot import _format, _sums, _working_sets
 from pyuffd.snapshot._capture import Places, SnapshotProgress, at_barrier
 from pyuffd.snapshot._files import NewDirectory
 from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotRegion, SnapshotRun
@@ -56,6 +56,8 @@ def flatten(
         directory.write(_format.RUNS, packed)
         if notes is not None:
             directory.write(_format.NOTES, notes)
+        for name, content in _working_sets.files_for(image, directory.id):
+            directory.write(name, content)
         manifest = {key: value for key, value in image.manifest.items() if key != _format.SEAL}
         manifest |= {
             "id": directory.id,

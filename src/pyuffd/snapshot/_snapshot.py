@@ -174,7 +174,8 @@ class Snapshot(Opened):
     ) -> str:
         """Write one snapshot without parents, uncompressed, with the same content; return its id.
 
-        Everything is checked on the way.
+        Everything is checked on the way. Its working sets are copied, unless they have a `problem`;
+        those of its parents are not.
 
         Raises:
             FileExistsError: EEXIST - there is something with this name.

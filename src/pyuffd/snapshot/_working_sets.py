@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from pyuffd import _working_set_files
-from pyuffd._working_set import ID_BYTES, Place, Run, WorkingSet
+from pyuffd._working_set import ID_BYTES, Place, Run, WorkingSet, pack
 from pyuffd.snapshot._reading import Image
 
 SUFFIX = ".working-set"
@@ -29,7 +30,21 @@ def check_name(name: object) -> str:
 
 def image_id(image: Image) -> bytes:
     """Return what its working sets are bound to."""
-    return image.id.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
+    return _bytes_of(image.id)
+
+
+def _bytes_of(id_: str) -> bytes:
+    return id_.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
+
+
+def files_for(image: Image, id_: str) -> Iterator[tuple[str, bytes]]:
+    """Yield names and content of its working sets for a copy of the image that has another id.
+
+    One that cannot be used is left out.
+    """
+    for name, known in load_all(image).items():
+        if not known.problem:
+            yield name + SUFFIX, pack(replace(known, image_id=_bytes_of(id_)))
 
 
 def image_length(image: Image) -> int:
