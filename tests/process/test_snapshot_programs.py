@@ -96,12 +96,25 @@ class Reference:
 
 
 def taken(
-    process: Process, path: Path, method: Used, monkeypatch: pytest.MonkeyPatch
+    process: Process,
+    path: Path,
+    method: Used,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    tracker: DirtyTracker | None = None,
+    parent: Path | None = None,
 ) -> SnapshotReport:
     """Take a snapshot, and compare it with what was read in the stop."""
     reference = Reference(process, method, monkeypatch)
     report = Snapshot.take(
-        process, path, method=method, shared="pause", max_stall_s=LIMIT_S, durable=False
+        process,
+        path,
+        method=method,
+        shared="pause",
+        tracker=tracker,
+        parent=parent,
+        max_stall_s=LIMIT_S,
+        durable=False,
     )
     monkeypatch.setattr(_capture, "barrier", None)
     assert status(process.pid)["TracerPid"] == "0"
@@ -345,18 +358,19 @@ def test_twenty_in_a_row(redis: Redis, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.stress
 @needs_program("redis-server")
 @needs_program("redis-benchmark")
-def test_a_chain_of_a_loaded_server(redis: Redis, tmp_path: Path) -> None:
+def test_a_chain_of_a_loaded_server(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each link has what was read in its stop, through all its parents."""
     with Process(redis.server.pid) as process, DirtyTracker(process) as tracker:
         parent: Path | None = None
         for number in range(5):
             path = tmp_path / str(number)
-            Snapshot.take(
-                process, path, tracker=tracker, parent=parent, max_stall_s=LIMIT_S, durable=False
-            )
+            taken(process, path, "precopy", monkeypatch, tracker=tracker, parent=parent)
+            with Snapshot.open(path) as snapshot:
+                snapshot.verify()
+                assert snapshot.depth == number
+                states = {run.state for run in snapshot.runs}
+                assert (RunState.PARENT in states) == (number > 0)
             parent = path
             redis.check()
-    for number in range(5):
-        with Snapshot.open(tmp_path / str(number)) as snapshot:
-            snapshot.verify()
-            assert snapshot.depth == number
