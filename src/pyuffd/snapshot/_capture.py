@@ -7,7 +7,6 @@ the same code (`_methods.capture`). What the file cannot tell, the states of its
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from typing import Literal
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
-from pyuffd._owned import Descriptor
-from pyuffd._pages import PAGE_SIZE
 from pyuffd.dirty._round import Pending
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
@@ -28,6 +25,8 @@ Method = Literal["auto", "cow", "precopy", "stopped"]
 Used = Literal["cow", "precopy", "stopped"]
 
 STOP_LIMIT_S = 1.0
+
+DISK = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,8 @@ class Captured:
         data: Pages whose content is in the file.
         zero: Pages that are present and all zeros; they are holes in the file.
         lost: Pages whose content of that instant is not known; holes too.
-        dropped: How many bytes of `lost` were given back by the process while it was captured.
+        dropped: Those of them that were given back by the process while it was captured.
+        unseen: Those of them that are not known to have content.
         pause_s: How long the process stood.
         instant_ns: Time of day of the instant, while it stood.
         absent: Pages without content that had some in an earlier image, if only what was written
@@ -112,7 +112,8 @@ class Captured:
     zero: memoryview = ranges.NO_RANGES
     lost: memoryview = ranges.NO_RANGES
     absent: memoryview = ranges.NO_RANGES
-    dropped: int = 0
+    dropped: memoryview = ranges.NO_RANGES
+    unseen: memoryview = ranges.NO_RANGES
     pause_s: float = 0.0
     instant_ns: int = 0
     rounds: int = 0
@@ -142,52 +143,26 @@ def content(
     process: Process, layout: Sequence[Placed], pieces: calls.Pieces, *, unprotected: bool = False
 ) -> memoryview:
     """Return the pages of a layout that have content, packed."""
-    found = pieces.scan(process.pagemap.fileno(), unprotected=unprotected)
-    found = _without_marks(process, layout, found)
-    more = [span for part in layout if part.whole for span in _of_file(process.memory_tid, part)]
-    return ranges.union(found, PageRanges.of(more).memoryview())
+    found = own_content(process, pieces, unprotected=unprotected)
+    # What a file on a disk has behind a part, whether it is in the page table or not.
+    files = [(part.start, part.end) for part in layout if part.whole and part.mapping.kind in DISK]
+    return ranges.union(found, PageRanges.of(files).memoryview())
 
 
-def _without_marks(process: Process, layout: Sequence[Placed], found: memoryview) -> memoryview:
-    """Leave out pages that are not there and are tracked: the scan takes them for pages on swap.
+def own_content(process: Process, pieces: calls.Pieces, *, unprotected: bool = False) -> memoryview:
+    """Return the pages in the page table that have content, packed.
 
-    Reading one would give the process a page of zeros, or what the file behind it holds.
+    The scan takes what has a mark for a page on swap. Reading one would give the process a page of
+    zeros, or what the file behind it holds.
     """
+    pagemap = process.pagemap.fileno()
+    found = pieces.scan(pagemap, unprotected=unprotected)
     if not len(found):
         return found
     # Nowhere else: all the memory between two of them may be tracked, and have a mark on each page.
-    parts = pieces_of([part for part in layout if not part.whole])
-    swapped = parts.scan(process.pagemap.fileno(), swapped=True)
-    marks = _own_pages.marks(process, PageRanges(ranges.intersect(swapped, found)))
-    return ranges.subtract(found, marks.memoryview())
-
-
-def _of_file(pid: int, part: Placed) -> Iterator[tuple[int, int]]:
-    """Yield what the file has behind a part, whether it is in the page table or not."""
-    mapping = part.mapping
-    if mapping.kind in (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE):
-        yield part.start, part.end
-    elif mapping.kind is MappingKind.SHMEM:
-        # Reading a hole would fill it.
-        path = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
-        try:
-            with Descriptor.open(path, os.O_RDONLY) as file:
-                yield from _data_of(file.number, part)
-        except OSError:
-            return  # no privilege to open it: what is in the page table has to do
-
-
-def _data_of(fd: int, part: Placed) -> Iterator[tuple[int, int]]:
-    shift = part.mapping.start - part.mapping.offset
-    at, end = part.start - shift, part.end - shift
-    while at < end:
-        try:
-            first = os.lseek(fd, at, os.SEEK_DATA) // PAGE_SIZE * PAGE_SIZE
-            at = -(-os.lseek(fd, first, os.SEEK_HOLE) // PAGE_SIZE) * PAGE_SIZE
-        except OSError:  # ENXIO: no more data
-            return
-        if first < end:
-            yield first + shift, min(at, end) + shift
+    swapped = ranges.intersect(pieces.scan(pagemap, swapped=True), found)
+    empty = _own_pages.marks(process, PageRanges(swapped))
+    return ranges.subtract(found, empty.memoryview())
 
 
 class Places:

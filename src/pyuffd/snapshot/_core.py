@@ -18,9 +18,9 @@ from pyuffd.snapshot._capture import Options, SnapshotProgress, at_barrier
 from pyuffd.snapshot._core_about import About
 from pyuffd.snapshot._core_file import NewFile, write, write_ends
 from pyuffd.snapshot._core_places import CoreLayout
-from pyuffd.snapshot._core_shared import FilesCopied, copy_files
 from pyuffd.snapshot._core_wanted import VDSO
 from pyuffd.snapshot._lock import only_one
+from pyuffd.snapshot._memory_files import FilesCopied, copy_files
 from pyuffd.snapshot._methods import capture
 from pyuffd.snapshot._output import punch
 

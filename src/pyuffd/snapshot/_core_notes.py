@@ -21,7 +21,7 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import keys_of
 from pyuffd.snapshot import _core_elf as elf
 from pyuffd.snapshot import _core_plan as plan
-from pyuffd.snapshot import _core_shared as shared
+from pyuffd.snapshot import _memory_files as shared
 from pyuffd.snapshot._core_about import About
 from pyuffd.snapshot._core_places import DISK_FILES
 from pyuffd.snapshot._core_wanted import VDSO
@@ -121,7 +121,7 @@ class Notes:
     def _first_page(self, mapping: Mapping) -> bytes:
         """Return the first page of a memfd or the like: reading the mapping might fill a hole."""
         with ExitStack() as stack:
-            fd = shared.try_open(self._process.memory_tid, mapping, stack)
+            fd = shared.try_open(self._process, mapping, stack)
             content = b"" if fd is None else os.pread(fd, PAGE_SIZE, 0)
         return content.ljust(PAGE_SIZE, b"\0") if content.startswith(plan.ELF_MAGIC) else b""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pyuffd.remote import Mapping, MappingKind, Mappings, Process
 from pyuffd.remote._mappings import keys_of
 from pyuffd.snapshot import _core_plan as plan
-from pyuffd.snapshot import _core_shared as shared
+from pyuffd.snapshot import _memory_files as shared
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import Placed, Places
 from pyuffd.snapshot._core_elf import PAGE_SIZE, Segment
@@ -98,7 +98,7 @@ class CoreLayout:
             return _Known(choice.wanted, [], choice.is_new, False, False, choice.is_settled)
         of_memory = shared.is_file_of_memory(m)
         with ExitStack() as stack:
-            file = shared.try_open(self._process.memory_tid, m, stack) if of_memory else None
+            file = shared.try_open(self._process, m, stack) if of_memory else None
             if part is Part.HEADER:
                 spans = [(m.start, m.start + PAGE_SIZE)]
             elif m.length > BLOCK:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, Process
 from pyuffd.snapshot import _core_plan as plan
-from pyuffd.snapshot import _core_shared as shared
+from pyuffd.snapshot import _memory_files as shared
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._core_elf import PAGE_SIZE
 from pyuffd.snapshot._core_plan import Part
@@ -84,7 +84,7 @@ class Chooser:
                 on_disk.append(m)
                 continue
             with suppress(OSError), ExitStack() as stack:
-                fd = shared.try_open(self._process.memory_tid, m, stack)
+                fd = shared.try_open(self._process, m, stack)
                 if fd is not None and os.pread(fd, len(plan.ELF_MAGIC), 0) == plan.ELF_MAGIC:
                     found.add(m.start)
         if on_disk:

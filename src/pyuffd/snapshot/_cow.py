@@ -28,6 +28,7 @@ from pyuffd.snapshot._capture import (
     SnapshotProgress,
     at_barrier,
     content,
+    own_content,
     pieces_of,
 )
 from pyuffd.snapshot._writer import Writer
@@ -110,7 +111,7 @@ class _Cow:
 
     def _arm(self, layout: Sequence[Placed]) -> None:
         parts = [part for part in layout if _is_protected(part)]
-        before = pieces_of(parts).scan(self._pagemap)
+        before = own_content(self._process, pieces_of(parts))
         filled = ranges.bytes_in(before, _rows.packed((part.start, part.end) for part in parts))
         dense: list[tuple[int, int]] = []
         sparse: list[tuple[int, int]] = []
@@ -208,11 +209,13 @@ class _Cow:
                 self._register(_packed([row]))
         # Without protection: written since, new, or in memory of which only some was protected.
         look = _pieces(ranges.intersect(new, self._registered))
-        sparse = _pieces(ranges.intersect(self._sparse, old)).scan(self._pagemap, unprotected=True)
+        sparse = own_content(
+            self._process, _pieces(ranges.intersect(self._sparse, old)), unprotected=True
+        )
         failed = self._protect(ranges.union(look.scan(self._pagemap, unprotected=True), sparse))
         self._registered = ranges.subtract(self._registered, failed)
         # What was moved is protected, and in another place than before.
-        content = ranges.union(look.scan(self._pagemap), sparse)
+        content = ranges.union(own_content(self._process, look), sparse)
         found = ranges.union(ranges.intersect(self._populated, old), content)
         return ranges.subtract(found, failed)
 
@@ -237,7 +240,7 @@ class _Cow:
         found = content(self._process, rest, pieces_of(rest))
         spans = _packed((part.start, part.end) for part in parts)
         refused = ranges.subtract(spans, self._registered)
-        return ranges.union(found, _pieces(refused).scan(self._pagemap))
+        return ranges.union(found, own_content(self._process, _pieces(refused)))
 
     # Behind it
 
@@ -258,7 +261,7 @@ class _Cow:
         result.faults, result.swept = stats.faults, stats.swept
         result.longest_wait_s = stats.longest_ns / 1e9
         dropped = self._saver.ranges(saver_calls.DROPPED)
-        result.dropped = PageRanges(dropped).bytes
+        result.dropped = dropped
         self._writer.add(
             self._saver.ranges(saver_calls.DATA),
             self._saver.ranges(saver_calls.ZERO),

@@ -21,6 +21,7 @@ from pyuffd.snapshot._core_notes import Notes
 from pyuffd.snapshot._files import NewDirectory
 from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotGap, SnapshotRun
 from pyuffd.snapshot._layout import SnapshotLayout
+from pyuffd.snapshot._memory_files import is_private_huge
 from pyuffd.snapshot._output import write_at
 from pyuffd.snapshot._reading import Image
 from pyuffd.snapshot._request import Request, SnapshotReport
@@ -74,7 +75,7 @@ def finish(
         swept=captured.swept,
         longest_wait_s=captured.longest_wait_s,
         stop_bytes=captured.stop_bytes,
-        dropped=captured.dropped,
+        dropped=PageRanges(captured.dropped).bytes,
         gaps=gaps,
     )
     manifest = _manifest(identity, layout, captured, report, parent)
@@ -109,7 +110,10 @@ def _unknown(layout: SnapshotLayout, captured: Captured) -> memoryview:
 
 
 def _lost_gaps(captured: Captured) -> Iterator[SnapshotGap]:
-    return _gaps(captured.lost, "dropped" if captured.method == "cow" else "unreadable")
+    unreadable = ranges.subtract(captured.lost, captured.dropped)
+    yield from _gaps(ranges.intersect(captured.lost, captured.dropped), "dropped")
+    yield from _gaps(ranges.subtract(unreadable, captured.unseen), "unreadable")
+    yield from _gaps(ranges.intersect(unreadable, captured.unseen), "unseen")
 
 
 def _gaps(packed: memoryview, reason: str) -> Iterator[SnapshotGap]:
@@ -239,6 +243,8 @@ def _regions(layout: SnapshotLayout, placed: Sequence[Placed]) -> Iterator[dict[
     for part in placed:
         places.setdefault(part.mapping.start, []).append([part.start, part.end, part.offset])
     for mapping in layout.mappings:
+        # The kernel's own file of private huge pages is none that could hold anything.
+        has_file = not is_private_huge(mapping)
         yield {
             "start": mapping.start,
             "length": mapping.length,
@@ -246,8 +252,8 @@ def _regions(layout: SnapshotLayout, placed: Sequence[Placed]) -> Iterator[dict[
             "kind": mapping.kind.value,
             "path": mapping.path,
             "file_offset": mapping.offset,
-            "device": mapping.device,
-            "inode": mapping.inode,
+            "device": mapping.device if has_file else 0,
+            "inode": mapping.inode if has_file else 0,
             "page_size": mapping.page_size,
             "places": places.get(mapping.start, []),
         }

@@ -38,7 +38,7 @@ class RunState(Word):
         ZERO: They were present and all zeros.
         PARENT: They are as in the parent, the snapshot before.
         ABSENT: They were mapped, and the process had nothing of its own there: zeros, or what the
-            mapping's file holds.
+            file of a private mapping holds. Shared memory is never ABSENT.
         LOST: Their content at the instant is unknown: they could not be read, or the process gave
             them back before they were saved.
         SHARED: Shared memory that was left out, since others write it too.
@@ -233,7 +233,9 @@ class SnapshotGap:
         reason: "shared": left out, or copied in the stop although others write it. "file": a shared
             mapping of a file that the process cannot write. "special": the kernel's own pages, or
             its devices. "dropped": the process gave it back before it was saved. "unfilled": a
-            userfaultfd fills it when it is touched, which nobody had done. "unreadable".
+            userfaultfd fills it when it is touched, which nobody had done. "unreadable". "unseen":
+            shared memory that the process had not touched, which only CAP_SYS_ADMIN or
+            CAP_CHECKPOINT_RESTORE could have shown.
         detail: More about it: the file's name.
     """
 

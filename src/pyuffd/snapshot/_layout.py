@@ -15,6 +15,7 @@ from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Placed, Places
 from pyuffd.snapshot._format import SnapshotGap
+from pyuffd.snapshot._memory_files import extents, is_file_of_memory, open_mapped
 
 Shared = Literal["refuse", "pause", "skip"]
 SHARED_WAYS = ("refuse", "pause", "skip")
@@ -28,9 +29,16 @@ UNIT = 1 << 30
 class SnapshotLayout:
     """Gives every mapping its place; what is left out becomes a gap.
 
+    What a call returns is what the methods capture. Shared memory is not among it: `copy_files`
+    copies that in the stop.
+
     Attributes:
         mappings: The mappings of the last call that are in the snapshot, gaps included.
         gaps: Those of the last call.
+        placed: The places of all mappings of the last call.
+        files: Those of shared memory: memfds, tmpfs, hugetlbfs.
+        in_memory: All of that memory, as (start, end).
+        unopened: What of it was not looked at before it got its places, for want of a privilege.
         lazy: Memory that a userfaultfd fills when it is touched, as `find_lazy` found it.
     """
 
@@ -44,6 +52,10 @@ class SnapshotLayout:
         self._last: tuple[Mappings, list[Placed]] | None = None
         self.mappings: list[Mapping] = []
         self.gaps: list[SnapshotGap] = []
+        self.placed: list[Placed] = []
+        self.files: list[Placed] = []
+        self.in_memory: list[tuple[int, int]] = []
+        self.unopened: list[tuple[int, int]] = []
         self.skipped = self.lazy = PageRanges.of([])
 
     def find_lazy(self, tracker: DirtyTracker | None) -> None:
@@ -68,8 +80,9 @@ class SnapshotLayout:
         """
         if self._last is not None and self._last[0] == mappings:
             return self._last[1]  # in the stop this is nearly always so
-        self.mappings, self.gaps = [], []
-        placed: list[Placed] = []
+        self.mappings, self.gaps, self.placed, self.files = [], [], [], []
+        self.in_memory, self.unopened = [], []
+        own: list[Placed] = []
         skipped: list[tuple[int, int]] = []
         for mapping in _rows.in_scope(mappings, self._scope):
             if mapping.kind is MappingKind.SPECIAL or mapping.path.startswith("anon_inode:"):
@@ -79,13 +92,21 @@ class SnapshotLayout:
             if mapping.shared and not self._keeps(mapping):
                 skipped.append((mapping.start, mapping.end))
                 continue
-            for span in self._spans(mapping):
-                for part in self._places.of(*span):
-                    placed.append(Placed(mapping, *part, whole=mapping.shared))
+            placed = [
+                Placed(mapping, *part, whole=mapping.shared)
+                for span in self._spans(mapping)
+                for part in self._places.of(*span)
+            ]
+            self.placed += placed
+            if mapping.shared and is_file_of_memory(mapping):
+                self.files += placed
+                self.in_memory.append((mapping.start, mapping.end))
+            else:
+                own += placed
         self.skipped = PageRanges.of(skipped)
         is_fixed = all(mapping.length <= RESERVED_BYTES for mapping in self.mappings)
-        self._last = (mappings, placed) if is_fixed else None
-        return placed
+        self._last = (mappings, own) if is_fixed else None
+        return own
 
     def _gap(self, mapping: Mapping, reason: str) -> None:
         self.gaps.append(
@@ -110,15 +131,26 @@ class SnapshotLayout:
         if mapping.length <= RESERVED_BYTES:
             yield mapping.start, mapping.end
             return
-        piece = calls.Pieces([(mapping.start, mapping.end, 0, True)])
         units = {
             unit
-            for found in PageRanges(piece.scan(self._process.pagemap.fileno()))
-            for unit in range(found.start // UNIT, -(-found.end // UNIT))
+            for start, end in self._filled(mapping)
+            for unit in range(start // UNIT, -(-end // UNIT))
         }
         assert UNIT % HUGE_PAGE_2M == 0
         for unit in sorted(units):
             yield max(unit * UNIT, mapping.start), min((unit + 1) * UNIT, mapping.end)
+
+    def _filled(self, mapping: Mapping) -> Iterator[tuple[int, int]]:
+        """Yield where a large mapping has content."""
+        piece = calls.Pieces([(mapping.start, mapping.end, 0, True)])
+        for found in PageRanges(piece.scan(self._process.pagemap.fileno())):
+            yield found.start, found.end
+        if mapping.shared and is_file_of_memory(mapping):
+            try:
+                with open_mapped(self._process, mapping) as file:
+                    yield from extents(file.number, mapping, mapping.start, mapping.end)
+            except OSError:
+                self.unopened.append((mapping.start, mapping.end))
 
 
 def _may_be_lazy(mapping: Mapping) -> bool:

@@ -1,7 +1,8 @@
 """Which pages a process has, by PAGEMAP_SCAN.
 
 The mark of a userfaultfd on a page that is not there looks as a page on swap does: a process whose
-writes are tracked has many. They have no content.
+writes are tracked has many. So do the marks of guard pages, which stacks of threads have. They have
+no content.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Process
 
 # Bits of a pagemap entry on swap: 5 of the type, then the offset. Types from 16 on are not swap
-# files, and the mark has the offset 1. Without CAP_SYS_ADMIN all of them are zero, and a mark is
-# taken for a page on swap: to read one too many costs a page of zeros, to read none would lose one.
+# files, and the mark has the offset 1, that of poison 2. Without CAP_SYS_ADMIN all of them are
+# zero, and a mark is taken for a page on swap: to read one too many costs a page of zeros, to read
+# none would lose one.
 _FRAME = (1 << 55) - 1
 _MARK = PageBit(1 << 4 | 1 << 5)
 _NOT_IN_A_MARK = PageBit(_FRAME & ~0xF & ~_MARK)
+_POISON = PageBit(1 << 4 | 1 << 6)
+_NOT_IN_POISON = PageBit(_FRAME & ~0xF & ~_POISON)
+_NO_BITS = PageBit(0)
+_NOT_HIDDEN = PageBit(_FRAME) | PageBit.UFFD_WP | PageBit.GUARD_REGION | PageBit.PRESENT
 
 _FILE = PageCategory.FILE
 _NONE = PageCategory(0)
@@ -59,11 +65,35 @@ def own(process: Process, start: int, end: int, *, any_will_do: bool = False) ->
 
 
 def marks(process: Process, swapped: PageRanges) -> PageRanges:
-    """Return the pages that are not on swap, though they look so: they have a mark."""
+    """Return those of pages that look as if they were on swap that have no content."""
     found = PageRanges.of([])
     for part in swapped:
         entries = process.pagemap.read(part.start, part.length)
         found |= entries.where(_MARK, clear=_NOT_IN_A_MARK)
+        found |= entries.where(PageBit.GUARD_REGION)
+        # The mark of a huge page.
+        found |= entries.where(PageBit.UFFD_WP, clear=PageBit.PRESENT | PageBit.SWAP)
+    return found
+
+
+def poisoned(process: Process, start: int, end: int) -> PageRanges:
+    """Return the pages of shared memory that the process cannot read (UFFDIO_POISON).
+
+    Those have marks too, and no page of shared memory looks as if it was on swap.
+    """
+    marked = process.pagemap.scan(
+        start,
+        end - start,
+        category_mask=_FILE | PageCategory.SWAPPED,
+        category_inverted=_FILE,
+        return_mask=_NONE,
+    ).ranges
+    found = PageRanges.of([])
+    for part in marked:
+        entries = process.pagemap.read(part.start, part.length)
+        found |= entries.where(_POISON, clear=_NOT_IN_POISON)
+        # Of hugetlb pages an entry does not tell what the mark is, nor without CAP_SYS_ADMIN.
+        found |= entries.where(_NO_BITS, clear=_NOT_HIDDEN)
     return found
 
 

@@ -228,18 +228,21 @@ class _Rounds:
         return True
 
     def _note_holes(self, layout: Sequence[Placed], pages: memoryview) -> memoryview:
-        """Note pages of files in memory that are not there; return them."""
-        holes = _holes(self._process, layout, pages)
-        if not len(holes):
-            return holes
-        private = PageRanges.of(
-            (part.start, part.end) for part in layout if not part.mapping.shared
-        ).memoryview()
-        # A private mapping has the file's page there, whatever that holds.
-        of_file = ranges.intersect(holes, private)
-        self._writer.empty(ranges.subtract(holes, of_file))
-        self._writer.forget(of_file)
-        self._changes.absent = ranges.union(self._changes.absent, of_file)
+        """Note pages of memfds and of hugetlb memory that are not there; return them.
+
+        They are what the file holds, if there is one. Reading them would fill its holes, and use
+        up huge pages.
+        """
+        parts = [
+            part for part in layout if part.mapping.kind in (MappingKind.SHMEM, MappingKind.HUGETLB)
+        ]
+        spans = PageRanges.of((part.start, part.end) for part in parts).memoryview()
+        wanted = ranges.intersect(pages, spans)
+        if not len(wanted):
+            return wanted
+        holes = ranges.subtract(wanted, content(self._process, parts, pieces_of(parts)))
+        self._writer.forget(holes)
+        self._changes.absent = ranges.union(self._changes.absent, holes)
         return holes
 
     def _unseen(self, layout: Sequence[Placed]) -> memoryview:
@@ -251,16 +254,6 @@ class _Rounds:
             if any(gap.start < part.end and part.start < gap.end for gap in gaps)
         ]
         return content(self._process, parts, pieces_of(parts))
-
-
-def _holes(process: Process, layout: Sequence[Placed], pages: memoryview) -> memoryview:
-    """Return pages of files in memory that are not there: reading them would fill the file."""
-    parts = [part for part in layout if part.mapping.kind is MappingKind.SHMEM]
-    spans = PageRanges.of((part.start, part.end) for part in parts).memoryview()
-    wanted = ranges.intersect(pages, spans)
-    if not len(wanted):
-        return wanted
-    return ranges.subtract(wanted, content(process, parts, pieces_of(parts)))
 
 
 def _replaced(round_: DirtyRound) -> memoryview:

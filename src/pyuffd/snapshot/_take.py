@@ -14,9 +14,9 @@ from pyuffd._errors import ProcessGoneError, SnapshotError
 from pyuffd.dirty import DirtyTracker, _async
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Captured, Options, Used, at_barrier
-from pyuffd.snapshot._core_notes import Notes
 from pyuffd.snapshot._files import NewDirectory
 from pyuffd.snapshot._finish import finish
+from pyuffd.snapshot._in_stop import InStop
 from pyuffd.snapshot._layout import SnapshotLayout
 from pyuffd.snapshot._lock import only_one
 from pyuffd.snapshot._methods import capture
@@ -43,13 +43,14 @@ def take(process: Process, request: Request) -> SnapshotReport:
         captured = None
         since = None if request.tracker is None else request.tracker._snapshot
         try:
-            notes = None if request.scope is not None else Notes(process)
-            captured = _captured(process, layout, directory, request, method, notes)
+            in_stop = InStop(process, layout, directory, request)
+            captured = _captured(process, layout, directory, request, method, in_stop)
             at_barrier("captured")
             if captured.method != method:
                 reason = "the process writes too fast for precopy"
+            in_stop.add_to(captured)
             report = finish(
-                identity, layout, directory, request, captured, reason, parent, begin, notes
+                identity, layout, directory, request, captured, reason, parent, begin, in_stop.notes
             )
         except BaseException as error:
             _put_back(request.tracker, captured, since)
@@ -103,17 +104,17 @@ def _captured(
     directory: NewDirectory,
     request: Request,
     method: Used,
-    notes: Notes | None,
+    in_stop: InStop,
 ) -> Captured:
     """Capture; if precopy was chosen here and does not get ahead, cow does."""
     try:
-        return _captured_by(process, layout, directory, request, method, notes)
+        return _captured_by(process, layout, directory, request, method, in_stop)
     except SnapshotError as error:
         may_change = request.method == "auto" and request.tracker is None
         if error.reason != "stalled" or not may_change or method == "cow":
             raise
     os.ftruncate(directory.pages.number, 0)
-    return _captured_by(process, layout, directory, request, "cow", notes)
+    return _captured_by(process, layout, directory, request, "cow", in_stop)
 
 
 def _captured_by(
@@ -122,8 +123,9 @@ def _captured_by(
     directory: NewDirectory,
     request: Request,
     method: Used,
-    notes: Notes | None,
+    in_stop: InStop,
 ) -> Captured:
+    in_stop.limit_s = request.max_stall_s if method == "stopped" else None
     options = Options(
         max_stall_s=MAX_STALL_S if request.max_stall_s is None else request.max_stall_s,
         stopped_s=math.inf if request.max_stall_s is None else request.max_stall_s,
@@ -131,7 +133,7 @@ def _captured_by(
         rate=request.rate,
         durable=request.durable,
         progress=request.progress,
-        in_stop=None if notes is None else notes.in_stop,
+        in_stop=in_stop,
     )
     return capture(
         process,

@@ -1,0 +1,89 @@
+"""What is read besides private memory while a process stands: registers, and shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from pyuffd import _dirty_calls as ranges
+from pyuffd._errors import SnapshotError
+from pyuffd.pagemap import PageRanges
+from pyuffd.snapshot._capture import SnapshotProgress
+from pyuffd.snapshot._core_notes import Notes
+from pyuffd.snapshot._memory_files import FilesCopied, Span, copy_files
+
+if TYPE_CHECKING:
+    from pyuffd.remote import Mappings, Process, Stop
+    from pyuffd.snapshot._capture import Captured, Placed
+    from pyuffd.snapshot._files import NewDirectory
+    from pyuffd.snapshot._layout import SnapshotLayout
+    from pyuffd.snapshot._request import Request
+
+
+class InStop:
+    """Called in the stop; made before it, so that it is short.
+
+    Attributes:
+        notes: The registers, and what else belongs into `notes`; None for a part of the memory.
+        limit_s: How long the process may stand for shared memory to be copied; None: as it needs.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        layout: SnapshotLayout,
+        directory: NewDirectory,
+        request: Request,
+    ) -> None:
+        self._process = process
+        self._layout = layout
+        self._directory = directory
+        self._request = request
+        self._files = FilesCopied()
+        self.limit_s: float | None = None
+        self.notes = None if request.scope is not None else Notes(process)
+
+    def __call__(self, stop: Stop, mappings: Mappings, layout: Sequence[Placed]) -> None:
+        """Read it; the last call counts."""
+        if self.notes is not None:
+            self.notes.in_stop(stop, mappings, layout)
+
+        def tell(done: int, total: int) -> None:
+            limit_s = self.limit_s
+            if limit_s is not None and stop.pause_s > limit_s:
+                raise SnapshotError(
+                    "stalled",
+                    f"process {self._process.pid} would stand for longer than max_stall_s: after"
+                    f" {limit_s:g} s {done / 1e6:.0f} of {total / 1e6:.0f} MB of its shared memory"
+                    " were copied",
+                )
+            if self._request.progress is not None:
+                self._request.progress(SnapshotProgress("stop", done, total))
+
+        self._files = copy_files(
+            self._process, self._layout.files, self._directory.pages.number, tell
+        )
+
+    def add_to(self, captured: Captured) -> None:
+        """Add the shared memory: every page of it has content, is zeros, or is LOST."""
+        files, layout = self._files, self._layout
+        captured.layout = layout.placed
+        captured.stop_bytes += files.bytes
+        data, lost, holes = map(_packed, (files.data, files.lost, files.holes))
+        unseen = _packed([*files.unseen, *layout.unopened])
+        for known in (data, lost, holes):
+            unseen = ranges.subtract(unseen, known)
+        # Somebody fills these when they are touched: `finish` says that they are not zeros.
+        lazy = ranges.intersect(holes, layout.lazy.memoryview())
+        zero = _packed(layout.in_memory)
+        for known in (data, lost, unseen, lazy):
+            zero = ranges.subtract(zero, known)
+        captured.data = ranges.union(captured.data, data)
+        captured.zero = ranges.union(captured.zero, zero)
+        captured.lost = ranges.union(captured.lost, ranges.union(lost, unseen))
+        captured.absent = ranges.union(captured.absent, lazy)
+        captured.unseen = unseen
+
+
+def _packed(spans: Iterable[Span]) -> memoryview:
+    return PageRanges.of(spans).memoryview()
