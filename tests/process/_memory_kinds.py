@@ -149,7 +149,7 @@ def memfds() -> Iterator[Kind]:
     start = mapped(5, PRIVATE, fd)
     ctypes.c_char.from_address(start + PAGE).value  # noqa: B018
     fill(start, 0, 13)
-    yield Kind("memfd, private", start, PAGE, "daaaa", [13, 0, 0, 0, 0], True)
+    yield Kind("memfd, private", start, PAGE, "ddzzl", [13, 12, 0, 0, 0], True)
 
 
 def shared() -> Iterator[Kind]:
@@ -179,7 +179,7 @@ def waiting() -> Iterator[Kind]:
 
 def files(folder: str) -> Iterator[Kind]:
     for name, flags, states in (
-        ("file, private", PRIVATE, "daaa"),
+        ("file, private", PRIVATE, "ddzl"),
         ("file, shared", SHARED, "ddzl"),
     ):
         with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -204,7 +204,7 @@ def huge() -> Iterator[Kind]:
     yield Kind("a part of it, again", start, HUGE, "dz", [23, 0], True)
     start = mapped(2, PRIVATE | NORESERVE, fd, HUGE, HUGE)
     fill(start, 1, 24, HUGE)
-    yield Kind("hugetlb memfd, private", start, HUGE, "ad", [0, 24], True)
+    yield Kind("hugetlb memfd, private", start, HUGE, "dd", [23, 24], True)
 
 
 def made(folder: str, *, with_huge: bool, with_swap: bool) -> list[Kind]:

@@ -32,9 +32,10 @@ from pyuffd import (
     Userfaultfd,
     write_core,
 )
+from pyuffd._owned import Descriptor
 from pyuffd.cli import main
 from pyuffd.cli._expected import limited_pause
-from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _sums
+from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _private_files, _sums
 from pyuffd.snapshot._capture import Used
 from pyuffd.testing import needs, needs_privilege, needs_swap, swap_out
 from pyuffd.testing._run import SCALE
@@ -747,53 +748,92 @@ def test_a_file_cut_while_it_is_open(taken: Path, tmp_path: Path) -> None:
                 snapshot.read(run.start, 16)
 
 
-PRIVATE_MEMFD = """
-import ctypes, mmap, os, sys
-fd = os.memfd_create("m")
-os.pwrite(fd, b"file", 0)
-os.ftruncate(fd, 8 * 4096)
-area = mmap.mmap(fd, 8 * 4096, mmap.MAP_PRIVATE)
-address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-area[4096:4100] = b"mine"
-area[2 * 4096] = 1
-print(address, flush=True)
+PRIVATE_FILES = """
+import ctypes, mmap, os, sys, tempfile
+kept, deleted = open(sys.argv[1], "w+b"), tempfile.TemporaryFile(dir=os.path.dirname(sys.argv[1]))
+areas = []
+for fd in os.memfd_create("m"), deleted.fileno(), kept.fileno():
+    os.pwrite(fd, b"file", 0)
+    os.ftruncate(fd, 7 * 4096 + 5)
+    areas.append(mmap.mmap(fd, 7 * 4096 + 5, mmap.MAP_PRIVATE))
+for area in areas:
+    area[4096:4100] = b"mine"
+    area[2 * 4096] = 1
+print(*(ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in areas), flush=True)
 while True:
     line = sys.stdin.readline()
     if not line: break
-    area[3 * 4096:3 * 4096 + 4] = b"more"
-    area.madvise(mmap.MADV_DONTNEED, 2 * 4096, 4096)
-    area[5 * 4096]
+    for area in areas:
+        area[3 * 4096:3 * 4096 + 4] = b"more"
+        area.madvise(mmap.MADV_DONTNEED, 2 * 4096, 4096)
+        area[5 * 4096]
     print("done", flush=True)
 """
 
 
+def no_map_files(name: str, key: tuple[int, int] | None = None) -> Descriptor | None:
+    return None if "/map_files/" in name else opened_regular(name, key)
+
+
+def nothing_opens(_name: str, _key: object = None) -> None:
+    return None
+
+
+opened_regular = _private_files._regular
+
+
 @pytest.mark.parametrize(
-    ("method", "how"), [*((method, "compare") for method in METHODS), ("precopy", "tracker")]
+    ("method", "how"),
+    [
+        *((method, "compare") for method in METHODS),
+        ("precopy", "tracker"),
+        ("cow", "descriptors"),
+        ("precopy", "mapping"),
+    ],
 )
-def test_a_private_memfd(method: Used, how: str, tmp_path: Path) -> None:
-    """A page that was never written, or was dropped, is ABSENT: the file has it."""
+def test_private_files(
+    method: Used, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not written, or was dropped, is what the file holds, which may end with the process.
+
+    A file with a name keeps it by itself: the page is ABSENT.
+    """
+    if how in ("descriptors", "mapping"):
+        opens = no_map_files if how == "descriptors" else nothing_opens
+        monkeypatch.setattr(_private_files, "_regular", opens)
     pipe = subprocess.PIPE
-    program = subprocess.Popen([sys.executable, "-c", PRIVATE_MEMFD], stdin=pipe, stdout=pipe)
+    program = subprocess.Popen(
+        [sys.executable, "-c", PRIVATE_FILES, str(tmp_path / "kept")], stdin=pipe, stdout=pipe
+    )
     assert program.stdin is not None
     assert program.stdout is not None
-    address = int(program.stdout.readline())
+    addresses = [int(word) for word in program.stdout.readline().split()]
 
-    def states(name: str) -> str:
+    def states(snapshot: Snapshot, address: int) -> str:
+        found = (snapshot.state(address + page * PAGE) for page in range(8))
+        return "".join(state.value[0] if state else "-" for state in found)
+
+    def check(name: str, expected: str, content: list[bytes]) -> None:
         with Snapshot.open(tmp_path / name) as snapshot:
-            found = (snapshot.state(address + page * PAGE) for page in range(8))
-            return "".join(state.value[0] if state else "-" for state in found)
+            snapshot.verify()
+            for address in addresses[:2]:
+                assert states(snapshot, address) == expected
+                read = [snapshot.read(address + page * PAGE, PAGE) for page in range(8)]
+                assert read == [page.ljust(PAGE, b"\0") for page in content]
+            kept = states(snapshot, addresses[2]).replace("z", "a")  # or known to be zeros
+            assert kept == expected.replace("z", "a").replace("d", "a", 1)
 
     try:
         with Process(program.pid) as process:
             tracker = DirtyTracker(process) if how == "tracker" else None
             take(process, tmp_path / "0", method=method, tracker=tracker)
-            assert states("0") == "addaaaaa"
+            check("0", "dddzzzzz", [b"file", b"mine", b"\1", b"", b"", b"", b"", b""])
             program.stdin.write(b"\n")
             program.stdin.flush()
             program.stdout.readline()
             parent = tmp_path / "0"
             take(process, tmp_path / "1", method=method, parent=parent, tracker=tracker)
-            assert states("1") == "adadaaaa"
+            check("1", "ddzdzzzz", [b"file", b"mine", b"", b"more", b"", b"", b"", b""])
             if tracker is not None:
                 tracker.close()
     finally:

@@ -32,6 +32,7 @@ from pyuffd import (
 )
 from pyuffd.snapshot import SnapshotProgress, _helper
 from pyuffd.snapshot._capture import Used
+from pyuffd.snapshot._restore_options import Mode
 from pyuffd.testing import MEMORY_TYPES, needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
@@ -206,6 +207,85 @@ def lazy(folder: str) -> None:
 
 def test_lazily_filled_memory(tmp_path: Path) -> None:
     run_child(lazy, str(tmp_path), budget_s=30)
+
+
+def of_files(folder: str) -> None:
+    """Memory that was restored by each mode, and mappings of files: all of it is in the snapshot.
+
+    The files go with this process, or may be changed: what the memory holds is what counts.
+    """
+    content = (b"\1" * PAGE + bytes(2 * PAGE) + b"\2" * PAGE) * 4
+    path = Path(folder, "file")
+    path.write_bytes(content)
+    with Region.anonymous(len(content)) as source:
+        source.write(0, content)
+        Snapshot.take(source, f"{folder}/source", method="stopped", durable=False)
+        start = source.start
+    with ExitStack() as stack:
+        modes: list[Mode] = ["copy", "map", "minor"]
+        regions = [stack.enter_context(Region.anonymous(len(content))) for _ in modes]
+        snapshot = stack.enter_context(Snapshot.open(f"{folder}/source"))
+        for mode, region in zip(modes, regions, strict=True):
+            with snapshot.restore({start: region}, mode=mode) as restore:
+                restore.wait()
+        regions += [
+            stack.enter_context(Region.file(path, shared=False)),
+            stack.enter_context(Region.file(path, 8 * PAGE, offset=4 * PAGE, shared=False)),
+            stack.enter_context(Region.memfd(4 * PAGE, shared=False)),
+        ]
+        for region in regions:
+            region.write(3 * PAGE, b"changed")
+        expected = [region.read() for region in regions]
+        for method in METHODS:
+            report = Snapshot.take(
+                regions,
+                f"{folder}/{method}",
+                method=method,
+                durable=False,
+                max_stall_s=LIMIT_S,
+            )
+            assert report.gaps == ()
+            with Snapshot.open(report.path) as again:
+                again.verify()
+                for region, content in zip(regions, expected, strict=True):
+                    assert again.read(region.start, region.length) == content, (method, region)
+        # A part of a mapping, and after that what is restored is as good as the memory was.
+        Snapshot.take(regions[2][PAGE:], f"{folder}/part", method="stopped", durable=False)
+        with Snapshot.open(f"{folder}/part") as part, Region.anonymous(15 * PAGE) as target:
+            with part.restore({regions[2].start + PAGE: target}) as restore:
+                restore.wait()
+            assert target.read() == expected[2][PAGE:]
+
+
+def test_mappings_of_files(tmp_path: Path) -> None:
+    run_child(of_files, str(tmp_path), budget_s=60)
+
+
+def half_restored(folder: str) -> None:
+    """What a restore has not filled yet is no page of zeros, in memory of the mode "minor" too."""
+    with Region.anonymous(8 * PAGE) as source:
+        source.fill(7)
+        Snapshot.take(source, f"{folder}/source", method="stopped", durable=False)
+        start = source.start
+    with (
+        Snapshot.open(f"{folder}/source") as snapshot,
+        Region.anonymous(8 * PAGE) as region,
+        snapshot.restore({start: region}, mode="minor", paused=True) as restore,
+    ):
+        at = region.start
+        assert region.read(2 * PAGE, 1) == b"\7"
+        report = Snapshot.take(region, f"{folder}/half", method="stopped", durable=False)
+        restore.resume()
+        restore.wait()
+    assert {gap.reason for gap in report.gaps} <= {"unfilled"}
+    with Snapshot.open(f"{folder}/half") as half:
+        states = {half.state(at + page * PAGE) for page in range(8)}
+        assert half.state(at + 2 * PAGE) is RunState.DATA
+        assert states <= {RunState.DATA, RunState.LOST}
+
+
+def test_a_restore_that_has_not_ended(tmp_path: Path) -> None:
+    run_child(half_restored, str(tmp_path), budget_s=30)
 
 
 def test_bad_targets(tmp_path: Path) -> None:

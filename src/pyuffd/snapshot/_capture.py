@@ -39,7 +39,8 @@ class Placed:
         end: The address behind the last.
         offset: Where in the file, a multiple of the page size.
         whole: Also what the process has not written: all pages of the mapping's file. Shared memory
-            needs it. Otherwise the pages that are the process's own.
+            needs it, and private memory whose file cannot be opened. Otherwise the pages that are
+            the process's own.
     """
 
     mapping: Mapping
@@ -145,7 +146,11 @@ def content(
     """Return the pages of a layout that have content, packed."""
     found = own_content(process, pieces, unprotected=unprotected)
     # What a file on a disk has behind a part, whether it is in the page table or not.
-    files = [(part.start, part.end) for part in layout if part.whole and part.mapping.kind in DISK]
+    files = [
+        (part.start, part.end)
+        for part in layout
+        if part.whole and (part.mapping.kind in DISK or not part.mapping.shared)
+    ]
     return ranges.union(found, PageRanges.of(files).memoryview())
 
 

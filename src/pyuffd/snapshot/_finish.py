@@ -40,13 +40,21 @@ def finish(
 ) -> SnapshotReport:
     """Sums, tables, and the name; the process runs."""
     of_parent = ranges.NO_RANGES
+    if parent is not None and request.tracker is not None:
+        of_parent = _rest(layout, captured, parent)
+    layout.private_files.fill(
+        captured,
+        ranges.subtract(_unknown(layout, captured), of_parent),
+        layout.lazy.memoryview(),
+        directory.pages.number,
+        request.rate,
+        request.progress,
+    )
     if parent is not None and request.tracker is None:
         of_parent = _compare.unchanged(parent, captured, directory.pages.number)
         captured.data = ranges.subtract(captured.data, of_parent)
         captured.zero = ranges.subtract(captured.zero, of_parent)
         _compare.free(captured.layout, of_parent, directory.pages.number)
-    elif parent is not None:
-        of_parent = _rest(layout, captured, parent)
     unfilled = ranges.intersect(_unknown(layout, captured), layout.lazy.memoryview())
     unfilled = ranges.subtract(unfilled, of_parent)
     gaps = (*layout.gaps, *_lost_gaps(captured), *_gaps(unfilled, "unfilled"))
@@ -98,7 +106,16 @@ def _rest(layout: SnapshotLayout, captured: Captured, parent: Image) -> memoryvi
     """Return what a tracker did not report: it is as in the parent."""
     rest = ranges.subtract(_unknown(layout, captured), captured.absent)
     theirs = PageRanges.of((region.start, region.end) for region in parent.regions)
-    return ranges.intersect(rest, theirs.memoryview())
+    rest = ranges.intersect(rest, theirs.memoryview())
+    # Their file had a name then: it was not read.
+    mine = ranges.intersect(rest, layout.private_files.spans())
+    unread = (
+        (known.start, known.end)
+        for each in PageRanges(mine)
+        for known in parent.parts(each.start, each.end)
+        if known.run is None or known.run.state is RunState.ABSENT
+    )
+    return ranges.subtract(rest, PageRanges.of(unread).memoryview())
 
 
 def _unknown(layout: SnapshotLayout, captured: Captured) -> memoryview:

@@ -16,6 +16,7 @@ from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Placed, Places
 from pyuffd.snapshot._format import SnapshotGap
 from pyuffd.snapshot._memory_files import extents, is_file_of_memory, open_mapped
+from pyuffd.snapshot._private_files import PrivateFiles
 
 Shared = Literal["refuse", "pause", "skip"]
 SHARED_WAYS = ("refuse", "pause", "skip")
@@ -40,6 +41,7 @@ class SnapshotLayout:
         in_memory: All of that memory, as (start, end).
         unopened: What of it was not looked at before it got its places, for want of a privilege.
         lazy: Memory that a userfaultfd fills when it is touched, as `find_lazy` found it.
+        private_files: What is read from files after the stop.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class SnapshotLayout:
         self.in_memory: list[tuple[int, int]] = []
         self.unopened: list[tuple[int, int]] = []
         self.skipped = self.lazy = PageRanges.of([])
+        self.private_files = PrivateFiles(process, everything=scope is not None)
 
     def find_lazy(self, tracker: DirtyTracker | None) -> None:
         """Find memory whose absent pages are not zeros: somebody handles its missing faults.
@@ -70,7 +73,8 @@ class SnapshotLayout:
                 self.lazy = PageRanges.of([])
                 return
         mappings = self._process.mappings(details=True)
-        self.lazy = PageRanges.of((m.start, m.end) for m in mappings if "um" in m.flags)
+        self.lazy = PageRanges.of((m.start, m.end) for m in mappings if _is_lazy(m))
+        self._last = None  # nothing is read through such a mapping
 
     def __call__(self, mappings: Mappings) -> Sequence[Placed]:
         """Return the places of mappings.
@@ -84,6 +88,7 @@ class SnapshotLayout:
         self.in_memory, self.unopened = [], []
         own: list[Placed] = []
         skipped: list[tuple[int, int]] = []
+        self.private_files.begin()
         for mapping in _rows.in_scope(mappings, self._scope):
             if mapping.kind is MappingKind.SPECIAL or mapping.path.startswith("anon_inode:"):
                 self._gap(mapping, "special")
@@ -92,8 +97,9 @@ class SnapshotLayout:
             if mapping.shared and not self._keeps(mapping):
                 skipped.append((mapping.start, mapping.end))
                 continue
+            whole = mapping.shared or self._is_read(mapping, mappings)
             placed = [
-                Placed(mapping, *part, whole=mapping.shared)
+                Placed(mapping, *part, whole=whole)
                 for span in self._spans(mapping)
                 for part in self._places.of(*span)
             ]
@@ -107,6 +113,12 @@ class SnapshotLayout:
         is_fixed = all(mapping.length <= RESERVED_BYTES for mapping in self.mappings)
         self._last = (mappings, own) if is_fixed else None
         return own
+
+    def _is_read(self, mapping: Mapping, mappings: Mappings) -> bool:
+        """Whether what a private mapping has of its file must be read through the mapping."""
+        if self.private_files.add(mapping, mappings):
+            return False
+        return not len(self.lazy & PageRanges.of([(mapping.start, mapping.end)]))
 
     def _gap(self, mapping: Mapping, reason: str) -> None:
         self.gaps.append(
@@ -136,6 +148,8 @@ class SnapshotLayout:
             for start, end in self._filled(mapping)
             for unit in range(start // UNIT, -(-end // UNIT))
         }
+        for start, end in self.private_files.extents(mapping):
+            units.update(range(start // UNIT, -(-end // UNIT)))
         assert UNIT % HUGE_PAGE_2M == 0
         for unit in sorted(units):
             yield max(unit * UNIT, mapping.start), min((unit + 1) * UNIT, mapping.end)
@@ -156,3 +170,8 @@ class SnapshotLayout:
 def _may_be_lazy(mapping: Mapping) -> bool:
     """Whether a userfaultfd can handle missing faults of it."""
     return mapping.kind not in (MappingKind.SHARED_FILE, MappingKind.SPECIAL)
+
+
+def _is_lazy(mapping: Mapping) -> bool:
+    """Whether a userfaultfd fills what is absent; for minor faults, what a private file lacks."""
+    return "um" in mapping.flags or ("ui" in mapping.flags and not mapping.shared)

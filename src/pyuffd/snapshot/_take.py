@@ -35,6 +35,7 @@ def take(process: Process, request: Request) -> SnapshotReport:
             _check_parent(parent, process, request.tracker)
         identity = identity_of(process)
         layout = SnapshotLayout(process, request.shared, request.scope)
+        stack.enter_context(layout.private_files)
         layout(process.mappings())  # refuses what it refuses before anything is done
         layout.find_lazy(request.tracker)
         directory = stack.enter_context(NewDirectory(request.path, durable=request.durable))

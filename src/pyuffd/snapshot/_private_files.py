@@ -1,0 +1,229 @@
+"""What private mappings have of their files, where the files may be gone afterwards.
+
+A page that the process did not write is what the file holds. Memfds and deleted files last as long
+as the process, so a snapshot must have their content. It is read from the file, and after the stop:
+a mapping would show what was written since, reading it would fill holes of the file, and it might
+wait for a handler. What is written to a file after a private mapping was made, a process may see or
+not (mmap(2)), so its content belongs to no instant.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from pyuffd import _dirty_calls as ranges
+from pyuffd import _image_calls as calls
+from pyuffd._owned import Descriptor
+from pyuffd._pages import PAGE_SIZE, round_up
+from pyuffd.pagemap import PageRanges
+from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
+from pyuffd.remote._process import Process
+from pyuffd.snapshot._capture import Captured, SnapshotProgress, pieces_of
+
+_STEP = 1 << 20
+_DELETED = " (deleted)"
+_HUGE_WITHOUT_A_FILE = "/anon_hugepage"
+
+
+class PrivateFiles:
+    """The files of the private mappings of one layout, open since the process had them mapped.
+
+    Args:
+        process: The process.
+        everything: Also files that have names: the mappings were asked for one by one.
+    """
+
+    def __init__(self, process: Process, *, everything: bool) -> None:
+        self._process = process
+        self._everything = everything
+        self._opened: dict[tuple[int, int], Descriptor | None] = {}
+        self._mappings: list[tuple[Mapping, Descriptor]] = []
+
+    def begin(self) -> None:
+        """Begin a new layout."""
+        self._mappings = []
+
+    def add(self, mapping: Mapping, mappings: Mappings) -> bool:
+        """Open the file of a mapping, if it is to be read; False if nobody lets us open it."""
+        if not self._is_kept(mapping):
+            return True
+        key = (mapping.device, mapping.inode)
+        if key not in self._opened:
+            self._opened[key] = self._open(mappings.at(mapping.start) or mapping)
+        file = self._opened[key]
+        if file is not None:
+            self._mappings.append((mapping, file))
+        return file is not None
+
+    def _is_kept(self, mapping: Mapping) -> bool:
+        path = mapping.path
+        if mapping.shared or not mapping.inode:
+            return False
+        if mapping.kind is MappingKind.HUGETLB and path.startswith(_HUGE_WITHOUT_A_FILE):
+            return False
+        if path.startswith("/dev/") and not path.startswith("/dev/shm/"):
+            return False
+        return self._everything or path.endswith(_DELETED)
+
+    def _open(self, mapping: Mapping) -> Descriptor | None:
+        tid = self._process.memory_tid
+        name = f"/proc/{tid}/map_files/{mapping.start:x}-{mapping.end:x}"
+        if (file := _regular(name)) is not None:
+            return file
+        # Without the privilege for that: by its name, or as a descriptor of the process.
+        key = (mapping.device, mapping.inode)
+        if not mapping.path.endswith(_DELETED):
+            return _regular(f"/proc/{tid}/root{mapping.path}", key)
+        with suppress(OSError):
+            for number in os.listdir(f"/proc/{tid}/fd"):
+                if (file := _regular(f"/proc/{tid}/fd/{number}", key)) is not None:
+                    return file
+        return None
+
+    def extents(self, mapping: Mapping) -> Iterator[tuple[int, int]]:
+        """Yield where the file has content behind a mapping that was added."""
+        for known, file in self._mappings:
+            if known == mapping:
+                yield from _extents(file.number, mapping)
+
+    def spans(self) -> memoryview:
+        """Return where these mappings are."""
+        return PageRanges.of((m.start, m.end) for m, _ in self._mappings).memoryview()
+
+    def fill(
+        self,
+        captured: Captured,
+        unknown: memoryview,
+        lazy: memoryview,
+        fd: int,
+        rate: float | None,
+        progress: Callable[[SnapshotProgress], None] | None,
+    ) -> None:
+        """Copy to the image what the process had not written, and note it.
+
+        Args:
+            captured: What was captured of the process.
+            unknown: The pages without content so far.
+            lazy: Where somebody fills the holes of a file when they are touched.
+            fd: The image.
+            rate: At most so many bytes a second.
+            progress: Called now and then.
+        """
+        pieces = pieces_of(captured.layout)
+        placed = PageRanges.of((part.start, part.end) for part in captured.layout).memoryview()
+        unknown = ranges.intersect(ranges.intersect(unknown, self.spans()), placed)
+        told = SnapshotProgress("sweep", 0, PageRanges(unknown).bytes)
+        begin = time.monotonic()
+        for mapping, file in self._mappings:
+            span = _packed([(mapping.start, mapping.end)])
+            wanted = ranges.intersect(unknown, span)
+            if not len(wanted):
+                continue
+            inside = _packed(_inside(file.number, mapping))
+            found = ranges.intersect(wanted, _packed(_extents(file.number, mapping)))
+            lost, zero = ranges.subtract(wanted, inside), ranges.subtract(wanted, found)
+            zero = ranges.subtract(ranges.subtract(zero, lost), lazy)
+            for start, end, content in _read(file.number, mapping, found):
+                page = _packed([(start, end)])
+                if content is None:
+                    lost = ranges.union(lost, page)
+                else:
+                    empty = calls.write(page, content, pieces, fd, overwrite=False)
+                    zero = ranges.union(zero, empty)
+                    captured.data = ranges.union(captured.data, ranges.subtract(page, empty))
+                told.bytes += end - start
+                if progress is not None:
+                    progress(told)
+                if rate:
+                    time.sleep(max(0.0, begin + told.bytes / rate - time.monotonic()))
+            captured.zero = ranges.union(captured.zero, zero)
+            captured.lost = ranges.union(captured.lost, lost)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._mappings = []
+        for file in self._opened.values():
+            if file is not None:
+                file.close()
+        self._opened = {}
+
+    def __enter__(self) -> PrivateFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _regular(name: str, key: tuple[int, int] | None = None) -> Descriptor | None:
+    """Open a regular file, with this device and inode if they are given; None if it cannot be."""
+    with suppress(OSError):
+        if _is_it(os.stat(name), key):
+            file = Descriptor.open(name, os.O_RDONLY | os.O_NONBLOCK)
+            if _is_it(os.fstat(file.number), key):
+                return file
+            file.close()
+    return None
+
+
+def _is_it(found: os.stat_result, key: tuple[int, int] | None) -> bool:
+    return stat.S_ISREG(found.st_mode) and key in (None, (found.st_dev, found.st_ino))
+
+
+def _inside(fd: int, mapping: Mapping) -> Iterator[tuple[int, int]]:
+    """Yield where the mapping is not behind the end of its file."""
+    size = round_up(os.fstat(fd).st_size, mapping.page_size)
+    end = min(mapping.end, mapping.start - mapping.offset + size)
+    if mapping.start < end:
+        yield mapping.start, end
+
+
+def _extents(fd: int, mapping: Mapping) -> Iterator[tuple[int, int]]:
+    """Yield where the file has content, by whole pages."""
+    shift = mapping.start - mapping.offset
+    for start, end in _inside(fd, mapping):
+        at, last = start - shift, end - shift
+        while at < last:
+            try:
+                first = os.lseek(fd, at, os.SEEK_DATA) & -PAGE_SIZE
+                stop = min(last, round_up(os.lseek(fd, first, os.SEEK_HOLE), PAGE_SIZE))
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return  # no more of it
+                first, stop = at, last  # hugetlbfs does not tell
+            if first >= last:
+                return
+            yield first + shift, stop + shift
+            at = stop
+
+
+def _read(fd: int, mapping: Mapping, pages: memoryview) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield (start, end, content), of whole pages; None where it cannot be read."""
+    for each in PageRanges(pages):
+        at, step = each.start, _STEP
+        while at < each.end:
+            stop = min(at + step, each.end)
+            try:
+                content = os.pread(fd, stop - at, at - mapping.start + mapping.offset)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                content = b""
+                if step > PAGE_SIZE:  # one page of it
+                    step = PAGE_SIZE
+                    continue
+            if not content:  # or the file was cut meanwhile
+                yield at, stop, None
+            else:
+                content = content.ljust(round_up(len(content), PAGE_SIZE), b"\0")
+                stop = at + len(content)
+                yield at, stop, content
+            at = stop
+
+
+def _packed(spans: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> memoryview:
+    return PageRanges.of(spans).memoryview()
