@@ -6,8 +6,10 @@ import ctypes
 import itertools
 import os
 import signal
+import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -327,6 +329,67 @@ def without_standard_streams(folder: str) -> None:
 
 def test_without_standard_streams(tmp_path: Path) -> None:
     run_child(without_standard_streams, str(tmp_path), budget_s=30)
+
+
+def test_what_is_refused_before_the_helper_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: int) -> None:
+        raise AssertionError("the helper was started")
+
+    monkeypatch.setattr(_helper, "_start", start)
+    os.symlink("nowhere", tmp_path / "link")
+    with Region.anonymous(PAGE) as region:
+        for name in (".", "link"):
+            with pytest.raises(FileExistsError):
+                Snapshot.take(region, tmp_path / name)
+        with pytest.raises(FileNotFoundError, match="parent"):
+            Snapshot.take(region, tmp_path / "a", parent=tmp_path / "parent")
+        with pytest.raises(AssertionError, match="started"):
+            Snapshot.take(region, tmp_path / "a")
+        with pytest.raises(AssertionError, match="started"):
+            Snapshot.take(region, tmp_path / "a", compress=22)
+    with pytest.raises(TypeError, match=rf"make Process\({os.getpid()}\)"):
+        Snapshot.take(os.getpid(), tmp_path / "a")  # type: ignore[arg-type]
+
+
+SLOW_END = "import atexit, time; atexit.register(time.sleep, 2);"
+
+
+def test_the_helper_ends_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However late it is told to end; and its start is a part of the time that is reported."""
+    start = _helper._start
+
+    def late(fd: int) -> subprocess.Popen[bytes]:
+        time.sleep(0.2)
+        return start(fd)
+
+    monkeypatch.setattr(_helper, "_start", late)
+    monkeypatch.setattr(_helper, "_PROGRAM", SLOW_END + _helper._PROGRAM)
+    with Region.anonymous(PAGE) as region:
+        report = Snapshot.take(region, tmp_path / "a", method="stopped", durable=False)
+    assert report.seconds > 0.2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_helper_of_a_process_that_has_ended() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        program = _helper._PROGRAM.format(
+            path=[entry for entry in sys.path if entry], fd=theirs.fileno(), pid=ended.pid
+        )
+        helper = subprocess.run(
+            [sys.executable, "-P", "-c", program],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60 * SCALE,
+        )
+    assert helper.stderr == ""
 
 
 class Refused(Exception):

@@ -17,6 +17,12 @@ from pyuffd._owned import Descriptor
 from pyuffd.snapshot._format import PAGES
 
 
+def check_absent(path: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError if something has this name, a link too."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
 class NewDirectory:
     """Files that are written under a temporary name, and appear under their own at the end.
 
@@ -30,8 +36,7 @@ class NewDirectory:
         self._durable = durable
         self._temporary = self.path.with_name(f".{self.path.name}.{self.id[:8]}.tmp")
         self.pages = Descriptor()
-        if os.path.lexists(self.path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path))
+        check_absent(self.path)
 
     def __enter__(self) -> NewDirectory:
         for stale in self._stale():

@@ -16,6 +16,8 @@ import struct
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from contextlib import closing, suppress
 from dataclasses import replace
 from types import FrameType
@@ -28,7 +30,7 @@ from pyuffd._stdio import socketpair_above_stdio
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._request import Request, SnapshotReport
-from pyuffd.snapshot._take import take
+from pyuffd.snapshot._take import check, take
 
 _LENGTH = struct.Struct("=Q")
 # The helper's snapshot leaves nothing if it ends by itself; it may have to wait for its disk.
@@ -41,6 +43,9 @@ _PROGRAM = (
 
 def take_by_helper(request: Request) -> SnapshotReport:
     """Take a snapshot of this process; see `Snapshot.take`."""
+    begin = time.perf_counter()
+    with Process(os.getpid()) as me:  # before the helper starts, which needs longer than this
+        check(me, request)
     ours, theirs = socketpair_above_stdio()
     with closing(ours):
         with theirs:
@@ -49,9 +54,10 @@ def take_by_helper(request: Request) -> SnapshotReport:
             calls.allow_tracer(helper.pid)
             with suppress(ConnectionError):  # it has ended: `_result` says how
                 _send(ours, replace(request, progress=None))
-            return _result(ours, helper, request)
+            report = _result(ours, helper, request)
         finally:
             _end(helper)
+    return replace(report, seconds=time.perf_counter() - begin)
 
 
 def _start(fd: int) -> subprocess.Popen[bytes]:
@@ -131,13 +137,32 @@ def _exactly(ours: socket.socket, length: int) -> bytes:
 
 def main(fd: int, pid: int) -> NoReturn:
     """Do one request of the process `pid`, and end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other side decides, and says so by SIGTERM
-    signal.signal(signal.SIGTERM, _terminate)
+    code = 1
+    try:
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other side decides, by SIGTERM
+            signal.signal(signal.SIGTERM, _terminate)
+            _work(fd, pid)
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except ProcessLookupError:  # nobody is left who could be told
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    finally:
+        # What Python does at the end is of no use here, and could be interrupted with a traceback.
+        os._exit(code)
+
+
+def _work(fd: int, pid: int) -> None:
     with socket.socket(fileno=fd) as theirs, Descriptor.of_process(pid) as owner:
         threading.Thread(target=_follow, args=(owner.number,), daemon=True).start()
         request = _receive(theirs)
         if request is None:
-            os._exit(0)
+            return
         try:
             with Process(pid) as process:
                 answer: object = take(process, replace(request, progress=_Sender(theirs)))
@@ -145,10 +170,11 @@ def main(fd: int, pid: int) -> NoReturn:
             answer = _portable(error)
         with suppress(OSError):
             _send(theirs, answer)
-    sys.exit(0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it cleans up, once
     sys.exit(128 + number)
 
 

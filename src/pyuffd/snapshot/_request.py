@@ -30,7 +30,7 @@ class SnapshotReport:
         method: How it was taken: "cow", "precopy" or "stopped".
         reason: Why so, in one sentence.
         pause_s: How long the process stood.
-        seconds: How long all of it lasted.
+        seconds: How long all of it lasted; of this process, with the start of the helper process.
         bytes: Bytes of content in it, before compression.
         rounds: Rounds of copying before the stop.
         faults: Pages saved because a thread was about to write them.
@@ -106,7 +106,7 @@ def checked(
         raise ValueError(f"rate {shown(rate)} must be above zero, in bytes a second")
     check_int("rounds", rounds, 1)
     if compress is not None:
-        check_int("compress", compress, 1, 22)
+        check_int("compress", compress, 1, 23)
         _sums.compressor(compress)
     name = Path(os.path.abspath(path))
     if not name.parent.is_dir():

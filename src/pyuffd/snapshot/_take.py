@@ -14,7 +14,7 @@ from pyuffd._errors import ProcessGoneError, SnapshotError
 from pyuffd.dirty import DirtyTracker, _async
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Captured, Options, Used, at_barrier
-from pyuffd.snapshot._files import NewDirectory
+from pyuffd.snapshot._files import NewDirectory, check_absent
 from pyuffd.snapshot._finish import finish
 from pyuffd.snapshot._in_stop import InStop
 from pyuffd.snapshot._layout import SnapshotLayout
@@ -63,6 +63,14 @@ def take(process: Process, request: Request) -> SnapshotReport:
         if request.tracker is not None:
             request.tracker._snapshot = directory.id
         return report
+
+
+def check(process: Process, request: Request) -> None:
+    """Raise what `take` raises because of names that exist, or do not."""
+    check_absent(request.path)
+    if request.parent is not None:
+        with Image(request.parent) as parent:
+            _check_parent(parent, process, request.tracker)
 
 
 def _put_back(tracker: DirtyTracker | None, captured: Captured | None, since: str | None) -> None:

@@ -38,8 +38,9 @@ def resolved(target: Target, request: Request) -> Iterator[tuple[Process | None,
         if request.scope is not None:
             raise ValueError("ranges: the target is ranges of memory itself")
         if isinstance(target, str | bytes | int | os.PathLike):
+            hint = f": of a process id, make Process({target})" if isinstance(target, int) else ""
             raise TypeError(
-                f"target must be a Process, memory, or a Userfaultfd, not {shown(target)}"
+                f"target must be a Process, memory, or a Userfaultfd, not {shown(target)}{hint}"
             )
         is_one = isinstance(target, Region) or not isinstance(target, Iterable)
         items = [cast(RangeLike, target)] if is_one else cast("Iterable[RangeLike]", target)
