@@ -36,7 +36,7 @@ from pyuffd._owned import Descriptor
 from pyuffd.cli import main
 from pyuffd.cli._expected import limited_pause
 from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _private_files, _sums
-from pyuffd.snapshot._capture import Used
+from pyuffd.snapshot._capture import Method, Used
 from pyuffd.testing import needs, needs_privilege, needs_swap, swap_out
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
@@ -696,6 +696,37 @@ def test_a_limit_for_stopped(program: str, tmp_path: Path) -> None:
         with pytest.raises(SnapshotError, match="max_stall_s") as caught:
             take(process, tmp_path / "0", method="stopped", max_stall_s=0.0005)
         assert caught.value.reason == "stalled"
+        assert os.listdir(tmp_path) == []
+        unharmed(target)
+
+
+@pytest.mark.parametrize("limit_s", [0, 1e-6])
+def test_a_limit_that_cannot_be_kept(limit_s: float, program: str, tmp_path: Path) -> None:
+    """Every method says so, and the process runs on."""
+    methods: list[Method] = ["auto", *METHODS]
+    with counters(program, 2, 600) as target, Process(target.pid) as process:
+        for method in methods:
+            with pytest.raises(SnapshotError, match=r"stand for|max_stall_s") as raised:
+                Snapshot.take(process, tmp_path / "a", method=method, max_stall_s=limit_s)
+            assert raised.value.reason == "stalled"
+        assert os.listdir(tmp_path) == []
+        unharmed(target)
+
+
+def test_cow_is_let_go_at_its_limit(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the stop needs longer than was estimated."""
+
+    def wait(name: str) -> None:
+        if name == "stopped":
+            time.sleep(1.2 * LIMIT_S)
+
+    monkeypatch.setattr(_capture, "barrier", wait)
+    with counters(program, 2, 600) as target, Process(target.pid) as process:
+        with pytest.raises(SnapshotError, match="let go") as raised:
+            take(process, tmp_path / "a", method="cow")
+        assert raised.value.reason == "stalled"
         assert os.listdir(tmp_path) == []
         unharmed(target)
 

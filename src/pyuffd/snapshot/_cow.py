@@ -46,6 +46,8 @@ MEMORY_PAGES = 8192
 # Protecting again what was written, before the stop: until it is so few pages, or so often.
 FEW_PAGES = 512
 AGAIN_MOST = 4
+# How often the stop is tried: a busy machine may be to blame.
+ATTEMPTS = 3
 SLICE_S = 0.05
 
 
@@ -99,10 +101,20 @@ class _Cow:
             self._protect_again(noted)
             if PageRanges(noted).pages() <= FEW_PAGES:
                 break
-        self._writer.prepare(self._size_of_others())
+        self._prepare()
         result = Captured("cow")
-        self._stop(result)
+        for _ in range(ATTEMPTS):
+            if self._stop(result):
+                break
+            self._protect_again(self._noted())
+        else:
+            raise SnapshotError(
+                "stalled",
+                f"process {self._process.pid} would stand for longer than max_stall_s"
+                f" ({self._options.max_stall_s:g} s): it was let go after {result.pause_s:.2g} s",
+            )
         at_barrier("resumed")
+        self._writer.punch(result.layout)
         self._writer.write_taken(pieces_of(result.layout))
         self._sweep(result)
         return result
@@ -174,9 +186,16 @@ class _Cow:
 
     # The stop
 
-    def _stop(self, result: Captured) -> None:
-        process, options = self._process, self._options
+    def _stop(self, result: Captured) -> bool:
+        """Make this the instant; False if the process would have to stand for too long."""
         begin = time.perf_counter()
+        is_made = self._stand(result)
+        result.pause_s = time.perf_counter() - begin
+        return is_made
+
+    def _stand(self, result: Captured) -> bool:
+        process, options = self._process, self._options
+        until_s = time.monotonic() + options.max_stall_s
         with process.stopped(options.stop_limit_s) as stop:
             at_barrier("stopped")
             result.instant_ns = time.time_ns()
@@ -185,15 +204,20 @@ class _Cow:
             parts = [part for part in layout if _is_protected(part)]
             owed = self._owed(parts)
             others = self._others(layout, parts)
-            self._writer.take(others, pieces_of(layout), math.inf)
+            if any(part.whole for part in layout):
+                until_s = math.inf  # it was agreed that shared memory is copied in the stop
+            is_taken = self._writer.take(others, pieces_of(layout), until_s)
+            if not is_taken or time.monotonic() > until_s:
+                self._writer.forget(others)
+                return False
             if options.in_stop is not None:
                 options.in_stop(stop, mappings, layout)
             process.check()
             self._fail(self._saver.begin(pieces_of(parts), owed))
             result.stop_bytes = PageRanges(others).bytes
             at_barrier("saves")
-        result.pause_s = time.perf_counter() - begin
         stop.check()
+        return True
 
     def _owed(self, parts: Sequence[Placed]) -> memoryview:
         """Protect what is not protected yet; return all pages with content."""
@@ -227,11 +251,27 @@ class _Cow:
             if self._saver.arm(_packed([(part.start, part.start + PAGE_SIZE)]), registers=False)
         )
 
-    def _size_of_others(self) -> int:
-        """Return how much the stop will copy, by the mappings of now."""
-        layout = self._layout_of(self._process.mappings())
-        rest = [part for part in layout if not _is_protected(part)]
-        return PageRanges(content(self._process, rest, pieces_of(rest))).bytes
+    def _prepare(self) -> None:
+        """Do what every stop begins with: raise if that and the copying would be too long."""
+        limit_s = self._options.max_stall_s
+        for _ in range(ATTEMPTS):
+            begin = time.perf_counter()
+            layout = self._layout_of(self._process.mappings())
+            rest = [part for part in layout if not _is_protected(part)]
+            found = content(self._process, rest, pieces_of(rest))
+            seconds = time.perf_counter() - begin
+            agreed = _packed((part.start, part.end) for part in rest if part.whole)
+            size = PageRanges(ranges.subtract(found, agreed)).bytes
+            seconds += size / self._writer.read_speed
+            if seconds <= limit_s:
+                self._writer.prepare(PageRanges(found).bytes)
+                return
+        raise SnapshotError(
+            "stalled",
+            f"process {self._process.pid} would stand for {seconds:.2g} s while its {len(layout)}"
+            f" mappings are looked at and {size / 1e6:.0f} MB are copied that cannot be protected,"
+            f" and max_stall_s is {limit_s:g} s",
+        )
 
     def _others(self, layout: Sequence[Placed], parts: Sequence[Placed]) -> memoryview:
         """Return the content that cannot be protected."""

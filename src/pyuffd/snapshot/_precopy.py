@@ -126,8 +126,7 @@ class _Rounds:
             "stalled",
             f"process {self._process.pid} writes {self._tracker.rate / 1e6:.0f} MB/s, and the file"
             f" gets {self._writer.speed / 1e6:.0f} MB/s: after {result.rounds} rounds"
-            f" {size / 1e6:.0f} MB are left, and it would stand for longer than max_stall_s"
-            f" ({self._options.max_stall_s:g} s)",
+            f" {size / 1e6:.0f} MB are left, and while it stands {self._limit()}",
         )
 
     def _end_round(self) -> memoryview:
@@ -150,7 +149,21 @@ class _Rounds:
         return left
 
     def _fits(self, size: float) -> bool:
-        return size <= min(MEMORY, self._writer.read_speed * self._options.max_stall_s * COPY_PART)
+        return size <= self._room()
+
+    def _room(self) -> float:
+        return min(MEMORY, self._writer.read_speed * self._options.max_stall_s * COPY_PART)
+
+    def _limit(self) -> str:
+        """Say what keeps the stop from copying more."""
+        room = self._room()
+        if room >= MEMORY:
+            return f"at most {MEMORY / 1e6:.0f} MB are copied, whatever max_stall_s is"
+        return (
+            f"{room / 1e6:.0f} MB can be copied: more of them need longer than max_stall_s allows"
+            f" ({self._options.max_stall_s:g} s, of which {COPY_PART:.0%} is for copying, at"
+            f" {self._writer.read_speed / 1e6:.0f} MB/s)"
+        )
 
     def _everything(self) -> memoryview:
         layout = self._layout_of(self._process.mappings())

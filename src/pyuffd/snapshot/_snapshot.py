@@ -101,7 +101,8 @@ class Snapshot(Opened):
             target: A process, this one too. Or memory of this process: a `Region`, another range,
                 or several of them. Or a `Userfaultfd` with `ranges`: memory of the process that it
                 governs. A snapshot of this process is taken by a helper process, which stops all
-                threads of this one for the pause.
+                threads of this one for the pause. Starting it lasts longer than a snapshot of a few
+                MiB; names that exist, or do not, are refused before.
             path: The directory, which must not exist; its folder must.
             method: "precopy" copies while the process runs, then again what it has written
                 meanwhile, and the last of it in the stop. "cow" protects it while it runs, and
@@ -117,8 +118,9 @@ class Snapshot(Opened):
                 the pages written. The parent must be the last snapshot that was taken with the
                 tracker. Without `parent`, the tracker reports what is written from the instant on.
             max_stall_s: A process that would have to stand for longer, or a thread of it that would
-                have to wait for longer for a page, ends the snapshot instead. None: 0.05, and with
-                "stopped" as long as the copy lasts.
+                have to wait for longer for a page, ends the snapshot instead. That is estimated
+                before the stop, and looked at between its steps; `pause_s` tells how long it was.
+                None: 0.05, and with "stopped" as long as the copy lasts.
             rounds: Rounds of copying before that.
             rate: Copy at most so many bytes a second, outside of the stop.
             durable: Return when everything is on the disk.
