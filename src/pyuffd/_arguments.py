@@ -14,6 +14,27 @@ WORD_LIMIT = 1 << 64
 FD_LIMIT = 1 << 31  # of descriptors and process ids: an int of C
 LONGEST_S = 1e9  # in nanoseconds it fits into 64 bits; some thirty years
 SHOWN_MOST = 60
+# The last words of names of what is counted.
+COUNTS = (
+    "backlog",
+    "compress",
+    "cpus",
+    "fd",
+    "index",
+    "log",
+    "pages",
+    "pid",
+    "port",
+    "rate",
+    "regions",
+    "restores",
+    "rounds",
+    "s",
+    "state",
+    "threads",
+    "value",
+    "workers",
+)
 
 _Value = TypeVar("_Value")
 
@@ -45,8 +66,9 @@ def check_int(name: str, value: object, least: int | None = None, below: int = W
     if least is not None and not least <= value < below:
         if value < least:
             what = "must be above zero" if least == 1 else "is negative"
-            raise ValueError(f"{name} {_number(value)} {what}")
-        raise ValueError(f"{name} {_number(value)} is too large: it must be below {below:#x}")
+            raise ValueError(f"{name} {_number(value, name)} {what}")
+        limit = _number(below, name)
+        raise ValueError(f"{name} {_number(value, name)} is too large: it must be below {limit}")
     return value
 
 
@@ -58,9 +80,9 @@ def check_number(name: str, value: object, most: float = LONGEST_S) -> float:
     if number != number:
         raise ValueError(f"{name} is nan: it must be a number")
     if number < 0:
-        raise ValueError(f"{name} {_number(number)} is negative")
+        raise ValueError(f"{name} {_number(number, name)} is negative")
     if number > most:
-        raise ValueError(f"{name} {_number(number)} is more than {most:g}")
+        raise ValueError(f"{name} {_number(number, name)} is more than {most:g}")
     return number
 
 
@@ -132,12 +154,16 @@ def check_pid(name: str, value: int | None) -> None:
     check_int(name, value)
     if value < 1 or value >= FD_LIMIT:
         raise ValueError(
-            f"{name} {_number(value)} is not a process; pass None for an unknown one (it may be in"
-            " a PID namespace that hides it)"
+            f"{name} {_number(value, name)} is not a process; pass None for an unknown one (it may"
+            " be in a PID namespace that hides it)"
         )
 
 
-def _number(value: float) -> str:
+def _number(value: float, name: str = "") -> str:
+    """Return a number as people read it: counts in decimal, addresses and sizes in hexadecimal."""
     if not isinstance(value, int):
         return str(value)
-    return f"{value:#x}" if abs(value) < WORD_LIMIT else f"of {value.bit_length()} bits"
+    if abs(value) > WORD_LIMIT:
+        return f"of {value.bit_length()} bits"
+    words = name.replace(".", " ").replace("_", " ").split()
+    return f"{value}" if words and words[-1] in COUNTS else f"{value:#x}"

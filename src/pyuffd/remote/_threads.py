@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from pyuffd._errors import raise_errno
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,20 @@ def threads_of(pid: int) -> Iterator[Thread]:
     """Yield the threads of a process, in the kernel's order; none if it has exited."""
     try:
         names = sorted(os.listdir(f"/proc/{pid}/task"), key=int)
-    except OSError:
+    except OSError as error:
+        _raise_of_limits(error)
         return
     for name in names:
         try:
             text = Path(f"/proc/{pid}/task/{name}/stat").read_text(errors="replace")
-        except OSError:  # it has ended
+        except OSError as error:  # it has ended
+            _raise_of_limits(error)
             continue
         before, _, after = text.rpartition(")")
         yield Thread(int(name), before.partition("(")[2], after.split()[0])
+
+
+def _raise_of_limits(error: OSError) -> None:
+    """Raise if nothing could be opened; that says nothing about the process."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise_errno(f"open {error.filename}", error.errno)
