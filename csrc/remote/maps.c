@@ -233,7 +233,7 @@ int uffd_maps_query(int fd, const struct uffd_page_region *vec, uint64_t count, 
 		uint64_t at = vec[i].start > reached ? vec[i].start : reached;
 
 		while (!ret && at < vec[i].end) {
-			struct uffd_map map;
+			struct uffd_map map = { 0 };
 
 			ret = query(fd, at, &map, name);
 			if (ret || map.start >= vec[i].end)

@@ -221,8 +221,8 @@ int uffd_image_copy(int32_t pid, int mem_fd, const struct uffd_page_region *vec,
 		    struct uffd_page_ranges *lost_ret, uint64_t *done_ret)
 {
 	struct copy copy = {
-		{ pid, mem_fd, pieces, pieces_count, fd, flags, zero_ret, lost_ret },
-		{ .vec = vec, .count = count },
+		.image = { pid, mem_fd, pieces, pieces_count, fd, flags, zero_ret, lost_ret },
+		.place = { .vec = vec, .count = count },
 	};
 
 	if (flags & UFFD_IMAGE_GENTLE)
