@@ -195,7 +195,8 @@ static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 	_Atomic uint8_t *state = state_of(range, page);
 	bool was_absent = was == UFFD_PAGE_ABSENT;
 	/* EFAULT: the page cache has lost it; or else it is what was to be written there. */
-	bool was_cached = kind == UFFD_KIND_MINOR && !range->content->writes_cache;
+	bool was_cached = kind == UFFD_KIND_MINOR &&
+			  !(was_absent && range->content->writes_cache);
 
 	if (r == 0 && result->done) {
 		atomic_store(&range->exists_count, 0);
