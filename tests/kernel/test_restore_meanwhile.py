@@ -74,7 +74,9 @@ def changed(mode: Any, verify: Any, how: str) -> None:
                 with pytest.raises((UffdOSError, SnapshotFormatError)) as caught:
                     restore.wait(30 * SCALE)
                 if isinstance(caught.value, SnapshotFormatError):
-                    assert (verify, caught.value.offset) == ("drain", LEFT * PIECE)
+                    assert verify == "drain"
+                    # Two threads are at these pieces; either may be first.
+                    assert caught.value.offset in (LEFT * PIECE, (LEFT + 1) * PIECE)
                 else:
                     assert isinstance(caught.value, UffdOSError)
                     assert (verify, caught.value.errno) == ("no", errno.ENODATA)
