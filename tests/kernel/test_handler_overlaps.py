@@ -164,8 +164,11 @@ def seconds_for(count: int) -> float:
 
 def check_many_ranges() -> None:
     few, many = 1_000, 8_000
-    times = min(seconds_for(many) / seconds_for(few) for _ in range(3))
-    assert times < 3 * many / few, f"{times:.0f} times as long for {many // few} times as many"
+    for _ in range(3):  # others may use the machine during one
+        times = seconds_for(many) / seconds_for(few)
+        if times < 3 * many / few:
+            return
+    raise AssertionError(f"{times:.0f} times as long for {many // few} times as many")
 
 
 def test_many_ranges() -> None:

@@ -380,6 +380,7 @@ def asked_by_page(driver: Any, name: str) -> None:
             assert other.read() == want
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("driver", ["thread", "process"])
 @pytest.mark.parametrize("name", memory_params())
 def test_python_is_asked_for_its_pages_only(driver: str, name: str) -> None:
