@@ -13,30 +13,14 @@
 /* What is read at once, unless a page is larger. */
 #define STEP	(1u << 20)
 
-/* The run that has the byte at `offset`. */
-static uint64_t run_at(const struct uffd_content_files *files, uint64_t offset)
-{
-	uint64_t low = 0, high = files->count;
-
-	while (high - low > 1) {
-		uint64_t middle = low + (high - low) / 2;
-
-		if (files->runs[middle].start <= offset)
-			low = middle;
-		else
-			high = middle;
-	}
-	return low;
-}
-
 static int read_run(const struct uffd_content_files *files, uint64_t run, uint64_t offset,
 		    uint64_t length, char *target)
 {
-	uint64_t leaf = files->runs[run].end;
-	uint64_t at = files->runs[run].categories + (offset - files->runs[run].start);
+	const struct uffd_run_spec *spec = &files->runs[run];
 
-	if (leaf)
-		return uffd_file_read_from(files->fds[leaf - 1], target, length, at);
+	if (spec->leaf)
+		return uffd_file_read_from(files->fds[spec->leaf - 1], target, length,
+					   spec->offset + (offset - spec->start));
 	memset(target, 0, length);
 	return 0;
 }
@@ -44,9 +28,10 @@ static int read_run(const struct uffd_content_files *files, uint64_t run, uint64
 static int read_runs(const struct uffd_content_files *files, uint64_t offset, uint64_t end,
 		     char *target)
 {
+	uint64_t run = uffd_run_at(files->runs, files->count, offset);
 	int r = 0;
 
-	for (uint64_t run = run_at(files, offset); offset < end && r == 0; run++) {
+	for (; offset < end && r == 0; run++) {
 		uint64_t past = run + 1 < files->count ? files->runs[run + 1].start : end;
 
 		past = past < end ? past : end;
@@ -62,7 +47,7 @@ static bool are_runs(const struct uffd_content_files *files)
 	if (!files->count || files->runs[0].start)
 		return false;
 	for (uint64_t i = 0; i < files->count; i++)
-		if (files->runs[i].end > files->fds_count ||
+		if (files->runs[i].leaf > files->fds_count ||
 		    (i && files->runs[i].start <= files->runs[i - 1].start))
 			return false;
 	return files->runs[files->count - 1].start < files->length;

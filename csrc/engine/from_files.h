@@ -4,14 +4,14 @@
 #define UFFD_ENGINE_FROM_FILES_H
 
 #include "core.h"
+#include "overlay.h"
 #include "uffd_pagemap.h"
 
 /*
- * The content of a range as runs of files: rows (offset, leaf, offset in the leaf) up to
- * `length`.  Leaf 0 is zeros, the file of leaf n + 1 is `fds[n]`.
+ * The content of a range as runs of files, the last one up to `length`.  Leaf 0 is zeros, the file of leaf n + 1 is `fds[n]`.
  */
 struct uffd_content_files {
-	const struct uffd_page_region *runs;
+	const struct uffd_run_spec *runs;
 	uint64_t count;
 	uint64_t length;
 	const int32_t *fds;

@@ -42,20 +42,24 @@ static uint64_t run_end(const struct uffd_overlay *overlay, uint64_t run)
 	return run + 1 < overlay->run_count ? overlay->runs[run + 1].start : overlay->length;
 }
 
-/* The run that has the byte at `offset`. */
-static uint64_t run_at(const struct uffd_overlay *overlay, uint64_t offset)
+uint64_t uffd_run_at(const struct uffd_run_spec *runs, uint64_t count, uint64_t offset)
 {
-	uint64_t low = 0, high = overlay->run_count;
+	uint64_t low = 0, high = count;
 
 	while (high - low > 1) {
 		uint64_t middle = low + (high - low) / 2;
 
-		if (overlay->runs[middle].start <= offset)
+		if (runs[middle].start <= offset)
 			low = middle;
 		else
 			high = middle;
 	}
 	return low;
+}
+
+static uint64_t run_at(const struct uffd_overlay *overlay, uint64_t offset)
+{
+	return uffd_run_at(overlay->runs, overlay->run_count, offset);
 }
 
 /* One run, cut to [offset, end). */

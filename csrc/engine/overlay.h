@@ -33,6 +33,9 @@ struct uffd_run_spec {
 	uint64_t offset;	/* of `start` in the leaf */
 };
 
+/* The number of the run that has the byte at `offset`. */
+uint64_t uffd_run_at(const struct uffd_run_spec *runs, uint64_t count, uint64_t offset);
+
 struct uffd_overlay_spec {
 	const struct uffd_leaf_spec *leaves;
 	uint64_t leaf_count;

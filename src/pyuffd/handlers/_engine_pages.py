@@ -221,7 +221,7 @@ class EnginePages(SoleOwner):
     def fill_from_files(self, served: RangeId, rows: memoryview, files: FileRuns) -> int:
         """Fill rows (begin, end, not used) as far as they can be read; return the bytes filled."""
         vec = ffi.from_buffer("struct uffd_page_region[]", rows)
-        runs = ffi.from_buffer("struct uffd_page_region[]", files.runs)
+        runs = ffi.from_buffer("struct uffd_run_spec[]", files.runs)
         fds = ffi.new("int32_t[]", list(files.fds))
         content = ffi.new(
             "struct uffd_content_files *", (runs, len(runs), files.length, fds, len(files.fds))
