@@ -18,10 +18,10 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.snapshot import _compare, _format, _sums
 from pyuffd.snapshot._capture import Captured, Placed, SnapshotProgress, at_barrier
 from pyuffd.snapshot._core_notes import Notes
+from pyuffd.snapshot._file_pages import is_huge_without_a_file
 from pyuffd.snapshot._files import NewDirectory
 from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotGap, SnapshotRun
 from pyuffd.snapshot._layout import SnapshotLayout
-from pyuffd.snapshot._memory_files import is_private_huge
 from pyuffd.snapshot._output import write_at
 from pyuffd.snapshot._reading import Image
 from pyuffd.snapshot._request import Request, SnapshotReport
@@ -261,7 +261,7 @@ def _regions(layout: SnapshotLayout, placed: Sequence[Placed]) -> Iterator[dict[
         places.setdefault(part.mapping.start, []).append([part.start, part.end, part.offset])
     for mapping in layout.mappings:
         # The kernel's own file of private huge pages is none that could hold anything.
-        has_file = not is_private_huge(mapping)
+        has_file = not is_huge_without_a_file(mapping)
         yield {
             "start": mapping.start,
             "length": mapping.length,

@@ -10,7 +10,8 @@ from pyuffd._errors import SnapshotError
 from pyuffd.pagemap import PageRanges
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._core_notes import Notes
-from pyuffd.snapshot._memory_files import FilesCopied, Span, copy_files
+from pyuffd.snapshot._file_pages import Span
+from pyuffd.snapshot._memory_files import FilesCopied, copy_files
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mappings, Process, Stop

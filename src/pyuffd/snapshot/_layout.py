@@ -14,8 +14,9 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Placed, Places
+from pyuffd.snapshot._file_pages import extents
 from pyuffd.snapshot._format import SnapshotGap
-from pyuffd.snapshot._memory_files import extents, is_file_of_memory, open_mapped
+from pyuffd.snapshot._memory_files import is_file_of_memory, open_mapped
 from pyuffd.snapshot._private_files import PrivateFiles
 
 Shared = Literal["refuse", "pause", "skip"]

@@ -8,7 +8,6 @@ copied are read there.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,27 +20,14 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, MappingKind, Process
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import Placed
-
-_STEP = 1 << 20
-_NO_FILE = "/anon_hugepage"
-
-Span = tuple[int, int]
+from pyuffd.snapshot._file_pages import Span, extents, is_huge_without_a_file, read
 
 
 def is_file_of_memory(mapping: Mapping) -> bool:
     """Whether its file may have content, which has to be read from the file."""
     if mapping.kind is MappingKind.HUGETLB:
-        return not is_private_huge(mapping)
+        return not is_huge_without_a_file(mapping)
     return mapping.kind is MappingKind.SHMEM
-
-
-def is_private_huge(mapping: Mapping) -> bool:
-    """Whether it is private hugetlb memory without a file, all of which is the process's own."""
-    return (
-        mapping.kind is MappingKind.HUGETLB
-        and not mapping.shared
-        and mapping.path.startswith(_NO_FILE)
-    )
 
 
 def open_mapped(process: Process, mapping: Mapping) -> Descriptor:
@@ -66,24 +52,6 @@ def try_open(process: Process, mapping: Mapping, stack: ExitStack) -> int | None
         return stack.enter_context(open_mapped(process, mapping)).number
     except OSError:
         return None
-
-
-def extents(fd: int, mapping: Mapping, start: int, end: int) -> Iterator[Span]:
-    """Yield the addresses in a part of a mapping at which its file has content, by whole pages."""
-    shift = mapping.start - mapping.offset
-    at, last = start - shift, min(end - shift, round_up(os.fstat(fd).st_size, PAGE_SIZE))
-    if mapping.kind is MappingKind.HUGETLB:  # it does not tell
-        if at < last:
-            yield start, last + shift
-        return
-    while at < last:
-        try:
-            begin = os.lseek(fd, at, os.SEEK_DATA) & -PAGE_SIZE
-            at = -(-os.lseek(fd, begin, os.SEEK_HOLE) & -PAGE_SIZE)
-        except OSError:  # ENXIO: nothing any more
-            return
-        if begin < last:
-            yield begin + shift, min(at, last) + shift
 
 
 @dataclass
@@ -168,7 +136,7 @@ def _copied(process: Process, work: _Work, fd: int, result: FilesCopied) -> Iter
     if len(work.of_file):
         pieces = calls.Pieces([(part.start, part.end, part.offset, True)])
         with open_mapped(process, part.mapping) as file:
-            for start, end, content in _read(file.number, part.mapping, work.of_file):
+            for start, end, content in read(file.number, part.mapping, work.of_file):
                 if content:
                     _put(start, content, pieces, fd, work, result)
                 else:
@@ -189,28 +157,6 @@ def _put(
     result.data += _spans(span - zero)
     if work.part.mapping.kind is MappingKind.HUGETLB:
         result.holes += _spans(zero - work.present)  # or pages of zeros, which nobody can tell
-
-
-def _read(fd: int, m: Mapping, pages: PageRanges) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (start, end, content), of whole pages; no content where it cannot be read."""
-    for each in pages:
-        at, step = each.start, _STEP
-        while at < each.end:
-            stop = min(at + step, each.end)
-            try:
-                content = os.pread(fd, stop - at, at - m.start + m.offset)
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                content = b""
-                if step > PAGE_SIZE:  # a page of it is poisoned
-                    step = PAGE_SIZE
-                    continue
-            if content:
-                content = content.ljust(round_up(len(content), PAGE_SIZE), b"\0")
-                stop = at + len(content)
-            yield at, stop, content  # without content: or the file was cut meanwhile
-            at = stop
 
 
 def _spans(pages: PageRanges) -> list[Span]:

@@ -43,25 +43,25 @@ def own(process: Process, start: int, end: int, *, any_will_do: bool = False) ->
         end: The address behind the last.
         any_will_do: Return one of them, if there is one.
     """
-    scan = process.pagemap.scan
-    found = scan(
-        start,
-        end - start,
-        category_mask=_FILE | PageCategory.PRESENT,
-        category_inverted=_FILE,
-        return_mask=_NONE,
-        max_pages=int(any_will_do),
-    ).ranges
+    found = _of_no_file(process, start, end, PageCategory.PRESENT, most=int(any_will_do))
     if any_will_do and len(found):
         return found
-    swapped = scan(
+    swapped = _of_no_file(process, start, end, PageCategory.SWAPPED)
+    return found | (swapped - marks(process, swapped))
+
+
+def _of_no_file(
+    process: Process, start: int, end: int, category: PageCategory, most: int = 0
+) -> PageRanges:
+    """Return pages of a category that are not a file's, `most` of them; 0 is all."""
+    return process.pagemap.scan(
         start,
         end - start,
-        category_mask=_FILE | PageCategory.SWAPPED,
+        category_mask=_FILE | category,
         category_inverted=_FILE,
         return_mask=_NONE,
+        max_pages=most,
     ).ranges
-    return found | (swapped - marks(process, swapped))
 
 
 def marks(process: Process, swapped: PageRanges) -> PageRanges:
@@ -81,13 +81,7 @@ def poisoned(process: Process, start: int, end: int) -> PageRanges:
 
     Those have marks too, and no page of shared memory looks as if it was on swap.
     """
-    marked = process.pagemap.scan(
-        start,
-        end - start,
-        category_mask=_FILE | PageCategory.SWAPPED,
-        category_inverted=_FILE,
-        return_mask=_NONE,
-    ).ranges
+    marked = _of_no_file(process, start, end, PageCategory.SWAPPED)
     found = PageRanges.of([])
     for part in marked:
         entries = process.pagemap.read(part.start, part.length)

@@ -9,7 +9,6 @@ not (mmap(2)), so its content belongs to no instant.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
@@ -19,15 +18,13 @@ from contextlib import suppress
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd._owned import Descriptor
-from pyuffd._pages import PAGE_SIZE, round_up
 from pyuffd.pagemap import PageRanges
-from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
+from pyuffd.remote._mappings import Mapping, Mappings
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Captured, SnapshotProgress, pieces_of
+from pyuffd.snapshot._file_pages import extents, inside, is_huge_without_a_file, read
 
-_STEP = 1 << 20
 _DELETED = " (deleted)"
-_HUGE_WITHOUT_A_FILE = "/anon_hugepage"
 
 
 class PrivateFiles:
@@ -62,9 +59,7 @@ class PrivateFiles:
 
     def _is_kept(self, mapping: Mapping) -> bool:
         path = mapping.path
-        if mapping.shared or not mapping.inode:
-            return False
-        if mapping.kind is MappingKind.HUGETLB and path.startswith(_HUGE_WITHOUT_A_FILE):
+        if mapping.shared or not mapping.inode or is_huge_without_a_file(mapping):
             return False
         if path.startswith("/dev/") and not path.startswith("/dev/shm/"):
             return False
@@ -89,7 +84,7 @@ class PrivateFiles:
         """Yield where the file has content behind a mapping that was added."""
         for known, file in self._mappings:
             if known == mapping:
-                yield from _extents(file.number, mapping)
+                yield from extents(file.number, mapping, mapping.start, mapping.end)
 
     def spans(self) -> memoryview:
         """Return where these mappings are."""
@@ -120,17 +115,17 @@ class PrivateFiles:
         told = SnapshotProgress("sweep", 0, PageRanges(unknown).bytes)
         begin = time.monotonic()
         for mapping, file in self._mappings:
-            span = _packed([(mapping.start, mapping.end)])
-            wanted = ranges.intersect(unknown, span)
+            place = (mapping.start, mapping.end)
+            wanted = ranges.intersect(unknown, _packed([place]))
             if not len(wanted):
                 continue
-            inside = _packed(_inside(file.number, mapping))
-            found = ranges.intersect(wanted, _packed(_extents(file.number, mapping)))
-            lost, zero = ranges.subtract(wanted, inside), ranges.subtract(wanted, found)
+            lost = ranges.subtract(wanted, _packed(inside(file.number, mapping, *place)))
+            found = ranges.intersect(wanted, _packed(extents(file.number, mapping, *place)))
+            zero = ranges.subtract(wanted, found)
             zero = ranges.subtract(ranges.subtract(zero, lost), lazy)
-            for start, end, content in _read(file.number, mapping, found):
+            for start, end, content in read(file.number, mapping, PageRanges(found)):
                 page = _packed([(start, end)])
-                if content is None:
+                if not content:
                     lost = ranges.union(lost, page)
                 else:
                     empty = calls.write(page, content, pieces, fd, overwrite=False)
@@ -172,57 +167,6 @@ def _regular(name: str, key: tuple[int, int] | None = None) -> Descriptor | None
 
 def _is_it(found: os.stat_result, key: tuple[int, int] | None) -> bool:
     return stat.S_ISREG(found.st_mode) and key in (None, (found.st_dev, found.st_ino))
-
-
-def _inside(fd: int, mapping: Mapping) -> Iterator[tuple[int, int]]:
-    """Yield where the mapping is not behind the end of its file."""
-    size = round_up(os.fstat(fd).st_size, mapping.page_size)
-    end = min(mapping.end, mapping.start - mapping.offset + size)
-    if mapping.start < end:
-        yield mapping.start, end
-
-
-def _extents(fd: int, mapping: Mapping) -> Iterator[tuple[int, int]]:
-    """Yield where the file has content, by whole pages."""
-    shift = mapping.start - mapping.offset
-    for start, end in _inside(fd, mapping):
-        at, last = start - shift, end - shift
-        while at < last:
-            try:
-                first = os.lseek(fd, at, os.SEEK_DATA) & -PAGE_SIZE
-                stop = min(last, round_up(os.lseek(fd, first, os.SEEK_HOLE), PAGE_SIZE))
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    return  # no more of it
-                first, stop = at, last  # hugetlbfs does not tell
-            if first >= last:
-                return
-            yield first + shift, stop + shift
-            at = stop
-
-
-def _read(fd: int, mapping: Mapping, pages: memoryview) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yield (start, end, content), of whole pages; None where it cannot be read."""
-    for each in PageRanges(pages):
-        at, step = each.start, _STEP
-        while at < each.end:
-            stop = min(at + step, each.end)
-            try:
-                content = os.pread(fd, stop - at, at - mapping.start + mapping.offset)
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                content = b""
-                if step > PAGE_SIZE:  # one page of it
-                    step = PAGE_SIZE
-                    continue
-            if not content:  # or the file was cut meanwhile
-                yield at, stop, None
-            else:
-                content = content.ljust(round_up(len(content), PAGE_SIZE), b"\0")
-                stop = at + len(content)
-                yield at, stop, content
-            at = stop
 
 
 def _packed(spans: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> memoryview:
