@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from pyuffd._arguments import check_int, shown
-from pyuffd._errors import UffdError
+from pyuffd._errors import UffdPermissionError, UnsupportedFeatureError
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
 from pyuffd._uffd import Userfaultfd
 from pyuffd.snapshot import _restore_map as maps
@@ -65,8 +65,8 @@ def check_not_registered(placed: Sequence[Placed]) -> None:
     """Raise RangeBusyError for memory that a handler or a tracker has: a new mapping ends that."""
     try:
         uffd = Userfaultfd(user_mode_only=True)
-    except UffdError:  # none can be opened here, so this process has none
-        return
+    except (UffdPermissionError, UnsupportedFeatureError):
+        return  # none can be opened here, so this process has none
     with uffd:
         for each in placed:
             uffd.register(each.region.start, each.region.length)
