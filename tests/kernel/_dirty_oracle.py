@@ -332,7 +332,7 @@ def run(name: str, method: str, watch_drops: bool, rounds: int, seed: int) -> in
     memory = MEMORY_TYPES[name]
     pages = HUGE_PAGES if memory.is_hugetlb else SMALL_PAGES
     reported = 0
-    operations = SIMPLE if method == "wp-sync" or memory.is_hugetlb else SIMPLE + LAYOUT
+    operations = SIMPLE if memory.is_hugetlb else SIMPLE + LAYOUT
     with memory.make(pages * memory.page_size) as region:
         sees_drops = watch_drops or method == "wp-sync"
         world = World(memory, region, chance, sees_drops=sees_drops)

@@ -14,6 +14,7 @@ import hashlib
 import mmap
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -269,6 +270,27 @@ def test_what_does_not_hang(column: str) -> None:
 def test_what_hangs(row: str, column: str) -> None:
     result = run_child(measure, column, [row], budget_s=HANG_S, expect="timeout")
     assert result.stdout == f"{row}\n"
+
+
+def collecting_source() -> None:
+    def source(offset: int, length: int) -> bytes:
+        gc.collect()
+        return BYTE * length
+
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(LENGTH) as region,
+        Handler(uffd, driver="thread", stall_timeout_s=HANG_S) as handler,
+    ):
+        handler.serve(region, CallableSource(source))
+        region.memoryview()[0]
+
+
+@needs_gil(there=False)
+def test_a_wait_without_the_gil_ends_too() -> None:
+    """With the thread driver, by poison when the source has not answered in time."""
+    result = run_child(collecting_source, budget_s=30, expect=-signal.SIGBUS)
+    assert "has not answered in time" in result.stderr
 
 
 # Whatever stops all threads waits for one that is in Python code, and so in a page fault.
