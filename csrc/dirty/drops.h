@@ -19,10 +19,12 @@ int uffd_drops_create(int uffd, struct uffd_drops **drops_ret);
 
 /*
  * Take what was noted since the last call: sorted ranges, to be freed with uffd_pagemap_free().
- * The memory of an event is dropped some time after it was read.
+ * That is every event that was read by now; the memory of one is dropped some time after it was
+ * read.
  *
- * lost_ret: set if events may be missing, because there were too many or the reader was killed;
- * another one has been started then.
+ * lost_ret: set if events may be missing: there were too many, the reader was killed (another one
+ * has been started then), or it was stopped for longer than a second between reading and noting.
+ * After an error the next call has all of it.
  */
 int uffd_drops_take(struct uffd_drops *drops, struct uffd_page_ranges *ranges_ret,
 		    uint32_t *lost_ret);
