@@ -27,12 +27,12 @@ from typing import NoReturn
 
 from pyuffd import _memory
 from pyuffd._errors import HandlerError, UffdError, limit_met
-from pyuffd.handlers._engine import shared_size
 from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, RangeSpec, ReportKind
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book, Range, ServedBook, SpaceBook
 from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
 from pyuffd.handlers.process._clean import clean_keeper
+from pyuffd.handlers.process._successor import shared_size
 from pyuffd.handlers.process._worker_handle import (
     SEND_LIMIT_S,
     WorkerGone,

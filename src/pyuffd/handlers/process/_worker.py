@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from pyuffd import _memory
 from pyuffd._errors import HandlerError, UffdError, UffdOSError
 from pyuffd._overlay import OverlaySource, with_files
-from pyuffd.handlers._engine import follow_parent, hold_descriptors
 from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import (
@@ -39,6 +38,7 @@ from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book, ServedBook, SpaceBook
 from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
 from pyuffd.handlers.process._clean import clean_worker
+from pyuffd.handlers.process._successor import follow_parent, hold_descriptors
 from pyuffd.handlers.process._transport import PackedSource, unpack
 
 if TYPE_CHECKING:

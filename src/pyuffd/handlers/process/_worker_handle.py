@@ -17,11 +17,11 @@ from typing import NoReturn
 
 from pyuffd import _memory
 from pyuffd._limits import raise_start_error
-from pyuffd.handlers._engine import release_holder, rescue_forks
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book
 from pyuffd.handlers.process._calls import Answer, Message
 from pyuffd.handlers.process._start import signal_name
+from pyuffd.handlers.process._successor import release_holder, rescue_forks
 from pyuffd.handlers.process._worker import run
 
 # A worker process that accepts no call for so long hangs with the GIL held.
