@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import faulthandler
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._engine_pages import EngineLife, EnginePages, range_ref
 from pyuffd.handlers._fault_log import FaultLog
+from pyuffd.handlers._sigbus import faulthandler_left
 from pyuffd.handlers._types import (
     PATIENCE_S,
     Ended,
@@ -334,7 +334,7 @@ class Engine(EnginePages):
         engine = self._engine()
         stays = lib.uffd_engine_end(engine, int(patience_s * 1e9)) != 0
         if self._inline:
-            lib.uffd_inline_stop(engine, _faulthandler_left())
+            lib.uffd_inline_stop(engine, faulthandler_left())
         return Ended(self.held(), stays)
 
     def hurry(self, patience_s: float) -> None:
@@ -552,28 +552,6 @@ def _fill_outline(spec: Any, outline: bytes) -> object:
     spec.runs, spec.run_count = runs, len(runs)
     spec.is_outline = 1
     return leaves, runs
-
-
-_under_faulthandler: list[bool] = []  # whether it was enabled when it had replaced our action
-
-
-def _faulthandler_left() -> bool:
-    """Return whether faulthandler replaced our action and was disabled since.
-
-    Its action below ours then does nothing.
-    """
-    return bool(_under_faulthandler) and _under_faulthandler[-1] and not faulthandler.is_enabled()
-
-
-def ensure_inline_handler() -> bool:
-    """Install the SIGBUS handler again if another one replaced it; return whether one did."""
-    if lib.uffd_inline_is_installed():
-        return False
-    _under_faulthandler[:] = [faulthandler.is_enabled()]
-    code = lib.uffd_inline_reinstall()
-    if code:
-        raise_errno("sigaction(SIGBUS)", -code)
-    return True
 
 
 def _buckets(counts: Any) -> tuple[tuple[int, int], ...]:

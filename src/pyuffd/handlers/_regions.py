@@ -28,7 +28,7 @@ from pyuffd.handlers._checks import (
     region_numbers,
 )
 from pyuffd.handlers._content import content_of
-from pyuffd.handlers._engine import Engine, ensure_inline_handler
+from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._failures import label_of
 from pyuffd.handlers._overlaps import range_of
 from pyuffd.handlers._present import (
@@ -55,6 +55,7 @@ from pyuffd.handlers._serving import (
     touched_by,
     warn_of_merging,
 )
+from pyuffd.handlers._sigbus import ensure_inline_handler
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import RangeSpec, SourceKind
 from pyuffd.lowlevel import Granted
