@@ -12,6 +12,7 @@ from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._engine_pages import EngineLife, EnginePages, range_ref
 from pyuffd.handlers._fault_log import FaultLog
+from pyuffd.handlers._range_spec import range_spec
 from pyuffd.handlers._sigbus import faulthandler_left
 from pyuffd.handlers._types import (
     PATIENCE_S,
@@ -22,7 +23,6 @@ from pyuffd.handlers._types import (
     Held,
     Latency,
     OnError,
-    Overlay,
     RangeId,
     RangeSpec,
     RecentFault,
@@ -47,8 +47,6 @@ KINDS = ("missing", "wp", "minor")
 HELD_CAPACITY = 256
 TAKEN_MOST = 1 << 24  # faults, half a gigabyte
 LEAVE_NS = 1_000_000_000
-_OUTLINE_LEAVES = [(lib.UFFD_LEAF_MEMORY, -1, 0, 0), (lib.UFFD_LEAF_ZERO, -1, 0, 0)]
-
 
 _COUNTERS = [
     "messages",
@@ -68,12 +66,6 @@ _COUNTERS = [
     "requests",
     "stalled_requests",
 ]
-
-
-def label_bytes(label: str) -> bytes:
-    """Return a label, cut to what fits in whole characters."""
-    raw = label.encode(errors="backslashreplace")[: lib.UFFD_LABEL_SIZE - 1]
-    return raw.decode(errors="ignore").encode()
 
 
 class Engine(EnginePages):
@@ -194,35 +186,7 @@ class Engine(EnginePages):
         engine served it.
         """
         content = given.content
-        spec = ffi.new("struct uffd_range_spec *")
-        spec.start = given.start
-        spec.length = given.length
-        spec.page_size = given.page_size
-        spec.mode = given.mode
-        spec.source = content.kind
-        spec.source_fd = content.fd
-        spec.source_address = content.address
-        spec.source_offset = content.offset
-        spec.source_length = content.length
-        is_overlay = content.overlay is not None
-        if content.outline:
-            keeps = _fill_outline(spec.overlay, content.outline)
-        else:
-            keeps = _fill_overlay(spec.overlay, content.overlay)
-        spec.local = given.local
-        spec.preserve = given.preserve
-        spec.writes_cache = given.writes_cache
-        spec.maps_holes = given.maps_holes
-        spec.shared = given.shared
-        spec.states_fd = states_fd
-        spec.label = label_bytes(given.label)
-        if taken is not None:
-            spec.id = taken.piece.number
-            spec.start = taken.piece.start
-            spec.origin = taken.piece.origin
-            spec.piece_length = taken.piece.end - taken.piece.start
-            spec.states_fd = taken.states_fd
-            spec.states_offset = taken.states_offset
+        spec, keeps = range_spec(given, states_fd, taken)
         out = ffi.new("uint64_t *")
         self._added_last = given.space, given.start, given.length, out
         code = lib.uffd_engine_add(self._engine(), given.space, spec, out)
@@ -231,7 +195,7 @@ class Engine(EnginePages):
             raise ValueError(
                 f"[{given.start:#x}, +{given.length:#x}) overlaps a range that is served already"
             )
-        if is_overlay and code in (-errno.EPERM, -errno.ENOSYS):
+        if content.overlay is not None and code in (-errno.EPERM, -errno.ENOSYS):
             hint = (
                 "this overlay has pieces that begin or end inside a page, which are put together by"
                 " process_vm_readv(2), and a seccomp filter refuses that"
@@ -528,30 +492,6 @@ def _size_of(data: object, request: Any) -> int:
 
 def _name(call: Any) -> str:
     return ffi.string(call[0]).decode() if call[0] else ""
-
-
-def _fill_overlay(spec: Any, overlay: Overlay | None) -> object:
-    """Describe an overlay in a `struct uffd_overlay_spec`; return what that refers to."""
-    if overlay is None:
-        return None
-    leaves = ffi.new(
-        "struct uffd_leaf_spec[]",
-        [(leaf.kind, leaf.fd, leaf.address, leaf.offset) for leaf in overlay.leaves],
-    )
-    runs = ffi.from_buffer("struct uffd_run_spec[]", overlay.runs)
-    spec.leaves, spec.leaf_count = leaves, len(leaves)
-    spec.runs, spec.run_count = runs, len(runs)
-    return leaves, runs
-
-
-def _fill_outline(spec: Any, outline: bytes) -> object:
-    """Describe where a content has zeros; return what that refers to."""
-    leaves = ffi.new("struct uffd_leaf_spec[]", _OUTLINE_LEAVES)
-    runs = ffi.from_buffer("struct uffd_run_spec[]", outline)
-    spec.leaves, spec.leaf_count = leaves, len(leaves)
-    spec.runs, spec.run_count = runs, len(runs)
-    spec.is_outline = 1
-    return leaves, runs
 
 
 def _buckets(counts: Any) -> tuple[tuple[int, int], ...]:
