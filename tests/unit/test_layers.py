@@ -32,8 +32,9 @@ BELOW = {"testing": "conformance", "remote": "dirty", "dirty": "snapshot"}
 MAY_IMPORT_SHIM = {
     *("_abi", "_owned", "lowlevel", "_memory", "_remote_calls", "_dirty_calls", "_image_calls"),
     "_saver_calls",
-    *("handlers._engine", "handlers._engine_pages", "handlers._range_spec", "handlers._sigbus"),
-    *("handlers._types", "handlers.process._successor"),
+    *("handlers._engine", "handlers._engine_calls", "handlers._engine_pages"),
+    *("handlers._engine_reports", "handlers._range_spec", "handlers._sigbus", "handlers._types"),
+    "handlers.process._successor",
 }
 MAY_NOT_IMPORT_LOWLEVEL = LAYERS[5] | LAYERS[6] - {""}
 

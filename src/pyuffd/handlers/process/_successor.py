@@ -8,7 +8,7 @@ import os
 
 from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
-from pyuffd.handlers._engine_pages import pointer_to
+from pyuffd.handlers._engine_calls import pointer_to
 
 log = logging.getLogger(__name__)
 
