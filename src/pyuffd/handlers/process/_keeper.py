@@ -20,18 +20,18 @@ import struct
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
-from pyuffd import _memory
 from pyuffd._errors import HandlerError, UffdError, limit_met
-from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeId, RangeSpec, ReportKind
+from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeSpec, ReportKind
 from pyuffd.handlers.process import _wire
-from pyuffd.handlers.process._book import Book, Range, ServedBook, SpaceBook
+from pyuffd.handlers.process._book import Book, SpaceBook
 from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
 from pyuffd.handlers.process._clean import clean_keeper
+from pyuffd.handlers.process._notes import Notes
 from pyuffd.handlers.process._successor import shared_size
 from pyuffd.handlers.process._worker_handle import (
     SEND_LIMIT_S,
@@ -52,8 +52,6 @@ GIVE_UP_AFTER = 20
 # How long the worker process may need to seal its ranges after the owner has gone.
 ORPHAN_LIMIT_S = 10.0
 BASE_PAGE = 4096
-# FUSE, NFS, CIFS, SMB2, 9P, Ceph, AFS
-REMOTE = {0x65735546, 0x6969, 0xFF534D42, 0xFE534D42, 0x01021997, 0x00C36400, 0x5346414F}
 # How long fork(2) may fail before the keeper gives up.
 FORK_LIMIT_S = 30.0
 FORK_RETRY_MS = 50
@@ -86,17 +84,7 @@ class Keeper:
         options, workers = pickle.loads(first.body)
         self._shared = mmap.mmap(-1, shared_size(options["fault_log"]))
         self._book = Book(options, workers)
-        self._notes: dict[Call, Callable[..., None]] = {
-            Call.ADD: self._note_added,
-            Call.SET_IOCTLS: self._note_ioctls,
-            Call.LIST_REGISTERED: self._note_listed,
-            Call.UNLIST_REGISTERED: self._note_unlisted,
-            Call.UNSERVE: self._note_unserved,
-            Call.ADD_SPACE: self._note_space,
-            Call.START: self._note_started,
-            Call.END: self._note_ended,
-            Call.REFUSE: self._note_refusing,
-        }
+        self._notes = Notes(self._book)
         self._book.spaces[0] = SpaceBook(
             uffd, False, options["layout_events"], options["owner_pid"]
         )
@@ -259,56 +247,9 @@ class Keeper:
         """Note in the book what a call has changed; close descriptors that it need not keep."""
         what = Call(call.message.word)
         if KINDS[what].changes_book:
-            self._notes[what](call.fds, pickle.loads(payload), *pickle.loads(call.message.body))
+            args = pickle.loads(call.message.body)
+            self._notes.note(what, call.fds, pickle.loads(payload), args)
         _wire.close_all(call.fds)
-
-    def _note_added(self, fds: list[int], served: RangeId, spec: RangeSpec) -> None:
-        may_hang = any(_is_remote(fd) for fd in fds[: len(spec.content.fds)])
-        book = ServedBook(spec, list(fds), closing_may_hang=may_hang)
-        self._book.served[served.number] = book
-        fds.clear()
-
-    def _note_ioctls(self, _: list[int], __: None, served: RangeId, ioctls: int) -> None:
-        if served.number in self._book.served:
-            self._book.served[served.number].ioctls = ioctls
-
-    def _note_listed(
-        self, _: list[int], __: None, number: int, ranges: Sequence[Range], is_all: bool
-    ) -> None:
-        if number in self._book.spaces:
-            self._book.spaces[number].list_registered(ranges, is_all=is_all)
-
-    def _note_unlisted(self, _: list[int], __: None, number: int, start: int, length: int) -> None:
-        if number in self._book.spaces:
-            self._book.spaces[number].unlist_registered(start, length)
-
-    def _note_unserved(self, _: list[int], done: bool, served: RangeId, *how: object) -> None:
-        is_part = how[-1] is not None  # the engine reports which pieces are left
-        gone = self._book.served.pop(served.number, None) if done and not is_part else None
-        if gone is not None:
-            # Files whose close may hang stay open until the process ends.
-            left_open = len(gone.spec.content.fds) if gone.closing_may_hang else 0
-            _wire.close_all(gone.fds[left_open:])
-            if how[1]:  # it was unregistered too
-                spec = gone.spec
-                self._note_unlisted([], None, spec.space, spec.start, spec.length)
-
-    def _note_space(
-        self, fds: list[int], number: int, layout_events: int, owner_pid: int, _: int
-    ) -> None:
-        self._book.spaces[number] = SpaceBook(fds[0], False, layout_events, owner_pid)
-        fds.clear()
-
-    def _note_started(self, _: list[int], __: None, cpus: list[int]) -> None:
-        self._book.cpus = cpus
-
-    def _note_ended(self, *_: object) -> None:
-        # Leave the descriptors to the end of the process: closing one may hang.
-        self._book.cpus = None
-        self._book.refusing = True
-
-    def _note_refusing(self, *_: object) -> None:
-        self._book.refusing = True
 
     def _read_report(self) -> None:
         """Read a report of where the pieces are, and note it."""
@@ -322,30 +263,13 @@ class Keeper:
         except EOFError as error:
             _wire.close_all(fds)
             raise WorkerGone from error
-        pieces = [Piece(*numbers) for numbers in PIECE.iter_unpack(body)]
-        spaces = self._book.spaces
         if kind == ReportKind.FORK and not fds:
             self._warn(
                 "the keeper process has no descriptor left for a fork, which will read zeros if the"
                 f" worker process is killed: {limit_met(errno.EMFILE)}"
             )
-        elif kind == ReportKind.FORK:
-            spaces[number] = SpaceBook(fds[0], True, id_, states_fd=fds[1] if fds[1:] else -1)
-        space = spaces.get(number)
-        if space is None:
-            _wire.close_all(fds)  # the call that adds the space has not been answered yet
-            return
-        if kind == ReportKind.GONE:
-            if number:
-                del spaces[number]
-                _wire.close_all([fd for fd in (space.fd, space.states_fd) if fd >= 0])
-        elif kind == ReportKind.DROPPED:
-            space.pieces.pop(id_, None)
-        elif kind == ReportKind.ADDED:
-            space.pieces.setdefault(id_, []).extend(pieces)
-        else:
-            space.note_pieces(pieces)
-            self._book.reported = sequence
+        pieces = [Piece(*numbers) for numbers in PIECE.iter_unpack(body)]
+        self._notes.note_report(ReportKind(kind), number, id_, pieces, sequence, fds)
 
     def _give_up_worker(self) -> NoReturn:
         """Kill a worker process that does not answer; its successor poisons."""
@@ -416,13 +340,6 @@ class Keeper:
         self._replaying = True
         old.close()
         return exit_code
-
-
-def _is_remote(fd: int) -> bool:
-    """Return whether closing a file may wait for a server (statfs(2) lists the numbers)."""
-    with contextlib.suppress(UffdError):
-        return _memory.fstatfs(fd)[0] & 0xFFFF_FFFF in REMOTE
-    return False
 
 
 def _states_file(spec: RangeSpec) -> int:
