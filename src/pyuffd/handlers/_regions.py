@@ -1,4 +1,4 @@
-"""`Handler.serve` and `unserve`: which regions a handler serves (layer L4)."""
+"""`Handler.serve`: how a handler begins to serve a region (layer L4)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Ioctl, RegisterMode
-from pyuffd._arguments import check_int
-from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdError, UffdOSError
-from pyuffd._pages import RangeLike, check_range, is_address, start_of
+from pyuffd._errors import ClosedError, HelperLostError, UffdError
+from pyuffd._pages import RangeLike
 from pyuffd._source_like import as_source
 from pyuffd._uffd import Userfaultfd
-from pyuffd.handlers._aftermath import describe, held_at, leave_behind, take_out, views_of
 from pyuffd.handlers._backend import Backend
-from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checks import (
     Driver,
     check_is_uffd,
@@ -38,7 +35,6 @@ from pyuffd.handlers._present import (
     register_empty,
     settle_present,
 )
-from pyuffd.handlers._served_parts import Part, without
 from pyuffd.handlers._serving import (
     OnClose,
     Served,
@@ -58,6 +54,7 @@ from pyuffd.handlers._serving import (
 from pyuffd.handlers._sigbus import ensure_inline_handler
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import RangeSpec, SourceKind
+from pyuffd.handlers._unserving import Unserves
 from pyuffd.lowlevel import Granted
 from pyuffd.regions import Region
 from pyuffd.sources import PageSource
@@ -70,8 +67,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class ServesRegions(HandlerBase):
-    """The part of `Handler` that serves regions and stops serving them."""
+class ServesRegions(Unserves):
+    """The part of `Handler` that serves regions."""
 
     def serve(
         self,
@@ -326,26 +323,6 @@ class ServesRegions(HandlerBase):
                 raise
         return self._spaces[uffd]
 
-    def _uffd_closes(self, uffd: Userfaultfd) -> None:
-        with self._lock:
-            if self._engine is None or self._pid != os.getpid():
-                return
-            errors: list[HandlerError] = []
-            for served in [one for one in self._served.values() if one.uffd is uffd]:
-                try:
-                    self._unserve(self._engine, served, seal=True)
-                except HandlerError as error:
-                    errors.append(error)
-            if any(one.uffd is uffd for one in self._served.values()):
-                uffd._hold_open()  # never undone: pages that stay registered would become zeros
-            else:
-                self._engine.remove_space(self._spaces[uffd])
-                uffd._release_events(self)
-                self._owners.forget(uffd)
-                del self._spaces[uffd]  # last: after an interruption the next call does it again
-        if errors:
-            raise errors[0]
-
     def _follow_close(self, region: Region, served: Served) -> None:
         region_closes = OnClose(
             self,
@@ -375,161 +352,6 @@ class ServesRegions(HandlerBase):
         if failure is None or not failure.start <= address < failure.start + failure.length:
             return None
         return failure.error
-
-    def _region_closes(self, served: Served, *, seal: bool) -> None:
-        with self._lock:
-            if self._engine is not None and self._serves(served) and self._pid == os.getpid():
-                self._unserve(self._engine, served, seal=seal)
-
-    def unserve(
-        self,
-        region: RangeLike | int,
-        offset: int = 0,
-        length: int | None = None,
-        *,
-        uffd: Userfaultfd | None = None,
-    ) -> None:
-        """Stop serving a region, or a part of one, and unregister it, wherever it was moved to.
-
-        Pages that were never filled are poisoned first, so that a later access raises SIGBUS
-        instead of reading zeros. Threads that wait for such a page get that too, and those that
-        wait for a page which is being filled get its content. Call `populate` before to get all
-        content. With a ZeroSource, where zeros are right, nothing is poisoned. Write-protection is
-        lifted. Forks' copies are taken out too.
-
-        The rest of a region stays served, without an instant in which a fault there would find
-        nothing. A part may be served again, from another source: with `present="drop"` all of it
-        comes from there, otherwise what it holds stays.
-
-        Args:
-            region: A served region or a part of one, `region[a:b]`, or the address where a region
-                begins. All that is served of it is taken out, also what was served in parts.
-            offset: Where to begin in the region in bytes, a multiple of the page size.
-            length: Bytes, a multiple of the page size; to the end by default.
-            uffd: The userfaultfd, if several processes have served memory at this address.
-
-        Raises:
-            ValueError: nothing of it is served by this handler, or pages outside the region.
-            HandlerError: the source does not return to a thread that is filling a page; the thread
-                is left behind and the page is poisoned. Or pages could not be poisoned; the region
-                then stays registered.
-
-        GIL: released.  Threads: safe.  Blocks: for at most 10 s until no thread works on the pages.
-
-        Example:
-            >>> from pyuffd import Handler, Region, Userfaultfd
-            >>> with (
-            ...     Userfaultfd() as uffd,
-            ...     Region.anonymous(12288) as region,
-            ...     Handler(uffd) as handler,
-            ... ):
-            ...     _ = handler.serve(region, b"a" * 12288)
-            ...     middle = region[4096:8192]
-            ...     handler.unserve(middle)
-            ...     _ = handler.serve(middle, b"b" * 4096, present="drop")
-            ...     [region.read(offset, 1) for offset in (0, 4096, 8192)]
-            [b'a', b'b', b'a']
-        """
-        self._running_engine()  # before the lock, which a thread of the parent may have held
-        with self._lock:
-            engine = self._running_engine()
-            errors: list[HandlerError] = []
-            for served, part in self._served_of(region, offset, length, uffd):
-                try:
-                    self._unserve(engine, served, seal=True, part=part)
-                except HandlerError as error:
-                    errors.append(error)
-        if errors:
-            raise errors[0]
-
-    def _release(self, region: RangeLike) -> None:
-        """Stop serving a region whose absent pages are right as the kernel has them.
-
-        Nothing is poisoned. For a caller who has filled all that has content.
-        """
-        with self._lock:
-            engine = self._running_engine()
-            served, _ = self._served_of(region, 0, None, None)[0]
-            self._unserve(engine, served, seal=False)
-
-    def _served_of(
-        self, region: RangeLike | int, offset: int, length: int | None, uffd: Userfaultfd | None
-    ) -> list[tuple[Served, Part | None]]:
-        """Return the ranges that a region has, each with the part of it, or None for all of it."""
-        check_int("offset", offset, 0)
-        served, start = self._find(region, uffd), start_of(region)
-        if not is_address(region):
-            extent = region.length  # type: ignore[union-attr]
-        elif served is not None:
-            extent = served.id.start + served.id.length - start
-        else:
-            raise ValueError(f"no range at {start:#x} is served by this handler")
-        # Only where it has holes can another range be in it.
-        is_whole = served is not None and served.parts == [(0, extent)]
-        if (
-            served is not None
-            and (is_whole or is_address(region))
-            and (offset, length) == (0, None)
-        ):
-            return [(served, None)]
-        length = extent - offset if length is None else check_int("length", length, 1)
-        if length <= 0 or offset + length > extent:
-            raise ValueError(f"offset {offset:#x} + {length:#x} is outside a region of {extent:#x}")
-        found = self._served_in(region, start + offset, length, uffd)
-        if not found:
-            raise ValueError(f"no range at {start + offset:#x} is served by this handler")
-        parts = []
-        for one in found:
-            begin = max(start + offset - one.id.start, 0)
-            end = min(start + offset + length - one.id.start, one.id.length)
-            check_range(begin, end - begin, one.page_size, name="offset")
-            parts.append((one, (begin, end) if without(one.parts, begin, end) else None))
-        return parts
-
-    def _served_in(
-        self, region: RangeLike | int, start: int, length: int, uffd: Userfaultfd | None
-    ) -> list[Served]:
-        """Return the ranges that have some of [start, +length), all of one address space."""
-        found = [
-            one
-            for one in self._served.values()
-            if uffd in (None, one.uffd) and one.has_some_of(start, length)
-        ]
-        same = [one for one in found if one.region is region]
-        here = [one for one in found if one.is_here]
-        chosen = same or (here if uffd is None and isinstance(region, Region) else found)
-        if len({one.id.space for one in chosen}) > 1:
-            raise ValueError(
-                f"several ranges at {start:#x} are served: pass the object that was served, or uffd"
-            )
-        return [one for one in found if chosen and one.id.space == chosen[0].id.space]
-
-    def _unserve(
-        self, engine: Backend, served: Served, *, seal: bool, part: Part | None = None
-    ) -> None:
-        """Take a range or a part out; if a signal handler raises, it is served as before."""
-        views = [] if engine.is_remote else views_of([served])
-        begin, end = part or (0, served.id.length)
-        try:
-            take_out(engine, served, seal=seal, part=part)
-        except UffdOSError as error:
-            raise HandlerError(
-                f"the region at {served.id.start + begin:#x} stays registered: {error}",
-                served.id.start + begin,
-                end - begin,
-            ) from error
-        held = held_at(engine, served, part)
-        if part is None:
-            self._forget(served, keep_alias=bool(held))
-        else:
-            self._forget_part(served, *part)
-        if held and isinstance(engine, Engine):
-            leave_behind(engine, held, [served], [served.uffd], views)
-            raise HandlerError(
-                f"the page source did not answer: {describe(held, [served], is_remote=False)}",
-                held[0].start,
-                held[0].length,
-            )
 
 
 def _check_access(
