@@ -8,9 +8,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "base/page.h"
 #include "uffd_pagemap.h"
 
-#define BASE_PAGE 4096ull
 #define ENTRY_BYTES sizeof(uint64_t)
 
 /* A scan's first vector. Untouched memory costs nothing; 1 MiB saves most scans a second ioctl. */
@@ -207,11 +207,6 @@ int uffd_pagemap_bytes(const struct uffd_page_region *vec, uint64_t count, uint6
 	return 0;
 }
 
-static uint64_t min_u64(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
-}
-
 static int reserve(struct uffd_page_ranges *ranges, uint64_t wanted)
 {
 	return wanted <= ranges->capacity ? 0 : resize(ranges, wanted);
@@ -268,7 +263,7 @@ static int scan_all(int fd, const struct uffd_pm_scan_arg *request, uint64_t roo
 		    struct uffd_page_ranges *ranges, uint64_t *walk_end)
 {
 	const uint64_t loses = UFFD_PM_SCAN_WP_MATCHING | UFFD_PM_SCAN_CHECK_WPASYNC;
-	uint64_t most = min_u64(request->vec_len, (request->end - request->start) / BASE_PAGE);
+	uint64_t most = lower(request->vec_len, (request->end - request->start) / BASE_PAGE);
 	struct uffd_pm_scan_arg arg = *request;
 	bool keep = most && (request->flags & loses) == loses;
 	uint64_t found, bytes = 0;
@@ -278,7 +273,7 @@ static int scan_all(int fd, const struct uffd_pm_scan_arg *request, uint64_t roo
 	arg.size = sizeof(arg);
 	do {
 		if (most) {
-			uint64_t wanted = min_u64(ranges->count + room, most);
+			uint64_t wanted = lower(ranges->count + room, most);
 
 			ret = reserve(ranges, wanted);
 			if (ret)
@@ -459,7 +454,7 @@ int uffd_pagemap_residency(int pagemap_fd, uint64_t start, uint64_t length, uint
 	uint64_t step = page_size == BASE_PAGE ? STEP_PAGES : 1;
 
 	for (uint64_t done = 0; done < pages; done += step) {
-		uint64_t n = min_u64(step, pages - done);
+		uint64_t n = lower(step, pages - done);
 		uint64_t address = start + done * page_size;
 		uint64_t got;
 		int ret = uffd_pagemap_read(pagemap_fd, address, n, entries, &got);

@@ -5,7 +5,7 @@
 #include <sys/mman.h>
 
 #include "alloc.h"
-#include "base.h"
+#include "base/page.h"
 #include "content.h"
 
 /* The source ends inside the last page: keep a copy, padded with zeros as mmap does. */

@@ -9,7 +9,7 @@
 #include <sys/queue.h>
 #include <unistd.h>
 
-#include "base.h"
+#include "base/page.h"
 #include "hold.h"
 #include "placement.h"
 #include "shared.h"

@@ -9,7 +9,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "base.h"
+#include "base/page.h"
 #include "file.h"
 
 /* linux/fs.h, linux/magic.h */

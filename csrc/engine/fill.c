@@ -3,7 +3,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#include "base.h"
+#include "base/page.h"
 #include "fill.h"
 #include "base/clock.h"
 

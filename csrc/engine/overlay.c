@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include "alloc.h"
-#include "base.h"
+#include "base/page.h"
 #include "fill.h"
 #include "overlay.h"
 

@@ -10,19 +10,14 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "base/page.h"
 #include "dirty/ranges.h"
 #include "remote/memory.h"
 
-#define PAGE 4096u
 #define BATCH 512u /* iovecs a call; the kernel's limit is 1024 */
 #define STEP (1u << 20) /* bytes through the buffer on the way to a file; stays in the cache */
 #define FIND_STEP (64u << 10)
 #define KCMP_VM 1
-
-static uint64_t min_u64(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
-}
 
 /* Ranges, from a place in one of them on. */
 struct place {
@@ -36,7 +31,7 @@ static void advance(struct place *place, uint64_t bytes)
 {
 	while (bytes) {
 		const struct uffd_page_region *range = &place->vec[place->at];
-		uint64_t step = min_u64(bytes, range->end - range->start - place->inside);
+		uint64_t step = lower(bytes, range->end - range->start - place->inside);
 
 		place->inside += step;
 		bytes -= step;
@@ -52,11 +47,11 @@ static int lose(struct place *place, char *target, struct uffd_page_ranges *lost
 {
 	const struct uffd_page_region *range = &place->vec[place->at];
 	uint64_t address = range->start + place->inside;
-	uint64_t next = (address / PAGE + 1) * PAGE;
+	uint64_t next = (address / BASE_PAGE + 1) * BASE_PAGE;
 
-	*bytes = min_u64(next, range->end) - address;
+	*bytes = lower(next, range->end) - address;
 	memset(target, 0, *bytes);
-	return uffd_ranges_append(lost, address / PAGE * PAGE, next);
+	return uffd_ranges_append(lost, address / BASE_PAGE * BASE_PAGE, next);
 }
 
 /* Where the byte at a place goes. */
@@ -83,7 +78,7 @@ static int read_batch(int32_t pid, struct place *place, char *target, uint64_t b
 	ssize_t n;
 
 	while (used < BATCH && next.at < next.count && wanted < most) {
-		uint64_t bytes = min_u64(rest_of_range(&next), most - wanted);
+		uint64_t bytes = lower(rest_of_range(&next), most - wanted);
 		uint64_t from = next.vec[next.at].start + next.inside;
 
 		here[used] = (struct iovec){ target + position(&next, base, packed + wanted), bytes };
@@ -165,7 +160,7 @@ int uffd_remote_read_to_file(int32_t pid, const struct uffd_page_region *vec, ui
 	*copied_ret = 0;
 	while (!ret && place.at < place.count) {
 		uint64_t to = position(&place, base, *copied_ret);
-		uint64_t most = base == UFFD_PACKED ? STEP : min_u64(STEP, rest_of_range(&place));
+		uint64_t most = base == UFFD_PACKED ? STEP : lower(STEP, rest_of_range(&place));
 		uint64_t bytes = 0;
 
 		ret = read_batch(pid, &place, buffer, UFFD_PACKED, 0, most, lost_ret, &bytes);
@@ -196,7 +191,7 @@ int uffd_remote_find(int32_t pid, uint64_t start, uint64_t end, const void *patt
 
 	*address_ret = 0;
 	while (ret == -ENOENT && at + pattern_length <= end) {
-		uint64_t length = min_u64(FIND_STEP, end - at);
+		uint64_t length = lower(FIND_STEP, end - at);
 		struct iovec here = { buffer, length };
 		struct iovec there = { (void *)(uintptr_t)at, length };
 		ssize_t n = process_vm_readv(pid, &here, 1, &there, 1, 0);
@@ -211,7 +206,7 @@ int uffd_remote_find(int32_t pid, uint64_t start, uint64_t end, const void *patt
 			*address_ret = at + (uint64_t)(found - buffer);
 			ret = 0;
 		} else if (n < (ssize_t)pattern_length) {
-			at = (at / PAGE + 1) * PAGE;
+			at = (at / BASE_PAGE + 1) * BASE_PAGE;
 		} else {
 			/* The pattern may lie across two steps. */
 			at += (uint64_t)n - pattern_length + 1;

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/array.h"
+#include "base/page.h"
 #include "snapshot/hot.h"
 
 #define IMAGE_PAGE	UINT64_C(4096)
@@ -16,16 +17,6 @@
  * costs as much as so many bytes.
  */
 #define READ_GAP	(4 * IMAGE_PAGE)
-
-static uint64_t lower(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
-}
-
-static uint64_t higher(uint64_t a, uint64_t b)
-{
-	return a > b ? a : b;
-}
 
 static int append(struct uffd_page_ranges *list, uint64_t a, uint64_t b, uint64_t c)
 {

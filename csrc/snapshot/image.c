@@ -9,11 +9,11 @@
 #include <unistd.h>
 
 #include "base/gentle.h"
+#include "base/page.h"
 #include "dirty/ranges.h"
 #include "snapshot/image.h"
 #include "uffd_transfer.h"
 
-#define PAGE 4096u
 #define BATCH 512u /* iovecs a call; the kernel's limit is 1024 */
 #define STEP (1u << 20) /* bytes through the buffer; stays in the cache */
 
@@ -28,16 +28,11 @@ struct image {
 	struct uffd_page_ranges *lost;
 };
 
-static uint64_t min_u64(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
-}
-
 static bool is_zero(const void *page)
 {
 	const uint64_t *word = page;
 
-	for (unsigned int i = 0; i < PAGE / sizeof(*word); i += 8)
+	for (unsigned int i = 0; i < BASE_PAGE / sizeof(*word); i += 8)
 		if (word[i] | word[i + 1] | word[i + 2] | word[i + 3] | word[i + 4] |
 		    word[i + 5] | word[i + 6] | word[i + 7])
 			return false;
@@ -87,9 +82,9 @@ static int put(const struct image *image, uint64_t address, const void *data, ui
 
 		if (!piece)
 			return -EINVAL;
-		limit = min_u64(length, piece->end - address);
+		limit = lower(length, piece->end - address);
 		do
-			stop += PAGE;
+			stop += BASE_PAGE;
 		while (stop < limit && is_zero(from + stop) == zero);
 		if (zero)
 			ret = uffd_ranges_append(image->zero, address + at, address + stop);
@@ -122,7 +117,7 @@ static uint64_t rest_of_range(const struct place *place)
 static void advance(struct place *place, uint64_t bytes)
 {
 	while (bytes) {
-		uint64_t rest = rest_of_range(place), step = min_u64(bytes, rest);
+		uint64_t rest = rest_of_range(place), step = lower(bytes, rest);
 
 		place->inside += step;
 		bytes -= step;
@@ -137,12 +132,12 @@ static void advance(struct place *place, uint64_t bytes)
 static int read_other_way(const struct image *image, uint64_t address, char *target)
 {
 	ssize_t n = image->mem_fd < 0 ? -1 :
-					pread(image->mem_fd, target, PAGE, (off_t)address);
+					pread(image->mem_fd, target, BASE_PAGE, (off_t)address);
 
-	if (n == PAGE)
+	if (n == BASE_PAGE)
 		return 0;
-	memset(target, 0, PAGE);
-	return uffd_ranges_append(image->lost, address, address + PAGE);
+	memset(target, 0, BASE_PAGE);
+	return uffd_ranges_append(image->lost, address, address + BASE_PAGE);
 }
 
 /* Fill the buffer from a place on; bytes_ret: whole pages. */
@@ -155,20 +150,20 @@ static int read_batch(const struct image *image, const struct place *place, char
 	ssize_t n;
 
 	while (used < BATCH && next.at < next.count && here.iov_len < STEP) {
-		uint64_t bytes = min_u64(rest_of_range(&next), STEP - here.iov_len);
+		uint64_t bytes = lower(rest_of_range(&next), STEP - here.iov_len);
 
 		there[used++] = (struct iovec){ (void *)(uintptr_t)address_of(&next), bytes };
 		here.iov_len += bytes;
 		advance(&next, bytes);
 	}
 	n = process_vm_readv(image->pid, &here, 1, there, used, 0);
-	if (n >= (ssize_t)PAGE) {
-		*bytes_ret = (uint64_t)n / PAGE * PAGE;
+	if (n >= (ssize_t)BASE_PAGE) {
+		*bytes_ret = (uint64_t)n / BASE_PAGE * BASE_PAGE;
 		return 0;
 	}
 	if (n < 0 && errno != EFAULT)
 		return -errno;
-	*bytes_ret = PAGE;
+	*bytes_ret = BASE_PAGE;
 	return read_other_way(image, address_of(place), buffer);
 }
 
@@ -180,7 +175,7 @@ static int write_batch(const struct image *image, struct place *place, const cha
 	int ret = 0;
 
 	while (!ret && at < bytes) {
-		uint64_t length = min_u64(bytes - at, rest_of_range(place));
+		uint64_t length = lower(bytes - at, rest_of_range(place));
 
 		ret = put(image, address_of(place), buffer + at, length);
 		at += length;
@@ -292,8 +287,8 @@ int uffd_image_differ(const void *a, const void *b, uint64_t length, uint64_t st
 {
 	int ret = 0;
 
-	for (uint64_t at = 0; !ret && at < length; at += PAGE)
-		if (memcmp((const char *)a + at, (const char *)b + at, min_u64(PAGE, length - at)))
-			ret = uffd_ranges_append(ranges_ret, start + at, start + at + PAGE);
+	for (uint64_t at = 0; !ret && at < length; at += BASE_PAGE)
+		if (memcmp((const char *)a + at, (const char *)b + at, lower(BASE_PAGE, length - at)))
+			ret = uffd_ranges_append(ranges_ret, start + at, start + at + BASE_PAGE);
 	return ret;
 }

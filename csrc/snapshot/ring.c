@@ -10,10 +10,10 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include "base/page.h"
 #include "snapshot/ring.h"
 #include "uffd_transfer.h"
 
-#define PAGE 4096u
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* the build machine's headers may be older */
 #endif
@@ -44,27 +44,27 @@ struct uffd_ring {
 
 static bool is_zero(const char *page)
 {
-	static const char zeros[PAGE];
+	static const char zeros[BASE_PAGE];
 
-	return !memcmp(page, zeros, PAGE);
+	return !memcmp(page, zeros, BASE_PAGE);
 }
 
 static int write_entry(struct uffd_ring *ring, const struct entry *entry)
 {
-	const char *from = ring->memory + entry->first * PAGE;
+	const char *from = ring->memory + entry->first * BASE_PAGE;
 	int ret = 0;
 
 	for (uint64_t i = 0; !ret && i < entry->pages;) {
-		bool zero = is_zero(from + i * PAGE);
+		bool zero = is_zero(from + i * BASE_PAGE);
 		uint64_t stop = i + 1, done = 0;
 
-		while (stop < entry->pages && is_zero(from + stop * PAGE) == zero)
+		while (stop < entry->pages && is_zero(from + stop * BASE_PAGE) == zero)
 			stop++;
 		if (!zero)
 			do
 				ret = uffd_transfer_write(ring->fd,
-							  (int64_t)(entry->offset + i * PAGE),
-							  from + i * PAGE, (stop - i) * PAGE, &done);
+							  (int64_t)(entry->offset + i * BASE_PAGE),
+							  from + i * BASE_PAGE, (stop - i) * BASE_PAGE, &done);
 			while (ret == -EINTR);
 		for (; !ret && i < stop; i++)
 			atomic_store(&entry->states[i], zero ? UFFD_RING_ZERO : UFFD_RING_DATA);
@@ -105,7 +105,7 @@ static void populate(char *memory, uint64_t length)
 {
 	madvise(memory, length, MADV_HUGEPAGE);
 	if (madvise(memory, length, MADV_POPULATE_WRITE))
-		for (uint64_t at = 0; at < length; at += PAGE) /* before Linux 5.14 */
+		for (uint64_t at = 0; at < length; at += BASE_PAGE) /* before Linux 5.14 */
 			((volatile char *)memory)[at] = 0;
 }
 
@@ -122,13 +122,13 @@ int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
 	ring->fd = fd;
 	ring->capacity = pages;
 	ring->entries = calloc(pages, sizeof(*ring->entries));
-	ring->memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE,
+	ring->memory = mmap(NULL, pages * BASE_PAGE, PROT_READ | PROT_WRITE,
 			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (ring->memory != MAP_FAILED)
-		populate(ring->memory, pages * PAGE);
+		populate(ring->memory, pages * BASE_PAGE);
 	if (ring->memory == MAP_FAILED || !ring->entries) {
 		if (ring->memory != MAP_FAILED)
-			munmap(ring->memory, pages * PAGE);
+			munmap(ring->memory, pages * BASE_PAGE);
 		free(ring->entries);
 		free(ring);
 		return -ENOMEM;
@@ -143,7 +143,7 @@ int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
 	ret = -pthread_create(&ring->writer, NULL, write_all, ring);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (ret) {
-		munmap(ring->memory, pages * PAGE);
+		munmap(ring->memory, pages * BASE_PAGE);
 		free(ring->entries);
 		free(ring);
 		return ret;
@@ -168,7 +168,7 @@ int uffd_ring_reserve(struct uffd_ring *ring, uint64_t pages, uint64_t until_ns,
 		ret = ring->error;
 	ring->reserved = pages;
 	ring->skipped = skipped;
-	*memory_ret = ret ? NULL : ring->memory + (ring->head + skipped) % ring->capacity * PAGE;
+	*memory_ret = ret ? NULL : ring->memory + (ring->head + skipped) % ring->capacity * BASE_PAGE;
 	pthread_mutex_unlock(&ring->lock);
 	return ret;
 }
@@ -222,7 +222,7 @@ void uffd_ring_destroy(struct uffd_ring *ring)
 	pthread_join(ring->writer, NULL);
 	pthread_mutex_destroy(&ring->lock);
 	pthread_cond_destroy(&ring->changed);
-	munmap(ring->memory, ring->capacity * PAGE);
+	munmap(ring->memory, ring->capacity * BASE_PAGE);
 	free(ring->entries);
 	free(ring);
 }

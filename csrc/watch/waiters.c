@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/page.h"
 #include "waiters.h"
 #include "uffd_shim.h"
 
@@ -19,7 +20,6 @@
 /* The bounds of an address space (x86-64, unless more was asked for). */
 #define LOWEST_ADDRESS	0x10000ull
 #define HIGHEST_ADDRESS	0x7ffffffff000ull
-#define PAGE		4096ull
 /* Enough for about 40 wakes and repeated faults on a busy machine. */
 #define SEARCH_LIMIT_NS	1000000000ull
 #define PAUSE_NS	100000
@@ -234,8 +234,8 @@ bool uffd_waiters_page(int fd, int32_t pid, const struct uffd_waiter *waiter, ui
 		if (wake(fd, pid, thread_id, low, high, give_up) != WAS_WOKEN)
 			return false;
 	}
-	while (high - low > PAGE) {
-		uint64_t middle = low + (high - low) / 2 / PAGE * PAGE;
+	while (high - low > BASE_PAGE) {
+		uint64_t middle = low + (high - low) / 2 / BASE_PAGE * BASE_PAGE;
 
 		switch (wake(fd, pid, thread_id, low, middle, give_up)) {
 		case WAS_WOKEN:
@@ -298,7 +298,7 @@ static bool is_protected(int32_t pid, uint64_t page)
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return false;
-	if (pread(fd, &entry, sizeof(entry), (off_t)(page / PAGE * sizeof(entry))) !=
+	if (pread(fd, &entry, sizeof(entry), (off_t)(page / BASE_PAGE * sizeof(entry))) !=
 	    sizeof(entry))
 		entry = 0;
 	close(fd);

@@ -16,7 +16,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # From bottom to top. A module is a .c file with its header, or either alone. It includes modules of
 # lower floors, and none of its own floor.
 FLOORS = [
-    {"uffd_abi", "base/array", "base/line", "base/clock", "base/gentle"},
+    {"uffd_abi", "base/page", "base/array", "base/line", "base/clock", "base/gentle"},
     {"uffd_shim", "uffd_transfer", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
     {"watch/waiters"},
     {"watch/watch"},
@@ -28,7 +28,7 @@ FLOORS = [
     {"snapshot/chain", "snapshot/hot"},
     {"snapshot/saver"},
     {"remote/attach", "remote/stopped"},
-    {"engine/base", "engine/alloc", "engine/runs"},
+    {"engine/alloc", "engine/runs"},
     {"engine/barrier", "engine/fill", "engine/file", "engine/placement"},
     {"engine/overlay"},
     {"engine/content"},

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* Helpers that every file uses. */
-#ifndef UFFD_ENGINE_BASE_H
-#define UFFD_ENGINE_BASE_H
+/* The size of a page, and the lower and the higher of two numbers. */
+#ifndef UFFD_PAGE_H
+#define UFFD_PAGE_H
 
 #include <stdint.h>
 
@@ -17,4 +17,4 @@ static inline uint64_t higher(uint64_t a, uint64_t b)
 	return a > b ? a : b;
 }
 
-#endif /* UFFD_ENGINE_BASE_H */
+#endif /* UFFD_PAGE_H */
