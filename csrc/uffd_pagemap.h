@@ -19,23 +19,6 @@ struct uffd_page_ranges {
 	uint64_t capacity;
 };
 
-/* Where a page of a mapping is; the values are PageResidency's in Python. */
-enum uffd_residency {
-	UFFD_RESIDENCY_HOLE,
-	UFFD_RESIDENCY_SWAPPED,
-	UFFD_RESIDENCY_RESIDENT,
-	UFFD_RESIDENCY_MAPPED,
-	UFFD_RESIDENCY_PRIVATE,
-	UFFD_RESIDENCY_POISON,
-	UFFD_RESIDENCY_UNKNOWN,
-};
-
-/* Facts about a mapping, for uffd_pagemap_residency(). */
-#define UFFD_MAPPING_SHARED	(1u << 0) /* MAP_SHARED: its PTEs never hold swap entries */
-#define UFFD_MAPPING_FILE	(1u << 1) /* backed by a page cache (file, shmem, hugetlb) */
-#define UFFD_MAPPING_MINCORE	(1u << 2) /* mincore(2) is reliable on it */
-#define UFFD_MAPPING_SEEK	(1u << 3) /* SEEK_DATA and SEEK_HOLE are reliable on file_fd */
-
 void uffd_pagemap_free(void *memory);
 
 /* -ESRCH once the address space behind @fd is gone (exit or execve). */
@@ -82,12 +65,5 @@ int uffd_pagemap_scan_all(int fd, const struct uffd_pm_scan_arg *request,
  */
 int uffd_pagemap_scan_again(int fd, const struct uffd_pm_scan_arg *request, uint64_t expected,
 			    struct uffd_page_ranges *ranges);
-
-/*
- * Write one enum uffd_residency per page of @page_size bytes, for a range inside one mapping of
- * this process, which maps @file_fd (-1: no file) from @offset on. Moves file_fd's position.
- */
-int uffd_pagemap_residency(int pagemap_fd, uint64_t start, uint64_t length, uint64_t page_size,
-			   int file_fd, uint64_t offset, uint32_t mapping, uint8_t *states_ret);
 
 #endif /* UFFD_PAGEMAP_H */

@@ -213,13 +213,6 @@ class _Lib:
     def uffd_owned_read(self, fd: int, messages: CData, /) -> int: ...
     def uffd_owned_take_fork(self, messages: CData, index: int, fd_ret: CData, /) -> None: ...
     def uffd_owned_close_forks(self, messages: CData, /) -> None: ...
-    UFFD_RESIDENCY_HOLE: int
-    UFFD_RESIDENCY_SWAPPED: int
-    UFFD_RESIDENCY_RESIDENT: int
-    UFFD_RESIDENCY_MAPPED: int
-    UFFD_RESIDENCY_PRIVATE: int
-    UFFD_RESIDENCY_POISON: int
-    UFFD_RESIDENCY_UNKNOWN: int
     def uffd_pagemap_free(self, memory: CData, /) -> None: ...
     def uffd_pagemap_alive(self, fd: int, /) -> int: ...
     def uffd_pagemap_read(
@@ -246,7 +239,14 @@ class _Lib:
     def uffd_pagemap_scan_all(
         self, fd: int, request: CData, ranges_ret: CData, walk_end_ret: CData, /
     ) -> int: ...
-    def uffd_pagemap_residency(
+    UFFD_RESIDENCY_HOLE: int
+    UFFD_RESIDENCY_SWAPPED: int
+    UFFD_RESIDENCY_RESIDENT: int
+    UFFD_RESIDENCY_MAPPED: int
+    UFFD_RESIDENCY_PRIVATE: int
+    UFFD_RESIDENCY_POISON: int
+    UFFD_RESIDENCY_UNKNOWN: int
+    def uffd_residency_of(
         self,
         pagemap_fd: int,
         start: int,

@@ -390,7 +390,7 @@ def pagemap_residency(
 ) -> None:
     """Write one UFFD_RESIDENCY_* byte per page of a range inside one mapping to `states`."""
     with ffi.from_buffer("uint8_t[]", states, require_writable=True) as pointer:
-        code = lib.uffd_pagemap_residency(
+        code = lib.uffd_residency_of(
             pagemap_fd, start, length, page_size, file_fd, offset, mapping, pointer
         )
     if code:
