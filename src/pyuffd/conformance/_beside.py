@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -120,13 +121,28 @@ class Child(SoleOwner):
         Raises:
             Mismatch: it cannot.
         """
+        pid = self._forked()
+        os.kill(pid, signal.SIGKILL)
+        self._agent.syscall(_SYS_WAIT4, pid, 0, _WAIT_ALL, 0)
+
+    def hand_on(self) -> None:
+        """Have it fork a child of its own, which does its work from now on, and end it.
+
+        Raises:
+            Mismatch: it cannot.
+        """
+        pid = self._forked()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.pid = pid
+
+    def _forked(self) -> int:
         # Both return from the call and answer; one says 0.
         answers = [self._agent.syscall(_SYS_FORK), self._agent.next_result()]
         pid = max(answers)
         if sorted(answers) != [0, pid] or pid <= 0:
             raise Mismatch(f"fork in the child: saw {answers}, expected 0 and a process")
-        os.kill(pid, signal.SIGKILL)
-        self._agent.syscall(_SYS_WAIT4, pid, 0, _WAIT_ALL, 0)
+        return pid
 
     def pagemap(self, address: int) -> str:
         """Return the state of a page of its own, as `Context.pagemap` does."""
@@ -137,7 +153,9 @@ class Child(SoleOwner):
         if self._is_running:
             self._is_running = False
             os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            # One that was handed on is no child of this process.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
             self._end.close()
             if self.uffd is not None:
                 self.uffd.close()

@@ -85,7 +85,21 @@ def page_out(ctx: Context, region: Region) -> None:
 
     Raises:
         Lack: the kernel keeps some, for lack of swap.
+        Mismatch: it keeps some of these, but not of other memory.
     """
+    if _paged_out(ctx, region):
+        return
+    with Region.anonymous(region.length) as other:
+        other.advise_thp(False)
+        other.fill(DATA)
+        if not _paged_out(ctx, other):
+            ctx.lack("swap", "MADV_PAGEOUT leaves pages where they are")
+    # The other one has gone, so these could.
+    if not _paged_out(ctx, region):
+        ctx.fail("pages after MADV_PAGEOUT", "still there", "in swap, as those of other memory")
+
+
+def _paged_out(ctx: Context, region: Region) -> bool:
     pages = range(region.start, region.start + region.length, ctx.page)
     # Pages that were made on another CPU lie in its batch of new pages, which only it drains.
     cpus = os.sched_getaffinity(0)
@@ -94,10 +108,10 @@ def page_out(ctx: Context, region: Region) -> None:
             os.sched_setaffinity(0, {cpu})
             region.pageout()
             if not any(PageBit.PRESENT in ctx.bits(page) for page in pages):
-                return
+                return True
     finally:
         os.sched_setaffinity(0, cpus)
-    ctx.lack("swap", "MADV_PAGEOUT leaves pages where they are")
+    return False
 
 
 def expect_fault(

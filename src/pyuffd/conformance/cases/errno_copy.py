@@ -59,6 +59,20 @@ def copy_src_wraps(ctx: Context) -> None:
     Target(ctx, COPY).expect(errno.EINVAL, 0, source=-ctx.page % (1 << 64))
 
 
+@case("UFFDIO_COPY.EINVAL.src-past-end", origin="fs/userfaultfd.c: validate_unaligned_range")
+def copy_src_past_end(ctx: Context) -> None:
+    """The source reaches behind the addresses of user space; one that ends there is EFAULT."""
+    target = Target(ctx, COPY)
+    # With page tables of five levels, and of four.
+    for end in (1 << 56) - 4096, (1 << 47) - 4096:
+        answer = target.call(source=end - ctx.page)
+        if answer.errno == errno.EFAULT:
+            break
+    ctx.expect("errno up to the end", (answer.errno, answer.result), (errno.EFAULT, -errno.EFAULT))
+    target.expect(errno.EINVAL, 0, source=end - ctx.page + 4096)
+    target.expect(errno.EINVAL, 0, source=end)
+
+
 @case("UFFDIO_COPY.EFAULT.src", origin="UFFDIO_COPY(2const): .copy", features=missing_features)
 def copy_src_faults(ctx: Context) -> None:
     """The source cannot be read: nothing is filled."""

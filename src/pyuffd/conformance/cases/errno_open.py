@@ -8,14 +8,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import struct
 from pathlib import Path
 
-from pyuffd._abi import USER_MODE_ONLY, Feature
+from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
 from pyuffd._memory import buffer_address
 from pyuffd.conformance import _raw
 from pyuffd.conformance._case import case
-from pyuffd.conformance._context import Child, Context
+from pyuffd.conformance._context import WAIT_S, Child, Context
+from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANY
 from pyuffd.testing import _opening
@@ -23,7 +25,8 @@ from pyuffd.testing._need import needs, needs_device, needs_kernel_faults, needs
 
 API = 0xAA
 FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
-SYS_OPEN, SYS_IOCTL, SYS_SETRESUID, SYS_PRLIMIT64, SYS_USERFAULTFD = 2, 16, 117, 302, 323
+SYS_READ, SYS_OPEN, SYS_IOCTL, SYS_SETRESUID = 0, 2, 16, 117
+SYS_PRLIMIT64, SYS_USERFAULTFD = 302, 323
 RLIMIT_NOFILE = 7
 NOBODY = 65534
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -40,6 +43,13 @@ AFTER_API = (
     "WRITEPROTECT",
     "CONTINUE",
     "POISON",
+)
+
+
+# Those of ranges are in the answer of REGISTER.
+KNOWN_IOCTLS = (
+    *(Ioctl.API, Ioctl.REGISTER, Ioctl.UNREGISTER, Ioctl.WAKE, Ioctl.COPY, Ioctl.ZEROPAGE),
+    *(Ioctl.MOVE, Ioctl.WRITEPROTECT, Ioctl.CONTINUE, Ioctl.POISON),
 )
 
 
@@ -162,6 +172,65 @@ def device_unknown_flag(ctx: Context) -> None:
 
 
 @case(
+    "userfaultfd-device.EINVAL.ioctl-unknown",
+    origin="fs/userfaultfd.c: userfaultfd_dev_ioctl",
+    memory=ANY,
+    needs=[needs_device()],
+)
+def device_unknown_ioctl(ctx: Context) -> None:
+    """A request of /dev/userfaultfd that is no USERFAULTFD_IOC_NEW is refused."""
+    device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+    ctx.callback(os.close, device)
+    for number in (UNKNOWN_IOCTL, _raw.request("API"), 0xAA01):
+        ctx.expect_errno(errno.EINVAL, fcntl.ioctl, device, number, 0)
+
+
+@case(
+    "userfaultfd-device.ok.flags",
+    origin="fs/userfaultfd.c: userfaultfd_dev_ioctl, new_userfaultfd",
+    memory=ANY,
+    needs=[needs_device()],
+)
+def device_flags(ctx: Context) -> None:
+    """A descriptor of the device has the flags that were asked for, with and without."""
+    for flags in (FLAGS, 0, os.O_CLOEXEC, os.O_NONBLOCK):
+        fd = _opening.open_device(flags)
+        ctx.callback(os.close, fd)
+        seen = (os.get_inheritable(fd), os.get_blocking(fd))
+        wanted = (not flags & os.O_CLOEXEC, not flags & os.O_NONBLOCK)
+        ctx.expect(f"inheritable and blocking with {flags:#x}", seen, wanted)
+
+
+@case(
+    "userfaultfd-device.ok.user-mode-only",
+    origin="fs/userfaultfd.c: userfaultfd_dev_ioctl, UFFD_USER_MODE_ONLY",
+    memory=ANY,
+    needs=[needs_device()],
+)
+def device_user_mode_only(ctx: Context) -> None:
+    """A descriptor of the device handles the kernel's faults, unless it is for user code only."""
+    zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+    ctx.callback(os.close, zero)
+    for flags in (FLAGS | USER_MODE_ONLY, FLAGS):
+        fd = _opening.open_device(flags)
+        ctx.callback(os.close, fd)
+        ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
+        region = ctx.make(1, "anon")
+        answer = ctx.ioctl("REGISTER", region.start, region.length, 1, uffd=fd)
+        ctx.expect("errno of REGISTER", answer.errno, 0)
+        reading = ctx.start(syscall, SYS_READ, zero, region.start, 1)
+        if flags & USER_MODE_ONLY:
+            ctx.expect("read(2)", reading.result(), -errno.EFAULT)
+            continue
+        if not select.select([fd], [], [], WAIT_S)[0]:
+            ctx.fail("messages", f"none within {WAIT_S:g} s", "one of the kernel's fault")
+        ctx.expect("bytes of the message", len(os.read(fd, 64)), 32)
+        answer = ctx.ioctl("ZEROPAGE", region.start, region.length, uffd=fd)
+        ctx.expect("errno of ZEROPAGE", answer.errno, 0)
+        ctx.expect("read(2)", reading.result(), 1)
+
+
+@case(
     "UFFDIO_API.EPERM.event-fork-unprivileged",
     origin="UFFDIO_API(2const): EPERM",
     memory=ANY,
@@ -194,6 +263,9 @@ def api_reply(ctx: Context) -> None:
     answers = [ctx.ioctl("API", API, asked, uffd=fresh(ctx)) for asked in (0, ctx.offered & 0x80)]
     for answer in answers:
         ctx.expect("reply", (answer.errno, answer.words[:2]), (0, (API, ctx.offered)))
+        known = sum(int(each) for each in KNOWN_IOCTLS)
+        wanted = int(Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER)
+        ctx.expect("known ioctls of a descriptor", answer.words[2] & known, wanted)
 
 
 @case("UFFDIO_API.EINVAL.api-unknown", origin="UFFDIO_API(2const): EINVAL", memory=ANY)

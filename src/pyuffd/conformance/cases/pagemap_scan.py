@@ -71,8 +71,9 @@ def scan(
     anyof: int = 0,
     returned: int = WRITTEN,
     size: int = SIZE,
+    pid: int | None = None,
 ) -> Scan:
-    """Make one PAGEMAP_SCAN of this process; `vec` and `vec_len` replace those of `room`."""
+    """Make one PAGEMAP_SCAN of a process, or this; `vec` and `vec_len` replace those of `room`."""
     ranges = (ctypes.c_uint64 * (3 * room))()
     at = ctypes.addressof(ranges) if room else 0
     words = (
@@ -90,7 +91,7 @@ def scan(
         returned,
     )
     argument = bytearray(struct.pack("=12Q", *words))
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(f"/proc/{pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     code = count = 0
     try:
         count = fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
@@ -169,7 +170,12 @@ _add_argument(
     {"inverted": 1 << 12},
 )
 _add_argument(
-    "size", "size is not that of the structure", errno.EINVAL, {"size": 0}, {"size": SIZE - 8}
+    "size",
+    "size is not that of the structure",
+    errno.EINVAL,
+    {"size": 0},
+    {"size": SIZE - 8},
+    {"size": SIZE + 8},
 )
 
 
@@ -198,10 +204,11 @@ def range_invalid(ctx: Context) -> None:
 
 @case("PAGEMAP_SCAN.EFAULT.vec", origin="fs/proc/task_mmu.c", memory=ANY, features=FEATURES)
 def vec_invalid(ctx: Context) -> None:
-    """The vector is no memory that can be written."""
+    """The vector is no memory that can be written, or longer than memory can be."""
     region = written(ctx, 2)
-    result = scan(ctx, region.start, end_of(region), vec=1 << 63)
-    ctx.expect("errno", result.errno, errno.EFAULT)
+    for asked in ({"vec": 1 << 63}, {"vec_len": 1 << 60}, {"vec_len": (1 << 64) - 1}):
+        result = scan(ctx, region.start, end_of(region), **asked)
+        ctx.expect(f"errno with {asked}", result.errno, errno.EFAULT)
 
 
 @case("PAGEMAP_SCAN.EPERM.not-async", origin="fs/proc/task_mmu.c", features=FEATURES)

@@ -53,7 +53,7 @@ def blocking_one(ctx: Context) -> None:
     for page in range(PAGES):
         access = _fault(ctx, region, page)
         # poll(2) says POLLERR of a blocking descriptor.
-        _wait_pending(ctx, 1)
+        wait_pending(ctx, 1)
         reading = ctx.start(os.read, ctx.uffd.fileno(), ROOM)
         ctx.expect("bytes read", len(reading.result()), MESSAGE_SIZE)
         _resolve(ctx, region, page, access)
@@ -81,7 +81,7 @@ def as_many(ctx: Context) -> None:
     accesses = []
     for page in range(PAGES):
         accesses.append(_fault(ctx, region, page))
-        _wait_pending(ctx, page + 1)
+        wait_pending(ctx, page + 1)
     first = ctx.uffd.read_events(PAGES - 1)
     second = ctx.uffd.read_events(PAGES)
     seen = [[getattr(event, "address", 0) for event in events] for events in (first, second)]
@@ -155,7 +155,7 @@ def wakes_event(ctx: Context) -> None:
     _expect_wakes(ctx, region, send)
 
 
-def _wait_pending(ctx: Context, count: int) -> None:
+def wait_pending(ctx: Context, count: int) -> None:
     """Wait until so many faults are queued, by fdinfo."""
     deadline = time.monotonic() + WAIT_S
     while counters(ctx.uffd)[0] != count:

@@ -120,10 +120,8 @@ RESOLVERS = (
 Waiting = list[Access[Any]]
 
 
-def _asleep(
-    ctx: Context, resolver: Resolver, pages: int, offset: int, exact: bool
-) -> tuple[Region, Waiting]:
-    """Have a thread wait in each page, at this offset in it; read their messages."""
+def ready(ctx: Context, resolver: Resolver, pages: int) -> Region:
+    """Make a region whose pages will wait for an operation."""
     region = ctx.make(pages)
     if resolver.mode is MINOR:
         in_page_cache(region, OLD)
@@ -131,21 +129,33 @@ def _asleep(
     if resolver.starts_full:
         region.fill(OLD)
         ctx.uffd.writeprotect(region)
+    return region
+
+
+def touch(ctx: Context, resolver: Resolver, at: int) -> Access[Any]:
+    """Have a thread make the access that waits for an operation."""
+    if resolver.flags == WP_WRITE:
+        return ctx.start(ctx.write, at, bytes([OLD]))
+    return ctx.start(ctx.read, at)
+
+
+def _asleep(
+    ctx: Context, resolver: Resolver, pages: int, offset: int, exact: bool
+) -> tuple[Region, Waiting]:
+    """Have a thread wait in each page, at this offset in it; read their messages."""
+    region = ready(ctx, resolver, pages)
     waiting: Waiting = []
     for index in range(pages):
         page = region.start + index * ctx.page
         at = page + offset % ctx.page
-        writes = resolver.flags == WP_WRITE
-        access: Access[Any] = (
-            ctx.start(ctx.write, at, bytes([OLD])) if writes else ctx.start(ctx.read, at)
-        )
-        waiting.append(access)
+        waiting.append(touch(ctx, resolver, at))
         ctx.expect_fault(resolver.flags, at if exact else page)
     ctx.expect("threads that wait", counters(ctx.uffd), (0, pages))
     return region, waiting
 
 
-def _expect_over(ctx: Context, resolver: Resolver, access: Access[Any]) -> None:
+def expect_over(ctx: Context, resolver: Resolver, access: Access[Any]) -> None:
+    """Expect of an access what comes of it once its page is resolved."""
     seen = access.result()
     if resolver.value is None:
         signal = seen.number if isinstance(seen, Interrupted) else seen
@@ -167,7 +177,7 @@ def _run(ctx: Context, resolver: Resolver, pages: int, resolved: range, offset: 
     else:
         ctx.expect(f"threads that wait after {resolver.name}", counters(ctx.uffd), (0, len(others)))
         for index in resolved:
-            _expect_over(ctx, resolver, waiting[index])
+            expect_over(ctx, resolver, waiting[index])
     ctx.expect_quiet()
     # The others are there to be resolved, one after the other.
     left = [*others, *resolved] if resolver.again else others
@@ -179,7 +189,7 @@ def _run(ctx: Context, resolver: Resolver, pages: int, resolved: range, offset: 
         if resolver.again:
             ctx.expect("the access", waiting[index].result(), bytes([NEW]))
         else:
-            _expect_over(ctx, resolver, waiting[index])
+            expect_over(ctx, resolver, waiting[index])
     ctx.expect_quiet()
 
 
@@ -238,7 +248,7 @@ def _add_unregister(mode: RegisterMode, memory: tuple[str, ...], resolver: Resol
         left = counters(ctx.uffd)
         ctx.expect_variant("threads that wait after UNREGISTER", left, awake=(0, 0), asleep=(0, 1))
         ctx.uffd.wake(region)
-        _expect_over(ctx, resolver, waiting)
+        expect_over(ctx, resolver, waiting)
         ctx.expect_quiet()
 
     case(
@@ -278,7 +288,7 @@ def _add_dontwake(resolver: Resolver, mode: int) -> None:
         ctx.expect("threads that wait after DONTWAKE", counters(ctx.uffd), (0, 1))
         ctx.expect("the access is over", waiting.done, False)
         ctx.uffd.wake(region)
-        _expect_over(ctx, resolver, waiting)
+        expect_over(ctx, resolver, waiting)
         ctx.expect_quiet()
 
     case(
