@@ -65,6 +65,12 @@ int uffd_engine_peek(struct uffd_engine *engine, const struct uffd_range_ref *re
 	return 0;
 }
 
+/* Content of offset 0 belongs at `begin`. */
+struct back_file {
+	int fd;
+	uint64_t begin;
+};
+
 /* Some pages on their way to a file. */
 struct window {
 	uint64_t offset, pages, page_size;
@@ -86,8 +92,9 @@ static bool is_handed_over(const struct window *window, uint64_t page, bool writ
 	       (!written_only || state == UFFD_PAGE_DIRTY || state == UFFD_PAGE_REMOVED);
 }
 
-static int write_pages(struct uffd_engine *engine, const struct uffd_range_ref *ref, int fd,
-		       uint64_t offset, uint64_t length, uint64_t *done_ret)
+static int write_pages(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+		       const struct back_file *file, uint64_t offset, uint64_t length,
+		       uint64_t *done_ret)
 {
 	struct place place;
 	int r = 0;
@@ -99,7 +106,8 @@ static int write_pages(struct uffd_engine *engine, const struct uffd_range_ref *
 		if (r)
 			return r;
 		do
-			r = uffd_transfer_write(fd, (int64_t)at, (void *)(uintptr_t)place.address,
+			r = uffd_transfer_write(file->fd, (int64_t)(file->begin + at),
+						(void *)(uintptr_t)place.address,
 						lower(place.left, length - *done_ret), &written);
 		while (r == -EINTR);
 		*done_ret += written;
@@ -108,8 +116,9 @@ static int write_pages(struct uffd_engine *engine, const struct uffd_range_ref *
 }
 
 /* Returns an error, and the first page that is not in the file. */
-static int write_window(struct uffd_engine *engine, const struct uffd_range_ref *ref, int fd,
-			struct window *window, bool written_only, uint64_t *reached_ret)
+static int write_window(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			const struct back_file *file, struct window *window, bool written_only,
+			uint64_t *reached_ret)
 {
 	uint64_t page = 0, first, done;
 	int r = 0;
@@ -123,7 +132,7 @@ static int write_window(struct uffd_engine *engine, const struct uffd_range_ref 
 		*reached_ret = first;
 		if (first == page)
 			break;
-		r = write_pages(engine, ref, fd, window->offset + first * window->page_size,
+		r = write_pages(engine, ref, file, window->offset + first * window->page_size,
 				(page - first) * window->page_size, &done);
 		if (r == -EFAULT) {
 			/* Dropped without a notice, with the inline driver: it stays. */
@@ -152,8 +161,9 @@ static void call_written(struct uffd_engine *engine, const struct uffd_range_ref
  * Protect the pages of a window, hand over those that are there, and evict them.  Afterwards
  * `wanted` is what was written meanwhile.
  */
-static int evict_window(struct uffd_engine *engine, const struct uffd_range_ref *ref, int fd,
-			struct window *window, bool written_only, uint64_t *evicted)
+static int evict_window(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			const struct back_file *file, struct window *window, bool written_only,
+			uint64_t *evicted)
 {
 	uint64_t length = window->pages * window->page_size, done, reached, page = 0;
 	uint8_t after[PAGES_AT_ONCE];
@@ -163,7 +173,7 @@ static int evict_window(struct uffd_engine *engine, const struct uffd_range_ref 
 		return r;
 	for (uint64_t i = 0; i < window->pages; i++)
 		window->wanted[i] = is_present(window->states[i]);
-	r = write_window(engine, ref, fd, window, written_only, &page);
+	r = write_window(engine, ref, file, window, written_only, &page);
 	if (r) {
 		call_written(engine, ref, window, page);
 		return r;
@@ -183,9 +193,9 @@ static int evict_window(struct uffd_engine *engine, const struct uffd_range_ref 
  * Only what is still to go is protected again: a page that has come back and was written
  * must stay known as written.
  */
-static int evict_pages(struct uffd_engine *engine, const struct uffd_range_ref *ref, int fd,
-		       uint64_t offset, uint64_t pages, bool written_only,
-		       unsigned int attempts, uint64_t *evicted)
+static int evict_pages(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+		       const struct back_file *file, uint64_t offset, uint64_t pages,
+		       bool written_only, unsigned int attempts, uint64_t *evicted)
 {
 	struct window window = { .offset = offset, .pages = pages };
 	struct place place;
@@ -194,23 +204,24 @@ static int evict_pages(struct uffd_engine *engine, const struct uffd_range_ref *
 	if (r)
 		return r;
 	window.page_size = place.page_size;
-	r = evict_window(engine, ref, fd, &window, written_only, evicted);
+	r = evict_window(engine, ref, file, &window, written_only, evicted);
 	for (uint64_t page = 0, first; r == 0 && attempts > 1 && page < pages;) {
 		for (; page < pages && !window.wanted[page]; page++)
 			;
 		for (first = page; page < pages && window.wanted[page]; page++)
 			;
 		if (first < page)
-			r = evict_pages(engine, ref, fd, offset + first * place.page_size,
+			r = evict_pages(engine, ref, file, offset + first * place.page_size,
 					page - first, written_only, attempts - 1, evicted);
 	}
 	return r;
 }
 
 int uffd_engine_evict_to(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			 uint64_t offset, uint64_t length, int32_t fd, uint32_t written_only,
-			 uint64_t *evicted_ret, uint64_t *reached_ret)
+			 uint64_t offset, uint64_t length, int32_t fd, uint64_t begin,
+			 uint32_t written_only, uint64_t *evicted_ret, uint64_t *reached_ret)
 {
+	const struct back_file file = { fd, begin };
 	uint64_t end = offset + length, pages;
 	struct place place;
 	int r = 0;
@@ -221,7 +232,7 @@ int uffd_engine_evict_to(struct uffd_engine *engine, const struct uffd_range_ref
 		if (r)
 			break;
 		pages = lower((end - *reached_ret) / place.page_size, PAGES_AT_ONCE);
-		r = evict_pages(engine, ref, fd, *reached_ret, pages, written_only, ATTEMPTS,
+		r = evict_pages(engine, ref, &file, *reached_ret, pages, written_only, ATTEMPTS,
 				evicted_ret);
 		if (r == 0)
 			*reached_ret += pages * place.page_size;

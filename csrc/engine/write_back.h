@@ -13,13 +13,13 @@ int uffd_engine_peek(struct uffd_engine *engine, const struct uffd_range_ref *re
 		     uint64_t offset, uint64_t length, void *target);
 
 /*
- * Evict all pages that are there, which are protected, and written to a file at their
- * offsets first: all, or those that were written since they were protected.  A page
+ * Evict all pages that are there, which are protected, and written to a file first, in
+ * which offset 0 is at `begin`: all, or those that were written since they were protected.  A page
  * that is written meanwhile is written to the file again, a few times, and stays if it is
  * written still.  Whatever is not in the file at an error is called written again.
  */
 int uffd_engine_evict_to(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			 uint64_t offset, uint64_t length, int32_t fd, uint32_t written_only,
-			 uint64_t *evicted_ret, uint64_t *reached_ret);
+			 uint64_t offset, uint64_t length, int32_t fd, uint64_t begin,
+			 uint32_t written_only, uint64_t *evicted_ret, uint64_t *reached_ret);
 
 #endif /* UFFD_ENGINE_WRITE_BACK_H */

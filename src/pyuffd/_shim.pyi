@@ -664,6 +664,7 @@ class _Lib:
         offset: int,
         length: int,
         fd: int,
+        begin: int,
         written_only: int,
         evicted_ret: CData,
         reached_ret: CData,

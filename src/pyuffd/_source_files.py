@@ -11,8 +11,9 @@ import struct
 from typing import IO
 
 from pyuffd import _memory
-from pyuffd._arguments import check_descriptor, check_path
+from pyuffd._arguments import check_path
 from pyuffd._errors import UffdOSError, UffdPermissionError
+from pyuffd._open_files import check_open_file
 from pyuffd._owned import Descriptor, MappedMemory
 from pyuffd._pages import PAGE_SIZE
 
@@ -34,6 +35,7 @@ def open_source(file: FileLike) -> Descriptor:
 
     Raises:
         ValueError: a directory, pipe, socket or character device, or a file without pages.
+        TypeError: an open file whose bytes are not those of its descriptor.
         UffdPermissionError: EACCES - a descriptor that is open for writing only.
         OSError: the file cannot be opened.
     """
@@ -42,7 +44,7 @@ def open_source(file: FileLike) -> Descriptor:
         _check_kind(os.stat(file), os.fspath(file))  # opening a FIFO would block until a writer
         opened = Descriptor.open(file, os.O_RDONLY)
     else:
-        opened = Descriptor.duplicate(check_descriptor("file", file))
+        opened = Descriptor.duplicate(check_open_file("file", file))
     with opened:
         _check_kind(os.fstat(opened.number), name_of(opened.number))
         with _without_direct(opened) as descriptor:
@@ -58,6 +60,14 @@ def size_of(fd: int) -> int:
     # Not by seeking, which would move the position of the descriptor that this duplicates.
     (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
     return int(size)
+
+
+def identity_of(fd: int) -> tuple[int, ...]:
+    """Return what tells an open file or block device from any other one."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        return (status.st_rdev,)
+    return status.st_dev, status.st_ino
 
 
 def mapping_unit(fd: int) -> int:

@@ -139,12 +139,14 @@ class FileSource(Closing):
 
     Args:
         file: A path, a file object or a descriptor of a regular file or a block device; pyuffd
-            keeps a descriptor of its own.
+            keeps a descriptor of its own. What a file object has buffered for writing is written
+            to the file first.
         offset: Offset in the file of the region's first byte, in bytes; any alignment.
 
     Raises:
         ValueError: a negative offset, or one at or beyond the file's end; a directory, a pipe, a
             socket, a character device, or a file that cannot be mapped (procfs, sysfs).
+        TypeError: a file object that gives other bytes than its descriptor (gzip, for example).
         UffdPermissionError: EACCES - a descriptor that is open for writing only.
         OSError: the file cannot be opened.
     """
@@ -161,6 +163,7 @@ class FileSource(Closing):
                 name = _source_files.name_of(descriptor.number)
                 raise ValueError(f"offset {offset:#x} is not inside {name}, {size:#x} bytes long")
             self.offset = offset
+            self._identity = _source_files.identity_of(descriptor.number)
             self._descriptor = descriptor.moved()
 
     @property

@@ -140,9 +140,16 @@ class Backend(Protocol):
         """Drop the pages that have a 1 in `wanted`; return the bytes dropped."""
 
     def evict_to(
-        self, served: RangeId, offset: int, length: int, fd: int, *, written_only: bool
+        self,
+        served: RangeId,
+        offset: int,
+        length: int,
+        fd: int,
+        begin: int,
+        *,
+        written_only: bool,
     ) -> int:
-        """Protect pages, write them to a file, and drop them; return the bytes dropped."""
+        """Protect pages, write them to a file from `begin` on, and drop them."""
 
     def retry(self, served: RangeId, offset: int, length: int) -> int:
         """Wake what waits, so that it faults again; return how many pages have failed so far."""

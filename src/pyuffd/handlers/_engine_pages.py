@@ -134,12 +134,27 @@ class EnginePages(EngineCalls):
         return _evicted(served, offset + length, code, out, reached)
 
     def evict_to(
-        self, served: RangeId, offset: int, length: int, fd: int, *, written_only: bool
+        self,
+        served: RangeId,
+        offset: int,
+        length: int,
+        fd: int,
+        begin: int,
+        *,
+        written_only: bool,
     ) -> int:
         """Protect pages, write them to a file, and drop them; return the bytes dropped."""
         out, reached = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         code = lib.uffd_engine_evict_to(
-            self._engine(), range_ref(served), offset, length, fd, written_only, out, reached
+            self._engine(),
+            range_ref(served),
+            offset,
+            length,
+            fd,
+            begin,
+            written_only,
+            out,
+            reached,
         )
         return _evicted(served, offset + length, code, out, reached)
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
-import stat
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Feature, RegisterMode
-from pyuffd._arguments import FD_LIMIT, check_int, shown
 from pyuffd._errors import UffdOSError
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
@@ -18,14 +14,13 @@ from pyuffd.handlers._bounce import BOUNCE_SIZE
 from pyuffd.handlers._checkpoint import StateRanges
 from pyuffd.handlers._engine_pages import runs_of
 from pyuffd.handlers._types import PageState, SourceKind
+from pyuffd.handlers._write_back import BackFile, writer_of
 from pyuffd.handlers.process._remote import NO_EVICTION
 
 if TYPE_CHECKING:
     from pyuffd.handlers._backend import Backend
-    from pyuffd.handlers._filling import HasDescriptor
     from pyuffd.handlers._serving import Served
-
-    WriteBack = Callable[[int, memoryview], object] | HasDescriptor | int
+    from pyuffd.handlers._write_back import WriteBack
 
 # How often a page is handed over that is written meanwhile; a busy page stays.
 ATTEMPTS = 3
@@ -39,27 +34,6 @@ def _table(*states: PageState) -> bytes:
 PRESENT = _table(PageState.CLEAN, PageState.DIRTY, PageState.SAVED, PageState.REMOVED)
 WRITTEN = _table(PageState.DIRTY, PageState.REMOVED)
 DIRTY = _table(PageState.DIRTY)
-
-
-def writer_of(write_back: WriteBack) -> Callable[[int, memoryview], object] | int:
-    """Return the function that content is handed to, or the file; TypeError otherwise."""
-    if isinstance(write_back, type):
-        raise TypeError(f"write_back: {shown(write_back)} takes no content: give an instance")
-    if callable(getattr(write_back, "fileno", None)):
-        write_back = write_back.fileno()  # type: ignore[union-attr]
-    if callable(write_back):
-        return write_back
-    if not isinstance(write_back, int):
-        raise TypeError(
-            "write_back must be a function of (offset, data), an open file or its descriptor, or"
-            f" None, not {shown(write_back)}"
-        )
-    fd = check_int("write_back", write_back, 0, FD_LIMIT)
-    if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
-        raise ValueError(f"write_back: descriptor {fd} is no regular file and no block device")
-    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-        raise ValueError(f"write_back: descriptor {fd} is open for reading only")
-    return fd
 
 
 class EvictsPages(HandlerBase):
@@ -98,15 +72,18 @@ class EvictsPages(HandlerBase):
             length: Bytes, a multiple of the page size; to the end by default.
             write_back: What gets the content before a page is dropped: a function called with
                 (offset, content), of which it must not keep the memoryview; a file, or its
-                descriptor, that is written at that offset. It is the offset at which the source is
-                asked, also if `region` is a part of what is served. Threads may go on with the
-                pages meanwhile. If it raises nothing is dropped of what it has not finished. None
-                drops what was written.
+                descriptor, that is written at that offset; or a FileSource, whose file is written
+                where the source reads it. It is the offset at which the source is asked, also if
+                `region` is a part of what is served. Threads may go on with the pages meanwhile. If
+                it raises nothing is dropped of what it has not finished. None drops what was
+                written.
             written_only: Hand over only pages that were written since they were protected, and drop
                 the others. Right where nothing but evict() protects the region, so that a page that
                 is CLEAN is what the source has.
 
         Raises:
+            ValueError: a file that cannot be written, or is open for appending, or of which the
+                source reads these pages from another place.
             ValueError: not served for MISSING; with `write_back` also not for RegisterMode.WP, as
                 writers could not be seen; memory of another process, or driver="process", whose
                 engine is in another process, which Linux does not let drop memory of this one
@@ -148,11 +125,14 @@ class EvictsPages(HandlerBase):
             if write is None:
                 wanted = bytes([1]) * pages
                 return engine.evict(served.id, at, span, wanted, written_too=True)
-            if isinstance(write, int):
+            if isinstance(write, BackFile):
+                write.check_place(served.source, at, at + span)
                 with served.evicting, self._lock:
                     served.was_protected = True
                     served.protections += 1
-                    return engine.evict_to(served.id, at, span, write, written_only=written_only)
+                    return engine.evict_to(
+                        served.id, at, span, write.fd, write.begin, written_only=written_only
+                    )
             # Two calls could write different contents of a page in the wrong order.
             with served.evicting:
                 return self._evict_by_call(

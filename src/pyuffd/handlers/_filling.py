@@ -9,12 +9,14 @@ from pyuffd import _memory
 from pyuffd._abi import RegisterMode
 from pyuffd._arguments import FD_LIMIT, check_buffer, check_int, shown
 from pyuffd._errors import UffdOSError
+from pyuffd._open_files import Reader, check_open_file, read_stream, reader_of
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._packed import packed
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import SourceKind
+from pyuffd.sources import FileSource
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyuffd.handlers._backend import Backend
+    from pyuffd.handlers._bounce import Bounce
     from pyuffd.handlers._packed import FileRuns, Ranges
     from pyuffd.handlers._serving import Served
 
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
 class Given:
     """What `fill` was given: an address of this process, or a descriptor to read from.
 
-    `at` is the place in a descriptor, or None for the next bytes of a stream. `owner` keeps the
-    memory alive.
+    `at` is the place in a descriptor, or None for the next bytes of a stream. `reader` is set for a
+    stream that keeps bytes of its own. `owner` keeps the memory alive.
     """
 
     length: int | None
@@ -45,14 +48,40 @@ class Given:
     fd: int = -1
     at: int | None = None
     owner: object = None
+    reader: Reader | None = None
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether it is memory of this process."""
+        return self.fd < 0 and self.reader is None
+
+    def read(self, done: int, bounce: Bounce, size: int) -> None:
+        """Read the bytes from `done` on into the beginning of `bounce`."""
+        if self.reader is not None:
+            read_stream(self.reader, self.owner, bounce.view[:size], bounce.address)
+        elif self.fd >= 0:
+            at = None if self.at is None else self.at + done
+            _memory.read_descriptor(self.fd, at, bounce.address, size)
+        else:
+            _memory.read_into(bounce.view[:size], self.address + done)
 
 
 def given(data: Buffer | RangeLike | HasDescriptor | int, at: int | None) -> Given:
     """Return what `data` means; TypeError for anything else."""
     if at is not None:
         check_int("data_offset", at, 0, 1 << 63)
-    if not isinstance(data, type) and callable(getattr(data, "fileno", None)):
-        data = data.fileno()  # type: ignore[union-attr]
+    if isinstance(data, FileSource):
+        raise TypeError(
+            f"data: {data!r} is a page source: pass its descriptor, source.fileno(), and"
+            " data_offset=source.offset"
+        )
+    if not isinstance(data, type) and (
+        callable(getattr(data, "fileno", None)) or callable(getattr(data, "readinto", None))
+    ):
+        reader = reader_of("data", data) if at is None else None
+        if reader is not None:
+            return Given(None, owner=data, reader=reader)
+        return Given(None, fd=check_open_file("data", data), at=at, owner=data)
     if isinstance(data, int):
         return Given(None, fd=check_int("data", data, 0, FD_LIMIT), at=at)
     if at is not None:
@@ -222,10 +251,13 @@ class FillsPages(HandlerBase):
             offset: Where to begin in bytes, a multiple of the page size.
             data: A buffer, a region or range of this process's memory, or a descriptor (an open
                 file or socket, or its number). A descriptor is read in C, `length` bytes from
-                `data_offset`, or the next bytes of a stream; this waits for them.
+                `data_offset`, or the next bytes of a stream; this waits for them. A stream that
+                buffers or decodes (an open file with a buffer, gzip, TLS, HTTP) is read by its own
+                `readinto`, and a socket with a timeout by `recv_into`.
             length: Bytes, a multiple of the page size; all of a buffer or region by default, and
                 with a descriptor up to the end of the region.
-            data_offset: Where to begin in the file of a descriptor; None reads on where it is.
+            data_offset: Where to begin in the file of a descriptor; None reads on where it, or the
+                file object, is.
             keep_protected: For a region served with RegisterMode.WP: True (the default) fills
                 protected pages, so that a later write makes them DIRTY. With False the pages are
                 writable and DIRTY.
@@ -237,8 +269,11 @@ class FillsPages(HandlerBase):
                 filling a page, for 5 s. `start` is the first page that is not filled, and
                 `completed` bytes were filled; so for the following errors.
             UffdOSError: EFAULT - the data cannot be read. ENODATA - the descriptor ended before
-                `length` bytes. ENOMEM - no huge page became free in time. Any errno of read(2).
-                What was read of a stream and not filled is lost.
+                `length` bytes. ENOMEM - no huge page became free in time. ETIMEDOUT - the timeout
+                of the socket was over. EIO - the stream raised; its exception is the cause. Any
+                errno of read(2). What was read of a stream and not filled is lost.
+            TypeError: something that is none of these, or cannot be read into memory (a text file),
+                or with `data_offset` a file object that gives other bytes than its descriptor.
             LayoutChangedError: ENOENT - part of the region was unmapped.
 
         Kernel: UFFDIO_COPY(2const).  GIL: released.  Threads: safe.  Blocks: until the descriptor
@@ -263,10 +298,10 @@ class FillsPages(HandlerBase):
         if what.length is not None and size > what.length:
             raise ValueError(f"length {size:#x} is more than the {what.length:#x} bytes of data")
         unprotected = self._check_fill(served, keep_protected)
-        if what.fd < 0:
+        if what.is_memory:
             self._overlaps.check_read(what.address, size, "data")
         at = first * served.page_size
-        if what.fd < 0 and not engine.is_remote:
+        if what.is_memory and not engine.is_remote:
             return engine.fill(served.id, at, what.address, size, unprotected=unprotected)
         return self._fill_bounced(engine, served, at, what, size, unprotected=unprotected)
 
@@ -299,11 +334,7 @@ class FillsPages(HandlerBase):
         try:
             while done < length:
                 size = min(bounce.size, length - done)
-                if what.fd >= 0:
-                    at = None if what.at is None else what.at + done
-                    _memory.read_descriptor(what.fd, at, bounce.address, size)
-                else:
-                    _memory.read_into(bounce.view[:size], what.address + done)
+                what.read(done, bounce, size)
                 filled += engine.fill(
                     served.id, offset + done, bounce, size, unprotected=unprotected
                 )
@@ -312,7 +343,7 @@ class FillsPages(HandlerBase):
             so_far = 0 if error.op == "read" else getattr(error, "completed", 0)
             place = served.id.start + offset + done
             start = place if error.op == "read" else error.start
-            raise _continued(error, start, length - done, filled + so_far) from None
+            raise _continued(error, start, length - done, filled + so_far) from error.__cause__
         finally:
             self._keep_bounce(bounce)
         return filled

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pyuffd import _memory
-from pyuffd._arguments import check_descriptor, check_path
+from pyuffd._arguments import check_path
 from pyuffd._errors import UffdPermissionError, raise_errno
+from pyuffd._open_files import check_open_file
 from pyuffd._owned import Descriptor, FileName
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._source_files import HUGETLBFS_MAGIC
@@ -75,7 +76,7 @@ def own(file: FileLike, *, writable: bool) -> Descriptor:
         if stat.S_ISFIFO(os.stat(file).st_mode):  # opening it would block until a writer comes
             raise ValueError(f"{os.fspath(file)} is not a regular file")
         return Descriptor.open(file, os.O_RDWR if writable else os.O_RDONLY)
-    return Descriptor.duplicate(check_descriptor("file", file))
+    return Descriptor.duplicate(check_open_file("file", file))
 
 
 def set_size(fd: int, length: int) -> None:

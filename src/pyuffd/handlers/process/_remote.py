@@ -286,7 +286,14 @@ class RemoteEngine(SoleOwner):
         raise ValueError(NO_EVICTION)
 
     def evict_to(
-        self, served: RangeId, offset: int, length: int, fd: int, *, written_only: bool
+        self,
+        served: RangeId,
+        offset: int,
+        length: int,
+        fd: int,
+        begin: int,
+        *,
+        written_only: bool,
     ) -> int:
         """Raise ValueError, as `evict` does."""
         raise ValueError(NO_EVICTION)
