@@ -313,15 +313,15 @@ class HelperLink:
                 log.warning(
                     "pyuffd: the helper process %d does not end: killing it", self._process.pid
                 )
-        self._process.kill()
-        if not self._process.ended(END_LIMIT_S):
+        may_kill = self._process.kill()
+        if not self._process.ended(END_LIMIT_S if may_kill else 0):
             self._is_left_behind = True
             # FUSE, for example, waits for an answer to a request even after SIGKILL. The socket and
             # the pidfd stay open, and the thread ends when the helper does.
             log.warning(
-                "pyuffd: the helper process %d cannot be killed, since it waits for a file system:"
-                " it is left behind",
+                "pyuffd: the helper process %d cannot be killed, since %s: it is left behind",
                 self._process.pid,
+                "it waits for a file system" if may_kill else "it belongs to another user",
             )
             return
         self._process.how()

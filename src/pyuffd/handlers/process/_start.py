@@ -135,10 +135,18 @@ class HelperProcess:
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(limit_s * 1000))
 
-    def kill(self) -> None:
-        """End it."""
-        with contextlib.suppress(ProcessLookupError):
+    def kill(self) -> bool:
+        """End it, or find that it has ended; return False if this process may not.
+
+        It keeps the user that it was started by, where this process has become another one.
+        """
+        try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # also of a process that has ended and was not reaped
+            return self.ended(0)
+        return True
 
     def how(self) -> str:
         """Reap it after it has ended, and return in words how it ended."""
