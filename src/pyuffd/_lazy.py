@@ -63,9 +63,12 @@ class LazyRegion(Region):
         Raises:
             HandlerError: the content of a page could not be read, as by `Handler.stop`. All is
                 closed in any case.
+            HandlerError: called by its page source, or in the thread of the loop that its
+                `AsyncSource` runs in: nothing is done, as by `Handler.stop`.
 
         Blocks: as `Handler.stop`.
         """
+        self.handler._refuse_sources_thread()
         try:
             self.handler.stop()
         finally:

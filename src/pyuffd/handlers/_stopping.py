@@ -56,9 +56,12 @@ class Stops(HandlerBase):
         limit_s = check_timeout(timeout_s)
         if self._pid != os.getpid():
             return  # before the lock, which a thread of the parent may have held at the fork
-        if self._engine is not None:
-            refuse_sources_thread(self._engine, self._served.values())
+        self._refuse_sources_thread()
         self._stop(drain, limit_s)
+
+    def _refuse_sources_thread(self) -> None:
+        if self._engine is not None and self._pid == os.getpid():
+            refuse_sources_thread(self._engine, self._served.values())
 
     def _stop(self, drain: bool, limit_s: float) -> None:
         with self._ending_lock:

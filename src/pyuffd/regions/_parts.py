@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from pyuffd._owned import MappedMemory
     from pyuffd.regions._mapping import Mapping
 
 
@@ -44,6 +45,7 @@ class Divisible(CloseCallbacks):
         self._served_spans: list[tuple[int, int]] = []
         self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
         self._exports_lock = RLock()
+        self._accesses: list[MappedMemory] = []  # one for each access under way
         self._why_lost: list[Callable[[int], BaseException | None]] = []
         self._checks: list[Callable[[int, int], None]] = []
 
@@ -114,9 +116,18 @@ class Divisible(CloseCallbacks):
             "data": self.memoryview(),
         }
 
+    def _begin_access(self) -> list[MappedMemory]:
+        """Keep the memory mapped until an element of the list is removed, whoever closes it."""
+        root = self._root
+        root._accesses.append(root._mapping.memory)
+        return root._accesses
+
     def _living_exports(self) -> list[weakref.ref[Buffer]]:
         # Check here, since an exception in a weak reference's callback would be lost.
         return [buffer for buffer in self._exports if buffer() is not None]
+
+    def _is_used(self) -> bool:
+        return bool(self._living_exports() or self._accesses)
 
     # The end
 
@@ -144,19 +155,20 @@ class Divisible(CloseCallbacks):
     def outlives_close(self) -> bool:
         """Return whether the memory stays mapped if the region is closed now.
 
-        It does if it was adopted with `at`, while a memoryview or an array over it is alive, and
-        if the region is a part of another one that stays open.
+        It does if it was adopted with `at`, while a memoryview or an array over it is alive or
+        another thread accesses it, and if the region is a part of another one that stays open.
         """
         root = self._root
         if self is not root and not root._is_closing:
             return True
-        return not root._mapping.memory.start or bool(root._living_exports())
+        return not root._mapping.memory.start or root._is_used()
 
     def close(self) -> None:
         """End serving it, unmap it (unless it was adopted with `at`) and close its descriptor.
 
-        The memory stays mapped until the last memoryview or array over it is gone. In memory that
-        stays mapped, pages that a handler had not filled are poisoned, as by `Handler.unserve`.
+        The memory stays mapped until the last memoryview or array over it is gone, and the last
+        access by a method in another thread has ended. In memory that stays mapped, pages that a
+        handler had not filled are poisoned, as by `Handler.unserve`.
         Closing a part of a region ends its serving; the memory stays the region's.
 
         Blocks: with Feature.EVENT_UNMAP enabled, until the Unmap event is read.
@@ -173,8 +185,8 @@ class Divisible(CloseCallbacks):
         if self._whole is not None:
             return
         # If one of these is interrupted, the next call does it again.
-        if self._living_exports():
-            self._mapping = self._mapping.without_memory()  # the views own it
+        if self._is_used():
+            self._mapping = self._mapping.without_memory()  # what uses it owns it
         self._mapping.close()
 
     def __del__(self) -> None:

@@ -53,9 +53,9 @@ class Region(Divisible):
     unmaps it in the child only. `on_close` callbacks and `unlink` take effect only in the process
     that made the region.
 
-    GIL: released in every method that touches or maps memory.  Threads: safe, apart from
-        close().  Blocks: a method that touches memory waits until the faults it causes are
-        resolved.
+    GIL: released in every method that touches or maps memory.  Threads: safe; while another
+        thread is in a method that touches memory, close() leaves it mapped.  Blocks: a method that
+        touches memory waits until the faults it causes are resolved.
 
     Example:
         >>> from pyuffd import Region
@@ -364,31 +364,38 @@ class Region(Divisible):
             HandlerError: the thread runs a page source of the region's own handler, which would
                 wait for itself; also from the methods above. Nothing is read.
         """
-        at, length = self._access(offset, length)
+        accesses = self._begin_access()
         try:
-            return _memory.read(at, length)
+            return _memory.read(*self._access(offset, length))
         except PagePoisonedError as error:
             raise self._here(error) from self._cause_of(error)
+        finally:
+            accesses.pop()
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy a contiguous buffer to `offset`."""
         check_int("offset", offset)
         check_buffer("data", data)
-        at, _ = self._access(offset, memoryview(data).nbytes, write=True)
+        accesses = self._begin_access()
         try:
+            at, _ = self._access(offset, memoryview(data).nbytes, write=True)
             _memory.write(at, data)
         except PagePoisonedError as error:
             raise self._here(error) from self._cause_of(error)
+        finally:
+            accesses.pop()
 
     def fill(self, value: int, offset: int = 0, length: int | None = None) -> None:
         """Set every byte, or those of a part, to `value`."""
         if not 0 <= check_int("value", value) <= 255:
             raise ValueError(f"value {shown(value)} is not in 0..255")
-        at, length = self._access(offset, length, write=True)
+        accesses = self._begin_access()
         try:
-            _memory.fill(at, length, value)
+            _memory.fill(*self._access(offset, length, write=True), value)
         except PagePoisonedError as error:
             raise self._here(error) from self._cause_of(error)
+        finally:
+            accesses.pop()
 
     def touch(self, offset: int = 0, length: int | None = None, write: bool = False) -> None:
         """Access every page of a part once, so that it is present; with `write`, writable.
@@ -396,12 +403,15 @@ class Region(Divisible):
         With `write` a byte of each page is read and written back. If another thread writes that
         byte at the same time, its write may be lost.
         """
-        at, length = self._access(offset, length, write=write)
-        first = round_down(at, self.page_size)
+        accesses = self._begin_access()
         try:
+            at, length = self._access(offset, length, write=write)
+            first = round_down(at, self.page_size)
             _memory.touch(first, at + length - first, self.page_size, write=write)
         except PagePoisonedError as error:
             raise self._here(error) from self._cause_of(error)
+        finally:
+            accesses.pop()
 
     def digest(self, name: str = "sha256", offset: int = 0, length: int | None = None) -> bytes:
         """Return the digest of the content, or of a part, by a hashlib algorithm."""
@@ -421,10 +431,14 @@ class Region(Divisible):
             if length - done < len(part):
                 del part[length - done :]
             # Copy before hashing: hashed in place, a page that is lost would raise SIGBUS.
+            accesses = self._begin_access()
             try:
+                self._check_open()
                 _memory.read_into(part, at + done)
             except PagePoisonedError as error:
                 raise self._here(error) from self._cause_of(error)
+            finally:
+                accesses.pop()
             state.update(part)
         return state.digest()
 
