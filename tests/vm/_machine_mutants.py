@@ -193,9 +193,10 @@ def reach(kernel: Path, tests: Sequence[str]) -> dict[str, dict[str, Any]]:
     if new := [test for test in tests if test not in found]:
         lines, sentence = said(kernel, "reach", {"tests": new})
         found |= {line["test"]: line for line in lines if line["kind"] == "test"}
+        # Also of a run that was cut short, which the next one goes on with.
+        file.write_text(json.dumps(found))
         if not any(line["kind"] == "done" for line in lines):
             raise BuildError(f"the kernel with all mutants off does not run the suite: {sentence}")
-        file.write_text(json.dumps(found))
     return found
 
 
@@ -406,13 +407,16 @@ def main() -> int:
     parser.add_argument("--function", action="append", help="only mutants of this function")
     parser.add_argument("--crossings", type=int, default=ONE_OF, help="run one of so many")
     parser.add_argument("--types", type=int, default=TYPES, help="of memory, for each case")
+    parser.add_argument(
+        "--known", action="store_true", help="only tests whose reach an earlier run has found out"
+    )
     parser.add_argument("--again", action="store_true", help="write the page again, run nothing")
     options = parser.parse_args()
     _run.end_with_us()
     OUTPUT.mkdir(parents=True, exist_ok=True)
     try:
         kernel, every = build(options.jobs)
-        reached = reach(kernel, choose(options.crossings, options.types))
+        reached = reach(kernel, [] if options.known else choose(options.crossings, options.types))
         print(f"machine-mutants: {len(reached)} tests have run", flush=True)
         chosen = [m for m in every if not options.function or m.function in options.function]
         random.Random(SEED).shuffle(chosen)
