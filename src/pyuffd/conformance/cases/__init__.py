@@ -54,6 +54,7 @@ MODULES = (
     "swap_series",
     "thp",
     "huge_parts",
+    "huge_moves",
     "zap",
     "kernel_access",
     "races",

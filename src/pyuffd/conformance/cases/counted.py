@@ -74,11 +74,20 @@ def _add_counted(op: Op) -> None:
         source = ctx.make(region.length // SMALL_PAGE, "anon")
         source.madvise(mmap.MADV_DONTFORK)
         source.fill(1)
+        for index in range(source.length // SMALL_PAGE):
+            source.write(index * SMALL_PAGE, index.to_bytes(4, "little"))
         ctx.register(region, op.mode)
         before = _counts()
         answer = ctx.ioctl(op.name, *op.words(region.start, source.start, region.length, 0))
         ctx.expect("errno and result", (answer.errno, answer.result), (0, region.length))
         _expect_change(ctx, "filling", before, {_counted_as(op, ctx.memory): region.length})
+        if op in (COPY, MOVE):
+            numbers = [
+                int.from_bytes(region.read(at, 4), "little")
+                for at in range(0, region.length, SMALL_PAGE)
+            ]
+            wanted = list(range(len(numbers)))
+            ctx.expect("every page is where it belongs", numbers == wanted, True)
         filled = _counts()
         region.close()
         name = "RssAnon" if op is MOVE else _counted_as(op, ctx.memory)

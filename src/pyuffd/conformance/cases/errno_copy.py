@@ -199,6 +199,21 @@ def continue_no_page(ctx: Context) -> None:
 
 
 @case(
+    "UFFDIO_CONTINUE.EAGAIN.second-not-there",
+    origin="UFFDIO_CONTINUE(2const): EAGAIN",
+    memory=FILE,
+    features=minor_features,
+)
+def continue_second_not_there(ctx: Context) -> None:
+    """The page cache has no second page: the first is mapped and counted."""
+    target = Target(ctx, CONTINUE)
+    assert target.region.fd is not None
+    _memory.fallocate(target.region.fd, PUNCH_HOLE, ctx.page, ctx.page)
+    target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
+    ctx.expect("bytes", ctx.silently(ctx.read, target.start, 2), DATA * 2)
+
+
+@case(
     "UFFDIO_CONTINUE.EINVAL.anon",
     origin="UFFDIO_CONTINUE(2const): EINVAL",
     memory=ANON,

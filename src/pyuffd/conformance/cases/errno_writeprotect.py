@@ -12,7 +12,7 @@ from pyuffd._events import Remove
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._spec import Variant
-from pyuffd.conformance._types import ALL, HUGETLB, wp_features
+from pyuffd.conformance._types import ALL, HUGETLB, missing_wp_features, wp_features
 from pyuffd.conformance.cases.errno_fill import KERNEL_ADDRESS, LAYOUT, UNKNOWN_MODE, orphan
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
@@ -126,6 +126,39 @@ def unregistered(ctx: Context) -> None:
     """The range is not registered."""
     region = _region(ctx, pages=0)
     _expect(ctx, errno.ENOENT, region.start, ctx.page, ON)
+
+
+@case(
+    "UFFDIO_WRITEPROTECT.ok.two-mappings",
+    origin="mm/userfaultfd.c: mwriteprotect_range",
+    features=missing_wp_features,
+    variants=[
+        Variant("both", "a range may go over several mappings"),
+        Variant("refused", "it must lie in one: ENOENT", lacks=Feature.WP_UNPOPULATED),
+    ],
+)
+def two_mappings(ctx: Context) -> None:
+    """Protecting the end of one mapping and the beginning of the next changes exactly these."""
+    region = ctx.make(4)
+    region.fill(1)
+    pages = [region.start + index * ctx.page for index in range(4)]
+    ctx.register(region, RegisterMode.WP, 2)
+    ctx.uffd.register(pages[2], 2 * ctx.page, mode=RegisterMode.WP | RegisterMode.MISSING)
+    answer = ctx.ioctl("WRITEPROTECT", pages[1], 2 * ctx.page, ON)
+    ctx.expect_variant("errno", answer.errno, both=0, refused=errno.ENOENT)
+    if answer.errno:
+        return
+    bits = [ctx.is_protected(at) for at in pages]
+    ctx.expect("protected", bits, [False, True, True, False])
+    writes = [ctx.start(ctx.write, at, b"\2") for at in pages[1:3]]
+    seen = sorted(ctx.expect_fault(3).address for _ in writes)
+    ctx.expect("messages", seen, pages[1:3])
+    answer = ctx.ioctl("WRITEPROTECT", pages[1], 2 * ctx.page, OFF)
+    ctx.expect("errno of undoing it", answer.errno, 0)
+    for write in writes:
+        ctx.expect("the write", write.result(), None)
+    bits = [ctx.is_protected(at) for at in pages]
+    ctx.expect("protected then", bits, [False] * 4)
 
 
 @case("UFFDIO_WRITEPROTECT.ENOENT.unmapped", origin=ORIGIN + "ENOENT", features=wp_features)

@@ -6,10 +6,12 @@ without being there, or mapped: a read and a write each send exactly the message
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
@@ -38,7 +40,7 @@ from pyuffd.testing._need import needs_swap
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 MISSING_FAULT, MINOR_FAULT = 0, 4  # and 1 more for a write
-SIGBUS = 7
+SIGBUS, SIGSEGV = 7, 11
 
 
 @dataclass(frozen=True)
@@ -204,3 +206,45 @@ def past_file_end(ctx: Context) -> None:
         for seen in (ctx.silently(ctx.read, at), ctx.silently(ctx.write, at, b"\1")):
             ctx.expect(f"signal, registered {mode!r}", getattr(seen, "number", None), SIGBUS)
         ctx.release()
+
+
+@case(
+    "fault.SIGBUS.minor",
+    origin="fs/userfaultfd.c: handle_userfault, UFFD_FEATURE_SIGBUS",
+    memory=FILE,
+    features=lambda memory: minor_features(memory) | Feature.SIGBUS,
+)
+def sigbus_minor(ctx: Context) -> None:
+    """With SIGBUS a page that only the file has is SIGBUS until CONTINUE maps it."""
+    region = ctx.make(1)
+    in_page_cache(region, IN_FILE)
+    ctx.register(region, MINOR)
+    for seen in (
+        ctx.silently(ctx.read, region.start),
+        ctx.silently(ctx.write, region.start, b"\1"),
+    ):
+        ctx.expect("signal", getattr(seen, "number", None), SIGBUS)
+    ctx.uffd.continue_(region.start, ctx.page)
+    ctx.expect("the byte", ctx.silently(ctx.read, region.start), bytes([IN_FILE]))
+
+
+@case(
+    "fault.SIGSEGV.no-access",
+    origin="mm/memory.c: handle_mm_fault; the access is checked before",
+    features=missing_features,
+)
+def no_access(ctx: Context) -> None:
+    """What the mapping does not allow is SIGSEGV, missing page or not, and nobody is asked."""
+    region = ctx.make(1)
+    ctx.register(region, MISSING)
+    for protection, reads in ((0, True), (0, False), (mmap.PROT_READ, False)):
+        _memory.mprotect(region.start, region.length, protection)
+        if reads:
+            seen: object = ctx.silently(ctx.read, region.start)
+        else:
+            seen = ctx.silently(ctx.write, region.start, b"\1")
+        ctx.expect(f"signal, protection {protection}", getattr(seen, "number", None), SIGSEGV)
+    reading = ctx.start(ctx.read, region.start)
+    expect_fault(ctx, reading, MISSING_FAULT, region.start)
+    ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page)
+    ctx.expect("the byte", reading.result(), bytes([DATA]))

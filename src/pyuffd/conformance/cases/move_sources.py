@@ -6,27 +6,24 @@ is clean in the swap cache until its page table entry says otherwise.
 
 from __future__ import annotations
 
-import errno
 import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyuffd import _memory
-from pyuffd._abi import Feature, PageBit, RegisterMode
+from pyuffd._abi import Feature, MoveMode, PageBit, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._pin import Pin, needs_pin, syscall
-from pyuffd.conformance._thp import mapped_huge
 from pyuffd.conformance._types import ANON
 from pyuffd.conformance._wp import HOLE, in_one_place, page_out
-from pyuffd.conformance.cases.pagemap_scan_memory import huge_area
 from pyuffd.regions import Region
-from pyuffd.testing._memory_types import HUGE_PAGE
-from pyuffd.testing._need import Need, needs_swap, needs_thp
+from pyuffd.testing._need import Need, needs_swap
 
 OLD, NEW, LATER = 0x61, 0x62, 0x63
 ORIGIN = "mm/userfaultfd.c: move_pages_pte"
+MADV_WILLNEED = 3
+SOFT_DIRTY = 1 << 55
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,14 @@ def _zero(ctx: Context, source: Region) -> int:
 def _swapped(ctx: Context, source: Region) -> int:
     source.fill(NEW)
     page_out(ctx, source)
+    return NEW
+
+
+def _ahead(ctx: Context, source: Region) -> int:
+    _swapped(ctx, source)
+    # Into the swap cache; the page table keeps its swap entry.
+    source.madvise(MADV_WILLNEED)
+    ctx.expect_pagemap(source.start, "-S???")
     return NEW
 
 
@@ -102,6 +107,7 @@ STATES = (
     State("written", "that was written", _written),
     State("zero", "of zeros that was only read", _zero),
     State("swapped", "that is swapped out", _swapped, SWAP),
+    State("read-ahead", "that is in the swap cache and not mapped", _ahead, SWAP),
     State("read-back", "that came back from swap by a read", _read_back, SWAP),
     State(
         "written-back", "that came back from swap by a read and was written", _written_back, SWAP
@@ -195,127 +201,64 @@ for _state in STATES:
         _add(_state, *_after)
 
 
-# Busy pages of a transparent huge page, of which one small page is to be moved
-
-
-def _huge_source(ctx: Context) -> tuple[Region, int]:
-    start = huge_area(ctx, 1)
-    _memory.fill(start, HUGE_PAGE, NEW)
-    region = ctx.make(1)
-    ctx.register(region, RegisterMode.MISSING)
-    return region, start
-
-
-def _expect_busy(ctx: Context, region: Region, start: int, when: str) -> None:
-    # In a thread: a kernel that tries again and again does so until this one gives up.
-    moving = ctx.start(ctx.ioctl, "MOVE", region.start, start + ctx.page, ctx.page)
-    answer = moving.result()
-    seen = answer.errno, answer.result
-    ctx.expect(f"errno and .move, {when}", seen, (errno.EBUSY, -errno.EBUSY))
-    ctx.expect_pagemap(region.start, HOLE)
-
-
 @case(
-    "UFFDIO_MOVE.EBUSY.src-shared-huge",
+    "UFFDIO_MOVE.ok.mixed-pages",
     origin="mm/userfaultfd.c: move_pages",
     memory=ANON,
     features=Feature.MOVE,
-    needs=[needs_thp()],
+    needs=SWAP,
 )
-def shared_huge(ctx: Context) -> None:
-    """A page of a huge page that a fork has shared is busy, and the huge page stays one."""
-    region, start = _huge_source(ctx)
-    child = ctx.fork()
-    _expect_busy(ctx, region, start, "child alive")
-    ctx.expect("bytes mapped huge", mapped_huge(start), HUGE_PAGE)
-    child.close()
-    _expect_busy(ctx, region, start, "child ended")
-
-
-@case(
-    "UFFDIO_MOVE.EBUSY.src-pinned-huge",
-    origin="mm/userfaultfd.c: move_pages_pte, split_folio",
-    memory=ANON,
-    features=Feature.MOVE,
-    needs=[needs_thp(), needs_pin()],
-)
-def pinned_huge(ctx: Context) -> None:
-    """A page of a huge page that is pinned elsewhere is busy; unpinned, it can be moved."""
-    region, start = _huge_source(ctx)
-    _memory.madvise(start, HUGE_PAGE, mmap.MADV_DONTFORK)
-    pin = Pin(start, ctx.page)
-    ring = pin.take(syscall)
-    ctx.callback(os.close, ring)
-    _expect_busy(ctx, region, start, "pinned")
-    pin.drop(syscall, ring)
-    answer = ctx.ioctl("MOVE", region.start, start + ctx.page, ctx.page)
-    ctx.expect("errno and .move, unpinned", (answer.errno, answer.result), (0, ctx.page))
-    _content(ctx, region, "after MOVE", NEW)
-
-
-@case(
-    "UFFDIO_MOVE.ok.first-page-of-huge",
-    origin="mm/userfaultfd.c: move_splits_huge_pmd",
-    memory=ANON,
-    features=Feature.MOVE,
-    needs=[needs_thp()],
-)
-def first_of_huge(ctx: Context) -> None:
-    """The first page of a huge page is moved alone, even to where a huge page could be."""
-    start = huge_area(ctx, 1)
-    _memory.fill(start, HUGE_PAGE, NEW)
-    _memory.madvise(start, HUGE_PAGE, mmap.MADV_DONTFORK)
-    region = ctx.make(2 * HUGE_PAGE // ctx.page)
-    ctx.register(region, RegisterMode.MISSING)
-    to = -(-region.start // HUGE_PAGE) * HUGE_PAGE
-    answer = ctx.ioctl("MOVE", to, start, ctx.page)
-    ctx.expect("errno and .move", (answer.errno, answer.result), (0, ctx.page))
-    seen = ctx.silently(ctx.read, to, ctx.page)
-    ctx.expect("content", seen, bytes([NEW]) * ctx.page)
-    ctx.expect_pagemap(to + ctx.page, HOLE)
-    ctx.expect_pagemap(start, HOLE)
-    ctx.expect("the next page", ctx.read(start + ctx.page), bytes([NEW]))
-
-
-@case(
-    "UFFDIO_MOVE.ok.src-huge-zero",
-    origin="mm/userfaultfd.c: move_pages",
-    memory=ANON,
-    features=Feature.MOVE,
-    needs=[needs_thp()],
-)
-def huge_zero(ctx: Context) -> None:
-    """A page of a huge zero page is moved as a zero page, and leaves a hole in it."""
-    source, region = ctx.make(2 * HUGE_PAGE // ctx.page), ctx.make(1)
-    source.advise_thp()
+def mixed(ctx: Context) -> None:
+    """Pages of every kind in one call, holes among them: each arrives as what it was."""
+    in_one_place(ctx)
+    source, region = ctx.make(8), ctx.make(8)
     source.madvise(mmap.MADV_DONTFORK)
-    start = -(-source.start // HUGE_PAGE) * HUGE_PAGE
-    ctx.expect("byte", ctx.read(start), b"\0")
     ctx.register(region, RegisterMode.MISSING)
-    answer = ctx.ioctl("MOVE", region.start, start + ctx.page, ctx.page)
-    # Without a huge zero page there was one small page, and no second.
-    if answer.errno == errno.ENOENT:
-        ctx.lack("THP", "the kernel gave no huge zero page")
-    ctx.expect("errno and .move", (answer.errno, answer.result), (0, ctx.page))
-    _content(ctx, region, "after MOVE", 0)
-    ctx.expect_pagemap(start + ctx.page, HOLE)
-    ctx.expect_pagemap(start, "P????")
+    pages = [source.start + index * ctx.page for index in range(8)]
+    values = [11, 0, 0, 14, 15, 0, 0, 18]
+    for index in (3, 4):
+        source.fill(values[index], index * ctx.page, ctx.page)
+    page_out(ctx, source)
+    for index in (0, 7):
+        source.fill(values[index], index * ctx.page, ctx.page)
+    for index in (1, 5):
+        ctx.read(pages[index])
+    # 2 and 6 are holes.
+    mode = int(MoveMode.ALLOW_SRC_HOLES)
+    answer = ctx.ioctl("MOVE", region.start, source.start, region.length, mode)
+    ctx.expect("errno and .move", (answer.errno, answer.result), (0, region.length))
+    for index, at in enumerate(pages):
+        ctx.expect_pagemap(at, HOLE)
+        to = region.start + index * ctx.page
+        if index in (2, 6):
+            ctx.expect_pagemap(to, HOLE)
+            continue
+        seen = ctx.silently(ctx.read, to, ctx.page)
+        ctx.expect(f"content of page {index}", seen, bytes([values[index]]) * ctx.page)
 
 
 @case(
-    "UFFDIO_MOVE.EEXIST.dst-huge",
-    origin="mm/userfaultfd.c: move_pages",
+    "UFFDIO_MOVE.ok.soft-dirty",
+    origin="mm/userfaultfd.c: move_present_pte, move_swap_pte",
     memory=ANON,
     features=Feature.MOVE,
-    needs=[needs_thp()],
+    needs=SWAP,
 )
-def onto_huge(ctx: Context) -> None:
-    """Nothing is moved onto a huge page, which stays one."""
-    start, source = huge_area(ctx, 1), ctx.make(1)
+def soft_dirty(ctx: Context) -> None:
+    """A page that was moved is soft-dirty where it is now, mapped or in swap."""
+    in_one_place(ctx)
+    source, region = ctx.make(2), ctx.make(2)
     source.madvise(mmap.MADV_DONTFORK)
+    ctx.register(region, RegisterMode.MISSING)
     source.fill(NEW)
-    ctx.open().register(start, HUGE_PAGE, mode=RegisterMode.MISSING)
-    answer = ctx.ioctl("MOVE", start + ctx.page, source.start, ctx.page)
-    ctx.expect("errno and .move", (answer.errno, answer.result), (errno.EEXIST, -errno.EEXIST))
-    ctx.expect("bytes mapped huge", mapped_huge(start), HUGE_PAGE)
-    _content(ctx, source, "of the source", NEW)
+    if not int(ctx.bits(source.start)) & SOFT_DIRTY:
+        ctx.lack("soft-dirty", "the kernel has no CONFIG_MEM_SOFT_DIRTY")
+    page_out(ctx, source)
+    source.fill(NEW, 0, ctx.page)
+    Path("/proc/self/clear_refs").write_text("4")
+    bits = [int(ctx.bits(source.start + at * ctx.page)) & SOFT_DIRTY for at in range(2)]
+    ctx.expect("soft-dirty before", bits, [0, 0])
+    answer = ctx.ioctl("MOVE", region.start, source.start, region.length)
+    ctx.expect("errno and .move", (answer.errno, answer.result), (0, region.length))
+    bits = [int(ctx.bits(region.start + at * ctx.page)) & SOFT_DIRTY for at in range(2)]
+    ctx.expect("soft-dirty afterwards", bits, [SOFT_DIRTY] * 2)

@@ -16,7 +16,7 @@ from pyuffd._abi import CopyMode, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._raw import Answer
-from pyuffd.conformance._types import missing_features, missing_wp_features
+from pyuffd.conformance._types import SMALL, missing_features, missing_wp_features
 from pyuffd.conformance._wp import (
     DATA,
     PROT_NONE,
@@ -107,6 +107,7 @@ def _gap(_: Context, start: int) -> None:
     _memory.munmap(start, PART)
 
 
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 HUGE = (needs_hugepages(2),)
 PARTS = (
     Part("anon", "anonymous memory", _anonymous(READ_WRITE), "anon"),
@@ -204,6 +205,87 @@ def across_gap(ctx: Context) -> None:
     ctx.uffd.unregister(region)
     for at in (first, last):
         ctx.expect("VmFlags", vm_flags(at), set())
+
+
+@case("UFFDIO_REGISTER.ok.fills-the-gap", origin=ORIGIN, features=missing_features)
+def fills_gap(ctx: Context) -> None:
+    """A range whose ends are registered already is registered whole."""
+    region = ctx.make(5)
+    pages = [region.start + index * ctx.page for index in range(5)]
+    ctx.open()
+    for at in (pages[1], pages[3]):
+        ctx.uffd.register(at, ctx.page, mode=MISSING)
+    ctx.uffd.register(pages[1], 3 * ctx.page, mode=MISSING)
+    ctx.expect("VmFlags", [vm_flags(at) for at in pages], [set(), *[{"um"}] * 3, set()])
+    for at in pages[1:4]:
+        reading = ctx.start(ctx.read, at)
+        expect_fault(ctx, reading, MISSING_READ, at)
+        ctx.uffd.copy(at, bytes([DATA]) * ctx.page)
+        ctx.expect("byte", reading.result(), bytes([DATA]))
+    for at in (pages[0], pages[4]):
+        ctx.expect("byte of a neighbour", ctx.silently(ctx.read, at), b"\0")
+
+
+def _mappings(start: int, length: int) -> int:
+    """Return how many mappings a range has."""
+    found = 0
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            first, end = (int(part, 16) for part in line.split()[0].split("-"))
+            found += first < start + length and end > start
+    return found
+
+
+def _add_joins(name: str, *, closes: bool) -> None:
+    def run(ctx: Context) -> None:
+        # Written before, so that the parts have one record of who maps their pages.
+        region = ctx.make(3)
+        region.fill(1)
+        before = _mappings(region.start, region.length)
+        for mode in (MISSING, WP, MISSING | WP):
+            uffd = ctx.open()
+            uffd.register(region.start + ctx.page, ctx.page, mode=mode)
+            seen = _mappings(region.start, region.length)
+            ctx.expect(f"mappings, the middle registered {mode!r}", seen, before + 2)
+            if closes:
+                uffd.close()
+            else:
+                uffd.unregister(region.start + ctx.page, ctx.page)
+            seen = _mappings(region.start, region.length)
+            ctx.expect("mappings afterwards", seen, before)
+
+    case(
+        f"{name}.ok.joins-mappings",
+        summary="A part that is not registered any more is one mapping with its neighbours again",
+        origin="mm/userfaultfd.c: userfaultfd_clear_vma",
+        memory=SMALL,
+        features=missing_wp_features,
+    )(run)
+
+
+_add_joins("UFFDIO_UNREGISTER", closes=False)
+_add_joins("close", closes=True)
+
+
+@case(
+    "UFFDIO_REGISTER.EINVAL.then-part-of-a-huge-page",
+    origin=ORIGIN,
+    memory=("hugetlb", "hugetlb-private"),
+    features=missing_features,
+)
+def part_of_huge(ctx: Context) -> None:
+    """The range ends inside a huge page of its second mapping: nothing is registered."""
+    first, second = _range(ctx, next(part for part in PARTS if part.name == "anon"))
+    # The other way round: anonymous memory and then huge pages.
+    _memory.mmap(PART, READ_WRITE, _ANONYMOUS | MAP_FIXED, -1, 0, first)
+    flags = mmap.MAP_SHARED if ctx.memory.shared else mmap.MAP_PRIVATE
+    _memfd(flags, huge=True)(ctx, second)
+    ctx.open()
+    answer = ctx.ioctl("REGISTER", first, PART + SMALL_PAGE, MISSING)
+    ctx.expect("errno", answer.errno, errno.EINVAL)
+    ctx.expect("VmFlags", (vm_flags(first), vm_flags(second)), (set(), set()))
+    answer = ctx.ioctl("REGISTER", first, 2 * PART, MISSING)
+    ctx.expect("errno of the whole", answer.errno, 0)
 
 
 # UNREGISTER of a part
