@@ -134,6 +134,7 @@ struct uffd_engine {
 	 * its lock; spaces_lock and the requests' lock are taken alone or last.
 	 */
 	pthread_rwlock_t gate;
+	_Atomic uint32_t gate_wanted;	/* threads that wait to close it */
 
 	pthread_mutex_t spaces_lock;
 	LIST_HEAD(space_list, uffd_space) spaces;

@@ -13,6 +13,7 @@ bool gate_try_close(struct uffd_space *space)
 {
 	pthread_rwlock_t *gate = &space->engine->gate;
 	struct timespec until;
+	bool is_closed;
 
 	if (!has_gate(space) || pthread_rwlock_trywrlock(gate) == 0)
 		return true;
@@ -22,7 +23,10 @@ bool gate_try_close(struct uffd_space *space)
 		until.tv_sec++;
 		until.tv_nsec -= NS_PER_S;
 	}
-	return pthread_rwlock_timedwrlock(gate, &until) == 0;
+	atomic_fetch_add(&space->engine->gate_wanted, 1);
+	is_closed = pthread_rwlock_timedwrlock(gate, &until) == 0;
+	atomic_fetch_sub(&space->engine->gate_wanted, 1);
+	return is_closed;
 }
 
 bool gate_close(struct uffd_space *space)

@@ -20,6 +20,15 @@ static inline void gate_enter(struct uffd_space *space)
 }
 
 /*
+ * Whether a thread waits to close it, and with it every fault that nobody has read yet: a thread
+ * inside that has much to fill should leave, and enter again.
+ */
+static inline bool gate_is_wanted(const struct uffd_space *space)
+{
+	return atomic_load_explicit(&space->engine->gate_wanted, memory_order_relaxed);
+}
+
+/*
  * A source may block a thread inside.  gate_try_close() waits some milliseconds,
  * gate_close() until the engine stops; false: not closed.
  */

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
+#include "gate.h"
 #include "populate.h"
 #include "put.h"
 #include "queue.h"
@@ -25,6 +26,8 @@
 #define BACKLOG			32
 /* Search pages in slices, so that faults get in between. */
 #define ASK_SLICE		(4u << 20)
+/* Inside the gate: a thread that wants to close it waits for so much to be filled. */
+#define GATE_STEP		(64u << 10)
 /* Ranges of a file that are close to each other are faulted in at once, up to this. */
 #define GROUP_LIMIT		(1u << 20)
 
@@ -201,8 +204,8 @@ static uint64_t group_reach(const struct slices *all, struct uffd_range *range, 
 	return end;
 }
 
-static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
-			   uint64_t end, int *error_ret, uint64_t *done_ret)
+static uint64_t fill_step(const struct slices *all, struct uffd_range *range, uint64_t at,
+			  uint64_t end, int *error_ret, uint64_t *done_ret)
 {
 	uint64_t before = atomic_load(&all->engine->turned_away), page;
 	struct fill_run run = fill_absent(range, at, end);
@@ -220,6 +223,20 @@ static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, u
 	if (page < run.past)
 		*error_ret = -ENOMEM;
 	return page;
+}
+
+static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
+			   uint64_t end, int *error_ret, uint64_t *done_ret)
+{
+	uint64_t step = !has_gate(range->space) ? end - at : higher(GATE_STEP, range->page_size);
+
+	do {
+		uint64_t done = 0;
+
+		at = fill_step(all, range, at, at + lower(step, end - at), error_ret, &done);
+		*done_ret += done;
+	} while (at < end && !*error_ret && !gate_is_wanted(range->space));
+	return at;
 }
 
 /* What filling the absent pages of a range depends on. */
