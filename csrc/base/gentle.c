@@ -3,8 +3,11 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "base/gentle.h"
 
@@ -13,19 +16,53 @@
  * machine that is always busy would never let it come to its end.
  */
 #define NICER 5
+/* The longest that the kernel knows; see sched_setattr(2) and sched(7). */
+#define SLICE_NS 100000000u
+#define POLICY_NORMAL 0u
+
+/* struct sched_attr of linux/sched/types.h, as Linux 3.14 had it. */
+struct attributes {
+	uint32_t size, policy;
+	uint64_t flags;
+	int32_t nice;
+	uint32_t priority;
+	uint64_t runtime, deadline, period;
+};
 
 struct job {
 	void (*work)(void *);
 	void *argument;
 };
 
+/*
+ * A thread that wakes up is let in at once if its slice is shorter than that of the thread that runs
+ * (Linux 6.12); otherwise the latter goes on for some milliseconds, whatever its priority.  Older
+ * kernels ignore this.
+ */
+static void have_long_slice(void)
+{
+	struct attributes attributes = { 0 };
+
+	if (syscall(SYS_sched_getattr, 0, &attributes, sizeof(attributes), 0) ||
+	    attributes.policy != POLICY_NORMAL)
+		return;
+	attributes.runtime = SLICE_NS;
+	syscall(SYS_sched_setattr, 0, &attributes, 0);
+}
+
+void uffd_be_gentle(void)
+{
+	/* On Linux this is about the calling thread alone. */
+	setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + NICER);
+	have_long_slice();
+}
+
 static void *run(void *argument)
 {
 	struct job *job = argument;
 
 	prctl(PR_SET_NAME, "uffd-copy");
-	/* On Linux this is about the calling thread alone. */
-	setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + NICER);
+	uffd_be_gentle();
 	job->work(job->argument);
 	return NULL;
 }

@@ -132,6 +132,11 @@ def begin_sync(fd: int) -> None:
     lib.uffd_image_begin_sync(fd)
 
 
+def be_gentle() -> None:
+    """Have this thread go behind others of the machine, from now on: for threads made for that."""
+    lib.uffd_be_gentle()
+
+
 def differ(a: Buffer, b: Buffer, start: int) -> memoryview:
     """Return the pages in which two buffers of one length differ, as ranges from `start`."""
     one, other = ffi.from_buffer("char[]", a), ffi.from_buffer("char[]", b)

@@ -25,8 +25,10 @@ from pyuffd import _image_calls as calls
 from pyuffd.dirty._round import Pending
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import Options
+from pyuffd.snapshot._drain import Drain
 from pyuffd.snapshot._writer import MEMORY, Writer
 from pyuffd.testing import needs_privilege
+from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
 from tests.process._counters import compiled, counters
 from tests.process.test_snapshot import take, wait_until
@@ -145,6 +147,30 @@ def test_who_copies_while_the_process_runs_lets_others_go_first(tmp_path: Path) 
             copier.join()
         assert os.pread(fd, PAGE, 0) == b"x" * PAGE
         assert [one.bytes for one in found] == [PAGE]
+
+
+def test_who_fills_in_the_background_lets_others_go_first() -> None:
+    """And what it fills is found one piece after the other: memory is usable before."""
+    asked: list[int] = []
+    found: list[int] = []
+
+    def pieces() -> Iterator[int]:
+        for number in range(3):
+            asked.append(number)
+            yield number
+
+    def work(piece: int) -> int:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        assert len(asked) == min(piece + 2, 3)
+        return 0
+
+    drain = Drain(work, lambda: None, pieces(), threads=1, held=True)
+    assert asked == [0]
+    drain.hold(False)
+    assert drain.wait(10 * SCALE)
+    drain.stop()
+    assert drain.error is None
+    assert found == [os.getpriority(os.PRIO_PROCESS, 0) + NICER] * 3
 
 
 IDLE = "import sys; block = bytearray(b'x') * (8 << 20); print(flush=True); sys.stdin.read()"

@@ -6,7 +6,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Generic, TypeVar
+
+from pyuffd._image_calls import be_gentle
 
 T = TypeVar("T")
 
@@ -42,7 +45,8 @@ class Drain(Generic[T]):
     Args:
         work: Does one piece, and returns the bytes that count for the rate.
         finish: Called once by the last thread, after all pieces, unless the drain was stopped.
-        pieces: What is to be done, in this order.
+        pieces: What is to be done, in this order. It is asked for one after the other, under a
+            lock.
         threads: How many.
         rate: At most so many bytes a second, all threads together; None is no limit.
         paused: Whether to begin with a pause.
@@ -64,7 +68,8 @@ class Drain(Generic[T]):
     ) -> None:
         self._work = work
         self._finish = finish
-        self._pieces = deque(pieces)
+        self._rest = iter(pieces)
+        self._pieces = deque(islice(self._rest, threads))
         self._first: deque[tuple[Callable[[], int], Batch]] = deque()
         self._changed = threading.Condition()
         self._rate = rate
@@ -165,6 +170,9 @@ class Drain(Generic[T]):
     # Threads
 
     def _run(self) -> None:
+        # Whoever touches a page, and the thread that fills it, go first. A thread that has the
+        # interpreter's lock may wait for a CPU meanwhile: as little as possible is done with it.
+        be_gentle()
         try:
             while (job := self._next()) is not None:
                 done = job()
@@ -199,6 +207,7 @@ class Drain(Generic[T]):
                 self._busy_first += 1
                 return self._one_of_first(*self._first.popleft())
             piece = self._pieces.popleft()
+            self._pieces.extend(islice(self._rest, 1))
         return lambda: self._work(piece)
 
     def _one_of_first(self, job: Callable[[], int], batch: Batch) -> Callable[[], int]:
