@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/array.h"
+#include "base/page.h"
 #include "snapshot/chain.h"
 
 #define FIRST_CAPACITY	256u
@@ -161,4 +162,28 @@ int uffd_chain_resolve(const struct uffd_chain_table *tables, uint64_t depth, ui
 	if (!depth || start >= end || !piece)
 		return -EINVAL;
 	return resolve(&walk, 0, start, end);
+}
+
+static bool is_stored(const struct row *row, uint64_t pages_length, uint64_t chunk)
+{
+	return row->length <= chunk && row->stored && row->stored <= row->length &&
+	       row->stored <= pages_length && row->offset <= pages_length - row->stored;
+}
+
+uint64_t uffd_chain_first_bad(const uint64_t *rows, uint64_t count, uint64_t pages_length,
+			      uint64_t chunk)
+{
+	uint64_t reached = 0;
+
+	for (uint64_t i = 0; i < count; i++) {
+		const struct row *row = (const struct row *)rows + i;
+
+		if (row->start < reached || !row->length ||
+		    row->start > UINT64_MAX - row->length || (row->start | row->length) % BASE_PAGE ||
+		    !row->state || row->state > UFFD_CHAIN_LAST ||
+		    (row->state == UFFD_CHAIN_DATA && !is_stored(row, pages_length, chunk)))
+			return i;
+		reached = row->start + row->length;
+	}
+	return count;
 }

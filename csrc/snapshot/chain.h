@@ -13,6 +13,7 @@ enum uffd_chain_state {
 	UFFD_CHAIN_DATA,
 	UFFD_CHAIN_ZERO,
 	UFFD_CHAIN_PARENT,
+	UFFD_CHAIN_LAST = 6,
 };
 
 /* The rows of one snapshot, checked; each has six words. */
@@ -40,5 +41,12 @@ struct uffd_chain {
  */
 int uffd_chain_resolve(const struct uffd_chain_table *tables, uint64_t depth, uint64_t start,
 		       uint64_t end, uint64_t piece, struct uffd_chain *ret);
+
+/*
+ * The first of `count` rows of a file that is out of order, no range of whole pages, or whose content
+ * is longer than a chunk or outside of a file `pages` of this length; `count` if there is none.
+ */
+uint64_t uffd_chain_first_bad(const uint64_t *rows, uint64_t count, uint64_t pages_length,
+			      uint64_t chunk);
 
 #endif /* UFFD_SNAPSHOT_CHAIN_H */

@@ -15,6 +15,8 @@
 #include "uffd_transfer.h"
 
 #define BATCH 512u /* iovecs a call; the kernel's limit is 1024 */
+/* Scanning this much lasts as long as another system call. */
+#define SCAN_GAP (64u << 10)
 #define STEP (1u << 20) /* bytes through the buffer; stays in the cache */
 
 struct image {
@@ -248,37 +250,83 @@ int uffd_image_write(const struct uffd_page_region *vec, uint64_t count, const v
 	return ret;
 }
 
-int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const uint32_t *what,
-		    uint64_t count, uint32_t flags, struct uffd_page_ranges *ranges_ret)
+struct scan {
+	int pagemap_fd;
+	struct uffd_pm_scan_arg arg;
+	struct uffd_page_ranges found;
+	struct uffd_page_ranges *ranges, *swapped;
+};
+
+static int scan_range(struct scan *scan, uint64_t start, uint64_t end)
 {
-	struct uffd_page_ranges found = { 0 };
+	struct uffd_pm_scan_arg arg = scan->arg;
+	uint64_t walked = 0;
+	int ret;
+
+	arg.start = start;
+	arg.end = end;
+	scan->found.count = 0;
+	ret = uffd_pagemap_scan_all(scan->pagemap_fd, &arg, &scan->found, &walked);
+	for (uint64_t i = 0; !ret && i < scan->found.count; i++) {
+		const struct uffd_page_region *at = &scan->found.vec[i];
+
+		ret = uffd_ranges_append(scan->ranges, at->start, at->end);
+		if (!ret && at->categories & UFFD_PAGE_IS_SWAPPED)
+			ret = uffd_ranges_append(scan->swapped, at->start, at->end);
+	}
+	return ret;
+}
+
+/* Ranges of a piece; *at: the first that may reach into it, and then into the next piece. */
+static int scan_within(struct scan *scan, const struct uffd_image_piece *piece,
+		       const struct uffd_image_ranges *within, uint64_t *at)
+{
+	int ret = 0;
+
+	while (*at < within->count && within->vec[*at].end <= piece->start)
+		(*at)++;
+	while (!ret && *at < within->count && within->vec[*at].start < piece->end) {
+		uint64_t start = higher(within->vec[*at].start, piece->start);
+		uint64_t end = within->vec[*at].end;
+
+		while (*at + 1 < within->count && within->vec[*at + 1].start < piece->end &&
+		       within->vec[*at + 1].start - end <= SCAN_GAP)
+			end = within->vec[++*at].end;
+		ret = scan_range(scan, start, lower(end, piece->end));
+		if (end > piece->end)
+			break;
+		(*at)++;
+	}
+	return ret;
+}
+
+int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const uint32_t *what,
+		    uint64_t count, uint32_t flags, const struct uffd_image_ranges *within,
+		    struct uffd_page_ranges *ranges_ret, struct uffd_page_ranges *swapped_ret)
+{
+	struct scan scan = { .pagemap_fd = pagemap_fd, .ranges = ranges_ret,
+			     .swapped = swapped_ret };
+	uint64_t at = 0;
 	int ret = 0;
 
 	for (uint64_t i = 0; !ret && i < count; i++) {
-		struct uffd_pm_scan_arg arg = {
-			.start = pieces[i].start,
-			.end = pieces[i].end,
+		scan.arg = (struct uffd_pm_scan_arg){
 			.vec_len = UINT64_MAX,
-			.category_anyof_mask = UFFD_PAGE_IS_PRESENT | UFFD_PAGE_IS_SWAPPED,
+			.category_anyof_mask = UFFD_PAGE_IS_PRESENT,
+			.return_mask = UFFD_PAGE_IS_SWAPPED,
 		};
-		uint64_t walked = 0;
-
 		if (what[i] == UFFD_IMAGE_OWN) {
-			arg.category_mask |= UFFD_PAGE_IS_FILE;
-			arg.category_inverted |= UFFD_PAGE_IS_FILE;
+			scan.arg.category_mask |= UFFD_PAGE_IS_FILE;
+			scan.arg.category_inverted |= UFFD_PAGE_IS_FILE;
 		}
-		if (flags & UFFD_IMAGE_PRESENT)
-			arg.category_anyof_mask = UFFD_PAGE_IS_PRESENT;
-		if (flags & UFFD_IMAGE_SWAPPED)
-			arg.category_anyof_mask = UFFD_PAGE_IS_SWAPPED;
+		if (!(flags & UFFD_IMAGE_PRESENT))
+			scan.arg.category_anyof_mask |= UFFD_PAGE_IS_SWAPPED;
 		if (flags & UFFD_IMAGE_UNPROTECTED)
-			arg.category_mask |= UFFD_PAGE_IS_WRITTEN;
-		found.count = 0;
-		ret = uffd_pagemap_scan_all(pagemap_fd, &arg, &found, &walked);
-		for (uint64_t k = 0; !ret && k < found.count; k++)
-			ret = uffd_ranges_append(ranges_ret, found.vec[k].start, found.vec[k].end);
+			scan.arg.category_mask |= UFFD_PAGE_IS_WRITTEN;
+		ret = within ? scan_within(&scan, &pieces[i], within, &at) :
+			       scan_range(&scan, pieces[i].start, pieces[i].end);
 	}
-	free(found.vec);
+	free(scan.found.vec);
 	return ret;
 }
 

@@ -25,10 +25,9 @@ struct uffd_image_piece {
 /* For uffd_image_copy(): other threads of the machine get the CPU first. */
 #define UFFD_IMAGE_GENTLE	(1u << 3)
 
-/* For uffd_image_scan(): only pages without write-protection; only in memory; only on swap. */
+/* For uffd_image_scan(): only pages without write-protection; only in memory. */
 #define UFFD_IMAGE_UNPROTECTED	(1u << 1)
 #define UFFD_IMAGE_PRESENT	(1u << 2)
-#define UFFD_IMAGE_SWAPPED	(1u << 4)
 
 /*
  * Copy ranges to the file.  Memory without PROT_READ is read through `mem_fd`, an open
@@ -55,12 +54,22 @@ int uffd_image_write(const struct uffd_page_region *vec, uint64_t count, const v
 		     const struct uffd_image_piece *pieces, uint64_t pieces_count, int fd,
 		     uint32_t flags, struct uffd_page_ranges *zero_ret);
 
+/* Ranges of pages, in ascending order. */
+struct uffd_image_ranges {
+	const struct uffd_page_region *vec;
+	uint64_t count;
+};
+
 /*
- * The content of pieces that is in memory or on swap.  `what`: UFFD_IMAGE_OWN or _ALL for each.
- * Markers of write-protection count as on swap: see the flags.
+ * The content of pieces that is in memory or on swap.  `what`: UFFD_IMAGE_OWN or _ALL for each; the
+ * latter is faster, as the kernel need not look at the page.
+ *
+ * within: look there only, and perhaps between ranges that are close to each other; NULL: everywhere.
+ * swapped_ret: those on swap; markers of write-protection count as that.
  */
 int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const uint32_t *what,
-		    uint64_t count, uint32_t flags, struct uffd_page_ranges *ranges_ret);
+		    uint64_t count, uint32_t flags, const struct uffd_image_ranges *within,
+		    struct uffd_page_ranges *ranges_ret, struct uffd_page_ranges *swapped_ret);
 
 /*
  * Compare pages of two buffers; append those that differ, as ranges from `start`.

@@ -138,6 +138,30 @@ uint64_t uffd_owed_next(struct uffd_owed *owed, uint64_t address, uint64_t end, 
 	return 0;
 }
 
+uint64_t uffd_owed_around(struct uffd_owed *owed, uint64_t address, uint64_t most,
+			  struct uffd_owed_piece **piece_ret, uint64_t *address_ret)
+{
+	struct uffd_owed_piece *piece = piece_from(owed, address);
+	uint64_t from = address / (most * PAGE) * (most * PAGE), first, past, low, limit;
+	const uint8_t *states;
+
+	if (!piece || piece->start > address)
+		return 0;
+	states = (const uint8_t *)piece->states;
+	low = (max_u64(from, piece->start) - piece->start) / PAGE;
+	limit = (min_u64(from + most * PAGE, piece->end) - piece->start) / PAGE;
+	first = past = (address - piece->start) / PAGE;
+	while (past < limit && states[past] == UFFD_OWED_YES)
+		past++;
+	if (past == first)
+		return 0;
+	while (first > low && states[first - 1] == UFFD_OWED_YES)
+		first--;
+	*piece_ret = piece;
+	*address_ret = piece->start + first * PAGE;
+	return past - first;
+}
+
 void uffd_owed_settle(struct uffd_owed *owed, struct uffd_owed_piece *piece, uint64_t address,
 		      enum uffd_owed_state state)
 {

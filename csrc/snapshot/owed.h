@@ -54,6 +54,9 @@ void uffd_owed_deinit(struct uffd_owed *owed);
 /* The next pages from an address on that are owed, at most so many in one piece; 0: none. */
 uint64_t uffd_owed_next(struct uffd_owed *owed, uint64_t address, uint64_t end, uint64_t most,
 			struct uffd_owed_piece **piece_ret, uint64_t *address_ret);
+/* The owed pages around one that is owed, in an aligned window of so many pages; 0: it is not. */
+uint64_t uffd_owed_around(struct uffd_owed *owed, uint64_t address, uint64_t most,
+			  struct uffd_owed_piece **piece_ret, uint64_t *address_ret);
 /* One page is no longer owed. */
 void uffd_owed_settle(struct uffd_owed *owed, struct uffd_owed_piece *piece, uint64_t address,
 		      enum uffd_owed_state state);

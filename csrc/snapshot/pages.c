@@ -47,7 +47,7 @@ int uffd_pages_read(int32_t pid, int mem_fd, uint64_t start, uint64_t pages, voi
 	return -EFAULT;
 }
 
-int uffd_pages_note(struct uffd_page_ranges *noted, uint64_t start, uint64_t end)
+int uffd_pages_note(struct uffd_page_ranges *noted, uint64_t start, uint64_t end, uint64_t kind)
 {
 	if (noted->count == noted->capacity) {
 		uint64_t capacity = noted->capacity ? 2 * noted->capacity : FIRST_CAPACITY;
@@ -58,6 +58,6 @@ int uffd_pages_note(struct uffd_page_ranges *noted, uint64_t start, uint64_t end
 		noted->vec = vec;
 		noted->capacity = capacity;
 	}
-	noted->vec[noted->count++] = (struct uffd_page_region){ .start = start, .end = end };
+	noted->vec[noted->count++] = (struct uffd_page_region){ start, end, kind };
 	return 0;
 }

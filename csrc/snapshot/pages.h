@@ -13,7 +13,7 @@
 int uffd_pages_protected(int pagemap_fd, uint64_t start, uint64_t pages, uint64_t *pages_ret);
 /* Read all, or -EFAULT; `mem_fd`: /proc/PID/mem, for memory without PROT_READ, or negative. */
 int uffd_pages_read(int32_t pid, int mem_fd, uint64_t start, uint64_t pages, void *memory);
-/* Append a range, in any order. */
-int uffd_pages_note(struct uffd_page_ranges *noted, uint64_t start, uint64_t end);
+/* Append a range, in any order; `kind` is put into its categories. */
+int uffd_pages_note(struct uffd_page_ranges *noted, uint64_t start, uint64_t end, uint64_t kind);
 
 #endif /* UFFD_SNAPSHOT_PAGES_H */

@@ -11,14 +11,13 @@
 
 #include "base/clock.h"
 #include "snapshot/guard.h"
-#include "snapshot/owed.h"
 #include "snapshot/pages.h"
-#include "snapshot/ring.h"
 #include "snapshot/saver.h"
+#include "snapshot/saving.h"
 #include "uffd_shim.h"
 
 #define PAGE 4096u
-#define BATCH 64u /* messages, and pages of a step of the sweep */
+#define BATCH UFFD_PAGES_MOST /* messages, and pages of a step of the sweep */
 #define IDLE_MS 20
 #define BUSY_MS 1
 
@@ -28,9 +27,8 @@ struct uffd_saver {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	struct uffd_guard guard;
-	struct uffd_ring *ring;
+	struct uffd_saving saving;
 	struct uffd_page_ranges noted;	/* in the order of the messages */
-	struct uffd_owed owed;
 	uint64_t swept_to;
 	uint64_t began_ns;
 	struct uffd_saver_stats stats;
@@ -38,8 +36,6 @@ struct uffd_saver {
 	_Atomic uint32_t callers;
 	bool saves, stop;
 };
-
-_Static_assert(UFFD_RING_DATA == UFFD_OWED_DATA && UFFD_RING_ZERO == UFFD_OWED_ZERO, "states");
 
 static void lock(struct uffd_saver *saver)
 {
@@ -58,9 +54,17 @@ static void end(struct uffd_saver *saver, int error)
 	pthread_cond_broadcast(&saver->changed);
 }
 
-static void note(struct uffd_saver *saver, uint64_t start, uint64_t finish)
+/* Also ends it if a page could not be saved. */
+static bool is_ended(struct uffd_saver *saver)
 {
-	if (uffd_pages_note(&saver->noted, start, finish))
+	if (saver->saving.error)
+		end(saver, saver->saving.error);
+	return saver->stats.error;
+}
+
+static void note(struct uffd_saver *saver, uint64_t start, uint64_t finish, uint64_t kind)
+{
+	if (uffd_pages_note(&saver->noted, start, finish, kind))
 		end(saver, -ENOMEM);
 }
 
@@ -71,95 +75,18 @@ static void unprotect(struct uffd_saver *saver, uint64_t start, uint64_t length)
 		uffd_shim_wake(saver->options.uffd, start, length);
 }
 
-enum result {
-	SAVED,
-	UNREADABLE,
-	UNPROTECTED,	/* dropped or moved: perhaps its message is unread */
-	ENDED,
-};
-
-static enum result save(struct uffd_saver *saver, struct uffd_owed_piece *piece, uint64_t address,
-			uint64_t pages)
-{
-	uint64_t until = uffd_now_ns() + saver->options.max_stall_ns, good = 0;
-	bool is_read;
-	void *memory;
-	int ret = uffd_ring_reserve(saver->ring, pages, until, &memory);
-
-	if (ret) {
-		end(saver, ret);
-		return ENDED;
-	}
-	is_read = !uffd_pages_read(saver->options.pid, saver->options.mem_fd, address, pages,
-				   memory);
-	ret = uffd_pages_protected(saver->options.pagemap_fd, address, pages, &good);
-	if (ret) {
-		end(saver, ret);
-		return ENDED;
-	}
-	if (good < pages)
-		return UNPROTECTED;
-	if (!is_read)
-		return UNREADABLE;
-	for (uint64_t i = 0; i < pages; i++)
-		uffd_owed_settle(&saver->owed, piece, address + i * PAGE, UFFD_OWED_TAKEN);
-	uffd_ring_commit(saver->ring, pages, piece->offset + (address - piece->start),
-			 piece->states + (address - piece->start) / PAGE);
-	return SAVED;
-}
-
-/* Save pages one by one; those that cannot be saved are lost if `final`. */
-static uint64_t save_each(struct uffd_saver *saver, struct uffd_owed_piece *piece,
-			  uint64_t address, uint64_t pages, bool final)
-{
-	uint64_t saved = 0;
-
-	for (uint64_t i = 0; i < pages; i++) {
-		uint64_t at = address + i * PAGE;
-		enum result result = save(saver, piece, at, 1);
-
-		if (result == ENDED)
-			break;
-		saved += result == SAVED;
-		if (result == UNREADABLE)
-			uffd_owed_settle(&saver->owed, piece, at, UFFD_OWED_UNREADABLE);
-		else if (result == UNPROTECTED && final)
-			uffd_owed_settle(&saver->owed, piece, at, UFFD_OWED_DROPPED);
-	}
-	return saved;
-}
-
-/* Everything in a range is about to be dropped, or was: save what is still there. */
-static void save_before_drop(struct uffd_saver *saver, uint64_t start, uint64_t finish)
-{
-	struct uffd_owed_piece *piece;
-	uint64_t address = start, pages;
-
-	while (!saver->stats.error &&
-	       (pages = uffd_owed_next(&saver->owed, address, finish, BATCH, &piece, &address))) {
-		enum result result = save(saver, piece, address, pages);
-
-		if (result == SAVED)
-			saver->stats.swept += pages;
-		else if (result != ENDED)
-			saver->stats.swept += save_each(saver, piece, address, pages, true);
-		address += pages * PAGE;
-	}
-}
-
 static void resolve_fault(struct uffd_saver *saver, uint64_t address)
 {
-	struct uffd_owed_piece *piece;
-	uint64_t at = address / PAGE * PAGE;
+	uint64_t at = address / PAGE * PAGE, pages = 1;
 
-	if (!saver->saves) {
+	if (saver->saves) {
+		pages = uffd_saving_around(&saver->saving, &at);
+	} else {
 		saver->stats.before++;
-		note(saver, at, at + PAGE);
-	} else if (uffd_owed_next(&saver->owed, at, at + PAGE, 1, &piece, &at)) {
-		saver->stats.faults += save_each(saver, piece, at, 1, true);
+		note(saver, at, at + PAGE, 0);
 	}
-	if (!saver->stats.error)
-		unprotect(saver, address / PAGE * PAGE, PAGE);
+	if (!is_ended(saver))
+		unprotect(saver, at, pages * PAGE);
 }
 
 static void apply(struct uffd_saver *saver, const struct uffd_msg *message)
@@ -174,18 +101,18 @@ static void apply(struct uffd_saver *saver, const struct uffd_msg *message)
 		int ret = uffd_guard_add(&saver->guard, to, to + length);
 
 		if (!ret && saver->saves)
-			ret = uffd_owed_move(&saver->owed, from, to, length);
+			ret = uffd_owed_move(&saver->saving.owed, from, to, length);
 		if (ret)
 			end(saver, ret);
-		note(saver, from, from + length);
-		note(saver, to, to + length);
+		note(saver, from, from + length, UFFD_SAVER_CHANGED);
+		note(saver, to, to + length, UFFD_SAVER_CHANGED);
 	} else if (message->event == UFFD_EVENT_REMOVE || message->event == UFFD_EVENT_UNMAP) {
 		if (saver->saves)
-			save_before_drop(saver, start, finish);
+			uffd_saving_before_drop(&saver->saving, start, finish);
 		if (saver->saves && message->event == UFFD_EVENT_UNMAP &&
-		    uffd_owed_remove(&saver->owed, start, finish))
+		    uffd_owed_remove(&saver->saving.owed, start, finish))
 			end(saver, -ENOMEM);
-		note(saver, start, finish);
+		note(saver, start, finish, UFFD_SAVER_CHANGED);
 	}
 }
 
@@ -203,7 +130,7 @@ static bool answer(struct uffd_saver *saver)
 	for (uint64_t i = 0; n > 0 && i < (uint64_t)n / sizeof(*messages); i++) {
 		uint64_t waited;
 
-		if (!saver->stats.error)
+		if (!is_ended(saver))
 			apply(saver, &messages[i]);
 		atomic_fetch_add(&guarded->beat, 1);
 		waited = uffd_now_ns() - began;
@@ -227,10 +154,10 @@ static bool is_changing(struct uffd_saver *saver)
 
 static bool may_sweep(struct uffd_saver *saver)
 {
-	uint64_t done = saver->stats.swept * PAGE;
+	uint64_t done = saver->saving.swept * PAGE;
 
-	if (!saver->saves || !saver->owed.left || saver->stats.error ||
-	    uffd_ring_room(saver->ring) < saver->options.memory_pages / 2)
+	if (!saver->saves || !saver->saving.owed.left || is_ended(saver) ||
+	    !uffd_saving_has_room(&saver->saving))
 		return false;
 	return !saver->options.rate ||
 	       (double)done <= (double)(uffd_now_ns() - saver->began_ns) / 1e9 *
@@ -241,36 +168,34 @@ static void sweep(struct uffd_saver *saver)
 {
 	struct uffd_owed_piece *piece;
 	uint64_t address = saver->swept_to;
-	uint64_t pages = uffd_owed_next(&saver->owed, address, UINT64_MAX, BATCH, &piece, &address);
+	uint64_t pages = uffd_owed_next(&saver->saving.owed, address, UINT64_MAX, BATCH, &piece,
+					&address);
 
 	if (!pages) {
 		saver->swept_to = 0; /* what has moved behind us */
 		return;
 	}
 	saver->swept_to = address + pages * PAGE;
-	if (save(saver, piece, address, pages) == SAVED) {
-		saver->stats.swept += pages;
-		uffd_shim_writeprotect(saver->options.uffd, address, pages * PAGE, 0);
-		return;
+	if (!uffd_saving_all(&saver->saving, piece, address, pages)) {
+		/* Messages first: they tell what has become of the pages. */
+		if (is_ended(saver) || answer(saver) || is_changing(saver)) {
+			saver->swept_to = address;
+			return;
+		}
+		uffd_saving_each(&saver->saving, piece, address, pages);
 	}
-	/* Messages first: they tell what has become of the pages. */
-	if (answer(saver) || is_changing(saver)) {
-		saver->swept_to = address;
-		return;
-	}
-	saver->stats.swept += save_each(saver, piece, address, pages, true);
 	uffd_shim_writeprotect(saver->options.uffd, address, pages * PAGE, 0);
 }
 
 static void check_others(struct uffd_saver *saver)
 {
-	int error = saver->ring ? uffd_ring_error(saver->ring, 0) : 0;
+	int error = uffd_ring_error(saver->saving.ring, 0);
 
-	if (atomic_load(&saver->guard.shared->ended))
+	if (!is_ended(saver) && atomic_load(&saver->guard.shared->ended))
 		end(saver, -ETIMEDOUT);
 	else if (error)
 		end(saver, error);
-	if (saver->saves && !saver->owed.left)
+	if (saver->saves && !saver->saving.owed.left)
 		pthread_cond_broadcast(&saver->changed);
 }
 
@@ -292,7 +217,7 @@ static void *run(void *argument)
 			busy = true;
 		}
 		check_others(saver);
-		waits = saver->saves && saver->owed.left;
+		waits = saver->saves && saver->saving.owed.left;
 		stop = saver->stop;
 		pthread_mutex_unlock(&saver->lock);
 		if (stop)
@@ -313,11 +238,18 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 	if (!saver)
 		return -ENOMEM;
 	saver->options = *options;
-	ret = uffd_ring_create(options->fd, options->memory_pages, &saver->ring);
+	saver->saving = (struct uffd_saving){
+		.pid = options->pid,
+		.mem_fd = options->mem_fd,
+		.pagemap_fd = options->pagemap_fd,
+		.memory_pages = options->memory_pages,
+		.max_stall_ns = options->max_stall_ns,
+	};
+	ret = uffd_ring_create(options->fd, options->memory_pages, &saver->saving.ring);
 	if (!ret)
 		ret = uffd_guard_start(&saver->guard, options->uffd, options->max_stall_ns);
 	if (ret) {
-		uffd_ring_destroy(saver->ring);
+		uffd_ring_destroy(saver->saving.ring);
 		free(saver);
 		return ret;
 	}
@@ -332,7 +264,7 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (ret) {
 		uffd_guard_stop(&saver->guard);
-		uffd_ring_destroy(saver->ring);
+		uffd_ring_destroy(saver->saving.ring);
 		free(saver);
 		return ret;
 	}
@@ -390,7 +322,7 @@ int uffd_saver_begin(struct uffd_saver *saver, const struct uffd_image_piece *pa
 	lock(saver);
 	ret = saver->stats.error ? saver->stats.error : saver->saves ? -EBUSY : 0;
 	if (!ret)
-		ret = uffd_owed_init(&saver->owed, parts, parts_count, pages, count);
+		ret = uffd_owed_init(&saver->saving.owed, parts, parts_count, pages, count);
 	saver->saves = !ret;
 	saver->began_ns = uffd_now_ns();
 	pthread_mutex_unlock(&saver->lock);
@@ -404,19 +336,21 @@ int uffd_saver_wait(struct uffd_saver *saver, uint64_t limit_ns)
 	int ret = 0;
 
 	lock(saver);
-	while (!ret && !saver->stats.error && saver->owed.left)
+	while (!ret && !saver->stats.error && saver->saving.owed.left)
 		ret = pthread_cond_timedwait(&saver->changed, &saver->lock, &until);
-	ret = saver->stats.error ? saver->stats.error : saver->owed.left ? -EAGAIN : 0;
+	ret = saver->stats.error ? saver->stats.error : saver->saving.owed.left ? -EAGAIN : 0;
 	pthread_mutex_unlock(&saver->lock);
-	return ret ? ret : uffd_ring_error(saver->ring, 1);
+	return ret ? ret : uffd_ring_error(saver->saving.ring, 1);
 }
 
 void uffd_saver_stats(struct uffd_saver *saver, struct uffd_saver_stats *stats_ret)
 {
 	lock(saver);
 	*stats_ret = saver->stats;
-	stats_ret->left = saver->owed.left;
-	stats_ret->dropped = saver->owed.dropped;
+	stats_ret->faults = saver->saving.faults;
+	stats_ret->swept = saver->saving.swept;
+	stats_ret->left = saver->saving.owed.left;
+	stats_ret->dropped = saver->saving.owed.dropped;
 	pthread_mutex_unlock(&saver->lock);
 }
 
@@ -426,7 +360,7 @@ int uffd_saver_ranges(struct uffd_saver *saver, uint32_t state,
 	int ret;
 
 	lock(saver);
-	ret = uffd_owed_ranges(&saver->owed, (uint8_t)state, ranges_ret);
+	ret = uffd_owed_ranges(&saver->saving.owed, (uint8_t)state, ranges_ret);
 	pthread_mutex_unlock(&saver->lock);
 	return ret;
 }
@@ -441,8 +375,8 @@ void uffd_saver_destroy(struct uffd_saver *saver)
 	pthread_join(saver->thread, NULL);
 	uffd_guard_lift(saver->guard.shared, saver->options.uffd);
 	uffd_guard_stop(&saver->guard);
-	uffd_ring_destroy(saver->ring);
-	uffd_owed_deinit(&saver->owed);
+	uffd_ring_destroy(saver->saving.ring);
+	uffd_owed_deinit(&saver->saving.owed);
 	uffd_pagemap_free(saver->noted.vec);
 	pthread_mutex_destroy(&saver->lock);
 	pthread_cond_destroy(&saver->changed);

@@ -43,7 +43,11 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 /* Register a range and protect it; noted for the case that the protection must end. */
 int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec, uint64_t count,
 		   uint32_t registers);
-/* Ranges that lost their protection since the last call; -errno of the saver. */
+/*
+ * Ranges that lost their protection since the last call, by a write; their categories are
+ * UFFD_SAVER_CHANGED if they were dropped, unmapped or moved.  -errno of the saver.
+ */
+#define UFFD_SAVER_CHANGED 1u
 int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret);
 /* The instant: the pages of the parts are owed from now on.  The process stands. */
 int uffd_saver_begin(struct uffd_saver *saver, const struct uffd_image_piece *parts,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pyuffd._dirty_calls import intersect
 from pyuffd._errors import raise_errno
 from pyuffd._remote_calls import take_ranges
 from pyuffd._shim import ffi, lib
@@ -45,7 +46,7 @@ class Pieces:
         *,
         unprotected: bool = False,
         present: bool = False,
-        swapped: bool = False,
+        within: memoryview | None = None,
     ) -> memoryview:
         """Return the pages that are in memory or on swap, packed; by PAGEMAP_SCAN.
 
@@ -53,17 +54,37 @@ class Pieces:
             pagemap_fd: An open /proc/PID/pagemap.
             unprotected: Only those without write-protection.
             present: Only those in memory.
-            swapped: Only those on swap, or with a mark that looks like it.
+            within: Only those in these packed ranges; nothing else is looked at.
         """
-        found = ffi.new("struct uffd_page_ranges *")
         flags = lib.UFFD_IMAGE_UNPROTECTED if unprotected else 0
         flags |= lib.UFFD_IMAGE_PRESENT if present else 0
-        flags |= lib.UFFD_IMAGE_SWAPPED if swapped else 0
-        code = lib.uffd_image_scan(pagemap_fd, self._vec, self._what, self._count, flags, found)
-        packed = take_ranges(found)
+        return self._scan(pagemap_fd, flags, within)[0]
+
+    def scan_apart(
+        self, pagemap_fd: int, *, unprotected: bool = False, within: memoryview | None = None
+    ) -> tuple[memoryview, memoryview]:
+        """Return what `scan` does, and those of them on swap, or with a mark that looks like it."""
+        flags = lib.UFFD_IMAGE_UNPROTECTED if unprotected else 0
+        return self._scan(pagemap_fd, flags, within)
+
+    def _scan(
+        self, pagemap_fd: int, flags: int, within: memoryview | None
+    ) -> tuple[memoryview, memoryview]:
+        found = ffi.new("struct uffd_page_ranges *")
+        swapped = ffi.new("struct uffd_page_ranges *")
+        limits, vec = ffi.NULL, None
+        if within is not None:
+            vec = ffi.from_buffer("struct uffd_page_region[]", within)
+            limits = ffi.new("struct uffd_image_ranges *", (vec, len(vec)))
+        code = lib.uffd_image_scan(
+            pagemap_fd, self._vec, self._what, self._count, flags, limits, found, swapped
+        )
+        packed, apart = take_ranges(found), take_ranges(swapped)
         if code:
             raise_errno("PAGEMAP_SCAN", -code)
-        return packed
+        if within is None:
+            return packed, apart
+        return intersect(packed, within), intersect(apart, within)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +206,12 @@ def resolve_chain(tables: Sequence[bytes], start: int, end: int, piece: int) -> 
     if code:
         raise_errno("snapshot", -code, start, end - start)
     return Chain(runs, others, pieces, int(found.data_bytes), bool(found.is_packed))
+
+
+def first_bad_row(table: Buffer, count: int, pages_length: int, chunk: int) -> int:
+    """Return which row of a table of runs cannot be right; `count` if all can."""
+    rows = ffi.from_buffer("uint64_t[]", table)
+    return int(lib.uffd_chain_first_bad(rows, count, pages_length, chunk))
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,10 @@ class Saver(SoleOwner):
         return -int(lib.uffd_saver_arm(self._owned, vec, len(vec), registers))
 
     def take_noted(self) -> tuple[memoryview, int]:
-        """Return ranges that lost their protection since, unsorted, and an errno."""
+        """Return ranges that lost their protection since, unsorted, and an errno.
+
+        The third number of each is 0 if it was written, 1 if it was dropped, unmapped or moved.
+        """
         noted = ffi.new("struct uffd_page_ranges *")
         code = lib.uffd_saver_take_noted(self._owned, noted)
         return take_ranges(noted), -code

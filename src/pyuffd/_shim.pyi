@@ -106,7 +106,7 @@ class _Lib:
     UFFD_IMAGE_GENTLE: int
     UFFD_IMAGE_UNPROTECTED: int
     UFFD_IMAGE_PRESENT: int
-    UFFD_IMAGE_SWAPPED: int
+    UFFD_SAVER_CHANGED: int
     UFFD_FRAME_MOST: int
     UFFD_REGISTERS_PARTIAL: int
     UFFD_MAPS_ANONYMOUS: int
@@ -346,6 +346,9 @@ class _Lib:
     def uffd_chain_resolve(
         self, tables: CData, depth: int, start: int, end: int, piece: int, ret: CData, /
     ) -> int: ...
+    def uffd_chain_first_bad(
+        self, rows: CData, count: int, pages_length: int, chunk: int, /
+    ) -> int: ...
     def uffd_hot_check(
         self, rows: CData, count: int, image_pages: int, recordings: int, most_pages: int, /
     ) -> int: ...
@@ -407,7 +410,9 @@ class _Lib:
         what: CData,
         count: int,
         flags: int,
+        within: CData,
         ranges_ret: CData,
+        swapped_ret: CData,
         /,
     ) -> int: ...
     def uffd_image_differ(

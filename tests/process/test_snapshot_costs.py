@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,16 +81,22 @@ def test_marks_are_looked_for_where_content_is(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All protected memory has marks on its holes; the stop copies what is not protected."""
-    marks, looked = _own_pages.marks, []
+    marks, looked, scans = _own_pages.marks, [0], []
+    scan_apart = calls.Pieces.scan_apart
+
+    def scanned(self: calls.Pieces, *arguments: Any, **options: Any) -> object:
+        scans.append(len(self))
+        return scan_apart(self, *arguments, **options)
 
     def noted(process: Process, swapped: PageRanges) -> PageRanges:
         looked.append(swapped.bytes)
         return marks(process, swapped)
 
     monkeypatch.setattr(_own_pages, "marks", noted)
+    monkeypatch.setattr(calls.Pieces, "scan_apart", scanned)
     with counters(program, 2, 400) as target, Process(target.pid) as process:
         take(process, tmp_path / "1", method="cow")
-    assert looked
+    assert scans
     assert sum(looked) < 64 * PAGE
 
 

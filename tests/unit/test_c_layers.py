@@ -26,6 +26,7 @@ FLOORS = [
     {"remote/inject", "remote/registers", "snapshot/image"},
     {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages"},
     {"snapshot/chain", "snapshot/hot"},
+    {"snapshot/saving"},
     {"snapshot/saver"},
     {"remote/attach", "remote/stopped"},
     {"engine/alloc", "engine/runs"},

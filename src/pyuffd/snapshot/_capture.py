@@ -26,6 +26,7 @@ Used = Literal["cow", "precopy", "stopped"]
 
 STOP_LIMIT_S = 1.0
 
+WITHOUT_FILE = (MappingKind.ANONYMOUS, MappingKind.HEAP, MappingKind.STACK)
 DISK = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)
 
 
@@ -137,35 +138,54 @@ def at_barrier(name: str) -> None:
 
 def pieces_of(layout: Sequence[Placed]) -> calls.Pieces:
     """Return a layout as C needs it."""
-    return calls.Pieces((part.start, part.end, part.offset, part.whole) for part in layout)
+    return calls.Pieces(
+        (part.start, part.end, part.offset, part.whole or has_no_file(part.mapping))
+        for part in layout
+    )
+
+
+def has_no_file(mapping: Mapping) -> bool:
+    """Whether no page of a mapping can be one of a file."""
+    return not mapping.inode and mapping.kind in WITHOUT_FILE
 
 
 def content(
-    process: Process, layout: Sequence[Placed], pieces: calls.Pieces, *, unprotected: bool = False
+    process: Process,
+    layout: Sequence[Placed],
+    pieces: calls.Pieces,
+    *,
+    within: memoryview | None = None,
 ) -> memoryview:
-    """Return the pages of a layout that have content, packed."""
-    found = own_content(process, pieces, unprotected=unprotected)
+    """Return the pages of a layout that have content, packed; `within` packed ranges only."""
+    found = own_content(process, pieces, within=within)
     # What a file on a disk has behind a part, whether it is in the page table or not.
     files = [
         (part.start, part.end)
         for part in layout
         if part.whole and (part.mapping.kind in DISK or not part.mapping.shared)
     ]
-    return ranges.union(found, PageRanges.of(files).memoryview())
+    if not files:
+        return found
+    behind = PageRanges.of(files).memoryview()
+    return ranges.union(found, behind if within is None else ranges.intersect(behind, within))
 
 
-def own_content(process: Process, pieces: calls.Pieces, *, unprotected: bool = False) -> memoryview:
-    """Return the pages in the page table that have content, packed.
+def own_content(
+    process: Process,
+    pieces: calls.Pieces,
+    *,
+    unprotected: bool = False,
+    within: memoryview | None = None,
+) -> memoryview:
+    """Return the pages in the page table that have content, packed; `within` packed ranges only.
 
     The scan takes what has a mark for a page on swap. Reading one would give the process a page of
     zeros, or what the file behind it holds.
     """
     pagemap = process.pagemap.fileno()
-    found = pieces.scan(pagemap, unprotected=unprotected)
-    if not len(found):
+    found, swapped = pieces.scan_apart(pagemap, unprotected=unprotected, within=within)
+    if not len(swapped):
         return found
-    # Nowhere else: all the memory between two of them may be tracked, and have a mark on each page.
-    swapped = ranges.intersect(pieces.scan(pagemap, swapped=True), found)
     empty = _own_pages.marks(process, PageRanges(swapped))
     return ranges.subtract(found, empty.memoryview())
 

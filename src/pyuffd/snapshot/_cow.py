@@ -13,12 +13,11 @@ from pyuffd import _image_calls as calls
 from pyuffd import _saver_calls as saver_calls
 from pyuffd._abi import Feature
 from pyuffd._errors import SnapshotError, raise_errno
-from pyuffd._pages import PAGE_SIZE
+from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd._saver_calls import Saver
 from pyuffd.dirty import _rows
 from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
-from pyuffd.remote._mappings import MappingKind
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import (
     Captured,
@@ -28,6 +27,7 @@ from pyuffd.snapshot._capture import (
     SnapshotProgress,
     at_barrier,
     content,
+    has_no_file,
     own_content,
     pieces_of,
 )
@@ -40,7 +40,8 @@ NEEDED = (
     | Feature.EVENT_REMOVE
     | Feature.EVENT_UNMAP
 )
-PROTECTED = (MappingKind.ANONYMOUS, MappingKind.HEAP, MappingKind.STACK)
+# Only ranges of memory without a file are looked for in it.
+EVERYWHERE = calls.Pieces([(0, ADDRESS_LIMIT - PAGE_SIZE, 0, True)])
 # Between the process and the file: 32 MiB.
 MEMORY_PAGES = 8192
 # Protecting again what was written, before the stop: until it is so few pages, or so often.
@@ -87,8 +88,10 @@ class _Cow:
         self._saver = saver
         self._registered = ranges.NO_RANGES
         self._populated = ranges.NO_RANGES
-        # Written, dropped, unmapped or moved since.
+        # Written, dropped, unmapped or moved since, and not protected again.
         self._touched = ranges.NO_RANGES
+        # What of it was not only written.
+        self._changed = ranges.NO_RANGES
         # Where only populated pages are protected: see `_rows.chosen_track`.
         self._sparse = ranges.NO_RANGES
 
@@ -173,16 +176,24 @@ class _Cow:
     def _noted(self) -> memoryview:
         noted, code = self._saver.take_noted()
         self._fail(code)
-        found = PageRanges.of(zip(noted[0::3], noted[1::3], strict=True)).memoryview()
+        rows = list(zip(noted[0::3], noted[1::3], noted[2::3], strict=True))
+        found = _packed((start, end) for start, end, _ in rows)
         self._touched = ranges.union(self._touched, found)
+        changed = _packed((start, end) for start, end, is_changed in rows if is_changed)
+        self._changed = ranges.union(self._changed, changed)
         return found
 
     def _protect_again(self, noted: memoryview) -> None:
         """Protect what was written since, so that the stop has less to do."""
-        pieces = _pieces(ranges.intersect(noted, self._registered))
-        self._touched = ranges.union(
-            self._touched, self._protect(pieces.scan(self._pagemap, unprotected=True))
-        )
+        look = ranges.intersect(noted, self._registered)
+        written = EVERYWHERE.scan(self._pagemap, unprotected=True, within=look)
+        failed = self._protect(written)
+        # As if it had been protected from the beginning. Not what is being dropped: nothing tells
+        # when it gets content again.
+        again = ranges.subtract(ranges.subtract(written, failed), self._changed)
+        self._populated = ranges.union(self._populated, again)
+        self._touched = ranges.union(ranges.subtract(self._touched, again), failed)
+        at_barrier("protected again")
 
     # The stop
 
@@ -232,14 +243,14 @@ class _Cow:
             if size:
                 self._register(_packed([row]))
         # Without protection: written since, new, or in memory of which only some was protected.
-        look = _pieces(ranges.intersect(new, self._registered))
-        sparse = own_content(
-            self._process, _pieces(ranges.intersect(self._sparse, old)), unprotected=True
-        )
-        failed = self._protect(ranges.union(look.scan(self._pagemap, unprotected=True), sparse))
+        look = ranges.intersect(new, self._registered)
+        some = ranges.intersect(self._sparse, old)
+        sparse = own_content(self._process, EVERYWHERE, unprotected=True, within=some)
+        bare = EVERYWHERE.scan(self._pagemap, unprotected=True, within=look)
+        failed = self._protect(ranges.union(bare, sparse))
         self._registered = ranges.subtract(self._registered, failed)
         # What was moved is protected, and in another place than before.
-        content = ranges.union(own_content(self._process, look), sparse)
+        content = ranges.union(own_content(self._process, EVERYWHERE, within=look), sparse)
         found = ranges.union(ranges.intersect(self._populated, old), content)
         return ranges.subtract(found, failed)
 
@@ -280,7 +291,7 @@ class _Cow:
         found = content(self._process, rest, pieces_of(rest))
         spans = _packed((part.start, part.end) for part in parts)
         refused = ranges.subtract(spans, self._registered)
-        return ranges.union(found, own_content(self._process, _pieces(refused)))
+        return ranges.union(found, own_content(self._process, EVERYWHERE, within=refused))
 
     # Behind it
 
@@ -323,12 +334,8 @@ class _Cow:
 
 
 def _is_protected(part: Placed) -> bool:
-    return not part.mapping.inode and part.mapping.kind in PROTECTED and not part.whole
+    return has_no_file(part.mapping) and not part.whole
 
 
 def _packed(spans: Iterable[tuple[int, int]]) -> memoryview:
     return PageRanges.of(spans).memoryview()
-
-
-def _pieces(pages: memoryview) -> calls.Pieces:
-    return calls.Pieces((each.start, each.end, 0, False) for each in PageRanges(pages))

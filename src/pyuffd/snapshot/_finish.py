@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import chain, repeat
 from typing import Any
 
 from pyuffd import _dirty_calls as ranges
@@ -20,11 +21,13 @@ from pyuffd.snapshot._capture import Captured, Placed, SnapshotProgress, at_barr
 from pyuffd.snapshot._core_notes import Notes
 from pyuffd.snapshot._file_pages import is_huge_without_a_file
 from pyuffd.snapshot._files import NewDirectory
-from pyuffd.snapshot._format import CHUNK, Runs, RunState, SnapshotGap, SnapshotRun
+from pyuffd.snapshot._format import CHUNK, NUMBERS, Row, Runs, RunState, SnapshotGap
 from pyuffd.snapshot._layout import SnapshotLayout
 from pyuffd.snapshot._output import write_at
-from pyuffd.snapshot._reading import Image
+from pyuffd.snapshot._reading import Image, reader
 from pyuffd.snapshot._request import Request, SnapshotReport
+
+_DATA, _ABSENT = NUMBERS[RunState.DATA], NUMBERS[RunState.ABSENT]
 
 
 def finish(
@@ -60,12 +63,12 @@ def finish(
     gaps = (*layout.gaps, *_lost_gaps(captured), *_gaps(unfilled, "unfilled"))
     captured.lost = ranges.union(captured.lost, unfilled)
     sum_name, sum_ = _sums.best_sum()
-    runs = list(_runs(layout, captured, of_parent))
+    rows = list(_rows(layout, captured, of_parent))
     directory.begin_sync()
-    runs = _stored(directory, runs, sum_, request)
+    _stored(directory, rows, sum_, request)
     directory.sync_pages()
     at_barrier("pages")
-    packed = Runs.of(runs).pack()
+    packed = Runs.of_rows(rows).pack()
     directory.write(_format.RUNS, packed)
     of_threads = None if notes is None else notes.pack()
     if of_threads is not None:
@@ -138,85 +141,75 @@ def _gaps(packed: memoryview, reason: str) -> Iterator[SnapshotGap]:
         yield SnapshotGap(each.start, each.length, reason)
 
 
-def _runs(
-    layout: SnapshotLayout, captured: Captured, of_parent: memoryview
-) -> Iterator[SnapshotRun]:
+def _rows(layout: SnapshotLayout, captured: Captured, of_parent: memoryview) -> Iterator[Row]:
     """Yield a run for every part of every mapping, in order; data in chunks."""
-    spans = [
-        (each.start, each.end, state)
-        for state, found in (
-            (RunState.DATA, captured.data),
-            (RunState.ZERO, captured.zero),
-            (RunState.LOST, captured.lost),
-            (RunState.PARENT, of_parent),
-            (RunState.SHARED, layout.skipped.memoryview()),
+    spans = sorted(
+        chain.from_iterable(
+            zip(found[0::3], found[1::3], repeat(NUMBERS[state]))
+            for state, found in (
+                (RunState.DATA, captured.data),
+                (RunState.ZERO, captured.zero),
+                (RunState.LOST, captured.lost),
+                (RunState.PARENT, of_parent),
+                (RunState.SHARED, layout.skipped.memoryview()),
+            )
         )
-        for each in PageRanges(found)
-    ]
-    spans.sort()
+    )
     parts = iter(captured.layout)
     part = next(parts, None)
     at = 0
     for mapping in layout.mappings:
-        reached = mapping.start
-        while at < len(spans) and spans[at][0] < mapping.end:
+        reached, behind = mapping.start, mapping.end
+        while at < len(spans) and spans[at][0] < behind:
             start, end, state = spans[at]
-            first, last = max(start, mapping.start), min(end, mapping.end)
+            first, last = max(start, reached), min(end, behind)
             if last > first:
                 if first > reached:
-                    yield SnapshotRun(reached, first - reached, RunState.ABSENT)
-                if state is not RunState.DATA:
-                    yield SnapshotRun(first, last - first, state)
+                    yield reached, first - reached, _ABSENT, 0, 0, 0
+                if state != _DATA:
+                    yield first, last - first, state, 0, 0, 0
                 else:
                     while first < last:
                         while part is not None and part.end <= first:
                             part = next(parts, None)
                         assert part is not None
                         stop = min(last, part.end, (first // CHUNK + 1) * CHUNK)
-                        yield SnapshotRun(
-                            first,
-                            stop - first,
-                            state,
-                            part.offset + first - part.start,
-                            stop - first,
-                        )
+                        size = stop - first
+                        yield first, size, _DATA, part.offset + first - part.start, size, 0
                         first = stop
                 reached = last
-            if end > mapping.end:
+            if end > behind:
                 break
             at += 1
-        if reached < mapping.end:
-            yield SnapshotRun(reached, mapping.end - reached, RunState.ABSENT)
+        if reached < behind:
+            yield reached, behind - reached, _ABSENT, 0, 0, 0
 
 
-def _stored(
-    directory: NewDirectory, runs: list[SnapshotRun], sum_: _sums.Sum, request: Request
-) -> list[SnapshotRun]:
+def _stored(directory: NewDirectory, rows: list[Row], sum_: _sums.Sum, request: Request) -> None:
     """Read the content back for its checksums; compress it, if that was asked for."""
-    data = [(index, run) for index, run in enumerate(runs) if run.state is RunState.DATA]
-    progress = SnapshotProgress("sums", 0, sum(run.length for _, run in data))
+    data = [(index, row) for index, row in enumerate(rows) if row[2] == _DATA]
+    progress = SnapshotProgress("sums", 0, sum(row[1] for _, row in data))
     compress = None if request.compress is None else _sums.compressor(request.compress)
     target = None if compress is None else directory.replace_pages()
-    offset = 0
-    for index, run in data:
-        content = os.pread(directory.pages.number, run.length, run.offset)
-        if len(content) != run.length:
-            raise SnapshotFormatError(request.path, "the file has become shorter", run.offset)
-        run = run._replace(checksum=sum_(content))
+    written = 0
+    for index, (start, length, state, offset, stored, _) in data:
+        content = reader.read(directory.pages.number, length, offset)
+        if len(content) != length:
+            raise SnapshotFormatError(request.path, "the file has become shorter", offset)
+        checksum = sum_(content)
         if target is not None and compress is not None:
             packed = compress(content)
-            if len(packed) >= run.length:
+            if len(packed) >= length:
                 packed = content
-            write_at(target.number, packed, offset)
-            run = run._replace(offset=offset, stored=len(packed))
-            offset += len(packed)
-        runs[index] = run
-        progress.bytes += run.length
+            write_at(target.number, packed, written)
+            offset, stored = written, len(packed)
+            written += stored
+        rows[index] = (start, length, state, offset, stored, checksum)
+        progress.bytes += length
         if request.progress is not None:
             request.progress(progress)
     if target is not None:
         directory.pages_replaced(target)
-    return runs
 
 
 def _manifest(

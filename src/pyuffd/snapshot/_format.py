@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from pyuffd._arguments import checked_index
 from pyuffd._enums import Word
 from pyuffd._errors import SnapshotFormatError
+from pyuffd._image_calls import first_bad_row
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 
 FORMAT = "pyuffd-snapshot"
@@ -54,6 +57,10 @@ class RunState(Word):
 
 NUMBERS = {state: number for number, state in enumerate(RunState, 1)}
 _STATES = {number: state for state, number in NUMBERS.items()}
+
+
+# A run as numbers: start, length, number of the state, offset, stored, checksum.
+Row = tuple[int, int, int, int, int, int]
 
 
 class SnapshotRun(NamedTuple):
@@ -137,12 +144,12 @@ class Runs(Sequence[SnapshotRun]):
     @classmethod
     def of(cls, runs: Sequence[SnapshotRun]) -> Runs:
         """Pack runs that are in ascending order."""
-        return cls(
-            b"".join(
-                _ROW.pack(r.start, r.length, NUMBERS[r.state], r.offset, r.stored, r.checksum)
-                for r in runs
-            )
-        )
+        return cls.of_rows([(*run[:2], NUMBERS[run.state], *run[3:]) for run in runs])
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Row]) -> Runs:
+        """Pack rows that are in ascending order."""
+        return cls(array("Q", chain.from_iterable(rows)).tobytes())
 
 
 def runs_length(count: int) -> int:
@@ -170,22 +177,20 @@ def read_runs(path: str, raw: bytes, sha256: str, pages_length: int) -> Runs:
         raise wrong(f"version {version}, rows of {row} bytes: this version cannot read it")
     if len(raw) != _HEADER.size + count * row:
         raise wrong(f"{len(raw)} bytes for {count} runs")
-    at = _HEADER.size
-    reached = 0
-    for start, length, state, offset, stored, _sum in _ROW.iter_unpack(raw[at:]):
-        if start < reached or not length or start + length > ADDRESS_LIMIT:
+    rows = raw[_HEADER.size :]
+    bad = first_bad_row(rows, count, pages_length, CHUNK)
+    if bad < count:
+        reached = sum(_ROW.unpack_from(rows, (bad - 1) * row)[:2]) if bad else 0
+        start, length, state, *_ = _ROW.unpack_from(rows, bad * row)
+        at = _HEADER.size + bad * row
+        if start < reached or not length or start + length >= ADDRESS_LIMIT:
             raise wrong(f"the run at {start:#x} overlaps, or is out of order", at)
         if start % PAGE_SIZE or length % PAGE_SIZE:
             raise wrong(f"the run at {start:#x} is not of whole pages", at)
         if state not in _STATES:
             raise wrong(f"the run at {start:#x} has the unknown state {state}", at)
-        if state == NUMBERS[RunState.DATA] and (
-            length > CHUNK or not stored or stored > length or offset + stored > pages_length
-        ):
-            raise wrong(f"the content of the run at {start:#x} is outside of the file", at)
-        reached = start + length
-        at += row
-    return Runs(raw[_HEADER.size :])
+        raise wrong(f"the content of the run at {start:#x} is outside of the file", at)
+    return Runs(rows)
 
 
 @dataclass(frozen=True, slots=True)

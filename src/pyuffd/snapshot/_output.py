@@ -12,7 +12,7 @@ _PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZEROS = 1 << 20
 
 
-def write_at(fd: int, content: bytes, offset: int) -> None:
+def write_at(fd: int, content: bytes | memoryview, offset: int) -> None:
     """Write all of it."""
     view = memoryview(content)
     while view:

@@ -195,8 +195,9 @@ class _Rounds:
             return
         layout = self._layout_of(self._process.mappings())
         self._seen = list(layout)
-        wanted = ranges.intersect(pages, content(self._process, layout, pieces_of(layout)))
-        self._writer.copy(wanted, pieces_of(layout), "before", slow=True)
+        pieces = pieces_of(layout)
+        found = content(self._process, layout, pieces, within=pages)
+        self._writer.copy(ranges.intersect(pages, found), pieces, "before", slow=True)
 
     def _stop(self, left: memoryview, result: Captured) -> bool:
         """Copy the rest in the stop; False if it would be too much."""
@@ -253,7 +254,8 @@ class _Rounds:
         wanted = ranges.intersect(pages, spans)
         if not len(wanted):
             return wanted
-        holes = ranges.subtract(wanted, content(self._process, parts, pieces_of(parts)))
+        found = content(self._process, parts, pieces_of(parts), within=wanted)
+        holes = ranges.subtract(wanted, found)
         self._writer.forget(holes)
         self._changes.absent = ranges.union(self._changes.absent, holes)
         return holes

@@ -19,6 +19,7 @@ from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd.snapshot import _sums
 from pyuffd.snapshot._files import open_directory, open_in
 from pyuffd.snapshot._format import (
+    CHUNK,
     MANIFEST,
     MANIFEST_MOST,
     NOTES,
@@ -225,11 +226,7 @@ class Image(Closing):
     def _chunk(self, run: SnapshotRun) -> bytes:
         content = _pread(self._pages.number, run.stored, run.offset)
         if len(content) < run.stored:
-            raise SnapshotFormatError(
-                self._place(PAGES),
-                f"the content of [{run.start:#x}, {run.end:#x}) is cut: the file was truncated",
-                run.offset,
-            )
+            raise self._is_cut(run)
         if run.stored < run.length:
             if self._unpack is None:
                 raise SnapshotFormatError(
@@ -240,17 +237,34 @@ class Image(Closing):
             except ValueError as error:
                 raise SnapshotFormatError(self._place(PAGES), str(error), run.offset) from None
         if len(content) != run.length or self._sum(content) != run.checksum:
-            raise SnapshotFormatError(
-                self._place(PAGES),
-                f"the content of [{run.start:#x}, {run.end:#x}) is not what was written: its"
-                " checksum differs",
-                run.offset,
-            )
+            raise self._differs(run)
         return content
+
+    def _is_cut(self, run: SnapshotRun) -> SnapshotFormatError:
+        return SnapshotFormatError(
+            self._place(PAGES),
+            f"the content of [{run.start:#x}, {run.end:#x}) is cut: the file was truncated",
+            run.offset,
+        )
+
+    def _differs(self, run: SnapshotRun) -> SnapshotFormatError:
+        return SnapshotFormatError(
+            self._place(PAGES),
+            f"the content of [{run.start:#x}, {run.end:#x}) is not what was written: its"
+            " checksum differs",
+            run.offset,
+        )
 
     def check_chunk(self, run: SnapshotRun) -> None:
         """Raise SnapshotFormatError if the content of a run of data is not what was written."""
-        self._chunk(run)
+        if run.stored < run.length:
+            self._chunk(run)
+            return
+        content = reader.read(self._pages.number, run.length, run.offset)
+        if len(content) < run.length:
+            raise self._is_cut(run)
+        if self._sum(content) != run.checksum:
+            raise self._differs(run)
 
     def pages_fileno(self) -> int:
         """Return the descriptor of the file `pages`."""
@@ -320,6 +334,26 @@ class Image(Closing):
         stack, self._open = self._open, None
         if stack is not None:
             stack.close()
+
+
+class Reader(threading.local):
+    """Reads chunks into memory that each thread keeps: new memory for each costs more than that."""
+
+    def __init__(self) -> None:
+        self._room = memoryview(bytearray(CHUNK))
+
+    def read(self, descriptor: int, length: int, offset: int) -> memoryview:
+        """Return so much, or up to the end of the file, until the next call of this thread."""
+        done = 0
+        while done < length:
+            more = os.preadv(descriptor, [self._room[done:length]], offset + done)
+            if not more:
+                break
+            done += more
+        return self._room[:done]
+
+
+reader = Reader()
 
 
 def _pread(descriptor: int, length: int, offset: int) -> bytes:

@@ -49,7 +49,7 @@ def sum_named(path: str, name: object) -> Sum:
         ) from None
 
 
-def compressor(level: int) -> Callable[[bytes], bytes]:
+def compressor(level: int) -> Callable[[Buffer], bytes | memoryview]:
     """Return zstd's compression of one chunk."""
     return _zstandard().ZstdCompressor(level=level).compress  # type: ignore[no-any-return]
 

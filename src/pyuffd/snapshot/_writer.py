@@ -245,6 +245,9 @@ def _open_mem(pid: int) -> Descriptor:
 
 def slices(pages: memoryview, most: int) -> Iterator[memoryview]:
     """Yield packed ranges in parts of at most `most` bytes."""
+    if len(pages) and PageRanges(pages).bytes <= most:
+        yield pages
+        return
     words: list[int] = []
     left = most
     for at in range(0, len(pages), _WORDS):

@@ -1,0 +1,150 @@
+"""What "cow" does about a process that writes, page by page and at known moments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyuffd import Process, Snapshot, SnapshotReport
+from pyuffd import _image_calls as calls
+from pyuffd.dirty._rows import DENSE_BYTES
+from pyuffd.snapshot import _capture
+from pyuffd.testing import needs_privilege
+from tests._memory import PAGE
+from tests.process.test_snapshot import take
+
+pytestmark = needs_privilege("CAP_SYS_PTRACE")
+
+# Values of bytes of pages, and dropping pages, at the words of standard input.
+WRITER = """
+import ctypes, mmap, sys
+length = int(sys.argv[1])
+NORESERVE = 0x4000
+area = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+area.madvise(mmap.MADV_NOHUGEPAGE)
+print(ctypes.addressof(ctypes.c_char.from_buffer(area)), flush=True)
+for line in sys.stdin:
+    value, first, past, step = map(int, line.split())
+    if value:
+        for page in range(first, past, step):
+            area[page * 4096] = value
+    else:
+        area.madvise(mmap.MADV_DONTNEED, first * 4096, (past - first) * 4096)
+    print(flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Area:
+    start: int
+    length: int
+
+
+class Writer:
+    """A process with an area that it writes when it is told."""
+
+    def __init__(self, popen: subprocess.Popen[str], length: int) -> None:
+        assert popen.stdout is not None
+        self.pid, self._popen = popen.pid, popen
+        self.area = Area(int(popen.stdout.readline()), length)
+
+    def write(self, value: int, first: int, past: int, step: int = 1) -> None:
+        """Write a value to each of some pages; 0 drops them."""
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        self._popen.stdin.write(f"{value} {first} {past} {step}\n")
+        self._popen.stdin.flush()
+        assert self._popen.stdout.readline() == "\n"
+
+
+@contextmanager
+def writer(length: int) -> Iterator[Writer]:
+    popen = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(length)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Writer(popen, length)
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
+def values(snapshot: Snapshot, area: Area, pages: int) -> bytes:
+    """Return the first byte of each page."""
+    return snapshot.read(area.start, pages * PAGE)[::PAGE]
+
+
+def test_neighbours_are_saved_with_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that writes page after page waits once for 16 of them."""
+    pages = 1024
+    with writer(pages * PAGE) as target, Process(target.pid) as process:
+        target.write(1, 0, pages)
+
+        def at(name: str) -> None:
+            if name == "resumed":
+                target.write(2, 0, pages)
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        # At one byte a second the sweep does its first step and no other.
+        report = take(process, tmp_path / "1", method="cow", ranges=[target.area], rate=1)
+        assert isinstance(report, SnapshotReport)
+        with Snapshot.open(tmp_path / "1") as snapshot:
+            assert values(snapshot, target.area, pages) == b"\1" * pages
+        assert report.faults + report.swept == pages
+        assert 1 <= report.faults <= pages // 8
+
+
+@pytest.mark.parametrize("length", [4096 * PAGE, 4 * DENSE_BYTES], ids=["dense", "sparse"])
+def test_what_was_written_before_the_stop(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stop looks at pages only that were not protected again; those dropped come back."""
+    pages = 4096
+    looked: list[int] = []
+    scan = calls.Pieces._scan
+    in_stop = False
+
+    def noted(
+        self: calls.Pieces, pagemap_fd: int, flags: int, within: memoryview | None
+    ) -> tuple[memoryview, memoryview]:
+        if in_stop and within is not None:
+            looked.append(sum(within[1::3]) - sum(within[0::3]))
+        return scan(self, pagemap_fd, flags, within)
+
+    monkeypatch.setattr(calls.Pieces, "_scan", noted)
+    with writer(length) as target, Process(target.pid) as process:
+        target.write(1, 0, pages)
+        rounds = 0
+
+        def at(name: str) -> None:
+            nonlocal in_stop, rounds
+            in_stop = name == "stopped"
+            if name == "armed":
+                target.write(2, 0, pages, 2)
+                target.write(0, 100, 132)
+            elif name == "protected again":
+                rounds += 1
+                if rounds == 1:
+                    target.write(3, 108, 116)
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        report = take(process, tmp_path / "1", method="cow", ranges=[target.area])
+        assert isinstance(report, SnapshotReport)
+        with Snapshot.open(tmp_path / "1") as snapshot:
+            expected = bytearray(b"\2\1" * (pages // 2))
+            expected[100:132] = bytes(32)
+            expected[108:116] = b"\3" * 8
+            assert values(snapshot, target.area, pages) == expected
+        assert not report.dropped
+    assert rounds >= 1
+    # In a sparse area all of it is looked at for pages that were empty.
+    assert max(looked) <= (64 * PAGE if length <= DENSE_BYTES else length)
