@@ -13,6 +13,7 @@ import pytest
 
 from pyuffd import Process, Snapshot, SnapshotReport
 from pyuffd import _image_calls as calls
+from pyuffd._pages import HUGE_PAGE_2M
 from pyuffd.dirty._rows import DENSE_BYTES
 from pyuffd.snapshot import _capture
 from pyuffd.testing import needs_privilege
@@ -148,3 +149,23 @@ def test_what_was_written_before_the_stop(
     assert rounds >= 1
     # In a sparse area all of it is looked at for pages that were empty.
     assert max(looked) <= (64 * PAGE if length <= DENSE_BYTES else length)
+
+
+def test_large_memory_can_be_mapped_with_huge_pages(tmp_path: Path) -> None:
+    """Its place in the file is as far from a multiple of 2 MiB as its address; flattened too."""
+    with writer(32 << 20) as target, Process(target.pid) as process:
+        target.write(1, 0, 10)
+        take(process, tmp_path / "1", method="stopped")
+    with Snapshot.open(tmp_path / "1") as snapshot:
+        snapshot.flatten(tmp_path / "2", durable=False)
+    for name in ("1", "2"):
+        with Snapshot.open(tmp_path / name) as snapshot:
+            large = [
+                (start, offset)
+                for region in snapshot.manifest["regions"]
+                for start, end, offset in region["places"]
+                if end - start >= 32 << 20
+            ]
+            assert large
+            assert all((start - offset) % HUGE_PAGE_2M == 0 for start, offset in large)
+            assert values(snapshot, target.area, 11) == b"\1" * 10 + b"\0"

@@ -27,7 +27,7 @@ def flatten(
     notes = image.notes()
     with NewDirectory(path, durable=durable) as directory:
         sum_name, sum_ = _sums.best_sum()
-        places = Places()
+        places = Places(for_mapping=True)
         done = SnapshotProgress("flatten", 0, sum(region.length for region in image.regions))
         runs: list[SnapshotRun] = []
         regions: list[dict[str, Any]] = []

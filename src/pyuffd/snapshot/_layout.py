@@ -51,7 +51,7 @@ class SnapshotLayout:
         self._process = process
         self._shared = shared
         self._scope = scope
-        self._places = Places()
+        self._places = Places(for_mapping=True)
         self._last: tuple[Mappings, list[Placed]] | None = None
         self.mappings: list[Mapping] = []
         self.gaps: list[SnapshotGap] = []
