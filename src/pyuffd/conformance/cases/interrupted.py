@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import select
@@ -18,10 +19,18 @@ from pyuffd._uffd import Event
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Context
 from pyuffd.conformance._spec import Variant
-from pyuffd.conformance._types import ALL, ANON, SHARED, SMALL, missing_features, wp_features
+from pyuffd.conformance._types import (
+    ALL,
+    ANON,
+    HUGETLB,
+    SHARED,
+    SMALL,
+    missing_features,
+    wp_features,
+)
 from pyuffd.conformance._wp import HOLE, MISSING_READ, UNPROTECT, WP_WRITE, expect_fault
 from pyuffd.conformance.cases.errno_read import counters
-from pyuffd.testing._memory_types import MemoryType
+from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 
 SYS_MUNMAP = 11
 MISSING = RegisterMode.MISSING
@@ -221,3 +230,38 @@ def remove_part(ctx: Context) -> None:
     expect_fault(ctx, reading, MISSING_READ, middle)
     ctx.uffd.copy(middle, b"\2" * ctx.page)
     ctx.expect("the byte", reading.result(), b"\2")
+
+
+@case(
+    "event.MADV_DONTNEED-part-of-huge.remove-whole-pages",
+    origin="mm/madvise.c: madvise_dontneed_free_valid_vma",
+    memory=HUGETLB,
+    features=lambda memory: missing_features(memory) | Feature.EVENT_REMOVE,
+    variants=[
+        Variant("whole", "the length is rounded down to whole huge pages, also in the event"),
+        Variant("refused", "EINVAL on hugetlb, and no event", lacks=Feature.WP_HUGETLBFS_SHMEM),
+    ],
+)
+def part_of_huge(ctx: Context) -> None:
+    """MADV_DONTNEED of a huge page and a part of the next drops, and tells of, the first only."""
+    region = ctx.make(2)
+    region.fill(1)
+    ctx.register(region, MISSING)
+
+    def drop(length: int) -> int:
+        try:
+            _memory.madvise(region.start, length, mmap.MADV_DONTNEED)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    ctx.expect_variant("errno of a part", ctx.silently(drop, SMALL_PAGE), whole=0, refused=22)
+    ctx.expect_pagemap(region.start, "P????")
+    if ctx.variant == "refused":
+        return
+    dropping = ctx.start(drop, ctx.page + SMALL_PAGE)
+    event = ctx.expect_event(Remove)
+    ctx.expect("the event", event, Remove(region.start, region.start + ctx.page))
+    ctx.expect("errno", dropping.result(), 0)
+    ctx.expect_pagemap(region.start, HOLE)
+    ctx.expect_pagemap(region.start + ctx.page, "P????")

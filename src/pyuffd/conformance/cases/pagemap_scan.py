@@ -221,8 +221,9 @@ def not_async(ctx: Context) -> None:
     for mode in (None, RegisterMode.MISSING, RegisterMode.WP):
         if mode is not None:
             ctx.uffd.register(region, mode=mode)
-        result = scan(ctx, region.start, end_of(region), flags=WP_SCAN)
-        ctx.expect(f"errno, registered {mode!r}", result.errno, errno.EPERM)
+        for flags in (WP_SCAN, ScanFlag.CHECK_WPASYNC):
+            result = scan(ctx, region.start, end_of(region), flags=flags)
+            ctx.expect(f"errno of {flags!r}, registered {mode!r}", result.errno, errno.EPERM)
         result = scan(ctx, region.start, end_of(region), flags=ScanFlag.WP_MATCHING)
         ctx.expect(f"errno of WP_MATCHING, registered {mode!r}", result.errno, 0)
         ctx.expect_pagemap(region.start, "P??-?")
