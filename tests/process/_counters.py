@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from tests._memory import PAGE
 
 MOVED_PAGES = 64
+POLL_S = 0.001  # asking without a rest would need the CPU that it waits for
 Read = Callable[[int, int], bytes]
 
 
@@ -53,6 +55,7 @@ class Counters:
         before = self.rounds()
         while self.rounds() < before + 2:
             assert self.popen.poll() is None
+            time.sleep(POLL_S)
 
     def close(self) -> None:
         self.popen.kill()

@@ -7,7 +7,7 @@
  * word is the number that the thread before had reached in its first page when this page was
  * written: in no instant is that more than what is there.
  * HOW, letters: d drops a page now and then (MADV_DONTNEED) and writes it again, m moves memory
- * (mremap), s sleeps a little after each round, f makes children.
+ * (mremap), s sleeps a little after each round, longer if that was long, f makes children.
  *
  * Prints "ready", and the address of each thread's pages, on one line; for each line read, the
  * smallest number of rounds.  A page that holds anything but n or n - 1 ends it.
@@ -80,7 +80,7 @@ static void *count(void *argument)
 		if (strchr(how, 'f') && !self)
 			wait(NULL);
 		if (strchr(how, 's'))
-			usleep(1000);
+			usleep(1000 + (useconds_t)pages);
 	}
 	return NULL;
 }
