@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pyuffd import Region
 from pyuffd.testing import require
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
 from pyuffd.testing._run import ChildFailure, wait_for_end
 from pyuffd.testing._skips import lack_of
 from tests._child import ROOT, run_child
+from tests._zygote import ends_by_itself
 
 # Longer than every budget used here, so that only the time limit ends it.
 FOREVER_S = 600
@@ -44,6 +49,33 @@ def skip_here() -> None:
     pytest.skip("said the child")
 
 
+class Last:
+    """Says when it is freed."""
+
+    def __del__(self) -> None:
+        print("freed")
+
+
+left: list[object] = []
+
+
+def leave_an_object() -> None:
+    left.append(Last())
+
+
+def leave_an_exit_function() -> None:
+    atexit.register(print, "at the end")
+
+
+def leave_plain_objects() -> None:
+    """None of them makes the end of the interpreter a part of the test."""
+    left.extend([Path(), threading.Lock(), iter(()), {"a": 1}])
+
+
+def leave_a_thread() -> None:
+    threading.Thread(target=lambda: print("thread", flush=True)).start()
+
+
 def test_function_by_reference_returns_value_and_output() -> None:
     result = run_child(add, 2, second=3)
     assert (result.value, result.stdout, result.returncode) == (5, "adding\n", 0)
@@ -51,6 +83,31 @@ def test_function_by_reference_returns_value_and_output() -> None:
 
 def test_function_by_dotted_name() -> None:
     assert run_child("tests.unit.test_support:add", 20, 22).value == 42
+
+
+@pytest.mark.parametrize(
+    ("leave", "said"),
+    [
+        (leave_an_object, "freed\n"),
+        (leave_an_exit_function, "at the end\n"),
+        (leave_a_thread, "thread\n"),
+        (leave_plain_objects, ""),
+    ],
+)
+def test_the_end_of_a_child_does_what_is_left(leave: Callable[[], None], said: str) -> None:
+    result = run_child(leave)
+    assert (result.returncode, result.stdout, result.stderr) == (0, said, "")
+
+
+def test_what_the_end_of_an_interpreter_is_needed_for() -> None:
+    generator = (thing for thing in left)
+    with Region.anonymous(4096) as region, open("/dev/null") as file:
+        assert all(map(ends_by_itself, [region, file, generator, Last()]))
+    leave_plain_objects()
+    try:
+        assert not any(map(ends_by_itself, left))
+    finally:
+        left.clear()
 
 
 def test_source_text() -> None:
