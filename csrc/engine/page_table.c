@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "page_table.h"
@@ -150,4 +151,24 @@ void note_present(struct uffd_range *range)
 				atomic_compare_exchange_strong(state, &was, UFFD_PAGE_CLEAN);
 		}
 	}
+}
+
+bool is_mapped_here(const struct uffd_space *space, uint64_t address, uint64_t length)
+{
+	struct uffd_page_region found;
+	struct uffd_pm_scan_arg arg = {
+		.size = sizeof(arg),
+		.start = address & ~(BASE_PAGE - 1ull),
+		.end = (address + length + BASE_PAGE - 1) & ~(BASE_PAGE - 1ull),
+		.vec = (uint64_t)(uintptr_t)&found,
+		.vec_len = 1,
+		.max_pages = 1,
+		/* The first page that is not present. */
+		.category_inverted = UFFD_PAGE_IS_PRESENT,
+		.category_mask = UFFD_PAGE_IS_PRESENT,
+		.return_mask = UFFD_PAGE_IS_PRESENT,
+	};
+
+	return space->is_here && space->pagemap_fd >= 0 &&
+	       ioctl(space->pagemap_fd, UFFD_PAGEMAP_SCAN, &arg) == 0;
 }

@@ -18,5 +18,10 @@ int open_page_table(int pid);
 uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry);
 /* Note the pages of a range that are present already. */
 void note_present(struct uffd_range *range);
+/*
+ * Whether all of a range of this process's memory is mapped, so that reading it does not fault;
+ * false if the space cannot tell.
+ */
+bool is_mapped_here(const struct uffd_space *space, uint64_t address, uint64_t length);
 
 #endif /* UFFD_ENGINE_PAGE_TABLE_H */

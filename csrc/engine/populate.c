@@ -10,6 +10,8 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "gate.h"
 #include "populate.h"
@@ -243,6 +245,7 @@ static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, u
 struct needs {
 	bool is_filled, by_request, reads_file, is_mixed;
 	uint64_t page_size;
+	uint32_t thread_id;	/* the caller's */
 };
 
 static int look_up(struct uffd_engine *engine, const struct uffd_range_ref *ref, struct needs *ret)
@@ -260,6 +263,7 @@ static int look_up(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			range->content->kind == UFFD_SOURCE_FILE && !range->content->writes_cache,
 			needs_requests(range) && range->content->overlay,
 			range->page_size,
+			(uint32_t)syscall(SYS_gettid),
 		};
 	close_access(&access);
 	return range ? 0 : -ENOENT;
@@ -267,11 +271,12 @@ static int look_up(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 
 /* `reach`: NULL if all that this touches has been faulted in. */
 static int populate_from_here(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			      slice_reach reach, uint64_t offset, uint64_t end,
-			      struct uffd_populate_result *result)
+			      const struct needs *needs, slice_reach reach, uint64_t offset,
+			      uint64_t end, struct uffd_populate_result *result)
 {
 	uint64_t reached;
-	int r = for_slices(&(struct slices){ engine, *ref, offset, end, fill_slice, reach, NULL },
+	int r = for_slices(&(struct slices){ engine, *ref, offset, end, fill_slice, reach, NULL,
+					     needs->thread_id },
 			   &result->filled, &reached);
 
 	if (r == -ENOMEM)
@@ -289,7 +294,7 @@ static int populate_run(struct uffd_engine *engine, const struct uffd_range_ref 
 
 	*result_ret = (struct uffd_populate_result){ 0 };
 	if (!needs->by_request || needs->is_mixed)
-		r = populate_from_here(engine, ref, reach, offset, end, result_ret);
+		r = populate_from_here(engine, ref, needs, reach, offset, end, result_ret);
 	if (r || !needs->by_request)
 		return r;
 	r = populate_by_request(engine, ref, needs->page_size, offset, end, chunk, &asked);
@@ -362,7 +367,7 @@ int uffd_engine_populate_ranges(struct uffd_engine *engine, const struct uffd_ra
 			if (n > 1)
 				fault_in_slices(&(struct slices){ engine, *ref, offset + words[0],
 								  offset + end, NULL, group_reach,
-								  NULL });
+								  NULL, needs.thread_id });
 			past = n > 1 ? i + n : 0;
 		}
 		r = populate_run(engine, ref, &needs, i < past ? NULL : fill_reach,

@@ -63,5 +63,5 @@ int uffd_engine_retry(struct uffd_engine *engine, const struct uffd_range_ref *r
 	await_work(engine);
 	break_promises(engine, ref, offset, offset + length);
 	return for_slices(&(struct slices){ engine, *ref, offset, offset + length, wake_slice,
-					    NULL, NULL }, failed_ret, &reached);
+					    NULL, NULL, 0 }, failed_ret, &reached);
 }

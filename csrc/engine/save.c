@@ -210,6 +210,6 @@ int uffd_engine_preserve(struct uffd_engine *engine, const struct uffd_range_ref
 		return -EINVAL;
 	return for_slices(&(struct slices){ engine, *ref, offset, offset + length,
 					    unprotect ? preserve_and_free_slice : preserve_slice,
-					    preserve_reach, NULL },
+					    preserve_reach, NULL, 0 },
 			  saved_ret, reached_ret);
 }

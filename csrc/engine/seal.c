@@ -221,7 +221,7 @@ static int save_all(struct slices *all, const struct piece *piece, struct patien
 int seal_piece(struct uffd_engine *engine, const struct piece *piece, struct patience *patience)
 {
 	struct slices all = { engine, piece->ref, piece->offset, piece->end, preserve_slice,
-			      preserve_reach, NULL };
+			      preserve_reach, NULL, 0 };
 	struct uffd_populate_result populated;
 	uint64_t offset = piece->offset;
 	int r = 0;
@@ -249,7 +249,8 @@ int seal_piece(struct uffd_engine *engine, const struct piece *piece, struct pat
 int seal_in_flight(struct uffd_engine *engine, const struct piece *piece,
 		   struct patience *patience)
 {
-	struct slices all = { engine, piece->ref, piece->offset, piece->end, NULL, NULL, NULL };
+	struct slices all = { engine, piece->ref, piece->offset, piece->end, NULL, NULL, NULL,
+			      0 };
 
 	return piece->loses_content && piece->can_poison
 		? clear_in_flight(&all, find_in_flight_only, patience) : 0;

@@ -10,6 +10,7 @@
 
 #include "fill.h"
 #include "gate.h"
+#include "page_table.h"
 #include "range.h"
 #include "slices.h"
 #include "space.h"
@@ -76,6 +77,10 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 		reach.content = uffd_content_get(range->content);
 		at = all->reach(all, range, at, slice_end(range, offset, all->end), &reach);
 		stop = content_offset(range, at);
+		/* Asking is several times cheaper than faulting in what is there already. */
+		if (reach.read_length &&
+		    is_mapped_here(access.space, reach.read, reach.read_length))
+			reach.read_length = 0;
 	}
 	close_access(&access);
 	uffd_fault_in(reach.read, reach.read_length, false);
@@ -111,7 +116,8 @@ int do_slice(const struct slices *all, uint64_t *offset, uint64_t *done_ret)
 
 		at = range->start + (*offset - range->origin);
 		access.hold = leave_with(access.space->table, access.shard, range, at, stop,
-					 (uint32_t)syscall(SYS_gettid));
+					 all->thread_id ? all->thread_id
+							: (uint32_t)syscall(SYS_gettid));
 		if (access.hold)
 			atomic_store(&access.hold->is_call, true);
 		at = all->work(all, range, at, stop, &error, done_ret);

@@ -41,6 +41,7 @@ struct slices {
 	slice_work work;
 	slice_reach reach;	/* NULL: the work touches nothing that may block */
 	void *context;		/* for the work */
+	uint32_t thread_id;	/* of the caller, if many calls share it; else 0 */
 };
 
 /* Only fault in what the work on all of it will touch. */

@@ -117,7 +117,8 @@ int supply_some(struct uffd_engine *engine, const struct uffd_range_ref *ref, ui
 		uint64_t length, const void *data, uint64_t *filled_ret)
 {
 	struct supply supply = { .data = (uint64_t)(uintptr_t)data, .offset = offset };
-	struct slices all = { engine, *ref, offset, offset + length, supply_slice, NULL, &supply };
+	struct slices all = { engine, *ref, offset, offset + length, supply_slice, NULL, &supply,
+			      0 };
 	int r = 0;
 
 	*filled_ret = 0;
@@ -141,6 +142,6 @@ int uffd_engine_fill(struct uffd_engine *engine, const struct uffd_range_ref *re
 	};
 
 	return for_slices(&(struct slices){ engine, *ref, offset, offset + length, supply_slice,
-					    supply_reach, &supply },
+					    supply_reach, &supply, 0 },
 			  filled_ret, reached_ret);
 }

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,14 @@ from pyuffd.sources import PROMISED, Promised
 from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_params
-from tests.kernel._serving import content, is_lost, run_threads, states, wait_until
+from tests.kernel._serving import (
+    content,
+    is_lost,
+    run_threads,
+    states,
+    wait_for_stalled,
+    wait_until,
+)
 from tests.kernel._verbs import (
     ABSENT,
     CLEAN,
@@ -330,3 +338,33 @@ def beside_a_file_source() -> None:
 @needs(TRACKING)
 def test_beside_a_file() -> None:
     run_child(beside_a_file_source)
+
+
+def from_data_that_block() -> None:
+    """Data whose second page comes late: no page of the region waits for it meanwhile."""
+    for driver in DRIVERS:
+        with (
+            Userfaultfd() as other,
+            Region.anonymous(2 * 4096) as data,
+            handling(driver) as handler,
+            filling(handler, "anon") as region,
+        ):
+            other.register(data)
+            other.fill_copy(data.start, b"d" * 4096)
+            filled: list[int] = []
+            fill = partial(handler.fill, region, 0, data)
+            thread = threading.Thread(target=lambda fill=fill, to=filled: to.append(fill()))
+            thread.start()
+            wait_for_stalled(other, 1)
+            # As a source has it.
+            assert region.read(4096, 1) != b"l"
+            other.fill_copy(data.start + 4096, b"l" * 4096)
+            thread.join()
+            assert filled == [4096]
+            assert region.read(0, 1) == b"d"
+            other.unregister(data)
+
+
+@needs(TRACKING)
+def test_data_that_block() -> None:
+    run_child(from_data_that_block)
