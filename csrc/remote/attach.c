@@ -30,6 +30,7 @@
 #define HELPER_BYTES (UFFD_FRAME_MOST + PAGE)
 #define ARGUMENTS_AT UFFD_FRAME_MOST
 #define OWN_STACK (256u << 10)
+#define USED_STACK (64u << 10)
 #define HOLD_NS 1000000
 #define XSTATE_MOST 16384u
 #define PIDFD_THREAD O_EXCL /* Linux 6.9 */
@@ -320,6 +321,7 @@ static int restore(struct injection *in)
 {
 	pid_t tid = in->attach->tid;
 	struct user_regs_struct regs = in->calls.regs;
+	bool is_at_exit = false; /* of a system call */
 	int ret = 0;
 
 	if (in->page) {
@@ -328,14 +330,20 @@ static int restore(struct injection *in)
 
 		if (r == -ESRCH)
 			return (int)r;
+		is_at_exit = r == 0;
 		reach(in, UFFD_ATTACH_UNMAPPED);
 	}
-	/* From a stop at which the kernel checks whether to restart a system call. */
-	ret = uffd_trace_interrupt(tid);
-	if (!ret)
-		ret = uffd_inject_run_to(&in->calls, tid, UFFD_TRACE_TRAP);
-	if (ret)
-		return ret;
+	/*
+	 * From a stop at which the kernel checks whether to restart a system call.  A thread
+	 * that has none to restart goes on from where it is.
+	 */
+	if (!is_at_exit || uffd_frame_restarts(&regs)) {
+		ret = uffd_trace_interrupt(tid);
+		if (!ret)
+			ret = uffd_inject_run_to(&in->calls, tid, UFFD_TRACE_TRAP);
+		if (ret)
+			return ret;
+	}
 	reach(in, UFFD_ATTACH_HALTED);
 	/* The mask first: once the registers are restored nothing else would restore it. */
 	ret = uffd_trace_set_mask(tid, in->mask);
@@ -400,7 +408,7 @@ static int child(void *argument)
 
 int uffd_attach(struct uffd_attach *attach, int32_t *fd_ret)
 {
-	struct injection *in = calloc(1, sizeof(*in));
+	struct injection *in = malloc(sizeof(*in));
 	char *stack = malloc(OWN_STACK);
 	sigset_t all, before;
 	int ret = in && stack ? 0 : -ENOMEM, status = 0;
@@ -408,6 +416,10 @@ int uffd_attach(struct uffd_attach *attach, int32_t *fd_ret)
 
 	*fd_ret = -1;
 	if (!ret) {
+		/* All that could delay us while the thread stands: page faults, and CPUID. */
+		memset(stack + OWN_STACK - USED_STACK, 0, USED_STACK);
+		memset(in, 0, sizeof(*in));
+		uffd_frame_learn();
 		in->attach = attach;
 		in->calls.syscall_ret = attach->syscall_ret;
 		in->fd_ret = fd_ret;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <cpuid.h>
 #include <errno.h>
-#include <stdbool.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/syscall.h>
 
@@ -59,20 +59,35 @@ struct sw_bytes {
 #define ERESTARTNOHAND 514
 #define ERESTART_RESTARTBLOCK 516
 
-/* The size of a frame's extended state, and its features. */
+/* Where the state of each feature ends in a frame; 0: it is in none. */
+static uint32_t feature_ends[FIRST_DYNAMIC];
+static pthread_once_t feature_ends_once = PTHREAD_ONCE_INIT;
+
+static void find_feature_ends(void)
+{
+	for (uint32_t i = 2; i < FIRST_DYNAMIC; i++) {
+		uint32_t length = 0, offset = 0, ecx, edx;
+
+		/* ecx bit 0: state of the supervisor, in no frame. */
+		if (__get_cpuid_count(0xd, i, &length, &offset, &ecx, &edx) && !(ecx & 1))
+			feature_ends[i] = offset + length;
+	}
+}
+
+void uffd_frame_learn(void)
+{
+	pthread_once(&feature_ends_once, find_feature_ends);
+}
+
+/* The size of a frame's extended state with these features. */
 static uint32_t xstate_size(uint64_t features)
 {
 	uint32_t size = LEGACY_SIZE + HEADER_SIZE;
 
-	for (uint32_t i = 2; i < FIRST_DYNAMIC; i++) {
-		uint32_t length = 0, offset = 0, ecx, edx;
-
-		if (!(features >> i & 1) || !__get_cpuid_count(0xd, i, &length, &offset, &ecx, &edx))
-			continue;
-		/* ecx bit 0: state of the supervisor, in no frame. */
-		if (!(ecx & 1) && offset + length > size)
-			size = offset + length;
-	}
+	uffd_frame_learn();
+	for (uint32_t i = 2; i < FIRST_DYNAMIC; i++)
+		if (features >> i & 1 && feature_ends[i] > size)
+			size = feature_ends[i];
 	return size;
 }
 
@@ -139,6 +154,21 @@ int uffd_frame_write(void *buffer, uint64_t address, uint64_t restorer,
 	*length_ret = used;
 	*sp_ret = address;
 	return 0;
+}
+
+bool uffd_frame_restarts(const struct user_regs_struct *regs)
+{
+	if ((int64_t)regs->orig_rax < 0)
+		return false;
+	switch (-(int64_t)regs->rax) {
+	case ERESTARTSYS:
+	case ERESTARTNOINTR:
+	case ERESTARTNOHAND:
+	case ERESTART_RESTARTBLOCK:
+		return true;
+	default:
+		return false;
+	}
 }
 
 void uffd_frame_resume_at(struct user_regs_struct *regs)

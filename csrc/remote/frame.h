@@ -10,6 +10,7 @@
 #ifndef UFFD_REMOTE_FRAME_H
 #define UFFD_REMOTE_FRAME_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/user.h>
 
@@ -24,6 +25,15 @@
 int uffd_frame_write(void *buffer, uint64_t address, uint64_t restorer,
 		     const struct user_regs_struct *regs, uint64_t mask, const void *xstate,
 		     uint64_t xstate_length, uint64_t *length_ret, uint64_t *sp_ret);
+
+/*
+ * Ask the CPU what the frame's size depends on, once in a process.  In a virtual machine that needs
+ * tens of microseconds: call this before a thread is stopped.
+ */
+void uffd_frame_learn(void);
+
+/* Whether the kernel would restart a system call if the thread went on with these registers. */
+bool uffd_frame_restarts(const struct user_regs_struct *regs);
 
 /*
  * Change the registers of a stopped thread to those with which it continues.  As in the kernel,
