@@ -47,6 +47,14 @@ def check_range(
     start: int, length: int, page_size: int = PAGE_SIZE, *, name: str = "start"
 ) -> None:
     """Raise ValueError unless [start, start + length) is a non-empty, aligned range of memory."""
+    if (
+        type(start) is type(length) is int
+        and start >= 0
+        and length > 0
+        and start + length <= ADDRESS_LIMIT
+        and start % page_size == length % page_size == 0
+    ):
+        return
     check_aligned(name, start, page_size)
     check_int("length", length)
     if length <= 0:
@@ -99,6 +107,9 @@ def is_address(value: object) -> bool:
 
 def check_region(region: object, name: str = "region") -> None:
     """Raise TypeError unless this is a range object."""
+    start, length = getattr(region, "start", None), getattr(region, "length", None)
+    if type(start) is int and type(length) is int and not isinstance(region, type):
+        return
     if isinstance(region, type) or not (hasattr(region, "start") and hasattr(region, "length")):
         raise TypeError(
             f"{name}: {shown(region)} is not a region: Region.at(address, length) describes memory"
@@ -110,6 +121,9 @@ def check_region(region: object, name: str = "region") -> None:
 
 def start_of(region: RangeLike | int, name: str = "region") -> int:
     """Return the address of a range object, or the one that is given itself."""
+    start, length = getattr(region, "start", None), getattr(region, "length", None)
+    if type(start) is int and type(length) is int and not isinstance(region, int | type):
+        return start
     if is_address(region):
         return check_int(name, region)
     check_region(region, name)

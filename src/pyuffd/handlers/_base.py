@@ -174,12 +174,18 @@ class HandlerBase(SoleOwner):
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served | None:
         """Return the range that begins where a region does, if it is served."""
-        start = start_of(region)
+        return self._find_at(start_of(region), region, uffd)
+
+    def _find_at(
+        self, start: int, region: RangeLike | int, uffd: Userfaultfd | None = None
+    ) -> Served | None:
         found = [
             self._served[space, start]
             for known, space in self._spaces.items()
             if uffd in (None, known) and (space, start) in self._served
         ]
+        if len(found) == 1:
+            return found[0]
         # Processes may have different memory at one address; the object served tells them apart.
         same = [one for one in found if one.region is region]
         if len(same or found) > 1:
@@ -200,8 +206,9 @@ class HandlerBase(SoleOwner):
             raise ValueError(
                 f"offset {offset:#x} + {length:#x} is outside a region of {past - begin:#x}"
             )
-        offset += begin
-        check_range(offset, length, served.page_size, name="start")
+        if begin:
+            offset += begin
+            check_range(offset, length, served.page_size, name="start")
         if not holds(served.parts, offset, offset + length):
             raise ValueError(
                 f"not all of [{served.id.start + offset:#x}, +{length:#x}) is served as one range:"
@@ -211,12 +218,12 @@ class HandlerBase(SoleOwner):
 
     def _find_part(self, region: RangeLike) -> tuple[Served, int, int]:
         """Return what is served of a region, or of a part of one: offsets in the served range."""
-        served = self._find(region)
+        start = start_of(region)
+        served = self._find_at(start, region)
         if is_address(region):
             length = 0 if served is None else served.parts[-1][1] - served.parts[0][0]
         else:
             length = region.length
-        start = start_of(region)
         if served is None or not holds(served.parts, *_offsets(served, start, length)):
             others = [one for one in self._served.values() if one.is_here]
             whole = [one for one in others if one.region is region]

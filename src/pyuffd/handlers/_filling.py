@@ -312,6 +312,8 @@ class FillsPages(HandlerBase):
                 f"the range at {served.id.start:#x} is served for WP only, so that none of its"
                 " pages is ever absent"
             )
+        if keep_protected is None:
+            return False
         if keep_protected and not served.mode & RegisterMode.WP:
             raise ValueError(
                 f"keep_protected: the range at {served.id.start:#x} is not served for WP"
