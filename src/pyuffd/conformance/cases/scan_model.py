@@ -390,3 +390,24 @@ def other_process(ctx: Context) -> None:
     seen = scan(ctx, region.start, end_of(region), pid=child.pid)
     ctx.expect("written there", seen.ranges, ((middle, middle + ctx.page, int(WRITTEN)),))
     ctx.expect("written here", scan(ctx, region.start, end_of(region)).count, 0)
+
+
+@case(
+    "PAGEMAP_SCAN.ok.protects-without-room",
+    origin=ORIGIN,
+    memory=SMALL,
+    features=FEATURES,
+    variants=(
+        Variant("asked", "what was asked for is protected"),
+        Variant("everything", "without room for ranges everything is protected: a kernel bug"),
+    ),
+)
+def without_room(ctx: Context) -> None:
+    """A scan that protects pages in swap, of which there are none, and has no room for ranges."""
+    region = ctx.make(3)
+    ctx.register(region, RegisterMode.WP)
+    region.fill(1)
+    seen = scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), room=0, mask=int(SWAPPED))
+    ctx.expect("errno and count", (seen.errno, seen.count), (0, 0))
+    bits = [ctx.is_protected(region.start + index * ctx.page) for index in range(3)]
+    ctx.expect_variant("protected", bits, asked=[False] * 3, everything=[True] * 3)
