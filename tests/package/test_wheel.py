@@ -103,7 +103,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     top = {name.partition("/")[0] for name in names}
-    assert top == {"pyuffd", "_pyuffd_pytestplugin.py", f"pyuffd-{VERSION}.dist-info"}
+    modules = {"_pyuffd_command.py", "_pyuffd_pytestplugin.py"}
+    assert top == {"pyuffd", *modules, f"pyuffd-{VERSION}.dist-info"}
     assert {"pyuffd/_shim.abi3.so", "pyuffd/_shim.pyi", "pyuffd/py.typed"} <= set(names)
     sources = {
         f"pyuffd/{path.relative_to(ROOT / 'src' / 'pyuffd').as_posix()}"
