@@ -52,3 +52,13 @@ def test_what_is_wrong(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ):
         assert main(["restore-bench", *arguments]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verify", ["first", "drain"])
+def test_damage_is_no_refusal(verify: str, chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(chain.parent / "0" / "pages", "r+b") as pages:
+        pages.seek(10 * 4096)
+        pages.write(b"damaged")
+    arguments = ["restore-bench", "--mode", "copy", "--verify", verify, str(chain)]
+    assert main(arguments) == 2
+    assert "is not what was written" in capsys.readouterr().err

@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-from pyuffd import Region, RunState, Snapshot, SnapshotError, SnapshotRegion
+from pyuffd import (
+    PagePoisonedError,
+    Region,
+    RunState,
+    Snapshot,
+    SnapshotError,
+    SnapshotFormatError,
+    SnapshotRegion,
+)
 from pyuffd.cli._progress import MIB
 
 Mode = Literal["copy", "minor", "map", "auto"]
@@ -132,11 +140,17 @@ def _one(args: argparse.Namespace, mode: Mode | None, paths: list[str]) -> dict[
             restore = snapshot.restore(
                 memory, mode=mode, gaps="zeros", verify=args.verify, threads=args.threads
             )
+        except SnapshotFormatError:
+            raise
         except (ValueError, SnapshotError) as error:
             return {"name": mode, "refused": str(error)}
         with restore:
             ready = time.perf_counter()
-            next(iter(memory.values())).touch(0, 1)
+            try:
+                next(iter(memory.values())).touch(0, 1)
+            except PagePoisonedError:
+                restore.wait()  # the background met the damage first, and tells it
+                raise
             first = time.perf_counter()
             restore.wait()
             placed = time.perf_counter()
