@@ -181,6 +181,31 @@ def test_a_compressed_chain() -> None:
     run_child(compressed, budget_s=40)
 
 
+def damaged_and_compressed() -> None:
+    """The background tells of the file, as it does without compression, and fills the rest."""
+    with folder() as path:
+        newest = write(path / "0", [(START, [data(3 * PIECE // PAGE)])], compress=True)
+        with Snapshot.open(newest) as snapshot, Region.anonymous(3 * PIECE) as region:
+            want, run = expected(snapshot), list(snapshot.runs)[1]
+            with open(newest / "pages", "r+b") as pages:
+                pages.seek(run.offset + run.stored // 2)
+                pages.write(b"damaged")
+            with snapshot.restore({START: region}, mode="copy") as restore:
+                with pytest.raises(SnapshotFormatError) as caught:
+                    restore.wait(30)
+                assert caught.value.path == str(newest / "pages")
+                assert caught.value.offset == run.offset
+                assert region.read(0, PIECE) == want[:PIECE]
+                assert region.read(2 * PIECE, PIECE) == want[2 * PIECE :]
+                with pytest.raises(PagePoisonedError):
+                    region.read(PIECE, PAGE)
+
+
+def test_a_damaged_compressed_chunk() -> None:
+    pytest.importorskip("zstandard")
+    run_child(damaged_and_compressed, budget_s=40)
+
+
 def ten_thousand_runs() -> None:
     pages = 20_000
     with folder() as path:

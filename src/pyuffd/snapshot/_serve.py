@@ -170,7 +170,11 @@ class Serving:
             except (SnapshotFormatError, OSError) as error:
                 self._spoil(placed, offset, end, error)
                 return 0
-        done = self._retried(placed, partial(self._load, placed, offset, end - offset))
+        done = self._retried(
+            placed,
+            partial(self._load, placed, offset, end - offset),
+            partial(self._damage, placed, offset, end),
+        )
         with self._lock:
             self.passed_bytes += size
         return done
@@ -182,6 +186,15 @@ class Serving:
             ranges = list(placed.data_in(offset, offset + length))
             return self._populate(placed, ranges, chunk)
         return self.handler.load(self._served_as(placed), offset, length, chunk=chunk)
+
+    def _damage(self, placed: Placed, offset: int, end: int, error: Exception) -> Exception:
+        """Return what is wrong with compressed content: the helper process tells only an errno."""
+        if placed.chain.is_packed:
+            try:
+                Sums(placed.images).check(placed.start + offset, placed.start + end)
+            except (SnapshotFormatError, OSError) as damage:
+                return damage
+        return error
 
     def _spoil(self, placed: Placed, offset: int, end: int, error: BaseException) -> None:
         """Note an error; nobody gets what is left of these pages."""
@@ -251,7 +264,12 @@ class Serving:
         moved = memoryview(words).cast("B").cast("Q", [len(ranges), 2])
         return self.handler.populate(part, ranges=moved, chunk=chunk)
 
-    def _retried(self, placed: Placed, call: Callable[[], int]) -> int:
+    def _retried(
+        self,
+        placed: Placed,
+        call: Callable[[], int],
+        why: Callable[[Exception], Exception] | None = None,
+    ) -> int:
         while not self._stopped.is_set():
             try:
                 done = call()
@@ -266,7 +284,7 @@ class Serving:
                 return 0
             except UffdOSError as error:
                 if error.errno not in _RETRIED:
-                    self._note(error)
+                    self._note(error if why is None else why(error))
                     return 0
                 self._stopped.wait(_RETRY_S)
                 continue
