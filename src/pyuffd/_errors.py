@@ -333,6 +333,19 @@ def raise_errno(
     raise cls(code, op, start, length, hint, **data)
 
 
+# These say that something is short here, and nothing about what was asked for.
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def raise_if_short(op: str, error: OSError) -> None:
+    """Raise if a call failed for lack of descriptors or memory, and not because of its arguments.
+
+    Code that takes a failed open(2) for "it has ended" or "nobody may see it" calls it first.
+    """
+    if error.errno in _SHORT:
+        raise_errno(op, error.errno)
+
+
 # errno: (the limit, what it counts, the option of ulimit)
 _LIMITS = {
     errno.EMFILE: ("RLIMIT_NOFILE", "descriptors of a process", "-n"),

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from pyuffd import _dirty_calls as calls
+from pyuffd._errors import raise_if_short
 from pyuffd._uffd import Userfaultfd
 from pyuffd.remote._mappings import Mapping, MappingKind
 from pyuffd.remote._process import Process
@@ -115,8 +115,10 @@ def _threads(process: Process) -> set[int] | None:
 
 def _listed(pids: Iterable[int]) -> Iterable[int]:
     for pid in pids:
-        with suppress(OSError):
+        try:
             yield from map(int, os.listdir(f"/proc/{pid}/task"))
+        except OSError as error:  # it has ended
+            raise_if_short(f"open {error.filename}", error)
 
 
 def _is_outside(tid: int) -> bool:

@@ -12,6 +12,7 @@ from pyuffd import _remote_calls as calls
 from pyuffd import _vmas
 from pyuffd._arguments import checked_index
 from pyuffd._enums import Word
+from pyuffd._errors import raise_if_short
 from pyuffd._pages import PAGE_SIZE
 
 _ROW = struct.Struct(f"={calls.MAP_WORDS}Q")
@@ -210,22 +211,24 @@ class Kinds:
             return size
         try:
             found = list(_vmas.overlapping(start, start + 1, pid=self._pid, details=True))
-        except OSError:  # the process is gone
+        except OSError as error:  # the process is gone
+            raise_if_short(f"open {error.filename}", error)
             return PAGE_SIZE
         return found[0].page_size if found else PAGE_SIZE
 
     def _tmpfs_devices(self) -> set[int]:
         if self._tmpfs is None:
-            self._tmpfs = set()
+            found: set[int] = set()
             try:
                 with open(f"/proc/{self._pid}/mountinfo", encoding="utf-8", errors="replace") as f:
                     for line in f:
                         before, _, after = line.partition(" - ")
                         if after.startswith(("tmpfs ", "shmem ")):
                             major, minor = before.split()[2].split(":")
-                            self._tmpfs.add(os.makedev(int(major), int(minor)))
-            except OSError:
-                pass
+                            found.add(os.makedev(int(major), int(minor)))
+            except OSError as error:
+                raise_if_short(f"open {error.filename}", error)
+            self._tmpfs = found
         return self._tmpfs
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pyuffd import _vmas
+from pyuffd._errors import raise_if_short
 from pyuffd._pages import ADDRESS_LIMIT, HUGE_PAGE_2M
 from pyuffd._remote_calls import pinners
 
@@ -69,7 +70,8 @@ def _counted(pid: int) -> int:
     try:
         with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
             _, _, rest = file.read(_STATUS_MOST).partition(b"\nVmPin:")
-    except OSError:  # it has ended
+    except OSError as error:  # it has ended
+        raise_if_short(f"open {error.filename}", error)
         return 0
     return int(rest.split(None, 1)[0]) << 10 if rest else 0
 
@@ -82,7 +84,8 @@ def _has_hidden_ring(pid: int) -> bool:
             shown.add(os.stat(f"/proc/{pid}/fd/{fd}").st_ino)
     try:
         mapped = {vma.inode for vma in _vmas.overlapping(0, 1 << 64, pid=pid) if vma.path == _RING}
-    except OSError:  # it has ended
+    except OSError as error:  # it has ended
+        raise_if_short(f"open {error.filename}", error)
         return False
     return bool(mapped - shown)
 
@@ -95,7 +98,8 @@ def _of_descriptor(pid: int, fd: int, link: str) -> Iterator[Pin]:
     try:
         with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as lines:
             text = lines.read()
-    except OSError:
+    except OSError as error:
+        raise_if_short(f"open {error.filename}", error)
         return
     _, found, rest = text.partition("UserBufs:")
     if not found:

@@ -16,7 +16,13 @@ from pyuffd import _remote_calls as calls
 from pyuffd._abi import Feature
 from pyuffd._arguments import check_buffer, check_descriptor, check_int, check_pid, shown
 from pyuffd._closing import Closing
-from pyuffd._errors import ClosedError, ProcessGoneError, UffdOSError, raise_errno
+from pyuffd._errors import (
+    ClosedError,
+    ProcessGoneError,
+    UffdOSError,
+    raise_errno,
+    raise_if_short,
+)
 from pyuffd._owned import Descriptor
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, resolve_range
 from pyuffd.pagemap import Pagemap, PageRanges
@@ -29,7 +35,7 @@ from pyuffd.remote._mappings import (
     with_details,
 )
 from pyuffd.remote._threads import Thread, threads_of
-from pyuffd.remote._through import has_memory, thread_with_memory
+from pyuffd.remote._through import has_memory, thread_with_memory, why_no_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -103,12 +109,16 @@ class Process(Closing):
         except OSError as error:
             code = error.errno or errno.ESRCH
             if code != errno.EINVAL and code != errno.ENOENT:  # Linux 6.9 says ENOENT for a thread
-                raise_errno(f"pidfd_open {pid}", code)
+                hint = f"there is no process {pid}" if code == errno.ESRCH else ""
+                raise_errno(f"pidfd_open {pid}", code, hint=hint)
             self.pid = pid = _leader(pid)
             descriptor = Descriptor.of_process(pid)
         self._thread = thread_with_memory(pid)
         with descriptor:
-            self.pagemap: Pagemap = Pagemap(self._thread)
+            try:
+                self.pagemap: Pagemap = Pagemap(self._thread)
+            except ProcessGoneError as error:
+                raise error.with_hint(why_no_memory(pid)) from None
             try:
                 self._open_maps()
                 self._pidfd = descriptor.moved()
@@ -427,6 +437,7 @@ def _leader(tid: int) -> int:
     """Return the process of a thread."""
     try:
         text = Path(f"/proc/{tid}/status").read_text()
-    except OSError:
+    except OSError as error:
+        raise_if_short(f"open {error.filename}", error)
         raise_errno(f"process {tid}", errno.ESRCH)
     return int(text.split("\nTgid:", 1)[1].split(None, 1)[0])

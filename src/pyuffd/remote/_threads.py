@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyuffd._errors import raise_errno
+from pyuffd._errors import raise_if_short
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +31,22 @@ def threads_of(pid: int) -> Iterator[Thread]:
     try:
         names = sorted(os.listdir(f"/proc/{pid}/task"), key=int)
     except OSError as error:
-        _raise_of_limits(error)
+        raise_if_short(f"open {error.filename}", error)
         return
     for name in names:
         try:
             text = Path(f"/proc/{pid}/task/{name}/stat").read_text(errors="replace")
         except OSError as error:  # it has ended
-            _raise_of_limits(error)
+            raise_if_short(f"open {error.filename}", error)
             continue
         before, _, after = text.rpartition(")")
         yield Thread(int(name), before.partition("(")[2], after.split()[0])
 
 
-def _raise_of_limits(error: OSError) -> None:
-    """Raise if nothing could be opened; that says nothing about the process."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        raise_errno(f"open {error.filename}", error.errno)
+def wait_channel(tid: int) -> str:
+    """Return the function of the kernel that a thread waits in; "" if the kernel does not tell."""
+    try:
+        name = Path(f"/proc/{tid}/wchan").read_text()
+    except OSError:
+        return ""
+    return "" if name == "0" else name

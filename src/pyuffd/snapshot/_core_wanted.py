@@ -83,10 +83,13 @@ class Chooser:
             if not shared.is_file_of_memory(m):
                 on_disk.append(m)
                 continue
-            with suppress(OSError), ExitStack() as stack:
+            with ExitStack() as stack:
                 fd = shared.try_open(self._process, m, stack)
-                if fd is not None and os.pread(fd, len(plan.ELF_MAGIC), 0) == plan.ELF_MAGIC:
-                    found.add(m.start)
+                if fd is None:
+                    continue
+                with suppress(OSError):
+                    if os.pread(fd, len(plan.ELF_MAGIC), 0) == plan.ELF_MAGIC:
+                        found.add(m.start)
         if on_disk:
             pages = PageRanges.of((m.start, m.start + PAGE_SIZE) for m in on_disk)
             text = bytearray(pages.bytes)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
-from pyuffd._errors import SnapshotError
+from pyuffd._errors import SnapshotError, raise_if_short
 from pyuffd._pages import HUGE_PAGE_2M
 from pyuffd.dirty import DirtyTracker, _rows
 from pyuffd.pagemap import PageRanges
@@ -164,7 +164,8 @@ class SnapshotLayout:
             try:
                 with open_mapped(self._process, mapping) as file:
                     yield from extents(file.number, mapping, mapping.start, mapping.end)
-            except OSError:
+            except OSError as error:
+                raise_if_short(f"open {error.filename}", error)
                 self.unopened.append((mapping.start, mapping.end))
 
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from pyuffd import _image_calls as calls
+from pyuffd._errors import raise_if_short
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, round_up
 from pyuffd.pagemap import PageRanges
@@ -50,7 +51,8 @@ def try_open(process: Process, mapping: Mapping, stack: ExitStack) -> int | None
     """Open it until the end of the stack; None without the privilege."""
     try:
         return stack.enter_context(open_mapped(process, mapping)).number
-    except OSError:
+    except OSError as error:
+        raise_if_short(f"open {error.filename}", error)
         return None
 
 
@@ -120,7 +122,8 @@ def _work(process: Process, part: Placed, result: FilesCopied) -> _Work:
         with open_mapped(process, m) as file:
             found = PageRanges.of(extents(file.number, m, part.start, part.end))
             length = round_up(os.fstat(file.number).st_size, PAGE_SIZE)
-    except OSError:
+    except OSError as error:
+        raise_if_short(f"open {error.filename}", error)
         result.unseen += _spans(span - present - own)
         return _Work(part, PageRanges.of([]), present | own, present)
     end = max(part.start, min(part.end, length - m.offset + m.start))

@@ -13,10 +13,10 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
+from pyuffd._errors import raise_if_short
 from pyuffd._owned import Descriptor
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote._mappings import Mapping, Mappings
@@ -74,11 +74,13 @@ class PrivateFiles:
         key = (mapping.device, mapping.inode)
         if not mapping.path.endswith(_DELETED):
             return _regular(f"/proc/{tid}/root{mapping.path}", key)
-        with suppress(OSError):
-            for number in os.listdir(f"/proc/{tid}/fd"):
-                if (file := _regular(f"/proc/{tid}/fd/{number}", key)) is not None:
-                    return file
-        return None
+        try:
+            numbers = os.listdir(f"/proc/{tid}/fd")
+        except OSError as error:
+            raise_if_short(f"open {error.filename}", error)
+            return None
+        found = (_regular(f"/proc/{tid}/fd/{number}", key) for number in numbers)
+        return next((file for file in found if file is not None), None)
 
     def extents(self, mapping: Mapping) -> Iterator[tuple[int, int]]:
         """Yield where the file has content behind a mapping that was added."""
@@ -156,12 +158,14 @@ class PrivateFiles:
 
 def _regular(name: str, key: tuple[int, int] | None = None) -> Descriptor | None:
     """Open a regular file, with this device and inode if they are given; None if it cannot be."""
-    with suppress(OSError):
+    try:
         if _is_it(os.stat(name), key):
             file = Descriptor.open(name, os.O_RDONLY | os.O_NONBLOCK)
             if _is_it(os.fstat(file.number), key):
                 return file
             file.close()
+    except OSError as error:
+        raise_if_short(f"open {name}", error)
     return None
 
 

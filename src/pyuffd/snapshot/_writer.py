@@ -13,7 +13,7 @@ from contextlib import suppress
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd import _remote_calls as remote_calls
-from pyuffd._errors import SnapshotError
+from pyuffd._errors import SnapshotError, raise_if_short
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.pagemap import PageRanges
@@ -239,7 +239,8 @@ class Writer:
 def _open_mem(pid: int) -> Descriptor:
     try:
         return Descriptor.open(f"/proc/{pid}/mem", os.O_RDONLY)
-    except OSError:
+    except OSError as error:
+        raise_if_short(f"open {error.filename}", error)
         return Descriptor()  # process_vm_readv(2) says why, or does without
 
 
