@@ -9,11 +9,11 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from pyuffd._closing import Closing
-from pyuffd._errors import SnapshotFormatError
+from pyuffd._errors import SnapshotFormatError, raise_if_short
 from pyuffd._owned import Descriptor
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd.snapshot import _sums
@@ -38,6 +38,7 @@ from pyuffd.sources import FileSource
 # Chunks kept, since neighbours are often read together.
 _KEPT = 8
 _DEPTH_MOST = 1000
+_NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _TEXTS = ("permissions", "kind", "path")  # fields of a region; the others are numbers
 
 
@@ -146,11 +147,22 @@ class Image(Closing):
 
     def _find(self, wanted: dict[str, Any], depth: int) -> Image:
         """Open the parent, wherever it is by now: its hash names it."""
-        for path in self._candidates(str(wanted["path"])):
-            with suppress(OSError), open_directory(path) as folder:
-                raw = _read(folder, path, MANIFEST, MANIFEST_MOST)
-                if hashlib.sha256(raw).hexdigest() == wanted["sha256"]:
-                    return Image(path, depth=depth)
+        problem: Exception | None = None
+        for number, path in enumerate(self._candidates(str(wanted["path"]))):
+            try:
+                if _manifest_sha256(path) != wanted["sha256"]:
+                    continue
+            except OSError as error:
+                raise_if_short(f"open {path}", error)
+                if not number:  # what is beside it may be something else
+                    problem = error
+                continue
+            try:
+                return Image(path, depth=depth)
+            except (OSError, SnapshotFormatError) as error:  # another copy may be good
+                problem = problem or error
+        if problem is not None:
+            raise problem
         raise SnapshotFormatError(
             self.path,
             f"its parent {wanted['id']} is neither at {wanted['path']!r} nor beside it, or was"
@@ -160,10 +172,14 @@ class Image(Closing):
     def _candidates(self, hint: str) -> Iterator[str]:
         here = os.path.dirname(self.path)
         yield os.path.join(here, hint)
-        with suppress(OSError):
-            for name in sorted(os.listdir(here)):
-                if not name.startswith("."):
-                    yield os.path.join(here, name)
+        try:
+            names = sorted(os.listdir(here))
+        except OSError as error:
+            raise_if_short(f"open {here}", error)
+            return
+        for name in names:
+            if not name.startswith("."):
+                yield os.path.join(here, name)
 
     # Content
 
@@ -354,6 +370,20 @@ class Reader(threading.local):
 
 
 reader = Reader()
+
+
+def _manifest_sha256(path: str) -> str:
+    """Return the hash of a manifest; an empty string if there is no snapshot."""
+    try:
+        with open_directory(path) as folder:
+            raw = _read(folder, path, MANIFEST, MANIFEST_MOST)
+    except SnapshotFormatError:  # a directory of something else
+        return ""
+    except OSError as error:
+        if error.errno in _NO_DIRECTORY:
+            return ""
+        raise
+    return hashlib.sha256(raw).hexdigest()
 
 
 def _pread(descriptor: int, length: int, offset: int) -> bytes:
