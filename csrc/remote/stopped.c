@@ -20,6 +20,7 @@
 #include "base/array.h"
 #include "base/clock.h"
 #include "remote/stopped.h"
+#include "remote/thread.h"
 #include "remote/trace.h"
 
 #define THREADS_FIRST 64u
@@ -46,6 +47,8 @@ struct uffd_stopped {
 	const int32_t *pids;
 	uint32_t pids_count;
 	uint64_t until_ns;
+	/* The same for a thread that waits in the kernel while others stand. */
+	uint64_t asleep_until_ns;
 	struct thread *threads;
 	uint32_t count;
 	uint64_t capacity;
@@ -72,46 +75,6 @@ static int add(struct uffd_stopped *stopped, pid_t tid)
 	return 0;
 }
 
-static char state_of(pid_t tid)
-{
-	char path[40], text[512], *end;
-	ssize_t n;
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/%d/stat", tid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return 'X';
-	n = read(fd, text, sizeof(text) - 1);
-	close(fd);
-	if (n <= 0)
-		return 'X';
-	text[n] = '\0';
-	end = strrchr(text, ')');
-	return end && end[1] == ' ' ? end[2] : 'X';
-}
-
-/* Whether a thread waits in vfork(2), clone(2) or clone3(2) until its child has other memory. */
-static bool waits_for_its_child(pid_t tid)
-{
-	char path[40], text[256];
-	ssize_t n;
-	int fd, number = -1;
-
-	snprintf(path, sizeof(path), "/proc/%d/syscall", tid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return false;
-	n = read(fd, text, sizeof(text) - 1);
-	close(fd);
-	if (n <= 0)
-		return false;
-	text[n] = '\0';
-	if (sscanf(text, "%d", &number) != 1)
-		return false;
-	return number == SYS_vfork || number == SYS_clone || number == 435 /* clone3 */;
-}
-
 /* Seize and interrupt the threads of a process that are not known yet; found_ret: whether any. */
 static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 {
@@ -131,7 +94,7 @@ static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 			continue;
 		ret = uffd_trace_seize(tid, 0);
 		if (ret == -EPERM || ret == -ESRCH) {
-			char state = state_of(tid);
+			char state = uffd_thread_state(tid);
 
 			/* One that has ended; the process continues without its first thread. */
 			if (state == 'Z' || state == 'X') {
@@ -150,6 +113,17 @@ static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 	return ret;
 }
 
+/* Whether a thread waits in the kernel, uninterruptibly, while others stand for it already. */
+static bool sleeps_too_long(const struct uffd_stopped *stopped, pid_t tid)
+{
+	if (uffd_now_ns() < stopped->asleep_until_ns || uffd_thread_state(tid) != 'D')
+		return false;
+	for (uint32_t i = 0; i < stopped->count; i++)
+		if (stopped->threads[i].is_held)
+			return true;
+	return false;
+}
+
 static int wait_for(struct uffd_stopped *stopped, struct thread *thread)
 {
 	struct uffd_trace_state state;
@@ -164,9 +138,10 @@ static int wait_for(struct uffd_stopped *stopped, struct thread *thread)
 
 		ret = uffd_trace_wait(thread->tid,
 				      slice < stopped->until_ns ? slice : stopped->until_ns, &state);
-		if (ret == -ETIMEDOUT && waits_for_its_child(thread->tid))
+		if (ret == -ETIMEDOUT && uffd_thread_waits_for_child(thread->tid))
 			return 0;
-		if (ret == -ETIMEDOUT && uffd_now_ns() < stopped->until_ns)
+		if (ret == -ETIMEDOUT && uffd_now_ns() < stopped->until_ns &&
+		    !sleeps_too_long(stopped, thread->tid))
 			continue;
 		if (ret == -ESRCH) {
 			thread->is_held = true; /* it has ended, which is as good */
@@ -273,7 +248,7 @@ static int wait_for_owner(struct uffd_stopped *stopped)
 			continue;
 		reap_killed(stopped);
 		/* A tracer of the owner (strace) stops it again and again, and shortly. */
-		state = state_of(stopped->owner);
+		state = uffd_thread_state(stopped->owner);
 		looks = state == 'T' || state == 't' ? looks + 1 : 0;
 		if (looks >= LOOKS)
 			return -ETIMEDOUT;
@@ -369,8 +344,8 @@ static void destroy(struct uffd_stopped *stopped)
 }
 
 int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
-			struct uffd_stopped **stopped_ret, int32_t *tid_ret, uint32_t *threads_ret,
-			uint64_t *ns_ret)
+			uint64_t asleep_limit_ns, struct uffd_stopped **stopped_ret, int32_t *tid_ret,
+			uint32_t *threads_ret, uint64_t *ns_ret)
 {
 	struct uffd_stopped *stopped = calloc(1, sizeof(*stopped));
 	uint64_t begin = uffd_now_ns();
@@ -386,6 +361,7 @@ int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
 	stopped->pids = pids;
 	stopped->pids_count = count;
 	stopped->until_ns = begin + limit_ns;
+	stopped->asleep_until_ns = begin + asleep_limit_ns;
 	stopped->owner = getpid();
 	sem_init(&stopped->ready, 0, 0);
 	sem_init(&stopped->wake, 0, 0);

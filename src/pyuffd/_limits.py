@@ -121,9 +121,9 @@ def _cgroup_limits() -> Iterator[tuple[str, int, int]]:
             yield f"{text}: raise it", used, limit
 
 
-def cgroups(controller: str) -> Iterator[tuple[str, str]]:
-    """Yield the name and the folder of each cgroup of this process, the innermost first."""
-    for line in (PROC / "self/cgroup").read_text().splitlines():
+def cgroups(controller: str, pid: int | str = "self") -> Iterator[tuple[str, str]]:
+    """Yield the name and the folder of each cgroup of a process, the innermost first."""
+    for line in (PROC / f"{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -133,6 +133,19 @@ def cgroups(controller: str) -> Iterator[tuple[str, str]]:
             if path in ("", "/"):
                 break
             path = path.rpartition("/")[0]
+
+
+def frozen_cgroup(tid: int) -> str:
+    """Return the cgroup that keeps a thread frozen in the way of version 1; "" if there is none.
+
+    Such a thread cannot be stopped by a tracer. One of a frozen cgroup of version 2 can.
+    """
+    with suppress(OSError, ValueError):
+        for folder, files in cgroups("freezer", tid):
+            with suppress(OSError), open(f"{files}/freezer.state") as state:
+                if state.read().strip() != "THAWED":
+                    return folder
+    return ""
 
 
 def _tasks_of(uid: int) -> int:

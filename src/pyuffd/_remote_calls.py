@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
-from pyuffd._errors import raise_errno
+from pyuffd._errors import raise_errno, raise_if_short
 from pyuffd._owned import Descriptor
 from pyuffd._shim import ffi, lib
 
@@ -138,7 +138,8 @@ def pinners(pid: int) -> list[int]:
     capacity = _PINNERS_FIRST
     while True:
         fds, count = ffi.new("int32_t[]", capacity), ffi.new("uint64_t *")
-        if lib.uffd_remote_pinners(pid, fds, capacity, count):
+        if code := -int(lib.uffd_remote_pinners(pid, fds, capacity, count)):
+            raise_if_short(f"open /proc/{pid}/fd", OSError(code, ""))
             return []  # it has ended, or may not be looked at
         if count[0] <= capacity:
             return list(fds[0 : count[0]])
@@ -292,11 +293,16 @@ class StoppedThreads(SoleOwner):
         self.ns = 0
         self.lost = False
 
-    def stop(self, pids: list[int], limit_ns: int) -> None:
-        """Stop them; `code` is an errno, and then `tid` is the thread that is to blame."""
+    def stop(self, pids: list[int], limit_ns: int, asleep_limit_ns: int) -> None:
+        """Stop them; `code` is an errno, and then `tid` is the thread that is to blame.
+
+        The second limit is that for a thread in state D while others stand.
+        """
         tid, threads, ns = ffi.new("int32_t *"), ffi.new("uint32_t *"), ffi.new("uint64_t *")
         vec = ffi.new("int32_t[]", pids)
-        self.code = -lib.uffd_stopped_create(vec, len(pids), limit_ns, self._cell, tid, threads, ns)
+        self.code = -lib.uffd_stopped_create(
+            vec, len(pids), limit_ns, asleep_limit_ns, self._cell, tid, threads, ns
+        )
         self._owned = ffi.gc(self._cell[0], lib.uffd_stopped_release) if self._cell[0] else None
         self.tid, self.threads, self.ns = int(tid[0]), int(threads[0]), int(ns[0])
 

@@ -460,6 +460,7 @@ class _Lib:
         pids: CData,
         count: int,
         limit_ns: int,
+        asleep_limit_ns: int,
         stopped_ret: CData,
         tid_ret: CData,
         threads_ret: CData,

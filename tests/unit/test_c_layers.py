@@ -21,7 +21,7 @@ FLOORS = [
     {"watch/waiters", "uffd_residency"},
     {"watch/watch"},
     {"uffd_owned", "access/access"},
-    {"dirty/ranges", "remote/maps"},
+    {"dirty/ranges", "remote/maps", "remote/thread"},
     {"dirty/drops", "dirty/round", "remote/memory", "remote/trace", "remote/frame"},
     {"remote/inject", "remote/registers", "snapshot/image"},
     {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages"},

@@ -12,12 +12,13 @@ from typing import NoReturn
 from pyuffd import _remote_calls as calls
 from pyuffd._abi import USER_MODE_ONLY, Feature, PageBit
 from pyuffd._arguments import check_flags, check_seconds
-from pyuffd._errors import UffdOSError, UnsupportedFeatureError, raise_errno
+from pyuffd._errors import UffdOSError, UnsupportedFeatureError, raise_errno, raise_if_short
 from pyuffd._opening import probe_api
 from pyuffd._owned import Descriptor
 from pyuffd._remote_calls import Attached, AttachPoint
 from pyuffd._uffd import Userfaultfd
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
+from pyuffd.remote._stop import why_not_stopped
 from pyuffd.remote._target import Target
 
 DEVICE = "/dev/userfaultfd"
@@ -74,7 +75,7 @@ def attach(
     stack = next((m for m in mappings if m.kind is MappingKind.STACK), None)
     scratch = _unused(process, stack)
     with Descriptor() as fetched, _device() as device:
-        result = None
+        result, tid = None, pid
         for tid in _candidates(process, any_thread=bool(scratch)):
             attempt = calls.Attach(
                 tid=tid,
@@ -94,7 +95,7 @@ def attach(
                 break
         if result is None or result.code:
             process.check()
-            _fail(pid, result)
+            _fail(pid, result, tid)
         return Userfaultfd._opened_in(fetched, features, pid), result
 
 
@@ -114,7 +115,8 @@ def _refuse(process: Target, pid: int) -> dict[str, str]:
     try:
         with open(f"/proc/{tid}/exe", "rb") as exe:
             header = exe.read(20)
-    except OSError:  # deleted, or in another mount namespace: the registers tell
+    except OSError as error:  # it may not be read: the registers tell
+        raise_if_short(f"open {error.filename}", error)
         return status
     if len(header) == 20 and (header[4], struct.unpack_from("<H", header, 18)[0]) != (
         _ELF_CLASS_64,
@@ -181,7 +183,8 @@ def _candidates(process: Target, *, any_thread: bool) -> list[int]:
 def _device() -> Descriptor:
     try:
         return Descriptor.open(DEVICE, os.O_RDWR)
-    except OSError:
+    except OSError as error:
+        raise_if_short(f"open {DEVICE}", error)
         return Descriptor()
 
 
@@ -195,7 +198,7 @@ _BY_POINT = {
 }
 
 
-def _fail(pid: int, result: Attached | None) -> NoReturn:
+def _fail(pid: int, result: Attached | None, tid: int) -> NoReturn:
     if result is None:
         _raise(
             pid,
@@ -207,7 +210,7 @@ def _fail(pid: int, result: Attached | None) -> NoReturn:
     op = _BY_POINT.get(point, "attaching")
     hint = ""
     if code == errno.ETIMEDOUT:
-        hint = f"thread {pid} did not stop in time: it waits uninterruptibly (state D)"
+        hint = f"thread {tid} did not stop in time: {why_not_stopped(tid)}"
     elif code == errno.EPERM and point <= AttachPoint.SEIZED:
         hint = (
             "it is traced already, ptrace is refused (CAP_SYS_PTRACE, Yama), or it has a seccomp"
@@ -218,6 +221,8 @@ def _fail(pid: int, result: Attached | None) -> NoReturn:
             "the target may not open a userfaultfd (vm.unprivileged_userfaultfd=0), and"
             f" {DEVICE} could not be opened for it here"
         )
+    elif code == errno.EMFILE and _may_open():
+        hint = "its limit of descriptors (RLIMIT_NOFILE) is below the three that this needs"
     elif code == errno.ENOTSUP and point < AttachPoint.FRAMED:
         hint = "its first thread is not on its own stack, and no part of that stack is unused"
     elif code == errno.EOPNOTSUPP:
@@ -227,6 +232,15 @@ def _fail(pid: int, result: Attached | None) -> NoReturn:
     elif code == errno.EINTR:
         hint = "the process that does it was killed"
     raise_errno(f"{op}, process {pid}", code, hint=hint)
+
+
+def _may_open() -> bool:
+    """Whether this process may have one more descriptor."""
+    try:
+        Descriptor.of_process(os.getpid()).close()
+    except OSError:
+        return False
+    return True
 
 
 def _raise(pid: int, code: int, why: str) -> NoReturn:

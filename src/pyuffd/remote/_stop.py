@@ -13,7 +13,9 @@ from pyuffd import _remote_calls as calls
 from pyuffd._arguments import check_seconds
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, StopTimeoutError, UffdOSError, raise_errno
+from pyuffd._limits import frozen_cgroup
 from pyuffd.remote._target import Target
+from pyuffd.remote._threads import wait_channel
 
 LIMIT_S = 1.0
 _ROUNDS_MOST = 5  # of processes that come to share the memory while others are stopped
@@ -129,9 +131,17 @@ class Stop(Closing):
             self._until = time.monotonic()
 
 
-def stop(process: Target, limit_s: float) -> Stop:
-    """Stop a process; see `Process.stopped`."""
+def stop(process: Target, limit_s: float, asleep_limit_s: float | None = None) -> Stop:
+    """Stop a process; see `Process.stopped`.
+
+    Args:
+        process: The process.
+        limit_s: When to give up.
+        asleep_limit_s: The same if a thread waits in the kernel, uninterruptibly, and others stand
+            for it already: that may last, however idle the machine is.
+    """
     limit_s = check_seconds("timeout_s", limit_s)
+    asleep_s = limit_s if asleep_limit_s is None else min(limit_s, asleep_limit_s)
     if process.pid == os.getpid():
         raise ValueError("a process cannot stop itself")
     process.check()
@@ -141,9 +151,9 @@ def stop(process: Target, limit_s: float) -> Stop:
             raise ValueError(f"process {process.pid} shares its memory with this process")
         held = calls.StoppedThreads()
         since = time.monotonic()
-        held.stop(pids, int(limit_s * 1e9))
+        held.stop(pids, int(limit_s * 1e9), int(asleep_s * 1e9))
         if held.code:
-            _fail(process, held)
+            _fail(process, held, limit_s)
         now = sharing(process.pid, process.memory_tid)
         if set(now) <= set(pids):
             return Stop(held.threads, held.ns / 1e9, tuple(pids), since, held)
@@ -156,20 +166,15 @@ def stop(process: Target, limit_s: float) -> Stop:
     )
 
 
-def _fail(process: Target, held: calls.StoppedThreads) -> None:
+def _fail(process: Target, held: calls.StoppedThreads, limit_s: float) -> None:
     process.check()
     if held.code == errno.ETIMEDOUT:
-        try:
-            text = Path(f"/proc/{held.tid}/stat").read_text(errors="replace")
-            state = text.rpartition(")")[2].split()[0]
-        except OSError:
-            state = "?"
+        # Before the limit only a thread is given up that waits in the kernel.
+        state = "D" if held.ns < limit_s * 1e9 else _state_of(held.tid)
         raise StopTimeoutError(
             errno.ETIMEDOUT,
             f"stop process {process.pid}",
-            hint="a thread in state D waits in the kernel and cannot be stopped"
-            if state == "D"
-            else "its thread did not get a CPU in time: the machine is busy",
+            hint=why_not_stopped(held.tid, state),
             tid=held.tid,
             state=state,
         )
@@ -177,6 +182,25 @@ def _fail(process: Target, held: calls.StoppedThreads) -> None:
     if held.code == errno.EPERM:
         hint = "it is traced already, or ptrace is refused (CAP_SYS_PTRACE, Yama)"
     raise_errno(f"stop process {process.pid}", held.code, hint=hint, tid=held.tid)
+
+
+def _state_of(tid: int) -> str:
+    try:
+        text = Path(f"/proc/{tid}/stat").read_text(errors="replace")
+    except OSError:
+        return "?"
+    return text.rpartition(")")[2].split()[0]
+
+
+def why_not_stopped(tid: int, state: str = "") -> str:
+    """Say what keeps a thread from stopping."""
+    if (state or _state_of(tid)) != "D":
+        return "its thread did not get a CPU in time: the machine is busy"
+    if cgroup := frozen_cgroup(tid):
+        return f"its cgroup {cgroup} is frozen (as by `docker pause`): thaw it"
+    channel = wait_channel(tid)
+    where = f" ({channel})" if channel else ""
+    return f"a thread in state D waits in the kernel{where} and cannot be stopped"
 
 
 def sharing(pid: int, tid: int) -> list[int]:

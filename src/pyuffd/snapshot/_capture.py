@@ -81,6 +81,7 @@ class Options:
     stop_limit_s: float = STOP_LIMIT_S
     max_stall_s: float = 0.05
     stopped_s: float = math.inf  # for method "stopped", which needs as long as the copy lasts
+    asleep_s: float = math.inf  # for "stopped": how long it may stand for a thread that waits
     rounds: int = 8
     rate: float | None = None
     durable: bool = False  # somebody will wait for the disk: it may begin early

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -228,19 +229,21 @@ class _Core:
         try:
             self._about = About(process)
             self._layout = CoreLayout(process, _FIRST, full=request.full)
+        except UffdOSError:
+            raise
         except OSError as error:
             process.check()
-            raise_errno(
-                f"read {error.filename}",
-                error.errno or errno.EIO,
-                hint="looking at another user's process needs CAP_SYS_PTRACE",
-            )
+            code = error.errno or errno.EIO
+            refused = code in (errno.EPERM, errno.EACCES)
+            hint = "looking at another user's process needs CAP_SYS_PTRACE" if refused else ""
+            raise_errno(f"read {error.filename}", code, hint=hint)
 
     def capture(self, method: Used, tracker: DirtyTracker | None) -> None:
         """Write the memory of one instant, and read the registers of the same."""
         options = Options(
             stop_limit_s=STOP_LIMIT_S,
             max_stall_s=self._request.max_stall_s or STALL_S,
+            asleep_s=self._request.max_stall_s or math.inf,
             durable=self._request.durable,
             progress=self._tell,
             in_stop=self._in_stop,

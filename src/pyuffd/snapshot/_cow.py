@@ -12,12 +12,13 @@ from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd import _saver_calls as saver_calls
 from pyuffd._abi import Feature
-from pyuffd._errors import SnapshotError, raise_errno
+from pyuffd._errors import SnapshotError, StopTimeoutError, raise_errno
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd._saver_calls import Saver
 from pyuffd.dirty import _rows
 from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
+from pyuffd.remote import _stop as stopping
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import (
     Captured,
@@ -106,11 +107,20 @@ class _Cow:
                 break
         self._prepare()
         result = Captured("cow")
+        late: StopTimeoutError | None = None
         for _ in range(ATTEMPTS):
-            if self._stop(result):
-                break
+            try:
+                if self._stop(result):
+                    break
+            except StopTimeoutError as error:
+                if error.state != "D":
+                    raise
+                late = error
+                time.sleep(self._options.max_stall_s)  # for as long as some of its threads stood
             self._protect_again(self._noted())
         else:
+            if late is not None:
+                raise late
             raise SnapshotError(
                 "stalled",
                 f"process {self._process.pid} would stand for longer than max_stall_s"
@@ -207,7 +217,7 @@ class _Cow:
     def _stand(self, result: Captured) -> bool:
         process, options = self._process, self._options
         until_s = time.monotonic() + options.max_stall_s
-        with process.stopped(options.stop_limit_s) as stop:
+        with stopping.stop(process, options.stop_limit_s, options.max_stall_s) as stop:
             at_barrier("stopped")
             result.instant_ns = time.time_ns()
             mappings = process.mappings()

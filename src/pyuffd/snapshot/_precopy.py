@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from pyuffd import _dirty_calls as ranges
-from pyuffd._errors import SnapshotError
+from pyuffd._errors import SnapshotError, StopTimeoutError
 from pyuffd.dirty import BlindReason, DirtyRound, DirtyTracker, Moved, Protected
 from pyuffd.dirty._round import Pending
 from pyuffd.pagemap import PageRanges
+from pyuffd.remote import _stop as stopping
 from pyuffd.remote._mappings import MappingKind
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import (
@@ -96,6 +97,7 @@ class _Rounds:
         self._tracker = tracker
         self._changes = changes
         self._seen: list[Placed] = []
+        self._late: StopTimeoutError | None = None
 
     def run(self, *, only_changes: bool) -> Captured:
         """Copy in rounds until the rest is small enough, then the rest in the stop."""
@@ -122,6 +124,8 @@ class _Rounds:
             if before and size > SHRINKS * before and number >= 2 and not self._fits(size):
                 break
             before = size
+        if self._late is not None:
+            raise self._late
         raise SnapshotError(
             "stalled",
             f"process {self._process.pid} writes {self._tracker.rate / 1e6:.0f} MB/s, and the file"
@@ -205,7 +209,15 @@ class _Rounds:
         self._writer.prepare(PageRanges(left).bytes)
         begin = time.perf_counter()
         until_s = time.monotonic() + options.max_stall_s
-        with process.stopped(options.stop_limit_s) as stop:
+        try:
+            standing = stopping.stop(process, options.stop_limit_s, options.max_stall_s)
+        except StopTimeoutError as error:
+            if error.state != "D":
+                raise
+            self._late = error
+            time.sleep(options.max_stall_s)  # it runs for as long as some of its threads stood
+            return False
+        with standing as stop:
             at_barrier("stopped")
             result.instant_ns = time.time_ns()
             mappings = process.mappings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from pyuffd.pagemap import PageRanges
+from pyuffd.remote import _stop as stopping
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Captured, Layout, Options, at_barrier, content, pieces_of
 from pyuffd.snapshot._writer import Writer
@@ -15,7 +16,8 @@ def captured(process: Process, layout_of: Layout, writer: Writer, options: Optio
     result = Captured("stopped")
     begin = time.perf_counter()
     until_s = time.monotonic() + options.stopped_s
-    with process.stopped(options.stop_limit_s) as stop:
+    asleep_s = min(options.stopped_s, options.asleep_s)
+    with stopping.stop(process, options.stop_limit_s, asleep_s) as stop:
         at_barrier("stopped")
         result.instant_ns = time.time_ns()
         mappings = process.mappings()
