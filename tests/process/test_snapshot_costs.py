@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +179,37 @@ def test_who_fills_in_the_background_lets_others_go_first() -> None:
     drain.stop()
     assert drain.error is None
     assert found == [os.getpriority(os.PRIO_PROCESS, 0) + NICER] * 3
+
+
+def test_while_faults_come_one_thread_fills() -> None:
+    """With one on each CPU, whoever faults would wait for one; what comes first is not held up."""
+    count = 0
+    threads: set[int] = set()
+    first: set[int] = set()
+    together = threading.Barrier(2, timeout=10 * SCALE)
+
+    def faults() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    def work(_: int) -> int:
+        threads.add(threading.get_native_id())
+        time.sleep(0.001)
+        return 0
+
+    def at_once() -> int:
+        first.add(threading.get_native_id())
+        together.wait()
+        return 0
+
+    drain = Drain(work, lambda: None, range(100), threads=2, held=True, faults=faults)
+    assert drain.first([at_once, at_once]).wait(10 * SCALE)
+    drain.hold(False)
+    assert drain.wait(10 * SCALE)
+    drain.stop()
+    assert drain.error is None
+    assert (len(first), len(threads)) == (2, 1)
 
 
 IDLE = "import sys; block = bytearray(b'x') * (8 << 20); print(flush=True); sys.stdin.read()"

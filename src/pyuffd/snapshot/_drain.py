@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 # A rate is kept to within so long; a longer sleep would let a new rate wait.
 _SLEEP_MOST_S = 0.1
+# How often faults are counted, and how long none may come before all threads work again.
+_LOOK_S, _QUIET_S = 0.002, 0.01
 
 
 class Batch:
@@ -51,6 +53,8 @@ class Drain(Generic[T]):
         rate: At most so many bytes a second, all threads together; None is no limit.
         paused: Whether to begin with a pause.
         held: Whether to do no pieces until `hold(False)`, but what `first` was given.
+        faults: Counts faults that others wait for. While it grows, one thread alone does pieces:
+            with as many as there are CPUs, a fault finds none free, and waits for milliseconds.
 
     Threads: safe.
     """
@@ -65,7 +69,11 @@ class Drain(Generic[T]):
         rate: float | None = None,
         paused: bool = False,
         held: bool = False,
+        faults: Callable[[], int] | None = None,
     ) -> None:
+        self._faults = faults
+        self._fault_count = 0
+        self._fault_at = self._looked_at = float("-inf")
         self._work = work
         self._finish = finish
         self._rest = iter(pieces)
@@ -82,7 +90,9 @@ class Drain(Generic[T]):
         self._running = max(1, min(threads, len(self._pieces) or 1))
         self.error: BaseException | None = None
         self._threads = [
-            threading.Thread(target=self._run, name=f"uffd-restore-{number}", daemon=True)
+            threading.Thread(
+                target=self._run, args=(number > 0,), name=f"uffd-restore-{number}", daemon=True
+            )
             for number in range(self._running)
         ]
         for number, thread in enumerate(self._threads):
@@ -169,12 +179,12 @@ class Drain(Generic[T]):
 
     # Threads
 
-    def _run(self) -> None:
+    def _run(self, steps_back: bool) -> None:
         # Whoever touches a page, and the thread that fills it, go first. A thread that has the
         # interpreter's lock may wait for a CPU meanwhile: as little as possible is done with it.
         be_gentle()
         try:
-            while (job := self._next()) is not None:
+            while (job := self._next(steps_back)) is not None:
                 done = job()
                 if done:
                     self._count(done)
@@ -186,7 +196,16 @@ class Drain(Generic[T]):
         if is_last:
             self._end()
 
-    def _next(self) -> Callable[[], int] | None:
+    def _has_faults(self) -> bool:
+        """Whether there was a fault a moment ago."""
+        now = time.monotonic()
+        if self._faults is not None and now - self._looked_at > _LOOK_S:
+            self._looked_at, count = now, self._faults()
+            if count != self._fault_count:
+                self._fault_count, self._fault_at = count, now
+        return now - self._fault_at < _QUIET_S
+
+    def _next(self, steps_back: bool) -> Callable[[], int] | None:
         """Return what to do now; None at the end."""
         with self._changed:
             while True:
@@ -201,6 +220,8 @@ class Drain(Generic[T]):
                     self._changed.wait()
                 elif late > 0:
                     self._changed.wait(min(late, _SLEEP_MOST_S))
+                elif steps_back and not self._first and self._has_faults():
+                    self._changed.wait(_QUIET_S)
                 else:
                     break
             if self._first:

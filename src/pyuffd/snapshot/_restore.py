@@ -171,6 +171,7 @@ class Restore(Closing):
             rate=options.rate,
             paused=options.paused,
             held=True,
+            faults=self._serving.faults,
         )
         # What it fills is found in the background, since that needs a look at each of its runs.
         self._hot_found = self._drain.first(

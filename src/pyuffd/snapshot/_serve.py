@@ -297,6 +297,12 @@ class Serving:
         with self._lock:
             self._errors.append(error)
 
+    def faults(self) -> int:
+        """Return how many faults were answered; 0 once it has ended."""
+        with suppress(ClosedError, HandlerError):
+            return self.counts()[0]
+        return 0
+
     def counts(self) -> tuple[int, float, float, int]:
         """Return faults, two percentiles of their latency, and bytes loaded."""
         stats = self.handler.stats()

@@ -339,7 +339,8 @@ class Snapshot(Opened):
                 "map", the background only compares: `Restore.wait` tells of damage.
             handler: A running handler that serves the regions, "copy" only. By default the restore
                 has one of its own, which follows memory that is dropped or moved, but no forks.
-            threads: How many fill; by default one for each CPU, 4 at most.
+            threads: How many fill; by default one for each CPU, 4 at most. While faults are
+                answered, one of them.
             rate: Bytes a second that they fill at most. `Restore.rate` changes it.
             paused: Whether to begin with a pause, until `Restore.resume`.
             working_set: What is filled first, in its order: the name of a working set of this
