@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.vm import _image, _run
+from tests.vm import _command, _image, _run
 from tests.vm._run import Guest, Result, Status
 
 # The fake finds its ports among QEMU's arguments, as QEMU does.
@@ -175,10 +175,10 @@ def test_test_files_from_outside_the_tree(tmp_path: Path) -> None:
     test.parent.mkdir()
     test.write_text("def test(): pass\n")
     (tmp_path / "mine/conftest.py").write_text("")
-    arguments, files = _run.from_outside([str(inside), f"{test}::test", "-k", "x"], _run.ROOT)
+    arguments, files = _command.from_outside([str(inside), f"{test}::test", "-k", "x"], _run.ROOT)
     assert arguments == [str(inside), f"{test}::test", "-k", "x"]
     assert files == {str(test): b"def test(): pass\n", str(test.parent / "conftest.py"): b""}
-    assert sorted(_run.from_outside([str(test.parent)], _run.ROOT)[1]) == sorted(files)
+    assert sorted(_command.from_outside([str(test.parent)], _run.ROOT)[1]) == sorted(files)
 
 
 def test_what_is_lacking_is_said_before_anything_is_fetched(
@@ -186,8 +186,8 @@ def test_what_is_lacking_is_said_before_anything_is_fetched(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["run", "6.12"])
-    monkeypatch.setattr(_run, "find_kernel", lambda name: pytest.fail("fetched"))
-    assert _run.main() == Status.QEMU_ABSENT
+    monkeypatch.setattr(_command, "find_kernel", lambda name: pytest.fail("fetched"))
+    assert _command.main() == Status.QEMU_ABSENT
     assert "apt-get install qemu-system-x86" in capsys.readouterr().err
 
 

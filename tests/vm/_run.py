@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -14,13 +13,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
 
-from tests.vm import _clock, _debian, _image
+from tests.vm import _clock, _image
 
 ROOT = _image.ROOT
 QEMU = "qemu-system-x86_64"
@@ -63,7 +62,7 @@ _NOT_UNPACKED = (
     "invalid magic at start of compressed archive",
 )
 # What a run leaves in its folder.
-_FILES = (
+FILES = (
     "control",
     "archive",
     "console.log",
@@ -176,7 +175,7 @@ class Guest:
         if not self.kernel.is_file():
             return self._ended(Status.NO_SUCH_KERNEL, f"there is no kernel {self.kernel}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
+        for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
         initramfs, swap = self.folder / "initramfs", self.folder / "swap"
         try:
@@ -393,19 +392,6 @@ def redirect(arguments: list[str]) -> tuple[list[str], dict[str, Path]]:
     return guest, wanted
 
 
-def find_kernel(name: str) -> Path:
-    """Return the kernel that a path or a version names.
-
-    Raises:
-        _debian.KernelNotFoundError: there is none.
-    """
-    if Path(name).exists():
-        return Path(name)
-    if re.fullmatch(r"[0-9.]+", name):
-        return _debian.kernel(name)
-    raise _debian.KernelNotFoundError(f"there is no kernel {name}")
-
-
 def accel(cpus: int) -> str:
     """Return QEMU's -accel for so many CPUs."""
     return MULTI if cpus > 1 else SINGLE
@@ -420,116 +406,11 @@ def lacking() -> str:
     return ""
 
 
-def from_outside(arguments: Sequence[str], root: Path) -> tuple[list[str], dict[str, bytes]]:
-    """Return pytest's arguments with paths outside the repository absolute, and those files.
-
-    The folder of a test file gives its conftest.py.
-    """
-    changed: list[str] = []
-    files: dict[str, bytes] = {}
-    for argument in arguments:
-        name, colons, rest = argument.partition("::")
-        path = Path(name).absolute()
-        if argument.startswith("-") or not path.exists() or path.is_relative_to(root):
-            changed.append(argument)
-            continue
-        changed.append(f"{path}{colons}{rest}")
-        found = [path, path.parent / "conftest.py"] if path.is_file() else path.rglob("*")
-        for file in found:
-            if file.is_file() and "__pycache__" not in file.parts:
-                files[str(file)] = file.read_bytes()
-    return changed, files
-
-
 def scale() -> float:
     """Return the factor on every time limit."""
     return float(os.environ.get("PYUFFD_BUDGET_SCALE", EMULATION_SCALE))
 
 
-def _options() -> argparse.Namespace:
-    statuses = ", ".join(f"{status:d} {status.name.lower()}" for status in Status)
-    parser = argparse.ArgumentParser(
-        prog="run",
-        description="Run pytest on another kernel.",
-        epilog=f"Exit status: pytest's (0 to 5), or {statuses}.",
-    )
-    parser.add_argument("--output", type=Path, help="folder for the files (build/vm/KERNEL)")
-    parser.add_argument("--memory", type=int, default=MEMORY_MIB, help="MiB beside huge pages")
-    parser.add_argument("--huge-pages", type=int, default=HUGE_PAGES, help="of 2 MiB")
-    parser.add_argument("--swap", type=int, default=SWAP_MIB, help="MiB")
-    parser.add_argument("--run-limit", type=float, default=RUN_S, help="s, on real hardware")
-    parser.add_argument("--cpus", type=int, default=1, help="CPUs of the guest (races need two)")
-    parser.add_argument(
-        "--accel", help="QEMU's -accel (tcg, with a thread for each CPU where there are several)"
-    )
-    parser.add_argument(
-        "--with", action="append", default=[], dest="packages", help="installed package to pack"
-    )
-    parser.add_argument("kernel", help="a vmlinuz or bzImage, or a released version such as 6.12")
-    parser.add_argument(
-        "pytest", nargs=argparse.REMAINDER, help="pytest's arguments (the conformance suite)"
-    )
-    return parser.parse_args()
-
-
 def end_with_us() -> None:
     """Let SIGTERM end the guests too, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
-def main() -> int:
-    """Run `run`."""
-    options = _options()
-    end_with_us()
-    if sentence := lacking():
-        # Before anything is fetched.
-        absent = shutil.which(QEMU) is None
-        return _fail(Status.QEMU_ABSENT if absent else Status.HOST_LACKS, sentence)
-    try:
-        kernel = find_kernel(options.kernel)
-        given, files = from_outside(options.pytest, ROOT)
-        arguments, wanted = redirect(given or list(SUITE))
-        guest = Guest(
-            kernel=kernel,
-            folder=(options.output or ROOT / "build/vm" / kernel.name).resolve(),
-            memory_mib=options.memory,
-            huge_pages=options.huge_pages,
-            swap_mib=options.swap,
-            accel=options.accel or accel(options.cpus),
-            cpus=options.cpus,
-            scale=scale(),
-            run_s=options.run_limit,
-            packages=tuple(options.packages),
-            files=files,
-            show=_show,
-        )
-        result = guest.pytest(*arguments)
-    except _debian.KernelNotFoundError as error:
-        return _fail(Status.NO_SUCH_KERNEL, str(error))
-    except _image.MissingOnHostError as error:
-        return _fail(Status.HOST_LACKS, str(error))
-    if result.sentence:
-        return _fail(result.status, result.sentence)
-    for name, path in wanted.items():
-        if (result.folder / name).exists():
-            shutil.copy(result.folder / name, path)
-    print(
-        f"run: {kernel.name}: status {result.status}, up after {result.boot_s:.1f} s, "
-        f"{result.wall_s:.1f} s in all",
-        file=sys.stderr,
-    )
-    # What pytest printed are paths of the guest.
-    for name in _FILES:
-        if (result.folder / name).exists():
-            print(f"run: {result.folder / name}", file=sys.stderr)
-    return result.status
-
-
-def _show(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.flush()
-
-
-def _fail(status: int, sentence: str) -> int:
-    print(f"run: {sentence}", file=sys.stderr)
-    return int(status)
