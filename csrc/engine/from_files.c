@@ -73,14 +73,13 @@ static int page_size_of(struct uffd_engine *engine, const struct uffd_range_ref 
 {
 	struct uffd_range *range;
 	struct access access;
+	int r = open_piece(engine, ref, &access, &range);
 
-	if (!open_access(engine, ref->space, &access))
-		return -ESRCH;
-	range = any_piece(access.space, ref->id, ref->start);
-	if (range)
-		*page_size_ret = range->page_size;
+	if (r)
+		return r;
+	*page_size_ret = range->page_size;
 	close_access(&access);
-	return range ? 0 : -ENOENT;
+	return 0;
 }
 
 /* What stops all of it; everything else concerns these pages alone. */

@@ -194,18 +194,16 @@ int uffd_engine_preserve(struct uffd_engine *engine, const struct uffd_range_ref
 {
 	struct uffd_range *range;
 	struct access access;
-	bool can = false;
+	bool can;
+	int r;
 
 	*saved_ret = 0;
 	*reached_ret = offset;
-	if (!open_access(engine, ref->space, &access))
-		return -ESRCH;
-	range = any_piece(access.space, ref->id, ref->start);
-	if (range)
-		can = range->content->preserve;
+	r = open_piece(engine, ref, &access, &range);
+	if (r)
+		return r;
+	can = range->content->preserve;
 	close_access(&access);
-	if (!range)
-		return -ENOENT;
 	if (!can)
 		return -EINVAL;
 	return for_slices(&(struct slices){ engine, *ref, offset, offset + length,

@@ -115,14 +115,13 @@ int uffd_engine_set_ioctls(struct uffd_engine *engine, const struct uffd_range_r
 {
 	struct uffd_range *range;
 	struct access access;
+	int r = open_piece(engine, ref, &access, &range);
 
-	if (!open_access(engine, ref->space, &access))
-		return -ESRCH;
-	range = any_piece(access.space, ref->id, ref->start);
-	if (range)
-		atomic_store_explicit(&range->ioctls, ioctls, memory_order_relaxed);
+	if (r)
+		return r;
+	atomic_store_explicit(&range->ioctls, ioctls, memory_order_relaxed);
 	close_access(&access);
-	return range ? 0 : -ENOENT;
+	return 0;
 }
 
 int uffd_engine_note_registered(struct uffd_engine *engine, uint32_t number, uint64_t start,

@@ -39,6 +39,18 @@ void close_access(struct access *access)
 	space_put(access->space);
 }
 
+int open_piece(struct uffd_engine *engine, const struct uffd_range_ref *ref, struct access *access,
+	       struct uffd_range **range_ret)
+{
+	if (!open_access(engine, ref->space, access))
+		return -ESRCH;
+	*range_ret = any_piece(access->space, ref->id, ref->start);
+	if (*range_ret)
+		return 0;
+	close_access(access);
+	return -ENOENT;
+}
+
 /* The end of the slice that begins at `offset`, as an address of the range. */
 static uint64_t slice_end(const struct uffd_range *range, uint64_t offset, uint64_t end)
 {

@@ -15,6 +15,9 @@ struct access {
 
 bool open_access(struct uffd_engine *engine, uint32_t number, struct access *access);
 void close_access(struct access *access);
+/* The same for a range, with one of its pieces; -ESRCH and -ENOENT open nothing. */
+int open_piece(struct uffd_engine *engine, const struct uffd_range_ref *ref, struct access *access,
+	       struct uffd_range **range_ret);
 /*
  * Work on [offset, end) of a range in slices, with an access of its own for each.  `work`
  * returns how far it got; EAGAIN and ENOMEM are retried.  `reach` says which memory of

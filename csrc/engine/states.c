@@ -55,15 +55,13 @@ int uffd_engine_states(struct uffd_engine *engine, const struct uffd_range_ref *
 {
 	struct uffd_range *range, *any;
 	struct access access;
-	int r = 0;
+	int r;
 
 	await_work(engine);
-	if (!open_access(engine, ref->space, &access))
-		return -ESRCH;
-	any = any_piece(access.space, ref->id, ref->start);
-	if (!any)
-		r = -ENOENT;
-	else if (first_page + pages > any->pages->count)
+	r = open_piece(engine, ref, &access, &any);
+	if (r)
+		return r;
+	if (first_page + pages > any->pages->count)
 		r = -EINVAL;
 	for (uint64_t done = 0, n; r == 0 && done < pages; done += n) {
 		uint64_t offset = (first_page + done) << any->page_shift, at;
@@ -87,14 +85,13 @@ int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref 
 {
 	struct uffd_range *range;
 	struct access access;
+	int r = open_piece(engine, ref, &access, &range);
 
-	if (!open_access(engine, ref->space, &access))
-		return -ESRCH;
-	range = any_piece(access.space, ref->id, ref->start);
-	if (range)
-		note_present(range);
+	if (r)
+		return r;
+	note_present(range);
 	close_access(&access);
-	return range ? 0 : -ENOENT;
+	return 0;
 }
 
 /* Protecting, and lifting the protection */
