@@ -145,6 +145,19 @@ def test_design_names_every_module() -> None:
     assert names - words_of_design() == set()
 
 
+def test_the_way_of_a_fault_in_design_is_the_way_in_the_code() -> None:
+    """Each row of that table names a file, and first functions that this file defines."""
+    text = (CSRC.parent / "docs" / "design.md").read_text()
+    section = text[text.index("### One fault, from read() to UFFDIO_COPY") :].partition("\n### ")[0]
+    rows = re.findall(r"^\| `(\w+\.c)` \| (`[^:|]+):", section, re.MULTILINE)
+    assert len(rows) == section.count("\n| `")
+    for file, functions in rows:
+        place = CSRC / file if file.startswith("uffd_") else CSRC / "engine" / file
+        assert set(re.findall(r"`(\w+)`", functions)) <= set(definitions(place)), file
+    named = set(re.findall(r"`(\w+_\w+)`", section))
+    assert named <= frozenset().union(*(words(path) for path in sources()))
+
+
 def test_includes_go_down() -> None:
     assert back_references() == []
 

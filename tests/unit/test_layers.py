@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -149,10 +149,28 @@ def test_docstring_states_the_layer(part: str) -> None:
     assert stated_layer(part) == layer(part)
 
 
+def upward(every: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Return the imports of a higher layer."""
+    every = list(every)
+    layers = {name: layer(name) for edge in every for name in edge}
+    return {(name, target) for name, target in every if layers[target] > layers[name]}
+
+
 def test_imports_only_its_own_layer_or_lower() -> None:
-    layers = {name: layer(name) for edge in edges() for name in edge}
-    higher = {(name, target) for name, target in edges() if layers[target] > layers[name]}
-    assert higher == set()
+    assert upward(edges()) == set()
+
+
+def test_an_import_of_a_higher_layer_would_be_found(tmp_path: Path) -> None:
+    """Wherever it is: at the top, in a function, or for types only."""
+    copy = tmp_path / "_uffd.py"
+    copy.write_text(
+        "from pyuffd.handlers import _handler\n"
+        "if TYPE_CHECKING:\n    from pyuffd.snapshot import Snapshot\n"
+        + (SOURCE / "_uffd.py").read_text().replace("from __future__ import annotations\n", "")
+        + "def later() -> None:\n    import pyuffd.cli\n"
+    )
+    found = upward(("_uffd", target) for target in imports("_uffd", copy))
+    assert {target.partition(".")[0] for _, target in found} == {"handlers", "snapshot", "cli"}
 
 
 @pytest.mark.parametrize(("lower", "upper"), BELOW.items())
