@@ -120,14 +120,15 @@ changelog: $(VENV)/.installed-release
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.run
 
+# setuptools would install what an earlier build has left: modules that are no longer there, too.
 asan: $(VENV)/.installed-test
-	rm -rf $(ASAN_DIR)
+	rm -rf $(ASAN_DIR) build/sanitize-address/lib*
 	PYUFFD_SANITIZE=address $(PIP) --no-build-isolation --no-deps --target $(ASAN_DIR) .
 	$(ASAN_ENV) $(BIN)/python -c 'import pyuffd._shim as s; assert "$(ASAN_DIR)" in s.__file__, s.__file__'
 	$(ASAN_ENV) $(RUN_TESTS) tests/kernel $(ASAN_WITHOUT) $(PYTEST_ARGS)
 
 tsan: $(VENV)/.installed-test
-	rm -rf $(TSAN_DIR)
+	rm -rf $(TSAN_DIR) build/sanitize-thread/lib*
 	PYUFFD_SANITIZE=thread $(PIP) --no-build-isolation --no-deps --target $(TSAN_DIR) .
 	$(TSAN_ENV) $(BIN)/python -c 'import pyuffd._shim as s; assert "$(TSAN_DIR)" in s.__file__, s.__file__'
 	$(TSAN_ENV) $(RUN_TESTS) $(TSAN_TESTS) $(TSAN_WITHOUT) $(PYTEST_ARGS)
