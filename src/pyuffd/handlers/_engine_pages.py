@@ -25,16 +25,10 @@ class EnginePages(EngineCalls):
         Workers are asked for `chunk` bytes at a time, or with 0 for as many as they answer quickly.
         """
         out = ffi.new("struct uffd_populate_result *")
-        start = served.start + offset
         code = lib.uffd_engine_populate(
             self._engine(), range_ref(served), offset, length, chunk, out
         )
-        if code:
-            failed = out.failed_at
-            at = (failed, None) if failed else (start, length)
-            hint = self._why_not_populated(served, failed, -code) if failed else ""
-            raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
-        return int(out.filled)
+        return self._filled("populate", code, out, served, offset, length)
 
     def populate_ranges(
         self, served: RangeId, offset: int, length: int, ranges: Packed, chunk: int = 0
@@ -56,23 +50,24 @@ class EnginePages(EngineCalls):
             )
         if code == -errno.EINVAL:
             raise ValueError(f"ranges: one of them is no range of whole pages in {length:#x} bytes")
-        if code:
-            failed = out.failed_at
-            at = (failed, None) if failed else (served.start + offset, length)
-            hint = self._why_not_populated(served, failed, -code) if failed else ""
-            raise_errno("populate", -code, *at, hint=hint, completed=int(out.filled))
-        return int(out.filled)
+        return self._filled("populate", code, out, served, offset, length)
 
     def load(self, served: RangeId, offset: int, length: int, chunk: int = 0) -> int:
         """Fill absent pages that have content, in forks too; return the bytes filled."""
         out = ffi.new("struct uffd_populate_result *")
         code = lib.uffd_engine_load(self._engine(), range_ref(served), offset, length, chunk, out)
-        if code:
-            failed = out.failed_at
-            at = (failed, None) if failed else (served.start + offset, length)
-            hint = self._why_not_populated(served, failed, -code) if failed else ""
-            raise_errno("load", -code, *at, hint=hint, completed=int(out.filled))
-        return int(out.filled)
+        return self._filled("load", code, out, served, offset, length)
+
+    def _filled(
+        self, op: str, code: int, result: Any, served: RangeId, offset: int, length: int
+    ) -> int:
+        """Return the bytes of a `struct uffd_populate_result`, or raise its error."""
+        if not code:
+            return int(result.filled)
+        failed = result.failed_at
+        at = (failed, None) if failed else (served.start + offset, length)
+        hint = self._why_not_populated(served, failed, -code) if failed else ""
+        raise_errno(op, -code, *at, hint=hint, completed=int(result.filled))
 
     def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
         """Return why `populate` could not fill a page, or ""."""
