@@ -16,6 +16,7 @@
 #include "page_table.h"
 #include "put.h"
 #include "range.h"
+#include "registered.h"
 #include "slices.h"
 #include "stats.h"
 #include "base/clock.h"
@@ -192,12 +193,33 @@ static int wait_in_flight(struct eviction *all)
 	return 0;
 }
 
+/*
+ * Whether the pages of a run are still in registered memory.  Without events the owner may
+ * have mapped something else there, which must not be dropped.
+ */
+static bool is_still_ours(const struct uffd_range *range, const struct claimed_run *run)
+{
+	const uint32_t both = UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP;
+	uint64_t at = run->address, end = at + run->length;
+	bool one;
+
+	if ((range->space->layout_events & both) == both ||
+	    is_one_mapping(range, at, end, &one) || one)
+		return true;
+	/* Several mappings, if others have split it (mprotect(2)). */
+	for (; at < end; at += range->page_size)
+		if (!is_one_mapping(range, at, at + range->page_size, &one) && !one)
+			return false;
+	return true;
+}
+
 /* Returns an error of the range, or of dropping its pages. */
 static int evict_run(struct eviction *all, uint64_t *evicted)
 {
 	struct uffd_range *range = NULL;
 	struct claimed_run run = { 0 };
 	struct access access;
+	bool ours = true;
 	int r;
 
 	if (!open_access(all->engine, all->ref.space, &access))
@@ -205,6 +227,8 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 	range = find_piece(access.space, all->ref.id, all->offset, all->ref.start + all->offset);
 	if (range)
 		claim_run(range, all, &run);
+	if (range && run.length)
+		ours = is_still_ours(range, &run);
 	close_access(&access);
 	if (!range)
 		return -ENOENT;
@@ -213,7 +237,10 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 	all->attempt = 0;
 	if (!run.length)
 		return 0;
-	r = madvise((void *)(uintptr_t)run.address, run.length, run.advice) ? -errno : 0;
+	if (!ours)
+		r = -ENOENT;
+	else
+		r = madvise((void *)(uintptr_t)run.address, run.length, run.advice) ? -errno : 0;
 	uffd_barrier(UFFD_BARRIER_EVICT_DROPPED);
 	if (!open_access(all->engine, all->ref.space, &access))
 		return -ESRCH;

@@ -20,22 +20,10 @@
 /* The end of user memory (x86-64, unless more was asked for). */
 #define USER_END	UINT64_C(0x7ffffffff000)
 
-/*
- * Whether [the last page of a piece, end) is one mapping.  Try to copy from unreadable
- * memory, which changes nothing: this fails with ENOENT if the target leaves its first
- * mapping, otherwise with EFAULT, or with EEXIST if the page is present.  It works for
- * other processes as well.
- */
-static int is_one_mapping(const struct uffd_range *piece, uint64_t end, bool *one_ret)
+/* Whether [the last page of a piece, end) is one mapping. */
+static int is_one_with(const struct uffd_range *piece, uint64_t end, bool *one_ret)
 {
-	uint64_t unreadable = (uint64_t)(uintptr_t)piece->space->engine->unreadable;
-	uint64_t start = piece->end - piece->page_size;
-	int64_t done;
-	int r = uffd_shim_copy(piece->space->fd, start, unreadable, end - start,
-			       UFFDIO_COPY_MODE_DONTWAKE, &done);
-
-	*one_ret = r == -EFAULT || r == -EEXIST || r == -ENOMEM;
-	return r == -EAGAIN || r == -ESRCH ? r : 0;
+	return is_one_mapping(piece, piece->end - piece->page_size, end, one_ret);
 }
 
 static enum outcome put_grown(struct uffd_range *piece, uint64_t page, enum uffd_fault_kind kind)
@@ -83,7 +71,7 @@ enum outcome resolve_grown(struct uffd_table *table, uint64_t address, enum uffd
 	if (!piece || address >= USER_END || is_registered(piece->space, address))
 		return OUTCOME_STRAY;
 	page = address & ~(piece->page_size - 1);
-	r = is_one_mapping(piece, page + piece->page_size, &one);
+	r = is_one_with(piece, page + piece->page_size, &one);
 	if (r)
 		return r == -EAGAIN ? OUTCOME_DEFER : OUTCOME_GONE;
 	return one ? put_grown(piece, page, kind) : OUTCOME_STRAY;
@@ -95,11 +83,11 @@ static uint64_t end_of_mapping(const struct uffd_range *piece, uint64_t limit)
 	uint64_t end = piece->end, step = piece->page_size;
 	bool one = true;
 
-	while (one && limit - end >= step && is_one_mapping(piece, end + step, &one) == 0)
+	while (one && limit - end >= step && is_one_with(piece, end + step, &one) == 0)
 		if (one)
 			end += step, step *= 2;
 	for (; step >= piece->page_size; step /= 2)
-		if (limit - end >= step && is_one_mapping(piece, end + step, &one) == 0 && one)
+		if (limit - end >= step && is_one_with(piece, end + step, &one) == 0 && one)
 			end += step;
 	return end;
 }

@@ -11,6 +11,7 @@
 
 #include "alloc.h"
 #include "registered.h"
+#include "uffd_shim.h"
 
 bool is_registered(struct uffd_space *space, uint64_t address)
 {
@@ -23,6 +24,22 @@ bool is_registered(struct uffd_space *space, uint64_t address)
 	found = uffd_table_find(&space->registered, address);
 	uffd_table_leave(&space->registered, shard);
 	return found;
+}
+
+/*
+ * Try to copy from unreadable memory, which changes nothing: this fails with ENOENT if the
+ * target leaves its first mapping or is not registered, otherwise with EFAULT, or with
+ * EEXIST if the page is present.  It works for other processes as well.
+ */
+int is_one_mapping(const struct uffd_range *range, uint64_t start, uint64_t end, bool *one_ret)
+{
+	uint64_t unreadable = (uint64_t)(uintptr_t)range->space->engine->unreadable;
+	int64_t done;
+	int r = uffd_shim_copy(range->space->fd, start, unreadable, end - start,
+			       UFFDIO_COPY_MODE_DONTWAKE, &done);
+
+	*one_ret = r == -EFAULT || r == -EEXIST || r == -ENOMEM;
+	return r == -EAGAIN || r == -ESRCH ? r : 0;
 }
 
 static void drop_entry(struct uffd_space *space, struct uffd_range *entry)

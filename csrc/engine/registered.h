@@ -14,6 +14,12 @@ bool is_registered(struct uffd_space *space, uint64_t address);
 uint64_t next_registered(struct uffd_space *space, uint64_t address, uint64_t end);
 
 /*
+ * Ask the kernel whether [start, end) of a range's space is one mapping, and registered.
+ * -EAGAIN: the layout is changing; -ESRCH: the process has exited.
+ */
+int is_one_mapping(const struct uffd_range *range, uint64_t start, uint64_t end, bool *one_ret);
+
+/*
  * List memory that is registered, or about to be.  -ENOMEM: not all of it is listed, and
  * from now on no memory counts as grown.
  */

@@ -13,7 +13,18 @@ from contextlib import contextmanager
 
 import pytest
 
-from pyuffd import FileSource, Handler, HandlerError, PageState, Region, UffdOSError, ZeroSource
+from pyuffd import (
+    Feature,
+    FileSource,
+    Handler,
+    HandlerError,
+    LayoutChangedError,
+    PageState,
+    Region,
+    UffdOSError,
+    Userfaultfd,
+    ZeroSource,
+)
 from pyuffd.testing import needs
 from tests._barriers import Point, holding
 from tests._child import run_child
@@ -30,6 +41,7 @@ from tests.kernel._verbs import (
     NEEDED,
     PAGES,
     REMOVED,
+    TRACKING,
     WP,
     Case,
     filling,
@@ -40,6 +52,7 @@ from tests.kernel._verbs import (
 SECONDS = 0.3
 LIBC = ctypes.CDLL(None, use_errno=True)
 SYS_MLOCK, SYS_MUNLOCK = 149, 150
+MAP_FIXED = 0x10
 
 
 @contextmanager
@@ -334,6 +347,48 @@ def neither_zeros_nor_old(handler: Handler, name: str) -> None:
                 last = found
 
         run_threads(change, look, look)
+
+
+@needs(TRACKING)
+def test_what_was_mapped_in_their_place_stays() -> None:
+    """Without events the handler is not told that its memory has gone."""
+    run_child(foreign_memory)
+
+
+def foreign_memory() -> None:
+    size = PAGES * 4096
+    for name in ("anon", "shmem"):
+        for driver in ("native", "inline", "thread"):
+            features = TRACKING | (Feature.SIGBUS if driver == "inline" else Feature(0))
+            with (
+                Userfaultfd(features=features) as uffd,
+                Region.memfd(size) if name == "shmem" else Region.anonymous(size) as region,
+                Region.memfd(4096) as other,
+                Handler(uffd, driver=driver) as handler,
+            ):
+                handler.serve(region, content(size), mode=MISSING | WP)
+                handler.populate(region)
+                # Split by mprotect(2), the rest is still the handler's.
+                LIBC.mprotect(ctypes.c_void_p(region.start), 4096, mmap.PROT_READ)
+                place = region.start + 2 * 4096
+                kind = mmap.MAP_SHARED if name == "shmem" else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                LIBC.mmap.restype = ctypes.c_void_p
+                found = LIBC.mmap(
+                    ctypes.c_void_p(place),
+                    ctypes.c_size_t(4096),
+                    mmap.PROT_READ | mmap.PROT_WRITE,
+                    kind | MAP_FIXED,
+                    other.fd if name == "shmem" else -1,
+                    ctypes.c_long(0),
+                )
+                assert found == place
+                region.write(2 * 4096, b"of others")
+                for written_back in (None, lambda *_: None):
+                    with pytest.raises(LayoutChangedError):
+                        handler.evict(region, write_back=written_back)
+                    assert region.read(2 * 4096, 9) == b"of others"
+                assert handler.evict(region, 0, 2 * 4096, write_back=None) == 2 * 4096
+                assert region.read(4096, 4096) == content(size)[4096:8192]
 
 
 CASES: dict[str, Case] = {

@@ -93,7 +93,8 @@ class EvictsPages(HandlerBase):
                 be written, or is sealed; ETIMEDOUT - the source does not answer for a page that
                 was asked for before this call. `start` is the first page that stays, `completed`
                 bytes were evicted.
-            LayoutChangedError: ENOENT - part of the region was unmapped.
+            LayoutChangedError: ENOENT - part of the region was unmapped, or other memory was mapped
+                in its place, which is not dropped.
             HandlerError: called by `write_back` itself, for the same region.
 
         Kernel: UFFDIO_WRITEPROTECT(2const), madvise(2): MADV_DONTNEED or MADV_REMOVE.  GIL:
