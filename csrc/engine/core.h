@@ -102,7 +102,7 @@ enum lead_state {
 /* See pause.h. */
 struct pause {
 	_Atomic uint64_t until_ns;	/* 0: not paused */
-	_Atomic uint64_t ended_ns;	/* the last one */
+	_Atomic uint64_t ended_ns;	/* the last one, or a stop of the process: see loop.c */
 };
 
 /* The end of an engine, see end.c. */

@@ -27,6 +27,10 @@
 #define REAP_INTERVAL_NS	1000000000
 #define REAP_AT_FORK		8
 #define NS_PER_MS		1000000u
+/* While something waits with a limit, wake this often to notice that the process was stopped. */
+#define LOOK_MS			250u
+/* A wait that ends so late: more than threads of a busy machine wait for a CPU. */
+#define STOPPED_NS		500000000u
 /* Check an exited owner's memory this often, for some milliseconds in all. */
 #define EXIT_LOOKS		64
 
@@ -164,10 +168,26 @@ static int idle_timeout_ms(struct uffd_engine *engine)
 	if (stray_due < due)
 		due = stray_due;
 	if (due != UINT64_MAX)
-		ms = due > now ? (due - now) / NS_PER_MS + 1 : 0;
+		ms = lower(due > now ? (due - now) / NS_PER_MS + 1 : 0, LOOK_MS);
 	if (atomic_load(&engine->space_count) > 1 && ms > REAP_INTERVAL_NS / NS_PER_MS)
 		ms = REAP_INTERVAL_NS / NS_PER_MS;
 	return ms == UINT64_MAX ? -1 : (int)ms;
+}
+
+/*
+ * Wait for work.  If the wait ends far too late, the process was stopped (SIGSTOP, a
+ * freezer, a debugger), and nobody could answer meanwhile: what waits gets its time again.
+ */
+static void sleep_for(struct uffd_engine *engine, int timeout_ms)
+{
+	uint64_t began = uffd_now_ns(), now;
+
+	wait_for_work(engine, timeout_ms);
+	if (timeout_ms < 0)
+		return;
+	now = uffd_now_ns();
+	if (now - began > (uint64_t)timeout_ms * NS_PER_MS + STOPPED_NS)
+		atomic_store(&engine->pause.ended_ns, now);
 }
 
 static bool hands_over(struct uffd_engine *engine, enum leader role)
@@ -215,7 +235,7 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 			if (engine->deferred.count && yields++ < DEFERRED_YIELDS)
 				sched_yield();
 			else if (engine->deferred.count)
-				wait_for_work(engine, DEFERRED_POLL_MS);
+				sleep_for(engine, DEFERRED_POLL_MS);
 			continue;
 		}
 		if (run_prefetch_slice(engine)) {
@@ -231,7 +251,7 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 		if (hands_over(engine, role))
 			break;
 		uffd_placement_forget(placement);
-		wait_for_work(engine, idle_timeout_ms(engine));
+		sleep_for(engine, idle_timeout_ms(engine));
 	}
 }
 

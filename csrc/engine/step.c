@@ -111,7 +111,8 @@ void retry_deferred(struct uffd_engine *engine)
 			list->faults[kept++] = fault;
 			continue;
 		}
-		last_try = now - fault.since_ns > engine->options.retry_limit_ns;
+		last_try = now > higher(fault.since_ns, atomic_load(&engine->pause.ended_ns)) +
+				 engine->options.retry_limit_ns;
 		count(engine, COUNTER(retried), 1);
 		outcome = handle_fault(engine, &fault, last_try);
 		if (outcome == OUTCOME_DISMISSED)

@@ -111,7 +111,8 @@ uint64_t refuse_strays(struct uffd_engine *engine, bool all)
 	phase = begin_work(engine);
 	for (size_t i = 0; i < list->count; i++) {
 		struct deferred_fault fault = list->faults[i];
-		uint64_t due = fault.since_ns + engine->options.retry_limit_ns;
+		uint64_t due = higher(fault.since_ns, atomic_load(&engine->pause.ended_ns)) +
+			       engine->options.retry_limit_ns;
 
 		if (is_served(&fault))
 			continue;
