@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from contextlib import suppress
@@ -43,6 +44,7 @@ ABSENT, CLEAN, DIRTY = PageState.ABSENT, PageState.CLEAN, PageState.DIRTY
 POISONED = PageState.POISONED
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 TRACKING = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
+MINOR_FAULTS = Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
 MCL_FUTURE = 2
 ROUNDS = 60
 
@@ -275,3 +277,62 @@ def many() -> None:
 
 def test_many_regions() -> None:
     run_child(many)
+
+
+def put_there_by_an_alias(region: Region) -> None:
+    assert region.fd is not None
+    with Region.file(region.fd, region.length) as alias:
+        alias.write(region.page_size, b"there")
+
+
+def put_there_by_a_call(region: Region) -> None:
+    """Zeros, of which only the number of blocks tells."""
+    assert region.fd is not None
+    os.posix_fallocate(region.fd, region.page_size, region.page_size)
+
+
+def only_in_the_cache(driver: Driver, name: str) -> None:
+    """A page that this mapping does not map: Linux maps what the page cache has, and no fault."""
+    for put_there in (put_there_by_an_alias, put_there_by_a_call):
+        with serving(driver, name, MINOR_FAULTS) as (handler, memory):
+            region = memory.pages(3)
+            size, data = memory.page_size, content(region.length)
+            put_there(region)
+            with pytest.raises(ValueError, match=r"the file of .* exist already"):
+                handler.serve(region, BufferSource(data))
+            if region.shared:
+                handler.serve(region, BufferSource(data), present="drop")
+                handler.start()
+                assert region.read() == data
+                handler.unserve(region)
+            else:
+                handler.serve(region, BufferSource(data), present="keep")
+                handler.start()
+                assert region.read(2 * size) == data[2 * size :]
+
+
+test_only_in_the_cache = everywhere(
+    only_in_the_cache, "shmem", "shmem-private", "hugetlb", "hugetlb-private"
+)
+
+
+def parts_of_a_file(driver: Driver, name: str) -> None:
+    """Only the pages of the range itself count, and none where they cause minor faults."""
+    with serving(driver, name, MINOR_FAULTS) as (handler, memory):
+        region = memory.pages(4)
+        size, data = memory.page_size, content(region.length)
+        handler.start()
+        handler.serve(region[: 2 * size], BufferSource(data))
+        handler.populate(region[: 2 * size])
+        handler.serve(region[2 * size :], BufferSource(data[2 * size :]))
+        assert region.read() == data
+    with serving(driver, name, MINOR_FAULTS) as (handler, memory):
+        region = memory.pages(2)
+        put_there_by_an_alias(region)
+        mode = MISSING | RegisterMode.MINOR
+        handler.serve(region, BufferSource(content(region.length)), mode=mode)
+        handler.start()
+        assert region.read(size, 5) == b"there"
+
+
+test_parts_of_a_file = everywhere(parts_of_a_file, "shmem", "hugetlb")

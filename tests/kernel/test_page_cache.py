@@ -84,7 +84,8 @@ def one_way(driver: Driver, name: str, mode: RegisterMode, way: Way) -> None:
                 other.write(page * size, b"in the page cache")
                 if mode & MISSING:  # the page is present, and its content is not asked for
                     expected[page * size : (page + 1) * size] = other.read(page * size, size)
-        handler.serve(region, source, mode=mode)
+        # Without MINOR Linux maps them without a word, which serve() refuses by default.
+        handler.serve(region, source, mode=mode, present="keep" if mode == MISSING else None)
         handler.start()
         if way == "populate":
             handler.populate(region)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 from typing import Literal
 
 from pyuffd import _memory
@@ -14,7 +15,9 @@ from pyuffd._errors import (
     UffdPermissionError,
     UnsupportedFeatureError,
 )
+from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, RangeLike
+from pyuffd._source_files import name_in_proc
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._serving import FILE_BACKED, Served
@@ -73,7 +76,9 @@ def _comes_back(region: Region) -> bool:
     return is_file and not region.shared
 
 
-def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd) -> None:
+def settle_present(
+    present: Present | None, region: RangeLike, uffd: Userfaultfd, mode: RegisterMode
+) -> None:
     """Refuse present pages of this process, or drop them, before the range is served."""
     if present == "drop":
         assert isinstance(region, Region)
@@ -87,6 +92,42 @@ def settle_present(present: Present | None, region: RangeLike, uffd: Userfaultfd
             " the source's content. Serve the region before it is touched, or pass present='drop'"
             " to drop these pages or present='keep' to keep what they hold"
         )
+    # A page that only the cache has is a minor fault where those are served.
+    if present == "refuse" and not mode & RegisterMode.MINOR and isinstance(region, Region):
+        _refuse_cached(region)
+
+
+def _refuse_cached(region: Region) -> None:
+    """Refuse shared memory whose file has pages: Linux maps them, without a missing fault.
+
+    Pages that fallocate(2) has made are among them. They are zeros, and only the number of blocks
+    tells of them, so they are noticed if the region is the whole file.
+    """
+    fd = region.fd
+    if fd is None or region.kind not in FILE_BACKED:
+        return
+    status = os.fstat(fd)
+    if not status.st_blocks:
+        return
+    start, end = region.offset, region.offset + region.length
+    is_whole = start == 0 and end >= status.st_size
+    if not is_whole and (region.page_size > PAGE_SIZE or not _has_data(fd, start, end)):
+        return
+    raise ValueError(
+        f"pages of the file of {region!r} exist already: Linux maps them without a missing fault,"
+        " so they would never get the source's content. Pass present='drop' to drop them, also for"
+        " other mappings, present='keep' to keep what they hold, or serve RegisterMode.MINOR too"
+    )
+
+
+def _has_data(fd: int, start: int, end: int) -> bool:
+    """Return whether a file has data in a range."""
+    # Not by the region's descriptor: seeking moves the position of all its duplicates.
+    with Descriptor.open(name_in_proc(fd), os.O_RDONLY) as file:
+        try:
+            return os.lseek(file.number, start, os.SEEK_DATA) < end
+        except OSError:  # ENXIO: none from there on
+            return False
 
 
 def register_empty(

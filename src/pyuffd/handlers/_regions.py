@@ -113,7 +113,9 @@ class ServesRegions(Unserves):
             uffd: Another userfaultfd, of this or another process, with which the range is to be
                 registered. The handler borrows it and stops serving its ranges when it is closed.
             present: What to do about pages that are already present. They cause no missing fault,
-                so they never get the source's content. "refuse" raises ValueError with their
+                so they never get the source's content. Without MINOR in the mode that is also true
+                of pages that only the page cache has, and of those that posix_fallocate(3) has made
+                (noticed if the region is a whole file). "refuse" raises ValueError with their
                 number, "keep" keeps what they hold, "drop" drops them (memory of this process
                 only). The default is "refuse", but "keep" if a handler may have filled them: for
                 adopted userfaultfds, and for a Region that was served before, whose poison marks
@@ -181,7 +183,7 @@ class ServesRegions(Unserves):
                 if (space, start) not in self._served:
                     if policy == "drop":
                         self._overlaps.check_drop(start, length)
-                    settle_present(policy, region, uffd)
+                    settle_present(policy, region, uffd, mode)
                     if policy == "drop" and not answers_at_once:
                         register_empty(region, uffd, mode, granted, started=self._started)
                 if self._started and self.driver == "inline" and ensure_inline_handler():
