@@ -26,8 +26,9 @@ static void put_error(struct uffd_line *line, int error, enum uffd_failure_stage
 		{ ENODATA, "the source ends before it (was the file truncated?)", NULL },
 		{ EFAULT, "EFAULT (unmapped memory, or a truncated file?)", NULL },
 		{ EIO, "EIO (input/output error)", NULL },
-		{ ENOMEM, "ENOMEM (out of memory)", "ENOMEM (no memory, or no huge page is free)" },
-		{ EAGAIN, NULL, "EAGAIN (no memory, no huge page, or the layout kept changing)" },
+		{ ENOMEM, "ENOMEM (out of memory)", "ENOMEM (no memory, a full tmpfs, or no huge page is free)" },
+		{ EAGAIN, NULL, "EAGAIN (no memory, a full tmpfs, no huge page, or the layout kept"
+			       " changing)" },
 		{ ETIMEDOUT, "the source has not answered in time", NULL },
 		{ EBUSY, "no worker was free: they wait for memory (a huge page?) for other pages",
 		  NULL },

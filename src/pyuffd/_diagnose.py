@@ -84,14 +84,30 @@ def _causes(code: int, error: UffdOSError, asked: Asked) -> Iterator[str]:
 
 
 def why_unresolved(code: int, address: int, pid: int | str = "self") -> str:
-    """Return why a page could not be put in place for seconds, if a huge page lacks; else ""."""
+    """Return why there was no memory for a page for seconds, if that is certain; else ""."""
     if code not in (errno.EAGAIN, errno.ENOMEM):
         return ""
     with suppress(Exception):
         for vma in _vmas.overlapping(address, address + 1, pid=pid, details=True):
             if vma.page_size > PAGE_SIZE:
                 return f"no huge page was free for it: {_huge_pages.why_none(vma, pid)}"
+            return _full_file_system(vma, pid)
     return ""
+
+
+def _full_file_system(vma: Vma, pid: int | str) -> str:
+    """Return that the tmpfs of a mapped file is full, or ""."""
+    if not vma.path.startswith("/"):
+        return ""
+    try:  # needs CAP_SYS_ADMIN
+        held = os.statvfs(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}")
+    except PermissionError:
+        if os.stat(vma.path).st_ino != vma.inode:
+            return ""
+        held = os.statvfs(vma.path)
+    if held.f_bavail or not held.f_blocks:
+        return ""
+    return f"the file system of {vma.path} is full, {held.f_blocks * held.f_frsize >> 10} KiB"
 
 
 def mergeable(start: int, end: int, pid: int | str = "self") -> Vma | None:

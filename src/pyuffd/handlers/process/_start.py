@@ -202,8 +202,11 @@ class HelperProcess:
 
 def _children_of_session(session: int) -> list[int]:
     """Return the children of this process that belong to a session."""
-    found = []
-    for task in os.listdir("/proc/self/task"):
+    found: list[int] = []
+    tasks: list[str] = []
+    with contextlib.suppress(OSError):  # after chroot(2) there may be no /proc
+        tasks = os.listdir("/proc/self/task")
+    for task in tasks:
         with contextlib.suppress(OSError):  # a thread that has ended
             for pid in Path(f"/proc/self/task/{task}/children").read_text().split():
                 with contextlib.suppress(OSError):
