@@ -18,6 +18,7 @@
 
 #include "base/clock.h"
 #include "remote/attach.h"
+#include "remote/device.h"
 #include "remote/frame.h"
 #include "remote/inject.h"
 #include "remote/trace.h"
@@ -34,6 +35,13 @@
 #define HOLD_NS 1000000
 #define XSTATE_MOST 16384u
 #define PIDFD_THREAD O_EXCL /* Linux 6.9 */
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+#ifndef CLOSE_RANGE_UNSHARE
+#define CLOSE_RANGE_UNSHARE 2u
+#endif
+#define EVERY_DESCRIPTOR UINT32_MAX
 
 struct injection {
 	struct uffd_attach *attach;
@@ -175,8 +183,9 @@ static int prepare_helper(struct injection *in)
 
 static int make_helper(struct injection *in)
 {
-	/* No CLONE_FILES: its descriptors are a copy. */
-	const uint64_t flags = CLONE_VM | CLONE_FS | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
+	/* It leaves the table before it opens anything; a copy of all of it may last long. */
+	const uint64_t flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD |
+			       CLONE_SYSVSEM;
 	int64_t found = uffd_inject_call(&in->calls, in->attach->tid, in->home_sp, SYS_clone, flags,
 					 in->helper_sp, 0, 0, 0);
 
@@ -194,80 +203,17 @@ static int64_t helper_call(struct injection *in, long number, uint64_t a, uint64
 	return uffd_inject_call(&in->calls, in->calls.child, in->helper_sp, number, a, b, c, d, 0);
 }
 
-static int fetch(int pidfd, int64_t theirs, int32_t *fd_ret)
+/* By the system call; where the target may not, by the device. */
+static int64_t open_uffd(struct injection *in, int pidfd)
 {
-	long fd = syscall(SYS_pidfd_getfd, pidfd, (int)theirs, 0);
+	int64_t found = helper_call(in, __NR_userfaultfd, (uint64_t)in->attach->flags, 0, 0, 0);
 
-	*fd_ret = fd < 0 ? -1 : (int32_t)fd;
-	return fd < 0 ? -errno : 0;
-}
-
-/* Arguments of recvmsg(2), in the helper's page and here alike. */
-struct message {
-	struct msghdr header;
-	struct iovec vec;
-	char control[CMSG_SPACE(sizeof(int))];
-	char byte;
-	int pair[2];
-};
-
-static int send_device(int socket, int device)
-{
-	struct message message = { 0 };
-	struct cmsghdr *control;
-
-	message.byte = 1;
-	message.vec = (struct iovec){ &message.byte, 1 };
-	message.header = (struct msghdr){ .msg_iov = &message.vec, .msg_iovlen = 1,
-					  .msg_control = message.control,
-					  .msg_controllen = sizeof(message.control) };
-	control = CMSG_FIRSTHDR(&message.header);
-	control->cmsg_level = SOL_SOCKET;
-	control->cmsg_type = SCM_RIGHTS;
-	control->cmsg_len = CMSG_LEN(sizeof(device));
-	memcpy(CMSG_DATA(control), &device, sizeof(device));
-	return sendmsg(socket, &message.header, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? -errno : 0;
-}
-
-/* The device descriptor goes to the helper over a pair of sockets that it makes. */
-static int64_t open_by_device(struct injection *in, int pidfd)
-{
-	uint64_t at = in->page + ARGUMENTS_AT;
-	struct message theirs = {
-		.header = {
-			.msg_iov = (void *)(uintptr_t)(at + offsetof(struct message, vec)),
-			.msg_iovlen = 1,
-			.msg_control = (void *)(uintptr_t)(at + offsetof(struct message, control)),
-			.msg_controllen = sizeof(theirs.control),
-		},
-		.vec = { (void *)(uintptr_t)(at + offsetof(struct message, byte)), 1 },
-	};
-	int32_t ours = -1;
-	int device;
-	int64_t ret = uffd_inject_put(in->attach->tid, at, &theirs, sizeof(theirs));
-
-	if (!ret)
-		ret = helper_call(in, SYS_socketpair, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0,
-				  at + offsetof(struct message, pair));
-	if (!ret)
-		ret = uffd_inject_get(in->attach->tid, at, &theirs, sizeof(theirs));
-	if (!ret)
-		ret = fetch(pidfd, theirs.pair[0], &ours);
-	if (!ret)
-		ret = send_device(ours, in->attach->device);
-	if (!ret)
-		ret = helper_call(in, SYS_recvmsg, (uint64_t)theirs.pair[1], at,
-				  MSG_DONTWAIT | MSG_CMSG_CLOEXEC, 0);
-	if (ours >= 0)
-		close(ours);
-	if (ret < 0)
-		return ret;
-	ret = uffd_inject_get(in->attach->tid, at, &theirs, sizeof(theirs));
-	if (ret)
-		return ret;
-	memcpy(&device, theirs.control + CMSG_LEN(0), sizeof(device));
-	return helper_call(in, SYS_ioctl, (uint64_t)device, USERFAULTFD_IOC_NEW,
-			   (uint64_t)in->attach->flags, 0);
+	if ((found == -EPERM || found == -EACCES || found == -ENOSYS) && in->attach->device >= 0) {
+		in->attach->by_device = 1;
+		found = uffd_device_open(&in->calls, in->helper_sp, in->page + ARGUMENTS_AT, pidfd,
+					 in->attach->device, (uint64_t)in->attach->flags);
+	}
+	return found;
 }
 
 static int open_there(struct injection *in)
@@ -278,15 +224,13 @@ static int open_there(struct injection *in)
 
 	if (pidfd < 0)
 		return errno == EINVAL ? -EOPNOTSUPP : -errno;
-	found = helper_call(in, __NR_userfaultfd, (uint64_t)in->attach->flags, 0, 0, 0);
-	if ((found == -EPERM || found == -EACCES || found == -ENOSYS) && in->attach->device >= 0) {
-		in->attach->by_device = 1;
-		found = open_by_device(in, pidfd);
-	}
+	found = helper_call(in, SYS_close_range, 0, EVERY_DESCRIPTOR, CLOSE_RANGE_UNSHARE, 0);
+	if (!found)
+		found = open_uffd(in, pidfd);
 	ret = found < 0 ? (int)found : 0;
 	if (!ret) {
 		reach(in, UFFD_ATTACH_OPENED);
-		ret = fetch(pidfd, found, in->fd_ret);
+		ret = uffd_inject_fetch(pidfd, found, in->fd_ret);
 	}
 	if (!ret)
 		reach(in, UFFD_ATTACH_FETCHED);

@@ -2,10 +2,11 @@
 /*
  * Open a userfaultfd for the memory of another process, by system calls made in it.
  *
- * One thread of the target is stopped meanwhile.  It maps a page and makes a helper thread that has
- * a copy of its descriptors, so that a descriptor which the helper opens is never in the target's
- * table and is closed when the helper ends.  The helper opens the userfaultfd; pidfd_getfd(2)
- * fetches it; the helper ends, the page is unmapped, and the thread continues where it was.
+ * One thread of the target is stopped meanwhile.  It maps a page and makes a helper thread, which
+ * begins with an empty table of descriptors, so that a descriptor which it opens is never in the
+ * target's table and is closed when the helper ends.  The helper opens the userfaultfd;
+ * pidfd_getfd(2) fetches it; the helper ends, the page is unmapped, and the thread continues where
+ * it was.
  *
  * A child process that shares this process's memory and descriptors does all this: a SIGKILL of
  * this process does not end it.  If the child is killed, both threads continue by themselves (see

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
+#include <unistd.h>
+#include <sys/syscall.h>
 
 #include "remote/inject.h"
 #include "remote/memory.h"
@@ -94,4 +96,12 @@ int uffd_inject_get(pid_t tid, uint64_t at, void *bytes, uint64_t length)
 		ret = -EFAULT;
 	free(lost.vec);
 	return ret;
+}
+
+int uffd_inject_fetch(int pidfd, int64_t theirs, int32_t *fd_ret)
+{
+	long fd = syscall(SYS_pidfd_getfd, pidfd, (int)theirs, 0);
+
+	*fd_ret = fd < 0 ? -1 : (int32_t)fd;
+	return fd < 0 ? -errno : 0;
 }

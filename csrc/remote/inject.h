@@ -39,4 +39,7 @@ int64_t uffd_inject_call(struct uffd_inject *in, pid_t tid, uint64_t sp, long nu
 int uffd_inject_put(pid_t tid, uint64_t at, const void *bytes, uint64_t length);
 int uffd_inject_get(pid_t tid, uint64_t at, void *bytes, uint64_t length);
 
+/* Duplicate a descriptor of a thread, which its pidfd names, to this process. */
+int uffd_inject_fetch(int pidfd, int64_t theirs, int32_t *fd_ret);
+
 #endif /* UFFD_REMOTE_INJECT_H */

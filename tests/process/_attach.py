@@ -96,6 +96,30 @@ def killed_at_each_point(program: str, whom: str) -> None:
     target.wait()
 
 
+def without_its_files(program: str) -> None:
+    """The helper has a userfaultfd and nothing else, and the target has no userfaultfd."""
+    target = start(program, "spin")
+    before = seen(target.pid)
+    errors: list[UffdOSError] = []
+    _attach.hold = AttachPoint.OPENED
+    with Process(target.pid) as process:
+        thread = threading.Thread(target=_attach_noting, args=(process, errors))
+        thread.start()
+        wait_until("it is held", lambda: _attach.attempts and _attach.attempts[0].is_held)
+        (helper,) = {*os.listdir(f"/proc/{target.pid}/task")} - {str(target.pid)}
+        files = Path(f"/proc/{target.pid}/task/{helper}/fd")
+        assert [os.readlink(each) for each in files.iterdir()] == ["anon_inode:[userfaultfd]"]
+        assert seen(target.pid)["fd"] == before["fd"]
+        _attach.hold = None
+        _attach.attempts[0].release()
+        thread.join(LIMIT_S)
+    assert not errors
+    assert seen(target.pid) == before
+    answers(target)
+    target.kill()
+    target.wait()
+
+
 # What another thread of the target does meanwhile, by the byte that tells it to.
 DEEDS = {"exit": b"x", "exec": b"e", "fork": b"f"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -166,6 +167,25 @@ def test_another_user_without_privilege(program: str, ended: list[subprocess.Pop
     assert target.stdout.readline() == b"ready\n"
     attached(target.pid)
     answers(target)
+
+
+def test_a_target_that_may_have_no_more_descriptors(
+    program: str, ended: list[subprocess.Popen[bytes]]
+) -> None:
+    target = start(program, "spin")
+    ended.append(target)
+    resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (3, 3))
+    attached(target.pid)
+    answers(target)
+    resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (0, 0))
+    with Process(target.pid) as process, pytest.raises(UffdOSError, match="below the three"):
+        process.attach(FEATURES)
+    answers(target)
+
+
+def test_a_large_table_is_not_copied(program: str) -> None:
+    """Its copy would last, and closing the copies reaches file systems and message queues."""
+    run_child("tests.process._attach:without_its_files", program, budget_s=30)
 
 
 def test_in_other_namespaces(program: str, ended: list[subprocess.Popen[bytes]]) -> None:

@@ -24,7 +24,7 @@ FLOORS = [
     {"dirty/ranges", "remote/maps", "remote/thread"},
     {"dirty/drops", "dirty/round", "remote/memory", "remote/trace", "remote/frame"},
     {"remote/inject", "remote/registers", "snapshot/image"},
-    {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages"},
+    {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages", "remote/device"},
     {"snapshot/chain", "snapshot/hot"},
     {"snapshot/saving"},
     {"snapshot/saver"},
