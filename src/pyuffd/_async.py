@@ -12,6 +12,7 @@ from pyuffd._closing import SoleOwner
 from pyuffd._errors import EventsBusyError
 from pyuffd._event_claims import EventClaims
 from pyuffd._events import Pagefault
+from pyuffd._latch import Latch
 
 READ_BATCH = 64  # messages for each read_events()
 
@@ -100,7 +101,7 @@ class EventIterator(SoleOwner, Generic[Event]):
             if threading.get_ident() == home or not loop.is_running():
                 wake(False)
                 return
-            gone = threading.Event()
+            gone = Latch()
 
             def let_go() -> None:
                 wake(False)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 from pyuffd._arguments import check_seconds
+from pyuffd._latch import Latch
 from pyuffd._pages import PAGE_SIZE, round_down
 from pyuffd._working_set import MOST_PAGES, MOST_ROWS, Place, Run
 from pyuffd.handlers import FaultLog
@@ -118,7 +119,7 @@ class Recording:
         is_settled = elapsed_s - then >= SETTLED_S and count - before < count * SETTLED_SHARE
         return elapsed_s >= LONGEST_S or is_settled
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: threading.Event | Latch) -> None:
         """Record until it is over or `stop` is set."""
         began = time.monotonic()
         self.look()

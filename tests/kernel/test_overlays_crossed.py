@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -162,23 +161,27 @@ CASES = {
 def crossed(driver: Any, name: str) -> None:
     size = 2 << 20 if name.startswith("hugetlb") else PAGE
     kinds = ("c",) if driver == "native" else ("c", "python")
+    mine = {
+        title: case
+        for title, case in CASES.items()
+        if driver in case.drivers and name in case.memory
+    }
     with image(content(PAGES * size)) as path, FileSource(path) as first:
-        for title, case in CASES.items():
-            if driver not in case.drivers or name not in case.memory:
-                continue
-            for kind in kinds:
-                with contextlib.ExitStack() as stack:
-                    handler, memory = stack.enter_context(serving(driver, name, case.features))
-                    handler.start()
-                    overlay = overlay_of(kind, first, size)
-                    region = memory.pages(PAGES)
-                    want = overlay.read(0, PAGES * size)
-                    handler.serve(region, overlay, mode=case.mode)
-                    try:
-                        case.run(Setting(handler, region, overlay, want))
-                    except BaseException as error:
-                        error.add_note(f"case {title}, overlay {kind}")
-                        raise
+        for features in {case.features for case in mine.values()}:
+            # One handler for all with these features: to start the helper process is expensive.
+            with serving(driver, name, features) as (handler, memory):
+                handler.start()
+                for title, case in mine.items():
+                    for kind in kinds if case.features == features else ():
+                        overlay = overlay_of(kind, first, size)
+                        region = memory.pages(PAGES)
+                        want = overlay.read(0, PAGES * size)
+                        handler.serve(region, overlay, mode=case.mode)
+                        try:
+                            case.run(Setting(handler, region, overlay, want))
+                        except BaseException as error:
+                            error.add_note(f"case {title}, overlay {kind}")
+                            raise
 
 
 @pytest.mark.crossing

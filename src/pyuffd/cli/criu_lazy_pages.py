@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import queue
 import resource
 import signal
 import sys
@@ -298,18 +299,26 @@ class _Progress:
     def __init__(self, server: LazyPages, out: _Output) -> None:
         self._server = server
         self._out = out
-        self._ended = threading.Event()
+        # Its methods are in C, so a signal cannot leave it locked.
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="criu-progress")
 
     def _run(self) -> None:
-        while not self._ended.wait(PROGRESS_S):
+        while not self._has_ended():
             for report in self._server.reports:
                 if report.arrived_s and not report.drained_s and not report.error:
                     self._out.progress(report)
+
+    def _has_ended(self) -> bool:
+        try:
+            self._ended.get(timeout=PROGRESS_S)
+        except queue.Empty:
+            return False
+        return True
 
     def __enter__(self) -> None:
         self._thread.start()
 
     def __exit__(self, *exc: object) -> None:
-        self._ended.set()
+        self._ended.put(None)
         self._thread.join()

@@ -16,6 +16,7 @@ from typing import Literal
 from pyuffd._arguments import check_int, check_seconds
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, CriuError
+from pyuffd._latch import Latch
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, check_range
 
@@ -206,7 +207,7 @@ class _Asked:
         self.pid = pid
         self.address = address
         self.target = target
-        self.done = threading.Event()
+        self.done = Latch()
         self.is_right = False
 
     @property

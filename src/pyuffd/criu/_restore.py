@@ -24,6 +24,7 @@ from pyuffd._errors import (
     ProcessGoneError,
     UffdOSError,
 )
+from pyuffd._latch import Latch
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Recording, Watched
 from pyuffd._uffd import Userfaultfd
@@ -145,7 +146,7 @@ class Restore:
         self._tasks: dict[int, ServedTask] = {}
         self._zombies: set[int] = set()
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._stopped = Latch()
         self._errors: list[str] = []
 
     def run(self, sock: RestoreSocket) -> None:

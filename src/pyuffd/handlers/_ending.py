@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from pyuffd._errors import HandlerError
+from pyuffd._latch import Latch
 from pyuffd._overlay import leaves_of
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._serving import Served
@@ -76,7 +77,7 @@ class Ending:
         self._cut_short = cut_short
         self._progress = progress
         self._error: BaseException | None = None
-        self._is_over = threading.Event()
+        self._is_over = Latch()
         self._start_lock = threading.RLock()
         self._is_started = False
         self._work_lock = threading.Lock()

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 from pyuffd._image_calls import be_gentle
+from pyuffd._latch import Latch
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ class Batch:
 
     def __init__(self, count: int) -> None:
         self._left = count
-        self._done = threading.Event()
+        self._done = Latch()
         if not count:
             self._done.set()
 
@@ -79,14 +80,16 @@ class Drain(Generic[T]):
         self._rest = iter(pieces)
         self._pieces = deque(islice(self._rest, threads))
         self._first: deque[tuple[Callable[[], int], Batch]] = deque()
-        self._changed = threading.Condition()
+        # Not by the condition's own methods, in which a signal may leave it locked.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._rate = rate
         self._due = 0.0
         self._paused = paused
         self._held = held
         self._busy_first = 0
         self._stopped = False
-        self._ended = threading.Event()
+        self._ended = Latch()
         self._running = max(1, min(threads, len(self._pieces) or 1))
         self.error: BaseException | None = None
         self._threads = [
@@ -101,7 +104,7 @@ class Drain(Generic[T]):
             except RuntimeError:  # no more threads: those that run do it
                 if not number:
                     raise
-                with self._changed:
+                with self._lock:
                     self._running -= len(self._threads) - number
                     nobody = not self._running
                 del self._threads[number:]
@@ -118,7 +121,7 @@ class Drain(Generic[T]):
 
     def set_rate(self, rate: float | None) -> None:
         """Change the rate, from now on."""
-        with self._changed:
+        with self._lock:
             self._rate, self._due = rate, 0.0
             self._changed.notify_all()
 
@@ -129,13 +132,13 @@ class Drain(Generic[T]):
 
     def pause(self, paused: bool) -> None:
         """Begin no more pieces, or go on."""
-        with self._changed:
+        with self._lock:
             self._paused = paused
             self._changed.notify_all()
 
     def hold(self, held: bool) -> None:
         """Do no more pieces, but what `first` is given; or go on."""
-        with self._changed:
+        with self._lock:
             self._held = held
             self._changed.notify_all()
 
@@ -146,7 +149,7 @@ class Drain(Generic[T]):
         """
         wanted = list(jobs)
         batch = Batch(len(wanted))
-        with self._changed:
+        with self._lock:
             if self._ended.is_set() or self._stopped:
                 batch._given_up()
             else:
@@ -170,7 +173,7 @@ class Drain(Generic[T]):
 
     def stop(self) -> None:
         """Begin nothing more, and wait for what was begun."""
-        with self._changed:
+        with self._lock:
             self._stopped = self._stopped or not self._ended.is_set()
             self._changed.notify_all()
         for thread in self._threads:
@@ -190,7 +193,7 @@ class Drain(Generic[T]):
                     self._count(done)
         except BaseException as error:
             self._fail(error)
-        with self._changed:
+        with self._lock:
             self._running -= 1
             is_last = not self._running
         if is_last:
@@ -207,7 +210,7 @@ class Drain(Generic[T]):
 
     def _next(self, steps_back: bool) -> Callable[[], int] | None:
         """Return what to do now; None at the end."""
-        with self._changed:
+        with self._lock:
             while True:
                 if self._stopped:
                     return None
@@ -236,7 +239,7 @@ class Drain(Generic[T]):
             try:
                 return job()
             finally:
-                with self._changed:
+                with self._lock:
                     batch._one_done()
                     self._busy_first -= 1
                     self._changed.notify_all()
@@ -244,12 +247,12 @@ class Drain(Generic[T]):
         return run
 
     def _count(self, done: int) -> None:
-        with self._changed:
+        with self._lock:
             if self._rate is not None:
                 self._due = max(self._due, time.monotonic()) + done / self._rate
 
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self.error = self.error or error
             self._stopped = True
             self._changed.notify_all()
@@ -261,7 +264,7 @@ class Drain(Generic[T]):
         except BaseException as error:
             self.error = self.error or error
         finally:
-            with self._changed:
+            with self._lock:
                 for _, batch in self._first:
                     batch._given_up()
                 self._first.clear()

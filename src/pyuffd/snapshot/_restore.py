@@ -16,6 +16,7 @@ from functools import partial
 from pyuffd._arguments import check_number
 from pyuffd._closing import Closing
 from pyuffd._errors import UffdError
+from pyuffd._latch import Latch
 from pyuffd._recording import Until
 from pyuffd._working_set import WorkingSet
 from pyuffd.snapshot import _restore_hot, _working_sets
@@ -119,7 +120,7 @@ class Restore(Closing):
         self.record_error: Exception | None = None
         self._hot = _restore_hot.Hot(images[0], placed, self.working_set)
         self._hot_found = self._hot_filled = Batch(0)
-        self._record_stop = threading.Event()
+        self._record_stop = Latch()
         self._recorder: threading.Thread | None = None
         check_files(images)
         check_gaps(placed, options.gaps, path)

@@ -20,6 +20,7 @@ from pyuffd._errors import (
     SnapshotFormatError,
     UffdOSError,
 )
+from pyuffd._latch import Latch
 from pyuffd._pages import round_up
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers import Handler
@@ -76,7 +77,7 @@ class Serving:
         self._placed = sorted(placed, key=lambda each: each.start)
         self._sums = sums
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._stopped = Latch()
         self._errors: list[BaseException] = []
         self._is_ours = handler is None
         self._shares: dict[int, Share] = {}

@@ -22,6 +22,7 @@ from collections import deque
 from typing import Any
 
 from pyuffd._errors import HelperLostError
+from pyuffd._latch import Latch
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
 from pyuffd.handlers._failures import log_error
@@ -68,7 +69,7 @@ class HelperLink:
         self._how = ""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._process = HelperProcess()
-        self._begun = threading.Event()
+        self._begun = Latch()
         self._is_cancelled = self._is_ending = False
         self._is_left_behind = False
         self._is_leaving = False
@@ -354,6 +355,6 @@ class _Begun:
     """A call that waits for its answer; `payload` stays None when the helper is gone."""
 
     def __init__(self) -> None:
-        self.done = threading.Event()
+        self.done = Latch()
         self.ok = False
         self.payload: bytes | None = None

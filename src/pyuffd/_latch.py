@@ -1,0 +1,54 @@
+"""A flag that is set once, and waited for by threads that a signal may interrupt (layer L1).
+
+`threading.Event` is no help there. An exception of a signal handler that arrives inside its
+`wait()` can leave the lock of its condition held, so that `set()` waits until the process ends, or
+released twice, so that RuntimeError replaces the exception (measured with CPython 3.11).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+# A waiter that was interrupted while it let the next one through leaves it waiting for so long.
+LOOK_S = 0.2
+
+
+class Latch:
+    """A flag that is set once.
+
+    Threads: safe, and usable in signal handlers.  GIL: released while waiting.
+    """
+
+    __slots__ = ("_is_set", "_lock")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        # Held until the flag is set. Its methods are in C, so no exception arrives inside them.
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Set it, and let all waiters go."""
+        self._is_set = True
+        self._let_through()
+
+    def is_set(self) -> bool:
+        """Return whether it is set."""
+        return self._is_set
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until it is set, or so many seconds; return whether it is set."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._is_set:
+            left_s = LOOK_S if until is None else min(LOOK_S, until - time.monotonic())
+            if left_s <= 0:
+                break
+            if self._lock.acquire(timeout=left_s):
+                self._let_through()
+        return self._is_set
+
+    def _let_through(self) -> None:
+        with contextlib.suppress(RuntimeError):  # another thread has released it just now
+            self._lock.release()

@@ -1,0 +1,110 @@
+"""The flag that threads wait for which a signal may interrupt."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pyuffd
+from pyuffd._latch import Latch
+
+SOURCE = Path(pyuffd.__file__).parent
+# `Snapshot.record` accepts a flag of the program's own.
+GIVEN = {"_recorded.py", "_recording.py", "_snapshot.py"}
+SOON_S = 5.0
+
+
+class Injected(BaseException):
+    """As from a signal handler."""
+
+
+def at_line(number: int, function: Any) -> bool:
+    """Call a function, and raise in it at its so many-th line, those of its calls included.
+
+    Return whether it has so many lines.
+    """
+    left = number
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if not left:
+                sys.settrace(None)
+                raise Injected
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    except Injected:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_exception_at_any_line_of_a_wait_harms_nobody() -> None:
+    number = 1
+    while True:
+        latch, number = Latch(), number + 1
+        waiters = [threading.Thread(target=latch.wait, daemon=True) for _ in range(2)]
+        for one in waiters:
+            one.start()
+        if not at_line(number, lambda latch=latch: latch.wait(0.01)):
+            break
+        assert not latch.is_set()
+        setter = threading.Thread(target=latch.set, daemon=True)
+        setter.start()
+        for one in (setter, *waiters):
+            one.join(SOON_S)
+            assert not one.is_alive()
+        assert latch.wait(0)
+    latch.set()
+    assert number > 5
+
+
+def test_an_exception_at_any_line_of_setting_it_harms_nobody() -> None:
+    number = 1
+    while True:
+        latch, number = Latch(), number + 1
+        waiter = threading.Thread(target=latch.wait, daemon=True)
+        waiter.start()
+        was_interrupted = at_line(number, latch.set)
+        latch.set()
+        waiter.join(SOON_S)
+        assert not waiter.is_alive()
+        if not was_interrupted:
+            break
+    assert number > 3
+
+
+def test_it_is_set_for_good_and_lets_all_go() -> None:
+    latch = Latch()
+    assert not latch.wait(0)
+    assert not latch.wait(0.01)
+    seen: list[bool] = []
+    waiters = [threading.Thread(target=lambda: seen.append(latch.wait())) for _ in range(8)]
+    for one in waiters:
+        one.start()
+    latch.set()
+    latch.set()
+    for one in waiters:
+        one.join()
+    assert seen == [True] * 8
+    assert latch.wait(0)
+
+
+def test_no_event_is_waited_for() -> None:
+    """In its methods an exception by a signal may leave a lock held for good."""
+    kits = {"testing", "conformance"}
+    paths = [
+        path.relative_to(SOURCE)
+        for path in SOURCE.rglob("*.py")
+        if re.search(r"\bthreading\.Event\b", path.read_text())
+    ]
+    assert {path.name for path in paths if not kits & set(path.parts)} == {*GIVEN, "_latch.py"}
