@@ -28,6 +28,8 @@ Driver = Literal["native", "inline"]
 DRIVERS: tuple[Driver, ...] = ("native", "inline")
 # Passes only if there is a bug: every wait is for something that must happen soon.
 WAIT_S = 20.0
+# A prime: no two of so many pages begin at the same place.
+REPEATS = 65_537
 OPEN_FOR_A_MOMENT = re.compile(r"/proc/(\d+/task/\d+/schedstat|loadavg)")
 
 both_drivers = pytest.mark.parametrize("driver", DRIVERS)
@@ -86,8 +88,12 @@ def serving(
 
 
 def content(length: int, seed: int = 1) -> bytes:
-    """Return bytes that differ from page to page and have no page of zeros."""
-    return random.Random(seed).randbytes(length)
+    """Return bytes that differ from page to page and have no page of zeros.
+
+    Random bytes repeat after `REPEATS` of them, so megabytes cost no more than a copy.
+    """
+    some = random.Random(seed).randbytes(min(length, REPEATS))
+    return (some * (length // REPEATS + 1))[:length]
 
 
 def states(handler: Handler, region: Any) -> list[PageState]:
