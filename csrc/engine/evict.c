@@ -36,6 +36,7 @@ struct eviction {
 	bool written_too;
 	uint64_t give_up_ns;	/* while the next page is in flight */
 	unsigned int attempt;
+	uint64_t ours_start, ours_end;	/* one mapping that is registered */
 	/* Of the page table, for the pages from `known_at` on. */
 	uint64_t known_at, known, ahead;
 	uint64_t entries[MOST_ENTRIES];
@@ -195,17 +196,25 @@ static int wait_in_flight(struct eviction *all)
 
 /*
  * Whether the pages of a run are still in registered memory.  Without events the owner may
- * have mapped something else there, which must not be dropped.
+ * have mapped something else there, which must not be dropped.  Ask once for what this call
+ * has still to do, as long as that is one mapping.
  */
-static bool is_still_ours(const struct uffd_range *range, const struct claimed_run *run)
+static bool is_still_ours(const struct uffd_range *range, const struct claimed_run *run,
+			  struct eviction *all)
 {
 	const uint32_t both = UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP;
 	uint64_t at = run->address, end = at + run->length;
+	uint64_t rest = lower(range->end, at + (all->end - run->offset));
 	bool one;
 
-	if ((range->space->layout_events & both) == both ||
-	    is_one_mapping(range, at, end, &one) || one)
+	if ((range->space->layout_events & both) == both)
 		return true;
+	if (all->ours_start <= at && end <= all->ours_end)
+		return true;
+	if (!is_one_mapping(range, at, rest, &one) && one) {
+		all->ours_start = at, all->ours_end = rest;
+		return true;
+	}
 	/* Several mappings, if others have split it (mprotect(2)). */
 	for (; at < end; at += range->page_size)
 		if (!is_one_mapping(range, at, at + range->page_size, &one) && !one)
@@ -228,7 +237,7 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 	if (range)
 		claim_run(range, all, &run);
 	if (range && run.length)
-		ours = is_still_ours(range, &run);
+		ours = is_still_ours(range, &run, all);
 	close_access(&access);
 	if (!range)
 		return -ENOENT;
