@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Literal
 import pytest
 
 from pyuffd import BufferSource, Handler, HandoverRange, Region, RegisterMode, ZeroSource
+from pyuffd.handlers import _overlaps
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE
-from tests.kernel._serving import Driver, handler_of, with_both_drivers
+from tests.kernel._serving import Driver, handler_of, in_fork, with_both_drivers
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 Use = Literal["source", "preserve", "local read", "local written"]
@@ -150,6 +152,85 @@ def check_memory_of_two_handlers() -> None:
 def test_memory_of_two_handlers() -> None:
     """Memory of another handler can be a source: the other handler resolves its faults."""
     run_child(check_memory_of_two_handlers)
+
+
+def check_circle(count: int) -> None:
+    """Each handler's memory has content from the next one's; the last would close the circle."""
+    with contextlib.ExitStack() as stack:
+        memory = [stack.enter_context(Region.anonymous(2 * PAGE)) for _ in range(count)]
+        handlers = [stack.enter_context(handler_of("native")) for _ in range(count)]
+        for at in range(count - 1):
+            handlers[at].serve(memory[at][:PAGE], BufferSource(memory[at + 1][:PAGE]))
+        with pytest.raises(ValueError, match="each other, as each has content in memory"):
+            handlers[-1].serve(memory[-1][:PAGE], BufferSource(memory[0][:PAGE]))
+        # What no handler serves may be a source, and so may the first one's after it has changed.
+        handlers[-1].serve(memory[-1][:PAGE], BufferSource(b"a" * PAGE))
+        handlers[0].unserve(memory[0][:PAGE])
+        handlers[0].serve(memory[0][:PAGE], BufferSource(b"b" * PAGE), present="drop")
+        handlers[-1].serve(memory[-1][PAGE:], BufferSource(memory[0][:PAGE]))
+        # Now the circle would be closed in the middle.
+        with pytest.raises(ValueError, match="each other, as each has content in memory"):
+            handlers[0].serve(memory[0][PAGE:], BufferSource(memory[-1][PAGE:]))
+        for handler in handlers:
+            handler.start()
+        assert memory[-1].read(0, 1) == b"a"
+        assert memory[-1].read(PAGE, 1) == b"b"
+
+
+@needs_kernel_faults()
+@pytest.mark.parametrize("count", [2, 3])
+def test_circle(count: int) -> None:
+    """Threads of several handlers would wait for each other's pages, without an end."""
+    run_child(check_circle, count)
+
+
+def served_before_it_is_used(last: Region, first: Region, handlers: list[Handler]) -> None:
+    handlers[0].serve(first[:PAGE], BufferSource(last[:PAGE]))
+    handlers[1].serve(last[PAGE:], BufferSource(first[PAGE:]))
+    handlers[0].serve(first[PAGE:], ZeroSource())
+    with pytest.raises(ValueError, match="each other"):
+        handlers[1].serve(last[:PAGE], ZeroSource())
+
+
+def check_closed_by_serving() -> None:
+    with (
+        Region.anonymous(2 * PAGE) as first,
+        Region.anonymous(2 * PAGE) as last,
+        handler_of("native") as one,
+        handler_of("native") as other,
+    ):
+        served_before_it_is_used(last, first, [one, other])
+
+
+def test_closed_by_serving_what_another_uses() -> None:
+    run_child(check_closed_by_serving)
+
+
+def check_fork_while_another_thread_serves() -> None:
+    def serve() -> None:
+        with handler_of("native") as handler, Region.anonymous(PAGE) as region:
+            handler.serve(region, BufferSource(b"x" * PAGE))
+            handler.start()
+            assert region.read(0, 1) == b"x"
+
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _overlaps._lock:
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    assert in_fork(serve) == 0
+    over.set()
+    thread.join()
+    serve()
+
+
+def test_fork_while_another_thread_serves() -> None:
+    run_child(check_fork_while_another_thread_serves)
 
 
 def seconds_for(count: int) -> float:

@@ -1,15 +1,19 @@
 """The memory of this process that an engine serves, and that it reads and writes (layer L4).
 
 The engine must never touch a missing page that it serves itself: it could not resolve the fault.
+Nor may engines of several handlers wait for each other in a circle.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
+from weakref import WeakSet
 
 from pyuffd._abi import RegisterMode
 from pyuffd._overlay import leaves_of
@@ -19,6 +23,20 @@ from pyuffd.sources import BufferSource, PageSource
 T = TypeVar("T")
 
 FILLED = RegisterMode.MISSING | RegisterMode.MINOR
+
+# Of all handlers of this process. The lock guards what they hold; reentrant, as a signal handler
+# may serve too.
+_all: WeakSet[Overlaps] = WeakSet()
+_lock = threading.RLock()
+
+
+def _start_anew() -> None:
+    """In a fork: its handlers are its own, and another thread may have had the lock."""
+    global _lock, _all
+    _lock, _all = threading.RLock(), WeakSet()
+
+
+os.register_at_fork(after_in_child=_start_anew)
 
 
 class Spans(Generic[T]):
@@ -69,6 +87,10 @@ class Spans(Generic[T]):
                     return self._known[spans[at]][0]
                 at += 1
         return None
+
+    def __iter__(self) -> Iterator[T]:
+        for users in self._known.values():
+            yield from users
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +152,18 @@ class Overlaps:
         self._served: Spans[Range] = Spans()  # all ranges: writing to one may fault
         self._read: Spans[tuple[Range, Use]] = Spans()
         self._written: Spans[tuple[Range, Use]] = Spans()
+        # Engines for whose pages this one may wait; some of them perhaps no longer.
+        self._waits_for: WeakSet[Overlaps] = WeakSet()
+        with _lock:
+            _all.add(self)
 
     def check(self, new: Range) -> None:
         """Raise ValueError if the engine would wait for itself with `new` among the ranges."""
+        with _lock:
+            self._check_alone(new)
+            self._check_circle(new)
+
+    def _check_alone(self, new: Range) -> None:
         for use in new.uses:
             served = (self._served if use.written else self._filled).find(use.start, use.length)
             if served is None and new.is_here and _faults(use, new) and _meet(use, new):
@@ -150,6 +181,49 @@ class Overlaps:
                 f"the range {new} cannot be served: {use.what} of the served range {other} lies"
                 " in it, and its faults would wait for each other"
             )
+
+    def _check_circle(self, new: Range) -> None:
+        others = [one for one in _all if one is not self]
+        for one in others:
+            if any(one._answers(use) for use in new.uses):
+                self._waits_for.add(one)
+            if new.is_here and one._touches(new):
+                one._waits_for.add(self)
+
+        def needed_now(by: Overlaps) -> list[Overlaps]:
+            uses = list(by._uses())
+            if by is self:
+                uses += new.uses
+            found = [one for one in others if one is not by and any(map(one._answers, uses))]
+            if by is not self and any(self._answers(use, new) for use in uses):
+                found.append(self)
+            return found
+
+        # Looking at every use is expensive: only where those that ever waited make a circle.
+        if not _is_circle(self, lambda by: list(by._waits_for)) or not _is_circle(self, needed_now):
+            return
+        raise ValueError(
+            f"the range {new} cannot be served: handlers of this process would wait for each other,"
+            " as each has content in memory that another one serves"
+        )
+
+    def _answers(self, use: Use, new: Range | None = None) -> bool:
+        """Return whether a use may fault on a page that this engine serves, or will serve."""
+        spans = self._served if use.written else self._filled
+        if spans.find(use.start, use.length) is not None:
+            return True
+        return new is not None and new.is_here and _faults(use, new) and _meet(use, new)
+
+    def _touches(self, new: Range) -> bool:
+        """Return whether this engine may fault on a page of a new range."""
+        if self._written.find(new.start, new.length) is not None:
+            return True
+        return bool(new.mode & FILLED) and self._read.find(new.start, new.length) is not None
+
+    def _uses(self) -> Iterator[Use]:
+        for spans in (self._read, self._written):
+            for _, use in spans:
+                yield use
 
     def check_drop(self, start: int, length: int) -> None:
         """Raise ValueError if pages would be dropped that are served already."""
@@ -170,17 +244,19 @@ class Overlaps:
 
     def add(self, new: Range) -> None:
         """Note a range that is served from now on."""
-        for spans, one in self._entries(new):
-            spans.add(one.start, one.length, new)
-        for use in new.uses:
-            self._spans_of(use).add(use.start, use.length, (new, use))
+        with _lock:
+            for spans, one in self._entries(new):
+                spans.add(one.start, one.length, new)
+            for use in new.uses:
+                self._spans_of(use).add(use.start, use.length, (new, use))
 
     def remove(self, old: Range) -> None:
         """Forget a range that is no longer served."""
-        for spans, one in self._entries(old):
-            spans.remove(one.start, one.length, old)
-        for use in old.uses:
-            self._spans_of(use).remove(use.start, use.length, (old, use))
+        with _lock:
+            for spans, one in self._entries(old):
+                spans.remove(one.start, one.length, old)
+            for use in old.uses:
+                self._spans_of(use).remove(use.start, use.length, (old, use))
 
     def _entries(self, one: Range) -> Iterator[tuple[Spans[Range], Range]]:
         if one.is_here:
@@ -190,6 +266,20 @@ class Overlaps:
 
     def _spans_of(self, use: Use) -> Spans[tuple[Range, Use]]:
         return self._written if use.written else self._read
+
+
+def _is_circle(one: Overlaps, needed: Callable[[Overlaps], list[Overlaps]]) -> bool:
+    """Return whether following those that each one needs leads back to the first."""
+    seen: set[Overlaps] = set()
+    left = needed(one)
+    while left:
+        by = left.pop()
+        if by is one:
+            return True
+        if by not in seen:
+            seen.add(by)
+            left += needed(by)
+    return False
 
 
 def _faults(use: Use, served: Range) -> bool:

@@ -127,7 +127,8 @@ class ServesRegions(Unserves):
         Raises:
             ValueError: a range that is served already, pages that are present (see `present`), a
                 source that ends before the last page, a mode that contradicts the arguments, or a
-                `BufferSource`, `preserve` or `local` in memory that this handler serves.
+                `BufferSource`, `preserve` or `local` in memory that this handler serves, or that
+                another one serves which waits, itself or through others, for this one's memory.
             UffdOSError: UFFDIO_REGISTER failed; the region is not served.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
