@@ -40,6 +40,7 @@ from tests.criu._programs import (
     serving,
     write_images,
 )
+from tests.kernel._serving import wait_until
 
 pytestmark = [
     needs(Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_UNMAP | Feature.EVENT_REMOVE),
@@ -172,6 +173,8 @@ def test_a_working_set_that_is_damaged_is_recorded_anew(tmp_path: Path) -> None:
             serving(server) as reports,
         ):
             client.connect(server)
+            # Reading all pages may otherwise be over before the first one is filled.
+            wait_until(lambda: any(one.hot_bytes for one in server.reports), "it is filled first")
             assert client.ask("stamps") == stamps
         assert reports[0].recorded_pages == 0
         assert 0 < reports[0].hot_bytes < 30 * PAGE
