@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import pyuffd
+from pyuffd.cli._signals import Ended, ended_by
 
 COMMANDS = {
     "conformance": (
@@ -66,15 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The command's exit status; 2 after a usage error, or an expected error, which is written to
         stderr in one sentence, such as a stdout that was closed before (`pyuffd doctor >&-`); 130
-        after Ctrl-C; 141 if the reader of stdout is gone.
+        after Ctrl-C; 128 + N after another signal N that the command ends in order at; 141 if the
+        reader of stdout is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:
         print("pyuffd: standard output is closed, so the result has no place", file=sys.stderr)
         return EXIT_ERROR
     try:
-        status = _run(arguments)
-        sys.stdout.flush()
+        with ended_by(signal.SIGINT):
+            status = _run(arguments)
+            sys.stdout.flush()
     except BrokenPipeError:
         # Otherwise buffered text would raise again when the interpreter flushes stdout at exit.
         devnull = os.open(os.devnull, os.O_WRONLY)
@@ -83,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Ended as ended:
+        return ended.status
     except (pyuffd.UffdError, OSError) as error:
         print(f"pyuffd: {_sentence(error)}", file=sys.stderr)
         return EXIT_ERROR

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from pyuffd import CoreFile, Process, Snapshot, write_core
 from pyuffd.cli._expected import limited_pause, reading
 from pyuffd.cli._progress import MIB, progress_shown
-from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
+from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
 
 METHODS = ("auto", "precopy", "cow", "stopped")
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.snapshot is not None:
             return _run_from(args)
-        with ended_by_sigterm(), Process(args.pid) as target:
+        with ended_by(signal.SIGTERM), Process(args.pid) as target:
             path = args.output or f"core.{target.pid}"
             if not args.json:
                 print(_announcement(args, target), flush=True)
@@ -87,8 +88,6 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"pyuffd: {error}", file=sys.stderr)
         return 2
-    except Terminated:
-        return EXIT_TERMINATED
     _print(args, core)
     return 0
 
@@ -100,7 +99,7 @@ def _run_from(args: argparse.Namespace) -> int:
     if args.output is None:
         raise ValueError("--from needs -o FILE")
     with (
-        ended_by_sigterm(),
+        ended_by(signal.SIGTERM),
         Snapshot.open(args.snapshot) as snapshot,
         progress_shown(quiet=args.json) as shown,
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -11,7 +10,6 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from pyuffd.cli import _demo_program as programs
@@ -19,6 +17,7 @@ from pyuffd.cli import _demo_restore as restoring
 from pyuffd.cli._demo_restore import DRIVERS, LABELS, Restored
 from pyuffd.cli._demo_snapshot import Snapshot, take_snapshot
 from pyuffd.cli._demo_work import HUGE_PAGE, MIB, PAGE, WorkingSet, collect, open_userfaultfd
+from pyuffd.cli._signals import ended_by
 from pyuffd.testing import MEMORY_TYPES, MemoryType, huge_pages
 
 WIDTH = 100
@@ -79,24 +78,8 @@ def _size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; return 0 if everything that ran was verified, else 1."""
-    with _ending_cleanly():
+    with ended_by(signal.SIGTERM, signal.SIGHUP):
         return _Demo(args.input, args.size, args.seed).run()
-
-
-@contextlib.contextmanager
-def _ending_cleanly() -> Iterator[None]:
-    """Turn the signals that end a program into an exception, so that everything is cleaned up."""
-    old = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, action in old.items():
-            signal.signal(number, action)
-
-
-def _exit(number: int, frame: FrameType | None) -> None:
-    del frame
-    raise SystemExit(128 + number)
 
 
 class _Demo:

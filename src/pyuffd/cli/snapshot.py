@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import asdict
 
 from pyuffd import Process, Snapshot, SnapshotReport
 from pyuffd.cli._expected import limited_pause
 from pyuffd.cli._progress import MIB, progress_shown
-from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
+from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
 
 MAX_STALL_S = 0.05  # without --max-stall
@@ -80,7 +81,7 @@ def _rate(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Take the snapshot."""
     try:
-        with ended_by_sigterm(), Process(args.pid) as target:
+        with ended_by(signal.SIGTERM), Process(args.pid) as target:
             if not args.json:
                 print(_announcement(args, target), flush=True)
             with progress_shown(quiet=args.json) as shown:
@@ -99,8 +100,6 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"pyuffd: {error}", file=sys.stderr)
         return 2
-    except Terminated:
-        return EXIT_TERMINATED
     print(json.dumps(asdict(report)) if args.json else _table(report))
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from pyuffd import DirtyTracker, Process, ProcessGoneError
 from pyuffd.cli._heat import Heat
-from pyuffd.cli._signals import EXIT_TERMINATED, Terminated, ended_by_sigterm
+from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
 from pyuffd.cli._written import Sample, Written
 
@@ -70,16 +71,12 @@ def run(args: argparse.Namespace) -> int:
         with open(args.png, "ab"):  # fails now, not after an hour
             pass
     heat = Heat() if args.png else None
-    status = 0
     try:
-        with ended_by_sigterm(), Process(args.pid) as target, DirtyTracker(target) as tracker:
-            status = _follow(args, target, tracker, heat)
-    except Terminated:
-        status = EXIT_TERMINATED
+        with ended_by(signal.SIGTERM), Process(args.pid) as target, DirtyTracker(target) as tracker:
+            return _follow(args, target, tracker, heat)
     finally:
         if heat is not None:
             heat.draw(args.png)
-    return status
 
 
 def _follow(

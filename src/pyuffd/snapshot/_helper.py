@@ -35,6 +35,7 @@ from pyuffd.snapshot._take import check, take
 _LENGTH = struct.Struct("=Q")
 # The helper's snapshot leaves nothing if it ends by itself; it may have to wait for its disk.
 END_S = 10.0
+AGAIN_S = 0.005  # until an end that was swallowed is tried again
 _PROGRAM = (
     "import sys; sys.path[:] = {path!r};"
     " from pyuffd.snapshot._helper import main; main({fd}, {pid})"
@@ -142,6 +143,8 @@ def main(fd: int, pid: int) -> NoReturn:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other side decides, by SIGTERM
             signal.signal(signal.SIGTERM, _terminate)
+            signal.signal(signal.SIGALRM, _terminate)
+            sys.unraisablehook = _unraisable
             _work(fd, pid)
             code = 0
         except SystemExit as ended:
@@ -151,7 +154,8 @@ def main(fd: int, pid: int) -> NoReturn:
         except BaseException:
             traceback.print_exc()
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in (signal.SIGTERM, signal.SIGALRM):
+                signal.signal(number, signal.SIG_IGN)
     finally:
         # What Python does at the end is of no use here, and could be interrupted with a traceback.
         os._exit(code)
@@ -173,9 +177,17 @@ def _work(fd: int, pid: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _terminate(number: int, _: FrameType | None) -> NoReturn:
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it cleans up, once
-    sys.exit(128 + number)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _unraisable(what: sys.UnraisableHookArgs) -> None:
+    """Raise the end again, if a finalizer or a callback has swallowed it."""
+    if isinstance(what.exc_value, SystemExit):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+    else:
+        sys.__unraisablehook__(what)
 
 
 def _follow(pidfd: int) -> None:
