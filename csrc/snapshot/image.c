@@ -312,15 +312,13 @@ int uffd_image_scan(int pagemap_fd, const struct uffd_image_piece *pieces, const
 	for (uint64_t i = 0; !ret && i < count; i++) {
 		scan.arg = (struct uffd_pm_scan_arg){
 			.vec_len = UINT64_MAX,
-			.category_anyof_mask = UFFD_PAGE_IS_PRESENT,
+			.category_anyof_mask = UFFD_PAGE_IS_PRESENT | UFFD_PAGE_IS_SWAPPED,
 			.return_mask = UFFD_PAGE_IS_SWAPPED,
 		};
 		if (what[i] == UFFD_IMAGE_OWN) {
 			scan.arg.category_mask |= UFFD_PAGE_IS_FILE;
 			scan.arg.category_inverted |= UFFD_PAGE_IS_FILE;
 		}
-		if (!(flags & UFFD_IMAGE_PRESENT))
-			scan.arg.category_anyof_mask |= UFFD_PAGE_IS_SWAPPED;
 		if (flags & UFFD_IMAGE_UNPROTECTED)
 			scan.arg.category_mask |= UFFD_PAGE_IS_WRITTEN;
 		ret = within ? scan_within(&scan, &pieces[i], within, &at) :

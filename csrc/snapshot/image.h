@@ -23,11 +23,10 @@ struct uffd_image_piece {
 /* The file may hold something at these places: write zeros too. */
 #define UFFD_IMAGE_OVERWRITE	(1u << 0)
 /* For uffd_image_copy(): other threads of the machine get the CPU first. */
-#define UFFD_IMAGE_GENTLE	(1u << 3)
+#define UFFD_IMAGE_GENTLE	(1u << 2)
 
-/* For uffd_image_scan(): only pages without write-protection; only in memory. */
+/* For uffd_image_scan(): only pages without write-protection. */
 #define UFFD_IMAGE_UNPROTECTED	(1u << 1)
-#define UFFD_IMAGE_PRESENT	(1u << 2)
 
 /*
  * Copy ranges to the file.  Memory without PROT_READ is read through `mem_fd`, an open

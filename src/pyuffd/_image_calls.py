@@ -45,7 +45,6 @@ class Pieces:
         pagemap_fd: int,
         *,
         unprotected: bool = False,
-        present: bool = False,
         within: memoryview | None = None,
     ) -> memoryview:
         """Return the pages that are in memory or on swap, packed; by PAGEMAP_SCAN.
@@ -53,11 +52,9 @@ class Pieces:
         Args:
             pagemap_fd: An open /proc/PID/pagemap.
             unprotected: Only those without write-protection.
-            present: Only those in memory.
             within: Only those in these packed ranges; nothing else is looked at.
         """
         flags = lib.UFFD_IMAGE_UNPROTECTED if unprotected else 0
-        flags |= lib.UFFD_IMAGE_PRESENT if present else 0
         return self._scan(pagemap_fd, flags, within)[0]
 
     def scan_apart(

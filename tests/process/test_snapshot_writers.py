@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,28 +12,42 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import Process, Snapshot, SnapshotReport
+from pyuffd import PageBit, Process, RunState, Snapshot, SnapshotReport
 from pyuffd import _image_calls as calls
 from pyuffd._pages import HUGE_PAGE_2M
 from pyuffd.dirty._rows import DENSE_BYTES
 from pyuffd.snapshot import _capture
-from pyuffd.testing import needs_privilege
+from pyuffd.testing import needs_privilege, needs_swap
 from tests._memory import PAGE
 from tests.process.test_snapshot import take
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE")
 
-# Values of bytes of pages, and dropping pages, at the words of standard input.
+# Values of bytes of pages, dropping, moving and swapping out pages, at the words of standard input.
 WRITER = """
-import ctypes, mmap, sys
+import ctypes, mmap, os, sys
+MOVE, SWAP_OUT, MADV_PAGEOUT = -1, -2, 21
+libc = ctypes.CDLL(None)
 length = int(sys.argv[1])
 NORESERVE = 0x4000
 area = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
 area.madvise(mmap.MADV_NOHUGEPAGE)
-print(ctypes.addressof(ctypes.c_char.from_buffer(area)), flush=True)
+size = ctypes.c_size_t(length)
+at = ctypes.addressof(ctypes.c_char.from_buffer(area))
+other = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+to = ctypes.addressof(ctypes.c_char.from_buffer(other))
+print(at, to, flush=True)
 for line in sys.stdin:
     value, first, past, step = map(int, line.split())
-    if value:
+    if value == MOVE:
+        assert libc.mremap(ctypes.c_void_p(at), size, size, 3, ctypes.c_void_p(to)) != -1
+        assert libc.mmap(ctypes.c_void_p(at), size, 3, 0x4032, -1, 0) != -1
+        at, to = to, at
+    elif value == SWAP_OUT:
+        for cpu in sorted(os.sched_getaffinity(0)):
+            os.sched_setaffinity(0, {cpu})
+            area.madvise(MADV_PAGEOUT, first * 4096, (past - first) * 4096)
+    elif value:
         for page in range(first, past, step):
             area[page * 4096] = value
     else:
@@ -53,13 +68,26 @@ class Writer:
     def __init__(self, popen: subprocess.Popen[str], length: int) -> None:
         assert popen.stdout is not None
         self.pid, self._popen = popen.pid, popen
-        self.area = Area(int(popen.stdout.readline()), length)
+        self.area, self.other = (
+            Area(int(word), length) for word in popen.stdout.readline().split()
+        )
 
     def write(self, value: int, first: int, past: int, step: int = 1) -> None:
         """Write a value to each of some pages; 0 drops them."""
+        self._do(value, first, past, step)
+
+    def move(self) -> None:
+        """Move the memory from one area to the other; where it was is empty memory."""
+        self._do(-1, 0, 0, 1)
+
+    def swap_out(self, first: int, past: int) -> None:
+        """Move pages to swap."""
+        self._do(-2, first, past, 1)
+
+    def _do(self, *words: int) -> None:
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
-        self._popen.stdin.write(f"{value} {first} {past} {step}\n")
+        self._popen.stdin.write(" ".join(map(str, words)) + "\n")
         self._popen.stdin.flush()
         assert self._popen.stdout.readline() == "\n"
 
@@ -149,6 +177,52 @@ def test_what_was_written_before_the_stop(
     assert rounds >= 1
     # In a sparse area all of it is looked at for pages that were empty.
     assert max(looked) <= (64 * PAGE if length <= DENSE_BYTES else length)
+
+
+def test_what_is_moved_before_it_is_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No event tells of it: content is where it is once events are sent, and nowhere else."""
+    pages = 64
+    with writer(pages * PAGE) as target, Process(target.pid) as process:
+        target.write(1, 0, pages)
+
+        def at(name: str) -> None:
+            if name in ("arming", "content known"):
+                target.move()
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        take(process, tmp_path / "1", method="cow", ranges=[target.area, target.other])
+        with Snapshot.open(tmp_path / "1") as snapshot:
+            assert values(snapshot, target.area, pages) == b"\1" * pages
+            states = {snapshot.state(target.other.start + i * PAGE) for i in range(pages)}
+            assert states == {RunState.ABSENT}
+
+
+@needs_swap()
+def test_what_is_new_and_on_swap_while_it_is_armed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not in memory, and looks like the mark of an empty page that is protected."""
+    with writer(1024 * PAGE) as target, Process(target.pid) as process:
+        target.write(1, 0, 1024, 2)
+
+        def at(name: str) -> None:
+            if name == "content known":
+                target.write(2, 101, 102)
+                until = time.monotonic() + 5
+                page = target.area.start + 101 * PAGE
+                while process.pagemap.read(page, PAGE).count(PageBit.PRESENT):
+                    assert time.monotonic() < until
+                    target.swap_out(101, 102)
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        take(process, tmp_path / "1", method="cow", ranges=[target.area])
+        with Snapshot.open(tmp_path / "1") as snapshot:
+            found = bytearray(b"\1\0" * 512)
+            found[101] = 2
+            assert values(snapshot, target.area, 1024) == found
+            assert snapshot.state(target.area.start + 103 * PAGE) is RunState.ABSENT
 
 
 def test_large_memory_can_be_mapped_with_huge_pages(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import _stop as stopping
 from pyuffd.remote._process import Process
+from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import (
     Captured,
     Layout,
@@ -135,8 +136,13 @@ class _Cow:
     # Before the stop
 
     def _arm(self, layout: Sequence[Placed]) -> None:
+        at_barrier("arming")
         parts = [part for part in layout if _is_protected(part)]
-        before = own_content(self._process, pieces_of(parts))
+        pieces = pieces_of(parts)
+        self._register(_packed((part.start, part.end) for part in parts))
+        # From here on events tell what is dropped or moved.
+        before = own_content(self._process, pieces)
+        at_barrier("content known")
         filled = ranges.bytes_in(before, _rows.packed((part.start, part.end) for part in parts))
         dense: list[tuple[int, int]] = []
         sparse: list[tuple[int, int]] = []
@@ -145,7 +151,6 @@ class _Cow:
             is_dense = length <= DENSE_BYTES or size * DENSE_PART >= length
             (dense if is_dense else sparse).append((part.start, part.end))
         self._sparse = _packed(sparse)
-        self._register(_packed((part.start, part.end) for part in parts))
         whole = ranges.intersect(_packed(dense), self._registered)
         some = ranges.intersect(ranges.intersect(before, self._sparse), self._registered)
         failed = self._protect(ranges.union(whole, some))
@@ -159,8 +164,12 @@ class _Cow:
             if (part.mapping.start, part.mapping.end, part.mapping.permissions) in now
         )
         self._registered = ranges.intersect(self._registered, _packed(same))
-        after = pieces_of(parts).scan(self._pagemap, present=True)
-        self._populated = ranges.intersect(ranges.union(before, after), self._registered)
+        # Holes have marks now, which look like pages on swap.
+        after, swapped = pieces.scan_apart(self._pagemap)
+        new = PageRanges(ranges.subtract(swapped, before))
+        empty = _own_pages.marks(self._process, new, doubtful=True).memoryview()
+        populated = ranges.union(before, ranges.subtract(after, empty))
+        self._populated = ranges.intersect(populated, self._registered)
 
     def _register(self, spans: memoryview) -> None:
         """Register spans, each mapping by itself if not all at once."""

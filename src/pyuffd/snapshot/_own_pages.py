@@ -7,7 +7,10 @@ no content.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pyuffd._abi import PageBit, PageCategory
+from pyuffd._pages import PAGE_SIZE
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Process
 
@@ -25,6 +28,9 @@ _NOT_HIDDEN = PageBit(_FRAME) | PageBit.UFFD_WP | PageBit.GUARD_REGION | PageBit
 
 _FILE = PageCategory.FILE
 _NONE = PageCategory(0)
+
+# So many bytes between two pages are read over: 512 entries.
+_GAP = 512 * PAGE_SIZE
 
 
 def present(process: Process, start: int, end: int) -> PageRanges:
@@ -64,16 +70,37 @@ def _of_no_file(
     ).ranges
 
 
-def marks(process: Process, swapped: PageRanges) -> PageRanges:
-    """Return those of pages that look as if they were on swap that have no content."""
+def marks(process: Process, swapped: PageRanges, *, doubtful: bool = False) -> PageRanges:
+    """Return those of pages that look as if they were on swap that have no content.
+
+    Args:
+        process: The process.
+        swapped: The pages.
+        doubtful: Also those where the kernel hides what they are.
+    """
     found = PageRanges.of([])
-    for part in swapped:
-        entries = process.pagemap.read(part.start, part.length)
+    for start, end in _windows(swapped):
+        entries = process.pagemap.read(start, end - start)
         found |= entries.where(_MARK, clear=_NOT_IN_A_MARK)
         found |= entries.where(PageBit.GUARD_REGION)
         # The mark of a huge page.
         found |= entries.where(PageBit.UFFD_WP, clear=PageBit.PRESENT | PageBit.SWAP)
-    return found
+        if doubtful:
+            found |= entries.where(PageBit.SWAP, clear=PageBit(_FRAME))
+    return found & swapped
+
+
+def _windows(pages: PageRanges) -> Iterator[tuple[int, int]]:
+    """Yield ranges with all of some pages, and few others: reading an entry is cheap."""
+    start = end = 0
+    for part in pages:
+        if part.start - end > _GAP:
+            if end:
+                yield start, end
+            start = part.start
+        end = part.end
+    if end:
+        yield start, end
 
 
 def poisoned(process: Process, start: int, end: int) -> PageRanges:
