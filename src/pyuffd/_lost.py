@@ -107,7 +107,7 @@ def _is_poison(vma: Vma, page: int) -> bool:
 
 
 def _file_size(vma: Vma) -> int | None:
-    if not vma.inode:
+    if not vma.has_file:
         return None
     with suppress(OSError):  # needs a capability; finds files without a name too
         return os.stat(f"/proc/self/map_files/{vma.start:x}-{vma.end:x}").st_size

@@ -208,7 +208,7 @@ def _fill(
     """Write the states of one mapping's pages to `states`."""
     length = mapping.end - mapping.start
     kind = lowlevel.MAPPING_SHARED if mapping.shared else 0
-    if not mapping.inode:
+    if not mapping.device:
         lowlevel.pagemap_residency(
             pagemap_fd, mapping.start, length, page_size, states, mapping=kind
         )

@@ -40,6 +40,11 @@ class Vma:
         return self.end - self.start
 
     @property
+    def has_file(self) -> bool:
+        """Whether it is of a file; the first System V segment is one with the inode 0."""
+        return self.device != 0
+
+    @property
     def shared(self) -> bool:
         """Whether writes go to the file, where other mappings see them."""
         return self.permissions[_SHARED] == "s"

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from pyuffd import Feature, Region, RegisterMode, RunState, Snapshot, Userfaultfd
@@ -23,6 +24,8 @@ HUGE = 2 << 20
 SHARED, PRIVATE, NORESERVE = mmap.MAP_SHARED, mmap.MAP_PRIVATE, 0x4000
 ANONYMOUS, HUGETLB = mmap.MAP_ANONYMOUS, 0x40000
 MFD_HUGETLB = 4
+SHM_HUGETLB, SHM_NORESERVE = 0o4000, 0o10000
+CLONE_NEWIPC = 0x08000000
 MADV_DONTDUMP, MADV_GUARD_INSTALL, MADV_HUGEPAGE = 16, 102, 14
 READ, WRITE = 1, 2
 STATES = {"d": RunState.DATA, "z": RunState.ZERO, "a": RunState.ABSENT, "l": RunState.LOST}
@@ -157,11 +160,21 @@ def shared() -> Iterator[Kind]:
     fill(start, 0, 14)
     in_another_process(lambda: fill(start, 1, 15))
     yield Kind("shared, anonymous", start, PAGE, "ddz", [14, 15, 0], True)
-    number = _called("shmget", 0, 2 * PAGE, 0o1600)
+    # The first segment of a namespace has the inode 0, as memory without a file has.
+    with suppress(OSError):
+        _called("unshare", CLONE_NEWIPC)
+    for name in ("System V, first", "System V"):
+        start = segment(2 * PAGE)
+        fill(start, 0, 16)
+        yield Kind(name, start, PAGE, "dz", [16, 0], True)
+
+
+def segment(length: int, flags: int = 0) -> int:
+    """Return the address of System V shared memory, which goes with the process."""
+    number = _called("shmget", 0, length, 0o1600 | flags)
     start = _called("shmat", number, 0, 0)
-    _called("shmctl", number, 0, 0)  # it goes with the process
-    fill(start, 0, 16)
-    yield Kind("System V", start, PAGE, "dz", [16, 0], True)
+    _called("shmctl", number, 0, 0)
+    return start
 
 
 def waiting() -> Iterator[Kind]:
@@ -194,6 +207,9 @@ def huge() -> Iterator[Kind]:
     start = mapped(2, PRIVATE | ANONYMOUS | HUGETLB | NORESERVE, unit=HUGE)
     fill(start, 0, 21, HUGE)
     yield Kind("hugetlb", start, HUGE, "da", [21, 0])
+    start = segment(2 * HUGE, SHM_HUGETLB | SHM_NORESERVE)
+    fill(start, 0, 25, HUGE)
+    yield Kind("System V, huge", start, HUGE, "dz", [25, 0], True)
     fd = os.memfd_create("huge", MFD_HUGETLB)
     os.ftruncate(fd, 4 * HUGE)
     start = mapped(4, SHARED | NORESERVE, fd, unit=HUGE)

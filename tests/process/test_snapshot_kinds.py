@@ -45,7 +45,7 @@ def there_is(need: object) -> bool:
 
 def conditions() -> tuple[bool, bool]:
     """Whether there are huge pages and swap; the rest of the table does not need them."""
-    return there_is(needs_hugepages(8)), there_is(needs_swap())
+    return there_is(needs_hugepages(10)), there_is(needs_swap())
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class AsyncMethod:
         for row in self._rows[first:]:
             if row.start >= mapping.end:
                 break
-            if row.mapping.inode == mapping.inode:
+            if (row.mapping.device, row.mapping.inode) == (mapping.device, mapping.inode):
                 return Row(mapping, row.track)
         pagemap = self._process.pagemap.fileno()
         track = _rows.chosen_track(mapping, pagemap, may_be_dense=self._may_be_dense)

@@ -73,12 +73,12 @@ def of_mapping(mapping: Mapping, *, sees_drops: bool) -> Iterator[Blind]:
 
     if mapping.shared:
         yield blind(BlindReason.SHARED)
-    elif mapping.inode and mapping.kind is not MappingKind.HUGETLB:
+    elif mapping.has_file and mapping.kind is not MappingKind.HUGETLB:
         yield blind(BlindReason.FILE)
     if mapping.kind is MappingKind.HUGETLB and not sees_drops:
         yield blind(BlindReason.HUGE_DROPS)
     # Private memory of a memfd, too: its pages that were not written here are the file's.
     if (
-        mapping.inode and mapping.kind in (MappingKind.SHMEM, MappingKind.HUGETLB)
+        mapping.has_file and mapping.kind in (MappingKind.SHMEM, MappingKind.HUGETLB)
     ) or mapping.shared:
         yield blind(BlindReason.FILE_HOLES)

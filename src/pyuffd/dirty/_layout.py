@@ -108,7 +108,7 @@ def _start(mapping: Mapping) -> int:
 
 def _identity(mapping: Mapping) -> tuple[object, ...]:
     """Return what stays the same of a mapping that is split, merged or protected."""
-    if not mapping.inode:
+    if not mapping.has_file:
         return (mapping.kind is MappingKind.SPECIAL, mapping.shared)
     return (mapping.device, mapping.inode, mapping.offset - mapping.start, mapping.shared)
 
@@ -150,11 +150,11 @@ def _with_moves(found: list[LayoutChange], before: Sequence[Mapping]) -> list[La
     gone = {
         _place_in_file(mapping): mapping.start
         for mapping in before
-        if mapping.inode and (mapping.start, mapping.end) in unmapped
+        if mapping.has_file and (mapping.start, mapping.end) in unmapped
     }
     moved: set[int] = set()
     for index, change in enumerate(found):
-        if isinstance(change, Mapped) and change.mapping.inode:
+        if isinstance(change, Mapped) and change.mapping.has_file:
             old_start = gone.pop(_place_in_file(change.mapping), None)
             if old_start is not None:
                 moved.add(old_start)

@@ -47,7 +47,7 @@ class Row:
     @property
     def backing(self) -> Backing:
         """The content of a page that is in no page table."""
-        if not self.mapping.inode:
+        if not self.mapping.has_file:
             return Backing.ZERO
         return Backing.FILE if self.mapping.shared else Backing.COPIED
 
@@ -96,7 +96,7 @@ def chosen_track(mapping: Mapping, pagemap_fd: int, *, may_be_dense: bool) -> Tr
     """Choose how to track a mapping that has not been seen before."""
     if mapping.kind is MappingKind.HUGETLB:
         return Track.HUGE
-    if mapping.inode or mapping.shared:
+    if mapping.has_file or mapping.shared:
         return Track.DENSE  # reclaim drops written pages of a file without a trace but the marker
     if not may_be_dense:
         return Track.SPARSE

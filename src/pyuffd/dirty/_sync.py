@@ -69,7 +69,7 @@ class SyncMethod:
             else:
                 self._handler.serve(row, None, mode=RegisterMode.WP)
                 # Afterwards protected holes look like pages on swap.
-                if fresh is not None and not mapping.inode and not mapping.shared:
+                if fresh is not None and not mapping.has_file and not mapping.shared:
                     populated = self._with_content(mapping, PageBit.PRESENT, PageBit.SWAP)
                     self._handler.writeprotect(row)
                     fresh.append(self._populated(mapping, populated))
@@ -186,7 +186,7 @@ class SyncMethod:
             runs = calls.state_runs(states, row.start, row.page_size, state)
             written = calls.union(written, runs)
         removed = calls.state_runs(states, row.start, row.page_size, PageState.REMOVED)
-        if row.mapping.inode:
+        if row.mapping.has_file:
             return Pending(calls.union(written, removed))
         # The event of MADV_FREE is the same, and its pages keep their content until reclaim.
         present = NO_RANGES

@@ -60,7 +60,7 @@ class Mapping(_vmas.Vma):
         permissions: As in /proc/PID/maps, "rw-p".
         offset: Where in the file it begins, in bytes.
         device: The file's device, as `os.stat` gives it; 0 without a file.
-        inode: The file's inode; 0 without a file.
+        inode: The file's inode; 0 without a file, and of the first System V segment.
         path: The file's path, or a name such as "[heap]"; "" without either.
         kind: The kind of memory.
         page_size: The size of its pages in bytes; transparent huge pages do not count.
@@ -152,7 +152,7 @@ class Mappings:
         path = os.fsdecode(self._names[name_at : name_at + name_length])
         permissions = "".join(letter if flags & bit else "-" for bit, letter in _LETTERS)
         shared = bool(flags & calls.MAP_SHARED)
-        kind, page_size = self._kinds.of(start, device, inode, shared, path)
+        kind, page_size = self._kinds.of(start, device, shared, path)
         return Mapping(
             start,
             end,
@@ -183,11 +183,9 @@ class Kinds:
         other._tmpfs = set(self._tmpfs or ())
         return other
 
-    def of(
-        self, start: int, device: int, inode: int, shared: bool, path: str
-    ) -> tuple[MappingKind, int]:
+    def of(self, start: int, device: int, shared: bool, path: str) -> tuple[MappingKind, int]:
         """Return kind and page size of a mapping."""
-        if not inode:
+        if not device:
             return _anonymous(path), PAGE_SIZE
         page_size = self._page_size(start, device, path)
         if page_size > PAGE_SIZE:
@@ -270,5 +268,5 @@ def clipped(mapping: Mapping, start: int, end: int) -> Mapping:
     first, last = max(mapping.start, start), min(mapping.end, end)
     if (first, last) == (mapping.start, mapping.end):
         return mapping
-    offset = mapping.offset + (first - mapping.start) if mapping.inode else mapping.offset
+    offset = mapping.offset + (first - mapping.start) if mapping.has_file else mapping.offset
     return replace(mapping, start=first, end=last, offset=offset)

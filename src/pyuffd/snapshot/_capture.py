@@ -151,7 +151,7 @@ def pieces_of(layout: Sequence[Placed]) -> calls.Pieces:
 
 def has_no_file(mapping: Mapping) -> bool:
     """Whether no page of a mapping can be one of a file."""
-    return not mapping.inode and mapping.kind in WITHOUT_FILE
+    return not mapping.has_file and mapping.kind in WITHOUT_FILE
 
 
 def content(

@@ -100,7 +100,7 @@ class Placed:
                 continue
             # What a file holds; in other memory it is zeros.
             for region in self.images[0].regions_in(start, end):
-                if region.inode:
+                if region.has_file:
                     yield Gap(max(start, region.start), min(end, region.end), state)
 
     def pieces(self) -> Iterator[tuple[int, int, int]]:

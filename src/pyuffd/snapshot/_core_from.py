@@ -164,7 +164,7 @@ def _in_file(region: SnapshotRegion, parts: list[Part]) -> Iterator[tuple[int, i
         is_memory |= state in (RunState.DATA, RunState.LOST)
         if state in _CONTENT:
             full.append((part.start, part.end))
-        elif state is RunState.ABSENT and not region.inode:
+        elif state is RunState.ABSENT and not region.has_file:
             known.append((part.start, part.end))
     if not is_memory:
         return

@@ -68,7 +68,7 @@ def wanted(
     if shared:
         gone = mapping.path.endswith(_DELETED)
         return _all_if(dump_filter & (Filter.ANONYMOUS_SHARED if gone else Filter.FILE_SHARED))
-    if not mapping.inode:
+    if not mapping.has_file:
         return _all_if(dump_filter & Filter.ANONYMOUS_PRIVATE)
     if dump_filter & Filter.FILE_PRIVATE:
         return Part.ALL, Part.ALL

@@ -205,7 +205,7 @@ class SnapshotRegion:
         path: The file's path, or a name such as "[heap]"; "" without either.
         file_offset: Where in the file it begins.
         device: The file's device; 0 without a file.
-        inode: The file's inode; 0 without a file.
+        inode: The file's inode; 0 without a file, and of the first System V segment.
         page_size: The size of its pages in bytes.
     """
 
@@ -223,6 +223,11 @@ class SnapshotRegion:
     def end(self) -> int:
         """The address behind the last."""
         return self.start + self.length
+
+    @property
+    def has_file(self) -> bool:
+        """Whether it was of a file."""
+        return self.device != 0
 
     def __str__(self) -> str:
         return f"[{self.start:#x}, {self.end:#x}) {self.permissions} {self.path or self.kind}"

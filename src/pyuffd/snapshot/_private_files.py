@@ -59,7 +59,7 @@ class PrivateFiles:
 
     def _is_kept(self, mapping: Mapping) -> bool:
         path = mapping.path
-        if mapping.shared or not mapping.inode or is_huge_without_a_file(mapping):
+        if mapping.shared or not mapping.has_file or is_huge_without_a_file(mapping):
             return False
         if path.startswith("/dev/") and not path.startswith("/dev/shm/"):
             return False

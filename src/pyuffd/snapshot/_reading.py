@@ -312,7 +312,7 @@ class Image(Closing):
         region = self.region_at(part.start)
         if run is None or region is None:
             raise LookupError(f"{part.start:#x} was not mapped")
-        if run.state is RunState.ZERO or (run.state is RunState.ABSENT and not region.inode):
+        if run.state is RunState.ZERO or (run.state is RunState.ABSENT and not region.has_file):
             return bytes(part.end - part.start)
         raise LookupError(
             f"the snapshot does not have [{part.start:#x}, {part.end:#x}) of {region}:"
