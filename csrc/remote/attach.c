@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/page.h"
 #include "remote/attach.h"
 #include "remote/device.h"
 #include "remote/frame.h"
@@ -25,10 +26,9 @@
 #include "uffd_abi.h"
 
 #define RED_ZONE 128u
-#define PAGE 4096u
 #define FRAME_ALIGN 64u
 /* The helper's page: its way out, and arguments of its system calls. */
-#define HELPER_BYTES (UFFD_FRAME_MOST + PAGE)
+#define HELPER_BYTES (UFFD_FRAME_MOST + BASE_PAGE)
 #define ARGUMENTS_AT UFFD_FRAME_MOST
 #define OWN_STACK (256u << 10)
 #define USED_STACK (64u << 10)

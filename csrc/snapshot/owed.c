@@ -5,20 +5,9 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "base/page.h"
 #include "dirty/ranges.h"
 #include "snapshot/owed.h"
-
-#define PAGE 4096u
-
-static uint64_t min_u64(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
-}
-
-static uint64_t max_u64(uint64_t a, uint64_t b)
-{
-	return a > b ? a : b;
-}
 
 /* The first piece that ends behind an address, or NULL. */
 static struct uffd_owed_piece *piece_from(struct uffd_owed *owed, uint64_t address)
@@ -39,7 +28,7 @@ static struct uffd_owed_piece *piece_from(struct uffd_owed *owed, uint64_t addre
 static int new_part(struct uffd_owed_part *part, const struct uffd_image_piece *at)
 {
 	/* Untouched pages of it cost nothing: a reservation of terabytes has states too. */
-	void *states = mmap(NULL, (at->end - at->start) / PAGE, PROT_READ | PROT_WRITE,
+	void *states = mmap(NULL, (at->end - at->start) / BASE_PAGE, PROT_READ | PROT_WRITE,
 			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 	if (states == MAP_FAILED)
@@ -55,13 +44,13 @@ static void owe(struct uffd_owed *owed, const struct uffd_page_region *range)
 
 	for (uint64_t i = 0; i < owed->count && at < range->end; i++) {
 		struct uffd_owed_piece *piece = &owed->pieces[i];
-		uint64_t first = max_u64(at, piece->start), last = min_u64(range->end, piece->end);
+		uint64_t first = higher(at, piece->start), last = lower(range->end, piece->end);
 
 		if (first >= last)
 			continue;
-		memset((void *)(piece->states + (first - piece->start) / PAGE), UFFD_OWED_YES,
-		       (last - first) / PAGE);
-		owed->left += (last - first) / PAGE;
+		memset((void *)(piece->states + (first - piece->start) / BASE_PAGE), UFFD_OWED_YES,
+		       (last - first) / BASE_PAGE);
+		owed->left += (last - first) / BASE_PAGE;
 		at = last;
 	}
 }
@@ -106,7 +95,7 @@ void uffd_owed_deinit(struct uffd_owed *owed)
 {
 	for (uint64_t i = 0; i < owed->parts_count; i++)
 		munmap((void *)owed->parts[i].states,
-		       (owed->parts[i].at.end - owed->parts[i].at.start) / PAGE);
+		       (owed->parts[i].at.end - owed->parts[i].at.start) / BASE_PAGE);
 	free(owed->parts);
 	free(owed->pieces);
 	*owed = (struct uffd_owed){ 0 };
@@ -119,8 +108,8 @@ uint64_t uffd_owed_next(struct uffd_owed *owed, uint64_t address, uint64_t end, 
 	const struct uffd_owed_piece *behind = owed->pieces + owed->count;
 
 	for (; piece && piece < behind && piece->start < end; piece++) {
-		uint64_t first = (max_u64(address, piece->start) - piece->start) / PAGE;
-		uint64_t last = (min_u64(end, piece->end) - piece->start) / PAGE;
+		uint64_t first = (higher(address, piece->start) - piece->start) / BASE_PAGE;
+		uint64_t last = (lower(end, piece->end) - piece->start) / BASE_PAGE;
 		const uint8_t *states = (const uint8_t *)piece->states;
 		const uint8_t *found = memchr(states + first, UFFD_OWED_YES, last - first);
 		uint64_t pages = 0;
@@ -132,7 +121,7 @@ uint64_t uffd_owed_next(struct uffd_owed *owed, uint64_t address, uint64_t end, 
 		       states[first + pages] == UFFD_OWED_YES)
 			pages++;
 		*piece_ret = piece;
-		*address_ret = piece->start + first * PAGE;
+		*address_ret = piece->start + first * BASE_PAGE;
 		return pages;
 	}
 	return 0;
@@ -142,15 +131,15 @@ uint64_t uffd_owed_around(struct uffd_owed *owed, uint64_t address, uint64_t mos
 			  struct uffd_owed_piece **piece_ret, uint64_t *address_ret)
 {
 	struct uffd_owed_piece *piece = piece_from(owed, address);
-	uint64_t from = address / (most * PAGE) * (most * PAGE), first, past, low, limit;
+	uint64_t from = address / (most * BASE_PAGE) * (most * BASE_PAGE), first, past, low, limit;
 	const uint8_t *states;
 
 	if (!piece || piece->start > address)
 		return 0;
 	states = (const uint8_t *)piece->states;
-	low = (max_u64(from, piece->start) - piece->start) / PAGE;
-	limit = (min_u64(from + most * PAGE, piece->end) - piece->start) / PAGE;
-	first = past = (address - piece->start) / PAGE;
+	low = (higher(from, piece->start) - piece->start) / BASE_PAGE;
+	limit = (lower(from + most * BASE_PAGE, piece->end) - piece->start) / BASE_PAGE;
+	first = past = (address - piece->start) / BASE_PAGE;
 	while (past < limit && states[past] == UFFD_OWED_YES)
 		past++;
 	if (past == first)
@@ -158,14 +147,14 @@ uint64_t uffd_owed_around(struct uffd_owed *owed, uint64_t address, uint64_t mos
 	while (first > low && states[first - 1] == UFFD_OWED_YES)
 		first--;
 	*piece_ret = piece;
-	*address_ret = piece->start + first * PAGE;
+	*address_ret = piece->start + first * BASE_PAGE;
 	return past - first;
 }
 
 void uffd_owed_settle(struct uffd_owed *owed, struct uffd_owed_piece *piece, uint64_t address,
 		      enum uffd_owed_state state)
 {
-	atomic_store(&piece->states[(address - piece->start) / PAGE], (uint8_t)state);
+	atomic_store(&piece->states[(address - piece->start) / BASE_PAGE], (uint8_t)state);
 	owed->left--;
 	owed->dropped += state == UFFD_OWED_DROPPED;
 }
@@ -201,7 +190,7 @@ static int cut(struct uffd_owed *owed, uint64_t address)
 		address,
 		piece->end,
 		piece->offset + (address - piece->start),
-		piece->states + (address - piece->start) / PAGE,
+		piece->states + (address - piece->start) / BASE_PAGE,
 	};
 	piece->end = address;
 	memmove(piece + 2, piece + 1,
@@ -261,7 +250,7 @@ int uffd_owed_ranges(const struct uffd_owed *owed, uint8_t state,
 	for (uint64_t i = 0; !ret && i < owed->parts_count; i++) {
 		const struct uffd_owed_part *part = &owed->parts[i];
 		const uint8_t *states = (const uint8_t *)part->states;
-		uint64_t pages = (part->at.end - part->at.start) / PAGE, at = 0;
+		uint64_t pages = (part->at.end - part->at.start) / BASE_PAGE, at = 0;
 
 		while (!ret && at < pages) {
 			const uint8_t *found = memchr(states + at, state, pages - at);
@@ -272,8 +261,8 @@ int uffd_owed_ranges(const struct uffd_owed *owed, uint8_t state,
 			first = (uint64_t)(found - states);
 			for (at = first; at < pages && states[at] == state; at++)
 				;
-			ret = uffd_ranges_append(ranges_ret, part->at.start + first * PAGE,
-						 part->at.start + at * PAGE);
+			ret = uffd_ranges_append(ranges_ret, part->at.start + first * BASE_PAGE,
+						 part->at.start + at * BASE_PAGE);
 		}
 	}
 	return ret;

@@ -5,9 +5,9 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "base/page.h"
 #include "snapshot/pages.h"
 
-#define PAGE 4096u
 #define FIRST_CAPACITY 1024u
 
 int uffd_pages_protected(int pagemap_fd, uint64_t start, uint64_t pages, uint64_t *pages_ret)
@@ -16,7 +16,7 @@ int uffd_pages_protected(int pagemap_fd, uint64_t start, uint64_t pages, uint64_
 	struct uffd_pm_scan_arg arg = {
 		.size = sizeof(arg),
 		.start = start,
-		.end = start + pages * PAGE,
+		.end = start + pages * BASE_PAGE,
 		.vec = (uintptr_t)found,
 		.vec_len = UFFD_PAGES_MOST,
 		.category_mask = UFFD_PAGE_IS_WRITTEN,
@@ -30,14 +30,14 @@ int uffd_pages_protected(int pagemap_fd, uint64_t start, uint64_t pages, uint64_
 		ret = uffd_pagemap_bytes(found, count, &bytes);
 	if (!ret && !count)
 		ret = uffd_pagemap_alive(pagemap_fd);
-	*pages_ret = bytes / PAGE;
+	*pages_ret = bytes / BASE_PAGE;
 	return ret;
 }
 
 int uffd_pages_read(int32_t pid, int mem_fd, uint64_t start, uint64_t pages, void *memory)
 {
-	struct iovec here = { memory, pages * PAGE };
-	struct iovec there = { (void *)(uintptr_t)start, pages * PAGE };
+	struct iovec here = { memory, pages * BASE_PAGE };
+	struct iovec there = { (void *)(uintptr_t)start, pages * BASE_PAGE };
 
 	if (process_vm_readv(pid, &here, 1, &there, 1, 0) == (ssize_t)here.iov_len)
 		return 0;

@@ -10,13 +10,13 @@
 #include <time.h>
 
 #include "base/clock.h"
+#include "base/page.h"
 #include "snapshot/guard.h"
 #include "snapshot/pages.h"
 #include "snapshot/saver.h"
 #include "snapshot/saving.h"
 #include "uffd_shim.h"
 
-#define PAGE 4096u
 #define BATCH UFFD_PAGES_MOST /* messages, and pages of a step of the sweep */
 #define IDLE_MS 20
 #define BUSY_MS 1
@@ -77,16 +77,16 @@ static void unprotect(struct uffd_saver *saver, uint64_t start, uint64_t length)
 
 static void resolve_fault(struct uffd_saver *saver, uint64_t address)
 {
-	uint64_t at = address / PAGE * PAGE, pages = 1;
+	uint64_t at = address / BASE_PAGE * BASE_PAGE, pages = 1;
 
 	if (saver->saves) {
 		pages = uffd_saving_around(&saver->saving, &at);
 	} else {
 		saver->stats.before++;
-		note(saver, at, at + PAGE, 0);
+		note(saver, at, at + BASE_PAGE, 0);
 	}
 	if (!is_ended(saver))
-		unprotect(saver, at, pages * PAGE);
+		unprotect(saver, at, pages * BASE_PAGE);
 }
 
 static void apply(struct uffd_saver *saver, const struct uffd_msg *message)
@@ -154,7 +154,7 @@ static bool is_changing(struct uffd_saver *saver)
 
 static bool may_sweep(struct uffd_saver *saver)
 {
-	uint64_t done = saver->saving.swept * PAGE;
+	uint64_t done = saver->saving.swept * BASE_PAGE;
 
 	if (!saver->saves || !saver->saving.owed.left || is_ended(saver) ||
 	    !uffd_saving_has_room(&saver->saving))
@@ -175,7 +175,7 @@ static void sweep(struct uffd_saver *saver)
 		saver->swept_to = 0; /* what has moved behind us */
 		return;
 	}
-	saver->swept_to = address + pages * PAGE;
+	saver->swept_to = address + pages * BASE_PAGE;
 	if (!uffd_saving_all(&saver->saving, piece, address, pages)) {
 		/* Messages first: they tell what has become of the pages. */
 		if (is_ended(saver) || answer(saver) || is_changing(saver)) {
@@ -184,7 +184,7 @@ static void sweep(struct uffd_saver *saver)
 		}
 		uffd_saving_each(&saver->saving, piece, address, pages);
 	}
-	uffd_shim_writeprotect(saver->options.uffd, address, pages * PAGE, 0);
+	uffd_shim_writeprotect(saver->options.uffd, address, pages * BASE_PAGE, 0);
 }
 
 static void check_others(struct uffd_saver *saver)
