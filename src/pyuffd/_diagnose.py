@@ -236,7 +236,7 @@ def kind_of(vma: Vma, pid: int | str = "self") -> str:
         return "hugetlb"
     if vma.path.startswith(_SPECIAL) or vma.flags & {"io", "pf"}:
         return "special"
-    if not vma.has_file or (vma.path == "/dev/zero" and not vma.shared):
+    if not vma.has_file:
         return "anon"
     if vma.path.startswith(("/memfd:", "/SYSV", "/dev/zero")):
         return "shmem"

@@ -41,8 +41,8 @@ class Vma:
 
     @property
     def has_file(self) -> bool:
-        """Whether it is of a file; the first System V segment is one with the inode 0."""
-        return self.device != 0
+        """Whether it is of a file; see `is_of_file`."""
+        return is_of_file(self.device, self.path, shared=self.shared)
 
     @property
     def shared(self) -> bool:
@@ -56,6 +56,15 @@ class Vma:
 
     def __str__(self) -> str:
         return f"[{self.start:#x}, {self.end:#x})"
+
+
+def is_of_file(device: int, path: str, *, shared: bool) -> bool:
+    """Return whether a mapping is of a file.
+
+    The first System V segment is one, and has the inode 0. A private mapping of /dev/zero is memory
+    without a file to the kernel, too.
+    """
+    return device != 0 and (shared or path != "/dev/zero")
 
 
 def overlapping(

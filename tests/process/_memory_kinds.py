@@ -139,6 +139,18 @@ def poisoned() -> Iterator[Kind]:
         yield Kind(name, start, PAGE, states, [10, 0, 0])
 
 
+def zero_device() -> Iterator[Kind]:
+    """A private mapping of it is memory without a file."""
+    fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
+    start = mapped(3, PRIVATE, fd)
+    fill(start, 0, 26)
+    look(start, 1)
+    yield Kind("/dev/zero, private", start, PAGE, "dza", [26, 0, 0])
+    start = mapped(2, SHARED, fd)
+    fill(start, 0, 27)
+    yield Kind("/dev/zero, shared", start, PAGE, "dz", [27, 0], True)
+
+
 def memfds() -> Iterator[Kind]:
     fd = os.memfd_create("kinds")
     os.ftruncate(fd, 4 * PAGE)
@@ -225,7 +237,7 @@ def huge() -> Iterator[Kind]:
 
 def made(folder: str, *, with_huge: bool, with_swap: bool) -> list[Kind]:
     """Make all of it in this process."""
-    makers = [anonymous(), memfds(), shared(), waiting(), files(folder), poisoned()]
+    makers = [anonymous(), zero_device(), memfds(), shared(), waiting(), files(folder), poisoned()]
     if with_huge:
         makers.append(huge())
     if with_swap:

@@ -185,7 +185,7 @@ class Kinds:
 
     def of(self, start: int, device: int, shared: bool, path: str) -> tuple[MappingKind, int]:
         """Return kind and page size of a mapping."""
-        if not device:
+        if not _vmas.is_of_file(device, path, shared=shared):
             return _anonymous(path), PAGE_SIZE
         page_size = self._page_size(start, device, path)
         if page_size > PAGE_SIZE:
@@ -268,5 +268,5 @@ def clipped(mapping: Mapping, start: int, end: int) -> Mapping:
     first, last = max(mapping.start, start), min(mapping.end, end)
     if (first, last) == (mapping.start, mapping.end):
         return mapping
-    offset = mapping.offset + (first - mapping.start) if mapping.has_file else mapping.offset
+    offset = mapping.offset + (first - mapping.start) if mapping.device else mapping.offset
     return replace(mapping, start=first, end=last, offset=offset)

@@ -151,5 +151,5 @@ def _files(mappings: Iterable[Mapping]) -> bytes:
         # maps writes a newline in a path as \012.
         (m.start, m.end, m.offset, os.fsencode(m.path).replace(b"\\012", b"\n"))
         for m in mappings
-        if m.has_file
+        if m.device
     )

@@ -17,6 +17,7 @@ from pyuffd._enums import Word
 from pyuffd._errors import SnapshotFormatError
 from pyuffd._image_calls import first_bad_row
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
+from pyuffd._vmas import is_of_file
 
 FORMAT = "pyuffd-snapshot"
 VERSION = 1
@@ -227,7 +228,7 @@ class SnapshotRegion:
     @property
     def has_file(self) -> bool:
         """Whether it was of a file."""
-        return self.device != 0
+        return is_of_file(self.device, self.path, shared=self.permissions[3] == "s")
 
     def __str__(self) -> str:
         return f"[{self.start:#x}, {self.end:#x}) {self.permissions} {self.path or self.kind}"
