@@ -165,6 +165,7 @@ struct uffd_engine {
 		uint64_t limit_ns;
 		uint64_t now_ns;
 		uint64_t last_fault_ns;
+		uint64_t rests_until_ns;	/* others want the CPU */
 	} spin;
 	struct uffd_placement placement;	/* of the engine's own thread */
 

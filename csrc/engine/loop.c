@@ -23,6 +23,12 @@
 #define DEFERRED_POLL_MS	1
 /* With deferred faults, yield this often before sleeping: their cause may need our CPU. */
 #define DEFERRED_YIELDS		64
+/*
+ * A yield that took so long let another thread run, which may go on for milliseconds: only a
+ * wakeup interrupts it.  So sleep rather than spin for a while.
+ */
+#define YIELD_LOST_NS		100000u
+#define SPIN_REST_NS		100000000u
 /* Look for forks that have exited this often, and for some at each new fork. */
 #define REAP_INTERVAL_NS	1000000000
 #define REAP_AT_FORK		8
@@ -43,10 +49,26 @@
 static void note_gap(struct spin *spin, uint64_t now)
 {
 	if (now - spin->last_fault_ns <= spin->limit_ns)
-		spin->now_ns = spin->limit_ns;
+		spin->now_ns = now < spin->rests_until_ns ? 0 : spin->limit_ns;
 	else
 		spin->now_ns /= 2;
 	spin->last_fault_ns = now;
+}
+
+/* Spin once more; returns whether that is so. */
+static bool goes_on_spinning(struct spin *spin)
+{
+	uint64_t before = uffd_now_ns(), after;
+
+	if (!spin->now_ns || before - spin->last_fault_ns >= spin->now_ns)
+		return false;
+	sched_yield();
+	after = uffd_now_ns();
+	if (after - before > YIELD_LOST_NS) {
+		spin->now_ns = 0;
+		spin->rests_until_ns = after + SPIN_REST_NS;
+	}
+	return true;
 }
 
 /* For the leader: forget a space whose memory no longer exists. */
@@ -244,10 +266,8 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 		}
 		if (is_dismissed(engine))
 			return;
-		if (spin->now_ns && uffd_now_ns() - spin->last_fault_ns < spin->now_ns) {
-			sched_yield();
+		if (goes_on_spinning(spin))
 			continue;
-		}
 		if (hands_over(engine, role))
 			break;
 		uffd_placement_forget(placement);

@@ -185,7 +185,7 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 	for (uint32_t i = 0; i < cpu_count; i++)
 		CPU_SET((size_t)cpus[i], &set);
 	engine->spin = (struct spin){ engine->options.spin_ns, engine->options.spin_ns,
-				      uffd_now_ns() };
+				      uffd_now_ns(), 0 };
 	/* A worker's thread is the caller's: do not pin it. */
 	uffd_placement_init(&engine->placement, !cpu_count && engine->options.spin_ns &&
 							!engine->options.has_workers);
