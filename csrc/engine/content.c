@@ -43,7 +43,7 @@ static int open_source(struct uffd_content *content, const struct uffd_range_spe
 	content->address = spec->source_address;
 	if (spec->source == UFFD_SOURCE_FILE) {
 		r = uffd_file_open(&content->file, spec->source_fd, spec->source_offset,
-				   content->length, spec->writes_cache);
+				   content->length, spec->writes_cache, 0);
 		content->address = content->file.address;
 	}
 	if (r == 0 && spec->source_length < spec->length)

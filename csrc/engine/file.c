@@ -67,7 +67,7 @@ static int name_file(int fd)
 }
 
 int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t length,
-		   bool can_read)
+		   bool can_read, uint64_t around)
 {
 	uint64_t unit = mapping_unit(fd);
 	uint64_t lead = offset % unit;
@@ -89,6 +89,9 @@ int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t len
 	}
 	file->mapping = mapping;
 	file->address = (uint64_t)(uintptr_t)mapping + lead;
+	file->around = around;
+	if (around)
+		madvise(mapping, file->mapped, MADV_RANDOM);
 	return 0;
 }
 
@@ -125,6 +128,26 @@ uint64_t uffd_file_covered(const struct uffd_file *file, uint64_t at, uint64_t l
 	if (size >= from + length)
 		return length;
 	return size <= from ? 0 : size - from;
+}
+
+void uffd_file_read_around(const struct uffd_file *file, uint64_t at, uint64_t length)
+{
+	uint64_t first = (uint64_t)(uintptr_t)file->mapping, past = first + file->mapped;
+	uint64_t from = (file->address + at) & ~(uint64_t)(BASE_PAGE - 1);
+	uint64_t to = (file->address + at + length + BASE_PAGE - 1) & ~(uint64_t)(BASE_PAGE - 1);
+	unsigned char is_cached = 0;
+	int saved_errno = errno;
+
+	/* A fault of one page reads as much by itself. */
+	if (!file->mapped || higher(file->around, to - from) <= BASE_PAGE)
+		return;
+	if (to - from == BASE_PAGE && mincore((void *)(uintptr_t)from, BASE_PAGE, &is_cached) == 0 &&
+	    is_cached & 1)
+		return;
+	from = higher(from & ~(file->around - 1), first);
+	to = lower(higher(to, from + file->around), past);
+	madvise((void *)(uintptr_t)from, to - from, MADV_WILLNEED);
+	errno = saved_errno;
 }
 
 int uffd_file_read(const struct uffd_file *file, void *target, uint64_t at, uint64_t length)

@@ -13,19 +13,28 @@ struct uffd_file {
 	uint64_t address;	/* where that is mapped */
 	void *mapping;		/* `mapped` bytes; 0: none */
 	uint64_t mapped;
+	uint64_t around;	/* see uffd_file_read_around() */
 };
 
 /*
  * Open `length` bytes from `offset` on, and map them, so that UFFDIO_COPY reads the page
  * cache itself.  If the file ends early the ioctl fails with EFAULT; nothing else touches
- * the mapping.  `can_read`: uffd_file_read() will be called.
+ * the mapping.  `can_read`: uffd_file_read() will be called.  `around`: see
+ * uffd_file_read_around().
  */
 int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t length,
-		   bool can_read);
+		   bool can_read, uint64_t around);
 void uffd_file_close(struct uffd_file *file);
 
 /* How many of the bytes [at, at + length) of the part the file still has. */
 uint64_t uffd_file_covered(const struct uffd_file *file, uint64_t at, uint64_t length);
+
+/*
+ * Before a thread that waits gets [at, at + length): if that is not in the page cache, have
+ * the kernel read `around` bytes there, at least.  With 0 the kernel decides: it reads as
+ * much as the device's readahead is, which may be megabytes.  Async-signal-safe.
+ */
+void uffd_file_read_around(const struct uffd_file *file, uint64_t at, uint64_t length);
 
 /* Read without a fault on a truncated file: -ENODATA. */
 int uffd_file_read(const struct uffd_file *file, void *target, uint64_t at, uint64_t length);

@@ -153,7 +153,8 @@ static int open_leaves(struct uffd_overlay *overlay, const struct uffd_overlay_s
 			continue;
 		r = uffd_file_open(&leaf->file, spec->leaves[i].fd,
 				   spec->leaves[i].offset + leaf->file_from,
-				   leaf->file_to - leaf->file_from, false);
+				   leaf->file_to - leaf->file_from, false,
+				   spec->leaves[i].around);
 		leaf->address = leaf->file.address - leaf->file_from;
 	}
 	return r;
@@ -244,6 +245,21 @@ struct uffd_stretch uffd_overlay_stretch(const struct uffd_overlay *overlay, uin
 		stretch.file_at = part.at - part.leaf->file_from;
 	}
 	return stretch;
+}
+
+void uffd_overlay_read_around(const struct uffd_overlay *overlay, uint64_t offset,
+			      uint64_t length)
+{
+	uint64_t end = offset + length;
+
+	for (uint64_t run = run_at(overlay, offset); offset < end; run++) {
+		struct part part = part_at(overlay, run, offset, end);
+
+		if (part.leaf->kind == UFFD_LEAF_FILE && part.leaf->file.around)
+			uffd_file_read_around(&part.leaf->file, part.at - part.leaf->file_from,
+					      part.length);
+		offset += part.length;
+	}
 }
 
 /* -ENODATA if a file has lost some of it: the rest of its last page would read as zeros. */

@@ -24,6 +24,7 @@ struct uffd_leaf_spec {
 	int32_t fd;		/* FILE: duplicated */
 	uint64_t address;	/* MEMORY: borrowed as long as the overlay lives */
 	uint64_t offset;	/* FILE: of the leaf's first byte */
+	uint64_t around;	/* FILE: a power of two, or 0; see uffd_file_read_around() */
 };
 
 /* Bytes of the range from `start` up to the next run's start. */
@@ -74,6 +75,10 @@ struct uffd_stretch {
 /* The first stretch of [offset, offset + length), which are whole pages. */
 struct uffd_stretch uffd_overlay_stretch(const struct uffd_overlay *overlay, uint64_t offset,
 					 uint64_t length);
+
+/* Before a thread that waits gets them: uffd_file_read_around() for what is of files. */
+void uffd_overlay_read_around(const struct uffd_overlay *overlay, uint64_t offset,
+			      uint64_t length);
 
 /*
  * Copy any bytes to memory of this process.  -EFAULT, -ENODATA: a leaf's memory is not

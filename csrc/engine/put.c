@@ -306,6 +306,8 @@ int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fil
 	const struct uffd_content *content = range->content;
 
 	*result_ret = (struct uffd_fill_result){ 0 };
+	if (why != FILL_AHEAD && content->overlay)
+		uffd_overlay_read_around(content->overlay, content_offset(range, at), length);
 	if (content->writes_cache)
 		return put_by_cache(range, at, length, (struct cache_writer){ write_content, 0 },
 				    result_ret);

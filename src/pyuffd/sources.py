@@ -154,6 +154,8 @@ class FileSource(Closing):
     _failed = "closing the file source failed"
     _instead = "it holds a descriptor; serve it by itself, or open the file once more"
     _warns = True  # if it is forgotten; not if the program never saw it
+    # What the kernel reads for a fault, a power of two; 0: as much as the device's readahead is.
+    _around = 0
 
     def __init__(self, file: _source_files.FileLike, offset: int = 0) -> None:
         check_int("offset", offset, 0)

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from pyuffd import Feature, Handler, Region, Restore, Snapshot, Userfaultfd, WorkingSet
+from pyuffd._residency import PageResidency
 from pyuffd._working_set import ROW, merged
 from pyuffd.snapshot import _working_sets
+from pyuffd.snapshot._serve import AROUND
 from pyuffd.testing import needs
 from tests._child import run_child
 from tests._images import START, data, write, zero
@@ -203,6 +205,43 @@ def no_set_changes_a_byte() -> None:
 
 def test_no_set_changes_a_byte() -> None:
     run_child(no_set_changes_a_byte, budget_s=60)
+
+
+def reads_little(kind: str) -> None:
+    """A fault of a cold file reads little around its page, and only that beside a working set."""
+    with image() as snapshot:
+        good = snapshot.read(START, PAGES * PAGE)
+        fd = snapshot._image.pages_fileno()
+        known = None
+        if kind == "set":
+            length = _working_sets.image_length(snapshot._image)
+            known = merged(WorkingSet(_working_sets.image_id(snapshot._image), length), [(9, 1)])
+        with (
+            Region.anonymous(PAGES * PAGE) as region,
+            Region.file(fd, os.fstat(fd).st_size // PAGE * PAGE, writable=False) as file,
+            snapshot.restore(
+                {START: region}, mode="copy", working_set=known, paused=True
+            ) as restore,
+        ):
+
+            def cached() -> int:
+                return sum(state is not PageResidency.SWAPPED for state in file.residency())
+
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if cached():
+                return  # a tmpfs has no colder place
+            page = 400
+            assert region.read(page * PAGE, 8) == good[page * PAGE : page * PAGE + 8]
+            assert 1 <= cached() <= (1 if kind == "set" else AROUND // PAGE)
+            restore.resume()
+            assert restore.wait(WAIT_S)
+            assert region.read() == good
+
+
+@pytest.mark.parametrize("kind", ["none", "set"])
+def test_a_fault_reads_little_of_a_cold_file(kind: str) -> None:
+    run_child(reads_little, kind, budget_s=60)
 
 
 def ends() -> None:

@@ -47,7 +47,7 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
 
 def _leaf(source: PageSource) -> Leaf:
     if isinstance(source, FileSource):
-        return Leaf(LeafKind.FILE, fd=source.fileno(), offset=source.offset)
+        return Leaf(LeafKind.FILE, fd=source.fileno(), offset=source.offset, around=source._around)
     if isinstance(source, BufferSource):
         return Leaf(LeafKind.MEMORY, address=source.address)
     return Leaf(LeafKind.ZERO if isinstance(source, ZeroSource) else LeafKind.REQUEST)

@@ -11,9 +11,12 @@ from pyuffd.handlers._types import RangeSpec, Taken
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-Leaf = tuple[int, int, int, int]  # kind, descriptor, address, offset
+Leaf = tuple[int, int, int, int, int]  # the members of struct uffd_leaf_spec
 
-_OUTLINE_LEAVES: list[Leaf] = [(lib.UFFD_LEAF_MEMORY, -1, 0, 0), (lib.UFFD_LEAF_ZERO, -1, 0, 0)]
+_OUTLINE_LEAVES: list[Leaf] = [
+    (lib.UFFD_LEAF_MEMORY, -1, 0, 0, 0),
+    (lib.UFFD_LEAF_ZERO, -1, 0, 0, 0),
+]
 
 
 def range_spec(given: RangeSpec, states_fd: int, taken: Taken | None) -> tuple[Any, object]:
@@ -35,7 +38,8 @@ def range_spec(given: RangeSpec, states_fd: int, taken: Taken | None) -> tuple[A
         spec.overlay.is_outline = 1
     elif content.overlay is not None:
         leaves = [
-            (leaf.kind, leaf.fd, leaf.address, leaf.offset) for leaf in content.overlay.leaves
+            (leaf.kind, leaf.fd, leaf.address, leaf.offset, leaf.around)
+            for leaf in content.overlay.leaves
         ]
         keeps = _set_runs(spec.overlay, leaves, content.overlay.runs)
     spec.local = given.local

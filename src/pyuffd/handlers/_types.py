@@ -86,12 +86,16 @@ class FailureStage(IntEnum):
 
 
 class Leaf(NamedTuple):
-    """One of the sources of an overlay: an address, or a descriptor and an offset in its file."""
+    """One of the sources of an overlay: an address, or a descriptor and an offset in its file.
+
+    `around` is how many bytes the kernel reads for a fault from a file that is not in memory.
+    """
 
     kind: LeafKind
     address: int = 0
     fd: int = -1
     offset: int = 0
+    around: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from pyuffd._arguments import check_number
 from pyuffd._closing import Closing
 from pyuffd._errors import UffdError
 from pyuffd._latch import Latch
+from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Until
 from pyuffd._working_set import WorkingSet
 from pyuffd.snapshot import _restore_hot, _working_sets
@@ -27,7 +28,7 @@ from pyuffd.snapshot._drain import Batch, Drain
 from pyuffd.snapshot._restore_compare import Comparing
 from pyuffd.snapshot._restore_options import Options, check_rate
 from pyuffd.snapshot._restore_plan import check_empty, check_not_registered, choose
-from pyuffd.snapshot._serve import Serving
+from pyuffd.snapshot._serve import AROUND, Serving
 from pyuffd.snapshot._share import Shares
 
 log = logging.getLogger(__name__)
@@ -151,6 +152,8 @@ class Restore(Closing):
                     sums=sums if options.verify == "drain" else None,
                     threads=options.threads,
                     fault_log=_restore_hot.LOGGED_FAULTS if options.record else 0,
+                    # What a working set has not is not worth a wait of those who need what it has.
+                    around=PAGE_SIZE if self._hot.is_known else AROUND,
                 )
         finally:
             files.close()

@@ -64,6 +64,11 @@ class Hot:
         self._windows: list[tuple[HotPlan, int, int, int]] = []
         self._begun = self._asked = 0
 
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a set that is filled first."""
+        return self._known is not None and not self._known.problem
+
     @cached_property
     def _parts(self) -> list[list[Place]]:
         """Where each memory is in the image."""
@@ -81,7 +86,7 @@ class Hot:
 
     def jobs(self, fill: Fill) -> list[Callable[[], int]]:
         """Return calls that fill it, up to 1 MiB each; `fill` fills ranges of a region."""
-        if self._known is None or self._known.problem:
+        if self._known is None or not self.is_known:
             return []
         for places in self._in_order():
             plan = hot_plan(self._known.data, round(100 * SHARE), places, PIECE)

@@ -20,6 +20,7 @@ from pyuffd._errors import (
     SnapshotFormatError,
     UffdOSError,
 )
+from pyuffd._image_calls import read_ahead
 from pyuffd._latch import Latch
 from pyuffd._pages import round_up
 from pyuffd._uffd import Userfaultfd
@@ -41,6 +42,12 @@ FOLLOWED_MINOR = Feature.EVENT_REMAP | Feature.EVENT_UNMAP
 # Memory is short, or the layout changes without end: then try again.
 _RETRIED = (errno.EAGAIN, errno.ENOMEM)
 _RETRY_S = 0.2
+# What is read from a file for a fault. The device's own readahead may be megabytes, which the
+# thread would wait for, and so would the next one.
+AROUND = 64 << 10
+# What is read ahead of the pieces that are being filled, at first and at most: a fault waits until
+# the disk has read that. While faults come, nothing is.
+_AHEAD_FIRST, _AHEAD_MOST = 128 << 10, 2 << 20
 Piece = tuple[Placed, int, int, int]
 
 
@@ -73,7 +80,11 @@ class Serving:
         sums: Sums | None,
         threads: int,
         fault_log: int = 0,
+        around: int = AROUND,
     ) -> None:
+        for source in files.sources:
+            if source is not None:
+                source._around = around
         self._placed = sorted(placed, key=lambda each: each.start)
         self._sums = sums
         self._lock = threading.Lock()
@@ -83,6 +94,8 @@ class Serving:
         self._shares: dict[int, Share] = {}
         self._mappings: dict[int, PrivateMapping] = {}
         self._out: set[int] = set()
+        self._asked: dict[int, int] = {}  # up to which offset files were asked for
+        self._counted = self._ahead = 0
         self._skipped = self._ended = self._all_passed = False
         self.passed_bytes = self._loaded = 0
         self.on_end: weakref.WeakMethod[Callable[[], None]] | None = None
@@ -165,6 +178,7 @@ class Serving:
         """Fill a piece; return the bytes filled."""
         placed, offset, end, size = piece
         done = 0
+        self._read_ahead(placed, offset, end)
         if self._sums is not None and not placed.chain.is_packed:
             try:
                 self._sums.check(placed.start + offset, placed.start + end)
@@ -179,6 +193,24 @@ class Serving:
         with self._lock:
             self.passed_bytes += size
         return done
+
+    def _read_ahead(self, placed: Placed, offset: int, end: int) -> None:
+        """Ask the kernel for the files of a piece, and of what follows."""
+        if placed.chain.is_packed:
+            return
+        count = self.faults()
+        with self._lock:
+            if count != self._counted:
+                self._counted, self._ahead = count, 0
+            first = max(self._asked.get(id(placed), 0), offset)
+            past = min(end + self._ahead, placed.length)
+            self._ahead = max(_AHEAD_FIRST, min(2 * self._ahead, _AHEAD_MOST))
+            if first >= past:
+                return
+            self._asked[id(placed)] = past
+        row = memoryview(array("Q", (first, past, 0)))
+        files = [image.pages_fileno() for image in placed.images]
+        read_ahead(row, placed.chain.runs, placed.length, files)
 
     def _load(self, placed: Placed, offset: int, length: int) -> int:
         chunk = max(PIECE, placed.page_size) if placed.chain.is_packed else None
