@@ -7,7 +7,7 @@
 
 #include "uffd_pagemap.h"
 
-#define UFFD_PAGES_MOST 64u
+#define UFFD_PAGES_MOST 128u
 
 /* How many of at most UFFD_PAGES_MOST pages are still write-protected: they hold what they held. */
 int uffd_pages_protected(int pagemap_fd, uint64_t start, uint64_t pages, uint64_t *pages_ret);

@@ -10,6 +10,7 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include "base/gentle.h"
 #include "base/page.h"
 #include "snapshot/ring.h"
 #include "uffd_transfer.h"
@@ -49,25 +50,26 @@ static bool is_zero(const char *page)
 	return !memcmp(page, zeros, BASE_PAGE);
 }
 
-static int write_entry(struct uffd_ring *ring, const struct entry *entry)
+int uffd_ring_write(int fd, const void *pages, uint64_t count, uint64_t offset,
+		    _Atomic uint8_t *states)
 {
-	const char *from = ring->memory + entry->first * BASE_PAGE;
+	const char *from = pages;
 	int ret = 0;
 
-	for (uint64_t i = 0; !ret && i < entry->pages;) {
+	for (uint64_t i = 0; !ret && i < count;) {
 		bool zero = is_zero(from + i * BASE_PAGE);
 		uint64_t stop = i + 1, done = 0;
 
-		while (stop < entry->pages && is_zero(from + stop * BASE_PAGE) == zero)
+		while (stop < count && is_zero(from + stop * BASE_PAGE) == zero)
 			stop++;
 		if (!zero)
 			do
-				ret = uffd_transfer_write(ring->fd,
-							  (int64_t)(entry->offset + i * BASE_PAGE),
-							  from + i * BASE_PAGE, (stop - i) * BASE_PAGE, &done);
+				ret = uffd_transfer_write(fd, (int64_t)(offset + i * BASE_PAGE),
+							  from + i * BASE_PAGE,
+							  (stop - i) * BASE_PAGE, &done);
 			while (ret == -EINTR);
 		for (; !ret && i < stop; i++)
-			atomic_store(&entry->states[i], zero ? UFFD_RING_ZERO : UFFD_RING_DATA);
+			atomic_store(&states[i], zero ? UFFD_RING_ZERO : UFFD_RING_DATA);
 	}
 	return ret;
 }
@@ -77,6 +79,7 @@ static void *write_all(void *argument)
 	struct uffd_ring *ring = argument;
 
 	prctl(PR_SET_NAME, "uffd-write");
+	uffd_be_gentle();
 	pthread_mutex_lock(&ring->lock);
 	while (!ring->stop) {
 		struct entry entry;
@@ -88,7 +91,8 @@ static void *write_all(void *argument)
 		}
 		entry = ring->entries[ring->first_entry % ring->capacity];
 		pthread_mutex_unlock(&ring->lock);
-		ret = write_entry(ring, &entry);
+		ret = uffd_ring_write(ring->fd, ring->memory + entry.first * BASE_PAGE, entry.pages,
+				      entry.offset, entry.states);
 		pthread_mutex_lock(&ring->lock);
 		ring->first_entry++;
 		ring->tail += entry.pages + entry.skipped;
@@ -109,6 +113,19 @@ static void populate(char *memory, uint64_t length)
 			((volatile char *)memory)[at] = 0;
 }
 
+void *uffd_ring_memory(uint64_t pages)
+{
+	void *memory = mmap(NULL, pages * BASE_PAGE, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (memory == MAP_FAILED)
+		return NULL;
+	/* A child that has it too would have each page copied before it is used here. */
+	madvise(memory, pages * BASE_PAGE, MADV_DONTFORK);
+	populate(memory, pages * BASE_PAGE);
+	return memory;
+}
+
 int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
 {
 	struct uffd_ring *ring = calloc(1, sizeof(*ring));
@@ -122,12 +139,9 @@ int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
 	ring->fd = fd;
 	ring->capacity = pages;
 	ring->entries = calloc(pages, sizeof(*ring->entries));
-	ring->memory = mmap(NULL, pages * BASE_PAGE, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (ring->memory != MAP_FAILED)
-		populate(ring->memory, pages * BASE_PAGE);
-	if (ring->memory == MAP_FAILED || !ring->entries) {
-		if (ring->memory != MAP_FAILED)
+	ring->memory = uffd_ring_memory(pages);
+	if (!ring->memory || !ring->entries) {
+		if (ring->memory)
 			munmap(ring->memory, pages * BASE_PAGE);
 		free(ring->entries);
 		free(ring);

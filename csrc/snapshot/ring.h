@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Pages on their way to a file: one thread puts them in, and a thread of the ring writes them.
+ * Pages on their way to a file: one thread puts them in, and a thread of the ring, which lets others
+ * go first, writes them.
  *
  * The one that puts them in never waits for the disk longer than it wants to.
  */
@@ -27,6 +28,12 @@ int uffd_ring_reserve(struct uffd_ring *ring, uint64_t pages, uint64_t until_ns,
 /* Have the reserved pages written at an offset; their states, one byte each, are set then. */
 void uffd_ring_commit(struct uffd_ring *ring, uint64_t pages, uint64_t offset,
 		      _Atomic uint8_t *states);
+
+/* Write pages at an offset, except zeros, and set their states. */
+int uffd_ring_write(int fd, const void *pages, uint64_t count, uint64_t offset,
+		    _Atomic uint8_t *states);
+/* Memory that is there from the beginning, and in no fork of this process; NULL: there is none. */
+void *uffd_ring_memory(uint64_t pages);
 
 /* Pages that are not in use now. */
 uint64_t uffd_ring_room(struct uffd_ring *ring);

@@ -11,33 +11,7 @@
 
 #include <stdint.h>
 
-#include "snapshot/image.h"
-
-struct uffd_saver_options {
-	int32_t pid;
-	int32_t uffd;
-	int32_t pagemap_fd;
-	int32_t mem_fd;
-	int32_t fd;
-	/* Pages of memory between the process and the file. */
-	uint64_t memory_pages;
-	/* A thread of the process waits for no longer; then the protection ends. */
-	uint64_t max_stall_ns;
-	/* Of the sweep, in bytes a second; 0: no limit. */
-	uint64_t rate;
-};
-
-struct uffd_saver_stats {
-	uint64_t faults;	/* pages saved because of one */
-	uint64_t swept;
-	uint64_t before;	/* faults before the instant */
-	uint64_t left;		/* pages that are still owed */
-	uint64_t dropped;	/* pages given back before they were saved */
-	uint64_t longest_ns;	/* that a fault waited for us */
-	int32_t error;		/* -errno that ended it; -ETIMEDOUT: of the limit */
-};
-
-struct uffd_saver;
+#include "snapshot/answering.h"
 
 int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_saver **saver_ret);
 /* Register a range and protect it; noted for the case that the protection must end. */
@@ -47,7 +21,6 @@ int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec,
  * Ranges that lost their protection since the last call, by a write; their categories are
  * UFFD_SAVER_CHANGED if they were dropped, unmapped or moved.  -errno of the saver.
  */
-#define UFFD_SAVER_CHANGED 1u
 int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret);
 /* The instant: the pages of the parts are owed from now on.  The process stands. */
 int uffd_saver_begin(struct uffd_saver *saver, const struct uffd_image_piece *parts,

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
+#include <errno.h>
+
 #include "base/clock.h"
 #include "base/page.h"
 #include "snapshot/pages.h"
 #include "snapshot/saving.h"
+#include "uffd_shim.h"
 
 /*
  * Pages that are saved with one that is about to be written: its neighbours are often written next,
@@ -17,11 +20,18 @@ enum result {
 	SAVED,
 	UNREADABLE,
 	UNPROTECTED,	/* dropped or moved: perhaps its message is unread */
+	CHANGING,	/* its message is unread */
 	ENDED,
 };
 
+bool uffd_saving_is_changing(const struct uffd_saving *saving)
+{
+	/* The kernel looks at that before it looks at the range. */
+	return uffd_shim_writeprotect(saving->uffd, 0, 0, 0) == -EAGAIN;
+}
+
 static enum result save(struct uffd_saving *saving, struct uffd_owed_piece *piece, uint64_t address,
-			uint64_t pages)
+			uint64_t pages, bool may_change)
 {
 	uint64_t until = uffd_now_ns() + saving->max_stall_ns, good = 0;
 	bool is_read;
@@ -34,6 +44,8 @@ static enum result save(struct uffd_saving *saving, struct uffd_owed_piece *piec
 	saving->error = uffd_pages_protected(saving->pagemap_fd, address, pages, &good);
 	if (saving->error)
 		return ENDED;
+	if (!may_change && uffd_saving_is_changing(saving))
+		return CHANGING;
 	if (good < pages)
 		return UNPROTECTED;
 	if (!is_read)
@@ -45,45 +57,27 @@ static enum result save(struct uffd_saving *saving, struct uffd_owed_piece *piec
 	return SAVED;
 }
 
-static uint64_t save_each(struct uffd_saving *saving, struct uffd_owed_piece *piece,
-			  uint64_t address, uint64_t pages)
+static enum result save_one(struct uffd_saving *saving, struct uffd_owed_piece *piece,
+			    uint64_t address, bool may_change)
 {
-	uint64_t saved = 0;
+	enum result result = save(saving, piece, address, 1, may_change);
 
-	for (uint64_t i = 0; i < pages; i++) {
-		uint64_t at = address + i * BASE_PAGE;
-		enum result result = save(saving, piece, at, 1);
-
-		if (result == ENDED)
-			break;
-		saved += result == SAVED;
-		if (result == UNREADABLE)
-			uffd_owed_settle(&saving->owed, piece, at, UFFD_OWED_UNREADABLE);
-		else if (result == UNPROTECTED)
-			uffd_owed_settle(&saving->owed, piece, at, UFFD_OWED_DROPPED);
-	}
-	return saved;
+	if (result == UNREADABLE)
+		uffd_owed_settle(&saving->owed, piece, address, UFFD_OWED_UNREADABLE);
+	else if (result == UNPROTECTED)
+		uffd_owed_settle(&saving->owed, piece, address, UFFD_OWED_DROPPED);
+	return result;
 }
 
-bool uffd_saving_has_room(struct uffd_saving *saving)
+/* Whether pages may be put in that nobody waits for. */
+static bool has_room(struct uffd_saving *saving)
 {
 	return uffd_ring_room(saving->ring) >= saving->memory_pages / 2;
 }
 
-bool uffd_saving_all(struct uffd_saving *saving, struct uffd_owed_piece *piece, uint64_t address,
-		     uint64_t pages)
+void uffd_saving_one(struct uffd_saving *saving, struct uffd_owed_piece *piece, uint64_t address)
 {
-	bool is_saved = save(saving, piece, address, pages) == SAVED;
-
-	if (is_saved)
-		saving->swept += pages;
-	return is_saved;
-}
-
-void uffd_saving_each(struct uffd_saving *saving, struct uffd_owed_piece *piece, uint64_t address,
-		      uint64_t pages)
-{
-	saving->swept += save_each(saving, piece, address, pages);
+	saving->swept += save_one(saving, piece, address, false) == SAVED;
 }
 
 void uffd_saving_before_drop(struct uffd_saving *saving, uint64_t start, uint64_t finish)
@@ -93,26 +87,48 @@ void uffd_saving_before_drop(struct uffd_saving *saving, uint64_t start, uint64_
 
 	while (!saving->error && (pages = uffd_owed_next(&saving->owed, address, finish,
 							 UFFD_PAGES_MOST, &piece, &address))) {
-		if (!uffd_saving_all(saving, piece, address, pages) && !saving->error)
-			uffd_saving_each(saving, piece, address, pages);
+		bool all = save(saving, piece, address, pages, true) == SAVED;
+
+		for (uint64_t i = 0; !all && i < pages && !saving->error; i++)
+			saving->swept +=
+				save_one(saving, piece, address + i * BASE_PAGE, true) == SAVED;
+		saving->swept += all ? pages : 0;
 		address += pages * BASE_PAGE;
 	}
+}
+
+void uffd_saving_lose(struct uffd_saving *saving, uint64_t start, uint64_t finish)
+{
+	struct uffd_owed_piece *piece;
+	uint64_t address = start, pages;
+
+	while ((pages = uffd_owed_next(&saving->owed, address, finish, UFFD_PAGES_MOST, &piece,
+				       &address)))
+		for (; pages; pages--, address += BASE_PAGE)
+			uffd_owed_settle(&saving->owed, piece, address, UFFD_OWED_DROPPED);
 }
 
 uint64_t uffd_saving_around(struct uffd_saving *saving, uint64_t *address)
 {
 	/* While the disk is behind, a thread waits for its own page only. */
-	uint64_t most = uffd_saving_has_room(saving) ? AROUND : 1, at = *address;
+	uint64_t most = has_room(saving) ? AROUND : 1, at = *address;
 	struct uffd_owed_piece *piece;
 	uint64_t pages = uffd_owed_around(&saving->owed, at, most, &piece, &at);
+	enum result result;
 
-	if (pages > 1 && save(saving, piece, at, pages) == SAVED) {
+	if (!pages)
+		return 1;
+	result = save(saving, piece, at, pages, false);
+	if (result == CHANGING)
+		return 0;
+	if (result == SAVED) {
 		saving->faults++;
 		saving->swept += pages - 1;
 		*address = at;
 		return pages;
 	}
-	if (pages && !saving->error)
-		saving->faults += save_each(saving, piece, *address, 1);
-	return 1;
+	if (result != ENDED)
+		result = save_one(saving, piece, *address, false);
+	saving->faults += result == SAVED;
+	return result != CHANGING;
 }

@@ -11,6 +11,7 @@
 
 struct uffd_saving {
 	int32_t pid;
+	int32_t uffd;
 	int32_t mem_fd;
 	int32_t pagemap_fd;
 	uint64_t memory_pages;	/* of the ring */
@@ -19,20 +20,26 @@ struct uffd_saving {
 	struct uffd_owed owed;
 	uint64_t faults;	/* pages saved because of one */
 	uint64_t swept;
+	/* Counts changes of the layout. */
+	uint64_t changes;
 	int error;		/* why nothing is saved any more */
 };
 
-/* Whether pages may be put in that nobody waits for. */
-bool uffd_saving_has_room(struct uffd_saving *saving);
-/* Save a page that a thread waits for, and its neighbours; returns what may be written now. */
+/*
+ * Whether the layout changes now: then the reason is in a message that is still unread.  What was
+ * read of the process before may not be of the memory that the address stood for.
+ */
+bool uffd_saving_is_changing(const struct uffd_saving *saving);
+/*
+ * Save a page that a thread waits for, and its neighbours; returns what may be written now.  0: the
+ * layout changes, so the thread has to try it again.
+ */
 uint64_t uffd_saving_around(struct uffd_saving *saving, uint64_t *address);
-/* Everything in a range is about to be dropped, or was: save what is still there. */
+/* Everything in a range is about to be dropped: save it. */
 void uffd_saving_before_drop(struct uffd_saving *saving, uint64_t start, uint64_t finish);
-/* Save pages of one piece; false if some of them have changed, or cannot be read. */
-bool uffd_saving_all(struct uffd_saving *saving, struct uffd_owed_piece *piece, uint64_t address,
-		     uint64_t pages);
-/* Save each of them that can be saved; the others are lost. */
-void uffd_saving_each(struct uffd_saving *saving, struct uffd_owed_piece *piece, uint64_t address,
-		      uint64_t pages);
+/* Everything in a range was unmapped, and other memory may be there by now. */
+void uffd_saving_lose(struct uffd_saving *saving, uint64_t start, uint64_t finish);
+/* Save a page if that is possible; it is lost otherwise, unless the layout changes. */
+void uffd_saving_one(struct uffd_saving *saving, struct uffd_owed_piece *piece, uint64_t address);
 
 #endif /* UFFD_SNAPSHOT_SAVING_H */

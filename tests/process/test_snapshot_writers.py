@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pyuffd import PageBit, Process, RunState, Snapshot, SnapshotReport
@@ -17,6 +18,7 @@ from pyuffd import _image_calls as calls
 from pyuffd._pages import HUGE_PAGE_2M
 from pyuffd.dirty._rows import DENSE_BYTES
 from pyuffd.snapshot import _capture
+from pyuffd.snapshot._cow import MEMORY_PAGES
 from pyuffd.testing import needs_privilege, needs_swap
 from tests._memory import PAGE
 from tests.process.test_snapshot import take
@@ -26,7 +28,7 @@ pytestmark = needs_privilege("CAP_SYS_PTRACE")
 # Values of bytes of pages, dropping, moving and swapping out pages, at the words of standard input.
 WRITER = """
 import ctypes, mmap, os, sys
-MOVE, SWAP_OUT, MADV_PAGEOUT = -1, -2, 21
+MOVE, SWAP_OUT, MOVE_OVER, MADV_PAGEOUT = -1, -2, -3, 21
 libc = ctypes.CDLL(None)
 length = int(sys.argv[1])
 NORESERVE = 0x4000
@@ -43,6 +45,10 @@ for line in sys.stdin:
         assert libc.mremap(ctypes.c_void_p(at), size, size, 3, ctypes.c_void_p(to)) != -1
         assert libc.mmap(ctypes.c_void_p(at), size, 3, 0x4032, -1, 0) != -1
         at, to = to, at
+    elif value == MOVE_OVER:
+        part = ctypes.c_size_t((past - first) * 4096)
+        place = ctypes.c_void_p(at + step * 4096)
+        assert libc.mremap(ctypes.c_void_p(at + first * 4096), part, part, 3, place) != -1
     elif value == SWAP_OUT:
         for cpu in sorted(os.sched_getaffinity(0)):
             os.sched_setaffinity(0, {cpu})
@@ -79,6 +85,10 @@ class Writer:
     def move(self) -> None:
         """Move the memory from one area to the other; where it was is empty memory."""
         self._do(-1, 0, 0, 1)
+
+    def move_over(self, first: int, past: int, to: int) -> None:
+        """Move pages to others of the area, which are unmapped by that."""
+        self._do(-3, first, past, to)
 
     def swap_out(self, first: int, past: int) -> None:
         """Move pages to swap."""
@@ -130,6 +140,53 @@ def test_neighbours_are_saved_with_a_page(tmp_path: Path, monkeypatch: pytest.Mo
             assert values(snapshot, target.area, pages) == b"\1" * pages
         assert report.faults + report.swept == pages
         assert 1 <= report.faults <= pages // 8
+
+
+def test_what_moves_to_the_place_of_owed_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for them: they are LOST, as they were unmapped before they were saved."""
+    half = 256
+    with writer(2 * half * PAGE) as target, Process(target.pid) as process:
+        target.write(1, 0, half)
+        target.write(2, half, 2 * half)
+
+        def at(name: str) -> None:
+            if name == "resumed":
+                target.move_over(half, 2 * half, 0)
+                target.write(3, 0, half)
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        # At one byte a second the sweep does its first step and no other.
+        report = take(process, tmp_path / "1", method="cow", ranges=[target.area], rate=1)
+        assert isinstance(report, SnapshotReport)
+        with Snapshot.open(tmp_path / "1") as snapshot:
+            pages = range(target.area.start, target.area.start + 2 * half * PAGE, PAGE)
+            lost = [page for page in pages if snapshot.state(page) is RunState.LOST]
+            found = {page: snapshot.read(page, 1)[0] for page in pages if page not in lost}
+        assert half // 4 <= len(lost) == report.dropped // PAGE
+        assert found == {page: 1 + (page >= pages[half]) for page in pages if page not in lost}
+
+
+def test_children_have_no_copy_of_our_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that watches over the protection does not share what pages are saved to."""
+    anonymous: dict[str, int] = {}
+
+    def at(name: str) -> None:
+        if name == "armed":
+            guard = next(
+                each for each in psutil.Process().children() if each.name() == "uffd-guard"
+            )
+            for who, pid in (("guard", guard.pid), ("here", "self")):
+                status = Path(f"/proc/{pid}/status").read_text()
+                anonymous[who] = int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+    with writer(PAGE) as target, Process(target.pid) as process:
+        monkeypatch.setattr(_capture, "barrier", at)
+        take(process, tmp_path / "1", method="cow", ranges=[target.area])
+    assert anonymous["guard"] + MEMORY_PAGES * PAGE * 3 // 4 < anonymous["here"]
 
 
 @pytest.mark.parametrize("length", [4096 * PAGE, 4 * DENSE_BYTES], ids=["dense", "sparse"])

@@ -27,6 +27,8 @@ FLOORS = [
     {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages", "remote/device"},
     {"snapshot/chain", "snapshot/hot"},
     {"snapshot/saving"},
+    {"snapshot/sweeping"},
+    {"snapshot/answering"},
     {"snapshot/saver"},
     {"remote/attach", "remote/stopped"},
     {"engine/alloc", "engine/runs"},

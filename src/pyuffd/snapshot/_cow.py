@@ -44,8 +44,8 @@ NEEDED = (
 )
 # Only ranges of memory without a file are looked for in it.
 EVERYWHERE = calls.Pieces([(0, ADDRESS_LIMIT - PAGE_SIZE, 0, True)])
-# Between the process and the file: 32 MiB.
-MEMORY_PAGES = 8192
+# Of pages that were about to be written, between the process and the file: 16 MiB.
+MEMORY_PAGES = 4096
 # Protecting again what was written, before the stop: until it is so few pages, or so often.
 FEW_PAGES = 512
 AGAIN_MOST = 4

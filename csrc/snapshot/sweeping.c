@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/gentle.h"
+#include "base/page.h"
+#include "snapshot/pages.h"
+#include "snapshot/sweeping.h"
+#include "uffd_shim.h"
+
+_Static_assert(UFFD_SWEEP_PAGES <= UFFD_PAGES_MOST, "pages of a step");
+
+/* In the thread */
+
+static int write_pages(const struct uffd_sweep *sweep)
+{
+	const struct uffd_sweep_step *step = &sweep->written;
+	const char *from = sweep->memory;
+	int ret = 0;
+
+	for (uint64_t i = 0, stop; !ret && i < step->pages; i = stop) {
+		for (stop = i; stop < step->pages && sweep->mine[stop]; stop++)
+			;
+		if (stop > i)
+			ret = uffd_ring_write(sweep->fd, from + i * BASE_PAGE, stop - i,
+					      step->offset + i * BASE_PAGE, step->states + i);
+		else
+			stop++;
+	}
+	return ret;
+}
+
+static int read_pages(struct uffd_sweep *sweep)
+{
+	const struct uffd_saving *saving = sweep->saving;
+	const struct uffd_sweep_step *step = &sweep->read;
+	uint64_t good = 0;
+	bool is_read = !uffd_pages_read(saving->pid, saving->mem_fd, step->address, step->pages,
+					sweep->memory);
+	int ret = uffd_pages_protected(saving->pagemap_fd, step->address, step->pages, &good);
+
+	sweep->is_good = is_read && good == step->pages;
+	return ret;
+}
+
+static void *run(void *argument)
+{
+	struct uffd_sweep *sweep = argument;
+
+	prctl(PR_SET_NAME, "uffd-sweep");
+	uffd_be_gentle();
+	for (;;) {
+		eventfd_t value;
+
+		if (eventfd_read(sweep->told_fd, &value))
+			continue; /* no signal is let in, but a debugger may have been here */
+		if (sweep->stop)
+			return NULL;
+		sweep->error = write_pages(sweep);
+		if (!sweep->error && sweep->read.pages)
+			sweep->error = read_pages(sweep);
+		atomic_store(&sweep->works, false);
+		eventfd_write(sweep->said_fd, 1);
+	}
+}
+
+/* In the thread that answers */
+
+static bool is_due(const struct uffd_sweep *sweep)
+{
+	double seconds = (double)(uffd_now_ns() - sweep->began_ns) / 1e9;
+
+	return !sweep->rate ||
+	       (double)(sweep->saving->swept * BASE_PAGE) <= seconds * (double)sweep->rate;
+}
+
+static void unprotect(const struct uffd_sweep *sweep, const struct uffd_sweep_step *step)
+{
+	uffd_shim_writeprotect(sweep->saving->uffd, step->address, step->pages * BASE_PAGE, 0);
+}
+
+/* What was read is what is saved, except of pages that a fault has saved meanwhile. */
+static void take(struct uffd_sweep *sweep)
+{
+	const struct uffd_sweep_step *step = &sweep->read;
+
+	for (uint64_t i = 0; i < step->pages; i++) {
+		sweep->mine[i] = atomic_load(&step->states[i]) == UFFD_OWED_YES;
+		if (!sweep->mine[i])
+			continue;
+		uffd_owed_settle(&sweep->saving->owed, step->piece, step->address + i * BASE_PAGE,
+				 UFFD_OWED_TAKEN);
+		sweep->saving->swept++;
+	}
+	unprotect(sweep, step);
+	sweep->written = *step;
+}
+
+/* Whether none of it was saved by a fault meanwhile. */
+static bool is_owed(const struct uffd_sweep_step *step)
+{
+	for (uint64_t i = 0; i < step->pages; i++)
+		if (atomic_load(&step->states[i]) != UFFD_OWED_YES)
+			return false;
+	return true;
+}
+
+static void take_each(struct uffd_sweep *sweep)
+{
+	const struct uffd_sweep_step *step = &sweep->read;
+
+	for (uint64_t i = 0; i < step->pages && !sweep->saving->error; i++)
+		uffd_saving_one(sweep->saving, step->piece, step->address + i * BASE_PAGE);
+	unprotect(sweep, step);
+}
+
+static void use_read(struct uffd_sweep *sweep, bool (*answer)(void *), void *argument)
+{
+	/* Messages first: they tell what has become of the pages. */
+	if (sweep->changes != sweep->saving->changes)
+		return;
+	if ((!sweep->is_good || uffd_saving_is_changing(sweep->saving)) &&
+	    (answer(argument) || uffd_saving_is_changing(sweep->saving)))
+		return;
+	if (sweep->changes != sweep->saving->changes || sweep->saving->error)
+		return;
+	if (sweep->is_good)
+		take(sweep);
+	else if (is_owed(&sweep->read))
+		take_each(sweep);
+	else
+		return; /* the others once more: all at once they need less time */
+	sweep->from = sweep->read.address + sweep->read.pages * BASE_PAGE;
+}
+
+/* The pages from an address on; behind the last come the first, as some have moved. */
+static void find_next(struct uffd_sweep *sweep)
+{
+	struct uffd_sweep_step *step = &sweep->read;
+	struct uffd_owed *owed = &sweep->saving->owed;
+
+	for (unsigned int turn = 0; turn < 2 && !step->pages; turn++) {
+		step->pages = uffd_owed_next(owed, sweep->from, UINT64_MAX, UFFD_SWEEP_PAGES,
+					     &step->piece, &step->address);
+		if (!step->pages)
+			sweep->from = 0;
+	}
+	if (!step->pages)
+		return;
+	step->offset = step->piece->offset + (step->address - step->piece->start);
+	step->states = step->piece->states + (step->address - step->piece->start) / BASE_PAGE;
+	sweep->changes = sweep->saving->changes;
+}
+
+int uffd_sweep_go_on(struct uffd_sweep *sweep, bool (*answer)(void *), void *argument)
+{
+	eventfd_t value;
+
+	/* Before the look: what it says behind it is not lost. */
+	eventfd_read(sweep->said_fd, &value);
+	if (atomic_load(&sweep->works) || !sweep->began_ns)
+		return 0;
+	if (sweep->error)
+		return sweep->error;
+	sweep->written.pages = 0;
+	if (sweep->read.pages)
+		use_read(sweep, answer, argument);
+	sweep->read.pages = 0;
+	if (sweep->saving->owed.left && is_due(sweep))
+		find_next(sweep);
+	if (!sweep->written.pages && !sweep->read.pages)
+		return 0;
+	atomic_store(&sweep->works, true);
+	eventfd_write(sweep->told_fd, 1);
+	return 1;
+}
+
+bool uffd_sweep_is_late(const struct uffd_sweep *sweep)
+{
+	return !atomic_load(&sweep->works) && sweep->saving->owed.left;
+}
+
+int uffd_sweep_start(struct uffd_sweep *sweep, struct uffd_saving *saving, int fd, uint64_t rate)
+{
+	sigset_t all, before;
+	int ret;
+
+	*sweep = (struct uffd_sweep){ .saving = saving, .fd = fd, .rate = rate };
+	sweep->said_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	sweep->told_fd = eventfd(0, EFD_CLOEXEC);
+	ret = sweep->said_fd < 0 || sweep->told_fd < 0 ? -errno : 0;
+	sweep->memory = uffd_ring_memory(UFFD_SWEEP_PAGES);
+	if (!ret && !sweep->memory)
+		ret = -ENOMEM;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	if (!ret)
+		ret = -pthread_create(&sweep->thread, NULL, run, sweep);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (ret) {
+		sweep->stop = true;
+		uffd_sweep_stop(sweep);
+	}
+	return ret;
+}
+
+void uffd_sweep_stop(struct uffd_sweep *sweep)
+{
+	if (!sweep->stop) {
+		while (atomic_load(&sweep->works)) /* it has what it is told for itself */
+			uffd_back_off(16);
+		sweep->stop = true;
+		eventfd_write(sweep->told_fd, 1);
+		pthread_join(sweep->thread, NULL);
+	}
+	if (sweep->said_fd >= 0)
+		close(sweep->said_fd);
+	if (sweep->told_fd >= 0)
+		close(sweep->told_fd);
+	if (sweep->memory)
+		munmap(sweep->memory, UFFD_SWEEP_PAGES * BASE_PAGE);
+}
