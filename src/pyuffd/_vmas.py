@@ -79,7 +79,8 @@ def overlapping(
     source = f"/proc/{pid}/{'smaps' if details else 'maps'}"
     with open(source, encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
-            if head := _HEAD.match(line):
+            # Only lines of details begin with a capital letter.
+            if not "A" <= line[0] <= "Z" and (head := _HEAD.match(line)):
                 if vma is not None:
                     yield vma
                 vma = _vma(head)

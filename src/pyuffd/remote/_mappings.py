@@ -16,7 +16,16 @@ from pyuffd._errors import raise_if_short
 from pyuffd._pages import PAGE_SIZE
 
 _ROW = struct.Struct(f"={calls.MAP_WORDS}Q")
-_LETTERS = ((calls.MAP_READ, "r"), (calls.MAP_WRITE, "w"), (calls.MAP_EXECUTE, "x"))
+_LETTERS = (
+    (calls.MAP_READ, "r-"),
+    (calls.MAP_WRITE, "w-"),
+    (calls.MAP_EXECUTE, "x-"),
+    (calls.MAP_SHARED, "sp"),
+)
+_PERMISSIONS = {
+    flags: "".join(letters[not flags & bit] for bit, letters in _LETTERS)
+    for flags in range(1 << len(_LETTERS))
+}
 _SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
 # Files of the kernel's own mounts of tmpfs, which no mount table lists.
 _SHMEM_NAMES = ("/memfd:", "/dev/zero", "/SYSV", "/dev/shm/", "/drm", "/i915")
@@ -149,14 +158,13 @@ class Mappings:
         name_at: int,
         name_length: int,
     ) -> Mapping:
-        path = os.fsdecode(self._names[name_at : name_at + name_length])
-        permissions = "".join(letter if flags & bit else "-" for bit, letter in _LETTERS)
-        shared = bool(flags & calls.MAP_SHARED)
-        kind, page_size = self._kinds.of(start, device, shared, path)
+        path = os.fsdecode(self._names[name_at : name_at + name_length]) if name_length else ""
+        permissions = _PERMISSIONS[flags]
+        kind, page_size = self._kinds.of(start, device, permissions[3] == "s", path)
         return Mapping(
             start,
             end,
-            permissions + ("s" if shared else "p"),
+            permissions,
             offset,
             device,
             inode,

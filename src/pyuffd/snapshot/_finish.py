@@ -9,11 +9,13 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd._errors import SnapshotFormatError
+from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.pagemap import PageRanges
 from pyuffd.snapshot import _compare, _format, _sums
@@ -22,12 +24,15 @@ from pyuffd.snapshot._core_notes import Notes
 from pyuffd.snapshot._file_pages import is_huge_without_a_file
 from pyuffd.snapshot._files import NewDirectory
 from pyuffd.snapshot._format import CHUNK, NUMBERS, Row, Runs, RunState, SnapshotGap
+from pyuffd.snapshot._gently import gently
 from pyuffd.snapshot._layout import SnapshotLayout
 from pyuffd.snapshot._output import write_at
 from pyuffd.snapshot._reading import Image, reader
 from pyuffd.snapshot._request import Request, SnapshotReport
 
 _DATA, _ABSENT = NUMBERS[RunState.DATA], NUMBERS[RunState.ABSENT]
+# Chunks between two looks at Ctrl-C, and at how far it is.
+_AT_ONCE = 16
 
 
 def finish(
@@ -189,27 +194,52 @@ def _stored(directory: NewDirectory, rows: list[Row], sum_: _sums.Sum, request: 
     """Read the content back for its checksums; compress it, if that was asked for."""
     data = [(index, row) for index, row in enumerate(rows) if row[2] == _DATA]
     progress = SnapshotProgress("sums", 0, sum(row[1] for _, row in data))
-    compress = None if request.compress is None else _sums.compressor(request.compress)
-    target = None if compress is None else directory.replace_pages()
-    written = 0
-    for index, (start, length, state, offset, stored, _) in data:
-        content = reader.read(directory.pages.number, length, offset)
-        if len(content) != length:
-            raise SnapshotFormatError(request.path, "the file has become shorter", offset)
-        checksum = sum_(content)
-        if target is not None and compress is not None:
-            packed = compress(content)
-            if len(packed) >= length:
-                packed = content
-            write_at(target.number, packed, written)
-            offset, stored = written, len(packed)
-            written += stored
-        rows[index] = (start, length, state, offset, stored, checksum)
-        progress.bytes += length
+    target = None if request.compress is None else directory.replace_pages()
+    stored = _Stored(directory, rows, sum_, request.compress, target)
+    for first in range(0, len(data), _AT_ONCE):
+        progress.bytes += gently(partial(stored.add, data[first : first + _AT_ONCE]))
         if request.progress is not None:
             request.progress(progress)
     if target is not None:
         directory.pages_replaced(target)
+
+
+class _Stored:
+    """Puts places and sums of chunks into rows; compresses them to a new file, if there is one."""
+
+    def __init__(
+        self,
+        directory: NewDirectory,
+        rows: list[Row],
+        sum_: _sums.Sum,
+        level: int | None,
+        target: Descriptor | None,
+    ) -> None:
+        self._directory = directory
+        self._rows = rows
+        self._sum = sum_
+        self._target = target
+        self._compress = None if level is None else _sums.compressor(level)
+        self._written = 0
+
+    def add(self, data: Sequence[tuple[int, Row]]) -> int:
+        """Read some chunks; return their bytes."""
+        for index, (start, length, state, offset, stored, _) in data:
+            content = reader.read(self._directory.pages.number, length, offset)
+            if len(content) != length:
+                raise SnapshotFormatError(
+                    str(self._directory.path), "the file has become shorter", offset
+                )
+            checksum = self._sum(content)
+            if self._target is not None and self._compress is not None:
+                packed = self._compress(content)
+                if len(packed) >= length:
+                    packed = content
+                write_at(self._target.number, packed, self._written)
+                offset, stored = self._written, len(packed)
+                self._written += stored
+            self._rows[index] = (start, length, state, offset, stored, checksum)
+        return sum(row[1] for _, row in data)
 
 
 def _manifest(
