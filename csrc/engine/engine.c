@@ -43,6 +43,7 @@ static void init_gate(struct uffd_engine *engine)
 static void forget_parent(void)
 {
 	uffd_alloc_forget_parent();
+	uffd_file_forget_parent();
 	inline_forget_parent();
 }
 

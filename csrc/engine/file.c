@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -9,6 +10,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "alloc.h"
 #include "base/page.h"
 #include "file.h"
 
@@ -66,6 +68,101 @@ static int name_file(int fd)
 	return open(path, O_PATH | O_CLOEXEC);
 }
 
+/*
+ * Ranges of one file share such a descriptor: a restore of thousands of regions has to do with
+ * few files.
+ */
+struct shared_fd {
+	dev_t device;
+	ino_t inode;
+	int fd;
+	uint32_t users;
+	struct shared_fd *next;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct shared_fd *all_shared;
+
+void uffd_file_forget_parent(void)
+{
+	pthread_mutex_init(&lock, NULL);
+	all_shared = NULL;
+}
+
+static struct shared_fd *new_shared(const struct stat *st, int fd)
+{
+	struct shared_fd *shared = uffd_alloc(sizeof(*shared));
+
+	if (shared)
+		*shared = (struct shared_fd){ st->st_dev, st->st_ino, name_file(fd), 0, NULL };
+	if (!shared || shared->fd >= 0)
+		return shared;
+	uffd_free(shared);
+	return NULL;
+}
+
+/* Count a user of what is shared already, or of `fresh`; the lock is not held. */
+static struct shared_fd *use_shared(const struct stat *st, struct shared_fd *fresh)
+{
+	struct shared_fd *found;
+
+	pthread_mutex_lock(&lock);
+	found = all_shared;
+	while (found && (found->inode != st->st_ino || found->device != st->st_dev))
+		found = found->next;
+	if (!found && fresh) {
+		fresh->next = all_shared;
+		found = all_shared = fresh;
+	}
+	if (found)
+		found->users++;
+	pthread_mutex_unlock(&lock);
+	return found;
+}
+
+static void free_shared(struct shared_fd *shared)
+{
+	close(shared->fd);
+	uffd_free(shared);
+}
+
+static struct shared_fd *share_fd(int fd)
+{
+	struct shared_fd *found, *fresh;
+	struct stat st;
+
+	if (fstat(fd, &st))
+		return NULL;
+	found = use_shared(&st, NULL);
+	if (found)
+		return found;
+	/* Outside the lock: a file system may be slow. */
+	fresh = new_shared(&st, fd);
+	if (!fresh)
+		return NULL;
+	found = use_shared(&st, fresh);
+	if (found != fresh)
+		free_shared(fresh);
+	return found;
+}
+
+static void unshare_fd(struct shared_fd *shared)
+{
+	struct shared_fd **link;
+
+	pthread_mutex_lock(&lock);
+	if (--shared->users) {
+		pthread_mutex_unlock(&lock);
+		return;
+	}
+	for (link = &all_shared; *link && *link != shared; link = &(*link)->next)
+		;
+	if (*link)
+		*link = shared->next;
+	pthread_mutex_unlock(&lock);
+	free_shared(shared);
+}
+
 int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t length,
 		   bool can_read, uint64_t around)
 {
@@ -73,8 +170,12 @@ int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t len
 	uint64_t lead = offset % unit;
 	void *mapping;
 
-	*file = (struct uffd_file){ .fd = can_read ? -1 : name_file(fd), .offset = offset };
-	if (file->fd < 0)
+	*file = (struct uffd_file){ .fd = -1, .offset = offset };
+	if (!can_read)
+		file->shared = share_fd(fd);
+	if (file->shared)
+		file->fd = file->shared->fd;
+	else
 		file->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 	if (file->fd < 0)
 		return -errno;
@@ -99,7 +200,9 @@ void uffd_file_close(struct uffd_file *file)
 {
 	if (file->mapped)
 		munmap(file->mapping, file->mapped);
-	if (file->fd >= 0)
+	if (file->shared)
+		unshare_fd(file->shared);
+	else if (file->fd >= 0)
 		close(file->fd);
 	*file = (struct uffd_file){ .fd = -1 };
 }

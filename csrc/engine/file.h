@@ -6,8 +6,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+struct shared_fd;
+
 struct uffd_file {
-	int fd;			/* our own descriptor, for the file's size; -1: none */
+	int fd;			/* for the file's size; -1: none */
+	struct shared_fd *shared;	/* whose it is; NULL: our own */
 	bool sealed;		/* the file cannot shrink */
 	uint64_t offset;	/* where in the file the part begins */
 	uint64_t address;	/* where that is mapped */
@@ -25,6 +28,8 @@ struct uffd_file {
 int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t length,
 		   bool can_read, uint64_t around);
 void uffd_file_close(struct uffd_file *file);
+/* In the child of a fork: another thread may have been opening a file. */
+void uffd_file_forget_parent(void);
 
 /* How many of the bytes [at, at + length) of the part the file still has. */
 uint64_t uffd_file_covered(const struct uffd_file *file, uint64_t at, uint64_t length);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import shutil
 import tempfile
 import threading
@@ -235,10 +236,14 @@ def many_regions() -> None:
             where: stack.enter_context(Region.anonymous(where.length))
             for where in reversed(snapshot.regions)
         }
+        # No descriptor for each region: a process may have 1,024 by default.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count // 2, hard))
         with snapshot.restore(regions, mode="copy") as restore:
             assert restore.wait(30)
             for where, region in regions.items():
                 assert region.read() == snapshot.read(where.start, where.length)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_many_regions() -> None:
