@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
+from pyuffd.conformance import _context
+from pyuffd.testing import _run
 from tests import _crossings
+from tests._child import FRESH, zygote
 
 ONE_OF = 4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked_children() -> Iterator[None]:
+    """Fork the cases' children from one process, instead of starting Python for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not FRESH:
+            patch.setattr(_context, "run_child", partial(_run.run_child, start=zygote().fork))
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
