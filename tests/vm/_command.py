@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -35,7 +36,8 @@ def from_outside(arguments: Sequence[str], root: Path) -> tuple[list[str], dict[
     for argument in arguments:
         name, colons, rest = argument.partition("::")
         path = Path(name).absolute()
-        if argument.startswith("-") or not path.exists() or path.is_relative_to(root):
+        # An expression for -k may be longer than names can be, which stat(2) says is an error.
+        if argument.startswith("-") or not os.path.exists(path) or path.is_relative_to(root):
             changed.append(argument)
             continue
         changed.append(f"{path}{colons}{rest}")
