@@ -29,7 +29,10 @@ _IOCTLS = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one ioctl did: errno (0 for success) and its argument afterwards."""
+    """What one ioctl did: errno (0 for success) and its argument afterwards.
+
+    A call that returned more than 0, as none of these may, has minus that for its errno.
+    """
 
     errno: int
     words: tuple[int, ...]
@@ -40,7 +43,7 @@ class Answer:
         return self.words[-1] - (1 << 64 if self.words[-1] >> 63 else 0)
 
     def __str__(self) -> str:
-        name = errno.errorcode.get(self.errno, str(self.errno)) if self.errno else "ok"
+        name = errno.errorcode.get(self.errno, f"returned {-self.errno}") if self.errno else "ok"
         return f"{name}, argument {[hex(word) for word in self.words]}"
 
 
@@ -57,10 +60,9 @@ def ioctl(uffd: Userfaultfd | int, name: str, *words: int) -> Answer:
     """
     count = _IOCTLS[name][2]
     argument = bytearray(struct.pack(f"={count}Q", *words, *[0] * (count - len(words))))
-    code = 0
     fd = uffd if isinstance(uffd, int) else uffd.fileno()
     try:
-        fcntl.ioctl(fd, request(name), argument)
+        code = -fcntl.ioctl(fd, request(name), argument)
     except OSError as error:
         code = error.errno or errno.EIO
     return Answer(code, struct.unpack(f"={count}Q", argument))
