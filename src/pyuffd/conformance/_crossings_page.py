@@ -27,6 +27,9 @@ def page(slow: int) -> Iterator[str]:
         " are made from these rules.\n"
         f"`OPERATION.after.everything.MEMORY` ({slow} cases, asked for with `--slow`) does every"
         " operation on every state after every event.\n"
+        "`access.CALL.minor`, `-refused` and `poisoned` are of this kind, too: each system call of"
+        " `access.CALL.missing`\non a page that only the file has, where nobody may be asked, and"
+        " on a poisoned page.\n"
         "`make test` runs a fixed quarter of the crossings, `PYUFFD_CROSSINGS=all make test` all of"
         " them.\n"
     )

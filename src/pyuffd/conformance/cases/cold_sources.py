@@ -77,6 +77,15 @@ def _memfd(ctx: Context) -> tuple[int, tuple[int, int]]:
     return region.start, (FIRST, SECOND)
 
 
+def numbered_file(ctx: Context, length: int) -> int:
+    """Map a memfd without mapping its pages, each of which begins with its number from 1 on."""
+    region = ctx.make(length // SMALL_PAGE, "shmem")
+    assert region.fd is not None
+    pages = range(1, length // SMALL_PAGE + 1)
+    os.pwrite(region.fd, b"".join(n.to_bytes(SMALL_PAGE, "little") for n in pages), 0)
+    return region.start
+
+
 def _second_memfd(ctx: Context) -> tuple[int, tuple[int, int]]:
     start, values = _memfd(ctx)
     # One read maps its neighbours too, unless it was asked not to.

@@ -9,17 +9,27 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pyuffd import _memory
-from pyuffd._abi import RegisterMode
+from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance import _raw
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._memcg import limited_memory, memory_group, needs_memcg
+from pyuffd.conformance._pin import Pin, needs_pin, syscall
 from pyuffd.conformance._starve import small_file_system
-from pyuffd.conformance._types import SHARED, SMALL, missing_features
-from pyuffd.conformance._wp import MAP_NORESERVE, PUNCH_HOLE, READ_WRITE
+from pyuffd.conformance._types import (
+    ANON,
+    HUGETLB,
+    SHARED,
+    SHMEM,
+    SMALL,
+    minor_features,
+    missing_features,
+)
+from pyuffd.conformance._wp import MAP_NORESERVE, PUNCH_HOLE, READ_WRITE, in_page_cache
 from pyuffd.conformance.cases.errno_fill import (
     CONTINUE,
     COPY,
@@ -30,6 +40,7 @@ from pyuffd.conformance.cases.errno_fill import (
     Op,
     fill_file,
 )
+from pyuffd.regions import Region
 from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_hugepages, needs_privilege
 
@@ -77,8 +88,11 @@ def _add_counted(op: Op) -> None:
         for index in range(source.length // SMALL_PAGE):
             source.write(index * SMALL_PAGE, index.to_bytes(4, "little"))
         ctx.register(region, op.mode)
+        from_ = source.start
+        if op is ZEROPAGE:
+            source.close()  # so that pages which have other content are free
         before = _counts()
-        answer = ctx.ioctl(op.name, *op.words(region.start, source.start, region.length, 0))
+        answer = ctx.ioctl(op.name, *op.words(region.start, from_, region.length, 0))
         ctx.expect("errno and result", (answer.errno, answer.result), (0, region.length))
         _expect_change(ctx, "filling", before, {_counted_as(op, ctx.memory): region.length})
         if op in (COPY, MOVE):
@@ -88,6 +102,8 @@ def _add_counted(op: Op) -> None:
             ]
             wanted = list(range(len(numbers)))
             ctx.expect("every page is where it belongs", numbers == wanted, True)
+        elif op is ZEROPAGE:
+            ctx.expect("every byte is 0", region.read() == bytes(region.length), True)
         filled = _counts()
         region.close()
         name = "RssAnon" if op is MOVE else _counted_as(op, ctx.memory)
@@ -226,7 +242,85 @@ def gives_room_back(ctx: Context) -> None:
     ctx.expect("errno of another", copy(3), 0)
 
 
+@case(
+    "UFFDIO_COPY.ok.keeps-reservation",
+    origin="mm/hugetlb.c: alloc_hugetlb_folio, restore_reserve_on_error, hugetlb_unreserve_pages",
+    memory=HUGETLB,
+    features=missing_features,
+    needs=[needs_privilege("CAP_SYS_ADMIN"), needs_hugepages(2 * ROOM)],
+)
+def keeps_reservation(ctx: Context) -> None:
+    """Huge pages that a mapping has reserved are there for COPY, whatever failed before."""
+    page = ctx.page
+    file = ctx.enter(small_file_system("hugetlbfs", ROOM * page))
+    os.ftruncate(file, ROOM * page)
+
+    def room(when: str, pages: int) -> None:
+        seen = os.fstatvfs(file)
+        ctx.expect(f"pages of room {when}", seen.f_bfree * seen.f_bsize // page, pages)
+
+    room("at first", ROOM)
+    flags = mmap.MAP_SHARED if ctx.memory.shared else mmap.MAP_PRIVATE
+    start = _memory.mmap(ROOM * page, READ_WRITE, flags, file)
+    source = ctx.make(page // SMALL_PAGE, "anon")
+    source.fill(1)
+    ctx.open().register(start, ROOM * page, mode=MISSING)
+    room("when all are reserved", 0)
+    for index in range(ROOM):
+        at = start + index * page
+        seen = [_raw.ioctl(ctx.uffd, "COPY", at, GAP, page).errno for _ in range(2)]
+        if index:
+            source.madvise(mmap.MADV_DONTNEED)  # COPY lets go of its page, and takes another
+        seen += [_raw.ioctl(ctx.uffd, "COPY", at, source.start, page).errno for _ in range(2)]
+        wanted = [errno.EFAULT, errno.EFAULT, 0, errno.EEXIST]
+        ctx.expect(f"errnos of page {index}", seen, wanted)
+        room(f"after page {index}", 0)
+    _memory.munmap(start, ROOM * page)
+    room("unmapped", 0 if ctx.memory.shared else ROOM)
+    os.ftruncate(file, 0)
+    room("at last", ROOM)
+
+
+@case(
+    "UFFDIO_CONTINUE.EEXIST.page-is-freed",
+    origin="mm/hugetlb.c: hugetlb_mfill_atomic_pte, folio_put",
+    memory=HUGETLB,
+    features=minor_features,
+    needs=[needs_privilege("CAP_SYS_ADMIN"), needs_hugepages(ROOM)],
+)
+def continue_lets_go(ctx: Context) -> None:
+    """A huge page that a failing CONTINUE has met is free when its file has let go of it."""
+    page = ctx.page
+    file = ctx.enter(small_file_system("hugetlbfs", ROOM * page))
+    os.ftruncate(file, page)
+    with Region.file(file, page) as view:
+        view.fill(1)
+    flags = mmap.MAP_SHARED if ctx.memory.shared else mmap.MAP_PRIVATE
+    start = _memory.mmap(page, READ_WRITE, flags | MAP_NORESERVE, file)
+    ctx.open().register(start, page, mode=RegisterMode.MINOR)
+    codes = [ctx.ioctl("CONTINUE", start, page).errno for _ in range(3)]
+    ctx.expect("errnos", codes, [0, errno.EEXIST, errno.EEXIST])
+    ctx.expect("byte", ctx.silently(ctx.read, start), b"\1")
+    _memory.munmap(start, page)
+    os.ftruncate(file, 0)
+    seen = os.fstatvfs(file)
+    ctx.expect("pages of room", seen.f_bfree * seen.f_bsize // page, ROOM)
+
+
 # Of a control group
+
+
+def _growth(ctx: Context, act: Callable[[], None]) -> None:
+    """Fail if what is done leaves memory charged to the control group, beyond noise."""
+    with limited_memory(1 << 40):
+        _, group = memory_group()
+        names = ("memory.current", "memory.usage_in_bytes")
+        usage = next(group / name for name in names if (group / name).exists())
+        before = int(usage.read_text())
+        act()
+        grown = int(usage.read_text()) - before
+    if grown > NOISE:
+        ctx.fail("memory that was not freed", f"{grown >> 20} MiB", f"less than {NOISE >> 20} MiB")
 
 
 @case(
@@ -242,15 +336,63 @@ def frees_its_page(ctx: Context) -> None:
     source.fill(1)
     ctx.register(region, MISSING)
     ctx.uffd.copy(region.start, bytes([1]) * SMALL_PAGE)
-    limit = 1 << 40
-    with limited_memory(limit):
-        _, group = memory_group()
-        names = ("memory.current", "memory.usage_in_bytes")
-        usage = next(group / name for name in names if (group / name).exists())
-        before = int(usage.read_text())
-        words = (region.start, source.start, SMALL_PAGE)
+    words = (region.start, source.start, SMALL_PAGE)
+
+    def fail() -> None:
         codes = {_raw.ioctl(ctx.uffd, "COPY", *words).errno for _ in range(TIMES)}
-        grown = int(usage.read_text()) - before
-    ctx.expect("errnos", codes, {errno.EEXIST})
-    if grown > NOISE:
-        ctx.fail("memory that was not freed", f"{grown >> 20} MiB", f"less than {NOISE >> 20} MiB")
+        ctx.expect("errnos", codes, {errno.EEXIST})
+
+    _growth(ctx, fail)
+
+
+@case(
+    "UFFDIO_CONTINUE.EEXIST.page-can-go",
+    origin="mm/userfaultfd.c: mfill_atomic_pte_continue, folio_put",
+    memory=SHMEM,
+    features=minor_features,
+    needs=[needs_memcg()],
+)
+def continued_can_go(ctx: Context) -> None:
+    """Pages that a failing CONTINUE has met are freed with their file, thousands of them."""
+    ctx.open()
+
+    def fail() -> None:
+        region = ctx.make(TIMES)
+        in_page_cache(region, 1)
+        ctx.uffd.register(region, mode=RegisterMode.MINOR)
+        ctx.uffd.continue_(region)
+        pages = range(region.start, region.start + region.length, SMALL_PAGE)
+        codes = {_raw.ioctl(ctx.uffd, "CONTINUE", at, SMALL_PAGE).errno for at in pages}
+        ctx.expect("errnos", codes, {errno.EEXIST})
+        region.close()
+
+    _growth(ctx, fail)
+
+
+@case(
+    "UFFDIO_MOVE.EBUSY.page-can-go",
+    origin="mm/userfaultfd.c: move_pages_pte, folio_put",
+    memory=ANON,
+    features=Feature.MOVE,
+    needs=[needs_memcg(), needs_pin()],
+)
+def moved_can_go(ctx: Context) -> None:
+    """Pages that MOVE has found pinned are freed afterwards, thousands of them."""
+    region = ctx.make(1)
+    ctx.register(region, MISSING)
+
+    def fail() -> None:
+        source = ctx.make(TIMES)
+        source.advise_thp(False)
+        source.madvise(mmap.MADV_DONTFORK)
+        source.fill(1)
+        pin = Pin(source.start, source.length)
+        ring = pin.take(syscall)
+        pages = range(source.start, source.start + source.length, SMALL_PAGE)
+        codes = {_raw.ioctl(ctx.uffd, "MOVE", region.start, at, SMALL_PAGE).errno for at in pages}
+        ctx.expect("errnos", codes, {errno.EBUSY})
+        pin.drop(syscall, ring)
+        os.close(ring)
+        source.close()
+
+    _growth(ctx, fail)

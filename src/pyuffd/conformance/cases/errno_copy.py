@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import signal
+from pathlib import Path
 
 from pyuffd import _memory
 from pyuffd._abi import ContinueMode, CopyMode, Feature, RegisterMode, WriteprotectMode
@@ -29,6 +30,7 @@ PROT_NONE = 0
 PUNCH_HOLE = 3  # with KEEP_SIZE
 BUS_ADRERR, BUS_MCEERR_AR = 2, 4
 WP_WRITE = 3
+MEMORY_FAILURE = Path("/proc/sys/vm/memory_failure_recovery")
 
 
 def _continue_wp(memory: MemoryType) -> Feature:
@@ -263,8 +265,9 @@ def _expect_poisoned(ctx: Context, address: int) -> None:
     if not isinstance(seen, Interrupted):
         ctx.fail("the read", seen, "SIGBUS")
     # The code is that of a memory error where the kernel handles those (CONFIG_MEMORY_FAILURE).
-    codes = ((signal.SIGBUS, code) for code in (BUS_ADRERR, BUS_MCEERR_AR))
-    ctx.expect("signal and code", seen[:2], *codes)
+    code = BUS_MCEERR_AR if MEMORY_FAILURE.exists() else BUS_ADRERR
+    ctx.expect("signal and code", seen[:2], (signal.SIGBUS, code))
+    ctx.expect("address of the signal", hex(seen.address), hex(address))
 
 
 @case("UFFDIO_POISON.ok.access", origin="UFFDIO_POISON(2const)", features=poison_features)

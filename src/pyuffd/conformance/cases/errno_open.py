@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import select
 import struct
@@ -78,6 +79,41 @@ def open_flags(ctx: Context) -> None:
     both, neither = fresh(ctx), fresh(ctx, 0)
     ctx.expect("O_CLOEXEC", [os.get_inheritable(fd) for fd in (both, neither)], [False, True])
     ctx.expect("O_NONBLOCK", [os.get_blocking(fd) for fd in (both, neither)], [False, True])
+
+
+@case(
+    "userfaultfd.ok.descriptor",
+    origin="fs/userfaultfd.c: new_userfaultfd, O_RDONLY",
+    memory=ANY,
+    variants=[
+        Variant("read-only", "the descriptor can be read, and not written"),
+        Variant("read-write", "it was opened for both", lacks=Feature.WP_UNPOPULATED),
+    ],
+)
+def descriptor(ctx: Context) -> None:
+    """The descriptor is an anonymous file, opened read-only, which cannot be written or mapped."""
+    fd = _ready(ctx)
+    ctx.expect("its link", os.readlink(f"/proc/self/fd/{fd}"), "anon_inode:[userfaultfd]")
+    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    code = ctx.expect_variant("access mode", mode, read_only=os.O_RDONLY, read_write=os.O_RDWR)
+    wanted = errno.EBADF if code == "read-only" else errno.EINVAL
+    ctx.expect_errno(wanted, os.write, fd, b"\1")
+    ctx.expect_errno(errno.ENODEV, mmap.mmap, fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+
+
+@case(
+    "userfaultfd.EINVAL.sysctl",
+    origin="fs/userfaultfd.c: vm_userfaultfd_table",
+    memory=ANY,
+    needs=[needs_privilege("CAP_SYS_ADMIN")],
+)
+def sysctl(ctx: Context) -> None:
+    """vm.unprivileged_userfaultfd is 0 or 1, and nothing else."""
+    before = SYSCTL.read_text()
+    ctx.callback(SYSCTL.write_text, before)
+    for value in ("2", "-1"):
+        ctx.expect_errno(errno.EINVAL, SYSCTL.write_text, value)
+    ctx.expect("value", SYSCTL.read_text(), before)
 
 
 @case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -29,6 +30,7 @@ from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 
 LIMIT = 1 << 64
 SYS_MEMFD_SECRET = 447
+MFD_ALLOW_SEALING, F_SEAL_FUTURE_WRITE = 2, 0x10
 TMPFS = 0x01021994
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
@@ -224,6 +226,28 @@ def shared_read_only(ctx: Context) -> None:
     _expect(ctx, errno.EPERM, "REGISTER", shared, SMALL_PAGE, MISSING)
     private = _map_file(ctx, mmap.PROT_READ, mmap.MAP_PRIVATE, fd)
     _expect(ctx, 0, "REGISTER", private, SMALL_PAGE, MISSING)
+
+
+@case(
+    "UFFDIO_REGISTER.EPERM.sealed",
+    origin="fs/userfaultfd.c: userfaultfd_register, VM_MAYWRITE",
+    memory=ANY,
+    features=Feature.MISSING_SHMEM,
+)
+def sealed(ctx: Context) -> None:
+    """A shared mapping of a memfd sealed against writing must not be filled; a private one may."""
+    fd = _memory.memfd_create("pyuffd-sealed", MFD_ALLOW_SEALING)
+    ctx.callback(os.close, fd)
+    os.ftruncate(fd, SMALL_PAGE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+    ctx.open()
+    shared = _map_file(ctx, mmap.PROT_READ, mmap.MAP_SHARED, fd)
+    _expect(ctx, errno.EPERM, "REGISTER", shared, SMALL_PAGE, MISSING)
+    private = _map_file(ctx, READ_WRITE, mmap.MAP_PRIVATE, fd)
+    _expect(ctx, 0, "REGISTER", private, SMALL_PAGE, MISSING)
+    ctx.expect("copy", ctx.uffd.copy(private, b"\5" * SMALL_PAGE), SMALL_PAGE)
+    ctx.expect("byte", ctx.silently(ctx.read, private), b"\5")
+    ctx.expect("byte of the file", os.pread(fd, 1, 0), b"\0")
 
 
 @case("UFFDIO_REGISTER.ok.read-only", origin="UFFDIO_REGISTER(2const)", memory=ANY)

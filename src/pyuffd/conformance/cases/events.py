@@ -32,6 +32,7 @@ SYS_FTRUNCATE, SYS_FALLOCATE = 77, 285
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 FIXED_ANONYMOUS = 0x10 | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 MADV_FREE, MADV_COLD, MADV_PAGEOUT = 8, 20, 21
+MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL = 24, 102
 PUNCH_HOLE = 3  # with KEEP_SIZE
 ALL_EVENTS = Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 NO_DESCRIPTOR = (1 << 64) - 1
@@ -130,6 +131,14 @@ ACTIONS = (
         sends="remove",
         variants=OLD_HUGETLB,
     ),
+    Action(
+        "MADV_DONTNEED_LOCKED",
+        "drops a page, locked or not",
+        _advice(MADV_DONTNEED_LOCKED),
+        lambda _, region, __: (0, _removed(region)),
+        sends="remove",
+        variants=(USUAL, Variant("refused", "EINVAL before there was this advice, and no event")),
+    ),
     Action("MADV_REMOVE", "drops a page of the file", _advice(mmap.MADV_REMOVE), _remove, "remove"),
     Action(
         "MADV_FREE",
@@ -141,6 +150,13 @@ ACTIONS = (
     ),
     Action("MADV_COLD", "keeps the page", _advice(MADV_COLD), _not_hugetlb),
     Action("MADV_PAGEOUT", "keeps the content", _advice(MADV_PAGEOUT), _not_hugetlb),
+    Action(
+        "MADV_GUARD_INSTALL",
+        "makes a guard page",
+        _advice(MADV_GUARD_INSTALL),
+        _not_hugetlb,
+        variants=(USUAL, Variant("refused", "EINVAL where there is no such advice for it")),
+    ),
     Action(
         "PUNCH_HOLE",
         "drops a page of the file by its descriptor",
@@ -240,7 +256,7 @@ def _fd(region: Region) -> int:
     return region.fd
 
 
-def _expect_asleep(ctx: Context, thread_id: int, process: int | None = None) -> None:
+def expect_asleep(ctx: Context, thread_id: int, process: int | None = None) -> None:
     """Wait until a thread sleeps uninterruptibly."""
     deadline = time.monotonic() + WAIT_S
     path = Path(f"/proc/{process or os.getpid()}/task/{thread_id}/stat")
@@ -272,7 +288,12 @@ def _observe(ctx: Context, action: Action, region: Region, other: Region) -> Out
     events = _read_all(ctx, access, uffd, left, None if action.by_descriptor else child.pid)
     ctx.expect_quiet(child.uffd)
     # mmap and mremap return addresses.
-    return max(-access.result(), 0), events
+    code = max(-access.result(), 0)
+    if events:
+        # The call is over, and so is the change that it told of.
+        answer = ctx.ioctl("POISON", left, ctx.page, uffd=uffd)
+        ctx.expect("errno of POISON afterwards is EAGAIN", answer.errno == errno.EAGAIN, False)
+    return code, events
 
 
 def _read_all(
@@ -283,7 +304,7 @@ def _read_all(
     while True:
         ready, _, _ = select.select([uffd.fileno(), access.fileno()], [], [], WAIT_S)
         if uffd.fileno() in ready:
-            _expect_asleep(ctx, process or access.thread_id, process)
+            expect_asleep(ctx, process or access.thread_id, process)
             ctx.expect("the call is over before its event is read", access.done, False)
             if not events:
                 _meanwhile(ctx, left, uffd)
@@ -376,13 +397,14 @@ def brk(ctx: Context) -> None:
 @case("event.fork.fork", origin=ORIGIN, features=lambda kind: missing_features(kind) | FORK)
 def fork(ctx: Context) -> None:
     """A fork waits until its event is read, which brings a userfaultfd for the child's ranges."""
-    region = ctx.make(1)
+    region = ctx.make(2)
     ctx.register(region, RegisterMode.MISSING)
     forking = threading.get_native_id()
 
     def receive() -> Event:
         ctx.wait_readable()
-        _expect_asleep(ctx, forking)
+        expect_asleep(ctx, forking)
+        _meanwhile(ctx, region.start, ctx.uffd)
         return ctx.uffd.read_events(1)[0]
 
     received = ctx.start(receive)
@@ -398,6 +420,9 @@ def fork(ctx: Context) -> None:
     event.uffd.copy(region.start, b"\7" * ctx.page)
     ctx.expect("byte in the child", reading.result(), b"\7")
     ctx.expect_quiet()
+    # Here, too, filling goes on.
+    at = region.start + ctx.page
+    ctx.expect("bytes filled", ctx.uffd.copy(at, b"\6" * ctx.page), ctx.page)
 
 
 @case("event.fork.off", origin=ORIGIN, features=missing_features)

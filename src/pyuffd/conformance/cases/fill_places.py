@@ -15,7 +15,7 @@ from pyuffd._abi import RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._raw import Answer
-from pyuffd.conformance._types import FILE, SHMEM, minor_features, missing_features
+from pyuffd.conformance._types import FILE, SHMEM, SMALL, minor_features, missing_features
 from pyuffd.conformance._wp import (
     IN_FILE,
     MISSING_READ,
@@ -23,7 +23,9 @@ from pyuffd.conformance._wp import (
     WRITTEN,
     expect_fault,
     expect_read,
+    in_one_place,
     in_page_cache,
+    page_out,
 )
 from pyuffd.conformance.cases.errno_fill import (
     CONTINUE,
@@ -38,7 +40,7 @@ from pyuffd.conformance.cases.errno_fill import (
 from pyuffd.conformance.cases.waiters import MINOR_READ
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
-from pyuffd.testing._need import needs_thp
+from pyuffd.testing._need import needs_swap, needs_thp
 
 MISSING, MINOR = RegisterMode.MISSING, RegisterMode.MINOR
 MADV_COLLAPSE = 25
@@ -213,6 +215,38 @@ def _add_read_only(op: Op) -> None:
 
 for _op in (COPY, ZEROPAGE, CONTINUE):
     _add_read_only(_op)
+
+
+# What nobody has written since must still be written back, or it is lost
+
+
+def _add_reclaimed(op: Op, *, read_only: bool, memory: tuple[str, ...]) -> None:
+    def run(ctx: Context) -> None:
+        in_one_place(ctx)
+        region = ctx.make(1)
+        ctx.register(region, op.mode)
+        if read_only:
+            _memory.mprotect(region.start, region.length, mmap.PROT_READ)
+        answer = _fill(ctx, op, region.start)
+        ctx.expect("errno and result", (answer.errno, answer.result), (0, ctx.page))
+        page_out(ctx, region)
+        expect_read(ctx, region.start, 0 if op is ZEROPAGE else DATA[0])
+
+    where = "read-only-mapping-reclaimed" if read_only else "reclaimed"
+    case(
+        f"UFFDIO_{op.name}.ok.{where}",
+        summary="What is filled and nobody writes is there after reclaim"
+        + (", also where nobody may write it" if read_only else ""),
+        origin="mm/userfaultfd.c: mfill_atomic_install_pte, pte_mkdirty",
+        memory=memory,
+        features=op.features,
+        needs=[needs_swap()],
+    )(run)
+
+
+_add_reclaimed(COPY, read_only=True, memory=SMALL)
+_add_reclaimed(ZEROPAGE, read_only=False, memory=("shmem",))
+_add_reclaimed(ZEROPAGE, read_only=True, memory=("shmem",))
 
 
 @case(

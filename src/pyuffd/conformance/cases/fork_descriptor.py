@@ -21,6 +21,7 @@ from pyuffd.conformance._case import case
 from pyuffd.conformance._context import WAIT_S, Child, Context
 from pyuffd.conformance._types import (
     ALL,
+    ANON,
     ANY,
     FILE,
     SMALL,
@@ -32,10 +33,11 @@ from pyuffd.conformance._types import (
 from pyuffd.conformance._wp import IN_FILE, in_page_cache
 from pyuffd.conformance.cases.errno_read import INITIALIZED
 from pyuffd.regions import Region
-from pyuffd.testing._memory_types import MemoryType
+from pyuffd.testing._memory_types import MEMORY_TYPES, MemoryType
 from pyuffd.testing._need import needs_privilege
 
 SYS_READ, SYS_OPEN, SYS_MUNMAP, SYS_MREMAP, SYS_MADVISE = 0, 2, 11, 25, 28
+MADV_WIPEONFORK = 18
 SIGBUS = 7
 FORK = Feature.EVENT_FORK
 ORIGIN = "fs/userfaultfd.c: resolve_userfault_fork, dup_userfaultfd"
@@ -364,6 +366,31 @@ def minor_inherited(ctx: Context) -> None:
     own.continue_(region.start, ctx.page)
     ctx.expect("byte in the child", reading.result(), bytes([IN_FILE]))
     ctx.expect_quiet()
+
+
+@case(
+    "fork-descriptor.ranges.wiped",
+    origin="kernel/fork.c: dup_mmap, VM_WIPEONFORK",
+    memory=ANON,
+    features=missing_wp_features(MEMORY_TYPES["anon"]) | FORK,
+)
+def wiped(ctx: Context) -> None:
+    """What MADV_WIPEONFORK leaves out is missing in the child, where it is registered, too."""
+    region = ctx.make(2)
+    region.madvise(MADV_WIPEONFORK)
+    ctx.register(region, MISSING | WP)
+    ctx.uffd.copy(region.start, bytes([1]) * ctx.page)
+    ctx.uffd.writeprotect(region.start, ctx.page)
+    child, own = _child(ctx)
+    for at in (region.start, region.start + ctx.page):
+        ctx.expect_pagemap(at, "-----", pid=child.pid)
+        reading = ctx.start(child.read, at, 1)
+        ctx.expect_fault(MISSING_READ, at, own)
+        own.copy(at, bytes([VALUE]) * ctx.page)
+        ctx.expect("byte in the child", reading.result(), bytes([VALUE]))
+        ctx.expect("a write", ctx.silently(child.write, at, b"\2"), None)
+    ctx.expect("byte in the parent", ctx.silently(ctx.read, region.start), b"\1")
+    ctx.expect("bit in the parent", ctx.is_protected(region.start), True)
 
 
 @case("fork-descriptor.ranges.own", origin=ORIGIN, features=lambda m: missing_features(m) | FORK)

@@ -75,7 +75,8 @@ class Row:
     needs: tuple[Need, ...] = ()
 
 
-def _read(ctx: Context, at: int) -> Callable[[], int]:
+def read_into(ctx: Context, at: int) -> Callable[[], int]:
+    """Prepare read(2) of a byte of WRITTEN into memory."""
     file, end = os.pipe()
     ctx.callback(os.close, file)
     os.write(end, VALUE)
@@ -83,7 +84,8 @@ def _read(ctx: Context, at: int) -> Callable[[], int]:
     return lambda: syscall(SYS_READ, file, at, 1)
 
 
-def _process_vm_writev(ctx: Context, at: int) -> Callable[[], int]:
+def process_vm_writev(ctx: Context, at: int) -> Callable[[], int]:
+    """Prepare another process's process_vm_writev(2) of a byte of WRITTEN."""
     source = ctypes.create_string_buffer(VALUE, 1)
     local = (ctypes.c_uint64 * 2)(ctypes.addressof(source), 1)
     remote = (ctypes.c_uint64 * 2)(at, 1)
@@ -111,21 +113,25 @@ def _direct_file(ctx: Context) -> int:
     raise Lack(["O_DIRECT"], "needs a file system with O_DIRECT; no folder for files has it")
 
 
-def _direct_pread(ctx: Context, at: int) -> Callable[[], int]:
+def direct_pread(ctx: Context, at: int) -> Callable[[], int]:
+    """Prepare pread(2) of a block of WRITTEN into memory, with O_DIRECT."""
     fd = _direct_file(ctx)
     return lambda: syscall(SYS_PREAD, fd, at, BLOCK, 0)
 
 
-def _direct_pwrite(ctx: Context, at: int) -> Callable[[], int]:
+def direct_pwrite(ctx: Context, at: int) -> Callable[[], int]:
+    """Prepare pwrite(2) of a block of memory, with O_DIRECT."""
     fd = _direct_file(ctx)
     return lambda: syscall(SYS_PWRITE, fd, at, BLOCK, 0)
 
 
-def _populate_write(ctx: Context, at: int) -> Callable[[], int]:
+def populate_write(ctx: Context, at: int) -> Callable[[], int]:
+    """Prepare MADV_POPULATE_WRITE of a page."""
     return lambda: syscall(SYS_MADVISE, at, ctx.page, MADV_POPULATE_WRITE)
 
 
-def _proc_mem(ctx: Context, at: int) -> Callable[[], int]:
+def proc_mem(ctx: Context, at: int) -> Callable[[], int]:
+    """Prepare pwrite(2) of a byte of WRITTEN through /proc/PID/mem."""
     fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
     ctx.callback(os.close, fd)
     source = ctypes.create_string_buffer(VALUE, 1)
@@ -165,7 +171,9 @@ def _wait_asleep(ctx: Context, access: Access[bytes]) -> None:
     ctx.fail("the idle thread", "not asleep", "asleep")
 
 
-def _needs_user_mode_only() -> Need:
+def needs_user_mode_only() -> Need:
+    """UFFD_USER_MODE_ONLY works."""
+
     def missing() -> tuple[list[str], str]:
         try:
             os.close(open_syscall(os.O_CLOEXEC | USER_MODE_ONLY))
@@ -176,7 +184,9 @@ def _needs_user_mode_only() -> Need:
     return Need("UFFD_USER_MODE_ONLY", missing)
 
 
-def _needs_populate() -> Need:
+def needs_populate() -> Need:
+    """MADV_POPULATE_WRITE works."""
+
     def missing() -> tuple[list[str], str]:
         start = _memory.mmap(BLOCK, READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         code = -syscall(SYS_MADVISE, start, BLOCK, MADV_POPULATE_WRITE)
@@ -187,25 +197,25 @@ def _needs_populate() -> Need:
 
 
 ROWS = (
-    Row("read", "read(2) into a protected page", _read, 1, -errno.EFAULT),
+    Row("read", "read(2) into a protected page", read_into, 1, -errno.EFAULT),
     Row(
         "process_vm_writev",
         "another process's process_vm_writev(2) into a protected page",
-        _process_vm_writev,
+        process_vm_writev,
         1,
         -errno.EFAULT,
     ),
     Row(
         "direct-pread",
         "pread(2) with O_DIRECT into a protected page",
-        _direct_pread,
+        direct_pread,
         BLOCK,
         -errno.EFAULT,
     ),
     Row(
         "direct-pwrite",
         "pwrite(2) with O_DIRECT from a protected page",
-        _direct_pwrite,
+        direct_pwrite,
         BLOCK,
         BLOCK,
         is_write=False,
@@ -213,16 +223,16 @@ ROWS = (
     Row(
         "populate-write",
         "MADV_POPULATE_WRITE of a protected page",
-        _populate_write,
+        populate_write,
         0,
         -errno.EFAULT,
         changes=DATA,
-        needs=(_needs_populate(),),
+        needs=(needs_populate(),),
     ),
     Row(
         "proc-mem",
         "pwrite(2) into a protected page through /proc/PID/mem",
-        _proc_mem,
+        proc_mem,
         -errno.EIO,
         -errno.EIO,
         is_write=False,
@@ -287,7 +297,7 @@ def _add(row: Row) -> None:
         summary=f"With UFFD_USER_MODE_ONLY, {row.text} {_said(row.user_mode_only)}",
         origin=ORIGIN,
         features=wp_features,
-        needs=[*row.needs, _needs_user_mode_only()],
+        needs=[*row.needs, needs_user_mode_only()],
     )(lambda ctx: _user_mode_only(ctx, row))
 
 
@@ -309,7 +319,7 @@ def sigbus_missing(ctx: Context) -> None:
     """With SIGBUS, read(2) into a missing page fails with EFAULT; touching it is SIGBUS."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
-    ctx.expect("result", ctx.silently(_read(ctx, region.start)), -errno.EFAULT)
+    ctx.expect("result", ctx.silently(read_into(ctx, region.start)), -errno.EFAULT)
     _expect_sigbus(ctx, "a read of memory", ctx.silently(ctx.read, region.start))
     ctx.expect_pagemap(region.start, "-----")
 
@@ -322,7 +332,7 @@ def sigbus_missing(ctx: Context) -> None:
 def sigbus_protected(ctx: Context) -> None:
     """With SIGBUS, read(2) into a protected page fails with EFAULT; writing it is SIGBUS."""
     region = protected(ctx)
-    ctx.expect("result", ctx.silently(_read(ctx, region.start)), -errno.EFAULT)
+    ctx.expect("result", ctx.silently(read_into(ctx, region.start)), -errno.EFAULT)
     _expect_sigbus(ctx, "a write of memory", ctx.silently(ctx.write, region.start, VALUE))
     ctx.expect("bit", ctx.is_protected(region.start), True)
     expect_read(ctx, region.start, DATA)
@@ -332,7 +342,7 @@ def sigbus_protected(ctx: Context) -> None:
     "access.user.user-mode-only",
     origin=ORIGIN,
     features=wp_features,
-    needs=[_needs_user_mode_only()],
+    needs=[needs_user_mode_only()],
 )
 def user_mode_only_user(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY, user space's own write to a protected page gives message 3."""
@@ -347,7 +357,7 @@ READ_ONLY_ORIGIN = "mm/gup.c: can_follow_write_pte, can_follow_write_pmd"
 
 def _expect_forced_write_fails(ctx: Context, region: Region, at: int) -> None:
     _memory.mprotect(region.start, region.length, mmap.PROT_READ)
-    ctx.expect("result", ctx.silently(_proc_mem(ctx, at)), -errno.EIO)
+    ctx.expect("result", ctx.silently(proc_mem(ctx, at)), -errno.EIO)
     _memory.mprotect(region.start, region.length, READ_WRITE)
     ctx.expect("bit", ctx.is_protected(at), True)
     expect_read(ctx, at, DATA)
@@ -367,7 +377,7 @@ def proc_mem_read_only(ctx: Context) -> None:
     at = region.start + ctx.page
     ctx.uffd.writeprotect(at, ctx.page, mode=UNPROTECT)
     _memory.mprotect(region.start, region.length, mmap.PROT_READ)
-    ctx.expect("result without protection", ctx.silently(_proc_mem(ctx, at)), 1)
+    ctx.expect("result without protection", ctx.silently(proc_mem(ctx, at)), 1)
     ctx.expect("first byte", ctx.silently(ctx.read, at), VALUE)
 
 

@@ -141,6 +141,42 @@ for _fill in FILLS:
     _add_killed(_fill)
 
 
+@case(
+    "UFFDIO_COPY.ok.signal-pending",
+    origin="mm/userfaultfd.c: mfill_atomic, fatal_signal_pending",
+    features=_with_fork,
+)
+def signal_pending(ctx: Context) -> None:
+    """A signal that is not fatal lets a COPY of several pages finish first."""
+    pages = 3
+    region = ctx.make(pages)
+    argument = ctx.make(1, "anon")
+    # The source is the child's, and misses its first small page there.
+    source = ctx.make(region.length // SMALL_PAGE, "anon")
+    source.advise_thp(False)
+    words = (region.start, source.start, region.length, 0, 0)
+    argument.write(0, struct.pack("=5Q", *words))
+    ctx.register(region, MISSING)
+    ctx.uffd.register(source, mode=MISSING)
+    child = ctx.fork()
+    own = child.uffd
+    assert own is not None
+    rest = source.length - SMALL_PAGE
+    own.copy(source.start + SMALL_PAGE, bytes([VALUE]) * rest)
+    call = (SYS_IOCTL, _hand_over(ctx, child), _raw.request("COPY"), argument.start)
+    copying = ctx.start(child.syscall, *call)
+    ctx.expect_fault(MISSING_READ, source.start, own)
+    os.kill(child.pid, signal.SIGSTOP)
+    # Its sleep ends, and it asks again and again until it is answered.
+    ctx.expect_fault(MISSING_READ, source.start, own)
+    own.copy(source.start, bytes([VALUE]) * SMALL_PAGE)
+    _wait(ctx, "the child's stop", lambda: _state(child.pid) == "T")
+    os.kill(child.pid, signal.SIGCONT)
+    ctx.expect("result of the child's COPY", copying.result(), 0)
+    same = ctx.silently(ctx.read, region.start, region.length)
+    ctx.expect("all pages are there", same == bytes([VALUE]) * region.length, True)
+
+
 # A fork that nobody is told of
 
 

@@ -226,7 +226,7 @@ def fills_gap(ctx: Context) -> None:
         ctx.expect("byte of a neighbour", ctx.silently(ctx.read, at), b"\0")
 
 
-def _mappings(start: int, length: int) -> int:
+def mappings(start: int, length: int) -> int:
     """Return how many mappings a range has."""
     found = 0
     with open("/proc/self/maps") as lines:
@@ -241,17 +241,17 @@ def _add_joins(name: str, *, closes: bool) -> None:
         # Written before, so that the parts have one record of who maps their pages.
         region = ctx.make(3)
         region.fill(1)
-        before = _mappings(region.start, region.length)
+        before = mappings(region.start, region.length)
         for mode in (MISSING, WP, MISSING | WP):
             uffd = ctx.open()
             uffd.register(region.start + ctx.page, ctx.page, mode=mode)
-            seen = _mappings(region.start, region.length)
+            seen = mappings(region.start, region.length)
             ctx.expect(f"mappings, the middle registered {mode!r}", seen, before + 2)
             if closes:
                 uffd.close()
             else:
                 uffd.unregister(region.start + ctx.page, ctx.page)
-            seen = _mappings(region.start, region.length)
+            seen = mappings(region.start, region.length)
             ctx.expect("mappings afterwards", seen, before)
 
     case(

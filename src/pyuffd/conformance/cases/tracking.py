@@ -20,6 +20,12 @@ from pyuffd.conformance._pin import Pin, needs_pin, syscall
 from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANON, FILE, SHARED, SMALL
 from pyuffd.conformance._wp import PUNCH_HOLE, move_mapping, page_out, reserve
+from pyuffd.conformance.cases.kernel_access import (
+    BLOCK,
+    direct_pread,
+    proc_mem,
+    process_vm_writev,
+)
 from pyuffd.conformance.cases.pagemap_scan import FEATURES, WP_SCAN, WRITTEN, end_of, scan
 from pyuffd.conformance.cases.pagemap_scan_memory import Area
 from pyuffd.pagemap import Pagemap
@@ -76,6 +82,30 @@ def read_into(ctx: Context) -> None:
     ctx.callback(os.close, zero)
     ctx.silently(syscall, SYS_READ, zero, second(region), 16)
     area.expect("after read(2)", *SECOND)
+
+
+@case("wp-async.direct-read-into.reported", origin=ORIGIN, features=FEATURES)
+def direct_read_into(ctx: Context) -> None:
+    """What pread(2) writes with O_DIRECT, which pins the page, is reported."""
+    region, area = tracked(ctx)
+    ctx.expect("pread", ctx.silently(direct_pread(ctx, second(region))), BLOCK)
+    area.expect("after pread(2)", *SECOND)
+
+
+@case("wp-async.process_vm_writev.reported", origin=ORIGIN, features=FEATURES)
+def written_by_another(ctx: Context) -> None:
+    """What another process writes with process_vm_writev(2) is reported."""
+    region, area = tracked(ctx)
+    ctx.expect("process_vm_writev", ctx.silently(process_vm_writev(ctx, second(region))), 1)
+    area.expect("after process_vm_writev(2)", *SECOND)
+
+
+@case("wp-async.proc-mem.reported", origin=ORIGIN, features=FEATURES)
+def written_by_a_debugger(ctx: Context) -> None:
+    """What is written through /proc/PID/mem is reported."""
+    region, area = tracked(ctx)
+    ctx.expect("pwrite", ctx.silently(proc_mem(ctx, second(region))), 1)
+    area.expect("after a write by /proc/PID/mem", *SECOND)
 
 
 @case("wp-async.dontneed.reported", origin=ORIGIN, memory=ANON, features=FEATURES)

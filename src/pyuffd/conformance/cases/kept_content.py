@@ -1,0 +1,178 @@
+"""Content that only a dirty bit of the page table tells of, through what may lose that bit (L5).
+
+A page that has come back from swap is clean, with a copy in swap, until it is written; then its
+page table alone knows. What changes the entry must keep that, or reclaim brings the old copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyuffd import _memory
+from pyuffd._abi import Feature, RegisterMode
+from pyuffd._events import Remap
+from pyuffd.conformance._case import case
+from pyuffd.conformance._context import Context
+from pyuffd.conformance._spec import NO_FEATURE
+from pyuffd.conformance._types import missing_features, wp_features
+from pyuffd.conformance._wp import (
+    DATA,
+    MISSING_READ,
+    READ_WRITE,
+    UNPROTECT,
+    WRITTEN,
+    expect_fault,
+    expect_read,
+    in_one_place,
+    move_mapping,
+    page_out,
+    reserve,
+)
+from pyuffd.conformance.cases.cold_sources import numbered_file
+from pyuffd.regions import Region
+from pyuffd.testing._memory_types import SMALL_PAGE
+from pyuffd.testing._need import needs_swap
+
+MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
+MEMORY = ("anon", "shmem-private")
+SKEW = 24  # bytes by which a source is unaligned
+CODE = ctypes.CFUNCTYPE(ctypes.c_int)
+RETURNS_42 = b"\xb8\x2a\0\0\0\xc3"  # mov $42, %eax; ret
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that changes the entry of a protected page; it returns where the page is then."""
+
+    name: str
+    text: str
+    act: Callable[[Context, Region], int]
+    features: Feature = NO_FEATURE
+
+
+def _nothing(_: Context, region: Region) -> int:
+    return region.start
+
+
+def _unprotect(ctx: Context, region: Region) -> int:
+    ctx.uffd.writeprotect(region, mode=UNPROTECT)
+    return region.start
+
+
+def _unregister(ctx: Context, region: Region) -> int:
+    ctx.uffd.unregister(region)
+    return region.start
+
+
+def _close(ctx: Context, region: Region) -> int:
+    ctx.uffd.close()
+    return region.start
+
+
+def _mprotect(_: Context, region: Region) -> int:
+    for protection in (mmap.PROT_READ, 0, READ_WRITE):
+        _memory.mprotect(region.start, region.length, protection)
+    return region.start
+
+
+def _fork(ctx: Context, region: Region) -> int:
+    ctx.fork().close()
+    return region.start
+
+
+def _mremap(ctx: Context, region: Region) -> int:
+    target = reserve(ctx, region.length)
+    moving = ctx.start(move_mapping, ctx, region, target)
+    if ctx.uffd.features & Feature.EVENT_REMAP:
+        ctx.expect_event(Remap)
+    moving.result()
+    return target
+
+
+CHANGES = (
+    Change("UFFDIO_WRITEPROTECT.ok.keeps-written", "protected", _nothing),
+    Change("UFFDIO_WRITEPROTECT.ok.off-keeps-written", "protected and unprotected", _unprotect),
+    Change("UFFDIO_UNREGISTER.ok.keeps-written", "protected and unregistered", _unregister),
+    Change("close.ok.keeps-written", "protected until the userfaultfd was closed", _close),
+    Change(
+        "mprotect.ok.keeps-written", "protected and closed to all access for a while", _mprotect
+    ),
+    Change("fork.ok.keeps-written", "protected and shared with a fork", _fork, Feature.EVENT_FORK),
+    Change("mremap.without-event.keeps-written", "protected and moved", _mremap),
+    Change("mremap.with-event.keeps-written", "protected and moved", _mremap, Feature.EVENT_REMAP),
+)
+
+
+def _add(change: Change) -> None:
+    def run(ctx: Context) -> None:
+        in_one_place(ctx)
+        region = ctx.make(1)
+        region.fill(DATA)
+        ctx.register(region, WP)
+        page_out(ctx, region)
+        expect_read(ctx, region.start, DATA)
+        region.fill(WRITTEN)
+        ctx.uffd.writeprotect(region)
+        at = change.act(ctx, region)
+        page_out(ctx, Region.at(at, ctx.page))
+        expect_read(ctx, at, WRITTEN)
+
+    case(
+        change.name,
+        summary=f"What was written to a page with a copy in swap, then {change.text}, is there"
+        " after reclaim",
+        origin="mm/mprotect.c, mm/mremap.c, mm/memory.c: the dirty bit of what they change",
+        memory=MEMORY,
+        features=lambda memory: wp_features(memory) | change.features,
+        needs=[needs_swap()],
+    )(run)
+
+
+for _change in CHANGES:
+    _add(_change)
+
+
+# What COPY brings from a source that is not mapped yet, small page by small page
+
+
+@case(
+    "UFFDIO_COPY.ok.cold-numbered",
+    origin="mm/userfaultfd.c: copy_folio_from_user; mm/memory.c: copy_user_large_folio",
+    features=missing_features,
+)
+def cold_numbered(ctx: Context) -> None:
+    """Every small page of an unmapped source arrives in its place, aligned or not."""
+    for skew in (0, SKEW):
+        region = ctx.make(2)
+        ctx.register(region, MISSING)
+        start = numbered_file(ctx, region.length + SMALL_PAGE)
+        answer = ctx.ioctl("COPY", region.start, start + skew, region.length)
+        ctx.expect("errno and .copy", (answer.errno, answer.result), (0, region.length))
+        steps = range(0, region.length, SMALL_PAGE)
+        seen = [int.from_bytes(region.read(at, 8), "little") for at in steps]
+        wanted = [0 if skew else index + 1 for index in range(len(seen))]
+        ctx.expect("first words of the small pages are right", seen == wanted, True)
+        at = SMALL_PAGE - skew
+        if skew:
+            last = [int.from_bytes(region.read(each + at, 8), "little") for each in steps[:-1]]
+            wanted = [index + 2 for index in range(len(last))]
+            ctx.expect("words that were at their beginning are right", last == wanted, True)
+        ctx.release()
+
+
+# Memory that nobody has written
+
+
+@case("fault.missing.execute", origin="arch/x86/mm/fault.c", features=missing_features)
+def execute(ctx: Context) -> None:
+    """Running code in a missing page asks for it as reading does."""
+    region = ctx.make(1)
+    ctx.register(region, MISSING)
+    _memory.mprotect(region.start, region.length, mmap.PROT_READ | mmap.PROT_EXEC)
+    running = ctx.start(CODE(region.start))
+    expect_fault(ctx, running, MISSING_READ, region.start)
+    ctx.uffd.copy(region.start, RETURNS_42.ljust(ctx.page, b"\0"))
+    ctx.expect("what it returned", running.result(), 42)
