@@ -264,10 +264,38 @@ def _is_mapped(status: os.stat_result, mapping: _Mapping) -> bool:
         return status.st_ino == mapping.inode
 
 
+def cached_states(pagemap_fd: int, start: int, length: int, fd: int, offset: int) -> bytes:
+    """Return the states of a mapping's pages that the caller has just made of a file, MAP_SHARED.
+
+    As `residency` does, without a look at /proc/self/maps. It moves the position of `fd`.
+    """
+    status = os.fstat(fd)
+    kind = lowlevel.MAPPING_SHARED | lowlevel.MAPPING_FILE
+    if status.st_blksize not in (HUGE_PAGE_2M, HUGE_PAGE_1G):
+        kind |= lowlevel.MAPPING_SEEK
+        kind |= lowlevel.MAPPING_MINCORE if _is_true_of(status, fd) else 0
+    states = bytearray(length // PAGE_SIZE)
+    lowlevel.pagemap_residency(
+        pagemap_fd,
+        start,
+        length,
+        PAGE_SIZE,
+        memoryview(states),
+        file_fd=fd,
+        offset=offset,
+        mapping=kind,
+    )
+    return bytes(states)
+
+
 def _mincore_is_true(mapping: _Mapping, status: os.stat_result | None, file_fd: int) -> bool:
     """Return whether mincore(2) tells the truth: the caller owns the file or can write it."""
     if status is None:
         return mapping.name.startswith("/dev/zero")  # MAP_SHARED|MAP_ANONYMOUS: the caller's
+    return _is_true_of(status, file_fd)
+
+
+def _is_true_of(status: os.stat_result, file_fd: int) -> bool:
     return status.st_uid == os.geteuid() or os.access(
         f"/proc/self/fd/{file_fd}", os.W_OK, effective_ids=True
     )

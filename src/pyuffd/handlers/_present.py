@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterable
 from typing import Literal
 
 from pyuffd import _memory
@@ -167,6 +168,15 @@ def is_touched(region: RangeLike) -> bool:
     return bool(_first_there(region))
 
 
+def first_touched(regions: Iterable[RangeLike]) -> RangeLike | None:
+    """Return the first of these regions of which a page has been touched."""
+    try:
+        with Pagemap() as pagemap:
+            return next((each for each in regions if _scanned(pagemap, each, 1)), None)
+    except UffdPermissionError:
+        return None
+
+
 def _first_there(region: RangeLike) -> PageRanges | None:
     """Return the first pages that are present; None if the page table cannot be read.
 
@@ -180,15 +190,19 @@ def _first_there(region: RangeLike) -> PageRanges | None:
 
 def _there(region: RangeLike, at_most: int | None = None) -> PageRanges:
     with Pagemap() as pagemap:
-        try:
-            found = pagemap.scan(
-                region.start, region.length, category_anyof_mask=THERE, vec_len=at_most
-            )
-        except UnsupportedFeatureError:  # before Linux 6.7
-            entries = pagemap.read(region.start, region.length)
-            present = entries.where(PageBit.PRESENT)
-            return present if len(present) else entries.where(PageBit.SWAP)
-        return found.ranges
+        return _scanned(pagemap, region, at_most)
+
+
+def _scanned(pagemap: Pagemap, region: RangeLike, at_most: int | None) -> PageRanges:
+    try:
+        found = pagemap.scan(
+            region.start, region.length, category_anyof_mask=THERE, vec_len=at_most
+        )
+    except UnsupportedFeatureError:  # before Linux 6.7
+        entries = pagemap.read(region.start, region.length)
+        present = entries.where(PageBit.PRESENT)
+        return present if len(present) else entries.where(PageBit.SWAP)
+    return found.ranges
 
 
 def _check_drop(region: Region, uffd: Userfaultfd) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 
 from pyuffd import _memory
 from pyuffd._errors import UffdOSError
+from pyuffd._owned import MappedMemory
 from pyuffd._pages import PAGE_SIZE
-from pyuffd._residency import PageResidency
+from pyuffd._residency import PageResidency, cached_states
+from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region, RegionKind
 from pyuffd.snapshot._content import Files, Placed
 
@@ -130,16 +132,17 @@ def _cold(placed: Sequence[Placed], files: Files) -> tuple[int, int]:
     cold = probes = due = 0
     step = max(PROBED, total // PROBES // PAGE_SIZE * PAGE_SIZE)
     with contextlib.ExitStack() as opened:
-        regions: dict[int, Region] = {}
+        pagemap = opened.enter_context(Pagemap()).fileno()
+        mappings: dict[int, int] = {}
         for each in placed:
             for start, end, fd, offset in _runs(each, files):
                 while due < end - start:
-                    if fd not in regions:
+                    if fd not in mappings:
                         length = os.fstat(fd).st_size // PAGE_SIZE * PAGE_SIZE
-                        file = Region.file(fd, length, writable=False)
-                        regions[fd] = opened.enter_context(file)
-                    size = min(PROBED, end - start - due)
-                    states = regions[fd].residency(offset + due, size)
+                        mapped = MappedMemory.map(length, mmap.PROT_READ, mmap.MAP_SHARED, fd)
+                        mappings[fd] = opened.enter_context(mapped).start
+                    size, at = min(PROBED, end - start - due), offset + due
+                    states = cached_states(pagemap, mappings[fd] + at, size, fd, at)
                     cold += states.count(PageResidency.SWAPPED)
                     probes += len(states)
                     due += step

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
+from pyuffd import lowlevel
+from pyuffd._abi import USER_MODE_ONLY, RegisterMode
 from pyuffd._arguments import check_int, shown
 from pyuffd._errors import UffdPermissionError, UnsupportedFeatureError
+from pyuffd._opening import open_uffd
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
-from pyuffd._uffd import Userfaultfd
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._content import Files, Placed, chain_of
 from pyuffd.snapshot._format import SnapshotRegion
@@ -51,26 +54,29 @@ def place(image: Image, regions: Regions) -> list[Placed]:
 
 
 def check_empty(placed: Sequence[Placed]) -> None:
-    from pyuffd.handlers._present import is_touched
+    from pyuffd.handlers._present import first_touched
 
-    for each in placed:
-        if is_touched(each.region):
-            raise ValueError(
-                f"the region at {each.region.start:#x} has pages already, which would be lost:"
-                " restore into memory that was never touched"
-            )
+    touched = first_touched(each.region for each in placed)
+    if touched is not None:
+        raise ValueError(
+            f"the region at {touched.start:#x} has pages already, which would be lost:"
+            " restore into memory that was never touched"
+        )
 
 
 def check_not_registered(placed: Sequence[Placed]) -> None:
     """Raise RangeBusyError for memory that a handler or a tracker has: a new mapping ends that."""
     try:
-        uffd = Userfaultfd(user_mode_only=True)
+        descriptor = open_uffd(os.O_CLOEXEC | USER_MODE_ONLY)
     except (UffdPermissionError, UnsupportedFeatureError):
         return  # none can be opened here, so this process has none
-    with uffd:
+    with descriptor:
+        uffd = descriptor.number
+        lowlevel.api(uffd, 0)
         for each in placed:
-            uffd.register(each.region.start, each.region.length)
-            uffd.unregister(each.region.start, each.region.length)
+            start, length = each.region.start, each.region.length
+            lowlevel.register(uffd, start, length, RegisterMode.MISSING)
+            lowlevel.unregister(uffd, start, length)
 
 
 def choose(placed: Sequence[Placed], files: Files, options: Options) -> tuple[UsedMode, str]:
