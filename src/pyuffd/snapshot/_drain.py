@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -183,11 +184,16 @@ class Drain(Generic[T]):
     # Threads
 
     def _run(self, steps_back: bool) -> None:
-        # Whoever touches a page, and the thread that fills it, go first. A thread that has the
-        # interpreter's lock may wait for a CPU meanwhile: as little as possible is done with it.
-        be_gentle()
+        is_gentle = False
         try:
-            while (job := self._next(steps_back)) is not None:
+            while (found := self._next(steps_back)) is not None:
+                job, is_first = found
+                # Whoever touches a page, and the thread that fills it, go before all pieces; but
+                # for what is first somebody waits. A thread that has the interpreter's lock may
+                # wait for a CPU meanwhile: as little as possible is done with it.
+                if not is_first and not is_gentle:
+                    is_gentle = True
+                    be_gentle()
                 done = job()
                 if done:
                     self._count(done)
@@ -208,8 +214,8 @@ class Drain(Generic[T]):
                 self._fault_count, self._fault_at = count, now
         return now - self._fault_at < _QUIET_S
 
-    def _next(self, steps_back: bool) -> Callable[[], int] | None:
-        """Return what to do now; None at the end."""
+    def _next(self, steps_back: bool) -> tuple[Callable[[], int], bool] | None:
+        """Return what to do now, and whether it was to be first; None at the end."""
         with self._lock:
             while True:
                 if self._stopped:
@@ -229,10 +235,10 @@ class Drain(Generic[T]):
                     break
             if self._first:
                 self._busy_first += 1
-                return self._one_of_first(*self._first.popleft())
+                return self._one_of_first(*self._first.popleft()), True
             piece = self._pieces.popleft()
             self._pieces.extend(islice(self._rest, 1))
-        return lambda: self._work(piece)
+        return partial(self._work, piece), False
 
     def _one_of_first(self, job: Callable[[], int], batch: Batch) -> Callable[[], int]:
         def run() -> int:
