@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
-#include <dirent.h>
 #include <errno.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -221,45 +219,4 @@ int uffd_remote_same_memory(int32_t pid, int32_t other_pid)
 	long r = syscall(SYS_kcmp, pid, other_pid, KCMP_VM, 0, 0);
 
 	return r < 0 ? -errno : r == 0;
-}
-
-static bool may_pin(const char *link)
-{
-	static const char *const begins[] = {
-		"anon_inode:[io_uring]", "/dev/vfio/", "/dev/iommu", "/dev/infiniband/",
-		"anon_inode:[vfio",
-	};
-
-	for (size_t i = 0; i < sizeof(begins) / sizeof(*begins); i++)
-		if (!strncmp(link, begins[i], strlen(begins[i])))
-			return true;
-	return false;
-}
-
-int uffd_remote_pinners(int32_t pid, int32_t *fds_ret, uint64_t capacity, uint64_t *count_ret)
-{
-	char text[32];
-	const struct dirent *entry;
-	DIR *folder;
-
-	*count_ret = 0;
-	snprintf(text, sizeof(text), "/proc/%d/fd", pid);
-	folder = opendir(text);
-	if (!folder)
-		return -errno;
-	while ((entry = readdir(folder))) {
-		ssize_t length = readlinkat(dirfd(folder), entry->d_name, text, sizeof(text) - 1);
-
-		/* Closed since, or the folder itself. */
-		if (length < 0)
-			continue;
-		text[length] = '\0';
-		if (!may_pin(text))
-			continue;
-		if (*count_ret < capacity)
-			fds_ret[*count_ret] = (int32_t)strtol(entry->d_name, NULL, 10);
-		(*count_ret)++;
-	}
-	closedir(folder);
-	return 0;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Another process's memory: copied in bulk by process_vm_readv(2), compared by kcmp(2); and who pins it.
+ * Another process's memory: copied in bulk by process_vm_readv(2) and compared by kcmp(2).
  */
 #ifndef UFFD_REMOTE_MEMORY_H
 #define UFFD_REMOTE_MEMORY_H
@@ -44,11 +44,5 @@ int uffd_remote_find(int32_t pid, uint64_t start, uint64_t end, const void *patt
  * (-EPERM: we may not trace one of them; -ESRCH: one is gone).
  */
 int uffd_remote_same_memory(int32_t pid, int32_t other_pid);
-
-/*
- * The descriptors of a process by which memory may be pinned: io_uring's, and of devices for direct
- * access. count_ret: how many there are; the first `capacity` are in fds_ret.
- */
-int uffd_remote_pinners(int32_t pid, int32_t *fds_ret, uint64_t capacity, uint64_t *count_ret);
 
 #endif /* UFFD_REMOTE_MEMORY_H */

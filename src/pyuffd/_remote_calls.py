@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
@@ -133,17 +133,39 @@ def shares_memory(pid: int, other_pid: int) -> bool:
     return bool(lib.uffd_remote_same_memory(pid, other_pid) == 1)
 
 
-def pinners(pid: int) -> list[int]:
-    """Return the descriptors of a process by which memory may be pinned; [] if it is gone."""
+class Pinners(NamedTuple):
+    """Descriptors of a process by which memory may be written past the page table.
+
+    Attributes:
+        fds: Those of io_uring, and of devices for direct access.
+        direct_fd: One that is open with O_DIRECT, or -1.
+    """
+
+    fds: list[int]
+    direct_fd: int
+
+
+def pinners(pid: int) -> Pinners:
+    """Look at the descriptors of a process; there are none if it is gone."""
     capacity = _PINNERS_FIRST
     while True:
-        fds, count = ffi.new("int32_t[]", capacity), ffi.new("uint64_t *")
-        if code := -int(lib.uffd_remote_pinners(pid, fds, capacity, count)):
+        fds = ffi.new("int32_t[]", capacity)
+        found = ffi.new("struct uffd_pinners *", {"fds": fds, "capacity": capacity})
+        if code := -int(lib.uffd_remote_pinners(pid, found)):
             raise_if_short(f"open /proc/{pid}/fd", OSError(code, ""))
-            return []  # it has ended, or may not be looked at
-        if count[0] <= capacity:
-            return list(fds[0 : count[0]])
-        capacity = 2 * int(count[0])
+            return Pinners([], -1)  # it has ended, or may not be looked at
+        if found.count <= capacity:
+            return Pinners(list(fds[0 : found.count]), int(found.direct_fd))
+        capacity = 2 * int(found.count)
+
+
+def reads(pid: int) -> tuple[memoryview, int]:
+    """Return the pages that threads sleep in a read of, packed, and how many threads run."""
+    found = ffi.new("struct uffd_reads *")
+    if code := -int(lib.uffd_remote_reads(pid, found)):
+        raise_if_short(f"open /proc/{pid}/task", OSError(code, ""))
+        return _NO_ROWS, 0
+    return take_ranges(found.pages), int(found.running)
 
 
 def allow_tracer(pid: int) -> None:

@@ -84,9 +84,9 @@ class Ring:
         struct.pack_into("I", self._rings, self._sq[6] + (tail & 7) * 4, 0)
         struct.pack_into("I", self._rings, self._sq[1], tail + 1)
 
-    def enter(self, ring: int, flags: int = 0) -> int:
-        """Let the kernel take one request, and wait for its end."""
-        return self._call(ENTER, ring, 1, 1, GETEVENTS | flags, None, 0)
+    def enter(self, ring: int, flags: int = 0, *, wait: int = 1) -> int:
+        """Let the kernel take one request, and wait for the end of so many."""
+        return self._call(ENTER, ring, 1, wait, GETEVENTS | flags, None, 0)
 
     def hide(self) -> int:
         """Give the ring a number instead of its descriptors; return it."""

@@ -6,6 +6,7 @@ import mmap
 import os
 import stat
 import struct
+import time
 import traceback
 
 from tests.kernel._faults import fork
@@ -26,10 +27,10 @@ def connect() -> int:
 
 
 class Server:
-    """Serves one file, of any name, until `hang`."""
+    """Serves one file, of any name, until `hang`; reads of it are direct if wanted."""
 
-    def __init__(self, connection: int, data: bytes) -> None:
-        self._connection, self._data = connection, data
+    def __init__(self, connection: int, data: bytes, *, direct: bool = False) -> None:
+        self._connection, self._data, self._open_flags = connection, data, int(direct)
         self._flag = mmap.mmap(-1, mmap.PAGESIZE)
         self.pid = fork()
         if self.pid == 0:
@@ -44,6 +45,10 @@ class Server:
     def hang(self) -> None:
         """Stop answering reads, closes and questions for the size."""
         self._flag[0] = 1
+
+    def hold(self, *, on: bool = True) -> None:
+        """Answer reads later, when it is off again."""
+        self._flag[1] = on
 
     def _serve(self) -> None:
         request = os.read(self._connection, REQUEST_BYTES)
@@ -63,8 +68,10 @@ class Server:
         if op == _GETATTR:
             return 0, struct.pack("=QII", _CACHED_S, 0, 0) + self._attributes(node)
         if op == _OPEN:
-            return 0, struct.pack("=QII", 1, 0, 0)
+            return 0, struct.pack("=QII", 1, self._open_flags, 0)
         if op == _READ:
+            while self._flag[1]:
+                time.sleep(0.001)
             _, offset, size = struct.unpack_from("=QQI", body)
             return 0, self._data[offset : offset + size]
         if op == _STATFS:

@@ -22,7 +22,7 @@ FLOORS = [
     {"watch/watch"},
     {"uffd_owned", "access/access"},
     {"dirty/ranges", "remote/maps", "remote/thread"},
-    {"dirty/drops", "dirty/round", "remote/memory", "remote/trace", "remote/frame"},
+    {"dirty/drops", "dirty/round", "remote/memory", "remote/pins", "remote/trace", "remote/frame"},
     {"remote/inject", "remote/registers", "snapshot/image"},
     {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages", "remote/device"},
     {"snapshot/chain", "snapshot/hot"},

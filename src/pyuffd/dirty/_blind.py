@@ -22,9 +22,9 @@ class BlindReason(Word):
             not reported; those dropped by MADV_REMOVE are with `watch_drops`.
         HUGE_DROPS: MADV_DONTNEED of hugetlb pages loses their content and is not reported, without
             `watch_drops`.
-        PINNED: Pages pinned for direct access: io_uring's fixed buffers are written by the kernel,
-            and vfio's or RDMA's by devices, past the page table. All memory, where the kernel does
-            not list which pages are.
+        PINNED: Pages pinned for direct access: io_uring's fixed buffers and those of direct reads
+            that are under way are written by the kernel, and vfio's or RDMA's by devices, past the
+            page table. All memory, where the kernel does not list which pages are.
         NOT_REGISTERED: The kernel does not register it; `detail` has its answer.
         BUSY: Another userfaultfd has it registered.
         SPECIAL: The kernel's own pages (vdso, vvar), which it writes itself.

@@ -36,6 +36,8 @@ MethodName = Literal["auto", "wp-async", "wp-sync"]
 _METHODS = ("auto", "wp-async", "wp-sync")
 
 # PM_SCAN and WP_ASYNC came together, so one of them tells.
+# Longer than a thread runs between the begin of a direct read and its sleep.
+_BEGINS_S = 0.002
 _NO_ASYNC = "this kernel has no Feature.WP_ASYNC (Linux 6.7), which PAGEMAP_SCAN needs"
 
 
@@ -130,7 +132,7 @@ class DirtyTracker(Closing):
             watch = self._watch(target, stack) if watch_drops else None
             self._method = self._made(process, uffd, scope, watch)
             stack.callback(self._method.close)
-            self._pinned = self._pins()
+            self._pinned = self._pins_at_first()
             self._since = time.monotonic()
             self._open: ExitStack | None = stack.pop_all()
 
@@ -208,10 +210,15 @@ class DirtyTracker(Closing):
 
         GIL: released while scanning.  Blocks: no.
         """
+        return self._collect()
+
+    def _collect(self, *, is_stopped: bool = False) -> DirtyRound:
+        """End a round; while the target stands, nobody has to look at what its threads do."""
         with self._lock:
             self._check_open()
             now = time.monotonic()
-            new = self._with_pins(self._method.collect())
+            found = self._method.collect()
+            new = self._with_unsure(found, self._pinned) if is_stopped else self._with_pins(found)
             seconds, self._since = now - self._since, now
             written = PageRanges(new.written).bytes
             self._rate = written / seconds if seconds > 0 else 0.0
@@ -249,24 +256,38 @@ class DirtyTracker(Closing):
 
     def _with_pins(self, found: Pending, *, peek: bool = False) -> Pending:
         """Add the pinned buffers, of before the scan and of after it."""
-        pins = self._pins()
+        pins, is_doubtful = self._pins()
         both = calls.union(pins, self._pinned)
         if not peek:
-            self._pinned = pins
-        if not len(both):
-            return found
-        return found.plus(Pending(unsure=calls.intersect(both, self._method.mapped())))
+            # A direct read makes its buffer written as it begins, and writes to it as it ends.
+            self._pinned = calls.union(pins, found.written) if is_doubtful else pins
+        return self._with_unsure(found, both)
 
-    def _pins(self) -> memoryview:
+    def _with_unsure(self, found: Pending, pages: memoryview) -> Pending:
+        if not len(pages):
+            return found
+        return found.plus(Pending(unsure=calls.intersect(pages, self._method.mapped())))
+
+    def _pins_at_first(self) -> memoryview:
+        """Return what was pinned before everything was protected, and still is."""
+        pins, is_doubtful = self._pins()
+        if not is_doubtful:
+            return pins
+        # A thread that runs may be about to sleep in a read that has begun.
+        time.sleep(_BEGINS_S)
+        return calls.union(pins, self._pins()[0])
+
+    def _pins(self) -> tuple[memoryview, bool]:
+        pinned = _pinned.look(self._process.memory_tid)
         spans = _rows.merged(
             (
                 pin.start - pin.start % PAGE_SIZE,
                 # Packed ranges have 64 bits, and nothing is mapped in the last page.
                 min(-(-pin.end // PAGE_SIZE) * PAGE_SIZE, ADDRESS_LIMIT - PAGE_SIZE),
             )
-            for pin in _pinned.buffers(self._process.memory_tid)
+            for pin in pinned.pins
         )
-        return _rows.packed(spans)
+        return _rows.packed(spans), pinned.is_doubtful
 
     @property
     def rate(self) -> float:
@@ -282,7 +303,7 @@ class DirtyTracker(Closing):
         with self._lock:
             self._check_open()
             found = self._method.blind()
-        for pin in _pinned.buffers(self._process.memory_tid):
+        for pin in _pinned.look(self._process.memory_tid).pins:
             found.append(Blind(pin.start, pin.end, BlindReason.PINNED, pin.detail))
         return tuple(sorted(found, key=lambda blind: (blind.start, blind.end, blind.reason.value)))
 

@@ -186,9 +186,9 @@ class _Rounds:
         self._writer.forget(gone)
         self._changes.absent = ranges.union(self._changes.absent, gone)
 
-    def _round(self) -> memoryview:
+    def _round(self, *, is_stopped: bool = False) -> memoryview:
         """End a round; return what has to be copied."""
-        with self._tracker.collect() as round_:
+        with self._tracker._collect(is_stopped=is_stopped) as round_:
             self._add(round_)
             round_.commit()
             return ranges.union(round_.written.memoryview(), round_.unsure.memoryview())
@@ -224,7 +224,7 @@ class _Rounds:
             layout = self._layout_of(mappings)
             pieces = pieces_of(layout)
             spans = PageRanges.of((part.start, part.end) for part in layout).memoryview()
-            left = ranges.intersect(ranges.union(left, self._round()), spans)
+            left = ranges.intersect(ranges.union(left, self._round(is_stopped=True)), spans)
             if time.monotonic() > until_s:
                 self._tracker._put_back(Pending(unsure=left))
                 raise SnapshotError(
