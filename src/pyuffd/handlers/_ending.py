@@ -7,6 +7,7 @@ cuts the ending short, and the waiting thread still waits for it; a second one i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -140,7 +141,11 @@ class Ending:
 
     def _run(self) -> None:
         """Do the work unless it has been done; every step of it may be repeated."""
-        with self._work_lock:
+        if self._is_over.is_set():
+            return
+        # At the interpreter's exit every other thread that needs the GIL has ended where it was,
+        # perhaps with the lock.
+        with contextlib.nullcontext() if sys.is_finalizing() else self._work_lock:
             if self._is_over.is_set():
                 return
             self._worker = threading.get_ident()
