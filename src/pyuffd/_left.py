@@ -36,6 +36,9 @@ class LeftBehind:
 _left: list[LeftBehind] = []
 _inert: list[tuple[Descriptor, list[LeftBehind]]] = []  # numbers that must not be reused yet
 _lock = threading.Lock()
+# Numbers that others than their owner use: the owner and the descriptor may be garbage.
+_in_use: set[Number] = set()
+os.register_at_fork(after_in_child=_in_use.clear)
 
 
 def note(left: LeftBehind) -> None:
@@ -92,12 +95,15 @@ class Number:
         return -1 if self._is_closed else self.descriptor.number
 
     def hold(self) -> None:
-        """Keep it open even if its owner closes it."""
+        """Keep it open even if its owner closes it, or is garbage."""
         self._users += 1
+        _in_use.add(self)
 
     def release(self) -> None:
         """Undo a `hold`; close it if its owner has closed it meanwhile."""
         self._users -= 1
+        if not self._users:
+            _in_use.discard(self)
         self._end()
 
     def leave(self, left: LeftBehind) -> None:

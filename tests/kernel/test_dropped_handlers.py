@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 
-from pyuffd import Feature, Handler, Region, Userfaultfd, ZeroSource
+from pyuffd import Feature, Handler, Region, Userfaultfd, ZeroSource, lazy
+from pyuffd.testing import no_leaks
 
 
 @pytest.mark.filterwarnings("ignore:unstopped:ResourceWarning")
@@ -43,3 +44,20 @@ def test_stopped_handler_is_no_circle() -> None:
         with Handler(uffd, driver="native") as handler:
             pass
         assert handler._at_close.keeps is None
+
+
+@pytest.mark.filterwarnings("ignore:un:ResourceWarning")
+@pytest.mark.parametrize("driver", ["native", "inline"])
+def test_ends_as_garbage_in_a_circle(
+    driver: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with no_leaks():
+        memory = lazy(b"x" * 8192, driver=driver)  # type: ignore[arg-type]
+        memory.read(0, 1)
+        memory.handler.circle = memory  # type: ignore[attr-defined]
+        alive = weakref.ref(memory.handler)
+        del memory
+        gc.collect()
+        assert alive() is None
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")

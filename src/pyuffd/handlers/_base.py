@@ -64,6 +64,7 @@ class HandlerBase(SoleOwner):
 
     _ending: Ending | None
     _ending_lock: RLock
+    _ending_name: str
     _drains: bool
     _final_failure: SourceFailure | None
     _final_owner_exited: bool

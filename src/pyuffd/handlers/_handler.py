@@ -188,8 +188,11 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
             say_fd=stderr_fd(),
             fault_log=check_int("fault_log", fault_log, 0, LARGEST_LOG + 1),
         )
+        self._ending_name = f"uffd-stop-{uffd.fileno()}"
         engine = None
         unstopped.add(self)
+        # Garbage is finalized in any order: a userfaultfd that is closed first stays open for this.
+        uffd._hold_open()
         try:
             uffd._claim_events(self)
             engine = self._make_engine()
@@ -201,6 +204,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
             if engine is not None:
                 engine.destroy()
             uffd._release_events(self)
+            uffd._let_close()
             raise
 
     # Running

@@ -308,6 +308,7 @@ class ServesRegions(Unserves):
                 lambda handler: uffd in handler._spaces,
             )
             space = None
+            uffd._hold_open()
             try:
                 uffd._claim_events(self)
                 space = self._add_space(engine, uffd)
@@ -323,6 +324,7 @@ class ServesRegions(Unserves):
                     with suppress(HelperLostError):
                         engine.remove_space(space)
                 uffd._release_events(self)
+                uffd._let_close()
                 raise
         return self._spaces[uffd]
 

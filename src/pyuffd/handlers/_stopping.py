@@ -68,7 +68,7 @@ class Stops(HandlerBase):
             if self._ending is None and self._engine is not None:
                 self._drains = drain
                 self._ending = Ending(
-                    f"uffd-stop-{self.uffd.fileno()}",
+                    self._ending_name,
                     self._finish,
                     lambda: self._running_engine().hurry(GRACE_S),
                     lambda: self._running_engine().progress(),
@@ -95,6 +95,7 @@ class Stops(HandlerBase):
             self._engine = None
             for uffd in self._spaces:
                 uffd._release_events(self)
+                uffd._let_close()
             unstopped.discard(self)
             self.uffd._forget_on_close(self._at_close)
             self._at_close.keeps = None

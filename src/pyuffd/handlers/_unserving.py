@@ -192,5 +192,6 @@ class Unserves(HandlerBase):
                 uffd._release_events(self)
                 self._owners.forget(uffd)
                 del self._spaces[uffd]  # last: after an interruption the next call does it again
+                uffd._let_close()
         if errors:
             raise errors[0]
