@@ -3,24 +3,60 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "alloc.h"
 #include "base/page.h"
 #include "content.h"
 
-/* The source ends inside the last page: keep a copy, padded with zeros as mmap does. */
+/* Open the page that begins where a source's whole pages end: so many bytes, then zeros. */
+static int open_tail(const struct uffd_content *content, const struct uffd_range_spec *spec,
+		     struct uffd_overlay **ret)
+{
+	const bool is_file = spec->source == UFFD_SOURCE_FILE;
+	const struct uffd_leaf_spec leaves[] = {
+		{
+			.kind = is_file ? UFFD_LEAF_FILE : UFFD_LEAF_MEMORY,
+			.fd = spec->source_fd,
+			.address = spec->source_address + content->length,
+			.offset = spec->source_offset + content->length,
+		},
+		{ .kind = UFFD_LEAF_ZERO, .fd = -1 },
+	};
+	const struct uffd_run_spec runs[] = {
+		{ .start = 0, .leaf = 0 },
+		{ .start = spec->source_length - content->length, .leaf = 1 },
+	};
+	const struct uffd_overlay_spec tail = {
+		.leaves = leaves,
+		.leaf_count = 2,
+		.runs = runs,
+		.run_count = 2,
+	};
+
+	return uffd_overlay_create(&tail, content->page_size, content->page_size, true, ret);
+}
+
+/* Keep a copy of it, where a seccomp filter refuses what an overlay is read with. */
 static int keep_tail(struct uffd_content *content, const struct uffd_range_spec *spec)
 {
 	uint64_t left = spec->source_length - content->length;
 
-	content->tail = uffd_alloc(content->page_size);
-	if (!content->tail)
+	content->kept = uffd_alloc(content->page_size);
+	if (!content->kept)
 		return -ENOMEM;
 	if (spec->source == UFFD_SOURCE_FILE)
-		return uffd_file_read_from(spec->source_fd, content->tail, left,
+		return uffd_file_read_from(spec->source_fd, content->kept, left,
 					   spec->source_offset + content->length);
-	memcpy(content->tail, (void *)(uintptr_t)(spec->source_address + content->length), left);
+	memcpy(content->kept, (void *)(uintptr_t)(spec->source_address + content->length), left);
 	return 0;
+}
+
+static int make_tail(struct uffd_content *content, const struct uffd_range_spec *spec)
+{
+	int r = open_tail(content, spec, &content->tail);
+
+	return r == -EPERM || r == -ENOSYS ? keep_tail(content, spec) : r;
 }
 
 static int open_source(struct uffd_content *content, const struct uffd_range_spec *spec)
@@ -47,7 +83,7 @@ static int open_source(struct uffd_content *content, const struct uffd_range_spe
 		content->address = content->file.address;
 	}
 	if (r == 0 && spec->source_length < spec->length)
-		r = keep_tail(content, spec);
+		r = make_tail(content, spec);
 	return r;
 }
 
@@ -91,15 +127,54 @@ void uffd_content_put(struct uffd_content *content)
 	uffd_file_close(&content->file);
 	uffd_overlay_destroy(content->overlay);
 	uffd_overlay_destroy(content->outline);
-	uffd_free(content->tail);
+	uffd_overlay_destroy(content->tail);
+	uffd_overlay_destroy(atomic_load(&content->grown));
+	uffd_free(content->kept);
 	uffd_free(content);
 }
 
-uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offset)
+int uffd_content_read_tail(const struct uffd_content *content, void *target)
 {
-	if (offset >= content->length)
-		return (uint64_t)(uintptr_t)content->tail;
-	return content->address + offset;
+	struct uffd_overlay *grown = atomic_load(&content->grown);
+
+	if (content->kept) {
+		memcpy(target, content->kept, content->page_size);
+		return 0;
+	}
+	if (grown && uffd_overlay_read(grown, target, 0, content->page_size) == 0)
+		return 0;
+	return uffd_overlay_read(content->tail, target, 0, content->page_size);
+}
+
+int uffd_content_let_grow(struct uffd_content *content, int fd, uint64_t begin)
+{
+	struct uffd_leaf_spec leaf = {
+		.kind = UFFD_LEAF_FILE,
+		.offset = content->file.offset + content->length,
+	};
+	const struct uffd_run_spec run = { .start = 0 };
+	const struct uffd_overlay_spec spec = {
+		.leaves = &leaf,
+		.leaf_count = 1,
+		.runs = &run,
+		.run_count = 1,
+	};
+	struct uffd_overlay *grown, *none = NULL;
+	int r;
+
+	if (!content->tail || content->kind != UFFD_SOURCE_FILE || atomic_load(&content->grown) ||
+	    begin != content->file.offset || !uffd_file_is(&content->file, fd))
+		return 0;
+	leaf.fd = uffd_file_reopen(fd);
+	if (leaf.fd < 0)
+		return leaf.fd;
+	r = uffd_overlay_create(&spec, content->page_size, content->page_size, true, &grown);
+	close(leaf.fd);
+	if (r)
+		return r;
+	if (!atomic_compare_exchange_strong(&content->grown, &none, grown))
+		uffd_overlay_destroy(grown);
+	return 0;
 }
 
 uint64_t uffd_content_covered(const struct uffd_content *content, uint64_t offset,
@@ -143,7 +218,7 @@ int uffd_content_read(const struct uffd_content *content, void *target, uint64_t
 	if (content->kind == UFFD_SOURCE_ZERO)
 		memset(target, 0, length);
 	else if (offset >= content->length)
-		memcpy(target, content->tail, length);
+		return uffd_content_read_tail(content, target);
 	else if (content->kind == UFFD_SOURCE_FILE)
 		return uffd_file_read(&content->file, target, offset, length);
 	else

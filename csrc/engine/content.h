@@ -78,7 +78,10 @@ struct uffd_content {
 	uint64_t page_size;
 	uint64_t length;		/* whole pages that can be read at `address` */
 	uint64_t address;		/* of offset 0, in this process */
-	uint8_t *tail;			/* the last page, if the source ends inside it */
+	/* The last page, if the source ends inside it, and zeros behind that. */
+	struct uffd_overlay *tail;
+	_Atomic(struct uffd_overlay *) grown;	/* the same, if its file has been written further */
+	uint8_t *kept;			/* as it was, if it cannot be read later; else NULL */
 	struct uffd_file file;		/* FILE */
 	struct uffd_overlay *overlay;	/* OVERLAY or REQUEST, without an `address`; else NULL */
 	struct uffd_overlay *outline;	/* where a REQUEST has zeros; NULL: it may have none */
@@ -108,8 +111,25 @@ int uffd_content_create(const struct uffd_range_spec *spec, struct uffd_content 
 struct uffd_content *uffd_content_get(struct uffd_content *content);
 void uffd_content_put(struct uffd_content *content);
 
-/* Where the content at an offset is, but of an overlay; a run never crosses `length`. */
-uint64_t uffd_content_address(const struct uffd_content *content, uint64_t offset);
+static inline bool uffd_content_has_tail(const struct uffd_content *content)
+{
+	return content->tail || content->kept;
+}
+
+/* Whether an offset is that of a page in which the source ends. */
+static inline bool uffd_content_is_tail(const struct uffd_content *content, uint64_t offset)
+{
+	return uffd_content_has_tail(content) && offset >= content->length;
+}
+
+/* Read the page in which the source ends, as uffd_overlay_read() does. */
+int uffd_content_read_tail(const struct uffd_content *content, void *target);
+
+/*
+ * What lies behind the source's end in its last page will be written to this file, at `begin`
+ * for offset 0: if it is the source's, read it from there once it is longer.
+ */
+int uffd_content_let_grow(struct uffd_content *content, int fd, uint64_t begin);
 
 /*
  * How much of a run the file still has, in whole pages: a truncated file reads as

@@ -112,6 +112,12 @@ static bool next_entry(struct uffd_range *range, struct eviction *all, uint64_t 
 	return true;
 }
 
+/* Whether its source would bring back what it was when serving began. */
+static bool is_kept_tail(const struct uffd_range *range, uint64_t offset)
+{
+	return range->content->kept && uffd_content_is_tail(range->content, offset);
+}
+
 /* Claim the next run of pages that may go; a length of 0: there is none before `end`. */
 static void claim_run(struct uffd_range *range, struct eviction *all, struct claimed_run *run)
 {
@@ -132,6 +138,7 @@ static void claim_run(struct uffd_range *range, struct eviction *all, struct cla
 		if (state == UFFD_PAGE_ABSENT)
 			seen = seen_state(range, state, entry);
 		if (!all->wanted[(all->offset - all->first) >> range->page_shift] ||
+		    is_kept_tail(range, all->offset) ||
 		    (!uffd_page_is_in_flight(state) &&
 		     !may_go_now(range, at, seen, entry, all->written_too))) {
 			if (run->length)

@@ -196,6 +196,24 @@ int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t len
 	return 0;
 }
 
+bool uffd_file_is(const struct uffd_file *file, int fd)
+{
+	struct stat ours, other;
+
+	return fstat(file->fd, &ours) == 0 && fstat(fd, &other) == 0 &&
+	       ours.st_dev == other.st_dev && ours.st_ino == other.st_ino;
+}
+
+int uffd_file_reopen(int fd)
+{
+	char path[32];
+	int copy;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	copy = open(path, O_RDONLY | O_CLOEXEC);
+	return copy < 0 ? -errno : copy;
+}
+
 void uffd_file_close(struct uffd_file *file)
 {
 	if (file->mapped)

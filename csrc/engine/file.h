@@ -42,6 +42,11 @@ uint64_t uffd_file_covered(const struct uffd_file *file, uint64_t at, uint64_t l
 void uffd_file_read_around(const struct uffd_file *file, uint64_t at, uint64_t length);
 
 /* Read without a fault on a truncated file: -ENODATA. */
+/* Whether a descriptor is of the same file. */
+bool uffd_file_is(const struct uffd_file *file, int fd);
+/* Open the file of a descriptor for reading; returns a descriptor. */
+int uffd_file_reopen(int fd);
+
 int uffd_file_read(const struct uffd_file *file, void *target, uint64_t at, uint64_t length);
 /* The same from a descriptor that was not opened here. */
 int uffd_file_read_from(int fd, void *target, uint64_t length, uint64_t offset);

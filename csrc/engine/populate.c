@@ -184,10 +184,11 @@ static uint64_t fill_reach(const struct slices *all, struct uffd_range *range, u
 		reach->overlay_offset = offset;
 		reach->overlay_length = length;
 	} else if (offset < content->length) {
-		reach->read = uffd_content_address(content, offset);
+		reach->read = content->address + offset;
 		reach->read_length =
 			length < content->length - offset ? length : content->length - offset;
 	}
+	reach->tail = content->tail && offset + length > content->length;
 	return stop;
 }
 
@@ -200,7 +201,7 @@ static uint64_t group_reach(const struct slices *all, struct uffd_range *range, 
 
 	(void)all;
 	if (offset < content->length) {
-		reach->read = uffd_content_address(content, offset);
+		reach->read = content->address + offset;
 		reach->read_length = lower(end - at, content->length - offset);
 	}
 	return end;

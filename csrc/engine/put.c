@@ -207,6 +207,38 @@ int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t s
 	return fill_from(range, &fill, why, result_ret);
 }
 
+/* A page of several leaves, or in which the source ends: put it together, then copy it. */
+static int put_together(struct uffd_range *range, struct uffd_overlay *overlay, uint64_t page,
+			enum fill_for why, struct uffd_fill_result *result_ret)
+{
+	uint64_t offset = content_offset(range, page);
+	void *room = uffd_overlay_borrow(overlay);
+	int r;
+
+	if (!room)
+		return -ENOMEM;
+	if (overlay == range->content->overlay)
+		r = uffd_overlay_read(overlay, room, offset, range->page_size);
+	else
+		r = uffd_content_read_tail(range->content, room);
+	if (r == 0)
+		r = put_bytes(range, page, range->page_size, (uint64_t)(uintptr_t)room, why,
+			      result_ret);
+	uffd_overlay_give_back(overlay, room);
+	return r;
+}
+
+static int put_tail(struct uffd_range *range, uint64_t page, enum fill_for why,
+		    struct uffd_fill_result *result_ret)
+{
+	const struct uffd_content *content = range->content;
+
+	if (content->kept)
+		return put_bytes(range, page, range->page_size,
+				 (uint64_t)(uintptr_t)content->kept, why, result_ret);
+	return put_together(range, content->tail, page, why, result_ret);
+}
+
 static int put_source(struct uffd_range *range, uint64_t at, uint64_t length,
 		      enum fill_for why, struct uffd_fill_result *result_ret)
 {
@@ -215,30 +247,13 @@ static int put_source(struct uffd_range *range, uint64_t at, uint64_t length,
 	uint64_t covered = uffd_content_covered(content, offset, length);
 	int r;
 
+	if (uffd_content_is_tail(content, offset))
+		return put_tail(range, at, why, result_ret);
 	if (!covered)
 		return -ENODATA;
-	r = put_bytes(range, at, covered, uffd_content_address(content, offset), why,
-		      result_ret);
+	r = put_bytes(range, at, covered, content->address + offset, why, result_ret);
 	if (r == 0 && uffd_content_covered(content, offset, covered) < covered)
 		note_failure(range->space->engine, at, covered, -ENODATA, UFFD_FAILED_SOURCE);
-	return r;
-}
-
-/* A page of several leaves: put it together, then copy it. */
-static int put_mixed(struct uffd_range *range, uint64_t page, enum fill_for why,
-		     struct uffd_fill_result *result_ret)
-{
-	struct uffd_overlay *overlay = range->content->overlay;
-	void *room = uffd_overlay_borrow(overlay);
-	int r;
-
-	if (!room)
-		return -ENOMEM;
-	r = uffd_overlay_read(overlay, room, content_offset(range, page), range->page_size);
-	if (r == 0)
-		r = put_bytes(range, page, range->page_size, (uint64_t)(uintptr_t)room, why,
-			      result_ret);
-	uffd_overlay_give_back(overlay, room);
 	return r;
 }
 
@@ -261,7 +276,7 @@ static int put_stretch(struct uffd_range *range, uint64_t at, const struct uffd_
 	if (stretch->kind == UFFD_STRETCH_REQUEST)
 		return -ENODATA;	/* nobody claims such a page to fill it from here */
 	if (stretch->kind == UFFD_STRETCH_MIXED)
-		return put_mixed(range, at, why, result_ret);
+		return put_together(range, range->content->overlay, at, why, result_ret);
 	if (stretch->kind == UFFD_STRETCH_ZERO)
 		return put_zeros(range, at, stretch->length, why, result_ret);
 	covered = stretch_covered(range, stretch, stretch->length);

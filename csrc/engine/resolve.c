@@ -383,7 +383,7 @@ struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
 		at += range->page_size;
 	if (at >= end)
 		return (struct fill_run){ .from = end, .past = end };
-	if (content->tail && at < tail_at && tail_at < end)
+	if (uffd_content_has_tail(content) && at < tail_at && tail_at < end)
 		end = tail_at;
 	stop = at + range->page_size;
 	while (stop < end && claim_filled(range, stop))

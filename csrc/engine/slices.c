@@ -100,6 +100,8 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 	if (reach.overlay_length)
 		uffd_overlay_fault_in(reach.content->overlay, reach.overlay_offset,
 				      reach.overlay_length);
+	if (reach.tail)
+		uffd_overlay_fault_in(reach.content->tail, 0, reach.content->page_size);
 	if (reach.content)
 		uffd_content_put(reach.content);
 	return stop;

@@ -28,6 +28,7 @@ struct reach {
 	uint64_t read, read_length;
 	uint64_t write, write_length;
 	uint64_t overlay_offset, overlay_length;	/* of the content, if it is an overlay */
+	bool tail;		/* the page in which the source ends */
 };
 
 struct slices;

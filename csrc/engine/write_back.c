@@ -217,6 +217,28 @@ static int evict_pages(struct uffd_engine *engine, const struct uffd_range_ref *
 	return r;
 }
 
+/* The page in which the source ends is written whole, so its file may grow. */
+static int let_grow(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+		    const struct back_file *file, uint64_t offset, uint64_t end)
+{
+	struct uffd_content *content = NULL;
+	struct uffd_range *range;
+	struct access access;
+	int r = 0;
+
+	if (!open_access(engine, ref->space, &access))
+		return -ESRCH;
+	range = find_piece(access.space, ref->id, offset, ref->start + offset);
+	if (range && uffd_content_has_tail(range->content) && end > range->content->length)
+		content = uffd_content_get(range->content);
+	close_access(&access);
+	if (content) {
+		r = uffd_content_let_grow(content, file->fd, file->begin);
+		uffd_content_put(content);
+	}
+	return range ? r : -ENOENT;
+}
+
 int uffd_engine_evict_to(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			 uint64_t offset, uint64_t length, int32_t fd, uint64_t begin,
 			 uint32_t written_only, uint64_t *evicted_ret, uint64_t *reached_ret)
@@ -224,7 +246,7 @@ int uffd_engine_evict_to(struct uffd_engine *engine, const struct uffd_range_ref
 	const struct back_file file = { fd, begin };
 	uint64_t end = offset + length, pages;
 	struct place place;
-	int r = 0;
+	int r = let_grow(engine, ref, &file, offset, end);
 
 	*evicted_ret = 0;
 	for (*reached_ret = offset; r == 0 && *reached_ret < end;) {

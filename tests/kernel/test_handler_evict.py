@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from pyuffd import (
+    BufferSource,
     Feature,
     FileSource,
     Handler,
@@ -106,6 +107,34 @@ def by_a_function(handler: Handler, name: str) -> None:
         assert handler.evict(region, write_back=write) == 2 * size
         assert got.keys() == {size, 3 * size}
         assert states(handler, region) == [ABSENT] * PAGES
+
+
+def the_last_page(handler: Handler, name: str) -> None:
+    """The page in which the source ends comes back too; what lies behind the end, from its file."""
+    size = 2 << 20 if name.startswith("hugetlb") else 4096
+    fd, at = os.memfd_create("store"), (PAGES - 1) * size
+    os.write(fd, content(at + 100))
+    with FileSource(fd) as source, filling(handler, name, source, MISSING | WP) as region:
+        os.pwrite(fd, b"by others", at + 20)
+        assert region.read(at + 20, 9) == b"by others"
+        region.write(at + 50, b"inside")
+        assert handler.evict(region, write_back=lambda at, data: os.pwrite(fd, data[:100], at)) > 0
+        assert region.read(at + 50, 6) == b"inside"
+        region.write(at + 90, b"across the end")
+        assert handler.evict(region, write_back=source) > 0
+        assert region.read(at + 90, 15) == b"across the end\0"
+        assert os.fstat(fd).st_size == PAGES * size
+        assert handler.evict(region, write_back=None) > 0
+        os.ftruncate(fd, at + 100)
+        assert region.read(at + 90, 15) == b"across the" + bytes(5)
+    os.close(fd)
+    data = bytearray(content(at + 100))
+    with filling(handler, name, BufferSource(data), MISSING) as region:
+        region.read(at, 1)
+        data[at : at + 3] = b"new"
+        assert handler.evict(region, write_back=None) > 0
+        assert region.read(at, 3) == b"new"
+        assert region.read(at + 100) == bytes(size - 100)
 
 
 def nothing(handler: Handler, name: str) -> None:
@@ -396,6 +425,7 @@ CASES: dict[str, Case] = {
     for case in (
         to_a_file,
         by_a_function,
+        the_last_page,
         nothing,
         written_meanwhile,
         fails,

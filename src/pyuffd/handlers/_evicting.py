@@ -56,7 +56,8 @@ class EvictsPages(HandlerBase):
         written still. Then it is ABSENT. A thread that touches it while it is dropped waits, and
         gets what the source has then: neither zeros nor what the page held before. Shared memory is
         dropped from its file too, so that no other mapping keeps the old content; a mapping that is
-        not served reads zeros there.
+        not served reads zeros there, and then this one does too. What lies behind the end of the
+        source in its last page comes back only with the file of a FileSource, which grows.
 
         Poisoned pages stay as they are. Pages that their owner dropped are handed over as zeros,
         and come from the source then. Without `write_back` the source would bring back what the
