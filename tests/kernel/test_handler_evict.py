@@ -529,6 +529,60 @@ def test_refuses_bad_arguments() -> None:
     run_child(refused, budget_s=20)
 
 
+def elsewhere() -> None:
+    """Memory that is served at another address too would turn into zeros there."""
+    data = content(PAGES * 4096)
+    with handling("native") as one, handling("native") as two:
+        for handler in (one, two):
+            with Region.memfd(len(data)) as region, region.alias() as alias:
+                second, third = slice(4096, 8192), slice(8192, 12288)
+                one.serve(region, data, mode=MISSING)
+                handler.serve(alias[second], data[second], mode=MISSING)
+                assert region.read(0, region.length) == alias.read(0, region.length) == data
+                for by, part in ((one, region), (one, region[second]), (handler, alias[second])):
+                    with pytest.raises(ValueError, match="is the same memory"):
+                        by.evict(part, write_back=None)
+                assert one.evict(region, 0, 4096, write_back=None) == 4096
+                one.unserve(region[third])
+                handler.serve(alias[third], data[third], mode=MISSING, present="keep")
+                with pytest.raises(ValueError, match="is the same memory"):
+                    one.serve(region[third], data[third], mode=MISSING, present="drop")
+                handler.unserve(alias[second])
+                assert one.evict(region[second], write_back=None) == 4096
+                assert region.read(0, 12288) == data[:12288]
+
+
+@needs(NEEDED)
+def test_refuses_memory_that_is_served_elsewhere() -> None:
+    run_child(elsewhere)
+
+
+def private_of_a_file() -> None:
+    """Without its own copy a private mapping shows the page of its file, and asks no source."""
+    with Region.memfd(2 * 4096, shared=False) as region, handling("native") as handler:
+        assert region.fd is not None
+        os.pwrite(region.fd, b"file", 4096)
+        store = bytearray(b"s" * region.length)
+        handler.serve(region, store, mode=MISSING | WP, present="keep")
+        region.write(0, b"new")
+        region.write(4096, b"new")
+
+        def write_back(offset: int, data: memoryview) -> None:
+            store[offset : offset + len(data)] = data
+
+        for write in (write_back, None):
+            with pytest.raises(ValueError, match="a file that has pages there"):
+                handler.evict(region, write_back=write)
+        assert region.read(4096, 4) == b"newe"
+        assert handler.evict(region, 0, 4096, write_back=write_back) == 4096
+        assert region.read(0, 4) == b"news"
+
+
+@needs(NEEDED)
+def test_refuses_a_private_mapping_of_pages_of_a_file() -> None:
+    run_child(private_of_a_file)
+
+
 def before_the_start() -> None:
     with handling("native", autostart=False) as handler, filling(handler, "anon") as region:
         with pytest.raises(ValueError, match="start"):

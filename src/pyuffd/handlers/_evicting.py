@@ -13,6 +13,7 @@ from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._bounce import BOUNCE_SIZE
 from pyuffd.handlers._checkpoint import StateRanges
 from pyuffd.handlers._engine_pages import runs_of
+from pyuffd.handlers._present import shows_cache
 from pyuffd.handlers._types import PageState, SourceKind
 from pyuffd.handlers._write_back import BackFile, writer_of
 from pyuffd.handlers.process._remote import NO_EVICTION
@@ -85,6 +86,9 @@ class EvictsPages(HandlerBase):
         Raises:
             ValueError: a file that cannot be written, or is open for appending, or of which the
                 source reads these pages from another place.
+            ValueError: shared memory that this process has served at another address too, where
+                these pages would become zeros; a private mapping of a file that has pages there,
+                which it would show in place of the source's content.
             ValueError: not served for MISSING; with `write_back` also not for RegisterMode.WP, as
                 writers could not be seen; memory of another process, or driver="process", whose
                 engine is in another process, which Linux does not let drop memory of this one
@@ -121,8 +125,8 @@ class EvictsPages(HandlerBase):
         engine, served, first, pages = self._pages(region, offset, length)
         size = served.page_size
         write = None if write_back is None else writer_of(write_back)
-        self._check_evict(engine, served, writes=write is not None)
         at, span = first * size, pages * size
+        self._check_evict(engine, served, at, span, writes=write is not None)
         try:
             if write is None:
                 wanted = bytes([1]) * pages
@@ -190,7 +194,9 @@ class EvictsPages(HandlerBase):
             again += _runs(written, served.page_size, start)
         return evicted, again
 
-    def _check_evict(self, engine: Backend, served: Served, *, writes: bool) -> None:
+    def _check_evict(
+        self, engine: Backend, served: Served, offset: int, length: int, *, writes: bool
+    ) -> None:
         place = f"the range at {served.id.start:#x}"
         if not served.mode & RegisterMode.MISSING or served.kind is SourceKind.NONE:
             raise ValueError(f"{place} is not served for MISSING, so its pages would not come back")
@@ -207,6 +213,14 @@ class EvictsPages(HandlerBase):
             raise ValueError(
                 "with Feature.EVENT_REMOVE evict needs a running handler: call start()"
             )
+        if shows_cache(served.region, offset, length):
+            raise ValueError(
+                f"{place} is a private mapping of a file that has pages there: without its own"
+                " copies it shows these, so the source would not be asked. Map the file shared, or"
+                " punch holes in it"
+            )
+        start = served.id.start + offset
+        self._overlaps.check_elsewhere(served.memory[0], start, length, "evict()")
 
     def _evict_window(
         self,

@@ -18,6 +18,7 @@ from weakref import WeakSet
 from pyuffd._abi import RegisterMode
 from pyuffd._overlay import leaves_of
 from pyuffd._pages import RangeLike
+from pyuffd.regions import Region
 from pyuffd.sources import BufferSource, PageSource
 
 T = TypeVar("T")
@@ -79,14 +80,20 @@ class Spans(Generic[T]):
 
     def find(self, start: int, length: int) -> T | None:
         """Return the purpose of the first span that reaches into [start, start + length)."""
+        return next(self.within(start, length), None)
+
+    def within(self, start: int, length: int) -> Iterator[T]:
+        """Yield the purposes of the spans that reach into [start, start + length)."""
         end = start + length
         for bits, spans in self._lists.items():
             at = bisect_left(spans, (start - (1 << bits), 0))
             while at < len(spans) and spans[at][0] < end:
                 if spans[at][1] > start:
-                    return self._known[spans[at]][0]
+                    yield from self._known[spans[at]]
                 at += 1
-        return None
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
 
     def __iter__(self) -> Iterator[T]:
         for users in self._known.values():
@@ -112,13 +119,15 @@ class Range:
     mode: RegisterMode
     is_here: bool  # memory of this process
     uses: tuple[Use, ...]
+    file: tuple[int, int] | None = None  # the device and inode of shared memory with a descriptor
+    file_start: int = 0  # the address that the beginning of the file has in this mapping
 
     def __str__(self) -> str:
         return f"[{self.start:#x}, +{self.length:#x})"
 
     def parts(self, spans: Iterable[tuple[int, int]]) -> list[Range]:
         """Return parts of it as ranges; the first one has what it uses."""
-        found = [Range(start, length, self.mode, self.is_here, ()) for start, length in spans]
+        found = [replace(self, start=start, length=length, uses=()) for start, length in spans]
         return [replace(found[0], uses=self.uses), *found[1:]]
 
 
@@ -141,7 +150,11 @@ def range_of(
         uses.append(Use(*preserve, True, f"preserve={preserve[0]:#x} + {preserve[1]:#x} bytes"))
     if local is not None and (preserve[0] or writes_local):
         uses.append(Use(local.start, region.length, writes_local, f"local={local!r}"))
-    return Range(region.start, region.length, mode, is_here, tuple(uses))
+    file, file_start = None, 0
+    if is_here and isinstance(region, Region) and region.shared and region.fd is not None:
+        status = os.fstat(region.fd)
+        file, file_start = (status.st_dev, status.st_ino), region.start - region.offset
+    return Range(region.start, region.length, mode, is_here, tuple(uses), file, file_start)
 
 
 class Overlaps:
@@ -150,6 +163,7 @@ class Overlaps:
     def __init__(self) -> None:
         self._filled: Spans[Range] = Spans()  # ranges whose pages may be missing
         self._served: Spans[Range] = Spans()  # all ranges: writing to one may fault
+        self._files: dict[tuple[int, int], Spans[Range]] = {}  # those of `_filled`, by file
         self._read: Spans[tuple[Range, Use]] = Spans()
         self._written: Spans[tuple[Range, Use]] = Spans()
         # Engines for whose pages this one may wait; some of them perhaps no longer.
@@ -242,27 +256,50 @@ class Overlaps:
                 f"{name} [{start:#x}, +{length:#x}) lies inside the served range {served}"
             )
 
+    def check_elsewhere(self, one: Range, start: int, length: int, op: str) -> None:
+        """Raise ValueError if pages to be dropped are served at another address too.
+
+        Nothing tells of it there, so its handler would take them for dropped by their owner: zeros.
+        """
+        if one.file is None:
+            return
+        offset = start - one.file_start
+        with _lock:
+            spans = [by._files[one.file] for by in _all if one.file in by._files]
+            for other in (found for each in spans for found in each.within(offset, length)):
+                if other.file_start != one.file_start:
+                    raise ValueError(
+                        f"{op} of [{start:#x}, +{length:#x}): the served range {other} of this"
+                        " process is the same memory, and would read zeros there; call unserve()"
+                        " for it first"
+                    )
+
     def add(self, new: Range) -> None:
         """Note a range that is served from now on."""
         with _lock:
-            for spans, one in self._entries(new):
-                spans.add(one.start, one.length, new)
+            for spans, start in self._entries(new):
+                spans.add(start, new.length, new)
             for use in new.uses:
                 self._spans_of(use).add(use.start, use.length, (new, use))
 
     def remove(self, old: Range) -> None:
         """Forget a range that is no longer served."""
         with _lock:
-            for spans, one in self._entries(old):
-                spans.remove(one.start, one.length, old)
+            for spans, start in self._entries(old):
+                spans.remove(start, old.length, old)
+            if old.file is not None and not self._files.get(old.file, True):
+                del self._files[old.file]
             for use in old.uses:
                 self._spans_of(use).remove(use.start, use.length, (old, use))
 
-    def _entries(self, one: Range) -> Iterator[tuple[Spans[Range], Range]]:
+    def _entries(self, one: Range) -> Iterator[tuple[Spans[Range], int]]:
         if one.is_here:
-            yield self._served, one
+            yield self._served, one.start
             if one.mode & FILLED:
-                yield self._filled, one
+                yield self._filled, one.start
+                if one.file is not None:
+                    files = self._files.setdefault(one.file, Spans())
+                    yield files, one.start - one.file_start
 
     def _spans_of(self, use: Use) -> Spans[tuple[Range, Use]]:
         return self._written if use.written else self._read

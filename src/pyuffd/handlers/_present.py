@@ -121,6 +121,17 @@ def _refuse_cached(region: Region) -> None:
     )
 
 
+def shows_cache(region: RangeLike, offset: int, length: int) -> bool:
+    """Return whether a private mapping, without its own copies, shows pages of its file's cache."""
+    if not isinstance(region, Region) or region.shared or region.fd is None:
+        return False
+    if region.kind not in FILE_BACKED or not os.fstat(region.fd).st_blocks:
+        return False
+    start = region.offset + offset
+    # Which huge pages a file has it does not tell.
+    return region.page_size > PAGE_SIZE or _has_data(region.fd, start, start + length)
+
+
 def _has_data(fd: int, start: int, end: int) -> bool:
     """Return whether a file has data in a range."""
     # Not by the region's descriptor: seeking moves the position of all its duplicates.

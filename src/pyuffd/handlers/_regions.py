@@ -184,6 +184,7 @@ class ServesRegions(Unserves):
                 if (space, start) not in self._served:
                     if policy == "drop":
                         self._overlaps.check_drop(start, length)
+                        self._overlaps.check_elsewhere(memory, start, length, "present='drop'")
                     settle_present(policy, region, uffd, mode)
                     if policy == "drop" and not answers_at_once:
                         register_empty(region, uffd, mode, granted, started=self._started)
