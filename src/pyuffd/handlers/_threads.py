@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Unpack
 
-from pyuffd._errors import UffdOSError
+from pyuffd._errors import ClosedError, UffdOSError
 from pyuffd._limits import start_thread
 from pyuffd._overlay import OverlaySource
 from pyuffd.handlers._engine import Engine
@@ -196,7 +196,8 @@ class WorkedEngine(Engine):
         return threading.current_thread() in self._threads
 
     def _work(self) -> None:
-        self.answer_requests(self._read, self._failed_at)
+        with suppress(ClosedError):  # the engine was stopped before this thread began
+            self.answer_requests(self._read, self._failed_at)
 
     def _read(self, number: int, offset: int, length: int) -> Buffer | Promised:
         self._source_threads.begin(number, offset, length)
