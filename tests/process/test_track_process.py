@@ -336,7 +336,10 @@ def test_the_buffers_of_fio_are_named_as_pinned(tmp_path: Path) -> None:
     ]
     fio = subprocess.Popen(["fio", *options], cwd=tmp_path)
     try:
-        wait_until("it has pinned its buffers", lambda: bool(_pinned.look(fio.pid).pins))
+        wait_until(
+            "it has pinned its buffers",
+            lambda: any(pin.detail.startswith("fixed") for pin in _pinned.look(fio.pid).pins),
+        )
         with Process(fio.pid) as process, DirtyTracker(process) as tracker:
             pinned_ranges = [b for b in tracker.blind if b.reason is BlindReason.PINNED]
             assert pinned_ranges
