@@ -93,25 +93,29 @@ class Drain(Generic[T]):
         self._ended = Latch()
         self._running = max(1, min(threads, len(self._pieces) or 1))
         self.error: BaseException | None = None
-        self._threads = [
-            threading.Thread(
-                target=self._run, args=(number > 0,), name=f"uffd-restore-{number}", daemon=True
-            )
-            for number in range(self._running)
-        ]
-        for number, thread in enumerate(self._threads):
+        self._threads = [self._thread(0)]
+        # It starts the others: each start waits until the thread runs, and so would the caller.
+        self._threads[0].start()
+
+    def _thread(self, number: int) -> threading.Thread:
+        return threading.Thread(
+            target=self._run, args=(number,), name=f"uffd-restore-{number}", daemon=True
+        )
+
+    def _start_others(self) -> None:
+        count = self._running
+        for number in range(1, count):
             try:
-                thread.start()
-            except RuntimeError:  # no more threads: those that run do it
-                if not number:
-                    raise
-                with self._lock:
-                    self._running -= len(self._threads) - number
-                    nobody = not self._running
-                del self._threads[number:]
-                if nobody:
-                    self._end()
-                break
+                if not self._stopped:
+                    thread = self._thread(number)
+                    thread.start()
+                    self._threads.append(thread)
+                    continue
+            except (RuntimeError, MemoryError):  # no more threads: those that run do it
+                pass
+            with self._lock:
+                self._running -= count - number
+            break
 
     # Steering
 
@@ -177,16 +181,18 @@ class Drain(Generic[T]):
         with self._lock:
             self._stopped = self._stopped or not self._ended.is_set()
             self._changed.notify_all()
-        for thread in self._threads:
+        for thread in self._threads:  # those that the first one still starts are added
             if thread is not threading.current_thread():
                 thread.join()
 
     # Threads
 
-    def _run(self, steps_back: bool) -> None:
+    def _run(self, number: int) -> None:
         is_gentle = False
         try:
-            while (found := self._next(steps_back)) is not None:
+            if not number:
+                self._start_others()
+            while (found := self._next(steps_back=number > 0)) is not None:
                 job, is_first = found
                 # Whoever touches a page, and the thread that fills it, go before all pieces; but
                 # for what is first somebody waits. A thread that has the interpreter's lock may
@@ -214,7 +220,7 @@ class Drain(Generic[T]):
                 self._fault_count, self._fault_at = count, now
         return now - self._fault_at < _QUIET_S
 
-    def _next(self, steps_back: bool) -> tuple[Callable[[], int], bool] | None:
+    def _next(self, *, steps_back: bool) -> tuple[Callable[[], int], bool] | None:
         """Return what to do now, and whether it was to be first; None at the end."""
         with self._lock:
             while True:
