@@ -7,6 +7,7 @@ names this limit. If the buffer is pinned after the protection, or not pinned, a
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -26,7 +27,7 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd.testing import needs
-from pyuffd.testing._need import Need
+from pyuffd.testing._need import Lack, Need
 from pyuffd.testing._needs import marked, needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE
@@ -36,6 +37,7 @@ FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
 SETUP, ENTER, REGISTER = 425, 426, 427
 REGISTER_BUFFERS, GETEVENTS = 0, 1
 REGISTER_RING_FDS, REGISTERED_RING = 20, 16
+NO_MMAP = 1 << 14
 SQE = "BBHiQQI28x"
 READ_FIXED, READ = 4, 22
 SQES_AT = 0x10000000
@@ -204,6 +206,40 @@ def tracked_in_huge_pages() -> None:
             (pin,) = (b for b in tracker.blind if b.reason is BlindReason.PINNED)
             assert (pin.start, pin.length) == (region.start, region.length)
         ring.close()
+
+
+def queues_of_ones_own() -> None:
+    """The kernel writes what is completed to memory that no buffer is registered of."""
+    with Region.anonymous(4 * PAGE) as region, Region.anonymous(PAGE) as other:
+        region.fill(0)
+        params = bytearray(120)
+        struct.pack_into("I", params, 8, NO_MMAP)
+        struct.pack_into("Q", params, 72, region.start + 2 * PAGE)
+        struct.pack_into("Q", params, 112, region.start)
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = libc.syscall(SETUP, 8, (ctypes.c_char * len(params)).from_buffer(params))
+        if fd < 0:
+            assert ctypes.get_errno() == errno.EINVAL
+            raise Lack(
+                ["io_uring"], "io_uring_setup: IORING_SETUP_NO_MMAP (Linux 6.5) is not known"
+            )
+        with DirtyTracker([region, other]) as tracker:
+            assert any(blind.reason is BlindReason.PINNED for blind in tracker.blind)
+            tracker.collect().commit()
+            os.close(fd)
+            with tracker.collect() as round_:
+                assert round_.unsure.bytes == 5 * PAGE, "it was pinned as the last round ended"
+                round_.commit()
+            with tracker.collect() as round_:
+                assert not round_.unsure
+        with DirtyTracker(region) as tracker:
+            assert not any(blind.reason is BlindReason.PINNED for blind in tracker.blind)
+
+
+@needs(Feature.WP_ASYNC)
+@needs_io_uring()
+def test_queues_in_memory_of_ones_own_are_noticed() -> None:
+    run_child(queues_of_ones_own)
 
 
 @needs(Feature.WP_ASYNC)

@@ -6,8 +6,8 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from pyuffd import _remote_calls as calls
@@ -58,11 +58,14 @@ def look(pid: int) -> Pinned:
 
     A ring may have no descriptor: io_uring_register(2) can give it a number instead. Then the whole
     address space may be pinned, if the kernel counts more pages than the other rings have.
+    So it may if the queues of a ring are in the program's memory (IORING_SETUP_NO_MMAP), which the
+    kernel pins and writes.
 
     A direct read (O_DIRECT, or a FUSE file system's choice) pins its buffer for as long as it
     lasts. Those of io_submit(2) and of io_uring are listed nowhere.
     """
     pinners = calls.pinners(pid)
+    rings = cache(lambda: _mapped_rings(pid))
     found: dict[tuple[int, int], Pin] = {}
     queue = ""
     for fd in pinners.fds:
@@ -77,6 +80,9 @@ def look(pid: int) -> Pinned:
             text = _ring(pid, fd)
             for pin in _buffers(text, fd):
                 found.setdefault((pin.start, pin.end), pin)
+            if text and _inode(pid, fd) not in rings():
+                detail = f"io_uring, descriptor {fd}, has its queues in memory of the program's own"
+                found.setdefault(_EVERYTHING, Pin(*_EVERYTHING, detail))
             if _has_requests(text) and (pinners.direct_fd >= 0 or _has_files(text)):
                 queue = f"requests of io_uring, descriptor {fd}, may be under way"
     if hidden := _hidden(pid, found):
@@ -121,12 +127,20 @@ def _counted(pid: int) -> int:
 
 def _has_hidden_ring(pid: int) -> bool:
     """Return whether a ring is mapped that no descriptor is of; each has an inode of its own."""
-    shown: set[int] = set()
-    for fd in calls.pinners(pid).fds:
-        with suppress(OSError):
-            shown.add(os.stat(f"/proc/{pid}/fd/{fd}").st_ino)
-    mapped = {vma.inode for vma in _mapped(pid) if vma.path == _RING}
-    return bool(mapped - shown)
+    return bool(_mapped_rings(pid) - {_inode(pid, fd) for fd in calls.pinners(pid).fds})
+
+
+def _inode(pid: int, fd: int) -> int:
+    """Return the inode of an open file, or 0."""
+    try:
+        return os.stat(f"/proc/{pid}/fd/{fd}").st_ino
+    except OSError:  # closed since
+        return 0
+
+
+def _mapped_rings(pid: int) -> set[int]:
+    """Return the inodes of rings whose queues the kernel has allocated."""
+    return {vma.inode for vma in _mapped(pid) if vma.path == _RING}
 
 
 def _is_mapped(pid: int, path: str) -> bool:
