@@ -38,6 +38,8 @@ KERNEL_ADDRESS = 1 << 63
 LAYOUT = Feature.EVENT_REMOVE
 NOTHING = Feature(0)
 DATA = b"\x5a"
+GAP = 0x100000  # nothing is mapped there
+MODE_WP = 2  # of COPY and CONTINUE
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def _ok(ctx: Context, op: Op) -> None:
     if op is POISON:
         ctx.expect_pagemap(target.start, "----?" if ctx.memory.is_hugetlb else "-S--?")
         return
-    ctx.expect_pagemap(target.start, "P????")
+    is_the_files = ctx.memory.shared or op is CONTINUE
+    ctx.expect_pagemap(target.start, "P-F-?" if is_the_files else "P---?")
     seen = ctx.silently(ctx.read, target.start, 8)
     ctx.expect("bytes", seen, bytes(8) if op is ZEROPAGE else DATA * 8)
 
@@ -248,7 +251,13 @@ def orphan(ctx: Context, child: Child) -> int:
 
 def _owner_gone(ctx: Context, op: Op) -> None:
     target = Target(ctx, op)
-    target.expect(errno.ESRCH, 0, uffd=orphan(ctx, ctx.fork()))
+    child = ctx.fork()
+    assert child.uffd is not None
+    # Neither a call that works nor one that fails may keep its memory when it has ended.
+    fd = child.uffd.fileno()
+    target.expect(0, ctx.page, uffd=fd)
+    target.expect(errno.EEXIST, -errno.EEXIST, uffd=fd)
+    target.expect(errno.ESRCH, 0, uffd=orphan(ctx, child))
 
 
 _TOLD = (
@@ -343,6 +352,54 @@ def _add(op: Op, condition: Condition) -> None:
 for _op in OPS:
     for _condition in _CONDITIONS:
         _add(_op, _condition)
+
+
+# What a call that fails must have let go of: the locks that layout changes, and others, wait for
+
+
+def _failures(ctx: Context, op: Op, target: Target) -> list[int]:
+    """Make calls that fail in as many ways as there are; return their errnos."""
+    page = ctx.page
+    calls = [(0, page, 0, target.source + page), (2 * page, 2 * page, 0, target.source)]
+    if ctx.memory.is_hugetlb:
+        calls.append((page, SMALL_PAGE, 0, target.source))
+    if op in (COPY, MOVE):
+        calls.append((page, page, 0, GAP))
+    if op in (COPY, CONTINUE):
+        calls.append((page, page, MODE_WP, target.source))
+    found = []
+    for at, length, mode, source in calls:
+        answer = target.call(at=at, length=length, mode=mode, source=source)
+        found.append(answer.errno)
+    return found
+
+
+def _add_lets_go(op: Op) -> None:
+    def run(ctx: Context) -> None:
+        target = Target(ctx, op, 3, registered=2)
+        target.expect(0, ctx.page)
+        seen = _failures(ctx, op, target)
+        ctx.expect("calls that succeed", seen.count(0), 0)
+        # Each of these waits for a lock that the calls have held.
+        other = ctx.make(1, "anon")
+        ctx.uffd.register(other, mode=RegisterMode.MISSING)
+        dropping = ctx.start(other.madvise, mmap.MADV_DONTNEED)
+        ctx.expect_event(Remove)
+        dropping.result()
+        protecting = ctx.start(_memory.mprotect, target.start, target.region.length, mmap.PROT_READ)
+        protecting.result()
+
+    case(
+        f"UFFDIO_{op.name}.ok.lets-go-after-errors",
+        summary="After calls that fail in every way the layout can change, which waits for locks",
+        origin="mm/userfaultfd.c: up_read(&ctx->map_changing_lock), uffd_mfill_unlock",
+        memory=op.memory,
+        features=lambda kind: op.features(kind) | LAYOUT,
+    )(run)
+
+
+for _op in OPS:
+    _add_lets_go(_op)
 
 
 # Beyond the end of the file

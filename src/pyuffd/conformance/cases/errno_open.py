@@ -11,6 +11,7 @@ import mmap
 import os
 import select
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
@@ -21,6 +22,7 @@ from pyuffd.conformance._context import WAIT_S, Child, Context
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANY
+from pyuffd.regions import Region
 from pyuffd.testing import _opening
 from pyuffd.testing._need import needs, needs_device, needs_kernel_faults, needs_privilege
 
@@ -29,6 +31,9 @@ FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 SYS_READ, SYS_OPEN, SYS_IOCTL, SYS_SETRESUID = 0, 2, 16, 117
 SYS_PRLIMIT64, SYS_USERFAULTFD = 302, 323
 RLIMIT_NOFILE = 7
+SYS_CAPGET, SYS_CAPSET, SYS_UNSHARE = 125, 126, 272
+CAPABILITY_VERSION_3, CAP_SYS_PTRACE, MASK_32 = 0x20080522, 19, 0xFFFFFFFF
+CLONE_NEWUSER = 0x10000000
 NOBODY = 65534
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 UNKNOWN_FLAG = 1 << 1
@@ -291,6 +296,73 @@ def api_event_fork(ctx: Context) -> None:
     argument.write(0, struct.pack("=3Q", API, 0, 0))
     seen = child.syscall(SYS_IOCTL, fd, _raw.request("API"), argument.start)
     ctx.expect("UFFDIO_API without it", seen, 0)
+
+
+# Which privilege it is
+
+
+def _capset(ctx: Context, child: Child, argument: Region, effective: int) -> None:
+    """Leave a child these capabilities, of those it has."""
+    header, data = argument.start, argument.start + 8
+    argument.write(0, struct.pack("=2I", CAPABILITY_VERSION_3, 0))
+    ctx.expect("capget", child.syscall(SYS_CAPGET, header, data), 0)
+    found = list(struct.unpack("=6I", argument.read(8, 24)))
+    for half in range(2):  # effective, permitted and inheritable of each
+        found[3 * half] = found[3 * half + 1] & effective >> 32 * half & MASK_32
+    argument.write(8, struct.pack("=6I", *found))
+    ctx.expect("capset", child.syscall(SYS_CAPSET, header, data), 0)
+
+
+def _only_ptrace(ctx: Context, child: Child, argument: Region) -> None:
+    _capset(ctx, child, argument, 1 << CAP_SYS_PTRACE)
+
+
+def _all_but_ptrace(ctx: Context, child: Child, argument: Region) -> None:
+    _capset(ctx, child, argument, ~(1 << CAP_SYS_PTRACE))
+
+
+def _user_namespace(ctx: Context, child: Child, _: Region) -> None:
+    if code := child.syscall(SYS_UNSHARE, CLONE_NEWUSER):
+        ctx.lack("user-namespaces", f"unshare: {errno.errorcode.get(-code, code)}")
+
+
+def _add_privilege(
+    name: str, text: str, become: Callable[[Context, Child, Region], None], *, suffices: bool
+) -> None:
+    def run(ctx: Context) -> None:
+        argument = ctx.make(1, "shmem")
+        child = ctx.fork_only()
+        become(ctx, child, argument)
+        fd = child.syscall(SYS_USERFAULTFD, FLAGS)
+        allowed = suffices or SYSCTL.read_text().strip() == "1"
+        ctx.expect("userfaultfd", min(fd, 0), 0 if allowed else -errno.EPERM)
+        fd = child.syscall(SYS_USERFAULTFD, FLAGS | USER_MODE_ONLY)
+        if fd < 0:
+            ctx.lack("user-mode-only", f"userfaultfd: {errno.errorcode.get(-fd, fd)}")
+        argument.write(0, struct.pack("=3Q", API, Feature.EVENT_FORK, 0))
+        seen = child.syscall(SYS_IOCTL, fd, _raw.request("API"), argument.start)
+        ctx.expect("UFFDIO_API with EVENT_FORK", seen, 0 if suffices else -errno.EPERM)
+
+    case(
+        f"userfaultfd.{'ok' if suffices else 'EPERM'}.{name}",
+        summary=f"A process with {text} {'may' if suffices else 'may not'} handle faults of the"
+        " kernel, or have EVENT_FORK",
+        origin="fs/userfaultfd.c: capable(CAP_SYS_PTRACE)",
+        memory=ANY,
+        needs=[needs_privilege("CAP_SYS_PTRACE"), needs(Feature.EVENT_FORK)],
+    )(run)
+
+
+_add_privilege("only-ptrace", "CAP_SYS_PTRACE and no other capability", _only_ptrace, suffices=True)
+_add_privilege(
+    "all-but-ptrace", "every capability but CAP_SYS_PTRACE", _all_but_ptrace, suffices=False
+)
+_add_privilege(
+    "user-namespace",
+    "every capability in a user namespace of its own",
+    _user_namespace,
+    suffices=False,
+)
 
 
 @case("UFFDIO_API.ok.reply", origin="UFFDIO_API(2const): DESCRIPTION", memory=ANY)

@@ -24,13 +24,14 @@ from pyuffd.conformance._types import (
     missing_features,
     missing_wp_features,
 )
-from pyuffd.conformance.cases.errno_fill import KERNEL_ADDRESS, orphan
+from pyuffd.conformance.cases.errno_fill import GAP, KERNEL_ADDRESS, orphan
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 
 LIMIT = 1 << 64
 SYS_MEMFD_SECRET = 447
 MFD_ALLOW_SEALING, F_SEAL_FUTURE_WRITE = 2, 0x10
+MAP_DROPPABLE = 0x08
 TMPFS = 0x01021994
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
@@ -180,7 +181,14 @@ def owner_gone(ctx: Context) -> None:
     """The process has ended: ENOMEM here and from UNREGISTER, and WAKE finds nobody."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
-    fd = orphan(ctx, ctx.fork())
+    child = ctx.fork()
+    assert child.uffd is not None
+    # No call, whether it works or fails, may keep the memory when its owner has ended.
+    own = child.uffd.fileno()
+    for start, code in ((region.start, 0), (GAP, errno.EINVAL)):
+        _expect(ctx, code, "REGISTER", start, ctx.page, MISSING, uffd=own)
+        _expect(ctx, code, "UNREGISTER", start, ctx.page, uffd=own)
+    fd = orphan(ctx, child)
     _expect(ctx, errno.ENOMEM, "REGISTER", region.start, ctx.page, MISSING, uffd=fd)
     _expect(ctx, errno.ENOMEM, "UNREGISTER", region.start, ctx.page, uffd=fd)
     _expect(ctx, 0, "WAKE", region.start, ctx.page, uffd=fd)
@@ -207,6 +215,23 @@ def memfd_secret(ctx: Context) -> None:
     address = _map_file(ctx, READ_WRITE, mmap.MAP_SHARED, fd)
     ctx.open()
     for mode in (1, 2, 4):
+        _expect(ctx, errno.EINVAL, "REGISTER", address, SMALL_PAGE, mode)
+
+
+@case(
+    "UFFDIO_REGISTER.EINVAL.droppable",
+    origin="include/linux/userfaultfd_k.h: vma_can_userfault, VM_DROPPABLE",
+    memory=ANY,
+    features=Feature.WP_ASYNC,
+)
+def droppable(ctx: Context) -> None:
+    """Memory that the kernel may drop at any time (MAP_DROPPABLE) cannot be registered."""
+    try:
+        address = _map_file(ctx, READ_WRITE, MAP_DROPPABLE | mmap.MAP_ANONYMOUS, -1)
+    except OSError as error:
+        ctx.lack("MAP_DROPPABLE", f"mmap: {error.strerror}")
+    ctx.open()
+    for mode in range(1, 8):
         _expect(ctx, errno.EINVAL, "REGISTER", address, SMALL_PAGE, mode)
 
 

@@ -227,7 +227,12 @@ def _with_fork(memory: MemoryType) -> Feature:
 def owner_gone(ctx: Context) -> None:
     """The process has ended."""
     region = _region(ctx)
-    _expect(ctx, errno.ESRCH, region.start, ctx.page, ON, uffd=orphan(ctx, ctx.fork()))
+    child = ctx.fork()
+    assert child.uffd is not None
+    fd = child.uffd.fileno()
+    _expect(ctx, 0, region.start, ctx.page, ON, uffd=fd)
+    _expect(ctx, errno.ENOENT, region.start + region.length, ctx.page, ON, uffd=fd)
+    _expect(ctx, errno.ESRCH, region.start, ctx.page, ON, uffd=orphan(ctx, child))
 
 
 @case(

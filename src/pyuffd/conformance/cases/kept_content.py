@@ -20,7 +20,9 @@ from pyuffd.conformance._spec import NO_FEATURE
 from pyuffd.conformance._types import missing_features, wp_features
 from pyuffd.conformance._wp import (
     DATA,
+    HOLE,
     MISSING_READ,
+    MISSING_WRITE,
     READ_WRITE,
     UNPROTECT,
     WRITTEN,
@@ -163,7 +165,33 @@ def cold_numbered(ctx: Context) -> None:
         ctx.release()
 
 
-# Memory that nobody has written
+# Pages without content of their own
+
+
+@case(
+    "fault.missing.freed",
+    origin="mm/rmap.c: try_to_unmap_one, of what MADV_FREE has made clean",
+    memory=("anon",),
+    features=lambda memory: missing_features(memory) | wp_features(memory),
+    needs=[needs_swap()],
+)
+def freed(ctx: Context) -> None:
+    """A page that MADV_FREE lets reclaim drop, protected or not, is missing afterwards."""
+    in_one_place(ctx)
+    region = ctx.make(2)
+    region.advise_thp(False)
+    region.fill(DATA)
+    ctx.register(region, MISSING | WP)
+    ctx.uffd.writeprotect(region.start, ctx.page)
+    region.madvise(mmap.MADV_FREE)
+    page_out(ctx, region)
+    for at in (region.start, region.start + ctx.page):
+        ctx.expect_pagemap(at, HOLE)
+        writing = ctx.start(ctx.write, at, bytes([WRITTEN]))
+        expect_fault(ctx, writing, MISSING_WRITE, at)
+        ctx.uffd.copy(at, bytes([DATA]) * ctx.page)
+        ctx.expect("the write", writing.result(), None)
+        ctx.expect_quiet()
 
 
 @case("fault.missing.execute", origin="arch/x86/mm/fault.c", features=missing_features)

@@ -24,6 +24,7 @@ from pyuffd.conformance._types import (
     ALL,
     ANY,
     FILE,
+    HUGETLB,
     SHARED,
     minor_features,
     missing_features,
@@ -193,6 +194,11 @@ def _unregister(ctx: Context, region: Region, _: int) -> None:
     ctx.uffd.unregister(region)
 
 
+def _replace_and_register(ctx: Context, region: Region, _: int) -> None:
+    _replace(region)
+    ctx.uffd.register(region.start, region.length, mode=MISSING)
+
+
 def _fill(ctx: Context, region: Region, at: int) -> None:
     ctx.uffd.copy(region.start + at, bytes([WRITTEN]) * ctx.page)
 
@@ -214,6 +220,9 @@ def _begin_event(ctx: Context, _: Region, __: int) -> None:
 TURNS = (
     Turn("unmapped", "other memory", errno.ENOENT, lambda _, region, __: _replace(region)),
     Turn("unregistered", "not registered", errno.ENOENT, _unregister),
+    Turn(
+        "other-kind", "other memory, registered, too", errno.ENOENT, _replace_and_register, HUGETLB
+    ),
     Turn("filled", "there", errno.EEXIST, _fill),
     Turn("in-file", "in the file", errno.EEXIST, _fill_file, SHARED),
     Turn("layout-changing", "in a changing layout", errno.EAGAIN, _begin_event),

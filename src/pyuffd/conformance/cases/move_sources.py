@@ -102,6 +102,23 @@ def _read_only_and_back(ctx: Context, source: Region) -> int:
     return NEW
 
 
+def _copied(ctx: Context, source: Region) -> int:
+    ctx.uffd.register(source, mode=RegisterMode.MISSING)
+    ctx.uffd.copy(source.start, bytes([NEW]) * ctx.page)
+    ctx.uffd.unregister(source)
+    return NEW
+
+
+def _forked_and_written(ctx: Context, source: Region) -> int:
+    source.madvise(mmap.MADV_DOFORK)
+    source.fill(OLD)
+    child = ctx.fork()
+    source.fill(NEW)
+    ctx.expect("byte in the child", child.read(source.start, 1), bytes([OLD]))
+    source.madvise(mmap.MADV_DONTFORK)
+    return NEW
+
+
 SWAP = (needs_swap(),)
 STATES = (
     State("written", "that was written", _written),
@@ -114,6 +131,8 @@ STATES = (
     ),
     State("written-in-swap", "that came back from swap by a write", _written_in_swap, SWAP),
     State("written-twice", "that was written after its second time in swap", _written_twice, SWAP),
+    State("copied", "that COPY brought", _copied),
+    State("forked-and-written", "that was written after a fork shared it", _forked_and_written),
     State("cold", "that is to be reclaimed soon", _cold),
     State("read-only-and-back", "that was read-only for a while", _read_only_and_back),
 )

@@ -103,10 +103,6 @@ def _map_rest(start: int) -> None:
     _memory.mmap(PART - SMALL_PAGE, READ_WRITE, flags, -1, 0, start + SMALL_PAGE)
 
 
-def _gap(_: Context, start: int) -> None:
-    _memory.munmap(start, PART)
-
-
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 HUGE = (needs_hugepages(2),)
 PARTS = (
@@ -205,6 +201,26 @@ def across_gap(ctx: Context) -> None:
     ctx.uffd.unregister(region)
     for at in (first, last):
         ctx.expect("VmFlags", vm_flags(at), set())
+
+
+@case("UFFDIO_REGISTER.ok.between-gaps", origin=ORIGIN, features=missing_features)
+def between_gaps(ctx: Context) -> None:
+    """A range with a gap at its beginning, and one at its end, is registered between them."""
+    region = ctx.make(4)
+    pages = [region.start + index * ctx.page for index in range(4)]
+    hold = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    for at in (pages[0], pages[3]):
+        _memory.munmap(at, ctx.page)
+        ctx.callback(_memory.mmap, ctx.page, PROT_NONE, hold, -1, 0, at)
+    ctx.register(region, MISSING)
+    ctx.expect("VmFlags", [vm_flags(at) for at in pages[1:3]], [{"um"}] * 2)
+    for at in pages[1:3]:
+        reading = ctx.start(ctx.read, at)
+        expect_fault(ctx, reading, MISSING_READ, at)
+        ctx.uffd.copy(at, bytes([DATA]) * ctx.page)
+        ctx.expect("byte", reading.result(), bytes([DATA]))
+    ctx.uffd.unregister(region)
+    ctx.expect("VmFlags", [vm_flags(at) for at in pages[1:3]], [set()] * 2)
 
 
 @case("UFFDIO_REGISTER.ok.fills-the-gap", origin=ORIGIN, features=missing_features)

@@ -86,8 +86,13 @@ def owner_gone(ctx: Context) -> None:
     region = written(ctx, PAGES)
     child = ctx.fork_only()
     fd = _pagemap(ctx, child.pid)
-    child.close()
     page = ctx.make(1, "anon")
+    # Neither a scan that works nor one that fails may keep its memory when it has ended.
+    for end, seen in ((end_of(region), 0), (0, -errno.EFAULT)):
+        page.write(0, _argument(region.start, end, 0, 0))
+        result = syscall(SYS_IOCTL, fd, PAGEMAP_SCAN, page.start)
+        ctx.expect("result while it lives", min(result, 0), seen)
+    child.close()
     page.write(0, _argument(region.start, end_of(region), 0, 0))
     ctx.expect("result", syscall(SYS_IOCTL, fd, PAGEMAP_SCAN, page.start), -errno.ESRCH)
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import errno
 import mmap
+import signal
 
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._thp import mapped_huge
-from pyuffd.conformance._types import ANON, minor_features, missing_features, wp_features
+from pyuffd.conformance._types import (
+    ANON,
+    minor_features,
+    missing_features,
+    poison_features,
+    wp_features,
+)
 from pyuffd.conformance._wp import (
     DATA,
     HOLE,
@@ -21,6 +28,7 @@ from pyuffd.conformance._wp import (
     expect_read,
     expect_silent_write,
     expect_write_fault,
+    marker_features,
     page_out,
 )
 from pyuffd.pagemap import Pagemap
@@ -248,6 +256,52 @@ def collapse_swapped(ctx: Context) -> None:
     ctx.expect("bit", ctx.is_protected(at), True)
     expect_read(ctx, at, DATA)
     expect_write_fault(ctx, at)
+
+
+@case(
+    "thp.collapse.protected-hole",
+    origin="mm/khugepaged.c: hpage_collapse_scan_pmd, pte_swp_uffd_wp_any",
+    memory=ANON,
+    features=marker_features,
+    needs=[needs_thp()],
+)
+def collapse_marker(ctx: Context) -> None:
+    """A protected hole keeps MADV_COLLAPSE (EINVAL) away, and stays protected."""
+    _expect_collapse(ctx)
+    region = _small(ctx)
+    ctx.register(region, RegisterMode.WP)
+    at = region.start + ctx.page
+    region.madvise(mmap.MADV_DONTNEED, ctx.page, ctx.page)
+    ctx.uffd.writeprotect(at, ctx.page)
+    ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
+    ctx.expect_pagemap(at, MARKER["anon"])
+    expect_read(ctx, at, 0)
+    expect_write_fault(ctx, at)
+
+
+@case(
+    "thp.collapse.poison-stays",
+    origin="mm/khugepaged.c: hpage_collapse_scan_pmd, __collapse_huge_page_swapin",
+    memory=ANON,
+    features=poison_features,
+    needs=[needs_thp()],
+)
+def collapse_poison(ctx: Context) -> None:
+    """MADV_COLLAPSE over a poisoned page fails, and the poison stays."""
+    _expect_collapse(ctx)
+    region = _small(ctx)
+    ctx.register(region, RegisterMode.MISSING)
+    at = region.start + ctx.page
+    region.madvise(mmap.MADV_DONTNEED, ctx.page, ctx.page)
+    ctx.uffd.poison(at, ctx.page)
+    try:
+        region.madvise(MADV_COLLAPSE)
+    except OSError as error:
+        ctx.note(f"MADV_COLLAPSE: {error}")
+    ctx.expect("bytes mapped huge", mapped_huge(region.start), 0)
+    seen = ctx.silently(ctx.read, at)
+    ctx.expect("signal of a read", getattr(seen, "number", None), signal.SIGBUS)
+    expect_read(ctx, region.start, DATA)
 
 
 # Holes of memory registered for missing faults

@@ -211,7 +211,7 @@ def _add(resolver: Resolver) -> None:
         origin=origin,
         memory=resolver.memory,
         features=resolver.features,
-    )(lambda ctx: _run(ctx, resolver, 3, range(1, 2)))
+    )(lambda ctx: _run(ctx, resolver, 3, range(1, 2), -1))
     case(
         f"{resolver.name}.ok.two-of-four-wake",
         summary="Of four neighbours one call for the two in the middle wakes exactly those",
