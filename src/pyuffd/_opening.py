@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 
 from pyuffd import lowlevel
-from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
+from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl, RegisterMode
 from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd._owned import Descriptor
 
@@ -33,6 +34,19 @@ def open_uffd(flags: int) -> Descriptor:
     code, by_device = (error.errno or errno.EPERM for error in refusals)
     hint = _refusals.hint(code, by_device, privilege_would_do=_would_with_privilege(flags))
     raise_errno("userfaultfd", code, hint=hint)
+
+
+def register_for_a_moment(spans: Iterable[tuple[int, int]]) -> None:
+    """Register and unregister ranges (start, length); RangeBusyError: another userfaultfd has one.
+
+    A userfaultfd that cannot be opened raises what `open_uffd` does.
+    """
+    with open_uffd(os.O_CLOEXEC | USER_MODE_ONLY) as descriptor:
+        uffd = descriptor.number
+        lowlevel.api(uffd, 0)
+        for start, length in spans:
+            lowlevel.register(uffd, start, length, RegisterMode.MISSING)
+            lowlevel.unregister(uffd, start, length)
 
 
 def _would_with_privilege(flags: int) -> bool:

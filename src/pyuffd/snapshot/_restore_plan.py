@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
-from pyuffd import lowlevel
-from pyuffd._abi import USER_MODE_ONLY, RegisterMode
 from pyuffd._arguments import check_int, shown
 from pyuffd._errors import UffdPermissionError, UnsupportedFeatureError
-from pyuffd._opening import open_uffd
+from pyuffd._opening import register_for_a_moment
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._content import Files, Placed, chain_of
@@ -66,17 +64,9 @@ def check_empty(placed: Sequence[Placed]) -> None:
 
 def check_not_registered(placed: Sequence[Placed]) -> None:
     """Raise RangeBusyError for memory that a handler or a tracker has: a new mapping ends that."""
-    try:
-        descriptor = open_uffd(os.O_CLOEXEC | USER_MODE_ONLY)
-    except (UffdPermissionError, UnsupportedFeatureError):
-        return  # none can be opened here, so this process has none
-    with descriptor:
-        uffd = descriptor.number
-        lowlevel.api(uffd, 0)
-        for each in placed:
-            start, length = each.region.start, each.region.length
-            lowlevel.register(uffd, start, length, RegisterMode.MISSING)
-            lowlevel.unregister(uffd, start, length)
+    spans = [(each.region.start, each.region.length) for each in placed]
+    with suppress(UffdPermissionError, UnsupportedFeatureError):
+        register_for_a_moment(spans)
 
 
 def choose(placed: Sequence[Placed], files: Files, options: Options) -> tuple[UsedMode, str]:
