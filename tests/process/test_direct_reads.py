@@ -20,6 +20,7 @@ import pytest
 
 from pyuffd import BlindReason, DirtyTracker, Feature, PageRanges, Process, Region, Snapshot
 from pyuffd.snapshot import _capture
+from pyuffd.snapshot._capture import Used
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
@@ -27,6 +28,7 @@ from tests._memory import PAGE
 from tests.kernel._mounts import mounted
 from tests.kernel.test_pinned_buffers import SQE, Ring, needs_io_uring
 from tests.process._hung_files import FUSE, Server, connect
+from tests.process.test_snapshot import take
 
 LIMIT_S = 0.5 * SCALE
 POLL_ADD, TIMEOUT = 6, 11
@@ -148,6 +150,62 @@ def in_a_snapshot(folder: str) -> None:
 def test_a_snapshot_has_what_was_read_meanwhile(tmp_path: Path) -> None:
     """By precopy: a round copies the page while the read is under way, and no thread writes it."""
     run_child(in_a_snapshot, str(tmp_path))
+
+
+FIXED_PAGES = 1024
+
+
+def fixed_target() -> None:
+    """Read two pages into the end of a fixed buffer whenever it is told to."""
+    with Region.anonymous(FIXED_PAGES * PAGE) as region, tempfile.TemporaryFile() as file:
+        region.fill(1)
+        file.write(b"\x55" * 2 * PAGE)
+        file.flush()
+        ring = Ring()
+        ring.pin(region)
+        print(region.start, flush=True)
+        for _ in sys.stdin:
+            at = region.start + region.length - 2 * PAGE
+            print(ring.read(file.fileno(), at, 2 * PAGE, fixed=True), flush=True)
+        ring.close()
+
+
+@needs_privilege("CAP_SYS_PTRACE")
+@needs_io_uring()
+@pytest.mark.parametrize("method", ["cow", "precopy"])
+def test_fixed_buffers_are_of_the_instant(
+    method: Used, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel writes to them without a fault: they are copied in the stop."""
+    popen = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import fixed_target; fixed_target()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+    def at(name: str) -> None:
+        if name == "resumed":
+            assert popen.stdin is not None
+            assert popen.stdout is not None
+            popen.stdin.write("\n")
+            popen.stdin.flush()
+            assert int(popen.stdout.readline()) == 2 * PAGE
+
+    try:
+        assert popen.stdout is not None
+        start = int(popen.stdout.readline())
+        with Process(popen.pid) as process:
+            monkeypatch.setattr(_capture, "barrier", at)
+            # The sweep comes to the end of the buffer after a quarter of a second.
+            take(process, tmp_path / "1", method=method, rate=16 << 20)
+            with Snapshot.open(tmp_path / "1") as snapshot:
+                content = snapshot.read(start, FIXED_PAGES * PAGE)
+            assert content[::PAGE] == b"\1" * FIXED_PAGES
+    finally:
+        popen.kill()
+        popen.communicate()
 
 
 def queued(by: str) -> None:

@@ -89,9 +89,10 @@ def test_marks_are_looked_for_where_content_is(
         scans.append(len(self))
         return scan_apart(self, *arguments, **options)
 
-    def noted(process: Process, swapped: PageRanges) -> PageRanges:
-        looked.append(swapped.bytes)
-        return marks(process, swapped)
+    def noted(process: Process, swapped: PageRanges, *, doubtful: bool = False) -> PageRanges:
+        if not doubtful:  # that is before the stop
+            looked.append(swapped.bytes)
+        return marks(process, swapped, doubtful=doubtful)
 
     monkeypatch.setattr(_own_pages, "marks", noted)
     monkeypatch.setattr(calls.Pieces, "scan_apart", scanned)

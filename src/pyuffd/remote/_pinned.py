@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -100,6 +101,16 @@ def look(pid: int) -> Pinned:
     return Pinned(pins, running > 0 and pinners.direct_fd >= 0)
 
 
+def fixed_buffers(pid: int) -> list[Pin]:
+    """Return the fixed buffers of io_uring that are listed, also of a process that stands."""
+    found: list[Pin] = []
+    for fd in calls.pinners(pid).fds:
+        with suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{fd}") == _RING:
+                found += _buffers(_ring(pid, fd, attempts=3), fd)
+    return [pin for pin in found if (pin.start, pin.end) != _EVERYTHING]
+
+
 def _hidden(pid: int, found: Iterable[tuple[int, int]]) -> str:
     """Say how much is pinned by what no descriptor shows; an empty string if nothing is."""
     counted = _counted(pid)
@@ -155,10 +166,10 @@ def _mapped(pid: int) -> list[_vmas.Vma]:
         return []
 
 
-def _ring(pid: int, fd: int) -> str:
+def _ring(pid: int, fd: int, attempts: int = _ATTEMPTS) -> str:
     """Return what fdinfo says about a ring; it says nothing while a request is taken from it."""
     text = ""
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(attempts):
         try:
             with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as lines:
                 text = lines.read()

@@ -13,11 +13,12 @@ from pyuffd import _image_calls as calls
 from pyuffd import _saver_calls as saver_calls
 from pyuffd._abi import Feature
 from pyuffd._errors import SnapshotError, StopTimeoutError, raise_errno
-from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
+from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, round_up
 from pyuffd._saver_calls import Saver
 from pyuffd.dirty import _rows
 from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
+from pyuffd.remote import _pinned
 from pyuffd.remote import _stop as stopping
 from pyuffd.remote._process import Process
 from pyuffd.snapshot import _own_pages
@@ -94,6 +95,8 @@ class _Cow:
         self._touched = ranges.NO_RANGES
         # What of it was not only written.
         self._changed = ranges.NO_RANGES
+        # Fixed buffers of io_uring, which the kernel writes without a fault.
+        self._fixed = ranges.NO_RANGES
         # Where only populated pages are protected: see `_rows.chosen_track`.
         self._sparse = ranges.NO_RANGES
 
@@ -232,7 +235,9 @@ class _Cow:
             mappings = process.mappings()
             layout = result.layout = self._layout_of(mappings)
             parts = [part for part in layout if _is_protected(part)]
-            owed = self._owed(parts)
+            if len(self._fixed):
+                self._fixed = ranges.union(self._fixed, self._fixed_buffers())
+            owed = ranges.subtract(self._owed(parts), self._fixed)
             others = self._others(layout, parts)
             if any(part.whole for part in layout):
                 until_s = math.inf  # it was agreed that shared memory is copied in the stop
@@ -287,8 +292,11 @@ class _Cow:
         for _ in range(ATTEMPTS):
             begin = time.perf_counter()
             layout = self._layout_of(self._process.mappings())
+            self._fixed = self._fixed_buffers()
             rest = [part for part in layout if not _is_protected(part)]
             found = content(self._process, rest, pieces_of(rest))
+            spans = _packed((part.start, part.end) for part in layout if _is_protected(part))
+            found = ranges.union(found, self._fixed_content(spans))
             seconds = time.perf_counter() - begin
             agreed = _packed((part.start, part.end) for part in rest if part.whole)
             size = PageRanges(ranges.subtract(found, agreed)).bytes
@@ -310,7 +318,18 @@ class _Cow:
         found = content(self._process, rest, pieces_of(rest))
         spans = _packed((part.start, part.end) for part in parts)
         refused = ranges.subtract(spans, self._registered)
-        return ranges.union(found, own_content(self._process, EVERYWHERE, within=refused))
+        found = ranges.union(found, own_content(self._process, EVERYWHERE, within=refused))
+        return ranges.union(found, self._fixed_content(spans))
+
+    def _fixed_buffers(self) -> memoryview:
+        return _packed(
+            (pin.start - pin.start % PAGE_SIZE, round_up(pin.end, PAGE_SIZE))
+            for pin in _pinned.fixed_buffers(self._process.memory_tid)
+        )
+
+    def _fixed_content(self, spans: memoryview) -> memoryview:
+        fixed = ranges.intersect(spans, self._fixed)
+        return own_content(self._process, EVERYWHERE, within=fixed) if len(fixed) else fixed
 
     # Behind it
 
