@@ -5,6 +5,7 @@ What a value must be besides that, aligned for example, is known where it is use
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sized
 from operator import index
@@ -143,7 +144,12 @@ def check_descriptor(name: str, value: object) -> int:
             raise TypeError(
                 f"{name} must be a path, a descriptor or an open file, not {shown(value)}"
             )
-        value = fileno()
+        try:
+            value = fileno()
+        except io.UnsupportedOperation as error:
+            raise TypeError(
+                f"{name}: {shown(value)} has no descriptor: pass its content"
+            ) from error
     return check_int(name, value, 0, FD_LIMIT)
 
 

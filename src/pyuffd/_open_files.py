@@ -74,8 +74,11 @@ def read_stream(reader: Reader, stream: object, target: memoryview, address: int
     """
     done, length = 0, len(target)
     while done < length:
+        rest = target[done:]
         try:
-            n = reader(target[done:])
+            n = reader(rest)
+            if n is not None and not 0 <= n <= len(rest):
+                raise ValueError(f"{shown(stream)} returned {n} for a buffer of {len(rest)} bytes")
         except Exception as error:
             raise UffdOSError(_errno_of(error), "read", address, length, completed=done) from error
         if n == 0:

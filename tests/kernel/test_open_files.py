@@ -28,6 +28,7 @@ from pyuffd import (
     FileSource,
     Handler,
     OverlaySource,
+    PageState,
     Region,
     UffdOSError,
     Userfaultfd,
@@ -220,6 +221,14 @@ class Broken(io.RawIOBase):
         raise EOFError("compressed data ended")
 
 
+class Miscounting(io.RawIOBase):
+    def __init__(self, more: int) -> None:
+        self.more = more
+
+    def readinto(self, buffer: Any) -> int:
+        return self.more if self.more < 0 else len(buffer) + self.more
+
+
 @needs(TRACKING)
 def test_streams_that_fail() -> None:
     ours, theirs = socket.socketpair()
@@ -241,6 +250,24 @@ def test_streams_that_fail() -> None:
         assert isinstance(broken.value.__cause__, EOFError)
         with pytest.raises(TypeError, match="a StringIO cannot be read into memory"):
             handler.fill(region, 0, io.StringIO("text"), PAGE)
+        for more in (-1, 1):
+            with pytest.raises(UffdOSError) as wrong:
+                handler.fill(region, 0, Miscounting(more), PAGE)
+            assert wrong.value.errno == errno.EIO
+            assert isinstance(wrong.value.__cause__, ValueError)
+        assert handler.page_states(region)[0] == PageState.ABSENT
+
+
+@needs(TRACKING)
+def test_what_has_no_descriptor() -> None:
+    with served() as (handler, region):
+        for use in (
+            lambda: handler.fill(region, 0, io.BytesIO(DATA), PAGE, data_offset=PAGE),
+            lambda: handler.evict(region, write_back=io.BytesIO()),
+            lambda: FileSource(io.StringIO()),  # type: ignore[arg-type]
+        ):
+            with pytest.raises(TypeError, match="has no descriptor"):
+                use()
 
 
 @needs(TRACKING)

@@ -118,7 +118,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "scattered": (memoryview(DATA)[::2], BufferError, "gaps"),
     "no-file": ("/nonexistent/file", FileNotFoundError, "nonexistent"),
     "pipe-like": ("/dev/zero", ValueError, "ZeroSource"),
-    "text": (io.StringIO("text"), OSError, "fileno"),
+    "text": (io.StringIO("text"), TypeError, "no descriptor"),
     "short": (b"x" * PAGE, ValueError, "ends before"),
 }
 
