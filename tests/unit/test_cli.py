@@ -467,3 +467,19 @@ def test_cgroup_of_a_container_that_sees_only_its_own(tmp_path: Path) -> None:
 
 def test_no_cgroups_at_all(tmp_path: Path) -> None:
     assert _cgroup.limits(make_proc(tmp_path, "", "")) == _cgroup.Limits(None, None, None, None)
+
+
+@pytest.mark.parametrize("lacks", ["google", "google.protobuf"])
+def test_restores_of_criu_without_protobuf(lacks: str) -> None:
+    for program, status in (
+        ("from pyuffd.cli import main; sys.exit(main(['criu-lazy-pages']))", 2),
+        ("import pyuffd.criu", 1),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.modules[{lacks!r}] = None; {program}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status
+        assert "protobuf: pip install 'pyuffd[criu]'" in done.stderr.splitlines()[-1]

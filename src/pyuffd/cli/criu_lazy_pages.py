@@ -113,9 +113,16 @@ def _count(text: str) -> int:
     return value
 
 
+def _has_protobuf() -> bool:
+    try:
+        return importlib.util.find_spec("google.protobuf") is not None
+    except ModuleNotFoundError:  # there is no package google at all
+        return False
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until the restores are complete."""
-    if importlib.util.find_spec("google.protobuf") is None:
+    if not _has_protobuf():
         print("pyuffd: CRIU's images need protobuf: pip install 'pyuffd[criu]'", file=sys.stderr)
         return EXIT_MISSING
     started = _Background() if args.daemon else None

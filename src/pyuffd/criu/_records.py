@@ -11,9 +11,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from pyuffd._errors import CriuError
+from pyuffd.criu._schema import DecodeError
 
 _COMMON_MAGIC = 0x54564319
 PSTREE_MAGIC = 0x50273030

@@ -6,6 +6,7 @@ from typing import Any
 
 try:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    from google.protobuf.message import DecodeError as DecodeError
 except ImportError as error:
     raise ImportError(
         "CRIU's images need the package protobuf: pip install 'pyuffd[criu]'"
