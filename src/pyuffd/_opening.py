@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from pyuffd import lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl, RegisterMode
-from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd._errors import UffdOSError, limit_met, raise_errno
 from pyuffd._owned import Descriptor
 
 FDINFO_FEATURES_MASK = 0x7FFF_FFFF  # bit 31 is the kernel's own UFFD_FEATURE_INITIALIZED
@@ -29,10 +29,12 @@ def open_uffd(flags: int) -> Descriptor:
             return attempt(flags)
         except UffdOSError as error:
             refusals.append(error)
-    from pyuffd import _refusals  # rarely needed
-
     code, by_device = (error.errno or errno.EPERM for error in refusals)
-    hint = _refusals.hint(code, by_device, privilege_would_do=_would_with_privilege(flags))
+    hint = limit_met(code)
+    if not hint:
+        from pyuffd import _refusals  # rarely needed
+
+        hint = _refusals.hint(code, by_device, privilege_would_do=_would_with_privilege(flags))
     raise_errno("userfaultfd", code, hint=hint)
 
 

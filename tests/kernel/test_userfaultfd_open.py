@@ -520,3 +520,18 @@ def test_flags_reach_the_descriptor() -> None:
         assert os.get_blocking(fd)
     finally:
         os.close(fd)
+
+
+def without_a_descriptor() -> None:
+    free = os.dup(0)
+    os.close(free)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    with pytest.raises(UffdOSError, match=rf"RLIMIT_NOFILE is {free} .*ulimit -n") as caught:
+        Userfaultfd()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    assert caught.value.errno == errno.EMFILE
+
+
+def test_names_the_limit_of_descriptors() -> None:
+    run_child(without_a_descriptor)
