@@ -11,6 +11,7 @@ import errno
 import os
 import warnings
 from dataclasses import dataclass
+from operator import index
 from typing import NoReturn
 
 from pyuffd import lowlevel
@@ -46,6 +47,13 @@ class ScanResult:
         return f"ScanResult({self.ranges!r}, walk_end={self.walk_end:#x})"
 
 
+def _why_none() -> str:
+    """Return why this process finds no pagemap of its own."""
+    if os.path.exists("/proc/self"):
+        return "this kernel was built without CONFIG_PROC_PAGE_MONITOR"
+    return "procfs is not mounted (in a chroot?): `mount -t proc proc /proc`"
+
+
 class Pagemap(Closing):
     """Open /proc/PID/pagemap: the page table of this process, or of another one.
 
@@ -78,12 +86,14 @@ class Pagemap(Closing):
         check_pid("pid", pid)
         self._pid = pid
         self._owner = os.getpid()
-        path = f"/proc/{'self' if pid is None else pid}/pagemap"
+        path = f"/proc/{'self' if pid is None else index(pid)}/pagemap"
         try:
             self._descriptor = Descriptor.open(path, os.O_RDONLY)
         except OSError as error:
             code = error.errno or errno.EIO
-            if pid is not None and code == errno.ENOENT:
+            if code == errno.ENOENT and (pid is None or not os.path.exists("/proc/self")):
+                raise UffdOSError(code, f"open {path}", hint=_why_none()) from None
+            if code == errno.ENOENT:
                 code = errno.ESRCH
             raise_errno(
                 f"open {path}",

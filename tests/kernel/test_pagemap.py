@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -214,3 +215,20 @@ def as_nobody() -> None:
 @needs_privilege()
 def test_somebody_elses_process() -> None:
     run_child(as_nobody)
+
+
+def without_procfs(folder: str) -> None:
+    root = os.open("/", os.O_RDONLY)
+    os.chroot(folder)
+    for pid in (None, os.getpid()):
+        with pytest.raises(UffdOSError, match="procfs is not mounted") as caught:
+            Pagemap(pid)
+        assert type(caught.value) is UffdOSError
+    os.fchdir(root)
+    os.chroot(".")
+    os.close(root)
+
+
+@needs_privilege()
+def test_names_procfs_where_it_lacks(tmp_path: Path) -> None:
+    run_child(without_procfs, str(tmp_path))
