@@ -71,7 +71,8 @@ class HoldsFaults(HandlerBase):
         instant, as far as its pages are missing or protected: pages that are neither can still be
         written. What sources in Python answer, and prefetch, waits as well; layout events are
         applied. Do not touch missing or protected pages inside the block, as this thread would wait
-        too, nor populate() from a source in Python.
+        too, nor through views in other threads, which would hold the GIL as they wait, nor
+        populate() from a source in Python.
 
         Args:
             limit_s: After so many seconds faults are resolved again, and the end of the block
