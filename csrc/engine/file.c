@@ -68,6 +68,9 @@ static int name_file(int fd)
 	return open(path, O_PATH | O_CLOEXEC);
 }
 
+/* One call reads no more than the device's readahead or its largest request, seldom less than this. */
+#define READ_AT_ONCE	UINT64_C(0x20000)
+
 /*
  * Ranges of one file share such a descriptor: a restore of thousands of regions has to do with
  * few files.
@@ -267,7 +270,8 @@ void uffd_file_read_around(const struct uffd_file *file, uint64_t at, uint64_t l
 		return;
 	from = higher(from & ~(file->around - 1), first);
 	to = lower(higher(to, from + file->around), past);
-	madvise((void *)(uintptr_t)from, to - from, MADV_WILLNEED);
+	for (; from < to; from += READ_AT_ONCE)
+		madvise((void *)(uintptr_t)from, lower(to - from, READ_AT_ONCE), MADV_WILLNEED);
 	errno = saved_errno;
 }
 

@@ -17,6 +17,8 @@
  * costs as much as so many bytes.
  */
 #define READ_GAP	(4 * IMAGE_PAGE)
+/* One call reads no more than the device's readahead or its largest request, seldom less than this. */
+#define READ_AT_ONCE	UINT64_C(0x20000)
 
 static int append(struct uffd_page_ranges *list, uint64_t a, uint64_t b, uint64_t c)
 {
@@ -292,6 +294,13 @@ static int by_file(const void *one, const void *other)
 	return a->start < b->start ? -1 : a->start > b->start;
 }
 
+static void ask_for(int fd, uint64_t start, uint64_t end)
+{
+	for (; start < end; start += READ_AT_ONCE)
+		posix_fadvise(fd, (off_t)start, (off_t)lower(end - start, READ_AT_ONCE),
+			      POSIX_FADV_WILLNEED);
+}
+
 static void ask(const struct uffd_page_ranges *parts, const int32_t *fds)
 {
 	uint64_t i = 0;
@@ -304,8 +313,7 @@ static void ask(const struct uffd_page_ranges *parts, const int32_t *fds)
 			part.end = higher(part.end, parts->vec[i].end);
 			i++;
 		}
-		posix_fadvise(fds[part.categories - 1], (off_t)part.start,
-			      (off_t)(part.end - part.start), POSIX_FADV_WILLNEED);
+		ask_for(fds[part.categories - 1], part.start, part.end);
 	}
 }
 

@@ -178,7 +178,9 @@ class Serving:
         """Fill a piece; return the bytes filled."""
         placed, offset, end, size = piece
         done = 0
-        self._read_ahead(placed, offset, end)
+        # Reading for the checksums reads ahead, and in larger folios than what is asked for.
+        if self._sums is None:
+            self._read_ahead(placed, offset, end)
         if self._sums is not None and not placed.chain.is_packed:
             try:
                 self._sums.check(placed.start + offset, placed.start + end)
@@ -196,8 +198,6 @@ class Serving:
 
     def _read_ahead(self, placed: Placed, offset: int, end: int) -> None:
         """Ask the kernel for the files of a piece, and of what follows."""
-        if placed.chain.is_packed:
-            return
         count = self.faults()
         with self._lock:
             if count != self._counted:
@@ -208,9 +208,13 @@ class Serving:
             if first >= past:
                 return
             self._asked[id(placed)] = past
-        row = memoryview(array("Q", (first, past, 0)))
-        files = [image.pages_fileno() for image in placed.images]
-        read_ahead(row, placed.chain.runs, placed.length, files)
+        self._ask_for(placed, [(first, past)])
+
+    def _ask_for(self, placed: Placed, ranges: list[tuple[int, int]]) -> None:
+        if not placed.chain.is_packed:
+            rows = array("Q", [word for start, end in ranges for word in (start, end, 0)])
+            files = [image.pages_fileno() for image in placed.images]
+            read_ahead(memoryview(rows), placed.chain.runs, placed.length, files)
 
     def _load(self, placed: Placed, offset: int, length: int) -> int:
         chunk = max(PIECE, placed.page_size) if placed.chain.is_packed else None
@@ -263,6 +267,7 @@ class Serving:
 
     def fill_ranges(self, placed: Placed, ranges: list[tuple[int, int]]) -> int:
         """Fill ranges of a region, in this order, by one call in C; return the bytes filled."""
+        self._ask_for(placed, ranges)
         return self._retried(placed, partial(self._populate, placed, ranges))
 
     def fill_rows(self, placed: Placed, rows: memoryview) -> int:
