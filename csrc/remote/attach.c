@@ -33,6 +33,9 @@
 #define OWN_STACK (256u << 10)
 #define USED_STACK (64u << 10)
 #define HOLD_NS 1000000
+/* What is begun is undone, also after the time for the whole is over. */
+#define UNDO_NS 250000000
+#define SYSCALL_BYTES 2u /* the length of the instruction */
 #define XSTATE_MOST 16384u
 #define PIDFD_THREAD O_EXCL /* Linux 6.9 */
 #ifndef SYS_close_range
@@ -238,14 +241,44 @@ static int open_there(struct injection *in)
 	return ret;
 }
 
+static void allow_undo(struct injection *in)
+{
+	uint64_t until_ns = uffd_now_ns() + UNDO_NS;
+
+	if (in->calls.until_ns < until_ns)
+		in->calls.until_ns = until_ns;
+}
+
+/*
+ * Bring a thread to a stop at which it runs no system call, and would restart one.  One that was
+ * given up may run still, or wait: for a CPU, or until its cgroup (version 2) is thawed.  It stops
+ * for its tracer there, too.
+ */
+static int halt(struct injection *in, pid_t tid)
+{
+	int ret = uffd_trace_interrupt(tid);
+
+	if (ret)
+		return ret;
+	ret = uffd_trace_resume(tid, 0);
+	/* ESRCH: it is not stopped; or it has ended, which waiting tells. */
+	return ret && ret != -ESRCH ? ret : uffd_inject_wait(&in->calls, tid, UFFD_TRACE_TRAP);
+}
+
 /* With the seccomp filter suspended still. */
-static int end_helper(struct injection *in)
+static int end_helper(struct injection *in, bool may_run)
 {
 	static const uint64_t arguments[5];
 	struct uffd_trace_state state;
 	struct user_regs_struct regs;
 	int ret;
 
+	allow_undo(in);
+	if (may_run) {
+		ret = halt(in, in->calls.child);
+		if (ret)
+			return ret;
+	}
 	uffd_inject_prepare(&in->calls, &regs, in->helper_sp, SYS_exit, arguments);
 	ret = uffd_trace_set_regs(in->calls.child, &regs);
 	while (!ret) {
@@ -260,14 +293,36 @@ static int end_helper(struct injection *in)
 	return 0;
 }
 
+/* Stop a thread that was given up; it may have mapped the page since. */
+static int catch(struct injection *in)
+{
+	struct user_regs_struct regs;
+	int ret = halt(in, in->attach->tid);
+
+	if (!ret && in->attach->point < UFFD_ATTACH_MAPPED) {
+		ret = uffd_trace_get_regs(in->attach->tid, &regs);
+		if (!ret && regs.rip == in->calls.syscall_ret + SYSCALL_BYTES &&
+		    regs.rax < (uint64_t)-BASE_PAGE)
+			in->page = regs.rax;
+	}
+	return ret;
+}
+
 /* Return to where it was; tried whatever has failed before. */
-static int restore(struct injection *in)
+static int restore(struct injection *in, bool may_run)
 {
 	pid_t tid = in->attach->tid;
 	struct user_regs_struct regs = in->calls.regs;
 	bool is_at_exit = false; /* of a system call */
 	int ret = 0;
 
+	allow_undo(in);
+	if (may_run) {
+		ret = catch(in);
+		if (ret)
+			return ret;
+		allow_undo(in);
+	}
 	if (in->page) {
 		int64_t r = uffd_inject_call(&in->calls, tid, in->home_sp, SYS_munmap, in->page,
 					     HELPER_BYTES, 0, 0, 0);
@@ -282,9 +337,8 @@ static int restore(struct injection *in)
 	 * that has none to restart goes on from where it is.
 	 */
 	if (!is_at_exit || uffd_frame_restarts(&regs)) {
-		ret = uffd_trace_interrupt(tid);
-		if (!ret)
-			ret = uffd_inject_run_to(&in->calls, tid, UFFD_TRACE_TRAP);
+		allow_undo(in);
+		ret = halt(in, tid);
 		if (ret)
 			return ret;
 	}
@@ -308,6 +362,7 @@ static int inject(struct injection *in)
 	uint64_t begin;
 	bool redirected = false;
 	int ret = stop(in), r;
+	bool gave_up;
 
 	if (ret)
 		return ret;
@@ -323,14 +378,15 @@ static int inject(struct injection *in)
 		ret = make_helper(in);
 	if (!ret)
 		ret = open_there(in);
+	gave_up = ret == -ETIMEDOUT;
 	/* A helper that cannot be ended keeps its page. */
-	if (in->calls.child && (r = end_helper(in))) {
+	if (in->calls.child && (r = end_helper(in, gave_up))) {
 		ret = ret ? ret : r;
 		in->page = 0;
 	}
 	if (ret)
 		in->attach->error = in->attach->point;
-	if (redirected && (r = restore(in)))
+	if (redirected && (r = restore(in, gave_up)))
 		ret = ret ? ret : r;
 	r = uffd_trace_detach(in->attach->tid);
 	in->attach->stopped_ns = uffd_now_ns() - begin;

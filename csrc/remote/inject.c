@@ -29,7 +29,7 @@ int uffd_inject_wait(struct uffd_inject *in, pid_t tid, enum uffd_trace_stop wan
 }
 
 /* Run to the next stop of a kind. */
-int uffd_inject_run_to(struct uffd_inject *in, pid_t tid, enum uffd_trace_stop wanted)
+static int run_to(struct uffd_inject *in, pid_t tid, enum uffd_trace_stop wanted)
 {
 	int ret = uffd_trace_resume(tid, 0);
 
@@ -56,10 +56,10 @@ void uffd_inject_prepare(const struct uffd_inject *in, struct user_regs_struct *
 int64_t uffd_inject_finish(struct uffd_inject *in, pid_t tid)
 {
 	struct user_regs_struct regs;
-	int ret = uffd_inject_run_to(in, tid, UFFD_TRACE_SYSCALL);
+	int ret = run_to(in, tid, UFFD_TRACE_SYSCALL);
 
 	if (!ret)
-		ret = uffd_inject_run_to(in, tid, UFFD_TRACE_SYSCALL);
+		ret = run_to(in, tid, UFFD_TRACE_SYSCALL);
 	if (!ret)
 		ret = uffd_trace_get_regs(tid, &regs);
 	return ret ? ret : (int64_t)regs.rax;

@@ -22,9 +22,8 @@ struct uffd_inject {
 	pid_t child;
 };
 
-/* Wait for a stop of one kind, or run to it; other stops are passed over. */
+/* Wait for a stop of one kind; other stops are passed over. */
 int uffd_inject_wait(struct uffd_inject *in, pid_t tid, enum uffd_trace_stop wanted);
-int uffd_inject_run_to(struct uffd_inject *in, pid_t tid, enum uffd_trace_stop wanted);
 
 /* The registers of a system call; `sp`: what the `ret` behind it pops. */
 void uffd_inject_prepare(const struct uffd_inject *in, struct user_regs_struct *regs, uint64_t sp,

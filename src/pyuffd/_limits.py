@@ -136,15 +136,21 @@ def cgroups(controller: str, pid: int | str = "self") -> Iterator[tuple[str, str
 
 
 def frozen_cgroup(tid: int) -> str:
-    """Return the cgroup that keeps a thread frozen in the way of version 1; "" if there is none.
+    """Return the cgroup that keeps a thread frozen; "" if there is none.
 
-    Such a thread cannot be stopped by a tracer. One of a frozen cgroup of version 2 can.
+    In the way of version 1 such a thread cannot be stopped by a tracer. In that of version 2 it
+    can, but it runs nothing.
     """
     with suppress(OSError, ValueError):
         for folder, files in cgroups("freezer", tid):
             with suppress(OSError), open(f"{files}/freezer.state") as state:
                 if state.read().strip() != "THAWED":
                     return folder
+            # Beside hierarchies of version 1, that of version 2 has a folder of its own.
+            for unified in (files, files.replace(CGROUPS, f"{CGROUPS}/unified", 1)):
+                with suppress(OSError), open(f"{unified}/cgroup.events") as events:
+                    if "frozen 1" in events.read().splitlines():
+                        return folder
     return ""
 
 

@@ -120,6 +120,53 @@ def without_its_files(program: str) -> None:
     target.wait()
 
 
+def frozen_meanwhile(program: str, name: str, folder: str) -> None:
+    """Its cgroup is frozen at a point of the attach, which is given up."""
+    cgroup = Path(folder)
+
+    def freeze(number: int) -> None:
+        (cgroup / "cgroup.freeze").write_text(str(number))
+        events = cgroup / "cgroup.events"
+        # The helper that is stopped by its tracer counts as frozen.
+        wait_until("frozen", lambda: f"frozen {number}" in events.read_text())
+
+    target = start(program, "spin")
+    (cgroup / "cgroup.procs").write_text(str(target.pid))
+    before = seen(target.pid)
+    mapped = _count_mapped(target.pid)
+    errors: list[UffdOSError] = []
+    for _ in range(2):
+        _attach.attempts.clear()
+        _attach.hold = AttachPoint[name]
+        with Process(target.pid) as process:
+            thread = threading.Thread(target=_attach_noting, args=(process, errors, 0.2))
+            thread.start()
+            wait_until("held", lambda: _attach.attempts and _attach.attempts[0].is_held)
+            _attach.hold = None
+            freeze(1)
+            _attach.attempts[0].release()
+            thread.join(LIMIT_S)
+        assert not thread.is_alive()
+        assert _is_at_its_own_place(target.pid)
+        freeze(0)
+        wait_until(f"{seen(target.pid)} {before}", lambda: seen(target.pid) == before)
+        answers(target)
+    assert [error.errno for error in errors] == [errno.ETIMEDOUT] * 2
+    # What its thread could not unmap while it was frozen.
+    assert _count_mapped(target.pid) - mapped <= (0 if name == "MASKED" else 2 * 12288)
+    target.kill()
+    target.wait()
+
+
+def _is_at_its_own_place(pid: int) -> bool:
+    """Whether the first thread's stack pointer is where its program has left it."""
+    sp = int(Path(f"/proc/{pid}/syscall").read_text().split()[-2], 16)
+    with Process(pid) as process:
+        stack = next(m for m in process.mappings() if m.path == "[stack]")
+    # An injection uses the other end.
+    return stack.end - stack.length // 2 < sp < stack.end
+
+
 # What another thread of the target does meanwhile, by the byte that tells it to.
 DEEDS = {"exit": b"x", "exec": b"e", "fork": b"f"}
 
@@ -175,9 +222,9 @@ def _is_ending(pid: int) -> bool:
     return len(tasks) == 1 or bool({"Z", "X"} & {*states})
 
 
-def _attach_noting(process: Process, errors: list[UffdOSError]) -> None:
+def _attach_noting(process: Process, errors: list[UffdOSError], limit_s: float = LIMIT_S) -> None:
     try:
-        process.attach(FEATURES, timeout_s=LIMIT_S).close()
+        process.attach(FEATURES, timeout_s=limit_s).close()
     except UffdOSError as error:
         errors.append(error)
 

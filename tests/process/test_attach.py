@@ -372,6 +372,56 @@ def test_a_thread_in_state_d(program: str, ended: list[subprocess.Popen[bytes]])
     assert status(target.pid)["TracerPid"] == "0"
 
 
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of version 2."""
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    top = next((Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"), None)
+    if top is None or not os.access(top, os.W_OK):
+        pytest.skip("no cgroup of version 2 can be made")
+    folder = top / f"pyuffd-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    (folder / "cgroup.freeze").write_text("0")
+    wait_until("it is empty", lambda: not (folder / "cgroup.procs").read_text())
+    folder.rmdir()
+
+
+def freeze(cgroup: Path, *, frozen: bool = True) -> None:
+    (cgroup / "cgroup.freeze").write_text(str(int(frozen)))
+    wait_until("frozen", lambda: f"frozen {int(frozen)}" in (cgroup / "cgroup.events").read_text())
+
+
+def stack_pointer(pid: int) -> str:
+    return Path(f"/proc/{pid}/syscall").read_text().split()[-2]
+
+
+def test_a_frozen_target_is_refused_as_it_is(program: str, cgroup: Path) -> None:
+    target = start(program, "spin")
+    try:
+        (cgroup / "cgroup.procs").write_text(str(target.pid))
+        freeze(cgroup)
+        sp = stack_pointer(target.pid)
+        with Process(target.pid) as process:
+            with pytest.raises(UffdOSError, match="frozen") as caught:
+                process.attach(FEATURES)
+            assert caught.value.errno == errno.ETIMEDOUT
+            with process.stopped():
+                pass
+        assert stack_pointer(target.pid) == sp
+        freeze(cgroup, frozen=False)
+        answers(target)
+    finally:
+        target.kill()
+        target.communicate()
+
+
+@pytest.mark.parametrize("point", ["MASKED", "CLONED", "OPENED"])
+def test_a_target_that_is_frozen_meanwhile(point: str, program: str, cgroup: Path) -> None:
+    """What was begun is undone without a CPU for its thread, so that nothing piles up."""
+    run_child("tests.process._attach:frozen_meanwhile", program, point, str(cgroup))
+
+
 def test_targets_that_end_or_fork_meanwhile() -> None:
     """At any step: an error that says so, or success, and never a zombie that nobody reaps."""
     refused: set[int | None] = set()

@@ -13,12 +13,13 @@ from pyuffd import _remote_calls as calls
 from pyuffd._abi import USER_MODE_ONLY, Feature, PageBit
 from pyuffd._arguments import check_flags, check_seconds
 from pyuffd._errors import UffdOSError, UnsupportedFeatureError, raise_errno, raise_if_short
+from pyuffd._limits import frozen_cgroup
 from pyuffd._opening import probe_api
 from pyuffd._owned import Descriptor
 from pyuffd._remote_calls import Attached, AttachPoint
 from pyuffd._uffd import Userfaultfd
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
-from pyuffd.remote._stop import why_not_stopped
+from pyuffd.remote._stop import frozen_hint, why_not_stopped
 from pyuffd.remote._target import Target
 
 DEVICE = "/dev/userfaultfd"
@@ -110,6 +111,9 @@ def _refuse(process: Target, pid: int) -> dict[str, str]:
         _raise(pid, errno.EBUSY, f"process {tracer} traces it (a debugger?)")
     if status.get("State", "?")[0] in "ZX":
         _raise(pid, errno.ESRCH, "it is ending")
+    if cgroup := frozen_cgroup(tid):
+        # It would be given up after the time limit.
+        _raise(pid, errno.ETIMEDOUT, frozen_hint(cgroup))
     if "shstk" in status.get("x86_Thread_features", ""):
         _raise(pid, errno.EOPNOTSUPP, "it has a shadow stack, which forbids changing its way")
     try:

@@ -375,7 +375,7 @@ class Process(Closing):
                 open a userfaultfd, and this process may not open /dev/userfaultfd for it.
             UffdOSError: ENOEXEC - not a 64-bit program; EOPNOTSUPP - a shadow stack, code without a
                 return from signal handlers, or a kernel before Linux 6.9; ETIMEDOUT - its threads
-                cannot be stopped.
+                cannot be stopped, or get no CPU: its cgroup is frozen, or the machine is busy.
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
 
         Kernel: ptrace(2), pidfd_getfd(2). A seccomp filter is suspended meanwhile, which needs

@@ -192,12 +192,17 @@ def _state_of(tid: int) -> str:
     return text.rpartition(")")[2].split()[0]
 
 
+def frozen_hint(cgroup: str) -> str:
+    """Say what to do about a thread of a frozen cgroup."""
+    return f"its cgroup {cgroup} is frozen (as by `docker pause`): thaw it"
+
+
 def why_not_stopped(tid: int, state: str = "") -> str:
     """Say what keeps a thread from stopping."""
+    if cgroup := frozen_cgroup(tid):
+        return frozen_hint(cgroup)
     if (state or _state_of(tid)) != "D":
         return "its thread did not get a CPU in time: the machine is busy"
-    if cgroup := frozen_cgroup(tid):
-        return f"its cgroup {cgroup} is frozen (as by `docker pause`): thaw it"
     channel = wait_channel(tid)
     where = f" ({channel})" if channel else ""
     return f"a thread in state D waits in the kernel{where} and cannot be stopped"
