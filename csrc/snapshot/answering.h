@@ -50,6 +50,7 @@ struct uffd_saver {
 	struct uffd_saver_stats stats;
 	/* Calls that wait for the lock: the thread, which has it often, lets them. */
 	_Atomic uint32_t callers;
+	struct uffd_page_ranges ready; /* owed before the instant */
 	bool saves, stop;
 };
 

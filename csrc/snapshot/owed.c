@@ -38,21 +38,26 @@ static int new_part(struct uffd_owed_part *part, const struct uffd_image_piece *
 	return 0;
 }
 
-static void owe(struct uffd_owed *owed, const struct uffd_page_region *range)
+/* Pages are owed, or nothing is owed of them. */
+static void set(struct uffd_owed *owed, const struct uffd_page_region *range, bool is_owed)
 {
-	uint64_t at = range->start;
+	struct uffd_owed_piece *piece = piece_from(owed, range->start);
+	const struct uffd_owed_piece *behind = owed->pieces + owed->count;
 
-	for (uint64_t i = 0; i < owed->count && at < range->end; i++) {
-		struct uffd_owed_piece *piece = &owed->pieces[i];
-		uint64_t first = higher(at, piece->start), last = lower(range->end, piece->end);
+	for (; piece && piece < behind && piece->start < range->end; piece++) {
+		uint64_t first = higher(range->start, piece->start);
+		uint64_t last = lower(range->end, piece->end), pages = (last - first) / BASE_PAGE;
 
-		if (first >= last)
-			continue;
-		memset((void *)(piece->states + (first - piece->start) / BASE_PAGE), UFFD_OWED_YES,
-		       (last - first) / BASE_PAGE);
-		owed->left += (last - first) / BASE_PAGE;
-		at = last;
+		memset((void *)(piece->states + (first - piece->start) / BASE_PAGE),
+		       is_owed ? UFFD_OWED_YES : UFFD_OWED_NOT, pages);
+		owed->left += is_owed ? pages : -pages;
 	}
+}
+
+static void set_all(struct uffd_owed *owed, const struct uffd_page_ranges *ranges, bool is_owed)
+{
+	for (uint64_t i = 0; i < ranges->count; i++)
+		set(owed, &ranges->vec[i], is_owed);
 }
 
 int uffd_owed_init(struct uffd_owed *owed, const struct uffd_image_piece *parts,
@@ -74,20 +79,41 @@ int uffd_owed_init(struct uffd_owed *owed, const struct uffd_image_piece *parts,
 			parts[i].start, parts[i].end, parts[i].offset, owed->parts[i].states,
 		};
 	}
-	for (uint64_t i = 0; !ret && i < count; i++) {
-		/* From the first piece that can hold it. */
-		struct uffd_owed_piece *first = piece_from(owed, pages[i].start);
-		struct uffd_owed rest = *owed;
-
-		if (!first)
-			break;
-		rest.pieces = first;
-		rest.count = owed->count - (uint64_t)(first - owed->pieces);
-		owe(&rest, &pages[i]);
-		owed->left = rest.left;
-	}
+	for (uint64_t i = 0; !ret && i < count; i++)
+		set(owed, &pages[i], true);
 	if (ret)
 		uffd_owed_deinit(owed);
+	return ret;
+}
+
+bool uffd_owed_is_of(const struct uffd_owed *owed, const struct uffd_image_piece *parts,
+		     uint64_t count)
+{
+	bool same = owed->parts && owed->parts_count == count;
+
+	for (uint64_t i = 0; same && i < count; i++) {
+		const struct uffd_image_piece *at = &owed->parts[i].at;
+
+		same = at->start == parts[i].start && at->end == parts[i].end &&
+		       at->offset == parts[i].offset;
+	}
+	return same;
+}
+
+int uffd_owed_change(struct uffd_owed *owed, const struct uffd_page_ranges *before,
+		     const struct uffd_page_region *pages, uint64_t count)
+{
+	struct uffd_page_ranges more = { 0 }, less = { 0 };
+	int ret = uffd_ranges_subtract(pages, count, before->vec, before->count, &more);
+
+	if (!ret)
+		ret = uffd_ranges_subtract(before->vec, before->count, pages, count, &less);
+	if (!ret) {
+		set_all(owed, &less, false);
+		set_all(owed, &more, true);
+	}
+	uffd_pagemap_free(more.vec);
+	uffd_pagemap_free(less.vec);
 	return ret;
 }
 

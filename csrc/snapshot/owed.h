@@ -9,6 +9,7 @@
 #define UFFD_SNAPSHOT_OWED_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "snapshot/image.h"
@@ -49,6 +50,12 @@ struct uffd_owed {
 
 int uffd_owed_init(struct uffd_owed *owed, const struct uffd_image_piece *parts,
 		   uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);
+/* Whether it is of these parts. */
+bool uffd_owed_is_of(const struct uffd_owed *owed, const struct uffd_image_piece *parts,
+		     uint64_t count);
+/* These pages are owed, and not those from before: of parts that it has. */
+int uffd_owed_change(struct uffd_owed *owed, const struct uffd_page_ranges *before,
+		     const struct uffd_page_region *pages, uint64_t count);
 void uffd_owed_deinit(struct uffd_owed *owed);
 
 /* The next pages from an address on that are owed, at most so many in one piece; 0: none. */

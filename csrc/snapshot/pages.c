@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "base/page.h"
+#include "dirty/ranges.h"
 #include "snapshot/pages.h"
 
 #define FIRST_CAPACITY 1024u
@@ -60,4 +61,30 @@ int uffd_pages_note(struct uffd_page_ranges *noted, uint64_t start, uint64_t end
 	}
 	noted->vec[noted->count++] = (struct uffd_page_region){ start, end, kind };
 	return 0;
+}
+
+static int by_start(const void *a, const void *b)
+{
+	const struct uffd_page_region *one = a, *other = b;
+
+	return one->start < other->start ? -1 : one->start > other->start;
+}
+
+int uffd_pages_as_set(struct uffd_page_ranges *noted, uint64_t kind,
+		      struct uffd_page_ranges *ranges_ret)
+{
+	int ret = 0;
+
+	if (noted->count)
+		qsort(noted->vec, noted->count, sizeof(*noted->vec), by_start);
+	for (uint64_t i = 0; !ret && i < noted->count; i++) {
+		const struct uffd_page_region *range = &noted->vec[i];
+		uint64_t reached = ranges_ret->count ? ranges_ret->vec[ranges_ret->count - 1].end : 0;
+
+		if (range->categories >= kind)
+			ret = uffd_ranges_append(ranges_ret,
+						 range->start > reached ? range->start : reached,
+						 range->end);
+	}
+	return ret;
 }

@@ -16,4 +16,8 @@ int uffd_pages_read(int32_t pid, int mem_fd, uint64_t start, uint64_t pages, voi
 /* Append a range, in any order; `kind` is put into its categories. */
 int uffd_pages_note(struct uffd_page_ranges *noted, uint64_t start, uint64_t end, uint64_t kind);
 
+/* Append the noted ranges of at least a kind, as a set; the noted ones are sorted. */
+int uffd_pages_as_set(struct uffd_page_ranges *noted, uint64_t kind,
+		      struct uffd_page_ranges *ranges_ret);
+
 #endif /* UFFD_SNAPSHOT_PAGES_H */

@@ -8,8 +8,13 @@
 #include <time.h>
 
 #include "base/clock.h"
+#include "base/page.h"
+#include "dirty/ranges.h"
+#include "snapshot/pages.h"
 #include "snapshot/saver.h"
 #include "uffd_shim.h"
+
+#define PROTECT_MOST 1000u /* attempts */
 
 static void lock(struct uffd_saver *saver)
 {
@@ -70,6 +75,21 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 	return 0;
 }
 
+/* While the layout changes the kernel refuses it. */
+static int protect(struct uffd_saver *saver, uint64_t start, uint64_t length)
+{
+	int ret;
+
+	for (unsigned int attempt = 0; attempt < PROTECT_MOST; attempt++) {
+		ret = uffd_shim_writeprotect(saver->options.uffd, start, length,
+					     UFFDIO_WRITEPROTECT_MODE_WP);
+		if (ret != -EAGAIN)
+			break;
+		uffd_back_off(attempt);
+	}
+	return ret;
+}
+
 int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec, uint64_t count,
 		   uint32_t registers)
 {
@@ -78,36 +98,63 @@ int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec,
 	for (uint64_t i = 0; !ret && i < count; i++) {
 		uint64_t length = vec[i].end - vec[i].start, ioctls;
 
-		if (registers) {
-			lock(saver);
-			ret = uffd_guard_add(&saver->guard, vec[i].start, vec[i].end);
-			pthread_mutex_unlock(&saver->lock);
-			if (!ret)
-				ret = uffd_shim_register(saver->options.uffd, vec[i].start, length,
-							 UFFDIO_REGISTER_MODE_WP, &ioctls);
+		if (!registers) {
+			ret = protect(saver, vec[i].start, length);
 			continue;
 		}
-		for (unsigned int attempt = 0;; attempt++) {
-			ret = uffd_shim_writeprotect(saver->options.uffd, vec[i].start, length,
-						     UFFDIO_WRITEPROTECT_MODE_WP);
-			if (ret != -EAGAIN || attempt > 1000)
-				break;
-			uffd_back_off(attempt);
-		}
+		lock(saver);
+		ret = uffd_guard_add(&saver->guard, vec[i].start, vec[i].end);
+		pthread_mutex_unlock(&saver->lock);
+		if (!ret)
+			ret = uffd_shim_register(saver->options.uffd, vec[i].start, length,
+						 UFFDIO_REGISTER_MODE_WP, &ioctls);
 	}
 	return ret;
 }
 
-int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret)
+int uffd_saver_unregistered(struct uffd_saver *saver, const struct uffd_page_region *vec,
+			    uint64_t count, struct uffd_page_ranges *ranges_ret)
 {
-	int ret;
+	int ret = 0;
+
+	for (uint64_t i = 0; !ret && i < count; i++)
+		if (protect(saver, vec[i].start, BASE_PAGE))
+			ret = uffd_ranges_append(ranges_ret, vec[i].start, vec[i].end);
+	return ret;
+}
+
+int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret,
+			  struct uffd_page_ranges *changed_ret)
+{
+	struct uffd_page_ranges noted;
+	int error, ret;
 
 	lock(saver);
 	while (uffd_saver_answer(saver))
 		;
-	*ranges_ret = saver->noted;
+	noted = saver->noted;
 	saver->noted = (struct uffd_page_ranges){ 0 };
-	ret = saver->stats.error;
+	error = saver->stats.error;
+	pthread_mutex_unlock(&saver->lock);
+	ret = uffd_pages_as_set(&noted, 0, ranges_ret);
+	if (!ret)
+		ret = uffd_pages_as_set(&noted, UFFD_SAVER_CHANGED, changed_ret);
+	uffd_pagemap_free(noted.vec);
+	return error ? error : ret;
+}
+
+int uffd_saver_prepare(struct uffd_saver *saver, const struct uffd_image_piece *parts,
+		       uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count)
+{
+	int ret = 0;
+
+	lock(saver);
+	if (!saver->saves && !saver->saving.owed.parts) {
+		for (uint64_t i = 0; !ret && i < count; i++)
+			ret = uffd_ranges_append(&saver->ready, pages[i].start, pages[i].end);
+		if (!ret)
+			ret = uffd_owed_init(&saver->saving.owed, parts, parts_count, pages, count);
+	}
 	pthread_mutex_unlock(&saver->lock);
 	return ret;
 }
@@ -115,15 +162,21 @@ int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ran
 int uffd_saver_begin(struct uffd_saver *saver, const struct uffd_image_piece *parts,
 		     uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count)
 {
+	struct uffd_owed *owed = &saver->saving.owed;
 	int ret;
 
 	lock(saver);
 	ret = saver->stats.error ? saver->stats.error : saver->saves ? -EBUSY : 0;
-	if (!ret)
-		ret = uffd_owed_init(&saver->saving.owed, parts, parts_count, pages, count);
-	saver->saves = !ret;
-	if (!ret)
+	if (!ret && uffd_owed_is_of(owed, parts, parts_count)) {
+		ret = uffd_owed_change(owed, &saver->ready, pages, count);
+	} else if (!ret) {
+		uffd_owed_deinit(owed);
+		ret = uffd_owed_init(owed, parts, parts_count, pages, count);
+	}
+	if (!ret) {
+		saver->saves = true;
 		saver->sweep.began_ns = uffd_now_ns();
+	}
 	pthread_mutex_unlock(&saver->lock);
 	return ret;
 }
@@ -178,6 +231,7 @@ void uffd_saver_destroy(struct uffd_saver *saver)
 	uffd_ring_destroy(saver->saving.ring);
 	uffd_owed_deinit(&saver->saving.owed);
 	uffd_pagemap_free(saver->noted.vec);
+	uffd_pagemap_free(saver->ready.vec);
 	pthread_mutex_destroy(&saver->lock);
 	pthread_cond_destroy(&saver->changed);
 	free(saver);

@@ -17,11 +17,18 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 /* Register a range and protect it; noted for the case that the protection must end. */
 int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec, uint64_t count,
 		   uint32_t registers);
+/* Protect the first page of ranges; returns those that are not registered. */
+int uffd_saver_unregistered(struct uffd_saver *saver, const struct uffd_page_region *vec,
+			    uint64_t count, struct uffd_page_ranges *ranges_ret);
 /*
- * Ranges that lost their protection since the last call, by a write; their categories are
- * UFFD_SAVER_CHANGED if they were dropped, unmapped or moved.  -errno of the saver.
+ * Ranges that lost their protection since the last call, and those of them that were dropped,
+ * unmapped or moved, not written.  -errno of the saver.
  */
-int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret);
+int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret,
+			  struct uffd_page_ranges *changed_ret);
+/* What will probably be owed: so that the beginning needs less time, the larger the process. */
+int uffd_saver_prepare(struct uffd_saver *saver, const struct uffd_image_piece *parts,
+		       uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);
 /* The instant: the pages of the parts are owed from now on.  The process stands. */
 int uffd_saver_begin(struct uffd_saver *saver, const struct uffd_image_piece *parts,
 		     uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);

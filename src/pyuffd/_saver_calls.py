@@ -65,14 +65,30 @@ class Saver(SoleOwner):
         vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
         return -int(lib.uffd_saver_arm(self._owned, vec, len(vec), registers))
 
-    def take_noted(self) -> tuple[memoryview, int]:
-        """Return ranges that lost their protection since, unsorted, and an errno.
+    def unregistered(self, ranges: memoryview) -> memoryview:
+        """Return the ranges whose first page cannot be protected; the others' pages are."""
+        vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+        found = ffi.new("struct uffd_page_ranges *")
+        code = lib.uffd_saver_unregistered(self._owned, vec, len(vec), found)
+        packed = take_ranges(found)
+        if code:
+            raise_errno("saving pages", -code)
+        return packed
 
-        The third number of each is 0 if it was written, 1 if it was dropped, unmapped or moved.
+    def take_noted(self) -> tuple[memoryview, memoryview, int]:
+        """Return ranges that lost their protection since, and an errno.
+
+        In the second one are those that were dropped, unmapped or moved, not only written.
         """
         noted = ffi.new("struct uffd_page_ranges *")
-        code = lib.uffd_saver_take_noted(self._owned, noted)
-        return take_ranges(noted), -code
+        changed = ffi.new("struct uffd_page_ranges *")
+        code = lib.uffd_saver_take_noted(self._owned, noted, changed)
+        return take_ranges(noted), take_ranges(changed), -code
+
+    def prepare(self, parts: Pieces, pages: memoryview) -> int:
+        """Say what `begin` will probably be given, so that it needs less time; return an errno."""
+        vec = ffi.from_buffer("struct uffd_page_region[]", pages)
+        return -int(lib.uffd_saver_prepare(self._owned, parts._vec, len(parts), vec, len(vec)))
 
     def begin(self, parts: Pieces, pages: memoryview) -> int:
         """Owe the pages from now on; return an errno."""

@@ -105,7 +105,6 @@ class _Lib:
     UFFD_IMAGE_OVERWRITE: int
     UFFD_IMAGE_GENTLE: int
     UFFD_IMAGE_UNPROTECTED: int
-    UFFD_SAVER_CHANGED: int
     UFFD_FRAME_MOST: int
     UFFD_REGISTERS_PARTIAL: int
     UFFD_MAPS_ANONYMOUS: int
@@ -425,7 +424,15 @@ class _Lib:
     UFFD_OWED_UNREADABLE: int
     def uffd_saver_create(self, options: CData, saver_ret: CData, /) -> int: ...
     def uffd_saver_arm(self, saver: CData, vec: CData, count: int, registers: int, /) -> int: ...
-    def uffd_saver_take_noted(self, saver: CData, ranges_ret: CData, /) -> int: ...
+    def uffd_saver_unregistered(
+        self, saver: CData, vec: CData, count: int, ranges_ret: CData, /
+    ) -> int: ...
+    def uffd_saver_take_noted(
+        self, saver: CData, ranges_ret: CData, changed_ret: CData, /
+    ) -> int: ...
+    def uffd_saver_prepare(
+        self, saver: CData, parts: CData, parts_count: int, pages: CData, count: int, /
+    ) -> int: ...
     def uffd_saver_begin(
         self, saver: CData, parts: CData, parts_count: int, pages: CData, count: int, /
     ) -> int: ...

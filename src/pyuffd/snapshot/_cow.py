@@ -196,12 +196,9 @@ class _Cow:
         return _packed(failed)
 
     def _noted(self) -> memoryview:
-        noted, code = self._saver.take_noted()
+        found, changed, code = self._saver.take_noted()
         self._fail(code)
-        rows = list(zip(noted[0::3], noted[1::3], noted[2::3], strict=True))
-        found = _packed((start, end) for start, end, _ in rows)
         self._touched = ranges.union(self._touched, found)
-        changed = _packed((start, end) for start, end, is_changed in rows if is_changed)
         self._changed = ranges.union(self._changed, changed)
         return found
 
@@ -280,11 +277,7 @@ class _Cow:
 
     def _unregistered(self, parts: Sequence[Placed]) -> memoryview:
         """Return mappings that are not registered: one page of each tells."""
-        return _packed(
-            (part.start, part.end)
-            for part in parts
-            if self._saver.arm(_packed([(part.start, part.start + PAGE_SIZE)]), registers=False)
-        )
+        return self._saver.unregistered(_rows.packed((part.start, part.end) for part in parts))
 
     def _prepare(self) -> None:
         """Do what every stop begins with: raise if that and the copying would be too long."""
@@ -303,6 +296,8 @@ class _Cow:
             seconds += size / self._writer.read_speed
             if seconds <= limit_s:
                 self._writer.prepare(PageRanges(found).bytes)
+                parts = [part for part in layout if _is_protected(part)]
+                self._fail(self._saver.prepare(pieces_of(parts), self._populated))
                 return
         raise SnapshotError(
             "stalled",
