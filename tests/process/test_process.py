@@ -28,6 +28,7 @@ from pyuffd import (
 )
 from pyuffd.dirty import _rows
 from pyuffd.testing import needs_hugepages
+from pyuffd.testing._needs import needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
 
@@ -276,11 +277,15 @@ def test_gone_after_execve(target: Target) -> None:
             process.copy(ranges_of(target, 0)[0], bytearray(PAGE))
 
 
-def test_no_such_process_and_kernel_threads() -> None:
+def test_no_such_process() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     with pytest.raises(ProcessGoneError):
         Process(child.pid)
+
+
+@needs_privilege("CAP_SYS_PTRACE")
+def test_kernel_threads() -> None:
     with pytest.raises(ProcessGoneError):
         Process(2)  # kthreadd has no memory
 
