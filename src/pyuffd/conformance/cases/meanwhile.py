@@ -48,7 +48,7 @@ from pyuffd.conformance.cases.reading import wait_pending
 from pyuffd.conformance.cases.waiters import MINOR_READ
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
-from pyuffd.testing._need import needs_privilege
+from pyuffd.testing._need import needs_kernel_faults, needs_privilege
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 MAP_FIXED = 0x10
@@ -283,6 +283,7 @@ def _add_turn(turn: Turn) -> None:
         origin=RETRY,
         memory=turn.memory,
         features=lambda memory: missing_features(memory) | Feature.EVENT_REMOVE,
+        needs=[needs_kernel_faults()],
     )(run)
 
 
@@ -295,7 +296,7 @@ for _turn in TURNS:
     origin="mm/shmem.c: shmem_mfill_atomic_pte, shmem_inode_acct_blocks",
     memory=("shmem",),
     features=missing_features,
-    needs=[needs_privilege("CAP_SYS_ADMIN")],
+    needs=[needs_privilege("CAP_SYS_ADMIN"), needs_kernel_faults()],
 )
 def meanwhile_full(ctx: Context) -> None:
     """While COPY waits for its source the file system is filled: nothing is; then there is room."""
@@ -319,6 +320,7 @@ def meanwhile_full(ctx: Context) -> None:
     "UFFDIO_COPY.ok.meanwhile-waits",
     origin=RETRY,
     features=missing_wp_features,
+    needs=[needs_kernel_faults()],
 )
 def meanwhile_waits(ctx: Context) -> None:
     """A COPY that waits for its source keeps its mode, and nobody from registering and mapping."""
