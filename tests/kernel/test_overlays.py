@@ -474,6 +474,13 @@ def refused_copying() -> None:
             handler.serve(region, OverlaySource([(0, 2 * PAGE, ZeroSource()), (9, None, b"x")]))
         handler.serve(region, OverlaySource([(0, PAGE, ZeroSource()), (PAGE, None, b"x" * PAGE)]))
         assert region.read() == bytes(PAGE) + b"x" * PAGE
+        handler.unserve(region)
+        data = bytearray(b"x" * (PAGE + 9))
+        handler.serve(region, data, present="drop")
+        assert region.read() == data + bytes(PAGE - 9)
+        # A source that ends inside a page was copied there, so that page stays.
+        assert handler.evict(region, write_back=None) == PAGE
+        assert region.read() == data + bytes(PAGE - 9)
 
 
 def test_a_filter_that_refuses_copying_is_named_before_a_page_needs_it() -> None:
