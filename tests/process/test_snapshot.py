@@ -713,6 +713,35 @@ def test_a_limit_that_cannot_be_kept(limit_s: float, program: str, tmp_path: Pat
         unharmed(target)
 
 
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_stop_that_was_slow_is_tried_again(
+    times: int, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine may be to blame; if it is usual, the snapshot ends."""
+    stops: list[str] = []
+
+    def wait(name: str) -> None:
+        if name == "stopped":
+            stops.append(name)
+            if len(stops) <= times:
+                time.sleep(1.1 * LIMIT_S)
+
+    monkeypatch.setattr(_capture, "barrier", wait)
+    with counters(program, 2, 600) as target, Process(target.pid) as process:
+        if times == 1:
+            take(process, tmp_path / "a", method="precopy")
+            with Snapshot.open(tmp_path / "a") as snapshot:
+                check(target, snapshot)
+            assert len(stops) >= 2
+        else:
+            with pytest.raises(SnapshotError, match="mappings were read") as raised:
+                take(process, tmp_path / "a", method="precopy")
+            assert raised.value.reason == "stalled"
+            assert len(stops) == 3
+            assert os.listdir(tmp_path) == []
+        unharmed(target)
+
+
 def test_cow_is_let_go_at_its_limit(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

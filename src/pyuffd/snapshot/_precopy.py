@@ -98,6 +98,8 @@ class _Rounds:
         self._changes = changes
         self._seen: list[Placed] = []
         self._late: StopTimeoutError | None = None
+        self._slow: list[float] = []
+        self._mappings = 0
 
     def run(self, *, only_changes: bool) -> Captured:
         """Copy in rounds until the rest is small enough, then the rest in the stop."""
@@ -121,11 +123,15 @@ class _Rounds:
                 self._writer.punch([*self._seen, *result.layout])
                 result.absent = self._writer.without_content(self._changes.absent)
                 return result
+            if len(self._slow) == ATTEMPTS:
+                break
             if before and size > SHRINKS * before and number >= 2 and not self._fits(size):
                 break
             before = size
         if self._late is not None:
             raise self._late
+        if self._slow:
+            raise self._too_slow()
         raise SnapshotError(
             "stalled",
             f"process {self._process.pid} writes {self._tracker.rate / 1e6:.0f} MB/s, and the file"
@@ -151,6 +157,14 @@ class _Rounds:
                 f" {self._options.max_stall_s:g} s",
             )
         return left
+
+    def _too_slow(self) -> SnapshotError:
+        return SnapshotError(
+            "stalled",
+            f"process {self._process.pid} stood for {min(self._slow):.2f} s or more until its"
+            f" threads had stopped and its {self._mappings} mappings were read, and max_stall_s is"
+            f" {self._options.max_stall_s:g} s",
+        )
 
     def _fits(self, size: float) -> bool:
         return size <= self._room()
@@ -226,12 +240,10 @@ class _Rounds:
             spans = PageRanges.of((part.start, part.end) for part in layout).memoryview()
             left = ranges.intersect(ranges.union(left, self._round(is_stopped=True)), spans)
             if time.monotonic() > until_s:
-                self._tracker._put_back(Pending(unsure=left))
-                raise SnapshotError(
-                    "stalled",
-                    f"process {process.pid} has {len(mappings)} mappings: reading them while it"
-                    f" stands needs longer than max_stall_s ({options.max_stall_s:g} s)",
-                )
+                self._tracker._put_back(Pending(unsure=left))  # the next round has it
+                self._slow.append(time.perf_counter() - begin)
+                self._mappings = len(mappings)
+                return False
             left = ranges.subtract(left, self._note_holes(layout, left))
             if not self._fits(PageRanges(left).bytes * COPY_PART):
                 self._tracker._put_back(Pending(unsure=left))  # the next round has it
