@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from pyuffd import Feature, Process
+from pyuffd.cli import main
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
+from tests.process._attach import wait_until
 
 pytestmark = [
     needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
@@ -104,7 +106,8 @@ def test_a_table_on_a_terminal(writer: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
 )
 def test_signals(writer: subprocess.Popen[bytes], number: int, status: int, tmp_path: Path) -> None:
     picture = tmp_path / "heat.png"
@@ -118,6 +121,26 @@ def test_signals(writer: subprocess.Popen[bytes], number: int, status: int, tmp_
         assert popen.wait(LIMIT_S) == status
     assert (picture.stat().st_size > 0) == (number != signal.SIGKILL)
     runs_free(writer.pid)
+
+
+def test_a_snapshot_that_a_lost_connection_ends(
+    writer: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "pyuffd", "snapshot", str(writer.pid), "-o", f"{tmp_path}/a"]
+    with subprocess.Popen([*words, "--rate", "0.5"], stdout=subprocess.PIPE) as popen:
+        assert popen.stdout is not None
+        popen.stdout.readline()
+        wait_until("it has begun", lambda: os.listdir(tmp_path))
+        popen.send_signal(signal.SIGHUP)
+        assert popen.wait(LIMIT_S) == 129
+    assert os.listdir(tmp_path) == []
+    runs_free(writer.pid)
+
+
+@pytest.mark.parametrize("verb", ["track", "core"])
+def test_a_number_beyond_all_ids(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "9" * 20]) == 2
+    assert "is not the id of a process" in capsys.readouterr().err
 
 
 def test_a_closed_pipe(writer: subprocess.Popen[bytes]) -> None:

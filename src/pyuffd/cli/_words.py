@@ -24,6 +24,6 @@ def seconds(shortest: float, longest: float) -> Callable[[str], float]:
 def pid(text: str) -> int:
     """Return the id of a process."""
     value = int(text)
-    if value < 1:
+    if not 0 < value < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text} is not the id of a process")
     return value

@@ -31,7 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " its threads, of one instant. It runs on afterwards. gdb, lldb, eu-stack, drgn, pystack"
         " and py-spy open it as they open the core of a crash.",
         epilog="Exit status: 0 when the core is complete, 2 on an error, 130 after Ctrl-C, 143"
-        " after SIGTERM. Unless it is 0 there is no file, and the process runs on as before. The"
+        " after SIGTERM, 129 after SIGHUP, and then there is no file; 141 if the reader of"
+        " stdout is gone, and there may be one. The process runs on as before. The"
         " file has mode 0600, and replaces nothing. A progress bar needs rich"
         " (pip install 'pyuffd[cli]').",
     )
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.snapshot is not None:
             return _run_from(args)
-        with ended_by(signal.SIGTERM), Process(args.pid) as target:
+        with ended_by(signal.SIGTERM, signal.SIGHUP), Process(args.pid) as target:
             path = args.output or f"core.{target.pid}"
             if not args.json:
                 print(_announcement(args, target), flush=True)
@@ -99,7 +100,7 @@ def _run_from(args: argparse.Namespace) -> int:
     if args.output is None:
         raise ValueError("--from needs -o FILE")
     with (
-        ended_by(signal.SIGTERM),
+        ended_by(signal.SIGTERM, signal.SIGHUP),
         Snapshot.open(args.snapshot) as snapshot,
         progress_shown(quiet=args.json) as shown,
     ):
@@ -118,7 +119,8 @@ def _print(args: argparse.Namespace, core: CoreFile) -> None:
 def _announcement(args: argparse.Namespace, target: Process) -> str:
     """Say what is stopped, and for how long it probably has to stand."""
     size = _resident(target.memory_tid)
-    name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace").rstrip("\n")
+    name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace")
+    name = "".join(c if c.isprintable() else "?" for c in name[:-1])  # it may be anything
     if args.method == "stopped":
         expected = size / EXPECTED_RATE + 0.01 + reading(target)[1]
         pause = f"while all is copied, {expected:.2f} s or more"

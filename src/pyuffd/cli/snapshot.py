@@ -24,8 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "snapshot",
         description="Write the memory of a running process, as it is at one instant, to a new"
         " directory. The process needs no preparation and runs on, except for a pause.",
-        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM. Unless it"
-        " is 0 there is no directory, and the process runs on as before.",
+        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM, 129"
+        " after SIGHUP, and then there is no directory; 141 if the reader of stdout is gone, and"
+        " there may be one. The process runs on as before.",
     )
     parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
     parser.add_argument(
@@ -81,7 +82,7 @@ def _rate(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Take the snapshot."""
     try:
-        with ended_by(signal.SIGTERM), Process(args.pid) as target:
+        with ended_by(signal.SIGTERM, signal.SIGHUP), Process(args.pid) as target:
             if not args.json:
                 print(_announcement(args, target), flush=True)
             with progress_shown(quiet=args.json) as shown:

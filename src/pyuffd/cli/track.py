@@ -35,8 +35,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " and 60 seconds, by mapping; first what cannot be seen. The process needs no preparation,"
         " and runs on as before when this ends.",
         epilog="Exit status: 0 at the end of --seconds or of the process, 2 on an error, 130 after"
-        " Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout is gone. A live table needs rich"
-        " (pip install 'pyuffd[cli]'), --png needs matplotlib (pip install 'pyuffd[plot]').",
+        " Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 if the reader of stdout is"
+        " gone. A live table needs rich (pip install 'pyuffd[cli]'), --png needs matplotlib"
+        " (pip install 'pyuffd[plot]').",
     )
     duration = seconds(SHORTEST_S, 1e9)
     parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
@@ -72,7 +73,11 @@ def run(args: argparse.Namespace) -> int:
             pass
     heat = Heat() if args.png else None
     try:
-        with ended_by(signal.SIGTERM), Process(args.pid) as target, DirtyTracker(target) as tracker:
+        with (
+            ended_by(signal.SIGTERM, signal.SIGHUP),
+            Process(args.pid) as target,
+            DirtyTracker(target) as tracker,
+        ):
             return _follow(args, target, tracker, heat)
     finally:
         if heat is not None:
