@@ -130,7 +130,7 @@ def test_a_snapshot_that_a_lost_connection_ends(
     with subprocess.Popen([*words, "--rate", "0.5"], stdout=subprocess.PIPE) as popen:
         assert popen.stdout is not None
         popen.stdout.readline()
-        wait_until("it has begun", lambda: os.listdir(tmp_path))
+        wait_until("it copies", lambda: any(f.stat().st_size for f in tmp_path.glob(".a.*/pages")))
         popen.send_signal(signal.SIGHUP)
         assert popen.wait(LIMIT_S) == 129
     assert os.listdir(tmp_path) == []
