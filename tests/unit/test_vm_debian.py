@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,28 @@ def test_the_mirror_is_the_machine_s_own(mirror: Path) -> None:
     text = sources.read_text()
     assert "http://mirror/debian/ trixie-backports main" in text
     assert "http://mirror/security/ bullseye-security main" in text
+
+
+def test_one_at_a_time(mirror: Path) -> None:
+    # An update replaces the lists that a look-up reads.
+    (mirror / "bin/apt-get").write_text(
+        APT_GET.replace("in\n", "in\n*update*) rm -f $HERE/lists; sleep 0.5; touch $HERE/lists;;\n")
+    )
+    (mirror / "bin/apt-cache").write_text(
+        APT_CACHE.replace("case", "sleep 0.1; test -e $HERE/lists || exit 100\ncase", 1)
+    )
+    found: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda version=version: found.append(_debian.kernel(version)))
+        for version in ("6.12", "6.12.9")
+    ]
+    threads[0].start()
+    while not (mirror / "lists").exists():
+        threads[0].join(0.01)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
 
 
 def test_no_debian_mirror_here(mirror: Path) -> None:

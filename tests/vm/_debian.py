@@ -7,6 +7,7 @@ stay as they are; it checks signatures and checksums. Nothing is installed.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
@@ -67,10 +68,19 @@ def kernel(version: str, *, refresh: bool = False) -> Path:
         KernelNotFoundError: apt is absent, names no Debian mirror, or the mirror lacks it.
     """
     folder = cache_dir() / "released" / _checked(version)
-    cached = sorted(folder.glob("vmlinuz-*"))
-    if cached and not refresh:
-        return cached[0]
-    apt = _Apt(cache_dir() / "apt")
+    if not refresh and (found := _cached(folder)):
+        return found
+    with _apt() as apt:
+        if not refresh and (found := _cached(folder)):
+            return found
+        return _fetched(apt, version, folder)
+
+
+def _cached(folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob("vmlinuz-*"))), None)
+
+
+def _fetched(apt: _Apt, version: str, folder: Path) -> Path:
     package = apt.newest(version, apt.names(_IMAGE_PATTERN), _has_kernel)
     found = None
     with apt.downloaded(package) as archive:
@@ -88,14 +98,19 @@ def source(series: str, *, refresh: bool = False) -> Path:
     Raises:
         KernelNotFoundError: as for `kernel`.
     """
-    folder = cache_dir() / "source"
-    tree = folder / f"linux-source-{_checked(series)}"
+    tree = cache_dir() / "source" / f"linux-source-{_checked(series)}"
     if (tree / "Makefile").exists() and not refresh:
         return tree
-    apt = _Apt(cache_dir() / "apt")
+    with _apt() as apt:
+        if not (tree / "Makefile").exists() or refresh:
+            _unpack(apt, series, tree)
+    return tree
+
+
+def _unpack(apt: _Apt, series: str, tree: Path) -> None:
     package = apt.newest(series, [f"linux-source-{series}"], lambda _: True)
-    folder.mkdir(parents=True, exist_ok=True)
-    unpacking = folder / f"{tree.name}.unpacking"
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    unpacking = tree.with_name(f"{tree.name}.unpacking")
     shutil.rmtree(unpacking, ignore_errors=True)
     with apt.downloaded(package) as archive:
         subprocess.run(["dpkg-deb", "-x", archive, unpacking], check=True)
@@ -104,7 +119,16 @@ def source(series: str, *, refresh: bool = False) -> Path:
     shutil.rmtree(tree, ignore_errors=True)
     (unpacking / tree.name).rename(tree)
     shutil.rmtree(unpacking)
-    return tree
+
+
+@contextmanager
+def _apt() -> Iterator[_Apt]:
+    """Give apt to one process at a time: beside an update, a look-up finds no packages."""
+    folder = cache_dir() / "apt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield _Apt(folder)
 
 
 class _Apt:
