@@ -89,12 +89,13 @@ def test_the_unmodified_kernel_has_to_pass(unmodified: Outcome, reason: str) -> 
 def test_a_tree_is_restored_whatever_happens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree = tmp_path / "tree"
-    (tree / "mm").mkdir(parents=True)
-    (tree / "mm/a.c").write_text("good\n")
-    (tree / "Makefile").write_text(
+    pristine = tmp_path / "tree"
+    (pristine / "mm").mkdir(parents=True)
+    (pristine / "mm/a.c").write_text("good\n")
+    (pristine / "Makefile").write_text(
         "kernelversion:\n\t@echo 6.12.1\n%:\n\t@cat mm/a.c >&2; exit 1\n"
     )
+    tree = shutil.copytree(pristine, tmp_path / "copy")
     patch = "--- a/mm/a.c\n+++ b/mm/a.c\n@@ -1 +1 @@\n-good\n+bad\n"
     mutants = [
         Mutant("10-a", "Breaks a.", "*", patch),
@@ -104,7 +105,7 @@ def test_a_tree_is_restored_whatever_happens(
     monkeypatch.setattr(_mutants, "_BUILD_PROGRAMS", ("make", "patch"))
     monkeypatch.setattr(_mutants, "mutants", lambda: mutants)
     monkeypatch.setattr(Builder, "configure", lambda self: None)
-    builder = Builder(tree, 1)
+    builder = Builder(tree, 1, mutants, pristine)
     with pytest.raises(BuildError, match="bad"):
         builder.image(mutants[0])
     assert (tree / "mm/a.c").read_text() == "good\n"

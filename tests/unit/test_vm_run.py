@@ -193,8 +193,20 @@ def test_what_is_lacking_is_said_before_anything_is_fetched(
     assert "apt-get install qemu-system-x86" in capsys.readouterr().err
 
 
-def test_two_cpus_have_a_thread_each() -> None:
+def test_two_cpus_have_a_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(_run.ACCEL, raising=False)
     assert (_run.accel(1), _run.accel(2)) == (_run.SINGLE, _run.MULTI)
+
+
+def test_the_user_s_accelerator(play: PlayGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYUFFD_BUDGET_SCALE", raising=False)
+    monkeypatch.setenv(_run.ACCEL, "kvm")
+    assert (_run.accel(1), _run.accel(2)) == ("kvm", "kvm")
+    assert (_run.scale("kvm"), _run.scale(_run.SINGLE)) == (2.0, 20.0)
+    # Only an emulated CPU can count its instructions.
+    play('echo "$@"\n' + UP, accel=_run.accel(1), counted=True)
+    assert b"-accel kvm" in play.console
+    assert b"-icount" not in play.console
 
 
 @pytest.mark.parametrize("works", [False, True])

@@ -63,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cpus", type=int, default=1, help="CPUs of the guest (races need two)")
     parser.add_argument(
         "--accel",
-        help="QEMU's -accel (tcg, with a thread for each CPU where there are several)",
+        help=f"QEMU's -accel (${_run.ACCEL}, or tcg with a thread for each of several CPUs)",
     )
     parser.add_argument(
         "--with", action="append", default=[], dest="packages", help="installed package to pack"
@@ -86,6 +86,7 @@ def main() -> int:
     try:
         kernel = find_kernel(options.kernel)
         given, files = from_outside(options.pytest, _run.ROOT)
+        accel = options.accel or _run.accel(options.cpus)
         arguments, wanted = _run.redirect(given or list(_run.SUITE))
         guest = _run.Guest(
             kernel=kernel,
@@ -93,9 +94,9 @@ def main() -> int:
             memory_mib=options.memory,
             huge_pages=options.huge_pages,
             swap_mib=options.swap,
-            accel=options.accel or _run.accel(options.cpus),
+            accel=accel,
             cpus=options.cpus,
-            scale=_run.scale(),
+            scale=_run.scale(accel),
             run_s=options.run_limit,
             packages=tuple(options.packages),
             files=files,

@@ -11,7 +11,6 @@ import fnmatch
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd.conformance import load
-from tests.vm import _cover_guest, _debian, _image, _run
-from tests.vm._mutants import SERIES, Builder, BuildError
+from tests.vm import _cover_guest, _debian, _image, _run, _tree
+from tests.vm._mutants import Builder, BuildError
 
 PAGE = _image.ROOT / "docs/generated/kernel-coverage.md"
 OUTPUT = _image.ROOT / "build/kernel-coverage"
@@ -122,10 +121,7 @@ def count(lines: Sequence[Line]) -> Count:
 
 def build(jobs: int) -> tuple[Path, Path, str]:
     """Return the kernel that counts, its tree, and its release."""
-    pristine = _debian.source(SERIES)
-    tree = pristine.with_name(f"{pristine.name}.coverage")
-    if not (tree / "Makefile").exists():
-        shutil.copytree(pristine, tree, symlinks=True)
+    tree = _tree.copy(_tree.pristine(), "coverage")
     builder = Builder(tree, jobs)
     builder.configure(CONFIG)
     _profile(tree)
@@ -169,6 +165,7 @@ def run(kernel: Path, wanted: Sequence[str], minutes: float, counts: Path) -> st
     guest = _run.Guest(
         kernel,
         OUTPUT / "guest",
+        accel=_run.accel(1),
         scale=SCALE,
         counted=True,
         run_s=(60 * minutes + MORE_S) / SCALE,

@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
 import tomllib
@@ -25,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd.conformance import load
-from tests.vm import _debian, _image, _mutate, _mutate_guest, _run
-from tests.vm._mutants import SERIES, Builder, BuildError
+from tests.vm import _debian, _image, _mutate, _mutate_guest, _run, _tree
+from tests.vm._mutants import Builder, BuildError
 from tests.vm._mutate import Mutant
 
 OUTPUT = _image.ROOT / "build/machine-mutants"
@@ -76,7 +75,8 @@ def mutate_tree(pristine: Path, tree: Path) -> list[Mutant]:
     """Write every mutant into the files of a tree; return them in order of their numbers."""
     every: list[Mutant] = []
     texts: dict[str, str] = {}
-    for file in FILES:
+    # A kernel that is older or newer may lack one of them.
+    for file in (file for file in FILES if (pristine / file).exists()):
         text = (pristine / file).read_text()
         wanted = functools.partial(_is_wanted, file)
         texts[file], mutants = _mutate.mutate(file, text, wanted, len(every) + 1)
@@ -93,10 +93,8 @@ def mutate_tree(pristine: Path, tree: Path) -> list[Mutant]:
 
 def build(jobs: int) -> tuple[Path, list[Mutant]]:
     """Return the kernel with all mutants, and what they are."""
-    pristine = _debian.source(SERIES)
-    tree = pristine.with_name(f"{pristine.name}.mutated")
-    if not (tree / "Makefile").exists():
-        shutil.copytree(pristine, tree, symlinks=True)
+    pristine = _tree.pristine()
+    tree = _tree.copy(pristine, "mutated")
     every = mutate_tree(pristine, tree)
     builder = Builder(tree, jobs)
     builder.configure()
@@ -141,6 +139,7 @@ def said(
     guest = _run.Guest(
         kernel,
         OUTPUT / name,
+        accel=_run.accel(1),
         scale=SCALE,
         boot_s=_run.BOOT_S * BOOT_SCALE,
         run_s=RUN_S,
@@ -425,7 +424,7 @@ def main() -> int:
     except (BuildError, _debian.KernelNotFoundError, _image.MissingOnHostError) as error:
         print(f"machine-mutants: {error}", file=sys.stderr)
         return 2
-    release = Builder(_debian.source(SERIES), 1).release
+    release = Builder(_tree.pristine(), 1).release
     PAGE.write_text(page(every, reached, verdicts, release))
     print(f"machine-mutants: {_summary(verdicts)}; {PAGE}", flush=True)
     return 0

@@ -58,7 +58,14 @@ class Column:
 
 def run(version: str, arguments: Sequence[str]) -> Column:
     """Boot one kernel and run the suite."""
-    guest = _run.Guest(_debian.kernel(version), OUTPUT / version, scale=_run.scale(), run_s=RUN_S)
+    accel = _run.accel(1)
+    guest = _run.Guest(
+        _debian.kernel(version),
+        OUTPUT / version,
+        accel=accel,
+        scale=_run.scale(accel),
+        run_s=RUN_S,
+    )
     result = guest.pytest(*_run.redirect([*_run.SUITE, *arguments])[0])
     try:
         report = Report.read(result.folder / "report.json")

@@ -18,19 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyuffd.conformance import Report
-from tests.vm import _debian, _image, _run
+from tests.vm import _debian, _image, _run, _tree
 
 PATCHES = _image.ROOT / "tests/vm/mutants"
 PAGE = _image.ROOT / "docs/generated/mutants.md"
 OUTPUT = _image.ROOT / "build/mutants"
 FRAGMENT = PATCHES / "kernel.config"
-SERIES = "6.12"
 UNMODIFIED = "unmodified"
 ANY_TEST = "*"
 
@@ -109,7 +108,13 @@ def _read(path: Path) -> Mutant:
 class Builder:
     """One source tree, in which kernels are built one after the other."""
 
-    def __init__(self, tree: Path, jobs: int, patches: Sequence[Mutant] = ()) -> None:
+    def __init__(
+        self,
+        tree: Path,
+        jobs: int,
+        patches: Sequence[Mutant] = (),
+        pristine: Path | None = None,
+    ) -> None:
         lacking = [name for name in _BUILD_PROGRAMS if shutil.which(name) is None]
         if lacking:
             raise BuildError(f"building a kernel needs {' and '.join(lacking)}, not installed here")
@@ -117,12 +122,14 @@ class Builder:
         self._jobs = jobs
         self._patches = patches
         self._images = _debian.cache_dir() / "mutants"
-        self._pristine = tree.with_name(f"{tree.name}.pristine")
+        self._pristine = pristine or tree
         self._images.mkdir(parents=True, exist_ok=True)
         self.release = self.make("-s", "kernelversion").strip()
 
     def image(self, mutant: Mutant | None) -> Path:
         """Return the kernel with one patch, or with none, built unless the cache has it.
+
+        A tree of the user may have changed, so it is always built.
 
         Raises:
             BuildError: the patch does not apply, or the kernel does not build.
@@ -131,16 +138,17 @@ class Builder:
         name = mutant.name if mutant else UNMODIFIED
         key = hashlib.sha256((FRAGMENT.read_text() + patch).encode()).hexdigest()[:12]
         image = self._images / f"{name}-{self.release}-{key}.bzImage"
-        if image.exists():
+        if image.exists() and not _tree.own():
             return image
         self.configure()
-        self._restore([*mutants(), *self._patches])
+        # Also what a run that was ended early has left.
+        self._restore()
         try:
             if mutant:
                 self._apply(mutant)
             self.make("bzImage")
         finally:
-            self._restore([*mutants(), *self._patches])
+            self._restore()
         partial = image.with_suffix(".partial")
         shutil.copyfile(self._tree / "arch/x86/boot/bzImage", partial)
         partial.rename(image)
@@ -163,15 +171,13 @@ class Builder:
             raise BuildError(f"this kernel's configuration refuses {', '.join(refused)}")
         done.write_text(wanted)
 
-    def _restore(self, patches: Iterable[Mutant]) -> None:
-        """Bring back every file that a patch changes; the first time, keep a copy instead."""
-        for name in sorted({name for mutant in patches for name in mutant.files}):
-            kept, file = self._pristine / name, self._tree / name
-            if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, kept)
-            elif kept.read_bytes() != file.read_bytes():
-                shutil.copyfile(kept, file)
+    def _restore(self) -> None:
+        """Bring back every file that a patch changes."""
+        every = [*mutants(), *self._patches]
+        for name in sorted({name for mutant in every for name in mutant.files}):
+            original, file = self._pristine / name, self._tree / name
+            if original.exists() and original.read_bytes() != file.read_bytes():
+                shutil.copyfile(original, file)
 
     def _apply(self, mutant: Mutant) -> None:
         command = ["patch", "-p1", "--force", "--no-backup-if-mismatch", "--fuzz=0"]
@@ -309,7 +315,8 @@ def main() -> int:
         if unknown := set(options.names) - {mutant.name for mutant in every}:
             raise BuildError(f"there is no mutant {', '.join(sorted(unknown))}")
         patches = [m for m in every if m.name in options.names or not options.names]
-        builder = Builder(_debian.source(SERIES), options.jobs, patches)
+        pristine = _tree.pristine()
+        builder = Builder(_tree.copy(pristine, "patched"), options.jobs, patches, pristine)
         images = {}
         for number, mutant in enumerate([None, *patches]):
             name = mutant.name if mutant else UNMODIFIED

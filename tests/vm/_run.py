@@ -1,4 +1,4 @@
-"""Run pytest on another kernel, in a QEMU guest without hardware virtualisation."""
+"""Run pytest on another kernel, in a QEMU guest: emulated unless the user says otherwise."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ GUEST_OUT = "/out"
 
 # One thread for all CPUs is faster on a busy machine, and lets no two of them run at a time.
 SINGLE, MULTI = "tcg,thread=single", "tcg,thread=multi"
+# Names another accelerator for all guests.
+ACCEL = "PYUFFD_VM_ACCEL"
 # The clock of a guest counts its instructions, 8 ns each. It stands still while the host lets QEMU
 # wait, and jumps to the next tick where the guest has nothing to do: a busy host makes no test
 # late, and waiting in vain is over soon.
@@ -35,6 +37,7 @@ COUNTED = ("-icount", "shift=3,sleep=off")
 # Time limits are those of real hardware times one factor, in the guest as here; a guest under
 # emulation is 10 to 25 times slower.
 EMULATION_SCALE = 20.0
+VIRTUAL_SCALE = 2.0
 BOOT_S = 6.0
 RUN_S = 60.0
 # How long QEMU may take to end after the guest has said that it is done.
@@ -393,8 +396,8 @@ def redirect(arguments: list[str]) -> tuple[list[str], dict[str, Path]]:
 
 
 def accel(cpus: int) -> str:
-    """Return QEMU's -accel for so many CPUs."""
-    return MULTI if cpus > 1 else SINGLE
+    """Return QEMU's -accel for so many CPUs, unless the user says which."""
+    return os.environ.get(ACCEL) or (MULTI if cpus > 1 else SINGLE)
 
 
 def lacking() -> str:
@@ -406,9 +409,10 @@ def lacking() -> str:
     return ""
 
 
-def scale() -> float:
-    """Return the factor on every time limit."""
-    return float(os.environ.get("PYUFFD_BUDGET_SCALE", EMULATION_SCALE))
+def scale(how: str) -> float:
+    """Return the factor on every time limit for one of QEMU's -accel."""
+    usual = EMULATION_SCALE if how.startswith("tcg") else VIRTUAL_SCALE
+    return float(os.environ.get("PYUFFD_BUDGET_SCALE", usual))
 
 
 def end_with_us() -> None:
