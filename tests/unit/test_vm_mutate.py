@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.vm import _cases, _machine_mutants, _mutate, _mutate_guest
+from tests.vm._mutants import BuildError
 from tests.vm._mutate import Mutant
 
 SOURCE = """\
@@ -260,3 +263,36 @@ def test_page_counts_and_lists_survivors() -> None:
     assert _machine_mutants.MISSING in row
     assert "errno \\| ADDRESS" in page
     assert "| mm/a.c | `may` | 2 |" in page
+
+
+def test_several_guests_share_the_mutants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found = mutants()
+    kernel = tmp_path / "kernel"
+    kernel.touch()
+    reached = {
+        "a.b.anon": {"test": "a.b.anon", "outcome": "", "took": 0.1, "places": [1, 2, 3, 4, 5]}
+    }
+    guests: list[tuple[str, list[int]]] = []
+
+    def said(
+        kernel: Path, name: str, plan: dict[str, Any], stop: threading.Event, until: float
+    ) -> tuple[list[dict[str, Any]], str]:
+        numbers = [number for number, _ in plan["mutants"]]
+        guests.append((name, numbers))
+        # Each comes as far as its first mutant, as where every one of them ends its guest.
+        return [{"kind": "trying", "mutant": number} for number in numbers[:1]], "it died"
+
+    monkeypatch.setattr(_machine_mutants, "OUTPUT", tmp_path)
+    monkeypatch.setattr(_machine_mutants, "SHARE", 2)
+    monkeypatch.setattr(_machine_mutants, "said", said)
+    until = time.monotonic() + 60.0
+    verdicts = _machine_mutants.judge(kernel, found[:5], reached, until, 2)
+    assert {number: verdict["verdict"] for number, verdict in verdicts.items()} == dict.fromkeys(
+        range(1, 6), "died"
+    )
+    assert sorted(numbers[0] for _, numbers in guests) == [1, 2, 3, 4, 5]
+
+    monkeypatch.setattr(_machine_mutants, "said", lambda *_: ([], "it did not boot"))
+    (tmp_path / "verdicts.json").unlink()
+    with pytest.raises(BuildError, match="it did not boot"):
+        _machine_mutants.judge(kernel, found[:5], reached, until, 2)

@@ -16,10 +16,12 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ FIRST = 40
 ONE_OF = 4
 TYPES = 5
 SEED = 6
+# How many mutants a guest takes at a time.
+SHARE = 20
 # A test that runs longer than this meets only what fewer than FIRST others reach.
 LONG_S = 10.0
 
@@ -126,7 +130,11 @@ def choose(one_of: int, types: int) -> list[str]:
 
 
 def said(
-    kernel: Path, name: str, plan: dict[str, Any], until: float = math.inf
+    kernel: Path,
+    name: str,
+    plan: dict[str, Any],
+    stop: threading.Event,
+    until: float = math.inf,
 ) -> tuple[list[dict[str, Any]], str]:
     """Boot with a plan; return what the guest said, and how it ended.
 
@@ -134,6 +142,7 @@ def said(
         kernel: To boot.
         name: A folder for the run.
         plan: What the guest is to do.
+        stop: Ends it early.
         until: When it has to end, by `time.monotonic`.
     """
     guest = _run.Guest(
@@ -146,6 +155,7 @@ def said(
         counted=True,
         quiet_s=QUIET_S,
         until=until,
+        stop=stop,
         files={str(_mutate_guest.PLAN): json.dumps(plan).encode()},
         show=_progress(),
     )
@@ -176,7 +186,32 @@ def _progress() -> Any:
     return show
 
 
-def reach(kernel: Path, tests: Sequence[str]) -> dict[str, dict[str, Any]]:
+def at_a_time(parallel: int, work: Callable[[int, threading.Event], None]) -> None:
+    """Do the work of so many guests at a time; what ends one of them ends the others.
+
+    Args:
+        parallel: How many.
+        work: Called with the number of the guest, and with what is to end it early.
+    """
+    stop = threading.Event()
+
+    def one(number: int) -> None:
+        try:
+            work(number, stop)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            for _ in pool.map(one, range(parallel)):
+                pass
+        except BaseException:
+            stop.set()
+            raise
+
+
+def reach(kernel: Path, tests: Sequence[str], parallel: int) -> dict[str, dict[str, Any]]:
     """Run tests on the kernel as it is, those that an earlier run has not had.
 
     Returns:
@@ -189,13 +224,22 @@ def reach(kernel: Path, tests: Sequence[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     if file.exists() and file.stat().st_mtime > kernel.stat().st_mtime:
         found = json.loads(file.read_text())
-    if new := [test for test in tests if test not in found]:
-        lines, sentence = said(kernel, "reach", {"tests": new})
-        found |= {line["test"]: line for line in lines if line["kind"] == "test"}
-        # Also of a run that was cut short, which the next one goes on with.
-        file.write_text(json.dumps(found))
+    new = [test for test in tests if test not in found]
+    lock = threading.Lock()
+
+    def work(number: int, stop: threading.Event) -> None:
+        part = new[number::parallel]
+        if not part:
+            return
+        lines, sentence = said(kernel, f"reach-{number}", {"tests": part}, stop)
+        with lock:
+            found.update({line["test"]: line for line in lines if line["kind"] == "test"})
+            # Also of a run that was cut short, which the next one goes on with.
+            file.write_text(json.dumps(found))
         if not any(line["kind"] == "done" for line in lines):
             raise BuildError(f"the kernel with all mutants off does not run the suite: {sentence}")
+
+    at_a_time(parallel, work)
     return found
 
 
@@ -217,9 +261,17 @@ def plan_for(mutant: Mutant, reached: dict[str, dict[str, Any]], most: int | Non
 
 
 def judge(
-    kernel: Path, mutants: Sequence[Mutant], reached: dict[str, dict[str, Any]], until: float
+    kernel: Path,
+    mutants: Sequence[Mutant],
+    reached: dict[str, dict[str, Any]],
+    until: float,
+    parallel: int,
 ) -> dict[int, dict[str, Any]]:
-    """Return a verdict for each mutant, or for as many as there is time for."""
+    """Return a verdict for each mutant, or for as many as there is time for.
+
+    Raises:
+        BuildError: a guest did not come to its first mutant.
+    """
     file = OUTPUT / "verdicts.json"
     verdicts: dict[int, dict[str, Any]] = {}
     if file.exists() and file.stat().st_mtime > kernel.stat().st_mtime:
@@ -230,16 +282,37 @@ def judge(
             for mutant in mutants
             if _is_open(verdicts.get(mutant.number), len(plan_for(mutant, reached, most)))
         ]
-        while waiting and time.monotonic() < until:
-            part = waiting[:60]
-            plans = {mutant.number: plan_for(mutant, reached, most) for mutant in part}
-            lines, sentence = said(kernel, "judge", {"mutants": list(plans.items())}, until)
-            # What the end of the time cut short has no verdict.
-            _take(verdicts, lines, sentence if time.monotonic() < until else None, plans)
-            file.write_text(json.dumps(verdicts))
-            lengths = {m.number: len(plan_for(m, reached, most)) for m in waiting}
-            waiting = [m for m in waiting if _is_open(verdicts.get(m.number), lengths[m.number])]
-            print(f"machine-mutants: {len(verdicts)} judged, {_summary(verdicts)}", flush=True)
+        plans = {mutant.number: plan_for(mutant, reached, most) for mutant in waiting}
+        lock = threading.Lock()
+
+        def work(
+            number: int,
+            stop: threading.Event,
+            waiting: list[Mutant] = waiting,
+            plans: dict[int, list[str]] = plans,
+            lock: threading.Lock = lock,
+        ) -> None:
+            while time.monotonic() < until and not stop.is_set():
+                with lock:
+                    part = [waiting.pop(0).number for _ in waiting[:SHARE]]
+                if not part:
+                    return
+                plan = {"mutants": [(mutant, plans[mutant]) for mutant in part]}
+                lines, sentence = said(kernel, f"judge-{number}", plan, stop, until)
+                is_over = time.monotonic() > until or stop.is_set()
+                if not lines and not is_over:
+                    raise BuildError(f"no mutant was tried: {sentence}")
+                with lock:
+                    # What the end of the time cut short has no verdict.
+                    _take(verdicts, lines, None if is_over else sentence, plans)
+                    file.write_text(json.dumps(verdicts))
+                    left = [m for m in part if _is_open(verdicts.get(m), len(plans[m]))]
+                    waiting[:0] = [mutant for mutant in mutants if mutant.number in left]
+                    print(
+                        f"machine-mutants: {len(verdicts)} judged, {_summary(verdicts)}", flush=True
+                    )
+
+        at_a_time(parallel, work)
     return verdicts
 
 
@@ -401,6 +474,7 @@ def main() -> int:
     """Build, find out what is reached, judge, write the page."""
     parser = argparse.ArgumentParser(prog="machine-mutants", description=__doc__)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="make -j")
+    parser.add_argument("--parallel", type=int, default=1, help="guests at a time")
     parser.add_argument("--minutes", type=float, default=600, help="for judging mutants")
     parser.add_argument("--count", type=int, help="judge no more than so many")
     parser.add_argument("--function", action="append", help="only mutants of this function")
@@ -415,12 +489,13 @@ def main() -> int:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     try:
         kernel, every = build(options.jobs)
-        reached = reach(kernel, [] if options.known else choose(options.crossings, options.types))
+        wanted = [] if options.known else choose(options.crossings, options.types)
+        reached = reach(kernel, wanted, options.parallel)
         print(f"machine-mutants: {len(reached)} tests have run", flush=True)
         chosen = [m for m in every if not options.function or m.function in options.function]
         random.Random(SEED).shuffle(chosen)
         until = time.monotonic() + (0 if options.again else options.minutes * 60)
-        verdicts = judge(kernel, chosen[: options.count], reached, until)
+        verdicts = judge(kernel, chosen[: options.count], reached, until, options.parallel)
     except (BuildError, _debian.KernelNotFoundError, _image.MissingOnHostError) as error:
         print(f"machine-mutants: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ class Guest:
             time then.
         quiet_s: limit for saying nothing on the console, of the same clock as the others.
         until: when it has to end, by `time.monotonic`.
+        stop: ends it earlier when set.
         show: called with the console's output.
     """
 
@@ -151,6 +153,7 @@ class Guest:
     counted: bool = False
     quiet_s: float = math.inf
     until: float = math.inf
+    stop: threading.Event = field(default_factory=threading.Event)
     show: Callable[[bytes], object] = lambda data: None
 
     @property
@@ -293,7 +296,8 @@ class _Watch:
                     deadline, word = guest.boot_s * guest.scale, "boot"
                 if word == "run" and now > max(said_on, up_on) + guest.quiet_s * guest.scale:
                     deadline, word = 0.0, "quiet"
-                if now > deadline or time.monotonic() > guest.until:
+                is_over = time.monotonic() > guest.until or guest.stop.is_set()
+                if now > deadline or is_over:
                     late = word
                     process.kill()
         return up_at or started, late
