@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,13 +167,45 @@ REACHED = {
 }
 
 
-def test_a_mutant_meets_what_reaches_it_different_tests_first() -> None:
+def plan(mutant: Mutant, reached: dict[str, dict[str, Any]], most: int | None = None) -> list[str]:
+    return _machine_mutants.Planner(mutants()[1], reached).plan(mutant, most)
+
+
+def test_a_mutant_meets_what_reaches_it_the_quickest_first() -> None:
     _, found = mutants()
-    plan = _machine_mutants.plan_for(found[0], REACHED, None)
-    assert plan == ["a.b.shmem", "a.b.anon", "a.c.anon"] or plan[0] == "a.b.shmem"
-    assert sorted(plan) == ["a.b.anon", "a.b.shmem", "a.c.anon"]
-    assert _machine_mutants.plan_for(found[0], REACHED, 1) == ["a.b.shmem"]
-    assert _machine_mutants.plan_for(found[2], REACHED, None) == []
+    assert plan(found[0], REACHED)[0] == "a.b.anon"
+    assert sorted(plan(found[0], REACHED)) == ["a.b.anon", "a.b.shmem", "a.c.anon"]
+    assert plan(found[0], REACHED, 1) == ["a.b.anon"]
+    assert plan(found[2], REACHED) == []
+
+
+def test_a_mutant_meets_first_what_knows_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found = mutants()
+    near = [mutant.number for mutant in found if mutant.function == found[0].function]
+    assert len(near) > 2
+
+    def line(test: str, took: float, *places: int) -> dict[str, Any]:
+        return {"test": test, "outcome": "", "took": took, "places": places}
+
+    lines = [
+        line("a.quick.one.anon", 0.1, near[0]),
+        line("a.quick.two.anon", 0.2, near[0]),
+        line("a.every-way.one.anon", 0.4, *near[:-1]),
+        line("a.last-way.one.anon", 0.5, near[0], near[-1]),
+        line("a.meant.one.anon", 0.6, near[0]),
+        line("a.check.one.anon", 0.7, near[0]),
+        line("a.elsewhere.one.anon", 0.1, 10**6),
+    ]
+    case = SimpleNamespace(origin=f"mm/a.c: {found[0].function}()")
+    monkeypatch.setattr(_machine_mutants, "load", lambda: {"a.meant.one": case})
+    assert plan(found[0], {one["test"]: one for one in lines}) == [
+        "a.meant.one.anon",
+        "a.every-way.one.anon",
+        "a.last-way.one.anon",
+        "a.check.one.anon",
+        "a.quick.one.anon",
+        "a.quick.two.anon",
+    ]
 
 
 def test_a_guest_that_ends_leaves_a_verdict() -> None:
@@ -198,8 +231,8 @@ def test_a_test_of_minutes_meets_only_what_few_others_reach() -> None:
         for number in range(_machine_mutants.FIRST)
     }
     long = {"test": "a.long.anon", "outcome": "", "took": 60.0, "places": [1]}
-    assert "a.long.anon" in _machine_mutants.plan_for(found[0], {**REACHED, "long": long}, None)
-    assert "a.long.anon" not in _machine_mutants.plan_for(found[0], {**many, "long": long}, None)
+    assert "a.long.anon" in plan(found[0], {**REACHED, "long": long})
+    assert "a.long.anon" not in plan(found[0], {**many, "long": long})
 
 
 class Suite:
@@ -272,6 +305,7 @@ def test_several_guests_share_the_mutants(tmp_path: Path, monkeypatch: pytest.Mo
     reached = {
         "a.b.anon": {"test": "a.b.anon", "outcome": "", "took": 0.1, "places": [1, 2, 3, 4, 5]}
     }
+    planner = _machine_mutants.Planner(found, reached)
     guests: list[tuple[str, list[int]]] = []
 
     def said(
@@ -286,7 +320,7 @@ def test_several_guests_share_the_mutants(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(_machine_mutants, "SHARE", 2)
     monkeypatch.setattr(_machine_mutants, "said", said)
     until = time.monotonic() + 60.0
-    verdicts = _machine_mutants.judge(kernel, found[:5], reached, until, 2)
+    verdicts = _machine_mutants.judge(kernel, found[:5], planner, until, 2)
     assert {number: verdict["verdict"] for number, verdict in verdicts.items()} == dict.fromkeys(
         range(1, 6), "died"
     )
@@ -295,4 +329,4 @@ def test_several_guests_share_the_mutants(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(_machine_mutants, "said", lambda *_: ([], "it did not boot"))
     (tmp_path / "verdicts.json").unlink()
     with pytest.raises(BuildError, match="it did not boot"):
-        _machine_mutants.judge(kernel, found[:5], reached, until, 2)
+        _machine_mutants.judge(kernel, found[:5], planner, until, 2)

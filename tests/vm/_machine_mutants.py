@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd.conformance import load
-from tests.vm import _debian, _image, _mutate, _mutate_guest, _run, _tree
+from tests.vm import _cases, _debian, _image, _mutate, _mutate_guest, _run, _tree
 from tests.vm._mutants import Builder, BuildError
 from tests.vm._mutate import Mutant
 
@@ -48,6 +48,8 @@ TYPES = 5
 SEED = 6
 # How many mutants a guest takes at a time.
 SHARE = 20
+# How many tests that were written for a function its mutants meet before others.
+MEANT = 20
 # A test that runs longer than this meets only what fewer than FIRST others reach.
 LONG_S = 10.0
 
@@ -243,29 +245,82 @@ def reach(kernel: Path, tests: Sequence[str], parallel: int) -> dict[str, dict[s
     return found
 
 
-def plan_for(mutant: Mutant, reached: dict[str, dict[str, Any]], most: int | None) -> list[str]:
-    """Return the tests that reach a mutant, the quickest first, and different ones before all."""
-    able = [line for line in reached.values() if not line["outcome"]]
-    able = [line for line in able if mutant.number in line["places"]]
-    quick = [line for line in able if line["took"] < LONG_S]
-    able = quick if len(quick) >= FIRST else able
-    able.sort(key=lambda line: line["took"])
+class Planner:
+    """Which tests a mutant meets, and in which order: those first that know most of its function.
+
+    Args:
+        mutants: All of them.
+        reached: What each test reaches.
+    """
+
+    def __init__(self, mutants: Sequence[Mutant], reached: Mapping[str, Mapping[str, Any]]) -> None:
+        cases = load()
+        self._able = [line for line in reached.values() if not line["outcome"]]
+        self._able.sort(key=lambda line: line["took"])
+        self._places = {line["test"]: frozenset(line["places"]) for line in self._able}
+        self._origins = {
+            test: cases[name].origin if (name := _cases.split(test)[0]) in cases else ""
+            for test in self._places
+        }
+        self._near: dict[tuple[str, str], set[int]] = {}
+        for mutant in mutants:
+            self._near.setdefault((mutant.file, mutant.function), set()).add(mutant.number)
+
+    def plan(self, mutant: Mutant, most: int | None) -> list[str]:
+        """Return the tests that reach a mutant.
+
+        First those of cases that were written for its function; then a few that reach all other
+        places of the function that any of them reaches; then those whose names share most words
+        with it; then the quickest, different ones before others of the same kind.
+        """
+        able = [line for line in self._able if mutant.number in self._places[line["test"]]]
+        quick = [line for line in able if line["took"] < LONG_S]
+        able = quick if len(quick) >= FIRST else able
+        tests = [line["test"] for line in able]
+        word = re.compile(rf"\b{re.escape(mutant.function)}\b")
+        meant = [test for test in tests if word.search(self._origins[test])]
+        first = _alternate(meant)[:MEANT]
+        first += self._all_ways(tests, self._near[mutant.file, mutant.function])
+        words = _words(f"{mutant.function} {mutant.was}")
+        shared = {test: len(words & _words(test)) for test in tests}
+        for count in sorted(set(shared.values()) - {0}, reverse=True):
+            first += _alternate([test for test in tests if shared[test] == count])
+        return list(dict.fromkeys([*first, *_alternate(tests)]))[:most]
+
+    def _all_ways(self, tests: Sequence[str], near: set[int]) -> list[str]:
+        """Return tests that together reach every place of the function that any reaches."""
+        ways = {test: self._places[test] & near for test in tests}
+        left = set().union(*ways.values())
+        found = []
+        while left:
+            best = max(tests, key=lambda test: len(ways[test] & left))
+            found.append(best)
+            left -= ways[best]
+        return found
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]{2,}", text.lower()))
+
+
+def _alternate(tests: Sequence[str]) -> list[str]:
+    """Put one of each kind of test before the second of any."""
     seen = Counter[str]()
     ranked = []
-    for line in able:
-        name = line["test"].rpartition(".")[0].rpartition(".")[0]
-        ranked.append((seen[name], line["took"], line["test"]))
-        seen[name] += 1
-    ranked.sort()
-    return [test for _, _, test in ranked[:most]]
+    for number, test in enumerate(tests):
+        kind = test.rpartition(".")[0].rpartition(".")[0]
+        ranked.append((seen[kind], number, test))
+        seen[kind] += 1
+    return [test for _, _, test in sorted(ranked)]
 
 
 def judge(
     kernel: Path,
     mutants: Sequence[Mutant],
-    reached: dict[str, dict[str, Any]],
+    planner: Planner,
     until: float,
     parallel: int,
+    most: int | None = None,
 ) -> dict[int, dict[str, Any]]:
     """Return a verdict for each mutant, or for as many as there is time for.
 
@@ -276,13 +331,13 @@ def judge(
     verdicts: dict[int, dict[str, Any]] = {}
     if file.exists() and file.stat().st_mtime > kernel.stat().st_mtime:
         verdicts = {int(key): value for key, value in json.loads(file.read_text()).items()}
-    for most in (FIRST, None):
+    for some in (FIRST, most):
+        plans = {mutant.number: planner.plan(mutant, some) for mutant in mutants}
         waiting = [
             mutant
             for mutant in mutants
-            if _is_open(verdicts.get(mutant.number), len(plan_for(mutant, reached, most)))
+            if _is_open(verdicts.get(mutant.number), len(plans[mutant.number]))
         ]
-        plans = {mutant.number: plan_for(mutant, reached, most) for mutant in waiting}
         lock = threading.Lock()
 
         def work(
@@ -431,8 +486,9 @@ def _lines(
     yield "| mutant | function | was | became | why nothing notices | met all tests that reach it |"
     yield "|---|---|---|---|---|---|"
     known = reasons()
+    planner = Planner(mutants, reached)
     for mutant in survivors:
-        has_met = verdicts[mutant.number]["met"] >= len(plan_for(mutant, reached, None))
+        has_met = verdicts[mutant.number]["met"] >= len(planner.plan(mutant, None))
         everything = "yes" if has_met else "no"
         why = known.get(key_of(mutant), MISSING if has_met else UNSURE)
         yield (
@@ -477,6 +533,7 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=1, help="guests at a time")
     parser.add_argument("--minutes", type=float, default=600, help="for judging mutants")
     parser.add_argument("--count", type=int, help="judge no more than so many")
+    parser.add_argument("--tests", type=int, help="a mutant meets no more than so many")
     parser.add_argument("--function", action="append", help="only mutants of this function")
     parser.add_argument("--crossings", type=int, default=ONE_OF, help="run one of so many")
     parser.add_argument("--types", type=int, default=TYPES, help="of memory, for each case")
@@ -495,7 +552,9 @@ def main() -> int:
         chosen = [m for m in every if not options.function or m.function in options.function]
         random.Random(SEED).shuffle(chosen)
         until = time.monotonic() + (0 if options.again else options.minutes * 60)
-        verdicts = judge(kernel, chosen[: options.count], reached, until, options.parallel)
+        planner = Planner(every, reached)
+        chosen = chosen[: options.count]
+        verdicts = judge(kernel, chosen, planner, until, options.parallel, options.tests)
     except (BuildError, _debian.KernelNotFoundError, _image.MissingOnHostError) as error:
         print(f"machine-mutants: {error}", file=sys.stderr)
         return 2
