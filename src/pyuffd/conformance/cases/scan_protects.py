@@ -283,14 +283,15 @@ def _needs_disposable() -> Need:
 @case(
     "PAGEMAP_SCAN.ok.protects-hugetlb-hole",
     origin="fs/proc/task_mmu.c: pagemap_scan_hugetlb_hole_wp",
-    memory=("hugetlb-private",),
+    memory=HUGETLB,
     features=FEATURES,
     needs=[_needs_disposable()],
     slow=True,
 )
 def hugetlb_hole(ctx: Context) -> None:
     """A scan for anything protects a hole without a table; kernels without a fix wait forever."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_HUGETLB
+    flags = mmap.MAP_SHARED if ctx.memory.shared else mmap.MAP_PRIVATE
+    flags |= mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_HUGETLB
     start = _memory.mmap(3 * GIB, READ_WRITE, flags)
     ctx.callback(_memory.munmap, start, 3 * GIB)
     edge = -(-start // GIB) * GIB + GIB // 2
@@ -299,3 +300,9 @@ def hugetlb_hole(ctx: Context) -> None:
     seen = scan(ctx, edge, edge + ctx.page, **asked)
     ctx.expect("errno", seen.errno, 0)
     ctx.expect_pagemap(edge, MARKER[ctx.memory.name])
+    # A limit inside the first of two holes ends the scan there.
+    first = edge + GIB
+    ctx.uffd.register(first, 2 * ctx.page, mode=RegisterMode.WP)
+    seen = scan(ctx, first, first + 2 * ctx.page, max_pages=100, **asked)
+    ctx.expect("errno with a limit", seen.errno, 0)
+    ctx.expect("pages walked", (seen.walk_end - first) // SMALL_PAGE, 100)
