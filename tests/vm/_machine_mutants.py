@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import tomllib
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,18 +119,18 @@ def choose(one_of: int, types: int) -> list[str]:
         types: Of each case, at most so many memory types.
     """
     found: list[str] = []
-    for place, case in enumerate(load().values()):
+    for case in load().values():
         # All of them run alone in a guest, which is only theirs.
         is_slow = case.is_slow and case.name not in NEED_A_GUEST
         if is_slow or any(word in case.name for word in _mutate_guest.LONG):
             continue
-        # Not the same ones of each case.
-        first = place % len(case.ids)
+        # Not the same ones of each case, and the same ones when there are more cases.
+        first = zlib.crc32(case.name.encode()) % len(case.ids)
         ids = (case.ids[first:] + case.ids[:first])[:types]
         found += [
             name
             for number, name in enumerate(ids)
-            if not case.is_crossing or (place + number) % one_of == 0
+            if not case.is_crossing or (first + number) % one_of == 0
         ]
     return found
 
