@@ -70,4 +70,7 @@ def _renew(source: Path, target: Path) -> None:
         if not target.is_symlink():
             target.symlink_to(os.readlink(source))
     elif not target.exists() or source.stat().st_mtime_ns > target.stat().st_mtime_ns:
-        shutil.copy2(source, target)
+        # In one step: half a file would look as new as a whole one forever.
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.copy2(source, partial)
+        partial.replace(target)
