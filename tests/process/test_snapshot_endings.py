@@ -104,3 +104,25 @@ def test_it_ends_or_forks(
     finally:
         popen.kill()
         popen.communicate()
+
+
+def test_an_exception_right_after_the_directory_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a signal's handler; nothing is left."""
+    mkdir = os.mkdir
+
+    def interrupted(path: str | os.PathLike[str], mode: int = 0o777) -> None:
+        mkdir(path, mode)
+        raise KeyboardInterrupt
+
+    popen = subprocess.Popen(["sleep", "60"])
+    try:
+        with Process(popen.pid) as process:
+            monkeypatch.setattr(os, "mkdir", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                Snapshot.take(process, tmp_path / "1", method="stopped", durable=False)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        popen.kill()
+        popen.wait()

@@ -39,17 +39,21 @@ class NewDirectory:
         check_absent(self.path)
 
     def __enter__(self) -> NewDirectory:
-        for stale in self._stale():
-            shutil.rmtree(stale, ignore_errors=True)
-        os.mkdir(self._temporary, 0o700)
         try:
-            self.pages = self._create(PAGES)
-            # Whoever finds it locked knows that it is not stale.
-            fcntl.flock(self.pages.number, fcntl.LOCK_EX)
+            self.make()
         except BaseException:
             self._remove()
             raise
         return self
+
+    def make(self) -> None:
+        """Make it; `__exit__` ends it from here on, also if this raises."""
+        for stale in self._stale():
+            shutil.rmtree(stale, ignore_errors=True)
+        os.mkdir(self._temporary, 0o700)
+        self.pages = self._create(PAGES)
+        # Whoever finds it locked knows that it is not stale.
+        fcntl.flock(self.pages.number, fcntl.LOCK_EX)
 
     def __exit__(self, *exc: object) -> None:
         self.pages.close()

@@ -38,7 +38,9 @@ def take(process: Process, request: Request) -> SnapshotReport:
         stack.enter_context(layout.private_files)
         layout(process.mappings())  # refuses what it refuses before anything is done
         layout.find_lazy(request.tracker)
-        directory = stack.enter_context(NewDirectory(request.path, durable=request.durable))
+        directory = NewDirectory(request.path, durable=request.durable)
+        stack.push(directory)  # a signal's exception may come as soon as it is there
+        directory.make()
         at_barrier("begun")
         method, reason = _chosen(request)
         captured = None
