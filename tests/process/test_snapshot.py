@@ -398,7 +398,11 @@ def test_stopped_while_it_saves(program: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_in_the_stop(method: Used, program: str, tmp_path: Path) -> None:
-    """SIGSTOP of ours while the process stands: it is let go, and the snapshot ends."""
+    """SIGSTOP of ours while the process stands: it is let go, and the snapshot is of no mixture.
+
+    It ends with the reason; by precopy, which copies nothing before it has looked at the time,
+    another stop is tried.
+    """
     with counters(program, 2, 100) as target, Process(target.pid) as process:
         with standing_at(
             "stopped", process, tmp_path / "one", method=method, until_told=True
@@ -409,9 +413,14 @@ def test_stopped_in_the_stop(method: Used, program: str, tmp_path: Path) -> None
             assert status(target.pid)["TracerPid"] == "0"
             os.kill(pid, signal.SIGCONT)
             os.kill(pid, signal.SIGUSR1)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         unharmed(target)
-    assert os.listdir(tmp_path) == []
+        if method == "precopy" and code == 0:
+            with Snapshot.open(tmp_path / "one") as snapshot:
+                check(target, snapshot)
+        else:
+            assert code == 3
+            assert os.listdir(tmp_path) == []
 
 
 def test_too_fast_for_precopy(
@@ -458,9 +467,12 @@ def standing_at(
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     pid = os.fork()
     if not pid:
+        stood = False
 
         def stand(name: str) -> None:
-            if name == point:
+            nonlocal stood
+            if name == point and not stood:
+                stood = True
                 os.write(write_end, b"t")
                 if until_told:
                     signal.sigwait({signal.SIGUSR1})
@@ -479,6 +491,8 @@ def standing_at(
             # pytest shows it with the failure
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             sys.stderr.flush()
+        else:
+            os._exit(0)
         finally:
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})

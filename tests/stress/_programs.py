@@ -449,13 +449,31 @@ class Run:
         may = self.mode & MISSING and self.setting.driver != "process"
         if not may:
             return
-        length = (end - first) * self.size
-        evicted = sum(
-            self.handler.evict(part, write_back=None) for _, part in self.parts(first, end)
-        )
-        if evicted % self.size or evicted > length:
-            raise Disagreement(f"evict returned {evicted:#x} for {length:#x}")
-        self.change(range(first, end), self.rules.evict)
+        for run, part in self.parts(first, end):
+            refused = self.setting.memory.endswith("private") and self.file_has(run)
+            try:
+                evicted = self.handler.evict(part, write_back=None)
+            except ValueError:
+                if not refused:
+                    raise
+                continue
+            if refused or evicted % self.size or evicted > len(run) * self.size:
+                raise Disagreement(f"evict returned {evicted:#x} for {len(run)} pages")
+            self.change(run, self.rules.evict)
+
+    def file_has(self, run: range) -> bool:
+        """Whether a private mapping would show the file's pages, instead of asking its source."""
+        if self.alias is None or self.region.fd is None:
+            return False
+        if self.size > mmap.PAGESIZE:  # which huge pages a file has it does not tell
+            return os.fstat(self.region.fd).st_blocks > 0
+        fd = os.open(f"/proc/self/fd/{self.region.fd}", os.O_RDONLY)
+        try:
+            return os.lseek(fd, run.start * self.size, os.SEEK_DATA) < run.stop * self.size
+        except OSError:  # no data from there on
+            return False
+        finally:
+            os.close(fd)
 
     def do_states(self, first: int, end: int) -> None:
         found = self.joined(self.handler.page_states, first, end)
