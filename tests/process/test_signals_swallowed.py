@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -159,6 +160,16 @@ def test_ignored_signals_stay_ignored() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.fixture
+def default_actions() -> Iterator[None]:
+    """The actions of a program that has set none."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, action in before.items():
+        signal.signal(number, action)
+
+
+@pytest.mark.usefixtures("default_actions")
 def test_everything_is_as_before_afterwards() -> None:
     def handlers() -> list[object]:
         return [sys.unraisablehook, *map(signal.getsignal, (*SIGNALS, signal.SIGALRM))]
