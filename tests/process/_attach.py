@@ -147,7 +147,7 @@ def frozen_meanwhile(program: str, name: str, folder: str) -> None:
             _attach.attempts[0].release()
             thread.join(LIMIT_S)
         assert not thread.is_alive()
-        assert _is_at_its_own_place(target.pid)
+        wait_until("at its own place", lambda: _is_at_its_own_place(target.pid))
         freeze(0)
         wait_until(f"{seen(target.pid)} {before}", lambda: seen(target.pid) == before)
         answers(target)

@@ -225,12 +225,15 @@ class Engine(EnginePages, EngineReports):
             lib.UFFD_UNSERVE_UNREGISTER if unregister else 0
         )
         flags |= lib.UFFD_UNSERVE_GENTLY if gently else 0
-        engine, ref, patience_ns = self._engine(), range_ref(served), int(patience_s * 1e9)
+        # No name for the engine's pointer: the traceback of an interruption would keep it alive.
+        ref, patience_ns = range_ref(served), int(patience_s * 1e9)
         begin, end = part or (0, served.length)
         if part is None:
-            code = lib.uffd_engine_unserve(engine, ref, flags, patience_ns)
+            code = lib.uffd_engine_unserve(self._engine(), ref, flags, patience_ns)
         else:
-            code = lib.uffd_engine_unserve_part(engine, ref, begin, end - begin, flags, patience_ns)
+            code = lib.uffd_engine_unserve_part(
+                self._engine(), ref, begin, end - begin, flags, patience_ns
+            )
         if code == -errno.ETIME:
             return False
         if code:
