@@ -256,13 +256,17 @@ static void allow_undo(struct injection *in)
  */
 static int halt(struct injection *in, pid_t tid)
 {
+	struct user_regs_struct regs;
+	bool is_stopped = !uffd_trace_get_regs(tid, &regs);
 	int ret = uffd_trace_interrupt(tid);
 
-	if (ret)
-		return ret;
-	ret = uffd_trace_resume(tid, 0);
-	/* ESRCH: it is not stopped; or it has ended, which waiting tells. */
-	return ret && ret != -ESRCH ? ret : uffd_inject_wait(&in->calls, tid, UFFD_TRACE_TRAP);
+	/*
+	 * From a stop it runs to the one it was asked for.  One that runs may be there already, and
+	 * must not be sent on.
+	 */
+	if (!ret && is_stopped)
+		ret = uffd_trace_resume(tid, 0);
+	return ret ? ret : uffd_inject_wait(&in->calls, tid, UFFD_TRACE_TRAP);
 }
 
 /* With the seccomp filter suspended still. */

@@ -160,7 +160,10 @@ def frozen_meanwhile(program: str, name: str, folder: str) -> None:
 
 def _is_at_its_own_place(pid: int) -> bool:
     """Whether the first thread's stack pointer is where its program has left it."""
-    sp = int(Path(f"/proc/{pid}/syscall").read_text().split()[-2], 16)
+    words = Path(f"/proc/{pid}/syscall").read_text().split()
+    if words == ["running"]:
+        return False
+    sp = int(words[-2], 16)
     with Process(pid) as process:
         stack = next(m for m in process.mappings() if m.path == "[stack]")
     # An injection uses the other end.
