@@ -25,6 +25,7 @@ from pyuffd import (
 )
 from pyuffd.sources import PROMISED, Promised
 from pyuffd.testing import needs
+from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import memory_params
 from tests.kernel._serving import (
@@ -366,5 +367,6 @@ def from_data_that_block() -> None:
 
 
 @needs(TRACKING)
+@needs_kernel_faults()
 def test_data_that_block() -> None:
     run_child(from_data_that_block)

@@ -10,6 +10,7 @@ import pytest
 from pyuffd import Feature, FileSource
 from pyuffd._recording import Recording, Watched
 from pyuffd._working_set import Place
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import PAGE
 from tests.kernel._serving import content, everywhere, in_fork, serving
@@ -93,5 +94,6 @@ def forks() -> None:
         assert recording.runs == [(5, 1)]
 
 
+@needs(Feature.EVENT_FORK)
 def test_without_forks() -> None:
     run_child(forks)

@@ -30,6 +30,7 @@ from pyuffd import (
 )
 from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.testing import kill, needs
+from pyuffd.testing._need import needs_privilege
 from tests._child import run_child
 from tests._memory import memory_params
 from tests.kernel._serving import run_threads, states, wait_until
@@ -87,8 +88,15 @@ def again(handler: Handler, part: Region, source: FileSource, mode: RegisterMode
 
 
 def hides_poison(handler: Handler, region: Region) -> bool:
-    """The page table does not show the poison of a huge page, which is a SIGBUS to the driver."""
-    return handler.driver == "inline" and region.page_size > 4096
+    """The page table does not show some poison, which is then a SIGBUS like others to the driver.
+
+    That of huge pages; and that of private memory to users whom it shows no swap entries, of which
+    the mark is one.
+    """
+    is_hidden = region.page_size > 4096 or (
+        not region.shared and bool(needs_privilege("CAP_SYS_ADMIN").missing()[0])
+    )
+    return handler.driver == "inline" and is_hidden
 
 
 def heads(region: Region) -> list[bytes | None]:

@@ -191,7 +191,8 @@ def deed_at_each_point(program: str, deed: str) -> None:
             _attach.hold = None
             target.stdin.write(DEEDS[deed])
             if deed == "fork":
-                assert target.stdout.readline() == b"forked\n", point
+                line = target.stdout.readline()
+                assert line == b"forked\n", (point, line)
             else:
                 # It waits for the traced thread, and that one for us.
                 wait_until(f"{deed} at {point!r}", lambda pid=target.pid: _is_ending(pid))

@@ -13,13 +13,28 @@ import os
 from collections.abc import Callable
 
 from pyuffd import _memory
-from pyuffd._abi import PageCategory, RegisterMode, ScanFlag
+from pyuffd._abi import ContinueMode, CopyMode, PageCategory, RegisterMode, ScanFlag
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import Pin, needs_pin, syscall
 from pyuffd.conformance._spec import Variant
-from pyuffd.conformance._types import ANON, FILE, SHARED, SMALL
-from pyuffd.conformance._wp import PUNCH_HOLE, move_mapping, page_out, reserve
+from pyuffd.conformance._types import (
+    ALL,
+    ANON,
+    FILE,
+    SHARED,
+    SMALL,
+    minor_features,
+    missing_features,
+)
+from pyuffd.conformance._wp import (
+    PUNCH_HOLE,
+    expect_fault,
+    in_page_cache,
+    move_mapping,
+    page_out,
+    reserve,
+)
 from pyuffd.conformance.cases.kernel_access import (
     BLOCK,
     direct_pread,
@@ -34,6 +49,7 @@ from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import needs_swap
 
 PAGES = 4
+PROTECTED = 2  # MODE_WP of COPY and CONTINUE
 LOCKED = ("anon", "shmem-private")
 MADV_FREE, MADV_COLLAPSE = 8, 25
 SYS_READ, SYS_MADVISE, SYS_MLOCK = 0, 28, 149
@@ -106,6 +122,47 @@ def written_by_a_debugger(ctx: Context) -> None:
     region, area = tracked(ctx)
     ctx.expect("pwrite", ctx.silently(proc_mem(ctx, second(region))), 1)
     area.expect("after a write by /proc/PID/mem", *SECOND)
+
+
+def _add_filled(name: str, mode: RegisterMode, memory: tuple[str, ...]) -> None:
+    def run(ctx: Context) -> None:
+        region = ctx.make(PAGES)
+        if mode is RegisterMode.MINOR:
+            in_page_cache(region, 7)
+        ctx.register(region, mode | RegisterMode.WP)
+        ctx.uffd.writeprotect(region)
+        pages = [region.start + index * ctx.page for index in range(PAGES)]
+
+        def fill(index: int, how: int) -> None:
+            if mode is RegisterMode.MINOR:
+                ctx.uffd.continue_(pages[index], ctx.page, mode=ContinueMode(how))
+            else:
+                ctx.uffd.copy(pages[index], b"\7" * ctx.page, mode=CopyMode(how))
+
+        writing = ctx.start(ctx.write, pages[0], b"\x09")
+        expect_fault(ctx, writing, 1 | mode & RegisterMode.MINOR, pages[0])
+        fill(0, PROTECTED)
+        ctx.expect("the write", writing.result(), None)
+        fill(1, PROTECTED)
+        fill(2, 0)
+        ctx.expect_quiet()
+        found = scan(ctx, region.start, end_of(region)).ranges
+        seen = [(first - region.start, end - region.start) for first, end, _ in found]
+        ctx.expect("ranges written", seen, [(0, ctx.page), (2 * ctx.page, 3 * ctx.page)])
+
+    case(
+        f"wp-async.{name.lower()}.reported",
+        summary=f"What {name} brings is reported, with MODE_WP only once it is written",
+        origin=ORIGIN,
+        memory=memory,
+        features=lambda kind: (
+            FEATURES | (minor_features(kind) if name == "CONTINUE" else missing_features(kind))
+        ),
+    )(run)
+
+
+_add_filled("COPY", RegisterMode.MISSING, ALL)
+_add_filled("CONTINUE", RegisterMode.MINOR, FILE)
 
 
 @case("wp-async.dontneed.reported", origin=ORIGIN, memory=ANON, features=FEATURES)
