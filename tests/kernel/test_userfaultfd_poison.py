@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import mmap
 import os
 import signal
@@ -45,6 +46,7 @@ def kernel_reads(region: Region, offset: int = 0) -> int:
 
 def touch_poison(name: str, waits: bool) -> None:
     """Touch a poisoned page, or a missing one that is then poisoned."""
+    faulthandler.disable()  # it looks at other threads' frames, and may fault there itself
     factory = memory_of(name)
     region = factory.pages(1)
     with registered(region) as uffd:

@@ -330,7 +330,12 @@ def is_refused(how: str) -> None:
                 replace_worker(handler)
                 assert region.page(0) == data[:PAGE]
             grown = region.grow(2)
-            assert is_lost(grown, 3 * PAGE, PAGE)
+            if not is_lost(grown, 3 * PAGE, PAGE):
+                # The worker died before it told of the change: what is known is still true.
+                assert how == "unmapped-and-killed"
+                assert grown.page(3) == bytes(PAGE)
+                handler.stop()
+                return
             with pytest.raises(Exception, match="not served"):
                 handler.stop()
 
