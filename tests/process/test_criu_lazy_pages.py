@@ -367,7 +367,8 @@ def test_stop_in_the_middle(tmp_path: Path) -> None:
             client.connect(server)
             assert client.ask("page", 0, 9) == stamps[9]
             server.stop(now=True)
-        assert "stopped" in str(reports[0].error)
+        # It may be closed before its thread sees that it was stopped.
+        assert any(word in str(reports[0].error) for word in ("stopped", "closed"))
         assert client.ask("page", 0, 9) == stamps[9]
         with pytest.raises(EOFError):
             client.ask("page", 0, 10)
