@@ -67,6 +67,15 @@ static bool read_text(int folder, const char *name, char *text_ret, size_t size)
 	return n > 0;
 }
 
+/* A folder of a process in /proc, to open files of it. */
+static int open_folder(int32_t pid, const char *name)
+{
+	char path[32];
+
+	snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
+	return open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+}
+
 static bool is_direct(int infos, const char *name)
 {
 	char text[128];
@@ -91,8 +100,7 @@ int uffd_remote_pinners(int32_t pid, struct uffd_pinners *pinners)
 	folder = opendir(text);
 	if (!folder)
 		return -errno;
-	snprintf(text, sizeof(text), "/proc/%d/fdinfo", pid);
-	infos = open(text, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	infos = open_folder(pid, "fdinfo");
 	while ((entry = readdir(folder))) {
 		int32_t fd = (int32_t)strtol(entry->d_name, NULL, 10);
 
@@ -180,8 +188,7 @@ int uffd_remote_reads(int32_t pid, struct uffd_reads *reads_ret)
 	tasks = opendir(text);
 	if (!tasks)
 		return -errno;
-	snprintf(text, sizeof(text), "/proc/%d/fd", pid);
-	fds = open(text, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	fds = open_folder(pid, "fd");
 	while (!ret && (entry = readdir(tasks))) {
 		char name[sizeof("2147483647/syscall")];
 

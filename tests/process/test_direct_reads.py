@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from pyuffd import BlindReason, DirtyTracker, Feature, PageRanges, Process, Region, Snapshot
+from pyuffd.dirty._tracker import MethodName
 from pyuffd.snapshot import _capture
 from pyuffd.snapshot._capture import Used
 from pyuffd.testing import needs, needs_privilege
@@ -96,8 +97,12 @@ def reader() -> Iterator[Reader]:
         yield Reader(popen, server)
 
 
-def rounds(how: str) -> None:
-    with reader() as target, Process(target.pid) as process, DirtyTracker(process) as tracker:
+def rounds(how: str, method: MethodName) -> None:
+    with (
+        reader() as target,
+        Process(target.pid) as process,
+        DirtyTracker(process, method=method) as tracker,
+    ):
         tracker.collect().commit()
         target.begin(how)
         first = tracker.collect()
@@ -120,10 +125,12 @@ def rounds(how: str) -> None:
 
 @needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 @needs(Feature.WP_ASYNC)
-@pytest.mark.skipif(not os.path.exists(FUSE), reason="no FUSE")
-@pytest.mark.parametrize("how", ["readv", "preadv"])
-def test_a_read_under_way_is_unsure(how: str) -> None:
-    run_child(rounds, how)
+@pytest.mark.skipif(not os.path.exists(FUSE), reason="this kernel has no FUSE")
+@pytest.mark.parametrize(
+    ("how", "method"), [("readv", "wp-async"), ("preadv", "wp-async"), ("readv", "wp-sync")]
+)
+def test_a_read_under_way_is_unsure(how: str, method: MethodName) -> None:
+    run_child(rounds, how, method)
 
 
 def in_a_snapshot(folder: str) -> None:
@@ -146,7 +153,7 @@ def in_a_snapshot(folder: str) -> None:
 
 @needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 @needs(Feature.WP_ASYNC)
-@pytest.mark.skipif(not os.path.exists(FUSE), reason="no FUSE")
+@pytest.mark.skipif(not os.path.exists(FUSE), reason="this kernel has no FUSE")
 def test_a_snapshot_has_what_was_read_meanwhile(tmp_path: Path) -> None:
     """By precopy: a round copies the page while the read is under way, and no thread writes it."""
     run_child(in_a_snapshot, str(tmp_path))

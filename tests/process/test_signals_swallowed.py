@@ -16,7 +16,7 @@ from pyuffd.testing._run import SCALE
 LIMIT_S = 60 * SCALE
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# A command that swallows the signal, and works for ever if nothing else ends it.
+# A command that swallows the signal, and runs until something else ends it.
 COMMAND = """
 import contextlib, gc, signal, sys, time, types, weakref
 from pyuffd import cli

@@ -16,8 +16,6 @@ from pyuffd._arguments import shown
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError
 from pyuffd._pages import (
-    ADDRESS_LIMIT,
-    PAGE_SIZE,
     RangeLike,
     check_range,
     page_size_of,
@@ -35,9 +33,9 @@ from pyuffd.remote._process import Process
 MethodName = Literal["auto", "wp-async", "wp-sync"]
 _METHODS = ("auto", "wp-async", "wp-sync")
 
-# PM_SCAN and WP_ASYNC came together, so one of them tells.
-# Longer than a thread runs between the begin of a direct read and its sleep.
+# Longer than a thread runs between the beginning of a direct read and its sleep.
 _BEGINS_S = 0.002
+# PM_SCAN and WP_ASYNC came together, so one of them tells.
 _NO_ASYNC = "this kernel has no Feature.WP_ASYNC (Linux 6.7), which PAGEMAP_SCAN needs"
 
 
@@ -279,15 +277,7 @@ class DirtyTracker(Closing):
 
     def _pins(self) -> tuple[memoryview, bool]:
         pinned = _pinned.look(self._process.memory_tid)
-        spans = _rows.merged(
-            (
-                pin.start - pin.start % PAGE_SIZE,
-                # Packed ranges have 64 bits, and nothing is mapped in the last page.
-                min(-(-pin.end // PAGE_SIZE) * PAGE_SIZE, ADDRESS_LIMIT - PAGE_SIZE),
-            )
-            for pin in pinned.pins
-        )
-        return _rows.packed(spans), pinned.is_doubtful
+        return _rows.packed(_rows.merged(pin.pages for pin in pinned.pins)), pinned.is_doubtful
 
     @property
     def rate(self) -> float:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pyuffd import _remote_calls as calls
 from pyuffd import _vmas
 from pyuffd._errors import raise_if_short
-from pyuffd._pages import ADDRESS_LIMIT, HUGE_PAGE_2M
+from pyuffd._pages import ADDRESS_LIMIT, HUGE_PAGE_2M, PAGE_SIZE, round_up
 
 # "    0: 0x7f0123456000/4096"
 _BUFFER = re.compile(r"\s+\d+:\s+0x([0-9a-f]+)/(\d+)")
@@ -39,6 +39,13 @@ class Pin:
     start: int
     end: int
     detail: str
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """The pages that it has a part of, as packed ranges of 64 bits can have them."""
+        # Nothing is mapped in the last page.
+        end = min(round_up(self.end, PAGE_SIZE), ADDRESS_LIMIT - PAGE_SIZE)
+        return self.start - self.start % PAGE_SIZE, end
 
 
 class Pinned(NamedTuple):

@@ -13,7 +13,7 @@ from pyuffd import _image_calls as calls
 from pyuffd import _saver_calls as saver_calls
 from pyuffd._abi import Feature
 from pyuffd._errors import SnapshotError, StopTimeoutError, raise_errno
-from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, round_up
+from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd._saver_calls import Saver
 from pyuffd.dirty import _rows
 from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
@@ -286,9 +286,10 @@ class _Cow:
             begin = time.perf_counter()
             layout = self._layout_of(self._process.mappings())
             self._fixed = self._fixed_buffers()
+            parts = [part for part in layout if _is_protected(part)]
             rest = [part for part in layout if not _is_protected(part)]
             found = content(self._process, rest, pieces_of(rest))
-            spans = _packed((part.start, part.end) for part in layout if _is_protected(part))
+            spans = _packed((part.start, part.end) for part in parts)
             found = ranges.union(found, self._fixed_content(spans))
             seconds = time.perf_counter() - begin
             agreed = _packed((part.start, part.end) for part in rest if part.whole)
@@ -296,7 +297,6 @@ class _Cow:
             seconds += size / self._writer.read_speed
             if seconds <= limit_s:
                 self._writer.prepare(PageRanges(found).bytes)
-                parts = [part for part in layout if _is_protected(part)]
                 self._fail(self._saver.prepare(pieces_of(parts), self._populated))
                 return
         raise SnapshotError(
@@ -317,10 +317,7 @@ class _Cow:
         return ranges.union(found, self._fixed_content(spans))
 
     def _fixed_buffers(self) -> memoryview:
-        return _packed(
-            (pin.start - pin.start % PAGE_SIZE, round_up(pin.end, PAGE_SIZE))
-            for pin in _pinned.fixed_buffers(self._process.memory_tid)
-        )
+        return _packed(pin.pages for pin in _pinned.fixed_buffers(self._process.memory_tid))
 
     def _fixed_content(self, spans: memoryview) -> memoryview:
         fixed = ranges.intersect(spans, self._fixed)

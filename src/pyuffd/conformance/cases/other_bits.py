@@ -42,6 +42,7 @@ from pyuffd.conformance._wp import (
 from pyuffd.conformance.cases.errno_register import vm_flags
 from pyuffd.conformance.cases.pagemap_scan_memory import huge_area
 from pyuffd.conformance.cases.range_parts import mappings
+from pyuffd.conformance.cases.two_descriptors import neighbours_of_two, serves
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import Need, needs_privilege, needs_swap, needs_thp
 
@@ -239,22 +240,14 @@ for _split in SPLITS:
 )
 def two_descriptors(ctx: Context) -> None:
     """Neighbours of two userfaultfds stay two mappings when mprotect makes them alike."""
-    region = ctx.make(4)
-    first, second = ctx.open(), ctx.open()
-    pages = [region.start + index * ctx.page for index in range(4)]
-    first.register(pages[0], 2 * ctx.page, mode=MISSING)
-    second.register(pages[2], 2 * ctx.page, mode=MISSING)
+    first, second, pages = neighbours_of_two(ctx)
     _memory.mprotect(pages[1], ctx.page, mmap.PROT_READ)
     for protection in (mmap.PROT_READ, READ_WRITE):
-        _memory.mprotect(region.start, region.length, protection)
-        ctx.expect("mappings", mappings(region.start, region.length), 2)
+        _memory.mprotect(pages[0], 4 * ctx.page, protection)
+        ctx.expect("mappings", mappings(pages[0], 4 * ctx.page), 2)
     for index, at in enumerate(pages):
         own, other = (first, second) if index < 2 else (second, first)
-        reading = ctx.start(ctx.read, at)
-        expect_fault(ctx, reading, MISSING_READ, at, own)
-        ctx.expect_quiet(other)
-        own.copy(at, bytes([DATA]) * ctx.page)
-        ctx.expect("the byte", reading.result(), bytes([DATA]))
+        serves(ctx, own, other, at, DATA)
 
 
 @case("mmap.ok.beside-registered", origin=MERGES, features=missing_features)

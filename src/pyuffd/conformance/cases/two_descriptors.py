@@ -22,13 +22,23 @@ SYS_MUNMAP = 11
 FIRST, SECOND = 0x11, 0x22
 
 
-def _served(ctx: Context, uffd: Userfaultfd, other: Userfaultfd, at: int, value: int) -> None:
+def serves(ctx: Context, uffd: Userfaultfd, other: Userfaultfd, at: int, value: int) -> None:
     """A read of a page asks this userfaultfd, and not the other one."""
     reading = ctx.start(ctx.read, at)
     expect_fault(ctx, reading, MISSING_READ, at, uffd)
     ctx.expect_quiet(other)
     uffd.copy(at, bytes([value]) * ctx.page)
     ctx.expect("the byte", reading.result(), bytes([value]))
+
+
+def neighbours_of_two(ctx: Context) -> tuple[Userfaultfd, Userfaultfd, list[int]]:
+    """Return two userfaultfds and four pages of one mapping, two registered with each."""
+    region = ctx.make(4)
+    first, second = ctx.open(), ctx.open()
+    pages = [region.start + index * ctx.page for index in range(4)]
+    first.register(pages[0], 2 * ctx.page, mode=MISSING)
+    second.register(pages[2], 2 * ctx.page, mode=MISSING)
+    return first, second, pages
 
 
 @case(
@@ -38,13 +48,9 @@ def _served(ctx: Context, uffd: Userfaultfd, other: Userfaultfd, at: int, value:
 )
 def neighbours(ctx: Context) -> None:
     """Neighbouring pages of one mapping may have two userfaultfds; each is asked for its own."""
-    region = ctx.make(4)
-    first, second = ctx.open(), ctx.open()
-    pages = [region.start + index * ctx.page for index in range(4)]
-    first.register(pages[0], 2 * ctx.page, mode=MISSING)
-    second.register(pages[2], 2 * ctx.page, mode=MISSING)
-    _served(ctx, first, second, pages[1], FIRST)
-    _served(ctx, second, first, pages[2], SECOND)
+    first, second, pages = neighbours_of_two(ctx)
+    serves(ctx, first, second, pages[1], FIRST)
+    serves(ctx, second, first, pages[2], SECOND)
     first.close()
     reading = ctx.start(ctx.read, pages[0])
     ctx.expect("the byte of what the first had", reading.result(), b"\0")
