@@ -102,7 +102,7 @@ def raise_lost(op: str, address: int) -> NoReturn:
     raise lost_error(op, address, is_served=bool(lib.uffd_inline_serves(address)))
 
 
-def buffer_address(data: Buffer) -> tuple[int, int, object]:
+def buffer_address(data: Buffer) -> tuple[int, int, memoryview]:
     """Return (address, bytes, owner) of a buffer; the address holds while the owner lives."""
     # Not `from_buffer` itself as the owner: in a garbage cycle with a memoryview it crashes.
     owner = memoryview(data)

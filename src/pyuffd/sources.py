@@ -110,9 +110,14 @@ class BufferSource(SoleOwner):
             data = data.memoryview()
         check_buffer("data", data)
         self.address, self._length, self._owner = _memory.buffer_address(data)
-        self._view = memoryview(data)
         if not self._length:
+            self._owner.release()
             raise ValueError("an empty buffer cannot fill pages")
+
+    def _let_go(self) -> None:
+        """Let the buffer go. For a source that no program has seen; it reads nothing any more."""
+        self._length = 0
+        self._owner.release()
 
     @property
     def length(self) -> int:

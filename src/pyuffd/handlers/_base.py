@@ -124,15 +124,20 @@ class HandlerBase(SoleOwner):
         """Whether the handler must stop before its userfaultfd may be closed."""
         return self._engine is not None and self._pid == os.getpid()
 
-    def _forget(self, served: Served, *, keep_alias: bool = False) -> None:
-        """Release what belongs to a range that is no longer served; may be called again."""
+    def _forget(self, served: Served, *, is_held: bool = False) -> None:
+        """Release what belongs to a range that is no longer served; may be called again.
+
+        The caller then lets go what was borrowed. What a thread that is left behind (`is_held`) may
+        use stays.
+        """
         if not self._serves(served):
             return
         for memory in served.memory:
             self._overlaps.remove(memory)
         for start, length in served.spans():
             served.uffd._note_unregistered(start, length)
-        if served.alias is not None and not keep_alias:
+        served.is_held = is_held
+        if served.alias is not None and not is_held:
             served.alias.close()
         if isinstance(served.region, Region):
             served.region._note_served()
@@ -170,8 +175,16 @@ class HandlerBase(SoleOwner):
         return Bounce(max(BOUNCE_SIZE, page_size), shared=shared)
 
     def _keep_bounce(self, bounce: Bounce) -> None:
-        if len(self._bounces) < BOUNCES_KEPT:
-            self._bounces.append(bounce)
+        if len(self._bounces) >= BOUNCES_KEPT:
+            bounce.close()
+            return
+        self._bounces.append(bounce)
+        if self._engine is None:
+            self._close_bounces()
+
+    def _close_bounces(self) -> None:
+        while self._bounces:
+            self._bounces.pop().close()
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served | None:
         """Return the range that begins where a region does, if it is served."""

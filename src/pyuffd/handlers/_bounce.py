@@ -30,6 +30,7 @@ class Bounce(SoleOwner):
         self.size = size
         self.fd = -1
         self._memory: mmap.mmap | None = None
+        self._views: list[memoryview] = []
         if shared:
             self.fd = os.memfd_create("uffd-bounce", os.MFD_CLOEXEC)
         try:
@@ -38,8 +39,8 @@ class Bounce(SoleOwner):
                 self._memory = mmap.mmap(self.fd, size)
             else:
                 self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self.address, _, self._owner = _memory.buffer_address(self._memory)
-            self.view: memoryview = memoryview(self._memory)
+            self.address, _, self.view = _memory.buffer_address(self._memory)
+            self._views.append(self.view)
         except BaseException:
             self.close()
             raise
@@ -47,10 +48,14 @@ class Bounce(SoleOwner):
             _memory.madvise(self.address, size, _POPULATE_WRITE)
 
     def close(self) -> None:
-        """Close the descriptor; the memory goes with the object."""
+        """Close the descriptor and unmap the memory; may be called again."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+        for view in self._views:
+            view.release()
+        if self._memory is not None:
+            self._memory.close()
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

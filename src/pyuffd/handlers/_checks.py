@@ -7,13 +7,11 @@ import fcntl
 import math
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._arguments import (
     LONGEST_S,
-    check_buffer,
     check_flags,
     check_int,
     check_number,
@@ -31,11 +29,7 @@ from pyuffd._pages import (
 )
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._types import Failure, FailureStage, SourceFailure
-from pyuffd.regions import Region
 from pyuffd.sources import PageSource
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 Driver = Literal["auto", "native", "inline", "process", "thread"]
 Policy = Literal["poison", "stall", "kill"]
@@ -174,21 +168,6 @@ def check_mode(
         )
     if preserve is not None and mode != RegisterMode.WP:
         raise ValueError(f"preserve needs mode=RegisterMode.WP, not {mode!r}")
-
-
-def preserve_buffer(preserve: Buffer | Region | None, length: int) -> tuple[int, object]:
-    """Return address and owner of the buffer for old content; (0, None) without one."""
-    if preserve is None:
-        return 0, None
-    if isinstance(preserve, Region):
-        preserve = preserve.memoryview()
-    check_buffer("preserve", preserve)
-    if memoryview(preserve).readonly:
-        raise ValueError("preserve must be a writable buffer")
-    address, size, owner = _memory.buffer_address(preserve)
-    if size < length:
-        raise ValueError(f"preserve has {size:#x} bytes, fewer than the region's {length:#x}")
-    return address, owner
 
 
 _NOT_ANSWERED = {

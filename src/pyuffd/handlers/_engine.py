@@ -105,8 +105,9 @@ class Engine(EnginePages, EngineReports):
         self._added_last: tuple[int, int, int, Any] | None = None
 
     def destroy(self) -> None:
-        """Free it as soon as no thread is inside."""
+        """Free it as soon as no thread is inside; the caller keeps what its ranges need."""
         self._pointer = None
+        self._owners.clear()
 
     def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd too; return the number of its space."""

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 from pyuffd._abi import Ioctl, RegisterMode
 from pyuffd._errors import ClosedError, HelperLostError, UffdError
 from pyuffd._pages import RangeLike
-from pyuffd._source_like import as_source
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._borrowed import Borrowed
 from pyuffd.handlers._checks import (
     Driver,
     check_is_uffd,
     check_mode,
     check_uffd,
-    preserve_buffer,
     region_numbers,
 )
 from pyuffd.handlers._content import content_of
@@ -132,130 +131,152 @@ class ServesRegions(Unserves):
             UffdOSError: UFFDIO_REGISTER failed; the region is not served.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
+        borrowed = Borrowed()
         with self._lock:
-            engine = self._running_engine()
-            start, length, page_size = region_numbers(region)
-            source = None if source is None else as_source(source)
-            if uffd is not None:
-                check_is_uffd(uffd)
-            uffd = uffd or self.uffd
-            check_mode(mode, source, preserve, uffd.features)
-            if uffd not in self._spaces:
-                self._owners.add(uffd)
-            reads_owner = preserve is not None and local is None
-            self._owners.check_serving(uffd, reads_owner, leaves_holes(region, uffd, mode))
-            check_ioctls(ioctls, uffd, present)
-            policy = choose_present(
-                present, region, source, mode, uffd, is_here=self._owners.are_here(uffd)
-            )
-            content = content_of(source, region)
-            check_local(local, length)
-            if source is not None and content.kind is SourceKind.REQUEST:
-                engine = engine if engine.calls_python else self._move_to_process(source)
-            sink, sink_owner = preserve_buffer(preserve, length)
-            space = self._space_of(engine, uffd)
-            writes_cache = (
-                source is not None
-                and mode & RegisterMode.MINOR
-                and not (mode & RegisterMode.MISSING)
-            )
-            if writes_cache:
-                # Without MISSING, Linux maps zeros for a hole of the page cache.
-                mode |= RegisterMode.MISSING
-            memory = range_of(
-                region,
-                mode,
-                is_here=self._owners.are_here(uffd),
-                source=source,
-                preserve=(sink, length if sink else 0),
-                local=None if engine.is_remote else local,
-                writes_local=bool(writes_cache),
-            )
-            alias, local_start, file = None, 0, None
-            if engine.is_remote:
-                file = local_file(region, length, local, needed=bool(writes_cache))
-            else:
-                alias, local_start = local_mapping(region, length, local, needed=bool(writes_cache))
-            granted, on_close = Granted(), list[Callable[[], None]]()
             try:
-                self._overlaps.check(memory)
-                # The inline driver must know the range first: its faults do not wait.
-                answers_at_once = self.driver == "inline" and self._started
-                if (space, start) not in self._served:
-                    if policy == "drop":
-                        self._overlaps.check_drop(start, length)
-                        self._overlaps.check_elsewhere(memory, start, length, "present='drop'")
-                    settle_present(policy, region, uffd, mode)
-                    if policy == "drop" and not answers_at_once:
-                        register_empty(region, uffd, mode, granted, started=self._started)
-                if self._started and self.driver == "inline" and ensure_inline_handler():
-                    log.warning(
-                        "pyuffd: another SIGBUS handler had replaced ours, which is back on top"
-                    )
-                served = Served(
-                    engine.add(
-                        RangeSpec(
-                            space,
-                            start,
-                            length,
-                            page_size,
-                            mode,
-                            content,
-                            local=local_start,
-                            local_file=file,
-                            preserve=sink,
-                            writes_cache=bool(writes_cache),
-                            maps_holes=maps_holes(region, uffd, mode, self._owners.of(uffd)),
-                            shared=is_shared(region, local, uffd, self._owners.of(uffd)),
-                            owner=(sink_owner, local, region),
-                            label=label_of(region, source),
-                        )
-                    ),
-                    page_size,
-                    mode,
-                    region,
-                    uffd,
-                    content.kind,
-                    [memory],
-                    source,
-                    touched_by(region, local, preserve, writes_cache=bool(writes_cache)),
-                    alias=alias,
-                    preserves=preserve is not None,
-                    on_close=on_close,
+                engine = self._running_engine()
+                content = None if source is None else borrowed.source(source)
+                return self._serve(
+                    engine, region, content, borrowed, mode, preserve, local, uffd, present, ioctls
                 )
-                is_registered_later = ioctls is not None
-                ioctls = register(
-                    engine,
-                    served,
-                    lambda: self._owners.verify(uffd, region, needed=reads_owner),
-                    granted,
-                    ioctls,
-                )
-                # What is there before its owner has mapped and registered it is something else.
-                if policy == "keep" and not is_registered_later:
-                    engine.take_in(served.id)
-                if policy == "drop" and answers_at_once:
-                    drop_zeros(engine, served, region)
-                if self._started:
-                    self._may_move = False
-                self._overlaps.add(memory)
-                if isinstance(region, Region):
-                    self._follow_close(region, served)
-                self._at_close.keeps = self
-                self._served[space, start] = served  # last: from here on it is served
-            except BaseException:  # a signal handler may raise at any line
-                if (space, start) not in self._served:
-                    known = {one.id.number for one in self._served.values()}
-                    take_back(engine, uffd, (space, start, length), granted, known)
-                    self._overlaps.remove(memory)
-                    for callback in on_close:
-                        region._forget_on_close(callback)  # type: ignore[attr-defined]
-                    if alias is not None:
-                        alias.close()
+            except BaseException:
+                if not any(one.borrowed is borrowed for one in list(self._served.values())):
+                    borrowed.let_go()
                 raise
-            if mode & RegisterMode.WP:
-                warn_of_merging(served)
-            return ioctls
+
+    def _serve(
+        self,
+        engine: Backend,
+        region: RangeLike,
+        source: PageSource | None,
+        borrowed: Borrowed,
+        mode: RegisterMode,
+        preserve: Buffer | Region | None,
+        local: RangeLike | None,
+        uffd: Userfaultfd | None,
+        present: Present | None,
+        ioctls: Ioctl | None,
+    ) -> Ioctl:
+        start, length, page_size = region_numbers(region)
+        if uffd is not None:
+            check_is_uffd(uffd)
+        uffd = uffd or self.uffd
+        check_mode(mode, source, preserve, uffd.features)
+        if uffd not in self._spaces:
+            self._owners.add(uffd)
+        reads_owner = preserve is not None and local is None
+        self._owners.check_serving(uffd, reads_owner, leaves_holes(region, uffd, mode))
+        check_ioctls(ioctls, uffd, present)
+        policy = choose_present(
+            present, region, source, mode, uffd, is_here=self._owners.are_here(uffd)
+        )
+        content = content_of(source, region)
+        check_local(local, length)
+        if source is not None and content.kind is SourceKind.REQUEST:
+            engine = engine if engine.calls_python else self._move_to_process(source)
+        sink = borrowed.buffer(preserve, length)
+        space = self._space_of(engine, uffd)
+        writes_cache = (
+            source is not None and mode & RegisterMode.MINOR and not (mode & RegisterMode.MISSING)
+        )
+        if writes_cache:
+            # Without MISSING, Linux maps zeros for a hole of the page cache.
+            mode |= RegisterMode.MISSING
+        memory = range_of(
+            region,
+            mode,
+            is_here=self._owners.are_here(uffd),
+            source=source,
+            preserve=(sink, length if sink else 0),
+            local=None if engine.is_remote else local,
+            writes_local=bool(writes_cache),
+        )
+        alias, local_start, file = None, 0, None
+        if engine.is_remote:
+            file = local_file(region, length, local, needed=bool(writes_cache))
+        else:
+            alias, local_start = local_mapping(region, length, local, needed=bool(writes_cache))
+        granted, on_close = Granted(), list[Callable[[], None]]()
+        try:
+            self._overlaps.check(memory)
+            # The inline driver must know the range first: its faults do not wait.
+            answers_at_once = self.driver == "inline" and self._started
+            if (space, start) not in self._served:
+                if policy == "drop":
+                    self._overlaps.check_drop(start, length)
+                    self._overlaps.check_elsewhere(memory, start, length, "present='drop'")
+                settle_present(policy, region, uffd, mode)
+                if policy == "drop" and not answers_at_once:
+                    register_empty(region, uffd, mode, granted, started=self._started)
+            if self._started and self.driver == "inline" and ensure_inline_handler():
+                log.warning(
+                    "pyuffd: another SIGBUS handler had replaced ours, which is back on top"
+                )
+            served = Served(
+                engine.add(
+                    RangeSpec(
+                        space,
+                        start,
+                        length,
+                        page_size,
+                        mode,
+                        content,
+                        local=local_start,
+                        local_file=file,
+                        preserve=sink,
+                        writes_cache=bool(writes_cache),
+                        maps_holes=maps_holes(region, uffd, mode, self._owners.of(uffd)),
+                        shared=is_shared(region, local, uffd, self._owners.of(uffd)),
+                        owner=(borrowed, local, region),
+                        label=label_of(region, source),
+                    )
+                ),
+                page_size,
+                mode,
+                region,
+                uffd,
+                content.kind,
+                [memory],
+                borrowed,
+                source,
+                touched_by(region, local, preserve, writes_cache=bool(writes_cache)),
+                alias=alias,
+                preserves=preserve is not None,
+                on_close=on_close,
+            )
+            is_registered_later = ioctls is not None
+            ioctls = register(
+                engine,
+                served,
+                lambda: self._owners.verify(uffd, region, needed=reads_owner),
+                granted,
+                ioctls,
+            )
+            # What is there before its owner has mapped and registered it is something else.
+            if policy == "keep" and not is_registered_later:
+                engine.take_in(served.id)
+            if policy == "drop" and answers_at_once:
+                drop_zeros(engine, served, region)
+            if self._started:
+                self._may_move = False
+            self._overlaps.add(memory)
+            if isinstance(region, Region):
+                self._follow_close(region, served)
+            self._at_close.keeps = self
+            self._served[space, start] = served  # last: from here on it is served
+        except BaseException:  # a signal handler may raise at any line
+            if (space, start) not in self._served:
+                known = {one.id.number for one in self._served.values()}
+                take_back(engine, uffd, (space, start, length), granted, known)
+                self._overlaps.remove(memory)
+                for callback in on_close:
+                    region._forget_on_close(callback)  # type: ignore[attr-defined]
+                if alias is not None:
+                    alias.close()
+            raise
+        if mode & RegisterMode.WP:
+            warn_of_merging(served)
+        return ioctls
 
     def _move_to_process(self, source: PageSource) -> Backend:
         """Change "auto" to the process driver, for the first source in Python."""

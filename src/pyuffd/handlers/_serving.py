@@ -20,6 +20,7 @@ from pyuffd._errors import HandlerError, HelperLostError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._borrowed import Borrowed
 from pyuffd.handlers._overlaps import Range
 from pyuffd.handlers._served_parts import Part, reaches
 from pyuffd.handlers._types import RangeId, SourceKind
@@ -69,10 +70,12 @@ class Served:
     uffd: Userfaultfd
     kind: SourceKind
     memory: list[Range]  # one for each part
+    borrowed: Borrowed
     source: PageSource | None = None
     touched: tuple[RangeLike, ...] = ()  # other memory that the engine reads and writes for it
     ioctls: int = 0
     alias: Region | None = None
+    is_held: bool = False  # by a thread that is left behind
     is_mergeable: bool = False  # by KSM, and the user has been warned
     preserves: bool = False
     was_protected: bool = False

@@ -81,6 +81,7 @@ class Stops(HandlerBase):
         """End everything; return what stop() raises. Each step may be repeated."""
         # A thread in serve() may hold the lock and wait. Ranges that it adds later are refused.
         locked = self._lock.acquire(timeout=ending.left_s())
+        all_served = list(self._served.values())
         try:
             engine = self._engine
             if engine is None:
@@ -99,6 +100,10 @@ class Stops(HandlerBase):
             unstopped.discard(self)
             self.uffd._forget_on_close(self._at_close)
             self._at_close.keeps = None
+            for served in all_served:
+                if not served.is_held and not self._serves(served):
+                    served.borrowed.let_go()
+            self._close_bounces()
             if locked:
                 self._lock.release()
 
@@ -126,7 +131,7 @@ class Stops(HandlerBase):
             self._final_failure = known_failure(failure, source_failure)
             at_work = {one.number for one in ended.held if not one.is_request}
             for served in all_served:
-                self._forget(served, keep_alias=served.id.number in at_work)
+                self._forget(served, is_held=served.id.number in at_work)
             engine.destroy()
         finally:
             if isinstance(engine, Engine) and not engine.life.free_if_deserted():

@@ -159,7 +159,9 @@ class Unserves(HandlerBase):
             ) from error
         held = held_at(engine, served, part)
         if part is None:
-            self._forget(served, keep_alias=bool(held))
+            self._forget(served, is_held=bool(held))
+            if not held:
+                served.borrowed.let_go()
         else:
             self._forget_part(served, *part)
         if held and isinstance(engine, Engine):
