@@ -29,13 +29,16 @@ def open_uffd(flags: int) -> Descriptor:
             return attempt(flags)
         except UffdOSError as error:
             refusals.append(error)
-    code, by_device = (error.errno or errno.EPERM for error in refusals)
-    hint = limit_met(code)
-    if not hint:
-        from pyuffd import _refusals  # rarely needed
+    codes = [error.errno or errno.EPERM for error in refusals]
+    for code in codes:
+        # Where the device is for this user, the system call is refused first.
+        if hint := limit_met(code):
+            raise_errno("userfaultfd", code, hint=hint)
+    from pyuffd import _refusals  # rarely needed, and not to be had without a descriptor
 
-        hint = _refusals.hint(code, by_device, privilege_would_do=_would_with_privilege(flags))
-    raise_errno("userfaultfd", code, hint=hint)
+    by_syscall, by_device = codes
+    hint = _refusals.hint(by_syscall, by_device, privilege_would_do=_would_with_privilege(flags))
+    raise_errno("userfaultfd", by_syscall, hint=hint)
 
 
 def register_for_a_moment(spans: Iterable[tuple[int, int]]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pyuffd.testing._huge_pages import free_hugepages
 from pyuffd.testing._memory_types import HUGE_PAGE, MEMORY_TYPES
-from pyuffd.testing._opening import only_user_mode, open_userfaultfd
+from pyuffd.testing._opening import O_FLAGS, only_user_mode, open_syscall, open_userfaultfd
 
 _UFFD_API = 0xAA
 _EVENT_FORK = 1 << 1
@@ -131,6 +131,22 @@ def needs_kernel_faults() -> Need:
         return (["kernel-faults"] if found else []), found
 
     return Need("faults of system calls", missing)
+
+
+def needs_syscall() -> Need:
+    """userfaultfd(2) gives this user descriptors for faults of system calls, not just the device.
+
+    uid 0 without capabilities may open the device, and is refused by the system call.
+    """
+
+    def missing() -> tuple[list[str], str]:
+        try:
+            os.close(open_syscall(O_FLAGS))
+        except OSError as error:
+            return ["userfaultfd-syscall"], f"userfaultfd(2): {error.strerror}"
+        return [], ""
+
+    return Need("faults of system calls by userfaultfd(2)", missing)
 
 
 def needs_hugepages(count: int, size: int = HUGE_PAGE) -> Need:

@@ -69,6 +69,11 @@ def needs_kernel_faults() -> pytest.MarkDecorator:
     return marked(_need.needs_kernel_faults())
 
 
+def needs_syscall() -> pytest.MarkDecorator:
+    """Skip unless userfaultfd(2), without the device, may handle faults of system calls."""
+    return marked(_need.needs_syscall())
+
+
 def marked(need: Need) -> pytest.MarkDecorator:
     """Return the mark that skips a test unless a need is met."""
     import pytest

@@ -24,7 +24,7 @@ from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANY
 from pyuffd.regions import Region
 from pyuffd.testing import _opening
-from pyuffd.testing._need import needs, needs_device, needs_kernel_faults, needs_privilege
+from pyuffd.testing._need import needs, needs_device, needs_privilege, needs_syscall
 
 API = 0xAA
 FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
@@ -129,7 +129,7 @@ def sysctl(ctx: Context) -> None:
     "userfaultfd.EINVAL.flags-unknown",
     origin="userfaultfd(2): EINVAL",
     memory=ANY,
-    needs=[needs_kernel_faults()],
+    needs=[needs_syscall()],
 )
 def open_unknown_flag(ctx: Context) -> None:
     """A flag the system call does not know is refused."""
@@ -140,7 +140,7 @@ def open_unknown_flag(ctx: Context) -> None:
     "userfaultfd.EMFILE.descriptor-limit",
     origin="userfaultfd(2): EMFILE",
     memory=ANY,
-    needs=[needs_kernel_faults()],
+    needs=[needs_syscall()],
 )
 def open_emfile(ctx: Context) -> None:
     """At the limit of open files there is no further userfaultfd."""
