@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyuffd.conformance import Report, Result, load
-from tests.vm import _matrix, _mutants
+from tests.vm import _matrix, _matrix_rows, _mutants
 from tests.vm._mutants import Builder, BuildError, Mutant, Outcome
 
 MUTANTS = _mutants.mutants()
@@ -182,3 +182,58 @@ def test_building_says_how_far_it_is(
     assert "  2 files compiled, now mm/b.o\n" in capsys.readouterr().out
     with pytest.raises(BuildError, match=r"mm/a\.c:1: error"):
         builder.make("bad")
+
+
+def whole(case: str, outcome: str, text: str = "") -> list[Result]:
+    return [result(case, memory, outcome, text=text) for memory in load()[case].memory]
+
+
+CASES = [name for name, case in load().items() if len(case.memory) > 1][:3]
+
+
+def test_a_run_of_some_cases_renews_their_rows() -> None:
+    kept, mended, new = CASES
+    page = _matrix.page(
+        [
+            column(
+                "6.1",
+                *whole(kept, "passed"),
+                *whole(mended, "failed", "saw X"),
+                result("gone.case", "any", "passed"),
+            ),
+            column("6.12", *whole(kept, "skipped", "needs Y")),
+        ]
+    )
+    report = column("6.1", *whole(mended, "passed"), *whole(new, "failed", "saw Z")).report
+    part = column("6.12", *whole(kept, "failed", "saw W")[1:], *whole(new, "passed")).report
+    assert report is not None
+    assert part is not None
+    text, said = _matrix_rows.added(page, [report, part])
+    assert said == ["6.1: 2 of 2 cases", "6.12: 1 of 2 cases"]
+    assert f"| `{kept}` | pass | skip |\n" in text
+    assert f"| `{mended}` | pass | . |\n" in text
+    assert f"| `{new}` | **FAIL** | pass |\n" in text
+    assert "gone.case" not in text
+    size = {name: len(load()[name].memory) for name in CASES}
+    assert f"| passed | {size[kept] + size[mended]} | {size[new]} |" in text
+    assert f"| failed | {size[new]} | 0 |" in text
+    assert f"| skipped | 0 | {size[kept]} |" in text
+    assert "saw X" not in text
+    assert "saw W" not in text
+    assert text.count("saw Z") == size[new]
+    assert f"- {size[kept]}: needs Y" in text
+    assert _matrix_rows.added(text, [report, part])[0] == text
+
+
+def test_the_matrix_in_docs_is_a_page_that_rows_can_be_put_into() -> None:
+    text, _ = _matrix_rows.added(_matrix.PAGE.read_text(), [])
+    assert "| `UFFDIO_API.ok.reply` | pass | pass | pass | pass | pass |\n" in text
+    assert _matrix_rows.added(text, [])[0] == text
+
+
+def test_rows_of_another_release_are_refused() -> None:
+    page = _matrix.page([column("6.1")])
+    report = column("6.12", *whole(CASES[0], "passed")).report
+    assert report is not None
+    with pytest.raises(ValueError, match=r"6\.12\.1 is none of the page's: 6\.1\.1"):
+        _matrix_rows.added(page, [report])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyuffd.conformance import Report
 from pyuffd.conformance import Result as CaseResult
@@ -22,7 +23,8 @@ RUN_S = 120.0
 # An address in a message would make every run's page different.
 _ADDRESS = re.compile(r"0x7[0-9a-f]{11}")
 
-_WORDS = {"passed": "pass", "failed": "**FAIL**", "skipped": "skip"}
+SKIPS = "## Why tests were skipped"
+WORDS = {"passed": "pass", "failed": "**FAIL**", "skipped": "skip"}
 
 
 @dataclass(frozen=True)
@@ -107,28 +109,35 @@ def _lines(columns: Sequence[Column]) -> Iterator[str]:
         "A cell is one word where all memory types agree, otherwise the memory types of each "
         "outcome. In brackets: the accepted variant that was seen. A dot: not run."
     )
-    cases = dict.fromkeys(
-        one.case for column in columns if column.report for one in column.report.results.values()
-    )
-    group = ""
-    for case in cases:
-        if case.partition(".")[0] != group:
-            group = case.partition(".")[0]
-            yield ""
-            yield f"## {group}"
-            yield ""
-            yield "| case | " + " | ".join(column.version for column in columns) + " |"
-            yield "|---|" + "---|" * len(columns)
-        cells = (cell(column.of_case(case)) for column in columns)
-        yield f"| `{case}` | " + " | ".join(cells) + " |"
+    rows: dict[str, list[str]] = {}
+    for column in columns:
+        for one in column.report.results.values() if column.report else ():
+            rows.setdefault(one.case, [])
+    for case in rows:
+        rows[case] = [cell(column.of_case(case)) for column in columns]
+    yield from tables([column.version for column in columns], rows)
     yield from _details(columns)
+
+
+def tables(versions: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the cells of cases, one table for each group."""
+    groups: dict[str, list[str]] = {}
+    for case in rows:
+        groups.setdefault(case.partition(".")[0], []).append(case)
+    for group, cases in groups.items():
+        yield ""
+        yield f"## {group}"
+        yield ""
+        yield "| case | " + " | ".join(versions) + " |"
+        yield "|---|" + "---|" * len(versions)
+        yield from (f"| `{case}` | " + " | ".join(rows[case]) + " |" for case in cases)
 
 
 def cell(results: Sequence[CaseResult]) -> str:
     """Return what one kernel did in one case, on every memory type."""
     by_word: dict[str, list[str]] = {}
     for one in results:
-        word = _WORDS[one.outcome] + (f" ({one.variant})" if one.variant else "")
+        word = WORDS[one.outcome] + (f" ({one.variant})" if one.variant else "")
         by_word.setdefault(word, []).append(one.memory)
     if len(by_word) == 1:
         return next(iter(by_word))
@@ -137,7 +146,9 @@ def cell(results: Sequence[CaseResult]) -> str:
 
 def _details(columns: Sequence[Column]) -> Iterator[str]:
     yield ""
-    yield "## Why tests were skipped"
+    yield SKIPS
+    yield ""
+    yield "In the last run of all cases."
     for column in columns:
         reasons: dict[str, int] = {}
         for one in column.report.results.values() if column.report else ():
@@ -153,8 +164,8 @@ def _details(columns: Sequence[Column]) -> Iterator[str]:
             yield "- none"
     for column in columns:
         for heading, lines in (
-            ("Failures", [f"`{one.id}`: {_first_line(one.text)}" for one in column.failures()]),
-            ("Kernel warnings", _warnings(column)),
+            ("Failures", failures(column)),
+            ("Kernel warnings", warnings(column)),
         ):
             if lines:
                 yield ""
@@ -163,7 +174,12 @@ def _details(columns: Sequence[Column]) -> Iterator[str]:
                 yield from (f"- {line}" for line in lines)
 
 
-def _warnings(column: Column) -> list[str]:
+def failures(column: Column) -> list[str]:
+    """Return what failed, each test with what it saw."""
+    return [f"`{one.id}`: {_first_line(one.text)}" for one in column.failures()]
+
+
+def warnings(column: Column) -> list[str]:
     """Return the kernel's warnings, those that differ in numbers only as one."""
     tests: dict[str, list[str]] = {}
     for message in column.report.messages if column.report else ():
@@ -179,6 +195,21 @@ def _first_line(text: str) -> str:
     return _ADDRESS.sub("ADDRESS", text.strip().partition("\n")[0]).replace("|", "\\|")
 
 
+def add(paths: Sequence[Path]) -> int:
+    """Renew the rows of the cases that these reports have; 0 if they could be."""
+    from tests.vm import _matrix_rows  # which needs the words above
+
+    try:
+        text, said = _matrix_rows.added(PAGE.read_text(), [Report.read(path) for path in paths])
+    except (OSError, ValueError) as error:
+        print(f"kernels: {error}", file=sys.stderr)
+        return 2
+    PAGE.write_text(text)
+    for line in said:
+        print(f"kernels: {line}")
+    return 0
+
+
 def main() -> int:
     """Run all kernels, write the page; 0 if nothing failed on any."""
     parser = argparse.ArgumentParser(
@@ -188,7 +219,16 @@ def main() -> int:
         epilog="Whatever else is given goes to pytest.",
     )
     parser.add_argument("--version", action="append", dest="versions", help="this one only")
+    parser.add_argument(
+        "--add",
+        action="append",
+        type=Path,
+        metavar="REPORT",
+        help="put the cases of a report.json of tests/vm/run into the page, and run nothing",
+    )
     options, pytest = parser.parse_known_args()
+    if options.add:
+        return add(options.add)
     _run.end_with_us()
     columns = []
     for version in options.versions or VERSIONS:
