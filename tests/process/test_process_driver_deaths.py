@@ -90,6 +90,17 @@ def faults_wait() -> None:
     assert handler.stats().restarts == 1
 
 
+def held_faults() -> None:
+    """The new worker holds nothing, and the end of the hold says so."""
+    handler, region = serve(CallableSource(sources.page))
+    hold = handler.hold(limit_s=60.0)
+    kill_worker(handler)
+    assert region.read(0, PAGE) == content(PAGE)
+    with pytest.raises(HandlerError, match="its worker process was replaced"):
+        hold.release()
+    handler.stop()
+
+
 def killed_by_its_source() -> None:
     """With the interpreter's lock held, no thread of this process could help."""
     handler, region = serve(sources.KilledOnce(str(Path.cwd() / "killed")))
@@ -521,6 +532,7 @@ def unmapping_to_come() -> None:
 
 CHECKS: dict[Callable[[], None], Feature] = {
     faults_wait: Feature(0),
+    held_faults: Feature(0),
     killed_by_its_source: Feature(0),
     crashing: Feature.POISON,
     states_survive: Feature.EVENT_REMOVE | Feature.EVENT_REMAP,

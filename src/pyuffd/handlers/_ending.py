@@ -83,7 +83,8 @@ class Ending:
         self._is_started = False
         self._work_lock = threading.Lock()
         self._worker = 0  # the thread that does the work
-        self._give_up_at = time.monotonic() + limit_s
+        self.began_at = time.monotonic()
+        self._give_up_at = self.began_at + limit_s
         self._limit_s = limit_s
         self._name = name
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from pyuffd._arguments import check_seconds
 from pyuffd._closing import Closing
-from pyuffd._errors import ClosedError, HandlerError, HelperLostError
+from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdOSError
 from pyuffd.handlers._base import HandlerBase
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyuffd.handlers._backend import Backend
 
 # Longer than a checkpoint of some gigabytes, and short enough that a program which forgets to
@@ -22,18 +26,28 @@ class Hold(Closing):
     """Faults are held until `release`, or until the limit; a context manager.
 
     Attributes:
-        expired: Whether the limit came first, so that faults were resolved meanwhile.
+        expired: Whether it ended before `release`, at the limit or as the handler stopped, so that
+            faults were resolved meanwhile.
     """
 
     _instead = "it ends once"
     _failed = "the hold ended too early"
 
-    def __init__(self, engine: Backend, limit_s: float) -> None:
+    def __init__(
+        self, engine: Backend, limit_s: float, stopped_at: Callable[[], float | None]
+    ) -> None:
         self._limit_s = limit_s
+        self._stopped_at = stopped_at
+        self._limit_at = time.monotonic() + limit_s
         self._engine: Backend | None = engine
         self._lock = threading.Lock()
         self.expired: bool = False
-        self._token = engine.pause(int(limit_s * 1e9))
+        try:
+            self._token = engine.pause(int(limit_s * 1e9))
+        except UffdOSError as error:
+            if error.errno != errno.ETIMEDOUT or self._cut_by_stop() is None:
+                raise
+            raise ClosedError("the handler was stopped before its faults were held") from None
 
     def close(self) -> None:
         """Release, as the end of the block does."""
@@ -43,21 +57,47 @@ class Hold(Closing):
         """Let faults be resolved again; a second call does nothing.
 
         Raises:
-            HandlerError: the limit came first: faults were resolved although they should be held.
+            HandlerError: it had ended: faults were resolved although they should be held. The text
+                says whether the limit came first, the handler was stopped, or its worker process
+                was lost.
         """
         with self._lock:
             engine, self._engine = self._engine, None
         if engine is None:
             return
+        lost: HelperLostError | None = None
         try:
             self.expired = not engine.resume(self._token)
-        except (ClosedError, HelperLostError):  # it stopped meanwhile
+        except ClosedError:  # it stopped meanwhile
             self.expired = True
+        except HelperLostError as error:
+            self.expired, lost = True, error
         if self.expired:
             raise HandlerError(
-                f"faults were to be held, and were resolved again after {self._limit_s:g} s: ask"
-                " for a longer limit_s, or do less while they are held"
+                "faults were to be held, and were not to the end of the block:"
+                f" {self._why(is_remote=engine.is_remote, lost=lost)}"
             )
+
+    def _cut_by_stop(self) -> float | None:
+        """Return when the handler was stopped, if that came before the limit."""
+        stopped_at = self._stopped_at()
+        return None if stopped_at is None or stopped_at >= self._limit_at else stopped_at
+
+    def _why(self, *, is_remote: bool, lost: HelperLostError | None) -> str:
+        began_at, stopped_at = self._limit_at - self._limit_s, self._cut_by_stop()
+        if stopped_at is not None:
+            return (
+                f"the handler was stopped {stopped_at - began_at:.3f} s after they were held,"
+                " before the limit"
+            )
+        if lost is not None:
+            return str(lost)
+        if is_remote and time.monotonic() < self._limit_at:
+            return "its worker process was replaced, and the new one holds none"
+        return (
+            f"they were resolved again after {self._limit_s:g} s: ask for a longer limit_s, or do"
+            " less while they are held"
+        )
 
 
 class HoldsFaults(HandlerBase):
@@ -82,8 +122,9 @@ class HoldsFaults(HandlerBase):
             RangeBusyError: EBUSY - they are held already.
             UffdOSError: ETIMEDOUT - a thread that resolves a fault was held up by its source for
                 `limit_s`. Nothing is held.
-            HandlerError: at the end of the block: the limit came first, or the worker process of
-                the process driver was replaced.
+            ClosedError: the handler has stopped, or was stopped as this call waited.
+            HandlerError: at the end of the block: the limit came first, the handler was stopped, or
+                the worker process of the process driver was replaced; the text says which.
 
         GIL: released.  Threads: safe.  Blocks: until the faults that are being resolved have been
         resolved, for at most `limit_s`.
@@ -105,5 +146,8 @@ class HoldsFaults(HandlerBase):
             ...     [list(ranges) for ranges in written]
             [[StateRange(0x0, 0x1000, <PageState.DIRTY: 3>)], []]
         """
-        check_seconds("limit_s", limit_s)
-        return Hold(self._running_engine(), check_seconds("limit_s", limit_s))
+        limit_s = check_seconds("limit_s", limit_s)
+        return Hold(self._running_engine(), limit_s, self._stopped_at)
+
+    def _stopped_at(self) -> float | None:
+        return None if self._ending is None else self._ending.began_at
