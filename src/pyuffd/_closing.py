@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import ClassVar, NoReturn, Self
 
+from pyuffd._describe import described, text_of
+
 log = logging.getLogger(__name__)
 
 
@@ -19,10 +21,10 @@ def attach(exc: BaseException, error: BaseException, what: str) -> None:
     if error is exc:
         return
     cause = error.__cause__
-    because = "" if cause is None else f" (because of {type(cause).__name__}: {cause})"
+    because = "" if cause is None else f" (because of {described(cause)})"
     if log.hasHandlers():  # otherwise logging writes to stderr, where the traceback has it too
-        log.error("%s: %s%s", what, error, because)
-    exc.add_note(f"and {what}: {error}{because}")
+        log.error("%s: %s%s", what, text_of(error), because)
+    exc.add_note(f"and {what}: {text_of(error)}{because}")
     # Python has made `exc` the context of `error`, which would make a circle.
     error.__context__ = None
     seen = {id(error)}

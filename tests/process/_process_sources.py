@@ -232,3 +232,25 @@ class WorkerPoints:
         """Close the pipes."""
         self._commands.close()
         self._answers.close()
+
+
+LONG = 1_000_000
+
+
+def long_text(offset: int, length: int) -> bytes:
+    """Fail, at length."""
+    raise ValueError("x" * LONG)
+
+
+class NoText(Exception):
+    """Its text cannot be had."""
+
+    def __str__(self) -> str:
+        return str(1 // 0)
+
+
+def no_text(offset: int, length: int) -> bytes:
+    """Fail with an exception that has no text."""
+    if offset == 0:
+        raise NoText
+    return b"g" * length

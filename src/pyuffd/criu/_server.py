@@ -17,6 +17,7 @@ from functools import partial
 
 from pyuffd._arguments import check_int, check_path, check_seconds
 from pyuffd._closing import Closing
+from pyuffd._describe import described, log_error
 from pyuffd._errors import ClosedError, CriuError, UffdError
 from pyuffd._owned import Descriptor
 from pyuffd._uffd import Userfaultfd
@@ -208,8 +209,8 @@ class LazyPages(Closing):
             except (UffdError, OSError) as error:
                 report.error = report.error or str(error)
             except Exception as error:
-                log.exception("pyuffd: restore %d", number)
-                report.error = report.error or f"{type(error).__name__}: {error}"
+                log_error(log, f"pyuffd: restore {number}", error)
+                report.error = report.error or described(error)
             finally:
                 with self._lock:
                     del self._running[number]

@@ -12,6 +12,7 @@ from pyuffd._errors import ClosedError, HandlerError
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._failures import short_repr
 from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._serving import Served
 from pyuffd.handlers._types import PATIENCE_S, Held
@@ -120,7 +121,7 @@ def describe(held: Iterable[Held], all_served: Iterable[Served], *, is_remote: b
 
     return "; ".join(
         f"thread {who(one)} is left behind at {one.start:#x}, held up by"
-        f" {sources.get(one.number)!r}"
+        f" {short_repr(sources.get(one.number))}"
         for one in held
     )
 
@@ -129,7 +130,7 @@ def source_at(address: int | None, all_served: Iterable[Served]) -> str:
     """Return the source of the range that was served at an address, as text; "" if unknown."""
     for served in all_served:
         if address is not None and served.has_some_of(address, 1):
-            return repr(served.source)
+            return short_repr(served.source)
     return ""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from pyuffd._describe import log_debug, log_error
 from pyuffd._errors import HandlerError, raise_errno
 from pyuffd._limits import raise_start_error
 from pyuffd._shim import ffi, lib
@@ -351,7 +353,7 @@ class Engine(EnginePages, EngineReports):
                         lib.uffd_engine_complete(engine, request, pointer)
                 except BaseException as error:  # a thread waits for the page, so catch everything
                     if lib.uffd_engine_ask_again(engine, request):
-                        log.debug("the source failed; asking again for fewer pages", exc_info=error)
+                        log_debug(log, "the source failed; asking again for fewer pages", error)
                     else:
                         failed = Request(
                             request.id,
@@ -361,12 +363,24 @@ class Engine(EnginePages, EngineReports):
                             bool(request.is_fault),
                             bool(request.abandoned),
                         )
-                        lib.uffd_engine_fail(engine, request, fail(failed, error))
+                        lib.uffd_engine_fail(engine, request, _errno_of(fail, failed, error))
                 request = lib.uffd_engine_next_request(engine)
         finally:
             # The traceback of a source's exception keeps this frame, and the engine would outlive
             # its end in it.
             del engine
+
+
+def _errno_of(
+    fail: Callable[[Request, BaseException], int], failed: Request, error: BaseException
+) -> int:
+    """Return what `fail` does; a report that itself fails must not leave the page waiting."""
+    try:
+        return fail(failed, error)
+    except BaseException as other:
+        with suppress(BaseException):
+            log_error(log, "pyuffd: a failure of a page source cannot be reported", other)
+        return errno.EIO
 
 
 def _size_of(data: object, request: Any) -> int:

@@ -12,6 +12,7 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from pyuffd._describe import described, log_error
 from pyuffd.handlers._types import OnError
 from pyuffd.regions import Region
 
@@ -58,12 +59,6 @@ def tell(log: logging.Logger, fd: int, text: str, error: BaseException) -> None:
     log_error(log, text, error)
 
 
-def log_error(log: logging.Logger, text: str, error: BaseException | None) -> None:
-    """Log a failure if logging is set up; its last resort is stderr, where it stands already."""
-    if log.hasHandlers():
-        log.error("%s", text, exc_info=error)
-
-
 def _shows_on_stderr(log: logging.Logger) -> bool:
     at: logging.Logger | None = log
     while at is not None:
@@ -91,9 +86,9 @@ def source_text(request: Request, label: str, error: BaseException, on_error: On
             now = "it stays missing: threads that touch it wait until stop()"
         case OnError.KILL:
             now = 'the process that owns it is killed (on_error="kill")'
-    described = " ".join(f"{type(error).__name__}: {error}".split())
+    what = " ".join(described(error).split())
     more = "" if on_error is OnError.KILL else " (later ones are only counted; stop() raises it)"
     return (
         f"page {request.address:#x} (offset {request.offset:#x} of {label}): its content could not"
-        f" be read: {described}{where}; {now}{more}"
+        f" be read: {what}{where}; {now}{more}"
     )

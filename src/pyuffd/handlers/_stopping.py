@@ -8,6 +8,7 @@ import os
 import time
 import weakref
 
+from pyuffd._describe import log_error
 from pyuffd._errors import HandlerError, HelperLostError
 from pyuffd.handlers._aftermath import completed, describe, leave_behind, views_of
 from pyuffd.handlers._backend import Backend
@@ -15,7 +16,6 @@ from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checks import check_timeout, handler_error
 from pyuffd.handlers._ending import GRACE_S, Ending, refuse_sources_thread
 from pyuffd.handlers._engine import Engine
-from pyuffd.handlers._failures import log_error
 from pyuffd.handlers._types import Ended, known_failure
 from pyuffd.handlers.process._remote import RemoteEngine
 

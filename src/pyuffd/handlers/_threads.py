@@ -15,6 +15,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Unpack
 
+from pyuffd._describe import described, log_debug
 from pyuffd._errors import ClosedError, UffdOSError
 from pyuffd._limits import start_thread
 from pyuffd._overlay import OverlaySource
@@ -279,20 +280,20 @@ class WorkedEngine(Engine):
     def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
         error = self._not_populated.get(address)
         if error is not None:
-            return f"the source raised {type(error).__name__}: {error}"
+            return f"the source raised {described(error)}"
         if code == errno.ETIMEDOUT:
             return "the source did not answer within stall_timeout_s"
         return super()._why_not_populated(served, address, code)
 
     def _failed_at(self, request: Request, error: BaseException) -> int:
         if request.abandoned:
-            log.debug("the source failed after its page was given up", exc_info=error)
+            log_debug(log, "the source failed after its page was given up", error)
             return errno.ETIMEDOUT
         if request.is_fault:
             self._tell(request, error)
             self._raised.appendleft(SourceFailure(error, request.address, request.length))
         else:  # populate raises it
-            log.debug("the source failed", exc_info=error)
+            log_debug(log, "the source failed", error)
             self._not_populated[request.address] = error
         if self._failure is None:
             self._failure = SourceFailure(error, request.address, request.length)
@@ -303,7 +304,7 @@ class WorkedEngine(Engine):
     def _tell(self, request: Request, error: BaseException) -> None:
         """Report a failure before the first page of a range is lost; later ones are counted."""
         if request.number in self._told or len(self._told) >= SAID_MOST:
-            log.debug("the source failed", exc_info=error)
+            log_debug(log, "the source failed", error)
             return
         self._told.add(request.number)
         options = self._options

@@ -21,11 +21,11 @@ import time
 from collections import deque
 from typing import Any
 
+from pyuffd._describe import log_error
 from pyuffd._errors import HelperLostError
 from pyuffd._latch import Latch
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
-from pyuffd.handlers._failures import log_error
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._calls import Answer, Call, Message
 from pyuffd.handlers.process._start import (

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyuffd._describe import described
 from pyuffd._limits import why_error
 
 if TYPE_CHECKING:
@@ -209,8 +210,7 @@ def unpack(packed: PackedSource) -> PageSource:
             f' under `if __name__ == "__main__":`,{_or(packed)}'
         )
         raise ValueError(
-            f"the page source cannot be loaded in the helper process ({type(error).__name__}:"
-            f" {error}): {advice}"
+            f"the page source cannot be loaded in the helper process ({described(error)}): {advice}"
         ) from error
     finally:
         _Loading.running = False

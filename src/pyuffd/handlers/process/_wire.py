@@ -14,10 +14,10 @@ import select
 import socket
 import struct
 import sys
-import traceback
 from array import array
 from typing import Any
 
+from pyuffd._describe import text_of, traceback_of
 from pyuffd._errors import limit_met
 from pyuffd.handlers.process._calls import Message
 from pyuffd.handlers.process._transport import MAIN_NAMES
@@ -137,17 +137,16 @@ def close_all(fds: list[int]) -> None:
 def pickled_error(error: BaseException, *, with_traceback: bool = True) -> bytes:
     """Pickle an exception for `load_error`, with its traceback as a note."""
     if with_traceback:
-        text = "".join(traceback.format_exception(error)).rstrip()
-        error.add_note(f"in the helper process:\n{text}")
+        error.add_note(f"in the helper process:\n{traceback_of(error)}")
     file = io.BytesIO()
     blob = b""
     with contextlib.suppress(Exception):  # the user's classes may raise anything
         _ErrorPickler(file, pickle.HIGHEST_PROTOCOL).dump(error)
         blob = file.getvalue()
-    described = f"{type(error).__qualname__}: {error}"
+    text = f"{type(error).__qualname__}: {text_of(error)}"
     cause = error.__cause__
     below = None if cause is None else pickled_error(cause, with_traceback=False)
-    return pickle.dumps((blob, described, getattr(error, "__notes__", []), below))
+    return pickle.dumps((blob, text, getattr(error, "__notes__", []), below))
 
 
 def load_error(payload: bytes) -> BaseException:

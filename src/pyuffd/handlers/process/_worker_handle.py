@@ -11,11 +11,11 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
 from pyuffd import _memory
+from pyuffd._describe import print_traceback
 from pyuffd._limits import raise_start_error
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book
@@ -80,7 +80,7 @@ class WorkerHandle:
             try:
                 _wire.send(control, Message(0, Answer.BROKEN, _wire.pickled_error(error)))
             except OSError:
-                traceback.print_exception(error)
+                print_traceback(error)
         finally:
             with contextlib.suppress(Exception):  # the user's code may have closed them
                 sys.stdout.flush()

@@ -1,0 +1,66 @@
+"""Text of other people's exceptions: of any length, from code that may fail (layer L1)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+
+# More than any message that is meant to be read. A source may raise with a page's content in it.
+TEXT_MOST = 2000
+
+
+def shortened(text: str, most: int = TEXT_MOST) -> str:
+    """Return a text, cut if it is longer than `most`, with the number of characters left out."""
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}... ({len(text) - most} more characters)"
+
+
+def text_of(error: BaseException) -> str:
+    """Return str(error), shortened; what is wrong with it if that raises."""
+    try:
+        return shortened(str(error))
+    except Exception as other:
+        return f"<its text cannot be had: __str__ raises {type(other).__name__}>"
+
+
+def described(error: BaseException) -> str:
+    """Return type and text of an exception, shortened."""
+    return f"{type(error).__name__}: {text_of(error)}"
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return an exception as Python prints it, each of its texts shortened."""
+    return "".join(_lines_of(error)).rstrip()
+
+
+def _lines_of(error: BaseException) -> list[str]:
+    lines = traceback.format_exception(error)
+    return [line if len(line) <= TEXT_MOST else f"{shortened(line.rstrip())}\n" for line in lines]
+
+
+def print_traceback(error: BaseException) -> None:
+    """Write an exception to stderr as Python does, each of its texts shortened."""
+    print(traceback_of(error), file=sys.stderr)
+
+
+def log_error(log: logging.Logger, text: str, error: BaseException | None) -> None:
+    """Log a failure if logging is set up; its last resort is stderr, where it stands already."""
+    _log(log, logging.ERROR, text, error)
+
+
+def log_debug(log: logging.Logger, text: str, error: BaseException) -> None:
+    """Log a failure that is also told elsewhere."""
+    _log(log, logging.DEBUG, text, error)
+
+
+def _log(log: logging.Logger, level: int, text: str, error: BaseException | None) -> None:
+    if not log.hasHandlers() or not log.isEnabledFor(level):
+        return
+    info = None if error is None else (type(error), error, error.__traceback__)
+    name, line, function, _ = log.findCaller(stacklevel=3)
+    record = log.makeRecord(log.name, level, name, line, "%s", (text,), info, function)
+    if error is not None:
+        record.exc_text = traceback_of(error)  # what formatters print instead of `exc_info`
+    log.handle(record)
