@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyuffd import _memory
 from pyuffd._abi import (
@@ -19,9 +19,17 @@ from pyuffd._abi import (
 from pyuffd._events import Remap
 from pyuffd.conformance import _page_model as model
 from pyuffd.conformance._page_model import Page
-from pyuffd.conformance._page_states import ELSEWHERE, NEW, NOTHING, SWAP, State, Subject
+from pyuffd.conformance._page_states import (
+    ELSEWHERE,
+    NEW,
+    NOTHING,
+    SWAP,
+    State,
+    Subject,
+)
 from pyuffd.conformance._types import ALL, FILE, SMALL
 from pyuffd.conformance._wp import (
+    MISSING_WP,
     PUNCH_HOLE,
     READ_WRITE,
     move_mapping,
@@ -119,6 +127,15 @@ def _second_descriptor(subject: Subject) -> None:
     second.close()
 
 
+def _register(subject: Subject) -> None:
+    subject.uffd.register(subject.region, mode=MISSING_WP)
+
+
+def _register_anew(subject: Subject) -> None:
+    subject.uffd.unregister(subject.region)
+    _register(subject)
+
+
 FORK = Feature.EVENT_FORK
 NOT_HUGE = SMALL
 BETWEENS = (
@@ -168,6 +185,14 @@ BETWEENS = (
         ALL,
         _second_descriptor,
         lambda page, _: page,
+    ),
+    Between("registration.again", "registered once more", ALL, _register, lambda page, _: page),
+    Between(
+        "registration.anew",
+        "unregistered and registered",
+        ALL,
+        _register_anew,
+        lambda page, _: replace(model.unregister(page), registered=True),
     ),
 )
 

@@ -75,6 +75,14 @@ def page(slow: int) -> Iterator[str]:
             for name in lacking:
                 yield f"| `{name}` after `{between.name}` | everywhere | it is another process |"
     yield (
+        "| collapse and split | everywhere | they are done to the pages of a huge page together:"
+        " `thp.collapse.*`, `PAGEMAP_SCAN.ok.protects-huge-in-part`, `UFFDIO_MOVE.*-huge*` |"
+    )
+    yield (
+        "| a source that is cold | everywhere | COPY alone reads one:"
+        " `UFFDIO_COPY.ok.cold-*`, on a hole |"
+    )
+    yield (
         "| a page that was migrated | everywhere | user space cannot have one page migrated;"
         " `wp-series.05.migration` and compaction do it to many |"
     )
