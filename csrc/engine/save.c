@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "failures.h"
 #include "page_table.h"
@@ -49,10 +50,19 @@ static int view_of_served(const struct uffd_range *range, uint64_t at, struct vi
 	return -ENODATA;
 }
 
-static int64_t read_view(const struct view *view, void *target)
+/*
+ * A page that is written to can be read.  Of others the owner may have forbidden access
+ * (mprotect(2)), and memcpy() would end the process.
+ */
+static int64_t read_view(const struct view *view, void *target, bool is_written)
 {
 	int64_t n;
 
+	if (view->space->is_here && !is_written) {
+		n = uffd_owner_read(getpid(), view->address, target, view->length);
+		if (n != -EPERM && n != -ENOSYS)	/* of a seccomp filter */
+			return n;
+	}
 	if (view->space->is_here) {
 		memcpy(target, (const void *)(uintptr_t)view->address, view->length);
 		return (int64_t)view->length;
@@ -66,7 +76,7 @@ static int64_t read_view(const struct view *view, void *target)
 }
 
 /* Returns the bytes saved from the start, in whole pages, or -errno. */
-static int64_t save(struct uffd_range *range, uint64_t at, uint64_t length)
+static int64_t save(struct uffd_range *range, uint64_t at, uint64_t length, bool is_written)
 {
 	const struct uffd_content *content = range->content;
 	uint64_t offset = content_offset(range, at);
@@ -82,10 +92,10 @@ static int64_t save(struct uffd_range *range, uint64_t at, uint64_t length)
 		r = view_of_served(range, at, &view);
 		if (r)
 			return r;
-		n = read_view(&view, target);
+		n = read_view(&view, target, is_written);
 		space_put(view.space);
 	} else {
-		n = read_view(&view, target);
+		n = read_view(&view, target, is_written);
 	}
 	if (n > 0)
 		n &= ~(int64_t)(range->page_size - 1);
@@ -97,7 +107,7 @@ static int64_t save(struct uffd_range *range, uint64_t at, uint64_t length)
 
 int save_page(struct uffd_range *range, uint64_t page)
 {
-	int64_t n = save(range, page, range->page_size);
+	int64_t n = save(range, page, range->page_size, true);
 
 	return n < 0 ? (int)n : 0;
 }
@@ -155,7 +165,7 @@ static uint64_t save_slice(struct uffd_range *range, uint64_t at, uint64_t end, 
 	if (stop == at)
 		return at + range->page_size;
 	check_protection(range, at, stop);
-	n = save(range, at, stop - at);
+	n = save(range, at, stop - at, false);
 	past = n > 0 ? at + (uint64_t)n : at;
 	/* Pages that could not be saved stay protected; their writers fault again. */
 	unclaim(range, past, stop, UFFD_PAGE_CLEAN);

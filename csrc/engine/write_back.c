@@ -9,6 +9,7 @@
 #include <errno.h>
 
 #include "evict.h"
+#include "page_table.h"
 #include "range.h"
 #include "slices.h"
 #include "states.h"
@@ -45,6 +46,34 @@ static int place_of(struct uffd_engine *engine, const struct uffd_range_ref *ref
 	return range ? 0 : -ENOENT;
 }
 
+static bool is_present(uint8_t state)
+{
+	return state == UFFD_PAGE_CLEAN || state == UFFD_PAGE_DIRTY ||
+	       state == UFFD_PAGE_SAVED || state == UFFD_PAGE_REMOVED;
+}
+
+/*
+ * Whether a page that cannot be read is mapped all the same: its owner has forbidden access
+ * (mprotect(2)).  Otherwise it was dropped without a notice, and nobody may wait for it.
+ */
+static bool is_forbidden(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			 uint64_t page_size, uint64_t offset)
+{
+	struct uffd_range *range;
+	struct access access;
+	uint8_t seen = UFFD_PAGE_ABSENT;
+	uint64_t entry;
+
+	offset &= ~(page_size - 1);
+	if (!open_access(engine, ref->space, &access))
+		return false;
+	range = find_piece(access.space, ref->id, offset, ref->start + offset);
+	if (range && read_entries(range, range->start + (offset - range->origin), 1, &entry))
+		seen = seen_state(range, UFFD_PAGE_ABSENT, entry);
+	close_access(&access);
+	return is_present(seen);
+}
+
 /* Outside the gate: a page that has been dropped faults. */
 int uffd_engine_peek(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		     uint64_t offset, uint64_t length, void *target)
@@ -59,8 +88,11 @@ int uffd_engine_peek(struct uffd_engine *engine, const struct uffd_range_ref *re
 			return r;
 		n = uffd_owner_read(place.pid, place.address, (char *)target + done,
 				    lower(place.left, length - done));
-		if (n <= 0)
-			return n ? (int)n : -EFAULT;
+		if (n == -EFAULT || n == 0)
+			return is_forbidden(engine, ref, place.page_size, offset + done)
+				       ? -EACCES : -EFAULT;
+		if (n < 0)
+			return (int)n;
 	}
 	return 0;
 }
@@ -77,12 +109,6 @@ struct window {
 	uint8_t wanted[PAGES_AT_ONCE];	/* to be evicted */
 	uint8_t states[PAGES_AT_ONCE];	/* as they were when they were protected */
 };
-
-static bool is_present(uint8_t state)
-{
-	return state == UFFD_PAGE_CLEAN || state == UFFD_PAGE_DIRTY ||
-	       state == UFFD_PAGE_SAVED || state == UFFD_PAGE_REMOVED;
-}
 
 static bool is_handed_over(const struct window *window, uint64_t page, bool written_only)
 {
@@ -135,8 +161,12 @@ static int write_window(struct uffd_engine *engine, const struct uffd_range_ref 
 		r = write_pages(engine, ref, file, window->offset + first * window->page_size,
 				(page - first) * window->page_size, &done);
 		if (r == -EFAULT) {
-			/* Dropped without a notice, with the inline driver: it stays. */
 			page = first + done / window->page_size;
+			*reached_ret = page;
+			if (is_forbidden(engine, ref, window->page_size,
+					 window->offset + page * window->page_size))
+				return -EACCES;
+			/* Dropped without a notice, with the inline driver: it stays. */
 			window->wanted[page++] = 0;
 			r = 0;
 		}

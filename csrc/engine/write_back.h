@@ -7,7 +7,7 @@
 
 /*
  * Copy the content of [offset, offset + length) to memory of this process, missing pages
- * excepted: -EFAULT.
+ * excepted: -EFAULT, and those that may not be read (mprotect(2)): -EACCES.
  */
 int uffd_engine_peek(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		     uint64_t offset, uint64_t length, void *target);

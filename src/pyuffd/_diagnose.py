@@ -110,6 +110,15 @@ def _full_file_system(vma: Vma, pid: int | str) -> str:
     return f"the file system of {vma.path} is full, {held.f_blocks * held.f_frsize >> 10} KiB"
 
 
+def why_unreadable(start: int, end: int, pid: int | str = "self") -> str:
+    """Return which mapping of a range may not be read, or ""."""
+    with suppress(Exception):
+        for vma in _vmas.overlapping(start, end, pid=pid):
+            if "r" not in vma.permissions:
+                return f"{vma} may not be read (mprotect(2)): allow it before"
+    return ""
+
+
 def mergeable(start: int, end: int, pid: int | str = "self") -> Vma | None:
     """Return the first mapping of a range whose pages KSM may merge (MADV_MERGEABLE), or None.
 

@@ -130,7 +130,7 @@ def source_at(address: int | None, all_served: Iterable[Served]) -> str:
     """Return the source of the range that was served at an address, as text; "" if unknown."""
     for served in all_served:
         if address is not None and served.has_some_of(address, 1):
-            return short_repr(served.source)
+            return short_repr(served.source) if served.source is not None else ""
     return ""
 
 

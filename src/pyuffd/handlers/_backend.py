@@ -131,8 +131,8 @@ class Backend(Protocol):
     def resume(self, token: int) -> bool:
         """Resolve faults again; return False if this engine did so before."""
 
-    def peek(self, served: RangeId, offset: int, length: int, target: int) -> None:
-        """Copy the content of pages to an address of this process."""
+    def peek(self, served: RangeId, offset: int, length: int, target: int) -> bool:
+        """Copy the content of pages to an address of this process; False if one is missing."""
 
     def evict(
         self, served: RangeId, offset: int, length: int, wanted: bytes, *, written_too: bool

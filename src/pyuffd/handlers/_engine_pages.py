@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from pyuffd._diagnose import why_unresolved
-from pyuffd._errors import raise_errno
+from pyuffd._diagnose import why_unreadable, why_unresolved
+from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._engine_calls import EngineCalls, pointer_to, range_ref
@@ -90,7 +90,8 @@ class EnginePages(EngineCalls):
         if code:
             left = offset + length - int(reached[0])
             place = served.start + int(reached[0])
-            raise_errno("preserve", -code, place, left, completed=int(out[0]))
+            hint = why_unreadable(place, place + left) if code == -errno.EFAULT else ""
+            raise_errno("preserve", -code, place, left, hint=hint, completed=int(out[0]))
         return int(out[0])
 
     def take_in(self, served: RangeId) -> None:
@@ -111,12 +112,15 @@ class EnginePages(EngineCalls):
             raise_errno(op, -code, served.start + offset, length, completed=0)
         return bytes(out)
 
-    def peek(self, served: RangeId, offset: int, length: int, target: int) -> None:
-        """Copy the content of pages to an address."""
+    def peek(self, served: RangeId, offset: int, length: int, target: int) -> bool:
+        """Copy the content of pages to an address; return False if one is missing."""
         place = pointer_to(target)
         code = lib.uffd_engine_peek(self._engine(), range_ref(served), offset, length, place)
-        if code:
+        if code == -errno.EACCES:
+            raise _unreadable(served.start + offset, length, 0)
+        if code not in (0, -errno.EFAULT):
             raise_errno("evict", -code, served.start + offset, length, completed=0)
+        return not code
 
     def evict(
         self, served: RangeId, offset: int, length: int, wanted: bytes, *, written_too: bool
@@ -151,6 +155,9 @@ class EnginePages(EngineCalls):
             out,
             reached,
         )
+        if code == -errno.EACCES:
+            start = served.start + int(reached[0])
+            raise _unreadable(start, served.start + offset + length - start, int(out[0]))
         return _evicted(served, offset + length, code, out, reached)
 
     def retry(self, served: RangeId, offset: int, length: int) -> int:
@@ -221,6 +228,12 @@ def _evicted(served: RangeId, end: int, code: int, out: Any, reached: Any) -> in
         place, left = served.start + int(reached[0]), end - int(reached[0])
         raise_errno("evict", -code, place, left, completed=int(out[0]))
     return int(out[0])
+
+
+def _unreadable(start: int, length: int, completed: int) -> UffdOSError:
+    """Return the error for pages whose content was to be handed over, and may not be read."""
+    hint = why_unreadable(start, start + length) or "a page of it may not be read (mprotect(2))"
+    return UffdOSError(errno.EFAULT, "evict", start, length, hint, completed=completed)
 
 
 def runs_of(states: bytes, page_size: int, offset: int, without: int) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Feature, RegisterMode
-from pyuffd._errors import UffdOSError
+from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._bounce import BOUNCE_SIZE
@@ -94,7 +94,8 @@ class EvictsPages(HandlerBase):
                 engine is in another process, which Linux does not let drop memory of this one
                 (process_madvise(2)); with Feature.EVENT_REMOVE a handler that is not
                 started.
-            UffdOSError: EINVAL - the memory is locked; EACCES, EPERM - shared memory that cannot
+            UffdOSError: EFAULT - with `write_back`, memory that may not be read (mprotect(2));
+                EINVAL - the memory is locked; EACCES, EPERM - shared memory that cannot
                 be written, or is sealed; ETIMEDOUT - the source does not answer for a page that
                 was asked for before this call. `start` is the first page that stays, `completed`
                 bytes were evicted.
@@ -165,9 +166,19 @@ class EvictsPages(HandlerBase):
         for at in range(offset, offset + length, window):
             todo = [(at, min(at + window, offset + length))]
             for _ in range(ATTEMPTS):
-                done, todo = self._evict_runs(
-                    engine, served, todo, write, written_only=written_only
-                )
+                try:
+                    done, todo = self._evict_runs(
+                        engine, served, todo, write, written_only=written_only
+                    )
+                except UffdOSError as error:
+                    if error.errno != errno.EFAULT or error.op != "evict":
+                        raise
+                    # Nothing is dropped of this window.
+                    start = served.id.start + at
+                    left = offset + length - at
+                    raise_errno(
+                        "evict", errno.EFAULT, start, left, hint=error.hint, completed=evicted
+                    )
                 evicted += done
         return evicted
 
@@ -270,12 +281,9 @@ class EvictsPages(HandlerBase):
     ) -> list[int]:
         """Hand pages over; return those that were dropped without a notice, and stay."""
         bounce = self._bounce(served.page_size, shared=False)
-        try:
-            engine.peek(served.id, offset, length, bounce.address)
-        except UffdOSError as error:
-            # With the inline driver the kernel does not wait for a missing page.
-            if error.errno != errno.EFAULT:
-                raise
+        # With the inline driver the kernel does not wait for a missing page.
+        if not engine.peek(served.id, offset, length, bounce.address):
+            self._keep_bounce(bounce)
             if length == served.page_size:
                 return [offset]
             pages = range(offset, offset + length, served.page_size)

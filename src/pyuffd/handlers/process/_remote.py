@@ -275,7 +275,7 @@ class RemoteEngine(SoleOwner):
         """Resolve faults again; return False if this engine did so before."""
         return bool(self._call(Call.RESUME, token))
 
-    def peek(self, served: RangeId, offset: int, length: int, target: int) -> None:
+    def peek(self, served: RangeId, offset: int, length: int, target: int) -> bool:
         """Raise ValueError, as `evict` does."""
         raise ValueError(NO_EVICTION)
 
