@@ -557,11 +557,12 @@ def test_refuses_memory_that_is_served_elsewhere() -> None:
     run_child(elsewhere)
 
 
-def private_of_a_file() -> None:
+def private_of_a_file(mapped_by_others: bool) -> None:
     """Without its own copy a private mapping shows the page of its file, and asks no source."""
-    with Region.memfd(2 * 4096, shared=False) as region, handling("native") as handler:
-        assert region.fd is not None
-        os.pwrite(region.fd, b"file", 4096)
+    with Region.memfd(2 * 4096, shared=False) as whole, handling("native") as handler:
+        assert whole.fd is not None
+        os.pwrite(whole.fd, b"file", 4096)
+        region = Region.at(whole.start, whole.length) if mapped_by_others else whole
         store = bytearray(b"s" * region.length)
         handler.serve(region, store, mode=MISSING | WP, present="keep")
         region.write(0, b"new")
@@ -579,8 +580,9 @@ def private_of_a_file() -> None:
 
 
 @needs(NEEDED)
-def test_refuses_a_private_mapping_of_pages_of_a_file() -> None:
-    run_child(private_of_a_file)
+@pytest.mark.parametrize("mapped_by_others", [False, True])
+def test_refuses_a_private_mapping_of_pages_of_a_file(mapped_by_others: bool) -> None:
+    run_child(private_of_a_file, mapped_by_others)
 
 
 def before_the_start() -> None:

@@ -336,3 +336,46 @@ def parts_of_a_file(driver: Driver, name: str) -> None:
 
 
 test_parts_of_a_file = everywhere(parts_of_a_file, "shmem", "hugetlb")
+
+
+def mapped_by_others(driver: Driver, name: str) -> None:
+    """Region.at has no descriptor; the mapping tells of its file."""
+    with serving(driver, name, MINOR_FAULTS) as (handler, memory):
+        region = memory.pages(3)
+        there = Region.at(region.start, region.length)
+        size, data = memory.page_size, content(region.length)
+        put_there_by_an_alias(region)
+        with pytest.raises(ValueError, match=r"the file of .* exist already"):
+            handler.serve(there, BufferSource(data))
+        if region.shared:
+            handler.serve(there[2 * size :], BufferSource(data[2 * size :]))
+            handler.unserve(there[2 * size :])
+            handler.serve(there, BufferSource(data), present="drop")
+            handler.start()
+            assert region.read() == data
+        else:
+            with pytest.raises(ValueError, match="page cache"):
+                handler.serve(there, BufferSource(data), present="drop")
+
+
+test_mapped_by_others = everywhere(mapped_by_others, "shmem", "shmem-private", drivers=("native",))
+
+
+def anonymous_mapped_by_others(driver: Driver, name: str) -> None:
+    """Linux shows a file for huge pages that have none."""
+    with serving(driver, name, TRACKING) as (handler, memory):
+        length = 2 * memory.page_size
+        huge = memory.page_size if memory.is_hugetlb else None
+        with Region.anonymous(length, huge_page_size=huge) as region:
+            there = Region.at(region.start, length)
+            mode = MISSING | WP
+            handler.serve(there, BufferSource(content(length)), mode=mode)
+            handler.start()
+            region.write(0, b"new")
+            assert handler.evict(there, write_back=None) == memory.page_size
+            assert region.read() == content(length)
+
+
+test_anonymous_mapped_by_others = everywhere(
+    anonymous_mapped_by_others, "anon", "hugetlb-private", drivers=("native",)
+)

@@ -13,7 +13,7 @@ from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._bounce import BOUNCE_SIZE
 from pyuffd.handlers._checkpoint import StateRanges
 from pyuffd.handlers._engine_pages import runs_of
-from pyuffd.handlers._present import shows_cache
+from pyuffd.handlers._present import is_private_file, shows_cache
 from pyuffd.handlers._types import PageState, SourceKind
 from pyuffd.handlers._write_back import BackFile, writer_of
 from pyuffd.handlers.process._remote import NO_EVICTION
@@ -224,11 +224,13 @@ class EvictsPages(HandlerBase):
             raise ValueError(
                 "with Feature.EVENT_REMOVE evict needs a running handler: call start()"
             )
-        if shows_cache(served.region, offset, length):
+        if served.is_private_file is None:
+            served.is_private_file = is_private_file(served.region)
+        if served.is_private_file and shows_cache(served.region, offset, length):
             raise ValueError(
-                f"{place} is a private mapping of a file that has pages there: without its own"
-                " copies it shows these, so the source would not be asked. Map the file shared, or"
-                " punch holes in it"
+                f"{place} is a private mapping of a file that has pages there, or of which that"
+                " cannot be told: without its own copies it shows these, so the source would not be"
+                " asked. Map the file shared, or punch holes in it"
             )
         start = served.id.start + offset
         self._overlaps.check_elsewhere(served.memory[0], start, length, "evict()")

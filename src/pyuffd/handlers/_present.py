@@ -6,9 +6,10 @@ import errno
 import mmap
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Literal
 
-from pyuffd import _memory
+from pyuffd import _memory, _vmas
 from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
 from pyuffd._errors import (
     HandlerError,
@@ -17,14 +18,15 @@ from pyuffd._errors import (
     UnsupportedFeatureError,
 )
 from pyuffd._owned import Descriptor
-from pyuffd._pages import PAGE_SIZE, RangeLike
+from pyuffd._pages import HUGE_PAGE_1G, HUGE_PAGE_2M, PAGE_SIZE, RangeLike
 from pyuffd._source_files import name_in_proc
 from pyuffd._uffd import Userfaultfd
+from pyuffd._vmas import Vma
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._serving import FILE_BACKED, Served
 from pyuffd.lowlevel import Granted
 from pyuffd.pagemap import Pagemap, PageRanges
-from pyuffd.regions import Region
+from pyuffd.regions import Region, RegionKind
 from pyuffd.sources import PageSource
 
 Present = Literal["refuse", "keep", "drop"]
@@ -73,6 +75,8 @@ def choose_present(
 
 
 def _comes_back(region: Region) -> bool:
+    if region.kind is RegionKind.ADDRESS:
+        return shows_cache(region, 0, region.length)
     is_file = region.kind in FILE_BACKED and region.page_size == PAGE_SIZE
     return is_file and not region.shared
 
@@ -105,6 +109,11 @@ def _refuse_cached(region: Region) -> None:
     tells of them, so they are noticed if the region is the whole file.
     """
     fd = region.fd
+    if region.kind is RegionKind.ADDRESS:
+        for vma in _file_mappings(region.start, region.length):
+            if _has_pages(vma, region.start, region.length):
+                raise _cached_error(region)
+        return
     if fd is None or region.kind not in FILE_BACKED:
         return
     status = os.fstat(fd)
@@ -114,7 +123,11 @@ def _refuse_cached(region: Region) -> None:
     is_whole = start == 0 and end >= status.st_size
     if not is_whole and (region.page_size > PAGE_SIZE or not _has_data(fd, start, end)):
         return
-    raise ValueError(
+    raise _cached_error(region)
+
+
+def _cached_error(region: Region) -> ValueError:
+    return ValueError(
         f"pages of the file of {region!r} exist already: Linux maps them without a missing fault,"
         " so they would never get the source's content. Pass present='drop' to drop them, also for"
         " other mappings, present='keep' to keep what they hold, or serve RegisterMode.MINOR too"
@@ -122,14 +135,70 @@ def _refuse_cached(region: Region) -> None:
 
 
 def shows_cache(region: RangeLike, offset: int, length: int) -> bool:
-    """Return whether a private mapping, without its own copies, shows pages of its file's cache."""
-    if not isinstance(region, Region) or region.shared or region.fd is None:
-        return False
-    if region.kind not in FILE_BACKED or not os.fstat(region.fd).st_blocks:
+    """Return whether a private mapping, without its own copies, shows pages of its file's cache.
+
+    Of memory that other code mapped (`Region.at`), a file that cannot be opened may have some.
+    """
+    if not isinstance(region, Region) or region.fd is None:
+        return _is_unknown(region) and any(
+            not vma.shared and _has_pages(vma, region.start + offset, length) is not False
+            for vma in _file_mappings(region.start + offset, length)
+        )
+    if region.shared or region.kind not in FILE_BACKED or not os.fstat(region.fd).st_blocks:
         return False
     start = region.offset + offset
     # Which huge pages a file has it does not tell.
     return region.page_size > PAGE_SIZE or _has_data(region.fd, start, start + length)
+
+
+def is_private_file(region: RangeLike) -> bool:
+    """Return whether some of it is a private mapping of a file."""
+    if not _is_unknown(region):
+        return not getattr(region, "shared", True)
+    return any(not vma.shared for vma in _file_mappings(region.start, region.length))
+
+
+def _is_unknown(region: RangeLike) -> bool:
+    """Return whether only /proc tells what is mapped there."""
+    return not isinstance(region, Region) or region.kind is RegionKind.ADDRESS
+
+
+def _file_mappings(start: int, length: int) -> list[Vma]:
+    """Return the mappings of files; of MAP_ANONYMOUS huge pages Linux shows one too."""
+    return [
+        vma
+        for vma in _vmas.overlapping(start, start + length)
+        if vma.has_file and (vma.shared or not vma.path.startswith("/anon_hugepage"))
+    ]
+
+
+def _has_pages(vma: Vma, start: int, length: int) -> bool | None:
+    """Return whether the file of a mapping has pages in a range; None if it cannot be opened."""
+    begin, end = max(vma.start, start), min(vma.end, start + length)
+    with _file_of(vma) as file:
+        if not file.is_open:
+            return None
+        status = os.fstat(file.number)
+        if not status.st_blocks:
+            return False
+        if status.st_blksize in (HUGE_PAGE_2M, HUGE_PAGE_1G):
+            return True  # which ones it does not tell
+        to_file = vma.offset - vma.start
+        return _has_data(file.number, begin + to_file, end + to_file)
+
+
+def _file_of(vma: Vma) -> Descriptor:
+    """Open the file of a mapping; the descriptor is empty if that is not possible."""
+    names = [f"/proc/self/map_files/{vma.start:x}-{vma.end:x}"]  # needs a capability
+    if vma.path.startswith("/"):
+        names.append(vma.path)
+    names += [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    for name in names:
+        with suppress(OSError):
+            status = os.stat(name)
+            if (status.st_dev, status.st_ino) == (vma.device, vma.inode):
+                return Descriptor.open(name, os.O_RDONLY)
+    return Descriptor()
 
 
 def _has_data(fd: int, start: int, end: int) -> bool:

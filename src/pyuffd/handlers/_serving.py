@@ -75,6 +75,7 @@ class Served:
     touched: tuple[RangeLike, ...] = ()  # other memory that the engine reads and writes for it
     ioctls: int = 0
     alias: Region | None = None
+    is_private_file: bool | None = None  # some of it, of a file; None: not known yet
     is_held: bool = False  # by a thread that is left behind
     is_mergeable: bool = False  # by KSM, and the user has been warned
     preserves: bool = False
