@@ -39,6 +39,17 @@ static bool is_left_to_the_end(const struct uffd_range *range, enum uffd_fault_k
 	return kind == UFFD_KIND_WP && range->content->preserve && ends(range->space->engine);
 }
 
+/*
+ * The page's old content is saved, or need not be, and only lifting the protection has to
+ * be retried: no source can mend that, poison would lose what the page holds, and nothing
+ * else would wake the writer.
+ */
+static bool lacks_nothing(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind)
+{
+	return kind == UFFD_KIND_WP &&
+	       !(preserves(range) && atomic_load(state_of(range, page)) == UFFD_PAGE_CLEAN);
+}
+
 /* Returns OUTCOME_DEFER if the fault must be retried later. */
 static enum outcome handle_fault(struct uffd_engine *engine, const struct deferred_fault *fault,
 			 bool last_try)
@@ -78,7 +89,7 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		if (outcome == OUTCOME_IN_FLIGHT && range->content->shared &&
 		    atomic_load(&engine->space_count) > 1)
 			outcome = OUTCOME_DEFER;
-		else if (outcome == OUTCOME_DEFER && last_try)
+		else if (outcome == OUTCOME_DEFER && last_try && !lacks_nothing(range, page, kind))
 			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE,
 						 fault->thread_id);
 	} else {

@@ -7,10 +7,12 @@ layout of the second one changing, without an event to read, for as long as it l
 
 from __future__ import annotations
 
+import mmap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyuffd import Feature, Handler, Region, Unmap, Userfaultfd, _memory
+from pyuffd import Feature, Handler, Region, RegisterMode, Unmap, Userfaultfd, _memory
 from pyuffd.handlers import _handler
 from tests._barriers import Point, holding
 from tests.kernel._faults import Task
@@ -32,6 +34,7 @@ from tests.process._pitfalls import (
 )
 
 REMOVE = Feature.EVENT_REMOVE
+PROTECTED = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
 YIELDS = 64  # the leader yields this often before it waits for work (csrc/engine/loop.c)
 
 
@@ -100,6 +103,36 @@ def too_long(at: Setting) -> None:
             assert reader.result() == data[1]
         handler.stop()  # the page came after all
         assert handler.stats().failed
+
+
+@pitfall(2, "put-off-while-protected", drivers=BOTH, memory=SMALL, features=LAYOUT | PROTECTED)
+def protected(at: Setting) -> None:
+    """A write to a protected page lacks nothing: it waits for the layout, however long."""
+    _handler.RETRY_LIMIT_S = 0.05
+    with at.serving(LAYOUT | PROTECTED, on_error="poison") as (handler, memory):
+        whole = memory.pages(5)
+        size = whole.page_size
+        data = Pages(4, size)
+        region = Region.at(whole.start + size, 4 * size, size)
+        region.write(0, data.all)
+        handler.serve(region, None, mode=RegisterMode.WP)
+        handler.start()
+        region.madvise(mmap.MADV_DONTNEED, 2 * size, size)
+        handler.writeprotect(region)  # the dropped page too
+        with unmapping(handler, whole, 2) as change:
+            writers = [Task(region.write, page * size, b"new") for page in (1, 2)]
+            before = time.monotonic() + 4 * _handler.RETRY_LIMIT_S
+            tries = handler.stats().retried + 2 * YIELDS
+            wait_until(lambda: time.monotonic() > before, "the limit is over")
+            wait_until(lambda: handler.stats().retried > tries, "it is tried again")
+            assert all(writer.running for writer in writers)
+            assert handler.stats().failed == 0
+            change.end()
+            for writer in writers:
+                writer.result()
+        assert region.read(size, size) == b"new" + data[1][3:]
+        handler.stop()
+        assert handler.stats().poisoned_pages == 0
 
 
 @pitfall(11, "moved-before-the-unmap-of-the-other", drivers=BOTH, memory=SMALL, features=LAYOUT)
