@@ -144,8 +144,9 @@ class FileSource(Closing):
 
     Args:
         file: A path, a file object or a descriptor of a regular file or a block device; pyuffd
-            keeps a descriptor of its own. What a file object has buffered for writing is written
-            to the file first.
+            keeps a descriptor of its own. A path is opened for reading only; `Handler.evict` can
+            write to the source if it is made of a file that is open for writing. What a file
+            object has buffered for writing is written to the file first.
         offset: Offset in the file of the region's first byte, in bytes; any alignment.
 
     Raises:

@@ -77,6 +77,7 @@ def to_a_file(handler: Handler, name: str) -> None:
         region.read(size, 1)
         assert handler.evict(region, write_back=fd) == 2 * size
         assert states(handler, region) == [ABSENT] * PAGES
+        assert list(handler.checkpoint(region).written) == []
         assert os.pread(fd, size, 0) == b"new" + data[3:size]
         assert region.read(0, region.length) == b"new" + data[3:]
         assert states(handler, region) == [CLEAN] * PAGES
@@ -504,6 +505,11 @@ def refused() -> None:
             with pytest.raises(ValueError, match="write_back"):
                 handler.evict(region, write_back=bad)
             os.close(bad)
+        with (
+            FileSource(__file__) as of_a_path,
+            pytest.raises(ValueError, match=r"open the file for writing"),
+        ):
+            handler.evict(region, write_back=of_a_path)
         for wrong in ("text", b"bytes", 1.5, dict, [1]):
             with pytest.raises(TypeError, match="write_back"):
                 handler.evict(region, write_back=wrong)  # type: ignore[arg-type]

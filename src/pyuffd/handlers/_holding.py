@@ -112,7 +112,8 @@ class HoldsFaults(HandlerBase):
         written. What sources in Python answer, and prefetch, waits as well; layout events are
         applied. Do not touch missing or protected pages inside the block, as this thread would wait
         too, nor through views in other threads, which would hold the GIL as they wait, nor
-        populate() from a source in Python.
+        populate() from a source in Python. What the owner has dropped is missing as well; without
+        Feature.EVENT_REMOVE the handler does not know of that, and such a page may be DIRTY.
 
         Args:
             limit_s: After so many seconds faults are resolved again, and the end of the block

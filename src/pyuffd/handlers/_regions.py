@@ -99,8 +99,9 @@ class ServesRegions(Unserves):
                 region's last page, whose rest is filled with zeros. MISSING needs one, WP alone
                 must have None, and with MINOR but not MISSING it is optional.
             mode: Which faults to resolve.
-            preserve: For WP: a writable buffer or `Region` of the region's length that gets the old
-                content of each page before its first write (see `preserve`). If the content cannot
+            preserve: For RegisterMode.WP alone, not MISSING | WP: a writable buffer or `Region` of
+                the region's length that gets the old content of each page before its first write
+                (see `preserve`). If the content cannot
                 be saved the page stays protected, and threads that write to it wait until
                 `preserve` saves it or the region is no longer served; stop() then raises
                 HandlerError, which names the page. A fork's writes go to its own copies of private

@@ -94,7 +94,9 @@ class TracksWrites(HandlerBase):
 
         Both are one step against writers: a write before it shows in the result, a write after it
         shows in the next one. The first checkpoint of a region that was never protected contains
-        every page. `writeprotect` begins a new interval too.
+        every page. `writeprotect` begins a new interval too. A page that was written and then
+        evicted is ABSENT, and no part of the result: what was written is where `evict` has handed
+        it over. So with both, save from `write_back` what a copy of the checkpoints needs.
 
         Args:
             region: A region served with RegisterMode.WP.

@@ -38,7 +38,8 @@ class Unserves(HandlerBase):
 
         The rest of a region stays served, without an instant in which a fault there would find
         nothing. A part may be served again, from another source: with `present="drop"` all of it
-        comes from there, otherwise what it holds stays.
+        comes from there, otherwise the pages that it holds stay. Those that the owner has dropped
+        and nobody has touched since are no pages, and come from the source.
 
         Args:
             region: A served region or a part of one, `region[a:b]`, or the address where a region

@@ -76,7 +76,10 @@ def writer_of(write_back: WriteBack) -> Callable[[int, memoryview], object] | Ba
         raise ValueError(f"write_back: descriptor {fd} is no regular file and no block device")
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & os.O_ACCMODE == os.O_RDONLY:
-        raise ValueError(f"write_back: descriptor {fd} is open for reading only")
+        raise ValueError(
+            f"write_back: descriptor {fd} is open for reading only, as that of a FileSource of a"
+            " path is: open the file for writing (mode 'r+b')"
+        )
     if flags & os.O_APPEND:  # pwrite(2), BUGS: Linux appends, whatever the offset
         raise ValueError(
             f"write_back: descriptor {fd} is open for appending, so content would go to the end of"
