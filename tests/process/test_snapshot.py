@@ -255,11 +255,14 @@ def test_nothing_is_replaced_and_no_link_is_followed(program: str, tmp_path: Pat
         (tmp_path / "alias").symlink_to(tmp_path / "one")
         with pytest.raises(OSError):
             Snapshot.open(tmp_path / "alias")
-        shutil.copytree(tmp_path / "one", tmp_path / "two")
-        (tmp_path / "two" / "pages").unlink()
-        (tmp_path / "two" / "pages").symlink_to(tmp_path / "one" / "pages")
-        with pytest.raises(OSError):
-            Snapshot.open(tmp_path / "two")
+        for name in ("manifest.json", "runs", "pages", "notes"):
+            copy = tmp_path / f"with a link {name}"
+            shutil.copytree(tmp_path / "one", copy)
+            (copy / name).unlink()
+            (copy / name).symlink_to(tmp_path / "one" / name)
+            with pytest.raises(SnapshotFormatError, match="symbolic link") as caught:
+                Snapshot.open(copy)
+            assert caught.value.path == str(copy / name)
         with pytest.raises(FileNotFoundError):
             take(process, tmp_path / "no" / "such")
     assert (tmp_path / "file").read_text() == "mine"

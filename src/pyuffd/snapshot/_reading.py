@@ -428,9 +428,12 @@ def _file(folder: Descriptor, path: str, name: str) -> Descriptor:
     except FileNotFoundError:
         raise SnapshotFormatError(os.path.join(path, name), "the file is missing") from None
     except OSError as error:
+        place = os.path.join(path, name)
+        if error.errno == errno.ELOOP:
+            raise SnapshotFormatError(place, "a symbolic link, which is not followed") from None
         if error.errno != errno.EINVAL:
-            raise
-        raise SnapshotFormatError(os.path.join(path, name), "not a regular file") from None
+            raise OSError(error.errno, error.strerror, place) from None
+        raise SnapshotFormatError(place, "not a regular file") from None
 
 
 def _read(
