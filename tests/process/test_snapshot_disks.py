@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pyuffd import Feature
+from pyuffd import Feature, Process, Snapshot
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests.process._attach import status
@@ -98,3 +99,30 @@ def test_a_disk_that_is_too_slow(programs: tuple[str, str], tmp_path: Path) -> N
         assert status(target.pid)["TracerPid"] == "0"
     assert (done.returncode, "longer than max_stall_s" in done.stderr) == (2, True), done.stderr
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_is_full_when_it_is_flattened(
+    code: int, programs: tuple[str, str], tmp_path: Path
+) -> None:
+    """The error names the file that would be there."""
+    program, library = programs
+    with counters(program, 1, 200, "s") as target, Process(target.pid) as process:
+        Snapshot.take(process, tmp_path / "one", method="stopped", durable=False)
+    for room in (0, 100 * 4096):
+        done = subprocess.run(
+            [sys.executable, "-m", "pyuffd", "flatten", "one", "-o", "two", "--no-sync"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=30 * SCALE,
+            env={
+                **os.environ,
+                "LD_PRELOAD": library,
+                "DISK_ERRNO": str(code),
+                "DISK_BYTES": str(room),
+            },
+        )
+        said = rf"pyuffd: {tmp_path}/two/pages: {os.strerror(code)}\n"
+        assert (done.returncode, bool(re.fullmatch(said, done.stderr))) == (2, True), done.stderr
+        assert os.listdir(tmp_path) == ["one"]

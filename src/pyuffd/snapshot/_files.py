@@ -9,7 +9,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyuffd import _image_calls as calls
@@ -75,12 +75,22 @@ class NewDirectory:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file."""
-        with self._create(name) as file:
+        with self._create(name) as file, self.named(name):
             view = memoryview(content)
             while view:
                 view = view[os.write(file.number, view) :]
             if self._durable:
                 os.fsync(file.number)
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Put the name that a file would have got into an OSError (ENOSPC) of writing it."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is not None or type(error).__init__ is not OSError.__init__:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
 
     def replace_pages(self) -> Descriptor:
         """Begin a second file that takes the place of `pages` in `settle`."""
@@ -101,7 +111,8 @@ class NewDirectory:
     def sync_pages(self) -> None:
         """Wait until the pages are on the disk, unless that was not asked for."""
         if self._durable:
-            os.fsync(self.pages.number)
+            with self.named(PAGES):
+                os.fsync(self.pages.number)
 
     def settle(self) -> None:
         """Give the directory its name, if nobody else has taken it meanwhile."""

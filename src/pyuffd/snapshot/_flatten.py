@@ -44,7 +44,8 @@ def flatten(
                     while placed[at][1] <= part.start:
                         at += 1
                     offset = placed[at][2] + part.start - placed[at][0]
-                    write_at(directory.pages.number, content, offset)
+                    with directory.named(_format.PAGES):
+                        write_at(directory.pages.number, content, offset)
                     run = run._replace(offset=offset, stored=run.length, checksum=sum_(content))
                 runs.append(run)
                 done.bytes += run.length
