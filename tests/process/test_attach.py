@@ -25,6 +25,7 @@ from pyuffd import (
     RegisterMode,
     StopTimeoutError,
     UffdOSError,
+    UffdPermissionError,
     UnsupportedFeatureError,
 )
 from pyuffd.remote import _attach as attaching
@@ -308,6 +309,10 @@ def test_refusals(program: str, ended: list[subprocess.Popen[bytes]]) -> None:
             pass
         with process.stopped(10 * SCALE), pytest.raises(RangeBusyError, match="traces it"):
             process.attach()
+        with process.stopped(10 * SCALE):
+            tracer = status(target.pid)["TracerPid"]
+            with pytest.raises(UffdPermissionError, match=f"process {tracer} .* traces it"):
+                process.stopped()
         target.kill()
         target.wait()
         with pytest.raises(ProcessGoneError):

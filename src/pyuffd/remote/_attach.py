@@ -21,6 +21,7 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._stop import frozen_hint, why_not_stopped
 from pyuffd.remote._target import Target
+from pyuffd.remote._threads import traced_hint
 
 DEVICE = "/dev/userfaultfd"
 LIMIT_S = 2.0
@@ -107,8 +108,8 @@ def _refuse(process: Target, pid: int) -> dict[str, str]:
     tid = process.memory_tid
     lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
     status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    if (tracer := status.get("TracerPid", "0")) != "0":
-        _raise(pid, errno.EBUSY, f"process {tracer} traces it (a debugger?)")
+    if status.get("TracerPid", "0") != "0":
+        _raise(pid, errno.EBUSY, traced_hint(tid) or "it was traced just now")
     if status.get("State", "?")[0] in "ZX":
         _raise(pid, errno.ESRCH, "it is ending")
     if cgroup := frozen_cgroup(tid):
@@ -216,9 +217,9 @@ def _fail(pid: int, result: Attached | None, tid: int) -> NoReturn:
     if code == errno.ETIMEDOUT:
         hint = f"thread {tid} did not stop in time: {why_not_stopped(tid)}"
     elif code == errno.EPERM and point <= AttachPoint.SEIZED:
-        hint = (
-            "it is traced already, ptrace is refused (CAP_SYS_PTRACE, Yama), or it has a seccomp"
-            " filter and suspending it needs CAP_SYS_ADMIN"
+        hint = traced_hint(tid) or (
+            "ptrace is refused (CAP_SYS_PTRACE, Yama), or it has a seccomp filter and suspending"
+            " it needs CAP_SYS_ADMIN"
         )
     elif code in (errno.EPERM, errno.EACCES, errno.ENOSYS) and point is AttachPoint.CLONED:
         hint = (

@@ -15,7 +15,7 @@ from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, StopTimeoutError, UffdOSError, raise_errno
 from pyuffd._limits import frozen_cgroup
 from pyuffd.remote._target import Target
-from pyuffd.remote._threads import wait_channel
+from pyuffd.remote._threads import traced_hint, wait_channel
 
 LIMIT_S = 1.0
 _ROUNDS_MOST = 5  # of processes that come to share the memory while others are stopped
@@ -180,7 +180,7 @@ def _fail(process: Target, held: calls.StoppedThreads, limit_s: float) -> None:
         )
     hint = ""
     if held.code == errno.EPERM:
-        hint = "it is traced already, or ptrace is refused (CAP_SYS_PTRACE, Yama)"
+        hint = traced_hint(held.tid) or "ptrace is refused (CAP_SYS_PTRACE, Yama)"
     raise_errno(f"stop process {process.pid}", held.code, hint=hint, tid=held.tid)
 
 

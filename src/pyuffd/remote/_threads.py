@@ -50,3 +50,26 @@ def wait_channel(tid: int) -> str:
     except OSError:
         return ""
     return "" if name == "0" else name
+
+
+def tracer_of(tid: int) -> int:
+    """Return the process that traces a thread; 0 if there is none, or it is not seen."""
+    try:
+        text = Path(f"/proc/{tid}/status").read_text(errors="replace")
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("TracerPid:")]
+    return int(found[0]) if found else 0
+
+
+def traced_hint(tid: int) -> str:
+    """Say who traces a thread; "" if nobody does."""
+    tracer = tracer_of(tid)
+    if not tracer:
+        return ""
+    try:
+        name = Path(f"/proc/{tracer}/comm").read_text(errors="replace")
+    except OSError:
+        name = ""
+    name = "".join(c if c.isprintable() else "?" for c in name.rstrip("\n"))
+    return f"process {tracer}{f' ({name})' if name else ''} traces it: a debugger?"
