@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd import _image_calls as calls
+from pyuffd._saver_calls import Saver
 from pyuffd.dirty._round import Pending
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import Options
@@ -237,3 +239,60 @@ def test_the_stop_is_made_small(tmp_path: Path) -> None:
     finally:
         program.kill()
         program.communicate()
+
+
+MANY = """
+import mmap, sys
+P, kept = 4096, []
+for i in range(%d):
+    kept.append(mmap.mmap(-1, P, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 1 + i %% 2 * 2))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def many_mappings(count: int) -> Iterator[Process]:
+    command = [sys.executable, "-c", MANY % count]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen,
+        Process(popen.pid) as process,
+    ):
+        assert popen.stdout is not None
+        popen.stdout.readline()
+        yield process
+        popen.kill()
+
+
+@pytest.mark.parametrize("method", ["precopy", "cow"])
+def test_no_call_registers_or_unregisters_all_of_many_mappings(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile the process can map nothing; nor while a userfaultfd is closed that has them."""
+    spans: dict[str, list[tuple[int, int]]] = {"register": [], "unregister": []}
+    arm = Saver.arm
+
+    def armed(self: Saver, pages: memoryview, *, registers: bool) -> int:
+        if registers:
+            spans["register"] += [(span.start, span.end) for span in PageRanges(pages)]
+        return arm(self, pages, registers=registers)
+
+    def noted(name: str) -> None:
+        real = getattr(Userfaultfd, name)
+
+        def call(self: Userfaultfd, start: Any, length: Any = None, **more: Any) -> None:
+            if length is not None:
+                spans[name].append((start, start + length))
+            real(self, start, length, **more)
+
+        monkeypatch.setattr(Userfaultfd, name, call)
+
+    noted("register")
+    noted("unregister")
+    monkeypatch.setattr(Saver, "arm", armed)
+    with many_mappings(2500) as process:
+        starts = [m.start for m in process.mappings() if m.kind is ANONYMOUS]
+        take(process, tmp_path / "one", method=method, max_stall_s=20 * SCALE)
+    for name, calls_ in spans.items():
+        held = [bisect_left(starts, end) - bisect_left(starts, start) for start, end in calls_]
+        assert (name, sum(held) >= 2500, max(held) <= 1000) == (name, True, True), held

@@ -35,6 +35,12 @@ _CONTENT = PageCategory.PRESENT | PageCategory.SWAPPED
 _GONE = (errno.ESRCH, errno.ENOMEM)
 
 
+# Mappings registered by one call: meanwhile the process cannot map memory or unmap any. Measured: 2
+# to 5 microseconds for each, also when they are unregistered, and as much when the userfaultfd is
+# closed that they are registered with.
+AT_ONCE = 1000
+
+
 class AsyncMethod:
     """The mappings of a process inside a scope, registered with a userfaultfd that has WP_ASYNC."""
 
@@ -108,11 +114,16 @@ class AsyncMethod:
         return self._watch.uffd if self._watch and is_watched(row.mapping) else self._uffd
 
     def _runs(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
-        """Yield rows together that are adjacent and registered with one userfaultfd."""
+        """Yield rows together that are adjacent and registered with one userfaultfd.
+
+        A process with many mappings gets its turn between two runs.
+        """
         run: list[Row] = []
         for row in rows:
             if run and (
-                run[-1].end != row.start or self._uffd_of(row) is not self._uffd_of(run[0])
+                len(run) == AT_ONCE
+                or run[-1].end != row.start
+                or self._uffd_of(row) is not self._uffd_of(run[0])
             ):
                 yield run
                 run = []

@@ -6,16 +6,18 @@ import errno
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd import _saver_calls as saver_calls
 from pyuffd._abi import Feature
-from pyuffd._errors import SnapshotError, StopTimeoutError, raise_errno
+from pyuffd._errors import SnapshotError, StopTimeoutError, UffdOSError, raise_errno
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd._saver_calls import Saver
+from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _rows
+from pyuffd.dirty._async import AT_ONCE
 from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import _pinned
@@ -70,8 +72,10 @@ def captured(process: Process, layout_of: Layout, writer: Writer, options: Optio
             max_stall_ns=int(options.max_stall_s * 1e9),
             rate=int(options.rate or 0),
         )
+        cow = _Cow(process, layout_of, writer, options, saver)
+        stack.callback(cow.unregister, uffd)
         stack.callback(saver.close)
-        return _Cow(process, layout_of, writer, options, saver).run()
+        return cow.run()
 
 
 class _Cow:
@@ -93,6 +97,8 @@ class _Cow:
         self._populated = ranges.NO_RANGES
         # Written, dropped, unmapped or moved since, and not protected again.
         self._touched = ranges.NO_RANGES
+        self._armed = 0  # mappings
+        self._spans: list[tuple[int, int]] = []  # registered by one call each
         # What of it was not only written.
         self._changed = ranges.NO_RANGES
         # Fixed buffers of io_uring, which the kernel writes without a fault.
@@ -136,13 +142,24 @@ class _Cow:
         self._sweep(result)
         return result
 
+    def unregister(self, uffd: Userfaultfd) -> None:
+        """Unregister many mappings a few at a time; closing the userfaultfd does all at once."""
+        if self._armed <= AT_ONCE:
+            return
+        for start, end in self._spans:
+            with suppress(UffdOSError):  # unmapped since, or its process is gone
+                uffd.unregister(start, end - start)
+
     # Before the stop
 
     def _arm(self, layout: Sequence[Placed]) -> None:
         at_barrier("arming")
         parts = [part for part in layout if _is_protected(part)]
         pieces = pieces_of(parts)
-        self._register(_packed((part.start, part.end) for part in parts))
+        self._armed = len(parts)
+        for first in range(0, len(parts), AT_ONCE):
+            few = parts[first : first + AT_ONCE]
+            self._register(_packed((part.start, part.end) for part in few))
         # From here on events tell what is dropped or moved.
         before = own_content(self._process, pieces)
         at_barrier("content known")
@@ -181,6 +198,7 @@ class _Cow:
             code = self._saver.arm(one, registers=True)
             if not code:
                 self._registered = ranges.union(self._registered, one)
+                self._spans.append((span.start, span.end))
             elif code in (errno.ESRCH, errno.ENOMEM):
                 self._process.check()
 
