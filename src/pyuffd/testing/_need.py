@@ -34,6 +34,7 @@ _THP = Path("/sys/kernel/mm/transparent_hugepage")
 CAPABILITIES = {
     "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_NICE": 23,
     "CAP_SYS_RESOURCE": 24,
     "CAP_IPC_LOCK": 14,
     "CAP_CHECKPOINT_RESTORE": 40,
