@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from tests._memory import PAGE
 KSM = Path("/sys/kernel/mm/ksm")
 MADV_MERGEABLE, MADV_UNMERGEABLE = 12, 13
 PAGES = 64
-LIMIT_S = 20 * SCALE  # ksmd is nice, and others may want the CPUs
+LIMIT_S = 40 * SCALE  # ksmd is nice, and others may want the CPUs
 
 
 def needs_ksm() -> pytest.MarkDecorator:
@@ -40,25 +41,49 @@ def needs_ksm() -> pytest.MarkDecorator:
     def missing() -> tuple[list[str], str]:
         if not KSM.exists():
             return ["ksm"], "there is no CONFIG_KSM"
-        run = (KSM / "run").read_text().strip()
+        with ksm_locked(fcntl.LOCK_SH):
+            run = (KSM / "run").read_text().strip()
         return ([] if run == "0" else ["ksm"]), f"it is {run}"
 
     return marked(Need("KSM that is off", missing))
 
 
-def wait_for_merging() -> None:
+@contextlib.contextmanager
+def ksm_locked(how: int) -> Iterator[None]:
+    """Wait for other tests that use KSM, which would merge pages again."""
+    with (KSM / "run").open() as file:
+        fcntl.flock(file, how)
+        yield
+
+
+def wait_for_merging(region: Region) -> None:
+    """Wait until ksmd has merged every page of a region."""
     deadline = time.monotonic() + LIMIT_S
-    end = int((KSM / "full_scans").read_text()) + 4
-    while int((KSM / "full_scans").read_text()) < end:
-        assert time.monotonic() < deadline, f"ksmd: run is {(KSM / 'run').read_text()}"
+    while (merged := merged_pages(region)) < PAGES:
+        assert time.monotonic() < deadline, f"{merged} merged; run is {(KSM / 'run').read_text()}"
         time.sleep(0.01)
+
+
+def merged_pages(region: Region) -> int:
+    """Return how many pages of a region smaps calls merged."""
+    found, inside = 0, False
+    with open("/proc/self/smaps", encoding="utf-8") as lines:
+        for line in lines:
+            first = line.split(maxsplit=1)[0]
+            if not first.endswith(":"):
+                start, end = (int(part, 16) for part in first.split("-"))
+                inside = start < region.start + region.length and region.start < end
+            elif first == "KSM:" and inside:
+                found += int(line.split()[1]) * 1024 // PAGE
+    return found
 
 
 @contextlib.contextmanager
 def ksm_running() -> Iterator[None]:
-    old = {name: (KSM / name).read_text() for name in ("sleep_millisecs", "pages_to_scan", "run")}
+    settings = {"sleep_millisecs": 1, "pages_to_scan": 5000, "run": 1}
+    old = {name: (KSM / name).read_text() for name in settings}
     try:
-        for name, value in (("sleep_millisecs", 1), ("pages_to_scan", 5000), ("run", 1)):
+        for name, value in settings.items():
             (KSM / name).write_text(str(value))
         yield
     finally:
@@ -69,6 +94,7 @@ def ksm_running() -> Iterator[None]:
 def merged() -> None:
     features = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
     with (
+        ksm_locked(fcntl.LOCK_EX),
         Userfaultfd(features=features) as uffd,
         Region.anonymous(PAGES * PAGE) as region,
         Pagemap() as pagemap,
@@ -81,7 +107,7 @@ def merged() -> None:
         assert pagemap.read(region).count(PageBit.UFFD_WP) == PAGES
         region.madvise(MADV_MERGEABLE)
         with ksm_running():
-            wait_for_merging()
+            wait_for_merging(region)
         protected = pagemap.read(region).count(PageBit.UFFD_WP)
         assert protected < PAGES
         # The page table shows it: a page without protection counts as written, though it is not.
@@ -96,6 +122,7 @@ def merged() -> None:
         assert set(handler.page_states(region)) == {PageState.DIRTY}
         with pytest.warns(RuntimeWarning, match="MADV_UNMERGEABLE"):
             handler.writeprotect(region)
+        region.madvise(MADV_UNMERGEABLE)
 
 
 @needs_ksm()
@@ -105,13 +132,14 @@ def test_merging_drops_protection() -> None:
 
     If this fails on a kernel that keeps the protection, look at what it does.
     """
-    run_child(merged, budget_s=40)
+    run_child(merged, budget_s=100)
 
 
 def preserved() -> None:
     """`preserve` saves what merged pages hold by then, and stop() says how many may be wrong."""
     features = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
     with (
+        ksm_locked(fcntl.LOCK_EX),
         Userfaultfd(features=features) as uffd,
         Region.anonymous(PAGES * PAGE) as region,
         Pagemap() as pagemap,
@@ -124,7 +152,7 @@ def preserved() -> None:
         handler.writeprotect(region)
         region.madvise(MADV_MERGEABLE)
         with ksm_running():
-            wait_for_merging()
+            wait_for_merging(region)
         merged = PAGES - pagemap.read(region).count(PageBit.UFFD_WP)
         assert merged > 0
         for page in range(0, PAGES, 2):
@@ -142,7 +170,7 @@ def preserved() -> None:
 @needs_ksm()
 @needs_privilege("CAP_SYS_ADMIN")
 def test_preserve_of_merged_pages() -> None:
-    run_child(preserved, budget_s=40)
+    run_child(preserved, budget_s=100)
 
 
 def noticed(when: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import signal
@@ -266,15 +267,18 @@ KSM_POLL_S = 0.005
 
 @contextmanager
 def _ksm_running() -> Iterator[None]:
-    knobs = {name: (KSM / name).read_text() for name in ("run", "sleep_millisecs", "pages_to_scan")}
-    try:
-        (KSM / "pages_to_scan").write_text("1000")
-        (KSM / "sleep_millisecs").write_text("0")
-        (KSM / "run").write_text("1")
-        yield
-    finally:
-        for name, value in reversed(knobs.items()):
-            (KSM / name).write_text(value.strip())
+    names = ("run", "sleep_millisecs", "pages_to_scan")
+    with (KSM / "run").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others that switch it on and off
+        knobs = {name: (KSM / name).read_text() for name in names}
+        try:
+            (KSM / "pages_to_scan").write_text("1000")
+            (KSM / "sleep_millisecs").write_text("0")
+            (KSM / "run").write_text("1")
+            yield
+        finally:
+            for name, value in reversed(knobs.items()):
+                (KSM / name).write_text(value.strip())
 
 
 def _frames(region: Region) -> list[int]:
