@@ -86,6 +86,9 @@ class Serving:
             if source is not None:
                 source._around = around
         self._placed = sorted(placed, key=lambda each: each.start)
+        # Served upwards and taken out downwards: the tables of ranges are sorted arrays, in which
+        # what lies behind is moved each time.
+        self._upwards = sorted(placed, key=lambda each: each.region.start)
         self._sums = sums
         self._lock = threading.Lock()
         self._stopped = Latch()
@@ -122,7 +125,7 @@ class Serving:
                 workers = threads if packed else 1
                 handler = made.enter_context(Handler(uffd, workers=workers, fault_log=fault_log))
             self.handler = handler
-            for each in placed:
+            for each in self._upwards:
                 made.callback(partial(self._unserve_quietly, each))
                 self._serve(each, files)
             made.pop_all()
@@ -390,7 +393,7 @@ class Serving:
             raise self._errors[known]
 
     def _end(self) -> None:
-        for placed in self._placed:
+        for placed in reversed(self._upwards):
             try:
                 self.take_out(placed)
             except HandlerError as error:
