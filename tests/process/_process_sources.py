@@ -254,3 +254,17 @@ def no_text(offset: int, length: int) -> bytes:
     if offset == 0:
         raise NoText
     return b"g" * length
+
+
+def no_errno(offset: int, length: int) -> bytes:
+    """Fail with an OSError whose errno is a text."""
+    if offset == 0:
+        raise OSError("no such page", "file")
+    return b"g" * length
+
+
+def huge_errno(offset: int, length: int) -> bytes:
+    """Fail with a number that no errno can be."""
+    if offset == 0:
+        raise OSError(1 << 40, "too much")
+    return b"g" * length

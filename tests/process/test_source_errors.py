@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -56,6 +57,22 @@ def test_no_text(driver: Driver, capfd: pytest.CaptureFixture[str]) -> None:
             handler.stop()
     assert type(said.value.__cause__).__name__ == "NoText"
     assert "__str__ raises ZeroDivisionError" in capfd.readouterr().err
+
+
+@both_drivers
+@needs_kernel_faults()
+@pytest.mark.parametrize("source", [sources.no_errno, sources.huge_errno])
+def test_no_errno(driver: Driver, source: Callable[[int, int], bytes]) -> None:
+    with Userfaultfd() as uffd, Region.anonymous(2 * PAGE) as region:
+        handler = Handler(uffd, driver=driver, stall_timeout_s=math.inf)
+        handler.serve(region, CallableSource(source))
+        handler.start()
+        with pytest.raises(PagePoisonedError):
+            region.read(0, 1)
+        assert region.read(PAGE, 1) == b"g"
+        with pytest.raises(HandlerError) as said:
+            handler.stop()
+    assert isinstance(said.value.__cause__, OSError)
 
 
 def test_a_log_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAVE_NS = 1_000_000_000
+MAX_ERRNO = 4095  # Linux's
 
 
 class Engine(EnginePages, EngineReports):
@@ -376,7 +377,9 @@ def _errno_of(
 ) -> int:
     """Return what `fail` does; a report that itself fails must not leave the page waiting."""
     try:
-        return fail(failed, error)
+        code = fail(failed, error)
+        # OSError takes anything for it: OSError("no such page", path) has a text.
+        return code if type(code) is int and 0 < code <= MAX_ERRNO else errno.EIO
     except BaseException as other:
         with suppress(BaseException):
             log_error(log, "pyuffd: a failure of a page source cannot be reported", other)
