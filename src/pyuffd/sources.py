@@ -18,7 +18,7 @@ from pyuffd import _memory, _source_files
 from pyuffd._arguments import check_buffer, check_int, shown
 from pyuffd._closing import Closing, SoleOwner
 from pyuffd._enums import Word
-from pyuffd._errors import ClosedError
+from pyuffd._errors import ClosedError, HandlerError
 from pyuffd.regions import Region
 
 if TYPE_CHECKING:
@@ -310,7 +310,11 @@ class AsyncSource:
         import asyncio
 
         async def run() -> Buffer:
-            return await self.function(offset, length)
+            try:
+                return await self.function(offset, length)
+            except (SystemExit, KeyboardInterrupt) as error:
+                # asyncio would let it end the loop, and nobody would get an answer any more.
+                raise HandlerError(f"{self!r} raised {type(error).__name__}") from error
 
         loop = self.loop or _own_loop()
         return asyncio.run_coroutine_threadsafe(run(), loop).result()

@@ -256,6 +256,13 @@ def no_text(offset: int, length: int) -> bytes:
     return b"g" * length
 
 
+async def exits(offset: int, length: int) -> bytes:
+    """Try to end the loop."""
+    if offset == 0:
+        raise SystemExit(3)
+    return b"g" * length
+
+
 def no_errno(offset: int, length: int) -> bytes:
     """Fail with an OSError whose errno is a text."""
     if offset == 0:

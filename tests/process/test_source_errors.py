@@ -12,6 +12,7 @@ import pytest
 from pyuffd import CallableSource, Handler, HandlerError, PagePoisonedError, Region, Userfaultfd
 from pyuffd._describe import TEXT_MOST, described, shortened, traceback_of
 from pyuffd.testing._needs import needs_kernel_faults
+from tests._child import run_child
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE
 
@@ -73,6 +74,26 @@ def test_no_errno(driver: Driver, source: Callable[[int, int], bytes]) -> None:
         with pytest.raises(HandlerError) as said:
             handler.stop()
     assert isinstance(said.value.__cause__, OSError)
+
+
+def coroutine_exits(driver: Driver) -> None:
+    with Userfaultfd() as uffd, Region.anonymous(2 * PAGE) as region:
+        handler = Handler(uffd, driver=driver, stall_timeout_s=math.inf)
+        handler.serve(region, sources.exits)
+        handler.start()
+        with pytest.raises(PagePoisonedError):
+            region.read(0, 1)
+        assert region.read(PAGE, 1) == b"g"
+        with pytest.raises(HandlerError) as said:
+            handler.stop()
+    assert "SystemExit" in str(said.value.__cause__)
+
+
+@both_drivers
+@needs_kernel_faults()
+def test_a_coroutine_that_exits(driver: Driver) -> None:
+    """The loop lives: it has other coroutines."""
+    run_child(coroutine_exits, driver, budget_s=20)
 
 
 def test_a_log_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
