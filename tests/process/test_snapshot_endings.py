@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from pyuffd import Feature, Process, Snapshot, SnapshotError
+from pyuffd import Feature, Process, Snapshot, SnapshotError, UffdOSError
 from pyuffd.snapshot import _capture
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
+from tests._child import run_child
 
 pytestmark = [
     needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
@@ -126,3 +130,25 @@ def test_an_exception_right_after_the_directory_is_made(
     finally:
         popen.kill()
         popen.wait()
+
+
+def with_little_address_space(pid: int, path: str, method: Literal["precopy", "cow"]) -> None:
+    with Process(pid) as process:
+        Snapshot.take(process, f"{path}/first", method=method, max_stall_s=10 * SCALE)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (size + (36 << 20), resource.RLIM_INFINITY))
+        with pytest.raises(UffdOSError, match="ulimit -v") as caught:
+            Snapshot.take(process, f"{path}/second", method=method, max_stall_s=10 * SCALE)
+        assert caught.value.errno == errno.ENOMEM
+
+
+@pytest.mark.parametrize("method", ["precopy", "cow"])
+def test_the_limit_of_memory_is_named(method: str, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as target:
+        target_of = "tests.process.test_snapshot_endings:with_little_address_space"
+        try:
+            run_child(target_of, target.pid, str(tmp_path), method, budget_s=30 * SCALE)
+            assert target.poll() is None
+        finally:
+            target.kill()
+    assert os.listdir(tmp_path) == ["first"]

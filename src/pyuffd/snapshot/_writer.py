@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -13,7 +14,8 @@ from contextlib import suppress
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd import _remote_calls as remote_calls
-from pyuffd._errors import SnapshotError, raise_if_short
+from pyuffd._errors import SnapshotError, UffdOSError, raise_if_short
+from pyuffd._machine import why_no_memory
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.pagemap import PageRanges
@@ -107,7 +109,12 @@ class Writer:
         More of it than that costs the stop page faults; all of it, each snapshot.
         """
         if self._memory is None:
-            self._memory = mmap.mmap(-1, MEMORY, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                self._memory = mmap.mmap(-1, MEMORY, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError as error:
+                hint = why_no_memory(MEMORY, accounted=True)
+                code = error.errno or errno.ENOMEM
+                raise UffdOSError(code, "memory for the stop: mmap", hint=hint) from None
             with suppress(OSError):  # without transparent huge pages it needs longer
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         wanted = min(MEMORY, -(-(size + size // 2 + SPARE) // PAGE_SIZE) * PAGE_SIZE)
