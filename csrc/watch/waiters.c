@@ -128,6 +128,7 @@ static bool look_at(int32_t pid, int32_t thread_id, struct uffd_waiter *waiter_r
 	bool sleeps;
 
 	waiter_ret->thread_id = thread_id;
+	waiter_ret->low = waiter_ret->high = 0;
 	if (waits_for(pid, thread_id, WAITS_FOR_PAGE)) {
 		waiter_ret->is_event = false;
 		return read_faults(pid, thread_id, &waiter_ret->mark);
@@ -141,6 +142,9 @@ bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter)
 {
 	struct uffd_waiter now;
 
+	/* A search wakes it: it may not sleep yet. */
+	if (waiter->high)
+		return read_faults(pid, waiter->thread_id, &now.mark) && now.mark == waiter->mark;
 	return look_at(pid, waiter->thread_id, &now) && now.is_event == waiter->is_event &&
 	       now.mark == waiter->mark;
 }
@@ -222,36 +226,69 @@ static enum answer wake(int fd, int32_t pid, int32_t thread_id, uint64_t start, 
 	return SLEPT_ON;
 }
 
-bool uffd_waiters_page(int fd, int32_t pid, const struct uffd_waiter *waiter, uint64_t low,
-		       uint64_t high, uint64_t *page_ret)
+/* Whether the thread waits for this userfaultfd at all; notes where its page is. */
+static enum answer begin_search(int fd, int32_t pid, struct uffd_waiter *waiter, uint64_t low,
+				uint64_t high, uint64_t give_up)
 {
-	uint64_t give_up = uffd_now_ns() + SEARCH_LIMIT_NS;
-	int32_t thread_id = waiter->thread_id;
+	enum answer answer = SLEPT_ON;
 
-	if (low >= high || wake(fd, pid, thread_id, low, high, give_up) != WAS_WOKEN) {
+	if (low < high)
+		answer = wake(fd, pid, waiter->thread_id, low, high, give_up);
+	if (answer == SLEPT_ON) {
 		low = LOWEST_ADDRESS;
 		high = HIGHEST_ADDRESS;
-		if (wake(fd, pid, thread_id, low, high, give_up) != WAS_WOKEN)
-			return false;
+		answer = wake(fd, pid, waiter->thread_id, low, high, give_up);
 	}
-	while (high - low > BASE_PAGE) {
-		uint64_t middle = low + (high - low) / 2 / BASE_PAGE * BASE_PAGE;
+	if (answer == WAS_WOKEN) {
+		waiter->low = low;
+		waiter->high = high;
+	}
+	return answer;
+}
 
-		switch (wake(fd, pid, thread_id, low, middle, give_up)) {
-		case WAS_WOKEN:
-			high = middle;
-			break;
-		case SLEPT_ON:
-			low = middle;
-			break;
-		default:
-			return false;
-		}
+/* A signal may have woken the thread, too: begin again if the page is not the one found. */
+static enum uffd_search confirm(int fd, int32_t pid, struct uffd_waiter *waiter, uint64_t give_up)
+{
+	uint64_t switches;
+
+	switch (wake(fd, pid, waiter->thread_id, waiter->low, waiter->high, give_up)) {
+	case WAS_WOKEN:
+		/* It needs a CPU before it sleeps in the same fault again. */
+		return settle(pid, waiter->thread_id, give_up, &switches) &&
+		       uffd_waiters_is_same(pid, waiter) ? UFFD_SEARCH_FOUND
+							 : UFFD_SEARCH_UNFINISHED;
+	case SLEPT_ON:
+		waiter->low = waiter->high = 0;
+		return UFFD_SEARCH_UNFINISHED;
+	default:
+		return UFFD_SEARCH_UNFINISHED;
 	}
-	*page_ret = low;
-	/* A signal may have woken it in between. */
-	return wake(fd, pid, thread_id, low, high, give_up) == WAS_WOKEN &&
-	       uffd_waiters_is_same(pid, waiter);
+}
+
+enum uffd_search uffd_waiters_page(int fd, int32_t pid, struct uffd_waiter *waiter,
+				   uint64_t low, uint64_t high)
+{
+	uint64_t give_up = uffd_now_ns() + SEARCH_LIMIT_NS;
+	enum answer answer;
+
+	if (!waiter->high) {
+		answer = begin_search(fd, pid, waiter, low, high, give_up);
+		if (answer != WAS_WOKEN)
+			return answer == SLEPT_ON ? UFFD_SEARCH_OTHER : UFFD_SEARCH_UNFINISHED;
+	}
+	while (waiter->high - waiter->low > BASE_PAGE) {
+		uint64_t half = (waiter->high - waiter->low) / 2 / BASE_PAGE * BASE_PAGE;
+		uint64_t middle = waiter->low + half;
+
+		answer = wake(fd, pid, waiter->thread_id, waiter->low, middle, give_up);
+		if (answer == CANNOT_TELL)
+			return UFFD_SEARCH_UNFINISHED;
+		if (answer == WAS_WOKEN)
+			waiter->high = middle;
+		else
+			waiter->low = middle;
+	}
+	return confirm(fd, pid, waiter, give_up);
 }
 
 bool uffd_waiters_has_exited(int32_t pid)
@@ -368,6 +405,15 @@ void uffd_waiters_put_page(struct uffd_line *line, int32_t pid, uint64_t page)
 	uffd_line_text(line, is_protected(pid, page) ? "write-protected page " : "page ");
 	uffd_line_number(line, page, 16);
 	put_region(line, pid, page);
+}
+
+void uffd_waiters_put_part(struct uffd_line *line, const struct uffd_waiter *waiter)
+{
+	uffd_line_text(line, "a page in [");
+	uffd_line_number(line, waiter->low, 16);
+	uffd_line_text(line, ", ");
+	uffd_line_number(line, waiter->high, 16);
+	uffd_line_text(line, ")");
 }
 
 void uffd_waiters_put_call(struct uffd_line *line, int32_t pid, int32_t thread_id)

@@ -17,6 +17,8 @@ struct uffd_waiter {
 	int32_t thread_id;
 	bool is_event;	/* waits for its event to be read, else for a page */
 	uint64_t mark;	/* changes once the thread has continued */
+	/* The page it waits for is in [low, high); 0 until it is known to wait for ours. */
+	uint64_t low, high;
 };
 
 struct uffd_fdinfo {
@@ -32,14 +34,21 @@ uint32_t uffd_waiters_find(int32_t pid, struct uffd_waiter *waiters_ret, uint32_
 /* Whether the thread has been waiting ever since. */
 bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter);
 
+enum uffd_search {
+	UFFD_SEARCH_FOUND,	/* waiter->low is the page */
+	UFFD_SEARCH_UNFINISHED,	/* call again: it goes on where it stopped */
+	UFFD_SEARCH_OTHER,	/* the thread waits for another userfaultfd */
+};
+
 /*
  * Find the page that a thread waits for, if it waits for this userfaultfd: UFFDIO_WAKE on
  * a part of the address space makes the thread fault again if the page is in that part.
  * That also sends the message again, so use this only for faults whose messages have not
- * been read.  [low, high): where the page should be.
+ * been read.  [low, high): where the page should be.  Takes a second at most; that is too
+ * short where the thread waits long for a CPU.
  */
-bool uffd_waiters_page(int fd, int32_t pid, const struct uffd_waiter *waiter, uint64_t low,
-		       uint64_t high, uint64_t *page_ret);
+enum uffd_search uffd_waiters_page(int fd, int32_t pid, struct uffd_waiter *waiter,
+				   uint64_t low, uint64_t high);
 
 /* True also for a zombie; false for -1, an unknown process. */
 bool uffd_waiters_has_exited(int32_t pid);
@@ -47,6 +56,7 @@ bool uffd_waiters_has_exited(int32_t pid);
 /* Describe a thread, a page and its mapping, and the system call a thread is in. */
 void uffd_waiters_put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id);
 void uffd_waiters_put_page(struct uffd_line *line, int32_t pid, uint64_t page);
+void uffd_waiters_put_part(struct uffd_line *line, const struct uffd_waiter *waiter);
 void uffd_waiters_put_call(struct uffd_line *line, int32_t pid, int32_t thread_id);
 
 #endif /* UFFD_WAITERS_H */

@@ -25,6 +25,8 @@
 #define LIMIT_NS	(2 * NS_PER_S)
 /* While a process that was sent the descriptor lives: it may be busy. */
 #define SENT_LIMIT_NS	(10 * NS_PER_S)
+/* A page that takes longer to find is left out of the line: the thread gets too little CPU. */
+#define SEARCH_LIMIT_NS	(4 * NS_PER_S)
 #define WAITERS		16
 #define STACK_SIZE	(96u << 10)
 /* How long to wait for the thread's end: enough unless the machine is overloaded. */
@@ -142,18 +144,21 @@ static void put_advice(struct uffd_line *line, const struct entry *entry)
 	}
 }
 
-/* Returns false if the thread waits for another userfaultfd, or no longer. */
-static bool put_waiter(struct uffd_line *line, const struct entry *entry,
-		       const struct uffd_waiter *waiter, uint64_t now)
+static enum uffd_search find_page(const struct entry *entry, struct uffd_waiter *waiter)
+{
+	const struct uffd_watched *watched = &entry->watched;
+
+	if (waiter->is_event)
+		return UFFD_SEARCH_FOUND;
+	return uffd_waiters_page(watched->fd, watched->owner_pid, waiter, watched->low,
+				 watched->high);
+}
+
+static void put_waiter(struct uffd_line *line, const struct entry *entry,
+		       const struct uffd_waiter *waiter, enum uffd_search search, uint64_t now)
 {
 	int32_t pid = entry->watched.owner_pid;
-	uint64_t page = 0;
 
-	if (!waiter->is_event &&
-	    !uffd_waiters_page(entry->watched.fd, pid, waiter, entry->watched.low,
-			       entry->watched.high, &page))
-		return false;
-	line->used = 0;
 	uffd_line_text(line, "pyuffd: ");
 	uffd_waiters_put_thread(line, pid, waiter->thread_id);
 	put_seconds(line, entry, now);
@@ -163,10 +168,12 @@ static bool put_waiter(struct uffd_line *line, const struct entry *entry,
 		uffd_line_text(line, " for its event to be read");
 	} else {
 		uffd_line_text(line, " for ");
-		uffd_waiters_put_page(line, pid, page);
+		if (search == UFFD_SEARCH_FOUND)
+			uffd_waiters_put_page(line, pid, waiter->low);
+		else
+			uffd_waiters_put_part(line, waiter);
 	}
 	put_advice(line, entry);
-	return true;
 }
 
 /* Never block on stderr: forks and close() wait for this thread. */
@@ -179,17 +186,24 @@ static bool can_say(int fd)
 
 static void say(struct entry *entry, uint64_t now)
 {
+	bool searches_on = now - entry->since_ns < limit_of(entry) + SEARCH_LIMIT_NS;
 	struct uffd_line line = { .used = 0 };
+	bool is_unfinished = false;
 
 	if (!can_say(entry->watched.say_fd))
 		return;
-	for (uint32_t i = 0; i < entry->count && !entry->said; i++) {
-		if (put_waiter(&line, entry, &entry->waiters[i], now)) {
-			uffd_line_write(&line, entry->watched.say_fd);
-			entry->said = true;
-		}
+	for (uint32_t i = 0; i < entry->count && !is_unfinished && !entry->said; i++) {
+		struct uffd_waiter *waiter = &entry->waiters[i];
+		enum uffd_search search = find_page(entry, waiter);
+
+		is_unfinished = search == UFFD_SEARCH_UNFINISHED && (searches_on || !waiter->high);
+		if (search == UFFD_SEARCH_OTHER || is_unfinished)
+			continue;
+		put_waiter(&line, entry, waiter, search, now);
+		uffd_line_write(&line, entry->watched.say_fd);
+		entry->said = true;
 	}
-	if (!entry->said)
+	if (!entry->said && !is_unfinished)
 		entry->count = 0;
 }
 
@@ -246,13 +260,25 @@ static void drop_continued(struct entry *entry, bool is_event)
 	entry->count = kept;
 }
 
+/* The search for a page wakes a thread, which sends its message again once it has a CPU. */
+static bool is_searching(const struct entry *entry)
+{
+	if (!entry->said)
+		for (uint32_t i = 0; i < entry->count; i++)
+			if (entry->waiters[i].high &&
+			    uffd_waiters_is_same(entry->watched.owner_pid, &entry->waiters[i]))
+				return true;
+	return false;
+}
+
 static void look_at(struct entry *entry)
 {
 	uint64_t now = uffd_now_ns();
 	bool is_event;
 
 	if (!has_unread(entry, &is_event)) {
-		reset(entry);
+		if (!is_searching(entry))
+			reset(entry);
 		return;
 	}
 	drop_continued(entry, is_event);

@@ -200,6 +200,37 @@ def test_page_of_a_blocking_userfaultfd() -> None:
     check_touch("missing", "anon", "user", blocking=True)
 
 
+def touches_with_little_cpu(busy: int) -> None:
+    """The thread that waits runs only when nothing else wants its CPU."""
+    end_when_said()
+    cpu = min(os.sched_getaffinity(0))
+    for _ in range(busy):
+        if os.fork() == 0:
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            os.sched_setaffinity(0, {cpu})
+            while True:
+                pass
+    with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
+        registered(uffd, region, "user")
+
+        def touch_slowly() -> None:
+            os.sched_setaffinity(0, {cpu})
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            region.touch(2 * PAGE)
+
+        print(f"{region.start:#x} {region.start + 2 * PAGE:#x}", flush=True)
+        threading.Thread(target=touch_slowly).start()
+        time.sleep(BUDGET_S)
+
+
+def test_a_thread_that_gets_little_cpu() -> None:
+    """Finding its page takes several faults, and each waits for the CPU."""
+    ended = run_child(touches_with_little_cpu, 3, expect=-signal.SIGTERM, budget_s=BUDGET_S)
+    start, page = ended.stdout.split()
+    line = line_of(ended)
+    assert f" s for page {page} of [{start}, " in line or " s for a page in [" in line
+
+
 # Events
 
 
