@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from pyuffd._errors import raise_errno
@@ -81,11 +81,15 @@ def check_target(start: int, length: int, memory: object) -> None:
 
 
 class Number:
-    """A descriptor, with the users of its number other than its owner."""
+    """A descriptor, with the users of its number other than its owner.
+
+    A user is a name, not a count: what an exception of a signal handler interrupted can be done
+    again or undone, whether it was done or not.
+    """
 
     def __init__(self, descriptor: Descriptor) -> None:
         self.descriptor = descriptor
-        self._users = 0
+        self._users: set[Hashable] = set()
         self._left: list[LeftBehind] = []
         self._is_closed = False
 
@@ -94,14 +98,14 @@ class Number:
         """The number, or -1 after its owner has closed it."""
         return -1 if self._is_closed else self.descriptor.number
 
-    def hold(self) -> None:
-        """Keep it open even if its owner closes it, or is garbage."""
-        self._users += 1
+    def hold(self, user: Hashable) -> None:
+        """Keep it open even if its owner closes it, or is garbage; may be called again."""
+        self._users.add(user)
         _in_use.add(self)
 
-    def release(self) -> None:
-        """Undo a `hold`; close it if its owner has closed it meanwhile."""
-        self._users -= 1
+    def release(self, user: Hashable) -> None:
+        """Undo `hold`; close it if its owner has closed it meanwhile. May be called again."""
+        self._users.discard(user)
         if not self._users:
             _in_use.discard(self)
         self._end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import warnings
+from collections.abc import Hashable
 from typing import Self
 
 from pyuffd import lowlevel
@@ -192,13 +193,16 @@ class UffdDescriptor(CloseCallbacks):
         self._number.close()
         return copy.release()
 
-    def _hold_open(self) -> None:
-        """Keep the descriptor open after close(), until `_let_close`; for a handler that stops."""
-        self._number.hold()
+    def _hold_open(self, user: Hashable) -> None:
+        """Keep the descriptor open after close(), until `_let_close`; for a handler that stops.
 
-    def _let_close(self) -> None:
-        """Undo a `_hold_open`."""
-        self._number.release()
+        `user` must not keep the handler alive: its id, or that and a word.
+        """
+        self._number.hold(user)
+
+    def _let_close(self, user: Hashable) -> None:
+        """Undo `_hold_open`, if it was called."""
+        self._number.release(user)
 
     def _leave_behind(self, left: LeftBehind) -> None:
         """Note threads that may still use the descriptor's number when it is closed."""

@@ -23,6 +23,7 @@ from pyuffd import (
     RegisterMode,
     Userfaultfd,
     ZeroSource,
+    _left,
 )
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
@@ -374,3 +375,32 @@ def many_handlers(driver: Driver) -> None:
 
 
 test_handlers_side_by_side = with_both_drivers(many_handlers)
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+class Interrupting(set[object]):
+    """Raises, before or after it has added one."""
+
+    def __init__(self, *, late: bool) -> None:
+        self.late = late
+
+    def add(self, one: object, /) -> None:
+        if self.late:
+            super().add(one)
+        raise Interrupted
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_interrupted_as_it_holds_the_descriptor_open(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_fds()
+    with Userfaultfd() as uffd:
+        monkeypatch.setattr(_left, "_in_use", Interrupting(late=late))
+        with pytest.raises(Interrupted):
+            Handler(uffd)
+    monkeypatch.undo()
+    assert open_fds() == before

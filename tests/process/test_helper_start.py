@@ -502,7 +502,7 @@ def stopped_helper() -> None:
         os.kill(keeper, signal.SIGSTOP)
         engine.destroy()
         handler._engine = None
-        uffd._let_close()
+        uffd._let_close(id(handler))
 
 
 def test_a_helper_that_hangs() -> None:

@@ -31,10 +31,10 @@ class FakeUserfaultfd:
     def _registered_ranges(self) -> list[tuple[int, int]]:
         return []
 
-    def _hold_open(self) -> None:
+    def _hold_open(self, user: object) -> None:
         """Do nothing: it outlives the handler."""
 
-    def _let_close(self) -> None:
+    def _let_close(self, user: object) -> None:
         """Do nothing, as above."""
 
     def _claim_events(self, owner: object) -> None:

@@ -48,14 +48,18 @@ class Bounce(SoleOwner):
             _memory.madvise(self.address, size, _POPULATE_WRITE)
 
     def close(self) -> None:
-        """Close the descriptor and unmap the memory; may be called again."""
+        """Close the descriptor and unmap the memory, or leave it to the last view of it.
+
+        May be called again.
+        """
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-        for view in self._views:
-            view.release()
-        if self._memory is not None:
-            self._memory.close()
+        with suppress(BufferError):  # a traceback or a thread left behind looks at it
+            for view in self._views:
+                view.release()
+            if self._memory is not None:
+                self._memory.close()
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

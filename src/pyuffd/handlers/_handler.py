@@ -191,9 +191,9 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
         self._ending_name = f"uffd-stop-{uffd.fileno()}"
         engine = None
         unstopped.add(self)
-        # Garbage is finalized in any order: a userfaultfd that is closed first stays open for this.
-        uffd._hold_open()
         try:
+            # Garbage is finalized in any order: a userfaultfd closed first stays open for this.
+            uffd._hold_open(id(self))
             uffd._claim_events(self)
             engine = self._make_engine()
             tell_registered(engine, uffd, 0)
@@ -204,7 +204,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
             if engine is not None:
                 engine.destroy()
             uffd._release_events(self)
-            uffd._let_close()
+            uffd._let_close(id(self))
             raise
 
     # Running

@@ -331,8 +331,8 @@ class ServesRegions(Unserves):
                 lambda handler: uffd in handler._spaces,
             )
             space = None
-            uffd._hold_open()
             try:
+                uffd._hold_open(id(self))
                 uffd._claim_events(self)
                 space = self._add_space(engine, uffd)
                 tell_registered(engine, uffd, space)
@@ -347,7 +347,7 @@ class ServesRegions(Unserves):
                     with suppress(HelperLostError):
                         engine.remove_space(space)
                 uffd._release_events(self)
-                uffd._let_close()
+                uffd._let_close(id(self))
                 raise
         return self._spaces[uffd]
 

@@ -96,7 +96,7 @@ class Stops(HandlerBase):
             self._engine = None
             for uffd in self._spaces:
                 uffd._release_events(self)
-                uffd._let_close()
+                uffd._let_close(id(self))
             unstopped.discard(self)
             self.uffd._forget_on_close(self._at_close)
             self._at_close.keeps = None
@@ -111,8 +111,9 @@ class Stops(HandlerBase):
         """Stop an engine and return the error that it reports."""
         all_served, began = list(self._served.values()), time.monotonic()
         views = [] if engine.is_remote else views_of(all_served)
+        ending_user = (id(self), "ending")
         for uffd in self._spaces:
-            uffd._hold_open()
+            uffd._hold_open(ending_user)
         # Assumed until it is known; a lost helper holds nothing open, its stand-in does.
         ended = Ended(stays=not engine.is_remote)
         try:
@@ -138,7 +139,7 @@ class Stops(HandlerBase):
                 leave_behind(engine, ended.held, all_served, self._spaces, views)
             if not ended.stays:
                 for uffd in self._spaces:
-                    uffd._let_close()
+                    uffd._let_close(ending_user)
         error = None if failure is None else handler_error(failure, source_failure)
         # An exception of a source in this process has been logged already.
         if error is not None and (source_failure is None or engine.is_remote):

@@ -189,12 +189,13 @@ class Unserves(HandlerBase):
                 except HandlerError as error:
                     errors.append(error)
             if any(one.uffd is uffd for one in self._served.values()):
-                uffd._hold_open()  # never undone: pages that stay registered would become zeros
+                # Never undone: pages that stay registered would become zeros.
+                uffd._hold_open((id(self), "registered"))
             else:
                 self._engine.remove_space(self._spaces[uffd])
                 uffd._release_events(self)
                 self._owners.forget(uffd)
+                uffd._let_close(id(self))
                 del self._spaces[uffd]  # last: after an interruption the next call does it again
-                uffd._let_close()
         if errors:
             raise errors[0]
