@@ -28,11 +28,8 @@
 #define BACKLOG			32
 /* Search pages in slices, so that faults get in between. */
 #define ASK_SLICE		(4u << 20)
-/*
- * Inside the gate: a thread that wants to close it waits for so much to be filled.  Each step has an
- * ioctl, and asks twice how long the file is.
- */
-#define GATE_STEP		(256u << 10)
+/* Inside the gate: a thread that wants to close it waits for so much to be filled. */
+#define GATE_STEP		(64u << 10)
 /* Ranges of a file that are close to each other are faulted in at once, up to this. */
 #define GROUP_LIMIT		(1u << 20)
 
