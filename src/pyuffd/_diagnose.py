@@ -254,6 +254,14 @@ def kind_of(vma: Vma, pid: int | str = "self") -> str:
     return "shmem" if _file_systems(pid).get(vma.device) == "tmpfs" else "file"
 
 
+def is_ordinary_file(vma: Vma) -> bool:
+    """Return whether it is of a file system that userfaultfd does not support.
+
+    False if that is unknown: the file system of a descriptor need not be mounted here.
+    """
+    return kind_of(vma) == "file" and vma.device in _file_systems("self")
+
+
 def _file_systems(pid: int | str) -> dict[int, str]:
     """Return the type of each mounted file system, by device number."""
     found = {}

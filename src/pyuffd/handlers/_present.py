@@ -11,6 +11,7 @@ from typing import Literal
 
 from pyuffd import _memory, _vmas
 from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
+from pyuffd._diagnose import is_ordinary_file
 from pyuffd._errors import (
     HandlerError,
     UffdOSError,
@@ -111,7 +112,9 @@ def _refuse_cached(region: Region) -> None:
     fd = region.fd
     if region.kind is RegionKind.ADDRESS:
         for vma in _file_mappings(region.start, region.length):
-            if _has_pages(vma, region.start, region.length):
+            if not _has_pages(vma, region.start, region.length):
+                continue
+            if not is_ordinary_file(vma):  # else UFFDIO_REGISTER says what is wrong
                 raise _cached_error(region)
         return
     if fd is None or region.kind not in FILE_BACKED:
