@@ -22,7 +22,7 @@ def text_of(error: BaseException) -> str:
     try:
         return shortened(str(error))
     except Exception as other:
-        return f"<its text cannot be had: __str__ raises {type(other).__name__}>"
+        return f"<no text: __str__ raises {type(other).__name__}>"
 
 
 def described(error: BaseException) -> str:

@@ -34,7 +34,7 @@ def open_uffd(flags: int) -> Descriptor:
         # Where the device is for this user, the system call is refused first.
         if hint := limit_met(code):
             raise_errno("userfaultfd", code, hint=hint)
-    from pyuffd import _refusals  # rarely needed, and not to be had without a descriptor
+    from pyuffd import _refusals  # rarely needed; needs a free descriptor
 
     by_syscall, by_device = codes
     hint = _refusals.hint(by_syscall, by_device, privilege_would_do=_would_with_privilege(flags))
