@@ -13,6 +13,7 @@
 
 #include "uffd_owned.h"
 #include "uffd_shim.h"
+#include "watch/reads.h"
 #include "watch/watch.h"
 
 /* Replaces the descriptor in a fork's message. */
@@ -258,7 +259,7 @@ int uffd_owned_read(int fd, struct uffd_messages *messages)
 	if (n < 0)
 		return errno == EAGAIN ? 0 : -errno;
 	messages->count = (uint32_t)((size_t)n / sizeof(struct uffd_msg));
-	uffd_watch_note_read(fd);
+	uffd_reads_note(fd);
 	return 0;
 }
 

@@ -407,15 +407,6 @@ void uffd_waiters_put_page(struct uffd_line *line, int32_t pid, uint64_t page)
 	put_region(line, pid, page);
 }
 
-void uffd_waiters_put_part(struct uffd_line *line, const struct uffd_waiter *waiter)
-{
-	uffd_line_text(line, "a page in [");
-	uffd_line_number(line, waiter->low, 16);
-	uffd_line_text(line, ", ");
-	uffd_line_number(line, waiter->high, 16);
-	uffd_line_text(line, ")");
-}
-
 void uffd_waiters_put_call(struct uffd_line *line, int32_t pid, int32_t thread_id)
 {
 	static const struct {

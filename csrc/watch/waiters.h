@@ -56,7 +56,6 @@ bool uffd_waiters_has_exited(int32_t pid);
 /* Describe a thread, a page and its mapping, and the system call a thread is in. */
 void uffd_waiters_put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id);
 void uffd_waiters_put_page(struct uffd_line *line, int32_t pid, uint64_t page);
-void uffd_waiters_put_part(struct uffd_line *line, const struct uffd_waiter *waiter);
 void uffd_waiters_put_call(struct uffd_line *line, int32_t pid, int32_t thread_id);
 
 #endif /* UFFD_WAITERS_H */

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
-#include <errno.h>
 #include <limits.h>
 #include <poll.h>
 #include <pthread.h>
@@ -14,10 +13,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "reads.h"
 #include "waiters.h"
 #include "watch.h"
 #include "base/line.h"
-#include "uffd_shim.h"
 
 #define NS_PER_S	1000000000ull
 /* How often to look: one poll(2) of each descriptor, and more only if a thread waits. */
@@ -31,7 +30,6 @@
 #define STACK_SIZE	(96u << 10)
 /* How long to wait for the thread's end: enough unless the machine is overloaded. */
 #define PAUSE_LIMIT_NS	(NS_PER_S / 5)
-#define READ_COUNTERS	64u
 
 struct entry {
 	struct uffd_watched watched;
@@ -53,26 +51,6 @@ static struct watch {
 } watch = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
 static _Atomic uint32_t watched_count;
-static _Atomic uint32_t reads[READ_COUNTERS];
-
-static uint32_t reads_of(int fd)
-{
-	return atomic_load(&reads[(uint32_t)fd % READ_COUNTERS]);
-}
-
-void uffd_watch_note_read(int fd)
-{
-	atomic_fetch_add(&reads[(uint32_t)fd % READ_COUNTERS], 1);
-}
-
-int64_t uffd_watch_read(int fd, void *buffer, uint64_t size)
-{
-	int64_t n = uffd_shim_read(fd, buffer, size);
-
-	if (n > 0)
-		uffd_watch_note_read(fd);
-	return n;
-}
 
 static void init_locks(void)
 {
@@ -146,12 +124,10 @@ static void put_advice(struct uffd_line *line, const struct entry *entry)
 
 static enum uffd_search find_page(const struct entry *entry, struct uffd_waiter *waiter)
 {
-	const struct uffd_watched *watched = &entry->watched;
-
 	if (waiter->is_event)
 		return UFFD_SEARCH_FOUND;
-	return uffd_waiters_page(watched->fd, watched->owner_pid, waiter, watched->low,
-				 watched->high);
+	return uffd_waiters_page(entry->watched.fd, entry->watched.owner_pid, waiter,
+				 entry->watched.low, entry->watched.high);
 }
 
 static void put_waiter(struct uffd_line *line, const struct entry *entry,
@@ -168,10 +144,15 @@ static void put_waiter(struct uffd_line *line, const struct entry *entry,
 		uffd_line_text(line, " for its event to be read");
 	} else {
 		uffd_line_text(line, " for ");
-		if (search == UFFD_SEARCH_FOUND)
+		if (search == UFFD_SEARCH_FOUND) {
 			uffd_waiters_put_page(line, pid, waiter->low);
-		else
-			uffd_waiters_put_part(line, waiter);
+		} else {
+			uffd_line_text(line, "a page in [");
+			uffd_line_number(line, waiter->low, 16);
+			uffd_line_text(line, ", ");
+			uffd_line_number(line, waiter->high, 16);
+			uffd_line_text(line, ")");
+		}
 	}
 	put_advice(line, entry);
 }
@@ -224,7 +205,7 @@ static bool has_unread(struct entry *entry, bool *is_event_ret)
 {
 	struct pollfd poll_fd = { .fd = entry->watched.fd, .events = POLLIN };
 	struct uffd_fdinfo info;
-	uint32_t now = reads_of(entry->watched.fd);
+	uint32_t now = uffd_reads_of(entry->watched.fd);
 	bool is_same = entry->reads == now;
 
 	entry->reads = now;
@@ -385,7 +366,7 @@ static struct entry *add(int fd)
 		return NULL;
 	entry = &watch.entries[watch.count++];
 	memset(entry, 0, sizeof(*entry));
-	entry->reads = reads_of(fd);
+	entry->reads = uffd_reads_of(fd);
 	atomic_store(&watched_count, watch.count);
 	return entry;
 }

@@ -31,10 +31,6 @@ struct uffd_watched {
 void uffd_watch_begin(const struct uffd_watched *watched);
 /* Call before it is closed, and when a reader begins; harmless if it is not watched. */
 void uffd_watch_end(int fd);
-/* Messages have been read. */
-void uffd_watch_note_read(int fd);
-/* read(2), and note the read. */
-int64_t uffd_watch_read(int fd, void *buffer, uint64_t size);
 /*
  * End the thread for a while, and start it again: Python warns about forks of processes
  * that have threads.  The thread stays if forks wait for their event to be read.

@@ -211,7 +211,7 @@ def read(fd: int, size: int) -> bytes:
     """read(2) whole messages; b"" when none is queued on a non-blocking descriptor."""
     buffer = bytearray(size)
     with ffi.from_buffer(buffer) as pointer:
-        count = lib.uffd_watch_read(fd, pointer, size)
+        count = lib.uffd_reads_read(fd, pointer, size)
     if count == -errno.EAGAIN:
         return b""
     if count < 0:

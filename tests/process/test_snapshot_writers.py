@@ -20,6 +20,7 @@ from pyuffd.dirty._rows import DENSE_BYTES
 from pyuffd.snapshot import _capture
 from pyuffd.snapshot._cow import MEMORY_PAGES
 from pyuffd.testing import needs_privilege, needs_swap
+from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
 from tests.process.test_snapshot import take
 
@@ -176,9 +177,12 @@ def test_children_have_no_copy_of_our_memory(
 
     def at(name: str) -> None:
         if name == "armed":
-            guard = next(
-                each for each in psutil.Process().children() if each.name() == "uffd-guard"
-            )
+            give_up = time.monotonic() + 10 * SCALE
+            guard = None  # it gives itself its name
+            while guard is None and time.monotonic() < give_up:
+                children = psutil.Process().children()
+                guard = next((each for each in children if each.name() == "uffd-guard"), None)
+            assert guard is not None
             for who, pid in (("guard", guard.pid), ("here", "self")):
                 status = Path(f"/proc/{pid}/status").read_text()
                 anonymous[who] = int(status.partition("RssAnon:")[2].split()[0]) << 10

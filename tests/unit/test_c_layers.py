@@ -18,7 +18,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLOORS = [
     {"uffd_abi", "base/page", "base/array", "base/line", "base/clock", "base/gentle"},
     {"uffd_shim", "uffd_transfer", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
-    {"watch/waiters", "uffd_residency"},
+    {"watch/waiters", "watch/reads", "uffd_residency"},
     {"watch/watch"},
     {"uffd_owned", "access/access"},
     {"dirty/ranges", "remote/maps", "remote/thread"},
