@@ -43,27 +43,8 @@ def test_a_long_text_is_cut(
     assert len(caplog.text) < 20 * TEXT_MOST
 
 
-@both_drivers
-@needs_kernel_faults()
-def test_no_text(driver: Driver, capfd: pytest.CaptureFixture[str]) -> None:
-    """The page is poisoned at once, and the worker lives."""
-    with Userfaultfd() as uffd, Region.anonymous(2 * PAGE) as region:
-        handler = Handler(uffd, driver=driver, stall_timeout_s=math.inf)
-        handler.serve(region, CallableSource(sources.no_text))
-        handler.start()
-        with pytest.raises(PagePoisonedError):
-            region.read(0, 1)
-        assert region.read(PAGE, 1) == b"g"
-        with pytest.raises(HandlerError) as said:
-            handler.stop()
-    assert type(said.value.__cause__).__name__ == "NoText"
-    assert "__str__ raises ZeroDivisionError" in capfd.readouterr().err
-
-
-@both_drivers
-@needs_kernel_faults()
-@pytest.mark.parametrize("source", [sources.no_errno, sources.huge_errno])
-def test_no_errno(driver: Driver, source: Callable[[int, int], bytes]) -> None:
+def cause_of(driver: Driver, source: Callable[[int, int], bytes]) -> BaseException | None:
+    """Touch a page that fails and one that does not; return the cause that stop() tells."""
     with Userfaultfd() as uffd, Region.anonymous(2 * PAGE) as region:
         handler = Handler(uffd, driver=driver, stall_timeout_s=math.inf)
         handler.serve(region, CallableSource(source))
@@ -73,7 +54,22 @@ def test_no_errno(driver: Driver, source: Callable[[int, int], bytes]) -> None:
         assert region.read(PAGE, 1) == b"g"
         with pytest.raises(HandlerError) as said:
             handler.stop()
-    assert isinstance(said.value.__cause__, OSError)
+    return said.value.__cause__
+
+
+@both_drivers
+@needs_kernel_faults()
+def test_no_text(driver: Driver, capfd: pytest.CaptureFixture[str]) -> None:
+    """The page is poisoned at once, and the worker lives."""
+    assert type(cause_of(driver, sources.no_text)).__name__ == "NoText"
+    assert "__str__ raises ZeroDivisionError" in capfd.readouterr().err
+
+
+@both_drivers
+@needs_kernel_faults()
+@pytest.mark.parametrize("source", [sources.no_errno, sources.huge_errno])
+def test_no_errno(driver: Driver, source: Callable[[int, int], bytes]) -> None:
+    assert isinstance(cause_of(driver, source), OSError)
 
 
 def coroutine_exits(driver: Driver) -> None:
