@@ -11,10 +11,10 @@ that the armed part passes, each time in a fork, with an exception raised there:
 `pester` does the same with real signals, at random instants. Afterwards the process must have what
 it had before: descriptors, mappings, threads, children, names of files.
 
-"lines" has two known artefacts, both at the end of a `with` block, where no signal handler runs.
-The line of the statement is passed once more before the block is left, and a lock then stays held.
-And an exception that replaces another one leaving the block makes CPython lose count of references
-(3.11 to 3.13), so that place is left out.
+"lines" leaves out three places where no signal handler runs. At the end of a `with` block its line
+is passed once more, and an exception there would leave a lock held; one that replaces another
+exception leaving the block makes CPython lose count of references (3.11 to 3.13). And a line
+without an instruction of its own (`try:`) is outside of the blocks around it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Literal
@@ -113,7 +113,8 @@ class Tracer(Interrupter):
         return self._line if self._how == "lines" else self._instruction
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line" and _instruction(frame) != "PUSH_EXC_INFO":
+        left_out = _instruction(frame) in ("PUSH_EXC_INFO", "NOP") or _leaves_with(frame)
+        if event == "line" and not left_out:
             self._pass(frame)
         return self._line
 
@@ -142,6 +143,23 @@ class Tracer(Interrupter):
 
 def _instruction(frame: FrameType) -> str:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]]
+
+
+def _leaves_with(frame: FrameType) -> bool:
+    """Return whether a frame passes the line of a `with` again, to leave the block."""
+    return any(last < frame.f_lasti for last in _entered(frame.f_code).get(frame.f_lineno, ()))
+
+
+@cache
+def _entered(code: CodeType) -> dict[int, list[int]]:
+    """Return where the `with` statements of each line enter their blocks."""
+    found: dict[int, list[int]] = {}
+    line = 0
+    for one in dis.get_instructions(code):
+        line = one.positions.lineno or line if one.positions else line
+        if one.opname in ("BEFORE_WITH", "LOAD_SPECIAL"):
+            found.setdefault(line, []).append(one.offset)
+    return found
 
 
 def _handler(frame: FrameType, at: int | None = None) -> int | None:
