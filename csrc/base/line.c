@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
+#include <poll.h>
 #include <unistd.h>
 
 #include "line.h"
@@ -22,6 +23,13 @@ void uffd_line_number(struct uffd_line *line, uint64_t number, unsigned int base
 	if (base == 16)
 		uffd_line_text(line, "0x");
 	uffd_line_text(line, &digits[at]);
+}
+
+bool uffd_line_can_write(int fd)
+{
+	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
+
+	return poll(&poll_fd, 1, 0) == 1 && (poll_fd.revents & POLLOUT);
 }
 
 void uffd_line_write(struct uffd_line *line, int fd)

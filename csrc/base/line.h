@@ -3,6 +3,7 @@
 #ifndef UFFD_LINE_H
 #define UFFD_LINE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -17,6 +18,8 @@ struct uffd_line {
 void uffd_line_text(struct uffd_line *line, const char *text);
 /* In base 10, or in base 16 with a leading 0x. */
 void uffd_line_number(struct uffd_line *line, uint64_t number, unsigned int base);
+/* Whether a write would not block: forks and close() wait for the thread that watches. */
+bool uffd_line_can_write(int fd);
 /* Write the line and a newline. */
 void uffd_line_write(struct uffd_line *line, int fd);
 

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +10,7 @@
 #include <unistd.h>
 
 #include "base/page.h"
+#include "tasks.h"
 #include "waiters.h"
 #include "uffd_shim.h"
 
@@ -23,44 +23,6 @@
 /* Enough for about 40 wakes and repeated faults on a busy machine. */
 #define SEARCH_LIMIT_NS	1000000000ull
 #define PAUSE_NS	100000
-#define PAGEMAP_PRESENT	(1ull << 63)
-#define PAGEMAP_WP	(1ull << 57)
-
-/* "/proc/PID", or "/proc/self", whatever the pid is in this PID namespace. */
-static void process_path(int32_t pid, char *path_ret, size_t size)
-{
-	if (pid)
-		snprintf(path_ret, size, "/proc/%d", pid);
-	else
-		snprintf(path_ret, size, "/proc/self");
-}
-
-static ssize_t read_path(const char *path, char *text_ret, size_t size)
-{
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t n;
-
-	text_ret[0] = 0;
-	if (fd < 0)
-		return -errno;
-	n = read(fd, text_ret, size - 1);
-	if (n < 0)
-		n = -errno;
-	else
-		text_ret[n] = 0;
-	close(fd);
-	return n;
-}
-
-static ssize_t read_of_thread(int32_t pid, int32_t thread_id, const char *name, char *text_ret,
-			      size_t size)
-{
-	char process[32], path[80];
-
-	process_path(pid, process, sizeof(process));
-	snprintf(path, sizeof(path), "%s/task/%d/%s", process, thread_id, name);
-	return read_path(path, text_ret, size);
-}
 
 static bool number_after(const char *text, const char *key, uint64_t *number_ret)
 {
@@ -78,7 +40,7 @@ int uffd_waiters_fdinfo(int fd, struct uffd_fdinfo *info_ret)
 	ssize_t n;
 
 	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
-	n = read_path(path, text, sizeof(text));
+	n = uffd_task_read_path(path, text, sizeof(text));
 	if (n < 0)
 		return (int)n;
 	return number_after(text, "pending:", &info_ret->pending) &&
@@ -92,7 +54,7 @@ static bool read_switches(int32_t pid, int32_t thread_id, uint64_t *switches_ret
 	char text[2048];
 	const char *state;
 
-	if (read_of_thread(pid, thread_id, "status", text, sizeof(text)) < 0)
+	if (uffd_task_read(pid, thread_id, "status", text, sizeof(text)) < 0)
 		return false;
 	state = strstr(text, "State:\t");
 	*sleeps_ret = state && (state[7] == 'S' || state[7] == 'D');
@@ -106,7 +68,7 @@ static bool read_faults(int32_t pid, int32_t thread_id, uint64_t *faults_ret)
 	char text[1024];
 	const char *at;
 
-	if (read_of_thread(pid, thread_id, "stat", text, sizeof(text)) < 0)
+	if (uffd_task_read(pid, thread_id, "stat", text, sizeof(text)) < 0)
 		return false;
 	at = strrchr(text, ')');
 	if (!at || sscanf(at, ") %*c %*d %*d %*d %*d %*d %*u %lu %*u %lu", &minor, &major) != 2)
@@ -119,7 +81,7 @@ static bool waits_for(int32_t pid, int32_t thread_id, const char *where)
 {
 	char text[64];
 
-	return read_of_thread(pid, thread_id, "wchan", text, sizeof(text)) > 0 &&
+	return uffd_task_read(pid, thread_id, "wchan", text, sizeof(text)) > 0 &&
 	       !strncmp(text, where, strlen(where));
 }
 
@@ -138,12 +100,12 @@ static bool look_at(int32_t pid, int32_t thread_id, struct uffd_waiter *waiter_r
 	       read_switches(pid, thread_id, &waiter_ret->mark, &sleeps);
 }
 
-bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter)
+bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter, bool was_woken)
 {
 	struct uffd_waiter now;
 
-	/* A search wakes it: it may not sleep yet. */
-	if (waiter->high)
+	/* It may not sleep again yet. */
+	if (was_woken && !waiter->is_event)
 		return read_faults(pid, waiter->thread_id, &now.mark) && now.mark == waiter->mark;
 	return look_at(pid, waiter->thread_id, &now) && now.is_event == waiter->is_event &&
 	       now.mark == waiter->mark;
@@ -166,7 +128,7 @@ uint32_t uffd_waiters_find(int32_t pid, struct uffd_waiter *waiters_ret, uint32_
 	long size;
 	int fd;
 
-	process_path(pid, process, sizeof(process));
+	uffd_task_process(pid, process, sizeof(process));
 	snprintf(path, sizeof(path), "%s/task", process);
 	fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (fd < 0)
@@ -255,7 +217,7 @@ static enum uffd_search confirm(int fd, int32_t pid, struct uffd_waiter *waiter,
 	case WAS_WOKEN:
 		/* It needs a CPU before it sleeps in the same fault again. */
 		return settle(pid, waiter->thread_id, give_up, &switches) &&
-		       uffd_waiters_is_same(pid, waiter) ? UFFD_SEARCH_FOUND
+		       uffd_waiters_is_same(pid, waiter, true) ? UFFD_SEARCH_FOUND
 							 : UFFD_SEARCH_UNFINISHED;
 	case SLEPT_ON:
 		waiter->low = waiter->high = 0;
@@ -289,162 +251,4 @@ enum uffd_search uffd_waiters_page(int fd, int32_t pid, struct uffd_waiter *wait
 			waiter->low = middle;
 	}
 	return confirm(fd, pid, waiter, give_up);
-}
-
-bool uffd_waiters_has_exited(int32_t pid)
-{
-	char path[32], text[1024];
-	const char *at;
-
-	if (pid <= 0)
-		return false;
-	if (kill(pid, 0) && errno == ESRCH)
-		return true;
-	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
-	if (read_path(path, text, sizeof(text)) < 0)
-		return false;
-	at = strrchr(text, ')');
-	return at && (!strncmp(at, ") Z", 3) || !strncmp(at, ") X", 3));
-}
-
-void uffd_waiters_put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id)
-{
-	char name[32];
-	ssize_t n = read_of_thread(pid, thread_id, "comm", name, sizeof(name));
-
-	uffd_line_text(line, "thread ");
-	uffd_line_number(line, (uint64_t)thread_id, 10);
-	if (n > 1) {
-		name[n - 1] = 0;
-		uffd_line_text(line, " (");
-		uffd_line_text(line, name);
-		uffd_line_text(line, ")");
-	}
-	uffd_line_text(line, " of process ");
-	uffd_line_number(line, (uint64_t)(pid ? pid : getpid()), 10);
-}
-
-static bool is_protected(int32_t pid, uint64_t page)
-{
-	char process[32], path[48];
-	uint64_t entry = 0;
-	int fd;
-
-	process_path(pid, process, sizeof(process));
-	snprintf(path, sizeof(path), "%s/pagemap", process);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return false;
-	if (pread(fd, &entry, sizeof(entry), (off_t)(page / BASE_PAGE * sizeof(entry))) !=
-	    sizeof(entry))
-		entry = 0;
-	close(fd);
-	return (entry & PAGEMAP_PRESENT) && (entry & PAGEMAP_WP);
-}
-
-/* A line of /proc/PID/maps: "start-end perms offset device inode   name". */
-static bool put_mapping(struct uffd_line *line, char *text, uint64_t page)
-{
-	char *at, *name = strchr(text, '/');
-	uint64_t start = strtoull(text, &at, 16), end;
-
-	if (*at != '-')
-		return false;
-	end = strtoull(at + 1, NULL, 16);
-	if (page < start || page >= end)
-		return false;
-	uffd_line_text(line, " of [");
-	uffd_line_number(line, start, 16);
-	uffd_line_text(line, ", ");
-	uffd_line_number(line, end, 16);
-	uffd_line_text(line, ")");
-	if (name) {
-		uffd_line_text(line, " (");
-		uffd_line_text(line, name);
-		uffd_line_text(line, ")");
-	}
-	return true;
-}
-
-static void put_region(struct uffd_line *line, int32_t pid, uint64_t page)
-{
-	char process[32], path[48], text[4096];
-	size_t used = 0;
-	ssize_t n = 0;
-	int fd;
-
-	process_path(pid, process, sizeof(process));
-	snprintf(path, sizeof(path), "%s/maps", process);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return;
-	do {
-		char *from = text, *end;
-
-		text[used] = 0;
-		for (; (end = strchr(from, '\n')); from = end + 1) {
-			*end = 0;
-			if (put_mapping(line, from, page)) {
-				close(fd);
-				return;
-			}
-		}
-		used -= (size_t)(from - text);
-		memmove(text, from, used);
-		/* A name longer than the buffer: the rest of its line does not parse. */
-		if (used == sizeof(text) - 1)
-			used = 0;
-		n = read(fd, text + used, sizeof(text) - 1 - used);
-		used += n > 0 ? (size_t)n : 0;
-	} while (n > 0);
-	close(fd);
-}
-
-void uffd_waiters_put_page(struct uffd_line *line, int32_t pid, uint64_t page)
-{
-	uffd_line_text(line, is_protected(pid, page) ? "write-protected page " : "page ");
-	uffd_line_number(line, page, 16);
-	put_region(line, pid, page);
-}
-
-void uffd_waiters_put_call(struct uffd_line *line, int32_t pid, int32_t thread_id)
-{
-	static const struct {
-		long number;
-		bool has_range;
-		const char *name;
-	} calls[] = {
-		{ SYS_fork, false, "fork" },	{ SYS_vfork, false, "vfork" },
-		{ SYS_clone, false, "fork" },	{ SYS_clone3, false, "fork" },
-		{ SYS_munmap, true, "munmap" }, { SYS_madvise, true, "madvise" },
-		{ SYS_mremap, true, "mremap" }, { SYS_mmap, true, "mmap" },
-		{ SYS_shmdt, false, "shmdt" },	{ SYS_shmat, false, "shmat" },
-		{ SYS_brk, false, "brk" },
-	};
-	char text[256], *at;
-	uint64_t start, length;
-	long number;
-
-	if (read_of_thread(pid, thread_id, "syscall", text, sizeof(text)) <= 0) {
-		uffd_line_text(line, "a system call");
-		return;
-	}
-	number = strtol(text, &at, 10);
-	start = strtoull(at, &at, 16);
-	length = strtoull(at, &at, 16);
-	for (size_t i = 0; i < sizeof(calls) / sizeof(calls[0]); i++) {
-		if (calls[i].number != number)
-			continue;
-		uffd_line_text(line, calls[i].name);
-		uffd_line_text(line, "(");
-		if (calls[i].has_range) {
-			uffd_line_number(line, start, 16);
-			uffd_line_text(line, ", ");
-			uffd_line_number(line, length, 16);
-		}
-		uffd_line_text(line, ")");
-		return;
-	}
-	uffd_line_text(line, "system call ");
-	uffd_line_number(line, (uint64_t)number, 10);
 }

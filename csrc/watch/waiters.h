@@ -11,7 +11,6 @@
 #include <stdint.h>
 
 #include "base/clock.h"
-#include "base/line.h"
 
 struct uffd_waiter {
 	int32_t thread_id;
@@ -31,8 +30,8 @@ int uffd_waiters_fdinfo(int fd, struct uffd_fdinfo *info_ret);
 
 /* Find a process's threads that wait for any userfaultfd; `pid` 0: this process. */
 uint32_t uffd_waiters_find(int32_t pid, struct uffd_waiter *waiters_ret, uint32_t capacity);
-/* Whether the thread has been waiting ever since. */
-bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter);
+/* Whether the thread has been waiting ever since; a search may have woken it meanwhile. */
+bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter, bool was_woken);
 
 enum uffd_search {
 	UFFD_SEARCH_FOUND,	/* waiter->low is the page */
@@ -49,13 +48,5 @@ enum uffd_search {
  */
 enum uffd_search uffd_waiters_page(int fd, int32_t pid, struct uffd_waiter *waiter,
 				   uint64_t low, uint64_t high);
-
-/* True also for a zombie; false for -1, an unknown process. */
-bool uffd_waiters_has_exited(int32_t pid);
-
-/* Describe a thread, a page and its mapping, and the system call a thread is in. */
-void uffd_waiters_put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id);
-void uffd_waiters_put_page(struct uffd_line *line, int32_t pid, uint64_t page);
-void uffd_waiters_put_call(struct uffd_line *line, int32_t pid, int32_t thread_id);
 
 #endif /* UFFD_WAITERS_H */

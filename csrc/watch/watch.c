@@ -14,8 +14,10 @@
 #include <unistd.h>
 
 #include "reads.h"
+#include "tasks.h"
 #include "waiters.h"
 #include "watch.h"
+#include "words.h"
 #include "base/line.h"
 
 #define NS_PER_S	1000000000ull
@@ -84,42 +86,7 @@ static uint64_t limit_of(const struct entry *entry)
 {
 	int32_t sent_to = entry->watched.sent_to;
 
-	return sent_to && !uffd_waiters_has_exited(sent_to) ? SENT_LIMIT_NS : LIMIT_NS;
-}
-
-static void put_seconds(struct uffd_line *line, const struct entry *entry, uint64_t now)
-{
-	uffd_line_text(line, " has waited for ");
-	uffd_line_number(line, (now - entry->since_ns) / NS_PER_S, 10);
-	uffd_line_text(line, " s");
-}
-
-static void put_advice(struct uffd_line *line, const struct entry *entry)
-{
-	int32_t sent_to = entry->watched.sent_to;
-
-	uffd_line_text(line, ", and nobody reads userfaultfd ");
-	uffd_line_number(line, (uint64_t)entry->watched.fd, 10);
-	if (entry->watched.reader == UFFD_WATCH_HANDLER) {
-		uffd_line_text(line, ": its Handler has not been started, call start()");
-	} else if (sent_to) {
-		uffd_line_text(line, ": it was sent to ");
-		uffd_line_text(line, sent_to > 0 ? "process " : "another process");
-		if (sent_to > 0)
-			uffd_line_number(line, (uint64_t)sent_to, 10);
-		uffd_line_text(line, uffd_waiters_has_exited(sent_to)
-					     ? ", which has exited"
-					     : ", which has not read it either");
-	} else {
-		uffd_line_text(line, ": call read_events() and handle the messages, or"
-				     " serve it with a Handler");
-	}
-	if (entry->count > 1) {
-		uffd_line_text(line, " (");
-		uffd_line_number(line, entry->count - 1, 10);
-		uffd_line_text(line, entry->count > 2 ? " more threads wait)"
-						      : " more thread waits)");
-	}
+	return sent_to && !uffd_task_has_exited(sent_to) ? SENT_LIMIT_NS : LIMIT_NS;
 }
 
 static enum uffd_search find_page(const struct entry *entry, struct uffd_waiter *waiter)
@@ -130,48 +97,13 @@ static enum uffd_search find_page(const struct entry *entry, struct uffd_waiter 
 				 entry->watched.low, entry->watched.high);
 }
 
-static void put_waiter(struct uffd_line *line, const struct entry *entry,
-		       const struct uffd_waiter *waiter, enum uffd_search search, uint64_t now)
-{
-	int32_t pid = entry->watched.owner_pid;
-
-	uffd_line_text(line, "pyuffd: ");
-	uffd_waiters_put_thread(line, pid, waiter->thread_id);
-	put_seconds(line, entry, now);
-	if (waiter->is_event) {
-		uffd_line_text(line, " in ");
-		uffd_waiters_put_call(line, pid, waiter->thread_id);
-		uffd_line_text(line, " for its event to be read");
-	} else {
-		uffd_line_text(line, " for ");
-		if (search == UFFD_SEARCH_FOUND) {
-			uffd_waiters_put_page(line, pid, waiter->low);
-		} else {
-			uffd_line_text(line, "a page in [");
-			uffd_line_number(line, waiter->low, 16);
-			uffd_line_text(line, ", ");
-			uffd_line_number(line, waiter->high, 16);
-			uffd_line_text(line, ")");
-		}
-	}
-	put_advice(line, entry);
-}
-
-/* Never block on stderr: forks and close() wait for this thread. */
-static bool can_say(int fd)
-{
-	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
-
-	return poll(&poll_fd, 1, 0) == 1 && (poll_fd.revents & POLLOUT);
-}
-
 static void say(struct entry *entry, uint64_t now)
 {
 	bool searches_on = now - entry->since_ns < limit_of(entry) + SEARCH_LIMIT_NS;
 	struct uffd_line line = { .used = 0 };
 	bool is_unfinished = false;
 
-	if (!can_say(entry->watched.say_fd))
+	if (!uffd_line_can_write(entry->watched.say_fd))
 		return;
 	for (uint32_t i = 0; i < entry->count && !is_unfinished && !entry->said; i++) {
 		struct uffd_waiter *waiter = &entry->waiters[i];
@@ -180,7 +112,8 @@ static void say(struct entry *entry, uint64_t now)
 		is_unfinished = search == UFFD_SEARCH_UNFINISHED && (searches_on || !waiter->high);
 		if (search == UFFD_SEARCH_OTHER || is_unfinished)
 			continue;
-		put_waiter(&line, entry, waiter, search, now);
+		uffd_words_put(&line, &entry->watched, waiter, search,
+			       (now - entry->since_ns) / NS_PER_S, entry->count - 1);
 		uffd_line_write(&line, entry->watched.say_fd);
 		entry->said = true;
 	}
@@ -218,38 +151,51 @@ static bool has_unread(struct entry *entry, bool *is_event_ret)
 	return is_same;
 }
 
-static void begin_with(struct entry *entry, bool is_event, uint64_t now)
+static bool has_waiter(const struct entry *entry, int32_t thread_id)
+{
+	for (uint32_t i = 0; i < entry->count; i++)
+		if (entry->waiters[i].thread_id == thread_id)
+			return true;
+	return false;
+}
+
+static void add_waiters(struct entry *entry, bool is_event)
 {
 	struct uffd_waiter found[WAITERS];
 	uint32_t count = uffd_waiters_find(entry->watched.owner_pid, found, WAITERS);
 
-	reset(entry);
-	entry->since_ns = now;
-	for (uint32_t i = 0; i < count; i++)
-		if (found[i].is_event == is_event)
+	for (uint32_t i = 0; i < count && entry->count < WAITERS; i++)
+		if (found[i].is_event == is_event && !has_waiter(entry, found[i].thread_id))
 			entry->waiters[entry->count++] = found[i];
+}
+
+/* Whether a search has begun: it wakes threads, which wait again once they have a CPU. */
+static bool were_woken(const struct entry *entry)
+{
+	for (uint32_t i = 0; i < entry->count; i++)
+		if (entry->waiters[i].high)
+			return true;
+	return false;
 }
 
 static void drop_continued(struct entry *entry, bool is_event)
 {
+	bool woken = were_woken(entry);
 	uint32_t kept = 0;
 
 	for (uint32_t i = 0; i < entry->count; i++)
 		if (entry->waiters[i].is_event == is_event &&
-		    uffd_waiters_is_same(entry->watched.owner_pid, &entry->waiters[i]))
+		    uffd_waiters_is_same(entry->watched.owner_pid, &entry->waiters[i], woken))
 			entry->waiters[kept++] = entry->waiters[i];
 	entry->count = kept;
 }
 
-/* The search for a page wakes a thread, which sends its message again once it has a CPU. */
-static bool is_searching(const struct entry *entry)
+static bool is_searching(struct entry *entry)
 {
-	if (!entry->said)
-		for (uint32_t i = 0; i < entry->count; i++)
-			if (entry->waiters[i].high &&
-			    uffd_waiters_is_same(entry->watched.owner_pid, &entry->waiters[i]))
-				return true;
-	return false;
+	if (entry->said || !were_woken(entry))
+		return false;
+	drop_continued(entry, false);
+	return entry->count;
 }
 
 static void look_at(struct entry *entry)
@@ -263,10 +209,16 @@ static void look_at(struct entry *entry)
 		return;
 	}
 	drop_continued(entry, is_event);
-	if (!entry->count)
-		begin_with(entry, is_event, now);
-	else if (!entry->said && now - entry->since_ns >= limit_of(entry))
+	if (!entry->count) {
+		reset(entry);
+		entry->since_ns = now;
+		add_waiters(entry, is_event);
+	} else if (!entry->said && now - entry->since_ns >= limit_of(entry)) {
+		/* Those that came later, before a search wakes them. */
+		if (!were_woken(entry))
+			add_waiters(entry, is_event);
 		say(entry, now);
+	}
 }
 
 /* The thread */

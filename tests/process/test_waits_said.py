@@ -273,12 +273,21 @@ def wait_until_said(count: int) -> None:
         time.sleep(0.1)
 
 
+def read_together(together: threading.Barrier, region: Region, offset: int) -> None:
+    together.wait()
+    region.read(offset, 1)
+
+
 def waits_twice() -> None:
     """Written once, however long it lasts, and again for a new wait. The answer is right anyway."""
     with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
         uffd.register(region)
         for number, page in enumerate((0, 2), 1):
-            readers = [threading.Thread(target=region.read, args=(page * PAGE, 1)) for _ in "ab"]
+            together = threading.Barrier(2)
+            readers = [
+                threading.Thread(target=read_together, args=(together, region, page * PAGE))
+                for _ in "ab"
+            ]
             for reader in readers:
                 reader.start()
             wait_until_said(number)

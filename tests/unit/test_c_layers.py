@@ -18,7 +18,9 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLOORS = [
     {"uffd_abi", "base/page", "base/array", "base/line", "base/clock", "base/gentle"},
     {"uffd_shim", "uffd_transfer", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
-    {"watch/waiters", "watch/reads", "uffd_residency"},
+    {"watch/tasks", "watch/watched", "watch/reads", "uffd_residency"},
+    {"watch/waiters"},
+    {"watch/words"},
     {"watch/watch"},
     {"uffd_owned", "access/access"},
     {"dirty/ranges", "remote/maps", "remote/thread"},
