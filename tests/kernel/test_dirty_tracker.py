@@ -244,11 +244,11 @@ def joined_by_a_move(is_above: bool) -> None:
     with Region.anonymous(64 * PAGE) as region:
         start = region.start
         region.write(20 * PAGE, b"data")
-        # Between gaps, so that it is a mapping of its own, as old as the other one.
-        call("munmap", start, 10 * PAGE)
-        call("munmap", start + 30 * PAGE, 34 * PAGE)
-        flags = ANON | MAP_FIXED
-        assert call("mmap", start + 50 * PAGE, 10 * PAGE, 3, flags, 2**64 - 1, 0)
+        # Between others, so that it is a mapping of its own, as old as the other one. Not between
+        # gaps, where memory of Python's may come.
+        for page, count, protection in ((0, 10, 0), (30, 34, 0), (50, 10, 3)):
+            place = start + page * PAGE
+            assert call("mmap", place, count * PAGE, protection, ANON | MAP_FIXED, 2**64 - 1, 0)
         with DirtyTracker(region) as tracker:
             tracker.collect().commit()
             target = start + 30 * PAGE if is_above else start

@@ -6,6 +6,7 @@ has read goes with the process that sent it.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import errno
@@ -238,6 +239,11 @@ def _state(pid: int) -> str:
 # Faults of the kernel's own, on behalf of a process that ends
 
 
+def _end_with_tid_at(address: int, over: threading.Lock) -> None:
+    syscall(SYS_SET_TID_ADDRESS, address)
+    over.release()
+
+
 def exit_with_tid_in_missing_memory(features: int) -> list[int]:
     """Let a thread end whose clear_child_tid is in missing memory; for `run_child`.
 
@@ -247,9 +253,11 @@ def exit_with_tid_in_missing_memory(features: int) -> list[int]:
     with Region.anonymous(SMALL_PAGE) as region, Userfaultfd(features=Feature(features)) as uffd:
         uffd.register(region, mode=MISSING)
         before = set(os.listdir("/proc/self/task"))
-        thread = threading.Thread(target=syscall, args=(SYS_SET_TID_ADDRESS, region.start))
-        thread.start()
-        thread.join()  # over for Python, and about to be for the kernel
+        over = threading.Lock()
+        over.acquire()
+        # Not a Thread: since Python 3.13 join() waits until the kernel has cleared the id.
+        _thread.start_new_thread(_end_with_tid_at, (region.start, over))
+        over.acquire()  # over for Python, and about to be for the kernel
         deadline = time.monotonic() + WAIT_S
         while left := set(os.listdir("/proc/self/task")) - before:
             if time.monotonic() > deadline:
