@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,25 @@ from tests._left_out import left_out
 from tests._memory import Memory, memory_of, memory_params
 
 TESTS = Path(__file__).parent
+# A shell's `make test &` ignores the first two, nohup the last; programs of tests need them.
+SIGNALS: dict[signal.Signals, Callable[..., object] | signal.Handlers] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGQUIT: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
 # The folders whose tests use the kernel's resources: they get huge pages and swap, and may leak.
 KERNEL_FOLDERS = tuple(TESTS / name for name in ("kernel", "process", "stress"))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the conformance suite's plugin reserve huge pages and swap for tests of the kernel."""
+    """Let the conformance suite's plugin reserve huge pages and swap for tests of the kernel.
+
+    The programs that tests start inherit which signals are ignored: none is.
+    """
+    for number, handler in SIGNALS.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     if not config.option.collectonly and _asks_for_kernel_tests(config):
         config.option.uffd_reserve = True
 
