@@ -130,7 +130,8 @@ def nothing_is_left() -> Iterator[None]:
     """Check that every descriptor that a test received is closed."""
     before = set(os.listdir("/proc/self/fd"))
     yield
-    assert set(os.listdir("/proc/self/fd")) == before
+    # Garbage of earlier tests may be closed meanwhile.
+    assert not set(os.listdir("/proc/self/fd")) - before
 
 
 @pytest.fixture
