@@ -240,6 +240,32 @@ def test_what_was_written_before_the_stop(
     assert max(looked) <= (64 * PAGE if length <= DENSE_BYTES else length)
 
 
+@pytest.mark.parametrize("stops", [1, 2])
+def test_first_writes_of_a_sparse_area(
+    stops: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its empty pages are not protected: the stop finds them, also one after a stop in vain."""
+    limit_s = 0.3 * SCALE
+    with writer(4 * DENSE_BYTES) as target, Process(target.pid) as process:
+        target.write(1, 8, 9)
+        found = 0
+
+        def at(name: str) -> None:
+            nonlocal found
+            if name == "armed":
+                target.write(2, 0, 3)
+            elif name == "stopped":
+                found += 1
+                if found < stops:
+                    time.sleep(limit_s)
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        take(process, tmp_path / "1", method="cow", ranges=[target.area], max_stall_s=limit_s)
+        with Snapshot.open(tmp_path / "1") as snapshot:
+            assert values(snapshot, target.area, 9) == b"\2\2\2" + bytes(5) + b"\1"
+    assert found >= stops
+
+
 def test_what_is_moved_before_it_is_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,6 +274,9 @@ class _Cow:
         self._noted()
         spans = _packed((part.start, part.end) for part in parts)
         old = ranges.subtract(ranges.intersect(self._registered, spans), self._touched)
+        # Before the next call, which protects the first page of each mapping.
+        some = ranges.intersect(self._sparse, old)
+        sparse = own_content(self._process, EVERYWHERE, unprotected=True, within=some)
         old = ranges.subtract(old, self._unregistered(parts))
         new = ranges.subtract(spans, old)
         self._registered = old
@@ -283,15 +286,17 @@ class _Cow:
                 self._register(_packed([row]))
         # Without protection: written since, new, or in memory of which only some was protected.
         look = ranges.intersect(new, self._registered)
-        some = ranges.intersect(self._sparse, old)
-        sparse = own_content(self._process, EVERYWHERE, unprotected=True, within=some)
+        sparse = ranges.intersect(sparse, old)
         bare = EVERYWHERE.scan(self._pagemap, unprotected=True, within=look)
         failed = self._protect(ranges.union(bare, sparse))
         self._registered = ranges.subtract(self._registered, failed)
         # What was moved is protected, and in another place than before.
         content = ranges.union(own_content(self._process, EVERYWHERE, within=look), sparse)
         found = ranges.union(ranges.intersect(self._populated, old), content)
-        return ranges.subtract(found, failed)
+        found = ranges.subtract(found, failed)
+        # All of it is protected now: if this stop is given up, the next one does not find it again.
+        self._populated = found
+        return found
 
     def _unregistered(self, parts: Sequence[Placed]) -> memoryview:
         """Return mappings that are not registered: one page of each tells."""
