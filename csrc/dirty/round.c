@@ -14,6 +14,12 @@
 #define RESET (UFFD_PM_SCAN_WP_MATCHING | UFFD_PM_SCAN_CHECK_WPASYNC)
 /* Room for a little more than the round before has found. */
 #define SPARE 64u
+/*
+ * Adjacent small mappings are scanned together, since a scan of one page costs a system call.  The
+ * kernel holds the lock of the mappings until it has found enough, so that they are not too many.
+ */
+#define RUN_MAPPINGS 1000u
+#define RUN_BYTES (64ull << 20)
 
 struct round {
 	int pagemap_fd;
@@ -314,6 +320,91 @@ static int round_of(struct round *round, struct uffd_tracked *at,
 	return round_of_file(round, at, mine, mine_count);
 }
 
+/* How many mappings, from one on, are one range that is tracked in one way. */
+static uint64_t run_of(const struct uffd_tracked *at, uint64_t count)
+{
+	uint64_t i = 1;
+
+	if (at->track != UFFD_TRACK_DENSE)
+		return 1;
+	while (i < count && i < RUN_MAPPINGS && at[i].start == at[i - 1].end &&
+	       at[i].end - at->start <= RUN_BYTES && at[i].track == at->track &&
+	       at[i].backing == at->backing && at[i].uffd == at->uffd)
+		i++;
+	return i;
+}
+
+static int round_of_each(struct round *round, struct uffd_tracked *at, uint64_t count,
+			 const struct uffd_page_region *known, uint64_t known_count)
+{
+	for (uint64_t i = 0; i < count; i++) {
+		int ret = round_of(round, &at[i], known, known_count);
+
+		at[i].error = (uint64_t)-ret;
+		if (ret == -ENOMEM || ret == -ESRCH)
+			return ret;
+	}
+	return 0;
+}
+
+static int without(struct uffd_page_ranges *mine, const struct uffd_page_ranges *others)
+{
+	struct uffd_page_ranges left = { 0 };
+	int ret = uffd_ranges_subtract(mine->vec, mine->count, others->vec, others->count, &left);
+
+	free(ret ? left.vec : mine->vec);
+	if (!ret)
+		*mine = left;
+	return ret;
+}
+
+/*
+ * A run that could not be scanned at once: one of its mappings is not registered any more, or is
+ * gone.  What was found before it has been protected and kept; what is found now came later.
+ */
+static int round_of_rest(struct round *round, struct uffd_tracked *at, uint64_t count,
+			 const struct uffd_page_region *known, uint64_t known_count)
+{
+	struct uffd_page_ranges written = { 0 }, dropped = { 0 };
+	struct round again = *round;
+	int ret, r;
+
+	again.written = &written;
+	again.dropped = &dropped;
+	ret = round_of_each(&again, at, count, known, known_count);
+	round->found = again.found;
+	r = without(round->dropped, &written);
+	if (!r)
+		r = without(round->written, &dropped);
+	if (!r)
+		r = join(round->written, &written);
+	if (!r)
+		r = join(round->dropped, &dropped);
+	free(written.vec);
+	free(dropped.vec);
+	return ret ? ret : r;
+}
+
+static int round_of_run(struct round *round, struct uffd_tracked *at, uint64_t count,
+			const struct uffd_page_region *known, uint64_t known_count)
+{
+	struct uffd_tracked whole = *at;
+	int ret;
+
+	if (count == 1)
+		return round_of_each(round, at, 1, known, known_count);
+	whole.end = at[count - 1].end;
+	ret = round_of(round, &whole, known, known_count);
+	at->found = whole.found;
+	if (ret && ret != -ENOMEM && ret != -ESRCH)
+		return round_of_rest(round, at, count, known, known_count);
+	if (ret)
+		return ret;
+	for (uint64_t i = 0; i < count; i++)
+		at[i].error = 0;
+	return 0;
+}
+
 int uffd_round(int pagemap_fd, struct uffd_tracked *tracked, uint64_t count, uint32_t flags,
 	       const struct uffd_page_region *known, uint64_t known_count,
 	       struct uffd_page_ranges *written_ret, struct uffd_page_ranges *dropped_ret,
@@ -328,12 +419,9 @@ int uffd_round(int pagemap_fd, struct uffd_tracked *tracked, uint64_t count, uin
 	};
 	int ret = 0;
 
-	for (uint64_t i = 0; !ret && i < count; i++) {
-		int r = round_of(&round, &tracked[i], known, known_count);
-
-		tracked[i].error = (uint64_t)-r;
-		if (r == -ENOMEM || r == -ESRCH)
-			ret = r;
+	for (uint64_t i = 0, run; !ret && i < count; i += run) {
+		run = run_of(&tracked[i], count - i);
+		ret = round_of_run(&round, &tracked[i], run, known, known_count);
 	}
 	free(round.found.vec);
 	return ret ? ret : uffd_pagemap_alive(pagemap_fd);

@@ -15,6 +15,9 @@
 #include "uffd_shim.h"
 
 #define PROTECT_MOST 1000u /* attempts */
+/* Ranges up to this size are protected together: as quick as a call for one page of each. */
+#define SMALL (128u << 10)
+#define RUN_RANGES 1000u
 
 static void lock(struct uffd_saver *saver)
 {
@@ -112,14 +115,30 @@ int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec,
 	return ret;
 }
 
+/* How many small ranges, from one on, are adjacent. */
+static uint64_t adjacent(const struct uffd_page_region *vec, uint64_t count)
+{
+	uint64_t i = 0;
+
+	while (i < count && i < RUN_RANGES && vec[i].end - vec[i].start <= SMALL &&
+	       (!i || vec[i].start == vec[i - 1].end))
+		i++;
+	return i ? i : 1;
+}
+
 int uffd_saver_unregistered(struct uffd_saver *saver, const struct uffd_page_region *vec,
 			    uint64_t count, struct uffd_page_ranges *ranges_ret)
 {
 	int ret = 0;
 
-	for (uint64_t i = 0; !ret && i < count; i++)
-		if (protect(saver, vec[i].start, BASE_PAGE))
-			ret = uffd_ranges_append(ranges_ret, vec[i].start, vec[i].end);
+	for (uint64_t i = 0, run; !ret && i < count; i += run) {
+		run = adjacent(vec + i, count - i);
+		if (run > 1 && !protect(saver, vec[i].start, vec[i + run - 1].end - vec[i].start))
+			continue;
+		for (uint64_t j = i; !ret && j < i + run; j++)
+			if (protect(saver, vec[j].start, BASE_PAGE))
+				ret = uffd_ranges_append(ranges_ret, vec[j].start, vec[j].end);
+	}
 	return ret;
 }
 

@@ -63,6 +63,8 @@ class TrackedRows:
         if not self._count:
             return []
         words = memoryview(ffi.buffer(self._vec)).cast("Q")[5::7]
+        if not words.tobytes().strip(b"\0"):
+            return []  # nearly always, and there may be many
         return [(index, code) for index, code in enumerate(words) if code]
 
 

@@ -235,7 +235,40 @@ def new_memory_with_other_permissions() -> None:
                 assert place in [(change.start, change.end) for change in found]
 
 
-@pytest.mark.parametrize("how", [new_memory_at_the_same_place, new_memory_with_other_permissions])
+def new_memory_among_many_mappings() -> None:
+    """They are scanned together; what was written below it, in it and above it is reported."""
+    with Region.anonymous(64 * PAGE) as region:
+        region.fill(1)
+        for page in range(0, 64, 2):
+            _memory.mprotect(region.start + page * PAGE, PAGE, mmap.PROT_READ)
+        with DirtyTracker(region) as tracker:
+            tracker.collect().commit()
+            _memory.mmap(PAGE, READ_WRITE, FIXED, address=region.start + 31 * PAGE)
+            for page in (1, 31, 33, 63):
+                region.write(page * PAGE, b"new")
+            _memory.madvise(region.start + 5 * PAGE, PAGE, mmap.MADV_DONTNEED)
+            _memory.madvise(region.start + 61 * PAGE, PAGE, mmap.MADV_DONTNEED)
+            with tracker.collect() as round_:
+                assert pages(region, round_.written) == [1, 31, 33, 63]
+                assert pages(region, round_.dropped) == [5, 61]
+                place = (region.start + 31 * PAGE, region.start + 32 * PAGE)
+                for kind in (Mapped, Unmapped):
+                    found = [c for c in round_.layout if isinstance(c, kind)]
+                    assert [(change.start, change.end) for change in found] == [place]
+                round_.commit()
+            for page in (31, 35):
+                region.write(page * PAGE, b"seen")
+            assert pages(region, tracker.collect().written) == [31, 35]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        new_memory_at_the_same_place,
+        new_memory_with_other_permissions,
+        new_memory_among_many_mappings,
+    ],
+)
 def test_new_memory_at_the_same_place(how: Callable[[], None]) -> None:
     run_child(how)
 

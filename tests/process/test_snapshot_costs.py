@@ -27,7 +27,7 @@ from pyuffd import (
 from pyuffd import _image_calls as calls
 from pyuffd._saver_calls import Saver
 from pyuffd.dirty._round import Pending
-from pyuffd.snapshot import _own_pages
+from pyuffd.snapshot import _capture, _own_pages
 from pyuffd.snapshot._capture import Options
 from pyuffd.snapshot._drain import Drain
 from pyuffd.snapshot._writer import MEMORY, Writer
@@ -296,3 +296,29 @@ def test_no_call_registers_or_unregisters_all_of_many_mappings(
     for name, calls_ in spans.items():
         held = [bisect_left(starts, end) - bisect_left(starts, start) for start, end in calls_]
         assert (name, sum(held) >= 2500, max(held) <= 1000) == (name, True, True), held
+
+
+@pytest.mark.parametrize("method", ["precopy", "cow"])
+def test_the_stop_does_nothing_for_each_of_many_mappings(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mappings are read and compared; all that is made of them was made before."""
+    count, calls_ = 2500, 0
+
+    def called(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls_
+        calls_ += event == "call"
+
+    def at(name: str) -> None:
+        nonlocal calls_
+        if name == "stopped":
+            calls_ = 0
+        sys.setprofile(called if name == "stopped" else None)
+
+    with many_mappings(count) as process:
+        monkeypatch.setattr(_capture, "barrier", at)
+        try:
+            take(process, tmp_path / "one", method=method, max_stall_s=20 * SCALE)
+        finally:
+            sys.setprofile(None)
+    assert 0 < calls_ < count // 2

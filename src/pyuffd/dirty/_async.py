@@ -61,6 +61,8 @@ class AsyncMethod:
         self._mappings = self._read_mappings()
         self._rows: list[Row] = []
         self._refused: dict[Mapping, Blind] = {}
+        # The result of `blind`, for the rows and the number of refused mappings that it is of.
+        self._gaps: tuple[list[Row], int, list[Blind]] | None = None
         self._tracked = calls.TrackedRows([])
         self._known = NO_RANGES
         self._set_rows(self._wanted(self._mappings))
@@ -185,9 +187,13 @@ class AsyncMethod:
 
     # Rounds
 
-    def collect(self) -> Pending:
-        """Return what was written since the last call, and protect it again."""
-        layout = self._follow()
+    def collect(self, mappings: Mappings | None = None) -> Pending:
+        """Return what was written since the last call, and protect it again.
+
+        Args:
+            mappings: All mappings, if they were read since the target has stopped.
+        """
+        layout = self._follow(mappings)
         # Before the scan: what has been dropped by now is seen by it.
         drops = self._watch.collect(self._watched()) if self._watch else None
         found = self._scan(self._tracked, 0, self._known)
@@ -249,9 +255,10 @@ class AsyncMethod:
         )
         return old, new
 
-    def _follow(self) -> list[LayoutChange]:
+    def _follow(self, mappings: Mappings | None) -> list[LayoutChange]:
         """Read the mappings again, and scan those that exist now."""
-        mappings = self._read_mappings()
+        if mappings is None or self._spans is not None:
+            mappings = self._read_mappings()
         if mappings == self._mappings:
             return []
         layout = _layout.changes(*self._both(mappings))
@@ -318,12 +325,17 @@ class AsyncMethod:
     # Blind ranges
 
     def blind(self) -> list[Blind]:
-        """Return what cannot be seen of the mappings."""
+        """Return what cannot be seen of the mappings; the same list while they are the same."""
+        known = self._gaps
+        if known is not None and known[0] is self._rows and known[1] == len(self._refused):
+            return known[2]
         sees_drops = self._watch is not None
         seen = [
             b for row in self._rows for b in _blind.of_mapping(row.mapping, sees_drops=sees_drops)
         ]
-        return [*seen, *self._refused.values()]
+        found = [*seen, *self._refused.values()]
+        self._gaps = self._rows, len(self._refused), found
+        return found
 
     def close(self) -> None:
         """Unregister what was registered, for a userfaultfd that stays open."""

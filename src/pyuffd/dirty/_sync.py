@@ -103,9 +103,14 @@ class SyncMethod:
                 found = calls.union(found, entries.where(bit).memoryview())
         return found
 
-    def collect(self) -> Pending:
-        """Return what was written since the last call, and protect it again."""
-        mappings = self._process.mappings()
+    def collect(self, mappings: Mappings | None = None) -> Pending:
+        """Return what was written since the last call, and protect it again.
+
+        Args:
+            mappings: All mappings, if they were read since the target has stopped.
+        """
+        if mappings is None:
+            mappings = self._process.mappings()
         written, dropped, unsure = NO_RANGES, NO_RANGES, NO_RANGES
         gone = []
         for row in self._rows:

@@ -28,6 +28,7 @@ from pyuffd.dirty._drops import DropWatch
 from pyuffd.dirty._round import DirtyRound, Pending, make
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import _pinned
+from pyuffd.remote._mappings import Mappings
 from pyuffd.remote._process import Process
 
 MethodName = Literal["auto", "wp-async", "wp-sync"]
@@ -40,7 +41,7 @@ _NO_ASYNC = "this kernel has no Feature.WP_ASYNC (Linux 6.7), which PAGEMAP_SCAN
 
 
 class _Method(Protocol):
-    def collect(self) -> Pending: ...
+    def collect(self, mappings: Mappings | None = None) -> Pending: ...
 
     def peek(self) -> Pending: ...
 
@@ -210,12 +211,17 @@ class DirtyTracker(Closing):
         """
         return self._collect()
 
-    def _collect(self, *, is_stopped: bool = False) -> DirtyRound:
-        """End a round; while the target stands, nobody has to look at what its threads do."""
+    def _collect(self, *, is_stopped: bool = False, mappings: Mappings | None = None) -> DirtyRound:
+        """End a round; while the target stands, nobody has to look at what its threads do.
+
+        Args:
+            is_stopped: The target stands.
+            mappings: Its mappings, if they were read since it has stopped.
+        """
         with self._lock:
             self._check_open()
             now = time.monotonic()
-            found = self._method.collect()
+            found = self._method.collect(mappings)
             new = self._with_unsure(found, self._pinned) if is_stopped else self._with_pins(found)
             seconds, self._since = now - self._since, now
             written = PageRanges(new.written).bytes
@@ -292,7 +298,7 @@ class DirtyTracker(Closing):
         """
         with self._lock:
             self._check_open()
-            found = self._method.blind()
+            found = list(self._method.blind())
         for pin in _pinned.look(self._process.memory_tid).pins:
             found.append(Blind(pin.start, pin.end, BlindReason.PINNED, pin.detail))
         return tuple(sorted(found, key=lambda blind: (blind.start, blind.end, blind.reason.value)))

@@ -7,9 +7,11 @@ the same code (`_methods.capture`). What the file cannot tell, the states of its
 from __future__ import annotations
 
 import math
+import struct
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from pyuffd import _dirty_calls as ranges
@@ -56,6 +58,7 @@ class Placed:
 
 
 # Called with the mappings, in the stop and perhaps before; an address keeps its place (`Places`).
+# While nothing changes it returns the same list, of which everything is known (`Frame`).
 Layout = Callable[[Mappings], Sequence[Placed]]
 
 
@@ -149,30 +152,57 @@ def pieces_of(layout: Sequence[Placed]) -> calls.Pieces:
     )
 
 
+class Frame:
+    """What is made of a layout for C, once: in the stop there is no time for each mapping.
+
+    A layout that has not changed since is the same list, see `Layout`.
+    """
+
+    def __init__(self, layout: Sequence[Placed]) -> None:
+        self.layout = layout
+
+    @cached_property
+    def pieces(self) -> calls.Pieces:
+        """The places."""
+        return pieces_of(self.layout)
+
+    @cached_property
+    def rows(self) -> memoryview:
+        """Its parts, one by one, packed."""
+        return packed(self.layout)
+
+    @cached_property
+    def spans(self) -> memoryview:
+        """Its pages, packed."""
+        return PageRanges.of((part.start, part.end) for part in self.layout).memoryview()
+
+    @cached_property
+    def behind(self) -> memoryview:
+        """Those of them that a file on a disk may have, in the page table or not."""
+        return PageRanges.of(
+            (part.start, part.end)
+            for part in self.layout
+            if part.whole and (part.mapping.kind in DISK or not part.mapping.shared)
+        ).memoryview()
+
+    def content(self, process: Process, *, within: memoryview | None = None) -> memoryview:
+        """Return the pages that have content, packed; `within` packed ranges only."""
+        if not self.layout:
+            return ranges.NO_RANGES
+        found = own_content(process, self.pieces, within=within)
+        behind = self.behind
+        return ranges.union(found, behind if within is None else ranges.intersect(behind, within))
+
+
+def packed(parts: Iterable[Placed]) -> memoryview:
+    """Return parts in ascending order as C takes them, also where they touch."""
+    words = [word for part in parts for word in (part.start, part.end, 0)]
+    return memoryview(struct.pack(f"={len(words)}Q", *words)).cast("Q")
+
+
 def has_no_file(mapping: Mapping) -> bool:
     """Whether no page of a mapping can be one of a file."""
     return not mapping.has_file and mapping.kind in WITHOUT_FILE
-
-
-def content(
-    process: Process,
-    layout: Sequence[Placed],
-    pieces: calls.Pieces,
-    *,
-    within: memoryview | None = None,
-) -> memoryview:
-    """Return the pages of a layout that have content, packed; `within` packed ranges only."""
-    found = own_content(process, pieces, within=within)
-    # What a file on a disk has behind a part, whether it is in the page table or not.
-    files = [
-        (part.start, part.end)
-        for part in layout
-        if part.whole and (part.mapping.kind in DISK or not part.mapping.shared)
-    ]
-    if not files:
-        return found
-    behind = PageRanges.of(files).memoryview()
-    return ranges.union(found, behind if within is None else ranges.intersect(behind, within))
 
 
 def own_content(

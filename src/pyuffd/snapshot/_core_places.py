@@ -67,18 +67,38 @@ class CoreLayout:
         self._chooser = Chooser(process, mappings, full=full)
         self._places = Places(first)
         self._known: dict[tuple[int | bytes, ...], _Known] = {}
+        # Of the last call: the mappings, what tells them apart, and the result.
+        self._last: Mappings | None = None
+        self._keys: list[tuple[int | bytes, ...]] = []
+        self._unsettled: list[int] = []
+        self._captured: list[Placed] = []
         self(mappings)  # so that little is new in the stop
 
     def __call__(self, mappings: Mappings) -> Sequence[Placed]:
-        """Return what of these mappings goes where."""
-        keys = list(keys_of(mappings))
-        new = [
-            index
-            for index, key in enumerate(keys)
-            if (known := self._known.get(key)) is None or not known.is_settled
-        ]
+        """Return what of these mappings goes where; the same list while nothing changes."""
+        is_same = self._last == mappings
+        self._last = None
+        if is_same:
+            keys, new = self._keys, self._unsettled
+        else:
+            keys = self._keys = list(keys_of(mappings))
+            known_of = self._known.get
+            new = [
+                index
+                for index, key in enumerate(keys)
+                if (known := known_of(key)) is None or not known.is_settled
+            ]
         for index, choice in zip(new, self._chooser.choose(mappings[i] for i in new), strict=True):
-            self._known[keys[index]] = self._decided(choice)
+            decided = self._decided(choice)
+            is_same = is_same and self._known[keys[index]] == decided
+            self._known[keys[index]] = decided
+        self._unsettled = [index for index in new if not self._known[keys[index]].is_settled]
+        if not is_same:
+            self._captured = self._sorted_out(keys)
+        self._last = mappings
+        return self._captured
+
+    def _sorted_out(self, keys: Iterable[tuple[int | bytes, ...]]) -> list[Placed]:
         every = [known for key in keys if not _is_kernels(known := self._known[key])]
         self.parts = [known.wanted for known in every]
         self.placed = [placed for known in every for placed in known.placed]

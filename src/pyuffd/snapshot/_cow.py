@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from functools import cached_property
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
@@ -22,16 +23,17 @@ from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import _pinned
 from pyuffd.remote import _stop as stopping
+from pyuffd.remote._mappings import Mappings
 from pyuffd.remote._process import Process
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import (
     Captured,
+    Frame,
     Layout,
     Options,
     Placed,
     SnapshotProgress,
     at_barrier,
-    content,
     has_no_file,
     own_content,
     pieces_of,
@@ -97,6 +99,7 @@ class _Cow:
         self._populated = ranges.NO_RANGES
         # Written, dropped, unmapped or moved since, and not protected again.
         self._touched = ranges.NO_RANGES
+        self._frame = _Frame([])
         self._armed = 0  # mappings
         self._spans: list[tuple[int, int]] = []  # registered by one call each
         # What of it was not only written.
@@ -138,7 +141,7 @@ class _Cow:
             )
         at_barrier("resumed")
         self._writer.punch(result.layout)
-        self._writer.write_taken(pieces_of(result.layout))
+        self._writer.write_taken(self._frame.pieces)
         self._sweep(result)
         return result
 
@@ -248,42 +251,48 @@ class _Cow:
             at_barrier("stopped")
             result.instant_ns = time.time_ns()
             mappings = process.mappings()
-            layout = result.layout = self._layout_of(mappings)
-            parts = [part for part in layout if _is_protected(part)]
+            frame = self._frame_of(mappings)
+            layout = result.layout = frame.layout
             if len(self._fixed):
                 self._fixed = ranges.union(self._fixed, self._fixed_buffers())
-            owed = ranges.subtract(self._owed(parts), self._fixed)
-            others = self._others(layout, parts)
-            if any(part.whole for part in layout):
+            owed = ranges.subtract(self._owed(frame.protected), self._fixed)
+            others = self._others(frame)
+            if len(frame.agreed):
                 until_s = math.inf  # it was agreed that shared memory is copied in the stop
-            is_taken = self._writer.take(others, pieces_of(layout), until_s)
+            is_taken = self._writer.take(others, frame.pieces, until_s)
             if not is_taken or time.monotonic() > until_s:
                 self._writer.forget(others)
                 return False
             if options.in_stop is not None:
                 options.in_stop(stop, mappings, layout)
             process.check()
-            self._fail(self._saver.begin(pieces_of(parts), owed))
+            self._fail(self._saver.begin(frame.protected.pieces, owed))
             result.stop_bytes = PageRanges(others).bytes
             at_barrier("saves")
         stop.check()
         return True
 
-    def _owed(self, parts: Sequence[Placed]) -> memoryview:
+    def _frame_of(self, mappings: Mappings) -> _Frame:
+        """Return the places of mappings; what is made of them is kept while they are the same."""
+        layout = self._layout_of(mappings)
+        if layout is not self._frame.layout:
+            self._frame = _Frame(layout)
+        return self._frame
+
+    def _owed(self, parts: Frame) -> memoryview:
         """Protect what is not protected yet; return all pages with content."""
         self._noted()
-        spans = _packed((part.start, part.end) for part in parts)
-        old = ranges.subtract(ranges.intersect(self._registered, spans), self._touched)
+        old = ranges.subtract(ranges.intersect(self._registered, parts.spans), self._touched)
         # Before the next call, which protects the first page of each mapping.
         some = ranges.intersect(self._sparse, old)
         sparse = own_content(self._process, EVERYWHERE, unprotected=True, within=some)
-        old = ranges.subtract(old, self._unregistered(parts))
-        new = ranges.subtract(spans, old)
+        old = ranges.subtract(old, self._saver.unregistered(parts.rows))
+        new = ranges.subtract(parts.spans, old)
         self._registered = old
-        rows = [(part.start, part.end) for part in parts]
-        for row, size in zip(rows, ranges.bytes_in(new, _rows.packed(rows)), strict=True):
-            if size:
-                self._register(_packed([row]))
+        if len(new):
+            for part, size in zip(parts.layout, ranges.bytes_in(new, parts.rows), strict=True):
+                if size:
+                    self._register(_packed([(part.start, part.end)]))
         # Without protection: written since, new, or in memory of which only some was protected.
         look = ranges.intersect(new, self._registered)
         sparse = ranges.intersect(sparse, old)
@@ -298,43 +307,34 @@ class _Cow:
         self._populated = found
         return found
 
-    def _unregistered(self, parts: Sequence[Placed]) -> memoryview:
-        """Return mappings that are not registered: one page of each tells."""
-        return self._saver.unregistered(_rows.packed((part.start, part.end) for part in parts))
-
     def _prepare(self) -> None:
         """Do what every stop begins with: raise if that and the copying would be too long."""
         limit_s = self._options.max_stall_s
         for _ in range(ATTEMPTS):
             begin = time.perf_counter()
-            layout = self._layout_of(self._process.mappings())
+            frame = self._frame_of(self._process.mappings())
             self._fixed = self._fixed_buffers()
-            parts = [part for part in layout if _is_protected(part)]
-            rest = [part for part in layout if not _is_protected(part)]
-            found = content(self._process, rest, pieces_of(rest))
-            spans = _packed((part.start, part.end) for part in parts)
-            found = ranges.union(found, self._fixed_content(spans))
+            found = frame.rest.content(self._process)
+            found = ranges.union(found, self._fixed_content(frame.protected.spans))
+            frame.prepare()
             seconds = time.perf_counter() - begin
-            agreed = _packed((part.start, part.end) for part in rest if part.whole)
-            size = PageRanges(ranges.subtract(found, agreed)).bytes
+            size = PageRanges(ranges.subtract(found, frame.agreed)).bytes
             seconds += size / self._writer.read_speed
             if seconds <= limit_s:
                 self._writer.prepare(PageRanges(found).bytes)
-                self._fail(self._saver.prepare(pieces_of(parts), self._populated))
+                self._fail(self._saver.prepare(frame.protected.pieces, self._populated))
                 return
         raise SnapshotError(
             "stalled",
-            f"process {self._process.pid} would stand for {seconds:.2g} s while its {len(layout)}"
-            f" mappings are looked at and {size / 1e6:.0f} MB are copied that cannot be protected,"
-            f" and max_stall_s is {limit_s:g} s",
+            f"process {self._process.pid} would stand for {seconds:.2g} s while its"
+            f" {len(frame.layout)} mappings are looked at and {size / 1e6:.0f} MB are copied that"
+            f" cannot be protected, and max_stall_s is {limit_s:g} s",
         )
 
-    def _others(self, layout: Sequence[Placed], parts: Sequence[Placed]) -> memoryview:
+    def _others(self, frame: _Frame) -> memoryview:
         """Return the content that cannot be protected."""
-        mine = set(map(id, parts))
-        rest = [part for part in layout if id(part) not in mine]
-        found = content(self._process, rest, pieces_of(rest))
-        spans = _packed((part.start, part.end) for part in parts)
+        found = frame.rest.content(self._process)
+        spans = frame.protected.spans
         refused = ranges.subtract(spans, self._registered)
         found = ranges.union(found, own_content(self._process, EVERYWHERE, within=refused))
         return ranges.union(found, self._fixed_content(spans))
@@ -384,6 +384,28 @@ class _Cow:
                 " lifted",
             )
         raise_errno("saving pages", code)
+
+
+class _Frame(Frame):
+    @cached_property
+    def protected(self) -> Frame:
+        """The parts that can be protected."""
+        return Frame([part for part in self.layout if _is_protected(part)])
+
+    @cached_property
+    def rest(self) -> Frame:
+        """The others."""
+        return Frame([part for part in self.layout if not _is_protected(part)])
+
+    @cached_property
+    def agreed(self) -> memoryview:
+        """The pages that are copied in the stop, however long that lasts."""
+        return _packed((part.start, part.end) for part in self.layout if part.whole)
+
+    def prepare(self) -> None:
+        """Make all that the stop needs."""
+        parts = self.protected
+        _ = self.pieces, parts.pieces, parts.rows, parts.spans, self.rest.pieces, self.agreed
 
 
 def _is_protected(part: Placed) -> bool:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd._errors import SnapshotError, StopTimeoutError
-from pyuffd.dirty import BlindReason, DirtyRound, DirtyTracker, Moved, Protected
+from pyuffd.dirty import Blind, BlindReason, DirtyRound, DirtyTracker, Moved, Protected
 from pyuffd.dirty._round import Pending
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import _stop as stopping
-from pyuffd.remote._mappings import MappingKind
+from pyuffd.remote._mappings import MappingKind, Mappings
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import (
     Captured,
+    Frame,
     Layout,
     Options,
     Placed,
     at_barrier,
-    content,
-    pieces_of,
 )
 from pyuffd.snapshot._writer import MEMORY, Writer
 
@@ -96,6 +95,8 @@ class _Rounds:
         self._options = options
         self._tracker = tracker
         self._changes = changes
+        self._frame = _Frame([])
+        self._unseen_of: tuple[_Frame, list[Blind], Frame] | None = None
         self._seen: list[Placed] = []
         self._late: StopTimeoutError | None = None
         self._slow: list[float] = []
@@ -147,7 +148,9 @@ class _Rounds:
             begin = time.perf_counter()
             left = ranges.union(left, self._round())
             mappings = self._process.mappings()
-            pieces_of(self._layout_of(mappings))
+            frame = self._frame_of(mappings)
+            frame.prepare()
+            self._unseen(frame)
             seconds.append(time.perf_counter() - begin)
         if min(seconds) > self._options.max_stall_s:
             raise SnapshotError(
@@ -184,9 +187,16 @@ class _Rounds:
         )
 
     def _everything(self) -> memoryview:
-        layout = self._layout_of(self._process.mappings())
-        self._seen = list(layout)
-        return content(self._process, layout, pieces_of(layout))
+        frame = self._frame_of(self._process.mappings())
+        self._seen = list(frame.layout)
+        return frame.content(self._process)
+
+    def _frame_of(self, mappings: Mappings) -> _Frame:
+        """Return the places of mappings; what is made of them is kept while they are the same."""
+        layout = self._layout_of(mappings)
+        if layout is not self._frame.layout:
+            self._frame = _Frame(layout)
+        return self._frame
 
     def _add(self, round_: DirtyRound) -> None:
         pending = Pending(
@@ -200,9 +210,10 @@ class _Rounds:
         self._writer.forget(gone)
         self._changes.absent = ranges.union(self._changes.absent, gone)
 
-    def _round(self, *, is_stopped: bool = False) -> memoryview:
-        """End a round; return what has to be copied."""
-        with self._tracker._collect(is_stopped=is_stopped) as round_:
+    def _round(self, mappings: Mappings | None = None) -> memoryview:
+        """End a round, with the mappings if it stands; return what has to be copied."""
+        is_stopped = mappings is not None
+        with self._tracker._collect(is_stopped=is_stopped, mappings=mappings) as round_:
             self._add(round_)
             round_.commit()
             return ranges.union(round_.written.memoryview(), round_.unsure.memoryview())
@@ -211,11 +222,10 @@ class _Rounds:
         """Copy pages while the process runs; what is lost by that is in a later round."""
         if not len(pages):
             return
-        layout = self._layout_of(self._process.mappings())
-        self._seen = list(layout)
-        pieces = pieces_of(layout)
-        found = content(self._process, layout, pieces, within=pages)
-        self._writer.copy(ranges.intersect(pages, found), pieces, "before", slow=True)
+        frame = self._frame_of(self._process.mappings())
+        self._seen = list(frame.layout)
+        found = frame.content(self._process, within=pages)
+        self._writer.copy(ranges.intersect(pages, found), frame.pieces, "before", slow=True)
 
     def _stop(self, left: memoryview, result: Captured) -> bool:
         """Copy the rest in the stop; False if it would be too much."""
@@ -235,23 +245,22 @@ class _Rounds:
             at_barrier("stopped")
             result.instant_ns = time.time_ns()
             mappings = process.mappings()
-            layout = self._layout_of(mappings)
-            pieces = pieces_of(layout)
-            spans = PageRanges.of((part.start, part.end) for part in layout).memoryview()
-            left = ranges.intersect(ranges.union(left, self._round(is_stopped=True)), spans)
+            frame = self._frame_of(mappings)
+            layout, pieces = frame.layout, frame.pieces
+            left = ranges.intersect(ranges.union(left, self._round(mappings)), frame.spans)
             if time.monotonic() > until_s:
                 self._tracker._put_back(Pending(unsure=left))  # the next round has it
                 self._slow.append(time.perf_counter() - begin)
                 self._mappings = len(mappings)
                 return False
-            left = ranges.subtract(left, self._note_holes(layout, left))
+            left = ranges.subtract(left, self._note_holes(frame, left))
             if not self._fits(PageRanges(left).bytes * COPY_PART):
                 self._tracker._put_back(Pending(unsure=left))  # the next round has it
                 return False
             if not self._writer.take(left, pieces, until_s):
                 self._tracker._put_back(Pending(unsure=left))
                 return False
-            unseen = ranges.subtract(self._unseen(layout), left)
+            unseen = ranges.subtract(self._unseen(frame), left)
             self._writer.copy(unseen, pieces, "stop")  # its length was agreed to
             if options.in_stop is not None:
                 options.in_stop(stop, mappings, layout)
@@ -265,34 +274,44 @@ class _Rounds:
         self._writer.write_taken(pieces)
         return True
 
-    def _note_holes(self, layout: Sequence[Placed], pages: memoryview) -> memoryview:
+    def _note_holes(self, frame: _Frame, pages: memoryview) -> memoryview:
         """Note pages of memfds and of hugetlb memory that are not there; return them.
 
         They are what the file holds, if there is one. Reading them would fill its holes, and use
         up huge pages.
         """
-        parts = [
-            part for part in layout if part.mapping.kind in (MappingKind.SHMEM, MappingKind.HUGETLB)
-        ]
-        spans = PageRanges.of((part.start, part.end) for part in parts).memoryview()
-        wanted = ranges.intersect(pages, spans)
+        of_memory = frame.of_memory
+        wanted = ranges.intersect(pages, of_memory.spans)
         if not len(wanted):
             return wanted
-        found = content(self._process, parts, pieces_of(parts), within=wanted)
+        found = of_memory.content(self._process, within=wanted)
         holes = ranges.subtract(wanted, found)
         self._writer.forget(holes)
         self._changes.absent = ranges.union(self._changes.absent, holes)
         return holes
 
-    def _unseen(self, layout: Sequence[Placed]) -> memoryview:
+    def _unseen(self, frame: _Frame) -> memoryview:
         """Return the pages that the tracker says nothing about."""
-        gaps = [gap for gap in self._tracker.blind if gap.reason in UNSEEN]
-        parts = [
-            part
-            for part in layout
-            if any(gap.start < part.end and part.start < gap.end for gap in gaps)
-        ]
-        return content(self._process, parts, pieces_of(parts))
+        blind = self._tracker._method.blind()
+        known = self._unseen_of
+        if known is None or known[0] is not frame or known[1] is not blind:
+            gaps = PageRanges.of((gap.start, gap.end) for gap in blind if gap.reason in UNSEEN)
+            sizes = ranges.bytes_in(gaps.memoryview(), frame.rows)
+            parts = [part for part, size in zip(frame.layout, sizes, strict=True) if size]
+            known = self._unseen_of = frame, blind, Frame(parts)
+        return known[2].content(self._process)
+
+
+class _Frame(Frame):
+    @cached_property
+    def of_memory(self) -> Frame:
+        """The parts that are of memfds and the like."""
+        kinds = (MappingKind.SHMEM, MappingKind.HUGETLB)
+        return Frame([part for part in self.layout if part.mapping.kind in kinds])
+
+    def prepare(self) -> None:
+        """Make all that the stop needs."""
+        _ = self.pieces, self.spans, self.rows, self.of_memory.spans
 
 
 def _replaced(round_: DirtyRound) -> memoryview:

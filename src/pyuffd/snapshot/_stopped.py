@@ -7,7 +7,7 @@ import time
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import _stop as stopping
 from pyuffd.remote._process import Process
-from pyuffd.snapshot._capture import Captured, Layout, Options, at_barrier, content, pieces_of
+from pyuffd.snapshot._capture import Captured, Frame, Layout, Options, at_barrier
 from pyuffd.snapshot._writer import Writer
 
 
@@ -24,9 +24,9 @@ def captured(process: Process, layout_of: Layout, writer: Writer, options: Optio
         result.layout = layout_of(mappings)
         if options.in_stop is not None:
             options.in_stop(stop, mappings, result.layout)
-        pieces = pieces_of(result.layout)
-        pages = content(process, result.layout, pieces)
-        writer.copy(pages, pieces, "stop", until_s=until_s)
+        frame = Frame(result.layout)
+        pages = frame.content(process)
+        writer.copy(pages, frame.pieces, "stop", until_s=until_s)
         result.stop_bytes = PageRanges(pages).bytes
         at_barrier("copied")
         process.check()
