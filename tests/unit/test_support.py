@@ -208,7 +208,7 @@ def run_suite(folder: Path, *args: str, **env: str) -> tuple[int, str]:
         env={**clean, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     return done.returncode, done.stdout
 
