@@ -896,3 +896,72 @@ def test_command_and_signals(
     assert popen.returncode == expected
     assert list(tmp_path.iterdir()) == []
     wait_until("it runs", target.runs)
+
+
+# Where a signal comes, of the steps at the end of a command.
+LATE = """
+import os, signal, sys
+import pyuffd.cli
+from pyuffd.snapshot import _capture, _core_file, _files
+
+place, number, *words = sys.argv[1:]
+
+
+def comes(at):
+    if at == place:
+        os.kill(os.getpid(), int(number))
+
+
+def around(owner, name):
+    real = getattr(owner, name)
+
+    def call(*args, **more):
+        comes(f"before {name}")
+        result = real(*args, **more)
+        comes(f"after {name}")
+        return result
+
+    setattr(owner, name, call)
+
+
+_capture.barrier = comes
+around(_core_file.NewFile, "publish")
+around(_files.NewDirectory, "settle")
+around(os, "link")
+around(os, "rename")
+sys.argv[1:] = words
+status = pyuffd.cli.main()
+comes("end")
+sys.exit(status)
+"""
+BEFORE_IT = {"core": ["written", "before publish"], "snapshot": ["written"]}
+AFTER_IT = {
+    "core": ["before link", "after publish", "end"],
+    "snapshot": ["before rename", "after settle", "end"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command_", "place", "status_"),
+    [
+        (name, place, status_)
+        for status_, places in ((143, BEFORE_IT), (0, AFTER_IT))
+        for name in ("core", "snapshot")
+        for place in places[name]
+    ],
+)
+def test_a_signal_near_the_end(
+    sleeper: Target, tmp_path: Path, command_: str, place: str, status_: int
+) -> None:
+    """There is a file if and only if the exit status is that of success."""
+    words = [command_, str(sleeper.pid), "-o", str(tmp_path / "it"), "--method", "stopped"]
+    result = subprocess.run(
+        [sys.executable, "-c", LATE, place, str(int(signal.SIGTERM)), *words],
+        capture_output=True,
+        text=True,
+        timeout=60 * SCALE,
+    )
+    assert (result.returncode, result.stderr) == (status_, "")
+    assert os.listdir(tmp_path) == ([] if status_ else ["it"])
+    assert ("pause" in result.stdout.partition("\n")[2]) == (not status_)
+    wait_until("it runs", sleeper.runs)

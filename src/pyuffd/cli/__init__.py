@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import pyuffd
-from pyuffd.cli._signals import Ended, ended_by
+from pyuffd.cli._signals import Ended, ended_by, restore
 
 COMMANDS = {
     "conformance": (
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        argv: The arguments after the program's name; those of this process by default.
+        argv: The arguments after the program's name; those of this process by default, which then
+            has nothing else to do: signals that come too late to end the command stay ignored.
 
     Returns:
         The command's exit status; 2 after a usage error, or an expected error, which is written to
@@ -92,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (pyuffd.UffdError, OSError) as error:
         print(f"pyuffd: {_sentence(error)}", file=sys.stderr)
         return EXIT_ERROR
+    finally:
+        if argv is not None:
+            restore()
     return status
 
 

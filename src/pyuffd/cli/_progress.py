@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from pyuffd import SnapshotProgress
+from pyuffd.cli._signals import come_too_late
 
 MIB = float(1 << 20)
 LINE_EVERY_S = 1.0
@@ -86,6 +88,20 @@ def progress_shown(*, quiet: bool) -> ProgressBar | ProgressLines | Quiet:
         with suppress(ImportError):
             return ProgressBar()
     return ProgressLines()
+
+
+def until_named(
+    shown: Callable[[SnapshotProgress], None],
+) -> Callable[[SnapshotProgress], None]:
+    """Return the same, after which no signal ends a command that has written what it was to."""
+
+    def tell(progress: SnapshotProgress) -> None:
+        if progress.phase == "name":
+            come_too_late()
+        else:
+            shown(progress)
+
+    return tell
 
 
 class Quiet:

@@ -33,6 +33,9 @@ class _State:
     depth = 0
     last = 0  # the number of the last one that came
     hook = sys.unraisablehook
+    # The command has done what it was to: its exit status says so, whatever comes.
+    is_late = False
+    ignored: Final[dict[signal.Signals, Any]] = {}  # and what handled them before
 
 
 @contextmanager
@@ -51,7 +54,7 @@ def ended_by(*numbers: signal.Signals) -> Iterator[None]:
     try:
         _State.depth += 1
         if _State.depth == 1:
-            _State.last, _State.hook = 0, sys.unraisablehook
+            _State.last, _State.hook, _State.is_late = 0, sys.unraisablehook, False
             sys.unraisablehook = _unraisable
             before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _again)
         for number in numbers:
@@ -66,10 +69,36 @@ def ended_by(*numbers: signal.Signals) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = _State.hook
         for each, action in before.items():
+            if _State.is_late and each != signal.SIGALRM:
+                _State.ignored[each] = action
+                action = signal.SIG_IGN
             signal.signal(each, action)
 
 
+def come_too_late() -> None:
+    """Let no signal end the command any more, until this process ends or `restore`.
+
+    Right before the step that makes its result complete: then either a signal has ended the command
+    and there is no result, or there is one and the exit status says so.
+    """
+    if not _State.depth:
+        return
+    _State.is_late = True
+    if _State.last:  # it was swallowed just now
+        _State.is_late = False
+        raise _exception(_State.last)
+
+
+def restore() -> None:
+    """Handle signals as before the command, in a program that goes on."""
+    for each, action in _State.ignored.items():
+        signal.signal(each, action)
+    _State.ignored.clear()
+
+
 def _end(number: int, frame: FrameType | None) -> None:
+    if _State.is_late:
+        return
     _State.last = number
     while frame is not None:
         if frame.f_code is _unraisable.__code__:  # which swallows, too

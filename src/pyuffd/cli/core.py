@@ -11,7 +11,7 @@ from typing import Any
 
 from pyuffd import CoreFile, Process, Snapshot, write_core
 from pyuffd.cli._expected import limited_pause, reading
-from pyuffd.cli._progress import MIB, progress_shown
+from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
 
@@ -31,7 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " its threads, of one instant. It runs on afterwards. gdb, lldb, eu-stack, drgn, pystack"
         " and py-spy open it as they open the core of a crash.",
         epilog="Exit status: 0 when the core is complete, 2 on an error, 130 after Ctrl-C, 143"
-        " after SIGTERM, 129 after SIGHUP, and then there is no file; 141 if the reader of"
+        " after SIGTERM, 129 after SIGHUP, and then there is no file: a signal that comes when the"
+        " core is complete is ignored; 141 if the reader of"
         " stdout is gone, and there may be one. The process runs on as before. The"
         " file has mode 0600, and replaces nothing. A progress bar needs rich"
         " (pip install 'pyuffd[cli]').",
@@ -84,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
                     full=args.full,
                     max_stall_s=args.max_stall,
                     durable=args.sync,
-                    progress=shown,
+                    progress=until_named(shown),
                 )
+            _print(args, core)
     except ValueError as error:
         print(f"pyuffd: {error}", file=sys.stderr)
         return 2
-    _print(args, core)
     return 0
 
 
@@ -99,13 +100,10 @@ def _run_from(args: argparse.Namespace) -> int:
         raise ValueError("--from: --full, --method and --max-stall are for running processes")
     if args.output is None:
         raise ValueError("--from needs -o FILE")
-    with (
-        ended_by(signal.SIGTERM, signal.SIGHUP),
-        Snapshot.open(args.snapshot) as snapshot,
-        progress_shown(quiet=args.json) as shown,
-    ):
-        core = snapshot.write_core(args.output, durable=args.sync, progress=shown)
-    _print(args, core)
+    with ended_by(signal.SIGTERM, signal.SIGHUP), Snapshot.open(args.snapshot) as snapshot:
+        with progress_shown(quiet=args.json) as shown:
+            core = snapshot.write_core(args.output, durable=args.sync, progress=until_named(shown))
+        _print(args, core)
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from pyuffd import Snapshot
-from pyuffd.cli._progress import progress_shown
+from pyuffd.cli._progress import progress_shown, until_named
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Write it."""
     with Snapshot.open(args.directory) as snapshot, progress_shown(quiet=args.json) as shown:
         depth = snapshot.depth
-        new = snapshot.flatten(args.output, durable=not args.no_sync, progress=shown)
+        new = snapshot.flatten(args.output, durable=not args.no_sync, progress=until_named(shown))
     if args.json:
         print(json.dumps({"path": args.output, "id": new, "depth": depth}))
     else:

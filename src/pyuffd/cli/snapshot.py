@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from pyuffd import Process, Snapshot, SnapshotReport
 from pyuffd.cli._expected import limited_pause
-from pyuffd.cli._progress import MIB, progress_shown
+from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
 
@@ -25,8 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Write the memory of a running process, as it is at one instant, to a new"
         " directory. The process needs no preparation and runs on, except for a pause.",
         epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM, 129"
-        " after SIGHUP, and then there is no directory; 141 if the reader of stdout is gone, and"
-        " there may be one. The process runs on as before.",
+        " after SIGHUP, and then there is no directory: a signal that comes when the snapshot is"
+        " complete is ignored; 141 if the reader of stdout is gone, and there may be one. The"
+        " process runs on as before.",
     )
     parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
     parser.add_argument(
@@ -96,12 +97,12 @@ def run(args: argparse.Namespace) -> int:
                     rate=args.rate,
                     durable=not args.no_sync,
                     compress=args.compress,
-                    progress=shown,
+                    progress=until_named(shown),
                 )
+            print(json.dumps(asdict(report)) if args.json else _table(report))
     except ValueError as error:
         print(f"pyuffd: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(asdict(report)) if args.json else _table(report))
     return 0
 
 

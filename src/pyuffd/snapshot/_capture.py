@@ -67,7 +67,8 @@ class SnapshotProgress:
     """How far it is; a callback may show it.
 
     Attributes:
-        phase: "before" the stop, "stop", "sweep" behind it, "sums".
+        phase: "before" the stop, "stop", "sweep" behind it, "sums"; at last "name", when all is
+            written and gets its name next.
         bytes: Bytes done in this phase.
         total: Of how many; 0 if that is unknown.
     """

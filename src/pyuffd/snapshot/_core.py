@@ -206,7 +206,7 @@ def _written(
         core.finish()
         process.check()
         at_barrier("written")
-        file.publish(durable=request.durable)
+        file.publish(durable=request.durable, before=core.tell_of_name)
         return core.result(reason)
 
 
@@ -282,6 +282,10 @@ class _Core:
             )
         if self._request.progress is not None:
             self._request.progress(progress)
+
+    def tell_of_name(self) -> None:
+        """Tell the caller that all is written."""
+        self._tell(SnapshotProgress("name"))
 
     def finish(self) -> None:
         """Write the vdso, then notes and headers behind the memory, and the ELF header last."""

@@ -14,7 +14,7 @@ from pyuffd.snapshot import _core_elf
 from pyuffd.snapshot._output import write_at
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from pyuffd.snapshot._core_elf import Segment
@@ -67,15 +67,18 @@ class NewFile(Closing):
         assert self._file is not None
         return self._file.number
 
-    def publish(self, *, durable: bool) -> None:
+    def publish(self, *, durable: bool, before: Callable[[], None] | None = None) -> None:
         """Give it its name, if nothing else has the name by now.
 
         Args:
             durable: Wait until the content and the name are on the disk.
+            before: Called right before it gets the name.
         """
         here = self._folder.number
         if durable:
             os.fsync(self.fileno())
+        if before is not None:
+            before()
         try:
             if self._hidden_name:
                 self._rename(here)

@@ -45,7 +45,7 @@ def write_core(
         core = _Core(image, about, file.fileno(), progress)
         core.write()
         at_barrier("written")
-        file.publish(durable=durable)
+        file.publish(durable=durable, before=core.tell_of_name)
     facts = image.manifest["facts"]
     try:
         return CoreFile(
@@ -83,6 +83,11 @@ class _Core:
     lost: list[tuple[int, int]] = field(default_factory=list)
     _segments: list[Segment] = field(default_factory=list)
     _end: int = PAGE_SIZE  # where the memory in the file ends; the ELF header is before it
+
+    def tell_of_name(self) -> None:
+        """Tell the caller that all is written."""
+        if self.progress is not None:
+            self.progress(SnapshotProgress("name"))
 
     def write(self) -> None:
         """Write memory, then notes and headers behind it, and the ELF header last."""

@@ -8,12 +8,13 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyuffd import _image_calls as calls
 from pyuffd._owned import Descriptor
+from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._format import PAGES
 
 
@@ -114,10 +115,16 @@ class NewDirectory:
             with self.named(PAGES):
                 os.fsync(self.pages.number)
 
-    def settle(self) -> None:
-        """Give the directory its name, if nobody else has taken it meanwhile."""
+    def settle(self, progress: Callable[[SnapshotProgress], None] | None) -> None:
+        """Give the directory its name, if nobody else has taken it meanwhile.
+
+        Args:
+            progress: Told right before.
+        """
         if self._durable:
             _sync_directory(self._temporary)
+        if progress is not None:
+            progress(SnapshotProgress("name"))
         _rename_new(self._temporary, self.path)
         if self._durable:
             _sync_directory(self.path.parent)

@@ -105,7 +105,7 @@ def finish(
     }
     directory.write(_format.MANIFEST, _format.seal(manifest))
     at_barrier("written")
-    directory.settle()
+    directory.settle(request.progress)
     at_barrier("settled")
     return replace(report, seconds=time.perf_counter() - begin)
 

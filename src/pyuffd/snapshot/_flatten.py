@@ -72,7 +72,7 @@ def flatten(
         }
         directory.write(_format.MANIFEST, _format.seal(manifest))
         at_barrier("written")
-        directory.settle()
+        directory.settle(progress)
         return directory.id
 
 
