@@ -390,7 +390,7 @@ def test_stopped_while_it_saves(program: str, tmp_path: Path) -> None:
     """SIGSTOP of ours: the protection is lifted, the process works on, and the snapshot ends."""
     with counters(program, 2, 400) as target, Process(target.pid) as process:
         with standing_at(
-            "begun sweep", process, tmp_path / "one", method="cow", max_stall_s=0.05, rate=1e5
+            "begun sweep", process, tmp_path / "one", method="cow", max_stall_s=0.5, rate=1e5
         ) as pid:
             os.kill(pid, signal.SIGSTOP)
             target.works_on()
