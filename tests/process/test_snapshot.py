@@ -33,7 +33,7 @@ from pyuffd import (
     write_core,
 )
 from pyuffd._owned import Descriptor
-from pyuffd.cli import main
+from pyuffd.cli import _expected, main
 from pyuffd.cli._expected import limited_pause
 from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _private_files, _sums
 from pyuffd.snapshot._capture import Method, Used
@@ -689,13 +689,16 @@ input()
 """
 
 
-def test_many_mappings(tmp_path: Path) -> None:
+def test_many_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process is not stopped if reading its mappings is too long by itself."""
     with python(MAPS) as (process, address):
         # The first line of the commands tells it.
         told = limited_pause(process, 1e-5)
-        assert f"reading its {len(process.mappings())} mappings" in told
+        assert f"stopping its 1 threads and reading its {len(process.mappings())} mappings" in told
         assert limited_pause(process, 100) == "for at most 100 s"
+        with monkeypatch.context() as patch:
+            patch.setattr(_expected, "THREAD_S", 200.0)
+            assert "last 200" in limited_pause(process, 100)
         with pytest.raises(SnapshotError, match="mappings are read") as caught:
             take(process, tmp_path / "0", method="precopy", max_stall_s=0.001)
         assert caught.value.reason == "stalled"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd import CoreFile, Process, Snapshot, write_core
-from pyuffd.cli._expected import limited_pause, reading
+from pyuffd.cli._expected import limited_pause, needed
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
@@ -120,7 +120,7 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace")
     name = "".join(c if c.isprintable() else "?" for c in name[:-1])  # it may be anything
     if args.method == "stopped":
-        expected = size / EXPECTED_RATE + 0.01 + reading(target)[1]
+        expected = size / EXPECTED_RATE + 0.01 + needed(target)[2]
         pause = f"while all is copied, {expected:.2f} s or more"
     else:
         limit_s = args.max_stall or STALL_S
