@@ -25,12 +25,15 @@ bool pause_is_over(struct uffd_engine *engine)
 	return true;
 }
 
+/* Others wait for the same work meanwhile, and the end of the engine ends the pause. */
+#define LOOK_NS	1000000
+
 /* Until everybody who looked before the pause began has left. */
-static bool await_faults(struct uffd_engine *engine, uint64_t give_up)
+static bool await_faults(struct uffd_engine *engine)
 {
 	unsigned int attempt = 0;
 
-	while (!await_work_until(engine, give_up) || uffd_hold_any_fault(&engine->holds) ||
+	while (!await_work_until(engine, uffd_now_ns() + LOOK_NS) || uffd_hold_any_fault(&engine->holds) ||
 	       (engine->table && !uffd_table_is_quiet(engine->table))) {
 		if (pause_is_over(engine))
 			return false;
@@ -47,7 +50,7 @@ int uffd_engine_pause(struct uffd_engine *engine, uint64_t limit_ns, uint64_t *t
 	    !atomic_compare_exchange_strong(&engine->pause.until_ns, &nothing, until))
 		return -EBUSY;
 	*token_ret = until;
-	return await_faults(engine, until) ? 0 : -ETIMEDOUT;
+	return await_faults(engine) ? 0 : -ETIMEDOUT;
 }
 
 int uffd_engine_resume(struct uffd_engine *engine, uint64_t token)

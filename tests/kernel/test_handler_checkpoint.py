@@ -11,10 +11,23 @@ import warnings
 import numpy as np
 import pytest
 
-from pyuffd import CallableSource, Handler, HandlerError, PageState, RangeBusyError, StateRanges
+from pyuffd import (
+    BufferSource,
+    CallableSource,
+    ClosedError,
+    Handler,
+    HandlerError,
+    PagePoisonedError,
+    PageState,
+    RangeBusyError,
+    Region,
+    StateRanges,
+    Userfaultfd,
+)
 from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_params
+from tests.kernel._faults import Task
 from tests.kernel._serving import content, run_threads, states, wait_until
 from tests.kernel._verbs import (
     ABSENT,
@@ -273,6 +286,36 @@ def stopped_while_held() -> None:
 @needs(NEEDED)
 def test_stop_ends_a_hold() -> None:
     run_child(stopped_while_held)
+
+
+def stopped_as_a_hold_waits() -> None:
+    """The source of a fault is memory that nobody fills: hold() waits for it, and stop() comes."""
+    with (
+        Userfaultfd() as other,
+        Region.anonymous(PAGES * 4096) as never_filled,
+        handling("native") as handler,
+        filling(handler, "anon", BufferSource(never_filled)) as region,
+    ):
+        other.register(never_filled)
+        reader = Task(region.read, 0, 1)
+        wait_until(lambda: bool(other.read_events()), "the engine waits for its source")
+        holding = Task(handler.hold, 60.0)
+        time.sleep(0.05)
+        assert holding.running
+        handler.stats()  # returned when hold() gave up
+        assert holding.running
+        with pytest.raises(HandlerError, match="source"):
+            handler.stop(drain=False, timeout_s=0.1)
+        with pytest.raises(ClosedError, match="stopped before its faults were held"):
+            holding.result()
+        other.zeropage(never_filled)
+        with pytest.raises(PagePoisonedError):
+            reader.result()
+
+
+@needs(NEEDED)
+def test_stop_as_a_hold_waits() -> None:
+    run_child(stopped_as_a_hold_waits)
 
 
 def refused() -> None:
