@@ -266,7 +266,9 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 				       states_ret + ((offset - first) >> shift), &r);
 			offset += past - at;
 		} else {
-			r = atomic_load(&access.space->gone) ? -ESRCH : -ENOENT;
+			r = atomic_load(&access.space->gone)   ? -ESRCH
+			    : atomic_load(&engine->end.began) ? -ECANCELED
+							       : -ENOENT;
 		}
 		close_access(&access);
 		if (r == 0)

@@ -59,8 +59,8 @@ def _runs_here(source: PageSource) -> bool:
 class Ending:
     """Ends a handler once; `work` returns the error that stop() raises.
 
-    `cut_short` is called when the waiting thread is interrupted. `progress` returns a value that
-    changes while the work makes progress.
+    `hurry` lets the work wait for page sources no longer than so many seconds from now. `progress`
+    returns a value that changes while the work makes progress.
 
     Threads: safe, and usable in a signal handler that interrupted the waiting thread.
     """
@@ -69,13 +69,13 @@ class Ending:
         self,
         name: str,
         work: Callable[[Ending], HandlerError | None],
-        cut_short: Callable[[], None],
+        hurry: Callable[[float], None],
         progress: Callable[[], object],
         limit_s: float,
     ) -> None:
         self.is_cut_short = False
         self._work = work
-        self._cut_short = cut_short
+        self._hurry = hurry
         self._progress = progress
         self._error: BaseException | None = None
         self._is_over = Latch()
@@ -111,8 +111,17 @@ class Ending:
     def cut_short(self) -> None:
         """Stop waiting for page sources."""
         self.is_cut_short = True
+        self._let_hurry(GRACE_S)
+
+    def shorten(self, limit_s: float) -> None:
+        """Wait for page sources no longer than `limit_s` from now; never longer than before."""
+        if not self._is_over.is_set() and limit_s < self.left_s():
+            self._give_up_at, self._limit_s = time.monotonic() + limit_s, limit_s
+            self._let_hurry(max(GRACE_S, limit_s))
+
+    def _let_hurry(self, limit_s: float) -> None:
         try:
-            self._cut_short()
+            self._hurry(limit_s)
         except Exception as error:  # the handler may have ended, or its helper may be lost
             log.debug("cutting the end of a handler short: %s", error)
 

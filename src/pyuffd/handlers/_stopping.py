@@ -14,7 +14,7 @@ from pyuffd.handlers._aftermath import completed, describe, leave_behind, views_
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checks import check_timeout, handler_error
-from pyuffd.handlers._ending import GRACE_S, Ending, refuse_sources_thread
+from pyuffd.handlers._ending import Ending, refuse_sources_thread
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._types import Ended, known_failure
 from pyuffd.handlers.process._remote import RemoteEngine
@@ -29,7 +29,7 @@ class Stops(HandlerBase):
         """Stop: resolve or poison what waits, unregister every region, end the driver.
 
         Pages that were never filled are poisoned, as by `unserve`. A second call does nothing, or
-        waits for the first.
+        waits for the first, which waits for page sources no longer than either asked for.
 
         Args:
             drain: Fill the pages that threads wait for now. False poisons them.
@@ -65,15 +65,18 @@ class Stops(HandlerBase):
 
     def _stop(self, drain: bool, limit_s: float) -> None:
         with self._ending_lock:
-            if self._ending is None and self._engine is not None:
+            earlier = self._ending
+            if earlier is None and self._engine is not None:
                 self._drains = drain
                 self._ending = Ending(
                     self._ending_name,
                     self._finish,
-                    lambda: self._running_engine().hurry(GRACE_S),
+                    lambda left_s: self._running_engine().hurry(left_s),
                     lambda: self._running_engine().progress(),
                     limit_s,
                 )
+        if earlier is not None:
+            earlier.shorten(limit_s)
         if self._ending is not None:
             self._ending.wait()
 

@@ -1,0 +1,168 @@
+"""A page's source blocks for good: what the other verbs do meanwhile, and as the handler stops.
+
+The engine is inside the source: memory that another userfaultfd never fills, or a callable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from pyuffd import (
+    BufferSource,
+    CallableSource,
+    ClosedError,
+    Feature,
+    Handler,
+    HandlerError,
+    PagePoisonedError,
+    Region,
+    RegisterMode,
+    UffdOSError,
+    Userfaultfd,
+)
+from pyuffd.testing import needs
+from pyuffd.testing._needs import needs_kernel_faults
+from tests._child import run_child
+from tests.kernel._faults import Task
+from tests.kernel._serving import wait_until
+from tests.process._pitfalls import Driver
+
+PAGE = 4096
+PAGES = 4
+# All cells run at once; what does not wait needs a fraction of this.
+SOON_S = 3.0
+LIMIT_S = 60.0
+MODE = RegisterMode.MISSING | RegisterMode.WP
+
+pytestmark = [needs(Feature.PAGEFAULT_FLAG_WP), needs_kernel_faults()]
+
+
+@dataclass(frozen=True)
+class Place:
+    handler: Handler
+    region: Region
+    offset: int
+
+
+Verb = Callable[[Place], Any]
+
+VERBS: dict[str, Verb] = {
+    "checkpoint": lambda at: at.handler.checkpoint(at.region, at.offset, PAGE),
+    "evict": lambda at: at.handler.evict(at.region, at.offset, PAGE, write_back=None),
+    "fill": lambda at: at.handler.fill(at.region, at.offset, b"f" * PAGE),
+    "page_states": lambda at: at.handler.page_states(at.region),
+    "populate": lambda at: at.handler.populate(at.region, at.offset, PAGE),
+    "recent_faults": lambda at: at.handler.recent_faults(),
+    "retry": lambda at: at.handler.retry(at.region),
+    "stats": lambda at: at.handler.stats(),
+    "unprotect": lambda at: at.handler.unprotect(at.region, at.offset, PAGE),
+    "unserve": lambda at: at.handler.unserve(at.region, at.offset, PAGE),
+    "writeprotect": lambda at: at.handler.writeprotect(at.region, at.offset, PAGE),
+}
+# The others do not wait for a page whose source is stuck.
+WAIT = ("checkpoint", "evict", "fill", "unprotect", "unserve", "writeprotect")
+
+
+@dataclass
+class Stuck:
+    handler: Handler
+    stuck: Region
+    other: Region
+    reader: Task[bytes]
+    never_filled: Region
+    filler: Userfaultfd
+
+
+@contextmanager
+def in_native(at: ExitStack) -> Iterator[Stuck]:
+    """A handler whose engine waits for its source, at the first page of a region."""
+    never_filled = at.enter_context(Region.anonymous(PAGES * PAGE))
+    stuck, other = (at.enter_context(Region.anonymous(PAGES * PAGE)) for _ in "ab")
+    filler = at.enter_context(Userfaultfd())
+    uffd = at.enter_context(Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP))
+    handler = Handler(uffd, driver="native", stall_timeout_s=LIMIT_S)
+    handler.start()
+    handler.serve(stuck, BufferSource(never_filled), mode=MODE)
+    handler.serve(other, b"o" * (PAGES * PAGE), mode=MODE)
+    handler.populate(other)
+    filler.register(never_filled)
+    reader = Task(stuck.read, 0, 1)
+    wait_until(lambda: bool(filler.read_events()), "the engine waits for its source")
+    yield Stuck(handler, stuck, other, reader, never_filled, filler)
+
+
+def in_a_hurry(handler: Handler) -> None:
+    handler.stop(timeout_s=0.1)
+
+
+def all_verbs() -> None:
+    with ExitStack() as stack:
+        rows: dict[str, tuple[Stuck, Task[Any], Task[Any]]] = {}
+        for name, verb in VERBS.items():
+            made = stack.enter_context(in_native(stack))
+            # One after the other: `other` must not wait behind what waits.
+            beside = Task(verb, Place(made.handler, made.other, 0))
+            rows[name] = (made, beside, Task(verb, Place(made.handler, made.stuck, 0)))
+        time.sleep(SOON_S)
+        slow = [name for name, (_, beside, _) in rows.items() if beside.running]
+        assert not slow, f"they wait for a page of another region: {slow}"
+        for _, beside, _ in rows.values():
+            beside.result()
+        assert {name for name, (_, _, at) in rows.items() if at.running} == set(WAIT)
+        began = time.monotonic()
+        # At once, before what waits gives up by itself.
+        stops = {name: Task(in_a_hurry, made.handler) for name, (made, _, _) in rows.items()}
+        for name, (made, _, at) in rows.items():
+            with pytest.raises(HandlerError, match="source"):
+                stops[name].result()
+            if name in WAIT:
+                with pytest.raises((ClosedError, UffdOSError), match="stop") as said:
+                    at.result()
+                assert "No such file" not in str(said.value), name
+            with pytest.raises(PagePoisonedError):
+                made.reader.result()
+            made.filler.zeropage(made.never_filled)
+        assert time.monotonic() - began < SOON_S
+
+
+def test_verbs_beside_a_stuck_source() -> None:
+    run_child(all_verbs, budget_s=60)
+
+
+def never(offset: int, length: int) -> bytes:
+    time.sleep(LIMIT_S)
+    return b"n" * length
+
+
+def stopped_twice(driver: Driver) -> None:
+    """The second stop() is in more of a hurry than the first, or than close()."""
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(PAGES * PAGE) as region,
+        Handler(uffd, driver=driver, stall_timeout_s=LIMIT_S) as handler,
+    ):
+        handler.serve(region, CallableSource(never))
+        reader = Task(region.read, 0, 1)
+        wait_until(lambda: handler.stats().requests > 0, "the source is asked")
+        patient = Task(lambda: handler.stop(timeout_s=LIMIT_S))
+        time.sleep(0.2)
+        assert patient.running
+        began = time.monotonic()
+        hasty = Task(in_a_hurry, handler)
+        with pytest.raises(HandlerError):  # told to one of the two
+            for task in (hasty, patient):
+                task.result()
+        assert time.monotonic() - began < SOON_S
+        with pytest.raises(PagePoisonedError):
+            reader.result()
+
+
+@pytest.mark.parametrize("driver", ["thread", "process"])
+def test_the_hastier_of_two_stops(driver: Driver) -> None:
+    run_child(stopped_twice, driver, budget_s=30)
