@@ -36,6 +36,11 @@ def zygote() -> Zygote:
     return _zygotes[0]
 
 
+def crowd() -> float:
+    """Return how many threads want each CPU, at least 1: limits for hangs are stretched by it."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def run_child(
     target: Callable[..., Any] | str,
     /,
@@ -50,7 +55,8 @@ def run_child(
     Args:
         target: a module-level function, its name as `package.module:function`, or source text.
         *args: positional arguments of the function; JSON carries them, so tuples arrive as lists.
-        budget_s: seconds that the code may need; scaled by PYUFFD_BUDGET_SCALE.
+        budget_s: seconds that the code may need; scaled by PYUFFD_BUDGET_SCALE, and on a busy
+            machine by how busy it is.
         expect: the expected return code (negative for a signal), "timeout", or None for any.
         env: environment variables to add.
         **kwargs: keyword arguments of the function, through JSON.
@@ -64,6 +70,8 @@ def run_child(
     start: Callable[[Request], Child] = FreshChild
     is_function = callable(target) or DOTTED.fullmatch(target) is not None
     forked = is_function and not env and not FRESH and _one_at_a_time.acquire(blocking=False)
+    if expect != "timeout":
+        budget_s *= crowd()
     try:
         if forked:
             start = zygote().fork

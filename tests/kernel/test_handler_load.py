@@ -328,6 +328,7 @@ def faults_come_first() -> None:
         touches = threading.Thread(target=region.read, args=(90 * PAGE, 1))
         touches.start()
         wait_for_stalled(uffd, 1)
+        wait_until(lambda: handler.stats().messages > 0, "the fault is queued")
         before = handler.stats().requests
         go.release()
         wait_until(lambda: len(asked) > 1 or handler.stats().requests > before, "the next one")

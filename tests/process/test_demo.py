@@ -22,7 +22,8 @@ import pytest
 from pyuffd import Region
 from pyuffd.cli import _demo_program, _demo_restore, _demo_snapshot, _demo_work, demo, main
 from pyuffd.testing import MEMORY_TYPES, _huge_pages, needs_hugepages, needs_privilege
-from tests._child import ROOT, run_child
+from pyuffd.testing._run import SCALE
+from tests._child import ROOT, crowd, run_child
 
 TIMEOUT_S = 60
 NOBODY = "65534"
@@ -88,7 +89,7 @@ def test_every_memory_type_with_both_drivers_is_verified_in_time() -> None:
     assert sizes["Increment"] < sizes["Snapshot"] / 2
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert "\x1b" not in done.stdout
-    assert seconds < 20 * float(os.environ.get("PYUFFD_BUDGET_SCALE", "1"))
+    assert seconds < 20 * SCALE * crowd()
 
 
 @needs_privilege("CAP_SYS_PTRACE")

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 Target = tuple[Process, list[kinds.Kind]]
 METHODS: list[Used] = ["stopped", "precopy", "cow"]
-LIMIT_S = 1.0 * SCALE
+LIMIT_S = 30.0 * SCALE
 
 
 def there_is(need: object) -> bool:
