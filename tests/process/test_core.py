@@ -170,11 +170,28 @@ def test_coredump_filter(
     target = start("memory", tmp_path)
     Path(f"/proc/{target.pid}/coredump_filter").write_text(f"{dump_filter:#x}")
     with Process(target.pid) as process:
-        write_core(process, tmp_path / "core", method="stopped", full=full)
+        written = write_core(process, tmp_path / "core", method="stopped", full=full)
+    assert ("anonymous private memory" in written.filtered) == (not full and not dump_filter & 1)
     with Core(tmp_path / "core") as core:
         found = {name for name, content in contents(core, target).items() if content is not None}
     assert found - {"scattered", "hugetlb"} == there
     assert ("scattered" in found) == ("anonymous" in there)
+
+
+def test_what_a_filter_leaves_out_is_said(start: Callable[..., Target], tmp_path: Path) -> None:
+    """Some programs (stress-ng) set theirs to 0: nothing but the vdso is in their core."""
+    target = start("memory", tmp_path)
+    file = Path(f"/proc/{target.pid}/coredump_filter")
+    for text, more, is_said in (
+        ("0x0", (), True),
+        ("0x0", ("--full",), False),
+        ("0x33", (), False),
+    ):
+        file.write_text(text)
+        done = command(target.pid, "-o", tmp_path / "core", *more)
+        said = "left out  anonymous private memory" in done.stdout
+        assert (done.returncode, said) == (0, is_said), done.stdout
+        (tmp_path / "core").unlink()
 
 
 @needs_hugepages(1)

@@ -166,6 +166,9 @@ def _gaps(core: CoreFile) -> list[tuple[str, str]]:
         size = sum(mapping.length for mapping in core.unseen)
         text = f"{size / MIB:.1f} MiB of shared memory, except what the process has touched"
         gaps.append(("not seen", f"{text} (needs CAP_CHECKPOINT_RESTORE)"))
+    if core.filtered:
+        text = f"{', '.join(core.filtered)}, by the process's coredump_filter"
+        gaps.append(("left out", f"{text}: --full writes all"))
     if core.partial:
         tids = ", ".join(map(str, core.partial))
         gaps.append(("registers missing", f"of threads that wait in vfork: {tids}"))
@@ -187,4 +190,5 @@ def _as_json(core: CoreFile) -> dict[str, Any]:
         "lost_bytes": core.lost.bytes,
         "unseen_bytes": sum(mapping.length for mapping in core.unseen),
         "partial_threads": list(core.partial),
+        "filtered": list(core.filtered),
     }

@@ -58,6 +58,8 @@ class CoreFile:
         partial: Threads whose registers are not all known: they wait in vfork(2) for their child.
         unseen: Shared memory of which only those pages are in the file that the process had touched
             itself: without CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE others are not seen.
+        filtered: What is not in the file because the process's coredump_filter leaves out more than
+            the kernel's default (core(5)), in words; nothing with `full`.
     """
 
     path: str
@@ -73,6 +75,7 @@ class CoreFile:
     lost: PageRanges
     partial: tuple[int, ...]
     unseen: tuple[Mapping, ...]
+    filtered: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,4 +328,5 @@ class _Core:
             lost=PageRanges(captured.lost) | PageRanges.of(self._shared.lost),
             partial=tuple(one.tid for one in self._registers if one.partial),
             unseen=tuple(self._layout.unseen),
+            filtered=self._layout.filtered,
         )

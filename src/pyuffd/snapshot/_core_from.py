@@ -62,6 +62,7 @@ def write_core(
             lost=PageRanges.of(core.lost),
             partial=about.partial,
             unseen=(),
+            filtered=(),
         )
     except (KeyError, TypeError) as error:
         raise SnapshotFormatError(

@@ -74,6 +74,11 @@ class CoreLayout:
         self._captured: list[Placed] = []
         self(mappings)  # so that little is new in the stop
 
+    @property
+    def filtered(self) -> tuple[str, ...]:
+        """See `Chooser`."""
+        return self._chooser.filtered
+
     def __call__(self, mappings: Mappings) -> Sequence[Placed]:
         """Return what of these mappings goes where; the same list while nothing changes."""
         is_same = self._last == mappings

@@ -27,6 +27,15 @@ class Filter(IntFlag):
     HUGETLB_SHARED = 1 << 6
 
 
+# The kernel's default (core(5)), with the words for what one of these bits writes.
+_DEFAULT = {
+    Filter.ANONYMOUS_PRIVATE: "anonymous private memory",
+    Filter.ANONYMOUS_SHARED: "anonymous shared memory",
+    Filter.ELF_HEADERS: "first pages of ELF files",
+    Filter.HUGETLB_PRIVATE: "private huge pages",
+}
+
+
 class Part(IntFlag):
     """How much of a mapping is wanted."""
 
@@ -39,6 +48,11 @@ class Part(IntFlag):
 def read_filter(pid: int) -> Filter:
     """Return a process's coredump_filter."""
     return Filter(int(Path(f"/proc/{pid}/coredump_filter").read_text(), 16) & 0x7F)
+
+
+def filtered(dump_filter: Filter) -> tuple[str, ...]:
+    """Return what a filter leaves out that the kernel's default does not."""
+    return tuple(words for bit, words in _DEFAULT.items() if not dump_filter & bit)
 
 
 def wanted(

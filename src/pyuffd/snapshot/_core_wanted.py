@@ -43,13 +43,18 @@ class Choice:
 
 
 class Chooser:
-    """Chooses, by the flags that the mappings have when it is made."""
+    """Chooses, by the flags that the mappings have when it is made.
+
+    Attributes:
+        filtered: What the process's coredump_filter leaves out and the kernel's default does not.
+    """
 
     def __init__(self, process: Process, mappings: Iterable[Mapping], *, full: bool) -> None:
         self._process = process
         self._full = full
         self._filter = plan.read_filter(process.memory_tid)
         self._flags = plan.Flags(mappings)
+        self.filtered = () if full else plan.filtered(self._filter)
 
     def choose(self, mappings: Iterable[Mapping]) -> Iterator[Choice]:
         """Yield a choice for each mapping."""
