@@ -67,11 +67,12 @@ TSAN_TESTS := tests/kernel/test_handler_*.py tests/kernel/test_layout_*.py tests
 	tests/kernel/test_adopted_descriptors.py tests/kernel/test_async_source.py tests/process/test_forks.py \
 	tests/process/test_stopping.py tests/process/test_pitfalls.py tests/process/test_process_driver*.py
 # ThreadSanitizer turns vfork() into fork(), which sends the event that the first of these must not see; its mlockall() does
-# nothing; 10,000 ranges need minutes under it; and in the last one that of gcc 12 fails a CHECK of its own (tsan_clock.cpp:281,
-# in a sem_post() of Python).
+# nothing; 10,000 ranges need minutes under it; one ends with a thread left behind, a leak to it; and in the last one that of
+# gcc 12 fails a CHECK of its own (tsan_clock.cpp:281, in a sem_post() of Python).
 TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_without_a_fork \
 	--deselect tests/kernel/test_handler_present.py::test_locked_memory \
 	--deselect tests/kernel/test_handler_overlaps.py::test_many_ranges \
+	--deselect tests/kernel/test_handler_checkpoint.py::test_stop_as_a_hold_waits \
 	--deselect tests/kernel/test_handler_load.py::test_many_runs_and_a_hole
 
 # Hundreds of short processes import the library and the tests: compiled once, even where the environment forbids it.

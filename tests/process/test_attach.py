@@ -445,3 +445,49 @@ def test_targets_that_end_or_fork_meanwhile() -> None:
         assert target.wait(30 * SCALE) == 0
     # Without its C library it has no way home yet; the vfork of Popen ends in an execve.
     assert refused <= {errno.ESRCH, errno.ETIMEDOUT, errno.EOPNOTSUPP}
+
+
+# Without a C library: what a program has mapped before its loader has mapped that.
+BARE = """
+static long call(long n, long a, long b, long c, long d, long e)
+{
+	register long flags __asm__("r10") = d, fd __asm__("r8") = e, offset __asm__("r9") = 0;
+	long r;
+
+	__asm__ volatile("syscall" : "=a"(r)
+				: "a"(n), "D"(a), "S"(b), "d"(c), "r"(flags), "r"(fd), "r"(offset)
+				: "rcx", "r11", "memory");
+	return r;
+}
+
+void _start(void)
+{
+	long time[2] = { WAIT_S, 200000000 };
+
+	call(35, (long)time, 0, 0, 0, 0); /* nanosleep */
+	/* open, and mmap for reading and execution */
+	call(9, 0, 2 << 20, 5, 2, call(2, (long)"LIBC", 0, 0, 0, 0));
+	for (;;)
+		call(34, 0, 0, 0, 0, 0); /* pause */
+}
+"""
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_a_program_that_is_being_loaded(
+    is_loaded: bool, tmp_path: Path, ended: list[subprocess.Popen[bytes]]
+) -> None:
+    """It has no code yet that brings its thread home; that is waited for, to the limit."""
+    maps = Path("/proc/self/maps").read_text().split()
+    libc = next(word for word in maps if "/libc.so" in word or "/libc-" in word)
+    text = BARE.replace("WAIT_S", "0" if is_loaded else "60").replace("LIBC", libc)
+    (tmp_path / "bare.c").write_text(text)
+    flags = ["-O1", "-static", "-nostdlib", "-fno-stack-protector", "-fcf-protection=none"]
+    subprocess.run(["cc", *flags, "-o", tmp_path / "bare", tmp_path / "bare.c"], check=True)
+    ended.append(subprocess.Popen([tmp_path / "bare"]))
+    with Process(ended[0].pid) as process:
+        if is_loaded:
+            process.attach(FEATURES, timeout_s=10 * SCALE).close()
+        else:
+            with pytest.raises(UffdOSError, match="no return from a signal handler"):
+                process.attach(FEATURES, timeout_s=0.1)

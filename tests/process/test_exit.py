@@ -11,6 +11,7 @@ from pyuffd import Feature
 from pyuffd.testing import needs
 from pyuffd.testing._needs import needs_kernel_faults
 from pyuffd.testing._run import SCALE
+from tests._child import crowd
 
 pytestmark = [needs_kernel_faults(), needs(Feature.SIGBUS)]
 
@@ -65,6 +66,6 @@ def test_the_program_ends(program: str, start: bool, tmp_path: object) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(MAKE + PROGRAMS[program].format(drivers=DRIVERS, start=start))
     ended = subprocess.run(
-        [sys.executable, path], stderr=subprocess.PIPE, text=True, timeout=30 * SCALE
+        [sys.executable, path], stderr=subprocess.PIPE, text=True, timeout=30 * SCALE * crowd()
     )
     assert ended.returncode == (program == "raised"), ended.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -33,6 +34,8 @@ _RESTORERS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0
 # They are found here at once; other code is searched after these.
 _LIKELY = ("/ld-linux", "/ld-musl", "/libc", "/ld-")
 _CODE_MOST = 256 << 20
+# How often to look whether a program that is being loaded has them.
+_LOOK_S = 0.005
 
 # A signal at a bad moment needs some room below the frame.
 _ROOM = 2 * calls.FRAME_BYTES
@@ -71,8 +74,7 @@ def attach(
     pid = process.pid
     process.check()
     status = _refuse(process, pid)
-    mappings = process.mappings()
-    syscall_ret, restorer = _gadgets(process, mappings)
+    mappings, (syscall_ret, restorer) = _loaded(process, limit_s)
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (USER_MODE_ONLY if user_mode_only else 0)
     stack = next((m for m in mappings if m.kind is MappingKind.STACK), None)
     scratch = _unused(process, stack)
@@ -131,9 +133,27 @@ def _refuse(process: Target, pid: int) -> dict[str, str]:
     return status
 
 
-def _gadgets(process: Target, mappings: Mappings) -> tuple[int, int]:
+def _loaded(process: Target, limit_s: float) -> tuple[Mappings, tuple[int, int]]:
+    """Return the mappings and the gadgets, once a program that was just started has its libc."""
+    give_up = time.monotonic() + limit_s
+    while True:
+        mappings = process.mappings()
+        if found := _gadgets(process, mappings):
+            return mappings, found
+        process.check()
+        if time.monotonic() > give_up:
+            _raise(
+                process.pid,
+                errno.EOPNOTSUPP,
+                "its code has no return from a signal handler, which would bring its thread home"
+                " if we were killed meanwhile",
+            )
+        time.sleep(_LOOK_S)
+
+
+def _gadgets(process: Target, mappings: Mappings) -> tuple[int, int] | None:
     """Find the two instruction sequences that bring a thread home in code that it has mapped."""
-    pid, tid = process.pid, process.memory_tid
+    tid = process.memory_tid
     syscall_ret = restorer = None
     read = 0
     for mapping in _code(mappings):
@@ -147,13 +167,7 @@ def _gadgets(process: Target, mappings: Mappings) -> tuple[int, int]:
                 restorer = calls.find(tid, mapping.start, mapping.end, pattern)
         if syscall_ret is not None and restorer is not None:
             return syscall_ret, restorer
-    process.check()
-    _raise(
-        pid,
-        errno.EOPNOTSUPP,
-        "its code has no return from a signal handler, which would bring its thread home if we"
-        " were killed meanwhile",
-    )
+    return None
 
 
 def _code(mappings: Mappings) -> Iterator[Mapping]:
