@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import select
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ MAP_NORESERVE = 0x4000
 PROT_NONE = 0
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 PAGEOUT_TRIES = 4
+WRITEBACK_S = 0.001
 PFN_MASK = (1 << 55) - 1
 
 # A marker shows the swap bit, except on hugetlb; before there were markers (v5 of the series) a
@@ -104,11 +106,14 @@ def _paged_out(ctx: Context, region: Region) -> bool:
     # Pages that were made on another CPU lie in its batch of new pages, which only it drains.
     cpus = os.sched_getaffinity(0)
     try:
-        for cpu in sorted(cpus) * PAGEOUT_TRIES:
-            os.sched_setaffinity(0, {cpu})
-            region.pageout()
-            if not any(PageBit.PRESENT in ctx.bits(page) for page in pages):
-                return True
+        for attempt in range(PAGEOUT_TRIES):
+            for cpu in sorted(cpus):
+                os.sched_setaffinity(0, {cpu})
+                region.pageout()
+                if not any(PageBit.PRESENT in ctx.bits(page) for page in pages):
+                    return True
+            # A page that came back from swap may still be on its way there.
+            time.sleep(WRITEBACK_S * 4**attempt)
     finally:
         os.sched_setaffinity(0, cpus)
     return False
