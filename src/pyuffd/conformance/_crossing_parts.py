@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from pyuffd.conformance._page_states import (
     State,
     Subject,
 )
-from pyuffd.conformance._types import ALL, FILE, SMALL
+from pyuffd.conformance._types import ALL, ANON, FILE, SMALL
 from pyuffd.conformance._wp import (
     MISSING_WP,
     PUNCH_HOLE,
@@ -53,6 +54,7 @@ class Between:
         rule: What the model makes of it.
         features: What must be enabled.
         needs: What else is required.
+        elsewhere: Why it is not on the other memory types, if ELSEWHERE does not say so.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Between:
     rule: Callable[[Page, MemoryType], Page]
     features: Feature = NOTHING
     needs: tuple[Need, ...] = ()
+    elsewhere: str = ""
 
 
 def _in_fork(subject: Subject) -> None:
@@ -119,6 +122,14 @@ def _dontneed(subject: Subject) -> None:
     subject.region.madvise(mmap.MADV_DONTNEED, subject.at - subject.region.start, subject.ctx.page)
 
 
+def _free(subject: Subject) -> None:
+    subject.region.madvise(mmap.MADV_FREE)
+
+
+def _cold(subject: Subject) -> None:
+    subject.region.madvise(MADV_COLD)
+
+
 def _second_descriptor(subject: Subject) -> None:
     ctx = subject.ctx
     other = ctx.make(1)
@@ -136,6 +147,7 @@ def _register_anew(subject: Subject) -> None:
     _register(subject)
 
 
+MADV_COLD = 20
 FORK = Feature.EVENT_FORK
 NOT_HUGE = SMALL
 BETWEENS = (
@@ -176,6 +188,15 @@ BETWEENS = (
         "mprotect.and-back", "after mprotect to READ, NONE and back", ALL, _mprotect, lambda p, _: p
     ),
     Between("madvise.dontneed", "after MADV_DONTNEED", ALL, _dontneed, model.dontneed),
+    Between(
+        "madvise.free",
+        "after MADV_FREE",
+        ANON,
+        _free,
+        lambda page, _: model.freed(page),
+        elsewhere="MADV_FREE of what has a file is EINVAL",
+    ),
+    Between("madvise.cold", "after MADV_COLD", SMALL, _cold, lambda page, _: page),
     Between("reclaim.out", "after reclaim", SMALL, _reclaim, model.reclaimed, needs=SWAP),
     Between("fallocate.punch-hole", "after a hole was punched", FILE, _punch, model.hole_punched),
     Between("ftruncate.and-back", "after its file was truncated", FILE, _truncate, model.truncated),
@@ -307,14 +328,22 @@ OPS = (
 )
 
 
+def read_only(op: Op) -> Op:
+    """Return what an operation is on memory mapped read-only: MOVE wants both sides writable."""
+    if op.name != "UFFDIO_MOVE":
+        return op
+    return replace(op, rule=lambda page, _: (errno.EINVAL, -errno.EINVAL, page))
+
+
 # What is meaningless or impossible
 
 
 def why_not(between: Between, state: State, memory: str) -> str:
     """Return why an event cannot happen to a page in a state, or ""."""
-    for each in (between, state):
-        if memory not in each.memory:
-            return ELSEWHERE[each.memory]
+    if memory not in between.memory:
+        return between.elsewhere or ELSEWHERE[between.memory]
+    if memory not in state.memory:
+        return ELSEWHERE[state.memory]
     if between.name == "reclaim.out" and state.name in ("forked", "pinned", "huge"):
         return "reclaim leaves pages that are shared, pinned or huge to chance"
     if state.name == "huge" and between.name.startswith(("fork", "mremap")):

@@ -23,7 +23,10 @@ def page(slow: int) -> Iterator[str]:
         " ids are\n`OPERATION.on.STATE.MEMORY`, `fault.read.STATE.MEMORY`,"
         " `fault.write.STATE.MEMORY` and `EVENT.STATE.MEMORY`. Each case looks\nat errno and"
         " result, then at the page table, reads, looks again, and writes: message, content and"
-        " protection must be\nwhat the rules of `pyuffd.conformance._page_model` say. The tables"
+        " protection must be\nwhat the rules of `pyuffd.conformance._page_model` say."
+        " `OPERATION.on` cases do it once more while the page is mapped read-only:\na write is"
+        " SIGSEGV then, no message comes, and when the page is writable again all is as it should"
+        " be.\nMOVE needs both sides writable: EINVAL. The tables"
         " are made from these rules.\n"
         f"`OPERATION.after.everything.MEMORY` ({slow} cases, asked for with `--slow`) does every"
         " operation on every state after every event.\n"
@@ -59,7 +62,7 @@ def page(slow: int) -> Iterator[str]:
             yield f"| a page {state.text} | {', '.join(lacking)} | {why} |"
     for between in parts.BETWEENS:
         if lacking := [name for name in MEMORY_TYPES if name not in between.memory]:
-            why = states.ELSEWHERE[between.memory]
+            why = between.elsewhere or states.ELSEWHERE[between.memory]
             yield f"| `{between.name}` | {', '.join(lacking)} | {why} |"
     for between in parts.BETWEENS:
         for state in states.STATES:

@@ -157,6 +157,13 @@ def dontneed(page: Page, memory: MemoryType) -> Page:
     return _zapped(page, keeps_marker=not memory.is_anon)
 
 
+def freed(page: Page) -> Page:
+    """MADV_FREE: a swap entry and poison go at once, a page only when memory is short."""
+    if page.entry in (Entry.SWAP, Entry.POISON):
+        return _zapped(page, keeps_marker=False)
+    return page
+
+
 def _is_the_files(page: Page, memory: MemoryType) -> bool:
     return memory.shared or (page.cache is not None and page.value == page.cache)
 

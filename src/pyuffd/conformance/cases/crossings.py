@@ -8,16 +8,27 @@ cases.
 from __future__ import annotations
 
 import errno
+import mmap
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pyuffd import _memory
 from pyuffd._abi import Feature
 from pyuffd._memory import Interrupted
 from pyuffd.conformance import _page_model as model
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Access, Context
-from pyuffd.conformance._crossing_parts import BETWEENS, OPS, Between, Op, can_meet, why_not
+from pyuffd.conformance._crossing_parts import (
+    BETWEENS,
+    OPS,
+    Between,
+    Op,
+    can_meet,
+    read_only,
+    why_not,
+)
 from pyuffd.conformance._page_model import CLOSED, Entry, Page
 from pyuffd.conformance._page_states import STATES, State, Subject, prepare
 from pyuffd.conformance._spec import Variant
@@ -27,6 +38,7 @@ from pyuffd.conformance._wp import (
     MARKER,
     MISSING_READ,
     MISSING_WRITE,
+    READ_WRITE,
     UNPROTECT,
     WP_WRITE,
     WRITTEN,
@@ -179,16 +191,32 @@ def _operate(subject: Subject, op: Op, page: Page) -> Page:
     return after
 
 
+def _operate_read_only(ctx: Context, op: Op, state: State, enabled: Feature) -> None:
+    """Do it while the page is mapped read-only, which it must still be afterwards."""
+    subject, page = prepare(ctx, state, enabled)
+    ctx.note(f"{op.text} of a page {state.text}, mapped read-only")
+    _memory.mprotect(subject.region.start, subject.region.length, mmap.PROT_READ)
+    page = _operate(subject, read_only(op), page)
+    _expect_entry(subject, page)
+    seen = _signal(ctx.silently(subject.write, bytes([WRITTEN])))
+    ctx.expect("signal of a write to memory mapped read-only", seen, signal.SIGSEGV)
+    _expect_entry(subject, page)
+    _memory.mprotect(subject.region.start, subject.region.length, READ_WRITE)
+    expect_page(subject, page)
+
+
 def _add_op(op: Op, state: State) -> None:
     def run(ctx: Context) -> None:
         enabled = _features(ctx.memory, state.features, op.features)
         subject, page = prepare(ctx, state, enabled)
         expect_page(subject, _operate(subject, op, page))
+        ctx.release()
+        _operate_read_only(ctx, op, state, enabled)
 
     case(
         f"{op.name}.on.{state.name}",
         variants=_guards(state),
-        summary=f"{op.text} of a page {state.text}",
+        summary=f"{op.text} of a page {state.text}; again while it is mapped read-only",
         origin=ORIGIN,
         crossing=True,
         memory=state.memory,
