@@ -10,7 +10,7 @@ from pyuffd.handlers._ending import Ending
 
 
 def ending_of(done: list[int]) -> Ending:
-    return Ending("end", lambda _: done.append(1), lambda: None, lambda: None, 1.0)
+    return Ending("end", lambda _: done.append(1), lambda _: None, lambda: None, 1.0)
 
 
 @pytest.mark.parametrize("is_over", [True, False])
