@@ -215,6 +215,7 @@ struct uffd_engine {
 
 	struct uffd_holds holds;
 	pthread_mutex_t lost_lock;
+	pthread_mutex_t drop_lock;	/* a range leaves its table once: stop() may overtake unserve() */
 	struct uffd_range *lost;	/* taken out; freed when no longer held */
 	struct ending end;
 	struct pause pause;

@@ -74,6 +74,7 @@ int uffd_engine_create(const struct uffd_engine_options *options, struct uffd_en
 	pthread_mutex_init(&engine->requests_lock, NULL);
 	pthread_mutex_init(&engine->await_lock, NULL);
 	pthread_mutex_init(&engine->lost_lock, NULL);
+	pthread_mutex_init(&engine->drop_lock, NULL);
 	pthread_cond_init(&engine->requests_changed, NULL);
 	pthread_cond_init(&engine->populates_changed, NULL);
 	TAILQ_INIT(&engine->queued);
@@ -137,6 +138,7 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_mutex_destroy(&engine->requests_lock);
 	pthread_mutex_destroy(&engine->await_lock);
 	pthread_mutex_destroy(&engine->lost_lock);
+	pthread_mutex_destroy(&engine->drop_lock);
 	pthread_mutex_destroy(&engine->spaces_lock);
 	pthread_rwlock_destroy(&engine->gate);
 	pthread_mutex_destroy(&engine->keeper_lock);

@@ -17,7 +17,8 @@ static bool spend(struct patience *patience, uint64_t since_ns)
 	if (ends(patience->engine))
 		return atomic_fetch_sub(&patience->engine->end.patience_ns, spent) > spent;
 	patience->left_ns -= spent;
-	return patience->left_ns > 0;
+	/* What the end has left in place stays. */
+	return patience->left_ns > 0 && !atomic_load(&patience->engine->end.over);
 }
 
 static void lead_a_step(struct uffd_engine *engine)

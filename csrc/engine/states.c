@@ -266,9 +266,7 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 				       states_ret + ((offset - first) >> shift), &r);
 			offset += past - at;
 		} else {
-			r = atomic_load(&access.space->gone)   ? -ESRCH
-			    : atomic_load(&engine->end.began) ? -ECANCELED
-							       : -ENOENT;
+			r = atomic_load(&access.space->gone) ? -ESRCH : -ENOENT;
 		}
 		close_access(&access);
 		if (r == 0)
@@ -282,6 +280,8 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 		uffd_back_off(attempt++);
 		r = 0;
 	}
+	if (r == -ENOENT && atomic_load(&engine->end.began))
+		r = -ECANCELED; /* taken out, not unmapped */
 	if (r && protects)
 		take_back(engine, ref, first >> shift, (offset - first) >> shift,
 			  states_ret);

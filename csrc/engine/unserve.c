@@ -142,7 +142,9 @@ static int close_and_drop(struct uffd_engine *engine, const struct piece *piece,
 		}
 		engine->end.ignores_gate = true;
 	}
+	pthread_mutex_lock(&engine->drop_lock);
 	r = drop_piece(space, piece, span, unregisters, last_ret);
+	pthread_mutex_unlock(&engine->drop_lock);
 	gate_leave(space);
 	space_put(space);
 	return r;

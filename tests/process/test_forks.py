@@ -276,13 +276,20 @@ def no_descriptor(at: Setting) -> None:
     with at.served(4, EVENTS) as (handler, region, data):
         ours, theirs = socket.socketpair()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert page(region, 0) == data[0]  # the engine's thread has read what it reads as it starts
         lowest_free = os.dup(0)
         os.close(lowest_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        rest = []
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                rest.append(os.dup(0))
         # os.fork() would hold the GIL and stop this thread.
         forker = Task(Agent, theirs.fileno(), ours.fileno())
         wait_until(lambda: handler.stats().deferred > 0, "EMFILE was met")
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in rest:
+            os.close(number)
         child = forker.result()
         ours.close()
         theirs.close()
