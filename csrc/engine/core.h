@@ -214,8 +214,8 @@ struct uffd_engine {
 	pthread_mutex_t fault_log_lock;	/* one reader at a time */
 
 	struct uffd_holds holds;
+	pthread_mutex_t drop_lock;	/* of who takes ranges out: stop() may overtake unserve() */
 	pthread_mutex_t lost_lock;
-	pthread_mutex_t drop_lock;	/* a range leaves its table once: stop() may overtake unserve() */
 	struct uffd_range *lost;	/* taken out; freed when no longer held */
 	struct ending end;
 	struct pause pause;

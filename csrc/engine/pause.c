@@ -11,6 +11,12 @@
 #include "stats.h"
 #include "base/clock.h"
 
+/*
+ * How long to wait for work at once, under the lock of all who wait for it; in between, look
+ * whether the engine ends.
+ */
+#define LOOK_NS	1000000
+
 bool pause_is_over(struct uffd_engine *engine)
 {
 	uint64_t until = atomic_load(&engine->pause.until_ns);
@@ -25,15 +31,13 @@ bool pause_is_over(struct uffd_engine *engine)
 	return true;
 }
 
-/* Others wait for the same work meanwhile, and the end of the engine ends the pause. */
-#define LOOK_NS	1000000
-
 /* Until everybody who looked before the pause began has left. */
 static bool await_faults(struct uffd_engine *engine)
 {
 	unsigned int attempt = 0;
 
-	while (!await_work_until(engine, uffd_now_ns() + LOOK_NS) || uffd_hold_any_fault(&engine->holds) ||
+	while (!await_work_until(engine, uffd_now_ns() + LOOK_NS) ||
+	       uffd_hold_any_fault(&engine->holds) ||
 	       (engine->table && !uffd_table_is_quiet(engine->table))) {
 		if (pause_is_over(engine))
 			return false;

@@ -9,18 +9,21 @@
 
 #include "tasks.h"
 
-/* "/proc/PID", or "/proc/self", whatever the pid is in this PID namespace. */
-void uffd_task_process(int32_t pid, char *path_ret, size_t size)
+int uffd_task_open(int32_t pid, const char *name, int flags)
 {
+	char path[96];
+
+	/* Whatever our pid is in this PID namespace. */
 	if (pid)
-		snprintf(path_ret, size, "/proc/%d", pid);
+		snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
 	else
-		snprintf(path_ret, size, "/proc/self");
+		snprintf(path, sizeof(path), "/proc/self/%s", name);
+	return open(path, O_RDONLY | O_CLOEXEC | flags);
 }
 
-ssize_t uffd_task_read_path(const char *path, char *text_ret, size_t size)
+ssize_t uffd_task_read(int32_t pid, const char *name, char *text_ret, size_t size)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = uffd_task_open(pid, name, 0);
 	ssize_t n;
 
 	text_ret[0] = 0;
@@ -35,27 +38,25 @@ ssize_t uffd_task_read_path(const char *path, char *text_ret, size_t size)
 	return n;
 }
 
-ssize_t uffd_task_read(int32_t pid, int32_t thread_id, const char *name, char *text_ret,
+ssize_t uffd_task_read_thread(int32_t pid, int32_t thread_id, const char *name, char *text_ret,
 			      size_t size)
 {
-	char process[32], path[80];
+	char path[64];
 
-	uffd_task_process(pid, process, sizeof(process));
-	snprintf(path, sizeof(path), "%s/task/%d/%s", process, thread_id, name);
-	return uffd_task_read_path(path, text_ret, size);
+	snprintf(path, sizeof(path), "task/%d/%s", thread_id, name);
+	return uffd_task_read(pid, path, text_ret, size);
 }
 
 bool uffd_task_has_exited(int32_t pid)
 {
-	char path[32], text[1024];
+	char text[1024];
 	const char *at;
 
 	if (pid <= 0)
 		return false;
 	if (kill(pid, 0) && errno == ESRCH)
 		return true;
-	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
-	if (uffd_task_read_path(path, text, sizeof(text)) < 0)
+	if (uffd_task_read(pid, "stat", text, sizeof(text)) < 0)
 		return false;
 	at = strrchr(text, ')');
 	return at && (!strncmp(at, ") Z", 3) || !strncmp(at, ") X", 3));

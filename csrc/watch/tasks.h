@@ -7,12 +7,12 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-/* Its folder, "/proc/PID", or "/proc/self", whatever the pid is in this PID namespace. */
-void uffd_task_process(int32_t pid, char *path_ret, size_t size);
+/* Open a file of the process for reading, with more flags; -1 and errno. */
+int uffd_task_open(int32_t pid, const char *name, int flags);
 /* The start of a file, as a string; the number of bytes, or -errno. */
-ssize_t uffd_task_read_path(const char *path, char *text_ret, size_t size);
-ssize_t uffd_task_read(int32_t pid, int32_t thread_id, const char *name, char *text_ret,
-		       size_t size);
+ssize_t uffd_task_read(int32_t pid, const char *name, char *text_ret, size_t size);
+ssize_t uffd_task_read_thread(int32_t pid, int32_t thread_id, const char *name, char *text_ret,
+			      size_t size);
 /* True also for a zombie; false for -1, an unknown process. */
 bool uffd_task_has_exited(int32_t pid);
 

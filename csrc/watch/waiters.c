@@ -39,8 +39,8 @@ int uffd_waiters_fdinfo(int fd, struct uffd_fdinfo *info_ret)
 	char path[48], text[1024];
 	ssize_t n;
 
-	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
-	n = uffd_task_read_path(path, text, sizeof(text));
+	snprintf(path, sizeof(path), "fdinfo/%d", fd);
+	n = uffd_task_read(0, path, text, sizeof(text));
 	if (n < 0)
 		return (int)n;
 	return number_after(text, "pending:", &info_ret->pending) &&
@@ -54,7 +54,7 @@ static bool read_switches(int32_t pid, int32_t thread_id, uint64_t *switches_ret
 	char text[2048];
 	const char *state;
 
-	if (uffd_task_read(pid, thread_id, "status", text, sizeof(text)) < 0)
+	if (uffd_task_read_thread(pid, thread_id, "status", text, sizeof(text)) < 0)
 		return false;
 	state = strstr(text, "State:\t");
 	*sleeps_ret = state && (state[7] == 'S' || state[7] == 'D');
@@ -68,7 +68,7 @@ static bool read_faults(int32_t pid, int32_t thread_id, uint64_t *faults_ret)
 	char text[1024];
 	const char *at;
 
-	if (uffd_task_read(pid, thread_id, "stat", text, sizeof(text)) < 0)
+	if (uffd_task_read_thread(pid, thread_id, "stat", text, sizeof(text)) < 0)
 		return false;
 	at = strrchr(text, ')');
 	if (!at || sscanf(at, ") %*c %*d %*d %*d %*d %*d %*u %lu %*u %lu", &minor, &major) != 2)
@@ -81,7 +81,7 @@ static bool waits_for(int32_t pid, int32_t thread_id, const char *where)
 {
 	char text[64];
 
-	return uffd_task_read(pid, thread_id, "wchan", text, sizeof(text)) > 0 &&
+	return uffd_task_read_thread(pid, thread_id, "wchan", text, sizeof(text)) > 0 &&
 	       !strncmp(text, where, strlen(where));
 }
 
@@ -123,14 +123,10 @@ struct directory_entry {
 uint32_t uffd_waiters_find(int32_t pid, struct uffd_waiter *waiters_ret, uint32_t capacity)
 {
 	_Alignas(struct directory_entry) char entries[4096];
-	char process[32], path[48];
+	int fd = uffd_task_open(pid, "task", O_DIRECTORY);
 	uint32_t found = 0;
 	long size;
-	int fd;
 
-	uffd_task_process(pid, process, sizeof(process));
-	snprintf(path, sizeof(path), "%s/task", process);
-	fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (fd < 0)
 		return 0;
 	while (found < capacity &&

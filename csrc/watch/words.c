@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
-#include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -17,7 +15,7 @@
 static void put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id)
 {
 	char name[32];
-	ssize_t n = uffd_task_read(pid, thread_id, "comm", name, sizeof(name));
+	ssize_t n = uffd_task_read_thread(pid, thread_id, "comm", name, sizeof(name));
 
 	uffd_line_text(line, "thread ");
 	uffd_line_number(line, (uint64_t)thread_id, 10);
@@ -33,13 +31,9 @@ static void put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id)
 
 static bool is_protected(int32_t pid, uint64_t page)
 {
-	char process[32], path[48];
+	int fd = uffd_task_open(pid, "pagemap", 0);
 	uint64_t entry = 0;
-	int fd;
 
-	uffd_task_process(pid, process, sizeof(process));
-	snprintf(path, sizeof(path), "%s/pagemap", process);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return false;
 	if (pread(fd, &entry, sizeof(entry), (off_t)(page / BASE_PAGE * sizeof(entry))) !=
@@ -75,14 +69,11 @@ static bool put_mapping(struct uffd_line *line, char *text, uint64_t page)
 
 static void put_region(struct uffd_line *line, int32_t pid, uint64_t page)
 {
-	char process[32], path[48], text[4096];
+	int fd = uffd_task_open(pid, "maps", 0);
+	char text[4096];
 	size_t used = 0;
 	ssize_t n = 0;
-	int fd;
 
-	uffd_task_process(pid, process, sizeof(process));
-	snprintf(path, sizeof(path), "%s/maps", process);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return;
 	do {
@@ -132,7 +123,7 @@ static void put_call(struct uffd_line *line, int32_t pid, int32_t thread_id)
 	uint64_t start, length;
 	long number;
 
-	if (uffd_task_read(pid, thread_id, "syscall", text, sizeof(text)) <= 0) {
+	if (uffd_task_read_thread(pid, thread_id, "syscall", text, sizeof(text)) <= 0) {
 		uffd_line_text(line, "a system call");
 		return;
 	}
