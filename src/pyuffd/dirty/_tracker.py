@@ -296,12 +296,16 @@ class DirtyTracker(Closing):
 
         A change that is neither in a round nor in here is a bug.
         """
-        with self._lock:
-            self._check_open()
-            found = list(self._method.blind())
+        found = list(self._gaps())
         for pin in _pinned.look(self._process.memory_tid).pins:
             found.append(Blind(pin.start, pin.end, BlindReason.PINNED, pin.detail))
         return tuple(sorted(found, key=lambda blind: (blind.start, blind.end, blind.reason.value)))
+
+    def _gaps(self) -> list[Blind]:
+        """Return what the method cannot see; the same list while that is the same."""
+        with self._lock:
+            self._check_open()
+            return self._method.blind()
 
     # Ending
 

@@ -12,7 +12,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
@@ -193,6 +193,29 @@ class Frame:
         found = own_content(process, self.pieces, within=within)
         behind = self.behind
         return ranges.union(found, behind if within is None else ranges.intersect(behind, within))
+
+
+F = TypeVar("F", bound=Frame)
+
+
+class Frames(Generic[F]):
+    """The frame of mappings, which is kept while their layout is the same.
+
+    Attributes:
+        last: The one that was returned last.
+    """
+
+    def __init__(self, layout_of: Layout, kind: type[F]) -> None:
+        self._layout_of = layout_of
+        self._kind = kind
+        self.last = kind([])
+
+    def of(self, mappings: Mappings) -> F:
+        """Return the frame of these mappings."""
+        layout = self._layout_of(mappings)
+        if layout is not self.last.layout:
+            self.last = self._kind(layout)
+        return self.last
 
 
 def packed(parts: Iterable[Placed]) -> memoryview:

@@ -23,12 +23,12 @@ from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import _pinned
 from pyuffd.remote import _stop as stopping
-from pyuffd.remote._mappings import Mappings
 from pyuffd.remote._process import Process
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import (
     Captured,
     Frame,
+    Frames,
     Layout,
     Options,
     Placed,
@@ -91,7 +91,6 @@ class _Cow:
     ) -> None:
         self._process = process
         self._pagemap = process.pagemap.fileno()
-        self._layout_of = layout_of
         self._writer = writer
         self._options = options
         self._saver = saver
@@ -99,7 +98,7 @@ class _Cow:
         self._populated = ranges.NO_RANGES
         # Written, dropped, unmapped or moved since, and not protected again.
         self._touched = ranges.NO_RANGES
-        self._frame = _Frame([])
+        self._frames = Frames(layout_of, _Frame)
         self._armed = 0  # mappings
         self._spans: list[tuple[int, int]] = []  # registered by one call each
         # What of it was not only written.
@@ -111,7 +110,7 @@ class _Cow:
 
     def run(self) -> Captured:
         """Arm, stop, and wait for the sweep."""
-        self._arm(self._layout_of(self._process.mappings()))
+        self._arm(self._frames.of(self._process.mappings()).layout)
         at_barrier("armed")
         for _ in range(AGAIN_MOST):
             noted = self._noted()
@@ -141,7 +140,7 @@ class _Cow:
             )
         at_barrier("resumed")
         self._writer.punch(result.layout)
-        self._writer.write_taken(self._frame.pieces)
+        self._writer.write_taken(self._frames.last.pieces)
         self._sweep(result)
         return result
 
@@ -251,7 +250,7 @@ class _Cow:
             at_barrier("stopped")
             result.instant_ns = time.time_ns()
             mappings = process.mappings()
-            frame = self._frame_of(mappings)
+            frame = self._frames.of(mappings)
             layout = result.layout = frame.layout
             if len(self._fixed):
                 self._fixed = ranges.union(self._fixed, self._fixed_buffers())
@@ -271,13 +270,6 @@ class _Cow:
             at_barrier("saves")
         stop.check()
         return True
-
-    def _frame_of(self, mappings: Mappings) -> _Frame:
-        """Return the places of mappings; what is made of them is kept while they are the same."""
-        layout = self._layout_of(mappings)
-        if layout is not self._frame.layout:
-            self._frame = _Frame(layout)
-        return self._frame
 
     def _owed(self, parts: Frame) -> memoryview:
         """Protect what is not protected yet; return all pages with content."""
@@ -312,7 +304,7 @@ class _Cow:
         limit_s = self._options.max_stall_s
         for _ in range(ATTEMPTS):
             begin = time.perf_counter()
-            frame = self._frame_of(self._process.mappings())
+            frame = self._frames.of(self._process.mappings())
             self._fixed = self._fixed_buffers()
             found = frame.rest.content(self._process)
             found = ranges.union(found, self._fixed_content(frame.protected.spans))

@@ -18,6 +18,7 @@ from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import (
     Captured,
     Frame,
+    Frames,
     Layout,
     Options,
     Placed,
@@ -90,12 +91,11 @@ class _Rounds:
         changes: _Changes,
     ) -> None:
         self._process = process
-        self._layout_of = layout_of
         self._writer = writer
         self._options = options
         self._tracker = tracker
         self._changes = changes
-        self._frame = _Frame([])
+        self._frames = Frames(layout_of, _Frame)
         self._unseen_of: tuple[_Frame, list[Blind], Frame] | None = None
         self._seen: list[Placed] = []
         self._late: StopTimeoutError | None = None
@@ -148,7 +148,7 @@ class _Rounds:
             begin = time.perf_counter()
             left = ranges.union(left, self._round())
             mappings = self._process.mappings()
-            frame = self._frame_of(mappings)
+            frame = self._frames.of(mappings)
             frame.prepare()
             self._unseen(frame)
             seconds.append(time.perf_counter() - begin)
@@ -187,16 +187,9 @@ class _Rounds:
         )
 
     def _everything(self) -> memoryview:
-        frame = self._frame_of(self._process.mappings())
+        frame = self._frames.of(self._process.mappings())
         self._seen = list(frame.layout)
         return frame.content(self._process)
-
-    def _frame_of(self, mappings: Mappings) -> _Frame:
-        """Return the places of mappings; what is made of them is kept while they are the same."""
-        layout = self._layout_of(mappings)
-        if layout is not self._frame.layout:
-            self._frame = _Frame(layout)
-        return self._frame
 
     def _add(self, round_: DirtyRound) -> None:
         pending = Pending(
@@ -222,7 +215,7 @@ class _Rounds:
         """Copy pages while the process runs; what is lost by that is in a later round."""
         if not len(pages):
             return
-        frame = self._frame_of(self._process.mappings())
+        frame = self._frames.of(self._process.mappings())
         self._seen = list(frame.layout)
         found = frame.content(self._process, within=pages)
         self._writer.copy(ranges.intersect(pages, found), frame.pieces, "before", slow=True)
@@ -245,7 +238,7 @@ class _Rounds:
             at_barrier("stopped")
             result.instant_ns = time.time_ns()
             mappings = process.mappings()
-            frame = self._frame_of(mappings)
+            frame = self._frames.of(mappings)
             layout, pieces = frame.layout, frame.pieces
             left = ranges.intersect(ranges.union(left, self._round(mappings)), frame.spans)
             if time.monotonic() > until_s:
@@ -292,7 +285,7 @@ class _Rounds:
 
     def _unseen(self, frame: _Frame) -> memoryview:
         """Return the pages that the tracker says nothing about."""
-        blind = self._tracker._method.blind()
+        blind = self._tracker._gaps()
         known = self._unseen_of
         if known is None or known[0] is not frame or known[1] is not blind:
             gaps = PageRanges.of((gap.start, gap.end) for gap in blind if gap.reason in UNSEEN)
