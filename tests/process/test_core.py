@@ -24,6 +24,7 @@ from pyuffd import (
     Process,
     ProcessGoneError,
     RegisterMode,
+    Snapshot,
     SnapshotError,
     SnapshotProgress,
     StopTimeoutError,
@@ -951,11 +952,30 @@ status = pyuffd.cli.main()
 comes("end")
 sys.exit(status)
 """
-BEFORE_IT = {"core": ["written", "before publish"], "snapshot": ["written"]}
+LATE_COMMANDS = ("core", "core --from", "snapshot", "flatten")
+# By whether it makes a file, or a directory.
+BEFORE_IT = {True: ["written", "before publish"], False: ["written"]}
 AFTER_IT = {
-    "core": ["before link", "after publish", "end"],
-    "snapshot": ["before rename", "after settle", "end"],
+    True: ["before link", "after publish", "end"],
+    False: ["before rename", "after settle", "end"],
 }
+
+
+def makes_a_file(name: str) -> bool:
+    return name.startswith("core")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A snapshot."""
+    path = tmp_path_factory.mktemp("image") / "one"
+    with subprocess.Popen(["sleep", "600"]) as popen:
+        try:
+            with Process(popen.pid) as process:
+                Snapshot.take(process, path, method="stopped", max_stall_s=60, durable=False)
+        finally:
+            popen.kill()
+    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -963,15 +983,18 @@ AFTER_IT = {
     [
         (name, place, status_)
         for status_, places in ((143, BEFORE_IT), (0, AFTER_IT))
-        for name in ("core", "snapshot")
-        for place in places[name]
+        for name in LATE_COMMANDS
+        for place in places[makes_a_file(name)]
     ],
 )
 def test_a_signal_near_the_end(
-    sleeper: Target, tmp_path: Path, command_: str, place: str, status_: int
+    sleeper: Target, image: str, tmp_path: Path, command_: str, place: str, status_: int
 ) -> None:
     """There is a file if and only if the exit status is that of success."""
-    words = [command_, str(sleeper.pid), "-o", str(tmp_path / "it"), "--method", "stopped"]
+    given = [str(sleeper.pid), "--method", "stopped"]
+    if command_ not in ("core", "snapshot"):
+        given = [image]
+    words = [*command_.split(), *given, "-o", str(tmp_path / "it")]
     result = subprocess.run(
         [sys.executable, "-c", LATE, place, str(int(signal.SIGTERM)), *words],
         capture_output=True,
@@ -980,5 +1003,6 @@ def test_a_signal_near_the_end(
     )
     assert (result.returncode, result.stderr) == (status_, "")
     assert os.listdir(tmp_path) == ([] if status_ else ["it"])
-    assert ("pause" in result.stdout.partition("\n")[2]) == (not status_)
+    told = result.stdout.partition("\n")[2] if command_ in ("core", "snapshot") else result.stdout
+    assert bool(told) == (not status_)
     wait_until("it runs", sleeper.runs)

@@ -694,11 +694,12 @@ def test_many_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with python(MAPS) as (process, address):
         # The first line of the commands tells it.
         told = limited_pause(process, 1e-5)
-        assert f"stopping its 1 threads and reading its {len(process.mappings())} mappings" in told
+        count = len(process.mappings())
+        assert f"stopping its threads (1) and reading its mappings ({count})" in told
         assert limited_pause(process, 100) == "for at most 100 s"
         with monkeypatch.context() as patch:
             patch.setattr(_expected, "THREAD_S", 200.0)
-            assert "last 200" in limited_pause(process, 100)
+            assert "lasts 200" in limited_pause(process, 100)
         with pytest.raises(SnapshotError, match="mappings are read") as caught:
             take(process, tmp_path / "0", method="precopy", max_stall_s=0.001)
         assert caught.value.reason == "stalled"

@@ -24,8 +24,8 @@ def limited_pause(target: Process, limit_s: float, condition: str = "") -> str:
     if seconds <= limit_s:
         return text
     return (
-        f"{text}; but stopping its {threads} threads and reading its {count} mappings, which are"
-        f" part of it, last {seconds:.2f} s"
+        f"{text}; but stopping its threads ({threads}) and reading its mappings ({count}), which is"
+        f" part of it, lasts {seconds:.2f} s"
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 
 from pyuffd import Snapshot
 from pyuffd.cli._progress import progress_shown, until_named
+from pyuffd.cli._signals import ended_by
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,8 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "flatten",
         description="Write one snapshot without parents, with the content of an incremental one."
         " Everything is checked on the way; the parents may be deleted afterwards.",
-        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C. After an error there is no new"
-        " directory.",
+        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM, 129 after"
+        " SIGHUP, and then there is no new directory: a signal that comes when it is complete is"
+        " ignored.",
     )
     parser.add_argument("directory", metavar="DIR", help="the snapshot")
     parser.add_argument(
@@ -30,11 +33,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Write it."""
-    with Snapshot.open(args.directory) as snapshot, progress_shown(quiet=args.json) as shown:
-        depth = snapshot.depth
-        new = snapshot.flatten(args.output, durable=not args.no_sync, progress=until_named(shown))
-    if args.json:
-        print(json.dumps({"path": args.output, "id": new, "depth": depth}))
-    else:
-        print(f"{args.output}: {new}, of {depth + 1} snapshots")
+    with ended_by(signal.SIGTERM, signal.SIGHUP), Snapshot.open(args.directory) as snapshot:
+        depth, durable = snapshot.depth, not args.no_sync
+        with progress_shown(quiet=args.json) as shown:
+            new = snapshot.flatten(args.output, durable=durable, progress=until_named(shown))
+        if args.json:
+            print(json.dumps({"path": args.output, "id": new, "depth": depth}))
+        else:
+            print(f"{args.output}: {new}, of {depth + 1} snapshots")
     return 0
