@@ -280,8 +280,6 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 		uffd_back_off(attempt++);
 		r = 0;
 	}
-	if (r == -ENOENT && atomic_load(&engine->end.began))
-		r = -ECANCELED; /* taken out, not unmapped */
 	if (r && protects)
 		take_back(engine, ref, first >> shift, (offset - first) >> shift,
 			  states_ret);

@@ -354,9 +354,7 @@ _LIMITS = {
 
 
 def limit_met(code: int) -> str:
-    """Return the cause, as the limit that a call met, if the errno alone tells it; else ""."""
-    if code == errno.ECANCELED:
-        return "stop() or unserve() came meanwhile"
+    """Return the limit that a system call met, if the errno alone tells it; else ""."""
     if code == errno.ENFILE:
         return "the system has as many open files as fs.file-max allows: raise it (sysctl)"
     if code not in _LIMITS:

@@ -6,8 +6,8 @@ The engine is inside the source: memory that another userfaultfd never fills, or
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,16 @@ class Stuck:
     never_filled: Region
     filler: Userfaultfd
 
+    def let_go(self) -> None:
+        """Fill the source's page, for the thread that is inside."""
+        self.filler.zeropage(self.never_filled)
 
-@contextmanager
-def in_native(at: ExitStack) -> Iterator[Stuck]:
-    """A handler whose engine waits for its source, at the first page of a region."""
-    never_filled = at.enter_context(Region.anonymous(PAGES * PAGE))
-    stuck, other = (at.enter_context(Region.anonymous(PAGES * PAGE)) for _ in "ab")
+
+def in_native(at: ExitStack) -> Stuck:
+    """Return a handler whose engine waits for its source, at the first page of a region."""
+    never_filled, stuck, other = (
+        at.enter_context(Region.anonymous(PAGES * PAGE)) for _ in range(3)
+    )
     filler = at.enter_context(Userfaultfd())
     uffd = at.enter_context(Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP))
     handler = Handler(uffd, driver="native", stall_timeout_s=LIMIT_S)
@@ -94,7 +98,7 @@ def in_native(at: ExitStack) -> Iterator[Stuck]:
     filler.register(never_filled)
     reader = Task(stuck.read, 0, 1)
     wait_until(lambda: bool(filler.read_events()), "the engine waits for its source")
-    yield Stuck(handler, stuck, other, reader, never_filled, filler)
+    return Stuck(handler, stuck, other, reader, never_filled, filler)
 
 
 def end_of(waiting: Task[Any]) -> str:
@@ -114,7 +118,7 @@ def all_verbs() -> None:
     with ExitStack() as stack:
         rows: dict[str, tuple[Stuck, Task[Any], Task[Any]]] = {}
         for name, verb in VERBS.items():
-            made = stack.enter_context(in_native(stack))
+            made = in_native(stack)
             # One after the other: `other` must not wait behind what waits.
             beside = Task(verb, Place(made.handler, made.other, 0))
             rows[name] = (made, beside, Task(verb, Place(made.handler, made.stuck, 0)))
@@ -135,7 +139,7 @@ def all_verbs() -> None:
             assert not said or "stop" in said or name == "unserve", f"{name}: {said}"
             with pytest.raises(PagePoisonedError):
                 made.reader.result()
-            made.filler.zeropage(made.never_filled)
+            made.let_go()
         assert time.monotonic() - began < SOON_S
 
 
@@ -143,13 +147,54 @@ def test_verbs_beside_a_stuck_source() -> None:
     run_child(all_verbs, budget_s=60)
 
 
+def unserved() -> None:
+    """It waits for the page too; what waited before comes through, or says that it came."""
+    with ExitStack() as stack:
+        made = in_native(stack)
+        waiting = Task(VERBS["evict"], Place(made.handler, made.stuck, 0))
+        time.sleep(0.1)
+        assert waiting.running
+        unserving = Task(made.handler.unserve, made.stuck)
+        time.sleep(0.1)
+        made.let_go()
+        unserving.result()
+        assert made.reader.result() == b"\0"
+        said = end_of(waiting)  # it may have come first
+        assert not said or "unserve()" in said, said
+        made.handler.stop()
+
+
+def test_unserve_beside_a_verb_that_waits() -> None:
+    run_child(unserved)
+
+
 def never(offset: int, length: int) -> bytes:
     time.sleep(LIMIT_S)
     return b"n" * length
 
 
+def stop_twice(handler: Handler, reader: Task[bytes]) -> None:
+    patient = Task(lambda: handler.stop(timeout_s=LIMIT_S))
+    time.sleep(0.2)
+    assert patient.running
+    began = time.monotonic()
+    hasty = Task(in_a_hurry, handler)
+    with pytest.raises(HandlerError):  # told to one of the two
+        for task in (hasty, patient):
+            task.result()
+    assert time.monotonic() - began < SOON_S
+    with pytest.raises(PagePoisonedError):
+        reader.result()
+
+
 def stopped_twice(driver: Driver) -> None:
     """The second stop() is in more of a hurry than the first, or than close()."""
+    if driver == "native":
+        with ExitStack() as stack:
+            made = in_native(stack)
+            stop_twice(made.handler, made.reader)
+            made.let_go()
+        return
     with (
         Userfaultfd() as uffd,
         Region.anonymous(PAGES * PAGE) as region,
@@ -158,19 +203,9 @@ def stopped_twice(driver: Driver) -> None:
         handler.serve(region, CallableSource(never))
         reader = Task(region.read, 0, 1)
         wait_until(lambda: handler.stats().requests > 0, "the source is asked")
-        patient = Task(lambda: handler.stop(timeout_s=LIMIT_S))
-        time.sleep(0.2)
-        assert patient.running
-        began = time.monotonic()
-        hasty = Task(in_a_hurry, handler)
-        with pytest.raises(HandlerError):  # told to one of the two
-            for task in (hasty, patient):
-                task.result()
-        assert time.monotonic() - began < SOON_S
-        with pytest.raises(PagePoisonedError):
-            reader.result()
+        stop_twice(handler, reader)
 
 
-@pytest.mark.parametrize("driver", ["thread", "process"])
+@pytest.mark.parametrize("driver", ["native", "thread", "process"])
 def test_the_hastier_of_two_stops(driver: Driver) -> None:
     run_child(stopped_twice, driver, budget_s=30)

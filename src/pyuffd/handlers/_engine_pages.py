@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import Any, NoReturn
 
 from pyuffd._diagnose import why_unreadable, why_unresolved
 from pyuffd._errors import UffdOSError, raise_errno
@@ -12,6 +12,9 @@ from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._engine_calls import EngineCalls, pointer_to, range_ref
 from pyuffd.handlers._packed import FileRuns, Packed
 from pyuffd.handlers._types import RangeId
+
+# These do not tell one from the other.
+_ENDED = (errno.ENOENT, errno.ECANCELED)
 
 
 class EnginePages(EngineCalls):
@@ -67,7 +70,7 @@ class EnginePages(EngineCalls):
         failed = result.failed_at
         at = (failed, None) if failed else (served.start + offset, length)
         hint = self._why_not_populated(served, failed, -code) if failed else ""
-        raise_errno(op, -code, *at, hint=hint, completed=int(result.filled))
+        _raise(op, -code, *at, hint=hint, completed=int(result.filled))
 
     def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
         """Return why `populate` could not fill a page, or ""."""
@@ -91,7 +94,7 @@ class EnginePages(EngineCalls):
             left = offset + length - int(reached[0])
             place = served.start + int(reached[0])
             hint = why_unreadable(place, place + left) if code == -errno.EFAULT else ""
-            raise_errno("preserve", -code, place, left, hint=hint, completed=int(out[0]))
+            _raise("preserve", -code, place, left, hint=hint, completed=int(out[0]))
         return int(out[0])
 
     def take_in(self, served: RangeId) -> None:
@@ -109,7 +112,7 @@ class EnginePages(EngineCalls):
             )
         if code:
             op = "write-protect" if protects else "unprotect"
-            raise_errno(op, -code, served.start + offset, length, completed=0)
+            _raise(op, -code, served.start + offset, length, completed=0)
         return bytes(out)
 
     def peek(self, served: RangeId, offset: int, length: int, target: int) -> bool:
@@ -119,7 +122,7 @@ class EnginePages(EngineCalls):
         if code == -errno.EACCES:
             raise _unreadable(served.start + offset, length, 0)
         if code not in (0, -errno.EFAULT):
-            raise_errno("evict", -code, served.start + offset, length, completed=0)
+            _raise("evict", -code, served.start + offset, length, completed=0)
         return not code
 
     def evict(
@@ -165,7 +168,7 @@ class EnginePages(EngineCalls):
         out = ffi.new("uint64_t *")
         code = lib.uffd_engine_retry(self._engine(), range_ref(served), offset, length, out)
         if code:
-            raise_errno("retry", -code, served.start + offset, length)
+            _raise("retry", -code, served.start + offset, length)
         return int(out[0])
 
     def states(self, served: RangeId, first_page: int, pages: int) -> bytes:
@@ -180,7 +183,7 @@ class EnginePages(EngineCalls):
                 pointer,
             )
         if code:
-            raise_errno("page states", -code, served.start, served.length)
+            _raise("page states", -code, served.start, served.length)
         return bytes(out)
 
     def fill(
@@ -201,7 +204,7 @@ class EnginePages(EngineCalls):
         )
         if code:
             place, left = served.start + int(reached[0]), offset + length - int(reached[0])
-            raise_errno("fill", -code, place, left, completed=int(out[0]))
+            _raise("fill", -code, place, left, completed=int(out[0]))
         return int(out[0])
 
     def fill_from_files(self, served: RangeId, rows: memoryview, files: FileRuns) -> int:
@@ -219,14 +222,23 @@ class EnginePages(EngineCalls):
         if code == -errno.EINVAL:
             raise ValueError(f"rows: one of them is no range of whole pages in {files.length:#x}")
         if code:
-            raise_errno("fill", -code, served.start, served.length, completed=int(out[0]))
+            _raise("fill", -code, served.start, served.length, completed=int(out[0]))
         return int(out[0])
+
+
+def _raise(
+    op: str, code: int, start: int, length: int | None, *, hint: str = "", **data: Any
+) -> NoReturn:
+    """Raise the exception for the positive errno of a call that may have waited for a page."""
+    if code in _ENDED and not hint:
+        hint = "the memory was unmapped, or unserve() or stop() came meanwhile"
+    raise_errno(op, code, start, length, hint=hint, **data)
 
 
 def _evicted(served: RangeId, end: int, code: int, out: Any, reached: Any) -> int:
     if code:
         place, left = served.start + int(reached[0]), end - int(reached[0])
-        raise_errno("evict", -code, place, left, completed=int(out[0]))
+        _raise("evict", -code, place, left, completed=int(out[0]))
     return int(out[0])
 
 

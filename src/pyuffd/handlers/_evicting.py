@@ -100,7 +100,8 @@ class EvictsPages(HandlerBase):
                 was asked for before this call. `start` is the first page that stays, `completed`
                 bytes were evicted.
             LayoutChangedError: ENOENT - part of the region was unmapped, or other memory was mapped
-                in its place, which is not dropped.
+                in its place, which is not dropped; or `unserve` or `stop` came meanwhile.
+            UffdOSError: ECANCELED - `stop` came meanwhile.
             HandlerError: called by `write_back` itself, for the same region.
 
         Kernel: UFFDIO_WRITEPROTECT(2const), madvise(2): MADV_DONTNEED or MADV_REMOVE.  GIL:

@@ -274,7 +274,9 @@ class FillsPages(HandlerBase):
                 errno of read(2). What was read of a stream and not filled is lost.
             TypeError: something that is none of these, or cannot be read into memory (a text file),
                 or with `data_offset` a file object that gives other bytes than its descriptor.
-            LayoutChangedError: ENOENT - part of the region was unmapped.
+            LayoutChangedError: ENOENT - part of the region was unmapped, or `unserve` or `stop`
+                came meanwhile.
+            UffdOSError: ECANCELED - `stop` came meanwhile.
 
         Kernel: UFFDIO_COPY(2const).  GIL: released.  Threads: safe.  Blocks: until the descriptor
         has given the data; no page is held meanwhile.
@@ -369,7 +371,9 @@ class FillsPages(HandlerBase):
 
         Raises:
             ValueError: not served, or pages outside the region.
-            LayoutChangedError: ENOENT - part of the region was unmapped.
+            LayoutChangedError: ENOENT - part of the region was unmapped, or `unserve` or `stop`
+                came meanwhile.
+            UffdOSError: ECANCELED - `stop` came meanwhile.
 
         Kernel: UFFDIO_WAKE(2const).  GIL: released.  Threads: safe.  Blocks: no; the threads are
         woken, and may still wait for the source when this returns.

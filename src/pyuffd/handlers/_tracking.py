@@ -39,8 +39,9 @@ class TracksWrites(HandlerBase):
 
         Raises:
             ValueError: not served, or not for RegisterMode.WP; bad pages.
-            LayoutChangedError: ENOENT - part of the region was unmapped. The pages before it
-                are protected; pages whose states are lost with the error stay DIRTY.
+            LayoutChangedError: ENOENT - part of the region was unmapped, or `unserve` or `stop`
+                came meanwhile. The pages before it are protected; pages whose states are lost with
+                the error stay DIRTY.
             PartialResolveError: EAGAIN - the layout has been changing for 5 s; the states as above.
 
         GIL: released.  Threads: safe.  Blocks: while a layout event is unread.
@@ -79,7 +80,8 @@ class TracksWrites(HandlerBase):
         Raises:
             ValueError: not served, or not for RegisterMode.WP; bad pages; or pages that are still
                 to be saved (see `preserve`), which a write would then change.
-            LayoutChangedError: ENOENT - part of the region was unmapped.
+            LayoutChangedError: ENOENT - part of the region was unmapped, or `unserve` or `stop`
+                came meanwhile.
             PartialResolveError: EAGAIN - the layout has been changing for 5 s.
 
         Kernel: UFFDIO_WRITEPROTECT(2const).  GIL: released.  Threads: safe.  Blocks: while a layout
@@ -105,8 +107,9 @@ class TracksWrites(HandlerBase):
 
         Raises:
             ValueError: not served, or not for RegisterMode.WP; bad pages.
-            LayoutChangedError: ENOENT - part of the region was unmapped. The pages before it
-                are protected; pages whose states are lost with the error stay DIRTY.
+            LayoutChangedError: ENOENT - part of the region was unmapped, or `unserve` or `stop`
+                came meanwhile. The pages before it are protected; pages whose states are lost with
+                the error stay DIRTY.
             PartialResolveError: EAGAIN - the layout has been changing for 5 s; the states as above.
 
         Kernel: UFFDIO_WRITEPROTECT(2const), /proc/PID/pagemap.  GIL: released.  Threads: safe.
