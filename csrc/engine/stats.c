@@ -203,6 +203,19 @@ void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret)
 							memory_order_relaxed);
 }
 
+uint64_t uffd_engine_fault_count(struct uffd_engine *engine)
+{
+	uint64_t sum = 0;
+
+	for (size_t shard = 0; shard < UFFD_SHARDS; shard++)
+		for (size_t kind = 0; kind < UFFD_KINDS; kind++)
+			if (kind != UFFD_KIND_WP)
+				sum += atomic_load_explicit(
+					&engine->shared->shards[shard].counters[COUNTER(faults) + kind],
+					memory_order_relaxed);
+	return sum;
+}
+
 static int newer_first(const void *a, const void *b)
 {
 	const struct uffd_recent_fault *left = a, *right = b;

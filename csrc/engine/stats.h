@@ -18,6 +18,8 @@ void note_fault(struct uffd_engine *engine, uint32_t space, uint64_t address, ui
 		uint32_t thread_id, uint64_t began_ns);
 
 void uffd_engine_stats(struct uffd_engine *engine, struct uffd_stats *stats_ret);
+/* Missing and minor faults, without await_work(): the latest may not be counted yet. */
+uint64_t uffd_engine_fault_count(struct uffd_engine *engine);
 uint32_t uffd_engine_recent_count(struct uffd_engine *engine);
 /* Newest first; an unspecified choice if there are more than `capacity`. */
 uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault *recent_ret,

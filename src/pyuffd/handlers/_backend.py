@@ -175,6 +175,9 @@ class Backend(Protocol):
     def stats(self) -> HandlerStats:
         """Return the sums of the counters."""
 
+    def fault_count(self) -> int:
+        """Return how many missing and minor faults were resolved; the latest may be missing."""
+
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last."""
 

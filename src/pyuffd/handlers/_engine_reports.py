@@ -68,6 +68,10 @@ class EngineReports(EngineCalls):
             **{name: getattr(out, name) for name in _COUNTERS},
         )
 
+    def fault_count(self) -> int:
+        """Return how many missing and minor faults were resolved, without waiting for any."""
+        return int(lib.uffd_engine_fault_count(self._engine()))
+
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last, newest first."""
         # Not all the room, which is for thousands: memory may be short when a handler stops.

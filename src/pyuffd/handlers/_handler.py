@@ -298,6 +298,14 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
             return self._final_stats
         return self._running_engine().stats()
 
+    def _fault_count(self) -> int:
+        """Return how many missing and minor faults were resolved.
+
+        `stats` waits for the threads that are at work; this does not, so that the latest faults may
+        not be counted yet.
+        """
+        return 0 if self._engine is None else self._running_engine().fault_count()
+
     def recent_faults(self) -> list[RecentFault]:
         """Return the faults resolved last, newest first, up to 256 for each CPU."""
         if self._engine is None:

@@ -339,9 +339,13 @@ class Serving:
             self._errors.append(error)
 
     def faults(self) -> int:
-        """Return how many faults were answered; 0 once it has ended."""
+        """Return how many faults were answered, but for the latest; 0 once it has ended.
+
+        The threads of the background ask often. `Handler.stats` would wait until the others have
+        loaded their pieces.
+        """
         with suppress(ClosedError, HandlerError):
-            return self.counts()[0]
+            return self.handler._fault_count()
         return 0
 
     def counts(self) -> tuple[int, float, float, int]:

@@ -342,6 +342,11 @@ class RemoteEngine(SoleOwner):
         stats: HandlerStats = self._call(Call.STATS)
         return stats
 
+    def fault_count(self) -> int:
+        """Return how many missing and minor faults were resolved."""
+        faults = self.stats().faults
+        return faults["missing"] + faults["minor"]
+
     def recent(self) -> list[RecentFault]:
         """Return the faults resolved last."""
         return list(self._call(Call.RECENT))
