@@ -144,6 +144,9 @@ static uint8_t state_of_existing(const struct uffd_range *range, uint64_t page)
 		return is_huge(range) ? UFFD_PAGE_ABSENT : UFFD_PAGE_DIRTY;
 	if (is_huge(range) && !(entry & UFFD_PM_PRESENT))
 		return UFFD_PAGE_ABSENT;
+	/* The page cache holds it, and a minor fault will follow. */
+	if (range->mode & UFFDIO_REGISTER_MODE_MINOR && !(entry & (UFFD_PM_PRESENT | UFFD_PM_SWAP)))
+		return UFFD_PAGE_ABSENT;
 	return !(range->mode & UFFDIO_REGISTER_MODE_WP) || entry & UFFD_PM_UFFD_WP
 		? UFFD_PAGE_CLEAN : UFFD_PAGE_DIRTY;
 }
@@ -187,6 +190,16 @@ static bool is_lost_when_dropped(const struct uffd_range *range, enum uffd_fault
 	       (kind == UFFD_KIND_MISSING || range->content->writes_cache);
 }
 
+/* What the page cache has of a page that is mapped again may have been written before. */
+static uint8_t filled_state(const struct uffd_range *range, enum uffd_fault_kind kind, uint8_t was)
+{
+	bool changed = was == UFFD_PAGE_DIRTY || was == UFFD_PAGE_REMOVED;
+
+	if (kind != UFFD_KIND_MINOR && was != UFFD_PAGE_ABSENT)
+		return UFFD_PAGE_REMOVED;
+	return range->mode & UFFDIO_REGISTER_MODE_WP && changed ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
+}
+
 static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 				   enum uffd_fault_kind kind, uint8_t was, int r,
 				   const struct uffd_fill_result *result,
@@ -201,8 +214,7 @@ static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 	if (r == 0 && result->done) {
 		atomic_store(&range->exists_count, 0);
 		count(range->space->engine, COUNTER(filled_pages), 1);
-		atomic_store(state, was_absent || kind == UFFD_KIND_MINOR ? UFFD_PAGE_CLEAN
-									  : UFFD_PAGE_REMOVED);
+		atomic_store(state, filled_state(range, kind, was));
 		return OUTCOME_RESOLVED;
 	}
 	if (r == 0 && result->already_present) {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import random
 import threading
 import time
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from tests.kernel._verbs import (
     CLEAN,
     DIRTY,
     DRIVERS,
+    MINOR,
     MISSING,
     NEEDED,
     PAGES,
@@ -88,6 +91,29 @@ def of_missing_pages(handler: Handler, name: str) -> None:
         if handler.driver != "inline":
             region.madvise(9 if region.shared else 4, size, size)
             assert runs(handler.checkpoint(region).written, size) == [(1, 2, REMOVED)]
+
+
+def mapped_again(handler: Handler, name: str) -> None:
+    """What was written stays so if the page leaves the page table, and comes from the cache."""
+    if name not in ("shmem", "hugetlb"):
+        return
+    verbs: tuple[Callable[[Region], bytes], ...] = (
+        handler.writeprotect,
+        lambda region: handler.checkpoint(region).states,
+    )
+    for verb in verbs:
+        with filling(handler, name, mode=MISSING | MINOR | WP) as region:
+            size = region.page_size
+            region.read(0, 3 * size)
+            region.write(0, b"new")
+            region.madvise(mmap.MADV_DONTNEED)
+            assert region.read(0, 3) == b"new"
+            region.read(size, 1)
+            # The event says that both were dropped.
+            other = CLEAN if handler.driver == "inline" else DIRTY
+            assert states(handler, region)[:2] == [DIRTY, other]
+            assert verb(region)[:2] == bytes([DIRTY, other])
+            assert verb(region)[:2] == bytes([CLEAN, CLEAN])
 
 
 def lifted(handler: Handler, name: str) -> None:
@@ -217,6 +243,7 @@ CASES: dict[str, Case] = {
     for case in (
         increments,
         of_missing_pages,
+        mapped_again,
         lifted,
         preserved,
         beside_writers,

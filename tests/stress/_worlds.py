@@ -99,7 +99,8 @@ class Rules:
         if w.engine is A and self.writes_cache:
             return w._replace(pte="cache", cache=source, wp=self.wp, engine=C)
         if not hole:
-            return w._replace(pte="cache", wp=self.wp, engine=C)
+            engine = D if self.wp and w.engine in (D, R) else C
+            return w._replace(pte="cache", wp=self.wp, engine=engine)
         return self._put(w, source, C) if w.engine is A else self._put(w, ZERO, R)
 
     def read(self, w: World, source: Content) -> World:
