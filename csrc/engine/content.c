@@ -226,16 +226,26 @@ int uffd_content_read(const struct uffd_content *content, void *target, uint64_t
 	return 0;
 }
 
-struct uffd_pages *uffd_pages_create(uint64_t count, uint8_t state)
+/* With room for `own` states. */
+static struct uffd_pages *create_pages(uint64_t count, uint64_t own)
 {
-	struct uffd_pages *pages = uffd_alloc(sizeof(*pages) + count);
+	uint64_t words = (count + 63) / 64;
+	struct uffd_pages *pages =
+		uffd_alloc(sizeof(*pages) + words * sizeof(*pages->written) + own);
 
 	if (!pages)
 		return NULL;
 	atomic_store(&pages->references, 1);
 	pages->count = count;
-	pages->state = pages->own;
-	if (state)
+	pages->state = (_Atomic uint8_t *)(pages->written + words);
+	return pages;
+}
+
+struct uffd_pages *uffd_pages_create(uint64_t count, uint8_t state)
+{
+	struct uffd_pages *pages = create_pages(count, count);
+
+	if (pages && state)
 		memset((void *)pages->state, state, count);
 	return pages;
 }
@@ -255,7 +265,7 @@ static uint8_t landed(uint8_t state)
 
 struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count)
 {
-	struct uffd_pages *pages = uffd_pages_create(0, 0);
+	struct uffd_pages *pages = create_pages(count, 0);
 	uint64_t length = uffd_pages_file_length(count);
 	void *mapping;
 
@@ -266,7 +276,6 @@ struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count)
 		uffd_free(pages);
 		return NULL;
 	}
-	pages->count = count;
 	pages->mapped = length;
 	pages->states_offset = offset;
 	pages->state = mapping;

@@ -100,10 +100,17 @@ struct uffd_pages {
 	_Atomic uint32_t references;
 	struct uffd_pages *clone;	/* while a fork's table is being built */
 	uint64_t count;
-	uint64_t mapped;		/* bytes of `state` in a file; 0: `state` is `own` */
+	uint64_t mapped;		/* bytes of `state` in a file; 0: it is in none */
 	uint64_t states_offset;		/* in the file */
 	_Atomic uint8_t *state;
-	_Atomic uint8_t own[];
+	/*
+	 * Pages that were written and whose states no longer say so, as they were protected or
+	 * evicted since: a bit each, until the next checkpoint.  Whoever has a page in flight
+	 * sets its bit.  A fork's copy has none, since only the owner checkpoints; nor has a
+	 * successor, since the process driver cannot evict.
+	 */
+	_Atomic bool has_written;	/* some bit was set */
+	_Atomic uint64_t written[];	/* behind them: `state`, if it is in no file */
 };
 
 /* -ENODATA: the source ends before the last page. */
@@ -162,6 +169,22 @@ struct uffd_pages *uffd_pages_map(int fd, uint64_t offset, uint64_t count);
 struct uffd_pages *uffd_pages_clone(const struct uffd_pages *pages, int fd, uint64_t offset);
 uint64_t uffd_pages_file_length(uint64_t count);
 struct uffd_pages *uffd_pages_get(struct uffd_pages *pages);
+
+static inline void uffd_pages_note_written(struct uffd_pages *pages, uint64_t index)
+{
+	atomic_fetch_or(&pages->written[index / 64], UINT64_C(1) << index % 64);
+	atomic_store(&pages->has_written, true);
+}
+
+/* Whether it was noted; it is no longer. */
+static inline bool uffd_pages_take_written(struct uffd_pages *pages, uint64_t index)
+{
+	uint64_t bit = UINT64_C(1) << index % 64;
+
+	return atomic_load(&pages->has_written) && atomic_load(&pages->written[index / 64]) & bit &&
+	       atomic_fetch_and(&pages->written[index / 64], ~bit) & bit;
+}
+
 void uffd_pages_put(struct uffd_pages *pages);
 
 #endif /* UFFD_CONTENT_H */

@@ -81,15 +81,26 @@ static bool may_go(const struct uffd_range *range, uint8_t state, uint64_t entry
  * The same, where the entry may be older than the state: the page may have been filled, or
  * dropped by its owner, since.
  */
-static bool may_go_now(const struct uffd_range *range, uint64_t page, uint8_t state, uint64_t entry,
-		       bool written_too)
+static bool may_go_now(const struct uffd_range *range, uint64_t page, uint8_t state,
+		       uint64_t *entry, bool written_too)
 {
-	bool present = entry & UFFD_PM_PRESENT;
+	bool present = *entry & UFFD_PM_PRESENT;
 
 	if ((state == UFFD_PAGE_CLEAN && !present) || (state == UFFD_PAGE_REMOVED && present))
-		return read_entries(range, page, 1, &entry) &&
-		       may_go(range, state, entry, written_too);
-	return may_go(range, state, entry, written_too);
+		if (!read_entries(range, page, 1, entry))
+			return false;
+	return may_go(range, state, *entry, written_too);
+}
+
+/* A claimed page will be absent: the next checkpoint must know whether it was written. */
+static void note_written(struct uffd_range *range, uint64_t page, uint8_t state, uint64_t entry)
+{
+	uint8_t seen = seen_state(range, state, entry);
+
+	if (range->mode & UFFDIO_REGISTER_MODE_WP &&
+	    (seen == UFFD_PAGE_DIRTY || seen == UFFD_PAGE_REMOVED))
+		uffd_pages_note_written(range->pages,
+					content_offset(range, page) >> range->page_shift);
 }
 
 /* The page table's entry of the next page; pages before `end` may be read with it. */
@@ -140,7 +151,7 @@ static void claim_run(struct uffd_range *range, struct eviction *all, struct cla
 		if (!all->wanted[(all->offset - all->first) >> range->page_shift] ||
 		    is_kept_tail(range, all->offset) ||
 		    (!uffd_page_is_in_flight(state) &&
-		     !may_go_now(range, at, seen, entry, all->written_too))) {
+		     !may_go_now(range, at, seen, &entry, all->written_too))) {
 			if (run->length)
 				break;
 			continue;
@@ -152,6 +163,7 @@ static void claim_run(struct uffd_range *range, struct eviction *all, struct cla
 			run->is_waiting = true;
 			break;
 		}
+		note_written(range, at, state, entry);
 		if (!run->length)
 			run->offset = all->offset, run->address = at;
 		run->before[run->length >> range->page_shift] = state;

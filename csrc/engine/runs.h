@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 
+/* Beside a page's state: it was written since the last checkpoint, whatever its state says. */
+#define UFFD_PAGE_WRITTEN	0x80u
+
 struct uffd_run {
 	uint64_t start;
 	uint64_t end;
@@ -12,9 +15,9 @@ struct uffd_run {
 };
 
 /*
- * The runs of pages whose state is not among those of the mask `without`, a bit for each;
- * `offset` is that of the first page.  Returns how many there are, and stores as many as
- * fit.
+ * The runs of pages that are WRITTEN, or whose state is not among those of the mask `without`,
+ * a bit for each; `offset` is that of the first page.  Returns how many there are, and stores
+ * as many as fit.
  */
 uint64_t uffd_runs_of(const uint8_t *states, uint64_t pages, uint64_t page_size,
 		      uint64_t offset, uint32_t without, struct uffd_run *runs_ret,

@@ -7,6 +7,7 @@
 #include "page_table.h"
 #include "put.h"
 #include "range.h"
+#include "runs.h"
 #include "slices.h"
 #include "space.h"
 #include "states.h"
@@ -130,6 +131,41 @@ static uint64_t hold_run(struct uffd_range *range, uint64_t at, uint64_t end, ui
 	return pages;
 }
 
+static uint8_t without_mark(uint8_t state)
+{
+	return state & ~UFFD_PAGE_WRITTEN;
+}
+
+/* The source of a page in flight is still asked for it: what was noted stays so. */
+static bool says_written(uint8_t state)
+{
+	return state == UFFD_PAGE_DIRTY || state == UFFD_PAGE_REMOVED ||
+	       state == UFFD_PAGE_POISONED;
+}
+
+/*
+ * The states are about to say that the pages are clean: note what was written for the next
+ * checkpoint, or take what was noted.  A writer, or eviction, comes after that.
+ */
+static void settle_written(struct uffd_range *range, uint64_t at, uint64_t pages, uint32_t how,
+			   uint8_t *states)
+{
+	uint64_t first = content_offset(range, at) >> range->page_shift;
+	struct uffd_pages *known = range->pages;
+
+	for (uint64_t i = 0; how == UFFD_PROTECT_TO_EVICT && i < pages; i++)
+		if (states[i] == UFFD_PAGE_DIRTY || states[i] == UFFD_PAGE_REMOVED)
+			uffd_pages_note_written(known, first + i);
+	if (how == UFFD_PROTECT_TO_EVICT || !atomic_load(&known->has_written))
+		return;
+	for (uint64_t i = 0; how == UFFD_PROTECT && i < pages; i++)
+		if (says_written(states[i]))
+			uffd_pages_take_written(known, first + i);
+	for (uint64_t i = 0; how == UFFD_PROTECT_TO_CHECK && i < pages; i++)
+		if (uffd_pages_take_written(known, first + i))
+			states[i] |= UFFD_PAGE_WRITTEN;
+}
+
 /* Pages that others had filled are now protected as well: set their states. */
 static void take_in(struct uffd_range *range, uint64_t at, uint64_t pages, bool is_known,
 		    uint8_t *states)
@@ -140,14 +176,14 @@ static void take_in(struct uffd_range *range, uint64_t at, uint64_t pages, bool 
 		return;
 	for (uint64_t i = 0; i < pages; i++) {
 		uint8_t expected = UFFD_PAGE_ABSENT, now;
-		bool was_there = states[i] != UFFD_PAGE_ABSENT;
+		bool was_there = without_mark(states[i]) != UFFD_PAGE_ABSENT;
 
 		now = seen_state(range, UFFD_PAGE_ABSENT, entries[i]);
 		if (now != UFFD_PAGE_CLEAN && now != UFFD_PAGE_DIRTY)
 			continue;
 		if (atomic_compare_exchange_strong(state_of(range, at + (i << range->page_shift)),
 						   &expected, UFFD_PAGE_CLEAN) && !was_there)
-			states[i] = UFFD_PAGE_DIRTY;
+			states[i] += UFFD_PAGE_DIRTY - UFFD_PAGE_ABSENT;
 	}
 }
 
@@ -174,12 +210,12 @@ static int map_holes(const struct uffd_range *range, uint64_t at, uint64_t lengt
 }
 
 /* Protect [at, past), or lift the protection, and return `past`; `states`: the states before. */
-static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, bool protects,
+static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uint32_t how,
 			uint8_t *states, int *error_ret)
 {
 	uint64_t entries[PAGES_AT_ONCE], pages, past;
 	uint8_t before[PAGES_AT_ONCE];
-	bool held[PAGES_AT_ONCE], is_known, has_absent = false;
+	bool held[PAGES_AT_ONCE], is_known, has_absent = false, protects = how;
 
 	*error_ret = protects && range->content->maps_holes ? map_holes(range, at, end - at) : 0;
 	if (*error_ret)
@@ -198,11 +234,14 @@ static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, boo
 	}
 	*error_ret = uffd_shim_writeprotect(range->space->fd, at, past - at,
 					    protects ? UFFDIO_WRITEPROTECT_MODE_WP : 0);
+	if (*error_ret == 0)
+		settle_written(range, at, pages, how, states);
 	for (uint64_t i = 0; i < pages; i++)
 		if (held[i])
 			atomic_store(state_of(range, at + (i << range->page_shift)),
 				     *error_ret ? before[i]
-						: armed_state(range, states[i], protects));
+						: armed_state(range, without_mark(states[i]),
+							      protects));
 	if (*error_ret == 0 && protects && has_absent)
 		take_in(range, at, pages, is_known, states);
 	/* Writers that faulted in the meantime wait for this wake. */
@@ -218,7 +257,10 @@ static uint64_t run_end(const struct uffd_range *range, uint64_t at, uint64_t en
 	return is_huge(range) ? lower(end, at + most) : lower(end, most);
 }
 
-/* The error loses the states just read: pages that were not clean become dirty again. */
+/*
+ * The error loses the states just read: pages that were not clean become dirty again, and what
+ * was taken is noted again.
+ */
 static void take_back(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		      uint64_t first, uint64_t pages, const uint8_t *states)
 {
@@ -231,7 +273,9 @@ static void take_back(struct uffd_engine *engine, const struct uffd_range_ref *r
 	for (uint64_t i = 0; any && i < pages; i++) {
 		uint8_t expected = UFFD_PAGE_CLEAN;
 
-		if (states[i] != UFFD_PAGE_CLEAN)
+		if (states[i] & UFFD_PAGE_WRITTEN)
+			uffd_pages_note_written(any->pages, first + i);
+		if (without_mark(states[i]) != UFFD_PAGE_CLEAN)
 			atomic_compare_exchange_strong(&any->pages->state[first + i], &expected,
 						       UFFD_PAGE_DIRTY);
 	}
@@ -239,7 +283,7 @@ static void take_back(struct uffd_engine *engine, const struct uffd_range_ref *r
 }
 
 int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			     uint64_t offset, uint64_t length, uint32_t protects,
+			     uint64_t offset, uint64_t length, uint32_t how,
 			     uint8_t *states_ret)
 {
 	uint64_t give_up = 0, first = offset, end = offset + length, shift = 12;
@@ -262,7 +306,7 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 			shift = range->page_shift;
 			at = range->start + (offset - range->origin);
 			past = run_end(range, at, at + (end - offset));
-			past = arm_run(range, at, past, protects,
+			past = arm_run(range, at, past, how,
 				       states_ret + ((offset - first) >> shift), &r);
 			offset += past - at;
 		} else {
@@ -280,7 +324,7 @@ int uffd_engine_writeprotect(struct uffd_engine *engine, const struct uffd_range
 		uffd_back_off(attempt++);
 		r = 0;
 	}
-	if (r && protects)
+	if (r && how)
 		take_back(engine, ref, first >> shift, (offset - first) >> shift,
 			  states_ret);
 	return r;

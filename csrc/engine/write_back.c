@@ -184,7 +184,7 @@ static void call_written(struct uffd_engine *engine, const struct uffd_range_ref
 		if (window->states[page] == UFFD_PAGE_DIRTY)
 			uffd_engine_writeprotect(engine, ref,
 						 window->offset + page * window->page_size,
-						 window->page_size, 0, &state);
+						 window->page_size, UFFD_UNPROTECT, &state);
 }
 
 /*
@@ -197,7 +197,8 @@ static int evict_window(struct uffd_engine *engine, const struct uffd_range_ref 
 {
 	uint64_t length = window->pages * window->page_size, done, reached, page = 0;
 	uint8_t after[PAGES_AT_ONCE];
-	int r = uffd_engine_writeprotect(engine, ref, window->offset, length, 1, window->states);
+	int r = uffd_engine_writeprotect(engine, ref, window->offset, length,
+					 UFFD_PROTECT_TO_EVICT, window->states);
 
 	if (r)
 		return r;

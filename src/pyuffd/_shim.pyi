@@ -117,6 +117,7 @@ class _Lib:
     UFFD_UNSERVE_UNREGISTER: int
     UFFD_UNSERVE_GENTLY: int
     UFFD_HISTOGRAM_BUCKETS: int
+    UFFD_PAGE_WRITTEN: int
     UFFD_AGENT_BYTES: int
     def uffd_shim_open_syscall(self, flags: int, /) -> int: ...
     def uffd_shim_open_device(self, path: CData, flags: int, /) -> int: ...
@@ -629,15 +630,12 @@ class _Lib:
         reached_ret: CData,
         /,
     ) -> int: ...
+    UFFD_UNPROTECT: int
+    UFFD_PROTECT: int
+    UFFD_PROTECT_TO_EVICT: int
+    UFFD_PROTECT_TO_CHECK: int
     def uffd_engine_writeprotect(
-        self,
-        engine: CData,
-        ref: CData,
-        offset: int,
-        length: int,
-        protects: int,
-        states_ret: CData,
-        /,
+        self, engine: CData, ref: CData, offset: int, length: int, how: int, states_ret: CData, /
     ) -> int: ...
     def uffd_runs_of(
         self,

@@ -19,12 +19,15 @@ from pyuffd import (
     ClosedError,
     Handler,
     HandlerError,
+    LayoutChangedError,
     PagePoisonedError,
     PageState,
     RangeBusyError,
     Region,
     StateRanges,
     Userfaultfd,
+    ZeroSource,
+    _memory,
 )
 from pyuffd.testing import needs
 from tests._child import run_child
@@ -157,6 +160,78 @@ def preserved(handler: Handler, name: str) -> None:
         assert saved[: region.length] == b"\1" * region.length
 
 
+def evicted(handler: Handler, name: str) -> None:
+    """What was written shows once in a checkpoint, also if it has been evicted since."""
+    if handler.driver == "process":
+        return
+    size = 2 << 20 if name.startswith("hugetlb") else 4096
+    store = bytearray(content(PAGES * size))
+
+    def keep(offset: int, data: memoryview) -> None:
+        store[offset : offset + len(data)] = data
+
+    def fail(offset: int, data: memoryview) -> None:
+        raise KeyError("full")
+
+    with filling(handler, name, BufferSource(store), MISSING | WP) as region:
+
+        def taken() -> list[tuple[int, int, PageState]]:
+            found = handler.checkpoint(region)
+            for start, end, state in runs(found.written, size):
+                assert found.states[start:end] == bytes([state]) * (end - start)
+            again = handler.checkpoint(region)
+            assert again.states == found.states.replace(bytes([DIRTY]), bytes([CLEAN]))
+            assert len(again.written) == 0
+            return runs(found.written, size)
+
+        # One was written and one only read; one has come back; one is written after that.
+        region.read(0, 4 * size)
+        for page in (0, 2, 3):
+            region.write(page * size, b"new")
+        assert handler.evict(region, write_back=keep) == 4 * size
+        region.read(2 * size, 1)
+        region.write(3 * size, b"newer")
+        assert taken() == [(0, 1, ABSENT), (2, 3, CLEAN), (3, 4, DIRTY)]
+        assert region.read(0, 3) == b"new"
+        # Without write_back, and unprotected before or filled after.
+        handler.unprotect(region, 2 * size, size)
+        region.write(2 * size, b"lost")
+        region.write(3 * size, b"lost")
+        assert handler.evict(region, write_back=None) == 3 * size
+        handler.fill(region, 3 * size, content(size))
+        assert taken() == [(2, 3, ABSENT), (3, 4, CLEAN)]
+        # It stays, and nobody has got it.
+        region.write(0, b"stays")
+        region.write(size, b"stays")
+        with pytest.raises(KeyError):
+            handler.evict(region, write_back=fail)
+        assert taken() == [(0, 2, DIRTY)]
+        region.write(0, b"stays")
+        with pytest.raises(KeyError):
+            handler.evict(region, write_back=lambda at, data: (keep if at else fail)(at, data))
+        # writeprotect() takes what it says, and no more.
+        region.write(size, b"new")
+        handler.evict(region, write_back=keep)
+        assert handler.writeprotect(region) == bytes([ABSENT]) * PAGES
+        region.write(0, b"new")
+        assert handler.writeprotect(region) == bytes([DIRTY, ABSENT, ABSENT, ABSENT])
+        assert taken() == [(1, 2, ABSENT)]
+
+
+def dropped_and_evicted(handler: Handler, name: str) -> None:
+    """What its owner dropped is no longer REMOVED once it is evicted, and shows once more."""
+    if handler.driver in ("process", "inline"):
+        return
+    with filling(handler, name, mode=MISSING | WP) as region:
+        size = region.page_size
+        region.read(0, 2 * size)
+        handler.checkpoint(region)
+        region.madvise(9 if region.shared else 4, size, size)
+        assert handler.evict(region, write_back=lambda *_: None) == 2 * size
+        for expected in ([(1, 2, ABSENT)], []):
+            assert runs(handler.checkpoint(region).written, size) == expected
+
+
 def beside_writers(handler: Handler, name: str) -> None:
     """Copying what each checkpoint says follows threads that write: nothing is missed."""
     with filling(handler, name, mode=WP) as region:
@@ -246,6 +321,8 @@ CASES: dict[str, Case] = {
         mapped_again,
         lifted,
         preserved,
+        evicted,
+        dropped_and_evicted,
         beside_writers,
         held,
         expired,
@@ -264,6 +341,27 @@ def check(name: str) -> None:
 @needs(NEEDED)
 def test_tracking(name: str) -> None:
     run_child(check, name, budget_s=60)
+
+
+def taken_in_vain() -> None:
+    """An error loses nothing of what was written and evicted."""
+    with handling("native") as handler, Region.anonymous(4 << 20) as region:
+        handler.serve(region, ZeroSource(), mode=MISSING | WP)
+        region.write(0, b"new")
+        handler.evict(region, write_back=None)
+        # What is done in one step ends at a multiple of 2 MiB.
+        last = ((region.start + region.length - 1) & -(2 << 20)) - region.start
+        _memory.munmap(region.start + last, region.length - last)
+        with pytest.raises(LayoutChangedError):
+            handler.checkpoint(region)
+        found = handler.checkpoint(region, 0, last)
+        assert runs(found.written, mmap.PAGESIZE) == [(0, 1, ABSENT)]
+        assert found.states == bytes([ABSENT]) * (last // mmap.PAGESIZE)
+
+
+@needs(NEEDED)
+def test_an_error_takes_nothing() -> None:
+    run_child(taken_in_vain)
 
 
 def answers_wait() -> None:

@@ -44,7 +44,7 @@ from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.testing import MEMORY_TYPES, kill
 from pyuffd.testing._run import SCALE
 from tests._memory import memory_of
-from tests.stress._worlds import HEAD, LOST, ZERO, A, Content, Rules, World
+from tests.stress._worlds import HEAD, LOST, UNWRITTEN, ZERO, A, Content, Rules, World
 
 Step = list[Any]  # a name and its arguments; JSON carries it
 
@@ -238,6 +238,7 @@ class Run:
             self.alias = stack.enter_context(Region.file(self.region.fd))
         # What each page is served from; those of one number are one range.
         self.ranges = [0] * self.count
+        self.first_of: dict[int, int] = {}  # the first page of each range, as it was served
         self.served_before = 0
         self.worlds = [{World("none", False, None, None, A)} for _ in range(self.count)]
         if self.alias is not None:
@@ -247,6 +248,8 @@ class Run:
         stack.callback(os.close, self.sink)
         self.saved = bytearray(self.region.length) if setting.preserve else None
         self.instant: list[set[Content] | None] = [None] * self.count
+        # Written by this process, and not yet told by a checkpoint or writeprotect().
+        self.written = [False] * self.count
         self.uffd = stack.enter_context(Userfaultfd(features=features))
         self.prefetches = self.has_faulted = False
         self.handler: Handler
@@ -302,6 +305,8 @@ class Run:
                 preserve=self.saved,
                 present="keep",
             )
+        self.first_of[self.ranges[first]] = first
+        self.written[first:end] = [False] * (end - first)
 
     # Worlds
 
@@ -414,6 +419,9 @@ class Run:
         self.faulted()
         after = {self.rules.write(world, source, head) for world in self.worlds[page]}
         self.keep(page, "a write's loss", seen, {w: self.rules.found(w) == LOST for w in after})
+        # Of a page that Linux has filled, only the page table tells, as long as it has it.
+        is_known = all(world.engine is not A for world in self.worlds[page])
+        self.written[page] |= seen is False and is_known
 
     def write_file(self, page: int, number: int) -> None:
         assert self.alias is not None
@@ -451,15 +459,36 @@ class Run:
             return
         for run, part in self.parts(first, end):
             refused = self.setting.memory.endswith("private") and self.file_has(run)
+            handed: dict[int, Content] = {}
+            write_back = self.keeper(run, handed) if self.mode & WP and end % 2 else None
             try:
-                evicted = self.handler.evict(part, write_back=None)
+                evicted = self.handler.evict(part, write_back=write_back)
             except ValueError:
                 if not refused:
                     raise
                 continue
             if refused or evicted % self.size or evicted > len(run) * self.size:
                 raise Disagreement(f"evict returned {evicted:#x} for {len(run)} pages")
-            self.change(run, self.rules.evict)
+            if write_back is None:
+                self.change(run, self.rules.evict)
+                continue
+            self.faulted()  # it reads the pages
+            self.let_pass()
+            for page, content in handed.items():
+                after = {w: self.rules.found(self.rules.read(w, ZERO)) for w in self.worlds[page]}
+                self.keep(page, "what is handed over", content, after)  # type: ignore[arg-type]
+            self.change(run, self.rules.evict_written_back)
+
+    def keeper(self, run: range, handed: dict[int, Content]) -> Callable[[int, memoryview], None]:
+        """Return a write_back that notes what it is handed over; the source stays what it was."""
+
+        def keep(offset: int, data: memoryview) -> None:
+            for at in range(0, len(data), self.size):
+                content = bytes(data[at : at + HEAD]), bytes(data[at + HEAD : at + HEAD + 1])
+                handed[first + (offset + at) // self.size] = content
+
+        first = self.first_of[self.ranges[run.start]]
+        return keep
 
     def file_has(self, run: range) -> bool:
         """Whether a private mapping would show the file's pages, instead of asking its source."""
@@ -492,18 +521,30 @@ class Run:
         if self.mode == WP and not self.rules.unpopulated and not self.rules.has_file:
             self.change(range(first, end), lambda w: self.rules.read(w, ZERO))  # it maps holes
         before = [self.worlds[page] for page in range(self.count)]
-        protect = self.handler.writeprotect if first % 2 else self.checkpoint
-        found = self.joined(protect, first, end)
+        told = set[int]()
+        if first % 2:
+            why, found = "states", self.joined(self.handler.writeprotect, first, end)
+        else:
+            why = "checkpoint"
+            found = b"".join(
+                self.checkpoint(run, part, told) for run, part in self.parts(first, end)
+            )
         for page, state in zip(range(first, end), map(PageState, found), strict=True):
-            possible = [pair for w in self.worlds[page] for pair in self.rules.protect(w)]
+            self.take(page, state, why, is_told=page in told)
+            possible = [one for w in self.worlds[page] for one in self.rules.protect(w, why)]
             # A worker wakes the reader of a page before it stores the page's state.
             may_be_at_it = self.prefetches or self.setting.source == "python"
             if state is PageState.IN_FLIGHT and may_be_at_it:
-                self.worlds[page] = {w for _, w in possible}
+                self.worlds[page] = {w for _, _, w in possible}
                 continue
-            left = {world for seen, world in possible if seen is state}
+            left = {
+                world
+                for seen, reported, world in possible
+                if seen is state and (why == "states" or reported == (page in told))
+            }
             if not left:
-                self.disagree(page, "writeprotect", state, {seen for seen, _ in possible})
+                what = (state, page in told)
+                self.disagree(page, why, what, {(seen, told) for seen, told, _ in possible})
             self.worlds[page] = left
             if self.saved is None:
                 continue
@@ -512,19 +553,30 @@ class Run:
                 for w in before[page]
             }
 
-    def checkpoint(self, part: Region) -> bytes:
-        """Return the states; the ranges say the same of pages that may have been written."""
+    def take(self, page: int, state: PageState, why: str, *, is_told: bool) -> None:
+        """Whatever came after a write, a checkpoint tells of it, or writeprotect() before that."""
+        if why == "checkpoint" and self.written[page] and not is_told:
+            raise Disagreement(f"the checkpoint says nothing of page {page}, which was written")
+        if why == "checkpoint" or state not in UNWRITTEN:
+            self.written[page] = False
+
+    def checkpoint(self, run: range, part: Region, told: set[int]) -> bytes:
+        """Return the states; the ranges say the same, and have what states say is written."""
         taken = self.handler.checkpoint(part)
         ranges = {
-            page: run.state
-            for run in taken.written
-            for page in range(run.start // self.size, run.end // self.size)
+            page: written.state
+            for written in taken.written
+            for page in range(written.start // self.size, written.end // self.size)
         }
-        unwritten = (PageState.ABSENT, PageState.CLEAN, PageState.SAVED)
         states = dict(enumerate(map(PageState, taken.states)))
-        expected = {page: state for page, state in states.items() if state not in unwritten}
+        expected = {
+            page: state
+            for page, state in states.items()
+            if state not in UNWRITTEN or page in ranges
+        }
         if ranges != expected:
             raise Disagreement(f"checkpoint: ranges {ranges}, states {expected}")
+        told.update(run.start + page for page in ranges)
         return taken.states
 
     def do_unprotect(self, first: int, end: int) -> None:

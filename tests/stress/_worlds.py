@@ -26,6 +26,8 @@ A, C, D, R, P, S = (
     PageState.POISONED,
     PageState.SAVED,
 )
+# A page in these states was not written since it was protected.
+UNWRITTEN = (A, C, S)
 
 
 class World(NamedTuple):
@@ -38,6 +40,7 @@ class World(NamedTuple):
         cache: what the file holds; None: a hole, or there is no file.
         engine: the state that the engine has noted.
         lazy: the kernel may drop it (MADV_FREE) until it is written to.
+        mark: the engine has noted that it was written, for the next checkpoint.
     """
 
     pte: str
@@ -46,6 +49,7 @@ class World(NamedTuple):
     cache: Content | None
     engine: PageState
     lazy: bool = False
+    mark: bool = False
 
     @property
     def there(self) -> bool:
@@ -158,8 +162,12 @@ class Rules:
             return w._replace(engine=D if self.wp and not w.wp else C)
         return w
 
-    def protect(self, w: World) -> Iterator[tuple[PageState, World]]:
-        """writeprotect(): the states that it may return, each with the page afterwards."""
+    def protect(self, w: World, why: str = "states") -> Iterator[tuple[PageState, bool, World]]:
+        """Protect a page for "states", a "checkpoint" or to "evict" it.
+
+        Yield the states that may be returned, each with whether a checkpoint reports the page, and
+        with the page afterwards.
+        """
         armed = w.there or (w.pte == "none" and (self.has_file or self.unpopulated))
         for seen in self.reported(w):
             if w.engine is A:
@@ -168,13 +176,19 @@ class Rules:
                 engine = P
             else:
                 engine = R if seen is R and (self.missing or self.minor) else C
-            yield seen, w._replace(wp=w.wp or armed, engine=engine)
+            written = seen not in UNWRITTEN
+            if why == "evict":
+                mark = w.mark or seen in (D, R)
+            else:
+                mark = w.mark and why == "states" and not written
+            yield seen, written or w.mark, w._replace(wp=w.wp or armed, engine=engine, mark=mark)
 
     def unprotect(self, w: World) -> Iterator[tuple[PageState, World]]:
         """unprotect(): the states that it may return, each with the page afterwards."""
-        for seen, after in self.protect(w):
+        for seen, _, after in self.protect(w):
             engine = D if after.engine is C else after.engine
-            yield seen, after._replace(wp=False, engine=A if w.engine is A else engine)
+            engine = A if w.engine is A else engine
+            yield seen, after._replace(wp=False, engine=engine, mark=w.mark)
 
     def evict(self, w: World) -> Iterator[World]:
         """evict(write_back=None): what is there is dropped, and its source asked again."""
@@ -190,8 +204,21 @@ class Rules:
         gone = w._replace(pte="none", mine=None, lazy=False, engine=R if w.engine is R else A)
         if not self.private:
             gone = gone._replace(cache=None)
-        yield gone
-        yield gone._replace(wp=False)
+        for seen in self.reported(w):
+            mark = w.mark or (self.wp and seen in (D, R))
+            yield gone._replace(mark=mark)
+            yield gone._replace(mark=mark, wp=False)
+
+    def evict_written_back(self, w: World) -> Iterator[World]:
+        """evict(write_back=...): it stays, or is dropped, handed over before that or not."""
+        for seen, _, protected in self.protect(w, "evict"):
+            for after in (protected, self.read(protected, ZERO)):
+                yield after
+                if seen in (A, P):
+                    continue
+                # Reading it finds out that it was dropped.
+                mark = after.mark or after.engine is R
+                yield from self.evict(after._replace(engine=C, mark=mark))
 
     def save(self, w: World, *, unprotect: bool) -> World:
         """preserve()."""
@@ -209,7 +236,7 @@ class Rules:
 
     def serve(self, w: World) -> World:
         """serve(present="keep"), by a new handler."""
-        w = w._replace(engine=A if self.missing or self.minor else D)
+        w = w._replace(engine=A if self.missing or self.minor else D, mark=False)
         if w.engine is A and w.pte == "poison" and not self.huge:
             return w._replace(engine=P)
         if w.engine is A and w.there:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Failure,
         HandlerStats,
         Held,
+        Protect,
         RangeId,
         RangeSpec,
         RecentFault,
@@ -121,7 +122,7 @@ class Backend(Protocol):
         """Note the pages that are present."""
 
     def writeprotect(
-        self, served: RangeId, offset: int, length: int, pages: int, *, protects: bool
+        self, served: RangeId, offset: int, length: int, pages: int, how: Protect
     ) -> bytes:
         """Protect pages, or lift the protection; return their states as they were then."""
 

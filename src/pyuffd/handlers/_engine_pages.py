@@ -11,7 +11,10 @@ from pyuffd._shim import ffi, lib
 from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._engine_calls import EngineCalls, pointer_to, range_ref
 from pyuffd.handlers._packed import FileRuns, Packed
-from pyuffd.handlers._types import RangeId
+from pyuffd.handlers._types import Protect, RangeId
+
+# For bytes.translate: states without the mark that they are written, a bit that no ASCII has.
+_WITHOUT_MARK = bytes(value & ~lib.UFFD_PAGE_WRITTEN for value in range(256))
 
 # These do not tell one from the other.
 _ENDED = (errno.ENOENT, errno.ECANCELED)
@@ -102,16 +105,16 @@ class EnginePages(EngineCalls):
         lib.uffd_engine_take_in(self._engine(), range_ref(served))
 
     def writeprotect(
-        self, served: RangeId, offset: int, length: int, pages: int, *, protects: bool
+        self, served: RangeId, offset: int, length: int, pages: int, how: Protect
     ) -> bytes:
         """Protect pages, or lift the protection; return their states as they were then."""
         out = bytearray(pages)
         with ffi.from_buffer("uint8_t[]", out) as pointer:
             code = lib.uffd_engine_writeprotect(
-                self._engine(), range_ref(served), offset, length, protects, pointer
+                self._engine(), range_ref(served), offset, length, how, pointer
             )
         if code:
-            op = "write-protect" if protects else "unprotect"
+            op = "unprotect" if how is Protect.NOT else "write-protect"
             _raise(op, -code, served.start + offset, length, completed=0)
         return bytes(out)
 
@@ -249,9 +252,17 @@ def _unreadable(start: int, length: int, completed: int) -> UffdOSError:
 
 
 def runs_of(states: bytes, page_size: int, offset: int, without: int) -> bytes:
-    """Pack the runs of pages whose state is not in the mask, as 64-bit (start, end, state)."""
+    """Pack the runs of pages whose state is not in the mask, as 64-bit (start, end, state).
+
+    A page that has WRITTEN beside its state is in a run too.
+    """
     most = lib.uffd_runs_of(states, len(states), page_size, offset, without, ffi.NULL, 0)
     out = bytearray(most * ffi.sizeof("struct uffd_run"))
     with ffi.from_buffer("struct uffd_run[]", out) as runs:
         lib.uffd_runs_of(states, len(states), page_size, offset, without, runs, most)
     return bytes(out)
+
+
+def without_marks(states: bytes) -> bytes:
+    """Return the states of a checkpoint without the marks of what was written."""
+    return states if states.isascii() else states.translate(_WITHOUT_MARK)

@@ -14,7 +14,7 @@ from pyuffd.handlers._bounce import BOUNCE_SIZE
 from pyuffd.handlers._checkpoint import StateRanges
 from pyuffd.handlers._engine_pages import runs_of
 from pyuffd.handlers._present import is_private_file, shows_cache
-from pyuffd.handlers._types import PageState, SourceKind
+from pyuffd.handlers._types import PageState, Protect, SourceKind
 from pyuffd.handlers._write_back import BackFile, writer_of
 from pyuffd.handlers.process._remote import NO_EVICTION
 
@@ -250,7 +250,7 @@ class EvictsPages(HandlerBase):
         size = served.page_size
         pages = (end - offset) // size
         with self._lock:
-            states = engine.writeprotect(served.id, offset, pages * size, pages, protects=True)
+            states = engine.writeprotect(served.id, offset, pages * size, pages, Protect.TO_EVICT)
             served.was_protected = True
             served.protections += 1
             protections = served.protections
@@ -318,4 +318,4 @@ def _call_written(
     for start, end in _runs(states.translate(DIRTY), size, offset):
         if end > reached:
             at = max(start, reached)
-            engine.writeprotect(served.id, at, end - at, (end - at) // size, protects=False)
+            engine.writeprotect(served.id, at, end - at, (end - at) // size, Protect.NOT)

@@ -6,9 +6,9 @@ from pyuffd._abi import RegisterMode
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checkpoint import Checkpoint, StateRanges
-from pyuffd.handlers._engine_pages import runs_of
+from pyuffd.handlers._engine_pages import runs_of, without_marks
 from pyuffd.handlers._serving import warn_of_merging
-from pyuffd.handlers._types import PageState
+from pyuffd.handlers._types import PageState, Protect
 
 # Pages in these states were not written since they were protected.
 UNWRITTEN = (PageState.ABSENT, PageState.CLEAN, PageState.SAVED)
@@ -23,7 +23,9 @@ class TracksWrites(HandlerBase):
         Reading a state and protecting the page are one step. A write before it shows in the
         returned state; a write after it makes the page DIRTY again. So repeated calls while threads
         write miss no write: copy the pages whose returned state is not CLEAN, SAVED or ABSENT.
-        After the call the pages are CLEAN.
+        After the call pages that are present are CLEAN. ABSENT and POISONED ones stay that, and in
+        a region served for MISSING or MINOR so do dropped ones. Only `checkpoint` tells of pages
+        that were written and then evicted.
 
         On anonymous memory without Feature.WP_UNPOPULATED, Linux silently leaves missing pages
         unprotected. If the range is registered for WP only, they are first mapped (as the zero
@@ -59,7 +61,7 @@ class TracksWrites(HandlerBase):
             ...     [PageState(state).name for state in handler.writeprotect(region)]
             ['CLEAN', 'DIRTY']
         """
-        _, states = self._protect(region, offset, length, protects=True)
+        _, states = self._protect(region, offset, length, Protect.FOR_STATES)
         return states
 
     def unprotect(self, region: RangeLike, offset: int = 0, length: int | None = None) -> bytes:
@@ -87,7 +89,7 @@ class TracksWrites(HandlerBase):
         Kernel: UFFDIO_WRITEPROTECT(2const).  GIL: released.  Threads: safe.  Blocks: while a layout
         event is unread.
         """
-        return self._protect(region, offset, length, protects=False)[1]
+        return self._protect(region, offset, length, Protect.NOT)[1]
 
     def checkpoint(
         self, region: RangeLike, offset: int = 0, length: int | None = None
@@ -95,10 +97,20 @@ class TracksWrites(HandlerBase):
         """Return the pages written since the last checkpoint, and protect them again.
 
         Both are one step against writers: a write before it shows in the result, a write after it
-        shows in the next one. The first checkpoint of a region that was never protected contains
-        every page. `writeprotect` begins a new interval too. A page that was written and then
-        evicted is ABSENT, and no part of the result: what was written is where `evict` has handed
-        it over. So with both, save from `write_back` what a copy of the checkpoints needs.
+        shows in the next one. A page that was written is in the result once, whatever came after
+        the write: if it was evicted it is ABSENT, or CLEAN once it has come back, and if its owner
+        dropped it REMOVED. The interval of a page begins with `serve`, with its last checkpoint, or
+        with a `writeprotect` that returned that it was written. Present pages count as written
+        until they are protected for the first time.
+
+        Pages that are not protected may have been written, and are in the result too: after
+        `unprotect` or `fill(keep_protected=False)`. So are POISONED and IN_FLIGHT pages, and in a
+        region served for MISSING or MINOR dropped pages, each time until they are written, or
+        evicted with `write_back`. What `evict(write_back=None)` drops is not in it unless it was
+        written in the interval, though the source may differ from what an earlier checkpoint told
+        of. Without RegisterMode.MISSING, Linux fills holes by itself: a write to such a page is
+        forgotten if the page leaves the page table (MADV_DONTNEED without Feature.EVENT_REMOVE,
+        reclaim) before the handler has protected it.
 
         Args:
             region: A region served with RegisterMode.WP.
@@ -128,12 +140,13 @@ class TracksWrites(HandlerBase):
             ...     [(run.start, run.end) for run in handler.checkpoint(region).written]
             [(4096, 8192)]
         """
-        page_size, states = self._protect(region, offset, length, protects=True)
+        page_size, states = self._protect(region, offset, length, Protect.TO_CHECK)
         without = sum(1 << state for state in UNWRITTEN)
-        return Checkpoint(StateRanges(runs_of(states, page_size, offset, without)), states)
+        written = StateRanges(runs_of(states, page_size, offset, without))
+        return Checkpoint(written, without_marks(states))
 
     def _protect(
-        self, region: RangeLike, offset: int, length: int | None, *, protects: bool
+        self, region: RangeLike, offset: int, length: int | None, how: Protect
     ) -> tuple[int, bytes]:
         """Protect pages or lift the protection; return the page size and the states before."""
         self._running_engine()  # before the lock, which a thread of the parent may have held
@@ -143,6 +156,7 @@ class TracksWrites(HandlerBase):
                 raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
             size = served.page_size
             at, span = first * size, pages * size
+            protects = how is not Protect.NOT
             if protects:
                 warn_of_merging(served, stacklevel=4)
             elif served.preserves and PageState.CLEAN in engine.states(served.id, first, pages):
@@ -150,7 +164,7 @@ class TracksWrites(HandlerBase):
                     f"pages of the range at {served.id.start:#x} are still to be saved: call"
                     " preserve(keep_protected=False)"
                 )
-            states = engine.writeprotect(served.id, at, span, pages, protects=protects)
+            states = engine.writeprotect(served.id, at, span, pages, how)
             served.was_protected = served.was_protected or protects
             served.protections += protects
             return size, states

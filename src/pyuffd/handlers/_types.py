@@ -54,6 +54,15 @@ class OnError(IntEnum):
     KILL = lib.UFFD_ON_ERROR_KILL
 
 
+class Protect(IntEnum):
+    """Why pages are protected, and what becomes of what is known to be written."""
+
+    NOT = lib.UFFD_UNPROTECT  # the protection is lifted
+    FOR_STATES = lib.UFFD_PROTECT  # the caller learns it from the states
+    TO_EVICT = lib.UFFD_PROTECT_TO_EVICT  # it is noted for the next checkpoint
+    TO_CHECK = lib.UFFD_PROTECT_TO_CHECK  # this is the checkpoint
+
+
 class SourceKind(IntEnum):
     """Where the content of absent pages comes from."""
 

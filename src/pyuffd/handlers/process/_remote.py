@@ -28,6 +28,7 @@ from pyuffd.handlers._types import (
     Failure,
     HandlerStats,
     Held,
+    Protect,
     RangeId,
     RangeSpec,
     RecentFault,
@@ -262,10 +263,10 @@ class RemoteEngine(SoleOwner):
         self._call(Call.TAKE_IN, served)
 
     def writeprotect(
-        self, served: RangeId, offset: int, length: int, pages: int, *, protects: bool
+        self, served: RangeId, offset: int, length: int, pages: int, how: Protect
     ) -> bytes:
         """Protect pages, or lift the protection; return their states as they were then."""
-        return bytes(self._call(Call.WRITEPROTECT, served, offset, length, pages, protects))
+        return bytes(self._call(Call.WRITEPROTECT, served, offset, length, pages, how))
 
     def pause(self, limit_ns: int) -> int:
         """Resolve no fault for at most `limit_ns`; return a token for `resume`."""

@@ -27,6 +27,7 @@ from pyuffd.handlers._types import (
     Failure,
     FailureStage,
     LeafKind,
+    Protect,
     RangeId,
     RangeSpec,
     SourceFailure,
@@ -321,10 +322,10 @@ class WorkerProcess:
         return self._engine.fill(served, offset, address, length, unprotected=unprotected)
 
     def writeprotect(
-        self, served: RangeId, offset: int, length: int, pages: int, protects: bool
+        self, served: RangeId, offset: int, length: int, pages: int, how: Protect
     ) -> bytes:
         """Protect pages, or lift the protection."""
-        return self._engine.writeprotect(served, offset, length, pages, protects=protects)
+        return self._engine.writeprotect(served, offset, length, pages, how)
 
     def unserve(
         self,
