@@ -256,11 +256,13 @@ def hot_plan(
     return HotPlan(ranges, list(_PIECE.iter_unpack(windows)), int(found.bytes))
 
 
-def read_ahead(ranges: memoryview, runs: memoryview, length: int, fds: Sequence[int]) -> None:
+def read_ahead(ranges: memoryview, runs: memoryview, length: int, fds: Sequence[int]) -> bool:
     """Ask the kernel to read the files of rows of a `HotPlan`, all of one memory: a hint.
 
-    `runs` are those of the memory's `Chain`, up to `length`.
+    `runs` are those of the memory's `Chain`, up to `length`. Returns whether there was memory to do
+    so.
     """
     vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
     table = ffi.from_buffer("struct uffd_page_region[]", runs)
-    lib.uffd_hot_read_ahead(vec, len(vec), table, len(table), length, list(fds), len(fds))
+    code = lib.uffd_hot_read_ahead(vec, len(vec), table, len(table), length, list(fds), len(fds))
+    return not code

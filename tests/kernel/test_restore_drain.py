@@ -5,8 +5,14 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pyuffd import Feature, Region, Snapshot
+from pyuffd._image_calls import read_ahead
+from pyuffd.snapshot import _restore_hot, _serve, _working_sets
+from pyuffd.snapshot._content import PIECE
 from pyuffd.testing import needs
 from tests._barriers import Point, holding
 from tests._child import run_child
@@ -38,6 +44,49 @@ def count_beside_work() -> None:
                 point.release()
             assert restore.stats.faults == 1  # this waits until it is counted
             assert serving.faults() == 1
+
+
+def failing_hints(*, hot: bool) -> None:
+    """Two are refused, the first by an exception: what they asked for is asked for again."""
+    asked: list[int] = []
+    pieces = 8
+    module = _restore_hot if hot else _serve
+
+    def refuse(rows: memoryview, *rest: Any) -> bool:
+        asked.append(rows.cast("B").cast("Q")[0])
+        if len(asked) == 1:
+            raise MemoryError
+        return len(asked) > 2 and read_ahead(rows, *rest)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory() as path,
+        Region.anonymous(pieces * PIECE) as region,
+    ):
+        patch.setattr(module, "read_ahead", refuse)
+        folder = write(Path(path) / "one", [(START, [data(pieces * PIECE // PAGE)])])
+        with Snapshot.open(folder) as snapshot:
+            if hot:
+                _working_sets.add(snapshot._image, "hot", [(0, pieces * PIECE // PAGE)])
+            with snapshot.restore(
+                {START: region},
+                mode="copy",
+                verify="no",
+                threads=1,
+                working_set="hot" if hot else None,
+            ) as restore:
+                assert restore.wait(30)
+            assert region.read() == snapshot.read(START, region.length)
+    # The windows of a working set are asked for in order. Of pieces, what is in place by the third
+    # is not asked for again.
+    assert asked[:3] == ([0, 0, 0] if hot else [0, PIECE, 2 * PIECE])
+    assert not hot or asked[2:] == list(range(0, pieces * PIECE, PIECE))
+
+
+@pytest.mark.parametrize("hot", [False, True], ids=["pieces", "working-set"])
+def test_hints_that_fail(*, hot: bool) -> None:
+    """Memory is short for reading ahead: it takes longer, and nothing else is lost."""
+    run_child(failing_hints, hot=hot)
 
 
 def test_faults_are_counted_beside_work() -> None:

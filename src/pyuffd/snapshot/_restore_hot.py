@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import pairwise
 
@@ -112,12 +113,15 @@ class Hot:
     def _read_ahead(self, number: int) -> None:
         """Ask the kernel for a window's files, and for some of the following windows."""
         wanted = min(number + AHEAD, max(number + 1, self._asked) + READ_AT_ONCE)
-        for plan, first, past, memory in self._windows[self._asked : wanted]:
-            placed = self._placed[memory]
-            if not placed.chain.is_packed:
-                files = [image.pages_fileno() for image in placed.images]
-                read_ahead(plan.rows(first, past), placed.chain.runs, placed.length, files)
-        self._asked = max(self._asked, min(wanted, len(self._windows)))
+        with suppress(MemoryError):  # a hint: the windows are filled without it
+            for plan, first, past, memory in self._windows[self._asked : wanted]:
+                placed = self._placed[memory]
+                if not placed.chain.is_packed:
+                    files = [image.pages_fileno() for image in placed.images]
+                    rows = plan.rows(first, past)
+                    if not read_ahead(rows, placed.chain.runs, placed.length, files):
+                        break
+                self._asked += 1
 
     # Recording
 

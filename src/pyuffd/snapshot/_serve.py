@@ -211,13 +211,22 @@ class Serving:
             if first >= past:
                 return
             self._asked[id(placed)] = past
-        self._ask_for(placed, [(first, past)])
+        if self._ask_for(placed, [(first, past)]):
+            return
+        with self._lock:
+            if self._asked[id(placed)] == past:
+                self._asked[id(placed)] = first
 
-    def _ask_for(self, placed: Placed, ranges: list[tuple[int, int]]) -> None:
-        if not placed.chain.is_packed:
+    def _ask_for(self, placed: Placed, ranges: list[tuple[int, int]]) -> bool:
+        """Ask the kernel to read the files of ranges; return False if memory was short."""
+        if placed.chain.is_packed:
+            return True
+        try:
             rows = array("Q", [word for start, end in ranges for word in (start, end, 0)])
             files = [image.pages_fileno() for image in placed.images]
-            read_ahead(memoryview(rows), placed.chain.runs, placed.length, files)
+            return read_ahead(memoryview(rows), placed.chain.runs, placed.length, files)
+        except MemoryError:  # a hint: the ranges are filled without it
+            return False
 
     def _load(self, placed: Placed, offset: int, length: int) -> int:
         chunk = max(PIECE, placed.page_size) if placed.chain.is_packed else None
