@@ -321,6 +321,9 @@ class Rules:
                 yield filled
                 if self.forks and not self.private:  # in the page table of a fork
                     yield w._replace(cache=filled.cache, engine=filled.engine)
+                    # Its page table cannot be read: pages of a run in which one was present.
+                    if self.wp and w.engine is A and filled.engine is C:
+                        yield w._replace(cache=filled.cache, engine=D)
             if w.engine is R and w.pte == "none":  # dropped while a source was asked for it
                 yield self._fault(w, ZERO)
         around = has_faulted and not (self.wp or self.minor or self.huge)

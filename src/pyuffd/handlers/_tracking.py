@@ -104,7 +104,8 @@ class TracksWrites(HandlerBase):
         until they are protected for the first time.
 
         Pages that are not protected may have been written, and are in the result too: after
-        `unprotect` or `fill(keep_protected=False)`. So are POISONED and IN_FLIGHT pages, and in a
+        `unprotect` or `fill(keep_protected=False)`. So may be pages of shared memory that a fork
+        has loaded, as its page table cannot be read. So are POISONED and IN_FLIGHT pages, and in a
         region served for MISSING or MINOR dropped pages, each time until they are written, or
         evicted with `write_back`. What `evict(write_back=None)` drops is not in it unless it was
         written in the interval, though the source may differ from what an earlier checkpoint told
