@@ -308,28 +308,10 @@ static enum outcome keep_protected(struct uffd_range *range, uint64_t page, int 
 	return OUTCOME_FAILED;
 }
 
-/*
- * The message may be older than the page's eviction, its drop, or its poison, which lifting
- * the protection leaves in place (Linux 6.18): a page that is not there was not written.  It
- * stays what it was, so that it gets its content, zeros, or no content as before.
- */
-static uint8_t unprotected_state(const struct uffd_range *range, uint64_t page, uint8_t was)
-{
-	uint64_t entry;
-	uint8_t seen;
-
-	if (was != UFFD_PAGE_REMOVED && was != UFFD_PAGE_POISONED &&
-	    (was != UFFD_PAGE_ABSENT || !can_be_absent(range)))
-		return UFFD_PAGE_DIRTY;
-	if (!read_entries(range, page, 1, &entry))
-		return UFFD_PAGE_DIRTY;
-	seen = seen_state(range, UFFD_PAGE_ABSENT, entry);
-	return seen == UFFD_PAGE_CLEAN || seen == UFFD_PAGE_DIRTY ? UFFD_PAGE_DIRTY : was;
-}
-
 static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t page,
 					  const struct deferred_fault *fault)
 {
+	bool written;
 	uint8_t was;
 	int r;
 
@@ -344,8 +326,12 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 	 * The page is held until it is unprotected: uffd_engine_writeprotect() sees it
 	 * dirty and unprotected, or as it was before.  Readers of the states wait for us.
 	 */
+	written = may_be_written(range, page, was);
 	r = uffd_shim_writeprotect(range->space->fd, page, range->page_size, 0);
-	atomic_store(state_of(range, page), unprotected_state(range, page, was));
+	uffd_barrier(UFFD_BARRIER_LIFTED);
+	/* The writer may have dropped it since, or somebody mapped it in between. */
+	written = written || may_be_written(range, page, was);
+	atomic_store(state_of(range, page), written ? UFFD_PAGE_DIRTY : was);
 	if (r == 0)
 		return OUTCOME_RESOLVED;
 	if (r == -EAGAIN || r == -ENOMEM)

@@ -98,9 +98,11 @@ int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref 
 /* Protecting, and lifting the protection */
 
 /* The new state of a page that had this state and is now protected, or no longer. */
-static uint8_t armed_state(const struct uffd_range *range, uint8_t seen, bool protects)
+static uint8_t armed_state(const struct uffd_range *range, uint8_t seen, bool is_there,
+			   bool protects)
 {
-	if (seen == UFFD_PAGE_REMOVED && can_be_absent(range))
+	/* The zeros of a page that has lost its protection may be written over. */
+	if (seen == UFFD_PAGE_REMOVED && can_be_absent(range) && (protects || !is_there))
 		return seen;
 	return protects ? UFFD_PAGE_CLEAN : UFFD_PAGE_DIRTY;
 }
@@ -236,12 +238,16 @@ static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uin
 					    protects ? UFFDIO_WRITEPROTECT_MODE_WP : 0);
 	if (*error_ret == 0)
 		settle_written(range, at, pages, how, states);
-	for (uint64_t i = 0; i < pages; i++)
+	for (uint64_t i = 0; i < pages; i++) {
+		bool is_there = !is_known || seen_state(range, UFFD_PAGE_ABSENT, entries[i]) !=
+						     UFFD_PAGE_ABSENT;
+
 		if (held[i])
 			atomic_store(state_of(range, at + (i << range->page_shift)),
 				     *error_ret ? before[i]
 						: armed_state(range, without_mark(states[i]),
-							      protects));
+							      is_there, protects));
+	}
 	if (*error_ret == 0 && protects && has_absent)
 		take_in(range, at, pages, is_known, states);
 	/* Writers that faulted in the meantime wait for this wake. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import random
@@ -30,8 +31,9 @@ from pyuffd import (
     _memory,
 )
 from pyuffd.testing import needs
+from tests._barriers import Point, holding
 from tests._child import run_child
-from tests._memory import memory_params
+from tests._memory import memory_of, memory_params
 from tests.kernel._faults import Task
 from tests.kernel._serving import content, run_threads, states, wait_until
 from tests.kernel._verbs import (
@@ -45,8 +47,10 @@ from tests.kernel._verbs import (
     PAGES,
     REMOVED,
     SAVED,
+    TRACKING,
     WP,
     Case,
+    Driver,
     added,
     filling,
     handling,
@@ -341,6 +345,71 @@ def check(name: str) -> None:
 @needs(NEEDED)
 def test_tracking(name: str) -> None:
     run_child(check, name, budget_s=60)
+
+
+def dropped_by_its_writer(driver: Driver, name: str) -> None:
+    """A writer goes on, and drops its page from the page table before the state is set."""
+    with (
+        contextlib.closing(memory_of(name)) as memory,
+        Userfaultfd(features=TRACKING) as uffd,
+        Handler(uffd, driver=driver) as handler,
+    ):
+        region = memory.pages(2)
+        size = region.page_size
+        assert region.fd is not None
+        with Region.file(region.fd) as alias:
+            handler.serve(region, ZeroSource(), mode=MISSING | WP)
+            region.read(0, 1)
+            region.punch_hole(0, size)
+            region.read(0, 1)
+            alias.write(size, b"old")  # Linux maps it: the page stays absent for the handler
+            assert [*handler.checkpoint(region).states] == [REMOVED, ABSENT]
+
+            def write(offset: int) -> None:
+                region.write(offset, b"new")
+                region.madvise(mmap.MADV_DONTNEED, offset, size)
+
+            for offset in (0, size):
+                with holding(Point.LIFTED) as point:
+                    writer = Task(write, offset)
+                    point.wait()
+                    writer.result()
+                assert states(handler, region)[offset // size] == DIRTY
+            assert runs(handler.checkpoint(region).written, size) == [(0, 2, DIRTY)]
+            assert region.read(0, 3) == region.read(size, 3) == b"new"
+
+
+@needs(NEEDED)
+@pytest.mark.parametrize("driver", ["native", "thread"])
+@pytest.mark.parametrize("name", memory_params("shmem", "hugetlb"))
+def test_a_writer_drops_its_page(name: str, driver: Driver) -> None:
+    run_child(dropped_by_its_writer, driver, name)
+
+
+def zeros_written_over(name: str) -> None:
+    """Of zeros whose protection was lifted, nobody knows whether they still are zeros."""
+    with (
+        contextlib.closing(memory_of(name)) as memory,
+        Userfaultfd(features=TRACKING) as uffd,
+        Handler(uffd) as handler,
+    ):
+        region = memory.pages(2)
+        handler.serve(region, ZeroSource(), mode=MISSING | WP)
+        region.read()
+        region.punch_hole()
+        region.read(0, 1)
+        for verb in (handler.writeprotect, handler.unprotect):
+            assert [*verb(region)] == [REMOVED, CLEAN]
+        region.write(0, b"new")
+        region.madvise(mmap.MADV_DONTNEED)
+        assert handler.checkpoint(region).states[0] == DIRTY
+        assert region.read(0, 3) == b"new"
+
+
+@needs(NEEDED)
+@pytest.mark.parametrize("name", memory_params("shmem", "hugetlb"))
+def test_zeros_are_written_over(name: str) -> None:
+    run_child(zeros_written_over, name)
 
 
 def taken_in_vain() -> None:

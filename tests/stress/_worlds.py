@@ -186,7 +186,9 @@ class Rules:
     def unprotect(self, w: World) -> Iterator[tuple[PageState, World]]:
         """unprotect(): the states that it may return, each with the page afterwards."""
         for seen, _, after in self.protect(w):
-            engine = D if after.engine is C else after.engine
+            # Zeros that lose their protection may be written over.
+            is_loose = after.engine is C or (after.engine is R and w.there)
+            engine = D if is_loose else after.engine
             engine = A if w.engine is A else engine
             yield seen, after._replace(wp=False, engine=engine, mark=w.mark)
 
