@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._arguments import check_int, shown
+from pyuffd._dropped import close_dropped
 from pyuffd._errors import HandlerError
 from pyuffd._pages import PAGE_SIZE, check_page_size, round_up
 from pyuffd._source_like import as_source
@@ -99,6 +100,9 @@ class LazyRegion(Region):
         if not getattr(self, "_open", False) or self._pid != os.getpid():
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        close_dropped(self._close_dropped)
+
+    def _close_dropped(self) -> None:
         try:
             self.close()
         except HandlerError as error:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pyuffd._errors import raise_errno
@@ -33,9 +33,9 @@ class LeftBehind:
     pid: int = field(default_factory=os.getpid)
 
 
+# Lists without a lock: destructors use them, wherever they run. Only atomic methods change them.
 _left: list[LeftBehind] = []
 _inert: list[tuple[Descriptor, list[LeftBehind]]] = []  # numbers that must not be reused yet
-_lock = threading.Lock()
 # Numbers that others than their owner use: the owner and the descriptor may be garbage.
 _in_use: set[Number] = set()
 os.register_at_fork(after_in_child=_in_use.clear)
@@ -43,21 +43,26 @@ os.register_at_fork(after_in_child=_in_use.clear)
 
 def note(left: LeftBehind) -> None:
     """Keep what threads left behind may still use, until they are gone."""
-    with _lock:
-        _left.append(left)
+    _left.append(left)
 
 
 def tidy() -> None:
     """Forget the threads that are gone, and what was kept for them."""
     if not _left and not _inert:
         return
-    with _lock:
-        pid = os.getpid()
-        _left[:] = [one for one in _left if one.pid != pid or not one.is_over()]
-        over = [row for row in _inert if not any(one in _left for one in row[1])]
-        for row in over:
+    pid = os.getpid()
+    for one in _left.copy():
+        if one.pid == pid and one.is_over():
+            with suppress(ValueError):  # another thread has removed it
+                _left.remove(one)
+    for row in _inert.copy():
+        descriptor, users = row
+        if any(one in _left for one in users):
+            continue
+        try:
             _inert.remove(row)
-    for descriptor, users in over:
+        except ValueError:  # another thread has removed it
+            continue
         if all(one.pid == pid for one in users):
             descriptor.close()
         else:  # noted before a fork; in the child another file may have the number
@@ -133,8 +138,7 @@ class Number:
             self.descriptor.close()
             return
         _make_inert(self.descriptor.number)
-        with _lock:
-            _inert.append((self.descriptor.moved(), self._left))
+        _inert.append((self.descriptor.moved(), self._left))
 
 
 def _make_inert(fd: int) -> None:

@@ -12,6 +12,7 @@ from pyuffd import lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
 from pyuffd._arguments import FD_LIMIT, check_flags, check_int, check_pid
 from pyuffd._closing import CloseCallbacks
+from pyuffd._dropped import close_dropped
 from pyuffd._errors import (
     ClosedError,
     UffdOSError,
@@ -249,7 +250,7 @@ class UffdDescriptor(CloseCallbacks):
             try:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             finally:
-                self.close()
+                close_dropped(self.close) if self._before_close else self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"fd={self._number.fd}"

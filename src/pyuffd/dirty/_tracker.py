@@ -14,6 +14,7 @@ from pyuffd import _dirty_calls as calls
 from pyuffd._abi import Feature
 from pyuffd._arguments import shown
 from pyuffd._closing import Closing
+from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError
 from pyuffd._pages import (
     RangeLike,
@@ -330,7 +331,7 @@ class DirtyTracker(Closing):
     def __del__(self) -> None:
         if getattr(self, "_open", None) is not None and self._maker == os.getpid():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            close_dropped(self.close)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.method

@@ -34,6 +34,9 @@ class Backend(Protocol):
     calls_python: bool
     is_remote: bool
 
+    def own(self) -> None:
+        """Note that somebody will call `destroy`, even if all of it is garbage."""
+
     def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd too; return its space. `owner_pid` 0 is unknown."""
 

@@ -94,23 +94,27 @@ class Engine(EnginePages, EngineReports):
         options.keeper_fd = keeper_fd
         options.shared = ffi.cast("void *", shared)
         options.helper_pid, options.helper_pidfd, options.helper_life = helper
-        out = ffi.gc(ffi.new("struct uffd_engine **"), lib.uffd_engine_discard)
+        self.life = EngineLife()
         call = ffi.new("char **")
-        code = lib.uffd_engine_create(options, out, call)
+        code = lib.uffd_engine_create(options, self.life.place, call)
         if code:
             raise_start_error("make a fault engine", -code, _name(call))
         # Each call holds a reference to the pointer, so the memory is freed after the last call.
-        self.life = EngineLife(out)
-        self._pointer = ffi.gc(out[0], self.life.end)
+        self._pointer = ffi.gc(self.life.place[0], self.life.pointer_is_gone)
         self._inline = inline
         self._owner_pid = owner_pid
         self._owners: dict[int, object] = {}
         self._added_last: tuple[int, int, int, Any] | None = None
 
+    def own(self) -> None:
+        """Note that somebody will call `destroy`, even if all of it is garbage."""
+        self.life.own()
+
     def destroy(self) -> None:
         """Free it as soon as no thread is inside; the caller keeps what its ranges need."""
         self._pointer = None
         self._owners.clear()
+        self.life.let_go()
 
     def add_space(self, fd: int, *, layout_events: int, owner_pid: int) -> int:
         """Serve another userfaultfd too; return the number of its space."""

@@ -12,25 +12,51 @@ from pyuffd.handlers._types import RangeId
 
 
 class EngineLife:
-    """The C engine's memory, freed when no call and no thread is inside the engine."""
+    """The C engine's memory, freed when no call and no thread is inside the engine.
 
-    def __init__(self, place: Any) -> None:
-        self._place = place
+    The garbage collector finalizes the members of a circle in any order, also those that a
+    destructor has handed to another thread before. An engine with an owner outlives that: its
+    owner ends it.
+    """
+
+    def __init__(self) -> None:
+        self.place = ffi.new("struct uffd_engine **")  # C notes the engine here
+        self.is_over = False  # no call is inside, and none will come
+        self._is_owned = self._is_finalized = self._is_freed = False
         self._lock = threading.Lock()
-        self.is_unused = self._is_freed = False
+        self._discard = lib.uffd_engine_discard  # modules may be gone before a destructor runs
 
-    def end(self, pointer: object) -> None:
-        """Note that no call is inside and none will come: the last pointer to it is gone."""
+    def own(self) -> None:
+        """Note that somebody will call `let_go`."""
+        self._is_owned = True
+
+    def let_go(self) -> None:
+        """Note that the owner makes no more calls; other threads may be inside one."""
+        self._is_owned = False
+        if self._is_finalized:
+            self._end()
+
+    def pointer_is_gone(self, pointer: object) -> None:
+        """Note that the last pointer to it is gone."""
         del pointer
-        self.is_unused = True
+        self._is_finalized = True
+        if not self._is_owned:
+            self._end()
+
+    def _end(self) -> None:
+        self.is_over = True
         self.free_if_deserted()
 
     def free_if_deserted(self) -> bool:
-        """Free it if it is unused; return whether it is freed."""
+        """Free it if it is over; return whether it is freed."""
         with self._lock:
-            if self.is_unused and not self._is_freed:
-                self._is_freed = bool(lib.uffd_engine_discard(self._place))
+            if self.is_over and not self._is_freed:
+                self._is_freed = bool(self._discard(self.place))
             return self._is_freed
+
+    def __del__(self) -> None:
+        if hasattr(self, "_discard") and not self._is_owned:
+            self._end()
 
 
 class EngineCalls(SoleOwner):
@@ -41,7 +67,7 @@ class EngineCalls(SoleOwner):
 
     def _engine(self) -> Any:
         # The garbage collector may end it before the object that would stop it.
-        if self._pointer is None or self.life.is_unused:
+        if self._pointer is None or self.life.is_over:
             raise ClosedError("this handler has stopped")
         return self._pointer
 

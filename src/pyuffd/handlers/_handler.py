@@ -16,6 +16,7 @@ from typing import Self
 
 from pyuffd._arguments import check_int
 from pyuffd._closing import Closing
+from pyuffd._dropped import close_dropped
 from pyuffd._errors import HandlerError
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
@@ -198,6 +199,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
             engine = self._make_engine()
             tell_registered(engine, uffd, 0)
             uffd._on_close(self._at_close)
+            engine.own()
             self._engine = engine  # last: until here no other code stops it
         except BaseException:
             uffd._forget_on_close(self._at_close)
@@ -380,10 +382,13 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
     def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None and self._pid == os.getpid():
             warnings.warn(f"unstopped {self!r}", ResourceWarning, source=self, stacklevel=2)
-            try:
-                self._stop(True, check_timeout(None))
-            except HandlerError as error:
-                log.error("pyuffd: %r: %s", self, error)
+            close_dropped(self._stop_dropped)
+
+    def _stop_dropped(self) -> None:
+        try:
+            self._stop(True, check_timeout(None))
+        except HandlerError as error:
+            log.error("pyuffd: %r: %s", self, error)
 
     def __repr__(self) -> str:
         if self._engine is None:

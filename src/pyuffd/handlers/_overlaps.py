@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_left
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 from weakref import WeakSet
@@ -29,12 +30,25 @@ FILLED = RegisterMode.MISSING | RegisterMode.MINOR
 # may serve too.
 _all: WeakSet[Overlaps] = WeakSet()
 _lock = threading.RLock()
+# Ranges to forget. Whoever takes the lock next does it: a handler may have to end in a destructor,
+# which the garbage collector runs in a thread that has the lock.
+_removed: deque[tuple[Overlaps, Range]] = deque()
 
 
 def _start_anew() -> None:
     """In a fork: its handlers are its own, and another thread may have had the lock."""
     global _lock, _all
     _lock, _all = threading.RLock(), WeakSet()
+    _removed.clear()
+
+
+def _settle() -> None:
+    """Forget what was removed; for whoever has just taken the lock."""
+    while _removed:
+        row = _removed[0]
+        row[0]._remove(row[1])
+        with suppress(ValueError):  # a signal handler has served meanwhile
+            _removed.remove(row)
 
 
 os.register_at_fork(after_in_child=_start_anew)
@@ -174,6 +188,7 @@ class Overlaps:
     def check(self, new: Range) -> None:
         """Raise ValueError if the engine would wait for itself with `new` among the ranges."""
         with _lock:
+            _settle()
             self._check_alone(new)
             self._check_circle(new)
 
@@ -241,7 +256,9 @@ class Overlaps:
 
     def check_drop(self, start: int, length: int) -> None:
         """Raise ValueError if pages would be dropped that are served already."""
-        served = self._served.find(start, length)
+        with _lock:
+            _settle()
+            served = self._served.find(start, length)
         if served is not None:
             raise ValueError(
                 f"present='drop' of [{start:#x}, +{length:#x}): the range {served} is served; call"
@@ -250,7 +267,9 @@ class Overlaps:
 
     def check_read(self, start: int, length: int, name: str) -> None:
         """Raise ValueError if the engine would wait for itself when it reads this memory."""
-        served = self._filled.find(start, length)
+        with _lock:
+            _settle()
+            served = self._filled.find(start, length)
         if served is not None:
             raise ValueError(
                 f"{name} [{start:#x}, +{length:#x}) lies inside the served range {served}"
@@ -265,6 +284,7 @@ class Overlaps:
             return
         offset = start - one.file_start
         with _lock:
+            _settle()
             spans = [by._files[one.file] for by in _all if one.file in by._files]
             for other in (found for each in spans for found in each.within(offset, length)):
                 if other.file_start != one.file_start:
@@ -277,6 +297,7 @@ class Overlaps:
     def add(self, new: Range) -> None:
         """Note a range that is served from now on."""
         with _lock:
+            _settle()
             for spans, start in self._entries(new):
                 spans.add(start, new.length, new)
             for use in new.uses:
@@ -284,13 +305,15 @@ class Overlaps:
 
     def remove(self, old: Range) -> None:
         """Forget a range that is no longer served."""
-        with _lock:
-            for spans, start in self._entries(old):
-                spans.remove(start, old.length, old)
-            if old.file is not None and not self._files.get(old.file, True):
-                del self._files[old.file]
-            for use in old.uses:
-                self._spans_of(use).remove(use.start, use.length, (old, use))
+        _removed.append((self, old))
+
+    def _remove(self, old: Range) -> None:
+        for spans, start in self._entries(old):
+            spans.remove(start, old.length, old)
+        if old.file is not None and not self._files.get(old.file, True):
+            del self._files[old.file]
+        for use in old.uses:
+            self._spans_of(use).remove(use.start, use.length, (old, use))
 
     def _entries(self, one: Range) -> Iterator[tuple[Spans[Range], int]]:
         if one.is_here:

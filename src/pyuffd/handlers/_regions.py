@@ -304,6 +304,7 @@ class ServesRegions(Unserves):
                 tell_registered(engine, uffd, space)
             if self._started:
                 engine.start(self._cpus)
+            engine.own()
             if isinstance(old, Engine):  # always true: "auto" began with the native driver
                 old.leave_strays()
                 old.stop()

@@ -15,6 +15,7 @@ from functools import partial
 
 from pyuffd._arguments import check_number
 from pyuffd._closing import Closing
+from pyuffd._dropped import close_dropped
 from pyuffd._errors import UffdError
 from pyuffd._latch import Latch
 from pyuffd._pages import PAGE_SIZE
@@ -383,6 +384,9 @@ class Restore(Closing):
             return
         if not self._drain.ended:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        close_dropped(self._close_dropped)
+
+    def _close_dropped(self) -> None:
         with suppress(Exception):
             self.close()
 

@@ -297,6 +297,11 @@ class HelperLink:
             if call is not None:
                 call.done.set()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether close() has something to do."""
+        return self._wake.is_open and not self._is_left_behind
+
     def close(self, limit_s: float | None = None) -> None:
         """Let the helper end, and kill it after `limit_s`; may be called again."""
         self.leave()

@@ -11,9 +11,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Unpack
 
 from pyuffd._closing import SoleOwner
+from pyuffd._dropped import close_dropped
 from pyuffd._errors import HelperLostError
 from pyuffd._overlay import OverlaySource, without_files
 from pyuffd._owned import Descriptor
@@ -54,6 +56,12 @@ NO_EVICTION = (
 MAX_FILES = _wire.MAX_FDS - 2
 
 
+def _close(link: HelperLink, stand_in: StandIn | None) -> None:
+    if stand_in is not None:
+        stand_in.dismiss()
+    link.close()
+
+
 class RemoteEngine(SoleOwner):
     """A `Backend` in another process, where `workers` threads call the page sources."""
 
@@ -82,9 +90,8 @@ class RemoteEngine(SoleOwner):
         # Needed if an exception came before the object reached its user. In a fork the helper
         # belongs to the parent.
         if hasattr(self, "_link") and self._pid == os.getpid():
-            if hasattr(self, "_stand_in"):
-                self._stand_in.dismiss()
-            self._link.close()
+            close = partial(_close, self._link, getattr(self, "_stand_in", None))
+            close_dropped(close) if self._link.is_open else close()
 
     # What a Handler calls
 
@@ -366,6 +373,10 @@ class RemoteEngine(SoleOwner):
         """Return the pids of the keeper and of the worker process."""
         keeper, worker = self._call(Call.PIDS)
         return keeper, worker
+
+    def own(self) -> None:
+        """Note that somebody will call `destroy`, even if all of it is garbage."""
+        self._stand_in.engine.own()
 
     def destroy(self) -> None:
         """End the helper processes."""
