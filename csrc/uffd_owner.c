@@ -131,9 +131,12 @@ static int look_at(int folder, const char *path, uint64_t start, uint64_t length
 int uffd_owner_look(int32_t pid, uint64_t start, uint64_t length, uint32_t all_facts,
 		    uint32_t *facts_ret)
 {
-	char path[40];
+	char path[40], name[16] = "self";
 
-	snprintf(path, sizeof(path), "/proc/%d/%s", pid, all_facts ? "smaps" : "maps");
+	/* Not by our own id, which procfs of another PID namespace gives to another process. */
+	if (pid != getpid())
+		snprintf(name, sizeof(name), "%d", pid);
+	snprintf(path, sizeof(path), "/proc/%s/%s", name, all_facts ? "smaps" : "maps");
 	return look_at(AT_FDCWD, path, start, length, all_facts, facts_ret);
 }
 

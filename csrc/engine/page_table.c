@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -21,11 +22,21 @@
 #define SWAP_OFFSET_SHIFT	5
 #define MARKER_POISONED		(UINT64_C(1) << 1)
 
+/* In a PID namespace that kept the procfs of another one, our ids name other processes there. */
+static bool proc_knows_us(void)
+{
+	char link[16] = "";
+
+	return readlink("/proc/self", link, sizeof(link) - 1) > 0 && atoi(link) == getpid();
+}
+
 int open_page_table(int pid)
 {
 	char path[32];
 
-	if (pid <= 0)
+	if (pid == getpid())
+		return open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (pid <= 0 || !proc_knows_us())
 		return -1;
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
 	return open(path, O_RDONLY | O_CLOEXEC);

@@ -54,6 +54,24 @@ def _why_none() -> str:
     return "procfs is not mounted (in a chroot?): `mount -t proc proc /proc`"
 
 
+def check_proc() -> None:
+    """Raise UffdOSError if /proc is of another PID namespace, where ids mean other processes.
+
+    It stays mounted in a namespace that `unshare --pid` or clone(2) has made.
+    """
+    try:
+        there = int(os.readlink("/proc/self"))
+    except (OSError, ValueError):  # what opens a file there says so
+        return
+    if there != os.getpid():
+        raise UffdOSError(
+            errno.ENOENT,
+            "look for a process in /proc",
+            hint=f"procfs there is of another PID namespace, in which this process is {there} and"
+            f" not {os.getpid()}: `mount -t proc proc /proc`",
+        )
+
+
 class Pagemap(Closing):
     """Open /proc/PID/pagemap: the page table of this process, or of another one.
 
@@ -68,6 +86,7 @@ class Pagemap(Closing):
         ValueError: a `pid` below 1.
         ProcessGoneError: ESRCH - there is no such process.
         UffdPermissionError: EACCES - no permission to ptrace the process.
+        UffdOSError: ENOENT - no procfs is mounted or, with a `pid`, that of another PID namespace.
 
     Threads: safe, except for `close` while another thread is inside a call.
 
@@ -84,6 +103,8 @@ class Pagemap(Closing):
 
     def __init__(self, pid: int | None = None) -> None:
         check_pid("pid", pid)
+        if pid is not None:
+            check_proc()
         self._pid = pid
         self._owner = os.getpid()
         path = f"/proc/{'self' if pid is None else index(pid)}/pagemap"

@@ -25,7 +25,7 @@ from pyuffd._errors import (
 )
 from pyuffd._owned import Descriptor
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, resolve_range
-from pyuffd.pagemap import Pagemap, PageRanges
+from pyuffd.pagemap import Pagemap, PageRanges, check_proc
 from pyuffd.regions import Region
 from pyuffd.remote._mappings import (
     Kinds,
@@ -104,6 +104,7 @@ class Process(Closing):
         self.pid = pid = check_int("pid", pid)
         self._maker = os.getpid()
         self._maps = Descriptor()
+        check_proc()
         try:
             descriptor = Descriptor.of_process(pid)
         except OSError as error:
