@@ -57,6 +57,7 @@ MODULES = (
     "swap_series",
     "thp",
     "huge_parts",
+    "huge_splits",
     "huge_moves",
     "zap",
     "kernel_access",

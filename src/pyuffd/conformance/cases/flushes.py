@@ -1,24 +1,40 @@
 """Changes of page tables that a thread sees at once, on the CPU that has old entries (layer L5).
 
-A thread stays on one CPU, uses pages, has them protected or moved, and uses them again: where the
-kernel forgot the CPU's copies of the entries, the old rights still hold.
+A thread stays on one CPU, uses pages, has them protected, moved, dropped or collapsed, and uses
+them again: where the kernel forgot the CPU's copies of the entries, the old rights still hold, or
+what was there before.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
+from collections.abc import Callable
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, PageCategory, RegisterMode
+from pyuffd._events import Remap
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._thp import mapped_huge
-from pyuffd.conformance._types import ALL, ANON, SMALL, wp_features
-from pyuffd.conformance._wp import UNPROTECT, WP_WRITE, in_one_place
+from pyuffd.conformance._types import ALL, ANON, SMALL, missing_features, wp_features
+from pyuffd.conformance._wp import (
+    MISSING_READ,
+    PUNCH_HOLE,
+    READ_WRITE,
+    UNPROTECT,
+    WP_WRITE,
+    expect_fault,
+    in_one_place,
+    page_out,
+    reserve,
+)
+from pyuffd.conformance.cases.huge_parts import MADV_COLLAPSE
+from pyuffd.conformance.cases.moved_tables import DONTUNMAP, FIXED, MAP_FIXED, MAYMOVE
 from pyuffd.conformance.cases.pagemap_scan import FEATURES, WP_SCAN, WRITTEN, end_of, scan
 from pyuffd.conformance.cases.pagemap_scan_memory import huge_area
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
-from pyuffd.testing._need import Need, needs_thp
+from pyuffd.testing._need import Need, needs_swap, needs_thp
 
 PAGES = 6
 OLD, NEW = 0x31, 0x32
@@ -71,6 +87,31 @@ def protects_huge(ctx: Context) -> None:
     writing = ctx.start(work)
     ctx.expect_fault(WP_WRITE, start)
     ctx.uffd.writeprotect(start, SMALL_PAGE, mode=UNPROTECT)
+    ctx.expect("the write", writing.result(), None)
+
+
+@case(
+    "UFFDIO_WRITEPROTECT.ok.own-thread-sees-it-swapped",
+    origin="mm/rmap.c: try_to_unmap_flush; mm/mprotect.c: change_pte_range",
+    memory=SMALL,
+    features=wp_features,
+    needs=[needs_swap()],
+)
+def protects_swapped(ctx: Context) -> None:
+    """The same of a page that is in swap when it is protected."""
+    in_one_place(ctx)
+    region = ctx.make(1)
+    ctx.register(region, RegisterMode.WP)
+
+    def work() -> object:
+        ctx.write(region.start, b"\1")
+        page_out(ctx, region)
+        ctx.uffd.writeprotect(region)
+        return ctx.write(region.start, b"\2")
+
+    writing = ctx.start(work)
+    expect_fault(ctx, writing, WP_WRITE, region.start)
+    ctx.uffd.writeprotect(region, mode=UNPROTECT)
     ctx.expect("the write", writing.result(), None)
 
 
@@ -172,3 +213,186 @@ def _add_move(name: str, length: int, needs: tuple[Need, ...]) -> None:
 
 _add_move("", SMALL_PAGE, ())
 _add_move("-huge", HUGE_PAGE, (needs_thp(),))
+
+
+@case(
+    "UFFDIO_MOVE.ok.own-thread-sees-it-zero",
+    origin="mm/userfaultfd.c: move_zeropage_pte",
+    memory=ANON,
+    features=Feature.MOVE,
+)
+def move_zero(ctx: Context) -> None:
+    """The same of the zero page: its old place, registered as well, is missing."""
+    in_one_place(ctx)
+    region = ctx.make(2)
+    to, start = region.start, region.start + ctx.page
+    ctx.register(region, RegisterMode.MISSING)
+    ctx.uffd.zeropage(start, ctx.page)
+
+    def work() -> object:
+        before = ctx.read(start)
+        answer = ctx.ioctl("MOVE", to, start, ctx.page)
+        return before, answer.errno, ctx.read(start)
+
+    _expect_missing(ctx, work, start, (b"\0", 0, bytes([NEW])))
+
+
+# What leaves its place
+
+
+def _expect_missing(ctx: Context, work: Callable[[], object], at: int, wanted: object) -> None:
+    """Expect that a thread that has just used a page has to ask for it."""
+    working = ctx.start(work)
+    expect_fault(ctx, working, MISSING_READ, at)
+    ctx.uffd.copy(at, bytes([NEW]) * ctx.page)
+    ctx.expect("what the thread saw", working.result(), wanted)
+
+
+@case(
+    "fault.missing.own-thread-sees-it",
+    origin="mm/memory.c: zap_present_folio_ptes; mm/hugetlb.c: __unmap_hugepage_range",
+    features=missing_features,
+)
+def drops(ctx: Context) -> None:
+    """A thread that has a page dropped which it has just read finds it missing."""
+    in_one_place(ctx)
+    region = ctx.make(3)
+    second = region.start + ctx.page
+
+    def drop() -> None:
+        if ctx.memory.shared:
+            assert region.fd is not None
+            _memory.fallocate(region.fd, PUNCH_HOLE, ctx.page, ctx.page)
+        else:
+            region.madvise(mmap.MADV_DONTNEED, ctx.page, ctx.page)
+
+    try:
+        drop()
+    except OSError:
+        ctx.lack("hugetlb-dontneed", "needs MADV_DONTNEED of hugetlb memory")
+    ctx.register(region, RegisterMode.MISSING)
+    ctx.uffd.copy(region.start, bytes([OLD]) * region.length)
+
+    def work() -> object:
+        before = ctx.read(second)
+        drop()
+        return before, ctx.read(second)
+
+    _expect_missing(ctx, work, second, (bytes([OLD]), bytes([NEW])))
+
+
+def _add_mremap(name: str, text: str, length: int, needs: tuple[Need, ...] = ()) -> None:
+    is_huge = bool(needs)
+
+    def run(ctx: Context) -> None:
+        in_one_place(ctx)
+        at = 3 * SMALL_PAGE if length > SMALL_PAGE else 0
+        if is_huge:
+            start = huge_area(ctx, 1)
+            _memory.fill(start, length, OLD)
+        else:
+            region = ctx.make(2 * length // SMALL_PAGE)
+            if region.fd is None:
+                region.advise_thp(False)
+            start = -(-region.start // length) * length
+        to = reserve(ctx, length, length)
+        uffd = ctx.open()
+        # Before the ranges are unmapped, which would wait for somebody to read of it.
+        ctx.callback(uffd.close)
+        uffd.register(start, length, mode=RegisterMode.MISSING)
+        if not is_huge:
+            uffd.copy(start + at, bytes([OLD]) * SMALL_PAGE)
+
+        def work() -> object:
+            before = ctx.read(start + at)
+            _memory.mremap(start, length, length, MAYMOVE | FIXED | DONTUNMAP, to)
+            return before, ctx.read(start + at), ctx.read(to + at)
+
+        working = ctx.start(work)
+        ctx.expect("the event", ctx.expect_event(Remap), Remap(start, to, length))
+        expect_fault(ctx, working, MISSING_READ, start + at)
+        uffd.copy(start + at, bytes([NEW]) * SMALL_PAGE)
+        seen = [bytes([value]) for value in (OLD, NEW, OLD)]
+        ctx.expect("what the thread saw", working.result(), tuple(seen))
+
+    case(
+        f"mremap.{name}.own-thread-sees-it",
+        summary=f"A thread that moves {text} which it has just read finds the old place missing",
+        origin="mm/mremap.c: move_ptes, move_normal_pmd; mm/huge_memory.c: move_huge_pmd",
+        # A file would have the page in the old place, too.
+        memory=ANON if is_huge else ("anon", "shmem-private"),
+        features=lambda memory: missing_features(memory) | Feature.EVENT_REMAP,
+        needs=needs,
+    )(run)
+
+
+_add_mremap("page", "a page", SMALL_PAGE)
+_add_mremap("page-table", "a page table with a page", HUGE_PAGE)
+_add_mremap("huge-page", "a transparent huge page", HUGE_PAGE, (needs_thp(),))
+
+
+@case(
+    "mremap.hugetlb.own-thread-sees-it",
+    origin="mm/hugetlb.c: move_hugetlb_page_tables",
+    memory=("hugetlb",),
+    features=missing_features,
+)
+def moves_hugetlb(ctx: Context) -> None:
+    """A thread that moves a page of hugetlb which it has just read does not find it there."""
+    in_one_place(ctx)
+    # In the middle, so that no page table goes with it, for which all would be forgotten.
+    region = ctx.make(3)
+    at = region.start + ctx.page
+    ctx.register(region, RegisterMode.MISSING)
+    ctx.uffd.copy(region.start, bytes([OLD]) * region.length)
+    to = reserve(ctx, ctx.page)
+    anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+
+    def work() -> object:
+        before = ctx.read(at)
+        try:
+            _memory.mremap(at, ctx.page, ctx.page, MAYMOVE | FIXED, to)
+        except OSError:
+            return None
+        _memory.mmap(ctx.page, READ_WRITE, anonymous, -1, 0, at)
+        return before, ctx.read(at), ctx.read(to)
+
+    seen = ctx.start(work).result()
+    if seen is None:
+        ctx.lack("hugetlb-mremap", "needs mremap of hugetlb memory")
+    ctx.expect("what the thread saw", seen, (bytes([OLD]), b"\0", bytes([OLD])))
+
+
+@case(
+    "thp.collapse.own-thread-sees-it",
+    origin="mm/khugepaged.c: collapse_huge_page, collapse_file",
+    memory=("anon", "shmem"),
+    features=missing_features,
+    needs=[needs_thp()],
+)
+def collapses(ctx: Context) -> None:
+    """A thread that writes pages, has them collapsed and writes again writes the huge page."""
+    in_one_place(ctx)
+    region = ctx.make(PER_HUGE)
+    if ctx.memory.is_anon:
+        region.advise_thp(False)
+    region.fill(OLD)
+    ctx.register(region, RegisterMode.MISSING)
+    if ctx.memory.is_anon:
+        region.advise_thp()
+    pages = [region.start + index * SMALL_PAGE for index in (0, 7, PER_HUGE - 1)]
+
+    def work() -> object:
+        for at in pages:
+            ctx.write(at, b"\1")
+        region.madvise(MADV_COLLAPSE)
+        return [ctx.write(at, bytes([NEW])) for at in pages]
+
+    try:
+        ctx.expect("the writes", ctx.start(work).result(), [None] * len(pages))
+    except OSError as error:
+        ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
+    # Through the page table, which a CPU may know an older state of.
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        seen = [os.pread(memory.fileno(), 2, at) for at in pages]
+    ctx.expect("bytes there", seen, [bytes([NEW, OLD])] * len(pages))

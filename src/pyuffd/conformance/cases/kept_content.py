@@ -34,6 +34,10 @@ from pyuffd.conformance._wp import (
     reserve,
 )
 from pyuffd.conformance.cases.cold_sources import numbered_file
+from pyuffd.conformance.cases.flushes import QUESTIONS
+from pyuffd.conformance.cases.huge_splits import MADV_COLD
+from pyuffd.conformance.cases.other_bits import clear_refs
+from pyuffd.conformance.cases.pagemap_scan import FEATURES, WP_SCAN, end_of, scan
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import SMALL_PAGE
 from pyuffd.testing._need import needs_swap
@@ -80,6 +84,16 @@ def _mprotect(_: Context, region: Region) -> int:
     return region.start
 
 
+def _clear_refs(_: Context, region: Region) -> int:
+    clear_refs()
+    return region.start
+
+
+def _cold(_: Context, region: Region) -> int:
+    region.madvise(MADV_COLD)
+    return region.start
+
+
 def _fork(ctx: Context, region: Region) -> int:
     ctx.fork().close()
     return region.start
@@ -102,6 +116,8 @@ CHANGES = (
     Change(
         "mprotect.ok.keeps-written", "protected and closed to all access for a while", _mprotect
     ),
+    Change("clear_refs.ok.keeps-written", "protected and cleared by clear_refs", _clear_refs),
+    Change("madvise.ok.keeps-written", "protected and said to be cold by MADV_COLD", _cold),
     Change("fork.ok.keeps-written", "protected and shared with a fork", _fork, Feature.EVENT_FORK),
     Change("mremap.without-event.keeps-written", "protected and moved", _mremap),
     Change("mremap.with-event.keeps-written", "protected and moved", _mremap, Feature.EVENT_REMAP),
@@ -135,6 +151,36 @@ def _add(change: Change) -> None:
 
 for _change in CHANGES:
     _add(_change)
+
+
+def _add_scan(name: str, asked: dict[str, int]) -> None:
+    def run(ctx: Context) -> None:
+        in_one_place(ctx)
+        region = ctx.make(1)
+        region.fill(DATA)
+        ctx.register(region, WP)
+        page_out(ctx, region)
+        expect_read(ctx, region.start, DATA)
+        region.fill(WRITTEN)
+        scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), **asked)
+        ctx.expect("bit", ctx.is_protected(region.start), True)
+        page_out(ctx, region)
+        expect_read(ctx, region.start, WRITTEN)
+
+    case(
+        f"PAGEMAP_SCAN.ok.keeps-written-{name}",
+        summary="What was written to a page with a copy in swap, then protected by a scan"
+        f" ({name} reported), is there after reclaim",
+        origin="fs/proc/task_mmu.c: make_uffd_wp_pte",
+        memory=MEMORY,
+        features=FEATURES,
+        needs=[needs_swap()],
+    )(run)
+
+
+for _name, _asked in QUESTIONS:
+    if "max_pages" not in _asked:
+        _add_scan(_name, _asked)
 
 
 # What COPY brings from a source that is not mapped yet, small page by small page

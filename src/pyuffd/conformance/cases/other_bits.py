@@ -59,7 +59,8 @@ MERGES = "mm/vma.c: is_mergeable_vma, is_mergeable_vm_userfaultfd_ctx"
 # clear_refs
 
 
-def _clear() -> None:
+def clear_refs() -> None:
+    """Forget which pages were used, and which were written."""
     for kind in (REFERENCED, ALL_SOFT_DIRTY):
         CLEAR_REFS.write_text(kind)
 
@@ -71,7 +72,7 @@ def keeps_protection(ctx: Context) -> None:
     second = region.start + ctx.page
     if not ctx.memory.is_anon:
         region.madvise(mmap.MADV_DONTNEED, ctx.page, ctx.page)
-    _clear()
+    clear_refs()
     ctx.expect_pagemap(region.start, present(ctx))
     ctx.expect_pagemap(second, present(ctx) if ctx.memory.is_anon else MARKER[ctx.memory.name])
     for at in (region.start, second):
@@ -91,7 +92,7 @@ def keeps_protection_in_swap(ctx: Context) -> None:
     in_one_place(ctx)
     region = protected(ctx)
     page_out(ctx, region)
-    _clear()
+    clear_refs()
     ctx.expect("bit", ctx.is_protected(region.start), True)
     expect_write_fault(ctx, region.start)
 
@@ -108,7 +109,7 @@ def keeps_protection_huge(ctx: Context) -> None:
     start = huge_area(ctx, 1)
     ctx.open().register(start, HUGE_PAGE, mode=WP)
     ctx.uffd.writeprotect(start, HUGE_PAGE)
-    _clear()
+    clear_refs()
     ctx.expect("bytes mapped huge", mapped_huge(start), HUGE_PAGE)
     at = start + 5 * SMALL_PAGE
     ctx.expect("bit", ctx.is_protected(at), True)
