@@ -136,6 +136,13 @@ def checked_index(name: str, index: int, count: int) -> int:
     return index % count
 
 
+def check_fd(name: str, value: object) -> int:
+    """Return the number of a file descriptor; a bool is none, and was meant as something else."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a descriptor, not {value}")
+    return check_int(name, value, 0, FD_LIMIT)
+
+
 def check_descriptor(name: str, value: object) -> int:
     """Return a file descriptor, from its number or of an open file."""
     if not isinstance(value, int):
@@ -150,7 +157,7 @@ def check_descriptor(name: str, value: object) -> int:
             raise TypeError(
                 f"{name}: {shown(value)} has no descriptor: pass its content"
             ) from error
-    return check_int(name, value, 0, FD_LIMIT)
+    return check_fd(name, value)
 
 
 def check_pid(name: str, value: int | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pyuffd import _vmas, lowlevel
-from pyuffd._arguments import FD_LIMIT, check_int
+from pyuffd._arguments import check_fd, check_int
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._pages import (
@@ -155,7 +155,7 @@ def residency(
     if fd is None:
         fd = getattr(range_or_start, "fd", None)
     else:
-        check_int("fd", fd, 0, FD_LIMIT)
+        check_fd("fd", fd)
     start, length = resolve_range(range_or_start, length)
     check_page_size(page_size)
     check_range(start, length, page_size)

@@ -10,7 +10,7 @@ from typing import Self
 
 from pyuffd import lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
-from pyuffd._arguments import FD_LIMIT, check_flags, check_int, check_pid
+from pyuffd._arguments import check_fd, check_flags, check_pid
 from pyuffd._closing import CloseCallbacks
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import (
@@ -108,7 +108,7 @@ class UffdDescriptor(CloseCallbacks):
     @classmethod
     def _prepared(cls, fd: int, owner_pid: int | None) -> Self:
         """Return an object for the userfaultfd `fd`, which it does not own yet."""
-        check_int("fd", fd, 0, FD_LIMIT)
+        check_fd("fd", fd)
         check_pid("owner_pid", owner_pid)
         features, ioctls = negotiated(fd)
         os.set_blocking(fd, False)

@@ -510,7 +510,7 @@ def refused() -> None:
             pytest.raises(ValueError, match=r"open the file for writing"),
         ):
             handler.evict(region, write_back=of_a_path)
-        for wrong in ("text", b"bytes", 1.5, dict, [1]):
+        for wrong in ("text", b"bytes", 1.5, dict, [1], True, False):
             with pytest.raises(TypeError, match="write_back"):
                 handler.evict(region, write_back=wrong)  # type: ignore[arg-type]
         for range_ in ((1, 4096), (0, 5 * 4096), (-4096, 4096), (0, 0)):

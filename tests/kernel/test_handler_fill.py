@@ -118,7 +118,10 @@ def protection(handler: Handler, name: str) -> None:
         size, data = region.page_size, content(region.length)
         assert handler.fill(region, 0, data[:size]) == size
         assert handler.fill(region, size, data[size : 2 * size], keep_protected=True) == size
-        assert handler.fill(region, 2 * size, data[2 * size :], keep_protected=False) == 2 * size
+        for page, off in ((2, False), (3, np.bool_(False))):
+            part = data[page * size : (page + 1) * size]
+            filled = handler.fill(region, page * size, part, keep_protected=off)  # type: ignore[arg-type]
+            assert filled == size
         assert states(handler, region) == [CLEAN, CLEAN, DIRTY, DIRTY]
         region.write(0, b"new")
         assert states(handler, region) == [DIRTY, CLEAN, DIRTY, DIRTY]
@@ -285,6 +288,7 @@ def refused() -> None:
             (ValueError, (region, 0, region), {}),
             (ValueError, (region, 0, -1, size), {}),
             (TypeError, (region, 0, "text"), {}),
+            (TypeError, (region, 0, True, size), {}),
             (TypeError, (region, 0, None), {}),
             (TypeError, (region, 0, bytes), {}),
             (OSError, (region, 0, 1 << 20, size), {}),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pyuffd import _memory
 from pyuffd._abi import RegisterMode
-from pyuffd._arguments import FD_LIMIT, check_buffer, check_int, shown
+from pyuffd._arguments import check_buffer, check_fd, check_int, shown
 from pyuffd._errors import UffdOSError
 from pyuffd._open_files import Reader, check_open_file, read_stream, reader_of
 from pyuffd._pages import RangeLike
@@ -83,7 +83,7 @@ def given(data: Buffer | RangeLike | HasDescriptor | int, at: int | None) -> Giv
             return Given(None, owner=data, reader=reader)
         return Given(None, fd=check_open_file("data", data), at=at, owner=data)
     if isinstance(data, int):
-        return Given(None, fd=check_int("data", data, 0, FD_LIMIT), at=at)
+        return Given(None, fd=check_fd("data", data), at=at)
     if at is not None:
         raise ValueError("data_offset is for a descriptor: give a slice of the buffer")
     if not isinstance(data, type) and hasattr(data, "start") and hasattr(data, "length"):
@@ -320,7 +320,7 @@ class FillsPages(HandlerBase):
             raise ValueError(
                 f"keep_protected: the range at {served.id.start:#x} is not served for WP"
             )
-        return bool(served.mode & RegisterMode.WP) and keep_protected is False
+        return bool(served.mode & RegisterMode.WP) and not keep_protected
 
     def _fill_bounced(
         self,

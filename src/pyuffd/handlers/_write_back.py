@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pyuffd._arguments import FD_LIMIT, check_int, shown
+from pyuffd._arguments import check_fd, shown
 from pyuffd._open_files import check_open_file
 from pyuffd._overlay import OverlaySource, Run
 from pyuffd._source_files import identity_of
@@ -71,7 +71,7 @@ def writer_of(write_back: WriteBack) -> Callable[[int, memoryview], object] | Ba
             "write_back must be a function of (offset, data), an open file or its descriptor, or"
             f" None, not {shown(write_back)}"
         )
-    fd = check_int("write_back", write_back, 0, FD_LIMIT)
+    fd = check_fd("write_back", write_back)
     if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
         raise ValueError(f"write_back: descriptor {fd} is no regular file and no block device")
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
