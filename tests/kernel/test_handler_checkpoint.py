@@ -100,6 +100,22 @@ def of_missing_pages(handler: Handler, name: str) -> None:
             assert runs(handler.checkpoint(region).written, size) == [(1, 2, REMOVED)]
 
 
+def only_unmapped(handler: Handler, name: str) -> None:
+    """Shared memory that its owner unmaps is called dropped, and still has what its file holds."""
+    if name not in ("shmem", "hugetlb") or handler.driver == "inline":
+        return
+    with filling(handler, name, mode=MISSING | WP) as region:
+        size = region.page_size
+        region.write(0, b"new")
+        region.madvise(mmap.MADV_DONTNEED)
+        assert runs(handler.checkpoint(region).written, size) == [(0, PAGES, REMOVED)]
+        assert region.read(0, 3) == b"new"
+        if handler.driver != "process":
+            assert handler.evict(region, 0, size, write_back=None) == size
+            assert states(handler, region)[0] is REMOVED
+            assert region.read(0, 3) == bytes(3)
+
+
 def mapped_again(handler: Handler, name: str) -> None:
     """What was written stays so if the page leaves the page table, and comes from the cache."""
     if name not in ("shmem", "hugetlb"):
@@ -322,6 +338,7 @@ CASES: dict[str, Case] = {
     for case in (
         increments,
         of_missing_pages,
+        only_unmapped,
         mapped_again,
         lifted,
         preserved,

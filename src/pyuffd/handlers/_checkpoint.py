@@ -87,9 +87,10 @@ class Checkpoint:
         written: The pages that were written, or whose state was not CLEAN, SAVED or ABSENT, as
             ranges of one state each: DIRTY (written, or perhaps written, since they were protected
             last), ABSENT (written, then evicted), CLEAN or SAVED (written, then protected by
-            `evict`, which may have dropped them and then they came back), REMOVED (dropped: they
-            read as zeros), POISONED (without content), or IN_FLIGHT (a source in Python was still
-            asked for them; they arrive protected). Offsets are those of the region.
+            `evict`, which may have dropped them and then they came back), REMOVED (dropped, and
+            zeros, except for what `PageState` says), POISONED (without content), or IN_FLIGHT (a
+            source in Python was still asked for them; they arrive protected). Offsets are those of
+            the region.
         states: The state of every page as it was when it was protected, one byte each.
     """
 

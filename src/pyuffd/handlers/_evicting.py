@@ -62,8 +62,9 @@ class EvictsPages(HandlerBase):
 
         Poisoned pages stay as they are. Pages that their owner dropped are handed over as zeros,
         and come from the source then. Without `write_back` the source would bring back what the
-        owner had dropped, so they read as zeros again; only one that was written after that, and so
-        is DIRTY (RegisterMode.WP), counts as any page that was written. Linux refuses locked pages
+        owner had dropped, so they read as zeros again, also in shared memory that was only unmapped
+        (MADV_DONTNEED with Feature.EVENT_REMOVE); only one that was written after that, and so is
+        DIRTY (RegisterMode.WP), counts as any page that was written. Linux refuses locked pages
         (mlock(2)). It does not tell which pages are pinned (io_uring's fixed buffers, a direct read
         that is under way, vfio, RDMA): a device writes to a pinned page without a fault, so do not
         evict buffers that are registered for that, nor while an O_DIRECT read into them lasts.

@@ -140,6 +140,10 @@ class FillsPages(HandlerBase):
                 page without content, and `completed` bytes were filled. With several workers some
                 of these may lie after `start`.
 
+        Kernel: UFFDIO_COPY(2const), UFFDIO_ZEROPAGE(2const), UFFDIO_CONTINUE(2const).  GIL:
+        released.  Threads: safe; several threads fill several parts at once.  Blocks: until the
+        pages are filled, for a source in Python until it has answered for each piece.
+
         Example:
             >>> import pyuffd
             >>> with pyuffd.lazy(b"page".ljust(4096) * 8, fault_log=10) as memory:

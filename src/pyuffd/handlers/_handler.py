@@ -284,6 +284,9 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
 
         Raises:
             ValueError: not served, or pages outside the region.
+
+        Kernel: /proc/PID/pagemap.  GIL: released.  Threads: safe.  Blocks: usually for some
+        microseconds.
         """
         engine, served, first, pages = self._pages(region, offset, length)
         return engine.states(served.id, first, pages)

@@ -198,6 +198,9 @@ class TracksWrites(HandlerBase):
             ProcessGoneError: ESRCH - the owner of the memory has exited.
             UffdOSError: EPERM, EFAULT - the owner's memory cannot be read at `start`, the first
                 page that is not saved. It stays protected; `completed` bytes were saved.
+
+        Kernel: process_vm_readv(2) for another process's memory, UFFDIO_WRITEPROTECT(2const).  GIL:
+        released.  Threads: safe.  Blocks: until the pages are copied.
         """
         engine, served, first, pages = self._pages(region, offset, length)
         size = served.page_size

@@ -26,9 +26,11 @@ class PageState(Number):
         IN_FLIGHT: Being filled, saved, protected or poisoned now.
         CLEAN: Present; also write-protected, if the region is served for WP.
         DIRTY: Written since it was protected, or perhaps written, since it is not protected.
-        REMOVED: Dropped by its owner; it reads as zeros from then on. Without Feature.EVENT_REMOVE
-            the handler learns of that when the page is touched, and until then its state is the
-            old one.
+        REMOVED: Dropped by its owner; it reads as zeros from then on. But shared memory that was
+            only unmapped (MADV_DONTNEED, the same event) has what its file holds, and memory given
+            back by MADV_FREE has its content until Linux takes it: to copy a page, read it. Without
+            Feature.EVENT_REMOVE the handler learns of a drop when the page is touched, and until
+            then its state is the old one.
         POISONED: Its content could not be read; an access raises SIGBUS.
         SAVED: Its old content was saved by `Handler.preserve`; it is still protected.
     """
