@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,10 +11,12 @@
 
 #include "base/page.h"
 #include "dirty/ranges.h"
+#include "remote/cold.h"
 #include "remote/memory.h"
 
 #define BATCH 512u /* iovecs a call; the kernel's limit is 1024 */
 #define STEP (1u << 20) /* bytes through the buffer on the way to a file; stays in the cache */
+#define MUCH (256u << 10)
 #define FIND_STEP (64u << 10)
 #define KCMP_VM 1
 
@@ -65,8 +68,8 @@ static uint64_t rest_of_range(const struct place *place)
 }
 
 /* One call: as many ranges as fit, at most `most` bytes. */
-static int read_batch(int32_t pid, struct place *place, char *target, uint64_t base,
-		      uint64_t packed, uint64_t most, struct uffd_page_ranges *lost,
+static int read_batch(int32_t pid, struct uffd_cold *cold, struct place *place, char *target,
+		      uint64_t base, uint64_t packed, uint64_t most, struct uffd_page_ranges *lost,
 		      uint64_t *bytes_ret)
 {
 	struct iovec here[BATCH], there[BATCH];
@@ -75,16 +78,20 @@ static int read_batch(int32_t pid, struct place *place, char *target, uint64_t b
 	size_t used = 0;
 	ssize_t n;
 
+	if (cold->pidfd >= 0)
+		most = lower(most, STEP);
 	while (used < BATCH && next.at < next.count && wanted < most) {
 		uint64_t bytes = lower(rest_of_range(&next), most - wanted);
 		uint64_t from = next.vec[next.at].start + next.inside;
 
 		here[used] = (struct iovec){ target + position(&next, base, packed + wanted), bytes };
 		there[used++] = (struct iovec){ (void *)(uintptr_t)from, bytes };
+		uffd_cold_note(cold, from, from + bytes);
 		wanted += bytes;
 		advance(&next, bytes);
 	}
 	n = process_vm_readv(pid, here, used, there, used, 0);
+	uffd_cold_again(cold);
 	if (n > 0) {
 		advance(place, (uint64_t)n);
 		*bytes_ret = (uint64_t)n;
@@ -95,6 +102,16 @@ static int read_batch(int32_t pid, struct place *place, char *target, uint64_t b
 	n = lose(place, target + position(place, base, packed), lost, bytes_ret);
 	advance(place, *bytes_ret);
 	return (int)n;
+}
+
+/* Whether it is worth a look at how the process is. */
+static bool is_much(const struct place *place)
+{
+	uint64_t bytes = 0;
+
+	for (uint64_t i = 0; i < place->count && bytes < MUCH; i++)
+		bytes += place->vec[i].end - place->vec[i].start;
+	return bytes >= MUCH;
 }
 
 static int check_fits(const struct place *place, uint64_t base, uint64_t size)
@@ -119,15 +136,19 @@ int uffd_remote_read(int32_t pid, const struct uffd_page_region *vec, uint64_t c
 {
 	struct place place = { .vec = vec, .count = count };
 	int ret = check_fits(&place, base, size);
+	struct uffd_cold cold = { -1, -1, 0, { { NULL, 0 } } };
 
+	if (is_much(&place))
+		uffd_cold_open(&cold, pid);
 	*copied_ret = 0;
 	while (!ret && place.at < place.count) {
 		uint64_t bytes = 0;
 
-		ret = read_batch(pid, &place, target, base, *copied_ret, UINT64_MAX, lost_ret,
-				 &bytes);
+		ret = read_batch(pid, &cold, &place, target, base, *copied_ret, UINT64_MAX,
+				 lost_ret, &bytes);
 		*copied_ret += bytes;
 	}
+	uffd_cold_close(&cold);
 	return ret;
 }
 
@@ -154,19 +175,23 @@ int uffd_remote_read_to_file(int32_t pid, const struct uffd_page_region *vec, ui
 	struct place place = { .vec = vec, .count = count };
 	char *buffer = malloc(STEP);
 	int ret = buffer ? check_fits(&place, base, UINT64_MAX) : -ENOMEM;
+	struct uffd_cold cold;
 
+	uffd_cold_open(&cold, pid);
 	*copied_ret = 0;
 	while (!ret && place.at < place.count) {
 		uint64_t to = position(&place, base, *copied_ret);
 		uint64_t most = base == UFFD_PACKED ? STEP : lower(STEP, rest_of_range(&place));
 		uint64_t bytes = 0;
 
-		ret = read_batch(pid, &place, buffer, UFFD_PACKED, 0, most, lost_ret, &bytes);
+		ret = read_batch(pid, &cold, &place, buffer, UFFD_PACKED, 0, most, lost_ret,
+				 &bytes);
 		if (!ret)
 			ret = write_all(fd, buffer, bytes, offset + to);
 		if (!ret)
 			*copied_ret += bytes;
 	}
+	uffd_cold_close(&cold);
 	free(buffer);
 	return ret;
 }

@@ -11,6 +11,7 @@
 #include "base/gentle.h"
 #include "base/page.h"
 #include "dirty/ranges.h"
+#include "remote/cold.h"
 #include "snapshot/image.h"
 #include "uffd_transfer.h"
 
@@ -143,8 +144,8 @@ static int read_other_way(const struct image *image, uint64_t address, char *tar
 }
 
 /* Fill the buffer from a place on; bytes_ret: whole pages. */
-static int read_batch(const struct image *image, const struct place *place, char *buffer,
-		      uint64_t *bytes_ret)
+static int read_batch(const struct image *image, struct uffd_cold *cold, const struct place *place,
+		      char *buffer, uint64_t *bytes_ret)
 {
 	struct iovec here = { buffer, 0 }, there[BATCH];
 	struct place next = *place;
@@ -155,6 +156,7 @@ static int read_batch(const struct image *image, const struct place *place, char
 		uint64_t bytes = lower(rest_of_range(&next), STEP - here.iov_len);
 
 		there[used++] = (struct iovec){ (void *)(uintptr_t)address_of(&next), bytes };
+		uffd_cold_note(cold, address_of(&next), address_of(&next) + bytes);
 		here.iov_len += bytes;
 		advance(&next, bytes);
 	}
@@ -198,16 +200,20 @@ static void copy_all(void *argument)
 	struct copy *copy = argument;
 	char *buffer = malloc(STEP);
 	int ret = buffer ? 0 : -ENOMEM;
+	struct uffd_cold cold;
 
+	uffd_cold_open(&cold, copy->image.pid);
 	while (!ret && copy->place.at < copy->place.count) {
 		uint64_t bytes = 0;
 
-		ret = read_batch(&copy->image, &copy->place, buffer, &bytes);
+		ret = read_batch(&copy->image, &cold, &copy->place, buffer, &bytes);
+		uffd_cold_again(&cold);
 		if (!ret)
 			ret = write_batch(&copy->image, &copy->place, buffer, bytes);
 		if (!ret)
 			copy->done += bytes;
 	}
+	uffd_cold_close(&cold);
 	free(buffer);
 	copy->ret = ret;
 }

@@ -45,6 +45,7 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 		.memory_pages = options->memory_pages,
 		.max_stall_ns = options->max_stall_ns,
 	};
+	uffd_cold_open(&saver->saving.cold, options->pid);
 	ret = uffd_ring_create(options->fd, options->memory_pages, &saver->saving.ring);
 	if (!ret)
 		ret = uffd_guard_start(&saver->guard, options->uffd, options->max_stall_ns);
@@ -55,6 +56,7 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 	}
 	if (ret) {
 		uffd_ring_destroy(saver->saving.ring);
+		uffd_cold_close(&saver->saving.cold);
 		free(saver);
 		return ret;
 	}
@@ -71,6 +73,7 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 		uffd_sweep_stop(&saver->sweep);
 		uffd_guard_stop(&saver->guard);
 		uffd_ring_destroy(saver->saving.ring);
+		uffd_cold_close(&saver->saving.cold);
 		free(saver);
 		return ret;
 	}
@@ -248,6 +251,7 @@ void uffd_saver_destroy(struct uffd_saver *saver)
 	uffd_guard_lift(saver->guard.shared, saver->options.uffd);
 	uffd_guard_stop(&saver->guard);
 	uffd_ring_destroy(saver->saving.ring);
+	uffd_cold_close(&saver->saving.cold);
 	uffd_owed_deinit(&saver->saving.owed);
 	uffd_pagemap_free(saver->noted.vec);
 	uffd_pagemap_free(saver->ready.vec);

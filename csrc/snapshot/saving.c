@@ -40,7 +40,9 @@ static enum result save(struct uffd_saving *saving, struct uffd_owed_piece *piec
 	saving->error = uffd_ring_reserve(saving->ring, pages, until, &memory);
 	if (saving->error)
 		return ENDED;
+	uffd_cold_note(&saving->cold, address, address + pages * BASE_PAGE);
 	is_read = !uffd_pages_read(saving->pid, saving->mem_fd, address, pages, memory);
+	uffd_cold_again(&saving->cold);
 	saving->error = uffd_pages_protected(saving->pagemap_fd, address, pages, &good);
 	if (saving->error)
 		return ENDED;
@@ -108,6 +110,17 @@ void uffd_saving_lose(struct uffd_saving *saving, uint64_t start, uint64_t finis
 			uffd_owed_settle(&saving->owed, piece, address, UFFD_OWED_DROPPED);
 }
 
+/* Whether reading pages would wait for the swap. */
+static bool is_on_swap(struct uffd_saving *saving, uint64_t address, uint64_t pages)
+{
+	bool is;
+
+	uffd_cold_note(&saving->cold, address, address + pages * BASE_PAGE);
+	is = saving->cold.count;
+	saving->cold.count = 0;
+	return is;
+}
+
 uint64_t uffd_saving_around(struct uffd_saving *saving, uint64_t *address)
 {
 	/* While the disk is behind, a thread waits for its own page only. */
@@ -118,6 +131,10 @@ uint64_t uffd_saving_around(struct uffd_saving *saving, uint64_t *address)
 
 	if (!pages)
 		return 1;
+	if (pages > 1 && is_on_swap(saving, at, pages)) {
+		at = *address;
+		pages = 1;
+	}
 	result = save(saving, piece, at, pages, false);
 	if (result == CHANGING)
 		return 0;

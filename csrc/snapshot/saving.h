@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "remote/cold.h"
 #include "snapshot/owed.h"
 #include "snapshot/ring.h"
 
@@ -23,6 +24,7 @@ struct uffd_saving {
 	/* Counts changes of the layout. */
 	uint64_t changes;
 	int error;		/* why nothing is saved any more */
+	struct uffd_cold cold;
 };
 
 /*

@@ -16,6 +16,9 @@
 
 _Static_assert(UFFD_SWEEP_PAGES <= UFFD_PAGES_MOST, "pages of a step");
 
+/* The process may begin to swap: steps between two looks. */
+#define LOOK_STEPS 64u
+
 /* In the thread */
 
 static int write_pages(const struct uffd_sweep *sweep)
@@ -41,10 +44,14 @@ static int read_pages(struct uffd_sweep *sweep)
 	const struct uffd_saving *saving = sweep->saving;
 	const struct uffd_sweep_step *step = &sweep->read;
 	uint64_t good = 0;
-	bool is_read = !uffd_pages_read(saving->pid, saving->mem_fd, step->address, step->pages,
-					sweep->memory);
-	int ret = uffd_pages_protected(saving->pagemap_fd, step->address, step->pages, &good);
+	bool is_read;
+	int ret;
 
+	uffd_cold_note(&sweep->cold, step->address, step->address + step->pages * BASE_PAGE);
+	is_read = !uffd_pages_read(saving->pid, saving->mem_fd, step->address, step->pages,
+				   sweep->memory);
+	uffd_cold_again(&sweep->cold);
+	ret = uffd_pages_protected(saving->pagemap_fd, step->address, step->pages, &good);
 	sweep->is_good = is_read && good == step->pages;
 	return ret;
 }
@@ -55,19 +62,25 @@ static void *run(void *argument)
 
 	prctl(PR_SET_NAME, "uffd-sweep");
 	uffd_be_gentle();
-	for (;;) {
+	for (unsigned int steps = 0;; steps++) {
 		eventfd_t value;
 
+		if (steps % LOOK_STEPS == 0) {
+			uffd_cold_close(&sweep->cold);
+			uffd_cold_open(&sweep->cold, sweep->saving->pid);
+		}
 		if (eventfd_read(sweep->told_fd, &value))
 			continue; /* no signal is let in, but a debugger may have been here */
 		if (sweep->stop)
-			return NULL;
+			break;
 		sweep->error = write_pages(sweep);
 		if (!sweep->error && sweep->read.pages)
 			sweep->error = read_pages(sweep);
 		atomic_store(&sweep->works, false);
 		eventfd_write(sweep->said_fd, 1);
 	}
+	uffd_cold_close(&sweep->cold);
+	return NULL;
 }
 
 /* In the thread that answers */
@@ -191,7 +204,8 @@ int uffd_sweep_start(struct uffd_sweep *sweep, struct uffd_saving *saving, int f
 	sigset_t all, before;
 	int ret;
 
-	*sweep = (struct uffd_sweep){ .saving = saving, .fd = fd, .rate = rate };
+	*sweep = (struct uffd_sweep){ .saving = saving, .fd = fd, .rate = rate,
+				      .cold = { .pidfd = -1, .pagemap_fd = -1 } };
 	sweep->said_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	sweep->told_fd = eventfd(0, EFD_CLOEXEC);
 	ret = sweep->said_fd < 0 || sweep->told_fd < 0 ? -errno : 0;

@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "remote/cold.h"
 #include "snapshot/saving.h"
 
 /* Pages of a step: they stay in a CPU's cache between being read and being written. */
@@ -33,6 +34,7 @@ struct uffd_sweep {
 	uint64_t rate;
 	uint64_t began_ns;
 	void *memory;
+	struct uffd_cold cold;
 	/* It has something to say, and it has something to do: eventfd(2). */
 	int said_fd, told_fd;
 	/* Whether it works.  What follows belongs to it then, and to the one that answers otherwise. */

@@ -23,7 +23,7 @@ FLOORS = [
     {"watch/words"},
     {"watch/watch"},
     {"uffd_owned", "access/access"},
-    {"dirty/ranges", "remote/maps", "remote/thread"},
+    {"dirty/ranges", "remote/cold", "remote/maps", "remote/thread"},
     {"dirty/drops", "dirty/round", "remote/memory", "remote/pins", "remote/trace", "remote/frame"},
     {"remote/inject", "remote/registers", "snapshot/image"},
     {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages", "remote/device"},
