@@ -383,13 +383,12 @@ static int inject(struct injection *in)
 	if (!ret)
 		ret = open_there(in);
 	gave_up = ret == -ETIMEDOUT;
+	in->attach->error = ret ? in->attach->point : 0;
 	/* A helper that cannot be ended keeps its page. */
 	if (in->calls.child && (r = end_helper(in, gave_up))) {
 		ret = ret ? ret : r;
 		in->page = 0;
 	}
-	if (ret)
-		in->attach->error = in->attach->point;
 	if (redirected && (r = restore(in, gave_up)))
 		ret = ret ? ret : r;
 	r = uffd_trace_detach(in->attach->tid);

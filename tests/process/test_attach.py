@@ -172,6 +172,26 @@ def test_another_user_without_privilege(program: str, ended: list[subprocess.Pop
     answers(target)
 
 
+def test_another_user_without_the_device(
+    program: str, ended: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error tells what is missing: it names the step that failed, not those after it."""
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
+        pytest.skip("vm.unprivileged_userfaultfd lets every user open one")
+    monkeypatch.setattr(attaching, "DEVICE", "/nowhere/userfaultfd")
+    target = subprocess.Popen(
+        [program, "spin"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, user=65534
+    )
+    ended.append(target)
+    assert target.stdout is not None
+    assert target.stdout.readline() == b"ready\n"
+    with Process(target.pid) as process, pytest.raises(UffdPermissionError) as caught:
+        process.attach(FEATURES)
+    assert "userfaultfd in the target" in str(caught.value)
+    assert "could not be opened for it" in str(caught.value)
+    answers(target)
+
+
 def test_a_target_that_may_have_no_more_descriptors(
     program: str, ended: list[subprocess.Popen[bytes]]
 ) -> None:
