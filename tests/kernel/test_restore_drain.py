@@ -92,3 +92,40 @@ def test_hints_that_fail(*, hot: bool) -> None:
 def test_faults_are_counted_beside_work() -> None:
     """All threads of the background count them, between two pieces."""
     run_child(count_beside_work)
+
+
+def beside_what_is_complete(*, hot: bool) -> None:
+    """One part of a snapshot has been restored by "minor" before, another has not."""
+    with (
+        tempfile.TemporaryDirectory() as path,
+        Region.anonymous(2 * PIECE) as first,
+        Region.anonymous(2 * PIECE) as again,
+        Region.anonymous(3 * PIECE) as other,
+    ):
+        folder = write(Path(path) / "one", [(START, [data(5 * PIECE // PAGE)])])
+        with Snapshot.open(folder) as snapshot:
+            good = snapshot.read(START, 5 * PIECE)
+            if hot:
+                _working_sets.add(snapshot._image, "hot", [(7, 1), (3 * PIECE // PAGE, 2)])
+            with snapshot.restore({START: first}, mode="minor") as restore:
+                assert restore.wait(30)
+            first.write(0, b"mine")
+            with snapshot.restore(
+                [(START, again), (START + 2 * PIECE, other)],
+                mode="minor",
+                paused=True,
+                working_set="hot" if hot else None,
+            ) as restore:
+                assert again.read() == good[: 2 * PIECE]  # at once
+                assert restore.progress.bytes == 2 * PIECE
+                assert other.read(PIECE, PAGE) == good[3 * PIECE : 3 * PIECE + PAGE]
+                restore.resume()
+                assert restore.wait(30)
+                assert restore.progress.bytes == restore.progress.total == 5 * PIECE
+            assert other.read() == good[2 * PIECE :]
+            assert first.read(0, 4) == b"mine"
+
+
+@pytest.mark.parametrize("hot", [False, True], ids=["alone", "working-set"])
+def test_minor_beside_what_is_complete(*, hot: bool) -> None:
+    run_child(beside_what_is_complete, hot=hot)

@@ -85,10 +85,7 @@ class Serving:
         for source in files.sources:
             if source is not None:
                 source._around = around
-        self._placed = sorted(placed, key=lambda each: each.start)
-        # Served upwards and taken out downwards: the tables of ranges are sorted arrays, in which
-        # what lies behind is moved each time.
-        self._upwards = sorted(placed, key=lambda each: each.region.start)
+        self._all = placed
         self._sums = sums
         self._lock = threading.Lock()
         self._stopped = Latch()
@@ -111,17 +108,25 @@ class Serving:
                     made.callback(maps.clear, each.region.start, each.region.length)
                     self._mappings[id(each)] = share.map_over(each.region)
                     made.callback(share.give_back)
-            self.is_complete = bool(self._shares) and all(
-                share.is_complete for share in self._shares.values()
-            )
+            # Nothing is written to a memfd that is complete: who maps it has everything.
+            left = [each for each in placed if not self._is_whole(each)]
+            self._placed = sorted(left, key=lambda each: each.start)
+            # Served upwards and taken out downwards: the tables of ranges are sorted arrays, in
+            # which what lies behind is moved each time.
+            self._upwards = sorted(left, key=lambda each: each.region.start)
+            self._filled_before = {id(each) for each in placed} - {id(each) for each in left}
+            self.is_complete = not left
             if self.is_complete:
                 made.pop_all()
                 self._give_back()
                 return
+            self.passed_bytes = sum(
+                each.chain.data_bytes for each in placed if id(each) in self._filled_before
+            )
             if handler is None:
                 followed = FOLLOWED_MINOR if self._shares else FOLLOWED
                 uffd = made.enter_context(Userfaultfd(features=followed))
-                packed = any(each.chain.is_packed for each in placed)
+                packed = any(each.chain.is_packed for each in left)
                 workers = threads if packed else 1
                 handler = made.enter_context(Handler(uffd, workers=workers, fault_log=fault_log))
             self.handler = handler
@@ -130,6 +135,10 @@ class Serving:
                 self._serve(each, files)
             made.pop_all()
         self._image.hold()
+
+    def _is_whole(self, placed: Placed) -> bool:
+        share = self._shares.get(id(placed))
+        return share is not None and share.is_complete
 
     def _serve(self, placed: Placed, files: Files) -> None:
         source = placed.source(files)
@@ -284,6 +293,8 @@ class Serving:
 
     def fill_rows(self, placed: Placed, rows: memoryview) -> int:
         """Fill ranges of a region, an array of (begin, end, not used), as `fill_ranges` does."""
+        if id(placed) in self._filled_before:
+            return 0
         if self._errors:  # parts of it may be taken out
             words = rows.cast("B").cast("Q")
             pairs = [(words[at], words[at + 1]) for at in range(0, len(words), 3)]
@@ -425,6 +436,6 @@ class Serving:
         self._image.let_go()
 
     def _give_back(self) -> None:
-        for placed in self._placed:
+        for placed in self._all:
             if (share := self._shares.get(id(placed))) is not None:
                 share.give_back()
