@@ -182,6 +182,28 @@ def test_a_compressed_chain() -> None:
     run_child(compressed, budget_s=40)
 
 
+def compressed_behind_zeros() -> None:
+    """The region that is served first, that with the lower address, needs no Python."""
+    with folder() as path:
+        starts = (START, START + HUGE)
+        newest = write(path / "0", [(starts[0], [zero(3)]), (starts[1], [data(3)])], compress=True)
+        with (
+            Snapshot.open(newest) as snapshot,
+            Region.anonymous(3 * PAGE) as one,
+            Region.anonymous(3 * PAGE) as other,
+        ):
+            pairs = list(zip(starts, sorted((one, other), key=lambda r: r.start), strict=True))
+            with snapshot.restore(pairs, mode="copy", threads=1) as restore:
+                assert restore.wait(30)
+            for start, region in pairs:
+                assert region.read() == snapshot.read(start, 3 * PAGE)
+
+
+def test_compressed_regions_behind_zeros() -> None:
+    pytest.importorskip("zstandard")
+    run_child(compressed_behind_zeros, budget_s=40)
+
+
 def damaged_and_compressed() -> None:
     """The background tells of the file, as it does without compression, and fills the rest."""
     with folder() as path:

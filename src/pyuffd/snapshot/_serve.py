@@ -25,6 +25,7 @@ from pyuffd._latch import Latch
 from pyuffd._pages import round_up
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers import Handler
+from pyuffd.handlers._checks import Driver
 from pyuffd.handlers._packed import FileRuns
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._content import PIECE, Files, Placed, Sums
@@ -127,8 +128,12 @@ class Serving:
                 followed = FOLLOWED_MINOR if self._shares else FOLLOWED
                 uffd = made.enter_context(Userfaultfd(features=followed))
                 packed = any(each.chain.is_packed for each in left)
+                # "auto" would choose by the first region, which may need no Python.
+                driver: Driver = "process" if packed else "auto"
                 workers = threads if packed else 1
-                handler = made.enter_context(Handler(uffd, workers=workers, fault_log=fault_log))
+                handler = made.enter_context(
+                    Handler(uffd, driver=driver, workers=workers, fault_log=fault_log)
+                )
             self.handler = handler
             for each in self._upwards:
                 made.callback(partial(self._unserve_quietly, each))

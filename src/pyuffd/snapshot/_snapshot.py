@@ -337,8 +337,9 @@ class Snapshot(Opened):
                 restored; "drain", by the background before it fills them, so that a page that is
                 touched earlier is not checked before; "no". Compressed chunks always are. With
                 "map", the background only compares: `Restore.wait` tells of damage.
-            handler: A running handler that serves the regions, "copy" only. By default the restore
-                has one of its own, which follows memory that is dropped or moved, but no forks.
+            handler: A running handler that serves the regions, "copy" only; with driver="process"
+                if the snapshot is compressed. By default the restore has one of its own, which
+                follows memory that is dropped or moved, but no forks.
             threads: How many fill; by default one for each CPU, 4 at most. While faults are
                 answered, one of them.
             rate: Bytes a second that they fill at most. `Restore.rate` changes it.
