@@ -1,0 +1,284 @@
+"""Random snapshots, restored in all ways, compared with a reader that shares no code with pyuffd.
+
+PYUFFD_SEED is the first seed of the long run, PYUFFD_SOAK_S its seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyuffd import (
+    Feature,
+    Handler,
+    PagePoisonedError,
+    Region,
+    Restore,
+    RunState,
+    Snapshot,
+    SnapshotError,
+    Userfaultfd,
+)
+from pyuffd.testing import needs
+from tests._child import run_child
+from tests._image_reader import ABSENT, LOST, PAGE, SHARED, Reader
+from tests._memory import memory_of, memory_params
+from tests._random_images import Images
+
+pytestmark = needs(Feature.MINOR_SHMEM | Feature.EVENT_REMOVE | Feature.POISON)
+SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+SOAK_S = float(os.environ.get("PYUFFD_SOAK_S", "60"))
+WAIT_S = 60.0
+GAPS = {RunState.ABSENT: ABSENT, RunState.LOST: LOST, RunState.SHARED: SHARED}
+# Each restore of compressed snapshots starts a helper process.
+PACKED_EVERY = 10
+# The exception of each looks through /proc.
+POISONED_MOST = 5
+TOUCHES, MARK = 12, b"written by the program"
+
+
+class Span:
+    """A part of a snapshot, the memory that it is restored to, and what must be there."""
+
+    def __init__(self, reader: Reader, start: int, region: Region) -> None:
+        self.start, self.region = start, region
+        found, self.gaps = reader.content(start, region.length)
+        self.content = bytearray(found)
+
+    def touch(self, rng: random.Random, *, poisons: bool) -> None:
+        """Read or write somewhere, before it is filled or afterwards."""
+        at = rng.randrange(0, self.region.length, PAGE)
+        if poisons and at in self.gaps:
+            return
+        if rng.random() < 0.7:
+            length = rng.choice((8, PAGE))
+            assert self.region.read(at, length) == self.content[at : at + length], hex(at)
+        else:
+            inside = at + rng.randrange(PAGE - len(MARK))
+            self.region.write(inside, MARK)
+            self.content[inside : inside + len(MARK)] = MARK
+
+    def check(self, *, poisons: bool) -> None:
+        """Compare every byte."""
+        if not poisons or not self.gaps:
+            assert self.region.read() == self.content
+            return
+        for at in range(0, self.region.length, PAGE):
+            if at not in self.gaps:
+                assert self.region.read(at, PAGE) == self.content[at : at + PAGE], hex(at)
+        for at in list(self.gaps)[:: -(-len(self.gaps) // POISONED_MOST)]:
+            with pytest.raises(PagePoisonedError):
+                self.region.read(at, 1)
+
+    def check_some(self) -> None:
+        """Compare what is there after an early end; what is not is never zeros instead."""
+        poisoned = 0
+        for at in range(0, self.region.length, PAGE):
+            try:
+                found = self.region.read(at, PAGE)
+            except PagePoisonedError:
+                if (poisoned := poisoned + 1) == POISONED_MOST:
+                    return
+            else:
+                assert found == self.content[at : at + PAGE], hex(at)
+
+
+def mapped(reader: Reader) -> list[tuple[int, int]]:
+    """Return what is mapped; regions without a gap between them as one."""
+    found: list[tuple[int, int]] = []
+    for start, end, _ in reader.regions:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, end))
+    return found
+
+
+def read_all(reader: Reader, snapshot: Snapshot) -> None:
+    """Compare states and content as the snapshot's own methods tell them."""
+    snapshot.verify()
+    for start, end in mapped(reader):
+        content, gaps = reader.content(start, end - start)
+        for at in range(0, end - start, PAGE):
+            state = snapshot.state(start + at)
+            if at in gaps:
+                assert GAPS[state] == gaps[at]  # type: ignore[index]
+            else:
+                assert snapshot.read(start + at, PAGE) == content[at : at + PAGE], hex(start + at)
+
+
+class Case:
+    """One restore with random options."""
+
+    def __init__(self, rng: random.Random, reader: Reader, snapshot: Snapshot, name: str) -> None:
+        self._rng, self._reader, self._snapshot, self._name = rng, reader, snapshot, name
+        is_plain = name == "anon"
+        self.mode = rng.choice(("copy", "minor", "map", "auto") if is_plain else ("copy", "auto"))
+        self.options: dict[str, Any] = {
+            "mode": self.mode,
+            "verify": rng.choice(("first", "drain", "no")),
+            "threads": rng.choice((1, 2, 3)),
+            "paused": rng.random() < 0.7,
+        }
+        if self.mode != "map" and rng.random() < 0.2:
+            self.options |= {"record": "hot", "record_until": WAIT_S}
+        if rng.random() < 0.4:
+            self.options["working_set"] = "hot"
+
+    @property
+    def _is_packed(self) -> bool:
+        reader: Reader | None = self._reader
+        while reader is not None and reader.manifest["compression"] is None:
+            reader = reader.parent
+        return reader is not None
+
+    def _spans(self, open_: contextlib.ExitStack) -> list[Span]:
+        rng = self._rng
+        memory = open_.enter_context(contextlib.closing(memory_of(self._name)))
+        spans: list[Span] = []
+        parts = mapped(self._reader)
+        for start, end in rng.choices(parts, k=rng.choice((1, 1, 2, 4))):
+            first = rng.choice((start, rng.randrange(start, end, PAGE)))
+            most = (end - first) // memory.page_size
+            if most:
+                length = rng.choice((most, rng.randint(1, most)))
+                spans.append(Span(self._reader, first, memory.pages(length)))
+        return spans
+
+    def run(self) -> str | None:
+        """Restore, touch it meanwhile, and compare; return the method, or None if it cannot."""
+        with contextlib.ExitStack() as open_:
+            spans = self._spans(open_)
+            if not spans:
+                return None
+            pairs = [(span.start, span.region) for span in spans]
+            poisons = False
+            if any(span.gaps for span in spans):
+                with pytest.raises(SnapshotError, match="does not have"):
+                    self._snapshot.restore(pairs, **self.options)
+                poisons = self._rng.random() < 0.5
+                self.options["gaps"] = "poison" if poisons else "zeros"
+            if self.mode == "copy" and "record" not in self.options and self._rng.random() < 0.2:
+                uffd = open_.enter_context(Userfaultfd(features=Feature.EVENT_REMOVE))
+                driver: Any = "process" if self._is_packed else "native"
+                self.options["handler"] = open_.enter_context(Handler(uffd, driver=driver))
+            try:
+                restore = self._snapshot.restore(pairs, **self.options)
+            except ValueError as error:
+                if not self._may_refuse(str(error), poisons=poisons):
+                    raise
+                return None
+            ends_early = self._rng.random() < 0.15
+            with restore:
+                self._use(restore, spans, poisons=poisons)
+                if not ends_early:
+                    assert restore.wait(WAIT_S)
+                    assert restore.done
+                    assert restore.progress.bytes == restore.progress.total
+            for span in spans:
+                if ends_early and not restore.done:
+                    span.check_some()
+                else:
+                    span.check(poisons=poisons)
+            return restore.method
+
+    def _may_refuse(self, why: str, *, poisons: bool) -> bool:
+        """Whether docs/restore.md says that this cannot be."""
+        return (poisons and (self.mode in ("map", "minor") or "is a part of a page" in why)) or (
+            # What cannot be made smaller is in the file as it is, and not aligned there.
+            self.mode == "map" and self._is_packed and ("compressed" in why or "aligned" in why)
+        )
+
+    def _use(self, restore: Restore, spans: list[Span], *, poisons: bool) -> None:
+        rng = self._rng
+        beside: list[BaseException] = []
+
+        def touch(span: Span, seed: int) -> None:
+            other = random.Random(seed)
+            try:
+                for _ in range(TOUCHES):
+                    span.touch(other, poisons=poisons)
+            except BaseException as error:
+                beside.append(error)
+
+        for _ in range(rng.choice((0, TOUCHES))):
+            rng.choice(spans).touch(rng, poisons=poisons)
+        restore.stop_recording()
+        threads = [
+            threading.Thread(target=touch, args=(span, rng.randrange(1 << 32))) for span in spans
+        ]
+        for thread in threads:
+            thread.start()
+        restore.resume()
+        for thread in threads:
+            thread.join()
+        assert not beside, beside
+        assert restore.record_error is None
+
+
+def flattened(reader: Reader, snapshot: Snapshot, path: Path) -> None:
+    snapshot.flatten(path, durable=False)
+    flat = Reader(path)
+    assert flat.parent is None
+    assert mapped(flat) == mapped(reader)
+    for start, end in mapped(reader):
+        assert flat.content(start, end - start) == reader.content(start, end - start)
+
+
+def one(seed: int, name: str) -> list[str | None]:
+    """Write a chain, and restore some of it; return by which methods."""
+    rng = random.Random(seed)
+    done: list[str | None] = []
+    with tempfile.TemporaryDirectory(prefix="oracle-") as folder:
+        packs, large = not seed % PACKED_EVERY, name.startswith("hugetlb")
+        paths = Images(Path(folder), seed, packs=packs, large=large).paths
+        for path in dict.fromkeys((paths[-1], rng.choice(paths))):
+            reader = Reader(path)
+            with Snapshot.open(path) as snapshot:
+                read_all(reader, snapshot)
+                done += [Case(rng, reader, snapshot, name).run() for _ in range(3)]
+                if rng.random() < 0.2:
+                    flattened(reader, snapshot, Path(folder) / f"flat-{path.name}")
+    return done
+
+
+def some(name: str, seed: int, count: int, seconds: float) -> tuple[int, list[str]]:
+    """Return how many seeds were done, and by which methods."""
+    until = time.monotonic() + seconds
+    methods: set[str] = set()
+    done = 0
+    while done < count and time.monotonic() < until:
+        try:
+            methods.update(filter(None, one(seed + done, name)))
+        except BaseException:
+            print(f"seed {seed + done} of {name}")
+            raise
+        done += 1
+    return done, sorted(methods)
+
+
+# Seeds of the short run: all modes, and one compressed chain, which needs a helper process once.
+FEW = {"anon": range(26, 31)}
+OTHERS = range(1, 3)
+
+
+@pytest.mark.parametrize("name", memory_params())
+def test_random_snapshots(name: str) -> None:
+    seeds = FEW.get(name, OTHERS)
+    _, methods = run_child(some, name, seeds.start, len(seeds), WAIT_S, budget_s=60).value
+    assert methods == (["copy", "map", "minor"] if name == "anon" else ["copy"])
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", memory_params())
+def test_many_random_snapshots(name: str) -> None:
+    seconds = SOAK_S / 5
+    count, _ = run_child(some, name, SEED, 1 << 30, seconds, budget_s=seconds + 2 * WAIT_S).value
+    print(f"{count} chains on {name}, from seed {SEED}")
