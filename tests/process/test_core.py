@@ -33,6 +33,7 @@ from pyuffd import (
 )
 from pyuffd.snapshot import _core, _core_file
 from pyuffd.snapshot._core_places import CoreLayout
+from pyuffd.snapshot._core_plan import read_filter
 from pyuffd.testing import needs_hugepages, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
@@ -678,6 +679,16 @@ def test_a_folder_that_cannot_be_written(
 @pytest.mark.parametrize("path", ["", ".", "..", "x/"])
 def test_no_name_for_a_file(sleeper: Target, tmp_path: Path, path: str) -> None:
     fails(sleeper, f"{tmp_path}/{path}", ValueError)
+
+
+@pytest.mark.parametrize("reaped", [False, True], ids=["zombie", "reaped"])
+def test_the_filter_of_a_process_that_ends(reaped: bool) -> None:
+    """Of a process without memory the kernel shows none."""
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
+    with pytest.raises(ProcessGoneError):
+        read_filter(ended.pid)
+    ended.wait()
 
 
 def test_disk_full(start: Callable[..., Target]) -> None:

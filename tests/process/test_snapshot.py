@@ -37,6 +37,7 @@ from pyuffd.cli import _expected, main
 from pyuffd.cli._expected import limited_pause
 from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _private_files, _sums
 from pyuffd.snapshot._capture import Method, Used
+from pyuffd.snapshot._files import NewDirectory
 from pyuffd.testing import needs, needs_privilege, needs_swap, swap_out
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
@@ -230,7 +231,7 @@ def test_a_failed_incremental_loses_nothing(program: str, tmp_path: Path) -> Non
         {"shared": "yes"},
         {"max_stall_s": -1.0},
         {"rounds": 0},
-        {"rate": 0},
+        {"rate": 0.5},
         {"compress": 23},
         {"ranges": []},
     ],
@@ -240,6 +241,11 @@ def test_bad_arguments(bad: dict[str, object], tmp_path: Path) -> None:
     with Process(os.getpid()) as process, pytest.raises(ValueError):
         Snapshot.take(process, tmp_path / "one", **bad)  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == []
+
+
+def test_no_name_for_a_directory() -> None:
+    with pytest.raises(ValueError, match="name of a directory"):
+        NewDirectory("/", durable=False)
 
 
 def test_nothing_is_replaced_and_no_link_is_followed(program: str, tmp_path: Path) -> None:

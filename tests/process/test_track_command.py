@@ -188,6 +188,11 @@ def test_bad_arguments(words: list[str]) -> None:
     assert "usage:" in result.stderr
 
 
+def test_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["track", str(os.getpid())]) == 2
+    assert capsys.readouterr().err.startswith("pyuffd: a process cannot track itself")
+
+
 def test_no_such_process() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

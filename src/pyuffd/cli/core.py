@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if args.snapshot is not None:
             return _run_from(args)
         with ended_by(signal.SIGTERM, signal.SIGHUP), Process(args.pid) as target:
-            path = args.output or f"core.{target.pid}"
+            path = f"core.{target.pid}" if args.output is None else args.output
             if not args.json:
                 print(_announcement(args, target), flush=True)
             with progress_shown(quiet=args.json) as shown:

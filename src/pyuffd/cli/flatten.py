@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sys
 
 from pyuffd import Snapshot
 from pyuffd.cli._progress import progress_shown, until_named
@@ -36,7 +37,11 @@ def run(args: argparse.Namespace) -> int:
     with ended_by(signal.SIGTERM, signal.SIGHUP), Snapshot.open(args.directory) as snapshot:
         depth, durable = snapshot.depth, not args.no_sync
         with progress_shown(quiet=args.json) as shown:
-            new = snapshot.flatten(args.output, durable=durable, progress=until_named(shown))
+            try:
+                new = snapshot.flatten(args.output, durable=durable, progress=until_named(shown))
+            except ValueError as error:
+                print(f"pyuffd: {error}", file=sys.stderr)
+                return 2
         if args.json:
             print(json.dumps({"path": args.output, "id": new, "depth": depth}))
         else:

@@ -62,8 +62,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and show it."""
-    if args.rounds < 1:
-        print(f"pyuffd: --rounds {args.rounds} is not positive", file=sys.stderr)
+    for name in ("rounds", "threads"):
+        if (value := getattr(args, name)) is None or value > 0:
+            continue
+        print(f"pyuffd: --{name} {value} is not positive", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
     with Snapshot.open(args.directory) as snapshot:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import signal
 import sys
 import time
@@ -76,9 +77,12 @@ def run(args: argparse.Namespace) -> int:
         with (
             ended_by(signal.SIGTERM, signal.SIGHUP),
             Process(args.pid) as target,
-            DirtyTracker(target) as tracker,
         ):
-            return _follow(args, target, tracker, heat)
+            if target.pid == os.getpid():
+                print("pyuffd: a process cannot track itself by this command", file=sys.stderr)
+                return EXIT_MISSING
+            with DirtyTracker(target) as tracker:
+                return _follow(args, target, tracker, heat)
     finally:
         if heat is not None:
             heat.draw(args.png)

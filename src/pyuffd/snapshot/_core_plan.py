@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from enum import IntFlag
 from pathlib import Path
 
+from pyuffd._errors import raise_errno
 from pyuffd.remote import Mapping, MappingKind
 
 ELF_MAGIC = b"\x7fELF"
@@ -46,8 +48,15 @@ class Part(IntFlag):
 
 
 def read_filter(pid: int) -> Filter:
-    """Return a process's coredump_filter."""
-    return Filter(int(Path(f"/proc/{pid}/coredump_filter").read_text(), 16) & 0x7F)
+    """Return a process's coredump_filter; ProcessGoneError if it has no memory any more."""
+    name = f"/proc/{pid}/coredump_filter"
+    try:
+        text = Path(name).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        text = ""
+    if not text:  # so reads that of a zombie
+        raise_errno(f"read {name}", errno.ESRCH)
+    return Filter(int(text, 16) & 0x7F)
 
 
 def filtered(dump_filter: Filter) -> tuple[str, ...]:

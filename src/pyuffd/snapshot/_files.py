@@ -33,6 +33,8 @@ class NewDirectory:
 
     def __init__(self, path: str | os.PathLike[str], *, durable: bool) -> None:
         self.path = Path(os.path.abspath(path))
+        if not self.path.name:
+            raise ValueError(f"path {str(self.path)!r} does not end with the name of a directory")
         self.id = uuid.uuid4().hex
         self._durable = durable
         self._temporary = self.path.with_name(f".{self.path.name}.{self.id[:8]}.tmp")

@@ -102,8 +102,8 @@ def checked(
         raise ValueError(f"shared {shown(shared)} is not one of {', '.join(SHARED_WAYS)}")
     if tracker is not None and (method not in ("auto", "precopy") or tracker.method != "wp-async"):
         raise ValueError("tracker: needs method='precopy' or 'auto', and one that is wp-async")
-    if rate is not None and not rate > 0:
-        raise ValueError(f"rate {shown(rate)} must be above zero, in bytes a second")
+    if rate is not None and not rate >= 1:
+        raise ValueError(f"rate {shown(rate)} must be at least 1, in bytes a second")
     check_int("rounds", rounds, 1)
     if compress is not None:
         check_int("compress", compress, 1, 23)
