@@ -6,14 +6,17 @@ process with it, ends that process only; the next one runs in a new one.
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict
 
+from pyuffd.conformance import Result, _report
 from pyuffd.conformance._case import DEFAULT_BUDGET_S, Case, load
-from pyuffd.conformance._context import Context
+from pyuffd.conformance._context import Context, Mismatch
 from pyuffd.conformance.plugin import check_needs
 from pyuffd.testing._need import Lack
 from pyuffd.testing._run import SCALE
@@ -34,6 +37,16 @@ def split(test: str) -> tuple[str, str]:
 
 def run(case: Case, memory: str) -> str:
     """Run one case here; return PASSED, SKIPPED, or what was wrong, in one line."""
+    found = result(case, memory)
+    if found.outcome == _report.FAILED:
+        return found.text.partition("\n")[0][:300]
+    return SKIPPED if found.outcome == _report.SKIPPED else PASSED
+
+
+def result(case: Case, memory: str) -> Result:
+    """Run one case here; return what a report has of it."""
+    outcome, text, variant = _report.PASSED, "", ""
+    started = time.monotonic()
     context = None
     try:
         check_needs(case, memory)
@@ -41,24 +54,47 @@ def run(case: Case, memory: str) -> str:
         case.run(context)
         for monitor in context._monitors:
             monitor.stop()
-    except Lack:
-        return SKIPPED
+    except Lack as lack:
+        outcome, text = _report.SKIPPED, lack.reason
     except BaseException as error:
-        return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        outcome, text = _report.FAILED, str(error).strip() or type(error).__name__
+        if isinstance(error, Mismatch) and context is not None:
+            text += f"\n{context.describe()}"
     finally:
         if context is not None:
+            variant = context.variant
             context.close()
-    return PASSED
+    took_s = round(time.monotonic() - started, 4)
+    name = case.id_on(memory)
+    return Result(name, case.name, memory, case.summary, outcome, text, variant, took_s)
+
+
+def results(tests: Sequence[str]) -> Iterator[tuple[str, Result]]:
+    """Run tests by id in a child; yield each with what a report has of it, as it comes."""
+    cases = load()
+    for test, line in outcomes(
+        tests, call=lambda case, memory: json.dumps(asdict(result(case, memory)))
+    ):
+        if line in (STALLED, STUCK):
+            name, memory = split(test)
+            case = cases[name]
+            text = f"{line}: it said nothing for {_limit_s(cases, [test]):g} s"
+            yield test, Result(test, name, memory, case.summary, _report.FAILED, text)
+        else:
+            yield test, Result(**json.loads(line))
 
 
 def outcomes(
-    tests: Sequence[str], switch: Callable[[bool], None] = lambda is_on: None
+    tests: Sequence[str],
+    switch: Callable[[bool], None] = lambda is_on: None,
+    call: Callable[[Case, str], str] | None = None,
 ) -> Generator[tuple[str, str], None, None]:
     """Run tests by id in a child; yield each with its outcome, as it comes.
 
     Args:
         tests: Their ids.
         switch: Called with True before and False after each, and with False in the end.
+        call: Runs one, and returns its outcome in one line; `run` if it is not given.
     """
     cases = load()
     waiting = list(tests)
@@ -67,7 +103,7 @@ def outcomes(
         pid = os.fork()
         if not pid:
             os.close(reading)
-            _child(cases, waiting, writing, switch)
+            _child(cases, waiting, writing, switch, call or run)
         os.close(writing)
         try:
             for line in _lines(reading, lambda: _limit_s(cases, waiting)):
@@ -84,16 +120,20 @@ def outcomes(
 
 
 def _child(
-    cases: dict[str, Case], tests: Sequence[str], writing: int, switch: Callable[[bool], None]
+    cases: dict[str, Case],
+    tests: Sequence[str],
+    writing: int,
+    switch: Callable[[bool], None],
+    call: Callable[[Case, str], str],
 ) -> None:
     os.setpgid(0, 0)
     try:
         for test in tests:
             name, memory = split(test)
             switch(True)
-            outcome = run(cases[name], memory)
+            outcome = call(cases[name], memory)
             switch(False)
-            os.write(writing, f"{outcome[:300]}\n".encode())
+            os.write(writing, f"{outcome}\n".encode())
     finally:
         os._exit(0)
 

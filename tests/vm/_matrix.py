@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import math
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyuffd.conformance import Report
 from pyuffd.conformance import Result as CaseResult
-from tests.vm import _debian, _image, _run
+from tests.vm import _cases, _debian, _image, _run, _suite
 
 VERSIONS = ("5.10", "6.1", "6.12", "6.18", "7.3")
 PAGE = _image.ROOT / "docs/generated/kernel-matrix.md"
 OUTPUT = _image.ROOT / "build/kernels"
-
-# A distribution's kernel under emulation.
-RUN_S = 120.0
 
 # An address in a message would make every run's page different.
 _ADDRESS = re.compile(r"0x7[0-9a-f]{11}")
@@ -58,23 +58,18 @@ class Column:
         return list(self.report.results.values()) if self.report else []
 
 
-def run(version: str, arguments: Sequence[str]) -> Column:
-    """Boot one kernel and run the suite."""
-    accel = _run.accel(1)
-    guest = _run.Guest(
-        _debian.kernel(version),
-        OUTPUT / version,
-        accel=accel,
-        scale=_run.scale(accel),
-        run_s=RUN_S,
-    )
-    result = guest.pytest(*_run.redirect([*_run.SUITE, *arguments])[0])
-    try:
-        report = Report.read(result.folder / "report.json")
-    except OSError:
-        report = None
-    sentence = result.sentence or ("" if report else "there is no report")
-    return Column(version, report, sentence, result.boot_s, result.wall_s)
+def run(version: str, tests: Sequence[str], until: float = math.inf) -> Column:
+    """Run tests on one kernel; what has not run in time is left out."""
+    found = _suite.run(_debian.kernel(version), OUTPUT / version, tests, until)
+    return Column(version, found.report, found.sentence, found.boot_s, found.wall_s)
+
+
+def lacking(version: str, tests: Sequence[str]) -> list[str]:
+    """Return those of the tests whose case the page does not have for this kernel."""
+    from tests.vm import _matrix_rows  # which needs the words above
+
+    known = _matrix_rows.known(PAGE.read_text(), version)
+    return [test for test in tests if _cases.split(test)[0] not in known]
 
 
 def page(columns: Sequence[Column]) -> str:
@@ -87,8 +82,8 @@ def _lines(columns: Sequence[Column]) -> Iterator[str]:
     yield ""
     yield (
         "Written by `make kernels`; do not edit. Debian's kernels in QEMU guests without hardware "
-        "virtualisation; `tests/vm/run 6.12` repeats one. docs/generated/conformance.md describes "
-        "the cases."
+        "virtualisation; docs/kernels.md says how to renew rows. docs/generated/conformance.md "
+        "describes the cases."
     )
     yield ""
     yield "| | " + " | ".join(column.version for column in columns) + " |"
@@ -212,13 +207,17 @@ def add(paths: Sequence[Path]) -> int:
 
 def main() -> int:
     """Run all kernels, write the page; 0 if nothing failed on any."""
-    parser = argparse.ArgumentParser(
-        prog="kernels",
-        description=__doc__,
-        allow_abbrev=False,
-        epilog="Whatever else is given goes to pytest.",
-    )
+    parser = argparse.ArgumentParser(prog="kernels", description=__doc__)
     parser.add_argument("--version", action="append", dest="versions", help="this one only")
+    parser.add_argument(
+        "--select", action="append", metavar="PATTERN", help="tests whose ids match, as for fnmatch"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="for a kernel; the others stay as they were"
+    )
+    parser.add_argument(
+        "--lacking", action="store_true", help="cases that the page does not have for a kernel"
+    )
     parser.add_argument(
         "--add",
         action="append",
@@ -226,14 +225,20 @@ def main() -> int:
         metavar="REPORT",
         help="put the cases of a report.json of tests/vm/run into the page, and run nothing",
     )
-    options, pytest = parser.parse_known_args()
+    options = parser.parse_args()
     if options.add:
         return add(options.add)
     _run.end_with_us()
+    wanted = _suite.choose()
+    if options.select:
+        wanted = [t for t in wanted if any(fnmatch.fnmatch(t, one) for one in options.select)]
     columns = []
     for version in options.versions or VERSIONS:
+        tests = lacking(version, wanted) if options.lacking else wanted
+        if not tests:
+            continue
         try:
-            column = run(version, pytest)
+            column = run(version, tests, time.monotonic() + options.minutes * 60)
         except (_debian.KernelNotFoundError, _image.MissingOnHostError) as error:
             print(f"kernels: {version}: {error}", file=sys.stderr)
             return 2
@@ -243,7 +248,10 @@ def main() -> int:
             f" {column.count('skipped')} skipped, {column.wall_s:.0f} s {column.sentence}",
             flush=True,
         )
-    if not options.versions and not pytest:
+    is_whole = not (options.versions or options.select or options.lacking)
+    if not is_whole or options.minutes < math.inf:
+        add([OUTPUT / column.version / "report.json" for column in columns if column.report])
+    else:
         PAGE.write_text(page(columns))
     return 0 if all(column.ok for column in columns) else 1
 

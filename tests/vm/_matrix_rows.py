@@ -48,6 +48,13 @@ def added(text: str, reports: Sequence[Report]) -> tuple[str, list[str]]:
     return "\n".join(_lines(page)) + "\n", said
 
 
+def known(text: str, version: str) -> set[str]:
+    """Return the cases that the page has for a kernel."""
+    page = _read(text)
+    number = page.versions.index(version)
+    return {name for name, cells in page.rows.items() if cells[number] != "."}
+
+
 def counts(case: str, cell: str) -> Counter[str]:
     """Return how many results of which outcome a cell stands for."""
     found = Counter[str]()

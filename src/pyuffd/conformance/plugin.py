@@ -46,12 +46,15 @@ _state = pytest.StashKey["_State"]()
 _outcome = pytest.StashKey[dict[str, Any]]()
 
 
-class _State:
+class Gathering:
+    """A report that grows with each result, whoever runs the cases.
+
+    Attributes:
+        report: What there is so far.
+    """
+
     def __init__(self) -> None:
-        self.report = Report.of_this_kernel(0)
-        self.written: list[Path] = []
-        self.reservation: _machine.Reservation | None = None
-        self.kmsg: Kmsg | None = None
+        self.report: Report = Report.of_this_kernel(0)
         self._messages: dict[int | str, Message] = {}
 
     def add(self, data: dict[str, Any]) -> None:
@@ -82,6 +85,14 @@ class _State:
         results = self.report.results
         ordered = [name for case in load().values() for name in case.ids if name in results]
         self.report.results = {name: results[name] for name in ordered}
+
+
+class _State(Gathering):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[Path] = []
+        self.reservation: _machine.Reservation | None = None
+        self.kmsg: Kmsg | None = None
 
     def add_failure(self, nodeid: str, text: str) -> None:
         """Take a test that has no result of its own."""
@@ -199,11 +210,16 @@ def _watched(case: Case, memory: str, result: dict[str, Any], kmsg: Kmsg) -> Non
         _run(case, memory, result)
     finally:
         faulthandler.cancel_dump_traceback_later()
-        result["kernel"]["records"] = [
-            (record.sequence, record.priority, record.text, record.is_fatal)
-            for record in kmsg.read()
-            if record.is_fatal or (record.is_warning and not case.is_noisy)
-        ]
+        result["kernel"]["records"] = records(kmsg, case)
+
+
+def records(kmsg: Kmsg, case: Case) -> list[tuple[int, int, str, bool]]:
+    """Return what a report has of the kernel's log since the last look at it."""
+    return [
+        (record.sequence, record.priority, record.text, record.is_fatal)
+        for record in kmsg.read()
+        if record.is_fatal or (record.is_warning and not case.is_noisy)
+    ]
 
 
 def _run(case: Case, memory: str, result: dict[str, Any]) -> None:
