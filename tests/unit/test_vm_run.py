@@ -128,6 +128,7 @@ def test_the_clock_of_several_cpus_is_the_host_s(tmp_path: Path) -> None:
     assert "-icount" in options(counted=True)
     assert "-icount" not in options()
     assert "-icount" not in options(counted=True, cpus=2, accel=_run.MULTI)
+    assert "q35,mem-merge=off" in options()
 
 
 def test_a_guest_that_is_done_but_does_not_power_off_is_ended(
