@@ -174,7 +174,14 @@ def lazy(
         (b'hello', 0, 8192)
     """
     given, source = source, as_source(source)
-    _check_region(region, kind=kind, length=length, shared=shared, huge=huge_page_size)
+    _check_region(
+        region,
+        kind=kind,
+        length=length,
+        shared=shared,
+        huge=huge_page_size,
+        noreserve=noreserve,
+    )
     if driver == "inline":
         features |= Feature.SIGBUS
     with ExitStack() as made:
@@ -220,7 +227,13 @@ def _mapped(
 
 
 def _check_region(
-    region: Region | None, *, kind: str, length: int | None, shared: bool, huge: int | None
+    region: Region | None,
+    *,
+    kind: str,
+    length: int | None,
+    shared: bool,
+    huge: int | None,
+    noreserve: bool,
 ) -> None:
     if kind not in KINDS:
         raise ValueError(
@@ -233,7 +246,8 @@ def _check_region(
         return
     if not isinstance(region, Region):
         raise TypeError(f"region must be a Region, not {shown(region)}")
-    if kind != "anonymous" or length is not None or huge is not None or not shared:
+    mapping = kind != "anonymous" or not shared or noreserve
+    if mapping or length is not None or huge is not None:
         raise ValueError("region= has a kind, a length and a page size of its own")
 
 

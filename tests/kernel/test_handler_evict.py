@@ -516,6 +516,8 @@ def refused() -> None:
         for range_ in ((1, 4096), (0, 5 * 4096), (-4096, 4096), (0, 0)):
             with pytest.raises(ValueError):
                 handler.evict(region, *range_, write_back=None)
+        with pytest.raises(ValueError, match="written_only needs a write_back"):
+            handler.evict(region, write_back=None, written_only=True)
         with pytest.raises(ValueError, match="not served for WP"):
             handler.evict(without_wp, write_back=print)
         with pytest.raises(ValueError, match="not served for MISSING"):

@@ -230,8 +230,10 @@ def refused() -> None:
     for source, given, error, named in BAD.values():
         with pytest.raises(error, match=named):
             pyuffd.lazy(source, **given)
-    with Region.anonymous(PAGE) as region, pytest.raises(ValueError, match="of its own"):
-        pyuffd.lazy(DATA, PAGE, region=region)
+    with Region.anonymous(PAGE) as region:
+        for own in ({"length": PAGE}, {"noreserve": True}):
+            with pytest.raises(ValueError, match="of its own"):
+                pyuffd.lazy(DATA, region=region, **own)
     with Region.anonymous(3 * PAGE) as region:
         region.write(0, b"x")
         with pytest.raises(ValueError, match="already present"):

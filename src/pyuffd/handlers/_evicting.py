@@ -86,7 +86,7 @@ class EvictsPages(HandlerBase):
 
         Raises:
             ValueError: a file that cannot be written, or is open for appending, or of which the
-                source reads these pages from another place.
+                source reads these pages from another place; `written_only` without `write_back`.
             ValueError: shared memory that this process has served at another address too, where
                 these pages would become zeros; a private mapping of a file that has pages there,
                 which it would show in place of the source's content.
@@ -125,6 +125,8 @@ class EvictsPages(HandlerBase):
             ...     handler.evict(region, write_back=write_back), store[:3], region.read(0, 3)
             (4096, bytearray(b'new'), b'new')
         """
+        if write_back is None and written_only:
+            raise ValueError("written_only needs a write_back: without one all pages are dropped")
         engine, served, first, pages = self._pages(region, offset, length)
         size = served.page_size
         write = None if write_back is None else writer_of(write_back)
@@ -140,7 +142,7 @@ class EvictsPages(HandlerBase):
                     served.was_protected = True
                     served.protections += 1
                     return engine.evict_to(
-                        served.id, at, span, write.fd, write.begin, written_only=written_only
+                        served.id, at, span, write.fd, write.begin, written_only=bool(written_only)
                     )
             # Two calls could write different contents of a page in the wrong order.
             with served.evicting:
