@@ -404,3 +404,23 @@ def test_interrupted_as_it_holds_the_descriptor_open(
             Handler(uffd)
     monkeypatch.undo()
     assert open_fds() == before
+
+
+def test_no_access_begins_while_a_region_closes() -> None:
+    """What begins between the end of serving and munmap would find zeros."""
+    met: list[object] = []
+
+    def touch() -> None:
+        for access in (lambda: region.read(0, 4), region.memoryview, part.digest):
+            try:
+                met.append(access())
+            except ClosedError as error:
+                met.append(type(error))
+
+    with Userfaultfd() as uffd, Handler(uffd) as handler:
+        region = Region.anonymous(2 * PAGE)
+        part = region[PAGE:]
+        region._on_close(lambda: run_threads(touch))  # after the handler's
+        handler.serve(region, b"c" * 2 * PAGE)
+        region.close()
+    assert met == [ClosedError] * 3

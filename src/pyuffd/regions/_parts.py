@@ -6,7 +6,7 @@ import builtins
 import os
 import warnings
 import weakref
-from threading import RLock
+from threading import RLock, get_ident
 from typing import TYPE_CHECKING, NoReturn
 
 from pyuffd import _memory
@@ -42,7 +42,7 @@ class Divisible(CloseCallbacks):
         self._before_close = []
         self._whole: Divisible | None = None
         self._keeps: object = None
-        self._is_closing = False
+        self._closer = 0  # the thread that closes it
         self._served_spans: list[tuple[int, int]] = []
         self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
         self._exports_lock = RLock()
@@ -101,6 +101,7 @@ class Divisible(CloseCallbacks):
         buffer = _memory.buffer_of(self._mapping.start, self._mapping.length, keeps=(self, memory))
         with root._exports_lock:
             root._exports = [*root._living_exports(), weakref.ref(buffer)]
+        self._check_open()  # again: now close() sees that it is used
         view = memoryview(buffer)
         return view if self._mapping.writable else view.toreadonly()
 
@@ -150,7 +151,8 @@ class Divisible(CloseCallbacks):
         return not (self._open and self._root._open)
 
     def _check_open(self) -> None:
-        if self.closed:
+        # close() has looked at what is in use: what begins later might find pages without content.
+        if self.closed or self._root._closer not in (0, get_ident()):
             raise ClosedError("this region is closed")
 
     def outlives_close(self) -> bool:
@@ -160,7 +162,7 @@ class Divisible(CloseCallbacks):
         another thread accesses it, and if the region is a part of another one that stays open.
         """
         root = self._root
-        if self is not root and not root._is_closing:
+        if self is not root and not root._closer:
             return True
         return not root._mapping.memory.start or root._is_used()
 
@@ -168,19 +170,20 @@ class Divisible(CloseCallbacks):
         """End serving it, unmap it (unless it was adopted with `at`) and close its descriptor.
 
         The memory stays mapped until the last memoryview or array over it is gone, and the last
-        access by a method in another thread has ended. In memory that stays mapped, pages that a
-        handler had not filled are poisoned, as by `Handler.unserve`.
+        access by a method in another thread has ended; one that begins meanwhile raises
+        ClosedError. In memory that stays mapped, pages that a handler had not filled are poisoned,
+        as by `Handler.unserve`.
         Closing a part of a region ends its serving; the memory stays the region's.
 
         Blocks: with Feature.EVENT_UNMAP enabled, until the Unmap event is read.
         """
         if self._open:
             if self._pid == os.getpid():
-                self._is_closing = True
+                self._closer = get_ident()
                 try:
                     self._run_before_close()
                 except BaseException:
-                    self._is_closing = False
+                    self._closer = 0
                     raise
             self._open = False
         if self._whole is not None:
