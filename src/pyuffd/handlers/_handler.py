@@ -84,6 +84,8 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
             run; after `stall_timeout_s` all tracebacks are written to stderr, and `on_error` ends
             the wait. A source that reads memory of its own handler, and would wait for itself, gets
             HandlerError from the methods of `Region`.
+            Once it runs, its threads refer to the memory and the handler, which live until stop();
+            a handler of another driver that is dropped with its memory is stopped as garbage.
             "auto": "inline" if the userfaultfd has Feature.SIGBUS, else "native" until a source in
             Python is served, then "process".
         on_error: What happens to a page whose content cannot be read: "poison" (an access raises
