@@ -749,7 +749,8 @@ def test_killed_in_the_middle(start: Callable[..., Target], tmp_path: Path, meth
         target.popen.kill()
         target.popen.wait()
 
-    with Process(target.pid) as process, pytest.raises(ProcessGoneError):
+    gone = pytest.raises(ProcessGoneError, match=f"process {target.pid}: .*it has exited")
+    with Process(target.pid) as process, gone:
         write_core(process, tmp_path / "core", method=method, progress=kill)
     assert list(tmp_path.iterdir()) == []
 

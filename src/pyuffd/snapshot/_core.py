@@ -163,7 +163,11 @@ def write_core(
     request = _Request(os.fspath(path), full, max_stall_s, durable, progress)
     begin = time.monotonic()
     with only_one(process):
-        core = _by_method(process, request, cast("Method", method))
+        try:
+            core = _by_method(process, request, cast("Method", method))
+        except ProcessGoneError:
+            process.check()  # says which
+            raise
     return replace(core, seconds=time.monotonic() - begin)
 
 
