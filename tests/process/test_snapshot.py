@@ -28,13 +28,14 @@ from pyuffd import (
     Snapshot,
     SnapshotError,
     SnapshotFormatError,
+    SnapshotProgress,
     StopTimeoutError,
     Userfaultfd,
     write_core,
 )
 from pyuffd._owned import Descriptor
 from pyuffd.cli import _expected, main
-from pyuffd.cli._expected import limited_pause
+from pyuffd.cli._expected import limited_pause, shared_memory
 from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _private_files, _sums
 from pyuffd.snapshot._capture import Method, Used
 from pyuffd.snapshot._files import NewDirectory
@@ -1026,6 +1027,45 @@ def test_the_checksum_of_the_standard_library(
         assert snapshot.manifest["checksum"] == "crc32"
         snapshot.verify()
     assert [name for name in _sums._SUMS] == ["xxh3_64", "crc32"]
+
+
+MUCH_SHARED = """
+import mmap
+memory = mmap.mmap(-1, 8 << 20)
+memory.write(b"x" * (8 << 20))
+print(0, flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("method", ["precopy", "cow", "auto"])
+def test_shared_memory_has_the_limit_that_was_given(method: Method, tmp_path: Path) -> None:
+    limit_s = 0.2 * SCALE
+    stops: list[float] = []
+
+    def slow(progress: SnapshotProgress) -> None:
+        """Make the first step as long as the limit."""
+        if progress.phase == "stop" and progress.total == 8 << 20:
+            stops.append(time.monotonic())
+            while time.monotonic() < stops[-1] + limit_s:
+                pass
+
+    with python(MUCH_SHARED) as (process, _):
+        with pytest.raises(SnapshotError, match="of its shared memory") as caught:
+            take(
+                process,
+                tmp_path / "0",
+                method=method,
+                shared="pause",
+                max_stall_s=limit_s,
+                progress=slow,
+            )
+        assert caught.value.reason == "stalled"
+        assert len(stops) == 1, "another method would not be faster"
+        assert status(process.pid)["TracerPid"] == "0"
+        assert shared_memory(process) == 8 << 20
+        told = limited_pause(process, 1, shared=shared_memory(process))
+        assert told == "for at most 1 s, and then while its shared memory is copied (up to 8 MiB)"
 
 
 # The commands

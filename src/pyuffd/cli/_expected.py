@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import time
 
-from pyuffd import Process
+from pyuffd import MappingKind, Process
 
 # Stopping a thread, reading its registers and letting it go. Measured with 2000 threads: 30
 # microseconds, and 100 on a busy machine.
 THREAD_S = 30e-6
 # In the stop they are read and compared, and then their page tables are walked.
 AS_LONG_AS_READING = 2
+MIB = 1 << 20
 
 
-def limited_pause(target: Process, limit_s: float, condition: str = "") -> str:
+def limited_pause(target: Process, limit_s: float, condition: str = "", shared: int = 0) -> str:
     """Say for how long a process is to stand under a limit, and what is too much for that.
 
     Its threads are stopped and its mappings are read, whatever the method is. So it is measured
-    here how long reading lasts.
+    here how long reading lasts. `shared`: bytes that are copied in the stop without a limit.
     """
     threads, count, seconds = needed(target)
     text = f"for at most {limit_s:g} s{condition}"
+    if shared:
+        text += f", and then while its shared memory is copied (up to {shared / MIB:.0f} MiB)"
     if seconds <= limit_s:
         return text
     return (
         f"{text}; but stopping its threads ({threads}) and reading its mappings ({count}), which is"
         f" part of it, lasts {seconds:.2f} s"
     )
+
+
+def shared_memory(target: Process) -> int:
+    """Return how much memory is mapped that other processes may write, in bytes."""
+    kinds = (MappingKind.SHMEM, MappingKind.HUGETLB)
+    return sum(m.length for m in target.mappings() if m.shared and m.kind in kinds)
 
 
 def needed(target: Process) -> tuple[int, int, float]:

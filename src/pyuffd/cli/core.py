@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd import CoreFile, Process, Snapshot, write_core
-from pyuffd.cli._expected import limited_pause, needed
+from pyuffd.cli._expected import limited_pause, needed, shared_memory
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
@@ -62,7 +62,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-stall",
         type=seconds(1e-6, 1e9),
         metavar="S",
-        help="give up if it has to stand for longer (without it, auto may end with a long stop)",
+        help="give up if it has to stand for longer (without it, auto may end with a long stop, and"
+        " copying shared memory in the stop has no limit)",
     )
     parser.add_argument("--sync", action="store_true", help="wait until the file is on the disk")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
@@ -124,7 +125,8 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
         pause = f"while all is copied, {expected:.2f} s or more"
     else:
         limit_s = args.max_stall or STALL_S
-        pause = limited_pause(target, limit_s, ", if it does not write too fast")
+        shared = 0 if args.max_stall else shared_memory(target)
+        pause = limited_pause(target, limit_s, ", if it does not write too fast", shared)
     threads = len(target.threads())
     return (
         f"process {target.pid} ({name}), {threads} threads, {size / MIB:.1f} MiB of its own:"

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 
 from pyuffd import Process, Snapshot, SnapshotReport
-from pyuffd.cli._expected import limited_pause
+from pyuffd.cli._expected import limited_pause, shared_memory
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
@@ -54,7 +54,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-stall",
         type=seconds(0.001, 3600),
         metavar="S",
-        help="give up rather than let the process stand for longer (0.05; with stopped, no limit)",
+        help="give up rather than let the process stand for longer (0.05; no limit with stopped,"
+        " and for shared memory that is copied in the stop)",
     )
     parser.add_argument(
         "--rate", type=_rate, metavar="MIB", help="copy at most so many MiB a second"
@@ -113,7 +114,10 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     if args.method == "stopped":
         pause = "it stands while all of it is copied"
     else:
-        pause = f"it is to stand {limited_pause(target, args.max_stall or MAX_STALL_S)}"
+        is_agreed = args.shared == "pause" and args.max_stall is None
+        shared = shared_memory(target) if is_agreed else 0
+        limit_s = args.max_stall or MAX_STALL_S
+        pause = f"it is to stand {limited_pause(target, limit_s, shared=shared)}"
     return f"process {target.pid}: {len(own)} private mappings of {size:.0f} MiB; {pause}"
 
 

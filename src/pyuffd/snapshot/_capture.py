@@ -84,7 +84,8 @@ class Options:
 
     stop_limit_s: float = STOP_LIMIT_S
     max_stall_s: float = 0.05
-    stopped_s: float = math.inf  # for method "stopped", which needs as long as the copy lasts
+    # What is copied in the stop as it was agreed to: everything with "stopped", or shared memory.
+    stopped_s: float = math.inf
     asleep_s: float = math.inf  # for "stopped": how long it may stand for a thread that waits
     rounds: int = 8
     rate: float | None = None

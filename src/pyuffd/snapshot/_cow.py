@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -245,7 +244,8 @@ class _Cow:
 
     def _stand(self, result: Captured) -> bool:
         process, options = self._process, self._options
-        until_s = time.monotonic() + options.max_stall_s
+        begun_s = time.monotonic()
+        until_s = begun_s + options.max_stall_s
         with stopping.stop(process, options.stop_limit_s, options.max_stall_s) as stop:
             at_barrier("stopped")
             result.instant_ns = time.time_ns()
@@ -257,7 +257,7 @@ class _Cow:
             owed = ranges.subtract(self._owed(frame.protected), self._fixed)
             others = self._others(frame)
             if len(frame.agreed):
-                until_s = math.inf  # it was agreed that shared memory is copied in the stop
+                until_s = begun_s + options.stopped_s
             is_taken = self._writer.take(others, frame.pieces, until_s)
             if not is_taken or time.monotonic() > until_s:
                 self._writer.forget(others)

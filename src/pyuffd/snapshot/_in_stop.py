@@ -27,6 +27,7 @@ class InStop:
     Attributes:
         notes: The registers, and what else belongs into `notes`; None for a part of the memory.
         limit_s: How long the process may stand for shared memory to be copied; None: as it needs.
+        is_too_long: It was too long for that, which another method does not change.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class InStop:
         self._request = request
         self._files = FilesCopied()
         self.limit_s: float | None = None
+        self.is_too_long = False
         self.notes = None if request.scope is not None else Notes(process)
 
     def __call__(self, stop: Stop, mappings: Mappings, layout: Sequence[Placed]) -> None:
@@ -52,6 +54,7 @@ class InStop:
         def tell(done: int, total: int) -> None:
             limit_s = self.limit_s
             if limit_s is not None and stop.pause_s > limit_s:
+                self.is_too_long = True
                 raise SnapshotError(
                     "stalled",
                     f"process {self._process.pid} would stand for longer than max_stall_s: after"

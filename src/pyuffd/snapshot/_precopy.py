@@ -225,7 +225,8 @@ class _Rounds:
         process, options = self._process, self._options
         self._writer.prepare(PageRanges(left).bytes)
         begin = time.perf_counter()
-        until_s = time.monotonic() + options.max_stall_s
+        begun_s = time.monotonic()
+        until_s = begun_s + options.max_stall_s
         try:
             standing = stopping.stop(process, options.stop_limit_s, options.max_stall_s)
         except StopTimeoutError as error:
@@ -254,7 +255,7 @@ class _Rounds:
                 self._tracker._put_back(Pending(unsure=left))
                 return False
             unseen = ranges.subtract(self._unseen(frame), left)
-            self._writer.copy(unseen, pieces, "stop")  # its length was agreed to
+            self._writer.copy(unseen, pieces, "stop", until_s=begun_s + options.stopped_s)
             if options.in_stop is not None:
                 options.in_stop(stop, mappings, layout)
             process.check()

@@ -120,7 +120,8 @@ class Snapshot(Opened):
             max_stall_s: A process that would have to stand for longer, or a thread of it that would
                 have to wait for longer for a page, ends the snapshot instead. That is estimated
                 before the stop, and looked at between its steps; `pause_s` tells how long it was.
-                None: 0.05, and with "stopped" as long as the copy lasts.
+                None: 0.05; and as long as the copy lasts with "stopped", and for shared memory
+                that is copied in the pause.
             rounds: Rounds of copying before that.
             rate: Copy at most so many bytes a second, outside of the stop.
             durable: Return when everything is on the disk.

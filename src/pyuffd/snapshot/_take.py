@@ -122,7 +122,7 @@ def _captured(
         return _captured_by(process, layout, directory, request, method, in_stop)
     except SnapshotError as error:
         may_change = request.method == "auto" and request.tracker is None
-        if error.reason != "stalled" or not may_change or method == "cow":
+        if error.reason != "stalled" or not may_change or method == "cow" or in_stop.is_too_long:
             raise
     os.ftruncate(directory.pages.number, 0)
     return _captured_by(process, layout, directory, request, "cow", in_stop)
@@ -136,7 +136,7 @@ def _captured_by(
     method: Used,
     in_stop: InStop,
 ) -> Captured:
-    in_stop.limit_s = request.max_stall_s if method == "stopped" else None
+    in_stop.limit_s = request.max_stall_s
     options = Options(
         max_stall_s=MAX_STALL_S if request.max_stall_s is None else request.max_stall_s,
         stopped_s=math.inf if request.max_stall_s is None else request.max_stall_s,
