@@ -71,6 +71,7 @@ class LazyRegion(Region):
         """
         self.handler._refuse_sources_thread()
         try:
+            self._begin_to_close()
             self.handler.stop()
         finally:
             try:
@@ -80,6 +81,11 @@ class LazyRegion(Region):
                 for each in (self._owned, self._file):
                     if each is not None:
                         each.close()
+
+    def _begin_to_close(self) -> None:
+        """Tell the handler that the memory goes away, if it does: no page need be poisoned."""
+        if self._owned is not None:
+            self._owned._begin_close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -92,6 +98,7 @@ class LazyRegion(Region):
     ) -> None:
         """Stop in another thread, so that an `AsyncSource` of this loop can still answer."""
         try:
+            self._begin_to_close()
             await self.handler.__aexit__(exc_type, exc, traceback)
         finally:
             self.close()

@@ -176,6 +176,29 @@ def failing() -> None:
         memory.read()
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["goes", "kept"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_what_goes_away_is_not_poisoned(driver: Any, kept: bool) -> None:
+    """It takes as long as a fault for each page, and there may be 2^28 of them."""
+    memory = pyuffd.lazy(__file__, driver=driver)
+    pages = memory.length // PAGE
+    view = memory.memoryview() if kept else None
+    memory.read(0, 1)
+    memory.close()
+    assert memory.handler.stats().poisoned_pages == (pages - 1 if kept else 0)
+    assert view is None or bytes(view[:10]) == Path(__file__).read_bytes()[:10]
+
+
+async def closed_in_a_loop() -> int:
+    async with pyuffd.lazy(page_later, 8 * PAGE, driver="thread") as memory:
+        await asyncio.to_thread(memory.read, 0, 1)
+    return memory.handler.stats().poisoned_pages
+
+
+def test_what_goes_away_at_the_end_of_async_with_is_not_poisoned() -> None:
+    assert asyncio.run(closed_in_a_loop()) == 0
+
+
 def test_a_failure_is_raised_and_everything_closed() -> None:
     run_child(failing)
 

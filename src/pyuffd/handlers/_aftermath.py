@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from pyuffd import _left
-from pyuffd._errors import ClosedError, HandlerError
+from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._engine import Engine
@@ -59,6 +59,18 @@ def take_out(engine: Backend, served: Served, *, seal: bool, part: Part | None =
         if engine.unserve(served.id, seal=seal, patience_s=limit_s, gently=True, part=part):
             return
     engine.unserve(served.id, seal=seal, patience_s=0, part=part)
+
+
+def take_out_what_goes(engine: Backend, all_served: Iterable[Served]) -> None:
+    """Take out the regions that are unmapped next, which nobody can touch.
+
+    Their pages need not be poisoned: for a page that takes about as long as a fault, and memory for
+    page tables. Where a thread still works, the end of the engine does all of it.
+    """
+    for served in all_served:
+        if isinstance(served.region, Region) and served.region._goes_away():
+            with suppress(UffdOSError):
+                engine.unserve(served.id, seal=False, patience_s=SLICE_S, gently=True)
 
 
 def held_at(engine: Backend, served: Served, part: Part | None = None) -> tuple[Held, ...]:

@@ -10,7 +10,13 @@ import weakref
 
 from pyuffd._describe import log_error
 from pyuffd._errors import HandlerError, HelperLostError
-from pyuffd.handlers._aftermath import completed, describe, leave_behind, views_of
+from pyuffd.handlers._aftermath import (
+    completed,
+    describe,
+    leave_behind,
+    take_out_what_goes,
+    views_of,
+)
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checks import check_timeout, handler_error
@@ -121,6 +127,7 @@ class Stops(HandlerBase):
         ended = Ended(stays=not engine.is_remote)
         try:
             self._drain(engine, ending)
+            take_out_what_goes(engine, all_served)
             ended = engine.end(ending.left_s())
             self._final_stats, self._final_faults = engine.stats(), engine.recent()
             self._final_log = engine.take_faults()

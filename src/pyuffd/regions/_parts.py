@@ -166,6 +166,14 @@ class Divisible(CloseCallbacks):
             return True
         return not root._mapping.memory.start or root._is_used()
 
+    def _begin_close(self) -> None:
+        """Let no access begin in another thread from now on; close() has to follow."""
+        self._closer = get_ident()
+
+    def _goes_away(self) -> bool:
+        """Return whether its close() has begun, and nothing keeps the memory mapped any more."""
+        return bool(self._root._closer) and not self.outlives_close()
+
     def close(self) -> None:
         """End serving it, unmap it (unless it was adopted with `at`) and close its descriptor.
 
