@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     )
 
 
+def _is_source_class(cls: type) -> bool:
+    return isinstance(getattr(cls, "length", None), property) and callable(
+        getattr(cls, "read", None)
+    )
+
+
 def as_source(value: object, name: str = "source") -> PageSource:
     """Return a page source for an object that obviously is the content of pages.
 
@@ -52,8 +58,9 @@ def as_source(value: object, name: str = "source") -> PageSource:
         )
     if isinstance(value, Region):  # which has read() and length too
         return BufferSource(value)
-    if isinstance(value, PageSource):
-        return value
+    # Asking the protocol first would cost more than all else that is checked (Python 3.11).
+    if _is_source_class(type(value)) or isinstance(value, PageSource):
+        return value  # type: ignore[return-value]
     if isinstance(value, io.BytesIO):
         return BufferSource(value.getbuffer())
     if isinstance(value, (str, os.PathLike)):

@@ -213,6 +213,8 @@ class Overlaps:
 
     def _check_circle(self, new: Range) -> None:
         others = [one for one in _all if one is not self]
+        if not others:
+            return
         for one in others:
             if any(one._answers(use) for use in new.uses):
                 self._waits_for.add(one)
