@@ -14,6 +14,7 @@ from pyuffd import _memory
 from pyuffd._abi import RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
+from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._raw import Answer
 from pyuffd.conformance._types import FILE, SHMEM, SMALL, minor_features, missing_features
 from pyuffd.conformance._wp import (
@@ -23,6 +24,7 @@ from pyuffd.conformance._wp import (
     WRITTEN,
     expect_fault,
     expect_read,
+    frame,
     in_one_place,
     in_page_cache,
     page_out,
@@ -40,12 +42,38 @@ from pyuffd.conformance.cases.errno_fill import (
 from pyuffd.conformance.cases.waiters import MINOR_READ
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
-from pyuffd.testing._need import needs_swap, needs_thp
+from pyuffd.testing._need import needs_privilege, needs_swap, needs_thp
 
 MISSING, MINOR = RegisterMode.MISSING, RegisterMode.MINOR
 MADV_COLLAPSE = 25
 PAGES, FIRST = 4, 2  # of the file, and the first one that is mapped
 SIGSEGV = 11
+SYS_MLOCK2, MLOCK_ONFAULT = 325, 1
+KPF_MLOCKED = 1 << 33  # include/linux/kernel-page-flags.h
+
+
+# Memory that is locked
+
+
+@case(
+    "UFFDIO_COPY.ok.locked",
+    origin="mm/userfaultfd.c: mfill_atomic_install_pte, folio_add_lru_vma",
+    # Of pages of files, locking is left to reclaim before Linux 5.18.
+    memory=("anon", "shmem-private"),
+    features=missing_features,
+    needs=[needs_privilege("CAP_SYS_ADMIN")],
+)
+def locked(ctx: Context) -> None:
+    """A page that comes into memory which mlock2(2) has locked is out of reclaim's reach."""
+    region = ctx.make(1)
+    answer = syscall(SYS_MLOCK2, region.start, region.length, MLOCK_ONFAULT)
+    ctx.expect("mlock2", answer, 0)
+    ctx.register(region, MISSING)
+    ctx.uffd.copy(region.start, DATA * ctx.page)
+    with open("/proc/kpageflags", "rb", buffering=0) as flags:
+        found = os.pread(flags.fileno(), 8, 8 * frame(region.start))
+    is_locked = int.from_bytes(found, "little") & KPF_MLOCKED != 0
+    ctx.expect("the page is locked", is_locked, True)
 
 
 # A mapping that does not begin where its file does

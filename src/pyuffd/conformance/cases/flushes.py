@@ -101,11 +101,15 @@ def protects_swapped(ctx: Context) -> None:
     """The same of a page that is in swap when it is protected."""
     in_one_place(ctx)
     region = ctx.make(1)
+    # So that the file has the page, and its first way to swap is behind it.
+    region.fill(OLD)
+    page_out(ctx, region)
     ctx.register(region, RegisterMode.WP)
 
     def work() -> object:
         ctx.write(region.start, b"\1")
-        page_out(ctx, region)
+        # Nothing in between, or the CPU's copy makes way for others.
+        region.pageout()
         ctx.uffd.writeprotect(region)
         return ctx.write(region.start, b"\2")
 

@@ -14,7 +14,7 @@ from pyuffd.conformance import _thp
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
-from pyuffd.conformance._types import ANY, SMALL
+from pyuffd.conformance._types import ANON, ANY, SMALL
 from pyuffd.conformance.cases.pagemap_scan import (
     FEATURES,
     PAGEMAP_SCAN,
@@ -26,6 +26,7 @@ from pyuffd.conformance.cases.pagemap_scan import (
     scan,
     written,
 )
+from pyuffd.conformance.cases.pagemap_scan_memory import huge_area
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import needs_thp
 
@@ -142,6 +143,35 @@ def soft_dirty(ctx: Context) -> None:
     ctx.expect("pages after a read", pages(), [])
     ctx.write(region.start + ctx.page, b"\1")
     ctx.expect("pages after a write", pages(), [1])
+
+
+@case(
+    "PAGEMAP_SCAN.ok.soft-dirty-huge",
+    origin="fs/proc/task_mmu.c: pagemap_thp_category, clear_soft_dirty_pmd",
+    memory=ANON,
+    features=FEATURES,
+    needs=[needs_thp()],
+)
+def soft_dirty_huge(ctx: Context) -> None:
+    """The same of a transparent huge page, which is written as a whole."""
+    start = huge_area(ctx, 1)
+    if not ctx.bits(start) & (1 << SOFT_DIRTY_BIT):
+        ctx.lack("soft-dirty", "the kernel has no CONFIG_MEM_SOFT_DIRTY")
+    category = int(PageCategory.SOFT_DIRTY)
+
+    def pages() -> int:
+        asked = {"mask": category, "returned": category}
+        return scan(ctx, start, start + HUGE_PAGE, **asked).pages
+
+    everything = HUGE_PAGE // SMALL_PAGE
+    ctx.expect("pages of a new mapping", pages(), everything)
+    Path("/proc/self/clear_refs").write_text("4")
+    ctx.expect("pages after clear_refs", pages(), 0)
+    ctx.read(start)
+    ctx.expect("pages after a read", pages(), 0)
+    ctx.write(start + SMALL_PAGE, b"\2")
+    ctx.expect("bytes mapped huge", _thp.mapped_huge(start), HUGE_PAGE)
+    ctx.expect("pages after a write", pages(), everything)
 
 
 @case(
