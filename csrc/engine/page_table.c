@@ -141,6 +141,11 @@ uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry
 	}
 }
 
+bool has_page(const struct uffd_range *range, uint64_t entry)
+{
+	return presence_of(range, entry) == IS_THERE;
+}
+
 /*
  * The message may be older than the page's eviction, its drop, or its poison, which lifting
  * the protection leaves in place (Linux 6.18): a page that is not there was not written.  It
@@ -149,14 +154,12 @@ uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry
 bool may_be_written(const struct uffd_range *range, uint64_t page, uint8_t was)
 {
 	uint64_t entry;
-	uint8_t seen;
 
 	if ((was != UFFD_PAGE_REMOVED && was != UFFD_PAGE_POISONED &&
 	     (was != UFFD_PAGE_ABSENT || !can_be_absent(range))) ||
 	    !read_entries(range, page, 1, &entry))
 		return true;
-	seen = seen_state(range, UFFD_PAGE_ABSENT, entry);
-	return seen == UFFD_PAGE_CLEAN || seen == UFFD_PAGE_DIRTY;
+	return has_page(range, entry);
 }
 
 void note_present(struct uffd_range *range)

@@ -17,6 +17,9 @@ int open_page_table(int pid);
 /* Correct a state of ours by what the page table says. */
 uint8_t seen_state(const struct uffd_range *range, uint8_t state, uint64_t entry);
 
+/* Whether an entry is that of a page, which may be on swap, and not of a marker. */
+bool has_page(const struct uffd_range *range, uint64_t entry);
+
 /* Whether a page of this state, whose writer waits at its protection, may be there. */
 bool may_be_written(const struct uffd_range *range, uint64_t page, uint8_t was);
 /* Note the pages of a range that are present already. */

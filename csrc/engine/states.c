@@ -239,8 +239,7 @@ static uint64_t arm_run(struct uffd_range *range, uint64_t at, uint64_t end, uin
 	if (*error_ret == 0)
 		settle_written(range, at, pages, how, states);
 	for (uint64_t i = 0; i < pages; i++) {
-		bool is_there = !is_known || seen_state(range, UFFD_PAGE_ABSENT, entries[i]) !=
-						     UFFD_PAGE_ABSENT;
+		bool is_there = !is_known || has_page(range, entries[i]);
 
 		if (held[i])
 			atomic_store(state_of(range, at + (i << range->page_shift)),

@@ -18,6 +18,7 @@ from pyuffd import (
     BufferSource,
     CallableSource,
     ClosedError,
+    Feature,
     Handler,
     HandlerError,
     LayoutChangedError,
@@ -427,6 +428,22 @@ def zeros_written_over(name: str) -> None:
 @pytest.mark.parametrize("name", memory_params("shmem", "hugetlb"))
 def test_zeros_are_written_over(name: str) -> None:
     run_child(zeros_written_over, name)
+
+
+def poison_unprotected() -> None:
+    """MADV_REMOVE leaves the mark of poison in shared memory: that is no page, and not written."""
+    with handling("native") as handler, Region.memfd(4096) as region:
+        handler.serve(region, BufferSource(b"x" * 4096), mode=MISSING | WP)
+        handler.unserve(region)
+        handler.serve(region, ZeroSource(), mode=MISSING | WP, present="keep")
+        region.madvise(9)
+        assert [*handler.unprotect(region)] == [REMOVED]
+        assert states(handler, region) == [REMOVED]
+
+
+@needs(NEEDED | Feature.POISON)
+def test_the_mark_of_poison_is_no_page() -> None:
+    run_child(poison_unprotected)
 
 
 def taken_in_vain() -> None:
