@@ -94,7 +94,9 @@ class Drain(Generic[T]):
         self._running = max(1, min(threads, len(self._pieces) or 1))
         self.error: BaseException | None = None
         self._threads = [self._thread(0)]
-        # It starts the others: each start waits until the thread runs, and so would the caller.
+        # It starts the others: each start waits until the thread runs, and so would the caller. It
+        # does one job before: whoever has just got the memory needs a CPU and the interpreter's
+        # lock then, and the thread that answers its first faults needs a CPU too.
         self._threads[0].start()
 
     def _thread(self, number: int) -> threading.Thread:
@@ -103,6 +105,7 @@ class Drain(Generic[T]):
         )
 
     def _start_others(self) -> None:
+        """Start them; until then they are counted as running, but for the end."""
         count = self._running
         for number in range(1, count):
             try:
@@ -189,24 +192,27 @@ class Drain(Generic[T]):
 
     def _run(self, number: int) -> None:
         is_gentle = False
+        starts_others = not number and self._running > 1
         try:
-            if not number:
-                self._start_others()
             while (found := self._next(steps_back=number > 0)) is not None:
                 job, is_first = found
                 # Whoever touches a page, and the thread that fills it, go before all pieces; but
                 # for what is first somebody waits. A thread that has the interpreter's lock may
                 # wait for a CPU meanwhile: as little as possible is done with it.
-                if not is_first and not is_gentle:
+                # The others would inherit this, and some of them may do what is first.
+                if not is_first and not is_gentle and not starts_others:
                     is_gentle = True
                     be_gentle()
                 done = job()
                 if done:
                     self._count(done)
+                if starts_others:
+                    starts_others = False
+                    self._start_others()
         except BaseException as error:
             self._fail(error)
         with self._lock:
-            self._running -= 1
+            self._running -= self._running if starts_others else 1
             is_last = not self._running
         if is_last:
             self._end()
