@@ -366,6 +366,15 @@ def _expect_forced_write_fails(ctx: Context, region: Region, at: int) -> None:
     expect_write_fault(ctx, at)
 
 
+def _forces_writes(ctx: Context) -> None:
+    """See whether this kernel does so at all: CONFIG_PROC_MEM_NO_FORCE, proc_mem.force_override."""
+    region = ctx.make(1)
+    region.fill(DATA)
+    _memory.mprotect(region.start, region.length, mmap.PROT_READ)
+    if proc_mem(ctx, region.start)() == -errno.EIO:
+        ctx.lack("forced-writes", "/proc/PID/mem writes to no page that is read-only")
+
+
 @case(
     "access.proc-mem.read-only",
     origin=READ_ONLY_ORIGIN,
@@ -374,6 +383,7 @@ def _expect_forced_write_fails(ctx: Context, region: Region, at: int) -> None:
 )
 def proc_mem_read_only(ctx: Context) -> None:
     """/proc/PID/mem writes to a page that is read-only, but not to one that is protected too."""
+    _forces_writes(ctx)
     region = protected(ctx, 2)
     _expect_forced_write_fails(ctx, region, region.start)
     at = region.start + ctx.page
@@ -392,6 +402,7 @@ def proc_mem_read_only(ctx: Context) -> None:
 )
 def proc_mem_read_only_huge(ctx: Context) -> None:
     """The same where a transparent huge page is mapped: EIO, and the page stays protected."""
+    _forces_writes(ctx)
     region = ctx.make(HUGE_PAGE // SMALL_PAGE)
     region.advise_thp()
     region.fill(DATA)
