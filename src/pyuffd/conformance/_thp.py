@@ -9,6 +9,13 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyuffd.conformance._context import Context
+    from pyuffd.regions import Region
+
+MADV_COLLAPSE = 25  # Linux 6.1
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 _COMPOUND_HEAD, _COMPOUND_TAIL = 1 << 15, 1 << 16  # Documentation/admin-guide/mm/pagemap.rst
@@ -25,6 +32,14 @@ def mapped_huge(address: int) -> int:
             elif inside and line.startswith(("AnonHugePages:", "ShmemPmdMapped:")):
                 total += int(line.split()[1]) << 10
     return total
+
+
+def collapse(ctx: Context, region: Region) -> None:
+    """Make huge pages of a region's pages, or say what the kernel lacks for it."""
+    try:
+        region.madvise(MADV_COLLAPSE)
+    except OSError as error:
+        ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
 
 
 def sizes() -> list[int]:

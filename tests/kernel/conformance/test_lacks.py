@@ -8,7 +8,7 @@ import os
 import pytest
 
 from pyuffd.conformance import load
-from pyuffd.conformance.cases.thp import MADV_COLLAPSE
+from pyuffd.conformance._thp import MADV_COLLAPSE
 from pyuffd.regions import Region
 from tests.vm import _cases
 

@@ -16,6 +16,7 @@ from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._raw import Answer
+from pyuffd.conformance._thp import MADV_COLLAPSE
 from pyuffd.conformance._types import FILE, SHMEM, SMALL, minor_features, missing_features
 from pyuffd.conformance._wp import (
     IN_FILE,
@@ -45,7 +46,6 @@ from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import needs_privilege, needs_swap, needs_thp
 
 MISSING, MINOR = RegisterMode.MISSING, RegisterMode.MINOR
-MADV_COLLAPSE = 25
 PAGES, FIRST = 4, 2  # of the file, and the first one that is mapped
 SIGSEGV = 11
 SYS_MLOCK2, MLOCK_ONFAULT = 325, 1

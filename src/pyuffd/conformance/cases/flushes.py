@@ -16,7 +16,7 @@ from pyuffd._abi import Feature, PageCategory, RegisterMode
 from pyuffd._events import Remap
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._thp import mapped_huge
+from pyuffd.conformance._thp import MADV_COLLAPSE, mapped_huge
 from pyuffd.conformance._types import ALL, ANON, SMALL, missing_features, wp_features
 from pyuffd.conformance._wp import (
     MISSING_READ,
@@ -29,7 +29,6 @@ from pyuffd.conformance._wp import (
     page_out,
     reserve,
 )
-from pyuffd.conformance.cases.huge_parts import MADV_COLLAPSE
 from pyuffd.conformance.cases.moved_tables import DONTUNMAP, FIXED, MAP_FIXED, MAYMOVE
 from pyuffd.conformance.cases.pagemap_scan import FEATURES, WP_SCAN, WRITTEN, end_of, scan
 from pyuffd.conformance.cases.pagemap_scan_memory import huge_area

@@ -8,7 +8,7 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._thp import mapped_huge, sizes, switched_on
+from pyuffd.conformance._thp import collapse, mapped_huge, sizes, switched_on
 from pyuffd.conformance._types import ANON, ANY, SHMEM, missing_features, wp_features
 from pyuffd.conformance._wp import (
     DATA,
@@ -35,7 +35,7 @@ from pyuffd.testing._need import needs_privilege, needs_swap, needs_thp
 
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 PAGES = HUGE_PAGE // SMALL_PAGE
-MADV_HUGEPAGE, MADV_PAGEOUT, MADV_COLLAPSE = 14, 21, 25
+MADV_HUGEPAGE, MADV_PAGEOUT = 14, 21
 FORK = Feature.EVENT_FORK
 MOVED, OTHER = 0x4D, 0x4E
 SWAP_BATCH = 8
@@ -167,10 +167,7 @@ def zapped(ctx: Context) -> None:
     assert region.fd is not None
     with Region.file(region.fd, region.length) as view:
         view.fill(DATA)
-        try:
-            view.madvise(MADV_COLLAPSE)
-        except OSError as error:
-            ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
+        collapse(ctx, view)
     ctx.register(region, WP)
     _memory.touch(region.start, region.length, SMALL_PAGE, write=False)
     gap = 100
@@ -233,10 +230,7 @@ def collapse_alias(ctx: Context) -> None:
         for index in (0, 7, PAGES - 1):
             ctx.uffd.writeprotect(region.start + index * SMALL_PAGE, SMALL_PAGE)
         expect_read(ctx, region.start + 7 * SMALL_PAGE, DATA)
-        try:
-            view.madvise(MADV_COLLAPSE)
-        except OSError as error:
-            ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
+        collapse(ctx, view)
         ctx.expect("bytes of the other mapped huge", mapped_huge(view.start), HUGE_PAGE)
     ctx.expect("protected pages", protected_pages(region.start), [0, 7, PAGES - 1])
     for index in (0, 7, PAGES - 1):

@@ -14,7 +14,7 @@ from pyuffd import _memory
 from pyuffd._abi import RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._thp import mapped_huge
+from pyuffd.conformance._thp import collapse, mapped_huge
 from pyuffd.conformance._types import ANON, SHMEM, wp_features
 from pyuffd.conformance._wp import (
     DATA,
@@ -24,7 +24,7 @@ from pyuffd.conformance._wp import (
     expect_silent_write,
     expect_write_fault,
 )
-from pyuffd.conformance.cases.huge_parts import MADV_COLLAPSE, protected_pages
+from pyuffd.conformance.cases.huge_parts import protected_pages
 from pyuffd.conformance.cases.pagemap_scan_memory import huge_area
 from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
@@ -134,10 +134,7 @@ def punched(ctx: Context) -> None:
     assert region.fd is not None
     with Region.file(region.fd, region.length) as view:
         view.fill(DATA)
-        try:
-            view.madvise(MADV_COLLAPSE)
-        except OSError as error:
-            ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
+        collapse(ctx, view)
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
     # Mapped by small pages of the huge one.

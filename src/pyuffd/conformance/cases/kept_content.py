@@ -124,15 +124,21 @@ CHANGES = (
 )
 
 
+def _written_over_its_copy(ctx: Context) -> Region:
+    """Return a page that was written after it had come back from swap, where its copy may be."""
+    in_one_place(ctx)
+    region = ctx.make(1)
+    region.fill(DATA)
+    ctx.register(region, WP)
+    page_out(ctx, region)
+    expect_read(ctx, region.start, DATA)
+    region.fill(WRITTEN)
+    return region
+
+
 def _add(change: Change) -> None:
     def run(ctx: Context) -> None:
-        in_one_place(ctx)
-        region = ctx.make(1)
-        region.fill(DATA)
-        ctx.register(region, WP)
-        page_out(ctx, region)
-        expect_read(ctx, region.start, DATA)
-        region.fill(WRITTEN)
+        region = _written_over_its_copy(ctx)
         ctx.uffd.writeprotect(region)
         at = change.act(ctx, region)
         page_out(ctx, Region.at(at, ctx.page))
@@ -155,13 +161,7 @@ for _change in CHANGES:
 
 def _add_scan(name: str, asked: dict[str, int]) -> None:
     def run(ctx: Context) -> None:
-        in_one_place(ctx)
-        region = ctx.make(1)
-        region.fill(DATA)
-        ctx.register(region, WP)
-        page_out(ctx, region)
-        expect_read(ctx, region.start, DATA)
-        region.fill(WRITTEN)
+        region = _written_over_its_copy(ctx)
         scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), **asked)
         ctx.expect("bit", ctx.is_protected(region.start), True)
         page_out(ctx, region)

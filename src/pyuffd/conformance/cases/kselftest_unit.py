@@ -23,7 +23,7 @@ from pyuffd._uffd import Event
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context, Monitor
 from pyuffd.conformance._spec import Variant
-from pyuffd.conformance._thp import mapped_huge
+from pyuffd.conformance._thp import MADV_COLLAPSE, mapped_huge
 from pyuffd.conformance._types import (
     ANON,
     FILE,
@@ -38,7 +38,6 @@ from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_swap, needs_thp
 
-MADV_COLLAPSE = 25
 PUNCH_HOLE = 0x1 | 0x2  # with FALLOC_FL_KEEP_SIZE
 UNPROTECT = WriteprotectMode(0)
 MISSING_READ, MISSING_WRITE, WP_WRITE, MINOR_READ = 0, 1, 3, 4

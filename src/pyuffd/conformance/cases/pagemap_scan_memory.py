@@ -19,6 +19,7 @@ from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
 from pyuffd.conformance._spec import Variant
+from pyuffd.conformance._thp import MADV_COLLAPSE
 from pyuffd.conformance._types import ALL, ANON, ANY
 from pyuffd.conformance.cases.errno_register import disk_page
 from pyuffd.conformance.cases.pagemap_scan import FEATURES, ORIGIN, WP_SCAN, WRITTEN
@@ -29,7 +30,6 @@ from pyuffd.testing._need import Need, needs_hugepages, needs_thp
 PROT_NONE = 0
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 MAP_HUGETLB, MAP_FIXED = 0x40000, 0x10
-MADV_COLLAPSE = 25
 SYS_SHMGET, SYS_SHMAT, SYS_SHMCTL, SYS_SHMDT = 29, 30, 31, 67
 IPC_PRIVATE, IPC_RMID, SHM_HUGETLB = 0, 0, 0o4000
 NO_FLAGS = ScanFlag(0)

@@ -21,6 +21,7 @@ from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._thp import MADV_COLLAPSE
 from pyuffd.conformance._types import ALL, ANON, SMALL, missing_features, wp_features
 from pyuffd.conformance._wp import UNPROTECT
 from pyuffd.conformance.cases.kselftest_unit import release
@@ -34,7 +35,6 @@ ROUNDS = 40
 PAGES, HUGE_PAGES = 16, 2
 SAMPLE = 4096  # bytes of a page that are compared
 SEED = 1
-MADV_COLLAPSE = 25
 SYS_PROCESS_VM_READV = 310
 MEMSET = ctypes.CDLL(None).memset
 MEMSET.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)

@@ -14,6 +14,7 @@ from pyuffd.conformance import _thp
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._thp import MADV_COLLAPSE
 from pyuffd.conformance._types import ANON, ANY, SMALL
 from pyuffd.conformance.cases.pagemap_scan import (
     FEATURES,
@@ -32,7 +33,6 @@ from pyuffd.testing._need import needs_thp
 
 SYS_IOCTL = 16
 UNKNOWN_IOCTL = 0xC0606611
-MADV_COLLAPSE = 25
 ORIGIN = "fs/proc/task_mmu.c: do_pagemap_scan"
 SOFT_DIRTY_BIT = 55
 PAGES = 4

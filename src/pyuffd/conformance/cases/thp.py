@@ -9,7 +9,7 @@ import signal
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._thp import mapped_huge
+from pyuffd.conformance._thp import MADV_COLLAPSE, mapped_huge
 from pyuffd.conformance._types import (
     ANON,
     minor_features,
@@ -36,7 +36,6 @@ from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_swap, needs_thp
 
-MADV_COLLAPSE = 25
 ORIGIN = "patch 12: write-protect huge pages of shmem"
 PAGES = HUGE_PAGE // SMALL_PAGE
 SHMEM = ("shmem",)

@@ -18,6 +18,7 @@ from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import Pin, needs_pin, syscall
 from pyuffd.conformance._spec import Variant
+from pyuffd.conformance._thp import MADV_COLLAPSE
 from pyuffd.conformance._types import (
     ALL,
     ANON,
@@ -51,7 +52,7 @@ from pyuffd.testing._need import needs_swap
 PAGES = 4
 PROTECTED = 2  # MODE_WP of COPY and CONTINUE
 LOCKED = ("anon", "shmem-private")
-MADV_FREE, MADV_COLLAPSE = 8, 25
+MADV_FREE = 8
 SYS_READ, SYS_MADVISE, SYS_MLOCK = 0, 28, 149
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 ORIGIN = "what trackers of writes depend on"
