@@ -749,8 +749,7 @@ def test_killed_in_the_middle(start: Callable[..., Target], tmp_path: Path, meth
         target.popen.kill()
         target.popen.wait()
 
-    gone = pytest.raises(ProcessGoneError, match=f"process {target.pid}: .*it has exited")
-    with Process(target.pid) as process, gone:
+    with Process(target.pid) as process, pytest.raises(ProcessGoneError, match="has exited"):
         write_core(process, tmp_path / "core", method=method, progress=kill)
     assert list(tmp_path.iterdir()) == []
 
