@@ -267,8 +267,8 @@ class AsyncSource:
     Each of the handler's workers waits for one coroutine, so at most `workers` of them run at
     once. The loop must keep running while pages are fetched, so do not stop the handler from the
     loop's own thread: use `async with handler` or `await asyncio.to_thread(handler.stop)`. If a
-    coroutine raises or is cancelled, `on_error` applies to its pages. With the process driver the
-    coroutines run in a loop of the worker process.
+    coroutine raises or is cancelled, or the loop is closed, `on_error` applies to its pages. With
+    the process driver the coroutines run in a loop of the worker process.
 
     Args:
         function: As for `CallableSource`.
@@ -317,7 +317,21 @@ class AsyncSource:
                 raise HandlerError(f"{self!r} raised {type(error).__name__}") from error
 
         loop = self.loop or _own_loop()
-        return asyncio.run_coroutine_threadsafe(run(), loop).result()
+        coroutine = run()
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        except RuntimeError:
+            if not loop.is_closed():
+                raise
+        else:
+            while not loop.is_closed() or future.done():
+                with suppress(TimeoutError):
+                    return future.result(LOOK_S)
+                if future.done():  # by now, or the coroutine itself raised TimeoutError
+                    return future.result()
+        if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+            coroutine.close()  # otherwise Python warns that it was never awaited
+        raise HandlerError(f"the event loop of {self!r} is closed: nobody runs its coroutines")
 
     def runs_here(self) -> bool:
         """Return whether its event loop runs in this thread."""
@@ -342,6 +356,9 @@ def _async_source_elsewhere(
 ) -> AsyncSource:
     return AsyncSource(function, length=length)
 
+
+# How often a thread that waits for a coroutine looks whether its loop is closed.
+LOOK_S = 0.2
 
 _loops: list[asyncio.AbstractEventLoop] = []  # at most one
 _loops_lock = threading.Lock()

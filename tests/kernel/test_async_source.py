@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
+import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -236,10 +240,14 @@ def test_fault_in_the_loops_own_thread() -> None:
     run_child(in_loop_of, "from_the_loop")
 
 
-def loop_is_closed() -> None:
-    """A source whose loop has ended fails its pages; no thread waits forever."""
+def loop_is_closed(waits: bool) -> None:
+    """A source whose loop has ended fails its pages; no thread waits forever, nor for the limit."""
+    asked = threading.Event()
 
     async def fetch(offset: int, length: int) -> bytes:
+        if offset:
+            asked.set()
+            await asyncio.sleep(1000)
         return DATA.all[offset : offset + length]
 
     loop = asyncio.new_event_loop()
@@ -247,24 +255,32 @@ def loop_is_closed() -> None:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     with (
+        warnings.catch_warnings(),
         Region.anonymous(PAGES * PAGE) as region,
         Userfaultfd() as uffd,
-        Handler(uffd, driver="thread", workers=2) as handler,
+        Handler(uffd, driver="thread", stall_timeout_s=math.inf) as handler,
     ):
+        warnings.simplefilter("error")
         handler.serve(region, source)
-        handler.start()
-        assert region.read(PAGE, PAGE) == DATA[1]
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        assert region.read(0, PAGE) == DATA[0]
+        with ThreadPoolExecutor(1) as pool:
+            waiting = None
+            if waits:
+                waiting = pool.submit(is_lost, region, PAGE, PAGE)
+                assert asked.wait(10)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+            assert waiting is None or waiting.result()
         assert is_lost(region, 2 * PAGE, PAGE)
-        with pytest.raises(HandlerError) as caught:
+        gc.collect()  # of a coroutine that was never awaited
+        with pytest.raises(HandlerError, match="could not be read"):
             handler.stop()
-        assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_closed_loop() -> None:
-    run_child(loop_is_closed)
+@pytest.mark.parametrize("waits", [False, True])
+def test_closed_loop(waits: bool) -> None:
+    run_child(loop_is_closed, waits)
 
 
 def without_a_loop() -> None:
