@@ -12,6 +12,7 @@ from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._remote_calls import take_ranges
+from pyuffd._rows import rows_of
 from pyuffd._shim import ffi, lib
 
 PEEK = lib.UFFD_ROUND_PEEK
@@ -80,8 +81,8 @@ class Found:
 def round_(pagemap_fd: int, rows: TrackedRows, flags: int, known: memoryview) -> Found:
     """Scan all mappings; `rows.errors()` tells afterwards which scans failed."""
     results = [ffi.new("struct uffd_page_ranges *") for _ in range(3)]
-    vec = ffi.from_buffer("struct uffd_page_region[]", known)
-    code = lib.uffd_round(pagemap_fd, rows._vec, len(rows), flags, vec, len(vec), *results)
+    vec, count = rows_of(known)
+    code = lib.uffd_round(pagemap_fd, rows._vec, len(rows), flags, vec, count, *results)
     found = Found(*(take_ranges(result) for result in results))
     if code:
         raise_errno("PAGEMAP_SCAN", -code)
@@ -144,18 +145,18 @@ def intersect(a: memoryview, b: memoryview) -> memoryview:
 
 def bytes_in(a: memoryview, spans: memoryview) -> list[int]:
     """Return how many bytes of each span are in a set."""
-    first = ffi.from_buffer("struct uffd_page_region[]", a)
-    second = ffi.from_buffer("struct uffd_page_region[]", spans)
-    out = ffi.new("uint64_t[]", len(second) or 1)
-    lib.uffd_ranges_bytes_in(first, len(first), second, len(second), out)
-    return list(out[0 : len(second)])
+    first, first_count = rows_of(a)
+    second, second_count = rows_of(spans)
+    out = ffi.new("uint64_t[]", second_count or 1)
+    lib.uffd_ranges_bytes_in(first, first_count, second, second_count, out)
+    return list(out[0:second_count])
 
 
 def _combined(function: Any, a: memoryview, b: memoryview) -> memoryview:
-    first = ffi.from_buffer("struct uffd_page_region[]", a)
-    second = ffi.from_buffer("struct uffd_page_region[]", b)
+    first, first_count = rows_of(a)
+    second, second_count = rows_of(b)
     result = ffi.new("struct uffd_page_ranges *")
-    code = function(first, len(first), second, len(second), result)
+    code = function(first, first_count, second, second_count, result)
     packed = take_ranges(result)
     if code:
         raise_errno("ranges of pages", -code)
@@ -165,9 +166,8 @@ def _combined(function: Any, a: memoryview, b: memoryview) -> memoryview:
 def state_runs(states: bytes, start: int, page_size: int, state: int) -> memoryview:
     """Return the runs of pages in one state, of one byte for each page, as ranges from `start`."""
     result = ffi.new("struct uffd_page_ranges *")
-    code = lib.uffd_pagemap_state_runs(
-        ffi.from_buffer("uint8_t[]", states), len(states), start, page_size, state, result
-    )
+    with ffi.from_buffer("uint8_t[]", states) as pointer:
+        code = lib.uffd_pagemap_state_runs(pointer, len(states), start, page_size, state, result)
     packed = take_ranges(result)
     if code:
         raise_errno("runs of states", -code, start)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pyuffd._dirty_calls import intersect
 from pyuffd._errors import raise_errno
 from pyuffd._remote_calls import take_ranges
+from pyuffd._rows import rows_of
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -69,10 +70,10 @@ class Pieces:
     ) -> tuple[memoryview, memoryview]:
         found = ffi.new("struct uffd_page_ranges *")
         swapped = ffi.new("struct uffd_page_ranges *")
-        limits, vec = ffi.NULL, None
+        limits = ffi.NULL
         if within is not None:
-            vec = ffi.from_buffer("struct uffd_page_region[]", within)
-            limits = ffi.new("struct uffd_image_ranges *", (vec, len(vec)))
+            vec, count = rows_of(within)
+            limits = ffi.new("struct uffd_image_ranges *", (vec, count))
         code = lib.uffd_image_scan(
             pagemap_fd, self._vec, self._what, self._count, flags, limits, found, swapped
         )
@@ -114,13 +115,13 @@ def copy(
         overwrite: The file may have content at these places.
         gentle: Let other threads of the machine have the CPU first.
     """
-    vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+    vec, count = rows_of(ranges)
     zero, lost = ffi.new("struct uffd_page_ranges *"), ffi.new("struct uffd_page_ranges *")
     done = ffi.new("uint64_t *")
     flags = lib.UFFD_IMAGE_OVERWRITE if overwrite else 0
     flags |= lib.UFFD_IMAGE_GENTLE if gentle else 0
     code = lib.uffd_image_copy(
-        pid, mem_fd, vec, len(vec), pieces._vec, len(pieces), fd, flags, zero, lost, done
+        pid, mem_fd, vec, count, pieces._vec, len(pieces), fd, flags, zero, lost, done
     )
     found = Copied(take_ranges(zero), take_ranges(lost), int(done[0]))
     if code:
@@ -132,13 +133,11 @@ def write(
     ranges: memoryview, data: Buffer, pieces: Pieces, fd: int, *, overwrite: bool
 ) -> memoryview:
     """Write packed ranges whose content is packed in a buffer; return the pages of zeros."""
-    vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+    vec, count = rows_of(ranges)
     zero = ffi.new("struct uffd_page_ranges *")
     flags = lib.UFFD_IMAGE_OVERWRITE if overwrite else 0
     with ffi.from_buffer("char[]", data) as pointer:
-        code = lib.uffd_image_write(
-            vec, len(vec), pointer, pieces._vec, len(pieces), fd, flags, zero
-        )
+        code = lib.uffd_image_write(vec, count, pointer, pieces._vec, len(pieces), fd, flags, zero)
     packed = take_ranges(zero)
     if code:
         raise_errno("writing memory to a file", -code)
@@ -157,9 +156,9 @@ def be_gentle() -> None:
 
 def differ(a: Buffer, b: Buffer, start: int) -> memoryview:
     """Return the pages in which two buffers of one length differ, as ranges from `start`."""
-    one, other = ffi.from_buffer("char[]", a), ffi.from_buffer("char[]", b)
     found = ffi.new("struct uffd_page_ranges *")
-    code = lib.uffd_image_differ(one, other, min(len(one), len(other)), start, found)
+    with ffi.from_buffer("char[]", a) as one, ffi.from_buffer("char[]", b) as other:
+        code = lib.uffd_image_differ(one, other, min(len(one), len(other)), start, found)
     packed = take_ranges(found)
     if code:
         raise_errno("comparing pages", -code, start)
@@ -207,7 +206,7 @@ def resolve_chain(tables: Sequence[bytes], start: int, end: int, piece: int) -> 
 
 def first_bad_row(table: Buffer, count: int, pages_length: int, chunk: int) -> int:
     """Return which row of a table of runs cannot be right; `count` if all can."""
-    rows = ffi.from_buffer("uint64_t[]", table)
+    rows, _ = rows_of(table, "uint64_t")
     return int(lib.uffd_chain_first_bad(rows, count, pages_length, chunk))
 
 
@@ -234,7 +233,7 @@ class HotPlan:
 def hot_check(rows: bytes, image_pages: int, recordings: int, most_pages: int) -> bool:
     """Return whether rows can be those of a working set of an image; see `snapshot/hot.h`."""
     count = len(rows) // int(lib.UFFD_HOT_ROW_SIZE)
-    source = ffi.from_buffer("char[]", rows)
+    source, _ = rows_of(rows, "char")
     return not lib.uffd_hot_check(source, count, image_pages, recordings, most_pages)
 
 
@@ -248,7 +247,7 @@ def hot_plan(
     found = ffi.new("struct uffd_hot_plan *")
     vec = ffi.new("struct uffd_hot_place[]", [tuple(place) for place in places])
     count = len(rows) // int(lib.UFFD_HOT_ROW_SIZE)
-    source = ffi.from_buffer("char[]", rows)
+    source, _ = rows_of(rows, "char")
     code = lib.uffd_hot_plan(source, count, percent, vec, len(places), window, found)
     ranges, windows = take_ranges(found.ranges), take_ranges(found.windows)
     if code:
@@ -262,7 +261,7 @@ def read_ahead(ranges: memoryview, runs: memoryview, length: int, fds: Sequence[
     `runs` are those of the memory's `Chain`, up to `length`. Returns whether there was memory to do
     so.
     """
-    vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
-    table = ffi.from_buffer("struct uffd_page_region[]", runs)
-    code = lib.uffd_hot_read_ahead(vec, len(vec), table, len(table), length, list(fds), len(fds))
+    vec, count = rows_of(ranges)
+    table, table_count = rows_of(runs)
+    code = lib.uffd_hot_read_ahead(vec, count, table, table_count, length, list(fds), len(fds))
     return not code

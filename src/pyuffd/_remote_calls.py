@@ -13,6 +13,7 @@ from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno, raise_if_short
 from pyuffd._owned import Descriptor
+from pyuffd._rows import rows_of
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def _packed_maps(maps: Any) -> tuple[bytes, bytes]:
 def maps_query(fd: int, pid: int, spans: memoryview, most: int) -> tuple[bytes, bytes] | None:
     """Read the mappings that overlap packed ranges; None if they are more, or on old kernels."""
     maps = ffi.gc(ffi.new("struct uffd_maps *"), lib.uffd_maps_free)
-    vec = ffi.from_buffer("struct uffd_page_region[]", spans)
-    code = lib.uffd_maps_query(fd, vec, len(vec), most, maps)
+    vec, count = rows_of(spans)
+    code = lib.uffd_maps_query(fd, vec, count, most, maps)
     if code in (-errno.ENOTTY, -errno.E2BIG):
         return None
     if code:
@@ -73,10 +74,10 @@ def read_ranges_to(
     pid: int, ranges: memoryview, address: int, size: int, base: int | None
 ) -> tuple[memoryview, int]:
     """As `read_ranges`, to an address of this process."""
-    vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+    vec, count = rows_of(ranges)
     lost, out = ffi.new("struct uffd_page_ranges *"), ffi.new("uint64_t *")
     code = lib.uffd_remote_read(
-        pid, vec, len(vec), ffi.cast("void *", address), size, _base(base), lost, out
+        pid, vec, count, ffi.cast("void *", address), size, _base(base), lost, out
     )
     packed = take_ranges(lost)
     if code:
@@ -88,9 +89,9 @@ def read_ranges_to_file(
     pid: int, ranges: memoryview, fd: int, offset: int, base: int | None
 ) -> tuple[memoryview, int]:
     """As `read_ranges`, to a file from an offset on."""
-    vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+    vec, count = rows_of(ranges)
     lost, out = ffi.new("struct uffd_page_ranges *"), ffi.new("uint64_t *")
-    code = lib.uffd_remote_read_to_file(pid, vec, len(vec), fd, offset, _base(base), lost, out)
+    code = lib.uffd_remote_read_to_file(pid, vec, count, fd, offset, _base(base), lost, out)
     packed = take_ranges(lost)
     if code:
         raise_errno("copying memory to a file", -code, completed=int(out[0]))

@@ -12,6 +12,7 @@ from pyuffd._closing import SoleOwner
 from pyuffd._errors import raise_errno
 from pyuffd._image_calls import Pieces
 from pyuffd._remote_calls import take_ranges
+from pyuffd._rows import rows_of
 from pyuffd._shim import ffi, lib
 
 DATA = lib.UFFD_OWED_DATA
@@ -62,14 +63,14 @@ class Saver(SoleOwner):
 
     def arm(self, ranges: memoryview, *, registers: bool) -> int:
         """Register ranges, or protect registered ones; return an errno."""
-        vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
-        return -int(lib.uffd_saver_arm(self._owned, vec, len(vec), registers))
+        vec, count = rows_of(ranges)
+        return -int(lib.uffd_saver_arm(self._owned, vec, count, registers))
 
     def unregistered(self, ranges: memoryview) -> memoryview:
         """Return the ranges whose first page cannot be protected; the others' pages are."""
-        vec = ffi.from_buffer("struct uffd_page_region[]", ranges)
+        vec, count = rows_of(ranges)
         found = ffi.new("struct uffd_page_ranges *")
-        code = lib.uffd_saver_unregistered(self._owned, vec, len(vec), found)
+        code = lib.uffd_saver_unregistered(self._owned, vec, count, found)
         packed = take_ranges(found)
         if code:
             raise_errno("saving pages", -code)
@@ -87,13 +88,13 @@ class Saver(SoleOwner):
 
     def prepare(self, parts: Pieces, pages: memoryview) -> int:
         """Say what `begin` will probably be given, so that it needs less time; return an errno."""
-        vec = ffi.from_buffer("struct uffd_page_region[]", pages)
-        return -int(lib.uffd_saver_prepare(self._owned, parts._vec, len(parts), vec, len(vec)))
+        vec, count = rows_of(pages)
+        return -int(lib.uffd_saver_prepare(self._owned, parts._vec, len(parts), vec, count))
 
     def begin(self, parts: Pieces, pages: memoryview) -> int:
         """Owe the pages from now on; return an errno."""
-        vec = ffi.from_buffer("struct uffd_page_region[]", pages)
-        return -int(lib.uffd_saver_begin(self._owned, parts._vec, len(parts), vec, len(vec)))
+        vec, count = rows_of(pages)
+        return -int(lib.uffd_saver_begin(self._owned, parts._vec, len(parts), vec, count))
 
     def wait(self, limit_s: float) -> int:
         """Wait until all is saved; return an errno, EAGAIN if it is not yet."""

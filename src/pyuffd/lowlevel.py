@@ -14,6 +14,7 @@ from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
+from pyuffd._rows import rows_of
 from pyuffd._shim import ffi, lib
 
 DEVICE = "/dev/userfaultfd"
@@ -295,16 +296,16 @@ def pagemap_read(fd: int, start: int, length: int) -> memoryview:
 def pagemap_count(entries: memoryview, mask: int, value: int) -> int:
     """Count the entries whose bits under `mask` are `value`."""
     out = ffi.new("uint64_t *")
-    pointer = ffi.from_buffer("uint64_t[]", entries)
-    lib.uffd_pagemap_count(pointer, len(pointer), mask, value, out)
+    pointer, count = rows_of(entries, "uint64_t")
+    lib.uffd_pagemap_count(pointer, count, mask, value, out)
     return int(out[0])
 
 
 def pagemap_runs(entries: memoryview, start: int, mask: int, value: int) -> memoryview:
     """Return the runs of entries whose bits under `mask` are `value`, as ranges from `start`."""
     ranges = ffi.new("struct uffd_page_ranges *")
-    pointer = ffi.from_buffer("uint64_t[]", entries)
-    code = lib.uffd_pagemap_runs(pointer, len(pointer), start, mask, value, ranges)
+    pointer, count = rows_of(entries, "uint64_t")
+    code = lib.uffd_pagemap_runs(pointer, count, start, mask, value, ranges)
     packed = _take_ranges(ranges)
     if code:
         raise_errno("pagemap runs", -code, start)
@@ -314,8 +315,8 @@ def pagemap_runs(entries: memoryview, start: int, mask: int, value: int) -> memo
 def pagemap_bytes(ranges: memoryview) -> int:
     """Return the sum of the sizes of packed ranges."""
     out = ffi.new("uint64_t *")
-    pointer = ffi.from_buffer("struct uffd_page_region[]", ranges)
-    lib.uffd_pagemap_bytes(pointer, len(pointer), out)
+    pointer, count = rows_of(ranges)
+    lib.uffd_pagemap_bytes(pointer, count, out)
     return int(out[0])
 
 
@@ -400,9 +401,8 @@ def pagemap_residency(
 def pagemap_state_runs(states: bytes, start: int, page_size: int, state: int) -> memoryview:
     """Return the runs of pages in one residency state, as ranges from `start`."""
     ranges = ffi.new("struct uffd_page_ranges *")
-    code = lib.uffd_pagemap_state_runs(
-        ffi.from_buffer("uint8_t[]", states), len(states), start, page_size, state, ranges
-    )
+    with ffi.from_buffer("uint8_t[]", states) as pointer:
+        code = lib.uffd_pagemap_state_runs(pointer, len(states), start, page_size, state, ranges)
     packed = _take_ranges(ranges)
     if code:
         raise_errno("residency runs", -code, start)

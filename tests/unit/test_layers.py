@@ -30,7 +30,16 @@ LAYERS = [
 # Within a layer: the suite is built on the kit; snapshots on tracking, which is built on `Process`.
 BELOW = {"testing": "conformance", "remote": "dirty", "dirty": "snapshot"}
 MAY_IMPORT_SHIM = {
-    *("_abi", "_owned", "lowlevel", "_memory", "_remote_calls", "_dirty_calls", "_image_calls"),
+    *(
+        "_abi",
+        "_owned",
+        "_rows",
+        "lowlevel",
+        "_memory",
+        "_remote_calls",
+        "_dirty_calls",
+        "_image_calls",
+    ),
     "_saver_calls",
     *("handlers._engine", "handlers._engine_calls", "handlers._engine_pages"),
     *("handlers._engine_reports", "handlers._range_spec", "handlers._sigbus", "handlers._types"),

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from pyuffd._diagnose import why_unreadable, why_unresolved
 from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd._rows import rows_of
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._bounce import Bounce
 from pyuffd.handlers._engine_calls import EngineCalls, pointer_to, range_ref
@@ -212,15 +213,15 @@ class EnginePages(EngineCalls):
 
     def fill_from_files(self, served: RangeId, rows: memoryview, files: FileRuns) -> int:
         """Fill rows (begin, end, not used) as far as they can be read; return the bytes filled."""
-        vec = ffi.from_buffer("struct uffd_page_region[]", rows)
-        runs = ffi.from_buffer("struct uffd_run_spec[]", files.runs)
+        vec, count = rows_of(rows)
+        runs, run_count = rows_of(files.runs, "struct uffd_run_spec")
         fds = ffi.new("int32_t[]", list(files.fds))
         content = ffi.new(
-            "struct uffd_content_files *", (runs, len(runs), files.length, fds, len(files.fds))
+            "struct uffd_content_files *", (runs, run_count, files.length, fds, len(files.fds))
         )
         out = ffi.new("uint64_t *")
         code = lib.uffd_engine_fill_from_files(
-            self._engine(), range_ref(served), vec, len(vec), content, out
+            self._engine(), range_ref(served), vec, count, content, out
         )
         if code == -errno.EINVAL:
             raise ValueError(f"rows: one of them is no range of whole pages in {files.length:#x}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pyuffd._rows import rows_of
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._types import RangeSpec, Taken
 
@@ -68,7 +69,6 @@ def _label_bytes(label: str) -> bytes:
 def _set_runs(spec: Any, leaves: Sequence[Leaf], runs: Buffer) -> object:
     """Set the members of a `struct uffd_overlay_spec`; return what they refer to."""
     all_leaves = ffi.new("struct uffd_leaf_spec[]", leaves)
-    all_runs = ffi.from_buffer("struct uffd_run_spec[]", runs)
     spec.leaves, spec.leaf_count = all_leaves, len(all_leaves)
-    spec.runs, spec.run_count = all_runs, len(all_runs)
-    return all_leaves, all_runs
+    spec.runs, spec.run_count = rows_of(runs, "struct uffd_run_spec")
+    return all_leaves, runs
