@@ -1068,6 +1068,38 @@ def test_shared_memory_has_the_limit_that_was_given(method: Method, tmp_path: Pa
         assert told == "for at most 1 s, and then while its shared memory is copied (up to 8 MiB)"
 
 
+MAPPED_FILE = """
+import mmap
+file = open("/proc/self/exe", "rb")
+memory = mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ)
+memory[0]
+print(0, flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_mapped_files_have_the_limit_that_was_given(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of files, which a full core has, are copied in the stop by cow."""
+    limit_s = 0.2 * SCALE
+    stops: list[float] = []
+
+    def slow(name: str) -> None:
+        if name == "stopped":
+            stops.append(time.monotonic())
+            while time.monotonic() < stops[-1] + 1.1 * limit_s:
+                pass
+
+    with python(MAPPED_FILE) as (process, _):
+        monkeypatch.setattr(_capture, "barrier", slow)
+        with pytest.raises(SnapshotError) as caught:
+            write_core(process, tmp_path / "core", method="cow", full=full, max_stall_s=limit_s)
+    assert caught.value.reason == "stalled"
+    assert stops
+
+
 # The commands
 
 

@@ -250,6 +250,7 @@ class _Core:
         options = Options(
             stop_limit_s=STOP_LIMIT_S,
             max_stall_s=self._request.max_stall_s or STALL_S,
+            stopped_s=math.inf if method == "stopped" else self._request.max_stall_s or math.inf,
             asleep_s=self._request.max_stall_s or math.inf,
             durable=self._request.durable,
             progress=self._tell,
