@@ -95,7 +95,7 @@ class Drain(Generic[T]):
         self.error: BaseException | None = None
         self._threads = [self._thread(0)]
         # It starts the others: each start waits until the thread runs, and so would the caller. It
-        # does one job before: whoever has just got the memory needs a CPU and the interpreter's
+        # does one piece before: whoever has just got the memory needs a CPU and the interpreter's
         # lock then, and the thread that answers its first faults needs a CPU too.
         self._threads[0].start()
 
@@ -203,6 +203,9 @@ class Drain(Generic[T]):
                 if not is_first and not is_gentle and not starts_others:
                     is_gentle = True
                     be_gentle()
+                if starts_others and is_first:
+                    starts_others = False
+                    self._start_others()
                 done = job()
                 if done:
                     self._count(done)
