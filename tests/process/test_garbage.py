@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 import warnings
@@ -12,8 +13,21 @@ from typing import Any
 
 import pytest
 
-from pyuffd import DirtyTracker, Feature, Handler, Region, Userfaultfd, ZeroSource, lazy
+from pyuffd import (
+    DirtyTracker,
+    Feature,
+    Handler,
+    HandlerError,
+    Region,
+    UffdOSError,
+    Userfaultfd,
+    ZeroSource,
+    _memory,
+    lazy,
+)
 from pyuffd.handlers import _overlaps
+from pyuffd.handlers._ending import Ending
+from pyuffd.handlers._stopping import Stops
 from pyuffd.testing import needs, no_leaks
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
@@ -81,6 +95,42 @@ def collected_below_a_lock(what: str, lock: str) -> None:
 @pytest.mark.parametrize("what", DROPPED)
 def test_collected_below_a_lock(what: str, lock: str) -> None:
     run_child(collected_below_a_lock, what, lock)
+
+
+def stays_mapped() -> None:
+    """The handler of garbage ends later than the collector: its memory is there until then."""
+    warnings.simplefilter("ignore")
+    gc.disable()
+    may_end, finish = threading.Event(), Stops._finish
+
+    def late(self: Stops, ending: Ending) -> HandlerError | None:
+        may_end.wait(30)
+        return finish(self, ending)
+
+    Stops._finish = late  # type: ignore[method-assign]
+
+    def dropped() -> int:
+        uffd, region, made = handler("native")
+        assert isinstance(region, Region)
+        drop(lambda: (uffd, region, made))
+        return region.start
+
+    start = dropped()
+    gc.collect()
+    _memory.look_at(os.getpid(), start, PAGE)
+    may_end.set()
+    give_up_at = time.monotonic() + 10
+    while time.monotonic() < give_up_at:
+        try:
+            _memory.look_at(os.getpid(), start, PAGE)
+        except UffdOSError:
+            return
+        time.sleep(0.01)
+    raise AssertionError("it is still mapped")
+
+
+def test_memory_stays_until_its_handler_has_ended() -> None:
+    run_child(stays_mapped)
 
 
 def collected_anywhere() -> None:

@@ -144,6 +144,7 @@ class HandlerBase(SoleOwner):
             for callback in served.on_close:
                 served.region._forget_on_close(callback)
             served.region._forget_check(served.check)
+        served.let_unmap()
         self._served.pop(served.key, None)  # last
 
     def _forget_part(self, served: Served, begin: int, end: int) -> None:

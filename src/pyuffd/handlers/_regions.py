@@ -265,6 +265,7 @@ class ServesRegions(Unserves):
                 self._follow_close(region, served)
             self._at_close.keeps = self
             self._served[space, start] = served  # last: from here on it is served
+            served.keep_mapped()
         except BaseException:  # a signal handler may raise at any line
             if (space, start) not in self._served:
                 known = {one.id.number for one in self._served.values()}

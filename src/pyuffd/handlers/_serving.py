@@ -99,6 +99,16 @@ class Served:
         """Whether it is memory of this process."""
         return self.memory[0].is_here
 
+    def keep_mapped(self) -> None:
+        """Keep a region's memory mapped until `let_unmap`, even if it is garbage."""
+        if isinstance(self.region, Region):
+            self.region._keep_mapped(id(self))
+
+    def let_unmap(self) -> None:
+        """Undo `keep_mapped`; may be called again."""
+        if isinstance(self.region, Region):
+            self.region._let_unmap(id(self))
+
     def spans(self) -> list[tuple[int, int]]:
         """Return start and length of each part."""
         return [(self.id.start + begin, end - begin) for begin, end in self.parts]

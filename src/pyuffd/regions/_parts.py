@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from pyuffd.regions._mapping import Mapping
 
 
+# By user. The garbage collector unmaps what only garbage refers to, and does not wait for a handler
+# that another thread stops: the addresses might be another region's by then.
+_kept: dict[int, MappedMemory] = {}
+os.register_at_fork(after_in_child=_kept.clear)
+
+
 class Divisible(CloseCallbacks):
     """The part of `Region` that keeps memory mapped: one mapping, its views and its parts.
 
@@ -47,6 +53,7 @@ class Divisible(CloseCallbacks):
         self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
         self._exports_lock = RLock()
         self._accesses: list[MappedMemory] = []  # one for each access under way
+        self._keepers: set[int] = set()
         self._why_lost: list[Callable[[int], BaseException | None]] = []
         self._checks: list[Callable[[int, int], None]] = []
 
@@ -131,6 +138,17 @@ class Divisible(CloseCallbacks):
     def _is_used(self) -> bool:
         return bool(self._living_exports() or self._accesses)
 
+    def _keep_mapped(self, user: int) -> None:
+        """Keep the memory mapped until `_let_unmap`, even if all that refers to it is garbage."""
+        root = self._root
+        root._keepers.add(user)
+        _kept[user] = root._mapping.memory
+
+    def _let_unmap(self, user: int) -> None:
+        """Undo `_keep_mapped`; may be called again."""
+        self._root._keepers.discard(user)
+        _kept.pop(user, None)
+
     # The end
 
     def _on_close(self, callback: Callable[[], None]) -> None:
@@ -197,7 +215,7 @@ class Divisible(CloseCallbacks):
         if self._whole is not None:
             return
         # If one of these is interrupted, the next call does it again.
-        if self._is_used():
+        if self._is_used() or (self._keepers and self._pid == os.getpid()):
             self._mapping = self._mapping.without_memory()  # what uses it owns it
         self._mapping.close()
 
