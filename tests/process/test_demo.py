@@ -44,7 +44,7 @@ def command(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Complet
         [*prefix, sys.executable, "-m", "pyuffd", "demo", *arguments],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=TIMEOUT_S * crowd(),
         check=False,
     )
 
@@ -201,7 +201,7 @@ def test_where_nothing_can_be_opened_it_says_what_doctor_says() -> None:
         [*refused, sys.executable, "-m", "pyuffd", "doctor", "--json"],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=TIMEOUT_S * crowd(),
         check=False,
     )
     ways = json.loads(report.stdout)["open"]
@@ -343,9 +343,9 @@ def test_nothing_stays_when_it_is_ended(
             while "anonymous" not in process.stdout.readline():
                 pass
         process.send_signal(number)
-        _, errors = process.communicate(timeout=TIMEOUT_S)
+        _, errors = process.communicate(timeout=TIMEOUT_S * crowd())
     assert (process.returncode, errors) == (status, "")
-    assert psutil.wait_procs(left, timeout=TIMEOUT_S)[1] == []
+    assert psutil.wait_procs(left, timeout=TIMEOUT_S * crowd())[1] == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -354,7 +354,7 @@ def test_child_that_dies_is_reported() -> None:
     with process:
         for child in children(process.pid):
             child.kill()
-        _, errors = process.communicate(timeout=TIMEOUT_S)
+        _, errors = process.communicate(timeout=TIMEOUT_S * crowd())
     assert (process.returncode, errors) == (2, "pyuffd: the child process ended by signal 9\n")
 
 
