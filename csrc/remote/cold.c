@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <stdbool.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "base/tasks.h"
 #include "remote/cold.h"
 #include "uffd_pagemap.h"
 
@@ -23,25 +22,13 @@
 #define FOUND 64u
 #define STATUS_BYTES 4096u /* VmSwap is among the first 1,500, behind the groups */
 
-static int open_of(int32_t pid, const char *name)
-{
-	char path[64];
-
-	snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
-	return open(path, O_RDONLY | O_CLOEXEC);
-}
-
 /* True if it cannot be told. */
 static bool is_swapping(int32_t pid)
 {
 	char text[STATUS_BYTES];
-	int fd = open_of(pid, "status");
-	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
 	const char *line;
 
-	if (fd >= 0)
-		close(fd);
-	text[n < 0 ? 0 : n] = '\0';
+	uffd_task_read(pid, "status", text, sizeof(text));
 	line = strstr(text, "\nVmSwap:");
 	return !line || strtoull(line + strlen("\nVmSwap:"), NULL, 10);
 }
@@ -53,7 +40,7 @@ void uffd_cold_open(struct uffd_cold *cold, int32_t pid)
 	if (!is_swapping(pid))
 		return;
 	cold->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-	cold->pagemap_fd = open_of(pid, "pagemap");
+	cold->pagemap_fd = uffd_task_open(pid, "pagemap", 0);
 	if (cold->pagemap_fd < 0)
 		uffd_cold_close(cold);
 }

@@ -9,8 +9,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/tasks.h"
 #include "base/page.h"
-#include "tasks.h"
 #include "waiters.h"
 #include "uffd_shim.h"
 

@@ -13,8 +13,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/tasks.h"
 #include "reads.h"
-#include "tasks.h"
 #include "waiters.h"
 #include "watch.h"
 #include "words.h"

@@ -5,7 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "tasks.h"
+#include "base/tasks.h"
 #include "words.h"
 #include "base/page.h"
 

@@ -87,6 +87,15 @@ def check_number(name: str, value: object, most: float = LONGEST_S) -> float:
     return number
 
 
+def check_rate(rate: float | None) -> float | None:
+    """Return bytes a second, at least 1, or None for as fast as it goes."""
+    if rate is None:
+        return None
+    if not check_number("rate", rate, float("inf")) >= 1:
+        raise ValueError(f"rate {shown(rate)} must be at least 1, in bytes a second")
+    return float(rate)
+
+
 def check_seconds(name: str, value: object) -> float:
     """Return seconds to wait, at most the longest there are; infinity is fine."""
     return min(check_number(name, value, float("inf")), LONGEST_S)

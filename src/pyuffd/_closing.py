@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import ClassVar, NoReturn, Self
 
 from pyuffd._describe import described, text_of
+from pyuffd._dropped import close_dropped
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,13 @@ class CloseCallbacks(Closing):
                 self._forget_on_close(callback)
         if first is not None:
             raise first
+
+    def _close_dropped(self) -> None:
+        """Close, for a destructor: a callback may wait for another thread."""
+        if self._before_close:
+            close_dropped(self.close)
+        else:
+            self.close()
 
     def _may_close(self) -> bool:
         """Whether every callback has done its work."""

@@ -2,8 +2,9 @@
 
 A destructor runs wherever the last reference goes or the garbage collector happens to run: inside
 any function that allocates, in a thread that may hold any lock, of this library or of the program.
-So a destructor whose close() may wait for another thread lets a thread close the object, and waits
-for that only a moment: long enough as a rule, and never for ever for a lock that is held below it.
+So where close() may wait for another thread, the destructor lets a thread close the object. It
+waits for that thread for a second at most: the code that it interrupted may hold a lock that
+close() needs.
 """
 
 from __future__ import annotations

@@ -107,9 +107,9 @@ class LazyRegion(Region):
         if not getattr(self, "_open", False) or self._pid != os.getpid():
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        close_dropped(self._close_dropped)
+        close_dropped(self._close_and_warn)
 
-    def _close_dropped(self) -> None:
+    def _close_and_warn(self) -> None:
         try:
             self.close()
         except HandlerError as error:

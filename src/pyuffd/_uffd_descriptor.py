@@ -12,7 +12,6 @@ from pyuffd import lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
 from pyuffd._arguments import check_fd, check_flags, check_pid
 from pyuffd._closing import CloseCallbacks
-from pyuffd._dropped import close_dropped
 from pyuffd._errors import (
     ClosedError,
     UffdOSError,
@@ -250,7 +249,7 @@ class UffdDescriptor(CloseCallbacks):
             try:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             finally:
-                close_dropped(self.close) if self._before_close else self.close()
+                self._close_dropped()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"fd={self._number.fd}"

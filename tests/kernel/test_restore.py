@@ -343,6 +343,7 @@ def bad_arguments() -> None:
                 ({START: region}, {"verify": True}),
                 ({START: region}, {"threads": 0}),
                 ({START: region}, {"rate": 0}),
+                ({START: region}, {"rate": 0.5}),
                 ({START: region}, {"rate": -1.0}),
             ]
             for regions, options in bad:

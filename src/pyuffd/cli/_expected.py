@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 from pyuffd import MappingKind, Process
+from pyuffd.cli._progress import MIB
 
 # Stopping a thread, reading its registers and letting it go. Measured with 2000 threads: 30
 # microseconds, and 100 on a busy machine.
 THREAD_S = 30e-6
 # In the stop they are read and compared, and then their page tables are walked.
 AS_LONG_AS_READING = 2
-MIB = 1 << 20
 
 
 def limited_pause(target: Process, limit_s: float, condition: str = "", shared: int = 0) -> str:

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyuffd.regions import Region
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
+
 if TYPE_CHECKING:
     from pyuffd.conformance._context import Context
-    from pyuffd.regions import Region
 
 MADV_COLLAPSE = 25  # Linux 6.1
 
@@ -40,6 +42,16 @@ def collapse(ctx: Context, region: Region) -> None:
         region.madvise(MADV_COLLAPSE)
     except OSError as error:
         ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
+
+
+def huge_file(ctx: Context, value: int) -> Region:
+    """Return a huge page of a file that holds `value`; the region does not map it yet."""
+    region = ctx.make(HUGE_PAGE // SMALL_PAGE)
+    assert region.fd is not None
+    with Region.file(region.fd, region.length) as view:
+        view.fill(value)
+        collapse(ctx, view)
+    return region
 
 
 def sizes() -> list[int]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NoReturn
 from pyuffd import _memory
 from pyuffd._arguments import check_int, shown
 from pyuffd._closing import CloseCallbacks
-from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError
 
 if TYPE_CHECKING:
@@ -224,7 +223,7 @@ class Divisible(CloseCallbacks):
             return
         if self._mapping.memory.start and self._pid == os.getpid():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        close_dropped(self.close) if self._before_close else self.close()
+        self._close_dropped()
 
 
 def span_of(part: object, length: int) -> tuple[int, int]:

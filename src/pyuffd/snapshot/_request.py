@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyuffd._arguments import check_int, check_seconds, shown
+from pyuffd._arguments import check_int, check_rate, check_seconds, shown
 from pyuffd._pages import RangeLike, check_range, page_size_of, resolve_range
 from pyuffd.dirty import DirtyTracker, _rows
 from pyuffd.snapshot import _sums
@@ -102,8 +102,7 @@ def checked(
         raise ValueError(f"shared {shown(shared)} is not one of {', '.join(SHARED_WAYS)}")
     if tracker is not None and (method not in ("auto", "precopy") or tracker.method != "wp-async"):
         raise ValueError("tracker: needs method='precopy' or 'auto', and one that is wp-async")
-    if rate is not None and not rate >= 1:
-        raise ValueError(f"rate {shown(rate)} must be at least 1, in bytes a second")
+    check_rate(rate)
     check_int("rounds", rounds, 1)
     if compress is not None:
         check_int("compress", compress, 1, 23)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from pyuffd._arguments import check_number
+from pyuffd._arguments import check_number, check_rate
 from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import UffdError
@@ -27,7 +27,7 @@ from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._content import Files, Placed, Sums, check_files, check_gaps
 from pyuffd.snapshot._drain import Batch, Drain
 from pyuffd.snapshot._restore_compare import Comparing
-from pyuffd.snapshot._restore_options import Options, check_rate
+from pyuffd.snapshot._restore_options import Options
 from pyuffd.snapshot._restore_plan import check_empty, check_not_registered, choose
 from pyuffd.snapshot._serve import AROUND, Serving
 from pyuffd.snapshot._share import Shares

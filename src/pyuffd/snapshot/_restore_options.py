@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from pyuffd._arguments import check_int, check_number, shown
+from pyuffd._arguments import check_int, check_rate, shown
 from pyuffd._recording import Until, check_until
 from pyuffd._working_set import WorkingSet
 from pyuffd.handlers import Handler
@@ -87,13 +87,3 @@ def checked(
         record,
         check_until(record_until),
     )
-
-
-def check_rate(rate: float | None) -> float | None:
-    """Return bytes a second, checked."""
-    if rate is None:
-        return None
-    check_number("rate", rate, float("inf"))
-    if not rate > 0:
-        raise ValueError(f"rate {rate!r} is not positive; pause() stops filling")
-    return float(rate)

@@ -110,12 +110,12 @@ class Serving:
                     self._mappings[id(each)] = share.map_over(each.region)
                     made.callback(share.give_back)
             # Nothing is written to a memfd that is complete: who maps it has everything.
-            left = [each for each in placed if not self._is_whole(each)]
+            self._filled_before = {id(each) for each in placed if self._is_whole(each)}
+            left = [each for each in placed if id(each) not in self._filled_before]
             self._placed = sorted(left, key=lambda each: each.start)
             # Served upwards and taken out downwards: the tables of ranges are sorted arrays, in
             # which what lies behind is moved each time.
             self._upwards = sorted(left, key=lambda each: each.region.start)
-            self._filled_before = {id(each) for each in placed} - {id(each) for each in left}
             self.is_complete = not left
             if self.is_complete:
                 made.pop_all()

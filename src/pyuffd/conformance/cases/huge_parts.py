@@ -8,7 +8,7 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._thp import collapse, mapped_huge, sizes, switched_on
+from pyuffd.conformance._thp import collapse, huge_file, mapped_huge, sizes, switched_on
 from pyuffd.conformance._types import ANON, ANY, SHMEM, missing_features, wp_features
 from pyuffd.conformance._wp import (
     DATA,
@@ -163,11 +163,7 @@ for _parts in (False, True):
 )
 def zapped(ctx: Context) -> None:
     """Of a file's huge page that is mapped by parts MADV_DONTNEED leaves a marker for each."""
-    region = ctx.make(PAGES)
-    assert region.fd is not None
-    with Region.file(region.fd, region.length) as view:
-        view.fill(DATA)
-        collapse(ctx, view)
+    region = huge_file(ctx, DATA)
     ctx.register(region, WP)
     _memory.touch(region.start, region.length, SMALL_PAGE, write=False)
     gap = 100

@@ -14,7 +14,7 @@ from pyuffd import _memory
 from pyuffd._abi import RegisterMode
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
-from pyuffd.conformance._thp import collapse, mapped_huge
+from pyuffd.conformance._thp import huge_file, mapped_huge
 from pyuffd.conformance._types import ANON, SHMEM, wp_features
 from pyuffd.conformance._wp import (
     DATA,
@@ -26,7 +26,6 @@ from pyuffd.conformance._wp import (
 )
 from pyuffd.conformance.cases.huge_parts import protected_pages
 from pyuffd.conformance.cases.pagemap_scan_memory import huge_area
-from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import needs_thp
 
@@ -130,11 +129,8 @@ for _advice in ADVICE:
 )
 def punched(ctx: Context) -> None:
     """A hole in a huge page of a file splits it: all other pages that are protected stay so."""
-    region = ctx.make(PAGES)
+    region = huge_file(ctx, DATA)
     assert region.fd is not None
-    with Region.file(region.fd, region.length) as view:
-        view.fill(DATA)
-        collapse(ctx, view)
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
     # Mapped by small pages of the huge one.

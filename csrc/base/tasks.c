@@ -7,7 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "tasks.h"
+#include "base/tasks.h"
 
 int uffd_task_open(int32_t pid, const char *name, int flags)
 {
