@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,9 +158,13 @@ def unserved() -> None:
         time.sleep(0.1)
         made.let_go()
         unserving.result()
-        assert made.reader.result() == b"\0"
-        said = end_of(waiting)  # it may have come first
+        said = end_of(waiting)
         assert not said or "unserve()" in said, said
+        if said:
+            assert made.reader.result() == b"\0"
+        else:  # evicted first: unserve() then poisons the page, unless it was read before that
+            with suppress(PagePoisonedError):
+                assert made.reader.result() == b"\0"
         made.handler.stop()
 
 
