@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from typing import Any, Literal, NoReturn, Self
 
 
@@ -360,10 +361,6 @@ def limit_met(code: int) -> str:
     if code not in _LIMITS:
         return ""
     name, what, option = _LIMITS[code]
-    try:
-        import resource
-    except (ImportError, OSError):  # perhaps for lack of a descriptor
-        return f"{name} ({what}): raise it (`ulimit {option}`)"
     soft, hard = resource.getrlimit(getattr(resource, name))
     # No limit of the process: the file system's own was met.
     if soft == resource.RLIM_INFINITY:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -42,7 +43,7 @@ def start_thread(thread: threading.Thread) -> None:
 
 def why(code: int, call: str) -> str:
     """Return the limit or filter that made a system call fail, and a remedy; "" if unknown."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, MemoryError):
         if code == errno.EAGAIN and call in MAKE_TASKS:
             return why_no_task()
         if code == errno.ENOMEM:
@@ -71,8 +72,6 @@ def why_no_task() -> str:
 
 
 def _task_limits() -> Iterator[tuple[str, int, int]]:
-    import resource
-
     # Threads of a process are in one namespace.
     if os.readlink(PROC / "self/ns/pid") != _pid_namespace_of_children():
         yield (
@@ -172,8 +171,6 @@ def _status(process: str) -> dict[str, str]:
 
 
 def _stack_size() -> int:
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     return STACK if soft == resource.RLIM_INFINITY else soft
 

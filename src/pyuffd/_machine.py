@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -77,14 +78,12 @@ def why_no_memory(length: int, *, accounted: bool) -> str:
     `accounted`: the kernel counts the mapping's memory as committed, because it is private and
     writable and not mapped with MAP_NORESERVE.
     """
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, MemoryError):
         return next(_memory_limits(length, accounted), "")
     return ""
 
 
 def _memory_limits(length: int, accounted: bool) -> Iterator[str]:
-    import resource
-
     known = status()
     soft_as, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft_as != resource.RLIM_INFINITY and known["VmSize"] + length > soft_as:
@@ -134,8 +133,6 @@ def too_many_mappings(pid: int | str = "self") -> str:
 
 def why_locked() -> str:
     """Return the hint for EAGAIN of mmap(2): new mappings are locked in memory."""
-    import resource
-
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return (
         "new mappings are locked in memory (mlockall), and RLIMIT_MEMLOCK is"

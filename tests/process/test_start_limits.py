@@ -10,6 +10,7 @@ import resource
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from pyuffd.testing import no_leaks
 from tests._child import run_child
 from tests.process import _process_sources as sources
 from tests.process._process_sources import PAGE, content
+from tests.process._scripts import run_program
 from tests.seccomp_deny import deny_call
 
 DRIVERS = ["native", "inline", "thread", "process"]
@@ -252,6 +254,29 @@ def test_limits(driver: str, name: str, room: int, said: str) -> None:
         assert said in problem, problem
     else:
         assert problem == ""
+
+
+WITHOUT_IMPORTS = """
+import ctypes
+import pyuffd
+
+Handler = pyuffd.Handler
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+with pyuffd.Userfaultfd() as uffd:
+    RLIMIT_AS = 9
+    both = (ctypes.c_ulong * 2)(used, used)
+    assert ctypes.CDLL(None).setrlimit(RLIMIT_AS, both) == 0
+    try:
+        Handler(uffd)
+    except pyuffd.UffdOSError as error:
+        print(error)
+"""
+
+
+def test_no_memory_to_load_modules(tmp_path: Path) -> None:
+    """The cause is looked up without loading a module, which would fail as well."""
+    ended = run_program(tmp_path, WITHOUT_IMPORTS)
+    assert "RLIMIT_AS" in ended.stdout, ended.stderr
 
 
 def test_address_space_for_the_process_driver() -> None:
