@@ -164,6 +164,8 @@ def huge_area(ctx: Context, count: int) -> int:
         _memory.madvise(start, length, MADV_COLLAPSE)
     if (mapped := _thp.mapped_huge(start)) < length:
         ctx.lack("THP", f"{mapped >> 10} of {length >> 10} KiB are huge pages")
+    # khugepaged would fill holes that a case makes in them.
+    _memory.madvise(region.start, region.length, mmap.MADV_NOHUGEPAGE)
     return start
 
 
