@@ -58,9 +58,10 @@ def end_when_said() -> None:
     """Let another process copy stderr, and end this one with SIGTERM after a line from pyuffd."""
     reading, writing = os.pipe()
     parent = os.getpid()
+    began = time.monotonic()
     if os.fork() == 0:
         os.close(writing)
-        began, text = time.monotonic(), b""
+        text = b""
         while b"pyuffd: " not in text or not text.endswith(b"\n"):
             left = began + LATE_S * SCALE - time.monotonic()
             if left <= 0 or not select.select([reading], [], [], left)[0]:
