@@ -69,8 +69,8 @@ def hanging(offset: int, length: int) -> bytes:
 
 
 def slow(offset: int, length: int) -> bytes:
-    """Need 50 ms."""
-    time.sleep(0.05)
+    """Need 0.25 s."""
+    time.sleep(0.25)
     return page(offset, length)
 
 

@@ -27,6 +27,7 @@ from tests._memory import PAGE
 pytestmark = needs_kernel_faults()
 
 DATA = b"x" * PAGE
+SOON_S = 4.0  # one that waited for itself would do so for the 10 s of stop()
 
 
 def check_source(what: str) -> None:
@@ -56,7 +57,7 @@ def check_source(what: str) -> None:
         handler.start()
         began = time.monotonic()
         assert region.read(0, PAGE) == DATA
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < SOON_S
         assert "asyncio.to_thread" in str(refused[0]) or "page source" in str(refused[0])
         handler.stop()
         assert not uffd.closed
@@ -84,7 +85,7 @@ def check_loop(name: str) -> None:
             began = time.monotonic()
             with pytest.raises(HandlerError, match=r"loop's own thread.*asyncio.to_thread"):
                 (uffd if name == "uffd" else handler).close()
-            assert time.monotonic() - began < 1.0
+            assert time.monotonic() - began < SOON_S
             await asyncio.to_thread(handler.stop)
             assert await reading == DATA
 
