@@ -127,7 +127,9 @@ class Userfaultfd(UffdFill):
             RangeBusyError: EBUSY - registered with another userfaultfd, or a thread that a
                 handler left behind may still write to the range (see `Handler.stop`).
 
-        Kernel: UFFDIO_REGISTER(2const).  Blocks: no.
+        Kernel: UFFDIO_REGISTER(2const).
+        GIL: released.  Threads: safe.  Blocks: no; while a handler of the process driver has the
+            userfaultfd, until its worker process has answered.
         """
         start, length = checked_range(range_or_start, length)
         check_flags("mode", mode, RegisterMode)
@@ -165,7 +167,9 @@ class Userfaultfd(UffdFill):
 
         Kernel: UFFDIO_UNREGISTER(2const), and UFFDIO_WAKE: by itself it leaves threads asleep that
         wait for a WP or MINOR fault, unless the range is registered for MISSING too (measured on
-        Linux 6.18).  Blocks: no.
+        Linux 6.18).
+        GIL: released.  Threads: safe.  Blocks: no; while a handler of the process driver has the
+            userfaultfd, until its worker process has answered.
         """
         start, length = checked_range(range_or_start, length)
         fd = self.fileno()
@@ -223,6 +227,7 @@ class Userfaultfd(UffdFill):
         """Let every thread that waits in the range try its access again.
 
         Kernel: UFFDIO_WAKE(2const). A thread that finds its page still missing faults again.
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         start, length = checked_range(range_or_start, length)
         lowlevel.wake(self.fileno(), start, length)
@@ -246,6 +251,7 @@ class Userfaultfd(UffdFill):
             PartialResolveError: EAGAIN - a layout event is unread.
 
         Kernel: UFFDIO_WRITEPROTECT(2const).
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         start, length = checked_range(range_or_start, length)
         check_flags("mode", mode, WriteprotectMode)
@@ -273,6 +279,7 @@ class Userfaultfd(UffdFill):
         """Protect a range against reads and writes, or with mode 0 unprotect it and wake.
 
         Kernel: UFFDIO_RWPROTECT; needs Feature.RWP and RegisterMode.RWP; Linux 7.3.
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         start, length = checked_range(range_or_start, length)
         check_flags("mode", mode, RwprotectMode)
@@ -289,6 +296,7 @@ class Userfaultfd(UffdFill):
         """Enable or disable features of the open descriptor; Linux allows Feature.RWP_ASYNC only.
 
         Kernel: UFFDIO_SET_MODE; Linux 7.3.
+        GIL: released.  Threads: one at a time.  Blocks: no.
         """
         check_flags("enable", enable, Feature)
         check_flags("disable", disable, Feature)
@@ -353,7 +361,8 @@ class Userfaultfd(UffdFill):
         Raises:
             EventsBusyError: a Handler of this userfaultfd has not stopped; it reads the events.
 
-        Blocks: never, unless opened with `nonblocking=False`.
+        Kernel: userfaultfd(2).
+        GIL: released.  Threads: safe.  Blocks: never, unless opened with `nonblocking=False`.
         """
         max_events = check_int("max_events", max_events)
         if max_events < 1:

@@ -84,6 +84,7 @@ class UffdDescriptor(CloseCallbacks):
 
         Kernel: the features are read from /proc/self/fdinfo. O_NONBLOCK and FD_CLOEXEC are set,
             since a received descriptor has the flags that its sender gave it.
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         self = cls._prepared(fd, owner_pid)
         return self._number.descriptor.adopt(fd, self)  # last: until here it is the caller's
@@ -183,6 +184,9 @@ class UffdDescriptor(CloseCallbacks):
 
         The descriptor usually keeps its number. If a stopped handler left a thread behind, that
         thread may still use the number, so a duplicate with another number is returned.
+
+        GIL: released.  Threads: one at a time, when no other thread uses the object.
+        Blocks: until the handlers of this userfaultfd have stopped.
         """
         fd = self.fileno()
         self._run_before_close()
@@ -220,6 +224,9 @@ class UffdDescriptor(CloseCallbacks):
         so do not close a userfaultfd to free a stalled thread; a Handler that stops leaves none
         waiting. If stopping a handler is interrupted, the descriptor stays open and the next call
         continues.
+
+        GIL: released.  Threads: when no other thread uses the object.
+        Blocks: until the handlers of this userfaultfd have stopped.
         """
         if not self.closed and self._pid == os.getpid():
             try:

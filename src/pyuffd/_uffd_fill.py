@@ -75,7 +75,8 @@ class UffdFill(UffdDescriptor):
             ProcessGoneError: ESRCH - the owner has exited.
             UffdOSError: EFAULT - the source cannot be read.
 
-        Kernel: UFFDIO_COPY(2const).  Blocks: while a source page is itself being faulted in.
+        Kernel: UFFDIO_COPY(2const).
+        GIL: released.  Threads: safe.  Blocks: while a source page is itself being faulted in.
         """
         address, length, owner = _source(src, length)
         check_range(dst, length, name="dst")
@@ -99,6 +100,7 @@ class UffdFill(UffdDescriptor):
         Hugetlb ranges do not support it (EINVAL): copy zeros instead. Errors as for `copy`.
 
         Kernel: UFFDIO_ZEROPAGE(2const).
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         start, length = checked_range(range_or_start, length)
         check_flags("mode", mode, ZeropageMode)
@@ -124,6 +126,7 @@ class UffdFill(UffdDescriptor):
             PartialResolveError: EAGAIN - `completed` bytes were moved.
 
         Kernel: UFFDIO_MOVE(2const); needs Feature.MOVE; anonymous memory; Linux 6.8.
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         check_range(dst, length, name="dst")
         _check_move(dst, src, length)
@@ -148,6 +151,7 @@ class UffdFill(UffdDescriptor):
             PartialResolveError: EAGAIN - `completed` bytes were mapped.
 
         Kernel: UFFDIO_CONTINUE(2const); shmem and hugetlb registered with RegisterMode.MINOR.
+        GIL: released.  Threads: safe.  Blocks: while a page is read from swap.
         """
         start, length = checked_range(range_or_start, length)
         check_flags("mode", mode, ContinueMode)
@@ -172,6 +176,7 @@ class UffdFill(UffdDescriptor):
             PartialResolveError: EAGAIN - `completed` bytes were marked.
 
         Kernel: UFFDIO_POISON(2const); needs Feature.POISON; Linux 6.6.
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         start, length = checked_range(range_or_start, length)
         check_flags("mode", mode, PoisonMode)
@@ -210,7 +215,8 @@ class UffdFill(UffdDescriptor):
             UffdOSError: EFAULT - the source cannot be read; `start` is the page, and `completed`
                 bytes were filled before it.
 
-        Kernel: UFFDIO_COPY(2const), UFFDIO_WAKE(2const).  Blocks: up to `retry_s` at a time.
+        Kernel: UFFDIO_COPY(2const), UFFDIO_WAKE(2const).
+        GIL: released.  Threads: safe.  Blocks: up to `retry_s` without progress.
         """
         check_flags("mode", mode, CopyMode)
         start = start_of(dst, "dst")
@@ -236,6 +242,8 @@ class UffdFill(UffdDescriptor):
         """Fill every missing page of a range with zeros; on hugetlb memory, copy zeros.
 
         Errors as for `fill_copy`.
+
+        GIL: released.  Threads: safe.  Blocks: up to `retry_s` without progress.
         """
         start, size = resolve_range(range_or_start, length)
         page_size = page_size_of(range_or_start)
@@ -260,6 +268,8 @@ class UffdFill(UffdDescriptor):
 
         Raises:
             UffdOSError: EFAULT - the page cache lacks the page at `start`.
+
+        GIL: released.  Threads: safe.  Blocks: up to `retry_s` without progress.
         """
         start, size = resolve_range(range_or_start, length)
         check_flags("mode", mode, ContinueMode)
@@ -274,7 +284,10 @@ class UffdFill(UffdDescriptor):
         mode: PoisonMode = PoisonMode(0),  # noqa: B008
         retry_s: float = FILL_RETRY_S,
     ) -> FillResult:
-        """Poison every missing page of a range; as `fill_copy` otherwise."""
+        """Poison every missing page of a range; as `fill_copy` otherwise.
+
+        GIL: released.  Threads: safe.  Blocks: up to `retry_s` without progress.
+        """
         start, size = resolve_range(range_or_start, length)
         check_flags("mode", mode, PoisonMode)
         page_size = page_size_of(range_or_start)
@@ -292,6 +305,8 @@ class UffdFill(UffdDescriptor):
         """Move the owner's pages to every missing page of a range; as `fill_copy` otherwise.
 
         If a destination page is present, its source page stays where it is.
+
+        GIL: released.  Threads: safe.  Blocks: up to `retry_s` without progress.
         """
         start, size = resolve_range(dst, length, name="dst")
         check_flags("mode", mode, MoveMode)

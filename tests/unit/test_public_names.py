@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import builtins
 import errno
+import inspect
 import re
 from collections import Counter
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -19,6 +21,13 @@ from tests import _readme
 DESCRIBED = re.compile(
     r"^\.\. (?:autoclass|autofunction|autodata|py:data):: ([\w.]+)", re.MULTILINE
 )
+SECTIONS = ("GIL:", "Threads:", "Blocks:")
+# These only return or note what the object knows.
+ASKS_NOBODY = {
+    *("Process.fileno", "Userfaultfd.fileno", "Region.outlives_close"),
+    *("Region.before_access", "Region.on_loss"),
+    *("Userfaultfd.note_answered", "Userfaultfd.note_sent"),
+}
 PAGES = sorted((_readme.DOCS / "reference").glob("*.md"))
 
 
@@ -47,6 +56,34 @@ def test_every_class_is_described_with_its_members() -> None:
     """A page with autoclass alone would leave its methods out."""
     bare = re.compile(r"^\.\. autoclass:: ([\w.]+)\n(?!   :members:)", re.MULTILINE)
     assert [name for page in PAGES for name in bare.findall(page.read_text())] == []
+
+
+def methods() -> Iterator[tuple[str, str]]:
+    """Yield name and docstring of every public method of the classes whose methods may wait."""
+    for cls in (
+        pyuffd.DirtyTracker,
+        pyuffd.Handler,
+        pyuffd.Process,
+        pyuffd.Region,
+        pyuffd.Userfaultfd,
+    ):
+        for name, method in inspect.getmembers(cls, inspect.isroutine):
+            if not name.startswith("_"):
+                yield f"{cls.__name__}.{name}", inspect.getdoc(method) or ""
+
+
+def test_a_method_says_how_it_waits() -> None:
+    """Whether it releases the GIL, whether threads may share the object, how long it may wait."""
+    texts = dict(methods())
+    assert texts.keys() >= ASKS_NOBODY
+    silent = [
+        f"{name} lacks {section}"
+        for name, text in texts.items()
+        if name not in ASKS_NOBODY
+        for section in SECTIONS
+        if section not in text
+    ]
+    assert silent == []
 
 
 def test_the_table_of_errnos() -> None:

@@ -208,7 +208,7 @@ class DirtyTracker(Closing):
             ProcessGoneError: ESRCH - the target has exited, or replaced its memory.
             ClosedError: closed.
 
-        GIL: released while scanning.  Blocks: no.
+        GIL: released while scanning.  Threads: safe; one at a time.  Blocks: no.
         """
         return self._collect()
 
@@ -240,6 +240,8 @@ class DirtyTracker(Closing):
         Raises:
             ProcessGoneError: ESRCH - the target has exited, or replaced its memory.
             ClosedError: closed.
+
+        GIL: released while scanning.  Threads: safe; one at a time.  Blocks: no.
         """
         with self._lock:
             self._check_open()
@@ -316,7 +318,11 @@ class DirtyTracker(Closing):
         return self._open is None
 
     def close(self) -> None:
-        """Lift the protection and unregister; the target continues at full speed."""
+        """Lift the protection and unregister; the target continues at full speed.
+
+        GIL: released.  Threads: safe.  Blocks: until a `collect` of another thread is over, and
+            with "wp-sync" until its handler has stopped.
+        """
         with self._lock:
             stack, self._open = self._open, None
         if stack is not None and self._maker == os.getpid():

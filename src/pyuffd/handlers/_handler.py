@@ -223,6 +223,9 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
         Raises:
             ClosedError: stopped already.
             UffdOSError: EAGAIN - the process cannot create another thread.
+
+        GIL: released.  Threads: safe.  Blocks: until a `serve` or `start` of another thread is
+            over; with the process driver also until its worker process has answered.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
@@ -253,6 +256,8 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
 
         Raises:
             ValueError: nothing is served with it.
+
+        GIL: held; makes no system call.  Threads: safe.  Blocks: no.
         """
         self._running_engine()
         space = self._spaces.get(uffd)
@@ -314,7 +319,11 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
         return 0 if self._engine is None else self._running_engine().fault_count()
 
     def recent_faults(self) -> list[RecentFault]:
-        """Return the faults resolved last, newest first, up to 256 for each CPU."""
+        """Return the faults resolved last, newest first, up to 256 for each CPU.
+
+        GIL: released.  Threads: safe.  Blocks: no; with the process driver until its worker process
+            has answered.
+        """
         if self._engine is None:
             return self._final_faults
         return self._running_engine().recent()
@@ -351,7 +360,10 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
     # Context
 
     def close(self) -> None:
-        """Stop, as stop() does."""
+        """Stop, as stop() does.
+
+        GIL: released.  Threads: safe.  Blocks: as `stop`.
+        """
         self.stop()
 
     def __enter__(self) -> Self:

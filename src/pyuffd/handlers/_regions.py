@@ -130,6 +130,10 @@ class ServesRegions(Unserves):
                 `BufferSource`, `preserve` or `local` in memory that this handler serves, or that
                 another one serves which waits, itself or through others, for this one's memory.
             UffdOSError: UFFDIO_REGISTER failed; the region is not served.
+
+        GIL: released in every system call.  Threads: safe.  Blocks: until a `serve` of another
+            thread is over; with the process driver also until its processes have answered, which
+            "auto" starts for the first source in Python.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         borrowed = Borrowed()

@@ -52,6 +52,7 @@ class Stops(HandlerBase):
             HelperLostError: the helper process is gone. The handler is stopped.
             ValueError: a negative `timeout_s`.
 
+        GIL: released while it waits.  Threads: safe.
         Blocks: no longer than `timeout_s` for page sources, even if they never return. A helper
             process that does not answer (stopped, frozen) gets 5 s more as a rule, and is killed
             then: a thread of this process poisons what is missing. If a signal

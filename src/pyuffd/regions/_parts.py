@@ -99,7 +99,8 @@ class Divisible(CloseCallbacks):
         over it is alive.
 
         GIL: held while Python reads or writes through it. Use it on registered memory only if the
-            faults are resolved by a native handler or another process.
+            faults are resolved by a native handler or another process.  Threads: safe.  Blocks: no;
+            an access through the view waits until its fault is resolved.
         """
         self._check_open()
         root = self._root
@@ -200,7 +201,8 @@ class Divisible(CloseCallbacks):
         as by `Handler.unserve`.
         Closing a part of a region ends its serving; the memory stays the region's.
 
-        Blocks: with Feature.EVENT_UNMAP enabled, until the Unmap event is read.
+        GIL: released.  Threads: safe.  Blocks: until its handlers have stopped serving it (see
+            `Handler.unserve`), and with Feature.EVENT_UNMAP enabled until the Unmap event is read.
         """
         if self._open:
             if self._pid == os.getpid():

@@ -107,6 +107,7 @@ class Region(Divisible):
 
         Kernel: mmap(2). Without `noreserve` huge pages are reserved by this call, so an access
             cannot fail for lack of one.
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         return cls(_create.anonymous(length, huge_page_size, noreserve=noreserve))
 
@@ -135,6 +136,7 @@ class Region(Divisible):
             UffdOSError: as for `anonymous`.
 
         Kernel: memfd_create(2).
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         return cls(
             _create.memfd(
@@ -160,6 +162,8 @@ class Region(Divisible):
             ValueError: a bad name or length, or existing memory that is shorter.
             UffdOSError: ENOSPC - /dev/shm has too little space.
             OSError: the name exists and cannot be opened.
+
+        GIL: released.  Threads: safe.  Blocks: with `reserve`, until all of it is allocated.
         """
         mapping = _create.shm(name, length, reserve=reserve)
         return mapping.name.settle(unlink, cls(mapping))  # a failure before removes a new file
@@ -187,6 +191,8 @@ class Region(Divisible):
             ValueError: a bad length, a shorter file, or a path that is not on hugetlbfs.
             UffdOSError: ENOMEM - too few huge pages in the pool or on the mount; see `anonymous`.
             OSError: the file cannot be opened or created.
+
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         mapping = _create.hugetlbfs(path, length, shared=shared, noreserve=noreserve)
         return mapping.name.settle(unlink, cls(mapping))
@@ -231,6 +237,8 @@ class Region(Divisible):
             UffdOSError: ENOSPC - the file system has too little space: an access to the region
                 would raise SIGBUS. ENOMEM - too few huge pages; see `anonymous`.
             OSError: the file cannot be opened.
+
+        GIL: released.  Threads: safe.  Blocks: with `reserve`, until all of it is allocated.
         """
         return cls(
             _create.file(
@@ -256,6 +264,8 @@ class Region(Divisible):
 
         Raises:
             ValueError: not aligned, or not mapped, readable and of one kind throughout.
+
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         return cls(_create.at(address, length, page_size))
 
@@ -269,6 +279,8 @@ class Region(Divisible):
         Raises:
             ValueError: private memory, or shared memory that was adopted with `at`.
             UffdOSError: ENOMEM - no room for another mapping.
+
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         self._pages(0, None)
         return type(self)(_create.alias(self._mapping))
@@ -363,6 +375,8 @@ class Region(Divisible):
                 truncated, or no free huge page.
             HandlerError: the thread runs a page source of the region's own handler, which would
                 wait for itself; also from the methods above. Nothing is read.
+
+        GIL: released.  Threads: safe.  Blocks: until the faults that it causes are resolved.
         """
         accesses = self._begin_access()
         try:
@@ -373,7 +387,10 @@ class Region(Divisible):
             accesses.pop()
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Copy a contiguous buffer to `offset`."""
+        """Copy a contiguous buffer to `offset`.
+
+        GIL: released.  Threads: safe.  Blocks: until the faults that it causes are resolved.
+        """
         check_int("offset", offset)
         check_buffer("data", data)
         accesses = self._begin_access()
@@ -386,7 +403,10 @@ class Region(Divisible):
             accesses.pop()
 
     def fill(self, value: int, offset: int = 0, length: int | None = None) -> None:
-        """Set every byte, or those of a part, to `value`."""
+        """Set every byte, or those of a part, to `value`.
+
+        GIL: released.  Threads: safe.  Blocks: until the faults that it causes are resolved.
+        """
         if not 0 <= check_int("value", value) <= 255:
             raise ValueError(f"value {shown(value)} is not in 0..255")
         accesses = self._begin_access()
@@ -402,6 +422,8 @@ class Region(Divisible):
 
         With `write` a byte of each page is read and written back. If another thread writes that
         byte at the same time, its write may be lost.
+
+        GIL: released.  Threads: safe.  Blocks: until the faults that it causes are resolved.
         """
         accesses = self._begin_access()
         try:
@@ -414,7 +436,10 @@ class Region(Divisible):
             accesses.pop()
 
     def digest(self, name: str = "sha256", offset: int = 0, length: int | None = None) -> bytes:
-        """Return the digest of the content, or of a part, by a hashlib algorithm."""
+        """Return the digest of the content, or of a part, by a hashlib algorithm.
+
+        GIL: released.  Threads: safe.  Blocks: until the faults that it causes are resolved.
+        """
         import hashlib  # 2 ms, and rarely needed
 
         at, length = self._access(offset, length)
@@ -492,8 +517,8 @@ class Region(Divisible):
             ValueError: offset or length not a multiple of the page size.
             UffdOSError: the kernel's errno.
 
-        Blocks: with Feature.EVENT_REMOVE enabled, MADV_DONTNEED, MADV_REMOVE and MADV_FREE block
-            until the Remove event is read.
+        GIL: released.  Threads: safe.  Blocks: with Feature.EVENT_REMOVE enabled, MADV_DONTNEED,
+            MADV_REMOVE and MADV_FREE block until the Remove event is read.
         """
         at, length = self._pages(offset, length)
         _memory.madvise(at, length, check_int("advice", advice, 0, 1 << 31))
@@ -507,6 +532,7 @@ class Region(Divisible):
 
         Kernel: MADV_HUGEPAGE, MADV_NOHUGEPAGE. For shared memory the setting
             /sys/kernel/mm/transparent_hugepage/shmem_enabled decides whether they have an effect.
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         if self.page_size != PAGE_SIZE:
             raise ValueError(f"{self!r} is hugetlb memory, which has no transparent huge pages")
@@ -524,6 +550,7 @@ class Region(Divisible):
             UffdOSError: ENOSPC - no swap, or no free swap.
 
         Kernel: MADV_PAGEOUT; Linux 5.4.
+        GIL: released.  Threads: safe.  Blocks: until the kernel has tried every page.
         """
         if self.page_size != PAGE_SIZE:
             raise ValueError(f"{self!r} is hugetlb memory, which is never swapped")
@@ -547,7 +574,8 @@ class Region(Divisible):
 
         Kernel: MADV_REMOVE for shared memory (as fallocate(2) with FALLOC_FL_PUNCH_HOLE, but it
             sends a Remove event), MADV_DONTNEED for private memory.
-        Blocks: with Feature.EVENT_REMOVE enabled, until the Remove event is read.
+        GIL: released.  Threads: safe.  Blocks: with Feature.EVENT_REMOVE enabled, until the Remove
+            event is read.
         """
         at, length = self._pages(offset, length, write=True)
         _memory.madvise(at, length, mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED)
@@ -558,7 +586,8 @@ class Region(Divisible):
         Raises:
             ValueError: offset or length not a multiple of the page size.
 
-        Kernel: /proc/self/pagemap, mincore(2) and SEEK_DATA.  Blocks: no; it touches no page.
+        Kernel: /proc/self/pagemap, mincore(2) and SEEK_DATA.
+        GIL: released.  Threads: safe.  Blocks: no; it touches no page.
         """
         from pyuffd._residency import residency  # 5 ms
 

@@ -160,7 +160,10 @@ class Process(Closing):
         self._kinds = Kinds(self._opened_by, self._maps.number)
 
     def close(self) -> None:
-        """Close the descriptors; the process is not touched. A second call does nothing."""
+        """Close the descriptors; the process is not touched. A second call does nothing.
+
+        GIL: released.  Threads: when no other thread uses the object.  Blocks: no.
+        """
         self._maps.close()
         self.pagemap.close()
         if hasattr(self, "_pidfd"):
@@ -189,7 +192,10 @@ class Process(Closing):
             return False
 
     def check(self) -> None:
-        """Raise ProcessGoneError unless it still is the same process with the same memory."""
+        """Raise ProcessGoneError unless it still is the same process with the same memory.
+
+        GIL: released.  Threads: safe.  Blocks: no.
+        """
         if not self.is_running:
             raise_errno(
                 f"process {self.pid}",
@@ -212,6 +218,8 @@ class Process(Closing):
 
         Raises:
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
+
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         found = self._read(lambda: read_mappings(self._maps.number, self.pid, self._kinds))
         return with_details(found, self.memory_tid) if details else found
@@ -237,6 +245,8 @@ class Process(Closing):
 
         Raises:
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
+
+        GIL: released.  Threads: safe.  Blocks: no.
         """
         found = list(threads_of(self.pid))
         self.check()
@@ -251,6 +261,8 @@ class Process(Closing):
             ValueError: a bad range.
             UffdOSError: EFAULT - a page of the range cannot be read; `start` is its address.
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
+
+        GIL: released.  Threads: safe.  Blocks: as `copy`.
         """
         _check_bytes(start, length)
         target = bytearray(length)
@@ -287,7 +299,9 @@ class Process(Closing):
                 useless.
             UffdOSError: ENOSPC, EIO - writing the file failed.
 
-        Kernel: process_vm_readv(2), 512 ranges a call.  GIL: released.
+        Kernel: process_vm_readv(2), 512 ranges a call.
+        GIL: released.  Threads: safe.  Blocks: while pages are read from swap, or their faults are
+            resolved by a handler.
         """
         packed = ranges if isinstance(ranges, PageRanges) else _packed(*_span(ranges))
         view = packed.memoryview()
@@ -340,7 +354,7 @@ class Process(Closing):
         Kernel: PTRACE_SEIZE and PTRACE_INTERRUPT of ptrace(2). System calls are restarted, with the
             time that remains; one with a time limit that signal(7) lists as never restarted
             (epoll_wait) returns EINTR.
-        GIL: released.  Blocks: up to `timeout_s`.
+        GIL: released.  Threads: one at a time.  Blocks: up to `timeout_s`.
         """
         from pyuffd.remote import _stop
 
@@ -381,7 +395,7 @@ class Process(Closing):
 
         Kernel: ptrace(2), pidfd_getfd(2). A seccomp filter is suspended meanwhile, which needs
             CAP_SYS_ADMIN. docs/tracking.md says how it works, and what a SIGKILL leaves.
-        GIL: released.  Blocks: up to `timeout_s`.
+        GIL: released.  Threads: one at a time.  Blocks: up to `timeout_s`.
         """
         from pyuffd.remote import _attach
 
