@@ -6,14 +6,17 @@ import errno
 import mmap
 import os
 import struct
+import time
 from pathlib import Path
 
 from pyuffd import _memory
 from pyuffd._abi import PageCategory
+from pyuffd._vmas import overlapping
 from pyuffd.conformance import _thp
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._pin import syscall
+from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._thp import MADV_COLLAPSE
 from pyuffd.conformance._types import ANON, ANY, SMALL
 from pyuffd.conformance.cases.pagemap_scan import (
@@ -114,12 +117,28 @@ def special_mapping(ctx: Context, name: str) -> tuple[int, int]:
     ctx.lack(name, f"this kernel has no [{name}]")
 
 
-@case("PAGEMAP_SCAN.ok.vvar", origin="fs/proc/task_mmu.c: VM_PFNMAP", memory=ANY, features=FEATURES)
+@case(
+    "PAGEMAP_SCAN.ok.vvar",
+    origin="fs/proc/task_mmu.c: VM_PFNMAP",
+    memory=ANY,
+    features=FEATURES,
+    variants=(
+        Variant("left-out", "[vvar] is a mapping of page frames (pf in smaps), as of a device"),
+        Variant("reported", "it is a mapping of pages (mm in smaps), which are reported"),
+    ),
+)
 def vvar(ctx: Context) -> None:
-    """The kernel's own data page, which every process has, is no page to report."""
+    """The kernel's own data page is reported only if its mapping is one of pages."""
     start, end = special_mapping(ctx, "vvar")
+    time.monotonic()  # reads the first page there, which makes it present
+    vma = next(overlapping(start, end, details=True))
     seen = scan(ctx, start, end, mask=int(PRESENT), returned=int(PRESENT))
-    ctx.expect("errno and ranges", (seen.errno, seen.count), (0, 0))
+    ctx.expect("errno", seen.errno, 0)
+    first = seen.ranges[0][0] - start if seen.ranges else None
+    looks = (sorted(vma.flags & {"pf", "mm"}), first)
+    ctx.expect_variant(
+        "VmFlags and first page", looks, left_out=(["pf"], None), reported=(["mm"], 0)
+    )
 
 
 # clear_refs leaves out hugetlb.
