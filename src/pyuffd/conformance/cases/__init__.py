@@ -60,6 +60,7 @@ MODULES = (
     "huge_splits",
     "huge_moves",
     "zap",
+    "ksm",
     "kernel_access",
     "kernel_faults",
     "races",

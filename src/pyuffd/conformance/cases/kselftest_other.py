@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
-import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._memory import Interrupted
-from pyuffd.conformance import _thp
+from pyuffd.conformance import _ksm, _thp
 from pyuffd.conformance._case import case
-from pyuffd.conformance._context import WAIT_S, Context
+from pyuffd.conformance._context import Context
 from pyuffd.conformance._spec import Variant
 from pyuffd.conformance._types import ANON, ANY, HUGETLB, missing_features, wp_features
 from pyuffd.conformance._wp import move_mapping, page_out
@@ -25,7 +21,6 @@ from pyuffd.regions import Region
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE
 from pyuffd.testing._need import needs_hugetlb_mremap, needs_privilege, needs_swap, needs_thp
 
-MADV_MERGEABLE, MADV_UNMERGEABLE = 12, 13
 MADV_GUARD_INSTALL = 102
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 MAP_NORESERVE, MAP_FIXED = 0x4000, 0x10
@@ -261,41 +256,6 @@ def mremap_second_registered(ctx: Context) -> None:
     ctx.expect_variant("mappings still there", seen, moves_many=[2, 4], moves_one=[0, 2, 4])
 
 
-KSM = Path("/sys/kernel/mm/ksm")
-KSM_POLL_S = 0.005
-
-
-@contextmanager
-def _ksm_running() -> Iterator[None]:
-    names = ("run", "sleep_millisecs", "pages_to_scan")
-    with (KSM / "run").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # others that switch it on and off
-        knobs = {name: (KSM / name).read_text() for name in names}
-        try:
-            (KSM / "pages_to_scan").write_text("1000")
-            (KSM / "sleep_millisecs").write_text("0")
-            (KSM / "run").write_text("1")
-            yield
-        finally:
-            for name, value in reversed(knobs.items()):
-                (KSM / name).write_text(value.strip())
-
-
-def _frames(region: Region) -> list[int]:
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        count = region.length // SMALL_PAGE
-        raw = os.pread(pagemap.fileno(), 8 * count, region.start // SMALL_PAGE * 8)
-    return [int.from_bytes(raw[at : at + 8], "little") & PFN_MASK for at in range(0, len(raw), 8)]
-
-
-def _wait_until_merged(ctx: Context, region: Region) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while len(frames := set(_frames(region))) > 1:
-        if time.monotonic() > deadline:
-            ctx.fail(f"page frames after {WAIT_S:g} s", sorted(frames), "one")
-        time.sleep(KSM_POLL_S)  # ksmd sends no event
-
-
 @case(
     "kselftest.ksm-unmerge-wp",
     origin="ksm_functional_tests: test_unmerge_uffd_wp",
@@ -314,16 +274,15 @@ def _wait_until_merged(ctx: Context, region: Region) -> None:
 )
 def ksm_unmerge_wp(ctx: Context) -> None:
     """MADV_UNMERGEABLE works on write-protected merged pages, which become pages of their own."""
-    if not KSM.exists():
-        ctx.lack("KSM", "there is no CONFIG_KSM")
+    _ksm.require(ctx)
     region = ctx.make(8)
     region.advise_thp(False)
     region.fill(0xCF)
-    with _ksm_running():
-        region.madvise(MADV_MERGEABLE)
-        _wait_until_merged(ctx, region)
+    with _ksm.running():
+        region.madvise(_ksm.MERGEABLE)
+        _ksm.wait_until_merged(ctx, region)
         ctx.register(region, RegisterMode.WP)
         ctx.uffd.writeprotect(region)
-        ctx.silently(region.madvise, MADV_UNMERGEABLE)
-    ctx.expect_variant("different frames", len(set(_frames(region))), now=8, old=1)
+        ctx.silently(region.madvise, _ksm.UNMERGEABLE)
+    ctx.expect_variant("different frames", len(set(_ksm.frames(region))), now=8, old=1)
     ctx.expect("content", region.read(), b"\xcf" * region.length)
