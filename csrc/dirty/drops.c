@@ -31,7 +31,7 @@
 
 struct uffd_drops {
 	int uffd;
-	/* Who made it. */
+	/* The process that made it. */
 	pid_t owner;
 	pid_t reader;
 	/* Closed by the end of this process and by an execve(2). */

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A process that reads the REMOVE events of a userfaultfd with WP_ASYNC, and notes their ranges.
- *
- * Whoever drops memory waits until its event was read.  The reader is a process, so that it reads
- * while this one is stopped by a signal; it shares this one's memory, and ends with it.
+ * A process that reads the REMOVE events of a userfaultfd with WP_ASYNC, and notes their
+ * ranges.  A thread that drops memory waits until its event is read, even while this
+ * process is stopped by a signal.  So the reader is a process of its own; it shares this
+ * one's memory, and ends with it.
  */
 #ifndef UFFD_DIRTY_DROPS_H
 #define UFFD_DIRTY_DROPS_H

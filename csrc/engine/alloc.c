@@ -27,7 +27,7 @@ _Static_assert(sizeof(struct header) <= HEADER_SIZE, "header");
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct header *unused[CLASSES];
-static _Atomic int64_t until_failure;	/* 0 or less: none is to fail */
+static _Atomic int64_t until_failure;	/* 0 or less: none fails */
 
 static void *map(size_t size)
 {

@@ -21,8 +21,8 @@ void uffd_free(void *memory);
  */
 void uffd_alloc_forget_parent(void);
 /*
- * For tests: let the nth allocation from now on fail, in any thread; 0: none.  Returns how many
- * were left until the one that was to fail before; 0 or less: it has failed.
+ * For tests: let the nth allocation from now on fail, in any thread; 0: none.  Returns what
+ * is left of the number set before; 0 or less: that allocation has failed.
  */
 int64_t uffd_alloc_fail_nth(int64_t n);
 

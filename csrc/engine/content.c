@@ -37,7 +37,9 @@ static int open_tail(const struct uffd_content *content, const struct uffd_range
 	return uffd_overlay_create(&tail, content->page_size, content->page_size, true, ret);
 }
 
-/* Keep a copy of it, where a seccomp filter refuses what an overlay is read with. */
+/*
+ * Copy the bytes now: a seccomp filter refuses process_vm_readv(2), which reads an overlay.
+ */
 static int keep_tail(struct uffd_content *content, const struct uffd_range_spec *spec)
 {
 	uint64_t left = spec->source_length - content->length;

@@ -104,10 +104,10 @@ struct uffd_pages {
 	uint64_t states_offset;		/* in the file */
 	_Atomic uint8_t *state;
 	/*
-	 * Pages that were written and whose states no longer say so, as they were protected or
-	 * evicted since: a bit each, until the next checkpoint.  Whoever has a page in flight
-	 * sets its bit.  A fork's copy has none, since only the owner checkpoints; nor has a
-	 * successor, since the process driver cannot evict.
+	 * Pages that were written and whose states no longer say so, as they were protected
+	 * or evicted since: a bit each, until the next checkpoint.  The thread that has a
+	 * page in flight sets its bit.  A fork's copy has none, since only the owner
+	 * checkpoints; nor has a successor, since the process driver cannot evict.
 	 */
 	_Atomic bool has_written;	/* some bit was set */
 	_Atomic uint64_t written[];	/* behind them: `state`, if it is in no file */
@@ -133,8 +133,9 @@ static inline bool uffd_content_is_tail(const struct uffd_content *content, uint
 int uffd_content_read_tail(const struct uffd_content *content, void *target);
 
 /*
- * What lies behind the source's end in its last page will be written to this file, at `begin`
- * for offset 0: if it is the source's, read it from there once it is longer.
+ * The page in which the source ends will be written whole to this file, in which offset 0
+ * is at `begin`.  If that is the source's own file, it grows: read the page's end from
+ * there then.
  */
 int uffd_content_let_grow(struct uffd_content *content, int fd, uint64_t begin);
 
@@ -176,7 +177,7 @@ static inline void uffd_pages_note_written(struct uffd_pages *pages, uint64_t in
 	atomic_store(&pages->has_written, true);
 }
 
-/* Whether it was noted; it is no longer. */
+/* Remove the note; returns whether there was one. */
 static inline bool uffd_pages_take_written(struct uffd_pages *pages, uint64_t index)
 {
 	uint64_t bit = UINT64_C(1) << index % 64;

@@ -214,7 +214,7 @@ struct uffd_engine {
 	pthread_mutex_t fault_log_lock;	/* one reader at a time */
 
 	struct uffd_holds holds;
-	pthread_mutex_t drop_lock;	/* of who takes ranges out: stop() may overtake unserve() */
+	pthread_mutex_t drop_lock;	/* for taking ranges out: stop() may overtake unserve() */
 	pthread_mutex_t lost_lock;
 	struct uffd_range *lost;	/* taken out; freed when no longer held */
 	struct ending end;
@@ -354,7 +354,10 @@ static inline bool preserves(const struct uffd_range *range)
 	return range->content->preserve && (!range->space->owned || range->content->shared);
 }
 
-/* Whether it resolves faults only if a helper process is killed, without what that could read. */
+/*
+ * Whether this is a stand-in: it resolves faults only once a helper process is killed, and
+ * cannot read what that could.
+ */
 static inline bool stands_in(const struct uffd_engine *engine)
 {
 	return engine->options.helper_pid;

@@ -55,7 +55,10 @@ static bool end_leader(struct uffd_engine *engine, struct patience *patience)
 		if (wait_on(patience))
 			continue;
 		if (is_dismissed(engine) || dismiss(engine)) {
-			/* The leader was the native thread, or that one has ended as well. */
+			/*
+			 * The dismissed leader was the native thread; or it was a worker,
+			 * and that thread has ended.
+			 */
 			if (!worker_leads(engine) || atomic_load(&engine->thread_done))
 				return true;
 		} else if (uffd_now_ns() - began > LEAVE_LIMIT_NS) {

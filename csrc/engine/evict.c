@@ -123,7 +123,10 @@ static bool next_entry(struct uffd_range *range, struct eviction *all, uint64_t 
 	return true;
 }
 
-/* Whether its source would bring back what it was when serving began. */
+/*
+ * The source's last page, if it was copied when serving began: it would come back as it was
+ * then.
+ */
 static bool is_kept_tail(const struct uffd_range *range, uint64_t offset)
 {
 	return range->content->kept && uffd_content_is_tail(range->content, offset);
@@ -173,8 +176,8 @@ static void claim_run(struct uffd_range *range, struct eviction *all, struct cla
 }
 
 /*
- * What a page is that has been dropped.  Its owner had dropped it before, and nobody has
- * handed the zeros over: the source would bring back what was there before that.
+ * The state of a page that has been dropped.  If its owner had dropped it before, and its
+ * zeros were not handed over, it stays REMOVED: the source would bring back older content.
  */
 static uint8_t dropped_state(uint8_t before, bool written_too)
 {

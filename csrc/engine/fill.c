@@ -109,7 +109,10 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 			r = 0;
 			continue;
 		}
-		/* Of private memory the cache was asked above: it has a copy of its own. */
+		/*
+		 * Private memory (asks_cache) has asked the cache above: its EEXIST means a
+		 * copy of its own.
+		 */
 		if (r == -EEXIST && fill->maps_cached && !fill->asks_cache) {
 			r = map_cached(fill, at);
 			done = r ? 0 : (int64_t)fill->page_size;

@@ -82,7 +82,7 @@ static int page_size_of(struct uffd_engine *engine, const struct uffd_range_ref 
 	return 0;
 }
 
-/* What stops all of it; everything else concerns these pages alone. */
+/* Errors that stop the whole call; any other concerns these pages alone. */
 static bool is_final(int error)
 {
 	return error == -ESRCH || error == -ECANCELED;

@@ -73,8 +73,8 @@ static int find_content(struct uffd_engine *engine, const struct uffd_range_ref 
 }
 
 /*
- * Registered memory is found again after it was moved.  If the kernel goes on to say that
- * it is not there, it was never registered.
+ * Memory that was moved is found again once its event is read.  If the kernel keeps saying
+ * that it is not registered, it never was.
  */
 static bool may_look_again(struct uffd_engine *engine, uint64_t *give_up, unsigned int *attempt)
 {

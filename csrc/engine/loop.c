@@ -35,7 +35,7 @@
 #define NS_PER_MS		1000000u
 /* While something waits with a limit, wake this often to notice that the process was stopped. */
 #define LOOK_MS			250u
-/* A wait that ends so late: more than threads of a busy machine wait for a CPU. */
+/* A wait that ends this late: the process was stopped; a busy machine delays threads less. */
 #define STOPPED_NS		500000000u
 /* Check an exited owner's memory this often, for some milliseconds in all. */
 #define EXIT_LOOKS		64
@@ -55,7 +55,7 @@ static void note_gap(struct spin *spin, uint64_t now)
 	spin->last_fault_ns = now;
 }
 
-/* Spin once more; returns whether that is so. */
+/* Whether to spin once more. */
 static bool goes_on_spinning(struct spin *spin)
 {
 	uint64_t before = uffd_now_ns(), after;

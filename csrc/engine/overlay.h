@@ -48,9 +48,9 @@ struct uffd_overlay_spec {
 struct uffd_overlay;
 
 /*
- * All of `spec` is copied.  `length` of the range and its pages in bytes.  `is_read`:
- * uffd_overlay_read() will be called, not only for pages of several runs.  -EPERM, -ENOSYS:
- * it would have to be, and this process may not call process_vm_readv(2).
+ * Copies all of `spec`.  `length` and `page_size` are the range's, in bytes.  `is_read`:
+ * uffd_overlay_read() will be called for more than pages of several runs.  -EPERM, -ENOSYS:
+ * reading is necessary, and this process may not call process_vm_readv(2).
  */
 int uffd_overlay_create(const struct uffd_overlay_spec *spec, uint64_t length,
 			uint64_t page_size, bool is_read, struct uffd_overlay **ret);

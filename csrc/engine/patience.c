@@ -17,7 +17,7 @@ static bool spend(struct patience *patience, uint64_t since_ns)
 	if (ends(patience->engine))
 		return atomic_fetch_sub(&patience->engine->end.patience_ns, spent) > spent;
 	patience->left_ns -= spent;
-	/* What the end has left in place stays. */
+	/* Once the end is over, what it left in place stays. */
 	return patience->left_ns > 0 && !atomic_load(&patience->engine->end.over);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * Pausing.  The pause ends by itself at its limit, noticed by whoever looks next: a program
- * that is stuck in it does not stop its own faults forever.
+ * Pausing.  A program that is stuck in a pause must not stop its own faults forever: the
+ * pause has a limit, and the next thread that looks notices that it is over.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,13 +25,13 @@ bool pause_is_over(struct uffd_engine *engine)
 		return true;
 	if (!atomic_load(&engine->end.began) && uffd_now_ns() < until)
 		return false;
-	/* Requests have not been waited for meanwhile. */
+	/* Note when: requests have not been waited for during the pause. */
 	atomic_store(&engine->pause.ended_ns, uffd_now_ns());
 	atomic_compare_exchange_strong(&engine->pause.until_ns, &until, 0);
 	return true;
 }
 
-/* Until everybody who looked before the pause began has left. */
+/* Wait until every thread that looked before the pause began has left. */
 static bool await_faults(struct uffd_engine *engine)
 {
 	unsigned int attempt = 0;

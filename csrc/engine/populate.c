@@ -328,7 +328,7 @@ static bool are_ranges(const uint64_t *words, uint64_t width, uint64_t count, ui
 	return true;
 }
 
-/* How many ranges are faulted in at once: these read no more than twice what they want. */
+/* How many ranges to fault in at once, so that at most twice the wanted bytes are read. */
 static uint64_t group_of(const uint64_t *words, uint64_t width, uint64_t count, uint64_t *end_ret)
 {
 	uint64_t start = words[0], end = words[1], wanted = end - start, n;

@@ -4,7 +4,10 @@
 
 #include "runs.h"
 
-/* Two states of one run that differ in a mark: it tells nothing if the state is wanted anyway. */
+/*
+ * Whether two states belong to one run although only one has the mark: the mark makes no
+ * difference if the state is wanted anyway.
+ */
 static bool differs_in_mark(uint8_t one, uint8_t other, uint32_t without)
 {
 	return (one ^ other) == UFFD_PAGE_WRITTEN &&

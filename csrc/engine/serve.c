@@ -73,7 +73,10 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 	uffd_content_put(like.content);
 	if (!range)
 		return -ENOMEM;
-	/* Its faults do not wait: one in a poisoned page that looks absent would fill it. */
+	/*
+	 * Inline faults are resolved at once: one in a poisoned page whose state says
+	 * absent would fill it.
+	 */
 	if (space->engine->options.is_inline)
 		note_present(range);
 	/*

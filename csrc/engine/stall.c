@@ -66,7 +66,7 @@ static void abandon_all(struct uffd_engine *engine, const struct asked *asked, i
 			if (request)
 				abandon(engine, lists[i], request, &copy);
 			pthread_mutex_unlock(&engine->requests_lock);
-			/* Nobody promised to wait for what was asked for since. */
+			/* Requests made since then are not waited for. */
 			if (request && copy.since_ns > atomic_load(&engine->drained_ns))
 				clean_up(engine, &copy, 0, UFFD_FAILED_NOTHING);
 			else if (request)
@@ -158,8 +158,8 @@ static uint64_t waited_since(const struct uffd_engine *engine, const struct uffd
 }
 
 /*
- * The oldest request of a list that waits for a source.  That of a worker that has its
- * source's answer does not: answer.c limits how long its pages are retried.
+ * The oldest request of a list that waits for a source.  A request whose source has
+ * answered does not: answer.c limits how long its pages are retried.
  */
 static struct uffd_request *find_oldest(const struct uffd_engine *engine,
 					struct request_list *list)

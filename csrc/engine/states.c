@@ -97,11 +97,14 @@ int uffd_engine_take_in(struct uffd_engine *engine, const struct uffd_range_ref 
 
 /* Protecting, and lifting the protection */
 
-/* The new state of a page that had this state and is now protected, or no longer. */
+/* The new state of a page that had this state, after it was protected or unprotected. */
 static uint8_t armed_state(const struct uffd_range *range, uint8_t seen, bool is_there,
 			   bool protects)
 {
-	/* The zeros of a page that has lost its protection may be written over. */
+	/*
+	 * A dropped page stays so, unless it is there, unprotected: it may have been
+	 * written to.
+	 */
 	if (seen == UFFD_PAGE_REMOVED && can_be_absent(range) && (protects || !is_there))
 		return seen;
 	return protects ? UFFD_PAGE_CLEAN : UFFD_PAGE_DIRTY;

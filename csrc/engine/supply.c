@@ -76,7 +76,7 @@ static uint64_t supply_slice(const struct slices *all, struct uffd_range *range,
 	if (at >= end || claimed == IS_BUSY)
 		return at;
 	stop = at + range->page_size;
-	/* Whether a huge page is lacking is asked of one at a time. */
+	/* Take huge pages one at a time: is_lacking() is about one. */
 	while (stop < end && !is_huge(range) && claim_wanted(range, stop, &requested) == CLAIMED)
 		stop += range->page_size;
 	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);

@@ -18,7 +18,7 @@
 #include "write_back.h"
 
 #define PAGES_AT_ONCE	512u
-/* How often a page is written to the file that is written to meanwhile. */
+/* How often a page is written to the file while its owner keeps writing to it. */
 #define ATTEMPTS	3
 
 /* Where a page is now, and how much follows it there. */
@@ -174,7 +174,7 @@ static int write_window(struct uffd_engine *engine, const struct uffd_range_ref 
 	return r;
 }
 
-/* Nobody has their content: call pages written again, from one on. */
+/* Nobody has their content: mark the pages from this one on as written again. */
 static void call_written(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 			 const struct window *window, uint64_t page)
 {

@@ -261,8 +261,8 @@ static int halt(struct injection *in, pid_t tid)
 	int ret = uffd_trace_interrupt(tid);
 
 	/*
-	 * From a stop it runs to the one it was asked for.  One that runs may be there already, and
-	 * must not be sent on.
+	 * A stopped thread runs on to the stop it was asked for.  One that runs may be
+	 * there already: do not send it on.
 	 */
 	if (!ret && is_stopped)
 		ret = uffd_trace_resume(tid, 0);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Who may write a process's memory past its page table: descriptors with which memory is pinned,
+ * What may write to a process's memory past its page table: descriptors that pin memory,
  * and direct reads (O_DIRECT) that are under way, which pin their buffers.
  */
 #ifndef UFFD_REMOTE_PINS_H

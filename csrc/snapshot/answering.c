@@ -15,7 +15,7 @@
 #define BUSY_MS 5 /* looks at the guard and the disk */
 #define LATE_MS 1 /* at a limit of the rate */
 
-/* The protection ends, and with it the snapshot. */
+/* End the protection, and with it the snapshot. */
 static void end(struct uffd_saver *saver, int error)
 {
 	if (saver->stats.error)
@@ -25,7 +25,7 @@ static void end(struct uffd_saver *saver, int error)
 	pthread_cond_broadcast(&saver->changed);
 }
 
-/* Also ends it if a page could not be saved. */
+/* Whether the snapshot has ended; end it if a page could not be saved. */
 static bool is_ended(struct uffd_saver *saver)
 {
 	if (saver->saving.error)
@@ -56,7 +56,10 @@ static void resolve_fault(struct uffd_saver *saver, uint64_t address)
 	}
 	if (is_ended(saver))
 		return;
-	/* While the layout changes the pages stay protected: who is woken faults again. */
+	/*
+	 * While the layout changes the pages stay protected, and a woken thread faults
+	 * again.
+	 */
 	if (!pages ||
 	    uffd_shim_writeprotect(saver->options.uffd, at, pages * BASE_PAGE, 0) == -EAGAIN)
 		uffd_shim_wake(saver->options.uffd, at, (pages ? pages : 1) * BASE_PAGE);

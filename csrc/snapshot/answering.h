@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* A saver, which saver.h says more about, and its thread that answers messages. */
+/* The saver (see saver.h), and its thread, which answers messages. */
 #ifndef UFFD_SNAPSHOT_ANSWERING_H
 #define UFFD_SNAPSHOT_ANSWERING_H
 
@@ -19,9 +19,9 @@ struct uffd_saver_options {
 	int32_t fd;
 	/* Pages of memory between the process and the file. */
 	uint64_t memory_pages;
-	/* A thread of the process waits for no longer; then the protection ends. */
+	/* How long a thread of the process may wait; then the protection ends. */
 	uint64_t max_stall_ns;
-	/* Of the sweep, in bytes a second; 0: no limit. */
+	/* The sweep's limit in bytes a second; 0: none. */
 	uint64_t rate;
 };
 
@@ -31,7 +31,7 @@ struct uffd_saver_stats {
 	uint64_t before;	/* faults before the instant */
 	uint64_t left;		/* pages that are still owed */
 	uint64_t dropped;	/* pages given back before they were saved */
-	uint64_t longest_ns;	/* that a fault waited for us */
+	uint64_t longest_ns;	/* the longest time that a fault waited for us */
 	int32_t error;		/* -errno that ended it; -ETIMEDOUT: of the limit */
 };
 
@@ -48,7 +48,9 @@ struct uffd_saver {
 	struct uffd_sweep sweep;
 	struct uffd_page_ranges noted;	/* in the order of the messages */
 	struct uffd_saver_stats stats;
-	/* Calls that wait for the lock: the thread, which has it often, lets them. */
+	/*
+	 * Calls that wait for the lock; the thread, which often has it, lets them go first.
+	 */
 	_Atomic uint32_t callers;
 	struct uffd_page_ranges ready; /* owed before the instant */
 	bool saves, stop;
@@ -58,7 +60,7 @@ struct uffd_saver {
 
 /* Whether something is still to be saved, or on its way to the file. */
 bool uffd_saver_owes(const struct uffd_saver *saver);
-/* Answer what is there to read; returns whether there were messages. */
+/* Answer the messages that can be read; returns whether there were any. */
 bool uffd_saver_answer(struct uffd_saver *saver);
 
 /* The thread that answers. */

@@ -44,7 +44,7 @@ static int note_run(struct walk *walk, uint64_t start, uint64_t leaf, uint64_t o
 	struct uffd_page_region *last = last_of(&walk->found->runs);
 	uint64_t at = start - walk->base;
 
-	/* What is zeros goes on whatever its offset is. */
+	/* Zeros continue the last row whatever their offset. */
 	if (last && last->end == leaf &&
 	    (!leaf || last->categories + (at - last->start) == offset))
 		return 0;

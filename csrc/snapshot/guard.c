@@ -33,7 +33,7 @@ void uffd_guard_lift(const struct uffd_guarded *shared, int uffd)
 		uffd_shim_unregister(uffd, start, length);
 		uffd_shim_wake(uffd, start, length);
 	}
-	/* Whoever changes the layout waits until its message was read. */
+	/* A thread that changes the layout waits until its message is read. */
 	while (uffd_shim_read(uffd, messages, sizeof(messages)) > 0)
 		;
 }

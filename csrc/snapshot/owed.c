@@ -38,7 +38,7 @@ static int new_part(struct uffd_owed_part *part, const struct uffd_image_piece *
 	return 0;
 }
 
-/* Pages are owed, or nothing is owed of them. */
+/* Set pages as owed, or as not owed. */
 static void set(struct uffd_owed *owed, const struct uffd_page_region *range, bool is_owed)
 {
 	struct uffd_owed_piece *piece = piece_from(owed, range->start);

@@ -50,10 +50,10 @@ struct uffd_owed {
 
 int uffd_owed_init(struct uffd_owed *owed, const struct uffd_image_piece *parts,
 		   uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);
-/* Whether it is of these parts. */
+/* Whether it was made for these parts. */
 bool uffd_owed_is_of(const struct uffd_owed *owed, const struct uffd_image_piece *parts,
 		     uint64_t count);
-/* These pages are owed, and not those from before: of parts that it has. */
+/* Owe these pages of its parts instead of those in `before`. */
 int uffd_owed_change(struct uffd_owed *owed, const struct uffd_page_ranges *before,
 		     const struct uffd_page_region *pages, uint64_t count);
 void uffd_owed_deinit(struct uffd_owed *owed);
@@ -69,7 +69,7 @@ void uffd_owed_settle(struct uffd_owed *owed, struct uffd_owed_piece *piece, uin
 		      enum uffd_owed_state state);
 /* Memory has moved. */
 int uffd_owed_move(struct uffd_owed *owed, uint64_t from, uint64_t to, uint64_t length);
-/* Memory is gone; nothing of it is owed any more. */
+/* Memory is gone: nothing of it is owed any more. */
 int uffd_owed_remove(struct uffd_owed *owed, uint64_t start, uint64_t end);
 /* Append all pages in one state, by their address at the instant. */
 int uffd_owed_ranges(const struct uffd_owed *owed, uint8_t state,

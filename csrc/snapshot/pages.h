@@ -9,7 +9,7 @@
 
 #define UFFD_PAGES_MOST 128u
 
-/* How many of at most UFFD_PAGES_MOST pages are still write-protected: they hold what they held. */
+/* How many of at most UFFD_PAGES_MOST pages are still write-protected, and so unchanged. */
 int uffd_pages_protected(int pagemap_fd, uint64_t start, uint64_t pages, uint64_t *pages_ret);
 /* Read all, or -EFAULT; `mem_fd`: /proc/PID/mem, for memory without PROT_READ, or negative. */
 int uffd_pages_read(int32_t pid, int mem_fd, uint64_t start, uint64_t pages, void *memory);

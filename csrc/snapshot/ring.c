@@ -120,7 +120,7 @@ void *uffd_ring_memory(uint64_t pages)
 
 	if (memory == MAP_FAILED)
 		return NULL;
-	/* A child that has it too would have each page copied before it is used here. */
+	/* If a child had it too, each page would be copied before its first use here. */
 	madvise(memory, pages * BASE_PAGE, MADV_DONTFORK);
 	populate(memory, pages * BASE_PAGE);
 	return memory;

@@ -14,7 +14,7 @@
 #include "snapshot/answering.h"
 
 int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_saver **saver_ret);
-/* Register a range and protect it; noted for the case that the protection must end. */
+/* Register ranges, of which the guard is told, or with `registers` 0 protect them. */
 int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec, uint64_t count,
 		   uint32_t registers);
 /* Protect the first page of ranges; returns those that are not registered. */
@@ -26,16 +26,19 @@ int uffd_saver_unregistered(struct uffd_saver *saver, const struct uffd_page_reg
  */
 int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret,
 			  struct uffd_page_ranges *changed_ret);
-/* What will probably be owed: so that the beginning needs less time, the larger the process. */
+/*
+ * Prepare for what will probably be owed: the process then stands for less time at the
+ * instant.
+ */
 int uffd_saver_prepare(struct uffd_saver *saver, const struct uffd_image_piece *parts,
 		       uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);
-/* The instant: the pages of the parts are owed from now on.  The process stands. */
+/* The instant, while the process stands: from now on the pages of the parts are owed. */
 int uffd_saver_begin(struct uffd_saver *saver, const struct uffd_image_piece *parts,
 		     uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);
 /* Wait until nothing is owed, or for a time; 0: done, -EAGAIN: not yet, or its error. */
 int uffd_saver_wait(struct uffd_saver *saver, uint64_t limit_ns);
 void uffd_saver_stats(struct uffd_saver *saver, struct uffd_saver_stats *stats_ret);
-/* Pages in a state of enum uffd_owed_state; only after it is done. */
+/* Pages in a state of enum uffd_owed_state; call it when uffd_saver_wait() has returned 0. */
 int uffd_saver_ranges(struct uffd_saver *saver, uint32_t state,
 		      struct uffd_page_ranges *ranges_ret);
 /* End it: nothing is protected any more.  May be NULL. */

@@ -26,7 +26,7 @@ enum result {
 
 bool uffd_saving_is_changing(const struct uffd_saving *saving)
 {
-	/* The kernel looks at that before it looks at the range. */
+	/* The kernel checks for changes before it checks the range, which is empty. */
 	return uffd_shim_writeprotect(saving->uffd, 0, 0, 0) == -EAGAIN;
 }
 

@@ -98,7 +98,7 @@ static void unprotect(const struct uffd_sweep *sweep, const struct uffd_sweep_st
 	uffd_shim_writeprotect(sweep->saving->uffd, step->address, step->pages * BASE_PAGE, 0);
 }
 
-/* What was read is what is saved, except of pages that a fault has saved meanwhile. */
+/* Save what was read, except pages that a fault has saved meanwhile. */
 static void take(struct uffd_sweep *sweep)
 {
 	const struct uffd_sweep_step *step = &sweep->read;
@@ -115,7 +115,7 @@ static void take(struct uffd_sweep *sweep)
 	sweep->written = *step;
 }
 
-/* Whether none of it was saved by a fault meanwhile. */
+/* Whether a fault has saved none of its pages meanwhile. */
 static bool is_owed(const struct uffd_sweep_step *step)
 {
 	for (uint64_t i = 0; i < step->pages; i++)
@@ -148,11 +148,11 @@ static void use_read(struct uffd_sweep *sweep, bool (*answer)(void *), void *arg
 	else if (is_owed(&sweep->read))
 		take_each(sweep);
 	else
-		return; /* the others once more: all at once they need less time */
+		return; /* read the others again: all at once is faster than each alone */
 	sweep->from = sweep->read.address + sweep->read.pages * BASE_PAGE;
 }
 
-/* The pages from an address on; behind the last come the first, as some have moved. */
+/* Find the next owed pages; behind the last begin at the first again, as some have moved. */
 static void find_next(struct uffd_sweep *sweep)
 {
 	struct uffd_sweep_step *step = &sweep->read;
@@ -175,7 +175,10 @@ int uffd_sweep_go_on(struct uffd_sweep *sweep, bool (*answer)(void *), void *arg
 {
 	eventfd_t value;
 
-	/* Before the look: what it says behind it is not lost. */
+	/*
+	 * Read before looking at `works`: what the sweeper says after that is kept for the
+	 * next time.
+	 */
 	eventfd_read(sweep->said_fd, &value);
 	if (atomic_load(&sweep->works) || !sweep->began_ns)
 		return 0;
@@ -227,7 +230,7 @@ int uffd_sweep_start(struct uffd_sweep *sweep, struct uffd_saving *saving, int f
 void uffd_sweep_stop(struct uffd_sweep *sweep)
 {
 	if (!sweep->stop) {
-		while (atomic_load(&sweep->works)) /* it has what it is told for itself */
+		while (atomic_load(&sweep->works)) /* wait until it has read what it was told */
 			uffd_back_off(16);
 		sweep->stop = true;
 		eventfd_write(sweep->told_fd, 1);

@@ -35,12 +35,15 @@ struct uffd_sweep {
 	uint64_t began_ns;
 	void *memory;
 	struct uffd_cold cold;
-	/* It has something to say, and it has something to do: eventfd(2). */
+	/* eventfd(2): the sweeper has done its step, and the sweeper has a step to do. */
 	int said_fd, told_fd;
-	/* Whether it works.  What follows belongs to it then, and to the one that answers otherwise. */
+	/*
+	 * While the sweeper works, what follows is its own; otherwise the answering
+	 * thread's.
+	 */
 	_Atomic bool works;
 	bool stop;
-	/* What of `memory` is to be written, and then read to it. */
+	/* What the sweeper writes from `memory`, and what it then reads to it. */
 	struct uffd_sweep_step written, read;
 	bool mine[UFFD_SWEEP_PAGES];
 	bool is_good;
@@ -51,12 +54,12 @@ struct uffd_sweep {
 
 int uffd_sweep_start(struct uffd_sweep *sweep, struct uffd_saving *saving, int fd, uint64_t rate);
 /*
- * Take what it has read, and tell it what to do next; nothing is owed before `began_ns` is set.
- * `answer(argument)` answers messages, and says whether there were some.  Returns whether it was
- * told something, or -errno.
+ * Take what the sweeper has read, and tell it its next step; nothing is owed before
+ * `began_ns` is set.  `answer(argument)` answers messages, and returns whether there were
+ * any.  Returns 1 if the sweeper was told something, else 0, or -errno.
  */
 int uffd_sweep_go_on(struct uffd_sweep *sweep, bool (*answer)(void *), void *argument);
-/* Whether there is nothing to do for it now, but later. */
+/* Whether it has nothing to do now, but will have later. */
 bool uffd_sweep_is_late(const struct uffd_sweep *sweep);
 void uffd_sweep_stop(struct uffd_sweep *sweep);
 
