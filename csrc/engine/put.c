@@ -29,8 +29,8 @@ void wake_again(struct uffd_range *range, uint64_t at, uint64_t end)
 }
 
 /*
- * A fault is counted before its page is looked at for the last time (resolve.c), and the count
- * is read after the states are set: either is seen by the other.
+ * A fault is counted, then its page is looked at a last time (resolve.c).  Here the states
+ * are set, then the count is read.  So at least one of the two sees the other.
  */
 void wake_turned_away(struct uffd_range *range, uint64_t at, uint64_t end, uint64_t before)
 {
@@ -142,10 +142,7 @@ static void *local_address(const struct uffd_range *range, uint64_t at)
 	return (void *)(uintptr_t)(range->content->local + content_offset(range, at));
 }
 
-/*
- * Fill through the page cache.  A page that is mapped already was filled by others: writes
- * to it since are in the cache, so keep it.
- */
+/* Writes pages of a range to the page cache. */
 struct cache_writer {
 	int (*write)(const struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source);
 	uint64_t source;	/* of the first page */
@@ -166,6 +163,10 @@ static int write_content(const struct uffd_range *range, uint64_t at, uint64_t l
 				 content_offset(range, at), length);
 }
 
+/*
+ * Fill through the page cache.  A page that is mapped already was filled by others: writes
+ * to it since are in the cache, so keep it.
+ */
 static int put_by_cache(struct uffd_range *range, uint64_t at, uint64_t length,
 			struct cache_writer writer, struct uffd_fill_result *result_ret)
 {
@@ -252,6 +253,7 @@ static int put_source(struct uffd_range *range, uint64_t at, uint64_t length,
 	if (!covered)
 		return -ENODATA;
 	r = put_bytes(range, at, covered, content->address + offset, why, result_ret);
+	/* The file was cut as it was copied: what was copied may be zeros. */
 	if (r == 0 && uffd_content_covered(content, offset, covered) < covered)
 		note_failure(range->space->engine, at, covered, -ENODATA, UFFD_FAILED_SOURCE);
 	return r;
@@ -308,7 +310,7 @@ static int put_overlay(struct uffd_range *range, uint64_t at, uint64_t length, e
 		done += put;
 		if (part.deferred)
 			result_ret->deferred = length - done;
-		/* The file has lost the rest: the page behind will say so. */
+		/* The file has lost the rest: the attempt at the next page reports that. */
 		if (put < stretch.length)
 			break;
 	}

@@ -34,7 +34,10 @@ enum outcome apply_on_error(struct uffd_range *range, uint64_t page, int error,
 	/* This thread was blocked until after the end: there is nothing left to do. */
 	if (atomic_load(&engine->end.over))
 		return OUTCOME_FAILED;
-	/* A page that is there, in a write-protect fault, is not the one that lacks something. */
+	/*
+	 * In a write-protect fault the page is there: do not list it among those without
+	 * content.
+	 */
 	if (atomic_load(state_of(range, page)) == UFFD_PAGE_DIRTY)
 		note_failure(engine, page, range->page_size, error, stage);
 	else
@@ -183,6 +186,7 @@ bool lacks_huge_page(struct uffd_range *range, uint64_t page, uint64_t occasion)
 	return atomic_fetch_add(&range->exists_count, 1) >= EXISTS_LIMIT;
 }
 
+/* Whether the page's content comes from a source: neither zeros nor what the page cache has. */
 static bool is_lost_when_dropped(const struct uffd_range *range, enum uffd_fault_kind kind)
 {
 	return range->content->kind != UFFD_SOURCE_ZERO &&
@@ -200,6 +204,10 @@ static uint8_t filled_state(const struct uffd_range *range, enum uffd_fault_kind
 	return range->mode & UFFDIO_REGISTER_MODE_WP && changed ? UFFD_PAGE_DIRTY : UFFD_PAGE_CLEAN;
 }
 
+/*
+ * After the fill: set the state of the claimed page, and return what became of the fault.
+ * `was`: its state before it was claimed.
+ */
 static enum outcome settle_absence(struct uffd_range *range, uint64_t page,
 				   enum uffd_fault_kind kind, uint8_t was, int r,
 				   const struct uffd_fill_result *result,
@@ -363,7 +371,7 @@ enum outcome resolve_as_leader(struct uffd_range *range, uint64_t page, enum uff
 
 /* Filling more than one page */
 
-/* Claim an absent page whose content is here; the zeros of an outline are. */
+/* Claim an absent page whose content is here; an outline's zeros are. */
 static bool claim_filled(struct uffd_range *range, uint64_t page)
 {
 	return (!needs_request(range, page) || is_zeros(range, page)) && claim_absent(range, page);

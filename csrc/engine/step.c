@@ -72,6 +72,7 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		if (engine->options.has_workers && fault->thread_id && kind != UFFD_KIND_WP)
 			end_own_wait(range, page, fault->thread_id);
 		in_line = is_next_in_line(range, page, kind);
+		/* The reader that the newest job was for has gone elsewhere. */
 		if (engine->job_count && !in_line)
 			engine->jobs[engine->job_count - 1].for_reader = false;
 		outcome = in_line ? fill_in_line(range, page, kind, fault)
@@ -136,6 +137,7 @@ void retry_deferred(struct uffd_engine *engine)
 	end_work(engine, phase);
 }
 
+/* Read into the log, and apply its layout events; returns the number of messages, or -errno. */
 static int64_t drain_and_apply(struct uffd_space *space)
 {
 	struct message_log *log = &space->engine->shared->log;
