@@ -112,7 +112,7 @@ class AsyncMethod:
         return calls.TrackedRows([row.packed(self._uffd_of(row).fileno()) for row in rows])
 
     def _uffd_of(self, row: Row) -> Userfaultfd:
-        """Return the userfaultfd that a row is registered with: with one, each drop waits."""
+        """Return the userfaultfd of a row: the watch's, for which each drop waits, or ours."""
         return self._watch.uffd if self._watch and is_watched(row.mapping) else self._uffd
 
     def _runs(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -194,7 +194,7 @@ class AsyncMethod:
             mappings: All mappings, if they were read since the target has stopped.
         """
         layout = self._follow(mappings)
-        # Before the scan: what has been dropped by now is seen by it.
+        # Before the scan, which sees what has been dropped by now.
         drops = self._watch.collect(self._watched()) if self._watch else None
         found = self._scan(self._tracked, 0, self._known)
         result = Pending(found.written, found.dropped, NO_RANGES, tuple(layout))

@@ -64,8 +64,8 @@ def take_out(engine: Backend, served: Served, *, seal: bool, part: Part | None =
 def take_out_what_goes(engine: Backend, all_served: Iterable[Served]) -> None:
     """Take out the regions that are unmapped next, which nobody can touch.
 
-    Their pages need not be poisoned: for a page that takes about as long as a fault, and memory for
-    page tables. Where a thread still works, the end of the engine does all of it.
+    Their pages need not be poisoned, which takes about as long as a fault for each page, and memory
+    for page tables. If a thread still works in a region, the end of the engine takes that out.
     """
     for served in all_served:
         if isinstance(served.region, Region) and served.region._goes_away():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyuffd.handlers._serving import Served
     from pyuffd.handlers._write_back import WriteBack
 
-# How often a page is handed over that is written meanwhile; a busy page stays.
+# How often a page that is written meanwhile is handed over; a busy page stays.
 ATTEMPTS = 3
 
 
@@ -302,7 +302,7 @@ class EvictsPages(HandlerBase):
 
 
 def _both(one: bytes, other: bytes) -> bytes:
-    """Return ones where both have them."""
+    """Return a mask with a 1 where both have a 1."""
     both = int.from_bytes(one, "little") & int.from_bytes(other, "little")
     return both.to_bytes(len(one), "little")
 
@@ -316,7 +316,7 @@ def _runs(mask: bytes, page_size: int, offset: int) -> Iterator[tuple[int, int]]
 def _call_written(
     engine: Backend, served: Served, offset: int, states: bytes, reached: int
 ) -> None:
-    """Call pages written again that were, from `reached` on: nobody has got their content."""
+    """Mark the dirty pages from `reached` on as written again: nobody has their content."""
     size = served.page_size
     for start, end in _runs(states.translate(DIRTY), size, offset):
         if end > reached:

@@ -245,7 +245,7 @@ class FillsPages(HandlerBase):
         """Fill absent pages with content that the caller has, and return the bytes filled.
 
         This is for content that comes by itself, as from the sender of a migration, while faults
-        ask for other pages. A page is filled once, by whoever comes first: one that is present,
+        ask for other pages. A page is filled once, by the first that comes: one that is present,
         dropped (REMOVED) or poisoned keeps what it has, and its data are not used. The threads that
         wait for a page go on. A page that a source in Python was asked for is filled as well, and
         the answer of the source, which may be `PROMISED`, is no longer needed.

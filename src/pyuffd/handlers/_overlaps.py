@@ -30,8 +30,8 @@ FILLED = RegisterMode.MISSING | RegisterMode.MINOR
 # may serve too.
 _all: WeakSet[Overlaps] = WeakSet()
 _lock = threading.RLock()
-# Ranges to forget. Whoever takes the lock next does it: a handler may have to end in a destructor,
-# which the garbage collector runs in a thread that has the lock.
+# Ranges to forget. A handler may have to end in a destructor, which the garbage collector runs in a
+# thread that has the lock; so the next thread that takes the lock forgets them.
 _removed: deque[tuple[Overlaps, Range]] = deque()
 
 
@@ -43,7 +43,7 @@ def _start_anew() -> None:
 
 
 def _settle() -> None:
-    """Forget what was removed; for whoever has just taken the lock."""
+    """Forget what was removed; the caller has just taken the lock."""
     while _removed:
         row = _removed[0]
         row[0]._remove(row[1])
@@ -230,7 +230,7 @@ class Overlaps:
                 found.append(self)
             return found
 
-        # Looking at every use is expensive: only where those that ever waited make a circle.
+        # Looking at every use is expensive: first see if the engines that ever waited are a circle.
         if not _is_circle(self, lambda by: list(by._waits_for)) or not _is_circle(self, needed_now):
             return
         raise ValueError(
@@ -280,7 +280,7 @@ class Overlaps:
     def check_elsewhere(self, one: Range, start: int, length: int, op: str) -> None:
         """Raise ValueError if pages to be dropped are served at another address too.
 
-        Nothing tells of it there, so its handler would take them for dropped by their owner: zeros.
+        The handler there is not told, so it would take them as dropped by their owner: zeros.
         """
         if one.file is None:
             return

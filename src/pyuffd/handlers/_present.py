@@ -34,7 +34,7 @@ Present = Literal["refuse", "keep", "drop"]
 POLICIES = ("refuse", "keep", "drop")
 MADV_DONTNEED_LOCKED = 24  # Linux 5.18; not in the mmap module
 THERE = PageCategory.PRESENT | PageCategory.SWAPPED
-# A thread that touches the memory all the time comes in between once in some attempts.
+# A thread that touches the memory all the time gets in between in some of the attempts.
 ATTEMPTS = 1000
 
 
@@ -150,7 +150,7 @@ def shows_cache(region: RangeLike, offset: int, length: int) -> bool:
     if region.shared or region.kind not in FILE_BACKED or not os.fstat(region.fd).st_blocks:
         return False
     start = region.offset + offset
-    # Which huge pages a file has it does not tell.
+    # hugetlbfs does not tell which huge pages a file has.
     return region.page_size > PAGE_SIZE or _has_data(region.fd, start, start + length)
 
 
@@ -185,7 +185,7 @@ def _has_pages(vma: Vma, start: int, length: int) -> bool | None:
         if not status.st_blocks:
             return False
         if status.st_blksize in (HUGE_PAGE_2M, HUGE_PAGE_1G):
-            return True  # which ones it does not tell
+            return True  # hugetlbfs does not tell which ones
         to_file = vma.offset - vma.start
         return _has_data(file.number, begin + to_file, end + to_file)
 

@@ -300,7 +300,7 @@ def take_back(
     `known` are the numbers of the ranges that are served: one of them may have begun there before.
     """
     space, start, length = place
-    # Of another process nothing is unregistered: its waiting threads would continue with zeros.
+    # Do not unregister another process's memory: its waiting threads would continue with zeros.
     unregister = bool(granted.ioctls) and not uffd.adopted
     try:
         found = engine.find(space, start)

@@ -165,7 +165,7 @@ class PackedPages:
         return self._length
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return content; zeros where there is none, which nobody asks for alone."""
+        """Return content, and zeros between it; nobody asks for zeros alone."""
         size = min(length, self._length - offset)
         start = self._start + offset
         with self._lock:

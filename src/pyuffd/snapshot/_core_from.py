@@ -111,7 +111,7 @@ class _Core:
         self.length = write_ends(self.fd, self._end, self._segments, self.about.of_core)
 
     def _region(self, region: SnapshotRegion) -> None:
-        """Write a region; what of it is not known has a segment without bytes."""
+        """Write a region; a part that is not known gets a segment without bytes."""
         parts = list(self.image.parts(region.start, region.end))
         at = region.start
         for start, end in _in_file(region, parts):
@@ -159,9 +159,9 @@ class _Core:
 def _in_file(region: SnapshotRegion, parts: list[Part]) -> Iterator[tuple[int, int]]:
     """Yield which parts of a region have bytes in the core, as in a core of the process.
 
-    What the process had nothing of its own in is zeros, but in a mapping of a file it is what the
+    Pages of which the process had no copy of its own are zeros, or in a mapping of a file what the
     file holds, which the snapshot does not have. Reserved memory without content has no bytes; nor
-    have those blocks of a long mapping in which nothing is.
+    have those blocks of a long mapping that hold nothing.
     """
     full, known = [], []
     is_memory = region.permissions[0] == "r"

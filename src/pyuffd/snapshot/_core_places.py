@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # A part of a mapping without content is a hole in the file and costs nothing, but it counts in the
-# file's length, which file systems limit (ext4: 16 TiB). So of a mapping that is longer only those
-# blocks of this size have a place in which something is.
+# file's length, which file systems limit (ext4: 16 TiB). So a longer mapping has a place only for
+# those of its blocks of this size that hold something.
 BLOCK = 1 << 30
 
 DISK_FILES = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)

@@ -95,8 +95,8 @@ class Drain(Generic[T]):
         self.error: BaseException | None = None
         self._threads = [self._thread(0)]
         # It starts the others: each start waits until the thread runs, and so would the caller. It
-        # does one piece before: whoever has just got the memory needs a CPU and the interpreter's
-        # lock then, and the thread that answers its first faults needs a CPU too.
+        # does one piece before: the program that has just got the memory needs a CPU and the
+        # interpreter's lock then, and the thread that answers its first faults needs a CPU too.
         self._threads[0].start()
 
     def _thread(self, number: int) -> threading.Thread:
@@ -196,10 +196,10 @@ class Drain(Generic[T]):
         try:
             while (found := self._next(steps_back=number > 0)) is not None:
                 job, is_first = found
-                # Whoever touches a page, and the thread that fills it, go before all pieces; but
-                # for what is first somebody waits. A thread that has the interpreter's lock may
-                # wait for a CPU meanwhile: as little as possible is done with it.
-                # The others would inherit this, and some of them may do what is first.
+                # A thread that touches a page, and the one that fills it, go before all pieces, but
+                # not before a job that is first, for which somebody waits. A gentle thread that has
+                # the interpreter's lock may wait for a CPU: do as little as possible with the lock.
+                # Start the others before: they would inherit this, and may get a job that is first.
                 if not is_first and not is_gentle and not starts_others:
                     is_gentle = True
                     be_gentle()

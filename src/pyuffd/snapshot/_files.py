@@ -55,7 +55,7 @@ class NewDirectory:
             shutil.rmtree(stale, ignore_errors=True)
         os.mkdir(self._temporary, 0o700)
         self.pages = self._create(PAGES)
-        # Whoever finds it locked knows that it is not stale.
+        # A process that finds it locked knows that it is not stale.
         fcntl.flock(self.pages.number, fcntl.LOCK_EX)
 
     def __exit__(self, *exc: object) -> None:

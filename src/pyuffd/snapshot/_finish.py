@@ -283,7 +283,7 @@ def _regions(layout: SnapshotLayout, placed: Sequence[Placed]) -> Iterator[dict[
     for part in placed:
         places.setdefault(part.mapping.start, []).append([part.start, part.end, part.offset])
     for mapping in layout.mappings:
-        # The kernel's own file of private huge pages is none that could hold anything.
+        # The kernel's own file behind private huge pages holds nothing.
         has_file = not is_huge_without_a_file(mapping)
         yield {
             "start": mapping.start,

@@ -29,7 +29,7 @@ _NOT_HIDDEN = PageBit(_FRAME) | PageBit.UFFD_WP | PageBit.GUARD_REGION | PageBit
 _FILE = PageCategory.FILE
 _NONE = PageCategory(0)
 
-# So many bytes between two pages are read over: 512 entries.
+# The entries of a gap between two pages are read too, up to so many bytes: 512 entries.
 _GAP = 512 * PAGE_SIZE
 
 
@@ -71,7 +71,7 @@ def _of_no_file(
 
 
 def marks(process: Process, swapped: PageRanges, *, doubtful: bool = False) -> PageRanges:
-    """Return those of pages that look as if they were on swap that have no content.
+    """Return the pages that look as if they were on swap, but have no content.
 
     Args:
         process: The process.
@@ -113,7 +113,7 @@ def poisoned(process: Process, start: int, end: int) -> PageRanges:
     for part in marked:
         entries = process.pagemap.read(part.start, part.length)
         found |= entries.where(_POISON, clear=_NOT_IN_POISON)
-        # Of hugetlb pages an entry does not tell what the mark is, nor without CAP_SYS_ADMIN.
+        # An entry tells the kind of a mark neither for hugetlb pages nor without CAP_SYS_ADMIN.
         found |= entries.where(_NO_BITS, clear=_NOT_HIDDEN)
     return found
 

@@ -1,7 +1,7 @@
 """Processes that end while the kernel works for them, and faults of a process that ends (L5).
 
-Whoever is killed inside an ioctl leaves behind what it has filled so far, and an event that nobody
-has read goes with the process that sent it.
+A process that is killed inside an ioctl leaves behind what it has filled so far, and an event that
+nobody has read goes with the process that sent it.
 """
 
 from __future__ import annotations

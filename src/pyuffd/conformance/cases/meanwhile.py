@@ -1,6 +1,6 @@
 """What changes while a thread waits for a fault, or COPY for its source, or two events (layer L5).
 
-Whoever waits holds no lock, so what was true before has to be looked at again afterwards.
+A thread that waits holds no lock, so the kernel must check again what was true before.
 """
 
 from __future__ import annotations

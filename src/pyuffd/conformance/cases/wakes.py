@@ -1,4 +1,4 @@
-"""Who is woken beside neighbours: threads nobody has read of, crowds, and those a failure leaves.
+"""Which threads a wake reaches: neighbours, crowds, unread faults, and those a failure leaves.
 
 Threads that wait are counted by fdinfo: those whose message nobody has read, and all of them (L5).
 """

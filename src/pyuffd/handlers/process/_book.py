@@ -42,7 +42,7 @@ class SpaceBook:
             self.registered.update(ranges)
 
     def unlist_registered(self, start: int, length: int) -> None:
-        """Note that a range is no longer registered; what is listed too much does little harm."""
+        """Note that a range is no longer registered; a superfluous entry does little harm."""
         if self.registered is not None:
             self.registered.discard((start, length))
 

@@ -101,7 +101,7 @@ class HelperLink:
         return self._process.pid, self._process.pidfd, self._process.life
 
     def leave(self) -> None:
-        """From now on it is no news that the helper ends."""
+        """Expect the helper to end from now on."""
         self._is_leaving = True
 
     def call(

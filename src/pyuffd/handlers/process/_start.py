@@ -26,8 +26,9 @@ ORPHANS_LIMIT_S = 1.0
 ORPHANS_POLL_S = 0.005
 _SESSION = 3  # the field of /proc/PID/stat, counted after the name
 
-# Start this copy of pyuffd, whichever the helper would find, with our sys.path after its own. The
-# folder of the script and the working directory are left out: their files may shadow others.
+# Start this copy of pyuffd, not another that the helper would find, with our sys.path after its
+# own. The folder of the script and the working directory are left out: their files may shadow
+# others.
 _PROGRAM = """\
 import sys
 from importlib import util
