@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import struct
+import sys
 import threading
 
 from pyuffd import BufferSource, Region, RegisterMode, ZeroSource
@@ -170,6 +172,42 @@ def thousands(driver: Driver) -> None:
 
 
 test_thousands_of_regions = with_both_drivers(thousands)
+
+
+def coming_and_going(driver: Driver) -> None:
+    """Verbs find their part while other threads serve and unserve other regions."""
+    interval = sys.getswitchinterval()
+    with serving(driver, "anon") as (handler, memory), contextlib.ExitStack() as stack:
+        region = memory.pages(2)
+        handler.serve(region, ZeroSource())
+        for _ in range(100):
+            handler.serve(stack.enter_context(Region.anonymous(PAGE)), ZeroSource())
+        guests = [stack.enter_context(Region.anonymous(PAGE)) for _ in range(2)]
+        done = threading.Event()
+
+        def come_and_go() -> None:
+            try:
+                for _ in range(40):
+                    for guest in guests:
+                        handler.serve(guest, ZeroSource(), present="drop")
+                    for guest in guests:
+                        handler.unserve(guest)
+            finally:
+                done.set()
+
+        def look() -> None:
+            while not done.is_set():
+                assert len(handler.page_states(region[PAGE:])) == 1
+
+        sys.setswitchinterval(1e-6)
+        try:
+            run_threads(come_and_go, look, look)
+        finally:
+            sys.setswitchinterval(interval)
+        handler.stop()
+
+
+test_verbs_while_others_come_and_go = with_both_drivers(coming_and_going)
 
 
 # The purpose of the library: each of these holds the GIL while it faults.

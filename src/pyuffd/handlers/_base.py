@@ -194,11 +194,13 @@ class HandlerBase(SoleOwner):
     def _find_at(
         self, start: int, region: RangeLike | int, uffd: Userfaultfd | None = None
     ) -> Served | None:
-        found = [
-            self._served[space, start]
-            for known, space in self._spaces.items()
-            if uffd in (None, known) and (space, start) in self._served
+        # Copies: other threads may serve and unserve meanwhile.
+        at = [
+            self._served.get((space, start))
+            for known, space in list(self._spaces.items())
+            if uffd in (None, known)
         ]
+        found = [one for one in at if one is not None]
         if len(found) == 1:
             return found[0]
         # Processes may have different memory at one address; the object served tells them apart.
@@ -240,7 +242,7 @@ class HandlerBase(SoleOwner):
         else:
             length = region.length
         if served is None or not holds(served.parts, *_offsets(served, start, length)):
-            others = [one for one in self._served.values() if one.is_here]
+            others = [one for one in list(self._served.values()) if one.is_here]
             whole = [one for one in others if one.region is region]
             whole += [one for one in others if holds(one.parts, *_offsets(one, start, length))]
             served = whole[0] if whole else served

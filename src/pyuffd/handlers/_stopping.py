@@ -68,7 +68,7 @@ class Stops(HandlerBase):
 
     def _refuse_sources_thread(self) -> None:
         if self._engine is not None and self._pid == os.getpid():
-            refuse_sources_thread(self._engine, self._served.values())
+            refuse_sources_thread(self._engine, list(self._served.values()))
 
     def _stop(self, drain: bool, limit_s: float) -> None:
         with self._ending_lock:
@@ -104,7 +104,7 @@ class Stops(HandlerBase):
                 return lost
         finally:
             self._engine = None
-            for uffd in self._spaces:
+            for uffd in list(self._spaces):
                 uffd._release_events(self)
                 uffd._let_close(id(self))
             unstopped.discard(self)
@@ -122,7 +122,7 @@ class Stops(HandlerBase):
         all_served, began = list(self._served.values()), time.monotonic()
         views = [] if engine.is_remote else views_of(all_served)
         ending_user = (id(self), "ending")
-        for uffd in self._spaces:
+        for uffd in list(self._spaces):
             uffd._hold_open(ending_user)
         # Assumed until it is known; a lost helper holds nothing open, its stand-in does.
         ended = Ended(stays=not engine.is_remote)
@@ -149,7 +149,7 @@ class Stops(HandlerBase):
             if isinstance(engine, Engine) and not engine.life.free_if_deserted():
                 leave_behind(engine, ended.held, all_served, self._spaces, views)
             if not ended.stays:
-                for uffd in self._spaces:
+                for uffd in list(self._spaces):
                     uffd._let_close(ending_user)
         error = None if failure is None else handler_error(failure, source_failure)
         # An exception of a source in this process has been logged already.

@@ -132,7 +132,7 @@ class Unserves(HandlerBase):
         """Return the ranges that have some of [start, +length), all of one address space."""
         found = [
             one
-            for one in self._served.values()
+            for one in list(self._served.values())
             if uffd in (None, one.uffd) and one.has_some_of(start, length)
         ]
         same = [one for one in found if one.region is region]
