@@ -74,6 +74,7 @@ class Stuck:
     handler: Handler
     stuck: Region
     other: Region
+    new: Region  # not served yet
     reader: Task[bytes]
     never_filled: Region
     filler: Userfaultfd
@@ -85,8 +86,8 @@ class Stuck:
 
 def in_native(at: ExitStack) -> Stuck:
     """Return a handler whose engine waits for its source, at the first page of a region."""
-    never_filled, stuck, other = (
-        at.enter_context(Region.anonymous(PAGES * PAGE)) for _ in range(3)
+    never_filled, stuck, other, new = (
+        at.enter_context(Region.anonymous(PAGES * PAGE)) for _ in range(4)
     )
     filler = at.enter_context(Userfaultfd())
     uffd = at.enter_context(Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP))
@@ -98,7 +99,21 @@ def in_native(at: ExitStack) -> Stuck:
     filler.register(never_filled)
     reader = Task(stuck.read, 0, 1)
     wait_until(lambda: bool(filler.read_events()), "the engine waits for its source")
-    return Stuck(handler, stuck, other, reader, never_filled, filler)
+    return Stuck(handler, stuck, other, new, reader, never_filled, filler)
+
+
+def use_others(made: Stuck) -> None:
+    """Serve, protect and take out another region, whole and in parts."""
+    handler, new = made.handler, made.new
+    handler.serve(new, b"n" * len(new), mode=MODE)
+    handler.populate(new)
+    assert len(handler.checkpoint(new).states) == PAGES
+    handler.unserve(new, PAGE, PAGE)
+    handler.unserve(new)
+    handler.serve(new, b"m" * len(new), mode=MODE, present="drop")
+    handler.populate(new)  # the thread that answers faults is at the stuck source
+    assert new.read(0, 1) == b"m"
+    new.close()  # ends its serving too
 
 
 def end_of(waiting: Task[Any]) -> str:
@@ -122,11 +137,17 @@ def all_verbs() -> None:
             # One after the other: `other` must not wait behind what waits.
             beside = Task(verb, Place(made.handler, made.other, 0))
             rows[name] = (made, beside, Task(verb, Place(made.handler, made.stuck, 0)))
+        time.sleep(0.1)  # until each is at its page
+        others = {name: Task(use_others, made) for name, (made, _, _) in rows.items()}
         time.sleep(SOON_S)
         slow = [name for name, (_, beside, _) in rows.items() if beside.running]
         assert not slow, f"they wait for a page of another region: {slow}"
         for _, beside, _ in rows.values():
             beside.result()
+        slow = [name for name, task in others.items() if task.running]
+        assert not slow, f"serve() and others of other regions wait for {slow}"
+        for task in others.values():
+            task.result()
         assert {name for name, (_, _, at) in rows.items() if at.running} == set(WAIT)
         began = time.monotonic()
         # At once, before what waits gives up by itself.
@@ -170,6 +191,45 @@ def unserved() -> None:
 
 def test_unserve_beside_a_verb_that_waits() -> None:
     run_child(unserved)
+
+
+def unserved_twice(how: str) -> None:
+    """What takes the range out second says that it is gone, or that the handler has stopped."""
+    with ExitStack() as stack:
+        made = in_native(stack)
+        handler, stuck = made.handler, made.stuck
+        first = Task(handler.unserve, stuck)
+        time.sleep(0.1)
+        second: Task[None]
+        if how == "unserve":
+            second = Task(handler.unserve, stuck)
+        elif how == "close":
+            second = Task(stuck.close)
+        else:
+            second = Task(handler.stop)
+        time.sleep(0.1)
+        if how == "unserve":
+            with pytest.raises(ValueError, match="served already"):
+                handler.serve(stuck, b"s" * len(stuck))
+        assert [first.running, second.running] == [True, True]
+        made.let_go()
+        if how == "unserve":
+            with pytest.raises(ValueError, match="meanwhile"):  # told to one of the two
+                for task in (first, second):
+                    task.result()
+        else:
+            first.result()
+            second.result()
+        assert made.reader.result() == b"\0"
+        if how != "close":
+            with pytest.raises(PagePoisonedError):
+                stuck.read(PAGE, 1)
+        handler.stop()
+
+
+@pytest.mark.parametrize("how", ["unserve", "close", "stop"])
+def test_unserve_beside_another_end(how: str) -> None:
+    run_child(unserved_twice, how)
 
 
 def never(offset: int, length: int) -> bytes:

@@ -149,6 +149,8 @@ class HandlerBase(SoleOwner):
 
     def _forget_part(self, served: Served, begin: int, end: int) -> None:
         """Note that a part of a range is no longer served; may be called again."""
+        if not self._serves(served):
+            return
         served.uffd._note_unregistered(served.id.start + begin, end - begin)
         if isinstance(served.region, Region):
             served.region._note_served(begin, end - begin)

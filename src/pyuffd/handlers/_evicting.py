@@ -138,7 +138,7 @@ class EvictsPages(HandlerBase):
                 return engine.evict(served.id, at, span, wanted, written_too=True)
             if isinstance(write, BackFile):
                 write.check_place(served.source, at, at + span)
-                with served.evicting, self._lock:
+                with served.evicting, served.changing:
                     served.was_protected = True
                     served.protections += 1
                     return engine.evict_to(
@@ -252,7 +252,7 @@ class EvictsPages(HandlerBase):
         """Evict the pages of [offset, end); return the bytes, and what was written meanwhile."""
         size = served.page_size
         pages = (end - offset) // size
-        with self._lock:
+        with served.changing:
             states = engine.writeprotect(served.id, offset, pages * size, pages, Protect.TO_EVICT)
             served.was_protected = True
             served.protections += 1
@@ -266,10 +266,10 @@ class EvictsPages(HandlerBase):
                     index = (page - offset) // size
                     wanted = wanted[:index] + b"\0" + wanted[index + 1 :]
         except BaseException:
-            with self._lock:
+            with served.changing:
                 _call_written(engine, served, offset, states, at)
             raise
-        with self._lock:
+        with served.changing:
             if served.protections != protections:  # by others: what is written looks unwritten
                 _call_written(engine, served, offset, states, offset)
                 return 0, wanted

@@ -137,17 +137,17 @@ class ServesRegions(Unserves):
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         borrowed = Borrowed()
-        with self._lock:
-            try:
+        try:
+            content = None if source is None else borrowed.source(source)  # may open a file
+            with self._lock:
                 engine = self._running_engine()
-                content = None if source is None else borrowed.source(source)
                 return self._serve(
                     engine, region, content, borrowed, mode, preserve, local, uffd, present, ioctls
                 )
-            except BaseException:
-                if not any(one.borrowed is borrowed for one in list(self._served.values())):
-                    borrowed.let_go()
-                raise
+        except BaseException:
+            if not any(one.borrowed is borrowed for one in list(self._served.values())):
+                borrowed.let_go()
+            raise
 
     def _serve(
         self,

@@ -82,6 +82,8 @@ class Served:
     was_protected: bool = False
     protections: int = 0  # how often it was protected
     evicting: Turn = field(default_factory=Turn)
+    # Held by calls that may wait for its pages; acquired after `evicting`, before the handler's.
+    changing: threading.RLock = field(default_factory=threading.RLock)
     on_close: list[Callable[[], None]] = field(default_factory=list)
     check: Callable[[int, int], None] | None = None  # before accesses of the region
     parts: list[Part] = field(default_factory=list)  # what is still served of the range

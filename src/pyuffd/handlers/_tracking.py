@@ -165,10 +165,11 @@ class TracksWrites(HandlerBase):
                     f"pages of the range at {served.id.start:#x} are still to be saved: call"
                     " preserve(keep_protected=False)"
                 )
+        with served.changing:
             states = engine.writeprotect(served.id, at, span, pages, how)
             served.was_protected = served.was_protected or protects
             served.protections += protects
-            return size, states
+        return size, states
 
     def preserve(
         self,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 
 from pyuffd._arguments import check_int
-from pyuffd._errors import HandlerError, UffdOSError
+from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._pages import RangeLike, check_range, is_address, start_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._aftermath import describe, held_at, leave_behind, take_out, views_of
-from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._engine import Engine
-from pyuffd.handlers._served_parts import Part, without
+from pyuffd.handlers._served_parts import Part, reaches, without
 from pyuffd.handlers._serving import Served
 from pyuffd.regions import Region
 
@@ -72,15 +71,21 @@ class Unserves(HandlerBase):
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
         with self._lock:
-            engine = self._running_engine()
-            errors: list[HandlerError] = []
-            for served, part in self._served_of(region, offset, length, uffd):
-                try:
-                    self._unserve(engine, served, seal=True, part=part)
-                except HandlerError as error:
-                    errors.append(error)
+            self._running_engine()
+            found = self._served_of(region, offset, length, uffd)
+        errors, was_served = list[HandlerError](), False
+        for served, part in found:
+            try:
+                was_served |= self._unserve(served, seal=True, part=part)
+            except HandlerError as error:
+                errors.append(error)
         if errors:
             raise errors[0]
+        if not was_served:
+            raise ValueError(
+                f"no range at {start_of(region):#x} is served by this handler: another thread has"
+                " taken it out meanwhile"
+            )
 
     def _release(self, region: RangeLike) -> None:
         """Stop serving a region whose absent pages are right as the kernel has them.
@@ -88,9 +93,9 @@ class Unserves(HandlerBase):
         Nothing is poisoned. For a caller who has filled all that has content.
         """
         with self._lock:
-            engine = self._running_engine()
+            self._running_engine()
             served, _ = self._served_of(region, 0, None, None)[0]
-            self._unserve(engine, served, seal=False)
+        self._unserve(served, seal=False)
 
     def _served_of(
         self, region: RangeLike | int, offset: int, length: int | None, uffd: Userfaultfd | None
@@ -144,27 +149,35 @@ class Unserves(HandlerBase):
             )
         return [one for one in found if chosen and one.id.space == chosen[0].id.space]
 
-    def _unserve(
-        self, engine: Backend, served: Served, *, seal: bool, part: Part | None = None
-    ) -> None:
-        """Take a range or a part out; if a signal handler raises, it is served as before."""
-        views = [] if engine.is_remote else views_of([served])
+    def _unserve(self, served: Served, *, seal: bool, part: Part | None = None) -> bool:
+        """Take a range or a part out; return whether any of it was still served.
+
+        A page source may block a thread at one of its pages, so the handler's lock is not held
+        meanwhile. If a signal handler raises, the range is served as before.
+        """
         begin, end = part or (0, served.id.length)
-        try:
-            take_out(engine, served, seal=seal, part=part)
-        except UffdOSError as error:
-            raise HandlerError(
-                f"the region at {served.id.start + begin:#x} stays registered: {error}",
-                served.id.start + begin,
-                end - begin,
-            ) from error
-        held = held_at(engine, served, part)
-        if part is None:
-            self._forget(served, is_held=bool(held))
-            if not held:
-                served.borrowed.let_go()
-        else:
-            self._forget_part(served, *part)
+        with served.changing:
+            with self._lock:
+                engine = self._running_engine()
+                if not self._serves(served) or not reaches(served.parts, begin, end):
+                    return False
+                # Others may have taken out the rest.
+                part = part and ((begin, end) if without(served.parts, begin, end) else None)
+                views = [] if engine.is_remote else views_of([served])
+            try:
+                take_out(engine, served, seal=seal, part=part)
+                held = held_at(engine, served, part)
+            except (UffdOSError, ClosedError) as error:
+                with self._lock:
+                    if not self._serves(served):
+                        return True  # stop() has taken it out meanwhile
+                raise HandlerError(
+                    f"the region at {served.id.start + begin:#x} stays registered: {error}",
+                    served.id.start + begin,
+                    end - begin,
+                ) from error
+            with self._lock:
+                self._taken_out(served, part, is_held=bool(held))
         if held and isinstance(engine, Engine):
             leave_behind(engine, held, [served], [served.uffd], views)
             raise HandlerError(
@@ -172,30 +185,50 @@ class Unserves(HandlerBase):
                 held[0].start,
                 held[0].length,
             )
+        return True
+
+    def _taken_out(self, served: Served, part: Part | None, *, is_held: bool) -> None:
+        if part is not None:
+            self._forget_part(served, *part)
+            return
+        self._forget(served, is_held=is_held)
+        if not is_held:
+            served.borrowed.let_go()
 
     def _region_closes(self, served: Served, *, seal: bool) -> None:
-        with self._lock:
-            if self._engine is not None and self._serves(served) and self._pid == os.getpid():
-                self._unserve(self._engine, served, seal=seal)
+        if self.must_end:
+            with suppress(ClosedError):  # stopped meanwhile
+                self._unserve(served, seal=seal)
 
     def _uffd_closes(self, uffd: Userfaultfd) -> None:
+        errors: list[HandlerError] = []
+        with suppress(ClosedError):  # stopped meanwhile
+            while all_served := self._still_served(uffd, errors):
+                for served in all_served:
+                    try:
+                        self._unserve(served, seal=True)
+                    except HandlerError as error:
+                        errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _still_served(self, uffd: Userfaultfd, errors: list[HandlerError]) -> list[Served]:
+        """Return what is served of a userfaultfd; let it go if that is nothing, or on errors."""
+        if not self.must_end:
+            return []
         with self._lock:
-            if self._engine is None or self._pid != os.getpid():
-                return
-            errors: list[HandlerError] = []
-            for served in [one for one in self._served.values() if one.uffd is uffd]:
-                try:
-                    self._unserve(self._engine, served, seal=True)
-                except HandlerError as error:
-                    errors.append(error)
-            if any(one.uffd is uffd for one in self._served.values()):
+            engine = self._running_engine()
+            found = [one for one in self._served.values() if one.uffd is uffd]
+            if found and not errors:
+                return found
+            if found:
                 # Never undone: pages that stay registered would become zeros.
                 uffd._hold_open((id(self), "registered"))
-            else:
-                self._engine.remove_space(self._spaces[uffd])
+            elif uffd in self._spaces:
+                engine.remove_space(self._spaces[uffd])
                 uffd._release_events(self)
                 self._owners.forget(uffd)
                 uffd._let_close(id(self))
-                del self._spaces[uffd]  # last: after an interruption the next call does it again
-        if errors:
-            raise errors[0]
+                # Last: after an interruption the next call does it again.
+                del self._spaces[uffd]
+        return []
