@@ -8,6 +8,7 @@ import traceback
 
 # More than any message that is meant to be read. A source may raise with a page's content in it.
 TEXT_MOST = 2000
+REPR_MOST = 120
 
 
 def shortened(text: str, most: int = TEXT_MOST) -> str:
@@ -28,6 +29,20 @@ def text_of(error: BaseException) -> str:
 def described(error: BaseException) -> str:
     """Return type and text of an exception, shortened."""
     return f"{type(error).__name__}: {text_of(error)}"
+
+
+def repr_of(value: object) -> str:
+    """Return the repr, shortened, also if it raises."""
+    try:
+        return shortened(repr(value))
+    except Exception as error:
+        return f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+
+
+def short_repr(value: object) -> str:
+    """Return the repr as one short line, also if it raises."""
+    text = " ".join(repr_of(value).split())
+    return text if len(text) <= REPR_MOST else f"{text[: REPR_MOST - 3]}..."
 
 
 def traceback_of(error: BaseException) -> str:

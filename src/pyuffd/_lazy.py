@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._arguments import check_int, shown
+from pyuffd._describe import repr_of
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import HandlerError
 from pyuffd._pages import PAGE_SIZE, check_page_size, round_up
@@ -262,5 +263,5 @@ def _length_of(source: PageSource, length: int | None) -> int:
     if length is not None:
         return check_int("length", length, 1)
     if source.length is None:
-        raise ValueError(f"length: {source!r} has no end, so pass a length")
+        raise ValueError(f"length: {repr_of(source)} has no end, so pass a length")
     return source.length

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pyuffd._arguments import check_int, checked_index, shown
+from pyuffd._describe import repr_of
 from pyuffd._pages import PAGE_SIZE, round_down, round_up
 from pyuffd._source_like import as_source
 from pyuffd.sources import BufferSource, FileSource, PageSource, Promised, ZeroSource
@@ -201,10 +202,12 @@ def _checked(
         if size is None:
             size = length
         if size is None:
-            raise ValueError(f"{name}: {source!r} has no end, so the piece needs a length")
+            raise ValueError(f"{name}: {repr_of(source)} has no end, so the piece needs a length")
         check_int(f"{name} length", size, 1, LARGEST)
         if length is not None and size > length:
-            raise ValueError(f"{name} has {size:#x} bytes, but {source!r} has only {length:#x}")
+            raise ValueError(
+                f"{name} has {size:#x} bytes, but {repr_of(source)} has only {length:#x}"
+            )
         yield offset, size, source
 
 

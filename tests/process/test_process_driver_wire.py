@@ -120,6 +120,42 @@ def test_errors_travel_with_their_traceback() -> None:
     assert "in fail" in found.__notes__[0]
 
 
+@pytest.mark.parametrize("where", ["text", "bytes", "attribute", "note"])
+def test_long_errors_are_cut(where: str) -> None:
+    """A source may raise with gigabytes of its content; 50 MB needed seconds."""
+    long = "x" * 3 * _wire.ARGUMENT_MOST
+    error = FileNotFoundError(2, "short", long if where == "text" else "name")
+    if where == "bytes":
+        error.args = (2, "short", long.encode())
+    if where == "attribute":
+        error.page = [long]  # type: ignore[attr-defined]
+    if where == "note":
+        error.add_note(long)
+    sent = _wire.pickled_error(error)
+    assert len(sent) < 2.5 * _wire.ARGUMENT_MOST  # notes come twice
+    found = _wire.load_error(sent)
+    assert (type(found), found.args[:2]) == (FileNotFoundError, (2, "short"))
+
+
+def test_long_messages_are_received_in_pieces(pair: Pair) -> None:
+    """recvmsg() allocates what it might return each time: that was quadratic."""
+    ours, theirs = pair
+    asked = list[int]()
+
+    class Receiver:
+        def recvmsg(self, size: int, *args: int) -> object:
+            asked.append(size)
+            return theirs.recvmsg(size, *args)
+
+    body = bytes(8 << 20)
+    sender = threading.Thread(target=_wire.send, args=(ours, Message(1, Call.ADD, body)))
+    sender.start()
+    message, _ = _wire.receive(Receiver())  # type: ignore[arg-type]
+    sender.join()
+    assert message.body == body
+    assert max(asked) <= 1 << 20
+
+
 def test_errors_that_cannot_travel_are_described() -> None:
     found = _wire.load_error(_wire.pickled_error(StubbornError("kept")))
     assert type(found) is RuntimeError

@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from pyuffd import _left
+from pyuffd._describe import short_repr
 from pyuffd._errors import ClosedError, HandlerError, UffdOSError
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._engine import Engine
-from pyuffd.handlers._failures import short_repr
 from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._serving import Served
 from pyuffd.handlers._types import PATIENCE_S, Held

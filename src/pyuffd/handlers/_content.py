@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyuffd._arguments import check_int
+from pyuffd._describe import repr_of
 from pyuffd._overlay import OverlaySource, packed_runs
 from pyuffd._pages import RangeLike, page_size_of
 from pyuffd.handlers._types import Content, Leaf, LeafKind, Overlay, SourceKind
@@ -19,7 +20,7 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
     page_size = page_size_of(region)
     if length is not None and check_int("source.length", length) <= region.length - page_size:
         raise ValueError(
-            f"{source!r} has {length:#x} bytes and ends before the last page of a region of"
+            f"{repr_of(source)} has {length:#x} bytes and ends before the last page of a region of"
             f" {region.length:#x} bytes"
         )
     if isinstance(source, FileSource):

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+from pyuffd._describe import repr_of
 from pyuffd._errors import HandlerError
 from pyuffd._latch import Latch
 from pyuffd._overlay import leaves_of
@@ -45,7 +46,7 @@ def refuse_sources_thread(engine: Backend, all_served: Iterable[Served]) -> None
         if any(_runs_here(leaf) for leaf in leaves_of(served.source)):
             raise HandlerError(
                 "stop() was called in the loop's own thread, which must be free for the"
-                f" coroutines of {served.source!r}: use `async with handler`, or"
+                f" coroutines of {repr_of(served.source)}: use `async with handler`, or"
                 " `await asyncio.to_thread(handler.stop)`",
                 served.id.start,
                 served.id.length,

@@ -12,7 +12,7 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from pyuffd._describe import described, log_error
+from pyuffd._describe import described, log_error, short_repr
 from pyuffd.handlers._types import OnError
 from pyuffd.regions import Region
 
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
 OWN_FOLDER = os.path.dirname(__file__) + os.sep
 # One line for each range, but not hundreds for a program that serves hundreds of ranges.
 SAID_MOST = 8
-REPR_MOST = 120
-
-
-def short_repr(value: object) -> str:
-    """Return the repr as one short line, also if it raises."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception as error:
-        text = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
-    return text if len(text) <= REPR_MOST else f"{text[: REPR_MOST - 3]}..."
 
 
 def label_of(region: RangeLike, source: PageSource | None) -> str:

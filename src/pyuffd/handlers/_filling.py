@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pyuffd import _memory
 from pyuffd._abi import RegisterMode
 from pyuffd._arguments import check_buffer, check_fd, check_int, shown
+from pyuffd._describe import repr_of
 from pyuffd._errors import UffdOSError
 from pyuffd._open_files import Reader, check_open_file, read_stream, reader_of
 from pyuffd._pages import RangeLike
@@ -72,7 +73,7 @@ def given(data: Buffer | RangeLike | HasDescriptor | int, at: int | None) -> Giv
         check_int("data_offset", at, 0, 1 << 63)
     if isinstance(data, FileSource):
         raise TypeError(
-            f"data: {data!r} is a page source: pass its descriptor, source.fileno(), and"
+            f"data: {repr_of(data)} is a page source: pass its descriptor, source.fileno(), and"
             " data_offset=source.offset"
         )
     if not isinstance(data, type) and (

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Ioctl, RegisterMode
+from pyuffd._describe import repr_of
 from pyuffd._errors import ClosedError, HelperLostError, UffdError
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
@@ -289,13 +290,13 @@ class ServesRegions(Unserves):
         old = self._running_engine()
         if not self._may_move:
             raise ValueError(
-                f"{source!r} must be read by Python, which the {self.driver} driver cannot call:"
-                " use a ZeroSource, a BufferSource or a FileSource, or driver='process'"
+                f"{repr_of(source)} must be read by Python, which the {self.driver} driver cannot"
+                " call: use a ZeroSource, a BufferSource or a FileSource, or driver='process'"
             )
         if self._served:
             raise ValueError(
-                f"{source!r} must be read by Python, but this handler already serves other regions"
-                " without Python: serve it first, or make the Handler with driver='process'"
+                f"{repr_of(source)} must be read by Python, but this handler already serves other"
+                " regions without Python: serve it first, or make the Handler with driver='process'"
             )
         engine: Backend | None = None
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyuffd._arguments import check_fd, shown
+from pyuffd._describe import repr_of
 from pyuffd._open_files import check_open_file
 from pyuffd._overlay import OverlaySource, Run
 from pyuffd._source_files import identity_of
@@ -36,8 +37,8 @@ class BackFile:
         if isinstance(source, FileSource) and source._identity == identity:
             if source.offset != self.begin:
                 raise ValueError(
-                    f"write_back: {source!r} begins at {source.offset:#x} of that file, and content"
-                    f" would be written from {self.begin:#x} on: pass write_back=source"
+                    f"write_back: {repr_of(source)} begins at {source.offset:#x} of that file, and"
+                    f" content would be written from {self.begin:#x} on: pass write_back=source"
                 )
         elif isinstance(source, OverlaySource) and _has(source, identity):
             for run in source.runs_in(start, end):
@@ -49,8 +50,9 @@ class BackFile:
         if is_there and leaf.offset + run.offset == self.begin + run.start:  # type: ignore[attr-defined]
             return
         raise ValueError(
-            f"write_back: {source!r} has that file, but reads the bytes from {run.start:#x} to"
-            f" {run.end:#x} from {leaf!r} at {run.offset:#x}: what is written would not come back"
+            f"write_back: {repr_of(source)} has that file, but reads the bytes from {run.start:#x}"
+            f" to {run.end:#x} from {leaf!r} at {run.offset:#x}: what is written would not come"
+            " back"
         )
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
+from pyuffd._describe import text_of
 from pyuffd._errors import HandlerError, UffdError, limit_met
 from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeSpec, ReportKind
 from pyuffd.handlers.process import _wire
@@ -179,7 +180,7 @@ class Keeper:
     def _refuse(self, number: int, error: Exception) -> None:
         """Answer a call that cannot be passed to the worker process."""
         if not isinstance(error, UffdError):
-            error = HandlerError(f"the helper process failed: {error}")
+            error = HandlerError(f"the helper process failed: {text_of(error)}")
         payload = _wire.pickled_error(error, with_traceback=False)
         self._send_to_owner(Message(number, Answer.REFUSED, payload))
 

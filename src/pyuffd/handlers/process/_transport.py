@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyuffd._describe import described
+from pyuffd._describe import described, repr_of, text_of
 from pyuffd._limits import why_error
 
 if TYPE_CHECKING:
@@ -75,15 +75,15 @@ def pack(source: object) -> PackedSource:
         refused = by_name if by_value is None else by_value
         advice = f"{INSTALL}, " if by_value is None else ""
         raise ValueError(
-            f"{source!r} cannot be sent to the helper process ({refused}): {advice}build it from"
-            " functions and classes at the top level of a module and data that can be pickled,"
-            " or use driver='thread'"
+            f"{repr_of(source)} cannot be sent to the helper process ({text_of(refused)}):"
+            f" {advice}build it from functions and classes at the top level of a module and data"
+            " that can be pickled, or use driver='thread'"
         ) from refused
     main = _main_module()
     if not main:
         raise ValueError(
-            f"{source!r} needs what this program's main module defines, but the helper process"
-            " cannot import that module: it is not a file (python -c, standard input, an"
+            f"{repr_of(source)} needs what this program's main module defines, but the helper"
+            " process cannot import that module: it is not a file (python -c, standard input, an"
             " interactive session, a notebook) or it is a __main__.py."
             f" {_advice(by_value)}, or use driver='thread'"
         )

@@ -17,13 +17,17 @@ import sys
 from array import array
 from typing import Any
 
-from pyuffd._describe import text_of, traceback_of
+from pyuffd._describe import shortened, text_of, traceback_of
 from pyuffd._errors import limit_met
 from pyuffd.handlers.process._calls import Message
 from pyuffd.handlers.process._transport import MAIN_NAMES
 
 _HEADER = struct.Struct("=IIQI")  # body length, descriptors that come with it, number, word
 MAX_FDS = 253  # of one message (SCM_MAX_FD)
+# Python allocates what recvmsg() might return, each time; socket buffers have fewer bytes.
+_PIECE = 1 << 20
+# Of a text among an exception's arguments; more is not sent. A source may raise with its content.
+ARGUMENT_MOST = 1 << 20
 _CONTROL_SIZE = socket.CMSG_LEN(MAX_FDS * array("i").itemsize)
 
 
@@ -104,7 +108,7 @@ def receive_exactly(
             if ended >= 0:
                 _wait(sock, select.POLLIN, ended)
             piece, control, _, _ = sock.recvmsg(
-                length - len(data), _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC
+                min(length - len(data), _PIECE), _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC
             )
         except (OSError, EOFError) as error:
             close_all(fds)
@@ -141,12 +145,12 @@ def pickled_error(error: BaseException, *, with_traceback: bool = True) -> bytes
     file = io.BytesIO()
     blob = b""
     with contextlib.suppress(Exception):  # the user's classes may raise anything
-        _ErrorPickler(file, pickle.HIGHEST_PROTOCOL).dump(error)
+        _ErrorPickler(file, pickle.HIGHEST_PROTOCOL).dump(_Shortened(error))
         blob = file.getvalue()
     text = f"{type(error).__qualname__}: {text_of(error)}"
     cause = error.__cause__
     below = None if cause is None else pickled_error(cause, with_traceback=False)
-    return pickle.dumps((blob, text, getattr(error, "__notes__", []), below))
+    return pickle.dumps((blob, text, _short(getattr(error, "__notes__", [])), below))
 
 
 def load_error(payload: bytes) -> BaseException:
@@ -160,6 +164,32 @@ def load_error(payload: bytes) -> BaseException:
     if below is not None:
         error.__cause__ = load_error(below)
     return error
+
+
+class _Shortened:
+    """Pickles as an exception does, without the rest of its longest arguments."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        made = self._error.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        if isinstance(made, str):  # the name of a global
+            raise pickle.PicklingError(made)
+        return (made[0], *_short(made[1:]))
+
+
+def _short(value: Any) -> Any:
+    """Return the value with every text and every bytes object in it cut."""
+    if type(value) is str:
+        return shortened(value, ARGUMENT_MOST)
+    if type(value) in (bytes, bytearray):
+        return value[:ARGUMENT_MOST]
+    if type(value) in (list, tuple):
+        return type(value)(map(_short, value))
+    if type(value) is dict:
+        return {key: _short(one) for key, one in value.items()}
+    return value
 
 
 class _ErrorPickler(pickle.Pickler):

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyuffd import _memory
+from pyuffd._describe import text_of
 from pyuffd._errors import HandlerError, UffdError, UffdOSError
 from pyuffd._overlay import OverlaySource, with_files
 from pyuffd.handlers._served_parts import Part
@@ -206,7 +207,7 @@ class WorkerProcess:
             except EOFError:
                 return  # the keeper is gone
             except _wire.DescriptorsLostError as error:
-                lost = HandlerError(f"the worker process failed: {error}")
+                lost = HandlerError(f"the worker process failed: {text_of(error)}")
                 described = _wire.pickled_error(lost, with_traceback=False)
                 self._reply(Message(error.message.number, Answer.REFUSED, described))
                 continue
