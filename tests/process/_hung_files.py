@@ -50,6 +50,11 @@ class Server:
         """Answer reads later, when it is off again."""
         self._flag[1] = on
 
+    @property
+    def holds(self) -> bool:
+        """Whether a read waits for its answer; its buffer is pinned then."""
+        return bool(self._flag[2])
+
     def _serve(self) -> None:
         request = os.read(self._connection, REQUEST_BYTES)
         _, op, unique, node, _, _, _, _ = _HEADER.unpack_from(request)
@@ -71,7 +76,9 @@ class Server:
             return 0, struct.pack("=QII", 1, self._open_flags, 0)
         if op == _READ:
             while self._flag[1]:
+                self._flag[2] = True
                 time.sleep(0.001)
+            self._flag[2] = False
             _, offset, size = struct.unpack_from("=QQI", body)
             return 0, self._data[offset : offset + size]
         if op == _STATFS:
