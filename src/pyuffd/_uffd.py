@@ -144,7 +144,8 @@ class Userfaultfd(UffdFill):
             if served is not None and not is_subset(mode, served):
                 raise self._served_by(owner, "register", start, length, "serve it again")
             owner._registers(self, start, length)
-        if not mode & RegisterMode.WP:
+        protects = bool(int(mode) & RegisterMode.WP.value)
+        if not protects:
             for first, end, old in self._registered.overlapping(start, start + length):
                 if old & RegisterMode.WP and not is_subset(mode, old):
                     # ENOENT: the registered memory has been unmapped since.
@@ -156,7 +157,7 @@ class Userfaultfd(UffdFill):
             raise self._explained(error, start, length, mode) from None
         self._registered.set(start, start + length, mode)
         self._update_watch()
-        if mode & RegisterMode.WP:
+        if protects:
             _fork_writes.track(self)
         return ioctls
 
@@ -342,6 +343,8 @@ class Userfaultfd(UffdFill):
         self._update_watch()
 
     def _update_watch(self) -> None:
+        if self._watch.is_idle:
+            return
         if not self.closed and self._pid == os.getpid():
             self._watch.update(
                 self.fileno(),

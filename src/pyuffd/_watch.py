@@ -33,6 +33,11 @@ class Watch:
         self._sent_to = 0
         self._fd = -1  # the descriptor while it is watched
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether a handler runs, and nothing is watched: there is nothing to update."""
+        return self.is_answered and self._fd < 0
+
     def note_sent(self, pid: int) -> None:
         """Note that another process was sent the descriptor and may read the events."""
         # For a socket pair the kernel knows only the process that made it.

@@ -379,3 +379,39 @@ def anonymous_mapped_by_others(driver: Driver, name: str) -> None:
 test_anonymous_mapped_by_others = everywhere(
     anonymous_mapped_by_others, "anon", "hugetlb-private", drivers=("native",)
 )
+
+
+def many_at_once() -> None:
+    """They are looked at through one descriptor; the one that has a page is refused."""
+
+    def opened() -> int:
+        folder = "/proc/self/fd"
+        return sum(
+            os.path.exists(f"{folder}/{fd}") and os.readlink(f"{folder}/{fd}").endswith("/pagemap")
+            for fd in os.listdir(folder)
+        )
+
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(PAGE) as first,
+        Region.anonymous(PAGE) as second,
+        Region.anonymous(PAGE) as third,
+        Handler(uffd) as handler,
+    ):
+        second.write(0, b"there")
+        before = opened()  # its engine has one
+        with handler._serving_many():
+            with handler._serving_many():  # as another thread would
+                handler.serve(first, b"first".ljust(PAGE))
+            assert opened() == before + 1
+            with pytest.raises(ValueError, match="1 pages"):
+                handler.serve(second, b"second".ljust(PAGE))
+        assert opened() == before
+        assert not uffd._has_registered(second.start, second.start + PAGE)
+        handler.serve(third, b"third".ljust(PAGE))
+        texts = [region.read(0, 5) for region in (first, second, third)]
+        assert texts == [b"first", b"there", b"third"]
+
+
+def test_many_at_once() -> None:
+    run_child(many_at_once)

@@ -152,3 +152,16 @@ def reasons(name: str) -> None:
 @pytest.mark.parametrize("name", memory_params())
 def test_asks_who_serves_the_address(name: str) -> None:
     run_child(reasons, name, budget_s=30)
+
+
+def served_again_and_again() -> None:
+    """A region keeps one way to ask a handler, however often it is served."""
+    with Userfaultfd() as uffd, Region.anonymous(4096) as region, Handler(uffd) as handler:
+        for _ in range(3):
+            handler.serve(region, ZeroSource())
+            handler.unserve(region)
+        assert len(region._why_lost) == 1
+
+
+def test_served_again_and_again() -> None:
+    run_child(served_again_and_again)

@@ -26,14 +26,15 @@ class Borrowed:
     """
 
     def __init__(self) -> None:
-        self._views: list[memoryview] = []
-        self._sources: list[BufferSource | FileSource] = []
+        # Most ranges need neither; the garbage collector need not look at empty lists for each.
+        self._views: tuple[memoryview, ...] = ()
+        self._sources: tuple[BufferSource | FileSource, ...] = ()
 
     def source(self, value: SourceLike) -> PageSource:
         """Return a page source for an object; a source of the caller's stays the caller's."""
         source = as_source(value)
         if source is not value and isinstance(source, (BufferSource, FileSource)):
-            self._sources.append(source)
+            self._sources = (*self._sources, source)
         return source
 
     def buffer(self, preserve: Buffer | Region | None, length: int) -> int:
@@ -41,11 +42,11 @@ class Borrowed:
         if preserve is None:
             return 0
         if isinstance(preserve, Region):
-            self._views.append(preserve.memoryview())
+            self._views = (*self._views, preserve.memoryview())
             preserve = self._views[-1]
         check_buffer("preserve", preserve)
         address, size, view = _memory.buffer_address(preserve)
-        self._views.append(view)
+        self._views = (*self._views, view)
         if view.readonly:
             raise ValueError("preserve must be a writable buffer")
         if size < length:

@@ -36,6 +36,8 @@ Policy = Literal["poison", "stall", "kill"]
 
 DRIVERS = ("auto", "native", "inline", "process", "thread")
 POLICIES = ("poison", "stall", "kill")
+_MISSING, _WP = int(RegisterMode.MISSING), int(RegisterMode.WP)
+_SERVED_MODES = _MISSING | _WP | int(RegisterMode.MINOR)
 LAYOUT_EVENTS = (
     Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 )
@@ -153,14 +155,15 @@ def check_mode(
 ) -> None:
     """Raise ValueError unless mode, source, preserve and the features can be combined."""
     check_flags("mode", mode, RegisterMode)
-    known = RegisterMode.MISSING | RegisterMode.WP | RegisterMode.MINOR
-    if not mode or int(mode) & ~int(known):
+    # Plain numbers: arithmetic with flags is slow, and a restore serves thousands of ranges.
+    modes = int(mode)
+    if not modes or modes & ~_SERVED_MODES:
         raise ValueError(f"a Handler serves MISSING, WP and MINOR, not {mode!r}")
-    if mode & RegisterMode.MISSING and source is None:
+    if modes & _MISSING and source is None:
         raise ValueError("missing faults need a source; use ZeroSource() for zeros")
     if mode == RegisterMode.WP and source is not None:
         raise ValueError("RegisterMode.WP alone fills no pages: pass None as the source")
-    if mode & RegisterMode.WP and features & Feature.WP_ASYNC:
+    if modes & _WP and features & Feature.WP_ASYNC:
         raise ValueError(
             "with Feature.WP_ASYNC the kernel lifts the protection without sending a fault, so a"
             " Handler would see no write: register the range and use Pagemap.scan(), or open the"

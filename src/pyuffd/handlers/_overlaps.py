@@ -24,7 +24,8 @@ from pyuffd.sources import BufferSource, PageSource
 
 T = TypeVar("T")
 
-FILLED = RegisterMode.MISSING | RegisterMode.MINOR
+# A plain number: arithmetic with flags is slow, and a restore serves thousands of ranges.
+FILLED = int(RegisterMode.MISSING | RegisterMode.MINOR)
 
 # Of all handlers of this process. The lock guards what they hold; reentrant, as a signal handler
 # may serve too.
@@ -202,7 +203,7 @@ class Overlaps:
         if not new.is_here:
             return
         found = self._written.find(new.start, new.length)
-        if found is None and new.mode & FILLED:
+        if found is None and int(new.mode) & FILLED:
             found = self._read.find(new.start, new.length)
         if found is not None:
             other, use = found
@@ -212,9 +213,9 @@ class Overlaps:
             )
 
     def _check_circle(self, new: Range) -> None:
+        if len(_all) < 2:
+            return  # no other one
         others = [one for one in _all if one is not self]
-        if not others:
-            return
         for one in others:
             if any(one._answers(use) for use in new.uses):
                 self._waits_for.add(one)
@@ -249,7 +250,7 @@ class Overlaps:
         """Return whether this engine may fault on a page of a new range."""
         if self._written.find(new.start, new.length) is not None:
             return True
-        return bool(new.mode & FILLED) and self._read.find(new.start, new.length) is not None
+        return bool(int(new.mode) & FILLED) and self._read.find(new.start, new.length) is not None
 
     def _uses(self) -> Iterator[Use]:
         for spans in (self._read, self._written):
@@ -320,7 +321,7 @@ class Overlaps:
     def _entries(self, one: Range) -> Iterator[tuple[Spans[Range], int]]:
         if one.is_here:
             yield self._served, one.start
-            if one.mode & FILLED:
+            if int(one.mode) & FILLED:
                 yield self._filled, one.start
                 if one.file is not None:
                     files = self._files.setdefault(one.file, Spans())
@@ -346,7 +347,7 @@ def _is_circle(one: Overlaps, needed: Callable[[Overlaps], list[Overlaps]]) -> b
 
 def _faults(use: Use, served: Range) -> bool:
     """Return whether this use of a range's pages may fault; reading protected pages does not."""
-    return use.written or bool(served.mode & FILLED)
+    return use.written or bool(int(served.mode) & FILLED)
 
 
 def _meet(use: Use, served: Range) -> bool:

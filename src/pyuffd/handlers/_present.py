@@ -24,6 +24,7 @@ from pyuffd._source_files import name_in_proc
 from pyuffd._uffd import Userfaultfd
 from pyuffd._vmas import Vma
 from pyuffd.handlers._backend import Backend
+from pyuffd.handlers._overlaps import FILLED
 from pyuffd.handlers._serving import FILE_BACKED, Served
 from pyuffd.lowlevel import Granted
 from pyuffd.pagemap import Pagemap, PageRanges
@@ -51,7 +52,7 @@ def choose_present(
 
     None: nothing, as for write-protection alone, which is about present pages.
     """
-    is_filled = source is not None and mode & (RegisterMode.MISSING | RegisterMode.MINOR)
+    is_filled = source is not None and int(mode) & FILLED
     if present is not None and present not in POLICIES:
         raise ValueError(f"present {present!r} is not one of {', '.join(map(repr, POLICIES))}")
     if present == "drop" and not is_filled:
@@ -83,14 +84,21 @@ def _comes_back(region: Region) -> bool:
 
 
 def settle_present(
-    present: Present | None, region: RangeLike, uffd: Userfaultfd, mode: RegisterMode
+    present: Present | None,
+    region: RangeLike,
+    uffd: Userfaultfd,
+    mode: RegisterMode,
+    pagemap: Pagemap | None = None,
 ) -> None:
-    """Refuse present pages of this process, or drop them, before the range is served."""
+    """Refuse present pages of this process, or drop them, before the range is served.
+
+    With `pagemap`, an open one of this process, none is opened.
+    """
     if present == "drop":
         assert isinstance(region, Region)
         _check_drop(region, uffd)
         _drop(region)
-    if present == "refuse" and (first := _first_there(region)):
+    if present == "refuse" and (first := _first_there(region, pagemap)):
         pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
         raise ValueError(
             f"{pages} pages of [{region.start:#x}, +{region.length:#x}) are already present, the"
@@ -99,7 +107,8 @@ def settle_present(
             " to drop these pages or present='keep' to keep what they hold"
         )
     # A page that only the cache has is a minor fault where those are served.
-    if present == "refuse" and not mode & RegisterMode.MINOR and isinstance(region, Region):
+    is_minor = int(mode) & RegisterMode.MINOR.value
+    if present == "refuse" and not is_minor and isinstance(region, Region):
         _refuse_cached(region)
 
 
@@ -260,12 +269,22 @@ def first_touched(regions: Iterable[RangeLike]) -> RangeLike | None:
         return None
 
 
-def _first_there(region: RangeLike) -> PageRanges | None:
+def open_pagemap() -> Pagemap | None:
+    """Open this process's page table to look at many regions; None if it cannot be read."""
+    try:
+        return Pagemap()
+    except UffdPermissionError:
+        return None
+
+
+def _first_there(region: RangeLike, pagemap: Pagemap | None = None) -> PageRanges | None:
     """Return the first pages that are present; None if the page table cannot be read.
 
     The kernel forbids that to a process that has changed its uid (PR_GET_DUMPABLE is 0).
     """
     try:
+        if pagemap is not None:
+            return _scanned(pagemap, region, 1)
         return _there(region, at_most=1)
     except UffdPermissionError:
         return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from pyuffd.handlers._present import (
     Present,
     choose_present,
     drop_zeros,
+    open_pagemap,
     register_empty,
     settle_present,
 )
@@ -56,6 +57,7 @@ from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._types import RangeSpec, SourceKind
 from pyuffd.handlers._unserving import Unserves
 from pyuffd.lowlevel import Granted
+from pyuffd.pagemap import Pagemap
 from pyuffd.regions import Region
 from pyuffd.sources import PageSource
 
@@ -69,6 +71,25 @@ log = logging.getLogger(__name__)
 
 class ServesRegions(Unserves):
     """The part of `Handler` that serves regions."""
+
+    _tells_why: Callable[[int], BaseException | None] | None = None  # one for all regions
+    _pagemap: Pagemap | None = None  # while many regions are served
+
+    @contextmanager
+    def _serving_many(self) -> Iterator[None]:
+        """Look at this process's page table through one descriptor for all regions served."""
+        if self._pagemap is not None:
+            yield
+            return
+        pagemap = open_pagemap()
+        try:
+            self._pagemap = pagemap
+            yield
+        finally:
+            with self._lock:  # another thread may be looking
+                self._pagemap = None
+                if pagemap is not None:
+                    pagemap.close()
 
     def serve(
         self,
@@ -211,7 +232,7 @@ class ServesRegions(Unserves):
                 if policy == "drop":
                     self._overlaps.check_drop(start, length)
                     self._overlaps.check_elsewhere(memory, start, length, "present='drop'")
-                settle_present(policy, region, uffd, mode)
+                settle_present(policy, region, uffd, mode, self._pagemap)
                 if policy == "drop" and not answers_at_once:
                     register_empty(region, uffd, mode, granted, started=self._started)
             if self._started and self.driver == "inline" and ensure_inline_handler():
@@ -366,15 +387,11 @@ class ServesRegions(Unserves):
         )
         served.on_close.append(region_closes)
         region._on_close(region_closes)
-        reference = weakref.ref(self)
-
-        def why_lost(address: int) -> BaseException | None:
-            handler = reference()
-            return None if handler is None else handler._why_lost(address)
-
-        region.on_loss(why_lost)
+        if self._tells_why is None:
+            self._tells_why = partial(_why_lost, weakref.ref(self))
+        region.on_loss(self._tells_why)
         if isinstance(self._engine, WorkedEngine):
-            served.check = partial(_check_access, reference, served)
+            served.check = partial(_check_access, weakref.ref(self), served)
             region.before_access(served.check)
 
     def _why_lost(self, address: int) -> BaseException | None:
@@ -387,6 +404,11 @@ class ServesRegions(Unserves):
         if failure is None or not failure.start <= address < failure.start + failure.length:
             return None
         return failure.error
+
+
+def _why_lost(reference: weakref.ref[ServesRegions], address: int) -> BaseException | None:
+    handler = reference()
+    return None if handler is None else handler._why_lost(address)
 
 
 def _check_access(

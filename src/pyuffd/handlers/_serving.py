@@ -29,11 +29,15 @@ from pyuffd.sources import PageSource
 
 log = logging.getLogger(__name__)
 
-NEEDED_IOCTL = {
-    RegisterMode.MISSING: Ioctl.COPY,
-    RegisterMode.WP: Ioctl.WRITEPROTECT,
-    RegisterMode.MINOR: Ioctl.CONTINUE,
-}
+# Plain numbers: arithmetic with flags is slow, and a restore serves thousands of ranges.
+_NEEDED_IOCTL = [
+    (int(mode), int(ioctl), str(ioctl.name))
+    for mode, ioctl in (
+        (RegisterMode.MISSING, Ioctl.COPY),
+        (RegisterMode.WP, Ioctl.WRITEPROTECT),
+        (RegisterMode.MINOR, Ioctl.CONTINUE),
+    )
+]
 # Memory whose holes Linux write-protects even without Feature.WP_UNPOPULATED.
 FILE_BACKED = {RegionKind.MEMFD, RegionKind.SHM, RegionKind.HUGETLBFS, RegionKind.FILE}
 
@@ -272,10 +276,9 @@ def register(
     start, length = served.id.start, served.id.length
     if ioctls is None:
         ioctls = served.uffd.register(start, length, mode=served.mode, granted=granted)
+    modes, supported = int(served.mode), int(ioctls)
     missing = [
-        str(ioctl.name)
-        for one_mode, ioctl in NEEDED_IOCTL.items()
-        if served.mode & one_mode and not ioctls & ioctl
+        name for mode, ioctl, name in _NEEDED_IOCTL if modes & mode and not supported & ioctl
     ]
     check()
     if missing:
@@ -283,7 +286,7 @@ def register(
             f"[{start:#x}, +{length:#x}) does not support {', '.join(missing)}, only {ioctls!r}"
         )
     engine.set_ioctls(served.id, ioctls)
-    served.ioctls = int(ioctls)
+    served.ioctls = supported
     # The message of a thread that waits here already may have been read before us: wake it, so
     # that it faults again.
     served.uffd.wake(start, length)

@@ -471,7 +471,8 @@ class Region(Divisible):
         """Add a function that returns why the page at an address is lost; for handlers."""
         if not callable(why):
             raise TypeError(f"why must be a function of an address, not {shown(why)}")
-        self._why_lost.append(why)
+        if why not in self._why_lost:
+            self._why_lost.append(why)
 
     def before_access(self, check: Callable[[int, int], None]) -> None:
         """Call a function with address and length before each access; for handlers.

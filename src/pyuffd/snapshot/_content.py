@@ -47,6 +47,7 @@ class Files:
     def __init__(self, images: Sequence[Image]) -> None:
         self.images = images
         self.sources: list[FileSource | None] = []
+        self._leaves: tuple[PageSource, ...] = ()
         try:
             for image in images:
                 self.sources.append(image.pages_source())
@@ -54,9 +55,11 @@ class Files:
             self.close()
             raise
 
-    def leaves(self) -> list[PageSource]:
-        """Return leaves as `resolve_chain` numbers them."""
-        return [ZeroSource(), *(each or ZeroSource() for each in self.sources)]
+    def leaves(self) -> Sequence[PageSource]:
+        """Return leaves as `resolve_chain` numbers them, for all regions the same."""
+        if not self._leaves:
+            self._leaves = (ZeroSource(), *(each or ZeroSource() for each in self.sources))
+        return self._leaves
 
     def close(self) -> None:
         """Close them; a handler has duplicates."""

@@ -135,9 +135,10 @@ class Serving:
                     Handler(uffd, driver=driver, workers=workers, fault_log=fault_log)
                 )
             self.handler = handler
-            for each in self._upwards:
-                made.callback(partial(self._unserve_quietly, each))
-                self._serve(each, files)
+            with handler._serving_many():
+                for each in self._upwards:
+                    made.callback(partial(self._unserve_quietly, each))
+                    self._serve(each, files)
             made.pop_all()
         self._image.hold()
 
