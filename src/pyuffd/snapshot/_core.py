@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
+from pyuffd import _dirty_calls as ranges
 from pyuffd._arguments import check_seconds, shown
 from pyuffd._errors import ProcessGoneError, SnapshotError, UffdOSError, raise_errno
 from pyuffd.dirty import DirtyTracker
@@ -208,9 +209,10 @@ def _written(
     """Write a core by one method; precopy has a tracker."""
     with NewFile(request.path) as file:
         core = _Core(process, file, request)
-        core.capture(method, tracker)
-        at_barrier("captured")
-        core.finish()
+        with core.private_files:
+            core.capture(method, tracker)
+            at_barrier("captured")
+            core.finish()
         process.check()
         at_barrier("written")
         file.publish(durable=request.durable, before=core.tell_of_name)
@@ -244,6 +246,7 @@ class _Core:
             refused = code in (errno.EPERM, errno.EACCES)
             hint = "looking at another user's process needs CAP_SYS_PTRACE" if refused else ""
             raise_errno(f"read {error.filename}", code, hint=hint)
+        self.private_files = self._layout.private_files
 
     def capture(self, method: Used, tracker: DirtyTracker | None) -> None:
         """Write the memory of one instant, and read the registers of the same."""
@@ -296,8 +299,12 @@ class _Core:
         self._tell(SnapshotProgress("name"))
 
     def finish(self) -> None:
-        """Write the vdso, then notes and headers behind the memory, and the ELF header last."""
+        """Write what files hold, the vdso, then notes and headers, and the ELF header last."""
         fd = self._file.fileno()
+        captured = self._captured
+        known = ranges.union(ranges.union(captured.data, captured.zero), captured.lost)
+        unknown = ranges.subtract(self.private_files.spans(), known)
+        self.private_files.fill(captured, unknown, ranges.NO_RANGES, fd, None, self._tell)
         self._registers = [
             one for one in self._read() if self._tids is None or one.tid in self._tids
         ]

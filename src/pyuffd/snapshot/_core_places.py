@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pyuffd._errors import UffdOSError
 from pyuffd.remote import Mapping, MappingKind, Mappings, Process
 from pyuffd.remote._mappings import keys_of
 from pyuffd.snapshot import _core_plan as plan
@@ -17,6 +18,7 @@ from pyuffd.snapshot._capture import Placed, Places
 from pyuffd.snapshot._core_elf import PAGE_SIZE, Segment
 from pyuffd.snapshot._core_plan import Part
 from pyuffd.snapshot._core_wanted import VDSO, Choice, Chooser, Wanted
+from pyuffd.snapshot._private_files import PrivateFiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 # file's length, which file systems limit (ext4: 16 TiB). So a longer mapping has a place only for
 # those of its blocks of this size that hold something.
 BLOCK = 1 << 30
+
+# What the process has not written of a private mapping from this size on is read from its file,
+# after the stop; of so many files, since each of them is held open.
+READ_FROM = 8 * PAGE_SIZE
+FILES_MOST = 128
 
 DISK_FILES = (MappingKind.PRIVATE_FILE, MappingKind.SHARED_FILE)
 
@@ -39,6 +46,7 @@ class _Known:
     of_memory: bool
     is_unseen: bool
     is_settled: bool
+    is_by_file: bool = False
 
 
 class CoreLayout:
@@ -52,6 +60,7 @@ class CoreLayout:
         files: The places of mapped memfds and the like, which are not captured: `copy_files` is
             for them.
         unseen: Such mappings whose file cannot be opened.
+        private_files: What is read from files on a disk after the stop.
     """
 
     parts: list[Wanted]
@@ -66,13 +75,18 @@ class CoreLayout:
         mappings = process.mappings(details=True)
         self._chooser = Chooser(process, mappings, full=full)
         self._places = Places(first)
+        self.private_files = PrivateFiles(process, everything=True)
         self._known: dict[tuple[int | bytes, ...], _Known] = {}
         # Of the last call: the mappings, what tells them apart, and the result.
         self._last: Mappings | None = None
         self._keys: list[tuple[int | bytes, ...]] = []
         self._unsettled: list[int] = []
         self._captured: list[Placed] = []
-        self(mappings)  # so that little is new in the stop
+        try:
+            self(mappings)  # so that little is new in the stop
+        except BaseException:
+            self.private_files.close()
+            raise
 
     @property
     def filtered(self) -> tuple[str, ...]:
@@ -109,6 +123,7 @@ class CoreLayout:
         self.placed = [placed for known in every for placed in known.placed]
         self.unknown = [known.wanted.mapping for known in every if known.is_new]
         self.files = [placed for known in every if known.of_memory for placed in known.placed]
+        self.private_files.use(known.wanted.mapping for known in every if known.is_by_file)
         self.unseen = [known.wanted.mapping for known in every if known.is_unseen]
         return [
             placed
@@ -130,7 +145,8 @@ class CoreLayout:
                 spans = list(self._blocks(m, file))
             else:
                 spans = [(m.start, m.end)] if self._is_memory(m) else []
-        whole = m.kind in DISK_FILES
+        is_by_file = part is Part.ALL and self._is_by_file(m)
+        whole = m.kind in DISK_FILES and not is_by_file
         placed = [
             Placed(m, start, end, offset, whole)
             for first, last in spans
@@ -143,7 +159,17 @@ class CoreLayout:
             of_memory,
             of_memory and file is None,
             choice.is_settled and m.length <= BLOCK,
+            is_by_file,
         )
+
+    def _is_by_file(self, m: Mapping) -> bool:
+        """Whether what the process has not written is read from its file."""
+        if m.kind is not MappingKind.PRIVATE_FILE or m.length < READ_FROM:
+            return False
+        try:
+            return self.private_files.opens(m, FILES_MOST)
+        except UffdOSError:  # no descriptor is left
+            return False
 
     def _is_memory(self, m: Mapping) -> bool:
         """Whether it is more than reserved; memory that was never touched reads as zeros."""

@@ -1,7 +1,8 @@
 """What private mappings have of their files, where the files may be gone afterwards.
 
 A page that the process did not write is what the file holds. Memfds and deleted files last as long
-as the process, so a snapshot must have their content. It is read from the file, and after the stop:
+as the process, so a snapshot must have their content, and debuggers look for that of any file in a
+core. It is read from the file, and after the stop, which is the shorter for it:
 a mapping would show what was written since, reading it would fill holes of the file, and it might
 wait for a handler. What is written to a file after a private mapping was made, a process may see or
 not (mmap(2)), so its content belongs to no instant.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
@@ -49,13 +50,28 @@ class PrivateFiles:
         """Open the file of a mapping, if it is to be read; False if nobody lets us open it."""
         if not self._is_kept(mapping):
             return True
-        key = (mapping.device, mapping.inode)
-        if key not in self._opened:
-            self._opened[key] = self._open(mappings.at(mapping.start) or mapping)
-        file = self._opened[key]
+        file = self._file(mapping, mappings.at(mapping.start) or mapping)
         if file is not None:
             self._mappings.append((mapping, file))
         return file is not None
+
+    def opens(self, mapping: Mapping, most: int) -> bool:
+        """Whether the file of a whole mapping is open, or can be, as one of at most so many."""
+        key = (mapping.device, mapping.inode)
+        if not self._is_kept(mapping) or (key not in self._opened and len(self._opened) >= most):
+            return False
+        return self._file(mapping, mapping) is not None
+
+    def use(self, mappings: Iterable[Mapping]) -> None:
+        """Begin a new layout, of mappings whose files are open."""
+        opened = ((m, self._opened[m.device, m.inode]) for m in mappings)
+        self._mappings = [(m, file) for m, file in opened if file is not None]
+
+    def _file(self, mapping: Mapping, whole: Mapping) -> Descriptor | None:
+        key = (mapping.device, mapping.inode)
+        if key not in self._opened:
+            self._opened[key] = self._open(whole)
+        return self._opened[key]
 
     def _is_kept(self, mapping: Mapping) -> bool:
         path = mapping.path
