@@ -483,3 +483,15 @@ def test_restores_of_criu_without_protobuf(lacks: str) -> None:
         )
         assert done.returncode == status
         assert "protobuf: pip install 'pyuffd[criu]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("arguments", "frozen"), [("", True), ("['--version']", False)])
+def test_ends_without_a_last_collection(arguments: str, frozen: bool) -> None:
+    """Of a process that has nothing else to do; a program that calls main() goes on."""
+    program = (
+        "import gc; from pyuffd.cli import main;"
+        f" main({arguments}); print(gc.get_freeze_count() > 1000)"
+    )
+    command = [sys.executable, "-c", program, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["pyuffd", pyuffd.__version__, str(frozen)]

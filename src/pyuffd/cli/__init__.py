@@ -7,6 +7,7 @@ A command's module has `add_parser(subparsers)`, which adds the parser named lik
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import signal
@@ -94,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pyuffd: {_sentence(error)}", file=sys.stderr)
         return EXIT_ERROR
     finally:
-        if argv is not None:
+        if argv is None:
+            # The interpreter's last collections take longer than many a command, only to free what
+            # the end of the process frees.
+            gc.freeze()
+        else:
             restore()
     return status
 
