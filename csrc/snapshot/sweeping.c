@@ -18,6 +18,7 @@ _Static_assert(UFFD_SWEEP_PAGES <= UFFD_PAGES_MOST, "pages of a step");
 
 /* The process may begin to swap: steps between two looks. */
 #define LOOK_STEPS 64u
+#define HUGE_PAGE (2ull << 20)
 
 /* In the thread */
 
@@ -93,9 +94,27 @@ static bool is_due(const struct uffd_sweep *sweep)
 	       (double)(sweep->saving->swept * BASE_PAGE) <= seconds * (double)sweep->rate;
 }
 
-static void unprotect(const struct uffd_sweep *sweep, const struct uffd_sweep_step *step)
+/* Lift the protection of what is saved, of whole huge pages only: less would split them. */
+static void lift(struct uffd_sweep *sweep, bool rest)
 {
-	uffd_shim_writeprotect(sweep->saving->uffd, step->address, step->pages * BASE_PAGE, 0);
+	uint64_t start = sweep->lifted, finish = sweep->saved;
+
+	if (!rest)
+		finish &= ~(HUGE_PAGE - 1);
+	if (finish <= start)
+		return;
+	uffd_shim_writeprotect(sweep->saving->uffd, start, finish - start, 0);
+	sweep->lifted = finish;
+}
+
+static void note_saved(struct uffd_sweep *sweep, const struct uffd_sweep_step *step)
+{
+	if (step->address != sweep->saved) {
+		lift(sweep, true);
+		sweep->lifted = step->address;
+	}
+	sweep->saved = step->address + step->pages * BASE_PAGE;
+	lift(sweep, false);
 }
 
 /* Save what was read, except pages that a fault has saved meanwhile. */
@@ -111,7 +130,7 @@ static void take(struct uffd_sweep *sweep)
 				 UFFD_OWED_TAKEN);
 		sweep->saving->swept++;
 	}
-	unprotect(sweep, step);
+	note_saved(sweep, step);
 	sweep->written = *step;
 }
 
@@ -130,7 +149,7 @@ static void take_each(struct uffd_sweep *sweep)
 
 	for (uint64_t i = 0; i < step->pages && !sweep->saving->error; i++)
 		uffd_saving_one(sweep->saving, step->piece, step->address + i * BASE_PAGE);
-	unprotect(sweep, step);
+	note_saved(sweep, step);
 }
 
 static void use_read(struct uffd_sweep *sweep, bool (*answer)(void *), void *argument)
@@ -168,6 +187,8 @@ static void find_next(struct uffd_sweep *sweep)
 		return;
 	step->offset = step->piece->offset + (step->address - step->piece->start);
 	step->states = step->piece->states + (step->address - step->piece->start) / BASE_PAGE;
+	if (sweep->changes != sweep->saving->changes)
+		sweep->lifted = sweep->saved; /* it may be elsewhere; a write to it is let through */
 	sweep->changes = sweep->saving->changes;
 }
 
@@ -190,6 +211,8 @@ int uffd_sweep_go_on(struct uffd_sweep *sweep, bool (*answer)(void *), void *arg
 	sweep->read.pages = 0;
 	if (sweep->saving->owed.left && is_due(sweep))
 		find_next(sweep);
+	if (!sweep->saving->owed.left && sweep->changes == sweep->saving->changes)
+		lift(sweep, true);
 	if (!sweep->written.pages && !sweep->read.pages)
 		return 0;
 	atomic_store(&sweep->works, true);

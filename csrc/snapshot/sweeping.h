@@ -50,6 +50,8 @@ struct uffd_sweep {
 	int error;
 	uint64_t changes; /* of the layout, when it was told */
 	uint64_t from;
+	/* What is saved and may still be protected: from the one to the other. */
+	uint64_t lifted, saved;
 };
 
 int uffd_sweep_start(struct uffd_sweep *sweep, struct uffd_saving *saving, int fd, uint64_t rate);

@@ -322,3 +322,36 @@ def test_the_stop_does_nothing_for_each_of_many_mappings(
         finally:
             sys.setprofile(None)
     assert 0 < calls_ < count // 2
+
+
+HUGE = """
+import contextlib, mmap, sys
+area = mmap.mmap(-1, 32 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+with contextlib.suppress(OSError):  # a kernel without them
+    area.madvise(mmap.MADV_HUGEPAGE)
+area[:] = b"x" * len(area)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def in_huge_pages(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:"))
+
+
+def test_the_sweep_splits_no_huge_pages(tmp_path: Path) -> None:
+    pipe = subprocess.PIPE
+    program = subprocess.Popen([sys.executable, "-c", HUGE], stdin=pipe, stdout=pipe)
+    assert program.stdout is not None
+    program.stdout.readline()
+    try:
+        before = in_huge_pages(program.pid)  # as many as there were free
+        with Process(program.pid) as process:
+            report = take(process, tmp_path / "1", method="cow", max_stall_s=10.0)
+        assert isinstance(report, SnapshotReport)
+        assert report.swept >= (32 << 20) // PAGE
+        assert in_huge_pages(program.pid) * 4 >= before * 3
+    finally:
+        program.kill()
+        program.communicate()
