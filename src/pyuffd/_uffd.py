@@ -332,12 +332,12 @@ class Userfaultfd(UffdFill):
         self._watch.is_answered = False
         self._update_watch()
 
-    def note_answered(self) -> None:
+    def _note_answered(self) -> None:
         """Note that the owner of the events runs, until `_release_events`."""
         self._watch.is_answered = True
         self._watch.end()
 
-    def note_sent(self, pid: int) -> None:
+    def _note_sent(self, pid: int) -> None:
         """Note that a process (0: unknown) was sent the descriptor and may read the events."""
         self._watch.note_sent(pid)
         self._update_watch()

@@ -271,7 +271,7 @@ class _Sending:
         allow_uids: Iterable[int] | None,
         timeout_s: float | None,
     ) -> None:
-        if isinstance(uffd, type) or not hasattr(uffd, "note_sent"):
+        if isinstance(uffd, type) or not hasattr(uffd, "_note_sent"):
             raise TypeError(f"uffd must be a Userfaultfd, not {shown(uffd)}")
         ranges, fds = described(regions, memory)
         message = bytearray(HEADER.pack(MAGIC, VERSION, RANGE.size, len(ranges), 1 + len(fds)))
@@ -297,7 +297,7 @@ class _Sending:
                 sent = yield from peer.sendmsg(left, control)
             while left := left[sent:]:
                 sent = yield from peer.sendmsg(left, [])
-        self._uffd.note_sent(peer.credentials[0])
+        self._uffd._note_sent(peer.credentials[0])
 
 
 def recv_uffd(

@@ -221,7 +221,6 @@ ROWS: list[tuple[str, str, dict[str, Any], Call]] = [
         lambda w, v: w.region.digest(v),
     ),
     ("digest", "offset", BAD_INT, lambda w, v: w.region.digest("sha256", v)),
-    ("on_loss", "why", BAD_FUNCTION, lambda w, v: w.region.on_loss(v)),
     ("madvise", "advice", BAD_INT, lambda w, v: w.region.madvise(v)),
     ("madvise", "offset", BAD_INT, lambda w, v: w.region.madvise(4, v)),
     ("advise_thp", "offset", BAD_INT, lambda w, v: w.region.advise_thp(True, v)),

@@ -64,7 +64,7 @@ class Uffd:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def note_sent(self, pid: int) -> None:
+    def _note_sent(self, pid: int) -> None:
         assert pid == os.getpid()  # the process that made the socket pair
 
     def fileno(self) -> int:

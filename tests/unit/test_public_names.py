@@ -22,12 +22,8 @@ DESCRIBED = re.compile(
     r"^\.\. (?:autoclass|autofunction|autodata|py:data):: ([\w.]+)", re.MULTILINE
 )
 SECTIONS = ("GIL:", "Threads:", "Blocks:")
-# These only return or note what the object knows.
-ASKS_NOBODY = {
-    *("Process.fileno", "Userfaultfd.fileno", "Region.outlives_close"),
-    *("Region.before_access", "Region.on_loss"),
-    *("Userfaultfd.note_answered", "Userfaultfd.note_sent"),
-}
+# These only return what the object knows.
+ASKS_NOBODY = {"Process.fileno", "Userfaultfd.fileno", "Region.outlives_close"}
 PAGES = sorted((_readme.DOCS / "reference").glob("*.md"))
 
 

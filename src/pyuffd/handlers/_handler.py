@@ -236,7 +236,7 @@ class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults,
             self._started = True
             self._at_close.keeps = self
             for uffd in self._spaces:
-                uffd.note_answered()
+                uffd._note_answered()
             if self._served:
                 self._may_move = False
 

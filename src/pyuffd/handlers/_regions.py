@@ -366,7 +366,7 @@ class ServesRegions(Unserves):
                 tell_registered(engine, uffd, space)
                 uffd._on_close(closes)
                 if self._started:
-                    uffd.note_answered()
+                    uffd._note_answered()
                 self._spaces[uffd] = space  # last: until here it is undone
             except BaseException:
                 self._spaces.pop(uffd, None)
@@ -389,10 +389,10 @@ class ServesRegions(Unserves):
         region._on_close(region_closes)
         if self._tells_why is None:
             self._tells_why = partial(_why_lost, weakref.ref(self))
-        region.on_loss(self._tells_why)
+        region._on_loss(self._tells_why)
         if isinstance(self._engine, WorkedEngine):
             served.check = partial(_check_access, weakref.ref(self), served)
-            region.before_access(served.check)
+            region._before_access(served.check)
 
     def _why_lost(self, address: int) -> BaseException | None:
         """Return why a page was lost, or None if that is unknown."""

@@ -467,26 +467,20 @@ class Region(Divisible):
             state.update(part)
         return state.digest()
 
-    def on_loss(self, why: Callable[[int], BaseException | None]) -> None:
+    def _on_loss(self, why: Callable[[int], BaseException | None]) -> None:
         """Add a function that returns why the page at an address is lost; for handlers."""
-        if not callable(why):
-            raise TypeError(f"why must be a function of an address, not {shown(why)}")
         if why not in self._why_lost:
             self._why_lost.append(why)
 
-    def before_access(self, check: Callable[[int, int], None]) -> None:
+    def _before_access(self, check: Callable[[int, int], None]) -> None:
         """Call a function with address and length before each access; for handlers.
 
         It may raise, and the access then does not happen.
         """
-        if not callable(check):
-            raise TypeError(
-                f"check must be a function of an address and a length, not {shown(check)}"
-            )
         self._checks.append(check)
 
     def _forget_check(self, check: Callable[[int, int], None] | None) -> None:
-        """Undo a `before_access`; unknown functions are ignored."""
+        """Undo a `_before_access`; unknown functions are ignored."""
         if check in self._checks:
             self._checks.remove(check)
 
