@@ -7,7 +7,7 @@ calls the kernel.  Bits without a name in this version are kept, printed and pas
 from __future__ import annotations
 
 from pyuffd._enums import Flag, Number
-from pyuffd._shim import lib
+from pyuffd._realized import lib
 
 USER_MODE_ONLY = lib.UFFD_USER_MODE_ONLY
 

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "pyuffd"
 # By module or folder below pyuffd. The package itself exports from every layer: only the top may
 # import it.
 LAYERS = [
-    {"_shim"},
+    {"_shim", "_realized"},
     {"_abi", "_enums", "_errors", "_pages"},
     {"lowlevel", "_memory", "_owned", "_uffd", "probe", "pagemap"},
     {"regions"},
@@ -31,7 +31,7 @@ LAYERS = [
 BELOW = {"testing": "conformance", "remote": "dirty", "dirty": "snapshot"}
 MAY_IMPORT_SHIM = {
     *(
-        "_abi",
+        "_realized",
         "_owned",
         "_rows",
         "lowlevel",
