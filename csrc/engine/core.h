@@ -54,6 +54,7 @@ struct uffd_space {
 	bool is_here;			/* its memory is this process's own */
 	int pagemap_fd;			/* of the owner; -1: cannot be read */
 	uint32_t layout_events;	/* which are on: UFFD_FEATURE_EVENT_* */
+	_Atomic uint64_t moves;		/* events of moving and unmapping that were applied */
 	struct expected_unmap *expected;
 	bool is_put_off;		/* leader only: no descriptor is free for a fork's event */
 	_Atomic bool gone;		/* its memory no longer exists */

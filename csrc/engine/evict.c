@@ -3,9 +3,12 @@
  * Drop pages of this process, so that their source is asked again.
  *
  * A page is claimed as EVICTING while it is dropped, so that a thread that faults on it
- * waits, and gets neither zeros nor what the page held.  Dropping it sends a REMOVE event
- * if those are on, which the leader must read: so no gate is held meanwhile.  The event
- * makes the page EVICTED, which tells it from one that its owner drops besides.
+ * waits, and gets neither zeros nor what the page held.  Private memory is dropped inside the
+ * gate: a thread that moves or unmaps it goes on when its event has been read, and may then
+ * map something else there, which must stay.  But dropping sends a REMOVE event if those are
+ * on, which the leader must read, and that of shared memory may wait for a write(2) to its
+ * file, which waits for the leader: then no gate is held meanwhile.  The event makes the page
+ * EVICTED, which tells it from one that its owner drops besides.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,6 +21,7 @@
 #include "range.h"
 #include "registered.h"
 #include "slices.h"
+#include "space.h"
 #include "stats.h"
 #include "base/clock.h"
 
@@ -34,7 +38,7 @@ struct eviction {
 	const uint8_t *wanted;	/* for the page at `first` */
 	uint64_t first;
 	bool written_too;
-	uint64_t give_up_ns;	/* while the next page is in flight */
+	uint64_t give_up_ns;	/* while the next page is in flight, or memory is moved */
 	unsigned int attempt;
 	uint64_t ours_start, ours_end;	/* one mapping that is registered */
 	/* Of the page table, for the pages from `known_at` on. */
@@ -48,6 +52,8 @@ struct claimed_run {
 	uint64_t address;
 	uint64_t length;
 	int advice;
+	uint64_t moves;		/* the space's, when `address` was right */
+	bool is_inside;		/* dropped inside the gate */
 	bool is_waiting;	/* for the page behind it */
 	uint64_t turned_away;	/* the engine's, before it was claimed */
 	uint8_t before[PAGES_AT_ONCE];
@@ -205,13 +211,13 @@ static void end_run(struct uffd_range *range, const struct claimed_run *run, boo
 	wake_turned_away(range, at, end, run->turned_away);
 }
 
-/* The next page is in flight: wait a little, and an error if that has lasted too long. */
-static int wait_in_flight(struct eviction *all)
+/* The next page cannot go yet: wait a little, and an error if that has lasted too long. */
+static int wait_before(struct eviction *all, int error)
 {
 	if (all->attempt == 0)
 		all->give_up_ns = uffd_now_ns() + all->engine->options.retry_limit_ns;
 	else if (uffd_now_ns() > all->give_up_ns)
-		return -ETIMEDOUT;
+		return error;
 	uffd_back_off(all->attempt++);
 	return 0;
 }
@@ -244,46 +250,67 @@ static bool is_still_ours(const struct uffd_range *range, const struct claimed_r
 	return true;
 }
 
+static int drop_run(const struct claimed_run *run)
+{
+	return madvise((void *)(uintptr_t)run->address, run->length, run->advice) ? -errno : 0;
+}
+
+/* Inside the gate: drop a run that may be dropped there.  An error of the range, or of that. */
+static int drop_inside(struct uffd_range *range, struct claimed_run *run, struct eviction *all)
+{
+	if (!is_still_ours(range, run, all))
+		return -ENOENT;
+	if (!run->is_inside)
+		return 0;
+	uffd_barrier(UFFD_BARRIER_EVICT_CLAIMED);
+	return layout_is_changing(range->space) ? -EAGAIN : drop_run(run);
+}
+
 /* Returns an error of the range, or of dropping its pages. */
 static int evict_run(struct eviction *all, uint64_t *evicted)
 {
 	struct uffd_range *range = NULL;
 	struct claimed_run run = { 0 };
 	struct access access;
-	bool ours = true;
-	int r;
+	bool is_moved;
+	int r = 0;
 
 	if (!open_access(all->engine, all->ref.space, &access))
 		return -ESRCH;
 	range = find_piece(access.space, all->ref.id, all->offset, all->ref.start + all->offset);
 	if (range)
 		claim_run(range, all, &run);
+	run.is_inside = run.advice == MADV_DONTNEED &&
+			!(access.space->layout_events & UFFD_FEATURE_EVENT_REMOVE);
+	run.moves = atomic_load(&access.space->moves);
 	if (range && run.length)
-		ours = is_still_ours(range, &run, all);
+		r = drop_inside(range, &run, all);
 	close_access(&access);
 	if (!range)
 		return -ENOENT;
 	if (!run.length && run.is_waiting)
-		return wait_in_flight(all);
-	all->attempt = 0;
-	if (!run.length)
+		return wait_before(all, -ETIMEDOUT);
+	if (!run.length) {
+		all->attempt = 0;
 		return 0;
-	if (!ours)
-		r = -ENOENT;
-	else
-		r = madvise((void *)(uintptr_t)run.address, run.length, run.advice) ? -errno : 0;
+	}
+	if (!run.is_inside && r == 0)
+		r = drop_run(&run);
 	uffd_barrier(UFFD_BARRIER_EVICT_DROPPED);
 	if (!open_access(all->engine, all->ref.space, &access))
 		return -ESRCH;
 	range = find_piece(access.space, all->ref.id, run.offset, run.address);
 	if (range)
 		end_run(range, &run, all->written_too, r == 0);
+	is_moved = r == -EAGAIN || (r && r != -ENOENT && !layout_is_as(access.space, run.moves));
 	close_access(&access);
-	if (r)
-		all->offset = run.offset;
-	else
+	if (r == 0) {
 		*evicted += run.length;
-	return r;
+		all->attempt = 0;
+		return 0;
+	}
+	all->offset = run.offset;
+	return is_moved ? wait_before(all, -EAGAIN) : r;
 }
 
 int uffd_engine_evict(struct uffd_engine *engine, const struct uffd_range_ref *ref,

@@ -243,10 +243,12 @@ void apply_layout_event(struct uffd_space *space, const struct uffd_msg *message
 		remove_pages(space, message->arg.remove.start, message->arg.remove.end);
 		break;
 	case UFFD_EVENT_UNMAP:
+		atomic_fetch_add(&space->moves, 1);
 		unmap_pages(space, message->arg.remove.start, message->arg.remove.end);
 		report_pieces(space);
 		break;
 	case UFFD_EVENT_REMAP:
+		atomic_fetch_add(&space->moves, 1);
 		move_pages(space, message->arg.remap.from, message->arg.remap.to,
 			   message->arg.remap.len);
 		report_pieces(space);

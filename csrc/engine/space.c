@@ -154,6 +154,11 @@ bool layout_is_changing(struct uffd_space *space)
 	       uffd_shim_writeprotect(space->fd, PROBE_ADDRESS, PROBE_LENGTH, 0) == -EAGAIN;
 }
 
+bool layout_is_as(struct uffd_space *space, uint64_t moves)
+{
+	return atomic_load(&space->moves) == moves && !layout_is_changing(space);
+}
+
 static bool owns_another_space(struct uffd_engine *engine, int32_t pid)
 {
 	struct uffd_space *space;

@@ -18,6 +18,11 @@ bool space_is_dead(struct uffd_space *space);
 int space_kill(struct uffd_space *space, uint32_t thread_id, uint64_t address);
 /* Whether a thread of the owner is changing the layout and waits for its event to be read. */
 bool layout_is_changing(struct uffd_space *space);
+/*
+ * Inside the gate: whether nothing was moved or unmapped since `moves` was the space's, so that
+ * an address still is what it was.  Without layout events nobody knows.
+ */
+bool layout_is_as(struct uffd_space *space, uint64_t moves);
 /* Wait, up to the retry limit, until none is. */
 void wait_for_layout(struct uffd_space *space);
 

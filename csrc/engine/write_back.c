@@ -3,19 +3,23 @@
  * Hand the content of pages over before they are evicted: to the caller, or to a file.
  *
  * No page is held meanwhile.  Pages are protected first, so that one that is written while
- * it is handed over is known, and stays.
+ * it is handed over is known, and stays.  One that is moved is read again: its owner may have
+ * mapped something else where it was.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 
+#include "barrier.h"
 #include "evict.h"
 #include "page_table.h"
 #include "range.h"
 #include "slices.h"
+#include "space.h"
 #include "states.h"
 #include "uffd_owner.h"
 #include "uffd_transfer.h"
 #include "write_back.h"
+#include "base/clock.h"
 
 #define PAGES_AT_ONCE	512u
 /* How often a page is written to the file while its owner keeps writing to it. */
@@ -23,8 +27,14 @@
 
 /* Where a page is now, and how much follows it there. */
 struct place {
-	uint64_t address, left, page_size;
+	uint64_t address, left, page_size, moves;
 	int32_t pid;
+};
+
+/* Reading what is moved again and again. */
+struct tries {
+	uint64_t give_up_ns;
+	unsigned int count;
 };
 
 static int place_of(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint64_t offset,
@@ -41,9 +51,44 @@ static int place_of(struct uffd_engine *engine, const struct uffd_range_ref *ref
 		ret->left = range->end - ret->address;
 		ret->page_size = range->page_size;
 		ret->pid = access.space->owner_pid;
+		ret->moves = atomic_load(&access.space->moves);
 	}
 	close_access(&access);
 	return range ? 0 : -ENOENT;
+}
+
+/* Whether what was read at a place was the range's; while an event is unread that is not known. */
+static bool is_still_there(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			   const struct place *place)
+{
+	uint64_t give_up = uffd_now_ns() + engine->options.retry_limit_ns;
+	bool is_same = true, is_changing = true;
+	struct access access;
+
+	for (unsigned int attempt = 0; is_same && is_changing; attempt++) {
+		if (attempt)
+			uffd_back_off(attempt);
+		if (uffd_now_ns() > give_up || atomic_load(&engine->end.began) ||
+		    !open_access(engine, ref->space, &access))
+			return false;
+		is_same = atomic_load(&access.space->moves) == place->moves;
+		is_changing = is_same && layout_is_changing(access.space);
+		close_access(&access);
+	}
+	return is_same;
+}
+
+/* Wait a little, and an error if that has lasted too long. */
+static int try_again(struct uffd_engine *engine, struct tries *tries)
+{
+	if (atomic_load(&engine->end.began))
+		return -ECANCELED;
+	if (tries->count == 0)
+		tries->give_up_ns = uffd_now_ns() + engine->options.retry_limit_ns;
+	else if (uffd_now_ns() > tries->give_up_ns)
+		return -EAGAIN;
+	uffd_back_off(tries->count++);
+	return 0;
 }
 
 static bool is_present(uint8_t state)
@@ -78,6 +123,7 @@ static bool is_forbidden(struct uffd_engine *engine, const struct uffd_range_ref
 int uffd_engine_peek(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		     uint64_t offset, uint64_t length, void *target)
 {
+	struct tries tries = { 0 };
 	struct place place;
 	int64_t n;
 	int r;
@@ -86,8 +132,17 @@ int uffd_engine_peek(struct uffd_engine *engine, const struct uffd_range_ref *re
 		r = place_of(engine, ref, offset + done, &place);
 		if (r)
 			return r;
+		uffd_barrier(UFFD_BARRIER_EVICT_PLACED);
 		n = uffd_owner_read(place.pid, place.address, (char *)target + done,
 				    lower(place.left, length - done));
+		if (!is_still_there(engine, ref, &place)) {
+			r = try_again(engine, &tries);
+			if (r)
+				return r;
+			n = 0;
+			continue;
+		}
+		tries.count = 0;
 		if (n == -EFAULT || n == 0)
 			return is_forbidden(engine, ref, place.page_size, offset + done)
 				       ? -EACCES : -EFAULT;
@@ -122,6 +177,7 @@ static int write_pages(struct uffd_engine *engine, const struct uffd_range_ref *
 		       const struct back_file *file, uint64_t offset, uint64_t length,
 		       uint64_t *done_ret)
 {
+	struct tries tries = { 0 };
 	struct place place;
 	int r = 0;
 
@@ -131,11 +187,17 @@ static int write_pages(struct uffd_engine *engine, const struct uffd_range_ref *
 		r = place_of(engine, ref, at, &place);
 		if (r)
 			return r;
+		uffd_barrier(UFFD_BARRIER_EVICT_PLACED);
 		do
 			r = uffd_transfer_write(file->fd, (int64_t)(file->begin + at),
 						(void *)(uintptr_t)place.address,
 						lower(place.left, length - *done_ret), &written);
 		while (r == -EINTR);
+		if (!is_still_there(engine, ref, &place)) {
+			r = try_again(engine, &tries);
+			continue;
+		}
+		tries.count = 0;
 		*done_ret += written;
 	}
 	return r;

@@ -528,6 +528,8 @@ class _Lib:
     UFFD_BARRIER_COMPLETE: int
     UFFD_BARRIER_UNSERVE_SEALED: int
     UFFD_BARRIER_LIFTED: int
+    UFFD_BARRIER_EVICT_PLACED: int
+    UFFD_BARRIER_EVICT_CLAIMED: int
     UFFD_BARRIER_EVICT_DROPPED: int
     def uffd_barrier_arm(self, point: int, /) -> int: ...
     def uffd_barrier_wait(self, point: int, limit_ns: int, /) -> int: ...

@@ -53,7 +53,8 @@ from tests.kernel._verbs import (
 SECONDS = 0.3
 LIBC = ctypes.CDLL(None, use_errno=True)
 SYS_MLOCK, SYS_MUNLOCK = 149, 150
-MAP_FIXED = 0x10
+MAP_FIXED, MREMAP_MAYMOVE, MREMAP_FIXED = 0x10, 1, 2
+FAR_AWAY = 0x100000000000  # nothing is mapped there unless it is asked for
 
 
 @contextmanager
@@ -419,6 +420,68 @@ def foreign_memory() -> None:
                     assert region.read(2 * 4096, 9) == b"of others"
                 assert handler.evict(region, 0, 2 * 4096, write_back=None) == 2 * 4096
                 assert region.read(4096, 4096) == content(size)[4096:8192]
+
+
+def map_at(place: int, length: int, kind: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) -> None:
+    LIBC.mmap.restype = ctypes.c_void_p
+    address, size = ctypes.c_void_p(place), ctypes.c_size_t(length)
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    assert LIBC.mmap(address, size, access, kind | MAP_FIXED, -1, ctypes.c_long(0)) == place
+
+
+def replace(place: int, to: int, length: int) -> None:
+    """Move memory, and map other memory where it was."""
+    LIBC.mremap.restype = ctypes.c_void_p
+    size, flags = ctypes.c_size_t(length), ctypes.c_int(MREMAP_MAYMOVE | MREMAP_FIXED)
+    moved = LIBC.mremap(ctypes.c_void_p(place), size, size, flags, ctypes.c_void_p(to))
+    assert moved == to
+    map_at(place, length)
+    ctypes.memset(place, ord("f"), length)
+
+
+def moved_meanwhile(point: int, *, to_file: bool) -> None:
+    """What is mapped where evicted memory was stays, and is not taken for it."""
+    size, place, to = PAGES * 4096, FAR_AWAY, FAR_AWAY + (1 << 30)
+    new, back = b"new".ljust(size, b"."), os.memfd_create("store")
+    os.write(back, content(size))
+    map_at(place, size)
+    map_at(to, size)
+    features = TRACKING | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
+    with (
+        Userfaultfd(features=features) as uffd,
+        Handler(uffd, driver="native") as handler,
+        FileSource(back) as source,
+    ):
+        region = Region.at(place, size)
+        handler.serve(region, source, mode=MISSING | WP)
+        region.write(0, new)
+        with holding(Point(point)) as held:
+            evicting = Task(
+                lambda: handler.evict(
+                    region,
+                    write_back=back if to_file else lambda at, data: os.pwrite(back, data, at),
+                )
+            )
+            held.wait()
+            moving = Task(replace, place, to, size)
+            if point == Point.EVICT_CLAIMED:  # its event stays unread
+                time.sleep(0.05)
+            else:
+                moving.result()
+        moving.result()
+        assert evicting.result() == size
+        assert ctypes.string_at(place, size) == b"f" * size
+        assert os.pread(back, size, 0) == ctypes.string_at(to, size) == new
+    os.close(back)
+
+
+@needs(TRACKING)
+@pytest.mark.parametrize(
+    ("point", "to_file"),
+    [(Point.EVICT_PLACED, True), (Point.EVICT_PLACED, False), (Point.EVICT_CLAIMED, True)],
+)
+def test_moved_meanwhile(point: Point, to_file: bool) -> None:
+    run_child(moved_meanwhile, point, to_file=to_file)
 
 
 CASES: dict[str, Case] = {

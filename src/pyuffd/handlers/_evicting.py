@@ -69,6 +69,10 @@ class EvictsPages(HandlerBase):
         that is under way, vfio, RDMA): a device writes to a pinned page without a fault, so do not
         evict buffers that are registered for that, nor while an O_DIRECT read into them lasts.
 
+        With Feature.EVENT_REMAP and EVENT_UNMAP memory may be moved and unmapped meanwhile. But if
+        it is shared, or if Feature.EVENT_REMOVE is on, map nothing else where it was before this
+        call has returned: that might be dropped in its place.
+
         Args:
             region: A region of this process's memory, served for MISSING from a source.
             offset: Where to begin in bytes, a multiple of the page size.
@@ -102,6 +106,7 @@ class EvictsPages(HandlerBase):
                 bytes were evicted.
             LayoutChangedError: ENOENT - part of the region was unmapped, or other memory was mapped
                 in its place, which is not dropped; or `unserve` or `stop` came meanwhile.
+            PartialResolveError: EAGAIN - the layout has been changing for 5 s.
             UffdOSError: ECANCELED - `stop` came meanwhile.
             HandlerError: called by `write_back` itself, for the same region.
 
