@@ -1065,7 +1065,23 @@ def test_shared_memory_has_the_limit_that_was_given(method: Method, tmp_path: Pa
         assert status(process.pid)["TracerPid"] == "0"
         assert shared_memory(process) == 8 << 20
         told = limited_pause(process, 1, shared=shared_memory(process))
-        assert told == "for at most 1 s, and then while its shared memory is copied (up to 8 MiB)"
+        assert told == (
+            "for at most 1 s, and then while its shared memory is copied: 8 MiB, 0.01 s or more"
+        )
+
+
+RESERVED = """
+import mmap
+memory = mmap.mmap(-1, 64 << 20)
+memory.write(b"x" * (2 << 20))
+print(0, flush=True)
+input()
+"""
+
+
+def test_shared_memory_without_content_is_not_expected_to_be_copied() -> None:
+    with python(RESERVED) as (process, _):
+        assert shared_memory(process) == 2 << 20
 
 
 MAPPED_FILE = """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 
-from pyuffd import MappingKind, Process
+from pyuffd import Mapping, MappingKind, Process
 from pyuffd.cli._progress import MIB
 
 # Stopping a thread, reading its registers and letting it go. Measured with 2000 threads: 30
@@ -12,6 +13,9 @@ from pyuffd.cli._progress import MIB
 THREAD_S = 30e-6
 # In the stop they are read and compared, and then their page tables are walked.
 AS_LONG_AS_READING = 2
+# What memory is copied to a file with, in bytes a second, on a machine that is not busy.
+COPY_RATE = 1 << 30
+BLOCK = 512  # of st_blocks
 
 
 def limited_pause(target: Process, limit_s: float, condition: str = "", shared: int = 0) -> str:
@@ -23,7 +27,10 @@ def limited_pause(target: Process, limit_s: float, condition: str = "", shared: 
     threads, count, seconds = needed(target)
     text = f"for at most {limit_s:g} s{condition}"
     if shared:
-        text += f", and then while its shared memory is copied (up to {shared / MIB:.0f} MiB)"
+        text += (
+            f", and then while its shared memory is copied: {shared / MIB:.0f} MiB,"
+            f" {shared / COPY_RATE:.2f} s or more"
+        )
     if seconds <= limit_s:
         return text
     return (
@@ -33,9 +40,19 @@ def limited_pause(target: Process, limit_s: float, condition: str = "", shared: 
 
 
 def shared_memory(target: Process) -> int:
-    """Return how much memory is mapped that other processes may write, in bytes."""
+    """Return how much of mapped memory that other processes may write has content, in bytes."""
     kinds = (MappingKind.SHMEM, MappingKind.HUGETLB)
-    return sum(m.length for m in target.mappings() if m.shared and m.kind in kinds)
+    return sum(_allocated(target, m) for m in target.mappings() if m.shared and m.kind in kinds)
+
+
+def _allocated(target: Process, mapping: Mapping) -> int:
+    """Return how much of a mapping its file may have content for; all without the privilege."""
+    name = f"{mapping.start:x}-{mapping.end:x}"
+    try:
+        blocks = os.stat(f"/proc/{target.memory_tid}/map_files/{name}").st_blocks
+    except OSError:
+        return mapping.length
+    return min(mapping.length, blocks * BLOCK)
 
 
 def needed(target: Process) -> tuple[int, int, float]:

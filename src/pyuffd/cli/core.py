@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd import CoreFile, Process, Snapshot, write_core
-from pyuffd.cli._expected import limited_pause, needed, shared_memory
+from pyuffd.cli._expected import COPY_RATE, limited_pause, needed, shared_memory
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
 
 METHODS = ("auto", "precopy", "cow", "stopped")
-# For the first line only: what a core is written with on a machine that is not busy.
-EXPECTED_RATE = 1 << 30
 # The limit of write_core, if none is given.
 STALL_S = 0.05
 RESIDENT = ("RssAnon", "RssShmem", "VmSwap")
@@ -121,7 +119,7 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace")
     name = "".join(c if c.isprintable() else "?" for c in name[:-1])  # it may be anything
     if args.method == "stopped":
-        expected = size / EXPECTED_RATE + 0.01 + needed(target)[2]
+        expected = size / COPY_RATE + 0.01 + needed(target)[2]
         pause = f"while all is copied, {expected:.2f} s or more"
     else:
         limit_s = args.max_stall or STALL_S
