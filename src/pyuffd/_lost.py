@@ -26,7 +26,6 @@ _NOT_SERVED = (
     "SIGBUS: its userfaultfd has Feature.SIGBUS, and no started handler of driver='inline' serves"
     " it"
 )
-_HUGE_POISON = PageCategory.SWAPPED | PageCategory.WRITTEN
 
 
 def lost_error(op: str, address: int, *, is_served: bool) -> UffdOSError:
@@ -94,8 +93,13 @@ def _is_poison(vma: Vma, page: int) -> bool:
     with Pagemap() as pagemap:
         if vma.page_size > PAGE_SIZE:
             # An entry of pagemap shows no poison of hugetlb memory. PAGEMAP_SCAN (Linux 6.7) does:
-            # such pages are never swapped, and a marker of write-protection is not WRITTEN.
-            found = pagemap.scan(page, vma.page_size, category_mask=_HUGE_POISON)
+            # such pages are never swapped, and a marker of write-protection is not WRITTEN. Only
+            # memory registered for it has such markers, and with Feature.RWP nothing else can be
+            # WRITTEN.
+            mask = PageCategory.SWAPPED
+            if "uw" in vma.flags:
+                mask |= PageCategory.WRITTEN
+            found = pagemap.scan(page, vma.page_size, category_mask=mask)
             return bool(len(found.ranges))
         entry = pagemap.read(page, PAGE_SIZE)[0]
     states = residency(page, vma.page_size, page_size=vma.page_size, fd=None).states

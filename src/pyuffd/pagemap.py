@@ -232,7 +232,8 @@ class Pagemap(Closing):
         Kernel: Linux 6.7. WRITTEN means that a page is not write-protected. Memory that was never
             protected therefore counts as written, and so does a hole without a marker, unless its
             whole page table is missing. On hugetlb memory only pages that are
-            present or poisoned can be WRITTEN.
+            present or poisoned can be WRITTEN. Where the kernel has Feature.RWP, only memory
+            registered for write-protect faults can.
         GIL: released.
         Blocks: no.
         """
