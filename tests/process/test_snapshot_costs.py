@@ -215,30 +215,38 @@ def test_while_faults_come_one_thread_fills() -> None:
     assert (len(first), len(threads)) == (2, 1)
 
 
+@contextmanager
+def running(text: str) -> Iterator[Process]:
+    """Run a program in Python, which prints a line when it is ready."""
+    command = [sys.executable, "-c", text]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen,
+        Process(popen.pid) as process,
+    ):
+        assert popen.stdout is not None
+        popen.stdout.readline()
+        try:
+            yield process
+        finally:
+            popen.kill()
+
+
 IDLE = "import sys; block = bytearray(b'x') * (8 << 20); print(flush=True); sys.stdin.read()"
 
 
 def test_the_stop_is_made_small(tmp_path: Path) -> None:
     """What would fit into the stop is copied before it, if that leaves less."""
-    pipe = subprocess.PIPE
-    program = subprocess.Popen([sys.executable, "-c", IDLE], stdin=pipe, stdout=pipe)
-    assert program.stdout is not None
-    program.stdout.readline()
-    try:
-        with Process(program.pid) as process, DirtyTracker(process) as tracker:
-            take(process, tmp_path / "1", tracker=tracker)
-            heap = max(process.mappings(), key=lambda m: m.length * (m.kind is ANONYMOUS))
-            written = PageRanges.of([(heap.start, heap.end)]).memoryview()
-            tracker._put_back(Pending(written=written))
-            report = take(
-                process, tmp_path / "2", tracker=tracker, parent=tmp_path / "1", max_stall_s=10.0
-            )
-        assert isinstance(report, SnapshotReport)
-        assert report.bytes >= 8 << 20
-        assert report.stop_bytes < 1 << 20
-    finally:
-        program.kill()
-        program.communicate()
+    with running(IDLE) as process, DirtyTracker(process) as tracker:
+        take(process, tmp_path / "1", tracker=tracker)
+        heap = max(process.mappings(), key=lambda m: m.length * (m.kind is ANONYMOUS))
+        written = PageRanges.of([(heap.start, heap.end)]).memoryview()
+        tracker._put_back(Pending(written=written))
+        report = take(
+            process, tmp_path / "2", tracker=tracker, parent=tmp_path / "1", max_stall_s=10.0
+        )
+    assert isinstance(report, SnapshotReport)
+    assert report.bytes >= 8 << 20
+    assert report.stop_bytes < 1 << 20
 
 
 MANY = """
@@ -253,15 +261,8 @@ sys.stdin.read()
 
 @contextmanager
 def many_mappings(count: int) -> Iterator[Process]:
-    command = [sys.executable, "-c", MANY % count]
-    with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen,
-        Process(popen.pid) as process,
-    ):
-        assert popen.stdout is not None
-        popen.stdout.readline()
+    with running(MANY % count) as process:
         yield process
-        popen.kill()
 
 
 @pytest.mark.parametrize("method", ["precopy", "cow"])
@@ -341,17 +342,11 @@ def in_huge_pages(pid: int) -> int:
 
 
 def test_the_sweep_splits_no_huge_pages(tmp_path: Path) -> None:
-    pipe = subprocess.PIPE
-    program = subprocess.Popen([sys.executable, "-c", HUGE], stdin=pipe, stdout=pipe)
-    assert program.stdout is not None
-    program.stdout.readline()
-    try:
-        before = in_huge_pages(program.pid)  # as many as there were free
-        with Process(program.pid) as process:
-            report = take(process, tmp_path / "1", method="cow", max_stall_s=10.0)
+    with running(HUGE) as process:
+        before = in_huge_pages(process.pid)
+        if not before:
+            pytest.skip("no transparent huge page was free")
+        report = take(process, tmp_path / "1", method="cow", max_stall_s=10.0)
         assert isinstance(report, SnapshotReport)
         assert report.swept >= (32 << 20) // PAGE
-        assert in_huge_pages(program.pid) * 4 >= before * 3
-    finally:
-        program.kill()
-        program.communicate()
+        assert in_huge_pages(process.pid) * 4 >= before * 3
