@@ -1,4 +1,4 @@
-"""What is particular to UFFDIO_COPY, ZEROPAGE, CONTINUE and POISON (layer L5)."""
+"""Errors and effects of one of UFFDIO_COPY, ZEROPAGE, CONTINUE and POISON alone (layer L5)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEMORY_FAILURE = Path("/proc/sys/vm/memory_failure_recovery")
 
 
 def _continue_wp(memory: MemoryType) -> Feature:
-    # CONTINUE_MODE_WP has no feature bit; it came with this one's release.
+    # CONTINUE_MODE_WP has no feature bit; it came in the same release as WP_UNPOPULATED.
     return minor_features(memory) | wp_features(memory) | Feature.WP_UNPOPULATED
 
 
@@ -46,7 +46,7 @@ def _wp_target(ctx: Context, op_mode: RegisterMode) -> Region:
 
 @case("UFFDIO_COPY.ok.src-unaligned", origin="UFFDIO_COPY(2const): .src", features=missing_features)
 def copy_src_unaligned(ctx: Context) -> None:
-    """The source need not be aligned."""
+    """COPY accepts a source that is not aligned."""
     region, source = ctx.make(1), ctx.make(ctx.page // 4096 + 1, "anon")
     source.write(0, bytes(range(251)))
     ctx.register(region, RegisterMode.MISSING)
@@ -57,27 +57,31 @@ def copy_src_unaligned(ctx: Context) -> None:
 
 @case("UFFDIO_COPY.EINVAL.src-wraps", origin="UFFDIO_COPY(2const): EINVAL")
 def copy_src_wraps(ctx: Context) -> None:
-    """The source passes the end of all addresses."""
+    """A source that wraps around the end of all addresses is refused."""
     Target(ctx, COPY).expect(errno.EINVAL, 0, source=-ctx.page % (1 << 64))
 
 
 @case("UFFDIO_COPY.EINVAL.src-past-end", origin="fs/userfaultfd.c: validate_unaligned_range")
 def copy_src_past_end(ctx: Context) -> None:
-    """The source reaches behind the addresses of user space; one that ends there is EFAULT."""
+    """A source that reaches beyond user space is EINVAL; one at the end of user space is EFAULT."""
     target = Target(ctx, COPY)
     # With page tables of five levels, and of four.
     for end in (1 << 56) - 4096, (1 << 47) - 4096:
         answer = target.call(source=end - ctx.page)
         if answer.errno == errno.EFAULT:
             break
-    ctx.expect("errno up to the end", (answer.errno, answer.result), (errno.EFAULT, -errno.EFAULT))
+    ctx.expect(
+        "errno and result of a source at the end of user space",
+        (answer.errno, answer.result),
+        (errno.EFAULT, -errno.EFAULT),
+    )
     target.expect(errno.EINVAL, 0, source=end - ctx.page + 4096)
     target.expect(errno.EINVAL, 0, source=end)
 
 
 @case("UFFDIO_COPY.EFAULT.src", origin="UFFDIO_COPY(2const): .copy", features=missing_features)
 def copy_src_faults(ctx: Context) -> None:
-    """The source cannot be read: nothing is filled."""
+    """If the source cannot be read, nothing is filled."""
     target = Target(ctx, COPY)
     _memory.mprotect(target.source, 2 * ctx.page, PROT_NONE)
     target.expect(errno.EFAULT, -errno.EFAULT)
@@ -90,7 +94,7 @@ def copy_src_faults(ctx: Context) -> None:
     features=missing_features,
 )
 def copy_second_src_faults(ctx: Context) -> None:
-    """The second page of the source cannot be read: the first is counted."""
+    """If the second page of the source cannot be read, the first is copied and counted."""
     target = Target(ctx, COPY)
     _memory.mprotect(target.source + ctx.page, ctx.page, PROT_NONE)
     target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
@@ -103,7 +107,7 @@ def copy_second_src_faults(ctx: Context) -> None:
     features=missing_wp_features,
 )
 def copy_wp_unregistered(ctx: Context) -> None:
-    """COPY_MODE_WP needs a range registered WP."""
+    """COPY_MODE_WP needs a range registered in mode WP."""
     target = Target(ctx, COPY)
     target.expect(errno.EINVAL, -errno.EINVAL, mode=CopyMode.WP)
 
@@ -114,7 +118,7 @@ def copy_wp_unregistered(ctx: Context) -> None:
     features=missing_wp_features,
 )
 def copy_wp(ctx: Context) -> None:
-    """COPY_MODE_WP fills the page write-protected; a write gives message 3."""
+    """COPY_MODE_WP fills the page write-protected; a write to it sends message 3."""
     region = _wp_target(ctx, RegisterMode.MISSING)
     ctx.uffd.copy(region.start, DATA * ctx.page, mode=CopyMode.WP)
     ctx.expect_pagemap(region.start, "P-FW?" if ctx.memory.shared else "P--W?")
@@ -127,9 +131,9 @@ def copy_wp(ctx: Context) -> None:
 
 @case("UFFDIO_COPY.ok.range-wp-only", origin="UFFDIO_COPY(2const)", features=missing_wp_features)
 def copy_wp_only(ctx: Context) -> None:
-    """A range registered for any faults can be filled, not one for missing faults only."""
+    """COPY also fills a range that is registered in mode WP only."""
     region = _wp_target(ctx, RegisterMode(0))
-    ctx.expect("copy", ctx.uffd.copy(region.start, DATA * ctx.page), ctx.page)
+    ctx.expect("bytes copied", ctx.uffd.copy(region.start, DATA * ctx.page), ctx.page)
     ctx.expect("bytes", ctx.silently(ctx.read, region.start, 2), DATA * 2)
 
 
@@ -139,11 +143,11 @@ def copy_wp_only(ctx: Context) -> None:
     features=poison_features,
 )
 def copy_over_poison(ctx: Context) -> None:
-    """A copy replaces poison."""
+    """COPY replaces a poisoned page."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     ctx.uffd.poison(region)
-    ctx.expect("copy", ctx.uffd.copy(region.start, DATA * ctx.page), ctx.page)
+    ctx.expect("bytes copied", ctx.uffd.copy(region.start, DATA * ctx.page), ctx.page)
     ctx.expect("bytes", ctx.silently(ctx.read, region.start, 2), DATA * 2)
 
 
@@ -154,7 +158,7 @@ def copy_over_poison(ctx: Context) -> None:
     features=missing_features,
 )
 def zeropage_hugetlb(ctx: Context) -> None:
-    """There is no huge zero page for hugetlb."""
+    """ZEROPAGE does not support hugetlb memory."""
     Target(ctx, ZEROPAGE).expect(errno.EINVAL, -errno.EINVAL)
 
 
@@ -165,7 +169,7 @@ def zeropage_hugetlb(ctx: Context) -> None:
     features=poison_features,
 )
 def zeropage_over_private_poison(ctx: Context) -> None:
-    """Poison of private memory is a page that is there, for zeros."""
+    """ZEROPAGE does not replace a poisoned page of private memory."""
     target = Target(ctx, ZEROPAGE)
     ctx.uffd.poison(target.start, ctx.page)
     target.expect(errno.EEXIST, -errno.EEXIST)
@@ -179,7 +183,7 @@ def zeropage_over_private_poison(ctx: Context) -> None:
     features=poison_features,
 )
 def zeropage_over_shared_poison(ctx: Context) -> None:
-    """Zeros replace poison of shared memory."""
+    """ZEROPAGE replaces a poisoned page of shared memory."""
     target = Target(ctx, ZEROPAGE)
     ctx.uffd.poison(target.start, ctx.page)
     target.expect(0, ctx.page)
@@ -193,7 +197,7 @@ def zeropage_over_shared_poison(ctx: Context) -> None:
     features=minor_features,
 )
 def continue_no_page(ctx: Context) -> None:
-    """The page cache has no page."""
+    """CONTINUE fails if the page cache has no page."""
     target = Target(ctx, CONTINUE)
     assert target.region.fd is not None
     _memory.fallocate(target.region.fd, PUNCH_HOLE, 0, target.region.length)
@@ -207,7 +211,7 @@ def continue_no_page(ctx: Context) -> None:
     features=minor_features,
 )
 def continue_second_not_there(ctx: Context) -> None:
-    """The page cache has no second page: the first is mapped and counted."""
+    """If the page cache has no second page, the first is mapped and counted."""
     target = Target(ctx, CONTINUE)
     assert target.region.fd is not None
     _memory.fallocate(target.region.fd, PUNCH_HOLE, ctx.page, ctx.page)
@@ -222,7 +226,7 @@ def continue_second_not_there(ctx: Context) -> None:
     features=Feature.MINOR_SHMEM,
 )
 def continue_anon(ctx: Context) -> None:
-    """Anonymous memory has no page cache."""
+    """CONTINUE does not support anonymous memory."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     answer = ctx.ioctl("CONTINUE", region.start, ctx.page)
@@ -236,7 +240,7 @@ def continue_anon(ctx: Context) -> None:
     features=_continue_wp,
 )
 def continue_wp_unregistered(ctx: Context) -> None:
-    """CONTINUE_MODE_WP needs a range registered WP."""
+    """CONTINUE_MODE_WP needs a range registered in mode WP."""
     target = Target(ctx, CONTINUE)
     target.expect(errno.EINVAL, -errno.EINVAL, mode=ContinueMode.WP)
 
@@ -248,7 +252,7 @@ def continue_wp_unregistered(ctx: Context) -> None:
     features=_continue_wp,
 )
 def continue_wp(ctx: Context) -> None:
-    """CONTINUE_MODE_WP maps the page write-protected; a write gives message 3."""
+    """CONTINUE_MODE_WP maps the page write-protected; a write to it sends message 3."""
     target = Target(ctx, CONTINUE)
     ctx.uffd.register(target.region, mode=RegisterMode.MINOR | RegisterMode.WP)
     target.expect(0, ctx.page, mode=ContinueMode.WP)
@@ -264,7 +268,7 @@ def _expect_poisoned(ctx: Context, address: int) -> None:
     seen = ctx.silently(ctx.read, address)
     if not isinstance(seen, Interrupted):
         ctx.fail("the read", seen, "SIGBUS")
-    # The code is that of a memory error where the kernel handles those (CONFIG_MEMORY_FAILURE).
+    # A kernel with CONFIG_MEMORY_FAILURE gives the code of a memory error.
     code = BUS_MCEERR_AR if MEMORY_FAILURE.exists() else BUS_ADRERR
     ctx.expect("signal and code", seen[:2], (signal.SIGBUS, code))
     ctx.expect("address of the signal", hex(seen.address), hex(address))
@@ -272,7 +276,7 @@ def _expect_poisoned(ctx: Context, address: int) -> None:
 
 @case("UFFDIO_POISON.ok.access", origin="UFFDIO_POISON(2const)", features=poison_features)
 def poison_access(ctx: Context) -> None:
-    """User code gets SIGBUS, the kernel EFAULT, and nobody a message."""
+    """Accessing a poisoned page gives SIGBUS in user code and EFAULT in the kernel, no message."""
     target = Target(ctx, POISON)
     target.expect(0, ctx.page)
     _expect_poisoned(ctx, target.start)
@@ -287,7 +291,7 @@ def poison_access(ctx: Context) -> None:
 
 @case("UFFDIO_POISON.ok.unregister-keeps", origin="UFFDIO_POISON(2const)", features=poison_features)
 def poison_unregister(ctx: Context) -> None:
-    """Poison outlives the registration; MADV_DONTNEED removes it."""
+    """A page stays poisoned after UNREGISTER; MADV_DONTNEED removes the poison."""
     target = Target(ctx, POISON)
     target.expect(0, ctx.page)
     ctx.uffd.unregister(target.region)
@@ -302,7 +306,7 @@ def poison_unregister(ctx: Context) -> None:
     features=lambda memory: poison_features(memory) | wp_features(memory),
 )
 def poison_writeprotect(ctx: Context) -> None:
-    """Write-protecting poison succeeds and changes nothing."""
+    """Write-protecting a poisoned page succeeds and changes nothing."""
     region = _wp_target(ctx, RegisterMode.MISSING)
     ctx.uffd.poison(region)
     before = ctx.pagemap(region.start)

@@ -1,8 +1,8 @@
-"""What the ioctls that fill pages refuse, and what they say of how far they came (layer L5).
+"""Errors of the ioctls that fill pages, and the byte counts that they return (layer L5).
 
-UFFDIO_COPY, ZEROPAGE, MOVE, CONTINUE and POISON check most things alike, so they share one table
-of conditions; `result` is the field that the kernel leaves its count or error in.  ENOMEM has its
-own module, `errno_memory`.
+UFFDIO_COPY, ZEROPAGE, MOVE, CONTINUE and POISON make mostly the same checks, so they share one
+table of conditions. Each has a result field (copy, zeropage, ...), in which the kernel returns the
+byte count or a negative errno. Cases of ENOMEM are in `errno_memory`.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Op:
 
     Attributes:
         name: Its name without UFFDIO_.
-        memory: What it works on.
+        memory: The memory types that it supports.
         mode: The register mode whose faults it resolves.
-        features: What the kernel must have for it.
-        words: Its argument, of destination, source, length and mode.
-        to: What its manual page calls the destination.
+        features: The features that it needs.
+        words: Returns its argument, given destination, source, length and mode.
+        to: The name of the destination in its manual page.
     """
 
     name: str
@@ -69,7 +69,7 @@ def with_source(to: int, source: int, length: int, mode: int) -> tuple[int, ...]
 
 
 def without_source(to: int, _source: int, length: int, mode: int) -> tuple[int, ...]:
-    """Return the argument of the others."""
+    """Return the argument of ZEROPAGE, CONTINUE and POISON."""
     return to, length, mode
 
 
@@ -88,7 +88,7 @@ OPS = (COPY, ZEROPAGE, MOVE, CONTINUE, POISON)
 
 
 class Target:
-    """A region registered for an ioctl, a source for it, and the page cache it may need."""
+    """A region registered for an ioctl, a source, and for CONTINUE pages in the page cache."""
 
     def __init__(self, ctx: Context, op: Op, pages: int = 2, registered: int | None = None) -> None:
         self._ctx = ctx
@@ -118,7 +118,7 @@ class Target:
         source: int | None = None,
         uffd: int | None = None,
     ) -> Answer:
-        """Make the ioctl at an offset, for one page unless told otherwise."""
+        """Make the ioctl at an offset, by default for one page."""
         words = self._op.words(
             self.start + at,
             self.source + at if source is None else source,
@@ -128,13 +128,13 @@ class Target:
         return self._ctx.ioctl(self._op.name, *words, uffd=uffd)
 
     def expect(self, code: int, result: int, **call: int) -> None:
-        """Make the ioctl; it must give this errno and this result field."""
+        """Make the ioctl, and check its errno and its result field."""
         answer = self.call(**call)
         self._ctx.expect("errno and result", (answer.errno, answer.result), (code, result))
 
 
 def fill_file(ctx: Context, region: Region, pages: int | None = None) -> None:
-    """Put data into the file behind a region, and nothing into its page table."""
+    """Write data to the file behind a region, without mapping pages in the region."""
     assert region.fd is not None
     length = region.length if pages is None else pages * region.page_size
     flags = mmap.MAP_SHARED
@@ -220,7 +220,7 @@ def _second_present(ctx: Context, op: Op) -> None:
 
 def _layout_changing(ctx: Context, op: Op) -> None:
     target = Target(ctx, op)
-    # Another region than the target: it is the address space that must not change.
+    # Not in the target: a change anywhere in the address space must stop the ioctl.
     other = ctx.make(1, "anon")
     ctx.register(other, RegisterMode.MISSING)
     dropping = ctx.start(other.madvise, mmap.MADV_DONTNEED)
@@ -228,10 +228,10 @@ def _layout_changing(ctx: Context, op: Op) -> None:
     answer = target.call()
     ctx.expect("errno", answer.errno, errno.EAGAIN)
     ctx.expect_variant("result", answer.result, told=-errno.EAGAIN, untouched=0)
-    ctx.expect("the call that waits is over", dropping.done, False)
+    ctx.expect("whether madvise returned before its event was read", dropping.done, False)
     ctx.expect_event(Remove)
     dropping.result()
-    # Its thread runs again before it has taken the mark off.
+    # The thread of madvise ends the change a little after its event was read.
     for _ in range(1000):
         answer = target.call()
         if answer.errno != errno.EAGAIN:
@@ -241,7 +241,7 @@ def _layout_changing(ctx: Context, op: Op) -> None:
 
 
 def orphan(ctx: Context, child: Child) -> int:
-    """End a child and return a descriptor of its userfaultfd, which closes with the case."""
+    """End a child and return a duplicate of its userfaultfd, closed when the case ends."""
     assert child.uffd is not None
     fd = os.dup(child.uffd.fileno())
     ctx.callback(os.close, fd)
@@ -253,7 +253,7 @@ def _owner_gone(ctx: Context, op: Op) -> None:
     target = Target(ctx, op)
     child = ctx.fork()
     assert child.uffd is not None
-    # Neither a call that works nor one that fails may keep its memory when it has ended.
+    # If one of these calls leaked a reference, the address space would outlive its process.
     fd = child.uffd.fileno()
     target.expect(0, ctx.page, uffd=fd)
     target.expect(errno.EEXIST, -errno.EEXIST, uffd=fd)
@@ -262,13 +262,13 @@ def _owner_gone(ctx: Context, op: Op) -> None:
 
 _TOLD = (
     Variant("told", "the result field is -EAGAIN"),
-    Variant("untouched", "the result field is as it was; errno says it all the same"),
+    Variant("untouched", "the result field is not written; only errno is EAGAIN"),
 )
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is wrong with a call, and the errno that says so."""
+    """What is wrong with a call, and its errno."""
 
     code: str
     name: str
@@ -281,44 +281,68 @@ class Condition:
 
 
 _CONDITIONS = (
-    Condition("ok", "page", "A page is filled, and the result field says so", _ok),
-    Condition("EINVAL", "{to}-unaligned", "{to} is not a multiple of the page size", _to_unaligned),
+    Condition("ok", "page", "A page is filled, and the result field is its size", _ok),
     Condition(
-        "EINVAL", "length-unaligned", "len is not a multiple of the page size", _length_unaligned
+        "EINVAL",
+        "{to}-unaligned",
+        "A {to} that is not a multiple of the page size is refused",
+        _to_unaligned,
     ),
-    Condition("EINVAL", "length-zero", "len is 0", _length_zero),
-    Condition("EINVAL", "length-wraps", "The range passes the end of all addresses", _length_wraps),
-    Condition("EINVAL", "{to}-not-user", "{to} is no address of user space", _kernel_address),
-    Condition("EINVAL", "mode-unknown", "A mode bit is unknown", _mode_unknown),
     Condition(
-        "EINVAL", "{to}-small-page", "{to} is inside a huge page", _small_page_to, memory=HUGETLB
+        "EINVAL",
+        "length-unaligned",
+        "A len that is not a multiple of the page size is refused",
+        _length_unaligned,
+    ),
+    Condition("EINVAL", "length-zero", "A len of 0 is refused", _length_zero),
+    Condition(
+        "EINVAL",
+        "length-wraps",
+        "A range that wraps around the end of all addresses is refused",
+        _length_wraps,
+    ),
+    Condition("EINVAL", "{to}-not-user", "A {to} outside user space is refused", _kernel_address),
+    Condition("EINVAL", "mode-unknown", "An unknown mode bit is refused", _mode_unknown),
+    Condition(
+        "EINVAL",
+        "{to}-small-page",
+        "A {to} inside a huge page is refused",
+        _small_page_to,
+        memory=HUGETLB,
     ),
     Condition(
         "EINVAL",
         "length-small-page",
-        "len is less than a huge page",
+        "A len smaller than a huge page is refused",
         _small_page_length,
         memory=HUGETLB,
     ),
     Condition(
-        "ENOENT", "unregistered", "The range is not registered", _unregistered, without=(MOVE,)
+        "ENOENT",
+        "unregistered",
+        "A range that is not registered is refused",
+        _unregistered,
+        without=(MOVE,),
     ),
-    Condition("ENOENT", "unmapped", "The range is not mapped any more", _unmapped),
+    Condition("ENOENT", "unmapped", "A range that is no longer mapped is refused", _unmapped),
     Condition(
         "ENOENT",
         "past-end",
-        "The end is not registered: nothing is filled",
+        "A range whose end is not registered is refused, and nothing is filled",
         _past_end,
         without=(MOVE,),
     ),
-    Condition("EEXIST", "present", "The page is there", _present),
+    Condition("EEXIST", "present", "A page that is present is not filled again", _present),
     Condition(
-        "EAGAIN", "partial", "The second page is there: the first is counted", _second_present
+        "EAGAIN",
+        "partial",
+        "If the second page is present, the first is filled and counted",
+        _second_present,
     ),
     Condition(
         "EAGAIN",
         "layout-changing",
-        "A layout event is unread: nothing is filled until it is",
+        "Nothing is filled while a layout event is unread",
         _layout_changing,
         extra=LAYOUT,
         variants=_TOLD,
@@ -326,7 +350,7 @@ _CONDITIONS = (
     Condition(
         "ESRCH",
         "owner-gone",
-        "The process has ended",
+        "After the process has ended, nothing can be filled",
         _owner_gone,
         without=(MOVE,),
         extra=Feature.EVENT_FORK,
@@ -354,11 +378,11 @@ for _op in OPS:
         _add(_op, _condition)
 
 
-# What a call that fails must have let go of: the locks that layout changes, and others, wait for
+# A call that fails must release its locks: layout changes and others wait for them
 
 
 def _failures(ctx: Context, op: Op, target: Target) -> list[int]:
-    """Make calls that fail in as many ways as there are; return their errnos."""
+    """Make a call for each way to fail, and return their errnos."""
     page = ctx.page
     calls = [(0, page, 0, target.source + page), (2 * page, 2 * page, 0, target.source)]
     if ctx.memory.is_hugetlb:
@@ -379,8 +403,8 @@ def _add_lets_go(op: Op) -> None:
         target = Target(ctx, op, 3, registered=2)
         target.expect(0, ctx.page)
         seen = _failures(ctx, op, target)
-        ctx.expect("calls that succeed", seen.count(0), 0)
-        # Each of these waits for a lock that the calls have held.
+        ctx.expect("calls that succeeded, of those that must fail", seen.count(0), 0)
+        # Each of these waits for a lock that the calls have taken.
         other = ctx.make(1, "anon")
         ctx.uffd.register(other, mode=RegisterMode.MISSING)
         dropping = ctx.start(other.madvise, mmap.MADV_DONTNEED)
@@ -391,7 +415,7 @@ def _add_lets_go(op: Op) -> None:
 
     case(
         f"UFFDIO_{op.name}.ok.lets-go-after-errors",
-        summary="After calls that fail in every way the layout can change, which waits for locks",
+        summary="Calls that fail release their locks, so that the layout can change",
         origin="mm/userfaultfd.c: up_read(&ctx->map_changing_lock), uffd_mfill_unlock",
         memory=op.memory,
         features=lambda kind: op.features(kind) | LAYOUT,
@@ -406,8 +430,8 @@ for _op in OPS:
 
 
 _PAST_END = (
-    Variant("told", "EFAULT of what fills, EINVAL of CONTINUE; no feature bit tells"),
-    Variant("otherwise", "ENOMEM of COPY and ZEROPAGE into a shared file, EFAULT of CONTINUE"),
+    Variant("told", "EFAULT, but EINVAL from CONTINUE; no feature bit tells"),
+    Variant("otherwise", "ENOMEM from COPY and ZEROPAGE in a shared mapping, EFAULT from CONTINUE"),
 )
 
 
@@ -419,7 +443,7 @@ def _add_past_file_end(op: Op, memory: tuple[str, ...], code: int, other: int) -
         answer = target.call(at=ctx.page)
         seen = (answer.errno, answer.result)
         ctx.expect_variant("errno and result", seen, told=(code, -code), otherwise=(other, -other))
-        if op is not CONTINUE:  # whose first page the truncation has left in the file
+        if op is not CONTINUE:  # CONTINUE finds its first page still in the file
             target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
         ctx.expect_pagemap(target.start + ctx.page, "-----")
         os.ftruncate(target.region.fd, 2 * ctx.page)
@@ -434,9 +458,9 @@ def _add_past_file_end(op: Op, memory: tuple[str, ...], code: int, other: int) -
         memory=memory,
         features=op.features,
         variants=_PAST_END,
-        summary="The file ends before the page: nothing is filled, and what is before is counted"
+        summary="A page beyond the end of the file is not filled; pages before it are counted"
         if op is not CONTINUE
-        else "The file ends before the page: nothing is mapped, and a hole it grows is EFAULT",
+        else "A page beyond the end of the file is not mapped; if the file grows, it is a hole",
     )(run)
 
 

@@ -1,7 +1,7 @@
 """ENOMEM: no memory for page tables, pages or mappings (layer L5).
 
-Each shortage is one process's own: a memory control group, a small file system, or the limit of
-mappings.  What would take the whole machine's is listed in `_left_out`.
+Each shortage concerns one process only: a memory control group, a small file system, or the limit
+of mappings.  `_left_out` lists the cases that would need a shortage on the whole machine.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import needs_hugepages, needs_privilege
 
 NO_MEMORY = errno.ENOMEM, -errno.ENOMEM
-BUDGET_S = 60.0  # a process of its own is started, perhaps on a slow machine
+BUDGET_S = 60.0  # the case starts a Python process, perhaps on a slow machine
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 MAP_NORESERVE = 0x4000
 PROT_NONE = 0
 REPLACE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
-# For each ioctl, the mode that it needs.
+# The register mode that each ioctl needs.
 _MODES = {
     "COPY": RegisterMode.MISSING,
     "ZEROPAGE": RegisterMode.MISSING,
@@ -61,7 +61,7 @@ def _features(name: str, memory: MemoryType) -> Feature:
         case "CONTINUE":
             return minor_features(memory)
         case "WRITEPROTECT":
-            # Before there was WP_UNPOPULATED the kernel said nothing but WARN.
+            # Kernels without WP_UNPOPULATED report success, and a WARN in the log.
             return wp_features(memory) | Feature.WP_UNPOPULATED
         case "POISON":
             return missing_features(memory) | Feature.POISON
@@ -76,11 +76,11 @@ _STARVED = (
     needs_memcg(),
     needs_kernel_accounting(),
 )
-_NO_MEMORY = "There is no memory for {}: nothing is changed; the next time there is"
+_NO_MEMORY = "Without memory for {} the call changes nothing; with memory it succeeds"
 _LACKS = {
-    "page": "its page",
+    "page": "the page",
     "page-table": "a page table",
-    "anon-vma": "the kernel's record of who maps private memory",
+    "anon-vma": "an anon_vma",
 }
 
 
@@ -106,7 +106,7 @@ def _add_starved(name: str, memory: tuple[str, ...], lacks: str = "page-table") 
         needs=_STARVED,
         budget_s=BUDGET_S,
         alone=True,
-        noisy=True,  # with control groups of version 2 the kernel tells of a killer without victim
+        noisy=True,  # with cgroup v2 the kernel logs that the OOM killer found nothing to kill
         summary=_NO_MEMORY.format(_LACKS[lacks]),
     )(run)
 
@@ -122,15 +122,16 @@ _add_starved("POISON", SMALL)
 _add_starved("WRITEPROTECT", SMALL)
 
 
-# Tables of tables, each at the first address of its own: what lacks it is on the other side of it.
+# Upper levels of the page tables. The page to fill is the first that such a table maps, so that it
+# needs a table of its own.
 _GIB = 1 << 30
 _DIRECTORIES: tuple[tuple[str, str, str, int, bool, str], ...] = (
-    ("COPY", "anon", "no-page-middle-directory", _GIB, False, "the table of its page table"),
-    ("COPY", "anon", "no-page-upper-directory", 512 * _GIB, False, "the table above that"),
-    ("COPY", "hugetlb-private", "no-page-middle-directory", _GIB, False, "its page table"),
-    ("MOVE", "anon", "no-page-middle-directory", _GIB, False, "the table of its page table"),
-    ("MOVE", "anon", "src-no-page-table", HUGE_PAGE, True, "the page table of a hole"),
-    ("MOVE", "anon", "src-no-page-middle-directory", _GIB, True, "the table above that"),
+    ("COPY", "anon", "no-page-middle-directory", _GIB, False, "a PMD table"),
+    ("COPY", "anon", "no-page-upper-directory", 512 * _GIB, False, "a PUD table"),
+    ("COPY", "hugetlb-private", "no-page-middle-directory", _GIB, False, "a PMD table"),
+    ("MOVE", "anon", "no-page-middle-directory", _GIB, False, "a PMD table"),
+    ("MOVE", "anon", "src-no-page-table", HUGE_PAGE, True, "a page table of the source"),
+    ("MOVE", "anon", "src-no-page-middle-directory", _GIB, True, "a PMD table of the source"),
 )
 
 
@@ -162,8 +163,8 @@ for _directory in _DIRECTORIES:
 
 
 _EVENT = (
-    Variant("none", "nobody is told of a fork that has failed"),
-    Variant("told", "the Fork event comes all the same; fixed in Linux 6.12"),
+    Variant("none", "a fork that fails sends no event"),
+    Variant("told", "the Fork event is sent although the fork fails; fixed in Linux 6.12"),
 )
 
 
@@ -179,7 +180,7 @@ _EVENT = (
     noisy=True,
 )
 def fork_fails(ctx: Context) -> None:
-    """A fork that fails in the middle of the mappings sends no event, and filling goes on."""
+    """A fork that fails while it copies mappings sends no event, and COPY still works."""
     child = ctx.run_child(fork_without_memory, int(Feature.EVENT_FORK))
     code, events, copied = child.value
     ctx.expect("errno", code, errno.ENOMEM)
@@ -187,11 +188,11 @@ def fork_fails(ctx: Context) -> None:
     ctx.expect_variant("events", events, none=0, told=1)
 
 
-# No page in the file system
+# A full file system
 
 
 def _sparse(ctx: Context, kind: str, pages: int) -> tuple[int, int]:
-    """Map more of a file than its file system holds; return its address and that of a source."""
+    """Map a file larger than its file system; return the addresses of the mapping and a source."""
     file = ctx.enter(small_file_system(kind, pages * ctx.page))
     length = 2 * pages * ctx.page
     os.ftruncate(file, length)
@@ -214,7 +215,7 @@ def _sparse(ctx: Context, kind: str, pages: int) -> tuple[int, int]:
     needs=[needs_privilege("CAP_SYS_ADMIN")],
 )
 def copy_file_system_full(ctx: Context) -> None:
-    """The file system holds no more pages: ENOMEM, and the page before is counted (EAGAIN)."""
+    """COPY into a full file system is ENOMEM; a page copied before that is counted (EAGAIN)."""
     start, source = _sparse(ctx, "tmpfs", 2)
     page = ctx.page
     answer = ctx.ioctl("COPY", start, source, page)
@@ -234,7 +235,7 @@ def copy_file_system_full(ctx: Context) -> None:
     needs=[needs_privilege("CAP_SYS_ADMIN")],
 )
 def zeropage_file_system_full(ctx: Context) -> None:
-    """The file system holds no more pages, not even of zeros: ENOMEM."""
+    """ZEROPAGE into a full file system is ENOMEM: zeros of shared memory need a page too."""
     start, _ = _sparse(ctx, "tmpfs", 2)
     page = ctx.page
     answer = ctx.ioctl("ZEROPAGE", start, 2 * page)
@@ -250,21 +251,23 @@ def zeropage_file_system_full(ctx: Context) -> None:
     features=missing_features,
     needs=[needs_privilege("CAP_SYS_ADMIN"), needs_hugepages(2)],
     variants=[
-        Variant("told", "ENOMEM says so"),
+        Variant("told", "ENOMEM"),
         Variant(
             "mistaken",
-            "EEXIST, as if the page were there, once there is a page table; no feature bit tells,"
+            "EEXIST, as if the page were present, if there is a page table; no feature bit tells,"
             " but pagemap shows a hole",
         ),
     ],
 )
 def copy_no_huge_page(ctx: Context) -> None:
-    """No huge page is available: an error, and the page is still missing."""
+    """If no huge page is free, COPY fails and the page stays missing."""
     start, source = _sparse(ctx, "hugetlbfs", 2)
     page = ctx.page
     for index in range(2):
         answer = ctx.ioctl("COPY", start + index * page, source, page)
-        ctx.expect("errno and result, a page there is", (answer.errno, answer.result), (0, page))
+        ctx.expect(
+            "errno and result with a free huge page", (answer.errno, answer.result), (0, page)
+        )
     where = start + 2 * page
     answer = ctx.ioctl("COPY", where, source, page)
     mistaken = (errno.EEXIST, -errno.EEXIST)
@@ -273,17 +276,17 @@ def copy_no_huge_page(ctx: Context) -> None:
     ctx.expect_pagemap(where, "-----")
     access = ctx.start(ctx.read, where)
     ctx.expect_fault(0, where)
-    # The same file has room again: now it is told apart from a page that is there.
+    # Make room in the file: now COPY finds the page missing and fills it.
     if ctx.memory.shared:
         _memory.madvise(start, page, mmap.MADV_REMOVE)
-    else:  # which MADV_DONTNEED could not always drop
+    else:  # kernels before 5.18 refuse MADV_DONTNEED of huge pages
         _memory.mmap(page, PROT_NONE, REPLACE, address=start)
     answer = ctx.ioctl("COPY", where, source, page)
     ctx.expect("errno and result with room", (answer.errno, answer.result), (0, page))
     ctx.expect("the read", access.result(), DATA)
 
 
-# No mapping more
+# The limit of mappings
 
 
 def _at_map_limit(ctx: Context) -> list[int]:
@@ -300,7 +303,7 @@ def _at_map_limit(ctx: Context) -> list[int]:
     budget_s=BUDGET_S,
 )
 def register_map_limit(ctx: Context) -> None:
-    """At the limit of mappings a part of one cannot be registered, but a whole one can."""
+    """At vm.max_map_count a part of a mapping cannot be registered, but a whole mapping can."""
     part, _, whole, again, _ = _at_map_limit(ctx)
     ctx.expect("errno of a part", part, errno.ENOMEM)
     ctx.expect("errno of a whole mapping", whole, 0)
@@ -315,7 +318,7 @@ def register_map_limit(ctx: Context) -> None:
     budget_s=BUDGET_S,
 )
 def unregister_map_limit(ctx: Context) -> None:
-    """At the limit of mappings a part of a registered one cannot be unregistered."""
+    """At vm.max_map_count a part of a registered mapping cannot be unregistered."""
     _, part, _, _, again = _at_map_limit(ctx)
     ctx.expect("errno of a part", part, errno.ENOMEM)
     ctx.expect("errno of the part afterwards", again, 0)

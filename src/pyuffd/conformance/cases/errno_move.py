@@ -1,6 +1,6 @@
-"""What is particular to UFFDIO_MOVE (layer L5).
+"""Errors and effects of UFFDIO_MOVE alone (layer L5).
 
-It works inside one address space only, so unlike the others it cannot meet a process that ended.
+MOVE works only in the address space of its caller, so there is no case of a process that has ended.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pyuffd.testing._need import needs_swap
 SYS_MLOCK, SYS_MUNLOCK, SYS_MLOCK2 = 149, 150, 325
 MLOCK_ONFAULT = 1
 ORIGIN = "UFFDIO_MOVE(2const): "
-# Above vm.mmap_min_addr, below which the answer is EINVAL, and below any program.
+# Below any program, and above vm.mmap_min_addr: a lower address is EINVAL.
 UNMAPPED = 0x100000
 
 
@@ -37,7 +37,7 @@ def _refused(ctx: Context, target: Target, code: int, **call: int) -> None:
     "UFFDIO_MOVE.EINVAL.src-unaligned", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
 )
 def src_unaligned(ctx: Context) -> None:
-    """The source is not a multiple of the page size."""
+    """A source that is not a multiple of the page size is refused."""
     target = Target(ctx, MOVE)
     target.expect(errno.EINVAL, 0, source=target.source + 1)
 
@@ -46,7 +46,7 @@ def src_unaligned(ctx: Context) -> None:
     "UFFDIO_MOVE.EINVAL.unregistered", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
 )
 def unregistered(ctx: Context) -> None:
-    """The destination is not registered."""
+    """A destination that is not registered is refused."""
     _refused(ctx, Target(ctx, MOVE, registered=0), errno.EINVAL)
 
 
@@ -54,14 +54,14 @@ def unregistered(ctx: Context) -> None:
     "UFFDIO_MOVE.EINVAL.dst-past-end", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
 )
 def past_end(ctx: Context) -> None:
-    """The end of the destination is not registered: nothing is moved."""
+    """A destination whose end is not registered is refused, and nothing is moved."""
     target = Target(ctx, MOVE, registered=1)
     _refused(ctx, target, errno.EINVAL, length=2 * ctx.page)
 
 
 @case("UFFDIO_MOVE.EINVAL.other-uffd", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE)
 def other_uffd(ctx: Context) -> None:
-    """The destination is registered with another userfaultfd."""
+    """A destination that is registered with another userfaultfd is refused."""
     target = Target(ctx, MOVE)
     _refused(ctx, target, errno.EINVAL, uffd=ctx.open().fileno())
 
@@ -73,7 +73,7 @@ def other_uffd(ctx: Context) -> None:
     features=Feature.MOVE | Feature.EVENT_FORK,
 )
 def other_process(ctx: Context) -> None:
-    """The userfaultfd is that of another process."""
+    """A userfaultfd of another process is refused."""
     target = Target(ctx, MOVE)
     child = ctx.fork()
     assert child.uffd is not None
@@ -82,7 +82,7 @@ def other_process(ctx: Context) -> None:
 
 @case("UFFDIO_MOVE.EINVAL.src-file", origin=ORIGIN + "EINVAL", memory=FILE, features=Feature.MOVE)
 def src_file(ctx: Context) -> None:
-    """Only anonymous memory can be moved."""
+    """A source that is not anonymous memory is refused."""
     region, source = ctx.make(ctx.page // 4096, "anon"), ctx.make(1)
     source.fill(DATA[0])
     ctx.register(region, RegisterMode.MISSING)
@@ -97,7 +97,7 @@ def src_file(ctx: Context) -> None:
     features=lambda memory: Feature.MOVE | missing_features(memory),
 )
 def dst_file(ctx: Context) -> None:
-    """Nothing can be moved into a file, although the mask of shared memory has the ioctl."""
+    """A destination that is not anonymous is refused, although REGISTER offers MOVE for shmem."""
     _refused(ctx, Target(ctx, MOVE), errno.EINVAL)
 
 
@@ -105,7 +105,7 @@ def dst_file(ctx: Context) -> None:
     "UFFDIO_MOVE.EINVAL.src-read-only", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
 )
 def src_read_only(ctx: Context) -> None:
-    """The source is protected otherwise than the destination."""
+    """A source with other access rights (mprotect) than the destination is refused."""
     target = Target(ctx, MOVE)
     _memory.mprotect(target.source, 2 * ctx.page, mmap.PROT_READ)
     _refused(ctx, target, errno.EINVAL)
@@ -113,7 +113,7 @@ def src_read_only(ctx: Context) -> None:
 
 @case("UFFDIO_MOVE.EINVAL.src-locked", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE)
 def src_locked(ctx: Context) -> None:
-    """The source is mlocked and the destination is not."""
+    """A source that is mlocked is refused if the destination is not."""
     target = Target(ctx, MOVE)
     ctx.expect("mlock", syscall(SYS_MLOCK, target.source, 2 * ctx.page), 0)
     _refused(ctx, target, errno.EINVAL)
@@ -123,10 +123,10 @@ def src_locked(ctx: Context) -> None:
     "UFFDIO_MOVE.ok.both-locked", origin="UFFDIO_MOVE(2const)", memory=ANON, features=Feature.MOVE
 )
 def both_locked(ctx: Context) -> None:
-    """Between two mlocked ranges a page can be moved."""
+    """A page can be moved between two mlocked ranges."""
     target = Target(ctx, MOVE)
     for start in (target.start, target.source):
-        # Without its pages, which would be asked for.
+        # mlock would fault in the missing pages, and wait.
         ctx.expect("mlock2", syscall(SYS_MLOCK2, start, 2 * ctx.page, MLOCK_ONFAULT), 0)
     target.expect(0, ctx.page)
     ctx.expect("byte", ctx.silently(ctx.read, target.start), DATA)
@@ -141,7 +141,7 @@ def both_locked(ctx: Context) -> None:
     features=Feature.MOVE,
 )
 def both_read_only(ctx: Context) -> None:
-    """Nothing is moved between two ranges that cannot be written."""
+    """Nothing is moved between two read-only ranges."""
     target = Target(ctx, MOVE)
     for start in (target.start, target.source):
         _memory.mprotect(start, 2 * ctx.page, mmap.PROT_READ)
@@ -152,14 +152,14 @@ def both_read_only(ctx: Context) -> None:
     "UFFDIO_MOVE.EINVAL.src-past-end", origin=ORIGIN + "EINVAL", memory=ANON, features=Feature.MOVE
 )
 def src_past_end(ctx: Context) -> None:
-    """The source reaches into another mapping: nothing is moved."""
+    """A source that reaches into another mapping is refused, and nothing is moved."""
     target = Target(ctx, MOVE)
     _memory.mprotect(target.source + ctx.page, ctx.page, mmap.PROT_READ)
     _refused(ctx, target, errno.EINVAL, length=2 * ctx.page)
 
 
-# What a page table may have in the place of a page: the mode to register the source in, and what
-# makes it.
+# Entries in place of a page: the mode to register the source in, and the feature that the entry
+# needs.
 _ENTRIES: tuple[tuple[str, str, RegisterMode, Feature], ...] = (
     ("src-poison", "poison", RegisterMode.MISSING, Feature.POISON),
     ("src-marker", "a write-protect marker", RegisterMode.WP, Feature.WP_UNPOPULATED),
@@ -186,7 +186,7 @@ def _add_entry(name: str, text: str, mode: RegisterMode, feature: Feature) -> No
         origin="mm/userfaultfd.c: move_pages_pte",
         memory=ANON,
         features=Feature.MOVE | feature | Feature.PAGEFAULT_FLAG_WP,
-        summary=f"The source has {text} and no page, which is no hole either",
+        summary=f"A source page with {text} is neither moved nor taken for a hole",
     )(run)
 
 
@@ -202,13 +202,13 @@ for _entry in _ENTRIES:
     needs=[needs_swap()],
 )
 def src_shared_swapped(ctx: Context) -> None:
-    """A page in swap that a fork has shared is busy; alone in it again, it can be moved."""
+    """A page in swap that is shared by fork is EBUSY; after a write it can be moved."""
     region, source = ctx.make(1), ctx.make(1)
     source.fill(DATA[0])
     page_out(ctx, source)
     ctx.register(region, RegisterMode.MISSING)
     child = ctx.fork()
-    for when in ("child alive", "child ended"):
+    for when in ("errno and move, child alive", "errno and move, child ended"):
         answer = ctx.ioctl("MOVE", region.start, source.start, ctx.page)
         ctx.expect(when, (answer.errno, answer.result), (errno.EBUSY, -errno.EBUSY))
         child.close()
@@ -227,7 +227,7 @@ def _with_hole(ctx: Context) -> tuple[Target, Region]:
 
 @case("UFFDIO_MOVE.ENOENT.src-hole", origin=ORIGIN + "ENOENT", memory=ANON, features=Feature.MOVE)
 def src_hole(ctx: Context) -> None:
-    """The source has no page."""
+    """A source without a page is ENOENT."""
     target, _ = _with_hole(ctx)
     target.expect(errno.ENOENT, -errno.ENOENT, at=ctx.page)
 
@@ -236,7 +236,7 @@ def src_hole(ctx: Context) -> None:
     "UFFDIO_MOVE.ENOENT.src-unmapped", origin=ORIGIN + "ENOENT", memory=ANON, features=Feature.MOVE
 )
 def src_unmapped(ctx: Context) -> None:
-    """The source is not mapped."""
+    """A source that is not mapped is ENOENT."""
     target = Target(ctx, MOVE)
     target.expect(errno.ENOENT, -errno.ENOENT, source=UNMAPPED)
 
@@ -248,7 +248,7 @@ def src_unmapped(ctx: Context) -> None:
     features=Feature.MOVE,
 )
 def second_src_hole(ctx: Context) -> None:
-    """The source has no second page: the first is moved and counted."""
+    """If the source has no second page, the first is moved and counted."""
     target, region = _with_hole(ctx)
     target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
     ctx.expect("byte", ctx.silently(ctx.read, region.start), DATA)
@@ -261,7 +261,7 @@ def second_src_hole(ctx: Context) -> None:
     features=Feature.MOVE,
 )
 def allow_holes(ctx: Context) -> None:
-    """With ALLOW_SRC_HOLES a hole counts as moved, and leaves a hole."""
+    """With ALLOW_SRC_HOLES a hole counts as moved, and the destination stays a hole."""
     target, region = _with_hole(ctx)
     target.expect(0, 2 * ctx.page, length=2 * ctx.page, mode=MoveMode.ALLOW_SRC_HOLES)
     ctx.expect("byte", ctx.silently(ctx.read, region.start), DATA)
@@ -272,7 +272,7 @@ def allow_holes(ctx: Context) -> None:
     "UFFDIO_MOVE.ok.source-empty", origin="UFFDIO_MOVE(2const)", memory=ANON, features=Feature.MOVE
 )
 def source_empty(ctx: Context) -> None:
-    """The page leaves the source, which reads zeros."""
+    """The moved page is gone from the source, which then reads as zeros."""
     target = Target(ctx, MOVE)
     target.expect(0, ctx.page)
     ctx.expect_pagemap(target.source, "-----")
@@ -281,7 +281,7 @@ def source_empty(ctx: Context) -> None:
 
 @case("UFFDIO_MOVE.ok.zero-page", origin="UFFDIO_MOVE(2const)", memory=ANON, features=Feature.MOVE)
 def zero_page(ctx: Context) -> None:
-    """A zero page can be moved."""
+    """The zero page can be moved."""
     target, region = _with_hole(ctx)
     ctx.expect("byte of the source", ctx.read(target.source + ctx.page), b"\0")
     target.expect(0, ctx.page, at=ctx.page)
@@ -290,12 +290,12 @@ def zero_page(ctx: Context) -> None:
 
 @case("UFFDIO_MOVE.EBUSY.src-shared", origin=ORIGIN + "EBUSY", memory=ANON, features=Feature.MOVE)
 def src_shared(ctx: Context) -> None:
-    """A page that a fork has shared is busy, even after the child has ended."""
+    """A page that is shared by fork is EBUSY, even after the child has ended."""
     region, source = ctx.make(1), ctx.make(1)
     source.fill(DATA[0])
     ctx.register(region, RegisterMode.MISSING)
     child = ctx.fork()
-    for when in ("child alive", "child ended"):
+    for when in ("errno and move, child alive", "errno and move, child ended"):
         answer = ctx.ioctl("MOVE", region.start, source.start, ctx.page)
         ctx.expect(when, (answer.errno, answer.result), (errno.EBUSY, -errno.EBUSY))
         child.close()
@@ -309,7 +309,7 @@ def src_shared(ctx: Context) -> None:
     needs=[needs_pin()],
 )
 def src_pinned(ctx: Context) -> None:
-    """A page that is pinned is busy."""
+    """A pinned page is EBUSY until it is unpinned."""
     target = Target(ctx, MOVE)
     pin = Pin(target.source, ctx.page)
     ring = pin.take(syscall)

@@ -52,7 +52,7 @@ AFTER_API = (
 )
 
 
-# Those of ranges are in the answer of REGISTER.
+# UFFDIO_API reports the ioctls of the descriptor only; UFFDIO_REGISTER reports those of a range.
 KNOWN_IOCTLS = (
     *(Ioctl.API, Ioctl.REGISTER, Ioctl.UNREGISTER, Ioctl.WAKE, Ioctl.COPY, Ioctl.ZEROPAGE),
     *(Ioctl.MOVE, Ioctl.WRITEPROTECT, Ioctl.CONTINUE, Ioctl.POISON),
@@ -60,7 +60,7 @@ KNOWN_IOCTLS = (
 
 
 def fresh(ctx: Context, flags: int = FLAGS) -> int:
-    """Return a descriptor without a handshake, which closes with the case."""
+    """Return a descriptor before its handshake; it is closed when the case ends."""
     fd = _opening.open_userfaultfd(flags)
     ctx.callback(os.close, fd)
     return fd
@@ -91,12 +91,12 @@ def open_flags(ctx: Context) -> None:
     origin="fs/userfaultfd.c: new_userfaultfd, O_RDONLY",
     memory=ANY,
     variants=[
-        Variant("read-only", "the descriptor can be read, and not written"),
-        Variant("read-write", "it was opened for both", lacks=Feature.WP_UNPOPULATED),
+        Variant("read-only", "the descriptor is open for reading only"),
+        Variant("read-write", "it is open for reading and writing", lacks=Feature.WP_UNPOPULATED),
     ],
 )
 def descriptor(ctx: Context) -> None:
-    """The descriptor is an anonymous file, opened read-only, which cannot be written or mapped."""
+    """The descriptor is an anonymous file that can be neither written nor mapped."""
     fd = _ready(ctx)
     ctx.expect("its link", os.readlink(f"/proc/self/fd/{fd}"), "anon_inode:[userfaultfd]")
     mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
@@ -113,16 +113,16 @@ def descriptor(ctx: Context) -> None:
     needs=[needs_privilege("CAP_SYS_ADMIN")],
 )
 def sysctl(ctx: Context) -> None:
-    """vm.unprivileged_userfaultfd is 0 or 1, and nothing else."""
+    """vm.unprivileged_userfaultfd accepts only 0 and 1."""
     before = SYSCTL.read_text()
     try:
         SYSCTL.write_text(before)
-    except OSError as error:  # of a container
+    except OSError as error:  # as in a container
         ctx.lack("sysctl", f"{SYSCTL}: {error.strerror}")
     ctx.callback(SYSCTL.write_text, before)
     for value in ("2", "-1"):
         ctx.expect_errno(errno.EINVAL, SYSCTL.write_text, value)
-    ctx.expect("value", SYSCTL.read_text(), before)
+    ctx.expect("value afterwards", SYSCTL.read_text(), before)
 
 
 @case(
@@ -132,7 +132,7 @@ def sysctl(ctx: Context) -> None:
     needs=[needs_syscall()],
 )
 def open_unknown_flag(ctx: Context) -> None:
-    """A flag the system call does not know is refused."""
+    """An unknown flag is refused."""
     ctx.expect_errno(errno.EINVAL, _opening.open_syscall, FLAGS | UNKNOWN_FLAG)
 
 
@@ -143,12 +143,12 @@ def open_unknown_flag(ctx: Context) -> None:
     needs=[needs_syscall()],
 )
 def open_emfile(ctx: Context) -> None:
-    """At the limit of open files there is no further userfaultfd."""
+    """At RLIMIT_NOFILE, no userfaultfd can be opened."""
     limit = struct.pack("=2Q", 0, 0)
     address, _, _owner = buffer_address(limit)
     child = ctx.fork_only()
     ctx.expect("prlimit64", child.syscall(SYS_PRLIMIT64, 0, RLIMIT_NOFILE, address, 0), 0)
-    ctx.expect("result", child.syscall(SYS_USERFAULTFD, FLAGS), -errno.EMFILE)
+    ctx.expect("userfaultfd(2)", child.syscall(SYS_USERFAULTFD, FLAGS), -errno.EMFILE)
 
 
 @case(
@@ -162,11 +162,11 @@ def open_emfile(ctx: Context) -> None:
     ],
 )
 def open_unprivileged(ctx: Context) -> None:
-    """Without privilege, kernel faults are unavailable where the sysctl is 0."""
+    """Without privilege, handling kernel faults needs vm.unprivileged_userfaultfd=1."""
     child = _unprivileged(ctx)
     fd = child.syscall(SYS_USERFAULTFD, FLAGS)
     allowed = SYSCTL.read_text().strip() == "1"
-    ctx.expect_variant("refused", fd if fd < 0 else 0, refused=-errno.EPERM, allowed=0)
+    ctx.expect_variant("userfaultfd(2)", fd if fd < 0 else 0, refused=-errno.EPERM, allowed=0)
     ctx.expect("variant", ctx.variant, "allowed" if allowed else "refused")
 
 
@@ -176,7 +176,7 @@ def open_unprivileged(ctx: Context) -> None:
     memory=ANY,
     needs=[needs_privilege()],
     variants=[
-        Variant("known", "UFFD_USER_MODE_ONLY works for everybody"),
+        Variant("known", "any user may open a userfaultfd with UFFD_USER_MODE_ONLY"),
         Variant(
             "unknown",
             "the flag is refused with EINVAL",
@@ -187,7 +187,7 @@ def open_unprivileged(ctx: Context) -> None:
 def open_user_mode_only(ctx: Context) -> None:
     """UFFD_USER_MODE_ONLY works without privilege."""
     fd = _unprivileged(ctx).syscall(SYS_USERFAULTFD, FLAGS | USER_MODE_ONLY)
-    ctx.expect_variant("refused", min(fd, 0), known=0, unknown=-errno.EINVAL)
+    ctx.expect_variant("userfaultfd(2)", min(fd, 0), known=0, unknown=-errno.EINVAL)
 
 
 @case(
@@ -212,7 +212,7 @@ def device_mode(ctx: Context) -> None:
     needs=[needs_device()],
 )
 def device_unknown_flag(ctx: Context) -> None:
-    """USERFAULTFD_IOC_NEW refuses a flag it does not know."""
+    """USERFAULTFD_IOC_NEW refuses an unknown flag."""
     ctx.expect_errno(errno.EINVAL, _opening.open_device, FLAGS | UNKNOWN_FLAG)
 
 
@@ -223,7 +223,7 @@ def device_unknown_flag(ctx: Context) -> None:
     needs=[needs_device()],
 )
 def device_unknown_ioctl(ctx: Context) -> None:
-    """A request of /dev/userfaultfd that is no USERFAULTFD_IOC_NEW is refused."""
+    """/dev/userfaultfd refuses every request but USERFAULTFD_IOC_NEW."""
     device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     ctx.callback(os.close, device)
     for number in (UNKNOWN_IOCTL, _raw.request("API"), 0xAA01):
@@ -237,7 +237,7 @@ def device_unknown_ioctl(ctx: Context) -> None:
     needs=[needs_device()],
 )
 def device_flags(ctx: Context) -> None:
-    """A descriptor of the device has the flags that were asked for, with and without."""
+    """A descriptor from the device has O_CLOEXEC and O_NONBLOCK if and only if requested."""
     for flags in (FLAGS, 0, os.O_CLOEXEC, os.O_NONBLOCK):
         fd = _opening.open_device(flags)
         ctx.callback(os.close, fd)
@@ -253,7 +253,7 @@ def device_flags(ctx: Context) -> None:
     needs=[needs_device()],
 )
 def device_user_mode_only(ctx: Context) -> None:
-    """A descriptor of the device handles the kernel's faults, unless it is for user code only."""
+    """A descriptor from the device gets kernel faults unless UFFD_USER_MODE_ONLY is set."""
     zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
     ctx.callback(os.close, zero)
     for flags in (FLAGS | USER_MODE_ONLY, FLAGS):
@@ -268,7 +268,7 @@ def device_user_mode_only(ctx: Context) -> None:
             ctx.expect("read(2)", reading.result(), -errno.EFAULT)
             continue
         if not select.select([fd], [], [], WAIT_S)[0]:
-            ctx.fail("messages", f"none within {WAIT_S:g} s", "one of the kernel's fault")
+            ctx.fail("messages", f"none within {WAIT_S:g} s", "the message of read(2)'s fault")
         ctx.expect("bytes of the message", len(os.read(fd, 64)), 32)
         answer = ctx.ioctl("ZEROPAGE", region.start, region.length, uffd=fd)
         ctx.expect("errno of ZEROPAGE", answer.errno, 0)
@@ -282,11 +282,15 @@ def device_user_mode_only(ctx: Context) -> None:
     needs=[needs_privilege(), needs(Feature.EVENT_FORK)],
     variants=[
         Variant("EPERM", "EVENT_FORK needs CAP_SYS_PTRACE"),
-        Variant("no-descriptor", "there is no userfaultfd to ask", lacks=Feature.MINOR_HUGETLBFS),
+        Variant(
+            "no-descriptor",
+            "without UFFD_USER_MODE_ONLY, the process cannot open a userfaultfd",
+            lacks=Feature.MINOR_HUGETLBFS,
+        ),
     ],
 )
 def api_event_fork(ctx: Context) -> None:
-    """Without CAP_SYS_PTRACE EVENT_FORK is refused, and the argument comes back zeroed."""
+    """Without CAP_SYS_PTRACE, EVENT_FORK is refused and the argument is zeroed."""
     argument = ctx.make(1, "shmem")
     argument.write(0, struct.pack("=3Q", API, Feature.EVENT_FORK, 0))
     child = _unprivileged(ctx)
@@ -299,19 +303,19 @@ def api_event_fork(ctx: Context) -> None:
     ctx.expect("argument", argument.read(0, 24), bytes(24))
     argument.write(0, struct.pack("=3Q", API, 0, 0))
     seen = child.syscall(SYS_IOCTL, fd, _raw.request("API"), argument.start)
-    ctx.expect("UFFDIO_API without it", seen, 0)
+    ctx.expect("UFFDIO_API without EVENT_FORK", seen, 0)
 
 
-# Which privilege it is
+# Which capability counts, and in which user namespace
 
 
 def _capset(ctx: Context, child: Child, argument: Region, effective: int) -> None:
-    """Leave a child these capabilities, of those it has."""
+    """Drop all capabilities of a child except these."""
     header, data = argument.start, argument.start + 8
     argument.write(0, struct.pack("=2I", CAPABILITY_VERSION_3, 0))
     ctx.expect("capget", child.syscall(SYS_CAPGET, header, data), 0)
     found = list(struct.unpack("=6I", argument.read(8, 24)))
-    for half in range(2):  # effective, permitted and inheritable of each
+    for half in range(2):  # each has an effective, a permitted and an inheritable word
         found[3 * half] = found[3 * half + 1] & effective >> 32 * half & MASK_32
     argument.write(8, struct.pack("=6I", *found))
     ctx.expect("capset", child.syscall(SYS_CAPSET, header, data), 0)
@@ -349,8 +353,8 @@ def _add_privilege(
 
     case(
         f"userfaultfd.{'ok' if suffices else 'EPERM'}.{name}",
-        summary=f"A process with {text} {'may' if suffices else 'may not'} handle faults of the"
-        " kernel, or have EVENT_FORK",
+        summary=f"A process with {text} {'may' if suffices else 'may not'} handle kernel"
+        " faults or enable EVENT_FORK",
         origin="fs/userfaultfd.c: capable(CAP_SYS_PTRACE)",
         memory=ANY,
         needs=[needs_privilege("CAP_SYS_PTRACE"), needs(Feature.EVENT_FORK)],
@@ -371,7 +375,7 @@ _add_privilege(
 
 @case("UFFDIO_API.ok.reply", origin="UFFDIO_API(2const): DESCRIPTION", memory=ANY)
 def api_reply(ctx: Context) -> None:
-    """The reply has every feature of the kernel, whatever was asked for, and is the same again."""
+    """The reply lists all features of the kernel, whichever are requested."""
     answers = [ctx.ioctl("API", API, asked, uffd=fresh(ctx)) for asked in (0, ctx.offered & 0x80)]
     for answer in answers:
         ctx.expect("reply", (answer.errno, answer.words[:2]), (0, (API, ctx.offered)))
@@ -382,41 +386,41 @@ def api_reply(ctx: Context) -> None:
 
 @case("UFFDIO_API.EINVAL.api-unknown", origin="UFFDIO_API(2const): EINVAL", memory=ANY)
 def api_version(ctx: Context) -> None:
-    """Another API version is refused, the argument zeroed, and the descriptor still new."""
+    """An unknown API version is refused, the argument zeroed; a correct handshake then works."""
     _refused_once(ctx, API + 1, 0)
 
 
 @case("UFFDIO_API.EINVAL.features-unknown", origin="UFFDIO_API(2const): EINVAL", memory=ANY)
 def api_features(ctx: Context) -> None:
-    """A feature the kernel lacks is refused, the argument zeroed, and the descriptor still new."""
+    """An unknown feature is refused, the argument zeroed; a correct handshake then works."""
     _refused_once(ctx, API, UNKNOWN_FEATURE)
 
 
 def _refused_once(ctx: Context, api: int, features: int) -> None:
     fd = fresh(ctx)
     answer = ctx.ioctl("API", api, features, uffd=fd)
-    ctx.expect("refusal", (answer.errno, answer.words), (errno.EINVAL, (0, 0, 0)))
-    ctx.expect("errno of a second try", ctx.ioctl("API", API, uffd=fd).errno, 0)
+    ctx.expect("errno and argument", (answer.errno, answer.words), (errno.EINVAL, (0, 0, 0)))
+    ctx.expect("errno of a correct handshake afterwards", ctx.ioctl("API", API, uffd=fd).errno, 0)
 
 
 @case("UFFDIO_API.EINVAL.second-handshake", origin="UFFDIO_API(2const): EINVAL", memory=ANY)
 def api_second(ctx: Context) -> None:
-    """A descriptor is enabled once; the second handshake leaves it as it was."""
+    """A second handshake is refused, and the descriptor stays usable."""
     fd = _ready(ctx)
     answer = ctx.ioctl("API", API, uffd=fd)
-    ctx.expect("refusal", (answer.errno, answer.words), (errno.EINVAL, (0, 0, 0)))
+    ctx.expect("errno and argument", (answer.errno, answer.words), (errno.EINVAL, (0, 0, 0)))
     ctx.expect("errno of WAKE", ctx.ioctl("WAKE", 1 << 20, 4096, uffd=fd).errno, 0)
 
 
 @case("UFFDIO_API.EFAULT.argument", origin="UFFDIO_API(2const): EFAULT", memory=ANY)
 def api_argument(ctx: Context) -> None:
-    """An argument outside the address space is EFAULT."""
+    """An argument at an unmapped address is EFAULT."""
     ctx.expect_errno(errno.EFAULT, fcntl.ioctl, fresh(ctx), _raw.request("API"), 0)
 
 
 @case("ioctl.EINVAL.unknown", origin="ioctl_userfaultfd(2)", memory=ANY)
 def unknown_ioctl(ctx: Context) -> None:
-    """A request number that is no UFFDIO_* is EINVAL, before the handshake and after."""
+    """An unknown request number is EINVAL, before and after the handshake."""
     fd = fresh(ctx)
     ctx.expect_errno(errno.EINVAL, fcntl.ioctl, fd, UNKNOWN_IOCTL, 0)
     ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
@@ -436,7 +440,7 @@ def _add_generic(name: str) -> None:
         region = ctx.make(1)
         words = (region.start, region.length, 1) if name == "REGISTER" else (region.start, 4096)
         answer = ctx.ioctl(name, *words, uffd=fresh(ctx))
-        ctx.expect("errno", answer.errno, errno.EINVAL)
+        ctx.expect("errno before the handshake", answer.errno, errno.EINVAL)
 
     def argument(ctx: Context) -> None:
         ctx.expect_errno(errno.EFAULT, fcntl.ioctl, _ready(ctx), _raw.request(name), 0)
@@ -445,14 +449,14 @@ def _add_generic(name: str) -> None:
         f"UFFDIO_{name}.EINVAL.before-api",
         origin="ioctl_userfaultfd(2): EINVAL",
         memory=ANY,
-        summary="Before the handshake the descriptor accepts nothing but UFFDIO_API",
+        summary="Before the handshake, the descriptor accepts only UFFDIO_API",
     )(before)
     case(
         f"UFFDIO_{name}.EFAULT.argument",
         origin="ioctl_userfaultfd(2): EFAULT",
         memory=ANY,
         features=_feature_of(name),
-        summary="An argument outside the address space is EFAULT",
+        summary="An argument at an unmapped address is EFAULT",
     )(argument)
 
 

@@ -39,7 +39,7 @@ def _poll(fd: int | Userfaultfd) -> int:
 
 
 def counters(uffd: Userfaultfd) -> tuple[int, int]:
-    """Return how many faults nobody has read, and how many threads wait, by fdinfo."""
+    """Return the counts in fdinfo: faults that nobody has read, and threads that wait."""
     text = Path(f"/proc/self/fdinfo/{uffd.fileno()}").read_text()
     found = re.search(r"pending:\t(\d+)\ntotal:\t(\d+)\n", text)
     assert found is not None, text
@@ -47,14 +47,14 @@ def counters(uffd: Userfaultfd) -> tuple[int, int]:
 
 
 def _wait_for(ctx: Context, uffd: Userfaultfd, messages: int) -> None:
-    """Read this many messages; their threads wait then."""
+    """Read this many messages, so that as many threads wait to be woken."""
     for _ in range(messages):
         ctx.expect_fault(MISSING_WRITE, uffd=uffd)
 
 
 @case("read.EINVAL.before-api", origin="userfaultfd(2): Reading", memory=ANY)
 def read_before(ctx: Context) -> None:
-    """Before the handshake read is EINVAL and poll says POLLERR."""
+    """Before the handshake, read fails with EINVAL and poll reports POLLERR."""
     fd = _opening.open_userfaultfd(FLAGS)
     ctx.callback(os.close, fd)
     ctx.expect_errno(errno.EINVAL, os.read, fd, MESSAGE_SIZE)
@@ -63,7 +63,7 @@ def read_before(ctx: Context) -> None:
 
 @case("read.EAGAIN.nothing-queued", origin="userfaultfd(2): Reading", memory=ANY)
 def read_empty(ctx: Context) -> None:
-    """A non-blocking read of an empty queue is EAGAIN, and poll is quiet."""
+    """A non-blocking read of an empty queue fails with EAGAIN, and poll reports nothing."""
     uffd = ctx.open()
     ctx.expect_errno(errno.EAGAIN, os.read, uffd.fileno(), MESSAGE_SIZE)
     ctx.expect("poll", _poll(uffd), 0)
@@ -71,7 +71,7 @@ def read_empty(ctx: Context) -> None:
 
 @case("poll.POLLERR.blocking", origin="userfaultfd(2): poll", memory=ANY)
 def poll_blocking(ctx: Context) -> None:
-    """A descriptor without O_NONBLOCK cannot be polled: POLLERR."""
+    """On a descriptor without O_NONBLOCK, poll reports POLLERR."""
     fd = _opening.open_userfaultfd(os.O_CLOEXEC)
     ctx.callback(os.close, fd)
     ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
@@ -80,7 +80,7 @@ def poll_blocking(ctx: Context) -> None:
 
 @case("read.EINVAL.buffer-small", origin="userfaultfd(2): Reading", features=missing_features)
 def read_small(ctx: Context) -> None:
-    """A buffer too small for one message is EINVAL, and the message stays."""
+    """A read with too small a buffer fails with EINVAL, and the message stays queued."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     ctx.start(ctx.write, region.start, b"\1")
@@ -92,7 +92,7 @@ def read_small(ctx: Context) -> None:
 
 @case("read.ok.whole-messages", origin="userfaultfd(2): Reading", features=missing_features)
 def read_whole(ctx: Context) -> None:
-    """A read returns whole messages only: as many as are queued, or as fit."""
+    """A read returns whole messages only: all that are queued, or as many as fit."""
     region = ctx.make(2)
     ctx.register(region, RegisterMode.MISSING)
     for index in range(2):
@@ -100,33 +100,33 @@ def read_whole(ctx: Context) -> None:
     _wait_pending(ctx, 2)
     fd = ctx.uffd.fileno()
     ctx.expect("read(40)", len(os.read(fd, MESSAGE_SIZE + 8)), MESSAGE_SIZE)
-    ctx.uffd.wake(region)  # whose message was read comes back
+    ctx.uffd.wake(region)  # the thread whose message was read faults again
     _wait_pending(ctx, 2)
     ctx.expect("read(4096)", len(os.read(fd, 4096)), 2 * MESSAGE_SIZE)
     ctx.expect_errno(errno.EAGAIN, os.read, fd, 4096)
 
 
 def _wait_pending(ctx: Context, count: int) -> None:
-    """Wait until so many faults are queued; each next one makes no edge that poll could see."""
+    """Wait until this many faults are queued. Poll cannot tell: it reports only the first."""
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         if counters(ctx.uffd)[0] == count:
             return
         os.sched_yield()
-    ctx.fail("pending in fdinfo", counters(ctx.uffd), count)
+    ctx.fail("pending and total in fdinfo", counters(ctx.uffd), count)
 
 
 @case("fdinfo.ok.api", origin="fs/userfaultfd.c: userfaultfd_show_fdinfo", memory=ANY)
 def fdinfo_api(ctx: Context) -> None:
-    """In fdinfo are the version, the features that are enabled, and the kernel's ioctls."""
+    """/proc/PID/fdinfo/FD shows the API version, the enabled features and the ioctls."""
     asked = Feature(ctx.offered) & (Feature.SIGBUS | Feature.THREAD_ID)
     uffd = ctx.open(asked)
     text = Path(f"/proc/self/fdinfo/{uffd.fileno()}").read_text()
     found = re.search(r"^API:\t([0-9a-f]+):([0-9a-f]+):([0-9a-f]+)$", text, re.MULTILINE)
     if found is None:
-        ctx.fail("fdinfo", text, "a line API:")
+        ctx.fail("fdinfo", text, "a line that starts with API:")
     ctx.expect("version", int(found[1], 16), API)
-    # The kernel's own bit is in the first of them since it keeps one.
+    # Newer kernels keep a bit of their own among the enabled features.
     ctx.expect("enabled", int(found[2], 16) & ~INITIALIZED, int(asked))
     ctx.expect("API in the ioctls", int(found[3], 16) & Ioctl.API, int(Ioctl.API))
 
@@ -137,17 +137,17 @@ def fdinfo_api(ctx: Context) -> None:
     features=missing_features,
 )
 def fdinfo_counters(ctx: Context) -> None:
-    """In fdinfo are counted the faults nobody has read, and all threads that wait."""
+    """/proc/PID/fdinfo/FD counts the faults that nobody has read, and all threads that wait."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
-    ctx.expect("idle", counters(ctx.uffd), (0, 0))
+    ctx.expect("pending and total before the fault", counters(ctx.uffd), (0, 0))
     access = ctx.start(ctx.write, region.start, b"\1")
     ctx.wait_readable()
-    ctx.expect("not read", counters(ctx.uffd), (1, 1))
+    ctx.expect("pending and total before the message is read", counters(ctx.uffd), (1, 1))
     ctx.expect_fault(MISSING_WRITE, region.start)
-    ctx.expect("read", counters(ctx.uffd), (0, 1))
+    ctx.expect("pending and total after the message is read", counters(ctx.uffd), (0, 1))
     ctx.uffd.copy(region.start, bytes(ctx.page))
-    ctx.expect("resolved", counters(ctx.uffd), (0, 0))
+    ctx.expect("pending and total after COPY", counters(ctx.uffd), (0, 0))
     access.result()
 
 
@@ -159,20 +159,20 @@ def _stalled(ctx: Context, pages: int = 1) -> tuple[Region, list[Access[Interrup
         ctx.start(ctx.write, region.start + index * ctx.page, b"\1") for index in range(pages)
     ]
     _wait_for(ctx, ctx.uffd, pages)
-    ctx.expect("waiting", counters(ctx.uffd), (0, pages))
+    ctx.expect("pending and total after the reads", counters(ctx.uffd), (0, pages))
     return region, writes
 
 
 def _expect_awake(ctx: Context, *writes: Access[Interrupted | None]) -> None:
-    ctx.expect("waiting", counters(ctx.uffd), (0, 0))
+    ctx.expect("pending and total after the wake", counters(ctx.uffd), (0, 0))
     for write in writes:
-        ctx.expect("write", write.result(), None)
+        ctx.expect("the write", write.result(), None)
     ctx.expect_quiet()
 
 
 @case("UFFDIO_COPY.ok.wakes-range", origin="UFFDIO_COPY(2const)", features=missing_features)
 def copy_wakes(ctx: Context) -> None:
-    """One copy of several pages wakes every thread that waits in them."""
+    """A COPY of several pages wakes every thread that waits for one of them."""
     region, writes = _stalled(ctx, 2)
     ctx.uffd.copy(region.start, bytes(region.length))
     _expect_awake(ctx, *writes)
@@ -180,17 +180,17 @@ def copy_wakes(ctx: Context) -> None:
 
 @case("UFFDIO_COPY.ok.dontwake", origin="UFFDIO_COPY(2const)", features=missing_features)
 def copy_dontwake(ctx: Context) -> None:
-    """DONTWAKE fills the page and leaves its thread asleep until UFFDIO_WAKE."""
+    """COPY with DONTWAKE fills the page and leaves its thread asleep until UFFDIO_WAKE."""
     region, writes = _stalled(ctx)
     ctx.uffd.copy(region.start, bytes(ctx.page), mode=CopyMode.DONTWAKE)
-    ctx.expect("waiting", counters(ctx.uffd), (0, 1))
+    ctx.expect("pending and total after COPY with DONTWAKE", counters(ctx.uffd), (0, 1))
     ctx.uffd.wake(region)
     _expect_awake(ctx, *writes)
 
 
 @case("UFFDIO_WAKE.ok.unresolved", origin="UFFDIO_WAKE(2const)", features=missing_features)
 def wake_unresolved(ctx: Context) -> None:
-    """A thread that is woken without its page faults again, with a second message."""
+    """A thread woken while its page is still missing faults again and sends a second message."""
     region, writes = _stalled(ctx)
     ctx.uffd.wake(region)
     ctx.expect_fault(MISSING_WRITE, region.start)
@@ -200,7 +200,7 @@ def wake_unresolved(ctx: Context) -> None:
 
 @case("UFFDIO_UNREGISTER.ok.wakes", origin="UFFDIO_UNREGISTER(2const)", features=missing_features)
 def unregister_wakes(ctx: Context) -> None:
-    """UNREGISTER lets the threads that wait go on, with zero pages."""
+    """UNREGISTER wakes the threads that wait; their pages are filled with zeros."""
     region, writes = _stalled(ctx)
     ctx.uffd.unregister(region)
     _expect_awake(ctx, *writes)
@@ -209,10 +209,10 @@ def unregister_wakes(ctx: Context) -> None:
 
 @case("close.ok.wakes", origin="userfaultfd(2)", features=missing_features)
 def close_wakes(ctx: Context) -> None:
-    """The last close lets the threads that wait go on, with zero pages."""
+    """The last close wakes the threads that wait; their pages are filled with zeros."""
     region, (write,) = _stalled(ctx)
     ctx.uffd.close()
-    ctx.expect("write", write.result(), None)
+    ctx.expect("the write", write.result(), None)
     ctx.expect("bytes", ctx.read(region.start, 4), b"\1\0\0\0")
 
 
@@ -228,7 +228,7 @@ def _stalled_on_protection(ctx: Context) -> tuple[Region, Access[Interrupted | N
 
 @case("UFFDIO_WRITEPROTECT.ok.wakes", origin="UFFDIO_WRITEPROTECT(2const)", features=wp_features)
 def unprotect_wakes(ctx: Context) -> None:
-    """Taking the protection off wakes the thread that waits to write."""
+    """Removing the protection wakes the thread that waits to write."""
     region, write = _stalled_on_protection(ctx)
     ctx.uffd.writeprotect(region, mode=WriteprotectMode(0))
     _expect_awake(ctx, write)
@@ -236,17 +236,17 @@ def unprotect_wakes(ctx: Context) -> None:
 
 @case("UFFDIO_WRITEPROTECT.ok.dontwake", origin="UFFDIO_WRITEPROTECT(2const)", features=wp_features)
 def unprotect_dontwake(ctx: Context) -> None:
-    """With DONTWAKE it stays asleep until UFFDIO_WAKE."""
+    """Removing the protection with DONTWAKE leaves the thread asleep until UFFDIO_WAKE."""
     region, write = _stalled_on_protection(ctx)
     ctx.uffd.writeprotect(region, mode=WriteprotectMode.DONTWAKE)
-    ctx.expect("waiting", counters(ctx.uffd), (0, 1))
+    ctx.expect("pending and total after DONTWAKE", counters(ctx.uffd), (0, 1))
     ctx.uffd.wake(region)
     _expect_awake(ctx, write)
 
 
 @case("UFFDIO_WAKE.ok.still-protected", origin="UFFDIO_WAKE(2const)", features=wp_features)
 def wake_protected(ctx: Context) -> None:
-    """A thread that is woken before the page is unprotected faults again, with a second message."""
+    """A thread woken while its page is still protected faults again and sends a second message."""
     region, write = _stalled_on_protection(ctx)
     ctx.uffd.wake(region)
     ctx.expect_fault(WP_WRITE, region.start)
@@ -256,7 +256,7 @@ def wake_protected(ctx: Context) -> None:
 
 @case("read.EFAULT.buffer", origin="fs/userfaultfd.c: userfaultfd_read", features=missing_features)
 def read_bad_buffer(ctx: Context) -> None:
-    """A buffer that cannot be written is EFAULT; the message is lost, until the thread is woken."""
+    """A read into read-only memory is EFAULT; the message is lost until its thread is woken."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     write = ctx.start(ctx.write, region.start, b"\1")
@@ -265,7 +265,7 @@ def read_bad_buffer(ctx: Context) -> None:
     _memory.mprotect(buffer.start, buffer.length, PROT_NONE)
     seen = syscall(SYS_READ, ctx.uffd.fileno(), buffer.start, MESSAGE_SIZE)
     ctx.expect("read", seen, -errno.EFAULT)
-    ctx.expect("faults nobody has read, and threads that wait", counters(ctx.uffd), (0, 1))
+    ctx.expect("pending and total after the read", counters(ctx.uffd), (0, 1))
     ctx.expect_quiet()
     ctx.uffd.wake(region)
     ctx.expect_fault(MISSING_WRITE, region.start)
@@ -279,7 +279,7 @@ def read_bad_buffer(ctx: Context) -> None:
     features=lambda memory: missing_features(memory) | Feature.EVENT_FORK,
 )
 def read_fork_emfile(ctx: Context) -> None:
-    """At the limit of open files a Fork event cannot be read: EMFILE, and it stays."""
+    """At RLIMIT_NOFILE, reading a Fork event fails with EMFILE, and the event stays queued."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     reader = ctx.start(_read_at_descriptor_limit, ctx)
@@ -294,7 +294,7 @@ def read_fork_emfile(ctx: Context) -> None:
 
 
 def _read_at_descriptor_limit(ctx: Context) -> tuple[int, Event]:
-    """Read a message with and without a free descriptor, while the other thread forks."""
+    """Read the event of a fork without a free descriptor, then with one."""
     ctx.wait_readable()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     message = ctypes.create_string_buffer(MESSAGE_SIZE)
@@ -314,7 +314,7 @@ def _read_at_descriptor_limit(ctx: Context) -> tuple[int, Event]:
     features=lambda memory: missing_features(memory) | Feature.THREAD_ID,
 )
 def read_thread_id(ctx: Context) -> None:
-    """With THREAD_ID a message says which thread faulted, without it 0."""
+    """With THREAD_ID a message has the ID of the thread that faulted; without it, 0."""
     for features in (ctx.case.features_on(ctx.memory), missing_features(ctx.memory)):
         uffd = ctx.open(features)
         region = ctx.make(1)
@@ -334,14 +334,14 @@ def read_thread_id(ctx: Context) -> None:
     needs=[needs_kernel_faults()],
 )
 def copy_from_missing(ctx: Context) -> None:
-    """A copy from memory that is missing itself waits until that is filled."""
+    """COPY from a source that is registered and missing waits until the source is filled."""
     region, source = ctx.make(1), ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     second = ctx.open()
     second.register(source, mode=RegisterMode.MISSING)
     copy = ctx.start(ctx.ioctl, "COPY", region.start, source.start, ctx.page)
     ctx.expect_fault(0, source.start, second)
-    ctx.expect("the copy is over", copy.done, False)
+    ctx.expect("whether COPY returned before its source was filled", copy.done, False)
     second.copy(source.start, b"\5" * ctx.page)
     answer = copy.result()
     ctx.expect("errno and result", (answer.errno, answer.result), (0, ctx.page))

@@ -1,4 +1,4 @@
-"""UFFDIO_REGISTER, UNREGISTER and WAKE: what they refuse, and registering again (layer L5)."""
+"""Errors of UFFDIO_REGISTER, UNREGISTER and WAKE, and registering again (layer L5)."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ TMPFS = 0x01021994
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
-# The range of a call that is refused, of the region's start and its page size.
+# Returns the range of a call that is refused, given the region's start and its page size.
 Range = Callable[[int, int], tuple[int, int]]
 _RANGES: tuple[tuple[str, str, tuple[str, ...], Range], ...] = (
     (
         "start-unaligned",
-        "start is not a multiple of the page size",
+        "A start that is not a multiple of the page size is refused",
         ALL,
         lambda start, page: (start + 1, page),
     ),
     (
         "length-unaligned",
-        "len is not a multiple of the page size",
+        "A len that is not a multiple of the page size is refused",
         ALL,
         lambda start, page: (start, page - 1),
     ),
-    ("length-zero", "len is 0", ALL, lambda start, page: (start, 0)),
+    ("length-zero", "A len of 0 is refused", ALL, lambda start, page: (start, 0)),
     (
         "length-wraps",
-        "The range passes the end of all addresses",
+        "A range that wraps around the end of all addresses is refused",
         ALL,
         lambda start, page: (start, LIMIT - page),
     ),
     (
         "start-not-user",
-        "start is no address of user space",
+        "A start outside user space is refused",
         ALL,
         lambda start, page: (KERNEL_ADDRESS, page),
     ),
@@ -68,13 +68,13 @@ _RANGES: tuple[tuple[str, str, tuple[str, ...], Range], ...] = (
 _HUGE_RANGES: tuple[tuple[str, str, tuple[str, ...], Range], ...] = (
     (
         "start-small-page",
-        "start is inside a huge page",
+        "A start inside a huge page is refused",
         HUGETLB,
         lambda start, page: (start + SMALL_PAGE, page - SMALL_PAGE),
     ),
     (
         "length-small-page",
-        "The end is inside a huge page",
+        "A range that ends inside a huge page is refused",
         HUGETLB,
         lambda start, page: (start, SMALL_PAGE),
     ),
@@ -131,7 +131,7 @@ for _op in ("REGISTER", "UNREGISTER", "WAKE"):
 
 @case("UFFDIO_REGISTER.EINVAL.mode", origin="UFFDIO_REGISTER(2const): EINVAL")
 def mode_unknown(ctx: Context) -> None:
-    """The mode is 0 or has a bit that no feature of this kernel brought."""
+    """A mode is refused if it is 0 or has a bit that no feature of this kernel defines."""
     region = ctx.make(1)
     ctx.open()
     known = RegisterMode.RWP if ctx.offered & Feature.RWP else RegisterMode.MINOR
@@ -145,7 +145,7 @@ def mode_unknown(ctx: Context) -> None:
     features=missing_features,
 )
 def unmapped(ctx: Context) -> None:
-    """Nothing is mapped in the range."""
+    """A range in which nothing is mapped is refused."""
     region = ctx.make(1)
     start = region.start
     ctx.open()
@@ -159,7 +159,7 @@ def unmapped(ctx: Context) -> None:
     features=missing_features,
 )
 def other_uffd(ctx: Context) -> None:
-    """A part of the range is registered with another userfaultfd."""
+    """A range is refused if a part of it is registered with another userfaultfd."""
     region = ctx.make(2)
     ctx.register(region, MISSING, 1)
     other = ctx.open().fileno()
@@ -178,12 +178,12 @@ def _with_fork(memory: MemoryType) -> Feature:
     features=_with_fork,
 )
 def owner_gone(ctx: Context) -> None:
-    """The process has ended: ENOMEM here and from UNREGISTER, and WAKE finds nobody."""
+    """After the process has ended, REGISTER and UNREGISTER are ENOMEM, and WAKE succeeds."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     child = ctx.fork()
     assert child.uffd is not None
-    # No call, whether it works or fails, may keep the memory when its owner has ended.
+    # If one of these calls leaked a reference, the address space would outlive its process.
     own = child.uffd.fileno()
     for start, code in ((region.start, 0), (GAP, errno.EINVAL)):
         _expect(ctx, code, "REGISTER", start, ctx.page, MISSING, uffd=own)
@@ -206,7 +206,7 @@ def _map_file(ctx: Context, prot: int, flags: int, fd: int, length: int = SMALL_
     memory=ANY,
 )
 def memfd_secret(ctx: Context) -> None:
-    """A memory of memfd_secret(2) cannot be registered."""
+    """Memory of memfd_secret(2) cannot be registered."""
     fd = syscall(SYS_MEMFD_SECRET, 0)
     if fd < 0:
         ctx.lack("memfd_secret", f"memfd_secret: {errno.errorcode.get(-fd, fd)}")
@@ -225,7 +225,9 @@ def memfd_secret(ctx: Context) -> None:
     features=Feature.WP_ASYNC,
     variants=(
         Variant("refused", "EINVAL in every mode"),
-        Variant("registered", "it is taken for any anonymous memory: a kernel bug"),
+        Variant(
+            "registered", "it is registered like other anonymous memory, which is a kernel bug"
+        ),
     ),
 )
 def droppable(ctx: Context) -> None:
@@ -236,7 +238,7 @@ def droppable(ctx: Context) -> None:
         ctx.lack("MAP_DROPPABLE", f"mmap: {error.strerror}")
     ctx.open()
     seen = [ctx.ioctl("REGISTER", address, SMALL_PAGE, mode).errno for mode in range(1, 8)]
-    # MISSING, WP and both; any memory without a file is refused for MINOR.
+    # MISSING, WP and both; memory without a file cannot be registered for MINOR.
     ctx.expect_variant(
         "errnos of REGISTER by mode",
         seen,
@@ -252,7 +254,7 @@ def droppable(ctx: Context) -> None:
     features=Feature.MISSING_SHMEM,
 )
 def shared_read_only(ctx: Context) -> None:
-    """A shared mapping of a file opened read-only must not be filled; a private one may be."""
+    """A shared mapping of a file opened read-only is refused; a private one can be registered."""
     region = ctx.make(1, "shmem")
     fd = os.open(f"/proc/self/fd/{region.fd}", os.O_RDONLY | os.O_CLOEXEC)
     ctx.callback(os.close, fd)
@@ -270,7 +272,7 @@ def shared_read_only(ctx: Context) -> None:
     features=Feature.MISSING_SHMEM,
 )
 def sealed(ctx: Context) -> None:
-    """A shared mapping of a memfd sealed against writing must not be filled; a private one may."""
+    """A shared mapping of a memfd sealed against writing is refused; a private one is filled."""
     fd = _memory.memfd_create("pyuffd-sealed", MFD_ALLOW_SEALING)
     ctx.callback(os.close, fd)
     os.ftruncate(fd, SMALL_PAGE)
@@ -280,23 +282,23 @@ def sealed(ctx: Context) -> None:
     _expect(ctx, errno.EPERM, "REGISTER", shared, SMALL_PAGE, MISSING)
     private = _map_file(ctx, READ_WRITE, mmap.MAP_PRIVATE, fd)
     _expect(ctx, 0, "REGISTER", private, SMALL_PAGE, MISSING)
-    ctx.expect("copy", ctx.uffd.copy(private, b"\5" * SMALL_PAGE), SMALL_PAGE)
+    ctx.expect("bytes copied", ctx.uffd.copy(private, b"\5" * SMALL_PAGE), SMALL_PAGE)
     ctx.expect("byte", ctx.silently(ctx.read, private), b"\5")
     ctx.expect("byte of the file", os.pread(fd, 1, 0), b"\0")
 
 
 @case("UFFDIO_REGISTER.ok.read-only", origin="UFFDIO_REGISTER(2const)", memory=ANY)
 def read_only(ctx: Context) -> None:
-    """Anonymous memory that may only be read can be registered and filled."""
+    """Anonymous memory mapped read-only can be registered and filled."""
     region = ctx.make(1, "anon")
     _memory.mprotect(region.start, SMALL_PAGE, mmap.PROT_READ)
     ctx.register(region, MISSING)
-    ctx.expect("copy", ctx.uffd.copy(region.start, b"\5" * SMALL_PAGE), SMALL_PAGE)
+    ctx.expect("bytes copied", ctx.uffd.copy(region.start, b"\5" * SMALL_PAGE), SMALL_PAGE)
     ctx.expect("byte", ctx.silently(ctx.read, region.start), b"\5")
 
 
 def disk_page(ctx: Context, flags: int, pages: int = 1) -> int:
-    """Map pages of a file on a disk's file system, with data."""
+    """Map pages with data of a file on a disk file system."""
     length = pages * SMALL_PAGE
     with tempfile.TemporaryFile(dir="/var/tmp", buffering=0) as file:
         if _memory.fstatfs(file.fileno())[0] == TMPFS:
@@ -307,7 +309,7 @@ def disk_page(ctx: Context, flags: int, pages: int = 1) -> int:
 
 @case("UFFDIO_REGISTER.EINVAL.disk-file", origin="UFFDIO_REGISTER(2const): EINVAL", memory=ANY)
 def disk_file(ctx: Context) -> None:
-    """A file of a disk's file system cannot be registered without WP_ASYNC, in any mode."""
+    """Without WP_ASYNC, a file on a disk file system cannot be registered in any mode."""
     ctx.open()
     for flags in (mmap.MAP_SHARED, mmap.MAP_PRIVATE):
         address = disk_page(ctx, flags)
@@ -323,7 +325,7 @@ def disk_file(ctx: Context) -> None:
     features=Feature.WP_ASYNC,
 )
 def disk_file_async(ctx: Context) -> None:
-    """With WP_ASYNC a file of a disk's file system can be registered WP, and only so."""
+    """With WP_ASYNC, a file on a disk file system can be registered in mode WP and no other."""
     ctx.open()
     for flags in (mmap.MAP_SHARED, mmap.MAP_PRIVATE):
         address = disk_page(ctx, flags)
@@ -336,8 +338,8 @@ def disk_file_async(ctx: Context) -> None:
 # Registering again
 
 
-_REFUSED = Variant("refused", "EBUSY where the WP mode would go, and nothing is changed")
-_DROPPED = Variant("dropped", "the WP mode can be taken away; no feature bit tells")
+_REFUSED = Variant("refused", "EBUSY if the new modes lack WP, and nothing is changed")
+_DROPPED = Variant("dropped", "the new modes may lack WP; no feature bit tells")
 
 
 @case(
@@ -347,7 +349,7 @@ _DROPPED = Variant("dropped", "the WP mode can be taken away; no feature bit tel
     variants=[_DROPPED, _REFUSED],
 )
 def again_subset(ctx: Context) -> None:
-    """Registering again in fewer modes changes nothing."""
+    """Registering again in a subset of the modes changes nothing."""
     region = ctx.make(1)
     ctx.register(region, MISSING | WP)
     answer = ctx.ioctl("REGISTER", region.start, ctx.page, MISSING)
@@ -365,7 +367,7 @@ def again_subset(ctx: Context) -> None:
     variants=[_DROPPED, _REFUSED],
 )
 def again_replaces(ctx: Context) -> None:
-    """Registering again in other modes replaces the modes; they are not added."""
+    """Registering again in other modes replaces the modes and does not add to them."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     _expect(ctx, 0, "REGISTER", region.start, ctx.page, WP)
@@ -378,8 +380,8 @@ def again_replaces(ctx: Context) -> None:
 
 
 _LEFT = (
-    Variant("left", "protection stays, and no ioctl can remove it any more"),
-    Variant("cleared", "protection goes with the WP mode"),
+    Variant("left", "the protection stays, and no ioctl can remove it"),
+    Variant("cleared", "the protection is removed with the WP mode"),
     _REFUSED,
 )
 
@@ -395,7 +397,7 @@ def _protected(ctx: Context, *, data: bool) -> Region:
 
 
 def _drops_wp(ctx: Context, region: Region) -> bool:
-    """Register again without WP; return whether that was done, else check that nothing was."""
+    """Register again without WP and return True; if that is refused, unregister first: False."""
     before = ctx.pagemap(region.start)
     answer = ctx.ioctl("REGISTER", region.start, ctx.page, MISSING)
     if not answer.errno:
@@ -418,7 +420,7 @@ def _drops_wp(ctx: Context, region: Region) -> bool:
     variants=_LEFT,
 )
 def again_without_wp(ctx: Context) -> None:
-    """A page registered again without WP can be written silently, and may still look protected."""
+    """A protected page registered again without WP is written without a message."""
     region = _protected(ctx, data=True)
     if _drops_wp(ctx, region):
         ctx.expect_variant("pagemap", ctx.pagemap(region.start), left="P??W?", cleared="P??-?")
@@ -434,7 +436,7 @@ def again_without_wp(ctx: Context) -> None:
     variants=_LEFT,
 )
 def again_marker(ctx: Context) -> None:
-    """A marker in a range registered again without WP is a missing page like any other."""
+    """A marker in a range registered again without WP faults as a missing page."""
     region = _protected(ctx, data=False)
     ctx.expect_pagemap(region.start, "-S-W-")
     if _drops_wp(ctx, region):
@@ -454,7 +456,10 @@ def again_marker(ctx: Context) -> None:
     variants=[_DROPPED, _REFUSED],
 )
 def again_hugetlb(ctx: Context) -> None:
-    """Unprotected first, a huge page can be written when WP is gone (else the write never ends)."""
+    """A huge page unprotected before WP is dropped is written without a message.
+
+    If it were still protected, the write would never end.
+    """
     region = _protected(ctx, data=True)
     _expect(ctx, 0, "WRITEPROTECT", region.start, ctx.page, 0)
     if _drops_wp(ctx, region):
@@ -472,7 +477,7 @@ def again_hugetlb(ctx: Context) -> None:
     features=missing_features,
 )
 def unregister_unmapped(ctx: Context) -> None:
-    """Nothing is mapped in the range."""
+    """A range in which nothing is mapped is refused."""
     region = ctx.make(1)
     start = region.start
     ctx.register(region, MISSING)
@@ -486,11 +491,11 @@ def unregister_unmapped(ctx: Context) -> None:
     features=missing_features,
     variants=[
         Variant("refused", "EINVAL, and the range stays registered"),
-        Variant("done", "any userfaultfd of any process unregisters any range; no bit tells"),
+        Variant("done", "any userfaultfd can unregister any range; no feature bit tells"),
     ],
 )
 def unregister_other(ctx: Context) -> None:
-    """The range is registered with another userfaultfd."""
+    """UNREGISTER refuses a range that is registered with another userfaultfd."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     answer = ctx.ioctl("UNREGISTER", region.start, ctx.page, uffd=ctx.open().fileno())
@@ -501,7 +506,7 @@ def unregister_other(ctx: Context) -> None:
 
 @case("UFFDIO_UNREGISTER.ok.twice", origin="UFFDIO_UNREGISTER(2const)", features=missing_features)
 def unregister_twice(ctx: Context) -> None:
-    """A range that is not registered, any more or at all, can be unregistered."""
+    """UNREGISTER of a range that is no longer registered succeeds."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     for _ in range(2):
@@ -512,7 +517,7 @@ def unregister_twice(ctx: Context) -> None:
 
 @case("UFFDIO_UNREGISTER.ok.half", origin="UFFDIO_UNREGISTER(2const)", features=missing_features)
 def unregister_half(ctx: Context) -> None:
-    """A part of a range can be unregistered; the rest stays as it was."""
+    """UNREGISTER of a part of a range leaves the rest registered."""
     region = ctx.make(2)
     ctx.register(region, MISSING)
     _expect(ctx, 0, "UNREGISTER", region.start, ctx.page)
@@ -525,6 +530,6 @@ def unregister_half(ctx: Context) -> None:
 
 @case("UFFDIO_WAKE.ok.unregistered", origin="UFFDIO_WAKE(2const)", memory=ANY)
 def wake_unregistered(ctx: Context) -> None:
-    """WAKE accepts any range of user space; there is nobody to wake."""
+    """WAKE of a range that is not registered succeeds."""
     ctx.open()
     _expect(ctx, 0, "WAKE", 1 << 20, SMALL_PAGE)

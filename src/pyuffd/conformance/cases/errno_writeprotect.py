@@ -1,4 +1,4 @@
-"""UFFDIO_WRITEPROTECT: what it refuses, and what is changed then (layer L5)."""
+"""Errors of UFFDIO_WRITEPROTECT, and what it has changed when it fails (layer L5)."""
 
 from __future__ import annotations
 
@@ -21,55 +21,55 @@ ORIGIN = "UFFDIO_WRITEPROTECT(2const): "
 ON, OFF, DONTWAKE = WriteprotectMode.WP, WriteprotectMode(0), WriteprotectMode.DONTWAKE
 LIMIT = 1 << 64
 
-# The words of a call that is refused, of the region's start and its page size.
+# Returns the arguments of a call that is refused, given the region's start and its page size.
 Words = Callable[[int, int], tuple[int, int, int]]
 _ARGUMENTS: tuple[tuple[str, str, tuple[str, ...], Words], ...] = (
     (
         "start-unaligned",
-        "start is not a multiple of the page size",
+        "A start that is not a multiple of the page size is refused",
         ALL,
         lambda start, page: (start + 1, page, ON),
     ),
     (
         "length-unaligned",
-        "len is not a multiple of the page size",
+        "A len that is not a multiple of the page size is refused",
         ALL,
         lambda start, page: (start, page - 1, ON),
     ),
-    ("length-zero", "len is 0", ALL, lambda start, page: (start, 0, ON)),
+    ("length-zero", "A len of 0 is refused", ALL, lambda start, page: (start, 0, ON)),
     (
         "length-wraps",
-        "The range passes the end of all addresses",
+        "A range that wraps around the end of all addresses is refused",
         ALL,
         lambda start, page: (start, LIMIT - page, ON),
     ),
     (
         "start-not-user",
-        "start is no address of user space",
+        "A start outside user space is refused",
         ALL,
         lambda start, page: (KERNEL_ADDRESS, page, ON),
     ),
     (
         "mode-unknown",
-        "A mode bit is unknown",
+        "An unknown mode bit is refused",
         ALL,
         lambda start, page: (start, page, ON | UNKNOWN_MODE),
     ),
     (
         "mode-wp-dontwake",
-        "Putting protection on wakes nobody, so DONTWAKE has no place there",
+        "MODE_WP with MODE_DONTWAKE is refused: protecting wakes nobody",
         ALL,
         lambda start, page: (start, page, ON | DONTWAKE),
     ),
     (
         "start-small-page",
-        "start is inside a huge page",
+        "A start inside a huge page is refused",
         HUGETLB,
         lambda start, page: (start + SMALL_PAGE, page, ON),
     ),
     (
         "length-small-page",
-        "len is less than a huge page",
+        "A len smaller than a huge page is refused",
         HUGETLB,
         lambda start, page: (start, SMALL_PAGE, ON),
     ),
@@ -77,7 +77,7 @@ _ARGUMENTS: tuple[tuple[str, str, tuple[str, ...], Words], ...] = (
 
 
 def _region(ctx: Context, mode: RegisterMode = RegisterMode.WP, pages: int = 2) -> Region:
-    """Return two pages with data, the first `pages` of them registered."""
+    """Make two pages with data, and register the first `pages` of them."""
     region = ctx.make(2)
     region.fill(1)
     if pages:
@@ -113,7 +113,7 @@ for _row in _ARGUMENTS:
 
 @case("UFFDIO_WRITEPROTECT.ok.page", origin=ORIGIN + "DESCRIPTION", features=wp_features)
 def page(ctx: Context) -> None:
-    """Protection is put on one page, and taken off, and its neighbour is as it was."""
+    """Protecting and unprotecting a page does not change its neighbour."""
     region = _region(ctx)
     for mode, letter in ((ON, "W"), (OFF, "-"), (OFF, "-"), (ON, "W"), (DONTWAKE, "-")):
         _expect(ctx, 0, region.start, ctx.page, mode)
@@ -123,7 +123,7 @@ def page(ctx: Context) -> None:
 
 @case("UFFDIO_WRITEPROTECT.ENOENT.unregistered", origin=ORIGIN + "ENOENT", features=wp_features)
 def unregistered(ctx: Context) -> None:
-    """The range is not registered."""
+    """A range that is not registered is refused."""
     region = _region(ctx, pages=0)
     _expect(ctx, errno.ENOENT, region.start, ctx.page, ON)
 
@@ -133,37 +133,37 @@ def unregistered(ctx: Context) -> None:
     origin="mm/userfaultfd.c: mwriteprotect_range",
     features=missing_wp_features,
     variants=[
-        Variant("both", "a range may go over several mappings"),
-        Variant("refused", "it must lie in one: ENOENT", lacks=Feature.WP_UNPOPULATED),
+        Variant("both", "a range may span several mappings"),
+        Variant("refused", "a range must lie in one mapping: ENOENT", lacks=Feature.WP_UNPOPULATED),
     ],
 )
 def two_mappings(ctx: Context) -> None:
-    """Protecting the end of one mapping and the beginning of the next changes exactly these."""
+    """Protecting the end of one mapping and the start of the next protects just these pages."""
     region = ctx.make(4)
     region.fill(1)
     pages = [region.start + index * ctx.page for index in range(4)]
     ctx.register(region, RegisterMode.WP, 2)
     ctx.uffd.register(pages[2], 2 * ctx.page, mode=RegisterMode.WP | RegisterMode.MISSING)
     answer = ctx.ioctl("WRITEPROTECT", pages[1], 2 * ctx.page, ON)
-    ctx.expect_variant("errno", answer.errno, both=0, refused=errno.ENOENT)
+    ctx.expect_variant("errno of protecting", answer.errno, both=0, refused=errno.ENOENT)
     if answer.errno:
         return
     bits = [ctx.is_protected(at) for at in pages]
-    ctx.expect("protected", bits, [False, True, True, False])
+    ctx.expect("which pages are protected", bits, [False, True, True, False])
     writes = [ctx.start(ctx.write, at, b"\2") for at in pages[1:3]]
     seen = sorted(ctx.expect_fault(3).address for _ in writes)
-    ctx.expect("messages", seen, pages[1:3])
+    ctx.expect("addresses of the messages", seen, pages[1:3])
     answer = ctx.ioctl("WRITEPROTECT", pages[1], 2 * ctx.page, OFF)
-    ctx.expect("errno of undoing it", answer.errno, 0)
+    ctx.expect("errno of unprotecting", answer.errno, 0)
     for write in writes:
         ctx.expect("the write", write.result(), None)
     bits = [ctx.is_protected(at) for at in pages]
-    ctx.expect("protected then", bits, [False] * 4)
+    ctx.expect("which pages are protected afterwards", bits, [False] * 4)
 
 
 @case("UFFDIO_WRITEPROTECT.ENOENT.unmapped", origin=ORIGIN + "ENOENT", features=wp_features)
 def unmapped(ctx: Context) -> None:
-    """The range is not mapped any more."""
+    """A range that is no longer mapped is refused."""
     region = _region(ctx)
     start = region.start
     region.close()
@@ -172,7 +172,7 @@ def unmapped(ctx: Context) -> None:
 
 @case("UFFDIO_WRITEPROTECT.ENOENT.mode-missing", origin=ORIGIN + "ENOENT", features=wp_features)
 def not_wp(ctx: Context) -> None:
-    """The range is registered, but not WP."""
+    """A range that is registered without mode WP is refused."""
     region = _region(ctx, RegisterMode.MISSING)
     _expect(ctx, errno.ENOENT, region.start, ctx.page, ON)
 
@@ -182,12 +182,16 @@ def not_wp(ctx: Context) -> None:
     origin=ORIGIN + "ENOENT",
     features=wp_features,
     variants=[
-        Variant("some", "what comes before the first mapping that is not registered is protected"),
-        Variant("none", "the range must lie in one mapping", lacks=Feature.WP_UNPOPULATED),
+        Variant("some", "the pages before the first mapping that is not registered are protected"),
+        Variant(
+            "none",
+            "a range must lie in one mapping, so nothing is protected",
+            lacks=Feature.WP_UNPOPULATED,
+        ),
     ],
 )
 def past_end(ctx: Context) -> None:
-    """The end is not registered: an error, and yet what comes before it may be changed."""
+    """A range whose end is not registered is ENOENT; the pages before it may be protected."""
     region = _region(ctx, pages=1)
     _expect(ctx, errno.ENOENT, region.start, 2 * ctx.page, ON)
     ctx.expect_pagemap(region.start + ctx.page, "P??-?")
@@ -200,7 +204,7 @@ def past_end(ctx: Context) -> None:
     features=lambda memory: wp_features(memory) | LAYOUT,
 )
 def layout_changing(ctx: Context) -> None:
-    """A layout event is unread: nothing is protected until it is."""
+    """Nothing is protected while a layout event is unread."""
     region = _region(ctx)
     other = ctx.make(1, "anon")
     ctx.register(other, RegisterMode.MISSING)
@@ -225,7 +229,7 @@ def _with_fork(memory: MemoryType) -> Feature:
 
 @case("UFFDIO_WRITEPROTECT.ESRCH.owner-gone", origin=ORIGIN + "ESRCH", features=_with_fork)
 def owner_gone(ctx: Context) -> None:
-    """The process has ended."""
+    """After the process has ended, nothing can be protected."""
     region = _region(ctx)
     child = ctx.fork()
     assert child.uffd is not None
@@ -241,16 +245,20 @@ def owner_gone(ctx: Context) -> None:
     features=lambda memory: wp_features(memory) | Feature.WP_ASYNC,
 )
 def writeprotect_async(ctx: Context) -> None:
-    """With WP_ASYNC the kernel lifts the protection itself, page by page, without a message."""
+    """With WP_ASYNC a write removes the protection of its page without a message."""
     region = ctx.make(3)
     ctx.register(region, RegisterMode.WP)
     region.write(0, b"\1")
-    # Holes are protected too, of anonymous memory as well.
+    # With WP_ASYNC, holes of anonymous memory are protected too.
     ctx.uffd.writeprotect(region)
     pages = [region.start + index * ctx.page for index in range(3)]
-    ctx.expect("bits", [ctx.is_protected(page) for page in pages], [True] * 3)
+    ctx.expect("protected", [ctx.is_protected(page) for page in pages], [True] * 3)
     for page in pages[:2]:
         ctx.expect("the write", ctx.silently(ctx.write, page, b"\2"), None)
-    ctx.expect("bits", [ctx.is_protected(page) for page in pages], [False, False, True])
+    ctx.expect(
+        "protected afterwards", [ctx.is_protected(page) for page in pages], [False, False, True]
+    )
     ctx.uffd.writeprotect(region, mode=WriteprotectMode(0))
-    ctx.expect("bit after mode 0", ctx.is_protected(pages[2]), False)
+    ctx.expect(
+        "whether the third page is protected after mode 0", ctx.is_protected(pages[2]), False
+    )

@@ -1,6 +1,6 @@
-"""The ioctls that UFFDIO_REGISTER offers, by memory and mode (layer L5).
+"""The ioctls that UFFDIO_REGISTER offers, by memory type and mode (layer L5).
 
-The mask must have exactly the ioctls whose numbers are known here; others are reported.
+Of the ioctls in `KNOWN`, the mask must have exactly those expected. Others are a variant.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ KNOWN = (
     | Ioctl.RWPROTECT
 )
 MASK_VARIANTS = (
-    Variant("exact", "the ioctls known here, by memory, mode and features"),
-    Variant("more", "and others that this suite has no name for"),
+    Variant("exact", "only ioctls that this suite knows"),
+    Variant("more", "also ioctls that this suite does not know"),
 )
 
 
 def wanted(memory: MemoryType, mode: RegisterMode, offered: int) -> Ioctl | None:
-    """Return the mask that a mode must give, or None where registering must fail."""
+    """Return the mask that REGISTER must return in this mode, or None if it must fail."""
     needed = Feature(0)
     if RegisterMode.MISSING in mode:
         needed |= missing_features(memory)
@@ -71,7 +71,7 @@ def wanted(memory: MemoryType, mode: RegisterMode, offered: int) -> Ioctl | None
 def check_mask(
     ctx: Context, memory: MemoryType, mode: RegisterMode, start: int, length: int
 ) -> None:
-    """Register in this mode, which must give exactly the mask it must give, or EINVAL."""
+    """Register in this mode, and check the mask of ioctls, or that it fails with EINVAL."""
     mask = wanted(memory, mode, ctx.offered)
     answer = ctx.ioctl("REGISTER", start, length, mode)
     if mask is None:
@@ -97,8 +97,8 @@ def _add_mode(mode: RegisterMode) -> None:
         origin=ORIGIN,
         memory=names,
         variants=MASK_VARIANTS,
-        summary=f"Mode {modes} offers exactly the ioctls that resolve its faults; EINVAL if the "
-        "feature for this memory is not there",
+        summary=f"Mode {modes} offers exactly the ioctls that it supports; EINVAL if the feature "
+        "for this memory type is missing",
     )(run)
 
 
@@ -112,14 +112,14 @@ for _bits in range(1, 8):
     memory=("anon",),
 )
 def minor_anon(ctx: Context) -> None:
-    """Anonymous memory has no minor faults, alone or with other modes."""
+    """Anonymous memory cannot be registered in mode MINOR, alone or with other modes."""
     region = ctx.make(1)
     ctx.open()
     for bits in (4, 5, 6, 7):
         check_mask(ctx, ctx.memory, RegisterMode(bits), region.start, region.length)
 
 
-# Memory that must be like another type, however it was made.
+# Other ways to map memory, each of which must give the masks of a memory type.
 
 
 def _map(ctx: Context, length: int, flags: int, fd: int = -1) -> int:
@@ -170,7 +170,7 @@ def _add_kind(
         memory=ANY,
         needs=needs,
         variants=MASK_VARIANTS,
-        summary=f"{what} has the masks of {like} in every mode",
+        summary=f"{what} has the same ioctls as {like} in every mode",
     )(run)
 
 
@@ -191,7 +191,7 @@ _add_kind(
     variants=MASK_VARIANTS,
 )
 def disk_file(ctx: Context) -> None:
-    """With WP_ASYNC and mode WP a file of a disk's file system has the mask of anonymous memory."""
+    """With WP_ASYNC and mode WP, a file on a disk has the same ioctls as anonymous memory."""
     start = disk_page(ctx, mmap.MAP_SHARED)
     ctx.open()
     check_mask(ctx, MEMORY_TYPES["anon"], RegisterMode.WP, start, SMALL_PAGE)
@@ -203,7 +203,7 @@ def disk_file(ctx: Context) -> None:
     memory=ANY,
 )
 def special(ctx: Context) -> None:
-    """The kernel's own code in every process cannot be registered, nor unregistered."""
+    """The vDSO can be neither registered nor unregistered."""
     start, end = special_mapping(ctx, "vdso")
     ctx.open()
     for mode in range(1, 8):

@@ -1,7 +1,7 @@
-"""Ioctls whose argument can be read and not written: where does the answer go? (layer L5).
+"""Ioctls whose argument is read-only, so that the kernel cannot write the result (layer L5).
 
-The kernel does its work first and writes the result field last, so EFAULT does not mean that
-nothing has happened: pages are filled, and nobody was woken.
+The kernel writes the result field last, so EFAULT does not mean that nothing has happened: pages
+are filled, but threads are not woken.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyuffd.testing._memory_types import SMALL_PAGE
 
 SYS_IOCTL = 16
 ORIGIN = "fs/userfaultfd.c: put_user"
-_KEPT = 0x5A5A5A5A  # in the field for the result
+_KEPT = 0x5A5A5A5A  # in the result field before the call
 
 
 def _call(ctx: Context, name: str, *words: int, fd: int | None = None) -> int:
@@ -56,14 +56,14 @@ def _filled_all_the_same(ctx: Context, op: Op) -> None:
     ctx.expect("errno", _call(ctx, op.name, *_words(ctx, op, target)), errno.EFAULT)
     target.expect(errno.EEXIST, -errno.EEXIST)
     if reading is not None:
-        ctx.expect("threads awake", reading.done, False)
+        ctx.expect("whether the read returned before UFFDIO_WAKE", reading.done, False)
         ctx.uffd.wake(target.start, ctx.page)
         ctx.expect("byte", reading.result(), b"\0" if op is ZEROPAGE else DATA)
 
 
 _TOLD = (
-    Variant("told", "the kernel writes -EAGAIN into the argument, and cannot"),
-    Variant("untouched", "it does not write into the argument then"),
+    Variant("told", "EFAULT: the kernel tries to write -EAGAIN into the argument"),
+    Variant("untouched", "EAGAIN: the kernel does not write into the argument"),
 )
 
 
@@ -86,7 +86,7 @@ def _add(op: Op) -> None:
         origin=ORIGIN,
         memory=op.memory,
         features=op.features,
-        summary="The result cannot be written: EFAULT, the page is filled, and nobody is woken",
+        summary="If the result cannot be written, the page is filled, but nobody is woken: EFAULT",
     )(lambda ctx: _filled_all_the_same(ctx, op))
     case(
         f"UFFDIO_{op.name}.EFAULT.layout-changing-argument-read-only",
@@ -94,7 +94,7 @@ def _add(op: Op) -> None:
         memory=op.memory,
         features=lambda kind: op.features(kind) | LAYOUT,
         variants=_TOLD,
-        summary="A layout event is unread and the result cannot be written: nothing is filled",
+        summary="With a read-only argument too, nothing is filled while a layout event is unread",
     )(lambda ctx: _layout_changing(ctx, op))
 
 
@@ -104,7 +104,7 @@ for _op in OPS:
 
 @case("UFFDIO_REGISTER.EFAULT.argument-read-only", origin=ORIGIN, features=missing_features)
 def register(ctx: Context) -> None:
-    """The mask of ioctls cannot be written: EFAULT, and the range is registered."""
+    """If the mask of ioctls cannot be written, REGISTER is EFAULT, but the range is registered."""
     region = ctx.make(1)
     ctx.open()
     seen = _call(ctx, "REGISTER", region.start, ctx.page, int(RegisterMode.MISSING), _KEPT)
@@ -114,7 +114,7 @@ def register(ctx: Context) -> None:
 
 @case("UFFDIO_WRITEPROTECT.ok.argument-read-only", origin=ORIGIN, features=wp_features)
 def writeprotect(ctx: Context) -> None:
-    """There is no result to write: an argument that cannot be written is fine."""
+    """WRITEPROTECT writes no result, so its argument may be read-only."""
     region = ctx.make(1)
     region.fill(DATA[0])
     ctx.register(region, RegisterMode.WP)
@@ -127,7 +127,7 @@ def writeprotect(ctx: Context) -> None:
 
 @case("UFFDIO_UNREGISTER.ok.argument-read-only", origin=ORIGIN, features=missing_features)
 def unregister(ctx: Context) -> None:
-    """Nor do UNREGISTER and WAKE write into theirs."""
+    """UNREGISTER and WAKE write no result, so their argument may be read-only."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     ctx.expect("errno of WAKE", _call(ctx, "WAKE", region.start, ctx.page), 0)
@@ -137,7 +137,7 @@ def unregister(ctx: Context) -> None:
 
 @case("UFFDIO_API.EFAULT.argument-read-only", origin="UFFDIO_API(2const): EFAULT", memory=ANY)
 def api(ctx: Context) -> None:
-    """The answer cannot be written: EFAULT, refused or not, and the descriptor stays new."""
+    """A handshake whose answer cannot be written is EFAULT; another handshake then works."""
     fd = fresh(ctx)
     for name, version, features in (
         ("bad", API + 1, 0),
