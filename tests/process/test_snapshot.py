@@ -706,7 +706,7 @@ def test_many_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert limited_pause(process, 100) == "for at most 100 s"
         with monkeypatch.context() as patch:
             patch.setattr(_expected, "THREAD_S", 200.0)
-            assert "lasts 200" in limited_pause(process, 100)
+            assert "takes 200" in limited_pause(process, 100)
         with pytest.raises(SnapshotError, match="mappings are read") as caught:
             take(process, tmp_path / "0", method="precopy", max_stall_s=0.001)
         assert caught.value.reason == "stalled"
@@ -1130,7 +1130,7 @@ def test_the_commands(program: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         code, out, _ = run("snapshot", pid, "-o", one, *options)
         assert (code, out.splitlines()[0].split("; ")[1]) == (
             0,
-            f"it is to stand for at most {LIMIT_S:g} s",
+            f"it will be stopped for at most {LIMIT_S:g} s",
         )
         code, out, error = run("snapshot", pid, "-o", two, "--parent", one, "--json", *options)
         assert (code, json.loads(out)["path"], error) == (0, two, "")

@@ -32,18 +32,18 @@ COMMANDS = {
     ),
     "core": (
         "pyuffd.cli.core",
-        "write an ELF core of a running process, which runs on",
+        "write an ELF core of a running process, which continues to run",
     ),
     "snapshot": (
         "pyuffd.cli.snapshot",
         "write the memory of a running process, as it is at one instant, to a directory",
     ),
-    "info": ("pyuffd.cli.info", "show what a snapshot is of"),
+    "info": ("pyuffd.cli.info", "describe a snapshot: its process, memory and working sets"),
     "verify": ("pyuffd.cli.verify", "check a snapshot and its parents"),
     "flatten": ("pyuffd.cli.flatten", "make one snapshot of an incremental one and its parents"),
     "restore-bench": (
         "pyuffd.cli.restore_bench",
-        "restore a snapshot by each method, and show how long each lasts",
+        "restore a snapshot by each method, and show how long each takes",
     ),
     "criu-lazy-pages": (
         "pyuffd.cli.criu_lazy_pages",
@@ -64,18 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        argv: The arguments after the program's name; those of this process by default, which then
-            has nothing else to do: signals that come too late to end the command stay ignored.
+        argv: The arguments after the program's name. By default those of this process, which is
+            then expected to exit: signals that arrived too late to end the command stay ignored.
 
     Returns:
-        The command's exit status; 2 after a usage error, or an expected error, which is written to
-        stderr in one sentence, such as a stdout that was closed before (`pyuffd doctor >&-`); 130
-        after Ctrl-C; 128 + N after another signal N that the command ends in order at; 141 if the
-        reader of stdout is gone.
+        The command's exit status; 2 after a usage error or an expected error, such as a closed
+        stdout (`pyuffd doctor >&-`), which is written to stderr in one sentence; 130 after Ctrl-C;
+        128 + N after another signal N on which the command ends cleanly; 141 if the reader of
+        stdout is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:
-        print("pyuffd: standard output is closed, so the result has no place", file=sys.stderr)
+        print("pyuffd: standard output is closed: cannot print the result", file=sys.stderr)
         return EXIT_ERROR
     try:
         with ended_by(signal.SIGINT):
@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     finally:
         if argv is None:
-            # The interpreter's last collections take longer than many a command, only to free what
-            # the end of the process frees.
+            # Skip the interpreter's final collections: they take longer than many commands, and
+            # only free what the end of the process frees anyway.
             gc.freeze()
         else:
             restore()

@@ -1,4 +1,4 @@
-"""The limits that control groups, of either version, set to this process (layer L6)."""
+"""The limits that control groups, v1 or v2, set for this process (layer L6)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Limits:
 
 
 def limits(proc: Path = Path("/proc/self")) -> Limits:
-    """Read the limits of the process whose folder this is."""
+    """Read the limits of the process that `proc` is the folder of."""
 
     def tightest(
         controller: str, v2: str | None, v1: str | None, parse: Callable[[Path], float | None]

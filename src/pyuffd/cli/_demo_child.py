@@ -1,4 +1,4 @@
-"""The demo's child process: has a working set in memory and changes it all the time (layer L6).
+"""The demo's child process: keeps a working set in memory and edits it constantly (layer L6).
 
 Messages in both directions are JSON on a SOCK_SEQPACKET socket, whose descriptor is the first
 argument. The child ends when told to, or when the other end of the socket is closed.
@@ -43,8 +43,8 @@ def main() -> None:
 def _hand_over(parent: socket.socket, region: Region, digest: str) -> None:
     """Send the memory and a userfaultfd of this process, and keep no copy of the latter.
 
-    So this process never waits in a fault for long: the kernel lets it continue when the last
-    descriptor is closed, at the latest when the parent ends.
+    Without a copy here, this process never waits in a fault for long: the kernel lets it continue
+    when the last descriptor is closed, which is at the latest when the parent ends.
     """
     message: dict[str, object] = {
         "start": region.start,
@@ -65,7 +65,7 @@ def _hand_over(parent: socket.socket, region: Region, digest: str) -> None:
 
 
 def _edit(parent: socket.socket, memory: memoryview, content: bytes, seed: int) -> None:
-    """Edit until told to stop; measure the times between the ends of two edits."""
+    """Edit until told to stop; measure the time from the end of one edit to the end of the next."""
     poll = select.poll()
     poll.register(parent, select.POLLIN)
     clock = time.perf_counter_ns

@@ -1,4 +1,4 @@
-"""The demo's last part: snapshots and a core of a program that was not prepared (layer L6)."""
+"""The demo's last part: snapshots and a core of an unprepared program (layer L6)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pyuffd
 from pyuffd import DirtyTracker, Process, Region, Snapshot, SnapshotReport, write_core
 from pyuffd.cli._demo_work import PAGE, DemoError
 
-# What the program does; nothing of it is about pyuffd. Edit n puts number n in the next page of the
-# part that is edited, and the rest stays as it is.
+# The program, which knows nothing of pyuffd. Edit n writes the number n into the next page of the
+# edited part; the rest does not change.
 PROGRAM = """
 import ctypes, sys, threading
 data = bytearray(open(sys.argv[1], "rb").read())
@@ -59,7 +59,7 @@ class Check:
     """Memory that was read back.
 
     Attributes:
-        edit: The number of edits that it has.
+        edit: The number of edits that it contains.
         verified: Whether it is exactly the files with the first `edit` edits.
     """
 
@@ -69,7 +69,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Image:
-    """A snapshot or a core of the program, and what was found in it."""
+    """A snapshot or a core of the program, and the check of its content."""
 
     what: str
     method: str
@@ -81,15 +81,15 @@ class Image:
 
 @dataclass(frozen=True)
 class Result:
-    """What was done.
+    """The images that were taken of the program.
 
     Attributes:
         pid: The program.
         length: Bytes of its data.
-        images: What was taken of it, in this order.
+        images: The images, in the order in which they were taken.
         edits: How many edits it made from the first image to the last.
-        goes_on: Whether it works on afterwards, untraced.
-        why: Why it had to stand for the whole copy, or "".
+        goes_on: Whether it continues to work afterwards, untraced.
+        why: Why it had to be stopped for the whole copy, or "".
     """
 
     pid: int
@@ -106,7 +106,7 @@ class Result:
 
 
 class NotAllowedError(pyuffd.UffdError):
-    """This user may not look at another process; the text says why."""
+    """This user may not trace another process; the text says why."""
 
 
 class _Program:
@@ -117,7 +117,7 @@ class _Program:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            process_group=0,  # Ctrl-C is the parent's; it ends with its standard input
+            process_group=0,  # Ctrl-C is for the parent; the program ends with its standard input
         )
         self.pid = self._popen.pid
         self.start = self._number()
@@ -167,12 +167,13 @@ def replay(content: bytes, edits: int) -> bytearray:
 
 
 def check(content: bytes, found: bytes | bytearray) -> Check:
-    """Compare memory with the files and all edits up to the last that it has."""
+    """Compare memory with the files after all edits up to the last one found in it."""
     pages = edited_pages(content)
     edit = 0
     for page in range(pages):
         number = NUMBER.unpack_from(found, page * PAGE)[0]
-        # Text looks like a large number that belongs to another page.
+        # In a page that was never edited there is text, which reads as a number that is too large
+        # or belongs to another page.
         if number * STRIDE % pages == page and number < 1 << 40:
             edit = max(edit, number)
     same = hashlib.sha256(found).digest() == hashlib.sha256(replay(content, edit)).digest()
@@ -247,7 +248,7 @@ def _images(
             check(content, found),
         )
     if tracker is not None:
-        tracker.close()  # the core has one of its own
+        tracker.close()  # write_core makes its own
     done = _retried(lambda: write_core(process, core, method=method, max_stall_s=LONGEST_STALL_S))
     yield Image(
         "core",
@@ -280,7 +281,7 @@ def _restored(snapshot: Snapshot, start: int, length: int) -> bytes:
 
 
 def read_core(path: Path, start: int, length: int) -> bytes:
-    """Read memory in an ELF core, by its program headers."""
+    """Read memory from an ELF core, located by its program headers."""
     with open(path, "rb") as file:
         headers_at, _, size, count = _ELF.unpack(file.read(_ELF.size))
         file.seek(headers_at)
@@ -299,6 +300,6 @@ def _tracer(pid: int) -> int:
 
 
 def run(content: bytes) -> Result:
-    """Do it in a temporary folder."""
+    """Run `look_at` in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="pyuffd-demo-") as folder:
         return look_at(content, Path(folder))

@@ -76,7 +76,7 @@ def restore(
 
     Args:
         image: The file.
-        length: Its bytes, a multiple of the memory's page size.
+        length: Its size in bytes, a multiple of the memory's page size.
         expected: SHA-256 of the image, in hexadecimal.
         memory: The type of memory to restore into.
         driver: The handler's driver.
@@ -125,7 +125,7 @@ def is_restored(region: Region, expected: str) -> bool:
 def _read_at_random(region: Region, stride: int, seed: int) -> list[int]:
     """Read one page in some of the chunks of `stride` bytes; return the sorted times in ns.
 
-    It reads at most every second chunk, so that as much is left to be read in order.
+    It reads at most half of the chunks, so that the other half is left to be read in order.
     """
     rng = random.Random(seed)
     chunks = range(0, region.length, stride)
@@ -141,7 +141,7 @@ def _read_at_random(region: Region, stride: int, seed: int) -> list[int]:
 
 
 def why_no_huge_pages(length: int) -> str:
-    """Return why so many bytes of huge pages cannot be used here at all, or ""."""
+    """Return why `length` bytes of huge pages can never be used here, or ""."""
     if not POOL.exists():
         return "this machine has no huge pages of 2 MiB"
     limit = _cgroup.limits().hugetlb_2m

@@ -26,7 +26,7 @@ from pyuffd.cli._demo_work import (
     send,
 )
 
-# The instant comes after so many edits, or on a slow machine after this time.
+# The image is taken after this many edits, or on a slow machine after this time.
 EDITS_BEFORE = 100_000
 WAIT_S = 2.0
 POLL_S = 0.001
@@ -49,14 +49,14 @@ class Snapshot:
     Attributes:
         length: Bytes of the image.
         edit: How many edits the child had made at the instant.
-        image_edit: The number of edits that the image has.
+        image_edit: The number of edits that the image contains.
         digest: SHA-256 of the image.
         expected: SHA-256 of the memory's expected content: the files with the edits repeated.
         paused_s: The pause that the child measured.
         longest_s: The longest time between two other edits that the child measured.
         protect_s: How long write-protecting took, a part of the pause.
         save_s: From the end of the pause until the last page was saved.
-        write_s: How long writing the file took then.
+        write_s: How long writing the file took afterwards.
         edits_meanwhile: Edits from the instant until the file was written.
         saved_behind: Pages saved in the background.
         faults: The handler's counters; None if the child had to wait for the whole image.
@@ -105,7 +105,7 @@ class Child:
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    process_group=0,  # Ctrl-C is the parent's; the child ends with its socket
+                    process_group=0,  # Ctrl-C is for the parent; the child ends with its socket
                 )
             except BaseException:
                 ours.close()
@@ -154,7 +154,7 @@ class Child:
 def take_snapshot(
     work: WorkingSet, path: Path | None, limit: int, seed: int, image: IO[bytes]
 ) -> Snapshot:
-    """Start a child that changes `work`, and write its memory of one instant to a file.
+    """Start a child that edits `work`, and write its memory at one instant to a file.
 
     Args:
         work: The working set of `path` and `limit`, which the child reads again.
@@ -241,7 +241,7 @@ def _close(fd: int, owned: list[int]) -> None:
 
 
 def _edits(memory: Region) -> int:
-    """Return the counter as it stands in the child's memory now."""
+    """Return the current value of the counter in the child's memory."""
     return int(COUNTER.unpack(memory.read(memory.length - COUNTER.size, COUNTER.size))[0])
 
 
@@ -262,8 +262,8 @@ def _pause(child: Child) -> int:
 def _save_while_it_runs(child: Child, there: Range, memory: Region, uffd: Userfaultfd) -> _Taken:
     """Write-protect the child's memory, let it continue, and save each page before its first write.
 
-    The faults are resolved by a C thread, which reads the pages through `memory`: a mapping of
-    this process, which is not registered, so that the thread cannot wait for itself.
+    A C thread resolves the faults. It reads the pages through `memory`, a mapping in this process
+    that is not registered, so the thread cannot wait for itself.
     """
     content = bytearray(there.length)
     with Handler(uffd, owner_pid=child.pid, autostart=False) as handler:

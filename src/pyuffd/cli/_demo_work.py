@@ -20,7 +20,7 @@ MIB = 1 << 20
 HUGE_PAGE = 2 * MIB
 PAGE = 4096
 
-# The last bytes of the memory count the edits made, so that the image tells which edits it has.
+# The last bytes of the memory count the edits, so an image says itself which edits it contains.
 COUNTER = struct.Struct("<Q")
 # An edit changes one to three pages.
 MAX_EDIT = 2 * PAGE
@@ -104,7 +104,7 @@ def _files_below(directory: Path, *, library: bool) -> Iterator[Path]:
 
 def _read(path: Path, room: int) -> bytes:
     with path.open("rb", buffering=0) as file:
-        # Files of /proc and /sys have no size; some never end.
+        # Files in /proc and /sys report no size, and some never end.
         wanted = min(os.fstat(file.fileno()).st_size, room)
         data = bytearray()
         while len(data) < wanted and (piece := file.read(wanted - len(data))):
@@ -134,7 +134,7 @@ def edit_forever(memory: memoryview | bytearray, content: bytes, seed: int) -> I
 
 
 def replay(content: bytes, length: int, seed: int, edits: int) -> bytearray:
-    """Return what the memory held after so many edits."""
+    """Return what the memory held after that many edits."""
     memory = bytearray(length)
     memory[: len(content)] = content
     made = 0

@@ -1,4 +1,4 @@
-"""What is expected of a stop, for the first line of a command (layer L6)."""
+"""Estimates of how long a stop will take, for a command's first line (layer L6)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import time
 from pyuffd import Mapping, MappingKind, Process
 from pyuffd.cli._progress import MIB
 
-# Stopping a thread, reading its registers and letting it go. Measured with 2000 threads: 30
+# The time to stop a thread, read its registers and let it continue. Measured with 2000 threads: 30
 # microseconds, and 100 on a busy machine.
 THREAD_S = 30e-6
-# In the stop they are read and compared, and then their page tables are walked.
+# During the stop the mappings are read and compared, and then their page tables are walked. That
+# takes about twice as long as reading the mappings.
 AS_LONG_AS_READING = 2
-# What memory is copied to a file with, in bytes a second, on a machine that is not busy.
+# How fast memory is copied to a file on an idle machine, in bytes per second.
 COPY_RATE = 1 << 30
 BLOCK = 512  # of st_blocks
 
 
 def limited_pause(target: Process, limit_s: float, condition: str = "", shared: int = 0) -> str:
-    """Say for how long a process is to stand under a limit, and what is too much for that.
+    """Say how long a process will be stopped under a limit, and warn if the limit is too low.
 
-    Its threads are stopped and its mappings are read, whatever the method is. So it is measured
-    here how long reading lasts. `shared`: bytes that are copied in the stop without a limit.
+    Every method stops the threads and reads the mappings, so reading them is timed here.
+    `shared`: bytes that are copied during the stop, without a limit.
     """
     threads, count, seconds = needed(target)
     text = f"for at most {limit_s:g} s{condition}"
@@ -34,19 +35,19 @@ def limited_pause(target: Process, limit_s: float, condition: str = "", shared: 
     if seconds <= limit_s:
         return text
     return (
-        f"{text}; but stopping its threads ({threads}) and reading its mappings ({count}), which is"
-        f" part of it, lasts {seconds:.2f} s"
+        f"{text}; but stopping its threads ({threads}) and reading its mappings ({count}) alone"
+        f" takes {seconds:.2f} s"
     )
 
 
 def shared_memory(target: Process) -> int:
-    """Return how much of mapped memory that other processes may write has content, in bytes."""
+    """Return how many bytes of memory that other processes may write are mapped and in use."""
     kinds = (MappingKind.SHMEM, MappingKind.HUGETLB)
     return sum(_allocated(target, m) for m in target.mappings() if m.shared and m.kind in kinds)
 
 
 def _allocated(target: Process, mapping: Mapping) -> int:
-    """Return how much of a mapping its file may have content for; all without the privilege."""
+    """Return how many bytes of a mapping its file may have; all of it if we may not ask."""
     name = f"{mapping.start:x}-{mapping.end:x}"
     try:
         blocks = os.stat(f"/proc/{target.memory_tid}/map_files/{name}").st_blocks
@@ -56,7 +57,7 @@ def _allocated(target: Process, mapping: Mapping) -> int:
 
 
 def needed(target: Process) -> tuple[int, int, float]:
-    """Return how many threads and mappings a process has, and how long it stands for them."""
+    """Return how many threads and mappings a process has, and how long they keep it stopped."""
     threads = len(target.threads())
     begin = time.perf_counter()
     count = len(target.mappings())

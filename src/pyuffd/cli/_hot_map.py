@@ -1,4 +1,4 @@
-"""The picture of `pyuffd info --png`: where a working set is, and in which order (layer L6)."""
+"""The picture of `pyuffd info --png`: a working set by place and order of access (layer L6)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = float(1 << 20)
 PAGE = 4096
 COLUMNS = 256
 ROWS_MOST = 360  # of all mappings
-ROWS_FEW = 16  # so thin that more labels would overlap
+ROWS_FEW = 16  # a panel of so few rows is too low for more than two labels
 MAPPINGS_MOST = 10
 NAN = float("nan")
 
@@ -30,7 +30,7 @@ class _Mapping:
         return -(-self.region.length // (COLUMNS * cell * PAGE))
 
     def grid(self, cell: int) -> list[list[float]]:
-        """Return MiB touched before, for the page of each cell that was touched first."""
+        """Return for each cell how many MiB were touched before the first page in it."""
         grid = [[NAN] * COLUMNS for _ in range(self.rows(cell))]
         for page, pages, order in self.touched:
             for number in range(page // cell, (page + pages - 1) // cell + 1):
@@ -42,7 +42,7 @@ class _Mapping:
 
 
 def _mappings(regions: Sequence[SnapshotRegion], known: WorkingSet) -> Iterator[_Mapping]:
-    """Yield the mappings that it has pages in."""
+    """Yield the mappings in which the working set has pages."""
     spans = []
     order = 0
     for run in known:
@@ -69,7 +69,7 @@ def _mappings(regions: Sequence[SnapshotRegion], known: WorkingSet) -> Iterator[
 
 
 def draw(path: str, title: str, regions: Sequence[SnapshotRegion], known: WorkingSet) -> None:
-    """Draw the mappings that have most of it, each as rows of memory, coloured by order."""
+    """Draw the mappings that hold most of the working set, as rows coloured by order."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,7 +112,7 @@ def _panel(axis: Any, mapping: _Mapping, cell: int, width: float, most: float) -
 
     region = mapping.region
     rows = mapping.rows(cell)
-    # What the mapping has, behind what was touched of it.
+    # The whole mapping, in grey behind its touched pages.
     size = region.length / MIB
     whole = int(size / width)
     for origin, extent in (

@@ -1,4 +1,4 @@
-"""Showing how far a command is: a bar by rich on a terminal, plain lines otherwise (layer L6)."""
+"""Progress of a command: a bar by rich on a terminal, plain lines otherwise (layer L6)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIB = float(1 << 20)
 LINE_EVERY_S = 1.0
 TEXTS = {
     "before": "copying while it runs",
-    "stop": "copying while it stands",
+    "stop": "copying while stopped",
     "sweep": "copying while it runs",
     "sums": "checksums",
     "verify": "checking",
@@ -81,7 +81,7 @@ class ProgressBar:
 
 
 def progress_shown(*, quiet: bool) -> ProgressBar | ProgressLines | Quiet:
-    """Return what fits the place where it is shown."""
+    """Return the kind of progress display that suits stderr."""
     if quiet:
         return Quiet()
     if sys.stderr is not None and sys.stderr.isatty():
@@ -93,7 +93,7 @@ def progress_shown(*, quiet: bool) -> ProgressBar | ProgressLines | Quiet:
 def until_named(
     shown: Callable[[SnapshotProgress], None],
 ) -> Callable[[SnapshotProgress], None]:
-    """Return the same, after which no signal ends a command that has written what it was to."""
+    """Wrap `shown`: in phase "name" the result becomes complete, and no signal ends the command."""
 
     def tell(progress: SnapshotProgress) -> None:
         if progress.phase == "name":

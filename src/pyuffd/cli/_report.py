@@ -47,7 +47,7 @@ CAPABILITIES = {
     "CAP_SYS_RESOURCE": 24,
 }
 
-# Only for the advice; what the kernel has is what its mask says.
+# For the advice only: the feature mask says what the kernel has.
 FEATURE_SINCE = {
     Feature.PAGEFAULT_FLAG_WP: "5.7",
     Feature.EVENT_FORK: "4.11",
@@ -70,7 +70,7 @@ FEATURE_SINCE = {
     Feature.RWP_ASYNC: "7.3",
 }
 
-# What the examples and the demo need, with room: 128 MiB.
+# What the examples and the demo need, with some to spare: 128 MiB.
 ADVISED_HUGE_PAGES = {2 << 20: 64, 1 << 30: 1}
 DEFAULT_MAX_MAP_COUNT = 65530
 
@@ -274,7 +274,7 @@ def _missing_ways(support: KernelSupport) -> Iterator[Missing]:
     said = set()
     for name, way in support.opens.items():
         if not way.works and way not in said:
-            said.add(way)  # what refuses the system call refuses it with USER_MODE_ONLY too
+            said.add(way)  # the system call with USER_MODE_ONLY fails for the same reason
             yield Missing(names[name], way.reason, way.command or None)
 
 

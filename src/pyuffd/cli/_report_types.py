@@ -24,7 +24,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Features:
-    """The features by what this process gets of them; `unknown` is a mask."""
+    """The features, by whether this process may use them; `unknown` is a mask."""
 
     mask: str
     supported: list[str]

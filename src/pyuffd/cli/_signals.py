@@ -1,4 +1,4 @@
-"""Signals end a command in an orderly way, whoever swallows the exception they raise."""
+"""End a command cleanly on a signal, even if other code swallows the exception it raises."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
-# Until a swallowed exception is raised again: what has swallowed it is over by then, as a rule.
+# The delay before a swallowed exception is raised again. The code that swallowed it has usually
+# returned by then.
 AGAIN_S: Final = 0.005
 
 
 class Ended(BaseException):
-    """A signal came that ends this command."""
+    """A signal arrived that ends this command."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -28,27 +29,27 @@ class Ended(BaseException):
 
 
 class _State:
-    """Signals belong to the whole process, and so does this."""
+    """Shared by the whole process, as signal handlers are."""
 
     depth = 0
-    last = 0  # the number of the last one that came
+    last = 0  # the number of the last signal that arrived
     hook = sys.unraisablehook
-    # The command has done what it was to: its exit status says so, whatever comes.
+    # The command's result is complete, and its exit status says so, whatever signal arrives now.
     is_late = False
-    ignored: Final[dict[signal.Signals, Any]] = {}  # and what handled them before
+    ignored: Final[dict[signal.Signals, Any]] = {}  # with their former handlers
 
 
 @contextmanager
 def ended_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Raise in the block if one of these signals comes: KeyboardInterrupt for SIGINT, else Ended.
+    """Raise in the block when one of these signals arrives: KeyboardInterrupt or Ended.
 
-    Between any two steps Python may run a finalizer or a callback (`__del__`, weakref, gc), and
-    drops what is raised in it. Such an exception is raised again a moment later, and what somebody
-    else has swallowed at the end of the block.  A signal that is ignored, as by nohup, or that the
-    program handles itself, is left alone.
+    Python may run a finalizer or a callback (`__del__`, weakref, gc) between any two steps, and
+    drops an exception raised in it. An exception lost that way is raised again a moment later; one
+    that other code swallowed is raised at the end of the block. Signals that are ignored (nohup) or
+    that the program handles itself are left alone.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # no signal is handled here
+        yield  # Python handles signals in the main thread only
         return
     before: dict[signal.Signals, Any] = {}
     try:
@@ -76,21 +77,21 @@ def ended_by(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def come_too_late() -> None:
-    """Let no signal end the command any more, until this process ends or `restore`.
+    """Let no more signals end the command, until `restore` or the end of this process.
 
-    Right before the step that makes its result complete: then either a signal has ended the command
-    and there is no result, or there is one and the exit status says so.
+    Call it right before the step that completes the result. Then either a signal has ended the
+    command and there is no result, or there is a result and the exit status says so.
     """
     if not _State.depth:
         return
     _State.is_late = True
-    if _State.last:  # it was swallowed just now
+    if _State.last:  # a signal did arrive, and its exception was swallowed
         _State.is_late = False
         raise _exception(_State.last)
 
 
 def restore() -> None:
-    """Handle signals as before the command, in a program that goes on."""
+    """Restore the signal handlers of before the command, in a program that continues."""
     for each, action in _State.ignored.items():
         signal.signal(each, action)
     _State.ignored.clear()
@@ -101,7 +102,7 @@ def _end(number: int, frame: FrameType | None) -> None:
         return
     _State.last = number
     while frame is not None:
-        if frame.f_code is _unraisable.__code__:  # which swallows, too
+        if frame.f_code is _unraisable.__code__:  # an exception in the hook is swallowed as well
             signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
             return
         frame = frame.f_back
@@ -117,10 +118,10 @@ def _exception(number: int) -> BaseException:
 
 
 def _unraisable(what: sys.UnraisableHookArgs) -> None:
-    """Have what was swallowed raised again, and leave everything else to the hook before."""
+    """Have a swallowed exception raised again; pass everything else to the previous hook."""
     ours = what.exc_value
     while ours is not None and not isinstance(ours, KeyboardInterrupt | Ended):
-        ours = ours.__context__  # another one may have taken its place
+        ours = ours.__context__  # another exception may have replaced it
     is_swallowed = ours is not None and _State.last != 0
     if is_swallowed:
         signal.setitimer(signal.ITIMER_REAL, AGAIN_S)

@@ -16,7 +16,7 @@ MIB = float(1 << 20)
 
 
 class Table:
-    """A table that is drawn anew each round."""
+    """A table that is redrawn each round."""
 
     def __init__(self, top: int, pid: int) -> None:
         self._top = top

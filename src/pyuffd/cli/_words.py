@@ -1,4 +1,4 @@
-"""Types of the arguments that several commands have."""
+"""Argument types that several commands use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def seconds(shortest: float, longest: float) -> Callable[[str], float]:
-    """Return the type of a time within limits."""
+    """Return the argument type for a time within limits."""
 
     def convert(text: str) -> float:
         value = float(text)
@@ -17,12 +17,12 @@ def seconds(shortest: float, longest: float) -> Callable[[str], float]:
             )
         return value
 
-    convert.__name__ = "number of seconds"  # argparse's name of what is no number
+    convert.__name__ = "number of seconds"  # argparse prints it if the text is not a number
     return convert
 
 
 def pid(text: str) -> int:
-    """Return the id of a process."""
+    """Convert a process id."""
     value = int(text)
     if not 0 < value < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text} is not the id of a process")

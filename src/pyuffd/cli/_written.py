@@ -26,9 +26,9 @@ class Sample:
 
     Attributes:
         seconds: Since tracking began.
-        rate: Bytes written a second.
+        rate: Bytes written per second.
         written_bytes: Written in this round; a page counts once.
-        dropped_bytes: Given back in this round.
+        dropped_bytes: Dropped in this round.
         dirty_bytes: By window in seconds: bytes of the pages written in it.
         parts: The mappings that were written, most first.
         written: The pages.
@@ -97,7 +97,7 @@ class Written:
 
 
 def name_of(mapping: Mapping) -> str:
-    """Return a short name: the file's, or what the memory is of."""
+    """Return a short name: the file's, or the kind of memory."""
     if mapping.path:
         return mapping.path.rsplit("/", 1)[-1]
     return mapping.kind.value

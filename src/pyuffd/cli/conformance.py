@@ -46,8 +46,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     diff = actions.add_parser(
         "diff",
         help="compare two reports",
-        description="Print the differences between two JSON reports, one id a line. Exit status: 0"
-        " if there is none, 1 if there are some, 2 if a report cannot be read.",
+        description="Print the differences between two JSON reports, one id per line. Exit status:"
+        " 0 if there are none, 1 if there are some, 2 if a report cannot be read.",
     )
     diff.add_argument("before", metavar="A")
     diff.add_argument("after", metavar="B")
@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
             arguments.append("--uffd-slow")
         if args.report is not None:
             arguments.append(f"--uffd-report={os.path.abspath(args.report)}")
-        # In a process of its own: pytest must be imported before the modules that it tests.
+        # In a new process: pytest must be imported before the modules that it tests.
         command = [sys.executable, "-P", "-m", "pytest", *arguments, *args.pytest_args]
         status = subprocess.run(command, check=False).returncode
     if status == EXIT_NO_CASE:

@@ -16,7 +16,7 @@ from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
 
 METHODS = ("auto", "precopy", "cow", "stopped")
-# The limit of write_core, if none is given.
+# The default limit of write_core.
 STALL_S = 0.05
 RESIDENT = ("RssAnon", "RssShmem", "VmSwap")
 
@@ -26,42 +26,41 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "core",
         description="Write an ELF core of a running process: its memory and the registers of all"
-        " its threads, of one instant. It runs on afterwards. gdb, lldb, eu-stack, drgn, pystack"
-        " and py-spy open it as they open the core of a crash.",
-        epilog="Exit status: 0 when the core is complete, 2 on an error, 130 after Ctrl-C, 143"
-        " after SIGTERM, 129 after SIGHUP, and then there is no file: a signal that comes when the"
-        " core is complete is ignored; 141 if the reader of"
-        " stdout is gone, and there may be one. The process runs on as before. The"
-        " file has mode 0600, and replaces nothing. A progress bar needs rich"
-        " (pip install 'pyuffd[cli]').",
+        " its threads at one instant. The process continues to run. gdb, lldb, eu-stack, drgn,"
+        " pystack and py-spy open the core as they open that of a crash.",
+        epilog="Exit status: 0 when the core is complete; 2 on an error, 130 after Ctrl-C, 143"
+        " after SIGTERM and 129 after SIGHUP, and no file is left; 141 if the reader of stdout is"
+        " gone, and a file may be left. A signal that arrives when the core is complete is ignored."
+        " The process continues to run in any case. The file has mode 0600, and never replaces"
+        " another. A progress bar needs rich (pip install 'pyuffd[cli]').",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "pid", type=pid, nargs="?", metavar="PID", help="the process, or one of its threads"
     )
     what.add_argument(
-        "--from", dest="snapshot", metavar="DIR", help="a snapshot that was taken, needs -o"
+        "--from", dest="snapshot", metavar="DIR", help="a snapshot instead of a process; needs -o"
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="where to put it (core.PID)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (core.PID)")
     parser.add_argument(
         "--full",
         action="store_true",
-        help="all memory that can be read, also what coredump_filter and MADV_DONTDUMP leave out",
+        help="write all readable memory, even what coredump_filter and MADV_DONTDUMP leave out",
     )
     parser.add_argument(
         "--method",
         choices=METHODS,
         default="auto",
-        help="precopy copies while it runs, and the last pages in a stop; cow stops it shortly, and"
-        " saves each page before its first write; stopped copies everything in the stop; auto (the"
-        " default) tries one after the other",
+        help="precopy copies while the process runs, and the last pages while it is stopped; cow"
+        " stops it briefly, then saves each page before its first write; stopped copies everything"
+        " while it is stopped; auto (the default) tries them in this order",
     )
     parser.add_argument(
         "--max-stall",
         type=seconds(1e-6, 1e9),
         metavar="S",
-        help="give up if it has to stand for longer (without it, auto may end with a long stop, and"
-        " copying shared memory in the stop has no limit)",
+        help="give up rather than stop the process for longer (without it, auto may end with a long"
+        " stop, and copying shared memory has no limit)",
     )
     parser.add_argument("--sync", action="store_true", help="wait until the file is on the disk")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
@@ -114,13 +113,13 @@ def _print(args: argparse.Namespace, core: CoreFile) -> None:
 
 
 def _announcement(args: argparse.Namespace, target: Process) -> str:
-    """Say what is stopped, and for how long it probably has to stand."""
+    """Say which process is stopped, and estimate for how long."""
     size = _resident(target.memory_tid)
     name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace")
-    name = "".join(c if c.isprintable() else "?" for c in name[:-1])  # it may be anything
+    name = "".join(c if c.isprintable() else "?" for c in name[:-1])  # a process may set any name
     if args.method == "stopped":
         expected = size / COPY_RATE + 0.01 + needed(target)[2]
-        pause = f"while all is copied, {expected:.2f} s or more"
+        pause = f"while all memory is copied, {expected:.2f} s or more"
     else:
         limit_s = args.max_stall or STALL_S
         shared = 0 if args.max_stall else shared_memory(target)
@@ -128,7 +127,7 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     threads = len(target.threads())
     return (
         f"process {target.pid} ({name}), {threads} threads, {size / MIB:.1f} MiB of its own:"
-        f" it is to stand {pause}"
+        f" it will be stopped {pause}"
     )
 
 
@@ -145,12 +144,12 @@ def _show(core: CoreFile) -> None:
     rate = core.bytes / MIB / core.seconds
     rows = [
         ("file", core.path),
-        ("memory", f"{core.bytes / MIB:.1f} MiB with content; with holes {core.length / MIB:.1f}"),
+        ("memory", f"{core.bytes / MIB:.1f} MiB, with holes {core.length / MIB:.1f}"),
         ("threads", str(core.threads)),
         ("mappings", str(core.mappings)),
         ("method", f"{core.method}: {core.reason}"),
         ("pause", f"{core.pause_s * 1e3:.1f} ms, {core.stop_bytes / MIB:.1f} MiB copied in it"),
-        ("in all", f"{core.seconds:.3f} s, {rate:.0f} MiB/s"),
+        ("total", f"{core.seconds:.3f} s, {rate:.0f} MiB/s"),
         *_gaps(core),
     ]
     width = max(len(what) for what, _ in rows)

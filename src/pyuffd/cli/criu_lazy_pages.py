@@ -1,4 +1,4 @@
-"""`pyuffd criu-lazy-pages`: what `criu restore --lazy-pages` connects to (layer L6)."""
+"""`pyuffd criu-lazy-pages`: serve the pages of `criu restore --lazy-pages` (layer L6)."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "criu-lazy-pages",
         description="Serve the pages of `criu restore --lazy-pages`, in place of `criu lazy-pages`:"
-        " the processes run at once, what they touch comes first, and the rest is filled in the"
-        " background. Options with the names of CRIU's mean the same.",
-        epilog="Exit status: 0 if all restores were served, 1 if one failed, 2 on an error before."
-        " SIGTERM or Ctrl-C: restores that run are completed, and no more are served; the second"
-        " one ends at once, and poisons what has not been filled.",
+        " the processes run at once, pages that they touch are filled first, and the rest in the"
+        " background. Options named like CRIU's mean the same.",
+        epilog="Exit status: 0 if all restores were served, 1 if one failed, 2 on an error before"
+        " the first. On SIGTERM or Ctrl-C, the running restores are completed and no more are"
+        " served. On a second one the command ends at once, and poisons the pages that have not"
+        " been filled.",
     )
     parser.add_argument(
-        "-D", "--images-dir", default=".", metavar="DIR", help="the images (this folder)"
+        "-D", "--images-dir", default=".", metavar="DIR", help="the images (working directory)"
     )
     parser.add_argument(
-        "-W", "--work-dir", metavar="DIR", help="where CRIU looks for the socket (that of images)"
+        "-W", "--work-dir", metavar="DIR", help="where CRIU looks for the socket (--images-dir)"
     )
     parser.add_argument(
-        "-o", "--log-file", metavar="FILE", help="where messages go, in the work dir (stderr)"
+        "-o", "--log-file", metavar="FILE", help="log to this file, in the work dir (stderr)"
     )
     parser.add_argument("-v", dest="verbosity", nargs="?", const="1", help="-v4: all messages")
     parser.add_argument(
@@ -77,16 +78,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--working-set",
         metavar="FILE",
-        help="fill the pages that this file names first; write it if it is not of these images",
+        help="fill the pages listed in this file first; write it if missing or of other images",
     )
     parser.add_argument(
         "--record-for",
         type=float,
         default=5.0,
         metavar="S",
-        help="when the working set is written: only answer faults for so many seconds (5)",
+        help="to record a working set, only answer faults for this many seconds (5)",
     )
-    remote = parser.add_argument_group("pages from a page server, instead of files here")
+    remote = parser.add_argument_group("pages from a page server instead of local files")
     remote.add_argument(
         "--page-server", action="store_true", help="ask the page server at --address and --port"
     )
@@ -95,7 +96,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     remote.add_argument(
         "--wire",
         choices=("4.1", "4.2"),
-        help="its format: that of CRIU 4.2 and newer, or of older ones (as the images tell)",
+        help="its protocol: 4.2 for CRIU 4.2 and newer, else 4.1 (as the images say)",
     )
     remote.add_argument("--tls", action="store_true", help="use TLS")
     remote.add_argument("--tls-cacert", default="/etc/pki/CA/cacert.pem", metavar="FILE")
@@ -103,7 +104,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     remote.add_argument("--tls-cert", default="/etc/pki/criu/cert.pem", metavar="FILE")
     remote.add_argument("--tls-key", default="/etc/pki/criu/private/key.pem", metavar="FILE")
     remote.add_argument("--tls-no-cn-verify", action="store_true")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def _count(text: str) -> int:
@@ -116,7 +117,7 @@ def _count(text: str) -> int:
 def _has_protobuf() -> bool:
     try:
         return importlib.util.find_spec("google.protobuf") is not None
-    except ModuleNotFoundError:  # there is no package google at all
+    except ModuleNotFoundError:  # there is no package `google`
         return False
 
 
@@ -208,7 +209,7 @@ def _set_up_log(args: argparse.Namespace, work_dir: str) -> None:
 
 
 def _raise_limit() -> None:
-    """Use all descriptors that this process may have: each mapping needs a few."""
+    """Raise the limit on open files as far as allowed: each mapping needs a few descriptors."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -231,7 +232,7 @@ def _stop_at_signals(server: LazyPages) -> dict[int, Any]:
 
 
 class _Background:
-    """A child that goes on in the background; the parent waits until it listens."""
+    """A child that continues in the background; the parent waits until it listens."""
 
     def __init__(self) -> None:
         self._ready, ready = os.pipe()
@@ -258,7 +259,7 @@ class _Background:
 
 
 class _Output:
-    """What is printed, one line at a time."""
+    """The lines that are printed."""
 
     def __init__(self, *, is_json: bool) -> None:
         self._is_json = is_json
@@ -269,11 +270,11 @@ class _Output:
             print(json.dumps({"event": event, **data}) if self._is_json else text, flush=True)
 
     def listening(self, path: str) -> None:
-        """Tell where the socket is."""
+        """Print where the socket is."""
         self._print("listening", f"listening at {path}", socket=path)
 
     def progress(self, report: RestoreReport) -> None:
-        """Tell how far a restore is."""
+        """Print the progress of a restore."""
         loaded, content = report.loaded_bytes, report.content_bytes
         self._print(
             "progress",
@@ -284,7 +285,7 @@ class _Output:
         )
 
     def restored(self, report: RestoreReport) -> None:
-        """Tell what became of a restore."""
+        """Print the result of a restore."""
         if report.error:
             text = f"restore {report.number} failed: {report.error}"
         else:
@@ -301,12 +302,12 @@ class _Output:
 
 
 class _Progress:
-    """A thread that tells about restores that run."""
+    """A thread that prints the progress of running restores."""
 
     def __init__(self, server: LazyPages, out: _Output) -> None:
         self._server = server
         self._out = out
-        # Its methods are in C, so a signal cannot leave it locked.
+        # Its methods are written in C, so a signal handler cannot run while one holds its lock.
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="criu-progress")
 

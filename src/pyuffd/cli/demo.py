@@ -27,7 +27,7 @@ MAX_SIZE_MIB = 1024
 EXIT_VERIFIED = 0
 EXIT_NOT_VERIFIED = 1
 
-# Of the data that the unprepared program has.
+# Limits of the unprepared program's data.
 PROGRAM_MIN, PROGRAM_MAX = MIB, 16 * MIB
 PROGRAM_WORDS = {
     "full": "Snapshot    ",
@@ -65,9 +65,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="MIB",
         type=_size,
         default=DEFAULT_SIZE_MIB * MIB,
-        help=f"memory to use at most, 2 to {MAX_SIZE_MIB} MiB (default: {DEFAULT_SIZE_MIB})",
+        help=f"use at most this much memory, 2 to {MAX_SIZE_MIB} (default: {DEFAULT_SIZE_MIB})",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the child's edits (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the edits (default: 1)")
 
 
 def _size(text: str) -> int:
@@ -116,7 +116,7 @@ class _Demo:
         self._say(self._paint(verdict, _GREEN if verified else _RED))
         return EXIT_VERIFIED if verified else EXIT_NOT_VERIFIED
 
-    # What happens
+    # The steps
 
     def _restore(self, image: IO[bytes], snapshot: Snapshot) -> list[Restored]:
         self._tell_heading()
@@ -158,7 +158,7 @@ class _Demo:
         self._tell_program(result)
         return result
 
-    # What is said
+    # The output
 
     def _say(self, text: str = "") -> None:
         lines = textwrap.wrap(
@@ -234,7 +234,7 @@ class _Demo:
         self._say()
         self._say(
             f"Program     process {it.pid}, Python with {it.length / MIB:.1f} MiB of files in its"
-            f" own memory, which a thread of it edits all the time; it was not prepared, and made"
+            f" own memory, which one of its threads edits constantly; it was not prepared, and made"
             f" {it.edits:,} more edits meanwhile"
         )
         for image in it.images:
@@ -243,11 +243,11 @@ class _Demo:
                 answer = self._paint("DIFFERENT", _RED)
             self._say(
                 f"{PROGRAM_WORDS[image.what]}{image.bytes / MIB:.1f} MiB by {image.method} in"
-                f" {image.seconds:.2f} s; the program stood for {image.pause_s * 1e3:.1f} ms,"
+                f" {image.seconds:.2f} s; the program was stopped for {image.pause_s * 1e3:.1f} ms,"
                 f" after {image.check.edit:,} edits; read back and compared: {answer}"
             )
         if not it.goes_on:
-            self._say(self._paint("            the program does NOT work on", _RED))
+            self._say(self._paint("            the program does NOT continue to work", _RED))
 
     def _leave_out(self, what: str, why: str) -> None:
         self._left_out.setdefault(why, []).append(what)

@@ -215,7 +215,7 @@ class _Page:
         for missing in self._report.missing:
             yield from _wrap(f"{missing.what}: {missing.why}", WIDTH - 2, indent="  ")
             if missing.command:
-                # With backslashes, so that the lines can be copied and run.
+                # Backslashes let the user copy the lines and run them.
                 lines = _wrap(missing.command, WIDTH - 8, keep_words=True)
                 for number, line in enumerate(lines):
                     more = " \\" if number + 1 < len(lines) else ""

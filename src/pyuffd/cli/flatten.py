@@ -1,4 +1,4 @@
-"""`pyuffd flatten`: one snapshot out of an incremental one and its parents (layer L6)."""
+"""`pyuffd flatten`: merge an incremental snapshot and its parents into one (layer L6)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the `flatten` command."""
     parser = subparsers.add_parser(
         "flatten",
-        description="Write one snapshot without parents, with the content of an incremental one."
+        description="Write the content of an incremental snapshot as one snapshot without parents."
         " Everything is checked on the way; the parents may be deleted afterwards.",
-        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM, 129 after"
-        " SIGHUP, and then there is no new directory: a signal that comes when it is complete is"
-        " ignored.",
+        epilog="Exit status: 0 when the new snapshot is complete; 2 on an error, 130 after Ctrl-C,"
+        " 143 after SIGTERM and 129 after SIGHUP, and no directory is left. A signal that arrives"
+        " when the snapshot is complete is ignored.",
     )
     parser.add_argument("directory", metavar="DIR", help="the snapshot")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="the directory, which must not exist"
+        "-o", "--output", required=True, metavar="DIR", help="the directory to create"
     )
     parser.add_argument(
         "--no-sync", action="store_true", help="do not wait until everything is on the disk"
@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write it."""
+    """Write the new snapshot."""
     with ended_by(signal.SIGTERM, signal.SIGHUP), Snapshot.open(args.directory) as snapshot:
         depth, durable = snapshot.depth, not args.no_sync
         with progress_shown(quiet=args.json) as shown:

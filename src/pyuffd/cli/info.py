@@ -1,4 +1,4 @@
-"""`pyuffd info`: what a snapshot is of (layer L6)."""
+"""`pyuffd info`: describe a snapshot (layer L6)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the `info` command."""
     parser = subparsers.add_parser(
         "info",
-        description="Show what a snapshot is of: the process, the instant, its parents, its"
-        " largest mappings, and its working sets. Checks the tables, not the content (see `pyuffd"
+        description="Describe a snapshot: the process, the instant, its parents, its largest"
+        " mappings, and its working sets. Checks the tables, not the content (see `pyuffd"
         " verify`).",
-        epilog="Exit status: 0, 2 if it is damaged or no snapshot, or has no working set to draw."
+        epilog="Exit status: 0, or 2 if the snapshot is damaged, is none, or has no working set to"
+        " draw."
         " --png needs matplotlib (pip install 'pyuffd[plot]').",
     )
     parser.add_argument("directory", metavar="DIR", help="the snapshot")
@@ -34,12 +35,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--working-set",
         metavar="NAME",
-        help="with --png: which one; the first that can be used by default",
+        help="with --png: which one to draw (default: the first usable one)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show it."""
+    """Print the description."""
     if args.png and importlib.util.find_spec("matplotlib") is None:
         print("pyuffd: --png needs matplotlib: pip install 'pyuffd[plot]'", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""`pyuffd restore-bench`: which way of restoring a snapshot is the fastest here (layer L6)."""
+"""`pyuffd restore-bench`: find the fastest way to restore a snapshot here (layer L6)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "restore-bench",
         description="Restore a snapshot into memory of this process by each method, and show how"
-        " long each lasts, beside reading the files into memory at once.",
+        " long each takes, compared with reading the files into memory at once.",
         epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C. Needs as much memory as the"
         " snapshot has content.",
     )
@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--cold",
         action="store_true",
-        help="drop the image from the page cache before each",
+        help="drop the snapshot from the page cache before each method",
     )
     parser.add_argument(
         "--verify",
@@ -55,13 +55,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="drain",
         help="when checksums are compared (default: drain)",
     )
-    parser.add_argument("--threads", type=int, help="how many fill (default: one for each CPU)")
-    parser.add_argument("--rounds", type=int, default=1, help="repeat, and show the best")
+    parser.add_argument("--threads", type=int, help="threads that fill (default: one per CPU)")
+    parser.add_argument("--rounds", type=int, default=1, help="repeat, and show the best round")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and show it."""
+    """Measure the methods, and print a table."""
     for name in ("rounds", "threads"):
         if (value := getattr(args, name)) is None or value > 0:
             continue
@@ -103,7 +103,7 @@ def _files(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _with_content(snapshot: Snapshot) -> list[SnapshotRegion]:
-    """Return the regions that have content, and are no reservation beyond this machine's memory."""
+    """Return the regions that have content, without reservations of address space."""
     have = [run.start for run in snapshot.runs if run.state in (RunState.DATA, RunState.PARENT)]
     found, at = [], 0
     for region in snapshot.regions:
@@ -151,7 +151,7 @@ def _one(args: argparse.Namespace, mode: Mode | None, paths: list[str]) -> dict[
             try:
                 next(iter(memory.values())).touch(0, 1)
             except PagePoisonedError:
-                restore.wait()  # the background met the damage first, and tells it
+                restore.wait()  # raises, as filling in the background found the damage first
                 raise
             first = time.perf_counter()
             restore.wait()
@@ -204,7 +204,7 @@ def _read(paths: list[str]) -> dict[str, Any]:
 
 
 def _data(path: str) -> Iterator[tuple[int, int]]:
-    """Yield where a sparse file has something."""
+    """Yield the data ranges of a sparse file."""
     with open(path, "rb") as file:
         end, at = os.fstat(file.fileno()).st_size, 0
         while at < end:

@@ -1,4 +1,4 @@
-"""`pyuffd snapshot`: the memory of a running process at one instant (layer L6)."""
+"""`pyuffd snapshot`: save the memory of a running process at one instant (layer L6)."""
 
 from __future__ import annotations
 
@@ -23,42 +23,43 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "snapshot",
         description="Write the memory of a running process, as it is at one instant, to a new"
-        " directory. The process needs no preparation and runs on, except for a pause.",
-        epilog="Exit status: 0, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM, 129"
-        " after SIGHUP, and then there is no directory: a signal that comes when the snapshot is"
-        " complete is ignored; 141 if the reader of stdout is gone, and there may be one. The"
-        " process runs on as before.",
+        " directory. The process needs no preparation, and continues to run after a pause.",
+        epilog="Exit status: 0 when the snapshot is complete; 2 on an error, 130 after Ctrl-C, 143"
+        " after SIGTERM and 129 after SIGHUP, and no directory is left; 141 if the reader of stdout"
+        " is gone, and a directory may be left. A signal that arrives when the snapshot is complete"
+        " is ignored. The process continues to run in any case.",
     )
     parser.add_argument("pid", type=pid, metavar="PID", help="the process, or one of its threads")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="the directory, which must not exist"
+        "-o", "--output", required=True, metavar="DIR", help="the directory to create"
     )
     parser.add_argument(
         "--method",
         choices=("auto", "precopy", "cow", "stopped"),
         default="auto",
-        help="precopy copies while it runs, and the last pages in a stop; cow stops it shortly, and"
-        " saves each page before its first write; stopped copies everything in the stop",
+        help="precopy copies while the process runs, and the last pages while it is stopped; cow"
+        " stops it briefly, then saves each page before its first write; stopped copies everything"
+        " while it is stopped",
     )
     parser.add_argument(
-        "--parent", metavar="DIR", help="a snapshot of this process: write only what is different"
+        "--parent", metavar="DIR", help="an earlier snapshot of this process: write only changes"
     )
     parser.add_argument(
         "--shared",
         choices=("refuse", "pause", "skip"),
         default="refuse",
-        help="memory that other processes may write: refuse it, copy it in the stop, or leave it"
-        " out",
+        help="memory that other processes may write: refuse it, copy it while the process is"
+        " stopped, or leave it out",
     )
     parser.add_argument(
         "--max-stall",
         type=seconds(0.001, 3600),
         metavar="S",
-        help="give up rather than let the process stand for longer (0.05; no limit with stopped,"
-        " and for shared memory that is copied in the stop)",
+        help="give up rather than stop the process for longer (0.05; no limit with stopped, or for"
+        " shared memory that is copied while it is stopped)",
     )
     parser.add_argument(
-        "--rate", type=_rate, metavar="MIB", help="copy at most so many MiB a second"
+        "--rate", type=_rate, metavar="MIB", help="copy at most this many MiB per second"
     )
     parser.add_argument(
         "--no-sync", action="store_true", help="do not wait until everything is on the disk"
@@ -112,12 +113,12 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     own = [m for m in mappings if not m.shared]
     size = sum(m.length for m in own) / MIB
     if args.method == "stopped":
-        pause = "it stands while all of it is copied"
+        pause = "it will be stopped while all of it is copied"
     else:
         is_agreed = args.shared == "pause" and args.max_stall is None
         shared = shared_memory(target) if is_agreed else 0
         limit_s = args.max_stall or MAX_STALL_S
-        pause = f"it is to stand {limited_pause(target, limit_s, shared=shared)}"
+        pause = f"it will be stopped {limited_pause(target, limit_s, shared=shared)}"
     return f"process {target.pid}: {len(own)} private mappings of {size:.0f} MiB; {pause}"
 
 
@@ -136,7 +137,7 @@ def _table(report: SnapshotReport) -> str:
         rows[3:4] = [
             ("saved", f"{report.faults} pages by faults, {report.swept} by the sweep"),
             ("longest wait", waited),
-            ("dropped", f"{report.dropped / MIB:.1f} MiB, given back before they were saved"),
+            ("dropped", f"{report.dropped / MIB:.1f} MiB, by the process before they were saved"),
         ]
     lines = [f"{name:>13}  {text}" for name, text in rows]
     gaps = [gap for gap in report.gaps if gap.reason != "special"]

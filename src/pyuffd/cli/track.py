@@ -1,4 +1,4 @@
-"""`pyuffd track`: what a running process writes, by mapping, live (layer L6)."""
+"""`pyuffd track`: show what a running process writes, by mapping, live (layer L6)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "track",
         description="Show what a running process writes: MiB/s and the dirty set of the last 1, 10"
-        " and 60 seconds, by mapping; first what cannot be seen. The process needs no preparation,"
-        " and runs on as before when this ends.",
+        " and 60 seconds, by mapping. The memory whose writes cannot be seen is listed first. The"
+        " process needs no preparation, and continues to run when the command ends.",
         epilog="Exit status: 0 at the end of --seconds or of the process, 2 on an error, 130 after"
         " Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 if the reader of stdout is"
         " gone. A live table needs rich (pip install 'pyuffd[cli]'), --png needs matplotlib"
@@ -47,11 +47,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=duration,
         default=1.0,
         metavar="S",
-        help="seconds a round (1)",
+        help="seconds per round (1)",
     )
     parser.add_argument("--seconds", type=duration, metavar="S", help="end after this time")
     parser.add_argument("--top", type=_count, default=15, metavar="N", help="mappings shown (15)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a round")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per round")
     parser.add_argument(
         "--png", metavar="FILE", help="draw a heat map, address by time, at the end"
     )
@@ -65,12 +65,12 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Track the process until something ends it."""
+    """Track the process until it ends, the time is over or a signal arrives."""
     if args.png and importlib.util.find_spec("matplotlib") is None:
         print("pyuffd: --png needs matplotlib: pip install 'pyuffd[plot]'", file=sys.stderr)
         return EXIT_MISSING
     if args.png:
-        with open(args.png, "ab"):  # fails now, not after an hour
+        with open(args.png, "ab"):  # fail now, not after an hour
             pass
     heat = Heat() if args.png else None
     try:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             Process(args.pid) as target,
         ):
             if target.pid == os.getpid():
-                print("pyuffd: a process cannot track itself by this command", file=sys.stderr)
+                print("pyuffd: a process cannot track itself with this command", file=sys.stderr)
                 return EXIT_MISSING
             with DirtyTracker(target) as tracker:
                 return _follow(args, target, tracker, heat)
@@ -142,7 +142,7 @@ def _screen(
 
 
 class _Json:
-    """One object a round."""
+    """One JSON object per round."""
 
     def __init__(self, tracker: DirtyTracker) -> None:
         self._tracker = tracker
@@ -172,7 +172,7 @@ class _Json:
 
 
 class _Lines:
-    """Plain lines, where there is no terminal."""
+    """Plain lines, if stdout is not a terminal."""
 
     def __init__(self, top: int) -> None:
         self._top = top

@@ -1,4 +1,4 @@
-"""`pyuffd verify`: whether a snapshot is what was written (layer L6)."""
+"""`pyuffd verify`: check a snapshot against its checksums (layer L6)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check it."""
+    """Check the snapshot."""
     error: SnapshotFormatError | None = None
     try:
         with Snapshot.open(args.directory) as snapshot, progress_shown(quiet=args.json) as shown:
