@@ -1,6 +1,6 @@
 """A kit for tests of userfaultfd programs: needs, faulting processes, injected faults (layer L5).
 
-docs/testing.md shows how to use it.  If pytest is installed it loads the plugin by itself.  Only
+docs/testing.md shows how to use it.  pytest, if installed, loads the plugin automatically.  Only
 the `needs*` functions need pytest (`pip install pyuffd[testing]`); the rest works with any runner.
 """
 

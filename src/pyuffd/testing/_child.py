@@ -1,4 +1,4 @@
-"""A process that faults when told to, driven step by step."""
+"""A process that faults on command, one step at a time."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ Command = Literal["read", "write", "touch", "madvise", "munmap", "mremap", "fork
 
 _COMMANDS = ("read", "write", "touch", "madvise", "munmap", "mremap", "fork", "exit")
 
-# Interpreter start and imports need seconds on a loaded machine, with a sanitizer.
+# Interpreter start and imports take seconds on a loaded machine with a sanitizer.
 START_S = 30.0
-STEP_S = 10.0  # passes only if there is a bug: a step whose faults are resolved ends at once
+STEP_S = 10.0  # reached only if there is a bug: a step whose faults are resolved ends at once
 
 
 class FaultingChildError(UffdError):
     """A step failed in the child, or the child ended.
 
-    Attributes: `errno`, the kernel's answer to the step, or None; `returncode`, how the child
-    ended (negative: the signal), or None if it lives.
+    Attributes: `errno`, the error of the step's system call, or None; `returncode`, how the child
+    ended (negative: the signal), or None if it is alive.
     """
 
     errno: int | None
@@ -57,7 +57,7 @@ class ForkResult:
     """How a fork of the child ended.
 
     Attributes:
-        pid: Its process id, reaped by now.
+        pid: Its process id; it has been reaped.
         returncode: Exit status, or the negative number of the signal that ended it.
         value: The result of its command; None after a signal.
     """
@@ -79,7 +79,7 @@ class Step(SoleOwner):
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet: it waits for a page, or for an event to be read."""
+        """Whether it is still running: it waits for a page, or for an event to be read."""
         self._child._receive(0)
         return not self._child._is_over(self._number)
 
@@ -87,7 +87,7 @@ class Step(SoleOwner):
         """Wait for its end and return its value; may be called again after TimeoutError.
 
         Raises:
-            TimeoutError: it still runs.
+            TimeoutError: it is still running.
             FaultingChildError: it failed, or the child has ended.
         """
         deadline = time.monotonic() + timeout_s
@@ -104,7 +104,7 @@ class Step(SoleOwner):
 
 
 class FaultingChild(SoleOwner):
-    """A Python process with a region and a userfaultfd, which it sends to the test.
+    """A Python process with a region, which sends its userfaultfd to the test.
 
     It runs the test's commands, one after the other or in several threads, and waits in the kernel
     until the test resolves its faults. It keeps no copy of the userfaultfd.
@@ -113,16 +113,16 @@ class FaultingChild(SoleOwner):
         pages: Pages in the region.
         memory: anon, shmem, shmem-private, hugetlb or hugetlb-private.
         mode: How the child registers the region; None leaves that to the test.
-        features: Of the userfaultfd.
-        content: Written before the region is registered, from its start; the other pages stay
-            missing.
+        features: Features of the userfaultfd.
+        content: Bytes written to the start of the region before it is registered; the other pages
+            stay missing.
         user_mode_only: As for `Userfaultfd`.
         env: Environment variables to add.
 
     Attributes:
         pid: Its process id.
-        uffd: The userfaultfd, of the child's memory.
-        region: The place of that memory; `region.fd` is the memfd behind it, or None.
+        uffd: The userfaultfd for the child's memory.
+        region: Where that memory is; `region.fd` is the memfd behind it, or None.
 
     Commands of `begin` and `run`, with offsets from the start of the region:
 
@@ -136,10 +136,10 @@ class FaultingChild(SoleOwner):
 
     Raises:
         ValueError: bad arguments.
-        FaultingChildError: the child could not set it up: no privilege, no huge pages, ...
+        FaultingChildError: the child failed to start: no privilege, no huge pages, ...
 
     GIL: the child's accesses do not hold its GIL; its forks do.  Threads: use it in one thread of
-    the test.  Blocks: no longer than the time-outs.
+    the test.  Blocks: no longer than the timeouts.
 
     Example:
         >>> from pyuffd.testing import FaultingChild
@@ -176,7 +176,7 @@ class FaultingChild(SoleOwner):
         ours, theirs = socket.socketpair()
         with theirs:
             self._socket = ours
-            # A process group of its own, which is killed as one.
+            # In a new process group, so that the child and its forks can be killed together.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pyuffd.testing._child_main", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -205,7 +205,7 @@ class FaultingChild(SoleOwner):
 
     def _start(self, order: dict[str, Any]) -> Handover:
         self._socket.settimeout(START_S)
-        with suppress(ConnectionError):  # reading says more
+        with suppress(ConnectionError):  # the read below reports more
             self._socket.sendall(_wire.packed(order))
         # Byte by byte: the handover and its descriptors follow the reply.
         reply = None
@@ -244,7 +244,7 @@ class FaultingChild(SoleOwner):
             command: See the class.
             *args: Its arguments.
             base: Count offsets from this address of the child instead.
-            thread: The child's thread that runs it; each thread runs one step after the other.
+            thread: The thread of the child that runs it; each thread runs one step at a time.
             **options: The command's keywords.
         """
         if command not in _COMMANDS:
@@ -281,14 +281,14 @@ class FaultingChild(SoleOwner):
         timeout_s: float = STEP_S,
         **options: bool,
     ) -> Any:
-        """Begin a step and wait for its end; for steps whose faults other code resolves, if any."""
+        """Begin a step and wait for its end; for steps without faults, or that a handler serves."""
         return self.begin(command, *args, base=base, thread=thread, **options).done(timeout_s)
 
     def next_event(self, timeout_s: float = STEP_S) -> Event:
         """Wait for the next event of the userfaultfd, and return only that one.
 
         Raises:
-            TimeoutError: there was none in time.
+            TimeoutError: none arrived in time.
         """
         deadline = time.monotonic() + timeout_s
         while not (events := self.uffd.read_events(1)):
@@ -323,7 +323,7 @@ class FaultingChild(SoleOwner):
         if process is None:
             return
         if process.returncode is None:
-            # Not reaped yet, so the group is still its own.
+            # Not reaped yet, so no other group has this id.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -358,7 +358,7 @@ class FaultingChild(SoleOwner):
             return
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        # A fork of the child may keep the stream open.
+        # A fork of the child may keep the stream open, so watch the child too.
         poll.register(self._pidfd, select.POLLIN)
         ready = dict(poll.poll(timeout_s * 1000))
         while True:

@@ -1,7 +1,8 @@
 """The program of a `FaultingChild`: it makes a region, sends a userfaultfd, and runs orders.
 
-Orders of the test run in threads of their own, so that one that waits for a page does not delay
-the next. The process ends when the test's end of the socket is closed, even if its threads wait.
+Orders run in threads other than the one that reads them, so that an order which waits for a page
+does not delay the next. The process ends when the test closes its end of the socket, even if
+threads still wait.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Worker:
         _memory.munmap(start + offset, length)
 
     def do_mremap(self, start: int, offset: int, length: int) -> int:
-        # A free place, aligned for every page size; the memory around it is unmapped.
+        # Reserve address space, keep the part aligned to the page size and unmap the rest.
         page_size = self._region.page_size
         room = _memory.mmap(length + page_size, PROT_NONE, RESERVED)
         to = -(-room // page_size) * page_size
@@ -104,7 +105,7 @@ class Worker:
 
     def _fork(self, args: list[Any], options: dict[str, Any], base: int | None) -> dict[str, Any]:
         """Fork, run a command in the child, and return how it ended."""
-        # A file, not a pipe: another thread's fork may have a copy and live longer.
+        # A file, not a pipe: another thread's fork may inherit a copy and outlive this one.
         result = os.memfd_create("fork-result", os.MFD_CLOEXEC)
         try:
             with warnings.catch_warnings():
@@ -140,7 +141,7 @@ def prepare(order: dict[str, Any]) -> tuple[Region, Userfaultfd]:
 
 
 def main() -> None:
-    """Serve one test until it closes its end."""
+    """Serve one test until it closes its end of the socket."""
     _memory.unguard()
     fd = int(sys.argv[1])
     os.set_inheritable(fd, False)
@@ -162,7 +163,7 @@ def main() -> None:
                 return
             connection.sendall(_wire.packed({}))
             send_uffd(connection, uffd, [region], memory=True)
-            # Keep no copy, so that this process's threads continue when the test closes its own.
+            # Keep no copy, so that our threads continue when the test closes the userfaultfd.
             uffd.close()
             worker = Worker(connection, region)
     # Not an ordinary exit: threads may wait in a fault.

@@ -1,8 +1,8 @@
-"""Enlarging the pool of 2 MiB huge pages for a while.
+"""Enlarge the pool of 2 MiB huge pages for a while.
 
-The number in nr_hugepages is the size of the pool without its surplus pages: those that are in use
-or reserved although the pool was made smaller. A larger number first turns surplus pages into
-ordinary ones, which frees none of them, so they are added to the requested number.
+A write to nr_hugepages sets the size of the pool without its surplus pages: those that are still
+in use or reserved after the pool was made smaller. Growing the pool first turns surplus pages into
+ordinary ones, which frees none of them. So their number is added to the request.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def add(count: int) -> Grown:
 
 @contextlib.contextmanager
 def huge_pages(count: int) -> Iterator[None]:
-    """Have so many huge pages of 2 MiB available inside the `with` block.
+    """Make this many huge pages of 2 MiB available inside the `with` block.
 
-    Missing pages are added to the machine's pool, as far as there is memory and this user may, and
+    Missing pages are added to the machine's pool, as far as memory and privileges allow, and
     removed afterwards. A mapping that does not get enough pages raises an error.
 
     Args:
@@ -72,7 +72,7 @@ def huge_pages(count: int) -> Iterator[None]:
 
 def give_back(count: int) -> None:
     """Make the pool smaller; pages that are in use or reserved become surplus pages."""
-    with contextlib.suppress(OSError), _locked():  # not allowed, so it could not add any either
+    with contextlib.suppress(OSError), _locked():  # if not allowed, none were added either
         _resize(max(_size() - count, 0))
 
 

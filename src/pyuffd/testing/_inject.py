@@ -1,4 +1,4 @@
-"""Faults on demand: sources that misbehave, layout changes held open, processes killed."""
+"""Fault injection: sources that misbehave, layout changes held open, killed processes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
     from pyuffd._uffd import Userfaultfd
 
-WAIT_S = 10.0  # passes only if there is a bug: every wait is for something that happens at once
+WAIT_S = 10.0  # reached only if there is a bug: what we wait for happens at once
 POLL_S = 0.001
 
 
 class _Wrapped:
-    # A source with the content of another one; `at` are offsets, None means all.
+    # A source with the content of another one. `at`: the offsets to affect; None means all.
     def __init__(self, source: PageSource, at: Iterable[int] | None) -> None:
         self.source = source
         self.at: frozenset[int] | None = None if at is None else frozenset(at)
@@ -83,8 +83,8 @@ class FailingSource(_Wrapped):
         source: Where the content comes from.
         error: What is raised.
         at: Only by reads that contain one of these offsets; all by default.
-        times: By how many reads at most; None: by every one. The process that reads it counts, so
-            each helper process counts for itself.
+        times: By how many reads at most; None: by every one. Each process that reads the source,
+            such as a helper process, counts separately.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class WrongLengthSource(_Wrapped):
 
     Args:
         source: Where the content comes from.
-        extra: Bytes too many; negative for too few.
+        extra: How many bytes too many; negative for too few.
         at: Only reads that contain one of these offsets; all by default.
     """
 
@@ -171,10 +171,10 @@ class GatedSource(SoleOwner, _Wrapped):
         return self.source.read(offset, length)
 
     def wait_for_reads(self, count: int, *, timeout_s: float = WAIT_S) -> list[int]:
-        """Wait until `count` reads are at the gate; return the offsets of all of them, in order.
+        """Wait until `count` reads are at the gate; return their offsets in order of arrival.
 
         Raises:
-            TimeoutError: fewer came in time.
+            TimeoutError: fewer arrived in time.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._held) >= count, timeout_s):
@@ -193,7 +193,7 @@ class PendingChange(SoleOwner):
 
     Attributes:
         start: First address removed.
-        end: The address behind the last.
+        end: The address after the last.
     """
 
     _instead = "its thread changes the layout once"
@@ -208,7 +208,7 @@ class PendingChange(SoleOwner):
         """Read the Remove event, and let the thread finish.
 
         Returns:
-            Everything that was read, with the Remove event; nothing if other code has read it.
+            All events that were read, including the Remove event; none if other code read them.
 
         Raises:
             TimeoutError: the thread does not finish.
@@ -235,11 +235,11 @@ def layout_change_pending(
     offset: int = 0,
     length: int | None = None,
 ) -> Iterator[PendingChange]:
-    """Hold a layout change open: in the body every ioctl that fills or protects gets EAGAIN.
+    """Hold a layout change open: in the body, ioctls that fill or protect fail with EAGAIN.
 
     A thread drops pages of the region, and the kernel makes it wait until its Remove event is
-    read. The content of the pages is lost. The end of the body, or `release()`, reads the event;
-    the next read_events() returns page faults that were read with it.
+    read. The content of the pages is lost. The end of the body, or `release()`, reads the event.
+    Page faults that were read along with it are returned by the next read_events().
 
     Args:
         uffd: A userfaultfd of this process, with Feature.EVENT_REMOVE and no handler.
@@ -297,9 +297,9 @@ def layout_change_pending(
 
 
 def layout_is_changing(uffd: Userfaultfd) -> bool:
-    """Return whether a layout event is unread, so that filling would get EAGAIN.
+    """Return whether a layout event is unread, so that filling would fail with EAGAIN.
 
-    It tries to copy to address 0, which always fails, so nothing is changed.
+    It tries to copy to address 0, which always fails and so changes nothing.
     """
     try:
         uffd.copy(0, bytes(PAGE_SIZE))
@@ -315,7 +315,7 @@ def kill(
 ) -> None:
     """Send a signal to a process and wait until it has ended; its parent must still reap it.
 
-    To see helpers die: `kill(pid)` for each of `child_pids()`.
+    To test what happens when helper processes die, call it for each of `child_pids()`.
 
     Args:
         process: A process id, or a Popen.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# A joined C thread, and a child that was waited for, stay visible in /proc for a moment.
+# A C thread stays visible in /proc for a moment after it is joined, and so does a reaped child.
 SETTLE_S = 2.0
 POLL_S = 0.005
 
@@ -22,7 +22,7 @@ _REGISTERED = {"um", "uw", "ui"}
 
 
 class LeakError(AssertionError):
-    """Something was left behind; `leaks` has the names."""
+    """Something was left behind; `leaks` lists it."""
 
     def __init__(self, leaks: list[str]) -> None:
         """Keep the list."""
@@ -34,8 +34,8 @@ class LeakError(AssertionError):
 
 
 _THREAD = "thread "
-# A listing of /proc/self/task can lack a thread while another one exits, so all threads that were
-# seen before any body are remembered.
+# While a thread exits, a listing of /proc/self/task may miss another one. So remember all threads
+# that were ever seen before a body.
 _threads_before: set[str] = set()
 
 
@@ -50,20 +50,20 @@ def no_leaks(
 ) -> Iterator[None]:
     """Check that the body leaves nothing behind in this process.
 
-    After an exception of the body nothing is checked, and the exception propagates.
+    If the body raises an exception, it propagates and nothing is checked.
 
     Args:
         fds: File descriptors.
         mappings: Shared memory (memfd, POSIX, huge pages), and memory registered with a
             userfaultfd. Plain anonymous memory is not checked, as the allocator uses it too.
-        threads: Threads, C threads too.
-        processes: Children that run or were not reaped.
+        threads: Threads, including C threads.
+        processes: Children that are running or were not reaped.
         settle_s: How long to wait for things that are just ending.
 
     Raises:
-        LeakError: something exists that did not exist before; an AssertionError.
+        LeakError: something exists that did not exist before. It is an AssertionError.
 
-    GIL: held at times.  Threads: leaks of other threads count too.  Blocks: up to `settle_s`.
+    GIL: held at times.  Threads: what other threads leak counts too.  Blocks: up to `settle_s`.
 
     Example:
         >>> from pyuffd import Region
@@ -88,7 +88,8 @@ def no_leaks(
     yield
     deadline = time.monotonic() + settle_s
     while True:
-        # A thing seen in time may end before this thread runs again: only a later look counts.
+        # On a busy machine this thread may not run again before the deadline, so always look once
+        # more after it.
         is_late = time.monotonic() >= deadline
         leaks = [name for look in looks for name in look() if name not in before]
         if not leaks:

@@ -1,9 +1,9 @@
 """Huge pages and swap for one test session: reserved as root, and always given back.
 
-The session's controller calls `reserve`. This starts a keeper process, which reserves the resources
-until the controller asks for their release or has ended, even by SIGKILL. A state file under a lock
-has one entry per keeper. So sessions can run at the same time, and the next keeper gives back what
-a killed one had. Page counts are added and subtracted, never set, so other programs keep their
+The session's controller calls `reserve`. This starts a keeper process, which holds the resources
+until the controller asks for their release or ends, even by SIGKILL. A state file under a lock has
+one entry per keeper. So sessions can run at the same time, and the next keeper gives back what a
+killed one held. Page counts are added and subtracted, never set, so other programs keep their
 pages.
 
 The keeper's command line is `python -m pyuffd.testing._machine CONTROLLER_PID HUGE_PAGES
@@ -29,13 +29,13 @@ from pathlib import Path
 
 from pyuffd.testing import _huge_pages
 
-# Emptied at boot, as the reservations are.
+# On a file system that is emptied at boot, when the reservations end too.
 STATE = Path("/run/pyuffd-machine.json")
 
 # 128 MiB for each test process: source and destination areas of 32 MiB, an alias and a snapshot.
 HUGE_PAGES_PER_WORKER = 64
 SWAP_BYTES = 256 << 20
-# For the keeper's answer; defragmenting memory for huge pages lasts seconds on a full machine.
+# For the keeper's answer: compacting memory for huge pages takes seconds on a full machine.
 START_TIMEOUT_S = 60
 # swapoff must read back all pages that are still swapped out.
 STOP_TIMEOUT_S = 60
@@ -49,11 +49,11 @@ class Entry:
     """The resources of one keeper; pid and start time identify it even if the pid is reused.
 
     Attributes:
-        pid: Of the keeper.
+        pid: The keeper's process id.
         start_time: Field 22 of its /proc/PID/stat.
         huge_pages: Free pages added to the pool.
         swap_file: Path of the swap file.
-        counted_in: Surplus pages that adding made part of the pool.
+        counted_in: Surplus pages that became part of the pool when it grew.
     """
 
     pid: int
@@ -84,7 +84,7 @@ class Reservation:
 def reserve(workers: int) -> Reservation | None:
     """Reserve huge pages and swap for this many test processes; return None if this user may not.
 
-    With `PYUFFD_TESTS_RESERVE=no`, for a machine that was prepared, it reserves nothing.
+    With `PYUFFD_TESTS_RESERVE=no`, for a machine that is already prepared, it reserves nothing.
     """
     if os.environ.get("PYUFFD_TESTS_RESERVE") == "no":
         return None
@@ -137,7 +137,7 @@ def _start_time(pid: int) -> str:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return ""
-    # It may not have been reaped.
+    # A zombie has ended too.
     return "" if fields[0] in "ZX" else fields[19]
 
 
@@ -192,7 +192,8 @@ def _give_back(entries: list[Entry], pid: int) -> None:
         Path(entry.swap_file).unlink(missing_ok=True)
     pages = entry.huge_pages
     if entries:
-        # If these pages became surplus again, the others' additions would lack them.
+        # The other keepers' pages were added on top of these, which must not become surplus again.
+        # So the last keeper gives them back.
         heir = entries[0]
         entries[0] = replace(heir, counted_in=heir.counted_in + entry.counted_in)
     else:
@@ -222,8 +223,8 @@ def _keep(controller: int, huge_pages: int, swap_bytes: int) -> None:
         entries.append(Entry(os.getpid(), start_time, pages, swap_file, counted_in))
     with contextlib.suppress(BrokenPipeError):
         print(f"reserved {pages} huge pages of 2 MiB, {note}", flush=True)
-    # stdin ends when the controller asks for the release. But if it dies, a fork of it may still
-    # have the other end.
+    # The controller closes stdin to ask for the release. If it is killed, a fork of it may still
+    # hold the other end, so watch its pidfd too.
     select.select([sys.stdin, gone], [], [])
     with _state() as entries:
         _give_back(entries, os.getpid())

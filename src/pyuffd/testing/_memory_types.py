@@ -1,4 +1,4 @@
-"""The table of the memory types that userfaultfd serves."""
+"""The table of the memory types that userfaultfd supports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The needs of cases and tests: of the kernel, the user and the machine.
+"""What cases and tests need of the kernel, the user and the machine.
 
-A `Need` that is not met raises `Lack` with a reason that tells what was found, which pytest shows
-as a skip. `PYUFFD_TESTS=require` turns every skip into a failure, except for the needs named in
+A `Need` that is not met raises `Lack` with a reason that says what was found; pytest shows it as a
+skip. `PYUFFD_TESTS=require` turns every skip into a failure, except for the needs named in
 `PYUFFD_TESTS_MAY_LACK` (their keys, separated by spaces: `RWP`, `swap`, `hugepages-1048576kB`,
 ...).
 
@@ -56,7 +56,7 @@ class Need:
 
 
 class Lack(Exception):
-    """A need is not met: its keys, and a reason that tells what was found."""
+    """A need is not met: its keys, and a reason that says what was found."""
 
     def __init__(self, keys: list[str], reason: str) -> None:
         super().__init__(reason)
@@ -182,7 +182,7 @@ def needs_device() -> Need:
 
 
 def needs_thp() -> Need:
-    """Memory that asks for it gets transparent huge pages."""
+    """Transparent huge pages are available to memory that asks for them."""
 
     def missing() -> tuple[list[str], str]:
         try:

@@ -1,4 +1,4 @@
-"""The needs of a test of kernel, user and machine, as pytest marks.
+"""What a test needs of the kernel, the user and the machine, as pytest marks.
 
 pytest is imported when a mark is made, not before: the other parts of the kit work without it.
 """
@@ -20,11 +20,11 @@ def needs(feature: IntFlag) -> pytest.MarkDecorator:
     """Skip the test unless the kernel offers these userfaultfd features to this user.
 
     Args:
-        feature: `Feature` bits; `Feature(0)` asks only for a userfaultfd at all.
+        feature: `Feature` bits; `Feature(0)` asks only for a userfaultfd.
 
     Returns:
         A mark: a decorator, an item of `pytestmark`, or the `marks` of `pytest.param`. The
-        reason of the skip tells what was found. With `PYUFFD_TESTS=require` in the environment
+        skip's reason says what was found. With `PYUFFD_TESTS=require` in the environment
         the test fails instead, unless `PYUFFD_TESTS_MAY_LACK` names what is lacking.
     """
     return marked(_need.needs(feature))

@@ -1,7 +1,7 @@
-"""How the tests of this process open a userfaultfd, tried with plain system calls.
+"""How the tests in this process open a userfaultfd, found out with plain system calls.
 
-If this user may handle only faults of user code (UFFD_USER_MODE_ONLY), they suffice for most
-tests, and `_user_mode.make_do` makes the tests use them.
+A user without privilege may handle only faults of user code (UFFD_USER_MODE_ONLY). They suffice for
+most tests, and `_user_mode.make_do` makes the tests use them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _making_do = False
 
 
 def set_making_do(is_on: bool) -> None:
-    """Set whether the tests of this process use faults of user code if these are all."""
+    """Set whether the tests in this process make do with faults of user code."""
     global _making_do
     _making_do = is_on
 
 
 def only_user_mode() -> bool:
-    """Whether the tests of this process use faults of user code, since these are all."""
+    """Whether the tests in this process make do with faults of user code: none else are allowed."""
     return _making_do and _may_open_nothing_else()
 
 
@@ -46,10 +46,10 @@ def _may_open_nothing_else() -> bool:
 
 
 def open_userfaultfd(flags: int = O_FLAGS) -> int:
-    """Return a new userfaultfd before its handshake, of the kind that these tests use.
+    """Return a new userfaultfd, before its handshake, of the kind that these tests use.
 
     Raises:
-        OSError: none can be opened; the text has the error of each way.
+        OSError: none can be opened; the text gives the error of each way.
     """
     return open_syscall(flags | USER_MODE_ONLY) if only_user_mode() else _of_any_faults(flags)
 

@@ -1,9 +1,9 @@
 """Run code that may stall in a child process with a time limit.
 
-A thread that faults while it holds the GIL stops every Python thread, so no time-out inside the
+A thread that faults while it holds the GIL stops every Python thread, so no timeout inside the
 process can fire. The child arms `faulthandler`'s C watchdog, which needs no GIL, and the parent
-sends SIGKILL if even that fails. Children are started fresh (no fork of this process), so they
-inherit no lock, thread or userfaultfd.
+sends SIGKILL if even that fails. A child is a new process, not a fork of this one, so it inherits
+no lock, thread or userfaultfd.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from pyuffd.testing._need import Lack, strict
 from pyuffd.testing._skips import lack_of
 from pyuffd.testing._user_mode import make_do
 
-# Interpreter start and imports, not counted in the budget of the code under test; generous
-# because a loaded machine with a sanitizer needs seconds for it.
+# For interpreter start and imports, which do not count against the budget of the code under test.
+# Generous, because they take seconds on a loaded machine with a sanitizer.
 STARTUP_S = 20.0
-# How long the parent waits after the child's own watchdog before it kills the child.
+# How long after the child's watchdog the parent kills the child.
 MARGIN_S = 3.0
 # Sanitizer builds and slow machines set PYUFFD_BUDGET_SCALE to stretch every budget.
 SCALE = float(os.environ.get("PYUFFD_BUDGET_SCALE", "1"))
 
-# How a function is named: `package.module:function`. Everything else is source text.
+# The name of a function: `package.module:function`. Everything else is source text.
 DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _PR_SET_PDEATHSIG = 1
 
@@ -79,7 +79,7 @@ class ChildResult:
 
 @dataclass(frozen=True)
 class Request:
-    """The order of a child, and the files that it writes: its answer, its output, its errors."""
+    """What a child is to run, and the files for its answer, its output and its errors."""
 
     target: str
     args: tuple[Any, ...]
@@ -92,13 +92,13 @@ class Request:
 
     @property
     def call(self) -> str:
-        """The part that the child must read, as JSON."""
+        """The part that the child reads, as JSON."""
         names = ("target", "args", "kwargs", "budget_s")
         return json.dumps({name: getattr(self, name) for name in names})
 
 
 class Child(Protocol):
-    """A child that was started: the leader of a session and process group of its own."""
+    """A child that was started: the leader of a new session and process group."""
 
     pid: int
 
@@ -135,7 +135,7 @@ class FreshChild:
 
 
 class ChildFailure(AssertionError):
-    """The child did not end as expected; `result` tells how it ended."""
+    """The child did not end as expected; `result` says how it ended."""
 
     def __init__(self, expect: Expect, result: ChildResult) -> None:
         super().__init__(f"expected {expect!r}, but {result.describe()}")
@@ -164,8 +164,8 @@ def run_child(
 
     Args:
         target: a module-level function, its name as `package.module:function`, or source text.
-        *args: positional arguments of the function; JSON carries them, so tuples arrive as lists.
-        budget_s: seconds that the code may need; scaled by PYUFFD_BUDGET_SCALE.
+        *args: positional arguments of the function; sent as JSON, so tuples arrive as lists.
+        budget_s: seconds that the code may take; scaled by PYUFFD_BUDGET_SCALE.
         expect: the expected return code (negative for a signal), "timeout", or None for any.
         env: environment variables to add.
         paths: folders to import from first.
@@ -176,7 +176,7 @@ def run_child(
         How the child ended.
 
     Raises:
-        Lack: raised in the child, or pytest skipped there.
+        Lack: the child raised it, or pytest skipped there.
         ChildFailure: the child ended differently from `expect`.
     """
     if callable(target):
@@ -191,7 +191,7 @@ def run_child(
         environment = {**os.environ, "PYTHONPATH": path, **(env or {})}
         child = start(Request(target, args, kwargs, budget, reply, out, err, environment))
         killed = not wait_for_end(child.pid, STARTUP_S * SCALE + budget + MARGIN_S)
-        # Not reaped yet, so the group's number is still ours: kill its other members too.
+        # Kill the other members of its group too. It is not reaped yet, so the id is still its own.
         os.killpg(child.pid, signal.SIGKILL)
         returncode = child.reap()
         stderr = _contents(err)
@@ -257,7 +257,7 @@ def perform(call: str, reply: int) -> None:
     except Lack as error:
         answer["skipped"] = [error.keys, error.reason]
     except BaseException as error:
-        if type(error).__name__ != "Skipped":  # of pytest, which need not be installed
+        if type(error).__name__ != "Skipped":  # by name: pytest may not be installed
             raise
         lack = lack_of(error)
         answer["skipped"] = [lack.keys if lack else [], str(error)]

@@ -1,7 +1,7 @@
-"""Turn a `Lack` into a skip of pytest: here, and nowhere else.
+"""The only place that turns a `Lack` into a skip of pytest.
 
-The hook of the plugin, `_pyuffd_pytestplugin`, finds the `Lack` in the skip, and decides whether
-the skip is a failure instead (PYUFFD_TESTS=require).
+The plugin's hook, `_pyuffd_pytestplugin`, finds the `Lack` in the skip and decides whether the skip
+becomes a failure (PYUFFD_TESTS=require).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def skip(lack: Lack) -> NoReturn:
-    """Skip the running test for what is lacking."""
+    """Skip the running test because of what is lacking."""
     import pytest
 
     skipped = pytest.skip.Exception(lack.reason)
@@ -24,12 +24,12 @@ def skip(lack: Lack) -> NoReturn:
 
 
 def lack_of(error: BaseException) -> Lack | None:
-    """Return the `Lack` of a skip; None if no need has caused it."""
+    """Return the `Lack` behind a skip; None if no need caused it."""
     return vars(error).get("lack")
 
 
 def may_be_skipped(error: BaseException, *, others: bool) -> bool:
-    """Whether a skip may stay a skip; `others` decides for skips that no need has caused."""
+    """Whether a skip may stay a skip; `others` decides for skips that no need caused."""
     if not strict():
         return True
     lack = lack_of(error)
@@ -47,7 +47,7 @@ def check_mode() -> None:
 
 
 def require(mark: pytest.MarkDecorator | pytest.Mark) -> None:
-    """Check a mark of `needs*` now, in a fixture or in the middle of a test."""
+    """Check a mark from `needs*` now, in a fixture or in the middle of a test."""
     for need in mark.args:
         try:
             need.check()

@@ -1,4 +1,4 @@
-"""Move pages to swap until they are there; MADV_PAGEOUT tries only once."""
+"""Move pages to swap, and retry until they are there; MADV_PAGEOUT tries only once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def swap_out(region: Region, offset: int = 0, length: int | None = None) -> None
     """Move whole pages of a region to swap, and return when they are there.
 
     `Region.pageout()` tries once, and the kernel keeps pages that it cannot move at that moment: a
-    page that was touched on another CPU and is still in that CPU's batch of new pages, or one of
-    shared memory whose copy is not written yet. This tries again, on each CPU in turn. Needs swap,
-    see `needs_swap()`. Holes stay holes.
+    page that is still in another CPU's batch of newly touched pages, or a page of shared memory
+    whose writeback is not finished. This function retries on each CPU in turn. It needs swap, see
+    `needs_swap()`. Holes stay holes.
 
     Args:
         region: Memory in small pages. No thread may use the pages meanwhile.
@@ -27,7 +27,7 @@ def swap_out(region: Region, offset: int = 0, length: int | None = None) -> None
 
     Raises:
         ValueError, UffdOSError: as `Region.pageout()`.
-        TimeoutError: some pages are in memory after 5 s: locked, pinned, or in use.
+        TimeoutError: some pages are still in memory after 5 s: locked, pinned, or in use.
 
     Kernel: MADV_PAGEOUT drains the batch of the CPU it runs on only (measured on Linux 6.18).
     GIL: released.  Threads: moves the calling thread from CPU to CPU, and restores its CPUs.

@@ -10,13 +10,13 @@ from pyuffd.testing._opening import only_user_mode, set_making_do
 
 
 def make_do(*, strictly: bool) -> None:
-    """Make the tests of this process use faults of user code, if these are all.
+    """Make the tests in this process use faults of user code, if this user may handle no others.
 
     `Userfaultfd`, `lazy` and `FaultingChild` then open such descriptors unless an argument says
-    otherwise, and so do the needs; a test that needs more declares it with needs_kernel_faults().
+    otherwise, and so do the needs. A test that needs more declares it with needs_kernel_faults().
 
     Args:
-        strictly: No test may be left out: change nothing, so that tests without privilege fail.
+        strictly: No test may be skipped: change nothing, so that tests without privilege fail.
     """
     set_making_do(not strictly)
     if not only_user_mode():

@@ -1,4 +1,4 @@
-"""Messages between a test and its faulting child: a length and JSON, on a stream socket."""
+"""Messages between a test and its faulting child: length and JSON, on a stream socket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LENGTH = struct.Struct("<I")
 
 
 def packed(message: dict[str, Any]) -> bytes:
-    """Return a message in the form in which it is sent."""
+    """Encode a message."""
     text = json.dumps(message).encode()
     return LENGTH.pack(len(text)) + text
 
