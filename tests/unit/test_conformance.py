@@ -292,7 +292,7 @@ def test_what_tests_bring_about_is_counted_and_the_rest_stands_out() -> None:
     lines = list(made.lines())[-3:]
     assert lines[0].startswith("kernel BROKEN: WARNING")
     assert lines[1].startswith("kernel warning: EXT4-fs")
-    assert lines[2].endswith("2 about memory errors that poison stands for")
+    assert lines[2].endswith("2 about memory errors that poison simulates")
 
 
 def test_addresses_are_pages_of_regions() -> None:

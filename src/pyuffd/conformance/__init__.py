@@ -1,8 +1,8 @@
 """The conformance suite: what the kernel does with userfaultfd, case by case (layer L5).
 
-Cases are data (`Case`) with a function each; `pyuffd conformance run`, or pytest with the plugin
-`pyuffd.conformance.plugin`, runs them and reports a matrix of behaviour by memory type.  A
-behaviour nobody expected is a failure that prints what was seen.  Nothing here looks at a kernel
+A case is data (`Case`) and a function. `pyuffd conformance run`, or pytest with the plugin
+`pyuffd.conformance.plugin`, runs the cases and reports a matrix of behaviour by memory type.
+Unexpected behaviour is a failure, which prints what was seen.  Nothing here looks at a kernel
 version: features, ioctls and hardware decide.
 
 Listing cases and comparing reports needs no pytest; running them does
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        """Import what running needs, and listing does not, when it is first asked for."""
+        """Import `Context` on first use: running cases needs it, listing them does not."""
         if name != "Context":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from pyuffd.conformance._context import Context

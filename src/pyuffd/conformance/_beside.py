@@ -22,17 +22,17 @@ from pyuffd.testing._run import SCALE
 
 T = TypeVar("T")
 
-# Only against a stall: what is waited for comes within milliseconds.
+# Reached only by a stall: what we wait for happens within milliseconds.
 WAIT_S = 8.0 * SCALE
 _SYS_FORK, _SYS_WAIT4 = 57, 61
 _WAIT_ALL = 0x40000000  # __WALL
 
 
 class Access(SoleOwner, Generic[T]):
-    """A call in a thread of its own, because it may wait for a fault to be resolved.
+    """A call in a separate thread, because it may wait for a fault to be resolved.
 
     Attributes:
-        thread_id: The thread's, as messages with Feature.THREAD_ID give it.
+        thread_id: The thread's id, as messages with Feature.THREAD_ID give it.
         done: Whether the call has returned.
     """
 
@@ -84,11 +84,11 @@ class Access(SoleOwner, Generic[T]):
 
 
 class Child(SoleOwner):
-    """A forked child of this process that touches its memory when told.
+    """A forked child of this process that touches its memory on command.
 
     Attributes:
-        pid: Its process.
-        uffd: Its own userfaultfd, from the Fork event; None where none was sent.
+        pid: Its process id.
+        uffd: Its own userfaultfd, from the Fork event; None if no event was sent.
     """
 
     _instead = "it is a child of this process"
@@ -104,11 +104,11 @@ class Child(SoleOwner):
         self._is_running = True
 
     def read(self, start: int, length: int) -> bytes | Interrupted:
-        """Read its memory, or return the signal that met; waits for faults."""
+        """Read its memory, or return the signal that the read raised; waits for faults."""
         return self._agent.read(start, length)
 
     def write(self, start: int, data: bytes) -> Interrupted | None:
-        """Write its memory, or return the signal that met; waits for faults."""
+        """Write its memory, or return the signal that the write raised; waits for faults."""
         return self._agent.write(start, data)
 
     def syscall(self, number: int, *args: int) -> int:
@@ -116,7 +116,7 @@ class Child(SoleOwner):
         return self._agent.syscall(number, *args)
 
     def fork(self) -> None:
-        """Have it fork a child of its own, which ends at once.
+        """Make it fork a child, which ends at once.
 
         Raises:
             Mismatch: it cannot.
@@ -126,7 +126,7 @@ class Child(SoleOwner):
         self._agent.syscall(_SYS_WAIT4, pid, 0, _WAIT_ALL, 0)
 
     def hand_on(self) -> None:
-        """Have it fork a child of its own, which does its work from now on, and end it.
+        """Make it fork a child, which takes over its work, and end it.
 
         Raises:
             Mismatch: it cannot.
@@ -137,7 +137,7 @@ class Child(SoleOwner):
         self.pid = pid
 
     def _forked(self) -> int:
-        # Both return from the call and answer; one says 0.
+        # Parent and child both return from fork and reply; the child replies 0.
         answers = [self._agent.syscall(_SYS_FORK), self._agent.next_result()]
         pid = max(answers)
         if sorted(answers) != [0, pid] or pid <= 0:
@@ -145,15 +145,15 @@ class Child(SoleOwner):
         return pid
 
     def pagemap(self, address: int) -> str:
-        """Return the state of a page of its own, as `Context.pagemap` does."""
+        """Return the state of one of its pages, as `Context.pagemap` does."""
         return self._pagemap(address, self.pid)
 
     def close(self) -> None:
-        """End it, also where it waits for a fault."""
+        """End it, even if it waits for a fault."""
         if self._is_running:
             self._is_running = False
             os.kill(self.pid, signal.SIGKILL)
-            # One that was handed on is no child of this process.
+            # After `hand_on` it is not a child of this process.
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.pid, 0)
             self._end.close()
@@ -206,7 +206,7 @@ class Monitor(SoleOwner):
         """Wait until `count` messages have been given to the function and it has returned.
 
         Raises:
-            Mismatch: they have not come in time.
+            Mismatch: they did not arrive in time.
         """
         with self._progress:
             if not self._progress.wait_for(lambda: self._handled >= count, WAIT_S):
@@ -236,5 +236,5 @@ class Monitor(SoleOwner):
         self._stop = -1
 
     def close(self) -> None:
-        """End the thread, whatever happened in it."""
+        """End the thread, even if its function failed."""
         self._end()

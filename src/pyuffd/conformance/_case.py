@@ -24,10 +24,10 @@ DEFAULT_BUDGET_S = 20.0  # a hundred times as long as a case runs on an idle mac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case(Spec):
-    """One behaviour, on one or more memory types: what `Spec` says, and how to see it.
+    """One behaviour, on one or more memory types: the `Spec`, and the function that checks it.
 
     Attributes:
-        run: The case itself.
+        run: The function.
     """
 
     run: Callable[[Context], None]
@@ -62,27 +62,27 @@ def case(
         needs: Further needs, made by the functions of `_need`.
         variants: Accepted behaviours, for `ctx.expect_variant`.
         budget_s: Seconds after which it has stalled; scaled by PYUFFD_BUDGET_SCALE.
-        slow: Leave it out unless asked for.
-        alone: Let no other case of this user run meanwhile, in whichever process.
-        noisy: Leave out of the report what the kernel warns of meanwhile, short of a WARN; only
-            for one that is alone, since all cases see the same log.
+        slow: Skip it unless slow cases are requested.
+        alone: Run no other case of this user at the same time, in any process.
+        noisy: Do not report the kernel's warnings during it, except a WARN. Only for a case that
+            runs alone, since all cases see the same log.
         crossing: It is one of a table of combinations.
         summary: For functions that several cases share.
 
     Raises:
-        ValueError: a bad or known name, or no summary.
+        ValueError: a bad or duplicate name, or no summary.
     """
 
     def add(function: Callable[[Context], None]) -> Callable[[Context], None]:
         text = summary or (function.__doc__ or "").strip().partition("\n")[0].rstrip(".")
         if not _NAME.fullmatch(name) or name in _cases:
-            raise ValueError(f"case {name!r}: not an id, or there is one already")
+            raise ValueError(f"case {name!r}: not an id, or already defined")
         if not text:
             raise ValueError(f"case {name!r} has no summary")
         if noisy and not alone:
             raise ValueError(f"case {name!r} is noisy, so it has to run alone")
         if unknown := set(memory) - {*MEMORY_TYPES, *ANY}:
-            raise ValueError(f"case {name!r}: no memory types {sorted(unknown)}")
+            raise ValueError(f"case {name!r}: unknown memory types {sorted(unknown)}")
         _cases[name] = Case(
             name=name,
             summary=text,
@@ -107,7 +107,7 @@ def load() -> dict[str, Case]:
     """Import every module of cases and return the cases by name, in the table's order."""
     place = _imported()
     if len(_in_order) != len(_cases):
-        # One of them may have been imported by itself before.
+        # A module may have been imported alone before, so its cases come first in `_cases`.
         last = len(place)
         order = sorted(_cases.values(), key=lambda case: place.get(case.run.__module__, last))
         _in_order.clear()
@@ -115,7 +115,7 @@ def load() -> dict[str, Case]:
     return _in_order.copy()
 
 
-# Each case that runs is looked up among all: they are sorted when there are more than before.
+# The cases in order. Every run of a case calls load(), so they are sorted only after new ones came.
 _in_order: dict[str, Case] = {}
 
 

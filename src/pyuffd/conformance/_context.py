@@ -1,4 +1,4 @@
-"""`Context`: what a case does its work with."""
+"""`Context`: the tools of a case."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Context(SoleOwner):
 
     uffd: Userfaultfd
 
-    _instead = "it undoes what one run has made"
+    _instead = "it undoes what one run made"
 
     def __init__(self, case: Spec, memory: str) -> None:
         self.case = case
@@ -87,7 +87,7 @@ class Context(SoleOwner):
         return alias
 
     def open(self, features: Feature | None = None, **options: bool) -> Userfaultfd:
-        """Open a userfaultfd with exactly these features; with the case's if none are given."""
+        """Open a userfaultfd with exactly these features; by default with those of the case."""
         if features is None:
             features = self.case.features_on(self.memory)
         uffd = Userfaultfd(features=features, **options)
@@ -114,17 +114,17 @@ class Context(SoleOwner):
     # Accesses
 
     def start(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Access[T]:
-        """Make a call in a thread; `result()` of what is returned waits for it."""
+        """Make a call in a thread; `result()` of the returned object waits for it."""
         access = Access(lambda: call(*args, **kwargs))
         self._accesses.append(access)
         return access
 
     def read(self, address: int, length: int = 1) -> bytes | Interrupted:
-        """Read memory, or return the SIGBUS or SIGSEGV that it meets; waits for faults."""
+        """Read memory, or return the SIGBUS or SIGSEGV that the read raises; waits for faults."""
         return _memory.guarded_read(address, length)
 
     def write(self, address: int, data: bytes) -> Interrupted | None:
-        """Write memory, or return the SIGBUS or SIGSEGV that it meets; waits for faults."""
+        """Write memory, or return the SIGBUS or SIGSEGV that the write raises; waits for faults."""
         return _memory.guarded_write(address, data)
 
     def monitor(self, resolve: Callable[[Event], None], uffd: Userfaultfd | None = None) -> Monitor:
@@ -134,10 +134,10 @@ class Context(SoleOwner):
         return monitor
 
     def fork(self, uffd: Userfaultfd | None = None) -> Child:
-        """Fork a child without Python; with EVENT_FORK on, read the event of `uffd` meanwhile.
+        """Fork a child that runs no Python; with EVENT_FORK, read the event of `uffd` meanwhile.
 
         Raises:
-            Mismatch: the first event was another one.
+            Mismatch: the first event was not a Fork.
         """
         uffd = uffd or (self._uffds[0] if self._uffds else None)
         reader = None
@@ -152,7 +152,7 @@ class Context(SoleOwner):
         return child
 
     def fork_only(self) -> Child:
-        """Fork a child without Python, and leave a Fork event to somebody else."""
+        """Fork a child that runs no Python; the caller must read the Fork event, if any."""
         end, child_end = socket.socketpair()
         with child_end:
             agent = _memory.Agent(child_end.fileno(), end.fileno())
@@ -168,7 +168,7 @@ class Context(SoleOwner):
         expect: Any = 0,
         **kwargs: Any,
     ) -> ChildResult:
-        """Run a module-level function in a fresh Python process: 0.1 s, so only if it must be."""
+        """Run a module-level function in a new Python process; use sparingly, as it takes 0.1 s."""
         return run_child(function, *args, budget_s=budget_s, expect=expect, **kwargs)
 
     # Expectations
@@ -184,22 +184,22 @@ class Context(SoleOwner):
             self.fail(what, seen, *wanted)
 
     def expect_variant(self, what: str, seen: object, **wanted: object) -> str:
-        """Fail unless `seen` is what one of the case's variants shows; return its name.
+        """Fail unless `seen` is what one of the case's variants predicts; return its name.
 
         Args:
             what: What was looked at.
             seen: What was found.
-            **wanted: By the variant's name (`_` for `-`), what it shows.
+            **wanted: By the variant's name (`_` for `-`), what it predicts.
 
         Raises:
-            Mismatch: none, one whose features say that it cannot be, or one that an earlier call
-                has ruled out.
+            Mismatch: no variant predicts it, or only one that the kernel's features or an earlier
+                call rule out.
         """
         self._seen.append(f"{what}: {show(seen)}")
         by_name = {name.replace("_", "-"): value for name, value in wanted.items()}
         if unknown := set(by_name) - {variant.name for variant in self.case.variants}:
             raise LookupError(f"{self.case.name} declares no variants {sorted(unknown)}")
-        # What several variants show alike rules none of them out.
+        # If several variants predict the same, all of them remain possible.
         matching = [
             name for name in self._candidates if name in by_name and _same(seen, by_name[name])
         ]
@@ -244,13 +244,13 @@ class Context(SoleOwner):
         """Wait until an event is queued, and leave it there.
 
         Raises:
-            Mismatch: none came in time.
+            Mismatch: none arrived in time.
         """
         if not _readable(uffd or self.uffd, WAIT_S):
             self.fail("messages", f"none within {WAIT_S:g} s", "an event")
 
     def expect_quiet(self, uffd: Userfaultfd | None = None) -> None:
-        """Fail if a message is queued; for after an access that has completed.
+        """Fail if a message is queued; to be called after an access has completed.
 
         Raises:
             Mismatch: there is a message.
@@ -263,7 +263,7 @@ class Context(SoleOwner):
         """Make a call that must complete without a message on any userfaultfd of the case.
 
         Raises:
-            Mismatch: a message came, or the call did not complete.
+            Mismatch: a message arrived, or the call did not complete.
         """
         access = self.start(call, *args, **kwargs)
         fds: list[Any] = [access, *(uffd for uffd in self._uffds if not uffd.closed)]
@@ -299,7 +299,7 @@ class Context(SoleOwner):
         self.fail(name, value, wanted)
 
     def ioctl(self, name: str, *words: int, uffd: Userfaultfd | int | None = None) -> Answer:
-        """Make a raw ioctl (`COPY`, `REGISTER`, ...) with arguments the library would refuse."""
+        """Make a raw ioctl (`COPY`, `REGISTER`, ...), even with arguments the library refuses."""
         answer = _raw.ioctl(self.uffd if uffd is None else uffd, name, *words)
         self._seen.append(f"UFFDIO_{name}: {answer}")
         return answer
@@ -307,8 +307,8 @@ class Context(SoleOwner):
     def pagemap(self, address: int, *, pid: int | None = None) -> str:
         """Return the state of the page at `address`, as `P-FWX`.
 
-        In this order: present, swap (also a marker), file or shared anonymous, write-protected by
-        userfaultfd, mapped exclusively. A `?` stands where this kernel does not say.
+        The letters mean: present, swap (also a marker), file or shared anonymous, write-protected
+        by userfaultfd, mapped exclusively. A `?` means that this kernel does not say.
         """
         text = letters(self.bits(address, pid=pid))
         return text if self._shows_protection else text[:WP_LETTER] + "?" + text[WP_LETTER + 1 :]
@@ -319,17 +319,17 @@ class Context(SoleOwner):
             return pagemap.read(address, 4096).at(address)
 
     def is_protected(self, address: int, *, pid: int | None = None) -> bool:
-        """Return whether pagemap's bit 57 is set, in the page or in its marker.
+        """Return whether bit 57 of pagemap is set, for the page or its marker.
 
         Raises:
-            Lack: this kernel does not show it.
+            Lack: this kernel does not report the bit.
         """
         if not self._shows_protection:
             self.lack("PM_UFFD_WP", "needs bit 57 of pagemap")
         return PageBit.UFFD_WP in self.bits(address, pid=pid)
 
     def expect_pagemap(self, address: int, *wanted: str, pid: int | None = None) -> None:
-        """Fail unless the page's state is one of `wanted`; a `?` in one stands for any letter.
+        """Fail unless the page's state is one of `wanted`, in which `?` matches any letter.
 
         Raises:
             Mismatch: it is none of them.
@@ -344,7 +344,7 @@ class Context(SoleOwner):
         self._seen.append(text)
 
     def lack(self, key: str, reason: str) -> NoReturn:
-        """Skip the case: hardware or a feature is missing; never for a behaviour."""
+        """Skip the case because hardware or a feature is missing, never because of a behaviour."""
         raise Lack([key], f"{reason}; the kernel offers {self.offered:#x}")
 
     def fail(self, what: str, seen: object, *wanted: object) -> NoReturn:
@@ -358,13 +358,13 @@ class Context(SoleOwner):
 
     @property
     def _shows_protection(self) -> bool:
-        # No feature bit says so; this one came with the same release.
+        # No feature bit tells; this one was added in the same release.
         return bool(self.offered & Feature.MINOR_SHMEM)
 
-    # Its end
+    # The end of a run
 
     def describe(self) -> str:
-        """Return everything there is to see, for the report of a failure."""
+        """Return the state of everything the case made, for the report of a failure."""
         lines = [f"feature mask {self.offered:#x}, enabled " + self._enabled()]
         for number, region in enumerate(self._regions):
             if region.closed:
@@ -389,13 +389,13 @@ class Context(SoleOwner):
         return ", ".join(f"{int(uffd.features):#x}" for uffd in self._uffds) or "nothing"
 
     def release(self) -> None:
-        """Undo everything made so far, so that the case can begin anew."""
+        """Undo everything made so far, so that the case can start over."""
         self.close()
         for made in (self._regions, self._accesses, self._uffds, self._monitors, self._children):
             made.clear()
 
     def close(self) -> None:
-        """Undo everything: children, userfaultfds (which lets stalled threads go on), regions."""
+        """Undo everything: children, userfaultfds (so stalled threads continue), regions."""
         with contextlib.ExitStack() as stack:
             for region in self._regions:
                 stack.callback(region.close)

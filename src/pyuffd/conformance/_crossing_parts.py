@@ -1,4 +1,4 @@
-"""What crossings are made of beside states of a page: events, operations, what cannot be (L5)."""
+"""The parts of crossings besides page states: events, operations, impossible combinations (L5)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from pyuffd.conformance._wp import (
 from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 from pyuffd.testing._need import Need
 
-# What may happen between
+# Events before the operation
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Between:
     """What the program or memory management does before the operation.
 
     Attributes:
-        name: In ids.
-        text: In summaries.
-        memory: Where it can be done.
-        act: Does it; may change who governs and who touches the page.
-        rule: What the model makes of it.
+        name: Its name in ids.
+        text: Its text in summaries.
+        memory: The memory types on which it is possible.
+        act: Does it; may change which descriptor and which process the subject uses.
+        rule: The model's prediction.
         features: What must be enabled.
         needs: What else is required.
-        elsewhere: Why it is not on the other memory types, if ELSEWHERE does not say so.
+        elsewhere: Why it is impossible on the other memory types, if ELSEWHERE does not say so.
     """
 
     name: str
@@ -100,7 +100,7 @@ def _mprotect(subject: Subject) -> None:
 
 def _reclaim(subject: Subject) -> None:
     subject.region.pageout()
-    # What is pinned, shared or zero stays; what has gone the model has to know.
+    # Pinned, shared and zero pages stay. Any other page must have gone, as the model assumes.
     for _ in range(3):
         if PageBit.PRESENT not in subject.ctx.bits(subject.at):
             break
@@ -166,9 +166,7 @@ BETWEENS = (
         _in_fork_without_event,
         lambda page, memory: model.inherited(page, memory, has_event=False),
     ),
-    Between(
-        "fork.in-parent", "that a fork has, too", ALL, _beside_fork, lambda page, _: page, FORK
-    ),
+    Between("fork.in-parent", "that a fork has too", ALL, _beside_fork, lambda page, _: page, FORK),
     Between(
         "mremap.without-event",
         "moved by mremap without EVENT_REMAP",
@@ -194,7 +192,7 @@ BETWEENS = (
         ANON,
         _free,
         lambda page, _: model.freed(page),
-        elsewhere="MADV_FREE of what has a file is EINVAL",
+        elsewhere="MADV_FREE of file memory fails with EINVAL",
     ),
     Between("madvise.cold", "after MADV_COLD", SMALL, _cold, lambda page, _: page),
     Between("reclaim.out", "after reclaim", SMALL, _reclaim, model.reclaimed, needs=SWAP),
@@ -227,12 +225,12 @@ class Op:
     """An operation on the page.
 
     Attributes:
-        name: In ids: the ioctl, or the access.
-        text: In summaries.
+        name: Its name in ids: the ioctl, or the access.
+        text: Its text in summaries.
         act: Makes the call; returns errno and result in pages (or -errno).
-        rule: What the model makes of it.
+        rule: The model's prediction.
         features: What the kernel must have.
-        is_local: It works in this process's memory only.
+        is_local: It works only on the memory of this process.
     """
 
     name: str
@@ -293,7 +291,7 @@ OPS = (
         "CONTINUE with MODE_WP",
         _ioctl("CONTINUE", mode=ContinueMode.WP),
         lambda page, memory: model.continue_(page, memory, wp=True),
-        # This bit is younger than CONTINUE_MODE_WP, and the only one that tells of it.
+        # No feature bit tells of CONTINUE_MODE_WP. This one was added later, so it implies it.
         Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS | Feature.WP_UNPOPULATED,
     ),
     Op(
@@ -329,13 +327,13 @@ OPS = (
 
 
 def read_only(op: Op) -> Op:
-    """Return what an operation is on memory mapped read-only: MOVE wants both sides writable."""
+    """Return an operation as it is on read-only memory: MOVE requires both sides writable."""
     if op.name != "UFFDIO_MOVE":
         return op
     return replace(op, rule=lambda page, _: (errno.EINVAL, -errno.EINVAL, page))
 
 
-# What is meaningless or impossible
+# Meaningless or impossible combinations
 
 
 def why_not(between: Between, state: State, memory: str) -> str:
@@ -345,13 +343,13 @@ def why_not(between: Between, state: State, memory: str) -> str:
     if memory not in state.memory:
         return ELSEWHERE[state.memory]
     if between.name == "reclaim.out" and state.name in ("forked", "pinned", "huge"):
-        return "reclaim leaves pages that are shared, pinned or huge to chance"
+        return "whether reclaim takes a shared, pinned or huge page is a matter of chance"
     if state.name == "huge" and between.name.startswith(("fork", "mremap")):
         return "whether the huge page is split is the kernel's choice"
     if state.name == "forked" and between.name.startswith("fork"):
-        return "a second fork shares a page no other than the first"
+        return "a second fork shares the page just as the first does"
     if state.name == "pinned" and between.name.startswith(("fork", "mremap", "madv", "ftr", "fal")):
-        return "a pinned page is copied early, or stays pinned where it was: cases of their own"
+        return "a pinned page is copied early, or stays pinned in place: see the cases about pins"
     return ""
 
 

@@ -1,7 +1,4 @@
-"""The part of docs/generated/conformance.md about the crossings.
-
-What comes of each, and what cannot be.
-"""
+"""The part of docs/generated/conformance.md about crossings: results and impossible ones."""
 
 from __future__ import annotations
 
@@ -19,24 +16,24 @@ def page(slow: int) -> Iterator[str]:
     yield "## Crossings"
     yield ""
     yield (
-        "Every operation on a page in every state, and every state after what may happen to it. The"
-        " ids are\n`OPERATION.on.STATE.MEMORY`, `fault.read.STATE.MEMORY`,"
-        " `fault.write.STATE.MEMORY` and `EVENT.STATE.MEMORY`. Each case looks\nat errno and"
-        " result, then at the page table, reads, looks again, and writes: message, content and"
+        "Every operation on a page in every state, and every state after every event. The ids are"
+        "\n`OPERATION.on.STATE.MEMORY`, `fault.read.STATE.MEMORY`,"
+        " `fault.write.STATE.MEMORY` and `EVENT.STATE.MEMORY`. Each case checks\nerrno and"
+        " result, then the page table, reads, checks it again, and writes: message, content and"
         " protection must be\nwhat the rules of `pyuffd.conformance._page_model` say."
-        " `OPERATION.on` cases do it once more while the page is mapped read-only:\na write is"
-        " SIGSEGV then, no message comes, and when the page is writable again all is as it should"
-        " be.\nMOVE needs both sides writable: EINVAL. The tables"
+        " `OPERATION.on` cases repeat this while the page is mapped read-only:\na write then fails"
+        " with SIGSEGV and sends no message, and the page is as before once it is writable again."
+        "\nMOVE needs both sides writable, or fails with EINVAL. The tables"
         " are made from these rules.\n"
-        f"`OPERATION.after.everything.MEMORY` ({slow} cases, asked for with `--slow`) does every"
+        f"`OPERATION.after.everything.MEMORY` ({slow} cases, run with `--slow`) does every"
         " operation on every state after every event.\n"
-        "`access.CALL.minor`, `-refused` and `poisoned` are of this kind, too: each system call of"
-        " `access.CALL.missing`\non a page that only the file has, where nobody may be asked, and"
-        " on a poisoned page.\n"
+        "`access.CALL.minor`, `-refused` and `poisoned` are crossings too: each system call of"
+        " `access.CALL.missing` on a page\nthat only the file has, on one whose fault the"
+        " descriptor refuses to handle, and on a poisoned page.\n"
         "`make test` runs a fixed quarter of the crossings, `PYUFFD_CROSSINGS=all make test` all of"
         " them.\n"
     )
-    yield "What an operation answers; a cell without memory types holds on all that have the state."
+    yield "Results of operations; a cell without memory types holds for all that have the state."
     yield ""
     yield "| state of the page | " + " | ".join(f"`{op.name}`" for op in parts.OPS) + " |"
     yield "|---|" + "---|" * len(parts.OPS)
@@ -44,7 +41,7 @@ def page(slow: int) -> Iterator[str]:
         cells = [_cell(state, _answer(op)) for op in parts.OPS]
         yield f"| `{state.name}`: a page {state.text} | " + " | ".join(cells) + " |"
     yield ""
-    yield "What a page is after an event."
+    yield "The state of a page after an event."
     yield ""
     yield "| state of the page | " + " | ".join(f"`{each.name}`" for each in parts.BETWEENS) + " |"
     yield "|---|" + "---|" * len(parts.BETWEENS)
@@ -52,7 +49,7 @@ def page(slow: int) -> Iterator[str]:
         cells = [_cell(state, _after(between, state)) for between in parts.BETWEENS]
         yield f"| `{state.name}` | " + " | ".join(cells) + " |"
     yield ""
-    yield "What is meaningless or impossible, and why."
+    yield "Combinations that are meaningless or impossible, and why."
     yield ""
     yield "| what | where | why |"
     yield "|---|---|---|"
@@ -78,16 +75,16 @@ def page(slow: int) -> Iterator[str]:
             for name in lacking:
                 yield f"| `{name}` after `{between.name}` | everywhere | it is another process |"
     yield (
-        "| collapse and split | everywhere | they are done to the pages of a huge page together:"
+        "| collapse and split | everywhere | they affect all pages of a huge page at once:"
         " `thp.collapse.*`, `PAGEMAP_SCAN.ok.protects-huge-in-part`, `UFFDIO_MOVE.*-huge*` |"
     )
     yield (
-        "| a source that is cold | everywhere | COPY alone reads one:"
+        "| a source that is cold | everywhere | only COPY reads a source:"
         " `UFFDIO_COPY.ok.cold-*`, on a hole |"
     )
     yield (
-        "| a page that was migrated | everywhere | user space cannot have one page migrated;"
-        " `wp-series.05.migration` and compaction do it to many |"
+        "| a page that was migrated | everywhere | user space cannot migrate a single page;"
+        " `wp-series.05.migration` and compaction migrate many |"
     )
     yield ""
 

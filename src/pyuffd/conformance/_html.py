@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else, to read and to mail."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _verdict(report: Report) -> Iterator[str]:
     counts = report.counts()
     parts = [f"{counts[outcome]} {name}" for outcome, name in _NAMES.items()]
     if report.fatal:
-        parts.append("the kernel says that it is broken")
+        parts.append("the kernel reported that it is broken")
     kind = "verdict failed" if counts[FAILED] or report.fatal else "verdict"
     yield f'<p class="{kind}">{", ".join(parts)}</p>'
 
@@ -67,7 +67,7 @@ def _verdict(report: Report) -> Iterator[str]:
 def _messages(report: Report) -> Iterator[str]:
     yield "<h2>Kernel log</h2><ul>"
     if not report.log_readable:
-        yield "<li>could not be read: a kernel WARN would not have been seen</li>"
+        yield "<li>could not be read: a kernel WARN would have been missed</li>"
     elif not report.messages:
         yield "<li>no warning appeared</li>"
     for message in report.unexpected:
@@ -75,7 +75,7 @@ def _messages(report: Report) -> Iterator[str]:
         text, when = escape(message.text), escape(message.when)
         yield f"<li{kind}><code>{text}</code> <small>{when}</small></li>"
     for what, count in report.expected_messages().items():
-        yield f"<li><small>{count} about {escape(what)}, which tests bring about</small></li>"
+        yield f"<li><small>{count} about {escape(what)}, caused by tests on purpose</small></li>"
     yield "</ul>"
 
 
@@ -93,14 +93,14 @@ def _failures(report: Report) -> Iterator[str]:
 
 
 def _group(name: str) -> str:
-    """Return what a case is shown under: an ioctl, a selftest, a patch."""
+    """Return the heading of a case: an ioctl, a selftest, a patch."""
     parts = name.split(".")
     deep = parts[0] == "wp-series" or (parts[0] == "kselftest" and len(parts) > 2)
     return ".".join(parts[: 2 if deep else 1])
 
 
 def _ordered(groups: Iterable[str]) -> list[str]:
-    """Return the groups as the cases come, but what belongs together together, patches in order."""
+    """Return the groups in the order of the cases, but related ones together, patches sorted."""
     found = list(groups)
     first = {name.partition(".")[0]: at for at, name in reversed(list(enumerate(found)))}
     return sorted(
@@ -143,7 +143,7 @@ def _matrix(report: Report) -> Iterator[str]:
     for name, row in report.matrix().items():
         groups.setdefault(_group(name), {})[name] = row
     yield "<h2>Behaviour by memory type</h2>"
-    yield "<p>In brackets is which of several accepted behaviours the kernel has.</p>"
+    yield "<p>Brackets show which of several accepted behaviours the kernel has.</p>"
     yield '<input type="checkbox" id="only"><label for="only"> Only what did not pass</label>'
     for group in _ordered(groups):
         rows = groups[group]

@@ -8,18 +8,18 @@ import re
 from dataclasses import dataclass
 
 _RECORD_BYTES = 8192  # the most that one read of /dev/kmsg can return
-KERNEL = 0  # the facility of what the kernel says; programs that write to /dev/kmsg have others
+KERNEL = 0  # the kernel's facility; programs that write to /dev/kmsg have others
 _WARNING = 4  # KERN_WARNING; smaller numbers are worse
-# What the kernel prints when it has found itself broken.
+# What the kernel prints when it detects a bug or corruption in itself.
 _FATAL = re.compile(
     r"WARNING: |\bBUG: |kernel BUG at|Oops|general protection fault|Bad page (map|state|cache)"
     r"|blocked for more than|soft lockup|hard LOCKUP|self-detected stall|detected stalls"
     r"|list_(add|del) corruption|VM_(BUG|WARN)|refcount_t: "
 )
-# What the kernel says of what tests do on purpose, and in which words a report counts it.
+# Messages about what tests do on purpose, and how a report names them.
 _EXPECTED = (
     (
-        "memory errors that poison stands for",
+        "memory errors that poison simulates",
         re.compile(r"^(mce: )?(MCE: Killing|Memory failure: )|hardware memory corruption"),
     ),
     ("faults that could not be retried", re.compile(r"FAULT_FLAG_ALLOW_RETRY missing")),
@@ -29,7 +29,7 @@ _EXPECTED = (
 
 
 def expected(text: str) -> str:
-    """Return what a record is about that tests bring about on purpose, or ""."""
+    """Return what a record is about, if tests cause it on purpose, or ""."""
     return next((what for what, pattern in _EXPECTED if pattern.search(text)), "")
 
 
@@ -54,7 +54,7 @@ class Record:
 
 
 class Kmsg:
-    """Read what the kernel logs from now on; nothing where this user may not."""
+    """Read what the kernel logs from now on; nothing if this user may not read it."""
 
     def __init__(self) -> None:
         try:
@@ -78,7 +78,7 @@ class Kmsg:
             except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno != errno.EPIPE:  # overwritten before it was read: go on behind it
+                if error.errno != errno.EPIPE:  # a record was overwritten before it was read
                     raise
                 continue
             records.append(parse(raw.decode(errors="replace")))

@@ -1,4 +1,4 @@
-"""ksmd, which merges equal pages of memory that is advised so; for cases that run alone."""
+"""ksmd, which merges equal pages of MADV_MERGEABLE memory; for cases that run alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pyuffd.testing._memory_types import SMALL_PAGE
 MERGEABLE, UNMERGEABLE = 12, 13  # MADV_*
 _KSM = Path("/sys/kernel/mm/ksm")
 _PFN_MASK = (1 << 55) - 1
-_POLL_S = 0.005  # ksmd sends no event
-_SCANS = 3  # one for the checksums, one that merges, and the rest of the one that is under way
+_POLL_S = 0.005  # ksmd reports nothing that could be waited for
+_SCANS = 3  # the rest of the current one, one for the checksums, and one that merges
 
 
 def require(ctx: Context) -> None:
-    """Skip the case where the kernel cannot merge pages."""
+    """Skip the case if the kernel cannot merge pages."""
     if not _KSM.exists():
         ctx.lack("KSM", "there is no CONFIG_KSM")
 
@@ -31,7 +31,7 @@ def running() -> Iterator[None]:
     """Let ksmd run without a pause."""
     names = ("run", "sleep_millisecs", "pages_to_scan")
     with (_KSM / "run").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # others that switch it on and off
+        fcntl.flock(lock, fcntl.LOCK_EX)  # wait for others that switch it on and off
         knobs = {name: (_KSM / name).read_text() for name in names}
         try:
             (_KSM / "pages_to_scan").write_text("1000")
@@ -57,10 +57,10 @@ def frames(*regions: Region) -> list[int]:
 
 
 def wait_until_merged(ctx: Context, region: Region) -> None:
-    """Wait until all pages of a region are one page.
+    """Wait until all pages of a region are merged into one.
 
     Raises:
-        Mismatch: they are not in time.
+        Mismatch: they are not merged in time.
     """
     deadline = time.monotonic() + WAIT_S
     while len(seen := set(frames(region))) > 1:
@@ -70,10 +70,10 @@ def wait_until_merged(ctx: Context, region: Region) -> None:
 
 
 def wait_until_scanned(ctx: Context, *regions: Region) -> None:
-    """Wait until all pages are one page, or ksmd has seen them often enough to have merged them.
+    """Wait until all pages are merged, or ksmd has scanned them often enough to merge them.
 
     Raises:
-        Mismatch: ksmd does not come round.
+        Mismatch: ksmd does not finish its scans in time.
     """
     last = _scans() + _SCANS
     deadline = time.monotonic() + WAIT_S

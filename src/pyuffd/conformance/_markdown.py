@@ -21,12 +21,12 @@ Written by `pyuffd conformance list --markdown` from the cases; do not edit.
 matrix of behaviour by memory type at the end and write it as FILE.json and FILE.html.
 `pyuffd conformance diff A B` compares two JSON reports. A case is skipped only where a feature bit,
 an ioctl or hardware is missing; `PYUFFD_TESTS=require` turns that into a failure, except for what
-`PYUFFD_TESTS_MAY_LACK` names. A WARN or BUG of the kernel fails the run. At the end stand the
+`PYUFFD_TESTS_MAY_LACK` names. A WARN or BUG of the kernel fails the run. This page ends with the
 kernel's selftests, result by result, and what is not checked.
 
 An id is `CASE.MEMORY`. Memory types: anon; shmem (a memfd mapped MAP_SHARED); shmem-private
 (MAP_PRIVATE, which the kernel's own selftests never test); hugetlb; hugetlb-private; any (it does
-not matter). Letters of a page's state, as /proc/PID/pagemap tells it: P present, S swap or a
+not matter). Letters of a page's state, from /proc/PID/pagemap: P present, S swap or a
 marker, F file or shared, W write-protected by userfaultfd, X exclusive. Messages by their flags:
 0 missing read, 1 missing write, 3 write to a write-protected page, 4 minor, 5 minor write.
 """
@@ -38,7 +38,7 @@ def markdown(cases: Mapping[str, Case]) -> str:
 
 
 def _page(cases: Mapping[str, Case]) -> Iterator[str]:
-    # It needs the parts that crossings are made of, which need what running needs.
+    # Imported late: it imports the parts of crossings, which need everything that running needs.
     from pyuffd.conformance import _crossings_page
 
     yield _HEAD
@@ -73,10 +73,11 @@ def _page(cases: Mapping[str, Case]) -> Iterator[str]:
 def _selftest_pages(cases: Mapping[str, Case]) -> Iterator[str]:
     yield "## The kernel's selftests, result by result\n"
     yield (
-        "What the selftests of Linux 7.3 report about userfaultfd, and the id here for each result."
-        " Many cases\nrun on more memory types here, and each starts afresh, where theirs go on"
-        " with what was left. Sizes are smaller:\na few pages for 32 MiB, 4 huge pages for 10, 10"
-        " random patterns for 100, 4 threads and 50 turns for 6 and 1000.\n"
+        "The results that the selftests of Linux 7.3 report about userfaultfd, and their ids here."
+        " Many cases\nrun on more memory types here, and each starts from scratch, while theirs"
+        " continue with what is left. Sizes are smaller:\na few pages instead of 32 MiB, 4 huge"
+        " pages instead of 10, 10 random patterns instead of 100, 4 threads and 50 rounds\ninstead"
+        " of 6 and 1000.\n"
     )
     units = _selftests.UNIT_TESTS
     yield (
@@ -89,9 +90,9 @@ def _selftest_pages(cases: Mapping[str, Case]) -> Iterator[str]:
         here = cases[f"kselftest.{name}"].memory
         yield f"| {name} | {_memory(there)} | {_memory(here)} |"
     yield (
-        "\nNothing but the kernel's gup_test can pin memory for reading only, for long:"
-        " `wp-fork-pin` pins for writing,\nby an io_uring fixed buffer, and `wp-fork-read-pin` as"
-        " the original, where the kernel has gup_test."
+        "\nOnly the kernel's gup_test can take a long-term pin for reading. So `wp-fork-pin` pins"
+        " for writing, with an io_uring\nfixed buffer, and `wp-fork-read-pin` pins as the original"
+        " does, if the kernel has gup_test."
     )
     mremap = _selftests.wp_mremap()
     yield (
@@ -142,4 +143,4 @@ def _needs(case: Case) -> Iterator[str]:
     for need in case.needs:
         yield need.what
     if case.is_slow:
-        yield "asked for with --slow"
+        yield "`--slow`"

@@ -1,4 +1,4 @@
-"""Memory control groups: a limit for one process, for a while."""
+"""Memory control groups: limit the memory of one process for a while."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyuffd.testing._need import Lack, Need
 
 @contextlib.contextmanager
 def limited_memory(limit: int, pid: int = 0) -> Iterator[None]:
-    """Put a process, this one by default, into a control group with this memory limit, and back.
+    """Move a process, this one by default, to a new control group with this limit, and back.
 
     Raises:
         Lack: there is no memory controller that this user may use.
@@ -41,7 +41,7 @@ def limited_memory(limit: int, pid: int = 0) -> Iterator[None]:
 
 
 def memory_group() -> tuple[Path, Path]:
-    """Return the folder to make a group in, and the group this process is in."""
+    """Return the folder to make a group in, and the group of this process."""
     root = Path("/sys/fs/cgroup")
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,8 +1,8 @@
-"""What operations and events do to one page: the rules that the crossings are checked by (L5).
+"""What operations and events do to one page: the rules that crossings are checked against (L5).
 
-A page is what its entry in the page table leads to, whether userfaultfd protects it, and what the
-file behind it has.  Each rule is one of the kernel's, in the words of its functions; where a rule
-says that nothing happens, that is an expectation too.
+The model of a page has three parts: what its page table entry leads to, whether userfaultfd
+protects it, and what the file behind it holds.  Each rule is a rule of the kernel, named after its
+functions.  A rule that says that nothing happens is an expectation too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Entry(Enum):
     GUARD = "a guard"
 
 
-# Entries with content of their own, and those that no access passes.
+# Entries that have content, and entries that fail every access.
 FULL = (Entry.PAGE, Entry.ZERO, Entry.SWAP)
 CLOSED = (Entry.POISON, Entry.GUARD)
 
@@ -38,11 +38,11 @@ class Page:
     """One page of a registered range.
 
     Attributes:
-        entry: What the page table has.
-        value: The byte that what the entry leads to is full of.
+        entry: The page table entry.
+        value: The byte that fills the memory or swap slot behind the entry.
         wp: Whether it is write-protected by userfaultfd; a MARKER always is.
-        cache: The byte the file's page is full of; None where the file has a hole, or none is.
-        registered: Whether the range is.
+        cache: The byte that fills the file's page; None for a hole, or if there is no file.
+        registered: Whether the range is registered.
     """
 
     entry: Entry = Entry.NONE
@@ -53,7 +53,7 @@ class Page:
 
     @property
     def content(self) -> int:
-        """The byte that a read gives once no fault is in the way."""
+        """The byte that a read returns once its faults are resolved."""
         if self.entry in FULL:
             assert self.value is not None
             return self.value
@@ -61,11 +61,11 @@ class Page:
 
     @property
     def is_missing(self) -> bool:
-        """Whether an access finds no content, neither by the entry nor in the file."""
+        """Whether an access finds no content, neither through the entry nor in the file."""
         return self.entry in (Entry.NONE, Entry.MARKER) and self.cache is None
 
 
-# What an ioctl answers: errno and result in pages (or -errno), and the page afterwards.
+# The result of an ioctl: errno, result in pages (or -errno), and the page afterwards.
 Answer = tuple[int, int, Page]
 
 
@@ -79,14 +79,14 @@ def _mapped(page: Page, memory: MemoryType, value: int, *, wp: bool) -> Page:
 
 
 def copy(page: Page, memory: MemoryType, value: int, *, wp: bool = False) -> Answer:
-    """COPY: over a hole, a marker, poison or a guard; a shared file must have no page either."""
+    """COPY fills a hole, a marker, poison or a guard; a shared file must lack the page too."""
     if page.entry in FULL or (memory.shared and page.cache is not None):
         return _refused(errno.EEXIST, page)
     return 0, 1, _mapped(page, memory, value, wp=wp)
 
 
 def zeropage(page: Page, memory: MemoryType) -> Answer:
-    """ZEROPAGE: a page of zeros in a shared file, as COPY does; else the zero page in a hole."""
+    """ZEROPAGE fills a shared file's page with zeros, as COPY would; else maps the zero page."""
     if memory.is_hugetlb:
         return _refused(errno.EINVAL, page)
     if memory.shared:
@@ -97,7 +97,7 @@ def zeropage(page: Page, memory: MemoryType) -> Answer:
 
 
 def continue_(page: Page, memory: MemoryType, *, wp: bool = False) -> Answer:
-    """CONTINUE: what the file has, where COPY could copy; EFAULT if it has nothing."""
+    """CONTINUE maps the file's page where COPY could copy; EFAULT if the file has none."""
     if memory.is_anon:
         return _refused(errno.EINVAL, page)
     if page.cache is None:
@@ -108,7 +108,7 @@ def continue_(page: Page, memory: MemoryType, *, wp: bool = False) -> Answer:
 
 
 def move(page: Page, memory: MemoryType, value: int) -> Answer:
-    """MOVE to here: anonymous memory only, and only where the page table has nothing."""
+    """MOVE to this page works on anonymous memory, and only without a page table entry."""
     if not memory.is_anon:
         return _refused(errno.EINVAL, page)
     if page.entry is not Entry.NONE:
@@ -117,31 +117,31 @@ def move(page: Page, memory: MemoryType, value: int) -> Answer:
 
 
 def poison(page: Page, memory: MemoryType) -> Answer:
-    """POISON: only where the page table has nothing, whatever the file has."""
+    """POISON works only without a page table entry, whatever the file holds."""
     if page.entry is not Entry.NONE:
         return _refused(errno.EEXIST, page)
     return 0, 1, replace(page, entry=Entry.POISON)
 
 
 def protect(page: Page) -> Page:
-    """WRITEPROTECT: a page, a swap entry, or a hole, which gets a marker; others stay."""
+    """WRITEPROTECT protects pages and swap entries, and puts a marker in a hole; others stay."""
     if page.entry is Entry.NONE:
         return replace(page, entry=Entry.MARKER, wp=True)
     return page if page.entry in CLOSED else replace(page, wp=True)
 
 
 def unprotect(page: Page) -> Page:
-    """WRITEPROTECT with mode 0: a marker becomes a hole."""
+    """WRITEPROTECT with mode 0 removes the protection; a marker becomes a hole."""
     entry = Entry.NONE if page.entry is Entry.MARKER else page.entry
     return replace(page, entry=entry, wp=False)
 
 
 def unregister(page: Page) -> Page:
-    """UNREGISTER: as unprotecting; poison stays."""
+    """UNREGISTER removes the protection; poison stays."""
     return replace(unprotect(page), registered=False)
 
 
-# What the program, or memory management, does between
+# Events: what the program or memory management does before the operation
 
 
 def _zapped(page: Page, *, keeps_marker: bool) -> Page:
@@ -153,12 +153,12 @@ def _zapped(page: Page, *, keeps_marker: bool) -> Page:
 
 
 def dontneed(page: Page, memory: MemoryType) -> Page:
-    """MADV_DONTNEED: the entry goes, poison too; a guard stays, and protection of a file's page."""
+    """MADV_DONTNEED drops the entry, even poison; guards and the protection of file pages stay."""
     return _zapped(page, keeps_marker=not memory.is_anon)
 
 
 def freed(page: Page) -> Page:
-    """MADV_FREE: a swap entry and poison go at once, a page only when memory is short."""
+    """MADV_FREE drops swap entries and poison at once, pages only when memory is short."""
     if page.entry in (Entry.SWAP, Entry.POISON):
         return _zapped(page, keeps_marker=False)
     return page
@@ -169,7 +169,7 @@ def _is_the_files(page: Page, memory: MemoryType) -> bool:
 
 
 def reclaimed(page: Page, memory: MemoryType) -> Page:
-    """Reclaim: a page of its own goes to swap, a page of the file is unmapped."""
+    """Reclaim moves an anonymous page to swap, and unmaps a page of the file."""
     if page.entry is not Entry.PAGE:
         return page
     if _is_the_files(page, memory):
@@ -178,7 +178,7 @@ def reclaimed(page: Page, memory: MemoryType) -> Page:
 
 
 def hole_punched(page: Page, memory: MemoryType) -> Page:
-    """A hole punched into the file: on shmem private copies stay, and only the zero page goes."""
+    """Punching a hole unmaps the file's page; on shmem, private copies stay, the zero page goes."""
     goes = page.entry in FULL and _is_the_files(page, memory)
     without = replace(page, cache=None)
     if memory.is_hugetlb or goes or page.entry is Entry.ZERO:
@@ -187,21 +187,22 @@ def hole_punched(page: Page, memory: MemoryType) -> Page:
 
 
 def truncated(page: Page, memory: MemoryType) -> Page:
-    """A file shortened and made longer again: copies go; hugetlb drops the protection as well."""
+    """Truncating the file drops private copies too; hugetlb drops the protection as well."""
     without = replace(page, cache=None)
     return _zapped(without, keeps_marker=not memory.is_hugetlb)
 
 
 def remapped(page: Page, *, has_event: bool) -> Page:
-    """mremap: with EVENT_REMAP everything moves along; else registration and protection go."""
+    """Moving with mremap keeps all if EVENT_REMAP is on, else loses registration and protection."""
     return page if has_event else unregister(page)
 
 
 def inherited(page: Page, memory: MemoryType, *, has_event: bool) -> Page:
-    """The page in a forked child.
+    """Return the page in a forked child.
 
-    Without EVENT_FORK the child's range is not registered, and then a page table whose pages could
-    all be faulted in again is not copied (mm/memory.c: vma_needs_copy), poison or not; guards are.
+    Without EVENT_FORK the child's range is not registered. The kernel then does not copy a page
+    table whose pages can all be faulted in again, poison included (mm/memory.c: vma_needs_copy);
+    guards are copied.
     """
     if has_event or page.entry is Entry.GUARD:
         return page if has_event else unregister(page)

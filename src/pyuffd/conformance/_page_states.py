@@ -1,4 +1,4 @@
-"""The states that a page can be in, for the crossings: how each is made (layer L5)."""
+"""The page states of crossings, and how each is made (layer L5)."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ MADV_GUARD_INSTALL = 102
 PRIVATE_FILE = ("shmem-private", "hugetlb-private")
 PRIVATE_SMALL = ("anon", "shmem-private")
 
-# Why what is on these memory types only is not on the others.
+# Why something that exists only on these memory types is impossible on the others.
 ELSEWHERE = {
     FILE: "anonymous memory has no file",
-    PRIVATE_FILE: "only a private mapping of a file has pages beside the file's",
-    PRIVATE_SMALL: "shared memory has zeros in a page of its own, and hugetlb no zero page",
+    PRIVATE_FILE: "only a private mapping of a file has pages besides the file's",
+    PRIVATE_SMALL: "shared memory has ordinary pages full of zeros, and hugetlb no zero page",
     SMALL: "hugetlb has neither swap nor guard pages",
     SHMEM: "anonymous memory has no file, and hugetlb no guard pages",
     PRIVATE: "the pages of shared memory are in the file, which a fork does not change",
-    ANON: "a huge page of shmem falls apart when it is protected: `wp-series.12`",
+    ANON: "a huge page of shmem is split when it is protected: `wp-series.12`",
 }
 
 
 class Subject:
-    """The page under test: where it is, who governs it, and who touches it."""
+    """The page under test: where it is, its userfaultfd, and the process that touches it."""
 
     def __init__(self, ctx: Context, region: Region, uffd: Userfaultfd, at: int) -> None:
         self.ctx = ctx
@@ -76,17 +76,17 @@ class State:
     """A state that a page can be in.
 
     Attributes:
-        name: In ids.
-        text: In summaries, after "a page".
-        memory: Which memory types have it.
-        prepare: Makes it, of memory that is not registered yet and then is.
-        page: What the model has for it.
-        features: What the kernel must have beyond missing faults and write-protection.
-        needs: What else.
-        pages: How many pages its region needs; the subject is one in the middle.
-        is_cached: The file has the page before.
-        is_read_first: It is read before it is registered.
-        is_written_first: It is written before it is registered.
+        name: Its name in ids.
+        text: Its text in summaries, after "a page".
+        memory: The memory types that have it.
+        prepare: Brings a page of newly registered memory into the state.
+        page: The model's page.
+        features: What the kernel must have besides missing faults and write-protection.
+        needs: What else is required.
+        pages: How many pages the region has; the subject is in the middle.
+        is_cached: The file has the page before it is registered.
+        is_read_first: The page is read before it is registered.
+        is_written_first: The page is written before it is registered.
     """
 
     name: str
@@ -177,7 +177,7 @@ def _pinned(subject: Subject) -> None:
 
 
 def _huge(subject: Subject) -> None:
-    """Register after the fact: the region must be one huge page first."""
+    """Check that the region was one huge page before it was registered."""
     if mapped_huge(subject.region.start) != HUGE_PAGE:
         subject.ctx.lack("THP", "the kernel gave no transparent huge page")
 
@@ -202,7 +202,7 @@ SWAP = (needs_swap(),)
 STATES = (
     State("hole", "that is missing", ALL, _nothing, lambda _: Page()),
     State("cached", "that only the file has", FILE, _nothing, _cached, is_cached=True),
-    State("filled", "that COPY brought", ALL, _copy, _filled),
+    State("filled", "that COPY filled", ALL, _copy, _filled),
     State(
         "read",
         "of the file that was read",
@@ -222,7 +222,7 @@ STATES = (
         is_written_first=True,
     ),
     State("zero", "that is the zero page", PRIVATE_SMALL, _zero, lambda _: Page(Entry.ZERO, 0)),
-    State("protected", "that COPY brought protected", ALL, _copy_protected, _protected),
+    State("protected", "that COPY filled and protected", ALL, _copy_protected, _protected),
     State(
         "read-protected",
         "of the file that was read and is protected",
@@ -315,7 +315,7 @@ STATES = (
 
 
 def prepare(ctx: Context, state: State, features: Feature) -> tuple[Subject, Page]:
-    """Bring a page into a state; return it and what the model has for it."""
+    """Bring a page into a state; return it and the model's page."""
     in_one_place(ctx)
     region = ctx.make(state.pages)
     if state.pages > 1:

@@ -1,7 +1,7 @@
 """Long-term pins of memory: for writing, an io_uring fixed buffer; for reading, gup_test.
 
-Nothing that user space can ask for pins memory for reading only, for long; the kernel's own test
-module does, where it was built in.
+No ordinary interface lets user space take a long-term pin for reading. The kernel's test module
+gup_test does, if it is built in.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _libc.syscall.restype = ctypes.c_long
 class Pin:
     """Memory of a process, pinned for writing until `close` (FOLL_WRITE | FOLL_LONGTERM).
 
-    Made before a fork whose child is to pin, so that the child has the arguments in its memory.
+    Make it before a fork whose child is to pin, so that the arguments are in the child's memory.
     """
 
     def __init__(self, start: int, length: int) -> None:
@@ -64,7 +64,7 @@ class Pin:
 class ReadPin:
     """Memory of a process, pinned for reading until `close` (FOLL_LONGTERM), by gup_test.
 
-    Made before a fork, as `Pin` is.  There is one at a time on the whole machine.
+    Make it before the fork, as `Pin`.  Only one can exist at a time on the whole machine.
     """
 
     def __init__(self, start: int, length: int) -> None:
@@ -72,7 +72,7 @@ class ReadPin:
         self._range = (ctypes.c_uint64 * 3)(start, length, 0)
 
     def take(self, call: Syscall) -> int:
-        """Pin; return the descriptor in that process whose last close unpins.
+        """Pin; return a descriptor of that process, whose last close unpins.
 
         Raises:
             OSError: gup_test refuses.
@@ -107,7 +107,7 @@ def needs_pin() -> Need:
 
 
 def needs_read_pin() -> Need:
-    """The kernel has gup_test (CONFIG_GUP_TEST), and debugfs is mounted where it always is."""
+    """The kernel has gup_test (CONFIG_GUP_TEST), and debugfs is mounted in its usual place."""
 
     def missing() -> tuple[list[str], str]:
         there = os.access(_GUP_TEST, os.R_OK | os.W_OK)

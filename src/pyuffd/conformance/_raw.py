@@ -1,4 +1,4 @@
-"""Ioctls with arguments the library would refuse, and the result fields it turns into errors."""
+"""Raw ioctls, with arguments that the library refuses, and with the result fields that it hides."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _IOCTLS = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one ioctl did: errno (0 for success) and its argument afterwards.
+    """The result of an ioctl: errno (0 for success) and its argument afterwards.
 
-    A call that returned more than 0, as none of these may, has minus that for its errno.
+    If a call returned more than 0, which is a bug, errno is that number, negated.
     """
 
     errno: int
@@ -54,7 +54,7 @@ def request(name: str) -> int:
 
 
 def ioctl(uffd: Userfaultfd | int, name: str, *words: int) -> Answer:
-    """Make one ioctl with exactly these 64-bit words, zeros behind them.
+    """Make one ioctl with exactly these 64-bit words, padded with zeros.
 
     GIL: released, as fcntl.ioctl does.
     """

@@ -20,8 +20,8 @@ FORMAT = 1
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 MEMORY = (*MEMORY_TYPES, *ANY)
 CELLS = {PASSED: "pass", FAILED: "FAIL", SKIPPED: "skip"}
-MOST_TESTS = 3  # named beside a message, of the cases that were running
-_CELL = 21  # the longest variant of a case passes in it
+MOST_TESTS = 3  # of the cases that were running, named with a message
+_CELL = 21  # wide enough for "pass" with the longest variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class Result:
     """How one case ended on one memory type.
 
     Attributes:
-        id: Its id, the memory type included.
+        id: Its id, including the memory type.
         case: The id without the memory type.
         memory: The memory type.
         summary: The behaviour in one line.
         outcome: "passed", "failed" or "skipped".
-        text: What was seen, of a failure; the reason, of a skip.
+        text: For a failure, what was seen; for a skip, the reason.
         variant: Which accepted variant was seen, or an empty string.
         duration_s: Wall time.
     """
@@ -51,13 +51,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A warning of the kernel's that appeared during the run.
+    """A kernel warning that appeared during the run.
 
     Attributes:
         text: The line.
         priority: Its level; 4 is a warning, smaller is worse.
-        is_fatal: The kernel says that it is broken: the run fails.
-        tests: The cases that were running; none if it came between two of them.
+        is_fatal: The kernel reports a bug or corruption in itself: the run fails.
+        tests: The cases that were running; empty if it appeared between cases.
     """
 
     text: str
@@ -67,7 +67,7 @@ class Message:
 
     @property
     def when(self) -> str:
-        """During which cases it appeared, the first few of them."""
+        """The cases during which it appeared, the first few of them."""
         if not self.tests:
             return "between cases"
         shown = " and ".join(self.tests[:MOST_TESTS])
@@ -77,15 +77,15 @@ class Message:
 
 @dataclass(slots=True)
 class Report:
-    """Everything one run has found.
+    """Everything that one run found.
 
     Attributes:
-        kernel: release, version and machine, as uname(2) says.
+        kernel: release, version and machine, from uname(2).
         features: The kernel's feature mask.
-        results: By id.
-        messages: Warnings of the kernel.
-        log_readable: Whether the kernel's log could be read at all.
-        pyuffd_version: What ran.
+        results: The results by id.
+        messages: Kernel warnings.
+        log_readable: Whether the kernel's log could be read.
+        pyuffd_version: The version of pyuffd that ran the suite.
     """
 
     kernel: dict[str, str]
@@ -107,7 +107,7 @@ class Report:
         """Read a JSON report.
 
         Raises:
-            ValueError: it is not one.
+            ValueError: the file is not a report.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -145,7 +145,7 @@ class Report:
         return [bit.name or hex(bit) for bit in Feature(self.features)]
 
     def counts(self) -> Counter[str]:
-        """Return how many results had which outcome."""
+        """Return the number of results by outcome."""
         return Counter(result.outcome for result in self.results.values())
 
     def skip_reasons(self) -> Counter[str]:
@@ -154,17 +154,17 @@ class Report:
 
     @property
     def fatal(self) -> list[Message]:
-        """The messages in which the kernel says that it is broken."""
+        """The messages that report a bug or corruption in the kernel."""
         return [message for message in self.messages if message.is_fatal]
 
     @property
     def unexpected(self) -> list[Message]:
-        """The messages that no test brings about on purpose, the fatal ones first."""
+        """The messages that no test causes on purpose, fatal ones first."""
         found = [one for one in self.messages if one.is_fatal or not expected(one.text)]
         return sorted(found, key=lambda message: not message.is_fatal)
 
     def expected_messages(self) -> Counter[str]:
-        """Return how many of the others there are, by what they are about."""
+        """Return the number of messages that tests cause on purpose, by subject."""
         rest = (message for message in self.messages if not message.is_fatal)
         return Counter(what for message in rest if (what := expected(message.text)))
 
@@ -193,13 +193,13 @@ class Report:
             f" on Linux {self.kernel['release']}, feature mask {self.features:#x}"
         )
         if not self.log_readable:
-            yield "the kernel's log could not be read (it needs CAP_SYSLOG): no WARN would be seen"
+            yield "the kernel's log could not be read (it needs CAP_SYSLOG): a WARN would be missed"
         for message in self.unexpected:
             word = "kernel BROKEN" if message.is_fatal else "kernel warning"
             yield f"{word}: {message.text} ({message.when})"
         if folded := self.expected_messages():
             parts = ", ".join(f"{count} about {what}" for what, count in folded.items())
-            yield f"kernel messages that the tests bring about: {parts}"
+            yield f"kernel messages that the tests cause on purpose: {parts}"
 
 
 def cell_text(result: Result | None) -> str:
@@ -211,7 +211,7 @@ def cell_text(result: Result | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One id whose result is not the same in two reports."""
+    """One id whose result differs between two reports."""
 
     id: str
     before: str
@@ -219,7 +219,7 @@ class Difference:
 
 
 def compare(before: Report, after: Report) -> list[Difference]:
-    """Return what differs from one report to another, by id; `absent` where one has no result."""
+    """Return the differences between two reports, by id; `absent` means that one has no result."""
     return [
         Difference(name, old, new)
         for name in sorted({*before.results, *after.results})

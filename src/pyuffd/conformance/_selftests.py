@@ -1,6 +1,6 @@
 """The kernel's own selftests, result by result, as ids of this suite.
 
-From the selftests of Linux 7.3, for docs/generated/conformance.md; a test sees to it that every id
+From the selftests of Linux 7.3, for docs/generated/conformance.md. A test checks that every id
 exists.
 """
 
@@ -12,7 +12,7 @@ _SHARED = ("shmem", "hugetlb")
 _STEPS = ("new", "all", "all-but-ends", "protecting", "middle", "two-middle")
 _THP_KIB = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
-# Case: the memory types it has there.  Its "shmem-private" is a shared mapping; here it is not.
+# Cases, with the selftest's memory types.  Its "shmem-private" is a shared mapping; ours is not.
 UNIT_TESTS: dict[str, tuple[str, ...]] = {
     "api-syscall": ANY,
     "api-device": ANY,

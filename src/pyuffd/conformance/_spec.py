@@ -1,4 +1,4 @@
-"""What a case declares about itself."""
+"""The declaration of a case."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Features = Feature | Callable[[MemoryType], Feature]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One of the behaviours a case accepts, and how user space tells that it has this one.
+    """One of the behaviours that a case accepts, and how user space can tell which one it is.
 
     Attributes:
         name: What the report shows.
-        text: How it behaves, and how to tell, in one line.
+        text: The behaviour, and how to tell, in one line.
         features: Accepted only where the kernel has all of these.
         lacks: Accepted only where the kernel has none of these.
     """
@@ -31,7 +31,7 @@ class Variant:
     lacks: Feature = NO_FEATURE
 
     def possible(self, offered: int) -> bool:
-        """Return whether a kernel with these feature bits may behave so."""
+        """Return whether a kernel with these feature bits may behave this way."""
         return not int(self.features) & ~offered and not int(self.lacks) & offered
 
 
@@ -42,18 +42,18 @@ class Spec:
     Attributes:
         name: The id without the memory type.
         summary: The behaviour in one line.
-        memory: Names of the memory types it runs on; "any" where none matters.
+        memory: Names of the memory types it runs on; "any" if the type does not matter.
         origin: Where it comes from: a selftest's case, a patch, a manual page's ERRORS entry.
         features: Feature bits the kernel must have, for one memory type or all of them.
         needs: What else it needs: ioctls, privileges, swap, hardware.
-        variants: The behaviours it accepts, if there is more than one.
+        variants: The behaviours that it accepts, if more than one.
         budget_s: Seconds after which the case has stalled.
-        is_slow: Left out unless asked for.
-        is_alone: It does something to the whole machine, so no other case runs meanwhile.
-        is_crossing: It is one of a table of combinations, which the page of the suite shows as
-            such; a part of them is a fair sample.
-        is_noisy: The kernel may log warnings about what it does; they are not reported, unless
-            they say that the kernel is broken.
+        is_slow: It is skipped unless slow cases are requested.
+        is_alone: It affects the whole machine, so no other case runs at the same time.
+        is_crossing: It is one of a table of combinations. The page of the suite shows the table,
+            and some of the cases are a fair sample of all.
+        is_noisy: The kernel may log warnings about what it does. They are not reported, unless
+            they are fatal.
     """
 
     name: str

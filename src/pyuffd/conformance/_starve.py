@@ -1,4 +1,4 @@
-"""Running out: of memory, of a file system's pages, of mappings; nobody else notices."""
+"""Run out of memory, file system pages or mappings, without an effect on other processes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ _SET_STRING, _CREATE = 1, 6
 _CLOEXEC = 1
 _MCL_CURRENT = 1
 _MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
-# A mapping takes 200 bytes of the kernel's memory, and making one 2 us.
+# A mapping takes 200 bytes of kernel memory, and 2 us to make.
 _MOST_MAPPINGS = 1 << 18
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 _PROT_NONE = 0
 _TABLE = HUGE_PAGE  # a page table maps this much, at a multiple of it
 _MAP_HUGETLB = 0x40000
-# A fork needs less than the limit for itself, and more for so many mappings of 250 bytes each.
+# A fork itself needs less memory than the limit. Copying this many mappings needs more: 250 bytes
+# each.
 _FORK_LIMIT = 2 << 20
 _FORK_MAPPINGS = 16 << 10
-# For a thread that has read an event, which the fork has waited for, to say so.
+# How long a thread that has read the event may take to record it. The fork has waited for the read.
 _AFTERWARDS_S = 0.2
 _SYS_FORK, _SYS_EXIT_GROUP = 57, 231
 P = ParamSpec("P")
@@ -48,14 +49,14 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def small_file_system(kind: str, length: int) -> Iterator[int]:
-    """Make a file in a file system of its own, which nobody else sees; yield its descriptor.
+    """Make a file in a new file system that nobody else can see; yield its descriptor.
 
     Args:
         kind: "tmpfs" or "hugetlbfs".
-        length: How much the file system holds, in bytes.
+        length: The size of the file system in bytes.
 
     Raises:
-        Lack: this user may not.
+        Lack: this user may not mount one.
     """
     needs_privilege("CAP_SYS_ADMIN").check()
     with contextlib.ExitStack() as stack:
@@ -67,7 +68,7 @@ def small_file_system(kind: str, length: int) -> Iterator[int]:
                 stack.callback(os.close, result)
             return result
 
-        # Never attached to a path, it goes with its descriptor, even if this process is killed.
+        # It is never attached to a path, so it ends with its descriptor, even if we are killed.
         name, key, size = (
             ctypes.create_string_buffer(text.encode()) for text in (kind, "size", str(length))
         )
@@ -82,7 +83,7 @@ def small_file_system(kind: str, length: int) -> Iterator[int]:
 
 
 def needs_map_limit() -> Need:
-    """The limit of mappings is low enough to be reached."""
+    """The limit on mappings is low enough to be reached."""
 
     def missing() -> tuple[list[str], str]:
         limit = int(_MAX_MAP_COUNT.read_text())
@@ -94,14 +95,14 @@ def needs_map_limit() -> Need:
 
 @contextlib.contextmanager
 def _no_more_mappings() -> Iterator[None]:
-    """Use all mappings this process may have; only for a process of its own."""
+    """Use up all mappings that this process may have; only for a process started for this."""
     libc = ctypes.CDLL(None, use_errno=True)
     mprotect = libc.mprotect
     mprotect.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
     length = (int(_MAX_MAP_COUNT.read_text()) + 2) * SMALL_PAGE
     start = _memory.mmap(length, _PROT_NONE, _PRIVATE)
     try:
-        # Each call makes two mappings of one, until there is room for no more.
+        # Each call splits off two more mappings, until the limit is reached.
         for at in range(start + SMALL_PAGE, start + length, 2 * SMALL_PAGE):
             if mprotect(at, SMALL_PAGE, mmap.PROT_READ):
                 break
@@ -113,11 +114,11 @@ def _no_more_mappings() -> Iterator[None]:
 
 
 def register_without_mappings() -> list[int]:
-    """Register and unregister parts of mappings at the limit of mappings; for `run_child`.
+    """Register and unregister parts of mappings at the limit on mappings; for `run_child`.
 
     Returns:
-        errno of REGISTER and UNREGISTER of one page of three there, of REGISTER of a whole
-        mapping there, and of the first two afterwards.
+        errno at the limit of REGISTER and UNREGISTER of one page of three and of REGISTER of a
+        whole mapping, and errno of the first two below the limit.
     """
     with (
         Userfaultfd() as uffd,
@@ -125,7 +126,7 @@ def register_without_mappings() -> list[int]:
         Region.anonymous(3 * SMALL_PAGE) as taken,
         Region.anonymous(3 * SMALL_PAGE) as whole,
     ):
-        # Else they may be one mapping with what lies beside them.
+        # Otherwise the kernel may merge them with adjacent mappings.
         for region in (taken, whole):
             region.madvise(mmap.MADV_DONTFORK)
         mode = int(RegisterMode.MISSING)
@@ -144,18 +145,18 @@ def register_without_mappings() -> list[int]:
 
 
 class _Starved:
-    """A memory control group with next to no memory, for this process; only for one of its own.
+    """A memory control group with almost no memory; only in a process started for this.
 
-    The kernel then cannot allocate what a call of this process needs, and the call fails with
-    ENOMEM.  A page fault waits forever for what it needs: nothing may be touched for the
-    first time meanwhile.
+    The kernel cannot allocate what a call of this process needs, so the call fails with ENOMEM.  A
+    page fault, however, waits for memory forever: meanwhile the process must not touch anything for
+    the first time.
     """
 
     def __init__(self, limit: int = 0) -> None:
         parent, old = memory_group()
         self._group = Path(tempfile.mkdtemp(prefix="pyuffd-", dir=parent))
         self._files: list[int] = []
-        # Version 1 has a switch for its killer; version 2 spares who must not be killed.
+        # cgroup v1 can switch the OOM killer off; v2 spares processes with this score.
         if (self._group / "memory.oom_control").exists():
             (self._group / "memory.oom_control").write_text("1")
         else:
@@ -166,7 +167,7 @@ class _Starved:
         self._enter = self._open(self._group)
         self._leave = self._open(old)
         self._pid = str(os.getpid()).encode()
-        os.write(self._leave, self._pid)  # the same system call, as yet without effect
+        os.write(self._leave, self._pid)  # the same call, without effect, before memory is short
 
     def _open(self, group: Path) -> int:
         fd = os.open(group / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
@@ -174,7 +175,7 @@ class _Starved:
         return fd
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a call, of a kind that was made before, in the group."""
+        """Make a call in the group; it must have been made before, outside."""
         os.write(self._enter, self._pid)
         try:
             return function(*args, **kwargs)
@@ -189,14 +190,14 @@ class _Starved:
 
 
 def ioctl_without_memory(name: str, memory: str, mode: int, features: int, lacks: str) -> list[int]:
-    """Make an ioctl on a page without memory, and again with it; for `run_child`.
+    """Make an ioctl on a page while out of memory, and again with memory; for `run_child`.
 
     Args:
         name: COPY, ZEROPAGE, MOVE, CONTINUE, POISON or WRITEPROTECT.
         memory: The memory type.
         mode: The mode to register in.
         features: The features to enable.
-        lacks: What the place lacks: "page", "page-table", or "anon-vma", the kernel's record of
+        lacks: What the kernel has to allocate: "page", "page-table", or "anon-vma", its record of
             who maps private memory.
 
     Returns:
@@ -210,7 +211,7 @@ def ioctl_without_memory(name: str, memory: str, mode: int, features: int, lacks
         of.make(4 * _TABLE) as region,
         of.make(4 * of.page_size) as new,
     ):
-        # Else it may be one mapping with the next.
+        # Otherwise the kernel may merge it with the next mapping.
         new.madvise(mmap.MADV_DONTFORK)
         source = stack.enter_context(Region.anonymous(4 * of.page_size))
         if name == "CONTINUE":
@@ -235,7 +236,7 @@ def ioctl_without_memory(name: str, memory: str, mode: int, features: int, lacks
 
 
 def _hold_what_is_there() -> None:
-    """Keep every page that is mapped now, as this process's own, before there are no more."""
+    """Lock every page that is mapped now, privately copied, before memory runs out."""
     gc.disable()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlockall(_MCL_CURRENT):
@@ -246,7 +247,7 @@ def _without_and_with(
     fd: int, name: str, first: tuple[int, ...], where: tuple[int, ...]
 ) -> list[int]:
     with contextlib.closing(_Starved()) as group:
-        # Whatever Python itself needs for such a call, it has after the first.
+        # After this first call Python has allocated all that it needs for one.
         ioctl(fd, name, *first)
         without = group.call(ioctl, fd, name, *where)
     again = ioctl(fd, name, *where)
@@ -254,16 +255,16 @@ def _without_and_with(
 
 
 def fill_without_directory(name: str, is_huge: bool, boundary: int, holes: bool) -> list[int]:
-    """Fill a page whose page table's own table lacks memory, and again; for `run_child`.
+    """Fill a page that lacks a higher-level page table, out of memory and again; for `run_child`.
 
     Args:
         name: COPY or MOVE.
-        is_huge: Of hugetlb.
-        boundary: What the table that is missing maps, in bytes.
-        holes: MOVE from such a place, with ALLOW_SRC_HOLES, and not to it.
+        is_huge: Use hugetlb memory.
+        boundary: How many bytes the missing table maps.
+        holes: MOVE from such a place, with ALLOW_SRC_HOLES, instead of to it.
 
     Returns:
-        As `ioctl_without_memory`.
+        The same as `ioctl_without_memory`.
     """
     _hold_what_is_there()
     page = HUGE_PAGE if is_huge else SMALL_PAGE
@@ -282,7 +283,7 @@ def fill_without_directory(name: str, is_huge: bool, boundary: int, holes: bool)
             source.fill(1)
             below = edge - 4 * HUGE_PAGE
             uffd.register(below, 8 * HUGE_PAGE, mode=RegisterMode.MISSING)
-            # The same mapping, and the table before the one that is missing.
+            # In the same mapping, but with the table before the missing one.
             ioctl(uffd.fileno(), name, below, source.start, page)
             if holes:
                 where = below + 2 * page, edge + 2 * page, page, int(MoveMode.ALLOW_SRC_HOLES)
@@ -295,16 +296,16 @@ def fill_without_directory(name: str, is_huge: bool, boundary: int, holes: bool)
 
 
 def fork_without_memory(features: int) -> list[int]:
-    """Fork where there is memory for a part of the mappings only; for `run_child`.
+    """Fork with memory for only a part of the mappings; for `run_child`.
 
     Returns:
-        errno of the fork, how many events came, and what COPY fills afterwards or -errno.
+        errno of the fork, the number of events, and what COPY fills afterwards or -errno.
     """
     _hold_what_is_there()
     libc = ctypes.CDLL(None, use_errno=True)
     mprotect = libc.mprotect
     mprotect.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
-    # The registered pages lie below, and the kernel copies in the order of addresses.
+    # The registered page has the lowest address, and the kernel copies in order of addresses.
     length = 2 * _FORK_MAPPINGS * SMALL_PAGE
     start = _memory.mmap(length, _PROT_NONE, _PRIVATE)
     for at in range(start, start + length, 2 * SMALL_PAGE):
@@ -312,8 +313,8 @@ def fork_without_memory(features: int) -> list[int]:
     seen: list[bytes] = []
     with Userfaultfd(features=Feature(features), nonblocking=False) as uffd:
         uffd.register(start, SMALL_PAGE, mode=RegisterMode.MISSING)
-        # It sleeps in the call, if all is well: a thread that runs would fault on what the fork has
-        # shared, in vain and with Python's lock.
+        # A thread that runs meanwhile would fault on memory that the fork has shared, and wait for
+        # memory forever with the GIL held. So this one sleeps in read(2).
         reader = threading.Thread(
             target=lambda: seen.append(os.read(uffd.fileno(), MESSAGE_SIZE)), daemon=True
         )
@@ -329,7 +330,7 @@ def fork_without_memory(features: int) -> list[int]:
 
 
 def needs_kernel_accounting() -> Need:
-    """The kernel's own memory, such as page tables, counts in a memory control group."""
+    """Memory control groups count kernel memory, such as page tables."""
 
     def missing() -> tuple[list[str], str]:
         is_off = "nokmem" in Path("/proc/cmdline").read_text()

@@ -1,4 +1,4 @@
-"""The bounce algorithm of uffd-stress, with write-protection really on."""
+"""The bounce algorithm of uffd-stress, with write-protection actually enabled."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from pyuffd.testing._run import SCALE
 
 RANDOM, RACING, VERIFY, POLL = 1, 2, 4, 8
 MODES = 16
-WORKERS = 2  # of each kind, as there would be one for each CPU
-RETRY_EVERY = 8  # one COPY in so many is made again, and must then be EEXIST
+WORKERS = 2  # of each kind; uffd-stress has one per CPU
+RETRY_EVERY = 8  # one COPY in this many is repeated, and must then fail with EEXIST
 JOIN_S = 5 * SCALE
-# At each page's beginning a counter, at its end its number: a page half copied has not both.
+# Each page begins with a counter and ends with its number: a page that is half copied lacks one.
 _WORD = struct.Struct("=Q")
 
 
 @dataclass
 class Totals:
-    """What all bounces together have seen."""
+    """Counts over all bounces."""
 
     missing: int = 0
     wp: int = 0
@@ -48,11 +48,11 @@ class Totals:
 
 
 class Bouncer:
-    """Two areas whose content goes to and fro, and the threads that make it so.
+    """Two areas whose content is moved back and forth by threads.
 
     Args:
         ctx: Makes the areas.
-        pages: Of each area.
+        pages: Pages in each area.
     """
 
     def __init__(self, ctx: Context, pages: int) -> None:
@@ -62,7 +62,7 @@ class Bouncer:
         self._src, self._dst = ctx.make(pages), ctx.make(pages)
         self._counts = [1] * pages
         self._locks = [threading.Lock() for _ in range(pages)]
-        # One for each server, touched at the end so that a blocking read returns.
+        # One page for each server; touching it at the end makes a blocking read return.
         self._bells = ctx.make(WORKERS)
         self.totals = Totals()
         for index in range(pages):
@@ -118,7 +118,7 @@ class _Bounce:
         try:
             self._bounce()
         finally:
-            # Of a failed bounce this lets every thread go on, before its memory is unmapped.
+            # If the bounce failed, this lets every thread continue before its memory is unmapped.
             self._finished.set()
             for registered in (self._dst, self._alias, self._owner._bells):
                 if registered is not None:
@@ -135,7 +135,7 @@ class _Bounce:
             with contextlib.suppress(threading.BrokenBarrierError):
                 self._first.wait(JOIN_S)
             self._join(self._start(self._copy))
-            # Every page is there: a COPY from now on finds it, and never copies these holes.
+            # Every page is present: a later COPY fails with EEXIST and never copies these holes.
             release(self._src)
             self._finished.set()
             self._join(lockers)
@@ -218,7 +218,7 @@ class _Bounce:
                 raise Mismatch(f"page {index}: a second COPY succeeded, expected EEXIST")
 
     def _serve(self, worker: int) -> None:
-        """Resolve faults until a bell's fault says that this is the end."""
+        """Resolve faults until a fault on a bell page signals the end."""
         bells = self._owner._bells
         while True:
             if self._mode & POLL:
@@ -236,21 +236,21 @@ class _Bounce:
             self._totals.add(wp=1)
             self._uffd.writeprotect(fault.address, self._page, mode=WriteprotectMode(0))
         elif fault.flags:
-            raise Mismatch(f"saw message {int(fault.flags)}: the first touch is a read")
+            raise Mismatch(f"saw message {int(fault.flags)}, but the first access is a read")
         else:
             self._totals.add(missing=1)
             self._copy_page((fault.address - self._dst.start) // self._page)
 
     def _ring(self, worker: int) -> None:
-        """Fault once for each server, so that one that waits in read(2) sees the end."""
+        """Fault on a bell page, so that a server that waits in read(2) ends."""
         read(self._owner._bells.start + worker * self._page, 1)
 
 
 def _empty(region: Region) -> None:
     """Drop the pages of a region and of the file behind it.
 
-    A late COPY reads its source after that was released, and a private mapping's read leaves a
-    page of zeros in the file, which would not be missing afterwards.
+    A late COPY may read its source after the source was released. In a private mapping, that read
+    leaves a page of zeros in the file, which would not be missing afterwards.
     """
     release(region)
     if region.fd is not None:

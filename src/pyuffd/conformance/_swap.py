@@ -1,4 +1,4 @@
-"""Swap of a case's own, which it can take away again; for cases that run alone."""
+"""A swap area that a case adds and can remove again; for cases that run alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Area:
         self._is_on = True
 
     def off(self) -> None:
-        """Call swapoff(2), which brings every page back; twice is fine."""
+        """Call swapoff(2), which reads every page back; may be called twice."""
         if self._is_on:
             self._is_on = False
             _checked("swapoff", _libc.swapoff(bytes(self.path)))
@@ -43,10 +43,10 @@ class Area:
 
 @contextlib.contextmanager
 def own_area(length: int) -> Iterator[Area]:
-    """Make a swap area, a file or else compressed memory, and remove it in the end.
+    """Make a swap area, a file or else a zram device, and remove it at the end.
 
     Raises:
-        Lack: neither can be had.
+        Lack: neither is possible.
     """
     needs_privilege("CAP_SYS_ADMIN").check()
     with contextlib.ExitStack() as stack:
@@ -70,7 +70,7 @@ def _file(stack: contextlib.ExitStack, length: int) -> Area | None:
                 file.write(swap_header(length))
                 file.flush()
                 area.on()
-            except OSError:  # the file system cannot
+            except OSError:  # the file system does not support swap files
                 area.path.unlink()
                 continue
         stack.callback(area.path.unlink)
@@ -80,7 +80,7 @@ def _file(stack: contextlib.ExitStack, length: int) -> Area | None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove areas of a process that was killed: nobody else can have one now."""
+    """Remove the areas of a killed process: these cases run alone, so no one else has any."""
     for path in folder.glob(_PREFIX + "*"):
         _libc.swapoff(bytes(path))
         path.unlink(missing_ok=True)

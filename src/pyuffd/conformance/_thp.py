@@ -1,4 +1,4 @@
-"""Transparent huge pages: what is mapped, and sizes switched on for a while."""
+"""Transparent huge pages: see what is mapped, and switch sizes on for a while."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PFN_MASK = (1 << 55) - 1
 
 
 def mapped_huge(address: int) -> int:
-    """Return how many bytes of the mapping at `address` huge page table entries map."""
+    """Return how many bytes of the mapping at `address` are mapped by huge page table entries."""
     total, inside = 0, False
     with open("/proc/self/smaps") as lines:
         for line in lines:
@@ -37,7 +37,7 @@ def mapped_huge(address: int) -> int:
 
 
 def collapse(ctx: Context, region: Region) -> None:
-    """Make huge pages of a region's pages, or say what the kernel lacks for it."""
+    """Collapse a region's pages into huge pages; skip the case if the kernel cannot."""
     try:
         region.madvise(MADV_COLLAPSE)
     except OSError as error:
@@ -45,7 +45,7 @@ def collapse(ctx: Context, region: Region) -> None:
 
 
 def huge_file(ctx: Context, value: int) -> Region:
-    """Return a huge page of a file that holds `value`; the region does not map it yet."""
+    """Make a huge page of a file, filled with `value`; the region does not map it yet."""
     region = ctx.make(HUGE_PAGE // SMALL_PAGE)
     assert region.fd is not None
     with Region.file(region.fd, region.length) as view:
@@ -55,14 +55,14 @@ def huge_file(ctx: Context, value: int) -> Region:
 
 
 def sizes() -> list[int]:
-    """Return the sizes that can be switched one by one, in bytes."""
+    """Return the sizes that can be switched individually, in bytes."""
     names = (re.fullmatch(r"hugepages-(\d+)kB", path.name) for path in THP.glob("hugepages-*kB"))
     return sorted(int(name[1]) << 10 for name in names if name)
 
 
 @contextlib.contextmanager
 def switched_on(size: int, *, shared: bool) -> Iterator[None]:
-    """Let memory that asks for it have huge pages of `size`, until the end; one user at a time."""
+    """Enable huge pages of `size` for memory that asks for them; one user at a time."""
     lock = Path(tempfile.gettempdir(), f"pyuffd-thp-{os.geteuid()}.lock")
     knob = THP / f"hugepages-{size >> 10}kB" / ("shmem_enabled" if shared else "enabled")
     with lock.open("w") as file:

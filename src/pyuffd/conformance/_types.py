@@ -1,4 +1,4 @@
-"""The memory types that cases run on: groups of them, and what the kernel must have."""
+"""Groups of memory types for cases, and the features that each type needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a failure says: addresses as page numbers, long lists cut, alternatives once (layer L5)."""
+"""The text of failures: addresses as page numbers, long lists cut, alternatives once (layer L5)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LETTERS = (
 
 
 class Mismatch(AssertionError):
-    """The kernel did something else than the case accepts; the text says what was seen."""
+    """The kernel did something that the case does not accept; the text says what was seen."""
 
 
 def letters(bits: int) -> str:
@@ -59,9 +59,9 @@ def show(value: object) -> str:
 
 
 def places(text: str, regions: Sequence[Region]) -> str:
-    """Return a text in which addresses inside regions are page numbers, ten at most in a list.
+    """Replace addresses inside regions by page numbers, and cut lists to ten items.
 
-    A region's number stands with it where there are several: `page 3 of region 1`.
+    If there are several regions, their number is added: `page 3 of region 1`.
     """
     text = _LIST.sub(lambda match: _cut(match[0]), text)
     return _ADDRESS.sub(lambda match: _place(int(match[0], 16), regions) or match[0], text)
@@ -76,7 +76,7 @@ def _cut(text: str) -> str:
 
 def _place(address: int, regions: Sequence[Region]) -> str:
     for number, region in enumerate(regions):
-        # The end of one is where ranges end.
+        # The address after a region counts too, as the end of a range.
         if not region.closed and region.start <= address <= region.start + region.length:
             page, rest = divmod(address - region.start, region.page_size)
             where = f"byte {rest:#x} of page {page}" if rest else f"page {page}"
@@ -85,7 +85,7 @@ def _place(address: int, regions: Sequence[Region]) -> str:
 
 
 def alternatives(by_name: Mapping[str, str]) -> str:
-    """Return what variants would have shown, each value once: `0 (usual, old) or 22 (refused)`."""
+    """Return what the variants predict, each value once: `0 (usual, old) or 22 (refused)`."""
     names: dict[str, list[str]] = {}
     for name, value in by_name.items():
         names.setdefault(value, []).append(name)

@@ -1,4 +1,4 @@
-"""What cases about write-protection share: protected memory, and what is done to it."""
+"""Helpers of the cases about write-protection."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ PAGEOUT_TRIES = 4
 WRITEBACK_S = 0.001
 PFN_MASK = (1 << 55) - 1
 
-# A marker shows the swap bit, except on hugetlb; before there were markers (v5 of the series) a
-# special entry did not. `wp-series.24.marker-bits` tells which; all others take both.
+# A marker shows the swap bit, except on hugetlb. v5 of the series had a special entry instead, and
+# that did not. `wp-series.24.marker-bits` checks which; all other cases accept both.
 MARKER = {**dict.fromkeys(("anon", *SHMEM), "-?-W-"), **dict.fromkeys(HUGETLB, "---W-")}
-# In pagemap: a hole, and a page of this mapping that is not protected.
+# A hole, as pagemap shows it.
 HOLE = "-----"
 
 
@@ -56,7 +56,7 @@ def present(ctx: Context, *, protected: bool = True) -> str:
 
 
 def protected(ctx: Context, pages: int = 1) -> Region:
-    """Make memory full of DATA and write-protect it; a private file holds IN_FILE below."""
+    """Make memory full of DATA and write-protect it; the file of private memory holds IN_FILE."""
     region = ctx.make(pages)
     if not region.shared and region.fd is not None:
         in_page_cache(region, IN_FILE)
@@ -69,25 +69,25 @@ def protected(ctx: Context, pages: int = 1) -> Region:
 
 
 def in_page_cache(region: Region, value: int) -> None:
-    """Fill the file behind a region through a mapping that is gone afterwards."""
+    """Fill the file behind a region, through a temporary mapping."""
     assert region.fd is not None
     with Region.file(region.fd, region.length) as view:
         view.fill(value)
 
 
 def in_one_place(ctx: Context) -> None:
-    """Stay on one CPU: fresh pages that another one still has in hand cannot be swapped out."""
+    """Stay on one CPU: new pages in the batch of another CPU cannot be swapped out."""
     before = os.sched_getaffinity(0)
     ctx.callback(os.sched_setaffinity, 0, before)
     os.sched_setaffinity(0, {min(before)})
 
 
 def page_out(ctx: Context, region: Region) -> None:
-    """Swap every page of a region out.
+    """Swap out every page of a region.
 
     Raises:
-        Lack: the kernel keeps some, for lack of swap.
-        Mismatch: it keeps some of these, but not of other memory.
+        Lack: the kernel keeps some, as it does with other memory: it lacks swap.
+        Mismatch: it keeps some of these, but swaps out other memory.
     """
     if _paged_out(ctx, region):
         return
@@ -96,14 +96,14 @@ def page_out(ctx: Context, region: Region) -> None:
         other.fill(DATA)
         if not _paged_out(ctx, other):
             ctx.lack("swap", "MADV_PAGEOUT leaves pages where they are")
-    # The other one has gone, so these could.
+    # The other memory was swapped out, so this could be too.
     if not _paged_out(ctx, region):
         ctx.fail("pages after MADV_PAGEOUT", "still there", "in swap, as those of other memory")
 
 
 def _paged_out(ctx: Context, region: Region) -> bool:
     pages = range(region.start, region.start + region.length, ctx.page)
-    # Pages that were made on another CPU lie in its batch of new pages, which only it drains.
+    # A page that was made on another CPU may be in its batch of new pages, which only it drains.
     cpus = os.sched_getaffinity(0)
     try:
         for attempt in range(PAGEOUT_TRIES):
@@ -112,7 +112,7 @@ def _paged_out(ctx: Context, region: Region) -> bool:
                 region.pageout()
                 if not any(PageBit.PRESENT in ctx.bits(page) for page in pages):
                     return True
-            # A page that came back from swap may still be on its way there.
+            # A page that was read back from swap may still be under writeback.
             time.sleep(WRITEBACK_S * 4**attempt)
     finally:
         os.sched_setaffinity(0, cpus)
@@ -126,7 +126,7 @@ def expect_fault(
     address: int,
     uffd: Userfaultfd | None = None,
 ) -> None:
-    """Expect this message of an access that was started; see at once if none will come."""
+    """Expect this message from a started access; fail at once if the access returns without one."""
     uffd = uffd or ctx.uffd
     waited: list[Any] = [access, uffd]
     if select.select(waited, [], [], WAIT_S)[0] == [access]:
@@ -140,7 +140,7 @@ def expect_write_fault(
     uffd: Userfaultfd | None = None,
     write: Callable[[int, bytes], object] | None = None,
 ) -> None:
-    """Write at `address`: exactly one message 3 comes, and unprotecting lets the write go on."""
+    """Write at `address`: exactly one message 3 arrives, and unprotecting completes the write."""
     uffd = uffd or ctx.uffd
     access = ctx.start(write or ctx.write, address, bytes([WRITTEN]))
     page = address - address % ctx.page
@@ -151,12 +151,12 @@ def expect_write_fault(
 
 
 def expect_silent_write(ctx: Context, address: int) -> None:
-    """Write at `address`: no message comes."""
+    """Write at `address`: no message arrives."""
     ctx.expect("the write", ctx.silently(ctx.write, address, bytes([WRITTEN])), None)
 
 
 def expect_read(ctx: Context, address: int, value: int) -> None:
-    """Read the page at `address`: no message comes, and every byte is `value`."""
+    """Read the page at `address`: no message arrives, and every byte is `value`."""
     seen = ctx.silently(ctx.read, address, ctx.page)
     ctx.expect(f"content of {address:#x}", seen, bytes([value]) * ctx.page)
 
@@ -171,7 +171,7 @@ def reserve(ctx: Context, length: int, alignment: int = 0) -> int:
 
 
 def move_mapping(ctx: Context, region: Region, target: int) -> None:
-    """Move the mapping of a region with mremap(2), and keep its old place from others."""
+    """Move the mapping of a region with mremap(2), and keep its old place reserved."""
     flags = MREMAP_MAYMOVE | MREMAP_FIXED
     _memory.mremap(region.start, region.length, region.length, flags, target)
     hold = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
@@ -198,7 +198,7 @@ def smaps_bytes(address: int, name: str) -> int:
 
 
 def mincore(address: int, length: int) -> list[int]:
-    """Return for each 4 KiB of a mapping whether its content is in memory: mincore(2)."""
+    """Return for each 4 KiB of a mapping whether it is in memory, by mincore(2)."""
     answer = ctypes.create_string_buffer(length // SMALL_PAGE)
     if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), answer):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mincore")

@@ -1,4 +1,4 @@
-"""The files of a report: its JSON form and its page."""
+"""Write the files of a report: its JSON form and its HTML page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyuffd.conformance._report import Report
 
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> list[Path]:
-    """Write FILE.json and FILE.html, whichever of the two was named; return both."""
+    """Write FILE.json and FILE.html, also if `path` has one of these suffixes; return both."""
     named = Path(path)
     stem = named.with_suffix("") if named.suffix in (".json", ".html") else named
     paths = [stem.with_name(stem.name + suffix) for suffix in (".json", ".html")]

@@ -1,7 +1,7 @@
 """The pytest plugin: runs cases, watches the kernel's log, and reports (layer L5).
 
-`-p pyuffd.conformance.plugin` loads it; `pyuffd conformance run` does. It works under xdist: what
-a worker finds travels with the test's report to the controller.
+`-p pyuffd.conformance.plugin` loads it, and so does `pyuffd conformance run`. It works under xdist:
+a worker's results reach the controller with the test's report.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pyuffd.testing._user_mode import make_do
 SUITE = Path(__file__).with_name("test_suite.py")
 HUGE_PAGES = 16  # what a case on hugetlb may use without naming a need
 PROPERTY = "pyuffd-conformance"
-NOTHING_CHECKED = 77  # as for a test that was skipped, by the convention of GNU Automake
+NOTHING_CHECKED = 77  # GNU Automake's exit status of a skipped test
 _NUMBER = re.compile(r"\b(0x)?[0-9a-f]*[0-9][0-9a-f]*\b")
 
 _state = pytest.StashKey["_State"]()
@@ -47,10 +47,10 @@ _outcome = pytest.StashKey[dict[str, Any]]()
 
 
 class Gathering:
-    """A report that grows with each result, whoever runs the cases.
+    """A report that grows with each result, wherever the cases run.
 
     Attributes:
-        report: What there is so far.
+        report: The report so far.
     """
 
     def __init__(self) -> None:
@@ -58,12 +58,13 @@ class Gathering:
         self._messages: dict[int | str, Message] = {}
 
     def add(self, data: dict[str, Any]) -> None:
-        """Take what a test found; workers see the same records of the kernel's log."""
+        """Add the result of a test; several workers may report the same record of the log."""
         log = data.pop("kernel")
         self.report.features = data.pop("features")
         self.report.log_readable &= log["readable"]
         for sequence, priority, text, is_fatal in log["records"]:
-            # Warnings that differ in a pid or an address are one; what is fatal stands alone.
+            # Warnings that differ only in numbers (a pid, an address) count as one; fatal ones do
+            # not.
             key = sequence if is_fatal else _NUMBER.sub("N", text)
             if key not in self._messages:
                 self._messages[key] = Message(text, priority, is_fatal, [])
@@ -73,7 +74,7 @@ class Gathering:
         self.report.results[data["id"]] = Result(**data)
 
     def add_between(self, records: list[Record]) -> None:
-        """Take what the kernel has said of itself while no case was running, late for instance."""
+        """Add fatal messages that appeared while no case was running, for instance late ones."""
         for record in records:
             if record.is_fatal and record.sequence not in self._messages:
                 message = Message(record.text, record.priority, True, [])
@@ -81,7 +82,7 @@ class Gathering:
                 self.report.messages.append(message)
 
     def sort(self) -> None:
-        """Put the results, which workers send as they finish, into the order of the cases."""
+        """Sort the results by case: workers send them as they finish."""
         results = self.report.results
         ordered = [name for case in load().values() for name in case.ids if name in results]
         self.report.results = {name: results[name] for name in ordered}
@@ -95,21 +96,21 @@ class _State(Gathering):
         self.kmsg: Kmsg | None = None
 
     def add_failure(self, nodeid: str, text: str) -> None:
-        """Take a test that has no result of its own."""
+        """Add a failure for a test that returned no result."""
         name = nodeid.partition("[")[2].removesuffix("]")
         case, memory = load().get(name.rpartition(".")[0]), name.rpartition(".")[2]
         if case is not None and memory in case.memory:
             self.report.results[name] = Result(name, case.name, memory, case.summary, FAILED, text)
 
 
-# pytest_runtest_logreport is not told the configuration.
+# pytest_runtest_logreport does not get the configuration.
 _reporting: _State | None = None
-# Where the tracebacks of a case that stalls go.
+# For the tracebacks of a case that stalls.
 _stderr = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of the report; keep the real stderr, which capturing takes after this."""
+    """Add the options; keep the real stderr, as pytest begins to capture it after this."""
     global _stderr
     _stderr = os.dup(2)
     group = parser.getgroup("userfaultfd conformance")
@@ -119,7 +120,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--uffd-reserve",
         action="store_true",
-        help="take huge pages and swap for the run, and give them back",
+        help="reserve huge pages and swap for the run, and give them back",
     )
     group.addoption(
         "--uffd-nonempty",
@@ -130,12 +131,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin the report, know the mark, take what the machine has to give."""
+    """Begin the report, register the marks, reserve what the run needs of the machine."""
     global _reporting
     config.addinivalue_line("markers", "conformance: a case of the conformance suite")
     config.addinivalue_line("markers", "conformance_crossing: one of a table of combinations")
     if not config.pluginmanager.is_registered(_pyuffd_pytestplugin):
-        # Plugins were not to be loaded by themselves; this one has the strict mode.
+        # PYTEST_DISABLE_PLUGIN_AUTOLOAD is set. This plugin is needed: it has the strict mode.
         config.pluginmanager.register(_pyuffd_pytestplugin)
     make_do(strictly=strict())
     path = config.getoption("--uffd-report")
@@ -156,7 +157,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Give back what was taken."""
+    """Give back what was reserved."""
     state = config.stash.get(_state, None)
     if state is None:  # the configuration was refused
         return
@@ -167,7 +168,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one test of each case and memory type; a slow one is asked for."""
+    """Make one test of each case and memory type; of slow cases only with --uffd-slow."""
     if "uffd_case" not in metafunc.fixturenames:
         return
     is_slow_wanted = metafunc.config.getoption("--uffd-slow")
@@ -204,7 +205,8 @@ def run_case(stash: pytest.Stash, name: str, memory: str) -> None:
 
 
 def _watched(case: Case, memory: str, result: dict[str, Any], kmsg: Kmsg) -> None:
-    # No Python runs when a fault is waited for with the GIL held, so nothing less will do.
+    # A thread that waits for a fault with the GIL held stops all Python code, so a timeout in
+    # Python would not fire.
     faulthandler.dump_traceback_later(case.budget_s * SCALE, exit=True, file=_stderr)
     try:
         _run(case, memory, result)
@@ -214,7 +216,7 @@ def _watched(case: Case, memory: str, result: dict[str, Any], kmsg: Kmsg) -> Non
 
 
 def records(kmsg: Kmsg, case: Case) -> list[tuple[int, int, str, bool]]:
-    """Return what a report has of the kernel's log since the last look at it."""
+    """Return the new records of the kernel's log that belong in the report."""
     return [
         (record.sequence, record.priority, record.text, record.is_fatal)
         for record in kmsg.read()
@@ -257,7 +259,7 @@ def check_needs(case: Case, memory: str) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach what the case found to its report, which xdist carries to the controller."""
+    """Attach the case's result to its report, which xdist sends to the controller."""
     report = yield
     result = item.stash.get(_outcome, None)
     if result is None or report.when != "call":
@@ -288,7 +290,7 @@ def _place(excinfo: pytest.ExceptionInfo[BaseException]) -> list[str]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Put a result into the report of the run; in the controller, under xdist."""
+    """Add a result to the report of the run; under xdist, in the controller only."""
     state = _reporting
     if state is None:
         return
@@ -296,12 +298,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if raw is not None and report.when == "call":
         state.add(json.loads(str(raw)))
     elif report.failed and report.when != "call":
-        # Its fixtures failed, or its worker died: the watchdog ends a process that stalls.
+        # Its fixtures failed, or its worker died: the watchdog kills a process that stalls.
         state.add_failure(report.nodeid, report.longreprtext)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the report; a kernel that says it is broken fails the run."""
+    """Write the report; a fatal kernel message fails the run."""
     state = session.config.stash[_state]
     if hasattr(session.config, "workerinput") or not state.report.results:
         return

@@ -1,4 +1,4 @@
-"""Where pytest collects the cases: one test for each case and memory type (layer L5)."""
+"""The module in which pytest collects the cases, one test per case and memory type (layer L5)."""
 
 from __future__ import annotations
 
