@@ -1,7 +1,7 @@
-"""UFFDIO_COPY from a source that no page table maps yet, in every mode (layer L5).
+"""UFFDIO_COPY in each mode from a source that is not mapped in the page tables yet (layer L5).
 
-The kernel copies with page faults off first.  Where the source is not mapped it lets go of its
-locks, faults the source in, and starts again, and must come back with everything it was asked for.
+The kernel first copies with page faults disabled. If the source is not mapped, it releases its
+locks, faults the source in, and starts again, and must then use the same mode and range.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ ORIGIN = "mm/userfaultfd.c: mfill_copy_folio_retry"
 
 @dataclass(frozen=True)
 class Source:
-    """Memory that a page table does not map, or in part.
+    """Memory of which one page or both are not mapped in the page tables.
 
-    `make` returns where it begins and which byte each of its two pages is full of.
+    `make` returns its address and the byte that fills each of its two pages.
     """
 
     name: str
@@ -80,7 +80,7 @@ def _memfd(ctx: Context) -> tuple[int, tuple[int, int]]:
 
 
 def numbered_file(ctx: Context, length: int) -> int:
-    """Map a memfd without mapping its pages, each of which begins with its number from 1 on."""
+    """Map a memfd without faulting its pages in; each page begins with its number, from 1 on."""
     region = ctx.make(length // SMALL_PAGE, "shmem")
     assert region.fd is not None
     pages = range(1, length // SMALL_PAGE + 1)
@@ -90,7 +90,7 @@ def numbered_file(ctx: Context, length: int) -> int:
 
 def _second_memfd(ctx: Context) -> tuple[int, tuple[int, int]]:
     start, values = _memfd(ctx)
-    # One read maps its neighbours too, unless it was asked not to.
+    # Without MADV_RANDOM, one read would map the neighbours too.
     _memory.madvise(start, PAGES * ctx.page, mmap.MADV_RANDOM)
     _memory.touch(start, ctx.page, SMALL_PAGE, write=False)
     return start, values
@@ -129,11 +129,11 @@ def _swapped(ctx: Context) -> tuple[int, tuple[int, int]]:
 SOURCES = (
     Source("fresh", "anonymous memory that was never touched", _fresh),
     Source("second-fresh", "anonymous memory whose second page was never touched", _second_fresh),
-    Source("memfd", "pages of a memfd that nothing maps", _memfd),
-    Source("second-memfd", "pages of a memfd of which the second is not mapped", _second_memfd),
-    Source("disk-file", "a file's pages that are in memory and not mapped", _disk_file),
-    Source("evicted-file", "a file's pages that are not in memory", _evicted_file),
-    Source("swapped", "anonymous memory that is swapped out", _swapped, (needs_swap(),)),
+    Source("memfd", "unmapped pages of a memfd", _memfd),
+    Source("second-memfd", "two pages of a memfd, the second of them not mapped,", _second_memfd),
+    Source("disk-file", "pages of a file that are cached but not mapped", _disk_file),
+    Source("evicted-file", "pages of a file that are not cached", _evicted_file),
+    Source("swapped", "swapped-out anonymous memory", _swapped, (needs_swap(),)),
 )
 
 
@@ -171,7 +171,7 @@ def _asleep(ctx: Context, source: Source) -> None:
     ctx.expect_fault(MISSING_WRITE, region.start)
     answer = ctx.ioctl("COPY", region.start, start, region.length, CopyMode.DONTWAKE)
     ctx.expect("errno and .copy", (answer.errno, answer.result), (0, region.length))
-    ctx.expect("threads that wait after COPY with DONTWAKE", counters(ctx.uffd), (0, 1))
+    ctx.expect("pending and total after COPY with DONTWAKE", counters(ctx.uffd), (0, 1))
     ctx.uffd.wake(region)
     ctx.expect("the write", write.result(), None)
     for index, value in enumerate(values):
@@ -180,9 +180,9 @@ def _asleep(ctx: Context, source: Source) -> None:
 
 Run = Callable[[Context, Source], None]
 MODES: tuple[tuple[str, str, Callable[[MemoryType], Feature], Run], ...] = (
-    ("plain", "brings both pages", missing_features, _plain),
-    ("wp", "with MODE_WP brings both pages, and both protected", missing_wp_features, _protected),
-    ("dontwake", "with DONTWAKE brings both pages and wakes nobody", missing_features, _asleep),
+    ("plain", "fills both pages", missing_features, _plain),
+    ("wp", "with MODE_WP fills both pages and protects both", missing_wp_features, _protected),
+    ("dontwake", "with DONTWAKE fills both pages and wakes nobody", missing_features, _asleep),
 )
 
 
@@ -214,7 +214,7 @@ TIMES = 8
     alone=True,
 )
 def frees_its_huge_page(ctx: Context) -> None:
-    """The huge page that a COPY fills outside of its locks is free again when that fails."""
+    """A COPY that fails frees the huge page that it has allocated."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     source = ctx.make(ctx.page // SMALL_PAGE, "anon")
@@ -223,6 +223,6 @@ def frees_its_huge_page(ctx: Context) -> None:
     for _ in range(TIMES):
         answer = ctx.ioctl("COPY", region.start, source.start, ctx.page)
         ctx.expect("errno", answer.errno, errno.EFAULT)
-    # Programs that do not belong to this suite may take some meanwhile.
+    # Other programs may take some huge pages meanwhile.
     lost = before - free_hugepages()
-    ctx.expect("a huge page is lost each time", lost >= TIMES, False)
+    ctx.expect("whether each COPY lost a huge page", lost >= TIMES, False)

@@ -1,7 +1,7 @@
-"""What the kernel counts for pages that ioctls fill: of a process, a file, a file system (L5).
+"""How filled pages are counted: by process, file, file system and control group (layer L5).
 
-A call that fails must give back what it has taken, or a file system is full one day, and a control
-group at its limit.
+A call that fails must give back what it has taken. Otherwise a file system fills up, or a control
+group reaches its limit.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ MISSING = RegisterMode.MISSING
 MANY, FEW = 1024, 2  # pages, small and huge
 BLOCK = 512  # st_blocks of stat(2)
 TIMES = 3000
-# Counters of a control group go by batches.
+# The kernel updates the counters of a control group in batches.
 NOISE = 4 << 20
 
 
-# Of a process
+# Counters of a process
 
 
 def _counts() -> dict[str, int]:
-    """Return what /proc/self/status says this process has in memory, in bytes."""
+    """Return the RSS counters and HugetlbPages of /proc/self/status, in bytes."""
     found = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -90,7 +90,7 @@ def _add_counted(op: Op) -> None:
         ctx.register(region, op.mode)
         from_ = source.start
         if op is ZEROPAGE:
-            source.close()  # so that pages which have other content are free
+            source.close()  # so that the kernel may take freed pages with other content
         before = _counts()
         answer = ctx.ioctl(op.name, *op.words(region.start, from_, region.length, 0))
         ctx.expect("errno and result", (answer.errno, answer.result), (0, region.length))
@@ -101,9 +101,9 @@ def _add_counted(op: Op) -> None:
                 for at in range(0, region.length, SMALL_PAGE)
             ]
             wanted = list(range(len(numbers)))
-            ctx.expect("every page is where it belongs", numbers == wanted, True)
+            ctx.expect("whether every page has its own number", numbers == wanted, True)
         elif op is ZEROPAGE:
-            ctx.expect("every byte is 0", region.read() == bytes(region.length), True)
+            ctx.expect("whether every byte is 0", region.read() == bytes(region.length), True)
         filled = _counts()
         region.close()
         name = "RssAnon" if op is MOVE else _counted_as(op, ctx.memory)
@@ -111,7 +111,7 @@ def _add_counted(op: Op) -> None:
 
     case(
         f"UFFDIO_{op.name}.ok.counted",
-        summary="Its pages are counted as what they are, and not any more when they are unmapped",
+        summary="Filled pages are added to the right counter, and subtracted when unmapped",
         origin="mm/userfaultfd.c: inc_mm_counter; mm/hugetlb.c: hugetlb_count_add",
         memory=op.memory,
         features=op.features,
@@ -119,7 +119,7 @@ def _add_counted(op: Op) -> None:
 
 
 def _expect_change(ctx: Context, what: str, before: dict[str, int], wanted: dict[str, int]) -> None:
-    """Compare counters; those of small pages may be off by what each CPU has in hand."""
+    """Compare counters; those of small pages may lag, since each CPU batches its changes."""
     after = _counts()
     for name, old in before.items():
         change, want = after[name] - old, wanted.get(name, 0)
@@ -134,7 +134,7 @@ for _op in OPS:
     _add_counted(_op)
 
 
-# Of a file
+# Blocks of a file
 
 
 def _add_blocks(op: Op, memory: tuple[str, ...]) -> None:
@@ -156,9 +156,9 @@ def _add_blocks(op: Op, memory: tuple[str, ...]) -> None:
             return ctx.ioctl(op.name, *words).errno
 
         blocks("at first", 0)
-        ctx.expect("errno", call(0, 2), 0)
+        ctx.expect("errno of two pages", call(0, 2), 0)
         blocks("after two", 2)
-        ctx.expect("errno of the same", call(0, 1), errno.EEXIST)
+        ctx.expect("errno of the first page again", call(0, 1), errno.EEXIST)
         blocks("after EEXIST", 2)
         if op is COPY:
             _memory.mprotect(source.start, source.length, 0)
@@ -169,7 +169,7 @@ def _add_blocks(op: Op, memory: tuple[str, ...]) -> None:
 
     case(
         f"UFFDIO_{op.name}.ok.file-blocks",
-        summary="The file has as many blocks as it has pages, whatever failed in between",
+        summary="The blocks of a file match its pages, also after calls that failed",
         origin="mm/shmem.c: shmem_mfill_atomic_pte; mm/hugetlb.c: hugetlb_mfill_atomic_pte",
         memory=memory,
         features=op.features,
@@ -180,7 +180,7 @@ _add_blocks(COPY, SHARED)
 _add_blocks(ZEROPAGE, ("shmem",))
 
 
-# Of a file system
+# Free space of a file system
 
 
 ROOM = 3  # pages that the file system holds
@@ -195,7 +195,7 @@ GAP = 0x100000  # nothing is mapped there
     needs=[needs_privilege("CAP_SYS_ADMIN"), needs_hugepages(ROOM + 1)],
 )
 def gives_room_back(ctx: Context) -> None:
-    """A COPY that fails leaves as much room in the file system as there was."""
+    """A COPY that fails does not change the free space of the file system."""
     page = ctx.page
     file = ctx.enter(
         small_file_system("hugetlbfs" if ctx.memory.is_hugetlb else "tmpfs", ROOM * page)
@@ -219,27 +219,35 @@ def gives_room_back(ctx: Context) -> None:
 
     def room(when: str, pages: int) -> None:
         seen = os.fstatvfs(file)
-        ctx.expect(f"pages of room {when}", seen.f_bfree * seen.f_bsize // page, pages)
+        ctx.expect(f"free pages {when}", seen.f_bfree * seen.f_bsize // page, pages)
 
     room("at first", ROOM)
     source.fill(1)
-    ctx.expect("errno", copy(0), 0)
+    ctx.expect("errno of the first page", copy(0), 0)
     room("after one", ROOM - 1)
-    # In the file, and no more in the page table.
+    # The page stays in the file, but is no longer mapped.
     _memory.madvise(start, page, mmap.MADV_DONTNEED)
-    ctx.expect("errno of the same", copy(0, times=2 * ROOM), errno.EEXIST)
-    ctx.expect("errno, cold", copy(0, times=2 * ROOM, is_cold=True), errno.EEXIST)
+    ctx.expect("errno of the first page again", copy(0, times=2 * ROOM), errno.EEXIST)
+    ctx.expect(
+        "errno of the first page again, cold source",
+        copy(0, times=2 * ROOM, is_cold=True),
+        errno.EEXIST,
+    )
     room("after EEXIST", ROOM - 1)
-    ctx.expect("errno, no source", copy(1, GAP, 2 * ROOM), errno.EFAULT)
+    ctx.expect("errno of the second page, unmapped source", copy(1, GAP, 2 * ROOM), errno.EFAULT)
     room("after EFAULT", ROOM - 1)
-    ctx.expect("errno, cold source", copy(1, is_cold=True), 0)
-    ctx.expect("errno of the last", copy(2), 0)
+    ctx.expect("errno of the second page, cold source", copy(1, is_cold=True), 0)
+    ctx.expect("errno of the last page that fits", copy(2), 0)
     room("when it is full", 0)
     full = copy(3, times=2 * ROOM)
-    ctx.expect("it fails when it is full", full in (errno.ENOMEM, errno.EEXIST), True)
+    ctx.expect(
+        "whether COPY fails when the file system is full",
+        full in (errno.ENOMEM, errno.EEXIST),
+        True,
+    )
     _memory.fallocate(file, PUNCH_HOLE, page, page)
     room("after a hole was punched", 1)
-    ctx.expect("errno of another", copy(3), 0)
+    ctx.expect("errno of another page", copy(3), 0)
 
 
 @case(
@@ -250,14 +258,14 @@ def gives_room_back(ctx: Context) -> None:
     needs=[needs_privilege("CAP_SYS_ADMIN"), needs_hugepages(2 * ROOM)],
 )
 def keeps_reservation(ctx: Context) -> None:
-    """Huge pages that a mapping has reserved are there for COPY, whatever failed before."""
+    """COPY can use all huge pages that a mapping has reserved, also after calls that failed."""
     page = ctx.page
     file = ctx.enter(small_file_system("hugetlbfs", ROOM * page))
     os.ftruncate(file, ROOM * page)
 
     def room(when: str, pages: int) -> None:
         seen = os.fstatvfs(file)
-        ctx.expect(f"pages of room {when}", seen.f_bfree * seen.f_bsize // page, pages)
+        ctx.expect(f"free pages {when}", seen.f_bfree * seen.f_bsize // page, pages)
 
     room("at first", ROOM)
     flags = mmap.MAP_SHARED if ctx.memory.shared else mmap.MAP_PRIVATE
@@ -270,15 +278,15 @@ def keeps_reservation(ctx: Context) -> None:
         at = start + index * page
         seen = [_raw.ioctl(ctx.uffd, "COPY", at, GAP, page).errno for _ in range(2)]
         if index:
-            source.madvise(mmap.MADV_DONTNEED)  # COPY lets go of its page, and takes another
+            source.madvise(mmap.MADV_DONTNEED)  # COPY frees its huge page and allocates another
         seen += [_raw.ioctl(ctx.uffd, "COPY", at, source.start, page).errno for _ in range(2)]
         wanted = [errno.EFAULT, errno.EFAULT, 0, errno.EEXIST]
         ctx.expect(f"errnos of page {index}", seen, wanted)
         room(f"after page {index}", 0)
     _memory.munmap(start, ROOM * page)
-    room("unmapped", 0 if ctx.memory.shared else ROOM)
+    room("after munmap", 0 if ctx.memory.shared else ROOM)
     os.ftruncate(file, 0)
-    room("at last", ROOM)
+    room("after truncation", ROOM)
 
 
 @case(
@@ -289,7 +297,7 @@ def keeps_reservation(ctx: Context) -> None:
     needs=[needs_privilege("CAP_SYS_ADMIN"), needs_hugepages(ROOM)],
 )
 def continue_lets_go(ctx: Context) -> None:
-    """A huge page that a failing CONTINUE has met is free when its file has let go of it."""
+    """A CONTINUE that fails keeps no reference: truncation frees the huge page."""
     page = ctx.page
     file = ctx.enter(small_file_system("hugetlbfs", ROOM * page))
     os.ftruncate(file, page)
@@ -304,14 +312,14 @@ def continue_lets_go(ctx: Context) -> None:
     _memory.munmap(start, page)
     os.ftruncate(file, 0)
     seen = os.fstatvfs(file)
-    ctx.expect("pages of room", seen.f_bfree * seen.f_bsize // page, ROOM)
+    ctx.expect("free pages after truncation", seen.f_bfree * seen.f_bsize // page, ROOM)
 
 
-# Of a control group
+# Memory charged to a control group
 
 
 def _growth(ctx: Context, act: Callable[[], None]) -> None:
-    """Fail if what is done leaves memory charged to the control group, beyond noise."""
+    """Fail if `act` leaves memory charged to the control group, beyond noise."""
     with limited_memory(1 << 40):
         _, group = memory_group()
         names = ("memory.current", "memory.usage_in_bytes")
@@ -331,7 +339,7 @@ def _growth(ctx: Context, act: Callable[[], None]) -> None:
     needs=[needs_memcg()],
 )
 def frees_its_page(ctx: Context) -> None:
-    """COPY onto a page that is there frees the page that it had filled, thousands of times."""
+    """COPY to a page that is present frees the page that it has allocated (3000 times)."""
     region, source = ctx.make(2), ctx.make(1, "anon")
     source.fill(1)
     ctx.register(region, MISSING)
@@ -353,7 +361,7 @@ def frees_its_page(ctx: Context) -> None:
     needs=[needs_memcg()],
 )
 def continued_can_go(ctx: Context) -> None:
-    """Pages that a failing CONTINUE has met are freed with their file, thousands of them."""
+    """A CONTINUE that fails keeps no reference: closing the file frees its pages (3000 of them)."""
     ctx.open()
 
     def fail() -> None:
@@ -377,7 +385,7 @@ def continued_can_go(ctx: Context) -> None:
     needs=[needs_memcg(), needs_pin()],
 )
 def moved_can_go(ctx: Context) -> None:
-    """Pages that MOVE has found pinned are freed afterwards, thousands of them."""
+    """A MOVE that fails keeps no reference: pinned pages are freed afterwards (3000 of them)."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
 

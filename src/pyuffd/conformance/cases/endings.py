@@ -1,7 +1,7 @@
-"""Faults and events that nobody answers: a thread is killed, a descriptor closed (layer L5).
+"""Faults and events that end unanswered: a thread is killed, or the descriptor closed (layer L5).
 
-A fork whose event nobody reads is not here: its child has a copy of the descriptor already, so
-closing it lets nobody go on. Besides, a mapping that grows: its new pages are registered, too.
+There is no case of a fork with an unread event: the child has a copy of the descriptor already, so
+closing it wakes nobody. One more case is of mremap(2), which grows a registered mapping.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ FORK = Feature.EVENT_FORK
     features=lambda memory: missing_features(memory) | FORK,
 )
 def killed(ctx: Context) -> None:
-    """A process that waits for a fault can be killed, and is not counted any more."""
+    """A process that waits for a fault can be killed, and fdinfo no longer counts it."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     child = ctx.fork()
     assert child.uffd is not None
     reading = ctx.start(child.read, region.start, 1)
     ctx.expect_fault(MISSING_READ, region.start, child.uffd)
-    ctx.expect("threads that wait", counters(child.uffd), (0, 1))
+    ctx.expect("pending and total before SIGKILL", counters(child.uffd), (0, 1))
     os.kill(child.pid, signal.SIGKILL)
     deadline = time.monotonic() + WAIT_S
     while counters(child.uffd) != (0, 0) and time.monotonic() < deadline:
         os.sched_yield()
-    ctx.expect("threads that wait after SIGKILL", counters(child.uffd), (0, 0))
+    ctx.expect("pending and total after SIGKILL", counters(child.uffd), (0, 0))
     try:
         reading.result()
     except OSError:
         return  # the child is gone
-    ctx.fail("the read", "over", "the end of the child")
+    ctx.fail("the read of the killed child", "a result", "none, since the child has ended")
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call in a child that sends an event and waits until that is read."""
+    """A call in a child that sends an event and waits until the event is read."""
 
     name: str
     feature: Feature
@@ -94,16 +94,16 @@ def _add(call: Call) -> None:
         assert child.uffd is not None
         waiting = ctx.start(child.syscall, *call.arguments(region, other))
         ctx.wait_readable(child.uffd)
-        ctx.expect("the call is over", waiting.done, False)
+        ctx.expect("whether the call returned before the close", waiting.done, False)
         child.uffd.close()
-        ctx.expect("the call", waiting.result() >= 0, True)
-        # Nothing is registered any more, so nobody is asked.
+        ctx.expect("whether the call succeeded", waiting.result() >= 0, True)
+        # Nothing is registered now, so a read sends no message.
         second = region.start + ctx.page
         ctx.expect("byte in the child", ctx.silently(child.read, second, 1), b"\0")
 
     case(
         f"close.ok.unread-{call.name}",
-        summary=f"The last close lets a call go on whose {call.feature.name} nobody has read",
+        summary=f"The last close lets a call with an unread {call.feature.name} return",
         origin="fs/userfaultfd.c: userfaultfd_event_wait_completion, userfaultfd_release",
         memory=SMALL,
         features=lambda memory: missing_features(memory) | FORK | call.feature,
@@ -121,7 +121,7 @@ for _call in CALLS:
     features=missing_features,
 )
 def grows(ctx: Context) -> None:
-    """A registered mapping that grows in its place is registered in its new pages, too."""
+    """The pages that mremap(2) adds to a registered mapping are registered too."""
     start = reserve(ctx, 2 * ctx.page)
     region = ctx.make(2)
     fd = -1 if region.fd is None else region.fd

@@ -1,7 +1,7 @@
-"""Where the ioctls that fill put their pages, and what they leave alone (layer L5).
+"""Which page of a file the filling ioctls fill, and with which access rights (layer L5).
 
-The right page of the file behind a mapping, with the rights of the mapping; the file itself where
-the mapping is private; the last page of a file that ends inside it.
+A page is filled at the right offset of the file and with the rights of the mapping. A private
+mapping leaves the file alone. A file that ends inside a page has that page.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ SYS_MLOCK2, MLOCK_ONFAULT = 325, 1
 KPF_MLOCKED = 1 << 33  # include/linux/kernel-page-flags.h
 
 
-# Memory that is locked
+# Locked memory
 
 
 @case(
     "UFFDIO_COPY.ok.locked",
     origin="mm/userfaultfd.c: mfill_atomic_install_pte, folio_add_lru_vma",
-    # Of pages of files, locking is left to reclaim before Linux 5.18.
+    # Before Linux 5.18, file pages are marked only by reclaim.
     memory=("anon", "shmem-private"),
     features=missing_features,
     needs=[needs_privilege("CAP_SYS_ADMIN")],
 )
 def locked(ctx: Context) -> None:
-    """A page that comes into memory which mlock2(2) has locked is out of reclaim's reach."""
+    """A page that COPY fills in memory locked by mlock2(2) is locked too."""
     region = ctx.make(1)
     answer = syscall(SYS_MLOCK2, region.start, region.length, MLOCK_ONFAULT)
     ctx.expect("mlock2", answer, 0)
@@ -73,10 +73,10 @@ def locked(ctx: Context) -> None:
     with open("/proc/kpageflags", "rb", buffering=0) as flags:
         found = os.pread(flags.fileno(), 8, 8 * frame(region.start))
     is_locked = int.from_bytes(found, "little") & KPF_MLOCKED != 0
-    ctx.expect("the page is locked", is_locked, True)
+    ctx.expect("whether the page has KPF_MLOCKED", is_locked, True)
 
 
-# A mapping that does not begin where its file does
+# A mapping that begins at an offset in its file
 
 
 def _later_part(ctx: Context) -> tuple[Region, int]:
@@ -91,7 +91,7 @@ def _later_part(ctx: Context) -> tuple[Region, int]:
 
 
 def _pages_of(ctx: Context, file: Region) -> list[int]:
-    """Return which pages a file of small pages has."""
+    """Return the numbers of the pages that a file of small pages has."""
     assert file.fd is not None
     found: list[int] = []
     at = 0
@@ -126,7 +126,7 @@ def _add_offset(op: Op, memory: tuple[str, ...]) -> None:
 
     case(
         f"UFFDIO_{op.name}.ok.file-offset",
-        summary="Of a mapping that begins in the middle of its file the right page is filled",
+        summary="In a mapping that begins inside its file, the right page of the file is filled",
         origin="mm/userfaultfd.c: linear_page_index",
         memory=memory,
         features=op.features,
@@ -151,7 +151,7 @@ def _numbered(ctx: Context, file: Region) -> None:
     features=minor_features,
 )
 def continue_offset(ctx: Context) -> None:
-    """Of a mapping that begins in the middle of its file the right page is mapped."""
+    """In a mapping that begins inside its file, CONTINUE maps the right page of the file."""
     file, start = _later_part(ctx)
     _numbered(ctx, file)
     ctx.open().register(start, (PAGES - FIRST) * ctx.page, mode=MINOR)
@@ -171,7 +171,7 @@ def continue_offset(ctx: Context) -> None:
     features=missing_features,
 )
 def fault_offset(ctx: Context) -> None:
-    """Of a mapping that begins in the middle of its file, pages are missing that the file lacks."""
+    """In a mapping that begins inside its file, the pages that the file lacks are missing."""
     file, start = _later_part(ctx)
     assert file.fd is not None
     with Region.file(file.fd, file.length) as view:
@@ -196,12 +196,12 @@ def _add_last_page(op: Op) -> None:
         os.ftruncate(target.region.fd, ctx.page + 100)
         target.expect(0, ctx.page, at=ctx.page)
         beyond = target.call(at=2 * ctx.page)
-        ctx.expect("the page behind it is filled", beyond.errno == 0, False)
+        ctx.expect("whether the page beyond the end is filled", beyond.errno == 0, False)
         target.expect(errno.EAGAIN, ctx.page, length=3 * ctx.page)
 
     case(
         f"UFFDIO_{op.name}.ok.last-page-in-part",
-        summary="A file that ends inside a page has that page, and it can be filled",
+        summary="If the file ends inside a page, that page can be filled",
         origin="mm/userfaultfd.c: mfill_file_over_size",
         memory=SHMEM,
         features=op.features,
@@ -234,7 +234,7 @@ def _add_read_only(op: Op) -> None:
 
     case(
         f"UFFDIO_{op.name}.ok.read-only-mapping",
-        summary="What is filled where the mapping may only be read can be read, and not written",
+        summary="A page filled in a read-only mapping can be read, but not written",
         origin="mm/userfaultfd.c: mfill_atomic_install_pte; mm/hugetlb.c",
         memory=op.memory,
         features=op.features,
@@ -245,7 +245,7 @@ for _op in (COPY, ZEROPAGE, CONTINUE):
     _add_read_only(_op)
 
 
-# What nobody has written since must still be written back, or it is lost
+# A filled page must be dirty, or reclaim drops it
 
 
 def _add_reclaimed(op: Op, *, read_only: bool, memory: tuple[str, ...]) -> None:
@@ -263,8 +263,8 @@ def _add_reclaimed(op: Op, *, read_only: bool, memory: tuple[str, ...]) -> None:
     where = "read-only-mapping-reclaimed" if read_only else "reclaimed"
     case(
         f"UFFDIO_{op.name}.ok.{where}",
-        summary="What is filled and nobody writes is there after reclaim"
-        + (", also where nobody may write it" if read_only else ""),
+        summary="A page that is filled and never written keeps its content through reclaim"
+        + (", also in a read-only mapping" if read_only else ""),
         origin="mm/userfaultfd.c: mfill_atomic_install_pte, pte_mkdirty",
         memory=memory,
         features=op.features,
@@ -284,7 +284,7 @@ _add_reclaimed(ZEROPAGE, read_only=True, memory=("shmem",))
     features=minor_features,
 )
 def private_leaves_file(ctx: Context) -> None:
-    """A page of the file that CONTINUE maps privately is copied when it is written."""
+    """A write to a file page that CONTINUE mapped privately does not change the file."""
     region = ctx.make(1)
     assert region.fd is not None
     in_page_cache(region, IN_FILE)
@@ -305,7 +305,7 @@ def private_leaves_file(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def pages_of_huge(ctx: Context) -> None:
-    """Of a file's huge page CONTINUE maps the small pages that it was asked for."""
+    """CONTINUE of a part of a file's huge page maps the right small pages."""
     region = ctx.make(HUGE_PAGE // SMALL_PAGE)
     assert region.fd is not None
     ctx.register(region, MINOR)

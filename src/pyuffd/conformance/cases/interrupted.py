@@ -1,4 +1,4 @@
-"""Signals and changes while a thread waits for a fault or an event to be answered (layer L5)."""
+"""Signals and layout changes while a thread waits for a fault or an event (layer L5)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 SYS_MUNMAP = 11
 MISSING = RegisterMode.MISSING
 STOPPED = "T"
-# How long a process that must not stop is watched.
+# How long to watch a process that must not stop.
 WATCHED_S = 0.02
 
 
@@ -76,7 +76,7 @@ def _add_stopped(name: str, flags: int, mode: RegisterMode) -> None:
         expect_fault(ctx, access, flags, region.start, uffd)
         os.kill(child.pid, signal.SIGSTOP)
         _wait_state(ctx, child.pid, STOPPED)
-        ctx.expect("threads that wait while it is stopped", counters(uffd), (0, 0))
+        ctx.expect("pending and total while the process is stopped", counters(uffd), (0, 0))
         os.kill(child.pid, signal.SIGCONT)
         expect_fault(ctx, access, flags, region.start, uffd)
         if flags == WP_WRITE:
@@ -88,7 +88,7 @@ def _add_stopped(name: str, flags: int, mode: RegisterMode) -> None:
 
     case(
         f"fault.ok.stopped-{name}",
-        summary=f"A process that waits for a {name} fault can be stopped; it asks again afterwards",
+        summary=f"A process that waits for a {name} fault can be stopped, and faults again later",
         origin="fs/userfaultfd.c: userfaultfd_get_blocking_state",
         memory=ALL,
         features=_with_fork,
@@ -106,7 +106,7 @@ _add_stopped("write-protect", WP_WRITE, RegisterMode.WP)
     features=lambda memory: missing_features(memory) | Feature.EVENT_FORK | Feature.EVENT_UNMAP,
 )
 def event_stopped(ctx: Context) -> None:
-    """A process whose event is unread cannot be stopped: the event stays until it is read."""
+    """A process whose event is unread cannot be stopped, and the event stays queued."""
     region = ctx.make(2)
     ctx.register(region, MISSING)
     child = ctx.fork()
@@ -154,12 +154,12 @@ def event_killed(ctx: Context) -> None:
     memory=ANON,
     features=Feature.EVENT_REMOVE,
     variants=[
-        Variant("repeated", "the second part has an event of its own, and goes, too"),
-        Variant("left", "the second part is left as it was; no feature bit tells"),
+        Variant("repeated", "the second part is dropped with an event of its own"),
+        Variant("left", "the second part is not dropped; no feature bit tells"),
     ],
 )
 def changed_meanwhile(ctx: Context) -> None:
-    """Where the mapping is split while the event is unread, each part goes by its own event."""
+    """If the mapping is split while the event is unread, the rest is dropped with another event."""
     region = ctx.make(3)
     region.fill(1)
     ctx.register(region, MISSING)
@@ -178,8 +178,8 @@ def changed_meanwhile(ctx: Context) -> None:
     ctx.expect_variant("further events", more, repeated=second, left=[])
     ctx.expect_pagemap(pages[0], HOLE)
     states = {"repeated": HOLE, "left": "P????"}
-    ctx.expect_variant("pagemap of the second", ctx.pagemap(pages[1]), **states)
-    ctx.expect("byte behind what was to be dropped", ctx.silently(ctx.read, pages[2]), b"\1")
+    ctx.expect_variant("pagemap of the second page", ctx.pagemap(pages[1]), **states)
+    ctx.expect("byte behind the dropped range", ctx.silently(ctx.read, pages[2]), b"\1")
 
 
 @case(
@@ -189,7 +189,7 @@ def changed_meanwhile(ctx: Context) -> None:
     features=Feature.EVENT_REMOVE | Feature.PAGEFAULT_FLAG_WP,
 )
 def remove_each(ctx: Context) -> None:
-    """MADV_DONTNEED of two mappings is an event for each, one after the other."""
+    """MADV_DONTNEED of two mappings sends an event for each, one after the other."""
     region = ctx.make(4)
     region.fill(1)
     middle = region.start + 2 * ctx.page
@@ -204,7 +204,7 @@ def remove_each(ctx: Context) -> None:
         ctx.expect("the event", ctx.expect_event(Remove), remove)
     dropping.result()
     states = [ctx.bits(region.start + index * ctx.page) >> 63 & 1 for index in range(4)]
-    ctx.expect("pages that are there", states, [1, 0, 0, 1])
+    ctx.expect("which pages are present", states, [1, 0, 0, 1])
 
 
 @case(
@@ -214,7 +214,7 @@ def remove_each(ctx: Context) -> None:
     features=lambda memory: missing_features(memory) | Feature.EVENT_REMOVE,
 )
 def remove_part(ctx: Context) -> None:
-    """MADV_REMOVE of one page of three drops that page of the file, and no other."""
+    """MADV_REMOVE of one page of three drops only that page of the file."""
     region = ctx.make(3)
     region.fill(1)
     ctx.register(region, MISSING)
@@ -243,7 +243,7 @@ def remove_part(ctx: Context) -> None:
     ],
 )
 def part_of_huge(ctx: Context) -> None:
-    """MADV_DONTNEED of a huge page and a part of the next drops, and tells of, the first only."""
+    """MADV_DONTNEED of a huge page and a part of the next drops, and reports, only the first."""
     region = ctx.make(2)
     region.fill(1)
     ctx.register(region, MISSING)
@@ -255,13 +255,15 @@ def part_of_huge(ctx: Context) -> None:
             return error.errno or errno.EIO
         return 0
 
-    ctx.expect_variant("errno of a part", ctx.silently(drop, SMALL_PAGE), whole=0, refused=22)
+    ctx.expect_variant(
+        "errno of a part of a huge page", ctx.silently(drop, SMALL_PAGE), whole=0, refused=22
+    )
     ctx.expect_pagemap(region.start, "P????")
     if ctx.variant == "refused":
         return
     dropping = ctx.start(drop, ctx.page + SMALL_PAGE)
     event = ctx.expect_event(Remove)
     ctx.expect("the event", event, Remove(region.start, region.start + ctx.page))
-    ctx.expect("errno", dropping.result(), 0)
+    ctx.expect("errno of a huge page and a part", dropping.result(), 0)
     ctx.expect_pagemap(region.start, HOLE)
     ctx.expect_pagemap(region.start + ctx.page, "P????")

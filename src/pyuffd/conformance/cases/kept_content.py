@@ -1,7 +1,8 @@
-"""Content that only a dirty bit of the page table tells of, through what may lose that bit (L5).
+"""Written content of which only the dirty bit in the page table tells (layer L5).
 
-A page that has come back from swap is clean, with a copy in swap, until it is written; then its
-page table alone knows. What changes the entry must keep that, or reclaim brings the old copy.
+A page that was swapped in is clean, with a copy in swap. If it is then written, only the dirty bit
+in its page table entry shows that. A change of the entry that loses the bit loses the content:
+reclaim drops the page, and the next access swaps the old copy in.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ from pyuffd.testing._need import needs_swap
 
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 MEMORY = ("anon", "shmem-private")
-SKEW = 24  # bytes by which a source is unaligned
+SKEW = 24  # bytes from the page boundary to an unaligned source
 CODE = ctypes.CFUNCTYPE(ctypes.c_int)
 RETURNS_42 = b"\xb8\x2a\0\0\0\xc3"  # mov $42, %eax; ret
 
 
 @dataclass(frozen=True)
 class Change:
-    """Something that changes the entry of a protected page; it returns where the page is then."""
+    """A change of the entry of a protected page; `act` returns the new address of the page."""
 
     name: str
     text: str
@@ -113,19 +114,17 @@ CHANGES = (
     Change("UFFDIO_WRITEPROTECT.ok.off-keeps-written", "protected and unprotected", _unprotect),
     Change("UFFDIO_UNREGISTER.ok.keeps-written", "protected and unregistered", _unregister),
     Change("close.ok.keeps-written", "protected until the userfaultfd was closed", _close),
-    Change(
-        "mprotect.ok.keeps-written", "protected and closed to all access for a while", _mprotect
-    ),
+    Change("mprotect.ok.keeps-written", "protected and made inaccessible for a while", _mprotect),
     Change("clear_refs.ok.keeps-written", "protected and cleared by clear_refs", _clear_refs),
-    Change("madvise.ok.keeps-written", "protected and said to be cold by MADV_COLD", _cold),
-    Change("fork.ok.keeps-written", "protected and shared with a fork", _fork, Feature.EVENT_FORK),
+    Change("madvise.ok.keeps-written", "protected and marked cold by MADV_COLD", _cold),
+    Change("fork.ok.keeps-written", "protected and shared by fork", _fork, Feature.EVENT_FORK),
     Change("mremap.without-event.keeps-written", "protected and moved", _mremap),
     Change("mremap.with-event.keeps-written", "protected and moved", _mremap, Feature.EVENT_REMAP),
 )
 
 
 def _written_over_its_copy(ctx: Context) -> Region:
-    """Return a page that was written after it had come back from swap, where its copy may be."""
+    """Make a page that was swapped in and then written, so that swap may have its old content."""
     in_one_place(ctx)
     region = ctx.make(1)
     region.fill(DATA)
@@ -146,8 +145,8 @@ def _add(change: Change) -> None:
 
     case(
         change.name,
-        summary=f"What was written to a page with a copy in swap, then {change.text}, is there"
-        " after reclaim",
+        summary=f"A page with an old copy in swap, written and then {change.text}, keeps what was"
+        " written through reclaim",
         origin="mm/mprotect.c, mm/mremap.c, mm/memory.c: the dirty bit of what they change",
         memory=MEMORY,
         features=lambda memory: wp_features(memory) | change.features,
@@ -163,14 +162,14 @@ def _add_scan(name: str, asked: dict[str, int]) -> None:
     def run(ctx: Context) -> None:
         region = _written_over_its_copy(ctx)
         scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), **asked)
-        ctx.expect("bit", ctx.is_protected(region.start), True)
+        ctx.expect("whether the page is protected", ctx.is_protected(region.start), True)
         page_out(ctx, region)
         expect_read(ctx, region.start, WRITTEN)
 
     case(
         f"PAGEMAP_SCAN.ok.keeps-written-{name}",
-        summary="What was written to a page with a copy in swap, then protected by a scan"
-        f" ({name} reported), is there after reclaim",
+        summary="A page with an old copy in swap, written and then protected by a scan"
+        f" ({name} reported), keeps what was written through reclaim",
         origin="fs/proc/task_mmu.c: make_uffd_wp_pte",
         memory=MEMORY,
         features=FEATURES,
@@ -183,7 +182,7 @@ for _name, _asked in QUESTIONS:
         _add_scan(_name, _asked)
 
 
-# What COPY brings from a source that is not mapped yet, small page by small page
+# COPY from a source that is not mapped yet, checked small page by small page
 
 
 @case(
@@ -192,7 +191,7 @@ for _name, _asked in QUESTIONS:
     features=missing_features,
 )
 def cold_numbered(ctx: Context) -> None:
-    """Every small page of an unmapped source arrives in its place, aligned or not."""
+    """COPY puts each small page of an unmapped source in its place, aligned or not."""
     for skew in (0, SKEW):
         region = ctx.make(2)
         ctx.register(region, MISSING)
@@ -202,16 +201,18 @@ def cold_numbered(ctx: Context) -> None:
         steps = range(0, region.length, SMALL_PAGE)
         seen = [int.from_bytes(region.read(at, 8), "little") for at in steps]
         wanted = [0 if skew else index + 1 for index in range(len(seen))]
-        ctx.expect("first words of the small pages are right", seen == wanted, True)
+        ctx.expect("whether the first words of the small pages are right", seen == wanted, True)
         at = SMALL_PAGE - skew
         if skew:
             last = [int.from_bytes(region.read(each + at, 8), "little") for each in steps[:-1]]
             wanted = [index + 2 for index in range(len(last))]
-            ctx.expect("words that were at their beginning are right", last == wanted, True)
+            ctx.expect(
+                "whether the words from the source's page starts are right", last == wanted, True
+            )
         ctx.release()
 
 
-# Pages without content of their own
+# Other missing pages
 
 
 @case(
@@ -222,7 +223,7 @@ def cold_numbered(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def freed(ctx: Context) -> None:
-    """A page that MADV_FREE lets reclaim drop, protected or not, is missing afterwards."""
+    """A page that reclaim drops after MADV_FREE, protected or not, is missing."""
     in_one_place(ctx)
     region = ctx.make(2)
     region.advise_thp(False)
@@ -242,11 +243,11 @@ def freed(ctx: Context) -> None:
 
 @case("fault.missing.execute", origin="arch/x86/mm/fault.c", features=missing_features)
 def execute(ctx: Context) -> None:
-    """Running code in a missing page asks for it as reading does."""
+    """Executing code in a missing page sends the message of a read."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     _memory.mprotect(region.start, region.length, mmap.PROT_READ | mmap.PROT_EXEC)
     running = ctx.start(CODE(region.start))
     expect_fault(ctx, running, MISSING_READ, region.start)
     ctx.uffd.copy(region.start, RETURNS_42.ljust(ctx.page, b"\0"))
-    ctx.expect("what it returned", running.result(), 42)
+    ctx.expect("return value of the code", running.result(), 42)

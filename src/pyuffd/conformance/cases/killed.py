@@ -44,7 +44,7 @@ MISSING = RegisterMode.MISSING
 VALUE = 0x55
 ANON_SHARED = "2"  # core(5): coredump_filter
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
-MANY = {False: 4096, True: 8}  # pages, small and huge: some milliseconds' work
+MANY = {False: 4096, True: 8}  # pages, small and huge: to fill them takes some milliseconds
 
 
 def _with_fork(memory: MemoryType) -> Feature:
@@ -60,7 +60,7 @@ def _wait(ctx: Context, what: str, reached: Callable[[], bool]) -> None:
 
 
 def _hand_over(ctx: Context, child: Child) -> int:
-    """Give a child the userfaultfd, which it has closed; return its number there."""
+    """Give a child the userfaultfd, which it closed after the fork; return its number there."""
     pidfd = child.syscall(SYS_PIDFD_OPEN, os.getpid(), 0)
     fd = child.syscall(SYS_PIDFD_GETFD, pidfd, ctx.uffd.fileno(), 0) if pidfd >= 0 else pidfd
     if fd < 0:
@@ -73,7 +73,7 @@ def _hand_over(ctx: Context, child: Child) -> int:
 
 @dataclass(frozen=True)
 class Fill:
-    """An ioctl that fills many pages; `source` says whether it has one."""
+    """An ioctl that fills many pages; `source` says whether it reads a source."""
 
     name: str
     memory: tuple[str, ...]
@@ -89,7 +89,7 @@ FILLS = (
 
 
 def _filled(region: Region, pages: int) -> list[bool]:
-    """Return which of the first pages are there, or poisoned."""
+    """Return which of the first pages are present or poisoned."""
     step = region.page_size // SMALL_PAGE
     with Pagemap() as pagemap:
         entries = list(pagemap.read(region.start, pages * region.page_size))
@@ -114,18 +114,22 @@ def _add_killed(fill: Fill) -> None:
         _wait(ctx, "the first page", lambda: _filled(region, 1)[0])
         os.kill(child.pid, signal.SIGKILL)
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        with contextlib.suppress(OSError):  # the child is gone, unless it was over before
+        with contextlib.suppress(OSError):  # the child is gone, unless it had finished
             filling.result()
         filled = _filled(region, pages)
         count = sum(filled)
-        ctx.expect("the pages filled are the first ones", filled[:count], [True] * count)
+        ctx.expect("which of the first pages are filled", filled[:count], [True] * count)
         if fill.source:
             same = ctx.silently(ctx.read, region.start, count * ctx.page)
-            ctx.expect("their content is whole", same == bytes([VALUE]) * count * ctx.page, True)
-        # Whatever was locked is not any more.
+            ctx.expect(
+                "whether the filled pages have their content",
+                same == bytes([VALUE]) * count * ctx.page,
+                True,
+            )
+        # The killed call has released its locks.
         if count < pages:
             copied = ctx.uffd.copy(region.start + count * ctx.page, bytes(ctx.page))
-            ctx.expect("bytes filled behind them", copied, ctx.page)
+            ctx.expect("bytes that COPY fills after the kill", copied, ctx.page)
         ctx.expect_quiet()
 
     case(
@@ -133,8 +137,8 @@ def _add_killed(fill: Fill) -> None:
         origin="mm/userfaultfd.c: mfill_atomic, EINTR",
         memory=fill.memory,
         features=fill.features,
-        summary="A process killed in the middle of it leaves the first pages filled, whole, and"
-        " the rest missing",
+        summary="A process killed during the call leaves the first pages filled and whole, and the"
+        " rest missing",
     )(run)
 
 
@@ -148,11 +152,11 @@ for _fill in FILLS:
     features=_with_fork,
 )
 def signal_pending(ctx: Context) -> None:
-    """A signal that is not fatal lets a COPY of several pages finish first."""
+    """A COPY of several pages is not cut short by a signal that is not fatal."""
     pages = 3
     region = ctx.make(pages)
     argument = ctx.make(1, "anon")
-    # The source is the child's, and misses its first small page there.
+    # The child reads the source, whose first small page is missing in the child.
     source = ctx.make(region.length // SMALL_PAGE, "anon")
     source.advise_thp(False)
     words = (region.start, source.start, region.length, 0, 0)
@@ -168,17 +172,17 @@ def signal_pending(ctx: Context) -> None:
     copying = ctx.start(child.syscall, *call)
     ctx.expect_fault(MISSING_READ, source.start, own)
     os.kill(child.pid, signal.SIGSTOP)
-    # Its sleep ends, and it asks again and again until it is answered.
+    # The signal ends the wait for the source, and the page faults again until it is filled.
     ctx.expect_fault(MISSING_READ, source.start, own)
     own.copy(source.start, bytes([VALUE]) * SMALL_PAGE)
     _wait(ctx, "the child's stop", lambda: _state(child.pid) == "T")
     os.kill(child.pid, signal.SIGCONT)
     ctx.expect("result of the child's COPY", copying.result(), 0)
     same = ctx.silently(ctx.read, region.start, region.length)
-    ctx.expect("all pages are there", same == bytes([VALUE]) * region.length, True)
+    ctx.expect("whether all pages have their content", same == bytes([VALUE]) * region.length, True)
 
 
-# A fork that nobody is told of
+# A fork whose event is not read
 
 
 @case("fork.ok.killed-unread", origin="fs/userfaultfd.c: release_new_ctx", features=_with_fork)
@@ -194,9 +198,9 @@ def killed_unread(ctx: Context) -> None:
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     ctx.expect_quiet(child.uffd)
     ctx.expect_errno(errno.EAGAIN, os.read, child.uffd.fileno(), MESSAGE_SIZE)
-    # The layout is not changing any more: the owner is gone, and nothing says EAGAIN.
+    # The layout is no longer changing, so the errno is that of an ended process, and not EAGAIN.
     answer = ctx.ioctl("ZEROPAGE", region.start, ctx.page, 0, 0, uffd=child.uffd)
-    ctx.expect("errno of a fill", answer.errno, errno.ESRCH)
+    ctx.expect("errno of ZEROPAGE", answer.errno, errno.ESRCH)
 
 
 def _forking(child: Child) -> int:
@@ -210,7 +214,7 @@ def _forking(child: Child) -> int:
 
 @case("read.ok.stopped-and-continued", origin="fs/userfaultfd.c: ERESTARTSYS", memory=ANY)
 def stopped(ctx: Context) -> None:
-    """A blocking read of a process that is stopped and continued goes on waiting."""
+    """A blocking read goes on waiting after its process is stopped and continued."""
     region, buffer = ctx.make(1), ctx.make(1, "shmem")
     ctx.open()
     child = ctx.fork_only()
@@ -221,10 +225,10 @@ def stopped(ctx: Context) -> None:
     _wait(ctx, "the child's sleep", lambda: _state(child.pid) == "S")
     os.kill(child.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)
-    ctx.expect("the read is over", reading.done, False)
+    ctx.expect("whether the read returned after SIGSTOP", reading.done, False)
     os.kill(child.pid, signal.SIGCONT)
     access = ctx.start(ctx.read, region.start)
-    ctx.expect("the read", reading.result(), MESSAGE_SIZE)
+    ctx.expect("bytes read", reading.result(), MESSAGE_SIZE)
     event, flags, address = struct.unpack_from("=B7xQQ", buffer.read(0, MESSAGE_SIZE))
     ctx.expect("the message", (event, flags, address), (0x12, MISSING_READ, region.start))
     os.set_blocking(ctx.uffd.fileno(), False)
@@ -236,7 +240,7 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-# Faults of the kernel's own, on behalf of a process that ends
+# Faults of the kernel itself on behalf of a process that ends
 
 
 def _end_with_tid_at(address: int, over: threading.Lock) -> None:
@@ -245,10 +249,10 @@ def _end_with_tid_at(address: int, over: threading.Lock) -> None:
 
 
 def exit_with_tid_in_missing_memory(features: int) -> list[int]:
-    """Let a thread end whose clear_child_tid is in missing memory; for `run_child`.
+    """End a thread whose clear_child_tid is in missing memory; for `run_child`.
 
     Returns:
-        How many messages are unread, the threads that wait, and those that are left of the one.
+        The numbers of unread messages, of threads that wait, and of threads that did not end.
     """
     with Region.anonymous(SMALL_PAGE) as region, Userfaultfd(features=Feature(features)) as uffd:
         uffd.register(region, mode=MISSING)
@@ -257,7 +261,7 @@ def exit_with_tid_in_missing_memory(features: int) -> list[int]:
         over.acquire()
         # Not a Thread: since Python 3.13 join() waits until the kernel has cleared the id.
         _thread.start_new_thread(_end_with_tid_at, (region.start, over))
-        over.acquire()  # over for Python, and about to be for the kernel
+        over.acquire()  # Python has finished with the thread, and the kernel is about to
         deadline = time.monotonic() + WAIT_S
         while left := set(os.listdir("/proc/self/task")) - before:
             if time.monotonic() > deadline:
@@ -268,9 +272,9 @@ def exit_with_tid_in_missing_memory(features: int) -> list[int]:
 
 @case("fault.ok.exit", origin="fs/userfaultfd.c: handle_userfault, PF_EXITING", memory=ANY)
 def exit_clears(ctx: Context) -> None:
-    """A thread that ends asks nobody for the page in which the kernel is to clear its number."""
+    """A thread ends without a message if clear_child_tid is in a missing page."""
     child = ctx.run_child(exit_with_tid_in_missing_memory, 0)
-    ctx.expect("messages unread, threads that wait, threads left", child.value, [0, 0, 0])
+    ctx.expect("pending and total, and threads that did not end", child.value, [0, 0, 0])
 
 
 @case(
@@ -280,7 +284,7 @@ def exit_clears(ctx: Context) -> None:
     features=_with_fork,
 )
 def core_dump(ctx: Context) -> None:
-    """A process that dumps its core leaves missing pages out, and asks nobody for them."""
+    """A core dump leaves out missing pages, and sends no message for them."""
     if not CORE_PATTERN.exists():
         ctx.lack("core_pattern", "the kernel has no CONFIG_COREDUMP")
     if "|" in (pattern := CORE_PATTERN.read_text()) or "/" in pattern:
@@ -299,13 +303,13 @@ def core_dump(ctx: Context) -> None:
     Path(f"/proc/{child.pid}/coredump_filter").write_text(ANON_SHARED)
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(child.pid, resource.RLIMIT_CORE, unlimited)
-    os.kill(child.pid, signal.SIGXCPU)  # one that nobody ignores
+    os.kill(child.pid, signal.SIGXCPU)  # a signal that no runtime ignores
     ended = ctx.start(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT).result()
     assert ended is not None
-    ctx.expect("how it ended", ended.si_code, os.CLD_DUMPED)
+    ctx.expect("si_code of the child's end", ended.si_code, os.CLD_DUMPED)
     ctx.expect_quiet(child.uffd)
     cores = list(Path(folder).iterdir())
-    ctx.expect("cores", len(cores), 1)
+    ctx.expect("number of cores", len(cores), 1)
     with cores[0].open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as core:
         found = core.find(bytes([VALUE]) * ctx.page) >= 0
-    ctx.expect("the page that is there is in the core", found, True)
+    ctx.expect("whether the core has the page that is present", found, True)

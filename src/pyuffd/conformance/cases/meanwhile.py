@@ -1,6 +1,6 @@
-"""What changes while a thread waits for a fault, or COPY for its source, or two events (layer L5).
+"""Changes while a thread waits for a fault, or COPY for its source; two unread events (layer L5).
 
-A thread that waits holds no lock, so the kernel must check again what was true before.
+A thread that waits holds no lock, so the kernel must repeat its checks afterwards.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ RETRY = "mm/userfaultfd.c: mfill_atomic, retry"
 
 
 def _replace(region: Region) -> None:
-    """Put other memory, which is not registered, in the place of a region."""
+    """Map other memory, which is not registered, over a region."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
     _memory.mmap(region.length, READ_WRITE, flags, -1, 0, region.start)
 
@@ -73,9 +73,9 @@ def _truncate(region: Region) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to the mapping in which a thread waits, and what the thread meets then.
+    """A change of the mapping in which a thread waits, and the result of the thread's access.
 
-    `wanted` is the byte that it reads, None for a write that succeeds, or a signal's number.
+    `wanted` is the byte that it reads, None if its write succeeds, or the number of its signal.
     """
 
     name: str
@@ -91,20 +91,32 @@ def _protection(protection: int) -> Callable[[Region], None]:
 
 
 CHANGES = (
-    Change("truncated", "its file is shortened: SIGBUS", FILE, _truncate, SIGBUS),
-    Change("no-access", "mprotect(2) takes all access: SIGSEGV", ALL, _protection(0), SIGSEGV),
+    Change("truncated", "for its page, and the file is truncated: SIGBUS", FILE, _truncate, SIGBUS),
+    Change(
+        "no-access",
+        "for its page, and mprotect(2) removes all access: SIGSEGV",
+        ALL,
+        _protection(0),
+        SIGSEGV,
+    ),
     Change(
         "read-only",
-        "which writes, mprotect(2) takes that right: SIGSEGV",
+        "to write, and mprotect(2) makes its page read-only: SIGSEGV",
         ALL,
         _protection(mmap.PROT_READ),
         SIGSEGV,
         writes=True,
     ),
-    Change("replaced", "other memory is mapped there: it has that", ALL, _replace, b"\0"),
+    Change(
+        "replaced",
+        "for its page, and other memory is mapped there: it reads that",
+        ALL,
+        _replace,
+        b"\0",
+    ),
     Change(
         "replaced-for-write",
-        "which writes, other memory is mapped there: it writes that",
+        "to write, and other memory is mapped there: it writes to that",
         ALL,
         _replace,
         None,
@@ -112,7 +124,7 @@ CHANGES = (
     ),
     Change(
         "in-file",
-        "the page comes into its file: it has that",
+        "for its page, and the page is written to the file: it reads that",
         FILE,
         lambda region: in_page_cache(region, IN_FILE),
         bytes([IN_FILE]),
@@ -132,16 +144,16 @@ def _add_change(change: Change) -> None:
         )
         expect_fault(ctx, access, flags, region.start)
         change.act(region)
-        ctx.expect("the access is over", access.done, False)
+        ctx.expect("whether the access returned before UFFDIO_WAKE", access.done, False)
         ctx.uffd.wake(region)
         seen = access.result()
         met = seen.number if isinstance(seen, Interrupted) else seen
-        ctx.expect("what the thread meets once it is woken", met, change.wanted)
+        ctx.expect("result of the access after UFFDIO_WAKE", met, change.wanted)
         ctx.expect_quiet()
 
     case(
         f"fault.meanwhile.{change.name}",
-        summary=f"While a thread waits for its page {change.text}",
+        summary=f"A thread waits {change.text}",
         origin=WAITER,
         memory=change.memory,
         features=missing_features,
@@ -159,7 +171,7 @@ for _change in CHANGES:
     features=lambda memory: missing_features(memory) | minor_features(memory),
 )
 def punched(ctx: Context) -> None:
-    """While a thread waits for a minor fault its page is punched out: a missing fault, woken."""
+    """A thread waits for a minor fault; its page is punched out: woken, it has a missing fault."""
     region = ctx.make(1)
     assert region.fd is not None
     in_page_cache(region, IN_FILE)
@@ -176,12 +188,12 @@ def punched(ctx: Context) -> None:
     ctx.expect_quiet()
 
 
-# COPY that waits for its source
+# A COPY that waits for its source
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What happens to the destination of a COPY that waits, and its errno and .copy then."""
+    """A change of the destination of a COPY that waits for its source, and the COPY's errno."""
 
     name: str
     text: str
@@ -214,21 +226,30 @@ def _begin_event(ctx: Context, _: Region, __: int) -> None:
     ctx.uffd.register(other, mode=MISSING)
     dropping = ctx.start(other.madvise, mmap.MADV_DONTNEED)
     ctx.wait_readable()
-    ctx.note(f"the event is read: {dropping.done}")
+    ctx.note(f"whether madvise returned before its event was read: {dropping.done}")
 
 
 TURNS = (
-    Turn("unmapped", "other memory", errno.ENOENT, lambda _, region, __: _replace(region)),
-    Turn("unregistered", "not registered", errno.ENOENT, _unregister),
     Turn(
-        "other-kind", "other memory, registered, too", errno.ENOENT, _replace_and_register, HUGETLB
+        "unmapped",
+        "other memory is mapped at its destination",
+        errno.ENOENT,
+        lambda _, region, __: _replace(region),
     ),
-    Turn("filled", "there", errno.EEXIST, _fill),
-    Turn("in-file", "in the file", errno.EEXIST, _fill_file, SHARED),
-    Turn("layout-changing", "in a changing layout", errno.EAGAIN, _begin_event),
+    Turn("unregistered", "its destination is unregistered", errno.ENOENT, _unregister),
+    Turn(
+        "other-kind",
+        "small pages are mapped and registered at its destination",
+        errno.ENOENT,
+        _replace_and_register,
+        HUGETLB,
+    ),
+    Turn("filled", "its page is filled", errno.EEXIST, _fill),
+    Turn("in-file", "its page is written to the file", errno.EEXIST, _fill_file, SHARED),
+    Turn("layout-changing", "a layout change begins", errno.EAGAIN, _begin_event),
     Turn(
         "truncated",
-        "behind the end of the file",
+        "the file is truncated",
         errno.EFAULT,
         lambda _, region, __: _truncate(region),
         ("shmem", "shmem-private", "hugetlb"),
@@ -239,7 +260,7 @@ TURNS = (
 def _copy_that_waits(
     ctx: Context, start: int, pages: int, mode: int = 0
 ) -> tuple[Access[_raw.Answer], Callable[[], None]]:
-    """Begin a COPY whose last page has no source yet; return it, and what brings the source."""
+    """Begin a COPY whose last source page is missing; return it, and a call that fills the page."""
     length = pages * ctx.page
     source = ctx.make(length // SMALL_PAGE, "anon")
     source.advise_thp(False)
@@ -265,12 +286,16 @@ def _add_turn(turn: Turn) -> None:
         turn.act(ctx, region, (pages - 1) * ctx.page)
         bring()
         answer = copying.result()
-        # What came before is counted.
+        # A page that was copied before is counted.
         wanted = (turn.code, -turn.code) if pages == 1 else (errno.EAGAIN, (pages - 1) * ctx.page)
         ctx.expect("errno and .copy", (answer.errno, answer.result), wanted)
         if turn.name == "filled":
             at = region.start + (pages - 1) * ctx.page
-            ctx.expect("byte that was there", ctx.silently(ctx.read, at), bytes([WRITTEN]))
+            ctx.expect(
+                "byte of the page that was filled meanwhile",
+                ctx.silently(ctx.read, at),
+                bytes([WRITTEN]),
+            )
 
     def run(ctx: Context) -> None:
         once(ctx, 1)
@@ -279,7 +304,7 @@ def _add_turn(turn: Turn) -> None:
 
     case(
         f"UFFDIO_COPY.{errno.errorcode[turn.code]}.meanwhile-{turn.name}",
-        summary=f"While COPY waits for its source the page becomes {turn.text}",
+        summary=f"If {turn.text} while COPY waits for its source, COPY fails",
         origin=RETRY,
         memory=turn.memory,
         features=lambda memory: missing_features(memory) | Feature.EVENT_REMOVE,
@@ -299,7 +324,7 @@ for _turn in TURNS:
     needs=[needs_privilege("CAP_SYS_ADMIN"), needs_kernel_faults()],
 )
 def meanwhile_full(ctx: Context) -> None:
-    """While COPY waits for its source the file system is filled: nothing is; then there is room."""
+    """If the file system becomes full while COPY waits for its source, COPY fills nothing."""
     file = ctx.enter(small_file_system("tmpfs", ctx.page))
     os.ftruncate(file, 2 * ctx.page)
     flags = mmap.MAP_SHARED | MAP_NORESERVE
@@ -323,7 +348,7 @@ def meanwhile_full(ctx: Context) -> None:
     needs=[needs_kernel_faults()],
 )
 def meanwhile_waits(ctx: Context) -> None:
-    """A COPY that waits for its source keeps its mode, and nobody from registering and mapping."""
+    """A COPY that waits for its source keeps its mode, and does not block REGISTER and COPY."""
     region = ctx.make(2)
     ctx.register(region, MISSING | WP)
     copying, bring = _copy_that_waits(ctx, region.start, 1, mode=2)
@@ -335,7 +360,7 @@ def meanwhile_waits(ctx: Context) -> None:
     answer = copying.result()
     ctx.expect("errno and .copy", (answer.errno, answer.result), (0, ctx.page))
     ctx.expect(
-        "pages protected",
+        "which pages are protected",
         [ctx.is_protected(region.start + at) for at in (0, ctx.page)],
         [True, False],
     )
@@ -345,7 +370,7 @@ def meanwhile_waits(ctx: Context) -> None:
 
 
 def _two_drops(ctx: Context) -> tuple[Region, list[Access[None]]]:
-    """Have two threads drop a page each, in order; both events are unread."""
+    """Start two threads that drop a page each, one after the other; both events stay unread."""
     region = ctx.make(2, "anon")
     ctx.register(region, MISSING)
     dropping = []
@@ -400,7 +425,7 @@ def _add_second_event(name: str, memory: tuple[str, ...], features: Any, call: A
 
     case(
         f"UFFDIO_{name}.EAGAIN.second-event-unread",
-        summary="Of two layout events one was read: nothing is changed until the other is, too",
+        summary="While one of two layout events is unread, nothing is changed",
         origin="fs/userfaultfd.c: mmap_changing is a count",
         memory=memory,
         features=lambda kind: features(kind) | Feature.EVENT_REMOVE,

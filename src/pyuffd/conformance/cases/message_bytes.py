@@ -1,4 +1,4 @@
-"""Messages byte by byte: what a message does not use is zero, and nothing of the kernel's (L5)."""
+"""Messages byte by byte: unused bytes are zero, so they leak no kernel memory (layer L5)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORK = Feature.EVENT_FORK
 
 def _message(ctx: Context, uffd: Userfaultfd) -> bytes:
     if not select.select([uffd], [], [], WAIT_S)[0]:
-        ctx.fail("messages", f"none within {WAIT_S:g} s", "one")
+        ctx.fail("messages", f"none within {WAIT_S:g} s", "a message")
     return os.read(uffd.fileno(), MESSAGE_SIZE)
 
 
@@ -44,7 +44,7 @@ def _expect(ctx: Context, what: str, seen: bytes, wanted: bytes) -> None:
     features=lambda memory: missing_features(memory) | wp_features(memory) | Feature.THREAD_ID,
 )
 def fault_bytes(ctx: Context) -> None:
-    """The message of a fault is its flags, address and thread, and zeros."""
+    """The message of a fault has its flags, address and thread, and zeros elsewhere."""
     region = ctx.make(1)
     for features in (ctx.case.features_on(ctx.memory), missing_features(ctx.memory)):
         uffd = ctx.open(features | wp_features(ctx.memory))
@@ -68,7 +68,7 @@ EVENTS = Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 
 @case("read.ok.bytes-of-an-event", origin=ORIGIN, memory=ANY, features=EVENTS | FORK)
 def event_bytes(ctx: Context) -> None:
-    """The message of an event is its fields, and zeros."""
+    """The message of an event has its fields, and zeros elsewhere."""
     region, target = ctx.make(3, "anon"), ctx.make(1, "anon")
     ctx.register(region, MISSING)
     reading = ctx.start(_message, ctx, ctx.uffd)
@@ -103,7 +103,7 @@ def event_bytes(ctx: Context) -> None:
         call = ctx.start(child.syscall, *words)
         for message in wanted:
             _expect(ctx, name, _message(ctx, uffd), message)
-        ctx.expect(name, call.result() >= 0, True)
+        ctx.expect(f"whether {name} succeeded", call.result() >= 0, True)
 
 
 @case(
@@ -113,7 +113,7 @@ def event_bytes(ctx: Context) -> None:
     features=FORK | Feature.THREAD_ID,
 )
 def thread_in_namespace(ctx: Context) -> None:
-    """A message names the thread by its number in its own namespace of processes."""
+    """A message has the thread's ID in the PID namespace of the thread."""
     region = ctx.make(1, "anon")
     ctx.register(region, MISSING)
     child = ctx.fork()
@@ -139,12 +139,12 @@ def thread_in_namespace(ctx: Context) -> None:
     origin="fs/userfaultfd.c: userfaultfd_read_iter",
     memory=ANY,
     variants=[
-        Variant("whole", "a message may lie across several buffers"),
+        Variant("whole", "a message may span several buffers"),
         Variant("refused", "EINVAL: each buffer must hold a message", lacks=Feature.MOVE),
     ],
 )
 def into_parts(ctx: Context) -> None:
-    """readv(2) spreads a message over its buffers."""
+    """A readv(2) may spread a message over its buffers."""
     region = ctx.make(1, "anon")
     ctx.register(region, MISSING)
     write = ctx.start(ctx.write, region.start, b"\1")
@@ -171,7 +171,7 @@ def into_parts(ctx: Context) -> None:
     ],
 )
 def nowait(ctx: Context) -> None:
-    """A read that must not wait (RWF_NOWAIT) of a blocking descriptor with nothing queued."""
+    """With RWF_NOWAIT, a read of an empty queue does not wait, also on a blocking descriptor."""
     region = ctx.make(1, "anon")
     ctx.register(region, MISSING)
     os.set_blocking(ctx.uffd.fileno(), True)
@@ -184,7 +184,7 @@ def nowait(ctx: Context) -> None:
             return -(error.errno or 5)
 
     reading = ctx.start(read)
-    ctx.expect_variant("result", reading.result(), told=-11, refused=-95)
+    ctx.expect_variant("result of preadv2", reading.result(), told=-11, refused=-95)
     os.set_blocking(ctx.uffd.fileno(), False)
     if ctx.variant == "refused":
         return

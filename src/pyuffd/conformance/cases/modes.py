@@ -1,7 +1,7 @@
-"""Which message each register mode sends, of a page in each state (layer L5).
+"""Which message an access sends in each register mode, for a page in each state (layer L5).
 
-Every combination of MISSING, WP and MINOR, with a page that is nowhere, in the file only, protected
-without being there, or mapped: a read and a write each send exactly the messages of the mode.
+Each combination of MISSING, WP and MINOR is tried with a page that is a hole, in the file only, a
+protected hole, or mapped. A read and a write each send exactly the messages of the mode.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SIGBUS, SIGSEGV = 7, 11
 
 @dataclass(frozen=True)
 class State:
-    """A state of a page, how it is made, and the message that an access sends in a mode."""
+    """A state of a page, how to make it, and the message that an access sends in a mode."""
 
     name: str
     before: Callable[[Region], None]
@@ -152,8 +152,8 @@ def _add(mode: RegisterMode) -> None:
     names = [name for bit, name in ((1, "missing"), (2, "wp"), (4, "minor")) if mode & bit]
     case(
         f"fault.in-mode.{'-'.join(names)}",
-        summary=f"What registering {' and '.join(name.upper() for name in names)} tells of a page"
-        " in each state: exactly its messages",
+        summary=f"Mode {' and '.join(name.upper() for name in names)} sends exactly its messages"
+        " for a page in each state",
         origin="mm/memory.c, mm/shmem.c, mm/hugetlb.c: handle_userfault",
         memory=FILE if MINOR in mode else ALL,
         features=lambda memory: _features(mode, memory),
@@ -172,7 +172,7 @@ for _bits in range(1, 8):
     needs=[needs_swap()],
 )
 def minor_swapped(ctx: Context) -> None:
-    """A page of a file that is in swap gives a minor fault, and CONTINUE brings it."""
+    """A page of a file that is swapped out sends a minor fault, and CONTINUE swaps it in."""
     in_one_place(ctx)
     region = ctx.make(1)
     assert region.fd is not None
@@ -196,7 +196,7 @@ def minor_swapped(ctx: Context) -> None:
     features=lambda memory: missing_features(memory) | minor_features(memory),
 )
 def past_file_end(ctx: Context) -> None:
-    """Behind the end of its file a registered mapping is SIGBUS, and nobody is asked."""
+    """An access beyond the end of the file gets SIGBUS and sends no message."""
     for mode in (MISSING, MINOR, MISSING | MINOR):
         region = ctx.make(2)
         assert region.fd is not None
@@ -215,7 +215,7 @@ def past_file_end(ctx: Context) -> None:
     features=lambda memory: minor_features(memory) | Feature.SIGBUS,
 )
 def sigbus_minor(ctx: Context) -> None:
-    """With SIGBUS a page that only the file has is SIGBUS until CONTINUE maps it."""
+    """With SIGBUS, an access to a page that is only in the file gets SIGBUS until CONTINUE."""
     region = ctx.make(1)
     in_page_cache(region, IN_FILE)
     ctx.register(region, MINOR)
@@ -234,7 +234,7 @@ def sigbus_minor(ctx: Context) -> None:
     features=missing_features,
 )
 def no_access(ctx: Context) -> None:
-    """What the mapping does not allow is SIGSEGV, missing page or not, and nobody is asked."""
+    """An access that the mapping does not allow gets SIGSEGV and sends no message."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     for protection, reads in ((0, True), (0, False), (mmap.PROT_READ, False)):

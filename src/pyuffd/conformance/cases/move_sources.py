@@ -1,7 +1,7 @@
-"""UFFDIO_MOVE of a page in every state it can have, and what becomes of it afterwards (layer L5).
+"""UFFDIO_MOVE of a page in each state, and the page's content afterwards (layer L5).
 
-What is moved must still be there after reclaim: a page that was in swap, came back and was written
-is clean in the swap cache until its page table entry says otherwise.
+A moved page must keep its content through reclaim. If a page was swapped in and then written, only
+the dirty bit in its page table entry tells that the copy in swap is old, so MOVE must keep the bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SOFT_DIRTY = 1 << 55
 
 @dataclass(frozen=True)
 class State:
-    """A state of a page; `make` brings it about and returns the byte the page is full of."""
+    """A state of a page; `make` makes it and returns the byte that fills the page."""
 
     name: str
     text: str
@@ -54,7 +54,7 @@ def _swapped(ctx: Context, source: Region) -> int:
 
 def _ahead(ctx: Context, source: Region) -> int:
     _swapped(ctx, source)
-    # Into the swap cache; the page table keeps its swap entry.
+    # Read into the swap cache; the page table keeps its swap entry.
     source.madvise(MADV_WILLNEED)
     ctx.expect_pagemap(source.start, "-S???")
     return NEW
@@ -122,19 +122,17 @@ def _forked_and_written(ctx: Context, source: Region) -> int:
 SWAP = (needs_swap(),)
 STATES = (
     State("written", "that was written", _written),
-    State("zero", "of zeros that was only read", _zero),
+    State("zero", "that was only read (the zero page)", _zero),
     State("swapped", "that is swapped out", _swapped, SWAP),
     State("read-ahead", "that is in the swap cache and not mapped", _ahead, SWAP),
-    State("read-back", "that came back from swap by a read", _read_back, SWAP),
-    State(
-        "written-back", "that came back from swap by a read and was written", _written_back, SWAP
-    ),
-    State("written-in-swap", "that came back from swap by a write", _written_in_swap, SWAP),
-    State("written-twice", "that was written after its second time in swap", _written_twice, SWAP),
-    State("copied", "that COPY brought", _copied),
-    State("forked-and-written", "that was written after a fork shared it", _forked_and_written),
-    State("cold", "that is to be reclaimed soon", _cold),
-    State("read-only-and-back", "that was read-only for a while", _read_only_and_back),
+    State("read-back", "swapped in by a read", _read_back, SWAP),
+    State("written-back", "swapped in by a read and then written", _written_back, SWAP),
+    State("written-in-swap", "swapped in by a write", _written_in_swap, SWAP),
+    State("written-twice", "written after it was swapped in a second time", _written_twice, SWAP),
+    State("copied", "filled by COPY", _copied),
+    State("forked-and-written", "written after a fork shared it", _forked_and_written),
+    State("cold", "marked cold by MADV_COLD", _cold),
+    State("read-only-and-back", "that was made read-only and writable again", _read_only_and_back),
 )
 
 
@@ -165,17 +163,17 @@ def _then_read(ctx: Context, state: State) -> None:
 
 def _then_reclaimed(ctx: Context, state: State) -> None:
     region, _, value = _moved(ctx, state)
-    # A page in swap is brought back first, which maps it clean.
+    # Swap the page in first, which maps it clean.
     if PageBit.PRESENT not in ctx.bits(region.start):
         _content(ctx, region, "after MOVE", value)
     if value:
         page_out(ctx, region)
     else:
-        region.pageout()  # a zero page stays
+        region.pageout()  # the zero page is not reclaimed
     _content(ctx, region, "after MOVE and reclaim", value)
     region.fill(LATER)
     page_out(ctx, region)
-    _content(ctx, region, "written, and reclaimed again", LATER)
+    _content(ctx, region, "after a write and reclaim again", LATER)
 
 
 def _then_back(ctx: Context, state: State) -> None:
@@ -193,10 +191,10 @@ def _then_back(ctx: Context, state: State) -> None:
 
 Run = Callable[[Context, State], None]
 AFTER: tuple[tuple[str, str, Run, tuple[Need, ...]], ...] = (
-    ("", "arrives whole, can be written, and leaves a hole", _then_read, ()),
+    ("", "is moved whole, can be written, and leaves a hole", _then_read, ()),
     (
         "-reclaimed",
-        "is there after reclaim, and after the next write and reclaim",
+        "keeps its content through reclaim after MOVE, and through the next write and reclaim",
         _then_reclaimed,
         SWAP,
     ),
@@ -228,7 +226,7 @@ for _state in STATES:
     needs=SWAP,
 )
 def mixed(ctx: Context) -> None:
-    """Pages of every kind in one call, holes among them: each arrives as what it was."""
+    """One MOVE of pages in every state, and of holes, moves each of them correctly."""
     in_one_place(ctx)
     source, region = ctx.make(8), ctx.make(8)
     source.madvise(mmap.MADV_DONTFORK)
@@ -264,7 +262,7 @@ def mixed(ctx: Context) -> None:
     needs=SWAP,
 )
 def soft_dirty(ctx: Context) -> None:
-    """A page that was moved is soft-dirty where it is now, mapped or in swap."""
+    """A moved page, mapped or swapped out, is soft-dirty at its destination."""
     in_one_place(ctx)
     source, region = ctx.make(2), ctx.make(2)
     source.madvise(mmap.MADV_DONTFORK)

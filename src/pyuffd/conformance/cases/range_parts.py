@@ -1,6 +1,6 @@
 """REGISTER over mappings of different kinds, and UNREGISTER of a part (layer L5).
 
-A range is registered whole or not at all; of what is unregistered in part the rest stays as it was.
+A range is registered whole or not at all. UNREGISTER of a part does not change the rest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MFD_HUGETLB = 4
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 MISSING_READ = 0
 ORIGIN = "fs/userfaultfd.c: userfaultfd_register"
-PART = HUGE_PAGE  # so that parts of any kind may follow each other
+PART = HUGE_PAGE  # so that a part can be of any kind
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Part:
     """What is mapped in one part of a range.
 
     Attributes:
-        name: Of the case.
-        text: In its summary.
+        name: Its name in the case's id.
+        text: Its name in the case's summary.
         make: Maps PART bytes at an address.
-        like: The memory type whose modes it can be registered in; none of them if "".
-        code: The errno of registering it where that is not EINVAL.
-        needs: What making it requires.
+        like: The memory type with the same register modes, or "" if it cannot be registered.
+        code: The errno if it cannot be registered.
+        needs: The needs of `make`.
     """
 
     name: str
@@ -107,15 +107,15 @@ _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 HUGE = (needs_hugepages(2),)
 PARTS = (
     Part("anon", "anonymous memory", _anonymous(READ_WRITE), "anon"),
-    Part("read-only", "anonymous memory that can only be read", _anonymous(mmap.PROT_READ), "anon"),
+    Part("read-only", "read-only anonymous memory", _anonymous(mmap.PROT_READ), "anon"),
     Part("no-access", "memory without access (PROT_NONE)", _anonymous(PROT_NONE), "anon"),
     Part("shmem", "a memfd, shared", _memfd(mmap.MAP_SHARED), "shmem"),
     Part("shmem-private", "a memfd, private", _memfd(mmap.MAP_PRIVATE), "shmem-private"),
     Part("hugetlb", "huge pages", _memfd(mmap.MAP_SHARED, huge=True), "hugetlb", needs=HUGE),
-    Part("disk-file", "a file of a disk's file system", _disk_file, ""),
+    Part("disk-file", "a file on a disk file system", _disk_file, ""),
     Part(
         "read-only-file",
-        "a shared file that was opened read-only",
+        "a shared mapping of a file opened read-only",
         _read_only_file,
         "",
         errno.EPERM,
@@ -124,7 +124,7 @@ PARTS = (
 
 
 def _range(ctx: Context, part: Part) -> tuple[int, int]:
-    """Map a part of the case's memory type, and another one behind it; return the addresses."""
+    """Map a part of the case's memory type and then another part; return both addresses."""
     first = reserve(ctx, 2 * PART, PART)
     own = next((one for one in PARTS if one.name == ctx.memory.name), None)
     if own is not None:
@@ -140,7 +140,7 @@ def _expect_mask(ctx: Context, answer: Answer, part: Part, mode: RegisterMode) -
     masks = [wanted(ctx.memory, mode, ctx.offered)]
     masks.append(wanted(MEMORY_TYPES[part.like], mode, ctx.offered) if part.like else None)
     if None in masks:
-        # The first part that is wrong decides.
+        # The errno is that of the first part that cannot be registered.
         code = errno.EINVAL if masks[0] is None else part.code
         ctx.expect(f"errno in mode {mode!r}", answer.errno, code)
         return False
@@ -174,7 +174,7 @@ def _add_part(part: Part) -> None:
         f"UFFDIO_REGISTER.ok.then-{part.name}"
         if part.like
         else f"UFFDIO_REGISTER.{errno.errorcode[part.code]}.then-{part.name}",
-        summary=f"A mapping and then {part.text}: registered in what both can, or not at all",
+        summary=f"A mapping followed by {part.text} is registered only in modes of both",
         origin=ORIGIN,
         needs=part.needs,
     )(run)
@@ -186,7 +186,7 @@ for _part in PARTS:
 
 @case("UFFDIO_REGISTER.ok.across-a-gap", origin=ORIGIN, features=missing_features)
 def across_gap(ctx: Context) -> None:
-    """A range with a gap is registered on both sides of it, and unregistered."""
+    """A range with a gap is registered and unregistered on both sides of the gap."""
     region = ctx.make(3)
     first, gap, last = (region.start + index * ctx.page for index in range(3))
     _memory.munmap(gap, ctx.page)
@@ -205,7 +205,7 @@ def across_gap(ctx: Context) -> None:
 
 @case("UFFDIO_REGISTER.ok.between-gaps", origin=ORIGIN, features=missing_features)
 def between_gaps(ctx: Context) -> None:
-    """A range with a gap at its beginning, and one at its end, is registered between them."""
+    """A range with a gap at its start and one at its end is registered between them."""
     region = ctx.make(4)
     pages = [region.start + index * ctx.page for index in range(4)]
     hold = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
@@ -225,7 +225,7 @@ def between_gaps(ctx: Context) -> None:
 
 @case("UFFDIO_REGISTER.ok.fills-the-gap", origin=ORIGIN, features=missing_features)
 def fills_gap(ctx: Context) -> None:
-    """A range whose ends are registered already is registered whole."""
+    """A range is registered whole if its ends are registered already."""
     region = ctx.make(5)
     pages = [region.start + index * ctx.page for index in range(5)]
     ctx.open()
@@ -254,7 +254,7 @@ def mappings(start: int, length: int) -> int:
 
 def _add_joins(name: str, *, closes: bool) -> None:
     def run(ctx: Context) -> None:
-        # Written before, so that the parts have one record of who maps their pages.
+        # Write first, so that the parts share an anon_vma and can be merged again.
         region = ctx.make(3)
         region.fill(1)
         before = mappings(region.start, region.length)
@@ -272,7 +272,7 @@ def _add_joins(name: str, *, closes: bool) -> None:
 
     case(
         f"{name}.ok.joins-mappings",
-        summary="A part that is not registered any more is one mapping with its neighbours again",
+        summary="A part that is no longer registered is merged with its neighbours again",
         origin="mm/userfaultfd.c: userfaultfd_clear_vma",
         memory=SMALL,
         features=missing_wp_features,
@@ -290,9 +290,9 @@ _add_joins("close", closes=True)
     features=missing_features,
 )
 def part_of_huge(ctx: Context) -> None:
-    """The range ends inside a huge page of its second mapping: nothing is registered."""
+    """A range that ends inside a huge page of its second mapping is not registered at all."""
     first, second = _range(ctx, next(part for part in PARTS if part.name == "anon"))
-    # The other way round: anonymous memory and then huge pages.
+    # Swap the parts: anonymous memory and then huge pages.
     _memory.mmap(PART, READ_WRITE, _ANONYMOUS | MAP_FIXED, -1, 0, first)
     flags = mmap.MAP_SHARED if ctx.memory.shared else mmap.MAP_PRIVATE
     _memfd(flags, huge=True)(ctx, second)
@@ -301,7 +301,7 @@ def part_of_huge(ctx: Context) -> None:
     ctx.expect("errno", answer.errno, errno.EINVAL)
     ctx.expect("VmFlags", (vm_flags(first), vm_flags(second)), (set(), set()))
     answer = ctx.ioctl("REGISTER", first, 2 * PART, MISSING)
-    ctx.expect("errno of the whole", answer.errno, 0)
+    ctx.expect("errno of both parts", answer.errno, 0)
 
 
 # UNREGISTER of a part
@@ -320,7 +320,7 @@ def _add_unregistered(name: str, text: str, part: range) -> None:
         region = ctx.make(PAGES)
         ctx.register(region, MISSING | WP)
         pages = [region.start + index * ctx.page for index in range(PAGES)]
-        # Protected pages and holes by turns.
+        # Protected pages and holes alternate.
         for at in pages[::2]:
             ctx.uffd.copy(at, bytes([DATA]) * ctx.page, mode=CopyMode.WP)
         length = len(part) * ctx.page
@@ -332,15 +332,17 @@ def _add_unregistered(name: str, text: str, part: range) -> None:
         bits = [index for index in rest if index % 2 == 0 and not ctx.is_protected(pages[index])]
         ctx.expect("other pages that lost their protection", bits, [])
         for index in part:
-            ctx.expect("VmFlags of what was unregistered", vm_flags(pages[index]), set())
-            ctx.expect("its protection", ctx.is_protected(pages[index]), False)
+            ctx.expect("VmFlags of an unregistered page", vm_flags(pages[index]), set())
+            ctx.expect(
+                "whether an unregistered page is protected", ctx.is_protected(pages[index]), False
+            )
             expect_silent_write(ctx, pages[index])
         for index in rest:
             _expect_served(ctx, pages[index], is_present=index % 2 == 0)
 
     case(
         f"UFFDIO_UNREGISTER.ok.part-{name}",
-        summary=f"UNREGISTER of {text} of five leaves modes, protection and holes of the rest",
+        summary=f"UNREGISTER of {text} of five keeps the modes, protection and holes of the rest",
         origin="fs/userfaultfd.c: userfaultfd_unregister",
         features=missing_wp_features,
     )(run)

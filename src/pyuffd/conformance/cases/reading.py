@@ -1,4 +1,4 @@
-"""How a descriptor is read while messages come and go: blocking reads, and poll (layer L5)."""
+"""Blocking reads, and poll, while messages come and are read (layer L5)."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def _resolve(ctx: Context, region: Region, page: int, access: Access[object]) ->
 
 @case("read.ok.blocking-one-queued", origin=ORIGIN, features=missing_features)
 def blocking_one(ctx: Context) -> None:
-    """A blocking read with room for more messages returns at once with the one queued."""
+    """A blocking read with room for several messages returns the one queued at once."""
     region = _registered(ctx)
     os.set_blocking(ctx.uffd.fileno(), True)
     for page in range(PAGES):
         access = _fault(ctx, region, page)
-        # poll(2) says POLLERR of a blocking descriptor.
+        # Not with poll(2), which reports POLLERR for a blocking descriptor.
         wait_pending(ctx, 1)
         reading = ctx.start(os.read, ctx.uffd.fileno(), ROOM)
         ctx.expect("bytes read", len(reading.result()), MESSAGE_SIZE)
@@ -63,20 +63,20 @@ def blocking_one(ctx: Context) -> None:
 
 @case("read.ok.blocking-waits", origin=ORIGIN, features=missing_features)
 def blocking_waits(ctx: Context) -> None:
-    """A blocking read with nothing queued sleeps until the first message, and returns with that."""
+    """A blocking read of an empty queue waits for the first message and returns it."""
     region = _registered(ctx)
     os.set_blocking(ctx.uffd.fileno(), True)
     reading = ctx.start(os.read, ctx.uffd.fileno(), ROOM)
     access = _fault(ctx, region, 0)
     ctx.expect("bytes read", len(reading.result()), MESSAGE_SIZE)
     os.set_blocking(ctx.uffd.fileno(), False)
-    ctx.expect("not read, and threads that wait", counters(ctx.uffd), (0, 1))
+    ctx.expect("pending and total after the read", counters(ctx.uffd), (0, 1))
     _resolve(ctx, region, 0, access)
 
 
 @case("read.ok.as-many-as-queued", origin=ORIGIN, features=missing_features)
 def as_many(ctx: Context) -> None:
-    """A read returns every queued message, oldest first, that has room in its buffer."""
+    """A read returns the queued messages, oldest first, as many as fit in its buffer."""
     region = _registered(ctx)
     accesses = []
     for page in range(PAGES):
@@ -93,7 +93,7 @@ def as_many(ctx: Context) -> None:
 
 @case("poll.ok.quiet-after-read", origin=POLL, features=missing_features)
 def quiet_after_read(ctx: Context) -> None:
-    """Poll says POLLIN for each message, and is quiet once that was read."""
+    """Poll reports POLLIN while a message is unread, and nothing once it was read."""
     region = _registered(ctx)
     accesses = []
     for page in range(PAGES):
@@ -110,7 +110,7 @@ def quiet_after_read(ctx: Context) -> None:
 
 
 def _expect_wakes(ctx: Context, region: Region, send: Callable[[int], Access[object]]) -> None:
-    """Sleep in poll, epoll and select, each before a message is sent; each must wake."""
+    """Sleep in poll, epoll and select before a message is sent; each must wake."""
     epoll = ctx.enter(select.epoll())
     fd = ctx.uffd.fileno()
     epoll.register(fd, select.EPOLLIN | select.EPOLLET)
@@ -122,7 +122,7 @@ def _expect_wakes(ctx: Context, region: Region, send: Callable[[int], Access[obj
     for page, (name, sleep) in enumerate(sleeps):
         sleeping = ctx.start(sleep)
         access = send(page)
-        ctx.expect(f"{name} wakes", sleeping.result(), True)
+        ctx.expect(f"whether {name} wakes", sleeping.result(), True)
         epoll.poll(0)
         (event,) = ctx.uffd.read_events(1)
         ctx.expect("poll after the read", _ready(ctx), 0)
@@ -134,7 +134,7 @@ def _expect_wakes(ctx: Context, region: Region, send: Callable[[int], Access[obj
 
 @case("poll.ok.wakes-fault", origin=POLL, features=missing_features)
 def wakes_fault(ctx: Context) -> None:
-    """Poll, epoll and select wake for each fault, after earlier ones were read."""
+    """Poll, epoll and select wake for a fault after earlier ones were read."""
     region = _registered(ctx)
     _expect_wakes(ctx, region, lambda page: _fault(ctx, region, page))
 
@@ -143,10 +143,10 @@ def wakes_fault(ctx: Context) -> None:
     "poll.ok.wakes-event",
     origin=POLL,
     features=lambda memory: missing_features(memory) | Feature.EVENT_REMOVE,
-    memory=SMALL,  # MADV_DONTNEED of huge pages is younger than its event
+    memory=SMALL,  # old kernels have the event, but not MADV_DONTNEED of huge pages
 )
 def wakes_event(ctx: Context) -> None:
-    """Poll, epoll and select wake for each layout event too."""
+    """Poll, epoll and select wake for a layout event after earlier ones were read."""
     region = _registered(ctx)
 
     def send(page: int) -> Access[object]:
@@ -156,9 +156,9 @@ def wakes_event(ctx: Context) -> None:
 
 
 def wait_pending(ctx: Context, count: int) -> None:
-    """Wait until so many faults are queued, by fdinfo."""
+    """Wait until fdinfo shows this many unread faults."""
     deadline = time.monotonic() + WAIT_S
     while counters(ctx.uffd)[0] != count:
         if time.monotonic() > deadline:
-            ctx.fail("pending in fdinfo", counters(ctx.uffd), count)
+            ctx.fail("pending and total in fdinfo", counters(ctx.uffd), count)
         os.sched_yield()

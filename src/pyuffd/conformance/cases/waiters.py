@@ -1,7 +1,7 @@
 """Resolving a range wakes exactly the threads that wait in it (layer L5).
 
-Three or four threads wait on neighbouring pages.  Each operation resolves those in the middle; the
-others must stay asleep, which fdinfo counts at once, and send no second message.
+Three or four threads wait on neighbouring pages, and each operation resolves those in the middle.
+The others must stay asleep and send no second message. The total in fdinfo tells how many wait.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Resolver:
 
     Attributes:
         name: The operation.
-        memory: What it works on.
-        features: What the kernel must have.
-        mode: How the range is registered.
-        flags: Of the message each thread sends.
-        resolve: Resolves some bytes from an address on.
-        value: The byte that is read afterwards; None where the thread meets SIGBUS.
-        starts_full: The pages are there, and protected, before.
-        again: Its threads fault again, because nothing was resolved.
+        memory: The memory types that it supports.
+        features: The features that it needs.
+        mode: The register mode.
+        flags: The flags of the message that each thread sends.
+        resolve: Resolves the faults of a range, given its address and length.
+        value: The byte that is read afterwards; None if the thread gets SIGBUS.
+        starts_full: The pages are present and protected before.
+        again: The threads fault again, because the operation resolves nothing.
     """
 
     name: str
@@ -121,7 +121,7 @@ Waiting = list[Access[Any]]
 
 
 def ready(ctx: Context, resolver: Resolver, pages: int) -> Region:
-    """Make a region whose pages will wait for an operation."""
+    """Make a region in which each access waits for an operation."""
     region = ctx.make(pages)
     if resolver.mode is MINOR:
         in_page_cache(region, OLD)
@@ -133,7 +133,7 @@ def ready(ctx: Context, resolver: Resolver, pages: int) -> Region:
 
 
 def touch(ctx: Context, resolver: Resolver, at: int) -> Access[Any]:
-    """Have a thread make the access that waits for an operation."""
+    """Start a thread whose access waits for an operation."""
     if resolver.flags == WP_WRITE:
         return ctx.start(ctx.write, at, bytes([OLD]))
     return ctx.start(ctx.read, at)
@@ -142,7 +142,7 @@ def touch(ctx: Context, resolver: Resolver, at: int) -> Access[Any]:
 def _asleep(
     ctx: Context, resolver: Resolver, pages: int, offset: int, exact: bool
 ) -> tuple[Region, Waiting]:
-    """Have a thread wait in each page, at this offset in it; read their messages."""
+    """Start a thread that waits at this offset in each page, and read all messages."""
     region = ready(ctx, resolver, pages)
     waiting: Waiting = []
     for index in range(pages):
@@ -150,19 +150,19 @@ def _asleep(
         at = page + offset % ctx.page
         waiting.append(touch(ctx, resolver, at))
         ctx.expect_fault(resolver.flags, at if exact else page)
-    ctx.expect("threads that wait", counters(ctx.uffd), (0, pages))
+    ctx.expect("pending and total after the reads", counters(ctx.uffd), (0, pages))
     return region, waiting
 
 
 def expect_over(ctx: Context, resolver: Resolver, access: Access[Any]) -> None:
-    """Expect of an access what comes of it once its page is resolved."""
+    """Check the result of an access whose page is resolved."""
     seen = access.result()
     if resolver.value is None:
         signal = seen.number if isinstance(seen, Interrupted) else seen
-        ctx.expect("the access meets", signal, SIGBUS)
+        ctx.expect("signal of the access", signal, SIGBUS)
     else:
         written = resolver.flags == WP_WRITE
-        ctx.expect("the access", seen, None if written else bytes([resolver.value]))
+        ctx.expect("result of the access", seen, None if written else bytes([resolver.value]))
 
 
 def _run(ctx: Context, resolver: Resolver, pages: int, resolved: range, offset: int = 0) -> None:
@@ -173,21 +173,21 @@ def _run(ctx: Context, resolver: Resolver, pages: int, resolved: range, offset: 
     others = [index for index in range(pages) if index not in resolved]
     if resolver.again:
         _expect_again(ctx, resolver, region, resolved, offset % ctx.page if exact else 0)
-        ctx.expect("threads that wait", counters(ctx.uffd), (0, pages))
+        ctx.expect("pending and total after the second reads", counters(ctx.uffd), (0, pages))
     else:
-        ctx.expect(f"threads that wait after {resolver.name}", counters(ctx.uffd), (0, len(others)))
+        ctx.expect(f"pending and total after {resolver.name}", counters(ctx.uffd), (0, len(others)))
         for index in resolved:
             expect_over(ctx, resolver, waiting[index])
     ctx.expect_quiet()
-    # The others are there to be resolved, one after the other.
+    # Resolve the rest one by one.
     left = [*others, *resolved] if resolver.again else others
     while left:
         index = left.pop(0)
         at = region.start + index * ctx.page
         (_copy if resolver.again else resolver.resolve)(ctx, at, ctx.page)
-        ctx.expect("threads that wait", counters(ctx.uffd), (0, len(left)))
+        ctx.expect("pending and total after one more page", counters(ctx.uffd), (0, len(left)))
         if resolver.again:
-            ctx.expect("the access", waiting[index].result(), bytes([NEW]))
+            ctx.expect("result of the access", waiting[index].result(), bytes([NEW]))
         else:
             expect_over(ctx, resolver, waiting[index])
     ctx.expect_quiet()
@@ -196,7 +196,7 @@ def _run(ctx: Context, resolver: Resolver, pages: int, resolved: range, offset: 
 def _expect_again(
     ctx: Context, resolver: Resolver, region: Region, resolved: range, offset: int
 ) -> None:
-    """Expect a second message of each thread that was woken, in any order, and no other."""
+    """Expect a second message from each thread that was woken, in any order, and no other."""
     faults = {ctx.expect_fault(resolver.flags).address for _ in resolved}
     wanted = {region.start + index * ctx.page + offset for index in resolved}
     ctx.expect("pages that fault again", sorted(faults), sorted(wanted))
@@ -207,22 +207,22 @@ def _add(resolver: Resolver) -> None:
     what = "faults again" if resolver.again else "goes on"
     case(
         f"{resolver.name}.ok.neighbours-sleep",
-        summary=f"The thread in the page {what}; those in the pages before and after sleep on",
+        summary=f"The thread in the page {what}; threads in the pages before and after it sleep on",
         origin=origin,
         memory=resolver.memory,
         features=resolver.features,
     )(lambda ctx: _run(ctx, resolver, 3, range(1, 2), -1))
     case(
         f"{resolver.name}.ok.two-of-four-wake",
-        summary="Of four neighbours one call for the two in the middle wakes exactly those",
+        summary="A call for the middle two of four pages wakes the threads of just these two",
         origin=origin,
         memory=resolver.memory,
         features=resolver.features,
     )(lambda ctx: _run(ctx, resolver, 4, range(1, 3)))
     case(
         f"{resolver.name}.ok.neighbours-sleep-exact",
-        summary="With EXACT_ADDRESS a thread waits at its byte, here the page's last, and is woken"
-        " with its page alone",
+        summary="With EXACT_ADDRESS, a thread that waits at the last byte of its page is woken with"
+        " that page only",
         origin=origin,
         memory=resolver.memory,
         features=lambda memory: resolver.features(memory) | Feature.EXACT_ADDRESS,
@@ -237,7 +237,7 @@ for _resolver in RESOLVERS:
 
 _WAKES = (
     Variant("awake", "the thread goes on"),
-    Variant("asleep", "it sleeps until UFFDIO_WAKE or the last close: a kernel bug"),
+    Variant("asleep", "it sleeps until UFFDIO_WAKE or the last close, which is a kernel bug"),
 )
 
 
@@ -246,14 +246,14 @@ def _add_unregister(mode: RegisterMode, memory: tuple[str, ...], resolver: Resol
         region, (waiting,) = _asleep(ctx, resolver, 1, 0, False)
         ctx.uffd.unregister(region)
         left = counters(ctx.uffd)
-        ctx.expect_variant("threads that wait after UNREGISTER", left, awake=(0, 0), asleep=(0, 1))
+        ctx.expect_variant("pending and total after UNREGISTER", left, awake=(0, 0), asleep=(0, 1))
         ctx.uffd.wake(region)
         expect_over(ctx, resolver, waiting)
         ctx.expect_quiet()
 
     case(
         f"UFFDIO_UNREGISTER.ok.wakes-{str(mode.name).lower()}",
-        summary=f"A thread that waits for a {mode.name} fault to be resolved, and UNREGISTER",
+        summary=f"UNREGISTER wakes a thread that waits for a {mode.name} fault",
         origin="fs/userfaultfd.c: userfaultfd_unregister",
         memory=memory,
         features=resolver.features,
@@ -265,7 +265,7 @@ _add_unregister(WP, ALL, next(one for one in RESOLVERS if one.mode is WP))
 _add_unregister(MINOR, FILE, next(one for one in RESOLVERS if one.mode is MINOR))
 
 
-# DONTWAKE of the operations that fill; those of COPY and WRITEPROTECT are with `errno_read`
+# DONTWAKE of ZEROPAGE, CONTINUE, MOVE and POISON; the cases of COPY are in `errno_read`
 
 
 def _dontwake(ctx: Context, name: str, mode: int, start: int) -> tuple[int, int]:
@@ -285,8 +285,8 @@ def _add_dontwake(resolver: Resolver, mode: int) -> None:
         region, (waiting,) = _asleep(ctx, resolver, 1, 0, False)
         seen = _dontwake(ctx, name, mode, region.start)
         ctx.expect("errno and result", seen, (0, ctx.page))
-        ctx.expect("threads that wait after DONTWAKE", counters(ctx.uffd), (0, 1))
-        ctx.expect("the access is over", waiting.done, False)
+        ctx.expect("pending and total after DONTWAKE", counters(ctx.uffd), (0, 1))
+        ctx.expect("whether the access returned before UFFDIO_WAKE", waiting.done, False)
         ctx.uffd.wake(region)
         expect_over(ctx, resolver, waiting)
         ctx.expect_quiet()

@@ -1,6 +1,6 @@
-"""Which threads a wake reaches: neighbours, crowds, unread faults, and those a failure leaves.
+"""Which threads are woken: several in a page, those with unread messages, none on failure (L5).
 
-Threads that wait are counted by fdinfo: those whose message nobody has read, and all of them (L5).
+fdinfo counts the threads that wait: those whose message nobody has read, and all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyuffd.conformance.cases.waiters import (
 from pyuffd.regions import Region
 
 WAKE = "fs/userfaultfd.c: wake_userfault"
-DONTWAKE = 1  # of every ioctl that fills
+DONTWAKE = 1  # the same bit for every ioctl that fills
 CROWD = 4
 
 
@@ -47,7 +47,7 @@ def _unread(ctx: Context, resolver: Resolver) -> None:
     resolver.resolve(ctx, region.start, ctx.page)
     _count(ctx, f"after {resolver.name} of one page", 1, 1)
     expect_over(ctx, resolver, waiting[0])
-    # Only the other one's message is left.
+    # Only the message of the other page is left.
     ctx.expect_fault(resolver.flags, region.start + ctx.page)
     ctx.expect_quiet()
     resolver.resolve(ctx, region.start + ctx.page, ctx.page)
@@ -78,14 +78,14 @@ def _add(resolver: Resolver) -> None:
     if not resolver.again:
         case(
             f"{resolver.name}.ok.wakes-unread",
-            summary="A thread whose message nobody has read goes on, and the message is gone",
+            summary="A thread is woken although its message is unread, and the message is gone",
             origin=WAKE,
             memory=resolver.memory,
             features=resolver.features,
         )(lambda ctx: _unread(ctx, resolver))
     case(
         f"{resolver.name}.ok.wakes-crowd",
-        summary="All threads that wait in one page are woken, whether their messages were read",
+        summary="All threads that wait in a page are woken, with their messages read or unread",
         origin=WAKE,
         memory=resolver.memory,
         features=resolver.features,
@@ -114,7 +114,7 @@ def _add_close(name: str, resolver: Resolver) -> None:
 
     case(
         f"close.ok.wakes-{name}",
-        summary=f"The last close lets threads go on that wait for {name} faults, read or not",
+        summary=f"The last close wakes threads that wait for {name} faults, read or unread",
         origin="fs/userfaultfd.c: userfaultfd_release",
         memory=resolver.memory,
         features=resolver.features,
@@ -129,7 +129,7 @@ for _name, _of in (
     _add_close(_name, next(one for one in RESOLVERS if one.name == _of))
 
 
-# What fails in part, or altogether
+# Calls that fail, completely or after a part
 
 
 def _flags(op: Op) -> int:
@@ -150,14 +150,14 @@ def _add_partial(op: Op) -> None:
         target.expect(errno.EAGAIN, ctx.page, length=3 * ctx.page)
         _count(ctx, f"after {op.name} of one of three pages", 0, 1)
         first.result()
-        ctx.expect("the access to the third page is over", last.done, False)
+        ctx.expect("whether the access to the third page returned", last.done, False)
         target.expect(0, ctx.page, at=2 * ctx.page)
         last.result()
         ctx.expect_quiet()
 
     case(
         f"UFFDIO_{op.name}.EAGAIN.partial-wakes",
-        summary="A call that fills the first page of three wakes its thread, and not the third's",
+        summary="A call that fills only the first of three pages wakes only that page's thread",
         origin=f"fs/userfaultfd.c: userfaultfd_{op.name.lower()}",
         memory=op.memory,
         features=op.features,
@@ -172,13 +172,13 @@ def _add_failed(op: Op) -> None:
         _count(ctx, "after DONTWAKE", 0, 1)
         target.expect(errno.EEXIST, -errno.EEXIST, source=target.source + ctx.page)
         _count(ctx, "after EEXIST", 0, 1)
-        ctx.expect("the access is over", access.done, False)
+        ctx.expect("whether the access returned before UFFDIO_WAKE", access.done, False)
         ctx.uffd.wake(target.region)
         access.result()
 
     case(
         f"UFFDIO_{op.name}.EEXIST.wakes-nobody",
-        summary="A call that fails wakes nobody: what DONTWAKE left asleep sleeps on",
+        summary="A call that fails wakes nobody: a thread that DONTWAKE left asleep sleeps on",
         origin=f"fs/userfaultfd.c: userfaultfd_{op.name.lower()}",
         memory=op.memory,
         features=op.features,
@@ -204,13 +204,13 @@ def _protected(ctx: Context, pages: int = 1) -> Region:
     features=wp_features,
 )
 def protecting(ctx: Context) -> None:
-    """Protecting a page once more leaves the thread asleep that waits to write it."""
+    """Protecting a protected page again does not wake the thread that waits to write it."""
     region = _protected(ctx)
     write = ctx.start(ctx.write, region.start, b"\2")
     ctx.expect_fault(WP_WRITE, region.start)
     ctx.uffd.writeprotect(region)
     _count(ctx, "after WRITEPROTECT with MODE_WP", 0, 1)
-    ctx.expect("the write is over", write.done, False)
+    ctx.expect("whether the write returned before unprotecting", write.done, False)
     ctx.uffd.writeprotect(region, mode=UNPROTECT)
     ctx.expect("the write", write.result(), None)
     ctx.expect_quiet()
@@ -221,12 +221,12 @@ def protecting(ctx: Context) -> None:
     origin="fs/userfaultfd.c: userfaultfd_writeprotect",
     features=wp_features,
     variants=[
-        Variant("some", "what comes before the first mapping that is not registered is changed"),
-        Variant("none", "the range must lie in one mapping"),
+        Variant("some", "the pages before the first mapping that is not registered are changed"),
+        Variant("none", "a range must lie in one mapping, so nothing is changed"),
     ],
 )
 def failed_unprotect(ctx: Context) -> None:
-    """Unprotecting that fails at its end wakes nobody, whatever it has changed before."""
+    """Unprotecting that fails at the end of its range wakes nobody, whatever it has changed."""
     region = ctx.make(2)
     ctx.register(region, RegisterMode.WP, 1)
     region.fill(1)
@@ -234,10 +234,10 @@ def failed_unprotect(ctx: Context) -> None:
     write = ctx.start(ctx.write, region.start, b"\2")
     ctx.expect_fault(WP_WRITE, region.start)
     answer = ctx.ioctl("WRITEPROTECT", region.start, region.length, 0)
-    ctx.expect("errno", answer.errno, errno.ENOENT)
+    ctx.expect("errno of unprotecting", answer.errno, errno.ENOENT)
     _count(ctx, "after ENOENT", 0, 1)
     is_left = ctx.is_protected(region.start)
-    ctx.expect_variant("the first page is protected", is_left, some=False, none=True)
+    ctx.expect_variant("whether the first page is protected", is_left, some=False, none=True)
     ctx.uffd.writeprotect(region.start, ctx.page, mode=UNPROTECT)
     ctx.expect("the write", write.result(), None)
 
@@ -248,14 +248,14 @@ def failed_unprotect(ctx: Context) -> None:
     features=missing_features,
 )
 def other_descriptor(ctx: Context) -> None:
-    """WAKE by another userfaultfd wakes nobody here."""
+    """WAKE does not wake threads that wait for another userfaultfd."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
     reading = ctx.start(ctx.read, region.start)
     ctx.expect_fault(MISSING_READ, region.start)
     second = ctx.open()
     second.wake(region)
-    _count(ctx, "after WAKE by another", 0, 1)
+    _count(ctx, "after WAKE by the other userfaultfd", 0, 1)
     ctx.uffd.copy(region.start, b"\3" * ctx.page)
     ctx.expect("the byte", reading.result(), b"\3")
     ctx.expect_quiet()
