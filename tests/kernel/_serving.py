@@ -25,6 +25,7 @@ from tests._memory import Memory, memory_of, memory_params
 from tests._tasks import of_threads
 
 Driver = Literal["native", "inline"]
+AnyDriver = Literal[Driver, "thread", "process"]
 DRIVERS: tuple[Driver, ...] = ("native", "inline")
 # Passes only if there is a bug: every wait is for something that must happen soon.
 WAIT_S = 20.0
@@ -60,7 +61,7 @@ def with_both_drivers(check: Callable[[Driver], None]) -> Any:
 
 @contextlib.contextmanager
 def handler_of(
-    driver: Driver,
+    driver: AnyDriver,
     features: Feature = Feature(0),  # noqa: B008 - an immutable flag
     **options: Any,
 ) -> Iterator[Handler]:
@@ -74,14 +75,18 @@ def handler_of(
 
 @contextlib.contextmanager
 def serving(
-    driver: Driver,
+    driver: AnyDriver,
     name: str,
     features: Feature = Feature(0),  # noqa: B008
     **options: Any,
 ) -> Iterator[tuple[Handler, Memory]]:
-    """A handler as from `handler_of`, and a factory of regions that outlive it."""
+    """A handler as from `handler_of`, and a factory of regions that outlive it.
+
+    With events of unmapping or moving, a test may leave holes in the regions.
+    """
+    holes = bool(features & (Feature.EVENT_UNMAP | Feature.EVENT_REMAP))
     with (
-        contextlib.closing(memory_of(name)) as memory,
+        contextlib.closing(memory_of(name, holes=holes)) as memory,
         handler_of(driver, features, **options) as handler,
     ):
         yield handler, memory

@@ -51,9 +51,11 @@ def filling(
     source: PageSource | None = None,
     mode: RegisterMode = MISSING,
     preserve: Any = None,
+    *,
+    holes: bool = False,
 ) -> Iterator[Region]:
     """A new region of four pages, served; without a source it is present if the mode is WP."""
-    with closing(memory_of(name)) as memory:
+    with closing(memory_of(name, holes=holes)) as memory:
         region = memory.pages(PAGES)
         if mode == WP:
             region.fill(1)

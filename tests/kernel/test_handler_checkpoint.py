@@ -448,7 +448,11 @@ def test_the_mark_of_poison_is_no_page() -> None:
 
 def taken_in_vain() -> None:
     """An error loses nothing of what was written and evicted."""
-    with handling("native") as handler, Region.anonymous(4 << 20) as region:
+    with (
+        contextlib.closing(memory_of("anon", holes=True)) as memory,
+        handling("native") as handler,
+    ):
+        region = memory.make(4 << 20)
         handler.serve(region, ZeroSource(), mode=MISSING | WP)
         region.write(0, b"new")
         handler.evict(region, write_back=None)

@@ -44,6 +44,7 @@ from tests._memory import PAGE, memory_params
 from tests.kernel._faults import Task
 from tests.kernel._mounts import mounted
 from tests.kernel._serving import (
+    AnyDriver,
     Driver,
     both_drivers,
     content,
@@ -61,7 +62,6 @@ from tests.kernel._serving import (
 )
 from tests.process._pitfalls import Data
 
-AnyDriver = Literal["native", "inline", "thread", "process"]
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 CLOCK_NANOSLEEP = 230
 ABSENT, CLEAN = PageState.ABSENT, PageState.CLEAN

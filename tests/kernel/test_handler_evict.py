@@ -30,6 +30,7 @@ from pyuffd.testing import needs
 from tests._barriers import Point, holding
 from tests._child import run_child
 from tests._memory import memory_params
+from tests._rooms import room
 from tests.kernel._faults import Task
 from tests.kernel._serving import content, run_threads, states, wait_until
 from tests.kernel._verbs import (
@@ -54,8 +55,6 @@ SECONDS = 0.3
 LIBC = ctypes.CDLL(None, use_errno=True)
 SYS_MLOCK, SYS_MUNLOCK = 149, 150
 MAP_FIXED, MREMAP_MAYMOVE, MREMAP_FIXED = 0x10, 1, 2
-# Nothing is mapped there unless it is asked for; ThreadSanitizer allows it.
-FAR_AWAY = 0x7EA000000000
 
 
 @contextmanager
@@ -442,7 +441,8 @@ def replace(place: int, to: int, length: int) -> None:
 
 def moved_meanwhile(point: int, *, to_file: bool) -> None:
     """What is mapped where evicted memory was stays, and is not taken for it."""
-    size, place, to = PAGES * 4096, FAR_AWAY, FAR_AWAY + (1 << 30)
+    size = PAGES * 4096
+    place, to = room(size), room(size)
     new, back = b"new".ljust(size, b"."), os.memfd_create("store")
     os.write(back, content(size))
     map_at(place, size)

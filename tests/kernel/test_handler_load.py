@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import mmap
 import os
 import tempfile
 import threading
@@ -27,11 +27,12 @@ from pyuffd import (
     Region,
     Userfaultfd,
     ZeroSource,
+    _memory,
 )
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.testing import needs
 from tests._child import run_child
-from tests._memory import memory_params
+from tests._memory import memory_of, memory_params
 from tests.kernel._serving import content, is_lost, states, wait_for_stalled, wait_until
 from tests.kernel._verbs import (
     ABSENT,
@@ -46,7 +47,6 @@ from tests.kernel._verbs import (
 )
 
 PAGE = 4096
-MAP_FIXED = 0x10  # not in the mmap module
 DRIVERS: tuple[Driver, ...] = ("native", "thread", "process")
 
 
@@ -133,42 +133,26 @@ def test_load(name: str) -> None:
     run_child(check, name, budget_s=60)
 
 
-class Libc:
-    """What Python has no functions for."""
-
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-
-    def unmap(self, start: int, length: int) -> None:
-        assert self._libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(length)) == 0
-
-    def map_again(self, start: int, length: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-        size = ctypes.c_size_t(length)
-        assert self._libc.mmap(ctypes.c_void_p(start), size, 3, flags, -1, 0) == start
-
-
 def many_runs() -> None:
     """Pieces of a page with gaps between them, and a hole that was unmapped."""
-    pages, libc = 3000, Libc()
+    pages = 3000
     data = content(pages * PAGE)
     pieces = [(at, PAGE, data[at : at + PAGE]) for at in range(0, len(data), 2 * PAGE)]
     with (
         Userfaultfd(features=Feature.EVENT_UNMAP) as uffd,
-        Region.anonymous(len(data)) as region,
+        contextlib.closing(memory_of("anon", holes=True)) as memory,
         Region.anonymous(PAGE) as other,
         Handler(uffd) as handler,
     ):
+        region = memory.make(len(data))
         handler.serve(region, OverlaySource(pieces, gaps="zeros", length=len(data)))
         handler.serve(other, ZeroSource())
         assert handler.load(other) == 0
-        libc.unmap(region.start + 1000 * PAGE, 500 * PAGE)
+        _memory.munmap(region.start + 1000 * PAGE, 500 * PAGE)
         assert handler.load(region) == (pages - 500) // 2 * PAGE
         for page in (998, 1500):
             at = page * PAGE
             assert region.read(at, PAGE) == data[at : at + PAGE]
-        libc.map_again(region.start + 1000 * PAGE, 500 * PAGE)
 
 
 @needs(Feature.EVENT_UNMAP)

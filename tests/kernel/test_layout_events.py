@@ -27,7 +27,9 @@ from pyuffd import (
 from pyuffd._shim import lib
 from pyuffd.testing import GatedSource, require
 from pyuffd.testing._needs import needs_kernel_faults
+from tests import _rooms
 from tests._barriers import Point, holding
+from tests._rooms import MAP_FIXED_NOREPLACE
 from tests.kernel._faults import Task
 from tests.kernel._serving import (
     is_lost,
@@ -55,30 +57,16 @@ from tests.process._pitfalls import (
     wait_changing,
 )
 
-MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB = 0x10, 0x100000, 0x40000
+MAP_FIXED, MAP_HUGETLB = 0x10, 0x40000
 SYS_MMAP, SYS_MUNMAP, SYS_MADVISE, SYS_MREMAP = 9, 11, 28, 25
 SYS_FUTEX, SYS_CLOCK_NANOSLEEP = 202, 230
-PROT_NONE = 0
 PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
 REMOVE = Feature.EVENT_REMOVE
 
 
-def plug(address: int, length: int) -> None:
-    """Fill a hole of a region, so that no other memory gets there: the region's close() unmaps it.
-
-    It works page by page, as other memory may have been moved into a part of the hole.
-    """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-    for at in range(address, address + length, mmap.PAGESIZE):
-        with contextlib.suppress(FileExistsError):
-            _memory.mmap(mmap.PAGESIZE, PROT_NONE, flags, address=at)
-
-
 def unmap(region: Region, first: int, count: int) -> None:
     """Unmap pages of a region."""
-    at, length = region.start + first * region.page_size, count * region.page_size
-    _memory.munmap(at, length)
-    plug(at, length)
+    _memory.munmap(region.start + first * region.page_size, count * region.page_size)
 
 
 def map_at(address: int, length: int, page_size: int, flags: int = MAP_FIXED) -> Region:
@@ -90,15 +78,9 @@ def map_at(address: int, length: int, page_size: int, flags: int = MAP_FIXED) ->
     return Region.at(address, length, page_size)
 
 
-# The sanitizers allow memory here, above every program's own. The kernel maps downwards from far
-# above, so no mapping is placed in a hole here by chance.
-ROOMS = itertools.count(0x5660_0000_0000, 1 << 30)
-
-
 def room(length: int) -> int:
     """Return an address to which so much memory can be moved, more than once."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-    start = _memory.mmap(length, PROT_NONE, flags, address=next(ROOMS))
+    start = _rooms.room(length)
     AFTER_CHECK.callback(_memory.munmap, start, length)  # huge pages are few
     return start
 
@@ -107,9 +89,7 @@ def move(region: Region, first: int, count: int, to: int) -> Region:
     """Move pages of a region to an address; return a view of them there."""
     size = region.page_size
     length = count * size
-    at = region.start + first * size
-    _memory.move(at, length, to, size)
-    plug(at, length)
+    _memory.move(region.start + first * size, length, to, size)
     return Region.at(to, length, size)
 
 

@@ -17,7 +17,7 @@ from pyuffd.handlers import _handler
 from tests._barriers import Point, holding
 from tests.kernel._faults import Task
 from tests.kernel._serving import wait_until
-from tests.kernel.test_layout_events import SYS_MREMAP, SYS_MUNMAP, move, plug, room
+from tests.kernel.test_layout_events import SYS_MREMAP, SYS_MUNMAP, move, room
 from tests.process._pitfalls import (
     BOTH,
     LAYOUT,
@@ -56,11 +56,9 @@ def unmapping(handler: Handler, whole: Region, pages: int) -> Iterator[Unmapping
     """Unmap the first pages of a region, all of which the handler serves but the first."""
     with Userfaultfd(features=LAYOUT) as first:
         first.register(whole.start, whole.page_size)
-        length = pages * whole.page_size
-        task = Task(_memory.munmap, whole.start, length)
+        task = Task(_memory.munmap, whole.start, pages * whole.page_size)
         wait_changing(handler.uffd, task, SYS_MUNMAP)
         yield Unmapping(first, task)
-        plug(whole.start, length)
 
 
 @contextmanager
@@ -163,8 +161,6 @@ def moved_after(at: Setting) -> None:
         for region, content in ((first, data), (second, more), (spare, data)):
             handler.serve(region, at.source(content.all))
         handler.start()
-        # To a place that no other mapping gets when it is free again: the second move ends there.
-        first = move(first, 0, 2, room(first.length))
         to = room(first.length)
         with holding(Point.STEP_APPLIED) as point:
             leader = reading(spare, 0)

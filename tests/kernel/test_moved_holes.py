@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ import pytest
 from pyuffd import Feature, Handler, PageState, Region, RegisterMode, Userfaultfd, _memory
 from pyuffd.testing import FaultingChild, needs
 from tests._child import run_child
-from tests._memory import PAGE
+from tests._memory import PAGE, memory_of
 from tests.kernel._serving import states
 
 Driver = Literal["native", "thread", "process"]
@@ -30,9 +31,10 @@ def moved(driver: Driver) -> None:
     """The engine does not touch the old place, whether it is unmapped or other memory."""
     with (
         Userfaultfd(features=LAYOUT) as uffd,
-        Region.anonymous(4 * PAGE) as region,
+        contextlib.closing(memory_of("anon", holes=True)) as memory,
         Handler(uffd, driver=driver) as handler,
     ):
+        region = memory.pages(4)
         handler.serve(region, None, mode=RegisterMode.WP)
         at = move(region.start + 2 * PAGE, PAGE)
         handler.writeprotect(region)

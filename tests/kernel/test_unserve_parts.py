@@ -410,7 +410,7 @@ def moved(name: str) -> None:
         Userfaultfd(features=features) as uffd,
         Handler(uffd) as handler,
         files(name, b"a") as (a,),
-        filling(handler, name, a) as region,
+        filling(handler, name, a, holes=True) as region,
     ):
         size, length = region.page_size, 2 * region.page_size
         to = _memory.mmap(length, 0, 0x22)  # MAP_PRIVATE | MAP_ANONYMOUS

@@ -30,9 +30,9 @@ from pyuffd import (
 from pyuffd.testing import layout_is_changing, needs, needs_hugepages
 from pyuffd.testing._run import Expect
 from tests._child import run_child
-from tests._memory import DEFAULT_HUGE_PAGES, Memory, memory_of
+from tests._memory import DEFAULT_HUGE_PAGES, Memory
 from tests.kernel._faults import Task
-from tests.kernel._serving import is_lost, wait_until
+from tests.kernel._serving import is_lost, serving, wait_until
 
 NAMES = {
     1: "GIL self-deadlock",
@@ -88,15 +88,10 @@ class Setting:
         **options: Any,
     ) -> Iterator[tuple[Handler, Memory]]:
         """A handler that is not started, and a factory of regions that outlive it."""
-        options.setdefault("autostart", False)
         if self.driver != "native":
             options.setdefault("workers", 2)
-        with (
-            contextlib.closing(memory_of(self.memory)) as memory,
-            Userfaultfd(features=features) as uffd,
-            Handler(uffd, driver=self.driver, **options) as handler,
-        ):
-            yield handler, memory
+        with serving(self.driver, self.memory, features, **options) as both:
+            yield both
 
     @contextlib.contextmanager
     def served(

@@ -30,6 +30,7 @@ from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.testing import kill, needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
+from tests._rooms import map_in_room
 from tests.kernel._faults import Task
 from tests.kernel._serving import content, in_fork, is_lost, wait_for_stalled, wait_until
 from tests.process._pitfalls import Data
@@ -74,7 +75,6 @@ ROOM = 16
 @contextlib.contextmanager
 def mapped(memory: str, count: int) -> Iterator[Pages]:
     """A mapping with room to grow, up to 16 pages; the file has sixes from page 8 on."""
-    place = _memory.mmap(ROOM * PAGE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     shared = mmap.MAP_SHARED if memory == "shmem" else mmap.MAP_PRIVATE
     with contextlib.ExitStack() as stack:
         fd = -1
@@ -85,13 +85,9 @@ def mapped(memory: str, count: int) -> Iterator[Pages]:
             file.truncate(ROOM * PAGE)
             os.pwrite(file.fileno(), b"\6" * (8 * PAGE), 8 * PAGE)
             fd = file.fileno()
-        _memory.munmap(place, ROOM * PAGE)
-        start = _memory.mmap(
-            count * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags | 0x100000, fd, 0, place
-        )
-        assert start == place
+        start = map_in_room(count * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd)
         yield Pages(start, count * PAGE, memory == "shmem")
-        _memory.munmap(place, ROOM * PAGE)
+        _memory.munmap(start, ROOM * PAGE)
 
 
 def source(driver: Driver, data: bytes) -> PageSource:

@@ -199,6 +199,9 @@ class Divisible(CloseCallbacks):
         access by a method in another thread has ended; one that begins meanwhile raises
         ClosedError. In memory that stays mapped, pages that a handler had not filled are poisoned,
         as by `Handler.unserve`.
+        All addresses of the region are unmapped, also where the program has unmapped or moved a
+        part by munmap(2) or mremap(2) and other memory, such as a block of malloc(), has been
+        mapped since: map something else there at once, or adopt such memory with `at`.
         Closing a part of a region ends its serving; the memory stays the region's.
 
         GIL: released.  Threads: safe.  Blocks: until its handlers have stopped serving it (see
