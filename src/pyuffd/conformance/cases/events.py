@@ -1,7 +1,7 @@
-"""Layout events: which call sends which, and waits until it is read (layer L5).
+"""Layout events: which events each call sends, and that it waits until they are read (layer L5).
 
-The calls are made in a forked child, whose ranges the Fork event's userfaultfd governs, so that
-no hole opens in this process's address space.
+A forked child makes the calls, on ranges of the userfaultfd that the Fork event brought. In this
+process, another thread could map something in the hole that a call leaves.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ORIGIN = "userfaultfd(2): Reading from the userfaultfd structure"
 FORK = Feature.EVENT_FORK
 NEITHER = (False, False)
 
-# What a call does: its errno, 0 for success, and the events it sends, in order.
+# The errno of a call, 0 for success, and the events that it sends, in order.
 Outcome = tuple[int, list[Event]]
 
 
@@ -53,13 +53,13 @@ class Action:
     Attributes:
         name: The call.
         text: What it does, for the summary.
-        call: System call number and arguments, of the region and of another one.
-        outcome: What it must do.
-        memory: Where it makes sense.
-        sends: The events it sends where it works, for the case's id.
+        call: System call number and arguments, given the region and another one.
+        outcome: Its errno and events.
+        memory: The memory types that it supports.
+        sends: The events that it sends on success, for the case's id.
         by_descriptor: It acts on the file, not on the mapping.
-        left: The page that is still registered after the call, which others use meanwhile.
-        variants: The outcomes that are accepted, if this is not the only one.
+        left: The page that other calls use meanwhile, which is still registered afterwards.
+        variants: The accepted outcomes, if there are several.
     """
 
     name: str
@@ -86,7 +86,7 @@ def _unmapped(region: Region) -> list[Event]:
 
 
 def _second_to(region: Region, pages: int) -> Event:
-    """Return the event of an unmapping from the second page on, up to so many pages."""
+    """Return the event of unmapping the second page and those after it, up to this many pages."""
     return Unmap(region.start + region.page_size, region.start + pages * region.page_size)
 
 
@@ -99,7 +99,7 @@ def _remove(memory: MemoryType, region: Region, _: Region) -> Outcome:
 def _free(memory: MemoryType, region: Region, _: Region) -> Outcome:
     if memory.is_hugetlb:
         return errno.EINVAL, []
-    # The event of a call that then fails: the pages are still there.
+    # On file memory the call sends its event and then fails; the pages are still present.
     return (0 if memory.is_anon else errno.EINVAL), _removed(region)
 
 
@@ -116,8 +116,8 @@ def _remap(_: MemoryType, region: Region, other: Region) -> Outcome:
     return 0, [moved, *_unmapped(region)]
 
 
-USUAL = Variant("usual", "as the manual has it")
-# No bit says so of hugetlb; this one came with the same release or the next.
+USUAL = Variant("usual", "as the manual page says")
+# No feature bit tells whether hugetlb supports a call; this one came in that release or the next.
 OLD_HUGETLB = (
     USUAL,
     Variant("refused", "EINVAL on hugetlb, and no event", lacks=Feature.WP_HUGETLBFS_SHMEM),
@@ -133,20 +133,20 @@ ACTIONS = (
     ),
     Action(
         "MADV_DONTNEED_LOCKED",
-        "drops a page, locked or not",
+        "drops a page, mlocked or not",
         _advice(MADV_DONTNEED_LOCKED),
         lambda _, region, __: (0, _removed(region)),
         sends="remove",
-        variants=(USUAL, Variant("refused", "EINVAL before there was this advice, and no event")),
+        variants=(USUAL, Variant("refused", "EINVAL on kernels without this advice, and no event")),
     ),
     Action("MADV_REMOVE", "drops a page of the file", _advice(mmap.MADV_REMOVE), _remove, "remove"),
     Action(
         "MADV_FREE",
-        "lets a page be dropped",
+        "lets reclaim drop a page",
         _advice(MADV_FREE),
         _free,
         sends="remove",
-        variants=(USUAL, Variant("refused", "no event where it then fails with EINVAL")),
+        variants=(USUAL, Variant("refused", "EINVAL without an event, where it fails")),
     ),
     Action("MADV_COLD", "keeps the page", _advice(MADV_COLD), _not_hugetlb),
     Action("MADV_PAGEOUT", "keeps the content", _advice(MADV_PAGEOUT), _not_hugetlb),
@@ -155,11 +155,14 @@ ACTIONS = (
         "makes a guard page",
         _advice(MADV_GUARD_INSTALL),
         _not_hugetlb,
-        variants=(USUAL, Variant("refused", "EINVAL where there is no such advice for it")),
+        variants=(
+            USUAL,
+            Variant("refused", "EINVAL if the kernel lacks this advice for the memory type"),
+        ),
     ),
     Action(
         "PUNCH_HOLE",
-        "drops a page of the file by its descriptor",
+        "drops a page through the file descriptor",
         lambda region, _: (SYS_FALLOCATE, _fd(region), PUNCH_HOLE, 0, region.page_size),
         _nothing,
         memory=FILE,
@@ -167,7 +170,7 @@ ACTIONS = (
     ),
     Action(
         "ftruncate",
-        "shortens the file by its descriptor",
+        "truncates the file through its descriptor",
         lambda region, _: (SYS_FTRUNCATE, _fd(region), 0),
         _nothing,
         memory=FILE,
@@ -181,14 +184,14 @@ ACTIONS = (
     ),
     Action(
         "munmap",
-        "unmaps it",
+        "unmaps a page",
         lambda region, _: (SYS_MUNMAP, region.start, region.page_size),
         lambda _, region, __: (0, _unmapped(region)),
         sends="unmap",
     ),
     Action(
         "mmap-fixed",
-        "puts another mapping there",
+        "replaces a mapping by another",
         lambda region, _: (
             SYS_MMAP,
             region.start,
@@ -226,7 +229,7 @@ ACTIONS = (
     ),
     Action(
         "mremap-onto",
-        "moves another mapping there",
+        "moves another mapping onto a registered one",
         lambda region, other: (
             SYS_MREMAP,
             other.start,
@@ -241,7 +244,7 @@ ACTIONS = (
     ),
     Action(
         "mremap-shrink",
-        "makes the mapping shorter",
+        "shrinks the mapping",
         lambda region, _: (SYS_MREMAP, region.start, 2 * region.page_size, region.page_size, 0),
         lambda _, region, __: (0, [_second_to(region, 2)]),
         sends="unmap",
@@ -267,7 +270,7 @@ def expect_asleep(ctx: Context, thread_id: int, process: int | None = None) -> N
 
 
 def _meanwhile(ctx: Context, page: int, uffd: Userfaultfd) -> None:
-    """Until the event is read, REGISTER and WAKE work and nothing can be filled."""
+    """Check that REGISTER and WAKE work while the event is unread, and that COPY does not."""
     source = ctx.make(ctx.page // 4096, "anon")
     answer = ctx.ioctl("COPY", page, source.start, ctx.page, uffd=uffd)
     ctx.expect("errno of COPY", answer.errno, errno.EAGAIN)
@@ -277,10 +280,10 @@ def _meanwhile(ctx: Context, page: int, uffd: Userfaultfd) -> None:
 
 
 def _observe(ctx: Context, action: Action, region: Region, other: Region) -> Outcome:
-    """Make the call, and read its events one by one while it waits for that."""
+    """Make the call, and read one by one the events that it waits for."""
     child = ctx.fork()
     assert child.uffd is not None
-    # The child has no descriptors; a call by one leaves the address space as it is.
+    # The child has no descriptors. A call through one does not change the address space.
     uffd = ctx.uffd if action.by_descriptor else child.uffd
     call = syscall if action.by_descriptor else child.syscall
     access = ctx.start(call, *action.call(region, other))
@@ -290,29 +293,29 @@ def _observe(ctx: Context, action: Action, region: Region, other: Region) -> Out
     # mmap and mremap return addresses.
     code = max(-access.result(), 0)
     if events:
-        # The call is over, and so is the change that it told of.
+        # The call has returned, so the layout change is over.
         answer = ctx.ioctl("POISON", left, ctx.page, uffd=uffd)
-        ctx.expect("errno of POISON afterwards is EAGAIN", answer.errno == errno.EAGAIN, False)
+        ctx.expect("whether POISON is EAGAIN afterwards", answer.errno == errno.EAGAIN, False)
     return code, events
 
 
 def _read_all(
     ctx: Context, access: Access[int], uffd: Userfaultfd, left: int, process: int | None
 ) -> list[Event]:
-    """Read the events of a call until it returns; each must find its caller asleep."""
+    """Read the events of a call until it returns; its thread must sleep before each is read."""
     events: list[Event] = []
     while True:
         ready, _, _ = select.select([uffd.fileno(), access.fileno()], [], [], WAIT_S)
         if uffd.fileno() in ready:
             expect_asleep(ctx, process or access.thread_id, process)
-            ctx.expect("the call is over before its event is read", access.done, False)
+            ctx.expect("whether the call returned before its event was read", access.done, False)
             if not events:
                 _meanwhile(ctx, left, uffd)
             events += uffd.read_events(1)
         elif ready:
             return events
         else:
-            ctx.fail("the call and its events", "neither", "one of them")
+            ctx.fail("the call", f"neither an event nor its end in {WAIT_S:g} s", "one of them")
 
 
 def _with(extra: Feature) -> Callable[[MemoryType], Feature]:
@@ -339,9 +342,9 @@ def _add(action: Action) -> None:
         seen = max(-access.result(), 0)
         wanted, _ = action.outcome(ctx.memory, region, other)
         if action.variants:
-            ctx.expect_variant("errno", seen, usual=wanted, refused=errno.EINVAL)
+            ctx.expect_variant("errno of the call", seen, usual=wanted, refused=errno.EINVAL)
         else:
-            ctx.expect("errno", seen, wanted)
+            ctx.expect("errno of the call", seen, wanted)
         ctx.expect_quiet(child.uffd)
 
     sends = action.sends
@@ -352,7 +355,7 @@ def _add(action: Action) -> None:
         features=_with(ALL_EVENTS),
         variants=action.variants,
         summary=f"{action.name}: {action.text}"
-        + ("; its thread sleeps until each event is read" if sends != "none" else "; no event"),
+        + ("; the call waits until each event is read" if sends != "none" else "; no event"),
     )(on)
     if sends != "none":
         case(
@@ -361,7 +364,7 @@ def _add(action: Action) -> None:
             memory=action.memory,
             features=_with(Feature(0)),
             variants=action.variants,
-            summary=f"{action.name} sends nothing and waits for nobody unless asked to",
+            summary=f"{action.name} sends no event and does not wait if the feature is not enabled",
         )(off)
 
 
@@ -376,12 +379,12 @@ for _action in ACTIONS:
     features=FORK | Feature.EVENT_UNMAP,
 )
 def brk(ctx: Context) -> None:
-    """brk: unmaps the end of the heap; its thread sleeps until the event is read."""
-    # A fork has an event only where something is registered.
+    """brk: unmaps the end of the heap; the call waits until the event is read."""
+    # A fork sends an event only if something is registered.
     ctx.register(ctx.make(1), RegisterMode.MISSING)
     child = ctx.fork()
     assert child.uffd is not None
-    # brk(2) works to the byte, and maps whole pages.
+    # brk(2) takes any byte as the end, and maps whole pages.
     old = child.syscall(SYS_BRK, 0)
     start = -(-old // ctx.page) * ctx.page
     end = start + 2 * ctx.page
@@ -390,13 +393,15 @@ def brk(ctx: Context) -> None:
     access = ctx.start(child.syscall, SYS_BRK, start + ctx.page)
     events = _read_all(ctx, access, child.uffd, start, child.pid)
     wanted = [Unmap(start + ctx.page, end)]
-    ctx.expect("new end, and events", (access.result(), events), (start + ctx.page, wanted))
+    ctx.expect(
+        "new end of the heap, and events", (access.result(), events), (start + ctx.page, wanted)
+    )
     ctx.expect_quiet(child.uffd)
 
 
 @case("event.fork.fork", origin=ORIGIN, features=lambda kind: missing_features(kind) | FORK)
 def fork(ctx: Context) -> None:
-    """A fork waits until its event is read, which brings a userfaultfd for the child's ranges."""
+    """A fork waits until its event is read; the event has a userfaultfd for the child's ranges."""
     region = ctx.make(2)
     ctx.register(region, RegisterMode.MISSING)
     forking = threading.get_native_id()
@@ -420,7 +425,7 @@ def fork(ctx: Context) -> None:
     event.uffd.copy(region.start, b"\7" * ctx.page)
     ctx.expect("byte in the child", reading.result(), b"\7")
     ctx.expect_quiet()
-    # Here, too, filling goes on.
+    # The parent's pages can be filled again, too.
     at = region.start + ctx.page
     ctx.expect("bytes filled", ctx.uffd.copy(at, b"\6" * ctx.page), ctx.page)
 

@@ -1,8 +1,7 @@
-"""Changes of page tables that a thread sees at once, on the CPU that has old entries (layer L5).
+"""TLB flushes: a thread sees a change of page tables at once on the CPU that it runs on (layer L5).
 
-A thread stays on one CPU, uses pages, has them protected, moved, dropped or collapsed, and uses
-them again: where the kernel forgot the CPU's copies of the entries, the old rights still hold, or
-what was there before.
+A thread stays on one CPU. It uses pages, protects, moves, drops or collapses them, and uses them
+again. If the kernel has not flushed the TLB, the old access rights or the old page are still used.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ PER_HUGE = HUGE_PAGE // SMALL_PAGE
     features=wp_features,
 )
 def protects(ctx: Context) -> None:
-    """A thread that protects pages that it has just written cannot write them any more."""
+    """A thread that protects pages just after it wrote them faults when it writes them again."""
     in_one_place(ctx)
     region = ctx.make(3)
     ctx.register(region, RegisterMode.WP)
@@ -73,7 +72,7 @@ def protects(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def protects_huge(ctx: Context) -> None:
-    """The same of a transparent huge page."""
+    """A thread that protects a transparent huge page just after a write faults on the next."""
     in_one_place(ctx)
     start = huge_area(ctx, 1)
     ctx.open().register(start, HUGE_PAGE, mode=RegisterMode.WP)
@@ -97,17 +96,17 @@ def protects_huge(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def protects_swapped(ctx: Context) -> None:
-    """The same of a page that is in swap when it is protected."""
+    """A thread that protects a page just after a write and swap-out faults on the next write."""
     in_one_place(ctx)
     region = ctx.make(1)
-    # So that the file has the page, and its first way to swap is behind it.
+    # Swap it out once before, so that the file has the page, and it has been in swap.
     region.fill(OLD)
     page_out(ctx, region)
     ctx.register(region, RegisterMode.WP)
 
     def work() -> object:
         ctx.write(region.start, b"\1")
-        # Nothing in between, or the CPU's copy makes way for others.
+        # Do nothing else in between, or other entries replace that of the page in the TLB.
         region.pageout()
         ctx.uffd.writeprotect(region)
         return ctx.write(region.start, b"\2")
@@ -118,7 +117,7 @@ def protects_swapped(ctx: Context) -> None:
     ctx.expect("the write", writing.result(), None)
 
 
-# PAGEMAP_SCAN with WP_MATCHING: each of its loops
+# PAGEMAP_SCAN with WP_MATCHING, by each of its loops
 
 QUESTIONS: tuple[tuple[str, dict[str, int]], ...] = (
     ("nothing", {"room": 0}),
@@ -140,7 +139,7 @@ def _add_scan(name: str, asked: dict[str, int]) -> None:
         _memory.touch(region.start, region.length, ctx.page, write=True)
         scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), **limit)
         count = asked.get("max_pages", PAGES)
-        # Not the first and the last, whose ranges are easily flushed too much.
+        # All pages: a flush of too small a range may still include the first and the last.
         _memory.touch(region.start, region.length, ctx.page, write=True)
         seen = scan(ctx, region.start, end_of(region))
         ctx.expect("pages written again", seen.pages, PAGES * per_page)
@@ -148,7 +147,7 @@ def _add_scan(name: str, asked: dict[str, int]) -> None:
 
     case(
         f"PAGEMAP_SCAN.ok.own-thread-sees-it-{name}",
-        summary=f"A thread that scans and protects ({name} reported) reports its next writes",
+        summary=f"After a scan that protects ({name} reported), the thread's next writes are seen",
         origin="fs/proc/task_mmu.c: flush_tlb_range",
         memory=ALL if name != "part" else SMALL,
         features=FEATURES,
@@ -167,7 +166,7 @@ for _question in QUESTIONS:
     needs=[needs_thp()],
 )
 def scan_huge(ctx: Context) -> None:
-    """The same of a transparent huge page."""
+    """After a scan that protects a transparent huge page, the thread's next write is seen."""
     in_one_place(ctx)
     start = huge_area(ctx, 1)
     ctx.open().register(start, HUGE_PAGE, mode=RegisterMode.WP)
@@ -176,7 +175,7 @@ def scan_huge(ctx: Context) -> None:
     ctx.expect("bytes mapped huge", mapped_huge(start), HUGE_PAGE)
     _memory.touch(start, SMALL_PAGE, SMALL_PAGE, write=True)
     seen = scan(ctx, start, start + HUGE_PAGE)
-    ctx.expect("the first page is written", seen.pages > 0, True)
+    ctx.expect("whether the first page counts as written", seen.pages > 0, True)
 
 
 # MOVE
@@ -200,13 +199,15 @@ def _add_move(name: str, length: int, needs: tuple[Need, ...]) -> None:
         answer = ctx.ioctl("MOVE", to, start, length)
         ctx.expect("byte of the source afterwards", ctx.read(start), b"\0")
         ctx.expect("errno and .move", (answer.errno, answer.result), (0, length))
-        ctx.expect("byte where it is", ctx.read(to), bytes([NEW]))
+        ctx.expect("byte of the destination", ctx.read(to), bytes([NEW]))
         ctx.write(start, bytes([OLD]))
-        ctx.expect("byte where it is, later", ctx.read(to), bytes([NEW]))
+        ctx.expect(
+            "byte of the destination after a write to the source", ctx.read(to), bytes([NEW])
+        )
 
     case(
         f"UFFDIO_MOVE.ok.own-thread-sees-it{name}",
-        summary="A thread that has just used a page and moves it finds zeros in its old place",
+        summary="A thread that moves a page just after using it reads zeros at the source",
         origin="mm/userfaultfd.c: ptep_clear_flush; mm/huge_memory.c: pmdp_huge_clear_flush",
         memory=ANON,
         features=Feature.MOVE,
@@ -225,7 +226,7 @@ _add_move("-huge", HUGE_PAGE, (needs_thp(),))
     features=Feature.MOVE,
 )
 def move_zero(ctx: Context) -> None:
-    """The same of the zero page: its old place, registered as well, is missing."""
+    """A thread that moves the zero page just after using it finds its old place missing."""
     in_one_place(ctx)
     region = ctx.make(2)
     to, start = region.start, region.start + ctx.page
@@ -240,11 +241,11 @@ def move_zero(ctx: Context) -> None:
     _expect_missing(ctx, work, start, (b"\0", 0, bytes([NEW])))
 
 
-# What leaves its place
+# Pages that leave their place
 
 
 def _expect_missing(ctx: Context, work: Callable[[], object], at: int, wanted: object) -> None:
-    """Expect that a thread that has just used a page has to ask for it."""
+    """Expect a missing fault of a thread that has just used the page."""
     working = ctx.start(work)
     expect_fault(ctx, working, MISSING_READ, at)
     ctx.uffd.copy(at, bytes([NEW]) * ctx.page)
@@ -257,7 +258,7 @@ def _expect_missing(ctx: Context, work: Callable[[], object], at: int, wanted: o
     features=missing_features,
 )
 def drops(ctx: Context) -> None:
-    """A thread that has a page dropped which it has just read finds it missing."""
+    """A thread that drops a page just after reading it finds it missing."""
     in_one_place(ctx)
     region = ctx.make(3)
     second = region.start + ctx.page
@@ -300,7 +301,7 @@ def _add_mremap(name: str, text: str, length: int, needs: tuple[Need, ...] = ())
             start = -(-region.start // length) * length
         to = reserve(ctx, length, length)
         uffd = ctx.open()
-        # Before the ranges are unmapped, which would wait for somebody to read of it.
+        # Close it before the ranges are unmapped, or munmap would wait for its event to be read.
         ctx.callback(uffd.close)
         uffd.register(start, length, mode=RegisterMode.MISSING)
         if not is_huge:
@@ -320,9 +321,9 @@ def _add_mremap(name: str, text: str, length: int, needs: tuple[Need, ...] = ())
 
     case(
         f"mremap.{name}.own-thread-sees-it",
-        summary=f"A thread that moves {text} which it has just read finds the old place missing",
+        summary=f"A thread that moves {text} just after reading it finds the old place missing",
         origin="mm/mremap.c: move_ptes, move_normal_pmd; mm/huge_memory.c: move_huge_pmd",
-        # A file would have the page in the old place, too.
+        # With a shared file, the page would not be missing in the old place.
         memory=ANON if is_huge else ("anon", "shmem-private"),
         features=lambda memory: missing_features(memory) | Feature.EVENT_REMAP,
         needs=needs,
@@ -341,9 +342,9 @@ _add_mremap("huge-page", "a transparent huge page", HUGE_PAGE, (needs_thp(),))
     features=missing_features,
 )
 def moves_hugetlb(ctx: Context) -> None:
-    """A thread that moves a page of hugetlb which it has just read does not find it there."""
+    """A thread that moves a hugetlb page just after reading it no longer reads it at the source."""
     in_one_place(ctx)
-    # In the middle, so that no page table goes with it, for which all would be forgotten.
+    # In the middle, so that no page table is freed, which would flush everything.
     region = ctx.make(3)
     at = region.start + ctx.page
     ctx.register(region, RegisterMode.MISSING)
@@ -374,7 +375,7 @@ def moves_hugetlb(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapses(ctx: Context) -> None:
-    """A thread that writes pages, has them collapsed and writes again writes the huge page."""
+    """A thread that collapses pages just after writing them writes to the huge page next."""
     in_one_place(ctx)
     region = ctx.make(PER_HUGE)
     if ctx.memory.is_anon:
@@ -395,7 +396,7 @@ def collapses(ctx: Context) -> None:
         ctx.expect("the writes", ctx.start(work).result(), [None] * len(pages))
     except OSError as error:
         ctx.lack("collapse", f"MADV_COLLAPSE: {error.strerror}")
-    # Through the page table, which a CPU may know an older state of.
+    # Read through the page tables, not through the CPU's TLB.
     with open("/proc/self/mem", "rb", buffering=0) as memory:
         seen = [os.pread(memory.fileno(), 2, at) for at in pages]
-    ctx.expect("bytes there", seen, [bytes([NEW, OLD])] * len(pages))
+    ctx.expect("bytes in /proc/self/mem", seen, [bytes([NEW, OLD])] * len(pages))

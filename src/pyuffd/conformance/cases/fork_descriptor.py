@@ -1,4 +1,4 @@
-"""What the descriptor of a fork has of its parent's: features, flags, ranges (layer L5)."""
+"""What the descriptor of a fork inherits from the parent's: features, flags, ranges (layer L5)."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def _child(ctx: Context) -> tuple[Child, Userfaultfd]:
 
 
 def _in_fdinfo(ctx: Context, uffd: Userfaultfd) -> int:
-    """Return the features that fdinfo shows as enabled."""
+    """Return the enabled features as fdinfo shows them."""
     text = Path(f"/proc/self/fdinfo/{uffd.fileno()}").read_text()
     found = re.search(r"^API:\t[0-9a-f]+:([0-9a-f]+):", text, re.MULTILINE)
     if found is None:
-        ctx.fail("fdinfo", text, "a line API:")
+        ctx.fail("fdinfo", text, "a line that starts with API:")
     return int(found[1], 16) & ~INITIALIZED
 
 
@@ -68,10 +68,10 @@ def _in_fdinfo(ctx: Context, uffd: Userfaultfd) -> int:
 
 @dataclass(frozen=True)
 class Inherited:
-    """A feature, and how the child shows that its descriptor has it.
+    """A feature, and a check that the child's descriptor has it.
 
-    `mode` is how the range is registered, `has` what the child does, `needs` what else the kernel
-    must have for that, on one memory type.
+    `mode` is the register mode of the range, `has` makes the check, and `needs` returns the other
+    features that the check needs on a memory type.
     """
 
     feature: Feature
@@ -105,7 +105,11 @@ def _exact_address(ctx: Context, region: Region, child: Child, uffd: Userfaultfd
 
 def _unpopulated(ctx: Context, region: Region, child: Child, uffd: Userfaultfd) -> None:
     uffd.writeprotect(region)
-    ctx.expect("bit of a hole in the child", ctx.is_protected(region.start, pid=child.pid), True)
+    ctx.expect(
+        "whether a hole in the child is protected",
+        ctx.is_protected(region.start, pid=child.pid),
+        True,
+    )
     writing = ctx.start(child.write, region.start, b"\1")
     ctx.expect_fault(WP_WRITE, region.start, uffd)
     uffd.writeprotect(region, mode=WriteprotectMode(0))
@@ -114,10 +118,16 @@ def _unpopulated(ctx: Context, region: Region, child: Child, uffd: Userfaultfd) 
 
 def _async(ctx: Context, region: Region, child: Child, uffd: Userfaultfd) -> None:
     uffd.writeprotect(region)
-    ctx.expect("bit in the child", ctx.is_protected(region.start, pid=child.pid), True)
+    ctx.expect(
+        "whether the child's page is protected", ctx.is_protected(region.start, pid=child.pid), True
+    )
     ctx.expect("the write", ctx.silently(child.write, region.start, b"\1"), None)
     ctx.expect_quiet(uffd)
-    ctx.expect("bit after a write", ctx.is_protected(region.start, pid=child.pid), False)
+    ctx.expect(
+        "whether it is protected after a write",
+        ctx.is_protected(region.start, pid=child.pid),
+        False,
+    )
 
 
 def _poison(ctx: Context, region: Region, child: Child, uffd: Userfaultfd) -> None:
@@ -179,7 +189,7 @@ def _add(row: Inherited) -> None:
     name = str(row.feature.name).lower().replace("_", "-")
     case(
         f"fork-descriptor.feature.{name}",
-        summary=f"The descriptor of a fork has {row.feature.name} where the parent's has",
+        summary=f"The descriptor of a fork has {row.feature.name} if the parent's has",
         origin=ORIGIN,
         memory=row.memory,
         features=lambda memory: row.needs(memory) | row.feature | FORK,
@@ -192,7 +202,7 @@ for _row in INHERITED:
 
 @case("fork-descriptor.feature.none", origin=ORIGIN, features=lambda m: missing_features(m) | FORK)
 def none_inherited(ctx: Context) -> None:
-    """The descriptor of a fork has no feature that the parent's lacks."""
+    """The descriptor of a fork lacks the features that the parent's lacks."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     child, uffd = _child(ctx)
@@ -202,7 +212,7 @@ def none_inherited(ctx: Context) -> None:
     ctx.expect("thread of the message", fault.thread_id or 0, 0)
     uffd.copy(region.start, bytes([VALUE]) * ctx.page)
     ctx.expect("byte in the child", reading.result(), bytes([VALUE]))
-    # Without EVENT_REMOVE nobody is told, and nobody waits.
+    # Without EVENT_REMOVE, madvise sends no event and does not wait.
     if not ctx.memory.is_hugetlb:
         advice = (SYS_MADVISE, region.start, ctx.page, mmap.MADV_DONTNEED)
         ctx.expect("madvise", ctx.silently(child.syscall, *advice), 0)
@@ -211,7 +221,7 @@ def none_inherited(ctx: Context) -> None:
 
 @case("fork-descriptor.feature.fork", origin=ORIGIN, features=lambda m: missing_features(m) | FORK)
 def fork_inherited(ctx: Context) -> None:
-    """The fork of a fork sends its event to the first fork's descriptor, and has one of its own."""
+    """A fork in the child sends its event to the child's descriptor, with another descriptor."""
     region = ctx.make(1)
     ctx.register(region, MISSING)
     child, uffd = _child(ctx)
@@ -233,7 +243,7 @@ def fork_inherited(ctx: Context) -> None:
     needs=[needs_privilege("CAP_SYS_PTRACE")],
 )
 def user_mode_only(ctx: Context) -> None:
-    """A descriptor for the faults of user code has forks for those only: a read(2) is EFAULT."""
+    """The descriptor of a fork is user-mode-only if the parent's is: read(2) is EFAULT."""
     region = ctx.make(1)
     scratch = ctx.make(1, "anon")
     scratch.write(0, b"/dev/zero\0")
@@ -244,7 +254,7 @@ def user_mode_only(ctx: Context) -> None:
         if child.uffd is None:
             ctx.fail("the fork's descriptor", "none", "one")
         file = child.syscall(SYS_OPEN, scratch.start, os.O_RDONLY, 0)
-        ctx.expect("open in the child", file >= 0, True)
+        ctx.expect("whether open in the child succeeds", file >= 0, True)
         reading = ctx.start(child.syscall, SYS_READ, file, region.start, 1)
         if is_user_only:
             ctx.expect("read(2) in the child", reading.result(), -errno.EFAULT)
@@ -258,7 +268,7 @@ def user_mode_only(ctx: Context) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """How the parent's descriptor was opened, and changed later."""
+    """How the parent's descriptor is opened and then changed."""
 
     name: str
     text: str
@@ -269,8 +279,10 @@ class Opened:
 OPENED = (
     Opened("nonblock", "opened with O_NONBLOCK", os.O_NONBLOCK),
     Opened("blocking", "opened without O_NONBLOCK", 0),
-    Opened("made-blocking", "opened with O_NONBLOCK, which fcntl took away", os.O_NONBLOCK, 0),
-    Opened("made-nonblock", "opened blocking, made O_NONBLOCK by fcntl", 0, os.O_NONBLOCK),
+    Opened("made-blocking", "opened with O_NONBLOCK, made blocking by fcntl", os.O_NONBLOCK, 0),
+    Opened(
+        "made-nonblock", "opened without O_NONBLOCK, made non-blocking by fcntl", 0, os.O_NONBLOCK
+    ),
 )
 
 
@@ -293,7 +305,7 @@ def _add_flags(opened: Opened) -> None:
 
     case(
         f"fork-descriptor.flags.{opened.name}",
-        summary=f"O_NONBLOCK of a fork's descriptor is as at the parent's opening: {opened.text}",
+        summary=f"A fork's descriptor has O_NONBLOCK if the parent's was opened so: {opened.text}",
         origin=ORIGIN,
         memory=ANY,
         features=FORK,
@@ -301,7 +313,7 @@ def _add_flags(opened: Opened) -> None:
 
 
 def _read_message(ctx: Context, uffd: Userfaultfd) -> tuple[int, int]:
-    # A blocking descriptor cannot be polled: the read waits.
+    # Poll does not work on a blocking descriptor, but there the read itself waits.
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         try:
@@ -324,7 +336,7 @@ for _opened in OPENED:
     "fork-descriptor.ranges.modes", origin=ORIGIN, features=lambda m: missing_wp_features(m) | FORK
 )
 def modes_inherited(ctx: Context) -> None:
-    """The child's ranges are registered in the modes of the parent's, and gaps stay gaps."""
+    """The child's ranges have the modes of the parent's, and other pages are not registered."""
     region = ctx.make(4)
     missing, gap, protected, both = (region.start + index * ctx.page for index in range(4))
     uffd = ctx.open()
@@ -335,7 +347,7 @@ def modes_inherited(ctx: Context) -> None:
     uffd.copy(both, bytes([1]) * ctx.page)
     uffd.writeprotect(protected, 2 * ctx.page)
     child, own = _child(ctx)
-    ctx.expect("the gap", ctx.silently(child.read, gap, 1), b"\0")
+    ctx.expect("byte of the page that is not registered", ctx.silently(child.read, gap, 1), b"\0")
     reading = ctx.start(child.read, missing, 1)
     ctx.expect_fault(MISSING_READ, missing, own)
     own.copy(missing, bytes([VALUE]) * ctx.page)
@@ -356,7 +368,7 @@ def modes_inherited(ctx: Context) -> None:
     features=lambda memory: minor_features(memory) | FORK,
 )
 def minor_inherited(ctx: Context) -> None:
-    """A range registered for minor faults is so in the child."""
+    """A range registered in mode MINOR is registered so in the child."""
     region = ctx.make(1)
     in_page_cache(region, IN_FILE)
     ctx.register(region, MINOR)
@@ -375,7 +387,7 @@ def minor_inherited(ctx: Context) -> None:
     features=missing_wp_features(MEMORY_TYPES["anon"]) | FORK,
 )
 def wiped(ctx: Context) -> None:
-    """What MADV_WIPEONFORK leaves out is missing in the child, where it is registered, too."""
+    """Memory with MADV_WIPEONFORK is registered in the child, and its pages are missing there."""
     region = ctx.make(2)
     region.madvise(MADV_WIPEONFORK)
     ctx.register(region, MISSING | WP)
@@ -390,12 +402,12 @@ def wiped(ctx: Context) -> None:
         ctx.expect("byte in the child", reading.result(), bytes([VALUE]))
         ctx.expect("a write", ctx.silently(child.write, at, b"\2"), None)
     ctx.expect("byte in the parent", ctx.silently(ctx.read, region.start), b"\1")
-    ctx.expect("bit in the parent", ctx.is_protected(region.start), True)
+    ctx.expect("whether the parent's page is protected", ctx.is_protected(region.start), True)
 
 
 @case("fork-descriptor.ranges.own", origin=ORIGIN, features=lambda m: missing_features(m) | FORK)
 def ranges_own(ctx: Context) -> None:
-    """Unregistering in the child leaves the parent's range alone, and the other way round."""
+    """Unregistering in the child does not change the parent's range, nor the reverse."""
     region = ctx.make(2)
     ctx.register(region, MISSING)
     child, own = _child(ctx)
@@ -404,7 +416,7 @@ def ranges_own(ctx: Context) -> None:
     ctx.uffd.unregister(second, ctx.page)
     ctx.expect("byte in the child", ctx.silently(child.read, region.start, 1), b"\0")
     ctx.expect("byte in the parent", ctx.silently(ctx.read, second, 1), b"\0")
-    # What the other side has read is in the file now.
+    # The file now has the pages that the other side has read.
     if ctx.memory.shared or ctx.memory.is_shmem:
         return
     reading = ctx.start(ctx.read, region.start)

@@ -1,7 +1,7 @@
-"""mremap(2) of registered memory: whole page tables, what stays behind, what grows (layer L5).
+"""mremap(2) of registered memory: by page tables, with MREMAP_DONTUNMAP, to another size (L5).
 
-Where the ranges allow it the kernel moves page tables instead of entries. Without EVENT_REMAP it
-must not, because each entry has to lose its protection.
+Where the alignment allows it, the kernel moves whole page tables instead of entries. It must not do
+so without EVENT_REMAP, since then each entry has to lose its protection.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _protected_pages(start: int, length: int) -> int:
 
 
 def _mapped_at(ctx: Context, start: int, length: int) -> None:
-    """Map memory of the case's type over what was reserved."""
+    """Map memory of the case's type over a reserved range."""
     if ctx.memory.is_anon:
         flags, fd = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1
     else:
@@ -71,7 +71,7 @@ def _moved(ctx: Context, start: int, length: int, to: int, *, has_event: bool) -
         event = ctx.expect_event(Remap)
         ctx.expect("the event", event, Remap(start, to, length))
     moving.result()
-    # Nobody else may come into the old place before the case ends.
+    # Keep others from mapping something at the old address before the case ends.
     hold = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE
     _memory.mmap(length, 0, hold, -1, 0, start)
 
@@ -88,10 +88,10 @@ def _add_table(*, has_event: bool) -> None:
         for index in pages:
             _memory.fill(start + index * SMALL_PAGE, SMALL_PAGE, DATA)
         ctx.uffd.writeprotect(start, length)
-        ctx.expect("protected before", _protected_pages(start, length), 2 * TABLE_PAGES)
+        ctx.expect("protected pages before", _protected_pages(start, length), 2 * TABLE_PAGES)
         _moved(ctx, start, length, to, has_event=has_event)
         left = 2 * TABLE_PAGES if has_event else 0
-        ctx.expect("protected afterwards", _protected_pages(to, length), left)
+        ctx.expect("protected pages after mremap", _protected_pages(to, length), left)
         ctx.expect("VmFlags", vm_flags(to), {"uw"} if has_event else set())
         for index in pages:
             at = to + index * SMALL_PAGE
@@ -107,7 +107,7 @@ def _add_table(*, has_event: bool) -> None:
     name = "with-event" if has_event else "without-event"
     case(
         f"mremap.page-tables.{name}",
-        summary="Of memory that moves with its page tables every entry "
+        summary="In memory whose page tables could be moved whole, every entry "
         + ("keeps its protection" if has_event else "loses its protection without EVENT_REMAP"),
         origin=ORIGIN,
         memory=SMALL,
@@ -123,15 +123,18 @@ def _add_directory(*, has_event: bool) -> None:
         at = GIB // 2 + 3 * SMALL_PAGE
         _memory.fill(start + at, SMALL_PAGE, DATA)
         ctx.uffd.writeprotect(start + at, SMALL_PAGE)
-        ctx.expect("protected before", ctx.is_protected(start + at), True)
+        ctx.expect("whether the page is protected before", ctx.is_protected(start + at), True)
         _moved(ctx, start, GIB, to, has_event=has_event)
-        ctx.expect("protected afterwards", ctx.is_protected(to + at), has_event)
+        ctx.expect(
+            "whether the page is protected after mremap", ctx.is_protected(to + at), has_event
+        )
         expect_read(ctx, to + at, DATA)
 
     name = "with-event" if has_event else "without-event"
     case(
         f"mremap.page-directories.{name}",
-        summary="The same of a GiB, whose table of page tables could move",
+        summary="In a GiB, whose PMD table could be moved whole, an entry "
+        + ("keeps its protection" if has_event else "loses its protection without EVENT_REMAP"),
         origin=ORIGIN,
         memory=ANON,
         features=Feature.PAGEFAULT_FLAG_WP | (Feature.EVENT_REMAP if has_event else Feature(0)),
@@ -150,7 +153,7 @@ def _add_huge(*, has_event: bool) -> None:
         ctx.uffd.writeprotect(start, HUGE_PAGE)
         _moved(ctx, start, HUGE_PAGE, to, has_event=has_event)
         left = TABLE_PAGES if has_event else 0
-        ctx.expect("protected afterwards", _protected_pages(to, HUGE_PAGE), left)
+        ctx.expect("protected pages after mremap", _protected_pages(to, HUGE_PAGE), left)
         at = to + 7 * SMALL_PAGE
         expect_read(ctx, at, DATA)
         if has_event:
@@ -164,7 +167,8 @@ def _add_huge(*, has_event: bool) -> None:
     name = "with-event" if has_event else "without-event"
     case(
         f"mremap.huge-page.{name}",
-        summary="The same of a transparent huge page that is protected whole",
+        summary="A transparent huge page that is protected whole "
+        + ("keeps its protection" if has_event else "loses its protection without EVENT_REMAP"),
         origin="mm/huge_memory.c: move_huge_pmd",
         memory=ANON,
         features=Feature.PAGEFAULT_FLAG_WP | (Feature.EVENT_REMAP if has_event else Feature(0)),
@@ -178,7 +182,7 @@ for _has_event in (False, True):
     _add_huge(has_event=_has_event)
 
 
-# What stays behind: MREMAP_DONTUNMAP
+# MREMAP_DONTUNMAP
 
 
 def _add_stays(*, has_event: bool) -> None:
@@ -189,7 +193,7 @@ def _add_stays(*, has_event: bool) -> None:
         start, to = reserve(ctx, length), reserve(ctx, length)
         _mapped_at(ctx, start, length)
         uffd = ctx.open()
-        # Before the ranges are unmapped, which would wait for somebody to read of it.
+        # Close it before the ranges are unmapped, or munmap would wait for its event to be read.
         ctx.callback(uffd.close)
         uffd.register(start, length, mode=MISSING | WP)
         ctx.uffd.copy(start, bytes([DATA]) * ctx.page)
@@ -204,22 +208,22 @@ def _add_stays(*, has_event: bool) -> None:
         except OSError as error:
             ctx.lack("MREMAP_DONTUNMAP", f"mremap: {error.strerror}")
         ctx.expect_quiet()
-        ctx.expect("VmFlags of the new place", vm_flags(to), {"um", "uw"} if has_event else set())
-        ctx.expect("VmFlags of the old place", vm_flags(start), {"um", "uw"})
-        ctx.expect("bit in the new place", ctx.is_protected(to), has_event)
-        ctx.expect("bit in the old place", ctx.is_protected(start), False)
+        ctx.expect("VmFlags of the new mapping", vm_flags(to), {"um", "uw"} if has_event else set())
+        ctx.expect("VmFlags of the old mapping", vm_flags(start), {"um", "uw"})
+        ctx.expect("whether the new page is protected", ctx.is_protected(to), has_event)
+        ctx.expect("whether the old page is protected", ctx.is_protected(start), False)
         expect_read(ctx, to, DATA)
-        if ctx.memory.shared:  # whose file has the page still
+        if ctx.memory.shared:  # the file still has the page, so it is not missing
             return
         reading = ctx.start(ctx.read, start)
         expect_fault(ctx, reading, MISSING_READ, start)
         ctx.uffd.copy(start, b"\1" * ctx.page)
-        ctx.expect("byte in the old place", reading.result(), b"\1")
+        ctx.expect("byte of the old mapping", reading.result(), b"\1")
 
     name = "with-event" if has_event else "without-event"
     case(
         f"mremap.dont-unmap.{name}",
-        summary="MREMAP_DONTUNMAP leaves an empty mapping behind, which is registered as before",
+        summary="MREMAP_DONTUNMAP leaves the old mapping empty and registered",
         origin="mm/mremap.c: mremap_userfaultfd_prep",
         memory=SMALL,
         features=lambda memory: missing_wp_features(memory) | extra,
@@ -230,12 +234,12 @@ _add_stays(has_event=False)
 _add_stays(has_event=True)
 
 
-# A move to another length
+# A move with another size
 
 EVENTS = Feature.EVENT_REMAP | Feature.EVENT_UNMAP | Feature.EVENT_FORK
 LENGTHS = (
-    Variant("moved", "the length of the event is what has moved"),
-    Variant("asked", "it is the old length that was asked for"),
+    Variant("moved", "the length in the event is that of what was moved"),
+    Variant("asked", "the length in the event is the old_size of the call"),
 )
 
 
@@ -260,7 +264,7 @@ def _resized(ctx: Context, old: int, new: int) -> tuple[int, int, list[Event]]:
         found += uffd.read_events(1)
     ctx.expect("mremap", moving.result(), target.start)
     ctx.expect_quiet(uffd)
-    # What has grown is registered, too.
+    # The last page, which may be new, is registered too.
     last = target.start + (new - 1) * ctx.page
     reading = ctx.start(child.read, last, 1)
     expect_fault(ctx, reading, MISSING_READ, last, uffd)
@@ -280,7 +284,7 @@ def _resize_features(memory: MemoryType) -> Feature:
     features=_resize_features,
 )
 def grown(ctx: Context) -> None:
-    """A page that moves and becomes two is an event of one page; both are registered."""
+    """mremap(2) from one page to two sends an event of one page; both are registered."""
     start, to, found = _resized(ctx, 1, 2)
     wanted = [Remap(start, to, ctx.page), Unmap(start, start + ctx.page)]
     ctx.expect("the events", found, wanted)
@@ -294,7 +298,7 @@ def grown(ctx: Context) -> None:
     variants=LENGTHS,
 )
 def shrunk(ctx: Context) -> None:
-    """Two pages of which one moves: events of the move, of what is left, and of the old place."""
+    """mremap(2) from two pages to one sends a Remap event, and an Unmap for each old page."""
     start, to, found = _resized(ctx, 2, 1)
     first, second = start + ctx.page, start + 2 * ctx.page
     unmaps = [Unmap(first, second), Unmap(start, first)]

@@ -1,4 +1,4 @@
-"""Ranges that cross what the kernel looks at one by one: mappings, page tables, huge pages (L5)."""
+"""Ranges that cross mappings, page tables and huge pages, or end with user space (layer L5)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     features=Feature.EVENT_UNMAP | Feature.PAGEFAULT_FLAG_WP,
 )
 def two_modes(ctx: Context) -> None:
-    """Unmapping two mappings of one userfaultfd, registered differently, is one event."""
+    """munmap(2) of mappings of one userfaultfd with different modes sends one event."""
     start = _memory.mmap(3 * SMALL_PAGE, READ_WRITE, PRIVATE)
     ctx.open().register(start, SMALL_PAGE, mode=MISSING)
     ctx.uffd.register(start + SMALL_PAGE, SMALL_PAGE, mode=MISSING | RegisterMode.WP)
@@ -58,7 +58,7 @@ def two_modes(ctx: Context) -> None:
     features=Feature.MOVE,
 )
 def same_mapping(ctx: Context) -> None:
-    """A page can be moved within one registered mapping, and leaves a missing one behind."""
+    """A page can be moved within one registered mapping; its old place is then missing."""
     region = ctx.make(4)
     region.madvise(mmap.MADV_DONTFORK)
     ctx.register(region, MISSING)
@@ -81,7 +81,7 @@ def same_mapping(ctx: Context) -> None:
     features=Feature.MOVE,
 )
 def far_hole(ctx: Context) -> None:
-    """A hole without a page table, or the table of one, is ENOENT; with ALLOW_SRC_HOLES a hole."""
+    """A source without a page or PMD table is ENOENT; ALLOW_SRC_HOLES accepts it as a hole."""
     target = Target(ctx, MOVE)
     start = _memory.mmap(3 * GIB, READ_WRITE, PRIVATE)
     ctx.callback(_memory.munmap, start, 3 * GIB)
@@ -112,7 +112,7 @@ def _add_other_file(op: Op) -> None:
         memory=ANY,
         features=Feature.WP_ASYNC | Feature.MOVE | Feature.POISON,
         needs=[needs_privilege("CAP_SYS_ADMIN")],
-        summary="A file that only WP_ASYNC lets register, here of ramfs, cannot be filled",
+        summary="A file that only WP_ASYNC can register (here on ramfs) cannot be filled",
     )(run)
 
 
@@ -128,7 +128,7 @@ for _op in OPS:
     needs=[needs_thp(), needs_swap()],
 )
 def huge_swapped(ctx: Context) -> None:
-    """A page of a huge page in swap is moved, or busy while the huge page is on its way out."""
+    """A page of a huge page in swap is moved, or EBUSY while the huge page is being swapped out."""
     start = huge_area(ctx, 1)
     _memory.fill(start, HUGE_PAGE, DATA[0])
     _memory.madvise(start, HUGE_PAGE, mmap.MADV_DONTFORK)
@@ -140,24 +140,24 @@ def huge_swapped(ctx: Context) -> None:
     seen = (answer.errno, answer.result)
     ctx.expect("errno and .move", seen, (0, SMALL_PAGE), (errno.EBUSY, -errno.EBUSY))
     where = source if answer.errno else region.start
-    ctx.expect("the page", ctx.silently(ctx.read, where, SMALL_PAGE), DATA * SMALL_PAGE)
-    ctx.expect("its neighbours", ctx.read(start, 1), DATA)
+    ctx.expect("content of the page", ctx.silently(ctx.read, where, SMALL_PAGE), DATA * SMALL_PAGE)
+    ctx.expect("byte of its neighbour", ctx.read(start, 1), DATA)
     if answer.errno:
         ctx.expect_pagemap(region.start, HOLE)
 
 
 @case("UFFDIO_WAKE.ok.up-to-the-end", origin="fs/userfaultfd.c: validate_range", memory=ANY)
 def last_page(ctx: Context) -> None:
-    """A range may end where the addresses of user space do, and no page behind that."""
+    """A range may end at the end of user space, but not beyond it."""
     ctx.open()
     # With page tables of five levels, and of four.
     ends = [end for end in ENDS if not ctx.ioctl("WAKE", end - SMALL_PAGE, SMALL_PAGE).errno]
-    ctx.expect("there is a last page", bool(ends), True)
+    ctx.expect("whether WAKE accepts the last page of user space", bool(ends), True)
     end = ends[0]
     for start, length in ((end - SMALL_PAGE, 2 * SMALL_PAGE), (end, SMALL_PAGE)):
         answer = ctx.ioctl("WAKE", start, length)
-        ctx.expect("errno of a range that goes on", answer.errno, errno.EINVAL)
-    ctx.expect("errno of everything", ctx.ioctl("WAKE", 0, end).errno, 0)
+        ctx.expect("errno of a range that ends beyond user space", answer.errno, errno.EINVAL)
+    ctx.expect("errno of all of user space", ctx.ioctl("WAKE", 0, end).errno, 0)
 
 
 @case(
@@ -168,7 +168,7 @@ def last_page(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def huge_zero(ctx: Context) -> None:
-    """A huge zero page that was protected whole stays so in its parts, but where it is undone."""
+    """If a part of a protected huge zero page is unprotected, the rest stays protected."""
     region = ctx.make(2 * HUGE_PAGE // SMALL_PAGE)
     region.advise_thp()
     start = -(-region.start // HUGE_PAGE) * HUGE_PAGE
@@ -180,8 +180,8 @@ def huge_zero(ctx: Context) -> None:
     if not ctx.bits(start) & PageBit.PRESENT:
         ctx.lack("THP", "the kernel gave no huge zero page")
     bits = [ctx.is_protected(at) for at in (start, second, second + SMALL_PAGE)]
-    ctx.expect("protected", bits, [True, False, True])
-    ctx.expect("a write where it is undone", ctx.silently(ctx.write, second, b"\1"), None)
+    ctx.expect("which pages are protected", bits, [True, False, True])
+    ctx.expect("a write to the unprotected page", ctx.silently(ctx.write, second, b"\1"), None)
     expect_write_fault(ctx, start)
 
 
@@ -192,7 +192,7 @@ def huge_zero(ctx: Context) -> None:
     features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
 )
 def hugetlb_without_table(ctx: Context) -> None:
-    """Holes in a GiB without a page table can be protected; undoing it where nothing is is fine."""
+    """A hole without a page table can be protected; unprotecting such a hole succeeds too."""
     start = _memory.mmap(4 * GIB, READ_WRITE, PRIVATE | MAP_HUGETLB)
     ctx.callback(_memory.munmap, start, 4 * GIB)
     first = -(-start // GIB) * GIB + GIB // 2
@@ -200,4 +200,4 @@ def hugetlb_without_table(ctx: Context) -> None:
     for at, is_wanted in ((first, True), (first + GIB, False)):
         ctx.uffd.register(at, ctx.page, mode=RegisterMode.WP)
         ctx.uffd.writeprotect(at, ctx.page, mode=WriteprotectMode(int(is_wanted)))
-        ctx.expect("protected", ctx.is_protected(at), is_wanted)
+        ctx.expect("whether the hole is protected", ctx.is_protected(at), is_wanted)

@@ -1,7 +1,7 @@
-"""Bits of page table entries and mappings that other interfaces change, beside those of ours (L5).
+"""Interfaces that change other bits of entries and mappings: clear_refs, mprotect and others (L5).
 
-/proc/PID/clear_refs and mprotect(2), madvise(2) and mlock(2) of a part must leave protection and
-registration as they are, and protecting must leave what clear_refs has begun.
+Writing /proc/PID/clear_refs, and mprotect(2), madvise(2) and mlock(2) of a part, must not change
+protection and registration. Write-protecting must not change the soft-dirty bits.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ MERGES = "mm/vma.c: is_mergeable_vma, is_mergeable_vm_userfaultfd_ctx"
 
 
 def clear_refs() -> None:
-    """Forget which pages were used, and which were written."""
+    """Clear the referenced and soft-dirty bits of all pages."""
     for kind in (REFERENCED, ALL_SOFT_DIRTY):
         CLEAR_REFS.write_text(kind)
 
 
 @case("clear_refs.ok.keeps-protection", origin=CLEARS, features=wp_features)
 def keeps_protection(ctx: Context) -> None:
-    """clear_refs leaves protected pages, and markers, as they are."""
+    """clear_refs does not change protected pages and markers."""
     region = protected(ctx, 2)
     second = region.start + ctx.page
     if not ctx.memory.is_anon:
@@ -88,12 +88,12 @@ def keeps_protection(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def keeps_protection_in_swap(ctx: Context) -> None:
-    """clear_refs leaves pages protected that are in swap."""
+    """clear_refs does not change the protection of pages in swap."""
     in_one_place(ctx)
     region = protected(ctx)
     page_out(ctx, region)
     clear_refs()
-    ctx.expect("bit", ctx.is_protected(region.start), True)
+    ctx.expect("whether the page is protected", ctx.is_protected(region.start), True)
     expect_write_fault(ctx, region.start)
 
 
@@ -105,14 +105,14 @@ def keeps_protection_in_swap(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def keeps_protection_huge(ctx: Context) -> None:
-    """clear_refs leaves a transparent huge page protected that is so as a whole."""
+    """clear_refs does not change a transparent huge page that is protected whole."""
     start = huge_area(ctx, 1)
     ctx.open().register(start, HUGE_PAGE, mode=WP)
     ctx.uffd.writeprotect(start, HUGE_PAGE)
     clear_refs()
     ctx.expect("bytes mapped huge", mapped_huge(start), HUGE_PAGE)
     at = start + 5 * SMALL_PAGE
-    ctx.expect("bit", ctx.is_protected(at), True)
+    ctx.expect("whether the page is protected", ctx.is_protected(at), True)
     expect_write_fault(ctx, at)
 
 
@@ -132,7 +132,7 @@ def _need_soft_dirty(ctx: Context, at: int) -> None:
     features=wp_features,
 )
 def writeprotect_soft_dirty(ctx: Context) -> None:
-    """Protecting and unprotecting makes no page soft-dirty; the next write still does."""
+    """Protecting and unprotecting a page does not make it soft-dirty; the next write does."""
     region = ctx.make(1)
     region.fill(DATA)
     ctx.register(region, WP)
@@ -140,9 +140,9 @@ def writeprotect_soft_dirty(ctx: Context) -> None:
     CLEAR_REFS.write_text(ALL_SOFT_DIRTY)
     ctx.expect("soft-dirty after clear_refs", _is_soft_dirty(ctx, region.start), False)
     ctx.uffd.writeprotect(region)
-    ctx.expect("soft-dirty, protected", _is_soft_dirty(ctx, region.start), False)
+    ctx.expect("soft-dirty after protecting", _is_soft_dirty(ctx, region.start), False)
     ctx.uffd.writeprotect(region, mode=UNPROTECT)
-    ctx.expect("soft-dirty, unprotected", _is_soft_dirty(ctx, region.start), False)
+    ctx.expect("soft-dirty after unprotecting", _is_soft_dirty(ctx, region.start), False)
     expect_silent_write(ctx, region.start)
     ctx.expect("soft-dirty after a write", _is_soft_dirty(ctx, region.start), True)
 
@@ -154,7 +154,7 @@ def writeprotect_soft_dirty(ctx: Context) -> None:
     features=missing_features,
 )
 def copy_soft_dirty(ctx: Context) -> None:
-    """A page that COPY brings is soft-dirty."""
+    """A page that COPY fills is soft-dirty."""
     region = ctx.make(2)
     ctx.register(region, MISSING)
     ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page)
@@ -162,15 +162,15 @@ def copy_soft_dirty(ctx: Context) -> None:
     CLEAR_REFS.write_text(ALL_SOFT_DIRTY)
     ctx.uffd.copy(region.start + ctx.page, bytes([DATA]) * ctx.page)
     seen = [_is_soft_dirty(ctx, region.start + at) for at in (0, ctx.page)]
-    ctx.expect("soft-dirty: before clear_refs, after it", seen, [False, True])
+    ctx.expect("soft-dirty, pages copied before and after clear_refs", seen, [False, True])
 
 
-# Mappings that are split, and joined again
+# Mappings that are split and merged again
 
 
 @dataclass(frozen=True)
 class Split:
-    """A call on a part of a mapping that makes it one of its own, and one that undoes it."""
+    """A call that splits a mapping, and one that undoes it."""
 
     name: str
     call: Callable[[int, int], object]
@@ -201,7 +201,7 @@ SPLITS = (
 def _add_split(split: Split) -> None:
     def run(ctx: Context) -> None:
         region = ctx.make(3)
-        region.fill(1)  # so that the parts have one record of who maps their pages
+        region.fill(1)  # so that the parts share an anon_vma and can be merged again
         region.madvise(mmap.MADV_DONTNEED)
         if region.fd is not None:
             _memory.fallocate(region.fd, PUNCH_HOLE, 0, region.length)
@@ -209,7 +209,7 @@ def _add_split(split: Split) -> None:
         pages = [region.start + index * ctx.page for index in range(3)]
         before = mappings(region.start, region.length)
         split.call(pages[1], ctx.page)
-        ctx.expect("mappings in three parts", mappings(region.start, region.length), before + 2)
+        ctx.expect("mappings after the split", mappings(region.start, region.length), before + 2)
         for at in pages:
             ctx.expect("VmFlags", vm_flags(at), {"um"})
             reading = ctx.start(ctx.read, at)
@@ -217,11 +217,11 @@ def _add_split(split: Split) -> None:
             ctx.uffd.copy(at, bytes([DATA]) * ctx.page)
             ctx.expect("the byte", reading.result(), bytes([DATA]))
         split.undo(pages[1], ctx.page)
-        ctx.expect("mappings afterwards", mappings(region.start, region.length), before)
+        ctx.expect("mappings after the undo", mappings(region.start, region.length), before)
 
     case(
         f"{split.name}.ok.part-of-registered",
-        summary=f"What {split.name} splits stays registered, all of it, and becomes one again",
+        summary=f"All parts of a mapping that {split.name} splits stay registered, and merge again",
         origin=MERGES,
         memory=SMALL,
         features=missing_features,
@@ -240,7 +240,7 @@ for _split in SPLITS:
     features=missing_features,
 )
 def two_descriptors(ctx: Context) -> None:
-    """Neighbours of two userfaultfds stay two mappings when mprotect makes them alike."""
+    """mprotect(2) does not merge neighbouring mappings of two userfaultfds."""
     first, second, pages = neighbours_of_two(ctx)
     _memory.mprotect(pages[1], ctx.page, mmap.PROT_READ)
     for protection in (mmap.PROT_READ, READ_WRITE):
@@ -253,7 +253,7 @@ def two_descriptors(ctx: Context) -> None:
 
 @case("mmap.ok.beside-registered", origin=MERGES, features=missing_features)
 def beside(ctx: Context) -> None:
-    """Memory that is mapped right before and behind a registered mapping is not registered."""
+    """New mappings right before and after a registered mapping are not registered."""
     start = reserve(ctx, 3 * ctx.page)
     region = ctx.make(3)
     fd = -1 if region.fd is None else region.fd
@@ -269,7 +269,7 @@ def beside(ctx: Context) -> None:
     ctx.expect("VmFlags", seen, [set(), {"um"}, set()])
     for index in (0, 2):
         seen_byte = ctx.silently(ctx.read, start + index * ctx.page)
-        ctx.expect("byte beside it", seen_byte, b"\0")
+        ctx.expect("byte of a neighbour", seen_byte, b"\0")
 
 
 @case(
@@ -279,16 +279,16 @@ def beside(ctx: Context) -> None:
     features=Feature.EVENT_FORK,
 )
 def brk_beside(ctx: Context) -> None:
-    """A heap that grows behind a registered page is not registered there."""
+    """If the heap grows after a registered page, the new page is not registered."""
     ctx.register(ctx.make(1), MISSING)
     child = ctx.fork()
     assert child.uffd is not None
     start = -(-child.syscall(SYS_BRK, 0) // ctx.page) * ctx.page
-    ctx.expect("brk up", child.syscall(SYS_BRK, start + ctx.page), start + ctx.page)
+    ctx.expect("brk, one page up", child.syscall(SYS_BRK, start + ctx.page), start + ctx.page)
     child.uffd.register(start, ctx.page, mode=MISSING)
-    ctx.expect("brk up", child.syscall(SYS_BRK, start + 2 * ctx.page), start + 2 * ctx.page)
+    ctx.expect("brk, next page", child.syscall(SYS_BRK, start + 2 * ctx.page), start + 2 * ctx.page)
     seen = ctx.silently(child.read, start + ctx.page, 1)
-    ctx.expect("byte behind it", seen, b"\0")
+    ctx.expect("byte of the next page", seen, b"\0")
     reading = ctx.start(child.read, start, 1)
     expect_fault(ctx, reading, MISSING_READ, start, child.uffd)
     child.uffd.copy(start, bytes([DATA]) * ctx.page)

@@ -1,7 +1,7 @@
 """PAGEMAP_SCAN: its argument, where a walk ends, and how categories match (layer L5).
 
-From pagemap_ioctl of the kernel's selftests.  One ioctl each, so that what the kernel's single walk
-returns is what is looked at; `pagemap_scan_memory` has the cases about what counts as written.
+From pagemap_ioctl of the kernel's selftests. `scan` makes a single ioctl, so that the cases see the
+result of one walk. `pagemap_scan_memory` has the cases of what counts as written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZE = 96
 FEATURES = Feature.WP_UNPOPULATED | Feature.WP_ASYNC | Feature.WP_HUGETLBFS_SHMEM
 WRITTEN, PRESENT = PageCategory.WRITTEN, PageCategory.PRESENT
 WP_SCAN = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
-# What every kernel with PAGEMAP_SCAN knows; the selftest's "all bits".
+# The categories that every kernel with PAGEMAP_SCAN knows; the selftest's "all bits".
 ALL_BITS = (
     PageCategory.WPALLOWED
     | WRITTEN
@@ -43,7 +43,7 @@ ROOM = 1024  # ranges; the selftests' "big" vector
 
 @dataclass(frozen=True)
 class Scan:
-    """What one ioctl did: errno, its result, its ranges (start, end, categories), walk_end."""
+    """The outcome of one ioctl: errno, result, ranges (start, end, categories), and walk_end."""
 
     errno: int
     count: int
@@ -73,7 +73,10 @@ def scan(
     size: int = SIZE,
     pid: int | None = None,
 ) -> Scan:
-    """Make one PAGEMAP_SCAN of a process, or this; `vec` and `vec_len` replace those of `room`."""
+    """Make one PAGEMAP_SCAN of a process, by default this one.
+
+    `room` makes a vector for this many ranges; `vec` and `vec_len` replace its address and length.
+    """
     ranges = (ctypes.c_uint64 * (3 * room))()
     at = ctypes.addressof(ranges) if room else 0
     words = (
@@ -106,7 +109,7 @@ def scan(
 
 
 def tracked(ctx: Context, pages: int) -> Region:
-    """Return memory registered WP with WP_ASYNC, all of it protected."""
+    """Make memory that is registered in mode WP with WP_ASYNC, and protected."""
     region = ctx.make(pages)
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
@@ -114,7 +117,7 @@ def tracked(ctx: Context, pages: int) -> Region:
 
 
 def written(ctx: Context, pages: int, step: int = 1) -> Region:
-    """Return tracked memory of which every `step`th page has been written since."""
+    """Make tracked memory and write every `step`th page."""
     region = tracked(ctx, pages)
     write(region, range(0, pages, step))
     return region
@@ -127,7 +130,7 @@ def write(region: Region, pages: range) -> None:
 
 
 def end_of(region: Region) -> int:
-    """Return the address behind a region."""
+    """Return the end address of a region."""
     return region.start + region.length
 
 
@@ -152,17 +155,17 @@ def _add_argument(name: str, text: str, code: int, *changes: dict[str, int]) -> 
     )(run)
 
 
-_add_argument("vec-null", "There is room for ranges, and no vector", errno.EINVAL, {"vec": 0})
+_add_argument("vec-null", "A vec_len without a vec is refused", errno.EINVAL, {"vec": 0})
 _add_argument(
     "flags-unknown",
-    "A flag is unknown",
+    "An unknown flag is refused",
     errno.EINVAL,
     {"flags": (1 << 64) - 1},
     {"flags": WP_SCAN | 0xFF},
 )
 _add_argument(
     "categories-unknown",
-    "A category is unknown, in any of the four masks",
+    "An unknown category in any of the four masks is refused",
     errno.EINVAL,
     {"returned": 1 << 12},
     {"mask": 1 << 12},
@@ -171,7 +174,7 @@ _add_argument(
 )
 _add_argument(
     "size",
-    "size is not that of the structure",
+    "A size other than that of the structure is refused",
     errno.EINVAL,
     {"size": 0},
     {"size": SIZE - 8},
@@ -186,7 +189,7 @@ _add_argument(
     features=FEATURES,
 )
 def start_unaligned(ctx: Context) -> None:
-    """A start that is no multiple of the page size is refused; an end is rounded up."""
+    """A start that is not a multiple of the page size is refused; an end is rounded up."""
     region = written(ctx, 2)
     result = scan(ctx, region.start + 1, end_of(region))
     ctx.expect("errno of start + 1", result.errno, errno.EINVAL)
@@ -196,7 +199,7 @@ def start_unaligned(ctx: Context) -> None:
 
 @case("PAGEMAP_SCAN.EFAULT.range", origin="fs/proc/task_mmu.c", memory=ANY, features=FEATURES)
 def range_invalid(ctx: Context) -> None:
-    """The end is before the start, or no address of user space."""
+    """A range with its end before its start, or outside user space, is EFAULT."""
     region = written(ctx, 2)
     for start, end in ((end_of(region), region.start), (1 << 63, (1 << 63) + SMALL_PAGE)):
         ctx.expect("errno", scan(ctx, start, end).errno, errno.EFAULT)
@@ -204,7 +207,7 @@ def range_invalid(ctx: Context) -> None:
 
 @case("PAGEMAP_SCAN.EFAULT.vec", origin="fs/proc/task_mmu.c", memory=ANY, features=FEATURES)
 def vec_invalid(ctx: Context) -> None:
-    """The vector is no memory that can be written, or longer than memory can be."""
+    """A vector outside user space, or larger than user space, is EFAULT."""
     region = written(ctx, 2)
     for asked in ({"vec": 1 << 63}, {"vec_len": 1 << 60}, {"vec_len": (1 << 64) - 1}):
         result = scan(ctx, region.start, end_of(region), **asked)
@@ -213,11 +216,11 @@ def vec_invalid(ctx: Context) -> None:
 
 @case("PAGEMAP_SCAN.EPERM.not-async", origin="fs/proc/task_mmu.c", features=FEATURES)
 def not_async(ctx: Context) -> None:
-    """CHECK_WPASYNC refuses memory not registered WP with WP_ASYNC; alone WP_MATCHING skips it."""
+    """CHECK_WPASYNC refuses memory without mode WP and WP_ASYNC; WP_MATCHING alone skips it."""
     region = ctx.make(2)
     region.fill(1)
     ctx.open(FEATURES & ~Feature.WP_ASYNC)
-    # Not registered, registered for something else, and registered WP without WP_ASYNC.
+    # Not registered, registered in another mode, and in mode WP without WP_ASYNC.
     for mode in (None, RegisterMode.MISSING, RegisterMode.WP):
         if mode is not None:
             ctx.uffd.register(region, mode=mode)
@@ -231,42 +234,54 @@ def not_async(ctx: Context) -> None:
 
 @case("PAGEMAP_SCAN.ok.wpallowed", origin="fs/proc/task_mmu.c", features=FEATURES)
 def wpallowed(ctx: Context) -> None:
-    """WPALLOWED is the category of memory registered WP with WP_ASYNC."""
+    """WPALLOWED is the category of memory registered in mode WP with WP_ASYNC."""
     region = ctx.make(2)
     region.fill(1)
     allowed = PageCategory.WPALLOWED
     query = {"mask": int(allowed), "returned": int(allowed)}
-    ctx.expect("before", scan(ctx, region.start, end_of(region), **query).ranges, ())
+    ctx.expect(
+        "ranges before REGISTER", scan(ctx, region.start, end_of(region), **query).ranges, ()
+    )
     ctx.register(region, RegisterMode.WP, 1)
     wanted = ((region.start, region.start + ctx.page, int(allowed)),)
-    ctx.expect("ranges", scan(ctx, region.start, end_of(region), **query).ranges, wanted)
+    ctx.expect("ranges after it", scan(ctx, region.start, end_of(region), **query).ranges, wanted)
 
 
-# Name, what is asked in words, errno, arguments; by the selftest's order.
+# Name, summary, errno and arguments, in the selftest's order.
 _SANITY: tuple[tuple[str, str, int, dict[str, int]], ...] = (
-    ("empty-range", "An empty range has nothing, and is no error", 0, {"empty": 1}),
-    ("vec-null", "No vector, but a length of one: EINVAL", errno.EINVAL, {"vec": 0}),
-    ("vec-len-zero", "A vector of length 0 is no error, and nothing is found", 0, {"vec_len": 0}),
-    ("no-vec", "Neither a vector nor a length: no error, and nothing is found", 0, {"room": 0}),
-    ("flags-all", "All flags at once: EINVAL", errno.EINVAL, {"flags": (1 << 64) - 1}),
+    ("empty-range", "A scan of an empty range succeeds and finds nothing", 0, {"empty": 1}),
+    ("vec-null", "A vec_len without a vec is EINVAL", errno.EINVAL, {"vec": 0}),
+    ("vec-len-zero", "A scan with a vec_len of 0 succeeds and finds nothing", 0, {"vec_len": 0}),
+    ("no-vec", "A scan with neither vec nor vec_len succeeds and finds nothing", 0, {"room": 0}),
+    ("flags-all", "All flags at once are EINVAL", errno.EINVAL, {"flags": (1 << 64) - 1}),
     (
         "flags-more",
-        "Unknown flags among known ones: EINVAL",
+        "Unknown flags among known ones are EINVAL",
         errno.EINVAL,
         {"flags": int(WP_SCAN) | 0xFF},
     ),
-    ("mask-zero", "category_mask 0 asks for no category, and is no error", 0, {"mask": 0}),
+    ("mask-zero", "A scan with a category_mask of 0 succeeds", 0, {"mask": 0}),
     (
         "return-zero",
-        "return_mask 0 where nothing is written finds nothing",
+        "A scan with a return_mask of 0 finds nothing if nothing is written",
         0,
         {"anyof": int(WRITTEN), "returned": 0},
     ),
-    ("return-unknown", "Unknown category returned: EINVAL", errno.EINVAL, {"returned": 0x1000}),
-    ("mask-unknown", "Unknown categories in category_mask: EINVAL", errno.EINVAL, {"mask": 0xFFF}),
+    (
+        "return-unknown",
+        "An unknown category in return_mask is EINVAL",
+        errno.EINVAL,
+        {"returned": 0x1000},
+    ),
+    (
+        "mask-unknown",
+        "Unknown categories in category_mask are EINVAL",
+        errno.EINVAL,
+        {"mask": 0xFFF},
+    ),
     (
         "inverted-all",
-        "Every category inverted, in a scan that protects, is no error",
+        "A scan that protects may invert every category",
         0,
         {"mask": 0, "inverted": int(ALL_BITS), "flags": int(WP_SCAN)},
     ),
@@ -298,7 +313,7 @@ for _sanity in _SANITY:
 
 @case("kselftest.pagemap-ioctl.unmapped", origin=f"{ORIGIN}: 114", memory=ANY, features=FEATURES)
 def unmapped(ctx: Context) -> None:
-    """A range where nothing is mapped has no pages."""
+    """A scan of a range in which nothing is mapped finds nothing."""
     result = scan(ctx, 0x10000000, 0x10020000, flags=ScanFlag(0), mask=ALL_BITS, returned=ALL_BITS)
     ctx.expect("errno and count", (result.errno, result.count), (0, 0))
 
@@ -307,7 +322,7 @@ def unmapped(ctx: Context) -> None:
 
 N = 1000
 SMALL_VEC_TURNS = 10  # the selftest has 100; a turn writes 5000 pages
-# Pages written, vec_len, max_pages: ranges and pages walked.
+# Name, step of the pages written, vec_len, max_pages, and then ranges found and pages walked.
 _WALKS = (
     ("dense-big-vec", 1, N, 0, 1, N),
     ("dense-vec-1", 1, 1, 0, 1, N),
@@ -330,14 +345,14 @@ def _add_walk(name: str, step: int, room: int, max_pages: int, count: int, pages
         region = written(ctx, N, step)
         result = scan(ctx, region.start, end_of(region), room=room, max_pages=max_pages)
         seen = (result.count, (result.walk_end - region.start) // SMALL_PAGE)
-        ctx.expect("ranges, and pages walked", seen, (count, pages))
+        ctx.expect("ranges found, and pages walked", seen, (count, pages))
 
     case(
         f"kselftest.pagemap-ioctl.walk-end.{name}",
         origin=f"{ORIGIN}: 20-35",
         memory=ANON,
         features=FEATURES,
-        summary=f"walk_end with every {'page' if step == 1 else 'second page'} written, "
+        summary=f"walk_end is right with every {'page' if step == 1 else 'second page'} written, "
         f"vec_len {room}, max_pages {'-1' if max_pages >> 63 else max_pages}",
     )(run)
 
@@ -376,11 +391,11 @@ for _empty in (
     features=FEATURES,
 )
 def clear(ctx: Context) -> None:
-    """A scan that protects, with more room than there are pages, leaves nothing written."""
+    """After a scan that protects, with room for all ranges, nothing is written."""
     region = written(ctx, N)
     start, end = region.start, end_of(region)
     ctx.expect("errno", scan(ctx, start, end, flags=WP_SCAN).errno, 0)
-    ctx.expect("afterwards", scan(ctx, start, end).count, 0)
+    ctx.expect("ranges written afterwards", scan(ctx, start, end).count, 0)
 
 
 @case(
@@ -390,7 +405,7 @@ def clear(ctx: Context) -> None:
     features=FEATURES,
 )
 def every_second(ctx: Context) -> None:
-    """Every second page written is a range of its own."""
+    """If every second page is written, each is a range of its own."""
     region = written(ctx, N, 2)
     result = scan(ctx, region.start, end_of(region))
     ctx.expect("ranges and pages", (result.count, result.pages), (500, 500))
@@ -406,10 +421,12 @@ def parts(ctx: Context) -> None:
     """Scans in parts find each of many ranges once."""
     region = written(ctx, N, 2)
     start, end = region.start, end_of(region)
-    ctx.expect("first part", scan(ctx, start, end, flags=WP_SCAN, max_pages=498).count, 498)
-    ctx.expect("room for two", scan(ctx, start, end, room=2).count, 2)
-    ctx.expect("rest", scan(ctx, start, end, flags=WP_SCAN).count, 2)
-    ctx.expect("afterwards", scan(ctx, start, end).count, 0)
+    ctx.expect(
+        "ranges of the first part", scan(ctx, start, end, flags=WP_SCAN, max_pages=498).count, 498
+    )
+    ctx.expect("ranges with room for two", scan(ctx, start, end, room=2).count, 2)
+    ctx.expect("ranges of the rest", scan(ctx, start, end, flags=WP_SCAN).count, 2)
+    ctx.expect("ranges written afterwards", scan(ctx, start, end).count, 0)
 
 
 @case(
@@ -419,13 +436,13 @@ def parts(ctx: Context) -> None:
     features=FEATURES,
 )
 def max_pages(ctx: Context) -> None:
-    """A scan stops at max_pages, one page before the last, which the next one finds."""
+    """A scan stops after max_pages pages, and the next scan finds the one that is left."""
     region = written(ctx, N, 2)
     write(region, range(N - 1, N))
     start, end = region.start, end_of(region)
     found = [scan(ctx, start, end, flags=WP_SCAN, max_pages=500).pages for _ in range(2)]
-    ctx.expect("pages", found, [500, 1])
-    ctx.expect("afterwards", scan(ctx, start, end).count, 0)
+    ctx.expect("pages found by each scan", found, [500, 1])
+    ctx.expect("ranges written afterwards", scan(ctx, start, end).count, 0)
 
 
 @case(
@@ -439,8 +456,8 @@ def smaller_max_pages(ctx: Context) -> None:
     region = written(ctx, 1050, 2)
     start, end = region.start, end_of(region)
     found = [scan(ctx, start, end, flags=WP_SCAN, max_pages=210).pages for _ in range(3)]
-    ctx.expect("pages", found, [210, 210, 105])
-    ctx.expect("afterwards", scan(ctx, start, end).count, 0)
+    ctx.expect("pages found by each scan", found, [210, 210, 105])
+    ctx.expect("ranges written afterwards", scan(ctx, start, end).count, 0)
 
 
 @case(
@@ -454,10 +471,10 @@ def sub_range(ctx: Context) -> None:
     region = written(ctx, N)
     page = [region.start + index * SMALL_PAGE for index in range(N + 1)]
     result = scan(ctx, page[1], page[3], flags=WP_SCAN)
-    ctx.expect("protected", result.ranges, ((page[1], page[3], int(WRITTEN)),))
+    ctx.expect("ranges that the scan protected", result.ranges, ((page[1], page[3], int(WRITTEN)),))
     result = scan(ctx, page[0], page[N])
     wanted = ((page[0], page[1], int(WRITTEN)), (page[3], page[N], int(WRITTEN)))
-    ctx.expect("left", result.ranges, wanted)
+    ctx.expect("ranges still written", result.ranges, wanted)
 
 
 @case(
@@ -473,9 +490,9 @@ def two_mappings(ctx: Context) -> None:
     ctx.uffd.writeprotect(second)
     write(second, range(100))
     scan(ctx, first.start, end_of(first), flags=WP_SCAN, room=0)
-    ctx.expect("first", scan(ctx, first.start, end_of(first)).pages, 0)
+    ctx.expect("pages written of the first mapping", scan(ctx, first.start, end_of(first)).pages, 0)
     result = scan(ctx, second.start, end_of(second))
-    ctx.expect("second", (result.count, result.pages), (1, 100))
+    ctx.expect("ranges and pages written of the second", (result.count, result.pages), (1, 100))
 
 
 @case(
@@ -485,7 +502,7 @@ def two_mappings(ctx: Context) -> None:
     features=FEATURES,
 )
 def small_vec(ctx: Context) -> None:
-    """Walking on from walk_end with little room finds every page once, in any pattern."""
+    """Scans with little room that continue at walk_end find every written page once."""
     pages = 10000
     region = tracked(ctx, pages)
     for seed in range(SMALL_VEC_TURNS):
@@ -501,13 +518,13 @@ def small_vec(ctx: Context) -> None:
                     (at - region.start) // SMALL_PAGE for at in range(first, last, SMALL_PAGE)
                 ]
             start = result.walk_end
-        ctx.expect(f"all pages found once, seed {seed}", found == wanted, True)
+        ctx.expect(f"whether all pages were found once, seed {seed}", found == wanted, True)
 
 
 # How categories match
 
 
-# Name, in words, flags, masks.
+# Name, words for the summary, flags, masks.
 _MASKS: tuple[tuple[str, str, int, dict[str, int]], ...] = (
     ("protecting", "category_mask of a scan that protects", WP_SCAN, {"mask": ALL_BITS}),
     ("mask", "category_mask", 0, {"mask": ALL_BITS}),
@@ -540,7 +557,7 @@ for _mask in _MASKS:
 
 
 _BOTH = WRITTEN | PRESENT
-# Name, in words, masks, categories returned, categories of the one range; 0 for none.
+# Name, summary, masks, return_mask, and the categories of the one range, or 0 for no range.
 _MATCHES: tuple[tuple[str, str, dict[str, int], int, int], ...] = (
     (
         "anyof",
@@ -559,14 +576,14 @@ _MATCHES: tuple[tuple[str, str, dict[str, int], int, int], ...] = (
     ),
     (
         "written-inverted",
-        "WRITTEN inverted does not match pages that are written",
+        "With WRITTEN inverted, written pages do not match",
         {"mask": _BOTH, "inverted": WRITTEN},
         _BOTH,
         0,
     ),
     (
         "present-inverted",
-        "PRESENT inverted does not match pages that are present",
+        "With PRESENT inverted, present pages do not match",
         {"mask": _BOTH, "inverted": PRESENT},
         _BOTH,
         0,
@@ -590,7 +607,7 @@ def _add_match(name: str, text: str, masks: dict[str, int], returned: int, found
         ctx.expect("errno", result.errno, 0)
         ctx.expect("ranges", result.ranges, ((*whole, int(found)),) if found else ())
         if "flags" in masks:
-            ctx.expect("written afterwards", scan(ctx, *whole).count, 0)
+            ctx.expect("ranges written afterwards", scan(ctx, *whole).count, 0)
 
     case(
         f"kselftest.pagemap-ioctl.categories.{name}",

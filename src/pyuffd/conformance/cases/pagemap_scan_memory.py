@@ -1,7 +1,7 @@
-"""PAGEMAP_SCAN with WP_ASYNC: what counts as written, by memory and by history (layer L5).
+"""PAGEMAP_SCAN with WP_ASYNC: what counts as written, by memory type and history (layer L5).
 
-From pagemap_ioctl of the kernel's selftests, whose "init" is `tracked` here and whose "reset" is
-`protect`.
+From pagemap_ioctl of the kernel's selftests. Its "init" is `Area.track` here, its "reset"
+`Area.protect`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LARGE_PAGES = 5120
 
 
 class Area:
-    """A range of this process that is registered WP with WP_ASYNC and protected, and its pages."""
+    """A range of this process that is registered in mode WP with WP_ASYNC, and protected."""
 
     def __init__(self, ctx: Context, start: int, pages: int, page: int = SMALL_PAGE) -> None:
         self._ctx = ctx
@@ -54,7 +54,7 @@ class Area:
         self._uffd.writeprotect(self._at(first), count * self.page)
 
     def write(self, first: int = 0, count: int | None = None) -> None:
-        """Write some pages, all of them unless told otherwise; nobody may be asked."""
+        """Write some pages, by default all; no message may be sent."""
         length = (self.pages if count is None else count) * self.page
         self._ctx.silently(_memory.fill, self._at(first), length, 1)
 
@@ -81,11 +81,11 @@ class Area:
         return result.ranges
 
     def protect(self, first: int = 0, count: int | None = None) -> None:
-        """Protect again what was written."""
+        """Protect the written pages again."""
         self.scan(first, count, flags=WP_SCAN, vec_len=0)
 
     def expect(self, when: str, *wanted: tuple[int, int]) -> None:
-        """The written ranges must be these: first page, count."""
+        """Check the written ranges: first page and count of each."""
         self._ctx.expect(when, self.runs(self.scan()), list(wanted))
 
     def runs(self, ranges: PageRanges) -> list[tuple[int, int]]:
@@ -99,31 +99,31 @@ class Area:
         return self.start + index * self.page
 
 
-# The base tests: six on each memory.  Each begins with what the ones before leave behind.
+# The base tests: six on each kind of memory. Each first repeats what the earlier ones leave behind.
 
 
 def _new(_ctx: Context, area: Area, _whole: bool) -> None:
-    area.expect("new")
+    area.expect("ranges written of new memory")
 
 
 def _all(_ctx: Context, area: Area, _whole: bool) -> None:
     area.write()
-    area.expect("all written", (0, area.pages))
+    area.expect("ranges after a write to all", (0, area.pages))
 
 
 def _all_but_ends(_ctx: Context, area: Area, whole: bool) -> None:
     area.write()
     area.protect()
-    # Where there are but two pages, nothing is between them, and one of them will do.
+    # With only two pages there is none between the ends, so write the first one.
     first, count = (1, area.pages - 2) if area.pages > 2 else (0, 1)
     area.write(first, count)
-    area.expect("some written", (0, area.pages) if whole else (first, count))
+    area.expect("ranges after a write to some", (0, area.pages) if whole else (first, count))
 
 
 def _protecting(_ctx: Context, area: Area, _whole: bool) -> None:
     area.write()
     area.scan(flags=WP_SCAN)
-    area.expect("right after a scan that protects")
+    area.expect("ranges after a scan that protects")
 
 
 def _middle(ctx: Context, area: Area, whole: bool) -> None:
@@ -132,7 +132,11 @@ def _middle(ctx: Context, area: Area, whole: bool) -> None:
     middle = area.pages // 2
     area.write(middle, 1)
     seen = area.runs(area.scan())
-    ctx.expect("middle page", seen, [(0, area.pages)] if whole else [(middle, 1)])
+    ctx.expect(
+        "ranges after a write to the middle page",
+        seen,
+        [(0, area.pages)] if whole else [(middle, 1)],
+    )
 
 
 def _two_middle(ctx: Context, area: Area, _whole: bool) -> None:
@@ -140,21 +144,21 @@ def _two_middle(ctx: Context, area: Area, _whole: bool) -> None:
     area.protect()
     middle = area.pages // 2 - 1
     area.write(middle, 2)
-    ctx.expect("two pages alone", area.runs(area.scan(middle, 2)), [(middle, 2)])
+    ctx.expect("ranges of a scan of two pages", area.runs(area.scan(middle, 2)), [(middle, 2)])
 
 
 BASE: tuple[tuple[str, str, Callable[[Context, Area, bool], None]], ...] = (
-    ("new", "Pages that were protected and never written are not written", _new),
-    ("all", "All pages written are one range", _all),
-    ("all-but-ends", "All pages written but the first and the last are one range", _all_but_ends),
-    ("protecting", "Right after a scan that protects nothing is written", _protecting),
-    ("middle", "The middle page written alone is one range", _middle),
-    ("two-middle", "Two middle pages, scanned alone, are one range of two", _two_middle),
+    ("new", "Pages that are protected and never written do not count as written", _new),
+    ("all", "If all pages are written, they are one range", _all),
+    ("all-but-ends", "If all pages but the ends are written, they are one range", _all_but_ends),
+    ("protecting", "After a scan that protects, no page counts as written", _protecting),
+    ("middle", "If only the middle page is written, it is one range", _middle),
+    ("two-middle", "A scan of the two middle pages alone finds one range of two", _two_middle),
 )
 
 
 def huge_area(ctx: Context, count: int) -> int:
-    """Return the address of this many transparent huge pages, mapped as such."""
+    """Return the address of this many transparent huge pages, each mapped by a PMD."""
     length = count * HUGE_PAGE
     region = ctx.make((length + HUGE_PAGE) // SMALL_PAGE, "anon")
     region.advise_thp()
@@ -164,7 +168,7 @@ def huge_area(ctx: Context, count: int) -> int:
         _memory.madvise(start, length, MADV_COLLAPSE)
     if (mapped := _thp.mapped_huge(start)) < length:
         ctx.lack("THP", f"{mapped >> 10} of {length >> 10} KiB are huge pages")
-    # khugepaged would fill holes that a case makes in them.
+    # Keep khugepaged from filling the holes that a case makes in them.
     _memory.madvise(region.start, region.length, mmap.MADV_NOHUGEPAGE)
     return start
 
@@ -199,7 +203,8 @@ def _huge(ctx: Context) -> Area:
     return Area(ctx, huge_area(ctx, 1), HUGE_PAGE // SMALL_PAGE)
 
 
-# Name, in words, memory, how it is made, needs, whether a write may count for all of it.
+# Name, words for the summary, memory types, a function that makes it, needs, and whether a write to
+# one page may count for all pages.
 _KINDS: tuple[
     tuple[str, str, tuple[str, ...], Callable[[Context], Area], tuple[Need, ...], bool], ...
 ] = (
@@ -252,7 +257,7 @@ def _add_base() -> None:
                 is_first: bool = step == "new",
             ) -> None:
                 area = make(ctx)
-                # What was written once stays written in parts, so a "new" page must be new.
+                # A written huge page is tracked in parts afterwards, so "new" needs a new one.
                 whole = may_be_whole and not is_first and _write_counts_for_all(area)
                 check(ctx, area, whole)
 
@@ -278,19 +283,21 @@ def _thp_area(ctx: Context) -> Area:
 
 def _thp_new(ctx: Context, area: Area) -> None:
     ranges = area.runs(area.scan(flags=WP_SCAN))
-    ctx.expect("new", ranges, [])
+    ctx.expect("ranges written of new memory", ranges, [])
 
 
 def _thp_again(_ctx: Context, area: Area) -> None:
     area.scan(flags=WP_SCAN)
-    area.expect("after a scan")
+    area.expect("ranges after a scan that protects")
 
 
 def _thp_all(ctx: Context, area: Area) -> None:
     area.write()
     found = [(item.categories, item.end - item.start) for item in area.scan(flags=WP_SCAN)]
-    ctx.expect("all written", found, [(WRITTEN, area.pages * SMALL_PAGE)])
-    area.expect("cleared")
+    ctx.expect(
+        "categories and length after a write to all", found, [(WRITTEN, area.pages * SMALL_PAGE)]
+    )
+    area.expect("ranges after that scan")
 
 
 def _thp_middle(ctx: Context, area: Area) -> None:
@@ -299,28 +306,30 @@ def _thp_middle(ctx: Context, area: Area) -> None:
     seen = area.runs(area.scan())
     ctx.expect("ranges of one write", len(seen), 1)
     first, count = seen[0]
-    ctx.expect("the write is in its range", first <= middle < first + count, True)
+    ctx.expect(
+        "whether the range has the page that was written", first <= middle < first + count, True
+    )
 
 
 def _thp_first_half(_ctx: Context, area: Area) -> None:
     half = area.pages // 2
     area.write()
     area.protect(0, half)
-    area.expect("first half protected", (half, half))
+    area.expect("ranges after protecting the first half", (half, half))
 
 
 def _thp_max_pages(_ctx: Context, area: Area) -> None:
     half = area.pages // 2
     area.write()
     area.scan(flags=WP_SCAN, max_pages=half)
-    area.expect("max_pages of one half", (half, half))
+    area.expect("ranges after a scan with max_pages of one half", (half, half))
 
 
 def _thp_second_half(_ctx: Context, area: Area) -> None:
     half = area.pages // 2
     area.write()
     area.scan(half, half, flags=WP_SCAN, max_pages=half)
-    area.expect("second half protected", (0, half))
+    area.expect("ranges after protecting the second half", (0, half))
 
 
 def _half_of_a_page(area: Area) -> list[tuple[int, int]]:
@@ -329,26 +338,26 @@ def _half_of_a_page(area: Area) -> list[tuple[int, int]]:
 
 
 def _thp_part(ctx: Context, area: Area) -> None:
-    ctx.expect("half of a huge page", _half_of_a_page(area), [(0, HALF_PAGE)])
+    ctx.expect("ranges with max_pages of half a huge page", _half_of_a_page(area), [(0, HALF_PAGE)])
 
 
 def _thp_rest(_ctx: Context, area: Area) -> None:
     _half_of_a_page(area)
-    area.expect("the rest", (HALF_PAGE, area.pages - HALF_PAGE))
+    area.expect("ranges still written", (HALF_PAGE, area.pages - HALF_PAGE))
 
 
 THP_COUNT = 4  # the selftest has ten
 HALF_PAGE = HUGE_PAGE // SMALL_PAGE // 2
 THP: tuple[tuple[str, str, Callable[[Context, Area], None]], ...] = (
-    ("new", "Huge pages that were never written are not written", _thp_new),
-    ("again", "Nor are they after a scan that protects", _thp_again),
-    ("all", "Huge pages all written are one range, WRITTEN and no more, and then none", _thp_all),
-    ("middle", "A write to a huge page is one range, which has it", _thp_middle),
-    ("first-half", "Protecting the first half leaves exactly the second", _thp_first_half),
-    ("max-pages", "max_pages of one half leaves exactly the second", _thp_max_pages),
-    ("second-half", "Protecting the second half leaves exactly the first", _thp_second_half),
-    ("part", "max_pages of half a huge page finds exactly that, which splits it", _thp_part),
-    ("rest", "It leaves exactly the rest", _thp_rest),
+    ("new", "Huge pages that were never written do not count as written", _thp_new),
+    ("again", "Huge pages that were never written do not count after a scan either", _thp_again),
+    ("all", "If all huge pages are written, they are one WRITTEN range until protected", _thp_all),
+    ("middle", "A write to one page is one range with that page", _thp_middle),
+    ("first-half", "Protecting the first half leaves only the second written", _thp_first_half),
+    ("max-pages", "max_pages of one half leaves only the second half written", _thp_max_pages),
+    ("second-half", "Protecting the second half leaves only the first written", _thp_second_half),
+    ("part", "max_pages of half a huge page finds just that half, and splits the page", _thp_part),
+    ("rest", "max_pages of half a huge page leaves just the rest written", _thp_rest),
 )
 
 
@@ -375,17 +384,17 @@ for _thp_case in THP:
 
 @case("kselftest.pagemap-ioctl.simple", origin=f"{ORIGIN}: 93", memory=ALL, features=FEATURES)
 def simple(ctx: Context) -> None:
-    """A page is written after a write and not after a scan that protects, again and again."""
+    """A page counts as written after each write, and not after each scan that protects."""
     area = Area(ctx, ctx.make(1).start, 1, ctx.page)
     for turn in range(20):
         area.protect()
-        area.expect(f"protected, turn {turn}")
+        area.expect(f"ranges after protecting, turn {turn}")
         area.write()
-        area.expect(f"written, turn {turn}", (0, 1))
+        area.expect(f"ranges after a write, turn {turn}", (0, 1))
 
 
 def _remapped(area: Area) -> None:
-    """Protect two pages that were written, replace the second, and change their protection."""
+    """Write and protect two pages, map new memory over the second, and call mprotect on both."""
     area.write()
     area.protect()
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
@@ -402,10 +411,10 @@ def _remapped(area: Area) -> None:
     features=FEATURES,
 )
 def mprotect_written(ctx: Context) -> None:
-    """Two pages written are one range."""
+    """If two pages are written, they are one range."""
     area = Area(ctx, ctx.make(2).start, 2)
     area.write()
-    area.expect("written", (0, 2))
+    area.expect("ranges after a write", (0, 2))
 
 
 @case(
@@ -415,13 +424,13 @@ def mprotect_written(ctx: Context) -> None:
     features=FEATURES,
 )
 def mprotect_protected(ctx: Context) -> None:
-    """A scan that protects them leaves none, also after a new mapping and mprotect."""
+    """Protected pages do not count as written, also after a new mapping and mprotect."""
     area = Area(ctx, ctx.make(2).start, 2)
     area.write()
     area.protect()
-    area.expect("protected")
+    area.expect("ranges after protecting")
     _remapped(area)
-    area.expect("protected, after a new mapping and mprotect")
+    area.expect("ranges after a new mapping and mprotect")
 
 
 @case(
@@ -431,13 +440,13 @@ def mprotect_protected(ctx: Context) -> None:
     features=FEATURES,
 )
 def mprotect_remapped(ctx: Context) -> None:
-    """Pages written after a new mapping and mprotect are written, also after another mprotect."""
+    """Pages written after a new mapping and mprotect count as written, also after mprotect."""
     area = Area(ctx, ctx.make(2).start, 2)
     _remapped(area)
     area.write()
     for protection in (PROT_NONE, mmap.PROT_READ, READ_WRITE):
         _memory.mprotect(area.start, SMALL_PAGE, protection)
-    area.expect("written", (0, 2))
+    area.expect("ranges after another mprotect", (0, 2))
 
 
 @case(
@@ -447,27 +456,27 @@ def mprotect_remapped(ctx: Context) -> None:
     features=FEATURES,
 )
 def mprotect_again(ctx: Context) -> None:
-    """Protected and written again after all that, both are written."""
+    """After a new mapping and mprotect, pages protected and written again count as written."""
     area = Area(ctx, ctx.make(2).start, 2)
     _remapped(area)
     area.write()
     area.protect()
     area.write()
-    area.expect("written again", (0, 2))
+    area.expect("ranges after the second write", (0, 2))
 
 
 @case("kselftest.pagemap-ioctl.prot-none", origin=f"{ORIGIN}: 115", memory=ANON, features=FEATURES)
 def prot_none(ctx: Context) -> None:
-    """Changing the protection of mixed pages, some of them never touched, writes none of them."""
+    """mprotect(2) of pages, some of them never touched, does not make them count as written."""
     pages = 16
     region = ctx.make(pages)
     region.fill(1, 0, pages // 2 * SMALL_PAGE)
     area = Area(ctx, region.start, pages)
     for index in range(0, pages, 2):
         _memory.mprotect(area.start + index * SMALL_PAGE, SMALL_PAGE, PROT_NONE)
-    area.expect("some PROT_NONE")
+    area.expect("ranges after PROT_NONE of some pages")
     _memory.mprotect(area.start, pages * SMALL_PAGE, READ_WRITE)
-    area.expect("writable again")
+    area.expect("ranges after PROT_READ | PROT_WRITE of all")
 
 
 THREADS, PER_THREAD, TURNS = 4, 8, 50
@@ -486,7 +495,7 @@ def _protected_after_writing(ctx: Context) -> Area:
     features=FEATURES,
 )
 def transact_written(ctx: Context) -> None:
-    """The scan that protects finds the pages that were written before."""
+    """A scan that protects finds the pages that were written before."""
     area = _protected_after_writing(ctx)
     ctx.expect("ranges", area.runs(area.scan(flags=WP_SCAN)), [(0, area.pages)])
 
@@ -498,7 +507,7 @@ def transact_written(ctx: Context) -> None:
     features=FEATURES,
 )
 def transact_protected(ctx: Context) -> None:
-    """The next one finds nothing."""
+    """After a scan that protects, the next one finds nothing."""
     area = _protected_after_writing(ctx)
     area.scan(flags=WP_SCAN)
     ctx.expect("ranges", area.runs(area.scan(flags=WP_SCAN)), [])
@@ -511,7 +520,7 @@ def transact_protected(ctx: Context) -> None:
     features=FEATURES,
 )
 def transact(ctx: Context) -> None:
-    """Scans that protect while threads write report every page written, now or the next time."""
+    """Of scans that protect while threads write, this or the next reports each page written."""
     pages = THREADS * PER_THREAD
     area = Area(ctx, ctx.make(pages).start, pages)
     barrier = threading.Barrier(THREADS + 1, timeout=ctx.case.budget_s)
@@ -540,13 +549,13 @@ def transact(ctx: Context) -> None:
             lost.append((turn, sorted(missing)))
     for worker in workers:
         worker.result()
-    ctx.expect("pages written and not reported, by turn", lost, [])
+    ctx.expect("pages that no scan reported, by turn", lost, [])
     ctx.expect("turns with fewer faults than pages", too_few, [])
     ctx.expect_quiet()
 
 
 def _categories(start: int, length: int, wanted: PageCategory) -> list[tuple[int, int]]:
-    """Return the runs of pages that have a category, as offset and pages."""
+    """Return the runs of pages in a category, as offset in bytes and number of pages."""
     with Pagemap() as pagemap:
         ranges = pagemap.scan(start, length, category_mask=wanted).ranges
     return [((item.start - start), (item.end - item.start) // SMALL_PAGE) for item in ranges]
@@ -557,12 +566,14 @@ FILE_PAGES = 10
 
 @case("kselftest.pagemap-ioctl.file.mapped", origin=f"{ORIGIN}: 112", memory=ANY, features=FEATURES)
 def file_mapped(ctx: Context) -> None:
-    """Pages of a file that is mapped read-only are FILE."""
+    """Pages of a file mapped read-only are FILE."""
     length = FILE_PAGES * SMALL_PAGE
     start = disk_page(ctx, mmap.MAP_PRIVATE, FILE_PAGES)
     _memory.mprotect(start, length, mmap.PROT_READ)
     _memory.touch(start, length, SMALL_PAGE, write=False)
-    ctx.expect("FILE", _categories(start, length, PageCategory.FILE), [(0, FILE_PAGES)])
+    ctx.expect(
+        "runs of FILE pages", _categories(start, length, PageCategory.FILE), [(0, FILE_PAGES)]
+    )
 
 
 @case(
@@ -573,11 +584,11 @@ def file_written(ctx: Context) -> None:
     length = FILE_PAGES * SMALL_PAGE
     area = Area(ctx, disk_page(ctx, mmap.MAP_PRIVATE, FILE_PAGES), FILE_PAGES)
     area.write()
-    area.expect("written", (0, FILE_PAGES))
+    area.expect("ranges after a write", (0, FILE_PAGES))
     never = disk_page(ctx, mmap.MAP_PRIVATE, FILE_PAGES)
     _memory.fill(never, length, 2)
     seen = _categories(never, length, WRITTEN)
-    ctx.expect("WRITTEN, never registered", seen, [(0, FILE_PAGES)])
+    ctx.expect("runs of WRITTEN pages, never registered", seen, [(0, FILE_PAGES)])
 
 
 def _add_zero_page(name: str, text: str, huge: bool) -> None:
@@ -587,7 +598,7 @@ def _add_zero_page(name: str, text: str, huge: bool) -> None:
         region.advise_thp(huge)
         _memory.touch(start, HUGE_PAGE, SMALL_PAGE, write=False)
         seen = _categories(start, HUGE_PAGE, PageCategory.PFNZERO)
-        ctx.expect("PFNZERO", seen, [(0, HUGE_PAGE // SMALL_PAGE)])
+        ctx.expect("runs of PFNZERO pages", seen, [(0, HUGE_PAGE // SMALL_PAGE)])
 
     case(
         f"kselftest.pagemap-ioctl.{name}",
@@ -600,12 +611,14 @@ def _add_zero_page(name: str, text: str, huge: bool) -> None:
 
 
 _add_zero_page("zero-page", "Pages that were only read are PFNZERO", huge=False)
-_add_zero_page("zero-page-thp", "So they are where a huge zero page may be", huge=True)
+_add_zero_page(
+    "zero-page-thp", "Pages that were only read are PFNZERO, also as a huge zero page", huge=True
+)
 
 
 _HOLES = (
     Variant("written", "a page that was dropped is not protected, so it counts as written"),
-    Variant("not-written", "its empty page table has been freed, so it counts as nothing"),
+    Variant("not-written", "its empty page table was freed, so it is in no category"),
 )
 
 
@@ -616,10 +629,10 @@ def _expect_dropped(ctx: Context, area: Area) -> None:
         fast = area.runs(area.scan())
         anyof = pagemap.scan(area.start, length, category_anyof_mask=WRITTEN).ranges
     generic, whole = area.runs(anyof), [(0, area.pages)]
-    # CONFIG_PT_RECLAIM frees the page table once it is empty, which may be between the two.
+    # CONFIG_PT_RECLAIM frees an empty page table, perhaps between the two scans.
     if fast != generic:
-        ctx.expect("fast query", fast, whole)
-    ctx.expect_variant("generic query", generic, written=whole, not_written=[])
+        ctx.expect("ranges of the fast query", fast, whole)
+    ctx.expect_variant("ranges of the generic query", generic, written=whole, not_written=[])
 
 
 @case(
@@ -645,5 +658,5 @@ def dropped(ctx: Context) -> None:
     variants=_HOLES,
 )
 def dropped_thp(ctx: Context) -> None:
-    """A huge page that was dropped is reported alike by the fast and the generic query."""
+    """A dropped huge page counts as written, in the fast and the generic query."""
     _expect_dropped(ctx, Area(ctx, huge_area(ctx, 1), HUGE_PAGE // SMALL_PAGE))

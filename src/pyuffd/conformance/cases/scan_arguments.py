@@ -1,4 +1,4 @@
-"""PAGEMAP_SCAN: arguments that cannot be written, and what is no memory to scan (layer L5)."""
+"""PAGEMAP_SCAN: read-only arguments, special mappings, and soft-dirty and huge pages (layer L5)."""
 
 from __future__ import annotations
 
@@ -54,27 +54,27 @@ def _argument(start: int, end: int, vec: int, room: int, flags: int = 0) -> byte
 
 @case("PAGEMAP_SCAN.EFAULT.argument", origin=ORIGIN, memory=ANY, features=FEATURES)
 def argument(ctx: Context) -> None:
-    """The argument is no memory that can be read."""
+    """An argument outside user space is EFAULT."""
     seen = syscall(SYS_IOCTL, _pagemap(ctx), PAGEMAP_SCAN, 1 << 63)
-    ctx.expect("result", seen, -errno.EFAULT)
+    ctx.expect("result of PAGEMAP_SCAN", seen, -errno.EFAULT)
 
 
 @case("PAGEMAP_SCAN.EFAULT.argument-read-only", origin=ORIGIN, memory=ANY, features=FEATURES)
 def argument_read_only(ctx: Context) -> None:
-    """walk_end cannot be written: EFAULT, although the ranges have been."""
+    """If walk_end cannot be written, the call is EFAULT although the ranges are written."""
     region = written(ctx, PAGES)
     page, vector = ctx.make(1, "anon"), ctx.make(1, "anon")
     page.write(0, _argument(region.start, end_of(region), vector.start, 1))
     _memory.mprotect(page.start, SMALL_PAGE, mmap.PROT_READ)
     seen = syscall(SYS_IOCTL, _pagemap(ctx), PAGEMAP_SCAN, page.start)
-    ctx.expect("result", seen, -errno.EFAULT)
+    ctx.expect("result of PAGEMAP_SCAN", seen, -errno.EFAULT)
     found = struct.unpack("=3Q", vector.read(0, 24))
     ctx.expect("the range", found, (region.start, end_of(region), int(WRITTEN)))
 
 
 @case("PAGEMAP_SCAN.EFAULT.vec-read-only", origin=ORIGIN, memory=ANY, features=FEATURES)
 def vec_read_only(ctx: Context) -> None:
-    """The vector can be read and not written: EFAULT."""
+    """A read-only vector is EFAULT."""
     region = written(ctx, PAGES)
     vector = ctx.make(1, "anon")
     vector.fill(0)
@@ -86,26 +86,26 @@ def vec_read_only(ctx: Context) -> None:
 
 @case("PAGEMAP_SCAN.ESRCH.owner-gone", origin=ORIGIN, memory=ANY, features=FEATURES)
 def owner_gone(ctx: Context) -> None:
-    """The process whose pagemap it is has ended."""
+    """A scan of a process that has ended is ESRCH."""
     region = written(ctx, PAGES)
     child = ctx.fork_only()
     fd = _pagemap(ctx, child.pid)
     page = ctx.make(1, "anon")
-    # Neither a scan that works nor one that fails may keep its memory when it has ended.
+    # If one of these scans leaked a reference, the address space would outlive its process.
     for end, seen in ((end_of(region), 0), (0, -errno.EFAULT)):
         page.write(0, _argument(region.start, end, 0, 0))
         result = syscall(SYS_IOCTL, fd, PAGEMAP_SCAN, page.start)
-        ctx.expect("result while it lives", min(result, 0), seen)
+        ctx.expect("result while the process lives", min(result, 0), seen)
     child.close()
     page.write(0, _argument(region.start, end_of(region), 0, 0))
-    ctx.expect("result", syscall(SYS_IOCTL, fd, PAGEMAP_SCAN, page.start), -errno.ESRCH)
+    ctx.expect("result afterwards", syscall(SYS_IOCTL, fd, PAGEMAP_SCAN, page.start), -errno.ESRCH)
 
 
 @case("PAGEMAP_SCAN.EINVAL.ioctl-unknown", origin=ORIGIN, memory=ANY, features=FEATURES)
 def unknown(ctx: Context) -> None:
-    """A request of pagemap that is no PAGEMAP_SCAN."""
+    """/proc/PID/pagemap refuses every request but PAGEMAP_SCAN."""
     seen = syscall(SYS_IOCTL, _pagemap(ctx), UNKNOWN_IOCTL, 0)
-    ctx.expect("result", seen, -errno.EINVAL)
+    ctx.expect("result of the ioctl", seen, -errno.EINVAL)
 
 
 def special_mapping(ctx: Context, name: str) -> tuple[int, int]:
@@ -123,14 +123,16 @@ def special_mapping(ctx: Context, name: str) -> tuple[int, int]:
     memory=ANY,
     features=FEATURES,
     variants=(
-        Variant("left-out", "[vvar] is a mapping of page frames (pf in smaps), as of a device"),
-        Variant("reported", "it is a mapping of pages (mm in smaps), which are reported"),
+        Variant(
+            "left-out", "[vvar] is a mapping of page frames (pf in smaps), like that of a device"
+        ),
+        Variant("reported", "[vvar] is a mapping of pages (mm in smaps), which are reported"),
     ),
 )
 def vvar(ctx: Context) -> None:
-    """The kernel's own data page is reported only if its mapping is one of pages."""
+    """Pages of [vvar] are reported only if it is a mapping of pages."""
     start, end = special_mapping(ctx, "vvar")
-    time.monotonic()  # reads the first page there, which makes it present
+    time.monotonic()  # reads the first page of [vvar], so that it is present
     vma = next(overlapping(start, end, details=True))
     seen = scan(ctx, start, end, mask=int(PRESENT), returned=int(PRESENT))
     ctx.expect("errno", seen.errno, 0)
@@ -141,10 +143,10 @@ def vvar(ctx: Context) -> None:
     )
 
 
-# clear_refs leaves out hugetlb.
+# clear_refs does not support hugetlb.
 @case("PAGEMAP_SCAN.ok.soft-dirty", origin="fs/proc/task_mmu.c", memory=SMALL, features=FEATURES)
 def soft_dirty(ctx: Context) -> None:
-    """SOFT_DIRTY is a new mapping, and a page written since clear_refs; not one that was read."""
+    """A page of a new mapping, or written since clear_refs, is SOFT_DIRTY; a read one is not."""
     region = ctx.make(2)
     region.fill(1)
     if not ctx.bits(region.start) & (1 << SOFT_DIRTY_BIT):
@@ -172,7 +174,7 @@ def soft_dirty(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def soft_dirty_huge(ctx: Context) -> None:
-    """The same of a transparent huge page, which is written as a whole."""
+    """A transparent huge page is SOFT_DIRTY as a whole if a part was written since clear_refs."""
     start = huge_area(ctx, 1)
     if not ctx.bits(start) & (1 << SOFT_DIRTY_BIT):
         ctx.lack("soft-dirty", "the kernel has no CONFIG_MEM_SOFT_DIRTY")
@@ -223,7 +225,7 @@ def huge_file(ctx: Context) -> None:
     features=FEATURES,
 )
 def hugetlb_part(ctx: Context) -> None:
-    """A limit inside a huge page is where a scan that protects stops, before that page."""
+    """With max_pages inside a huge page, a scan that protects stops before that page."""
     region = written(ctx, 2)
     whole = ctx.page // SMALL_PAGE
     seen = scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), max_pages=whole + whole // 2)
@@ -231,4 +233,4 @@ def hugetlb_part(ctx: Context) -> None:
     ctx.expect("pages walked", (seen.walk_end - region.start) // SMALL_PAGE, whole)
     left = scan(ctx, region.start, end_of(region))
     wanted = ((region.start + ctx.page, end_of(region), int(WRITTEN)),)
-    ctx.expect("what is still written", left.ranges, wanted)
+    ctx.expect("ranges still written", left.ranges, wanted)

@@ -1,6 +1,6 @@
-"""PAGEMAP_SCAN with more ranges than the kernel gathers at a time, and where such a walk ends (L5).
+"""PAGEMAP_SCAN with more ranges than the kernel's buffer holds, and where such a walk ends (L5).
 
-The kernel keeps up to 512 ranges, copies them out, and walks on from there.
+The kernel collects up to 512 ranges, copies them to user space, and continues the walk.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ RANGES = PAGES // 2
 ORIGIN = "fs/proc/task_mmu.c: do_pagemap_scan"
 WALK_END = (
     Variant("end", "walk_end is the end of the range"),
-    Variant("short", "walk_end stays where the last full buffer was copied out: a kernel bug"),
+    Variant("short", "walk_end stays where the last full buffer was copied, which is a kernel bug"),
 )
 
 
 def _ranges(region: Region, pages: range) -> list[tuple[int, int, int]]:
-    """Return the ranges that a scan finds when these single pages are written."""
+    """Return the ranges that a scan finds if these single pages are written."""
     starts = [region.start + index * region.page_size for index in pages]
     return [(at, at + region.page_size, int(WRITTEN)) for at in starts]
 
@@ -45,13 +45,13 @@ def _every_second(ctx: Context, pages: int = PAGES) -> tuple[Region, list[tuple[
 
 
 def _expect_ranges(ctx: Context, seen: Scan, wanted: list[tuple[int, int, int]]) -> None:
-    ctx.expect("errno, and how many ranges", (seen.errno, seen.count), (0, len(wanted)))
+    ctx.expect("errno and number of ranges", (seen.errno, seen.count), (0, len(wanted)))
     pairs = enumerate(zip(seen.ranges, wanted, strict=True))
     wrong = [index for index, (found, want) in pairs if found != want]
-    ctx.expect("numbers of the ranges that are wrong", wrong, [])
+    ctx.expect("indexes of wrong ranges", wrong, [])
 
 
-# How many pages, room, and which flags: all ranges in one call.
+# Name, pages, and room for ranges; one call finds all ranges.
 _COUNTS = (
     ("one-buffer", 2 * GATHERED, GATHERED),
     ("one-more", 2 * GATHERED + 2, GATHERED + 1),
@@ -92,7 +92,7 @@ for _count in _COUNTS:
     variants=WALK_END,
 )
 def walk_end(ctx: Context) -> None:
-    """A walk that is complete says so: walk_end is its end, however many ranges it found."""
+    """After a complete walk, walk_end is the end of the range, however many ranges were found."""
     region, wanted = _every_second(ctx)
     seen = scan(ctx, region.start, end_of(region), room=RANGES + 1)
     _expect_ranges(ctx, seen, wanted)
@@ -100,7 +100,7 @@ def walk_end(ctx: Context) -> None:
     ctx.expect_variant("pages walked", pages, end=PAGES, short=RANGES)
 
 
-# Room, max_pages: ranges found and pages walked, of the first call.
+# Name, room, max_pages, and the ranges that the first call finds.
 _PARTS = (
     ("room-511", GATHERED - 1, 0, GATHERED - 1),
     ("room-512", GATHERED, 0, GATHERED),
@@ -125,16 +125,16 @@ def _add_part(name: str, room: int, max_pages: int, count: int) -> None:
             if not found:
                 ctx.expect("ranges of the first call", seen.count, count)
             found += seen.ranges
-            ctx.expect("the walk went on", seen.walk_end > start, True)
+            ctx.expect("whether walk_end moved on", seen.walk_end > start, True)
             start = seen.walk_end
         same = sorted(found) == wanted
-        ctx.expect(f"all {len(wanted)} ranges found once", same, True)
+        ctx.expect(f"whether all {len(wanted)} ranges were found once", same, True)
         ctx.expect("ranges afterwards", scan(ctx, region.start, end_of(region)).count, 0)
 
     limit = f"max_pages {max_pages}" if max_pages else "no max_pages"
     case(
         f"PAGEMAP_SCAN.ok.many-in-parts-{name}",
-        summary=f"Calls from walk_end to walk_end find and protect each range once: room for {room}"
+        summary=f"Calls that continue at walk_end find and protect each range once: room for {room}"
         f", {limit}",
         origin=ORIGIN,
         memory=SMALL,
@@ -148,7 +148,7 @@ for _part in _PARTS:
 
 @case("PAGEMAP_SCAN.ok.many-inverted", origin=ORIGIN, memory=SMALL, features=FEATURES)
 def inverted(ctx: Context) -> None:
-    """The ranges that were not written are found alike, between the others."""
+    """With WRITTEN inverted, one call finds each of the ranges that are not written."""
     region = tracked(ctx, PAGES)
     _memory.touch(region.start, region.length, 2 * region.page_size, write=True)
     seen = scan(

@@ -1,7 +1,7 @@
-"""PAGEMAP_SCAN against a model of it: every question about pages in every state (layer L5).
+"""PAGEMAP_SCAN compared with a model: many questions about pages in all states (layer L5).
 
-The model knows the categories of each page from one scan that asks for all of them, and computes
-ranges, limits, `walk_end` and what becomes protected of every other question.
+One scan for all categories tells the model the categories of each page. For any other question the
+model computes the ranges, `walk_end`, and the pages that become protected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
 PRESENT, SWAPPED, FILE = PageCategory.PRESENT, PageCategory.SWAPPED, PageCategory.FILE
 PFNZERO, HUGE = PageCategory.PFNZERO, PageCategory.HUGE
 WPALLOWED = PageCategory.WPALLOWED
-# SOFT_DIRTY depends on the kernel's configuration, and on what else has used clear_refs.
+# SOFT_DIRTY depends on the kernel's configuration, and on other users of clear_refs.
 ASKED = WRITTEN | PRESENT | SWAPPED | FILE | PFNZERO | HUGE | WPALLOWED
 SEED = 20
 QUESTIONS = 250
@@ -35,11 +35,11 @@ ORIGIN = "fs/proc/task_mmu.c: pagemap_scan_pmd_entry"
 MADV_DONTNEED = 4
 
 
-# What each state is
+# The categories of each state
 
 
 def _categories(page: Page, memory: MemoryType) -> int:
-    """Return what a page is in, except for a hole, of which kernels say different things."""
+    """Return the categories of a page; for a hole, kernels differ and the case has variants."""
     found = PageCategory(0)
     match page.entry:
         case Entry.PAGE:
@@ -58,8 +58,8 @@ def _categories(page: Page, memory: MemoryType) -> int:
 
 
 HOLES = (
-    Variant("nothing", "a page that is not there is in no category"),
-    Variant("written", "it is not protected, so it counts as written"),
+    Variant("nothing", "a hole is in no category"),
+    Variant("written", "a hole is not protected, so it counts as written"),
 )
 
 
@@ -80,7 +80,7 @@ def _add_state(state: State) -> None:
         if page.entry is not Entry.NONE:
             ctx.expect(name, hex(categories), hex(wanted))
             return
-        # With no page table at all a hole of hugetlb memory is not seen as one.
+        # A hugetlb hole without a page table is not HUGE, so ignore that category.
         seen_as = categories & ~int(HUGE)
         ctx.expect_variant(name, hex(seen_as), nothing=hex(0), written=hex(int(WRITTEN)))
 
@@ -117,12 +117,12 @@ class Question:
 
     @property
     def is_simple(self) -> bool:
-        """Whether it asks for what is written, no more: the kernel has a loop for that."""
+        """Whether it asks for WRITTEN only: the kernel has a loop of its own for that."""
         masks = (self.mask, self.anyof, self.inverted, self.returned)
         return masks == (int(WRITTEN), 0, 0, int(WRITTEN))
 
     def matches(self, categories: int) -> bool:
-        """Return whether a page with these categories is asked for."""
+        """Return whether a page with these categories matches."""
         categories ^= self.inverted
         if categories & self.mask != self.mask:
             return False
@@ -131,7 +131,7 @@ class Question:
 
 @dataclass
 class Answer:
-    """What a scan must say: ranges as first page, end, categories; where it stopped; its pages."""
+    """The expected result of a scan: ranges (first page, end, categories), its end, its pages."""
 
     ranges: list[tuple[int, int, int]]
     end: int
@@ -163,7 +163,7 @@ def _question(dice: random.Random) -> Question:
         bits = [bit for bit in ASKED if dice.random() < chance]
         return sum(int(bit) for bit in bits)
 
-    # Mostly few categories at a time: with many of them hardly a page is asked for.
+    # Mostly few categories at a time: with many of them hardly any page matches.
     asked = {
         "mask": masks(0.15) & ~int(HUGE),
         "anyof": masks(0.3) if dice.random() < 0.5 else 0,
@@ -171,7 +171,7 @@ def _question(dice: random.Random) -> Question:
         "returned": masks(0.5),
     }
     if dice.random() < NEARLY_SIMPLE:
-        # One mask away from what the kernel has a loop of its own for.
+        # One mask away from the question that the kernel has a loop of its own for.
         name = dice.choice(list(asked))
         asked = {"mask": int(WRITTEN), "anyof": 0, "inverted": 0, "returned": int(WRITTEN)} | {
             name: asked[name]
@@ -209,7 +209,7 @@ def _ask(ctx: Context, region: Region, question: Question, flags: int) -> Answer
 
 
 def _mixed(ctx: Context) -> Region:
-    """Make pages in many states: written, protected, read, dropped, and so on, by turns."""
+    """Make pages in many states: written, protected, read, dropped, and combinations."""
     region = ctx.make(PAGES)
     ctx.register(region, RegisterMode.WP)
     for index in range(PAGES):
@@ -227,7 +227,7 @@ def _mixed(ctx: Context) -> Region:
 
 
 def _states_of(ctx: Context, region: Region) -> list[int]:
-    """Return the categories of each page, as one scan for all of them says."""
+    """Return the categories of each page, found by one scan for all categories."""
     whole = Question(0, 0, 0, int(ASKED), PAGES, 0, 0, PAGES)
     found = _ask(ctx, region, whole, 0)
     pages = [0] * PAGES
@@ -241,7 +241,7 @@ def _states_of(ctx: Context, region: Region) -> list[int]:
 
 
 def _as_seen_by(ctx: Context, region: Region, question: Question, pages: list[int]) -> list[int]:
-    """Return the categories that a question goes by: kernels with a bug disagree about holes."""
+    """Return the categories that a question sees: on kernels with a bug, loops differ for holes."""
     if not question.is_simple:
         return pages
     found = {
@@ -265,7 +265,7 @@ def _compare(ctx: Context, question: Question, seen: Answer, wanted: Answer) -> 
     features=FEATURES,
 )
 def questions(ctx: Context) -> None:
-    """Questions by chance, always the same ones: ranges and walk_end are those of a model."""
+    """For random questions (of a fixed seed), ranges and walk_end are those of a model."""
     region = _mixed(ctx)
     pages = _states_of(ctx, region)
     dice = random.Random(SEED)
@@ -274,7 +274,7 @@ def questions(ctx: Context) -> None:
         wanted = _answer(question, _as_seen_by(ctx, region, question, pages))
         _compare(ctx, question, _ask(ctx, region, question, 0), wanted)
     after = _states_of(ctx, region)
-    ctx.expect("nothing has changed", after == pages, True)
+    ctx.expect("whether the states are unchanged", after == pages, True)
 
 
 @case(
@@ -284,7 +284,7 @@ def questions(ctx: Context) -> None:
     features=FEATURES,
 )
 def questions_protecting(ctx: Context) -> None:
-    """The same with WP_MATCHING: what was reported and written is protected, and nothing else."""
+    """With WP_MATCHING, random questions protect just the pages that are reported and written."""
     region = _mixed(ctx)
     dice = random.Random(SEED + 1)
     for _ in range(STEPS):
@@ -301,8 +301,8 @@ def questions_protecting(ctx: Context) -> None:
                 ctx.fail(f"page {index} afterwards", "written", f"protected; {question}")
             if index not in changed and after[index] != pages[index]:
                 seen = hex(after[index])
-                ctx.fail(f"page {index} afterwards", seen, f"as it was, {pages[index]:#x}")
-        # Some are written, some unprotected, some dropped again.
+                ctx.fail(f"page {index} afterwards", seen, f"{pages[index]:#x} as before")
+        # Change some pages for the next question.
         for _ in range(6):
             at = region.start + dice.randrange(PAGES) * ctx.page
             match dice.randrange(3):
@@ -314,7 +314,7 @@ def questions_protecting(ctx: Context) -> None:
                     region.madvise(MADV_DONTNEED, at - region.start, ctx.page)
 
 
-# Beyond one page table, one mapping, one process
+# Several mappings, page tables and processes
 
 
 @case(
@@ -324,11 +324,15 @@ def questions_protecting(ctx: Context) -> None:
     features=FEATURES,
     variants=(
         Variant("anywhere", "memory that is not registered counts as written", lacks=Feature.RWP),
-        Variant("registered", "only memory registered for WP does", features=Feature.RWP),
+        Variant(
+            "registered",
+            "only memory registered in mode WP counts as written",
+            features=Feature.RWP,
+        ),
     ),
 )
 def two_mappings(ctx: Context) -> None:
-    """Neighbouring mappings with pages in the same categories are one range, others are two."""
+    """Pages of two mappings are one range if they have the same categories, else two ranges."""
     region = ctx.make(4)
     region.fill(1)
     middle = region.start + 2 * ctx.page
@@ -342,7 +346,7 @@ def two_mappings(ctx: Context) -> None:
     seen = scan(ctx, region.start, end_of(region), returned=both)
     first, second = (region.start, middle, both), (middle, end_of(region), int(WRITTEN))
     ctx.expect_variant(
-        "ranges, one of them not registered",
+        "ranges, the second not registered",
         seen.ranges,
         anywhere=(first, second),
         registered=(first,),
@@ -350,15 +354,15 @@ def two_mappings(ctx: Context) -> None:
     inverted = {"mask": int(WPALLOWED), "inverted": int(WPALLOWED)}
     seen = scan(ctx, region.start, end_of(region), returned=int(PRESENT | WRITTEN), **inverted)
     ctx.expect_variant(
-        "what is not registered",
+        "ranges that are not WPALLOWED",
         seen.ranges,
         anywhere=((middle, end_of(region), int(PRESENT | WRITTEN)),),
         registered=((middle, end_of(region), int(PRESENT)),),
     )
     seen = scan(ctx, region.start, end_of(region), flags=int(ScanFlag.WP_MATCHING))
-    ctx.expect("what a scan finds that protects", seen.pages, 2)
+    ctx.expect("pages found by a scan that protects", seen.pages, 2)
     bits = [ctx.is_protected(region.start + index * ctx.page) for index in range(4)]
-    ctx.expect("protected", bits, [True, True, False, False])
+    ctx.expect("which pages are protected", bits, [True, True, False, False])
 
 
 @case(
@@ -368,15 +372,15 @@ def two_mappings(ctx: Context) -> None:
     features=FEATURES,
     variants=(
         Variant("written", "memory that was never touched counts as written"),
-        Variant("nothing", "it counts as nothing; no feature bit tells"),
+        Variant("nothing", "memory that was never touched is in no category; no feature bit tells"),
     ),
 )
 def untouched_in_part(ctx: Context) -> None:
-    """A limit inside memory without a page table protects that many pages, and ends there."""
+    """With max_pages inside memory without a page table, a scan protects just that many pages."""
     region = ctx.make(1536)
     start = -(-region.start // (512 * SMALL_PAGE)) * 512 * SMALL_PAGE
     ctx.register(region, RegisterMode.WP)
-    # In the next table, where a scan that went on would end.
+    # In the next page table, where a scan that ignores the limit would stop.
     ctx.write(start + 600 * SMALL_PAGE, b"\1")
     end = start + 1024 * SMALL_PAGE
     seen = scan(ctx, start, end, flags=int(WP_SCAN), max_pages=100)
@@ -384,7 +388,7 @@ def untouched_in_part(ctx: Context) -> None:
         return
     ctx.expect("pages walked", (seen.walk_end - start) // SMALL_PAGE, 100)
     bits = [ctx.is_protected(start + index * SMALL_PAGE) for index in (0, 99, 100, 511)]
-    ctx.expect("protected", bits, [True, True, False, False])
+    ctx.expect("which pages are protected", bits, [True, True, False, False])
 
 
 @case(
@@ -394,7 +398,7 @@ def untouched_in_part(ctx: Context) -> None:
     features=lambda memory: FEATURES | Feature.EVENT_FORK,
 )
 def other_process(ctx: Context) -> None:
-    """A scan of another process finds and protects its pages, and reports them here."""
+    """A scan of another process finds and protects the pages of that process only."""
     region = ctx.make(4)
     ctx.register(region, RegisterMode.WP)
     region.fill(1)
@@ -408,12 +412,14 @@ def other_process(ctx: Context) -> None:
     seen = scan(ctx, region.start, end_of(region), flags=flags, pid=child.pid)
     ctx.expect("errno and pages", (seen.errno, seen.pages), (0, 4))
     bits = [ctx.is_protected(region.start + at * ctx.page, pid=child.pid) for at in range(4)]
-    ctx.expect("protected there", bits, [True] * 4)
+    ctx.expect("which pages of the child are protected", bits, [True] * 4)
     middle = region.start + ctx.page
     ctx.expect("the write", ctx.silently(child.write, middle, b"\3"), None)
     seen = scan(ctx, region.start, end_of(region), pid=child.pid)
-    ctx.expect("written there", seen.ranges, ((middle, middle + ctx.page, int(WRITTEN)),))
-    ctx.expect("written here", scan(ctx, region.start, end_of(region)).count, 0)
+    ctx.expect(
+        "ranges written in the child", seen.ranges, ((middle, middle + ctx.page, int(WRITTEN)),)
+    )
+    ctx.expect("ranges written in the parent", scan(ctx, region.start, end_of(region)).count, 0)
 
 
 @case(
@@ -422,16 +428,18 @@ def other_process(ctx: Context) -> None:
     memory=SMALL,
     features=FEATURES,
     variants=(
-        Variant("asked", "what was asked for is protected"),
-        Variant("everything", "without room for ranges everything is protected: a kernel bug"),
+        Variant("asked", "only pages that match are protected"),
+        Variant(
+            "everything", "without room for ranges all pages are protected, which is a kernel bug"
+        ),
     ),
 )
 def without_room(ctx: Context) -> None:
-    """A scan that protects pages in swap, of which there are none, and has no room for ranges."""
+    """A scan without room for ranges that protects swapped pages leaves present pages alone."""
     region = ctx.make(3)
     ctx.register(region, RegisterMode.WP)
     region.fill(1)
     seen = scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), room=0, mask=int(SWAPPED))
     ctx.expect("errno and count", (seen.errno, seen.count), (0, 0))
     bits = [ctx.is_protected(region.start + index * ctx.page) for index in range(3)]
-    ctx.expect_variant("protected", bits, asked=[False] * 3, everything=[True] * 3)
+    ctx.expect_variant("which pages are protected", bits, asked=[False] * 3, everything=[True] * 3)

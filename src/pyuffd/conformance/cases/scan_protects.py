@@ -1,7 +1,7 @@
-"""PAGEMAP_SCAN with WP_MATCHING: whatever is not protected becomes so, page or no page (L5).
+"""PAGEMAP_SCAN with WP_MATCHING protects what is not protected: pages, holes, swap entries (L5).
 
-The kernel has three loops for this: one where nothing is reported, one for WRITTEN alone, and one
-for any other question.
+The kernel has three loops for this: one that reports nothing, one for WRITTEN alone, and one for
+any other question.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def _zero(ctx: Context, region: Region) -> None:
     ctx.read(region.start + SMALL_PAGE)
 
 
-# What the second page is, and what brings it about.
+# Name, words for the summary, a function that makes the state, and its needs.
 _STATES: tuple[tuple[str, str, Callable[[Context, Region], None], tuple[Need, ...]], ...] = (
     ("pages", "pages", _pages, ()),
     ("hole", "a page that was dropped", _hole, ()),
     ("zero", "a page that was dropped and read", _zero, ()),
     ("swapped", "pages in swap", page_out, (needs_swap(),)),
 )
-# How the scan asks, and whether it can say what it has found.
+# Name, arguments of the scan, and whether it reports ranges.
 _QUESTIONS: tuple[tuple[str, dict[str, int], bool], ...] = (
     ("reporting-nothing", {"room": 0}, False),
     ("reporting-written", {}, True),
@@ -91,16 +91,18 @@ def _add(
             ctx.expect("pages found", seen.pages, PAGES)
         if "returned" in asked:
             swapped = any(categories & SWAPPED for *_, categories in seen.ranges)
-            # The file of shared memory is in swap, and its page table empty.
+            # For shared memory, the page is in swap only in the file; its entry is empty.
             is_wanted = state == "swapped" and ctx.memory.is_anon
-            ctx.expect("SWAPPED is among them", swapped, is_wanted)
+            ctx.expect("whether a range is SWAPPED", swapped, is_wanted)
         bits = [ctx.is_protected(region.start + at * SMALL_PAGE) for at in range(PAGES)]
-        ctx.expect("protected pages", bits, [True] * PAGES)
-        ctx.expect("written afterwards", scan(ctx, region.start, end_of(region)).count, 0)
+        ctx.expect("which pages are protected", bits, [True] * PAGES)
+        ctx.expect("ranges written afterwards", scan(ctx, region.start, end_of(region)).count, 0)
         middle = region.start + SMALL_PAGE
         ctx.expect("a write", ctx.silently(ctx.write, middle, b"\2"), None)
         left = scan(ctx, region.start, end_of(region)).ranges
-        ctx.expect("written then", left, ((middle, middle + SMALL_PAGE, int(WRITTEN)),))
+        ctx.expect(
+            "ranges written after the write", left, ((middle, middle + SMALL_PAGE, int(WRITTEN)),)
+        )
 
     case(
         f"PAGEMAP_SCAN.ok.protects-{state}-{name}",
@@ -108,7 +110,7 @@ def _add(
         memory=("anon", "shmem"),
         features=FEATURES,
         needs=needs,
-        summary=f"A scan {name.replace('-', ' ')} protects {text}, and a write shows again",
+        summary=f"A scan {name.replace('-', ' ')} protects {text}; the next scan sees a write",
     )(run)
 
 
@@ -119,7 +121,7 @@ for _state in _STATES:
 
 _HOLES = (
     Variant("written", "memory that was never touched counts as written"),
-    Variant("nothing", "it counts as nothing; no feature bit tells"),
+    Variant("nothing", "memory that was never touched is in no category; no feature bit tells"),
 )
 
 
@@ -131,15 +133,15 @@ _HOLES = (
     variants=_HOLES,
 )
 def untouched(ctx: Context) -> None:
-    """Memory without even a page table is protected, where it counts as written."""
+    """If memory without a page table counts as written, a scan protects it."""
     region = ctx.make(3 * PER_HUGE)
     start = -(-region.start // HUGE_PAGE) * HUGE_PAGE
     ctx.register(region, RegisterMode.WP)
     seen = scan(ctx, start, start + HUGE_PAGE, flags=int(WP_SCAN))
     ctx.expect_variant("pages found", seen.pages, written=PER_HUGE, nothing=0)
     bits = {ctx.is_protected(start + at * SMALL_PAGE) for at in (0, PER_HUGE // 2, PER_HUGE - 1)}
-    ctx.expect("protected", bits, {seen.pages > 0})
-    ctx.expect("written afterwards", scan(ctx, start, start + HUGE_PAGE).count, 0)
+    ctx.expect("whether pages are protected", bits, {seen.pages > 0})
+    ctx.expect("ranges written afterwards", scan(ctx, start, start + HUGE_PAGE).count, 0)
 
 
 # Transparent huge pages that were written and never protected
@@ -159,11 +161,11 @@ def _protect(ctx: Context, start: int, count: int, **asked: int) -> Scan:
 
 
 def _expect_left(ctx: Context, start: int, count: int, first: int) -> None:
-    """Only the pages from `first` on may still be written."""
+    """Check that only the pages from `first` on are still written."""
     end = start + count * HUGE_PAGE
     left = scan(ctx, start, end).ranges
     wanted = ((start + first * SMALL_PAGE, end, int(WRITTEN)),)
-    ctx.expect("written afterwards", left, wanted if first < count * PER_HUGE else ())
+    ctx.expect("ranges written afterwards", left, wanted if first < count * PER_HUGE else ())
 
 
 @case(
@@ -174,7 +176,7 @@ def _expect_left(ctx: Context, start: int, count: int, first: int) -> None:
     needs=[needs_thp()],
 )
 def huge(ctx: Context) -> None:
-    """A scan protects whole huge pages, which stay so; a second one finds them, unwritten."""
+    """A scan protects huge pages without splitting them; the next finds them not written."""
     start = _huge(ctx, 2)
     both = int(WRITTEN | HUGE)
     seen = _protect(ctx, start, 2, returned=both)
@@ -182,8 +184,12 @@ def huge(ctx: Context) -> None:
     ctx.expect("bytes mapped huge", mapped_huge(start), 2 * HUGE_PAGE)
     _expect_left(ctx, start, 2, 2 * PER_HUGE)
     seen = _protect(ctx, start, 2, mask=int(PRESENT), returned=int(PRESENT | WRITTEN))
-    ctx.expect("PRESENT", seen.ranges, ((start, start + 2 * HUGE_PAGE, int(PRESENT)),))
-    ctx.expect("bytes mapped huge then", mapped_huge(start), 2 * HUGE_PAGE)
+    ctx.expect(
+        "PRESENT ranges of the second scan",
+        seen.ranges,
+        ((start, start + 2 * HUGE_PAGE, int(PRESENT)),),
+    )
+    ctx.expect("bytes mapped huge after the second scan", mapped_huge(start), 2 * HUGE_PAGE)
 
 
 @case(
@@ -194,10 +200,10 @@ def huge(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def huge_in_part(ctx: Context) -> None:
-    """A limit inside a huge page splits it, and the rest of it stays written."""
+    """A scan with max_pages inside a huge page splits it, and the rest of it stays written."""
     start = _huge(ctx, 2)
     seen = _protect(ctx, start, 2, max_pages=100)
-    ctx.expect("pages and pages walked", (seen.pages, seen.walk_end), (100, start + 100 * 4096))
+    ctx.expect("pages found and walk_end", (seen.pages, seen.walk_end), (100, start + 100 * 4096))
     ctx.expect("bytes mapped huge", mapped_huge(start), HUGE_PAGE)
     _expect_left(ctx, start, 2, 100)
 
@@ -210,10 +216,12 @@ def huge_in_part(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def huge_limit(ctx: Context) -> None:
-    """A limit between two huge pages leaves the second whole, and written."""
+    """A scan with max_pages between two huge pages leaves the second whole and written."""
     start = _huge(ctx, 2)
     seen = _protect(ctx, start, 2, max_pages=PER_HUGE)
-    ctx.expect("pages and the end", (seen.pages, seen.walk_end), (PER_HUGE, start + HUGE_PAGE))
+    ctx.expect(
+        "pages found and walk_end", (seen.pages, seen.walk_end), (PER_HUGE, start + HUGE_PAGE)
+    )
     ctx.expect("bytes mapped huge", mapped_huge(start), 2 * HUGE_PAGE)
     _expect_left(ctx, start, 2, PER_HUGE)
 
@@ -228,11 +236,11 @@ def huge_limit(ctx: Context) -> None:
     features=FEATURES,
 )
 def hugetlb_one(ctx: Context) -> None:
-    """A limit of one huge page protects the first of two; the walk ends between them."""
+    """A scan with max_pages of one huge page protects the first of two, and stops after it."""
     region = written(ctx, 2)
     seen = scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), max_pages=PER_HUGE)
     ctx.expect("errno and pages", (seen.errno, seen.pages), (0, PER_HUGE))
-    ctx.expect("the end", seen.walk_end, region.start + ctx.page)
+    ctx.expect("walk_end", seen.walk_end, region.start + ctx.page)
     _expect_left(ctx, region.start, 2, PER_HUGE)
 
 
@@ -242,12 +250,12 @@ def hugetlb_one(ctx: Context) -> None:
     memory=HUGETLB,
     features=FEATURES,
     variants=(
-        Variant("stays", "the walk ends before the first huge page that is more than the limit"),
-        Variant("passes", "it ends before the last one: the others are missed, a kernel bug"),
+        Variant("stays", "walk_end is before the first huge page"),
+        Variant("passes", "walk_end is before the last one: others are missed, a kernel bug"),
     ),
 )
 def hugetlb_less(ctx: Context) -> None:
-    """A limit of less than a huge page finds and protects none, and says how far it came."""
+    """A scan with max_pages below a huge page finds and protects nothing, and walk_end says so."""
     region = written(ctx, 3)
     seen = scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), max_pages=PER_HUGE // 2)
     ctx.expect("errno and pages", (seen.errno, seen.pages), (0, 0))
@@ -263,7 +271,7 @@ def hugetlb_less(ctx: Context) -> None:
     features=FEATURES,
 )
 def hugetlb_again(ctx: Context) -> None:
-    """A scan that protects and asks for PRESENT finds huge pages that are protected already."""
+    """A scan for PRESENT that protects also finds huge pages that are protected already."""
     region = written(ctx, 2)
     whole = region.start, end_of(region)
     scan(ctx, *whole, flags=int(WP_SCAN))
@@ -277,7 +285,7 @@ def _needs_disposable() -> Need:
         is_one = bool(os.environ.get(DISPOSABLE))
         return ([] if is_one else ["disposable"]), f"{DISPOSABLE} is not set"
 
-    return Need("a machine that may be lost, as a guest may", missing)
+    return Need("a machine that may hang, such as a guest", missing)
 
 
 @case(
@@ -289,7 +297,7 @@ def _needs_disposable() -> Need:
     slow=True,
 )
 def hugetlb_hole(ctx: Context) -> None:
-    """A scan for anything protects a hole without a table; kernels without a fix wait forever."""
+    """A scan protects a hole without a page table; kernels without a fix hang here."""
     flags = mmap.MAP_SHARED if ctx.memory.shared else mmap.MAP_PRIVATE
     flags |= mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_HUGETLB
     start = _memory.mmap(3 * GIB, READ_WRITE, flags)
@@ -300,7 +308,7 @@ def hugetlb_hole(ctx: Context) -> None:
     seen = scan(ctx, edge, edge + ctx.page, **asked)
     ctx.expect("errno", seen.errno, 0)
     ctx.expect_pagemap(edge, MARKER[ctx.memory.name])
-    # A limit inside the first of two holes ends the scan there.
+    # With max_pages inside the first of two holes, the scan stops there.
     first = edge + GIB
     ctx.uffd.register(first, 2 * ctx.page, mode=RegisterMode.WP)
     seen = scan(ctx, first, first + 2 * ctx.page, max_pages=100, **asked)

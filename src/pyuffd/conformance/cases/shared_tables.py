@@ -1,7 +1,7 @@
-"""Page tables that mappings of huge pages share, and registered ones must not (layer L5).
+"""Page tables that hugetlb mappings share, but registered mappings must not (layer L5).
 
-Two mappings of a GiB of the same hugetlb file share the table of their huge pages, so that a page
-which one of them touches is mapped in both. A range registered WP or MINOR has a table of its own.
+Two mappings of the same GiB of a hugetlb file share a PMD table, so that a page that one of them
+touches is mapped in both. A mapping registered in mode WP or MINOR must have a table of its own.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ GIB = 1 << 30
 MFD_HUGETLB, MAP_FIXED = 4, 0x10
 ORIGIN = "mm/hugetlb.c: want_pmd_share, hugetlb_unshare_all_pmds"
 MEMORY = ("hugetlb",)
-SHARED = Variant("shared", "mappings share tables, and registering ends that")
-OWN = Variant("own", "this kernel shares no tables, so there is nothing to end")
+SHARED = Variant("shared", "mappings share tables, and REGISTER ends that")
+OWN = Variant("own", "this kernel shares no tables")
 
 
 def _two(ctx: Context) -> tuple[int, int]:
@@ -61,10 +61,12 @@ def _shared_before(ctx: Context) -> tuple[int, int]:
     first, second = _two(ctx)
     _memory.fill(first, HUGE_PAGE, DATA)
     ctx.expect("byte in the second mapping", ctx.read(second), bytes([DATA]))
-    # Of a page that only the first one touches, this tells.
+    # A page that only the first mapping touches tells whether they do.
     _memory.fill(first + HUGE_PAGE, HUGE_PAGE, DATA)
     is_shared = _is_mapped(ctx, second + HUGE_PAGE)
-    ctx.expect_variant("a page that the other touched is mapped", is_shared, shared=True, own=False)
+    ctx.expect_variant(
+        "whether a page that the other touched is mapped", is_shared, shared=True, own=False
+    )
     return first, second
 
 
@@ -77,15 +79,17 @@ def _shared_before(ctx: Context) -> tuple[int, int]:
     variants=[SHARED, OWN],
 )
 def ends_sharing_wp(ctx: Context) -> None:
-    """Protecting a mapping whose table was shared leaves the other mapping as it was."""
+    """Protecting a mapping whose table was shared does not change the other mapping."""
     first, second = _shared_before(ctx)
     ctx.open().register(second, GIB, mode=RegisterMode.WP)
     ctx.uffd.writeprotect(second, 2 * HUGE_PAGE)
     for at in (first, first + HUGE_PAGE):
-        ctx.expect("the other mapping is protected", ctx.is_protected(at), False)
-        ctx.expect("a write there", ctx.silently(ctx.write, at, bytes([WRITTEN])), None)
+        ctx.expect("whether the other mapping is protected", ctx.is_protected(at), False)
+        ctx.expect(
+            "a write to the other mapping", ctx.silently(ctx.write, at, bytes([WRITTEN])), None
+        )
     for at in (second, second + HUGE_PAGE):
-        ctx.expect("this mapping is protected", ctx.is_protected(at), True)
+        ctx.expect("whether this mapping is protected", ctx.is_protected(at), True)
         expect_write_fault(ctx, at)
 
 
@@ -98,7 +102,7 @@ def ends_sharing_wp(ctx: Context) -> None:
     variants=[SHARED, OWN],
 )
 def ends_sharing_minor(ctx: Context) -> None:
-    """A page that the other mapping touches is mapped there only, and a minor fault here."""
+    """A page that the other mapping touches is mapped only there; here it is a minor fault."""
     first, second = _shared_before(ctx)
     ctx.open().register(second, GIB, mode=RegisterMode.MINOR)
     at = second + 2 * HUGE_PAGE
@@ -116,7 +120,7 @@ def _add_never(name: str, mode: RegisterMode, features: Feature) -> None:
         ctx.open().register(second, GIB, mode=mode)
         _memory.fill(first, HUGE_PAGE, DATA)
         _resolve_first(ctx, second, mode)
-        # The first mapping's next page is not the second's.
+        # The next page of the first mapping must not be mapped in the second.
         at = second + HUGE_PAGE
         _memory.fill(first + HUGE_PAGE, HUGE_PAGE, DATA)
         ctx.expect_pagemap(at, HOLE)
@@ -132,7 +136,7 @@ def _add_never(name: str, mode: RegisterMode, features: Feature) -> None:
 
 
 def _resolve_first(ctx: Context, at: int, mode: RegisterMode) -> None:
-    """Have the second mapping a page, and a table."""
+    """Give the second mapping a page, and so a table."""
     if mode is RegisterMode.MINOR:
         ctx.uffd.continue_(at, HUGE_PAGE)
         return

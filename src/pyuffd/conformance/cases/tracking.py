@@ -1,8 +1,8 @@
-"""What WP_ASYNC reports and what it hides: the behaviours that trackers of writes depend on (L5).
+"""Which changes WP_ASYNC reports and which it does not: what trackers of writes depend on (L5).
 
-`wp-async.*` has a row for each way in which the content of a tracked page changes, and says of each
-memory type whether PAGEMAP_SCAN reports it afterwards. A hidden change is no bug of the kernel, but
-a tracker has to know of it. `pagemap-scan.*` has the kernel bugs that can be seen without a race.
+Each case of `wp-async.*` changes the content of a tracked page in one way, and checks whether
+PAGEMAP_SCAN reports it. A change that is not reported is no kernel bug, but a tracker has to know
+of it. `pagemap-scan.*` has kernel bugs that can be seen without a race.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SECOND = [(1, 1)]  # of the pages: first, count
 
 
 def tracked(ctx: Context, pages: int = PAGES) -> tuple[Region, Area]:
-    """Map memory of the case's type, write all of it, and track it."""
+    """Make memory of the case's type, write all of it, and track it."""
     region = ctx.make(pages)
     region.fill(7)
     return region, Area(ctx, region.start, pages, region.page_size)
@@ -73,56 +73,56 @@ def second(region: Region) -> int:
 
 
 def expect_byte(ctx: Context, region: Region, value: int) -> None:
-    """The second page begins with this byte now."""
-    ctx.expect("the second page", region.read(region.page_size, 1)[0], value)
+    """Check the first byte of the second page."""
+    ctx.expect("first byte of the second page", region.read(region.page_size, 1)[0], value)
 
 
-# What is reported, and what is not
+# Changes that are reported, and changes that are not
 
 
 @case("wp-async.write.reported", origin=ORIGIN, features=FEATURES)
 def write(ctx: Context) -> None:
-    """A write is reported, and once."""
+    """A write is reported until the page is protected again."""
     _, area = tracked(ctx)
-    area.expect("before")
+    area.expect("ranges before the write")
     area.write(1, 1)
-    area.expect("after a write", *SECOND)
+    area.expect("ranges after a write", *SECOND)
     area.protect()
-    area.expect("after protecting again")
+    area.expect("ranges after protecting again")
 
 
 @case("wp-async.read-into.reported", origin=ORIGIN, features=FEATURES)
 def read_into(ctx: Context) -> None:
-    """What read(2) writes is reported."""
+    """A page that read(2) writes to is reported."""
     region, area = tracked(ctx)
     zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
     ctx.callback(os.close, zero)
     ctx.silently(syscall, SYS_READ, zero, second(region), 16)
-    area.expect("after read(2)", *SECOND)
+    area.expect("ranges after read(2)", *SECOND)
 
 
 @case("wp-async.direct-read-into.reported", origin=ORIGIN, features=FEATURES)
 def direct_read_into(ctx: Context) -> None:
-    """What pread(2) writes with O_DIRECT, which pins the page, is reported."""
+    """A page that pread(2) writes to with O_DIRECT, which pins it, is reported."""
     region, area = tracked(ctx)
     ctx.expect("pread", ctx.silently(direct_pread(ctx, second(region))), BLOCK)
-    area.expect("after pread(2)", *SECOND)
+    area.expect("ranges after pread(2)", *SECOND)
 
 
 @case("wp-async.process_vm_writev.reported", origin=ORIGIN, features=FEATURES)
 def written_by_another(ctx: Context) -> None:
-    """What another process writes with process_vm_writev(2) is reported."""
+    """A page that another process writes with process_vm_writev(2) is reported."""
     region, area = tracked(ctx)
     ctx.expect("process_vm_writev", ctx.silently(process_vm_writev(ctx, second(region))), 1)
-    area.expect("after process_vm_writev(2)", *SECOND)
+    area.expect("ranges after process_vm_writev(2)", *SECOND)
 
 
 @case("wp-async.proc-mem.reported", origin=ORIGIN, features=FEATURES)
 def written_by_a_debugger(ctx: Context) -> None:
-    """What is written through /proc/PID/mem is reported."""
+    """A page that is written through /proc/PID/mem is reported."""
     region, area = tracked(ctx)
     ctx.expect("pwrite", ctx.silently(proc_mem(ctx, second(region))), 1)
-    area.expect("after a write by /proc/PID/mem", *SECOND)
+    area.expect("ranges after a write to /proc/PID/mem", *SECOND)
 
 
 def _add_filled(name: str, mode: RegisterMode, memory: tuple[str, ...]) -> None:
@@ -153,7 +153,7 @@ def _add_filled(name: str, mode: RegisterMode, memory: tuple[str, ...]) -> None:
 
     case(
         f"wp-async.{name.lower()}.reported",
-        summary=f"What {name} brings is reported, with MODE_WP only once it is written",
+        summary=f"A page that {name} fills is reported; with MODE_WP, only after a write to it",
         origin=ORIGIN,
         memory=memory,
         features=lambda kind: (
@@ -168,50 +168,50 @@ _add_filled("CONTINUE", RegisterMode.MINOR, FILE)
 
 @case("wp-async.dontneed.reported", origin=ORIGIN, memory=ANON, features=FEATURES)
 def dontneed_of_zeros(ctx: Context) -> None:
-    """MADV_DONTNEED of anonymous memory makes zeros, and is reported."""
+    """MADV_DONTNEED of anonymous memory is reported; the page reads as zeros."""
     region, area = tracked(ctx)
     region.madvise(mmap.MADV_DONTNEED, region.page_size, region.page_size)
-    area.expect("after MADV_DONTNEED", *SECOND)
+    area.expect("ranges after MADV_DONTNEED", *SECOND)
     expect_byte(ctx, region, 0)
 
 
 @case("wp-async.dontneed.hidden", origin=ORIGIN, memory=FILE, features=FEATURES)
 def dontneed_of_a_file(ctx: Context) -> None:
-    """MADV_DONTNEED keeps the protection where a file is behind; a private copy is lost unseen."""
+    """MADV_DONTNEED of file memory is not reported, although it drops a private copy."""
     region, area = tracked(ctx)
     region.madvise(mmap.MADV_DONTNEED, region.page_size, region.page_size)
-    area.expect("after MADV_DONTNEED")
+    area.expect("ranges after MADV_DONTNEED")
     expect_byte(ctx, region, 7 if region.shared else 0)
 
 
 @case("wp-async.punch-hole.hidden", origin=ORIGIN, memory=SHARED, features=FEATURES)
 def punch_hole(ctx: Context) -> None:
-    """A hole punched through the file makes zeros, and is not reported."""
+    """A hole punched in the file is not reported; the page reads as zeros."""
     region, area = tracked(ctx)
     assert region.fd is not None
     _memory.fallocate(region.fd, PUNCH_HOLE, region.page_size, region.page_size)
-    area.expect("after PUNCH_HOLE")
+    area.expect("ranges after PUNCH_HOLE")
     expect_byte(ctx, region, 0)
 
 
 @case("wp-async.truncate.hidden", origin=ORIGIN, memory=("shmem",), features=FEATURES)
 def truncate(ctx: Context) -> None:
-    """ftruncate(2) to and fro makes zeros, and is not reported."""
+    """Truncating the file and growing it again is not reported; the page reads as zeros."""
     region, area = tracked(ctx)
     assert region.fd is not None
     os.ftruncate(region.fd, region.page_size)
     os.ftruncate(region.fd, region.length)
-    area.expect("after ftruncate")
+    area.expect("ranges after ftruncate(2)")
     expect_byte(ctx, region, 0)
 
 
 @case("wp-async.pwrite.hidden", origin=ORIGIN, memory=("shmem",), features=FEATURES)
 def pwrite(ctx: Context) -> None:
-    """A write through the descriptor is not reported."""
+    """A write through the file descriptor is not reported."""
     region, area = tracked(ctx)
     assert region.fd is not None
     os.pwrite(region.fd, b"\x09", region.page_size)
-    area.expect("after pwrite(2)")
+    area.expect("ranges after pwrite(2)")
     expect_byte(ctx, region, 9)
 
 
@@ -220,7 +220,7 @@ def alias(ctx: Context) -> None:
     """A write through another mapping is not reported."""
     region, area = tracked(ctx)
     ctx.alias(region).write(region.page_size, b"\x09")
-    area.expect("after a write elsewhere")
+    area.expect("ranges after a write through the other mapping")
     expect_byte(ctx, region, 9)
 
 
@@ -229,9 +229,9 @@ def madv_free(ctx: Context) -> None:
     """MADV_FREE alone is not reported: the page keeps its content until it is reclaimed."""
     region, area = tracked(ctx)
     region.madvise(MADV_FREE, region.page_size, region.page_size)
-    area.expect("after MADV_FREE")
+    area.expect("ranges after MADV_FREE")
     area.write(1, 1)
-    area.expect("after a write to it", *SECOND)
+    area.expect("ranges after a write", *SECOND)
 
 
 @case(
@@ -241,50 +241,50 @@ def madv_free(ctx: Context) -> None:
     features=FEATURES,
 )
 def mlock(ctx: Context) -> None:
-    """mlock(2) of private memory reports pages that nobody wrote."""
+    """After mlock(2) of private memory, pages are reported although nobody wrote them."""
     region, area = tracked(ctx)
     ctx.expect("mlock", syscall(SYS_MLOCK, second(region), region.page_size), 0)
-    area.expect("after mlock", *SECOND)
+    area.expect("ranges after mlock(2)", *SECOND)
     expect_byte(ctx, region, 7)
 
 
 @case("wp-async.mprotect.silent", origin=ORIGIN, features=FEATURES)
 def mprotect(ctx: Context) -> None:
-    """mprotect(2) to nothing and back changes nothing, and reports nothing."""
+    """mprotect(2) to PROT_NONE and back is not reported; the next write is."""
     region, area = tracked(ctx)
     for prot in (0, mmap.PROT_READ, READ_WRITE):
         _memory.mprotect(region.start, region.length, prot)
-    area.expect("after mprotect")
+    area.expect("ranges after mprotect(2)")
     area.write(1, 1)
-    area.expect("after a write", *SECOND)
+    area.expect("ranges after a write", *SECOND)
 
 
 @case("wp-async.read-of-a-hole.silent", origin=ORIGIN, features=FEATURES)
 def read_of_a_hole(ctx: Context) -> None:
-    """A protected hole that is read is not reported; the write after it is."""
+    """A read of a protected hole is not reported; the next write is."""
     region = ctx.make(PAGES)
     area = Area(ctx, region.start, PAGES, region.page_size)
     ctx.silently(_memory.read, second(region), 1)
-    area.expect("after a read")
+    area.expect("ranges after a read")
     area.write(1, 1)
-    area.expect("after a write", *SECOND)
+    area.expect("ranges after a write", *SECOND)
 
 
 @case("wp-async.fork.own-pages", origin=ORIGIN, memory=SMALL, features=FEATURES)
 def fork(ctx: Context) -> None:
-    """A child's write is not reported for its parent, whose own write afterwards is."""
+    """A child's write is not reported in the parent; the parent's own write then is."""
     region, area = tracked(ctx)
     child = ctx.fork_only()
     child.write(second(region), b"\x09")
-    area.expect("after the child's write")
+    area.expect("ranges after the child's write")
     expect_byte(ctx, region, 9 if region.shared else 7)
     area.write(1, 1)
-    area.expect("after its own", *SECOND)
+    area.expect("ranges after the parent's write", *SECOND)
 
 
 @case("wp-async.mremap.unregistered", origin=ORIGIN, features=FEATURES)
 def mremap(ctx: Context) -> None:
-    """Memory that moves loses its registration, and CHECK_WPASYNC says EPERM there."""
+    """mremap(2) unregisters memory; a scan of it with CHECK_WPASYNC is EPERM."""
     region, _ = tracked(ctx)
     target = reserve(ctx, region.length)
     move_mapping(ctx, region, target)
@@ -294,7 +294,7 @@ def mremap(ctx: Context) -> None:
 
 @case("wp-async.map-over.unregistered", origin=ORIGIN, memory=SMALL, features=FEATURES)
 def map_over(ctx: Context) -> None:
-    """Memory mapped over a tracked page is not registered; CHECK_WPASYNC of all says EPERM."""
+    """A mapping over a tracked page is not registered; a scan with CHECK_WPASYNC is EPERM."""
     region, _ = tracked(ctx)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
     _memory.mmap(region.page_size, READ_WRITE, flags, address=second(region))
@@ -304,14 +304,14 @@ def map_over(ctx: Context) -> None:
 
 @case("wp-async.pinned.hidden", origin=ORIGIN, memory=SMALL, features=FEATURES, needs=[needs_pin()])
 def pinned(ctx: Context) -> None:
-    """Pinning a page for writing is reported, and after it was protected again nothing is."""
+    """Pinning a page for writing is reported; once protected again, the pinned page is not."""
     region, area = tracked(ctx)
     pin = Pin(second(region), region.page_size)
     ring = pin.take(syscall)
     ctx.callback(os.close, ring)
-    area.expect("after it was pinned", *SECOND)
+    area.expect("ranges after pinning", *SECOND)
     area.protect()
-    area.expect("while it is pinned")
+    area.expect("ranges after protecting the pinned page")
     pin.drop(syscall, ring)
 
 
@@ -323,25 +323,28 @@ def pinned(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def swap(ctx: Context) -> None:
-    """Swapping a page out and in reports nothing, and forgets no write before it."""
+    """Swapping pages out and in is not reported; an earlier write still is."""
     region, area = tracked(ctx)
     area.write(2, 1)
     page_out(ctx, region)
-    area.expect("on swap", (2, 1))
+    area.expect("ranges after swap-out", (2, 1))
     region.read()
-    area.expect("back from swap", (2, 1))
+    area.expect("ranges after swap-in", (2, 1))
 
 
 # Kernel bugs that can be seen without a race
 
 _HOLES = (
-    Variant("reported", "pages that were dropped are reported as written, as they should be"),
-    Variant("missed", "they are not: before two fixes of July 2026, stable kernels included"),
+    Variant("reported", "dropped pages are reported as written, as they should be"),
+    Variant(
+        "missed",
+        "dropped pages are not reported: before two fixes of July 2026, also in stable kernels",
+    ),
 )
 
 
 def dropped(ctx: Context, length: int, drop: Callable[[Region], None]) -> int:
-    """Drop all of a tracked region of 2 MiB or more; return the bytes a scan with masks finds."""
+    """Track a region, drop a part of it, and return the bytes that a scan with masks finds."""
     region = Region.anonymous(length)
     ctx.enter(region)
     region.fill(7)
@@ -362,7 +365,7 @@ def dropped(ctx: Context, length: int, drop: Callable[[Region], None]) -> int:
     "pagemap-scan.unpopulated.anyof", origin=ORIGIN, memory=ANON, features=FEATURES, variants=_HOLES
 )
 def unpopulated(ctx: Context) -> None:
-    """A dropped page is reported by a scan that asks with category_anyof_mask, too."""
+    """A scan with category_anyof_mask reports a dropped page too."""
     found = dropped(
         ctx, 2 * HUGE_PAGE, lambda region: region.madvise(mmap.MADV_DONTNEED, 0, SMALL_PAGE)
     )
@@ -371,7 +374,7 @@ def unpopulated(ctx: Context) -> None:
 
 @case("pagemap-scan.pmd-hole", origin=ORIGIN, memory=ANON, features=FEATURES, variants=_HOLES)
 def pmd_hole(ctx: Context) -> None:
-    """2 MiB dropped at once, whose page table may go with them, are reported."""
+    """A scan reports 2 MiB dropped at once, although their page table may be freed."""
 
     def drop(region: Region) -> None:
         first = -(-region.start // HUGE_PAGE) * HUGE_PAGE - region.start
@@ -383,7 +386,7 @@ def pmd_hole(ctx: Context) -> None:
 
 @case("pagemap-scan.hugetlb-hole", origin=ORIGIN, memory=("hugetlb-private",), features=FEATURES)
 def hugetlb_hole(ctx: Context) -> None:
-    """A hole of hugetlb memory is never written, so a scan for WRITTEN leaves it alone."""
+    """A scan for WRITTEN does not report a hole of hugetlb memory."""
     region = ctx.make(2)
     uffd = ctx.open()
     uffd.register(region, mode=RegisterMode.WP)
@@ -393,10 +396,10 @@ def hugetlb_hole(ctx: Context) -> None:
 
 @case("wp-async.collapse.refused", origin=ORIGIN, memory=ANON, features=FEATURES)
 def collapse(ctx: Context) -> None:
-    """Protected memory is not collapsed into a huge page, which would lose the protection."""
+    """MADV_COLLAPSE refuses protected memory, whose protection would be lost."""
     region = Region.anonymous(2 * HUGE_PAGE)
     ctx.enter(region)
-    # Where every mapping may be huge, this one would be already, which is no error.
+    # With THP always enabled, the memory could be huge already, and the collapse would succeed.
     region.advise_thp(False)
     region.fill(7)
     area = Area(ctx, region.start, 2 * HUGE_PAGE // SMALL_PAGE)
@@ -404,4 +407,4 @@ def collapse(ctx: Context) -> None:
     first = -(-region.start // HUGE_PAGE) * HUGE_PAGE
     result = syscall(SYS_MADVISE, first, HUGE_PAGE, MADV_COLLAPSE)
     ctx.expect("madvise", result, -errno.EINVAL)
-    area.expect("afterwards")
+    area.expect("ranges after MADV_COLLAPSE")

@@ -23,7 +23,7 @@ FIRST, SECOND = 0x11, 0x22
 
 
 def serves(ctx: Context, uffd: Userfaultfd, other: Userfaultfd, at: int, value: int) -> None:
-    """A read of a page asks this userfaultfd, and not the other one."""
+    """Check that a read of a page sends its message to this userfaultfd, not to the other one."""
     reading = ctx.start(ctx.read, at)
     expect_fault(ctx, reading, MISSING_READ, at, uffd)
     ctx.expect_quiet(other)
@@ -47,13 +47,13 @@ def neighbours_of_two(ctx: Context) -> tuple[Userfaultfd, Userfaultfd, list[int]
     features=missing_features,
 )
 def neighbours(ctx: Context) -> None:
-    """Neighbouring pages of one mapping may have two userfaultfds; each is asked for its own."""
+    """Two userfaultfds may share one mapping; each gets the messages of its own pages."""
     first, second, pages = neighbours_of_two(ctx)
     serves(ctx, first, second, pages[1], FIRST)
     serves(ctx, second, first, pages[2], SECOND)
     first.close()
     reading = ctx.start(ctx.read, pages[0])
-    ctx.expect("the byte of what the first had", reading.result(), b"\0")
+    ctx.expect("byte of the first's page after its close", reading.result(), b"\0")
     reading = ctx.start(ctx.read, pages[3])
     expect_fault(ctx, reading, MISSING_READ, pages[3], second)
     second.copy(pages[3], bytes([SECOND]) * ctx.page)
@@ -66,7 +66,7 @@ def neighbours(ctx: Context) -> None:
     features=missing_features,
 )
 def busy_second(ctx: Context) -> None:
-    """The last part of the range is registered with another userfaultfd: nothing is registered."""
+    """If the last part of the range has another userfaultfd, nothing is registered."""
     region = ctx.make(3)
     first, second = ctx.open(), ctx.open()
     second.register(region.start + 2 * ctx.page, ctx.page, mode=MISSING)
@@ -84,7 +84,7 @@ def _with_fork(memory: MemoryType) -> Feature:
 
 
 def _forked(ctx: Context, *uffds: Userfaultfd) -> tuple[Child, list[Userfaultfd]]:
-    """Fork; return the child and what the event of each userfaultfd brings."""
+    """Fork; return the child and the new userfaultfd of each event."""
     readers = [ctx.start(ctx.expect_event, Fork, uffd) for uffd in uffds]
     child = ctx.fork_only()
     found = [reader.result().uffd for reader in readers]
@@ -99,11 +99,11 @@ def _forked(ctx: Context, *uffds: Userfaultfd) -> tuple[Child, list[Userfaultfd]
     features=_with_fork,
 )
 def own_events(ctx: Context) -> None:
-    """A fork sends an event to each of two userfaultfds, whose forks have their own ranges."""
+    """A fork sends an event to each of two userfaultfds; each new one has its own ranges."""
     region = ctx.make(4)
     first, second = ctx.open(), ctx.open()
     pages = [region.start + index * ctx.page for index in range(4)]
-    # By turns, so that each has two mappings.
+    # Alternate, so that each has two mappings.
     for index, uffd in enumerate((first, second, first, second)):
         uffd.register(pages[index], ctx.page, mode=MISSING)
     child, found = _forked(ctx, first, second)
@@ -125,14 +125,14 @@ def own_events(ctx: Context) -> None:
     features=_with_fork,
 )
 def one_without(ctx: Context) -> None:
-    """Of two userfaultfds one has EVENT_FORK: in the child only its range is registered."""
+    """In the child, only ranges of a userfaultfd with EVENT_FORK are registered."""
     region = ctx.make(2)
     first, second = ctx.open(), ctx.open(missing_features(ctx.memory))
     pages = [region.start, region.start + ctx.page]
     first.register(pages[0], ctx.page, mode=MISSING)
     second.register(pages[1], ctx.page, mode=MISSING)
     child, (own,) = _forked(ctx, first)
-    ctx.expect("byte of the other's page", ctx.silently(child.read, pages[1], 1), b"\0")
+    ctx.expect("byte of the page without EVENT_FORK", ctx.silently(child.read, pages[1], 1), b"\0")
     reading = ctx.start(child.read, pages[0], 1)
     expect_fault(ctx, reading, MISSING_READ, pages[0], own)
     own.copy(pages[0], bytes([FIRST]) * ctx.page)
@@ -141,7 +141,7 @@ def one_without(ctx: Context) -> None:
 
 @case("fork.ok.dontfork", origin="fs/userfaultfd.c: dup_userfaultfd", features=_with_fork)
 def dontfork(ctx: Context) -> None:
-    """A fork that leaves every registered mapping behind (MADV_DONTFORK) sends no event."""
+    """A fork that copies no registered mapping (MADV_DONTFORK) sends no event."""
     region = ctx.make(1)
     region.madvise(mmap.MADV_DONTFORK)
     ctx.register(region, MISSING)
@@ -163,7 +163,7 @@ def dontfork(ctx: Context) -> None:
     features=Feature.EVENT_UNMAP,
 )
 def unmap_each(ctx: Context) -> None:
-    """Unmapping what two userfaultfds have is one event for each, with all that is unmapped."""
+    """munmap(2) of ranges of two userfaultfds sends one event to each, with the whole range."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     start = _memory.mmap(4 * SMALL_PAGE, READ_WRITE, flags)
     first, second = ctx.open(), ctx.open()
@@ -185,7 +185,7 @@ def unmap_each(ctx: Context) -> None:
     features=Feature.EVENT_UNMAP | FORK,
 )
 def unmap_parts(ctx: Context) -> None:
-    """Two calls that unmap two parts are two events, each with its own part."""
+    """Two calls of munmap send two events, each with its own range."""
     region = ctx.make(3, "anon")
     ctx.register(region, MISSING)
     child = ctx.fork()
@@ -196,7 +196,7 @@ def unmap_parts(ctx: Context) -> None:
         event = ctx.expect_event(Unmap, child.uffd)
         ctx.expect("the event", event, Unmap(at, at + SMALL_PAGE))
         ctx.expect("munmap", unmapping.result(), 0)
-    # Filling goes on in what is left.
+    # The rest can be filled again.
     middle = region.start + SMALL_PAGE
     reading = ctx.start(child.read, middle, 1)
     expect_fault(ctx, reading, MISSING_READ, middle, child.uffd)
