@@ -20,13 +20,13 @@ _DESCRIPTOR_IOCTLS = Ioctl.REGISTER | Ioctl.UNREGISTER | Ioctl.API
 
 
 def _api(ctx: Context, fd: int) -> None:
-    """Refuse a wrong version and unknown features, then accept one handshake and no second."""
+    """Check that bad handshakes and a second one are refused, and a correct one accepted."""
     ctx.callback(os.close, fd)
     for words in ((_API + 1, 0), (_API, _UNKNOWN_FEATURE)):
         answer = ctx.ioctl("API", *words, uffd=fd)
         ctx.expect(f"errno of API{words}", answer.errno, errno.EINVAL)
     answer = ctx.ioctl("API", _API, 0, uffd=fd)
-    ctx.expect("errno of the right call on the same descriptor", answer.errno, 0)
+    ctx.expect("errno of a correct handshake on the same descriptor", answer.errno, 0)
     ctx.expect("features of the reply", answer.words[1], ctx.offered)
     ctx.expect(
         "REGISTER, UNREGISTER and API in the reply's ioctls",
@@ -39,8 +39,8 @@ def _api(ctx: Context, fd: int) -> None:
 
 @case("kselftest.api-syscall", origin="uffd-unit-tests: UFFDIO_API (with syscall)", memory=ANY)
 def api_syscall(ctx: Context) -> None:
-    """Refuse bad handshakes and a second one, on a descriptor of the system call."""
-    # The library shakes hands while opening; the descriptor of a blocking open is as new.
+    """A descriptor of userfaultfd(2) refuses bad handshakes, and a second one."""
+    # Not by the library, which makes the handshake itself.
     _api(ctx, _opening.open_userfaultfd(_FLAGS))
 
 
@@ -51,7 +51,7 @@ def api_syscall(ctx: Context) -> None:
     needs=[needs_device()],
 )
 def api_device(ctx: Context) -> None:
-    """Refuse bad handshakes and a second one, on a descriptor of /dev/userfaultfd."""
+    """A descriptor of /dev/userfaultfd refuses bad handshakes, and a second one."""
     _api(ctx, _opening.open_device(_FLAGS))
 
 
@@ -62,7 +62,7 @@ def _all_modes(memory: MemoryType) -> Feature:
 
 @case("kselftest.register-ioctls", origin="uffd-unit-tests: register-ioctls", features=_all_modes)
 def register_ioctls(ctx: Context) -> None:
-    """Register in every mode that makes sense, and offer the ioctls that resolve its faults."""
+    """REGISTER works in every possible mode, and offers the ioctls that resolve its faults."""
     region = ctx.make(1)
     ctx.open()
     for mode in map(RegisterMode, range(8)):

@@ -28,13 +28,14 @@ def _wp_fork_features(memory: MemoryType) -> Feature:
     return wp_features(memory) | Feature.EVENT_FORK
 
 
-# The copy of a private hugetlb page, and a write pin that cannot wait, were mended together.
+# Two bugs were fixed in one release: in the copy of a private hugetlb page, and in a pin for
+# writing that has to wait for a fault.
 FORK_VARIANTS = (
     Variant("now", "as described"),
     Variant(
         "old",
-        "as described but for private hugetlb, whose child may have the bit or lose it; a pin of"
-        " the child's is EFAULT; told by the lack of WP_UNPOPULATED",
+        "as described, but on private hugetlb the child may or may not have the bit, and a pin by"
+        " the child is EFAULT; known by the lack of WP_UNPOPULATED",
         lacks=Feature.WP_UNPOPULATED,
     ),
 )
@@ -42,15 +43,15 @@ NO_HUGETLB_VARIANTS = (
     Variant("now", "as described"),
     Variant(
         "old",
-        "hugetlb memory is neither moved (EINVAL) nor, if private, dropped by MADV_DONTNEED;"
-        " told by the lack of WP_HUGETLBFS_SHMEM",
+        "mremap of hugetlb memory and MADV_DONTNEED of private hugetlb memory are EINVAL;"
+        " known by the lack of WP_HUGETLBFS_SHMEM",
         lacks=Feature.WP_HUGETLBFS_SHMEM,
     ),
 )
 
 
 def _expect_bits(ctx: Context, when: str, address: int, child: Child, wanted: bool) -> bool:
-    """Check the bits of parent and child; return the child's."""
+    """Check the protection in parent and child; return that in the child."""
     ctx.expect(f"parent's bit, {when}", ctx.is_protected(address), True)
     seen = ctx.is_protected(address, pid=child.pid)
     old = seen if ctx.memory.name == "hugetlb-private" else wanted
@@ -67,7 +68,7 @@ def _wp_fork(ctx: Context, *, child_has: bool) -> None:
     child = ctx.fork()
     _expect_bits(ctx, "page present", region.start, child, child_has)
     child.close()
-    # Anonymous memory forgets the bit with the page, so its page goes to swap, if there is any.
+    # Dropping an anonymous page would drop its bit, so page it out, if there is swap.
     try:
         region.madvise(MADV_PAGEOUT if ctx.memory.is_anon else mmap.MADV_DONTNEED)
     except OSError as error:
@@ -86,7 +87,7 @@ def _wp_fork(ctx: Context, *, child_has: bool) -> None:
     variants=FORK_VARIANTS,
 )
 def wp_fork(ctx: Context) -> None:
-    """A forked child has no write-protection, of present or zapped pages; the parent keeps it."""
+    """Without EVENT_FORK, pages, present or zapped, are protected in the parent only."""
     _wp_fork(ctx, child_has=False)
 
 
@@ -97,7 +98,7 @@ def wp_fork(ctx: Context) -> None:
     variants=FORK_VARIANTS,
 )
 def wp_fork_with_event(ctx: Context) -> None:
-    """With EVENT_FORK the child has the parent's write-protection, of present and zapped pages."""
+    """With EVENT_FORK, pages, present or zapped, are protected in the child too."""
     _wp_fork(ctx, child_has=True)
 
 
@@ -106,7 +107,7 @@ def _wp_fork_pin(ctx: Context, *, child_has: bool) -> None:
     pin = Pin(region.start, ctx.page)
     ctx.register(region, RegisterMode.WP)
     region.write(0, b"\1")
-    # Such a pin is for writing, so it comes before the protection.
+    # Pin before protecting, since the pin is for writing.
     ring = pin.take(syscall)
     ctx.callback(os.close, ring)
     ctx.uffd.writeprotect(region)
@@ -117,14 +118,16 @@ def _wp_fork_pin(ctx: Context, *, child_has: bool) -> None:
     child = ctx.fork()
     has = _expect_bits(ctx, "page not pinned", region.start, child, child_has)
     if has and child.uffd is None:
-        return  # nobody could resolve the fault of its pin
+        return  # no userfaultfd could resolve the fault of the child's pin
     pinned = ctx.start(pin.take, child.syscall)
     if has and child.uffd is not None:
         poll = select.poll()
         poll.register(pinned, select.POLLIN)
         poll.register(child.uffd, select.POLLIN)
         waits = child.uffd.fileno() in dict(poll.poll(WAIT_S * 1000))
-        ctx.expect_variant("the child's pin waits for its fault", waits, now=True, old=False)
+        ctx.expect_variant(
+            "whether the child's pin waits for its fault", waits, now=True, old=False
+        )
         if not waits:
             ctx.expect_errno(errno.EFAULT, pinned.result)
             return
@@ -145,7 +148,7 @@ def _wp_fork_pin(ctx: Context, *, child_has: bool) -> None:
     needs=[needs_pin()],
 )
 def wp_fork_pin(ctx: Context) -> None:
-    """A page pinned in the parent, or pinned by the child, has no protection in the child."""
+    """A page pinned by parent or child is not protected in the child."""
     _wp_fork_pin(ctx, child_has=False)
 
 
@@ -157,7 +160,7 @@ def wp_fork_pin(ctx: Context) -> None:
     needs=[needs_pin()],
 )
 def wp_fork_pin_with_event(ctx: Context) -> None:
-    """With EVENT_FORK a page pinned in the parent is copied with its bit; a child's pin faults."""
+    """With EVENT_FORK, a pinned page is protected in the child too; pinning it there faults."""
     _wp_fork_pin(ctx, child_has=True)
 
 
@@ -174,7 +177,9 @@ def _wp_fork_read_pin(ctx: Context, *, child_has: bool) -> None:
     child.close()
     pin.drop(syscall, fd)
     child = ctx.fork()
-    ctx.expect("descriptor of the child's pin", ctx.silently(pin.take, child.syscall) >= 0, True)
+    ctx.expect(
+        "whether the child can pin the page", ctx.silently(pin.take, child.syscall) >= 0, True
+    )
     _expect_bits(ctx, "page pinned in the child", region.start, child, child_has)
     ctx.expect_quiet(child.uffd)
 
@@ -188,7 +193,7 @@ def _wp_fork_read_pin(ctx: Context, *, child_has: bool) -> None:
     alone=True,
 )
 def wp_fork_read_pin(ctx: Context) -> None:
-    """A page pinned for reading in the parent, or by the child, has no protection in the child."""
+    """A page pinned for reading by parent or child is not protected in the child."""
     _wp_fork_read_pin(ctx, child_has=False)
 
 
@@ -201,7 +206,7 @@ def wp_fork_read_pin(ctx: Context) -> None:
     alone=True,
 )
 def wp_fork_read_pin_with_event(ctx: Context) -> None:
-    """With EVENT_FORK either is protected in the child too; pinning for reading asks nobody."""
+    """With EVENT_FORK, it is protected in the child too; pinning for reading sends no message."""
     _wp_fork_read_pin(ctx, child_has=True)
 
 
@@ -225,7 +230,11 @@ def _events(ctx: Context, *, wp: bool) -> None:
         at = first + index * ctx.page
         seen = ctx.start(child.read, at, 8).result()
         ctx.expect(f"page {index} in the child", seen, content(ctx, index)[:8])
-        ctx.expect("writing it back", ctx.start(child.write, at, b"\xee").result(), None)
+        ctx.expect(
+            f"write to page {index} in the child",
+            ctx.start(child.write, at, b"\xee").result(),
+            None,
+        )
 
     wanted: list[Event] = []
     for index in range(half):
@@ -247,7 +256,7 @@ def _events(ctx: Context, *, wp: bool) -> None:
     ctx.expect_variant("madvise", answer, now=0, old=-errno.EINVAL if private_hugetlb else 0)
     if answer == 0:
         wanted.append(Remove(place, place + length))
-        # The call goes on when the event is read, which is before its range is unregistered.
+        # madvise returns when its event is read, perhaps before the range is unregistered.
         monitor.wait_handled(pages * (2 if wp else 1) + len(wanted))
         for index in range(pages):
             seen = ctx.start(child.read, place + index * ctx.page, 8).result()
@@ -285,7 +294,7 @@ def _event_features(memory: MemoryType) -> Feature:
     variants=NO_HUGETLB_VARIANTS,
 )
 def events(ctx: Context) -> None:
-    """A child is served through its Fork event, across mremap and until a Remove event."""
+    """A Fork event's userfaultfd resolves the child's faults, through mremap and MADV_DONTNEED."""
     _events(ctx, wp=False)
 
 
@@ -296,7 +305,7 @@ def events(ctx: Context) -> None:
     variants=NO_HUGETLB_VARIANTS,
 )
 def events_wp(ctx: Context) -> None:
-    """As events, with pages that COPY write-protects: each write gives one message 3 besides."""
+    """With pages that COPY write-protects, each first write in the child also sends message 3."""
     _events(ctx, wp=True)
 
 
@@ -306,7 +315,7 @@ def events_wp(ctx: Context) -> None:
     features=lambda memory: missing_features(memory) | Feature.EVENT_REMOVE,
 )
 def events_release(ctx: Context) -> None:
-    """Dropping pages waits until its Remove event is read; the pages are missing again."""
+    """A call that drops pages waits until its Remove event is read; then the pages are missing."""
     region = ctx.make(2)
     ctx.register(region, RegisterMode.MISSING)
     ctx.uffd.copy(region.start, content(ctx, 0))

@@ -1,4 +1,4 @@
-"""uffd-wp-mremap, and what other selftests do with userfaultfd (layer L5)."""
+"""uffd-wp-mremap, and the parts of other selftests that use userfaultfd (layer L5)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GIB = 1 << 30
 PFN_MASK = (1 << 55) - 1
 FOLIO_TRIES = 16  # memory may be fragmented at first
 
-# uffd-wp-mremap: bits are dropped by mremap unless EVENT_REMAP was asked for.
+# uffd-wp-mremap: mremap drops the bits unless EVENT_REMAP is enabled.
 
 
 def _wp_mremap(ctx: Context, region: Region, *, swapped: bool) -> None:
@@ -62,7 +62,7 @@ def _reserved(length: int, alignment: int) -> Iterator[int]:
 
 
 def _folio(ctx: Context, size: int) -> Region:
-    """Make memory that one folio of this size holds."""
+    """Make memory that is one folio of this size."""
     if size == ctx.page:
         region = ctx.make(1)
         region.fill(1)
@@ -121,7 +121,7 @@ for _swapped in (False, True):
     features=wp_features,
 )
 def wp_mremap_hugetlb(ctx: Context) -> None:
-    """Mremap without EVENT_REMAP drops the bit of a hugetlb page."""
+    """mremap(2) without EVENT_REMAP drops the bit of a hugetlb page."""
     region = ctx.make(1)
     region.fill(1)
     _wp_mremap(ctx, region, swapped=False)
@@ -139,7 +139,7 @@ def _expect_signal(ctx: Context, what: str, seen: object, number: int) -> None:
     features=missing_features,
 )
 def guard_regions(ctx: Context) -> None:
-    """Guard pages over a missing range give SIGSEGV, not a message; UNREGISTER still works."""
+    """An access to a guard page in a missing range gets SIGSEGV, no message; UNREGISTER works."""
     region = ctx.make(10)
     ctx.register(region, RegisterMode.MISSING)
     try:
@@ -165,7 +165,7 @@ def guard_regions(ctx: Context) -> None:
     needs=[needs_hugetlb_mremap()],
 )
 def hugetlb_mremap(ctx: Context) -> None:
-    """Mremap of a registered hugetlb mapping at a multiple of 1 GiB keeps its content."""
+    """mremap(2) of a registered hugetlb mapping at a multiple of 1 GiB keeps its content."""
     region = ctx.make(4)
     assert region.fd is not None
     for index in range(4):
@@ -185,12 +185,12 @@ def hugetlb_mremap(ctx: Context) -> None:
         ctx.expect(f"page {index}", seen, bytes([index + 1]) * 4)
 
 
-# Three mappings of a page with a page of nothing behind each: one mremap call over all of them.
+# Three mappings of one page each, with a gap of one page after each, for one mremap over all.
 _SPREAD = (0, 2, 4)
 
 
 def _spread(ctx: Context, registered: tuple[int, ...]) -> tuple[int, int, int]:
-    """Make the mappings, register some, and mremap over all; return (errno, source, target)."""
+    """Make the mappings, register some, and mremap all at once; return errno, source, target."""
     size = SMALL_PAGE
     base = ctx.enter(_reserved(6 * size, size))
     target = ctx.enter(_reserved(6 * size, size))
@@ -220,11 +220,11 @@ def _still_there(ctx: Context, base: int) -> list[int]:
 
 @case("kselftest.mremap-all-registered", origin="mremap_test: multiple invalid vmas", memory=ANY)
 def mremap_all_registered(ctx: Context) -> None:
-    """One mremap over several mappings that are registered: EFAULT, and none has moved."""
+    """One mremap of several registered mappings is EFAULT and moves none of them."""
     ctx.open()
     code, base, _ = _spread(ctx, _SPREAD)
     ctx.expect("errno", code, errno.EFAULT)
-    ctx.expect("mappings still there", _still_there(ctx, base), list(_SPREAD))
+    ctx.expect("mappings that have not moved", _still_there(ctx, base), list(_SPREAD))
 
 
 @case("kselftest.mremap-one-registered", origin="mremap_test: multiple invalid vmas", memory=ANY)
@@ -243,17 +243,20 @@ def mremap_one_registered(ctx: Context) -> None:
     origin="mremap_test: multiple invalid vmas",
     memory=ANY,
     variants=[
-        Variant("moves-many", "mremap accepts several mappings: those before the registered move"),
-        Variant("moves-one", "mremap accepts a single mapping: EFAULT, and nothing has moved"),
+        Variant(
+            "moves-many",
+            "mremap accepts several mappings, and moves those before the registered one",
+        ),
+        Variant("moves-one", "mremap accepts only a single mapping, and moves none"),
     ],
 )
 def mremap_second_registered(ctx: Context) -> None:
-    """One mremap over mappings of which a later one is registered: EFAULT; that one stays."""
+    """One mremap of several mappings, the second registered, is EFAULT and does not move that."""
     ctx.open()
     code, base, _ = _spread(ctx, _SPREAD[1:2])
     ctx.expect("errno", code, errno.EFAULT)
     seen = _still_there(ctx, base)
-    ctx.expect_variant("mappings still there", seen, moves_many=[2, 4], moves_one=[0, 2, 4])
+    ctx.expect_variant("mappings that have not moved", seen, moves_many=[2, 4], moves_one=[0, 2, 4])
 
 
 @case(
@@ -266,14 +269,14 @@ def mremap_second_registered(ctx: Context) -> None:
         Variant("now", "as described"),
         Variant(
             "old",
-            "they stay merged; told by the lack of WP_UNPOPULATED",
+            "the pages stay merged; known by the lack of WP_UNPOPULATED",
             lacks=Feature.WP_UNPOPULATED,
         ),
     ],
     alone=True,
 )
 def ksm_unmerge_wp(ctx: Context) -> None:
-    """MADV_UNMERGEABLE works on write-protected merged pages, which become pages of their own."""
+    """MADV_UNMERGEABLE unmerges write-protected pages: each has a frame of its own again."""
     _ksm.require(ctx)
     region = ctx.make(8)
     region.advise_thp(False)
@@ -284,5 +287,5 @@ def ksm_unmerge_wp(ctx: Context) -> None:
         ctx.register(region, RegisterMode.WP)
         ctx.uffd.writeprotect(region)
         ctx.silently(region.madvise, _ksm.UNMERGEABLE)
-    ctx.expect_variant("different frames", len(set(_ksm.frames(region))), now=8, old=1)
+    ctx.expect_variant("number of different frames", len(set(_ksm.frames(region))), now=8, old=1)
     ctx.expect("content", region.read(), b"\xcf" * region.length)

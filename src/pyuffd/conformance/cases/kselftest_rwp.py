@@ -28,7 +28,7 @@ READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 def _protected(ctx: Context, pages: int = PAGES) -> Region:
-    """Make a populated region and protect all of it."""
+    """Make a region with all its pages, and protect it."""
     region = ctx.make(pages)
     for index in range(pages):
         region.fill(index % 255 + 1, index * ctx.page, ctx.page)
@@ -44,7 +44,7 @@ def _read_all(ctx: Context, region: Region, first: int = 0, end: int = PAGES) ->
 
 
 def _resolver(ctx: Context) -> Monitor:
-    """Lift the protection of every page that gives a read-write-protect fault."""
+    """Unprotect each page that sends a read-write-protect fault."""
 
     def resolve(event: Event) -> None:
         assert isinstance(event, Pagefault)
@@ -55,7 +55,7 @@ def _resolver(ctx: Context) -> Monitor:
 
 @case("kselftest.rwp-async", origin="uffd-unit-tests: rwp-async (7.3)", features=ASYNC)
 def rwp_async(ctx: Context) -> None:
-    """With RWP_ASYNC the kernel resolves reads of protected pages itself, without a message."""
+    """With RWP_ASYNC, a read of a protected page removes its protection without a message."""
     region = _protected(ctx)
     for index in range(PAGES):
         seen = ctx.silently(region.read, index * ctx.page, ctx.page)
@@ -64,7 +64,7 @@ def rwp_async(ctx: Context) -> None:
 
 @case("kselftest.rwp-sync", origin="uffd-unit-tests: rwp-sync (7.3)", features=RWP)
 def rwp_sync(ctx: Context) -> None:
-    """Reading a protected page gives a message with flag RWP; RWPROTECT mode 0 lets it go on."""
+    """A read of a protected page sends a message with flag RWP; RWPROTECT with mode 0 wakes it."""
     region = _protected(ctx)
     monitor = _resolver(ctx)
     _read_all(ctx, region)
@@ -74,7 +74,7 @@ def rwp_sync(ctx: Context) -> None:
 
 @case("kselftest.rwp-pagemap", origin="uffd-unit-tests: rwp-pagemap (7.3)", features=ASYNC)
 def rwp_pagemap(ctx: Context) -> None:
-    """PAGEMAP_SCAN reports as ACCESSED exactly the pages read since they were protected."""
+    """PAGEMAP_SCAN reports just the pages read since they were protected as ACCESSED."""
     region = _protected(ctx)
     _read_all(ctx, region, end=PAGES // 2)
     with Pagemap() as pagemap:
@@ -87,13 +87,13 @@ def rwp_pagemap(ctx: Context) -> None:
 
 @case("kselftest.rwp-mprotect", origin="uffd-unit-tests: rwp-mprotect (7.3)", features=ASYNC)
 def rwp_mprotect(ctx: Context) -> None:
-    """The protection outlives mprotect to PROT_NONE and back; touching pages lifts it."""
+    """mprotect(2) to PROT_NONE and back keeps the protection; an access then removes it."""
     region = _protected(ctx)
     for protection in (PROT_NONE, READ_WRITE):
         _memory.mprotect(region.start, region.length, protection)
     for index in range(PAGES):
         seen = ctx.is_protected(region.start + index * ctx.page)
-        ctx.expect(f"bit of page {index}", seen, True)
+        ctx.expect(f"whether page {index} is protected", seen, True)
     _read_all(ctx, region)
     with Pagemap() as pagemap:
         accessed = PageCategory.ACCESSED
@@ -103,7 +103,7 @@ def rwp_mprotect(ctx: Context) -> None:
 
 @case("kselftest.rwp-gup", origin="uffd-unit-tests: rwp-gup (7.3)", features=ASYNC)
 def rwp_gup(ctx: Context) -> None:
-    """The kernel can take a protected page too: vmsplice of a byte gets it."""
+    """The kernel can pin a protected page: vmsplice(2) reads its byte."""
     region = ctx.make(1)
     region.fill(0xCD)
     ctx.register(region, RegisterMode.RWP)
@@ -122,7 +122,7 @@ def rwp_gup(ctx: Context) -> None:
     "kselftest.rwp-async-toggle", origin="uffd-unit-tests: rwp-async-toggle (7.3)", features=ASYNC
 )
 def rwp_async_toggle(ctx: Context) -> None:
-    """SET_MODE switches RWP_ASYNC off and on: messages come only while it is off."""
+    """SET_MODE switches RWP_ASYNC off and on; messages are sent only while it is off."""
     region = _protected(ctx)
     half = PAGES // 2
     _read_all(ctx, region, end=half)
@@ -139,7 +139,7 @@ def rwp_async_toggle(ctx: Context) -> None:
 
 @case("kselftest.rwp-close", origin="uffd-unit-tests: rwp-close (7.3)", features=RWP)
 def rwp_close(ctx: Context) -> None:
-    """Closing the userfaultfd makes every page readable again, content kept."""
+    """Closing the userfaultfd makes every page readable again and keeps its content."""
     region = _protected(ctx)
     ctx.uffd.close()
     _read_all(ctx, region)
@@ -166,7 +166,7 @@ def rwp_fork(ctx: Context) -> None:
     needs=[needs_pin()],
 )
 def rwp_fork_pin(ctx: Context) -> None:
-    """The child's early copy of a pinned page is protected; its read resolves by itself."""
+    """The child's copy of a pinned page is protected; with RWP_ASYNC a read removes that."""
     region = ctx.make(1)
     region.fill(1)
     ring = Pin(region.start, ctx.page).take(syscall)
@@ -187,7 +187,7 @@ def rwp_fork_pin(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def rwp_swap_cow(ctx: Context) -> None:
-    """A write to a protected page that was swapped out and forked gives an RWP fault first."""
+    """A write to a protected page that was swapped out and forked sends an RWP fault first."""
     region = _protected(ctx, 1)
     region.pageout()
     ctx.fork()
@@ -204,7 +204,7 @@ def rwp_swap_cow(ctx: Context) -> None:
     features=lambda memory: RWP | wp_features(memory),
 )
 def rwp_wp_exclusive(ctx: Context) -> None:
-    """A range is registered for WP or for RWP, never for both: EINVAL."""
+    """Registering a range in modes WP and RWP at once is EINVAL."""
     region = ctx.make(1)
     ctx.open()
     answer = ctx.ioctl("REGISTER", region.start, ctx.page, RegisterMode.WP | RegisterMode.RWP)

@@ -1,4 +1,4 @@
-"""uffd-stress: many threads, one area, every way to resolve a fault at once (layer L5)."""
+"""uffd-stress: many threads fault in one area, resolved in every way at once (layer L5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyuffd.conformance._types import (
 from pyuffd.testing._need import needs_swap
 
 PAGES, HUGE_PAGES = 256, 6
-# The areas, twice this, do not fit below the limit together; the interpreter needs 20 MiB.
+# Each of the two areas has this many pages: with the interpreter's 20 MiB they exceed the limit.
 PRESSED_PAGES = (40 << 20) // 4096
 LIMIT = 40 << 20
 PRESSED_MODES = range(8)
@@ -31,12 +31,12 @@ STRESS_BUDGET_S = 60.0
     budget_s=STRESS_BUDGET_S,
 )
 def uffd_stress(ctx: Context) -> None:
-    """In all 16 bounce modes no page is lost, torn or copied twice; missing, WP, EEXIST occur."""
+    """In all 16 bounce modes no page is lost, torn or copied twice; all kinds of faults occur."""
     stress(ctx, HUGE_PAGES if ctx.memory.is_hugetlb else PAGES, range(MODES))
 
 
 def pressed(name: str, memory: str) -> None:
-    """Stress below the limit; in a process of its own, which the limit is for."""
+    """Run the stress below the memory limit; for a process of its own."""
     context = Context(load()[name], memory)
     with contextlib.closing(context), limited_memory(LIMIT):
         stress(context, PRESSED_PAGES, PRESSED_MODES)
@@ -52,10 +52,10 @@ def pressed(name: str, memory: str) -> None:
     slow=True,
 )
 def uffd_stress_swapping(ctx: Context) -> None:
-    """The same with areas of 40 MiB below a 40 MiB memory limit, so that they are swapped."""
+    """Below a memory limit that makes the areas swap, no page is lost, torn or copied twice."""
     swapped = _swapped_out()
     ctx.run_child(pressed, ctx.case.name, ctx.memory.name, budget_s=PRESSED_BUDGET_S)
-    ctx.expect("pages were swapped out", _swapped_out() > swapped, True)
+    ctx.expect("whether pages were swapped out", _swapped_out() > swapped, True)
 
 
 def _swapped_out() -> int:

@@ -44,12 +44,12 @@ MISSING_READ, MISSING_WRITE, WP_WRITE, MINOR_READ = 0, 1, 3, 4
 
 
 def content(ctx: Context, index: int) -> bytes:
-    """Return what page `index` of a source holds: no two pages, no page and zeros, are alike."""
+    """Return the content of page `index` of a source: not zeros, and not that of other pages."""
     return bytes([index % 255 + 1]) * ctx.page
 
 
 def release(region: Region) -> None:
-    """Drop the pages of a region: those of a shared file, or the private copies."""
+    """Drop the pages of a shared file, or the private copies."""
     try:
         region.madvise(mmap.MADV_REMOVE if region.shared else mmap.MADV_DONTNEED)
     except OSError as error:
@@ -61,11 +61,13 @@ def release(region: Region) -> None:
 
 @case("kselftest.zeropage", origin="uffd-unit-tests: zeropage", features=missing_features)
 def zeropage(ctx: Context) -> None:
-    """Put the zero page where ZEROPAGE is offered; EEXIST the second time, also by an alias."""
+    """ZEROPAGE, if offered, fills a page with zeros; a second call, also by an alias, is EEXIST."""
     region = ctx.make(2)
     ioctls = ctx.register(region, RegisterMode.MISSING, pages=1)
     start = region.start
-    ctx.expect("ZEROPAGE offered", Ioctl.ZEROPAGE in ioctls, not ctx.memory.is_hugetlb)
+    ctx.expect(
+        "whether REGISTER offers ZEROPAGE", Ioctl.ZEROPAGE in ioctls, not ctx.memory.is_hugetlb
+    )
     answer = ctx.ioctl("ZEROPAGE", start, ctx.page)
     if ctx.memory.is_hugetlb:
         ctx.expect("errno and .zeropage", (answer.errno, answer.result), (errno.EINVAL, -22))
@@ -76,12 +78,16 @@ def zeropage(ctx: Context) -> None:
         ctx.uffd.register(alias.start, ctx.page)
         start = alias.start
     again = ctx.ioctl("ZEROPAGE", start, ctx.page)
-    ctx.expect("the second time", (again.errno, again.result), (errno.EEXIST, -errno.EEXIST))
+    ctx.expect(
+        "errno and .zeropage of the second call",
+        (again.errno, again.result),
+        (errno.EEXIST, -errno.EEXIST),
+    )
     ctx.expect("bytes", ctx.silently(region.read, 0, ctx.page), bytes(ctx.page))
 
 
 def _move(ctx: Context, unit: int, pages: int, src: Region, dst: Region) -> None:
-    """Fault all of `dst` in, `unit` bytes at a time, by moving them from `src`."""
+    """Read all of `dst` and resolve its faults by moving `unit` bytes each from `src`."""
     src.madvise(mmap.MADV_DONTFORK)
     for index in range(pages):
         src.fill(index % 255 + 1, index * ctx.page, ctx.page)
@@ -102,13 +108,13 @@ def _move(ctx: Context, unit: int, pages: int, src: Region, dst: Region) -> None
         seen = src.read(index * ctx.page, ctx.page)
         ctx.expect(f"page {index} of the source", seen, bytes(ctx.page))
     monitor.stop()
-    ctx.expect("faults and bytes moved", moved, [unit] * (pages * ctx.page // unit))
+    ctx.expect("bytes moved by each fault", moved, [unit] * (pages * ctx.page // unit))
     ctx.expect("flags of the messages", {int(fault.flags) for fault in monitor.faults}, {0})
 
 
 @case("kselftest.move", origin="uffd-unit-tests: move", memory=ANON, features=Feature.MOVE)
 def move(ctx: Context) -> None:
-    """Resolve missing faults by moving pages: content moves, the source is a hole that reads 0."""
+    """MOVE resolves missing faults; the source page becomes a hole that reads as zeros."""
     src, dst = ctx.make(16), ctx.make(16)
     src.advise_thp(False)
     _move(ctx, ctx.page, 16, src, dst)
@@ -122,7 +128,7 @@ def move(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def move_pmd(ctx: Context) -> None:
-    """Move a transparent huge page as a whole: one fault for each 2 MiB."""
+    """MOVE moves a transparent huge page whole: one fault for each 2 MiB."""
     src, dst = (ctx.make(HUGE_PAGE // SMALL_PAGE) for _ in range(2))
     src.advise_thp()
     dst.advise_thp()
@@ -137,7 +143,7 @@ def move_pmd(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def move_pmd_split(ctx: Context) -> None:
-    """Move a transparent huge page to where none may be: it is split, and all of it arrives."""
+    """MOVE of a huge page to a range with MADV_NOHUGEPAGE splits it and moves all of it."""
     src, dst = (ctx.make(HUGE_PAGE // SMALL_PAGE) for _ in range(2))
     src.advise_thp()
     dst.advise_thp(False)
@@ -151,7 +157,7 @@ def move_pmd_split(ctx: Context) -> None:
     features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED,
 )
 def wp_unpopulated(ctx: Context) -> None:
-    """Protect a page that was never there; dropping pages drops it; reading keeps it."""
+    """A hole can be protected; MADV_DONTNEED removes the protection, and a read keeps it."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.WP)
     start = region.start
@@ -173,13 +179,13 @@ def wp_unpopulated(ctx: Context) -> None:
 
 
 def _cache_view(ctx: Context, region: Region) -> Region:
-    """Map the file behind a region once more, shared and not registered."""
+    """Map the file behind a region once more, shared and unregistered."""
     assert region.fd is not None
     return ctx.enter(Region.file(region.fd, region.length))
 
 
 def _minor(ctx: Context, pages: int, mode: ContinueMode, extra: RegisterMode) -> Region:
-    """Fill the page cache, then read all of it through minor faults that invert it."""
+    """Fill the page cache, then read all pages; each minor fault inverts the page and maps it."""
     region = ctx.make(pages)
     view = _cache_view(ctx, region)
     ctx.register(region, RegisterMode.MINOR | extra)
@@ -194,7 +200,7 @@ def _minor(ctx: Context, pages: int, mode: ContinueMode, extra: RegisterMode) ->
         ctx.uffd.continue_(event.address, ctx.page, mode=mode)
         again = ctx.ioctl("CONTINUE", event.address, ctx.page, mode)
         wanted = (errno.EEXIST, -errno.EEXIST)
-        ctx.expect("a second CONTINUE", (again.errno, again.result), wanted)
+        ctx.expect("errno and .mapped of a second CONTINUE", (again.errno, again.result), wanted)
 
     monitor = ctx.monitor(resolve)
     for index in range(pages):
@@ -208,18 +214,18 @@ def _minor(ctx: Context, pages: int, mode: ContinueMode, extra: RegisterMode) ->
 
 @case("kselftest.minor", origin="uffd-unit-tests: minor", memory=FILE, features=minor_features)
 def minor(ctx: Context) -> None:
-    """A page in the page cache gives a minor fault; CONTINUE maps it; the second time is EEXIST."""
+    """A page in the page cache sends a minor fault; CONTINUE maps it; a second call is EEXIST."""
     _minor(ctx, 4, ContinueMode(0), RegisterMode(0))
 
 
 def _minor_wp(memory: MemoryType) -> Feature:
-    # WP_UNPOPULATED is younger than CONTINUE_MODE_WP, and the only bit that tells of it.
+    # CONTINUE_MODE_WP has no feature bit; a kernel with WP_UNPOPULATED, which is newer, has it.
     return minor_features(memory) | wp_features(memory) | Feature.WP_UNPOPULATED
 
 
 @case("kselftest.minor-wp", origin="uffd-unit-tests: minor-wp", memory=FILE, features=_minor_wp)
 def minor_wp(ctx: Context) -> None:
-    """CONTINUE with MODE_WP maps the page write-protected: reads pass, a write gives message 3."""
+    """CONTINUE with MODE_WP maps the page write-protected; only a write sends message 3."""
     region = _minor(ctx, 4, ContinueMode.WP, RegisterMode.WP)
     ctx.expect("bit after CONTINUE with MODE_WP", ctx.is_protected(region.start), True)
     access = ctx.start(ctx.write, region.start, b"\7")
@@ -236,7 +242,7 @@ def minor_wp(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def minor_collapse(ctx: Context) -> None:
-    """MADV_COLLAPSE works in a range registered for minor faults; content needs no new fault."""
+    """MADV_COLLAPSE works in a range registered in mode MINOR and keeps the content."""
     pages = HUGE_PAGE // SMALL_PAGE
     region = _minor(ctx, pages, ContinueMode(0), RegisterMode(0))
     try:
@@ -246,7 +252,7 @@ def minor_collapse(ctx: Context) -> None:
     ctx.expect("bytes mapped by huge pages", mapped_huge(region.start), HUGE_PAGE)
     seen = ctx.silently(region.read)
     wanted = b"".join(bytes([~(index % 255) & 0xFF]) * ctx.page for index in range(pages))
-    ctx.expect("content after the collapse", seen == wanted, True)
+    ctx.expect("whether the content is kept", seen == wanted, True)
 
 
 def _sigbus(ctx: Context, *, wp: bool) -> None:
@@ -295,7 +301,7 @@ def _expect_sigbus(ctx: Context, what: str, seen: object) -> None:
     features=lambda memory: missing_features(memory) | Feature.SIGBUS | Feature.EVENT_FORK,
 )
 def sigbus(ctx: Context) -> None:
-    """With SIGBUS, touching a missing page is SIGBUS, in a forked child too, never a message."""
+    """With SIGBUS, an access to a missing page, also by a child, gets SIGBUS, no message."""
     _sigbus(ctx, wp=False)
 
 
@@ -305,7 +311,7 @@ def sigbus(ctx: Context) -> None:
     features=lambda memory: missing_wp_features(memory) | Feature.SIGBUS | Feature.EVENT_FORK,
 )
 def sigbus_wp(ctx: Context) -> None:
-    """With SIGBUS, writing a write-protected page is SIGBUS too, until it is unprotected."""
+    """With SIGBUS, a write to a protected page gets SIGBUS until the page is unprotected."""
     _sigbus(ctx, wp=True)
 
 
@@ -315,12 +321,12 @@ def sigbus_wp(ctx: Context) -> None:
     features=poison_features,
 )
 def poison(ctx: Context) -> None:
-    """Resolve faults by POISON: touching those pages is SIGBUS, the others read what was copied."""
+    """POISON resolves faults with SIGBUS; COPY resolves those of other pages as usual."""
     pages = 4
     region = ctx.make(pages)
     ioctls = ctx.register(region, RegisterMode.MISSING)
     wanted = Ioctl.COPY | Ioctl.POISON
-    ctx.expect("COPY and POISON offered", ioctls & wanted, wanted)
+    ctx.expect("COPY and POISON among the ioctls of REGISTER", ioctls & wanted, wanted)
     poisoned: list[int] = []
 
     def resolve(event: Event) -> None:
@@ -360,11 +366,11 @@ def _changing(memory: MemoryType) -> Feature:
     features=_changing,
     variants=[
         Variant("reported", "every result field is -EAGAIN"),
-        Variant("untouched", "result fields are left as they were: preset them to tell"),
+        Variant("untouched", "result fields are not written"),
     ],
 )
 def mmap_changing(ctx: Context) -> None:
-    """While a Remove event is unread, every fill ioctl fails with EAGAIN and fills nothing."""
+    """While a Remove event is unread, each ioctl that fills is EAGAIN and fills nothing."""
     region = ctx.make(2)
     mode = RegisterMode.MISSING | RegisterMode.WP
     if not ctx.memory.is_anon:
@@ -373,7 +379,7 @@ def mmap_changing(ctx: Context) -> None:
     ctx.uffd.copy(region.start, content(ctx, 0))
     advice = mmap.MADV_REMOVE if ctx.memory.shared else mmap.MADV_DONTNEED
     waiting = ctx.start(region.madvise, advice, 0, ctx.page)
-    # The event is queued after the ioctls have begun to be refused.
+    # The kernel refuses the ioctls before it queues the event.
     ctx.wait_readable()
     start = region.start
     source = ctx.make(1, "anon").start
@@ -393,7 +399,7 @@ def mmap_changing(ctx: Context) -> None:
         fields[name] = answer.result
     answer = ctx.ioctl("WRITEPROTECT", start, ctx.page, 1)
     ctx.expect("errno of WRITEPROTECT", answer.errno, errno.EAGAIN)
-    ctx.expect("the madvise has returned", waiting.done, False)
+    ctx.expect("whether madvise returned before its event was read", waiting.done, False)
     ctx.expect_variant(
         "result fields",
         fields,
@@ -411,7 +417,7 @@ def mmap_changing(ctx: Context) -> None:
     features=wp_features,
 )
 def wp_close(ctx: Context) -> None:
-    """Closing the userfaultfd removes every protection and lets a waiting writer continue."""
+    """Closing the userfaultfd removes the protection of all pages and wakes a waiting writer."""
     region = ctx.make(2)
     ctx.register(region, RegisterMode.WP)
     region.fill(1)
@@ -438,7 +444,7 @@ def _wp_pagemap(ctx: Context, *, huge: bool) -> None:
     child.close()
     page_out(ctx, region)
     ctx.expect_pagemap(region.start, "-S-W-")
-    # Of a huge page in swap this is a part.
+    # In the case of a huge page, this page is a part of it, in swap.
     ctx.uffd.writeprotect(region.start, ctx.page, mode=UNPROTECT)
     ctx.expect_pagemap(region.start, "-S---")
     ctx.expect("the write", ctx.silently(ctx.write, region.start, b"\2"), None)
@@ -455,7 +461,7 @@ def _wp_pagemap(ctx: Context, *, huge: bool) -> None:
     needs=[needs_swap()],
 )
 def wp_pagemap(ctx: Context) -> None:
-    """Protection and exclusive mapping show in pagemap, through fork and swap, page by page."""
+    """Pagemap shows protection and exclusive mapping of each page, through fork and swap."""
     _wp_pagemap(ctx, huge=False)
 
 
@@ -467,7 +473,7 @@ def wp_pagemap(ctx: Context) -> None:
     needs=[needs_swap(), needs_thp()],
 )
 def wp_pagemap_thp(ctx: Context) -> None:
-    """The same for a transparent huge page, which is swapped out whole and unprotected in part."""
+    """Pagemap shows the same for a huge page that is swapped out whole and unprotected in part."""
     _wp_pagemap(ctx, huge=True)
 
 
@@ -477,7 +483,7 @@ def wp_pagemap_thp(ctx: Context) -> None:
     memory=ANON,
 )
 def mkdirty_copy(ctx: Context) -> None:
-    """COPY into a PROT_READ page installs it dirty, but a user's write is still SIGSEGV."""
+    """COPY fills a page of a PROT_READ mapping, but a write of user code is still SIGSEGV."""
     region = ctx.make(1)
     _memory.mprotect(region.start, ctx.page, mmap.PROT_READ)
     ctx.register(region, RegisterMode.MISSING)

@@ -1,4 +1,4 @@
-"""Pages that ksmd merges: what becomes of their protection (layer L5)."""
+"""Whether pages that ksmd merges keep their protection (layer L5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyuffd.testing._need import needs_privilege
 
 ORIGIN = "mm/ksm.c: replace_page"
 PAGES = 4
-CONTENT = 0xA7  # of no other case: ksmd merges pages of all processes
+CONTENT = 0xA7  # no other case uses it: ksmd merges pages of all processes
 
 
 @case(
@@ -23,14 +23,17 @@ CONTENT = 0xA7  # of no other case: ksmd merges pages of all processes
     needs=[needs_privilege("CAP_SYS_ADMIN")],
     variants=[
         Variant("kept", "merged or not, the pages stay protected"),
-        Variant("lost", "a page that gives way to an equal one loses its bit: a kernel bug"),
+        Variant(
+            "lost", "a page that is replaced by an equal one loses its bit, which is a kernel bug"
+        ),
     ],
     alone=True,
 )
 def keeps_protection(ctx: Context) -> None:
-    """A write to a protected page is reported after ksmd has merged the page with an equal one."""
+    """A write to a protected page sends a message also after ksmd has merged the page."""
     _ksm.require(ctx)
-    # What the others are merged with: a page that becomes the common one itself keeps its bit.
+    # The protected pages must be merged into another page, `plain`: the page that others are merged
+    # into keeps its bit.
     plain, region = ctx.make(2), ctx.make(PAGES)
     for one in (plain, region):
         one.advise_thp(False)
@@ -45,7 +48,9 @@ def keeps_protection(ctx: Context) -> None:
     pages = [region.start + index * ctx.page for index in range(PAGES)]
     ctx.note(f"page frames: {len(set(_ksm.frames(plain, region)))}")
     bits = [ctx.is_protected(page) for page in pages]
-    variant = ctx.expect_variant("protected", bits, kept=[True] * PAGES, lost=[False] * PAGES)
+    variant = ctx.expect_variant(
+        "which pages are protected", bits, kept=[True] * PAGES, lost=[False] * PAGES
+    )
     if variant == "lost":
         ctx.silently(ctx.write, pages[0], b"\1")
     else:

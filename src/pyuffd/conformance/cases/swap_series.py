@@ -33,16 +33,16 @@ from pyuffd.testing._need import needs_privilege, needs_swap
 
 ORIGIN = "patch 05: swap entries and markers"
 AREA_BYTES = 16 << 20
-# The kernel goes on for a while with the swap area that it used last on this CPU.
+# The kernel continues for a while to use the swap area that it used last on this CPU.
 FILLER_BYTES = 4 << 20
 SWAPOFF_TRIES = 4
 COMPACT = Path("/proc/sys/vm/compact_memory")
 ZONES, MEMINFO = Path("/proc/zoneinfo"), Path("/proc/meminfo")
-# Has each CPU lower by an eighth how many free pages it keeps, down to its minimum.
+# A write makes each CPU keep an eighth fewer free pages, down to a minimum.
 REFRESH = Path("/proc/sys/vm/stat_refresh")
 MIGRATION_REFRESHES = 64
 MIGRATION_PAGES, MIGRATION_KEPT = 1 << 16, 1024
-MIGRATION_SHARE = 8  # of the available memory, an eighth at most
+MIGRATION_SHARE = 8  # use an eighth of the available memory at most
 MIGRATION_TRIES = 3
 LIMIT = 4 << 20
 CHUNK = 64 << 10  # what a child writes at once
@@ -56,7 +56,7 @@ CHUNK = 64 << 10  # what a child writes at once
     needs=[needs_swap()],
 )
 def swap_in_by_read(ctx: Context) -> None:
-    """A protected page that is read back from swap is protected, without a message."""
+    """A protected page that a read swaps in stays protected; the read sends no message."""
     in_one_place(ctx)
     region = protected(ctx, 2)
     page_out(ctx, region)
@@ -75,7 +75,7 @@ def swap_in_by_read(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def swap_in_by_write(ctx: Context) -> None:
-    """A write to a protected page in swap gives one message 3 and no other; the data is kept."""
+    """A write to a protected page in swap sends one message 3 and no other; the data is kept."""
     in_one_place(ctx)
     region = protected(ctx, 2)
     page_out(ctx, region)
@@ -93,7 +93,7 @@ def swap_in_by_write(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def protect_in_swap(ctx: Context) -> None:
-    """Protecting and unprotecting pages that are in swap is remembered when they come back."""
+    """Pages that are protected or unprotected while in swap are so after swap-in."""
     in_one_place(ctx)
     region = ctx.make(2)
     ctx.register(region, RegisterMode.WP)
@@ -119,7 +119,7 @@ def protect_in_swap(ctx: Context) -> None:
     alone=True,
 )
 def swapoff(ctx: Context) -> None:
-    """Swapoff brings pages back as protected as they were; a marker of shared memory stays."""
+    """swapoff(2) keeps pages protected that it swaps in; shared memory keeps a marker."""
     in_one_place(ctx)
     region = protected(ctx, 2)
     other = region.start + ctx.page
@@ -135,7 +135,7 @@ def swapoff(ctx: Context) -> None:
             area.off()
         if ctx.memory.shared or ctx.pagemap(region.start).startswith("P"):
             break
-        # It lay in another area.
+        # The page was in another swap area.
         ctx.expect_pagemap(region.start, "-S-W-")
         ctx.silently(ctx.read, region.start)
         ctx.silently(ctx.read, other)
@@ -174,7 +174,7 @@ def migration(ctx: Context) -> None:
             break
     else:
         ctx.lack("migration", f"compaction moved none of {MIGRATION_TRIES} x {len(before)} pages")
-    ctx.note(f"{len(moved)} of {len(before)} pages were moved")
+    ctx.note(f"compaction moved {len(moved)} of {len(before)} pages")
     lost = [hex(at) for at in before if not ctx.is_protected(at)]
     ctx.expect("pages that lost their bit", lost, [])
     for at in {moved[0], moved[-1]}:
@@ -183,9 +183,9 @@ def migration(ctx: Context) -> None:
 
 
 def _below_free_pages(ctx: Context) -> Region:
-    """Make memory that lies as low as can be, below free pages: compaction moves pages up there.
+    """Make memory at the lowest frames, below free pages, so that compaction moves it up there.
 
-    It moves the lowest first, also those of others, until no free pages are left.
+    Compaction moves the lowest pages first, also those of others, until no free pages are left.
     """
     pages = min(MIGRATION_PAGES, _available() // MIGRATION_SHARE // ctx.page)
     region = ctx.make(pages)
@@ -200,8 +200,8 @@ def _below_free_pages(ctx: Context) -> Region:
             if at > run:
                 region.punch_hole(run - region.start, at - run)
             run = at + ctx.page
-    # How many freed pages a CPU keeps, where compaction does not see them, adapts since Linux
-    # 6.7, and can be made to fall to a minimum.
+    # Each CPU keeps some freed pages, which compaction does not see. Since Linux 6.7 their number
+    # adapts; make it fall to its minimum.
     kept = _pages_with_cpus("high_min" if "high_min" in ZONES.read_text() else "high")
     for _ in range(MIGRATION_REFRESHES):
         REFRESH.write_text("1")
@@ -211,19 +211,19 @@ def _below_free_pages(ctx: Context) -> Region:
 
 
 def _available() -> int:
-    """Return how much memory is available, in bytes."""
+    """Return the available memory in bytes."""
     found = re.search(r"MemAvailable: *(\d+) kB", MEMINFO.read_text())
     assert found is not None
     return int(found[1]) << 10
 
 
 def _pages_with_cpus(field: str) -> int:
-    """Return the most free pages that a CPU has, or may have, for itself in one zone."""
+    """Return the largest value of a field of the per-CPU free lists, over all CPUs and zones."""
     return max(map(int, re.findall(rf"^ +{field}: *(\d+)", ZONES.read_text(), re.MULTILINE)))
 
 
 def _frames(region: Region) -> dict[int, int]:
-    """Return the page frame of each page that is there, by address."""
+    """Return the page frame of each present page, by address."""
     with Pagemap() as pagemap:
         entries = pagemap.read(region)
     return {
@@ -250,7 +250,7 @@ def _write_all(child: Child, region: Region, value: int) -> None:
     needs=[needs_swap(), needs_memcg()],
 )
 def memory_pressure(ctx: Context) -> None:
-    """Pages that a memory control group's limit drives out stay protected and keep their data."""
+    """Pages that a control group's memory limit swaps out stay protected and keep their data."""
     region = ctx.make(LIMIT // 2 // ctx.page)
     filler = ctx.make(2 * LIMIT // ctx.page, "anon")
     for each in (region, filler):
@@ -263,15 +263,15 @@ def memory_pressure(ctx: Context) -> None:
     with limited_memory(LIMIT, child.pid):
         _write_all(child, region, DATA)
         uffd.writeprotect(region)
-        ctx.expect("bit", ctx.is_protected(region.start, pid=child.pid), True)
+        ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
         _write_all(child, filler, WRITTEN)
         pages = range(region.start, region.start + region.length, ctx.page)
         states = [child.pagemap(at) for at in pages]
         ctx.expect("pages that lost their bit", [s for s in states if s[3] != "W"], [])
         out = [at for at, state in zip(pages, states, strict=True) if not state.startswith("P")]
         if not out:
-            ctx.lack("memory-pressure", "no page was driven out")
-        ctx.note(f"{len(out)} of {len(pages)} pages were driven out")
+            ctx.lack("memory-pressure", "no page was swapped out")
+        ctx.note(f"{len(out)} of {len(pages)} pages were swapped out")
         for at in (out[0], out[-1]):
             seen = ctx.silently(child.read, at, ctx.page)
             ctx.expect(f"content of {at:#x}", seen, bytes([DATA]) * ctx.page)

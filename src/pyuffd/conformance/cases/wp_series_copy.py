@@ -56,7 +56,7 @@ def _poison(memory: MemoryType) -> Feature:
     needs=[needs_swap()],
 )
 def copied_data_survives(ctx: Context) -> None:
-    """What COPY brought, protected or not, is still there after reclaim, though nobody wrote it."""
+    """A page that COPY filled, protected or not, keeps its content through reclaim."""
     in_one_place(ctx)
     region = ctx.make(2)
     ctx.register(region, MISSING_WP)
@@ -68,7 +68,7 @@ def copied_data_survives(ctx: Context) -> None:
     ctx.expect(
         "bit of the page copied with MODE_WP", ctx.is_protected(region.start + ctx.page), True
     )
-    ctx.expect("bit of the other", ctx.is_protected(region.start), False)
+    ctx.expect("bit of the page copied without", ctx.is_protected(region.start), False)
 
 
 @case(
@@ -78,7 +78,7 @@ def copied_data_survives(ctx: Context) -> None:
     features=missing_wp_features,
 )
 def copied_pages_are_dirty(ctx: Context) -> None:
-    """What COPY brought counts as dirty in smaps, protected or not."""
+    """A page that COPY filled counts as dirty in smaps, protected or not."""
     region = ctx.make(2)
     ctx.register(region, MISSING_WP)
     ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page)
@@ -100,7 +100,7 @@ def copied_pages_are_dirty(ctx: Context) -> None:
     features=missing_wp_features,
 )
 def copy_mode_wp(ctx: Context) -> None:
-    """COPY with MODE_WP resolves a read; the first write gives one message 3; without, none."""
+    """After COPY with MODE_WP, the first write sends one message 3; without MODE_WP, none."""
     region = ctx.make(2)
     ctx.register(region, MISSING_WP)
     other = region.start + ctx.page
@@ -132,7 +132,7 @@ def _marker(ctx: Context, mode: RegisterMode = MISSING_WP, pages: int = 1) -> Re
     features=missing_marker_features,
 )
 def copy_over_marker(ctx: Context) -> None:
-    """COPY fills a protected hole; only with MODE_WP is the page protected afterwards."""
+    """COPY fills a protected hole; the page is protected afterwards only with MODE_WP."""
     region = _marker(ctx, pages=2)
     other = region.start + ctx.page
     ctx.uffd.copy(region.start, bytes([DATA]) * ctx.page)
@@ -151,12 +151,12 @@ def copy_over_marker(ctx: Context) -> None:
     features=missing_marker_features,
 )
 def zeropage_over_marker(ctx: Context) -> None:
-    """ZEROPAGE fills a protected hole of shared memory, unprotected; of private it is EEXIST."""
+    """ZEROPAGE fills and unprotects a protected hole of shared memory; on private it is EEXIST."""
     region = _marker(ctx)
     answer = ctx.ioctl("ZEROPAGE", region.start, ctx.page)
     if ctx.memory.shared:
         ctx.expect("errno and .zeropage", (answer.errno, answer.result), (0, ctx.page))
-        ctx.expect("bit", ctx.is_protected(region.start), False)
+        ctx.expect("whether the page is protected", ctx.is_protected(region.start), False)
         expect_silent_write(ctx, region.start)
     else:
         wanted = (errno.EEXIST, -errno.EEXIST)
@@ -195,11 +195,11 @@ def move_over_marker(ctx: Context) -> None:
     "wp-series.13.continue-over-marker",
     origin="patch 13: left-over markers",
     memory=FILE,
-    # WP_UNPOPULATED is younger than CONTINUE_MODE_WP, and the only bit that tells of it.
+    # CONTINUE_MODE_WP has no feature bit; a kernel with WP_UNPOPULATED, which is newer, has it.
     features=lambda memory: minor_features(memory) | wp_features(memory) | Feature.WP_UNPOPULATED,
 )
 def continue_over_marker(ctx: Context) -> None:
-    """CONTINUE maps the page cache over a marker; only with MODE_WP it stays protected."""
+    """CONTINUE maps a page over a marker; the page stays protected only with MODE_WP."""
     region = ctx.make(2)
     in_page_cache(region, IN_FILE)
     ctx.register(region, RegisterMode.MINOR | RegisterMode.WP)
@@ -223,7 +223,7 @@ def continue_over_marker(ctx: Context) -> None:
     features=missing_wp_features,
 )
 def stale_marker(ctx: Context) -> None:
-    """A protected page whose data was removed is missing: reads give message 0, writes 1."""
+    """A protected page whose data was removed is missing: a read sends message 0, a write 1."""
     region = ctx.make(2)
     region.fill(DATA)
     ctx.register(region, MISSING_WP)
@@ -250,7 +250,7 @@ def _expect_clean(ctx: Context, region: Region, when: str) -> None:
 
 
 def _page_and_marker(ctx: Context) -> Region:
-    """Make and protect memory of two pages, of which only the first is there."""
+    """Make and protect memory of two pages, of which only the first is present."""
     region = ctx.make(2)
     region.fill(DATA, 0, ctx.page)
     ctx.register(region, RegisterMode.WP)
@@ -266,7 +266,7 @@ def _page_and_marker(ctx: Context) -> Region:
     features=marker_features,
 )
 def unregister_clears(ctx: Context) -> None:
-    """UNREGISTER removes bits and markers; a half still registered keeps its own."""
+    """UNREGISTER removes bits and markers of its range only."""
     region = _page_and_marker(ctx)
     ctx.uffd.unregister(region.start, ctx.page)
     ctx.expect("bit of the unregistered half", ctx.is_protected(region.start), False)
@@ -320,7 +320,7 @@ def unregister_clears_swapped(ctx: Context) -> None:
     ],
 )
 def unprotect_before_register(ctx: Context) -> None:
-    """Registered again for missing faults only, by the library, nothing is left protected."""
+    """After the library registers again in mode MISSING only, no page is protected."""
     region = ctx.make(2)
     ctx.register(region, RegisterMode.WP)
     region.fill(DATA)

@@ -1,4 +1,4 @@
-"""The write-protect series: messages, registration, and what is not tracked (layer L5)."""
+"""The write-protect series: messages, registration, and writes that are not tracked (layer L5)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyuffd.testing._opening import open_userfaultfd
 
 API = 0xAA
 UNKNOWN_FEATURE = 1 << 62
-INSIDE = 0x123  # where in a page a write goes
+INSIDE = 0x123  # offset of a write in its page
 
 
 @case(
@@ -37,7 +37,7 @@ INSIDE = 0x123  # where in a page a write goes
     features=wp_features,
 )
 def hugetlb_write_fault(ctx: Context) -> None:
-    """A write to a protected huge page gives message 3 at its beginning, for each page once."""
+    """A write to a protected huge page sends message 3 with the page's address, once per page."""
     region = protected(ctx, 2)
     for index in range(2):
         at = region.start + index * ctx.page
@@ -52,7 +52,7 @@ def hugetlb_write_fault(ctx: Context) -> None:
     features=lambda memory: wp_features(memory) | Feature.EXACT_ADDRESS,
 )
 def exact_address(ctx: Context) -> None:
-    """With EXACT_ADDRESS, message 3 says where in the page the write was."""
+    """With EXACT_ADDRESS, message 3 has the exact address of the write."""
     region = protected(ctx)
     at = region.start + ctx.page - 1
     access = ctx.start(ctx.write, at, b"\1")
@@ -67,14 +67,14 @@ def exact_address(ctx: Context) -> None:
     features=wp_features,
 )
 def unprotect_wakes(ctx: Context) -> None:
-    """Unprotecting with DONTWAKE leaves a writer waiting; WAKE lets it go on."""
+    """Unprotecting with DONTWAKE leaves a writer asleep; WAKE wakes it."""
     region = protected(ctx)
     access = ctx.start(ctx.write, region.start, b"\1")
     expect_fault(ctx, access, WP_WRITE, region.start)
     answer = ctx.ioctl("WRITEPROTECT", region.start, ctx.page, 2)
     ctx.expect("errno of WRITEPROTECT with DONTWAKE", answer.errno, 0)
-    ctx.expect("bit", ctx.is_protected(region.start), False)
-    ctx.expect("the write is done", access.done, False)
+    ctx.expect("whether the page is protected", ctx.is_protected(region.start), False)
+    ctx.expect("whether the write returned before WAKE", access.done, False)
     ctx.uffd.wake(region)
     ctx.expect("the write", access.result(), None)
     ctx.expect_quiet()
@@ -86,7 +86,7 @@ def unprotect_wakes(ctx: Context) -> None:
     features=wp_features,
 )
 def wake_alone(ctx: Context) -> None:
-    """WAKE without unprotecting: the writer faults again and the message comes a second time."""
+    """After WAKE without unprotecting, the writer faults again and sends a second message."""
     region = protected(ctx)
     access = ctx.start(ctx.write, region.start, b"\1")
     expect_fault(ctx, access, WP_WRITE, region.start)
@@ -124,16 +124,16 @@ def hugetlb_alignment(ctx: Context) -> None:
     features=wp_features,
 )
 def hugetlb_protect(ctx: Context) -> None:
-    """WRITEPROTECT changes the huge pages of its range and no others; unregistered is ENOENT."""
+    """WRITEPROTECT changes only the huge pages of its range; an unregistered range is ENOENT."""
     region = protected(ctx, 3)
     middle = region.start + ctx.page
     ctx.uffd.writeprotect(middle, ctx.page, mode=UNPROTECT)
     states = [ctx.is_protected(region.start + index * ctx.page) for index in range(3)]
-    ctx.expect("bits", states, [True, False, True])
+    ctx.expect("which pages are protected", states, [True, False, True])
     expect_silent_write(ctx, middle)
     ctx.uffd.unregister(region.start + 2 * ctx.page, ctx.page)
     answer = ctx.ioctl("WRITEPROTECT", region.start + 2 * ctx.page, ctx.page, 1)
-    ctx.expect("errno, unregistered", answer.errno, errno.ENOENT)
+    ctx.expect("errno of an unregistered range", answer.errno, errno.ENOENT)
     expect_read(ctx, region.start, DATA)
 
 
@@ -143,7 +143,7 @@ def hugetlb_protect(ctx: Context) -> None:
     features=wp_features,
 )
 def register_mask(ctx: Context) -> None:
-    """REGISTER with WP offers WRITEPROTECT, without it does not, whatever features were asked."""
+    """REGISTER offers WRITEPROTECT in mode WP only, whichever features are enabled."""
     region = ctx.make(1)
     ctx.open(Feature(0))
     for mode, wanted in (
@@ -153,7 +153,7 @@ def register_mask(ctx: Context) -> None:
     ):
         ioctls = ctx.register(region, mode)
         ctx.expect(
-            f"WRITEPROTECT offered in mode {int(mode)}", Ioctl.WRITEPROTECT in ioctls, wanted
+            f"whether mode {int(mode)} offers WRITEPROTECT", Ioctl.WRITEPROTECT in ioctls, wanted
         )
         ctx.uffd.unregister(region)
 
@@ -165,7 +165,7 @@ def register_mask(ctx: Context) -> None:
     variants=MASK_VARIANTS,
 )
 def register_masks(ctx: Context) -> None:
-    """Every combination of MISSING, WP and MINOR offers exactly its ioctls, or is EINVAL."""
+    """Each combination of MISSING, WP and MINOR offers exactly its ioctls, or is EINVAL."""
     region = ctx.make(1)
     ctx.open(Feature(0))
     for bits in range(8):
@@ -180,7 +180,7 @@ def register_masks(ctx: Context) -> None:
     features=Feature.PAGEFAULT_FLAG_WP,
 )
 def feature_decides(ctx: Context) -> None:
-    """File-backed memory is registered for WP exactly where WP_HUGETLBFS_SHMEM is offered."""
+    """File memory can be registered in mode WP if and only if WP_HUGETLBFS_SHMEM is offered."""
     region = ctx.make(1)
     ctx.open(Feature(0))
     answer = ctx.ioctl("REGISTER", region.start, ctx.page, int(RegisterMode.WP))
@@ -194,14 +194,14 @@ def feature_decides(ctx: Context) -> None:
     memory=ANY,
 )
 def unknown_feature(ctx: Context) -> None:
-    """Asking for one bit too many is EINVAL, as for a newer header's mask; asking again is not."""
+    """A handshake with an unknown feature bit is EINVAL; another handshake then works."""
     fd = open_userfaultfd()
     ctx.callback(os.close, fd)
     answer = ioctl(fd, "API", API, ctx.offered & ~Feature.EVENT_FORK | UNKNOWN_FEATURE)
-    ctx.expect("errno", answer.errno, errno.EINVAL)
+    ctx.expect("errno with the unknown bit", answer.errno, errno.EINVAL)
     ctx.expect("the argument", answer.words, (0, 0, 0))
     answer = ioctl(fd, "API", API)
-    ctx.expect("errno of the second", answer.errno, 0)
+    ctx.expect("errno of the second handshake", answer.errno, 0)
     ctx.expect("features", answer.words[1], ctx.offered)
 
 
@@ -212,11 +212,11 @@ def unknown_feature(ctx: Context) -> None:
     features=wp_features,
 )
 def alias_write(ctx: Context) -> None:
-    """A write through another mapping is not tracked: no message, the bit stays, data changes."""
+    """A write through another mapping sends no message and keeps the bit; the data changes."""
     region = protected(ctx)
     alias = ctx.alias(region)
     expect_silent_write(ctx, alias.start)
-    ctx.expect("bit", ctx.is_protected(region.start), True)
+    ctx.expect("whether the page is protected", ctx.is_protected(region.start), True)
     ctx.expect("data", ctx.silently(ctx.read, region.start), bytes([WRITTEN]))
     expect_write_fault(ctx, region.start)
 
@@ -228,11 +228,11 @@ def alias_write(ctx: Context) -> None:
     features=wp_features,
 )
 def file_write(ctx: Context) -> None:
-    """A pwrite(2) to the memfd is not tracked: no message, the bit stays, data changes."""
+    """A pwrite(2) to the memfd sends no message and keeps the bit; the data changes."""
     region = protected(ctx)
     assert region.fd is not None
     ctx.expect("pwrite", ctx.silently(os.pwrite, region.fd, bytes([WRITTEN]), 0), 1)
-    ctx.expect("bit", ctx.is_protected(region.start), True)
+    ctx.expect("whether the page is protected", ctx.is_protected(region.start), True)
     ctx.expect("data", ctx.silently(ctx.read, region.start), bytes([WRITTEN]))
     expect_write_fault(ctx, region.start)
 
@@ -244,7 +244,7 @@ def file_write(ctx: Context) -> None:
     features=wp_features,
 )
 def child_write(ctx: Context) -> None:
-    """A child's write to shared memory is not tracked without EVENT_FORK."""
+    """Without EVENT_FORK, a child's write to shared memory sends no message and keeps the bit."""
     region = protected(ctx)
     child = ctx.fork()
     seen = ctx.silently(child.write, region.start, bytes([WRITTEN]))

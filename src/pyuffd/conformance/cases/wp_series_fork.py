@@ -38,9 +38,9 @@ _MESSAGE = struct.Struct("=B7xI")
 
 @dataclass(frozen=True)
 class _State:
-    """A state the page is in at the time of the fork.
+    """A state of the page at the time of the fork.
 
-    `make` brings it there and returns the region and the byte that is read afterwards.
+    `make` makes it and returns the region and the byte that is read afterwards.
     """
 
     name: str
@@ -119,7 +119,7 @@ def _with_event(memory: MemoryType) -> Feature:
 def _add(state: _State) -> None:
     case(
         f"wp-series.14.fork-{state.name}",
-        summary=f"Fork without EVENT_FORK: {state.text} is unprotected in the child only",
+        summary=f"Without EVENT_FORK, {state.text} is not protected in a forked child",
         origin="patch 14, and David Hildenbrand's mail of 19 Jul 2021",
         memory=state.memory,
         features=marker_features,
@@ -127,7 +127,7 @@ def _add(state: _State) -> None:
     )(lambda ctx: _fork_without_event(ctx, state))
     case(
         f"wp-series.14.fork-{state.name}-with-event",
-        summary=f"Fork with EVENT_FORK: {state.text} is protected in the child too",
+        summary=f"With EVENT_FORK, {state.text} is protected in a forked child too",
         origin="patch 14, and David Hildenbrand's mail of 19 Jul 2021",
         memory=state.memory,
         features=_with_event,
@@ -144,16 +144,18 @@ def _fork_pinned(ctx: Context) -> tuple[Region, Child]:
     ctx.register(region, RegisterMode.WP)
     region.fill(DATA)
     pin = Pin(region.start, ctx.page)
-    # Such a pin is for writing, so it comes before the protection.
+    # Pin before protecting, since the pin is for writing.
     ring = pin.take(syscall)
     ctx.callback(os.close, ring)
     ctx.uffd.writeprotect(region)
     before = frame(region.start)
     child = ctx.fork()
-    ctx.expect("parent's frame is the pinned one", frame(region.start) == before != 0, True)
+    ctx.expect(
+        "whether the parent's frame is the pinned one", frame(region.start) == before != 0, True
+    )
     ctx.expect("parent's bit", ctx.is_protected(region.start), True)
     seen = frame(region.start, pid=child.pid)
-    ctx.expect("child has a frame of its own", seen not in (0, before), True)
+    ctx.expect("whether the child has a frame of its own", seen not in (0, before), True)
     return region, child
 
 
@@ -165,7 +167,7 @@ def _fork_pinned(ctx: Context) -> tuple[Region, Child]:
     needs=[needs_pin(), needs_privilege("CAP_SYS_ADMIN")],
 )
 def fork_pinned(ctx: Context) -> None:
-    """Fork copies a pinned private page at once: the child's copy is its own and unprotected."""
+    """Fork copies a pinned private page at once; without EVENT_FORK the copy is not protected."""
     region, child = _fork_pinned(ctx)
     ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), False)
     ctx.expect("the child's write", ctx.silently(child.write, region.start, b"\1"), None)
@@ -180,7 +182,7 @@ def fork_pinned(ctx: Context) -> None:
     needs=[needs_pin(), needs_privilege("CAP_SYS_ADMIN")],
 )
 def fork_pinned_with_event(ctx: Context) -> None:
-    """With EVENT_FORK the copy of a pinned private page is protected as the original is."""
+    """With EVENT_FORK, the child's copy of a pinned private page is protected too."""
     region, child = _fork_pinned(ctx)
     assert child.uffd is not None
     ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
@@ -194,7 +196,7 @@ def fork_pinned_with_event(ctx: Context) -> None:
     features=_with_event,
 )
 def fork_unregistered(ctx: Context) -> None:
-    """With EVENT_FORK, a half that was unregistered before is clean in the child."""
+    """With EVENT_FORK, a part unregistered before the fork is not protected in the child."""
     region = ctx.make(2)
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
@@ -213,7 +215,7 @@ def fork_unregistered(ctx: Context) -> None:
     features=Feature.PAGEFAULT_FLAG_WP | Feature.EVENT_FORK,
 )
 def fork_descriptor(ctx: Context) -> None:
-    """The Fork event's descriptor is non-blocking as its parent's, and close-on-exec."""
+    """The descriptor of a Fork event is non-blocking if the parent's is, and close-on-exec."""
     region = protected(ctx)
     reading = ctx.start(_read_message, ctx)
     child = ctx.fork_only()
@@ -241,7 +243,7 @@ def _read_message(ctx: Context) -> tuple[int, int]:
     features=_with_event,
 )
 def fork_cow(ctx: Context) -> None:
-    """Write-protection and copy-on-write of one page after fork: each side keeps its own data."""
+    """With write-protection and copy-on-write on one page, parent and child keep their own data."""
     region = protected(ctx)
     child = ctx.fork()
     assert child.uffd is not None

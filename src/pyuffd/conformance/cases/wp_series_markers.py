@@ -65,7 +65,7 @@ def _protected_hole(ctx: Context, mode: RegisterMode = RegisterMode.WP, pages: i
     features=missing_marker_features,
 )
 def hole_is_missing(ctx: Context) -> None:
-    """A protected hole is missing: a read gives message 0, a write message 1."""
+    """A protected hole is missing: a read sends message 0, a write message 1."""
     region = _protected_hole(ctx, MISSING_WP, 2)
     reading = ctx.start(ctx.read, region.start)
     expect_fault(ctx, reading, MISSING_READ, region.start)
@@ -86,7 +86,7 @@ def hole_is_missing(ctx: Context) -> None:
     features=missing_wp_features,
 )
 def cached_is_not_missing(ctx: Context) -> None:
-    """A marker over a page of the page cache gives no missing message: a read passes."""
+    """A marker over a page of the page cache is not missing: a read sends no message."""
     region = ctx.make(1)
     in_page_cache(region, IN_FILE)
     ctx.register(region, MISSING_WP)
@@ -103,7 +103,7 @@ def cached_is_not_missing(ctx: Context) -> None:
     features=marker_features,
 )
 def mincore_of_marker(ctx: Context) -> None:
-    """Mincore treats a marker as a hole: it asks the page cache, and says no on hugetlb, anon."""
+    """mincore(2) treats a marker as a hole: a page is resident only if the page cache has it."""
     region = ctx.make(2)
     is_cached = ctx.memory.is_shmem
     if is_cached:
@@ -120,7 +120,7 @@ def mincore_of_marker(ctx: Context) -> None:
 
 
 def _dropped(ctx: Context) -> tuple[Region, int]:
-    """Make two markers and say which byte is below: a hole's for anon, else what was written."""
+    """Make two markers; return the region and the byte that a read finds below them."""
     if ctx.memory.is_anon:
         return _protected_hole(ctx, pages=2), 0
     region = protected(ctx, 2)
@@ -141,7 +141,7 @@ def _dropped(ctx: Context) -> tuple[Region, int]:
     features=marker_features,
 )
 def read_marker(ctx: Context) -> None:
-    """A read of a marker gives no message and maps the page protected; its write gives one 3."""
+    """A read of a marker sends no message and maps the page protected; a write sends message 3."""
     region, value = _dropped(ctx)
     ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
     expect_read(ctx, region.start, value)
@@ -165,7 +165,7 @@ def read_marker(ctx: Context) -> None:
     features=marker_features,
 )
 def write_marker(ctx: Context) -> None:
-    """A write to a marker gives exactly one message 3, and arrives once it is unprotected."""
+    """A write to a marker sends exactly one message 3, and completes after unprotecting."""
     region, value = _dropped(ctx)
     ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
     expect_write_fault(ctx, region.start)
@@ -192,7 +192,7 @@ def _mapped_by_one_read(ctx: Context, mode: RegisterMode) -> int:
 
 
 def _fault_around(ctx: Context) -> int:
-    """Return how many pages one read maps where nothing is registered."""
+    """Return how many pages one read maps in memory that is not registered."""
     ctx.open()
     around = _mapped_by_one_read(ctx, RegisterMode(0))
     if around < 2:
@@ -207,7 +207,7 @@ def _fault_around(ctx: Context) -> int:
     features=missing_wp_features,
 )
 def no_fault_around(ctx: Context) -> None:
-    """One read maps one page where WP is registered, and its neighbours too where it is not."""
+    """In mode WP, one read maps one page; without WP, it maps the neighbours too."""
     around = _fault_around(ctx)
     ctx.expect("pages mapped, WP", _mapped_by_one_read(ctx, RegisterMode.WP), 1)
     ctx.expect("pages mapped, MISSING|WP", _mapped_by_one_read(ctx, MISSING_WP), 1)
@@ -221,7 +221,7 @@ def no_fault_around(ctx: Context) -> None:
     features=lambda memory: minor_features(memory) | wp_features(memory),
 )
 def no_fault_around_minor(ctx: Context) -> None:
-    """Resolving one minor fault maps one page, also where WP is registered besides."""
+    """Resolving one minor fault maps one page, with and without mode WP."""
     _fault_around(ctx)
     for mode in (RegisterMode.MINOR, RegisterMode.MINOR | RegisterMode.WP):
         ctx.expect(f"pages mapped, {mode!r}", _mapped_by_one_read(ctx, mode), 1)
@@ -234,7 +234,7 @@ def no_fault_around_minor(ctx: Context) -> None:
     features=minor_features,
 )
 def no_fault_around_neighbour(ctx: Context) -> None:
-    """A page beside one that is mapped still gives its own minor fault."""
+    """A neighbour of a mapped page still sends its own minor fault."""
     _fault_around(ctx)
     region = ctx.make(AROUND_PAGES)
     in_page_cache(region, IN_FILE)
@@ -255,7 +255,7 @@ def no_fault_around_neighbour(ctx: Context) -> None:
     features=wp_features,
 )
 def no_fault_around_marker(ctx: Context) -> None:
-    """Reading a page beside markers leaves them alone: each still gives its message 3."""
+    """Reading a page does not change the markers beside it: each still sends message 3."""
     region = ctx.make(AROUND_PAGES)
     in_page_cache(region, IN_FILE)
     ctx.register(region, RegisterMode.WP)
@@ -276,7 +276,7 @@ def no_fault_around_marker(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def dontneed_drops_swap(ctx: Context) -> None:
-    """MADV_DONTNEED drops a swapped page: with its bit if anonymous; a file's marker stays."""
+    """MADV_DONTNEED of a swapped page drops its bit if anonymous; file memory keeps a marker."""
     in_one_place(ctx)
     region = protected(ctx)
     page_out(ctx, region)
@@ -305,7 +305,7 @@ def dontneed_drops_swap(ctx: Context) -> None:
     features=marker_features,
 )
 def protect_hole(ctx: Context) -> None:
-    """A page that was never there can be protected: its first write gives message 3."""
+    """A hole can be protected: its first write sends message 3."""
     region = _protected_hole(ctx, pages=2)
     expect_write_fault(ctx, region.start)
     ctx.expect_pagemap(region.start, present(ctx, protected=False))
@@ -328,7 +328,7 @@ def protect_hole(ctx: Context) -> None:
     features=wp_features,
 )
 def protect_cached_hole(ctx: Context) -> None:
-    """A page that is in the page cache, but not mapped here, can be protected."""
+    """A page in the page cache that is not mapped can be protected."""
     region = ctx.make(1)
     in_page_cache(region, IN_FILE)
     ctx.register(region, RegisterMode.WP)
@@ -351,7 +351,7 @@ def protect_cached_hole(ctx: Context) -> None:
     features=marker_features,
 )
 def unprotect_hole(ctx: Context) -> None:
-    """Unprotecting a marker leaves a clean hole: its first write gives no message."""
+    """Unprotecting a marker leaves a hole without one: its first write sends no message."""
     region = _protected_hole(ctx)
     ctx.uffd.writeprotect(region, mode=UNPROTECT)
     ctx.expect_pagemap(region.start, HOLE)
@@ -365,7 +365,7 @@ def unprotect_hole(ctx: Context) -> None:
     features=marker_features,
 )
 def protect_large_hole(ctx: Context) -> None:
-    """Protecting a range without page tables makes them, and a marker for every page."""
+    """Protecting a range without page tables makes tables, and a marker for every page."""
     pages = 2 * HUGE_PAGE // SMALL_PAGE
     region = ctx.make(pages)
     region.advise_thp(False)
@@ -401,7 +401,7 @@ def anon_hole(ctx: Context) -> None:
     features=wp_features,
 )
 def bit_in_pagemap(ctx: Context) -> None:
-    """Bit 57 of pagemap is set for a protected page, stays for a zapped one of a file, and goes."""
+    """Bit 57 of pagemap is set for a protected page, and for a zapped one of file memory."""
     region = protected(ctx)
     ctx.expect("bit of the page", ctx.is_protected(region.start), True)
     region.madvise(mmap.MADV_DONTNEED)
@@ -438,13 +438,13 @@ def bit_swapped(ctx: Context) -> None:
         Variant("marker", "a PTE marker: bit 57, and the swap bit 62 except on hugetlb"),
         Variant(
             "special-pte",
-            "v5 of the series: bit 57 alone; a kernel that has WP_UNPOPULATED has markers",
+            "as in v5 of the series: bit 57 alone; a kernel with WP_UNPOPULATED has markers",
             lacks=Feature.WP_UNPOPULATED,
         ),
     ],
 )
 def marker_bits(ctx: Context) -> None:
-    """A protected hole shows bit 57; bit 62 comes with it and does not mean swap."""
+    """A protected hole shows bit 57 in pagemap, and bit 62, which does not mean swap here."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
@@ -460,7 +460,7 @@ def marker_bits(ctx: Context) -> None:
     features=lambda memory: marker_features(memory) | Feature.WP_ASYNC | Feature.WP_UNPOPULATED,
 )
 def scan_marker(ctx: Context) -> None:
-    """PAGEMAP_SCAN reports a marker as swapped and not written, a protected page as not written."""
+    """PAGEMAP_SCAN reports a marker as SWAPPED, and a protected page as PRESENT, not WRITTEN."""
     region = ctx.make(2)
     region.fill(DATA, 0, ctx.page)
     ctx.open(marker_features(ctx.memory))
@@ -485,7 +485,7 @@ def scan_marker(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def shmem_swap(ctx: Context) -> None:
-    """Shared memory that is swapped out looks like a hole in pagemap, or like any marker."""
+    """Swapped-out shared memory looks in pagemap like a hole, or like a marker if protected."""
     in_one_place(ctx)
     region = ctx.make(2)
     ctx.register(region, RegisterMode.WP)

@@ -1,7 +1,7 @@
-"""The write-protect series: protection left behind when a range is registered again (layer L5).
+"""The write-protect series: protection that stays when a range is registered without WP (layer L5).
 
-The library unprotects a range before it replaces WP by other modes; these cases make the ioctls
-themselves.
+The library unprotects a range before it replaces mode WP by others. These cases make the ioctls
+directly.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pyuffd.conformance._wp import (
 from pyuffd.testing._memory_types import MemoryType
 
 ORIGIN = "patch 13: left-over markers; registering again replaces the modes"
-REFUSED = Variant("refused", "REGISTER does not replace modes: EBUSY, and nothing has changed")
-ENDLESS_FAULTS = 1000  # of one write, on which no other could come to as many
+REFUSED = Variant("refused", "REGISTER does not replace modes: EBUSY, and nothing is changed")
+ENDLESS_FAULTS = 1000  # a write that completes has far fewer
 
 
 def _features(memory: MemoryType) -> Feature:
@@ -38,15 +38,15 @@ def _features(memory: MemoryType) -> Feature:
 
 
 def _register_again(ctx: Context, start: int, length: int) -> bool:
-    """Replace WP by MISSING; return False where the kernel refuses that and nothing changes."""
+    """Replace WP by MISSING; return False if the kernel refuses that and changes nothing."""
     answer = ctx.ioctl("REGISTER", start, length, int(RegisterMode.MISSING))
     if answer.errno == errno.EBUSY:
         ctx.expect_variant("errno of REGISTER", answer.errno, refused=errno.EBUSY)
-        ctx.expect("bit", ctx.is_protected(start), True)
+        ctx.expect("whether the page is still protected", ctx.is_protected(start), True)
         expect_write_fault(ctx, start)
         return False
     ctx.expect("errno of REGISTER", answer.errno, 0)
-    ctx.expect("uw in VmFlags", "uw" in smaps(start).get("VmFlags", "").split(), False)
+    ctx.expect("whether VmFlags has uw", "uw" in smaps(start).get("VmFlags", "").split(), False)
     answer = ctx.ioctl("WRITEPROTECT", start, length, 0)
     ctx.expect("errno of WRITEPROTECT", answer.errno, errno.ENOENT)
     return True
@@ -58,13 +58,13 @@ def _register_again(ctx: Context, start: int, length: int) -> bool:
     memory=SMALL,
     features=_features,
     variants=[
-        Variant("stays", "bit 57 stays for good, though the page is not protected any more"),
-        Variant("cleared", "REGISTER has cleared bit 57"),
+        Variant("stays", "bit 57 stays although the page is no longer protected"),
+        Variant("cleared", "REGISTER clears bit 57"),
         REFUSED,
     ],
 )
 def register_again_page(ctx: Context) -> None:
-    """WP replaced by MISSING: a write to a page that was protected is silent."""
+    """After MISSING replaced WP, a write to a page that was protected sends no message."""
     region = protected(ctx)
     if not _register_again(ctx, region.start, region.length):
         return
@@ -80,7 +80,7 @@ def register_again_page(ctx: Context) -> None:
     variants=[REFUSED],
 )
 def register_again_marker(ctx: Context) -> None:
-    """WP replaced by MISSING: a hole that was protected is missing, and filled as any other."""
+    """After MISSING replaced WP, a hole that was protected faults as missing and can be filled."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
@@ -105,7 +105,7 @@ def register_again_marker(ctx: Context) -> None:
     ],
 )
 def register_again_endless(ctx: Context) -> None:
-    """WP replaced by MISSING: a write to a huge page that was protected may never end."""
+    """After MISSING replaced WP, a write to a huge page that was protected may never end."""
     region = protected(ctx)
     child = ctx.fork()
     assert child.uffd is not None
@@ -141,7 +141,7 @@ def _outcome(ctx: Context, child: Child, writing: Access[None]) -> str:
             return "completes"
         if _minor_faults(child) - first > ENDLESS_FAULTS:
             return "endless"
-    ctx.fail("the write", "neither completed nor faulting", "endless", "completes")
+    ctx.fail("the write", "neither its end nor faults", "endless faults", "its end")
 
 
 def _minor_faults(child: Child) -> int:
