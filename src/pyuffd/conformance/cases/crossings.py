@@ -1,8 +1,8 @@
-"""Each operation on a page in each state, with what may happen between, on every memory type (L5).
+"""Crossings: each operation on a page in each state, after each event, on all memory types (L5).
 
-The parts are in `_page_states` and `_crossing_parts`, what must come of them in `_page_model`;
-here they meet. Every operation meets every state, and every event too; all three at once are slow
-cases.
+The states are in `_page_states`, events and operations in `_crossing_parts`, and the expected
+results in `_page_model`. Each operation is crossed with each state, and each event with each state.
+The slow cases cross all three.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pyuffd.conformance._wp import (
 )
 from pyuffd.testing._memory_types import MemoryType
 
-FRESH = 0x66  # what a message about a missing page is answered with
+FRESH = 0x66  # fills the pages that missing faults ask for
 SIGNAL = {Entry.POISON: 7, Entry.GUARD: 11}
 ORIGIN = "the crossings of operations, states and events"
 _MINOR = Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
@@ -54,7 +54,7 @@ Features = Callable[[MemoryType], Feature]
 
 
 def _features(memory: MemoryType, *extra: Feature) -> Feature:
-    """Return what a crossing enables; of the features of minor faults the memory's own."""
+    """Return the features that a crossing enables; for minor faults, that of the memory type."""
     wanted = missing_wp_features(memory)
     for bits in extra:
         wanted |= bits & ~_MINOR
@@ -63,11 +63,11 @@ def _features(memory: MemoryType, *extra: Feature) -> Feature:
     return wanted
 
 
-# What must be found
+# What a page must look like
 
 
 def expect_page(subject: Subject, page: Page) -> None:
-    """Look at the page table, then read, then write: all as the model has it."""
+    """Check the page table entry, a read and a write against the model."""
     _expect_entry(subject, page)
     page = _expect_read(subject, page)
     _expect_entry(subject, page)
@@ -98,7 +98,7 @@ def _expect_entry(subject: Subject, page: Page) -> None:
 
 
 def _finish(subject: Subject, access: Access[Any], flags: int) -> None:
-    """Expect a message of an access, and resolve it."""
+    """Expect the message of an access, and resolve it."""
     ctx = subject.ctx
     expect_fault(ctx, access, flags, subject.at, subject.uffd)
     if flags == WP_WRITE:
@@ -129,7 +129,7 @@ def _expect_read(subject: Subject, page: Page) -> Page:
 
 
 def _read(page: Page, memory: MemoryType) -> Page:
-    """Return what a page is after a read that found something."""
+    """Return the state of a page after a read that sent no message."""
     if page.entry in (Entry.PAGE, Entry.ZERO):
         return page
     if page.entry is Entry.SWAP:
@@ -165,10 +165,10 @@ def _expect_write(subject: Subject, page: Page) -> None:
     ctx.expect("pagemap after the write", state, "P-?-?")
 
 
-# Operation and state
+# Operations on states
 
 GUARDS = (
-    Variant("guard-goes", "what COPY replaces a marker by, a guard is replaced by: a kernel bug"),
+    Variant("guard-goes", "a guard is replaced as a marker would be, which is a kernel bug"),
     Variant("guard-stays", "EEXIST; no feature bit tells"),
 )
 
@@ -178,12 +178,12 @@ def _guards(*states: State) -> tuple[Variant, ...]:
 
 
 def _operate(subject: Subject, op: Op, page: Page) -> Page:
-    """Do it; errno and result must be those of the rule."""
+    """Make the call, check its errno and result, and return the page that the rule predicts."""
     ctx = subject.ctx
     code, pages, after = op.rule(page, ctx.memory)
     what, seen = f"errno and result of {op.text}, in pages", op.act(subject)
     if page.entry is Entry.GUARD and after.entry is not Entry.GUARD:
-        # Both have been seen, so one run may show either.
+        # Kernels differ here, so accept either.
         kept = (errno.EEXIST, -errno.EEXIST)
         variant = ctx.expect_variant(what, seen, guard_goes=(code, pages), guard_stays=kept)
         return after if variant == "guard-goes" else page
@@ -192,7 +192,7 @@ def _operate(subject: Subject, op: Op, page: Page) -> Page:
 
 
 def _operate_read_only(ctx: Context, op: Op, state: State, enabled: Feature) -> None:
-    """Do it while the page is mapped read-only, which it must still be afterwards."""
+    """Make the call while the page is mapped read-only, which it must still be afterwards."""
     subject, page = prepare(ctx, state, enabled)
     ctx.note(f"{op.text} of a page {state.text}, mapped read-only")
     _memory.mprotect(subject.region.start, subject.region.length, mmap.PROT_READ)
@@ -216,7 +216,7 @@ def _add_op(op: Op, state: State) -> None:
     case(
         f"{op.name}.on.{state.name}",
         variants=_guards(state),
-        summary=f"{op.text} of a page {state.text}; again while it is mapped read-only",
+        summary=f"{op.text} of a page {state.text}, and again while it is mapped read-only",
         origin=ORIGIN,
         crossing=True,
         memory=state.memory,
@@ -260,7 +260,7 @@ def _add_write(state: State) -> None:
     )(run)
 
 
-# Event and state
+# Events and states
 
 
 def _happened(ctx: Context, between: Between, state: State, *more: Feature) -> tuple[Subject, Page]:
@@ -294,7 +294,7 @@ def _add_between(between: Between, state: State) -> None:
     )(run)
 
 
-# All three
+# Operations on states after events
 
 
 def _add_everything(op: Op) -> None:
@@ -316,7 +316,7 @@ def _add_everything(op: Op) -> None:
     case(
         f"{op.name}.after.everything",
         variants=_guards(*STATES),
-        summary=f"{op.text} of a page in every state, after everything that may happen to it",
+        summary=f"{op.text} of a page in every state after every event",
         origin=ORIGIN,
         crossing=True,
         memory=tuple(dict.fromkeys(name for state in STATES for name in state.memory)),

@@ -1,4 +1,4 @@
-"""UFFDIO_MOVE of huge pages: whole where it can be, in parts elsewhere, or not at all (L5)."""
+"""UFFDIO_MOVE of huge pages: whole if possible, otherwise in small pages, or refused (layer L5)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from pyuffd.testing._need import needs_swap, needs_thp
 from pyuffd.testing._run import SCALE
 
 MOVED, OTHER = 0x4D, 0x4E
-# What a call that waits for nothing needs, on a busy machine too.
+# Longer than a call that does not wait takes, also on a busy machine.
 AT_ONCE_S = 3.0
 
 
 def _target(ctx: Context) -> int:
-    """Register a place for a huge page and one more; return its address."""
+    """Register memory for a huge page and one small page; return its address."""
     region = ctx.make(3 * PAGES)
     region.advise_thp()
     ctx.register(region, MISSING)
@@ -66,7 +66,7 @@ def _expect_all_there(ctx: Context, to: int) -> None:
     needs=[needs_thp()],
 )
 def whole(ctx: Context) -> None:
-    """A huge page and one page more: the first stays huge, the other is split off, both count."""
+    """A MOVE of a huge page and one page more keeps the first huge, and splits the second."""
     to, start = _target(ctx), _source(ctx)
     answer = ctx.ioctl("MOVE", to, start, HUGE_PAGE + SMALL_PAGE)
     seen = (answer.errno, answer.result)
@@ -76,7 +76,7 @@ def whole(ctx: Context) -> None:
     expect_read(ctx, to + HUGE_PAGE, MOVED)
     for hole in (start, start + HUGE_PAGE - SMALL_PAGE, start + HUGE_PAGE):
         ctx.expect_pagemap(hole, HOLE)
-    ctx.expect("the next page", ctx.read(start + HUGE_PAGE + SMALL_PAGE), bytes([MOVED]))
+    ctx.expect("byte of the next page", ctx.read(start + HUGE_PAGE + SMALL_PAGE), bytes([MOVED]))
     expect_silent_write(ctx, to + 5 * SMALL_PAGE)
     ctx.expect("byte of the source", ctx.read(start), b"\0")
 
@@ -89,7 +89,7 @@ def whole(ctx: Context) -> None:
     needs=[needs_thp(), needs_swap()],
 )
 def whole_reclaimed(ctx: Context) -> None:
-    """A huge page that was moved whole goes to swap and comes back."""
+    """A huge page that was moved whole keeps its content through swap."""
     to, start = _target(ctx), _source(ctx)
     answer = ctx.ioctl("MOVE", to, start, HUGE_PAGE)
     ctx.expect("errno and .move", (answer.errno, answer.result), (0, HUGE_PAGE))
@@ -109,7 +109,7 @@ def whole_reclaimed(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def onto_table(ctx: Context) -> None:
-    """Where there is a page table already, a huge page arrives in parts, all of them."""
+    """If the destination has a page table already, all of a huge page is moved in small pages."""
     to, start = _target(ctx), _source(ctx)
     ctx.uffd.copy(to + SMALL_PAGE, bytes([OTHER]) * SMALL_PAGE)
     _memory.madvise(to + SMALL_PAGE, SMALL_PAGE, mmap.MADV_DONTNEED)
@@ -128,7 +128,7 @@ def onto_table(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def onto_page(ctx: Context) -> None:
-    """A huge page that meets a page half-way is moved up to there, and the rest stays."""
+    """If the destination has a page, a huge page is moved up to there, and the rest stays."""
     to, start = _target(ctx), _source(ctx)
     ctx.uffd.copy(to + 9 * SMALL_PAGE, bytes([OTHER]) * SMALL_PAGE)
     answer = ctx.ioctl("MOVE", to, start, HUGE_PAGE)
@@ -136,7 +136,7 @@ def onto_page(ctx: Context) -> None:
     expect_read(ctx, to + 8 * SMALL_PAGE, 9)
     expect_read(ctx, to + 9 * SMALL_PAGE, OTHER)
     ctx.expect_pagemap(to + 10 * SMALL_PAGE, HOLE)
-    ctx.expect("the rest of the source", ctx.read(start + 9 * SMALL_PAGE), bytes([10]))
+    ctx.expect("byte of the rest of the source", ctx.read(start + 9 * SMALL_PAGE), bytes([10]))
 
 
 @case(
@@ -147,7 +147,7 @@ def onto_page(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def whole_zero(ctx: Context) -> None:
-    """A huge zero page is moved whole; it reads zeros, and can be written."""
+    """A huge zero page is moved whole, reads as zeros and can be written."""
     to = _target(ctx)
     source = ctx.make(2 * PAGES)
     source.advise_thp()
@@ -181,7 +181,7 @@ def _add_busy(name: str, text: str, make: Callable[[Context, int], Callable[[], 
 
     case(
         f"UFFDIO_MOVE.EBUSY.src-{name}-whole-huge",
-        summary=f"A huge page that {text} is busy, and nothing of it is moved",
+        summary=f"A huge page that {text} is EBUSY, and nothing of it is moved",
         origin="mm/huge_memory.c: move_pages_huge_pmd",
         memory=ANON,
         features=Feature.MOVE,
@@ -201,7 +201,7 @@ def _pinned(ctx: Context, start: int) -> Callable[[], object]:
     return lambda: pin.drop(syscall, ring)
 
 
-_add_busy("shared", "a fork has shared", _shared)
+_add_busy("shared", "is shared by fork", _shared)
 _add_busy("pinned", "is pinned", _pinned)
 
 
@@ -213,7 +213,7 @@ _add_busy("pinned", "is pinned", _pinned)
     needs=[needs_thp()],
 )
 def source_protected(ctx: Context) -> None:
-    """Pages, small and huge, that are protected where they come from are not where they go."""
+    """Protected pages, small and huge, are not protected at their destination."""
     to = _target(ctx)
     small, start = ctx.make(1), huge_area(ctx, 1)
     small.fill(MOVED)
@@ -229,10 +229,10 @@ def source_protected(ctx: Context) -> None:
         ctx.expect("errno and .move", (answer.errno, answer.result), (0, length))
         ctx.expect("protected pages", protected_pages(place, length), [])
         expect_silent_write(ctx, place)
-        ctx.expect("the next byte", ctx.read(place + 1), bytes([MOVED]))
+        ctx.expect("byte behind the written one", ctx.read(place + 1), bytes([MOVED]))
 
 
-# Busy pages of a transparent huge page, of which one small page is to be moved
+# MOVE of one small page of a transparent huge page
 
 
 def _huge_source(ctx: Context) -> tuple[Region, int]:
@@ -244,7 +244,7 @@ def _huge_source(ctx: Context) -> tuple[Region, int]:
 
 
 def _expect_busy(ctx: Context, region: Region, start: int, when: str) -> None:
-    # In a thread: a kernel that tries again and again does so until this one gives up.
+    # In a thread, since a kernel with a bug tries again and again and never returns.
     moving = ctx.start(ctx.ioctl, "MOVE", region.start, start + ctx.page, ctx.page)
     answer = moving.result()
     seen = answer.errno, answer.result
@@ -260,7 +260,7 @@ def _expect_busy(ctx: Context, region: Region, start: int, when: str) -> None:
     needs=[needs_thp()],
 )
 def shared_huge(ctx: Context) -> None:
-    """A page of a huge page that a fork has shared is busy, and the huge page stays one."""
+    """A page of a huge page that is shared by fork is EBUSY, and the huge page is not split."""
     region, start = _huge_source(ctx)
     child = ctx.fork()
     _expect_busy(ctx, region, start, "child alive")
@@ -277,11 +277,11 @@ def shared_huge(ctx: Context) -> None:
     needs=[needs_thp(), needs_pin()],
     variants=[
         Variant("busy", "EBUSY, at once"),
-        Variant("endless", "it tries again until the page is unpinned: a kernel bug"),
+        Variant("endless", "MOVE tries again until the page is unpinned, which is a kernel bug"),
     ],
 )
 def pinned_huge(ctx: Context) -> None:
-    """A page of a huge page that is pinned elsewhere is busy; unpinned, it can be moved."""
+    """A page of a huge page of which another page is pinned is EBUSY until that is unpinned."""
     region, start = _huge_source(ctx)
     _memory.madvise(start, HUGE_PAGE, mmap.MADV_DONTFORK)
     pin = Pin(start, ctx.page)
@@ -294,14 +294,14 @@ def pinned_huge(ctx: Context) -> None:
     pin.drop(syscall, ring)
     answer = moving.result()
     variant = ctx.expect_variant(
-        "whether it ended while the page was pinned, errno and .move",
+        "whether MOVE returned while the page was pinned, errno and .move",
         (is_over, answer.errno, answer.result),
         busy=(True, errno.EBUSY, -errno.EBUSY),
         endless=(False, 0, ctx.page),
     )
     if variant == "busy":
         answer = ctx.ioctl("MOVE", region.start, start + ctx.page, ctx.page)
-        ctx.expect("errno and .move, unpinned", (answer.errno, answer.result), (0, ctx.page))
+        ctx.expect("errno and .move after unpinning", (answer.errno, answer.result), (0, ctx.page))
     expect_read(ctx, region.start, MOVED)
 
 
@@ -313,7 +313,7 @@ def pinned_huge(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def first_of_huge(ctx: Context) -> None:
-    """The first page of a huge page is moved alone, even to where a huge page could be."""
+    """The first page of a huge page is moved alone, also to memory that allows a huge page."""
     start = huge_area(ctx, 1)
     _memory.fill(start, HUGE_PAGE, MOVED)
     _memory.madvise(start, HUGE_PAGE, mmap.MADV_DONTFORK)
@@ -326,7 +326,7 @@ def first_of_huge(ctx: Context) -> None:
     ctx.expect("content", seen, bytes([MOVED]) * ctx.page)
     ctx.expect_pagemap(to + ctx.page, HOLE)
     ctx.expect_pagemap(start, HOLE)
-    ctx.expect("the next page", ctx.read(start + ctx.page), bytes([MOVED]))
+    ctx.expect("byte of the next page", ctx.read(start + ctx.page), bytes([MOVED]))
 
 
 @case(
@@ -337,7 +337,7 @@ def first_of_huge(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def huge_zero(ctx: Context) -> None:
-    """A page of a huge zero page is moved as a zero page, and leaves a hole in it."""
+    """A page of a huge zero page is moved as the zero page, and leaves a hole in the source."""
     source, region = ctx.make(2 * HUGE_PAGE // ctx.page), ctx.make(1)
     source.advise_thp()
     source.madvise(mmap.MADV_DONTFORK)
@@ -345,7 +345,7 @@ def huge_zero(ctx: Context) -> None:
     ctx.expect("byte", ctx.read(start), b"\0")
     ctx.register(region, RegisterMode.MISSING)
     answer = ctx.ioctl("MOVE", region.start, start + ctx.page, ctx.page)
-    # Without a huge zero page there was one small page, and no second.
+    # Without a huge zero page, the read has mapped only the first small page.
     if answer.errno == errno.ENOENT:
         ctx.lack("THP", "the kernel gave no huge zero page")
     ctx.expect("errno and .move", (answer.errno, answer.result), (0, ctx.page))
@@ -362,7 +362,7 @@ def huge_zero(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def onto_huge(ctx: Context) -> None:
-    """Nothing is moved onto a huge page, which stays one."""
+    """MOVE onto a page of a huge page is EEXIST, and the huge page is not split."""
     start, source = huge_area(ctx, 1), ctx.make(1)
     source.madvise(mmap.MADV_DONTFORK)
     source.fill(MOVED)

@@ -1,4 +1,4 @@
-"""Transparent huge pages: missing, protected, in forks, mapped by parts, moved whole (layer L5)."""
+"""Transparent huge pages: missing, protected, forked, mapped by small pages (layer L5)."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ SWAP_BATCH = 8
 
 
 def aligned(start: int) -> int:
-    """Return the first multiple of a huge page from an address on."""
+    """Round an address up to a multiple of a huge page."""
     return -(-start // HUGE_PAGE) * HUGE_PAGE
 
 
 def protected_pages(start: int, length: int = HUGE_PAGE, pid: int | None = None) -> list[int]:
-    """Return which pages of a range pagemap shows as protected."""
+    """Return the numbers of the pages in a range that pagemap shows as protected."""
     with Pagemap(pid) as pagemap:
         return [index for index, entry in enumerate(pagemap.read(start, length)) if entry >> 57 & 1]
 
 
-# Missing pages where a huge page could be
+# Missing pages in memory that allows huge pages
 
 
 @case(
@@ -63,7 +63,7 @@ def protected_pages(start: int, length: int = HUGE_PAGE, pid: int | None = None)
     needs=[needs_thp()],
 )
 def missing_huge(ctx: Context) -> None:
-    """Where a huge page could be each small page is missing by itself, read or written first."""
+    """In memory that allows huge pages, each small page still faults by itself."""
     region = ctx.make(4 * PAGES)
     region.advise_thp()
     ctx.register(region, MISSING)
@@ -82,7 +82,7 @@ def missing_huge(ctx: Context) -> None:
         ctx.expect("the next byte", reading.result(), b"\0")
 
 
-# Protected, and then
+# Protected huge pages
 
 
 def _protected(ctx: Context, *, parts: bool = False) -> int:
@@ -106,7 +106,7 @@ def _protected(ctx: Context, *, parts: bool = False) -> int:
     needs=[needs_thp()],
 )
 def mprotected(ctx: Context) -> None:
-    """A huge page that is protected stays so through mprotect to READ, NONE and back."""
+    """A protected huge page stays protected through mprotect to PROT_READ, PROT_NONE and back."""
     start = _protected(ctx)
     for protection in (mmap.PROT_READ, 0, READ_WRITE):
         _memory.mprotect(start, HUGE_PAGE, protection)
@@ -120,11 +120,15 @@ def _add_fork(*, parts: bool, has_event: bool) -> None:
         start = _protected(ctx, parts=parts)
         wanted = list(range(1, PAGES, 2)) if parts else list(range(PAGES))
         child = ctx.fork()
-        ctx.expect("protected in the parent", protected_pages(start) == wanted, True)
+        ctx.expect(
+            "whether the same pages are protected in the parent",
+            protected_pages(start) == wanted,
+            True,
+        )
         seen = protected_pages(start, pid=child.pid)
-        ctx.expect("protected in the child", len(seen), len(wanted) if has_event else 0)
+        ctx.expect("protected pages in the child", len(seen), len(wanted) if has_event else 0)
         if has_event:
-            ctx.expect("the same pages in the child", seen == wanted, True)
+            ctx.expect("whether the same pages are protected in the child", seen == wanted, True)
             assert child.uffd is not None
             expect_write_fault(ctx, start + SMALL_PAGE, child.uffd, child.write)
         else:
@@ -133,12 +137,12 @@ def _add_fork(*, parts: bool, has_event: bool) -> None:
         expect_write_fault(ctx, start + 3 * SMALL_PAGE)
         ctx.expect("the parent's data", ctx.read(start + SMALL_PAGE), bytes([DATA]))
 
-    what = "Every second page of a huge page" if parts else "A huge page"
+    what = "A huge page with every second page protected" if parts else "A protected huge page"
     name = f"{'parts' if parts else 'whole'}{'-with-event' if has_event else ''}"
     case(
         f"thp.fork.protected-{name}",
-        summary=f"{what} is protected: after a fork "
-        + ("the child's are so, too" if has_event else "the child's are not"),
+        summary=f"{what} is protected "
+        + ("in a forked child too" if has_event else "in the parent only after a fork"),
         origin="mm/huge_memory.c: copy_huge_pmd; mm/memory.c: copy_present_ptes",
         memory=ANON,
         features=lambda memory: wp_features(memory) | (FORK if has_event else Feature(0)),
@@ -151,7 +155,7 @@ for _parts in (False, True):
         _add_fork(parts=_parts, has_event=_has_event)
 
 
-# Many entries that go at once
+# Many entries that are zapped at once
 
 
 @case(
@@ -162,21 +166,21 @@ for _parts in (False, True):
     needs=[needs_thp()],
 )
 def zapped(ctx: Context) -> None:
-    """Of a file's huge page that is mapped by parts MADV_DONTNEED leaves a marker for each."""
+    """MADV_DONTNEED of a file's huge page leaves a marker for each protected small page."""
     region = huge_file(ctx, DATA)
     ctx.register(region, WP)
     _memory.touch(region.start, region.length, SMALL_PAGE, write=False)
     gap = 100
     ctx.uffd.writeprotect(region)
-    # A write to a private mapping would be a copy, which is no part of the huge page.
+    # Not by a write, which in a private mapping would replace this part of the huge page by a copy.
     ctx.uffd.writeprotect(region.start + gap * SMALL_PAGE, SMALL_PAGE, mode=UNPROTECT)
     _memory.touch(region.start, region.length, SMALL_PAGE, write=False)
     wanted = [index for index in range(PAGES) if index != gap]
-    ctx.expect("protected before", len(protected_pages(region.start)), len(wanted))
+    ctx.expect("protected pages before", len(protected_pages(region.start)), len(wanted))
     region.madvise(mmap.MADV_DONTNEED)
     seen = protected_pages(region.start)
-    ctx.expect("protected afterwards", len(seen), len(wanted))
-    ctx.expect("the same pages", seen == wanted, True)
+    ctx.expect("protected pages after MADV_DONTNEED", len(seen), len(wanted))
+    ctx.expect("whether they are the same pages", seen == wanted, True)
     for index in (0, gap - 1, gap + 1, PAGES - 1):
         ctx.expect_pagemap(region.start + index * SMALL_PAGE, MARKER[ctx.memory.name])
     expect_write_fault(ctx, region.start + (PAGES - 1) * SMALL_PAGE)
@@ -191,7 +195,7 @@ def zapped(ctx: Context) -> None:
     needs=[needs_swap()],
 )
 def zapped_in_swap(ctx: Context) -> None:
-    """Of neighbours in swap that are protected MADV_DONTNEED leaves a marker for each."""
+    """MADV_DONTNEED of neighbouring protected pages in swap leaves a marker for each."""
     in_one_place(ctx)
     region = ctx.make(SWAP_BATCH + 2)
     in_page_cache(region, OTHER)
@@ -217,7 +221,7 @@ def zapped_in_swap(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_alias(ctx: Context) -> None:
-    """A file that becomes huge by another mapping keeps this mapping's markers."""
+    """MADV_COLLAPSE of another mapping of the file keeps the markers of this mapping."""
     region = ctx.make(PAGES)
     assert region.fd is not None
     ctx.register(region, WP)
@@ -248,7 +252,7 @@ SIZE = 64 << 10
     needs=[needs_thp(), needs_privilege("CAP_SYS_ADMIN")],
 )
 def one_page_each(ctx: Context) -> None:
-    """In registered memory a write brings one page, also where 64 KiB could come at once."""
+    """In registered memory a write maps one page, also where the kernel could map 64 KiB."""
     if SIZE not in sizes():
         ctx.lack("THP-64k", "no huge pages of 64 KiB")
     ctx.enter(switched_on(SIZE, shared=False))
@@ -258,7 +262,7 @@ def one_page_each(ctx: Context) -> None:
     ctx.register(region, WP)
     ctx.expect("a write", ctx.silently(ctx.write, at + 3 * SMALL_PAGE, b"\1"), None)
     there = [index for index in range(16) if ctx.bits(at + index * SMALL_PAGE) >> 63 & 1]
-    ctx.expect("pages that are there", there, [3])
+    ctx.expect("pages that are mapped after the write", there, [3])
 
 
 @case(
@@ -269,7 +273,7 @@ def one_page_each(ctx: Context) -> None:
     needs=[needs_thp(), needs_privilege("CAP_SYS_ADMIN")],
 )
 def one_page_read(ctx: Context) -> None:
-    """A read of shared memory maps one page of 64 KiB that the kernel has in one piece."""
+    """In registered shared memory a read maps one page, also of a folio of 64 KiB."""
     if SIZE not in sizes():
         ctx.lack("THP-64k", "no huge pages of 64 KiB")
     try:
@@ -286,7 +290,7 @@ def one_page_read(ctx: Context) -> None:
     at = -(-start // SIZE) * SIZE + SIZE
     ctx.expect("a read", ctx.silently(ctx.read, at + 3 * SMALL_PAGE), bytes([DATA]))
     there = [index for index in range(16) if ctx.bits(at + index * SMALL_PAGE) >> 63 & 1]
-    ctx.expect("pages that are mapped", there, [3])
+    ctx.expect("pages that are mapped after the read", there, [3])
     ctx.uffd.writeprotect(at + 4 * SMALL_PAGE, SMALL_PAGE)
     write = ctx.start(ctx.write, at + 4 * SMALL_PAGE, b"\1")
     expect_fault(ctx, write, WP_WRITE, at + 4 * SMALL_PAGE)

@@ -1,8 +1,8 @@
-"""Huge pages that the kernel takes apart, or marks as one to be reclaimed (layer L5).
+"""Huge pages that the kernel splits, or marks for reclaim (layer L5).
 
-Advice for a part of a transparent huge page splits the page itself, not only its mapping. Every
-entry becomes one for a page that migrates, and then an entry again; a page of zeros becomes the
-zero page. All of them have to keep their protection.
+Advice for a part of a transparent huge page splits the page itself, not only its mapping. Each
+entry becomes a migration entry and then an entry again, and a page of zeros becomes the zero page.
+All of them must keep their protection.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pyuffd.testing._need import needs_thp
 
 PAGES = HUGE_PAGE // SMALL_PAGE
 MADV_COLD = 20
-# Of what is protected: whole, and all but these, where the mapping is split before the page is.
+# The pages that stay writable in the cases of parts, where the mapping is split before the page.
 WRITABLE = (5, 6, 300)
 ZEROS = (5, 9, 10, PAGES - 1)
 ADVISED = 40
@@ -39,13 +39,13 @@ ADVISED = 40
 
 @dataclass(frozen=True)
 class Advice:
-    """What madvise(2) is asked for.
+    """A call of madvise(2).
 
     Attributes:
-        name: In ids.
-        text: In summaries.
+        name: Its name in ids.
+        text: Its text in summaries.
         number: The advice.
-        length: For how much, from page ADVISED on, or from the beginning if for all.
+        length: The length in bytes, from page ADVISED on; from the start if it is the whole page.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Advice:
 
     @property
     def offset(self) -> int:
-        """Where it begins."""
+        """The offset at which it begins."""
         return ADVISED * SMALL_PAGE if self.length < HUGE_PAGE else 0
 
 
@@ -71,7 +71,7 @@ def _expect_all_kept(ctx: Context, start: int, wanted: list[int]) -> None:
     seen = protected_pages(start)
     missing, more = sorted({*wanted} - {*seen}), sorted({*seen} - {*wanted})
     ctx.expect("pages that lost their protection", missing[:10], [])
-    ctx.expect("pages protected by nobody", more[:10], [])
+    ctx.expect("other pages that became protected", more[:10], [])
 
 
 def _add(advice: Advice, *, parts: bool) -> None:
@@ -90,10 +90,10 @@ def _add(advice: Advice, *, parts: bool) -> None:
         wanted = [index for index in range(PAGES) if index not in writable]
         _expect_all_kept(ctx, start, wanted)
         _memory.madvise(start + advice.offset, advice.length, advice.number)
-        ctx.note(f"{mapped_huge(start) >> 10} KiB are mapped huge after {advice.text}")
+        ctx.note(f"KiB mapped huge after {advice.text}: {mapped_huge(start) >> 10}")
         _expect_all_kept(ctx, start, wanted)
         if is_freed and advice.length == HUGE_PAGE:
-            return  # reclaim may take all of it at any time
+            return  # reclaim may drop all of it at any time
         for index in (ZEROS[1], ZEROS[1] - 1, PAGES - 1, ADVISED + 1):
             at = start + index * SMALL_PAGE
             expect_read(ctx, at, 0 if index in ZEROS else DATA)
@@ -103,10 +103,10 @@ def _add(advice: Advice, *, parts: bool) -> None:
             expect_read(ctx, start + index * SMALL_PAGE, 0 if index in ZEROS else DATA)
             expect_silent_write(ctx, start + index * SMALL_PAGE)
 
-    what = "A huge page protected in part" if parts else "A protected huge page"
+    what = "a huge page protected in part" if parts else "a protected huge page"
     case(
         f"thp.advice.{advice.name}{'-of-parts' if parts else ''}",
-        summary=f"{what} and {advice.text}: what is protected stays so, pages of zeros included",
+        summary=f"{advice.text}, {what}: protected pages stay protected, also pages of zeros",
         origin="mm/huge_memory.c: split_folio; mm/rmap.c: try_to_migrate_one; mm/migrate.c: "
         "remove_migration_pte, try_to_map_unused_to_zeropage",
         memory=ANON,
@@ -128,12 +128,12 @@ for _advice in ADVICE:
     needs=[needs_thp()],
 )
 def punched(ctx: Context) -> None:
-    """A hole in a huge page of a file splits it: all other pages that are protected stay so."""
+    """Punching a hole in a huge page of a file splits it; other protected pages stay protected."""
     region = huge_file(ctx, DATA)
     assert region.fd is not None
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
-    # Mapped by small pages of the huge one.
+    # Map the small pages of the huge one.
     _memory.touch(region.start, region.length, SMALL_PAGE, write=False)
     everything = list(range(PAGES))
     _expect_all_kept(ctx, region.start, everything)

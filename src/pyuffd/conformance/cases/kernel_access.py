@@ -1,4 +1,4 @@
-"""The kernel's own accesses to a protected page, and UFFD_USER_MODE_ONLY (layer L5)."""
+"""Accesses by the kernel to a protected page, and UFFD_USER_MODE_ONLY (layer L5)."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Row:
     """An access by the kernel.
 
     Attributes:
-        name: In the id.
-        text: What it is.
-        call: Prepares the access; returns what makes it, which gives a result or -errno.
-        normal: Its result; with `is_write` the message 3 comes first.
-        user_mode_only: Its result with UFFD_USER_MODE_ONLY, without a message.
-        is_write: It waits for the page to be unprotected.
-        changes: What the page's first byte is after such a wait.
+        name: Its name in ids.
+        text: Its text in summaries.
+        call: Prepares the access; returns a function that makes it, with its result or -errno.
+        normal: Its result; with `is_write`, message 3 is sent first.
+        user_mode_only: Its result with UFFD_USER_MODE_ONLY; no message is sent.
+        is_write: It waits until the page is unprotected.
+        changes: The first byte of the page after such a wait.
     """
 
     name: str
@@ -90,13 +90,13 @@ def process_vm_writev(ctx: Context, at: int) -> Callable[[], int]:
     source = ctypes.create_string_buffer(VALUE, 1)
     local = (ctypes.c_uint64 * 2)(ctypes.addressof(source), 1)
     remote = (ctypes.c_uint64 * 2)(at, 1)
-    child = ctx.fork()  # has the vectors where they are here
+    child = ctx.fork()  # has the vectors at the same addresses
     vectors = (ctypes.addressof(local), 1, ctypes.addressof(remote), 1)
     return lambda: child.syscall(SYS_PROCESS_VM_WRITEV, os.getpid(), *vectors, 0)
 
 
 def _direct_file(ctx: Context) -> int:
-    """Return a descriptor for O_DIRECT of a file that is full of WRITTEN."""
+    """Open a file that is full of WRITTEN with O_DIRECT."""
     for folder in dict.fromkeys(["/var/tmp", tempfile.gettempdir(), os.getcwd()]):
         try:
             fd, path = tempfile.mkstemp(prefix="pyuffd-direct-", dir=folder)
@@ -145,7 +145,7 @@ def _ptrace_poke(ctx: Context, at: int) -> Callable[[], int]:
     ctx.callback(os.close, file)
     ctx.callback(os.close, end)
     child = ctx.fork()
-    # Stopped while it runs Python, it would stop all of it.
+    # A thread that is stopped while it holds the GIL would stop all of Python.
     _wait_asleep(ctx, idle)
 
     def poke() -> int:
@@ -173,7 +173,7 @@ def _wait_asleep(ctx: Context, access: Access[bytes]) -> None:
 
 
 def needs_user_mode_only() -> Need:
-    """UFFD_USER_MODE_ONLY works."""
+    """Need that UFFD_USER_MODE_ONLY works."""
 
     def missing() -> tuple[list[str], str]:
         try:
@@ -186,7 +186,7 @@ def needs_user_mode_only() -> Need:
 
 
 def needs_populate() -> Need:
-    """MADV_POPULATE_WRITE works."""
+    """Need that MADV_POPULATE_WRITE works."""
 
     def missing() -> tuple[list[str], str]:
         start = _memory.mmap(BLOCK, READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -262,9 +262,9 @@ def _normal(ctx: Context, row: Row) -> None:
         return
     access = ctx.start(call)
     expect_fault(ctx, access, WP_WRITE, at)
-    ctx.expect("the access is done", access.done, False)
+    ctx.expect("whether the access returned before unprotecting", access.done, False)
     ctx.uffd.writeprotect(at, ctx.page, mode=UNPROTECT)
-    ctx.expect("result", access.result(), row.normal)
+    ctx.expect("result of the access", access.result(), row.normal)
     ctx.expect_quiet()
     ctx.expect_pagemap(at, present(ctx, protected=False))
     ctx.expect("first byte", ctx.silently(ctx.read, at), bytes([row.changes]))
@@ -277,9 +277,9 @@ def _user_mode_only(ctx: Context, row: Row) -> None:
 
 
 def _untouched(ctx: Context, at: int, call: Callable[[], int], wanted: int) -> None:
-    """Expect an access that gives no message and leaves the page as it is, and protected."""
-    ctx.expect("result", ctx.silently(call), wanted)
-    ctx.expect("bit", ctx.is_protected(at), True)
+    """Expect an access that sends no message and changes neither the page nor its protection."""
+    ctx.expect("result of the access", ctx.silently(call), wanted)
+    ctx.expect("whether the page is still protected", ctx.is_protected(at), True)
     expect_read(ctx, at, DATA)
     expect_write_fault(ctx, at)
 
@@ -317,10 +317,10 @@ def _expect_sigbus(ctx: Context, what: str, seen: object, at: int) -> None:
     features=lambda memory: missing_features(memory) | Feature.SIGBUS,
 )
 def sigbus_missing(ctx: Context) -> None:
-    """With SIGBUS, read(2) into a missing page fails with EFAULT; touching it is SIGBUS."""
+    """With SIGBUS, read(2) into a missing page is EFAULT; an access by user code gets SIGBUS."""
     region = ctx.make(1)
     ctx.register(region, RegisterMode.MISSING)
-    ctx.expect("result", ctx.silently(read_into(ctx, region.start)), -errno.EFAULT)
+    ctx.expect("result of read(2)", ctx.silently(read_into(ctx, region.start)), -errno.EFAULT)
     _expect_sigbus(ctx, "a read of memory", ctx.silently(ctx.read, region.start), region.start)
     ctx.expect_pagemap(region.start, "-----")
 
@@ -331,12 +331,12 @@ def sigbus_missing(ctx: Context) -> None:
     features=lambda memory: wp_features(memory) | Feature.SIGBUS,
 )
 def sigbus_protected(ctx: Context) -> None:
-    """With SIGBUS, read(2) into a protected page fails with EFAULT; writing it is SIGBUS."""
+    """With SIGBUS, read(2) into a protected page is EFAULT; a write by user code gets SIGBUS."""
     region = protected(ctx)
-    ctx.expect("result", ctx.silently(read_into(ctx, region.start)), -errno.EFAULT)
+    ctx.expect("result of read(2)", ctx.silently(read_into(ctx, region.start)), -errno.EFAULT)
     seen = ctx.silently(ctx.write, region.start, VALUE)
     _expect_sigbus(ctx, "a write of memory", seen, region.start)
-    ctx.expect("bit", ctx.is_protected(region.start), True)
+    ctx.expect("whether the page is still protected", ctx.is_protected(region.start), True)
     expect_read(ctx, region.start, DATA)
 
 
@@ -347,32 +347,32 @@ def sigbus_protected(ctx: Context) -> None:
     needs=[needs_user_mode_only()],
 )
 def user_mode_only_user(ctx: Context) -> None:
-    """With UFFD_USER_MODE_ONLY, user space's own write to a protected page gives message 3."""
+    """With UFFD_USER_MODE_ONLY, a write by user code to a protected page sends message 3."""
     ctx.open(user_mode_only=True)
     expect_write_fault(ctx, protected(ctx).start)
 
 
-# What debuggers do: FOLL_FORCE writes to private memory that its own process cannot write.
+# FOLL_FORCE, as for debuggers: writes to private memory that the process itself cannot write
 
 READ_ONLY_ORIGIN = "mm/gup.c: can_follow_write_pte, can_follow_write_pmd"
 
 
 def _expect_forced_write_fails(ctx: Context, region: Region, at: int) -> None:
     _memory.mprotect(region.start, region.length, mmap.PROT_READ)
-    ctx.expect("result", ctx.silently(proc_mem(ctx, at)), -errno.EIO)
+    ctx.expect("result of pwrite(2)", ctx.silently(proc_mem(ctx, at)), -errno.EIO)
     _memory.mprotect(region.start, region.length, READ_WRITE)
-    ctx.expect("bit", ctx.is_protected(at), True)
+    ctx.expect("whether the page is still protected", ctx.is_protected(at), True)
     expect_read(ctx, at, DATA)
     expect_write_fault(ctx, at)
 
 
 def _forces_writes(ctx: Context) -> None:
-    """See whether this kernel does so at all: CONFIG_PROC_MEM_NO_FORCE, proc_mem.force_override."""
+    """Skip the case if CONFIG_PROC_MEM_NO_FORCE or proc_mem.force_override forbids such writes."""
     region = ctx.make(1)
     region.fill(DATA)
     _memory.mprotect(region.start, region.length, mmap.PROT_READ)
     if proc_mem(ctx, region.start)() == -errno.EIO:
-        ctx.lack("forced-writes", "/proc/PID/mem writes to no page that is read-only")
+        ctx.lack("forced-writes", "/proc/PID/mem does not write to read-only pages")
 
 
 @case(
@@ -382,14 +382,14 @@ def _forces_writes(ctx: Context) -> None:
     features=wp_features,
 )
 def proc_mem_read_only(ctx: Context) -> None:
-    """/proc/PID/mem writes to a page that is read-only, but not to one that is protected too."""
+    """A write to /proc/PID/mem changes a read-only page, but not one that is protected too."""
     _forces_writes(ctx)
     region = protected(ctx, 2)
     _expect_forced_write_fails(ctx, region, region.start)
     at = region.start + ctx.page
     ctx.uffd.writeprotect(at, ctx.page, mode=UNPROTECT)
     _memory.mprotect(region.start, region.length, mmap.PROT_READ)
-    ctx.expect("result without protection", ctx.silently(proc_mem(ctx, at)), 1)
+    ctx.expect("result of pwrite(2) after unprotecting", ctx.silently(proc_mem(ctx, at)), 1)
     ctx.expect("first byte", ctx.silently(ctx.read, at), VALUE)
 
 
@@ -401,7 +401,7 @@ def proc_mem_read_only(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def proc_mem_read_only_huge(ctx: Context) -> None:
-    """The same where a transparent huge page is mapped: EIO, and the page stays protected."""
+    """A write to /proc/PID/mem does not change a protected part of a read-only huge page."""
     _forces_writes(ctx)
     region = ctx.make(HUGE_PAGE // SMALL_PAGE)
     region.advise_thp()
@@ -413,19 +413,21 @@ def proc_mem_read_only_huge(ctx: Context) -> None:
     _expect_forced_write_fails(ctx, region, region.start + 5 * ctx.page)
 
 
-# A page that a fork shares is copied before it is pinned for reading (FAULT_FLAG_UNSHARE). gup_test
-# pins for long, where a kernel has it; process_vm_readv, on every kernel, for as long as it copies.
+# A page that is shared by fork is copied before it is pinned for reading (FAULT_FLAG_UNSHARE).
+# gup_test, which not every kernel has, pins for long; process_vm_readv pins only while it copies.
 
 
 def _pin_briefly(ctx: Context, region: Region, pid: int) -> None:
-    """Read a page of a process with process_vm_readv, which pins it for that."""
+    """Read a page of a process with process_vm_readv(2), which pins the page meanwhile."""
     buffer = ctypes.create_string_buffer(8)
     local = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), 8)
     remote = (ctypes.c_uint64 * 2)(region.start, 8)
     vectors = (ctypes.addressof(local), 1, ctypes.addressof(remote), 1)
     seen = ctx.silently(syscall, SYS_PROCESS_VM_READV, pid, *vectors, 0)
-    ctx.expect("process_vm_readv and what it read", (seen, buffer.raw), (8, bytes([DATA]) * 8))
-    # A copy of its own, with the protection of the other.
+    ctx.expect(
+        "result of process_vm_readv and the bytes", (seen, buffer.raw), (8, bytes([DATA]) * 8)
+    )
+    # Now the process has a copy of its own, with the same protection.
     ctx.expect_pagemap(region.start, "P--?X", pid=pid)
 
 
@@ -449,7 +451,7 @@ def _add_unshare(name: str, who: str, *, is_child: bool, has_event: bool) -> Non
     with_event = Feature.EVENT_FORK if has_event else Feature(0)
     case(
         f"kernel-access.unshare.{name}",
-        summary=f"Pinning {who} protected page that a fork shares copies it, and no bit is lost",
+        summary=f"Pinning {who} protected page that is shared by fork copies it and keeps all bits",
         origin="mm/gup.c: gup_must_unshare",
         memory=PRIVATE,
         features=lambda memory: wp_features(memory) | with_event,

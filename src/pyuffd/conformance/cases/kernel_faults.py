@@ -1,7 +1,7 @@
-"""The kernel's own accesses to pages that are missing, in the file only, or poisoned (layer L5).
+"""Accesses by the kernel to pages that are missing, in the file only, or poisoned (layer L5).
 
-Each access sends the message that the same access by user code would, as often as it is woken for
-nothing, and goes on where it was. `kernel_access` has those to pages that are protected.
+Each access sends the same message as user code, again if it is woken without its page, and then
+continues. `kernel_access` has the accesses to protected pages.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _process_vm(number: int) -> Callable[[Context, int], Callable[[], int]]:
         def call() -> int:
             vectors = (ctypes.addressof(local), 1, ctypes.addressof(remote), 1)
             done = syscall(number, os.getpid(), *vectors, 0)
-            return done if buffer.raw else 0  # it lives until now
+            return done if buffer.raw else 0  # keeps the buffer alive until here
 
         return call
 
@@ -99,7 +99,7 @@ def _mlock(ctx: Context, at: int) -> Callable[[], int]:
 
 
 def _futex(_: Context, at: int) -> Callable[[], int]:
-    # A page of DATA begins with another word than this, so there is nothing to wait for.
+    # The first word of a page of DATA is not 1, so FUTEX_WAIT does not wait.
     return lambda: syscall(SYS_FUTEX, at, FUTEX_WAIT | FUTEX_PRIVATE, 1, 0, 0, 0)
 
 
@@ -127,15 +127,15 @@ class Row:
     """An access by the kernel.
 
     Attributes:
-        name: In the id.
-        text: What it is, up to the page.
-        call: Prepares the access; returns what makes it, which gives a result or -errno.
-        result: Once it has the page.
+        name: Its name in ids.
+        text: Its text in summaries, before the words for the page.
+        call: Prepares the access; returns a function that makes it, with its result or -errno.
+        result: Its result after the page is filled.
         writes: Whether its message is that of a write, on a memory type.
-        refused: Its result where nobody may be asked.
-        poisoned: Its result where the page is poisoned.
-        changes: Whether the page begins with WRITTEN then.
-        asks: Whether it sends a message at all, where it may.
+        refused: Its result if the descriptor does not handle its fault.
+        poisoned: Its result if the page is poisoned.
+        changes: Whether the first byte of the page is WRITTEN afterwards.
+        asks: Whether it sends a message if the descriptor handles its fault.
     """
 
     name: str
@@ -218,7 +218,7 @@ ROWS = (
 )
 
 
-# Missing, and in the file only
+# Pages that are missing, or in the file only
 
 
 def _ready(ctx: Context, mode: RegisterMode) -> int:
@@ -233,21 +233,21 @@ def _asked(ctx: Context, row: Row, mode: RegisterMode) -> None:
     at = _ready(ctx, mode)
     call = row.call(ctx, at)
     if not row.asks:
-        ctx.expect("result", ctx.silently(call), row.result)
+        ctx.expect("result of the access", ctx.silently(call), row.result)
         ctx.expect_pagemap(at, "-----")
         return
     flags = (MINOR_READ if mode is MINOR else MISSING_READ) + row.writes(ctx.memory)
     access = ctx.start(call)
     expect_fault(ctx, access, flags, at)
     ctx.uffd.wake(at, ctx.page)
-    # Nothing has come, so it asks once more.
+    # The page is still not there, so the access faults again.
     expect_fault(ctx, access, flags, at)
-    ctx.expect("the access is over", access.done, False)
+    ctx.expect("whether the access returned without its page", access.done, False)
     if mode is MINOR:
         ctx.uffd.continue_(at, ctx.page)
     else:
         ctx.uffd.copy(at, bytes([DATA]) * ctx.page)
-    ctx.expect("result", access.result(), row.result)
+    ctx.expect("result of the access", access.result(), row.result)
     ctx.expect_quiet()
     value = WRITTEN if row.changes else DATA
     ctx.expect("first byte", ctx.silently(ctx.read, at), bytes([value]))
@@ -258,7 +258,7 @@ def _refused(ctx: Context, row: Row, mode: RegisterMode) -> None:
     for options in ({"user_mode_only": True}, {}):
         ctx.open(wanted | (Feature(0) if options else Feature.SIGBUS), **options)
         at = _ready(ctx, mode)
-        ctx.expect("result", ctx.silently(row.call(ctx, at)), row.refused)
+        ctx.expect("result of the access", ctx.silently(row.call(ctx, at)), row.refused)
         ctx.expect_pagemap(at, "-----")
         ctx.release()
 
@@ -267,7 +267,11 @@ def _add(row: Row, mode: RegisterMode) -> None:
     memory, features = (FILE, minor_features) if mode is MINOR else (ALL, missing_features)
     name = str(mode.name).lower()
     what = "a page that only the file has" if mode is MINOR else "a missing page"
-    asks = "asks for it, and again if woken without it" if row.asks else "fails, asking nobody"
+    asks = (
+        "sends a message, and another if woken too early"
+        if row.asks
+        else "fails and sends no message"
+    )
     case(
         f"access.{row.name}.{name}",
         summary=f"{row.text} {what} {asks}",
@@ -280,7 +284,8 @@ def _add(row: Row, mode: RegisterMode) -> None:
     if row.asks:
         case(
             f"access.{row.name}.{name}-refused",
-            summary=f"With UFFD_USER_MODE_ONLY, or SIGBUS, {row.text} {what} fails, asking nobody",
+            summary=f"With UFFD_USER_MODE_ONLY or SIGBUS, {row.text} {what} fails and sends no"
+            " message",
             origin=ORIGIN,
             crossing=True,
             memory=memory,
@@ -294,7 +299,7 @@ for _row in ROWS:
     _add(_row, MINOR)
 
 
-# Poisoned
+# Poisoned pages
 
 
 def _add_poisoned(row: Row) -> None:
@@ -302,12 +307,12 @@ def _add_poisoned(row: Row) -> None:
         at = _ready(ctx, MISSING)
         ctx.uffd.poison(at, ctx.page)
         before = ctx.pagemap(at)
-        ctx.expect("result", ctx.silently(row.call(ctx, at)), row.poisoned)
-        ctx.expect("pagemap", ctx.pagemap(at), before)
+        ctx.expect("result of the access", ctx.silently(row.call(ctx, at)), row.poisoned)
+        ctx.expect("pagemap afterwards", ctx.pagemap(at), before)
 
     case(
         f"access.{row.name}.poisoned",
-        summary=f"{row.text} a poisoned page fails, asking nobody",
+        summary=f"{row.text} a poisoned page fails and sends no message",
         origin="mm/memory.c: handle_pte_marker",
         crossing=True,
         features=poison_features,
@@ -319,7 +324,7 @@ for _row in ROWS:
     _add_poisoned(_row)
 
 
-# Killed in the middle
+# Processes killed during an access
 
 
 def _add_killed(name: str, text: str, flags: int) -> None:
@@ -328,7 +333,7 @@ def _add_killed(name: str, text: str, flags: int) -> None:
         ctx.register(region, MISSING)
         buffer = ctypes.create_string_buffer(8)
         vectors = (ctypes.c_uint64 * 4)(ctypes.addressof(buffer), 8, region.start, 8)
-        child = ctx.fork()  # has the vectors where they are here
+        child = ctx.fork()  # has the vectors at the same addresses
         uffd = child.uffd
         assert uffd is not None
         at = ctypes.addressof(vectors)
@@ -338,12 +343,12 @@ def _add_killed(name: str, text: str, flags: int) -> None:
         }
         waiting = ctx.start(child.syscall, *calls[name])
         expect_fault(ctx, waiting, flags, region.start, uffd)
-        ctx.expect("threads that wait", counters(uffd), (0, 1))
+        ctx.expect("pending and total before SIGKILL", counters(uffd), (0, 1))
         os.kill(child.pid, signal.SIGKILL)
         deadline = time.monotonic() + WAIT_S
         while (left := counters(uffd)) != (0, 0) and time.monotonic() < deadline:
             os.sched_yield()
-        ctx.expect("threads that wait after SIGKILL", left, (0, 0))
+        ctx.expect("pending and total after SIGKILL", left, (0, 0))
         with contextlib.suppress(OSError):  # the child is gone
             waiting.result()
 

@@ -1,7 +1,7 @@
-"""Two threads at once: what an operation promises while somebody writes the same pages (layer L5).
+"""Races: what an operation guarantees while a thread writes the same pages (layer L5).
 
-The writer is one call of memset(3) after the other over all pages, which needs no Python while it
-runs. With one CPU it rarely meets an operation in its middle, so these cases need two.
+The writer calls memset(3) over all pages again and again, and does not run Python meanwhile. On one
+CPU it would rarely run during an operation, so these cases need two.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MEMSET.restype = ctypes.c_void_p
 def _needs_two_cpus() -> Need:
     def missing() -> tuple[list[str], str]:
         count = len(os.sched_getaffinity(0))
-        return (["two-cpus"] if count < 2 else []), f"{count} CPU is there"
+        return (["two-cpus"] if count < 2 else []), f"CPUs available: {count}"
 
     return Need("two CPUs", missing)
 
@@ -55,7 +55,7 @@ def _pages(ctx: Context) -> int:
 
 @contextmanager
 def _over_and_over(ctx: Context, step: Callable[[], object]) -> Iterator[None]:
-    """Do something in a thread again and again until the end of the block."""
+    """Call a function in a thread again and again until the end of the block."""
     is_over = threading.Event()
 
     def run() -> None:
@@ -70,7 +70,7 @@ def _over_and_over(ctx: Context, step: Callable[[], object]) -> Iterator[None]:
 
 
 def _writer(region: Region) -> Callable[[], object]:
-    """Return what writes every byte of a region once, each time another value but never 0."""
+    """Return a function that fills a region, each time with another value except 0."""
     values = iter(lambda: random.randrange(1, 256), 0)
     return lambda: MEMSET(region.start, next(values), region.length)
 
@@ -80,7 +80,7 @@ def _drain(ctx: Context) -> None:
         ctx.uffd.read_events()
 
 
-# Protection holds, whatever happens to the page
+# Protection is kept, whatever else happens to the page
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class Beside:
     """What a third thread does to the memory meanwhile.
 
     Attributes:
-        name: In the id.
-        text: In the summary.
-        memory: On which memory types.
-        step: Does it once, to a region.
-        needs: What must be there for it.
-        is_huge: The memory is as long as a transparent huge page.
+        name: Its name in ids.
+        text: Its text in summaries.
+        memory: The memory types on which it is possible.
+        step: Does it once to a region.
+        needs: What it needs.
+        is_huge: Whether the memory has the size of a transparent huge page.
     """
 
     name: str
@@ -122,7 +122,7 @@ def _collapse(region: Region) -> None:
     try:
         region.madvise(MADV_COLLAPSE)
     except OSError as error:
-        # A page is protected, or somebody holds one, or there is no huge page.
+        # A page is protected or in use, or no huge page is free.
         if error.errno not in (errno.EINVAL, errno.EBUSY, errno.EAGAIN, errno.ENOMEM):
             raise
 
@@ -169,7 +169,7 @@ def _protection_holds(ctx: Context, beside: Beside) -> None:
 def _add_beside(beside: Beside) -> None:
     case(
         f"race.writeprotect.holds-{beside.name}",
-        summary=f"A page that WRITEPROTECT has protected stays as it is beside {beside.text}",
+        summary=f"A page does not change after WRITEPROTECT returns, beside {beside.text}",
         origin=ORIGIN,
         memory=beside.memory,
         features=wp_features,
@@ -188,7 +188,7 @@ for _beside in BESIDE:
     needs=[_needs_two_cpus()],
 )
 def scan_reports(ctx: Context) -> None:
-    """A page that changes between two scans with PM_SCAN_WP_MATCHING is in the second one."""
+    """A scan with WP_MATCHING reports every page that changed since the last such scan."""
     region = tracked(ctx, _pages(ctx))
     pages = range(0, region.length, ctx.page)
 
@@ -222,7 +222,7 @@ def scan_reports(ctx: Context) -> None:
     needs=[_needs_two_cpus()],
 )
 def move_takes_all(ctx: Context) -> None:
-    """A page that MOVE took from below a writer does not change any more where it is now."""
+    """A page that MOVE takes from a writer no longer changes at its destination."""
     source, target = ctx.make(PAGES), ctx.make(PAGES)
     source.fill(1)
     ctx.register(target, RegisterMode.MISSING)
@@ -233,7 +233,7 @@ def move_takes_all(ctx: Context) -> None:
         for _ in range(10 * ROUNDS):
             offset = choose.randrange(PAGES) * ctx.page
             answer = ctx.ioctl("MOVE", target.start + offset, source.start + offset, ctx.page, 0)
-            if answer.errno:  # a hole, or a page that somebody has in hand
+            if answer.errno:  # a hole, or a page in use
                 os.sched_yield()
                 continue
             moved += 1
@@ -245,7 +245,7 @@ def move_takes_all(ctx: Context) -> None:
             target.madvise(mmap.MADV_DONTNEED, offset, ctx.page)
             if moved == ROUNDS:
                 break
-    ctx.expect("pages that changed after they had been moved", changed, [])
+    ctx.expect("pages that changed after MOVE", changed, [])
     ctx.expect("whether pages were moved", moved > 0, True)
 
 
@@ -253,7 +253,7 @@ def move_takes_all(ctx: Context) -> None:
 
 
 def _fill(ctx: Context, region: Region, name: str, source: int) -> int:
-    """Fill what is missing of a region from its start to its end; return how many pages."""
+    """Fill the missing pages of a region from start to end; return the number filled."""
     filled, at = 0, region.start
     while at < end_of(region):
         words = (end_of(region) - at, 0) if name == "ZEROPAGE" else (source, end_of(region) - at, 0)
@@ -282,20 +282,20 @@ def _filled_once(ctx: Context, other: str) -> None:
         total = _fill(ctx, region, "COPY", one.start) + filling.result()
         seen = reading.result()
         _drain(ctx)
-        ctx.expect("pages that were filled", total, pages)
+        ctx.expect("pages filled by both together", total, pages)
         torn = [
             number
             for number, at in enumerate(_starts(ctx, region))
             if region.read(at - region.start, SAMPLE)
             not in (bytes([1]) * SAMPLE, bytes([second]) * SAMPLE)
         ]
-        ctx.expect("pages with something of both", torn, [])
+        ctx.expect("pages with content of both", torn, [])
         wrong = [
             number
             for number, at in enumerate(_starts(ctx, region))
             if seen[number] != region.read(at - region.start, 1)
         ]
-        ctx.expect("pages that a reader saw with another content", wrong, [])
+        ctx.expect("pages that a reader saw with other content", wrong, [])
         release(region)
 
 
@@ -306,7 +306,7 @@ def _starts(ctx: Context, region: Region) -> range:
 def _add_filled(other: str, memory: tuple[str, ...]) -> None:
     case(
         f"race.copy.fills-once-beside-{other.lower()}",
-        summary=f"COPY and {other} of the same pages at a time: one of them fills each page",
+        summary=f"If COPY and {other} fill the same pages at once, one of them fills each page",
         origin=ORIGIN,
         memory=memory,
         features=missing_features,
@@ -318,7 +318,7 @@ _add_filled("COPY", ALL)
 _add_filled("ZEROPAGE", SMALL)
 
 
-# Nobody is left asleep
+# No thread is left asleep
 
 
 def _one_goes(ctx: Context, region: Region, end: Callable[[], object], spin: int) -> None:
@@ -336,7 +336,7 @@ def _one_goes(ctx: Context, region: Region, end: Callable[[], object], spin: int
     needs=[_needs_two_cpus()],
 )
 def unregister_lets_go(ctx: Context) -> None:
-    """A thread that faults while its page is unregistered goes on, whoever comes first."""
+    """A thread that faults while its page is being unregistered goes on, in either order."""
     region = ctx.make(1)
     ctx.open()
     for round_ in range(ROUNDS // 2):
@@ -353,7 +353,7 @@ def unregister_lets_go(ctx: Context) -> None:
     needs=[_needs_two_cpus()],
 )
 def close_lets_go(ctx: Context) -> None:
-    """A thread that faults while the userfaultfd is closed goes on, whoever comes first."""
+    """A thread that faults while the userfaultfd is being closed goes on, in either order."""
     region = ctx.make(1)
     for round_ in range(ROUNDS // 2):
         uffd = ctx.open()

@@ -42,7 +42,7 @@ SHMEM = ("shmem",)
 
 
 def _huge(ctx: Context, count: int = 1) -> Region:
-    """Make memory that huge pages map."""
+    """Make memory that is mapped by huge pages."""
     region = ctx.make(count * PAGES)
     if ctx.memory.is_anon:
         region.advise_thp()
@@ -62,13 +62,13 @@ def _collapse(ctx: Context, region: Region) -> None:
 
 
 def _expect_collapse(ctx: Context) -> None:
-    """Try it on memory that nobody has registered; a mapping may not merge with what is left."""
+    """Skip the case if memory that is not registered cannot be collapsed; unmap that again."""
     with _small(ctx) as region:
         _collapse(ctx, region)
 
 
 def _protected_pages(ctx: Context, region: Region) -> int:
-    ctx.is_protected(region.start)  # or this kernel does not show it
+    ctx.is_protected(region.start)  # skips the case if this kernel does not show bit 57
     with Pagemap() as pagemap:
         return sum(entry >> 57 & 1 for entry in pagemap.read(region))
 
@@ -81,7 +81,7 @@ def _protected_pages(ctx: Context, region: Region) -> int:
     needs=[needs_thp()],
 )
 def shmem_part(ctx: Context) -> None:
-    """Protecting 4 KiB of a huge page unmaps it: one marker, and the rest comes back silently."""
+    """Protecting 4 KiB of a huge page unmaps it and leaves one marker and no other."""
     region = _huge(ctx, 2)
     ctx.register(region, RegisterMode.WP)
     ctx.expect("bytes mapped huge before", mapped_huge(region.start), 2 * HUGE_PAGE)
@@ -106,7 +106,7 @@ def shmem_part(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def shmem_whole(ctx: Context) -> None:
-    """Protecting a whole huge page unmaps it too, and leaves a marker for each 4 KiB."""
+    """Protecting a whole huge page unmaps it and leaves a marker for each 4 KiB."""
     region = _huge(ctx)
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
@@ -130,7 +130,7 @@ def shmem_whole(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def anon_whole(ctx: Context) -> None:
-    """Protecting a whole anonymous huge page keeps it; a write to it splits it, at its 4 KiB."""
+    """Protecting a whole anonymous huge page does not split it; unprotecting 4 KiB of it does."""
     region = _huge(ctx, 2)
     ctx.register(region, RegisterMode.WP)
     ctx.uffd.writeprotect(region)
@@ -153,7 +153,7 @@ def anon_whole(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def anon_part(ctx: Context) -> None:
-    """Protecting 4 KiB of an anonymous huge page splits it, and keeps all of it mapped."""
+    """Protecting 4 KiB of an anonymous huge page splits it; all of it stays mapped."""
     region = _huge(ctx, 2)
     ctx.register(region, RegisterMode.WP)
     at = region.start + ctx.page
@@ -178,7 +178,7 @@ def _modes(memory: MemoryType) -> Feature:
     needs=[needs_thp()],
 )
 def shmem_collapse(ctx: Context) -> None:
-    """Shared memory registered for WP is not collapsed (EINVAL); for missing or minor it is."""
+    """MADV_COLLAPSE of shared memory works in modes MISSING and MINOR, and is EINVAL in mode WP."""
     _expect_collapse(ctx)
     for mode in (RegisterMode.MISSING, RegisterMode.MINOR):
         region = _small(ctx)
@@ -190,13 +190,13 @@ def shmem_collapse(ctx: Context) -> None:
     ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
     ctx.uffd.writeprotect(region.start, ctx.page)
     ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
-    ctx.expect("bit", ctx.is_protected(region.start), True)
+    ctx.expect("whether the page is still protected", ctx.is_protected(region.start), True)
     expect_write_fault(ctx, region.start)
-    ctx.expect("the rest", ctx.read(region.start + 1, 8), bytes([DATA]) * 8)
+    ctx.expect("rest of the page", ctx.read(region.start + 1, 8), bytes([DATA]) * 8)
 
 
 def _small(ctx: Context) -> Region:
-    """Make 2 MiB that small pages map."""
+    """Make 2 MiB that are mapped by small pages."""
     region = ctx.make(PAGES)
     if ctx.memory.is_anon:
         region.advise_thp(False)
@@ -207,7 +207,7 @@ def _small(ctx: Context) -> Region:
 
 
 def _allow_huge(ctx: Context, region: Region) -> None:
-    """Let small pages be collapsed: by MADV_COLLAPSE, and at any time by khugepaged."""
+    """Allow a collapse by MADV_COLLAPSE, and at any time by khugepaged."""
     if ctx.memory.is_anon:
         region.advise_thp()
 
@@ -220,14 +220,14 @@ def _allow_huge(ctx: Context, region: Region) -> None:
     needs=[needs_thp()],
 )
 def anon_collapse(ctx: Context) -> None:
-    """Anonymous memory is not collapsed while one page is protected (EINVAL), and is afterwards."""
+    """MADV_COLLAPSE of anonymous memory is EINVAL while one page is protected."""
     _expect_collapse(ctx)
     region = _small(ctx)
     ctx.register(region, RegisterMode.WP)
     at = region.start + ctx.page
     ctx.uffd.writeprotect(at, ctx.page)
     ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
-    ctx.expect("bit", ctx.is_protected(at), True)
+    ctx.expect("whether the page is still protected", ctx.is_protected(at), True)
     expect_write_fault(ctx, at)
     region.madvise(MADV_COLLAPSE)
     ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
@@ -244,7 +244,7 @@ def anon_collapse(ctx: Context) -> None:
     needs=[needs_thp(), needs_swap()],
 )
 def collapse_swapped(ctx: Context) -> None:
-    """A protected page in swap keeps MADV_COLLAPSE (EINVAL) away, and stays protected."""
+    """MADV_COLLAPSE over a protected page in swap is EINVAL, and the page stays protected."""
     _expect_collapse(ctx)
     region = _small(ctx)
     ctx.register(region, RegisterMode.WP)
@@ -252,7 +252,7 @@ def collapse_swapped(ctx: Context) -> None:
     ctx.uffd.writeprotect(at, ctx.page)
     page_out(ctx, region)
     ctx.expect_errno(errno.EINVAL, region.madvise, MADV_COLLAPSE)
-    ctx.expect("bit", ctx.is_protected(at), True)
+    ctx.expect("whether the page is still protected", ctx.is_protected(at), True)
     expect_read(ctx, at, DATA)
     expect_write_fault(ctx, at)
 
@@ -265,7 +265,7 @@ def collapse_swapped(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_marker(ctx: Context) -> None:
-    """A protected hole keeps MADV_COLLAPSE (EINVAL) away, and stays protected."""
+    """MADV_COLLAPSE over a protected hole is EINVAL, and the hole stays protected."""
     _expect_collapse(ctx)
     region = _small(ctx)
     ctx.register(region, RegisterMode.WP)
@@ -286,7 +286,7 @@ def collapse_marker(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_poison(ctx: Context) -> None:
-    """MADV_COLLAPSE over a poisoned page fails, and the poison stays."""
+    """MADV_COLLAPSE over a poisoned page fails, and the page stays poisoned."""
     _expect_collapse(ctx)
     region = _small(ctx)
     ctx.register(region, RegisterMode.MISSING)
@@ -303,7 +303,7 @@ def collapse_poison(ctx: Context) -> None:
     expect_read(ctx, region.start, DATA)
 
 
-# Holes of memory registered for missing faults
+# Holes in memory registered in mode MISSING
 
 HOLES = (0, 5, PAGES - 1)
 
@@ -316,7 +316,7 @@ HOLES = (0, 5, PAGES - 1)
     needs=[needs_thp()],
 )
 def collapse_holes(ctx: Context) -> None:
-    """MADV_COLLAPSE over holes registered for missing faults is EBUSY; they stay missing."""
+    """MADV_COLLAPSE over holes registered in mode MISSING is EBUSY; the holes stay missing."""
     _expect_collapse(ctx)
     region = ctx.make(PAGES)
     _fill_around(ctx, region, HOLES)
@@ -333,7 +333,7 @@ def collapse_holes(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_zero_pages(ctx: Context) -> None:
-    """MADV_COLLAPSE over zero pages that ZEROPAGE put there is EBUSY too, and they stay."""
+    """MADV_COLLAPSE over zero pages that ZEROPAGE mapped is EBUSY."""
     _expect_collapse(ctx)
     region = ctx.make(PAGES)
     _fill_around(ctx, region, HOLES)
@@ -355,7 +355,7 @@ def collapse_zero_pages(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_alias(ctx: Context) -> None:
-    """MADV_COLLAPSE of another mapping does not fill holes of the one that is registered."""
+    """MADV_COLLAPSE of another mapping does not fill holes of the registered one."""
     _expect_collapse(ctx)
     region = ctx.make(PAGES)
     _fill_around(ctx, region, HOLES)
@@ -372,7 +372,7 @@ def collapse_alias(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_complete(ctx: Context) -> None:
-    """Memory registered for missing faults without a hole is collapsed, and has its content."""
+    """MADV_COLLAPSE of memory without holes works in mode MISSING, and keeps the content."""
     _expect_collapse(ctx)
     region = _small(ctx)
     ctx.register(region, RegisterMode.MISSING)
@@ -389,7 +389,7 @@ def collapse_complete(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_private_file(ctx: Context) -> None:
-    """A private mapping of a file that is huge by now is mapped huge, and reads the file."""
+    """MADV_COLLAPSE maps a huge page of the file in a private mapping that has a page table."""
     region = _huge_file_below(ctx)
     ctx.silently(region.madvise, MADV_COLLAPSE)
     ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
@@ -409,7 +409,7 @@ def collapse_private_file(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_private_file_with_copy(ctx: Context) -> None:
-    """A page that COPY put above a file that is huge by now keeps MADV_COLLAPSE (EINVAL) away."""
+    """MADV_COLLAPSE of a private mapping of a huge file page is EINVAL if COPY filled a page."""
     region = _huge_file_below(ctx)
     at = region.start + 5 * ctx.page
     ctx.uffd.copy(at, bytes([WRITTEN]) * ctx.page)
@@ -428,12 +428,12 @@ def collapse_private_file_with_copy(ctx: Context) -> None:
     needs=[needs_thp()],
 )
 def collapse_private_file_after_copy(ctx: Context) -> None:
-    """When such a page has been dropped, the page table goes and the file is mapped huge."""
+    """After a page that COPY filled is dropped, MADV_COLLAPSE maps the huge page of the file."""
     region = _huge_file_below(ctx)
     at = region.start + 5 * ctx.page
     ctx.uffd.copy(at, bytes([WRITTEN]) * ctx.page)
     region.madvise(mmap.MADV_DONTNEED, at - region.start, ctx.page)
-    # Mapped by the page table that the copy keeps, before it goes.
+    # Map a page of the file through the page table, which MADV_COLLAPSE must then remove.
     expect_read(ctx, region.start, DATA)
     ctx.silently(region.madvise, MADV_COLLAPSE)
     ctx.expect("bytes mapped huge", mapped_huge(region.start), HUGE_PAGE)
@@ -445,7 +445,7 @@ def collapse_private_file_after_copy(ctx: Context) -> None:
 
 
 def _huge_file_below(ctx: Context) -> Region:
-    """Register a private mapping with a page table for a file that becomes huge after that."""
+    """Register a private mapping, give it a page table, and then make the file's page huge."""
     region = ctx.make(PAGES)
     assert region.fd is not None
     ctx.register(region, RegisterMode.MISSING)
@@ -458,7 +458,7 @@ def _huge_file_below(ctx: Context) -> Region:
 
 
 def _fill_around(ctx: Context, region: Region, holes: tuple[int, ...]) -> None:
-    """Fill a region with small pages, except for some; khugepaged could fill these, too."""
+    """Fill a region with small pages except for holes; keep khugepaged from filling those."""
     if ctx.memory.is_anon:
         region.advise_thp(False)
     for index in range(PAGES):

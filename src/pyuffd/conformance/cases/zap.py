@@ -1,7 +1,7 @@
-"""The write-protect series, patches 10 and 23: what unmapping a protected page does (layer L5).
+"""The write-protect series, patches 10 and 23: what actions leave of a protected page (layer L5).
 
-One row for each action, with what each memory type does: a protected page that holds data, in a
-range registered for WP only.
+Each row is an action on a protected page with data in a range registered in mode WP only, and what
+it leaves on each memory type.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ from pyuffd.testing._need import Need, needs_privilege, needs_swap
 MADV_COLD, MADV_PAGEOUT = 20, 21
 ZERO_RANGE = 0x10 | 0x1  # FALLOC_FL_KEEP_SIZE
 SYS_MLOCK, SYS_MUNLOCK = 149, 150
-KEPT, DROPPED, CLEAN = "there and protected", "a marker", "a hole"
+KEPT, DROPPED, CLEAN = "present and protected", "a marker", "a hole"
 
 
 @dataclass(frozen=True)
 class After:
-    """What is found after the action.
+    """What the action leaves.
 
     Attributes:
-        state: The page is KEPT protected, leaves a marker (DROPPED), or a hole (CLEAN).
-        value: Every byte of it.
-        code: The action's errno.
+        state: A protected page (KEPT), a marker (DROPPED), or a hole (CLEAN).
+        value: The byte that fills the page when it is read.
+        code: The errno of the action.
     """
 
     state: str = KEPT
@@ -68,15 +68,15 @@ class After:
     code: int = 0
 
     def __str__(self) -> str:
-        name = f", after {errno.errorcode[self.code]}" if self.code else ""
+        name = f", with {errno.errorcode[self.code]}" if self.code else ""
         return f"{self.state}{name}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """An action and what it does to each memory type.
+    """An action, and what it leaves on each memory type.
 
-    With `drops_data`, the marker may go with the data, as v5 of the series had it.
+    With `drops_data`, the marker may be dropped with the data, as in v5 of the series.
     """
 
     name: str
@@ -126,11 +126,11 @@ ZERO = After(DROPPED, 0)
 IN_FILE_ONLY = After(DROPPED, IN_FILE)
 VARIANTS = (
     Variant("marker-stays", "dropping the data leaves a marker; no feature bit tells"),
-    Variant("marker-goes", "v5 of the series: dropping the data drops the protection"),
+    Variant("marker-goes", "as in v5 of the series: dropping the data drops the protection"),
 )
 NOT_HUGETLB = _same(HUGETLB, After(code=errno.EINVAL))
 ROWS = (
-    Row("nothing", "nothing at all", lambda _, region: None, _same(ALL, After())),
+    Row("nothing", "no action", lambda _, region: None, _same(ALL, After())),
     Row(
         "dontneed",
         "MADV_DONTNEED",
@@ -162,14 +162,14 @@ ROWS = (
     ),
     Row(
         "punch-hole",
-        "punching a hole into the file",
+        "punching a hole in the file",
         _fallocate(PUNCH_HOLE),
         {"shmem-private": After(), **_same(("shmem", *HUGETLB), ZERO)},
         drops_data=True,
     ),
     Row(
         "truncate",
-        "truncating the file to nothing and back",
+        "truncating the file to 0 and growing it again",
         _truncate,
         {**_same(SHMEM, ZERO), **_same(HUGETLB, After(CLEAN, 0))},
         drops_data=True,
@@ -190,7 +190,7 @@ ROWS = (
             **_same(("shmem-private", "hugetlb-private"), After(CLEAN, IN_FILE)),
         },
     ),
-    Row("mprotect", "mprotect to NONE, to READ and back", _mprotect, _same(ALL, After())),
+    Row("mprotect", "mprotect to PROT_NONE, to PROT_READ and back", _mprotect, _same(ALL, After())),
     Row(
         "free",
         "MADV_FREE",
@@ -274,7 +274,7 @@ def _both(
 
 
 def _with_marker(ctx: Context) -> Region:
-    """Make two protected pages, the second of them a marker where this memory leaves one."""
+    """Make two protected pages; on file memory, turn the second into a marker."""
     region = protected(ctx, 2)
     if not ctx.memory.is_anon:
         region.madvise(mmap.MADV_DONTNEED, ctx.page, ctx.page)
@@ -286,7 +286,7 @@ def _marked(ctx: Context, start: int) -> list[int]:
     return [at for at in (start, start + ctx.page) if ctx.is_protected(at)]
 
 
-@_both("mprotect-marker", "mprotect to NONE, READ, and back keeps markers", FILE)
+@_both("mprotect-marker", "mprotect to PROT_NONE, to PROT_READ and back keeps markers", FILE)
 def _mprotect_marker(ctx: Context) -> None:
     region = _with_marker(ctx)
     _mprotect(ctx, region)
@@ -304,7 +304,7 @@ LOCKING = [needs_privilege("CAP_IPC_LOCK")]
 
 @_both(
     "mlock-private",
-    "mlock of private memory write-faults: one message 3 for each protected page and marker",
+    "mlock of private memory sends one message 3 for each protected page and marker",
     PRIVATE,
     needs=LOCKING,
 )
@@ -326,7 +326,7 @@ def _mlock_private(ctx: Context) -> None:
 
 @_both(
     "mlock-shared",
-    "mlock of shared memory gives no message: markers become pages, and all stay protected",
+    "mlock of shared memory sends no message; markers become pages, and all stay protected",
     SHARED,
     needs=LOCKING,
 )
@@ -341,14 +341,14 @@ def _mlock_shared(ctx: Context) -> None:
     syscall(SYS_MUNLOCK, region.start, region.length)
 
 
-@_both("mremap", "mremap without EVENT_REMAP: bits, markers and the registration are gone")
+@_both("mremap", "mremap without EVENT_REMAP drops bits, markers and the registration")
 def _mremap(ctx: Context) -> None:
     region = _with_marker(ctx)
     target = reserve(ctx, region.length)
     move_mapping(ctx, region, target)
     ctx.expect("pages protected at the new address", _marked(ctx, target), [])
     flags = smaps(target).get("VmFlags", "").split()
-    ctx.expect("VmFlags uw", "uw" in flags, False)
+    ctx.expect("whether VmFlags has uw", "uw" in flags, False)
     expect_read(ctx, target, DATA)
     for at in (target, target + ctx.page):
         expect_silent_write(ctx, at)
@@ -360,7 +360,7 @@ def _remap_features(memory: MemoryType) -> Feature:
 
 @_both(
     "mremap-with-event",
-    "mremap with EVENT_REMAP: the event says from where to where, and protection moves along",
+    "mremap with EVENT_REMAP sends the event, and moves the protection too",
     features=_remap_features,
 )
 def _mremap_with_event(ctx: Context) -> None:
@@ -370,14 +370,14 @@ def _mremap_with_event(ctx: Context) -> None:
     moving = ctx.start(move_mapping, ctx, region, target)
     ctx.expect("the event", ctx.expect_event(Remap), Remap(start, target, length))
     moving.result()
-    ctx.expect("VmFlags uw", "uw" in smaps(target).get("VmFlags", "uw").split(), True)
+    ctx.expect("whether VmFlags has uw", "uw" in smaps(target).get("VmFlags", "uw").split(), True)
     ctx.expect("pages protected", _marked(ctx, target), [target, target + ctx.page])
     expect_read(ctx, target, DATA)
     for at in (target, target + ctx.page):
         expect_write_fault(ctx, at)
 
 
-@_both("unregister", "UNREGISTER unprotects its part of the range and no more")
+@_both("unregister", "UNREGISTER unprotects only its part of the range")
 def _unregister(ctx: Context) -> None:
     region = protected(ctx, 2)
     ctx.uffd.unregister(region.start, ctx.page)
@@ -397,7 +397,7 @@ def _close(ctx: Context) -> None:
 
 @_both(
     "private-keeps-file",
-    "Writing a protected private page after its copy was dropped leaves the file alone",
+    "A write to a protected private page after its copy was dropped does not change the file",
     ("shmem-private", "hugetlb-private"),
 )
 def _private_keeps_file(ctx: Context) -> None:
@@ -406,12 +406,12 @@ def _private_keeps_file(ctx: Context) -> None:
     expect_write_fault(ctx, region.start)
     assert region.fd is not None
     with Region.file(region.fd, region.length) as view:
-        ctx.expect("the file", view.read(0, 8), bytes([IN_FILE]) * 8)
+        ctx.expect("bytes of the file", view.read(0, 8), bytes([IN_FILE]) * 8)
 
 
 @_both(
     "remove-missing",
-    "MADV_REMOVE in a range registered for missing faults: a touch is missing, protection or not",
+    "After MADV_REMOVE in mode MISSING, a protected page is missing",
     SHARED,
     features=lambda memory: (
         wp_features(memory)
