@@ -30,7 +30,8 @@ class RegionKind(Word):
         SHM: POSIX shared memory (`Region.shm`).
         HUGETLBFS: A file on a hugetlbfs mount (`Region.hugetlbfs`).
         FILE: Any other file (`Region.file`).
-        ADDRESS: Memory that other code mapped (`Region.at`).
+        ADDRESS: Memory that other code mapped (`Region.at`), or where a restore has mapped its
+            content (`Snapshot.restore` with mode "map" or "minor").
     """
 
     ANONYMOUS = "anonymous"
@@ -64,6 +65,11 @@ class Mapping:
     def fd(self) -> int | None:
         """The descriptor of its file, or None."""
         return self.file.number if self.file.is_open else None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first address, and the one behind the last."""
+        return self.start, self.start + self.length
 
     def part(self, offset: int, length: int) -> Mapping:
         """Return the description of a part, which owns no memory and shares file and name."""

@@ -49,6 +49,7 @@ class Divisible(CloseCallbacks):
         self._keeps: object = None
         self._closer = 0  # the thread that closes it
         self._served_spans: list[tuple[int, int]] = []
+        self._replaced_spans: list[tuple[int, int]] = []
         self._exports: list[weakref.ref[Buffer]] = []  # the buffers that views refer to
         self._exports_lock = RLock()
         self._accesses: list[MappedMemory] = []  # one for each access under way
@@ -80,7 +81,7 @@ class Divisible(CloseCallbacks):
     @property
     def was_served(self) -> bool:
         """Whether a Handler has served some of it, so that its content may come from there."""
-        start, end = self._mapping.start, self._mapping.start + self._mapping.length
+        start, end = self._mapping.span
         return any(first < end and start < past for first, past in self._root._served_spans)
 
     def _note_served(self, offset: int = 0, length: int | None = None) -> None:
@@ -89,6 +90,15 @@ class Divisible(CloseCallbacks):
         span = (start, start + (self._mapping.length if length is None else length))
         if span not in self._root._served_spans:
             self._root._served_spans.append(span)
+
+    def _note_replaced(self) -> None:
+        """Note that a file is mapped now where it was: only /proc tells what its pages have."""
+        self._root._replaced_spans.append(self._mapping.span)
+
+    @property
+    def _is_replaced(self) -> bool:
+        start, end = self._mapping.span
+        return any(first < end and start < past for first, past in self._root._replaced_spans)
 
     # Python's own view of it
 

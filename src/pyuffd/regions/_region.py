@@ -306,7 +306,7 @@ class Region(Divisible):
     @property
     def kind(self) -> RegionKind:
         """The kind of memory."""
-        return self._mapping.kind
+        return RegionKind.ADDRESS if self._is_replaced else self._mapping.kind
 
     @property
     def fd(self) -> int | None:
@@ -361,7 +361,7 @@ class Region(Divisible):
         place = "closed" if self.closed else f"[{it.start:#x}, +{it.length:#x})"
         sharing = "shared" if it.shared else "private"
         what = "Region" if self._whole is None else "Region, a part,"
-        return f"<{what} {place} {it.kind.value} {sharing} page_size={it.page_size:#x}>"
+        return f"<{what} {place} {self.kind.value} {sharing} page_size={it.page_size:#x}>"
 
     # Its content
 

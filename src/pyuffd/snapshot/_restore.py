@@ -21,6 +21,7 @@ from pyuffd._latch import Latch
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Until
 from pyuffd._working_set import WorkingSet
+from pyuffd.regions import Region
 from pyuffd.snapshot import _restore_hot, _working_sets
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._capture import SnapshotProgress
@@ -28,7 +29,12 @@ from pyuffd.snapshot._content import Files, Placed, Sums, check_files, check_gap
 from pyuffd.snapshot._drain import Batch, Drain
 from pyuffd.snapshot._restore_compare import Comparing
 from pyuffd.snapshot._restore_options import Options
-from pyuffd.snapshot._restore_plan import check_empty, check_not_registered, choose
+from pyuffd.snapshot._restore_plan import (
+    check_empty,
+    check_not_registered,
+    check_not_restored,
+    choose,
+)
 from pyuffd.snapshot._serve import AROUND, Serving
 from pyuffd.snapshot._share import Shares
 
@@ -133,6 +139,7 @@ class Restore(Closing):
         self.total = sum(each.chain.data_bytes for each in placed)
         files = Files(images)
         try:
+            check_not_restored(placed)
             self.method, self.why = choose(placed, files, options)
             check_empty(placed)
             if self.method != "copy":
@@ -158,6 +165,10 @@ class Restore(Closing):
                 )
         finally:
             files.close()
+        if self.method != "copy":
+            for each in placed:
+                assert isinstance(each.region, Region)
+                each.region._note_replaced()
         self._ready_s = time.monotonic() - self._began
         if self._serving is None or self._serving.is_complete:
             self._serving = None

@@ -10,6 +10,7 @@ from pyuffd._arguments import check_int, shown
 from pyuffd._errors import UffdPermissionError, UnsupportedFeatureError
 from pyuffd._opening import register_for_a_moment
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
+from pyuffd.regions import Region
 from pyuffd.snapshot import _restore_map as maps
 from pyuffd.snapshot._content import Files, Placed, chain_of
 from pyuffd.snapshot._format import SnapshotRegion
@@ -49,6 +50,17 @@ def place(image: Image, regions: Regions) -> list[Placed]:
         if start + length > other:
             raise ValueError(f"regions overlap at {other:#x}")
     return found
+
+
+def check_not_restored(placed: Sequence[Placed]) -> None:
+    """Raise ValueError for memory where an earlier restore has mapped a file."""
+    for each in placed:
+        # A page of a file that is mapped there causes no fault that is seen, or cannot be served.
+        if isinstance(each.region, Region) and each.region._is_replaced:
+            raise ValueError(
+                f"the region at {each.region.start:#x} has what an earlier restore has mapped"
+                " there, which would be lost: restore into a new Region"
+            )
 
 
 def check_empty(placed: Sequence[Placed]) -> None:

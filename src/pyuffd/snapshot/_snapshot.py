@@ -354,8 +354,8 @@ class Snapshot(Opened):
             record_until: When the recording ends: seconds, or "settled", as for `record`.
 
         Raises:
-            ValueError: bad arguments; memory that was not mapped at the instant, or that has pages;
-                a mode that the regions cannot have.
+            ValueError: bad arguments; memory that was not mapped at the instant, or that has pages,
+                also of an earlier restore; a mode that the regions cannot have.
             SnapshotError: "gaps".
             SnapshotFormatError: a file was cut; with "first", a chunk was changed.
             RangeBusyError: memory that a handler, a tracker or another restore has registered.
