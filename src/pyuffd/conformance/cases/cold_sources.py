@@ -222,7 +222,7 @@ def frees_its_huge_page(ctx: Context) -> None:
     before = free_hugepages()
     for _ in range(TIMES):
         answer = ctx.ioctl("COPY", region.start, source.start, ctx.page)
-        ctx.expect("errno", answer.errno, errno.EFAULT)
+        ctx.expect("errno of COPY", answer.errno, errno.EFAULT)
     # Other programs may take some huge pages meanwhile.
     lost = before - free_hugepages()
     ctx.expect("whether each COPY lost a huge page", lost >= TIMES, False)

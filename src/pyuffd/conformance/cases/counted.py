@@ -93,7 +93,9 @@ def _add_counted(op: Op) -> None:
             source.close()  # so that the kernel may take freed pages with other content
         before = _counts()
         answer = ctx.ioctl(op.name, *op.words(region.start, from_, region.length, 0))
-        ctx.expect("errno and result", (answer.errno, answer.result), (0, region.length))
+        ctx.expect(
+            f"errno and result of {op.name}", (answer.errno, answer.result), (0, region.length)
+        )
         _expect_change(ctx, "filling", before, {_counted_as(op, ctx.memory): region.length})
         if op in (COPY, MOVE):
             numbers = [
@@ -307,7 +309,7 @@ def continue_lets_go(ctx: Context) -> None:
     start = _memory.mmap(page, READ_WRITE, flags | MAP_NORESERVE, file)
     ctx.open().register(start, page, mode=RegisterMode.MINOR)
     codes = [ctx.ioctl("CONTINUE", start, page).errno for _ in range(3)]
-    ctx.expect("errnos", codes, [0, errno.EEXIST, errno.EEXIST])
+    ctx.expect("errnos of CONTINUE", codes, [0, errno.EEXIST, errno.EEXIST])
     ctx.expect("byte", ctx.silently(ctx.read, start), b"\1")
     _memory.munmap(start, page)
     os.ftruncate(file, 0)
@@ -348,7 +350,7 @@ def frees_its_page(ctx: Context) -> None:
 
     def fail() -> None:
         codes = {_raw.ioctl(ctx.uffd, "COPY", *words).errno for _ in range(TIMES)}
-        ctx.expect("errnos", codes, {errno.EEXIST})
+        ctx.expect("errnos of COPY", codes, {errno.EEXIST})
 
     _growth(ctx, fail)
 
@@ -371,7 +373,7 @@ def continued_can_go(ctx: Context) -> None:
         ctx.uffd.continue_(region)
         pages = range(region.start, region.start + region.length, SMALL_PAGE)
         codes = {_raw.ioctl(ctx.uffd, "CONTINUE", at, SMALL_PAGE).errno for at in pages}
-        ctx.expect("errnos", codes, {errno.EEXIST})
+        ctx.expect("errnos of CONTINUE", codes, {errno.EEXIST})
         region.close()
 
     _growth(ctx, fail)
@@ -398,7 +400,7 @@ def moved_can_go(ctx: Context) -> None:
         ring = pin.take(syscall)
         pages = range(source.start, source.start + source.length, SMALL_PAGE)
         codes = {_raw.ioctl(ctx.uffd, "MOVE", region.start, at, SMALL_PAGE).errno for at in pages}
-        ctx.expect("errnos", codes, {errno.EBUSY})
+        ctx.expect("errnos of MOVE", codes, {errno.EBUSY})
         pin.drop(syscall, ring)
         os.close(ring)
         source.close()

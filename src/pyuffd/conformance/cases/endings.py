@@ -103,7 +103,7 @@ def _add(call: Call) -> None:
 
     case(
         f"close.ok.unread-{call.name}",
-        summary=f"The last close lets a call with an unread {call.feature.name} return",
+        summary=f"A call whose {call.feature.name} is unread returns after the last close",
         origin="fs/userfaultfd.c: userfaultfd_event_wait_completion, userfaultfd_release",
         memory=SMALL,
         features=lambda memory: missing_features(memory) | FORK | call.feature,

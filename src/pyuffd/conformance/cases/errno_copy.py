@@ -52,7 +52,7 @@ def copy_src_unaligned(ctx: Context) -> None:
     ctx.register(region, RegisterMode.MISSING)
     answer = ctx.ioctl("COPY", region.start, source.start + 1, ctx.page)
     ctx.expect("errno and copy", (answer.errno, answer.result), (0, ctx.page))
-    ctx.expect("bytes", ctx.silently(ctx.read, region.start, 3), b"\1\2\3")
+    ctx.expect("bytes after COPY", ctx.silently(ctx.read, region.start, 3), b"\1\2\3")
 
 
 @case("UFFDIO_COPY.EINVAL.src-wraps", origin="UFFDIO_COPY(2const): EINVAL")
@@ -98,7 +98,7 @@ def copy_second_src_faults(ctx: Context) -> None:
     target = Target(ctx, COPY)
     _memory.mprotect(target.source + ctx.page, ctx.page, PROT_NONE)
     target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
-    ctx.expect("bytes", ctx.silently(ctx.read, target.start, 2), DATA * 2)
+    ctx.expect("bytes after COPY", ctx.silently(ctx.read, target.start, 2), DATA * 2)
 
 
 @case(
@@ -122,11 +122,11 @@ def copy_wp(ctx: Context) -> None:
     region = _wp_target(ctx, RegisterMode.MISSING)
     ctx.uffd.copy(region.start, DATA * ctx.page, mode=CopyMode.WP)
     ctx.expect_pagemap(region.start, "P-FW?" if ctx.memory.shared else "P--W?")
-    ctx.expect("bytes", ctx.silently(ctx.read, region.start, 2), DATA * 2)
+    ctx.expect("bytes after COPY", ctx.silently(ctx.read, region.start, 2), DATA * 2)
     write = ctx.start(ctx.write, region.start, b"\1")
     ctx.expect_fault(WP_WRITE, region.start)
     ctx.uffd.writeprotect(region, mode=WriteprotectMode(0))
-    ctx.expect("write", write.result(), None)
+    ctx.expect("the write", write.result(), None)
 
 
 @case("UFFDIO_COPY.ok.range-wp-only", origin="UFFDIO_COPY(2const)", features=missing_wp_features)
@@ -134,7 +134,7 @@ def copy_wp_only(ctx: Context) -> None:
     """COPY also fills a range that is registered in mode WP only."""
     region = _wp_target(ctx, RegisterMode(0))
     ctx.expect("bytes copied", ctx.uffd.copy(region.start, DATA * ctx.page), ctx.page)
-    ctx.expect("bytes", ctx.silently(ctx.read, region.start, 2), DATA * 2)
+    ctx.expect("bytes after COPY", ctx.silently(ctx.read, region.start, 2), DATA * 2)
 
 
 @case(
@@ -148,7 +148,7 @@ def copy_over_poison(ctx: Context) -> None:
     ctx.register(region, RegisterMode.MISSING)
     ctx.uffd.poison(region)
     ctx.expect("bytes copied", ctx.uffd.copy(region.start, DATA * ctx.page), ctx.page)
-    ctx.expect("bytes", ctx.silently(ctx.read, region.start, 2), DATA * 2)
+    ctx.expect("bytes after COPY", ctx.silently(ctx.read, region.start, 2), DATA * 2)
 
 
 @case(
@@ -187,7 +187,7 @@ def zeropage_over_shared_poison(ctx: Context) -> None:
     target = Target(ctx, ZEROPAGE)
     ctx.uffd.poison(target.start, ctx.page)
     target.expect(0, ctx.page)
-    ctx.expect("bytes", ctx.silently(ctx.read, target.start, 2), bytes(2))
+    ctx.expect("bytes after ZEROPAGE", ctx.silently(ctx.read, target.start, 2), bytes(2))
 
 
 @case(
@@ -216,7 +216,7 @@ def continue_second_not_there(ctx: Context) -> None:
     assert target.region.fd is not None
     _memory.fallocate(target.region.fd, PUNCH_HOLE, ctx.page, ctx.page)
     target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
-    ctx.expect("bytes", ctx.silently(ctx.read, target.start, 2), DATA * 2)
+    ctx.expect("bytes after CONTINUE", ctx.silently(ctx.read, target.start, 2), DATA * 2)
 
 
 @case(
@@ -257,11 +257,11 @@ def continue_wp(ctx: Context) -> None:
     ctx.uffd.register(target.region, mode=RegisterMode.MINOR | RegisterMode.WP)
     target.expect(0, ctx.page, mode=ContinueMode.WP)
     ctx.expect_pagemap(target.start, "P-FW?")
-    ctx.expect("bytes", ctx.silently(ctx.read, target.start, 2), DATA * 2)
+    ctx.expect("bytes after CONTINUE", ctx.silently(ctx.read, target.start, 2), DATA * 2)
     write = ctx.start(ctx.write, target.start, b"\1")
     ctx.expect_fault(WP_WRITE, target.start)
     ctx.uffd.writeprotect(target.start, ctx.page, mode=WriteprotectMode(0))
-    ctx.expect("write", write.result(), None)
+    ctx.expect("the write", write.result(), None)
 
 
 def _expect_poisoned(ctx: Context, address: int) -> None:

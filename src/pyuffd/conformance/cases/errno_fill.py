@@ -130,7 +130,9 @@ class Target:
     def expect(self, code: int, result: int, **call: int) -> None:
         """Make the ioctl, and check its errno and its result field."""
         answer = self.call(**call)
-        self._ctx.expect("errno and result", (answer.errno, answer.result), (code, result))
+        self._ctx.expect(
+            f"errno and result of {self._op.name}", (answer.errno, answer.result), (code, result)
+        )
 
 
 def fill_file(ctx: Context, region: Region, pages: int | None = None) -> None:
@@ -152,7 +154,7 @@ def _ok(ctx: Context, op: Op) -> None:
     is_the_files = ctx.memory.shared or op is CONTINUE
     ctx.expect_pagemap(target.start, "P-F-?" if is_the_files else "P---?")
     seen = ctx.silently(ctx.read, target.start, 8)
-    ctx.expect("bytes", seen, bytes(8) if op is ZEROPAGE else DATA * 8)
+    ctx.expect(f"bytes after {op.name}", seen, bytes(8) if op is ZEROPAGE else DATA * 8)
 
 
 def _to_unaligned(ctx: Context, op: Op) -> None:
@@ -226,8 +228,8 @@ def _layout_changing(ctx: Context, op: Op) -> None:
     dropping = ctx.start(other.madvise, mmap.MADV_DONTNEED)
     ctx.wait_readable()
     answer = target.call()
-    ctx.expect("errno", answer.errno, errno.EAGAIN)
-    ctx.expect_variant("result", answer.result, told=-errno.EAGAIN, untouched=0)
+    ctx.expect(f"errno of {op.name}", answer.errno, errno.EAGAIN)
+    ctx.expect_variant(f"result field of {op.name}", answer.result, told=-errno.EAGAIN, untouched=0)
     ctx.expect("whether madvise returned before its event was read", dropping.done, False)
     ctx.expect_event(Remove)
     dropping.result()
@@ -442,7 +444,9 @@ def _add_past_file_end(op: Op, memory: tuple[str, ...], code: int, other: int) -
         os.ftruncate(target.region.fd, ctx.page)
         answer = target.call(at=ctx.page)
         seen = (answer.errno, answer.result)
-        ctx.expect_variant("errno and result", seen, told=(code, -code), otherwise=(other, -other))
+        ctx.expect_variant(
+            f"errno and result of {op.name}", seen, told=(code, -code), otherwise=(other, -other)
+        )
         if op is not CONTINUE:  # CONTINUE finds its first page still in the file
             target.expect(errno.EAGAIN, ctx.page, length=2 * ctx.page)
         ctx.expect_pagemap(target.start + ctx.page, "-----")
@@ -460,7 +464,7 @@ def _add_past_file_end(op: Op, memory: tuple[str, ...], code: int, other: int) -
         variants=_PAST_END,
         summary="A page beyond the end of the file is not filled; pages before it are counted"
         if op is not CONTINUE
-        else "A page beyond the end of the file is not mapped; if the file grows, it is a hole",
+        else "A page beyond the end of the file is not mapped; once the file grows, it is a hole",
     )(run)
 
 

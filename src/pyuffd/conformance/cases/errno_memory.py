@@ -183,7 +183,7 @@ def fork_fails(ctx: Context) -> None:
     """A fork that fails while it copies mappings sends no event, and COPY still works."""
     child = ctx.run_child(fork_without_memory, int(Feature.EVENT_FORK))
     code, events, copied = child.value
-    ctx.expect("errno", code, errno.ENOMEM)
+    ctx.expect("errno of fork", code, errno.ENOMEM)
     ctx.expect("bytes that COPY fills afterwards", copied, ctx.page)
     ctx.expect_variant("events", events, none=0, told=1)
 
@@ -223,7 +223,7 @@ def copy_file_system_full(ctx: Context) -> None:
     answer = ctx.ioctl("COPY", start + page, source, 2 * page)
     ctx.expect("errno and result, two pages", (answer.errno, answer.result), (errno.EAGAIN, page))
     answer = ctx.ioctl("COPY", start + 2 * page, source, page)
-    ctx.expect("errno and result", (answer.errno, answer.result), NO_MEMORY)
+    ctx.expect("errno and result of COPY", (answer.errno, answer.result), NO_MEMORY)
     ctx.expect_pagemap(start + 2 * page, "-----")
 
 
@@ -241,7 +241,7 @@ def zeropage_file_system_full(ctx: Context) -> None:
     answer = ctx.ioctl("ZEROPAGE", start, 2 * page)
     ctx.expect("errno and result, two pages", (answer.errno, answer.result), (0, 2 * page))
     answer = ctx.ioctl("ZEROPAGE", start + 2 * page, page)
-    ctx.expect("errno and result", (answer.errno, answer.result), NO_MEMORY)
+    ctx.expect("errno and result of ZEROPAGE", (answer.errno, answer.result), NO_MEMORY)
 
 
 @case(
@@ -272,7 +272,7 @@ def copy_no_huge_page(ctx: Context) -> None:
     answer = ctx.ioctl("COPY", where, source, page)
     mistaken = (errno.EEXIST, -errno.EEXIST)
     seen = (answer.errno, answer.result)
-    ctx.expect_variant("errno and result", seen, told=NO_MEMORY, mistaken=mistaken)
+    ctx.expect_variant("errno and result of COPY", seen, told=NO_MEMORY, mistaken=mistaken)
     ctx.expect_pagemap(where, "-----")
     access = ctx.start(ctx.read, where)
     ctx.expect_fault(0, where)

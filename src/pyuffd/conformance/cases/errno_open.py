@@ -80,7 +80,7 @@ def _unprivileged(ctx: Context) -> Child:
 
 @case("userfaultfd.ok.cloexec-nonblock", origin="userfaultfd(2): DESCRIPTION", memory=ANY)
 def open_flags(ctx: Context) -> None:
-    """O_CLOEXEC and O_NONBLOCK are set on the descriptor as asked for."""
+    """The descriptor has O_CLOEXEC and O_NONBLOCK if and only if requested."""
     both, neither = fresh(ctx), fresh(ctx, 0)
     ctx.expect("O_CLOEXEC", [os.get_inheritable(fd) for fd in (both, neither)], [False, True])
     ctx.expect("O_NONBLOCK", [os.get_blocking(fd) for fd in (both, neither)], [False, True])
@@ -92,7 +92,11 @@ def open_flags(ctx: Context) -> None:
     memory=ANY,
     variants=[
         Variant("read-only", "the descriptor is open for reading only"),
-        Variant("read-write", "it is open for reading and writing", lacks=Feature.WP_UNPOPULATED),
+        Variant(
+            "read-write",
+            "the descriptor is open for reading and writing",
+            lacks=Feature.WP_UNPOPULATED,
+        ),
     ],
 )
 def descriptor(ctx: Context) -> None:
@@ -167,7 +171,7 @@ def open_unprivileged(ctx: Context) -> None:
     fd = child.syscall(SYS_USERFAULTFD, FLAGS)
     allowed = SYSCTL.read_text().strip() == "1"
     ctx.expect_variant("userfaultfd(2)", fd if fd < 0 else 0, refused=-errno.EPERM, allowed=0)
-    ctx.expect("variant", ctx.variant, "allowed" if allowed else "refused")
+    ctx.expect("variant, by the sysctl", ctx.variant, "allowed" if allowed else "refused")
 
 
 @case(
@@ -202,7 +206,7 @@ def device_mode(ctx: Context) -> None:
     address, _, _owner = buffer_address(bytes(device) + b"\0")
     wanted = 0 if device.stat().st_mode & 0o006 == 0o006 else -errno.EACCES
     fd = _unprivileged(ctx).syscall(SYS_OPEN, address, os.O_RDWR)
-    ctx.expect("open", min(fd, 0), wanted)
+    ctx.expect("open(2)", min(fd, 0), wanted)
 
 
 @case(
@@ -378,7 +382,7 @@ def api_reply(ctx: Context) -> None:
     """The reply lists all features of the kernel, whichever are requested."""
     answers = [ctx.ioctl("API", API, asked, uffd=fresh(ctx)) for asked in (0, ctx.offered & 0x80)]
     for answer in answers:
-        ctx.expect("reply", (answer.errno, answer.words[:2]), (0, (API, ctx.offered)))
+        ctx.expect("errno and reply", (answer.errno, answer.words[:2]), (0, (API, ctx.offered)))
         known = sum(int(each) for each in KNOWN_IOCTLS)
         wanted = int(Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER)
         ctx.expect("known ioctls of a descriptor", answer.words[2] & known, wanted)

@@ -58,7 +58,7 @@ def read_before(ctx: Context) -> None:
     fd = _opening.open_userfaultfd(FLAGS)
     ctx.callback(os.close, fd)
     ctx.expect_errno(errno.EINVAL, os.read, fd, MESSAGE_SIZE)
-    ctx.expect("poll", _poll(fd), select.POLLERR)
+    ctx.expect("poll before the handshake", _poll(fd), select.POLLERR)
 
 
 @case("read.EAGAIN.nothing-queued", origin="userfaultfd(2): Reading", memory=ANY)
@@ -66,7 +66,7 @@ def read_empty(ctx: Context) -> None:
     """A non-blocking read of an empty queue fails with EAGAIN, and poll reports nothing."""
     uffd = ctx.open()
     ctx.expect_errno(errno.EAGAIN, os.read, uffd.fileno(), MESSAGE_SIZE)
-    ctx.expect("poll", _poll(uffd), 0)
+    ctx.expect("poll of an empty queue", _poll(uffd), 0)
 
 
 @case("poll.POLLERR.blocking", origin="userfaultfd(2): poll", memory=ANY)
@@ -75,7 +75,7 @@ def poll_blocking(ctx: Context) -> None:
     fd = _opening.open_userfaultfd(os.O_CLOEXEC)
     ctx.callback(os.close, fd)
     ctx.expect("errno of the handshake", ctx.ioctl("API", API, uffd=fd).errno, 0)
-    ctx.expect("poll", _poll(fd), select.POLLERR)
+    ctx.expect("poll of a blocking descriptor", _poll(fd), select.POLLERR)
 
 
 @case("read.EINVAL.buffer-small", origin="userfaultfd(2): Reading", features=missing_features)
@@ -85,7 +85,7 @@ def read_small(ctx: Context) -> None:
     ctx.register(region, RegisterMode.MISSING)
     ctx.start(ctx.write, region.start, b"\1")
     ctx.wait_readable()
-    ctx.expect("poll", _poll(ctx.uffd), select.POLLIN)
+    ctx.expect("poll with a message", _poll(ctx.uffd), select.POLLIN)
     ctx.expect_errno(errno.EINVAL, os.read, ctx.uffd.fileno(), MESSAGE_SIZE - 1)
     ctx.expect_fault(MISSING_WRITE, region.start)
 
@@ -125,9 +125,9 @@ def fdinfo_api(ctx: Context) -> None:
     found = re.search(r"^API:\t([0-9a-f]+):([0-9a-f]+):([0-9a-f]+)$", text, re.MULTILINE)
     if found is None:
         ctx.fail("fdinfo", text, "a line that starts with API:")
-    ctx.expect("version", int(found[1], 16), API)
+    ctx.expect("API version in fdinfo", int(found[1], 16), API)
     # Newer kernels keep a bit of their own among the enabled features.
-    ctx.expect("enabled", int(found[2], 16) & ~INITIALIZED, int(asked))
+    ctx.expect("enabled features in fdinfo", int(found[2], 16) & ~INITIALIZED, int(asked))
     ctx.expect("API in the ioctls", int(found[3], 16) & Ioctl.API, int(Ioctl.API))
 
 
@@ -204,7 +204,7 @@ def unregister_wakes(ctx: Context) -> None:
     region, writes = _stalled(ctx)
     ctx.uffd.unregister(region)
     _expect_awake(ctx, *writes)
-    ctx.expect("bytes", ctx.read(region.start, 4), b"\1\0\0\0")
+    ctx.expect("bytes after UNREGISTER", ctx.read(region.start, 4), b"\1\0\0\0")
 
 
 @case("close.ok.wakes", origin="userfaultfd(2)", features=missing_features)
@@ -213,7 +213,7 @@ def close_wakes(ctx: Context) -> None:
     region, (write,) = _stalled(ctx)
     ctx.uffd.close()
     ctx.expect("the write", write.result(), None)
-    ctx.expect("bytes", ctx.read(region.start, 4), b"\1\0\0\0")
+    ctx.expect("bytes after the close", ctx.read(region.start, 4), b"\1\0\0\0")
 
 
 def _stalled_on_protection(ctx: Context) -> tuple[Region, Access[Interrupted | None]]:
@@ -264,7 +264,7 @@ def read_bad_buffer(ctx: Context) -> None:
     buffer = ctx.make(1, "anon")
     _memory.mprotect(buffer.start, buffer.length, PROT_NONE)
     seen = syscall(SYS_READ, ctx.uffd.fileno(), buffer.start, MESSAGE_SIZE)
-    ctx.expect("read", seen, -errno.EFAULT)
+    ctx.expect("result of read(2)", seen, -errno.EFAULT)
     ctx.expect("pending and total after the read", counters(ctx.uffd), (0, 1))
     ctx.expect_quiet()
     ctx.uffd.wake(region)
@@ -322,7 +322,7 @@ def read_thread_id(ctx: Context) -> None:
         write = ctx.start(ctx.write, region.start, b"\1")
         fault = ctx.expect_fault(MISSING_WRITE, region.start, uffd)
         wanted = write.thread_id if features & Feature.THREAD_ID else 0
-        ctx.expect("thread", fault.thread_id or 0, wanted)
+        ctx.expect("thread of the message", fault.thread_id or 0, wanted)
         uffd.copy(region.start, bytes(ctx.page))
         ctx.expect("the write", write.result(), None)
 
@@ -344,5 +344,5 @@ def copy_from_missing(ctx: Context) -> None:
     ctx.expect("whether COPY returned before its source was filled", copy.done, False)
     second.copy(source.start, b"\5" * ctx.page)
     answer = copy.result()
-    ctx.expect("errno and result", (answer.errno, answer.result), (0, ctx.page))
+    ctx.expect("errno and result of COPY", (answer.errno, answer.result), (0, ctx.page))
     ctx.expect("content", ctx.read(region.start, 8), b"\5" * 8)

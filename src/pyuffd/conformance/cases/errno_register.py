@@ -225,9 +225,7 @@ def memfd_secret(ctx: Context) -> None:
     features=Feature.WP_ASYNC,
     variants=(
         Variant("refused", "EINVAL in every mode"),
-        Variant(
-            "registered", "it is registered like other anonymous memory, which is a kernel bug"
-        ),
+        Variant("registered", "registered like other anonymous memory, which is a kernel bug"),
     ),
 )
 def droppable(ctx: Context) -> None:
@@ -353,7 +351,7 @@ def again_subset(ctx: Context) -> None:
     region = ctx.make(1)
     ctx.register(region, MISSING | WP)
     answer = ctx.ioctl("REGISTER", region.start, ctx.page, MISSING)
-    ctx.expect_variant("errno", answer.errno, dropped=0, refused=errno.EBUSY)
+    ctx.expect_variant("errno of REGISTER without WP", answer.errno, dropped=0, refused=errno.EBUSY)
     ctx.expect("VmFlags", vm_flags(region.start), {"um", "uw"})
     for mode in (WP, MISSING | WP):
         _expect(ctx, 0, "REGISTER", region.start, ctx.page, mode)
@@ -373,7 +371,7 @@ def again_replaces(ctx: Context) -> None:
     _expect(ctx, 0, "REGISTER", region.start, ctx.page, WP)
     ctx.expect("VmFlags", vm_flags(region.start), {"uw"})
     answer = ctx.ioctl("REGISTER", region.start, ctx.page, MISSING)
-    ctx.expect_variant("errno", answer.errno, dropped=0, refused=errno.EBUSY)
+    ctx.expect_variant("errno of REGISTER without WP", answer.errno, dropped=0, refused=errno.EBUSY)
     ctx.expect_variant("VmFlags", vm_flags(region.start), dropped={"um"}, refused={"uw"})
     _expect(ctx, 0, "REGISTER", region.start, ctx.page, MISSING | WP)
     ctx.expect("VmFlags", vm_flags(region.start), {"um", "uw"})
@@ -403,7 +401,7 @@ def _drops_wp(ctx: Context, region: Region) -> bool:
     if not answer.errno:
         ctx.expect("VmFlags", vm_flags(region.start), {"um"})
         return True
-    ctx.expect_variant("errno", answer.errno, refused=errno.EBUSY)
+    ctx.expect_variant("errno of REGISTER without WP", answer.errno, refused=errno.EBUSY)
     ctx.expect("VmFlags", vm_flags(region.start), {"uw"})
     ctx.expect_pagemap(region.start, before)
     _expect(ctx, 0, "UNREGISTER", region.start, ctx.page)
@@ -425,7 +423,7 @@ def again_without_wp(ctx: Context) -> None:
     if _drops_wp(ctx, region):
         ctx.expect_variant("pagemap", ctx.pagemap(region.start), left="P??W?", cleared="P??-?")
     _expect(ctx, errno.ENOENT, "WRITEPROTECT", region.start, ctx.page, 0)
-    ctx.expect("write", ctx.silently(ctx.write, region.start, b"\2"), None)
+    ctx.expect("the write", ctx.silently(ctx.write, region.start, b"\2"), None)
 
 
 @case(
@@ -444,7 +442,7 @@ def again_marker(ctx: Context) -> None:
     write = ctx.start(ctx.write, region.start, b"\2")
     ctx.expect_fault(1, region.start)
     ctx.uffd.copy(region.start, bytes(ctx.page))
-    ctx.expect("write", write.result(), None)
+    ctx.expect("the write", write.result(), None)
     ctx.expect_pagemap(region.start, "P??-?")
 
 
@@ -465,7 +463,7 @@ def again_hugetlb(ctx: Context) -> None:
     if _drops_wp(ctx, region):
         ctx.expect_variant("VmFlags", vm_flags(region.start), dropped={"um"})
     ctx.expect_pagemap(region.start, "P??-?")
-    ctx.expect("write", ctx.silently(ctx.write, region.start, b"\2"), None)
+    ctx.expect("the write", ctx.silently(ctx.write, region.start, b"\2"), None)
 
 
 # UFFDIO_UNREGISTER and UFFDIO_WAKE
@@ -499,7 +497,7 @@ def unregister_other(ctx: Context) -> None:
     region = ctx.make(1)
     ctx.register(region, MISSING)
     answer = ctx.ioctl("UNREGISTER", region.start, ctx.page, uffd=ctx.open().fileno())
-    ctx.expect_variant("errno", answer.errno, refused=errno.EINVAL, done=0)
+    ctx.expect_variant("errno of UNREGISTER", answer.errno, refused=errno.EINVAL, done=0)
     flags = vm_flags(region.start)
     ctx.expect_variant("VmFlags", flags, refused={"um"}, done=set())
 

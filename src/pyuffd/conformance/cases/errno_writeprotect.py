@@ -89,7 +89,7 @@ def _region(ctx: Context, mode: RegisterMode = RegisterMode.WP, pages: int = 2) 
 
 def _expect(ctx: Context, code: int, *words: int, uffd: int | None = None) -> None:
     answer = ctx.ioctl("WRITEPROTECT", *words, uffd=uffd)
-    ctx.expect("errno", answer.errno, code)
+    ctx.expect("errno of WRITEPROTECT", answer.errno, code)
 
 
 def _add(name: str, text: str, memory: tuple[str, ...], words: Words) -> None:
@@ -252,7 +252,7 @@ def writeprotect_async(ctx: Context) -> None:
     # With WP_ASYNC, holes of anonymous memory are protected too.
     ctx.uffd.writeprotect(region)
     pages = [region.start + index * ctx.page for index in range(3)]
-    ctx.expect("protected", [ctx.is_protected(page) for page in pages], [True] * 3)
+    ctx.expect("which are protected", [ctx.is_protected(page) for page in pages], [True] * 3)
     for page in pages[:2]:
         ctx.expect("the write", ctx.silently(ctx.write, page, b"\2"), None)
     ctx.expect(

@@ -146,7 +146,7 @@ ACTIONS = (
         _advice(MADV_FREE),
         _free,
         sends="remove",
-        variants=(USUAL, Variant("refused", "EINVAL without an event, where it fails")),
+        variants=(USUAL, Variant("refused", "EINVAL on file memory, and no event")),
     ),
     Action("MADV_COLD", "keeps the page", _advice(MADV_COLD), _not_hugetlb),
     Action("MADV_PAGEOUT", "keeps the content", _advice(MADV_PAGEOUT), _not_hugetlb),

@@ -115,7 +115,7 @@ def _add_offset(op: Op, memory: tuple[str, ...]) -> None:
         file, start = _later_part(ctx)
         ctx.open().register(start, (PAGES - FIRST) * ctx.page, mode=MISSING)
         answer = _fill(ctx, op, start)
-        ctx.expect("errno and result", (answer.errno, answer.result), (0, ctx.page))
+        ctx.expect(f"errno and result of {op.name}", (answer.errno, answer.result), (0, ctx.page))
         if not ctx.memory.is_hugetlb:
             wanted = [FIRST] if ctx.memory.shared else []
             ctx.expect("pages of the file", _pages_of(ctx, file), wanted)
@@ -223,7 +223,7 @@ def _add_read_only(op: Op) -> None:
         ctx.register(region, op.mode)
         _memory.mprotect(region.start, region.length, mmap.PROT_READ)
         answer = _fill(ctx, op, region.start)
-        ctx.expect("errno and result", (answer.errno, answer.result), (0, ctx.page))
+        ctx.expect(f"errno and result of {op.name}", (answer.errno, answer.result), (0, ctx.page))
         value = 0 if op is ZEROPAGE else DATA[0]
         expect_read(ctx, region.start, value)
         seen = ctx.silently(ctx.write, region.start, bytes([WRITTEN]))
@@ -256,7 +256,7 @@ def _add_reclaimed(op: Op, *, read_only: bool, memory: tuple[str, ...]) -> None:
         if read_only:
             _memory.mprotect(region.start, region.length, mmap.PROT_READ)
         answer = _fill(ctx, op, region.start)
-        ctx.expect("errno and result", (answer.errno, answer.result), (0, ctx.page))
+        ctx.expect(f"errno and result of {op.name}", (answer.errno, answer.result), (0, ctx.page))
         page_out(ctx, region)
         expect_read(ctx, region.start, 0 if op is ZEROPAGE else DATA[0])
 

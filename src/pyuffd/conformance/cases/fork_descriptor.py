@@ -83,7 +83,9 @@ class Inherited:
 
 def _sigbus(ctx: Context, region: Region, child: Child, uffd: Userfaultfd) -> None:
     seen = child.read(region.start, 1)
-    ctx.expect("signal", seen.number if isinstance(seen, Interrupted) else seen, SIGBUS)
+    ctx.expect(
+        "signal of the child's read", seen.number if isinstance(seen, Interrupted) else seen, SIGBUS
+    )
     ctx.expect_quiet(uffd)
 
 
@@ -135,7 +137,9 @@ def _poison(ctx: Context, region: Region, child: Child, uffd: Userfaultfd) -> No
     ctx.expect_fault(MISSING_READ, region.start, uffd)
     uffd.poison(region.start, ctx.page)
     seen = reading.result()
-    ctx.expect("signal", seen.number if isinstance(seen, Interrupted) else seen, SIGBUS)
+    ctx.expect(
+        "signal of the child's read", seen.number if isinstance(seen, Interrupted) else seen, SIGBUS
+    )
 
 
 def _remove(ctx: Context, region: Region, child: Child, uffd: Userfaultfd) -> None:
@@ -297,9 +301,9 @@ def _add_flags(opened: Opened) -> None:
         ctx.fork_only()
         code, fd = reading.result()
         ctx.callback(os.close, fd)
-        ctx.expect("event", code, FORK_MESSAGE)
+        ctx.expect("type of the event", code, FORK_MESSAGE)
         blocking = not opened.at_open
-        ctx.expect("blocking", os.get_blocking(fd), blocking)
+        ctx.expect("whether the fork's descriptor blocks", os.get_blocking(fd), blocking)
         if not blocking:
             ctx.expect_errno(errno.EAGAIN, os.read, fd, 64)
 

@@ -137,12 +137,12 @@ def _add_fork(*, parts: bool, has_event: bool) -> None:
         expect_write_fault(ctx, start + 3 * SMALL_PAGE)
         ctx.expect("the parent's data", ctx.read(start + SMALL_PAGE), bytes([DATA]))
 
-    what = "A huge page with every second page protected" if parts else "A protected huge page"
+    what = "every second page of a huge page" if parts else "a huge page"
     name = f"{'parts' if parts else 'whole'}{'-with-event' if has_event else ''}"
     case(
         f"thp.fork.protected-{name}",
-        summary=f"{what} is protected "
-        + ("in a forked child too" if has_event else "in the parent only after a fork"),
+        summary=f"After a fork, {what} is protected "
+        + ("in the child too" if has_event else "in the parent only"),
         origin="mm/huge_memory.c: copy_huge_pmd; mm/memory.c: copy_present_ptes",
         memory=ANON,
         features=lambda memory: wp_features(memory) | (FORK if has_event else Feature(0)),

@@ -62,8 +62,8 @@ class Advice:
 ADVICE = (
     Advice("cold", "MADV_COLD of one page", MADV_COLD, SMALL_PAGE),
     Advice("free", "MADV_FREE of one page", mmap.MADV_FREE, SMALL_PAGE),
-    Advice("cold-whole", "MADV_COLD of all of it", MADV_COLD, HUGE_PAGE),
-    Advice("free-whole", "MADV_FREE of all of it", mmap.MADV_FREE, HUGE_PAGE),
+    Advice("cold-whole", "MADV_COLD of all", MADV_COLD, HUGE_PAGE),
+    Advice("free-whole", "MADV_FREE of all", mmap.MADV_FREE, HUGE_PAGE),
 )
 
 
@@ -106,7 +106,7 @@ def _add(advice: Advice, *, parts: bool) -> None:
     what = "a huge page protected in part" if parts else "a protected huge page"
     case(
         f"thp.advice.{advice.name}{'-of-parts' if parts else ''}",
-        summary=f"{advice.text}, {what}: protected pages stay protected, also pages of zeros",
+        summary=f"{advice.text} of {what} keeps all protection, also that of pages of zeros",
         origin="mm/huge_memory.c: split_folio; mm/rmap.c: try_to_migrate_one; mm/migrate.c: "
         "remove_migration_pte, try_to_map_unused_to_zeropage",
         memory=ANON,

@@ -145,8 +145,8 @@ def _add(change: Change) -> None:
 
     case(
         change.name,
-        summary=f"A page with an old copy in swap, written and then {change.text}, keeps what was"
-        " written through reclaim",
+        summary=f"A page with an old copy in swap, written and then {change.text}, keeps the new"
+        " content through reclaim",
         origin="mm/mprotect.c, mm/mremap.c, mm/memory.c: the dirty bit of what they change",
         memory=MEMORY,
         features=lambda memory: wp_features(memory) | change.features,
@@ -169,7 +169,7 @@ def _add_scan(name: str, asked: dict[str, int]) -> None:
     case(
         f"PAGEMAP_SCAN.ok.keeps-written-{name}",
         summary="A page with an old copy in swap, written and then protected by a scan"
-        f" ({name} reported), keeps what was written through reclaim",
+        f" ({name} reported), keeps the new content through reclaim",
         origin="fs/proc/task_mmu.c: make_uffd_wp_pte",
         memory=MEMORY,
         features=FEATURES,

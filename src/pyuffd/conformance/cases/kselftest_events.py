@@ -52,10 +52,10 @@ NO_HUGETLB_VARIANTS = (
 
 def _expect_bits(ctx: Context, when: str, address: int, child: Child, wanted: bool) -> bool:
     """Check the protection in parent and child; return that in the child."""
-    ctx.expect(f"parent's bit, {when}", ctx.is_protected(address), True)
+    ctx.expect(f"parent's uffd-wp bit, {when}", ctx.is_protected(address), True)
     seen = ctx.is_protected(address, pid=child.pid)
     old = seen if ctx.memory.name == "hugetlb-private" else wanted
-    ctx.expect_variant(f"child's bit, {when}", seen, now=wanted, old=old)
+    ctx.expect_variant(f"child's uffd-wp bit, {when}", seen, now=wanted, old=old)
     return seen
 
 
@@ -64,7 +64,7 @@ def _wp_fork(ctx: Context, *, child_has: bool) -> None:
     ctx.register(region, RegisterMode.WP)
     region.write(0, b"\1")
     ctx.uffd.writeprotect(region)
-    ctx.expect("bit before the fork", ctx.is_protected(region.start), True)
+    ctx.expect("uffd-wp bit before the fork", ctx.is_protected(region.start), True)
     child = ctx.fork()
     _expect_bits(ctx, "page present", region.start, child, child_has)
     child.close()
@@ -75,9 +75,9 @@ def _wp_fork(ctx: Context, *, child_has: bool) -> None:
         ctx.note(f"zap: {error}")
     _expect_bits(ctx, "page zapped", region.start, ctx.fork(), child_has)
     ctx.uffd.writeprotect(region, mode=UNPROTECT)
-    ctx.expect("bit after unprotecting", ctx.is_protected(region.start), False)
+    ctx.expect("uffd-wp bit after unprotecting", ctx.is_protected(region.start), False)
     ctx.silently(ctx.write, region.start, b"\2")
-    ctx.expect("bit after a write", ctx.is_protected(region.start), False)
+    ctx.expect("uffd-wp bit after a write", ctx.is_protected(region.start), False)
 
 
 @case(
@@ -134,9 +134,9 @@ def _wp_fork_pin(ctx: Context, *, child_has: bool) -> None:
         ctx.expect_fault(WP_WRITE, region.start, child.uffd)
         child.uffd.writeprotect(region.start, ctx.page, mode=UNPROTECT)
     pinned.result()
-    ctx.expect("parent's bit at the end", ctx.is_protected(region.start), True)
+    ctx.expect("parent's uffd-wp bit at the end", ctx.is_protected(region.start), True)
     seen = ctx.is_protected(region.start, pid=child.pid)
-    ctx.expect("child's bit, page pinned in the child", seen, False)
+    ctx.expect("child's uffd-wp bit, page pinned in the child", seen, False)
     ctx.expect_quiet()
 
 
@@ -206,7 +206,7 @@ def wp_fork_read_pin(ctx: Context) -> None:
     alone=True,
 )
 def wp_fork_read_pin_with_event(ctx: Context) -> None:
-    """With EVENT_FORK, it is protected in the child too; pinning for reading sends no message."""
+    """With EVENT_FORK, a page pinned for reading is protected in the child; no message is sent."""
     _wp_fork_read_pin(ctx, child_has=True)
 
 

@@ -41,12 +41,12 @@ def _wp_mremap(ctx: Context, region: Region, *, swapped: bool) -> None:
     if swapped:
         page_out(ctx, region)
     unprotected = [hex(page) for page in pages if not ctx.is_protected(page)]
-    ctx.expect("pages without the bit before mremap", unprotected, [])
+    ctx.expect("pages without the uffd-wp bit before mremap", unprotected, [])
     target = ctx.enter(_reserved(region.length, max(region.length, ctx.page)))
     move_mapping(ctx, region, target)
     moved = range(target, target + region.length, SMALL_PAGE)
     protected = [hex(page) for page in moved if ctx.is_protected(page)]
-    ctx.expect("pages with the bit after mremap", protected, [])
+    ctx.expect("pages with the uffd-wp bit after mremap", protected, [])
     ctx.expect("content", ctx.silently(ctx.read, target, region.length), b"\1" * region.length)
 
 
@@ -223,7 +223,7 @@ def mremap_all_registered(ctx: Context) -> None:
     """One mremap of several registered mappings is EFAULT and moves none of them."""
     ctx.open()
     code, base, _ = _spread(ctx, _SPREAD)
-    ctx.expect("errno", code, errno.EFAULT)
+    ctx.expect("errno of mremap", code, errno.EFAULT)
     ctx.expect("mappings that have not moved", _still_there(ctx, base), list(_SPREAD))
 
 
@@ -254,7 +254,7 @@ def mremap_second_registered(ctx: Context) -> None:
     """One mremap of several mappings, the second registered, is EFAULT and does not move that."""
     ctx.open()
     code, base, _ = _spread(ctx, _SPREAD[1:2])
-    ctx.expect("errno", code, errno.EFAULT)
+    ctx.expect("errno of mremap", code, errno.EFAULT)
     seen = _still_there(ctx, base)
     ctx.expect_variant("mappings that have not moved", seen, moves_many=[2, 4], moves_one=[0, 2, 4])
 

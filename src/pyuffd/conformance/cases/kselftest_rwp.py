@@ -154,8 +154,8 @@ def rwp_fork(ctx: Context) -> None:
     """With EVENT_FORK a child has the parent's read-write protection."""
     region = _protected(ctx, 1)
     child = ctx.fork()
-    ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
-    ctx.expect("parent's bit", ctx.is_protected(region.start), True)
+    ctx.expect("child's uffd-wp bit", ctx.is_protected(region.start, pid=child.pid), True)
+    ctx.expect("parent's uffd-wp bit", ctx.is_protected(region.start), True)
 
 
 @case(
@@ -174,9 +174,9 @@ def rwp_fork_pin(ctx: Context) -> None:
     ctx.register(region, RegisterMode.RWP)
     ctx.uffd.rwprotect(region)
     child = ctx.fork()
-    ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
+    ctx.expect("child's uffd-wp bit", ctx.is_protected(region.start, pid=child.pid), True)
     ctx.expect("child's byte", ctx.start(child.read, region.start, 1).result(), b"\1")
-    ctx.expect("child's bit after", ctx.is_protected(region.start, pid=child.pid), False)
+    ctx.expect("child's uffd-wp bit after", ctx.is_protected(region.start, pid=child.pid), False)
 
 
 @case(
@@ -208,4 +208,4 @@ def rwp_wp_exclusive(ctx: Context) -> None:
     region = ctx.make(1)
     ctx.open()
     answer = ctx.ioctl("REGISTER", region.start, ctx.page, RegisterMode.WP | RegisterMode.RWP)
-    ctx.expect("errno", answer.errno, errno.EINVAL)
+    ctx.expect("errno of REGISTER", answer.errno, errno.EINVAL)

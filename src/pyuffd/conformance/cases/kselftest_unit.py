@@ -162,20 +162,20 @@ def wp_unpopulated(ctx: Context) -> None:
     ctx.register(region, RegisterMode.WP)
     start = region.start
     ctx.uffd.writeprotect(region)
-    ctx.expect("bit of a protected hole", ctx.is_protected(start), True)
+    ctx.expect("uffd-wp bit of a protected hole", ctx.is_protected(start), True)
     ctx.uffd.writeprotect(region, mode=UNPROTECT)
-    ctx.expect("bit after unprotecting", ctx.is_protected(start), False)
+    ctx.expect("uffd-wp bit after unprotecting", ctx.is_protected(start), False)
     ctx.uffd.writeprotect(region)
     region.madvise(mmap.MADV_DONTNEED)
-    ctx.expect("bit after MADV_DONTNEED", ctx.is_protected(start), False)
+    ctx.expect("uffd-wp bit after MADV_DONTNEED", ctx.is_protected(start), False)
     ctx.silently(ctx.write, start, b"\1")
-    ctx.expect("bit after a write", ctx.is_protected(start), False)
+    ctx.expect("uffd-wp bit after a write", ctx.is_protected(start), False)
     region.madvise(mmap.MADV_DONTNEED)
     ctx.uffd.writeprotect(region)
     ctx.expect("byte read through a marker", ctx.silently(ctx.read, start), b"\0")
-    ctx.expect("bit after a read", ctx.is_protected(start), True)
+    ctx.expect("uffd-wp bit after a read", ctx.is_protected(start), True)
     region.madvise(mmap.MADV_DONTNEED)
-    ctx.expect("bit at the end", ctx.is_protected(start), False)
+    ctx.expect("uffd-wp bit at the end", ctx.is_protected(start), False)
 
 
 def _cache_view(ctx: Context, region: Region) -> Region:
@@ -227,7 +227,7 @@ def _minor_wp(memory: MemoryType) -> Feature:
 def minor_wp(ctx: Context) -> None:
     """CONTINUE with MODE_WP maps the page write-protected; only a write sends message 3."""
     region = _minor(ctx, 4, ContinueMode.WP, RegisterMode.WP)
-    ctx.expect("bit after CONTINUE with MODE_WP", ctx.is_protected(region.start), True)
+    ctx.expect("uffd-wp bit after CONTINUE with MODE_WP", ctx.is_protected(region.start), True)
     access = ctx.start(ctx.write, region.start, b"\7")
     ctx.expect_fault(WP_WRITE, region.start)
     ctx.uffd.writeprotect(region.start, ctx.page, mode=UNPROTECT)
@@ -426,7 +426,7 @@ def wp_close(ctx: Context) -> None:
     ctx.expect_fault(WP_WRITE, region.start)
     ctx.uffd.close()
     ctx.expect("the write", access.result(), None)
-    ctx.expect("bit of the other page", ctx.is_protected(region.start + ctx.page), False)
+    ctx.expect("uffd-wp bit of the other page", ctx.is_protected(region.start + ctx.page), False)
 
 
 def _wp_pagemap(ctx: Context, *, huge: bool) -> None:
@@ -450,7 +450,7 @@ def _wp_pagemap(ctx: Context, *, huge: bool) -> None:
     ctx.expect("the write", ctx.silently(ctx.write, region.start, b"\2"), None)
     ctx.expect("the rest of the page", region.read(1, ctx.page - 1), b"\1" * (ctx.page - 1))
     ctx.expect_pagemap(region.start, "P---X")
-    ctx.expect("bit of the next page", ctx.is_protected(region.start + ctx.page), True)
+    ctx.expect("uffd-wp bit of the next page", ctx.is_protected(region.start + ctx.page), True)
 
 
 @case(
@@ -473,7 +473,7 @@ def wp_pagemap(ctx: Context) -> None:
     needs=[needs_swap(), needs_thp()],
 )
 def wp_pagemap_thp(ctx: Context) -> None:
-    """Pagemap shows the same for a huge page that is swapped out whole and unprotected in part."""
+    """Pagemap shows the protection of a huge page that is swapped out and unprotected in part."""
     _wp_pagemap(ctx, huge=True)
 
 

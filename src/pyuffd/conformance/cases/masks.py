@@ -75,9 +75,9 @@ def check_mask(
     mask = wanted(memory, mode, ctx.offered)
     answer = ctx.ioctl("REGISTER", start, length, mode)
     if mask is None:
-        ctx.expect("errno", answer.errno, errno.EINVAL)
+        ctx.expect("errno of REGISTER", answer.errno, errno.EINVAL)
         return
-    ctx.expect("errno", answer.errno, 0)
+    ctx.expect("errno of REGISTER", answer.errno, 0)
     ctx.expect("known ioctls", hex(answer.words[3] & KNOWN), hex(mask))
     more = answer.words[3] & ~int(KNOWN)
     ctx.expect_variant(f"others ({more:#x})", bool(more), exact=False, more=True)
@@ -91,14 +91,14 @@ def _add_mode(mode: RegisterMode) -> None:
 
     names = [kind for kind in MEMORY_TYPES if wanted(MEMORY_TYPES[kind], mode, -1) is not None]
     text = "-".join(bit.name.lower() for bit in RegisterMode(mode) if bit.name)
-    modes = " and ".join(bit.name for bit in RegisterMode(mode) if bit.name)
+    modes = " | ".join(bit.name for bit in RegisterMode(mode) if bit.name)
     case(
         f"UFFDIO_REGISTER.ok.mask-{text}",
         origin=ORIGIN,
         memory=names,
         variants=MASK_VARIANTS,
-        summary=f"Mode {modes} offers exactly the ioctls that it supports; EINVAL if the feature "
-        "for this memory type is missing",
+        summary=f"REGISTER in mode {modes} offers exactly the ioctls of this mode; EINVAL if the "
+        "feature for this memory type is missing",
     )(run)
 
 

@@ -304,7 +304,7 @@ def _add_turn(turn: Turn) -> None:
 
     case(
         f"UFFDIO_COPY.{errno.errorcode[turn.code]}.meanwhile-{turn.name}",
-        summary=f"If {turn.text} while COPY waits for its source, COPY fails",
+        summary=f"COPY fails if {turn.text} while it waits for its source",
         origin=RETRY,
         memory=turn.memory,
         features=lambda memory: missing_features(memory) | Feature.EVENT_REMOVE,
@@ -324,7 +324,7 @@ for _turn in TURNS:
     needs=[needs_privilege("CAP_SYS_ADMIN"), needs_kernel_faults()],
 )
 def meanwhile_full(ctx: Context) -> None:
-    """If the file system becomes full while COPY waits for its source, COPY fills nothing."""
+    """COPY fails if the file system becomes full while it waits for its source."""
     file = ctx.enter(small_file_system("tmpfs", ctx.page))
     os.ftruncate(file, 2 * ctx.page)
     flags = mmap.MAP_SHARED | MAP_NORESERVE
@@ -403,7 +403,7 @@ def events_in_order(ctx: Context) -> None:
     wait_pending(ctx, 1)
     seen = ctx.uffd.read_events(4)
     faults = [event.address for event in seen if isinstance(event, Pagefault)]
-    ctx.expect("faults", faults, [faulting.start])
+    ctx.expect("addresses of the faults", faults, [faulting.start])
     events = [event for event in seen if not isinstance(event, Pagefault)]
     ctx.expect("events", events, [_removed(region, 0), _removed(region, 1)])
     for access in dropping:
@@ -425,7 +425,7 @@ def _add_second_event(name: str, memory: tuple[str, ...], features: Any, call: A
 
     case(
         f"UFFDIO_{name}.EAGAIN.second-event-unread",
-        summary="While one of two layout events is unread, nothing is changed",
+        summary="Nothing is filled or protected while the second of two layout events is unread",
         origin="fs/userfaultfd.c: mmap_changing is a count",
         memory=memory,
         features=lambda kind: features(kind) | Feature.EVENT_REMOVE,

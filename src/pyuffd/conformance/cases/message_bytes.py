@@ -153,7 +153,7 @@ def into_parts(ctx: Context) -> None:
     try:
         seen = os.readv(ctx.uffd.fileno(), parts)
     except OSError as error:
-        ctx.expect_variant("errno", error.errno, refused=22)
+        ctx.expect_variant("errno of readv", error.errno, refused=22)
     else:
         ctx.expect_variant("bytes read", seen, whole=MESSAGE_SIZE)
         _expect(ctx, "the message", b"".join(parts), _fault(1, region.start, 0))

@@ -152,8 +152,8 @@ def _add(mode: RegisterMode) -> None:
     names = [name for bit, name in ((1, "missing"), (2, "wp"), (4, "minor")) if mode & bit]
     case(
         f"fault.in-mode.{'-'.join(names)}",
-        summary=f"Mode {' and '.join(name.upper() for name in names)} sends exactly its messages"
-        " for a page in each state",
+        summary=f"In mode {' | '.join(name.upper() for name in names)}, accesses to a page in each"
+        " state send exactly the messages of this mode",
         origin="mm/memory.c, mm/shmem.c, mm/hugetlb.c: handle_userfault",
         memory=FILE if MINOR in mode else ALL,
         features=lambda memory: _features(mode, memory),
@@ -223,7 +223,7 @@ def sigbus_minor(ctx: Context) -> None:
         ctx.silently(ctx.read, region.start),
         ctx.silently(ctx.write, region.start, b"\1"),
     ):
-        ctx.expect("signal", getattr(seen, "number", None), SIGBUS)
+        ctx.expect("signal of the access", getattr(seen, "number", None), SIGBUS)
     ctx.uffd.continue_(region.start, ctx.page)
     ctx.expect("the byte", ctx.silently(ctx.read, region.start), bytes([IN_FILE]))
 

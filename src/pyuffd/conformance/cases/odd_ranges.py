@@ -103,7 +103,11 @@ def _add_other_file(op: Op) -> None:
         ctx.callback(_memory.munmap, start, SMALL_PAGE)
         ctx.open().register(start, SMALL_PAGE, mode=RegisterMode.WP)
         answer = ctx.ioctl(op.name, *op.words(start, source.start, SMALL_PAGE, 0))
-        ctx.expect("errno and result", (answer.errno, answer.result), (errno.EINVAL, -errno.EINVAL))
+        ctx.expect(
+            f"errno and result of {op.name}",
+            (answer.errno, answer.result),
+            (errno.EINVAL, -errno.EINVAL),
+        )
         ctx.expect("byte", ctx.silently(ctx.read, start), b"\0")
 
     case(

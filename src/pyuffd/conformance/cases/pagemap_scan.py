@@ -202,7 +202,7 @@ def range_invalid(ctx: Context) -> None:
     """A range with its end before its start, or outside user space, is EFAULT."""
     region = written(ctx, 2)
     for start, end in ((end_of(region), region.start), (1 << 63, (1 << 63) + SMALL_PAGE)):
-        ctx.expect("errno", scan(ctx, start, end).errno, errno.EFAULT)
+        ctx.expect("errno of the scan", scan(ctx, start, end).errno, errno.EFAULT)
 
 
 @case("PAGEMAP_SCAN.EFAULT.vec", origin="fs/proc/task_mmu.c", memory=ANY, features=FEATURES)
@@ -294,9 +294,9 @@ def _add_sanity(name: str, text: str, code: int, change: dict[str, int]) -> None
         asked = dict(change)
         end = region.start if asked.pop("empty", 0) else end_of(region)
         result = scan(ctx, region.start, end, **asked)
-        ctx.expect("errno", result.errno, code)
+        ctx.expect("errno of the scan", result.errno, code)
         if not code and name not in ("mask-zero", "inverted-all"):
-            ctx.expect("ranges", result.count, 0)
+            ctx.expect("ranges of the scan", result.count, 0)
 
     case(
         f"kselftest.pagemap-ioctl.sanity.{name}",
@@ -394,7 +394,7 @@ def clear(ctx: Context) -> None:
     """After a scan that protects, with room for all ranges, nothing is written."""
     region = written(ctx, N)
     start, end = region.start, end_of(region)
-    ctx.expect("errno", scan(ctx, start, end, flags=WP_SCAN).errno, 0)
+    ctx.expect("errno of the scan", scan(ctx, start, end, flags=WP_SCAN).errno, 0)
     ctx.expect("ranges written afterwards", scan(ctx, start, end).count, 0)
 
 
@@ -541,7 +541,7 @@ def _add_masks(name: str, text: str, flags: int, masks: dict[str, int]) -> None:
         result = scan(
             ctx, region.start, end_of(region), flags=int(flags), returned=ALL_BITS, **numbers
         )
-        ctx.expect("errno", result.errno, 0)
+        ctx.expect("errno of the scan", result.errno, 0)
 
     case(
         f"kselftest.pagemap-ioctl.masks.{name}",
@@ -604,8 +604,8 @@ def _add_match(name: str, text: str, masks: dict[str, int], returned: int, found
         whole = (region.start, end_of(region))
         numbers = {key: int(value) for key, value in masks.items()}
         result = scan(ctx, *whole, returned=int(returned), **numbers)
-        ctx.expect("errno", result.errno, 0)
-        ctx.expect("ranges", result.ranges, ((*whole, int(found)),) if found else ())
+        ctx.expect("errno of the scan", result.errno, 0)
+        ctx.expect("ranges of the scan", result.ranges, ((*whole, int(found)),) if found else ())
         if "flags" in masks:
             ctx.expect("ranges written afterwards", scan(ctx, *whole).count, 0)
 

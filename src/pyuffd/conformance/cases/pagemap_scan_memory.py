@@ -497,7 +497,7 @@ def _protected_after_writing(ctx: Context) -> Area:
 def transact_written(ctx: Context) -> None:
     """A scan that protects finds the pages that were written before."""
     area = _protected_after_writing(ctx)
-    ctx.expect("ranges", area.runs(area.scan(flags=WP_SCAN)), [(0, area.pages)])
+    ctx.expect("ranges of the scan", area.runs(area.scan(flags=WP_SCAN)), [(0, area.pages)])
 
 
 @case(
@@ -510,7 +510,7 @@ def transact_protected(ctx: Context) -> None:
     """After a scan that protects, the next one finds nothing."""
     area = _protected_after_writing(ctx)
     area.scan(flags=WP_SCAN)
-    ctx.expect("ranges", area.runs(area.scan(flags=WP_SCAN)), [])
+    ctx.expect("ranges of the second scan", area.runs(area.scan(flags=WP_SCAN)), [])
 
 
 @case(

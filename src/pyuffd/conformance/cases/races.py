@@ -129,10 +129,10 @@ def _collapse(region: Region) -> None:
 
 BESIDE = (
     Beside("alone", "a writer of the same pages", ALL),
-    Beside("reclaim", "a writer, and reclaim", SMALL, Region.pageout, (needs_swap(),)),
-    Beside("split", "a writer, and splits of the mapping", ALL, _split_and_merge),
-    Beside("pin", "a writer, and process_vm_readv", ALL, _pin),
-    Beside("collapse", "a writer, and MADV_COLLAPSE", ANON, _collapse, (needs_thp(),), True),
+    Beside("reclaim", "a writer and reclaim", SMALL, Region.pageout, (needs_swap(),)),
+    Beside("split", "a writer and splits of the mapping", ALL, _split_and_merge),
+    Beside("pin", "a writer and process_vm_readv", ALL, _pin),
+    Beside("collapse", "a writer and MADV_COLLAPSE", ANON, _collapse, (needs_thp(),), True),
 )
 
 
@@ -306,7 +306,7 @@ def _starts(ctx: Context, region: Region) -> range:
 def _add_filled(other: str, memory: tuple[str, ...]) -> None:
     case(
         f"race.copy.fills-once-beside-{other.lower()}",
-        summary=f"If COPY and {other} fill the same pages at once, one of them fills each page",
+        summary=f"If a COPY and a {other} fill the same pages at once, one of them fills each page",
         origin=ORIGIN,
         memory=memory,
         features=missing_features,

@@ -109,8 +109,10 @@ PARTS = (
     Part("anon", "anonymous memory", _anonymous(READ_WRITE), "anon"),
     Part("read-only", "read-only anonymous memory", _anonymous(mmap.PROT_READ), "anon"),
     Part("no-access", "memory without access (PROT_NONE)", _anonymous(PROT_NONE), "anon"),
-    Part("shmem", "a memfd, shared", _memfd(mmap.MAP_SHARED), "shmem"),
-    Part("shmem-private", "a memfd, private", _memfd(mmap.MAP_PRIVATE), "shmem-private"),
+    Part("shmem", "a shared mapping of a memfd", _memfd(mmap.MAP_SHARED), "shmem"),
+    Part(
+        "shmem-private", "a private mapping of a memfd", _memfd(mmap.MAP_PRIVATE), "shmem-private"
+    ),
     Part("hugetlb", "huge pages", _memfd(mmap.MAP_SHARED, huge=True), "hugetlb", needs=HUGE),
     Part("disk-file", "a file on a disk file system", _disk_file, ""),
     Part(
@@ -174,7 +176,7 @@ def _add_part(part: Part) -> None:
         f"UFFDIO_REGISTER.ok.then-{part.name}"
         if part.like
         else f"UFFDIO_REGISTER.{errno.errorcode[part.code]}.then-{part.name}",
-        summary=f"A mapping followed by {part.text} is registered only in modes of both",
+        summary=f"A mapping and then {part.text} are registered only in modes that both support",
         origin=ORIGIN,
         needs=part.needs,
     )(run)
@@ -298,7 +300,7 @@ def part_of_huge(ctx: Context) -> None:
     _memfd(flags, huge=True)(ctx, second)
     ctx.open()
     answer = ctx.ioctl("REGISTER", first, PART + SMALL_PAGE, MISSING)
-    ctx.expect("errno", answer.errno, errno.EINVAL)
+    ctx.expect("errno of REGISTER", answer.errno, errno.EINVAL)
     ctx.expect("VmFlags", (vm_flags(first), vm_flags(second)), (set(), set()))
     answer = ctx.ioctl("REGISTER", first, 2 * PART, MISSING)
     ctx.expect("errno of both parts", answer.errno, 0)

@@ -53,7 +53,7 @@ def _filled_all_the_same(ctx: Context, op: Op) -> None:
     if op is not POISON:
         reading = ctx.start(ctx.read, target.start)
         ctx.wait_readable()
-    ctx.expect("errno", _call(ctx, op.name, *_words(ctx, op, target)), errno.EFAULT)
+    ctx.expect(f"errno of {op.name}", _call(ctx, op.name, *_words(ctx, op, target)), errno.EFAULT)
     target.expect(errno.EEXIST, -errno.EEXIST)
     if reading is not None:
         ctx.expect("whether the read returned before UFFDIO_WAKE", reading.done, False)
@@ -74,7 +74,7 @@ def _layout_changing(ctx: Context, op: Op) -> None:
     dropping = ctx.start(other.madvise, mmap.MADV_DONTNEED)
     ctx.wait_readable()
     seen = _call(ctx, op.name, *_words(ctx, op, target))
-    ctx.expect_variant("errno", seen, told=errno.EFAULT, untouched=errno.EAGAIN)
+    ctx.expect_variant(f"errno of {op.name}", seen, told=errno.EFAULT, untouched=errno.EAGAIN)
     ctx.expect_event(Remove)
     dropping.result()
     ctx.expect_pagemap(target.start, "-----")
@@ -108,7 +108,7 @@ def register(ctx: Context) -> None:
     region = ctx.make(1)
     ctx.open()
     seen = _call(ctx, "REGISTER", region.start, ctx.page, int(RegisterMode.MISSING), _KEPT)
-    ctx.expect("errno", seen, errno.EFAULT)
+    ctx.expect("errno of REGISTER", seen, errno.EFAULT)
     ctx.expect("VmFlags", vm_flags(region.start), {"um"})
 
 
@@ -118,7 +118,7 @@ def writeprotect(ctx: Context) -> None:
     region = ctx.make(1)
     region.fill(DATA[0])
     ctx.register(region, RegisterMode.WP)
-    ctx.expect("errno", _call(ctx, "WRITEPROTECT", region.start, ctx.page, 1), 0)
+    ctx.expect("errno of protecting", _call(ctx, "WRITEPROTECT", region.start, ctx.page, 1), 0)
     writing = ctx.start(ctx.write, region.start, b"\1")
     expect_fault(ctx, writing, WP_WRITE, region.start)
     ctx.expect("errno of unprotecting", _call(ctx, "WRITEPROTECT", region.start, ctx.page, 0), 0)

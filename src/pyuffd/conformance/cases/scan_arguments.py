@@ -80,7 +80,7 @@ def vec_read_only(ctx: Context) -> None:
     vector.fill(0)
     _memory.mprotect(vector.start, SMALL_PAGE, mmap.PROT_READ)
     result = scan(ctx, region.start, end_of(region), vec=vector.start, vec_len=PAGES, room=0)
-    ctx.expect("errno", result.errno, errno.EFAULT)
+    ctx.expect("errno of the scan", result.errno, errno.EFAULT)
     ctx.expect("pages written", scan(ctx, region.start, end_of(region)).pages, PAGES)
 
 
@@ -135,7 +135,7 @@ def vvar(ctx: Context) -> None:
     time.monotonic()  # reads the first page of [vvar], so that it is present
     vma = next(overlapping(start, end, details=True))
     seen = scan(ctx, start, end, mask=int(PRESENT), returned=int(PRESENT))
-    ctx.expect("errno", seen.errno, 0)
+    ctx.expect("errno of the scan", seen.errno, 0)
     first = seen.ranges[0][0] - start if seen.ranges else None
     looks = (sorted(vma.flags & {"pf", "mm"}), first)
     ctx.expect_variant(
@@ -215,7 +215,7 @@ def huge_file(ctx: Context) -> None:
         ctx.lack("THP", "the kernel gave no transparent huge page")
     wanted = int(PageCategory.FILE | PRESENT | PageCategory.HUGE)
     seen = scan(ctx, start, start + HUGE_PAGE, mask=int(PageCategory.FILE), returned=wanted)
-    ctx.expect("ranges", seen.ranges, ((start, start + HUGE_PAGE, wanted),))
+    ctx.expect("ranges of the scan", seen.ranges, ((start, start + HUGE_PAGE, wanted),))
 
 
 @case(

@@ -121,7 +121,7 @@ def _add_part(name: str, room: int, max_pages: int, count: int) -> None:
         while start < end_of(region) and len(found) < len(wanted):
             flags = int(WP_SCAN)
             seen = scan(ctx, start, end_of(region), room=room, max_pages=max_pages, flags=flags)
-            ctx.expect("errno", seen.errno, 0)
+            ctx.expect("errno of the scan", seen.errno, 0)
             if not found:
                 ctx.expect("ranges of the first call", seen.count, count)
             found += seen.ranges

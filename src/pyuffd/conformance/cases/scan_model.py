@@ -69,9 +69,9 @@ def _add_state(state: State) -> None:
         subject, page = prepare(ctx, state, features)
         asked = {"mask": 0, "returned": int(ASKED)}
         seen = scan(ctx, subject.at, subject.at + ctx.page, **asked)
-        ctx.expect("errno", seen.errno, 0)
+        ctx.expect("errno of the scan", seen.errno, 0)
         found = {categories for _, _, categories in seen.ranges}
-        ctx.expect("ranges", seen.count, 1)
+        ctx.expect("ranges of the scan", seen.count, 1)
         (categories,) = found
         wanted = _categories(page, ctx.memory)
         if state.pages > 1 and ctx.memory.is_anon:
@@ -86,7 +86,7 @@ def _add_state(state: State) -> None:
 
     case(
         f"PAGEMAP_SCAN.of.{state.name}",
-        summary=f"The categories of a page {state.text}",
+        summary=f"A scan reports the right categories of a page {state.text}",
         origin="fs/proc/task_mmu.c: pagemap_page_category",
         memory=state.memory,
         features=lambda memory: missing_wp_features(memory) | state.features | FEATURES,
@@ -199,7 +199,7 @@ def _ask(ctx: Context, region: Region, question: Question, flags: int) -> Answer
         inverted=question.inverted,
         returned=question.returned,
     )
-    ctx.expect("errno", seen.errno, 0)
+    ctx.expect("errno of the scan", seen.errno, 0)
 
     def index(at: int) -> int:
         return (at - region.start) // ctx.page
@@ -340,7 +340,7 @@ def two_mappings(ctx: Context) -> None:
     _memory.madvise(middle, 2 * ctx.page, 10)  # MADV_DONTFORK makes it another mapping
     seen = scan(ctx, region.start, end_of(region))
     whole = (region.start, end_of(region), int(WRITTEN))
-    ctx.expect("ranges", seen.ranges, (whole,))
+    ctx.expect("ranges of the scan", seen.ranges, (whole,))
     both = int(WRITTEN | WPALLOWED)
     ctx.uffd.unregister(middle, 2 * ctx.page)
     seen = scan(ctx, region.start, end_of(region), returned=both)

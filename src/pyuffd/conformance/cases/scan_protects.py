@@ -86,7 +86,7 @@ def _add(
         region.fill(1)
         make(ctx, region)
         seen = scan(ctx, region.start, end_of(region), flags=int(WP_SCAN), **asked)
-        ctx.expect("errno", seen.errno, 0)
+        ctx.expect("errno of the scan", seen.errno, 0)
         if can_say:
             ctx.expect("pages found", seen.pages, PAGES)
         if "returned" in asked:
@@ -156,7 +156,7 @@ def _huge(ctx: Context, count: int) -> int:
 
 def _protect(ctx: Context, start: int, count: int, **asked: int) -> Scan:
     seen = scan(ctx, start, start + count * HUGE_PAGE, flags=int(WP_SCAN), **asked)
-    ctx.expect("errno", seen.errno, 0)
+    ctx.expect("errno of the scan", seen.errno, 0)
     return seen
 
 
@@ -180,7 +180,7 @@ def huge(ctx: Context) -> None:
     start = _huge(ctx, 2)
     both = int(WRITTEN | HUGE)
     seen = _protect(ctx, start, 2, returned=both)
-    ctx.expect("ranges", seen.ranges, ((start, start + 2 * HUGE_PAGE, both),))
+    ctx.expect("ranges of the scan", seen.ranges, ((start, start + 2 * HUGE_PAGE, both),))
     ctx.expect("bytes mapped huge", mapped_huge(start), 2 * HUGE_PAGE)
     _expect_left(ctx, start, 2, 2 * PER_HUGE)
     seen = _protect(ctx, start, 2, mask=int(PRESENT), returned=int(PRESENT | WRITTEN))
@@ -277,7 +277,7 @@ def hugetlb_again(ctx: Context) -> None:
     scan(ctx, *whole, flags=int(WP_SCAN))
     asked = {"mask": int(PRESENT), "returned": int(PRESENT | WRITTEN)}
     seen = scan(ctx, *whole, flags=int(WP_SCAN), **asked)
-    ctx.expect("ranges", seen.ranges, ((*whole, int(PRESENT)),))
+    ctx.expect("ranges of the second scan", seen.ranges, ((*whole, int(PRESENT)),))
 
 
 def _needs_disposable() -> Need:
@@ -306,7 +306,7 @@ def hugetlb_hole(ctx: Context) -> None:
     ctx.open().register(edge, ctx.page, mode=RegisterMode.WP)
     asked = {"flags": int(ScanFlag.WP_MATCHING), "mask": 0, "returned": 0}
     seen = scan(ctx, edge, edge + ctx.page, **asked)
-    ctx.expect("errno", seen.errno, 0)
+    ctx.expect("errno of the scan", seen.errno, 0)
     ctx.expect_pagemap(edge, MARKER[ctx.memory.name])
     # With max_pages inside the first of two holes, the scan stops there.
     first = edge + GIB

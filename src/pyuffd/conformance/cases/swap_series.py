@@ -176,7 +176,7 @@ def migration(ctx: Context) -> None:
         ctx.lack("migration", f"compaction moved none of {MIGRATION_TRIES} x {len(before)} pages")
     ctx.note(f"compaction moved {len(moved)} of {len(before)} pages")
     lost = [hex(at) for at in before if not ctx.is_protected(at)]
-    ctx.expect("pages that lost their bit", lost, [])
+    ctx.expect("pages that lost their uffd-wp bit", lost, [])
     for at in {moved[0], moved[-1]}:
         ctx.expect("content", ctx.silently(ctx.read, at, ctx.page), bytes([DATA]) * ctx.page)
         expect_write_fault(ctx, at)
@@ -263,11 +263,11 @@ def memory_pressure(ctx: Context) -> None:
     with limited_memory(LIMIT, child.pid):
         _write_all(child, region, DATA)
         uffd.writeprotect(region)
-        ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
+        ctx.expect("child's uffd-wp bit", ctx.is_protected(region.start, pid=child.pid), True)
         _write_all(child, filler, WRITTEN)
         pages = range(region.start, region.start + region.length, ctx.page)
         states = [child.pagemap(at) for at in pages]
-        ctx.expect("pages that lost their bit", [s for s in states if s[3] != "W"], [])
+        ctx.expect("pages that lost their uffd-wp bit", [s for s in states if s[3] != "W"], [])
         out = [at for at, state in zip(pages, states, strict=True) if not state.startswith("P")]
         if not out:
             ctx.lack("memory-pressure", "no page was swapped out")

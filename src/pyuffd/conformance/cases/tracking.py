@@ -289,7 +289,7 @@ def mremap(ctx: Context) -> None:
     target = reserve(ctx, region.length)
     move_mapping(ctx, region, target)
     result = scan(ctx, target, target + region.length, flags=WP_SCAN)
-    ctx.expect("errno", result.errno, errno.EPERM)
+    ctx.expect("errno of the scan", result.errno, errno.EPERM)
 
 
 @case("wp-async.map-over.unregistered", origin=ORIGIN, memory=SMALL, features=FEATURES)
@@ -299,7 +299,7 @@ def map_over(ctx: Context) -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
     _memory.mmap(region.page_size, READ_WRITE, flags, address=second(region))
     result = scan(ctx, region.start, end_of(region), flags=WP_SCAN)
-    ctx.expect("errno", result.errno, errno.EPERM)
+    ctx.expect("errno of the scan", result.errno, errno.EPERM)
 
 
 @case("wp-async.pinned.hidden", origin=ORIGIN, memory=SMALL, features=FEATURES, needs=[needs_pin()])
@@ -369,7 +369,7 @@ def unpopulated(ctx: Context) -> None:
     found = dropped(
         ctx, 2 * HUGE_PAGE, lambda region: region.madvise(mmap.MADV_DONTNEED, 0, SMALL_PAGE)
     )
-    ctx.expect_variant("bytes", found, reported=SMALL_PAGE, missed=0)
+    ctx.expect_variant("bytes that the scan reports", found, reported=SMALL_PAGE, missed=0)
 
 
 @case("pagemap-scan.pmd-hole", origin=ORIGIN, memory=ANON, features=FEATURES, variants=_HOLES)
@@ -381,7 +381,7 @@ def pmd_hole(ctx: Context) -> None:
         region.madvise(mmap.MADV_DONTNEED, first, HUGE_PAGE)
 
     found = dropped(ctx, 2 * HUGE_PAGE, drop)
-    ctx.expect_variant("bytes", found, reported=HUGE_PAGE, missed=0)
+    ctx.expect_variant("bytes that the scan reports", found, reported=HUGE_PAGE, missed=0)
 
 
 @case("pagemap-scan.hugetlb-hole", origin=ORIGIN, memory=("hugetlb-private",), features=FEATURES)
@@ -391,7 +391,7 @@ def hugetlb_hole(ctx: Context) -> None:
     uffd = ctx.open()
     uffd.register(region, mode=RegisterMode.WP)
     result = scan(ctx, region.start, end_of(region), flags=ScanFlag(0))
-    ctx.expect("ranges", result.count, 0)
+    ctx.expect("ranges of the scan", result.count, 0)
 
 
 @case("wp-async.collapse.refused", origin=ORIGIN, memory=ANON, features=FEATURES)

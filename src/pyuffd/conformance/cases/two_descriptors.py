@@ -71,7 +71,7 @@ def busy_second(ctx: Context) -> None:
     first, second = ctx.open(), ctx.open()
     second.register(region.start + 2 * ctx.page, ctx.page, mode=MISSING)
     answer = ctx.ioctl("REGISTER", region.start, region.length, MISSING, uffd=first)
-    ctx.expect("errno", answer.errno, errno.EBUSY)
+    ctx.expect("errno of REGISTER", answer.errno, errno.EBUSY)
     ctx.expect("VmFlags of the first page", vm_flags(region.start), set())
     ctx.expect("the byte", ctx.silently(ctx.read, region.start), b"\0")
 

@@ -207,7 +207,7 @@ def _add(resolver: Resolver) -> None:
     what = "faults again" if resolver.again else "goes on"
     case(
         f"{resolver.name}.ok.neighbours-sleep",
-        summary=f"The thread in the page {what}; threads in the pages before and after it sleep on",
+        summary=f"Only the thread in the page {what}; threads in the pages beside it sleep on",
         origin=origin,
         memory=resolver.memory,
         features=resolver.features,
@@ -237,7 +237,9 @@ for _resolver in RESOLVERS:
 
 _WAKES = (
     Variant("awake", "the thread goes on"),
-    Variant("asleep", "it sleeps until UFFDIO_WAKE or the last close, which is a kernel bug"),
+    Variant(
+        "asleep", "the thread sleeps until UFFDIO_WAKE or the last close, which is a kernel bug"
+    ),
 )
 
 
@@ -284,7 +286,7 @@ def _add_dontwake(resolver: Resolver, mode: int) -> None:
     def run(ctx: Context) -> None:
         region, (waiting,) = _asleep(ctx, resolver, 1, 0, False)
         seen = _dontwake(ctx, name, mode, region.start)
-        ctx.expect("errno and result", seen, (0, ctx.page))
+        ctx.expect(f"errno and result of {name}", seen, (0, ctx.page))
         ctx.expect("pending and total after DONTWAKE", counters(ctx.uffd), (0, 1))
         ctx.expect("whether the access returned before UFFDIO_WAKE", waiting.done, False)
         ctx.uffd.wake(region)
@@ -293,7 +295,7 @@ def _add_dontwake(resolver: Resolver, mode: int) -> None:
 
     case(
         f"{resolver.name}.ok.dontwake",
-        summary="DONTWAKE fills the page and leaves its thread asleep until UFFDIO_WAKE",
+        summary="With DONTWAKE the page is filled and its thread sleeps until UFFDIO_WAKE",
         origin=f"{resolver.name}(2const)",
         memory=resolver.memory,
         features=resolver.features,

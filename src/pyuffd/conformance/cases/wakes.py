@@ -114,7 +114,7 @@ def _add_close(name: str, resolver: Resolver) -> None:
 
     case(
         f"close.ok.wakes-{name}",
-        summary=f"The last close wakes threads that wait for {name} faults, read or unread",
+        summary=f"The last close wakes threads with {name} faults, their messages read or unread",
         origin="fs/userfaultfd.c: userfaultfd_release",
         memory=resolver.memory,
         features=resolver.features,

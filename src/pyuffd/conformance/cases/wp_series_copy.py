@@ -66,9 +66,11 @@ def copied_data_survives(ctx: Context) -> None:
     expect_read(ctx, region.start, DATA)
     expect_read(ctx, region.start + ctx.page, IN_FILE)
     ctx.expect(
-        "bit of the page copied with MODE_WP", ctx.is_protected(region.start + ctx.page), True
+        "uffd-wp bit of the page copied with MODE_WP",
+        ctx.is_protected(region.start + ctx.page),
+        True,
     )
-    ctx.expect("bit of the page copied without", ctx.is_protected(region.start), False)
+    ctx.expect("uffd-wp bit of the page copied without", ctx.is_protected(region.start), False)
 
 
 @case(
@@ -208,8 +210,8 @@ def continue_over_marker(ctx: Context) -> None:
     other = region.start + ctx.page
     ctx.uffd.continue_(region.start, ctx.page)
     ctx.uffd.continue_(other, ctx.page, mode=ContinueMode.WP)
-    ctx.expect("bit after CONTINUE", ctx.is_protected(region.start), False)
-    ctx.expect("bit after CONTINUE with MODE_WP", ctx.is_protected(other), True)
+    ctx.expect("uffd-wp bit after CONTINUE", ctx.is_protected(region.start), False)
+    ctx.expect("uffd-wp bit after CONTINUE with MODE_WP", ctx.is_protected(other), True)
     for at in (region.start, other):
         expect_read(ctx, at, IN_FILE)
     expect_silent_write(ctx, region.start)
@@ -245,7 +247,7 @@ def stale_marker(ctx: Context) -> None:
 def _expect_clean(ctx: Context, region: Region, when: str) -> None:
     for index in range(2):
         at = region.start + index * ctx.page
-        ctx.expect(f"bit of page {index} {when}", ctx.is_protected(at), False)
+        ctx.expect(f"uffd-wp bit of page {index} {when}", ctx.is_protected(at), False)
         expect_silent_write(ctx, at)
 
 
@@ -269,7 +271,7 @@ def unregister_clears(ctx: Context) -> None:
     """UNREGISTER removes bits and markers of its range only."""
     region = _page_and_marker(ctx)
     ctx.uffd.unregister(region.start, ctx.page)
-    ctx.expect("bit of the unregistered half", ctx.is_protected(region.start), False)
+    ctx.expect("uffd-wp bit of the unregistered half", ctx.is_protected(region.start), False)
     ctx.expect_pagemap(region.start + ctx.page, MARKER[ctx.memory.name])
     ctx.uffd.unregister(region.start + ctx.page, ctx.page)
     ctx.expect_pagemap(region.start + ctx.page, HOLE)

@@ -217,7 +217,7 @@ def alias_write(ctx: Context) -> None:
     alias = ctx.alias(region)
     expect_silent_write(ctx, alias.start)
     ctx.expect("whether the page is protected", ctx.is_protected(region.start), True)
-    ctx.expect("data", ctx.silently(ctx.read, region.start), bytes([WRITTEN]))
+    ctx.expect("byte read afterwards", ctx.silently(ctx.read, region.start), bytes([WRITTEN]))
     expect_write_fault(ctx, region.start)
 
 
@@ -233,7 +233,7 @@ def file_write(ctx: Context) -> None:
     assert region.fd is not None
     ctx.expect("pwrite", ctx.silently(os.pwrite, region.fd, bytes([WRITTEN]), 0), 1)
     ctx.expect("whether the page is protected", ctx.is_protected(region.start), True)
-    ctx.expect("data", ctx.silently(ctx.read, region.start), bytes([WRITTEN]))
+    ctx.expect("byte read afterwards", ctx.silently(ctx.read, region.start), bytes([WRITTEN]))
     expect_write_fault(ctx, region.start)
 
 
@@ -249,6 +249,6 @@ def child_write(ctx: Context) -> None:
     child = ctx.fork()
     seen = ctx.silently(child.write, region.start, bytes([WRITTEN]))
     ctx.expect("the child's write", seen, None)
-    ctx.expect("parent's bit", ctx.is_protected(region.start), True)
-    ctx.expect("data", ctx.silently(ctx.read, region.start), bytes([WRITTEN]))
+    ctx.expect("parent's uffd-wp bit", ctx.is_protected(region.start), True)
+    ctx.expect("byte read afterwards", ctx.silently(ctx.read, region.start), bytes([WRITTEN]))
     expect_write_fault(ctx, region.start)

@@ -89,11 +89,11 @@ def _fork_without_event(ctx: Context, state: _State) -> None:
     region, value = state.make(ctx)
     child = ctx.fork()
     seen = ctx.is_protected(region.start, pid=child.pid)
-    ctx.expect("child's bit", seen, False)
+    ctx.expect("child's uffd-wp bit", seen, False)
     ctx.expect("the child's write", ctx.silently(child.write, region.start, bytes([WRITTEN])), None)
     rest = ctx.silently(child.read, region.start + 1, 8)
     ctx.expect("rest of the child's page", rest, bytes([value]) * 8)
-    ctx.expect("parent's bit", ctx.is_protected(region.start), True)
+    ctx.expect("parent's uffd-wp bit", ctx.is_protected(region.start), True)
     expect_write_fault(ctx, region.start)
 
 
@@ -102,12 +102,12 @@ def _fork_with_event(ctx: Context, state: _State) -> None:
     child = ctx.fork()
     assert child.uffd is not None
     seen = ctx.is_protected(region.start, pid=child.pid)
-    ctx.expect("child's bit", seen, True)
+    ctx.expect("child's uffd-wp bit", seen, True)
     expect_write_fault(ctx, region.start, child.uffd, child.write)
     ctx.expect_quiet()
     rest = ctx.start(child.read, region.start + 1, 8).result()
     ctx.expect("rest of the child's page", rest, bytes([value]) * 8)
-    ctx.expect("parent's bit", ctx.is_protected(region.start), True)
+    ctx.expect("parent's uffd-wp bit", ctx.is_protected(region.start), True)
     expect_write_fault(ctx, region.start)
     ctx.expect_quiet(child.uffd)
 
@@ -153,7 +153,7 @@ def _fork_pinned(ctx: Context) -> tuple[Region, Child]:
     ctx.expect(
         "whether the parent's frame is the pinned one", frame(region.start) == before != 0, True
     )
-    ctx.expect("parent's bit", ctx.is_protected(region.start), True)
+    ctx.expect("parent's uffd-wp bit", ctx.is_protected(region.start), True)
     seen = frame(region.start, pid=child.pid)
     ctx.expect("whether the child has a frame of its own", seen not in (0, before), True)
     return region, child
@@ -169,7 +169,7 @@ def _fork_pinned(ctx: Context) -> tuple[Region, Child]:
 def fork_pinned(ctx: Context) -> None:
     """Fork copies a pinned private page at once; without EVENT_FORK the copy is not protected."""
     region, child = _fork_pinned(ctx)
-    ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), False)
+    ctx.expect("child's uffd-wp bit", ctx.is_protected(region.start, pid=child.pid), False)
     ctx.expect("the child's write", ctx.silently(child.write, region.start, b"\1"), None)
     expect_write_fault(ctx, region.start)
 
@@ -185,7 +185,7 @@ def fork_pinned_with_event(ctx: Context) -> None:
     """With EVENT_FORK, the child's copy of a pinned private page is protected too."""
     region, child = _fork_pinned(ctx)
     assert child.uffd is not None
-    ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
+    ctx.expect("child's uffd-wp bit", ctx.is_protected(region.start, pid=child.pid), True)
     expect_write_fault(ctx, region.start, child.uffd, child.write)
     expect_write_fault(ctx, region.start)
 
@@ -204,7 +204,7 @@ def fork_unregistered(ctx: Context) -> None:
     ctx.uffd.unregister(other, ctx.page)
     child = ctx.fork()
     ctx.expect_pagemap(other, HOLE, pid=child.pid)
-    ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
+    ctx.expect("child's uffd-wp bit", ctx.is_protected(region.start, pid=child.pid), True)
     ctx.expect("the child's write", ctx.silently(child.write, other, b"\1"), None)
 
 
@@ -221,10 +221,10 @@ def fork_descriptor(ctx: Context) -> None:
     child = ctx.fork_only()
     code, fd = reading.result()
     try:
-        ctx.expect("event", code, FORK_MESSAGE)
+        ctx.expect("type of the event", code, FORK_MESSAGE)
         ctx.expect("O_NONBLOCK", bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK), True)
         ctx.expect("FD_CLOEXEC", fcntl.fcntl(fd, fcntl.F_GETFD), fcntl.FD_CLOEXEC)
-        ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
+        ctx.expect("child's uffd-wp bit", ctx.is_protected(region.start, pid=child.pid), True)
     finally:
         os.close(fd)
     ctx.expect("child's page after the close", child.pagemap(region.start), "P----")
@@ -249,7 +249,7 @@ def fork_cow(ctx: Context) -> None:
     assert child.uffd is not None
     ctx.expect_pagemap(region.start, present(ctx))
     expect_write_fault(ctx, region.start)
-    ctx.expect("child's bit", ctx.is_protected(region.start, pid=child.pid), True)
+    ctx.expect("child's uffd-wp bit", ctx.is_protected(region.start, pid=child.pid), True)
     seen = ctx.silently(child.read, region.start, 8)
     ctx.expect("child's data", seen, bytes([DATA]) * 8)
     expect_write_fault(ctx, region.start + 1, child.uffd, child.write)

@@ -93,7 +93,7 @@ def cached_is_not_missing(ctx: Context) -> None:
     ctx.uffd.writeprotect(region)
     ctx.expect_pagemap(region.start, MARKER[ctx.memory.name])
     expect_read(ctx, region.start, IN_FILE)
-    ctx.expect("bit after the read", ctx.is_protected(region.start), True)
+    ctx.expect("uffd-wp bit after the read", ctx.is_protected(region.start), True)
     expect_write_fault(ctx, region.start)
 
 
@@ -311,7 +311,7 @@ def protect_hole(ctx: Context) -> None:
     ctx.expect_pagemap(region.start, present(ctx, protected=False))
     ctx.expect("rest of the page", ctx.read(region.start + 1, 8), bytes(8))
     expect_read(ctx, region.start + ctx.page, 0)
-    ctx.expect("bit after a read", ctx.is_protected(region.start + ctx.page), True)
+    ctx.expect("uffd-wp bit after a read", ctx.is_protected(region.start + ctx.page), True)
     expect_write_fault(ctx, region.start + ctx.page)
 
 
@@ -403,10 +403,10 @@ def anon_hole(ctx: Context) -> None:
 def bit_in_pagemap(ctx: Context) -> None:
     """Bit 57 of pagemap is set for a protected page, and for a zapped one of file memory."""
     region = protected(ctx)
-    ctx.expect("bit of the page", ctx.is_protected(region.start), True)
+    ctx.expect("uffd-wp bit of the page", ctx.is_protected(region.start), True)
     region.madvise(mmap.MADV_DONTNEED)
     kept = not ctx.memory.is_anon
-    ctx.expect("bit after MADV_DONTNEED", ctx.is_protected(region.start), kept)
+    ctx.expect("uffd-wp bit after MADV_DONTNEED", ctx.is_protected(region.start), kept)
     ctx.uffd.writeprotect(region, mode=UNPROTECT)
     ctx.expect_pagemap(region.start, HOLE)
 
@@ -423,9 +423,9 @@ def bit_swapped(ctx: Context) -> None:
     in_one_place(ctx)
     region = protected(ctx)
     page_out(ctx, region)
-    ctx.expect("bit of the swapped page", ctx.is_protected(region.start), True)
+    ctx.expect("uffd-wp bit of the swapped page", ctx.is_protected(region.start), True)
     ctx.uffd.writeprotect(region, mode=UNPROTECT)
-    ctx.expect("bit after unprotecting", ctx.is_protected(region.start), False)
+    ctx.expect("uffd-wp bit after unprotecting", ctx.is_protected(region.start), False)
     expect_silent_write(ctx, region.start)
     ctx.expect("rest of the page", ctx.read(region.start + 1, 8), bytes([DATA]) * 8)
 

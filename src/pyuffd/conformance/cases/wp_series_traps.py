@@ -70,7 +70,7 @@ def register_again_page(ctx: Context) -> None:
         return
     expect_silent_write(ctx, region.start)
     bit = ctx.is_protected(region.start)
-    ctx.expect_variant("bit after the write", bit, stays=True, cleared=False)
+    ctx.expect_variant("uffd-wp bit after the write", bit, stays=True, cleared=False)
 
 
 @case(
@@ -123,7 +123,7 @@ def register_again_endless(ctx: Context) -> None:
     ctx.expect_quiet(child.uffd)
     child.close()
     writing.result()
-    ctx.expect("parent's bit", ctx.is_protected(region.start), True)
+    ctx.expect("parent's uffd-wp bit", ctx.is_protected(region.start), True)
 
 
 def _write(child: Child, address: int) -> None:

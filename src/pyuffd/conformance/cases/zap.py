@@ -219,7 +219,7 @@ def _run(ctx: Context, row: Row) -> None:
     if found == HOLE:
         expect_silent_write(ctx, region.start)
         return
-    ctx.expect("bit after a read", ctx.is_protected(region.start), True)
+    ctx.expect("uffd-wp bit after a read", ctx.is_protected(region.start), True)
     expect_write_fault(ctx, region.start)
     expect_silent_write(ctx, region.start)
 
