@@ -1,4 +1,4 @@
-"""The cases, by where they come from: one module of this table each (layer L5)."""
+"""The modules of cases, in the order in which the generated page has them (layer L5)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ MEMORY_FAILURE = Path("/proc/sys/vm/memory_failure_recovery")
 
 
 def _continue_wp(memory: MemoryType) -> Feature:
-    # CONTINUE_MODE_WP has no feature bit; it came in the same release as WP_UNPOPULATED.
+    # CONTINUE_MODE_WP has no feature bit, but every kernel with WP_UNPOPULATED has it.
     return minor_features(memory) | wp_features(memory) | Feature.WP_UNPOPULATED
 
 

@@ -395,7 +395,7 @@ def _protected(ctx: Context, *, data: bool) -> Region:
 
 
 def _drops_wp(ctx: Context, region: Region) -> bool:
-    """Register again without WP and return True; if that is refused, unregister first: False."""
+    """Register again without WP and return True, or unregister first and return False."""
     before = ctx.pagemap(region.start)
     answer = ctx.ioctl("REGISTER", region.start, ctx.page, MISSING)
     if not answer.errno:

@@ -31,7 +31,7 @@ STRESS_BUDGET_S = 60.0
     budget_s=STRESS_BUDGET_S,
 )
 def uffd_stress(ctx: Context) -> None:
-    """In all 16 bounce modes no page is lost, torn or copied twice; all kinds of faults occur."""
+    """In all 16 bounce modes no page is lost, torn or copied twice; missing, WP, EEXIST occur."""
     stress(ctx, HUGE_PAGES if ctx.memory.is_hugetlb else PAGES, range(MODES))
 
 

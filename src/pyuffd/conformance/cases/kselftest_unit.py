@@ -219,7 +219,7 @@ def minor(ctx: Context) -> None:
 
 
 def _minor_wp(memory: MemoryType) -> Feature:
-    # CONTINUE_MODE_WP has no feature bit; a kernel with WP_UNPOPULATED, which is newer, has it.
+    # CONTINUE_MODE_WP has no feature bit, but every kernel with WP_UNPOPULATED has it.
     return minor_features(memory) | wp_features(memory) | Feature.WP_UNPOPULATED
 
 

@@ -197,7 +197,7 @@ def move_over_marker(ctx: Context) -> None:
     "wp-series.13.continue-over-marker",
     origin="patch 13: left-over markers",
     memory=FILE,
-    # CONTINUE_MODE_WP has no feature bit; a kernel with WP_UNPOPULATED, which is newer, has it.
+    # CONTINUE_MODE_WP has no feature bit, but every kernel with WP_UNPOPULATED has it.
     features=lambda memory: minor_features(memory) | wp_features(memory) | Feature.WP_UNPOPULATED,
 )
 def continue_over_marker(ctx: Context) -> None:
