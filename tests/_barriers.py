@@ -8,11 +8,11 @@ from enum import IntEnum
 
 from pyuffd._shim import lib
 
-WAIT_NS = 10_000_000_000  # passes only if there is a bug: the thread is on its way
+WAIT_NS = 10_000_000_000  # reached only if there is a bug: the thread is on its way
 
 
 class Point(IntEnum):
-    """A point where the first thread that comes stops; engine/barrier.h describes each."""
+    """A point where the first thread that arrives stops; engine/barrier.h describes each."""
 
     STEP_READ = lib.UFFD_BARRIER_STEP_READ
     STEP_APPLIED = lib.UFFD_BARRIER_STEP_APPLIED
@@ -41,13 +41,13 @@ class Held:
         assert code == 0, f"no thread came to {self.point.name}: {code}"
 
     def release(self) -> None:
-        """Let the thread continue, and those that come after it."""
+        """Let this thread continue, and all later ones."""
         lib.uffd_barrier_release(self.point)
 
 
 @contextmanager
 def holding(point: Point) -> Iterator[Held]:
-    """Stop the next thread that comes to a point, until it is released or the block ends."""
+    """Stop the next thread that reaches a point, until it is released or the block ends."""
     code = lib.uffd_barrier_arm(point)
     assert code == 0, f"{point.name} cannot be armed: {code}"
     held = Held(point)

@@ -1,8 +1,8 @@
 """Run code that may stall in a child process, as `pyuffd.testing` does, but from a zygote.
 
-Functions run in a fork of a zygote (tests/_zygote.py), also those given by name. Source text, and
-what needs another environment from its start, runs in a fresh process. PYUFFD_FRESH_CHILDREN=1
-makes all of them fresh.
+Functions, also those given by name, run in a fork of a zygote (tests/_zygote.py). Source text runs
+in a new process, and so does code that needs another environment from the start.
+PYUFFD_FRESH_CHILDREN=1 runs everything in new processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _zygotes: list[Zygote] = []
 
 
 def zygote() -> Zygote:
-    """Return the zygote of this process; start it when it is first needed."""
+    """Return the zygote of this process, started on first use."""
     if not _zygotes:
         started = Zygote()
         atexit.register(started.__exit__)
@@ -37,7 +37,7 @@ def zygote() -> Zygote:
 
 
 def crowd() -> float:
-    """Return how many threads want each CPU, at least 1: limits for hangs are stretched by it."""
+    """Return how many threads compete for each CPU, at least 1; limits for hangs scale with it."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -50,13 +50,13 @@ def run_child(
     env: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> ChildResult:
-    """Run a function or source text in a process of its own with a time limit.
+    """Run a function or source text in a child process with a time limit.
 
     Args:
         target: a module-level function, its name as `package.module:function`, or source text.
-        *args: positional arguments of the function; JSON carries them, so tuples arrive as lists.
-        budget_s: seconds that the code may need; scaled by PYUFFD_BUDGET_SCALE, and on a busy
-            machine by how busy it is.
+        *args: positional arguments of the function; sent as JSON, so tuples arrive as lists.
+        budget_s: seconds that the code may take; scaled by PYUFFD_BUDGET_SCALE and by the load of
+            the machine.
         expect: the expected return code (negative for a signal), "timeout", or None for any.
         env: environment variables to add.
         **kwargs: keyword arguments of the function, through JSON.

@@ -10,15 +10,15 @@ ALL = os.environ.get("PYUFFD_CROSSINGS") == "all"
 
 
 def values(test_id: str) -> set[str]:
-    """Return the values that a test's id is made of: `native-anon-events` has three."""
+    """Return the values that make up a test's id: `native-anon-events` has three."""
     return {f"{place}:{word}" for place, word in enumerate(test_id.split("-"))}
 
 
 def sample(ids: Iterable[str]) -> list[str]:
-    """Choose few ids such that every value in one of them is in one that was chosen.
+    """Choose a few of the ids, so that each value of any id is in one that was chosen.
 
-    Greedy: each time an id with the most values that are still missing, of these the first one
-    whose values were chosen least. The same ids give the same choice.
+    The choice is greedy: each step takes an id with the most values that are still missing, and
+    among these the first one whose values were chosen least. It is the same for the same ids.
 
     Example:
         >>> sample(["native-anon", "native-shmem", "inline-anon", "inline-shmem"])
@@ -41,9 +41,9 @@ def sample(ids: Iterable[str]) -> list[str]:
 def left_out(
     tables: Mapping[str, Sequence[str]], every: Mapping[str, int] | None = None
 ) -> set[str]:
-    """Return the ids of each table, by the name of its test, that no run by default has.
+    """Return the ids that are not run by default, by the name of the table's test.
 
-    Of a table in `every` each so many-th row runs, instead of a sample with each value.
+    `every` maps tables of which every n-th row runs, instead of a sample with each value, to n.
     """
     steps = every or {}
     return {

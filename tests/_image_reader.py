@@ -1,4 +1,4 @@
-"""Reads snapshots as docs/snapshots.md describes them. It shares no code with pyuffd."""
+"""A reader of snapshots, as docs/snapshots.md describes them. It shares no code with pyuffd."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Reader:
         return content
 
     def content(self, start: int, length: int) -> tuple[bytes, dict[int, int]]:
-        """Return bytes, with zeros where there is no content; and where that is, and why."""
+        """Return bytes, with zeros where there is no content, and the states of those pages."""
         pages: list[bytes] = []
         gaps: dict[int, int] = {}
         for at in range(0, length, PAGE):

@@ -1,4 +1,4 @@
-"""Snapshots written by tests, without a process: any content, in any states, in chains."""
+"""Snapshots that tests write without a process: any content, any states, any chain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START = 0x7F00_0000_0000
 
 @dataclass(frozen=True)
 class Part:
-    """Pages in one state; `content` of DATA."""
+    """Pages in one state; DATA has `content`."""
 
     pages: int
     state: RunState = RunState.DATA
@@ -27,14 +27,14 @@ class Part:
 
 
 def pattern(pages: int, seed: int = 0) -> bytes:
-    """Return content of which no two pages are alike, and no page is zeros."""
+    """Return content in which all pages differ and none is full of zeros."""
     return b"".join(
         ((seed << 40) + number + 1).to_bytes(8, "little") * (PAGE // 8) for number in range(pages)
     )
 
 
 def data(pages: int, seed: int = 0) -> Part:
-    """Return a part with such content."""
+    """Return a part with the content of `pattern`."""
     return Part(pages, RunState.DATA, pattern(pages, seed))
 
 

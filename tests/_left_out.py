@@ -1,4 +1,4 @@
-"""One sentence for the end of a run: how many tests it left out, and what would run them."""
+"""One sentence for the end of a run: how many tests it left out, and how to run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory types that userfaultfd serves, as factories of regions for parametrised tests."""
+"""The memory types that userfaultfd supports, as factories of regions for parametrised tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyuffd.testing._memory_types import SMALL_PAGE
 from tests._rooms import region_in_room
 
 PAGE = SMALL_PAGE
-# A test of the hugetlb types may use so many without needs_hugepages().
+# A test of the hugetlb types may use this many without needs_hugepages().
 DEFAULT_HUGE_PAGES = 16
 
 

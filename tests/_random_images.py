@@ -29,7 +29,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class Area:
-    """Addresses that are mapped; `has_file` of a file."""
+    """Mapped addresses; `has_file` if they map a file."""
 
     start: int
     end: int
@@ -40,10 +40,10 @@ class Images:
     """A chain of random snapshots in a folder.
 
     Args:
-        folder: Where.
-        seed: Of the random numbers.
+        folder: Where to write them.
+        seed: The seed of the random numbers.
         packs: Whether most of them are compressed.
-        large: Whether what is mapped can fill a huge page.
+        large: Whether areas can be large enough for a huge page.
 
     Attributes:
         paths: The snapshots, the oldest first.
@@ -55,7 +55,7 @@ class Images:
         self._packs = packs and find_spec("zstandard") is not None
         self._areas: list[Area] = []
         self._number = 0
-        # Of one kind each, so that most snapshots have memory without gaps.
+        # Each area is of one kind, so that most snapshots have memory without gaps.
         for _ in range(self._rng.choice((1, 1, 2, 4))):
             self._add()
         self.paths: list[Path] = []
@@ -68,7 +68,7 @@ class Images:
             self._change()
 
     def _add(self) -> None:
-        """Map something, right behind what was mapped last or far from it."""
+        """Map an area, right after the last one or far from it."""
         last = self._areas[-1] if self._areas else None
         if last is not None and self._rng.random() < 0.3:
             start = last.end
@@ -81,7 +81,7 @@ class Images:
         self._areas.append(Area(start, start + size, self._rng.random() < 0.15))
 
     def _change(self) -> None:
-        """Unmap, cut, and map some."""
+        """Unmap, cut, and map some areas."""
         rng = self._rng
         if len(self._areas) > 1 and rng.random() < 0.2:
             self._areas.pop(rng.randrange(len(self._areas)))
@@ -97,7 +97,7 @@ class Images:
     # One snapshot
 
     def _regions(self) -> list[Area]:
-        """Split what is mapped into mappings, in another way each time."""
+        """Split the areas into mappings, differently each time."""
         found: list[Area] = []
         for area in sorted(self._areas, key=lambda area: area.start):
             pages = range(area.start + PAGE, area.end, PAGE)
@@ -107,7 +107,7 @@ class Images:
         return found
 
     def _states(self, region: Area, before: list[Area]) -> list[tuple[int, int, int]]:
-        """Return runs (start, end, state); only what was mapped before can be as it was."""
+        """Return runs (start, end, state); only memory that was mapped before can be unchanged."""
         runs: list[tuple[int, int, int]] = []
         at, rng = region.start, self._rng
         states, weights = zip(*STATES[region.has_file], strict=True)
@@ -136,7 +136,7 @@ class Images:
         )
 
     def _places(self, regions: list[Area]) -> tuple[list[list[tuple[int, int, int]]], int]:
-        """Return (start, end, offset) of the parts of regions, in any order; and the length."""
+        """Return (start, end, offset) of the regions' parts, in any order, and the length."""
         rng = self._rng
         parts: list[tuple[int, int, int]] = []
         for number, region in enumerate(regions):
@@ -164,7 +164,7 @@ class Images:
         packs = self._packs and rng.random() < 0.8
         pack = importlib.import_module("zstandard").ZstdCompressor(level=3).compress
         name = rng.choice(["crc32", "xxh3_64"] if find_spec("xxhash") else ["crc32"])
-        # What no row names means nothing.
+        # Bytes to which no row refers have no meaning.
         pages = bytearray(rng.randbytes(length) if rng.random() < 0.5 else length)
         if packs:
             pages = bytearray()

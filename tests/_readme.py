@@ -11,7 +11,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 
-# A program; before it a comment with what it needs and how it ends, behind it lines that it prints.
+# A program, after a comment with what it needs and how it ends, and before the lines it prints.
 PROGRAM = re.compile(
     r"(?:^<!-- run: (?P<how>[^\n]*) -->\n)?"
     r"^```python\n(?P<source>.*?)^```$"
@@ -26,7 +26,7 @@ class Program:
 
     Attributes:
         source: Its text.
-        output: Lines that it prints, among others, in this order; empty if the page shows none.
+        output: Some of the lines that it prints, in order; empty if the page shows none.
         needs: What the kernel and the user must have: names of features and capabilities.
         ends: How it ends: "" for status 0, "warning" for 0 after a warning, "error" for 1, the
             name of a signal, or "hangs".
@@ -55,7 +55,7 @@ def table(name: str) -> dict[str, dict[str, str]]:
 
 
 def programs(page: Path) -> list[Program]:
-    """Return the Python programs of a page, without consoles and shell lines."""
+    """Return the Python programs of a page, without console sessions and shell lines."""
     found = []
     for match in PROGRAM.finditer(page.read_text()):
         how = dict(word.split("=") for word in (match["how"] or "").split())

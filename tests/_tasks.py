@@ -1,4 +1,4 @@
-"""What /proc says of the threads of a process."""
+"""What /proc says about the threads of a process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def of_threads(pid: int | str, file: str) -> dict[int, str]:
-    """Read one file of /proc/PID/task/TID of each thread; those that end meanwhile are left out."""
+    """Read a file of /proc/PID/task/TID of each thread, except threads that end meanwhile."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

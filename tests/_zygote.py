@@ -1,8 +1,8 @@
-"""A process that forks the children of tests: as good as fresh ones, in a tenth of the time.
+"""A process that forks the children of tests: as good as new processes, in a tenth of the time.
 
 It has imported what most tests need, has one thread, and has never opened a userfaultfd. A child
-leaves the loop and ends like any Python program; where nothing is left that the end could touch
-except what the zygote imported, it does not free that: this would be most of its CPU time.
+leaves the loop and ends like any Python program. But if only the imports of the zygote are left to
+free, it does not free them, which would take most of its CPU time.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ NEEDED = (
     "tests._barriers",
     "tests._memory",
 )
-# numpy's library for matrices starts threads when it is imported, which a fork would not have.
+# numpy's OpenBLAS starts threads when it is imported, and a fork would lack them.
 WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
 LENGTH = 4  # bytes of a message's length
-WITH_A_WATCHDOG = 2  # threads: faulthandler's ends a child that needs too long
-LIMIT_S = 30.0  # forking needs milliseconds
+WITH_A_WATCHDOG = 2  # threads: faulthandler's watchdog ends a child that takes too long
+LIMIT_S = 30.0  # forking takes milliseconds
 
 
 class Zygote:
@@ -123,21 +123,21 @@ def _become_child(fds: list[int], environment: dict[str, str], folder: str) -> N
 
 
 def threads() -> int:
-    """Return the number of threads of this process, also of those that run no Python."""
+    """Return the number of threads of this process, including those that run no Python."""
     return len(os.listdir("/proc/self/task"))
 
 
 def ends_by_itself(thing: object) -> bool:
-    """Return whether the end of the interpreter does something to this: a file, a region, ..."""
+    """Return whether the interpreter's exit does something to this: a file, a region, ..."""
     kind = type(thing)
     return hasattr(kind, "__del__") or (hasattr(kind, "__exit__") and hasattr(kind, "close"))
 
 
 def end_early() -> None:
-    """End this process without freeing what it imported, if it has nothing else.
+    """End this process without freeing its imports, if nothing else is left.
 
-    Return where a thread, a userfaultfd, a file or the like has been left: then the end of the
-    interpreter is part of the test. What the zygote had is frozen, so it is not looked at.
+    Return if a thread, a userfaultfd, a file or the like is left: then the interpreter's exit is
+    part of the test. The zygote's own objects are frozen, so they are not examined.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     if threads() == WITH_A_WATCHDOG and not any(map(ends_by_itself, gc.get_objects())):
@@ -148,7 +148,7 @@ def end_early() -> None:
 
 
 def serve(sock: socket.socket) -> None:
-    """Fork a child for each request, until the other end closes."""
+    """Fork a child for each request, until the other end is closed."""
     for name in NEEDED:
         importlib.import_module(name)
     assert threads() == 1

@@ -18,7 +18,8 @@ from tests._left_out import left_out
 from tests._memory import Memory, memory_of, memory_params
 
 TESTS = Path(__file__).parent
-# A shell's `make test &` ignores the first two, nohup the last; programs of tests need them.
+# `make test &` in a shell starts us with the first two ignored, nohup with the last. The programs
+# of tests need them.
 SIGNALS: dict[signal.Signals, Callable[..., object] | signal.Handlers] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGQUIT: signal.SIG_DFL,
@@ -32,7 +33,7 @@ KERNEL_FOLDERS = tuple(TESTS / name for name in ("kernel", "process", "stress"))
 def pytest_configure(config: pytest.Config) -> None:
     """Let the conformance suite's plugin reserve huge pages and swap for tests of the kernel.
 
-    The programs that tests start inherit which signals are ignored: none is.
+    Stop ignoring signals, as the programs that tests start would inherit that.
     """
     for number, handler in SIGNALS.items():
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -52,7 +53,7 @@ def _asks_for_kernel_tests(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a sample of each table of crossings, unless all or single tests are asked for."""
+    """Keep a sample of each table of crossings, unless all or individual tests are requested."""
     if _crossings.ALL or config.option.keyword or any("::" in arg for arg in config.args):
         return
     tables: dict[str, list[str]] = {}
@@ -69,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Keep the thousands of tests out of all garbage collections: some tests ask for many."""
+    """Exclude the thousands of tests from garbage collection: some tests collect often."""
     gc.collect()
     gc.freeze()
 

@@ -20,7 +20,7 @@ LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 NUMBER, SECOND_ARGUMENT = 0, 16 + 8  # offsets in struct seccomp_data
 
-# Code, jump if true, jump if false, operand; jumps skip so many instructions.
+# Code, jump if true, jump if false, operand; a jump is the number of instructions to skip.
 PROGRAM = (
     (LOAD, 0, 0, NUMBER),
     (EQUAL, 4, 0, NR_USERFAULTFD),
@@ -33,12 +33,12 @@ PROGRAM = (
 
 
 def deny() -> None:
-    """Keep this process and its children from opening a userfaultfd from now on."""
+    """Prevent this process and its children from opening a userfaultfd."""
     _install(PROGRAM)
 
 
 def deny_call(number: int, code: int = errno.EPERM) -> None:
-    """Make this system call fail in this process and its children from now on."""
+    """Make a system call fail in this process and its children."""
     _install(
         (
             (LOAD, 0, 0, NUMBER),

@@ -2,8 +2,8 @@
 
     python -m tests.criu._client PAGES...
 
-It maps memory of so many pages each and prints the addresses. Then it reads commands, one JSON list
-a line, and prints one line of JSON for each. `connect PATH PID ZOMBIES` is what CRIU does.
+It maps a region for each number of pages and prints the addresses. Then it reads commands, one JSON
+list per line, and prints one line of JSON for each. `connect PATH PID ZOMBIES` does what CRIU does.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Restored:
         self.sock.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         for region in self.regions:
             self.uffd.register(region)
-        # CRIU closes its own: the server has the only one.
+        # As CRIU does, so that the server has the only descriptor.
         self.uffd.close()
 
     def connect(self, path: str, pid: int, zombies: list[int]) -> None:
@@ -95,7 +95,7 @@ class Restored:
             return sum("um" in line.split() for line in smaps if line.startswith("VmFlags"))
 
     def fork(self) -> list[list[int]]:
-        """Return what a child sees, and then the parent; both read all."""
+        """Let a child, and then the parent, read everything; return what they see."""
         here, there = os.pipe()
         child = os.fork()
         if child == 0:
@@ -108,7 +108,7 @@ class Restored:
         return [seen, self.stamps()]
 
     def change(self) -> dict[str, list[int]]:
-        """Drop a quarter of the first region, unmap one, move one; return what is seen."""
+        """Drop, unmap and move a quarter each of the first region; return what is seen."""
         region = self.regions[0]
         quarter = region.length // 4
         where = LIBC.mmap(None, quarter, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
@@ -124,7 +124,7 @@ class Restored:
 
 
 def mapped(start: int, length: int) -> Region:
-    """Return memory at this address, as in every process of this kind."""
+    """Map memory at this address, which is the same in every such process."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | FIXED_NOREPLACE
     assert LIBC.mmap(start, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == start
     return Region.at(start, length)
@@ -139,7 +139,7 @@ def stamps(start: int, length: int) -> list[int]:
 
 
 def main() -> None:
-    """Do what stdin says."""
+    """Run the commands from stdin."""
     process = Restored([int(word) for word in sys.argv[1:]])
     print(json.dumps([region.start for region in process.regions]), flush=True)
     for line in sys.stdin:

@@ -1,8 +1,8 @@
-"""CRIU from the Debian mirror that this machine's apt uses, in a folder of its own.
+"""Fetch CRIU from the Debian mirror that this machine's apt uses, into a cache folder.
 
-Released systems have versions that fail on newer kernels, and CRIU's own packages need a newer
-glibc than they have. So it comes from sid, with the libraries that it needs, and runs with their
-dynamic linker. apt runs with state of its own in the cache folder; nothing is installed.
+Stable releases have versions that fail on newer kernels, and newer packages of CRIU need a newer
+glibc. So this fetches CRIU from sid, with the libraries that it needs, and runs it with their
+dynamic linker. apt runs with separate state in the cache folder; nothing is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CriuNotFoundError(Exception):
 
 
 def cache_dir() -> Path:
-    """Return the folder that keeps it, and apt's state."""
+    """Return the folder for CRIU and apt's state."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "pyuffd" / "criu"
 

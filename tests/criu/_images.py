@@ -1,4 +1,4 @@
-"""Images as `criu dump` writes them, made up: for tests without CRIU."""
+"""Synthetic images in the format of `criu dump`, for tests without CRIU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANON_PRIVATE = 0x22
 REGULAR = 1 << 0 | 1 << 9
 COMMON_MAGIC = 0x54564319
 
-# start, pages, flags; a fourth element says in which field the count is: "long" or "compat".
+# start, pages, flags; a fourth element names the field of the count: "long" or "compat".
 Entry = tuple[int, int, int]
 
 
@@ -45,7 +45,7 @@ def write_tree(folder: Path, pids: Iterable[int]) -> None:
 def write_mappings(
     folder: Path, pid: int, mappings: Sequence[tuple[int, int] | tuple[int, int, int, int]]
 ) -> None:
-    """Write mm-PID.img: mappings of start, end, and flags and status unless they are usual."""
+    """Write mm-PID.img: mappings of start, end, and flags and status if they are unusual."""
     vmas = []
     for start, end, *rest in mappings:
         flags, status = rest or (ANON_PRIVATE, REGULAR)

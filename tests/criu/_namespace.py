@@ -1,4 +1,4 @@
-"""Tests with CRIU, as the first process of a PID namespace: pids are free there to be restored.
+"""Run tests with CRIU as the first process of a PID namespace, where all pids are free.
 
     unshare --pid --fork --mount-proc python -m tests.criu._namespace NAME JSON
 
@@ -47,7 +47,7 @@ def _is_usable(name: str) -> str | None:
 
 
 def needs_criu() -> pytest.MarkDecorator:
-    """Skip where no CRIU works, or a PID namespace cannot be made."""
+    """Skip the test if no CRIU works, or a PID namespace cannot be made."""
 
     def missing() -> tuple[list[str], str]:
         if os.geteuid():
@@ -63,7 +63,7 @@ def needs_criu() -> pytest.MarkDecorator:
 
 
 def in_namespace(name: str, *args: object, budget_s: float) -> Any:
-    """Call a scenario there, and return what it returns."""
+    """Call a scenario in a new PID namespace, and return its result."""
     program = subprocess.Popen(
         [
             *("unshare", "--pid", "--fork", "--mount-proc", "--kill-child"),

@@ -1,4 +1,4 @@
-"""A page server as CRIU's: each page's content is `pattern` of its number from a base on."""
+"""A page server like CRIU's; the content of page n is `pattern(base + n)`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Server:
         self.asked: list[tuple[int, int]] = []
 
     def serve(self, sock: socket.socket) -> None:
-        """Answer until the client ends the session, or asks for a page that is lacking."""
+        """Answer until the client ends the session, or requests a page that does not exist."""
         self._sock = sock
         try:
             while data := sock.recv(self._head.size, socket.MSG_WAITALL):

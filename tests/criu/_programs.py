@@ -47,7 +47,7 @@ class Client:
         return json.loads(line)
 
     def ask(self, name: str, *args: object) -> Any:
-        """Let it do something, and return what it says; EOFError with its exit code if it dies."""
+        """Run a command in it and return the answer; EOFError with its exit code if it dies."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([name, *args]) + "\n")
         self._process.stdin.flush()
@@ -69,7 +69,7 @@ class Client:
 
 @contextmanager
 def serving(server: LazyPages) -> Iterator[list[RestoreReport]]:
-    """Let a server serve in a thread until the block ends and its restores are complete."""
+    """Serve in a thread until the block ends and all restores are complete."""
     thread = threading.Thread(target=server.serve, name="criu-serve")
     thread.start()
     try:
@@ -84,7 +84,7 @@ def serving(server: LazyPages) -> Iterator[list[RestoreReport]]:
 
 @contextmanager
 def served(*args: Any, **options: Any) -> Iterator[LazyPages]:
-    """Serve with a `LazyPages` of these arguments until the block ends, and then all of it."""
+    """Make a `LazyPages` and serve until the block ends and all restores are complete."""
     with LazyPages(*args, **options) as server, serving(server):
         yield server
 

@@ -1,4 +1,4 @@
-"""What tests with CRIU do, as the first process of a PID namespace."""
+"""The tests with CRIU, which run as the first process of a PID namespace."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class Criu:
             raise AssertionError(f"criu {command} failed: {wrong[:5] or log[-5:]}")
 
     def dump(self, process: subprocess.Popen[Any], *options: str) -> None:
-        """Dump a process, which ends."""
+        """Dump a process, which ends it."""
         self.run("dump", "-t", str(process.pid), *options)
         assert process.wait(LIMIT_S * SCALE) == -signal.SIGKILL
-        # Its children are ours by now, and their pids are in use until they are reaped.
+        # Its children are now ours, and their pids stay in use until we reap them.
         with suppress(ChildProcessError):
             while os.waitpid(-1, 0):
                 pass
@@ -87,7 +87,7 @@ class Criu:
 
 
 def status_of(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process; Popen.wait() with a limit notices the end up to 50 ms late."""
+    """Wait for a process. Popen.wait() with a timeout would notice the end up to 50 ms late."""
     fd = os.pidfd_open(process.pid)
     try:
         select.select([fd], [], [], LIMIT_S * SCALE)
@@ -138,7 +138,7 @@ def told(reports: Sequence[RestoreReport]) -> list[dict[str, Any]]:
 
 
 def numbers(folder: str, mib: int, changes: bool, restores: int, threads: int) -> Any:
-    """Restore a process that checks each word; with several restores, one after the other."""
+    """Restore a process that checks each word, once or several times in sequence."""
     criu = Criu(folder)
     build(folder)
     criu.dump(start_target(folder, str(mib), *(["changes"] if changes else [])))
@@ -170,7 +170,7 @@ def worker_killed(folder: str, mib: int) -> Any:
 
 
 def redis(folder: str, keys: int) -> Any:
-    """Restore a redis-server with threads: what it holds has the digest that it had."""
+    """Restore a redis-server with threads: the digest of its data is the same as before."""
     criu = Criu(folder)
     path = str(Path(folder) / "redis")
     server = subprocess.Popen(
@@ -253,7 +253,7 @@ def tree(folder: str) -> Any:
 
 @contextmanager
 def large_pipes() -> Iterator[None]:
-    """CRIU's page server needs pipes of 4 MiB, which only a privilege allows otherwise."""
+    """Raise the limit on pipe sizes: CRIU's page server needs 4 MiB, else only with privilege."""
     limit = Path("/proc/sys/fs/pipe-max-size")
     before = limit.read_text()
     limit.write_text(str(4 << 20))
@@ -314,7 +314,7 @@ def make_certificates(folder: str) -> None:
 
 
 def migrate(folder: str, mib: int) -> Any:
-    """Restore in another PID namespace what `criu dump --lazy-pages` holds frozen."""
+    """Restore in another PID namespace a process that `criu dump --lazy-pages` keeps frozen."""
     criu = Criu(folder)
     build(folder)
     source = start_target(folder, str(mib))
@@ -349,10 +349,11 @@ def migrate(folder: str, mib: int) -> Any:
 
 
 def compare(folder: str, mib: int, rounds: int) -> Any:
-    """Time restores, until all is filled and the server has ended, in turn with CRIU's server.
+    """Time restores until all pages are filled and the server has ended, alternating with CRIU's.
 
-    Returns, for each, the seconds of `criu restore`, of all, and of CPU in the server; and as
-    "copies" those of benchmarks/c/copies.c, which only copies the same pages, with two threads.
+    Returns the seconds of `criu restore`, of everything, and of the server's CPU, for each server;
+    and as "copies" those of benchmarks/c/copies.c, which only copies the same pages, in two
+    threads.
     """
     criu = Criu(folder)
     build(folder)

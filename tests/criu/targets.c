@@ -2,9 +2,9 @@
 /*
  * A process to be dumped and restored: targets READY MIB [changes].
  *
- * It fills MIB with numbers, which exist nowhere else, makes the file READY, and waits.  After
- * SIGUSR1 it checks them, with "changes" after a fork and after it has dropped, unmapped and moved
- * some.  Exit status 0: all is right; then, without "changes", READY is removed.
+ * It fills MIB with unique numbers, makes the file READY, and waits.  After SIGUSR1 it checks the
+ * numbers; with "changes" it does so after a fork, and after it has dropped, unmapped and moved
+ * some pages.  Exit status 0: all is right; then, without "changes", READY is removed.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -42,7 +42,7 @@ static void fill(uint64_t *memory, uint64_t words)
 /* Whether memory[0] and the following words are those from `first` on. */
 static int is_right(const uint64_t *memory, uint64_t first, uint64_t words)
 {
-	/* Scattered first, so that nothing is sequential. */
+	/* Check scattered words first, so that the accesses are not sequential. */
 	for (uint64_t i = 0; i < words / WORDS; i++) {
 		uint64_t page = i * 7919 % (words / WORDS);
 
@@ -100,7 +100,7 @@ int main(int argc, char **argv)
 		return 2;
 	size = strtoull(argv[2], NULL, 10) << 20;
 	words = size / 8;
-	/* As much again is reserved, and stays empty. */
+	/* Reserve twice as much; the second half stays empty. */
 	memory = mmap(NULL, 2 * size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (memory == MAP_FAILED || getrandom(&nonce, sizeof(nonce), 0) != sizeof(nonce))
 		return 3;
@@ -118,6 +118,6 @@ int main(int argc, char **argv)
 		return check_changes(memory, words);
 	if (!is_right(memory, 0, words))
 		return 5;
-	/* For those who are not our parent: remove it. */
+	/* Removing the file tells processes that are not our parent. */
 	return unlink(argv[1]) ? 6 : 0;
 }

@@ -17,15 +17,15 @@ from tests.engine_mutants._mutants import ROOT, Mutant
 BUILDS = ROOT / "build/engine-mutants"
 UNMODIFIED = "unmodified"
 COPIED = ("csrc", "src", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-# The test of a mutant that hangs waits until its limit: half of the usual limit is enough.
+# If a mutant hangs, its test waits until the limit: half of the usual limit is enough.
 SCALE = 0.5
-# Each test runs in a child with a shorter limit. Only a busy machine makes pytest itself need so
-# long, and that says nothing about the mutant.
+# Each test runs in a child with a shorter limit. pytest itself takes this long only on a busy
+# machine, which says nothing about the mutant.
 TEST_LIMIT_S = 60.0 * max(1.0, float(os.environ.get("PYUFFD_BUDGET_SCALE", "1")))
 
 
 class RunError(Exception):
-    """The copy does not build, or a test cannot be run at all."""
+    """The copy does not build, or a test cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Run:
 
 
 def compiler() -> dict[str, str]:
-    """Return the environment of a build: with ccache, where there is one, a mutant is one file."""
+    """Return the environment of a build. With ccache, a mutant compiles only one file."""
     if "CC" in os.environ or shutil.which("ccache") is None:
         return dict(os.environ)
-    # The copies lie in different folders, which debug information would name.
+    # The copies are in different folders, whose names would be in the debug information.
     cache = {"CCACHE_DIR": str(BUILDS / "ccache"), "CCACHE_NOHASHDIR": "1"}
     return {**os.environ, **cache, "CC": "ccache cc"}
 
@@ -87,7 +87,7 @@ class Build:
         return {**os.environ, "PYTHONPATH": python_path, "PYUFFD_BUDGET_SCALE": str(scale)}
 
     def pytest(self, *arguments: str, limit_s: float = TEST_LIMIT_S) -> tuple[bool, str]:
-        """Run pytest in a session of its own; return whether it ended in time, and its output."""
+        """Run pytest in a new session; return whether it ended in time, and its output."""
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
         output = self.folder / "output.txt"
         with output.open("w+") as file:
@@ -97,7 +97,7 @@ class Build:
             try:
                 ended = wait_for_end(process.pid, limit_s)
             finally:
-                os.killpg(process.pid, signal.SIGKILL)  # not reaped: the number is still its own
+                os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
                 process.wait()
         return ended, output.read_text(errors="replace")
 

@@ -24,9 +24,9 @@ class Mutant:
         pitfall: The pitfall's number.
         takes: What it removes, in a few words.
         file: The file it changes, relative to the root.
-        old: Text that is in the file exactly once.
+        old: Text that occurs in the file exactly once.
         new: The text that replaces it.
-        caught_by: The tests that must fail, each of them, every time.
+        caught_by: The tests that must all fail, every time.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Mutant:
         text = path.read_text()
         if (found := text.count(self.old)) != 1:
             raise StaleMutantError(
-                f"{self.name}: its text is {found} times in {self.file}, not once: bring "
+                f"{self.name}: its text occurs {found} times in {self.file}, not once: bring "
                 f"{DATA.name} up to date with the source"
             )
         path.write_text(text.replace(self.old, self.new))

@@ -1,8 +1,8 @@
-"""A program that changes memory in every way, beside a tracker and a byte compare.
+"""A program that changes memory in every way, and compares it with what a tracker reports.
 
-test_dirty_oracle.py runs it in a process of its own. After each round the consumer's image, updated
-from the round alone, must equal the memory, except where the tracker reports that it is blind and
-the memory really was changed behind its back.
+test_dirty_oracle.py runs it in a child process. After each round the consumer's image, updated only
+from the rounds, must equal the memory, except where the tracker reports that it is blind and the
+memory was in fact changed behind its back.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class World:
         self.other = [False] * self.pages  # private anonymous memory is mapped there now
         self.behind: set[int] = set()
         self.paged_out: set[int] = set()
-        self.untouched = range(0)  # the last that was mapped and not touched
+        self.untouched = range(0)  # the last pages that were mapped and not touched
         self.mem = os.open("/proc/self/mem", os.O_RDONLY)
 
     def at(self, index: int) -> int:
@@ -104,7 +104,7 @@ class World:
             self._dropped(range(index, index + count))
 
     def _dropped(self, pages: range) -> None:
-        """Note what the tracker is blind to: huge pages, and private copies that are on swap."""
+        """Note pages to which the tracker is blind: huge pages, and private copies in swap."""
         mine = {index for index in pages if not self.other[index]}
         if self.memory.is_hugetlb:
             self.behind |= set() if self.sees_drops else mine
@@ -135,7 +135,7 @@ class World:
             self.behind.update(index for index in pages if self.is_file(index))
 
     def remove(self) -> None:
-        """Punch a hole through the mapping; only shared memory has that."""
+        """Punch a hole through the mapping; only possible for shared memory."""
         pages = self.some(3)
         if self.whole(pages) and not (
             call("madvise", self.at(pages[0]), len(pages) * self.page, mmap.MADV_REMOVE) is None
@@ -152,7 +152,7 @@ class World:
             )
 
     def write_behind(self) -> None:
-        """Write through the descriptor, which no page table shows."""
+        """Write through the descriptor, which changes no page table."""
         index = self.chance.randrange(self.pages)
         if self.region.fd is not None and not self.memory.is_hugetlb:
             os.pwrite(self.region.fd, self.chance.randbytes(16), index * self.page)
@@ -200,7 +200,7 @@ class World:
             ctypes.memmove(self.at(pages[0]), b"new", 3)
 
     def map_untouched(self) -> None:
-        """Map memory between two gaps, so that it is a mapping of its own."""
+        """Map memory between two gaps, so that it is a separate mapping."""
         pages = range(first := self.chance.randrange(1, self.pages - 4), first + 3)
         around = range(pages[0] - 1, pages[-1] + 2)
         prot = mmap.PROT_READ | mmap.PROT_WRITE
@@ -214,8 +214,8 @@ class World:
     def move_inside(self) -> None:
         """Move memory inside the range.
 
-        What was never touched is joined with its new neighbours, and on Linux 6.18 all of it loses
-        its registration then.
+        Memory that was never touched is merged with its new neighbours, and on Linux 6.18 the
+        merged mapping loses its registration.
         """
         source, target = self.untouched or self.some(3), self.some(3)
         self.untouched = range(0)
@@ -280,7 +280,7 @@ LAYOUT = (
 
 
 class Image:
-    """The image of a consumer, made from rounds alone."""
+    """The image of a consumer, made only from rounds."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -327,7 +327,7 @@ def check(world: World, image: Image, tracker: DirtyTracker, where: str) -> None
 
 
 def run(name: str, method: str, watch_drops: bool, rounds: int, seed: int) -> int:
-    """Run it; return how many pages the rounds reported."""
+    """Run the program; return how many pages the rounds reported."""
     chance = random.Random(seed)
     memory = MEMORY_TYPES[name]
     pages = HUGE_PAGES if memory.is_hugetlb else SMALL_PAGES
@@ -349,7 +349,7 @@ def run(name: str, method: str, watch_drops: bool, rounds: int, seed: int) -> in
                 with tracker.collect() as round_:
                     reported += round_.written.pages() + round_.dropped.pages()
                     if chance.random() < 0.2:
-                        continue  # as if saving it had failed: the next round has all of it
+                        continue  # as if saving it failed: the next round contains all of it
                     image.apply(round_)
                     round_.commit()
                 check(world, image, tracker, f"seed {seed}, round {number}, after {done}")

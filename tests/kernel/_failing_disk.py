@@ -1,4 +1,4 @@
-"""A folder on a disk of which some places cannot be read (FUSE, served by a child process)."""
+"""A folder on a disk with unreadable places (FUSE, served by a child process)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.process._hung_files import Server, connect
 
 _LOOKUP, _READ = 1, 15
 _CACHED_S = 3600
-_FOLDER = 2  # nodes: 1 is the root, which has the folder; files follow
+_FOLDER = 2  # node numbers: 1 is the root, 2 the folder in it; files follow
 NAME = "image"
 
 
 class _Disk(Server):
-    """Serves one folder with some files; reading any of `bad` of one of them fails with EIO."""
+    """Serves one folder of files; reading the bytes `bad` of one file fails with EIO."""
 
     def __init__(self, connection: int, folder: Path, file: str, bad: range) -> None:
         self._names = sorted(os.listdir(folder))

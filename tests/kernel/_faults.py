@@ -1,4 +1,4 @@
-"""Threads that fault or change the layout, and the messages that the userfaultfd then has."""
+"""Threads that fault or change the layout, and the messages that userfaultfd sends for them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Task(Generic[T]):
 
 
 def readable(uffd: Userfaultfd, timeout_s: float = 0) -> bool:
-    """Return whether an event is queued within the time."""
+    """Return whether an event is queued within this time."""
     poll = select.poll()
     poll.register(uffd.fileno(), select.POLLIN)
     return bool(poll.poll(timeout_s * 1000))
@@ -81,7 +81,7 @@ def next_fault(uffd: Userfaultfd) -> Pagefault:
 
 
 def no_events(uffd: Userfaultfd) -> bool:
-    """Return whether nothing is queued; call it after joining the thread that would cause it."""
+    """Return whether nothing is queued; call it after joining the thread that may cause events."""
     return uffd.read_events() == []
 
 
@@ -98,7 +98,7 @@ def registered(
 
 
 def offered(features: Feature) -> Feature:
-    """Return the features that this kernel has, of those given."""
+    """Return those of the given features that this kernel has."""
     return Feature(int(features) & kernel_features())
 
 
@@ -117,7 +117,7 @@ def wait_for_pending(uffd: Userfaultfd, count: int) -> None:
 
 
 def fork() -> int:
-    """Fork without Python 3.12's warning about threads: a watchdog's C thread does no harm."""
+    """Fork without Python 3.12's warning about threads: a watchdog's C thread is harmless."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()

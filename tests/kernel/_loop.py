@@ -1,4 +1,4 @@
-"""Loop devices: a file as a block device, while a test needs it."""
+"""Loop devices: block devices backed by files, for the time of a test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyuffd.testing._needs import marked
 _CONTROL = "/dev/loop-control"
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_SET_FD, _LOOP_CLR_FD, _LOOP_SET_CAPACITY = 0x4C00, 0x4C01, 0x4C07
-_TRIES = 20  # another process may get the free one first
+_TRIES = 20  # another process may take the free device first
 
 
 def needs_loop_device() -> pytest.MarkDecorator:
@@ -34,7 +34,7 @@ def needs_loop_device() -> pytest.MarkDecorator:
 
 
 class Device:
-    """A block device made of a file without a name; `path` is the path of the device."""
+    """A block device backed by an unnamed file; `path` is the path of the device."""
 
     def __init__(self, path: str, fd: int, backing: int) -> None:
         self.path = path

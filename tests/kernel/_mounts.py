@@ -14,7 +14,7 @@ _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 
 @contextlib.contextmanager
 def mounted(file_system: str, **options: str) -> Iterator[str]:
-    """Mount a file system, and yield a path of its folder that is valid inside the block."""
+    """Mount a file system, and yield a path to its root that is valid inside the block."""
     context = _syscall(_NR_FSOPEN, file_system.encode(), _CLOEXEC)
     try:
         for key, value in options.items():

@@ -1,4 +1,4 @@
-"""Helpers for the tests of handlers: a served region, and waiting for what must happen."""
+"""Helpers for the tests of handlers: served regions, and waits for what must happen."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests._tasks import of_threads
 Driver = Literal["native", "inline"]
 AnyDriver = Literal[Driver, "thread", "process"]
 DRIVERS: tuple[Driver, ...] = ("native", "inline")
-# Passes only if there is a bug: every wait is for something that must happen soon.
+# Reached only if there is a bug: what we wait for must happen soon.
 WAIT_S = 20.0
-# A prime: no two of so many pages begin at the same place.
+# A prime, so that no two of this many pages begin at the same place in the random bytes.
 REPEATS = 65_537
 OPEN_FOR_A_MOMENT = re.compile(r"/proc/(\d+/task/\d+/schedstat|loadavg)")
 
@@ -65,7 +65,7 @@ def handler_of(
     features: Feature = Feature(0),  # noqa: B008 - an immutable flag
     **options: Any,
 ) -> Iterator[Handler]:
-    """A handler that is not started, on a userfaultfd of its own."""
+    """A handler that is not started, on a new userfaultfd."""
     options.setdefault("autostart", False)
     if driver == "inline":
         features |= Feature.SIGBUS
@@ -80,7 +80,7 @@ def serving(
     features: Feature = Feature(0),  # noqa: B008
     **options: Any,
 ) -> Iterator[tuple[Handler, Memory]]:
-    """A handler as from `handler_of`, and a factory of regions that outlive it.
+    """A handler from `handler_of`, and a factory of regions that outlive it.
 
     With events of unmapping or moving, a test may leave holes in the regions.
     """
@@ -93,9 +93,9 @@ def serving(
 
 
 def content(length: int, seed: int = 1) -> bytes:
-    """Return bytes that differ from page to page and have no page of zeros.
+    """Return bytes in which all pages differ and none is full of zeros.
 
-    Random bytes repeat after `REPEATS` of them, so megabytes cost no more than a copy.
+    The random bytes repeat after `REPEATS`, so megabytes cost no more than a copy.
     """
     some = random.Random(seed).randbytes(min(length, REPEATS))
     return (some * (length // REPEATS + 1))[:length]
@@ -107,7 +107,7 @@ def states(handler: Handler, region: Any) -> list[PageState]:
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:
-    """Wait until something has happened; fail if it does not."""
+    """Wait until something has happened; fail if it does not in time."""
     deadline = time.monotonic() + WAIT_S
     while not happened():
         if time.monotonic() > deadline:
@@ -127,7 +127,7 @@ def wait_for_stalled(uffd: Userfaultfd, threads: int) -> None:
 
 
 def run_threads(*functions: Callable[[], object]) -> None:
-    """Run functions at once, each in a thread; raise the first exception."""
+    """Run functions at the same time, each in a thread; raise the first exception."""
     errors: list[BaseException] = []
     barrier = threading.Barrier(len(functions))
 
@@ -148,14 +148,14 @@ def run_threads(*functions: Callable[[], object]) -> None:
 
 
 def in_fork(function: Callable[[], object]) -> int:
-    """Run a function in a fork of this process; return the wait status, as waitstatus_to_exitcode.
+    """Run a function in a fork of this process; return its exit code, negative for a signal.
 
-    It exits 0, with 1 after an exception, or by its signal, and runs no exit handlers.
+    The fork exits with 0, or with 1 after an exception, and runs no exit handlers.
     """
     with warnings.catch_warnings():
-        # Python 3.12 warns of every thread, even of C threads that hold no Python lock.
+        # Python 3.12 warns about every thread, even C threads that hold no Python lock.
         warnings.simplefilter("ignore", DeprecationWarning)
-        # Tests of what forks read expect zeros.
+        # pyuffd warns that a fork reads zeros, which tests of forks expect.
         warnings.simplefilter("ignore", RuntimeWarning)
         pid = os.fork()
     if pid == 0:
@@ -170,9 +170,9 @@ def in_fork(function: Callable[[], object]) -> int:
 
 
 def open_fds() -> set[str]:
-    """Return the descriptors of this process by name, without those open for a moment only.
+    """Return the descriptors of this process by name, without those that are open only briefly.
 
-    One is of the folder that lists them, and others of what the engine's thread reads as it starts.
+    One of these is the folder that lists them; the engine's thread opens others as it starts.
     """
     names = set()
     for fd in os.listdir("/proc/self/fd"):
@@ -189,19 +189,19 @@ def thread_names() -> list[str]:
 
 
 def is_lost(region: Any, offset: int = 0, length: int | None = None) -> bool:
-    """Whether user code would get SIGBUS, for which the kernel gets EFAULT."""
+    """Whether user code that reads this memory gets SIGBUS, and system calls get EFAULT."""
     if not only_user_mode():
         return is_efault(region, offset, length)
-    # Here the kernel gets EFAULT for every missing page.
+    # With UFFD_USER_MODE_ONLY, system calls get EFAULT for every missing page.
     try:
         _memory.read(region.start + offset, region.page_size if length is None else length)
-    except UffdOSError:  # a poisoned huge page looks like one that the pool lacks
+    except UffdOSError:  # a poisoned huge page looks like one that the pool could not provide
         return True
     return False
 
 
 def is_efault(region: Any, offset: int = 0, length: int | None = None) -> bool:
-    """Whether the kernel gets EFAULT when it reads this memory."""
+    """Whether a system call that reads this memory fails with EFAULT."""
     length = region.page_size if length is None else length
     with open(os.memfd_create("sink"), "wb", buffering=0) as sink:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -214,7 +214,7 @@ def is_efault(region: Any, offset: int = 0, length: int | None = None) -> bool:
 
 
 def peek(region: Any, offset: int = 0, n: int = 1) -> bytes:
-    """Read like a program's own code, without the GIL: SIGBUS where a method would raise."""
+    """Read as user code does, without the GIL: it raises SIGBUS where a method would raise."""
     target = ctypes.create_string_buffer(n)
     ctypes.memmove(target, region.start + offset, n)
     return target.raw

@@ -1,4 +1,4 @@
-"""What the tests of a handler's verbs share: a handler of each driver, and a table of cases."""
+"""Shared by the tests of a handler's methods: a handler of each driver, and a table of cases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Case = Callable[[Handler, str], None]
 
 @contextmanager
 def handling(driver: Driver, **options: Any) -> Iterator[Handler]:
-    """A handler that runs; that of the process driver is slow to start, so the cases share it."""
+    """A running handler. With the process driver it starts slowly, so the cases share it."""
     features = TRACKING | Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
     features |= Feature.SIGBUS if driver == "inline" else Feature.EVENT_REMOVE
     with (
@@ -66,7 +66,7 @@ def filling(
 
 
 def added(handler: Handler, before: HandlerStats, name: str) -> int:
-    """What a counter has grown by."""
+    """By how much a counter has grown."""
     return int(getattr(handler.stats(), name)) - int(getattr(before, name))
 
 

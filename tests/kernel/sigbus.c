@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* A program with a SIGBUS handler of its own, for test_inline_signals.py. */
+/* A program with its own SIGBUS handler, for test_inline_signals.py. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <setjmp.h>
@@ -42,7 +42,7 @@ int install(int flags)
 	return sigaction(SIGBUS, &action, &before);
 }
 
-/* Whether the SIGBUS action is ours, and as it was installed. */
+/* Whether the SIGBUS action is still the one that we installed. */
 int is_installed(int flags)
 {
 	struct sigaction now;
@@ -62,7 +62,7 @@ uint64_t address(void)
 	return last_address;
 }
 
-/* The byte there, or -1 when the access raised SIGBUS. */
+/* The byte at this address, or -1 if the access raised SIGBUS. */
 int guarded_read(uint64_t at)
 {
 	int value = -1;
@@ -79,7 +79,7 @@ int plain_read(uint64_t at)
 	return *(volatile unsigned char *)at;
 }
 
-/* errno after a fault that somebody else resolves, when it was 77 before. */
+/* errno after a fault, if it was 77 before: resolving the fault must not change it. */
 int errno_after_read(uint64_t at)
 {
 	errno = 77;
@@ -87,7 +87,7 @@ int errno_after_read(uint64_t at)
 	return errno;
 }
 
-/* Bit n - 1: signal n is blocked in this thread after the access. */
+/* The signals blocked in this thread after the access: bit n - 1 is signal n. */
 uint64_t blocked_after_read(uint64_t at)
 {
 	sigset_t set;

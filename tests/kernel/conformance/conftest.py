@@ -1,4 +1,4 @@
-"""Of the suite's crossings a fixed quarter runs by default, and all with PYUFFD_CROSSINGS=all."""
+"""A fixed quarter of the suite's crossings runs by default, and all with PYUFFD_CROSSINGS=all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def forked_children() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave three of four out, chosen by their ids, unless all or single tests are asked for."""
+    """Leave out three of four, chosen by id, unless all or individual tests are requested."""
     if _crossings.ALL or config.option.keyword or any("::" in arg for arg in config.args):
         return
     out = {item for item in items if _is_crossing(item) and zlib.crc32(_id(item)) % ONE_OF}
