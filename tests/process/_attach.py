@@ -1,4 +1,4 @@
-"""Attaching and being killed at each point of it; run by test_attach.py in a process of its own."""
+"""Attach, and be killed at each point of it; test_attach.py runs this in a child process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEPT = ("TracerPid", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "Seccomp"
 
 
 def seen(pid: int) -> dict[str, object]:
-    """Return what has to be the same afterwards."""
+    """Return what must be the same afterwards."""
     found: dict[str, object] = {key: status(pid)[key] for key in KEPT}
     found["fd"] = sorted(
         (name, os.readlink(f"/proc/{pid}/fd/{name}")) for name in os.listdir(f"/proc/{pid}/fd")
@@ -55,7 +55,7 @@ def wait_until(what: object, condition: object) -> None:
 
 
 def answers(target: subprocess.Popen[bytes]) -> None:
-    """The target runs, and its registers have kept their values."""
+    """Check that the target runs, and that its registers have kept their values."""
     target.send_signal(signal.SIGUSR1)
     assert target.stdout is not None
     assert target.stdout.readline() == b"kept\n"
@@ -63,7 +63,7 @@ def answers(target: subprocess.Popen[bytes]) -> None:
 
 
 def helper_of(pid: int) -> int:
-    """Return the process that does the injection for a process."""
+    """Return the helper process that injects system calls for a process."""
     for task in os.listdir(f"/proc/{pid}/task"):
         for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
             # Made without an exec, so it has the name of the thread that made it.
@@ -73,7 +73,7 @@ def helper_of(pid: int) -> int:
 
 
 def killed_at_each_point(program: str, whom: str) -> None:
-    """SIGKILL of this process's fork, or of what injects for it: the target notices nothing."""
+    """Kill our fork, or the helper that injects for it: the target notices nothing."""
     target = start(program, "spin")
     before = seen(target.pid)
     mapped = _count_mapped(target.pid)
@@ -90,14 +90,14 @@ def killed_at_each_point(program: str, whom: str) -> None:
         os.waitpid(pid, 0)
         wait_until(f"{point!r}: {seen(target.pid)} {before}", lambda: seen(target.pid) == before)
         answers(target)
-    # A page for each time that the injection itself was killed half-way, and none otherwise.
+    # The injection leaves its pages mapped each time it is killed half-way, and never otherwise.
     assert _count_mapped(target.pid) - mapped <= (0 if whom == "us" else len(POINTS) * 12288)
     target.kill()
     target.wait()
 
 
 def without_its_files(program: str) -> None:
-    """The helper has a userfaultfd and nothing else, and the target has no userfaultfd."""
+    """The helper has only a userfaultfd open, and the target has none."""
     target = start(program, "spin")
     before = seen(target.pid)
     errors: list[UffdOSError] = []
@@ -121,13 +121,13 @@ def without_its_files(program: str) -> None:
 
 
 def frozen_meanwhile(program: str, name: str, folder: str) -> None:
-    """Its cgroup is frozen at a point of the attach, which is given up."""
+    """Freeze the target's cgroup at a point of the attach, which then gives up."""
     cgroup = Path(folder)
 
     def freeze(number: int) -> None:
         (cgroup / "cgroup.freeze").write_text(str(number))
         events = cgroup / "cgroup.events"
-        # The helper that is stopped by its tracer counts as frozen.
+        # The helper counts as frozen, as its tracer has stopped it.
         wait_until("frozen", lambda: f"frozen {number}" in events.read_text())
 
     target = start(program, "spin")
@@ -152,30 +152,30 @@ def frozen_meanwhile(program: str, name: str, folder: str) -> None:
         wait_until(f"{seen(target.pid)} {before}", lambda: seen(target.pid) == before)
         answers(target)
     assert [error.errno for error in errors] == [errno.ETIMEDOUT] * 2
-    # What its thread could not unmap while it was frozen.
+    # The pages that its thread could not unmap while it was frozen.
     assert _count_mapped(target.pid) - mapped <= (0 if name == "MASKED" else 2 * 12288)
     target.kill()
     target.wait()
 
 
 def _is_at_its_own_place(pid: int) -> bool:
-    """Whether the first thread's stack pointer is where its program has left it."""
+    """Whether the first thread's stack pointer is where its program left it."""
     words = Path(f"/proc/{pid}/syscall").read_text().split()
     if words == ["running"]:
         return False
     sp = int(words[-2], 16)
     with Process(pid) as process:
         stack = next(m for m in process.mappings() if m.path == "[stack]")
-    # An injection uses the other end.
+    # An injection uses the other end of the stack.
     return stack.end - stack.length // 2 < sp < stack.end
 
 
-# What another thread of the target does meanwhile, by the byte that tells it to.
+# What another thread of the target does meanwhile, with the byte that triggers it.
 DEEDS = {"exit": b"x", "exec": b"e", "fork": b"f"}
 
 
 def deed_at_each_point(program: str, deed: str) -> None:
-    """At each point of an attach the target exits, executes a program, or forks."""
+    """Let the target exit, execute a program or fork, at each point of an attach."""
     for point in POINTS:
         target = start(program, "obey")
         assert target.stdin is not None
@@ -194,7 +194,7 @@ def deed_at_each_point(program: str, deed: str) -> None:
                 line = target.stdout.readline()
                 assert line == b"forked\n", (point, line)
             else:
-                # It waits for the traced thread, and that one for us.
+                # It waits for the traced thread, which waits for us.
                 wait_until(f"{deed} at {point!r}", lambda pid=target.pid: _is_ending(pid))
             _attach.attempts[0].release()
             thread.join(LIMIT_S)
@@ -215,7 +215,7 @@ def deed_at_each_point(program: str, deed: str) -> None:
 
 
 def _is_ending(pid: int) -> bool:
-    """Whether a thread of it has been killed, the first one but in an exit of all."""
+    """Whether a thread of it has been killed; in an exit of all threads, another than the first."""
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
         states = [
@@ -255,9 +255,10 @@ def _attach_held(pid: int, point: AttachPoint, report: int) -> None:
 
 
 def many_rounds(program: str, rounds: int) -> list[int]:
-    """Attach and detach; return the nanoseconds that the thread stood, sorted.
+    """Attach and detach; return for how many nanoseconds the thread was stopped, sorted.
 
-    This process and the target, which inherits it, go before all others: the time is theirs.
+    This process, and the target, which inherits that, have real-time priority, so that no other
+    process adds to the time.
     """
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     target = start(program, "spin")

@@ -1,4 +1,4 @@
-"""Targets whose cores are looked at, and what pyelftools reads in a core."""
+"""Targets whose cores are examined, and a reader of cores by pyelftools."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class Target:
         raise AssertionError(f"{self.popen.args!r} ended: {self.popen.wait()}")
 
     def go_on(self) -> None:
-        """Let it do what it waits with, and wait until it is ready again."""
+        """Let it take its next step, and wait until it is ready again."""
         self.popen.send_signal(signal.SIGUSR1)
         self.read_places()
 
     def vector_is_loaded(self) -> bool:
-        """Whether mode "vector" has come to its loop, with the value in ymm9."""
+        """Whether mode "vector" has reached its loop, with the value in ymm9."""
         with Process(self.pid) as process, process.stopped(10 * SCALE) as stop:
             extended = stop.registers()[0].extended
         low, high = extended[160 + 9 * 16 :][:16], extended[576 + 9 * 16 :][:16]
         return struct.unpack("<4Q", low + high) == (0x1111, 0x2222, 0x3333, 0x4444)
 
     def runs(self) -> bool:
-        """Whether it lives, untraced."""
+        """Whether it is alive and untraced."""
         found = status(self.pid)
         return self.popen.poll() is None and found["TracerPid"] == "0"
 
@@ -101,7 +101,7 @@ class Core:
         return [s for s in self.loads if 0 <= address - s["p_vaddr"] < s["p_memsz"]]
 
     def read(self, address: int, length: int) -> bytes | None:
-        """Return memory; None if the file does not have all of it, or it is not mapped."""
+        """Return memory; None if it is not mapped, or the file lacks a part of it."""
         result = b""
         while length:
             if not self._holding(address):

@@ -1,4 +1,4 @@
-"""A program whose memory tells the instant, and what an image of it must show."""
+"""A program whose memory shows the instant of an image, and a check of such images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from tests._memory import PAGE
 
 MOVED_PAGES = 64
-POLL_S = 0.001  # asking without a rest would need the CPU that it waits for
+POLL_S = 0.001  # asking without a pause would take the CPU that the program needs
 Read = Callable[[int, int], bytes]
 
 
@@ -26,7 +26,7 @@ def compiled(folder: Path) -> str:
 
 
 class Counters:
-    """The program while it runs."""
+    """The running program."""
 
     def __init__(self, program: str, threads: int, pages: int, how: str = "") -> None:
         self.popen = subprocess.Popen(
@@ -44,14 +44,14 @@ class Counters:
         self.how = how
 
     def rounds(self) -> int:
-        """Ask it how far it is; it runs."""
+        """Ask it how many rounds it has done; fails if it does not run."""
         assert self.popen.stdin is not None
         assert self.popen.stdout is not None
         self.popen.stdin.write(b"\n")
         return int(self.popen.stdout.readline())
 
     def works_on(self) -> None:
-        """Wait until every thread has done two more rounds: none waits, none was lost."""
+        """Wait until every thread has done two more rounds: none is blocked or lost."""
         before = self.rounds()
         while self.rounds() < before + 2:
             assert self.popen.poll() is None
@@ -62,14 +62,14 @@ class Counters:
         self.popen.communicate()
 
     def check(self, read: Read, lost: Callable[[int], bool] = lambda address: False) -> None:
-        """An image of one instant: at most one boundary a thread, no effect before its cause."""
+        """Check an image of one instant: one boundary per thread at most, causes before effects."""
         firsts: list[int | None] = []
         words = []
         for area in self.areas:
             both = np.frombuffer(read(area, self.pages * PAGE), "<u8").reshape(self.pages, -1)
             known = [not lost(area + index * PAGE) for index in range(self.pages)]
             counted = both[:, 0].astype(np.int64)
-            if "d" in self.how:  # one may have been dropped just now
+            if "d" in self.how:  # one page may have been dropped just before
                 dropped = (both[:, 0] == 0) & (both[:, 1] == 0)
                 assert dropped.sum() <= 1
                 known = [
@@ -83,11 +83,11 @@ class Counters:
         for index, (seen, known) in enumerate(words):
             first = firsts[index - 1]
             if first is not None:
-                assert int(seen[known].max()) <= first, f"thread {index} saw what is not there"
+                assert int(seen[known].max()) <= first, f"thread {index} saw a later round"
         self.check_moved(read, lost)
 
     def check_moved(self, read: Read, lost: Callable[[int], bool]) -> None:
-        """The memory that is moved to and fro is whole at one of its places."""
+        """Check that the memory which is moved back and forth is complete at one of its places."""
         expected = [0x5EED + index for index in range(MOVED_PAGES)]
         found = []
         for address in (self.moved, self.other):

@@ -1,4 +1,4 @@
-"""A file system (FUSE, in a child process) that stops answering when told to."""
+"""A file system (FUSE, in a child process) that stops answering on command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def connect() -> int:
 
 
 class Server:
-    """Serves one file, of any name, until `hang`; reads of it are direct if wanted."""
+    """Serves one file, under any name, until `hang`; optionally with direct reads."""
 
     def __init__(self, connection: int, data: bytes, *, direct: bool = False) -> None:
         self._connection, self._data, self._open_flags = connection, data, int(direct)
@@ -43,16 +43,16 @@ class Server:
                 os._exit(1)
 
     def hang(self) -> None:
-        """Stop answering reads, closes and questions for the size."""
+        """Stop answering reads, closes and requests for the size."""
         self._flag[0] = 1
 
     def hold(self, *, on: bool = True) -> None:
-        """Answer reads later, when it is off again."""
+        """Hold back the answers to reads, until it is off again."""
         self._flag[1] = on
 
     @property
     def holds(self) -> bool:
-        """Whether a read waits for its answer; its buffer is pinned then."""
+        """Whether a read waits for its answer; then its buffer is pinned."""
         return bool(self._flag[2])
 
     def _serve(self) -> None:

@@ -1,6 +1,6 @@
-"""Scenarios for `_interruptions`: an armed part inside what a careful program does.
+"""Scenarios for `_interruptions`: what a careful program does, with an armed part.
 
-These have one object at a time; `_interrupted_handlers` has those with handlers.
+These use one object at a time; `_interrupted_handlers` has those with handlers.
 
 Run one: `python -m tests.process._interrupted SCENARIO lines|checks [FIRST END STEP]`, or
 `SCENARIO signals RUNS`.
@@ -31,7 +31,7 @@ def open_userfaultfd(at: Interrupter) -> None:
 
 
 def adopt_userfaultfd(at: Interrupter) -> None:
-    """If from_fd() raises the descriptor stays the caller's; otherwise the object owns it."""
+    """If from_fd() raises, the caller still owns the descriptor; otherwise the object does."""
     with Userfaultfd() as uffd:
         fd = os.dup(uffd.fileno())
         taken = None
@@ -69,7 +69,7 @@ def map_shared_memory(at: Interrupter) -> None:
 
 
 def keep_shared_memory(at: Interrupter) -> None:
-    """The name stays only if the constructor returned."""
+    """The name is kept only if the constructor returned."""
     made = None
     with at.armed():
         made = Region.shm(MARK, PAGES * PAGE)
@@ -98,7 +98,7 @@ def map_file(at: Interrupter) -> None:
 
 
 def close_region(at: Interrupter) -> None:
-    """A close that was interrupted continues when it is called again."""
+    """An interrupted close() continues when it is called again."""
     region = Region.shm(MARK, PAGES * PAGE, unlink=True)
     with at.armed():
         region.close()
@@ -129,7 +129,7 @@ def refuse_file_source(at: Interrupter) -> None:
 
 
 def hand_over(at: Interrupter) -> None:
-    """The Handover owns what came over a socket, or it is closed."""
+    """The Handover owns the descriptors that arrived over a socket, or they are closed."""
     ours, theirs = socket.socketpair()
     with ours, theirs, Userfaultfd() as uffd, Region.memfd(PAGE) as region:
         send_uffd(theirs, uffd, [region], memory=True)
@@ -138,7 +138,7 @@ def hand_over(at: Interrupter) -> None:
 
 
 def listen(at: Interrupter) -> None:
-    """Without accept(): Python's own loses a connection between the call and its object."""
+    """accept() is left out: Python's own loses a connection between the call and its object."""
     path = f"{tempfile.gettempdir()}/{MARK}"
     with at.armed(), listen_unix(path), connect_unix(path):
         pass

@@ -27,7 +27,7 @@ from tests.process._interruptions import Interrupter, Scenario
 PAGE = 4096
 PAGES = 8
 HANGS_S = 10.0
-# Longer than stop() waits for a source once it was interrupted.
+# Longer than an interrupted stop() waits for a source.
 SLOW_S = 0.5
 
 CONTENT = bytes(range(1, 9)) * 512
@@ -39,7 +39,7 @@ def content(offset: int, length: int) -> bytes:
 
 
 def slow_content(offset: int, length: int) -> bytes:
-    """Return it late."""
+    """Return the same content late."""
     time.sleep(SLOW_S)
     return content(offset, length)
 
@@ -58,7 +58,7 @@ class Reader:
         self._seen.append(_memory.guarded_read(address, 8))
 
     def check(self) -> None:
-        """Check for content or a signal, never zeros, and never a hang."""
+        """Check that the read returned content or raised a signal: no zeros and no hang."""
         self._thread.join(HANGS_S)
         assert self._seen, f"reading {self._place} hangs"
         assert self._seen[0] != bytes(8), f"zeros at {self._place}"
@@ -130,7 +130,7 @@ def live(at: Interrupter, setting: Setting, armed: str) -> None:
             setting.serve(handler, region, source)
             served = True
         if not served:
-            # Either it is served, or it is unchanged and can be served.
+            # The region is served, or it is unchanged and can be served.
             with contextlib.suppress(ValueError):
                 setting.serve(handler, region, source)
         early = Reader(region, PAGE) if setting.driver != "inline" else None
@@ -157,7 +157,7 @@ def live(at: Interrupter, setting: Setting, armed: str) -> None:
 
 
 def use_with(at: Interrupter, setting: Setting) -> None:
-    """All of it in one with statement; afterwards only the rest is closed."""
+    """Do everything in one with statement; afterwards close only what is left."""
     with setting.region() as region:
         served = False
         with setting.uffd() as uffd, at.armed(), Handler(uffd, driver=setting.driver) as handler:
@@ -185,12 +185,12 @@ def stop_while_one_waits(at: Interrupter, driver: Driver) -> None:
         handler.stop()
         reader.check()
         check_no_zeros(region)
-    # A source that did not answer in time blocks its thread, which needs the descriptor.
+    # If a source did not answer in time, its thread is blocked and still uses the descriptor.
     give_up = time.monotonic() + HANGS_S
     while any(thread.name.startswith("uffd-w") for thread in threading.enumerate()):
         assert time.monotonic() < give_up
         time.sleep(0.01)
-    Userfaultfd().close()  # the next one tidies up
+    Userfaultfd().close()  # opening the next one cleans up
 
 
 def serve_running(at: Interrupter, setting: Setting, *, of_another: bool) -> None:
@@ -224,7 +224,7 @@ def close_region_under_its_handler(at: Interrupter) -> None:
 
 
 def close_userfaultfd_under_its_handler(at: Interrupter) -> None:
-    """The userfaultfd is not closed before the handler has ended."""
+    """The userfaultfd is closed only after the handler has ended."""
     with Region.anonymous(PAGES * PAGE) as region, Userfaultfd() as uffd, Handler(uffd) as handler:
         handler.serve(region, BufferSource(CONTENT * PAGES))
         region.touch(0, PAGE)
@@ -237,7 +237,7 @@ def close_userfaultfd_under_its_handler(at: Interrupter) -> None:
 
 
 def close_second_userfaultfd(at: Interrupter) -> None:
-    """A second userfaultfd is not closed before its ranges were taken out."""
+    """A second userfaultfd is closed only after its ranges were removed from the handler."""
     with (
         Region.anonymous(PAGES * PAGE) as region,
         Userfaultfd() as uffd,

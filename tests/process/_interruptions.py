@@ -1,20 +1,20 @@
 """Calls interrupted everywhere: a signal handler's exception must leave nothing behind.
 
-A scenario is a function that arms a part of its body. `sweep` runs it once for each place of pyuffd
-that the armed part passes, each time in a fork, with an exception raised there:
+A scenario is a function that arms a part of its body. `sweep` runs it once for each place in pyuffd
+that the armed part passes, each time in a fork, and raises an exception there:
 
 - "lines": before each line, as a trace function sees them;
-- "checks": where CPython itself checks for signals, which is between two instructions: after a call
-  of C, at the start of a function and at the end of a loop's pass. This finds the place between
-  the return of a C function and the store of its result, which no line separates.
+- "checks": where CPython itself checks for signals, between two instructions: after a call of a C
+  function, at the start of a function and at the end of a loop's pass. This finds the place between
+  the return of a C function and the store of its result, which are on the same line.
 
 `pester` does the same with real signals, at random instants. Afterwards the process must have what
-it had before: descriptors, mappings, threads, children, names of files.
+it had before: descriptors, mappings, threads, children, file names.
 
 "lines" leaves out three places where no signal handler runs. At the end of a `with` block its line
-is passed once more, and an exception there would leave a lock held; one that replaces another
-exception leaving the block makes CPython lose count of references (3.11 to 3.13). And a line
-without an instruction of its own (`try:`) is outside of the blocks around it.
+is passed again, and an exception there would leave a lock held. An exception that replaces another
+one as it leaves the block makes CPython lose count of references (3.11 to 3.13). And a line without
+an instruction (`try:`) is outside of the blocks around it.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ from pyuffd.testing import _leaks
 
 PACKAGE = str(Path(pyuffd.__file__).parent)
 SETTLE_S = 5.0
-# A scenario that needs longer hangs; the watchdog ends it, whichever thread holds the GIL.
+# A scenario that takes longer hangs; the watchdog ends it, whichever thread holds the GIL.
 LIMIT_S = 40
 SHARED = "/memfd:"
 # The allocator maps anonymous memory too; the mappings of scenarios are larger.
 LARGE = 1 << 40
-# In seconds, from a microsecond to the start of a helper process: some runs end before.
+# Powers of ten, in seconds: from a microsecond to the time that a helper process takes to start.
+# Some runs end before the signal.
 EXPONENTS = -6.0, -0.3
 AGAIN_US = 20
 
@@ -92,7 +93,7 @@ class Tracer(Interrupter):
         self.at = set(at)
         self.seen = 0
         self._how = how
-        self._after_call: dict[FrameType, int | None] = {}  # the place of the call of C, if any
+        self._after_call: dict[FrameType, int | None] = {}  # the place of the C call, if any
 
     def on(self) -> None:
         """Begin to trace."""
@@ -124,7 +125,7 @@ class Tracer(Interrupter):
             call = self._after_call.pop(frame, None)
             if name.startswith("CALL"):
                 self._after_call[frame] = frame.f_lasti
-            # An exception here is handled as at the call, unless a block ends between them.
+            # An exception here is handled as one at the call, unless a block ends in between.
             after_call = call is not None and _handler(frame, call) == _handler(frame)
             if after_call or name.startswith(("RESUME", "JUMP_BACKWARD")):
                 self._pass(frame)
@@ -137,7 +138,7 @@ class Tracer(Interrupter):
         if self.seen in self.at:
             place = f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
             self.place += f"[{place} in {frame.f_code.co_name}]"
-            self._after_call.clear()  # frames, which keep their objects alive
+            self._after_call.clear()  # frames keep their objects alive
             raise Injected(self.place)
 
 
@@ -146,7 +147,7 @@ def _instruction(frame: FrameType) -> str:
 
 
 def _leaves_with(frame: FrameType) -> bool:
-    """Return whether a frame passes the line of a `with` again, to leave the block."""
+    """Return whether a frame passes the line of a `with` again because it leaves the block."""
     return any(last < frame.f_lasti for last in _entered(frame.f_code).get(frame.f_lineno, ()))
 
 
@@ -170,7 +171,7 @@ def _handler(frame: FrameType, at: int | None = None) -> int | None:
 
 
 def _is_plain(code: CodeType) -> bool:
-    """Whether calling it is no call of C: signals are not checked when it returns."""
+    """Whether calling it is not a C call: signals are not checked when it returns."""
     generator = 0x20  # CO_GENERATOR
     return code.co_name != "__init__" and not code.co_flags & generator
 
@@ -184,7 +185,7 @@ class Timer(Interrupter):
         signal.signal(signal.SIGALRM, self._handle)
 
     def on(self) -> None:
-        """Set the clock."""
+        """Start the timer."""
         self.place = ""
         self._is_on = True
         signal.setitimer(signal.ITIMER_REAL, 10 ** self._chance.uniform(*EXPONENTS))
@@ -230,7 +231,7 @@ def _count(scenario: Scenario, how: How) -> tuple[str, str]:
 def sweep(scenario: Scenario, how: How, numbers: Iterable[int], twice: int = 0) -> list[str]:
     """Interrupt a scenario at the places of these numbers; return what went wrong.
 
-    `twice`: raise again so many places later, while the first exception propagates.
+    `twice`: raise again this many places later, while the first exception propagates.
     """
     wrong = []
     for number in numbers:
@@ -250,7 +251,7 @@ def pester(scenario: Scenario, seed: int, runs: int) -> list[str]:
 
     def repeat() -> tuple[str, str]:
         timer = Timer(random.Random(seed))
-        scenario(Interrupter())  # made once and kept: imports, caches
+        scenario(Interrupter())  # run it once for what is kept: imports, caches
         for run in range(runs):
             faulthandler.dump_traceback_later(LIMIT_S, exit=True)
             place, verdict = _once(scenario, timer)
@@ -266,7 +267,7 @@ def _in_fork(function: Callable[[], tuple[str, str]]) -> tuple[str, str]:
     """Run a function in a fork; return its result, or a sentence on how it ended."""
     with tempfile.TemporaryFile() as errors:
         read_fd, write_fd = os.pipe()
-        # The fork lacks its thread, and would wait for it before starting its own.
+        # The fork lacks the watchdog's thread, and would wait for it before starting its own.
         faulthandler.cancel_dump_traceback_later()
         pid = os.fork()
         if pid == 0:
@@ -291,7 +292,7 @@ def _in_fork(function: Callable[[], tuple[str, str]]) -> tuple[str, str]:
         said = errors.read().decode(errors="replace")
     if status:
         verdict = f"ended with {status}; {verdict}\n{said}"
-    elif "AttributeError" in said:  # of a half-made object, in __del__
+    elif "AttributeError" in said:  # in __del__ of a half-initialised object
         verdict += said
     return place, verdict
 
@@ -329,7 +330,7 @@ def _held() -> set[str]:
     return held
 
 
-# Scenarios give their files such names, so that they are found.
+# Scenarios put this in the names of their files, so that leftovers are found.
 MARK = f"pyuffd-interrupted-{os.getpid()}"
 FOLDERS = ("/dev/shm", tempfile.gettempdir())
 

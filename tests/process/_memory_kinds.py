@@ -1,7 +1,7 @@
-"""Memory of all kinds, each page in a known state: what a snapshot of it must say.
+"""Memory of all kinds with each page in a known state, which a snapshot must show.
 
-States, one letter for each page: d content, z zeros, a nothing of the process's own there, l
-unknown. A snapshot has the same states whatever the method.
+States, one letter per page: d content, z zeros, a absent (the process has no copy), l unknown. The
+states in a snapshot do not depend on the method.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STATES = {"d": RunState.DATA, "z": RunState.ZERO, "a": RunState.ABSENT, "l": Run
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.shmat.restype = ctypes.c_void_p
-_kept: list[object] = []  # descriptors, for as long as the process lives
+_kept: list[object] = []  # descriptors that stay open until the process ends
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def poisoned() -> Iterator[Kind]:
 
 
 def zero_device() -> Iterator[Kind]:
-    """A private mapping of it is memory without a file."""
+    """Map /dev/zero privately, which gives memory without a file."""
     fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
     start = mapped(3, PRIVATE, fd)
     fill(start, 0, 26)
@@ -172,7 +172,7 @@ def shared() -> Iterator[Kind]:
     fill(start, 0, 14)
     in_another_process(lambda: fill(start, 1, 15))
     yield Kind("shared, anonymous", start, PAGE, "ddz", [14, 15, 0], True)
-    # The first segment of a namespace has the inode 0, as memory without a file has.
+    # The first segment of a namespace has the inode 0, like memory without a file.
     with suppress(OSError):
         _called("unshare", CLONE_NEWIPC)
     for name in ("System V, first", "System V"):
@@ -182,7 +182,7 @@ def shared() -> Iterator[Kind]:
 
 
 def segment(length: int, flags: int = 0) -> int:
-    """Return the address of System V shared memory, which goes with the process."""
+    """Return the address of System V shared memory, which is removed when the process ends."""
     number = _called("shmget", 0, length, 0o1600 | flags)
     start = _called("shmat", number, 0, 0)
     _called("shmctl", number, 0, 0)
@@ -190,7 +190,7 @@ def segment(length: int, flags: int = 0) -> int:
 
 
 def waiting() -> Iterator[Kind]:
-    """Reading these through the mapping would wait for a handler, and there is none."""
+    """Map memory whose reads would wait for a handler, although there is none."""
     fd = os.memfd_create("waiting")
     os.ftruncate(fd, 3 * PAGE)
     os.pwrite(fd, bytes([18]) * PAGE, PAGE)
@@ -236,7 +236,7 @@ def huge() -> Iterator[Kind]:
 
 
 def made(folder: str, *, with_huge: bool, with_swap: bool) -> list[Kind]:
-    """Make all of it in this process."""
+    """Map memory of all kinds in this process."""
     makers = [anonymous(), zero_device(), memfds(), shared(), waiting(), files(folder), poisoned()]
     if with_huge:
         makers.append(huge())
@@ -246,7 +246,7 @@ def made(folder: str, *, with_huge: bool, with_swap: bool) -> list[Kind]:
 
 
 def check(snapshot: Snapshot, kinds: list[Kind]) -> list[str]:
-    """Return what is wrong."""
+    """Return what is wrong in a snapshot."""
     wrong = []
     for kind in kinds:
         found = ""
@@ -270,7 +270,7 @@ def check(snapshot: Snapshot, kinds: list[Kind]) -> list[str]:
 
 
 def main(folder: str, with_huge: str, with_swap: str) -> None:
-    """Make it, tell where it is, and wait."""
+    """Map the memory, print where it is, and wait."""
     kinds = made(folder, with_huge=with_huge == "1", with_swap=with_swap == "1")
     print(json.dumps([asdict(kind) for kind in kinds]), flush=True)
     sys.stdin.read()

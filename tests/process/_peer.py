@@ -1,7 +1,7 @@
 """Another process that owns memory, with a socket for descriptors and values.
 
-The peer is started fresh (no fork) and ends with this process.  Both sides send JSON with any
-number of descriptors.
+The peer is a new process, not a fork, and ends with this one.  Both sides send JSON with any number
+of descriptors.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A module marks its checks with `@pitfall(number, name)` and ends with `test_pitfalls =
 checks_of(__name__)`. Each check is a test with the id `pitfall.<number>.<name>`, and runs in a
-child process with all its drivers and kinds of memory. Hugetlb memory has an id of its own, which
-ends in `.hugetlb`.
+child process with all its drivers and kinds of memory. For hugetlb memory there is a separate id,
+which ends in `.hugetlb`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ NAMES = {
 Driver = Literal["native", "thread", "process"]
 NATIVE: tuple[Driver, ...] = ("native",)
 BOTH: tuple[Driver, ...] = ("native", "thread")
-# For checks that stop no thread of an engine or source in this process.
+# For checks that do not stop a thread of an engine or source in this process.
 ALL: tuple[Driver, ...] = (*BOTH, "process")
 
 ANON = ("anon",)
@@ -171,7 +171,7 @@ class Case:
 
 
 CASES: dict[str, list[Case]] = {}
-AFTER_CHECK = contextlib.ExitStack()  # undoes what a check must not leave to the next one
+AFTER_CHECK = contextlib.ExitStack()  # undoes what must not affect the next check
 
 
 def pitfall(
@@ -236,7 +236,7 @@ def run_check(module: str, function: str, drivers: Sequence[Driver], memory: lis
     """Run a check for each driver and kind of memory, and print which one is running."""
     check = getattr(importlib.import_module(module), function)
     for driver in drivers:
-        # Starting a process for each handler is slow: private and shared memory must do.
+        # Starting a process for each handler is slow, so use only the first two kinds of memory.
         for name in memory[:2] if driver == "process" else memory:
             print(driver, name, file=sys.stderr, flush=True)
             with AFTER_CHECK:
@@ -283,7 +283,7 @@ def over_or_blocked(task: Task[Any]) -> None:
     def settled() -> bool:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             number, *args = path.read_text().split()
-            # A thread that waits for the GIL is in futex(2) too, but with a time-out.
+            # A thread that waits for the GIL is in futex(2) too, but with a timeout.
             waits = number in (CLOCK_NANOSLEEP, NANOSLEEP) or (number == FUTEX and args[3] == "0x0")
             return not task.running or waits
         return True
@@ -298,5 +298,5 @@ def failed(handler: Handler) -> bool:
 
 
 def all_pitfalls() -> set[int]:
-    """The numbers of the pitfalls that the imported modules have checks of."""
+    """The numbers of the pitfalls for which the imported modules have checks."""
     return {case.number for cases in CASES.values() for case in cases}

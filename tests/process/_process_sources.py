@@ -20,7 +20,7 @@ __all__ = ["PAGE"]
 
 
 def content(length: int, seed: int = 0) -> bytes:
-    """Return the content of a region: each page has its own byte, from `page`."""
+    """Return the content of a region, in which each page is full of one byte."""
     return b"".join(bytes([(seed + index) % 251 + 1]) * PAGE for index in range(length // PAGE))
 
 
@@ -63,13 +63,13 @@ def short(offset: int, length: int) -> bytes:
 
 
 def hanging(offset: int, length: int) -> bytes:
-    """Need far too long."""
+    """Take far too long."""
     time.sleep(3600)
     return bytes(length)
 
 
 def slow(offset: int, length: int) -> bytes:
-    """Need 0.25 s."""
+    """Take 0.25 s."""
     time.sleep(0.25)
     return page(offset, length)
 
@@ -93,7 +93,7 @@ def ignored_signals(offset: int, length: int) -> bytes:
 
 
 class Source:
-    """A source with data of its own."""
+    """A source with its own data."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -136,7 +136,7 @@ class KilledOnce(Source):
 
 
 def crashing(offset: int, length: int) -> bytes:
-    """End its process in the usual way of faulty C code."""
+    """Crash its process, as faulty C code usually does."""
     ctypes.string_at(0)
     return bytes(length)
 
@@ -208,7 +208,7 @@ class WorkerPoints:
             os.mkfifo(f"{folder}/{name}")
 
     def connect(self) -> None:
-        """Wait until the worker process listens; its source has been asked for a page."""
+        """Wait until the worker process listens, which it does after the first page was read."""
         self._commands = open(f"{self.source.folder}/commands", "w")  # noqa: SIM115
         self._answers = open(f"{self.source.folder}/answers")  # noqa: SIM115
 
@@ -217,15 +217,15 @@ class WorkerPoints:
         assert self._answers.readline() == "0\n", f"{name} {point.name}"
 
     def arm(self, point: Point) -> None:
-        """Stop the worker process's next thread that comes to the point."""
+        """Stop the next thread of the worker process that reaches the point."""
         self._ask("arm", point)
 
     def wait(self, point: Point) -> None:
-        """Wait until a thread is there."""
+        """Wait until a thread is at the point."""
         self._ask("wait", point)
 
     def release(self, point: Point) -> None:
-        """Let it continue."""
+        """Let the thread continue."""
         self._ask("release", point)
 
     def close(self) -> None:
@@ -238,12 +238,12 @@ LONG = 1_000_000
 
 
 def long_text(offset: int, length: int) -> bytes:
-    """Fail, at length."""
+    """Fail with a long message."""
     raise ValueError("x" * LONG)
 
 
 class NoText(Exception):
-    """Its text cannot be had."""
+    """An exception whose text cannot be read."""
 
     def __str__(self) -> str:
         return str(1 // 0)
@@ -271,7 +271,7 @@ def no_errno(offset: int, length: int) -> bytes:
 
 
 def huge_errno(offset: int, length: int) -> bytes:
-    """Fail with a number that no errno can be."""
+    """Fail with a number that is too large for an errno."""
     if offset == 0:
         raise OSError(1 << 40, "too much")
     return b"g" * length

@@ -1,4 +1,4 @@
-"""A redis-server of a test's own, and connections to it."""
+"""A redis-server for one test, and connections to it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pyuffd.testing._run import SCALE
 
 @dataclass
 class Redis:
-    """A server that runs."""
+    """A running server."""
 
     pid: int
     port: int
 
     def ask(self, *words: str) -> bytes:
-        """Return the answer to one command, over a connection of its own."""
+        """Return the answer to one command, over a new connection."""
         with Connection(self.port) as connection:
             return connection.ask(*words)
 
 
 class Connection:
-    """One connection, for one command after the other."""
+    """One connection, for one command at a time."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), 10 * SCALE)

@@ -24,7 +24,7 @@ def without_cloudpickle(folder: Path) -> str:
 
 
 def command_line(folder: Path, program: str, how: How) -> list[str]:
-    """Write a program where it must be, and return how to start it."""
+    """Write a program to its place, and return the command that starts it."""
     if how == "-c":
         return ["-c", program]
     if how == "stdin":

@@ -1,4 +1,4 @@
-"""A process that does everything to its memory, tracked from outside beside a byte compare."""
+"""A process that changes its memory in every way, tracked from outside and compared by bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyuffd.dirty import Grown, Mapped, Moved, Unmapped
 from pyuffd.testing._run import SCALE
 
 PAGE = 4096
-# Does random things to its memory, as many as it is told.
+# Does random things to its memory; each line of its input says how many.
 PROGRAM = """
 import ctypes, mmap, os, random, sys, threading
 libc = ctypes.CDLL(None)
@@ -81,7 +81,7 @@ def release():
 def break_(): libc.sbrk(W(3 * P))
 def recurse(depth=None):
     depth = chance.choice([10, 200, 900]) if depth is None else depth
-    # Through C each time, so that the stack of the thread itself grows.
+    # Through a C function each time, so that the thread's stack grows.
     return sorted([1], key=lambda _: recurse(depth - 1) if depth else 0)[0]
 def thread():
     if len(threads) < 6:
@@ -111,7 +111,7 @@ for line in sys.stdin:
 
 
 class Image:
-    """The pages of a process, kept up to date by rounds alone."""
+    """The pages of a process, updated only from rounds."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -154,7 +154,7 @@ def content(process: Process, start: int, end: int) -> Iterator[tuple[int, bytes
 
 
 def run(method: str, rounds: int, seed: int) -> list[int]:
-    """Track it; return pages reported, and pages compared."""
+    """Track the process; return how many pages were reported, and how many compared."""
     chance = random.Random(seed)
     reported = compared = 0
     target = subprocess.Popen(
@@ -187,7 +187,7 @@ def run(method: str, rounds: int, seed: int) -> list[int]:
                 where = f"seed {seed}, round {number}, after {done}"
                 compared += compare(image, process, tracker, where)
     print("1", file=target.stdin, flush=True)
-    assert target.stdout.readline(), "it runs on"
+    assert target.stdout.readline(), "the target has ended"
     target.kill()
     target.communicate()
     return [reported, compared]

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
- * Programs whose cores are looked at: core_target MODE [NUMBER].
+ * Programs whose cores are examined: core_target MODE [NUMBER].
  *
- * Each prints lines "NAME ADDRESS LENGTH" of what a core of it should have, then "ready", and waits.
+ * Each prints lines "NAME ADDRESS LENGTH" of memory that its core must have, then "ready", and waits.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -47,7 +47,7 @@ static void *map(size_t length, int prot, int flags, int fd, off_t offset)
 	return start;
 }
 
-/* Each page has another content, by its number. */
+/* The content of a page depends on its number. */
 static void fill(unsigned char *start, size_t length, int from)
 {
 	for (size_t at = 0; at < length; at += PAGE)
@@ -93,7 +93,7 @@ static void threads(int count)
 	first_step(-1);
 }
 
-/* A value in a vector register, above the part that SSE has. */
+/* A value in the part of a vector register that only AVX has. */
 __attribute__((target("avx"), noinline)) static void vector(void)
 {
 	uint64_t value[4] __attribute__((aligned(32))) = { 0x1111, 0x2222, 0x3333, 0x4444 };
@@ -178,7 +178,7 @@ static void memory(const char *folder)
 		exit(1);
 	start = map(10 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
 	fill(start + PAGE, PAGE, 80);
-	say("modified_file", start, 8 * PAGE); /* two pages more are behind its end */
+	say("modified_file", start, 8 * PAGE); /* two more pages are beyond its end */
 	start = map(8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
 	sink = *start;
 	say("unwritten_file", start, 8 * PAGE);
@@ -198,7 +198,7 @@ static void memory(const char *folder)
 	first_step(0);
 }
 
-/* Signals wait: one for the thread, one for the process. */
+/* Two pending signals: one for the thread, one for the process. */
 static void pending(void)
 {
 	sigset_t set;
@@ -250,8 +250,8 @@ static void big(size_t length)
 }
 
 /*
- * Memory registered with a userfaultfd that nobody serves: a thread that touches a page which is not
- * in the page table waits.  The file has content that is not.
+ * Memory registered with a userfaultfd that nobody serves: a thread that touches a page outside the
+ * page table waits.  Some content of the file is not in the page table.
  */
 static void registered(void)
 {
@@ -283,7 +283,7 @@ static void registered(void)
 	first_step(0);
 }
 
-/* Huge pages of a file: one that the process has written, one that is only in the file. */
+/* Huge pages of a file: one that the process has written, and one that is only in the file. */
 static void huge_file(void)
 {
 	int fd = memfd_create("huge", MFD_HUGETLB);
@@ -306,7 +306,7 @@ static void note(int number)
 	(void)number;
 }
 
-/* After a signal it maps memory that belongs into no core. */
+/* After a signal it maps memory that must not be in the core. */
 static void later(void)
 {
 	sigset_t set, before;
@@ -327,7 +327,7 @@ static void later(void)
 	first_step(0);
 }
 
-/* After a signal it is another program. */
+/* After a signal it executes another program. */
 static void other(char **words)
 {
 	sigset_t set, before;

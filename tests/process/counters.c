@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
 /*
- * A program whose memory tells the instant: counters THREADS PAGES [HOW].
+ * A program whose memory shows the instant of an image: counters THREADS PAGES [HOW].
  *
  * Each thread writes its number of rounds into the first word of its pages, one page after the
- * other.  So at any instant its pages hold n up to one page, and n - 1 behind it.  In the second
- * word is the number that the thread before had reached in its first page when this page was
- * written: in no instant is that more than what is there.
+ * other.  So at any instant its pages hold n up to some page, and n - 1 after it.  The second word
+ * is the number that the previous thread's first page held when this page was written: at no
+ * instant can it be larger than the number in that page.
  * HOW, letters: d drops a page now and then (MADV_DONTNEED) and writes it again, m moves memory
- * (mremap), s sleeps a little after each round, longer if that was long, f makes children.
+ * (mremap), s sleeps a little after each round, longer if the round was long, f makes children.
  *
- * Prints "ready", and the address of each thread's pages, on one line; for each line read, the
- * smallest number of rounds.  A page that holds anything but n or n - 1 ends it.
+ * Prints "ready" and the address of each thread's pages on one line; then, for each line read, the
+ * smallest number of rounds.  It ends if a page holds anything but n or n - 1.
  */
 #define _GNU_SOURCE
 #include <pthread.h>

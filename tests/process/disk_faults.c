@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * LD_PRELOAD: a disk that fails or is slow, for files named "pages".  DISK_ERRNO after DISK_BYTES
- * bytes; DISK_US: how long each write lasts.
+ * LD_PRELOAD library: a disk that fails or is slow, for files named "pages".  Writes fail with
+ * DISK_ERRNO after DISK_BYTES bytes; each takes DISK_US microseconds.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -22,7 +22,7 @@ static long number(const char *name)
 	return text ? atol(text) : 0;
 }
 
-/* Returns whether the write fails. */
+/* Whether the write fails. */
 static int fails(int fd, size_t length)
 {
 	char link[40], path[4096];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* A process that runs on without its first thread: at once, or after SIGUSR1. */
+/* A process whose first thread exits, at once or after SIGUSR1, while another continues. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <signal.h>
@@ -20,7 +20,7 @@ static void *work(void *first)
 		pthread_join(*(pthread_t *)first, NULL);
 	printf("%p\n", (void *)area);
 	fflush(stdout);
-	/* One answer a line, so that a test sees that it works. */
+	/* Answer each line, so that a test sees that the process works. */
 	while (fgets(line, sizeof(line), stdin)) {
 		turns++;
 		printf("%lu\n", turns);

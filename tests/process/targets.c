@@ -107,7 +107,7 @@ static void *obey(void *program)
 		_exit(7);
 	if (word == 'e')
 		execl(program, program, "spin", (char *)NULL);
-	/* By no buffer: the first thread may stand inside fflush(), with the word "ready" in it. */
+	/* Do not use stdio: the first thread may be inside fflush(), with "ready" still in the buffer. */
 	if (word == 'f' && !fork())
 		_exit(write(1, "forked\n", 7) != 7);
 	for (;;)

@@ -1,7 +1,7 @@
-"""Random programs for served memory: made from a seed, run against the model, shortened.
+"""Random programs for served memory: made from a seed, checked against the model, shortened.
 
-A program is a setting and a list of steps. A step that does not fit the setting, or the steps
-before it, does nothing. So every part of a program is a program too.
+A program is a setting and a list of steps. A step that does not fit the setting, or the previous
+steps, does nothing. So every part of a program is a program too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pyuffd.testing._run import SCALE
 from tests._memory import memory_of
 from tests.stress._worlds import HEAD, LOST, UNWRITTEN, ZERO, A, Content, Rules, World
 
-Step = list[Any]  # a name and its arguments; JSON carries it
+Step = list[Any]  # a name and its arguments, in types that JSON has
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 WP_FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
@@ -54,11 +54,11 @@ MINORS = Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
 MADV_FREE, MADV_REMOVE, MADV_PAGEOUT = 8, 9, 21
 MAYMOVE, FIXED = 1, 2
 SINK = "sink"
-LIMIT_S = 15.0  # a program needs some hundredths of a second
+LIMIT_S = 15.0  # a program takes some hundredths of a second
 
 SMALL_PAGES, HUGE_PAGES = 12, 4
 DRIVERS = ("native", "inline", "thread", "process")
-# Every setting needs these.
+# All settings need these.
 FEATURES = WP_FEATURES | MINORS | Feature.WP_UNPOPULATED | Feature.SIGBUS | Feature.POISON
 
 
@@ -105,7 +105,7 @@ def _choose_setting(chance: random.Random, drivers: tuple[str, ...], names: list
     sources = ["zero", "file", "python"] if python else ["zero", "buffer", "buffer", "file"]
     if mode == WP:
         sources = ["none"]
-    elif not mode & MISSING:  # only shared memory can be filled through its file
+    elif not mode & MISSING:  # only shared memory can be filled through the file
         sources = [*sources, "none"] if shared else ["none"]
     events = Feature(0)
     if driver != "inline":
@@ -225,7 +225,7 @@ class Run:
             unpopulated=setting.unpopulated,
         )
         if self.rules.writes_cache:
-            # Holes of the file cause missing faults as well.
+            # Holes in the file cause missing faults too.
             self.rules = Rules(**{**self.rules.__dict__, "missing": True})
         features = events | WP_FEATURES | MINORS
         if setting.unpopulated:
@@ -236,7 +236,7 @@ class Run:
         if not memory.is_anon:
             assert self.region.fd is not None
             self.alias = stack.enter_context(Region.file(self.region.fd))
-        # What each page is served from; those of one number are one range.
+        # The range of each page, as a number.
         self.ranges = [0] * self.count
         self.first_of: dict[int, int] = {}  # the first page of each range, as it was served
         self.served_before = 0
@@ -248,7 +248,7 @@ class Run:
         stack.callback(os.close, self.sink)
         self.saved = bytearray(self.region.length) if setting.preserve else None
         self.instant: list[set[Content] | None] = [None] * self.count
-        # Written by this process, and not yet told by a checkpoint or writeprotect().
+        # Written by this process, and not yet reported by a checkpoint or writeprotect().
         self.written = [False] * self.count
         self.uffd = stack.enter_context(Userfaultfd(features=features))
         self.prefetches = self.has_faulted = False
@@ -259,7 +259,7 @@ class Run:
         return page_of_source(page, self.ranges[page]) if self.rules.has_source else ZERO
 
     def parts(self, first: int, end: int) -> Iterator[tuple[range, Region]]:
-        """The runs of pages that are of one range, each as a region."""
+        """Yield the runs of pages that belong to one range, each as a region."""
         at = first
         for _, run in itertools.groupby(self.ranges[first:end]):
             past = at + len(list(run))
@@ -311,7 +311,7 @@ class Run:
     # Worlds
 
     def change(self, pages: Iterable[int], how: Callable[[World], Any]) -> None:
-        """Change the worlds of pages; `how` returns the world that follows, or several."""
+        """Change the worlds of pages; `how` returns the world that follows, or several worlds."""
         for page in pages:
             after: set[World] = set()
             for world in self.worlds[page]:
@@ -320,7 +320,7 @@ class Run:
             self.worlds[page] = after
 
     def let_pass(self) -> None:
-        """Add what may have happened meanwhile."""
+        """Add the worlds that may have followed meanwhile."""
         for page in range(self.count):
             source = self.source(page)
             self.change(
@@ -419,7 +419,7 @@ class Run:
         self.faulted()
         after = {self.rules.write(world, source, head) for world in self.worlds[page]}
         self.keep(page, "a write's loss", seen, {w: self.rules.found(w) == LOST for w in after})
-        # Of a page that Linux has filled, only the page table tells, as long as it has it.
+        # If Linux has filled a page, only the page table tells, and only while the page is in it.
         is_known = all(world.engine is not A for world in self.worlds[page])
         self.written[page] |= seen is False and is_known
 
@@ -480,7 +480,7 @@ class Run:
             self.change(run, self.rules.evict_written_back)
 
     def keeper(self, run: range, handed: dict[int, Content]) -> Callable[[int, memoryview], None]:
-        """Return a write_back that notes what it is handed over; the source stays what it was."""
+        """Return a write_back that records what it gets; the source does not change."""
 
         def keep(offset: int, data: memoryview) -> None:
             for at in range(0, len(data), self.size):
@@ -491,15 +491,15 @@ class Run:
         return keep
 
     def file_has(self, run: range) -> bool:
-        """Whether a private mapping would show the file's pages, instead of asking its source."""
+        """Whether a private mapping would show pages of the file instead of those of its source."""
         if self.alias is None or self.region.fd is None:
             return False
-        if self.size > mmap.PAGESIZE:  # which huge pages a file has it does not tell
+        if self.size > mmap.PAGESIZE:  # hugetlbfs does not tell which pages a file has
             return os.fstat(self.region.fd).st_blocks > 0
         fd = os.open(f"/proc/self/fd/{self.region.fd}", os.O_RDONLY)
         try:
             return os.lseek(fd, run.start * self.size, os.SEEK_DATA) < run.stop * self.size
-        except OSError:  # no data from there on
+        except OSError:  # there is no data after this offset
             return False
         finally:
             os.close(fd)
@@ -554,14 +554,14 @@ class Run:
             }
 
     def take(self, page: int, state: PageState, why: str, *, is_told: bool) -> None:
-        """Whatever came after a write, a checkpoint tells of it, or writeprotect() before that."""
+        """Check that a write is reported by a checkpoint or an earlier writeprotect()."""
         if why == "checkpoint" and self.written[page] and not is_told:
-            raise Disagreement(f"the checkpoint says nothing of page {page}, which was written")
+            raise Disagreement(f"the checkpoint does not report page {page}, which was written")
         if why == "checkpoint" or state not in UNWRITTEN:
             self.written[page] = False
 
     def checkpoint(self, run: range, part: Region, told: set[int]) -> bytes:
-        """Return the states; the ranges say the same, and have what states say is written."""
+        """Return the states; check that the ranges are the pages whose states say written."""
         taken = self.handler.checkpoint(part)
         ranges = {
             page: written.state
@@ -609,7 +609,7 @@ class Run:
                 self.disagree(page, "what was preserved", got, instant)
 
     def advise(self, pages: range, advice: int) -> bool:
-        """madvise(2) page by page, as they may be apart; return whether it succeeded."""
+        """Call madvise(2) page by page, as pages may be apart; return whether it succeeded."""
         for page in pages:
             try:
                 _memory.madvise(self.addresses[page], self.size, advice)
@@ -619,7 +619,7 @@ class Run:
 
     @property
     def may_drop(self) -> bool:
-        # A page that is dropped while it is preserved is lost, and stop() raises for it.
+        # A page that is dropped while it is being preserved is lost, and stop() raises an error.
         return self.saved is None
 
     def do_dontneed(self, first: int, end: int) -> None:
@@ -722,7 +722,7 @@ class Run:
         _memory.mprotect(at, self.size, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def do_restart(self, *_: int) -> None:
-        # The page table does not show the poison of a huge page, which is a SIGBUS to the driver.
+        # The page table does not show the poison of a huge page, on which the driver gets SIGBUS.
         unclear = self.rules.huge and self.setting.driver == "inline"
         if self.moved or not self.may_drop or unclear:
             return
@@ -764,7 +764,7 @@ class Run:
         )
 
     def end(self) -> None:
-        """Check every page once more, and stop."""
+        """Check every page again, and stop."""
         self.let_pass()
         self.do_states(0, self.count)
         for page in range(self.count):
@@ -779,13 +779,13 @@ class Run:
 
 
 class Pages:
-    """A source in Python, also in another process."""
+    """A source in Python, in this or another process."""
 
     def __init__(self, size: int, first: int, number: int) -> None:
         self.size, self.first, self.number = size, first, number
 
     def __call__(self, offset: int, length: int) -> bytes:
-        """Return the pages asked for."""
+        """Return the requested pages."""
         first = self.first + offset // self.size
         pages = (
             page_of_source(page, self.number) for page in range(first, first + length // self.size)
@@ -823,7 +823,7 @@ def run(program: Program) -> str:
 
 
 def _wait_for_other_threads() -> None:
-    """Wait until they sleep: AddressSanitizer's malloc() hangs in a fork if one is in it."""
+    """Wait until they sleep: if one is in AddressSanitizer's malloc(), it hangs in a fork."""
     own, give_up = str(threading.get_native_id()), time.monotonic() + 5
     while time.monotonic() < give_up:
         others = (path for path in Path("/proc/self/task").iterdir() if path.name != own)
@@ -833,7 +833,7 @@ def _wait_for_other_threads() -> None:
 
 
 def attempt(program: Program) -> str:
-    """Run a program in a fork; return what went wrong, which includes death and hanging."""
+    """Run a program in a fork; return what went wrong, including a crash or hang."""
     _wait_for_other_threads()
     reading, writing = os.pipe()
     pid = os.fork()
@@ -853,7 +853,7 @@ def attempt(program: Program) -> str:
     os.close(pidfd)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # forks of it that wait for a page
+        os.killpg(pid, signal.SIGKILL)  # its forks may wait for a page
     with open(reading, "rb") as pipe:
         said = pipe.read().decode(errors="replace")
     return said + (f"\nit ended with {status}" if status else "")

@@ -1,8 +1,8 @@
 """A model of Linux and of the engine: the possible states of a page after each operation.
 
-A `World` is one possible truth about a page. An operation turns a world into those that may follow;
-there are several if the outcome is unknown (prefetching, MADV_FREE, reclaim). An observation
-removes the worlds that contradict it. If no world is left, the program has found a fault.
+A `World` is one possible state of a page. An operation replaces a world by those that may follow,
+which are several if the outcome is unknown (prefetching, MADV_FREE, reclaim). An observation
+removes the worlds that contradict it. If no world is left, the program has found a bug.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ UNWRITTEN = (A, C, S)
 
 
 class World(NamedTuple):
-    """A page, as the kernel and the engine know it.
+    """A page, as the kernel and the engine see it.
 
     Attributes:
         pte: "none"; "own", a private copy; "cache", a page of the file; "poison", a mark.
         wp: whether it is write-protected, by its entry or by a marker in its place.
         mine: the private copy.
         cache: what the file holds; None: a hole, or there is no file.
-        engine: the state that the engine has noted.
+        engine: the state that the engine has recorded.
         lazy: the kernel may drop it (MADV_FREE) until it is written to.
-        mark: the engine has noted that it was written, for the next checkpoint.
+        mark: the engine has recorded a write, for the next checkpoint.
     """
 
     pte: str
@@ -89,10 +89,10 @@ class Rules:
         return w._replace(pte="cache", cache=content, wp=self.wp, engine=engine)
 
     def _fault(self, w: World, source: Content) -> World:
-        """The page is not in the page table: the kernel maps one, or sends a fault."""
+        """Access a page outside the page table: the kernel maps one, or sends a fault."""
         hole = not self.has_file or w.cache is None
         if hole and not self.missing:
-            # Linux gives zeros; private huge pages get no page of the file.
+            # Linux maps zeros; for private huge pages it does not fill the file.
             if not self.has_file or (self.huge and self.private):
                 return w._replace(pte="own", mine=ZERO)
             return w._replace(pte="cache", cache=ZERO)
@@ -124,11 +124,11 @@ class Rules:
         return w._replace(cache=new)
 
     def through_file(self, w: World, head: bytes) -> World:
-        """A write by another mapping of the file."""
+        """A write through another mapping of the file."""
         return w._replace(cache=(head, (w.cache or ZERO)[1]))
 
     def found(self, w: World) -> Content | str:
-        """Return what a finished access has found."""
+        """Return the result of a completed access."""
         return LOST if w.pte == "poison" else w.content
 
     # What the handler does
@@ -149,7 +149,7 @@ class Rules:
             return w
         cached = self.has_file and w.cache is not None
         if w.there and not self.missing and w.cache is None:
-            return w  # CONTINUE looks into the page cache first: EFAULT
+            return w  # CONTINUE checks the page cache first: EFAULT
         if w.there:
             return w._replace(engine=D if self.wp and not w.wp else C)
         if self.writes_cache:
@@ -165,8 +165,8 @@ class Rules:
     def protect(self, w: World, why: str = "states") -> Iterator[tuple[PageState, bool, World]]:
         """Protect a page for "states", a "checkpoint" or to "evict" it.
 
-        Yield the states that may be returned, each with whether a checkpoint reports the page, and
-        with the page afterwards.
+        Yield each state that may be returned, whether a checkpoint then reports the page, and the
+        page afterwards.
         """
         armed = w.there or (w.pte == "none" and (self.has_file or self.unpopulated))
         for seen in self.reported(w):
@@ -186,23 +186,23 @@ class Rules:
     def unprotect(self, w: World) -> Iterator[tuple[PageState, World]]:
         """unprotect(): the states that it may return, each with the page afterwards."""
         for seen, _, after in self.protect(w):
-            # Zeros that lose their protection may be written over.
+            # Zeros that lose their protection may be overwritten.
             is_loose = after.engine is C or (after.engine is R and w.there)
             engine = D if is_loose else after.engine
             engine = A if w.engine is A else engine
             yield seen, after._replace(wp=False, engine=engine, mark=w.mark)
 
     def evict(self, w: World) -> Iterator[World]:
-        """evict(write_back=None): what is there is dropped, and its source asked again."""
+        """evict(write_back=None) drops a present page; the source is read again later."""
         if w.engine is P or (w.engine is A and not w.there):
             yield w
             return
-        # Dropped, with or without a notice; the mark of poison outlives the page.
+        # Dropped, with or without an event; the poison marker outlives the page.
         if not w.there and (self.private or w.engine is R):
             yield w
         if not w.there and w.engine is R:
             return
-        # What its owner dropped stays zeros: the source has what was there before.
+        # A page that its owner dropped stays zeros: the source has the old content.
         gone = w._replace(pte="none", mine=None, lazy=False, engine=R if w.engine is R else A)
         if not self.private:
             gone = gone._replace(cache=None)
@@ -212,13 +212,13 @@ class Rules:
             yield gone._replace(mark=mark, wp=False)
 
     def evict_written_back(self, w: World) -> Iterator[World]:
-        """evict(write_back=...): it stays, or is dropped, handed over before that or not."""
+        """evict(write_back=...) leaves the page, or drops it, after handing it over or not."""
         for seen, _, protected in self.protect(w, "evict"):
             for after in (protected, self.read(protected, ZERO)):
                 yield after
                 if seen in (A, P):
                     continue
-                # Reading it finds out that it was dropped.
+                # Reading it shows that it was dropped.
                 mark = after.mark or after.engine is R
                 yield from self.evict(after._replace(engine=C, mark=mark))
 
@@ -229,7 +229,7 @@ class Rules:
         return w._replace(engine=D if unprotect else S, wp=w.wp and not unprotect)
 
     def stop(self, w: World) -> World:
-        """stop(): pages that were never filled are poisoned, and no page stays protected."""
+        """stop() poisons the pages that were never filled, and leaves no page protected."""
         w = w._replace(wp=False)
         marked = (A,) if self.private else (A, P)
         if self.has_source and w.engine in marked and w.pte == "none":
@@ -281,13 +281,13 @@ class Rules:
             yield gone._replace(wp=False)
 
     def punch(self, w: World, *, by_madvise: bool) -> Iterator[World]:
-        """MADV_REMOVE, or fallocate(2) of the file: all but private copies are dropped."""
+        """MADV_REMOVE, or fallocate(2) of the file, drops everything but private copies."""
         if by_madvise:
             w = self._noticed(w)
         w = w._replace(cache=None)
         if w.pte == "own":
             yield w
-            if w.mine == ZERO or self.huge:  # not a real copy; huge pages go anyway
+            if w.mine == ZERO or self.huge:  # the zero page is not a copy; huge pages always go
                 yield w._replace(pte="none", mine=None)
                 yield w._replace(pte="none", mine=None, wp=False)
             return
@@ -323,10 +323,10 @@ class Rules:
                 yield filled
                 if self.forks and not self.private:  # in the page table of a fork
                     yield w._replace(cache=filled.cache, engine=filled.engine)
-                    # Its page table cannot be read: pages of a run in which one was present.
+                    # We cannot read its page table: a page may be in a run with a present one.
                     if self.wp and w.engine is A and filled.engine is C:
                         yield w._replace(cache=filled.cache, engine=D)
-            if w.engine is R and w.pte == "none":  # dropped while a source was asked for it
+            if w.engine is R and w.pte == "none":  # dropped while a source was reading it
                 yield self._fault(w, ZERO)
         around = has_faulted and not (self.wp or self.minor or self.huge)
         if around and w.pte == "none" and w.cache is not None:
