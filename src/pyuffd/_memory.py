@@ -97,7 +97,7 @@ def unguard() -> None:
 
 def raise_lost(op: str, address: int) -> NoReturn:
     """Raise the exception for an access that met SIGBUS."""
-    from pyuffd._lost import lost_error  # rarely needed
+    from pyuffd._lost import lost_error  # a circle; loaded with pyuffd.regions
 
     raise lost_error(op, address, is_served=bool(lib.uffd_inline_serves(address)))
 

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Iterable
 
-from pyuffd import lowlevel
+from pyuffd import _refusals, lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl, RegisterMode
 from pyuffd._errors import UffdOSError, limit_met, raise_errno
 from pyuffd._owned import Descriptor
@@ -34,8 +34,6 @@ def open_uffd(flags: int) -> Descriptor:
         # Where the device is for this user, the system call is refused first.
         if hint := limit_met(code):
             raise_errno("userfaultfd", code, hint=hint)
-    from pyuffd import _refusals  # rarely needed; needs a free descriptor
-
     by_syscall, by_device = codes
     hint = _refusals.hint(by_syscall, by_device, privilege_would_do=_would_with_privilege(flags))
     raise_errno("userfaultfd", by_syscall, hint=hint)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Hashable
 from typing import Self
 
-from pyuffd import lowlevel
+from pyuffd import _diagnose, lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
 from pyuffd._arguments import check_fd, check_flags, check_pid
 from pyuffd._closing import CloseCallbacks
@@ -266,8 +266,6 @@ class UffdDescriptor(CloseCallbacks):
         self, error: UffdOSError, start: int, length: int, mode: int = 0, src: int = 0
     ) -> UffdOSError:
         """Return the error with its cause as a hint, if the memory can be inspected."""
-        from pyuffd import _diagnose  # rarely needed
-
         pid = getattr(self, "owner_pid", None if self.adopted else self._pid)
         own = tuple((a, b) for a, b, _ in self._registered.overlapping(start, start + length))
         asked = _diagnose.Asked(error.op, start, length, pid, int(mode), src, self.features, own)

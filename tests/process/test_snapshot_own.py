@@ -434,6 +434,16 @@ def test_the_helper_is_killed(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("executable", ["/nowhere/python", "/proc/self/status"])
+def test_an_interpreter_that_cannot_be_started(
+    executable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    with Region.anonymous(PAGE) as region, pytest.raises(HelperLostError, match=executable):
+        Snapshot.take(region, tmp_path / "image", method="cow")
+    assert not list(tmp_path.iterdir())
+
+
 def of_a_descriptor(folder: str) -> None:
     """The memory that an adopted userfaultfd governs, by WP_ASYNC where it has that."""
     reading, writing = os.pipe()

@@ -17,6 +17,7 @@ from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._errors import UffdError
 from pyuffd._fork_writes import is_of_subprocess
+from pyuffd._residency import PageResidency, residency
 from pyuffd.handlers._types import PageState, SourceKind
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ def _has_holes(handler: HandlerBase, served: Served) -> bool:
 
 
 def _part_has_holes(handler: HandlerBase, served: Served, begin: int, end: int) -> bool:
-    from pyuffd._residency import PageResidency, residency  # 5 ms, and rarely needed
-
     fd, size = getattr(served.region, "fd", None), served.page_size
     where = residency(served.id.start + begin, end - begin, page_size=size, fd=fd)
     unsure = where.count(PageResidency.UNKNOWN)

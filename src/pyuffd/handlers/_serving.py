@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd._arguments import check_flags
+from pyuffd._diagnose import mergeable
 from pyuffd._errors import HandlerError, HelperLostError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
@@ -357,8 +358,6 @@ def warn_of_merging(served: Served, stacklevel: int = 3) -> None:
     """Warn once of protected memory that KSM may merge, after which writes are not seen."""
     if served.is_mergeable or served.uffd.adopted:
         return
-    from pyuffd._diagnose import mergeable
-
     start = served.id.start
     if vma := mergeable(start, start + served.id.length):
         served.is_mergeable = True

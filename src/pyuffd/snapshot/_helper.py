@@ -69,13 +69,19 @@ def _start(fd: int) -> subprocess.Popen[bytes]:
             " Python: take the snapshot from another process"
         )
     program = _PROGRAM.format(path=[entry for entry in sys.path if entry], fd=fd, pid=os.getpid())
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", program],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[fd],
-        start_new_session=True,
-    )
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", program],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[fd],
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise HelperLostError(
+            "the process that takes a snapshot of one's own process could not be started:"
+            f" {error.filename or sys.executable}: {error.strerror}"
+        ) from error
 
 
 def _result(
