@@ -184,7 +184,7 @@ def test_no_main_guard(what: str, tmp_path: Path) -> None:
     program = USE + USE.replace("def use(", "def use_auto(").replace(', driver="process"', "")
     program = program.replace("            handler.start()\n", "")
     program += "print('runs in', __name__)\n" + FUNCTION + WITHOUT_GUARD[what]
-    done = run_program(tmp_path, program, how=how, cloudpickle=False)
+    done = run_program(tmp_path, program, how=how, cloudpickle=False, flags=["-u"])
     runs = "runs in __main__\nruns in __mp_main__\n"
     caught = "caught in __main__\n" if what == "exceptions caught" else ""
     assert (done.stdout, done.returncode) == (runs + caught, 1)
