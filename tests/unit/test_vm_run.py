@@ -105,7 +105,7 @@ def test_a_run_that_hangs_is_ended(play: PlayGuest) -> None:
 
 def test_a_guest_that_says_nothing_any_more_is_ended(play: PlayGuest) -> None:
     result = play(UP + "echo hello; exec sleep 100\n", quiet_s=0.3)
-    assert (result.status, result.sentence) == (Status.HANG, "the guest said nothing any more")
+    assert (result.status, result.sentence) == (Status.HANG, "the guest stopped printing anything")
 
 
 def test_a_guest_has_to_end_in_time(play: PlayGuest) -> None:

@@ -1,1 +1,1 @@
-"""Running the suite on other kernels; see docs/kernels.md."""
+"""Run the suite on other kernels; see docs/kernels.md."""

@@ -1,7 +1,7 @@
-"""In a guest: cases of the conformance suite one after the other, without pytest.
+"""In a guest: run cases of the conformance suite one after the other, without pytest.
 
-Under emulation pytest costs several times what most cases do. A case that stalls, or that takes its
-process with it, ends that process only; the next one runs in a new one.
+Under emulation pytest costs several times as much as most cases. If a case stalls or kills its
+process, the next one runs in a new process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pyuffd.conformance.plugin import check_needs
 from pyuffd.testing._need import Lack
 from pyuffd.testing._run import SCALE
 
-# Most cases are over within milliseconds. One that waits in vain gives up by itself before this.
-# Long ones have budgets of their own.
+# Most cases end within milliseconds. One that waits in vain gives up before this limit. Long cases
+# have their own budgets.
 STALL_S = 15.0 * SCALE
 PASSED, SKIPPED, STALLED = "", "skipped", "stalled"
-# It stalled, and cannot be killed.
+# The case stalled, and its process cannot be killed.
 STUCK = "stuck"
 
 
@@ -36,7 +36,7 @@ def split(test: str) -> tuple[str, str]:
 
 
 def run(case: Case, memory: str) -> str:
-    """Run one case here; return PASSED, SKIPPED, or what was wrong, in one line."""
+    """Run one case in this process; return PASSED, SKIPPED, or what was wrong, in one line."""
     found = result(case, memory)
     if found.outcome == _report.FAILED:
         return found.text.partition("\n")[0][:300]
@@ -44,7 +44,7 @@ def run(case: Case, memory: str) -> str:
 
 
 def result(case: Case, memory: str) -> Result:
-    """Run one case here; return what a report has of it."""
+    """Run one case in this process; return its result for a report."""
     outcome, text, variant = _report.PASSED, "", ""
     started = time.monotonic()
     context = None
@@ -70,7 +70,7 @@ def result(case: Case, memory: str) -> Result:
 
 
 def results(tests: Sequence[str]) -> Iterator[tuple[str, Result]]:
-    """Run tests by id in a child; yield each with what a report has of it, as it comes."""
+    """Run tests by id in a child; yield each with its result for a report, as it arrives."""
     cases = load()
     for test, line in outcomes(
         tests, call=lambda case, memory: json.dumps(asdict(result(case, memory)))
@@ -78,7 +78,7 @@ def results(tests: Sequence[str]) -> Iterator[tuple[str, Result]]:
         if line in (STALLED, STUCK):
             name, memory = split(test)
             case = cases[name]
-            text = f"{line}: it said nothing for {_limit_s(cases, [test]):g} s"
+            text = f"{line}: it printed nothing for {_limit_s(cases, [test]):g} s"
             yield test, Result(test, name, memory, case.summary, _report.FAILED, text)
         else:
             yield test, Result(**json.loads(line))
@@ -89,12 +89,12 @@ def outcomes(
     switch: Callable[[bool], None] = lambda is_on: None,
     call: Callable[[Case, str], str] | None = None,
 ) -> Generator[tuple[str, str], None, None]:
-    """Run tests by id in a child; yield each with its outcome, as it comes.
+    """Run tests by id in a child; yield each with its outcome, as it arrives.
 
     Args:
         tests: Their ids.
-        switch: Called with True before and False after each, and with False in the end.
-        call: Runs one, and returns its outcome in one line; `run` if it is not given.
+        switch: Called with True before and False after each, and with False at the end.
+        call: Runs one, and returns its outcome in one line; `run` by default.
     """
     cases = load()
     waiting = list(tests)
@@ -110,7 +110,8 @@ def outcomes(
                 yield waiting.pop(0), line
         finally:
             os.close(reading)
-            # Before it is killed, for what a mutant holds, and after, for what it did meanwhile.
+            # Switch off before it is killed, in case the mutant keeps it from ending, and again
+            # afterwards, in case it switched the mutant on meanwhile.
             switch(False)
             os.kill(pid, signal.SIGKILL)
             has_ended = _wait(pid)
@@ -139,16 +140,16 @@ def _child(
 
 
 def _limit_s(cases: dict[str, Case], waiting: Sequence[str]) -> float:
-    """Return how long the test that is running may say nothing."""
+    """Return for how long the running test may print nothing."""
     budget_s = cases[split(waiting[0])[0]].budget_s if waiting else DEFAULT_BUDGET_S
     return budget_s * SCALE if budget_s > DEFAULT_BUDGET_S else STALL_S
 
 
 def _lines(fd: int, limit_s: Callable[[], float]) -> Iterator[str]:
-    """Yield lines until the other end closes, or says nothing for as long as may be now."""
+    """Yield lines until the other end closes, or prints nothing for the current limit."""
     data = b""
     while select.select([fd], [], [], limit_s())[0]:
-        # One at a time, so that the next one's limit is asked for.
+        # Byte by byte, so that each line ends before the next limit is computed.
         part = os.read(fd, 1)
         if not part:
             return

@@ -1,4 +1,4 @@
-"""By which clock a guest is late: its own counts instructions, which a busy host executes later."""
+"""The clock for a guest's limits: the guest counts instructions, which a busy host runs later."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# A guest that never runs again uses no CPU, so the wall has a say, too.
+# A guest that never runs again uses no CPU, so wall time counts too, divided by this.
 BUSY = 20.0
 _TICKS_S = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_s(pid: int) -> float:
-    """Return for how long a process and its threads have run, in seconds; 0 when it is gone."""
+    """Return how much CPU a process and its threads have used, in seconds; 0 if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -25,9 +25,9 @@ def clock(pid: int, *, counted: bool) -> Callable[[], float]:
     """Return a clock for the limits of a guest, in seconds from now.
 
     Args:
-        pid: QEMU's.
-        counted: The guest's time is the instructions that it has executed. Then only what its QEMU
-            has run counts, or a part of the wall's time if that is more.
+        pid: The process id of QEMU.
+        counted: The guest measures time in instructions. Then only the CPU time of QEMU counts, or
+            a fraction of the wall time if that is more.
     """
     started = time.monotonic()
 

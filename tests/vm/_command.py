@@ -1,4 +1,4 @@
-"""The command `run`: pytest on another kernel, with the arguments of a user."""
+"""The command `run`: run pytest on another kernel, with the user's arguments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.vm import _debian, _image, _run
 
 
 def find_kernel(name: str) -> Path:
-    """Return the kernel that a path or a version names.
+    """Return the kernel of a path or a version.
 
     Raises:
-        _debian.KernelNotFoundError: there is none.
+        _debian.KernelNotFoundError: there is no such kernel.
     """
     if Path(name).exists():
         return Path(name)
@@ -27,16 +27,16 @@ def find_kernel(name: str) -> Path:
 
 
 def from_outside(arguments: Sequence[str], root: Path) -> tuple[list[str], dict[str, bytes]]:
-    """Return pytest's arguments with paths outside the repository absolute, and those files.
+    """Return pytest's arguments, with paths outside the repository absolute, and those files.
 
-    The folder of a test file gives its conftest.py.
+    For a test file these include the conftest.py in its folder.
     """
     changed: list[str] = []
     files: dict[str, bytes] = {}
     for argument in arguments:
         name, colons, rest = argument.partition("::")
         path = Path(name).absolute()
-        # An expression for -k may be longer than names can be, which stat(2) says is an error.
+        # An expression for -k may be too long for a file name, so that stat(2) fails.
         if argument.startswith("-") or not os.path.exists(path) or path.is_relative_to(root):
             changed.append(argument)
             continue
@@ -56,8 +56,8 @@ def _options() -> argparse.Namespace:
         epilog=f"Exit status: pytest's (0 to 5), or {statuses}.",
     )
     parser.add_argument("--output", type=Path, help="folder for the files (build/vm/KERNEL)")
-    parser.add_argument("--memory", type=int, default=_run.MEMORY_MIB, help="MiB beside huge pages")
-    parser.add_argument("--huge-pages", type=int, default=_run.HUGE_PAGES, help="of 2 MiB")
+    parser.add_argument("--memory", type=int, default=_run.MEMORY_MIB, help="MiB, plus huge pages")
+    parser.add_argument("--huge-pages", type=int, default=_run.HUGE_PAGES, help="number, of 2 MiB")
     parser.add_argument("--swap", type=int, default=_run.SWAP_MIB, help="MiB")
     parser.add_argument("--run-limit", type=float, default=_run.RUN_S, help="s, on real hardware")
     parser.add_argument("--cpus", type=int, default=1, help="CPUs of the guest (races need two)")
@@ -80,7 +80,7 @@ def main() -> int:
     options = _options()
     _run.end_with_us()
     if sentence := _run.lacking():
-        # Before anything is fetched.
+        # Checked before anything is fetched.
         absent = shutil.which(_run.QEMU) is None
         return _fail(_run.Status.QEMU_ABSENT if absent else _run.Status.HOST_LACKS, sentence)
     try:
@@ -117,7 +117,7 @@ def main() -> int:
         f"{result.wall_s:.1f} s in all",
         file=sys.stderr,
     )
-    # What pytest printed are paths of the guest.
+    # The paths that pytest printed are those in the guest.
     for name in _run.FILES:
         if (result.folder / name).exists():
             print(f"run: {result.folder / name}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""In the guest: the tests of a plan, until all have run or the time is over."""
+"""In the guest: run the tests of a plan, until all have run or the time is over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVERY = 100
 
 
 def main() -> None:
-    """Run them; say what fails, and in the last line how many passed."""
+    """Run the tests; print what fails, and in the last line how many passed."""
     plan = json.loads(PLAN.read_text())
     until = time.monotonic() + plan["seconds"]
     counts = Counter[str]()

@@ -1,7 +1,7 @@
 """Which lines and branches of the kernel the conformance suite reaches.
 
-A small kernel counts in the files that matter (CONFIG_GCOV_KERNEL), runs the suite, and its counts
-become docs/generated/kernel-coverage.md. What is not reached has a reason in unreached.toml.
+A small kernel with CONFIG_GCOV_KERNEL for the files that matter runs the suite, and its counts
+become docs/generated/kernel-coverage.md. unreached.toml has the reasons for unreached lines.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ REASONS = Path(__file__).with_name("unreached.toml")
 CONFIG = "CONFIG_GCOV_KERNEL=y\n"
 SCALE = 10.0
 MINUTES = 120.0
-# What the guest may need beside the tests: to boot, and to send its counts.
+# The time that the guest may need besides the tests: to boot, and to send its counts.
 MORE_S = 600.0
 MISSING = "**a case is missing**"
 
-# Left out elsewhere because a kernel that fails them has to be started again.
+# Left out elsewhere, because a kernel that fails them must be rebooted.
 NEED_A_GUEST = ("PAGEMAP_SCAN.ok.protects-hugetlb-hole",)
 
-# Whole files, functions of one, and lines of the others that name what it is about.
+# Files that count entirely, one of which some functions count, and others of which the lines that
+# mention userfaultfd count.
 WHOLE = ("fs/userfaultfd.c", "mm/userfaultfd.c")
 SCAN = "fs/proc/task_mmu.c"
 _SCAN_FUNCTIONS = re.compile(r"pagemap_scan|pagemap_page_category|pagemap_thp_category|uffd_wp")
@@ -49,7 +50,7 @@ OTHERS = tuple(
     )
 )
 _WORDS = re.compile(r"uffd|userfaultfd|pte_marker")
-# What they check is never so, so one way out of them is for a broken kernel only.
+# One branch of an assertion is taken only by a broken kernel.
 _ASSERTION = re.compile(r"\b\w*(BUG|WARN)(_ON)?(_ONCE)?\(|\b\w+_assert_\w+\(|\bassert_\w+\(")
 FILES = (*WHOLE, SCAN, *OTHERS)
 
@@ -64,21 +65,21 @@ class Line:
     branches: list[int] = field(default_factory=list)
 
 
-# Many lines are the same, as `goto out;`; what is before tells them apart.
+# Many lines are the same, such as `goto out;`; the lines before tell them apart.
 _NEAR = 8
 _CONDITIONS = ("if (", "} else if (", "for (", "list_for_each")
 
 
 @dataclass
 class Source:
-    """One file: its text and its lines that have code and are of interest."""
+    """One file: its text, and its lines of code that are of interest."""
 
     file: str
     text: list[str]
     lines: dict[int, Line]
 
     def of(self, line: Line) -> str:
-        """Return the text of a line, behind the condition that it hangs on, if one is near."""
+        """Return the text of a line, after the condition that guards it, if one is near."""
         text = " ".join(self.text[line.number - 1].split())
         if text.startswith(_CONDITIONS):
             return text
@@ -93,7 +94,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Count:
-    """Lines and branches, reached and in all."""
+    """Lines and branches: reached, and total."""
 
     lines: int
     all_lines: int
@@ -131,7 +132,7 @@ def build(jobs: int) -> tuple[Path, Path, str]:
 
 
 def _profile(tree: Path) -> None:
-    """Say which files count. On make's command line, a name would mean every file of that name."""
+    """Select the files that count. On make's command line a name would select all its namesakes."""
     for file in FILES:
         makefile = tree / Path(file).parent / "Makefile"
         line = f"GCOV_PROFILE_{Path(file).stem}.o := y\n"
@@ -140,7 +141,7 @@ def _profile(tree: Path) -> None:
 
 
 def chosen(patterns: Sequence[str], *, crossings: bool) -> list[str]:
-    """Return the ids that match one of the patterns; all of them if there is none."""
+    """Return the ids that match one of the patterns; all ids if there is no pattern."""
     every = [
         name
         for case in load().values()
@@ -187,7 +188,7 @@ def _show(data: bytes) -> None:
 
 
 def read(tree: Path, runs: Sequence[Path]) -> list[Source]:
-    """Bring the counts of each run to where gcov looks for them, and read what it says of all."""
+    """Put the counts of each run where gcov looks for them, and read its results for all runs."""
     entries: dict[str, list[Mapping[str, Any]]] = {file: [] for file in FILES}
     for counts in runs:
         _unpack(counts, tree)
@@ -198,7 +199,7 @@ def read(tree: Path, runs: Sequence[Path]) -> list[Source]:
 
 
 def source(file: str, text: list[str], entries: Sequence[Mapping[str, Any]]) -> Source:
-    """Return what counts of a file: the lines of interest, and branches of no assertion."""
+    """Return the part of a file that counts: lines of interest, without assertions' branches."""
     lines = {}
     for number, line in merged(entries).items():
         if _is_wanted(file, line, text[number - 1]):
@@ -230,7 +231,7 @@ def _entries(tree: Path, file: str) -> list[Mapping[str, Any]]:
 
 
 def merged(entries: Sequence[Mapping[str, Any]]) -> dict[int, Line]:
-    """Return each line once: copies of a function, inlined or cloned, count together."""
+    """Return each line once: inlined and cloned copies of a function count together."""
     lines: dict[int, Line] = {}
     for entry in entries:
         number = entry["line_number"]
@@ -253,13 +254,13 @@ def _is_wanted(file: str, line: Line, text: str) -> bool:
 
 
 def reasons() -> dict[tuple[str, str, str], str]:
-    """Return why a line cannot be reached, by file, function and text."""
+    """Return the reasons why lines cannot be reached, by file, function and text."""
     rows = tomllib.loads(REASONS.read_text())["line"]
     return {(row["file"], row["function"], row["text"]): row["why"] for row in rows}
 
 
 def reachable(source: Source, known: Mapping[tuple[str, str, str], str]) -> list[Line]:
-    """Return the lines that have no reason to be missed, and their branches but those to these."""
+    """Return the lines without a reason to be missed, and their branches to such lines."""
     lines = list(source.lines.values())
     missed = [
         not line.count and (source.file, line.function, source.of(line)) in known for line in lines
@@ -273,7 +274,7 @@ def reachable(source: Source, known: Mapping[tuple[str, str, str], str]) -> list
 
 
 def stale(sources: Sequence[Source]) -> list[tuple[str, str, str]]:
-    """Return the lines that have a reason and are reached, or are not there any more."""
+    """Return the lines that have a reason although they are reached or no longer exist."""
     missed = {
         (source.file, line.function, source.of(line))
         for source in sources
@@ -344,7 +345,7 @@ def main() -> int:
     """Build, run, write the page."""
     parser = argparse.ArgumentParser(prog="kernel-coverage", description=__doc__)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="make -j")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="end the run after so many")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of the run")
     parser.add_argument("--without-crossings", action="store_true", help="leave the tables out")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--add", action="store_true", help="add the counts of this run to the last's")

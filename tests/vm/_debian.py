@@ -1,7 +1,7 @@
-"""Released kernels and their source from the Debian mirror that this machine's apt uses.
+"""Fetch released kernels and their source from the Debian mirror that this machine's apt uses.
 
-apt runs with state of its own under the cache folder, so the machine's lists, sources and pins
-stay as they are; it checks signatures and checksums. Nothing is installed.
+apt runs with separate state under the cache folder, so the machine's lists, sources and pins do not
+change; it checks signatures and checksums. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _unpack(apt: _Apt, series: str, tree: Path) -> None:
 
 @contextmanager
 def _apt() -> Iterator[_Apt]:
-    """Give apt to one process at a time: beside an update, a look-up finds no packages."""
+    """Let one process use apt at a time: a look-up during an update would find no packages."""
     folder = cache_dir() / "apt"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -132,7 +132,7 @@ def _apt() -> Iterator[_Apt]:
 
 
 class _Apt:
-    """apt-get and apt-cache with a sources list and state of their own."""
+    """apt-get and apt-cache with a separate sources list and state."""
 
     def __init__(self, folder: Path) -> None:
         for program in ("apt-get", "dpkg-deb"):
@@ -257,13 +257,13 @@ def _members(archive: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, byt
                 file = files.extractfile(member) if member.isfile() else None
                 if file is not None and pattern.fullmatch(member.name):
                     yield member.name, file.read()
-        # dpkg-deb pads the archive, and dies of SIGPIPE unless that is read too.
+        # dpkg-deb pads the archive, and dies of SIGPIPE unless the padding is read too.
         assert process.stdout is not None
         process.stdout.read()
 
 
 def _release(package: Package, path: str) -> str:
-    """Name a kernel by its release, and by the exact version where that is only an ABI number."""
+    """Name a kernel by its release, and its exact version if that is only an ABI number."""
     name = Path(path).name.partition("-")[2] or Path(path).parent.name
     return name if package.upstream in name else f"{package.upstream}-{name}"
 

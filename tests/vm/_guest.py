@@ -1,7 +1,7 @@
-"""What runs in the guest: swap, the tests, and the files that go back to the host.
+"""The program of the guest: it sets up swap, runs the tests, and sends files to the host.
 
-The first serial port is the console. The second carries one line for each thing the host has to
-know, the third one tar archive with what lies in /out.
+The first serial port is the console. The second carries one line for each message to the host, and
+the third one tar archive of /out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PAGE = 4096
 
 
 def main() -> None:
-    """Do the job, and say how it ended."""
+    """Do the job, and report how it ended."""
     job = json.loads(Path("/vm/job.json").read_text())
     say(f"up {Path('/proc/uptime').read_text().split()[0]}")
     libc = ctypes.CDLL(None, use_errno=True)
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def say(line: str) -> None:
-    """Tell the host, and whoever reads the console."""
+    """Send a line to the host, and print it on the console."""
     print(f"guest: {line}", flush=True)
     with open(CONTROL, "wb", buffering=0) as port:
         port.write(line.encode() + b"\n")
@@ -74,17 +74,17 @@ def send_files() -> None:
 
 
 def collect_coverage() -> None:
-    """Put what a kernel with CONFIG_GCOV_KERNEL has counted into /out."""
+    """Put the counts of a kernel with CONFIG_GCOV_KERNEL into /out."""
     with tarfile.open(OUT / "gcov.tar", "w") as archive:
         for file in COVERAGE.rglob("*.gcda"):
-            data = file.read_bytes()  # debugfs does not know how long it is
+            data = file.read_bytes()  # debugfs reports no size
             entry = tarfile.TarInfo(str(file.relative_to(COVERAGE)))
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
 
 
 def swap_on(libc: ctypes.CDLL, length: int) -> str | None:
-    """Use a disk or compressed memory for swap; return what, or None where there is neither."""
+    """Use a disk or compressed memory for swap; return which, or None if there is neither."""
     if DISK.exists():
         device = DISK
     elif ZRAM.exists():

@@ -1,7 +1,7 @@
 """A self-contained initramfs: busybox, this Python, the packages the tests need, the repository.
 
-Everything lies at the path it has on the host, so nothing has to be configured in the guest. No
-root, no cpio(1), no kernel modules.
+Everything has the same path as on the host, so the guest needs no configuration. Making it needs no
+root, no cpio(1) and no kernel modules.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What the tests import beside the standard library; --with adds to it.
+# What the tests import besides the standard library; --with adds to it.
 DISTRIBUTIONS = ("pyuffd", "psutil", "pytest", "pytest-xdist")
 # What the tests read of the repository.
 REPOSITORY = ("pyproject.toml", "README.md", "src", "tests", "csrc", "docs", "examples")
-# What it imports of the repository is compiled here, once: an emulated CPU needs longer for that
-# than for booting.
+# The parts of the repository that it imports. They are compiled here, once: an emulated CPU takes
+# longer for that than for booting.
 COMPILED = ("src", "tests/vm")
 BYTECODE = ROOT / "build/vm-bytecode"
 
-# init answers with a sentence of its own unless the last entry has arrived: an initramfs that is
-# cut short for lack of memory unpacks silently.
+# If memory is short, the kernel unpacks only a part of an initramfs, silently. So init reports an
+# error unless the last entry exists.
 LAST = ".complete"
 
 _STDLIB_SKIP = {
@@ -50,7 +50,7 @@ _GROUP = b"root:x:0:\nnogroup:x:65534:\n"
 
 
 class MissingOnHostError(Exception):
-    """Something the image is made of is not on this machine."""
+    """Something that belongs in the image is not on this machine."""
 
 
 def build(
@@ -73,7 +73,7 @@ def build(
     tree = _Tree()
     for folder in _FOLDERS:
         tree.folder(f"/{folder}")
-    # These first, so that init is there to say that the rest is not.
+    # These first, so that init can report that the rest is missing.
     tree.data("/init", (ROOT / "tests/vm/init").read_bytes(), 0o755)
     tree.data("/bin/busybox", Path(busybox).read_bytes(), 0o755)
     tree.link("/bin/sh", "busybox")
@@ -101,7 +101,7 @@ def build(
 
 
 class _Tree:
-    """Entries of the archive by absolute path; parents and symbolic links come along."""
+    """Entries of the archive by absolute path; parents and symbolic links are added too."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[int, bytes | Path, int]] = {}
@@ -120,7 +120,7 @@ class _Tree:
         self._add(name, stat.S_IFLNK | 0o777, target.encode())
 
     def copy(self, path: Path) -> None:
-        """Add a file of the host, with every symbolic link on the way to it."""
+        """Add a file of the host, with every symbolic link in its path."""
         done = Path("/")
         rest = list(path.parts[1:])
         while rest:
@@ -132,18 +132,18 @@ class _Tree:
                 done = Path("/")
         if str(done) not in self._entries and done.is_file():
             status = done.stat()
-            # Python compares a .pyc with its source's time.
+            # Python checks a .pyc against the time of its source.
             mode = stat.S_IFREG | (status.st_mode & 0o755)
             self._add(str(done), mode, done, int(status.st_mtime))
             self.copied.append(done)
 
     def libraries_of(self, programs: Iterable[Path]) -> None:
-        """Add what the dynamic loader will look for."""
+        """Add the libraries that the dynamic loader will look for."""
         found: set[str] = set()
         for program in programs:
             done = subprocess.run(["ldd", program], capture_output=True, text=True)
             found.update(_LIBRARY.findall(done.stdout))
-        # Loaded by the C library itself when a thread ends.
+        # The C library loads this one when a thread ends.
         cache = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout
         found.update(re.findall(r"libgcc_s\.so\.1 .*x86-64.* => (\S+)", cache))
         for library in sorted(found):
@@ -155,7 +155,7 @@ class _Tree:
             for number, (name, (mode, source, mtime)) in enumerate(self._entries.items(), 1):
                 try:
                     data = source.read_bytes() if isinstance(source, Path) else source
-                except FileNotFoundError:  # a test run beside this one removes its own
+                except FileNotFoundError:  # a test run in parallel removes its files
                     continue
                 _write_entry(out, number, name.lstrip("/"), mode, data, mtime)
             _write_entry(out, 0, "TRAILER!!!", 0, b"", 0)
@@ -169,7 +169,7 @@ class _Tree:
 
 
 def _bytecode(source: Path) -> bytes:
-    """Return the compiled file, which Python uses without a look at the time of its source."""
+    """Return the compiled file, which Python uses without checking the time of its source."""
     compiled = BYTECODE / f"{source.relative_to(ROOT)}.{sys.implementation.cache_tag}.pyc"
     if not compiled.exists() or compiled.stat().st_mtime_ns < source.stat().st_mtime_ns:
         mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
@@ -185,7 +185,7 @@ def _write_entry(out: BinaryIO, number: int, name: str, mode: int, data: bytes, 
 
 
 def _interpreter() -> Iterator[Path]:
-    """Yield the files of the running Python, and of its virtual environment's own."""
+    """Yield the files of the running Python and of its virtual environment."""
     yield Path(sys.executable)
     if sys.prefix != sys.base_prefix:
         yield Path(sys.prefix) / "pyvenv.cfg"

@@ -1,9 +1,9 @@
 """Kernels broken by machine: which tests of the conformance suite notice each of the mutants.
 
-One kernel has them all (`_mutate`), and one at a time is on (`_mutate_guest`). First every test
-runs on the kernel as it is, which says what it reaches; then each mutant meets the tests that reach
-it, the most promising first, until one fails. A guest that a mutant has ended, or left in a bad
-state, is booted again and goes on with the next.
+One kernel contains all mutants (`_mutate`), of which one at a time is on (`_mutate_guest`). First
+every test runs on the unmodified kernel, which shows what the test reaches. Then the tests that
+reach a mutant run with it, the most promising first, until one fails. If a mutant ends a guest or
+leaves it in a bad state, the guest is booted again and continues with the next mutant.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ PAGE = _image.ROOT / "docs/generated/machine-mutants.md"
 REASONS = Path(__file__).with_name("equivalent.toml")
 MISSING = "**a case is missing**"
 UNSURE = "it has not met every test"
-# Time limits of a small kernel under emulation: a mutant's test waits in vain for as long.
+# Limits for a small kernel under emulation. A mutant may make a test wait in vain until its limit.
 SCALE = 2.0
 BOOT_SCALE = 40.0
 RUN_S = 36000.0
-# A test is over in less, or says so; a kernel that hangs never is.
+# A test takes less time, or prints that it takes more; a kernel that hangs prints nothing.
 QUIET_S = 40.0
-# Tests a mutant meets first. Only what survives them meets all others that reach it.
+# The number of tests that run first with a mutant. Only if it survives them, all others that reach
+# it run too.
 FIRST = 40
 ONE_OF = 4
 TYPES = 5
 SEED = 6
-# How many mutants a guest takes at a time.
+# How many mutants a guest gets at a time.
 SHARE = 20
-# How many tests that were written for a function its mutants meet before others.
+# How many tests that were written for a function run first with its mutants.
 MEANT = 20
-# A test that runs longer than this meets only what fewer than FIRST others reach.
+# A test that runs longer than this runs only with mutants that fewer than FIRST others reach.
 LONG_S = 10.0
 
 _WORDS = re.compile(r"uffd|userfaultfd|pte_marker")
@@ -83,7 +84,7 @@ def mutate_tree(pristine: Path, tree: Path) -> list[Mutant]:
     """Write every mutant into the files of a tree; return them in order of their numbers."""
     every: list[Mutant] = []
     texts: dict[str, str] = {}
-    # A kernel that is older or newer may lack one of them.
+    # An older or newer kernel may lack one of the files.
     for file in (file for file in FILES if (pristine / file).exists()):
         text = (pristine / file).read_text()
         wanted = functools.partial(_is_wanted, file)
@@ -93,7 +94,7 @@ def mutate_tree(pristine: Path, tree: Path) -> list[Mutant]:
     texts["mm/userfaultfd.c"] += size + _mutate.DEFINITIONS
     texts["include/linux/pyuffd_mutant.h"] = _mutate.HEADER
     for file, text in texts.items():
-        # Make compiles what is newer.
+        # Do not touch unchanged files: make would compile them again.
         if not (tree / file).exists() or (tree / file).read_text() != text:
             (tree / file).write_text(text)
     return every
@@ -112,19 +113,19 @@ def build(jobs: int) -> tuple[Path, list[Mutant]]:
 
 
 def choose(one_of: int, types: int) -> list[str]:
-    """Return the ids that mutants meet.
+    """Return the ids of the tests to run with mutants.
 
     Args:
-        one_of: Of the crossings, one of so many.
-        types: Of each case, at most so many memory types.
+        one_of: Choose one in this many crossings.
+        types: Choose at most this many memory types of each case.
     """
     found: list[str] = []
     for case in load().values():
-        # All of them run alone in a guest, which is only theirs.
+        # Every test has the guest for itself, so cases that must run alone can be chosen too.
         is_slow = case.is_slow and case.name not in NEED_A_GUEST
         if is_slow or any(word in case.name for word in _mutate_guest.LONG):
             continue
-        # Not the same ones of each case, and the same ones when there are more cases.
+        # Choose different types for each case, and the same again if cases are added.
         first = zlib.crc32(case.name.encode()) % len(case.ids)
         ids = (case.ids[first:] + case.ids[:first])[:types]
         found += [
@@ -142,14 +143,14 @@ def said(
     stop: threading.Event,
     until: float = math.inf,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Boot with a plan; return what the guest said, and how it ended.
+    """Boot with a plan; return what the guest reported, and how it ended.
 
     Args:
-        kernel: To boot.
-        name: A folder for the run.
+        kernel: The kernel to boot.
+        name: The name of the run's folder.
         plan: What the guest is to do.
-        stop: Ends it early.
-        until: When it has to end, by `time.monotonic`.
+        stop: Ends the guest early.
+        until: When it must end, by `time.monotonic`.
     """
     guest = _run.Guest(
         kernel,
@@ -172,7 +173,7 @@ def said(
         if mark:
             try:
                 lines.append(json.loads(text))
-            except ValueError:  # the kernel spoke in between
+            except ValueError:  # a kernel message is in between
                 continue
     return lines, result.sentence
 
@@ -193,11 +194,11 @@ def _progress() -> Any:
 
 
 def at_a_time(parallel: int, work: Callable[[int, threading.Event], None]) -> None:
-    """Do the work of so many guests at a time; what ends one of them ends the others.
+    """Do the work of several guests at a time; an exception in one ends the others.
 
     Args:
-        parallel: How many.
-        work: Called with the number of the guest, and with what is to end it early.
+        parallel: How many guests.
+        work: Called with the number of the guest, and an event that ends it early.
     """
     stop = threading.Event()
 
@@ -218,13 +219,13 @@ def at_a_time(parallel: int, work: Callable[[int, threading.Event], None]) -> No
 
 
 def reach(kernel: Path, tests: Sequence[str], parallel: int) -> dict[str, dict[str, Any]]:
-    """Run tests on the kernel as it is, those that an earlier run has not had.
+    """Run the tests that no earlier run has run, with all mutants off.
 
     Returns:
         By id, the outcome, the time and the places of every test so far.
 
     Raises:
-        BuildError: it does not get to their end.
+        BuildError: the kernel does not get through all tests.
     """
     file = OUTPUT / "reach.json"
     found: dict[str, dict[str, Any]] = {}
@@ -240,7 +241,7 @@ def reach(kernel: Path, tests: Sequence[str], parallel: int) -> dict[str, dict[s
         lines, sentence = said(kernel, f"reach-{number}", {"tests": part}, stop)
         with lock:
             found.update({line["test"]: line for line in lines if line["kind"] == "test"})
-            # Also of a run that was cut short, which the next one goes on with.
+            # Also if the run was interrupted: the next one continues it.
             file.write_text(json.dumps(found))
         if not any(line["kind"] == "done" for line in lines):
             raise BuildError(f"the kernel with all mutants off does not run the suite: {sentence}")
@@ -250,7 +251,7 @@ def reach(kernel: Path, tests: Sequence[str], parallel: int) -> dict[str, dict[s
 
 
 class Planner:
-    """Which tests a mutant meets, and in which order: those first that know most of its function.
+    """Plans which tests run with a mutant, those first that know its function best.
 
     Args:
         mutants: All of them.
@@ -273,9 +274,9 @@ class Planner:
     def plan(self, mutant: Mutant, most: int | None) -> list[str]:
         """Return the tests that reach a mutant.
 
-        First those of cases that were written for its function; then a few that reach all other
-        places of the function that any of them reaches; then those whose names share most words
-        with it; then the quickest, different ones before others of the same kind.
+        First come the tests that were written for its function; then a few that together reach all
+        other reachable places in it; then those whose names share most words with it; then the
+        quickest, one of each kind before a second one.
         """
         able = [line for line in self._able if mutant.number in self._places[line["test"]]]
         quick = [line for line in able if line["took"] < LONG_S]
@@ -292,7 +293,7 @@ class Planner:
         return list(dict.fromkeys([*first, *_alternate(tests)]))[:most]
 
     def _all_ways(self, tests: Sequence[str], near: set[int]) -> list[str]:
-        """Return tests that together reach every place of the function that any reaches."""
+        """Return tests that together reach every reachable place of the function."""
         ways = {test: self._places[test] & near for test in tests}
         left = set().union(*ways.values())
         found = []
@@ -329,7 +330,7 @@ def judge(
     """Return a verdict for each mutant, or for as many as there is time for.
 
     Raises:
-        BuildError: a guest did not come to its first mutant.
+        BuildError: a guest did not reach its first mutant.
     """
     file = OUTPUT / "verdicts.json"
     verdicts: dict[int, dict[str, Any]] = {}
@@ -362,7 +363,7 @@ def judge(
                 if not lines and not is_over:
                     raise BuildError(f"no mutant was tried: {sentence}")
                 with lock:
-                    # What the end of the time cut short has no verdict.
+                    # A mutant that was interrupted at the end of the time has no verdict.
                     _take(verdicts, lines, None if is_over else sentence, plans)
                     file.write_text(json.dumps(verdicts))
                     left = [m for m in part if _is_open(verdicts.get(m), len(plans[m]))]
@@ -376,7 +377,7 @@ def judge(
 
 
 def _is_open(verdict: dict[str, Any] | None, tests: int) -> bool:
-    """Return whether so many tests may tell something new of a mutant."""
+    """Return whether this many tests may show something new about a mutant."""
     met = 0 if verdict is None else verdict["met"]
     return tests > met and (verdict is None or verdict["verdict"] == "survives")
 
@@ -387,13 +388,13 @@ def _take(
     sentence: str | None,
     plans: Mapping[int, Sequence[str]],
 ) -> None:
-    """Take what a guest has said.
+    """Add what a guest has reported.
 
     Args:
-        verdicts: To add to.
-        lines: What it said.
-        sentence: How it ended; None if it was ended early, which says nothing of the mutant.
-        plans: The tests that each mutant was to meet.
+        verdicts: The verdicts to add to.
+        lines: What the guest reported.
+        sentence: How it ended; None if we ended it early, which says nothing about the mutant.
+        plans: The tests that were to run with each mutant.
     """
     trying, passed = None, 0
     for line in lines:
@@ -417,13 +418,13 @@ def _summary(verdicts: dict[int, dict[str, Any]]) -> str:
 
 
 def reasons() -> dict[tuple[str, str, str, str], str]:
-    """Return why nothing can notice a mutant, by file, function, kind and what was there."""
+    """Return why nothing can notice a mutant, by file, function, kind and original text."""
     rows = tomllib.loads(REASONS.read_text())["mutant"]
     return {(row["file"], row["function"], row["kind"], row["was"]): row["why"] for row in rows}
 
 
 def key_of(mutant: Mutant) -> tuple[str, str, str, str]:
-    """Return what names a mutant in the list of reasons, wherever its line is."""
+    """Return the key of a mutant in the list of reasons, which does not depend on its line."""
     return mutant.file, mutant.function, mutant.kind, mutant.was
 
 
@@ -531,18 +532,18 @@ def _code(text: str) -> str:
 
 
 def main() -> int:
-    """Build, find out what is reached, judge, write the page."""
+    """Build, find out what tests reach, judge the mutants, write the page."""
     parser = argparse.ArgumentParser(prog="machine-mutants", description=__doc__)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="make -j")
     parser.add_argument("--parallel", type=int, default=1, help="guests at a time")
     parser.add_argument("--minutes", type=float, default=600, help="for judging mutants")
-    parser.add_argument("--count", type=int, help="judge no more than so many")
-    parser.add_argument("--tests", type=int, help="a mutant meets no more than so many")
+    parser.add_argument("--count", type=int, help="judge at most this many mutants")
+    parser.add_argument("--tests", type=int, help="run at most this many tests with a mutant")
     parser.add_argument("--function", action="append", help="only mutants of this function")
-    parser.add_argument("--crossings", type=int, default=ONE_OF, help="run one of so many")
-    parser.add_argument("--types", type=int, default=TYPES, help="of memory, for each case")
+    parser.add_argument("--crossings", type=int, default=ONE_OF, help="run one in this many")
+    parser.add_argument("--types", type=int, default=TYPES, help="memory types for each case")
     parser.add_argument(
-        "--known", action="store_true", help="only tests whose reach an earlier run has found out"
+        "--known", action="store_true", help="only tests whose reach is known from earlier runs"
     )
     parser.add_argument("--again", action="store_true", help="write the page again, run nothing")
     options = parser.parse_args()

@@ -20,7 +20,7 @@ VERSIONS = ("5.10", "6.1", "6.12", "6.18", "7.3")
 PAGE = _image.ROOT / "docs/generated/kernel-matrix.md"
 OUTPUT = _image.ROOT / "build/kernels"
 
-# An address in a message would make every run's page different.
+# Addresses in messages would make the page of every run different.
 _ADDRESS = re.compile(r"0x7[0-9a-f]{11}")
 
 SKIPS = "## Why tests were skipped"
@@ -47,7 +47,7 @@ class Column:
         return [one for one in self._results() if one.outcome == "failed"]
 
     def count(self, outcome: str) -> int:
-        """Return how many results there are of one outcome."""
+        """Return the number of results with this outcome."""
         return sum(one.outcome == outcome for one in self._results())
 
     def of_case(self, case: str) -> list[CaseResult]:
@@ -59,14 +59,14 @@ class Column:
 
 
 def run(version: str, tests: Sequence[str], until: float = math.inf) -> Column:
-    """Run tests on one kernel; what has not run in time is left out."""
+    """Run tests on one kernel; those that do not run in time are left out."""
     found = _suite.run(_debian.kernel(version), OUTPUT / version, tests, until)
     return Column(version, found.report, found.sentence, found.boot_s, found.wall_s)
 
 
 def lacking(version: str, tests: Sequence[str]) -> list[str]:
-    """Return those of the tests whose case the page does not have for this kernel."""
-    from tests.vm import _matrix_rows  # which needs the words above
+    """Return those tests whose cases the page lacks for this kernel."""
+    from tests.vm import _matrix_rows  # imports this module
 
     known = _matrix_rows.known(PAGE.read_text(), version)
     return [test for test in tests if _cases.split(test)[0] not in known]
@@ -129,7 +129,7 @@ def tables(versions: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Iterat
 
 
 def cell(results: Sequence[CaseResult]) -> str:
-    """Return what one kernel did in one case, on every memory type."""
+    """Return the cell of one case on one kernel, with all memory types."""
     by_word: dict[str, list[str]] = {}
     for one in results:
         word = WORDS[one.outcome] + (f" ({one.variant})" if one.variant else "")
@@ -175,7 +175,7 @@ def failures(column: Column) -> list[str]:
 
 
 def warnings(column: Column) -> list[str]:
-    """Return the kernel's warnings, those that differ in numbers only as one."""
+    """Return the kernel's warnings; those that differ only in numbers count as one."""
     tests: dict[str, list[str]] = {}
     for message in column.report.messages if column.report else ():
         text = re.sub(r"\b(0x)?[0-9a-f]*[0-9][0-9a-f]*\b", "N", message.text)
@@ -191,8 +191,8 @@ def _first_line(text: str) -> str:
 
 
 def add(paths: Sequence[Path]) -> int:
-    """Renew the rows of the cases that these reports have; 0 if they could be."""
-    from tests.vm import _matrix_rows  # which needs the words above
+    """Renew the rows of the cases in these reports; return 0 on success."""
+    from tests.vm import _matrix_rows  # imports this module
 
     try:
         text, said = _matrix_rows.added(PAGE.read_text(), [Report.read(path) for path in paths])
@@ -206,17 +206,17 @@ def add(paths: Sequence[Path]) -> int:
 
 
 def main() -> int:
-    """Run all kernels, write the page; 0 if nothing failed on any."""
+    """Run the suite on all kernels, write the page; return 0 if nothing failed."""
     parser = argparse.ArgumentParser(prog="kernels", description=__doc__)
     parser.add_argument("--version", action="append", dest="versions", help="this one only")
     parser.add_argument(
         "--select", action="append", metavar="PATTERN", help="tests whose ids match, as for fnmatch"
     )
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="for a kernel; the others stay as they were"
+        "--minutes", type=float, default=math.inf, help="limit for a kernel; other rows stay"
     )
     parser.add_argument(
-        "--lacking", action="store_true", help="cases that the page does not have for a kernel"
+        "--lacking", action="store_true", help="run the cases that the page lacks for a kernel"
     )
     parser.add_argument(
         "--add",

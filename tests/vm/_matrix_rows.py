@@ -1,4 +1,4 @@
-"""Runs of some cases, put into the page of docs/generated/kernel-matrix.md that has them all."""
+"""Put runs of some cases into docs/generated/kernel-matrix.md, which has all cases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OUTCOMES = {word: outcome for outcome, word in _matrix.WORDS.items()}
 
 @dataclass
 class _Page:
-    """What the page consists of: what stands above the tables, their rows, what stands below."""
+    """The parts of the page: the text above the tables, their rows, the text below."""
 
     versions: list[str]
     releases: list[str]
@@ -28,10 +28,10 @@ class _Page:
 
 
 def added(text: str, reports: Sequence[Report]) -> tuple[str, list[str]]:
-    """Return the page with the rows of these reports, and what there is to say of each.
+    """Return the page with the rows of these reports, and a sentence about each report.
 
-    A case counts if the report has it on all of its memory types. Cases that are gone leave the
-    page. Why tests were skipped is of complete runs, and stays.
+    A case counts if the report has it on all of its memory types. Cases that no longer exist are
+    removed from the page. The reasons of skips are those of complete runs, and do not change.
 
     Raises:
         ValueError: a report is not of a release that the page has.
@@ -49,14 +49,14 @@ def added(text: str, reports: Sequence[Report]) -> tuple[str, list[str]]:
 
 
 def known(text: str, version: str) -> set[str]:
-    """Return the cases that the page has for a kernel."""
+    """Return the cases that have a result for a kernel."""
     page = _read(text)
     number = page.versions.index(version)
     return {name for name, cells in page.rows.items() if cells[number] != "."}
 
 
 def counts(case: str, cell: str) -> Counter[str]:
-    """Return how many results of which outcome a cell stands for."""
+    """Return the number of results in a cell, by outcome."""
     found = Counter[str]()
     for part in cell.split("; ") if cell != "." else ():
         word, colon, names = part.partition(": ")
@@ -90,7 +90,7 @@ def _cells(head: Sequence[str], label: str) -> list[str]:
 
 
 def _take(page: _Page, number: int, report: Report) -> list[str]:
-    """Take one column's cells; return the cases."""
+    """Put a report into a column; return its cases."""
     complete = {
         name: list(by_memory.values())
         for name, by_memory in report.matrix().items()

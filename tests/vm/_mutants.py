@@ -1,7 +1,7 @@
 """Kernels broken on purpose, one behaviour each, and which tests of the suite notice.
 
-A patch in mutants/ is one broken kernel. Its text before the first `---` says what it breaks, and
-`Caught-by:` the ids of which at least one has to fail; without such a line, any.
+A patch in mutants/ is one broken kernel. Its text before the first `---` says what it breaks. The
+line `Caught-by:` is a pattern of ids; at least one of them must fail, or any test without the line.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ FRAGMENT = PATCHES / "kernel.config"
 UNMODIFIED = "unmodified"
 ANY_TEST = "*"
 
-# The kernel is small, and several times faster under emulation than a distribution's. A mutant's
-# test waits in vain for as long as it is allowed to.
+# The kernel is small, and several times faster under emulation than a distribution's. A mutant may
+# make a test wait in vain until its limit.
 SCALE = 4.0
 RUN_S = 300.0
 SELECTION = ("-k", "wp-series or wp-async or pagemap-scan")
@@ -54,7 +54,7 @@ class Mutant:
     Attributes:
         name: The file's name.
         what: What it breaks, in a sentence.
-        caught_by: A pattern of test ids; one of them has to fail.
+        caught_by: A pattern of test ids; one of them must fail.
         text: The patch.
     """
 
@@ -71,7 +71,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the suite said about one kernel."""
+    """The result of the suite on one kernel."""
 
     name: str
     sentence: str
@@ -81,7 +81,7 @@ class Outcome:
     wall_s: float
 
     def catches(self, pattern: str) -> list[str]:
-        """Return the failed ids that match."""
+        """Return the failed ids that match a pattern."""
         return sorted(fnmatch.filter(self.failed, pattern))
 
 
@@ -89,7 +89,7 @@ def mutants(folder: Path = PATCHES) -> list[Mutant]:
     """Return all patches of a folder, in order.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there are none.
     """
     found = [_read(path) for path in sorted(folder.glob("*.patch"))]
     if not found:
@@ -106,7 +106,7 @@ def _read(path: Path) -> Mutant:
 
 
 class Builder:
-    """One source tree, in which kernels are built one after the other."""
+    """A source tree in which kernels are built one after the other."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Builder:
     def image(self, mutant: Mutant | None) -> Path:
         """Return the kernel with one patch, or with none, built unless the cache has it.
 
-        A tree of the user may have changed, so it is always built.
+        The user's tree may have changed, so its kernels are always built.
 
         Raises:
             BuildError: the patch does not apply, or the kernel does not build.
@@ -141,7 +141,7 @@ class Builder:
         if image.exists() and not _tree.own():
             return image
         self.configure()
-        # Also what a run that was ended early has left.
+        # An interrupted run may have left patched files.
         self._restore()
         try:
             if mutant:
@@ -155,7 +155,7 @@ class Builder:
         return image
 
     def configure(self, more: str = "") -> None:
-        """Merge the fragment, and more lines, into tinyconfig, unless that is what the tree has."""
+        """Merge the fragment and more lines into tinyconfig, unless the tree has them already."""
         done, wanted = self._tree / ".pyuffd-fragment", FRAGMENT.read_text() + more
         if done.exists() and done.read_text() == wanted:
             return
@@ -172,7 +172,7 @@ class Builder:
         done.write_text(wanted)
 
     def _restore(self) -> None:
-        """Bring back every file that a patch changes."""
+        """Restore every file that a patch changes."""
         every = [*mutants(), *self._patches]
         for name in sorted({name for mutant in every for name in mutant.files}):
             original, file = self._pristine / name, self._tree / name
@@ -188,7 +188,7 @@ class Builder:
             raise BuildError(f"{mutant.name}: the patch does not apply: {done.stdout.strip()}")
 
     def make(self, *arguments: str) -> str:
-        """Run make at the lowest priority; say now and then how far it is."""
+        """Run make at the lowest priority; print its progress now and then."""
         command = ["nice", "-n", "19", "make", f"-j{self._jobs}", *arguments]
         output: list[str] = []
         compiled, said_at = 0, time.monotonic()
@@ -213,7 +213,7 @@ class Builder:
 
 
 def try_out(name: str, image: Path, select: str = SELECTION[1], cpus: int = 1) -> Outcome:
-    """Run the suite's part about the series, or another selection, on one kernel."""
+    """Run the tests of the patch series, or another selection, on one kernel."""
     guest = _run.Guest(
         image, OUTPUT / name, scale=SCALE, run_s=RUN_S, accel=_run.accel(cpus), cpus=cpus
     )
@@ -239,7 +239,7 @@ def try_out(name: str, image: Path, select: str = SELECTION[1], cpus: int = 1) -
 
 
 def verdicts(patches: Sequence[Mutant], outcomes: Sequence[Outcome]) -> list[str]:
-    """Return a sentence for each thing that is not as it has to be; the first is unmodified."""
+    """Return a sentence for each wrong outcome; the first one is of the unmodified kernel."""
     unmodified, *others = outcomes
     wrong = []
     if unmodified.sentence or unmodified.failed or not unmodified.passed:
@@ -292,7 +292,7 @@ def _lines(patches: Sequence[Mutant], outcomes: Sequence[Outcome]) -> Iterator[s
 
 
 def main() -> int:
-    """Build, run, write the page; 0 if every mutant is caught and the unmodified kernel passes."""
+    """Build, run, write the page; 0 if all mutants are caught and the unmodified kernel passes."""
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="make -j")
     parser.add_argument("--parallel", type=int, default=1, help="guests at a time")
@@ -301,10 +301,10 @@ def main() -> int:
     parser.add_argument(
         "--select", default=SELECTION[1], help='cases, as for pytest -k; "" for all of them'
     )
-    parser.add_argument("--unmodified", action="store_true", help="the kernel without a patch only")
-    parser.add_argument("--cpus", type=int, default=1, help="of a guest")
+    parser.add_argument("--unmodified", action="store_true", help="only the kernel without a patch")
+    parser.add_argument("--cpus", type=int, default=1, help="number of CPUs of a guest")
     parser.add_argument(
-        "names", nargs="*", help="some mutants only; docs/generated/mutants.md stays as it is"
+        "names", nargs="*", help="only these mutants; docs/generated/mutants.md does not change"
     )
     options = parser.parse_args()
     is_usual = not options.names and not options.unmodified and options.cpus == 1

@@ -1,9 +1,9 @@
-"""Break C functions by machine: every mutant of a file in one text, of which one is on at a time.
+"""Break C functions by machine: one text contains all mutants of a file, and one at a time is on.
 
-A mutant is a place in a function and another thing to do there. Instead of a kernel for each, all
-of them go into one: `if (cond)` becomes `if (pyuffd_is(7) ? !(cond) : !!(cond))`, and a variable of
-the kernel says which number is on. pyuffd_is() notes that its place was reached, so the same kernel
-says which tests reach which mutants.
+A mutant is a place in a function and a change to what it does. One kernel contains all mutants:
+`if (cond)` becomes `if (pyuffd_is(7) ? !(cond) : !!(cond))`, and a variable of the kernel selects
+the number that is on. pyuffd_is() records that its place was reached, so the same kernel also shows
+which tests reach which mutants.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEADER = """\
 #include <linux/compiler.h>
 #include <linux/types.h>
 
-/* Which mutant is on; which round of tests it is; in which round each place was reached last. */
+/* The mutant that is on; the round of tests; the last round in which each place was reached. */
 extern u32 pyuffd_mutant, pyuffd_round;
 extern u32 pyuffd_reached[];
 
@@ -54,13 +54,14 @@ late_initcall(pyuffd_debugfs);
 """
 INCLUDE = "#include <linux/pyuffd_mutant.h>\n"
 
-# A call that must not be left out alone: its counterpart would hang or crash, which tells nothing.
+# Calls that must not be left out: without them their counterpart hangs or crashes, which proves
+# nothing.
 _PAIRED = re.compile(
     r"lock|BUG|WARN|might_|cond_resched|trace_|put|get_|mmget|pr_|kmap|kunmap|unmap|schedule|init"
     r"|up_|down_|seqcount|begin|end|arch_|set_current_state|add_wait|remove_wait|fput|kmem|free"
     r"|spin|defined|sizeof|typeof"
 )
-# What may stand before a call that is a statement, and not the rest of one.
+# The text that may precede a call that is a whole statement, and not the end of one.
 _ENDS_STATEMENT = re.compile(
     r"(\A|[;{})]|\b(else|do)|\*/|^\s*(case .*|default|\w+):)\s*\Z", re.MULTILINE
 )
@@ -76,12 +77,12 @@ class Mutant:
     """One way to break one place.
 
     Attributes:
-        number: What switches it on; 0 is none.
-        file: Relative to the kernel's tree.
-        function: Where it is.
-        line: In the file as it was.
+        number: The number that switches it on; 0 is none.
+        file: Its file, relative to the kernel's tree.
+        function: Its function.
+        line: Its line in the original file.
         kind: negate, never, drop-left, drop-right, bound, succeed, fail, skip, keep.
-        was: The text there, on one line.
+        was: The original text, on one line.
         becomes: What it does instead, for people.
     """
 
@@ -108,7 +109,7 @@ class _Alternative:
 
 @dataclass(frozen=True)
 class _Place:
-    """A stretch of text, what may be there instead, and how the choice is written."""
+    """A piece of text, its alternatives, and how the choice is written."""
 
     start: int
     end: int
@@ -132,7 +133,7 @@ def mutate(
 
     Args:
         file: Its name in the tree.
-        text: What is in it.
+        text: Its content.
         wanted: Whether a place is of interest, by function and text.
         first: The number of the first mutant.
     """
@@ -173,7 +174,7 @@ def mutate(
 def _places(signature: str, body: str) -> list[_Place]:
     found = [*_conditions(body), *_calls(body), *_returns(signature, body), *_changes(body)]
     found.sort(key=lambda place: place.start)
-    # Nothing inside another.
+    # Drop places inside another one.
     kept: list[_Place] = []
     for place in found:
         if not kept or place.start >= kept[-1].end:
@@ -182,7 +183,7 @@ def _places(signature: str, body: str) -> list[_Place]:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Return the offset behind the parenthesis that closes the one at `opening`, or -1."""
+    """Return the offset after the parenthesis that closes the one at `opening`, or -1."""
     depth = 0
     for at in range(opening, len(text)):
         if text[at] in "()":
@@ -220,7 +221,7 @@ def _conditions(body: str) -> Iterator[_Place]:
 
 
 def _split(condition: str, operator: str) -> list[str]:
-    """Split at an operator outside of parentheses; nothing where the other operator is, too."""
+    """Split at an operator outside of parentheses; not if the other operator occurs there too."""
     parts, depth, last = [], 0, 0
     other = "||" if operator == "&&" else "&&"
     for at, letter in enumerate(condition):
@@ -276,7 +277,7 @@ def _returns(signature: str, body: str) -> Iterator[_Place]:
 
 
 def _changes(body: str) -> Iterator[_Place]:
-    """Bits that are set or cleared, and entries that are changed by a helper."""
+    """Yield places that set or clear bits, or change an entry with a helper."""
     for match in re.finditer(r"^[ \t]+(\S+) \|= ([^;\n]+);", body, re.MULTILINE):
         alternatives = [_Alternative("keep", "0", f"{match[1]} as it was")]
         write = _chooser(alternatives, "({was})")

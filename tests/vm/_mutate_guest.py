@@ -1,7 +1,7 @@
-"""In the guest: which tests reach which mutants, and which of them notice a mutant that is on.
+"""In the guest: find out which tests reach which mutants, and which tests notice them.
 
-What is found goes to the console line by line, as JSON behind a mark, because a mutant may end the
-guest at any time.
+Results go to the console line by line, as JSON after a mark, because a mutant may end the guest at
+any time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tests.vm import _cases
 PLAN = Path("/vm/plan.json")
 MARK = "mutant: "
 KNOBS = Path("/sys/kernel/debug/pyuffd")
-# What every healthy kernel passes, and soon.
+# Quick tests that every healthy kernel passes.
 CONTROL = ["UFFDIO_COPY.ok.page.anon", "UFFDIO_COPY.ok.page.hugetlb", "UFFDIO_COPY.ok.page.shmem"]
-# Tests that do something to the whole machine, or take long by nature: not for one mutant each.
+# Tests that affect the whole machine or take long: not run for each mutant.
 LONG = ("stress", "starve", "memory-pressure", "swapoff", "migration", "transact", "small-vec")
 
 
 def main() -> None:
-    """Do what the plan says."""
+    """Carry out the plan."""
     plan = json.loads(PLAN.read_text())
     if "tests" in plan:
         _reach(plan["tests"])
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def say(**what: Any) -> None:
-    """Tell the host."""
+    """Report to the host."""
     sys.stdout.write(f"\n{MARK}{json.dumps(what)}\n")
     sys.stdout.flush()
 
@@ -52,7 +52,7 @@ def _set(name: str, number: int) -> None:
 
 
 def _reach(tests: list[str]) -> None:
-    """Run all tests on the kernel as it is, and say what each reaches."""
+    """Run all tests with all mutants off, and report what each reaches."""
     cases = load()
     _set("mutant", 0)
     for number, test in enumerate(tests, 1):
@@ -69,7 +69,7 @@ def _reach(tests: list[str]) -> None:
 
 
 def _try(number: int, tests: list[str]) -> bool:
-    """Switch a mutant on and run tests until one notices; return whether the guest can go on."""
+    """Switch a mutant on and run tests until one notices; return whether the guest can continue."""
     say(kind="trying", mutant=number)
     with contextlib.closing(Kmsg()) as log:
         verdict, last, text = _first_that_notices(number, tests)
@@ -79,15 +79,15 @@ def _try(number: int, tests: list[str]) -> bool:
     if broken and verdict == "survives":
         verdict, text = "kernel", broken[0]
     say(kind="verdict", mutant=number, verdict=verdict, test=last, text=text)
-    # A mutant may leave something behind, for instance a page that nobody can have any more.
+    # A mutant may leave something behind, for instance a leaked page.
     healthy = not broken and verdict != _cases.STUCK
     return healthy and _first_that_notices(0, CONTROL)[0] == "survives"
 
 
 def _first_that_notices(number: int, tests: list[str]) -> tuple[str, str, str]:
-    """Return caught, stalled, stuck or survives, the test that noticed, and what it said.
+    """Return caught, stalled, stuck or survives, the test that noticed, and its text.
 
-    A test that fails runs again: only what it does twice is the mutant's.
+    A test that fails runs again: the mutant counts as the cause only if it fails twice.
     """
     waiting = list(tests)
     while waiting:
@@ -101,7 +101,7 @@ def _first_that_notices(number: int, tests: list[str]) -> tuple[str, str, str]:
 
 
 def _first_bad(number: int, waiting: list[str]) -> tuple[str, str] | None:
-    """Run tests until one fails, and take them off the list; return it and what it said."""
+    """Run tests until one fails, and remove them from the list; return it and its text."""
     with contextlib.closing(_cases.outcomes(waiting, functools.partial(_switch, number))) as every:
         for test, outcome in every:
             waiting.remove(test)

@@ -26,16 +26,16 @@ ROOT = _image.ROOT
 QEMU = "qemu-system-x86_64"
 GUEST_OUT = "/out"
 
-# One thread for all CPUs is faster on a busy machine, and lets no two of them run at a time.
+# One thread for all CPUs is faster on a busy machine, but runs only one CPU at a time.
 SINGLE, MULTI = "tcg,thread=single", "tcg,thread=multi"
-# Names another accelerator for all guests.
+# The environment variable that selects another accelerator for all guests.
 ACCEL = "PYUFFD_VM_ACCEL"
-# The clock of a guest counts its instructions, 8 ns each. It stands still while the host lets QEMU
-# wait, and jumps to the next tick where the guest has nothing to do: a busy host makes no test
-# late, and waiting in vain is over soon.
+# The clock of a guest counts its instructions, 8 ns each. It stops while the host does not run
+# QEMU, and jumps to the next timer when the guest is idle. So a busy host makes no test late, and a
+# wait in vain ends soon.
 COUNTED = ("-icount", "shift=3,sleep=off")
 
-# Time limits are those of real hardware times one factor, in the guest as here; a guest under
+# Time limits, in the guest and here, are those of real hardware times one factor. A guest under
 # emulation is 10 to 25 times slower.
 EMULATION_SCALE = 20.0
 VIRTUAL_SCALE = 2.0
@@ -51,12 +51,12 @@ HUGE_PAGE_MIB = 2
 HUGE_PAGES = 128
 SWAP_MIB = 512
 
-# The conformance suite, and what running it needs. A case that stalls ends its process,
-# so it gets a process of its own, which xdist replaces.
+# pytest's arguments for the conformance suite. A case that stalls ends its process, so the cases
+# run in a worker of xdist, which is then replaced.
 PLUGIN = ("-p", "pyuffd.conformance.plugin")
 SUITE = ("--pyargs", "pyuffd.conformance.test_suite", "-n", "1", "-q")
 
-# What QEMU or the kernel writes when the initramfs does not fit, or is not one it can use.
+# What QEMU or the kernel prints if the initramfs does not fit or cannot be used.
 _NOT_UNPACKED = (
     "initrd is too large",
     "System is deadlocked on memory",
@@ -65,7 +65,7 @@ _NOT_UNPACKED = (
     "No working init found",
     "invalid magic at start of compressed archive",
 )
-# What a run leaves in its folder.
+# The files that a run leaves in its folder.
 FILES = (
     "control",
     "archive",
@@ -80,7 +80,7 @@ _CONSOLE_NOISE = re.compile(rb"\x1b(\[[0-9;?=]*[A-Za-z]|c)|\r")
 
 
 class Status(IntEnum):
-    """What `run` exits with when it is not pytest's status (0 to 5)."""
+    """The exit status of `run`, if it is not pytest's (0 to 5)."""
 
     QEMU_ABSENT = 110
     NO_SUCH_KERNEL = 111
@@ -100,7 +100,7 @@ class Result:
         status: pytest's exit status or a `Status`.
         sentence: what went wrong, "" if pytest ended by itself.
         folder: where the files are: console.log, and after a complete run what the tests wrote.
-        notes: what the guest said about itself: swap, huge pages.
+        notes: what the guest reported about itself: swap, huge pages.
         boot_s: seconds until user space was up.
         wall_s: seconds from start to end.
     """
@@ -115,25 +115,25 @@ class Result:
 
 @dataclass
 class Guest:
-    """A guest to be.
+    """A guest to be started.
 
     Attributes:
         kernel: vmlinuz or bzImage.
         folder: where the files of the run go; those of an earlier run are deleted.
-        memory_mib: memory beside the huge pages.
+        memory_mib: memory in addition to the huge pages.
         huge_pages: how many 2 MiB pages it reserves at boot.
         swap_mib: size of its swap.
         accel: QEMU's -accel.
-        scale: factor on every time limit, in the guest as here.
-        boot_s: limit for the boot, stretched likewise.
-        run_s: limit for the run on real hardware; `scale` stretches it.
-        packages: more installed distributions to take along.
+        scale: factor on every time limit, in the guest and here.
+        boot_s: limit for the boot on real hardware; multiplied by `scale`.
+        run_s: limit for the run on real hardware; multiplied by `scale`.
+        packages: more installed distributions to pack.
         files: more files for the guest, by absolute path.
         cpus: how many CPUs it has.
-        counted: its clock counts instructions, if there is one CPU; the limits are of QEMU's CPU
-            time then.
-        quiet_s: limit for saying nothing on the console, of the same clock as the others.
-        until: when it has to end, by `time.monotonic`.
+        counted: its clock counts instructions, if it has one CPU; then the limits apply to QEMU's
+            CPU time.
+        quiet_s: limit for silence on the console, by the same clock as the others.
+        until: when it must end, by `time.monotonic`.
         stop: ends it earlier when set.
         show: called with the console's output.
     """
@@ -167,10 +167,10 @@ class Guest:
         return self.run([*pytest, *PLUGIN, *arguments])
 
     def run(self, command: list[str]) -> Result:
-        """Boot, run a command, bring its files back.
+        """Boot, run a command, fetch its files.
 
         Raises:
-            _image.MissingOnHostError: something the image is made of is not on this machine.
+            _image.MissingOnHostError: something that belongs in the image is not on this machine.
         """
         qemu = shutil.which(QEMU)
         if qemu is None:
@@ -196,7 +196,7 @@ class Guest:
     def _job(self, command: list[str]) -> bytes:
         env = {
             "PYUFFD_BUDGET_SCALE": f"{self.scale:g}",
-            # The guest has its huge pages and swap already.
+            # The guest already has its huge pages and swap.
             "PYUFFD_TESTS_RESERVE": "no",
             "PYUFFD_TESTS_DISPOSABLE": "yes",
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -210,19 +210,19 @@ class Guest:
         return json.dumps(job).encode()
 
     def _qemu_options(self, initramfs: Path, swap: Path) -> list[str]:
-        # Files by name only, in the folder of the run: a comma in a path would end an option.
+        # Name files relative to the folder of the run: a comma in a path would end an option.
         memory = self.memory_mib + HUGE_PAGE_MIB * self.huge_pages
         append = f"console=ttyS0 quiet panic=-1 no_timer_check hugepages={self.huge_pages}"
         serial = ("stdio", "file:control", "file:archive")
         return [
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-            # Tests of this machine wait for ksmd, which would look through the memory of the guest.
+            # Otherwise ksmd would scan the guest's memory, and tests on this machine wait for ksmd.
             *("-machine", "q35,mem-merge=off", "-accel", self.accel, "-cpu", "max"),
             *(COUNTED if self.is_counted else ()),
             *("-smp", str(self.cpus)),
             *("-m", f"{memory}M", "-kernel", str(self.kernel.resolve()), "-initrd", initramfs.name),
             *(word for port in serial for word in ("-serial", port)),
-            # Built into Debian's cloud kernels, where virtio_blk is a module.
+            # NVMe, as it is built into Debian's cloud kernels; virtio_blk is a module there.
             *("-drive", f"file={swap.name},if=none,id=swap,format=raw,cache=unsafe"),
             *("-device", "nvme,serial=swap,drive=swap", "-append", append),
         ]
@@ -232,7 +232,7 @@ class Guest:
 
 
 class _Watch:
-    """A running QEMU, its console and what the guest says on the control port."""
+    """A running QEMU, its console and the guest's messages on the control port."""
 
     def __init__(self, guest: Guest, command: list[str]) -> None:
         self._guest = guest
@@ -242,7 +242,7 @@ class _Watch:
         self._notes: dict[str, str] = {}
 
     def result(self) -> Result:
-        """Wait for the end, take the files, and say how it was."""
+        """Wait for the end, unpack the files, and return the result."""
         started = time.monotonic()
         with (
             self._console.open("wb", buffering=0) as console,
@@ -267,7 +267,7 @@ class _Watch:
     def _follow(
         self, process: subprocess.Popen[bytes], console: BinaryIO, started: float
     ) -> tuple[float, str]:
-        """Copy the console until QEMU ends; return when user space was up, and what was late."""
+        """Copy the console until QEMU ends; return when user space was up, and what timed out."""
         guest = self._guest
         clock = _clock.clock(process.pid, counted=guest.is_counted)
         up_at = up_on = ended_on = said_on = 0.0
@@ -335,14 +335,14 @@ class _Watch:
         if late == "run":
             return ended(
                 Status.HANG,
-                f"the run was not over after {guest.run_s * guest.scale:.0f} s; how far it came is "
+                f"the run did not end within {guest.run_s * guest.scale:.0f} s; its progress is "
                 f"in {self._console}",
             )
         if late == "quiet":
-            return ended(Status.HANG, "the guest said nothing any more")
+            return ended(Status.HANG, "the guest stopped printing anything")
         if "up" in self._notes:
             return ended(
-                Status.DIED, f"the guest died during the run; its last words are in {self._console}"
+                Status.DIED, f"the guest died during the run; its last output is in {self._console}"
             )
         waited = f" within {guest.boot_s * guest.scale:.0f} s" if late else ""
         last = self._said_on_console().strip().rpartition("\n")[2] or "nothing"
@@ -374,11 +374,11 @@ class _Watch:
 
 
 def redirect(arguments: list[str]) -> tuple[list[str], dict[str, Path]]:
-    """Let the guest write its reports where they are brought back from.
+    """Let the guest write its reports to the folder that is sent to the host.
 
     Returns:
-        pytest's arguments for the guest, and by name in the folder of the run where the user wants
-        the file, if anywhere.
+        pytest's arguments for the guest, and the paths where the user wants the files, by their
+        names in the folder of the run.
     """
     wanted: dict[str, Path] = {}
     guest: list[str] = []
@@ -390,7 +390,7 @@ def redirect(arguments: list[str]) -> tuple[list[str], dict[str, Path]]:
             continue
         path = Path(value if equals or not rest else rest.pop(0))
         if option == "--uffd-report":
-            # It writes both, whichever of the two is named.
+            # It writes both files, whichever is named.
             stem = path.with_suffix("") if path.suffix in (".json", ".html") else path
             for suffix in (".json", ".html"):
                 wanted[f"report{suffix}"] = stem.with_name(stem.name + suffix)
@@ -401,7 +401,7 @@ def redirect(arguments: list[str]) -> tuple[list[str], dict[str, Path]]:
 
 
 def accel(cpus: int) -> str:
-    """Return QEMU's -accel for so many CPUs, unless the user says which."""
+    """Return QEMU's -accel for this many CPUs, unless the user chose one."""
     return os.environ.get(ACCEL) or (MULTI if cpus > 1 else SINGLE)
 
 
@@ -415,11 +415,11 @@ def lacking() -> str:
 
 
 def scale(how: str) -> float:
-    """Return the factor on every time limit for one of QEMU's -accel."""
+    """Return the factor on every time limit for a value of QEMU's -accel."""
     usual = EMULATION_SCALE if how.startswith("tcg") else VIRTUAL_SCALE
     return float(os.environ.get("PYUFFD_BUDGET_SCALE", usual))
 
 
 def end_with_us() -> None:
-    """Let SIGTERM end the guests too, as Ctrl-C does."""
+    """Make SIGTERM end the guests too, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""The conformance suite in guests without pytest, which an emulated CPU needs longer for."""
+"""Run the conformance suite in guests without pytest, which is slow on an emulated CPU."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pyuffd.conformance._writing import write_report
 from pyuffd.conformance.plugin import Gathering
 from tests.vm import _cases, _run, _suite_guest
 
-# Of a kernel of a distribution whose clock counts instructions.
+# For a distribution's kernel whose clock counts instructions.
 SCALE = 4.0
 BOOT_S = 100.0
 RUN_S = 3600.0
-# A case is over in less, or says so; a kernel that hangs never is.
+# A case takes less time, or prints that it takes more; a kernel that hangs prints nothing.
 QUIET_S = 60.0
 EVERY = 200
 
 
 @dataclass
 class Run:
-    """How the suite went on a kernel.
+    """The result of the suite on a kernel.
 
     Attributes:
-        report: What it found; None if not even the first guest ran it.
+        report: The report; None if not even the first guest ran the suite.
         sentence: What went wrong, or "".
         boot_s: Seconds until user space was up.
-        wall_s: Seconds in all.
+        wall_s: Seconds in total.
     """
 
     report: Report | None
@@ -45,7 +45,7 @@ class Run:
 
 
 def choose() -> list[str]:
-    """Return the ids of all cases that need not be asked for."""
+    """Return the ids of all cases that run by default."""
     return [name for case in load().values() if not case.is_slow for name in case.ids]
 
 
@@ -53,10 +53,10 @@ def run(kernel: Path, folder: Path, tests: Sequence[str], until: float = math.in
     """Run tests on a kernel; after one that ends the guest, boot again for the others.
 
     Args:
-        kernel: To boot.
-        folder: Where the files of the run go, report.json and report.html with them.
-        tests: Their ids.
-        until: When it has to end, by `time.monotonic`; what has not run then is not in the report.
+        kernel: The kernel to boot.
+        folder: Where the files of the run go, including report.json and report.html.
+        tests: The ids of the tests.
+        until: When it must end, by `time.monotonic`; tests that have not run are not in the report.
     """
     gathered = Gathering()
     found = Run(None)
@@ -88,7 +88,7 @@ def run(kernel: Path, folder: Path, tests: Sequence[str], until: float = math.in
             found.sentence = f"{len(left)} tests had no time" if left else ""
             break
         if left:
-            # A case, and not the machine, if the guest had come to it.
+            # The guest had reached this case, so the case ended it, not the machine.
             test = left.pop(0)
             gathered.report.results[test] = ended_by(test, ended.sentence)
     if found.report is not None:
@@ -98,20 +98,20 @@ def run(kernel: Path, folder: Path, tests: Sequence[str], until: float = math.in
 
 
 def said(console: str) -> list[dict[str, Any]]:
-    """Return what the guest has told."""
+    """Return what the guest has reported."""
     found = []
     for line in console.splitlines():
         _, mark, text = line.partition(_suite_guest.MARK)
         if mark:
             try:
                 found.append(json.loads(text))
-            except ValueError:  # the kernel spoke in between, or the guest ended in it
+            except ValueError:  # a kernel message is in between, or the guest ended in the line
                 continue
     return found
 
 
 def take(gathered: Gathering, lines: Sequence[dict[str, Any]]) -> int:
-    """Put what a guest has told into a report; return of how many tests that was."""
+    """Put what a guest has reported into a report; return the number of tests."""
     count = 0
     features, is_readable = 0, True
     for line in lines:
@@ -126,7 +126,7 @@ def take(gathered: Gathering, lines: Sequence[dict[str, Any]]) -> int:
 
 
 def ended_by(test: str, sentence: str) -> CaseResult:
-    """Return the result of a case that did not come to its end, nor the guest to its own."""
+    """Return the result of a case during which the guest ended."""
     name, memory = _cases.split(test)
     text = f"the guest ended: {sentence or 'without a word'}"
     return CaseResult(test, name, memory, load()[name].summary, FAILED, text)

@@ -1,7 +1,7 @@
-"""In a guest: cases of the conformance suite without pytest, with all that a report has of them.
+"""In a guest: run cases of the conformance suite without pytest, and send their results.
 
-What is found goes to the console line by line, as JSON behind a mark, because a case may end the
-guest at any time.
+Results go to the console line by line, as JSON after a mark, because a case may end the guest at
+any time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def say(**what: Any) -> None:
-    """Tell the host."""
+    """Report to the host."""
     sys.stdout.write(f"\n{MARK}{json.dumps(what)}\n")
     sys.stdout.flush()
 

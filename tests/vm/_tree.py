@@ -1,4 +1,4 @@
-"""The source tree that kernels are built from, and copies of it that may be changed."""
+"""The source tree from which kernels are built, and copies of it that may be changed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tests.vm import _debian
 
-# What is built unless the user has a tree.
+# The series that is built unless the user has a tree.
 SERIES = "6.12"
 OWN = "PYUFFD_KERNEL_SOURCE"
 
-# Not part of the source: its history, and what a build has left in it.
+# Not part of the source: its history, and the output of builds.
 _IGNORED = re.compile(
     "|".join(
         fnmatch.translate(pattern)
@@ -28,13 +28,13 @@ _IGNORED = re.compile(
 
 
 def own() -> Path | None:
-    """Return the tree of the user, if there is one."""
+    """Return the user's tree, if any."""
     name = os.environ.get(OWN)
     return Path(name).resolve() if name else None
 
 
 def pristine() -> Path:
-    """Return the tree of the user, or Debian's.
+    """Return the user's tree, or Debian's.
 
     Raises:
         _debian.KernelNotFoundError: there is no such tree, or as for `_debian.source`.
@@ -46,9 +46,9 @@ def pristine() -> Path:
 
 
 def copy(source: Path, name: str) -> Path:
-    """Return a copy of a tree in the cache, with what has changed in the tree since the last time.
+    """Return a copy of a tree in the cache, updated with what has changed in the tree.
 
-    What was built in the copy stays, so that only the rest is built again.
+    Build output in the copy is kept, so that only the rest is built again.
     """
     folder = _debian.cache_dir() / "source"
     key = "" if source.parent == folder else hashlib.sha256(bytes(source)).hexdigest()[:8] + "."
@@ -65,12 +65,12 @@ def copy(source: Path, name: str) -> Path:
 
 
 def _renew(source: Path, target: Path) -> None:
-    """Copy a file unless the copy is as new: what these tools change there is newer."""
+    """Copy a file unless the copy is as new or newer, as files changed by these tools are."""
     if source.is_symlink():
         if not target.is_symlink():
             target.symlink_to(os.readlink(source))
     elif not target.exists() or source.stat().st_mtime_ns > target.stat().st_mtime_ns:
-        # In one step: half a file would look as new as a whole one forever.
+        # In one step: a partial copy would look up to date forever.
         partial = target.with_name(f"{target.name}.partial")
         shutil.copy2(source, partial)
         partial.replace(target)
