@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <pthread.h>
-#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/prctl.h>
@@ -10,6 +9,7 @@
 #include <unistd.h>
 
 #include "base/gentle.h"
+#include "base/threads.h"
 
 /*
  * A third of the CPU that a thread of the caller's priority gets beside it.  With much less, a
@@ -70,15 +70,9 @@ static void *run(void *argument)
 void uffd_gently(void (*work)(void *), void *argument)
 {
 	struct job job = { work, argument };
-	sigset_t all, before;
 	pthread_t thread;
-	int ret;
 
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	ret = pthread_create(&thread, NULL, run, &job);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (ret)
+	if (uffd_thread_start(&thread, NULL, run, &job))
 		work(argument);
 	else
 		pthread_join(thread, NULL);

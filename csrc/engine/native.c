@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -23,6 +22,7 @@
 #include "spaces.h"
 #include "stray.h"
 #include "base/clock.h"
+#include "base/threads.h"
 
 /* A worker process and its holder are killed with the keeper; they end within this time. */
 #define HELPERS_END_MS	1000
@@ -96,20 +96,16 @@ static void *native_main(void *argument)
 static int start_thread(struct uffd_engine *engine, const cpu_set_t *cpus)
 {
 	pthread_attr_t attributes;
-	sigset_t all, old;
 	char name[16];
 	int r;
 
 	pthread_attr_init(&attributes);
 	if (cpus)
 		pthread_attr_setaffinity_np(&attributes, sizeof(*cpus), cpus);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	r = pthread_create(&engine->thread, &attributes, native_main, engine);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	r = uffd_thread_start(&engine->thread, &attributes, native_main, engine);
 	pthread_attr_destroy(&attributes);
 	if (r)
-		return -r;
+		return r;
 	snprintf(name, sizeof(name), "uffd-%c%d", stands_in(engine) ? 's' : 'h',
 		 engine->options.fd);
 	pthread_setname_np(engine->thread, name);

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,6 +11,7 @@
 
 #include "base/gentle.h"
 #include "base/page.h"
+#include "base/threads.h"
 #include "snapshot/ring.h"
 #include "uffd_transfer.h"
 
@@ -129,8 +129,6 @@ void *uffd_ring_memory(uint64_t pages)
 int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
 {
 	struct uffd_ring *ring = calloc(1, sizeof(*ring));
-	pthread_condattr_t monotonic;
-	sigset_t all, before;
 	int ret;
 
 	*ring_ret = NULL;
@@ -148,14 +146,8 @@ int uffd_ring_create(int fd, uint64_t pages, struct uffd_ring **ring_ret)
 		return -ENOMEM;
 	}
 	pthread_mutex_init(&ring->lock, NULL);
-	pthread_condattr_init(&monotonic);
-	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-	pthread_cond_init(&ring->changed, &monotonic);
-	pthread_condattr_destroy(&monotonic);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	ret = -pthread_create(&ring->writer, NULL, write_all, ring);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	uffd_cond_init(&ring->changed);
+	ret = uffd_thread_start(&ring->writer, NULL, write_all, ring);
 	if (ret) {
 		munmap(ring->memory, pages * BASE_PAGE);
 		free(ring->entries);

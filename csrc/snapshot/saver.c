@@ -2,13 +2,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <time.h>
 
 #include "base/clock.h"
 #include "base/page.h"
+#include "base/threads.h"
 #include "dirty/ranges.h"
 #include "snapshot/pages.h"
 #include "snapshot/saver.h"
@@ -29,8 +29,6 @@ static void lock(struct uffd_saver *saver)
 int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_saver **saver_ret)
 {
 	struct uffd_saver *saver = calloc(1, sizeof(*saver));
-	pthread_condattr_t monotonic;
-	sigset_t all, before;
 	int ret;
 
 	*saver_ret = NULL;
@@ -61,14 +59,8 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 		return ret;
 	}
 	pthread_mutex_init(&saver->lock, NULL);
-	pthread_condattr_init(&monotonic);
-	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-	pthread_cond_init(&saver->changed, &monotonic);
-	pthread_condattr_destroy(&monotonic);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	ret = -pthread_create(&saver->thread, NULL, uffd_saver_run, saver);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	uffd_cond_init(&saver->changed);
+	ret = uffd_thread_start(&saver->thread, NULL, uffd_saver_run, saver);
 	if (ret) {
 		uffd_sweep_stop(&saver->sweep);
 		uffd_guard_stop(&saver->guard);

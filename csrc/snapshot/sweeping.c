@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <errno.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -10,6 +9,7 @@
 #include "base/clock.h"
 #include "base/gentle.h"
 #include "base/page.h"
+#include "base/threads.h"
 #include "snapshot/pages.h"
 #include "snapshot/sweeping.h"
 #include "uffd_shim.h"
@@ -227,7 +227,6 @@ bool uffd_sweep_is_late(const struct uffd_sweep *sweep)
 
 int uffd_sweep_start(struct uffd_sweep *sweep, struct uffd_saving *saving, int fd, uint64_t rate)
 {
-	sigset_t all, before;
 	int ret;
 
 	*sweep = (struct uffd_sweep){ .saving = saving, .fd = fd, .rate = rate,
@@ -238,11 +237,8 @@ int uffd_sweep_start(struct uffd_sweep *sweep, struct uffd_saving *saving, int f
 	sweep->memory = uffd_ring_memory(UFFD_SWEEP_PAGES);
 	if (!ret && !sweep->memory)
 		ret = -ENOMEM;
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
 	if (!ret)
-		ret = -pthread_create(&sweep->thread, NULL, run, sweep);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+		ret = uffd_thread_start(&sweep->thread, NULL, run, sweep);
 	if (ret) {
 		sweep->stop = true;
 		uffd_sweep_stop(sweep);

@@ -4,7 +4,6 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
@@ -14,6 +13,7 @@
 #include <unistd.h>
 
 #include "base/tasks.h"
+#include "base/threads.h"
 #include "reads.h"
 #include "waiters.h"
 #include "watch.h"
@@ -56,13 +56,8 @@ static _Atomic uint32_t watched_count;
 
 static void init_locks(void)
 {
-	pthread_condattr_t attributes;
-
 	pthread_mutex_init(&watch.lock, NULL);
-	pthread_condattr_init(&attributes);
-	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-	pthread_cond_init(&watch.changed, &attributes);
-	pthread_condattr_destroy(&attributes);
+	uffd_cond_init(&watch.changed);
 }
 
 /* In the child of a fork: it has no such thread, and the entries are the parent's. */
@@ -262,7 +257,7 @@ static int create_thread(size_t stack_size)
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	if (stack_size)
 		pthread_attr_setstacksize(&attributes, stack_size);
-	r = pthread_create(&thread, &attributes, watch_main, NULL);
+	r = uffd_thread_start(&thread, &attributes, watch_main, NULL);
 	pthread_attr_destroy(&attributes);
 	/* The thread still exists: it waits for the lock, which we hold. */
 	if (!r)
@@ -272,16 +267,11 @@ static int create_thread(size_t stack_size)
 
 static void start_thread(void)
 {
-	sigset_t all, old;
-
 	if (watch.is_running || watch.is_paused || !watch.count)
 		return;
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
 	/* EINVAL: the thread-local data of the program's libraries does not fit. */
 	watch.is_running = !create_thread(STACK_SIZE + (size_t)PTHREAD_STACK_MIN) ||
 			   !create_thread(0);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
 /* The list */
