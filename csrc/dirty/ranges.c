@@ -7,22 +7,26 @@
 
 #define FIRST_CAPACITY 64u
 
+int uffd_ranges_append_row(struct uffd_page_ranges *ranges, uint64_t start, uint64_t end,
+			   uint64_t categories)
+{
+	int ret = uffd_array_grow((void **)&ranges->vec, &ranges->capacity, ranges->count + 1,
+				  FIRST_CAPACITY, sizeof(*ranges->vec));
+
+	if (ret == 0)
+		ranges->vec[ranges->count++] = (struct uffd_page_region){ start, end, categories };
+	return ret;
+}
+
 int uffd_ranges_append(struct uffd_page_ranges *ranges, uint64_t start, uint64_t end)
 {
-	int ret;
-
 	if (start >= end)
 		return 0;
 	if (ranges->count && ranges->vec[ranges->count - 1].end == start) {
 		ranges->vec[ranges->count - 1].end = end;
 		return 0;
 	}
-	ret = uffd_array_grow((void **)&ranges->vec, &ranges->capacity, ranges->count + 1,
-			      FIRST_CAPACITY, sizeof(*ranges->vec));
-	if (ret)
-		return ret;
-	ranges->vec[ranges->count++] = (struct uffd_page_region){ .start = start, .end = end };
-	return 0;
+	return uffd_ranges_append_row(ranges, start, end, 0);
 }
 
 int uffd_ranges_union(const struct uffd_page_region *a, uint64_t a_count,

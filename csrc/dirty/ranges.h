@@ -15,6 +15,10 @@
 /* Append a range behind all others; one that is adjacent is joined with the last. */
 int uffd_ranges_append(struct uffd_page_ranges *ranges, uint64_t start, uint64_t end);
 
+/* Append a row as it is. */
+int uffd_ranges_append_row(struct uffd_page_ranges *ranges, uint64_t start, uint64_t end,
+			   uint64_t categories);
+
 /* Pages in either set. */
 int uffd_ranges_union(const struct uffd_page_region *a, uint64_t a_count,
 		      const struct uffd_page_region *b, uint64_t b_count,

@@ -4,11 +4,9 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "base/array.h"
 #include "base/page.h"
+#include "dirty/ranges.h"
 #include "snapshot/chain.h"
-
-#define FIRST_CAPACITY	256u
 
 /* A row of the file `runs`. */
 struct row {
@@ -22,16 +20,6 @@ struct walk {
 	uint64_t piece;
 	struct uffd_chain *found;
 };
-
-static int append(struct uffd_page_ranges *ranges, uint64_t a, uint64_t b, uint64_t c)
-{
-	int r = uffd_array_grow((void **)&ranges->vec, &ranges->capacity, ranges->count + 1,
-				FIRST_CAPACITY, sizeof(*ranges->vec));
-
-	if (r == 0)
-		ranges->vec[ranges->count++] = (struct uffd_page_region){ a, b, c };
-	return r;
-}
 
 /* The row, or NULL if there is none: the last one that was appended. */
 static struct uffd_page_region *last_of(struct uffd_page_ranges *ranges)
@@ -48,7 +36,7 @@ static int note_run(struct walk *walk, uint64_t start, uint64_t leaf, uint64_t o
 	if (last && last->end == leaf &&
 	    (!leaf || last->categories + (at - last->start) == offset))
 		return 0;
-	return append(&walk->found->runs, at, leaf, offset);
+	return uffd_ranges_append_row(&walk->found->runs, at, leaf, offset);
 }
 
 static int note_other(struct walk *walk, uint64_t start, uint64_t end, uint64_t state)
@@ -59,7 +47,7 @@ static int note_other(struct walk *walk, uint64_t start, uint64_t end, uint64_t 
 		last->end = end;
 		return 0;
 	}
-	return append(&walk->found->others, start, end, state);
+	return uffd_ranges_append_row(&walk->found->others, start, end, state);
 }
 
 /* Add data to the last piece as far as it has room, and begin others. */
@@ -80,7 +68,7 @@ static int note_data(struct walk *walk, uint64_t start, uint64_t end)
 			last->categories += stop - start;
 			last->end = stop;
 		} else {
-			r = append(pieces, start, stop, stop - start);
+			r = uffd_ranges_append_row(pieces, start, stop, stop - start);
 		}
 		start = stop;
 	}

@@ -6,12 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/array.h"
 #include "base/page.h"
+#include "dirty/ranges.h"
 #include "snapshot/hot.h"
 
 #define IMAGE_PAGE	UINT64_C(4096)
-#define FIRST_CAPACITY	256u
 /*
  * What lies between two parts of a file is read with them if it is no longer than this: a request
  * costs as much as so many bytes.
@@ -19,16 +18,6 @@
 #define READ_GAP	(4 * IMAGE_PAGE)
 /* One call reads no more than the device's readahead or its largest request, seldom less than this. */
 #define READ_AT_ONCE	UINT64_C(0x20000)
-
-static int append(struct uffd_page_ranges *list, uint64_t a, uint64_t b, uint64_t c)
-{
-	int r = uffd_array_grow((void **)&list->vec, &list->capacity, list->count + 1,
-				FIRST_CAPACITY, sizeof(*list->vec));
-
-	if (r == 0)
-		list->vec[list->count++] = (struct uffd_page_region){ a, b, c };
-	return r;
-}
 
 /* A row of the file of a working set. */
 struct row {
@@ -135,7 +124,7 @@ static int note(struct plan *plan, uint64_t begin, uint64_t end, uint64_t memory
 		if (goes_on)
 			last->end = stop;
 		else
-			r = append(ranges, begin, stop, memory);
+			r = uffd_ranges_append_row(ranges, begin, stop, memory);
 		begin = stop;
 	}
 	return r;
@@ -217,7 +206,7 @@ static int group(struct uffd_hot_plan *found, uint64_t first, uint64_t past,
 				room[others++] = vec[i];
 		}
 		memcpy(&vec[kept], room, others * sizeof(*room));
-		r = append(&found->windows, begin, kept, memory);
+		r = uffd_ranges_append_row(&found->windows, begin, kept, memory);
 	}
 	return r;
 }
@@ -336,7 +325,7 @@ int uffd_hot_read_ahead(const struct uffd_page_region *ranges, uint64_t count,
 
 			past = lower(past, end);
 			if (leaf && leaf <= fds_count && from < past)
-				r = append(&parts, at, at + (past - from), leaf);
+				r = uffd_ranges_append_row(&parts, at, at + (past - from), leaf);
 		}
 	}
 	if (r == 0 && parts.count) {
