@@ -230,7 +230,6 @@ int seal_piece(struct uffd_engine *engine, const struct piece *piece, struct pat
 		r = save_all(&all, piece, patience);
 	all.reach = NULL;
 	all.work = unprotect_slice;
-	offset = piece->offset;
 	if (r == 0 && piece->mode & UFFDIO_REGISTER_MODE_WP)
 		r = work_on(&all, &offset, patience);
 	/* The owner may be gone; memory that was unregistered is unprotected. */
