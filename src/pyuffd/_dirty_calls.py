@@ -11,8 +11,7 @@ from typing import Any
 from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
-from pyuffd._remote_calls import take_ranges
-from pyuffd._rows import rows_of
+from pyuffd._rows import rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 PEEK = lib.UFFD_ROUND_PEEK
@@ -160,15 +159,4 @@ def _combined(function: Any, a: memoryview, b: memoryview) -> memoryview:
     packed = take_ranges(result)
     if code:
         raise_errno("ranges of pages", -code)
-    return packed
-
-
-def state_runs(states: bytes, start: int, page_size: int, state: int) -> memoryview:
-    """Return the runs of pages in one state, of one byte for each page, as ranges from `start`."""
-    result = ffi.new("struct uffd_page_ranges *")
-    with ffi.from_buffer("uint8_t[]", states) as pointer:
-        code = lib.uffd_pagemap_state_runs(pointer, len(states), start, page_size, state, result)
-    packed = take_ranges(result)
-    if code:
-        raise_errno("runs of states", -code, start)
     return packed

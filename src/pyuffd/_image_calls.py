@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyuffd._dirty_calls import intersect
 from pyuffd._errors import raise_errno
-from pyuffd._remote_calls import take_ranges
-from pyuffd._rows import rows_of
+from pyuffd._rows import rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno, raise_if_short
 from pyuffd._owned import Descriptor
-from pyuffd._rows import rows_of
+from pyuffd._rows import NO_ROWS, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ MAP_EXECUTE = lib.UFFD_MAP_EXECUTE
 MAP_SHARED = lib.UFFD_MAP_SHARED
 
 _PINNERS_FIRST = 64
-_NO_ROWS = memoryview(b"").cast("Q")
 
 
 def maps_read(fd: int, pid: int) -> tuple[bytes, bytes]:
@@ -102,17 +101,6 @@ def _base(base: int | None) -> int:
     return int(lib.UFFD_PACKED) if base is None else base
 
 
-def take_ranges(ranges: Any) -> memoryview:
-    """Return the packed ranges of a `struct uffd_page_ranges`, which C allocated; it is emptied."""
-    vec, count = ranges.vec, int(ranges.count)
-    ranges.vec, ranges.count, ranges.capacity = ffi.NULL, 0, 0
-    owned = ffi.gc(vec, lib.uffd_pagemap_free)
-    if not count:
-        return _NO_ROWS
-    size = count * ffi.sizeof("struct uffd_page_region")
-    return memoryview(ffi.buffer(owned, size)).cast("Q").toreadonly()
-
-
 def is_alive(pagemap_fd: int) -> bool:
     """Return whether the memory behind an open pagemap still exists: no exit, no execve(2)."""
     return not lib.uffd_pagemap_alive(pagemap_fd)
@@ -165,7 +153,7 @@ def reads(pid: int) -> tuple[memoryview, int]:
     found = ffi.new("struct uffd_reads *")
     if code := -int(lib.uffd_remote_reads(pid, found)):
         raise_if_short(f"open /proc/{pid}/task", OSError(code, ""))
-        return _NO_ROWS, 0
+        return NO_ROWS, 0
     return take_ranges(found.pages), int(found.running)
 
 

@@ -25,6 +25,7 @@ from pyuffd._pages import (
     page_size_of,
     resolve_range,
 )
+from pyuffd._rows import state_runs
 from pyuffd.pagemap import Pagemap, PageRanges
 
 
@@ -97,9 +98,7 @@ class Residency:
         GIL: released.
         """
         return PageRanges(
-            lowlevel.pagemap_state_runs(
-                self.states, self.start, self.page_size, check_int("state", state, 0, 256)
-            )
+            state_runs(self.states, self.start, self.page_size, check_int("state", state, 0, 256))
         )
 
     def __buffer__(self, flags: int) -> memoryview:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyuffd._shim import ffi
+from pyuffd._errors import raise_errno
+from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+NO_ROWS = memoryview(b"").cast("Q")
 
 
 def rows_of(rows: Buffer, kind: str = "struct uffd_page_region") -> tuple[Any, int]:
@@ -18,3 +21,25 @@ def rows_of(rows: Buffer, kind: str = "struct uffd_page_region") -> tuple[Any, i
     """
     with ffi.from_buffer(f"{kind}[]", rows) as vec:
         return ffi.cast(f"{kind} *", vec), len(vec)
+
+
+def take_ranges(ranges: Any) -> memoryview:
+    """Return the packed ranges of a `struct uffd_page_ranges`, which C allocated; it is emptied."""
+    vec, count = ranges.vec, int(ranges.count)
+    ranges.vec, ranges.count, ranges.capacity = ffi.NULL, 0, 0
+    owned = ffi.gc(vec, lib.uffd_pagemap_free)
+    if not count:
+        return NO_ROWS
+    size = count * ffi.sizeof("struct uffd_page_region")
+    return memoryview(ffi.buffer(owned, size)).cast("Q").toreadonly()
+
+
+def state_runs(states: bytes, start: int, page_size: int, state: int) -> memoryview:
+    """Return the runs of pages in one state, of one byte for each page, as ranges from `start`."""
+    result = ffi.new("struct uffd_page_ranges *")
+    with ffi.from_buffer("uint8_t[]", states) as pointer:
+        code = lib.uffd_pagemap_state_runs(pointer, len(states), start, page_size, state, result)
+    packed = take_ranges(result)
+    if code:
+        raise_errno("runs of states", -code, start)
+    return packed

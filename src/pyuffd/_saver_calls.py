@@ -11,8 +11,7 @@ from typing import Any
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import raise_errno
 from pyuffd._image_calls import Pieces
-from pyuffd._remote_calls import take_ranges
-from pyuffd._rows import rows_of
+from pyuffd._rows import rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 DATA = lib.UFFD_OWED_DATA

@@ -14,7 +14,7 @@ from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
-from pyuffd._rows import rows_of
+from pyuffd._rows import rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 DEVICE = "/dev/userfaultfd"
@@ -271,7 +271,6 @@ MAPPING_MINCORE = lib.UFFD_MAPPING_MINCORE
 MAPPING_SEEK = lib.UFFD_MAPPING_SEEK
 
 _allocate = ffi.new_allocator(should_clear_after_alloc=False)
-_NO_RANGES = memoryview(b"").cast("Q")
 _RANGE_WORDS = 3
 
 
@@ -306,7 +305,7 @@ def pagemap_runs(entries: memoryview, start: int, mask: int, value: int) -> memo
     ranges = ffi.new("struct uffd_page_ranges *")
     pointer, count = rows_of(entries, "uint64_t")
     code = lib.uffd_pagemap_runs(pointer, count, start, mask, value, ranges)
-    packed = _take_ranges(ranges)
+    packed = take_ranges(ranges)
     if code:
         raise_errno("pagemap runs", -code, start)
     return packed
@@ -375,7 +374,7 @@ def pagemap_scan_all(
     ranges = ffi.new("struct uffd_page_ranges *")
     out = ffi.new("uint64_t *")
     code = lib.uffd_pagemap_scan_all(fd, arg, ranges, out)
-    return _take_ranges(ranges), int(out[0]), -code
+    return take_ranges(ranges), int(out[0]), -code
 
 
 def pagemap_residency(
@@ -396,22 +395,3 @@ def pagemap_residency(
         )
     if code:
         raise_errno("residency", -code, start, length)
-
-
-def pagemap_state_runs(states: bytes, start: int, page_size: int, state: int) -> memoryview:
-    """Return the runs of pages in one residency state, as ranges from `start`."""
-    ranges = ffi.new("struct uffd_page_ranges *")
-    with ffi.from_buffer("uint8_t[]", states) as pointer:
-        code = lib.uffd_pagemap_state_runs(pointer, len(states), start, page_size, state, ranges)
-    packed = _take_ranges(ranges)
-    if code:
-        raise_errno("residency runs", -code, start)
-    return packed
-
-
-def _take_ranges(ranges: Any) -> memoryview:
-    vec = ffi.gc(ranges.vec, lib.uffd_pagemap_free)
-    if not ranges.count:
-        return _NO_RANGES
-    size = ranges.count * ffi.sizeof("struct uffd_page_region")
-    return memoryview(ffi.buffer(vec, size)).cast("Q").toreadonly()

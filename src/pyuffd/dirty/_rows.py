@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pyuffd import _dirty_calls as calls
 from pyuffd._dirty_calls import Backing, Track
+from pyuffd._pages import RangeLike, check_range, page_size_of, resolve_range
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings, clipped
 
 # Protecting a hole makes page tables: 4 KiB for each 2 MiB. Up to this size that is cheap.
@@ -73,6 +74,18 @@ def in_scope(mappings: Mappings, scope: Sequence[Span] | None) -> Iterator[Mappi
             span = next(spans, None)
         if span is None:
             return
+
+
+def spans_of(ranges: Iterable[RangeLike], purpose: str) -> list[Span]:
+    """Return ranges, checked and merged; without any, the error names the purpose."""
+    found = []
+    for item in ranges:
+        start, length = resolve_range(item, None, name="ranges")
+        check_range(start, length, page_size_of(item))
+        found.append((start, start + length))
+    if not found:
+        raise ValueError(f"no ranges to {purpose}")
+    return merged(found)
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:

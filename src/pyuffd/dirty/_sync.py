@@ -12,6 +12,7 @@ from pyuffd import _dirty_calls as calls
 from pyuffd._abi import Feature, PageBit, RegisterMode
 from pyuffd._dirty_calls import Track
 from pyuffd._errors import LayoutChangedError, UffdOSError
+from pyuffd._rows import state_runs
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _blind, _layout, _rows
 from pyuffd.dirty._blind import Blind, BlindReason
@@ -188,9 +189,9 @@ class SyncMethod:
         """Return the written and the dropped pages of a row."""
         written = NO_RANGES
         for state in _AS_WRITTEN:
-            runs = calls.state_runs(states, row.start, row.page_size, state)
+            runs = state_runs(states, row.start, row.page_size, state)
             written = calls.union(written, runs)
-        removed = calls.state_runs(states, row.start, row.page_size, PageState.REMOVED)
+        removed = state_runs(states, row.start, row.page_size, PageState.REMOVED)
         if row.mapping.has_file:
             return Pending(calls.union(written, removed))
         # The event of MADV_FREE is the same, and its pages keep their content until reclaim.

@@ -16,12 +16,7 @@ from pyuffd._arguments import shown
 from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError
-from pyuffd._pages import (
-    RangeLike,
-    check_range,
-    page_size_of,
-    resolve_range,
-)
+from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _async, _rows
 from pyuffd.dirty._blind import Blind, BlindReason
@@ -147,7 +142,7 @@ class DirtyTracker(Closing):
         if isinstance(target, Process):
             self.method, self.reason = _chosen(method, _async.supported())
             features = _wanted(self.method) & _offered(self.method)
-            scope = None if ranges is None else _spans(ranges)
+            scope = None if ranges is None else _rows.spans_of(ranges, "track")
             return target, stack.enter_context(target.attach(features)), scope
         if isinstance(target, Userfaultfd):
             if ranges is None:
@@ -158,11 +153,11 @@ class DirtyTracker(Closing):
                 )
             self.method, self.reason = _chosen(method, target.features, of_uffd=True)
             process = stack.enter_context(Process(target.owner_pid))
-            return process, target, _spans(ranges)
+            return process, target, _rows.spans_of(ranges, "track")
         if ranges is not None:
             raise ValueError("ranges= goes with a Userfaultfd or a Process")
         several = [target] if hasattr(target, "length") else target
-        scope = _spans(several)  # type: ignore[arg-type]
+        scope = _rows.spans_of(several, "track")  # type: ignore[arg-type]
         self.method, self.reason = _chosen(method, _async.supported())
         process = stack.enter_context(Process(os.getpid()))
         uffd = stack.enter_context(_own_uffd(self.method))
@@ -342,17 +337,6 @@ class DirtyTracker(Closing):
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.method
         return f"<DirtyTracker of process {self._process.pid}: {state}>"
-
-
-def _spans(ranges: Iterable[RangeLike]) -> list[_rows.Span]:
-    found = []
-    for item in ranges:
-        start, length = resolve_range(item, None, name="ranges")
-        check_range(start, length, page_size_of(item))
-        found.append((start, start + length))
-    if not found:
-        raise ValueError("no ranges to track")
-    return _rows.merged(found)
 
 
 def _chosen(

@@ -24,7 +24,7 @@ from pyuffd.snapshot import _core_plan as plan
 from pyuffd.snapshot import _memory_files as shared
 from pyuffd.snapshot._core_about import About
 from pyuffd.snapshot._core_places import DISK_FILES
-from pyuffd.snapshot._core_wanted import VDSO
+from pyuffd.snapshot._core_wanted import VDSO, elf_pages
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop
@@ -110,13 +110,8 @@ class Notes:
             elif mapping.kind in DISK_FILES and not mapping.path.startswith("/dev/"):
                 # Reading a device may have effects.
                 on_disk.append(mapping)
-        if on_disk:
-            pages = PageRanges.of((m.start, m.start + PAGE_SIZE) for m in on_disk)
-            text = bytearray(pages.bytes)
-            self._process.copy(pages, text)
-            for mapping, at in zip(on_disk, range(0, len(text), PAGE_SIZE), strict=True):
-                if text.startswith(plan.ELF_MAGIC, at):
-                    self._memory[_key(mapping)] = bytes(text[at : at + PAGE_SIZE])
+        for mapping, page in elf_pages(self._process, on_disk):
+            self._memory[_key(mapping)] = page
 
     def _first_page(self, mapping: Mapping) -> bytes:
         """Return the first page of a memfd or the like: reading the mapping might fill a hole."""

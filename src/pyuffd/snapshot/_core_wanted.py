@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -95,11 +95,17 @@ class Chooser:
                 with suppress(OSError):
                     if os.pread(fd, len(plan.ELF_MAGIC), 0) == plan.ELF_MAGIC:
                         found.add(m.start)
-        if on_disk:
-            pages = PageRanges.of((m.start, m.start + PAGE_SIZE) for m in on_disk)
-            text = bytearray(pages.bytes)
-            self._process.copy(pages, text)
-            for m, at in zip(on_disk, range(0, len(text), PAGE_SIZE), strict=True):
-                if text.startswith(plan.ELF_MAGIC, at):
-                    found.add(m.start)
+        found.update(m.start for m, _ in elf_pages(self._process, on_disk))
         return found
+
+
+def elf_pages(process: Process, mappings: Sequence[Mapping]) -> Iterator[tuple[Mapping, bytes]]:
+    """Read the first page of each mapping; yield those that begin as an ELF file does."""
+    if not mappings:
+        return
+    pages = PageRanges.of((m.start, m.start + PAGE_SIZE) for m in mappings)
+    text = bytearray(pages.bytes)
+    process.copy(pages, text)
+    for mapping, at in zip(mappings, range(0, len(text), PAGE_SIZE), strict=True):
+        if text.startswith(plan.ELF_MAGIC, at):
+            yield mapping, bytes(text[at : at + PAGE_SIZE])

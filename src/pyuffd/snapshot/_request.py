@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyuffd._arguments import check_int, check_rate, check_seconds, shown
-from pyuffd._pages import RangeLike, check_range, page_size_of, resolve_range
+from pyuffd._pages import RangeLike
 from pyuffd.dirty import DirtyTracker, _rows
 from pyuffd.snapshot import _sums
 from pyuffd.snapshot._capture import Method, SnapshotProgress, Used
@@ -17,6 +17,7 @@ from pyuffd.snapshot._format import SnapshotGap
 from pyuffd.snapshot._layout import SHARED_WAYS, Shared
 
 METHODS = ("auto", "cow", "precopy", "stopped")
+TAKING = "take a snapshot of"
 MAX_STALL_S = 0.05
 
 
@@ -114,7 +115,7 @@ def checked(
         str(name),
         method,
         shared,
-        None if ranges is None else spans_of(ranges),
+        None if ranges is None else _rows.spans_of(ranges, TAKING),
         None if parent is None else os.fspath(parent),
         tracker,
         None if max_stall_s is None else check_seconds("max_stall_s", max_stall_s),
@@ -124,15 +125,3 @@ def checked(
         compress,
         progress,
     )
-
-
-def spans_of(items: Iterable[RangeLike]) -> list[tuple[int, int]]:
-    """Return ranges, checked and merged, as (start, end)."""
-    found = []
-    for item in items:
-        start, length = resolve_range(item, None, name="ranges")
-        check_range(start, length, page_size_of(item))
-        found.append((start, start + length))
-    if not found:
-        raise ValueError("no ranges to take a snapshot of")
-    return _rows.merged(found)

@@ -12,10 +12,10 @@ from pyuffd._abi import Feature
 from pyuffd._arguments import shown
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
-from pyuffd.dirty import DirtyTracker
+from pyuffd.dirty import DirtyTracker, _rows
 from pyuffd.regions import Region
 from pyuffd.remote._process import Process
-from pyuffd.snapshot._request import Request, spans_of
+from pyuffd.snapshot._request import TAKING, Request
 
 Target = Process | Userfaultfd | RangeLike | Iterable[RangeLike]
 
@@ -44,7 +44,7 @@ def resolved(target: Target, request: Request) -> Iterator[tuple[Process | None,
             )
         is_one = isinstance(target, Region) or not isinstance(target, Iterable)
         items = [cast(RangeLike, target)] if is_one else cast("Iterable[RangeLike]", target)
-        yield _of_process(None, replace(request, scope=spans_of(items)))
+        yield _of_process(None, replace(request, scope=_rows.spans_of(items, TAKING)))
 
 
 def _of_process(process: Process | None, request: Request) -> tuple[Process | None, Request]:
