@@ -156,6 +156,32 @@ int uffd_pagemap_scan(int fd, struct uffd_pm_scan_arg *arg, uint64_t *count_ret)
 	return ret < 0 ? -errno : 0;
 }
 
+int uffd_pagemap_first_of(int fd, const uint64_t *spans, uint64_t count, uint64_t anyof,
+			  uint64_t *index_ret)
+{
+	struct uffd_page_region region;
+	uint64_t found = 0;
+	int ret = 0;
+
+	for (*index_ret = 0; *index_ret < count; (*index_ret)++) {
+		const uint64_t *span = &spans[2 * *index_ret];
+		struct uffd_pm_scan_arg arg = {
+			.size = sizeof(arg),
+			.start = span[0],
+			.end = span[0] + span[1],
+			.vec = (uintptr_t)&region,
+			.vec_len = 1,
+			.category_anyof_mask = anyof,
+			.return_mask = anyof,
+		};
+
+		ret = uffd_pagemap_scan(fd, &arg, &found);
+		if (ret || found)
+			break;
+	}
+	return ret;
+}
+
 /* Add vec[count..count + found) to @ranges; join the first with the last one if adjacent. */
 static void take(struct uffd_page_ranges *ranges, uint64_t found)
 {

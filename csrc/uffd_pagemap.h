@@ -60,6 +60,13 @@ int uffd_pagemap_scan_all(int fd, const struct uffd_pm_scan_arg *request,
 			  struct uffd_page_ranges *ranges_ret, uint64_t *walk_end_ret);
 
 /*
+ * Which is the first of @count spans (start, length) that has a page of one of these categories;
+ * @index_ret: @count if none has.
+ */
+int uffd_pagemap_first_of(int fd, const uint64_t *spans, uint64_t count, uint64_t anyof,
+			  uint64_t *index_ret);
+
+/*
  * The same into an array that was used before, which is emptied first and stays as large as it is.
  * With at most @expected ranges it is one ioctl.
  */

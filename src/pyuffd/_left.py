@@ -46,6 +46,11 @@ def note(left: LeftBehind) -> None:
     _left.append(left)
 
 
+def is_any() -> bool:
+    """Return whether `check_target` has anything to look at."""
+    return bool(_left or _inert)
+
+
 def tidy() -> None:
     """Forget the threads that are gone, and what was kept for them."""
     if not _left and not _inert:

@@ -51,6 +51,14 @@ class RangeModes:
             at = b
         self._replace(start, end, rows)
 
+    def put(self, rows: list[_Row]) -> None:
+        """Note ranges (start, end, mode) that do not overlap, for all from the first to the last.
+
+        What was known in between is forgotten.
+        """
+        rows = sorted(rows, key=_start_of)
+        self._replace(rows[0][0], rows[-1][1], rows)
+
     def clear(self, start: int, end: int) -> None:
         """Remove [start, end), cutting ranges that extend beyond it."""
         self._replace(start, end, [])

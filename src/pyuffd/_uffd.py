@@ -218,6 +218,15 @@ class Userfaultfd(UffdFill):
         """Whether this object registered anything in [start, end)."""
         return bool(self._registered.overlapping(start, end))
 
+    def _note_registered(self, ranges: list[tuple[int, int]], mode: RegisterMode) -> None:
+        """Note ranges (start, length) that were registered by other means than `register`.
+
+        They do not overlap, and between the first and the last no others are known.
+        """
+        if ranges:
+            self._registered.put([(start, start + length, mode) for start, length in ranges])
+            self._update_watch()
+
     def _note_unregistered(self, start: int, length: int) -> None:
         """Note that a range was unregistered by other means than `unregister`."""
         self._registered.clear(start, start + length)

@@ -8,7 +8,7 @@ unless you need exactly this.
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
@@ -16,6 +16,9 @@ from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._rows import rows_of, take_ranges
 from pyuffd._shim import ffi, lib
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 DEVICE = "/dev/userfaultfd"
 
@@ -375,6 +378,19 @@ def pagemap_scan_all(
     out = ffi.new("uint64_t *")
     code = lib.uffd_pagemap_scan_all(fd, arg, ranges, out)
     return take_ranges(ranges), int(out[0]), -code
+
+
+def pagemap_first_of(fd: int, spans: Buffer, anyof: int) -> int:
+    """Return which of these spans, packed (start, length), is the first with such a page.
+
+    It is their number if none has one.
+    """
+    out = ffi.new("uint64_t *")
+    with ffi.from_buffer("uint64_t[]", spans) as words:
+        code = lib.uffd_pagemap_first_of(fd, words, len(words) // 2, anyof, out)
+    if code:
+        raise_errno("PAGEMAP_SCAN", -code, flags=0)
+    return int(out[0])
 
 
 def pagemap_residency(

@@ -76,3 +76,20 @@ def test_served_where_a_file_was_mapped(mode: Mode) -> None:
         with Handler(uffd) as handler, pytest.raises((ValueError, UffdOSError), match="file"):
             handler.serve(region, ZeroSource())
         assert region.read() == old.read(START, PAGES * PAGE)
+
+
+def test_what_a_handler_has_there_stays() -> None:
+    """A restore that fails since its handler serves a region already leaves that as it is."""
+    with (
+        two() as (snapshot, _),
+        Region.anonymous(4 * PAGE) as region,
+        Region.anonymous(4 * PAGE) as own,
+        Userfaultfd() as uffd,
+        Handler(uffd) as handler,
+    ):
+        handler.serve(own, b"own." * PAGE)
+        pairs = [(START, region), (START + 4 * PAGE, own)]
+        with pytest.raises(ValueError, match="served already"):
+            snapshot.restore(pairs, mode="copy", handler=handler)
+        assert own.read(0, 4) == b"own."
+        assert not uffd._has_registered(region.start, region.start + region.length)

@@ -13,6 +13,7 @@ from pyuffd import (
     BufferSource,
     CallableSource,
     Feature,
+    FileSource,
     Handler,
     PageSource,
     Region,
@@ -212,6 +213,30 @@ def serve_running(at: Interrupter, setting: Setting, *, of_another: bool) -> Non
         check_no_zeros(region)
 
 
+def serve_many(at: Interrupter) -> None:
+    """Serve several regions by one call in C: each is served, or unchanged and can be served."""
+    with (
+        Userfaultfd() as uffd,
+        Region.memfd(PAGES * PAGE) as file,
+        contextlib.ExitStack() as stack,
+        Handler(uffd) as handler,
+    ):
+        file.write(0, CONTENT * PAGES)
+        source = stack.enter_context(FileSource(file.fd or 0))
+        regions = [stack.enter_context(Region.anonymous(PAGES * PAGE)) for _ in range(3)]
+        served = False
+        with at.armed():
+            handler._serve_many((region, source) for region in regions)
+            served = True
+        for region in regions:
+            if not served:
+                with contextlib.suppress(ValueError):
+                    handler.serve(region, source)
+            check_no_zeros(region)
+            handler.unserve(region)
+            assert not uffd._has_registered(region.start, region.start + region.length)
+
+
 def close_region_under_its_handler(at: Interrupter) -> None:
     """The handler continues to serve."""
     with Userfaultfd() as uffd, Region.anonymous(PAGES * PAGE) as region, Handler(uffd) as handler:
@@ -305,6 +330,7 @@ HANDLERS: dict[str, Scenario] = {
         for driver in DRIVERS
         if driver != "inline"
     },
+    "many": serve_many,
     "region-closed": close_region_under_its_handler,
     "userfaultfd-closed": close_userfaultfd_under_its_handler,
     "second-closed": close_second_userfaultfd,

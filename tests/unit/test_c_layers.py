@@ -70,7 +70,7 @@ FLOORS = [
     {"engine/loop", "engine/patience"},
     {"engine/request", "engine/seal"},
     {"engine/unserve"},
-    {"engine/native"},
+    {"engine/native", "engine/serve_many"},
     {"engine/end", "engine/successor"},
     {"engine/engine"},
 ]

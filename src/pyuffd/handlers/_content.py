@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pyuffd._arguments import check_int
 from pyuffd._describe import repr_of
-from pyuffd._overlay import OverlaySource, packed_runs
+from pyuffd._overlay import OverlaySource, PackedRuns, packed_runs
 from pyuffd._pages import RangeLike, page_size_of
 from pyuffd.handlers._types import Content, Leaf, LeafKind, Overlay, SourceKind
 from pyuffd.sources import BufferSource, FileSource, PageSource, ZeroSource
 
+Known = dict[int, tuple[Sequence[PageSource], tuple[Leaf, ...]]]
 
-def content_of(source: PageSource | None, region: RangeLike) -> Content:
-    """Return where the engine gets a region's content; raise ValueError if the source is short."""
+
+def content_of(source: PageSource | None, region: RangeLike, known: Known | None = None) -> Content:
+    """Return where the engine gets a region's content; raise ValueError if the source is short.
+
+    `known` has the leaves of overlays of one list of sources, for the next one of that list.
+    """
     if source is None:
         return Content(SourceKind.NONE)
     if isinstance(source, ZeroSource):
@@ -37,13 +44,25 @@ def content_of(source: PageSource | None, region: RangeLike) -> Content:
         )
     if isinstance(source, OverlaySource):
         leaves, runs = packed_runs(source, region.length)
-        overlay = Overlay(tuple(_leaf(leaf) for leaf in leaves), runs)
+        overlay = Overlay(_leaves(source, leaves, known), runs)
         if not source.calls_python:
             return Content(SourceKind.OVERLAY, length=source.length, owner=source, overlay=overlay)
         # Python is asked for pages with bytes that only it can read; then it reads all of the page.
         read = OverlaySource._of_packed(leaves, runs, region.length)
         return Content(SourceKind.REQUEST, owner=read, overlay=overlay)
     return Content(SourceKind.REQUEST, owner=source)
+
+
+def _leaves(
+    source: OverlaySource, leaves: Sequence[PageSource], known: Known | None
+) -> tuple[Leaf, ...]:
+    if known is None or not isinstance(source.runs, PackedRuns):
+        return tuple(map(_leaf, leaves))
+    given = source.leaves
+    found = known.get(id(given))
+    if found is None or found[0] is not given:
+        found = known[id(given)] = given, tuple(map(_leaf, leaves))
+    return found[1]
 
 
 def _leaf(source: PageSource) -> Leaf:

@@ -14,7 +14,7 @@ from pyuffd._shim import ffi, lib
 from pyuffd.handlers._engine_calls import EngineLife, range_ref
 from pyuffd.handlers._engine_pages import EnginePages
 from pyuffd.handlers._engine_reports import EngineReports
-from pyuffd.handlers._range_spec import range_spec
+from pyuffd.handlers._range_spec import Served, range_spec, range_specs
 from pyuffd.handlers._sigbus import faulthandler_left
 from pyuffd.handlers._types import (
     PATIENCE_S,
@@ -184,6 +184,17 @@ class Engine(EnginePages, EngineReports):
         self._owners[served.number] = (content.owner, given.owner)
         self._added(served, given)
         return served
+
+    def serve_many(self, space: int, given: Sequence[RangeSpec], needed: int, out: Served) -> None:
+        """Add and register ranges, and note in `out` which, as far as all can be served.
+
+        `needed`: the ioctls that each must support. What could not be served is as before.
+        """
+        specs, keeps = range_specs(given)
+        lib.uffd_engine_serve_many(self._engine(), space, specs, len(given), needed, out.rows)
+        del keeps
+        for one, each in zip(out.ranges(space, given), given, strict=False):
+            self._owners[one.number] = (each.content.owner, each.owner)
 
     def find(self, space: int, start: int) -> RangeId | None:
         """Return the range that an interrupted `add` has put in there, or None."""

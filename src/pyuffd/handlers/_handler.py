@@ -39,8 +39,8 @@ from pyuffd.handlers._forks import ForkWatch
 from pyuffd.handlers._holding import HoldsFaults
 from pyuffd.handlers._overlaps import Overlaps
 from pyuffd.handlers._owners import Owners
-from pyuffd.handlers._regions import ServesRegions
 from pyuffd.handlers._serving import OnClose, tell_registered
+from pyuffd.handlers._serving_many import ServesMany
 from pyuffd.handlers._stopping import Stops, unstopped
 from pyuffd.handlers._tracking import TracksWrites
 from pyuffd.handlers._types import EngineOptions, HandlerStats, OnError, RecentFault
@@ -57,7 +57,7 @@ RETRY_LIMIT_S = 5.0
 LARGEST_LOG = 1 << 27
 
 
-class Handler(ServesRegions, FillsPages, TracksWrites, EvictsPages, HoldsFaults, Stops, Closing):
+class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, Stops, Closing):
     """Resolve the faults of regions from page sources.
 
     Args:

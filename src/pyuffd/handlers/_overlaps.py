@@ -193,6 +193,16 @@ class Overlaps:
             self._check_alone(new)
             self._check_circle(new)
 
+    def check_many(self, new: Iterable[Range]) -> None:
+        """Check several ranges, which use no memory."""
+        with _lock:
+            _settle()
+            if not any(one._read or one._written for one in _all):
+                return  # nobody waits for memory of any
+            for each in new:
+                self._check_alone(each)
+                self._check_circle(each)
+
     def _check_alone(self, new: Range) -> None:
         for use in new.uses:
             served = (self._served if use.written else self._filled).find(use.start, use.length)
@@ -299,12 +309,17 @@ class Overlaps:
 
     def add(self, new: Range) -> None:
         """Note a range that is served from now on."""
+        self.add_many([new])
+
+    def add_many(self, all_new: Iterable[Range]) -> None:
+        """Note ranges that are served from now on."""
         with _lock:
             _settle()
-            for spans, start in self._entries(new):
-                spans.add(start, new.length, new)
-            for use in new.uses:
-                self._spans_of(use).add(use.start, use.length, (new, use))
+            for new in all_new:
+                for spans, start in self._entries(new):
+                    spans.add(start, new.length, new)
+                for use in new.uses:
+                    self._spans_of(use).add(use.start, use.length, (new, use))
 
     def remove(self, old: Range) -> None:
         """Forget a range that is no longer served."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
-from pyuffd import _memory, _vmas
+from pyuffd import _memory, _vmas, lowlevel
 from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
 from pyuffd._diagnose import is_ordinary_file
 from pyuffd._errors import (
@@ -260,13 +261,29 @@ def is_touched(region: RangeLike) -> bool:
     return bool(_first_there(region))
 
 
-def first_touched(regions: Iterable[RangeLike]) -> RangeLike | None:
-    """Return the first of these regions of which a page has been touched."""
+def first_touched(regions: Sequence[RangeLike], pagemap: Pagemap | None = None) -> RangeLike | None:
+    """Return the first of these regions of which a page has been touched.
+
+    With `pagemap`, an open one of this process, none is opened.
+    """
     try:
-        with Pagemap() as pagemap:
-            return next((each for each in regions if _scanned(pagemap, each, 1)), None)
+        if pagemap is None:
+            with Pagemap() as opened:
+                return _first_touched(regions, opened)
+        return _first_touched(regions, pagemap)
     except UffdPermissionError:
         return None
+
+
+def _first_touched(regions: Sequence[RangeLike], pagemap: Pagemap) -> RangeLike | None:
+    spans = array("Q", [number for each in regions for number in (each.start, each.length)])
+    try:
+        at = lowlevel.pagemap_first_of(pagemap.fileno(), spans, int(THERE))
+    except UffdOSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):  # before Linux 6.7
+            raise
+        return next((each for each in regions if _scanned(pagemap, each, 1)), None)
+    return regions[at] if at < len(regions) else None
 
 
 def open_pagemap() -> Pagemap | None:

@@ -81,8 +81,9 @@ class Divisible(CloseCallbacks):
     @property
     def was_served(self) -> bool:
         """Whether a Handler has served some of it, so that its content may come from there."""
-        start, end = self._mapping.span
-        return any(first < end and start < past for first, past in self._root._served_spans)
+        spans = self._root._served_spans
+        start, end = self._mapping.span if spans else (0, 0)
+        return any(first < end and start < past for first, past in spans)
 
     def _note_served(self, offset: int = 0, length: int | None = None) -> None:
         """Note that a Handler has served it, or a part of it."""
@@ -97,8 +98,9 @@ class Divisible(CloseCallbacks):
 
     @property
     def _is_replaced(self) -> bool:
-        start, end = self._mapping.span
-        return any(first < end and start < past for first, past in self._root._replaced_spans)
+        spans = self._root._replaced_spans
+        start, end = self._mapping.span if spans else (0, 0)
+        return any(first < end and start < past for first, past in spans)
 
     # Python's own view of it
 

@@ -290,7 +290,8 @@ class Region(Divisible):
     @property
     def start(self) -> int:
         """First address."""
-        self._check_open()
+        if self._whole is not None or self._closer or not self._open:  # asked for very often
+            self._check_open()
         return self._mapping.start
 
     @property

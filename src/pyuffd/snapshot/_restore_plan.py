@@ -66,7 +66,7 @@ def check_not_restored(placed: Sequence[Placed]) -> None:
 def check_empty(placed: Sequence[Placed]) -> None:
     from pyuffd.handlers._present import first_touched
 
-    touched = first_touched(each.region for each in placed)
+    touched = first_touched([each.region for each in placed])
     if touched is not None:
         raise ValueError(
             f"the region at {touched.start:#x} has pages already, which would be lost:"

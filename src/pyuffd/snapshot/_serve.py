@@ -135,16 +135,22 @@ class Serving:
                     Handler(uffd, driver=driver, workers=workers, fault_log=fault_log)
                 )
             self.handler = handler
-            with handler._serving_many():
-                for each in self._upwards:
-                    made.callback(partial(self._unserve_quietly, each))
-                    self._serve(each, files)
+            made.callback(self._unserve_quietly, list(self._not_registered()))
+            self._serve_all(files)
             made.pop_all()
         self._image.hold()
 
     def _is_whole(self, placed: Placed) -> bool:
         share = self._shares.get(id(placed))
         return share is not None and share.is_complete
+
+    def _serve_all(self, files: Files) -> None:
+        if self._shares or (self._poisons and any(each.gaps for each in self._upwards)):
+            with self.handler._serving_many():
+                for each in self._upwards:
+                    self._serve(each, files)
+            return
+        self.handler._serve_many((each.region, each.source(files)) for each in self._upwards)
 
     def _serve(self, placed: Placed, files: Files) -> None:
         source = placed.source(files)
@@ -398,9 +404,17 @@ class Serving:
             else:
                 self.handler.unserve(self._served_as(placed))
 
-    def _unserve_quietly(self, placed: Placed) -> None:
-        with suppress(HandlerError):
-            self.take_out(placed)
+    def _not_registered(self) -> Iterator[Placed]:
+        """Yield all but those where the caller's handler serves something, which then stays."""
+        for each in self._upwards:
+            start = each.region.start
+            if self._is_ours or not self.handler.uffd._has_registered(start, start + each.length):
+                yield each
+
+    def _unserve_quietly(self, some: Sequence[Placed]) -> None:
+        for placed in reversed(some):
+            with suppress(HandlerError):
+                self.take_out(placed)
 
     def finish(self) -> None:
         """Take everything out; raise the first error."""
