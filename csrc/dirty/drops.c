@@ -164,6 +164,21 @@ static void end(struct uffd_drops *drops)
 		;
 }
 
+static void destroy(struct uffd_drops *drops)
+{
+	if (drops->owner == getpid())
+		end(drops);
+	for (int i = 0; i < 2; i++) {
+		if (drops->life[i] >= 0)
+			close(drops->life[i]);
+	}
+	if (drops->owner_pidfd >= 0)
+		close(drops->owner_pidfd);
+	if (drops->stack)
+		munmap(drops->stack, STACK_BYTES);
+	munmap(drops, sizeof(*drops));
+}
+
 int uffd_drops_create(int uffd, struct uffd_drops **drops_ret)
 {
 	struct uffd_drops *drops = mmap(NULL, sizeof(*drops), PROT_READ | PROT_WRITE,
@@ -192,7 +207,7 @@ int uffd_drops_create(int uffd, struct uffd_drops **drops_ret)
 	if (!ret)
 		ret = start(drops);
 	if (ret)
-		uffd_drops_destroy(drops);
+		destroy(drops);
 	else
 		*drops_ret = drops;
 	return ret;
@@ -268,19 +283,9 @@ int uffd_drops_take(struct uffd_drops *drops, struct uffd_page_ranges *ranges_re
 	return 0;
 }
 
-void uffd_drops_destroy(struct uffd_drops *drops)
+void uffd_drops_destroy(struct uffd_drops **drops)
 {
-	if (!drops)
-		return;
-	if (drops->owner == getpid())
-		end(drops);
-	for (int i = 0; i < 2; i++) {
-		if (drops->life[i] >= 0)
-			close(drops->life[i]);
-	}
-	if (drops->owner_pidfd >= 0)
-		close(drops->owner_pidfd);
-	if (drops->stack)
-		munmap(drops->stack, STACK_BYTES);
-	munmap(drops, sizeof(*drops));
+	if (*drops)
+		destroy(*drops);
+	*drops = NULL;
 }

@@ -29,7 +29,7 @@ int uffd_drops_create(int uffd, struct uffd_drops **drops_ret);
 int uffd_drops_take(struct uffd_drops *drops, struct uffd_page_ranges *ranges_ret,
 		    uint32_t *lost_ret);
 
-/* End it, and free it.  In a fork of this process: free it. */
-void uffd_drops_destroy(struct uffd_drops *drops);
+/* End it, free it, and empty its place, which may be empty.  In a fork of this process: free it. */
+void uffd_drops_destroy(struct uffd_drops **drops);
 
 #endif /* UFFD_DIRTY_DROPS_H */

@@ -411,10 +411,11 @@ int uffd_stopped_end(struct uffd_stopped *stopped)
 	return stopped->lost ? -ETIMEDOUT : 0;
 }
 
-void uffd_stopped_release(struct uffd_stopped *stopped)
+void uffd_stopped_release(struct uffd_stopped **stopped)
 {
-	if (!stopped)
+	if (!*stopped)
 		return;
-	uffd_stopped_end(stopped);
-	destroy(stopped);
+	uffd_stopped_end(*stopped);
+	destroy(*stopped);
+	*stopped = NULL;
 }

@@ -34,7 +34,7 @@ int uffd_stopped_registers(struct uffd_stopped *stopped, struct uffd_register_se
 /* Let them continue; -ETIMEDOUT: they did already, as this process was stopped meanwhile. */
 int uffd_stopped_end(struct uffd_stopped *stopped);
 
-/* The same, and free it; may be NULL. */
-void uffd_stopped_release(struct uffd_stopped *stopped);
+/* The same, free it, and empty its place, which may be empty. */
+void uffd_stopped_release(struct uffd_stopped **stopped);
 
 #endif /* UFFD_REMOTE_STOPPED_H */

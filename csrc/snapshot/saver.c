@@ -231,8 +231,11 @@ int uffd_saver_ranges(struct uffd_saver *saver, uint32_t state,
 	return ret;
 }
 
-void uffd_saver_destroy(struct uffd_saver *saver)
+void uffd_saver_destroy(struct uffd_saver **place)
 {
+	struct uffd_saver *saver = *place;
+
+	*place = NULL;
 	if (!saver)
 		return;
 	lock(saver);

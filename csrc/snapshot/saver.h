@@ -41,7 +41,7 @@ void uffd_saver_stats(struct uffd_saver *saver, struct uffd_saver_stats *stats_r
 /* Pages in a state of enum uffd_owed_state; call it when uffd_saver_wait() has returned 0. */
 int uffd_saver_ranges(struct uffd_saver *saver, uint32_t state,
 		      struct uffd_page_ranges *ranges_ret);
-/* End it: nothing is protected any more.  May be NULL. */
-void uffd_saver_destroy(struct uffd_saver *saver);
+/* End it, and empty its place, which may be empty: nothing is protected any more. */
+void uffd_saver_destroy(struct uffd_saver **saver);
 
 #endif /* UFFD_SNAPSHOT_SAVER_H */

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
+from pyuffd._owned import Owner
 from pyuffd._rows import rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
@@ -88,22 +88,21 @@ def round_(pagemap_fd: int, rows: TrackedRows, flags: int, known: memoryview) ->
     return found
 
 
-class DropReader(SoleOwner):
+class DropReader(Owner):
     """A process that reads the REMOVE events of a userfaultfd, until `close`."""
 
     _instead = "make another reader"
 
     def __init__(self, uffd: int) -> None:
-        cell = ffi.new("struct uffd_drops **")
-        code = lib.uffd_drops_create(uffd, cell)
+        super().__init__(ffi.new("struct uffd_drops **"), lib.uffd_drops_destroy)
+        code = lib.uffd_drops_create(uffd, self._cell)
         if code:
             raise_errno("starting a reader of events", -code)
-        self._owned: Any = ffi.gc(cell[0], lib.uffd_drops_destroy)
 
     def take(self) -> tuple[memoryview, bool]:
         """Return the ranges of the events since the last call, and whether some are lost."""
         result, lost = ffi.new("struct uffd_page_ranges *"), ffi.new("uint32_t *")
-        code = lib.uffd_drops_take(self._owned, result, lost)
+        code = lib.uffd_drops_take(self._cell[0], result, lost)
         packed = take_ranges(result)
         if code:
             raise_errno("events of dropped memory", -code)
@@ -111,9 +110,7 @@ class DropReader(SoleOwner):
 
     def close(self) -> None:
         """End it; may be called again."""
-        owned, self._owned = self._owned, None
-        if owned is not None:
-            ffi.release(owned)
+        ffi.release(self._cell)
 
 
 def populated(pagemap_fd: int, start: int, end: int) -> int:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 MESSAGE_WORDS = 4  # of 8 bytes
 
 
-class _Owner(SoleOwner):
+class Owner(SoleOwner):
     """Something that C notes in a cell, and a destructor that ends it."""
 
     def __init__(self, memory: Any, destructor: Any) -> None:
@@ -40,7 +40,7 @@ class _Owner(SoleOwner):
         self._cell: Any = ffi.gc(memory, destructor)
 
 
-class Descriptor(_Owner):
+class Descriptor(Owner):
     """A file descriptor, closed by `close` or with the last reference to this object."""
 
     _instead = "duplicate() gives another descriptor of the same file"
@@ -175,7 +175,7 @@ class Descriptor(_Owner):
         self.close()
 
 
-class MappedMemory(_Owner):
+class MappedMemory(Owner):
     """A mapping, unmapped by `close` or with the last reference to this object."""
 
     _instead = "map the memory once more"
@@ -224,7 +224,7 @@ class MappedMemory(_Owner):
         self.close()
 
 
-class FileName(_Owner):
+class FileName(Owner):
     """The name of a file, removed by `close` or with the last reference to this object.
 
     It is not removed if `settle` or `note` says so, if another file has the name, or in a fork.
@@ -265,7 +265,7 @@ class FileName(_Owner):
         self.close()
 
 
-class Received(_Owner):
+class Received(Owner):
     """Descriptors received over a socket; those that are not taken are closed at the end."""
 
     _instead = "take() makes a Descriptor of each"
@@ -333,7 +333,7 @@ class Received(_Owner):
         self.close()
 
 
-class Messages(_Owner):
+class Messages(Owner):
     """Messages of a userfaultfd, and the descriptors that those of forks bring."""
 
     _instead = "a message is read once"

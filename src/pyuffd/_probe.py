@@ -12,13 +12,13 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pyuffd import _memory, lowlevel
+from pyuffd import lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl, PageCategory, RegisterMode
 from pyuffd._errors import UffdOSError
+from pyuffd._owned import Descriptor, MappedMemory
 from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE
 from pyuffd._refusals import explain_device, explain_syscall
 
@@ -143,7 +143,8 @@ def probe() -> KernelSupport:
             for name in _MEMORY_TYPES
         }
     else:
-        with _opened(way) as fd:
+        with _open(way) as uffd:
+            fd = uffd.number
             features_found, ioctls_found = lowlevel.api(fd, 0)
         features, ioctls = Feature(features_found), Ioctl(ioctls_found)
         refused = _probe_refused(way, features)
@@ -159,30 +160,21 @@ def probe() -> KernelSupport:
     )
 
 
-def _open(way: str) -> int:
+def _open(way: str) -> Descriptor:
     match way:
         case "syscall":
-            return lowlevel.open_syscall(_FLAGS)
+            return lowlevel.owned_syscall(_FLAGS)
         case "device":
-            return lowlevel.open_device(_FLAGS)
+            return lowlevel.owned_device(_FLAGS)
         case _:
-            return lowlevel.open_syscall(_FLAGS | USER_MODE_ONLY)
-
-
-@contextmanager
-def _opened(way: str) -> Iterator[int]:
-    fd = _open(way)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+            return lowlevel.owned_syscall(_FLAGS | USER_MODE_ONLY)
 
 
 def _probe_opens() -> dict[str, OpenSupport]:
     codes = {}
     for way in ("syscall", "device", "user_mode_only"):
         try:
-            os.close(_open(way))
+            _open(way).close()
             codes[way] = 0
         except UffdOSError as error:
             codes[way] = error.errno or errno.EIO
@@ -204,7 +196,8 @@ def _probe_refused(way: str, features: Feature) -> Feature:
     for bit in range(int(features).bit_length()):
         if not int(features) >> bit & 1:
             continue
-        with _opened(way) as fd:
+        with _open(way) as uffd:
+            fd = uffd.number
             try:
                 lowlevel.api(fd, 1 << bit)
             except UffdOSError as error:
@@ -216,7 +209,8 @@ def _probe_refused(way: str, features: Feature) -> Feature:
 def _probe_memory(way: str, features: Feature) -> dict[str, dict[RegisterMode, RegisterSupport]]:
     memory: dict[str, dict[RegisterMode, RegisterSupport]] = {name: {} for name in _MEMORY_TYPES}
     for mode in RegisterMode:
-        with _opened(way) as fd:
+        with _open(way) as uffd:
+            fd = uffd.number
             # RWP is the only mode that must be requested in the handshake.
             lowlevel.api(fd, features & Feature.RWP if mode == RegisterMode.RWP else 0)
             for name in _MEMORY_TYPES:
@@ -226,40 +220,35 @@ def _probe_memory(way: str, features: Feature) -> dict[str, dict[RegisterMode, R
 
 def _register_scratch(fd: int, memory: str, mode: RegisterMode) -> RegisterSupport:
     length, sharing, memfd_flags = _MEMORY_TYPES[memory]
-    memfd = -1
+    memfd = Descriptor()
     try:
         if memfd_flags is not None:
-            memfd = _memory.memfd_create("pyuffd-probe", os.MFD_CLOEXEC | memfd_flags)
-            os.ftruncate(memfd, length)
+            memfd = Descriptor.memfd("pyuffd-probe", os.MFD_CLOEXEC | memfd_flags)
+            os.ftruncate(memfd.number, length)
         prot = mmap.PROT_READ | mmap.PROT_WRITE
         # Without a reservation hugetlb maps on a machine that has no huge pages.
-        start = _memory.mmap(length, prot, sharing | _MAP_NORESERVE, memfd)
-        try:
-            return RegisterSupport(Ioctl(lowlevel.register(fd, start, length, mode)))
-        finally:
-            _memory.munmap(start, length)
+        flags = sharing | _MAP_NORESERVE
+        with MappedMemory.map(length, prot, flags, memfd.number) as scratch:
+            return RegisterSupport(Ioctl(lowlevel.register(fd, scratch.start, length, mode)))
     except OSError as error:
         return RegisterSupport(Ioctl(0), error.errno or errno.EIO)
     finally:
-        if memfd >= 0:
-            os.close(memfd)
+        memfd.close()
 
 
 def _probe_scan() -> PageCategory:
     """Return the categories that PAGEMAP_SCAN of an empty range accepts."""
     known = 0
     try:
-        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        pagemap = Descriptor.open("/proc/self/pagemap", os.O_RDONLY)
     except OSError:
         return PageCategory(0)
-    try:
+    with pagemap:
         for category in PageCategory:
             argument = _SCAN_ARGUMENT.pack(_SCAN_ARGUMENT.size, *[0] * 8, category, 0, category)
             try:
-                fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
+                fcntl.ioctl(pagemap.number, _PAGEMAP_SCAN, argument)
             except OSError:
                 continue
             known |= category
-    finally:
-        os.close(pagemap)
     return PageCategory(known)

@@ -9,10 +9,9 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyuffd._closing import SoleOwner
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno, raise_if_short
-from pyuffd._owned import Descriptor
+from pyuffd._owned import Descriptor, Owner
 from pyuffd._rows import NO_ROWS, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
@@ -290,14 +289,13 @@ def register_rows(sets: Any) -> list[RegisterRow]:
     ]
 
 
-class StoppedThreads(SoleOwner):
+class StoppedThreads(Owner):
     """Threads of other processes that stand until `close`, or until this process ends."""
 
     _instead = "stop them once more"
 
     def __init__(self) -> None:
-        self._cell: Any = ffi.new("struct uffd_stopped **")
-        self._owned: Any = None
+        super().__init__(ffi.new("struct uffd_stopped **"), lib.uffd_stopped_release)
         self.code = 0
         self.tid = 0
         self.threads = 0
@@ -314,13 +312,12 @@ class StoppedThreads(SoleOwner):
         self.code = -lib.uffd_stopped_create(
             vec, len(pids), limit_ns, asleep_limit_ns, self._cell, tid, threads, ns
         )
-        self._owned = ffi.gc(self._cell[0], lib.uffd_stopped_release) if self._cell[0] else None
         self.tid, self.threads, self.ns = int(tid[0]), int(threads[0]), int(ns[0])
 
     @property
     def holds(self) -> bool:
         """Whether they stand."""
-        return self._owned is not None
+        return bool(self._cell[0])
 
     def registers(self) -> Any:
         """Read the registers of all that have not ended, for `register_rows`, which can wait.
@@ -328,7 +325,7 @@ class StoppedThreads(SoleOwner):
         ETIMEDOUT: the threads were let go early.
         """
         sets = ffi.gc(ffi.new("struct uffd_register_sets *"), lib.uffd_registers_free)
-        code = lib.uffd_stopped_registers(self._owned, sets)
+        code = lib.uffd_stopped_registers(self._cell[0], sets)
         if code:
             hint = "it runs 32-bit code" if code == -errno.ENOEXEC else ""
             raise_errno("PTRACE_GETREGSET", -code, hint=hint)
@@ -336,7 +333,6 @@ class StoppedThreads(SoleOwner):
 
     def close(self) -> None:
         """Let them go on; may be called again. Afterwards `lost` tells whether they did before."""
-        owned, self._owned = self._owned, None
-        if owned is not None:
-            self.lost = bool(lib.uffd_stopped_end(owned))
-            ffi.release(owned)
+        if self._cell[0]:
+            self.lost = bool(lib.uffd_stopped_end(self._cell[0]))
+            lib.uffd_stopped_release(self._cell)

@@ -15,6 +15,7 @@ from pyuffd import _vmas, lowlevel
 from pyuffd._arguments import check_fd, check_int
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
+from pyuffd._owned import Descriptor
 from pyuffd._pages import (
     HUGE_PAGE_1G,
     HUGE_PAGE_2M,
@@ -212,15 +213,15 @@ def _fill(
             pagemap_fd, mapping.start, length, page_size, states, mapping=kind
         )
         return
-    file_fd, status = _open_mapped(mapping, fd)
-    try:
+    file, status = _open_mapped(mapping, fd)
+    with file:
         huge = page_size != PAGE_SIZE
         if status is None or stat.S_ISREG(status.st_mode):  # treat /dev/zero as anonymous
             kind |= lowlevel.MAPPING_FILE
             huge |= status is not None and status.st_blksize in (HUGE_PAGE_2M, HUGE_PAGE_1G)
             if not huge:
                 kind |= lowlevel.MAPPING_SEEK if status is not None else 0
-                if _mincore_is_true(mapping, status, file_fd):
+                if _mincore_is_true(mapping, status, file.number):
                     kind |= lowlevel.MAPPING_MINCORE
         lowlevel.pagemap_residency(
             pagemap_fd,
@@ -228,29 +229,26 @@ def _fill(
             length,
             page_size,
             states,
-            file_fd=file_fd,
+            file_fd=file.number,
             offset=mapping.offset,
             mapping=kind,
         )
         if huge and status is not None:
             _decide_huge(mapping, status, page_size, states)
-    finally:
-        if file_fd >= 0:
-            os.close(file_fd)
 
 
-def _open_mapped(mapping: _Mapping, fd: int | None) -> tuple[int, os.stat_result | None]:
-    """Open the mapped file again, to leave other positions alone; (-1, None) if refused."""
+def _open_mapped(mapping: _Mapping, fd: int | None) -> tuple[Descriptor, os.stat_result | None]:
+    """Open the mapped file again, to leave other positions alone; an empty one if refused."""
     path = mapping.link
     if fd is not None:
         if not _is_mapped(os.fstat(fd), mapping):
             raise ValueError(f"fd {fd} is not the file that is mapped at {mapping.start:#x}")
         path = f"/proc/self/fd/{fd}"
     try:
-        file_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = Descriptor.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
-        return -1, None
-    return file_fd, os.fstat(file_fd)
+        return Descriptor(), None
+    return file, os.fstat(file.number)
 
 
 def _is_mapped(status: os.stat_result, mapping: _Mapping) -> bool:

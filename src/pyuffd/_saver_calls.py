@@ -6,11 +6,10 @@ Every call releases the GIL.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from pyuffd._closing import SoleOwner
 from pyuffd._errors import raise_errno
 from pyuffd._image_calls import Pieces
+from pyuffd._owned import Owner
 from pyuffd._rows import rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
@@ -33,7 +32,7 @@ class SaverStats:
     error: int
 
 
-class Saver(SoleOwner):
+class Saver(Owner):
     """A thread that reads a userfaultfd; nothing is protected after `close`."""
 
     _instead = "make another saver"
@@ -54,22 +53,21 @@ class Saver(SoleOwner):
             "struct uffd_saver_options *",
             (pid, uffd, pagemap_fd, mem_fd, fd, memory_pages, max_stall_ns, rate),
         )
-        cell = ffi.new("struct uffd_saver **")
-        code = lib.uffd_saver_create(options, cell)
-        self._owned: Any = ffi.gc(cell[0], lib.uffd_saver_destroy)
+        super().__init__(ffi.new("struct uffd_saver **"), lib.uffd_saver_destroy)
+        code = lib.uffd_saver_create(options, self._cell)
         if code:
             raise_errno("saving pages", -code)
 
     def arm(self, ranges: memoryview, *, registers: bool) -> int:
         """Register ranges, or protect registered ones; return an errno."""
         vec, count = rows_of(ranges)
-        return -int(lib.uffd_saver_arm(self._owned, vec, count, registers))
+        return -int(lib.uffd_saver_arm(self._cell[0], vec, count, registers))
 
     def unregistered(self, ranges: memoryview) -> memoryview:
         """Return the ranges whose first page cannot be protected; the others' pages are."""
         vec, count = rows_of(ranges)
         found = ffi.new("struct uffd_page_ranges *")
-        code = lib.uffd_saver_unregistered(self._owned, vec, count, found)
+        code = lib.uffd_saver_unregistered(self._cell[0], vec, count, found)
         packed = take_ranges(found)
         if code:
             raise_errno("saving pages", -code)
@@ -82,27 +80,27 @@ class Saver(SoleOwner):
         """
         noted = ffi.new("struct uffd_page_ranges *")
         changed = ffi.new("struct uffd_page_ranges *")
-        code = lib.uffd_saver_take_noted(self._owned, noted, changed)
+        code = lib.uffd_saver_take_noted(self._cell[0], noted, changed)
         return take_ranges(noted), take_ranges(changed), -code
 
     def prepare(self, parts: Pieces, pages: memoryview) -> int:
         """Say what `begin` will probably be given, so that it needs less time; return an errno."""
         vec, count = rows_of(pages)
-        return -int(lib.uffd_saver_prepare(self._owned, parts._vec, len(parts), vec, count))
+        return -int(lib.uffd_saver_prepare(self._cell[0], parts._vec, len(parts), vec, count))
 
     def begin(self, parts: Pieces, pages: memoryview) -> int:
         """Owe the pages from now on; return an errno."""
         vec, count = rows_of(pages)
-        return -int(lib.uffd_saver_begin(self._owned, parts._vec, len(parts), vec, count))
+        return -int(lib.uffd_saver_begin(self._cell[0], parts._vec, len(parts), vec, count))
 
     def wait(self, limit_s: float) -> int:
         """Wait until all is saved; return an errno, EAGAIN if it is not yet."""
-        return -int(lib.uffd_saver_wait(self._owned, int(limit_s * 1e9)))
+        return -int(lib.uffd_saver_wait(self._cell[0], int(limit_s * 1e9)))
 
     def stats(self) -> SaverStats:
         """Return the counters."""
         cell = ffi.new("struct uffd_saver_stats *")
-        lib.uffd_saver_stats(self._owned, cell)
+        lib.uffd_saver_stats(self._cell[0], cell)
         return SaverStats(
             cell.faults,
             cell.swept,
@@ -116,7 +114,7 @@ class Saver(SoleOwner):
     def ranges(self, state: int) -> memoryview:
         """Return the pages in a state, by their address at the instant."""
         found = ffi.new("struct uffd_page_ranges *")
-        code = lib.uffd_saver_ranges(self._owned, state, found)
+        code = lib.uffd_saver_ranges(self._cell[0], state, found)
         packed = take_ranges(found)
         if code:
             raise_errno("saving pages", -code)
@@ -124,6 +122,4 @@ class Saver(SoleOwner):
 
     def close(self) -> None:
         """End it; may be called again."""
-        owned, self._owned = self._owned, None
-        if owned is not None:
-            ffi.release(owned)
+        ffi.release(self._cell)

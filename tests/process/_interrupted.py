@@ -1,6 +1,7 @@
 """Scenarios for `_interruptions`: what a careful program does, with an armed part.
 
-These use one object at a time; `_interrupted_handlers` has those with handlers.
+These use one object at a time; `_interrupted_handlers` has those with handlers, and
+`_interrupted_targets` those with other processes.
 
 Run one: `python -m tests.process._interrupted SCENARIO lines|checks [FIRST END STEP]`, or
 `SCENARIO signals RUNS`.
@@ -13,9 +14,10 @@ import os
 import socket
 import tempfile
 
-from pyuffd import FileSource, Pagemap, Region, Userfaultfd, lazy
+from pyuffd import FileSource, Pagemap, Region, Userfaultfd, lazy, probe
 from pyuffd.handover import connect_unix, listen_unix, recv_uffd, send_uffd
 from tests.process._interrupted_handlers import HANDLERS
+from tests.process._interrupted_targets import TARGETS
 from tests.process._interruptions import LARGE, MARK, Interrupter, Scenario, main
 
 PAGE = 4096
@@ -118,6 +120,16 @@ def open_pagemap(at: Interrupter) -> None:
         pagemap.read(region)
 
 
+def look_at_pages(at: Interrupter) -> None:
+    with Region.memfd(PAGES * PAGE) as region, at.armed():
+        region.residency()
+
+
+def look_at_kernel(at: Interrupter) -> None:
+    with at.armed():
+        probe()
+
+
 def open_file_source(at: Interrupter) -> None:
     with at.armed(), FileSource("/proc/self/exe") as source:
         source.read(0, PAGE)
@@ -188,10 +200,12 @@ OBJECTS: list[Scenario] = [
     close_region,
     view_region,
     open_pagemap,
+    look_at_pages,
+    look_at_kernel,
     open_file_source,
     refuse_file_source,
 ]
-SCENARIOS: dict[str, Scenario] = {one.__name__: one for one in OBJECTS} | HANDLERS
+SCENARIOS: dict[str, Scenario] = {one.__name__: one for one in OBJECTS + TARGETS} | HANDLERS
 
 if __name__ == "__main__":
     main(SCENARIOS)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable
 
 import pytest
 
 from pyuffd import Feature
-from pyuffd.testing import needs
+from pyuffd.testing import needs, needs_privilege
 from tests._child import run_child
 from tests.process._interrupted import SCENARIOS
+from tests.process._interrupted_targets import TARGETS
 from tests.process._interruptions import How, pester, places, sweep
 
 SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
@@ -23,7 +25,7 @@ HELPERS = [name for name in SCENARIOS if name.startswith(("process-", "auto-"))]
 QUICK = [name for name in SCENARIOS if name not in HELPERS]
 STOPS = ["native-stop", "thread-stop", "native-waiting", "thread-waiting"]
 HELPER_STOPS = ["process-stop", "process-waiting"]
-SOME_RUNS = {"native-with": 60, "thread-with": 60, "process-with": 3}
+SOME_RUNS = {"native-with": 60, "thread-with": 60, "process-with": 3, "stop_process": 40}
 MANY_RUNS = 1000
 MANY_HELPER_RUNS = 100
 BUDGET_S = 60.0
@@ -32,6 +34,7 @@ STRESS_BUDGET_S = 1800.0
 SOON = range(1, 40)
 
 pytestmark = needs(Feature(0))
+OTHERS = needs(Feature.WP_ASYNC), needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 
 
 def interrupt(
@@ -51,11 +54,17 @@ def bother(name: str, seed: int, runs: int) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def marked(names: Iterable[str]) -> list[object]:
+    """Say what scenarios with other processes need."""
+    others = {one.__name__ for one in TARGETS}
+    return [pytest.param(name, marks=OTHERS if name in others else ()) for name in names]
+
+
 hows = pytest.mark.parametrize("how", HOWS)
 
 
 @pytest.mark.crossing(every=3)
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", marked(QUICK))
 def test_at_some_places(name: str) -> None:
     run_child(interrupt, [(name, how) for how in HOWS], SEED, 1, budget_s=BUDGET_S)
 
@@ -68,7 +77,7 @@ def test_helpers_at_some_places() -> None:
 
 @pytest.mark.stress
 @hows
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", marked(SCENARIOS))
 def test_at_every_place(name: str, how: How) -> None:
     run_child(interrupt, [(name, how)], SEED, None, budget_s=STRESS_BUDGET_S)
 
@@ -85,13 +94,13 @@ def test_stop_twice_at_every_place(name: str, how: How) -> None:
     run_child(interrupt, [(name, how)], SEED, None, True, budget_s=STRESS_BUDGET_S)
 
 
-@pytest.mark.parametrize("name", SOME_RUNS)
+@pytest.mark.parametrize("name", marked(SOME_RUNS))
 def test_by_signals(name: str) -> None:
     run_child(bother, name, SEED, SOME_RUNS[name], budget_s=BUDGET_S)
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", marked(SCENARIOS))
 def test_by_many_signals(name: str) -> None:
     runs = MANY_HELPER_RUNS if name in HELPERS else MANY_RUNS
     run_child(bother, name, SEED, runs, budget_s=STRESS_BUDGET_S)

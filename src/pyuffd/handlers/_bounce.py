@@ -9,6 +9,7 @@ from contextlib import suppress
 from pyuffd import _memory
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import UffdOSError
+from pyuffd._owned import Descriptor
 
 # Small enough to stay in a cache between the read and the copy, large enough that a call from
 # Python is a hundredth of it.
@@ -23,16 +24,13 @@ class Bounce(SoleOwner):
     """
 
     _instead = "it is memory of one call"
-    fd: int
     address: int
 
     def __init__(self, size: int = BOUNCE_SIZE, *, shared: bool = False) -> None:
         self.size = size
-        self.fd = -1
         self._memory: mmap.mmap | None = None
         self._views: list[memoryview] = []
-        if shared:
-            self.fd = os.memfd_create("uffd-bounce", os.MFD_CLOEXEC)
+        self._file = Descriptor.memfd("uffd-bounce", os.MFD_CLOEXEC) if shared else Descriptor()
         try:
             if shared:
                 os.ftruncate(self.fd, size)
@@ -47,14 +45,17 @@ class Bounce(SoleOwner):
         with suppress(UffdOSError):  # before Linux 5.14
             _memory.madvise(self.address, size, _POPULATE_WRITE)
 
+    @property
+    def fd(self) -> int:
+        """The memfd, or -1."""
+        return self._file.number
+
     def close(self) -> None:
         """Close the descriptor and unmap the memory, or leave it to the last view of it.
 
         May be called again.
         """
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
         with suppress(BufferError):  # a traceback or a thread left behind looks at it
             for view in self._views:
                 view.release()
@@ -62,5 +63,5 @@ class Bounce(SoleOwner):
                 self._memory.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):
+        if hasattr(self, "_file"):
             self.close()

@@ -9,6 +9,7 @@ from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature
 from pyuffd._arguments import check_pid
 from pyuffd._errors import ProcessGoneError, UffdOSError, raise_errno
+from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, RangeLike
 from pyuffd._uffd import Userfaultfd
 
@@ -128,7 +129,7 @@ def _checked(uffd: Userfaultfd, given: int | None) -> int:
 
 def _check_process(uffd: Userfaultfd, pid: int) -> None:
     try:
-        os.close(os.pidfd_open(pid))
+        Descriptor.of_process(pid).close()
     except ProcessLookupError:
         if not _is_orphaned(uffd):
             raise_errno(

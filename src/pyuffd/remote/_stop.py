@@ -151,12 +151,16 @@ def stop(process: Target, limit_s: float, asleep_limit_s: float | None = None) -
             raise ValueError(f"process {process.pid} shares its memory with this process")
         held = calls.StoppedThreads()
         since = time.monotonic()
-        held.stop(pids, int(limit_s * 1e9), int(asleep_s * 1e9))
-        if held.code:
-            _fail(process, held, limit_s)
-        now = sharing(process.pid, process.memory_tid)
-        if set(now) <= set(pids):
-            return Stop(held.threads, held.ns / 1e9, tuple(pids), since, held)
+        try:
+            held.stop(pids, int(limit_s * 1e9), int(asleep_s * 1e9))
+            if held.code:
+                _fail(process, held, limit_s)
+            now = sharing(process.pid, process.memory_tid)
+            if set(now) <= set(pids):
+                return Stop(held.threads, held.ns / 1e9, tuple(pids), since, held)
+        except BaseException:  # whoever keeps the traceback must not keep the process
+            held.close()
+            raise
         held.close()
         pids = now
     raise_errno(
