@@ -70,6 +70,57 @@ static int write_at(int fd, const char *data, uint64_t length, uint64_t offset)
 	return ret;
 }
 
+/* Read what a file has at a place; nothing behind its end counts as zeros. */
+static int read_held(int fd, char *held, uint64_t length, uint64_t offset)
+{
+	uint64_t done = 0;
+	int ret;
+
+	do
+		ret = uffd_transfer_read(fd, (int64_t)offset, held, length, &done);
+	while (ret == -EINTR);
+	if (ret == -ENODATA) {
+		memset(held + done, 0, length - done);
+		ret = 0;
+	}
+	return ret;
+}
+
+/* Write those pages that are not the same in the file already; runs of them, one call each. */
+static int write_changed(int fd, const char *data, uint64_t length, uint64_t offset)
+{
+	char held[16 * BASE_PAGE];
+	int ret = 0;
+
+	for (uint64_t at = 0, step; !ret && at < length; at += step) {
+		step = lower(length - at, sizeof(held));
+		ret = read_held(fd, held, step, offset + at);
+		for (uint64_t page = 0, stop; !ret && page < step; page = stop) {
+			bool differs = memcmp(held + page, data + at + page, BASE_PAGE);
+
+			stop = page;
+			do
+				stop += BASE_PAGE;
+			while (stop < step &&
+			       !!memcmp(held + stop, data + at + stop, BASE_PAGE) == differs);
+			if (differs)
+				ret = write_at(fd, data + at + page, stop - page, offset + at + page);
+		}
+	}
+	return ret;
+}
+
+/* Write a run of pages to its place; what the file may hold there already depends on the flags. */
+static int put_run(const struct image *image, bool zero, const char *data, uint64_t length,
+		   uint64_t offset)
+{
+	if (image->flags & UFFD_IMAGE_IF_CHANGED)
+		return write_changed(image->fd, data, length, offset);
+	if (zero && !(image->flags & UFFD_IMAGE_OVERWRITE))
+		return 0;
+	return write_at(image->fd, data, length, offset);
+}
+
 /* Write pages that are at an address; runs of pages that are not zeros, one call each. */
 static int put(const struct image *image, uint64_t address, const void *data, uint64_t length)
 {
@@ -91,9 +142,9 @@ static int put(const struct image *image, uint64_t address, const void *data, ui
 		while (stop < limit && is_zero(from + stop) == zero);
 		if (zero)
 			ret = uffd_ranges_append(image->zero, address + at, address + stop);
-		if (!ret && (!zero || image->flags & UFFD_IMAGE_OVERWRITE))
-			ret = write_at(image->fd, from + at, stop - at,
-				       piece->offset + (address + at - piece->start));
+		if (!ret)
+			ret = put_run(image, zero, from + at, stop - at,
+				      piece->offset + (address + at - piece->start));
 		at = stop;
 	}
 	return ret;

@@ -22,6 +22,8 @@ struct uffd_image_piece {
 
 /* The file may hold something at these places: write zeros too. */
 #define UFFD_IMAGE_OVERWRITE	(1u << 0)
+/* As above, and they may hold the same: read them, and write only the pages that differ. */
+#define UFFD_IMAGE_IF_CHANGED	(1u << 3)
 /* For uffd_image_copy(): other threads of the machine get the CPU first. */
 #define UFFD_IMAGE_GENTLE	(1u << 2)
 
@@ -32,7 +34,7 @@ struct uffd_image_piece {
  * Copy ranges to the file.  Memory without PROT_READ is read through `mem_fd`, an open
  * /proc/PID/mem, unless that is negative.
  *
- * zero_ret: pages of zeros, not written unless flags have UFFD_IMAGE_OVERWRITE.  lost_ret: pages
+ * zero_ret: pages of zeros, not written unless flags have UFFD_IMAGE_OVERWRITE or _IF_CHANGED.  lost_ret: pages
  * that cannot be read; their place is treated as zeros.  done_ret: bytes done, from the beginning,
  * also after an error.  -EINVAL: a range outside of the pieces.
  */

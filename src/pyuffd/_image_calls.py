@@ -129,12 +129,28 @@ def copy(
 
 
 def write(
-    ranges: memoryview, data: Buffer, pieces: Pieces, fd: int, *, overwrite: bool
+    ranges: memoryview,
+    data: Buffer,
+    pieces: Pieces,
+    fd: int,
+    *,
+    overwrite: bool = False,
+    if_changed: bool = False,
 ) -> memoryview:
-    """Write packed ranges whose content is packed in a buffer; return the pages of zeros."""
+    """Write packed ranges whose content is packed in a buffer; return the pages of zeros.
+
+    Args:
+        ranges: What to write.
+        data: Their content.
+        pieces: Where it goes.
+        fd: The file.
+        overwrite: The file may have content at these places.
+        if_changed: It may even have the same content: read it, and write what differs.
+    """
     vec, count = rows_of(ranges)
     zero = ffi.new("struct uffd_page_ranges *")
     flags = lib.UFFD_IMAGE_OVERWRITE if overwrite else 0
+    flags |= lib.UFFD_IMAGE_IF_CHANGED if if_changed else 0
     with ffi.from_buffer("char[]", data) as pointer:
         code = lib.uffd_image_write(vec, count, pointer, pieces._vec, len(pieces), fd, flags, zero)
     packed = take_ranges(zero)

@@ -41,6 +41,7 @@ POINTS = [
     ("stopped", "begun"),
     ("stopped", "captured"),
     ("precopy", "begun"),
+    ("precopy", "ahead"),
     ("precopy", "round 0"),
     ("precopy", "resumed"),
     ("cow", "attached"),

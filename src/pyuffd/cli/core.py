@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=seconds(1e-6, 1e9),
         metavar="S",
         help="give up rather than stop the process for longer (without it, auto may end with a long"
-        " stop, and copying shared memory has no limit)",
+        " stop, and reading shared memory has no limit)",
     )
     parser.add_argument("--sync", action="store_true", help="wait until the file is on the disk")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
@@ -148,7 +148,7 @@ def _show(core: CoreFile) -> None:
         ("threads", str(core.threads)),
         ("mappings", str(core.mappings)),
         ("method", f"{core.method}: {core.reason}"),
-        ("pause", f"{core.pause_s * 1e3:.1f} ms, {core.stop_bytes / MIB:.1f} MiB copied in it"),
+        ("pause", f"{core.pause_s * 1e3:.1f} ms, {core.stop_bytes / MIB:.1f} MiB read in it"),
         ("total", f"{core.seconds:.3f} s, {rate:.0f} MiB/s"),
         *_gaps(core),
     ]

@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=seconds(0.001, 3600),
         metavar="S",
         help="give up rather than stop the process for longer (0.05; no limit with stopped, or for"
-        " shared memory that is copied while it is stopped)",
+        " shared memory that is read while it is stopped)",
     )
     parser.add_argument(
         "--rate", type=_rate, metavar="MIB", help="copy at most this many MiB per second"
@@ -127,7 +127,7 @@ def _table(report: SnapshotReport) -> str:
     rows = [
         ("snapshot", report.path),
         ("method", f"{report.method}: {report.reason}"),
-        ("pause", f"{report.pause_s * 1e3:.1f} ms, {report.stop_bytes / MIB:.1f} MiB copied in it"),
+        ("pause", f"{report.pause_s * 1e3:.1f} ms, {report.stop_bytes / MIB:.1f} MiB read in it"),
         ("rounds", f"{report.rounds} before it"),
         ("content", f"{report.bytes / MIB:.1f} MiB"),
         ("time", f"{report.seconds:.2f} s, {report.bytes / MIB / seconds:.0f} MiB/s"),

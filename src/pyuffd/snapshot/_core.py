@@ -22,7 +22,7 @@ from pyuffd.snapshot._core_file import NewFile, write, write_ends
 from pyuffd.snapshot._core_places import CoreLayout
 from pyuffd.snapshot._core_wanted import VDSO
 from pyuffd.snapshot._lock import only_one
-from pyuffd.snapshot._memory_files import FilesCopied, copy_files
+from pyuffd.snapshot._memory_files import FilesCopied, FilesCopy
 from pyuffd.snapshot._methods import capture
 from pyuffd.snapshot._output import punch
 
@@ -52,7 +52,7 @@ class CoreFile:
         bytes: Bytes of memory in it that are not holes.
         length: The length of the file in bytes, with its holes.
         pause_s: How long the process stood.
-        stop_bytes: Bytes copied while it stood.
+        stop_bytes: Bytes read while it stood; of shared memory only changes are written.
         seconds: How long all of it lasted.
         lost: Pages that could not be read, which are zeros in the file: poisoned, or behind the end
             of a mapped file.
@@ -247,6 +247,7 @@ class _Core:
             hint = "looking at another user's process needs CAP_SYS_PTRACE" if refused else ""
             raise_errno(f"read {error.filename}", code, hint=hint)
         self.private_files = self._layout.private_files
+        self._files = FilesCopy(process, file.fileno(), self._tell_of_files)
 
     def capture(self, method: Used, tracker: DirtyTracker | None) -> None:
         """Write the memory of one instant, and read the registers of the same."""
@@ -259,6 +260,9 @@ class _Core:
             progress=self._tell,
             in_stop=self._in_stop,
         )
+        if method != "stopped":
+            self._files.ahead(self._layout.files)
+            at_barrier("ahead")
         self._captured = capture(
             self._process,
             self._layout,
@@ -267,18 +271,19 @@ class _Core:
             options=options,
             tracker=tracker,
         )
+        shared = PageRanges.of(self._shared.data).memoryview()
+        self._files.free(ranges.union(self._captured.data, shared))
 
     def _in_stop(self, stop: Stop, _mappings: Mappings, _layout: Sequence[Placed]) -> None:
         self._stop = stop
         self._read = stop._read_registers()
         # Others that share the memory stand too.
         self._tids = set(self._about.tids()) if len(stop.pids) > 1 else None
-        self._shared = copy_files(
-            self._process, self._layout.files, self._file.fileno(), self._tell_of_files
-        )
+        self._shared = self._files.in_stop(self._layout.files)
 
     def _tell_of_files(self, done: int, total: int) -> None:
-        self._tell(SnapshotProgress("stop", done, total))
+        phase = "before" if self._stop is None else "stop"
+        self._tell(SnapshotProgress(phase, done, total))
 
     def _tell(self, progress: SnapshotProgress) -> None:
         limit_s, stop = self._request.max_stall_s, self._stop

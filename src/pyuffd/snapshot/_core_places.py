@@ -57,7 +57,7 @@ class CoreLayout:
         placed: Their places, also that of the vdso, which is not captured: it never changes, and is
             not in the page table.
         unknown: Mappings whose VmFlags are not known: they are new.
-        files: The places of mapped memfds and the like, which are not captured: `copy_files` is
+        files: The places of mapped memfds and the like, which are not captured: `FilesCopy` is
             for them.
         unseen: Such mappings whose file cannot be opened.
         private_files: What is read from files on a disk after the stop.

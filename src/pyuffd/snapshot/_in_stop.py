@@ -11,7 +11,7 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._core_notes import Notes
 from pyuffd.snapshot._file_pages import Span
-from pyuffd.snapshot._memory_files import FilesCopied, copy_files
+from pyuffd.snapshot._memory_files import FilesCopied, FilesCopy
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mappings, Process, Stop
@@ -41,7 +41,9 @@ class InStop:
         self._layout = layout
         self._directory = directory
         self._request = request
+        self._copy = FilesCopy(process, directory.pages.number, self._tell, request.rate)
         self._files = FilesCopied()
+        self._stop: Stop | None = None
         self.limit_s: float | None = None
         self.is_too_long = False
         self.notes = None if request.scope is not None else Notes(process)
@@ -51,22 +53,27 @@ class InStop:
         if self.notes is not None:
             self.notes.in_stop(stop, mappings, layout)
 
-        def tell(done: int, total: int) -> None:
-            limit_s = self.limit_s
-            if limit_s is not None and stop.pause_s > limit_s:
-                self.is_too_long = True
-                raise SnapshotError(
-                    "stalled",
-                    f"process {self._process.pid} would stand for longer than max_stall_s: after"
-                    f" {limit_s:g} s {done / 1e6:.0f} of {total / 1e6:.0f} MB of its shared memory"
-                    " were copied",
-                )
-            if self._request.progress is not None:
-                self._request.progress(SnapshotProgress("stop", done, total))
+        self._stop = stop
+        self._files = self._copy.in_stop(self._layout.files)
 
-        self._files = copy_files(
-            self._process, self._layout.files, self._directory.pages.number, tell
-        )
+    def ahead(self) -> None:
+        """Copy the shared memory before the stop, so that only changes are left for it."""
+        self._stop = None
+        self._copy.ahead(self._layout.files)
+
+    def _tell(self, done: int, total: int) -> None:
+        limit_s, stop = self.limit_s, self._stop
+        if limit_s is not None and stop is not None and stop.pause_s > limit_s:
+            self.is_too_long = True
+            raise SnapshotError(
+                "stalled",
+                f"process {self._process.pid} would stand for longer than max_stall_s: after"
+                f" {limit_s:g} s {done / 1e6:.0f} of {total / 1e6:.0f} MB of its shared memory"
+                " were copied",
+            )
+        if self._request.progress is not None:
+            phase = "before" if stop is None else "stop"
+            self._request.progress(SnapshotProgress(phase, done, total))
 
     def add_to(self, captured: Captured) -> None:
         """Add the shared memory: every page of it has content, is zeros, or is LOST."""
@@ -87,6 +94,7 @@ class InStop:
         captured.lost = ranges.union(captured.lost, ranges.union(lost, unseen))
         captured.absent = ranges.union(captured.absent, lazy)
         captured.unseen = unseen
+        self._copy.free(captured.data)
 
 
 def _packed(spans: Iterable[Span]) -> memoryview:

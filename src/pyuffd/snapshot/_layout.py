@@ -31,7 +31,7 @@ UNIT = 1 << 30
 class SnapshotLayout:
     """Gives every mapping its place; what is left out becomes a gap.
 
-    What a call returns is what the methods capture. Shared memory is not among it: `copy_files`
+    What a call returns is what the methods capture. Shared memory is not among it: `FilesCopy`
     copies that in the stop.
 
     Attributes:

@@ -9,6 +9,7 @@ copied are read there.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pyuffd.remote import Mapping, MappingKind, Process
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import Placed
 from pyuffd.snapshot._file_pages import Span, extents, is_huge_without_a_file, read
+from pyuffd.snapshot._output import punch
 
 
 def is_file_of_memory(mapping: Mapping) -> bool:
@@ -58,7 +60,7 @@ def try_open(process: Process, mapping: Mapping, stack: ExitStack) -> int | None
 
 @dataclass
 class FilesCopied:
-    """What `copy_files` has done.
+    """What `FilesCopy.in_stop` has done.
 
     Attributes:
         data: Pages with content, in the file.
@@ -93,23 +95,76 @@ class _Work:
         return self.of_file.bytes + self.of_process.bytes
 
 
-def copy_files(
-    process: Process, parts: Sequence[Placed], fd: int, tell: Callable[[int, int], None]
-) -> FilesCopied:
-    """Copy mapped files of memory to their places, and what a private mapping has copied of them.
+class FilesCopy:
+    """Copies mapped files of memory to their places, and what private mappings have copied of them.
 
-    The process stands. The places in `fd` are empty. `tell` is called with the bytes done and those
-    in all. Of a file that cannot be opened, the pages are copied that are in the process's page
-    table.
+    Reading in the stop what was copied before it, and comparing, is much faster than writing it:
+    the kernel makes whoever writes faster than the disk wait.
+
+    Args:
+        process: Whose memory it is.
+        fd: Where to put it.
+        tell: Called with the bytes done and those in all.
+        rate: Bytes a second before the stop.
     """
-    result = FilesCopied()
-    works = [_work(process, part, result) for part in parts]
-    done, total = 0, sum(work.bytes for work in works)
-    for work in works:
-        for size in _copied(process, work, fd, result):
-            done += size
-            tell(done, total)
-    return result
+
+    def __init__(
+        self,
+        process: Process,
+        fd: int,
+        tell: Callable[[int, int], None],
+        rate: float | None = None,
+    ) -> None:
+        self._process = process
+        self._fd = fd
+        self._tell = tell
+        self._rate = rate
+        self._written = PageRanges.of([])
+        self._parts: list[Placed] = []  # of that; the same one perhaps twice
+
+    def ahead(self, parts: Sequence[Placed]) -> None:
+        """Copy while the process runs and may change it: what the files have, if they can be read.
+
+        The places are empty.
+        """
+        result = FilesCopied()
+        works = [_work(self._process, part, result) for part in parts]
+        total = sum(work.of_file.bytes for work in works)
+        begin, done = time.monotonic(), 0
+        for work in works:
+            for size in _copied_of_file(self._process, work, self._fd, result, if_changed=False):
+                done += size
+                self._tell(done, total)
+                if self._rate:
+                    time.sleep(max(0.0, begin + done / self._rate - time.monotonic()))
+        self._note(parts, result)
+
+    def in_stop(self, parts: Sequence[Placed]) -> FilesCopied:
+        """Copy while the process stands; the last call counts.
+
+        Of a file that cannot be opened, the pages are copied that are in the process's page table.
+        """
+        result = FilesCopied()
+        works = [_work(self._process, part, result) for part in parts]
+        done, total = 0, sum(work.bytes for work in works)
+        if_changed = bool(self._parts)
+        for work in works:
+            for size in _copied(self._process, work, self._fd, result, if_changed=if_changed):
+                done += size
+                self._tell(done, total)
+        self._note(parts, result)
+        return result
+
+    def _note(self, parts: Sequence[Placed], result: FilesCopied) -> None:
+        self._parts += parts
+        self._written |= PageRanges.of(result.data)
+
+    def free(self, data: memoryview) -> None:
+        """Free the places of what was copied, and is not among the packed pages of `data`."""
+        stale = self._written - PageRanges(data)
+        for part in self._parts if len(stale) else ():
+            for each in stale & PageRanges.of([(part.start, part.end)]):
+                punch(self._fd, part.offset + each.start - part.start, each.length)
 
 
 def _work(process: Process, part: Placed, result: FilesCopied) -> _Work:
@@ -133,18 +188,12 @@ def _work(process: Process, part: Placed, result: FilesCopied) -> _Work:
     return _Work(part, found - own, own, present)
 
 
-def _copied(process: Process, work: _Work, fd: int, result: FilesCopied) -> Iterator[int]:
+def _copied(
+    process: Process, work: _Work, fd: int, result: FilesCopied, *, if_changed: bool
+) -> Iterator[int]:
     """Copy it; yield the bytes of each step."""
     part = work.part
-    if len(work.of_file):
-        pieces = calls.Pieces([(part.start, part.end, part.offset, True)])
-        with open_mapped(process, part.mapping) as file:
-            for start, end, content in read(file.number, part.mapping, work.of_file):
-                if content:
-                    _put(start, content, pieces, fd, work, result)
-                else:
-                    result.lost.append((start, end))
-                yield end - start
+    yield from _copied_of_file(process, work, fd, result, if_changed=if_changed)
     if len(work.of_process):
         copied = process.copy(work.of_process, fd, base=part.start, offset=part.offset)
         result.data += _spans(work.of_process - copied.lost)
@@ -152,14 +201,27 @@ def _copied(process: Process, work: _Work, fd: int, result: FilesCopied) -> Iter
         yield copied.bytes
 
 
-def _put(
-    start: int, content: bytes, pieces: calls.Pieces, fd: int, work: _Work, result: FilesCopied
-) -> None:
-    span = PageRanges.of([(start, start + len(content))])
-    zero = PageRanges(calls.write(span.memoryview(), content, pieces, fd, overwrite=False))
-    result.data += _spans(span - zero)
-    if work.part.mapping.kind is MappingKind.HUGETLB:
-        result.holes += _spans(zero - work.present)  # or pages of zeros, which nobody can tell
+def _copied_of_file(
+    process: Process, work: _Work, fd: int, result: FilesCopied, *, if_changed: bool
+) -> Iterator[int]:
+    part = work.part
+    if not len(work.of_file):
+        return
+    pieces = calls.Pieces([(part.start, part.end, part.offset, True)])
+    with open_mapped(process, part.mapping) as file:
+        for start, end, content in read(file.number, part.mapping, work.of_file):
+            if not content:
+                result.lost.append((start, end))
+            else:
+                span = PageRanges.of([(start, end)])
+                zero = PageRanges(
+                    calls.write(span.memoryview(), content, pieces, fd, if_changed=if_changed)
+                )
+                result.data += _spans(span - zero)
+                if part.mapping.kind is MappingKind.HUGETLB:
+                    # Or pages of zeros, which nobody can tell.
+                    result.holes += _spans(zero - work.present)
+            yield end - start
 
 
 def _spans(pages: PageRanges) -> list[Span]:

@@ -137,6 +137,9 @@ def _captured_by(
     in_stop: InStop,
 ) -> Captured:
     in_stop.limit_s = request.max_stall_s
+    if method != "stopped":
+        in_stop.ahead()
+        at_barrier("ahead")
     options = Options(
         max_stall_s=MAX_STALL_S if request.max_stall_s is None else request.max_stall_s,
         stopped_s=math.inf if request.max_stall_s is None else request.max_stall_s,

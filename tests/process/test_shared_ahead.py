@@ -1,0 +1,230 @@
+"""Shared memory is copied before the stop; what changes until the stop is what counts."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from pyuffd import PageRanges, Process, Region, Snapshot, write_core
+from pyuffd import _image_calls as calls
+from pyuffd._memory import fallocate
+from pyuffd.snapshot import _capture
+from pyuffd.testing import needs_privilege
+from tests.process._core import PAGE, Core
+
+pytestmark = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
+
+PAGES = 600  # more than one piece of 1 MiB
+LENGTH = PAGES * PAGE
+PUNCH_HOLE = 3
+LONG_S = 5.0
+F_SEAL_WRITE = 8
+TARGET = """
+import ctypes, mmap, os, sys
+fd, length = int(sys.argv[1]), int(sys.argv[2])
+area = mmap.mmap(fd, length)
+start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+print(start, flush=True)
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
+for line in sys.stdin:
+    first, count = map(int, line.split())
+    libc.mmap(start + first * 4096, count * 4096, 3, 0x32, -1, 0)  # private, anonymous, fixed
+    ctypes.memset(start + first * 4096, 7, 4096)
+    print(flush=True)
+"""
+
+
+@dataclass
+class Shared:
+    """A memfd that a process has mapped, and what the process sees there."""
+
+    fd: int
+    start: int
+    process: Process
+    program: subprocess.Popen[str]
+    content: bytearray
+
+    def write(self, page: int, data: bytes) -> None:
+        os.pwrite(self.fd, data, page * PAGE)
+        self.content[page * PAGE : page * PAGE + len(data)] = data
+
+    def punch(self, page: int, count: int) -> None:
+        fallocate(self.fd, PUNCH_HOLE, page * PAGE, count * PAGE)
+        self.content[page * PAGE : (page + count) * PAGE] = bytes(count * PAGE)
+
+    def replace(self, page: int, count: int) -> None:
+        """Map private memory there, whose first page is written."""
+        assert self.program.stdin is not None
+        assert self.program.stdout is not None
+        self.program.stdin.write(f"{page} {count}\n")
+        self.program.stdin.flush()
+        self.program.stdout.readline()
+        self.content[page * PAGE : (page + count) * PAGE] = b"\7" * PAGE + bytes((count - 1) * PAGE)
+
+
+@contextmanager
+def shared() -> Iterator[Shared]:
+    fd = os.memfd_create("shared")
+    content = bytearray(b"".join(bytes([1 + page % 255]) * PAGE for page in range(PAGES)))
+    content[50 * PAGE : 60 * PAGE] = bytes(10 * PAGE)  # pages of zeros, and a hole
+    os.pwrite(fd, content, 0)
+    words = [sys.executable, "-c", TARGET, str(fd), str(LENGTH)]
+    pipe = subprocess.PIPE
+    program = subprocess.Popen(words, stdin=pipe, stdout=pipe, pass_fds=[fd], text=True)
+    try:
+        assert program.stdout is not None
+        start = int(program.stdout.readline())
+        with Process(program.pid) as process:
+            memory = Shared(fd, start, process, program, content)
+            memory.punch(80, 5)
+            yield memory
+    finally:
+        program.kill()
+        program.communicate()
+        os.close(fd)
+
+
+def nothing(_memory: Shared) -> None:
+    pass
+
+
+def written(memory: Shared) -> None:
+    memory.write(0, b"new")
+    memory.write(255, b"new" * PAGE)  # into the next piece
+    memory.write(82, b"in the hole")
+    memory.write(PAGES - 1, b"the last")
+
+
+def zeroed(memory: Shared) -> None:
+    for page in (0, 17, 255, 256, PAGES - 1):
+        memory.write(page, bytes(PAGE))
+
+
+def punched(memory: Shared) -> None:
+    for page, count in ((0, 1), (200, 100), (PAGES - 1, 1)):
+        memory.punch(page, count)
+
+
+def replaced(memory: Shared) -> None:
+    memory.replace(10, 300)
+
+
+def at_random(memory: Shared) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    for _ in range(300):
+        page = chance.randrange(PAGES - 8)
+        match chance.randrange(4):
+            case 0:
+                memory.write(page, chance.randbytes(chance.randrange(1, 3 * PAGE)))
+            case 1:
+                memory.write(page, bytes(PAGE))
+            case 2:
+                memory.punch(page, chance.randrange(1, 8))
+            case 3:
+                memory.write(page, bytes([1 + page % 255]) * PAGE)  # as it was
+
+
+CHANGES = [nothing, written, zeroed, punched, replaced, at_random]
+Method = Literal["precopy", "cow", "stopped"]
+
+
+@contextmanager
+def changed(
+    memory: Shared, change: Callable[[Shared], None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Change it after the copy, and again when the instant is over, which must not be seen."""
+    done: list[str] = []
+
+    def at(name: str) -> None:
+        if name == "ahead" and not done:
+            change(memory)
+        elif name == "resumed" and done == ["ahead"]:
+            os.pwrite(memory.fd, b"later" * PAGE, 0)
+        else:
+            return
+        done.append(name)
+
+    monkeypatch.setattr(_capture, "barrier", at)
+    yield
+    assert done == ["ahead", "resumed"]
+
+
+@pytest.mark.parametrize("method", ["precopy", "cow"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_core(
+    change: Callable[[Shared], None],
+    method: Method,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with shared() as memory:
+        with changed(memory, change, monkeypatch):
+            write_core(memory.process, tmp_path / "core", method=method, max_stall_s=LONG_S)
+        with Core(tmp_path / "core") as core:
+            assert core.read(memory.start, LENGTH) == bytes(memory.content)
+
+
+@pytest.mark.parametrize("method", ["precopy", "cow"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_snapshot(
+    change: Callable[[Shared], None],
+    method: Method,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Read through the snapshot, and mapped, where a page of zeros must be a hole of the file."""
+    path = tmp_path / "one"
+    with shared() as memory:
+        with changed(memory, change, monkeypatch):
+            Snapshot.take(memory.process, path, method=method, shared="pause", max_stall_s=LONG_S)
+        with Snapshot.open(path) as snapshot:
+            snapshot.verify()
+            assert snapshot.read(memory.start, LENGTH) == bytes(memory.content)
+            assert mapped(snapshot, memory.start) == bytes(memory.content)
+
+
+def mapped(snapshot: Snapshot, start: int) -> bytes:
+    """Return the memory as a mapping of the snapshot's file has it."""
+    content = b""
+    for each in snapshot.regions:
+        if start <= each.start < start + LENGTH:
+            region = Region.anonymous(each.length)
+            with region, snapshot.restore({each.start: region}, mode="map"):
+                content += region.read()
+    return content
+
+
+def test_only_what_differs_is_written() -> None:
+    """Sealed against writes, the file takes what it has already, and nothing else."""
+    fd = os.memfd_create("image", os.MFD_ALLOW_SEALING)
+    held = random.Random(1).randbytes(20 * PAGE) + bytes(20 * PAGE)
+    os.pwrite(fd, held, PAGE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_WRITE)
+    start = 1 << 30
+    longer = held + bytes(PAGE)  # behind the end are zeros
+    pieces = calls.Pieces([(start, start + len(longer), PAGE, True)])
+    span = PageRanges.of([(start, start + len(longer))])
+    zero = calls.write(span.memoryview(), longer, pieces, fd, if_changed=True)
+    assert [(each.start, each.end) for each in PageRanges(zero)] == [
+        (start + 20 * PAGE, start + 41 * PAGE)
+    ]
+    for page in (0, 15, 16, 19, 20, 40):
+        other = bytearray(longer)
+        other[page * PAGE + 100] ^= 1
+        with pytest.raises(PermissionError):
+            calls.write(span.memoryview(), other, pieces, fd, if_changed=True)
+    os.close(fd)
