@@ -420,7 +420,10 @@ def freeze(cgroup: Path, *, frozen: bool = True) -> None:
 
 
 def stack_pointer(pid: int) -> str:
-    return Path(f"/proc/{pid}/syscall").read_text().split()[-2]
+    """Wait until the thread is frozen again after a tracer, and return its stack pointer."""
+    words = Path(f"/proc/{pid}/syscall")
+    wait_until("it does not run", lambda: words.read_text() != "running\n")
+    return words.read_text().split()[-2]
 
 
 def test_a_frozen_target_is_refused_as_it_is(program: str, cgroup: Path) -> None:
