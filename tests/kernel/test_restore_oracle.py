@@ -1,5 +1,6 @@
-"""Random snapshots, restored in all ways, compared with a reader that shares no code with pyuffd.
+"""Random snapshots, written or taken of a process, restored, compared with a reader of our own.
 
+The reader shares no code with pyuffd, and the process changes its memory as a copy here does.
 PYUFFD_SEED is the first seed of the long run, PYUFFD_SOAK_S its seconds.
 """
 
@@ -11,8 +12,9 @@ import random
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -20,6 +22,7 @@ from pyuffd import (
     Feature,
     Handler,
     PagePoisonedError,
+    Process,
     Region,
     Restore,
     RunState,
@@ -27,7 +30,8 @@ from pyuffd import (
     SnapshotError,
     Userfaultfd,
 )
-from pyuffd.testing import needs
+from pyuffd.testing import needs, needs_privilege
+from tests._changing import Changing
 from tests._child import run_child
 from tests._image_reader import ABSENT, LOST, PAGE, SHARED, Reader
 from tests._memory import memory_of, memory_params
@@ -42,7 +46,16 @@ GAPS = {RunState.ABSENT: ABSENT, RunState.LOST: LOST, RunState.SHARED: SHARED}
 PACKED_EVERY = 10
 # The exception of each looks through /proc.
 POISONED_MOST = 5
+# Each starts a process.
+TAKEN_EVERY = 7
 TOUCHES, MARK = 12, b"written by the program"
+
+
+class Part(NamedTuple):
+    """A part of a process's memory."""
+
+    start: int
+    length: int
 
 
 class Span:
@@ -249,14 +262,49 @@ def one(seed: int, name: str) -> list[str | None]:
     return done
 
 
-def some(name: str, seed: int, count: int, seconds: float) -> tuple[int, list[str]]:
-    """Return how many seeds were done, and by which methods."""
+def taken(seed: int, name: str) -> list[str | None]:
+    """Snapshot a process that changes its memory, and restore some of it; return the methods."""
+    rng = random.Random(seed)
+    done: list[str | None] = []
+    parent: Path | None = None
+    with (
+        tempfile.TemporaryDirectory(prefix="oracle-") as folder,
+        Changing(seed) as process,
+        Process(process.pid) as target,
+    ):
+        for number in range(rng.choice((1, 2, 3))):
+            process.change()
+            path = Path(folder) / str(number)
+            Snapshot.take(
+                target,
+                path,
+                method=rng.choice(("stopped", "cow", "precopy")),
+                ranges=[Part(start, len(content)) for start, content in process.areas],
+                parent=parent if rng.random() < 0.7 else None,
+                max_stall_s=WAIT_S,  # however busy the machine is
+                durable=False,
+            )
+            reader = Reader(path)
+            for start, content in process.areas:
+                assert reader.content(start, len(content))[0] == content, hex(start)
+            with Snapshot.open(path) as snapshot:
+                read_all(reader, snapshot)
+                done += [Case(rng, reader, snapshot, name).run() for _ in range(2)]
+            parent = path
+    return done
+
+
+def some(
+    name: str, seed: int, count: int, seconds: float, *, takes: bool = False
+) -> tuple[int, list[str]]:
+    """Return how many seeds were done, and by which methods; `takes` snapshots of processes too."""
     until = time.monotonic() + seconds
     methods: set[str] = set()
     done = 0
     while done < count and time.monotonic() < until:
         try:
-            methods.update(filter(None, one(seed + done, name)))
+            program = taken if takes and not (seed + done) % TAKEN_EVERY else one
+            methods.update(filter(None, program(seed + done, name)))
         except BaseException:
             print(f"seed {seed + done} of {name}")
             raise
@@ -267,6 +315,12 @@ def some(name: str, seed: int, count: int, seconds: float) -> tuple[int, list[st
 # Seeds of the short run: all modes, and one compressed chain, which needs a helper process once.
 FEW = {"anon": range(26, 31)}
 OTHERS = range(1, 3)
+FEW_TAKEN = (1, 3)
+
+
+# A process that is to be snapshotted is stopped, and its page table read.
+can_watch = needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM)
+can_stop = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 
 
 @pytest.mark.parametrize("name", memory_params())
@@ -276,9 +330,24 @@ def test_random_snapshots(name: str) -> None:
     assert methods == (["copy", "map", "minor"] if name == "anon" else ["copy"])
 
 
+def some_taken(seeds: Sequence[int]) -> list[list[str | None]]:
+    return [taken(seed, "anon") for seed in seeds]
+
+
+@can_watch
+@can_stop
+def test_random_process() -> None:
+    done = run_child(some_taken, FEW_TAKEN, budget_s=60).value
+    assert all(any(methods) for methods in done)
+
+
+@can_watch
+@can_stop
 @pytest.mark.stress
 @pytest.mark.parametrize("name", memory_params())
 def test_many_random_snapshots(name: str) -> None:
     seconds = SOAK_S / 5
-    count, _ = run_child(some, name, SEED, 1 << 30, seconds, budget_s=seconds + 2 * WAIT_S).value
+    count, _ = run_child(
+        some, name, SEED, 1 << 30, seconds, takes=True, budget_s=seconds + 2 * WAIT_S
+    ).value
     print(f"{count} chains on {name}, from seed {SEED}")
