@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from operator import itemgetter
 
 from pyuffd._abi import RegisterMode
@@ -16,19 +17,29 @@ class RangeModes:
     """The ranges that one object registered, with their modes: disjoint, in address order.
 
     Each change is one assignment, so an exception raised by a signal handler comes before or after
-    it.
+    it. It is made only if no other thread, nor a signal handler, has made one since the rows were
+    looked at. CPython changes threads and runs signal handlers after calls and at the end of a
+    loop's pass, so never between that comparison and the assignment.
+
+    Threads: safe.
     """
 
     def __init__(self) -> None:
         self._rows: list[_Row] = []
+        self._changes = 0
 
     def __bool__(self) -> bool:
         return bool(self._rows)
 
+    def rows(self) -> list[_Row]:
+        """Return all ranges: start, end and mode of each."""
+        return self._rows.copy()
+
     @property
-    def span(self) -> tuple[int, int]:
-        """The first start and the last end; there must be a range."""
-        return self._rows[0][0], self._rows[-1][1]
+    def span(self) -> tuple[int, int] | None:
+        """The first start and the last end, or None without a range."""
+        rows = self.rows()
+        return (rows[0][0], rows[-1][1]) if rows else None
 
     def copy(self) -> RangeModes:
         """Return an independent copy."""
@@ -38,41 +49,55 @@ class RangeModes:
 
     def overlapping(self, start: int, end: int) -> list[_Row]:
         """Return the parts of known ranges that lie in [start, end)."""
-        rows = self._rows[self._slice(start, end)]
-        return [(max(a, start), min(b, end), mode) for a, b, mode in rows]
+        while True:
+            changes = self._changes
+            rows = self._rows[self._slice(start, end)]
+            if self._changes == changes:
+                return [(max(a, start), min(b, end), mode) for a, b, mode in rows]
 
     def set(self, start: int, end: int, mode: RegisterMode) -> None:
         """Note `mode` for [start, end), as the kernel does: a subset of the old mode is ignored."""
-        kept = [row for row in self.overlapping(start, end) if is_subset(mode, row[2])]
-        rows: list[_Row] = []
-        at = start
-        for a, b, old in [*kept, (end, end, mode)]:
-            rows += [(at, a, mode), (a, b, old)]
-            at = b
-        self._replace(start, end, rows)
+
+        def with_mode(known: list[_Row]) -> list[_Row]:
+            kept = [row for row in known if is_subset(mode, row[2])]
+            rows: list[_Row] = []
+            at = start
+            for a, b, old in [*kept, (end, end, mode)]:
+                rows += [(at, a, mode), (a, b, old)]
+                at = b
+            return rows
+
+        self._replace(start, end, with_mode)
 
     def put(self, rows: list[_Row]) -> None:
         """Note ranges (start, end, mode) that do not overlap, for all from the first to the last.
 
         What was known in between is forgotten.
         """
-        rows = sorted(rows, key=_start_of)
-        self._replace(rows[0][0], rows[-1][1], rows)
+        ordered = sorted(rows, key=_start_of)
+        self._replace(ordered[0][0], ordered[-1][1], lambda known: ordered)
 
     def clear(self, start: int, end: int) -> None:
         """Remove [start, end), cutting ranges that extend beyond it."""
-        self._replace(start, end, [])
+        self._replace(start, end, lambda known: [])
 
-    def _replace(self, start: int, end: int, rows: list[_Row]) -> None:
-        where = self._slice(start, end)
-        old = self._rows[where]
-        before = [(a, start, mode) for a, _, mode in old]
-        behind = [(end, b, mode) for _, b, mode in old]
-        self._rows[where] = [row for row in [*before, *rows, *behind] if row[0] < row[1]]
+    def _replace(self, start: int, end: int, make: Callable[[list[_Row]], list[_Row]]) -> None:
+        while True:
+            changes = self._changes
+            where = self._slice(start, end)
+            old = self._rows[where]
+            before = [(a, start, mode) for a, _, mode in old]
+            behind = [(end, b, mode) for _, b, mode in old]
+            rows = make([(max(a, start), min(b, end), mode) for a, b, mode in old])
+            new = [row for row in [*before, *rows, *behind] if row[0] < row[1]]
+            if self._changes == changes:
+                self._changes, self._rows[where] = changes + 1, new
+                return
 
     def _slice(self, start: int, end: int) -> slice:
         first = bisect_right(self._rows, start, key=_start_of)
-        if first and self._rows[first - 1][1] > start:
+        last = self._rows[max(first - 1, 0) : first]
+        if last and last[0][1] > start:
             first -= 1
         return slice(first, bisect_left(self._rows, end, key=_start_of))
 

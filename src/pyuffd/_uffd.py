@@ -203,15 +203,11 @@ class Userfaultfd(UffdFill):
 
     def _registered_ranges(self) -> list[tuple[int, int]]:
         """Return start and length of each range that this object has registered."""
-        if not self._registered:
-            return []
-        return [(a, b - a) for a, b, _ in self._registered.overlapping(*self._registered.span)]
+        return [(a, b - a) for a, b, _ in self._registered.rows()]
 
     def _registered_for(self, mode: RegisterMode) -> list[tuple[int, int]]:
         """Return start and end of each range that this object has registered for a mode."""
-        if not self._registered:
-            return []
-        rows = self._registered.overlapping(*self._registered.span)
+        rows = self._registered.rows()
         return [(start, end) for start, end, modes in rows if modes & mode]
 
     def _has_registered(self, start: int, end: int) -> bool:
@@ -357,7 +353,7 @@ class Userfaultfd(UffdFill):
         if not self.closed and self._pid == os.getpid():
             self._watch.update(
                 self.fileno(),
-                self._registered.span if self._registered else None,
+                self._registered.span,
                 owner_pid=self.owner_pid,
                 by_handler=self._claims.is_owned,
                 has_forks=bool(self.features & Feature.EVENT_FORK),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import linecache
 import random
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 
-from pyuffd import RegisterMode
+from pyuffd import RegisterMode, _range_modes
 from pyuffd._range_modes import RangeModes
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
@@ -70,3 +75,59 @@ def test_clear_splits() -> None:
     modes.set(0, 10, MISSING | WP)
     modes.clear(3, 5)
     assert modes.overlapping(0, 10) == [(0, 3, MISSING | WP), (5, 10, MISSING | WP)]
+
+
+# Nothing can come between it and the comparison before it.
+ASSIGNMENT = "self._changes, self._rows[where] ="
+
+Change = Callable[[RangeModes | Model], None]
+OUTER: tuple[Change, ...] = (
+    lambda modes: modes.set(10, 14, WP),
+    lambda modes: modes.set(9, 15, MISSING),
+    lambda modes: modes.clear(10, 14),
+)
+INNER: tuple[Change, ...] = (
+    lambda modes: modes.clear(0, 4),
+    lambda modes: modes.set(2, 3, WP),
+    lambda modes: modes.clear(16, 24),
+    lambda modes: modes.set(5, 7, MINOR),
+)
+
+
+def changed_at(line: int, outer: Change, inner: Change) -> tuple[RangeModes, int]:
+    """Make a change before the line with this number of another one; return how many it has."""
+    modes, seen = RangeModes(), 0
+    for start in (0, 8, 16):
+        modes.set(start, start + 8, MISSING)
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != _range_modes.__file__:
+            return None
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not text.strip().startswith(ASSIGNMENT):
+            seen += 1
+            if seen == line:
+                inner(modes)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        outer(modes)
+    finally:
+        sys.settrace(before)
+    return modes, seen
+
+
+@pytest.mark.parametrize("inner", range(len(INNER)))
+@pytest.mark.parametrize("outer", range(len(OUTER)))
+def test_a_change_inside_another_one(outer: int, inner: int) -> None:
+    model = Model()
+    model.set(0, PAGES, MISSING)
+    INNER[inner](model)
+    OUTER[outer](model)
+    _, lines = changed_at(0, OUTER[outer], INNER[inner])
+    for line in range(1, lines):
+        modes, _ = changed_at(line, OUTER[outer], INNER[inner])
+        assert by_page(modes) == model.pages, f"line {line} of {lines}"

@@ -23,7 +23,7 @@ class EngineLife:
         self.place = ffi.new("struct uffd_engine **")  # C notes the engine here
         self.is_over = False  # no call is inside, and none will come
         self._is_owned = self._is_finalized = self._is_freed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._discard = lib.uffd_engine_discard  # modules may be gone before a destructor runs
 
     def own(self) -> None:
@@ -67,9 +67,10 @@ class EngineCalls(SoleOwner):
 
     def _engine(self) -> Any:
         # The garbage collector may end it before the object that would stop it.
-        if self._pointer is None or self.life.is_over:
+        pointer = self._pointer  # once: another thread, or a signal handler, may end it meanwhile
+        if pointer is None or self.life.is_over:
             raise ClosedError("this handler has stopped")
-        return self._pointer
+        return pointer
 
 
 def range_ref(served: RangeId) -> Any:
