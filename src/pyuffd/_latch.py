@@ -1,4 +1,4 @@
-"""A flag that is set once, and waited for by threads that a signal may interrupt (layer L1).
+"""What waits with signal handlers in mind: a flag that is set once, and a lock (layer L1).
 
 `threading.Event` is no help there. An exception of a signal handler that arrives inside its
 `wait()` can leave the lock of its condition held, so that `set()` waits until the process ends, or
@@ -13,6 +13,12 @@ import time
 
 # A waiter that was interrupted while it let the next one through leaves it waiting for so long.
 LOOK_S = 0.2
+
+
+def is_held_here(lock: threading.RLock) -> bool:
+    """Return whether this thread holds a lock, perhaps in a call that a signal has interrupted."""
+    owned: bool = lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition does
+    return owned
 
 
 class Latch:

@@ -361,14 +361,14 @@ def _async_source_elsewhere(
 LOOK_S = 0.2
 
 _loops: list[asyncio.AbstractEventLoop] = []  # at most one
-_loops_lock = threading.Lock()
+_loops_lock = threading.RLock()
 
 
 def _forget_loops() -> None:
     """Forget the loop in the child of a fork, where its thread does not exist."""
     global _loops_lock
     _loops.clear()
-    _loops_lock = threading.Lock()
+    _loops_lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget_loops)

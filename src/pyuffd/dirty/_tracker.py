@@ -16,6 +16,7 @@ from pyuffd._arguments import shown
 from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError
+from pyuffd._latch import is_held_here
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _async, _rows
@@ -112,7 +113,7 @@ class DirtyTracker(Closing):
     ) -> None:
         if method not in _METHODS:
             raise ValueError(f"method {shown(method)} is not one of {', '.join(_METHODS)}")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pending = Pending()
         self._rate = 0.0
         self._last: DirtyRound | None = None
@@ -214,7 +215,7 @@ class DirtyTracker(Closing):
             is_stopped: The target stands.
             mappings: Its mappings, if they were read since it has stopped.
         """
-        with self._lock:
+        with self._turn("collect()"):
             self._check_open()
             now = time.monotonic()
             found = self._method.collect(mappings)
@@ -238,14 +239,14 @@ class DirtyTracker(Closing):
 
         GIL: released while scanning.  Threads: safe; one at a time.  Blocks: no.
         """
-        with self._lock:
+        with self._turn("peek()"):
             self._check_open()
             seconds = time.monotonic() - self._since
             pending = self._pending.plus(self._with_pins(self._method.peek(), peek=True))
             return make(pending, seconds, None)
 
     def _commit(self, round_: DirtyRound) -> None:
-        with self._lock:
+        with self._turn("commit()"):
             if round_ is not self._last:
                 raise ValueError("a later round has been collected: commit that one")
             self._pending = Pending()
@@ -301,7 +302,7 @@ class DirtyTracker(Closing):
 
     def _gaps(self) -> list[Blind]:
         """Return what the method cannot see; the same list while that is the same."""
-        with self._lock:
+        with self._turn("blind"):
             self._check_open()
             return self._method.blind()
 
@@ -318,10 +319,19 @@ class DirtyTracker(Closing):
         GIL: released.  Threads: safe.  Blocks: until a `collect` of another thread is over, and
             with "wp-sync" until its handler has stopped.
         """
-        with self._lock:
+        with self._turn("close()"):
             stack, self._open = self._open, None
         if stack is not None and self._maker == os.getpid():
             stack.close()
+
+    def _turn(self, what: str) -> threading.RLock:
+        """Return the lock, for a `with` statement; refuse a call inside another one."""
+        if is_held_here(self._lock):
+            raise UffdError(
+                f"{what} was called inside another call of {self!r}, by a signal handler: call it"
+                " when that one has returned"
+            )
+        return self._lock
 
     def _check_open(self) -> None:
         if self._open is None:

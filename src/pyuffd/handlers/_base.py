@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pyuffd._arguments import check_int
@@ -14,9 +14,11 @@ from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._bounce import BOUNCE_SIZE, Bounce
 from pyuffd.handlers._checks import LAYOUT_EVENTS
 from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._overlaps import overlaps_lock
 from pyuffd.handlers._served_parts import Part, holds, shown, without
 from pyuffd.handlers._serving import Served, served_mode
 from pyuffd.handlers._threads import WorkedEngine
+from pyuffd.handlers._turns import turn_of
 from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.regions import Region
 
@@ -112,9 +114,14 @@ class HandlerBase(SoleOwner):
             raise ClosedError(
                 f"this handler belongs to process {self._pid}, not to its fork {os.getpid()}"
             )
-        if self._engine is None:
+        engine = self._engine  # once: another thread, or a signal handler, may end it meanwhile
+        if engine is None:
             raise ClosedError("this handler has stopped")
-        return self._engine
+        return engine
+
+    def _turn(self) -> AbstractContextManager[object]:
+        """Return the lock, for a `with` statement."""
+        return turn_of(self._lock, overlaps_lock())
 
     def _serves(self, served: Served) -> bool:
         return self._served.get(served.key) is served

@@ -82,7 +82,7 @@ class Ending:
         self._is_over = Latch()
         self._start_lock = threading.RLock()
         self._is_started = False
-        self._work_lock = threading.Lock()
+        self._work_lock = threading.RLock()
         self._worker = 0  # the thread that does the work
         self.began_at = time.monotonic()
         self._give_up_at = self.began_at + limit_s

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd._latch import is_held_here
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._bounce import BOUNCE_SIZE
 from pyuffd.handlers._checkpoint import StateRanges
 from pyuffd.handlers._engine_pages import runs_of
+from pyuffd.handlers._overlaps import overlaps_lock
 from pyuffd.handlers._present import is_private_file, shows_cache
+from pyuffd.handlers._turns import CalledInside, refuse_inside
 from pyuffd.handlers._types import PageState, Protect, SourceKind
 from pyuffd.handlers._write_back import BackFile, writer_of
 from pyuffd.handlers.process._remote import NO_EVICTION
@@ -143,14 +147,13 @@ class EvictsPages(HandlerBase):
                 return engine.evict(served.id, at, span, wanted, written_too=True)
             if isinstance(write, BackFile):
                 write.check_place(served.source, at, at + span)
-                with served.evicting, served.changing:
+                with self._turn_to_evict(served), served.changing:
                     served.was_protected = True
                     served.protections += 1
                     return engine.evict_to(
                         served.id, at, span, write.fd, write.begin, written_only=bool(written_only)
                     )
-            # Two calls could write different contents of a page in the wrong order.
-            with served.evicting:
+            with self._turn_to_evict(served):
                 return self._evict_by_call(
                     engine, served, at, span, write, written_only=written_only
                 )
@@ -160,6 +163,15 @@ class EvictsPages(HandlerBase):
                     "the memory is locked: call munlock(2), or do not evict it"
                 ) from None
             raise
+
+    def _turn_to_evict(self, served: Served) -> AbstractContextManager[object]:
+        if is_held_here(served.evicting):
+            raise CalledInside(
+                "write_back evicts the region that it is called for, or a signal handler does"
+            )
+        # Whoever has this lock may wait for the inner ones.
+        refuse_inside("evict()", served.changing, self._lock, overlaps_lock())
+        return served.evicting
 
     def _evict_by_call(
         self,

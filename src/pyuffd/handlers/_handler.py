@@ -228,7 +228,7 @@ class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, St
             over; with the process driver also until its worker process has answered.
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
-        with self._lock:
+        with self._turn():
             engine = self._running_engine()
             if self._started:
                 return

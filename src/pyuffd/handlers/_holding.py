@@ -40,7 +40,7 @@ class Hold(Closing):
         self._stopped_at = stopped_at
         self._limit_at = time.monotonic() + limit_s
         self._engine: Backend | None = engine
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.expired: bool = False
         try:
             self._token = engine.pause(int(limit_s * 1e9))

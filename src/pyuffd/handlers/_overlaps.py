@@ -36,6 +36,11 @@ _lock = threading.RLock()
 _removed: deque[tuple[Overlaps, Range]] = deque()
 
 
+def overlaps_lock() -> threading.RLock:
+    """Return the lock of all handlers, the last that is acquired."""
+    return _lock
+
+
 def _start_anew() -> None:
     """In a fork: its handlers are its own, and another thread may have had the lock."""
     global _lock, _all

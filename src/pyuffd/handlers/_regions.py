@@ -161,7 +161,7 @@ class ServesRegions(Unserves):
         borrowed = Borrowed()
         try:
             content = None if source is None else borrowed.source(source)  # may open a file
-            with self._lock:
+            with self._turn():
                 engine = self._running_engine()
                 return self._serve(
                     engine, region, content, borrowed, mode, preserve, local, uffd, present, ioctls

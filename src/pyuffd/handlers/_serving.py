@@ -17,7 +17,7 @@ from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd._arguments import check_flags
 from pyuffd._diagnose import mergeable
-from pyuffd._errors import HandlerError, HelperLostError, UffdOSError
+from pyuffd._errors import HelperLostError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
@@ -43,27 +43,6 @@ _NEEDED_IOCTL = [
 FILE_BACKED = {RegionKind.MEMFD, RegionKind.SHM, RegionKind.HUGETLBFS, RegionKind.FILE}
 
 
-class Turn:
-    """A lock for one call at a time; a call inside another one is refused.
-
-    It is acquired before the handler's lock.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder = 0
-
-    def __enter__(self) -> None:
-        if self._holder == threading.get_ident():
-            raise HandlerError("write_back evicts the region that it is called for")
-        self._lock.acquire()
-        self._holder = threading.get_ident()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._holder = 0
-        self._lock.release()
-
-
 @dataclass(slots=True)
 class Served:
     """A served region, and what must be undone when it is no longer served."""
@@ -86,7 +65,9 @@ class Served:
     preserves: bool = False
     was_protected: bool = False
     protections: int = 0  # how often it was protected
-    evicting: Turn = field(default_factory=Turn)
+    # Held by evict() with a `write_back`: two calls could write different contents of a page in the
+    # wrong order.
+    evicting: threading.RLock = field(default_factory=threading.RLock)
     # Held by calls that may wait for its pages; acquired after `evicting`, before the handler's.
     changing: threading.RLock = field(default_factory=threading.RLock)
     on_close: list[Callable[[], None]] = field(default_factory=list)

@@ -10,6 +10,7 @@ import weakref
 
 from pyuffd._describe import log_error
 from pyuffd._errors import HandlerError, HelperLostError
+from pyuffd._latch import is_held_here
 from pyuffd.handlers._aftermath import (
     completed,
     describe,
@@ -20,7 +21,7 @@ from pyuffd.handlers._aftermath import (
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checks import check_timeout, handler_error
-from pyuffd.handlers._ending import Ending, refuse_sources_thread
+from pyuffd.handlers._ending import LOOK_S, Ending, refuse_sources_thread
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._types import Ended, known_failure
 from pyuffd.handlers.process._remote import RemoteEngine
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 class Stops(HandlerBase):
     """The part of `Handler` that ends it."""
+
+    _stops_inside = False  # one of its calls waits for the end: a signal handler has interrupted it
 
     def stop(self, drain: bool = True, *, timeout_s: float | None = None) -> None:
         """Stop: resolve or poison what waits, unregister every region, end the driver.
@@ -67,10 +70,12 @@ class Stops(HandlerBase):
         self._stop(drain, limit_s)
 
     def _refuse_sources_thread(self) -> None:
-        if self._engine is not None and self._pid == os.getpid():
-            refuse_sources_thread(self._engine, list(self._served.values()))
+        engine = self._engine  # once: another thread may end it meanwhile
+        if engine is not None and self._pid == os.getpid():
+            refuse_sources_thread(engine, list(self._served.values()))
 
     def _stop(self, drain: bool, limit_s: float) -> None:
+        self._stops_inside = self._stops_inside or is_held_here(self._lock)
         with self._ending_lock:
             earlier = self._ending
             if earlier is None and self._engine is not None:
@@ -89,8 +94,7 @@ class Stops(HandlerBase):
 
     def _finish(self, ending: Ending) -> HandlerError | None:
         """End everything; return what stop() raises. Each step may be repeated."""
-        # A thread in serve() may hold the lock and wait. Ranges that it adds later are refused.
-        locked = self._lock.acquire(timeout=ending.left_s())
+        locked = self._acquire_at_end(ending)
         all_served = list(self._served.values())
         try:
             engine = self._engine
@@ -116,6 +120,16 @@ class Stops(HandlerBase):
             self._close_bounces()
             if locked:
                 self._lock.release()
+
+    def _acquire_at_end(self, ending: Ending) -> bool:
+        """Acquire the lock; return whether that was possible."""
+        # A thread in serve() may hold it and wait. Ranges that it adds later are refused. A call
+        # that a signal handler has interrupted to stop cannot let go of it.
+        give_up_at = time.monotonic() + ending.left_s()
+        while (left_s := give_up_at - time.monotonic()) > 0 and not self._stops_inside:
+            if self._lock.acquire(timeout=min(LOOK_S, left_s)):
+                return True
+        return self._lock.acquire(blocking=False)
 
     def _end(self, engine: Backend, ending: Ending) -> HandlerError | None:
         """Stop an engine and return the error that it reports."""

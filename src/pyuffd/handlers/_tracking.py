@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pyuffd._abi import RegisterMode
+from pyuffd._latch import is_held_here
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checkpoint import Checkpoint, StateRanges
 from pyuffd.handlers._engine_pages import runs_of, without_marks
+from pyuffd.handlers._overlaps import overlaps_lock
 from pyuffd.handlers._serving import warn_of_merging
+from pyuffd.handlers._turns import refuse_inside, turn_of
 from pyuffd.handlers._types import PageState, Protect
 
 # Pages in these states were not written since they were protected.
@@ -151,7 +154,7 @@ class TracksWrites(HandlerBase):
     ) -> tuple[int, bytes]:
         """Protect pages or lift the protection; return the page size and the states before."""
         self._running_engine()  # before the lock, which a thread of the parent may have held
-        with self._lock:
+        with self._turn():
             engine, served, first, pages = self._pages(region, offset, length)
             if not served.mode & RegisterMode.WP:
                 raise ValueError(f"the range at {served.id.start:#x} is not served for WP")
@@ -165,7 +168,9 @@ class TracksWrites(HandlerBase):
                     f"pages of the range at {served.id.start:#x} are still to be saved: call"
                     " preserve(keep_protected=False)"
                 )
-        with served.changing:
+        if is_held_here(served.evicting):  # evict() must know of what is protected meanwhile
+            refuse_inside("write-protecting", served.changing)
+        with turn_of(served.changing, self._lock, overlaps_lock()):
             states = engine.writeprotect(served.id, at, span, pages, how)
             served.was_protected = served.was_protected or protects
             served.protections += protects

@@ -11,8 +11,10 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._aftermath import describe, held_at, leave_behind, take_out, views_of
 from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._engine import Engine
+from pyuffd.handlers._overlaps import overlaps_lock
 from pyuffd.handlers._served_parts import Part, reaches, without
 from pyuffd.handlers._serving import Served
+from pyuffd.handlers._turns import CalledInside, refuse_inside, turn_of
 from pyuffd.regions import Region
 
 
@@ -51,7 +53,8 @@ class Unserves(HandlerBase):
             ValueError: nothing of it is served by this handler, or pages outside the region.
             HandlerError: the source does not return to a thread that is filling a page; the thread
                 is left behind and the page is poisoned. Or pages could not be poisoned; the region
-                then stays registered.
+                then stays registered. Or a signal handler calls this inside another call,
+                and would wait for itself; nothing is done then.
 
         GIL: released.  Threads: safe.  Blocks: for at most 10 s until no thread works on the pages.
 
@@ -70,7 +73,7 @@ class Unserves(HandlerBase):
             [b'a', b'b', b'a']
         """
         self._running_engine()  # before the lock, which a thread of the parent may have held
-        with self._lock:
+        with self._turn():
             self._running_engine()
             found = self._served_of(region, offset, length, uffd)
         errors, was_served = list[HandlerError](), False
@@ -92,7 +95,7 @@ class Unserves(HandlerBase):
 
         Nothing is poisoned. For a caller who has filled all that has content.
         """
-        with self._lock:
+        with self._turn():
             self._running_engine()
             served, _ = self._served_of(region, 0, None, None)[0]
         self._unserve(served, seal=False)
@@ -156,7 +159,8 @@ class Unserves(HandlerBase):
         meanwhile. If a signal handler raises, the range is served as before.
         """
         begin, end = part or (0, served.id.length)
-        with served.changing:
+        refuse_inside("unserve() or close()", served.changing)
+        with turn_of(served.changing, self._lock, overlaps_lock()):
             with self._lock:
                 engine = self._running_engine()
                 if not self._serves(served) or not reaches(served.parts, begin, end):
@@ -207,6 +211,8 @@ class Unserves(HandlerBase):
                 for served in all_served:
                     try:
                         self._unserve(served, seal=True)
+                    except CalledInside:  # the next close() does it
+                        raise
                     except HandlerError as error:
                         errors.append(error)
         if errors:
@@ -216,9 +222,9 @@ class Unserves(HandlerBase):
         """Return what is served of a userfaultfd; let it go if that is nothing, or on errors."""
         if not self.must_end:
             return []
-        with self._lock:
+        with self._turn():
             engine = self._running_engine()
-            found = [one for one in self._served.values() if one.uffd is uffd]
+            found = [one for one in list(self._served.values()) if one.uffd is uffd]
             if found and not errors:
                 return found
             if found:

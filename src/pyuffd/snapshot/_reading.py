@@ -63,7 +63,7 @@ class Image(Closing):
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._good: set[int] = set()  # chunks that were compared with their checksums, by start
         self._last: SnapshotRun | None = None
-        self._holds, self._closes, self._holding = 0, False, threading.Lock()
+        self._holds, self._closes, self._holding = 0, False, threading.RLock()
         with ExitStack() as stack:
             folder = stack.enter_context(open_directory(self.path))
             raw = _read(folder, self.path, MANIFEST, MANIFEST_MOST)

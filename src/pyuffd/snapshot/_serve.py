@@ -88,7 +88,7 @@ class Serving:
                 source._around = around
         self._all = placed
         self._sums = sums
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._stopped = Latch()
         self._errors: list[BaseException] = []
         self._is_ours = handler is None

@@ -40,7 +40,7 @@ class Share:
         self.is_complete = False
         self._users = 0
         self._sealed: Descriptor | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._forgotten = False
 
     def map_over(self, region: RangeLike) -> PrivateMapping:
@@ -81,6 +81,8 @@ class Share:
             with suppress(OSError):  # EPERM: it was sealed against more seals
                 fcntl.fcntl(kept.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
             self._sealed = kept.moved()
+        if self._forgotten:  # by a signal handler
+            self._close()
 
     def forget(self) -> None:
         """Close it when no restore fills it."""
@@ -100,7 +102,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], Share] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @staticmethod
     def check(placed: Sequence[Placed], *, poisons: bool) -> None:

@@ -48,7 +48,7 @@ class HelperProcess:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the members below
+        self._lock = threading.RLock()  # guards the members below
         self._how = ""
         self._said = Descriptor()
         self._pidfd = Descriptor()
