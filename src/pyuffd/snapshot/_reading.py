@@ -352,21 +352,46 @@ class Image(Closing):
             stack.close()
 
 
+_ROOMS = 3  # of a thread: what it uses, what it reads, and one for a signal handler
+
+
 class Reader(threading.local):
-    """Reads chunks into memory that each thread keeps: new memory for each costs more than that."""
+    """Reads chunks into memory that each thread keeps: new memory for each costs more than that.
+
+    A signal handler may read while its thread reads, or uses what was read.
+    """
 
     def __init__(self) -> None:
-        self._room = memoryview(bytearray(CHUNK))
+        self._rooms = [bytearray(CHUNK + 1), bytearray(CHUNK + 1)]
 
     def read(self, descriptor: int, length: int, offset: int) -> memoryview:
-        """Return so much, or up to the end of the file, until the next call of this thread."""
+        """Return so much, or up to the end of the file."""
+        room = self._free_room()
+        view = memoryview(room)
         done = 0
         while done < length:
-            more = os.preadv(descriptor, [self._room[done:length]], offset + done)
+            more = os.preadv(descriptor, [view[done:length]], offset + done)
             if not more:
                 break
             done += more
-        return self._room[:done]
+        if len(self._rooms) < _ROOMS:
+            self._rooms.append(room)
+        return view[:done]
+
+    def _free_room(self) -> bytearray:
+        for _ in range(len(self._rooms)):
+            try:
+                room = self._rooms.pop(0)
+            except IndexError:  # a signal handler has it
+                break
+            try:
+                room.pop()  # BufferError: somebody holds what was read into it
+            except BufferError:
+                self._rooms.append(room)
+            else:
+                room.append(0)
+                return room
+        return bytearray(CHUNK + 1)
 
 
 reader = Reader()
