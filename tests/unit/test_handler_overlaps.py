@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections.abc import Callable
+
+import pytest
 
 from pyuffd.handlers._overlaps import Spans
 
@@ -67,3 +70,54 @@ def test_time_does_not_grow_with_their_number() -> None:
     finally:
         gc.enable()
     assert times < 3 * many / few  # quadratic time would be the square of that
+
+
+class Meddling:
+    """What changes the spans while they are compared, as a signal handler may."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        self._change = change
+
+    def __eq__(self, other: object) -> bool:
+        self._change()
+        return self is other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("inner", ["add", "remove", "add longer", "remove all"])
+@pytest.mark.parametrize("outer", ["add", "remove"])
+def test_a_change_inside_another_one(outer: str, inner: str) -> None:
+    spans: Spans[object] = Spans()
+    done: list[str] = []
+
+    def change() -> None:
+        if done:
+            return
+        done.append(inner)
+        if inner == "add":
+            spans.add(5, 10, "new")
+        elif inner == "add longer":
+            spans.add(0, 1000, "new")
+        else:
+            spans.remove(10, 10, "first")
+            spans.remove(25, 10, "third" if inner == "remove all" else "none")
+
+    one = Meddling(change)
+    spans.add(10, 10, "first")
+    spans.add(15, 10, one)
+    spans.add(25, 10, "third")
+    if outer == "add":
+        spans.add(15, 10, "second")
+    else:
+        spans.remove(15, 10, "second")
+        spans.remove(15, 10, one)
+    assert done
+    expected = {"first", "third", "new", "second"}
+    expected -= {"new"} if inner.startswith("remove") else set()
+    expected -= {"first"} if inner.startswith("remove") else set()
+    expected -= {"third"} if inner == "remove all" else set()
+    expected -= {"second"} if outer == "remove" else set()
+    found = [one for one in spans.within(0, 1000) if isinstance(one, str)]
+    assert sorted(found) == sorted(expected)
+    assert sorted(str(one) for one in spans if isinstance(one, str)) == sorted(expected)

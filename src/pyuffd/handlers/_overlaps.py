@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Generic, TypeVar
 from weakref import WeakSet
 
@@ -66,58 +67,73 @@ class Spans(Generic[T]):
     Spans are kept in one sorted list for each power of two above their lengths. A span of a list
     that reaches an address starts less than that power before it, so a search looks at few spans
     that do not reach it.
+
+    Each change is made at once, and only if no other thread, nor a signal handler, has made one
+    since the lists were looked at, see `RangeModes`.
     """
 
     def __init__(self) -> None:
-        self._lists: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        self._lists: dict[int, list[tuple[int, int]]] = {}
         self._known: dict[tuple[int, int], list[T]] = {}
+        self._changes = 0
 
     def add(self, start: int, length: int, what: T) -> None:
         """Note a span; after an interruption this may be repeated."""
         span = (start, start + length)
-        self._known.setdefault(span, []).append(what)
-        spans = self._lists[length.bit_length()]
-        at = bisect_left(spans, span)
-        if spans[at : at + 1] != [span]:
-            spans.insert(at, span)
+        spans = self._lists.setdefault(length.bit_length(), [])
+        while True:
+            changes = self._changes
+            users = self._known.get(span, [])
+            if what in users:
+                return
+            at = bisect_left(spans, span)
+            new, more = [] if users else [span], [*users, what]
+            if self._changes == changes:
+                self._changes, spans[at:at], self._known[span] = changes + 1, new, more
+                return
 
     def remove(self, start: int, length: int, what: T) -> None:
         """Forget a span, if it was noted."""
         span = (start, start + length)
-        users = self._known.get(span, [])
-        if what in users and len(users) > 1:
-            users.remove(what)
-            return
-        if users and what not in users:
-            return
-        spans = self._lists[length.bit_length()]
-        at = bisect_left(spans, span)
-        if spans[at : at + 1] == [span]:
-            del spans[at]
-        if not spans:
-            del self._lists[length.bit_length()]
-        self._known.pop(span, None)
+        spans = self._lists.get(length.bit_length(), [])
+        while True:
+            changes = self._changes
+            users = self._known.get(span, [])
+            if what not in users:
+                return
+            at = users.index(what)
+            left = users[:at] + users[at + 1 :]
+            at = bisect_left(spans, span)
+            if self._changes == changes:
+                self._changes, self._known[span] = changes + 1, left
+                if not left:
+                    del spans[at], self._known[span]
+                return
 
     def find(self, start: int, length: int) -> T | None:
         """Return the purpose of the first span that reaches into [start, start + length)."""
-        return next(self.within(start, length), None)
+        return next(iter(self.within(start, length)), None)
 
-    def within(self, start: int, length: int) -> Iterator[T]:
-        """Yield the purposes of the spans that reach into [start, start + length)."""
-        end = start + length
-        for bits, spans in self._lists.items():
-            at = bisect_left(spans, (start - (1 << bits), 0))
-            while at < len(spans) and spans[at][0] < end:
-                if spans[at][1] > start:
-                    yield from self._known[spans[at]]
-                at += 1
+    def within(self, start: int, length: int) -> list[T]:
+        """Return the purposes of the spans that reach into [start, start + length)."""
+        while True:
+            changes = self._changes
+            spans = [*self._reaching(start, start + length)]
+            users = [self._known.get(span, []) for span in spans]
+            if self._changes == changes:
+                return list(chain.from_iterable(users))
+
+    def _reaching(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        for bits, spans in list(self._lists.items()):
+            first = bisect_left(spans, (start - (1 << bits), 0))
+            last = bisect_left(spans, (end, 0))
+            yield from (span for span in spans[first:last] if span[1] > start)
 
     def __bool__(self) -> bool:
         return bool(self._known)
 
     def __iter__(self) -> Iterator[T]:
-        for users in self._known.values():
-            yield from users
+        return chain.from_iterable(list(self._known.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +349,8 @@ class Overlaps:
     def _remove(self, old: Range) -> None:
         for spans, start in self._entries(old):
             spans.remove(start, old.length, old)
-        if old.file is not None and not self._files.get(old.file, True):
+        # Without a call no signal handler runs in between.
+        if old.file in self._files and not self._files[old.file]._known:
             del self._files[old.file]
         for use in old.uses:
             self._spans_of(use).remove(use.start, use.length, (old, use))
