@@ -21,7 +21,7 @@ sys.stdin.read()
 
 
 def take(image: Path, length: int) -> None:
-    """Take a snapshot of a program with so many bytes in one mapping."""
+    """Take a snapshot of a program with this many bytes in one mapping."""
     program = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, str(length)],
         stdin=subprocess.PIPE,

@@ -12,7 +12,7 @@ from benchmarks._build import Programs
 from pyuffd.testing import _huge_pages
 
 _HUGE = 2 << 20
-#: One page in so many is kept by `warm_memory`; the blocks between stay far below 2 MiB.
+#: `warm_memory` keeps a page in each block of this size, far below 2 MiB.
 _KEPT_EVERY = 512 << 10
 
 

@@ -40,7 +40,7 @@ class _Attach:
         return time.perf_counter_ns() - begin_ns, samples
 
     def _stood(self) -> int:
-        """Return how long it stood, once it has looked at the clock again."""
+        """Return how long it was stopped, once it has looked at the clock again."""
         (looks,) = _LOOKS.unpack_from(self._seen, _LONGEST.size)
         while _LOOKS.unpack_from(self._seen, _LONGEST.size)[0] < looks + 2:
             os.sched_yield()

@@ -32,7 +32,7 @@ _MODULE = "_tracking_members"
 _MIB = 1 << 20
 _MAPPINGS = 10_000
 _PAGES = 8
-#: One page in so many is written before a round.
+#: One page in this many is written before a round.
 _DIRTY_STEP = 10
 _ATTACHES = 50
 _COLLECT_EVERY_S = 1.0
@@ -72,7 +72,7 @@ class _Tracked:
         return answer
 
     def write(self, every: int) -> None:
-        """Let it write one page in so many."""
+        """Let it write one page in `every`."""
         assert self.popen.stdin is not None
         self.popen.stdin.write(f"{every}\n")
         self.popen.stdin.flush()
@@ -191,7 +191,7 @@ def _collecting(tracker: DirtyTracker) -> Iterator[None]:
 
 
 def _attach(setup: Setup) -> Iterator[Row]:
-    """Yield how long a thread stands during an attach, as it sees it itself."""
+    """Yield how long a thread is stopped during an attach, by its own measurement."""
     repeats = _ATTACHES // 5 if setup.quick else _ATTACHES
     with tempfile.NamedTemporaryFile(prefix="pyuffd-bench-") as file:
         file.write(bytes(mmap.PAGESIZE))

@@ -16,7 +16,7 @@ from pyuffd import Region, Snapshot
 _MIB = 1 << 20
 _PAGE = mmap.PAGESIZE
 _MODULE = "_working_set_members"
-#: One page in so many is touched.
+#: One page in this many is touched.
 _TOUCHED_EVERY = 10
 _RECORD_MOST_S = 600
 

@@ -51,7 +51,7 @@ def main() -> None:
                     found = numbers(snapshot, address)
                     own = sum(r.length for r in snapshot.runs if r.state is RunState.DATA)
                 print(
-                    f"{report.method}: {own / 2**20:.0f} MiB, it stood for"
+                    f"{report.method}: {own / 2**20:.0f} MiB, it was stopped for"
                     f" {report.pause_s * 1e3:.1f} ms; numbers in its pages: {sorted(found)}"
                 )
                 assert len(found) <= 2, "not of one instant"

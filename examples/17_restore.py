@@ -50,7 +50,7 @@ def main() -> None:
         for page in range(LENGTH // PAGE):
             data.write(page * PAGE, (page + 1).to_bytes(8, "little"))
         saved = Snapshot.take(data, Path(name) / "saved", max_stall_s=1)
-        print(f"{saved.bytes >> 20} MiB saved; the threads stood for {saved.pause_s * 1e3:.1f} ms")
+        print(f"{saved.bytes >> 20} MiB saved; the pause was {saved.pause_s * 1e3:.1f} ms")
         with Snapshot.open(saved.path) as snapshot:
             without = restored(snapshot, data.start, "start", None)
             print(f"restored: {without} pages were waited for, and recorded")

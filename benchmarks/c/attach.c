@@ -4,7 +4,7 @@
  * that pyuffd makes there, and close it again.
  *
  * SYSCALL_RET is the address of "syscall; ret" there.  The samples are the longest times that the
- * process stood, as it notes them in FILE (see tracked.c).  Signals are blocked meanwhile; if this
+ * process was stopped, as noted in FILE (see tracked.c).  Signals are blocked meanwhile; if this
  * program is killed the other one is lost, which pyuffd does more to avoid.
  */
 #define _GNU_SOURCE
@@ -173,7 +173,7 @@ static int inject(const struct attach *attach)
 	return uffd;
 }
 
-/* The time that it stood, once it has looked at the clock again. */
+/* The time for which it was stopped, once it has looked at the clock again. */
 static uint64_t stood(const struct attach *attach)
 {
 	uint64_t looks = attach->seen[1];

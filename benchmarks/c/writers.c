@@ -2,7 +2,7 @@
 /*
  * A program to take snapshots of: writers MIB THREADS PAGES_PER_S.
  *
- * Fills its memory with numbers that do not compress, and writes so many pages a second, by its
+ * Fills its memory with numbers that do not compress, and writes PAGES_PER_S pages, by its
  * threads together.  One more thread looks at the clock every 200 us.  Commands on standard input:
  * "reset"; "longest" prints the longest time between two looks since then, in nanoseconds; "write"
  * prints the longest time of a write likewise; "fork" prints how long fork(2) lasts; "touch N"

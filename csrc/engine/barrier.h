@@ -39,7 +39,7 @@ static inline void uffd_barrier(enum uffd_barrier point)
 
 /* Stop the next thread that reaches the point; -EBUSY if it is armed already. */
 int uffd_barrier_arm(uint32_t point);
-/* Wait until a thread stands at the point; 0 or -ETIMEDOUT. */
+/* Wait until a thread has stopped at the point; 0 or -ETIMEDOUT. */
 int uffd_barrier_wait(uint32_t point, uint64_t limit_ns);
 /* Let the thread continue and disarm the point. */
 void uffd_barrier_release(uint32_t point);

@@ -9,7 +9,7 @@
 #include "base/page.h"
 #include "content.h"
 
-/* Open the page that begins where a source's whole pages end: so many bytes, then zeros. */
+/* Open the last page of a source that is not whole: the rest of its bytes, then zeros. */
 static int open_tail(const struct uffd_content *content, const struct uffd_range_spec *spec,
 		     struct uffd_overlay **ret)
 {

@@ -7,7 +7,7 @@
 
 /*
  * Wake the threads that wait in [offset, offset + length), so that they fault again; pages
- * that a source has promised become absent, so that it is asked anew.  `failed_ret`: the
+ * that a source has promised become absent, so that it is asked again.  `failed_ret`: the
  * pages whose content could not be read so far.
  */
 int uffd_engine_retry(struct uffd_engine *engine, const struct uffd_range_ref *ref,

@@ -24,7 +24,7 @@ uint32_t uffd_engine_recent_count(struct uffd_engine *engine);
 /* Newest first; an unspecified choice if there are more than `capacity`. */
 uint32_t uffd_engine_recent(struct uffd_engine *engine, struct uffd_recent_fault *recent_ret,
 			    uint32_t capacity);
-/* The bytes of a log for so many faults, 0 for none. */
+/* The bytes of a log for this many faults, 0 for none. */
 uint64_t fault_log_size(uint64_t capacity);
 /* Begin a log in zeroed memory, or continue one of a process that was killed. */
 void fault_log_open(struct uffd_engine *engine, void *memory);

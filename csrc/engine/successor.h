@@ -16,7 +16,7 @@
 
 #include "core.h"
 
-/* The bytes of `options.shared`, with a log of so many faults. */
+/* The bytes of `options.shared`, with a log of this many faults. */
 uint64_t uffd_engine_shared_size(uint64_t fault_log);
 
 /* Continue a space of another engine under its number; takes ownership of a fork's fd. */

@@ -186,7 +186,7 @@ static int prepare_helper(struct injection *in)
 
 static int make_helper(struct injection *in)
 {
-	/* It leaves the table before it opens anything; a copy of all of it may last long. */
+	/* It leaves the table before it opens anything; copying the table may take long. */
 	const uint64_t flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD |
 			       CLONE_SYSVSEM;
 	int64_t found = uffd_inject_call(&in->calls, in->attach->tid, in->home_sp, SYS_clone, flags,
@@ -419,7 +419,7 @@ int uffd_attach(struct uffd_attach *attach, int32_t *fd_ret)
 
 	*fd_ret = -1;
 	if (!ret) {
-		/* All that could delay us while the thread stands: page faults, and CPUID. */
+		/* All that could delay us while the thread is stopped: page faults, and CPUID. */
 		memset(stack + OWN_STACK - USED_STACK, 0, USED_STACK);
 		memset(in, 0, sizeof(*in));
 		uffd_frame_learn();

@@ -51,8 +51,8 @@ int uffd_registers_append(struct uffd_register_sets *sets, int32_t tid);
 int uffd_registers_append_waiting(struct uffd_register_sets *sets, int32_t tid);
 
 /*
- * Move vector registers to where Intel's CPUs have them.  Asking the CPU where it has them lasts
- * longer in a virtual machine than reading a thread's registers, so no thread should stand for it.
+ * Move vector registers to where Intel's CPUs have them.  In a virtual machine, asking the CPU
+ * where it has them takes longer than reading a thread's registers, so do not stop threads for it.
  */
 int uffd_registers_to_standard(struct uffd_register_sets *sets);
 

@@ -47,7 +47,7 @@ struct uffd_stopped {
 	const int32_t *pids;
 	uint32_t pids_count;
 	uint64_t until_ns;
-	/* The same for a thread that waits in the kernel while others stand. */
+	/* The same for a thread that waits in the kernel while others are stopped. */
 	uint64_t asleep_until_ns;
 	struct thread *threads;
 	uint32_t count;
@@ -113,7 +113,7 @@ static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 	return ret;
 }
 
-/* Whether a thread waits in the kernel, uninterruptibly, while others stand for it already. */
+/* Whether a thread waits in the kernel, uninterruptibly, while others are already stopped. */
 static bool sleeps_too_long(const struct uffd_stopped *stopped, pid_t tid)
 {
 	if (uffd_now_ns() < stopped->asleep_until_ns || uffd_thread_state(tid) != 'D')
@@ -247,7 +247,7 @@ static int wait_for_owner(struct uffd_stopped *stopped)
 		if (errno != ETIMEDOUT)
 			continue;
 		reap_killed(stopped);
-		/* A tracer of the owner (strace) stops it again and again, and shortly. */
+		/* A tracer of the owner (strace) stops it again and again, for a short time. */
 		state = uffd_thread_state(stopped->owner);
 		looks = state == 'T' || state == 't' ? looks + 1 : 0;
 		if (looks >= LOOKS)

@@ -18,8 +18,9 @@ struct uffd_stopped;
 /*
  * Stop every thread of the processes, and new ones, until the lists are stable.  After an error all
  * threads run again; -ETIMEDOUT: `tid_ret` did not stop in time, or within `asleep_limit_ns` if it
- * waits in the kernel (state D) while others stand.  A thread that waits in vfork(2) for a process
- * of the list counts as stopped.  ns_ret: the time needed.  threads_ret: how many are stopped.
+ * waits in the kernel (state D) while others are stopped.  A thread that waits in vfork(2) for a
+ * process of the list counts as stopped.  ns_ret: the time needed.  threads_ret: how many are
+ * stopped.
  */
 int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
 			uint64_t asleep_limit_ns, struct uffd_stopped **stopped_ret, int32_t *tid_ret,

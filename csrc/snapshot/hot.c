@@ -12,8 +12,8 @@
 
 #define IMAGE_PAGE	UINT64_C(4096)
 /*
- * What lies between two parts of a file is read with them if it is no longer than this: a request
- * costs as much as so many bytes.
+ * A gap between two parts of a file is read with them if it is no longer than this: a separate
+ * request costs as much as reading this many bytes.
  */
 #define READ_GAP	(4 * IMAGE_PAGE)
 /* One call reads no more than the device's readahead or its largest request, seldom less than this. */

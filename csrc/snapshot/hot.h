@@ -28,7 +28,7 @@ struct uffd_hot_plan {
 };
 
 /*
- * Whether rows can be those of an image of so many pages, after so many recordings: nothing is
+ * Check that rows can be those of an image of this size after this many recordings: no page is
  * outside of it or in two rows, and all have at most `most_pages`.  0 or -EINVAL; -ENOMEM.
  */
 int uffd_hot_check(const void *rows, uint64_t count, uint64_t image_pages, uint32_t recordings,

@@ -16,7 +16,7 @@
 #include "uffd_transfer.h"
 
 #define BATCH 512u /* iovecs a call; the kernel's limit is 1024 */
-/* Scanning this much lasts as long as another system call. */
+/* Scanning this much takes as long as another system call. */
 #define SCAN_GAP (64u << 10)
 #define STEP (1u << 20) /* bytes through the buffer; stays in the cache */
 

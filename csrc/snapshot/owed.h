@@ -58,10 +58,10 @@ int uffd_owed_change(struct uffd_owed *owed, const struct uffd_page_ranges *befo
 		     const struct uffd_page_region *pages, uint64_t count);
 void uffd_owed_deinit(struct uffd_owed *owed);
 
-/* The next pages from an address on that are owed, at most so many in one piece; 0: none. */
+/* The next owed pages from an address on, at most `most` in one piece; 0: none. */
 uint64_t uffd_owed_next(struct uffd_owed *owed, uint64_t address, uint64_t end, uint64_t most,
 			struct uffd_owed_piece **piece_ret, uint64_t *address_ret);
-/* The owed pages around one that is owed, in an aligned window of so many pages; 0: it is not. */
+/* The owed pages around an owed one, in an aligned window of `most` pages; 0: it is not owed. */
 uint64_t uffd_owed_around(struct uffd_owed *owed, uint64_t address, uint64_t most,
 			  struct uffd_owed_piece **piece_ret, uint64_t *address_ret);
 /* One page is no longer owed. */

@@ -27,12 +27,12 @@ int uffd_saver_unregistered(struct uffd_saver *saver, const struct uffd_page_reg
 int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ranges_ret,
 			  struct uffd_page_ranges *changed_ret);
 /*
- * Prepare for what will probably be owed: the process then stands for less time at the
+ * Prepare for what will probably be owed: the process is then stopped for less time at the
  * instant.
  */
 int uffd_saver_prepare(struct uffd_saver *saver, const struct uffd_image_piece *parts,
 		       uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);
-/* The instant, while the process stands: from now on the pages of the parts are owed. */
+/* The instant, while the process is stopped: from now on the pages of the parts are owed. */
 int uffd_saver_begin(struct uffd_saver *saver, const struct uffd_image_piece *parts,
 		     uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count);
 /* Wait until nothing is owed, or for a time; 0: done, -EAGAIN: not yet, or its error. */

@@ -28,8 +28,8 @@ struct uffd_saving {
 };
 
 /*
- * Whether the layout changes now: then the reason is in a message that is still unread.  What was
- * read of the process before may not be of the memory that the address stood for.
+ * Whether the layout changes now: then the reason is in a message that is still unread, and what
+ * was read before may be of other memory than the address referred to.
  */
 bool uffd_saving_is_changing(const struct uffd_saving *saving);
 /*

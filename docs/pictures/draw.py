@@ -372,7 +372,7 @@ def timeline(colours: Colours) -> str:
     drawing.text(
         8,
         drawing.y + 14,
-        f"snapshot of {run['mib']} MiB by cow: it stood for {run['pause_ms']:.0f} ms",
+        f"snapshot of {run['mib']} MiB by cow: it was stopped for {run['pause_ms']:.0f} ms",
         colours.text,
         15,
         font_weight="600",

@@ -61,7 +61,7 @@ def print_traceback(error: BaseException) -> None:
 
 
 def log_error(log: logging.Logger, text: str, error: BaseException | None) -> None:
-    """Log a failure if logging is set up; its last resort is stderr, where it stands already."""
+    """Log a failure if logging is set up; its last resort is stderr, where it already appears."""
     _log(log, logging.ERROR, text, error)
 
 

@@ -121,7 +121,7 @@ class Peer:
                 )
 
     def receive(self, length: int, received: Received) -> Steps[bytes]:
-        """Receive so many bytes; descriptors may come with any of them."""
+        """Receive this many bytes; descriptors may arrive with any of them."""
         data = bytearray(length)
         done = 0
         while done < length:

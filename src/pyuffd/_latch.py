@@ -45,7 +45,7 @@ class Latch:
         return self._is_set
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until it is set, or so many seconds; return whether it is set."""
+        """Wait until it is set, or for this many seconds; return whether it is set."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._is_set:
             left_s = LOOK_S if until is None else min(LOOK_S, until - time.monotonic())

@@ -19,7 +19,7 @@ Until = float | Literal["settled"]
 
 # How often the log is looked at.
 LOOK_S = 0.05
-# Of all pages, fewer than this share were touched in the last so many seconds: that is settled.
+# Settled: fewer than this share of all pages were touched in the last so many seconds.
 SETTLED_S = 1.0
 SETTLED_SHARE = 0.02
 # A program that never settles works on ever other memory, and one that sleeps touches none.
@@ -60,7 +60,7 @@ class Recording:
     Args:
         take: Takes faults, oldest first; `Handler.take_faults`.
         watched: Memory in which faults count. Others (forks, other regions) do not.
-        until: When it ends: after so many seconds, or when hardly any new page is touched
+        until: When it ends: after this many seconds, or when hardly any new page is touched
             ("settled"; after a minute at the latest).
     """
 
@@ -108,7 +108,7 @@ class Recording:
                 self._pages += run[1]
 
     def is_over(self, elapsed_s: float) -> bool:
-        """Whether it is to end, so many seconds after it began; asked after each look."""
+        """Whether it must end, this many seconds after it began; called after each look."""
         if self._until != "settled":
             return elapsed_s >= self._until
         history, count = self._history, len(self._runs)

@@ -171,7 +171,7 @@ class AttachPoint(Number):
     Attributes:
         BEGIN: Nothing has been done.
         SEIZED: The thread is traced.
-        STOPPED: It stands.
+        STOPPED: The thread is stopped.
         FRAMED: Its way home is written.
         REDIRECTED: Its registers are those of the first system call.
         MASKED: All its signals are blocked.
@@ -182,7 +182,7 @@ class AttachPoint(Number):
         FETCHED: So has this process.
         ENDED: The helper has ended.
         UNMAPPED: Its page is unmapped.
-        HALTED: The thread stands before its own code.
+        HALTED: The thread is stopped before its own code.
         UNMASKED: Its signal mask is its own.
         RESTORED: Its registers are its own.
         DONE: It runs.
@@ -209,7 +209,7 @@ class AttachPoint(Number):
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """How an attach ended: errno (0: well), how far it came, how long the thread stood."""
+    """How an attach ended: errno (0: well), how far it came, how long the thread was stopped."""
 
     code: int
     point: AttachPoint
@@ -248,7 +248,7 @@ class Attach:
 
     @property
     def is_held(self) -> bool:
-        """Whether it stands still at the point where a test wanted it to."""
+        """Whether it is stopped at the point where a test wants it to stop."""
         return bool(self._cell.held)
 
     def release(self) -> None:
@@ -290,7 +290,7 @@ def register_rows(sets: Any) -> list[RegisterRow]:
 
 
 class StoppedThreads(Owner):
-    """Threads of other processes that stand until `close`, or until this process ends."""
+    """Threads of other processes, stopped until `close` or until this process ends."""
 
     _instead = "stop them once more"
 
@@ -305,7 +305,7 @@ class StoppedThreads(Owner):
     def stop(self, pids: list[int], limit_ns: int, asleep_limit_ns: int) -> None:
         """Stop them; `code` is an errno, and then `tid` is the thread that is to blame.
 
-        The second limit is that for a thread in state D while others stand.
+        The second limit is that for a thread in state D while others are stopped.
         """
         tid, threads, ns = ffi.new("int32_t *"), ffi.new("uint32_t *"), ffi.new("uint64_t *")
         vec = ffi.new("int32_t[]", pids)
@@ -316,7 +316,7 @@ class StoppedThreads(Owner):
 
     @property
     def holds(self) -> bool:
-        """Whether they stand."""
+        """Whether they are stopped."""
         return bool(self._cell[0])
 
     def registers(self) -> Any:

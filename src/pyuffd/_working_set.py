@@ -32,7 +32,7 @@ MOST_RECORDINGS = (1 << 16) - 1
 # By default what at least so large a share of the recordings touched is filled first. Of long
 # recordings the union becomes everything (a factor of 18 was measured by others).
 SHARE = 0.5
-# Pages that fewer recordings touched than one in so many are dropped from the file.
+# Pages that were touched by fewer than one in this many recordings are dropped from the file.
 RARE = 16
 
 Run = tuple[int, int]  # the first page, and pages

@@ -14,7 +14,7 @@ from pyuffd._owned import Descriptor
 from pyuffd._working_set import HEAD, MOST_ROWS, ROW, Run, WorkingSet, merged, pack, unpack
 
 _LONGEST = HEAD.size + MOST_ROWS * ROW.size
-# Merging the largest sets lasts seconds.
+# Merging the largest sets takes seconds.
 _LOCK_S = 20.0
 _LOCK_LOOK_S = 0.02
 

@@ -70,7 +70,7 @@ EXPECTED: dict[str, tuple[list[pytest.MarkDecorator], list[str]]] = {
     ),
     "16_snapshot_process": (
         [needs(Feature.WP_ASYNC), needs_privilege("CAP_SYS_PTRACE")],
-        ["it stood for"],
+        ["it was stopped for"],
     ),
     "17_restore": (
         [needs(Feature.WP_ASYNC), needs_kernel_faults(), needs_privilege("CAP_SYS_PTRACE")],

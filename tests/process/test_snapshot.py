@@ -734,7 +734,7 @@ def test_a_limit_that_cannot_be_kept(limit_s: float, program: str, tmp_path: Pat
     methods: list[Method] = ["auto", *METHODS]
     with counters(program, 2, 600) as target, Process(target.pid) as process:
         for method in methods:
-            with pytest.raises(SnapshotError, match=r"stand for|max_stall_s") as raised:
+            with pytest.raises(SnapshotError, match=r"stopped for|max_stall_s") as raised:
                 Snapshot.take(process, tmp_path / "a", method=method, max_stall_s=limit_s)
             assert raised.value.reason == "stalled"
         assert os.listdir(tmp_path) == []

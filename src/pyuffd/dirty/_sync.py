@@ -22,7 +22,7 @@ from pyuffd.handlers import Handler, PageState
 from pyuffd.remote._mappings import Mapping, Mappings, clipped
 from pyuffd.remote._process import Process
 
-# Without EVENT_REMAP: memory that moves is then no longer registered, and is served anew.
+# Without EVENT_REMAP: memory that moves is then no longer registered, and is served again.
 WANTED = (
     Feature.PAGEFAULT_FLAG_WP
     | Feature.WP_HUGETLBFS_SHMEM

@@ -209,10 +209,10 @@ class DirtyTracker(Closing):
         return self._collect()
 
     def _collect(self, *, is_stopped: bool = False, mappings: Mappings | None = None) -> DirtyRound:
-        """End a round; while the target stands, nobody has to look at what its threads do.
+        """End a round; while the target is stopped, what its threads do need not be examined.
 
         Args:
-            is_stopped: The target stands.
+            is_stopped: The target is stopped.
             mappings: Its mappings, if they were read since it has stopped.
         """
         with self._turn("collect()"):

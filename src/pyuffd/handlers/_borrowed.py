@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Borrowed:
     """Buffers, and sources made of what the caller gave.
 
-    A buffer cannot be resized or released meanwhile. So this is undone in so many words: the last
+    A buffer cannot be resized or released meanwhile. So this is undone explicitly: the last
     reference to it may be in a traceback, or be dropped later by another thread (free-threaded
     Python).
     """

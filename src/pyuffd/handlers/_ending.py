@@ -60,7 +60,7 @@ def _runs_here(source: PageSource) -> bool:
 class Ending:
     """Ends a handler once; `work` returns the error that stop() raises.
 
-    `hurry` lets the work wait for page sources no longer than so many seconds from now. `progress`
+    `hurry` lets the work wait for page sources only this many seconds from now. `progress`
     returns a value that changes while the work makes progress.
 
     Threads: safe, and usable in a signal handler that interrupted the waiting thread.

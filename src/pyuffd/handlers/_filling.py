@@ -127,7 +127,7 @@ class FillsPages(HandlerBase):
             ranges: Instead of offset and length: many ranges, filled in this order by one call
                 in C. They are pairs of offsets (start, end), an array of two or three columns of
                 64-bit numbers, whose third is not used, or what `checkpoint` has returned.
-            chunk: Ask a source in Python for at most so many bytes at a time; a multiple of the
+            chunk: Ask a source in Python for at most this many bytes at a time; a multiple of the
                 page size. None begins with a page and asks for more, up to 1 MiB, as long as an
                 answer needs no more than a quarter of `stall_timeout_s`. If a source raises when
                 it is asked for several pages, it is asked for half of them, down to one.
@@ -362,7 +362,7 @@ class FillsPages(HandlerBase):
 
         With `on_error="stall"` threads wait for a page whose content could not be read, and with
         `preserve` for one that could not be saved. Call this once the source has recovered: they
-        fault again, and the source is asked anew, also for the pages that it promised (see
+        fault again, and the source is asked again, also for the pages that it promised (see
         `fill`) and that have not come. Pages that are filled in the end are no reason for stop() to
         raise HandlerError; `stats` still counts the failures. Poisoned pages stay poisoned.
 

@@ -1,7 +1,7 @@
 """`Handler`: serves regions through userfaultfds with one of the engine's drivers (layer L4).
 
-Its parts are classes of their own, by topic: `_regions`, `_filling`, `_tracking`, `_evicting`,
-`_holding`, `_stopping`; all stand on `_base`.
+Its parts are separate classes, by topic: `_regions`, `_filling`, `_tracking`, `_evicting`,
+`_holding`, `_stopping`; all are based on `_base`.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class HoldsFaults(HandlerBase):
         Feature.EVENT_REMOVE the handler does not know of that, and such a page may be DIRTY.
 
         Args:
-            limit_s: After so many seconds faults are resolved again, and the end of the block
+            limit_s: After this many seconds faults are resolved again, and the end of the block
                 raises HandlerError.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Where the inline driver's SIGBUS handler stands among those of others (layer L4)."""
+"""The place of the inline driver's SIGBUS handler among those of others (layer L4)."""
 
 from __future__ import annotations
 

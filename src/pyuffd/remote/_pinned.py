@@ -109,7 +109,7 @@ def look(pid: int) -> Pinned:
 
 
 def fixed_buffers(pid: int) -> list[Pin]:
-    """Return the fixed buffers of io_uring that are listed, also of a process that stands."""
+    """Return the fixed buffers of io_uring that are listed, even if the process is stopped."""
     found: list[Pin] = []
     for fd in calls.pinners(pid).fds:
         with suppress(OSError):

@@ -370,7 +370,7 @@ class Process(Closing):
     ) -> Userfaultfd:
         """Return a userfaultfd of this process's memory, opened by a system call made in it.
 
-        One thread stands for less than a millisecond on an idle machine; no code is changed, and
+        One thread is stopped for less than 1 ms on an idle machine; no code is changed, and
         the table of descriptors is not touched. Closing the userfaultfd, or the end of this
         process, undoes all registrations.
 

@@ -70,7 +70,7 @@ class Stop(Closing):
 
     @property
     def pause_s(self) -> float:
-        """How long it has stood so far, or stood until it was closed."""
+        """How long the process has been stopped so far, or was stopped until this was closed."""
         return (time.monotonic() if self._until is None else self._until) - self.since
 
     def registers(self) -> list[RegisterSet]:
@@ -100,18 +100,18 @@ class Stop(Closing):
         return lambda: [RegisterSet(*row) for row in calls.register_rows(sets)]
 
     def check(self) -> None:
-        """Raise if the threads have run while they should have stood; call it after the block.
+        """Raise if the threads ran while they should have been stopped; call it after the block.
 
-        They are let go early when this process is stopped itself (SIGSTOP, Ctrl-Z, a debugger) for
-        50 ms or more: nobody could tell how long they would have to stand. What was read of them
-        then is of no instant.
+        They are let go early if this process is itself stopped (SIGSTOP, Ctrl-Z, a debugger) for
+        50 ms or more, as they might otherwise be stopped forever. Then what was read of them is
+        not of one instant.
 
         Raises:
             StopTimeoutError: ETIMEDOUT - they have run.
             ValueError: the block has not ended.
         """
         if self._held.holds:
-            raise ValueError("the threads still stand: check after the block")
+            raise ValueError("the threads are still stopped: check after the block")
         if self._held.lost:
             raise self._let_go()
 
@@ -137,8 +137,8 @@ def stop(process: Target, limit_s: float, asleep_limit_s: float | None = None) -
     Args:
         process: The process.
         limit_s: When to give up.
-        asleep_limit_s: The same if a thread waits in the kernel, uninterruptibly, and others stand
-            for it already: that may last, however idle the machine is.
+        asleep_limit_s: The same if a thread waits in the kernel, uninterruptibly, and others are
+            already stopped: that may take long even on an idle machine.
     """
     limit_s = check_seconds("timeout_s", limit_s)
     asleep_s = limit_s if asleep_limit_s is None else min(limit_s, asleep_limit_s)

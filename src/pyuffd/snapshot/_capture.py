@@ -86,7 +86,7 @@ class Options:
     max_stall_s: float = 0.05
     # What is copied in the stop as it was agreed to: everything with "stopped", or shared memory.
     stopped_s: float = math.inf
-    asleep_s: float = math.inf  # for "stopped": how long it may stand for a thread that waits
+    asleep_s: float = math.inf  # for "stopped": how long it may wait for a thread in the kernel
     rounds: int = 8
     rate: float | None = None
     durable: bool = False  # somebody will wait for the disk: it may begin early
@@ -106,8 +106,8 @@ class Captured:
         lost: Pages whose content of that instant is not known; holes too.
         dropped: Those of them that were given back by the process while it was captured.
         unseen: Those of them that are not known to have content.
-        pause_s: How long the process stood.
-        instant_ns: Time of day of the instant, while it stood.
+        pause_s: How long the process was stopped.
+        instant_ns: Time of day of the instant, while it was stopped.
         absent: Pages without content that had some in an earlier image, if only what was written
             since is in this one.
         rounds: Rounds before the stop.

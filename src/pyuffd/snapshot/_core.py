@@ -110,20 +110,20 @@ def write_core(
         process: The process.
         path: Where to put it. A link there is not followed.
         method: "precopy" copies while the process runs, then again what it has written meanwhile,
-            and the last of it in a stop. "cow" stops it shortly; afterwards each page is saved
+            and the last of it in a stop. "cow" stops it briefly; afterwards each page is saved
             before its first write, which waits for that. "stopped" copies everything in the stop.
             "auto" is "precopy"; "cow" if that does not get ahead of the process; "stopped" where
             its writes cannot be tracked. The result says why.
         full: Write all memory that can be read, whatever the process's coredump_filter and
             MADV_DONTDUMP say. Without it, a core has what the kernel's own would have, see core(5).
-        max_stall_s: The longest time that the process may stand, or a write of it wait. None: 0.05
-            with "precopy" and "cow", and as long as the copy lasts with "stopped".
+        max_stall_s: The longest time that the process may be stopped, or a write of it wait. None:
+            0.05 with "precopy" and "cow", and as long as the copy takes with "stopped".
         durable: Wait until the file is on the disk.
         progress: Called now and then, in the thread of the caller. An exception of it ends the
             writing.
 
     Returns:
-        What was written, and for how long the process stood.
+        What was written, and for how long the process was stopped.
 
     Raises:
         ValueError: an unknown method, a path that is no file name, or this process itself.
@@ -277,7 +277,7 @@ class _Core:
     def _in_stop(self, stop: Stop, _mappings: Mappings, _layout: Sequence[Placed]) -> None:
         self._stop = stop
         self._read = stop._read_registers()
-        # Others that share the memory stand too.
+        # Other processes that share the memory are stopped too.
         self._tids = set(self._about.tids()) if len(stop.pids) > 1 else None
         self._shared = self._files.in_stop(self._layout.files)
 
@@ -292,7 +292,7 @@ class _Core:
         if limit_s is not None and stop is not None and stop.pause_s > limit_s:
             raise UffdOSError(
                 errno.ETIMEDOUT,
-                f"process {self._process.pid} stands too long",
+                f"process {self._process.pid} is stopped for too long",
                 hint=f"{limit_s:g} s were allowed;"
                 f" {progress.bytes / (progress.total or 1):.0%} is copied",
             )

@@ -69,7 +69,7 @@ class Notes:
             if error.errno != errno.ENOEXEC:
                 raise
             return  # 32-bit code: the snapshot has no notes
-        if len(stop.pids) > 1:  # others share the memory, and stand too
+        if len(stop.pids) > 1:  # others share the memory, and are stopped too
             self._tids = set(self._about.tids())
         if mappings != self._mappings:
             self._keep(mappings)

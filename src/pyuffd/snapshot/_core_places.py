@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # those of its blocks of this size that hold something.
 BLOCK = 1 << 30
 
-# What the process has not written of a private mapping from this size on is read from its file,
-# after the stop; of so many files, since each of them is held open.
+# What the process has not written of a private mapping of at least this size is read from its file
+# after the stop. The next number limits the files, since each of them is held open.
 READ_FROM = 8 * PAGE_SIZE
 FILES_MOST = 128
 

@@ -1,4 +1,4 @@
-"""Protect while the process runs, stop it shortly, and save each page before its first write."""
+"""Protect while the process runs, stop it briefly, and save each page before its first write."""
 
 from __future__ import annotations
 
@@ -127,14 +127,14 @@ class _Cow:
                 if error.state != "D":
                     raise
                 late = error
-                time.sleep(self._options.max_stall_s)  # for as long as some of its threads stood
+                time.sleep(self._options.max_stall_s)  # as long as its threads were stopped
             self._protect_again(self._noted())
         else:
             if late is not None:
                 raise late
             raise SnapshotError(
                 "stalled",
-                f"process {self._process.pid} would stand for longer than max_stall_s"
+                f"process {self._process.pid} would be stopped for longer than max_stall_s"
                 f" ({self._options.max_stall_s:g} s): it was let go after {result.pause_s:.2g} s",
             )
         at_barrier("resumed")
@@ -236,7 +236,7 @@ class _Cow:
     # The stop
 
     def _stop(self, result: Captured) -> bool:
-        """Make this the instant; False if the process would have to stand for too long."""
+        """Make this the instant; False if the process would be stopped for too long."""
         begin = time.perf_counter()
         is_made = self._stand(result)
         result.pause_s = time.perf_counter() - begin
@@ -318,8 +318,8 @@ class _Cow:
                 return
         raise SnapshotError(
             "stalled",
-            f"process {self._process.pid} would stand for {seconds:.2g} s while its"
-            f" {len(frame.layout)} mappings are looked at and {size / 1e6:.0f} MB are copied that"
+            f"process {self._process.pid} would be stopped for {seconds:.2g} s while its"
+            f" {len(frame.layout)} mappings are examined and {size / 1e6:.0f} MB are copied that"
             f" cannot be protected, and max_stall_s is {limit_s:g} s",
         )
 

@@ -52,7 +52,7 @@ class Drain(Generic[T]):
         pieces: What is to be done, in this order. It is asked for one after the other, under a
             lock.
         threads: How many.
-        rate: At most so many bytes a second, all threads together; None is no limit.
+        rate: At most this many bytes per second, all threads together; None is no limit.
         paused: Whether to begin with a pause.
         held: Whether to do no pieces until `hold(False)`, but what `first` was given.
         faults: Counts faults that others wait for. While it grows, one thread alone does pieces:

@@ -154,7 +154,7 @@ class Runs(Sequence[SnapshotRun]):
 
 
 def runs_length(count: int) -> int:
-    """Return the length of the file `runs` with so many rows."""
+    """Return the length of the file `runs` with this many rows."""
     return _HEADER.size + count * _ROW.size
 
 

@@ -1,4 +1,4 @@
-"""What is read besides private memory while a process stands: registers, and shared memory."""
+"""What is read besides private memory while a process is stopped: registers, and shared memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class InStop:
 
     Attributes:
         notes: The registers, and what else belongs into `notes`; None for a part of the memory.
-        limit_s: How long the process may stand for shared memory to be copied; None: as it needs.
-        is_too_long: It was too long for that, which another method does not change.
+        limit_s: How long the process may be stopped while shared memory is copied; None: no limit.
+        is_too_long: Copying took longer than that, which another method does not change.
     """
 
     def __init__(

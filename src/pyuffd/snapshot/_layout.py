@@ -135,7 +135,7 @@ class SnapshotLayout:
             raise SnapshotError(
                 "shared",
                 f"process {self._process.pid} shares {mapping}: others may write it, so it has no"
-                ' instant; shared="pause" copies it while the process stands, "skip" leaves it out',
+                ' instant; shared="pause" copies it in the stop, "skip" leaves it out',
             )
         self._gap(mapping, "shared")
         return self._shared == "pause"

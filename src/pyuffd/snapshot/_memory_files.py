@@ -1,9 +1,9 @@
 """The content of mapped memfds, tmpfs files and hugetlb files, read from the files themselves.
 
 Reading it through the mapping would do harm: it fills holes of the file, and if the memory is
-registered with a userfaultfd for missing or minor faults, it waits for a handler, which stands. And
-a page table does not tell what only another process has touched. So only pages that the process has
-copied are read there.
+registered with a userfaultfd for missing or minor faults, it waits for a handler that is stopped.
+And a page table does not tell what only another process has touched. So only pages that the process
+has copied are read there.
 """
 
 from __future__ import annotations

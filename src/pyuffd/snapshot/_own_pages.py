@@ -29,7 +29,7 @@ _NOT_HIDDEN = PageBit(_FRAME) | PageBit.UFFD_WP | PageBit.GUARD_REGION | PageBit
 _FILE = PageCategory.FILE
 _NONE = PageCategory(0)
 
-# The entries of a gap between two pages are read too, up to so many bytes: 512 entries.
+# The entries of a gap between two pages are read too, up to this many bytes: 512 entries.
 _GAP = 512 * PAGE_SIZE
 
 

@@ -36,7 +36,7 @@ UNSEEN = (
 # A round that leaves more than this part of the one before does not get ahead of the process.
 SHRINKS = 0.8
 # What the stop copies is made small: another round comes first if there is more than this to copy,
-# and the last round has left at most one part in so many.
+# and the last round has left at most one part in this many.
 FEW = 1 << 20
 WORTH = 2
 # How often the work that every stop needs is timed: a busy machine may be to blame.
@@ -137,7 +137,7 @@ class _Rounds:
             "stalled",
             f"process {self._process.pid} writes {self._tracker.rate / 1e6:.0f} MB/s, and the file"
             f" gets {self._writer.speed / 1e6:.0f} MB/s: after {result.rounds} rounds"
-            f" {size / 1e6:.0f} MB are left, and while it stands {self._limit()}",
+            f" {size / 1e6:.0f} MB are left, and while it is stopped {self._limit()}",
         )
 
     def _end_round(self) -> memoryview:
@@ -155,7 +155,7 @@ class _Rounds:
         if min(seconds) > self._options.max_stall_s:
             raise SnapshotError(
                 "stalled",
-                f"process {self._process.pid} would stand for {min(seconds):.2f} s while its"
+                f"process {self._process.pid} would be stopped for {min(seconds):.2f} s while its"
                 f" {len(mappings)} mappings are read, and max_stall_s is"
                 f" {self._options.max_stall_s:g} s",
             )
@@ -164,7 +164,7 @@ class _Rounds:
     def _too_slow(self) -> SnapshotError:
         return SnapshotError(
             "stalled",
-            f"process {self._process.pid} stood for {min(self._slow):.2f} s or more until its"
+            f"process {self._process.pid} was stopped for {min(self._slow):.2f} s or more until its"
             f" threads had stopped and its {self._mappings} mappings were read, and max_stall_s is"
             f" {self._options.max_stall_s:g} s",
         )
@@ -204,7 +204,7 @@ class _Rounds:
         self._changes.absent = ranges.union(self._changes.absent, gone)
 
     def _round(self, mappings: Mappings | None = None) -> memoryview:
-        """End a round, with the mappings if it stands; return what has to be copied."""
+        """End a round, with the mappings if it is stopped; return what has to be copied."""
         is_stopped = mappings is not None
         with self._tracker._collect(is_stopped=is_stopped, mappings=mappings) as round_:
             self._add(round_)
@@ -233,7 +233,7 @@ class _Rounds:
             if error.state != "D":
                 raise
             self._late = error
-            time.sleep(options.max_stall_s)  # it runs for as long as some of its threads stood
+            time.sleep(options.max_stall_s)  # let it run as long as its threads were stopped
             return False
         with standing as stop:
             at_barrier("stopped")

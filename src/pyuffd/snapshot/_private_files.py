@@ -56,7 +56,7 @@ class PrivateFiles:
         return file is not None
 
     def opens(self, mapping: Mapping, most: int) -> bool:
-        """Whether the file of a whole mapping is open, or can be, as one of at most so many."""
+        """Whether the file of a whole mapping is open, or can be, as one of at most `most`."""
         key = (mapping.device, mapping.inode)
         if not self._is_kept(mapping) or (key not in self._opened and len(self._opened) >= most):
             return False
@@ -124,7 +124,7 @@ class PrivateFiles:
             unknown: The pages without content so far.
             lazy: Where somebody fills the holes of a file when they are touched.
             fd: The image.
-            rate: At most so many bytes a second.
+            rate: At most this many bytes per second.
             progress: Called now and then.
         """
         pieces = pieces_of(captured.layout)

@@ -30,8 +30,8 @@ class SnapshotReport:
         id: Its id.
         method: How it was taken: "cow", "precopy" or "stopped".
         reason: Why so, in one sentence.
-        pause_s: How long the process stood.
-        seconds: How long all of it lasted; of this process, with the start of the helper process.
+        pause_s: How long the process was stopped.
+        seconds: How long all of it took; of this process, with the start of the helper process.
         bytes: Bytes of content in it, before compression.
         rounds: Rounds of copying before the stop.
         faults: Pages saved because a thread was about to write them.

@@ -272,7 +272,7 @@ class Restore(Closing):
     def rate(self) -> float | None:
         """Bytes a second that the background fills at most; None is no limit. It can be changed.
 
-        With "map" it compares so many at most.
+        With "map" it compares at most this many.
         """
         return None if self._background is None else self._background.rate
 

@@ -19,7 +19,7 @@ from pyuffd.snapshot._content import PIECE, Placed
 from pyuffd.snapshot._reading import Image
 
 # Windows of 1 MiB whose files are read ahead of the filling, so that a disk has many requests at
-# once; and how many more each window asks for, until so many are ahead.
+# once; and how many more each window requests, until that many are ahead.
 AHEAD = 32
 READ_AT_ONCE = 4
 # Faults that may come between two looks of the recording; a fault needs microseconds.

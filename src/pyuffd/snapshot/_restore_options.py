@@ -63,7 +63,7 @@ def checked(
     if handler is not None and not isinstance(handler, Handler):
         raise TypeError(f"handler must be a Handler, not {shown(handler)}")
     if handler is not None and mode in ("map", "minor"):
-        raise ValueError(f"mode={mode!r} maps the memory anew, and has no use for your handler")
+        raise ValueError(f"mode={mode!r} maps the memory itself, and cannot use your handler")
     if isinstance(working_set, str):
         _working_sets.check_name(working_set)
     if record is not None:

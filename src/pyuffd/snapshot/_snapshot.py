@@ -101,12 +101,12 @@ class Snapshot(Opened):
             target: A process, this one too. Or memory of this process: a `Region`, another range,
                 or several of them. Or a `Userfaultfd` with `ranges`: memory of the process that it
                 governs. A snapshot of this process is taken by a helper process, which stops all
-                threads of this one for the pause. Starting it lasts longer than a snapshot of a few
+                threads of this one for the pause. Starting it takes longer than a snapshot of a few
                 MiB; names that exist, or do not, are refused before.
             path: The directory, which must not exist; its folder must.
             method: "precopy" copies while the process runs, then again what it has written
                 meanwhile, and the last of it in the stop. "cow" protects it while it runs, and
-                stops it shortly; afterwards each page is saved before its first write, which waits
+                stops it briefly; afterwards each page is saved before its first write, which waits
                 for that. "stopped" copies everything in the stop. "auto" chooses, and takes cow if
                 the process writes too fast for precopy; the report says why.
             ranges: Parts of its memory; everything by default.
@@ -117,13 +117,13 @@ class Snapshot(Opened):
             tracker: With `parent`, only what this tracker reports is read: the time needed follows
                 the pages written. The parent must be the last snapshot that was taken with the
                 tracker. Without `parent`, the tracker reports what is written from the instant on.
-            max_stall_s: A process that would have to stand for longer, or a thread of it that would
-                have to wait for longer for a page, ends the snapshot instead. That is estimated
-                before the stop, and looked at between its steps; `pause_s` tells how long it was.
+            max_stall_s: If the process would be stopped for longer, or a thread of it would wait
+                longer for a page, the snapshot ends instead. That is estimated before the stop,
+                and checked between its steps; `pause_s` tells how long it was.
                 None: 0.05; and as long as the copy lasts with "stopped", and for shared memory
                 that is copied in the pause.
             rounds: Rounds of copying before that.
-            rate: Copy at most so many bytes a second, outside of the stop.
+            rate: Copy at most this many bytes per second, outside of the stop.
             durable: Return when everything is on the disk.
             compress: A level of zstd, 1 to 22, for each chunk, after the stop; needs zstandard.
             progress: Called now and then.

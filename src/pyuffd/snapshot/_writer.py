@@ -90,8 +90,8 @@ class Writer:
             if time.monotonic() > until_s:
                 raise SnapshotError(
                     "stalled",
-                    f"process {self._process.pid} would stand for longer than max_stall_s: after"
-                    f" {self._options.stopped_s:g} s {progress.bytes / 1e6:.0f} of"
+                    f"process {self._process.pid} would be stopped for longer than max_stall_s:"
+                    f" after {self._options.stopped_s:g} s {progress.bytes / 1e6:.0f} of"
                     f" {progress.total / 1e6:.0f} MB were copied",
                 )
             self._bytes += copied.bytes
@@ -104,7 +104,7 @@ class Writer:
             self.speed = progress.total / seconds
 
     def prepare(self, size: int) -> None:
-        """Get the memory that `take` needs for about so many bytes, before the stop.
+        """Get the memory that `take` needs for about this many bytes, before the stop.
 
         More of it than that costs the stop page faults; all of it, each snapshot.
         """

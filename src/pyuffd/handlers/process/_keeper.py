@@ -47,7 +47,7 @@ PIECE = struct.Struct("=QQQQQ")  # struct uffd_report_piece
 
 # A worker process that dies this soon, this often in a row, dies of its sources: poison instead.
 SHORT_LIFE_S = 1.0
-SHORT_LIFE_STARTS = 10  # or within so many times the time that it needed to start, when loaded
+SHORT_LIFE_STARTS = 10  # on a loaded machine: or within this many times its time to start
 SHORT_LIVES = 5
 GIVE_UP_AFTER = 20
 # How long the worker process may need to seal its ranges after the owner has gone.

@@ -81,7 +81,7 @@ def receive(sock: socket.socket, *, ended: int = -1) -> tuple[Message, list[int]
 
     Raises:
         EOFError: the peer has ended, perhaps in the middle of a message.
-        DescriptorsLostError: this process cannot open so many descriptors.
+        DescriptorsLostError: this process cannot open that many descriptors.
     """
     head, fds = receive_exactly(sock, _HEADER.size, ended=ended)
     try:
