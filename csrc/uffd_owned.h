@@ -74,9 +74,9 @@ struct uffd_received {
  * before.  Returns the bytes, 0 at the end of the stream, or -errno.
  */
 int64_t uffd_owned_receive(int sock, void *buffer, uint64_t size, struct uffd_received *received);
-/* Move one descriptor to an owner of its own. */
+/* Move one descriptor to a new owner. */
 void uffd_owned_take(struct uffd_received *received, uint32_t index, int32_t *fd_ret);
-/* Move the pidfd to an owner of its own. */
+/* Move the pidfd to a new owner. */
 void uffd_owned_take_pidfd(struct uffd_received *received, int32_t *fd_ret);
 void uffd_owned_close_received(struct uffd_received *received);
 
@@ -90,7 +90,7 @@ struct uffd_messages {
 
 /* Read the queued messages, up to the capacity; finding none is not an error. */
 int uffd_owned_read(int fd, struct uffd_messages *messages);
-/* Move the descriptor of a fork's message to an owner of its own. */
+/* Move the descriptor of a fork's message to a new owner. */
 void uffd_owned_take_fork(struct uffd_messages *messages, uint32_t index, int32_t *fd_ret);
 void uffd_owned_close_forks(struct uffd_messages *messages);
 

@@ -7,8 +7,8 @@
 
 /*
  * Read exactly `length` bytes: by pread(2) from `at`, or by read(2) if that is negative.
- * `done` counts them, also before an error; another call goes on behind them.  -EINTR: a
- * signal came; -ENODATA: the end came first.  Waits also if the descriptor does not block.
+ * `done` counts them, also before an error; another call continues after them.  -EINTR: a signal
+ * arrived; -ENODATA: the end was reached first.  Waits even if the descriptor does not block.
  */
 int uffd_transfer_read(int fd, int64_t at, void *target, uint64_t length, uint64_t *done);
 

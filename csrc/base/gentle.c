@@ -35,8 +35,8 @@ struct job {
 };
 
 /*
- * A thread that wakes up is let in at once if its slice is shorter than that of the thread that runs
- * (Linux 6.12); otherwise the latter goes on for some milliseconds, whatever its priority.  Older
+ * A thread that wakes up runs at once if its slice is shorter than that of the running thread
+ * (Linux 6.12); otherwise the latter continues for some milliseconds, whatever its priority.  Older
  * kernels ignore this.
  */
 static void have_long_slice(void)

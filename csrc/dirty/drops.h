@@ -2,7 +2,7 @@
 /*
  * A process that reads the REMOVE events of a userfaultfd with WP_ASYNC, and notes their
  * ranges.  A thread that drops memory waits until its event is read, even while this
- * process is stopped by a signal.  So the reader is a process of its own; it shares this
+ * process is stopped by a signal.  So the reader is a separate process; it shares this
  * one's memory, and ends with it.
  */
 #ifndef UFFD_DIRTY_DROPS_H

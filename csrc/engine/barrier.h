@@ -19,7 +19,7 @@ enum uffd_barrier {
 	UFFD_BARRIER_REQUEST_TAKEN,	/* a worker has a request and no longer leads */
 	UFFD_BARRIER_COMPLETE,		/* content has arrived, its page is not looked at */
 	UFFD_BARRIER_UNSERVE_SEALED,	/* sealed, not yet unregistered */
-	UFFD_BARRIER_LIFTED,		/* a writer goes on, the state of its page is not set */
+	UFFD_BARRIER_LIFTED,		/* a writer continues, its page's state is not set */
 	UFFD_BARRIER_EVICT_PLACED,	/* it is known where pages are, they are not read */
 	UFFD_BARRIER_EVICT_CLAIMED,	/* pages are about to be dropped inside the gate */
 	UFFD_BARRIER_EVICT_DROPPED,	/* pages are dropped, their states not set */

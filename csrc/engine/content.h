@@ -2,7 +2,7 @@
 /*
  * A served range apart from its address: the source of its pages, and one byte of
  * state for each.  Both outlive a range that is moved or split; a fork's copy shares
- * the content and has states of its own.
+ * the content and has separate states.
  */
 #ifndef UFFD_CONTENT_H
 #define UFFD_CONTENT_H

@@ -329,7 +329,7 @@ int uffd_engine_evict(struct uffd_engine *engine, const struct uffd_range_ref *r
 	int r = 0;
 
 	*evicted_ret = 0;
-	/* A thread that goes on may be ahead of its page's state. */
+	/* A thread that continues may be ahead of its page's state. */
 	await_work(engine);
 	while (r == 0 && all.offset < all.end)
 		r = atomic_load(&engine->end.began) ? -ECANCELED : evict_run(&all, evicted_ret);

@@ -111,7 +111,7 @@ int uffd_fill_run(const struct uffd_fill *fill, struct uffd_fill_result *result_
 		}
 		/*
 		 * Private memory (asks_cache) has asked the cache above: its EEXIST means a
-		 * copy of its own.
+		 * private copy.
 		 */
 		if (r == -EEXIST && fill->maps_cached && !fill->asks_cache) {
 			r = map_cached(fill, at);

@@ -81,7 +81,7 @@ static bool maps_cached(const struct uffd_range *range, enum fill_for why)
 				     (is_huge(range) && range->content->shared));
 }
 
-/* A private mapping shows the page cache until it has copies of its own. */
+/* A private mapping shows the page cache until it has private copies. */
 static bool asks_cache(const struct uffd_range *range, enum fill_for why)
 {
 	return why == FILL_AHEAD && !range->content->shared &&

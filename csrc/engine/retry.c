@@ -59,7 +59,7 @@ int uffd_engine_retry(struct uffd_engine *engine, const struct uffd_range_ref *r
 {
 	uint64_t reached;
 
-	/* A thread that goes on may be ahead of its page's state. */
+	/* A thread that continues may be ahead of its page's state. */
 	await_work(engine);
 	break_promises(engine, ref, offset, offset + length);
 	return for_slices(&(struct slices){ engine, *ref, offset, offset + length, wake_slice,

@@ -20,7 +20,7 @@ int space_kill(struct uffd_space *space, uint32_t thread_id, uint64_t address);
 bool layout_is_changing(struct uffd_space *space);
 /*
  * Inside the gate: whether nothing was moved or unmapped since `moves` was the space's, so that
- * an address still is what it was.  Without layout events nobody knows.
+ * an address still refers to the same memory.  Without layout events this is unknown.
  */
 bool layout_is_as(struct uffd_space *space, uint64_t moves);
 /* Wait, up to the retry limit, until none is. */

@@ -109,7 +109,7 @@ void uffd_engine_abandon_part(struct uffd_engine *engine, uint64_t id, uint64_t 
 	struct uffd_request copy;
 
 	abandon_all(engine, &asked, 0);
-	/* What is asked for together with pages outside: the request goes on for those. */
+	/* Requests for pages inside and outside: they continue for those outside. */
 	for (uint32_t n = 0; copy_overlapping(engine, &asked, n, &copy); n++)
 		give_up_pages(engine, &copy, higher(copy.offset, asked.offset),
 			      lower(copy.offset + copy.length, asked.end), 0,

@@ -338,7 +338,7 @@ static int restore(struct injection *in, bool may_run)
 	}
 	/*
 	 * From a stop at which the kernel checks whether to restart a system call.  A thread
-	 * that has none to restart goes on from where it is.
+	 * that has none to restart continues from where it is.
 	 */
 	if (!is_at_exit || uffd_frame_restarts(&regs)) {
 		allow_undo(in);

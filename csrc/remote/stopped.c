@@ -294,7 +294,7 @@ static int trace(struct uffd_stopped *stopped)
 }
 
 /*
- * A process of its own in the same memory: a signal that stops the owner (SIGSTOP, SIGTSTP) does
+ * A separate process that shares the memory: a signal that stops the owner (SIGSTOP, SIGTSTP) does
  * not stop it, so that it can let the threads go.
  */
 static int helper(void *argument)

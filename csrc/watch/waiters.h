@@ -35,7 +35,7 @@ bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter, bool wa
 
 enum uffd_search {
 	UFFD_SEARCH_FOUND,	/* waiter->low is the page */
-	UFFD_SEARCH_UNFINISHED,	/* call again: it goes on where it stopped */
+	UFFD_SEARCH_UNFINISHED,	/* call again: it continues where it stopped */
 	UFFD_SEARCH_OTHER,	/* the thread waits for another userfaultfd */
 };
 

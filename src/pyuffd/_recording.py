@@ -22,7 +22,7 @@ LOOK_S = 0.05
 # Settled: fewer than this share of all pages were touched in the last so many seconds.
 SETTLED_S = 1.0
 SETTLED_SHARE = 0.02
-# A program that never settles works on ever other memory, and one that sleeps touches none.
+# A program that never settles keeps touching other memory, and one that sleeps touches none.
 LONGEST_S = 60.0
 
 

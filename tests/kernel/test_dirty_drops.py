@@ -208,7 +208,7 @@ def dropped_and_collected_at_once() -> None:
     with Region.memfd(4 * PAGE) as region, DirtyTracker(region, watch_drops=True) as tracker:
         region.fill(1)
         tracker.collect().commit()
-        # It goes on as soon as the reader has read, before the reader does anything else.
+        # It continues as soon as the reader has read, before the reader does anything else.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         reader = reader_of(os.getpid())
         os.sched_setaffinity(reader, os.sched_getaffinity(0))

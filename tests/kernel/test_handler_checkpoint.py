@@ -366,7 +366,7 @@ def test_tracking(name: str) -> None:
 
 
 def dropped_by_its_writer(driver: Driver, name: str) -> None:
-    """A writer goes on, and drops its page from the page table before the state is set."""
+    """A writer continues, and drops its page from the page table before the state is set."""
     with (
         contextlib.closing(memory_of(name)) as memory,
         Userfaultfd(features=TRACKING) as uffd,

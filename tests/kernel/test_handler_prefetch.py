@@ -25,7 +25,7 @@ def present(handler: Handler, region: Region) -> set[int]:
 
 
 def expect(handler: Handler, region: Region, pages: set[int], touched: int) -> None:
-    """Check which pages are present after so many faults, and that all are counted."""
+    """Check which pages are present after this many faults, and that all are counted."""
     wait_until(lambda: len(present(handler, region)) >= len(pages), "prefetching ends")
     assert present(handler, region) == pages
     assert sum(handler.stats().faults.values()) == touched

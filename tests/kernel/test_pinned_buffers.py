@@ -87,7 +87,7 @@ class Ring:
         struct.pack_into("I", self._rings, self._sq[1], tail + 1)
 
     def enter(self, ring: int, flags: int = 0, *, wait: int = 1) -> int:
-        """Let the kernel take one request, and wait for the end of so many."""
+        """Submit one request to the kernel, and wait for the end of `wait` requests."""
         return self._call(ENTER, ring, 1, wait, GETEVENTS | flags, None, 0)
 
     def hide(self) -> int:

@@ -50,7 +50,7 @@ def folder() -> Iterator[Path]:
 
 
 def mixed(pages: int, seed: int) -> list[Part]:
-    """Return runs of data and zeros with odd lengths, of so many pages in all."""
+    """Return runs of data and zeros with odd lengths, with this many pages in total."""
     rng = random.Random(seed)
     parts: list[Part] = []
     while pages:
@@ -499,7 +499,7 @@ def test_an_image_that_was_cut_since_it_was_opened() -> None:
 
 
 def replaced_and_closed(mode: Any) -> None:
-    """A restore goes on with the files it began with, whatever their names are by then."""
+    """A restore continues with the files it began with, even if their names have changed."""
     pages = 2 * PIECE // PAGE
     with folder() as path:
         write(path / "one", [(START, [data(pages)])])
@@ -660,7 +660,7 @@ def test_dropped_memory_does_not_come_back() -> None:
 
 
 def ctrl_c() -> None:
-    """KeyboardInterrupt ends the wait; the restore goes on, and ends with its block."""
+    """KeyboardInterrupt ends the wait; the restore continues, and ends with its block."""
     import signal
 
     pages = 4 * PIECE // PAGE

@@ -105,7 +105,7 @@ SLEEPERS = {
 def test_sleepers_sleep_as_long_as_they_meant_to(
     program: str, ended: list[subprocess.Popen[bytes]]
 ) -> None:
-    """They are interrupted often, and neither return early nor begin anew."""
+    """They are interrupted often, and neither return early nor start over."""
     sleep_ms = 3000
     for mode in SLEEPERS:
         ended.append(start(program, mode, str(sleep_ms)))
@@ -129,7 +129,7 @@ def test_sleepers_sleep_as_long_as_they_meant_to(
         result = target.stdout.readline().decode().rsplit(" ", 1)
         assert result[0] == said, mode
         if last is None:
-            # Begun anew by the last interruption, it would take that much longer.
+            # If the last interruption had restarted it, it would take that much longer.
             assert sleep_ms - 2 <= float(result[1]) < sleep_ms + interrupted_ms, mode
 
 

@@ -188,7 +188,7 @@ def attached_again_and_again(program: str, rounds: int, sleep_ms: int) -> list[i
         assert sleeper.stdout is not None
         result = sleeper.stdout.readline().decode().rsplit(" ", 1)
         assert result[0] == "0 0"
-        # Each time begun anew, it would have slept twice as long.
+        # If it started over each time, it would have slept twice as long.
         assert sleep_ms - 2 <= float(result[1]) < sleep_ms * 1.4
         # What it has allocated since for itself, not pages of ours.
         assert busy.mappings().bytes - pages < 64 << 20

@@ -102,7 +102,7 @@ def test_memory_of_one_instant(method: Used, how: str, program: str, tmp_path: P
 
 
 def test_a_file_system_that_is_full(program: str, tmp_path: Path) -> None:
-    """The errno is the file system's, and the target goes on."""
+    """The errno is the file system's, and the target continues to run."""
     with counters(program, 2, 300) as target, Process(target.pid) as process:
         with open("/dev/full", "wb", buffering=0) as full, pytest.raises(UffdOSError) as caught:
             capture(process, OwnMemory(), full.fileno())

@@ -211,7 +211,7 @@ def test_huge_pages(
 
 
 def test_memory_registered_with_a_userfaultfd(start: Callable[..., Target], tmp_path: Path) -> None:
-    """A read of a missing page through the mapping would wait for a handler that stands."""
+    """A read of a missing page through the mapping would wait for a handler that is stopped."""
     target = start("registered")
     assert command(target.pid, "-o", tmp_path / "core").returncode == 0
     with Core(tmp_path / "core") as core:
@@ -717,7 +717,7 @@ class Interrupted(BaseException):
 
 
 def test_an_exception_in_the_middle(start: Callable[..., Target], tmp_path: Path) -> None:
-    """As Ctrl-C raises one there: the target stands at that moment."""
+    """As Ctrl-C raises one there: the target is stopped at that moment."""
     target = start("big", 200)
     calls = []
 
@@ -892,7 +892,7 @@ def test_command_with_bad_arguments(words: list[str], tmp_path: Path) -> None:
 
 
 def is_under_way(pid: int, target: int, method: str) -> bool:
-    """Whether the target stands, or its writes are tracked."""
+    """Whether the target is stopped, or its writes are tracked."""
     if method == "stopped":
         return status(target)["TracerPid"] != "0"
     try:
@@ -910,7 +910,7 @@ def is_under_way(pid: int, target: int, method: str) -> bool:
 def test_command_and_signals(
     start: Callable[..., Target], tmp_path: Path, number: int, expected: int, method: str
 ) -> None:
-    """While the target stands; the read end of a full pipe would not hold it, so it is large."""
+    """While the target is stopped; a full pipe would not delay it, so its memory is large."""
     target = start("big", 256 if method == "stopped" else 64)
     words = [sys.executable, "-m", "pyuffd", "core", str(target.pid), "--method", method, "--json"]
     for _ in range(10):  # where the machine is so busy that the signal comes too late

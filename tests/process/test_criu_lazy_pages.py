@@ -246,7 +246,7 @@ def test_the_command(tmp_path: Path) -> None:
         os.close(status)
         assert os.read(ready, 2) == b"\0"
         os.close(ready)
-        assert program.wait(60 * SCALE) == 0, "it goes on in the background"
+        assert program.wait(60 * SCALE) == 0, "it continues in the background"
         assert int((work / "pid").read_text()) != program.pid
         client.connect(f"/proc/{os.getpid()}/fd/{here}/lazy-pages.socket")
         os.close(here)

@@ -51,7 +51,7 @@ sys.stdin.read()
 
 @contextmanager
 def left(count: int) -> Iterator[None]:
-    """Leave this process so many descriptors."""
+    """Leave this process only `count` free descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     number = free = 0
     while True:

@@ -64,7 +64,7 @@ class Pages:
         return Pages(self.start + first * PAGE, count * PAGE, self.shared)
 
     def grow(self, count: int, flags: int = 0) -> Pages:
-        """Make the mapping, which has these pages, longer by so many."""
+        """Make the mapping of these pages longer by `count` pages."""
         length = self.length + count * PAGE
         return Pages(_memory.mremap(self.start, self.length, length, flags), length, self.shared)
 

@@ -86,7 +86,7 @@ def check(target: Counters, snapshot: Snapshot) -> None:
 
 
 def unharmed(target: Counters) -> None:
-    """It works on, is not traced, and nothing of it is registered."""
+    """Check that it continues to work, is not traced, and has nothing registered."""
     target.works_on()
     assert status(target.pid)["TracerPid"] == "0"
     # What a SIGKILL leaves ends a moment later.
@@ -394,7 +394,7 @@ def test_the_process_ends_meanwhile(
 
 
 def test_stopped_while_it_saves(program: str, tmp_path: Path) -> None:
-    """SIGSTOP of ours: the protection is lifted, the process works on, and the snapshot ends."""
+    """Stop ourselves: the protection is lifted, the process continues, and the snapshot ends."""
     with counters(program, 2, 400) as target, Process(target.pid) as process:
         with standing_at(
             "begun sweep", process, tmp_path / "one", method="cow", max_stall_s=0.5, rate=1e5
@@ -408,7 +408,7 @@ def test_stopped_while_it_saves(program: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_in_the_stop(method: Used, program: str, tmp_path: Path) -> None:
-    """SIGSTOP of ours while the process stands: it is let go, and the snapshot is of no mixture.
+    """Stop ourselves while the process is stopped: it is let go, and the snapshot is no mixture.
 
     It ends with the reason; by precopy, which copies nothing before it has looked at the time,
     another stop is tried.
@@ -452,7 +452,7 @@ def test_too_fast_for_precopy(
 
 
 def test_a_process_that_writes_too_fast(program: str, tmp_path: Path) -> None:
-    """It is not made to stand for longer than it may: the snapshot ends."""
+    """It is not stopped for longer than allowed: the snapshot ends."""
     with counters(program, 2, 4000) as target, Process(target.pid) as process:
         with pytest.raises(SnapshotError) as caught:
             Snapshot.take(process, tmp_path / "one", method="precopy", max_stall_s=0.001)
@@ -472,7 +472,7 @@ POINTS = {
 def standing_at(
     point: str, target: Process, path: Path, until_told: bool = False, **options: object
 ) -> Iterator[int]:
-    """Fork a process that takes a snapshot and stands still at a point, until SIGUSR1 if told."""
+    """Fork a process that takes a snapshot and waits at a point, until SIGUSR1 if told."""
     there, write_end = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     pid = os.fork()
@@ -519,7 +519,7 @@ def standing_at(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_each_point(method: Used, program: str, tmp_path: Path) -> None:
-    """No snapshot, a parent without damage, and a process that works on."""
+    """There is no snapshot, the parent is intact, and the process continues to work."""
     with counters(program, 2, 200, "s") as target, Process(target.pid) as process:
         take(process, tmp_path / "parent")
         for point in POINTS[method]:
@@ -1158,7 +1158,7 @@ def test_the_commands(program: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_signal_ends_the_command(
     number: signal.Signals, code: int, program: str, tmp_path: Path
 ) -> None:
-    """While it copies at a low rate; the process works on and there is no directory."""
+    """While it copies at a low rate; the process continues and there is no directory."""
     with counters(program, 2, 400, "s") as target:
         words = ["snapshot", str(target.pid), "-o", str(tmp_path / "one"), "--rate", "0.0001"]
         popen = subprocess.Popen(

@@ -185,7 +185,7 @@ def test_who_fills_in_the_background_lets_others_go_first() -> None:
 
 
 def test_while_faults_come_one_thread_fills() -> None:
-    """With one on each CPU, whoever faults would wait for one; what comes first is not held up."""
+    """With a thread on each CPU, a fault would wait for one; the first faults are not delayed."""
     count = 0
     threads: set[int] = set()
     first: set[int] = set()

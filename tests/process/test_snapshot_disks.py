@@ -1,4 +1,4 @@
-"""Snapshots on disks that fail or are slow: the errno, no files, and a process that works on."""
+"""Snapshots on disks that fail or are slow: the errno, no files, and the process continues."""
 
 from __future__ import annotations
 

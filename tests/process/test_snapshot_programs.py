@@ -175,7 +175,7 @@ def running(*command: str) -> Iterator[tuple[Process, Callable[[], list[int]]]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_python_with_threads(method: Used, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sum stays right, it works on, and the image is what it had in the stop."""
+    """Its sum stays right, it continues to work, and the image is what it had in the stop."""
     with running(sys.executable, "-c", THREADS) as (process, ask):
         before = ask()
         taken(process, tmp_path / "one", method, monkeypatch)

@@ -244,7 +244,7 @@ def test_what_was_written_before_the_stop(
 def test_first_writes_of_a_sparse_area(
     stops: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its empty pages are not protected: the stop finds them, also one after a stop in vain."""
+    """Its empty pages are not protected: the stop finds them, even after a failed stop."""
     limit_s = 0.3 * SCALE
     with writer(4 * DENSE_BYTES) as target, Process(target.pid) as process:
         target.write(1, 8, 9)

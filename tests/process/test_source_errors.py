@@ -1,4 +1,4 @@
-"""Exceptions of page sources whose text is long, or cannot be had."""
+"""Exceptions of page sources whose text is long, or cannot be read."""
 
 from __future__ import annotations
 

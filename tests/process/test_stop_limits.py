@@ -1,4 +1,4 @@
-"""Threads do not stand for one that cannot be stopped, longer than was agreed to."""
+"""If one thread cannot be stopped, the others are not stopped for longer than was agreed to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process is stopped while a page source is asked, and goes on later (Ctrl-Z, a freezer, gdb)."""
+"""A process is stopped while a page source works, and continued later (Ctrl-Z, a freezer, gdb)."""
 
 from __future__ import annotations
 

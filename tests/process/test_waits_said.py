@@ -268,7 +268,7 @@ def test_event(what: str, reader: Reader) -> None:
 
 
 def wait_until_said(count: int) -> None:
-    """Wait until this child's stderr, which is a file, has so many lines."""
+    """Wait until this child's stderr, which is a file, has this many lines."""
     give_up = time.monotonic() + LATE_S * SCALE
     while os.pread(2, 1 << 16, 0).count(b"pyuffd:") < count and time.monotonic() < give_up:
         time.sleep(0.1)

@@ -21,7 +21,7 @@ WORSE_MOST = 4
 
 
 def seconds_each(count: int) -> float:
-    """Restore so many regions, compare each, and return the CPU time for one."""
+    """Restore this many regions, compare each, and return the CPU time for one."""
     with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as stack:
         folder = write(
             Path(path) / "one",

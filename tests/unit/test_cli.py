@@ -487,7 +487,7 @@ def test_restores_of_criu_without_protobuf(lacks: str) -> None:
 
 @pytest.mark.parametrize(("arguments", "frozen"), [("", True), ("['--version']", False)])
 def test_ends_without_a_last_collection(arguments: str, frozen: bool) -> None:
-    """Of a process that has nothing else to do; a program that calls main() goes on."""
+    """In a process that has nothing else to do; a program that calls main() continues."""
     program = (
         "import gc; from pyuffd.cli import main;"
         f" main({arguments}); print(gc.get_freeze_count() > 1000)"

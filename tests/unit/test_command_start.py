@@ -33,7 +33,7 @@ sys.exit(main())
     ("handler", "status"), [("signal.default_int_handler", 130), ("signal.SIG_IGN", 0)]
 )
 def test_ctrl_c_while_it_imports(module: str, handler: str, status: int) -> None:
-    """It ends without a traceback; where SIGINT is ignored, as in the background, it goes on."""
+    """It ends without a traceback; if SIGINT is ignored, as in the background, it continues."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     start, _, function = project["scripts"]["pyuffd"].partition(":")
     program = PROGRAM.format(looked_for=module, handler=handler, module=start, function=function)

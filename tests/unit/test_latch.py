@@ -23,9 +23,9 @@ class Injected(BaseException):
 
 
 def at_line(number: int, function: Any) -> bool:
-    """Call a function, and raise in it at its so many-th line, those of its calls included.
+    """Call a function, and raise in it at the n-th line, counting the lines of its calls.
 
-    Return whether it has so many lines.
+    Return whether it has that many lines.
     """
     left = number
 

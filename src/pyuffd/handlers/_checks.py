@@ -184,7 +184,7 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
     what = {
         FailureStage.SOURCE: "the content of a page could not be read",
         FailureStage.RESOLVE: "a fault could not be resolved",
-        FailureStage.UNSERVED: "a fault came from a registered range that is not served",
+        FailureStage.UNSERVED: "a fault occurred in a registered range that is not served",
         FailureStage.READ: "the userfaultfd could not be read",
         FailureStage.FORK: "a fork could not be followed",
         FailureStage.STALLED: "a page source did not answer in time",

@@ -90,7 +90,7 @@ class FaultLog(Sequence[LoggedFault]):
         """Return the offsets of a region's pages in the order of their first faults, each once.
 
         Args:
-            region: The region, at the address where the faults came.
+            region: The region, at the address where the faults occurred.
             space: As `LoggedFault.space`.
         """
         check_region(region)

@@ -153,7 +153,7 @@ class WorkedEngine(Engine):
         except BaseException:
             self.stop()
             for thread in self._threads:
-                # Not started, or a signal came before the thread was known to run.
+                # Not started, or a signal arrived before the thread was known to run.
                 with suppress(RuntimeError):
                     thread.join(PATIENCE_S)
             raise

@@ -186,7 +186,7 @@ class RemoteEngine(SoleOwner):
             found = self._call(Call.UNSERVE, served, seal, unregister, patience_s, gently, part)
             done = bool(found)
         except HelperLostError:
-            # stop() raises it. Here the caller goes on, perhaps to unmap the range.
+            # stop() raises it. Here the caller continues, perhaps to unmap the range.
             return self._stand_in.remove(
                 served.number,
                 seal=seal,

@@ -32,7 +32,7 @@ _CONTROL_SIZE = socket.CMSG_LEN(MAX_FDS * array("i").itemsize)
 
 
 class DescriptorsLostError(Exception):
-    """A message came without its descriptors; `message` is complete otherwise."""
+    """A message arrived without its descriptors; `message` is complete otherwise."""
 
     def __init__(self, message: Message) -> None:
         super().__init__(f"descriptors did not arrive; {limit_met(errno.EMFILE)}")
