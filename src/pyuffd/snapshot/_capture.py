@@ -114,7 +114,7 @@ class Captured:
         faults: Pages saved because a thread was about to write them.
         swept: Pages saved by the sweep.
         longest_wait_s: The longest time that a fault waited for us.
-        stop_bytes: Bytes read while the process stood; of shared memory only changes are written.
+        stop_bytes: Bytes read while it was stopped; of shared memory only changes are written.
         changes: What a tracker reported, and will not report again.
     """
 

@@ -51,8 +51,8 @@ class CoreFile:
         mappings: Mappings in it.
         bytes: Bytes of memory in it that are not holes.
         length: The length of the file in bytes, with its holes.
-        pause_s: How long the process stood.
-        stop_bytes: Bytes read while it stood; of shared memory only changes are written.
+        pause_s: How long the process was stopped.
+        stop_bytes: Bytes read while it was stopped; of shared memory only changes are written.
         seconds: How long all of it lasted.
         lost: Pages that could not be read, which are zeros in the file: poisoned, or behind the end
             of a mapped file.

@@ -1,4 +1,4 @@
-"""What is read besides private memory while a process is stopped: registers, and shared memory."""
+"""What is read besides private memory while a process is stopped: registers, shared memory."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class InStop:
             self.is_too_long = True
             raise SnapshotError(
                 "stalled",
-                f"process {self._process.pid} would stand for longer than max_stall_s: after"
-                f" {limit_s:g} s {done / 1e6:.0f} of {total / 1e6:.0f} MB of its shared memory"
-                " were copied",
+                f"process {self._process.pid} would be stopped for longer than max_stall_s:"
+                f" after {limit_s:g} s {done / 1e6:.0f} of {total / 1e6:.0f} MB of its shared"
+                " memory were copied",
             )
         if self._request.progress is not None:
             phase = "before" if stop is None else "stop"

@@ -140,7 +140,7 @@ class FilesCopy:
         self._note(parts, result)
 
     def in_stop(self, parts: Sequence[Placed]) -> FilesCopied:
-        """Copy while the process stands; the last call counts.
+        """Copy while the process is stopped; the last call counts.
 
         Of a file that cannot be opened, the pages are copied that are in the process's page table.
         """

@@ -37,7 +37,7 @@ class SnapshotReport:
         faults: Pages saved because a thread was about to write them.
         swept: Pages saved in the background.
         longest_wait_s: The longest time that a thread waited for a page to be saved.
-        stop_bytes: Bytes read while the process stood; of shared memory only changes are written.
+        stop_bytes: Bytes read while it was stopped; of shared memory only changes are written.
         dropped: Bytes that the process gave back before they were saved: their state is LOST.
         gaps: What it does not have the content of the instant of, and why.
     """
